@@ -1,0 +1,51 @@
+"""The built-in cascade: 2,000 retrieved, 200 passed, 10 shown, true probabilities known."""
+
+from ml_collections import ConfigDict
+
+from configs import defaults
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The default size, or `:small`, which runs in seconds and is only good for trying things."""
+    config = defaults.get_config()
+    config.data.name = "cascade"
+    config.data.num_users = 1000
+    config.data.num_items = 5000
+    config.data.num_topics = 8
+    config.data.train_requests = 12000
+    config.data.test_requests = 500
+    config.data.retrieval_noise = 1.0
+    config.data.policy_noise = 0.7
+    config.data.exploration = 0.3  # share of the shown slots filled at random from the passed
+    config.data.fault_missing = 0.02  # teacher probabilities never written
+    config.data.fault_nan = 0.01
+    config.data.fault_out_of_range = 0.01
+    config.data.fault_version = 0.05  # requests scored by an older teacher
+    for optimizer in (config.optimizer, config.teacher.optimizer):
+        optimizer.learning_rate = 1e-2
+        optimizer.weight_decay = 0.1
+        optimizer.table_weight_decay = 1.0
+    config.train.steps = 1000
+    config.teacher.train.steps = 600
+    if variant == "small":
+        _shrink(config)
+    return config
+
+
+def _shrink(config: ConfigDict) -> None:
+    config.data.num_users = 50
+    config.data.num_items = 300
+    config.data.train_requests = 64
+    config.data.test_requests = 12
+    config.funnel.retrieved = 100
+    config.funnel.passed = 30
+    config.funnel.report_at = (10, 30, 60)
+    config.batch.requests = 8
+    config.batch.candidates = 32
+    config.teacher.batch.requests = 16
+    for train in (config.train, config.teacher.train):
+        train.steps = 20
+        train.log_every = 5
+        train.checkpoint_every = 10
+        train.eval_every = 10
+        train.eval_limit = 8

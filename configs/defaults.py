@@ -1,0 +1,105 @@
+"""Every knob, with the value it has unless a dataset's config says otherwise."""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """The defaults that the configs beside this file start from."""
+    config = ConfigDict()
+    config.seed = 0  # of initialisation, order of the data, draws of candidates
+    config.tasks = ("watch", "like", "share")
+    config.value_weights = (1.0, 2.0, 4.0)  # a ranker sorts by the weighted sum of probabilities
+
+    config.data = ConfigDict()
+    config.data.name = ""
+    config.data.path = ""  # raw files, where the dataset is made from some
+    config.data.dir = "datasets"  # where built datasets live
+    config.data.seed = 0  # of the dataset itself, whatever is trained on it
+    config.data.history_length = 20
+
+    config.funnel = ConfigDict()
+    config.funnel.retrieved = 2000
+    config.funnel.passed = 200
+    config.funnel.shown = 10
+    config.funnel.report_at = (10, 50, 100, 200, 400)  # the k of survival@k and its like
+
+    config.batch = ConfigDict()
+    config.batch.requests = 32
+    config.batch.candidates = 128  # a request
+    config.batch.passed_share = 0.5  # of the slots that the shown candidates leave
+    config.batch.negative_rate = 1.0  # share of the shown candidates without a positive to keep
+
+    config.student = ConfigDict()
+    config.student.name = "multi_interest"
+    config.student.width = 32  # of embeddings
+    config.student.interests = 4  # user embeddings a request
+    config.student.hidden = (64,)
+    config.student.table_scale = 0.05  # standard deviation of fresh embedding rows
+
+    config.distill = ConfigDict()
+    config.distill.mode = "shared"
+    config.distill.weight = 1.0
+    config.distill.loss = "bce"
+    config.distill.temperature = 1.0
+    config.distill.affine = True  # mode shared: a learned scale and offset between the two labels
+    config.distill.serve = "user"  # mode aux: the heads that rank (user, teacher, blend)
+
+    config.optimizer = _optimizer()
+
+    config.train = _train(steps=1500)
+
+    config.teacher = ConfigDict()
+    config.teacher.name = "final_ranker"
+    config.teacher.source = "live"  # or logged
+    config.teacher.workdir = ""  # of train_teacher; with source logged, "" takes the dataset's logs
+    config.teacher.stage = "retrieved"  # who meets the teacher: all retrieved, or only the passed
+    config.teacher.width = 32
+    config.teacher.attention_hidden = 16
+    config.teacher.cross_layers = 2
+    config.teacher.experts = 4
+    config.teacher.expert_hidden = 64
+    config.teacher.table_scale = 0.05
+    config.teacher.batch = ConfigDict()
+    config.teacher.batch.requests = 128
+    config.teacher.batch.candidates = 10
+    config.teacher.batch.passed_share = 1.0
+    config.teacher.batch.negative_rate = 1.0
+    config.teacher.optimizer = _optimizer()
+    config.teacher.train = _train(steps=1500)
+
+    config.evaluation = ConfigDict()
+    config.evaluation.requests = 8  # a batch
+    config.evaluation.limit = 0  # how many requests of the test split to read; 0 reads all
+
+    config.parallel = ConfigDict()
+    config.parallel.mapping = "pmap"  # or shard_map
+    config.parallel.devices = 0  # how many to use; 0 takes all
+
+    config.sweep = ConfigDict()
+    config.sweep.modes = ("none", "aux", "shared")
+    config.sweep.weights = (1.0,)
+    config.sweep.seeds = (0,)
+    return config
+
+
+def _optimizer() -> ConfigDict:
+    optimizer = ConfigDict()
+    optimizer.name = "adam"  # of the dense parameters
+    optimizer.learning_rate = 2e-3
+    optimizer.weight_decay = 0.0
+    optimizer.table_name = "adam"  # of the embedding rows
+    optimizer.table_learning_rate = 2e-3
+    optimizer.table_weight_decay = 0.0
+    optimizer.schedule = "cosine"  # to zero over train.steps; or constant
+    optimizer.warmup_steps = 50
+    return optimizer
+
+
+def _train(steps: int) -> ConfigDict:
+    train = ConfigDict()
+    train.steps = steps
+    train.log_every = 50
+    train.checkpoint_every = 500
+    train.eval_every = 500  # 0: only at the end
+    train.eval_limit = 64  # requests of an evaluation during training
+    return train

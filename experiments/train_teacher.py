@@ -1,0 +1,18 @@
+"""Trains the final ranker."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from experiments.launch import launch
+from kd_ranker import commands
+from kd_ranker.report.tables import results_text
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    commands.train_teacher(config, workdir)
+    print(results_text(workdir, config.funnel.passed))
+
+
+if __name__ == "__main__":
+    launch(main)

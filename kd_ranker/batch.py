@@ -1,0 +1,133 @@
+"""The one struct that flows through the program, and the sizes that describe it.
+
+Every room speaks of a batch in these terms: `R` requests, `N` candidates a request, `T` tasks,
+`H` events of history. A batch holds what differs from request to request. What belongs to an item
+alone lies once on the device, in the item feature matrix, and is looked up by `item_id`.
+"""
+
+import dataclasses
+import enum
+import json
+from typing import Any
+
+import flax.struct
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, Int8
+
+
+class Stage(enum.IntEnum):
+    """How far a candidate came through the funnel that was live when it was logged."""
+
+    PADDING = 0
+    RETRIEVED = 1
+    PASSED = 2
+    SHOWN = 3
+
+
+@flax.struct.dataclass
+class CandidateBatch:
+    """A batch of requests with their candidates. Probabilities lie in [0, 1].
+
+    Entries where `stage` is `PADDING` hold zeros and mean nothing; entries of weight 0 may hold
+    anything, NaN included, and contribute exactly nothing to a loss.
+    """
+
+    user_id: Int[Array, "R"]
+    user_features: Float[Array, "R U"]
+    context: Float[Array, "R C"]
+    history_id: Int[Array, "R H"]  # item ids, most recent last, padded at the end
+    history_features: Float[Array, "R H E"]
+    history_mask: Bool[Array, "R H"]
+    item_id: Int[Array, "R N"]
+    candidate_features: Float[Array, "R N X"]
+    stage: Int8[Array, "R N"]  # a `Stage`
+    user_label: Float[Array, "R N T"]  # 0 or 1
+    label_weight: Float[Array, "R N"]  # 0 where not shown
+    teacher_probability: Float[Array, "R N T"]
+    teacher_weight: Float[Array, "R N T"]  # 0 where that probability was not logged properly
+
+    @property
+    def candidate_mask(self) -> Bool[Array, "R N"]:
+        """True where there is a candidate, False on padding."""
+        return self.stage > Stage.PADDING
+
+
+@flax.struct.dataclass
+class EvaluationBatch:
+    """A batch for evaluation, with what only the evaluation may see.
+
+    `true_probability` is NaN where the dataset does not know it; `request_mask` is False on the
+    requests that only fill up the last batch.
+    """
+
+    batch: CandidateBatch
+    true_probability: Float[Array, "R N T"]
+    request_mask: Bool[Array, "R"]
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSpec:
+    """The sizes of a dataset's features; stored beside the dataset as `feature_spec.json`.
+
+    Attributes:
+      dataset: the dataset's name, as in `config.data.name`.
+      tasks: names of the tasks, in the order of every T axis.
+      num_users: user ids lie in [0, num_users).
+      num_items: item ids lie in [0, num_items).
+      user_features: width U of the dense user features.
+      context_features: width C of the dense request context.
+      candidate_features: width X of what differs from candidate to candidate within a request.
+      item_features: width F of the item feature matrix [num_items, F].
+      history_length: length H to which a history is cut or padded.
+      history_features: width E of what is known of each event of the history.
+      teacher_version: the only model version whose logged probabilities count; "" if none do.
+      has_true_probability: whether evaluation requests carry the true probabilities.
+    """
+
+    dataset: str
+    tasks: tuple[str, ...]
+    num_users: int
+    num_items: int
+    user_features: int
+    context_features: int
+    candidate_features: int
+    item_features: int
+    history_length: int
+    history_features: int
+    teacher_version: str
+    has_true_probability: bool
+
+    def to_json(self) -> str:
+        """The spec as JSON, one key an attribute."""
+        return json.dumps(dataclasses.asdict(self), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "FeatureSpec":
+        """The inverse of `to_json`."""
+        fields = json.loads(text)
+        return cls(**{**fields, "tasks": tuple(fields["tasks"])})
+
+
+def empty_batch(spec: FeatureSpec, requests: int, candidates: int) -> CandidateBatch:
+    """A batch of zeros, on the host: what programs are compiled for before there is any data."""
+    tasks, history = len(spec.tasks), spec.history_length
+
+    # A batch is made on the host and typed for the device, where it is used.
+    def zeros(dtype: type, *shape: int) -> Any:
+        return np.zeros((requests, *shape), dtype)
+
+    return CandidateBatch(
+        user_id=zeros(np.int32),
+        user_features=zeros(np.float32, spec.user_features),
+        context=zeros(np.float32, spec.context_features),
+        history_id=zeros(np.int32, history),
+        history_features=zeros(np.float32, history, spec.history_features),
+        history_mask=zeros(np.bool_, history),
+        item_id=zeros(np.int32, candidates),
+        candidate_features=zeros(np.float32, candidates, spec.candidate_features),
+        stage=zeros(np.int8, candidates),
+        user_label=zeros(np.float32, candidates, tasks),
+        label_weight=zeros(np.float32, candidates),
+        teacher_probability=zeros(np.float32, candidates, tasks),
+        teacher_weight=zeros(np.float32, candidates, tasks),
+    )

@@ -1,0 +1,1 @@
+"""Sources of requests, requests on disk, and batches."""

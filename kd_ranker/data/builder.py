@@ -1,0 +1,218 @@
+"""Requests on disk: a TFDS builder that writes ArrayRecord, and the folder that it makes.
+
+A built dataset is `data.dir/requests/<name>/<version>` with the splits `train` and `test`, and
+beside the records
+
+    feature_spec.json   the sizes of its features (`FeatureSpec`)
+    items.npy           float32 [num_items, F], what is known of each item, stored once
+
+TFDS writes into a temporary folder and renames it at the end, so a dataset is whole or absent.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Float32
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from kd_ranker.batch import FeatureSpec
+from kd_ranker.data.request import Request, Source
+from kd_ranker.errors import UserError
+
+FORMAT_VERSION = "1.0.0"
+SPLITS = ("train", "test")
+_SPEC_FILE, _ITEMS_FILE = "feature_spec.json", "items.npy"
+# Where the dataset is put does not change what is in it, nor does what a report lists.
+_DATA_KEYS_WITHOUT_INFLUENCE = ("dir",)
+_FUNNEL_KEYS_OF_DATA = ("retrieved", "passed", "shown")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A built dataset, opened for reading."""
+
+    directory: Path
+    spec: FeatureSpec
+    item_features: Float32[np.ndarray, "items F"]
+    builder: tfds.core.DatasetBuilder
+
+
+def teacher_column(task: str) -> str:
+    """The name under which a task's teacher probability is stored."""
+    return f"teacher_probability_{task}"
+
+
+def record_features(spec: FeatureSpec) -> tfds.features.FeaturesDict:
+    """The TFDS features of a stored request: `Request`, with one teacher column a task."""
+
+    def tensor(dtype: Any, *shape: int | None) -> tfds.features.Tensor:
+        return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES)
+
+    tasks = len(spec.tasks)
+    return tfds.features.FeaturesDict(
+        {
+            "request_id": tfds.features.Scalar(np.int64),
+            "time": tfds.features.Scalar(np.int64),
+            "user_id": tfds.features.Scalar(np.int32),
+            "user_features": tensor(np.float32, spec.user_features),
+            "context": tensor(np.float32, spec.context_features),
+            "history_id": tensor(np.int32, None),
+            "history_features": tensor(np.float32, None, spec.history_features),
+            "item_id": tensor(np.int32, None),
+            "candidate_features": tensor(np.float32, None, spec.candidate_features),
+            "num_passed": tfds.features.Scalar(np.int32),
+            "user_label": tensor(np.uint8, None, tasks),
+            "label_weight": tensor(np.float32, None),
+            **{teacher_column(task): tensor(np.float32, None) for task in spec.tasks},
+            "teacher_weight": tensor(np.float32, None),
+            "teacher_version": tfds.features.Text(),
+            "true_probability": tensor(np.float32, None, tasks),
+        }
+    )
+
+
+def to_record(request: Request, tasks: Sequence[str]) -> dict[str, Any]:
+    """A request as the builder stores it."""
+    record = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    probability = record.pop("teacher_probability")
+    return record | {
+        teacher_column(task): np.ascontiguousarray(probability[:, index])
+        for index, task in enumerate(tasks)
+    }
+
+
+def from_record(record: Mapping[str, Any], tasks: Sequence[str]) -> Request:
+    """The inverse of `to_record`, for a record as TFDS returns it.
+
+    Without `true_probability` in the record (training does not read it) there are none, [0, T].
+    """
+    fields = dict(record)
+    probability = np.stack([fields.pop(teacher_column(task)) for task in tasks], axis=-1)
+    version = fields.pop("teacher_version")
+    none_known = np.zeros((0, len(tasks)), np.float32)
+    return Request(
+        **{"true_probability": none_known} | fields,
+        teacher_probability=probability,
+        teacher_version=version.decode() if isinstance(version, bytes) else version,
+    )
+
+
+def fingerprint(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> str:
+    """Eight hex digits that differ where the contents of the dataset would."""
+    of_data = {key: value for key, value in data.items() if key not in _DATA_KEYS_WITHOUT_INFLUENCE}
+    of_funnel = {key: funnel[key] for key in _FUNNEL_KEYS_OF_DATA}
+    text = json.dumps([of_data, list(tasks), of_funnel], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def dataset_name(
+    data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict, teacher_version: str = ""
+) -> str:
+    """The folder of a dataset below `data.dir/requests`.
+
+    `teacher_version` names the copy that a teacher trained here has scored; "" the dataset itself,
+    with whatever teacher probabilities it was logged with.
+    """
+    name = f"{data.name}-{fingerprint(data, tasks, funnel)}"
+    return f"{name}-teacher-{teacher_version}" if teacher_version else name
+
+
+class Requests(tfds.core.GeneratorBasedBuilder):
+    """Writes the requests of a source."""
+
+    VERSION = tfds.core.Version(FORMAT_VERSION)
+    name = "requests"
+
+    def __init__(self, *, source: Source, config_name: str, data_dir: str):
+        """Makes a builder that writes to `data_dir/requests/<config_name>/<version>`."""
+        self._source = source
+        super().__init__(
+            data_dir=data_dir,
+            config=tfds.core.BuilderConfig(name=config_name, version=self.VERSION),
+            file_format="array_record",
+        )
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(builder=self, features=record_features(self._source.spec))
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
+        del dl_manager
+        (self.data_path / _SPEC_FILE).write_text(self._source.spec.to_json())
+        with (self.data_path / _ITEMS_FILE).open("wb") as file:
+            np.save(file, self._source.item_features)
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
+        requests = tqdm(
+            self._source.requests(split),
+            total=self._source.num_requests[split],
+            desc=f"writing {split}",
+            unit="request",
+            disable=None,
+        )
+        for index, request in enumerate(requests):
+            _check_ids(request, self._source.spec)
+            yield index, to_record(request, self._source.spec.tasks)
+
+
+def _check_ids(request: Request, spec: FeatureSpec) -> None:
+    """Raises UserError for an id out of range: a lookup on a device could not complain."""
+    for name, ids, size in (
+        ("user_id", np.asarray([request.user_id]), spec.num_users),
+        ("item_id", request.item_id, spec.num_items),
+        ("history_id", request.history_id, spec.num_items),
+    ):
+        if ids.size and not (ids.min() >= 0 and ids.max() < size):
+            raise UserError(
+                f"request {request.request_id}: {name} must lie in [0, {size}), "
+                f"found {ids.min()} to {ids.max()}"
+            )
+
+
+def directory_of(name: str, data_dir: str) -> Path:
+    """Where the dataset `name` (see `dataset_name`) lies, built or not."""
+    return Path(data_dir) / Requests.name / name / FORMAT_VERSION
+
+
+def build(source: Source, name: str, data_dir: str) -> Path:
+    """Writes a source to disk unless it is there already, and returns its folder."""
+    directory = directory_of(name, data_dir)
+    if not directory.exists():
+        # TFDS' own bars do not know how many requests are to come; ours do.
+        tfds.disable_progress_bar()
+        builder = Requests(source=source, config_name=name, data_dir=data_dir)
+        # It announces a download, and there is none.
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.download_and_prepare()
+    return directory
+
+
+def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:
+    """Opens a built dataset.
+
+    Args:
+      name: see `dataset_name`.
+      data_dir: `config.data.dir`.
+      made_by: the command that makes the dataset, for the message if there is none.
+
+    Raises:
+      UserError: there is no such dataset.
+    """
+    directory = directory_of(name, data_dir)
+    if not (directory / _SPEC_FILE).exists():
+        raise UserError(f"no dataset at {directory}; make it with: {made_by}")
+    return Dataset(
+        directory=directory,
+        spec=FeatureSpec.from_json((directory / _SPEC_FILE).read_text()),
+        item_features=np.load(directory / _ITEMS_FILE),
+        builder=tfds.builder_from_directory(directory),
+    )

@@ -1,0 +1,1 @@
+"""How a student meets user labels and the teacher's probabilities."""

@@ -1,0 +1,1 @@
+"""Tables whose update cost follows the rows touched."""

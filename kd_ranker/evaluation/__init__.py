@@ -1,0 +1,1 @@
+"""Label metrics, alignment, funnel and cost."""

@@ -1,0 +1,60 @@
+"""What a model costs per candidate, and what a funnel costs per request, in FLOPs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from kd_ranker.errors import UserError
+
+
+def flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """Floating-point operations of one call, from the compiled program's own cost analysis.
+
+    The count is XLA's: a multiplication and an addition are two operations, so a matrix product
+    [a, b] · [b, c] counts 2abc. The body of a loop (`lax.scan`, `lax.while_loop`) is counted once,
+    however often it runs.
+
+    Args:
+      function: a function of arrays, compiled here and never run.
+      *arguments: its arguments, arrays or `jax.ShapeDtypeStruct`s, or pytrees of them.
+
+    Raises:
+      UserError: the backend reports no FLOPs for this program.
+    """
+    analysis = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    # One dict, or in some versions and backends a list with one dict a program, or nothing.
+    programs = analysis if isinstance(analysis, list | tuple) else [analysis]
+    counted = [float((program or {}).get("flops", 0.0)) for program in programs]
+    total = sum(counted)
+    if not total > 0:
+        raise UserError(
+            f"the backend {jax.default_backend()!r} reports no FLOPs for this program; "
+            "measure the cost on a backend that does, such as JAX_PLATFORMS=cpu"
+        )
+    return total
+
+
+def funnel_cost(
+    retrieved: float, passed: float, student_flops: float, teacher_flops: float
+) -> float:
+    """FLOPs of one request: retrieved · student FLOPs + passed · teacher FLOPs.
+
+    `student_flops` and `teacher_flops` are per candidate. NaN if `passed` is.
+
+    >>> funnel_cost(retrieved=2000, passed=200, student_flops=10.0, teacher_flops=200.0)
+    60000.0
+    """
+    return retrieved * student_flops + passed * teacher_flops
+
+
+def funnel_cost_saving(cost: float, baseline_cost: float) -> float:
+    """1 - cost / baseline cost: the share of the baseline's compute that is saved, at most 1.
+
+    The costs are `funnel_cost` of this student and of the student of mode `none` with the same
+    seed, each at its own `passed_for_99`. Negative where this student costs more.
+
+    >>> funnel_cost_saving(cost=45_000.0, baseline_cost=60_000.0)
+    0.25
+    """
+    return 1 - cost / baseline_cost

@@ -1,0 +1,152 @@
+"""What the funnel keeps when the student passes its top k, for every k = 1..N at once.
+
+The funnel: N candidates retrieved, the student passes its top k, the teacher ranks those and shows
+m. Axes: `R` requests, `N` candidates, `T` tasks; index `k - 1` of a curve belongs to k.
+
+Ties: equal values keep the order in which the candidates lie in the request, for the student and
+the teacher alike. That is fixed and fair only as long as this order tells nothing about quality:
+a student that gives every candidate one value is judged by it.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+
+@flax.struct.dataclass
+class FunnelCurves:
+    """Curves over k = 1..N, of each request or, without the leading axis, of one.
+
+    Attributes:
+      survival: share, in [0, 1], of the teacher's own top m that the student's top k keeps.
+      value_captured: summed teacher value of the m items shown when the teacher ranks only the
+        student's top k. Its last entry is the same when the teacher ranks all retrieved, and so
+        the denominator of the design's `value_captured@k`.
+      true_value_captured: summed true value of the same items; its last entry is again the
+        denominator. NaN where the true values are not known.
+      counts: False where the teacher knows no candidate of the request; all curves are 0 there.
+    """
+
+    survival: Float[Array, "R N"]
+    value_captured: Float[Array, "R N"]
+    true_value_captured: Float[Array, "R N"]
+    counts: Bool[Array, "R"]
+
+
+def value(
+    probability: Float[Array, "*shape T"], value_weights: Float[Array, "T"]
+) -> Float[Array, "*shape"]:
+    """What a ranker sorts by: Σ over tasks of weight · probability. Non-negative weights.
+
+    A product and a sum, not a matrix product: accelerators may round the inputs of the latter to
+    fewer bits, which would make ties out of candidates that differ.
+    """
+    return (probability * value_weights).sum(axis=-1)
+
+
+def funnel_curves(
+    student_value: Float[Array, "R N"],
+    teacher_value: Float[Array, "R N"],
+    candidate_mask: Bool[Array, "R N"],
+    shown: int,
+    true_value: Float[Array, "R N"] | None = None,
+) -> FunnelCurves:
+    """The curves of each request.
+
+    Args:
+      student_value: what the student sorts by; finite. If it is NaN on a candidate that the teacher
+        knows, the student has diverged and the curves of that request are NaN.
+      teacher_value: what the teacher sorts by, non-negative; NaN on a candidate whose teacher value
+        is not known: such a candidate takes a place in the student's top k, and is never chosen
+        by the teacher.
+      candidate_mask: False on padding, which is ranked behind all and never chosen.
+      shown: m, the number of items shown, at least 1. Fewer are shown where k, or the number of
+        candidates that the teacher knows, is smaller.
+      true_value: the true value of each candidate, or None where the dataset does not know it.
+    """
+    if shown < 1:
+        raise ValueError(f"shown={shown} must be at least 1")
+    if true_value is None:
+        true_value = jnp.full_like(teacher_value, jnp.nan)
+    of_request = jax.vmap(_curves_of_request, in_axes=(0, 0, 0, 0, None))
+    return of_request(student_value, teacher_value, candidate_mask, true_value, shown)
+
+
+def _curves_of_request(
+    student_value: Float[Array, "N"],
+    teacher_value: Float[Array, "N"],
+    candidate_mask: Bool[Array, "N"],
+    true_value: Float[Array, "N"],
+    shown: int,
+) -> FunnelCurves:
+    known = candidate_mask & ~jnp.isnan(teacher_value)
+    # The teacher's order: place 0 is its favourite. Those that it cannot choose come last, and are
+    # worth 0 below, so that whether one of them fills an empty slot makes no difference.
+    by_teacher = jnp.argsort(jnp.where(known, -teacher_value, jnp.inf))
+    place = jnp.zeros_like(by_teacher).at[by_teacher].set(jnp.arange(by_teacher.size))
+    by_student = jnp.argsort(jnp.where(candidate_mask, -student_value, jnp.inf))
+    arriving = place[by_student]  # places in the teacher's order, as the student lets them pass
+
+    own_top = jnp.minimum(shown, known.sum())
+    survival = jnp.cumsum(arriving < own_top) / jnp.maximum(own_top, 1)
+
+    chosen = _best_places(arriving, shown)
+
+    def summed(values: Float[Array, "N"]) -> Float[Array, "N"]:
+        # Place N means nobody, whose value is 0.
+        by_place = jnp.append(jnp.where(known, values, 0.0)[by_teacher], 0.0)
+        return by_place[chosen].sum(axis=-1)
+
+    diverged = jnp.any(known & jnp.isnan(student_value))
+
+    def or_nan(curve: Float[Array, "N"]) -> Float[Array, "N"]:
+        return jnp.where(diverged, jnp.nan, curve.astype(teacher_value.dtype))
+
+    return FunnelCurves(
+        survival=or_nan(survival),
+        value_captured=or_nan(summed(teacher_value)),
+        true_value_captured=or_nan(summed(true_value)),
+        counts=own_top > 0,
+    )
+
+
+def _best_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N m"]:
+    """Row `k - 1` holds the m smallest of the first k places, ascending, filled up with N.
+
+    One candidate after the other is sorted into the best m so far: slot i keeps its place unless
+    the newcomer's is smaller, and then takes the larger of the newcomer's and that of slot i - 1.
+    """
+    size = arriving.size
+
+    def insert(
+        best: Int[Array, "m"], newcomer: Int[Array, ""]
+    ) -> tuple[Int[Array, "m"], Int[Array, "m"]]:
+        before = jnp.concatenate([jnp.full(1, -1, best.dtype), best[:-1]])
+        best = jnp.minimum(best, jnp.maximum(newcomer, before))
+        return best, best
+
+    nobody = jnp.full(shown, size, arriving.dtype)
+    return lax.scan(insert, nobody, arriving)[1]
+
+
+def captured_share(captured: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+    """A captured curve, summed over requests, over its last entry: 1 where nothing is lost.
+
+    The ratio of the sums over requests, not the mean of their ratios: it is the share of the whole
+    feed's value, in which a request where little is at stake counts little. NaN if the total is 0.
+    """
+    total = captured[-1]
+    return captured / total if total != 0 else np.full_like(captured, np.nan)
+
+
+def passed_for_99(share: Float[np.ndarray, "N"]) -> float:
+    """The smallest k whose share of value captured is at least 0.99; NaN if the curve is NaN.
+
+    >>> passed_for_99(np.array([0.5, 0.98, 0.995, 1.0]))
+    3.0
+    """
+    enough = np.flatnonzero(share >= 0.99)
+    return float(enough[0] + 1) if enough.size else float("nan")

@@ -1,0 +1,1 @@
+"""Students, the teacher, and the layers that they share."""

@@ -1,0 +1,57 @@
+"""Layers that student and teacher share."""
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kd_ranker.batch import CandidateBatch
+
+
+class MultiLayerPerceptron(nnx.Module):
+    """Linear layers with a ReLU between them, none after the last."""
+
+    def __init__(self, widths: Sequence[int], *, rngs: nnx.Rngs):
+        """Builds the layers; `widths` runs from the input's width to the output's."""
+        self.layers = nnx.List(
+            [
+                nnx.Linear(fan_in, fan_out, rngs=rngs)
+                for fan_in, fan_out in itertools.pairwise(widths)
+            ]
+        )
+
+    def __call__(self, inputs: Float[Array, "... fan_in"]) -> Float[Array, "... fan_out"]:
+        """Applies the layers to the last axis."""
+        *hidden, last = self.layers
+        for layer in hidden:
+            inputs = jax.nn.relu(layer(inputs))
+        return last(inputs)
+
+
+class ItemEncoder(nnx.Module):
+    """An item's looked-up row plus a linear map of its own features: float32 [..., D]."""
+
+    def __init__(self, features: int, width: int, *, rngs: nnx.Rngs):
+        """Builds the map from `features` to `width` = D."""
+        self.features = nnx.Linear(features, width, rngs=rngs)
+
+    def __call__(
+        self, row: Float[Array, "... D"], features: Float[Array, "... F"]
+    ) -> Float[Array, "... D"]:
+        """Row + W features + b."""
+        return row + self.features(features)
+
+
+def candidate_inputs(
+    batch: CandidateBatch, item_features: Float[Array, "items F"]
+) -> Float[Array, "R N F+X"]:
+    """What is known of each candidate besides its row: its own features and the request's."""
+    return jnp.concatenate([item_features[batch.item_id], batch.candidate_features], axis=-1)
+
+
+def user_inputs(batch: CandidateBatch, user_row: Float[Array, "R D"]) -> Float[Array, "R D+U+C"]:
+    """What is known of the user and the request: row, features, context."""
+    return jnp.concatenate([user_row, batch.user_features, batch.context], axis=-1)

@@ -1,0 +1,154 @@
+"""The teacher: a final ranker that looks at the user's history anew for each candidate."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+from ml_collections import ConfigDict
+
+from kd_ranker.batch import CandidateBatch, FeatureSpec
+from kd_ranker.embedding.lookup import Lookup, Rows
+from kd_ranker.models.layers import (
+    ItemEncoder,
+    candidate_inputs,
+    user_inputs,
+)
+from kd_ranker.models.model import ModuleClass
+
+
+class HistoryAttention(nnx.Module):
+    """Attention of a candidate over the user's history, after DIN (Zhou et al., KDD 2018).
+
+        u = relu(W [event, candidate, event ⊙ candidate] + b)   [R, N, H, hidden]
+        attended = Σ_h mask_h (w · u_h + a) event_h / H         [R, N, D]
+        matches = Σ_h mask_h u_h / H                            [R, N, hidden]
+
+    The weights are not normalised, as in the paper: how many events match a candidate matters, not
+    only which ones match it best. `matches`, which the paper does not have, counts them directly.
+    The first layer is split by its inputs, so that what depends on an event or on a candidate alone
+    is computed once for each and not for each pair.
+    """
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
+        """Builds the layers for events and candidates of size `width`."""
+        self.event = nnx.Linear(width, hidden, rngs=rngs)
+        self.candidate = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
+        self.product = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
+        self.weight = nnx.Linear(hidden, 1, rngs=rngs)
+
+    def __call__(
+        self,
+        events: Float[Array, "R H D"],
+        candidates: Float[Array, "R N D"],
+        mask: Bool[Array, "R H"],
+    ) -> tuple[Float[Array, "R N D"], Float[Array, "R N hidden"]]:
+        """The history as each candidate sees it, and `matches`; zeros where it is empty."""
+        hidden = (
+            self.event(events)[:, None]
+            + self.candidate(candidates)[:, :, None]
+            + self.product(events[:, None] * candidates[:, :, None])
+        )
+        hidden = jax.nn.relu(hidden) * mask[:, None, :, None]
+        weights = self.weight(hidden)[..., 0] * mask[:, None]
+        attended = jnp.einsum("rnh,rhd->rnd", weights, events)
+        return attended / events.shape[1], jnp.mean(hidden, axis=2)
+
+
+class CrossLayer(nnx.Module):
+    """x0 ⊙ (W x + b) + x: a layer of DCN-v2 (Wang et al., WWW 2021)."""
+
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        """Builds a layer for inputs of size `width`."""
+        self.linear = nnx.Linear(width, width, rngs=rngs)
+
+    def __call__(
+        self, first: Float[Array, "... W"], inputs: Float[Array, "... W"]
+    ) -> Float[Array, "... W"]:
+        """Crosses the layer's input once more with the first layer's input."""
+        return first * self.linear(inputs) + inputs
+
+
+class ExpertMixture(nnx.Module):
+    """A mixture of experts with one gate a head: MMoE (Ma et al., KDD 2018)."""
+
+    def __init__(self, width: int, experts: int, hidden: int, heads: int, *, rngs: nnx.Rngs):
+        """Builds `experts` experts of size `hidden` and one gate and one tower a head."""
+        self.shape = (experts, hidden, heads)
+        self.experts = nnx.Linear(width, experts * hidden, rngs=rngs)
+        self.gates = nnx.Linear(width, heads * experts, rngs=rngs)
+        self.towers = nnx.Param(jax.random.normal(rngs.params(), (heads, hidden)) / hidden**0.5)
+        self.offset = nnx.Param(jnp.zeros(heads))
+
+    def __call__(self, inputs: Float[Array, "... W"]) -> Float[Array, "... heads"]:
+        """The logits of the heads."""
+        experts, hidden, heads = self.shape
+        leading = inputs.shape[:-1]
+        outputs = jax.nn.relu(self.experts(inputs)).reshape(*leading, experts, hidden)
+        gates = jax.nn.softmax(self.gates(inputs).reshape(*leading, heads, experts))
+        mixed = jnp.einsum("...he,...ew->...hw", gates, outputs)
+        return jnp.einsum("...hw,hw->...h", mixed, self.towers[...]) + self.offset[...]
+
+
+class FinalRanker(nnx.Module):
+    """History attention, cross layers, a mixture of experts.
+
+    e = history rows + W_e [item features, event features]      [R, H, D]
+    v = item row + W_v [item features, candidate features]      [R, N, D]
+    t = attention(e, v)                                         [R, N, D]
+    x = [user row, user features, context, mean of e, v, item and candidate features, t, t ⊙ v]
+    z = experts(cross layers(x))                                [R, N, heads]
+    """
+
+    lookups = {
+        "user": Lookup(table="user", ids="user_id", mask=""),
+        "item": Lookup(table="item", ids="item_id", mask="candidate_mask"),
+        "history": Lookup(table="item", ids="history_id", mask="history_mask"),
+    }
+
+    def __init__(self, spec: FeatureSpec, heads: int, config: ConfigDict, *, rngs: nnx.Rngs):
+        """Builds the model.
+
+        Reads `width` (D), `attention_hidden`, `cross_layers`, `experts` and `expert_hidden` from
+        the config.
+        """
+        width = config.width
+        features = spec.item_features + spec.candidate_features
+        self.event = ItemEncoder(spec.item_features + spec.history_features, width, rngs=rngs)
+        self.item = ItemEncoder(features, width, rngs=rngs)
+        self.attention = HistoryAttention(width, config.attention_hidden, rngs=rngs)
+        joined = (
+            5 * width
+            + spec.user_features
+            + spec.context_features
+            + features
+            + config.attention_hidden
+        )
+        self.crosses = nnx.List([CrossLayer(joined, rngs=rngs) for _ in range(config.cross_layers)])
+        self.mixture = ExpertMixture(joined, config.experts, config.expert_hidden, heads, rngs=rngs)
+
+    def __call__(
+        self, batch: CandidateBatch, rows: Rows, item_features: Float[Array, "items F"]
+    ) -> Float[Array, "R N heads"]:
+        """The logits of every candidate."""
+        event_inputs = jnp.concatenate(
+            [item_features[batch.history_id], batch.history_features], axis=-1
+        )
+        events = self.event(rows["history"], event_inputs)
+        inputs = candidate_inputs(batch, item_features)
+        item = self.item(rows["item"], inputs)
+        attended, matches = self.attention(events, item, batch.history_mask)
+
+        seen = jnp.sum(events * batch.history_mask[..., None], axis=1) / events.shape[1]
+        request = jnp.concatenate([user_inputs(batch, rows["user"]), seen], axis=-1)
+        request = jnp.broadcast_to(request[:, None], (*item.shape[:2], request.shape[-1]))
+        joined = jnp.concatenate(
+            [request, item, inputs, attended, attended * item, matches], axis=-1
+        )
+
+        crossed = joined
+        for layer in self.crosses:
+            crossed = layer(joined, crossed)
+        return self.mixture(crossed)
+
+
+TEACHERS: dict[str, ModuleClass] = {"final_ranker": FinalRanker}

@@ -1,0 +1,147 @@
+"""The teacher that students follow: finding it, and scoring a dataset with it."""
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from kd_ranker.batch import CandidateBatch
+from kd_ranker.data import builder, loader, sampling
+from kd_ranker.data.builder import Dataset
+from kd_ranker.data.request import Request
+from kd_ranker.distillation.modes import MODES
+from kd_ranker.errors import UserError
+from kd_ranker.evaluation.evaluate import Ranker, serve_probability
+from kd_ranker.models.model import Model, Parameters
+from kd_ranker.training import checkpoints, recipes
+from kd_ranker.training import workdir as workdirs
+
+_SAME_FLAGS = "with the same --config flags"
+PREPARE_DATA = f"python -m experiments.prepare_data, {_SAME_FLAGS}"
+TRAIN_TEACHER = f"python -m experiments.train_teacher, {_SAME_FLAGS}"
+LOG_TEACHER = f"python -m experiments.log_teacher, {_SAME_FLAGS}"
+
+
+class Teacher(NamedTuple):
+    """A trained final ranker, and a name for its exact weights."""
+
+    model: Model
+    parameters: Parameters
+    version: str
+    seed: int
+    step: int
+
+    def ranker(self) -> Ranker:
+        """The teacher as the evaluation sees it."""
+        return Ranker(serve_probability(self.model, MODES["none"]), self.parameters)
+
+
+def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
+    """The name of the config's dataset, or of the copy that a teacher has scored."""
+    return builder.dataset_name(config.data, config.tasks, config.funnel, teacher_version)
+
+
+def open_dataset(config: ConfigDict, teacher_version: str = "") -> Dataset:
+    """The config's dataset, or the copy that a teacher has scored.
+
+    Raises:
+      UserError: it was not built.
+    """
+    return builder.open_dataset(
+        dataset_name(config, teacher_version),
+        config.data.dir,
+        made_by=LOG_TEACHER if teacher_version else PREPARE_DATA,
+    )
+
+
+def teacher_and_dataset(config: ConfigDict) -> tuple[Teacher | None, Dataset]:
+    """The teacher that a student follows, and the dataset that it learns from.
+
+    With `teacher.source = "logged"` there is no teacher to run: the probabilities come with the
+    dataset, from the teacher in `teacher.workdir` or, if that is empty, from the dataset's logs.
+
+    Raises:
+      UserError: the teacher or the dataset is missing, or the dataset holds no probabilities.
+    """
+    dataset = open_dataset(config)
+    if config.teacher.source == "live":
+        return load_teacher(config, dataset), dataset
+    if config.teacher.workdir:
+        dataset = open_dataset(config, load_teacher(config, dataset).version)
+    if not dataset.spec.teacher_version:
+        raise UserError(
+            f"{config.data.name} holds no teacher probabilities; name a teacher in teacher.workdir "
+            f"and make them with: {LOG_TEACHER}"
+        )
+    return None, dataset
+
+
+def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
+    """The trained teacher in `config.teacher.workdir`.
+
+    Raises:
+      UserError: there is none, it is not done, or it was trained for other tasks or other data.
+    """
+    if not config.teacher.workdir:
+        raise UserError(
+            f"teacher.workdir is empty; make a teacher with: {TRAIN_TEACHER}, and name its workdir"
+        )
+    workdir = Path(config.teacher.workdir)
+    if not (workdir / workdirs.CONFIG_FILE).exists():
+        raise UserError(f"no teacher at {workdir}; make it with: {TRAIN_TEACHER}")
+    trained = workdirs.read_config(workdir)
+    there, here = dataset_name(trained), dataset_name(config)
+    if there != here:
+        raise UserError(
+            f"the teacher at {workdir} was trained on {there} for {', '.join(trained.tasks)}, not "
+            f"on {here} for {', '.join(config.tasks)}; make one with: {TRAIN_TEACHER}"
+        )
+    recipe, state = recipes.teacher_start(trained, dataset.spec)
+    with checkpoints.open_manager(workdir) as manager:
+        state, step = checkpoints.restore(manager, state, batches=None)
+    if step < trained.teacher.train.steps:
+        raise UserError(
+            f"the teacher at {workdir} stopped at step {step} of {trained.teacher.train.steps}; "
+            f"finish it with: {TRAIN_TEACHER}"
+        )
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(state.parameters):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return Teacher(recipe.model, state.parameters, digest.hexdigest()[:12], trained.seed, step)
+
+
+def scored_requests(
+    config: ConfigDict, dataset: Dataset, teacher: Teacher, split: str
+) -> Iterator[Request]:
+    """The requests of a split with the teacher's probabilities in place of the logged ones.
+
+    Training requests get the probabilities of what `config.teacher.stage` names, test requests
+    those of all candidates.
+    """
+    everywhere = split == "test" or config.teacher.stage == "retrieved"
+    ranker, item_features = teacher.ranker(), jax.device_put(dataset.item_features)
+    size = config.evaluation.requests
+    requests = loader.read_requests(dataset, split)
+    while chunk := list(itertools.islice(requests, size)):
+        # A last chunk of another size would compile once more.
+        filled = chunk + [chunk[-1]] * (size - len(chunk))
+        fields = [
+            sampling.full_fields(request, dataset.spec, config.funnel.retrieved)
+            for request in filled
+        ]
+        batch = CandidateBatch(**sampling.stack(fields))
+        (probability,) = ranker.probability(ranker.parameters, batch, item_features).values()
+        for request, scored in zip(chunk, np.asarray(probability), strict=False):
+            number = len(request.item_id) if everywhere else request.num_passed
+            yield dataclasses.replace(
+                request,
+                teacher_probability=scored[:number],
+                teacher_weight=np.ones(number, np.float32),
+                teacher_version=teacher.version,
+            )

@@ -1,0 +1,90 @@
+"""The same step on one device or many: by `pmap` or by `shard_map`."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kd_ranker.training.step import AXIS
+
+
+class Mapping(NamedTuple):
+    """How a step is spread over devices.
+
+    Attributes:
+      replicate: a pytree on the host or one device -> the same on all devices.
+      shard: a host batch [requests, ...] -> the same, its requests split over the devices.
+      map_step: step(state, batch, hyperparameters, frozen) -> its compiled, mapped version; the
+        state's buffers are donated.
+      unreplicate: the inverse of `replicate`.
+    """
+
+    replicate: Callable[[Any], Any]
+    shard: Callable[[Any], Any]
+    map_step: Callable[[Callable], Callable]
+    unreplicate: Callable[[Any], Any]
+
+
+def pmap(devices: Sequence[jax.Device]) -> Mapping:
+    """Maps by `jax.pmap`: every array carries a leading axis of devices."""
+    sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+
+    def put(tree: Any) -> Any:
+        # A step donates its state, which must not share memory with what the caller holds.
+        return jax.device_put(tree, sharding, may_alias=False)
+
+    def replicate(tree: Any) -> Any:
+        return put(
+            jax.tree.map(lambda array: np.broadcast_to(array, (len(devices), *array.shape)), tree)
+        )
+
+    def shard(batch: Any) -> Any:
+        return put(
+            jax.tree.map(lambda array: array.reshape(len(devices), -1, *array.shape[1:]), batch)
+        )
+
+    return Mapping(
+        replicate=replicate,
+        shard=shard,
+        map_step=lambda step: jax.pmap(
+            step, axis_name=AXIS, in_axes=(0, 0, None, 0), donate_argnums=0, devices=devices
+        ),
+        unreplicate=lambda tree: jax.tree.map(lambda array: array[0], tree),
+    )
+
+
+def shard_map(devices: Sequence[jax.Device]) -> Mapping:
+    """Maps by `jax.shard_map` over a mesh of one axis: arrays keep their global shapes."""
+    mesh = Mesh(np.array(devices), (AXIS,))
+    everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
+
+    def map_step(step: Callable) -> Callable:
+        # The step sums over the axis itself; the replication checker would add sums of its own.
+        mapped = jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(everywhere, split, everywhere, everywhere),
+            out_specs=everywhere,
+            check_vma=False,
+        )
+        return jax.jit(mapped, donate_argnums=0)
+
+    def put(tree: Any, spec: PartitionSpec) -> Any:
+        return jax.device_put(tree, NamedSharding(mesh, spec))
+
+    return Mapping(
+        # A step donates its state, which must not share memory with what the caller holds.
+        replicate=lambda tree: put(jax.tree.map(jnp.copy, tree), everywhere),
+        shard=lambda batch: put(batch, split),
+        map_step=map_step,
+        unreplicate=lambda tree: tree,
+    )
+
+
+MAPPINGS: dict[str, Callable[[Sequence[jax.Device]], Mapping]] = {
+    "pmap": pmap,
+    "shard_map": shard_map,
+}

@@ -1,0 +1,71 @@
+#!/usr/bin/env bash
+# The main job: the dataset, the teacher, then a sweep of students under that teacher.
+#
+#   ./scripts/run.sh
+#   ./scripts/run.sh --config=configs/movielens.py --workdir=/data/runs/movielens
+#   ./scripts/run.sh --config.train.steps=500
+#
+# Arguments are passed on to every step. Running it again goes on where it stopped.
+# Relative paths are taken from the repository's root.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+
+config=configs/cascade.py
+workdir=
+teacher=
+passed_on=()
+while [ $# -gt 0 ]; do
+  case $1 in
+    -h | --help)
+      sed -n '2,/^set /{s/^# \{0,1\}//p}' "${BASH_SOURCE[0]}"
+      exit 0
+      ;;
+    --config | --workdir)
+      if [ $# -lt 2 ]; then
+        echo "run: $1 needs a value" >&2
+        exit 2
+      fi
+      set -- "$1=$2" "${@:3}"
+      continue
+      ;;
+    --config=*) config=${1#*=} ;;
+    --workdir=*) workdir=${1#*=} ;;
+    --config.teacher.workdir=*) teacher=${1#*=} ;;
+    *) passed_on+=("$1") ;;
+  esac
+  shift
+done
+
+if [ -z "$workdir" ]; then
+  # configs/cascade.py -> runs/cascade; configs/cascade.py:small -> runs/cascade-small
+  name=$(basename "${config%%:*}" .py)
+  case $config in *:*) name=$name-${config#*:} ;; esac
+  workdir=runs/${name//[^A-Za-z0-9._-]/_}
+fi
+case $workdir in /*) ;; *) workdir=$root/$workdir ;; esac
+teacher=${teacher:-$workdir/teacher}
+
+./scripts/setup.sh
+export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
+
+step() {
+  local name=$1
+  shift
+  echo "run: $name" >&2
+  .venv/bin/python -m "experiments.$name" --config="$config" "$@" \
+    ${passed_on[@]+"${passed_on[@]}"}
+}
+
+step prepare_data
+step train_teacher --workdir="$teacher"
+step sweep --workdir="$workdir/sweep" --config.teacher.workdir="$teacher"
+
+echo "run: done. What was made:"
+echo "  teacher   $teacher"
+echo "  students  $workdir/sweep"
+for made in results.csv report.html; do
+  if [ -e "$workdir/sweep/$made" ]; then
+    printf '  %-9s %s\n' "${made%.*}" "$workdir/sweep/$made"
+  fi
+done

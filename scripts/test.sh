@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Lint, types, tests; stops at the first that fails. Arguments go to pytest:
+#
+#   ./scripts/test.sh
+#   ./scripts/test.sh -n 8                     # with more workers
+#   ./scripts/test.sh -n 0 tests/test_batch.py -k masks
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+./scripts/setup.sh
+
+export JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
+export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
+python=$PWD/.venv/bin/python
+
+step() {
+  echo "test: $*" >&2
+  "$python" -m "$@"
+}
+
+step ruff format --check .
+step ruff check .
+step mypy
+step pytest -n 2 "$@"

@@ -1,0 +1,73 @@
+"""Random batches and small sizes that several tests share."""
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from kd_ranker.batch import CandidateBatch, FeatureSpec
+
+SPEC = FeatureSpec(
+    dataset="test",
+    tasks=("watch", "like", "share"),
+    num_users=30,
+    num_items=50,
+    user_features=5,
+    context_features=3,
+    candidate_features=2,
+    item_features=4,
+    history_length=6,
+    history_features=3,
+    teacher_version="",
+    has_true_probability=False,
+)
+
+STUDENT = ConfigDict({"width": 8, "interests": 3, "hidden": (16,), "table_scale": 0.3})
+TEACHER = ConfigDict(
+    {
+        "width": 8,
+        "attention_hidden": 5,
+        "cross_layers": 2,
+        "experts": 3,
+        "expert_hidden": 7,
+        "table_scale": 0.3,
+    }
+)
+
+
+def random_items(seed: int = 0) -> np.ndarray:
+    """An item feature matrix for `SPEC`."""
+    shape = (SPEC.num_items, SPEC.item_features)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def random_batch(seed: int, requests: int = 8, candidates: int = 5) -> CandidateBatch:
+    """A batch for `SPEC` with every stage, holes in the history, and weights of zero and others."""
+    generator = np.random.default_rng(seed)
+    tasks, history = len(SPEC.tasks), SPEC.history_length
+
+    def normal(*shape: int) -> np.ndarray:
+        return generator.normal(size=shape).astype(np.float32)
+
+    def ids(size: int, *shape: int) -> np.ndarray:
+        return generator.integers(0, size, shape).astype(np.int32)
+
+    def chance(*shape: int) -> np.ndarray:
+        return generator.random(shape) < 0.6
+
+    stage = ids(4, requests, candidates).astype(np.int8)
+    return CandidateBatch(
+        user_id=ids(SPEC.num_users, requests),
+        user_features=normal(requests, SPEC.user_features),
+        context=normal(requests, SPEC.context_features),
+        history_id=ids(SPEC.num_items, requests, history),
+        history_features=normal(requests, history, SPEC.history_features),
+        history_mask=chance(requests, history),
+        item_id=ids(SPEC.num_items, requests, candidates),
+        candidate_features=normal(requests, candidates, SPEC.candidate_features),
+        stage=stage,
+        user_label=chance(requests, candidates, tasks).astype(np.float32),
+        label_weight=(generator.uniform(0.5, 3, stage.shape) * (stage == 3)).astype(np.float32),
+        teacher_probability=generator.random((requests, candidates, tasks), dtype=np.float32),
+        teacher_weight=(chance(requests, candidates, tasks) & (stage >= 2)[..., None]).astype(
+            np.float32
+        ),
+    )

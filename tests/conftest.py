@@ -1,0 +1,22 @@
+"""Settles what JAX sees before it is imported: the CPU, with 8 devices.
+
+pytest loads this file in the main process and in each pytest-xdist worker before it loads a test.
+"""
+
+import os
+
+DEVICES = 8
+
+# Set JAX_PLATFORMS to run the tests somewhere else.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+_DEVICE_FLAG = "--xla_force_host_platform_device_count"
+if _DEVICE_FLAG not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICE_FLAG}={DEVICES}".strip()
+
+# Workers already share the cores out among themselves; a thread pool a library on top of that
+# only makes them wait for each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(_variable, "1")

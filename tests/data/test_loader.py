@@ -1,0 +1,156 @@
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from kd_ranker.batch import CandidateBatch
+from kd_ranker.data import builder, loader
+from kd_ranker.errors import UserError
+from tests.data.requests import random_source
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    directory = str(tmp_path_factory.mktemp("data"))
+    builder.build(random_source(), "small", directory)
+    return builder.open_dataset("small", directory, made_by="")
+
+
+def batches(dataset, **changes):
+    options = {
+        "requests": 4,
+        "candidates": 12,
+        "passed_share": 0.5,
+        "negative_rate": 0.5,
+        "seed": 0,
+    }
+    return loader.training_batches(dataset, **(options | changes))
+
+
+def take(iterator, number):
+    return [next(iterator) for _ in range(number)]
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_what_is_stored_comes_back(dataset):
+    for split in builder.SPLITS:
+        stored = list(loader.read_requests(dataset, split))
+        source = sorted(random_source().requests(split), key=lambda request: request.request_id)
+        # TFDS shuffles what it writes.
+        for one, other in zip(
+            sorted(stored, key=lambda request: request.request_id), source, strict=True
+        ):
+            for field in dataclasses.fields(one):
+                np.testing.assert_array_equal(getattr(one, field.name), getattr(other, field.name))
+    np.testing.assert_array_equal(dataset.item_features, random_source().item_features)
+    assert dataset.spec == random_source().spec
+
+
+def test_the_same_seed_gives_the_same_batches_and_another_seed_others(dataset):
+    first = take(iter(batches(dataset)), 8)
+    assert_same(first, take(iter(batches(dataset)), 8))
+    other = take(iter(batches(dataset, seed=1)), 8)
+    assert any((a.item_id != b.item_id).any() for a, b in zip(first, other, strict=True))
+
+
+def test_an_epoch_reads_each_request_once_and_epochs_differ(dataset):
+    drawn = take(iter(batches(dataset)), 6)
+    users = [np.concatenate([batch.user_features for batch in drawn[i : i + 3]]) for i in (0, 3)]
+    stored = [request.user_features for request in loader.read_requests(dataset, "train")]
+    for epoch in users:
+        np.testing.assert_array_equal(np.sort(epoch, axis=0), np.sort(np.stack(stored), axis=0))
+    assert (users[0] != users[1]).any()
+
+
+def test_an_iterator_goes_on_where_its_state_was_taken(dataset):
+    iterator = iter(batches(dataset))
+    take(iterator, 5)
+    state = iterator.get_state()
+    expected = take(iterator, 4)
+    resumed = iter(batches(dataset))
+    resumed.set_state(state)
+    assert_same(expected, take(resumed, 4))
+
+
+def test_processes_share_the_requests_of_an_epoch(dataset):
+    seen = []
+    for process in range(2):
+        share = batches(dataset, process_index=process, process_count=2)
+        for batch in take(iter(share), 3):
+            assert batch.user_id.shape == (2,)
+            seen.append(batch.user_features)
+    stored = np.stack([request.user_features for request in loader.read_requests(dataset, "train")])
+    np.testing.assert_array_equal(np.sort(np.concatenate(seen), axis=0), np.sort(stored, axis=0))
+
+
+def test_training_never_sees_the_true_probabilities(tmp_path):
+    """Not by its fields, and not in any other way: other truths give the same batches."""
+    assert not any("true" in field.name for field in dataclasses.fields(CandidateBatch))
+    source = random_source()
+
+    def with_truth(value):
+        def requests(split):
+            for request in source.requests(split):
+                truth = np.full((20, 3), value, np.float32)
+                yield dataclasses.replace(request, true_probability=truth)
+
+        return dataclasses.replace(source, requests=requests)
+
+    drawn = []
+    for value in (0.1, 0.9):
+        builder.build(with_truth(value), f"truth{value}", str(tmp_path))
+        opened = builder.open_dataset(f"truth{value}", str(tmp_path), made_by="")
+        assert all(
+            (request.true_probability == np.float32(value)).all()
+            for request in loader.read_requests(opened, "train")
+        )
+        _, decode = loader.read_split(opened, "train", with_true_probability=False)
+        records, _ = loader.read_split(opened, "train", with_true_probability=False)
+        assert decode(records[0]).true_probability.shape == (0, 3)
+        drawn.append(take(iter(batches(opened)), 6))
+    assert_same(*drawn)
+
+
+def test_evaluation_reads_every_candidate_once_and_masks_what_fills_up(dataset):
+    read = list(loader.evaluation_batches(dataset, requests=3, candidates=24))
+    assert len(read) == 2 == loader.num_evaluation_batches(dataset, requests=3)
+    np.testing.assert_array_equal(
+        np.concatenate([batch.request_mask for batch in read]), [1, 1, 1, 1, 1, 0]
+    )
+    stored = list(loader.read_requests(dataset, "test"))
+    for row, request in enumerate(stored):
+        evaluation, index = read[row // 3], row % 3
+        batch, order = evaluation.batch, np.argsort(request.item_id)
+        # In the order of item ids, so that ties do not follow the logged funnel.
+        np.testing.assert_array_equal(batch.item_id[index, :20], request.item_id[order])
+        np.testing.assert_array_equal(
+            evaluation.true_probability[index, :20], request.true_probability[order]
+        )
+        assert np.isnan(evaluation.true_probability[index, 20:]).all()
+        assert (batch.stage[index, 20:] == 0).all()
+        np.testing.assert_array_equal(
+            batch.label_weight[index, :20] > 0, np.isin(request.item_id[order], request.item_id[:4])
+        )
+        np.testing.assert_array_equal(
+            batch.user_label[index, :20][batch.label_weight[index, :20] > 0],
+            request.user_label[np.argsort(request.item_id[:4])],
+        )
+
+
+def test_a_limit_reads_only_so_many(dataset):
+    (batch,) = loader.evaluation_batches(dataset, requests=8, candidates=20, limit=2)
+    assert batch.request_mask.sum() == 2
+
+
+def test_too_small_a_funnel_is_an_error(dataset):
+    with pytest.raises(UserError, match=r"funnel.retrieved=10 is less than the 20 candidates"):
+        list(loader.evaluation_batches(dataset, requests=2, candidates=10))
+
+
+def test_too_many_processes_are_an_error(dataset):
+    with pytest.raises(UserError, match="12 training requests for 13 processes"):
+        batches(dataset, process_count=13)

@@ -1,0 +1,62 @@
+"""The cost model: counts of known programs, and the funnel's arithmetic."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kd_ranker.errors import UserError
+from kd_ranker.evaluation import cost
+
+
+def test_flops_of_a_matrix_product() -> None:
+    left, right = jax.eval_shape(lambda: (jnp.ones((8, 16)), jnp.ones((16, 4))))
+    assert cost.flops(lambda a, b: a @ b, left, right) == 2 * 8 * 16 * 4
+
+
+def test_flops_of_a_large_product_of_arrays_in_a_pytree() -> None:
+    weights = {"first": jnp.ones((64, 128)), "second": jnp.ones((128, 32))}
+    inputs = jax.eval_shape(lambda: jnp.ones((100, 64)))
+    counted = cost.flops(lambda w, x: x @ w["first"] @ w["second"], weights, inputs)
+    assert counted == pytest.approx(2 * 100 * (64 * 128 + 128 * 32), rel=0.01)
+
+
+def test_no_flops_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(UserError, match="reports no FLOPs"):
+        cost.flops(lambda a: a[0], jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("analysis", "expected"), [({"flops": 7.0}, 7.0), ([{"flops": 7.0}], 7.0), (None, None)]
+)
+def test_flops_reads_every_form_of_report(
+    monkeypatch: pytest.MonkeyPatch, analysis: Any, expected: float | None
+) -> None:
+    class Program:
+        def lower(self, *_: Any) -> "Program":
+            return self
+
+        def compile(self) -> "Program":
+            return self
+
+        def cost_analysis(self) -> Any:
+            return analysis
+
+    monkeypatch.setattr(jax, "jit", lambda _: Program())
+    if expected is None:
+        with pytest.raises(UserError):
+            cost.flops(lambda: None)
+    else:
+        assert cost.flops(lambda: None) == expected
+
+
+def test_funnel_cost_by_hand() -> None:
+    # A student of 5% of the teacher: 2000 · 5 + 200 · 100, and with half as many passed.
+    baseline = cost.funnel_cost(2000, 200, 5.0, 100.0)
+    distilled = cost.funnel_cost(2000, 100, 5.0, 100.0)
+    assert baseline == 30_000
+    assert distilled == 20_000
+    assert cost.funnel_cost_saving(distilled, baseline) == pytest.approx(1 / 3)
+    assert np.isnan(cost.funnel_cost(2000, float("nan"), 5.0, 100.0))

@@ -1,0 +1,151 @@
+"""The funnel's curves against a hand-worked case, rax and brute force."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rax
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kd_ranker.evaluation import funnel
+
+funnel_curves = jax.jit(funnel.funnel_curves, static_argnums=3)
+
+
+def test_curves_by_hand() -> None:
+    # The student's order is a, b, c, d; the last entry is padding. The teacher's is d, b, c, a,
+    # so its own top 2 is {d, b}. Shown of the top k by the teacher:
+    # k = 1: a; k = 2: b, a; k = 3: b, c; k = 4: d, b; k = 5: the same.
+    curves = funnel_curves(
+        jnp.array([[0.9, 0.8, 0.7, 0.6, 9.0]]),
+        jnp.array([[1.0, 3.0, 2.0, 4.0, 9.0]]),
+        jnp.array([[True, True, True, True, False]]),
+        2,
+        jnp.array([[50.0, 10.0, 20.0, 30.0, 99.0]]),
+    )
+    np.testing.assert_allclose(curves.survival, [[0.0, 0.5, 0.5, 1.0, 1.0]])
+    np.testing.assert_allclose(curves.value_captured, [[1.0, 4.0, 5.0, 7.0, 7.0]])
+    # By true values, letting more pass can lose: the teacher chooses wrongly.
+    np.testing.assert_allclose(curves.true_value_captured, [[50.0, 60.0, 30.0, 40.0, 40.0]])
+    assert curves.counts.all()
+
+
+def brute_force(
+    student: np.ndarray, teacher: np.ndarray, mask: np.ndarray, true: np.ndarray, shown: int
+) -> tuple[list[float], list[float], list[float]]:
+    """The curves of one request, from the definitions, one k after the other."""
+    candidates = [i for i in range(mask.size) if mask[i]]
+
+    def shown_by_teacher(passed: list[int]) -> list[int]:
+        known = [i for i in passed if not np.isnan(teacher[i])]
+        return sorted(known, key=lambda i: (-teacher[i], i))[:shown]
+
+    by_student = sorted(candidates, key=lambda i: (-student[i], i))
+    own_top = shown_by_teacher(candidates)
+    survival, value, true_value = [], [], []
+    for k in range(1, mask.size + 1):
+        passed = by_student[:k]
+        chosen = shown_by_teacher(passed)
+        survival.append(len(set(own_top) & set(passed)) / max(len(own_top), 1))
+        value.append(sum(teacher[i] for i in chosen))
+        true_value.append(sum(true[i] for i in chosen))
+    return survival, value, true_value
+
+
+@st.composite
+def ragged_requests(draw: st.DrawFn) -> tuple[np.ndarray, ...]:
+    """Values with ties and holes in ragged requests; few sizes, for each is compiled."""
+    shape = (draw(st.sampled_from([1, 3])), draw(st.sampled_from([1, 9])))
+    generator = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    levels = draw(st.sampled_from([1, 2, 4, 1000]))
+    student, teacher, true = generator.integers(0, levels, size=(3, *shape)) / levels
+    teacher[generator.uniform(size=shape) < draw(st.sampled_from([0.0, 0.3]))] = np.nan
+    mask = generator.uniform(size=shape) < draw(st.sampled_from([0.4, 1.0]))
+    # What lies on padding must not matter.
+    student[~mask], true[~mask] = np.nan, np.nan
+    return (*(array.astype(np.float32) for array in (student, teacher, true)), mask)
+
+
+@settings(deadline=None, max_examples=150)
+@given(ragged_requests(), st.sampled_from([1, 3]))
+def test_curves_match_brute_force(requests: tuple[np.ndarray, ...], shown: int) -> None:
+    student, teacher, true, mask = requests
+    curves = jax.device_get(funnel_curves(student, teacher, mask, shown, true))
+    for request in range(len(mask)):
+        survival, value, true_value = brute_force(
+            student[request], teacher[request], mask[request], true[request], shown
+        )
+        np.testing.assert_allclose(curves.survival[request], survival, rtol=1e-6)
+        np.testing.assert_allclose(curves.value_captured[request], value, rtol=1e-6)
+        np.testing.assert_allclose(curves.true_value_captured[request], true_value, rtol=1e-6)
+        known = mask[request] & ~np.isnan(teacher[request])
+        assert curves.counts[request] == known.any()
+        # From the number of candidates on, nothing is lost, to the last bit.
+        candidates = max(mask[request].sum(), 1)
+        for curve in (curves.survival, curves.value_captured, curves.true_value_captured):
+            assert (curve[request, candidates - 1 :] == curve[request, -1]).all()
+    assert (curves.survival[curves.counts, -1] == 1).all()
+    # Letting more pass never loses what the teacher sees. (True value it may lose.)
+    assert (np.diff(curves.value_captured) >= 0).all()
+    assert (np.diff(curves.survival) >= 0).all()
+
+
+def test_survival_is_the_recall_of_rax() -> None:
+    generator = np.random.default_rng(3)
+    student, teacher = generator.normal(size=(2, 4, 50)).astype(np.float32)
+    mask = np.arange(50) < np.array([[50], [40], [12], [3]])
+    curves = funnel_curves(student, teacher, mask, 10)
+    best = np.argsort(np.where(mask, -teacher, np.inf))[:, :10]
+    own_top = np.zeros_like(mask)
+    np.put_along_axis(own_top, best, True, axis=1)
+    own_top &= mask
+    for k in (1, 2, 5, 10, 30, 50):
+        recall = rax.recall_metric(
+            jnp.asarray(student),
+            jnp.asarray(own_top, jnp.float32),
+            where=jnp.asarray(mask),
+            topn=k,
+            reduce_fn=None,
+        )
+        np.testing.assert_allclose(curves.survival[:, k - 1], recall, rtol=1e-6)
+
+
+def test_teacher_as_its_own_student_loses_nothing() -> None:
+    teacher = np.random.default_rng(4).integers(0, 3, size=(5, 20)).astype(np.float32)
+    curves = funnel_curves(teacher, teacher, np.ones((5, 20), bool), 4)
+    np.testing.assert_allclose(curves.survival[0, :4], [0.25, 0.5, 0.75, 1.0])
+    np.testing.assert_array_equal(curves.value_captured[:, 3], curves.value_captured[:, -1])
+
+
+def test_unknown_true_values_give_nan_and_leave_the_rest() -> None:
+    curves = funnel_curves(np.ones((1, 3)), np.ones((1, 3)), np.ones((1, 3), bool), 2)
+    assert jnp.isnan(curves.true_value_captured).all()
+    np.testing.assert_allclose(curves.value_captured, [[1.0, 2.0, 2.0]])
+
+
+def test_a_diverged_student_gives_nan_only_where_the_teacher_knows_the_candidate() -> None:
+    student = np.array([[0.3, np.nan, 0.1], [0.3, np.nan, 0.1]])
+    teacher = np.array([[0.5, 0.5, 0.5], [0.5, np.nan, 0.5]])
+    curves = funnel_curves(student, teacher, np.ones((2, 3), bool), 2)
+    assert jnp.isnan(curves.survival[0]).all()
+    assert jnp.isnan(curves.value_captured[0]).all()
+    np.testing.assert_allclose(curves.survival[1], [0.5, 1.0, 1.0])
+
+
+def test_shown_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="shown=0"):
+        funnel.funnel_curves(jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.ones((1, 2), bool), 0)
+
+
+def test_value_by_hand() -> None:
+    # 0.5 · 1 + 0.25 · 4 = 1.5
+    np.testing.assert_allclose(funnel.value(jnp.array([[0.5, 0.25]]), jnp.array([1.0, 4.0])), [1.5])
+
+
+def test_captured_share_and_passed_for_99() -> None:
+    share = funnel.captured_share(np.array([5.0, 9.0, 9.9, 10.0, 10.0]))
+    np.testing.assert_allclose(share, [0.5, 0.9, 0.99, 1.0, 1.0])
+    assert funnel.passed_for_99(np.array([0.5, 0.98, 0.99, 1.0])) == 3
+    assert np.isnan(funnel.passed_for_99(np.full(4, np.nan)))
+    assert np.isnan(funnel.captured_share(np.zeros(3))).all()

@@ -1,0 +1,336 @@
+"""The one pass: sums of batches, and the row of results that they make."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import log_loss, roc_auc_score
+
+from kd_ranker.batch import CandidateBatch, EvaluationBatch, Stage
+from kd_ranker.evaluation import measures
+
+TASKS = ("watch", "like")
+VALUE_WEIGHTS = jnp.array([1.0, 2.0])
+SHOWN = 3
+
+request_sums = jax.jit(measures.request_sums, static_argnums=5)
+teacher_request_sums = jax.jit(measures.teacher_request_sums, static_argnums=4)
+
+
+@dataclasses.dataclass
+class Case:
+    """What `request_sums` takes, as numpy arrays."""
+
+    student: np.ndarray
+    teacher: np.ndarray
+    teacher_weight: np.ndarray
+    stage: np.ndarray
+    label: np.ndarray
+    label_weight: np.ndarray
+    true: np.ndarray
+    request_mask: np.ndarray
+
+    def sums(self) -> measures.Sums:
+        sums: measures.Sums = request_sums(
+            jnp.asarray(self.student),
+            jnp.asarray(self.teacher),
+            jnp.asarray(self.teacher_weight),
+            self.evaluation_batch(),
+            VALUE_WEIGHTS,
+            SHOWN,
+        )
+        return sums
+
+    def teacher_sums(self) -> measures.Sums:
+        sums: measures.Sums = teacher_request_sums(
+            jnp.asarray(self.teacher),
+            jnp.asarray(self.teacher_weight),
+            self.evaluation_batch(),
+            VALUE_WEIGHTS,
+            SHOWN,
+        )
+        return sums
+
+    def evaluation_batch(self) -> EvaluationBatch:
+        requests, candidates = self.stage.shape
+        batch = CandidateBatch(
+            user_id=jnp.zeros(requests, int),
+            user_features=jnp.zeros((requests, 1)),
+            context=jnp.zeros((requests, 1)),
+            history_id=jnp.zeros((requests, 1), int),
+            history_features=jnp.zeros((requests, 1, 1)),
+            history_mask=jnp.zeros((requests, 1), bool),
+            item_id=jnp.zeros((requests, candidates), int),
+            candidate_features=jnp.zeros((requests, candidates, 1)),
+            stage=jnp.asarray(self.stage),
+            user_label=jnp.asarray(self.label),
+            label_weight=jnp.asarray(self.label_weight),
+            # The teacher comes beside the batch; what is in it must not be read.
+            teacher_probability=jnp.full(self.teacher.shape, jnp.nan),
+            teacher_weight=jnp.full(self.teacher.shape, jnp.nan),
+        )
+        return EvaluationBatch(batch, jnp.asarray(self.true), jnp.asarray(self.request_mask))
+
+    def of_requests(self, which: slice) -> "Case":
+        return Case(**{name: array[which] for name, array in vars(self).items()})
+
+
+def random_case(seed: int = 0, requests: int = 6, candidates: int = 40) -> Case:
+    generator = np.random.default_rng(seed)
+    entries = (requests, candidates, len(TASKS))
+    stage = generator.choice([s.value for s in Stage if s], size=entries[:2]).astype(np.int8)
+    label_weight = generator.choice([1.0, 2.0], size=entries[:2]) * (stage == Stage.SHOWN)
+    return Case(
+        student=generator.uniform(size=entries).astype(np.float32),
+        teacher=generator.uniform(size=entries).astype(np.float32),
+        teacher_weight=np.ones(entries, np.float32),
+        stage=stage,
+        label=generator.integers(0, 2, size=entries).astype(np.float32),
+        label_weight=label_weight.astype(np.float32),
+        true=generator.uniform(size=entries).astype(np.float32),
+        request_mask=np.ones(requests, bool),
+    )
+
+
+def assert_same_sums(left: measures.Sums, right: measures.Sums) -> None:
+    for field in dataclasses.fields(measures.Sums):
+        np.testing.assert_allclose(
+            getattr(left, field.name),
+            getattr(right, field.name),
+            rtol=1e-5,
+            atol=1e-5,
+            err_msg=field.name,
+        )
+
+
+def test_row_of_one_small_request_by_hand() -> None:
+    # Four candidates, of which b and c were shown. Values are watch + 2 · like.
+    #            student        teacher        true
+    # a    0.9 + 2·0.0 = 0.9  0.1 + 0 = 0.1      1
+    # b    0.8 + 2·0.0 = 0.8  0.5 + 0 = 0.5      0
+    # c    0.4 + 2·0.0 = 0.4  0.2 + 0 = 0.2      1
+    # d    0.3 + 2·0.0 = 0.3  0.8 + 0 = 0.8      1
+    # The teacher's own top 3 is d, b, c, worth 1.5 (2 in truth). The student passes a, b, c, d:
+    # k = 1 shows a (0.1; 1), k = 2 b a (0.6; 1), k = 3 b c a (0.8; 2), k = 4 d b c (1.5; 2).
+    def entries(watch: list[float]) -> np.ndarray:
+        return np.stack([[watch], np.zeros((1, 4))], axis=-1).astype(np.float32)
+
+    case = Case(
+        student=entries([0.9, 0.8, 0.4, 0.3]),
+        teacher=entries([0.1, 0.5, 0.2, 0.8]),
+        teacher_weight=np.ones((1, 4, 2), np.float32),
+        stage=np.array([[1, 3, 3, 2]], np.int8),
+        label=entries([0, 1, 0, 0]),
+        label_weight=np.array([[0.0, 1.0, 3.0, 0.0]], np.float32),
+        true=entries([1, 0, 1, 1]),
+        request_mask=np.ones(1, bool),
+    )
+    row = measures.summarise(case.sums(), TASKS, [1, 3, 99], {"watch": 0.5, "like": 0.0})
+    expected = {
+        "user_bce/watch": (-np.log(0.8) - 3 * np.log(0.6)) / 4,
+        "user_bce/like": 0.0,
+        "user_auc/watch": 1.0,
+        "user_auc/like": np.nan,  # nobody liked anything
+        "user_calibration/watch": (0.8 + 3 * 0.4) / 1,
+        "user_calibration/like": np.nan,
+        "survival@1": 0.0,
+        "survival@3": 2 / 3,
+        "survival@99": 1.0,
+        "value_captured@1": 0.1 / 1.5,
+        "value_captured@3": 0.8 / 1.5,
+        "value_captured@99": 1.0,
+        "true_value_captured@1": 0.5,
+        "true_value_captured@3": 1.0,
+        "true_value_captured@99": 1.0,
+        "passed_for_99": 4,
+    }
+    for name, number in expected.items():
+        np.testing.assert_allclose(row[name], number, rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_row_has_the_columns_of_the_results_in_their_order() -> None:
+    case = random_case()
+    row = measures.summarise(case.sums(), TASKS, [10, 20])
+    assert list(row) == [
+        "user_bce/watch",
+        "user_bce/like",
+        "user_auc/watch",
+        "user_auc/like",
+        "user_calibration/watch",
+        "user_calibration/like",
+        "teacher_bce/watch",
+        "teacher_bce/like",
+        "teacher_kl/watch",
+        "teacher_kl/like",
+        "alignment_ratio",
+        "survival@10",
+        "survival@20",
+        "value_captured@10",
+        "value_captured@20",
+        "true_value_captured@10",
+        "true_value_captured@20",
+        "passed_for_99",
+    ]
+    assert all(type(number) is float for number in row.values())
+    assert np.isnan(row.pop("alignment_ratio"))  # the teacher's user BCE was not given
+    assert np.isfinite(list(row.values())).all()
+
+
+def test_user_metrics_are_those_of_scikit_learn() -> None:
+    case = random_case()
+    row = measures.summarise(case.sums(), TASKS, [])
+    for index, task in enumerate(TASKS):
+        label, student = case.label[..., index], case.student[..., index]
+        expected = log_loss(label.ravel(), student.ravel(), sample_weight=case.label_weight.ravel())
+        np.testing.assert_allclose(row[f"user_bce/{task}"], expected, rtol=1e-5)
+        areas = [
+            roc_auc_score(labels[weights > 0], students[weights > 0])
+            for labels, students, weights in zip(label, student, case.label_weight, strict=True)
+        ]
+        np.testing.assert_allclose(row[f"user_auc/{task}"], np.mean(areas), rtol=1e-5)
+
+
+def test_captured_value_is_the_ratio_of_sums_and_survival_the_mean() -> None:
+    # Request 0 is worth ten times request 1. Only in request 1 does the student's best win.
+    case = random_case(requests=2, candidates=2)
+    case.stage[:] = Stage.RETRIEVED
+    case.student[:] = np.array([0.9, 0.1])[None, :, None]
+    case.teacher[:] = np.array([[0.1, 0.9], [0.09, 0.01]])[..., None]
+    sums = request_sums(
+        *map(jnp.asarray, (case.student, case.teacher, case.teacher_weight)),
+        case.evaluation_batch(),
+        VALUE_WEIGHTS,
+        1,
+    )
+    row = measures.summarise(sums, TASKS, [1])
+    np.testing.assert_allclose(row["survival@1"], 0.5)
+    np.testing.assert_allclose(row["value_captured@1"], (0.1 + 0.09) / (0.9 + 0.09), rtol=1e-6)
+
+
+def test_a_batch_split_in_two_has_the_same_sums() -> None:
+    case = random_case()
+    parts = None
+    for part in (slice(0, 3), slice(3, 6)):
+        parts = measures.add(parts, case.of_requests(part).sums())
+    assert parts is not None
+    assert parts.user_bce.dtype == np.float64
+    assert_same_sums(parts, case.sums())
+
+
+def test_sums_lose_no_digits_in_a_long_evaluation() -> None:
+    # In float32, 2^24 + 1 is 2^24.
+    total = jax.tree.map(lambda leaf: np.full(leaf.shape, 2.0**24), random_case().sums())
+    one = jax.tree.map(jnp.ones_like, total)
+    total = measures.add(measures.add(measures.add(None, total), one), one)
+    np.testing.assert_array_equal(total.label_weight, 2.0**24 + 2)
+
+
+def test_padding_changes_nothing() -> None:
+    case = random_case()
+    sums = case.sums()
+
+    def padded(array: np.ndarray, fill: float) -> np.ndarray:
+        width = [(0, 0), (0, 5)] + [(0, 0)] * (array.ndim - 2)
+        return np.pad(array, width, constant_values=fill)
+
+    # Weights of 1 and values of NaN: only the stage says that there is nothing.
+    longer = Case(
+        student=padded(case.student, np.nan),
+        teacher=padded(case.teacher, np.nan),
+        teacher_weight=padded(case.teacher_weight, 1),
+        stage=padded(case.stage, Stage.PADDING),
+        label=padded(case.label, np.nan),
+        label_weight=padded(case.label_weight, 1),
+        true=padded(case.true, np.nan),
+        request_mask=case.request_mask,
+    ).sums()
+    for name in ("survival", "value_captured", "true_value_captured"):
+        curve = np.asarray(getattr(longer, name))
+        np.testing.assert_array_equal(curve[40:], curve[39])
+        longer = dataclasses.replace(longer, **{name: curve[:40]})
+    assert_same_sums(longer, sums)
+
+
+def test_requests_that_only_fill_up_the_batch_do_not_count() -> None:
+    case = random_case()
+    case.request_mask[3:] = False
+    expected = case.of_requests(slice(0, 3)).sums()
+    for array in (case.student, case.teacher, case.true, case.label):
+        array[3:] = np.nan
+    assert_same_sums(case.sums(), expected)
+
+
+def test_a_candidate_without_teacher_probability_is_never_chosen() -> None:
+    case = random_case()
+    case.teacher_weight[:, ::2, 1] = 0  # of one task, which is enough
+    case.teacher[:, ::2, 1] = 7  # improper, and more than any other
+    holes = case.sums()
+    case.teacher[:, ::2] = 0  # the same choice from a teacher that values them least
+    case.true[:, ::2] = 0  # and whose choice of them, where it has no other, brings nothing
+    case.teacher_weight[:] = 1
+    worst = case.sums()
+    for name in ("survival", "value_captured", "true_value_captured", "funnel_requests"):
+        np.testing.assert_allclose(getattr(holes, name), getattr(worst, name), rtol=1e-6)
+
+
+def test_teacher_judged_as_a_student() -> None:
+    case = random_case()
+    assert_same_sums(case.teacher_sums(), dataclasses.replace(case, student=case.teacher).sums())
+    row = measures.summarise(case.teacher_sums(), TASKS, [1, SHOWN])
+    own = {task: row[f"user_bce/{task}"] for task in TASKS}
+    row = measures.summarise(case.teacher_sums(), TASKS, [1, SHOWN], own)
+    assert row["alignment_ratio"] == 0
+    assert row["survival@1"] == pytest.approx(1 / SHOWN)
+    assert row[f"value_captured@{SHOWN}"] == 1
+    assert row["passed_for_99"] == SHOWN
+    assert row["teacher_kl/watch"] == pytest.approx(0, abs=1e-6)
+
+
+def test_teacher_with_holes_is_judged_only_where_it_is_known() -> None:
+    case = random_case()
+    case.teacher_weight[:, ::3, 0] = 0  # of one task, so that the other still counts for the BCE
+    case.teacher[:, ::3, 0] = np.nan
+    row = measures.summarise(case.teacher_sums(), TASKS, [SHOWN], {"watch": 1.0, "like": 1.0})
+    assert np.isfinite(list(row.values())).all()
+    assert row[f"survival@{SHOWN}"] == 1
+
+
+def test_true_value_is_nan_where_the_dataset_does_not_know_it() -> None:
+    case = random_case()
+    case.true[:] = np.nan
+    row = measures.summarise(case.sums(), TASKS, [10])
+    assert np.isnan(row["true_value_captured@10"])
+    assert np.isfinite(row["value_captured@10"])
+    assert np.isnan(measures.curves(case.sums())["true_value_captured"]).all()
+
+
+def test_a_diverged_student_gives_nan_and_no_numbers() -> None:
+    case = random_case()
+    case.student[:] = np.nan
+    row = measures.summarise(case.sums(), TASKS, [10], {"watch": 0.5, "like": 0.5})
+    assert np.isnan(list(row.values())).all()
+
+
+def test_calibration_table_is_that_of_scikit_learn() -> None:
+    case = random_case()
+    case.label_weight = (case.stage == Stage.SHOWN).astype(np.float32)
+    case.student[0, :2] = [[0.0], [1.0]]  # the ends fall into the first and last bin
+    table = measures.calibration_table(case.sums())
+    shown = case.label_weight > 0
+    for task in range(len(TASKS)):
+        observed, predicted = calibration_curve(
+            case.label[shown][:, task], case.student[shown][:, task], n_bins=20
+        )
+        filled = table["weight"][task] > 0
+        np.testing.assert_allclose(table["observed"][task][filled], observed, rtol=1e-5)
+        np.testing.assert_allclose(table["predicted"][task][filled], predicted, rtol=1e-5)
+        assert table["weight"][task].sum() == shown.sum()
+
+
+def test_sums_are_the_same_to_the_last_bit_when_repeated() -> None:
+    case = random_case()
+    for left, right in zip(*map(jax.tree.leaves, (case.sums(), case.sums())), strict=True):
+        np.testing.assert_array_equal(left, right)

@@ -1,0 +1,102 @@
+import jax
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from kd_ranker.distillation.modes import MODES
+from kd_ranker.models.model import build_model, score
+from kd_ranker.models.student import STUDENTS, MultiInterest, TwoTower
+from tests.batches import SPEC, STUDENT, random_batch, random_items
+
+
+def dense(layer):
+    return np.asarray(layer["kernel"][...]), np.asarray(layer["bias"][...])
+
+
+def mlp(layers, inputs):
+    for index in range(len(layers)):
+        kernel, bias = dense(layers[index])
+        inputs = inputs @ kernel + bias
+        if index + 1 < len(layers):
+            inputs = np.maximum(inputs, 0)
+    return inputs
+
+
+def users_and_items(parameters, batch, items):
+    """The inputs of both towers, one request and one candidate at a time."""
+    tables = parameters.tables
+    users = np.stack(
+        [
+            np.concatenate([tables["user"][user], features, context])
+            for user, features, context in zip(
+                batch.user_id, batch.user_features, batch.context, strict=True
+            )
+        ]
+    )
+    kernel, bias = dense(parameters.dense["item"]["features"])
+    item = np.zeros((*batch.item_id.shape, STUDENT.width))
+    for request in range(batch.item_id.shape[0]):
+        for candidate in range(batch.item_id.shape[1]):
+            known = np.concatenate(
+                [
+                    items[batch.item_id[request, candidate]],
+                    batch.candidate_features[request, candidate],
+                ]
+            )
+            row = np.asarray(tables["item"][batch.item_id[request, candidate]])
+            item[request, candidate] = row + known @ kernel + bias
+    return users, item
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("requests", "candidates"), [(4, 5), (1, 1)])
+def test_multi_interest_is_the_formula(mode, requests, candidates):
+    heads = MODES[mode].heads_per_task * len(SPEC.tasks)
+    model, parameters = build_model(MultiInterest, SPEC, heads, STUDENT, jax.random.key(0))
+    batch, items = random_batch(0, requests, candidates), random_items()
+    users, item = users_and_items(parameters, batch, items)
+    users = mlp(parameters.dense["user"]["layers"], users).reshape(
+        requests, STUDENT.interests, STUDENT.width
+    )
+    kernel, bias = dense(parameters.dense["heads"])
+    expected = np.zeros((requests, candidates, heads))
+    for request in range(requests):
+        for candidate in range(candidates):
+            match = users[request] @ item[request, candidate]
+            combined = softmax(match) @ users[request]
+            joined = np.concatenate([combined, item[request, candidate], match])
+            expected[request, candidate] = joined @ kernel + bias
+
+    logits = score(model, parameters, batch, items)
+    np.testing.assert_allclose(logits, expected, atol=2e-5)
+
+
+def test_two_tower_is_the_formula():
+    heads = len(SPEC.tasks)
+    model, parameters = build_model(TwoTower, SPEC, heads, STUDENT, jax.random.key(0))
+    batch, items = random_batch(0), random_items()
+    users, item = users_and_items(parameters, batch, items)
+    users = mlp(parameters.dense["user"]["layers"], users).reshape(-1, heads, STUDENT.width)
+    offset = np.asarray(parameters.dense["offset"][...])
+    expected = np.stack(
+        [item[r] @ users[r].T / np.sqrt(STUDENT.width) + offset for r in range(len(users))]
+    )
+    np.testing.assert_allclose(score(model, parameters, batch, items), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_a_candidate_is_scored_alike_in_any_company(name):
+    """No candidate's logits depend on the others: the order and the number do not matter."""
+    model, parameters = build_model(STUDENTS[name], SPEC, 3, STUDENT, jax.random.key(0))
+    batch, items = random_batch(0), random_items()
+    order = np.array([3, 0, 4])
+    fewer = batch.replace(
+        item_id=batch.item_id[:, order],
+        candidate_features=batch.candidate_features[:, order],
+        stage=batch.stage[:, order],
+    )
+    np.testing.assert_allclose(
+        score(model, parameters, fewer, items),
+        score(model, parameters, batch, items)[:, order],
+        atol=1e-6,
+    )

@@ -1,0 +1,96 @@
+import jax
+import numpy as np
+import pytest
+from scipy.special import softmax
+
+from kd_ranker.models.model import build_model, score
+from kd_ranker.models.teacher import FinalRanker
+from tests.batches import SPEC, TEACHER, random_batch, random_items
+from tests.models.test_student import dense
+
+HEADS = len(SPEC.tasks)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return build_model(FinalRanker, SPEC, HEADS, TEACHER, jax.random.key(0))
+
+
+def test_final_ranker_is_the_formula(teacher):
+    """One candidate at a time, with loops in place of the split and batched products."""
+    model, parameters = teacher
+    batch, items = random_batch(0), random_items()
+    layers, tables = parameters.dense, jax.tree.map(np.asarray, parameters.tables)
+    expected = np.zeros((*batch.item_id.shape, HEADS))
+    for request in range(batch.item_id.shape[0]):
+        events = []
+        for position in np.flatnonzero(batch.history_mask[request]):
+            item = batch.history_id[request, position]
+            kernel, bias = dense(layers["event"]["features"])
+            known = np.concatenate([items[item], batch.history_features[request, position]])
+            events.append(tables["item"][item] + known @ kernel + bias)
+        for candidate, item in enumerate(batch.item_id[request]):
+            known = np.concatenate([items[item], batch.candidate_features[request, candidate]])
+            kernel, bias = dense(layers["item"]["features"])
+            vector = tables["item"][item] + known @ kernel + bias
+            attended, matches = np.zeros(TEACHER.width), np.zeros(TEACHER.attention_hidden)
+            for event in events:
+                attention = layers["attention"]
+                kernel, bias = dense(attention["event"])
+                hidden = event @ kernel + bias
+                hidden = hidden + vector @ np.asarray(attention["candidate"]["kernel"][...])
+                hidden = hidden + (event * vector) @ np.asarray(attention["product"]["kernel"][...])
+                kernel, bias = dense(attention["weight"])
+                hidden = np.maximum(hidden, 0) / SPEC.history_length
+                matches += hidden
+                attended += (hidden @ kernel + bias / SPEC.history_length)[0] * event
+            seen = (
+                np.sum(events, axis=0) / SPEC.history_length if events else np.zeros(TEACHER.width)
+            )
+            joined = np.concatenate(
+                [
+                    tables["user"][batch.user_id[request]],
+                    batch.user_features[request],
+                    batch.context[request],
+                    seen,
+                    vector,
+                    known,
+                    attended,
+                    attended * vector,
+                    matches,
+                ]
+            )
+            crossed = joined
+            for index in range(TEACHER.cross_layers):
+                kernel, bias = dense(layers["crosses"][index]["linear"])
+                crossed = joined * (crossed @ kernel + bias) + crossed
+            mixture = layers["mixture"]
+            kernel, bias = dense(mixture["experts"])
+            outputs = np.maximum(crossed @ kernel + bias, 0)
+            outputs = outputs.reshape(TEACHER.experts, TEACHER.expert_hidden)
+            kernel, bias = dense(mixture["gates"])
+            gates = softmax((crossed @ kernel + bias).reshape(HEADS, TEACHER.experts), axis=-1)
+            towers, offset = np.asarray(mixture["towers"][...]), np.asarray(mixture["offset"][...])
+            for head in range(HEADS):
+                expected[request, candidate, head] = towers[head] @ (gates[head] @ outputs)
+            expected[request, candidate] += offset
+
+    np.testing.assert_allclose(score(model, parameters, batch, items), expected, atol=1e-4)
+
+
+def test_events_that_are_masked_out_do_not_matter(teacher):
+    batch, items = random_batch(0), random_items()
+    hidden = ~batch.history_mask
+    other = batch.replace(
+        history_id=np.where(hidden, (batch.history_id + 7) % SPEC.num_items, batch.history_id),
+        history_features=np.where(hidden[..., None], 9.0, batch.history_features),
+    )
+    np.testing.assert_array_equal(score(*teacher, batch, items), score(*teacher, other, items))
+
+
+def test_events_that_count_do_matter(teacher):
+    batch, items = random_batch(0), random_items()
+    batch = batch.replace(history_mask=np.ones_like(batch.history_mask))
+    other = batch.replace(history_id=(batch.history_id + 7) % SPEC.num_items)
+    difference = score(*teacher, batch, items) - score(*teacher, other, items)
+    assert np.abs(difference).max(axis=(1, 2)).min() > 1e-4
