@@ -9,8 +9,8 @@ def get_config(variant: str = "") -> ConfigDict:
     """The default size, or `:small`, which runs in seconds and is only good for trying things."""
     config = defaults.get_config()
     config.data.name = "cascade"
-    config.data.num_users = 1000
-    config.data.num_items = 5000
+    config.data.num_users = 4000
+    config.data.num_items = 8000
     config.data.num_topics = 8
     config.data.train_requests = 12000
     config.data.test_requests = 500
@@ -25,6 +25,8 @@ def get_config(variant: str = "") -> ConfigDict:
         optimizer.learning_rate = 1e-2
         optimizer.weight_decay = 0.1
         optimizer.table_weight_decay = 1.0
+    # An early ranker must learn by item id what the final ranker reads from costly features.
+    config.optimizer.table_learning_rate = 6e-3
     config.train.steps = 1000
     config.teacher.train.steps = 600
     if variant == "small":

@@ -78,6 +78,8 @@ class FeatureSpec:
       context_features: width C of the dense request context.
       candidate_features: width X of what differs from candidate to candidate within a request.
       item_features: width F of the item feature matrix [num_items, F].
+      cheap_item_features: how many of its first columns an early ranker can afford; the others are
+        for final rankers alone.
       history_length: length H to which a history is cut or padded.
       history_features: width E of what is known of each event of the history.
       teacher_version: the only model version whose logged probabilities count; "" if none do.
@@ -92,6 +94,7 @@ class FeatureSpec:
     context_features: int
     candidate_features: int
     item_features: int
+    cheap_item_features: int
     history_length: int
     history_features: int
     teacher_version: str

@@ -14,6 +14,7 @@ SPEC = FeatureSpec(
     context_features=3,
     candidate_features=2,
     item_features=4,
+    cheap_item_features=3,
     history_length=6,
     history_features=3,
     teacher_version="",

@@ -3,8 +3,10 @@
 Everything is drawn from one seeded generative model, in which letters stand for axes: `K` topics,
 `H` events of history, `N` candidates of a request, and the three tasks of `TASKS` in that order.
 
-* An item has a topic mixture θ, a quality, a popularity and an upload time. Its features show all
-  of these through noise, so part of the quality is learnable from its id alone.
+* An item has a topic mixture θ, a quality, a popularity and an upload time. An early ranker reads
+  cheap features of it: a category that is often wrong, and its popularity. A final ranker also
+  reads costly ones, which show the mixture and part of the quality. The early ranker must learn
+  those by item id: from labels, which are few an item, or from the final ranker, who rates all.
 * A user has interests φ over two to four topics, shown through noise, and a generosity.
 * A request finds the user in a session: the latest events of the history concentrate on two
   session topics, and an appetite for each topic decides how many of its events were completed.
@@ -48,17 +50,17 @@ HISTORY_TERMS = ("fatigue", "mood", "relief")
 # Rows are `TERMS`, columns are `TASKS`.
 TERM_WEIGHTS = np.array(
     [
-        [1.3, 1.0, 0.7],
-        [0.6, 0.7, 0.8],
-        [0.2, 0.1, 0.4],
-        [0.6, 0.4, 0.5],
-        [-7.0, -6.0, -4.5],
-        [6.0, 5.0, 4.0],
-        [3.0, 2.5, 2.0],
+        [2.2, 1.8, 1.5],
+        [0.3, 0.4, 0.5],
+        [0.2, 0.1, 0.3],
+        [0.9, 0.6, 0.7],
+        [-4.5, -4.0, -3.0],
+        [4.0, 3.0, 2.5],
+        [2.0, 1.5, 1.0],
     ],
     np.float32,
 )
-INTERCEPTS = np.array([-5.5, -7.0, -7.6], np.float32)
+INTERCEPTS = np.array([-5.6, -7.1, -7.7], np.float32)
 
 FATIGUE_HOURS = 0.5  # events fade from fatigue within the session
 FATIGUE_HALF = 2.0  # recent events of a topic at which fatigue reaches one half
@@ -71,6 +73,8 @@ TRAIN_DAYS = 7
 TEST_DAYS = 2
 UPLOAD_DAYS = 60
 HISTORY_DAYS = 2  # no event is older, and every item was uploaded before the first event
+
+CATEGORY_HIT_RATE = 0.4
 
 CONTEXT_FEATURES = 8
 HISTORY_FEATURES = 3
@@ -96,6 +100,7 @@ class World:
     popularity: Float32[np.ndarray, "items"]  # in standard deviations of its logarithm
     upload_time: Int64[np.ndarray, "items"]  # seconds
     item_features: Float32[np.ndarray, "items F"]
+    cheap_item_features: int
     moment_taste: Float32[np.ndarray, "context K"]
     history_distribution: Float64[np.ndarray, "K items"]
     teacher_item_error: Float32[np.ndarray, "items tasks"]
@@ -157,6 +162,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         context_features=CONTEXT_FEATURES,
         candidate_features=1,
         item_features=world.item_features.shape[1],
+        cheap_item_features=world.cheap_item_features,
         history_length=int(data.history_length),
         history_features=HISTORY_FEATURES,
         teacher_version=TEACHER_VERSION,
@@ -184,7 +190,7 @@ def make_world(data: ConfigDict) -> World:
     history_size = np.ceil(int(data.history_length) * history_share).astype(np.int64)
     user_features = np.concatenate(
         [
-            topics**0.5 * (interests + normal(users, topics, scale=0.08)),
+            topics**0.5 * (interests + normal(users, topics, scale=0.2)),
             log_activity[:, None],
             generosity.mean(axis=1, keepdims=True) + normal(users, 1, scale=0.3),
             normal(users, 2),  # age and time since joining, which the tasks do not depend on
@@ -200,15 +206,20 @@ def make_world(data: ConfigDict) -> World:
     popularity = 0.4 * quality + 0.9 * normal(items)
     first_event = START - HISTORY_DAYS * DAY
     upload_time = first_event - rng.integers(1, UPLOAD_DAYS * DAY, items)
-    item_features = np.concatenate(
-        [
-            2 * (mixture + normal(items, topics, scale=0.05)),
-            shown_quality[:, None],
-            popularity[:, None] + normal(items, 1, scale=0.3),
-            normal(items, 1),  # log duration, which the tasks do not depend on
-        ],
-        axis=1,
+    # What the uploader says: the main topic, or any.
+    category = np.where(
+        rng.random(items) < CATEGORY_HIT_RATE,
+        mixture.argmax(axis=1),
+        rng.integers(topics, size=items),
     )
+    cheap_features = [
+        np.eye(topics, dtype=np.float32)[category],
+        popularity[:, None] + normal(items, 1, scale=0.3),
+        normal(items, 1),  # log duration, which the tasks do not depend on
+    ]
+    # What a model that looks at the video says, too costly to read for every candidate.
+    costly_features = [2 * (mixture + normal(items, topics, scale=0.05)), shown_quality[:, None]]
+    item_features = np.concatenate(cheap_features + costly_features, axis=1)
 
     event_weight = mixture.T.astype(np.float64) ** 2 * np.exp(0.5 * popularity)
     event_cumulative = event_weight.cumsum(axis=1)
@@ -224,6 +235,7 @@ def make_world(data: ConfigDict) -> World:
         popularity=popularity,
         upload_time=upload_time,
         item_features=item_features.astype(np.float32),
+        cheap_item_features=sum(columns.shape[1] for columns in cheap_features),
         moment_taste=normal(CONTEXT_FEATURES, topics),
         history_distribution=event_cumulative + np.arange(topics)[:, None],
         teacher_item_error=normal(items, len(TASKS), scale=0.2),

@@ -177,6 +177,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         context_features=CONTEXT_FEATURES,
         candidate_features=CANDIDATE_FEATURES,
         item_features=num_genres + 2,
+        cheap_item_features=num_genres + 2,
         history_length=int(data.history_length),
         history_features=HISTORY_FEATURES,
         teacher_version="",

@@ -48,7 +48,10 @@ class ItemEncoder(nnx.Module):
 def candidate_inputs(
     batch: CandidateBatch, item_features: Float[Array, "items F"]
 ) -> Float[Array, "R N F+X"]:
-    """What is known of each candidate besides its row: its own features and the request's."""
+    """What a ranker reads of each candidate besides its row: its own features and the request's.
+
+    An early ranker passes the columns that it can afford.
+    """
     return jnp.concatenate([item_features[batch.item_id], batch.candidate_features], axis=-1)
 
 

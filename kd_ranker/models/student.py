@@ -30,7 +30,7 @@ class MultiInterest(nnx.Module):
     """Several user embeddings, combined for each candidate by how well they match it.
 
         u = MLP([user row, user features, context])        [R, E, D]
-        v = item row + W [item features, candidate features] + b   [R, N, D]
+        v = item row + W [cheap item features, candidate features] + b   [R, N, D]
         s = u · v                                          [R, N, E]
         c = Σ_e softmax(s)_e u_e                           [R, N, D]
         z = V [c, v, s] + a                                [R, N, heads]
@@ -45,11 +45,12 @@ class MultiInterest(nnx.Module):
         """Builds the model; reads `width` (D), `interests` (E) and `hidden` from the config."""
         user_width = config.width + spec.user_features + spec.context_features
         self.interests = config.interests
+        self.features = spec.cheap_item_features
         self.user = MultiLayerPerceptron(
             [user_width, *config.hidden, config.interests * config.width], rngs=rngs
         )
         self.item = ItemEncoder(
-            spec.item_features + spec.candidate_features, config.width, rngs=rngs
+            spec.cheap_item_features + spec.candidate_features, config.width, rngs=rngs
         )
         self.heads = nnx.Linear(2 * config.width + config.interests, heads, rngs=rngs)
 
@@ -59,7 +60,7 @@ class MultiInterest(nnx.Module):
         """The logits of every candidate."""
         users = self.user(user_inputs(batch, rows["user"]))
         users = users.reshape(*users.shape[:-1], self.interests, -1)
-        item = self.item(rows["item"], candidate_inputs(batch, item_features))
+        item = self.item(rows["item"], candidate_inputs(batch, item_features[:, : self.features]))
         match = jnp.einsum("red,rnd->rne", users, item)
         combined = jnp.einsum("rne,red->rnd", jax.nn.softmax(match), users)
         return self.heads(jnp.concatenate([combined, item, match], axis=-1))
@@ -69,7 +70,7 @@ class TwoTower(nnx.Module):
     """One user embedding a head, one item embedding, and their dot products.
 
     u = MLP([user row, user features, context])  [R, heads, D]
-    v = item row + W [item features, candidate features] + b   [R, N, D]
+    v = item row + W [cheap item features, candidate features] + b   [R, N, D]
     z = u · v / sqrt(D) + offset                 [R, N, heads]
     """
 
@@ -78,11 +79,12 @@ class TwoTower(nnx.Module):
     def __init__(self, spec: FeatureSpec, heads: int, config: ConfigDict, *, rngs: nnx.Rngs):
         """Builds the model; reads `width` (D) and `hidden` from the config."""
         user_width = config.width + spec.user_features + spec.context_features
+        self.features = spec.cheap_item_features
         self.user = MultiLayerPerceptron(
             [user_width, *config.hidden, heads * config.width], rngs=rngs
         )
         self.item = ItemEncoder(
-            spec.item_features + spec.candidate_features, config.width, rngs=rngs
+            spec.cheap_item_features + spec.candidate_features, config.width, rngs=rngs
         )
         self.offset = nnx.Param(jnp.zeros(heads))
 
@@ -90,7 +92,7 @@ class TwoTower(nnx.Module):
         self, batch: CandidateBatch, rows: Rows, item_features: Float[Array, "items F"]
     ) -> Float[Array, "R N heads"]:
         """The logits of every candidate."""
-        item = self.item(rows["item"], candidate_inputs(batch, item_features))
+        item = self.item(rows["item"], candidate_inputs(batch, item_features[:, : self.features]))
         users = self.user(user_inputs(batch, rows["user"]))
         users = users.reshape(*users.shape[:-1], -1, item.shape[-1]) / jnp.sqrt(item.shape[-1])
         return jnp.einsum("rhd,rnd->rnh", users, item) + self.offset[...]

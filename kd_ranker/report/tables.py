@@ -40,7 +40,8 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
     groups = frame.fillna({"mode": "", "distill_weight": 0.0}).groupby(keys, sort=False)
     lines = []
     for _, group in groups:
-        role, mode, serve, weight = (group[name].iloc[0] for name in keys[1:])
+        role, mode, serve = (str(group[name].iloc[0]) for name in ("role", "mode", "serve"))
+        weight = float(group["distill_weight"].iloc[0])
         line = {
             "model": role if role == "teacher" else mode,
             "serve": serve,

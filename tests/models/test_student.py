@@ -37,12 +37,8 @@ def users_and_items(parameters, batch, items):
     item = np.zeros((*batch.item_id.shape, STUDENT.width))
     for request in range(batch.item_id.shape[0]):
         for candidate in range(batch.item_id.shape[1]):
-            known = np.concatenate(
-                [
-                    items[batch.item_id[request, candidate]],
-                    batch.candidate_features[request, candidate],
-                ]
-            )
+            cheap = items[batch.item_id[request, candidate], : SPEC.cheap_item_features]
+            known = np.concatenate([cheap, batch.candidate_features[request, candidate]])
             row = np.asarray(tables["item"][batch.item_id[request, candidate]])
             item[request, candidate] = row + known @ kernel + bias
     return users, item
