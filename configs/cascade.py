@@ -7,6 +7,7 @@ from configs import defaults
 
 def get_config(variant: str = "") -> ConfigDict:
     """The default size, or `:small`, which runs in seconds and is only good for trying things."""
+    defaults.check_variant(variant, "small")
     config = defaults.get_config()
     config.data.name = "cascade"
     config.data.num_users = 4000

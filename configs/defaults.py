@@ -2,6 +2,8 @@
 
 from ml_collections import ConfigDict
 
+from kd_ranker.errors import UserError
+
 
 def get_config() -> ConfigDict:
     """The defaults that the configs beside this file start from."""
@@ -80,6 +82,13 @@ def get_config() -> ConfigDict:
     config.sweep.weights = (1.0,)
     config.sweep.seeds = (0,)
     return config
+
+
+def check_variant(variant: str, *known: str) -> None:
+    """Raises UserError for a `:variant` that a config does not have; "" is the default."""
+    if variant and variant not in known:
+        names = ", ".join(f":{name}" for name in known) or "none"
+        raise UserError(f"there is no variant :{variant}; the variants are: {names}")
 
 
 def _optimizer() -> ConfigDict:

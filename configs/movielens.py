@@ -5,8 +5,9 @@ from ml_collections import ConfigDict
 from configs import defaults
 
 
-def get_config() -> ConfigDict:
+def get_config(variant: str = "") -> ConfigDict:
     """The default setting; give `--config.data.path`, or leave it empty to download."""
+    defaults.check_variant(variant)
     config = defaults.get_config()
     config.data.name = "movielens_100k"
     config.data.ratings_per_request = 8
@@ -21,6 +22,13 @@ def get_config() -> ConfigDict:
     config.teacher.batch.requests = 48
     config.teacher.batch.candidates = 64
     config.teacher.batch.negative_rate = 0.03
-    config.train.steps = 3000
-    config.teacher.train.steps = 3000
+    config.optimizer.learning_rate = 1e-2
+    config.optimizer.table_learning_rate = 1e-2
+    config.teacher.optimizer.learning_rate = 5e-3
+    config.teacher.optimizer.table_learning_rate = 5e-3
+    for optimizer in (config.optimizer, config.teacher.optimizer):
+        optimizer.weight_decay = 0.1
+        optimizer.table_weight_decay = 1.0
+    config.train.steps = 1500
+    config.teacher.train.steps = 1500
     return config

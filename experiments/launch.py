@@ -1,16 +1,22 @@
 """What every entry point does around its one library call: flags in, errors out as one line."""
 
+import re
+import runpy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+from kd_ranker import settings
 from kd_ranker.errors import UserError
 
 BAD_INPUT = 2
+
+# Of a path that the command line gives; an OSError's own message names the path.
+_BAD_PATH = (FileExistsError, NotADirectoryError, PermissionError)
 
 
 def launch(command: Callable[[ConfigDict, Path], None], needs_workdir: bool = True) -> None:
@@ -22,6 +28,7 @@ def launch(command: Callable[[ConfigDict, Path], None], needs_workdir: bool = Tr
 
     def parse(arguments: list[str]) -> list[str]:
         try:
+            check_config_flags(arguments)
             rest = flags.FLAGS(arguments)
             if config.value is None:
                 raise UserError("--config is missing; give --config=configs/cascade.py, say")
@@ -29,7 +36,7 @@ def launch(command: Callable[[ConfigDict, Path], None], needs_workdir: bool = Tr
                 raise UserError("--workdir is missing; give a folder for what the run leaves")
             if len(rest) > 1:
                 raise UserError(f"{rest[1]!r} is not a flag; flags look like --name=value")
-        # Whatever a config file or the setting of a key raises is about the command line.
+        # Whatever the setting of a key raises is about the command line.
         except Exception as error:
             fail(error)
         return rest
@@ -38,10 +45,35 @@ def launch(command: Callable[[ConfigDict, Path], None], needs_workdir: bool = Tr
         logging.set_verbosity(logging.WARNING)
         try:
             command(config.value, Path(workdir.value or "."))
-        except UserError as error:
+        except (UserError, *_BAD_PATH) as error:
             fail(error)
 
     app.run(main, flags_parser=parse)
+
+
+def check_config_flags(arguments: Sequence[str]) -> None:
+    """Says in plain words what `config_flags` would say late, at length, or not at all.
+
+    Raises:
+      UserError: the config file is missing or does not load, or an override names no key of it.
+    """
+    early = flags.FlagValues()
+    early.set_gnu_getopt(True)
+    flags.DEFINE_string("config", None, "", flag_values=early)
+    early(arguments, known_only=True)
+    if early.config is None:
+        return
+    file, *variant = early.config.split(":", 1)
+    if not Path(file).is_file():
+        raise UserError(f"--config={early.config}: there is no file {file}")
+    try:
+        config = runpy.run_path(file)["get_config"](*variant)
+    except Exception as error:
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"--config={early.config} does not load: {reason}") from error
+    for argument in arguments:
+        if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+            settings.check_key(config, override[1])
 
 
 def fail(error: Exception) -> NoReturn:

@@ -1,5 +1,7 @@
 """Checks a config before anything long begins: each fault is one line that says what to change."""
 
+import difflib
+import math
 from collections.abc import Iterable
 
 import jax
@@ -23,12 +25,14 @@ _POSITIVE = (
     "batch.requests", "batch.candidates", "teacher.batch.requests", "teacher.batch.candidates",
     "train.steps", "train.log_every", "train.checkpoint_every", "train.eval_limit",
     "teacher.train.steps", "teacher.train.log_every", "teacher.train.checkpoint_every",
-    "teacher.train.eval_limit", "student.width", "teacher.width", "evaluation.requests",
-    "data.history_length", "distill.temperature",
+    "teacher.train.eval_limit", "student.width", "student.interests", "teacher.width",
+    "teacher.attention_hidden", "teacher.experts", "teacher.expert_hidden",
+    "evaluation.requests", "data.history_length", "distill.temperature",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "distill.weight", "parallel.devices", "evaluation.limit", "train.eval_every",
-    "teacher.train.eval_every", "student.table_scale", "teacher.table_scale",
+    "seed", "data.seed", "distill.weight", "parallel.devices", "evaluation.limit",
+    "train.eval_every", "teacher.train.eval_every", "student.table_scale", "teacher.table_scale",
+    "teacher.cross_layers",
     *(f"{prefix}optimizer.{name}" for prefix in ("", "teacher.") for name in (
         "learning_rate", "weight_decay", "table_learning_rate", "table_weight_decay",
         "warmup_steps",
@@ -38,10 +42,21 @@ _SHARES = (
     "batch.passed_share", "teacher.batch.passed_share",
     "batch.negative_rate", "teacher.batch.negative_rate",
 )  # fmt: skip
+# What the elements of a tuple must be; ml_collections holds single values to their type.
+_ELEMENTS: dict[str, tuple[type, ...]] = {
+    "tasks": (str,),
+    "value_weights": (int, float),
+    "funnel.report_at": (int,),
+    "student.hidden": (int,),
+    "sweep.modes": (str,),
+    "sweep.weights": (int, float),
+    "sweep.seeds": (int,),
+}
 
 
 def validate(config: ConfigDict) -> None:
     """Raises UserError on the first fault in a config."""
+    _check_elements(config)
     _check_names(config)
     _check_numbers(config)
     _check_tasks(config)
@@ -49,11 +64,54 @@ def validate(config: ConfigDict) -> None:
     _check_devices(config)
 
 
+def check_key(config: ConfigDict, key: str) -> None:
+    """Raises UserError unless `config` has `key`, written like `train.steps`."""
+    section: object = config
+    above = ""
+    for part in key.split("."):
+        if not isinstance(section, ConfigDict) or part not in section:
+            raise UserError(f"config key {key!r} does not exist; {_hint(config, key, above)}")
+        section, above = section[part], f"{above}{part}."
+
+
+def _hint(config: ConfigDict, key: str, above: str) -> str:
+    """What may have been meant by a key of which only the sections `above` exist."""
+    known = _keys(config)
+    if close := difflib.get_close_matches(key, known, n=1, cutoff=0.8):
+        return f"did you mean {close[0]!r}?"
+    # A key that was put into the wrong section, or into none.
+    name = key.rpartition(".")[2]
+    if same := [other for other in known if other.rpartition(".")[2] == name]:
+        return f"did you mean {' or '.join(map(repr, same))}?"
+    section = _get(config, above[:-1]) if above else config
+    if isinstance(section, ConfigDict):
+        return f"config.{above[:-1]}".rstrip(".") + f" has: {', '.join(sorted(section))}"
+    return f"config.{above[:-1]} is one value"
+
+
+def _keys(config: ConfigDict, prefix: str = "") -> list[str]:
+    keys = []
+    for name, value in config.items():
+        keys.append(prefix + name)
+        if isinstance(value, ConfigDict):
+            keys += _keys(value, f"{prefix}{name}.")
+    return keys
+
+
 def _get(config: ConfigDict, key: str) -> object:
     value: object = config
     for part in key.split("."):
         value = value[part]  # type: ignore[index]
     return value
+
+
+def _check_elements(config: ConfigDict) -> None:
+    for key, types in _ELEMENTS.items():
+        for element in _get(config, key):  # type: ignore[attr-defined]
+            # bool is an int to Python, and no number to anyone else.
+            if not isinstance(element, types) or isinstance(element, bool):
+                wanted = {str: "names", int: "whole numbers"}.get(types[-1], "numbers")
+                raise UserError(f"{key} holds {element!r}; it takes {wanted}")
 
 
 def _check_names(config: ConfigDict) -> None:
@@ -84,6 +142,9 @@ def _check_names(config: ConfigDict) -> None:
 
 
 def _check_numbers(config: ConfigDict) -> None:
+    for key in (*_POSITIVE, *_NOT_NEGATIVE):
+        if not math.isfinite(_get(config, key)):  # type: ignore[arg-type]
+            raise UserError(f"{key}={_get(config, key)} must be a finite number")
     for key in _POSITIVE:
         if not _get(config, key) > 0:  # type: ignore[operator]
             raise UserError(f"{key}={_get(config, key)} must be greater than 0")
@@ -93,9 +154,13 @@ def _check_numbers(config: ConfigDict) -> None:
     for key in _SHARES:
         if not 0 <= _get(config, key) <= 1:  # type: ignore[operator]
             raise UserError(f"{key}={_get(config, key)} must lie in [0, 1]")
-    for weight in config.sweep.weights:
-        if not weight >= 0:
-            raise UserError(f"sweep.weights holds {weight}; a distillation weight is not negative")
+    for key in ("sweep.weights", "sweep.seeds"):
+        for number in _get(config, key):  # type: ignore[attr-defined]
+            if not 0 <= number < math.inf:
+                raise UserError(f"{key} holds {number}; give finite numbers of at least 0")
+    for size in config.student.hidden:
+        if size < 1:
+            raise UserError(f"student.hidden holds {size}; a layer has at least 1 unit")
     for key in ("sweep.modes", "sweep.weights", "sweep.seeds"):
         if not _get(config, key):
             raise UserError(f"{key} is empty; give it at least one value")
@@ -117,9 +182,9 @@ def _check_tasks(config: ConfigDict) -> None:
             f"value_weights has {len(config.value_weights)} numbers for {len(config.tasks)} tasks; "
             "give one a task"
         )
-    if not (all(w >= 0 for w in config.value_weights) and any(config.value_weights)):
+    if not (all(0 <= w < math.inf for w in config.value_weights) and any(config.value_weights)):
         raise UserError(
-            f"value_weights={tuple(config.value_weights)} must not be negative, nor all 0"
+            f"value_weights={tuple(config.value_weights)} must be finite, not negative, nor all 0"
         )
 
 

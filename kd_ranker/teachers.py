@@ -15,6 +15,7 @@ from kd_ranker.batch import CandidateBatch
 from kd_ranker.data import builder, loader, sampling
 from kd_ranker.data.builder import Dataset
 from kd_ranker.data.request import Request
+from kd_ranker.data.sources import SOURCES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.evaluate import Ranker, serve_probability
@@ -44,7 +45,9 @@ class Teacher(NamedTuple):
 
 def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
     """The name of the config's dataset, or of the copy that a teacher has scored."""
-    return builder.dataset_name(config.data, config.tasks, config.funnel, teacher_version)
+    scored_by = f"{teacher_version}-{config.teacher.stage}" if teacher_version else ""
+    version = SOURCES[config.data.name].version
+    return builder.dataset_name(config.data, config.tasks, config.funnel, scored_by, version)
 
 
 def open_dataset(config: ConfigDict, teacher_version: str = "") -> Dataset:

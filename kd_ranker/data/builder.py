@@ -106,24 +106,33 @@ def from_record(record: Mapping[str, Any], tasks: Sequence[str]) -> Request:
     )
 
 
-def fingerprint(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> str:
+def fingerprint(
+    data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict, source_version: int = 1
+) -> str:
     """Eight hex digits that differ where the contents of the dataset would."""
     of_data = {key: value for key, value in data.items() if key not in _DATA_KEYS_WITHOUT_INFLUENCE}
     of_funnel = {key: funnel[key] for key in _FUNNEL_KEYS_OF_DATA}
-    text = json.dumps([of_data, list(tasks), of_funnel], sort_keys=True, default=str)
+    text = json.dumps(
+        [of_data, list(tasks), of_funnel, source_version], sort_keys=True, default=str
+    )
     return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def dataset_name(
-    data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict, teacher_version: str = ""
+    data: ConfigDict,
+    tasks: Sequence[str],
+    funnel: ConfigDict,
+    scored_by: str = "",
+    source_version: int = 1,
 ) -> str:
     """The folder of a dataset below `data.dir/requests`.
 
-    `teacher_version` names the copy that a teacher trained here has scored; "" the dataset itself,
-    with whatever teacher probabilities it was logged with.
+    `scored_by` names the copy that a teacher trained here has scored; "" the dataset itself, with
+    whatever teacher probabilities it was logged with. `source_version` is the source's own, see
+    `sources.SourceEntry`.
     """
-    name = f"{data.name}-{fingerprint(data, tasks, funnel)}"
-    return f"{name}-teacher-{teacher_version}" if teacher_version else name
+    name = f"{data.name}-{fingerprint(data, tasks, funnel, source_version)}"
+    return f"{name}-teacher-{scored_by}" if scored_by else name
 
 
 class Requests(tfds.core.GeneratorBasedBuilder):
@@ -142,7 +151,12 @@ class Requests(tfds.core.GeneratorBasedBuilder):
         )
 
     def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(builder=self, features=record_features(self._source.spec))
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=record_features(self._source.spec),
+            # A scored copy must keep the order, so that the same seed draws the same batches.
+            disable_shuffling=True,
+        )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
         del dl_manager
@@ -162,6 +176,15 @@ class Requests(tfds.core.GeneratorBasedBuilder):
         for index, request in enumerate(requests):
             _check_ids(request, self._source.spec)
             yield index, to_record(request, self._source.spec.tasks)
+
+
+def _check_widths(spec: FeatureSpec) -> None:
+    """Raises UserError for features of width 0, which TFDS cannot store."""
+    for name, value in dataclasses.asdict(spec).items():
+        if name.endswith("_features") and value < 1:
+            raise UserError(
+                f"{spec.dataset}: {name} is {value}; give at least one column, of zeros"
+            )
 
 
 def _check_ids(request: Request, spec: FeatureSpec) -> None:
@@ -187,6 +210,7 @@ def build(source: Source, name: str, data_dir: str) -> Path:
     """Writes a source to disk unless it is there already, and returns its folder."""
     directory = directory_of(name, data_dir)
     if not directory.exists():
+        _check_widths(source.spec)
         # TFDS' own bars do not know how many requests are to come; ours do.
         tfds.disable_progress_bar()
         builder = Requests(source=source, config_name=name, data_dir=data_dir)

@@ -500,11 +500,12 @@ def _policy_score(
     age: Float32[np.ndarray, "N"],
     noise: float,
 ) -> Float32[np.ndarray, "N"]:
-    """The logging policy: linear in noisy views of interest, quality and freshness, plus noise."""
+    """The logging policy: linear in noisy views of interest, popularity and freshness."""
     num_topics = world.topics.shape[1]
     interests = world.user_features[user, :num_topics] / num_topics**0.5
-    features = world.item_features[item]
-    score = 2 * features[:, :num_topics] @ interests + 0.4 * features[:, num_topics] - 0.2 * age
+    category = world.item_features[item, :num_topics]
+    popularity = world.item_features[item, num_topics]
+    score = 2 * category @ interests + 0.4 * popularity - 0.2 * age
     return score + np.float32(noise) * rng.standard_normal(len(item), np.float32)
 
 

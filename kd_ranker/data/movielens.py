@@ -15,10 +15,16 @@ from jaxtyping import Bool, Float32, Int64
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec
+from kd_ranker.data.download import Archive, fetch
 from kd_ranker.data.request import Request, Source
 from kd_ranker.errors import UserError, check_choice
 
-DOWNLOAD = "https://files.grouplens.org/datasets/movielens/ml-100k.zip"
+ARCHIVE = Archive(
+    url="https://files.grouplens.org/datasets/movielens/ml-100k.zip",
+    size=4_924_029,
+    sha256="50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
+    folder="ml-100k",
+)
 ENCODING = "iso-8859-1"
 
 # The lowest rating that counts as the action.
@@ -103,10 +109,11 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
       candidate: log(1 + ratings by anyone so far) / 3, mean of these less PRIOR_RATING.
 
     Args:
-      data: `path`, the directory with GroupLens' files; `history_length`; `ratings_per_request`,
-        the least ratings of a block; `test_share`, the share of each user's ratings, the last
-        ones, that become test requests; `test_requests_per_user`, how many of these to keep, the
-        earliest ones, or 0 for all; `seed`, for the order within a second.
+      data: `path`, the directory with GroupLens' files, which are fetched to below `dir` if it is
+        empty; `history_length`; `ratings_per_request`, the least ratings of a block; `test_share`,
+        the share of each user's ratings, the last ones, that become test requests;
+        `test_requests_per_user`, how many of these to keep, the earliest ones, or 0 for all;
+        `seed`, for the order within a second.
       tasks: some of `TASKS`, in any order.
       funnel: not used; the funnel of this source is the catalogue.
 
@@ -119,7 +126,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     """
     del funnel
     _check(data, tasks)
-    movielens = read(data.path)
+    movielens = read(data.path or fetch(ARCHIVE, data.dir))
     log = item_log(movielens)
     all_genres = movielens.genres.astype(np.float32)
     fixed_user_features = _fixed_user_features(movielens)
@@ -410,7 +417,7 @@ def _lines(path: Path, separator: str, num_fields: int) -> Iterator[tuple[str, l
     """Yields (place for messages, fields) for each line; empty lines at the end are no lines."""
     if not path.is_file():
         raise UserError(
-            f"{path} does not exist; unpack {DOWNLOAD} and set data.path to the directory that"
+            f"{path} does not exist; unpack {ARCHIVE.url} and set data.path to the directory that"
             " holds u.data, u.item, u.user, u.genre and u.occupation"
         )
     # Not splitlines(): in this encoding it would break lines at characters of a title.
@@ -527,8 +534,6 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
         check_choice("tasks", task, TASKS)
     if not tasks or len(set(tasks)) < len(tasks):
         raise UserError(f"tasks={tuple(tasks)!r} must name one task or more, none of them twice")
-    if not data.path:
-        raise UserError(f"data.path is empty; unpack {DOWNLOAD} and set it to that directory")
     for key, least in (
         ("seed", 0),
         ("history_length", 1),

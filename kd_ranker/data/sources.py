@@ -14,10 +14,18 @@ from kd_ranker.data.request import Source
 
 
 class SourceEntry(NamedTuple):
-    """The tasks that a source has labels for, and how to open it."""
+    """One source.
+
+    Attributes:
+      tasks: the tasks that it has labels for.
+      open_source: (config.data, tasks, config.funnel) -> the source.
+      version: raised whenever the source's code yields other requests for the same config, so that
+        datasets of the older code are not taken for its own.
+    """
 
     tasks: Sequence[str]
     open_source: Callable[[ConfigDict, Sequence[str], ConfigDict], Source]
+    version: int = 1
 
 
 SOURCES: dict[str, SourceEntry] = {

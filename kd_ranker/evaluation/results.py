@@ -73,7 +73,9 @@ def to_csv(rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
         return value
 
     table = [{name: cell(row.get(name)) for name in names} for row in rows]
-    return pd.DataFrame(table, columns=list(names)).to_csv(index=False, lineterminator="\n")
+    # As objects: a column of numbers would write its integers as 0.0 where one is not known.
+    frame = pd.DataFrame(table, columns=list(names), dtype=object)
+    return frame.to_csv(index=False, lineterminator="\n")
 
 
 def read_csv(path: Path) -> pd.DataFrame:

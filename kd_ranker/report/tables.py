@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from kd_ranker.evaluation import results
@@ -36,16 +37,15 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
         "cost_ratio": "cost ratio",
         "funnel_cost_saving": "saving",
     }
-    keys = ["dataset", "role", "mode", "serve", "distill_weight"]
-    groups = frame.fillna({"mode": "", "distill_weight": 0.0}).groupby(keys, sort=False)
+    keys = ["dataset", "role", "mode", "distill_loss", "serve", "distill_weight"]
     lines = []
-    for _, group in groups:
-        role, mode, serve = (str(group[name].iloc[0]) for name in ("role", "mode", "serve"))
-        weight = float(group["distill_weight"].iloc[0])
+    for _, group in frame.groupby(keys, sort=False, dropna=False):
+        first = group.iloc[0]
+        distilled = pd.notna(first["distill_loss"])
         line = {
-            "model": role if role == "teacher" else mode,
-            "serve": serve,
-            "weight": f"{weight:g}" if mode not in ("", "none") else "",
+            "model": first["role"] if first["role"] == "teacher" else first["mode"],
+            "serve": first["serve"],
+            "weight": f"{first['distill_weight']:g}" if distilled else "",
             "seeds": str(len(group)),
         }
         for column, title in shown.items():
@@ -56,8 +56,9 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
 
 
 def _mean_and_error(values: pd.Series) -> str:
-    digits = 0 if values.abs().max() >= 10 else 3
-    mean = f"{values.mean():.{digits}f}"
-    if len(values) < 2:
+    numbers = values.to_numpy(dtype=float)
+    digits = 0 if np.abs(numbers).max() >= 10 else 3
+    mean = f"{numbers.mean():.{digits}f}"
+    if len(numbers) < 2:
         return mean
-    return f"{mean}±{values.sem():.{digits}f}"
+    return f"{mean}±{numbers.std(ddof=1) / np.sqrt(len(numbers)):.{digits}f}"

@@ -1,11 +1,16 @@
 """Orbax checkpoints of a run: its state, a checksum of it, and the loader's position.
 
-A checkpoint is written beside the training and renamed when it is whole. One that cannot be read
-back, or whose checksum is not that of its contents, is reported and moved out of the way, and the
-one before it is used.
+A checkpoint is written beside the training, renamed when it is whole, and sealed: the checksums of
+its files are added. One whose files are not as they were written, that cannot be read back, or
+whose checksum is not that of its contents, is reported and moved out of the way, and the one before
+it is used.
 """
 
+import contextlib
+import json
+import textwrap
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +20,58 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from kd_ranker.errors import UserError
+from kd_ranker.training.workdir import write_atomically
+
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged_checkpoints"
+_SEAL = "files.json"  # beside a checkpoint's own files: the CRC-32 of each
 _KEEP = 3
 
 
-def open_manager(workdir: Path) -> ocp.CheckpointManager:
-    """The manager of a workdir's checkpoints; close it when done."""
-    return ocp.CheckpointManager(
-        (workdir / FOLDER).absolute(),
-        options=ocp.CheckpointManagerOptions(max_to_keep=_KEEP, enable_async_checkpointing=True),
-    )
+@contextlib.contextmanager
+def open_manager(workdir: Path) -> Iterator[ocp.CheckpointManager]:
+    """The manager of a workdir's checkpoints; on leaving, all of them are whole and sealed."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=_KEEP, enable_async_checkpointing=True)
+    with ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options) as manager:
+        yield manager
+        _seal(manager)
+
+
+def _seal(manager: ocp.CheckpointManager) -> None:
+    """Waits until all checkpoints are whole, and adds the checksums of their files."""
+    manager.wait_until_finished()
+    if jax.process_index() == 0:
+        for step in manager.all_steps():
+            directory = Path(manager.directory) / str(step)
+            if not (directory / _SEAL).exists():
+                write_atomically(directory / _SEAL, json.dumps(_file_checksums(directory)))
+
+
+def _file_checksums(directory: Path) -> dict[str, int]:
+    return {
+        path.relative_to(directory).as_posix(): zlib.crc32(path.read_bytes())
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != _SEAL
+    }
+
+
+def _check_seal(directory: Path) -> None:
+    """Raises ValueError if a file is not as it was written.
+
+    Orbax would find out as well, but not without printing pages of traces.
+    """
+    seal = directory / _SEAL
+    if not seal.exists():
+        # Killed after the checkpoint was whole and before it was sealed, or its files are gone.
+        if not any(directory.iterdir()):
+            raise ValueError("its folder is empty")
+        return
+    found = _file_checksums(directory)
+    for name, crc32 in json.loads(seal.read_text()).items():
+        if name not in found:
+            raise ValueError(f"its file {name} is missing")
+        if found[name] != crc32:
+            raise ValueError(f"its file {name} is not as it was written")
 
 
 def checksum(state: Any) -> int:
@@ -35,15 +82,21 @@ def checksum(state: Any) -> int:
     return total
 
 
+def _sizes(state: Any) -> str:
+    """The types and shapes of all leaves, in the order of the tree."""
+    return " ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(state))
+
+
 def save(
     manager: ocp.CheckpointManager, step: int, state: Any, batches: grain.DatasetIterator | None
 ) -> None:
     """Starts saving; `state` may be donated as soon as this returns."""
+    _seal(manager)
     # On CPU the host may share the device's buffer, which the next step donates; so copy.
     host_state = jax.tree.map(lambda leaf: np.array(leaf), state)
     items = {
         "state": ocp.args.StandardSave(host_state),
-        "checksum": ocp.args.JsonSave({"crc32": checksum(host_state)}),
+        "checksum": ocp.args.JsonSave({"crc32": checksum(host_state), "sizes": _sizes(host_state)}),
     }
     if batches is not None:
         items["batches"] = grain.checkpoint.CheckpointSave(batches)
@@ -59,7 +112,12 @@ def restore(
       manager: the workdir's manager.
       state: a state of the same shapes.
       batches: the iterator to move to the position that was saved; None leaves it out.
+
+    Raises:
+      UserError: the checkpoints are whole and of another model.
     """
+    # A checkpoint that turns out to be damaged may have moved the iterator before it failed.
+    position = batches.get_state() if batches is not None else None
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     for step in sorted(manager.all_steps(), reverse=True):
         items = {
@@ -69,14 +127,31 @@ def restore(
         if batches is not None:
             items["batches"] = grain.checkpoint.CheckpointRestore(batches)
         try:
+            _check_seal(Path(manager.directory) / str(step))
             restored = manager.restore(step, args=ocp.args.Composite(**items))
             if restored.checksum["crc32"] != checksum(restored.state):
                 raise ValueError("its contents do not match its checksum")
         except Exception as error:
+            if _is_of_another_model(manager, step, _sizes(state)):
+                raise UserError(
+                    f"{Path(manager.directory) / str(step)} holds a model of other sizes than "
+                    "the config asks for; name another workdir"
+                ) from error
             _set_aside(manager, step, error)
+            if batches is not None:
+                batches.set_state(position)
             continue
         return restored.state, step
     return state, 0
+
+
+def _is_of_another_model(manager: ocp.CheckpointManager, step: int, sizes: str) -> bool:
+    """Whether a checkpoint that could not be restored is whole, and of arrays of other sizes."""
+    try:
+        recorded = manager.restore(step, args=ocp.args.Composite(checksum=ocp.args.JsonRestore()))
+        return recorded.checksum["sizes"] != sizes
+    except Exception:
+        return False
 
 
 def _set_aside(manager: ocp.CheckpointManager, step: int, error: Exception) -> None:
@@ -89,10 +164,12 @@ def _set_aside(manager: ocp.CheckpointManager, step: int, error: Exception) -> N
         target = target.with_name(target.name + "_again")
     source.rename(target)
     manager.reload()
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    # What lies below the storage reports its whole configuration along with the fault.
+    reason = textwrap.shorten(str(error) or type(error).__name__, 200)
     logging.warning(
-        "checkpoint %s is damaged (%s); it lies in %s now, and the one before it is used",
+        "checkpoint %s is damaged (%s); it lies in %s now, and the run goes on from %s",
         source,
         reason,
         target,
+        f"step {left[-1]}" if (left := sorted(manager.all_steps())) else "its start",
     )

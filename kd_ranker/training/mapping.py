@@ -19,7 +19,7 @@ class Mapping(NamedTuple):
       shard: a host batch [requests, ...] -> the same, its requests split over the devices.
       map_step: step(state, batch, hyperparameters, frozen) -> its compiled, mapped version; the
         state's buffers are donated.
-      unreplicate: the inverse of `replicate`.
+      unreplicate: the inverse of `replicate`: the same pytree on one device.
     """
 
     replicate: Callable[[Any], Any]
@@ -80,7 +80,7 @@ def shard_map(devices: Sequence[jax.Device]) -> Mapping:
         replicate=lambda tree: put(jax.tree.map(jnp.copy, tree), everywhere),
         shard=lambda batch: put(batch, split),
         map_step=map_step,
-        unreplicate=lambda tree: tree,
+        unreplicate=lambda tree: jax.tree.map(lambda array: array.addressable_data(0), tree),
     )
 
 

@@ -331,7 +331,6 @@ def test_a_next_line_character_in_a_title_breaks_no_line(tmp_path: Path) -> None
         ({"test_share": 1.0}, "data.test_share=1.0"),
         ({"test_requests_per_user": -1}, "data.test_requests_per_user=-1"),
         ({"seed": -1}, "data.seed=-1"),
-        ({"path": ""}, "data.path is empty"),
     ],
 )
 def test_impossible_settings_are_named(

@@ -1,0 +1,62 @@
+import numpy as np
+
+from kd_ranker.evaluation import results
+from kd_ranker.report import tables
+
+TASKS = ("watch",)
+
+
+def frame_of(tmp_path, rows):
+    path = tmp_path / results.FILE
+    path.write_text(results.to_csv(rows, results.columns(TASKS, (30,))))
+    return results.read_csv(path)
+
+
+def row(mode, seed, auc, **more):
+    return {
+        "dataset": "d", "role": "student", "mode": mode, "serve": "user", "seed": seed,
+        "distill_loss": None if mode == "none" else "bce",
+        "distill_weight": 0.0 if mode == "none" else 1.0,
+        "user_auc/watch": auc, "user_bce/watch": 0.1, "passed_for_99": 100.0 + seed, **more,
+    }  # fmt: skip
+
+
+def cells(text):
+    return [line.split() for line in text.splitlines()]
+
+
+def test_seeds_become_a_mean_and_its_standard_error(tmp_path):
+    aucs = (0.61, 0.67, 0.75)
+    rows = [
+        {"dataset": "d", "role": "teacher", "serve": "user", "user_auc/watch": 0.9},
+        *(row("none", seed, auc) for seed, auc in enumerate(aucs)),
+        row("shared", 0, 0.8),
+    ]
+    header, teacher, none, shared = cells(tables.summary_table(frame_of(tmp_path, rows), 30))
+    assert header[:4] == ["model", "serve", "weight", "seeds"]
+    assert teacher[:4] == ["teacher", "user", "1", "0.900"]
+    error = np.std(aucs, ddof=1) / np.sqrt(3)
+    assert none[:4] == ["none", "user", "3", f"{np.mean(aucs):.3f}±{error:.3f}"]
+    # Whole requests need no digits.
+    assert f"101±{1 / np.sqrt(3):.0f}" in none
+    assert shared[:5] == ["shared", "user", "1", "1", "0.800"]
+
+
+def test_only_rows_that_differ_in_nothing_but_the_seed_are_joined(tmp_path):
+    rows = [
+        row("aux", 0, 0.1),
+        row("aux", 0, 0.2, serve="blend"),
+        row("aux", 0, 0.3, distill_weight=2.0),
+        row("aux", 0, 0.4, distill_loss="other"),
+        row("aux", 0, 0.5, dataset="other"),
+        row("aux", 1, 0.3),
+    ]
+    lines = cells(tables.summary_table(frame_of(tmp_path, rows), 30))[1:]
+    assert len(lines) == 5
+    assert "0.200±0.100" in lines[0]
+
+
+def test_the_text_ends_with_where_the_results_lie(tmp_path):
+    frame_of(tmp_path, [row("none", 0, 0.5)])
+    text = tables.results_text(tmp_path, 30)
+    assert text.endswith(f"results: {tmp_path / results.FILE}")

@@ -1,0 +1,117 @@
+"""The docs hold: their Python runs, and what they point at exists."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from ml_collections import ConfigDict
+
+from configs import cascade, defaults, movielens
+from kd_ranker.data.sources import SOURCES
+from kd_ranker.distillation.losses import LOSSES
+from kd_ranker.distillation.modes import MODES
+from kd_ranker.models.student import STUDENTS
+from kd_ranker.models.teacher import TEACHERS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONFIGS = [defaults.get_config(), cascade.get_config(), movielens.get_config()]
+
+over_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def python_blocks(page: Path) -> list[tuple[int, str]]:
+    """(line number, text) of each Python block that is to run, in their order."""
+    text = page.read_text()
+    return [
+        (text.count("\n", 0, match.start(1)), match[1])
+        for match in re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+        if not match[1].startswith("# not run")
+    ]
+
+
+def sections(config: ConfigDict) -> set[str]:
+    return {name for name, value in config.items() if isinstance(value, ConfigDict)}
+
+
+def has_key(config: ConfigDict, key: str) -> bool:
+    section: object = config
+    for part in key.split("."):
+        if not isinstance(section, ConfigDict) or part not in section:
+            return False
+        section = section[part]
+    return True
+
+
+def anchors(page: Path) -> set[str]:
+    """What a page's headings are called in links, as GitHub does it."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.fixture
+def registries() -> Iterator[None]:
+    """Takes back what an example has registered, which other tests would meet."""
+    with (
+        mock.patch.dict(MODES),
+        mock.patch.dict(LOSSES),
+        mock.patch.dict(STUDENTS),
+        mock.patch.dict(TEACHERS),
+        mock.patch.dict(SOURCES),
+    ):
+        yield
+
+
+def test_extending_and_data_formats_have_blocks_to_run():
+    assert {page.name for page in PAGES if python_blocks(page)} >= {
+        "extending.md",
+        "data_formats.md",
+    }
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.name
+)
+def test_python_blocks_run_in_order(page, registries, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": page.stem}
+    for line, block in python_blocks(page):
+        # The empty lines make a traceback name the line of the page.
+        exec(compile("\n" * line + block, str(page), "exec"), names)
+
+
+@over_pages
+def test_relative_links_and_images_exist(page):
+    text = page.read_text()
+    targets = re.findall(r"\]\(([^)\s]+)\)|\b(?:src|href)=\"([^\"]+)\"", text)
+    missing = []
+    for target in map("".join, targets):
+        if re.match(r"[a-z]+:", target):
+            continue
+        file, _, anchor = target.partition("#")
+        path = (page.parent / file).resolve() if file else page
+        if not path.exists() or (anchor and anchor not in anchors(path)):
+            missing.append(target)
+    assert not missing
+
+
+@over_pages
+def test_config_keys_exist(page):
+    text = page.read_text()
+    keys = set(re.findall(r"--config\.([a-z_]\w*(?:\.\w+)*)", text))
+    # In running text they stand without the flag: `batch.requests`, `teacher.source=live`.
+    for key in re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", text):
+        if key.split(".")[0] in sections(CONFIGS[0]) and not key.endswith(".py"):
+            keys.add(key)
+    assert not {key for key in keys if not any(has_key(config, key) for config in CONFIGS)}
+
+
+@over_pages
+def test_commands_and_paths_exist(page):
+    text = page.read_text()
+    named = [
+        f"{module.replace('.', '/')}.py" for module in re.findall(r"python -m ([\w.]+)", text)
+    ] + re.findall(r"\b(?:configs|scripts|kd_ranker|experiments)/[\w/]*\w\.(?:py|sh)", text)
+    assert not [path for path in named if not (ROOT / path).exists()]

@@ -1,0 +1,178 @@
+import json
+import logging
+import shutil
+
+import grain
+import jax
+import numpy as np
+import pytest
+
+from kd_ranker.errors import UserError
+from kd_ranker.training import checkpoints
+
+STEPS = (2, 4, 6)
+
+
+def state_of(step):
+    values = np.arange(50_000, dtype=np.float32)
+    return {"step": np.array(step, np.int32), "table": values.reshape(100, 500) + step, "empty": {}}
+
+
+def numbers():
+    return iter(grain.MapDataset.range(100).to_iter_dataset())
+
+
+def restore(workdir, iterator=None):
+    """What a run in `workdir` would start from."""
+    with checkpoints.open_manager(workdir) as manager:
+        return checkpoints.restore(manager, jax.tree.map(np.zeros_like, state_of(0)), iterator)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    iterator = numbers()
+    with checkpoints.open_manager(tmp_path) as manager:
+        for step in range(1, STEPS[-1] + 1):
+            next(iterator)
+            if step in STEPS:
+                checkpoints.save(manager, step, state_of(step), iterator)
+    return tmp_path
+
+
+def folder(workdir, step):
+    return workdir / checkpoints.FOLDER / str(step)
+
+
+def largest_file(workdir, step):
+    files = (path for path in (folder(workdir, step) / "state").rglob("*") if path.is_file())
+    return max(files, key=lambda path: path.stat().st_size)
+
+
+def truncate(workdir, step):
+    file = largest_file(workdir, step)
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def flip(workdir, step):
+    file = largest_file(workdir, step)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    file.write_bytes(content)
+
+
+def delete_a_file(workdir, step):
+    largest_file(workdir, step).unlink()
+
+
+def delete_the_state(workdir, step):
+    shutil.rmtree(folder(workdir, step) / "state")
+
+
+def empty(workdir, step):
+    shutil.rmtree(folder(workdir, step))
+    folder(workdir, step).mkdir()
+
+
+def change_the_checksum(workdir, step):
+    """Files as they were written, but not of the state that was saved."""
+    file = folder(workdir, step) / "checksum" / "metadata"
+    recorded = json.loads(file.read_text())
+    file.write_text(json.dumps(recorded | {"crc32": recorded["crc32"] ^ 1}))
+    (folder(workdir, step) / "files.json").unlink()
+
+
+def test_the_newest_checkpoint_comes_back_with_the_loaders_position(workdir):
+    iterator = numbers()
+    state, step = restore(workdir, iterator)
+    assert step == 6
+    jax.tree.map(np.testing.assert_array_equal, state, state_of(6))
+    assert next(iterator) == 6
+
+
+def test_without_checkpoints_a_run_starts_at_its_start(tmp_path):
+    state, step = restore(tmp_path, numbers())
+    assert step == 0
+    assert state["step"] == 0
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, flip, delete_a_file, delete_the_state, empty, change_the_checksum],
+)
+def test_a_damaged_checkpoint_is_reported_set_aside_and_passed_over(workdir, damage, caplog, capfd):
+    damage(workdir, 6)
+    iterator = numbers()
+    with caplog.at_level(logging.WARNING):
+        state, step = restore(workdir, iterator)
+    assert step == 4
+    jax.tree.map(np.testing.assert_array_equal, state, state_of(4))
+    assert next(iterator) == 4
+    (warning,) = [record for record in caplog.records if "is damaged" in record.getMessage()]
+    assert str(folder(workdir, 6)) in warning.getMessage()
+    assert "goes on from step 4" in warning.getMessage()
+    assert "\n" not in warning.getMessage()
+    assert "Traceback" not in capfd.readouterr().err
+    assert [path.name for path in (workdir / checkpoints.DAMAGED_FOLDER).iterdir()] == ["6"]
+    assert not folder(workdir, 6).exists()
+
+
+def test_the_step_of_a_damaged_checkpoint_can_be_saved_and_be_damaged_again(workdir):
+    for _ in range(2):
+        flip(workdir, 6)
+        with checkpoints.open_manager(workdir) as manager:
+            _, step = checkpoints.restore(manager, state_of(0), None)
+            assert step == 4
+            checkpoints.save(manager, 6, state_of(6), None)
+        assert restore(workdir)[1] == 6
+    assert {path.name for path in (workdir / checkpoints.DAMAGED_FOLDER).iterdir()} == {
+        "6", "6_again",
+    }  # fmt: skip
+
+
+def test_when_all_are_damaged_the_run_starts_over_and_nothing_is_lost(workdir, caplog):
+    # These fail late: after the loader's position was restored.
+    for step in STEPS:
+        change_the_checksum(workdir, step)
+    iterator = numbers()
+    state, step = restore(workdir, iterator)
+    assert step == 0
+    assert state["step"] == 0
+    assert next(iterator) == 0
+    assert sum("is damaged" in record.getMessage() for record in caplog.records) == len(STEPS)
+    assert {path.name for path in (workdir / checkpoints.DAMAGED_FOLDER).iterdir()} == {
+        str(step) for step in STEPS
+    }
+
+
+def test_a_checkpoint_of_another_model_is_an_error_and_stays_where_it_is(workdir):
+    other = {
+        "step": np.array(0, np.int32),
+        "table": np.zeros((3, 3), np.float32),
+        "more": np.zeros(2),
+    }
+    with (
+        checkpoints.open_manager(workdir) as manager,
+        pytest.raises(UserError, match="holds a model of other sizes"),
+    ):
+        checkpoints.restore(manager, other, None)
+    assert restore(workdir)[1] == 6
+    assert not (workdir / checkpoints.DAMAGED_FOLDER).exists()
+
+
+def test_a_run_killed_before_its_checkpoint_was_sealed_can_use_it(workdir):
+    (folder(workdir, 6) / "files.json").unlink()
+    assert restore(workdir)[1] == 6
+
+
+def test_only_the_last_few_are_kept(workdir):
+    with checkpoints.open_manager(workdir) as manager:
+        checkpoints.save(manager, 8, state_of(8), None)
+    assert {path.name for path in (workdir / checkpoints.FOLDER).iterdir()} == {"4", "6", "8"}
+
+
+def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
+    state = state_of(1)
+    with checkpoints.open_manager(tmp_path) as manager:
+        checkpoints.save(manager, 1, state, None)
+        state["table"][:] = -1.0
+    np.testing.assert_array_equal(restore(tmp_path)[0]["table"], state_of(1)["table"])
