@@ -43,7 +43,8 @@ def train_teacher(config: ConfigDict, workdir: Path) -> list[Row]:
     dataset = teachers.open_dataset(config)
     teacher, step = runs.train_teacher(config, dataset, workdir)
     sums, _ = runs.measure(config, dataset, teacher, [])
-    rows = [runs.teacher_row(config, dataset, config.seed, step, sums)]
+    flops = runs.teacher_flops(config, dataset.spec, None)
+    rows = [runs.teacher_row(config, dataset, config.seed, step, sums, flops)]
     runs.write_results(config, workdir, rows)
     return rows
 
@@ -78,9 +79,10 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
     teacher, dataset = teachers.teacher_and_dataset(config)
     student, step = runs.train_student(config, dataset, teacher, workdir)
     teacher_sums, (sums,) = runs.measure(
-        config, dataset, teacher.ranker() if teacher else None, [student]
+        config, dataset, runs.live_ranker(config, teacher), [student]
     )
-    rows = runs.student_rows(config, dataset, step, sums, teacher_sums)
+    teacher_flops = runs.teacher_flops(config, dataset.spec, teacher)
+    rows = runs.student_rows(config, dataset, step, sums, teacher_sums, teacher_flops)
     runs.write_results(config, workdir, rows)
     return rows
 
@@ -104,13 +106,14 @@ def sweep(config: ConfigDict, workdir: Path) -> list[Row]:
     teacher_sums, students_sums = runs.measure(
         config,
         dataset,
-        teacher.ranker() if teacher else None,
+        runs.live_ranker(config, teacher),
         [student for student, _ in trained],
     )
     seed, step = (teacher.seed, teacher.step) if teacher else (None, None)
-    rows = [runs.teacher_row(config, dataset, seed, step, teacher_sums)]
+    teacher_flops = runs.teacher_flops(config, dataset.spec, teacher)
+    rows = [runs.teacher_row(config, dataset, seed, step, teacher_sums, teacher_flops)]
     for member, (_, step), sums in zip(members.values(), trained, students_sums, strict=True):
-        rows += runs.student_rows(member, dataset, step, sums, teacher_sums)
+        rows += runs.student_rows(member, dataset, step, sums, teacher_sums, teacher_flops)
     rows = results.with_savings(rows, config.funnel.retrieved)
     runs.write_results(config, workdir, rows)
     return rows

@@ -27,6 +27,13 @@ from kd_ranker.training.loop import fit
 from kd_ranker.training.mapping import MAPPINGS, Mapping
 from kd_ranker.training.step import Frozen, Recipe, TrainState
 
+# What may change without making another run of it: what students are trained, and what is reported.
+_NOT_OF_A_STUDENT = ("sweep", "funnel.report_at", "evaluation")
+_NOT_OF_A_TEACHER = (
+    *_NOT_OF_A_STUDENT,
+    *("student", "distill", "batch", "train", "optimizer", "teacher.workdir", "teacher.source"),
+)
+
 
 def device_mapping(config: ConfigDict) -> Mapping:
     """The mapping of `config.parallel` over its devices."""
@@ -56,7 +63,7 @@ def training_batches(
 
 def train_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> tuple[Ranker, int]:
     """Trains the teacher of `config` on user labels; returns it and its last step."""
-    workdirs.claim(workdir, config)
+    workdirs.claim(workdir, config, without=_NOT_OF_A_TEACHER)
     recipe, state = recipes.teacher_start(config, dataset.spec)
     probability = serve_probability(recipe.model, recipe.mode)
 
@@ -74,25 +81,33 @@ def train_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> tuple[
 def train_student(
     config: ConfigDict, dataset: Dataset, teacher: Teacher | None, workdir: Path
 ) -> tuple[Ranker, int]:
-    """Trains the student of `config`; returns it and its last step.
-
-    `teacher` is the live teacher; None takes the probabilities that the dataset holds.
-    """
-    workdirs.claim(workdir, config)
-    recipe, state = recipes.student_start(config, dataset.spec, teacher.model if teacher else None)
+    """Trains the student of `config`; returns it and its last step."""
+    workdirs.claim(workdir, config, without=_NOT_OF_A_STUDENT)
+    live = teacher if _is_live(config) else None
+    recipe, state = recipes.student_start(config, dataset.spec, live.model if live else None)
     probability = serve_probability(recipe.model, recipe.mode)
-    teacher_ranker = teacher.ranker() if teacher else None
 
     def progress(parameters: Parameters) -> Row:
         student = Ranker(probability, parameters)
         limit = config.train.eval_limit
-        teacher_sums, (sums,) = measure(config, dataset, teacher_ranker, [student], limit)
+        teacher_sums, (sums,) = measure(
+            config, dataset, live_ranker(config, teacher), [student], limit
+        )
         serve = config.distill.serve if config.distill.serve in sums else next(iter(sums))
         return summary(config, dataset, sums[serve], teacher_sums)
 
-    live = teacher.parameters if teacher and recipe.teacher else None
-    state = _fit(config, dataset, config, recipe, state, live, workdir, progress)
+    live_parameters = live.parameters if live and recipe.teacher else None
+    state = _fit(config, dataset, config, recipe, state, live_parameters, workdir, progress)
     return Ranker(probability, state.parameters), int(state.step)
+
+
+def _is_live(config: ConfigDict) -> bool:
+    return config.teacher.source == "live"
+
+
+def live_ranker(config: ConfigDict, teacher: Teacher | None) -> Ranker | None:
+    """What scores the evaluation requests; None where their probabilities are logged."""
+    return teacher.ranker if teacher and _is_live(config) else None
 
 
 def _fit(
@@ -154,14 +169,24 @@ def measure(
 
 def summary(config: ConfigDict, dataset: Dataset, sums: Sums, teacher_sums: Sums) -> Row:
     """The measured columns of one row of `results.csv`."""
-    tasks, report_at = dataset.spec.tasks, config.funnel.report_at
+    tasks, report_at = dataset.spec.tasks, _report_at(config)
     of_teacher = summarise(teacher_sums, tasks, report_at)
     teacher_user_bce = {task: of_teacher[f"user_bce/{task}"] for task in tasks}
     return dict(summarise(sums, tasks, report_at, teacher_user_bce))
 
 
+def _report_at(config: ConfigDict) -> list[int]:
+    """The k of `survival@k` and its like; the funnel's own is always among them."""
+    return sorted({*config.funnel.report_at, config.funnel.passed})
+
+
 def teacher_row(
-    config: ConfigDict, dataset: Dataset, seed: int | None, step: int | None, sums: Sums
+    config: ConfigDict,
+    dataset: Dataset,
+    seed: int | None,
+    step: int | None,
+    sums: Sums,
+    flops: float,
 ) -> Row:
     """The teacher's row of `results.csv`; `seed` and `step` are None for one from elsewhere."""
     row: Row = {
@@ -174,19 +199,22 @@ def teacher_row(
         # A teacher is not measured against itself.
         "alignment_ratio": float("nan"),
     }
-    flops = _teacher_flops(config, dataset.spec)
     return results.with_cost(row, flops, flops)
 
 
 def student_rows(
-    config: ConfigDict, dataset: Dataset, step: int, sums: dict[str, Sums], teacher_sums: Sums
+    config: ConfigDict,
+    dataset: Dataset,
+    step: int,
+    sums: dict[str, Sums],
+    teacher_sums: Sums,
+    teacher_flops: float,
 ) -> list[Row]:
     """A student's rows of `results.csv`, one a serving choice."""
     mode = MODES[config.distill.mode]
     distilled = mode.teacher_logits is not None
     model, parameters = recipes.student_model(config, dataset.spec)
     flops = _flops_per_candidate(config, dataset.spec, model, parameters)
-    teacher_flops = _teacher_flops(config, dataset.spec)
     shared: Row = {
         "dataset": config.data.name,
         "role": "student",
@@ -216,12 +244,16 @@ def _flops_per_candidate(
     return cost.flops(probability, parameters, empty_batch(spec, 1, retrieved), items) / retrieved
 
 
-def _teacher_flops(config: ConfigDict, spec: FeatureSpec) -> float:
-    return _flops_per_candidate(config, spec, *recipes.teacher_model(config, spec))
+def teacher_flops(config: ConfigDict, spec: FeatureSpec, teacher: Teacher | None) -> float:
+    """FLOPs a candidate of the teacher; of the one that `config.teacher` describes if None."""
+    model, parameters = (
+        (teacher.model, teacher.parameters) if teacher else recipes.teacher_model(config, spec)
+    )
+    return _flops_per_candidate(config, spec, model, parameters)
 
 
 def write_results(config: ConfigDict, workdir: Path, rows: Sequence[Row]) -> None:
     """Writes `results.csv`, whole or not at all."""
-    names = results.columns(config.tasks, config.funnel.report_at)
+    names = results.columns(config.tasks, _report_at(config))
     workdirs.write_atomically(workdir / results.FILE, results.to_csv(rows, names))
     logging.info("wrote %s", workdir / results.FILE)

@@ -30,17 +30,23 @@ LOG_TEACHER = f"python -m experiments.log_teacher, {_SAME_FLAGS}"
 
 
 class Teacher(NamedTuple):
-    """A trained final ranker, and a name for its exact weights."""
+    """A trained final ranker.
+
+    Attributes:
+      model: what is fixed about it.
+      parameters: what it learned, on a device.
+      ranker: the same as the evaluation sees it.
+      version: a name for its exact weights.
+      seed: the seed that it was trained with.
+      step: its last step.
+    """
 
     model: Model
     parameters: Parameters
+    ranker: Ranker
     version: str
     seed: int
     step: int
-
-    def ranker(self) -> Ranker:
-        """The teacher as the evaluation sees it."""
-        return Ranker(serve_probability(self.model, MODES["none"]), self.parameters)
 
 
 def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
@@ -66,17 +72,18 @@ def open_dataset(config: ConfigDict, teacher_version: str = "") -> Dataset:
 def teacher_and_dataset(config: ConfigDict) -> tuple[Teacher | None, Dataset]:
     """The teacher that a student follows, and the dataset that it learns from.
 
-    With `teacher.source = "logged"` there is no teacher to run: the probabilities come with the
-    dataset, from the teacher in `teacher.workdir` or, if that is empty, from the dataset's logs.
+    With `teacher.source = "logged"` the probabilities come with the dataset: from the teacher in
+    `teacher.workdir`, or, if that is empty, from the dataset's own logs, and then there is no
+    teacher to return.
 
     Raises:
       UserError: the teacher or the dataset is missing, or the dataset holds no probabilities.
     """
     dataset = open_dataset(config)
-    if config.teacher.source == "live":
-        return load_teacher(config, dataset), dataset
-    if config.teacher.workdir:
-        dataset = open_dataset(config, load_teacher(config, dataset).version)
+    if config.teacher.source == "live" or config.teacher.workdir:
+        teacher = load_teacher(config, dataset)
+        logged = config.teacher.source == "logged"
+        return teacher, open_dataset(config, teacher.version) if logged else dataset
     if not dataset.spec.teacher_version:
         raise UserError(
             f"{config.data.name} holds no teacher probabilities; name a teacher in teacher.workdir "
@@ -116,7 +123,15 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(state.parameters):
         digest.update(np.ascontiguousarray(leaf).tobytes())
-    return Teacher(recipe.model, state.parameters, digest.hexdigest()[:12], trained.seed, step)
+    parameters = jax.device_put(state.parameters)
+    return Teacher(
+        model=recipe.model,
+        parameters=parameters,
+        ranker=Ranker(serve_probability(recipe.model, MODES["none"]), parameters),
+        version=digest.hexdigest()[:12],
+        seed=trained.seed,
+        step=step,
+    )
 
 
 def scored_requests(
@@ -128,7 +143,7 @@ def scored_requests(
     those of all candidates.
     """
     everywhere = split == "test" or config.teacher.stage == "retrieved"
-    ranker, item_features = teacher.ranker(), jax.device_put(dataset.item_features)
+    ranker, item_features = teacher.ranker, jax.device_put(dataset.item_features)
     size = config.evaluation.requests
     requests = loader.read_requests(dataset, split)
     while chunk := list(itertools.islice(requests, size)):

@@ -3,10 +3,12 @@
 Tests that run a command in a process of its own are here because they share its compiled programs.
 """
 
+import contextlib
 import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +18,7 @@ from ml_collections import ConfigDict
 
 from configs import cascade
 from kd_ranker import commands
+from kd_ranker.evaluation import results
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "--config=configs/cascade.py:small"
@@ -48,19 +51,35 @@ class World(NamedTuple):
         overrides = [f"--config.{key}={value}" for key, value in self.changes(**changes).items()]
         return [CONFIG, f"--workdir={workdir}", *overrides]
 
+    def made(self, name: str, make: Callable[[Path], object]) -> Path:
+        """The folder `name`, filled by `make` once for all tests; they must not change it."""
+        folder = self.root / name
+        with self.locked(name):
+            if not (folder / results.FILE).exists():
+                make(folder)
+        return folder
+
+    @contextlib.contextmanager
+    def locked(self, name: str) -> Iterator[None]:
+        """Lets one process at a time past."""
+        with (self.root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
 
 def open_world(tmp_path_factory) -> World:
-    """The world of this run of the tests; the first that asks for it makes it."""
+    """The world of this run of the tests."""
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "small_world"
     root.mkdir(exist_ok=True)
     _share_compiled_programs(root / "compiled")
     world = World(root)
-    with (root / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (world.teacher / "results.csv").exists():
-            commands.prepare_data(world.config())
-            commands.train_teacher(world.config(teacher__workdir=""), world.teacher)
+
+    def make_teacher(folder: Path) -> None:
+        commands.prepare_data(world.config())
+        commands.train_teacher(world.config(teacher__workdir=""), folder)
+
+    world.made(world.teacher.name, make_teacher)
     return world
 
 

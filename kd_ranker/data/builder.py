@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
+from absl import logging
 from jaxtyping import Float32
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -211,12 +212,20 @@ def build(source: Source, name: str, data_dir: str) -> Path:
     directory = directory_of(name, data_dir)
     if not directory.exists():
         _check_widths(source.spec)
+        for split, number in source.num_requests.items():
+            if not number:
+                raise UserError(f"{source.spec.dataset} yields no requests for its split {split!r}")
         # TFDS' own bars do not know how many requests are to come; ours do.
         tfds.disable_progress_bar()
-        builder = Requests(source=source, config_name=name, data_dir=data_dir)
-        # It announces a download, and there is none.
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.download_and_prepare()
+        # It announces a download, and there is none, and warns of configs that are not its own.
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                builder = Requests(source=source, config_name=name, data_dir=data_dir)
+                builder.download_and_prepare()
+        finally:
+            logging.set_verbosity(verbosity)
     return directory
 
 

@@ -172,9 +172,10 @@ def _evaluation_row(
     true_probability[: len(request.true_probability)] = request.true_probability
     fields = sampling.full_fields(request, spec, candidates)
     # Stored in funnel order: a ranker that cannot tell two candidates apart must not get the one
-    # that the logged policy preferred for free, so ties are broken by item id.
+    # that the logged policy preferred for free. Item ids tell of popularity in some datasets, so
+    # ties fall by a fixed permutation.
     order = np.arange(candidates)
-    order[:number] = np.argsort(request.item_id, kind="stable")
+    order[:number] = np.random.default_rng(request.request_id).permutation(number)
     per_candidate = {
         name: field[order] for name, field in fields.items() if name in sampling.PER_CANDIDATE
     }

@@ -115,7 +115,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         `test_requests_per_user`, how many of these to keep, the earliest ones, or 0 for all;
         `seed`, for the order within a second.
       tasks: some of `TASKS`, in any order.
-      funnel: not used; the funnel of this source is the catalogue.
+      funnel: `retrieved` must hold the whole catalogue.
 
     Returns:
       The source; each split comes in the order of time. A user's train requests precede the same
@@ -124,9 +124,13 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     Raises:
       UserError: for files that are missing or malformed, and tasks or numbers that make no sense.
     """
-    del funnel
     _check(data, tasks)
     movielens = read(data.path or fetch(ARCHIVE, data.dir))
+    if funnel.retrieved < len(movielens.genres):
+        raise UserError(
+            f"funnel.retrieved={funnel.retrieved} is less than the {len(movielens.genres)} films "
+            "of the catalogue, all of which are candidates"
+        )
     log = item_log(movielens)
     all_genres = movielens.genres.astype(np.float32)
     fixed_user_features = _fixed_user_features(movielens)

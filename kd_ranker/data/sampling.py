@@ -33,7 +33,7 @@ def proper_teacher_weight(request: Request, version: str) -> Float32[np.ndarray,
     Proper is what the log says was written, by the right model version, as a number in [0, 1].
     """
     probability = request.teacher_probability
-    if request.teacher_version != version:
+    if not version or request.teacher_version != version:
         return np.zeros_like(probability)
     # A comparison with NaN is False, so NaN needs no test of its own.
     in_range = (probability >= 0) & (probability <= 1)
@@ -63,21 +63,22 @@ def choose_labelled(
     Returns:
       positions in [0, S), positives first, and the factor on the label weight of each.
     """
+    groups = [np.flatnonzero(positive), np.flatnonzero(~positive)]
+    wanted = [len(groups[0]), min(max(round(negative_rate * len(groups[1])), 1), len(groups[1]))]
+    if sum(wanted) > slots:
+        # Both are thinned in proportion, and neither to nothing.
+        reserved = min(wanted[1], 1)
+        share = round(slots * wanted[0] / sum(wanted))
+        wanted[0] = min(max(share, 1), max(slots - reserved, 0), wanted[0])
+        wanted[1] = min(slots - wanted[0], wanted[1])
     kept, factors = [], []
-    room = slots
-    for candidates, rate in (
-        (np.flatnonzero(positive), 1.0),
-        (np.flatnonzero(~positive), negative_rate),
-    ):
-        if len(candidates) and room:
-            number = min(max(round(rate * len(candidates)), 1), room)
+    for candidates, number in zip(groups, wanted, strict=True):
+        if number:
+            drawn = candidates
             if number < len(candidates):
                 drawn = generator.choice(candidates, number, replace=False, shuffle=False)
-            else:
-                drawn = candidates
             kept.append(drawn)
             factors.append(np.full(number, len(candidates) / number, np.float32))
-            room -= number
     if not kept:
         return np.zeros(0, np.int64), np.zeros(0, np.float32)
     return np.concatenate(kept), np.concatenate(factors)

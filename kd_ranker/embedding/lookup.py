@@ -65,7 +65,8 @@ def touched(
       lookups: the model's lookups.
       batch: the batch that the rows were gathered for.
       table: the table's name.
-      rows: its number of rows; an id that is masked out becomes this, one past the end.
+      rows: its number of rows; an id that is masked out, or whose gradient is zero, becomes this,
+        one past the end.
 
     Returns:
       ids int32 [M], duplicates included, and gradients float32 [M, D], where M counts the ids of
@@ -75,9 +76,11 @@ def touched(
     for name, lookup in lookups.items():
         if lookup.table != table:
             continue
-        lookup_ids = getattr(batch, lookup.ids)
+        # A candidate that no label speaks of has no gradient, and must not move its row by decay or
+        # by moments of old: else mode none would depend on how many such candidates fill a batch.
+        spoken_of = jnp.any(gradients[name] != 0, axis=-1)
         if lookup.mask:
-            lookup_ids = jnp.where(getattr(batch, lookup.mask), lookup_ids, rows)
-        ids.append(lookup_ids.reshape(-1))
+            spoken_of &= getattr(batch, lookup.mask)
+        ids.append(jnp.where(spoken_of, getattr(batch, lookup.ids), rows).reshape(-1))
         row_gradients.append(gradients[name].reshape(-1, gradients[name].shape[-1]))
     return jnp.concatenate(ids), jnp.concatenate(row_gradients)

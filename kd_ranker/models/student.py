@@ -45,7 +45,7 @@ class MultiInterest(nnx.Module):
         """Builds the model; reads `width` (D), `interests` (E) and `hidden` from the config."""
         user_width = config.width + spec.user_features + spec.context_features
         self.interests = config.interests
-        self.features = spec.cheap_item_features
+        self.cheap_features = spec.cheap_item_features
         self.user = MultiLayerPerceptron(
             [user_width, *config.hidden, config.interests * config.width], rngs=rngs
         )
@@ -60,7 +60,9 @@ class MultiInterest(nnx.Module):
         """The logits of every candidate."""
         users = self.user(user_inputs(batch, rows["user"]))
         users = users.reshape(*users.shape[:-1], self.interests, -1)
-        item = self.item(rows["item"], candidate_inputs(batch, item_features[:, : self.features]))
+        item = self.item(
+            rows["item"], candidate_inputs(batch, item_features[:, : self.cheap_features])
+        )
         match = jnp.einsum("red,rnd->rne", users, item)
         combined = jnp.einsum("rne,red->rnd", jax.nn.softmax(match), users)
         return self.heads(jnp.concatenate([combined, item, match], axis=-1))
@@ -79,7 +81,7 @@ class TwoTower(nnx.Module):
     def __init__(self, spec: FeatureSpec, heads: int, config: ConfigDict, *, rngs: nnx.Rngs):
         """Builds the model; reads `width` (D) and `hidden` from the config."""
         user_width = config.width + spec.user_features + spec.context_features
-        self.features = spec.cheap_item_features
+        self.cheap_features = spec.cheap_item_features
         self.user = MultiLayerPerceptron(
             [user_width, *config.hidden, heads * config.width], rngs=rngs
         )
@@ -92,7 +94,9 @@ class TwoTower(nnx.Module):
         self, batch: CandidateBatch, rows: Rows, item_features: Float[Array, "items F"]
     ) -> Float[Array, "R N heads"]:
         """The logits of every candidate."""
-        item = self.item(rows["item"], candidate_inputs(batch, item_features[:, : self.features]))
+        item = self.item(
+            rows["item"], candidate_inputs(batch, item_features[:, : self.cheap_features])
+        )
         users = self.user(user_inputs(batch, rows["user"]))
         users = users.reshape(*users.shape[:-1], -1, item.shape[-1]) / jnp.sqrt(item.shape[-1])
         return jnp.einsum("rhd,rnd->rnh", users, item) + self.offset[...]

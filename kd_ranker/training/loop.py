@@ -60,14 +60,18 @@ def fit(
             state, losses = step(state, next(iterator), hyperparameters, frozen)
             bar.update()
             last = done == train.steps
-            if last or done % train.log_every == 0:
+            saves = last or done % train.checkpoint_every == 0
+            scalars = {}
+            # A state is looked at before it is saved: a run could not go on from a NaN.
+            if saves or done % train.log_every == 0:
                 scalars = {name: float(loss) for name, loss in mapping.unreplicate(losses).items()}
                 _check_finite(scalars, done)
-                writer.write(done, scalars)
                 bar.set_postfix(loss=f"{scalars['loss']:.4f}")
             if not last and train.eval_every and done % train.eval_every == 0:
-                writer.write(done, evaluate(mapping.unreplicate(state).parameters))
-            if last or done % train.checkpoint_every == 0:
+                scalars |= evaluate(mapping.unreplicate(state).parameters)
+            if scalars:
+                writer.write(done, scalars)
+            if saves:
                 checkpoints.save(manager, done, mapping.unreplicate(state), iterator)
         bar.close()
         writer.close()

@@ -13,10 +13,12 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "sgd": optax.identity,
 }
 
-# (steps, warm-up steps) -> step -> factor of the peak learning rate.
+# (steps, warm-up steps) -> step, counted from 1 -> factor of the peak learning rate.
 SCHEDULES: dict[str, Callable[[int, int], optax.Schedule]] = {
-    "constant": lambda steps, warmup: optax.warmup_constant_schedule(0.0, 1.0, warmup),
+    "constant": lambda steps, warmup: optax.join_schedules(
+        [optax.linear_schedule(0.0, 1.0, max(warmup, 1)), optax.constant_schedule(1.0)], [warmup]
+    ),
     "cosine": lambda steps, warmup: optax.warmup_cosine_decay_schedule(
-        0.0, 1.0, warmup, max(steps, warmup + 1)
+        0.0, 1.0, min(warmup, steps // 2), steps
     ),
 }

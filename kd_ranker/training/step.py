@@ -44,7 +44,10 @@ class Hyperparameters:
 
 @flax.struct.dataclass
 class TrainState:
-    """Everything that a step changes: what a checkpoint must hold besides the loader's position."""
+    """What a run carries from step to step; a checkpoint holds it beside the loader's position.
+
+    `key` is the run's random state, for models that draw while they train; those built in do not.
+    """
 
     step: Int[Array, ""]
     parameters: Parameters
@@ -183,7 +186,8 @@ def make_step(
         scalars = jax.lax.psum(scalars, AXIS)
         *dense_gradients, row_gradients = gradients
         dense_gradients = tuple(jax.lax.psum(dense_gradients, AXIS))
-        factor = recipe.schedule(state.step)
+        # Counted from 1: a factor of 0 at the first step would waste a batch.
+        factor = recipe.schedule(state.step + 1)
 
         dense_parameters = (parameters.dense, state.transform)
         direction, optimizer_state = recipe.optimizer.update(

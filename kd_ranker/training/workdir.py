@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import tensorboardX
@@ -30,8 +31,13 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def claim(workdir: Path, config: ConfigDict) -> None:
+def claim(workdir: Path, config: ConfigDict, without: Sequence[str] = ()) -> None:
     """Makes `workdir` this config's own: writes `config.json`, or checks the one that is there.
+
+    Args:
+      workdir: the folder of the run.
+      config: its config.
+      without: keys, or sections, that do not matter to the run and may differ.
 
     Raises:
       UserError: the workdir belongs to another config; the message names the keys that differ.
@@ -46,6 +52,7 @@ def claim(workdir: Path, config: ConfigDict) -> None:
         f"{key} ({there.get(key)!r} there, {here.get(key)!r} now)"
         for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key)
+        and not any(f"{key}.".startswith(f"{other}.") for other in without)
     ]
     if differing:
         raise UserError(

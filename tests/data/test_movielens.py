@@ -64,7 +64,7 @@ def make_data(directory: Path, **changes: float | str) -> ConfigDict:
 
 
 def open_small(directory: Path, **changes: float | str) -> Source:
-    return movielens.open_source(make_data(directory, **changes), TASKS, ConfigDict())
+    return movielens.open_source(make_data(directory, **changes), TASKS, ConfigDict({"retrieved": 1682}))
 
 
 def assert_same(left: Request, right: Request) -> None:
@@ -183,7 +183,7 @@ def test_shapes_and_dtypes_follow_the_spec(tmp_path: Path) -> None:
 
 def test_asked_tasks_are_columns(tmp_path: Path) -> None:
     data = make_data(write_files(tmp_path))
-    source = movielens.open_source(data, ("share", "watch"), ConfigDict())
+    source = movielens.open_source(data, ("share", "watch"), ConfigDict({"retrieved": 1682}))
     for part, full in zip(
         source.requests("test"), open_small(tmp_path).requests("test"), strict=True
     ):
@@ -343,7 +343,7 @@ def test_impossible_settings_are_named(
 @pytest.mark.parametrize("tasks", [("watch", "follow"), (), ("like", "like")])
 def test_unknown_tasks_are_refused(tmp_path: Path, tasks: tuple[str, ...]) -> None:
     with pytest.raises(UserError, match="tasks") as error:
-        movielens.open_source(make_data(write_files(tmp_path)), tasks, ConfigDict())
+        movielens.open_source(make_data(write_files(tmp_path)), tasks, ConfigDict({"retrieved": 1682}))
     if "follow" in tasks:
         assert all(task in str(error.value) for task in TASKS)
 
@@ -365,7 +365,7 @@ def raw_ratings() -> np.ndarray:
 @pytest.fixture(scope="module")
 def real_requests() -> dict[str, list[Request]]:
     """All requests; candidate features of every 50th only, to keep this small."""
-    source = movielens.open_source(make_data(REAL_FILES, **REAL_SETTINGS), TASKS, ConfigDict())
+    source = movielens.open_source(make_data(REAL_FILES, **REAL_SETTINGS), TASKS, ConfigDict({"retrieved": 1682}))
     requests: dict[str, list[Request]] = {}
     for split in ("train", "test"):
         requests[split] = [
@@ -490,7 +490,7 @@ def test_nothing_in_a_real_request_stems_from_after_its_time(
     rows = np.concatenate([past, future])
     rows[:, :2] += 1
     np.savetxt(tmp_path / "u.data", rows, "%d", delimiter="\t")
-    source = movielens.open_source(make_data(tmp_path, **REAL_SETTINGS), TASKS, ConfigDict())
+    source = movielens.open_source(make_data(tmp_path, **REAL_SETTINGS), TASKS, ConfigDict({"retrieved": 1682}))
     (seen,) = [
         request
         for split in ("train", "test")

@@ -1,5 +1,3 @@
-import doctest
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +5,6 @@ import pytest
 from scipy.special import expit, logit
 from sklearn.metrics import log_loss
 
-from kd_ranker.distillation import losses
 from kd_ranker.distillation.losses import LOSSES, bce
 
 SHAPE = (3, 4, 2)
@@ -19,10 +16,6 @@ def random_entries(seed):
     probability = generator.random(SHAPE, dtype=np.float32)
     weight = (generator.random(SHAPE) < 0.6).astype(np.float32) * generator.uniform(0.5, 2, SHAPE)
     return logits, probability, weight.astype(np.float32)
-
-
-def test_examples_in_docstrings():
-    assert doctest.testmod(losses).failed == 0
 
 
 def test_bce_of_hard_labels_is_scikit_learns_log_loss():

@@ -36,7 +36,7 @@ def test_gradients_of_gathered_rows_add_up_to_the_table_gradient():
 def test_padding_is_not_touched():
     batch = random_batch(1)
     rows = {
-        name: np.zeros((*ids.shape, WIDTH))
+        name: np.ones((*ids.shape, WIDTH))
         for name, ids in {
             "item": batch.item_id,
             "history": batch.history_id,

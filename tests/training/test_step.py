@@ -176,6 +176,19 @@ def test_padding_changes_nothing():
     assert_close(one, other, 1e-6)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_candidates_that_no_label_speaks_of_are_as_good_as_padding(optimizer):
+    """Mode none must not depend on how many unlabelled candidates fill up a batch."""
+    batches = [random_batch(seed) for seed in range(3)]
+    without = [
+        batch.replace(stage=np.where(batch.label_weight > 0, batch.stage, 0).astype(np.int8))
+        for batch in batches
+    ]
+    recipe, state = make_recipe("none", optimizer)
+    one, other = run(recipe, state, batches), run(recipe, state, without)
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
 def test_numbers_are_traced_so_a_sweep_compiles_once():
     recipe, state = make_recipe("shared")
     traces = []

@@ -1,0 +1,158 @@
+import json
+import re
+import sys
+
+import pytest
+
+from experiments import launch
+from kd_ranker.errors import UserError
+from kd_ranker.evaluation import results
+from tests import small
+from tests.small import CONFIG, ROOT
+
+MOVIELENS = "--config=configs/movielens.py"
+
+# Checkpoints, evaluations and lines at steps of their own.
+OFTEN = {"train__log_every": 1, "train__checkpoint_every": 3, "train__eval_every": 5}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small.open_world(tmp_path_factory)
+
+
+def bad_config(tmp_path, text):
+    file = tmp_path / "config.py"
+    file.write_text(text)
+    return f"--config={file}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config=configs/nope.py"], "--config=configs/nope.py: there is no file configs/nope"),
+        (["--config=configs"], "there is no file configs"),
+        (["--config", "configs/nope.py:small", "--config.seed=3"], "no file configs/nope.py"),
+        (["--config=configs/cascade.py:huge"], "no variant :huge; the variants are: :small"),
+        (["--config=configs/movielens.py:small"], "no variant :small; the variants are: none"),
+        ([CONFIG, "--config.train.step=3"], "'train.step' does not exist; did you mean 'train.ste"),
+        ([CONFIG, "--config.bogus", "3"], "config key 'bogus' does not exist; config has: batch"),
+        ([CONFIG, "--noconfig.distill.afine"], "did you mean 'distill.affine'?"),
+        ([CONFIG, "--config.tasks.first=like"], "'tasks.first' does not exist"),
+    ],
+)  # fmt: skip
+def test_config_flags_are_checked_before_they_are_parsed(flags, message, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError) as caught:
+        launch.check_config_flags(["train", *flags, "--workdir=somewhere"])
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:\n", "does not load: SyntaxError: invalid syntax"),
+        ("import kd_rankerr\n", "does not load: ModuleNotFoundError: No module named 'kd_rankerr'"),
+        ("def get_config():\n  return open('/absent')\n", "FileNotFoundError"),
+        ("config = 3\n", "does not load: KeyError: 'get_config'"),
+    ],
+)
+def test_a_config_file_that_does_not_load_says_why(tmp_path, text, message):
+    with pytest.raises(UserError) as caught:
+        launch.check_config_flags(["train", bad_config(tmp_path, text)])
+    assert message in str(caught.value)
+
+
+def test_good_config_flags_pass(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    good = ["--config.train.steps=3", "--noconfig.distill.affine", "--config.tasks=like"]
+    launch.check_config_flags(["train", CONFIG, "--workdir=somewhere", *good])
+    launch.check_config_flags(["train", "--help"])
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "message"),
+    [
+        ("train", [CONFIG, "--config.bogus=3"], "config key 'bogus' does not exist"),
+        ("sweep", [CONFIG, "--config.train.steps=abc"], "--config.train.steps=abc"),
+        ("train_teacher", [CONFIG, "--config.data.dir=/absent"], "python -m experiments.prepare_"),
+        ("prepare_data", [MOVIELENS, "--config.data.path=/absent"], "/absent/u.genre does not ex"),
+        ("train", [CONFIG, "--workdir="], "--workdir is missing"),
+        ("log_teacher", [], "--config is missing"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, module, flags, message):
+    workdir = tmp_path / "workdir"
+    finished = small.run("-m", f"experiments.{module}", f"--workdir={workdir}", *flags)
+    assert finished.returncode == 2, finished.stderr
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert finished.stdout == ""
+    assert not workdir.exists()
+
+
+def test_a_workdir_that_is_a_file_is_one_line(world, tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    finished = small.run("-m", "experiments.train", *world.flags(file))
+    assert finished.returncode == 2
+    (line,) = finished.stderr.splitlines()
+    assert str(file) in line
+
+
+def test_prepare_data_says_where_the_dataset_lies(world):
+    finished = small.run("-m", "experiments.prepare_data", *world.flags("unused"))
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith(f"dataset: {world.root / 'datasets'}")
+
+
+def test_a_killed_run_ends_as_if_it_had_never_been_killed(world, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finished = small.run("-m", "experiments.train", *world.flags(whole, **OFTEN))
+    assert finished.returncode == 0, finished.stderr
+    flags = world.flags(killed, **OFTEN)
+    for moment, step in (("logging", 5), ("saving", 12), ("logging", 17)):
+        small.run_and_kill("experiments.train", moment, "killed", step, flags)
+        assert not (killed / results.FILE).exists()
+    resumed = small.run("-m", "experiments.train", *flags)
+    assert resumed.returncode == 0, resumed.stderr
+    assert "damaged" not in resumed.stderr
+    for name in (results.FILE, "metrics.jsonl"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    steps = [
+        json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert sorted(set(steps)) == list(range(1, 21))
+    assert len(steps) == 20 + len((5, 10, 15))
+
+
+def test_a_killed_teacher_is_unfinished_and_can_be_finished(world, tmp_path):
+    teacher = tmp_path / "teacher"
+    flags = world.flags(teacher, teacher__workdir="")
+    small.run_and_kill("experiments.train_teacher", "logging", "teacher", 15, flags)
+    student = world.flags(tmp_path / "student", teacher__workdir=str(teacher))
+    finished = small.run("-m", "experiments.train", *student)
+    assert finished.returncode == 2
+    (line,) = finished.stderr.splitlines()
+    # What it was saving when it died may not have become whole.
+    assert re.search(r"stopped at step (0|10) of 20; finish it with", line)
+    assert small.run("-m", "experiments.train_teacher", *flags).returncode == 0
+    name = results.FILE
+    assert (teacher / name).read_bytes() == (world.teacher / name).read_bytes()
+
+
+def test_the_library_reads_no_flags():
+    for path in sorted((ROOT / "kd_ranker").rglob("*.py")):
+        text = path.read_text()
+        for forbidden in ("absl.flags", "absl import flags", "config_flags", "sys.argv"):
+            assert forbidden not in text, path
+        for line in text.splitlines():
+            if line.startswith("from absl import "):
+                assert line == "from absl import logging", path
+
+
+def test_nothing_that_the_entry_points_import_is_tensorflow():
+    program = "import sys, kd_ranker.commands; sys.exit('tensorflow' in sys.modules)"
+    assert small.run("-c", program).returncode == 0
+    assert "tensorflow" not in sys.modules
