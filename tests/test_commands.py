@@ -185,6 +185,7 @@ def test_the_members_of_a_sweep(world):
     assert (member.distill.mode, member.distill.weight, member.seed) == ("aux", 2.0, 7)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_with_the_member_it_was_at(world, swept, tmp_path):
     workdir = tmp_path / "killed"
     flags = world.flags(workdir, **SWEEP)

@@ -107,6 +107,7 @@ def test_prepare_data_says_where_the_dataset_lies(world):
     assert finished.stdout.startswith(f"dataset: {world.root / 'datasets'}")
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_never_been_killed(world, tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finished = small.run("-m", "experiments.train", *world.flags(whole, **OFTEN))
@@ -127,6 +128,7 @@ def test_a_killed_run_ends_as_if_it_had_never_been_killed(world, tmp_path):
     assert len(steps) == 20 + len((5, 10, 15))
 
 
+@pytest.mark.slow
 def test_a_killed_teacher_is_unfinished_and_can_be_finished(world, tmp_path):
     teacher = tmp_path / "teacher"
     flags = world.flags(teacher, teacher__workdir="")

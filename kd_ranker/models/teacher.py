@@ -95,7 +95,7 @@ class FinalRanker(nnx.Module):
     e = history rows + W_e [item features, event features]      [R, H, D]
     v = item row + W_v [item features, candidate features]      [R, N, D]
     t = attention(e, v)                                         [R, N, D]
-    x = [user row, user features, context, mean of e, v, item and candidate features, t, t ⊙ v]
+    x = [user row, user features, context, Σ e / H, v, item and candidate features, t, t ⊙ v]
     z = experts(cross layers(x))                                [R, N, heads]
     """
 

@@ -64,7 +64,9 @@ def make_data(directory: Path, **changes: float | str) -> ConfigDict:
 
 
 def open_small(directory: Path, **changes: float | str) -> Source:
-    return movielens.open_source(make_data(directory, **changes), TASKS, ConfigDict({"retrieved": 1682}))
+    return movielens.open_source(
+        make_data(directory, **changes), TASKS, ConfigDict({"retrieved": 1682})
+    )
 
 
 def assert_same(left: Request, right: Request) -> None:
@@ -343,7 +345,9 @@ def test_impossible_settings_are_named(
 @pytest.mark.parametrize("tasks", [("watch", "follow"), (), ("like", "like")])
 def test_unknown_tasks_are_refused(tmp_path: Path, tasks: tuple[str, ...]) -> None:
     with pytest.raises(UserError, match="tasks") as error:
-        movielens.open_source(make_data(write_files(tmp_path)), tasks, ConfigDict({"retrieved": 1682}))
+        movielens.open_source(
+            make_data(write_files(tmp_path)), tasks, ConfigDict({"retrieved": 1682})
+        )
     if "follow" in tasks:
         assert all(task in str(error.value) for task in TASKS)
 
@@ -365,7 +369,9 @@ def raw_ratings() -> np.ndarray:
 @pytest.fixture(scope="module")
 def real_requests() -> dict[str, list[Request]]:
     """All requests; candidate features of every 50th only, to keep this small."""
-    source = movielens.open_source(make_data(REAL_FILES, **REAL_SETTINGS), TASKS, ConfigDict({"retrieved": 1682}))
+    source = movielens.open_source(
+        make_data(REAL_FILES, **REAL_SETTINGS), TASKS, ConfigDict({"retrieved": 1682})
+    )
     requests: dict[str, list[Request]] = {}
     for split in ("train", "test"):
         requests[split] = [
@@ -490,7 +496,9 @@ def test_nothing_in_a_real_request_stems_from_after_its_time(
     rows = np.concatenate([past, future])
     rows[:, :2] += 1
     np.savetxt(tmp_path / "u.data", rows, "%d", delimiter="\t")
-    source = movielens.open_source(make_data(tmp_path, **REAL_SETTINGS), TASKS, ConfigDict({"retrieved": 1682}))
+    source = movielens.open_source(
+        make_data(tmp_path, **REAL_SETTINGS), TASKS, ConfigDict({"retrieved": 1682})
+    )
     (seen,) = [
         request
         for split in ("train", "test")

@@ -96,10 +96,19 @@ def test_without_checkpoints_a_run_starts_at_its_start(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "damage",
-    [truncate, flip, delete_a_file, delete_the_state, empty, change_the_checksum],
+    ("damage", "reason"),
+    [
+        (truncate, "is not as it was written"),
+        (flip, "is not as it was written"),
+        (delete_a_file, "is missing"),
+        (delete_the_state, "is missing"),
+        (empty, "its folder is empty"),
+        (change_the_checksum, "do not match its checksum"),
+    ],
 )
-def test_a_damaged_checkpoint_is_reported_set_aside_and_passed_over(workdir, damage, caplog, capfd):
+def test_a_damaged_checkpoint_is_reported_set_aside_and_passed_over(
+    workdir, damage, reason, caplog, capfd
+):
     damage(workdir, 6)
     iterator = numbers()
     with caplog.at_level(logging.WARNING):
@@ -109,6 +118,7 @@ def test_a_damaged_checkpoint_is_reported_set_aside_and_passed_over(workdir, dam
     assert next(iterator) == 4
     (warning,) = [record for record in caplog.records if "is damaged" in record.getMessage()]
     assert str(folder(workdir, 6)) in warning.getMessage()
+    assert reason in warning.getMessage()
     assert "goes on from step 4" in warning.getMessage()
     assert "\n" not in warning.getMessage()
     assert "Traceback" not in capfd.readouterr().err
