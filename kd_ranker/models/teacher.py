@@ -94,8 +94,8 @@ class FinalRanker(nnx.Module):
 
     e = history rows + W_e [item features, event features]      [R, H, D]
     v = item row + W_v [item features, candidate features]      [R, N, D]
-    t = attention(e, v)                                         [R, N, D]
-    x = [user row, user features, context, Σ e / H, v, item and candidate features, t, t ⊙ v]
+    t, m = attention(e, v)                        [R, N, D], [R, N, hidden]
+    x = [user row, user features, context, Σ e / H, v, item and candidate features, t, t ⊙ v, m]
     z = experts(cross layers(x))                                [R, N, heads]
     """
 
