@@ -58,7 +58,8 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
 def _mean_and_error(values: pd.Series) -> str:
     numbers = values.to_numpy(dtype=float)
     digits = 0 if np.abs(numbers).max() >= 10 else 3
-    mean = f"{numbers.mean():.{digits}f}"
+    # Adding 0 turns the -0 of a tiny negative number into 0.
+    mean = f"{round(numbers.mean(), digits) + 0.0:.{digits}f}"
     if len(numbers) < 2:
         return mean
     return f"{mean}±{numbers.std(ddof=1) / np.sqrt(len(numbers)):.{digits}f}"
