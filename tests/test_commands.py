@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from kd_ranker import commands, teachers
+from kd_ranker import commands, runs, teachers
 from kd_ranker.data import loader
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
@@ -300,3 +300,52 @@ def test_data_that_is_there_is_left_alone(world):
     before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
     assert commands.prepare_data(world.config()) == directory
     assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
+
+
+def test_costs_are_those_of_the_teacher_that_was_trained(world):
+    """Not of one that the student's own flags would describe."""
+    config = world.config(teacher__width=64)
+    dataset = teachers.open_dataset(config)
+    teacher = teachers.load_teacher(config, dataset)
+    flops = runs.teacher_flops(config, dataset.spec, teacher)
+    assert flops == runs.teacher_flops(world.config(), dataset.spec, None)
+    assert flops != runs.teacher_flops(config, dataset.spec, None)
+
+
+def test_copies_scored_at_different_stages_are_different_datasets(world):
+    names = [
+        teachers.dataset_name(world.config(teacher__stage=stage), "version")
+        for stage in ("passed", "retrieved")
+    ]
+    assert names[0] != names[1]
+
+
+@pytest.mark.parametrize("mapping", ["pmap", "shard_map"])
+def test_a_run_on_several_devices_evaluates_on_its_way(world, trained, tmp_path, mapping):
+    """The results are those of one device, up to rounding."""
+    config = world.config(parallel__devices=4, parallel__mapping=mapping, train__eval_every=5)
+    commands.train(config, tmp_path)
+    assert any("eval/passed_for_99" in line for line in metrics(tmp_path))
+    single = table(trained("shared"))
+    for column in ("user_bce/watch", "teacher_kl/watch", "alignment_ratio"):
+        np.testing.assert_allclose(table(tmp_path)[column], single[column], rtol=1e-3)
+
+
+def test_a_state_that_is_not_finite_is_never_saved(world, tmp_path):
+    config = world.config(
+        optimizer__learning_rate=1e30, train__log_every=1000, train__checkpoint_every=4
+    )
+    with pytest.raises(UserError, match=r"the loss is nan at step \d+; try a smaller"):
+        commands.train(config, tmp_path)
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_the_funnels_own_k_is_always_reported(world):
+    config = world.config(funnel__report_at=(10,))
+    assert runs._report_at(config) == [10, config.funnel.passed]
+
+
+def test_a_split_without_requests_is_one_line(world, tmp_path):
+    config = world.config(data__test_requests=0, data__dir=str(tmp_path))
+    with pytest.raises(UserError, match="no requests for its split 'test'"):
+        commands.prepare_data(config)

@@ -66,8 +66,8 @@ def choose_labelled(
     groups = [np.flatnonzero(positive), np.flatnonzero(~positive)]
     wanted = [len(groups[0]), min(max(round(negative_rate * len(groups[1])), 1), len(groups[1]))]
     if sum(wanted) > slots:
-        # Both are thinned in proportion, and neither to nothing.
-        reserved = min(wanted[1], 1)
+        # Both are thinned in proportion, and neither to nothing; a single slot goes to a positive.
+        reserved = min(wanted[1], 1) if slots > 1 else 0
         share = round(slots * wanted[0] / sum(wanted))
         wanted[0] = min(max(share, 1), max(slots - reserved, 0), wanted[0])
         wanted[1] = min(slots - wanted[0], wanted[1])

@@ -52,7 +52,7 @@ def pmap(devices: Sequence[jax.Device]) -> Mapping:
         map_step=lambda step: jax.pmap(
             step, axis_name=AXIS, in_axes=(0, 0, None, 0), donate_argnums=0, devices=devices
         ),
-        unreplicate=lambda tree: jax.tree.map(lambda array: array[0], tree),
+        unreplicate=lambda tree: jax.tree.map(lambda array: array.addressable_data(0)[0], tree),
     )
 
 

@@ -513,3 +513,9 @@ def test_nothing_in_a_real_request_stems_from_after_its_time(
         expected.candidate_features[expected.item_id.argsort()],
     )
     np.testing.assert_array_equal(np.sort(seen.item_id), np.sort(expected.item_id))
+
+
+def test_a_funnel_that_does_not_hold_the_catalogue_is_refused(tmp_path: Path) -> None:
+    data = make_data(write_files(tmp_path))
+    with pytest.raises(UserError, match=r"funnel\.retrieved=1 is less than the \d+ films"):
+        movielens.open_source(data, TASKS, ConfigDict({"retrieved": 1}))

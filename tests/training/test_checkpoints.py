@@ -186,3 +186,16 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
         checkpoints.save(manager, 1, state, None)
         state["table"][:] = -1.0
     np.testing.assert_array_equal(restore(tmp_path)[0]["table"], state_of(1)["table"])
+
+
+def test_what_is_saved_outlives_the_buffers_that_the_next_step_takes(tmp_path):
+    add = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
+    state = jax.device_put({"table": state_of(1)["table"]})
+    with checkpoints.open_manager(tmp_path) as manager:
+        checkpoints.save(manager, 1, state, None)
+        for _ in range(5):
+            state = add(state)
+    with checkpoints.open_manager(tmp_path) as manager:
+        blank = {"table": np.zeros_like(state_of(1)["table"])}
+        restored, _ = checkpoints.restore(manager, blank, None)
+    np.testing.assert_array_equal(restored["table"], state_of(1)["table"])

@@ -50,3 +50,11 @@ def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path):
         {"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 9.0},
     ]  # fmt: skip
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) >= 1
+
+
+def test_what_does_not_matter_to_a_run_may_change(tmp_path):
+    workdirs.claim(tmp_path, config_with(trainer=1))
+    workdirs.claim(tmp_path, config_with(train={"steps": 4}, trainer=1), without=("train",))
+    # A section is left out whole, and not what merely begins with its name.
+    with pytest.raises(UserError, match=r"trainer \(1 there, 2 now\)"):
+        workdirs.claim(tmp_path, config_with(trainer=2), without=("train",))
