@@ -8,7 +8,7 @@ from kd_ranker.errors import UserError
 def get_config() -> ConfigDict:
     """The defaults that the configs beside this file start from."""
     config = ConfigDict()
-    config.seed = 0  # of initialisation, order of the data, draws of candidates
+    config.seed = 0  # of the initialisation, of students and teacher
     config.tasks = ("watch", "like", "share")
     config.value_weights = (1.0, 2.0, 4.0)  # a ranker sorts by the weighted sum of probabilities
 
@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     config.batch.candidates = 128  # a request
     config.batch.passed_share = 0.5  # of the slots that the shown candidates leave
     config.batch.negative_rate = 1.0  # share of the shown candidates without a positive to keep
+    config.batch.seed = 0  # of the order of the data and the draws of candidates
 
     config.student = ConfigDict()
     config.student.name = "multi_interest"
@@ -66,6 +67,7 @@ def get_config() -> ConfigDict:
     config.teacher.batch.candidates = 10
     config.teacher.batch.passed_share = 1.0
     config.teacher.batch.negative_rate = 1.0
+    config.teacher.batch.seed = 0
     config.teacher.optimizer = _optimizer()
     config.teacher.train = _train(steps=1500)
 
@@ -79,8 +81,14 @@ def get_config() -> ConfigDict:
 
     config.sweep = ConfigDict()
     config.sweep.modes = ("none", "aux", "shared")
+    config.sweep.losses = ()  # of this and the other empty ones: () takes the config's own value
     config.sweep.weights = (1.0,)
-    config.sweep.seeds = (0,)
+    config.sweep.temperatures = ()
+    config.sweep.learning_rates = ()  # of dense parameters; the tables' rate keeps its ratio
+    config.sweep.seeds = (0,)  # of the initialisation
+    config.sweep.data_seeds = ()  # each repeats the whole sweep over another order of the data
+    config.sweep.group_size = 0  # members that train in one program; 0: as many as memory allows
+    config.sweep.extend = False  # add the members that a finished sweep does not have yet
     return config
 
 

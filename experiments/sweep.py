@@ -10,7 +10,8 @@ from kd_ranker.report.tables import results_text
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    commands.sweep(config, workdir)
+    if not commands.sweep(config, workdir):
+        print(f"the sweep in {workdir} is complete; there is nothing to do")
     print(results_text(workdir, config.funnel.passed))
 
 

@@ -2,20 +2,30 @@
 
 import dataclasses
 import functools
-import itertools
 from pathlib import Path
 
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from kd_ranker import runs, settings, teachers
+from kd_ranker import measurement, runs, settings, teachers
 from kd_ranker.data import builder
 from kd_ranker.data.request import Source
 from kd_ranker.data.sources import SOURCES
-from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.results import Row
+from kd_ranker.measurement import Measured
+from kd_ranker.sweep.cohorts import (
+    add_members,
+    check_kept,
+    check_teacher,
+    cohort_size,
+    folder_of,
+    is_complete,
+    read_cohorts,
+    write_cohorts,
+)
+from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import workdir as workdirs
+from kd_ranker.training.loop import skip_steps
 
 
 def prepare_data(config: ConfigDict) -> Path:
@@ -41,12 +51,10 @@ def train_teacher(config: ConfigDict, workdir: Path) -> list[Row]:
     """
     settings.validate(config)
     dataset = teachers.open_dataset(config)
-    teacher, step = runs.train_teacher(config, dataset, workdir)
-    sums, _ = runs.measure(config, dataset, teacher, [])
-    flops = runs.teacher_flops(config, dataset.spec, None)
-    rows = [runs.teacher_row(config, dataset, config.seed, step, sums, flops)]
-    runs.write_results(config, workdir, rows)
-    return rows
+    ranker, step = runs.train_teacher(config, dataset, workdir)
+    measured = measurement.measure_teacher(config, dataset, ranker, config.seed, step)
+    measurement.write_measured(config, workdir, measured)
+    return measured.rows
 
 
 def log_teacher(config: ConfigDict) -> Path:
@@ -77,61 +85,61 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
     """
     settings.validate(config)
     teacher, dataset = teachers.teacher_and_dataset(config)
-    student, step = runs.train_student(config, dataset, teacher, workdir)
-    teacher_sums, (sums,) = runs.measure(
-        config, dataset, runs.live_ranker(config, teacher), [student]
-    )
-    teacher_flops = runs.teacher_flops(config, dataset.spec, teacher)
-    rows = runs.student_rows(config, dataset, step, sums, teacher_sums, teacher_flops)
-    runs.write_results(config, workdir, rows)
-    return rows
+    workdirs.claim(workdir, config, without=runs.NOT_OF_A_STUDENT)
+    members = {"": config}
+    with runs.progress_bar(workdir.name, config.train.steps) as bar:
+        students = runs.train_students(config, dataset, teacher, members, workdir, bar)
+    measured = measurement.measure_students(config, dataset, teacher, members, students)
+    # The teacher has a workdir and results of its own.
+    measured = Measured(*(_without_teacher(rows) for rows in measured))
+    measurement.write_measured(config, workdir, measured)
+    return measured.rows
 
 
-def sweep(config: ConfigDict, workdir: Path) -> list[Row]:
-    """Trains the students of `config.sweep` one after another and measures them in one pass.
+def _without_teacher(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["member"] != results.TEACHER]
 
-    Each member has a workdir of its own below `workdir/members`.
+
+def sweep(config: ConfigDict, workdir: Path) -> bool:
+    """Trains the students of `config.sweep`, cohort by cohort, and joins their results.
+
+    A sweep that was killed goes on where it stopped. One whose config has changed is refused; with
+    `config.sweep.extend`, `config.sweep` may name more members than the sweep has so far, and only
+    those are trained.
 
     Returns:
-      The rows of `results.csv`: the teacher, then every student by serving choice.
+      Whether there was anything to do: False for a sweep that is complete.
     """
     settings.validate(config)
-    teacher, dataset = teachers.teacher_and_dataset(config)
-    workdirs.claim(workdir, config)
     members = sweep_members(config)
-    trained = [
-        runs.train_student(member, dataset, teacher, workdir / "members" / name)
-        for name, member in tqdm(members.items(), desc="members", unit="member", disable=None)
-    ]
-    teacher_sums, students_sums = runs.measure(
+    workdirs.check(
+        workdir,
         config,
-        dataset,
-        runs.live_ranker(config, teacher),
-        [student for student, _ in trained],
+        without=("sweep",) if config.sweep.extend else ("sweep.extend", "sweep.group_size"),
     )
-    seed, step = (teacher.seed, teacher.step) if teacher else (None, None)
-    teacher_flops = runs.teacher_flops(config, dataset.spec, teacher)
-    rows = [runs.teacher_row(config, dataset, seed, step, teacher_sums, teacher_flops)]
-    for member, (_, step), sums in zip(members.values(), trained, students_sums, strict=True):
-        rows += runs.student_rows(member, dataset, step, sums, teacher_sums, teacher_flops)
-    rows = results.with_savings(rows, config.funnel.retrieved)
-    runs.write_results(config, workdir, rows)
-    return rows
-
-
-def sweep_members(config: ConfigDict) -> dict[str, ConfigDict]:
-    """The configs of a sweep by member name: modes × weights × seeds.
-
-    The mode `none` has no distillation loss to weigh, so it occurs once a seed, at weight 0.
-    """
-    members = {}
-    for seed, mode in itertools.product(config.sweep.seeds, config.sweep.modes):
-        weights = (0.0,) if MODES[mode].teacher_logits is None else config.sweep.weights
-        for weight in weights:
-            member = config.copy_and_resolve_references()
-            member.seed = seed
-            member.distill.mode = mode
-            member.distill.weight = weight
-            member.distill.serve = next(iter(MODES[mode].serve))
-            members[f"{mode}-weight{weight:g}-seed{seed}"] = member
-    return members
+    cohorts = read_cohorts(workdir)
+    check_kept(workdir, cohorts, members)
+    if is_complete(workdir, cohorts, members):
+        return False
+    teacher, dataset = teachers.teacher_and_dataset(config)
+    version = teacher.version if teacher else ""
+    check_teacher(workdir, version)
+    size = cohort_size(config, next(iter(members.values())), dataset.spec)
+    cohorts = add_members(cohorts, members, size)
+    write_cohorts(workdir, cohorts, version)
+    workdirs.write_config(workdir, config)
+    with runs.progress_bar(workdir.name, len(cohorts) * config.train.steps) as bar:
+        for index, names in enumerate(cohorts):
+            folder = folder_of(workdir, index)
+            if (folder / results.FILE).exists():
+                skip_steps(bar, config.train.steps)
+                continue
+            cohort = {name: members[name] for name in names}
+            first = cohort[names[0]]
+            students = runs.train_students(first, dataset, teacher, cohort, folder, bar)
+            measured = measurement.measure_students(first, dataset, teacher, cohort, students)
+            measurement.write_measured(first, folder, measured)
+    folders = [folder_of(workdir, index) for index in range(len(cohorts))]
+    for file, text in results.join(folders, config.funnel.retrieved).items():
+        workdirs.write_atomically(workdir / file, text)
+    return True

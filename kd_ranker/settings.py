@@ -14,6 +14,7 @@ from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
+from kd_ranker.sweep.members import AXES
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
 from kd_ranker.training.recipes import TEACHER_STAGES
@@ -30,7 +31,8 @@ _POSITIVE = (
     "evaluation.requests", "data.history_length", "distill.temperature",
 )  # fmt: skip
 _NOT_NEGATIVE = (
-    "seed", "data.seed", "distill.weight", "parallel.devices", "evaluation.limit",
+    "seed", "data.seed", "batch.seed", "teacher.batch.seed", "distill.weight",
+    "parallel.devices", "evaluation.limit", "sweep.group_size",
     "train.eval_every", "teacher.train.eval_every", "student.table_scale", "teacher.table_scale",
     "teacher.cross_layers",
     *(f"{prefix}optimizer.{name}" for prefix in ("", "teacher.") for name in (
@@ -49,8 +51,12 @@ _ELEMENTS: dict[str, tuple[type, ...]] = {
     "funnel.report_at": (int,),
     "student.hidden": (int,),
     "sweep.modes": (str,),
+    "sweep.losses": (str,),
     "sweep.weights": (int, float),
+    "sweep.temperatures": (int, float),
+    "sweep.learning_rates": (int, float),
     "sweep.seeds": (int,),
+    "sweep.data_seeds": (int,),
 }
 
 
@@ -135,6 +141,8 @@ def _check_names(config: ConfigDict) -> None:
         check_choice(key, _get(config, key), names)
     for mode in config.sweep.modes:
         check_choice("sweep.modes", mode, MODES)
+    for loss in config.sweep.losses:
+        check_choice("sweep.losses", loss, LOSSES)
     serves = MODES[config.distill.mode].serve
     # Only a mode with a choice of heads looks at the key.
     if len(serves) > 1:
@@ -154,16 +162,26 @@ def _check_numbers(config: ConfigDict) -> None:
     for key in _SHARES:
         if not 0 <= _get(config, key) <= 1:  # type: ignore[operator]
             raise UserError(f"{key}={_get(config, key)} must lie in [0, 1]")
-    for key in ("sweep.weights", "sweep.seeds"):
+    for key in ("sweep.weights", "sweep.seeds", "sweep.data_seeds"):
         for number in _get(config, key):  # type: ignore[attr-defined]
             if not 0 <= number < math.inf:
                 raise UserError(f"{key} holds {number}; give finite numbers of at least 0")
+    for key in ("sweep.temperatures", "sweep.learning_rates"):
+        for number in _get(config, key):  # type: ignore[attr-defined]
+            if not 0 < number < math.inf:
+                raise UserError(f"{key} holds {number}; give finite numbers greater than 0")
+    if config.sweep.learning_rates and not config.optimizer.learning_rate:
+        raise UserError("sweep.learning_rates scales optimizer.learning_rate, which is 0")
     for size in config.student.hidden:
         if size < 1:
             raise UserError(f"student.hidden holds {size}; a layer has at least 1 unit")
     for key in ("sweep.modes", "sweep.weights", "sweep.seeds"):
         if not _get(config, key):
             raise UserError(f"{key} is empty; give it at least one value")
+    for axis in AXES:
+        values = config.sweep[axis]
+        if len(set(values)) < len(values):
+            raise UserError(f"sweep.{axis}={tuple(values)} names a value twice")
 
 
 def _check_tasks(config: ConfigDict) -> None:

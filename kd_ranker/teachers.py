@@ -22,6 +22,7 @@ from kd_ranker.evaluation.evaluate import Ranker, serve_probability
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
+from kd_ranker.training.step import select_member
 
 _SAME_FLAGS = "with the same --config flags"
 PREPARE_DATA = f"python -m experiments.prepare_data, {_SAME_FLAGS}"
@@ -112,9 +113,9 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
             f"the teacher at {workdir} was trained on {there} for {', '.join(trained.tasks)}, not "
             f"on {here} for {', '.join(config.tasks)}; make one with: {TRAIN_TEACHER}"
         )
-    recipe, state = recipes.teacher_start(trained, dataset.spec)
+    group = recipes.teacher_group(trained, dataset.spec)
     with checkpoints.open_manager(workdir) as manager:
-        state, step = checkpoints.restore(manager, state, batches=None)
+        (state,), step = checkpoints.restore(manager, (group.state,), batches=None)
     if step < trained.teacher.train.steps:
         raise UserError(
             f"the teacher at {workdir} stopped at step {step} of {trained.teacher.train.steps}; "
@@ -123,11 +124,11 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(state.parameters):
         digest.update(np.ascontiguousarray(leaf).tobytes())
-    parameters = jax.device_put(state.parameters)
+    parameters = jax.device_put(select_member(state.parameters, 0))
     return Teacher(
-        model=recipe.model,
+        model=group.recipe.model,
         parameters=parameters,
-        ranker=Ranker(serve_probability(recipe.model, MODES["none"]), parameters),
+        ranker=Ranker(serve_probability(group.recipe.model, MODES["none"]), parameters),
         version=digest.hexdigest()[:12],
         seed=trained.seed,
         step=step,

@@ -55,32 +55,42 @@ def gather(tables: Tables, lookups: Mapping[str, Lookup], batch: CandidateBatch)
     }
 
 
-def touched(
-    gradients: Rows, lookups: Mapping[str, Lookup], batch: CandidateBatch, table: str, rows: int
-) -> tuple[Int[Array, "M"], Float[Array, "M D"]]:
-    """All ids of one table that a batch touched, with the gradient of each occurrence.
+def ids_of_table(
+    lookups: Mapping[str, Lookup], batch: CandidateBatch, table: str, rows: int
+) -> Int[Array, "M"]:
+    """All ids that a batch looks up in one table, in the order of the lookups.
 
     Args:
-      gradients: lookup name -> gradient with respect to the gathered rows.
       lookups: the model's lookups.
-      batch: the batch that the rows were gathered for.
+      batch: the batch.
       table: the table's name.
-      rows: its number of rows; an id that is masked out, or whose gradient is zero, becomes this,
-        one past the end.
+      rows: its number of rows; an id that is masked out becomes this, one past the end.
 
     Returns:
-      ids int32 [M], duplicates included, and gradients float32 [M, D], where M counts the ids of
-      all lookups of the table.
+      int32 [M], duplicates included, where M counts the ids of all lookups of the table.
     """
-    ids, row_gradients = [], []
-    for name, lookup in lookups.items():
-        if lookup.table != table:
-            continue
-        # A candidate that no label speaks of has no gradient, and must not move its row by decay or
-        # by moments of old: else mode none would depend on how many such candidates fill a batch.
-        spoken_of = jnp.any(gradients[name] != 0, axis=-1)
-        if lookup.mask:
-            spoken_of &= getattr(batch, lookup.mask)
-        ids.append(jnp.where(spoken_of, getattr(batch, lookup.ids), rows).reshape(-1))
-        row_gradients.append(gradients[name].reshape(-1, gradients[name].shape[-1]))
-    return jnp.concatenate(ids), jnp.concatenate(row_gradients)
+    ids = []
+    for lookup in lookups.values():
+        if lookup.table == table:
+            found = getattr(batch, lookup.ids)
+            if lookup.mask:
+                found = jnp.where(getattr(batch, lookup.mask), found, rows)
+            ids.append(found.reshape(-1))
+    return jnp.concatenate(ids)
+
+
+def gradients_of_table(
+    gradients: Rows, lookups: Mapping[str, Lookup], table: str
+) -> Float[Array, "members M D"]:
+    """Each member's gradient of each id of `ids_of_table`, in the same order.
+
+    `gradients` holds, by lookup name, the gradients of gathered rows: [members, *shape of ids, D].
+    """
+    return jnp.concatenate(
+        [
+            gradients[name].reshape(gradients[name].shape[0], -1, gradients[name].shape[-1])
+            for name, lookup in lookups.items()
+            if lookup.table == table
+        ],
+        axis=1,
+    )

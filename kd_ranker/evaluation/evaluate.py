@@ -1,5 +1,6 @@
 """One pass over the evaluation requests that measures the teacher and any number of students."""
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -17,15 +18,19 @@ from kd_ranker.models.model import Model, Parameters, score
 Probability = Float[Array, "R N T"]
 ServeProbability = Callable[[Parameters, CandidateBatch, Array], dict[str, Probability]]
 
-
-_request_sums = jax.jit(measures.request_sums, static_argnames="shown")
-_teacher_request_sums = jax.jit(measures.teacher_request_sums, static_argnames="shown")
+_STATIC = ("shown", "labelled")
+_teacher_request_sums = jax.jit(measures.teacher_request_sums, static_argnames=_STATIC)
+_FEW_LABELS = 16
 
 
 class Ranker(NamedTuple):
-    """A trained model as the evaluation sees it.
+    """A trained model, or a group of them, as the evaluation sees it.
 
     Rankers that share one `probability` function share its compiled program.
+
+    Attributes:
+      probability: what one model may rank by.
+      parameters: of one model; for a group, stacked with a leading axis of members.
     """
 
     probability: ServeProbability
@@ -44,9 +49,41 @@ def serve_probability(model: Model, mode: Mode) -> ServeProbability:
     return jax.jit(probability)
 
 
+@functools.partial(jax.jit, static_argnames=("probability", *_STATIC))
+def _group_sums(
+    probability: ServeProbability,
+    parameters: Parameters,
+    teacher_probability: Probability,
+    teacher_weight: Probability,
+    evaluation_batch: EvaluationBatch,
+    item_features: Float[Array, "items F"],
+    value_weights: Float[Array, "T"],
+    shown: int,
+    labelled: int,
+) -> dict[str, Sums]:
+    """By serve name, the sums of one batch, each with a leading axis of members."""
+
+    def member_sums(parameters: Parameters) -> dict[str, Sums]:
+        served = probability(parameters, evaluation_batch.batch, item_features)
+        return {
+            name: measures.request_sums(
+                student_probability,
+                teacher_probability,
+                teacher_weight,
+                evaluation_batch,
+                value_weights,
+                shown,
+                labelled,
+            )
+            for name, student_probability in served.items()
+        }
+
+    return jax.vmap(member_sums)(parameters)
+
+
 def evaluate(
     teacher: Ranker | None,
-    students: Sequence[Ranker],
+    groups: Sequence[Ranker],
     batches: Iterable[EvaluationBatch],
     item_features: Float[np.ndarray, "items F"],
     value_weights: Sequence[float],
@@ -56,23 +93,22 @@ def evaluate(
 
     Args:
       teacher: the live teacher, which knows every candidate; None takes the logged probabilities.
-      students: the students to measure.
+      groups: the groups of students to measure.
       batches: the requests.
       item_features: the item feature matrix.
       value_weights: a weight a task.
       shown: `config.funnel.shown`.
 
     Returns:
-      The teacher's sums, and for each student its sums by serve name.
+      The teacher's sums, and for each group its sums by serve name, with a leading axis of members.
     """
     weights = jnp.asarray(value_weights, jnp.float32)
     items = jnp.asarray(item_features)
-    students = [
-        student._replace(parameters=jax.device_put(student.parameters)) for student in students
-    ]
+    groups = [group._replace(parameters=jax.device_put(group.parameters)) for group in groups]
     teacher_total: Sums | None = None
-    totals: list[dict[str, Sums]] = [{} for _ in students]
+    totals: list[dict[str, Sums]] = [{} for _ in groups]
     for evaluation_batch in batches:
+        labelled = _number_labelled(evaluation_batch)
         evaluation_batch = jax.device_put(evaluation_batch)
         batch = evaluation_batch.batch
         if teacher is None:
@@ -80,13 +116,20 @@ def evaluate(
         else:
             (probability,) = teacher.probability(teacher.parameters, batch, items).values()
             weight = jnp.broadcast_to(batch.candidate_mask[..., None], probability.shape)
-        reference = (probability, weight.astype(jnp.float32), evaluation_batch, weights)
-        teacher_total = measures.add(teacher_total, _teacher_request_sums(*reference, shown=shown))
-        for student, total in zip(students, totals, strict=True):
-            served = student.probability(student.parameters, batch, items)
-            for name, student_probability in served.items():
-                sums = _request_sums(student_probability, *reference, shown=shown)
+        reference = (probability, weight.astype(jnp.float32), evaluation_batch)
+        sums = _teacher_request_sums(*reference, weights, shown=shown, labelled=labelled)
+        teacher_total = measures.add(teacher_total, sums)
+        for group, total in zip(groups, totals, strict=True):
+            served = _group_sums(*group, *reference, items, weights, shown=shown, labelled=labelled)
+            for name, sums in served.items():
                 total[name] = measures.add(total.get(name), sums)
     if teacher_total is None:
         raise ValueError("there are no evaluation requests")
     return teacher_total, totals
+
+
+def _number_labelled(evaluation_batch: EvaluationBatch) -> int:
+    """A bound on the labelled candidates of a request: a power of 2, so that few are compiled."""
+    label_weight = np.asarray(evaluation_batch.batch.label_weight)
+    most = int((label_weight > 0).sum(axis=1).max())
+    return min(max(_FEW_LABELS, 1 << (most - 1).bit_length() if most else 0), label_weight.shape[1])

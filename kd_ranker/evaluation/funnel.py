@@ -93,12 +93,12 @@ def _curves_of_request(
     own_top = jnp.minimum(shown, known.sum())
     survival = jnp.cumsum(arriving < own_top) / jnp.maximum(own_top, 1)
 
-    chosen = _best_places(arriving, shown)
+    leaving = _leaving_places(arriving, shown)
 
     def summed(values: Float[Array, "N"]) -> Float[Array, "N"]:
         # Place N means nobody, whose value is 0.
         by_place = jnp.append(jnp.where(known, values, 0.0)[by_teacher], 0.0)
-        return by_place[chosen].sum(axis=-1)
+        return jnp.cumsum(by_place[arriving] - by_place[leaving])
 
     diverged = jnp.any(known & jnp.isnan(student_value))
 
@@ -113,22 +113,22 @@ def _curves_of_request(
     )
 
 
-def _best_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N m"]:
-    """Row `k - 1` holds the m smallest of the first k places, ascending, filled up with N.
+def _leaving_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N"]:
+    """Who leaves the m best so far when each place arrives; N, nobody, while there is room.
 
-    One candidate after the other is sorted into the best m so far: slot i keeps its place unless
-    the newcomer's is smaller, and then takes the larger of the newcomer's and that of slot i - 1.
+    It is the newcomer itself if that is not among the m best. One after the other is sorted into
+    them: slot i keeps its place unless the newcomer's is smaller, and then takes the larger of the
+    newcomer's and that of slot i - 1.
     """
-    size = arriving.size
 
     def insert(
         best: Int[Array, "m"], newcomer: Int[Array, ""]
-    ) -> tuple[Int[Array, "m"], Int[Array, "m"]]:
+    ) -> tuple[Int[Array, "m"], Int[Array, ""]]:
         before = jnp.concatenate([jnp.full(1, -1, best.dtype), best[:-1]])
-        best = jnp.minimum(best, jnp.maximum(newcomer, before))
-        return best, best
+        leaves = jnp.maximum(best[-1], newcomer)
+        return jnp.minimum(best, jnp.maximum(newcomer, before)), leaves
 
-    nobody = jnp.full(shown, size, arriving.dtype)
+    nobody = jnp.full(shown, arriving.size, arriving.dtype)
     return lax.scan(insert, nobody, arriving)[1]
 
 

@@ -71,8 +71,9 @@ def request_sums(
     evaluation_batch: EvaluationBatch,
     value_weights: Float[Array, "T"],
     shown: int,
+    labelled: int,
 ) -> Sums:
-    """The sums of one batch; pure, to be compiled with `shown` static.
+    """The sums of one batch; pure, to be compiled with `shown` and `labelled` static.
 
     Requests outside `request_mask` and candidates of stage `PADDING` never count. For the funnel
     every other candidate is retrieved; one whose teacher probability has weight 0 for any task
@@ -86,6 +87,8 @@ def request_sums(
       evaluation_batch: the requests; the teacher's values inside it are not read.
       value_weights: what a ranker sorts by, see `funnel.value`.
       shown: number of items shown.
+      labelled: at least as many as a request has candidates with a label; measuring only those is
+        what makes the metrics against user labels cheap.
     """
     # In bfloat16, sums would lose their digits and 1 - MARGIN would be 1.
     student_probability = student_probability.astype(jnp.float32)
@@ -95,7 +98,13 @@ def request_sums(
     label_weight = jnp.where(mask, batch.label_weight, 0.0)
     teacher_weight = jnp.where(mask[..., None], teacher_weight, 0.0)
 
-    labels = (student_probability, batch.user_label, label_weight)
+    # Which those are does not depend on the student, so the students of a group share this sort.
+    with_label = jnp.argsort(label_weight <= 0, axis=1, stable=True)[:, :labelled]
+
+    def of_labelled(values: Float[Array, "R N ..."]) -> Float[Array, "R L ..."]:
+        return jax.vmap(lambda of_request, places: of_request[places])(values, with_label)
+
+    labels = tuple(map(of_labelled, (student_probability, batch.user_label, label_weight)))
     user_bce, weight = label_metrics.user_bce_sums(*labels)
     area, area_counts = label_metrics.user_auc(*labels)
     predicted, observed = label_metrics.user_calibration_sums(*labels)
@@ -140,6 +149,7 @@ def teacher_request_sums(
     evaluation_batch: EvaluationBatch,
     value_weights: Float[Array, "T"],
     shown: int,
+    labelled: int,
 ) -> Sums:
     """`request_sums` of the teacher itself, judged only where its probabilities are known.
 
@@ -157,6 +167,7 @@ def teacher_request_sums(
         dataclasses.replace(evaluation_batch, batch=batch),
         value_weights,
         shown,
+        labelled,
     )
 
 

@@ -1,5 +1,6 @@
 """`results.csv`: one row a trained model and serving choice."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +10,16 @@ import pandas as pd
 from kd_ranker.evaluation.cost import funnel_cost, funnel_cost_saving
 
 Row = dict[str, object]
-FILE = "results.csv"
+TEACHER = "teacher"  # the teacher's name among the members
+FILE, CURVES_FILE, CALIBRATION_FILE = "results.csv", "curves.csv", "calibration.csv"
+
+# What tells one row of results.csv from another.
+KEYS = (
+    *("dataset", "role", "mode", "distill_loss", "distill_weight", "temperature"),
+    *("learning_rate", "serve", "seed", "data_seed", "step"),
+)
+CURVES_COLUMNS = ("member", "serve", "k", "survival", "value_captured", "true_value_captured")
+CALIBRATION_COLUMNS = ("member", "serve", "task", "bin", "weight", "predicted", "observed")
 
 
 def columns(tasks: Sequence[str], report_at: Sequence[int]) -> list[str]:
@@ -17,11 +27,12 @@ def columns(tasks: Sequence[str], report_at: Sequence[int]) -> list[str]:
     per_task = ("user_bce", "user_auc", "user_calibration", "teacher_bce", "teacher_kl")
     per_k = ("survival", "value_captured", "true_value_captured")
     return [
-        *("dataset", "role", "mode", "distill_loss", "distill_weight", "serve", "seed", "step"),
+        *KEYS,
         *(f"{name}/{task}" for name in per_task for task in tasks),
         "alignment_ratio",
         *(f"{name}@{k}" for name in per_k for k in report_at),
         *("passed_for_99", "flops_per_candidate", "cost_ratio", "funnel_cost_saving"),
+        *("non_finite_step", "member"),
     ]
 
 
@@ -33,52 +44,78 @@ def with_cost(row: Row, flops_per_candidate: float, teacher_flops: float) -> Row
     }
 
 
-def with_savings(rows: Sequence[Row], retrieved: int) -> list[Row]:
-    """The rows with `funnel_cost_saving`, where the mode `none` of the same seed is among them."""
-    teacher_flops = {
-        row["dataset"]: row["flops_per_candidate"] for row in rows if row["role"] == "teacher"
-    }
+def with_savings(frame: pd.DataFrame, retrieved: int) -> pd.DataFrame:
+    """Fills `funnel_cost_saving` where mode `none` of the same seeds is in the table.
 
-    def cost(row: Row) -> float:
+    Args:
+      frame: `results.csv` of one dataset, with the teacher; see `read_csv`.
+      retrieved: `config.funnel.retrieved`.
+    """
+    rows = frame.to_dict("records")
+    (teacher_flops,) = (row["flops_per_candidate"] for row in rows if row["role"] == "teacher")
+
+    def cost(row: Mapping) -> float:
         return funnel_cost(
-            retrieved,
-            float(str(row["passed_for_99"])),
-            float(str(row["flops_per_candidate"])),
-            float(str(teacher_flops[row["dataset"]])),
+            retrieved, row["passed_for_99"], row["flops_per_candidate"], teacher_flops
         )
 
-    students = [row for row in rows if row["role"] == "student" and row["dataset"] in teacher_flops]
-    baselines = {
-        (row["dataset"], row["seed"]): cost(row) for row in students if row["mode"] == "none"
-    }
-    return [
-        row
-        | {
-            "funnel_cost_saving": funnel_cost_saving(
-                cost(row), baselines[row["dataset"], row["seed"]]
-            )
-        }
-        if row in students and (row["dataset"], row["seed"]) in baselines
-        else row
+    def repeat(row: Mapping) -> tuple:
+        return row["learning_rate"], row["seed"], row["data_seed"]
+
+    baselines = {repeat(row): cost(row) for row in rows if row["mode"] == "none"}
+    savings = [
+        funnel_cost_saving(cost(row), baselines[repeat(row)])
+        if row["role"] == "student" and repeat(row) in baselines
+        else float("nan")
         for row in rows
     ]
+    return frame.assign(funnel_cost_saving=savings)
 
 
 def to_csv(rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
     """The text of `results.csv`: numbers to seven digits, nothing where a number is not known."""
-
-    def cell(value: object) -> object:
-        if isinstance(value, float):
-            return None if math.isnan(value) else f"{value:.7g}"
-        return value
-
-    table = [{name: cell(row.get(name)) for name in names} for row in rows]
+    table = [{name: _cell(row.get(name)) for name in names} for row in rows]
     # As objects: a column of numbers would write its integers as 0.0 where one is not known.
-    frame = pd.DataFrame(table, columns=list(names), dtype=object)
+    return _text(pd.DataFrame(table, columns=list(names), dtype=object))
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, float):
+        return None if math.isnan(value) else f"{value:.7g}"
+    return value
+
+
+def _text(frame: pd.DataFrame) -> str:
     return frame.to_csv(index=False, lineterminator="\n")
 
 
-def read_csv(path: Path) -> pd.DataFrame:
+def join(folders: Sequence[Path], retrieved: int) -> dict[str, str]:
+    """The tables of several runs under one teacher as one: file name -> text.
+
+    The teacher, which every run has measured, is kept once. `funnel_cost_saving` is filled in;
+    everything else is as it was written.
+
+    Args:
+      folders: of the runs.
+      retrieved: `config.funnel.retrieved`.
+    """
+    tables = {}
+    for file in (CURVES_FILE, CALIBRATION_FILE, FILE):
+        # As text: a number that is read and written again need not be the same text.
+        frames = [
+            pd.read_csv(folder / file, dtype=str, keep_default_na=False) for folder in folders
+        ]
+        tables[file] = pd.concat(
+            [frames[0], *(frame[frame["member"] != TEACHER] for frame in frames[1:])],
+            ignore_index=True,
+        )
+    joined = tables[FILE]
+    savings = with_savings(read_csv(io.StringIO(_text(joined))), retrieved)["funnel_cost_saving"]
+    tables[FILE] = joined.assign(funnel_cost_saving=savings.map(_cell, na_action="ignore"))
+    return {file: _text(table) for file, table in tables.items()}
+
+
+def read_csv(path: Path | io.StringIO) -> pd.DataFrame:
     """A `results.csv` as a table; a number that is not known is NaN."""
     # "none" is a mode here, and pandas would read it as missing.
     return pd.read_csv(path, keep_default_na=False, na_values=[""])

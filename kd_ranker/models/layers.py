@@ -11,6 +11,13 @@ from jaxtyping import Array, Float
 from kd_ranker.batch import CandidateBatch
 
 
+def weights_of(layer: nnx.Linear) -> tuple[Float[Array, "fan_in fan_out"], Float[Array, "fan_out"]]:
+    """Kernel and bias of a linear layer that has both."""
+    assert layer.kernel is not None
+    assert layer.bias is not None
+    return layer.kernel[...], layer.bias[...]
+
+
 class MultiLayerPerceptron(nnx.Module):
     """Linear layers with a ReLU between them, none after the last."""
 
@@ -43,6 +50,24 @@ class ItemEncoder(nnx.Module):
     ) -> Float[Array, "... D"]:
         """Row + W features + b."""
         return row + self.features(features)
+
+    def products(
+        self,
+        queries: Float[Array, "R Q D"],
+        row: Float[Array, "R N D"],
+        features: Float[Array, "R N F"],
+    ) -> Float[Array, "R Q N"]:
+        """The dot products of each query with each encoded item, without encoding the items.
+
+        q · (row + W features + b) = q · row + (qᵀ W) · features + q · b: W meets the few queries
+        of a request and not its many candidates.
+        """
+        weights, bias = weights_of(self.features)
+        return (
+            jnp.einsum("rqd,rnd->rqn", queries, row)
+            + jnp.einsum("rqf,rnf->rqn", queries @ weights.T, features)
+            + (queries @ bias)[..., None]
+        )
 
 
 def candidate_inputs(

@@ -17,6 +17,7 @@ from kd_ranker.models.layers import (
     MultiLayerPerceptron,
     candidate_inputs,
     user_inputs,
+    weights_of,
 )
 from kd_ranker.models.model import ModuleClass
 
@@ -59,13 +60,25 @@ class MultiInterest(nnx.Module):
     ) -> Float[Array, "R N heads"]:
         """The logits of every candidate."""
         users = self.user(user_inputs(batch, rows["user"]))
-        users = users.reshape(*users.shape[:-1], self.interests, -1)
-        item = self.item(
-            rows["item"], candidate_inputs(batch, item_features[:, : self.cheap_features])
+        users = users.reshape(users.shape[0], self.interests, -1)
+        # V by what it multiplies: c, v, s. What meets c or v is multiplied with the request's user
+        # embeddings, or joins them as a query, before it meets the candidates.
+        width = users.shape[-1]
+        weights, offset = weights_of(self.heads)
+        combine, direct, matched = jnp.split(weights, [width, 2 * width])
+        direct = jnp.broadcast_to(direct.T, (users.shape[0], *direct.T.shape))
+        products = self.item.products(
+            jnp.concatenate([users, direct], axis=1),
+            rows["item"],
+            candidate_inputs(batch, item_features[:, : self.cheap_features]),
         )
-        match = jnp.einsum("red,rnd->rne", users, item)
-        combined = jnp.einsum("rne,red->rnd", jax.nn.softmax(match), users)
-        return self.heads(jnp.concatenate([combined, item, match], axis=-1))
+        match, direct = jnp.split(products, [self.interests], axis=1)
+        logits = (
+            jnp.einsum("reh,ren->rhn", users @ combine, jax.nn.softmax(match, axis=1))
+            + direct
+            + jnp.einsum("eh,ren->rhn", matched, match)
+        )
+        return logits.swapaxes(1, 2) + offset
 
 
 class TwoTower(nnx.Module):
@@ -94,12 +107,14 @@ class TwoTower(nnx.Module):
         self, batch: CandidateBatch, rows: Rows, item_features: Float[Array, "items F"]
     ) -> Float[Array, "R N heads"]:
         """The logits of every candidate."""
-        item = self.item(
-            rows["item"], candidate_inputs(batch, item_features[:, : self.cheap_features])
-        )
         users = self.user(user_inputs(batch, rows["user"]))
-        users = users.reshape(*users.shape[:-1], -1, item.shape[-1]) / jnp.sqrt(item.shape[-1])
-        return jnp.einsum("rhd,rnd->rnh", users, item) + self.offset[...]
+        width = rows["item"].shape[-1]
+        products = self.item.products(
+            users.reshape(users.shape[0], -1, width) / jnp.sqrt(width),
+            rows["item"],
+            candidate_inputs(batch, item_features[:, : self.cheap_features]),
+        )
+        return products.swapaxes(1, 2) + self.offset[...]
 
 
 STUDENTS: dict[str, ModuleClass] = {"multi_interest": MultiInterest, "two_tower": TwoTower}

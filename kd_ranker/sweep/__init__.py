@@ -1,1 +1,1 @@
-"""Many students."""
+"""Many students in one program under one teacher pass."""

@@ -1,86 +1,149 @@
 """The training loop: next batch, one step, and now and then a line, an evaluation, a checkpoint."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grain
 import jax
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from kd_ranker.errors import UserError
-from kd_ranker.models.model import Parameters
 from kd_ranker.training import checkpoints
 from kd_ranker.training.mapping import Mapping
-from kd_ranker.training.step import Frozen, Hyperparameters, Recipe, TrainState, make_step
+from kd_ranker.training.recipes import Group
+from kd_ranker.training.step import Frozen, LiveTeacher, Losses, TrainState, make_step
 from kd_ranker.training.workdir import MetricsWriter
+
+States = tuple[TrainState, ...]
+Evaluate = Callable[[States], tuple[dict[str, float], str]]
 
 
 def fit(
-    recipe: Recipe,
-    state: TrainState,
+    groups: Sequence[Group],
+    teacher: LiveTeacher | None,
     batches: grain.IterDataset,
-    hyperparameters: Hyperparameters,
     frozen: Frozen,
     mapping: Mapping,
     train: ConfigDict,
     workdir: Path,
-    evaluate: Callable[[Parameters], dict[str, float]],
-) -> TrainState:
+    evaluate: Evaluate,
+    bar: tqdm,
+) -> States:
     """Trains until `train.steps`, from the newest checkpoint in `workdir` if there is one.
 
+    A member whose loss stops being finite is frozen and reported, and the others go on.
+
     Args:
-      recipe: what to train.
-      state: the state to start from.
+      groups: the members to train; all in one program.
+      teacher: the live teacher, or None.
       batches: endless batches, on the devices already.
-      hyperparameters: the run's numbers.
       frozen: what the step reads and does not change.
       mapping: how the step is spread over devices.
       train: `config.train` or `config.teacher.train`.
       workdir: gets checkpoints and metrics.
-      evaluate: parameters -> scalars, called every `train.eval_every` steps.
+      evaluate: states -> scalars by name, and how the best member does, in a few words; called
+        every `train.eval_every` steps.
+      bar: shows the progress; `train.steps` are added to it.
 
     Returns:
-      The state after the last step, on the host.
+      The state of each group after the last step, on the host.
 
     Raises:
-      UserError: the loss stopped being finite.
+      UserError: no member's loss is finite any more.
     """
+    states: States = tuple(group.state for group in groups)
     iterator = iter(batches)
     with checkpoints.open_manager(workdir) as manager:
-        state, start = checkpoints.restore(manager, state, iterator)
+        states, start = checkpoints.restore(manager, states, iterator)
+        skip_steps(bar, start)
         if start >= train.steps:
-            return state
+            return states
         writer = MetricsWriter(workdir, start)
-        step = mapping.map_step(make_step(recipe))
-        state, frozen = mapping.replicate(state), mapping.replicate(frozen)
-        bar = tqdm(total=train.steps, initial=start, desc=workdir.name, unit="step", disable=None)
+        step = mapping.map_step(make_step([group.recipe for group in groups], teacher))
+        numbers = tuple(group.numbers for group in groups)
+        frozen_before = _frozen_members(groups, states)
+        states, frozen = mapping.replicate(states), mapping.replicate(frozen)
+        best = ""
         for done in range(start + 1, train.steps + 1):
-            state, losses = step(state, next(iterator), hyperparameters, frozen)
+            states, losses = step(states, next(iterator), numbers, frozen)
             bar.update()
             last = done == train.steps
             saves = last or done % train.checkpoint_every == 0
             scalars = {}
             # A state is looked at before it is saved: a run could not go on from a NaN.
             if saves or done % train.log_every == 0:
-                scalars = {name: float(loss) for name, loss in mapping.unreplicate(losses).items()}
-                _check_finite(scalars, done)
-                bar.set_postfix(loss=f"{scalars['loss']:.4f}")
+                frozen_now = _frozen_members(groups, mapping.unreplicate(states))
+                _report(groups, frozen_now, frozen_before)
+                frozen_before = frozen_now
+                scalars = _scalars(groups, mapping.unreplicate(losses), frozen_now)
             if not last and train.eval_every and done % train.eval_every == 0:
-                scalars |= evaluate(mapping.unreplicate(state).parameters)
+                measured, best = evaluate(mapping.unreplicate(states))
+                scalars |= measured
             if scalars:
                 writer.write(done, scalars)
+                bar.set_postfix_str(_progress(groups, scalars, frozen_before, best))
             if saves:
-                checkpoints.save(manager, done, mapping.unreplicate(state), iterator)
-        bar.close()
+                checkpoints.save(manager, done, mapping.unreplicate(states), iterator)
         writer.close()
         manager.wait_until_finished()
-    return jax.tree.map(np.asarray, mapping.unreplicate(state))
+    return jax.tree.map(np.asarray, mapping.unreplicate(states))
 
 
-def _check_finite(scalars: dict[str, float], step: int) -> None:
-    if not np.isfinite(scalars["loss"]):
-        raise UserError(
-            f"the loss is {scalars['loss']} at step {step}; try a smaller learning rate or weight"
-        )
+def skip_steps(bar: tqdm, steps: int) -> None:
+    """Moves a bar over steps that were done before, which say nothing of the pace to come."""
+    # A bar that is not shown lacks the attribute.
+    bar.initial = getattr(bar, "initial", 0) + steps
+    bar.update(steps)
+
+
+def scalar_name(scalar: str, member: str) -> str:
+    """The name of a member's scalar in `metrics.jsonl`: `loss/<member>`, `loss` in a single run."""
+    return f"{scalar}/{member}" if member else scalar
+
+
+def _frozen_members(groups: Sequence[Group], states: States) -> dict[str, int]:
+    """The members whose loss stopped being finite, with the step at which it did."""
+    steps = [np.asarray(state.non_finite_step).tolist() for state in states]
+    return {
+        name: step
+        for group, group_steps in zip(groups, steps, strict=True)
+        for name, step in zip(group.names, group_steps, strict=True)
+        if step
+    }
+
+
+def _report(groups: Sequence[Group], frozen: dict[str, int], before: dict[str, int]) -> None:
+    advice = "try a smaller learning rate or weight"
+    if len(frozen) == sum(len(group.names) for group in groups):
+        raise UserError(f"the loss stopped being finite at step {max(frozen.values())}; {advice}")
+    for name, step in frozen.items():
+        if name not in before:
+            logging.warning(
+                "the loss of %s stopped being finite at step %d; it is frozen, and %s",
+                *(name, step, advice),
+            )
+
+
+def _scalars(
+    groups: Sequence[Group], losses: Sequence[Losses], frozen: dict[str, int]
+) -> dict[str, float]:
+    return {
+        scalar_name(scalar, name): value
+        for group, of_group in zip(groups, losses, strict=True)
+        for scalar, of_members in of_group.items()
+        for name, value in zip(group.names, np.asarray(of_members).tolist(), strict=True)
+        if name not in frozen
+    }
+
+
+def _progress(
+    groups: Sequence[Group], scalars: dict[str, float], frozen: dict[str, int], best: str
+) -> str:
+    members = sum(len(group.names) for group in groups)
+    if members == 1:
+        return f"loss={scalars['loss']:.4f}" if "loss" in scalars else ""
+    alive = f"alive {members - len(frozen)}/{members}"
+    return f"{alive}, {best}" if best else alive

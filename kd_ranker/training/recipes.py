@@ -1,4 +1,7 @@
-"""From a config to what the step needs: a recipe, its numbers, and the state to start from."""
+"""From configs to what the step needs: recipes, their numbers, and the states to start from."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,22 +15,31 @@ from kd_ranker.models.model import Model, Parameters, build_model
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
-from kd_ranker.training.step import Hyperparameters, Recipe, TrainState, init_state
+from kd_ranker.training.step import (
+    Hyperparameters,
+    Recipe,
+    TrainState,
+    init_state,
+    stack_members,
+)
 
 TEACHER_STAGES = {"passed": Stage.PASSED, "retrieved": Stage.RETRIEVED}
 
 
-def hyperparameters(config: ConfigDict, optimizer: ConfigDict) -> Hyperparameters:
-    """The traced numbers of a run; `optimizer` is `config.optimizer` or the teacher's."""
-    numbers = {
-        "distill_weight": config.distill.weight,
-        "temperature": config.distill.temperature,
-        "learning_rate": optimizer.learning_rate,
-        "table_learning_rate": optimizer.table_learning_rate,
-        "weight_decay": optimizer.weight_decay,
-        "table_weight_decay": optimizer.table_weight_decay,
-    }
-    return Hyperparameters(**{name: jnp.float32(number) for name, number in numbers.items()})
+class Group(NamedTuple):
+    """Members that differ in numbers alone, ready to be trained.
+
+    Attributes:
+      recipe: what they have in common.
+      names: a name a member, for messages and metrics; a single run's is "".
+      numbers: what they differ in.
+      state: their state before the first step.
+    """
+
+    recipe: Recipe
+    names: tuple[str, ...]
+    numbers: Hyperparameters
+    state: TrainState
 
 
 def student_model(config: ConfigDict, spec: FeatureSpec) -> tuple[Model, Parameters]:
@@ -49,42 +61,56 @@ def teacher_model(config: ConfigDict, spec: FeatureSpec) -> tuple[Model, Paramet
     )
 
 
-def student_start(
-    config: ConfigDict, spec: FeatureSpec, live_teacher: Model | None
-) -> tuple[Recipe, TrainState]:
-    """Recipe and first state of the student of `config`.
+def student_groups(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> list[Group]:
+    """The groups that the students of `members` (by name) fall into, in order of appearance.
 
-    `live_teacher` scores the batches inside the step; None where their probabilities are logged.
+    The configs may differ in `seed`, in numbers of `distill` and `optimizer`, and in what makes
+    groups: `distill.mode` and `distill.loss`.
     """
-    model, parameters = student_model(config, spec)
+    groups: dict[tuple[str, str], dict[str, ConfigDict]] = {}
+    for name, config in members.items():
+        groups.setdefault((config.distill.mode, config.distill.loss), {})[name] = config
+    return [_student_group(group, spec) for group in groups.values()]
+
+
+def _student_group(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> Group:
+    configs = list(members.values())
+    # Members of one seed start from the same parameters, which are drawn once.
+    drawn = {config.seed: config for config in configs}
+    models = {seed: student_model(config, spec) for seed, config in drawn.items()}
+    config = configs[0]
+    model, _ = models[config.seed]
     mode = MODES[config.distill.mode]
-    # The mode none has no use for a teacher, so it does not pay for one.
-    used_teacher = live_teacher if mode.teacher_logits is not None else None
-    recipe = _recipe(config, model, mode, config.optimizer, config.train.steps, used_teacher)
-    return recipe, _state(recipe, parameters, config, spec)
+    recipe = _recipe(config, model, mode, config.optimizer, config.train.steps)
+    parameters = stack_members([models[config.seed][1] for config in configs])
+    numbers = stack_members([_numbers(config, config.optimizer) for config in configs])
+    return Group(recipe, tuple(members), numbers, _state(recipe, parameters, configs, spec))
 
 
-def teacher_start(config: ConfigDict, spec: FeatureSpec) -> tuple[Recipe, TrainState]:
-    """Recipe and first state of the teacher of `config`; it learns from user labels alone."""
+def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
+    """The teacher of `config` as a group of one; it learns from user labels alone."""
     model, parameters = teacher_model(config, spec)
-    recipe = _recipe(
-        config,
-        model,
-        MODES["none"],
-        config.teacher.optimizer,
-        config.teacher.train.steps,
-        live_teacher=None,
-    )
-    return recipe, _state(recipe, parameters, config, spec)
+    optimizer = config.teacher.optimizer
+    recipe = _recipe(config, model, MODES["none"], optimizer, config.teacher.train.steps)
+    state = _state(recipe, stack_members([parameters]), [config], spec)
+    return Group(recipe, ("",), stack_members([_numbers(config, optimizer)]), state)
+
+
+def _numbers(config: ConfigDict, optimizer: ConfigDict) -> Hyperparameters:
+    """The traced numbers of one member; `optimizer` is `config.optimizer` or the teacher's."""
+    numbers = {
+        "distill_weight": config.distill.weight,
+        "temperature": config.distill.temperature,
+        "learning_rate": optimizer.learning_rate,
+        "table_learning_rate": optimizer.table_learning_rate,
+        "weight_decay": optimizer.weight_decay,
+        "table_weight_decay": optimizer.table_weight_decay,
+    }
+    return Hyperparameters(**{name: jnp.float32(number) for name, number in numbers.items()})
 
 
 def _recipe(
-    config: ConfigDict,
-    model: Model,
-    mode: Mode,
-    optimizer: ConfigDict,
-    steps: int,
-    live_teacher: Model | None,
+    config: ConfigDict, model: Model, mode: Mode, optimizer: ConfigDict, steps: int
 ) -> Recipe:
     return Recipe(
         model=model,
@@ -93,16 +119,16 @@ def _recipe(
         optimizer=OPTIMIZERS[optimizer.name](),
         row_optimizer=ROW_OPTIMIZERS[optimizer.table_name],
         schedule=SCHEDULES[optimizer.schedule](steps, optimizer.warmup_steps),
-        teacher=live_teacher,
-        teacher_stage=TEACHER_STAGES[config.teacher.stage],
     )
 
 
 def _state(
-    recipe: Recipe, parameters: Parameters, config: ConfigDict, spec: FeatureSpec
+    recipe: Recipe, parameters: Parameters, configs: Sequence[ConfigDict], spec: FeatureSpec
 ) -> TrainState:
     # A stream of its own, apart from the one that drew the parameters.
-    key = jax.random.fold_in(jax.random.key(config.seed), 1)
-    return init_state(
-        recipe, parameters, len(spec.tasks), config.distill.affine, jax.random.key_data(key)
-    )
+    keys = [
+        jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1))
+        for config in configs
+    ]
+    affine = configs[0].distill.affine
+    return init_state(recipe, parameters, len(spec.tasks), affine, jnp.stack(keys))

@@ -1,13 +1,16 @@
-"""The train step: one pure function, the same for teacher and student, on one device or many.
+"""The train step: one pure function, the same for teacher and student, for one member or many.
 
     gather rows → logits → user loss + λ · distillation loss → gradients → update
 
-Whatever changes from one run of a sweep to the next is a traced value in `Hyperparameters`, so a
-step compiles once however many values are tried.
+A population is a sequence of groups, and a group is one or more members that differ in numbers
+alone: weights, rates, the seed that drew their parameters. One step reads one batch, has the live
+teacher score it once, and updates every member of every group. A single run is a population of one.
+What differs between the members of a group is a traced value, so a step compiles once however many
+values are tried.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -19,8 +22,14 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from kd_ranker.batch import CandidateBatch, Stage
 from kd_ranker.distillation.losses import Loss, bce
 from kd_ranker.distillation.modes import Mode, Transform
-from kd_ranker.embedding.lookup import Rows, gather, touched
-from kd_ranker.embedding.row_optimizers import RowOptimizer, Slots, update_table
+from kd_ranker.embedding.lookup import Rows, gather, gradients_of_table, ids_of_table
+from kd_ranker.embedding.row_optimizers import (
+    Occurrences,
+    RowOptimizer,
+    Slots,
+    find_occurrences,
+    update_tables,
+)
 from kd_ranker.models.model import Model, Parameters, apply_model, score
 
 AXIS = "devices"
@@ -28,25 +37,35 @@ AXIS = "devices"
 
 @flax.struct.dataclass
 class Hyperparameters:
-    """The numbers of a run, all float32 scalars.
+    """The numbers of a group's members, all float32 [members].
 
     `learning_rate` drives the dense parameters and `table_learning_rate` the embedding rows; both
     are peaks that the schedule scales. The decays are decoupled from the gradient.
     """
 
-    distill_weight: Float[Array, ""]
-    temperature: Float[Array, ""]
-    learning_rate: Float[Array, ""]
-    table_learning_rate: Float[Array, ""]
-    weight_decay: Float[Array, ""]
-    table_weight_decay: Float[Array, ""]
+    distill_weight: Float[Array, "members"]
+    temperature: Float[Array, "members"]
+    learning_rate: Float[Array, "members"]
+    table_learning_rate: Float[Array, "members"]
+    weight_decay: Float[Array, "members"]
+    table_weight_decay: Float[Array, "members"]
 
 
 @flax.struct.dataclass
 class TrainState:
-    """What a run carries from step to step; a checkpoint holds it beside the loader's position.
+    """What a group carries from step to step; a checkpoint holds it beside the loader's position.
 
-    `key` is the run's random state, for models that draw while they train; those built in do not.
+    Every array but `step` has a leading axis of members.
+
+    Attributes:
+      step: how many steps were taken.
+      parameters: dense parameters and embedding tables.
+      transform: the mode's own parameters.
+      optimizer_state: of the dense parameters and the transform.
+      table_slots: of the tables' optimiser.
+      non_finite_step: 0, or the step at which a member's loss stopped being finite; such a member
+        is frozen as it was before that step.
+      key: random state, for models that draw while they train; those built in do not.
     """
 
     step: Int[Array, ""]
@@ -54,6 +73,7 @@ class TrainState:
     transform: Transform
     optimizer_state: optax.OptState
     table_slots: dict[str, Slots]
+    non_finite_step: Int[Array, "members"]
     key: PRNGKeyArray
 
 
@@ -66,7 +86,7 @@ class Frozen:
 
 
 class Recipe(NamedTuple):
-    """What is fixed while a step is compiled.
+    """What the members of a group have in common, fixed while a step is compiled.
 
     Attributes:
       model: the model to train.
@@ -75,8 +95,6 @@ class Recipe(NamedTuple):
       optimizer: a direction for the dense parameters, to be scaled by minus the learning rate.
       row_optimizer: the same for embedding rows.
       schedule: step -> factor of the peak learning rates.
-      teacher: the live teacher's model; None where probabilities come with the batch.
-      teacher_stage: a candidate that came at least so far in the funnel meets the live teacher.
     """
 
     model: Model
@@ -85,34 +103,71 @@ class Recipe(NamedTuple):
     optimizer: optax.GradientTransformation
     row_optimizer: RowOptimizer
     schedule: Callable[[Int[Array, ""]], Float[Array, ""]]
-    teacher: Model | None
-    teacher_stage: Stage
+
+
+class LiveTeacher(NamedTuple):
+    """The teacher that scores the batches inside the step.
+
+    Attributes:
+      model: what is fixed about it; its parameters come with `Frozen`.
+      stage: a candidate that came at least so far in the funnel meets the teacher.
+    """
+
+    model: Model
+    stage: Stage
+
+
+def stack_members(members: Sequence[Any]) -> Any:
+    """Pytrees of equal shapes as one, with a leading axis of members."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+
+def select_member(tree: Any, member: int) -> Any:
+    """One member of a pytree whose leaves have a leading axis of members."""
+    return jax.tree.map(lambda leaf: leaf[member], tree)
 
 
 def init_state(
-    recipe: Recipe, parameters: Parameters, tasks: int, affine: bool, key: PRNGKeyArray
+    recipe: Recipe,
+    parameters: Parameters,
+    tasks: int,
+    affine: bool,
+    keys: PRNGKeyArray,
 ) -> TrainState:
-    """The state before the first step; `affine` is `config.distill.affine`."""
-    transform = recipe.mode.init_transform(tasks, affine)
+    """The state of a group before its first step.
+
+    Args:
+      recipe: the group's recipe.
+      parameters: the members' initial parameters, stacked.
+      tasks: the number of tasks.
+      affine: `config.distill.affine`.
+      keys: a key a member, as raw data.
+    """
+    members = keys.shape[0]
+    transform = stack_members([recipe.mode.init_transform(tasks, affine)] * members)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         parameters=parameters,
         transform=transform,
-        optimizer_state=recipe.optimizer.init((parameters.dense, transform)),
+        optimizer_state=jax.vmap(recipe.optimizer.init)((parameters.dense, transform)),
         table_slots={
-            name: recipe.row_optimizer.init(table) for name, table in parameters.tables.items()
+            name: jax.vmap(recipe.row_optimizer.init)(table)
+            for name, table in parameters.tables.items()
         },
-        key=key,
+        non_finite_step=jnp.zeros(members, jnp.int32),
+        key=keys,
     )
 
 
-def with_live_teacher(recipe: Recipe, batch: CandidateBatch, frozen: Frozen) -> CandidateBatch:
+def with_live_teacher(
+    teacher: LiveTeacher | None, batch: CandidateBatch, frozen: Frozen
+) -> CandidateBatch:
     """The batch with the teacher's own probabilities in place of the logged ones."""
-    if recipe.teacher is None:
+    if teacher is None:
         return batch
     assert frozen.teacher is not None, "a live teacher needs its parameters"
-    logits = score(recipe.teacher, frozen.teacher, batch, frozen.item_features)
-    scored = batch.stage >= recipe.teacher_stage
+    logits = score(teacher.model, frozen.teacher, batch, frozen.item_features)
+    scored = batch.stage >= teacher.stage
     return dataclasses.replace(
         batch,
         teacher_probability=jax.lax.stop_gradient(jax.nn.sigmoid(logits)),
@@ -120,114 +175,178 @@ def with_live_teacher(recipe: Recipe, batch: CandidateBatch, frozen: Frozen) -> 
     )
 
 
-def make_step(
-    recipe: Recipe,
-) -> Callable[
-    [TrainState, CandidateBatch, Hyperparameters, Frozen],
-    tuple[TrainState, dict[str, Float[Array, ""]]],
-]:
+Losses = dict[str, Float[Array, "members"]]
+Step = Callable[
+    [Sequence[TrainState], CandidateBatch, Sequence[Hyperparameters], Frozen],
+    tuple[tuple[TrainState, ...], tuple[Losses, ...]],
+]
+
+
+def make_step(recipes: Sequence[Recipe], teacher: LiveTeacher | None = None) -> Step:
     """Builds the function that one device runs under a mapped axis named `AXIS`.
 
-    The batch holds this device's requests; the state is the same on all devices before and after.
+    The batch holds this device's requests; the states are the same on all devices before and after.
     Losses are weighted means over the valid entries of all devices, a mean over tasks of means over
     entries: numerators and denominators are summed over the axis first and divided afterwards, so
     the same global batch gives the same update on any number of devices.
 
+    Args:
+      recipes: one a group; their models look up the same ids.
+      teacher: the live teacher; None where probabilities come with the batch.
+
     Returns:
-      step(state, batch, hyperparameters, frozen) -> (state, losses), with `losses` holding the
-      scalars `loss`, `user_loss` and `distill_loss`, equal on all devices.
+      step(states, batch, hyperparameters, frozen) -> (states, losses), all but the batch and
+      `frozen` one a group. `losses` holds `loss`, `user_loss` and `distill_loss`, equal on all
+      devices.
     """
 
-    def mean_over_devices(
-        numerator: Float[Array, "T"], denominator: Float[Array, "T"]
-    ) -> Float[Array, ""]:
-        """This device's share of the global mean: the shares of all devices add up to it."""
-        total = jax.lax.psum(denominator, AXIS)
-        return jnp.mean(numerator / jnp.where(total > 0, total, 1.0))
-
-    def losses(
-        dense: Any,
-        transform: Transform,
-        rows: Rows,
-        batch: CandidateBatch,
-        hyperparameters: Hyperparameters,
-        frozen: Frozen,
-    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-        logits = apply_model(recipe.model, dense, rows, batch, frozen.item_features)
-        user_logits = recipe.mode.user_logits(logits, transform)
-        label_weight = jnp.broadcast_to(batch.label_weight[..., None], user_logits.shape)
-        user_loss = mean_over_devices(*bce(user_logits, batch.user_label, label_weight))
-        if recipe.mode.teacher_logits is None:
-            distill_loss = jnp.zeros(())
-        else:
-            distill_loss = mean_over_devices(
-                *recipe.distill_loss(
-                    recipe.mode.teacher_logits(logits, transform),
-                    batch.teacher_probability,
-                    batch.teacher_weight,
-                    hyperparameters.temperature,
-                )
-            )
-        loss = user_loss + hyperparameters.distill_weight * distill_loss
-        return loss, {"loss": loss, "user_loss": user_loss, "distill_loss": distill_loss}
-
     def step(
-        state: TrainState,
+        states: Sequence[TrainState],
         batch: CandidateBatch,
-        hyperparameters: Hyperparameters,
+        hyperparameters: Sequence[Hyperparameters],
         frozen: Frozen,
-    ) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
-        batch = with_live_teacher(recipe, batch, frozen)
-        parameters = state.parameters
-        rows = gather(parameters.tables, recipe.model.lookups, batch)
-        gradients, scalars = jax.grad(losses, argnums=(0, 1, 2), has_aux=True)(
-            parameters.dense, state.transform, rows, batch, hyperparameters, frozen
-        )
-        scalars = jax.lax.psum(scalars, AXIS)
-        *dense_gradients, row_gradients = gradients
-        dense_gradients = tuple(jax.lax.psum(dense_gradients, AXIS))
-        # Counted from 1: a factor of 0 at the first step would waste a batch.
-        factor = recipe.schedule(state.step + 1)
-
-        dense_parameters = (parameters.dense, state.transform)
-        direction, optimizer_state = recipe.optimizer.update(
-            dense_gradients, state.optimizer_state, dense_parameters
-        )
-        learning_rate = factor * hyperparameters.learning_rate
-        dense, transform = jax.tree.map(
-            lambda value, step: value - learning_rate * step, dense_parameters, direction
-        )
-        dense = jax.tree.map(
-            lambda new, old: new - learning_rate * hyperparameters.weight_decay * old,
-            dense,
-            parameters.dense,
-        )
-        tables, table_slots = {}, {}
-        for name, table in parameters.tables.items():
-            ids, id_gradients = touched(
-                row_gradients, recipe.model.lookups, batch, name, table.shape[0]
-            )
-            # Ids and rows travel between devices, never a gradient of the table's size.
-            ids, id_gradients = jax.lax.all_gather((ids, id_gradients), AXIS, tiled=True)
-            tables[name], table_slots[name] = update_table(
-                recipe.row_optimizer,
-                table,
-                state.table_slots[name],
-                ids,
-                id_gradients,
-                factor * hyperparameters.table_learning_rate,
-                hyperparameters.table_weight_decay,
-            )
-        return (
-            dataclasses.replace(
-                state,
-                step=state.step + 1,
-                parameters=Parameters(dense, tables),
-                transform=transform,
-                optimizer_state=optimizer_state,
-                table_slots=table_slots,
-            ),
-            scalars,
-        )
+    ) -> tuple[tuple[TrainState, ...], tuple[Losses, ...]]:
+        batch = with_live_teacher(teacher, batch, frozen)
+        occurrences = _find_occurrences(recipes[0].model, states[0].parameters, batch)
+        updated = [
+            _update_group(recipe, state, batch, occurrences, numbers, frozen.item_features)
+            for recipe, state, numbers in zip(recipes, states, hyperparameters, strict=True)
+        ]
+        return tuple(state for state, _ in updated), tuple(losses for _, losses in updated)
 
     return step
+
+
+def _find_occurrences(
+    model: Model, parameters: Parameters, batch: CandidateBatch
+) -> dict[str, Occurrences]:
+    """For each table, which of the ids that all devices look up are equal."""
+    occurrences = {}
+    for name, tables in parameters.tables.items():
+        rows = tables.shape[1]
+        ids = ids_of_table(model.lookups, batch, name, rows)
+        occurrences[name] = find_occurrences(jax.lax.all_gather(ids, AXIS, tiled=True), rows)
+    return occurrences
+
+
+def _mean_over_devices(
+    numerator: Float[Array, "T"], denominator: Float[Array, "T"]
+) -> Float[Array, ""]:
+    """This device's share of the global mean: the shares of all devices add up to it."""
+    total = jax.lax.psum(denominator, AXIS)
+    return jnp.mean(numerator / jnp.where(total > 0, total, 1.0))
+
+
+def _losses(
+    recipe: Recipe,
+    dense: Any,
+    transform: Transform,
+    rows: Rows,
+    numbers: Hyperparameters,
+    batch: CandidateBatch,
+    item_features: Float[Array, "items F"],
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """This device's share of a member's losses."""
+    logits = apply_model(recipe.model, dense, rows, batch, item_features)
+    user_logits = recipe.mode.user_logits(logits, transform)
+    label_weight = jnp.broadcast_to(batch.label_weight[..., None], user_logits.shape)
+    user_loss = _mean_over_devices(*bce(user_logits, batch.user_label, label_weight))
+    if recipe.mode.teacher_logits is None:
+        distill_loss = jnp.zeros(())
+    else:
+        distill_loss = _mean_over_devices(
+            *recipe.distill_loss(
+                recipe.mode.teacher_logits(logits, transform),
+                batch.teacher_probability,
+                batch.teacher_weight,
+                numbers.temperature,
+            )
+        )
+    loss = user_loss + numbers.distill_weight * distill_loss
+    return loss, {"loss": loss, "user_loss": user_loss, "distill_loss": distill_loss}
+
+
+def _update_group(
+    recipe: Recipe,
+    state: TrainState,
+    batch: CandidateBatch,
+    occurrences: dict[str, Occurrences],
+    numbers: Hyperparameters,
+    item_features: Float[Array, "items F"],
+) -> tuple[TrainState, Losses]:
+    """One step of all members of a group."""
+
+    def member_gradients(
+        parameters: Parameters, transform: Transform, numbers: Hyperparameters
+    ) -> tuple[tuple[Any, Transform, Rows], dict[str, Float[Array, ""]]]:
+        rows = gather(parameters.tables, recipe.model.lookups, batch)
+        return jax.grad(_losses, argnums=(1, 2, 3), has_aux=True)(
+            recipe, parameters.dense, transform, rows, numbers, batch, item_features
+        )
+
+    (*dense_gradients, row_gradients), losses = jax.vmap(member_gradients)(
+        state.parameters, state.transform, numbers
+    )
+    dense_gradients, losses = jax.lax.psum((tuple(dense_gradients), losses), AXIS)
+
+    step = state.step + 1
+    fails = (state.non_finite_step == 0) & ~jnp.isfinite(losses["loss"])
+    non_finite_step = jnp.where(fails, step, state.non_finite_step)
+    healthy = non_finite_step == 0
+    # Counted from 1: a factor of 0 at the first step would waste a batch.
+    factor = recipe.schedule(step)
+
+    def update_dense(
+        parameters: tuple[Any, Transform],
+        gradients: tuple[Any, Transform],
+        optimizer_state: optax.OptState,
+        numbers: Hyperparameters,
+        healthy: Array,
+    ) -> tuple[tuple[Any, Transform], optax.OptState]:
+        direction, new_state = recipe.optimizer.update(gradients, optimizer_state, parameters)
+        learning_rate = factor * numbers.learning_rate
+        dense, transform = jax.tree.map(
+            lambda value, step: value - learning_rate * step, parameters, direction
+        )
+        dense = jax.tree.map(
+            lambda new, old: new - learning_rate * numbers.weight_decay * old, dense, parameters[0]
+        )
+        return jax.tree.map(
+            lambda new, old: jnp.where(healthy, new, old),
+            ((dense, transform), new_state),
+            (parameters, optimizer_state),
+        )
+
+    (dense, transform), optimizer_state = jax.vmap(update_dense)(
+        (state.parameters.dense, state.transform),
+        dense_gradients,
+        state.optimizer_state,
+        numbers,
+        healthy,
+    )
+    tables, table_slots = {}, {}
+    for name, table in state.parameters.tables.items():
+        gradients = gradients_of_table(row_gradients, recipe.model.lookups, name)
+        # Ids and rows travel between devices, never a gradient of the table's size.
+        tables[name], table_slots[name] = update_tables(
+            recipe.row_optimizer,
+            table,
+            state.table_slots[name],
+            occurrences[name],
+            jax.lax.all_gather(gradients, AXIS, axis=1, tiled=True),
+            factor * numbers.table_learning_rate,
+            numbers.table_weight_decay,
+            healthy,
+        )
+    return (
+        dataclasses.replace(
+            state,
+            step=step,
+            parameters=Parameters(dense, tables),
+            transform=transform,
+            optimizer_state=optimizer_state,
+            table_slots=table_slots,
+            non_finite_step=non_finite_step,
+        ),
+        losses,
+    )

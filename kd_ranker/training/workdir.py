@@ -2,15 +2,20 @@
 
 import json
 import os
+import platform
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
+import jax
 import tensorboardX
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
+ENVIRONMENT_FILE = "environment.json"
+_PACKAGES = ("kd_ranker", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -31,8 +36,8 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def claim(workdir: Path, config: ConfigDict, without: Sequence[str] = ()) -> None:
-    """Makes `workdir` this config's own: writes `config.json`, or checks the one that is there.
+def check(workdir: Path, config: ConfigDict, without: Sequence[str] = ()) -> None:
+    """Checks that `workdir` is free or holds a run of this config.
 
     Args:
       workdir: the folder of the run.
@@ -43,11 +48,9 @@ def claim(workdir: Path, config: ConfigDict, without: Sequence[str] = ()) -> Non
       UserError: the workdir belongs to another config; the message names the keys that differ.
     """
     path = workdir / CONFIG_FILE
-    text = config.to_json(indent=2, sort_keys=True)
     if not path.exists():
-        write_atomically(path, text)
         return
-    there, here = _flat(json.loads(path.read_text())), _flat(json.loads(text))
+    there, here = _flat(json.loads(path.read_text())), _flat(json.loads(_as_json(config)))
     differing = [
         f"{key} ({there.get(key)!r} there, {here.get(key)!r} now)"
         for key in sorted(there.keys() | here.keys())
@@ -59,6 +62,30 @@ def claim(workdir: Path, config: ConfigDict, without: Sequence[str] = ()) -> Non
             f"{workdir} holds a run of another config; use another --workdir or set back: "
             + ", ".join(differing)
         )
+
+
+def claim(workdir: Path, config: ConfigDict, without: Sequence[str] = ()) -> None:
+    """Makes `workdir` this config's own: `check`, and `write_config` if there is none yet."""
+    check(workdir, config, without)
+    if not (workdir / CONFIG_FILE).exists():
+        write_config(workdir, config)
+
+
+def write_config(workdir: Path, config: ConfigDict) -> None:
+    """Writes `config.json`, and beside it what the run was started with: `environment.json`."""
+    devices = jax.devices()
+    environment = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "devices": f"{len(devices)} × {devices[0].device_kind}",
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+    }
+    write_atomically(workdir / ENVIRONMENT_FILE, json.dumps(environment, indent=2))
+    write_atomically(workdir / CONFIG_FILE, _as_json(config))
+
+
+def _as_json(config: ConfigDict) -> str:
+    return config.to_json(indent=2, sort_keys=True)
 
 
 def read_config(workdir: Path) -> ConfigDict:

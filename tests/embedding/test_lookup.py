@@ -2,7 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_ranker.embedding.lookup import gather, init_tables, touched
+from kd_ranker.embedding.lookup import (
+    gather,
+    gradients_of_table,
+    ids_of_table,
+    init_tables,
+)
 from kd_ranker.models.teacher import FinalRanker
 from tests.batches import SPEC, random_batch
 
@@ -27,7 +32,10 @@ def test_gradients_of_gathered_rows_add_up_to_the_table_gradient():
     row_gradients = jax.grad(loss_of_rows)(gather(tables, lookups, batch))
     dense = jax.grad(lambda tables: loss_of_rows(gather(tables, lookups, batch)))(tables)
     for name, table in tables.items():
-        ids, gradients = touched(row_gradients, lookups, batch, name, len(table))
+        ids = ids_of_table(lookups, batch, name, len(table))
+        (gradients,) = gradients_of_table(
+            jax.tree.map(lambda leaf: leaf[None], row_gradients), lookups, name
+        )
         total = np.zeros((len(table) + 1, WIDTH), np.float32)
         np.add.at(total, np.asarray(ids), np.asarray(gradients))
         np.testing.assert_allclose(total[:-1], dense[name], atol=1e-5)
@@ -35,15 +43,7 @@ def test_gradients_of_gathered_rows_add_up_to_the_table_gradient():
 
 def test_padding_is_not_touched():
     batch = random_batch(1)
-    rows = {
-        name: np.ones((*ids.shape, WIDTH))
-        for name, ids in {
-            "item": batch.item_id,
-            "history": batch.history_id,
-            "user": batch.user_id,
-        }.items()
-    }
-    ids, _ = touched(rows, FinalRanker.lookups, batch, "item", SPEC.num_items)
+    ids = ids_of_table(FinalRanker.lookups, batch, "item", SPEC.num_items)
     expected = np.concatenate(
         [batch.item_id[np.asarray(batch.candidate_mask)], batch.history_id[batch.history_mask]]
     )

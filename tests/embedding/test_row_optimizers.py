@@ -1,3 +1,5 @@
+import functools
+
 import hypothesis.extra.numpy as arrays
 import jax
 import jax.numpy as jnp
@@ -13,28 +15,38 @@ from kd_ranker.embedding.row_optimizers import (
     ADAM_B2,
     ADAM_EPSILON,
     ROW_OPTIMIZERS,
-    combine_duplicates,
-    update_table,
+    find_occurrences,
+    update_tables,
 )
 
 ROWS, WIDTH = 6, 3
 
 
-@given(
-    ids=arrays.arrays(np.int32, st.integers(1, 12), elements=st.integers(0, ROWS)),
-    seed=st.integers(0, 1000),
-)
-@settings(max_examples=50, deadline=None)
-def test_combined_duplicates_are_the_dense_gradient(ids, seed):
-    gradients = np.random.default_rng(seed).normal(size=(len(ids), WIDTH)).astype(np.float32)
-    unique, summed = combine_duplicates(jnp.asarray(ids), jnp.asarray(gradients), ROWS)
+@functools.partial(jax.jit, static_argnums=0)
+def update_one(optimizer, table, slots, ids, gradients, rate, decay):
+    """`update_tables` of one member."""
+    table, slots = update_tables(
+        optimizer,
+        table[None],
+        jax.tree.map(lambda slot: slot[None], slots),
+        find_occurrences(ids, table.shape[0]),
+        gradients[None],
+        jnp.full(1, rate),
+        jnp.full(1, decay),
+        jnp.ones(1, bool),
+    )
+    return table[0], jax.tree.map(lambda slot: slot[0], slots)
 
-    dense = np.zeros((ROWS + 1, WIDTH))
-    np.add.at(dense, ids, gradients)
-    touched = np.unique(ids)
-    np.testing.assert_array_equal(unique[: len(touched)], touched)
-    np.testing.assert_array_equal(unique[len(touched) :], ROWS)
-    np.testing.assert_allclose(summed[: len(touched)], dense[touched], atol=1e-5)
+
+@given(ids=arrays.arrays(np.int32, st.integers(1, 12), elements=st.integers(0, ROWS)))
+@settings(max_examples=50, deadline=None)
+def test_occurrences_are_those_that_numpy_finds(ids):
+    order, segment, distinct = map(np.asarray, find_occurrences(jnp.asarray(ids), ROWS))
+    expected, inverse = np.unique(ids, return_inverse=True)
+    np.testing.assert_array_equal(distinct[: len(expected)], expected)
+    np.testing.assert_array_equal(distinct[len(expected) :], ROWS)
+    np.testing.assert_array_equal(np.sort(order), np.arange(len(ids)))
+    np.testing.assert_array_equal(segment, inverse[order])
 
 
 def dense_update(name, table, slots, gradient, touched, rate, decay):
@@ -71,7 +83,8 @@ def test_sparse_updates_are_the_dense_ones_on_touched_rows(name, data):
     actual = jnp.asarray(table)
     # Several updates, so that slots matter; ids may repeat, and `ROWS` is to be ignored.
     for _ in range(3):
-        ids = generator.integers(0, ROWS + 1, data.draw(st.integers(1, 9))).astype(np.int32)
+        ids = generator.integers(0, ROWS + 1, 9).astype(np.int32)
+        ids[data.draw(st.integers(1, 9)) :] = ROWS
         gradients = generator.normal(size=(len(ids), WIDTH)).astype(np.float32)
         dense = np.zeros((ROWS + 1, WIDTH))
         np.add.at(dense, ids, gradients)
@@ -79,7 +92,7 @@ def test_sparse_updates_are_the_dense_ones_on_touched_rows(name, data):
         expected, expected_slots = dense_update(
             name, expected, expected_slots, dense, touched, 0.1, 0.2
         )
-        actual, slots = update_table(
+        actual, slots = update_one(
             optimizer, actual, slots, jnp.asarray(ids), jnp.asarray(gradients), 0.1, 0.2
         )
     np.testing.assert_allclose(actual, expected, atol=2e-5)
@@ -96,14 +109,14 @@ def test_lazy_adam_is_optax_adam_for_a_row_in_every_batch():
         gradient = jnp.asarray(generator.normal(size=(ROWS, WIDTH)), jnp.float32)
         step, state = dense_optimizer.update(gradient, state)
         dense = optax.apply_updates(dense, step)
-        table, slots = update_table(optimizer, table, slots, ids, gradient, 0.01, 0.0)
+        table, slots = update_one(optimizer, table, slots, ids, gradient, 0.01, 0.0)
     np.testing.assert_allclose(table, dense, atol=1e-6)
 
 
 def test_a_row_that_is_not_touched_keeps_its_bits():
     table = jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, WIDTH)), jnp.float32)
     for optimizer in ROW_OPTIMIZERS.values():
-        new, _ = update_table(
+        new, _ = update_one(
             optimizer,
             table,
             optimizer.init(table),
@@ -114,3 +127,43 @@ def test_a_row_that_is_not_touched_keeps_its_bits():
         )
         changed = np.flatnonzero(np.any(np.asarray(new) != np.asarray(table), axis=1))
         np.testing.assert_array_equal(changed, [2])
+
+
+@pytest.mark.parametrize("name", ROW_OPTIMIZERS)
+def test_members_side_by_side_are_updated_as_each_alone(name):
+    generator = np.random.default_rng(1)
+    optimizer, members = ROW_OPTIMIZERS[name], 3
+    ids = jnp.asarray(generator.integers(0, ROWS + 1, 8), jnp.int32)
+    tables = jnp.asarray(generator.normal(size=(members, ROWS, WIDTH)), jnp.float32)
+    slots = jax.vmap(optimizer.init)(tables)
+    gradients = generator.normal(size=(members, 8, WIDTH)).astype(np.float32)
+    # What touches a row of one member need not touch it of another.
+    gradients[1, :4] = 0
+    rates, decays = jnp.array([0.1, 0.2, 0.3]), jnp.array([0.0, 0.1, 0.2])
+    may_change = jnp.array([True, True, False])
+    new, new_slots = update_tables(
+        optimizer, tables, slots, find_occurrences(ids, ROWS), jnp.asarray(gradients),
+        rates, decays, may_change,
+    )  # fmt: skip
+    for member in range(members):
+        own, own_slots = tables[member], jax.tree.map(lambda slot, m=member: slot[m], slots)
+        if may_change[member]:
+            own, own_slots = update_one(
+                optimizer, own, own_slots, ids, jnp.asarray(gradients[member]),
+                rates[member], decays[member],
+            )  # fmt: skip
+        np.testing.assert_array_equal(new[member], own)
+        jax.tree.map(
+            lambda slot, alone, m=member: np.testing.assert_array_equal(slot[m], alone),
+            new_slots, own_slots,
+        )  # fmt: skip
+
+
+def test_a_gradient_of_zero_touches_nothing():
+    table = jnp.ones((ROWS, WIDTH))
+    gradients = jnp.zeros((3, WIDTH)).at[2].set(1.0)
+    ids = jnp.array([1, 4, 4])
+    for optimizer in ROW_OPTIMIZERS.values():
+        new, _ = update_one(optimizer, table, optimizer.init(table), ids, gradients, 0.1, 0.1)
+        changed = np.flatnonzero(np.any(np.asarray(new) != np.asarray(table), axis=1))
+        np.testing.assert_array_equal(changed, [4])

@@ -10,19 +10,22 @@ from kd_ranker.evaluation.evaluate import Ranker, evaluate, serve_probability
 from kd_ranker.models.model import build_model
 from kd_ranker.models.student import MultiInterest
 from kd_ranker.models.teacher import FinalRanker
+from kd_ranker.training.step import select_member, stack_members
 from tests.batches import SPEC, STUDENT, TEACHER, random_batch, random_items
 
 TASKS, SHOWN, WEIGHTS = len(SPEC.tasks), 2, (1.0, 2.0, 4.0)
 ITEMS = random_items()
 
 
-def make_student(mode):
+def make_students(mode, seeds):
+    """A group with a member a seed."""
     heads = MODES[mode].heads_per_task * TASKS
-    model, parameters = build_model(MultiInterest, SPEC, heads, STUDENT, jax.random.key(len(mode)))
-    return Ranker(serve_probability(model, MODES[mode]), parameters)
+    models = [build_model(MultiInterest, SPEC, heads, STUDENT, jax.random.key(s)) for s in seeds]
+    parameters = stack_members([parameters for _, parameters in models])
+    return Ranker(serve_probability(models[0][0], MODES[mode]), parameters)
 
 
-STUDENTS = {mode: make_student(mode) for mode in ("none", "aux", "shared")}
+STUDENTS = {mode: make_students(mode, [len(mode)]) for mode in ("none", "aux", "shared")}
 TEACHER_MODEL, TEACHER_PARAMETERS = build_model(
     FinalRanker, SPEC, TASKS, TEACHER, jax.random.key(9)
 )
@@ -65,6 +68,16 @@ def test_many_students_in_one_pass_are_measured_as_each_alone(teacher):
             assert_same(alone[name], sums[name])
     aux = together[1]
     assert not np.allclose(aux["user"].user_bce, aux["teacher"].user_bce)
+
+
+def test_the_members_of_a_group_are_measured_as_each_alone():
+    seeds = (3, 4, 5)
+    _, (group,) = run(LIVE, [make_students("aux", seeds)])
+    for index, seed in enumerate(seeds):
+        _, (one,) = run(LIVE, [make_students("aux", [seed])])
+        for name in one:
+            assert_same(select_member(group[name], index), select_member(one[name], 0))
+    assert not np.allclose(group["user"].user_bce[0], group["user"].user_bce[1])
 
 
 def test_a_live_teacher_measures_as_the_same_probabilities_logged_for_all():
@@ -116,7 +129,7 @@ def test_requests_that_fill_up_the_last_batch_count_for_nothing(teacher):
         assert_same(sums[name], other_sums[name])
     kept = [BATCHES[0].batch.label_weight, random_batch(3).label_weight[:present]]
     np.testing.assert_allclose(
-        sums["user"].label_weight, sum(weight.sum() for weight in kept), rtol=1e-5
+        sums["user"].label_weight[0], sum(weight.sum() for weight in kept), rtol=1e-5
     )
 
 

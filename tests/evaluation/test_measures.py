@@ -16,8 +16,8 @@ TASKS = ("watch", "like")
 VALUE_WEIGHTS = jnp.array([1.0, 2.0])
 SHOWN = 3
 
-request_sums = jax.jit(measures.request_sums, static_argnums=5)
-teacher_request_sums = jax.jit(measures.teacher_request_sums, static_argnums=4)
+request_sums = jax.jit(measures.request_sums, static_argnums=(5, 6))
+teacher_request_sums = jax.jit(measures.teacher_request_sums, static_argnums=(4, 5))
 
 
 @dataclasses.dataclass
@@ -41,6 +41,7 @@ class Case:
             self.evaluation_batch(),
             VALUE_WEIGHTS,
             SHOWN,
+            self.stage.shape[1],
         )
         return sums
 
@@ -51,6 +52,7 @@ class Case:
             self.evaluation_batch(),
             VALUE_WEIGHTS,
             SHOWN,
+            self.stage.shape[1],
         )
         return sums
 
@@ -204,6 +206,7 @@ def test_captured_value_is_the_ratio_of_sums_and_survival_the_mean() -> None:
         case.evaluation_batch(),
         VALUE_WEIGHTS,
         1,
+        2,
     )
     row = measures.summarise(sums, TASKS, [1])
     np.testing.assert_allclose(row["survival@1"], 0.5)

@@ -10,13 +10,14 @@ TASKS = ("watch", "like")
 
 def test_the_columns_are_the_contracts_in_its_order():
     assert results.columns(TASKS, (10, 50)) == [
-        "dataset", "role", "mode", "distill_loss", "distill_weight", "serve", "seed", "step",
+        "dataset", "role", "mode", "distill_loss", "distill_weight", "temperature",
+        "learning_rate", "serve", "seed", "data_seed", "step",
         "user_bce/watch", "user_bce/like", "user_auc/watch", "user_auc/like",
         "user_calibration/watch", "user_calibration/like", "teacher_bce/watch", "teacher_bce/like",
         "teacher_kl/watch", "teacher_kl/like", "alignment_ratio", "survival@10", "survival@50",
         "value_captured@10", "value_captured@50", "true_value_captured@10",
         "true_value_captured@50", "passed_for_99", "flops_per_candidate", "cost_ratio",
-        "funnel_cost_saving",
+        "funnel_cost_saving", "non_finite_step", "member",
     ]  # fmt: skip
 
 
@@ -39,13 +40,17 @@ def test_unknown_numbers_are_empty_and_the_others_keep_their_form(tmp_path):
 def row(role, mode, seed, passed, flops, **more):
     return {
         "dataset": "d", "role": role, "mode": mode, "seed": seed, "passed_for_99": passed,
-        "flops_per_candidate": flops, **more,
+        "flops_per_candidate": flops, "learning_rate": 0.01, "data_seed": 0, **more,
     }  # fmt: skip
 
 
+def savings_of(*rows):
+    frame = pd.DataFrame([row("teacher", None, 0, 10.0, 200.0), *rows])
+    return results.with_savings(frame, 2000)["funnel_cost_saving"].tolist()[1:]
+
+
 def test_savings_of_a_case_worked_by_hand():
-    rows = [
-        row("teacher", None, 0, 10.0, 200.0),
+    savings = savings_of(
         # 2000 · 10 + 200 · 200 = 60,000
         row("student", "none", 0, 200.0, 10.0),
         # 2000 · 10 + 125 · 200 = 45,000: a quarter less
@@ -55,23 +60,47 @@ def test_savings_of_a_case_worked_by_hand():
         # The baseline of its own seed: 2000 · 10 + 400 · 200 = 100,000
         row("student", "none", 1, 400.0, 10.0),
         row("student", "shared", 1, 200.0, 10.0),
-        # No baseline of this seed, and no teacher of this dataset.
+        # No baseline of this seed, of this order of the data, of this learning rate.
         row("student", "shared", 2, 200.0, 10.0),
-        row("student", "none", 0, 200.0, 10.0) | {"dataset": "other"},
-    ]
-    savings = [row.get("funnel_cost_saving") for row in results.with_savings(rows, 2000)]
-    assert savings == [
-        None, 0.0, pytest.approx(0.25), pytest.approx(-0.2), 0.0, pytest.approx(0.4), None, None,
-    ]  # fmt: skip
+        row("student", "shared", 0, 200.0, 10.0, data_seed=1),
+        row("student", "shared", 0, 200.0, 10.0, learning_rate=0.02),
+    )
+    assert savings[:5] == [0.0, pytest.approx(0.25), pytest.approx(-0.2), 0.0, pytest.approx(0.4)]
+    assert all(map(math.isnan, savings[5:]))
 
 
 def test_a_student_that_never_captures_99_percent_has_no_saving():
-    rows = [
-        row("teacher", None, 0, 10.0, 200.0),
-        row("student", "none", 0, 200.0, 10.0),
-        row("student", "aux", 0, math.nan, 10.0),
+    none, aux = savings_of(
+        row("student", "none", 0, 200.0, 10.0), row("student", "aux", 0, math.nan, 10.0)
+    )
+    assert none == 0
+    assert math.isnan(aux)
+
+
+def test_runs_are_joined_as_they_were_written(tmp_path):
+    columns = results.columns(TASKS, (10,))
+    teacher = row("teacher", "", 0, 10.0, 200.0, member="teacher")
+    runs = [
+        [teacher, row("student", "none", 0, 200.0, 10.0, member="none-seed0")],
+        [teacher, row("student", "shared", 0, 125.0, 10.0, member="shared", step=7)],
     ]
-    assert math.isnan(results.with_savings(rows, 2000)[2]["funnel_cost_saving"])
+    for index, rows in enumerate(runs):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        (folder / results.FILE).write_text(results.to_csv(rows, columns))
+        curves = [{"member": row["member"], "k": 1, "survival": 1 / 3} for row in rows]
+        (folder / results.CURVES_FILE).write_text(results.to_csv(curves, results.CURVES_COLUMNS))
+        (folder / results.CALIBRATION_FILE).write_text("member\n")
+    joined = results.join([tmp_path / "0", tmp_path / "1"], 2000)
+    expected = [teacher, *(rows[1] for rows in runs)]
+    savings = [math.nan, 0.0, 0.25]
+    assert joined[results.FILE] == results.to_csv(
+        [row | {"funnel_cost_saving": s} for row, s in zip(expected, savings, strict=True)],
+        columns,
+    )
+    assert [line.split(",")[0] for line in joined[results.CURVES_FILE].splitlines()] == [
+        "member", "teacher", "none-seed0", "shared",
+    ]  # fmt: skip
 
 
 def test_cost_is_told_beside_the_teachers():

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +17,12 @@ from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.step import (
     Frozen,
     Hyperparameters,
+    LiveTeacher,
     Recipe,
     init_state,
     make_step,
+    select_member,
+    stack_members,
     with_live_teacher,
 )
 from tests.batches import SPEC, STUDENT, TEACHER, random_batch, random_items
@@ -29,22 +34,44 @@ TEACHER_MODEL, TEACHER_PARAMETERS = build_model(
 )
 
 
-def make_recipe(mode="shared", optimizer="adam", live=True):
+LIVE = LiveTeacher(TEACHER_MODEL, Stage.RETRIEVED)
+
+
+@functools.cache
+def recipe_of(mode, optimizer):
     heads = MODES[mode].heads_per_task * TASKS
-    model, parameters = build_model(MultiInterest, SPEC, heads, STUDENT, jax.random.key(0))
-    recipe = Recipe(
+    model, _ = build_model(MultiInterest, SPEC, heads, STUDENT, jax.random.key(0))
+    return Recipe(
         model=model,
         mode=MODES[mode],
         distill_loss=bce,
         optimizer=optax.scale_by_adam() if optimizer == "adam" else optax.identity(),
         row_optimizer=ROW_OPTIMIZERS[optimizer],
         schedule=optax.constant_schedule(1.0),
-        teacher=TEACHER_MODEL if live else None,
-        teacher_stage=Stage.RETRIEVED,
     )
-    return recipe, init_state(
-        recipe, parameters, TASKS, True, jax.random.key_data(jax.random.key(2))
-    )
+
+
+PROGRAMS = {}
+
+
+def program_of(recipes, live, mapping, devices):
+    """One mapped step for all tests that want it: it compiles once for each number of members."""
+    key = (*map(id, recipes), live, mapping, devices)
+    if key not in PROGRAMS:
+        spread = MAPPINGS[mapping](jax.devices()[:devices])
+        PROGRAMS[key] = spread, spread.map_step(make_step(recipes, LIVE if live else None))
+    return PROGRAMS[key]
+
+
+def make_recipe(mode="shared", optimizer="adam", seeds=(0,)):
+    """A recipe, and the state of a group with a member a seed."""
+    recipe = recipe_of(mode, optimizer)
+    heads = MODES[mode].heads_per_task * TASKS
+    parameters = [
+        build_model(MultiInterest, SPEC, heads, STUDENT, jax.random.key(seed))[1] for seed in seeds
+    ]
+    keys = jnp.stack([jax.random.key_data(jax.random.key(2))] * len(seeds))
+    return recipe, init_state(recipe, stack_members(parameters), TASKS, True, keys)
 
 
 def hyperparameters(**changes):
@@ -59,15 +86,26 @@ def hyperparameters(**changes):
     return Hyperparameters(**{name: jnp.float32(n) for name, n in (numbers | changes).items()})
 
 
-def run(recipe, state, batches, numbers=None, mapping="pmap", devices=1):
-    """The state after a step on each batch, and the losses of the last."""
-    spread = MAPPINGS[mapping](jax.devices()[:devices])
-    step = spread.map_step(make_step(recipe))
-    teacher = TEACHER_PARAMETERS if recipe.teacher else None
-    state, frozen = spread.replicate(state), spread.replicate(Frozen(ITEMS, teacher))
+def run_groups(recipes, states, batches, numbers, mapping="pmap", devices=1, live=True):
+    """The states after a step on each batch, and the losses of the last, a group each."""
+    spread, step = program_of(tuple(recipes), live, mapping, devices)
+    states = spread.replicate(tuple(states))
+    frozen = spread.replicate(Frozen(ITEMS, TEACHER_PARAMETERS if live else None))
     for batch in batches:
-        state, losses = step(state, spread.shard(batch), numbers or hyperparameters(), frozen)
-    return jax.tree.map(np.asarray, spread.unreplicate((state, losses)))
+        states, losses = step(states, spread.shard(batch), tuple(numbers), frozen)
+    return jax.tree.map(np.asarray, spread.unreplicate((states, losses)))
+
+
+def run(recipe, state, batches, numbers=None, **how):
+    """The same of one group of one member, without the axis of members."""
+    numbers = stack_members([numbers or hyperparameters()])
+    (state,), (losses,) = run_groups([recipe], [state], batches, [numbers], **how)
+    return alone(state), select_member(losses, 0)
+
+
+def alone(state, member=0):
+    """A member's state without the axis of members."""
+    return jax.tree.map(lambda leaf: leaf if leaf.ndim == 0 else leaf[member], state)
 
 
 def assert_close(one, other, atol):
@@ -92,7 +130,8 @@ def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_a_step_is_gradient_descent_on_the_whole_loss(mode):
     """The step against plain differentiation of everything, whole tables included, with SGD."""
-    recipe, state = make_recipe(mode, "sgd")
+    recipe, group = make_recipe(mode, "sgd")
+    state = alone(group)
     batch, numbers = random_batch(5), hyperparameters(weight_decay=0.0, table_weight_decay=0.0)
     teacher = jax.nn.sigmoid(score(TEACHER_MODEL, TEACHER_PARAMETERS, batch, ITEMS))
 
@@ -118,7 +157,7 @@ def test_a_step_is_gradient_descent_on_the_whole_loss(mode):
     gradients, transform_gradients = jax.grad(loss, argnums=(0, 1))(
         state.parameters, state.transform
     )
-    after, losses = run(recipe, state, [batch], numbers)
+    after, losses = run(recipe, group, [batch], numbers)
     np.testing.assert_allclose(losses["loss"], loss(state.parameters, state.transform), rtol=1e-5)
     assert_close(
         after.parameters.dense,
@@ -136,14 +175,14 @@ def test_a_step_is_gradient_descent_on_the_whole_loss(mode):
 
 @pytest.mark.parametrize("mode", ["aux", "shared"])
 def test_teacher_values_of_weight_zero_change_no_bit(mode):
-    recipe, state = make_recipe(mode, live=False)
+    recipe, state = make_recipe(mode)
     batch = random_batch(3)
     hole = batch.teacher_weight == 0
     assert hole.any()
     results = [
         run(recipe, state, [batch.replace(
             teacher_probability=np.where(hole, value, batch.teacher_probability).astype(np.float32)
-        )])
+        )], live=False)
         for value in (0.5, np.nan, np.inf, -7.0)
     ]  # fmt: skip
     for other in results[1:]:
@@ -157,8 +196,8 @@ def test_a_batch_without_any_valid_teacher_value_is_a_batch_without_distillation
         teacher_weight=np.zeros_like(batch.teacher_weight),
         teacher_probability=np.full_like(batch.teacher_probability, np.nan),
     )
-    _, (shared, losses) = None, run(*make_recipe("shared", "sgd", live=False), [batch])
-    none, _ = run(*make_recipe("none", "sgd", live=False), [batch])
+    shared, losses = run(*make_recipe("shared", "sgd"), [batch], live=False)
+    none, _ = run(*make_recipe("none", "sgd"), [batch], live=False)
     assert losses["distill_loss"] == 0
     assert_close(shared.parameters, none.parameters, 1e-7)
 
@@ -192,7 +231,7 @@ def test_candidates_that_no_label_speaks_of_are_as_good_as_padding(optimizer):
 def test_numbers_are_traced_so_a_sweep_compiles_once():
     recipe, state = make_recipe("shared")
     traces = []
-    step = make_step(recipe)
+    step = make_step([recipe], LIVE)
 
     def counted(*arguments):
         traces.append(1)
@@ -206,8 +245,9 @@ def test_numbers_are_traced_so_a_sweep_compiles_once():
         numbers = hyperparameters(
             distill_weight=weight, learning_rate=rate, temperature=temperature
         )
-        _, loss = mapped(spread.replicate(state), spread.shard(random_batch(0)), numbers, frozen)
-        losses.append(float(loss["loss"][0]))
+        states, batch = spread.replicate((state,)), spread.shard(random_batch(0))
+        _, (loss,) = mapped(states, batch, (stack_members([numbers]),), frozen)
+        losses.append(float(loss["loss"][0, 0]))
     assert len(traces) == 1
     assert len(set(losses)) == 3
 
@@ -215,8 +255,7 @@ def test_numbers_are_traced_so_a_sweep_compiles_once():
 def test_the_live_teacher_scores_what_its_stage_admits():
     batch, frozen = random_batch(0), Frozen(ITEMS, TEACHER_PARAMETERS)
     for stage in (Stage.RETRIEVED, Stage.PASSED):
-        recipe, _ = make_recipe("shared")
-        scored = with_live_teacher(recipe._replace(teacher_stage=stage), batch, frozen)
+        scored = with_live_teacher(LiveTeacher(TEACHER_MODEL, stage), batch, frozen)
         np.testing.assert_array_equal(
             scored.teacher_weight, np.repeat((batch.stage >= stage)[..., None], TASKS, -1)
         )
@@ -225,6 +264,77 @@ def test_the_live_teacher_scores_what_its_stage_admits():
             jax.nn.sigmoid(score(TEACHER_MODEL, TEACHER_PARAMETERS, batch, ITEMS)),
             rtol=1e-6,
         )
+
+
+MEMBERS = [
+    {"seed": 0, "distill_weight": 0.7},
+    {"seed": 0, "distill_weight": 3.0, "temperature": 2.0},
+    {"seed": 1, "distill_weight": 0.0, "learning_rate": 0.003, "table_learning_rate": 0.01},
+]
+
+
+def population(modes):
+    """Recipes, states and numbers of a group a mode, each with all of `MEMBERS`."""
+    groups = [make_recipe(mode, seeds=[member["seed"] for member in MEMBERS]) for mode in modes]
+    recipes, states = zip(*groups, strict=True)
+    numbers = stack_members(
+        [hyperparameters(**{k: v for k, v in m.items() if k != "seed"}) for m in MEMBERS]
+    )
+    return recipes, states, [numbers] * len(modes)
+
+
+@pytest.mark.parametrize(("mapping", "devices"), [("pmap", 1), ("pmap", 2), ("shard_map", 2)])
+def test_a_member_of_a_population_ends_as_the_same_member_alone(mapping, devices):
+    batches = [random_batch(seed) for seed in range(50)]
+    recipes, states, numbers = population(tuple(MODES))
+    after, losses = run_groups(recipes, states, batches, numbers, mapping=mapping, devices=devices)
+    for mode, group, group_losses in zip(MODES, after, losses, strict=True):
+        for index, member in enumerate(MEMBERS):
+            changes = {name: number for name, number in member.items() if name != "seed"}
+            recipe, state = make_recipe(mode, seeds=[member["seed"]])
+            expected, expected_losses = run(recipe, state, batches, hyperparameters(**changes))
+            assert_close(alone(group, index).parameters, expected.parameters, 1e-5)
+            assert_close(alone(group, index).transform, expected.transform, 1e-5)
+            assert_close(select_member(group_losses, index), expected_losses, 1e-5)
+
+
+def test_a_member_that_diverges_is_frozen_and_costs_the_others_no_bit():
+    batches = [random_batch(seed) for seed in range(6)]
+    recipes, states, (healthy, *_) = population(("shared",))
+    ill = healthy.replace(learning_rate=healthy.learning_rate.at[1].set(1e30))
+    (after,), (losses,) = run_groups(recipes, states, batches, [ill])
+    (expected,), _ = run_groups(recipes, states, batches, [healthy])
+    step = int(after.non_finite_step[1])
+    assert 1 < step <= 6
+    assert not np.isfinite(losses["loss"][1])
+    np.testing.assert_array_equal(after.non_finite_step, [0, step, 0])
+    for member in (0, 2):
+        jax.tree.map(np.testing.assert_array_equal, alone(after, member), alone(expected, member))
+    # It is as it was before the step at which its loss was found not to be finite.
+    (before,), _ = run_groups(recipes, states, batches[: step - 1], [ill])
+    one, other = alone(after, 1), alone(before, 1)
+    for name in ("parameters", "transform", "optimizer_state", "table_slots"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(one, name), getattr(other, name))
+
+
+def test_the_teacher_and_the_sort_of_ids_are_paid_for_once():
+    """Whatever the number of members, the program holds one teacher and one sort a table."""
+
+    def sorts_and_flops(members):
+        recipe, state = make_recipe("shared", seeds=range(members))
+        numbers = stack_members([hyperparameters()] * members)
+        spread = MAPPINGS["shard_map"](jax.devices()[:1])
+        arguments = ((state,), random_batch(0), (numbers,), Frozen(ITEMS, TEACHER_PARAMETERS))
+        program = spread.map_step(make_step([recipe], LIVE)).lower(*arguments).compile()
+        return program.as_text().count(" sort("), program.cost_analysis()["flops"]
+
+    items = jnp.asarray(ITEMS)
+    teacher = jax.jit(lambda batch: score(TEACHER_MODEL, TEACHER_PARAMETERS, batch, items))
+    teacher_flops = teacher.lower(random_batch(0)).compile().cost_analysis()["flops"]
+    (sorts, flops), (many_sorts, many_flops) = sorts_and_flops(1), sorts_and_flops(8)
+    assert sorts == many_sorts == 2
+    # XLA counts a loop's body once, so the tables do not show here.
+    assert many_flops < teacher_flops + 8 * (flops - teacher_flops) * 1.1
 
 
 def test_one_request_with_one_candidate_trains():

@@ -1,0 +1,144 @@
+"""Which members of a sweep train together: a cohort is one program over one order of the data.
+
+A member reads the order of data of its own seed, and as many of them as fit the device's memory
+share a program; so a sweep is a list of cohorts, trained one after the other. The list is decided
+once and kept in `cohorts.json`: a sweep that is resumed, on another machine even, goes on with it,
+and one that is extended adds to it.
+"""
+
+import itertools
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from kd_ranker.batch import FeatureSpec, empty_batch
+from kd_ranker.embedding.lookup import gather
+from kd_ranker.errors import UserError
+from kd_ranker.evaluation import results
+from kd_ranker.training import recipes
+from kd_ranker.training.workdir import write_atomically
+
+FILE, FOLDER = "cohorts.json", "cohorts"
+
+Cohort = list[str]  # names of members
+
+# What XLA was seen to keep of a member beside its state, in arrays of the size of its gathered
+# rows: `tests/sweep/test_cohorts.py` holds the estimate against the compiled program.
+_WORKING_ARRAYS = 12
+# Of what is free: the data, the teacher and the evaluation want room as well.
+_SHARE_OF_MEMORY = 0.5
+
+
+def read_cohorts(workdir: Path) -> list[Cohort]:
+    """The cohorts of a sweep that was begun; empty if there are none yet."""
+    path = workdir / FILE
+    return json.loads(path.read_text())["cohorts"] if path.exists() else []
+
+
+def folder_of(workdir: Path, cohort: int) -> Path:
+    """Where the checkpoints, metrics and results of a cohort lie."""
+    return workdir / FOLDER / str(cohort)
+
+
+def is_complete(
+    workdir: Path, cohorts: Sequence[Cohort], members: Mapping[str, ConfigDict]
+) -> bool:
+    """Whether all members are trained and measured, and their results joined."""
+    folders = [workdir, *(folder_of(workdir, index) for index in range(len(cohorts)))]
+    return set(itertools.chain.from_iterable(cohorts)) == members.keys() and all(
+        (folder / results.FILE).exists() for folder in folders
+    )
+
+
+def check_kept(workdir: Path, cohorts: Sequence[Cohort], members: Mapping[str, ConfigDict]) -> None:
+    """Raises UserError if a member that the sweep has is not among `members`."""
+    missing = [name for name in itertools.chain.from_iterable(cohorts) if name not in members]
+    if missing:
+        raise UserError(
+            f"{workdir} holds a sweep with {missing[0]}, which config.sweep does not name; "
+            "sweep.extend adds members, so name those that are there as well"
+        )
+
+
+def check_teacher(workdir: Path, teacher_version: str) -> None:
+    """Raises UserError if the sweep in `workdir` was begun with another teacher."""
+    path = workdir / FILE
+    if not path.exists():
+        return
+    begun_with = json.loads(path.read_text())["teacher"]
+    if begun_with != teacher_version:
+        raise UserError(
+            f"{workdir} holds a sweep under the teacher {begun_with or 'of the logs'}, and now it "
+            f"is {teacher_version or 'that of the logs'}; use another --workdir"
+        )
+
+
+def write_cohorts(workdir: Path, cohorts: Sequence[Cohort], teacher_version: str) -> None:
+    """Writes the cohorts of a sweep and the version of the teacher that they follow."""
+    content = {"teacher": teacher_version, "cohorts": list(cohorts)}
+    write_atomically(workdir / FILE, json.dumps(content, indent=2))
+
+
+def add_members(
+    cohorts: Sequence[Cohort], members: Mapping[str, ConfigDict], size: int
+) -> list[Cohort]:
+    """The cohorts, followed by new ones for the members that are in none of them.
+
+    Args:
+      cohorts: those that are there already, which stay as they are.
+      members: all members of the sweep by name.
+      size: how many members fit one cohort, at least 1.
+    """
+    placed = set(itertools.chain.from_iterable(cohorts))
+    added = []
+    new = [name for name in members if name not in placed]
+    for _, of_order in itertools.groupby(new, key=lambda name: members[name].batch.seed):
+        names = list(of_order)
+        # Of sizes as equal as can be, so that no cohort pays for a teacher pass alone.
+        number = -(-len(names) // size)
+        added += [names[index::number] for index in range(number)]
+    return [*cohorts, *added]
+
+
+def cohort_size(config: ConfigDict, member: ConfigDict, spec: FeatureSpec) -> int:
+    """How many members like `member` train together: `sweep.group_size`, or what memory allows."""
+    if config.sweep.group_size:
+        return config.sweep.group_size
+    return max(1, int(_SHARE_OF_MEMORY * free_memory() / member_bytes(member, spec)))
+
+
+def member_bytes(config: ConfigDict, spec: FeatureSpec) -> int:
+    """An estimate of what a member takes on a device, in bytes.
+
+    Its state, which is copied once for a checkpoint and once more while that is written, and the
+    arrays of a step, which are as many rows as a batch gathers, some times over.
+    """
+
+    def state_and_rows() -> Any:
+        (group,) = recipes.student_groups({"": config}, spec)
+        batch = jax.tree.map(
+            jnp.asarray, empty_batch(spec, config.batch.requests, config.batch.candidates)
+        )
+        tables = {name: table[0] for name, table in group.state.parameters.tables.items()}
+        return group.state, gather(tables, group.recipe.model.lookups, batch)
+
+    state, rows = jax.eval_shape(state_and_rows)
+    return 3 * _bytes(state) + _WORKING_ARRAYS * _bytes(rows)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def free_memory() -> int:
+    """Bytes that the device has free; on a CPU, those of the machine."""
+    statistics = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
