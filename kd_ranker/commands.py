@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -15,6 +16,7 @@ from kd_ranker.data.sources import SOURCES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.results import Row
+from kd_ranker.report import write
 from kd_ranker.training import workdir as workdirs
 
 
@@ -135,3 +137,16 @@ def sweep_members(config: ConfigDict) -> dict[str, ConfigDict]:
             member.distill.serve = next(iter(MODES[mode].serve))
             members[f"{mode}-weight{weight:g}-seed{seed}"] = member
     return members
+
+
+def report(sweeps: Sequence[Path], output: Path) -> tuple[list[str], Path]:
+    """Writes tables, figures and a page of what sweeps have found.
+
+    Args:
+      sweeps: their workdirs; those of the same dataset are joined.
+      output: the folder to write below.
+
+    Returns:
+      A sentence a dataset on what distillation saves, and the page.
+    """
+    return write.write_report(sweeps, output), output / write.PAGE
