@@ -45,8 +45,8 @@ def answer(study: Study) -> Answer:
         return _unanswered(study, f"no repeat that has both {chosen} and {undistilled}")
     saving = interval(by_repeat(rows, "funnel_cost_saving")[chosen].to_numpy())
     validated = cross_validated(rows)
-    sentence = _sentence(study.dataset, undistilled, chosen, before, after, gap, saving, validated)
-    return Answer(sentence, _caveats(len(distilled), gap, validated))
+    sentence = _sentence(undistilled, chosen, before, after, gap, saving, validated)
+    return Answer(f"{study.dataset}: {sentence}", _caveats(len(distilled), gap, validated))
 
 
 def _unanswered(study: Study, why: str) -> Answer:
@@ -58,44 +58,37 @@ def _unanswered(study: Study, why: str) -> Answer:
 
 
 def _sentence(
-    dataset: str, undistilled: str, chosen: str, before: Interval, after: Interval, gap: Interval,
+    undistilled: str, chosen: str, before: Interval, after: Interval, gap: Interval,
     saving: Interval, validated: CrossValidated | None,
 ) -> str:  # fmt: skip
-    passed = f"{_count(after)} candidates a request instead of {_count(before)}"
-    compute = (
-        f"saves {_percent(saving)}"
-        if saving.mean >= 0
-        else f"costs {_percent(saving, sign=-1)} more"
-    )
-    compute = f", which {compute} of the funnel's compute" if saving.n else ""
     if gap.mean >= 0:
         return (
-            f"{dataset}: no distilled student lets the final ranker do with fewer candidates for "
-            f"99% of the final value: the best of them, {chosen}, needs {_count(after)}, "
-            f"{undistilled} needs {_count(before)}."
+            "no distilled student lets the final ranker do with fewer candidates for 99% of the "
+            f"final value: the best of them, “{chosen}”, needs {after.mean:.0f}, mode "
+            f"{undistilled} {before.mean:.0f}."
         )
+    finding = (
+        f"with “{chosen}” the final ranker needs {after.mean:.0f} candidates a request for 99% of "
+        f"the final value instead of the {before.mean:.0f} of mode {undistilled}"
+    )
+    compute = ""
+    if saving.n:
+        verb, more = ("saves", "") if saving.mean >= 0 else ("costs", " more")
+        compute = f", which {verb} {_percent(saving)}{more} of the funnel's compute"
     if gap.n < 2:
+        return f"{finding}{compute}; that is one repeat, which says nothing of chance."
+    fewer = f"{-gap.mean:.0f} fewer, {_range(-gap.high, -gap.low)}"
+    if gap.high >= 0:
         return (
-            f"{dataset}: with {chosen} the final ranker needs {passed} for 99% of the final value"
-            f"{compute}; that is one repeat, which says nothing of chance."
+            f"a saving is not shown: {finding}, but the interval of that difference includes 0 "
+            f"({fewer})."
         )
-    fewer = f"{-gap.mean:.0f} fewer, {_range(-gap.high, -gap.low, 0)}"
-    doubt = (
-        "the interval of that difference includes 0"
-        if gap.high >= 0
-        else "a setting chosen on other repeats saves nothing"
-        if validated and validated.fewer <= 0
-        else None
-    )
-    if doubt is None:
+    if validated and validated.fewer <= 0:
         return (
-            f"{dataset}: with {chosen} the final ranker needs {passed} for 99% of the final value "
-            f"({fewer}){compute}."
+            f"a saving is not shown: {finding} ({fewer}), but a setting that was chosen on other "
+            "repeats needs no fewer."
         )
-    return (
-        f"{dataset}: a saving is not shown: with {chosen} the final ranker needs {passed} for 99% "
-        f"of the final value ({fewer}), but {doubt}."
-    )
+    return f"{finding} ({fewer}){compute}."
 
 
 def _caveats(compared: int, gap: Interval, validated: CrossValidated | None) -> list[str]:
@@ -131,15 +124,13 @@ def _more_or_fewer(fewer: float) -> str:
     return f"{fewer:.0f} fewer" if fewer >= 0 else f"{-fewer:.0f} more"
 
 
-def _count(mean: Interval) -> str:
-    return f"{mean.mean:.0f}"
+def _percent(share: Interval) -> str:
+    """A share without its sign, in percent, with its interval."""
+    sign = -1 if share.mean < 0 else 1
+    low, high = sorted((100 * sign * share.low, 100 * sign * share.high))
+    text = f"{number(100 * abs(share.mean), 0)}%"
+    return text if math.isnan(low) else f"{text} ({_range(low, high)})"
 
 
-def _percent(share: Interval, sign: int = 1) -> str:
-    low, high = sorted((sign * share.low * 100, sign * share.high * 100))
-    text = f"{number(sign * share.mean * 100, 0)}%"
-    return text if math.isnan(low) else f"{text} ({_range(low, high, 0)})"
-
-
-def _range(low: float, high: float, digits: int) -> str:
-    return f"95% interval {number(low, digits)} to {number(high, digits)}"
+def _range(low: float, high: float) -> str:
+    return f"95% interval {number(low, 0)} to {number(high, 0)}"

@@ -30,6 +30,12 @@ _BETTER: dict[str, Better] = {
 _UNMARKED = ("alignment_ratio",)
 
 
+COLUMNS = (
+    *("dataset", "setting", *SETTING, "measure", "mean", "low", "high", "n"),
+    *("difference", "difference_low", "difference_high", "pairs", "best"),
+)
+
+
 class Measure(NamedTuple):
     """A column of `results.csv` as tables show it."""
 
@@ -74,9 +80,9 @@ def _is_known(study: Study, column: str) -> bool:
 def comparison(study: Study) -> pd.DataFrame:
     """Every setting on every measure, one row each, numbers not rounded.
 
-    Columns: `SETTING`, `setting`, `measure`; `mean`, `low`, `high`, `n` over repeats; the paired
-    difference to the baseline as `difference`, `difference_low`, `difference_high`, `pairs`; and
-    `best`, whether the setting is marked in its column (see `marked`).
+    Its `COLUMNS`: the dataset, the setting and what makes it, the measure; `mean`, `low`, `high`
+    and `n` over repeats; the same of the paired difference to the baseline (`pairs` counts its
+    repeats); and `best`, whether the setting is marked in its column (see `marked`).
     """
     undistilled = baseline(study.rows)
     keys = {
@@ -107,7 +113,7 @@ def comparison(study: Study) -> pd.DataFrame:
                     "best": setting == winner,
                 }
             )
-    return pd.DataFrame(lines)
+    return pd.DataFrame(lines, columns=list(COLUMNS))
 
 
 def marked(table: pd.DataFrame, direction: Better | None) -> str | None:

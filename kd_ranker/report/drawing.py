@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import LogFormatter, MaxNLocator, NullFormatter
 
-from kd_ranker.report.figures import Figure
+from kd_ranker.report.figures import Figure, window
 from kd_ranker.report.style import colours, dash, mark
 
 FORMATS = ("svg", "pdf", "png")
@@ -118,13 +118,15 @@ def _value_captured(data: pd.DataFrame) -> Canvas:
             fontsize=7,
             color=colour,
         )
-    # Where it matters: the curves start far below.
-    axes.set_ylim(bottom=max(0.0, min(0.9, float(data["mean"].median()) - 0.1)), top=1.005)
+    left, right, low = window(data)
+    axes.set_xlim(left, right)
+    axes.set_ylim(low, 1.005)
     return canvas
 
 
 def _survival(data: pd.DataFrame) -> Canvas:
     canvas, axes = _over_k(data, "survival at k")
+    axes.set_xlim(1, float(data["k"].max()))
     axes.set_ylim(0, 1.02)
     return canvas
 

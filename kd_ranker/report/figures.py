@@ -95,6 +95,16 @@ def value_captured(study: Study) -> Figure:
     )
 
 
+def window(data: pd.DataFrame) -> tuple[float, float, float]:
+    """What of the captured curves is worth seeing: the lowest k, the highest, the lowest value.
+
+    The curves start far below 99%, so the figure starts where the best of them has come near it.
+    """
+    low = max(0.0, min(0.9, float(data["mean"].median()) - 0.1))
+    near = data.loc[data["mean"] >= low, "k"]
+    return float(near.min()), float(data["k"].max()), low
+
+
 def survival(study: Study) -> Figure:
     """Survival against k, each mode at its best setting: columns as in `value_captured`."""
     return _over_k(

@@ -7,7 +7,7 @@ import pandas as pd
 from plotly import graph_objects as go
 
 from kd_ranker.report.drawing import KINDS
-from kd_ranker.report.figures import Figure
+from kd_ranker.report.figures import Figure, window
 from kd_ranker.report.style import colours, dash, mark
 
 _GREY = "#8a8a8a"
@@ -99,7 +99,8 @@ def _value_captured(data: pd.DataFrame) -> go.Figure:
             x=math.log10(k), y=0.99, text=f"{k:.0f}", showarrow=False, font={"color": colour},
             xanchor="left", xshift=8, yshift=-14 - 14 * place,
         )  # fmt: skip
-    low = max(0.0, min(0.9, float(data["mean"].median()) - 0.1))
+    left, right, low = window(data)
+    drawn.update_xaxes(range=[math.log10(left), math.log10(right)])
     drawn.update_yaxes(range=[low, 1.005])
     return drawn
 
@@ -138,7 +139,7 @@ def _over_k(data: pd.DataFrame, label: str) -> go.Figure:
             hovertemplate=f"<b>%{{fullData.name}}</b><br>k = %{{x}}<br>{label} %{{y:.4f}}"
             "<extra></extra>",
         )
-    drawn.update_xaxes(title="candidates passed, k", type="log", dtick=1)
+    drawn.update_xaxes(title="candidates passed, k", type="log", dtick="D2")
     drawn.update_yaxes(title=label)
     return drawn
 

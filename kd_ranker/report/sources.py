@@ -89,13 +89,17 @@ def read_studies(workdirs: Sequence[Path]) -> list[Study]:
 
 
 def _checked_config(workdir: Path) -> ConfigDict:
-    make = f"make it with: python -m experiments.sweep --config=configs/FILE.py --workdir={workdir}"
     if not workdir.is_dir():
-        raise UserError(f"there is no folder {workdir}; {make}")
+        raise UserError(f"there is no folder {workdir}; {_make(workdir)}")
     for name in (results.FILE, CONFIG_FILE):
         if not (workdir / name).is_file():
-            raise UserError(f"{workdir} holds no {name}; {make}")
+            raise UserError(f"{workdir} holds no {name}; {_make(workdir)}")
     return read_config(workdir)
+
+
+def _make(workdir: Path) -> str:
+    sweep = f"python -m experiments.sweep --config=configs/FILE.py --workdir={workdir}"
+    return f"make a sweep with: {sweep}"
 
 
 def _study(dataset: str, workdirs: list[Path]) -> Study:
@@ -107,7 +111,10 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         for source, workdir in enumerate(workdirs)
     ]
     rows = _with_keys(pd.concat(tables, ignore_index=True), list(first.tasks))
-    students = rows[rows["role"] == "student"]
+    students, teachers = (rows[rows["role"] == role] for role in ("student", "teacher"))
+    if students.empty:
+        names = ", ".join(map(str, workdirs))
+        raise UserError(f"{names}: {results.FILE} has no student; {_make(workdirs[0])}")
     _check_distinct(students, workdirs)
     healthy = students[students["non_finite_step"].isna()]
     frozen = students[students["non_finite_step"].notna()]
@@ -123,8 +130,9 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         dataset=dataset,
         tasks=list(first.tasks),
         passed=int(first.funnel.passed),
-        rows=_with_savings(healthy, rows[rows["role"] == "teacher"], int(first.funnel.retrieved)),
-        teachers=rows[rows["role"] == "teacher"],
+        rows=_with_savings(healthy, teachers, int(first.funnel.retrieved)),
+        # Sweeps under the same teacher each have its row.
+        teachers=teachers.drop_duplicates(teachers.columns.difference(["source"])),
         frozen=frozen.drop_duplicates(["source", "member"]),
         varying=_varying(students),
         curves=curves,
@@ -210,14 +218,27 @@ def _varying(students: pd.DataFrame) -> list[str]:
 
 def _label(row: pd.Series, varying: list[str], serves: bool) -> str:
     parts = [f"{row['mode']} ({row['serve']})" if serves else str(row["mode"])]
-    if pd.notna(row["distill_loss"]):
+    distilled = pd.notna(row["distill_loss"])
+    if distilled:
         parts.append(f"weight {row['distill_weight']:g}")
-    for column in varying:
-        value = row[column]
-        if pd.notna(value):
-            text = value if isinstance(value, str) else f"{value:g}"
-            parts.append(f"{column.removeprefix('distill_').replace('_', ' ')} {text}")
+    parts += [
+        f"{title_of(column)} {text_of(row[column])}"
+        for column in varying
+        if (distilled or column == "learning_rate") and pd.notna(row[column])
+    ]
     return ", ".join(parts)
+
+
+def title_of(column: str) -> str:
+    """What a column of `SETTING` is called where people read it."""
+    return column.removeprefix("distill_").replace("_", " ")
+
+
+def text_of(value: object) -> str:
+    """A value of such a column for people; "" where there is none."""
+    if isinstance(value, str):
+        return value
+    return "" if pd.isna(value) else f"{value:g}"  # type: ignore[call-overload]
 
 
 def _check_distinct(students: pd.DataFrame, workdirs: list[Path]) -> None:

@@ -11,7 +11,7 @@ from kd_ranker.evaluation import results
 from kd_ranker.report.choices import baseline
 from kd_ranker.report.claims import RULES
 from kd_ranker.report.comparison import important_measures
-from kd_ranker.report.sources import Study
+from kd_ranker.report.sources import Study, text_of, title_of
 from kd_ranker.report.statistics import Interval, interval
 
 
@@ -170,11 +170,12 @@ def difference_table(study: Study, numbers: pd.DataFrame) -> Table | None:
     return Table(f"{study.dataset}: difference to {undistilled}", columns, lines, notes)
 
 
-_CLAIM_DIGITS = {
-    "alignment_ratio": 3,
-    "teacher_kl": 4,
-    "flops_per_candidate": 4,
-    "passed_for_99": 0,
+# By a claim's measure: its title and digits.
+_CLAIM_MEASURES = {
+    "alignment_ratio": ("alignment ratio", 3),
+    "teacher_kl": ("teacher KL", 4),
+    "flops_per_candidate": ("FLOPs", 4),
+    "passed_for_99": ("passed for 99%", 0),
 }
 
 
@@ -188,7 +189,7 @@ def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
     lines = []
     for _, claim in claims.iterrows():
         mean = Interval(claim["mean"], claim["low"], claim["high"], claim["n"])
-        digits = _CLAIM_DIGITS.get(claim["measure"], 3)
+        title, digits = _CLAIM_MEASURES.get(claim["measure"], (claim["measure"], 3))
         span = (
             ""
             if np.isnan(mean.low)
@@ -200,7 +201,7 @@ def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
                 Cell(claim["statement"], value=claim["statement"]),
                 Cell(claim["verdict"], value=claim["verdict"]),
                 Cell(claim["setting"], value=claim["setting"]),
-                Cell(claim["measure"], value=claim["measure"]),
+                Cell(title, value=title),
                 _number(mean._replace(low=np.nan, high=np.nan), digits),
                 Cell(span, value="" if np.isnan(mean.low) else mean.low),
                 Cell(str(mean.n), value=mean.n),
@@ -222,8 +223,7 @@ def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
 
 
 def _key_titles(study: Study) -> list[str]:
-    varying = [column.removeprefix("distill_").replace("_", " ") for column in study.varying]
-    return ["mode", "serves", "weight", *varying]
+    return ["mode", "serves", "weight", *map(title_of, study.varying)]
 
 
 def _key_cells(study: Study, keys: pd.Series | None) -> list[Cell]:
@@ -239,9 +239,8 @@ def _key_cells(study: Study, keys: pd.Series | None) -> list[Cell]:
         Cell(f"{weight:g}", value=weight) if pd.notna(keys["distill_loss"]) else Cell(""),
     ]
     for column in study.varying:
-        value = keys[column]
-        text = "" if pd.isna(value) else value if isinstance(value, str) else f"{value:g}"
-        cells.append(Cell(text, value=value if text else ""))
+        text = text_of(keys[column])
+        cells.append(Cell(text, value=keys[column] if text else ""))
     return cells
 
 
@@ -251,7 +250,8 @@ def _number(mean: Interval, digits: int, signed: bool = False, best: bool = Fals
     half = mean.high - mean.mean
     return Cell(
         text=number(mean.mean, digits, signed),
-        error="" if np.isnan(half) else number(half, digits),
+        # What is counted, as FLOPs are, does not vary.
+        error=number(half, digits) if half > 1e-9 else "",
         value=mean.mean,
         best=best,
     )

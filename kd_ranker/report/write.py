@@ -22,7 +22,6 @@ from kd_ranker.report.tables import (
     main_table,
     markdown,
 )
-from kd_ranker.training.workdir import write_atomically
 
 PAGE, TABLES, FIGURES = "report.html", "tables", "figures"
 
@@ -44,10 +43,10 @@ def write_report(workdirs: Sequence[Path], output: Path) -> list[str]:
         for study, tested in zip(studies, of_claims, strict=True)
     ]
     _write_csv(output / TABLES / "claims.csv", pd.concat(of_claims))
-    write_atomically(
+    _write(
         output / TABLES / "claims.md", "\n".join(markdown(section.claims) for section in sections)
     )
-    write_atomically(output / PAGE, page(sections))
+    _write(output / PAGE, page(sections))
     return [section.answer.sentence for section in sections]
 
 
@@ -61,13 +60,13 @@ def _write_study(study: Study, tested: pd.DataFrame, output: Path) -> Section:
     _write_csv(output / TABLES / f"{name}.csv", numbers)
     for file, table in tables.items():
         if table:
-            write_atomically(output / TABLES / f"{file}.md", markdown(table))
-            write_atomically(output / TABLES / f"{file}.tex", latex(table))
+            _write(output / TABLES / f"{file}.md", markdown(table))
+            _write(output / TABLES / f"{file}.tex", latex(table))
     drawn = figures(study)
     for figure in drawn:
         if len(figure.data):
             for ending, content in draw(figure).items():
-                _write_bytes(output / FIGURES / f"{name}-{figure.name}.{ending}", content)
+                _write(output / FIGURES / f"{name}-{figure.name}.{ending}", content)
     return Section(
         study=study,
         answer=answer(study),
@@ -78,12 +77,12 @@ def _write_study(study: Study, tested: pd.DataFrame, output: Path) -> Section:
 
 
 def _write_csv(path: Path, frame: pd.DataFrame) -> None:
-    write_atomically(path, frame.to_csv(index=False, lineterminator="\n", float_format="%.7g"))
+    _write(path, frame.to_csv(index=False, lineterminator="\n", float_format="%.7g"))
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
-    """What `write_atomically` does, for files that are no text."""
+def _write(path: Path, content: str | bytes) -> None:
+    """What `workdir.write_atomically` does, for pictures too, and in UTF-8 wherever it runs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
