@@ -73,8 +73,8 @@ def _sentence(
     )
     compute = ""
     if saving.n:
-        verb, more = ("saves", "") if saving.mean >= 0 else ("costs", " more")
-        compute = f", which {verb} {_percent(saving)}{more} of the funnel's compute"
+        verb = "saves" if saving.mean >= 0 else "costs another"
+        compute = f", which {verb} {_percent(saving)} of the funnel's compute"
     if gap.n < 2:
         return f"{finding}{compute}; that is one repeat, which says nothing of chance."
     fewer = f"{-gap.mean:.0f} fewer, {_range(-gap.high, -gap.low)}"

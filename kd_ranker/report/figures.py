@@ -171,12 +171,9 @@ def calibration(study: Study) -> Figure:
         for name in ("predicted", "observed"):
             sums[name] /= sums["weight"]
         data = sums.reset_index().rename(columns={"setting": "line"})[columns]
-        # Tasks and settings in the order of the config and of the file.
-        data = pd.concat(
-            of_line.sort_values("predicted")
-            for task in study.tasks
-            for _, of_line in data[data["task"] == task].groupby("line", sort=False)
-        )
+        # Tasks in the order of the config.
+        data["task"] = pd.Categorical(data["task"], study.tasks)
+        data = data.sort_values(["task", "bin"], kind="stable").astype({"task": str})
     return Figure(
         "calibration",
         "Calibration",

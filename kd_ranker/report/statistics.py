@@ -35,8 +35,8 @@ def interval(values: Float[np.ndarray, "n"]) -> Interval:
     Student's distribution with n − 1 degrees of freedom (Student, Biometrika 1908). It holds for
     repeats that are independent and roughly normal.
 
-    >>> interval(np.array([1.0, 2.0, 3.0])).high.round(3)  # 2 + 4.303 · 1 / √3
-    np.float64(4.484)
+    >>> round(interval(np.array([1.0, 2.0, 3.0])).high, 3)  # 2 + 4.303 · 1 / √3
+    4.484
     """
     known = values[~np.isnan(values)]
     n = len(known)
@@ -51,6 +51,8 @@ def interval(values: Float[np.ndarray, "n"]) -> Interval:
 
 def by_repeat(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
     """A measure as a table: a line a repeat, a column a setting, NaN where it is not known."""
+    if measure not in rows:
+        rows = rows.assign(**{measure: float("nan")})
     table = rows.pivot(index="repeat", columns="setting", values=measure)
     # In the order of the file, not of the alphabet.
     return table.reindex(columns=rows["setting"].unique()).astype(float)

@@ -240,3 +240,42 @@ def _metrics(losses: dict[str, dict[str, np.ndarray]]) -> str:
         lines.append(json.dumps({"step": step, **scalars}))
     # A run that was killed leaves its last line cut short.
     return "\n".join([*lines, lines[-1][:20]])
+
+
+def write_rows(workdir: Path, rows: Sequence[dict], passed: int = 30) -> Path:
+    """A sweep's workdir of one task whose `results.csv` has just these rows, by hand.
+
+    A row says what matters, the rest has a default: `{"mode": "aux", "seed": 1, "kl": 0.2}`.
+    Short names: `kl`, `survival`, `weight`, `passed`, `flops`, `alignment`.
+    """
+    short = {
+        "kl": "teacher_kl/watch", "survival": f"survival@{passed}", "weight": "distill_weight",
+        "passed": "passed_for_99", "flops": "flops_per_candidate", "alignment": "alignment_ratio",
+    }  # fmt: skip
+    full = []
+    for row in rows:
+        mode = row.get("mode")
+        default = {
+            "dataset": "d", "role": "student", "serve": "user", "seed": 0, "data_seed": 0,
+            "distill_weight": 0.0 if mode == "none" else 1.0, "non_finite_step": None,
+            "distill_loss": None if mode == "none" else "bce", "learning_rate": 0.002,
+            "temperature": None if mode == "none" else 1.0, "user_bce/watch": 0.5,
+            "teacher_kl/watch": 0.1, "passed_for_99": 100.0, "flops_per_candidate": 10.0,
+        }  # fmt: skip
+        line = default | {short.get(name, name): value for name, value in row.items()}
+        line["teacher_bce/watch"] = line["teacher_kl/watch"] + 0.4
+        line.setdefault("member", f"{mode}-weight{line['distill_weight']}-seed{line['seed']}")
+        full.append(line)
+    config = cascade.get_config()
+    config.data.name, config.tasks = "d", ("watch",)
+    config.funnel.retrieved, config.funnel.passed = 2000, passed
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(config.to_json())
+    pd.DataFrame(full).to_csv(workdir / results.FILE, index=False)
+    return workdir
+
+
+def teacher_row() -> dict:
+    """The teacher's row for `write_rows`: 200 FLOPs a candidate."""
+    return {"role": "teacher", "mode": None, "distill_loss": None, "kl": 0.0, "flops": 200.0,
+            "passed": 10.0, "temperature": None}  # fmt: skip
