@@ -114,8 +114,8 @@ def _caveats(compared: int, gap: Interval, validated: CrossValidated | None) -> 
             "Cross-validated over repeats (the setting is chosen on the other repeats and read on "
             f"the one left out, {len(validated.chosen)} times): {validated.passed:.0f} candidates, "
             f"{_more_or_fewer(validated.fewer)} than without distillation{saving}. "
-            f"Chosen: {'; '.join(settings)}. Repeats of one data seed share their test requests; "
-            "how far these stand for other requests is not covered."
+            f"Chosen: {'; '.join(settings)}. All repeats share the test requests; how far these "
+            "stand for others is not covered."
         )
     return lines
 

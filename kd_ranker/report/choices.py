@@ -73,7 +73,7 @@ def cross_validated(rows: pd.DataFrame) -> CrossValidated | None:
     """Chooses the distilled setting on all repeats but one, reads it on that one, and averages.
 
     That takes out the luck of a setting with the repeats it was chosen on (Stone, J. R. Stat. Soc.
-    B 1974). It does not take out the luck with test requests that all repeats share.
+    B 1974). It does not take out the luck with test requests, which all repeats share.
 
     Returns:
       None below two repeats, or without a baseline or a distilled setting.

@@ -30,7 +30,8 @@ REPEAT = ("seed", "data_seed")
 # Where sweeps that are joined may differ: in what makes a member, in the random seeds, and in what
 # does not change a number.
 _MAY_DIFFER = (
-    *("sweep", "seed", "data.seed", "data.dir", "data.path", "teacher.workdir"),
+    *("sweep", "seed", "batch.seed", "teacher.batch.seed"),
+    *("data.dir", "data.path", "teacher.workdir"),
     *("distill.mode", "distill.weight", "distill.serve", "distill.loss", "distill.temperature"),
     *("optimizer.learning_rate", "optimizer.table_learning_rate"),
     *("train.log_every", "train.checkpoint_every", "train.eval_every", "train.eval_limit"),
@@ -178,6 +179,8 @@ def _with_keys(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
                 rows["mode"], rows["distill_weight"], rows["seed"], strict=True
             )
         ]
+    # A single run's only member has no name.
+    rows["member"] = rows["member"].astype(object).fillna("")
     for name in ("user_bce", "teacher_bce", "teacher_kl"):
         rows[name] = rows[[f"{name}/{task}" for task in tasks]].mean(axis=1, skipna=False)
     rows = _ordered(rows)
@@ -286,15 +289,22 @@ def _optional_tables(workdirs: list[Path], name: str) -> tuple[pd.DataFrame, lis
         for source, workdir in enumerate(workdirs)
         if source not in there
     ]
-    tables = [table.assign(source=source) for source, table in there.items()]
+    tables = [
+        table.assign(source=source, member=table["member"].astype(object).fillna(""))
+        for source, table in there.items()
+    ]
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), missing
 
 
 def _losses(workdirs: list[Path]) -> tuple[pd.DataFrame, list[str]]:
-    """The losses of `cohorts/*/metrics.jsonl`, one row a member, step and kind."""
+    """The losses of `cohorts/*/metrics.jsonl`, one row a member, step and kind.
+
+    A single run has them in `metrics.jsonl`, where its only member has no name.
+    """
     entries, missing = [], []
     for source, workdir in enumerate(workdirs):
-        paths = sorted(workdir.glob(f"cohorts/*/{METRICS_FILE}"))
+        alone = workdir.glob(METRICS_FILE)
+        paths = [*sorted(workdir.glob(f"cohorts/*/{METRICS_FILE}")), *alone]
         if not paths:
             missing.append(f"{workdir} holds no cohorts/*/{METRICS_FILE}")
         for path in paths:
@@ -304,8 +314,8 @@ def _losses(workdirs: list[Path]) -> tuple[pd.DataFrame, list[str]]:
                     continue
                 scalars = json.loads(line)
                 for key, value in scalars.items():
-                    if match := re.fullmatch(r"(user_loss|distill_loss)/(.+)", key):
-                        kind, member = match.groups()
+                    if match := re.fullmatch(r"(user_loss|distill_loss)(?:/(.+))?", key):
+                        kind, member = match.groups(default="")
                         entries.append((source, member, scalars["step"], kind, value))
     columns = ["source", "member", "step", "kind", "loss"]
     return pd.DataFrame(entries, columns=columns), missing

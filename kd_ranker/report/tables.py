@@ -264,7 +264,8 @@ def number(value: float, digits: int, signed: bool = False) -> str:
     ('−0.03', '0.00', '+0.5')
     """
     # Adding 0 turns the -0 of a tiny negative number into 0.
-    return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}".replace("-", "−")
+    rounded = round(value, digits) + 0.0
+    return f"{rounded:{'+' if signed and rounded else ''}.{digits}f}".replace("-", "−")
 
 
 def _notes(study: Study) -> list[str]:
@@ -279,10 +280,8 @@ def _notes(study: Study) -> list[str]:
     ]
     if len(study.frozen):
         names = ", ".join(
-            f"{member} (step {step:g})"
-            for member, step in zip(
-                study.frozen["member"], study.frozen["non_finite_step"], strict=True
-            )
+            f"{line['member'] or line['setting']} (step {line['non_finite_step']:g})"
+            for line in study.frozen.to_dict("records")
         )
         notes.append(f"Left out, because their loss stopped being finite: {names}.")
     return notes

@@ -91,7 +91,7 @@ def test_sweeps_of_a_dataset_are_joined_and_those_of_another_are_not(tmp_path):
 
 def test_data_seeds_make_repeats_too(tmp_path):
     other = sweeps.change(
-        sweeps.write_sweep(tmp_path / "b", changes={"data.seed": 1}),
+        sweeps.write_sweep(tmp_path / "b"),
         lambda frame: frame.assign(data_seed=1),
     )
     (study,) = read_studies([sweeps.write_sweep(tmp_path / "a"), other])
@@ -119,8 +119,9 @@ def test_overlapping_members_are_named(tmp_path):
 def test_sweeps_under_different_configs_are_not_joined(tmp_path):
     a = sweeps.write_sweep(tmp_path / "a", seeds=(0, 1))
     b = sweeps.write_sweep(tmp_path / "b", seeds=(2,), changes={"train.steps": 7})
-    message = one_line([a, b])
-    assert message.endswith("report them apart: train.steps (1000 and 7)")
+    assert one_line([a, b]).endswith("report them apart: train.steps (1000 and 7)")
+    c = sweeps.write_sweep(tmp_path / "c", seeds=(2,), changes={"data.seed": 7})
+    assert "data.seed (0 and 7)" in one_line([a, c])
 
 
 def test_what_is_missing_names_the_command_that_makes_it(tmp_path):

@@ -108,17 +108,27 @@ def test_only_mode_none(tmp_path):
     assert "not measured" in page
 
 
-def test_one_member_of_a_single_run(tmp_path):
-    sweeps.change(
-        sweeps.write_sweep(tmp_path, modes=("shared",), weights=(1.0,), seeds=(0,)),
-        lambda frame: frame[frame["role"] == "student"].drop(columns=["member", "data_seed"]),
-    )
-    for name in ("curves.csv", "calibration.csv", "cohorts/0/metrics.jsonl"):
-        (tmp_path / name).unlink()
+def test_a_single_run_has_one_member_without_a_name(tmp_path):
+    sweeps.write_sweep(tmp_path, modes=("shared",), weights=(1.0,), seeds=(0,))
+    sweeps.change(tmp_path, lambda frame: frame[frame["role"] == "student"].assign(member=None))
+    for name in ("curves.csv", "calibration.csv"):
+        frame = pd.read_csv(tmp_path / name)
+        frame.assign(member=None).to_csv(tmp_path / name, index=False)
+    metrics = (tmp_path / "cohorts" / "0" / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text(metrics.replace("/shared-weight1.0-seed0", ""))
+    (tmp_path / "cohorts" / "0" / "metrics.jsonl").unlink()
     sentence, page = report(tmp_path)
     assert "no measured student of mode none" in sentence
     assert "run a sweep" in sentence
+    assert "Left out" not in page
+    assert (tmp_path / "figures" / "cascade-training.svg").exists()
+
+
+def test_results_alone_are_reported_without_their_figures(tmp_path):
+    without = ("curves.csv", "calibration.csv", "cohorts/0/metrics.jsonl", "environment.json")
+    _, page = report(sweeps.write_sweep(tmp_path, without=without))
     assert page.count("Left out:") == 4
+    assert "holds no environment.json" in page
 
 
 def test_members_that_are_all_frozen(tmp_path):
