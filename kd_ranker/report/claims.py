@@ -75,7 +75,10 @@ def misaligned(study: Study) -> list[Line]:
             _not_measured("a", statement, "alignment_ratio", "there is no student of mode none")
         ]
     mean = interval(by_repeat(study.rows, "alignment_ratio")[undistilled].to_numpy())
-    return [_line("a", statement, undistilled, "alignment_ratio", mean, "below", MISALIGNED_BELOW)]
+    line = _line("a", statement, undistilled, "alignment_ratio", mean, "below", MISALIGNED_BELOW)
+    if mean.mean < 0:
+        line["remark"] = "below 0: the student predicts users better than this teacher does"
+    return [line]
 
 
 def closer(study: Study) -> list[Line]:
@@ -139,7 +142,7 @@ def serving_cost(study: Study) -> list[Line]:
             continue
         table = by_repeat(study.rows, "flops_per_candidate")
         ratios = (table[chosen] / table[undistilled] - 1).dropna().to_numpy()
-        mean = interval(ratios)
+        mean = interval(ratios)._replace(low=float("nan"), high=float("nan"))
         line = _line("d", statement, chosen, "flops_per_candidate", mean, "above", 0.0)
         if mean.n:
             more = bool(ratios.mean() > _SAME_COST)
@@ -226,7 +229,7 @@ def _at_best_weight(
     better = sum((gap.mean < 0) if side == "below" else (gap.mean > 0) for gap in gaps)
     holding = sum(verdict(gap, side, 0.0) == "holds" for gap in gaps)
     remark = (
-        f"better on average at {better} of {len(settings)} settings, beyond the interval at "
+        f"better on average at {better} of {len(settings)} settings; the interval excludes 0 at "
         f"{holding}"
     )
     return line | {"remark": "; ".join(str(part) for part in (line["remark"], remark) if part)}

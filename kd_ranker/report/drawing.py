@@ -7,10 +7,11 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import LogFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator
 
-from kd_ranker.report.figures import Figure, window
+from kd_ranker.report.figures import Figure, ticks, window
 from kd_ranker.report.style import colours, dash, mark
 
 FORMATS = ("svg", "pdf", "png")
@@ -77,6 +78,8 @@ def _pareto(data: pd.DataFrame) -> Canvas:
             color=palette[mode],
             linestyle=dash(serve)[0],
             marker=mark(mode)[0],
+            # The points are what to compare; bars of what is not paired are wide.
+            ecolor=to_rgba(palette[mode], 0.45),
             elinewidth=0.5,
             label=name,
         )
@@ -142,8 +145,9 @@ def _over_k(data: pd.DataFrame, label: str) -> tuple[Canvas, Axes]:
             curve["k"], curve["low"], curve["high"], color=colour, alpha=0.15, linewidth=0
         )
     axes.set_xscale("log")
-    axes.xaxis.set_major_formatter(LogFormatter())
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xticks(ticks(1, float(data["k"].max())))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("candidates passed, k")
     axes.set_ylabel(label)
     _legend_above(canvas, axes)
@@ -202,6 +206,7 @@ def _training(data: pd.DataFrame) -> Canvas:
                 label=name if is_mean else None,
             )
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.set_ylabel(KINDS[kind])
     _legend_above(canvas, panels[0])
     return canvas

@@ -105,6 +105,16 @@ def window(data: pd.DataFrame) -> tuple[float, float, float]:
     return float(near.min()), float(data["k"].max()), low
 
 
+def ticks(low: float, high: float) -> list[int]:
+    """Round numbers for a logarithmic axis of k.
+
+    >>> ticks(30, 2000)
+    [50, 100, 200, 500, 1000, 2000]
+    """
+    steps = (step * 10**power for power in range(10) for step in (1, 2, 5))
+    return [step for step in steps if low <= step <= high]
+
+
 def survival(study: Study) -> Figure:
     """Survival against k, each mode at its best setting: columns as in `value_captured`."""
     return _over_k(
@@ -145,7 +155,7 @@ def _members_at_best(study: Study) -> pd.DataFrame:
     chosen = best_of_modes(study.rows)
     rows = study.rows[study.rows["setting"].isin(list(chosen.values()))]
     means = rows.groupby("setting")["passed_for_99"].mean()
-    kept = rows[["source", "member", "mode", "serve", "setting", "repeat"]]
+    kept = rows[["source", "member", "mode", "serve", "setting", "repeat", "distill_loss"]]
     return kept.assign(passed_mean=rows["setting"].map(means))
 
 
@@ -194,6 +204,8 @@ def training(study: Study) -> Figure:
     data = pd.DataFrame(columns=columns)
     if len(study.losses):
         each = _members_at_best(study).merge(study.losses, on=["source", "member"])
+        # A mode without a teacher logs a distillation loss of 0.
+        each = each[each["distill_loss"].notna() | (each["kind"] != "distill_loss")]
         each = each.rename(columns={"setting": "line"})[columns]
         count = each.groupby("line")["repeat"].transform("nunique")
         grouped = each.assign(of=count).groupby(["mode", "line", "kind", "step"], sort=False)

@@ -7,7 +7,7 @@ import pandas as pd
 from plotly import graph_objects as go
 
 from kd_ranker.report.drawing import KINDS
-from kd_ranker.report.figures import Figure, window
+from kd_ranker.report.figures import Figure, ticks, window
 from kd_ranker.report.style import colours, dash, mark
 
 _GREY = "#8a8a8a"
@@ -139,7 +139,9 @@ def _over_k(data: pd.DataFrame, label: str) -> go.Figure:
             hovertemplate=f"<b>%{{fullData.name}}</b><br>k = %{{x}}<br>{label} %{{y:.4f}}"
             "<extra></extra>",
         )
-    drawn.update_xaxes(title="candidates passed, k", type="log", dtick="D2")
+    drawn.update_xaxes(
+        title="candidates passed, k", type="log", tickvals=ticks(1, float(data["k"].max()))
+    )
     drawn.update_yaxes(title=label)
     return drawn
 

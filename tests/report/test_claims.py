@@ -65,6 +65,13 @@ def test_a_misalignment_without_distillation(tmp_path, ratios, expected):
     )
 
 
+def test_a_a_student_that_is_better_than_its_teacher_is_told(tmp_path):
+    frame = claims_on(tmp_path, ({"mode": "none"}, {"alignment": [-0.3, -0.32, -0.31]}))
+    (line,) = of(frame, "a")
+    assert line["verdict"] == "holds"
+    assert "better than this teacher" in line["remark"]
+
+
 def test_b_each_mode_against_none_at_the_weight_that_needs_the_fewest_passed(tmp_path):
     frame = claims_on(
         tmp_path,
@@ -80,7 +87,7 @@ def test_b_each_mode_against_none_at_the_weight_that_needs_the_fewest_passed(tmp
     assert aux["mean"] == pytest.approx(-0.05 / 3)
     assert shared["setting"] == "shared, weight 1"
     assert shared["verdict"] == "does not hold"
-    assert shared["remark"] == "better on average at 1 of 2 settings, beyond the interval at 1"
+    assert shared["remark"] == "better on average at 1 of 2 settings; the interval excludes 0 at 1"
 
 
 def test_c_shared_against_aux_at_the_same_weight_and_the_user_heads(tmp_path):
@@ -112,6 +119,7 @@ def test_d_costs_are_counted_and_need_no_repeats(tmp_path):
     (shared,), (aux,) = of(frame, "d", "shared"), of(frame, "d", "aux")
     assert (shared["verdict"], shared["mean"]) == ("holds", 0.0)
     assert (aux["verdict"], aux["mean"]) == ("holds", pytest.approx(0.2))
+    assert math.isnan(aux["low"])
 
 
 def test_d_a_shared_that_costs_and_an_aux_that_does_not_contradict(tmp_path):
