@@ -123,13 +123,13 @@ def marked(table: pd.DataFrame, direction: Better | None) -> str | None:
     *every* other setting excludes 0, the runner-up included. Without two repeats nothing is marked.
 
     On multiple comparisons: the winner is picked by looking, yet no correction for the number of
-    settings is needed to say that the winner is the best. For normal means of equal variance, a
-    two-sided test of the winner against the runner-up keeps its level however many there are (Hung
-    and Fithian, "Rank verification for exponential families", Ann. Stat. 2019): with more equals in
-    the race the best has to beat the next by more. Here variances differ and are estimated from few
-    repeats, so the winner has to be told from every other setting, not from the runner-up alone.
-    A test draws equal settings and counts how often one is marked. Each column stands for itself:
-    of twenty columns of noise, one may carry a mark.
+    settings is needed to say that the winner is the best. For independent normal means of equal
+    variance, a two-sided test of the winner against the runner-up keeps its level however many
+    there are (Hung and Fithian, "Rank verification for exponential families", Ann. Stat. 2019):
+    the more equals are in the race, the less often one stands out from the next. Here variances
+    differ and are estimated from few repeats, so the winner has to be told from every other
+    setting, not from the runner-up alone. A test draws equal settings and counts how often one is
+    marked. Each column stands for itself: of twenty columns of noise, one may carry a mark.
 
     Args:
       table: of `by_repeat`.
