@@ -27,28 +27,57 @@ def launch(command: Callable[[ConfigDict, Path], None], needs_workdir: bool = Tr
     workdir = flags.DEFINE_string("workdir", None, "The folder that the run owns.")
 
     def parse(arguments: list[str]) -> list[str]:
+        check_config_flags(arguments)
+        rest = flags.FLAGS(arguments)
+        if config.value is None:
+            raise UserError("--config is missing; give --config=configs/cascade.py, say")
+        if needs_workdir and not workdir.value:
+            raise UserError("--workdir is missing; give a folder for what the run leaves")
+        if len(rest) > 1:
+            raise UserError(f"{rest[1]!r} is not a flag; flags look like --name=value")
+        return rest
+
+    _start(parse, lambda _: command(config.value, Path(workdir.value or ".")))
+
+
+def launch_on_workdirs(command: Callable[[list[Path], Path], None]) -> None:
+    """The same for a command on workdirs that are there: `--workdir=OUTPUT [WORKDIR ...]`.
+
+    Without any, `--workdir` itself is read.
+    """
+    output = flags.DEFINE_string(
+        "workdir", None, "The folder to write to; read, too, where no other is named."
+    )
+
+    def parse(arguments: list[str]) -> list[str]:
+        rest = flags.FLAGS(arguments)
+        if not output.value:
+            raise UserError("--workdir is missing; give the folder of a sweep, or of the report")
+        return rest
+
+    def run(arguments: list[str]) -> None:
+        workdir = Path(str(output.value))
+        command([Path(argument) for argument in arguments[1:]] or [workdir], workdir)
+
+    _start(parse, run)
+
+
+def _start(parse: Callable[[list[str]], list[str]], run: Callable[[list[str]], None]) -> None:
+    def parse_or_fail(arguments: list[str]) -> list[str]:
         try:
-            check_config_flags(arguments)
-            rest = flags.FLAGS(arguments)
-            if config.value is None:
-                raise UserError("--config is missing; give --config=configs/cascade.py, say")
-            if needs_workdir and not workdir.value:
-                raise UserError("--workdir is missing; give a folder for what the run leaves")
-            if len(rest) > 1:
-                raise UserError(f"{rest[1]!r} is not a flag; flags look like --name=value")
+            return parse(arguments)
         # Whatever the setting of a key raises is about the command line.
         except Exception as error:
             fail(error)
-        return rest
 
-    def main(_: list[str]) -> None:
+    def main(arguments: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
         try:
-            command(config.value, Path(workdir.value or "."))
+            run(arguments)
         except (UserError, *_BAD_PATH) as error:
             fail(error)
 
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=parse_or_fail)
 
 
 def check_config_flags(arguments: Sequence[str]) -> None:

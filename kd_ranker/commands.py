@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -13,6 +14,7 @@ from kd_ranker.data.sources import SOURCES
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.results import Row
 from kd_ranker.measurement import Measured
+from kd_ranker.report import write
 from kd_ranker.sweep.cohorts import (
     add_members,
     check_kept,
@@ -143,3 +145,16 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
     for file, text in results.join(folders, config.funnel.retrieved).items():
         workdirs.write_atomically(workdir / file, text)
     return True
+
+
+def report(sweeps: Sequence[Path], output: Path) -> tuple[list[str], Path]:
+    """Writes tables, figures and a page of what sweeps have found.
+
+    Args:
+      sweeps: their workdirs; those of the same dataset are joined.
+      output: the folder to write below.
+
+    Returns:
+      A sentence a dataset on what distillation saves, and the page.
+    """
+    return write.write_report(sweeps, output), output / write.PAGE

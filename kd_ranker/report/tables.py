@@ -1,11 +1,18 @@
 """Tables of results for people."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
+from tabulate import tabulate
 
 from kd_ranker.evaluation import results
+from kd_ranker.report.choices import baseline
+from kd_ranker.report.claims import RULES
+from kd_ranker.report.comparison import important_measures
+from kd_ranker.report.sources import Study, text_of, title_of
+from kd_ranker.report.statistics import Interval, interval
 
 
 def results_text(workdir: Path, passed: int) -> str:
@@ -17,7 +24,7 @@ def results_text(workdir: Path, passed: int) -> str:
 def summary_table(frame: pd.DataFrame, passed: int) -> str:
     """The columns of `results.csv` that matter, as aligned text.
 
-    Rows that differ only in their seed become one: the mean and, from two seeds on, its standard
+    Rows that differ only in their seeds become one: the mean and, from two seeds on, its standard
     error.
 
     Args:
@@ -38,21 +45,34 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
         "funnel_cost_saving": "saving",
     }
     keys = ["dataset", "role", "mode", "distill_loss", "serve", "distill_weight"]
+    swept = [column for column in ("temperature", "learning_rate") if column in frame]
     lines = []
-    for _, group in frame.groupby(keys, sort=False, dropna=False):
+    for _, group in frame.groupby([*keys, *swept], sort=False, dropna=False):
         first = group.iloc[0]
         distilled = pd.notna(first["distill_loss"])
         line = {
             "model": first["role"] if first["role"] == "teacher" else first["mode"],
             "serve": first["serve"],
             "weight": f"{first['distill_weight']:g}" if distilled else "",
-            "seeds": str(len(group)),
+            # Only what differs is worth a column.
+            **{
+                column.replace("_", " "): f"{first[column]:g}" if pd.notna(first[column]) else ""
+                for column in swept
+                if frame[column].nunique() > 1
+            },
+            "seeds": str(_healthy(group)),
         }
         for column, title in shown.items():
             values = group[column].dropna()
             line[title] = _mean_and_error(values) if len(values) else ""
         lines.append(line)
     return pd.DataFrame(lines).to_string(index=False)
+
+
+def _healthy(group: pd.DataFrame) -> int:
+    """How many of the rows are of members whose loss stayed finite."""
+    frozen = group["non_finite_step"].notna().sum() if "non_finite_step" in group else 0
+    return len(group) - int(frozen)
 
 
 def _mean_and_error(values: pd.Series) -> str:
@@ -63,3 +83,242 @@ def _mean_and_error(values: pd.Series) -> str:
     if len(numbers) < 2:
         return mean
     return f"{mean}±{numbers.std(ddof=1) / np.sqrt(len(numbers)):.{digits}f}"
+
+
+class Cell(NamedTuple):
+    """A cell for people.
+
+    Attributes:
+      text: its text; of a number the mean.
+      error: half the width of the interval, "" without one.
+      value: what to sort by: the text, or the number that is not rounded.
+      best: whether it is marked.
+    """
+
+    text: str
+    error: str = ""
+    value: str | float = ""
+    best: bool = False
+
+
+class Table(NamedTuple):
+    """A table for people: its title, the columns' titles, lines of cells, and notes below it."""
+
+    title: str
+    columns: list[str]
+    lines: list[list[Cell]]
+    notes: list[str]
+
+
+def main_table(study: Study, numbers: pd.DataFrame) -> Table:
+    """Every setting on the measures that matter.
+
+    Args:
+      study: what was read.
+      numbers: its `comparison`.
+    """
+    measures = important_measures(study)
+    lines = []
+    if len(study.teachers):
+        cells = [
+            _number(interval(study.teachers[measure.column].to_numpy(float)), measure.digits)
+            for measure in measures
+        ]
+        count = Cell(str(len(study.teachers)), value=len(study.teachers))
+        lines.append([*_key_cells(study, None), count, *cells])
+    for _, of_setting in numbers.groupby("setting", sort=False):
+        by_measure = {line["measure"]: line for line in of_setting.to_dict("records")}
+        cells = []
+        for measure in measures:
+            line = by_measure[measure.column]
+            mean = Interval(line["mean"], line["low"], line["high"], line["n"])
+            cells.append(_number(mean, measure.digits, best=line["best"]))
+        repeats = int(of_setting["n"].max())
+        keys = _key_cells(study, of_setting.iloc[0])
+        lines.append([*keys, Cell(str(repeats), value=repeats), *cells])
+    columns = [*_key_titles(study), "repeats", *(measure.title for measure in measures)]
+    return Table(f"{study.dataset}: every setting", columns, lines, _notes(study))
+
+
+def difference_table(study: Study, numbers: pd.DataFrame) -> Table | None:
+    """What changes against the baseline, on the measures that matter; None without a baseline."""
+    undistilled = baseline(study.rows)
+    # A saving is a difference to the baseline already.
+    measures = [m for m in important_measures(study) if m.column != "funnel_cost_saving"]
+    compared = numbers[numbers["setting"] != undistilled]
+    if undistilled is None or compared.empty:
+        return None
+    lines = []
+    for _, of_setting in compared.groupby("setting", sort=False):
+        by_measure = {line["measure"]: line for line in of_setting.to_dict("records")}
+        cells = []
+        for measure in measures:
+            line = by_measure[measure.column]
+            gap = Interval(
+                line["difference"], line["difference_low"], line["difference_high"], line["pairs"]
+            )
+            cells.append(_number(gap, measure.digits, signed=True))
+        pairs = int(of_setting["pairs"].max())
+        keys = _key_cells(study, of_setting.iloc[0])
+        lines.append([*keys, Cell(str(pairs), value=pairs), *cells])
+    notes = [
+        f"The setting less {undistilled} of the same seed and data seed, averaged over repeats; "
+        "± is half the 95% interval of that paired difference (Student's t), not corrected for the "
+        "number of settings."
+    ]
+    columns = [*_key_titles(study), "pairs", *(measure.title for measure in measures)]
+    return Table(f"{study.dataset}: difference to {undistilled}", columns, lines, notes)
+
+
+# By a claim's measure: its title and digits.
+_CLAIM_MEASURES = {
+    "alignment_ratio": ("alignment ratio", 3),
+    "teacher_kl": ("teacher KL", 4),
+    "flops_per_candidate": ("FLOPs", 4),
+    "passed_for_99": ("passed for 99%", 0),
+}
+
+
+def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
+    """The claims as a table for people.
+
+    Args:
+      dataset: its name.
+      claims: of `claims.claims`.
+    """
+    lines = []
+    for _, claim in claims.iterrows():
+        mean = Interval(claim["mean"], claim["low"], claim["high"], claim["n"])
+        title, digits = _CLAIM_MEASURES.get(claim["measure"], (claim["measure"], 3))
+        span = (
+            ""
+            if np.isnan(mean.low)
+            else f"{number(mean.low, digits)} to {number(mean.high, digits)}"
+        )
+        lines.append(
+            [
+                Cell(claim["claim"], value=claim["claim"]),
+                Cell(claim["statement"], value=claim["statement"]),
+                Cell(claim["verdict"], value=claim["verdict"]),
+                Cell(claim["setting"], value=claim["setting"]),
+                Cell(title, value=title),
+                _number(mean._replace(low=np.nan, high=np.nan), digits),
+                Cell(span, value="" if np.isnan(mean.low) else mean.low),
+                Cell(str(mean.n), value=mean.n),
+                Cell(claim["remark"], value=claim["remark"]),
+            ]
+        )
+    columns = [
+        *("", "claim", "verdict", "setting", "measure"),
+        *("value", "95% interval", "repeats", "remark"),
+    ]
+    notes = [
+        "A claim holds if the whole interval lies on the claimed side of its threshold, does not "
+        "hold if the whole interval lies on the other side, and is undecided if the interval "
+        "includes the threshold or one repeat gives none. Intervals are not corrected for the "
+        "number of claims.",
+        *(f"({claim}) {rule}." for claim, rule in RULES.items()),
+    ]
+    return Table(f"{dataset}: claims", columns, lines, notes)
+
+
+def _key_titles(study: Study) -> list[str]:
+    return ["mode", "serves", "weight", *map(title_of, study.varying)]
+
+
+def _key_cells(study: Study, keys: pd.Series | None) -> list[Cell]:
+    """The cells that say which setting it is; the teacher's if `keys` is None."""
+    if keys is None:
+        return [Cell("teacher", value="teacher"), *[Cell("")] * (2 + len(study.varying))]
+    mode, serves = str(keys["mode"]), str(keys["serve"])
+    weight = float(keys["distill_weight"])
+    cells = [
+        Cell(mode, value=mode),
+        Cell(serves, value=serves),
+        # Mode none has no distillation loss to weigh.
+        Cell(f"{weight:g}", value=weight) if pd.notna(keys["distill_loss"]) else Cell(""),
+    ]
+    for column in study.varying:
+        text = text_of(keys[column])
+        cells.append(Cell(text, value=keys[column] if text else ""))
+    return cells
+
+
+def _number(mean: Interval, digits: int, signed: bool = False, best: bool = False) -> Cell:
+    if np.isnan(mean.mean):
+        return Cell("")
+    half = mean.high - mean.mean
+    return Cell(
+        text=number(mean.mean, digits, signed),
+        # What is counted, as FLOPs are, does not vary.
+        error=number(half, digits) if half > 1e-9 else "",
+        value=mean.mean,
+        best=best,
+    )
+
+
+def number(value: float, digits: int, signed: bool = False) -> str:
+    """A number for people: a true minus sign, no negative zero.
+
+    >>> number(-0.0314, 2), number(-0.0001, 2), number(0.5, 1, signed=True)
+    ('−0.03', '0.00', '+0.5')
+    """
+    # Adding 0 turns the -0 of a tiny negative number into 0.
+    rounded = round(value, digits) + 0.0
+    return f"{rounded:{'+' if signed and rounded else ''}.{digits}f}".replace("-", "−")
+
+
+def _notes(study: Study) -> list[str]:
+    notes = [
+        "Means over repeats (seed and data seed); ± is half the 95% interval (Student's t), and is "
+        "missing where there is one repeat. Teacher KL is the mean over tasks. Saving is the share "
+        "of the funnel's compute that is saved against mode none.",
+        "Bold: the best mean of the column, where the 95% interval of its paired difference to "
+        "every other setting excludes 0. Nothing is bold where that cannot be said. The winner "
+        "needs no further correction for the number of settings (Hung and Fithian 2019), but each "
+        "column stands for itself.",
+    ]
+    if len(study.frozen):
+        names = ", ".join(
+            f"{line['member'] or line['setting']} (step {line['non_finite_step']:g})"
+            for line in study.frozen.to_dict("records")
+        )
+        notes.append(f"Left out, because their loss stopped being finite: {names}.")
+    return notes
+
+
+def markdown(table: Table) -> str:
+    """A table as Markdown, its notes below."""
+
+    def text(cell: Cell) -> str:
+        joined = f"{cell.text} ± {cell.error}" if cell.error else cell.text
+        return f"**{joined}**" if cell.best else joined
+
+    lines = [[text(cell) for cell in line] for line in table.lines]
+    body = tabulate(lines, table.columns, tablefmt="github", disable_numparse=True)
+    return "\n".join([f"# {table.title}", "", body, "", *(f"{note}\n" for note in table.notes)])
+
+
+def latex(table: Table) -> str:
+    r"""A table as LaTeX (needs `\usepackage{booktabs}`), its notes as comments above."""
+
+    def text(cell: Cell) -> str:
+        joined = f"{cell.text} ± {cell.error}" if cell.error else cell.text
+        return rf"\textbf{{{_latex(joined)}}}" if cell.best else _latex(joined)
+
+    frame = pd.DataFrame(
+        [[text(cell) for cell in line] for line in table.lines],
+        columns=[_latex(column) for column in table.columns],
+    )
+    # Names to the left, numbers to the right.
+    names = table.columns.index("repeats" if "repeats" in table.columns else "pairs")
+    alignment = "l" * names + "r" * (len(table.columns) - names)
+    body = frame.to_latex(index=False, escape=False, column_format=alignment)
+    comments = [f"% {line}" for line in (table.title, *table.notes)]
+    return "\n".join([*comments, body])
+
+
+def _latex(text: str) -> str:
+    special = {"−": "$-$", "±": r"$\pm$", "λ": r"$\lambda$"}
+    special |= {character: f"\\{character}" for character in "%&_#$"}
+    return "".join(special.get(character, character) for character in text)

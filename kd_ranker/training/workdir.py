@@ -18,11 +18,11 @@ ENVIRONMENT_FILE = "environment.json"
 _PACKAGES = ("kd_ranker", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that it is whole or absent, whenever the process dies."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes a file so that it is whole or absent, whenever the process dies; text as UTF-8."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
     temporary.replace(path)
 
 

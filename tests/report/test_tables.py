@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 
 from kd_ranker.evaluation import results
 from kd_ranker.report import tables
@@ -60,3 +61,21 @@ def test_the_text_ends_with_where_the_results_lie(tmp_path):
     frame_of(tmp_path, [row("none", 0, 0.5)])
     text = tables.results_text(tmp_path, 30)
     assert text.endswith(f"results: {tmp_path / results.FILE}")
+
+
+def test_what_a_sweep_varies_keeps_rows_apart_and_seeds_and_data_seeds_count(tmp_path):
+    rows = [
+        row("shared", seed, 0.5, temperature=temperature, data_seed=data_seed, learning_rate=0.1)
+        for temperature in (1.0, 2.0)
+        for seed in (0, 1)
+        for data_seed in (0, 1)
+    ]
+    rows[0]["non_finite_step"] = 7
+    frame = pd.DataFrame(rows).reindex(
+        columns=[*rows[0], *set(results.columns(TASKS, (30,))).difference(rows[0])]
+    )
+    header, one, two = cells(tables.summary_table(frame, 30))
+    # A learning rate that all have is not worth a column.
+    assert header[:5] == ["model", "serve", "weight", "temperature", "seeds"]
+    assert one[:5] == ["shared", "user", "1", "1", "3"]
+    assert two[:5] == ["shared", "user", "1", "2", "4"]

@@ -1,0 +1,44 @@
+"""`report.html`: everything of a report in one file that needs no network."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jinja2
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from kd_ranker.report.answer import Answer
+from kd_ranker.report.figures import Figure
+from kd_ranker.report.interactive import charts
+from kd_ranker.report.sources import Study
+from kd_ranker.report.tables import Table
+
+
+class Section(NamedTuple):
+    """What the page tells of one dataset."""
+
+    study: Study
+    answer: Answer
+    figures: list[Figure]
+    claims: Table
+    tables: list[Table]
+
+
+def page(sections: Sequence[Section]) -> str:
+    """The page's HTML: plotly.js once, the figures' data, styles and scripts all within."""
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("kd_ranker.report"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    panels = {
+        (section.study.dataset, figure.name): [Markup(panel) for panel in charts(figure)]
+        for section in sections
+        for figure in section.figures
+        if len(figure.data)
+    }
+    return templates.get_template("page.html").render(
+        sections=sections, panels=panels, plotly=Markup(get_plotlyjs())
+    )

@@ -1,0 +1,321 @@
+"""What a report reads: the files that sweeps leave, joined to one study a dataset."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+from flax.traverse_util import flatten_dict
+from ml_collections import ConfigDict
+
+from kd_ranker.errors import UserError
+from kd_ranker.evaluation import results
+from kd_ranker.evaluation.cost import funnel_cost, funnel_cost_saving
+from kd_ranker.report.choices import baseline
+from kd_ranker.sweep.cohorts import FOLDER
+from kd_ranker.training.workdir import (
+    CONFIG_FILE,
+    ENVIRONMENT_FILE,
+    METRICS_FILE,
+    read_config,
+)
+
+# What makes a setting, in the order in which tables show it.
+SETTING = ("mode", "serve", "distill_weight", "distill_loss", "temperature", "learning_rate")
+# What makes a repeat of it.
+REPEAT = ("seed", "data_seed")
+
+# Where sweeps that are joined may differ: in what makes a member, in the random seeds, and in what
+# does not change a number.
+_MAY_DIFFER = (
+    *("sweep", "seed", "batch.seed", "teacher.batch.seed"),
+    *("data.dir", "data.path", "teacher.workdir"),
+    *("distill.mode", "distill.weight", "distill.serve", "distill.loss", "distill.temperature"),
+    *("optimizer.learning_rate", "optimizer.table_learning_rate"),
+    *("train.log_every", "train.checkpoint_every", "train.eval_every", "train.eval_limit"),
+    *("teacher.train.log_every", "teacher.train.checkpoint_every", "teacher.train.eval_every"),
+    *("teacher.train.eval_limit", "evaluation.requests", "funnel.report_at", "parallel"),
+)
+
+
+class Study(NamedTuple):
+    """What one or more sweeps tell of one dataset.
+
+    Attributes:
+      dataset: its name.
+      tasks: the tasks in the order of the config.
+      passed: k, the number of candidates that the config passes.
+      rows: rows of `results.csv`, students of finite loss only, with `setting` (a label that is
+        unique for the columns `SETTING`), `repeat` (the same for `REPEAT`), `source` (which sweep)
+        and the means over tasks `user_bce`, `teacher_bce` and `teacher_kl`.
+      teachers: the teachers' rows, with the same columns.
+      frozen: the rows of members whose loss stopped being finite.
+      varying: the columns of `SETTING` that differ between students that distil.
+      curves: `curves.csv` with `source`; empty where there is none.
+      calibration: `calibration.csv` with `source`; empty where there is none.
+      losses: the columns source, member, step, kind (`user_loss`, `distill_loss`), loss.
+      configs: the text of each sweep's config by its folder.
+      environments: what each sweep ran with by its folder; one that was not recorded is missing.
+      missing: for a kind of file, which folders do not hold it.
+    """
+
+    dataset: str
+    tasks: list[str]
+    passed: int
+    rows: pd.DataFrame
+    teachers: pd.DataFrame
+    frozen: pd.DataFrame
+    varying: list[str]
+    curves: pd.DataFrame
+    calibration: pd.DataFrame
+    losses: pd.DataFrame
+    configs: dict[str, str]
+    environments: dict[str, dict]
+    missing: dict[str, list[str]]
+
+
+def read_studies(workdirs: Sequence[Path]) -> list[Study]:
+    """Reads sweeps and joins those of the same dataset, in the order in which they are named.
+
+    Raises:
+      UserError: a folder is no sweep's; two sweeps of a dataset hold the same member, or differ in
+        more than in members and random seeds.
+    """
+    by_dataset: dict[str, list[Path]] = {}
+    for workdir in workdirs:
+        by_dataset.setdefault(_checked_config(workdir).data.name, []).append(workdir)
+    return [_study(dataset, folders) for dataset, folders in by_dataset.items()]
+
+
+def _checked_config(workdir: Path) -> ConfigDict:
+    if not workdir.is_dir():
+        raise UserError(f"there is no folder {workdir}; {_make(workdir)}")
+    for name in (results.FILE, CONFIG_FILE):
+        if not (workdir / name).is_file():
+            raise UserError(f"{workdir} holds no {name}; {_make(workdir)}")
+    return read_config(workdir)
+
+
+def _make(workdir: Path) -> str:
+    sweep = f"python -m experiments.sweep --config=configs/FILE.py --workdir={workdir}"
+    return f"make a sweep with: {sweep}"
+
+
+def _study(dataset: str, workdirs: list[Path]) -> Study:
+    configs = {str(workdir): read_config(workdir) for workdir in workdirs}
+    _check_alike(configs)
+    first = next(iter(configs.values()))
+    tables = [
+        results.read_csv(workdir / results.FILE).assign(source=source)
+        for source, workdir in enumerate(workdirs)
+    ]
+    rows = _with_keys(pd.concat(tables, ignore_index=True), list(first.tasks))
+    students, teachers = (rows[rows["role"] == role] for role in ("student", "teacher"))
+    if students.empty:
+        names = ", ".join(map(str, workdirs))
+        raise UserError(f"{names}: {results.FILE} has no student; {_make(workdirs[0])}")
+    _check_distinct(students, workdirs)
+    healthy = students[students["non_finite_step"].isna()]
+    frozen = students[students["non_finite_step"].notna()]
+    curves, no_curves = _optional_tables(workdirs, results.CURVES_FILE)
+    calibration, no_calibration = _optional_tables(workdirs, results.CALIBRATION_FILE)
+    losses, no_losses = _losses(workdirs)
+    environments = {
+        str(workdir): json.loads((workdir / ENVIRONMENT_FILE).read_text())
+        for workdir in workdirs
+        if (workdir / ENVIRONMENT_FILE).is_file()
+    }
+    return Study(
+        dataset=dataset,
+        tasks=list(first.tasks),
+        passed=int(first.funnel.passed),
+        rows=_with_savings(healthy, teachers, int(first.funnel.retrieved)),
+        # Sweeps under the same teacher each have its row.
+        teachers=teachers.drop_duplicates(teachers.columns.difference(["source"])),
+        frozen=frozen.drop_duplicates(["source", "member"]),
+        varying=_varying(students),
+        curves=curves,
+        calibration=calibration,
+        losses=losses,
+        configs={
+            name: config.to_json(indent=2, sort_keys=True) for name, config in configs.items()
+        },
+        environments=environments,
+        missing={"curves": no_curves, "calibration": no_calibration, "losses": no_losses},
+    )
+
+
+def _check_alike(configs: dict[str, ConfigDict]) -> None:
+    flat = {name: flatten_dict(config.to_dict(), sep=".") for name, config in configs.items()}
+    (first, here), *others = flat.items()
+    for other, there in others:
+        differing = [
+            f"{key} ({here.get(key)!r} and {there.get(key)!r})"
+            for key in sorted(here.keys() | there.keys())
+            if json.dumps(here.get(key)) != json.dumps(there.get(key))
+            and not any(f"{key}.".startswith(f"{free}.") for free in _MAY_DIFFER)
+        ]
+        if differing:
+            raise UserError(
+                f"{first} and {other} are sweeps of one dataset under different configs, whose "
+                f"results cannot be joined; report them apart: {', '.join(differing)}"
+            )
+
+
+def _with_keys(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
+    """The rows with every key column, `setting`, `repeat`, and the means over tasks."""
+    rows = rows.copy()
+    for column in ("temperature", "learning_rate", "non_finite_step"):
+        if column not in rows:
+            rows[column] = float("nan")
+    if "data_seed" not in rows:
+        rows["data_seed"] = 0
+    if "member" not in rows:
+        rows["member"] = [
+            f"{mode}-weight{weight:g}-seed{seed}"
+            for mode, weight, seed in zip(
+                rows["mode"], rows["distill_weight"], rows["seed"], strict=True
+            )
+        ]
+    # A single run's only member has no name.
+    rows["member"] = rows["member"].astype(object).fillna("")
+    for name in ("user_bce", "teacher_bce", "teacher_kl"):
+        rows[name] = rows[[f"{name}/{task}" for task in tasks]].mean(axis=1, skipna=False)
+    rows = _ordered(rows)
+    students = rows[rows["role"] == "student"]
+    varying = _varying(students)
+    choices = students.groupby("mode")["serve"].nunique()
+    rows["setting"] = [
+        "teacher" if row["role"] == "teacher" else _label(row, varying, choices[row["mode"]] > 1)
+        for _, row in rows.iterrows()
+    ]
+    rows["repeat"] = [
+        f"{seed:g}/{data_seed:g}"
+        for seed, data_seed in zip(rows["seed"], rows["data_seed"], strict=True)
+    ]
+    return rows
+
+
+def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
+    """By mode and serving choice as they first occur, then by what is swept, then by repeat."""
+
+    def places(column: pd.Series) -> pd.Series:
+        if column.name not in ("mode", "serve"):
+            return column
+        return column.map({value: place for place, value in enumerate(column.unique())})
+
+    keys = [*SETTING, *REPEAT]
+    return rows.sort_values(keys, key=places, kind="stable", na_position="first", ignore_index=True)
+
+
+def _varying(students: pd.DataFrame) -> list[str]:
+    distilled = students[students["distill_loss"].notna()]
+    return [
+        column
+        for column in ("distill_loss", "temperature", "learning_rate")
+        if (students if column == "learning_rate" else distilled)[column].nunique() > 1
+    ]
+
+
+def _label(row: pd.Series, varying: list[str], serves: bool) -> str:
+    parts = [f"{row['mode']} ({row['serve']})" if serves else str(row["mode"])]
+    distilled = pd.notna(row["distill_loss"])
+    if distilled:
+        parts.append(f"weight {row['distill_weight']:g}")
+    parts += [
+        f"{title_of(column)} {text_of(row[column])}"
+        for column in varying
+        if (distilled or column == "learning_rate") and pd.notna(row[column])
+    ]
+    return ", ".join(parts)
+
+
+def title_of(column: str) -> str:
+    """What a column of `SETTING` is called where people read it."""
+    return column.removeprefix("distill_").replace("_", " ")
+
+
+def text_of(value: object) -> str:
+    """A value of such a column for people; "" where there is none."""
+    if isinstance(value, str):
+        return value
+    return "" if pd.isna(value) else f"{value:g}"  # type: ignore[call-overload]
+
+
+def _check_distinct(students: pd.DataFrame, workdirs: list[Path]) -> None:
+    twice = students[students.duplicated(["setting", "repeat"], keep=False)]
+    if len(twice):
+        names = ", ".join(twice["member"].astype(str).unique())
+        folders = ", ".join(str(workdirs[source]) for source in sorted(twice["source"].unique()))
+        raise UserError(f"{folders}: these members occur more than once: {names}; leave one out")
+
+
+def _with_savings(students: pd.DataFrame, teachers: pd.DataFrame, retrieved: int) -> pd.DataFrame:
+    """The students with `funnel_cost_saving` against the baseline that the whole report uses.
+
+    Where there is one student of mode `none` a repeat, that is the column of `results.csv`.
+    """
+    undistilled = students[students["setting"] == baseline(students)]
+    if not len(teachers) or not len(undistilled):
+        return students
+    teacher_flops = float(teachers["flops_per_candidate"].mean())
+
+    def costs(rows: pd.DataFrame) -> list[float]:
+        return [
+            funnel_cost(retrieved, passed, flops, teacher_flops)
+            for passed, flops in zip(
+                rows["passed_for_99"], rows["flops_per_candidate"], strict=True
+            )
+        ]
+
+    of_repeat = dict(zip(undistilled["repeat"], costs(undistilled), strict=True))
+    savings = [
+        funnel_cost_saving(cost, of_repeat.get(repeat, float("nan")))
+        for cost, repeat in zip(costs(students), students["repeat"], strict=True)
+    ]
+    return students.assign(funnel_cost_saving=savings)
+
+
+def _optional_tables(workdirs: list[Path], name: str) -> tuple[pd.DataFrame, list[str]]:
+    there = {
+        source: results.read_csv(workdir / name)
+        for source, workdir in enumerate(workdirs)
+        if (workdir / name).is_file()
+    }
+    missing = [
+        f"{workdir} holds no {name}"
+        for source, workdir in enumerate(workdirs)
+        if source not in there
+    ]
+    tables = [
+        table.assign(source=source, member=table["member"].astype(object).fillna(""))
+        for source, table in there.items()
+    ]
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), missing
+
+
+def _losses(workdirs: list[Path]) -> tuple[pd.DataFrame, list[str]]:
+    """The losses of `cohorts/*/metrics.jsonl`, one row a member, step and kind.
+
+    A single run has them in `metrics.jsonl`, where its only member has no name.
+    """
+    entries, missing = [], []
+    for source, workdir in enumerate(workdirs):
+        alone = workdir.glob(METRICS_FILE)
+        paths = [*sorted(workdir.glob(f"{FOLDER}/*/{METRICS_FILE}")), *alone]
+        if not paths:
+            missing.append(f"{workdir} holds no {FOLDER}/*/{METRICS_FILE}")
+        for path in paths:
+            for line in path.read_text().splitlines():
+                # The last line of a killed run may be cut short.
+                if not line.endswith("}"):
+                    continue
+                scalars = json.loads(line)
+                for key, value in scalars.items():
+                    if match := re.fullmatch(r"(user_loss|distill_loss)(?:/(.+))?", key):
+                        kind, member = match.groups(default="")
+                        entries.append((source, member, scalars["step"], kind, value))
+    columns = ["source", "member", "step", "kind", "loss"]
+    return pd.DataFrame(entries, columns=columns), missing

@@ -1,0 +1,80 @@
+"""Writes a report: tables, figures and the page."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from kd_ranker.report.answer import answer
+from kd_ranker.report.claims import claims
+from kd_ranker.report.comparison import comparison
+from kd_ranker.report.drawing import draw
+from kd_ranker.report.figures import figures
+from kd_ranker.report.page import Section, page
+from kd_ranker.report.sources import Study, read_studies
+from kd_ranker.report.tables import (
+    Table,
+    claims_table,
+    difference_table,
+    latex,
+    main_table,
+    markdown,
+)
+from kd_ranker.training.workdir import write_atomically
+
+PAGE, TABLES, FIGURES = "report.html", "tables", "figures"
+
+
+def write_report(workdirs: Sequence[Path], output: Path) -> list[str]:
+    """Writes `report.html`, `tables/` and `figures/` below `output`.
+
+    Args:
+      workdirs: of sweeps; those of the same dataset are joined.
+      output: a folder.
+
+    Returns:
+      The answer to each dataset, a sentence.
+    """
+    studies = read_studies(workdirs)
+    of_claims = [claims(study) for study in studies]
+    sections = [
+        _write_study(study, tested, output)
+        for study, tested in zip(studies, of_claims, strict=True)
+    ]
+    _write_csv(output / TABLES / "claims.csv", pd.concat(of_claims))
+    write_atomically(
+        output / TABLES / "claims.md", "\n".join(markdown(section.claims) for section in sections)
+    )
+    write_atomically(output / PAGE, page(sections))
+    return [section.answer.sentence for section in sections]
+
+
+def _write_study(study: Study, tested: pd.DataFrame, output: Path) -> Section:
+    name = re.sub(r"[^\w.-]", "_", study.dataset)
+    numbers = comparison(study)
+    tables: dict[str, Table | None] = {
+        name: main_table(study, numbers),
+        f"{name}-difference": difference_table(study, numbers),
+    }
+    _write_csv(output / TABLES / f"{name}.csv", numbers)
+    for file, table in tables.items():
+        if table:
+            write_atomically(output / TABLES / f"{file}.md", markdown(table))
+            write_atomically(output / TABLES / f"{file}.tex", latex(table))
+    drawn = figures(study)
+    for figure in drawn:
+        if len(figure.data):
+            for ending, content in draw(figure).items():
+                write_atomically(output / FIGURES / f"{name}-{figure.name}.{ending}", content)
+    return Section(
+        study=study,
+        answer=answer(study),
+        figures=drawn,
+        claims=claims_table(study.dataset, tested),
+        tables=[table for table in tables.values() if table],
+    )
+
+
+def _write_csv(path: Path, frame: pd.DataFrame) -> None:
+    write_atomically(path, frame.to_csv(index=False, lineterminator="\n", float_format="%.7g"))

@@ -1,0 +1,281 @@
+"""Workdirs of sweeps that never ran: the files of a real one, their numbers drawn from a seed."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from configs import cascade
+from kd_ranker.evaluation import results
+
+TASKS = ("watch", "like", "share")
+SERVES = {"none": ("user",), "aux": ("user", "teacher", "blend"), "shared": ("user",)}
+REPORT_AT = (10, 50, 100, 200, 400)
+WEIGHTS = (0.1, 0.3, 1.0, 3.0, 10.0)
+
+
+def write_sweep(
+    workdir: Path,
+    dataset: str = "cascade",
+    modes: Sequence[str] = ("none", "aux", "shared"),
+    weights: Sequence[float] = (0.3, 1.0),
+    seeds: Sequence[int] = (0, 1, 2),
+    *,
+    gain: float = 0.45,
+    frozen: Sequence[str] = (),
+    true_values: bool = True,
+    retrieved: int = 2000,
+    without: Sequence[str] = (),
+    changes: dict | None = None,
+) -> Path:
+    """Writes a sweep's workdir and returns it.
+
+    Args:
+      workdir: where.
+      dataset: `config.data.name`.
+      modes: of the members.
+      weights: of the members that distil.
+      seeds: of the members.
+      gain: how much distillation can take off `passed_for_99`, as a share; negative adds to it.
+      frozen: names of members whose loss stopped being finite at step 700.
+      true_values: whether the dataset knows them.
+      retrieved: candidates a request.
+      without: names of files to leave out.
+      changes: to the config, by dotted key.
+    """
+    config = cascade.get_config()
+    config.data.name = dataset
+    config.sweep.modes, config.sweep.weights, config.sweep.seeds = modes, weights, seeds
+    config.funnel.retrieved = retrieved
+    config.update_from_flattened_dict(changes or {})
+    workdir.mkdir(parents=True, exist_ok=True)
+    rows, curves, bins, losses = [_teacher(dataset, retrieved)], [], [], {}
+    for seed in seeds:
+        for mode in modes:
+            for weight in (0.0,) if mode == "none" else weights:
+                member = f"{mode}-weight{weight}-seed{seed}"
+                for serve in SERVES[mode]:
+                    row, curve = _student(dataset, mode, weight, serve, seed, gain, retrieved)
+                    row["member"] = member
+                    if member in frozen:
+                        rows.append(_frozen(row))
+                        continue
+                    if not true_values:
+                        row |= {f"true_value_captured@{k}": math.nan for k in REPORT_AT}
+                        curve["true_value_captured"] = math.nan
+                    rows.append(row)
+                    curves.append(curve.assign(member=member, serve=serve))
+                    bins.append(_bins(member, serve, seed))
+                losses[member] = _losses(mode, weight, seed)
+    rows = [row | {"funnel_cost_saving": _saving(row, rows, retrieved)} for row in rows]
+    columns = results.columns(TASKS, REPORT_AT)
+    for new, before in (
+        ("data_seed", "step"), ("temperature", "serve"), ("learning_rate", "serve"),
+    ):  # fmt: skip
+        if new not in columns:
+            columns.insert(columns.index(before), new)
+    columns += [name for name in ("non_finite_step", "member") if name not in columns]
+    files = {
+        "config.json": config.to_json(indent=2, sort_keys=True),
+        "environment.json": json.dumps(
+            {
+                "python": "3.11.7", "system": "Linux-6.1-x86_64", "devices": "2 × cpu",
+                "packages": {"flax": "0.12.8", "jax": "0.10.2", "optax": "0.2.8"},
+            }
+        ),
+        "results.csv": results.to_csv(rows, columns),
+        "curves.csv": pd.concat(curves).to_csv(index=False),
+        "calibration.csv": pd.concat(bins).to_csv(index=False),
+        "cohorts/0/metrics.jsonl": _metrics(losses),
+    }  # fmt: skip
+    for name, text in files.items():
+        if name not in without:
+            path = workdir / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+    return workdir
+
+
+def change(workdir: Path, change_rows) -> Path:
+    """Rewrites a `results.csv` with `change_rows(frame)`."""
+    path = workdir / results.FILE
+    frame = results.read_csv(path)
+    change_rows(frame).to_csv(path, index=False)
+    return workdir
+
+
+def _teacher(dataset: str, retrieved: int) -> dict:
+    return {
+        "dataset": dataset, "role": "teacher", "serve": "user", "seed": 0, "data_seed": 0,
+        "step": 1500, "member": "teacher", "passed_for_99": 10.0, "flops_per_candidate": 150_000.0,
+        "cost_ratio": 1.0, "alignment_ratio": math.nan,
+        **{f"user_bce/{task}": 0.60 - 0.15 * i for i, task in enumerate(TASKS)},
+        **{f"user_auc/{task}": 0.74 - 0.03 * i for i, task in enumerate(TASKS)},
+        **{f"user_calibration/{task}": 1.02 for task in TASKS},
+        **{f"teacher_bce/{task}": 0.50 - 0.12 * i for i, task in enumerate(TASKS)},
+        **{f"teacher_kl/{task}": 0.0 for task in TASKS},
+        **{f"survival@{k}": 1.0 for k in REPORT_AT},
+        **{f"value_captured@{k}": 1.0 for k in REPORT_AT},
+        **{f"true_value_captured@{k}": 1.0 for k in REPORT_AT},
+    }  # fmt: skip
+
+
+def _student(
+    dataset: str, mode: str, weight: float, serve: str, seed: int, gain: float, retrieved: int
+) -> tuple[dict, pd.DataFrame]:
+    # What a seed does to all members, and what it does to this one.
+    common = np.random.default_rng([seed, 7])
+    own = np.random.default_rng([seed, *f"{mode}{weight}{serve}".encode()])
+    shift = common.normal(0, 0.02)
+    # How far the student follows the teacher, from 0 to 1.
+    follows = weight / (weight + 1.0)
+    strength = {"none": 0.0, "aux": 0.8, "shared": 1.0}[mode] * follows
+    if serve == "teacher":
+        strength = min(1.0, 1.2 * follows)
+    strays = 0.006 * max(0.0, math.log10(weight / 2)) if weight > 2 else 0.0
+    worse = {"teacher": 0.006, "blend": 0.002}.get(serve, 0.0) + strays
+
+    passed = 450 * (1 - gain * strength * (1 - 20 * strays)) * (1 + shift + own.normal(0, 0.02))
+    k = np.arange(1, retrieved + 1)
+    # A curve that crosses 0.99 at `passed`.
+    value = 1 - np.exp(-np.log(100.0) * (k / passed) ** 0.55)
+    value /= value[-1]
+    survival = np.minimum(1.0, 1 - np.exp(-1.52 * (k / (passed / 450 * 200)) ** 0.6))
+    needed = float(np.flatnonzero(value >= 0.99)[0] + 1)
+    row = {
+        "dataset": dataset, "role": "student", "mode": mode, "serve": serve, "seed": seed,
+        "data_seed": 0, "step": 1500, "distill_loss": None if mode == "none" else "bce",
+        "distill_weight": weight, "temperature": math.nan if mode == "none" else 1.0,
+        "learning_rate": 0.002,
+        "alignment_ratio": 0.2 - 0.02 * strength + own.normal(0, 0.004),
+        "passed_for_99": needed,
+        "flops_per_candidate": 900.0 if mode == "aux" else 800.0,
+        "cost_ratio": (900.0 if mode == "aux" else 800.0) / 150_000.0,
+    }  # fmt: skip
+    for i, task in enumerate(TASKS):
+        noise = own.normal(0, 0.0008)
+        kl = 0.18 * (1 - 0.5 * strength) + 0.2 * shift + noise
+        row |= {
+            f"user_bce/{task}": 0.612 - 0.15 * i - 0.004 * strength + worse + noise,
+            f"user_auc/{task}": 0.712 - 0.03 * i + 0.006 * strength - worse + noise,
+            f"user_calibration/{task}": 1.0 + own.normal(0, 0.01) - 10 * worse,
+            f"teacher_bce/{task}": 0.50 - 0.12 * i + kl,
+            f"teacher_kl/{task}": kl,
+        }
+    for at in REPORT_AT:
+        row[f"survival@{at}"] = float(survival[at - 1]) if at <= retrieved else math.nan
+        row[f"value_captured@{at}"] = float(value[at - 1]) if at <= retrieved else math.nan
+        row[f"true_value_captured@{at}"] = row[f"value_captured@{at}"] + 0.02
+    geometric = np.unique(np.geomspace(1, retrieved, 60).round().astype(int))
+    kept = {*range(1, 21), *geometric, *REPORT_AT, int(needed), retrieved}
+    at = np.array(sorted(kept & set(k.tolist())))
+    curve = pd.DataFrame(
+        {
+            "k": at,
+            "survival": survival[at - 1],
+            "value_captured": value[at - 1],
+            "true_value_captured": value[at - 1] + 0.02,
+        }
+    )
+    return row, curve
+
+
+def _saving(row: dict, rows: list[dict], retrieved: int) -> float:
+    def cost(student: dict) -> float:
+        passed = student.get("passed_for_99", math.nan)
+        return retrieved * student["flops_per_candidate"] + passed * 150_000.0
+
+    undistilled = [
+        other
+        for other in rows
+        if other.get("mode") == "none" and row.get("mode") and other["seed"] == row["seed"]
+    ]
+    return 1 - cost(row) / cost(undistilled[0]) if undistilled else math.nan
+
+
+def _frozen(row: dict) -> dict:
+    kept = ("dataset", "role", "mode", "serve", "seed", "data_seed", "distill_loss", "member")
+    kept += ("distill_weight", "temperature", "learning_rate", "flops_per_candidate", "cost_ratio")
+    return {name: row[name] for name in kept} | {"step": 1500, "non_finite_step": 700}
+
+
+def _bins(member: str, serve: str, seed: int) -> pd.DataFrame:
+    generator = np.random.default_rng([seed, *f"{member}{serve}".encode()])
+    factor = {"teacher": 1.3, "blend": 1.1}.get(serve, 1.0)
+    lines = []
+    for i, task in enumerate(TASKS):
+        top = 0.8 - 0.3 * i
+        for number, predicted in enumerate(np.linspace(0.03, top, 10)):
+            weight = 4000.0 * math.exp(-number / 3)
+            observed = predicted * factor + generator.normal(0, 0.4 / math.sqrt(weight))
+            lines.append((task, number, weight, predicted, min(1.0, max(0.0, observed))))
+    columns = ["task", "bin", "weight", "predicted", "observed"]
+    return pd.DataFrame(lines, columns=columns).assign(member=member, serve=serve)
+
+
+def _losses(mode: str, weight: float, seed: int) -> dict[str, np.ndarray]:
+    generator = np.random.default_rng([seed, *f"{mode}{weight}".encode()])
+    steps = np.arange(50, 1501, 50)
+    fall = np.exp(-steps / 300)
+    user = 0.45 + 0.2 * fall + generator.normal(0, 0.004, len(steps))
+    distill = 0.40 - 0.03 * weight / (1 + weight) + 0.25 * fall
+    return {
+        "user_loss": user,
+        "distill_loss": 0 * user if mode == "none" else distill + generator.normal(0, 0.003, 30),
+        "loss": user + (0 if mode == "none" else weight * distill),
+    }
+
+
+def _metrics(losses: dict[str, dict[str, np.ndarray]]) -> str:
+    lines = []
+    for place, step in enumerate(range(50, 1501, 50)):
+        scalars = {
+            f"{kind}/{member}": round(float(values[place]), 6)
+            for member, kinds in losses.items()
+            for kind, values in kinds.items()
+        }
+        lines.append(json.dumps({"step": step, **scalars}))
+    # A run that was killed leaves its last line cut short.
+    return "\n".join([*lines, lines[-1][:20]])
+
+
+def write_rows(workdir: Path, rows: Sequence[dict], passed: int = 30) -> Path:
+    """A sweep's workdir of one task whose `results.csv` has just these rows, by hand.
+
+    A row says what matters, the rest has a default: `{"mode": "aux", "seed": 1, "kl": 0.2}`.
+    Short names: `kl`, `survival`, `weight`, `passed`, `flops`, `alignment`.
+    """
+    short = {
+        "kl": "teacher_kl/watch", "survival": f"survival@{passed}", "weight": "distill_weight",
+        "passed": "passed_for_99", "flops": "flops_per_candidate", "alignment": "alignment_ratio",
+    }  # fmt: skip
+    full = []
+    for row in rows:
+        mode = row.get("mode")
+        default = {
+            "dataset": "d", "role": "student", "serve": "user", "seed": 0, "data_seed": 0,
+            "distill_weight": 0.0 if mode == "none" else 1.0, "non_finite_step": None,
+            "distill_loss": None if mode == "none" else "bce", "learning_rate": 0.002,
+            "temperature": None if mode == "none" else 1.0, "user_bce/watch": 0.5,
+            "teacher_kl/watch": 0.1, "passed_for_99": 100.0, "flops_per_candidate": 10.0,
+        }  # fmt: skip
+        line = default | {short.get(name, name): value for name, value in row.items()}
+        line["teacher_bce/watch"] = line["teacher_kl/watch"] + 0.4
+        line.setdefault("member", f"{mode}-weight{line['distill_weight']}-seed{line['seed']}")
+        full.append(line)
+    config = cascade.get_config()
+    config.data.name, config.tasks = "d", ("watch",)
+    config.funnel.retrieved, config.funnel.passed = 2000, passed
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / "config.json").write_text(config.to_json())
+    pd.DataFrame(full).to_csv(workdir / results.FILE, index=False)
+    return workdir
+
+
+def teacher_row() -> dict:
+    """The teacher's row for `write_rows`: 200 FLOPs a candidate."""
+    return {"role": "teacher", "mode": None, "distill_loss": None, "kl": 0.0, "flops": 200.0,
+            "passed": 10.0, "temperature": None}  # fmt: skip

@@ -1,0 +1,100 @@
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from kd_ranker.report.comparison import better, comparison, important_measures, marked
+from kd_ranker.report.sources import read_studies
+from kd_ranker.report.statistics import difference, interval
+from tests.report import sweeps
+
+
+def test_a_clear_winner_is_marked():
+    table = pd.DataFrame({"a": [1.0, 1.1, 1.2], "b": [2.0, 2.1, 2.2], "c": [3.0, 3.2, 3.1]})
+    assert marked(table, "lower") == "a"
+    assert marked(table, "higher") == "c"
+    assert marked(table, None) is None
+
+
+def test_a_winner_that_cannot_be_told_from_the_runner_up_is_not_marked():
+    table = pd.DataFrame({"a": [1.0, 1.4, 1.2], "b": [1.3, 1.3, 1.3], "c": [3.0, 3.2, 3.1]})
+    assert marked(table, "lower") is None
+
+
+def test_a_winner_has_to_be_told_from_every_other_setting():
+    # The runner-up b is told from a, the noisy c is further away on average and is not.
+    table = pd.DataFrame({"a": [1.0, 1.1, 1.2], "b": [1.5, 1.6, 1.7], "c": [0.5, 3.0, 4.0]})
+    assert difference(table, "a", "b").excludes_zero
+    assert not difference(table, "a", "c").excludes_zero
+    assert marked(table, "lower") is None
+
+
+def test_calibration_is_best_next_to_one():
+    table = pd.DataFrame({"under": [0.8, 0.81], "near": [1.02, 1.03], "over": [1.3, 1.31]})
+    assert marked(table, "one") == "near"
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"a": [1.0], "b": [2.0]},  # one repeat
+        {"a": [1.0, 1.1]},  # one setting
+        {"a": [1.0, math.nan], "b": [math.nan, 2.0]},  # no pair
+        {"a": [1.0, 1.0], "b": [1.0, 1.0]},  # the same
+        {"a": [math.nan, math.nan], "b": [math.nan, math.nan]},
+    ],
+)
+def test_nothing_is_marked_without_pairs_or_a_difference(table):
+    assert marked(pd.DataFrame(table), "lower") is None
+
+
+@pytest.mark.parametrize("settings", [2, 11])
+@pytest.mark.parametrize("shared_noise", [0.0, 3.0])
+def test_of_equal_settings_one_is_marked_in_at_most_5_percent(settings, shared_noise):
+    generator = np.random.default_rng(settings)
+    marks = 0
+    for _ in range(400):
+        noise = generator.normal(size=(3, settings)) + shared_noise * generator.normal(size=(3, 1))
+        marks += marked(pd.DataFrame(noise).rename(columns=str), "higher") is not None
+    # Of two equals 5% are expected; three standard errors of 400 draws are 3.3%.
+    assert marks / 400 < 0.05 + 0.033
+
+
+def test_columns_and_their_directions():
+    directions = {
+        "user_bce/watch": "lower", "teacher_bce": "lower", "teacher_kl/like": "lower",
+        "passed_for_99": "lower", "cost_ratio": "lower", "user_auc/watch": "higher",
+        "survival@200": "higher", "value_captured@50": "higher", "funnel_cost_saving": "higher",
+        "user_calibration/watch": "one", "alignment_ratio": None,
+    }  # fmt: skip
+    assert {column: better(column) for column in directions} == directions
+
+
+def test_the_numbers_are_means_and_paired_differences(tmp_path):
+    rows = [
+        sweeps.teacher_row(),
+        *({"mode": "none", "seed": s, "kl": kl} for s, kl in enumerate((0.2, 0.3, 0.4))),
+        *({"mode": "shared", "seed": s, "kl": kl} for s, kl in enumerate((0.15, 0.24, 0.36))),
+    ]
+    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
+    numbers = comparison(study).set_index(["setting", "measure"])
+    none, shared = (
+        numbers.loc[(setting, "teacher_kl/watch")] for setting in ("none", "shared, weight 1")
+    )
+    assert list(none[["mean", "low", "high", "n"]]) == pytest.approx(
+        list(interval(np.array([0.2, 0.3, 0.4])))
+    )
+    assert math.isnan(none["difference"])
+    assert list(
+        shared[["difference", "difference_low", "difference_high", "pairs"]]
+    ) == pytest.approx(list(interval(np.array([-0.05, -0.06, -0.04]))))
+    assert shared["best"]
+    assert not none["best"]
+
+
+def test_what_the_dataset_does_not_know_is_no_measure_of_the_table(tmp_path):
+    (study,) = read_studies([sweeps.write_sweep(tmp_path, true_values=False)])
+    assert not any("true" in measure.column for measure in important_measures(study))
+    (other,) = read_studies([sweeps.write_rows(tmp_path / "other", [{"mode": "none"}])])
+    assert "alignment_ratio" not in {measure.column for measure in important_measures(other)}
