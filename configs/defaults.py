@@ -72,7 +72,7 @@ def get_config() -> ConfigDict:
     config.teacher.train = _train(steps=1500)
 
     config.evaluation = ConfigDict()
-    config.evaluation.requests = 8  # a batch
+    config.evaluation.requests = 16  # a batch
     config.evaluation.limit = 0  # how many requests of the test split to read; 0 reads all
 
     config.parallel = ConfigDict()

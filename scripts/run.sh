@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# The main job: the dataset, the teacher, then a sweep of students under that teacher.
+# The main job: the dataset, the teacher, a sweep of students under that teacher, the report.
 #
 #   ./scripts/run.sh
-#   ./scripts/run.sh --config=configs/movielens.py --workdir=/data/runs/movielens
+#   ./scripts/run.sh --config=configs/sweeps/movielens.py --workdir=/data/runs/movielens
 #   ./scripts/run.sh --config.train.steps=500
 #
-# Arguments are passed on to every step. Running it again goes on where it stopped.
+# Arguments are passed on to every step but the report. Running it again goes on where it stopped.
 # Relative paths are taken from the repository's root.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 
-config=configs/cascade.py
+config=configs/sweeps/cascade.py
 workdir=
 teacher=
 passed_on=()
@@ -38,7 +38,7 @@ while [ $# -gt 0 ]; do
 done
 
 if [ -z "$workdir" ]; then
-  # configs/cascade.py -> runs/cascade; configs/cascade.py:small -> runs/cascade-small
+  # configs/sweeps/cascade.py -> runs/cascade; configs/cascade.py:small -> runs/cascade-small
   name=$(basename "${config%%:*}" .py)
   case $config in *:*) name=$name-${config#*:} ;; esac
   workdir=runs/${name//[^A-Za-z0-9._-]/_}
@@ -50,22 +50,23 @@ teacher=${teacher:-$workdir/teacher}
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
 
 step() {
-  local name=$1
-  shift
-  echo "run: $name" >&2
-  .venv/bin/python -m "experiments.$name" --config="$config" "$@" \
-    ${passed_on[@]+"${passed_on[@]}"}
+  echo "run: $1" >&2
+  .venv/bin/python -m "experiments.$1" "${@:2}"
 }
 
-step prepare_data
-step train_teacher --workdir="$teacher"
-step sweep --workdir="$workdir/sweep" --config.teacher.workdir="$teacher"
+with_config() {
+  step "$1" --config="$config" "${@:2}" ${passed_on[@]+"${passed_on[@]}"}
+}
 
+with_config prepare_data
+with_config train_teacher --workdir="$teacher"
+with_config sweep --workdir="$workdir/sweep" --config.teacher.workdir="$teacher"
+echo
+step report --workdir="$workdir/report" "$workdir/sweep"
+
+echo
 echo "run: done. What was made:"
 echo "  teacher   $teacher"
 echo "  students  $workdir/sweep"
-for made in results.csv report.html; do
-  if [ -e "$workdir/sweep/$made" ]; then
-    printf '  %-9s %s\n' "${made%.*}" "$workdir/sweep/$made"
-  fi
-done
+echo "  results   $workdir/sweep/results.csv"
+echo "  report    $workdir/report"

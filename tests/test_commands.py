@@ -7,12 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from kd_ranker import commands, runs, teachers
+from kd_ranker import commands, measurement, teachers
 from kd_ranker.data import loader
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.training import checkpoints, recipes
+from kd_ranker.training.step import select_member
 from tests import small
 
 # As many steps as elsewhere: the schedule is compiled in, and what is compiled is shared.
@@ -45,11 +46,11 @@ def metrics(workdir):
 
 def student_parameters(config, workdir):
     dataset = teachers.open_dataset(config)
-    _, state = recipes.student_start(config, dataset.spec, None)
+    (group,) = recipes.student_groups({"": config}, dataset.spec)
     with checkpoints.open_manager(workdir) as manager:
-        state, step = checkpoints.restore(manager, state, None)
+        (state,), step = checkpoints.restore(manager, (group.state,), None)
     assert step == config.train.steps
-    return state.parameters
+    return select_member(state.parameters, 0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -146,8 +147,8 @@ def test_a_sweep_has_one_row_a_model_and_serve_choice(world, swept):
     students = frame[1:]
     expected = [
         (mode, serve, seed)
-        for seed in (0, 1)
         for mode in ("none", "aux")
+        for seed in (0, 1)
         for serve in MODES[mode].serve
     ]
     assert list(students[["mode", "serve", "seed"]].itertuples(index=False, name=None)) == expected
@@ -167,35 +168,143 @@ def test_a_sweep_without_a_teacher_to_run_knows_neither_its_seed_nor_its_step(wo
     config.update(sweep={"modes": ("none",), "seeds": (0,)})
     commands.sweep(config, tmp_path)
     rows = (tmp_path / results.FILE).read_text().splitlines()[1:]
-    assert rows[0].startswith("cascade,teacher,,,,user,,,")
-    assert rows[1].startswith("cascade,student,none,,0,user,0,20,")
+    assert rows[0].startswith("cascade,teacher,,,,,,user,,,,")
+    assert rows[1].startswith("cascade,student,none,,0,,0.01,user,0,0,20,")
 
 
-def test_the_members_of_a_sweep(world):
-    config = world.config(sweep__weights=(0.5, 2.0), sweep__seeds=(0, 7))
-    members = commands.sweep_members(config)
-    assert list(members) == [
-        f"{member}-seed{seed}"
-        for seed in (0, 7)
-        for member in (
-            "none-weight0", "aux-weight0.5", "aux-weight2", "shared-weight0.5", "shared-weight2",
+def test_a_member_of_a_sweep_is_the_student_that_train_makes(world, swept, trained):
+    """Same seed, same order of the data: the same numbers up to rounding."""
+    frame = table(swept)
+    for mode in ("none", "aux"):
+        alone = table(trained(mode)).select_dtypes("number")
+        of_sweep = frame[(frame["mode"] == mode) & (frame["seed"] == 0)]
+        compared = alone.columns.difference(["funnel_cost_saving", "member"])
+        np.testing.assert_allclose(
+            of_sweep[compared].astype(float), alone[compared], rtol=2e-3, atol=1e-6
         )
-    ]  # fmt: skip
-    member = members["aux-weight2-seed7"]
-    assert (member.distill.mode, member.distill.weight, member.seed) == ("aux", 2.0, 7)
+
+
+def test_a_sweep_leaves_curves_and_calibration_beside_its_results(world, swept):
+    config, frame = world.config(), table(swept)
+    curves = results.read_csv(swept / results.CURVES_FILE)
+    assert tuple(curves.columns) == results.CURVES_COLUMNS
+    members = list(frame[["member", "serve"]].itertuples(index=False, name=None))
+    assert list(curves.groupby(["member", "serve"], sort=False).groups) == members
+    at_passed = curves[curves["k"] == config.funnel.passed]
+    for name in ("survival", "value_captured", "true_value_captured"):
+        np.testing.assert_allclose(
+            at_passed[name], frame[f"{name}@{config.funnel.passed}"], rtol=1e-6
+        )
+    calibration = results.read_csv(swept / results.CALIBRATION_FILE)
+    assert tuple(calibration.columns) == results.CALIBRATION_COLUMNS
+    bins = calibration[calibration["task"] == "watch"].groupby(["member", "serve"], sort=False)
+    predicted = bins.apply(lambda rows: (rows["weight"] * rows["predicted"]).sum())
+    observed = bins.apply(lambda rows: (rows["weight"] * rows["observed"]).sum())
+    np.testing.assert_allclose(predicted / observed, frame["user_calibration/watch"], rtol=1e-4)
+
+
+def test_a_complete_sweep_is_left_alone(world, swept):
+    before = {path: path.stat().st_mtime_ns for path in swept.rglob("*")}
+    assert not commands.sweep(world.config(**SWEEP), swept)
+    assert {path: path.stat().st_mtime_ns for path in swept.rglob("*")} == before
+
+
+def test_a_sweep_of_another_config_is_refused_with_the_keys(world, swept):
+    config = world.config(**SWEEP, train__steps=30, sweep__weights=(1.0, 2.0))
+    fault = fault_of(commands.sweep, config, swept)
+    assert "sweep.weights ([1.0] there, [1.0, 2.0] now), train.steps (20 there, 30 now)" in fault
+
+
+def test_a_sweep_that_is_extended_trains_the_new_members_alone(world, swept, tmp_path):
+    workdir = tmp_path / "extended"
+    shutil.copytree(swept, workdir)
+    before = (workdir / "cohorts" / "0" / results.FILE).stat().st_mtime_ns
+    more = SWEEP | {"sweep__weights": (1.0, 4.0), "sweep__extend": True}
+    assert commands.sweep(world.config(**more), workdir)
+    assert (workdir / "cohorts" / "0" / results.FILE).stat().st_mtime_ns == before
+    old, new = table(swept), table(workdir)
+    assert set(new["member"]) - set(old["member"]) == {f"aux-weight4.0-seed{s}" for s in (0, 1)}
+    assert new[: len(old)].equals(old)
+    assert new["funnel_cost_saving"][1:].notna().all()
+    # The same again has nothing to do, with and without the word.
+    assert not commands.sweep(world.config(**more), workdir)
+    assert not commands.sweep(world.config(**more | {"sweep__extend": False}), workdir)
+    fewer = SWEEP | {"sweep__seeds": (0,), "sweep__extend": True}
+    fault = fault_of(commands.sweep, world.config(**fewer), workdir)
+    assert "none-seed1, which config.sweep does not name" in fault
+    other = more | {"train__steps": 30}
+    assert "train.steps (20 there, 30 now)" in fault_of(
+        commands.sweep, world.config(**other), workdir
+    )
+
+
+def test_a_population_that_does_not_fit_is_split_and_ends_the_same(world, swept, tmp_path):
+    commands.sweep(world.config(**SWEEP, sweep__group_size=2), tmp_path)
+    assert [path.name for path in sorted((tmp_path / "cohorts").iterdir())] == ["0", "1"]
+    split, whole = (frame.set_index(["member", "serve"]) for frame in map(table, (tmp_path, swept)))
+    numbers = whole.select_dtypes("number").columns
+    np.testing.assert_allclose(
+        split.loc[whole.index, numbers], whole[numbers], rtol=2e-3, atol=1e-6, equal_nan=True
+    )
+
+
+def test_a_member_that_diverges_is_marked_and_the_others_go_on(world, tmp_path, caplog):
+    axes = {"sweep__modes": ("none", "shared"), "sweep__learning_rates": (0.01, 1e30)}
+    commands.sweep(world.config(**axes, train__log_every=1), tmp_path)
+    frame = table(tmp_path)
+    students = frame[frame["role"] == "student"].set_index("member")
+    diverged = students["learning_rate"] > 1
+    assert (students["non_finite_step"].notna() == diverged).all()
+    assert students.loc[~diverged, "passed_for_99"].notna().all()
+    measured = [name for name in frame if "@" in name or "/" in name]
+    assert students.loc[diverged, measured].isna().all(axis=None)
+    step = int(students.loc["shared-weight1.0-rate1e+30-seed0", "non_finite_step"])
+    assert f"shared-weight1.0-rate1e+30-seed0 stopped being finite at step {step}" in caplog.text
+    # Nothing is logged of it from then on.
+    for line in metrics(tmp_path / "cohorts" / "0"):
+        assert ("loss/shared-weight1.0-rate1e+30-seed0" in line) == (line["step"] < step)
+        assert "loss/shared-weight1.0-seed0" in line
+
+
+def test_orders_of_data_are_cohorts_that_pair_with_their_own_baseline(world, tmp_path):
+    axes = {"sweep__modes": ("none", "shared"), "sweep__data_seeds": (0, 5)}
+    commands.sweep(world.config(**axes), tmp_path)
+    students = table(tmp_path)[1:]
+    assert students["data_seed"].tolist() == [0, 0, 5, 5]
+    assert (students.loc[students["mode"] == "none", "funnel_cost_saving"] == 0).all()
+    none = students[students["mode"] == "none"]
+    # Another order is another student.
+    assert none["user_bce/watch"].nunique() == 2
+
+
+def test_a_sweep_under_another_teacher_is_refused(world, swept, tmp_path):
+    workdir = tmp_path / "other_teacher"
+    shutil.copytree(swept, workdir)
+    plan = json.loads((workdir / "cohorts.json").read_text())
+    (workdir / "cohorts.json").write_text(json.dumps(plan | {"teacher": "elsewhere"}))
+    (workdir / results.FILE).unlink()
+    fault = fault_of(commands.sweep, world.config(**SWEEP), workdir)
+    assert "under the teacher elsewhere" in fault
 
 
 @pytest.mark.slow
-def test_a_killed_sweep_goes_on_with_the_member_it_was_at(world, swept, tmp_path):
-    workdir = tmp_path / "killed"
-    flags = world.flags(workdir, **SWEEP)
-    small.run_and_kill("experiments.sweep", "logging", "aux-weight1-seed0", 15, flags)
-    assert not (workdir / results.FILE).exists()
-    finished = workdir / "members" / "none-weight0-seed0" / "checkpoints" / "20"
+def test_a_killed_sweep_ends_as_if_it_had_never_been_killed(world, tmp_path):
+    """Killed while it logs, while it saves, and between its two cohorts."""
+    axes = {**SWEEP, "sweep__group_size": 3, "train__checkpoint_every": 5, "train__log_every": 5}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    commands.sweep(world.config(**axes), whole)
+    flags = world.flags(killed, **axes)
+    for moment, cohort, step in (("logging", "0", 10), ("saving", "0", 20), ("logging", "1", 15)):
+        small.run_and_kill("experiments.sweep", moment, cohort, step, flags)
+        assert not (killed / results.FILE).exists()
+    finished = killed / "cohorts" / "0" / results.FILE
     before = finished.stat().st_mtime_ns
-    commands.sweep(world.config(**SWEEP), workdir)
+    assert commands.sweep(world.config(**axes), killed)
     assert finished.stat().st_mtime_ns == before
-    assert (workdir / results.FILE).read_bytes() == (swept / results.FILE).read_bytes()
+    names = [results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE]
+    names += [f"cohorts/{cohort}/metrics.jsonl" for cohort in (0, 1)]
+    for name in names:
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
 
 
 @pytest.mark.parametrize("damaged", [(20,), (10, 20)], ids=["newest", "all"])
@@ -307,9 +416,9 @@ def test_costs_are_those_of_the_teacher_that_was_trained(world):
     config = world.config(teacher__width=64)
     dataset = teachers.open_dataset(config)
     teacher = teachers.load_teacher(config, dataset)
-    flops = runs.teacher_flops(config, dataset.spec, teacher)
-    assert flops == runs.teacher_flops(world.config(), dataset.spec, None)
-    assert flops != runs.teacher_flops(config, dataset.spec, None)
+    flops = measurement.teacher_flops(config, dataset.spec, teacher)
+    assert flops == measurement.teacher_flops(world.config(), dataset.spec, None)
+    assert flops != measurement.teacher_flops(config, dataset.spec, None)
 
 
 def test_copies_scored_at_different_stages_are_different_datasets(world):
@@ -335,14 +444,14 @@ def test_a_state_that_is_not_finite_is_never_saved(world, tmp_path):
     config = world.config(
         optimizer__learning_rate=1e30, train__log_every=1000, train__checkpoint_every=4
     )
-    with pytest.raises(UserError, match=r"the loss is nan at step \d+; try a smaller"):
+    with pytest.raises(UserError, match=r"loss stopped being finite at step \d+; try a"):
         commands.train(config, tmp_path)
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
 
 
 def test_the_funnels_own_k_is_always_reported(world):
     config = world.config(funnel__report_at=(10,))
-    assert runs._report_at(config) == [10, config.funnel.passed]
+    assert measurement._report_at(config) == [10, config.funnel.passed]
 
 
 def test_a_split_without_requests_is_one_line(world, tmp_path):
