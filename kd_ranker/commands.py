@@ -126,7 +126,7 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
     teacher, dataset = teachers.teacher_and_dataset(config)
     version = teacher.version if teacher else ""
     check_teacher(workdir, version)
-    size = cohort_size(config, next(iter(members.values())), dataset.spec)
+    size = cohort_size(config, members.values(), dataset.spec)
     cohorts = add_members(cohorts, members, size)
     write_cohorts(workdir, cohorts, version)
     workdirs.write_config(workdir, config)

@@ -266,6 +266,41 @@ def test_a_member_that_diverges_is_marked_and_the_others_go_on(world, tmp_path, 
         assert "loss/shared-weight1.0-seed0" in line
 
 
+def test_a_cohort_that_diverges_whole_does_not_keep_the_others_from_training(world, tmp_path):
+    axes = {"sweep__modes": ("none",), "sweep__learning_rates": (1e30, 0.01)}
+    config = world.config(**axes, sweep__group_size=1, train__log_every=1)
+    commands.sweep(config, tmp_path)
+    students = table(tmp_path)[1:]
+    assert students["non_finite_step"].notna().tolist() == [True, False]
+    assert max(line["step"] for line in metrics(tmp_path / "cohorts" / "0")) < config.train.steps
+    assert not commands.sweep(config, tmp_path)
+
+
+def test_a_member_whose_last_update_is_not_finite_is_marked_too(world, tmp_path):
+    """No later loss would tell."""
+    # Infinite as a float32.
+    axes = {"sweep__modes": ("none",), "sweep__learning_rates": (0.01, 1e39)}
+    short = {"train__steps": 1, "optimizer__schedule": "constant"}
+    commands.sweep(world.config(**axes, **short), tmp_path)
+    students = table(tmp_path)[1:]
+    assert students["non_finite_step"].fillna(0).tolist() == [0, 1]
+    assert students["user_bce/watch"].isna().tolist() == [False, True]
+
+
+def test_an_extension_that_died_before_its_results_were_joined_is_not_complete(
+    world, swept, tmp_path
+):
+    workdir = tmp_path / "extended"
+    shutil.copytree(swept, workdir)
+    old = (workdir / results.FILE).read_bytes()
+    config = world.config(**SWEEP | {"sweep__weights": (1.0, 4.0), "sweep__extend": True})
+    commands.sweep(config, workdir)
+    new = (workdir / results.FILE).read_bytes()
+    (workdir / results.FILE).write_bytes(old)
+    assert commands.sweep(config, workdir)
+    assert (workdir / results.FILE).read_bytes() == new
+
+
 def test_orders_of_data_are_cohorts_that_pair_with_their_own_baseline(world, tmp_path):
     axes = {"sweep__modes": ("none", "shared"), "sweep__data_seeds": (0, 5)}
     commands.sweep(world.config(**axes), tmp_path)

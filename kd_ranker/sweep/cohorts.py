@@ -1,6 +1,6 @@
 """Which members of a sweep train together: a cohort is one program over one order of the data.
 
-A member reads the order of data of its own seed, and as many of them as fit the device's memory
+A member reads the data in the order of its data seed, and as many as fit the memory of a device
 share a program; so a sweep is a list of cohorts, trained one after the other. The list is decided
 once and kept in `cohorts.json`: a sweep that is resumed, on another machine even, goes on with it,
 and one that is extended adds to it.
@@ -8,13 +8,13 @@ and one that is extended adds to it.
 
 import itertools
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import psutil
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec, empty_batch
@@ -50,10 +50,11 @@ def is_complete(
     workdir: Path, cohorts: Sequence[Cohort], members: Mapping[str, ConfigDict]
 ) -> bool:
     """Whether all members are trained and measured, and their results joined."""
-    folders = [workdir, *(folder_of(workdir, index) for index in range(len(cohorts)))]
-    return set(itertools.chain.from_iterable(cohorts)) == members.keys() and all(
-        (folder / results.FILE).exists() for folder in folders
-    )
+    path = workdir / results.FILE
+    if not path.exists() or set(itertools.chain.from_iterable(cohorts)) != members.keys():
+        return False
+    # That of a sweep that is being extended lacks the new ones.
+    return members.keys() <= set(results.read_csv(path)["member"])
 
 
 def check_kept(workdir: Path, cohorts: Sequence[Cohort], members: Mapping[str, ConfigDict]) -> None:
@@ -106,11 +107,13 @@ def add_members(
     return [*cohorts, *added]
 
 
-def cohort_size(config: ConfigDict, member: ConfigDict, spec: FeatureSpec) -> int:
-    """How many members like `member` train together: `sweep.group_size`, or what memory allows."""
+def cohort_size(config: ConfigDict, members: Iterable[ConfigDict], spec: FeatureSpec) -> int:
+    """How many of the members train together: `sweep.group_size`, or what memory allows."""
     if config.sweep.group_size:
         return config.sweep.group_size
-    return max(1, int(_SHARE_OF_MEMORY * free_memory() / member_bytes(member, spec)))
+    one_a_mode = {member.distill.mode: member for member in members}
+    largest = max(member_bytes(member, spec) for member in one_a_mode.values())
+    return max(1, int(_SHARE_OF_MEMORY * free_memory(config) / largest))
 
 
 def member_bytes(config: ConfigDict, spec: FeatureSpec) -> int:
@@ -136,9 +139,9 @@ def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def free_memory() -> int:
-    """Bytes that the device has free; on a CPU, those of the machine."""
+def free_memory(config: ConfigDict) -> int:
+    """Bytes that a device has free; several host devices share those of the machine."""
     statistics = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().available // (config.parallel.devices or jax.device_count())

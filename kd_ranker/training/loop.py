@@ -1,10 +1,12 @@
 """The training loop: next batch, one step, and now and then a line, an evaluation, a checkpoint."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
@@ -34,7 +36,8 @@ def fit(
 ) -> States:
     """Trains until `train.steps`, from the newest checkpoint in `workdir` if there is one.
 
-    A member whose loss stops being finite is frozen and reported, and the others go on.
+    A member whose loss stops being finite is frozen and reported, and the others go on; where none
+    is left, the run ends early.
 
     Args:
       groups: the members to train; all in one program.
@@ -52,7 +55,7 @@ def fit(
       The state of each group after the last step, on the host.
 
     Raises:
-      UserError: no member's loss is finite any more.
+      UserError: the loss of a single run stopped being finite.
     """
     states: States = tuple(group.state for group in groups)
     iterator = iter(batches)
@@ -60,7 +63,7 @@ def fit(
         states, start = checkpoints.restore(manager, states, iterator)
         skip_steps(bar, start)
         if start >= train.steps:
-            return states
+            return _finished(groups, states)
         writer = MetricsWriter(workdir, start)
         step = mapping.map_step(make_step([group.recipe for group in groups], teacher))
         numbers = tuple(group.numbers for group in groups)
@@ -68,6 +71,9 @@ def fit(
         states, frozen = mapping.replicate(states), mapping.replicate(frozen)
         best = ""
         for done in range(start + 1, train.steps + 1):
+            if len(frozen_before) == _number_of_members(groups):
+                skip_steps(bar, train.steps - done + 1)
+                break
             states, losses = step(states, next(iterator), numbers, frozen)
             bar.update()
             last = done == train.steps
@@ -76,7 +82,7 @@ def fit(
             # A state is looked at before it is saved: a run could not go on from a NaN.
             if saves or done % train.log_every == 0:
                 frozen_now = _frozen_members(groups, mapping.unreplicate(states))
-                _report(groups, frozen_now, frozen_before)
+                _report(frozen_now, frozen_before)
                 frozen_before = frozen_now
                 scalars = _scalars(groups, mapping.unreplicate(losses), frozen_now)
             if not last and train.eval_every and done % train.eval_every == 0:
@@ -89,7 +95,7 @@ def fit(
                 checkpoints.save(manager, done, mapping.unreplicate(states), iterator)
         writer.close()
         manager.wait_until_finished()
-    return jax.tree.map(np.asarray, mapping.unreplicate(states))
+    return _finished(groups, jax.tree.map(np.asarray, mapping.unreplicate(states)))
 
 
 def skip_steps(bar: tqdm, steps: int) -> None:
@@ -115,11 +121,29 @@ def _frozen_members(groups: Sequence[Group], states: States) -> dict[str, int]:
     }
 
 
-def _report(groups: Sequence[Group], frozen: dict[str, int], before: dict[str, int]) -> None:
+def _finished(groups: Sequence[Group], states: States) -> States:
+    """The states, with those marked whose last update left them without finite parameters."""
+    marked = []
+    for state in states:
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state.parameters)]
+        finite = [np.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
+        lost = (np.asarray(state.non_finite_step) == 0) & ~np.all(finite, axis=0)
+        steps = jnp.where(lost, state.step, state.non_finite_step)
+        marked.append(dataclasses.replace(state, non_finite_step=steps))
+    before = _frozen_members(groups, states)
+    _report(_frozen_members(groups, tuple(marked)), before)
+    return tuple(marked)
+
+
+def _number_of_members(groups: Sequence[Group]) -> int:
+    return sum(len(group.names) for group in groups)
+
+
+def _report(frozen: dict[str, int], before: dict[str, int]) -> None:
     advice = "try a smaller learning rate or weight"
-    if len(frozen) == sum(len(group.names) for group in groups):
-        raise UserError(f"the loss stopped being finite at step {max(frozen.values())}; {advice}")
     for name, step in frozen.items():
+        if not name:
+            raise UserError(f"the loss stopped being finite at step {step}; {advice}")
         if name not in before:
             logging.warning(
                 "the loss of %s stopped being finite at step %d; it is frozen, and %s",
@@ -142,8 +166,8 @@ def _scalars(
 def _progress(
     groups: Sequence[Group], scalars: dict[str, float], frozen: dict[str, int], best: str
 ) -> str:
-    members = sum(len(group.names) for group in groups)
-    if members == 1:
+    members = _number_of_members(groups)
+    if groups[0].names == ("",):
         return f"loss={scalars['loss']:.4f}" if "loss" in scalars else ""
     alive = f"alive {members - len(frozen)}/{members}"
     return f"{alive}, {best}" if best else alive

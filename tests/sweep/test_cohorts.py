@@ -55,16 +55,24 @@ def test_a_plan_is_read_as_it_was_written_and_belongs_to_its_teacher(tmp_path):
 def test_the_config_says_how_many_train_together_or_else_the_memory_does(monkeypatch):
     config = cascade.get_config("small")
     config.sweep.group_size = 3
-    assert cohorts.cohort_size(config, config, SPEC) == 3
+    assert cohorts.cohort_size(config, [config], SPEC) == 3
     config.sweep.group_size = 0
-    one = cohorts.member_bytes(config, SPEC)
+    wide = config.copy_and_resolve_references()
+    wide.distill.mode = "aux"
+    one = cohorts.member_bytes(wide, SPEC)
+    assert one > cohorts.member_bytes(config, SPEC)
     for free, fit in ((0, 1), (one, 1), (20 * one, 10), (20.5 * one, 10)):
-        monkeypatch.setattr(cohorts, "free_memory", lambda free=free: free)
-        assert cohorts.cohort_size(config, config, SPEC) == fit
+        monkeypatch.setattr(cohorts, "free_memory", lambda _, free=free: free)
+        assert cohorts.cohort_size(config, [config, wide], SPEC) == fit
 
 
 def test_free_memory_is_that_of_the_machine_on_a_cpu():
-    assert 10**6 < cohorts.free_memory() < 10**13
+    config = cascade.get_config("small")
+    config.parallel.devices = 1
+    whole = cohorts.free_memory(config)
+    assert 10**6 < whole < 10**13
+    config.parallel.devices = 4
+    assert cohorts.free_memory(config) < whole / 3
 
 
 @pytest.mark.parametrize("mode", ["aux", "shared"])
