@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -67,11 +68,11 @@ def fit(
         writer = MetricsWriter(workdir, start)
         step = mapping.map_step(make_step([group.recipe for group in groups], teacher))
         numbers = tuple(group.numbers for group in groups)
-        frozen_before = _frozen_members(groups, states)
+        diverged = _diverged_members(groups, _non_finite(states))
         states, frozen = mapping.replicate(states), mapping.replicate(frozen)
         best = ""
         for done in range(start + 1, train.steps + 1):
-            if len(frozen_before) == _number_of_members(groups):
+            if len(diverged) == _number_of_members(groups):
                 skip_steps(bar, train.steps - done + 1)
                 break
             states, losses = step(states, next(iterator), numbers, frozen)
@@ -81,16 +82,17 @@ def fit(
             scalars = {}
             # A state is looked at before it is saved: a run could not go on from a NaN.
             if saves or done % train.log_every == 0:
-                frozen_now = _frozen_members(groups, mapping.unreplicate(states))
-                _report(frozen_now, frozen_before)
-                frozen_before = frozen_now
-                scalars = _scalars(groups, mapping.unreplicate(losses), frozen_now)
+                # Not of the whole states, which would be copied.
+                diverged_now = _diverged_members(groups, mapping.unreplicate(_non_finite(states)))
+                _report(diverged_now, diverged)
+                diverged = diverged_now
+                scalars = _scalars(groups, mapping.unreplicate(losses), diverged_now)
             if not last and train.eval_every and done % train.eval_every == 0:
                 measured, best = evaluate(mapping.unreplicate(states))
                 scalars |= measured
             if scalars:
                 writer.write(done, scalars)
-                bar.set_postfix_str(_progress(groups, scalars, frozen_before, best))
+                bar.set_postfix_str(_progress(groups, scalars, diverged, best))
             if saves:
                 checkpoints.save(manager, done, mapping.unreplicate(states), iterator)
         writer.close()
@@ -110,13 +112,18 @@ def scalar_name(scalar: str, member: str) -> str:
     return f"{scalar}/{member}" if member else scalar
 
 
-def _frozen_members(groups: Sequence[Group], states: States) -> dict[str, int]:
+def _non_finite(states: Sequence[TrainState]) -> list[Int[Array, "members"]]:
+    return [state.non_finite_step for state in states]
+
+
+def _diverged_members(
+    groups: Sequence[Group], non_finite: Sequence[Int[Array, "members"]]
+) -> dict[str, int]:
     """The members whose loss stopped being finite, with the step at which it did."""
-    steps = [np.asarray(state.non_finite_step).tolist() for state in states]
     return {
         name: step
-        for group, group_steps in zip(groups, steps, strict=True)
-        for name, step in zip(group.names, group_steps, strict=True)
+        for group, steps in zip(groups, non_finite, strict=True)
+        for name, step in zip(group.names, np.asarray(steps).tolist(), strict=True)
         if step
     }
 
@@ -130,8 +137,8 @@ def _finished(groups: Sequence[Group], states: States) -> States:
         lost = (np.asarray(state.non_finite_step) == 0) & ~np.all(finite, axis=0)
         steps = jnp.where(lost, state.step, state.non_finite_step)
         marked.append(dataclasses.replace(state, non_finite_step=steps))
-    before = _frozen_members(groups, states)
-    _report(_frozen_members(groups, tuple(marked)), before)
+    before = _diverged_members(groups, _non_finite(states))
+    _report(_diverged_members(groups, _non_finite(marked)), before)
     return tuple(marked)
 
 
@@ -139,9 +146,9 @@ def _number_of_members(groups: Sequence[Group]) -> int:
     return sum(len(group.names) for group in groups)
 
 
-def _report(frozen: dict[str, int], before: dict[str, int]) -> None:
+def _report(diverged: dict[str, int], before: dict[str, int]) -> None:
     advice = "try a smaller learning rate or weight"
-    for name, step in frozen.items():
+    for name, step in diverged.items():
         if not name:
             raise UserError(f"the loss stopped being finite at step {step}; {advice}")
         if name not in before:
@@ -152,22 +159,22 @@ def _report(frozen: dict[str, int], before: dict[str, int]) -> None:
 
 
 def _scalars(
-    groups: Sequence[Group], losses: Sequence[Losses], frozen: dict[str, int]
+    groups: Sequence[Group], losses: Sequence[Losses], diverged: dict[str, int]
 ) -> dict[str, float]:
     return {
         scalar_name(scalar, name): value
         for group, of_group in zip(groups, losses, strict=True)
         for scalar, of_members in of_group.items()
         for name, value in zip(group.names, np.asarray(of_members).tolist(), strict=True)
-        if name not in frozen
+        if name not in diverged
     }
 
 
 def _progress(
-    groups: Sequence[Group], scalars: dict[str, float], frozen: dict[str, int], best: str
+    groups: Sequence[Group], scalars: dict[str, float], diverged: dict[str, int], best: str
 ) -> str:
     members = _number_of_members(groups)
     if groups[0].names == ("",):
         return f"loss={scalars['loss']:.4f}" if "loss" in scalars else ""
-    alive = f"alive {members - len(frozen)}/{members}"
+    alive = f"alive {members - len(diverged)}/{members}"
     return f"{alive}, {best}" if best else alive
