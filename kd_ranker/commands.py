@@ -22,6 +22,7 @@ from kd_ranker.sweep.cohorts import (
     cohort_size,
     folder_of,
     is_complete,
+    is_measured,
     read_cohorts,
     write_cohorts,
 )
@@ -87,7 +88,7 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
     """
     settings.validate(config)
     teacher, dataset = teachers.teacher_and_dataset(config)
-    workdirs.claim(workdir, config, without=runs.NOT_OF_A_STUDENT)
+    workdirs.claim(workdir, "train", config, without=runs.NOT_OF_A_STUDENT)
     members = {"": config}
     with runs.progress_bar(workdir.name, config.train.steps) as bar:
         students = runs.train_students(config, dataset, teacher, members, workdir, bar)
@@ -116,6 +117,7 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
     members = sweep_members(config)
     workdirs.check(
         workdir,
+        "sweep",
         config,
         without=("sweep",) if config.sweep.extend else ("sweep.extend", "sweep.group_size"),
     )
@@ -128,12 +130,14 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
     check_teacher(workdir, version)
     size = cohort_size(config, members.values(), dataset.spec)
     cohorts = add_members(cohorts, members, size)
+    # A workdir with cohorts has a config; that of an extension counts once its cohorts are known.
+    workdirs.claim(workdir, "sweep", config, without=("sweep",))
     write_cohorts(workdir, cohorts, version)
-    workdirs.write_config(workdir, config)
+    workdirs.write_config(workdir, "sweep", config)
     with runs.progress_bar(workdir.name, len(cohorts) * config.train.steps) as bar:
         for index, names in enumerate(cohorts):
             folder = folder_of(workdir, index)
-            if (folder / results.FILE).exists():
+            if is_measured(folder, names):
                 skip_steps(bar, config.train.steps)
                 continue
             cohort = {name: members[name] for name in names}

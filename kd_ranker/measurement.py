@@ -24,6 +24,8 @@ from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.step import select_member
 
+NOT_COUNTED = float("nan")
+
 
 class Students(NamedTuple):
     """A trained group.
@@ -111,18 +113,17 @@ def measure_students(
       teacher: the teacher; None where its probabilities come with the dataset.
       members: the members' configs by name.
       students: the trained groups of these members.
-      limit: see `measure`.
+      limit: see `measure`; an evaluation on the way has no need of costs, which take compiling.
     """
     live = teacher.ranker if teacher and config.teacher.source == "live" else None
     rankers = [group.ranker for group in students]
     teacher_sums, students_sums = measure(config, dataset, live, rankers, limit)
-    flops_of_teacher = teacher_flops(config, dataset.spec, teacher)
+    flops_of_teacher = NOT_COUNTED if limit else teacher_flops(config, dataset.spec, teacher)
     seed, step = (teacher.seed, teacher.step) if teacher else (None, None)
     measured = _of_teacher(config, dataset, seed, step, teacher_sums, flops_of_teacher)
     for group, group_sums in zip(students, students_sums, strict=True):
         first = members[group.names[0]]
-        model, parameters = recipes.student_model(first, dataset.spec)
-        flops = _flops_per_candidate(config, dataset.spec, model, parameters)
+        flops = NOT_COUNTED if limit else _student_flops(first, dataset.spec)
         for index, name in enumerate(group.names):
             for serve in MODES[first.distill.mode].serve:
                 row = _student_row(members[name], name, serve, group.step)
@@ -205,6 +206,11 @@ def _sampled_ks(config: ConfigDict, retrieved: int, passed_for_99: object) -> li
     named = [min(k, retrieved) for k in _report_at(config)]
     known = isinstance(passed_for_99, float) and np.isfinite(passed_for_99)
     return sorted({*spaced, *named, *([int(passed_for_99)] if known else [])})  # type: ignore[call-overload]
+
+
+def _student_flops(config: ConfigDict, spec: FeatureSpec) -> float:
+    model, parameters = recipes.student_model(config, spec)
+    return _flops_per_candidate(config, spec, model, parameters)
 
 
 def _flops_per_candidate(

@@ -66,7 +66,7 @@ def progress_bar(name: str, steps: int) -> tqdm:
 
 def train_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> tuple[Ranker, int]:
     """Trains the teacher of `config` on user labels; returns it and its last step."""
-    workdirs.claim(workdir, config, without=_NOT_OF_A_TEACHER)
+    workdirs.claim(workdir, "train_teacher", config, without=_NOT_OF_A_TEACHER)
     group = recipes.teacher_group(config, dataset.spec)
     probability = serve_probability(group.recipe.model, group.recipe.mode)
     section = config.teacher

@@ -121,6 +121,11 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
             f"the teacher at {workdir} stopped at step {step} of {trained.teacher.train.steps}; "
             f"finish it with: {TRAIN_TEACHER}"
         )
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.parameters)):
+        raise UserError(
+            f"the teacher at {workdir} holds numbers that are not finite; train another one, with "
+            "a smaller learning rate"
+        )
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(state.parameters):
         digest.update(np.ascontiguousarray(leaf).tobytes())

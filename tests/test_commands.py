@@ -301,6 +301,31 @@ def test_an_extension_that_died_before_its_results_were_joined_is_not_complete(
     assert (workdir / results.FILE).read_bytes() == new
 
 
+def test_a_workdir_belongs_to_one_command(world, swept, trained):
+    before = (swept / results.FILE).read_bytes()
+    for command in (commands.train, commands.train_teacher):
+        fault = fault_of(command, world.config(**SWEEP), swept)
+        assert f"{swept} belongs to a run of sweep" in fault
+    assert (swept / results.FILE).read_bytes() == before
+    single = trained("shared")
+    fault = fault_of(commands.sweep, world.config(distill__mode="shared"), single)
+    assert f"{single} belongs to a run of train;" in fault
+
+
+def test_results_of_a_cohort_that_are_damaged_are_made_again(world, swept, tmp_path):
+    workdir = tmp_path / "damaged"
+    shutil.copytree(swept, workdir)
+    for path in (workdir / results.FILE, workdir / "cohorts" / "0" / results.FILE):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    (workdir / results.CALIBRATION_FILE).unlink()
+    assert commands.sweep(world.config(**SWEEP), workdir)
+    for name in (results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE):
+        assert (workdir / name).read_bytes() == (swept / name).read_bytes()
+    (workdir / "cohorts.json").write_text("{")
+    assert "cohorts.json is damaged" in fault_of(commands.sweep, world.config(**SWEEP), workdir)
+
+
 def test_orders_of_data_are_cohorts_that_pair_with_their_own_baseline(world, tmp_path):
     axes = {"sweep__modes": ("none", "shared"), "sweep__data_seeds": (0, 5)}
     commands.sweep(world.config(**axes), tmp_path)
@@ -481,6 +506,18 @@ def test_a_state_that_is_not_finite_is_never_saved(world, tmp_path):
     )
     with pytest.raises(UserError, match=r"loss stopped being finite at step \d+; try a"):
         commands.train(config, tmp_path)
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+@pytest.mark.parametrize("command", [commands.train, commands.train_teacher])
+def test_a_last_update_that_is_not_finite_is_never_saved(world, tmp_path, command):
+    """The loss was finite at the only step, and no later one would tell."""
+    short = {}
+    for prefix in ("", "teacher__"):
+        short |= {f"{prefix}train__steps": 1, f"{prefix}optimizer__schedule": "constant"}
+        short |= {f"{prefix}optimizer__learning_rate": 1e39}
+    fault = fault_of(command, world.config(**short), tmp_path)
+    assert "the loss stopped being finite at step 1" in fault
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
 
 

@@ -37,8 +37,15 @@ _SHARE_OF_MEMORY = 0.5
 
 def read_cohorts(workdir: Path) -> list[Cohort]:
     """The cohorts of a sweep that was begun; empty if there are none yet."""
+    return _read_plan(workdir)["cohorts"] if (workdir / FILE).exists() else []
+
+
+def _read_plan(workdir: Path) -> dict:
     path = workdir / FILE
-    return json.loads(path.read_text())["cohorts"] if path.exists() else []
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; use another --workdir") from error
 
 
 def folder_of(workdir: Path, cohort: int) -> Path:
@@ -50,11 +57,21 @@ def is_complete(
     workdir: Path, cohorts: Sequence[Cohort], members: Mapping[str, ConfigDict]
 ) -> bool:
     """Whether all members are trained and measured, and their results joined."""
-    path = workdir / results.FILE
-    if not path.exists() or set(itertools.chain.from_iterable(cohorts)) != members.keys():
+    return set(itertools.chain.from_iterable(cohorts)) == members.keys() and is_measured(
+        workdir, members
+    )
+
+
+def is_measured(folder: Path, members: Iterable[str]) -> bool:
+    """Whether the tables of results in a folder are there and speak of all `members`."""
+    files = (results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE)
+    if not all((folder / file).exists() for file in files):
         return False
-    # That of a sweep that is being extended lacks the new ones.
-    return members.keys() <= set(results.read_csv(path)["member"])
+    try:
+        frame = results.read_csv(folder / results.FILE)
+    except ValueError:  # empty or cut short
+        return False
+    return "member" in frame and {*members, results.TEACHER} <= set(frame["member"])
 
 
 def check_kept(workdir: Path, cohorts: Sequence[Cohort], members: Mapping[str, ConfigDict]) -> None:
@@ -69,10 +86,9 @@ def check_kept(workdir: Path, cohorts: Sequence[Cohort], members: Mapping[str, C
 
 def check_teacher(workdir: Path, teacher_version: str) -> None:
     """Raises UserError if the sweep in `workdir` was begun with another teacher."""
-    path = workdir / FILE
-    if not path.exists():
+    if not (workdir / FILE).exists():
         return
-    begun_with = json.loads(path.read_text())["teacher"]
+    begun_with = _read_plan(workdir)["teacher"]
     if begun_with != teacher_version:
         raise UserError(
             f"{workdir} holds a sweep under the teacher {begun_with or 'of the logs'}, and now it "

@@ -64,7 +64,7 @@ def fit(
         states, start = checkpoints.restore(manager, states, iterator)
         skip_steps(bar, start)
         if start >= train.steps:
-            return _finished(groups, states)
+            return states
         writer = MetricsWriter(workdir, start)
         step = mapping.map_step(make_step([group.recipe for group in groups], teacher))
         numbers = tuple(group.numbers for group in groups)
@@ -94,17 +94,27 @@ def fit(
                 writer.write(done, scalars)
                 bar.set_postfix_str(_progress(groups, scalars, diverged, best))
             if saves:
-                checkpoints.save(manager, done, mapping.unreplicate(states), iterator)
+                whole = mapping.unreplicate(states)
+                marked = _mark_lost(whole)
+                if marked is not whole:
+                    diverged_now = _diverged_members(groups, _non_finite(marked))
+                    _report(diverged_now, diverged)
+                    diverged, whole, states = diverged_now, marked, mapping.replicate(marked)
+                checkpoints.save(manager, done, whole, iterator)
         writer.close()
         manager.wait_until_finished()
-    return _finished(groups, jax.tree.map(np.asarray, mapping.unreplicate(states)))
+    return jax.tree.map(np.asarray, mapping.unreplicate(states))
 
 
 def skip_steps(bar: tqdm, steps: int) -> None:
-    """Moves a bar over steps that were done before, which say nothing of the pace to come."""
-    # A bar that is not shown lacks the attribute.
-    bar.initial = getattr(bar, "initial", 0) + steps
-    bar.update(steps)
+    """Moves a bar over steps that need not be taken, which say nothing of the pace to come."""
+    if bar.disable:
+        return
+    # `update` would take them for the work of an instant.
+    bar.initial += steps
+    bar.n += steps
+    bar.last_print_n = bar.n
+    bar.refresh()
 
 
 def scalar_name(scalar: str, member: str) -> str:
@@ -128,18 +138,20 @@ def _diverged_members(
     }
 
 
-def _finished(groups: Sequence[Group], states: States) -> States:
-    """The states, with those marked whose last update left them without finite parameters."""
+def _mark_lost(states: States) -> States:
+    """The same states, or marked ones if an update left a member without finite parameters.
+
+    The loss that it leads to would tell at the next step, but there may be none.
+    """
     marked = []
     for state in states:
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state.parameters)]
         finite = [np.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
         lost = (np.asarray(state.non_finite_step) == 0) & ~np.all(finite, axis=0)
         steps = jnp.where(lost, state.step, state.non_finite_step)
-        marked.append(dataclasses.replace(state, non_finite_step=steps))
-    before = _diverged_members(groups, _non_finite(states))
-    _report(_diverged_members(groups, _non_finite(marked)), before)
-    return tuple(marked)
+        marked.append(dataclasses.replace(state, non_finite_step=steps) if lost.any() else state)
+    changed = any(new is not old for new, old in zip(marked, states, strict=True))
+    return tuple(marked) if changed else states
 
 
 def _number_of_members(groups: Sequence[Group]) -> int:
@@ -147,15 +159,14 @@ def _number_of_members(groups: Sequence[Group]) -> int:
 
 
 def _report(diverged: dict[str, int], before: dict[str, int]) -> None:
-    advice = "try a smaller learning rate or weight"
     for name, step in diverged.items():
+        finding = f"stopped being finite at step {step}"
         if not name:
-            raise UserError(f"the loss stopped being finite at step {step}; {advice}")
+            raise UserError(f"the loss {finding}; try a smaller learning rate or weight")
         if name not in before:
-            logging.warning(
-                "the loss of %s stopped being finite at step %d; it is frozen, and %s",
-                *(name, step, advice),
-            )
+            # The warning must not land in the middle of the bar.
+            with tqdm.external_write_mode():
+                logging.warning("%s %s; it is frozen, and the others go on", name, finding)
 
 
 def _scalars(

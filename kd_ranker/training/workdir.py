@@ -36,20 +36,25 @@ def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def check(workdir: Path, config: ConfigDict, without: Sequence[str] = ()) -> None:
-    """Checks that `workdir` is free or holds a run of this config.
+def check(workdir: Path, command: str, config: ConfigDict, without: Sequence[str] = ()) -> None:
+    """Checks that `workdir` is free or holds a run of this command and config.
 
     Args:
       workdir: the folder of the run.
+      command: the entry point that it belongs to.
       config: its config.
       without: keys, or sections, that do not matter to the run and may differ.
 
     Raises:
-      UserError: the workdir belongs to another config; the message names the keys that differ.
+      UserError: the workdir belongs to another command, or to another config; then the message
+        names the keys that differ.
     """
     path = workdir / CONFIG_FILE
     if not path.exists():
         return
+    owner = _owner(workdir)
+    if owner not in (None, command):
+        raise UserError(f"{workdir} belongs to a run of {owner}; use another --workdir")
     there, here = _flat(json.loads(path.read_text())), _flat(json.loads(_as_json(config)))
     differing = [
         f"{key} ({there.get(key)!r} there, {here.get(key)!r} now)"
@@ -64,17 +69,23 @@ def check(workdir: Path, config: ConfigDict, without: Sequence[str] = ()) -> Non
         )
 
 
-def claim(workdir: Path, config: ConfigDict, without: Sequence[str] = ()) -> None:
-    """Makes `workdir` this config's own: `check`, and `write_config` if there is none yet."""
-    check(workdir, config, without)
+def claim(workdir: Path, command: str, config: ConfigDict, without: Sequence[str] = ()) -> None:
+    """Makes `workdir` this run's own: `check`, and `write_config` if there is none yet."""
+    check(workdir, command, config, without)
     if not (workdir / CONFIG_FILE).exists():
-        write_config(workdir, config)
+        write_config(workdir, command, config)
 
 
-def write_config(workdir: Path, config: ConfigDict) -> None:
+def _owner(workdir: Path) -> str | None:
+    path = workdir / ENVIRONMENT_FILE
+    return json.loads(path.read_text()).get("command") if path.exists() else None
+
+
+def write_config(workdir: Path, command: str, config: ConfigDict) -> None:
     """Writes `config.json`, and beside it what the run was started with: `environment.json`."""
     devices = jax.devices()
     environment = {
+        "command": command,
         "python": platform.python_version(),
         "system": platform.platform(),
         "devices": f"{len(devices)} × {devices[0].device_kind}",

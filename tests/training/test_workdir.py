@@ -14,11 +14,11 @@ def config_with(**changes):
 
 def test_a_workdir_is_claimed_by_one_config(tmp_path):
     workdir = tmp_path / "a" / "b"
-    workdirs.claim(workdir, config_with())
-    workdirs.claim(workdir, config_with())
+    workdirs.claim(workdir, "train", config_with())
+    workdirs.claim(workdir, "train", config_with())
     assert workdirs.read_config(workdir).train.steps == 3
     with pytest.raises(UserError) as caught:
-        workdirs.claim(workdir, config_with(train={"steps": 4}, extra=1))
+        workdirs.claim(workdir, "train", config_with(train={"steps": 4}, extra=1))
     assert "another --workdir" in str(caught.value)
     assert "train.steps (3 there, 4 now)" in str(caught.value)
     assert "extra (None there, 1 now)" in str(caught.value)
@@ -53,8 +53,16 @@ def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path):
 
 
 def test_what_does_not_matter_to_a_run_may_change(tmp_path):
-    workdirs.claim(tmp_path, config_with(trainer=1))
-    workdirs.claim(tmp_path, config_with(train={"steps": 4}, trainer=1), without=("train",))
+    workdirs.claim(tmp_path, "train", config_with(trainer=1))
+    workdirs.claim(
+        tmp_path, "train", config_with(train={"steps": 4}, trainer=1), without=("train",)
+    )
     # A section is left out whole, and not what merely begins with its name.
     with pytest.raises(UserError, match=r"trainer \(1 there, 2 now\)"):
-        workdirs.claim(tmp_path, config_with(trainer=2), without=("train",))
+        workdirs.claim(tmp_path, "train", config_with(trainer=2), without=("train",))
+
+
+def test_a_workdir_of_another_command_is_refused(tmp_path):
+    workdirs.claim(tmp_path, "sweep", config_with())
+    with pytest.raises(UserError, match="belongs to a run of sweep; use another --workdir"):
+        workdirs.claim(tmp_path, "train", config_with())
