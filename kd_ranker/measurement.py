@@ -24,7 +24,7 @@ from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.step import select_member
 
-NOT_COUNTED = float("nan")
+_NOT_COUNTED = float("nan")
 
 
 class Students(NamedTuple):
@@ -118,12 +118,12 @@ def measure_students(
     live = teacher.ranker if teacher and config.teacher.source == "live" else None
     rankers = [group.ranker for group in students]
     teacher_sums, students_sums = measure(config, dataset, live, rankers, limit)
-    flops_of_teacher = NOT_COUNTED if limit else teacher_flops(config, dataset.spec, teacher)
+    flops_of_teacher = _NOT_COUNTED if limit else teacher_flops(config, dataset.spec, teacher)
     seed, step = (teacher.seed, teacher.step) if teacher else (None, None)
     measured = _of_teacher(config, dataset, seed, step, teacher_sums, flops_of_teacher)
     for group, group_sums in zip(students, students_sums, strict=True):
         first = members[group.names[0]]
-        flops = NOT_COUNTED if limit else _student_flops(first, dataset.spec)
+        flops = _NOT_COUNTED if limit else _student_flops(first, dataset.spec)
         for index, name in enumerate(group.names):
             for serve in MODES[first.distill.mode].serve:
                 row = _student_row(members[name], name, serve, group.step)

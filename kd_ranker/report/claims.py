@@ -87,13 +87,8 @@ def closer(study: Study) -> list[Line]:
     The number is the paired difference of `teacher_kl` to the baseline, with the user heads, at the
     mode's best weight. The weight is chosen by `passed_for_99`, so not by what is tested.
     """
-    return [
-        _at_best_weight(
-            study, "b", mode, "teacher_kl", "below",
-            f"Mode {mode} brings the student's user heads closer to the teacher",
-        )
-        for mode in ("aux", "shared")
-    ]  # fmt: skip
+    statement = "Mode {mode} brings the student's user heads closer to the teacher"
+    return _at_best_weights(study, "b", "teacher_kl", "below", statement)
 
 
 def shared_closer(study: Study) -> list[Line]:
@@ -159,14 +154,10 @@ def survival(study: Study) -> list[Line]:
     and `shared` each at its best weight (by `passed_for_99`) and user heads. The best is picked by
     looking, so the remark says at how many weights it holds.
     """
-    measure = f"survival@{study.passed}"
-    return [
-        _at_best_weight(
-            study, "e", mode, measure, "above",
-            f"Mode {mode} lets more of the teacher's own top survive at {study.passed} passed",
-        )
-        for mode in ("aux", "shared")
-    ]  # fmt: skip
+    statement = "Mode {mode} lets more of the teacher's own top survive at " + (
+        f"{study.passed} passed"
+    )
+    return _at_best_weights(study, "e", f"survival@{study.passed}", "above", statement)
 
 
 def fewer_passed(study: Study) -> list[Line]:
@@ -175,13 +166,8 @@ def fewer_passed(study: Study) -> list[Line]:
     The number is the paired difference of `passed_for_99` to the baseline, at the same settings as
     the survival. That is the measure by which the setting was chosen, so it is optimistic.
     """
-    return [
-        _at_best_weight(
-            study, "e", mode, "passed_for_99", "below",
-            f"With mode {mode} fewer candidates need passing for 99% of the final value",
-        )
-        for mode in ("aux", "shared")
-    ]  # fmt: skip
+    statement = "With mode {mode} fewer candidates need passing for 99% of the final value"
+    return _at_best_weights(study, "e", "passed_for_99", "below", statement)
 
 
 RULES = {
@@ -207,6 +193,16 @@ def _same_but_for_mode(rows: pd.DataFrame, mode: str, other: str) -> list[tuple[
     ours, theirs = (settings[settings["mode"] == name] for name in (mode, other))
     joined = ours.merge(theirs, on=keys, suffixes=("", "_other"))
     return list(zip(joined["setting"], joined["setting_other"], strict=True))
+
+
+def _at_best_weights(
+    study: Study, claim: str, measure: str, side: Literal["below", "above"], statement: str
+) -> list[Line]:
+    """A line for `aux` and one for `shared`; `statement` has a place for the mode."""
+    return [
+        _at_best_weight(study, claim, mode, measure, side, statement.format(mode=mode))
+        for mode in ("aux", "shared")
+    ]
 
 
 def _at_best_weight(

@@ -80,6 +80,8 @@ def fit(
             last = done == train.steps
             saves = last or done % train.checkpoint_every == 0
             scalars = {}
+            if saves:
+                states = _mark_lost(states, mapping)
             # A state is looked at before it is saved: a run could not go on from a NaN.
             if saves or done % train.log_every == 0:
                 # Not of the whole states, which would be copied.
@@ -94,13 +96,7 @@ def fit(
                 writer.write(done, scalars)
                 bar.set_postfix_str(_progress(groups, scalars, diverged, best))
             if saves:
-                whole = mapping.unreplicate(states)
-                marked = _mark_lost(whole)
-                if marked is not whole:
-                    diverged_now = _diverged_members(groups, _non_finite(marked))
-                    _report(diverged_now, diverged)
-                    diverged, whole, states = diverged_now, marked, mapping.replicate(marked)
-                checkpoints.save(manager, done, whole, iterator)
+                checkpoints.save(manager, done, mapping.unreplicate(states), iterator)
         writer.close()
         manager.wait_until_finished()
     return jax.tree.map(np.asarray, mapping.unreplicate(states))
@@ -138,20 +134,21 @@ def _diverged_members(
     }
 
 
-def _mark_lost(states: States) -> States:
-    """The same states, or marked ones if an update left a member without finite parameters.
+def _mark_lost(states: States, mapping: Mapping) -> States:
+    """Marks the members that their last update left without finite parameters.
 
     The loss that it leads to would tell at the next step, but there may be none.
     """
-    marked = []
-    for state in states:
+    marked, any_lost = [], False
+    for state in mapping.unreplicate(states):
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state.parameters)]
         finite = [np.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
         lost = (np.asarray(state.non_finite_step) == 0) & ~np.all(finite, axis=0)
+        any_lost |= bool(lost.any())
         steps = jnp.where(lost, state.step, state.non_finite_step)
-        marked.append(dataclasses.replace(state, non_finite_step=steps) if lost.any() else state)
-    changed = any(new is not old for new, old in zip(marked, states, strict=True))
-    return tuple(marked) if changed else states
+        marked.append(dataclasses.replace(state, non_finite_step=steps))
+    # What is on the devices is put there anew only if it has to be.
+    return mapping.replicate(tuple(marked)) if any_lost else states
 
 
 def _number_of_members(groups: Sequence[Group]) -> int:

@@ -72,12 +72,6 @@ def write_sweep(
                 losses[member] = _losses(mode, weight, seed)
     rows = [row | {"funnel_cost_saving": _saving(row, rows, retrieved)} for row in rows]
     columns = results.columns(TASKS, REPORT_AT)
-    for new, before in (
-        ("data_seed", "step"), ("temperature", "serve"), ("learning_rate", "serve"),
-    ):  # fmt: skip
-        if new not in columns:
-            columns.insert(columns.index(before), new)
-    columns += [name for name in ("non_finite_step", "member") if name not in columns]
     files = {
         "config.json": config.to_json(indent=2, sort_keys=True),
         "environment.json": json.dumps(
