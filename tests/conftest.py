@@ -5,6 +5,8 @@ pytest loads this file in the main process and in each pytest-xdist worker befor
 
 import os
 
+from hypothesis import settings
+
 DEVICES = 8
 
 # Set JAX_PLATFORMS to run the tests somewhere else.
@@ -20,3 +22,9 @@ if _DEVICE_FLAG not in os.environ.get("XLA_FLAGS", ""):
 if "PYTEST_XDIST_WORKER" in os.environ:
     for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(_variable, "1")
+
+# The same examples at every run, so that a failure is of the change that it appears with;
+# HYPOTHESIS_PROFILE=random looks for new ones.
+settings.register_profile("same", derandomize=True)
+settings.register_profile("random", derandomize=False)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))

@@ -77,8 +77,10 @@ def test_curves_match_brute_force(requests: tuple[np.ndarray, ...], shown: int) 
             student[request], teacher[request], mask[request], true[request], shown
         )
         np.testing.assert_allclose(curves.survival[request], survival, rtol=1e-6)
-        np.testing.assert_allclose(curves.value_captured[request], value, rtol=1e-6)
-        np.testing.assert_allclose(curves.true_value_captured[request], true_value, rtol=1e-6)
+        # A running sum in float32 is off by the rounding of its largest term, at most 1 here, and
+        # its last entries may be much smaller than that.
+        np.testing.assert_allclose(curves.value_captured[request], value, atol=1e-6)
+        np.testing.assert_allclose(curves.true_value_captured[request], true_value, atol=1e-6)
         known = mask[request] & ~np.isnan(teacher[request])
         assert curves.counts[request] == known.any()
         # From the number of candidates on, nothing is lost, to the last bit.
