@@ -38,6 +38,9 @@ def get_config() -> ConfigDict:
     config.student.interests = 4  # user embeddings a request
     config.student.hidden = (64,)
     config.student.table_scale = 0.05  # standard deviation of fresh embedding rows
+    config.student.user_rows = 0  # hash user ids into so many rows; 0: each id has its own
+    config.student.item_rows = 0  # the same of item ids
+    config.student.compute_dtype = "float32"  # or bfloat16; parameters and tables stay float32
 
     config.distill = ConfigDict()
     config.distill.mode = "shared"
@@ -62,6 +65,9 @@ def get_config() -> ConfigDict:
     config.teacher.experts = 4
     config.teacher.expert_hidden = 64
     config.teacher.table_scale = 0.05
+    config.teacher.user_rows = 0
+    config.teacher.item_rows = 0
+    config.teacher.compute_dtype = "float32"
     config.teacher.batch = ConfigDict()
     config.teacher.batch.requests = 128
     config.teacher.batch.candidates = 10

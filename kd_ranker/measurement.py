@@ -18,7 +18,7 @@ from kd_ranker.evaluation import cost, measures, results
 from kd_ranker.evaluation.evaluate import Ranker, evaluate, serve_probability
 from kd_ranker.evaluation.measures import Sums, summarise
 from kd_ranker.evaluation.results import Row
-from kd_ranker.models.model import Model, Parameters
+from kd_ranker.models.model import Init, Model, Parameters
 from kd_ranker.teachers import Teacher
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
@@ -209,8 +209,8 @@ def _sampled_ks(config: ConfigDict, retrieved: int, passed_for_99: object) -> li
 
 
 def _student_flops(config: ConfigDict, spec: FeatureSpec) -> float:
-    model, parameters = recipes.student_model(config, spec)
-    return _flops_per_candidate(config, spec, model, parameters)
+    model, init = recipes.student_model(config, spec)
+    return _flops_per_candidate(config, spec, model, _shapes(init))
 
 
 def _flops_per_candidate(
@@ -225,10 +225,15 @@ def _flops_per_candidate(
 
 def teacher_flops(config: ConfigDict, spec: FeatureSpec, teacher: Teacher | None) -> float:
     """FLOPs a candidate of the teacher; of the one that `config.teacher` describes if None."""
-    model, parameters = (
-        (teacher.model, teacher.parameters) if teacher else recipes.teacher_model(config, spec)
-    )
-    return _flops_per_candidate(config, spec, model, parameters)
+    if teacher:
+        return _flops_per_candidate(config, spec, teacher.model, teacher.parameters)
+    model, init = recipes.teacher_model(config, spec)
+    return _flops_per_candidate(config, spec, model, _shapes(init))
+
+
+def _shapes(init: Init) -> Parameters:
+    """Parameters without slots, by their shapes alone, which is all that a cost depends on."""
+    return jax.eval_shape(lambda: init(jax.random.key(0), 0))
 
 
 def write_measured(config: ConfigDict, workdir: Path, measured: Measured) -> None:

@@ -12,6 +12,7 @@ from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.errors import UserError, check_choice
+from kd_ranker.models.model import COMPUTE_DTYPES
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.sweep.members import AXES
@@ -33,6 +34,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "seed", "data.seed", "batch.seed", "teacher.batch.seed", "distill.weight",
     "parallel.devices", "evaluation.limit", "sweep.group_size",
+    "student.user_rows", "student.item_rows", "teacher.user_rows", "teacher.item_rows",
     "train.eval_every", "teacher.train.eval_every", "student.table_scale", "teacher.table_scale",
     "teacher.cross_layers",
     *(f"{prefix}optimizer.{name}" for prefix in ("", "teacher.") for name in (
@@ -124,7 +126,9 @@ def _check_names(config: ConfigDict) -> None:
     choices: dict[str, Iterable[str]] = {
         "data.name": SOURCES,
         "student.name": STUDENTS,
+        "student.compute_dtype": COMPUTE_DTYPES,
         "teacher.name": TEACHERS,
+        "teacher.compute_dtype": COMPUTE_DTYPES,
         "teacher.source": TEACHER_SOURCES,
         "teacher.stage": TEACHER_STAGES,
         "distill.mode": MODES,

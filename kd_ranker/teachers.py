@@ -115,7 +115,8 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
         )
     group = recipes.teacher_group(trained, dataset.spec)
     with checkpoints.open_manager(workdir) as manager:
-        (state,), step = checkpoints.restore(manager, (group.state,), batches=None)
+        abstract = (jax.eval_shape(group.init),)
+        (state,), step = checkpoints.restore(manager, abstract, batches=None)
     if step < trained.teacher.train.steps:
         raise UserError(
             f"the teacher at {workdir} stopped at step {step} of {trained.teacher.train.steps}; "

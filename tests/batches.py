@@ -1,9 +1,11 @@
 """Random batches and small sizes that several tests share."""
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import CandidateBatch, FeatureSpec
+from kd_ranker.models.model import Model, ModuleClass, Parameters, build_model
 
 SPEC = FeatureSpec(
     dataset="test",
@@ -21,7 +23,8 @@ SPEC = FeatureSpec(
     has_true_probability=False,
 )
 
-STUDENT = ConfigDict({"width": 8, "interests": 3, "hidden": (16,), "table_scale": 0.3})
+_TABLES = {"table_scale": 0.3, "user_rows": 0, "item_rows": 0, "compute_dtype": "float32"}
+STUDENT = ConfigDict({"width": 8, "interests": 3, "hidden": (16,), **_TABLES})
 TEACHER = ConfigDict(
     {
         "width": 8,
@@ -29,9 +32,21 @@ TEACHER = ConfigDict(
         "cross_layers": 2,
         "experts": 3,
         "expert_hidden": 7,
-        "table_scale": 0.3,
+        **_TABLES,
     }
 )
+
+
+def make_model(
+    module: ModuleClass, heads: int, config: ConfigDict, seed: int = 0
+) -> tuple[Model, Parameters]:
+    """A model as if training had met every id, so that each is served by its own row."""
+    model, init = build_model(module, SPEC, heads, config)
+    parameters = init(jax.random.key(seed), 0)
+    width = model.embedding.width
+    return model, parameters.replace(
+        tables={name: table.at[:, width].set(1.0) for name, table in parameters.tables.items()}
+    )
 
 
 def random_items(seed: int = 0) -> np.ndarray:

@@ -2,6 +2,13 @@
 
 A model never holds a table. It names its lookups; the step gathers the rows and hands them over as
 arrays, so gradients are taken with respect to the gathered rows and never to a whole table.
+
+A table is one array [rows, W], and a row of it holds side by side all that training knows of an id:
+
+    embedding (D) | how often it was updated (1) | slots of the optimiser (W - D - 1)
+
+so that it is fetched from memory once a step and written back once. The last row is reserved for
+ids that have none of their own.
 """
 
 from collections.abc import Mapping
@@ -9,12 +16,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from kd_ranker.batch import CandidateBatch
 
-Tables = dict[str, Float[Array, "rows D"]]
-Rows = dict[str, Float[Array, "... D"]]
+Tables = dict[str, Float[Array, "rows W"]]
+Rows = dict[str, Float[Array, "... W"]]
+
+# Rows that are drawn at a time, so that a large table needs no memory beside its own.
+_BLOCK = 1 << 16
 
 
 class Lookup(NamedTuple):
@@ -29,68 +39,183 @@ class Lookup(NamedTuple):
     mask: str
 
 
-def init_tables(sizes: Mapping[str, int], width: int, scale: float, key: PRNGKeyArray) -> Tables:
-    """Tables of normal entries.
+class TableSpec(NamedTuple):
+    """How ids find their rows.
+
+    Attributes:
+      size: how many rows there are beside the reserved one.
+      hashed: False gives each id in [0, size) a row of its own, and every other id the reserved
+        one; True spreads all ids over the rows, where some will share one.
+    """
+
+    size: int
+    hashed: bool
+
+    @property
+    def rows(self) -> int:
+        """The length of the table."""
+        return self.size + 1
+
+
+class EmbeddingSpec(NamedTuple):
+    """What is fixed about a model's embeddings.
+
+    Attributes:
+      width: D.
+      tables: by name.
+      lookups: by name.
+    """
+
+    width: int
+    tables: Mapping[str, TableSpec]
+    lookups: Mapping[str, Lookup]
+
+
+def init_table(
+    table: TableSpec, width: int, slots: int, scale: float, key: PRNGKeyArray
+) -> Float[Array, "rows W"]:
+    """A table of normal embeddings that were never updated; that of the reserved row is 0.
 
     Args:
-      sizes: table name -> number of rows.
-      width: D, the length of a row.
+      table: its rows.
+      width: D, the length of an embedding.
+      slots: how many numbers the optimiser keeps beside it, all 0 at first.
       scale: standard deviation of the entries.
-      key: a key; each table draws from a key of its own, in the order of `sizes`.
+      key: all randomness comes from it.
 
     Returns:
-      Table name -> float32 [rows, D].
+      float32 [rows, D + 1 + slots].
     """
-    keys = jax.random.split(key, len(sizes))
+    block = min(_BLOCK, table.size)
+
+    def draw(index: Int[Array, ""], rows: Float[Array, "rows W"]) -> Float[Array, "rows W"]:
+        drawn = scale * jax.random.normal(jax.random.fold_in(key, index), (block, width))
+        # The last block reaches back over the one before it.
+        start = jnp.minimum(index * block, table.size - block)
+        return jax.lax.dynamic_update_slice(rows, drawn, (start, 0))
+
+    rows = jnp.zeros((table.rows, width + 1 + slots))
+    return jax.lax.fori_loop(0, -(-table.size // block), draw, rows)
+
+
+def rows_of_ids(table: TableSpec, ids: Int[Array, "..."]) -> Int[Array, "..."]:
+    """The row of each id.
+
+    The hash is the finaliser of MurmurHash3 (Appleby, 2011), of which every input bit changes every
+    output bit with a probability of about one half.
+
+    >>> rows_of_ids(TableSpec(size=5, hashed=False), jnp.array([0, 4, 5, -1])).tolist()
+    [0, 4, 5, 5]
+    """
+    if not table.hashed:
+        return jnp.where(is_known(table, ids), ids, table.size)
+    bits = ids.astype(jnp.uint32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    bits = bits ^ (bits >> 16)
+    return (bits % jnp.uint32(table.size)).astype(ids.dtype)
+
+
+def is_known(table: TableSpec, ids: Int[Array, "..."]) -> Bool[Array, "..."]:
+    """False for an id that has to share the reserved row."""
+    return jnp.full(ids.shape, True) if table.hashed else (ids >= 0) & (ids < table.size)
+
+
+def gather(spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch, *, whole_rows: bool) -> Rows:
+    """The rows that a batch needs.
+
+    Returns:
+      Lookup name -> float32 [*shape of the ids, W], or [*shape of the ids, D] of the embeddings
+      alone if not `whole_rows`.
+    """
     return {
-        name: scale * jax.random.normal(table_key, (rows, width))
-        for (name, rows), table_key in zip(sizes.items(), keys, strict=True)
+        name: _read(
+            tables[lookup.table],
+            _rows(spec, lookup, batch),
+            tables[lookup.table].shape[1] if whole_rows else spec.width,
+        )
+        for name, lookup in spec.lookups.items()
     }
 
 
-def gather(tables: Tables, lookups: Mapping[str, Lookup], batch: CandidateBatch) -> Rows:
-    """The rows that a batch needs: lookup name -> float32 [*shape of the ids, D]."""
-    return {
-        name: tables[lookup.table][getattr(batch, lookup.ids)] for name, lookup in lookups.items()
-    }
+def embeddings(spec: EmbeddingSpec, rows: Rows) -> Rows:
+    """The embeddings of gathered rows: lookup name -> [*shape of the ids, D]."""
+    return {name: row[..., : spec.width] for name, row in rows.items()}
+
+
+def gather_to_serve(spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch) -> Rows:
+    """The embeddings that a trained model serves with, the reserved one for an id never met.
+
+    What the row of such an id holds was drawn at random and says nothing of it.
+
+    Returns:
+      Lookup name -> float32 [*shape of the ids, D].
+    """
+    served = {}
+    met = is_met(spec, tables, batch)
+    for name, lookup in spec.lookups.items():
+        table = tables[lookup.table]
+        row = jnp.where(met[name], _rows(spec, lookup, batch), table.shape[0] - 1)
+        served[name] = _read(table, row, spec.width)
+    return served
+
+
+def is_met(
+    spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch
+) -> dict[str, Bool[Array, "..."]]:
+    """For each id of each lookup, whether training has ever updated a row of its own."""
+    met = {}
+    for name, lookup in spec.lookups.items():
+        updates = tables[lookup.table][_rows(spec, lookup, batch), spec.width]
+        known = is_known(spec.tables[lookup.table], getattr(batch, lookup.ids))
+        met[name] = known & (updates > 0)
+    return met
+
+
+def _read(
+    table: Float[Array, "rows W"], row: Int[Array, "..."], columns: int
+) -> Float[Array, "... columns"]:
+    """The first columns of each row, without a copy of a narrower table."""
+
+    def read_one(row: Int[Array, ""]) -> Float[Array, "columns"]:
+        return jax.lax.dynamic_slice(table, (row, 0), (1, columns))[0]
+
+    return jax.vmap(read_one)(row.reshape(-1)).reshape(*row.shape, columns)
+
+
+def _rows(spec: EmbeddingSpec, lookup: Lookup, batch: CandidateBatch) -> Int[Array, "..."]:
+    return rows_of_ids(spec.tables[lookup.table], getattr(batch, lookup.ids))
 
 
 def ids_of_table(
-    lookups: Mapping[str, Lookup], batch: CandidateBatch, table: str, rows: int
-) -> Int[Array, "M"]:
-    """All ids that a batch looks up in one table, in the order of the lookups.
-
-    Args:
-      lookups: the model's lookups.
-      batch: the batch.
-      table: the table's name.
-      rows: its number of rows; an id that is masked out becomes this, one past the end.
+    spec: EmbeddingSpec, batch: CandidateBatch, name: str
+) -> tuple[Int[Array, "M"], Bool[Array, "M"]]:
+    """All ids that a batch looks up in one table, in the order of the lookups, and their mask.
 
     Returns:
-      int32 [M], duplicates included, where M counts the ids of all lookups of the table.
+      int32 [M], duplicates included, where M counts the ids of all lookups of the table, and bool
+      [M], False where an id only fills up space.
     """
-    ids = []
-    for lookup in lookups.values():
-        if lookup.table == table:
+    ids, masks = [], []
+    for lookup in spec.lookups.values():
+        if lookup.table == name:
             found = getattr(batch, lookup.ids)
-            if lookup.mask:
-                found = jnp.where(getattr(batch, lookup.mask), found, rows)
+            mask = getattr(batch, lookup.mask) if lookup.mask else jnp.full(found.shape, True)
             ids.append(found.reshape(-1))
-    return jnp.concatenate(ids)
+            masks.append(mask.reshape(-1))
+    return jnp.concatenate(ids), jnp.concatenate(masks)
 
 
-def gradients_of_table(
-    gradients: Rows, lookups: Mapping[str, Lookup], table: str
-) -> Float[Array, "members M D"]:
-    """Each member's gradient of each id of `ids_of_table`, in the same order.
+def rows_of_table(spec: EmbeddingSpec, rows: Rows, name: str) -> Float[Array, "members M W"]:
+    """Each member's rows, or their gradients, of each id of `ids_of_table`, in the same order.
 
-    `gradients` holds, by lookup name, the gradients of gathered rows: [members, *shape of ids, D].
+    `rows` holds, by lookup name, [members, *shape of ids, W].
     """
     return jnp.concatenate(
         [
-            gradients[name].reshape(gradients[name].shape[0], -1, gradients[name].shape[-1])
-            for name, lookup in lookups.items()
-            if lookup.table == table
+            rows[lookup_name].reshape(rows[lookup_name].shape[0], -1, rows[lookup_name].shape[-1])
+            for lookup_name, lookup in spec.lookups.items()
+            if lookup.table == name
         ],
         axis=1,
     )

@@ -2,11 +2,12 @@
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kd_ranker.batch import CandidateBatch
 
@@ -70,6 +71,15 @@ class ItemEncoder(nnx.Module):
         )
 
 
+def features_of_items(
+    item_features: Float[Array, "items F"], item_id: Int[Array, "..."], dtype: Any
+) -> Float[Array, "... F"]:
+    """The features of each item, in the given dtype; zeros for an id that the matrix lacks."""
+    # A negative index would count from the end.
+    row = jnp.where(item_id < 0, item_features.shape[0], item_id)
+    return jnp.asarray(item_features).at[row].get(mode="fill", fill_value=0).astype(dtype)
+
+
 def candidate_inputs(
     batch: CandidateBatch, item_features: Float[Array, "items F"]
 ) -> Float[Array, "R N F+X"]:
@@ -77,7 +87,9 @@ def candidate_inputs(
 
     An early ranker passes the columns that it can afford.
     """
-    return jnp.concatenate([item_features[batch.item_id], batch.candidate_features], axis=-1)
+    features = batch.candidate_features
+    own = features_of_items(item_features, batch.item_id, features.dtype)
+    return jnp.concatenate([own, features], axis=-1)
 
 
 def user_inputs(batch: CandidateBatch, user_row: Float[Array, "R D"]) -> Float[Array, "R D+U+C"]:

@@ -1,23 +1,34 @@
-"""A model as the step sees it: a graph definition, its lookups, and parameters apart from both."""
+"""A model as the step sees it: a graph definition, its embeddings, and parameters apart."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import CandidateBatch, FeatureSpec
-from kd_ranker.embedding.lookup import Lookup, Rows, Tables, gather, init_tables
+from kd_ranker.embedding.lookup import (
+    EmbeddingSpec,
+    Lookup,
+    Rows,
+    Tables,
+    TableSpec,
+    gather_to_serve,
+    init_table,
+)
+
+COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class ModuleClass(Protocol):
     """What `STUDENTS` and `TEACHERS` hold: a class of modules that score a batch.
 
-    Its modules are called with a batch, the rows that the class's `lookups` name, and the item
-    feature matrix, and return logits [R, N, heads].
+    Its modules are called with a batch, the embeddings that the class's `lookups` name, and the
+    item feature matrix, and return logits [R, N, heads].
     """
 
     lookups: dict[str, Lookup]
@@ -30,10 +41,17 @@ class ModuleClass(Protocol):
 
 
 class Model(NamedTuple):
-    """What is fixed about a model: no arrays, so it may be closed over by compiled functions."""
+    """What is fixed about a model: no arrays, so it may be closed over by compiled functions.
+
+    Attributes:
+      graph: the module's definition.
+      embedding: what it looks up.
+      dtype: of its arithmetic; parameters, tables and logits are float32 whatever it is.
+    """
 
     graph: nnx.GraphDef
-    lookups: Mapping[str, Lookup]
+    embedding: EmbeddingSpec
+    dtype: Any
 
 
 @flax.struct.dataclass
@@ -44,47 +62,71 @@ class Parameters:
     tables: Tables
 
 
+Init = Callable[[PRNGKeyArray, int], Parameters]
+
+
 def build_model(
-    module: ModuleClass,
-    spec: FeatureSpec,
-    heads: int,
-    config: ConfigDict,
-    key: PRNGKeyArray,
-) -> tuple[Model, Parameters]:
-    """Builds a model and draws its initial parameters.
+    module: ModuleClass, spec: FeatureSpec, heads: int, config: ConfigDict
+) -> tuple[Model, Init]:
+    """Builds a model.
 
     Args:
       module: a class of `STUDENTS` or `TEACHERS`.
       spec: the sizes of the dataset's features.
       heads: how many logits a candidate gets.
       config: `config.student` or `config.teacher`.
-      key: all randomness of the initialisation comes from it.
 
     Returns:
-      The model and its parameters.
+      The model, and a pure function from a key, from which all randomness comes, and the number of
+      slots that the tables' optimiser keeps a row, to initial parameters.
     """
-    dense_key, table_key = jax.random.split(key)
-    graph, dense = nnx.split(
-        module(spec, heads, config, rngs=nnx.Rngs(params=dense_key)), nnx.Param
+    tables = {
+        "user": TableSpec(config.user_rows or spec.num_users, hashed=bool(config.user_rows)),
+        "item": TableSpec(config.item_rows or spec.num_items, hashed=bool(config.item_rows)),
+    }
+    embedding = EmbeddingSpec(config.width, tables, module.lookups)
+
+    def dense_of(key: PRNGKeyArray) -> tuple[nnx.GraphDef, Any]:
+        return nnx.split(module(spec, heads, config, rngs=nnx.Rngs(params=key)), nnx.Param)
+
+    def init(key: PRNGKeyArray, slots: int) -> Parameters:
+        dense_key, table_key = jax.random.split(key)
+        _, dense = dense_of(dense_key)
+        keys = jax.random.split(table_key, len(tables))
+        return Parameters(
+            dense,
+            {
+                name: init_table(table, config.width, slots, config.table_scale, key)
+                for (name, table), key in zip(tables.items(), keys, strict=True)
+            },
+        )
+
+    graph, _ = nnx.split(
+        nnx.eval_shape(lambda: module(spec, heads, config, rngs=nnx.Rngs(params=0))), nnx.Param
     )
-    tables = init_tables(
-        {"user": spec.num_users, "item": spec.num_items},
-        config.width,
-        config.table_scale,
-        table_key,
-    )
-    return Model(graph, module.lookups), Parameters(dense, tables)
+    return Model(graph, embedding, COMPUTE_DTYPES[config.compute_dtype]), init
 
 
 def apply_model(
     model: Model,
     dense: Any,
-    rows: Rows,
+    embedded: Rows,
     batch: CandidateBatch,
     item_features: Float[Array, "items F"],
 ) -> Float[Array, "R N heads"]:
-    """The logits of a batch whose rows are gathered; differentiable in `dense` and `rows`."""
-    return nnx.merge(model.graph, dense)(batch, rows, item_features)
+    """The logits of a batch whose rows are gathered; differentiable in `dense` and `embedded`."""
+
+    def cast(tree: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: (
+                leaf.astype(model.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+            ),
+            tree,
+        )
+
+    module = nnx.merge(model.graph, cast(dense))
+    # The item features are cast when they are looked up, not all of them at every step.
+    return module(cast(batch), cast(embedded), item_features).astype(jnp.float32)
 
 
 def score(
@@ -93,6 +135,9 @@ def score(
     batch: CandidateBatch,
     item_features: Float[Array, "items F"],
 ) -> Float[Array, "R N heads"]:
-    """The logits of a batch."""
-    rows = gather(parameters.tables, model.lookups, batch)
-    return apply_model(model, parameters.dense, rows, batch, item_features)
+    """The logits of a batch, as a trained model serves them.
+
+    An id that training never met is scored with the reserved row, as is one that has no row.
+    """
+    embedded = gather_to_serve(model.embedding, parameters.tables, batch)
+    return apply_model(model, parameters.dense, embedded, batch, item_features)

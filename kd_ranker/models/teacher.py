@@ -11,6 +11,7 @@ from kd_ranker.embedding.lookup import Lookup, Rows
 from kd_ranker.models.layers import (
     ItemEncoder,
     candidate_inputs,
+    features_of_items,
     user_inputs,
 )
 from kd_ranker.models.model import ModuleClass
@@ -130,9 +131,9 @@ class FinalRanker(nnx.Module):
         self, batch: CandidateBatch, rows: Rows, item_features: Float[Array, "items F"]
     ) -> Float[Array, "R N heads"]:
         """The logits of every candidate."""
-        event_inputs = jnp.concatenate(
-            [item_features[batch.history_id], batch.history_features], axis=-1
-        )
+        of_event = batch.history_features
+        own = features_of_items(item_features, batch.history_id, of_event.dtype)
+        event_inputs = jnp.concatenate([own, of_event], axis=-1)
         events = self.event(rows["history"], event_inputs)
         inputs = candidate_inputs(batch, item_features)
         item = self.item(rows["item"], inputs)

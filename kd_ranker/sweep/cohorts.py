@@ -30,7 +30,7 @@ Cohort = list[str]  # names of members
 
 # What XLA was seen to keep of a member beside its state, in arrays of the size of its gathered
 # rows: `tests/sweep/test_cohorts.py` holds the estimate against the compiled program.
-_WORKING_ARRAYS = 12
+_WORKING_ARRAYS = 6
 # Of what is free: the data, the teacher and the evaluation want room as well.
 _SHARE_OF_MEMORY = 0.5
 
@@ -144,8 +144,9 @@ def member_bytes(config: ConfigDict, spec: FeatureSpec) -> int:
         batch = jax.tree.map(
             jnp.asarray, empty_batch(spec, config.batch.requests, config.batch.candidates)
         )
-        tables = {name: table[0] for name, table in group.state.parameters.tables.items()}
-        return group.state, gather(tables, group.recipe.model.lookups, batch)
+        state = group.init()
+        tables = {name: table[0] for name, table in state.parameters.tables.items()}
+        return state, gather(group.recipe.model.embedding, tables, batch, whole_rows=False)
 
     state, rows = jax.eval_shape(state_and_rows)
     return 3 * _bytes(state) + _WORKING_ARRAYS * _bytes(rows)

@@ -110,7 +110,7 @@ def restore(
 
     Args:
       manager: the workdir's manager.
-      state: a state of the same shapes.
+      state: a state of the same shapes, or what `jax.eval_shape` says of one.
       batches: the iterator to move to the position that was saved; None leaves it out.
 
     Raises:

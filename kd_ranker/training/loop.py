@@ -58,18 +58,22 @@ def fit(
     Raises:
       UserError: the loss of a single run stopped being finite.
     """
-    states: States = tuple(group.state for group in groups)
     iterator = iter(batches)
     with checkpoints.open_manager(workdir) as manager:
-        states, start = checkpoints.restore(manager, states, iterator)
+        abstract = tuple(jax.eval_shape(group.init) for group in groups)
+        states, start = checkpoints.restore(manager, abstract, iterator)
         skip_steps(bar, start)
         if start >= train.steps:
             return states
         writer = MetricsWriter(workdir, start)
         step = mapping.map_step(make_step([group.recipe for group in groups], teacher))
         numbers = tuple(group.numbers for group in groups)
-        diverged = _diverged_members(groups, _non_finite(states))
-        states, frozen = mapping.replicate(states), mapping.replicate(frozen)
+        if start:
+            states = mapping.replicate(states)
+        else:
+            states = mapping.create(lambda: tuple(group.init() for group in groups))
+        frozen = mapping.replicate(frozen)
+        diverged = _diverged_members(groups, mapping.unreplicate(_non_finite(states)))
         best = ""
         for done in range(start + 1, train.steps + 1):
             if len(diverged) == _number_of_members(groups):
@@ -89,6 +93,7 @@ def fit(
                 _report(diverged_now, diverged)
                 diverged = diverged_now
                 scalars = _scalars(groups, mapping.unreplicate(losses), diverged_now)
+                scalars |= _unknown_ids(mapping.unreplicate(states[0].unknown_ids))
             if not last and train.eval_every and done % train.eval_every == 0:
                 measured, best = evaluate(mapping.unreplicate(states))
                 scalars |= measured
@@ -149,6 +154,11 @@ def _mark_lost(states: States, mapping: Mapping) -> States:
         marked.append(dataclasses.replace(state, non_finite_step=steps))
     # What is on the devices is put there anew only if it has to be.
     return mapping.replicate(tuple(marked)) if any_lost else states
+
+
+def _unknown_ids(numbers: dict[str, Int[Array, ""]]) -> dict[str, float]:
+    """How many ids of the batches so far, all the same for all groups, had no row of their own."""
+    return {f"unknown_ids/{table}": int(number) for table, number in numbers.items()}
 
 
 def _number_of_members(groups: Sequence[Group]) -> int:

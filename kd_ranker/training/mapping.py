@@ -16,6 +16,8 @@ class Mapping(NamedTuple):
 
     Attributes:
       replicate: a pytree on the host or one device -> the same on all devices.
+      create: a pure function without arguments -> the pytree that it returns, made on all devices
+        and nowhere else, so that a large one is held once.
       shard: a host batch [requests, ...] -> the same, its requests split over the devices.
       map_step: step(state, batch, hyperparameters, frozen) -> its compiled, mapped version; the
         state's buffers are donated.
@@ -23,6 +25,7 @@ class Mapping(NamedTuple):
     """
 
     replicate: Callable[[Any], Any]
+    create: Callable[[Callable[[], Any]], Any]
     shard: Callable[[Any], Any]
     map_step: Callable[[Callable], Callable]
     unreplicate: Callable[[Any], Any]
@@ -41,6 +44,14 @@ def pmap(devices: Sequence[jax.Device]) -> Mapping:
             jax.tree.map(lambda array: np.broadcast_to(array, (len(devices), *array.shape)), tree)
         )
 
+    def create(make: Callable[[], Any]) -> Any:
+        def made_for_each() -> Any:
+            return jax.tree.map(
+                lambda array: jnp.broadcast_to(array, (len(devices), *array.shape)), make()
+            )
+
+        return jax.jit(made_for_each, out_shardings=sharding)()
+
     def shard(batch: Any) -> Any:
         return put(
             jax.tree.map(lambda array: array.reshape(len(devices), -1, *array.shape[1:]), batch)
@@ -48,6 +59,7 @@ def pmap(devices: Sequence[jax.Device]) -> Mapping:
 
     return Mapping(
         replicate=replicate,
+        create=create,
         shard=shard,
         map_step=lambda step: jax.pmap(
             step, axis_name=AXIS, in_axes=(0, 0, None, 0), donate_argnums=0, devices=devices
@@ -78,6 +90,7 @@ def shard_map(devices: Sequence[jax.Device]) -> Mapping:
     return Mapping(
         # A step donates its state, which must not share memory with what the caller holds.
         replicate=lambda tree: put(jax.tree.map(jnp.copy, tree), everywhere),
+        create=lambda make: jax.jit(make, out_shardings=NamedSharding(mesh, everywhere))(),
         shard=lambda batch: put(batch, split),
         map_step=map_step,
         unreplicate=lambda tree: jax.tree.map(lambda array: array.addressable_data(0), tree),

@@ -1,6 +1,6 @@
 """From configs to what the step needs: recipes, their numbers, and the states to start from."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,7 +11,7 @@ from kd_ranker.batch import FeatureSpec, Stage
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.distillation.modes import MODES, Mode
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
-from kd_ranker.models.model import Model, Parameters, build_model
+from kd_ranker.models.model import Init, Model, build_model
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
@@ -33,32 +33,24 @@ class Group(NamedTuple):
       recipe: what they have in common.
       names: a name a member, for messages and metrics; a single run's is "".
       numbers: what they differ in.
-      state: their state before the first step.
+      init: a pure function that makes their state before the first step.
     """
 
     recipe: Recipe
     names: tuple[str, ...]
     numbers: Hyperparameters
-    state: TrainState
+    init: Callable[[], TrainState]
 
 
-def student_model(config: ConfigDict, spec: FeatureSpec) -> tuple[Model, Parameters]:
-    """The student of `config` with its initial parameters."""
+def student_model(config: ConfigDict, spec: FeatureSpec) -> tuple[Model, Init]:
+    """The student of `config`, and what makes its initial parameters."""
     heads = MODES[config.distill.mode].heads_per_task * len(spec.tasks)
-    return build_model(
-        STUDENTS[config.student.name], spec, heads, config.student, jax.random.key(config.seed)
-    )
+    return build_model(STUDENTS[config.student.name], spec, heads, config.student)
 
 
-def teacher_model(config: ConfigDict, spec: FeatureSpec) -> tuple[Model, Parameters]:
-    """The teacher of `config` with its initial parameters."""
-    return build_model(
-        TEACHERS[config.teacher.name],
-        spec,
-        len(spec.tasks),
-        config.teacher,
-        jax.random.key(config.seed),
-    )
+def teacher_model(config: ConfigDict, spec: FeatureSpec) -> tuple[Model, Init]:
+    """The teacher of `config`, and what makes its initial parameters."""
+    return build_model(TEACHERS[config.teacher.name], spec, len(spec.tasks), config.teacher)
 
 
 def student_groups(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> list[Group]:
@@ -75,25 +67,21 @@ def student_groups(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> list
 
 def _student_group(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> Group:
     configs = list(members.values())
-    # Members of one seed start from the same parameters, which are drawn once.
-    drawn = {config.seed: config for config in configs}
-    models = {seed: student_model(config, spec) for seed, config in drawn.items()}
     config = configs[0]
-    model, _ = models[config.seed]
+    model, init = student_model(config, spec)
     mode = MODES[config.distill.mode]
     recipe = _recipe(config, model, mode, config.optimizer, config.train.steps)
-    parameters = stack_members([models[config.seed][1] for config in configs])
     numbers = stack_members([_numbers(config, config.optimizer) for config in configs])
-    return Group(recipe, tuple(members), numbers, _state(recipe, parameters, configs, spec))
+    return Group(recipe, tuple(members), numbers, _init(recipe, init, configs, spec))
 
 
 def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
     """The teacher of `config` as a group of one; it learns from user labels alone."""
-    model, parameters = teacher_model(config, spec)
+    model, init = teacher_model(config, spec)
     optimizer = config.teacher.optimizer
     recipe = _recipe(config, model, MODES["none"], optimizer, config.teacher.train.steps)
-    state = _state(recipe, stack_members([parameters]), [config], spec)
-    return Group(recipe, ("",), stack_members([_numbers(config, optimizer)]), state)
+    numbers = stack_members([_numbers(config, optimizer)])
+    return Group(recipe, ("",), numbers, _init(recipe, init, [config], spec))
 
 
 def _numbers(config: ConfigDict, optimizer: ConfigDict) -> Hyperparameters:
@@ -122,13 +110,20 @@ def _recipe(
     )
 
 
-def _state(
-    recipe: Recipe, parameters: Parameters, configs: Sequence[ConfigDict], spec: FeatureSpec
-) -> TrainState:
-    # A stream of its own, apart from the one that drew the parameters.
-    keys = [
-        jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1))
-        for config in configs
-    ]
-    affine = configs[0].distill.affine
-    return init_state(recipe, parameters, len(spec.tasks), affine, jnp.stack(keys))
+def _init(
+    recipe: Recipe, init: Init, configs: Sequence[ConfigDict], spec: FeatureSpec
+) -> Callable[[], TrainState]:
+    keys = jnp.stack([jax.random.key(config.seed) for config in configs])
+
+    def init_group() -> TrainState:
+        slots = recipe.row_optimizer.slots(recipe.model.embedding.width)
+        return init_state(
+            recipe,
+            jax.vmap(lambda key: init(key, slots))(keys),
+            len(spec.tasks),
+            configs[0].distill.affine,
+            # A stream of its own, apart from the one that draws the parameters.
+            jax.random.key_data(jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)),
+        )
+
+    return init_group

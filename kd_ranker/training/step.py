@@ -22,11 +22,19 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from kd_ranker.batch import CandidateBatch, Stage
 from kd_ranker.distillation.losses import Loss, bce
 from kd_ranker.distillation.modes import Mode, Transform
-from kd_ranker.embedding.lookup import Rows, gather, gradients_of_table, ids_of_table
+from kd_ranker.embedding.lookup import (
+    EmbeddingSpec,
+    Rows,
+    embeddings,
+    gather,
+    ids_of_table,
+    is_known,
+    rows_of_ids,
+    rows_of_table,
+)
 from kd_ranker.embedding.row_optimizers import (
     Occurrences,
     RowOptimizer,
-    Slots,
     find_occurrences,
     update_tables,
 )
@@ -55,26 +63,29 @@ class Hyperparameters:
 class TrainState:
     """What a group carries from step to step; a checkpoint holds it beside the loader's position.
 
-    Every array but `step` has a leading axis of members.
+    Every array has a leading axis of members, but for `step`, `unknown_ids` and `owners`, which
+    members share.
 
     Attributes:
       step: how many steps were taken.
-      parameters: dense parameters and embedding tables.
+      parameters: dense parameters, and embedding tables with their optimiser's slots.
       transform: the mode's own parameters.
       optimizer_state: of the dense parameters and the transform.
-      table_slots: of the tables' optimiser.
       non_finite_step: 0, or the step at which a member's loss stopped being finite; such a member
         is frozen as it was before that step.
       key: random state, for models that draw while they train; those built in do not.
+      unknown_ids: for each table, how many ids had no row of their own so far.
+      owners: for each table, what `find_occurrences` works with; it means nothing between steps.
     """
 
     step: Int[Array, ""]
     parameters: Parameters
     transform: Transform
     optimizer_state: optax.OptState
-    table_slots: dict[str, Slots]
     non_finite_step: Int[Array, "members"]
     key: PRNGKeyArray
+    unknown_ids: dict[str, Int[Array, ""]]
+    owners: dict[str, Int[Array, "rows"]]
 
 
 @flax.struct.dataclass
@@ -150,12 +161,13 @@ def init_state(
         parameters=parameters,
         transform=transform,
         optimizer_state=jax.vmap(recipe.optimizer.init)((parameters.dense, transform)),
-        table_slots={
-            name: jax.vmap(recipe.row_optimizer.init)(table)
-            for name, table in parameters.tables.items()
-        },
         non_finite_step=jnp.zeros(members, jnp.int32),
         key=keys,
+        unknown_ids={name: jnp.zeros((), jnp.int32) for name in parameters.tables},
+        owners={
+            name: jnp.zeros(tables.shape[1], jnp.int32)
+            for name, tables in parameters.tables.items()
+        },
     )
 
 
@@ -207,9 +219,8 @@ def make_step(recipes: Sequence[Recipe], teacher: LiveTeacher | None = None) -> 
         frozen: Frozen,
     ) -> tuple[tuple[TrainState, ...], tuple[Losses, ...]]:
         batch = with_live_teacher(teacher, batch, frozen)
-        occurrences = _find_occurrences(recipes[0].model, states[0].parameters, batch)
         updated = [
-            _update_group(recipe, state, batch, occurrences, numbers, frozen.item_features)
+            _update_group(recipe, state, batch, numbers, frozen.item_features)
             for recipe, state, numbers in zip(recipes, states, hyperparameters, strict=True)
         ]
         return tuple(state for state, _ in updated), tuple(losses for _, losses in updated)
@@ -218,15 +229,14 @@ def make_step(recipes: Sequence[Recipe], teacher: LiveTeacher | None = None) -> 
 
 
 def _find_occurrences(
-    model: Model, parameters: Parameters, batch: CandidateBatch
-) -> dict[str, Occurrences]:
-    """For each table, which of the ids that all devices look up are equal."""
-    occurrences = {}
-    for name, tables in parameters.tables.items():
-        rows = tables.shape[1]
-        ids = ids_of_table(model.lookups, batch, name, rows)
-        occurrences[name] = find_occurrences(jax.lax.all_gather(ids, AXIS, tiled=True), rows)
-    return occurrences
+    spec: EmbeddingSpec, batch: CandidateBatch, name: str, owner: Int[Array, "rows"]
+) -> tuple[Occurrences, Int[Array, "rows"], Int[Array, ""]]:
+    """Which rows of a table the ids of all devices share, and how many ids have none."""
+    table = spec.tables[name]
+    ids, mask = ids_of_table(spec, batch, name)
+    unknown = jax.lax.psum(jnp.sum(mask & ~is_known(table, ids), dtype=jnp.int32), AXIS)
+    ids, mask = _of_all_devices((ids, mask), axis=0)
+    return *find_occurrences(rows_of_ids(table, ids), mask, owner), unknown
 
 
 def _mean_over_devices(
@@ -241,13 +251,13 @@ def _losses(
     recipe: Recipe,
     dense: Any,
     transform: Transform,
-    rows: Rows,
+    embedded: Rows,
     numbers: Hyperparameters,
     batch: CandidateBatch,
     item_features: Float[Array, "items F"],
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """This device's share of a member's losses."""
-    logits = apply_model(recipe.model, dense, rows, batch, item_features)
+    logits = apply_model(recipe.model, dense, embedded, batch, item_features)
     user_logits = recipe.mode.user_logits(logits, transform)
     label_weight = jnp.broadcast_to(batch.label_weight[..., None], user_logits.shape)
     user_loss = _mean_over_devices(*bce(user_logits, batch.user_label, label_weight))
@@ -270,21 +280,31 @@ def _update_group(
     recipe: Recipe,
     state: TrainState,
     batch: CandidateBatch,
-    occurrences: dict[str, Occurrences],
     numbers: Hyperparameters,
     item_features: Float[Array, "items F"],
 ) -> tuple[TrainState, Losses]:
     """One step of all members of a group."""
+    spec = recipe.model.embedding
+    # What a lone member on a lone device has read need not be read again. Of several members that
+    # would be more than a cache holds, and other devices read rows of their own.
+    rows_are_reused = len(state.non_finite_step) == 1 and jax.lax.axis_size(AXIS) == 1
 
     def member_gradients(
         parameters: Parameters, transform: Transform, numbers: Hyperparameters
-    ) -> tuple[tuple[Any, Transform, Rows], dict[str, Float[Array, ""]]]:
-        rows = gather(parameters.tables, recipe.model.lookups, batch)
-        return jax.grad(_losses, argnums=(1, 2, 3), has_aux=True)(
-            recipe, parameters.dense, transform, rows, numbers, batch, item_features
+    ) -> tuple[tuple[Any, Transform, Rows], dict[str, Float[Array, ""]], Rows]:
+        rows = gather(spec, parameters.tables, batch, whole_rows=rows_are_reused)
+        gradients, losses = jax.grad(_losses, argnums=(1, 2, 3), has_aux=True)(
+            recipe,
+            parameters.dense,
+            transform,
+            embeddings(spec, rows),
+            numbers,
+            batch,
+            item_features,
         )
+        return gradients, losses, rows
 
-    (*dense_gradients, row_gradients), losses = jax.vmap(member_gradients)(
+    (*dense_gradients, row_gradients), losses, rows = jax.vmap(member_gradients)(
         state.parameters, state.transform, numbers
     )
     dense_gradients, losses = jax.lax.psum((tuple(dense_gradients), losses), AXIS)
@@ -324,19 +344,22 @@ def _update_group(
         numbers,
         healthy,
     )
-    tables, table_slots = {}, {}
+    tables, owners, unknown_ids = {}, {}, {}
     for name, table in state.parameters.tables.items():
-        gradients = gradients_of_table(row_gradients, recipe.model.lookups, name)
-        # Ids and rows travel between devices, never a gradient of the table's size.
-        tables[name], table_slots[name] = update_tables(
+        occurrences, owners[name], unknown = _find_occurrences(
+            spec, batch, name, state.owners[name]
+        )
+        unknown_ids[name] = state.unknown_ids[name] + unknown
+        # Ids and the gradients of their rows travel between devices, never one of a table's size.
+        tables[name] = update_tables(
             recipe.row_optimizer,
             table,
-            state.table_slots[name],
-            occurrences[name],
-            jax.lax.all_gather(gradients, AXIS, axis=1, tiled=True),
+            occurrences,
+            _of_all_devices(rows_of_table(spec, row_gradients, name), axis=1),
             factor * numbers.table_learning_rate,
             numbers.table_weight_decay,
             healthy,
+            rows_of_table(spec, rows, name)[0] if rows_are_reused else None,
         )
     return (
         dataclasses.replace(
@@ -345,8 +368,17 @@ def _update_group(
             parameters=Parameters(dense, tables),
             transform=transform,
             optimizer_state=optimizer_state,
-            table_slots=table_slots,
             non_finite_step=non_finite_step,
+            unknown_ids=unknown_ids,
+            owners=owners,
         ),
         losses,
     )
+
+
+def _of_all_devices(arrays: Any, axis: int) -> Any:
+    """The arrays of all devices, joined."""
+    # Among one, XLA would copy them.
+    if jax.lax.axis_size(AXIS) == 1:
+        return arrays
+    return jax.lax.all_gather(arrays, AXIS, axis=axis, tiled=True)

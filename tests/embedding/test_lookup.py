@@ -1,53 +1,129 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from kd_ranker.embedding.lookup import (
+    EmbeddingSpec,
+    TableSpec,
+    embeddings,
     gather,
-    gradients_of_table,
+    gather_to_serve,
     ids_of_table,
-    init_tables,
+    init_table,
+    is_known,
+    is_met,
+    rows_of_ids,
+    rows_of_table,
 )
 from kd_ranker.models.teacher import FinalRanker
 from tests.batches import SPEC, random_batch
 
 WIDTH = 4
+EMBEDDING = EmbeddingSpec(
+    WIDTH,
+    {"user": TableSpec(SPEC.num_users, False), "item": TableSpec(SPEC.num_items, False)},
+    FinalRanker.lookups,
+)
+
+
+def make_tables(slots=0):
+    return {
+        name: init_table(table, WIDTH, slots, 1.0, jax.random.key(index))
+        for index, (name, table) in enumerate(EMBEDDING.tables.items())
+    }
 
 
 def test_gradients_of_gathered_rows_add_up_to_the_table_gradient():
     """The path that the step takes, against differentiating with respect to the whole table."""
-    batch = random_batch(0)
-    lookups = FinalRanker.lookups
-    tables = init_tables(
-        {"user": SPEC.num_users, "item": SPEC.num_items}, WIDTH, 1.0, jax.random.key(0)
-    )
+    batch, tables = random_batch(0), make_tables()
     mask = {"user": None, "item": batch.candidate_mask, "history": batch.history_mask}
 
     def loss_of_rows(rows):
         return sum(
             jnp.sum(jnp.sin(row) * (1.0 if mask[name] is None else mask[name][..., None]))
-            for name, row in rows.items()
+            for name, row in embeddings(EMBEDDING, rows).items()
         )
 
-    row_gradients = jax.grad(loss_of_rows)(gather(tables, lookups, batch))
-    dense = jax.grad(lambda tables: loss_of_rows(gather(tables, lookups, batch)))(tables)
+    row_gradients = jax.grad(loss_of_rows)(gather(EMBEDDING, tables, batch, whole_rows=True))
+    dense = jax.grad(
+        lambda tables: loss_of_rows(gather(EMBEDDING, tables, batch, whole_rows=True))
+    )(tables)
     for name, table in tables.items():
-        ids = ids_of_table(lookups, batch, name, len(table))
-        (gradients,) = gradients_of_table(
-            jax.tree.map(lambda leaf: leaf[None], row_gradients), lookups, name
+        ids, _ = ids_of_table(EMBEDDING, batch, name)
+        (gradients,) = rows_of_table(
+            EMBEDDING, jax.tree.map(lambda leaf: leaf[None], row_gradients), name
         )
-        total = np.zeros((len(table) + 1, WIDTH), np.float32)
+        total = np.zeros(table.shape, np.float32)
         np.add.at(total, np.asarray(ids), np.asarray(gradients))
-        np.testing.assert_allclose(total[:-1], dense[name], atol=1e-5)
+        np.testing.assert_allclose(total, dense[name], atol=1e-5)
 
 
-def test_padding_is_not_touched():
+def test_padding_is_masked_in_the_order_of_the_ids():
     batch = random_batch(1)
-    ids = ids_of_table(FinalRanker.lookups, batch, "item", SPEC.num_items)
+    ids, mask = map(np.asarray, ids_of_table(EMBEDDING, batch, "item"))
     expected = np.concatenate(
         [batch.item_id[np.asarray(batch.candidate_mask)], batch.history_id[batch.history_mask]]
     )
-    ids = np.asarray(ids)
-    np.testing.assert_array_equal(np.sort(ids[ids < SPEC.num_items]), np.sort(expected))
-    # Masked ids become one past the end, which an update drops.
-    assert ids.max() == SPEC.num_items
+    np.testing.assert_array_equal(ids[mask], expected)
+    assert len(ids) == batch.item_id.size + batch.history_id.size
+
+
+def test_an_id_without_a_row_gets_the_reserved_one_and_is_counted():
+    table = TableSpec(size=5, hashed=False)
+    ids = jnp.array([0, 4, 5, 6, -1, 2**31 - 1, -(2**31)])
+    np.testing.assert_array_equal(rows_of_ids(table, ids), [0, 4, 5, 5, 5, 5, 5])
+    np.testing.assert_array_equal(is_known(table, ids), [1, 1, 0, 0, 0, 0, 0])
+
+
+def murmur_finaliser(number):
+    number &= 0xFFFFFFFF
+    number ^= number >> 16
+    number = number * 0x85EBCA6B % 2**32
+    number ^= number >> 13
+    number = number * 0xC2B2AE35 % 2**32
+    return number ^ number >> 16
+
+
+def test_hashed_ids_spread_evenly_and_all_are_known():
+    table = TableSpec(size=64, hashed=True)
+    ids = np.concatenate([np.arange(6400), [-1, -7, 2**31 - 1]])
+    rows = np.asarray(rows_of_ids(table, jnp.asarray(ids)))
+    np.testing.assert_array_equal(rows, [murmur_finaliser(int(i)) % 64 for i in ids])
+    assert is_known(table, jnp.asarray(ids)).all()
+    # The reserved row stays free; chi-squared with 63 degrees of freedom exceeds 104 in 1 of 1,000.
+    counts = np.bincount(rows[:6400], minlength=64)
+    assert len(counts) == 64
+    assert ((counts - 100) ** 2 / 100).sum() < 104
+
+
+@pytest.mark.parametrize("size", [1, 5, 100])
+def test_a_fresh_table_is_normal_but_for_its_reserved_row(monkeypatch, size):
+    # Several blocks, the last of which reaches back.
+    monkeypatch.setattr("kd_ranker.embedding.lookup._BLOCK", 7)
+    table = np.asarray(init_table(TableSpec(size, False), 50, 3, 0.5, jax.random.key(0)))
+    assert table.shape == (size + 1, 54)
+    assert (table[:, 50:] == 0).all()
+    assert (table[-1] == 0).all()
+    drawn = table[:-1, :50]
+    assert len(np.unique(drawn, axis=0)) == size
+    np.testing.assert_allclose(drawn.std(), 0.5, rtol=4 / np.sqrt(2 * drawn.size))
+    np.testing.assert_allclose(drawn.mean(), 0, atol=4 * 0.5 / np.sqrt(drawn.size))
+
+
+def test_rows_that_training_never_met_are_served_by_the_reserved_one():
+    batch, tables = random_batch(0), make_tables(slots=2)
+    trained = {"user": np.arange(5), "item": np.arange(0, SPEC.num_items, 2)}
+    tables = {
+        name: table.at[trained[name], WIDTH].set(3.0).at[-1, :WIDTH].set(9.0)
+        for name, table in tables.items()
+    }
+    # One that is far out of range.
+    batch.item_id[0, 0] = 10**6
+    rows = embeddings(EMBEDDING, gather(EMBEDDING, tables, batch, whole_rows=True))
+    served = gather_to_serve(EMBEDDING, tables, batch)
+    for name, lookup in EMBEDDING.lookups.items():
+        met = np.isin(getattr(batch, lookup.ids), trained[lookup.table])
+        np.testing.assert_array_equal(is_met(EMBEDDING, tables, batch)[name], met)
+        np.testing.assert_array_equal(served[name][met], rows[name][met])
+        assert (np.asarray(served[name])[~met] == 9).all()

@@ -7,11 +7,10 @@ import pytest
 from kd_ranker.batch import EvaluationBatch
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation.evaluate import Ranker, evaluate, serve_probability
-from kd_ranker.models.model import build_model
 from kd_ranker.models.student import MultiInterest
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.training.step import select_member, stack_members
-from tests.batches import SPEC, STUDENT, TEACHER, random_batch, random_items
+from tests.batches import SPEC, STUDENT, TEACHER, make_model, random_batch, random_items
 
 TASKS, SHOWN, WEIGHTS = len(SPEC.tasks), 2, (1.0, 2.0, 4.0)
 ITEMS = random_items()
@@ -20,15 +19,13 @@ ITEMS = random_items()
 def make_students(mode, seeds):
     """A group with a member a seed."""
     heads = MODES[mode].heads_per_task * TASKS
-    models = [build_model(MultiInterest, SPEC, heads, STUDENT, jax.random.key(s)) for s in seeds]
+    models = [make_model(MultiInterest, heads, STUDENT, seed) for seed in seeds]
     parameters = stack_members([parameters for _, parameters in models])
     return Ranker(serve_probability(models[0][0], MODES[mode]), parameters)
 
 
 STUDENTS = {mode: make_students(mode, [len(mode)]) for mode in ("none", "aux", "shared")}
-TEACHER_MODEL, TEACHER_PARAMETERS = build_model(
-    FinalRanker, SPEC, TASKS, TEACHER, jax.random.key(9)
-)
+TEACHER_MODEL, TEACHER_PARAMETERS = make_model(FinalRanker, TASKS, TEACHER, seed=9)
 LIVE = Ranker(serve_probability(TEACHER_MODEL, MODES["none"]), TEACHER_PARAMETERS)
 
 

@@ -1,12 +1,11 @@
-import jax
 import numpy as np
 import pytest
 from scipy.special import softmax
 
 from kd_ranker.distillation.modes import MODES
-from kd_ranker.models.model import build_model, score
+from kd_ranker.models.model import score
 from kd_ranker.models.student import STUDENTS, MultiInterest, TwoTower
-from tests.batches import SPEC, STUDENT, random_batch, random_items
+from tests.batches import SPEC, STUDENT, make_model, random_batch, random_items
 
 
 def dense(layer):
@@ -24,7 +23,7 @@ def mlp(layers, inputs):
 
 def users_and_items(parameters, batch, items):
     """The inputs of both towers, one request and one candidate at a time."""
-    tables = parameters.tables
+    tables = {name: table[:, : STUDENT.width] for name, table in parameters.tables.items()}
     users = np.stack(
         [
             np.concatenate([tables["user"][user], features, context])
@@ -48,7 +47,7 @@ def users_and_items(parameters, batch, items):
 @pytest.mark.parametrize(("requests", "candidates"), [(4, 5), (1, 1)])
 def test_multi_interest_is_the_formula(mode, requests, candidates):
     heads = MODES[mode].heads_per_task * len(SPEC.tasks)
-    model, parameters = build_model(MultiInterest, SPEC, heads, STUDENT, jax.random.key(0))
+    model, parameters = make_model(MultiInterest, heads, STUDENT)
     batch, items = random_batch(0, requests, candidates), random_items()
     users, item = users_and_items(parameters, batch, items)
     users = mlp(parameters.dense["user"]["layers"], users).reshape(
@@ -69,7 +68,7 @@ def test_multi_interest_is_the_formula(mode, requests, candidates):
 
 def test_two_tower_is_the_formula():
     heads = len(SPEC.tasks)
-    model, parameters = build_model(TwoTower, SPEC, heads, STUDENT, jax.random.key(0))
+    model, parameters = make_model(TwoTower, heads, STUDENT)
     batch, items = random_batch(0), random_items()
     users, item = users_and_items(parameters, batch, items)
     users = mlp(parameters.dense["user"]["layers"], users).reshape(-1, heads, STUDENT.width)
@@ -83,7 +82,7 @@ def test_two_tower_is_the_formula():
 @pytest.mark.parametrize("name", STUDENTS)
 def test_a_candidate_is_scored_alike_in_any_company(name):
     """No candidate's logits depend on the others: the order and the number do not matter."""
-    model, parameters = build_model(STUDENTS[name], SPEC, 3, STUDENT, jax.random.key(0))
+    model, parameters = make_model(STUDENTS[name], 3, STUDENT)
     batch, items = random_batch(0), random_items()
     order = np.array([3, 0, 4])
     fewer = batch.replace(

@@ -90,7 +90,7 @@ def test_the_estimate_of_a_members_memory_covers_the_compiled_program(mode):
             make_step([group.recipe for group in groups])
         )
         arguments = (
-            tuple(group.state for group in groups),
+            jax.eval_shape(lambda: tuple(group.init() for group in groups)),
             batch,
             tuple(group.numbers for group in groups),
             Frozen(random_items(), None),

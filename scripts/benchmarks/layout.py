@@ -1,0 +1,81 @@
+"""Three ways of updating the tables of a population, at the cascade's sizes with Adam.
+
+`loop` is the project's: one flat table, and a loop over members in the program. `flat` is one
+gather and one scatter over all members' rows, at ids with an offset a member. `vmap` maps the
+update of one member over stacked tables.
+"""
+
+import argparse
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS, find_occurrences, update_tables
+from scripts.benchmarks import measuring
+
+ROWS, WIDTH, IDS = 8_192, 32, 4_096
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Times all three in turn."""
+    members = arguments.members
+    generator = np.random.default_rng(0)
+    optimizer = ROW_OPTIMIZERS["adam"]
+    columns = WIDTH + 1 + optimizer.slots(WIDTH)
+    row = jnp.asarray(generator.integers(0, ROWS, IDS), jnp.int32)
+    mask = jnp.ones(IDS, bool)
+    gradients = jnp.asarray(generator.normal(size=(members, IDS, WIDTH)), jnp.float32)
+    numbers = (jnp.full(members, 0.01), jnp.full(members, 0.1), jnp.ones(members, bool))
+
+    def loop(state: Any, gradients: Any) -> Any:
+        tables, owner = state
+        occurrences, owner = find_occurrences(row, mask, owner)
+        return update_tables(optimizer, tables, occurrences, gradients, *numbers), owner
+
+    def vmap(state: Any, gradients: Any) -> Any:
+        tables, owner = state
+        occurrences, owner = find_occurrences(row, mask, owner)
+
+        def one(table: Any, *others: Any) -> Any:
+            first = jax.tree.map(lambda array: array[None], others)
+            return update_tables(optimizer, table[None], occurrences, *first)[0]
+
+        return jax.vmap(one)(tables, gradients, *numbers), owner
+
+    def flat(state: Any, gradients: Any) -> Any:
+        tables, owner = state
+        all_rows = (row + (jnp.arange(members) * ROWS)[:, None]).reshape(-1)
+        occurrences, owner = find_occurrences(all_rows, jnp.tile(mask, members), owner)
+        flattened = tables.reshape(1, members * ROWS, columns)
+        new = update_tables(
+            optimizer,
+            flattened,
+            occurrences,
+            gradients.reshape(1, -1, WIDTH),
+            *(number[:1] for number in numbers),
+        )
+        return new.reshape(tables.shape), owner
+
+    tables = jnp.asarray(generator.normal(size=(members, ROWS, columns)), jnp.float32)
+    owners = {"loop": ROWS, "flat": members * ROWS, "vmap": ROWS}
+    milliseconds = measuring.interleaved(
+        {
+            way.__name__: measuring.donated(
+                way, (tables, jnp.zeros(owners[way.__name__], jnp.int32)), gradients
+            )
+            for way in (loop, flat, vmap)
+        }
+    )
+    best_other = min(milliseconds["flat"]["median"], milliseconds["vmap"]["median"])
+    ratio = milliseconds["loop"]["median"] / best_other
+    updated = members * IDS * columns * tables.dtype.itemsize
+    return {
+        "ratio": ratio,
+        "bar": 1.0,
+        "passed": ratio <= 1.0,
+        "ms": milliseconds,
+        "floor": measuring.floor(0, 2 * updated, milliseconds["loop"]["median"]),
+        "sizes": {"members": members, "rows": ROWS, "width": WIDTH, "ids": IDS},
+    }

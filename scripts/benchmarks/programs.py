@@ -1,0 +1,80 @@
+"""The project's own train step, ready to be timed: as `experiments.train` builds it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from kd_ranker.batch import CandidateBatch, FeatureSpec
+from kd_ranker.data import loader
+from kd_ranker.data.builder import Dataset
+from kd_ranker.teachers import Teacher
+from kd_ranker.training import recipes
+from kd_ranker.training.mapping import MAPPINGS
+from kd_ranker.training.step import Frozen, LiveTeacher, make_step
+
+
+class Program:
+    """A compiled train step with the state that it works on."""
+
+    def __init__(
+        self,
+        members: Mapping[str, ConfigDict],
+        spec: FeatureSpec,
+        item_features: np.ndarray,
+        batch: CandidateBatch,
+        teacher: Teacher | None = None,
+    ):
+        """Compiles the step of the members, for batches like `batch`."""
+        config = next(iter(members.values()))
+        groups = recipes.student_groups(members, spec)
+        stage = recipes.TEACHER_STAGES[config.teacher.stage]
+        live = LiveTeacher(teacher.model, stage) if teacher else None
+        self.mapping = MAPPINGS["shard_map"](jax.devices()[:1])
+        self.states = self.mapping.create(lambda: tuple(group.init() for group in groups))
+        self.batch = self.mapping.shard(batch)
+        numbers = tuple(group.numbers for group in groups)
+        frozen = self.mapping.replicate(
+            Frozen(jnp.asarray(item_features), teacher.parameters if teacher else None)
+        )
+        step = self.mapping.map_step(make_step([group.recipe for group in groups], live))
+        compiled = step.lower(self.states, self.batch, numbers, frozen).compile()
+        self.flops = float(compiled.cost_analysis()["flops"])
+        self._take: Callable = lambda states, batch: compiled(states, batch, numbers, frozen)
+
+    def start(self, batch: Any) -> Any:
+        """Starts a step on a batch that is on the device; the losses may not be ready yet."""
+        self.states, losses = self._take(self.states, batch)
+        return losses
+
+    def step(self) -> None:
+        """Takes a step on the resident batch."""
+        jax.block_until_ready(self.start(self.batch))
+
+    def row_bytes(self, table: str) -> int:
+        """Bytes of a row of a table, its slots included, of all members."""
+        return sum(
+            state.parameters.tables[table][:, 0].nbytes  # [members, W]
+            for state in self.states
+        )
+
+
+def first_batch(config: ConfigDict, dataset: Dataset) -> CandidateBatch:
+    """The first training batch of `config`, on the host."""
+    return next(iter(host_batches(config, dataset)))
+
+
+def host_batches(config: ConfigDict, dataset: Dataset, **how: Any) -> Any:
+    """The training batches of `config`."""
+    return loader.training_batches(
+        dataset,
+        requests=config.batch.requests,
+        candidates=config.batch.candidates,
+        passed_share=config.batch.passed_share,
+        negative_rate=config.batch.negative_rate,
+        seed=config.batch.seed,
+        **how,
+    )
