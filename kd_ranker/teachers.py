@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import CandidateBatch
 from kd_ranker.data import builder, loader, sampling
 from kd_ranker.data.builder import Dataset
+from kd_ranker.data.columns import columns_of
 from kd_ranker.data.request import Request
 from kd_ranker.data.sources import SOURCES
 from kd_ranker.distillation.modes import MODES
@@ -156,11 +157,8 @@ def scored_requests(
     while chunk := list(itertools.islice(requests, size)):
         # A last chunk of another size would compile once more.
         filled = chunk + [chunk[-1]] * (size - len(chunk))
-        fields = [
-            sampling.full_fields(request, dataset.spec, config.funnel.retrieved)
-            for request in filled
-        ]
-        batch = CandidateBatch(**sampling.stack(fields))
+        fields = sampling.full_fields(columns_of(filled, dataset.spec), config.funnel.retrieved)
+        batch = CandidateBatch(**fields)
         (probability,) = ranker.probability(ranker.parameters, batch, item_features).values()
         for request, scored in zip(chunk, np.asarray(probability), strict=False):
             number = len(request.item_id) if everywhere else request.num_passed

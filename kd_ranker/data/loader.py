@@ -1,6 +1,7 @@
 """From records on disk to batches: Grain pipelines for training and for one pass over a split."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -8,11 +9,14 @@ from typing import Any
 import grain
 import jax.numpy as jnp
 import numpy as np
+import psutil
 import tensorflow_datasets as tfds
+from jaxtyping import Float32, Int
 
 from kd_ranker.batch import CandidateBatch, EvaluationBatch, FeatureSpec
 from kd_ranker.data import sampling
 from kd_ranker.data.builder import Dataset, from_record, record_features
+from kd_ranker.data.columns import Columns, columns_of, joined
 from kd_ranker.data.request import Request
 from kd_ranker.errors import UserError
 
@@ -39,23 +43,81 @@ def read_split(
     return records, decode
 
 
-@dataclasses.dataclass(frozen=True)
-class _SampleCandidates(grain.transforms.RandomMap):
-    """Draws the candidates of one record; the generator depends on seed and position alone."""
+ColumnsOf = Callable[[Int[np.ndarray, "R"]], tuple[Columns, Int[np.ndarray, "R"]]]
 
-    spec: FeatureSpec
+# How much of the memory that is free the requests of the training split may take.
+_SHARE_OF_MEMORY = 0.25
+_CHUNK = 512
+
+
+def training_columns(dataset: Dataset, resident: bool | None = None) -> ColumnsOf:
+    """What gives the columns that hold some requests of the split `train`, and their places there.
+
+    The requests are read and decoded once, before the first batch, and stay in memory, where a
+    quarter of what is free can hold them; else each batch reads its own. The batches are the same.
+
+    Args:
+      dataset: the dataset.
+      resident: whether they stay in memory; None decides by their size.
+    """
+    records, decode = read_split(dataset, "train", with_true_probability=False)
+    if resident is None:
+        # Decoded requests are about as large as their records.
+        sizes = [len(records[index]) for index in range(0, len(records), len(records) // 16 + 1)]
+        free = psutil.virtual_memory().available
+        resident = float(np.mean(sizes)) * len(records) <= _SHARE_OF_MEMORY * free
+
+    def read(numbers: Sequence[int]) -> Columns:
+        # All at once, which the record files answer in parallel.
+        found = records.__getitems__([int(number) for number in numbers])  # type: ignore[attr-defined]
+        return columns_of([decode(record) for record in found], dataset.spec)
+
+    if not resident:
+        return lambda numbers: (read(numbers.tolist()), np.arange(len(numbers)))
+    starts = range(0, len(records), _CHUNK)
+    everything = joined([read(range(start, min(start + _CHUNK, len(records)))) for start in starts])
+    return lambda numbers: (everything, numbers)
+
+
+def _order(requests: int, seed: int) -> Callable[[int], Int[np.ndarray, "requests"]]:
+    """The order of the requests in each epoch."""
+
+    @functools.lru_cache(maxsize=2)
+    def of_epoch(epoch: int) -> Int[np.ndarray, "requests"]:
+        return np.random.default_rng((seed, epoch)).permutation(requests)
+
+    return of_epoch
+
+
+@dataclasses.dataclass(frozen=True)
+class _CutBatch(grain.transforms.RandomMap):
+    """Batch number -> the fields of the batch, a pure function of seed and number.
+
+    A batch at a time: one request after the other would cost more than a train step.
+    """
+
+    columns_of: ColumnsOf
+    order: Callable[[int], Int[np.ndarray, "requests"]]
+    requests_of_epoch: int
+    process_index: int
+    process_count: int
+    requests: int
     candidates: int
     passed_share: float
     negative_rate: float
 
-    def random_map(self, request: Request, generator: np.random.Generator) -> sampling.Fields:
+    def random_map(self, number: int, generator: np.random.Generator) -> sampling.Fields:
+        # This process's places in the endless sequence of epochs, whose remainders are left out.
+        of_process = self.requests_of_epoch // self.process_count
+        places = np.arange(number * self.requests, (number + 1) * self.requests)
+        epochs, places = np.divmod(places, of_process)
+        places = places * self.process_count + self.process_index
+        numbers = np.concatenate(
+            [self.order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        )
+        columns, where = self.columns_of(numbers)
         return sampling.training_fields(
-            request,
-            self.spec,
-            self.candidates,
-            self.passed_share,
-            self.negative_rate,
-            generator,
+            columns, where, self.candidates, self.passed_share, self.negative_rate, generator
         )
 
 
@@ -70,6 +132,7 @@ def training_batches(
     process_index: int = 0,
     process_count: int = 1,
     to_device: Callable[[CandidateBatch], Any] = lambda batch: batch,
+    resident: bool | None = None,
 ) -> grain.IterDataset:
     """An endless dataset of training batches.
 
@@ -80,34 +143,40 @@ def training_batches(
       dataset: the dataset; its split `train` is read, without true probabilities.
       requests: requests a batch over all processes.
       candidates: candidates a request.
-      passed_share: see `sampling.training_fields`.
-      negative_rate: see `sampling.training_fields`.
+      passed_share: see `sampling.draw_candidates`.
+      negative_rate: see `sampling.draw_candidates`.
       seed: of the order and of the draws.
       process_index: this process among those that share the work.
       process_count: their number.
       to_device: puts a host batch on the devices; runs ahead in a thread of its own.
+      resident: see `training_columns`.
 
     Raises:
       UserError: the split has fewer requests than processes.
     """
-    records, decode = read_split(dataset, "train", with_true_probability=False)
-    if len(records) < process_count:
+    number = dataset.builder.info.splits["train"].num_examples
+    if number < process_count:
         raise UserError(
-            f"{dataset.directory} has {len(records)} training requests "
-            f"for {process_count} processes"
+            f"{dataset.directory} has {number} training requests for {process_count} processes"
         )
-    samples = (
-        grain.MapDataset.source(records)
-        .seed(seed)
-        .shuffle()
-        .slice(slice(process_index, None, process_count))
-        .repeat()
-        .map(decode)
-        .random_map(_SampleCandidates(dataset.spec, candidates, passed_share, negative_rate))
-        .batch(requests // process_count, drop_remainder=True)
+    cut = _CutBatch(
+        columns_of=training_columns(dataset, resident),
+        order=_order(number, seed),
+        requests_of_epoch=number,
+        process_index=process_index,
+        process_count=process_count,
+        requests=requests // process_count,
+        candidates=candidates,
+        passed_share=passed_share,
+        negative_rate=negative_rate,
     )
-    batches = samples.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)).map(
-        lambda fields: to_device(CandidateBatch(**fields))
+    # Endless to anyone who counts steps.
+    batches = (
+        grain.MapDataset.range(2**31)
+        .seed(seed)
+        .random_map(cut)
+        .to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+        .map(lambda fields: to_device(CandidateBatch(**fields)))
     )
     return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=2)
 
@@ -137,14 +206,11 @@ def evaluation_batches(
     total = _num_evaluation_requests(records, limit)
     for start in range(0, total, requests):
         present = min(requests, total - start)
-        rows = [
-            _evaluation_row(decode(records[start + offset % present]), dataset.spec, candidates)
-            for offset in range(requests)
-        ]
-        fields, true_probability = zip(*rows, strict=True)
+        rows = [decode(records[start + offset % present]) for offset in range(requests)]
+        fields, true_probability = _evaluation_fields(rows, dataset.spec, candidates)
         yield EvaluationBatch(
-            batch=CandidateBatch(**sampling.stack(fields)),
-            true_probability=jnp.asarray(np.stack(true_probability)),
+            batch=CandidateBatch(**fields),
+            true_probability=jnp.asarray(true_probability),
             request_mask=jnp.arange(requests) < present,
         )
 
@@ -159,24 +225,32 @@ def _num_evaluation_requests(records: Sequence[bytes], limit: int) -> int:
     return min(limit, len(records)) if limit else len(records)
 
 
-def _evaluation_row(
-    request: Request, spec: FeatureSpec, candidates: int
-) -> tuple[sampling.Fields, np.ndarray]:
-    number = len(request.item_id)
-    if number > candidates:
-        raise UserError(
-            f"funnel.retrieved={candidates} is less than the {number} candidates of request "
-            f"{request.request_id}"
-        )
-    true_probability = np.full((candidates, len(spec.tasks)), np.nan, np.float32)
-    true_probability[: len(request.true_probability)] = request.true_probability
-    fields = sampling.full_fields(request, spec, candidates)
-    # Stored in funnel order: a ranker that cannot tell two candidates apart must not get the one
-    # that the logged policy preferred for free. Item ids tell of popularity in some datasets, so
-    # ties fall by a fixed permutation.
-    order = np.arange(candidates)
-    order[:number] = np.random.default_rng(request.request_id).permutation(number)
-    per_candidate = {
-        name: field[order] for name, field in fields.items() if name in sampling.PER_CANDIDATE
-    }
-    return fields | per_candidate, true_probability[order]
+def _evaluation_fields(
+    requests: Sequence[Request], spec: FeatureSpec, candidates: int
+) -> tuple[sampling.Fields, Float32[np.ndarray, "R N T"]]:
+    true_probability = np.full((len(requests), candidates, len(spec.tasks)), np.nan, np.float32)
+    places = np.zeros((len(requests), candidates), np.int64)
+    real = np.zeros(places.shape, bool)
+    for row, request in enumerate(requests):
+        number = len(request.item_id)
+        if number > candidates:
+            raise UserError(
+                f"funnel.retrieved={candidates} is less than the {number} candidates of request "
+                f"{request.request_id}"
+            )
+        # Stored in funnel order: a ranker that cannot tell two candidates apart must not get the
+        # one that the logged policy preferred for free. Item ids tell of popularity in some
+        # datasets, so ties fall by a fixed permutation.
+        order = np.random.default_rng(request.request_id).permutation(number)
+        places[row, :number], real[row, :number] = order, True
+        if len(request.true_probability):
+            true_probability[row, :number] = request.true_probability[order]
+    fields = sampling.batch_fields(
+        columns_of(requests, spec),
+        np.arange(len(requests)),
+        places,
+        real,
+        real.astype(np.float32),
+        candidates,
+    )
+    return fields, true_probability

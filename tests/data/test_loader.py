@@ -76,6 +76,11 @@ def test_an_iterator_goes_on_where_its_state_was_taken(dataset):
     assert_same(expected, take(resumed, 4))
 
 
+def test_what_is_read_for_each_batch_gives_the_batches_of_what_stays_in_memory(dataset):
+    resident = take(iter(batches(dataset, resident=True)), 7)
+    assert_same(resident, take(iter(batches(dataset, resident=False)), 7))
+
+
 def test_processes_share_the_requests_of_an_epoch(dataset):
     seen = []
     for process in range(2):

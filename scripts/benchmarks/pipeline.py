@@ -1,0 +1,77 @@
+"""Train steps with the loader against steps on a resident batch.
+
+The cascade at its default batch, one student in mode shared, teacher probabilities from the logs: a
+live teacher would take longer than the loader and hide it. Turns of a hundred steps, so that what
+was prefetched while the other side ran does not count for much.
+"""
+
+import argparse
+import tempfile
+import time
+from typing import Any
+
+import jax
+
+from configs import cascade
+from kd_ranker import commands, teachers
+from scripts.benchmarks import measuring
+from scripts.benchmarks.programs import Program, first_batch, host_batches
+
+BAR, STEPS, TURNS = 0.9, 100, 10
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Times both in turn; `ratio` is that of steps a second."""
+    del arguments
+    config = cascade.get_config()
+    config.teacher.source = "logged"
+    with tempfile.TemporaryDirectory() as folder:
+        config.data.dir = folder
+        commands.prepare_data(config)
+        _, dataset = teachers.teacher_and_dataset(config)
+        batch = first_batch(config, dataset)
+        program = Program({"": config}, dataset.spec, dataset.item_features, batch)
+        start = time.perf_counter()
+        batches = iter(host_batches(config, dataset, to_device=program.mapping.shard))
+        next(batches)
+        start_up = time.perf_counter() - start
+        turns = {
+            "loader": lambda: take(program, lambda: next(batches)),
+            "resident": lambda: take(program, lambda: program.batch),
+        }
+        milliseconds = measuring.interleaved(turns, turns=TURNS, calls=1, warm=0)
+        cutting = cutting_alone(config, dataset)
+    per_step = {
+        side: {name: time / STEPS for name, time in times.items()}
+        for side, times in milliseconds.items()
+    }
+    ratio = per_step["resident"]["median"] / per_step["loader"]["median"]
+    ids = config.batch.requests * config.batch.candidates
+    return {
+        "ratio": ratio,
+        "bar": BAR,
+        "passed": ratio >= BAR,
+        "ms a step": per_step,
+        "ms to cut a batch, alone": cutting,
+        "seconds to read the training split": start_up,
+        "floor": measuring.floor(
+            program.flops, 2 * ids * program.row_bytes("item"), per_step["loader"]["median"]
+        ),
+    }
+
+
+def take(program: Program, next_batch: Any) -> None:
+    """Takes many steps, each as soon as the device is ready, as the training loop does."""
+    losses = None
+    for _ in range(STEPS):
+        losses = program.start(next_batch())
+    jax.block_until_ready(losses)
+
+
+def cutting_alone(config: Any, dataset: Any) -> dict[str, dict[str, float]]:
+    """Milliseconds to make a batch with nothing else running: from memory, and from the files."""
+    sides = {}
+    for name, resident in (("from memory", True), ("from files", False)):
+        batches = iter(host_batches(config, dataset, resident=resident))
+        sides[name] = lambda batches=batches: next(batches)
+    return measuring.interleaved(sides, turns=4, calls=20)
