@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from kd_ranker.data import loader
 from kd_ranker.data.builder import Dataset
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import cost, measures, results
-from kd_ranker.evaluation.evaluate import Ranker, evaluate, serve_probability
+from kd_ranker.evaluation.evaluate import Ranker, evaluate, make_serve
 from kd_ranker.evaluation.measures import Sums, summarise
 from kd_ranker.evaluation.results import Row
 from kd_ranker.models.model import Init, Model, Parameters
@@ -219,7 +219,11 @@ def _flops_per_candidate(
     """FLOPs of the compiled model on one request of `funnel.retrieved`, over their number."""
     retrieved = config.funnel.retrieved
     items = jax.ShapeDtypeStruct((spec.num_items, spec.item_features), np.float32)
-    probability = serve_probability(model, MODES["none"])
+    serve = make_serve(model, MODES["none"])
+
+    def probability(*arguments: Any) -> Any:
+        return serve(*arguments).probability
+
     return cost.flops(probability, parameters, empty_batch(spec, 1, retrieved), items) / retrieved
 
 

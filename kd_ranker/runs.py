@@ -13,7 +13,7 @@ from tqdm import tqdm
 from kd_ranker.data import loader
 from kd_ranker.data.builder import Dataset
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.evaluate import Ranker, serve_probability
+from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.results import Row
 from kd_ranker.measurement import Students, measure, measure_students, summary
 from kd_ranker.teachers import Teacher
@@ -68,11 +68,11 @@ def train_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> tuple[
     """Trains the teacher of `config` on user labels; returns it and its last step."""
     workdirs.claim(workdir, "train_teacher", config, without=_NOT_OF_A_TEACHER)
     group = recipes.teacher_group(config, dataset.spec)
-    probability = serve_probability(group.recipe.model, group.recipe.mode)
+    serve = make_serve(group.recipe.model, group.recipe.mode)
     section = config.teacher
 
     def ranker(states: States) -> Ranker:
-        return Ranker(probability, select_member(states[0].parameters, 0))
+        return Ranker(serve, select_member(states[0].parameters, 0))
 
     def progress(states: States) -> tuple[dict[str, float], str]:
         sums, _ = measure(config, dataset, ranker(states), [], section.train.eval_limit)
@@ -99,17 +99,17 @@ def train_students(
     # A population without a use for a teacher does not pay for one.
     distilled = any(group.recipe.mode.teacher_logits is not None for group in groups)
     live = teacher if distilled and config.teacher.source == "live" else None
-    probabilities = [serve_probability(group.recipe.model, group.recipe.mode) for group in groups]
+    serves = [make_serve(group.recipe.model, group.recipe.mode) for group in groups]
 
     def students(states: States) -> list[Students]:
         return [
             Students(
                 names=group.names,
-                ranker=Ranker(probability, state.parameters),
+                ranker=Ranker(serve, state.parameters),
                 step=int(state.step),
                 non_finite_step=tuple(np.asarray(state.non_finite_step).tolist()),
             )
-            for group, probability, state in zip(groups, probabilities, states, strict=True)
+            for group, serve, state in zip(groups, serves, states, strict=True)
         ]
 
     def progress(states: States) -> tuple[dict[str, float], str]:

@@ -19,7 +19,7 @@ from kd_ranker.data.request import Request
 from kd_ranker.data.sources import SOURCES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation.evaluate import Ranker, serve_probability
+from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
@@ -135,7 +135,7 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
     return Teacher(
         model=group.recipe.model,
         parameters=parameters,
-        ranker=Ranker(serve_probability(group.recipe.model, MODES["none"]), parameters),
+        ranker=Ranker(make_serve(group.recipe.model, MODES["none"]), parameters),
         version=digest.hexdigest()[:12],
         seed=trained.seed,
         step=step,
@@ -159,7 +159,8 @@ def scored_requests(
         filled = chunk + [chunk[-1]] * (size - len(chunk))
         fields = sampling.full_fields(columns_of(filled, dataset.spec), config.funnel.retrieved)
         batch = CandidateBatch(**fields)
-        (probability,) = ranker.probability(ranker.parameters, batch, item_features).values()
+        served = ranker.serve(ranker.parameters, batch, item_features)
+        (probability,) = served.probability.values()
         for request, scored in zip(chunk, np.asarray(probability), strict=False):
             number = len(request.item_id) if everywhere else request.num_passed
             yield dataclasses.replace(

@@ -7,51 +7,69 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from kd_ranker.batch import CandidateBatch, EvaluationBatch
 from kd_ranker.distillation.modes import Mode
+from kd_ranker.embedding.lookup import is_met
 from kd_ranker.evaluation import measures
 from kd_ranker.evaluation.measures import Sums
 from kd_ranker.models.model import Model, Parameters, score
 
 Probability = Float[Array, "R N T"]
-ServeProbability = Callable[[Parameters, CandidateBatch, Array], dict[str, Probability]]
 
 _STATIC = ("shown", "labelled")
 _teacher_request_sums = jax.jit(measures.teacher_request_sums, static_argnames=_STATIC)
 _FEW_LABELS = 16
 
 
+class Served(NamedTuple):
+    """What a model says of a batch.
+
+    Attributes:
+      probability: what it may rank by, by serve name.
+      met: for each of its lookups, whether training met each id; see `lookup.is_met`.
+    """
+
+    probability: dict[str, Probability]
+    met: dict[str, Bool[Array, "..."]]
+
+
+Serve = Callable[[Parameters, CandidateBatch, Array], Served]
+
+
 class Ranker(NamedTuple):
     """A trained model, or a group of them, as the evaluation sees it.
 
-    Rankers that share one `probability` function share its compiled program.
+    Rankers that share one `serve` function share its compiled program.
 
     Attributes:
-      probability: what one model may rank by.
+      serve: what one model says of a batch.
       parameters: of one model; for a group, stacked with a leading axis of members.
     """
 
-    probability: ServeProbability
+    serve: Serve
     parameters: Parameters
 
 
-def serve_probability(model: Model, mode: Mode) -> ServeProbability:
-    """Compiles what a model may rank by: (parameters, batch, items) -> {serve name: [R, N, T]}."""
+def make_serve(model: Model, mode: Mode) -> Serve:
+    """Compiles what a model says of a batch: (parameters, batch, items) -> `Served`."""
 
-    def probability(
+    def serve(
         parameters: Parameters, batch: CandidateBatch, item_features: Float[Array, "items F"]
-    ) -> dict[str, Probability]:
+    ) -> Served:
         logits = score(model, parameters, batch, item_features)
-        return {name: serve(logits) for name, serve in mode.serve.items()}
+        return Served(
+            {name: probability(logits) for name, probability in mode.serve.items()},
+            is_met(model.embedding, parameters.tables, batch),
+        )
 
-    return jax.jit(probability)
+    return jax.jit(serve)
 
 
-@functools.partial(jax.jit, static_argnames=("probability", *_STATIC))
+@functools.partial(jax.jit, static_argnames=("serve", *_STATIC))
 def _group_sums(
-    probability: ServeProbability,
+    serve: Serve,
     parameters: Parameters,
     teacher_probability: Probability,
     teacher_weight: Probability,
@@ -64,7 +82,7 @@ def _group_sums(
     """By serve name, the sums of one batch, each with a leading axis of members."""
 
     def member_sums(parameters: Parameters) -> dict[str, Sums]:
-        served = probability(parameters, evaluation_batch.batch, item_features)
+        served = serve(parameters, evaluation_batch.batch, item_features)
         return {
             name: measures.request_sums(
                 student_probability,
@@ -74,8 +92,9 @@ def _group_sums(
                 value_weights,
                 shown,
                 labelled,
+                served.met,
             )
-            for name, student_probability in served.items()
+            for name, student_probability in served.probability.items()
         }
 
     return jax.vmap(member_sums)(parameters)
@@ -113,11 +132,13 @@ def evaluate(
         batch = evaluation_batch.batch
         if teacher is None:
             probability, weight = batch.teacher_probability, batch.teacher_weight
+            met = None
         else:
-            (probability,) = teacher.probability(teacher.parameters, batch, items).values()
+            served_by_teacher = teacher.serve(teacher.parameters, batch, items)
+            (probability,), met = served_by_teacher.probability.values(), served_by_teacher.met
             weight = jnp.broadcast_to(batch.candidate_mask[..., None], probability.shape)
         reference = (probability, weight.astype(jnp.float32), evaluation_batch)
-        sums = _teacher_request_sums(*reference, weights, shown=shown, labelled=labelled)
+        sums = _teacher_request_sums(*reference, weights, shown=shown, labelled=labelled, met=met)
         teacher_total = measures.add(teacher_total, sums)
         for group, total in zip(groups, totals, strict=True):
             served = _group_sums(*group, *reference, items, weights, shown=shown, labelled=labelled)

@@ -44,6 +44,11 @@ class Sums:
       funnel_requests: how many requests have a candidate that the teacher knows.
       value_captured: teacher value of what is shown, for k = 1..N; the last entry is the most.
       true_value_captured: true value of the same; NaN where the dataset does not know it.
+      requests: how many requests.
+      candidates: how many candidates they have.
+      unseen_users: how many of the requests are of a user that the model never met in training; NaN
+        where the model is not known.
+      unseen_items: how many of the candidates are such items.
     """
 
     user_bce: Float[Array | np.ndarray, "T"]
@@ -62,6 +67,10 @@ class Sums:
     funnel_requests: Float[Array | np.ndarray, ""]
     value_captured: Float[Array | np.ndarray, "N"]
     true_value_captured: Float[Array | np.ndarray, "N"]
+    requests: Float[Array | np.ndarray, ""]
+    candidates: Float[Array | np.ndarray, ""]
+    unseen_users: Float[Array | np.ndarray, ""]
+    unseen_items: Float[Array | np.ndarray, ""]
 
 
 def request_sums(
@@ -72,6 +81,7 @@ def request_sums(
     value_weights: Float[Array, "T"],
     shown: int,
     labelled: int,
+    met: Mapping[str, Bool[Array, "..."]] | None = None,
 ) -> Sums:
     """The sums of one batch; pure, to be compiled with `shown` and `labelled` static.
 
@@ -89,6 +99,7 @@ def request_sums(
       shown: number of items shown.
       labelled: at least as many as a request has candidates with a label; measuring only those is
         what makes the metrics against user labels cheap.
+      met: whether training met the ids of the lookups `user` and `item`; None if nobody knows.
     """
     # In bfloat16, sums would lose their digits and 1 - MARGIN would be 1.
     student_probability = student_probability.astype(jnp.float32)
@@ -140,7 +151,19 @@ def request_sums(
         funnel_requests=curves.counts.sum().astype(curves.survival.dtype),
         value_captured=curves.value_captured.sum(axis=0),
         true_value_captured=curves.true_value_captured.sum(axis=0),
+        requests=evaluation_batch.request_mask.sum().astype(jnp.float32),
+        candidates=mask.sum().astype(jnp.float32),
+        unseen_users=_number_unseen(met, "user", evaluation_batch.request_mask),
+        unseen_items=_number_unseen(met, "item", mask),
     )
+
+
+def _number_unseen(
+    met: Mapping[str, Bool[Array, "..."]] | None, lookup: str, counts: Bool[Array, "..."]
+) -> Float[Array, ""]:
+    if met is None or lookup not in met:
+        return jnp.float32(jnp.nan)
+    return (counts & ~met[lookup]).sum().astype(jnp.float32)
 
 
 def teacher_request_sums(
@@ -150,6 +173,7 @@ def teacher_request_sums(
     value_weights: Float[Array, "T"],
     shown: int,
     labelled: int,
+    met: Mapping[str, Bool[Array, "..."]] | None = None,
 ) -> Sums:
     """`request_sums` of the teacher itself, judged only where its probabilities are known.
 
@@ -168,6 +192,7 @@ def teacher_request_sums(
         value_weights,
         shown,
         labelled,
+        met,
     )
 
 
@@ -233,6 +258,8 @@ def summarise(
     for name, curve in curve_of.items():
         row |= {f"{name}@{k}": float(curve[min(k, curve.size) - 1]) for k in report_at}
     row["passed_for_99"] = funnel.passed_for_99(curve_of["value_captured"])
+    row["unseen_users"] = float(sums.unseen_users / sums.requests)
+    row["unseen_items"] = float(sums.unseen_items / sums.candidates)
     return row
 
 

@@ -32,7 +32,7 @@ def columns(tasks: Sequence[str], report_at: Sequence[int]) -> list[str]:
         "alignment_ratio",
         *(f"{name}@{k}" for name in per_k for k in report_at),
         *("passed_for_99", "flops_per_candidate", "cost_ratio", "funnel_cost_saving"),
-        *("non_finite_step", "member"),
+        *("unseen_users", "unseen_items", "non_finite_step", "member"),
     ]
 
 

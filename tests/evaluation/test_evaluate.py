@@ -6,7 +6,7 @@ import pytest
 
 from kd_ranker.batch import EvaluationBatch
 from kd_ranker.distillation.modes import MODES
-from kd_ranker.evaluation.evaluate import Ranker, evaluate, serve_probability
+from kd_ranker.evaluation.evaluate import Ranker, evaluate, make_serve
 from kd_ranker.models.student import MultiInterest
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.training.step import select_member, stack_members
@@ -21,12 +21,12 @@ def make_students(mode, seeds):
     heads = MODES[mode].heads_per_task * TASKS
     models = [make_model(MultiInterest, heads, STUDENT, seed) for seed in seeds]
     parameters = stack_members([parameters for _, parameters in models])
-    return Ranker(serve_probability(models[0][0], MODES[mode]), parameters)
+    return Ranker(make_serve(models[0][0], MODES[mode]), parameters)
 
 
 STUDENTS = {mode: make_students(mode, [len(mode)]) for mode in ("none", "aux", "shared")}
 TEACHER_MODEL, TEACHER_PARAMETERS = make_model(FinalRanker, TASKS, TEACHER, seed=9)
-LIVE = Ranker(serve_probability(TEACHER_MODEL, MODES["none"]), TEACHER_PARAMETERS)
+LIVE = Ranker(make_serve(TEACHER_MODEL, MODES["none"]), TEACHER_PARAMETERS)
 
 
 def evaluation_batch(batch, present=None):
@@ -80,7 +80,7 @@ def test_the_members_of_a_group_are_measured_as_each_alone():
 def test_a_live_teacher_measures_as_the_same_probabilities_logged_for_all():
     def logged(evaluated):
         batch = evaluated.batch
-        (probability,) = LIVE.probability(TEACHER_PARAMETERS, batch, ITEMS).values()
+        (probability,) = LIVE.serve(TEACHER_PARAMETERS, batch, ITEMS).probability.values()
         weight = np.broadcast_to((batch.stage > 0)[..., None], probability.shape)
         return evaluated.replace(
             batch=batch.replace(
@@ -92,7 +92,8 @@ def test_a_live_teacher_measures_as_the_same_probabilities_logged_for_all():
     one = STUDENTS["shared"]
     live_teacher, (live,) = run(LIVE, [one])
     logged_teacher, (from_log,) = run(None, [one], [logged(batch) for batch in BATCHES])
-    assert_same(live_teacher, logged_teacher)
+    # Of a teacher in the logs nobody knows what it met.
+    assert_same(live_teacher.replace(unseen_users=np.nan, unseen_items=np.nan), logged_teacher)
     assert_same(live["user"], from_log["user"])
 
 
@@ -133,3 +134,25 @@ def test_requests_that_fill_up_the_last_batch_count_for_nothing(teacher):
 def test_nothing_to_evaluate_is_an_error():
     with pytest.raises(ValueError, match="no evaluation requests"):
         run(LIVE, [], [])
+
+
+def test_ids_that_training_never_met_are_counted():
+    student = STUDENTS["none"]
+    tables = dict(student.parameters.tables)
+    width = STUDENT.width
+    # Of the items, training met the even ones; of the users none.
+    tables["item"] = tables["item"].at[:, 1::2, width].set(0.0)
+    tables["user"] = tables["user"].at[:, :, width].set(0.0)
+    forgetful = student._replace(parameters=student.parameters.replace(tables=tables))
+    teacher_sums, (sums, of_forgetful) = run(LIVE, [student, forgetful])
+    assert teacher_sums.unseen_items == 0 == sums["user"].unseen_items[0]
+    stages = [np.asarray(batch.batch.stage) for batch in BATCHES]
+    odd = sum(
+        ((stage > 0) & (batch.batch.item_id % 2 == 1)).sum()
+        for stage, batch in zip(stages, BATCHES, strict=True)
+    )
+    assert of_forgetful["user"].unseen_items[0] == odd > 0
+    assert of_forgetful["user"].candidates[0] == sum((stage > 0).sum() for stage in stages)
+    assert of_forgetful["user"].unseen_users[0] == of_forgetful["user"].requests[0] > 0
+    logged, _ = run(None, [])
+    assert np.isnan(logged.unseen_items)

@@ -17,7 +17,7 @@ def test_the_columns_are_the_contracts_in_its_order():
         "teacher_kl/watch", "teacher_kl/like", "alignment_ratio", "survival@10", "survival@50",
         "value_captured@10", "value_captured@50", "true_value_captured@10",
         "true_value_captured@50", "passed_for_99", "flops_per_candidate", "cost_ratio",
-        "funnel_cost_saving", "non_finite_step", "member",
+        "funnel_cost_saving", "unseen_users", "unseen_items", "non_finite_step", "member",
     ]  # fmt: skip
 
 

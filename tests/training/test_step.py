@@ -343,3 +343,72 @@ def test_one_request_with_one_candidate_trains():
     after, losses = run(recipe, state, [random_batch(0, requests=1, candidates=1)])
     assert np.isfinite(losses["loss"])
     assert after.step == 1
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_ids_out_of_range_train_the_reserved_row_and_are_counted(devices):
+    batches = [random_batch(seed) for seed in range(2)]
+    unknown = 0
+    for index, batch in enumerate(batches):
+        # Negative, one past the end, far beyond; some of them only fill up space.
+        batch.item_id[index + 1, :3] = [-1, SPEC.num_items, 2**31 - 1]
+        unknown += (batch.stage[index + 1, :3] > 0).sum()
+    batches[1].user_id[3] = -7
+    recipe, state = make_recipe("shared", "sgd")
+    after, losses = run(recipe, state, batches, devices=devices)
+    assert np.isfinite(losses["loss"])
+    assert after.unknown_ids == {"item": unknown, "user": 1}
+    width, before = STUDENT.width, alone(state).parameters.tables
+    for name, table in after.parameters.tables.items():
+        assert 1 <= table[-1, width] <= 2
+        assert (table[-1, :width] != 0).any()
+        # Nothing is clamped: a row at either end changes only if its own id occurs.
+        met = {
+            "user": np.concatenate([batch.user_id for batch in batches]),
+            "item": np.concatenate([batch.item_id[batch.stage > 0] for batch in batches]),
+        }[name]
+        for row in set(range(len(table) - 1)) - set(met.tolist()):
+            np.testing.assert_array_equal(table[row], before[name][row])
+
+
+def test_hashed_tables_train_under_both_mappings():
+    config = STUDENT.copy_and_resolve_references()
+    config.update({"item_rows": 7, "user_rows": 5})
+    model, init = build_model(MultiInterest, SPEC, TASKS, config)
+    recipe = recipe_of("none", "sgd")._replace(model=model)
+    parameters = stack_members([init(jax.random.key(0), 0)])
+    keys = jax.random.key_data(jax.random.key(2))[None]
+    state = init_state(recipe, parameters, TASKS, True, keys)
+    assert {name: table.shape[1] for name, table in parameters.tables.items()} == {
+        "user": 6, "item": 8
+    }  # fmt: skip
+    batch = random_batch(0)
+    batch.item_id[0, 0] = 10**9
+    one, _ = run(recipe, state, [batch], live=False)
+    other, _ = run(recipe, state, [batch], live=False, mapping="shard_map", devices=2)
+    assert_close(one.parameters, other.parameters, 1e-6)
+    assert one.unknown_ids == {"user": 0, "item": 0}
+    assert (one.parameters.tables["item"][-1] == 0).all()
+
+
+def test_bfloat16_computes_coarsely_and_keeps_float32():
+    config = STUDENT.copy_and_resolve_references()
+    config.compute_dtype = "bfloat16"
+    model, _ = build_model(MultiInterest, SPEC, TASKS, config)
+    recipe, state = make_recipe("shared")
+    batches = [random_batch(seed) for seed in range(10)]
+    _, exact_losses = run(recipe, state, batches)
+    coarse, losses = run(recipe._replace(model=model), state, batches)
+    assert losses["loss"] != exact_losses["loss"]
+    np.testing.assert_allclose(losses["loss"], exact_losses["loss"], rtol=0.02)
+    assert {leaf.dtype for leaf in jax.tree.leaves((coarse.parameters, losses))} == {
+        np.dtype(np.float32)
+    }
+    # The arithmetic itself, and not only its result.
+    spread = MAPPINGS["shard_map"](jax.devices()[:1])
+    step = spread.map_step(make_step([recipe._replace(model=model)]))
+    numbers = (stack_members([hyperparameters()]),)
+    text = step.lower((state,), batches[0], numbers, Frozen(ITEMS, None)).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products
+    assert all("bf16" in line for line in products)
