@@ -37,7 +37,7 @@ class Occurrences(NamedTuple):
     Attributes:
       row: the row of each id; int32 [M].
       position: for each id, the one place among the M that stands for all ids of its row.
-      counts: whether a place stands for a row, and the row is not one to ignore; bool [M].
+      stands: whether a place stands for a row, and the row is not one to ignore; bool [M].
     """
 
     row: Int[Array, "M"]
@@ -112,8 +112,8 @@ def update_tables(
     A row is touched if the gradients of its ids add up to something other than zero.
 
     The members' tables are one flat table here, and the program loops over members: on two CPU
-    cores that took less than half the time of a `vmap` over stacked tables, and a third of that of
-    one scatter for all (`scripts/bench.py layout`; no accelerator was measured).
+    cores, for 16 of them, that took less time than a `vmap` over stacked tables or one scatter for
+    all (`docs/benchmarks.md`; no accelerator was measured).
 
     Args:
       optimizer: one of `ROW_OPTIMIZERS`.
