@@ -18,6 +18,7 @@ from kd_ranker.data.columns import columns_of
 from kd_ranker.data.request import Request
 from kd_ranker.data.sources import SOURCES
 from kd_ranker.distillation.modes import MODES
+from kd_ranker.embedding.lookup import without_slots
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.models.model import Model, Parameters
@@ -131,7 +132,9 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(state.parameters):
         digest.update(np.ascontiguousarray(leaf).tobytes())
-    parameters = jax.device_put(select_member(state.parameters, 0))
+    learned = select_member(state.parameters, 0)
+    tables = without_slots(group.recipe.model.embedding, learned.tables)
+    parameters = jax.device_put(learned.replace(tables=tables))
     return Teacher(
         model=group.recipe.model,
         parameters=parameters,

@@ -22,9 +22,9 @@ def spread_evenly(
 ) -> tuple[Places, Mask]:
     """Draws `wanted` of `numbers` in each request, at even distances from a random start.
 
-    Systematic sampling (Madow and Madow, 1944): place i is ⌊(i + start) · numbers / wanted⌋. Each
-    is drawn with the same probability wanted / numbers, none twice, and a sample of candidates in
-    funnel order reaches from the first to the last.
+    Systematic sampling (Madow and Madow, 1944): of n in which k are wanted, place i is
+    ⌊(i · n + ⌊start · n⌋) / k⌋. Each is drawn with the same probability k / n, none twice, and a
+    sample of candidates in funnel order reaches from the first to the last.
 
     Args:
       numbers: how many there are, n.
@@ -40,10 +40,9 @@ def spread_evenly(
     """
     index = np.arange(wanted.max(initial=0))
     real = index < wanted[:, None]
-    distance = numbers / np.maximum(wanted, 1)
-    places = np.floor((index + start[:, None]) * distance[:, None]).astype(np.int64)
-    # Rounding may reach the end itself.
-    places = np.minimum(places, numbers[:, None] - 1)
+    # In whole numbers: rounded ones could meet.
+    offset = np.minimum((start * numbers).astype(np.int64), numbers - 1)
+    places = (index * numbers[:, None] + offset[:, None]) // np.maximum(wanted, 1)[:, None]
     return np.where(real, places, 0), real
 
 
@@ -105,9 +104,11 @@ def draw_candidates(
     by_label = np.argsort(np.where(shown, ~positive, 2), axis=1, kind="stable")
     positives = positive.sum(axis=1)
     negatives = number_shown - positives
-    kept = _labelled_numbers(positives, negatives, negative_rate, candidates)
-    of_positives, are_positive = spread_evenly(positives, kept[0], starts[0])
-    of_negatives, are_negative = spread_evenly(negatives, kept[1], starts[1])
+    kept_positives, kept_negatives = _labelled_numbers(
+        positives, negatives, negative_rate, candidates
+    )
+    of_positives, are_positive = spread_evenly(positives, kept_positives, starts[0])
+    of_negatives, are_negative = spread_evenly(negatives, kept_negatives, starts[1])
     labelled = np.take_along_axis(
         by_label,
         np.concatenate(
@@ -116,16 +117,16 @@ def draw_candidates(
         axis=1,
     )
     is_labelled = np.concatenate([are_positive, are_negative], axis=1)
-    weights = (positives / np.maximum(kept[0], 1), negatives / np.maximum(kept[1], 1))
+    number_labelled = kept_positives + kept_negatives
 
     # The others: shown ones that were not drawn, then the rest of the passed; then the retrieved.
     drawn = np.zeros(shown.shape, bool)
     rows = np.nonzero(is_labelled)[0]
     drawn[rows, labelled[is_labelled]] = True
-    left = number_shown - kept[0] - kept[1]
+    left = number_shown - number_labelled
     undrawn = np.argsort(drawn | ~shown, axis=1, kind="stable")
     others, rest = left + passed - number_shown, retrieved - passed
-    slots = np.minimum(candidates - kept[0] - kept[1], others + rest)
+    slots = np.minimum(candidates - number_labelled, others + rest)
     from_passed = np.minimum(np.rint(passed_share * slots).astype(np.int64), others)
     from_passed = np.maximum(from_passed, slots - rest)
     of_others, are_others = spread_evenly(others, from_passed, starts[2])
@@ -138,8 +139,9 @@ def draw_candidates(
     real = np.concatenate([is_labelled, are_others, are_rest], axis=1)
     places = np.concatenate([labelled, of_others, passed[:, None] + of_rest], axis=1)
     factors = np.zeros(real.shape, np.float32)
-    factors[:, : are_positive.shape[1]] = weights[0][:, None]
-    factors[:, are_positive.shape[1] : is_labelled.shape[1]] = weights[1][:, None]
+    first_negative, first_other = are_positive.shape[1], is_labelled.shape[1]
+    factors[:, :first_negative] = (positives / np.maximum(kept_positives, 1))[:, None]
+    factors[:, first_negative:first_other] = (negatives / np.maximum(kept_negatives, 1))[:, None]
     # What is real moves to the front.
     front = np.argsort(~real, axis=1, kind="stable")[:, :candidates]
     real = np.take_along_axis(real, front, axis=1)

@@ -160,6 +160,11 @@ def gather_to_serve(spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch) 
     return served
 
 
+def without_slots(spec: EmbeddingSpec, tables: Tables) -> Tables:
+    """The tables as far as serving needs them, [rows, D + 1]."""
+    return {name: table[:, : spec.width + 1] for name, table in tables.items()}
+
+
 def is_met(
     spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch
 ) -> dict[str, Bool[Array, "..."]]:

@@ -79,6 +79,14 @@ def test_what_is_drawn_is_real_and_drawn_once(numbers, seed):
         assert (np.diff(drawn) > 0).all()
 
 
+@pytest.mark.parametrize(("number", "wanted"), [(3, 3), (1000, 1000), (1000, 999), (1, 1)])
+def test_a_start_next_to_one_draws_nothing_twice(number, wanted):
+    start = np.array([np.nextafter(1, 0)])
+    places, _ = sampling.spread_evenly(np.array([number]), np.array([wanted]), start)
+    assert len(np.unique(places)) == wanted
+    assert places.max() < number
+
+
 def test_each_place_is_drawn_as_often_as_any_other():
     starts = np.random.default_rng(0).random(20_000)
     same = np.ones(len(starts), int)

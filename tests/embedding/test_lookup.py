@@ -15,6 +15,7 @@ from kd_ranker.embedding.lookup import (
     is_met,
     rows_of_ids,
     rows_of_table,
+    without_slots,
 )
 from kd_ranker.models.teacher import FinalRanker
 from tests.batches import SPEC, random_batch
@@ -127,3 +128,6 @@ def test_rows_that_training_never_met_are_served_by_the_reserved_one():
         np.testing.assert_array_equal(is_met(EMBEDDING, tables, batch)[name], met)
         np.testing.assert_array_equal(served[name][met], rows[name][met])
         assert (np.asarray(served[name])[~met] == 9).all()
+    slim = without_slots(EMBEDDING, tables)
+    assert {table.shape[1] for table in slim.values()} == {WIDTH + 1}
+    jax.tree.map(np.testing.assert_array_equal, gather_to_serve(EMBEDDING, slim, batch), served)

@@ -371,6 +371,23 @@ def test_ids_out_of_range_train_the_reserved_row_and_are_counted(devices):
             np.testing.assert_array_equal(table[row], before[name][row])
 
 
+def test_devices_exchange_ids_and_rows_and_nothing_of_a_tables_size():
+    recipe, state = make_recipe("shared", "adam")
+    spread = MAPPINGS["shard_map"](jax.devices()[:2])
+    numbers = (stack_members([hyperparameters()]),)
+    step = spread.map_step(make_step([recipe], LIVE))
+    batch = random_batch(0, requests=8, candidates=5)
+    text = step.lower((state,), batch, numbers, Frozen(ITEMS, TEACHER_PARAMETERS)).compile()
+    lines = text.as_text().splitlines()
+    exchanges = [line for line in lines if " all-gather(" in line or " all-reduce(" in line]
+    assert exchanges
+    for rows in (SPEC.num_users + 1, SPEC.num_items + 1):
+        assert any(f",{rows}," in line for line in lines)  # the table itself
+        assert not any(f",{rows}," in line or f"[{rows}," in line for line in exchanges)
+        # A gradient would have the table's rows and an embedding's width.
+        assert not any(f"{rows},{STUDENT.width}]" in line for line in lines)
+
+
 def test_hashed_tables_train_under_both_mappings():
     config = STUDENT.copy_and_resolve_references()
     config.update({"item_rows": 7, "user_rows": 5})
