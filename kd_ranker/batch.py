@@ -3,10 +3,15 @@
 Every room speaks of a batch in these terms: `R` requests, `N` candidates a request, `T` tasks,
 `H` events of history. A batch holds what differs from request to request. What belongs to an item
 alone lies once on the device, in the item feature matrix, and is looked up by `item_id`.
+
+Categorical features come as *category ids*. All of them share one range: that of a feature follows
+those of the features before it (`FeatureSpec.category_starts`), so one table of rows serves them
+all. -1 fills up where there is no value.
 """
 
 import dataclasses
 import enum
+import itertools
 import json
 from typing import Any
 
@@ -40,6 +45,8 @@ class CandidateBatch:
     history_mask: Bool[Array, "R H"]
     item_id: Int[Array, "R N"]
     candidate_features: Float[Array, "R N X"]
+    request_category: Int[Array, "R K"]  # category ids of user and context; -1 fills up
+    candidate_category: Int[Array, "R N L"]  # those that differ from request to request
     stage: Int8[Array, "R N"]  # a `Stage`
     user_label: Float[Array, "R N T"]  # 0 or 1
     label_weight: Float[Array, "R N"]  # 0 where not shown
@@ -66,6 +73,27 @@ class EvaluationBatch:
 
 
 @dataclasses.dataclass(frozen=True)
+class Category:
+    """A categorical feature: one value, or a bag of up to `length` values without an order.
+
+    Attributes:
+      name: for people.
+      of: what it belongs to, one of `CATEGORY_OWNERS`.
+      size: how many values it has, those for values that are rare or unheard of included.
+      length: how many category ids it takes; 1 for a single value.
+    """
+
+    name: str
+    of: str
+    size: int
+    length: int = 1
+
+
+CATEGORY_OWNERS = ("request", "candidate", "item")
+TEACHER_SIGNALS = ("probability", "rank")
+
+
+@dataclasses.dataclass(frozen=True)
 class FeatureSpec:
     """The sizes of a dataset's features; stored beside the dataset as `feature_spec.json`.
 
@@ -84,6 +112,9 @@ class FeatureSpec:
       history_features: width E of what is known of each event of the history.
       teacher_version: the only model version whose logged probabilities count; "" if none do.
       has_true_probability: whether evaluation requests carry the true probabilities.
+      categories: the categorical features, in the order of their category ids.
+      teacher_signal: what the log holds of the teacher, one of `TEACHER_SIGNALS`: probabilities, or
+        positions, of which the probability columns then hold `teacher_signal.probability_of_rank`.
     """
 
     dataset: str
@@ -99,6 +130,23 @@ class FeatureSpec:
     history_features: int
     teacher_version: str
     has_true_probability: bool
+    categories: tuple[Category, ...] = ()
+    teacher_signal: str = "probability"
+
+    @property
+    def category_starts(self) -> tuple[int, ...]:
+        """The first category id of each feature; its ids lie in [start, start + size)."""
+        ends = itertools.accumulate(category.size for category in self.categories)
+        return (0, *ends)[: len(self.categories)]
+
+    @property
+    def num_categories(self) -> int:
+        """Category ids lie in [0, num_categories)."""
+        return sum(category.size for category in self.categories)
+
+    def category_width(self, of: str) -> int:
+        """How many category ids each request, candidate or item carries, one of CATEGORY_OWNERS."""
+        return sum(category.length for category in self.categories if category.of == of)
 
     def to_json(self) -> str:
         """The spec as JSON, one key an attribute."""
@@ -108,7 +156,9 @@ class FeatureSpec:
     def from_json(cls, text: str) -> "FeatureSpec":
         """The inverse of `to_json`."""
         fields = json.loads(text)
-        return cls(**{**fields, "tasks": tuple(fields["tasks"])})
+        fields["tasks"] = tuple(fields["tasks"])
+        fields["categories"] = tuple(Category(**of) for of in fields.get("categories", ()))
+        return cls(**fields)
 
 
 def empty_batch(spec: FeatureSpec, requests: int, candidates: int) -> CandidateBatch:
@@ -128,6 +178,8 @@ def empty_batch(spec: FeatureSpec, requests: int, candidates: int) -> CandidateB
         history_mask=zeros(np.bool_, history),
         item_id=zeros(np.int32, candidates),
         candidate_features=zeros(np.float32, candidates, spec.candidate_features),
+        request_category=zeros(np.int32, spec.category_width("request")),
+        candidate_category=zeros(np.int32, candidates, spec.category_width("candidate")),
         stage=zeros(np.int8, candidates),
         user_label=zeros(np.float32, candidates, tasks),
         label_weight=zeros(np.float32, candidates),

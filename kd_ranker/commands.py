@@ -73,6 +73,7 @@ def log_teacher(config: ConfigDict) -> Path:
     source = Source(
         spec=dataclasses.replace(dataset.spec, teacher_version=teacher.version),
         item_features=dataset.item_features,
+        item_category=dataset.item_category,
         requests=functools.partial(teachers.scored_requests, config, dataset, teacher),
         num_requests={split: splits[split].num_examples for split in builder.SPLITS},
     )

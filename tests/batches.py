@@ -79,6 +79,8 @@ def random_batch(seed: int, requests: int = 8, candidates: int = 5) -> Candidate
         history_mask=chance(requests, history),
         item_id=ids(SPEC.num_items, requests, candidates),
         candidate_features=normal(requests, candidates, SPEC.candidate_features),
+        request_category=np.zeros((requests, 0), np.int32),
+        candidate_category=np.zeros((requests, candidates, 0), np.int32),
         stage=stage,
         user_label=chance(requests, candidates, tasks).astype(np.float32),
         label_weight=(generator.uniform(0.5, 3, stage.shape) * (stage == 3)).astype(np.float32),

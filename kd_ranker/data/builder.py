@@ -5,6 +5,7 @@ beside the records
 
     feature_spec.json   the sizes of its features (`FeatureSpec`)
     items.npy           float32 [num_items, F], what is known of each item, stored once
+    item_category.npy   int32 [num_items, I], the category ids of each item
 
 TFDS writes into a temporary folder and renames it at the end, so a dataset is whole or absent.
 """
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
-from jaxtyping import Float32
+from jaxtyping import Float32, Int32
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -29,9 +30,9 @@ from kd_ranker.batch import FeatureSpec
 from kd_ranker.data.request import Request, Source
 from kd_ranker.errors import UserError
 
-FORMAT_VERSION = "1.0.0"
+FORMAT_VERSION = "1.1.0"
 SPLITS = ("train", "test")
-_SPEC_FILE, _ITEMS_FILE = "feature_spec.json", "items.npy"
+_SPEC_FILE, _ITEMS_FILE, _CATEGORY_FILE = "feature_spec.json", "items.npy", "item_category.npy"
 # Where the dataset is put does not change what is in it, nor does what a report lists.
 _DATA_KEYS_WITHOUT_INFLUENCE = ("dir",)
 _FUNNEL_KEYS_OF_DATA = ("retrieved", "passed", "shown")
@@ -44,6 +45,7 @@ class Dataset:
     directory: Path
     spec: FeatureSpec
     item_features: Float32[np.ndarray, "items F"]
+    item_category: Int32[np.ndarray, "items I"]
     builder: tfds.core.DatasetBuilder
 
 
@@ -59,6 +61,12 @@ def record_features(spec: FeatureSpec) -> tfds.features.FeaturesDict:
         return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES)
 
     tasks = len(spec.tasks)
+    # TFDS cannot store a width of 0.
+    categories = {
+        f"{of}_category": tensor(np.int32, *number, width)
+        for of, number in (("request", ()), ("candidate", (None,)))
+        if (width := spec.category_width(of))
+    }
     return tfds.features.FeaturesDict(
         {
             "request_id": tfds.features.Scalar(np.int64),
@@ -77,13 +85,18 @@ def record_features(spec: FeatureSpec) -> tfds.features.FeaturesDict:
             "teacher_weight": tensor(np.float32, None),
             "teacher_version": tfds.features.Text(),
             "true_probability": tensor(np.float32, None, tasks),
+            **categories,
         }
     )
 
 
 def to_record(request: Request, tasks: Sequence[str]) -> dict[str, Any]:
     """A request as the builder stores it."""
-    record = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
+    record = {
+        field.name: value
+        for field in dataclasses.fields(request)
+        if (value := getattr(request, field.name)) is not None
+    }
     probability = record.pop("teacher_probability")
     return record | {
         teacher_column(task): np.ascontiguousarray(probability[:, index])
@@ -164,6 +177,8 @@ class Requests(tfds.core.GeneratorBasedBuilder):
         (self.data_path / _SPEC_FILE).write_text(self._source.spec.to_json())
         with (self.data_path / _ITEMS_FILE).open("wb") as file:
             np.save(file, self._source.item_features)
+        with (self.data_path / _CATEGORY_FILE).open("wb") as file:
+            np.save(file, _item_category(self._source))
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
@@ -177,6 +192,12 @@ class Requests(tfds.core.GeneratorBasedBuilder):
         for index, request in enumerate(requests):
             _check_ids(request, self._source.spec)
             yield index, to_record(request, self._source.spec.tasks)
+
+
+def _item_category(source: Source) -> Int32[np.ndarray, "items I"]:
+    if source.item_category is None:
+        return np.zeros((source.spec.num_items, 0), np.int32)
+    return source.item_category
 
 
 def _check_widths(spec: FeatureSpec) -> None:
@@ -194,10 +215,14 @@ def _check_ids(request: Request, spec: FeatureSpec) -> None:
         ("user_id", np.asarray([request.user_id]), spec.num_users),
         ("item_id", request.item_id, spec.num_items),
         ("history_id", request.history_id, spec.num_items),
+        # -1 fills up.
+        ("request_category", request.request_category, spec.num_categories),
+        ("candidate_category", request.candidate_category, spec.num_categories),
     ):
-        if ids.size and not (ids.min() >= 0 and ids.max() < size):
+        least = -1 if name.endswith("_category") else 0
+        if ids is not None and ids.size and not (ids.min() >= least and ids.max() < size):
             raise UserError(
-                f"request {request.request_id}: {name} must lie in [0, {size}), "
+                f"request {request.request_id}: {name} must lie in [{least}, {size}), "
                 f"found {ids.min()} to {ids.max()}"
             )
 
@@ -247,5 +272,6 @@ def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:
         directory=directory,
         spec=FeatureSpec.from_json((directory / _SPEC_FILE).read_text()),
         item_features=np.load(directory / _ITEMS_FILE),
+        item_category=np.load(directory / _CATEGORY_FILE),
         builder=tfds.builder_from_directory(directory),
     )

@@ -30,6 +30,8 @@ class Columns:
     candidate_start: Int[np.ndarray, "n+1"]
     item_id: Int32[np.ndarray, "candidates"]
     candidate_features: Float32[np.ndarray, "candidates X"]
+    request_category: Int32[np.ndarray, "n K"]
+    candidate_category: Int32[np.ndarray, "candidates L"]
     shown_start: Int[np.ndarray, "n+1"]
     user_label: UInt8[np.ndarray, "shown T"]
     label_weight: Float32[np.ndarray, "shown"]
@@ -57,6 +59,12 @@ def columns_of(requests: Sequence[Request], spec: FeatureSpec) -> Columns:
         candidate_start=_starts(len(request.item_id) for request in requests),
         item_id=np.concatenate([request.item_id for request in requests]),
         candidate_features=np.concatenate([request.candidate_features for request in requests]),
+        request_category=np.stack(
+            [_or_none(request.request_category, (0,)) for request in requests]
+        ),
+        candidate_category=np.concatenate(
+            [_or_none(r.candidate_category, (len(r.item_id), 0)) for r in requests]
+        ),
         shown_start=_starts(len(request.user_label) for request in requests),
         user_label=np.concatenate([request.user_label for request in requests]),
         label_weight=np.concatenate([request.label_weight for request in requests]),
@@ -66,6 +74,11 @@ def columns_of(requests: Sequence[Request], spec: FeatureSpec) -> Columns:
             [proper_teacher_values(request, spec.teacher_version) for request in requests]
         ),
     )
+
+
+def _or_none(category: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray:
+    """The category ids, an array of width 0 where the dataset has none."""
+    return np.zeros(shape, np.int32) if category is None else category
 
 
 def proper_teacher_values(request: Request, version: str) -> Bool[np.ndarray, "L T"]:

@@ -36,6 +36,9 @@ class Request:
     teacher_weight: Float32[np.ndarray, "L"]  # 0 where the log says that nothing was written
     teacher_version: str  # of the model that wrote `teacher_probability`
     true_probability: Float32[np.ndarray, "N T"]  # [0, T] in training requests and where unknown
+    # Category ids, see `kd_ranker.batch`; None in a dataset without such features.
+    request_category: Int32[np.ndarray, "K"] | None = None
+    candidate_category: Int32[np.ndarray, "N L"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +50,11 @@ class Source:
       item_features: float32 [num_items, F], what is known of each item; stored once.
       requests: split name ("train" or "test") -> its requests, the same ones at every call.
       num_requests: split name -> how many requests `requests` yields, for progress bars.
+      item_category: the category ids of each item, -1 where there is none; None without any.
     """
 
     spec: FeatureSpec
     item_features: Float32[np.ndarray, "items F"]
     requests: Callable[[str], Iterator[Request]]
     num_requests: dict[str, int]
+    item_category: Int32[np.ndarray, "items I"] | None = None

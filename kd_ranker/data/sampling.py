@@ -194,6 +194,12 @@ def batch_fields(
         "candidate_features": of_candidates(
             columns.candidate_features, columns.candidate_start, real
         ),
+        "request_category": columns.request_category[requests],
+        "candidate_category": np.where(
+            real[..., None],
+            of_candidates(columns.candidate_category, columns.candidate_start, real),
+            -1,
+        ),
         "stage": np.where(real, stage, Stage.PADDING).astype(np.int8),
         "user_label": label.astype(np.float32),
         "label_weight": (label_weight * factors).astype(np.float32),

@@ -53,9 +53,10 @@ def pmap(devices: Sequence[jax.Device]) -> Mapping:
         return jax.jit(made_for_each, out_shardings=sharding)()
 
     def shard(batch: Any) -> Any:
-        return put(
-            jax.tree.map(lambda array: array.reshape(len(devices), -1, *array.shape[1:]), batch)
-        )
+        def split(array: Any) -> Any:
+            return array.reshape(len(devices), array.shape[0] // len(devices), *array.shape[1:])
+
+        return put(jax.tree.map(split, batch))
 
     return Mapping(
         replicate=replicate,

@@ -75,6 +75,8 @@ class Sizes:
             history_mask=np.zeros((self.requests, 1), bool),
             item_id=ids(self.items, *of_candidates),
             candidate_features=normal(*of_candidates, 0),
+            request_category=np.zeros((self.requests, 0), np.int32),
+            candidate_category=np.zeros((*of_candidates, 0), np.int32),
             stage=np.where(shown, Stage.SHOWN, Stage.PASSED).astype(np.int8),
             user_label=label.astype(np.float32),
             label_weight=shown.astype(np.float32),
