@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import jax
 from ml_collections import ConfigDict
 
+from kd_ranker.data.loader import ORDERS
 from kd_ranker.data.sources import SOURCES
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.distillation.modes import MODES
@@ -131,6 +132,8 @@ def _check_names(config: ConfigDict) -> None:
         "teacher.compute_dtype": COMPUTE_DTYPES,
         "teacher.source": TEACHER_SOURCES,
         "teacher.stage": TEACHER_STAGES,
+        "batch.order": ORDERS,
+        "teacher.batch.order": ORDERS,
         "distill.mode": MODES,
         "distill.loss": LOSSES,
         "parallel.mapping": MAPPINGS,
