@@ -3,9 +3,14 @@
 The cascade at its default batch, one student in mode shared, teacher probabilities from the logs: a
 live teacher would take longer than the loader and hide it. Turns of a hundred steps, so that what
 was prefetched while the other side ran does not count for much.
+
+A batch that every step sees again stays in the caches, and so do its rows of the tables. So the
+loader is held against many resident batches in turn as well: what is left of the difference then is
+the loader's own.
 """
 
 import argparse
+import itertools
 import tempfile
 import time
 from typing import Any
@@ -16,9 +21,9 @@ from configs import cascade
 from kd_ranker import commands, teachers
 from kd_ranker.training.mapping import MAPPINGS
 from scripts.benchmarks import measuring
-from scripts.benchmarks.programs import Program, first_batch, training_batches
+from scripts.benchmarks.programs import Program, first_batch, host_batches, training_batches
 
-BAR, STEPS, TURNS = 0.9, 100, 10
+BAR, STEPS, TURNS, RESIDENT = 0.9, 100, 30, 64
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -38,9 +43,12 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         next(batches)
         start_up = time.perf_counter() - start
         program = Program({"": config}, dataset.spec, dataset.item_features, batch, data=data)
+        read = itertools.islice(host_batches(config, dataset), RESIDENT)
+        fresh = itertools.cycle([shard(batch) for batch in read])
         turns = {
             "loader": lambda: take(program, lambda: next(batches)),
             "resident": lambda: take(program, lambda: program.batch),
+            "resident batches in turn": lambda: take(program, lambda: next(fresh)),
         }
         milliseconds = measuring.interleaved(turns, turns=TURNS, calls=1, warm=0)
         cutting = cutting_alone(config, dataset)
@@ -49,11 +57,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         for side, times in milliseconds.items()
     }
     ratio = per_step["resident"]["median"] / per_step["loader"]["median"]
+    in_turn = per_step["resident batches in turn"]["median"] / per_step["loader"]["median"]
     ids = config.batch.requests * config.batch.candidates
     return {
         "ratio": ratio,
         "bar": BAR,
         "passed": ratio >= BAR,
+        "ratio, resident batches in turn": in_turn,
         "ms a step": per_step,
         "ms to make, alone": cutting,
         "seconds to read the training split": start_up,

@@ -1,6 +1,6 @@
 """The project's own train step, ready to be timed: as `experiments.train` builds it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -71,7 +71,12 @@ class Program:
 
 def first_batch(config: ConfigDict, dataset: Dataset) -> CandidateBatch:
     """The first training batch of `config`, on the host."""
-    return next(iter(training_batches(config, dataset, resident=False).batches))
+    return next(host_batches(config, dataset))
+
+
+def host_batches(config: ConfigDict, dataset: Dataset) -> Iterator[CandidateBatch]:
+    """The training batches of `config`, read from the files and cut on the host."""
+    return iter(training_batches(config, dataset, resident=False).batches)
 
 
 def training_batches(config: ConfigDict, dataset: Dataset, **how: Any) -> loader.TrainingBatches:
