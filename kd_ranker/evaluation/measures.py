@@ -231,6 +231,7 @@ def summarise(
     tasks: Sequence[str],
     report_at: Sequence[int],
     teacher_user_bce: Mapping[str, float] | None = None,
+    teacher_signal: str = "probability",
 ) -> dict[str, float]:
     """The measured columns of `results.csv`, in their order; NaN where there is nothing to measure.
 
@@ -239,10 +240,14 @@ def summarise(
       tasks: names of the tasks, in the order of the T axis.
       report_at: the values of k to report; one beyond the number of candidates means all of them.
       teacher_user_bce: `user_bce` of the teacher by task, for `alignment_ratio`; NaN without it.
+      teacher_signal: one of `batch.TEACHER_SIGNALS`. Of positions only the order means something,
+        so what is measured in nats against them is NaN.
     """
     sums = add(None, sums)
     user_bce = _ratio(sums.user_bce, sums.label_weight)
     teacher_bce = _ratio(sums.teacher_bce, sums.teacher_weight)
+    if teacher_signal == "rank":
+        teacher_bce = np.full_like(teacher_bce, np.nan)
     of_tasks = {
         "user_bce": user_bce,
         "user_auc": _ratio(sums.user_auc, sums.user_auc_requests),

@@ -328,6 +328,22 @@ def test_teacher_judged_as_a_student() -> None:
     assert row["teacher_kl/watch"] == pytest.approx(0, abs=1e-6)
 
 
+def test_of_a_teachers_positions_only_the_order_is_measured() -> None:
+    case = random_case()
+    user_bce = {"watch": 1.0, "like": 1.0}
+    row = measures.summarise(case.sums(), TASKS, [SHOWN], user_bce)
+    of_order = measures.summarise(case.sums(), TASKS, [SHOWN], user_bce, "rank")
+    empty = {name for name, number in of_order.items() if np.isnan(number)}
+    empty -= {"unseen_users", "unseen_items"}
+    assert empty == {
+        *(f"{name}/{task}" for name in ("teacher_bce", "teacher_kl") for task in TASKS),
+        "alignment_ratio",
+    }
+    assert {name: row[name] for name in row if name not in empty} == pytest.approx(
+        {name: of_order[name] for name in row if name not in empty}, nan_ok=True
+    )
+
+
 def test_teacher_with_holes_is_judged_only_where_it_is_known() -> None:
     case = random_case()
     case.teacher_weight[:, ::3, 0] = 0  # of one task, so that the other still counts for the BCE
