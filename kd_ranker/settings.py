@@ -21,6 +21,7 @@ from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
 from kd_ranker.training.recipes import TEACHER_STAGES
 
 TEACHER_SOURCES = ("live", "logged")
+BATCH_ORDERS = ("shuffled", "time")
 
 _POSITIVE = (
     "funnel.retrieved", "funnel.passed", "funnel.shown",
@@ -125,6 +126,8 @@ def _check_elements(config: ConfigDict) -> None:
 def _check_names(config: ConfigDict) -> None:
     choices: dict[str, Iterable[str]] = {
         "data.name": SOURCES,
+        "batch.order": BATCH_ORDERS,
+        "teacher.batch.order": BATCH_ORDERS,
         "student.name": STUDENTS,
         "student.compute_dtype": COMPUTE_DTYPES,
         "teacher.name": TEACHERS,

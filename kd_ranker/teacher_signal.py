@@ -1,7 +1,7 @@
 """What a log holds of the teacher (`FeatureSpec.teacher_signal`): probabilities, or positions.
 
-Positions become pseudo-probabilities, so that all that reads a log reads numbers in [0, 1]. They say
-nothing of how likely an action is: what compares with them may use their order, no more.
+Positions become pseudo-probabilities, so that all that reads a log reads numbers in [0, 1]. They
+say nothing of how likely an action is: what compares with them may use their order, no more.
 """
 
 import numpy as np

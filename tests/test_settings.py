@@ -39,6 +39,8 @@ def test_the_movielens_config_is_valid_on_as_many_devices_as_share_its_batch():
         ({"student__name": "giant"}, "multi_interest"),
         ({"optimizer__table_name": "sgdd"}, "optimizer.table_name='sgdd'"),
         ({"parallel__mapping": "vmap"}, "pmap, shard_map"),
+        ({"batch__order": "random"}, "batch.order='random' does not exist; choose one of: s"),
+        ({"teacher__batch__order": ""}, "teacher.batch.order=''"),
         ({"data__name": "netflix"}, "cascade, movielens_100k"),
         ({"tasks": ("watch", "buy", "like")}, "'buy', which cascade lacks; it has: watch, like"),
         ({"tasks": ()}, "tasks is empty; cascade has: watch, like, share"),
