@@ -1,6 +1,6 @@
 import pytest
 
-from configs import cascade, movielens
+from configs import cascade, movielens, recflow
 from kd_ranker import settings
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.errors import UserError
@@ -27,6 +27,12 @@ def test_the_configs_are_valid(config):
 
 def test_the_movielens_config_is_valid_on_as_many_devices_as_share_its_batch():
     settings.validate(movielens.get_config())
+
+
+@pytest.mark.parametrize("variant", ["", "small"])
+def test_the_recflow_config_is_valid_where_there_is_its_loss(variant, monkeypatch):
+    monkeypatch.setitem(LOSSES, "softmax", LOSSES["bce"])
+    settings.validate(recflow.get_config(variant))
 
 
 @pytest.mark.parametrize(
