@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.batch.passed_share = 0.5  # of the slots that the shown candidates leave
     config.batch.negative_rate = 1.0  # share of the shown candidates without a positive to keep
     config.batch.seed = 0  # of the order of the data and the draws of candidates
-    config.batch.order = "shuffled"  # anew at every pass; or time, the order of the dataset
+    config.batch.order = "shuffled"  # of the requests of an epoch; or time
 
     config.student = ConfigDict()
     config.student.name = "multi_interest"

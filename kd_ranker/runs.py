@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,8 +40,8 @@ def device_mapping(config: ConfigDict) -> DeviceMapping:
 
 def training_batches(
     config: ConfigDict, dataset: Dataset, batch: ConfigDict, mapping: DeviceMapping
-) -> grain.IterDataset:
-    """The training batches of a run, on the devices.
+) -> loader.TrainingBatches:
+    """The training batches of a run, on the devices, or draws from its data.
 
     `batch` is `config.batch` or `config.teacher.batch`.
     """
@@ -53,10 +52,18 @@ def training_batches(
         passed_share=batch.passed_share,
         negative_rate=batch.negative_rate,
         seed=batch.seed,
+        order=batch.order,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         to_device=mapping.shard,
+        copies=1 + _devices_of_host(config),
     )
+
+
+def _devices_of_host(config: ConfigDict) -> int:
+    """How many of the run's devices have the memory of this machine as theirs."""
+    devices = jax.devices()[: config.parallel.devices or None]
+    return sum(device.platform == "cpu" for device in devices)
 
 
 def progress_bar(name: str, steps: int) -> tqdm:
@@ -161,14 +168,21 @@ def _fit(
     """`fit` with what `section` (`config`, or `config.teacher`) says of batches and steps."""
     mapping = device_mapping(config)
     stage = TEACHER_STAGES[config.teacher.stage]
+    batches, data = training_batches(config, dataset, section.batch, mapping)
+    frozen = mapping.replicate(
+        Frozen(
+            item_features=jnp.asarray(dataset.item_features),
+            teacher=live.parameters if live else None,
+            data=data,
+        )
+    )
+    # It lies on the devices now, and need not fill the host as well.
+    del data
     return fit(
         groups=groups,
         teacher=LiveTeacher(live.model, stage) if live else None,
-        batches=training_batches(config, dataset, section.batch, mapping),
-        frozen=Frozen(
-            item_features=jnp.asarray(dataset.item_features),
-            teacher=live.parameters if live else None,
-        ),
+        batches=batches,
+        frozen=frozen,
         mapping=mapping,
         train=section.train,
         workdir=workdir,

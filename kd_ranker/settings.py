@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import jax
 from ml_collections import ConfigDict
 
+from kd_ranker.data.loader import ORDERS
 from kd_ranker.data.sources import SOURCES
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.distillation.modes import MODES
@@ -21,7 +22,6 @@ from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
 from kd_ranker.training.recipes import TEACHER_STAGES
 
 TEACHER_SOURCES = ("live", "logged")
-BATCH_ORDERS = ("shuffled", "time")
 
 _POSITIVE = (
     "funnel.retrieved", "funnel.passed", "funnel.shown",
@@ -126,14 +126,14 @@ def _check_elements(config: ConfigDict) -> None:
 def _check_names(config: ConfigDict) -> None:
     choices: dict[str, Iterable[str]] = {
         "data.name": SOURCES,
-        "batch.order": BATCH_ORDERS,
-        "teacher.batch.order": BATCH_ORDERS,
         "student.name": STUDENTS,
         "student.compute_dtype": COMPUTE_DTYPES,
         "teacher.name": TEACHERS,
         "teacher.compute_dtype": COMPUTE_DTYPES,
         "teacher.source": TEACHER_SOURCES,
         "teacher.stage": TEACHER_STAGES,
+        "batch.order": ORDERS,
+        "teacher.batch.order": ORDERS,
         "distill.mode": MODES,
         "distill.loss": LOSSES,
         "parallel.mapping": MAPPINGS,

@@ -132,7 +132,8 @@ def test_logged_records_carry_the_teachers_version_and_no_other_counts(world):
 
     def weights(of):
         sizes = dict(requests=8, candidates=32, passed_share=0.5, negative_rate=1.0, seed=0)
-        return np.asarray(next(iter(loader.training_batches(of, **sizes))).teacher_weight)
+        made = loader.training_batches(of, resident=False, **sizes)
+        return np.asarray(next(iter(made.batches)).teacher_weight)
 
     other = dataclasses.replace(dataset.spec, teacher_version="of-another-teacher")
     assert (weights(dataset) == 1).all()

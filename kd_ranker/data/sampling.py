@@ -1,54 +1,181 @@
-"""From requests on the host to the fixed number of candidates that a batch holds.
+"""From many requests to a training batch of some, with a fixed number of candidates each.
 
-Host side, NumPy, a whole batch at a time: the results are the fields of `CandidateBatch`.
+What is drawn at random is a handful of whole numbers a request (`Draw`); which candidates these
+mean is arithmetic, and the batch is gathered from `Columns`. The same functions run on NumPy arrays
+on the host and, compiled into the train step, on a device that holds the columns.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
+import flax.struct
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Array, Float, Int, Shaped
 
-from kd_ranker.batch import Stage
-from kd_ranker.data.columns import Columns
+from kd_ranker.batch import CandidateBatch, Stage
+from kd_ranker.data import packing
+from kd_ranker.data.columns import Columns, in_sampling_order, lengths
+from kd_ranker.data.packing import Packed
 
 Fields = dict[str, Any]
-Counts = Int[np.ndarray, "R"]
-Places = Int[np.ndarray, "R width"]
-Mask = Bool[np.ndarray, "R width"]
+Places = Int[Array, "R N"]
+
+# The kinds of candidates that a batch holds, in the order in which it holds them.
+POSITIVES, NEGATIVES, OTHERS, REST = range(KINDS := 4)
+
+# What a batch holds of a request itself, and of a candidate, as it stands in `Columns`.
+_FIELDS_OF_REQUESTS = (
+    *("user_id", "user_features", "context", "request_category"),
+    *("history_id", "history_features", "history_mask"),
+)
+_FIELDS_OF_CANDIDATES = ("item_id", "candidate_features", "candidate_category")
 
 
-def spread_evenly(
-    numbers: Counts, wanted: Counts, start: Float[np.ndarray, "R"]
-) -> tuple[Places, Mask]:
-    """Draws `wanted` of `numbers` in each request, at even distances from a random start.
+@flax.struct.dataclass
+class RequestData:
+    """Requests as a batch is cut from them: each part is one array, of which a row is one read.
 
-    Systematic sampling (Madow and Madow, 1944): of n in which k are wanted, place i is
-    ⌊(i · n + ⌊start · n⌋) / k⌋. Each is drawn with the same probability k / n, none twice, and a
-    sample of candidates in funnel order reaches from the first to the last.
+    Attributes:
+      requests: what is known of each request: fields of `CandidateBatch`, where its candidates,
+        labels and teacher probabilities begin, and how many there are.
+      candidates: what is known of each candidate of each request.
+      labels: the user labels of those that were shown.
+      teacher: the teacher's probabilities of those that it scored.
+    """
+
+    requests: Packed
+    candidates: Packed
+    labels: Packed
+    teacher: Packed
+
+
+class Slots(NamedTuple):
+    """How many of a request's slots in a batch, counted from the first, can hold what.
+
+    Attributes:
+      candidates: N, a candidate.
+      labels: a user label that counts.
+      teacher: a teacher probability.
+    """
+
+    candidates: int
+    labels: int
+    teacher: int
+
+
+@flax.struct.dataclass
+class TrainingData:
+    """Requests to train on, and how many candidates of each kind a batch holds of each.
+
+    The kinds are those that were shown and have a positive label; those that were shown and have
+    none; the others that were passed, where a shown one whose labels were not drawn counts as
+    passed; and the rest of the retrieved.
+
+    Attributes:
+      data: the requests, their candidates as `in_sampling_order` puts them. In [n, kinds],
+        `numbers` says how many candidates of each kind a request has, and `wanted` how many of them
+        a batch holds.
+      slots: of a batch.
+    """
+
+    data: RequestData
+    slots: Slots = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Draw:
+    """What is random about the batches of a few steps in a row.
+
+    Attributes:
+      request: which of the requests, for each of the steps.
+      offset: the place at which the sample of each kind starts, in [0, number of that kind); 0 if
+        there are none. A run of places from a uniform one on draws each place with the same
+        probability, and none twice: systematic sampling (Madow and Madow, 1944).
+    """
+
+    request: Int[Array, "R steps"]
+    offset: Int[Array, "R steps kinds"]
+
+
+def training_data(
+    columns: Columns, candidates: int, passed_share: float, negative_rate: float
+) -> tuple[TrainingData, Int[np.ndarray, "n kinds"]]:
+    """Decides how many candidates of each kind a batch holds of each request.
+
+    Shown ones come first: all positives, and of the n negatives a share `negative_rate`, k in
+    number, each of which then counts n / k times, so that weighted sums over the labels keep their
+    expectation; what does not fit is thinned and reweighted the same way. The slots that are left
+    are filled from the passed and from the rest; where one of the two runs out the other fills up.
 
     Args:
-      numbers: how many there are, n.
-      wanted: how many to draw, at most n.
-      start: uniform in [0, 1).
+      columns: the requests, on the host.
+      candidates: `config.batch.candidates`, the most to hold.
+      passed_share: the share of the slots left after the shown that the passed fill.
+      negative_rate: the share of the shown candidates without any positive label to keep.
 
     Returns:
-      Places in [0, n), filled up with 0, and which of them are real.
-
-    >>> places, real = spread_evenly(np.array([10, 3]), np.array([4, 1]), np.array([0.5, 0.5]))
-    >>> places.tolist()
-    [[1, 3, 6, 8], [1, 0, 0, 0]]
+      The data, on the host, and how many candidates of each kind there are, for `draw`.
     """
-    index = np.arange(wanted.max(initial=0))
-    real = index < wanted[:, None]
-    # In whole numbers: rounded ones could meet.
-    offset = np.minimum((start * numbers).astype(np.int64), numbers - 1)
-    places = (index * numbers[:, None] + offset[:, None]) // np.maximum(wanted, 1)[:, None]
-    return np.where(real, places, 0), real
+    columns, positives = in_sampling_order(columns)
+    shown, retrieved = columns.num_shown, lengths(columns.candidate_start)
+    passed = np.maximum(columns.num_passed, shown)
+    negatives = shown - positives
+    kept_positives, kept_negatives = _labelled_numbers(
+        positives, negatives, negative_rate, candidates
+    )
+    labelled = kept_positives + kept_negatives
+    others, rest = passed - labelled, retrieved - passed
+    slots = np.minimum(candidates - labelled, others + rest)
+    from_others = np.minimum(np.rint(passed_share * slots).astype(np.int64), others)
+    from_others = np.maximum(from_others, slots - rest)
+    numbers = [positives, negatives, others, rest]
+    wanted = [kept_positives, kept_negatives, from_others, slots - from_others]
+    slots_with_teacher = candidates
+    if (columns.num_scored <= passed).all():
+        slots_with_teacher = int((labelled + from_others).max())
+    of_kinds = {"numbers": np.stack(numbers, axis=1), "wanted": np.stack(wanted, axis=1)}
+    slots_of = Slots(candidates, int(labelled.max()), slots_with_teacher)
+    return TrainingData(request_data(columns, of_kinds), slots_of), of_kinds["numbers"]
+
+
+def request_data(
+    columns: Columns, more: Mapping[str, Shaped[np.ndarray, "n ..."]] | None = None
+) -> RequestData:
+    """The requests of `columns`, on the host, with more that is known of each under its name."""
+    of_requests = (
+        *_FIELDS_OF_REQUESTS,
+        *("num_passed", "num_shown", "num_scored"),
+    )
+    starts = {
+        name: getattr(columns, name)[:-1]
+        for name in ("candidate_start", "shown_start", "scored_start")
+    }
+    return RequestData(
+        requests=packing.pack(
+            {name: getattr(columns, name) for name in of_requests} | starts | dict(more or {})
+        ),
+        candidates=packing.pack(
+            {name: getattr(columns, name) for name in _FIELDS_OF_CANDIDATES},
+            nothing={"candidate_category": -1},
+        ),
+        labels=packing.pack(
+            {"user_label": columns.user_label, "label_weight": columns.label_weight}
+        ),
+        teacher=packing.pack(
+            {"teacher_probability": columns.teacher_probability},
+            nothing={"teacher_probability": np.nan},
+        ),
+    )
 
 
 def _labelled_numbers(
-    positives: Counts, negatives: Counts, negative_rate: float, slots: int
-) -> tuple[Counts, Counts]:
+    positives: Int[np.ndarray, "n"],
+    negatives: Int[np.ndarray, "n"],
+    negative_rate: float,
+    slots: int,
+) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
     """How many positive and negative candidates a batch keeps with their labels."""
     wanted = np.rint(negative_rate * negatives).astype(np.int64)
     wanted = np.minimum(np.maximum(wanted, 1), negatives)
@@ -63,188 +190,188 @@ def _labelled_numbers(
     return kept, np.where(thinned, np.minimum(slots - kept, wanted), wanted)
 
 
-def draw_candidates(
-    columns: Columns,
-    requests: Int[np.ndarray, "R"],
-    candidates: int,
-    passed_share: float,
-    negative_rate: float,
-    generator: np.random.Generator,
-) -> tuple[Places, Mask, Float[np.ndarray, "R width"]]:
-    """Which candidates of each request a training batch holds.
-
-    Shown ones come first: all positives, and of the n negatives a share `negative_rate`, k in
-    number, each of which then counts n / k times, so that weighted sums over the labels keep their
-    expectation; what does not fit is thinned and reweighted the same way. The slots that are left
-    are filled from the passed and from the rest, where a shown one whose labels were not drawn
-    counts as passed; where one of the two runs out the other fills up.
+def draw(
+    request: Int[np.ndarray, "R steps"],
+    start: Float[np.ndarray, "R steps kinds"],
+    numbers: Int[np.ndarray, "R steps kinds"],
+) -> Draw:
+    """What uniform numbers mean.
 
     Args:
-      columns: the dataset.
-      requests: which of its requests.
-      candidates: `config.batch.candidates`, the most to hold.
-      passed_share: the share of the slots left after the shown that the passed fill.
-      negative_rate: the share of the shown candidates without any positive label to keep.
-      generator: the source of all randomness.
+      request: which of the requests.
+      start: uniform in [0, 1).
+      numbers: how many candidates of each kind these requests have.
+    """
+    # A product with a number next to 1 may be rounded up.
+    offset = np.minimum((start * numbers).astype(np.int32), np.maximum(numbers - 1, 0))
+    return Draw(request.astype(np.int32), offset.astype(np.int32))  # type: ignore[arg-type]
+
+
+def around(index: Int[Array, "..."], number: Int[Array, "..."]) -> Int[Array, "..."]:
+    """`index`, in [0, 2 · number), on a circle of `number` places.
+
+    >>> around(np.arange(6), 4).tolist()
+    [0, 1, 2, 3, 0, 1]
+    """
+    return index - number * (index >= number)
+
+
+def cut_batch(data: TrainingData, draw: Draw, step: int | Int[Array, ""] = 0) -> CandidateBatch:
+    """The batch that a draw means for one of its steps: shown candidates first, padding last.
+
+    On arrays of NumPy or of JAX, whichever they are.
+    """
+    requests = packing.take(data.data.requests, draw.request[:, step])
+    place, factor = _places(
+        requests["numbers"], requests["wanted"], draw.offset[:, step], data.slots.candidates
+    )
+    return CandidateBatch(**batch_fields(data.data, requests, place, factor, data.slots))
+
+
+def _places(
+    numbers: Int[Array, "R kinds"],
+    wanted: Int[Array, "R kinds"],
+    offset: Int[Array, "R kinds"],
+    candidates: int,
+) -> tuple[Places, Float[Array, "R N"]]:
+    """Which candidates of each request a draw means.
 
     Returns:
-      Places in a request's list of candidates; which of them are real, first those; and the factor
-      on the label weight of each, 0 for what is not to be learned from labels.
+      Places in a request's list of candidates, -1 where there is none; and the factor on the label
+      weight of each, 0 for what is not to be learned from labels.
     """
-    retrieved = _lengths(columns.candidate_start, requests)
-    number_shown = _lengths(columns.shown_start, requests)
-    passed = np.maximum(columns.num_passed[requests], number_shown)
-    starts = generator.random((4, len(requests)))
+    xp = _namespace(offset)
+    slot = xp.arange(candidates, dtype=offset.dtype)
+    # Sums of four, one by one: a compiled scan over so few costs more.
+    ends = [wanted[:, [POSITIVES]]]
+    for kind in (NEGATIVES, OTHERS, REST):
+        ends.append(ends[-1] + wanted[:, [kind]])
 
-    # The shown, positives before negatives.
-    index = np.arange(number_shown.max(initial=0))
-    shown = index < number_shown[:, None]
-    label = _of_candidates(columns.user_label, columns.shown_start[requests], index, shown)
-    positive = label.any(axis=2)
-    by_label = np.argsort(np.where(shown, ~positive, 2), axis=1, kind="stable")
-    positives = positive.sum(axis=1)
-    negatives = number_shown - positives
-    kept_positives, kept_negatives = _labelled_numbers(
-        positives, negatives, negative_rate, candidates
-    )
-    of_positives, are_positive = spread_evenly(positives, kept_positives, starts[0])
-    of_negatives, are_negative = spread_evenly(negatives, kept_negatives, starts[1])
-    labelled = np.take_along_axis(
-        by_label,
-        np.concatenate(
-            [of_positives, np.where(are_negative, positives[:, None] + of_negatives, 0)], axis=1
-        ),
-        axis=1,
-    )
-    is_labelled = np.concatenate([are_positive, are_negative], axis=1)
-    number_labelled = kept_positives + kept_negatives
+    def pick(of_kinds: Any) -> Int[Array, "R N"]:
+        """The number of each slot's kind: a choice among four costs less than a gather."""
+        picked = of_kinds[REST]
+        for kind in (OTHERS, NEGATIVES, POSITIVES):
+            picked = xp.where(slot < ends[kind], of_kinds[kind], picked)
+        return picked
 
-    # The others: shown ones that were not drawn, then the rest of the passed; then the retrieved.
-    drawn = np.zeros(shown.shape, bool)
-    rows = np.nonzero(is_labelled)[0]
-    drawn[rows, labelled[is_labelled]] = True
-    left = number_shown - number_labelled
-    undrawn = np.argsort(drawn | ~shown, axis=1, kind="stable")
-    others, rest = left + passed - number_shown, retrieved - passed
-    slots = np.minimum(candidates - number_labelled, others + rest)
-    from_passed = np.minimum(np.rint(passed_share * slots).astype(np.int64), others)
-    from_passed = np.maximum(from_passed, slots - rest)
-    of_others, are_others = spread_evenly(others, from_passed, starts[2])
-    if undrawn.shape[1]:
-        again = np.take_along_axis(undrawn, np.minimum(of_others, undrawn.shape[1] - 1), axis=1)
-        later = number_shown[:, None] + of_others - left[:, None]
-        of_others = np.where(of_others < left[:, None], again, later)
-    of_rest, are_rest = spread_evenly(rest, slots - from_passed, starts[3])
+    def of_kind(array: Int[Array, "R kinds"]) -> Int[Array, "R N"]:
+        return pick([array[:, [kind]] for kind in range(KINDS)])
 
-    real = np.concatenate([is_labelled, are_others, are_rest], axis=1)
-    places = np.concatenate([labelled, of_others, passed[:, None] + of_rest], axis=1)
-    factors = np.zeros(real.shape, np.float32)
-    first_negative, first_other = are_positive.shape[1], is_labelled.shape[1]
-    factors[:, :first_negative] = (positives / np.maximum(kept_positives, 1))[:, None]
-    factors[:, first_negative:first_other] = (negatives / np.maximum(kept_negatives, 1))[:, None]
-    # What is real moves to the front.
-    front = np.argsort(~real, axis=1, kind="stable")[:, :candidates]
-    real = np.take_along_axis(real, front, axis=1)
-    places = np.take_along_axis(places, front, axis=1)
-    factors = np.take_along_axis(factors, front, axis=1)
-    return np.where(real, places, 0), real, np.where(real, factors, 0)
+    # A sample is a run of places on the circle of its kind; what it leaves out follows it there.
+    number, k, begin = of_kind(numbers), of_kind(wanted), pick([0 * ends[0], *ends[:-1]])
+    sampled = around(of_kind(offset) + slot - begin, number)
+
+    # Among the others, those shown ones that were not drawn come first: positives, negatives.
+    positives, negatives = numbers[:, [POSITIVES]], numbers[:, [NEGATIVES]]
+    drawn_positives, drawn_negatives = wanted[:, [POSITIVES]], wanted[:, [NEGATIVES]]
+    after_positives = sampled - (positives - drawn_positives)
+    left_positive = around(offset[:, [POSITIVES]] + drawn_positives + sampled, positives)
+    left_negative = around(offset[:, [NEGATIVES]] + drawn_negatives + after_positives, negatives)
+    after_negatives = after_positives - (negatives - drawn_negatives)
+    other = xp.where(after_positives < 0, left_positive, positives + left_negative)
+    other = xp.where(after_negatives < 0, other, positives + negatives + after_negatives)
+    passed = numbers[:, [OTHERS]] + drawn_positives + drawn_negatives
+    place = pick([sampled, positives + sampled, other, passed + sampled])
+    stands_for = number.astype(xp.float32) / xp.maximum(k, 1).astype(xp.float32)
+    factor = xp.where(slot < ends[NEGATIVES], stands_for, xp.float32(0))
+    return xp.where(slot < ends[REST], place, -1), factor
+
+
+def whole_batch(
+    batch: CandidateBatch | Draw, data: TrainingData | None, done: Int[Array, ""]
+) -> CandidateBatch:
+    """The batch itself, or the one that a draw from `data` means after so many steps."""
+    if isinstance(batch, Draw):
+        assert data is not None, "a draw needs the data that it is of"
+
+        def cut() -> CandidateBatch:
+            return cut_batch(data, batch, done % batch.request.shape[1])
+
+        def nothing() -> CandidateBatch:
+            return jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), jax.eval_shape(cut))
+
+        # Always the first: a branch keeps XLA on a CPU from working out anew, within each of the
+        # passes that read a candidate, which candidate it is. A barrier there does not.
+        return jax.lax.cond(done >= 0, cut, nothing)
+    return batch
 
 
 def batch_fields(
-    columns: Columns,
-    requests: Int[np.ndarray, "R"],
+    data: RequestData,
+    requests: Mapping[str, Shaped[Array, "R ..."]],
     places: Places,
-    real: Mask,
-    factors: Float[np.ndarray, "R width"],
-    candidates: int,
+    factors: Float[Array, "R N"],
+    slots: Slots,
 ) -> Fields:
     """The fields of `CandidateBatch` for the chosen candidates.
 
     Args:
-      columns: the dataset.
-      requests: which of its requests.
-      places: which candidates of each, in the order of the batch.
-      real: which of these mean anything.
-      factors: a factor on the label weight of each.
-      candidates: the number N to fill up to.
+      data: the dataset.
+      requests: what `data.requests` says of the chosen requests.
+      places: which candidates of each, in the order of the batch; -1 for none.
+      factors: a factor on the label weight of each; 0 from slot `slots.labels` on.
+      slots: of the batch.
     """
-    missing = candidates - places.shape[1]
-    places, real, factors = (
-        np.pad(array, [(0, 0), (0, missing)]) for array in (places, real, factors)
-    )
-    known_label = real & (places < _lengths(columns.shown_start, requests)[:, None])
-    known_teacher = real & (places < _lengths(columns.scored_start, requests)[:, None])
+    xp = _namespace(places)
 
-    def of_candidates(array: np.ndarray, start: np.ndarray, known: Mask) -> np.ndarray:
-        return _of_candidates(array, start[requests], places, known)
+    def of_slots(
+        packed: Packed, part: str, number: str | None, width: int
+    ) -> dict[str, Shaped[Array, "R N ..."]]:
+        """What `packed` holds of the first slots, and nothing in those after them."""
+        place = places[:, :width]
+        is_there = place >= 0
+        if number is not None:
+            is_there = is_there & (place < requests[number][:, None])
+        start = requests[f"{part}_start"][:, None]
+        taken = packing.take(packed, xp.where(is_there, start + place, packed.nothing))
+        return {
+            name: xp.pad(
+                array, [(0, 0), (0, slots.candidates - width), *[(0, 0)] * (array.ndim - 2)]
+            )
+            for name, array in taken.items()
+        }
 
-    stage = np.where(places < columns.num_passed[requests][:, None], Stage.PASSED, Stage.RETRIEVED)
-    stage = np.where(known_label, Stage.SHOWN, stage)
-    label_weight = of_candidates(columns.label_weight, columns.shown_start, known_label)
-    label = of_candidates(columns.user_label, columns.shown_start, known_label)
-    proper = of_candidates(columns.teacher_proper, columns.scored_start, known_teacher)
+    candidates = of_slots(data.candidates, "candidate", None, slots.candidates)
+    labels = of_slots(data.labels, "shown", "num_shown", slots.labels)
+    teacher = of_slots(data.teacher, "scored", "num_scored", slots.teacher)
+    # What stands for nothing is NaN, as is what was not logged properly; what is beyond is 0.
+    probability = teacher["teacher_probability"]
+    proper = ~xp.isnan(probability) & (xp.arange(slots.candidates) < slots.teacher)[:, None]
+    stage = xp.int8(Stage.RETRIEVED)
+    for name, reached in (("num_passed", Stage.PASSED), ("num_shown", Stage.SHOWN)):
+        stage = xp.where(places < requests[name][:, None], xp.int8(reached), stage)
+    stage = xp.where(places >= 0, stage, xp.int8(Stage.PADDING))
     return {
-        "user_id": columns.user_id[requests],
-        "user_features": columns.user_features[requests],
-        "context": columns.context[requests],
-        "history_id": columns.history_id[requests],
-        "history_features": columns.history_features[requests],
-        "history_mask": columns.history_mask[requests],
-        "item_id": of_candidates(columns.item_id, columns.candidate_start, real),
-        "candidate_features": of_candidates(
-            columns.candidate_features, columns.candidate_start, real
-        ),
-        "request_category": columns.request_category[requests],
-        "candidate_category": np.where(
-            real[..., None],
-            of_candidates(columns.candidate_category, columns.candidate_start, real),
-            -1,
-        ),
-        "stage": np.where(real, stage, Stage.PADDING).astype(np.int8),
-        "user_label": label.astype(np.float32),
-        "label_weight": (label_weight * factors).astype(np.float32),
-        "teacher_probability": of_candidates(
-            columns.teacher_probability, columns.scored_start, known_teacher
-        ),
-        "teacher_weight": proper.astype(np.float32),
+        **{name: requests[name] for name in _FIELDS_OF_REQUESTS},
+        **candidates,
+        "stage": stage,
+        "user_label": labels["user_label"].astype(xp.float32),
+        "label_weight": factors * labels["label_weight"],
+        "teacher_probability": xp.where(proper, probability, xp.float32(0)),
+        "teacher_weight": proper.astype(xp.float32),
     }
 
 
-def training_fields(
-    columns: Columns,
-    requests: Int[np.ndarray, "R"],
-    candidates: int,
-    passed_share: float,
-    negative_rate: float,
-    generator: np.random.Generator,
-) -> Fields:
-    """A training batch of some requests; see `draw_candidates`."""
-    drawn = draw_candidates(columns, requests, candidates, passed_share, negative_rate, generator)
-    return batch_fields(columns, requests, *drawn, candidates)
+def all_fields(columns: Columns, places: Int[np.ndarray, "R N"]) -> Fields:
+    """The fields of `CandidateBatch` of all requests, on the host, with all that is known of them.
+
+    Args:
+      columns: the requests.
+      places: which candidates of each, in the order of the batch; -1 for none.
+    """
+    data = request_data(columns)
+    requests = packing.take(data.requests, np.arange(len(columns)))  # type: ignore[arg-type]
+    slots = Slots(*(places.shape[1],) * 3)
+    return batch_fields(data, requests, places, (places >= 0).astype(np.float32), slots)  # type: ignore[arg-type]
 
 
 def full_fields(columns: Columns, candidates: int) -> Fields:
     """All candidates of all requests in their stored order, filled up to `candidates`."""
-    requests = np.arange(len(columns))
-    number = _lengths(columns.candidate_start, requests)
-    index = np.arange(number.max(initial=0))
-    real = index < number[:, None]
-    return batch_fields(
-        columns, requests, np.where(real, index, 0), real, real.astype(np.float32), candidates
-    )
+    index = np.arange(candidates)
+    number = lengths(columns.candidate_start)
+    return all_fields(columns, np.where(index < number[:, None], index, -1))
 
 
-def _of_candidates(
-    array: Num[np.ndarray, "all ..."], start: Counts, places: Places, known: Mask
-) -> Num[np.ndarray, "R width ..."]:
-    """The entry of each candidate, and zero where there is none."""
-    if not len(array):
-        return np.zeros((*known.shape, *array.shape[1:]), array.dtype)
-    # What is not known may lie anywhere, and is overwritten.
-    result = array.take(start[:, None] + places, axis=0, mode="clip")
-    result[~known] = 0
-    return result
-
-
-def _lengths(start: Int[np.ndarray, "n+1"], requests: Int[np.ndarray, "R"]) -> Counts:
-    return start[requests + 1] - start[requests]
+def _namespace(array: Any) -> Any:
+    """The module that an array's functions live in: `numpy` or `jax.numpy`."""
+    return array.__array_namespace__()

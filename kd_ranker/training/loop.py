@@ -43,8 +43,8 @@ def fit(
     Args:
       groups: the members to train; all in one program.
       teacher: the live teacher, or None.
-      batches: endless batches, on the devices already.
-      frozen: what the step reads and does not change.
+      batches: endless batches, or draws from `frozen.data`, on the devices already.
+      frozen: what the step reads and does not change, on all devices already.
       mapping: how the step is spread over devices.
       train: `config.train` or `config.teacher.train`.
       workdir: gets checkpoints and metrics.
@@ -72,7 +72,6 @@ def fit(
             states = mapping.replicate(states)
         else:
             states = mapping.create(lambda: tuple(group.init() for group in groups))
-        frozen = mapping.replicate(frozen)
         diverged = _diverged_members(groups, mapping.unreplicate(_non_finite(states)))
         best = ""
         for done in range(start + 1, train.steps + 1):

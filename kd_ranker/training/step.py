@@ -20,6 +20,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from kd_ranker.batch import CandidateBatch, Stage
+from kd_ranker.data.sampling import Draw, TrainingData, whole_batch
 from kd_ranker.distillation.losses import Loss, bce
 from kd_ranker.distillation.modes import Mode, Transform
 from kd_ranker.embedding.lookup import (
@@ -90,10 +91,17 @@ class TrainState:
 
 @flax.struct.dataclass
 class Frozen:
-    """What a step reads and never changes: item features, and the live teacher or None."""
+    """What a step reads and never changes.
+
+    Attributes:
+      item_features: what is known of each item.
+      teacher: the live teacher, or None.
+      data: what the draws are of, where a step gets draws in place of batches.
+    """
 
     item_features: Float[Array, "items F"]
     teacher: Parameters | None
+    data: TrainingData | None = None
 
 
 class Recipe(NamedTuple):
@@ -189,7 +197,7 @@ def with_live_teacher(
 
 Losses = dict[str, Float[Array, "members"]]
 Step = Callable[
-    [Sequence[TrainState], CandidateBatch, Sequence[Hyperparameters], Frozen],
+    [Sequence[TrainState], CandidateBatch | Draw, Sequence[Hyperparameters], Frozen],
     tuple[tuple[TrainState, ...], tuple[Losses, ...]],
 ]
 
@@ -197,10 +205,11 @@ Step = Callable[
 def make_step(recipes: Sequence[Recipe], teacher: LiveTeacher | None = None) -> Step:
     """Builds the function that one device runs under a mapped axis named `AXIS`.
 
-    The batch holds this device's requests; the states are the same on all devices before and after.
-    Losses are weighted means over the valid entries of all devices, a mean over tasks of means over
-    entries: numerators and denominators are summed over the axis first and divided afterwards, so
-    the same global batch gives the same update on any number of devices.
+    The batch holds this device's requests, or is the draw that says which; the states are the same
+    on all devices before and after. Losses are weighted means over the valid entries of all
+    devices, a mean over tasks of means over entries: numerators and denominators are summed over
+    the axis first and divided afterwards, so the same global batch gives the same update on any
+    number of devices.
 
     Args:
       recipes: one a group; their models look up the same ids.
@@ -214,11 +223,11 @@ def make_step(recipes: Sequence[Recipe], teacher: LiveTeacher | None = None) -> 
 
     def step(
         states: Sequence[TrainState],
-        batch: CandidateBatch,
+        batch: CandidateBatch | Draw,
         hyperparameters: Sequence[Hyperparameters],
         frozen: Frozen,
     ) -> tuple[tuple[TrainState, ...], tuple[Losses, ...]]:
-        batch = with_live_teacher(teacher, batch, frozen)
+        batch = with_live_teacher(teacher, whole_batch(batch, frozen.data, states[0].step), frozen)
         updated = [
             _update_group(recipe, state, batch, numbers, frozen.item_features)
             for recipe, state, numbers in zip(recipes, states, hyperparameters, strict=True)

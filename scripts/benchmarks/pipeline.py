@@ -14,8 +14,9 @@ import jax
 
 from configs import cascade
 from kd_ranker import commands, teachers
+from kd_ranker.training.mapping import MAPPINGS
 from scripts.benchmarks import measuring
-from scripts.benchmarks.programs import Program, first_batch, host_batches
+from scripts.benchmarks.programs import Program, first_batch, training_batches
 
 BAR, STEPS, TURNS = 0.9, 100, 10
 
@@ -30,11 +31,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         commands.prepare_data(config)
         _, dataset = teachers.teacher_and_dataset(config)
         batch = first_batch(config, dataset)
-        program = Program({"": config}, dataset.spec, dataset.item_features, batch)
+        shard = MAPPINGS["shard_map"](jax.devices()[:1]).shard
         start = time.perf_counter()
-        batches = iter(host_batches(config, dataset, to_device=program.mapping.shard))
+        drawn, data = training_batches(config, dataset, to_device=shard)
+        batches = iter(drawn)
         next(batches)
         start_up = time.perf_counter() - start
+        program = Program({"": config}, dataset.spec, dataset.item_features, batch, data=data)
         turns = {
             "loader": lambda: take(program, lambda: next(batches)),
             "resident": lambda: take(program, lambda: program.batch),
@@ -52,7 +55,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "bar": BAR,
         "passed": ratio >= BAR,
         "ms a step": per_step,
-        "ms to cut a batch, alone": cutting,
+        "ms to make, alone": cutting,
         "seconds to read the training split": start_up,
         "floor": measuring.floor(
             program.flops, 2 * ids * program.row_bytes("item"), per_step["loader"]["median"]
@@ -69,9 +72,9 @@ def take(program: Program, next_batch: Any) -> None:
 
 
 def cutting_alone(config: Any, dataset: Any) -> dict[str, dict[str, float]]:
-    """Milliseconds to make a batch with nothing else running: from memory, and from the files."""
+    """Milliseconds to make a draw, or a batch from the files, with nothing else running."""
     sides = {}
-    for name, resident in (("from memory", True), ("from files", False)):
-        batches = iter(host_batches(config, dataset, resident=resident))
+    for name, resident in (("draw", True), ("batch, from files", False)):
+        batches = iter(training_batches(config, dataset, resident=resident).batches)
         sides[name] = lambda batches=batches: next(batches)
     return measuring.interleaved(sides, turns=4, calls=20)

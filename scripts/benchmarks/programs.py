@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import CandidateBatch, FeatureSpec
 from kd_ranker.data import loader
 from kd_ranker.data.builder import Dataset
+from kd_ranker.data.sampling import TrainingData
 from kd_ranker.teachers import Teacher
 from kd_ranker.training import recipes
 from kd_ranker.training.mapping import MAPPINGS
@@ -27,8 +28,9 @@ class Program:
         item_features: np.ndarray,
         batch: CandidateBatch,
         teacher: Teacher | None = None,
+        data: TrainingData | None = None,
     ):
-        """Compiles the step of the members, for batches like `batch`."""
+        """Compiles the step of the members, for batches like `batch` and for draws from `data`."""
         config = next(iter(members.values()))
         groups = recipes.student_groups(members, spec)
         stage = recipes.TEACHER_STAGES[config.teacher.stage]
@@ -38,12 +40,17 @@ class Program:
         self.batch = self.mapping.shard(batch)
         numbers = tuple(group.numbers for group in groups)
         frozen = self.mapping.replicate(
-            Frozen(jnp.asarray(item_features), teacher.parameters if teacher else None)
+            Frozen(
+                jnp.asarray(item_features),
+                teacher.parameters if teacher else None,
+                data,
+            )
         )
         step = self.mapping.map_step(make_step([group.recipe for group in groups], live))
         compiled = step.lower(self.states, self.batch, numbers, frozen).compile()
         self.flops = float(compiled.cost_analysis()["flops"])
-        self._take: Callable = lambda states, batch: compiled(states, batch, numbers, frozen)
+        # Through the jitted function, as the training loop does.
+        self._take: Callable = lambda states, batch: step(states, batch, numbers, frozen)
 
     def start(self, batch: Any) -> Any:
         """Starts a step on a batch that is on the device; the losses may not be ready yet."""
@@ -64,10 +71,10 @@ class Program:
 
 def first_batch(config: ConfigDict, dataset: Dataset) -> CandidateBatch:
     """The first training batch of `config`, on the host."""
-    return next(iter(host_batches(config, dataset)))
+    return next(iter(training_batches(config, dataset, resident=False).batches))
 
 
-def host_batches(config: ConfigDict, dataset: Dataset, **how: Any) -> Any:
+def training_batches(config: ConfigDict, dataset: Dataset, **how: Any) -> loader.TrainingBatches:
     """The training batches of `config`."""
     return loader.training_batches(
         dataset,

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kd_ranker.batch import CandidateBatch
-from kd_ranker.data import builder, loader
+from kd_ranker.data import builder, loader, sampling
 from kd_ranker.errors import UserError
 from tests.data.requests import random_source
 
@@ -17,6 +17,28 @@ def dataset(tmp_path_factory):
     return builder.open_dataset("small", directory, made_by="")
 
 
+class Whole:
+    """An iterator over whole batches, whichever form they come in."""
+
+    def __init__(self, made):
+        self.iterator, self.data, self.number = iter(made.batches), made.data, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch, number = next(self.iterator), self.number
+        self.number += 1
+        return sampling.cut_batch(self.data, batch, number % loader.BLOCK) if self.data else batch
+
+    def get_state(self):
+        return self.iterator.get_state(), self.number
+
+    def set_state(self, state):
+        self.iterator.set_state(state[0])
+        self.number = state[1]
+
+
 def batches(dataset, **changes):
     options = {
         "requests": 4,
@@ -25,7 +47,7 @@ def batches(dataset, **changes):
         "negative_rate": 0.5,
         "seed": 0,
     }
-    return loader.training_batches(dataset, **(options | changes))
+    return Whole(loader.training_batches(dataset, **(options | changes)))
 
 
 def take(iterator, number):
@@ -67,19 +89,29 @@ def test_an_epoch_reads_each_request_once_and_epochs_differ(dataset):
     assert (users[0] != users[1]).any()
 
 
-def test_an_iterator_goes_on_where_its_state_was_taken(dataset):
-    iterator = iter(batches(dataset))
-    take(iterator, 5)
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize("before", [0, 5, loader.BLOCK, loader.BLOCK + 1])
+def test_an_iterator_goes_on_where_its_state_was_taken(dataset, before, resident):
+    iterator = batches(dataset, resident=resident)
+    take(iterator, before)
     state = iterator.get_state()
     expected = take(iterator, 4)
-    resumed = iter(batches(dataset))
+    resumed = batches(dataset, resident=resident)
     resumed.set_state(state)
     assert_same(expected, take(resumed, 4))
 
 
 def test_what_is_read_for_each_batch_gives_the_batches_of_what_stays_in_memory(dataset):
-    resident = take(iter(batches(dataset, resident=True)), 7)
-    assert_same(resident, take(iter(batches(dataset, resident=False)), 7))
+    number = loader.BLOCK + 3
+    resident = take(batches(dataset, resident=True), number)
+    assert_same(resident, take(batches(dataset, resident=False), number))
+
+
+def test_in_the_order_of_time_an_epoch_reads_what_is_stored_one_after_the_other(dataset):
+    drawn = take(batches(dataset, order="time"), 6)
+    users = [batch.user_id for batch in drawn]
+    stored = [request.user_id for request in loader.read_requests(dataset, "train")]
+    np.testing.assert_array_equal(np.concatenate(users), 2 * stored)
 
 
 def test_processes_share_the_requests_of_an_epoch(dataset):

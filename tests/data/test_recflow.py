@@ -1,6 +1,7 @@
 """RecFlow as a source, on files in the published layout; and from there to a student's results."""
 
 import dataclasses
+import itertools
 import os
 from pathlib import Path
 
@@ -627,20 +628,21 @@ def test_a_loss_that_needs_probabilities_is_refused_before_training(prepared, tm
     assert not workdir.exists()
 
 
-def test_training_batches_hold_stages_and_positions(prepared):
+def requests_of(dataset):
+    return loader.read_requests(dataset, "train")
+
+
+def test_training_batches_hold_stages_and_positions_in_the_order_of_time(prepared):
     _, config = prepared
     dataset = teachers.open_dataset(config())
-    batch = next(
-        iter(
-            loader.training_batches(
-                dataset, requests=8, candidates=8, passed_share=0.5, negative_rate=1.0, seed=0
-            )
-        )
-    )
+    sizes = dict(requests=8, candidates=8, passed_share=0.5, negative_rate=1.0, seed=0)
+    made = loader.training_batches(dataset, order="time", resident=False, **sizes)
+    batch = next(iter(made.batches))
     stage = np.asarray(batch.stage)
     assert set(np.unique(stage)) <= {s.value for s in Stage}
     assert (stage == Stage.SHOWN).any()
     weight = np.asarray(batch.teacher_weight)[..., 0]
     assert not weight[stage < Stage.PASSED].any()
     assert np.asarray(batch.teacher_probability)[..., 0][weight > 0].max() == 0.5
-    assert (np.asarray(batch.request_category) >= 0).all()
+    first = [request.user_id for request in itertools.islice(requests_of(dataset), 8)]
+    assert np.asarray(batch.user_id).tolist() == first

@@ -1,13 +1,21 @@
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_ranker.batch import Stage
-from kd_ranker.data import sampling
-from kd_ranker.data.columns import columns_of, joined, proper_teacher_values
+from kd_ranker.data import packing, sampling
+from kd_ranker.data.columns import (
+    Columns,
+    columns_of,
+    in_sampling_order,
+    joined,
+    proper_probability,
+    spread_order,
+)
 from tests.batches import SPEC
 from tests.data.requests import random_request
 
@@ -35,17 +43,29 @@ def test_only_properly_logged_probabilities_count(probability, weight, version, 
         teacher_weight=np.array([weight], np.float32),
     )
     others = float(weight == 1 and version == "v1")
+    found = proper_probability(request, "v1")
+    np.testing.assert_array_equal(~np.isnan(found), [[others, expected, others]])
+    # What is proper is as it was logged.
     np.testing.assert_array_equal(
-        proper_teacher_values(request, "v1"), [[others, expected, others]]
+        found[~np.isnan(found)], request.teacher_probability[~np.isnan(found)]
     )
+
+
+def cut(requests, candidates, negative_rate=1.0, generator=None, passed_share=0.5, rows=None):
+    """A training batch of some requests, all of them once if `rows` does not say which."""
+    generator = generator or np.random.default_rng(0)
+    columns = requests if isinstance(requests, Columns) else columns_of(requests, V1)
+    data, numbers = sampling.training_data(columns, candidates, passed_share, negative_rate)
+    rows = np.arange(len(columns)) if rows is None else rows
+    start = generator.random((len(rows), 1, sampling.KINDS))
+    batch = sampling.cut_batch(data, sampling.draw(rows[:, None], start, numbers[rows][:, None]))
+    return dataclasses.asdict(batch)
 
 
 def fields_of(request, candidates, negative_rate=1.0, seed=0, passed_share=0.5):
     """A training sample of one request."""
-    columns, generator = columns_of([request], V1), np.random.default_rng(seed)
-    batch = sampling.training_fields(
-        columns, np.zeros(1, int), candidates, passed_share, negative_rate, generator
-    )
+    generator = np.random.default_rng(seed)
+    batch = cut([request], candidates, negative_rate, generator, passed_share)
     return {name: array[0] for name, array in batch.items()}
 
 
@@ -60,40 +80,75 @@ PER_CANDIDATE = (
 )
 
 
-@given(
-    numbers=st.lists(st.tuples(st.integers(0, 40), st.floats(0, 1)), min_size=1, max_size=5),
-    seed=st.integers(0, 99),
-)
-@settings(max_examples=100, deadline=None)
-def test_what_is_drawn_is_real_and_drawn_once(numbers, seed):
-    number = np.array([n for n, _ in numbers])
-    wanted = np.array([round(share * n) for n, share in numbers])
-    start = np.random.default_rng(seed).random(len(number))
-    # The ends of the range as well.
-    start[seed % len(start)] = seed % 2 * (1 - 2**-53)
-    places, real = sampling.spread_evenly(number, wanted, start)
-    for row in range(len(number)):
-        drawn = places[row][real[row]]
-        assert len(drawn) == len(np.unique(drawn)) == wanted[row]
-        assert ((drawn >= 0) & (drawn < number[row])).all()
-        assert (np.diff(drawn) > 0).all()
+@pytest.mark.parametrize("number", [0, 1, 2, 7, 100])
+def test_the_order_of_spreading_is_a_permutation(number):
+    assert sorted(spread_order(number).tolist()) == list(range(number))
 
 
-@pytest.mark.parametrize(("number", "wanted"), [(3, 3), (1000, 1000), (1000, 999), (1, 1)])
-def test_a_start_next_to_one_draws_nothing_twice(number, wanted):
-    start = np.array([np.nextafter(1, 0)])
-    places, _ = sampling.spread_evenly(np.array([number]), np.array([wanted]), start)
-    assert len(np.unique(places)) == wanted
-    assert places.max() < number
+def test_every_run_of_the_spread_order_is_spread_evenly():
+    order, run = np.tile(spread_order(1000), 2), 50
+    gaps = [np.diff(np.sort(order[at : at + run])).max() for at in range(1000)]
+    # An even distance is 20; a random sample of 50 leaves gaps of some 100.
+    assert max(gaps) <= 60
 
 
-def test_each_place_is_drawn_as_often_as_any_other():
-    starts = np.random.default_rng(0).random(20_000)
-    same = np.ones(len(starts), int)
-    places, real = sampling.spread_evenly(7 * same, 3 * same, starts)
-    share = np.bincount(places[real], minlength=7) / len(starts)
-    # Four standard deviations of a share of 3/7.
-    np.testing.assert_allclose(share, 3 / 7, atol=4 * np.sqrt(12 / 49 / len(starts)))
+@pytest.mark.parametrize("negative_rate", [1.0, 0.4, 0.0])
+@pytest.mark.parametrize("candidates", [6, 14, 30])
+def test_over_all_offsets_each_of_a_kind_is_drawn_equally_often(candidates, negative_rate):
+    """Every offset of every kind, one kind at a time: no candidate twice, and none preferred."""
+    request = random_request(3, shown=9, passed=16, retrieved=40)
+    data, ((*numbers,),) = sampling.training_data(
+        columns_of([request], V1), candidates, 0.5, negative_rate
+    )
+    ends = np.cumsum(packing.take(data.data.requests, np.zeros(1, int))["wanted"][0])
+    starts = np.concatenate([[0], ends[:-1]])
+    for kind, number in enumerate(numbers):
+        counts = {}
+        for offset in range(number):
+            offsets = np.zeros((1, 1, sampling.KINDS), np.int32)
+            offsets[..., kind] = offset
+            drawn = sampling.cut_batch(data, sampling.Draw(np.zeros((1, 1), np.int32), offsets))
+            items = drawn.item_id[0][drawn.stage[0] > 0].tolist()
+            assert len(set(items)) == len(items) == min(candidates, 40)
+            for item in items[starts[kind] : ends[kind]]:
+                counts[item] = counts.get(item, 0) + 1
+        wanted = ends[kind] - starts[kind]
+        assert set(counts.values()) <= {wanted}
+        assert len(counts) == (number if wanted else 0)
+
+
+def test_the_sampling_order_moves_whole_candidates():
+    requests = [random_request(0), random_request(1, shown=6, passed=6, retrieved=9)]
+    columns, positives = in_sampling_order(columns_of(requests, V1))
+    for index, request in enumerate(requests):
+        shown, passed = len(request.user_label), request.num_passed
+        start = columns.candidate_start[index]
+        items = columns.item_id[start : start + len(request.item_id)]
+        for stage in (slice(shown), slice(shown, passed), slice(passed, None)):
+            assert set(items[stage]) == set(request.item_id[stage])
+        place = {int(item): at for at, item in enumerate(request.item_id)}
+        was = np.array([place[int(item)] for item in items])
+        label = columns.user_label[columns.shown_start[index] :][:shown]
+        np.testing.assert_array_equal(label, request.user_label[was[:shown]])
+        positive = request.user_label[was[:shown]].any(axis=1)
+        assert positives[index] == positive.sum()
+        assert positive[: positives[index]].all()
+        probability = columns.teacher_probability[columns.scored_start[index] :][:passed]
+        np.testing.assert_array_equal(probability, request.teacher_probability[was[:passed]])
+
+
+def test_a_device_cuts_the_batch_that_the_host_cuts():
+    requests = [random_request(seed) for seed in range(4)]
+    requests.append(random_request(5, shown=0, passed=0, retrieved=3))
+    data, numbers = sampling.training_data(columns_of(requests, V1), 12, 0.5, 0.6)
+    rows = np.array([[4, 0, 1], [2, 3, 4]])
+    start = np.random.default_rng(0).random((*rows.shape, sampling.KINDS))
+    drawn = sampling.draw(rows, start, numbers[rows])
+    for step in range(3):
+        on_host = sampling.cut_batch(data, drawn, step)
+        on_device = jax.jit(sampling.whole_batch)(*jax.device_put((drawn, data)), step)
+        jax.tree.map(np.testing.assert_array_equal, on_host, on_device)
+        jax.tree.map(lambda one, other: one.dtype == other.dtype or 1 / 0, on_host, on_device)
 
 
 @given(
@@ -147,9 +202,7 @@ def test_a_batch_holds_each_request_as_alone():
     ]
     parts = [columns_of(requests[:1], V1), columns_of(requests[1:], V1)]
     together = sampling.full_fields(joined(parts), 20)
-    drawn = sampling.training_fields(
-        joined(parts), np.array([2, 0, 1, 3, 1]), 20, 0.5, 1.0, np.random.default_rng(0)
-    )
+    drawn = cut(joined(parts), 20, rows=np.array([2, 0, 1, 3, 1]))
     for place, index in enumerate([2, 0, 1, 3, 1]):
         alone = sampling.full_fields(columns_of([requests[index]], V1), 20)
         for name, array in alone.items():
@@ -186,7 +239,9 @@ def test_a_training_sample_tells_the_truth_about_its_candidates(
         stage = Stage(int(fields["stage"][index]))
         if stored < shown:
             assert stage == Stage.SHOWN
-            np.testing.assert_array_equal(fields["user_label"][index], request.user_label[stored])
+            if fields["label_weight"][index]:
+                label = request.user_label[stored]
+                np.testing.assert_array_equal(fields["user_label"][index], label)
         else:
             assert stage == (Stage.PASSED if stored < passed else Stage.RETRIEVED)
             assert fields["label_weight"][index] == 0

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,8 @@ import optax
 import pytest
 
 from kd_ranker.batch import Stage
+from kd_ranker.data import sampling
+from kd_ranker.data.columns import columns_of
 from kd_ranker.distillation.losses import bce
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.lookup import gather
@@ -27,6 +30,7 @@ from kd_ranker.training.step import (
     with_live_teacher,
 )
 from tests.batches import SPEC, STUDENT, TEACHER, make_model, random_batch, random_items
+from tests.data.requests import random_request
 
 TASKS = len(SPEC.tasks)
 ITEMS = random_items()
@@ -83,11 +87,11 @@ def hyperparameters(**changes):
     return Hyperparameters(**{name: jnp.float32(n) for name, n in (numbers | changes).items()})
 
 
-def run_groups(recipes, states, batches, numbers, mapping="pmap", devices=1, live=True):
+def run_groups(recipes, states, batches, numbers, mapping="pmap", devices=1, live=True, data=None):
     """The states after a step on each batch, and the losses of the last, a group each."""
     spread, step = program_of(tuple(recipes), live, mapping, devices)
     states = spread.replicate(tuple(states))
-    frozen = spread.replicate(Frozen(ITEMS, TEACHER_PARAMETERS if live else None))
+    frozen = spread.replicate(Frozen(ITEMS, TEACHER_PARAMETERS if live else None, data))
     for batch in batches:
         states, losses = step(states, spread.shard(batch), tuple(numbers), frozen)
     return jax.tree.map(np.asarray, spread.unreplicate((states, losses)))
@@ -123,6 +127,27 @@ def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(mode):
         assert_close(reference.parameters, other.parameters, 1e-5)
         assert_close(reference.transform, other.transform, 1e-5)
         assert_close(losses, other_losses, 1e-5)
+
+
+@pytest.mark.parametrize(("mapping", "devices"), [("pmap", 1), ("pmap", 8), ("shard_map", 2)])
+def test_a_step_cuts_its_batch_from_a_draw(mapping, devices):
+    """Three steps of one draw against the same batches, cut on the host."""
+    requests = [random_request(seed) for seed in range(20)]
+    requests += [random_request(20, 0, 0, 3), random_request(21, 1, 1, 1)]
+    spec = dataclasses.replace(SPEC, teacher_version="v1")
+    data, numbers = sampling.training_data(columns_of(requests, spec), 12, 0.5, 0.6)
+    generator = np.random.default_rng(0)
+    rows = generator.integers(0, len(requests), (8, 3))
+    start = generator.random((8, 3, sampling.KINDS))
+    drawn = sampling.draw(rows, start, numbers[rows])
+    batches = [sampling.cut_batch(data, drawn, step) for step in range(3)]
+    recipe, state = make_recipe()
+    expected, _ = run(recipe, state, batches, live=False)
+    found, _ = run(
+        recipe, state, [drawn] * 3, mapping=mapping, devices=devices, live=False, data=data
+    )
+    assert_close(expected.parameters, found.parameters, 1e-5)
+    assert (expected.parameters.tables["item"] != state.parameters.tables["item"][0]).any()
 
 
 @pytest.mark.parametrize("mode", MODES)
