@@ -71,7 +71,9 @@ def log_teacher(config: ConfigDict) -> Path:
     teacher = teachers.load_teacher(config, dataset)
     splits = dataset.builder.info.splits
     source = Source(
-        spec=dataclasses.replace(dataset.spec, teacher_version=teacher.version),
+        spec=dataclasses.replace(
+            dataset.spec, teacher_version=teacher.version, teacher_signal="probability"
+        ),
         item_features=dataset.item_features,
         item_category=dataset.item_category,
         requests=functools.partial(teachers.scored_requests, config, dataset, teacher),
@@ -89,8 +91,9 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
     """
     settings.validate(config)
     teacher, dataset = teachers.teacher_and_dataset(config)
-    workdirs.claim(workdir, "train", config, without=runs.NOT_OF_A_STUDENT)
     members = {"": config}
+    teachers.check_losses(config, dataset, members.values())
+    workdirs.claim(workdir, "train", config, without=runs.NOT_OF_A_STUDENT)
     with runs.progress_bar(workdir.name, config.train.steps) as bar:
         students = runs.train_students(config, dataset, teacher, members, workdir, bar)
     measured = measurement.measure_students(config, dataset, teacher, members, students)
@@ -127,6 +130,7 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
     if is_complete(workdir, cohorts, members):
         return False
     teacher, dataset = teachers.teacher_and_dataset(config)
+    teachers.check_losses(config, dataset, members.values())
     version = teacher.version if teacher else ""
     check_teacher(workdir, version)
     size = cohort_size(config, members.values(), dataset.spec)

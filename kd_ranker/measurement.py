@@ -75,12 +75,18 @@ def measure(
     )
 
 
-def summary(config: ConfigDict, dataset: Dataset, sums: Sums, teacher_sums: Sums) -> Row:
-    """The measured columns of one row of `results.csv`."""
+def summary(
+    config: ConfigDict,
+    dataset: Dataset,
+    sums: Sums,
+    teacher_sums: Sums,
+    teacher_signal: str = "probability",
+) -> Row:
+    """The measured columns of one row of `results.csv`; see `summarise` for `teacher_signal`."""
     tasks, report_at = dataset.spec.tasks, _report_at(config)
     of_teacher = summarise(teacher_sums, tasks, report_at)
     teacher_user_bce = {task: of_teacher[f"user_bce/{task}"] for task in tasks}
-    return dict(summarise(sums, tasks, report_at, teacher_user_bce))
+    return dict(summarise(sums, tasks, report_at, teacher_user_bce, teacher_signal))
 
 
 def _report_at(config: ConfigDict) -> list[int]:
@@ -116,11 +122,12 @@ def measure_students(
       limit: see `measure`; an evaluation on the way has no need of costs, which take compiling.
     """
     live = teacher.ranker if teacher and config.teacher.source == "live" else None
+    signal = "probability" if live else dataset.spec.teacher_signal
     rankers = [group.ranker for group in students]
     teacher_sums, students_sums = measure(config, dataset, live, rankers, limit)
     flops_of_teacher = _NOT_COUNTED if limit else teacher_flops(config, dataset.spec, teacher)
     seed, step = (teacher.seed, teacher.step) if teacher else (None, None)
-    measured = _of_teacher(config, dataset, seed, step, teacher_sums, flops_of_teacher)
+    measured = _of_teacher(config, dataset, seed, step, teacher_sums, flops_of_teacher, signal)
     for group, group_sums in zip(students, students_sums, strict=True):
         first = members[group.names[0]]
         flops = _NOT_COUNTED if limit else _student_flops(first, dataset.spec)
@@ -132,7 +139,7 @@ def measure_students(
                     measured.rows.append(row | {"non_finite_step": non_finite_step})
                     continue
                 member_sums = select_member(group_sums[serve], index)
-                row |= summary(config, dataset, member_sums, teacher_sums)
+                row |= summary(config, dataset, member_sums, teacher_sums, signal)
                 _add(measured, config, dataset, row, member_sums)
     return measured
 
@@ -144,6 +151,7 @@ def _of_teacher(
     step: int | None,
     sums: Sums,
     flops: float,
+    signal: str = "probability",
 ) -> Measured:
     """The teacher's rows; `seed` and `step` are None for one from elsewhere."""
     row: Row = {
@@ -153,13 +161,17 @@ def _of_teacher(
         "seed": seed,
         "step": step,
         "member": results.TEACHER,
-        **summary(config, dataset, sums, sums),
+        **summary(config, dataset, sums, sums, signal),
         # A teacher is not measured against itself.
         "alignment_ratio": float("nan"),
     }
     measured = Measured([], [], [])
+    if signal == "rank":
+        # Its positions order the candidates, and foretell nothing.
+        names = ("user_bce", "user_calibration")
+        row |= {f"{name}/{task}": float("nan") for name in names for task in dataset.spec.tasks}
     _add(measured, config, dataset, results.with_cost(row, flops, flops), sums)
-    return measured
+    return measured._replace(calibration=[]) if signal == "rank" else measured
 
 
 def _student_row(config: ConfigDict, name: str, serve: str, step: int) -> Row:

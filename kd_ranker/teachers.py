@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from kd_ranker.data.builder import Dataset
 from kd_ranker.data.columns import columns_of
 from kd_ranker.data.request import Request
 from kd_ranker.data.sources import SOURCES
+from kd_ranker.distillation.losses import LOSSES, NEEDS_PROBABILITIES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.lookup import without_slots
 from kd_ranker.errors import UserError
@@ -93,6 +94,27 @@ def teacher_and_dataset(config: ConfigDict) -> tuple[Teacher | None, Dataset]:
             f"and make them with: {LOG_TEACHER}"
         )
     return None, dataset
+
+
+def check_losses(config: ConfigDict, dataset: Dataset, members: Iterable[ConfigDict]) -> None:
+    """Raises UserError for a loss that a log of positions cannot serve.
+
+    Args:
+      config: what the members have in common.
+      dataset: the one that they learn from.
+      members: the configs of the students to train.
+    """
+    if config.teacher.source == "live" or dataset.spec.teacher_signal == "probability":
+        return
+    for member in members:
+        loss, mode = member.distill.loss, MODES[member.distill.mode]
+        if mode.teacher_logits is not None and loss in NEEDS_PROBABILITIES:
+            others = sorted(LOSSES.keys() - NEEDS_PROBABILITIES)
+            choices = [*(f"distill.loss={name}" for name in others), "distill.mode=none"]
+            raise UserError(
+                f"distill.loss={loss} needs the teacher's probabilities, and the log of "
+                f"{config.data.name} holds its positions; choose one of: {', '.join(choices)}"
+            )
 
 
 def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:

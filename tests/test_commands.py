@@ -198,7 +198,7 @@ def test_a_sweep_leaves_curves_and_calibration_beside_its_results(world, swept):
     members = list(frame[["member", "serve"]].itertuples(index=False, name=None))
     assert list(curves.groupby(["member", "serve"], sort=False).groups) == members
     at_passed = curves[curves["k"] == config.funnel.passed]
-    for name in ("survival", "value_captured", "true_value_captured"):
+    for name in ("survival", "value_captured", "true_value_captured", "shown_recall"):
         np.testing.assert_allclose(
             at_passed[name], frame[f"{name}@{config.funnel.passed}"], rtol=1e-6
         )

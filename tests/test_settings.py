@@ -1,6 +1,6 @@
 import pytest
 
-from configs import cascade, movielens
+from configs import cascade, movielens, recflow
 from kd_ranker import settings
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.errors import UserError
@@ -29,6 +29,12 @@ def test_the_movielens_config_is_valid_on_as_many_devices_as_share_its_batch():
     settings.validate(movielens.get_config())
 
 
+@pytest.mark.parametrize("variant", ["", "small"])
+def test_the_recflow_config_is_valid_where_there_is_its_loss(variant, monkeypatch):
+    monkeypatch.setitem(LOSSES, "softmax", LOSSES["bce"])
+    settings.validate(recflow.get_config(variant))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -39,6 +45,8 @@ def test_the_movielens_config_is_valid_on_as_many_devices_as_share_its_batch():
         ({"student__name": "giant"}, "multi_interest"),
         ({"optimizer__table_name": "sgdd"}, "optimizer.table_name='sgdd'"),
         ({"parallel__mapping": "vmap"}, "pmap, shard_map"),
+        ({"batch__order": "random"}, "batch.order='random' does not exist; choose one of: s"),
+        ({"teacher__batch__order": ""}, "teacher.batch.order=''"),
         ({"data__name": "netflix"}, "cascade, movielens_100k"),
         ({"tasks": ("watch", "buy", "like")}, "'buy', which cascade lacks; it has: watch, like"),
         ({"tasks": ()}, "tasks is empty; cascade has: watch, like, share"),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from kd_ranker.data import cascade, movielens
+from kd_ranker.data import cascade, movielens, recflow
 from kd_ranker.data.request import Source
 
 
@@ -31,4 +31,5 @@ class SourceEntry(NamedTuple):
 SOURCES: dict[str, SourceEntry] = {
     "cascade": SourceEntry(cascade.TASKS, cascade.open_source),
     "movielens_100k": SourceEntry(movielens.TASKS, movielens.open_source),
+    "recflow": SourceEntry(recflow.TASKS, recflow.open_source),
 }

@@ -73,3 +73,5 @@ def bce(
 
 
 LOSSES: dict[str, Loss] = {"bce": bce}
+# Those that compare with probabilities; a log of positions (see `teacher_signal`) has none.
+NEEDS_PROBABILITIES = frozenset({"bce"})

@@ -27,12 +27,16 @@ class FunnelCurves:
         the denominator of the design's `value_captured@k`.
       true_value_captured: summed true value of the same items; its last entry is again the
         denominator. NaN where the true values are not known.
+      shown_kept: how many of the candidates that the logged funnel has shown the student's top k
+        keeps; 0 where that funnel has shown all of them or none, which tells no student from
+        another.
       counts: False where the teacher knows no candidate of the request; all curves are 0 there.
     """
 
     survival: Float[Array, "R N"]
     value_captured: Float[Array, "R N"]
     true_value_captured: Float[Array, "R N"]
+    shown_kept: Float[Array, "R N"]
     counts: Bool[Array, "R"]
 
 
@@ -53,6 +57,7 @@ def funnel_curves(
     candidate_mask: Bool[Array, "R N"],
     shown: int,
     true_value: Float[Array, "R N"] | None = None,
+    was_shown: Bool[Array, "R N"] | None = None,
 ) -> FunnelCurves:
     """The curves of each request.
 
@@ -66,13 +71,16 @@ def funnel_curves(
       shown: m, the number of items shown, at least 1. Fewer are shown where k, or the number of
         candidates that the teacher knows, is smaller.
       true_value: the true value of each candidate, or None where the dataset does not know it.
+      was_shown: whether the logged funnel has shown it; None if that is not asked for.
     """
     if shown < 1:
         raise ValueError(f"shown={shown} must be at least 1")
     if true_value is None:
         true_value = jnp.full_like(teacher_value, jnp.nan)
-    of_request = jax.vmap(_curves_of_request, in_axes=(0, 0, 0, 0, None))
-    return of_request(student_value, teacher_value, candidate_mask, true_value, shown)
+    if was_shown is None:
+        was_shown = jnp.zeros_like(candidate_mask)
+    of_request = jax.vmap(_curves_of_request, in_axes=(0, 0, 0, 0, 0, None))
+    return of_request(student_value, teacher_value, candidate_mask, true_value, was_shown, shown)
 
 
 def _curves_of_request(
@@ -80,6 +88,7 @@ def _curves_of_request(
     teacher_value: Float[Array, "N"],
     candidate_mask: Bool[Array, "N"],
     true_value: Float[Array, "N"],
+    was_shown: Bool[Array, "N"],
     shown: int,
 ) -> FunnelCurves:
     known = candidate_mask & ~jnp.isnan(teacher_value)
@@ -87,11 +96,18 @@ def _curves_of_request(
     # worth 0 below, so that whether one of them fills an empty slot makes no difference.
     by_teacher = jnp.argsort(jnp.where(known, -teacher_value, jnp.inf))
     place = jnp.zeros_like(by_teacher).at[by_teacher].set(jnp.arange(by_teacher.size))
-    by_student = jnp.argsort(jnp.where(candidate_mask, -student_value, jnp.inf))
+    # What has no value comes behind all that has one, and before the padding.
+    last = jnp.finfo(student_value.dtype).max
+    key = jnp.where(jnp.isnan(student_value), last, -student_value)
+    by_student = jnp.argsort(jnp.where(candidate_mask, key, jnp.inf))
     arriving = place[by_student]  # places in the teacher's order, as the student lets them pass
 
     own_top = jnp.minimum(shown, known.sum())
     survival = jnp.cumsum(arriving < own_top) / jnp.maximum(own_top, 1)
+
+    was_shown = candidate_mask & was_shown
+    tells = was_shown.sum() < candidate_mask.sum()
+    shown_kept = jnp.cumsum(was_shown[by_student] & tells)
 
     leaving = _leaving_places(arriving, shown)
 
@@ -109,6 +125,7 @@ def _curves_of_request(
         survival=or_nan(survival),
         value_captured=or_nan(summed(teacher_value)),
         true_value_captured=or_nan(summed(true_value)),
+        shown_kept=or_nan(shown_kept),
         counts=own_top > 0,
     )
 
@@ -137,6 +154,7 @@ def captured_share(captured: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
 
     The ratio of the sums over requests, not the mean of their ratios: it is the share of the whole
     feed's value, in which a request where little is at stake counts little. NaN if the total is 0.
+    Of `shown_kept` it is the recall of what was shown.
     """
     total = captured[-1]
     return captured / total if total != 0 else np.full_like(captured, np.nan)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from kd_ranker.batch import EvaluationBatch
+from kd_ranker.batch import EvaluationBatch, Stage
 from kd_ranker.evaluation import alignment, funnel, label_metrics
 
 CALIBRATION_BINS = 20
@@ -44,6 +44,8 @@ class Sums:
       funnel_requests: how many requests have a candidate that the teacher knows.
       value_captured: teacher value of what is shown, for k = 1..N; the last entry is the most.
       true_value_captured: true value of the same; NaN where the dataset does not know it.
+      shown_kept: shown candidates that the top k keeps, for k = 1..N, of the requests whose logged
+        funnel has shown some candidates and not all; the last entry is all of them.
       requests: how many requests.
       candidates: how many candidates they have.
       unseen_users: how many of the requests are of a user that the model never met in training; NaN
@@ -67,6 +69,7 @@ class Sums:
     funnel_requests: Float[Array | np.ndarray, ""]
     value_captured: Float[Array | np.ndarray, "N"]
     true_value_captured: Float[Array | np.ndarray, "N"]
+    shown_kept: Float[Array | np.ndarray, "N"]
     requests: Float[Array | np.ndarray, ""]
     candidates: Float[Array | np.ndarray, ""]
     unseen_users: Float[Array | np.ndarray, ""]
@@ -132,6 +135,7 @@ def request_sums(
         candidate_mask=mask,
         shown=shown,
         true_value=funnel.value(evaluation_batch.true_probability, value_weights),
+        was_shown=mask & (batch.stage == Stage.SHOWN),
     )
     # Everything below is 0 on the requests that do not count, so a plain sum leaves them out.
     return Sums(
@@ -151,6 +155,7 @@ def request_sums(
         funnel_requests=curves.counts.sum().astype(curves.survival.dtype),
         value_captured=curves.value_captured.sum(axis=0),
         true_value_captured=curves.true_value_captured.sum(axis=0),
+        shown_kept=curves.shown_kept.sum(axis=0),
         requests=evaluation_batch.request_mask.sum().astype(jnp.float32),
         candidates=mask.sum().astype(jnp.float32),
         unseen_users=_number_unseen(met, "user", evaluation_batch.request_mask),
@@ -226,6 +231,7 @@ def summarise(
     tasks: Sequence[str],
     report_at: Sequence[int],
     teacher_user_bce: Mapping[str, float] | None = None,
+    teacher_signal: str = "probability",
 ) -> dict[str, float]:
     """The measured columns of `results.csv`, in their order; NaN where there is nothing to measure.
 
@@ -234,10 +240,14 @@ def summarise(
       tasks: names of the tasks, in the order of the T axis.
       report_at: the values of k to report; one beyond the number of candidates means all of them.
       teacher_user_bce: `user_bce` of the teacher by task, for `alignment_ratio`; NaN without it.
+      teacher_signal: one of `batch.TEACHER_SIGNALS`. Of positions only the order means something,
+        so what is measured in nats against them is NaN.
     """
     sums = add(None, sums)
     user_bce = _ratio(sums.user_bce, sums.label_weight)
     teacher_bce = _ratio(sums.teacher_bce, sums.teacher_weight)
+    if teacher_signal == "rank":
+        teacher_bce = np.full_like(teacher_bce, np.nan)
     of_tasks = {
         "user_bce": user_bce,
         "user_auc": _ratio(sums.user_auc, sums.user_auc_requests),
@@ -270,6 +280,7 @@ def curves(sums: Sums) -> dict[str, Float[np.ndarray, "N"]]:
         "survival": _ratio(sums.survival, sums.funnel_requests),
         "value_captured": funnel.captured_share(np.asarray(sums.value_captured)),
         "true_value_captured": funnel.captured_share(np.asarray(sums.true_value_captured)),
+        "shown_recall": funnel.captured_share(np.asarray(sums.shown_kept)),
     }
 
 

@@ -18,14 +18,17 @@ KEYS = (
     *("dataset", "role", "mode", "distill_loss", "distill_weight", "temperature"),
     *("learning_rate", "serve", "seed", "data_seed", "step"),
 )
-CURVES_COLUMNS = ("member", "serve", "k", "survival", "value_captured", "true_value_captured")
+CURVES_COLUMNS = (
+    *("member", "serve", "k"),
+    *("survival", "value_captured", "true_value_captured", "shown_recall"),
+)
 CALIBRATION_COLUMNS = ("member", "serve", "task", "bin", "weight", "predicted", "observed")
 
 
 def columns(tasks: Sequence[str], report_at: Sequence[int]) -> list[str]:
     """The columns of `results.csv` in their order."""
     per_task = ("user_bce", "user_auc", "user_calibration", "teacher_bce", "teacher_kl")
-    per_k = ("survival", "value_captured", "true_value_captured")
+    per_k = ("survival", "value_captured", "true_value_captured", "shown_recall")
     return [
         *KEYS,
         *(f"{name}/{task}" for name in per_task for task in tasks),

@@ -22,6 +22,7 @@ _BETTER: dict[str, Better] = {
     "survival": "higher",
     "value_captured": "higher",
     "true_value_captured": "higher",
+    "shown_recall": "higher",
     "passed_for_99": "lower",
     "flops_per_candidate": "lower",
     "cost_ratio": "lower",

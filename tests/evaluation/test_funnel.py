@@ -23,17 +23,25 @@ def test_curves_by_hand() -> None:
         jnp.array([[True, True, True, True, False]]),
         2,
         jnp.array([[50.0, 10.0, 20.0, 30.0, 99.0]]),
+        jnp.array([[False, True, False, True, True]]),
     )
     np.testing.assert_allclose(curves.survival, [[0.0, 0.5, 0.5, 1.0, 1.0]])
     np.testing.assert_allclose(curves.value_captured, [[1.0, 4.0, 5.0, 7.0, 7.0]])
     # By true values, letting more pass can lose: the teacher chooses wrongly.
     np.testing.assert_allclose(curves.true_value_captured, [[50.0, 60.0, 30.0, 40.0, 40.0]])
+    # Of b and d, which were shown; that the padding was, too, is nonsense and does not count.
+    np.testing.assert_allclose(curves.shown_kept, [[0.0, 1.0, 1.0, 2.0, 2.0]])
     assert curves.counts.all()
 
 
 def brute_force(
-    student: np.ndarray, teacher: np.ndarray, mask: np.ndarray, true: np.ndarray, shown: int
-) -> tuple[list[float], list[float], list[float]]:
+    student: np.ndarray,
+    teacher: np.ndarray,
+    mask: np.ndarray,
+    true: np.ndarray,
+    was_shown: np.ndarray,
+    shown: int,
+) -> tuple[list[float], list[float], list[float], list[int]]:
     """The curves of one request, from the definitions, one k after the other."""
     candidates = [i for i in range(mask.size) if mask[i]]
 
@@ -43,14 +51,18 @@ def brute_force(
 
     by_student = sorted(candidates, key=lambda i: (-student[i], i))
     own_top = shown_by_teacher(candidates)
-    survival, value, true_value = [], [], []
+    once_shown = {i for i in candidates if was_shown[i]}
+    if len(once_shown) == len(candidates):
+        once_shown = set()
+    survival, value, true_value, kept = [], [], [], []
     for k in range(1, mask.size + 1):
         passed = by_student[:k]
         chosen = shown_by_teacher(passed)
         survival.append(len(set(own_top) & set(passed)) / max(len(own_top), 1))
         value.append(sum(teacher[i] for i in chosen))
         true_value.append(sum(true[i] for i in chosen))
-    return survival, value, true_value
+        kept.append(len(once_shown & set(passed)))
+    return survival, value, true_value, kept
 
 
 @st.composite
@@ -64,18 +76,20 @@ def ragged_requests(draw: st.DrawFn) -> tuple[np.ndarray, ...]:
     mask = generator.uniform(size=shape) < draw(st.sampled_from([0.4, 1.0]))
     # What lies on padding must not matter.
     student[~mask], true[~mask] = np.nan, np.nan
-    return (*(array.astype(np.float32) for array in (student, teacher, true)), mask)
+    was_shown = generator.uniform(size=shape) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    return (*(array.astype(np.float32) for array in (student, teacher, true)), mask, was_shown)
 
 
 @settings(deadline=None, max_examples=150)
 @given(ragged_requests(), st.sampled_from([1, 3]))
 def test_curves_match_brute_force(requests: tuple[np.ndarray, ...], shown: int) -> None:
-    student, teacher, true, mask = requests
-    curves = jax.device_get(funnel_curves(student, teacher, mask, shown, true))
+    student, teacher, true, mask, was_shown = requests
+    curves = jax.device_get(funnel_curves(student, teacher, mask, shown, true, was_shown))
     for request in range(len(mask)):
-        survival, value, true_value = brute_force(
-            student[request], teacher[request], mask[request], true[request], shown
+        survival, value, true_value, kept = brute_force(
+            *(array[request] for array in (student, teacher, mask, true, was_shown)), shown
         )
+        np.testing.assert_array_equal(curves.shown_kept[request], kept)
         np.testing.assert_allclose(curves.survival[request], survival, rtol=1e-6)
         # A running sum in float32 is off by the rounding of its largest term, at most 1 here, and
         # its last entries may be much smaller than that.
@@ -85,7 +99,10 @@ def test_curves_match_brute_force(requests: tuple[np.ndarray, ...], shown: int) 
         assert curves.counts[request] == known.any()
         # From the number of candidates on, nothing is lost, to the last bit.
         candidates = max(mask[request].sum(), 1)
-        for curve in (curves.survival, curves.value_captured, curves.true_value_captured):
+        for curve in (
+            *(curves.survival, curves.value_captured, curves.true_value_captured),
+            curves.shown_kept,
+        ):
             assert (curve[request, candidates - 1 :] == curve[request, -1]).all()
     assert (curves.survival[curves.counts, -1] == 1).all()
     # Letting more pass never loses what the teacher sees. (True value it may lose.)
@@ -111,6 +128,17 @@ def test_survival_is_the_recall_of_rax() -> None:
             reduce_fn=None,
         )
         np.testing.assert_allclose(curves.survival[:, k - 1], recall, rtol=1e-6)
+
+
+def test_what_a_ranker_has_no_value_for_comes_after_all_that_it_has_and_before_the_padding() -> (
+    None
+):
+    # A logged teacher as a student: it does not know the first one, which was shown.
+    value = np.array([[np.nan, 0.2, 0.9, np.nan]])
+    mask = np.array([[True, True, True, False]])
+    shown = np.array([[True, False, True, False]])
+    curves = funnel_curves(value, value, mask, 1, None, shown)
+    np.testing.assert_allclose(curves.shown_kept, [[1.0, 1.0, 2.0, 2.0]])
 
 
 def test_teacher_as_its_own_student_loses_nothing() -> None:

@@ -67,6 +67,8 @@ class Case:
             history_mask=jnp.zeros((requests, 1), bool),
             item_id=jnp.zeros((requests, candidates), int),
             candidate_features=jnp.zeros((requests, candidates, 1)),
+            request_category=jnp.zeros((requests, 0), int),
+            candidate_category=jnp.zeros((requests, candidates, 0), int),
             stage=jnp.asarray(self.stage),
             user_label=jnp.asarray(self.label),
             label_weight=jnp.asarray(self.label_weight),
@@ -147,6 +149,9 @@ def test_row_of_one_small_request_by_hand() -> None:
         "true_value_captured@1": 0.5,
         "true_value_captured@3": 1.0,
         "true_value_captured@99": 1.0,
+        "shown_recall@1": 0.0,
+        "shown_recall@3": 1.0,
+        "shown_recall@99": 1.0,
         "passed_for_99": 4,
     }
     for name, number in expected.items():
@@ -174,6 +179,8 @@ def test_row_has_the_columns_of_the_results_in_their_order() -> None:
         "value_captured@20",
         "true_value_captured@10",
         "true_value_captured@20",
+        "shown_recall@10",
+        "shown_recall@20",
         "passed_for_99",
         "unseen_users",
         "unseen_items",
@@ -217,6 +224,31 @@ def test_captured_value_is_the_ratio_of_sums_and_survival_the_mean() -> None:
     np.testing.assert_allclose(row["value_captured@1"], (0.1 + 0.09) / (0.9 + 0.09), rtol=1e-6)
 
 
+def test_recall_of_the_shown_pools_requests_and_leaves_out_those_shown_whole_or_not_at_all() -> (
+    None
+):
+    case = random_case(requests=5, candidates=6)
+    # By their places in the student's order: best first.
+    case.student[:] = np.linspace(0.9, 0.1, 6)[None, :, None]
+    case.stage[:] = Stage.RETRIEVED
+    case.stage[0, [0, 3]] = Stage.SHOWN
+    case.stage[1, [1, 2, 4, 5]] = Stage.SHOWN
+    case.stage[1, 3] = Stage.PASSED
+    case.stage[2] = Stage.SHOWN  # whole
+    case.stage[3, 0] = Stage.PASSED  # none
+    case.stage[4, 0] = Stage.SHOWN
+    case.request_mask[4] = False  # only fills up the batch
+    case.teacher_weight[:] = 0  # whatever the teacher knows
+    case.teacher[:] = np.nan
+    row = measures.summarise(case.sums(), TASKS, [1, 3, 6])
+    # Six were shown: of request 0 the best and the fourth, of request 1 all but two.
+    np.testing.assert_allclose(
+        [row[f"shown_recall@{k}"] for k in (1, 3, 6)], [1 / 6, (1 + 2) / 6, 1.0], rtol=1e-6
+    )
+    row = measures.summarise(case.of_requests(slice(2, 5)).sums(), TASKS, [1, 3, 6])
+    assert np.isnan(row["shown_recall@3"])
+
+
 def test_a_batch_split_in_two_has_the_same_sums() -> None:
     case = random_case()
     parts = None
@@ -254,7 +286,7 @@ def test_padding_changes_nothing() -> None:
         true=padded(case.true, np.nan),
         request_mask=case.request_mask,
     ).sums()
-    for name in ("survival", "value_captured", "true_value_captured"):
+    for name in ("survival", "value_captured", "true_value_captured", "shown_kept"):
         curve = np.asarray(getattr(longer, name))
         np.testing.assert_array_equal(curve[40:], curve[39])
         longer = dataclasses.replace(longer, **{name: curve[:40]})
@@ -294,6 +326,22 @@ def test_teacher_judged_as_a_student() -> None:
     assert row[f"value_captured@{SHOWN}"] == 1
     assert row["passed_for_99"] == SHOWN
     assert row["teacher_kl/watch"] == pytest.approx(0, abs=1e-6)
+
+
+def test_of_a_teachers_positions_only_the_order_is_measured() -> None:
+    case = random_case()
+    user_bce = {"watch": 1.0, "like": 1.0}
+    row = measures.summarise(case.sums(), TASKS, [SHOWN], user_bce)
+    of_order = measures.summarise(case.sums(), TASKS, [SHOWN], user_bce, "rank")
+    empty = {name for name, number in of_order.items() if np.isnan(number)}
+    empty -= {"unseen_users", "unseen_items"}
+    assert empty == {
+        *(f"{name}/{task}" for name in ("teacher_bce", "teacher_kl") for task in TASKS),
+        "alignment_ratio",
+    }
+    assert {name: row[name] for name in row if name not in empty} == pytest.approx(
+        {name: of_order[name] for name in row if name not in empty}, nan_ok=True
+    )
 
 
 def test_teacher_with_holes_is_judged_only_where_it_is_known() -> None:

@@ -16,8 +16,9 @@ def test_the_columns_are_the_contracts_in_its_order():
         "user_calibration/watch", "user_calibration/like", "teacher_bce/watch", "teacher_bce/like",
         "teacher_kl/watch", "teacher_kl/like", "alignment_ratio", "survival@10", "survival@50",
         "value_captured@10", "value_captured@50", "true_value_captured@10",
-        "true_value_captured@50", "passed_for_99", "flops_per_candidate", "cost_ratio",
-        "funnel_cost_saving", "unseen_users", "unseen_items", "non_finite_step", "member",
+        "true_value_captured@50", "shown_recall@10", "shown_recall@50", "passed_for_99",
+        "flops_per_candidate", "cost_ratio", "funnel_cost_saving", "unseen_users", "unseen_items",
+        "non_finite_step", "member",
     ]  # fmt: skip
 
 

@@ -1,0 +1,153 @@
+"""Reads pickles of plain data without running anything that they say.
+
+A pickle is a program: it names functions of any installed module, and the usual reader looks them
+up and calls them. Here a name is looked up in `_KNOWN` and nowhere else, and what stands there are
+stand-ins that build arrays of numbers, check all that they are given, and cannot be changed by the
+pickle. So there are only
+
+* what has instructions of its own: None, bool, int, float, str, bytes, list, tuple, dict, and set
+  from protocol 4 on;
+* NumPy's arrays and scalars of bool, integers and floats, by protocol 3 or 4;
+* `collections.defaultdict`, which becomes a plain dict.
+
+This keeps a file from running code. It does not keep one from being large.
+"""
+
+import math
+import pickle
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from kd_ranker.errors import UserError
+
+Name = tuple[str, str]  # module, name
+
+# Kind and bytes. Not `O`: such an array holds objects of any kind.
+_DTYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
+_PLAIN_TYPES = ("bool", "int", "float", "str", "list", "tuple", "dict")
+_BYTE_ORDERS = ("<", ">", "|", "=")
+
+
+class _Refused(UserError):
+    """What was refused, without the name of the file."""
+
+
+def load(path: Path, mentioned: Collection[Name] = ()) -> Any:
+    """The contents of a pickle of plain data.
+
+    Args:
+      path: the file.
+      mentioned: names that may occur in it, and are not looked up: functions that make the entries
+        of a `defaultdict`.
+
+    Returns:
+      Plain containers of numbers and strings; arrays are instances of a subclass of `np.ndarray`.
+
+    Raises:
+      UserError: there is no such file, it is damaged, or it asks for anything else; names what.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    with path.open("rb") as file:
+        try:
+            return _Unpickler(file, mentioned).load()
+        except _Refused as refused:
+            raise UserError(f"{path} was not read: {refused}") from None
+        # A pickle can bring about any exception.
+        except Exception as error:
+            text = " ".join(str(error).split())
+            raise UserError(f"{path} is no pickle that can be read: {text}") from error
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: Any, mentioned: Collection[Name]):
+        super().__init__(file)
+        self._mentioned = mentioned
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = _KNOWN.get((module, name))
+        if known is None and (module, name) not in self._mentioned:
+            raise _Refused(f"it asks for {module}.{name}, and may only hold plain data")
+        return known or _MENTIONED
+
+
+class _Fixed:
+    """What a pickle can neither change nor, unless a function is given, call."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any] | None = None):
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._function is None:
+            raise _Refused("it calls what is no function")
+        return self._function(*arguments)
+
+    def __setstate__(self, state: object) -> NoReturn:
+        raise _Refused("it changes what it did not make")
+
+
+class _Dtype:
+    """A dtype that is not NumPy's own, whose state a pickle could set to anything."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, text: object, *_: object):
+        if text not in _DTYPES:
+            raise _Refused(f"it holds an array of dtype {text!r}, and may only hold numbers")
+        self.dtype: np.dtype = np.dtype(str(text))
+
+    def __setstate__(self, state: object) -> None:
+        """Takes the byte order, and nothing else."""
+        plain = isinstance(state, tuple) and len(state) == 8
+        if not (plain and state[1] in _BYTE_ORDERS and state[2:] == (*[None] * 3, -1, -1, 0)):  # type: ignore[index]
+            raise _Refused("it holds an array of a dtype that is no plain number")
+        self.dtype = self.dtype.newbyteorder(state[1])  # type: ignore[index]
+
+
+class _Array(np.ndarray):
+    """An array whose state is checked before NumPy takes it."""
+
+    def __setstate__(self, state: Any) -> None:
+        match state:
+            case (1, tuple(shape), _Dtype(dtype=dtype), bool(fortran), bytes(raw)) if all(
+                type(length) is int and length >= 0 for length in shape
+            ):
+                if len(raw) == math.prod(shape) * dtype.itemsize:
+                    super().__setstate__((1, shape, dtype, fortran, raw))  # type: ignore[arg-type]
+                    return
+        raise _Refused("it holds an array whose contents do not fit its shape")
+
+
+def _reconstruct(subtype: object, shape: object, code: object) -> _Array:
+    """An empty array, whose contents come with its state."""
+    if subtype is not _NDARRAY or shape != (0,) or code != b"b":
+        raise _Refused("it holds an array of a class of its own")
+    return np.ndarray.__new__(_Array, (0,), np.int8)
+
+
+def _scalar(dtype: object, raw: object) -> Any:
+    if not (isinstance(dtype, _Dtype) and isinstance(raw, bytes)):
+        raise _Refused("it holds a scalar that is no number")
+    return np.frombuffer(raw, dtype.dtype)[0].item()
+
+
+_NDARRAY = _Fixed()
+_MENTIONED = _Fixed()
+_KNOWN: dict[Name, _Fixed] = {
+    # NumPy 2 has another name for the same module.
+    **{
+        (module, name): _Fixed(function)
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+        for name, function in (("_reconstruct", _reconstruct), ("scalar", _scalar))
+    },
+    # What a defaultdict makes, which nobody asks it for.
+    **{("builtins", name): _MENTIONED for name in _PLAIN_TYPES},
+    ("numpy", "ndarray"): _NDARRAY,
+    ("numpy", "dtype"): _Fixed(_Dtype),
+    ("collections", "defaultdict"): _Fixed(lambda *_: {}),
+}
