@@ -1,7 +1,8 @@
 import pytest
 
-from configs import cascade, movielens
+from configs import cascade, kuairand, movielens
 from kd_ranker import settings
+from kd_ranker.data.sources import SOURCES
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.errors import UserError
 
@@ -29,6 +30,11 @@ def test_the_movielens_config_is_valid_on_as_many_devices_as_share_its_batch():
     settings.validate(movielens.get_config())
 
 
+@pytest.mark.parametrize("variant", ["", "1k", "27k"])
+def test_the_kuairand_configs_are_valid(variant):
+    settings.validate(kuairand.get_config(variant))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -39,7 +45,7 @@ def test_the_movielens_config_is_valid_on_as_many_devices_as_share_its_batch():
         ({"student__name": "giant"}, "multi_interest"),
         ({"optimizer__table_name": "sgdd"}, "optimizer.table_name='sgdd'"),
         ({"parallel__mapping": "vmap"}, "pmap, shard_map"),
-        ({"data__name": "netflix"}, "cascade, movielens_100k"),
+        ({"data__name": "netflix"}, ", ".join(sorted(SOURCES))),
         ({"tasks": ("watch", "buy", "like")}, "'buy', which cascade lacks; it has: watch, like"),
         ({"tasks": ()}, "tasks is empty; cascade has: watch, like, share"),
         ({"tasks": ("like", "like", "share")}, "names a task twice"),
