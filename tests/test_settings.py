@@ -1,7 +1,8 @@
 import pytest
 
-from configs import cascade, movielens, recflow
+from configs import cascade, kuairand, movielens, recflow
 from kd_ranker import settings
+from kd_ranker.data.sources import SOURCES
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.errors import UserError
 
@@ -35,6 +36,11 @@ def test_the_recflow_config_is_valid_where_there_is_its_loss(variant, monkeypatc
     settings.validate(recflow.get_config(variant))
 
 
+@pytest.mark.parametrize("variant", ["", "1k", "27k"])
+def test_the_kuairand_configs_are_valid(variant):
+    settings.validate(kuairand.get_config(variant))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -47,7 +53,7 @@ def test_the_recflow_config_is_valid_where_there_is_its_loss(variant, monkeypatc
         ({"parallel__mapping": "vmap"}, "pmap, shard_map"),
         ({"batch__order": "random"}, "batch.order='random' does not exist; choose one of: s"),
         ({"teacher__batch__order": ""}, "teacher.batch.order=''"),
-        ({"data__name": "netflix"}, "cascade, movielens_100k"),
+        ({"data__name": "netflix"}, ", ".join(sorted(SOURCES))),
         ({"tasks": ("watch", "buy", "like")}, "'buy', which cascade lacks; it has: watch, like"),
         ({"tasks": ()}, "tasks is empty; cascade has: watch, like, share"),
         ({"tasks": ("like", "like", "share")}, "names a task twice"),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from kd_ranker.data import cascade, movielens, recflow
+from kd_ranker.data import cascade, kuairand, movielens, recflow
 from kd_ranker.data.request import Source
 
 
@@ -32,4 +32,7 @@ SOURCES: dict[str, SourceEntry] = {
     "cascade": SourceEntry(cascade.TASKS, cascade.open_source),
     "movielens_100k": SourceEntry(movielens.TASKS, movielens.open_source),
     "recflow": SourceEntry(recflow.TASKS, recflow.open_source),
+    **{
+        name: SourceEntry(kuairand.TASKS, kuairand.open_source) for name in kuairand.VARIANT_OF_NAME
+    },
 }
