@@ -186,7 +186,7 @@ def positives_of(column: Column) -> Bool[np.ndarray, "rows"]:
 
 def number_met(column: Column) -> int:
     """How many distinct values rows hold, null aside."""
-    return len(np.unique(column.code[column.known]))
+    return int(np.count_nonzero(np.bincount(column.code[column.known])))
 
 
 def is_known_where(column: Column, mask: Bool[np.ndarray, "rows"]) -> bool:
@@ -195,14 +195,21 @@ def is_known_where(column: Column, mask: Bool[np.ndarray, "rows"]) -> bool:
     return outside <= 0.01 and column.known[mask].mean() >= 0.5
 
 
+def as_type(ids: pa.Array, of: pa.DataType) -> pa.Array | None:
+    """Ids as another type of whole numbers or of texts; None if one is numbers, the other texts."""
+    for is_kind in (pa.types.is_integer, pa.types.is_string):
+        if is_kind(ids.type) and is_kind(of):
+            return ids.cast(of, safe=False)
+    return None
+
+
 def share_of_values(lists: Column, column: Column) -> float:
     """The share of what lists hold that is a value of another column, too."""
     if not lists.element_kind or not len(lists.values):
         return 0.0
-    elements, values = lists.values.flatten().drop_null(), column.values
-    if pa.types.is_integer(elements.type) != pa.types.is_integer(values.type):
+    elements = lists.values.flatten().drop_null()
+    values = as_type(column.values, elements.type)
+    if values is None:
         return 0.0
-    if not (pa.types.is_integer(elements.type) or pa.types.is_string(elements.type)):
-        return 0.0
-    found = pc.is_in(elements, value_set=values.cast(elements.type, safe=False))
+    found = pc.is_in(elements, value_set=values)
     return float(pc.mean(found.cast(pa.int8())).as_py() or 0.0)

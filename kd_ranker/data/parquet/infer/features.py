@@ -8,17 +8,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from kd_ranker.batch import Stage
 from kd_ranker.data.parquet.infer import evidence, names
 from kd_ranker.data.parquet.infer.column import (
     Column,
-    is_known_where,
     may_be_time,
     number_met,
     share_of_values,
     text_of,
 )
 from kd_ranker.data.parquet.infer.ids import Facts
+from kd_ranker.data.parquet.infer.leaks import leak_of
 from kd_ranker.data.parquet.infer.roles import Roles
 from kd_ranker.data.parquet.infer.sample import REQUEST_ROWS
 
@@ -26,7 +25,6 @@ DEFAULT_SIZE = 100_000  # of `feature`
 _HASHED_FROM = 10_000  # values met in the sample
 _FEW_NUMBERS = 32
 _MAX_LENGTH = 200
-_LEAKS, _SUSPECT, _SOMEWHAT = 0.5, 0.2, 0.05  # shares of a label's uncertainty
 
 
 class Feature(NamedTuple):
@@ -106,12 +104,7 @@ def _why_unusable(facts: Facts, roles: Roles, name: str) -> str:
 
 def _find_feature(facts: Facts, roles: Roles, name: str, column: Column) -> Feature:
     of, why, check = _owner_of(facts, column)
-    if of == "candidate" and names.is_score(column.name):
-        check = "; ".join(filter(None, (check, "whose score? is it known to an early ranker?")))
-    if of == "candidate" and column.kind != "list" and names.task_of_label(column.name)[1]:
-        told = "called like a label, but as often 1 where nothing was shown"
-        check = "; ".join(filter(None, (check, told)))
-    leak, suspicion = _leak(facts, roles, column)
+    leak, suspicion = leak_of(facts, roles, column, of)
     check = "; ".join(filter(None, (check, suspicion)))
     if leak:
         return Feature(name, column.name, of, _kind_of(column)[0], left_out=leak)
@@ -169,60 +162,6 @@ def _owner_of(facts: Facts, column: Column) -> tuple[str, str, str]:
 
 def _each_of(agreement: evidence.Agreement) -> str:
     return "each of" if agreement.kappa == 1 else "nearly all of"
-
-
-def _leak(facts: Facts, roles: Roles, column: Column) -> tuple[str, str]:
-    """Why a column says what is known only later, and else what makes it suspect."""
-    if column.name in facts.of_request:
-        return "", ""
-    shown = roles.shown
-    if shown is not None and shown.any() and not shown.all():
-        if is_known_where(column, shown):
-            return "missing where a candidate was not shown: known only afterwards", ""
-        if roles.level is not None:
-            passed = roles.level >= Stage.PASSED
-            if passed.any() and not passed.all() and is_known_where(column, passed):
-                return "missing where a candidate was not passed: too late for an early ranker", ""
-        if _is_default_unless(column, shown):
-            return "nearly always the same where a candidate was not shown, and not elsewhere", ""
-    bins = evidence.binned(
-        column.numbers if column.kind in ("integer", "float") else None,
-        column.code,
-        column.distinct,
-    )
-    if bins is None:
-        return "", ""
-    if shown is not None:
-        gain = evidence.information(bins, shown)
-        if gain >= _LEAKS:
-            return f"tells which candidates were shown: {gain:.0%} of that uncertainty", ""
-    afterwards = names.is_known_afterwards(column.name) and not facts.is_of_item(column)
-    most, task = max(
-        ((_gain(facts, roles, bins, guess.column), task) for task, guess in roles.labels.items()),
-        default=(0.0, ""),
-    )
-    if most >= (_SOMEWHAT if afterwards else _LEAKS):
-        told = f"tells too much of {task!r} to be known before: {most:.0%} of its uncertainty"
-        return told, ""
-    if most >= _SUSPECT:
-        return "", f"tells {most:.0%} of the uncertainty of {task!r}: is it known before?"
-    return "", "known only afterwards?" if afterwards else ""
-
-
-def _is_default_unless(column: Column, shown: np.ndarray) -> bool:
-    """Whether one value stands for "nothing" where nothing was shown, and often not elsewhere."""
-    code = column.code[~shown & column.known]
-    if len(code) < 1000:
-        return False
-    usual = np.bincount(code).argmax()
-    differs = column.code[shown & column.known] != usual
-    return bool((code == usual).mean() >= 0.999 and len(differs) and differs.mean() >= 0.2)
-
-
-def _gain(facts: Facts, roles: Roles, bins: np.ndarray, label: str) -> float:
-    column = facts.columns[label]
-    rows = column.known if roles.shown is None else column.known & roles.shown
-    return evidence.information(bins[rows], column.numbers[rows] == 1)
 
 
 def _number_of_owners(facts: Facts, of: str, view: Column) -> int:

@@ -248,10 +248,19 @@ def _fit_of_request(columns: Mapping[str, Column], name: str) -> Fit | None:
     score -= may_be_time(columns[name])
     what = f", {times[0]!r} among them" if times else ""
     why = (
-        f"{said_by_name(name, 'request')}groups of about {size:,.0f} rows, within which "
-        f"{len(constant)} other columns are constant{what}"
+        f"{said_by_name(name, 'request')}groups of about {size:,.0f} rows, which share "
+        f"{counted(len(constant), 'other column')}{what}"
     )
     return Fit(name, score, number, why)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, in words.
+
+    >>> counted(1, "column"), counted(2000, "column")
+    ('1 column', '2,000 columns')
+    """
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def said_by_name(name: str, role: str) -> str:
@@ -352,7 +361,7 @@ def _guess_item(
         why = (
             f"{said_by_name(name, 'item')}never twice in a request"
             f"{f', but for {repeats:.1%}' if repeats else ''}; {met:,} values in {known:,} rows; "
-            f"{len(follow)} columns follow from it"
+            f"it fixes {counted(len(follow), 'other column')}"
         )
         why += f"; {lists[0]!r} lists such values" if lists else ""
         fits.append(Fit(name, score, met, why))
@@ -392,7 +401,7 @@ def _guess_user(requests: Mapping[str, Column], request: str, named: Mapping[str
         score = 2.0 * by_name + min(len(follow), 3) + (met >= max(10, 0.02 * number))
         why = (
             f"{said_by_name(name, 'user')}{met:,} values in {number:,} requests; "
-            f"{len(follow)} columns follow from it"
+            f"it fixes {counted(len(follow), 'other column')}"
         )
         if by_name or follow:
             fits.append(Fit(name, score, met, why))

@@ -46,7 +46,7 @@ def guess_labels(
             continue
         task, is_known = names.task_of_label(name)
         positives, rate = positives_of(column), _rate(column)
-        if shown is not None and (positives == shown).mean() >= 0.999:
+        if shown is not None and not is_known and _is_just(column, shown):
             left_out[name] = "CHECK: a label weight? 1 where a candidate was shown, 0 elsewhere"
             continue
         why, check = f"0 or 1, {rate:.1%} of them 1", ""
@@ -80,6 +80,13 @@ def guess_labels(
         found[task] = (rate, Guess(name, why, check))
     ordered = sorted(found.items(), key=lambda entry: (-entry[1][0], entry[0]))
     return {task: guess for task, (_, guess) in ordered}
+
+
+def _is_just(column: Column, shown: Bool[np.ndarray, "rows"]) -> bool:
+    """Whether a binary column is known everywhere, and 1 just where a candidate was shown."""
+    positives = positives_of(column)
+    either = int((positives | shown).sum())
+    return bool(column.known.all()) and int((positives & shown).sum()) >= 0.99 * max(either, 1)
 
 
 def _rate(column: Column, mask: Bool[np.ndarray, "rows"] | None = None) -> float:

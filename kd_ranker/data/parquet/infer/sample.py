@@ -22,10 +22,11 @@ from kd_ranker.errors import UserError
 
 MAX_ROWS = 300_000  # candidates in a sample
 MAX_CELLS = 12_000_000  # values read for it, elements of lists included
+MAX_BYTES = 400_000_000  # of these values
 MAX_CHUNKS = 24  # row groups read for it
 MAX_REQUESTS = 100_000  # requests in a second sample, of a row a request
 _MAX_REQUEST_CELLS = 48_000_000  # values read for that
-_BATCH_CELLS = 500_000
+_BATCH_CELLS = 100_000
 _READ_AHEAD = 1 << 20  # bytes
 
 CANDIDATE_ROWS, REQUEST_ROWS = "candidate", "request"
@@ -72,7 +73,7 @@ class Sample(NamedTuple):
         of a row a request.
       request: which row of the files a candidate comes from, in that layout; else all -1.
       edge: rows beside which the log goes on, so that their request may be incomplete.
-      file_rows: how many rows of the files were read.
+      file_rows: how many rows of the files these are.
       unread: columns that cannot be read, and why.
     """
 
@@ -139,6 +140,8 @@ def _plain_type(of: pa.DataType) -> pa.DataType:
         return pa.string()
     if pa.types.is_large_binary(of) or pa.types.is_fixed_size_binary(of):
         return pa.binary()
+    if pa.types.is_float16(of):
+        return pa.float32()
     if is_list(of):
         return pa.list_(_plain_type(of.value_type))
     return of
@@ -146,20 +149,25 @@ def _plain_type(of: pa.DataType) -> pa.DataType:
 
 def _common_types(files: Sequence[LogFile]) -> dict[str, pa.DataType]:
     types: dict[str, pa.DataType] = {}
+    differing = set()
     for file in files:
         for name, of in file.types.items():
-            types[name] = _common_type(types[name], of) if name in types else of
-    return types
+            common = _common_type(types.get(name, of), of)
+            if common is None:
+                differing.add(name)
+            types[name] = of if common is None else common
+    return types | dict.fromkeys(differing, pa.null())
 
 
-def _common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+def _common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
+    """A type that holds what either holds; None if there is none."""
     if one.equals(other):
         return one
     try:
         fields = [pa.schema([("", of)]) for of in (one, other)]
         return pa.unify_schemas(fields, promote_options="permissive").field(0).type
     except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return pa.null()
+        return None
 
 
 class _Chunk(NamedTuple):
@@ -182,20 +190,21 @@ def read_sample(log: Log, max_rows: int = MAX_ROWS, max_cells: int = MAX_CELLS) 
     rows = REQUEST_ROWS if aligned else CANDIDATE_ROWS
     if aligned:
         columns, request = _exploded(table, aligned, max_rows, unread)
+        file_rows = int(request.max()) + 1
         # Each of its rows holds a whole request.
         edge = np.zeros(0, np.int64)
     else:
-        columns = _encoded(table, unread)
+        columns, file_rows = _encoded(table, unread), table.num_rows
         request = np.full(table.num_rows, -1, np.int32)
     of_request = frozenset(columns) - frozenset(aligned) if aligned else frozenset[str]()
-    return Sample(rows, why, check, columns, of_request, request, edge, table.num_rows, unread)
+    return Sample(rows, why, check, columns, of_request, request, edge, file_rows, unread)
 
 
 def _unreadable(log: Log) -> dict[str, str]:
     reasons = {}
     for name, of in log.types.items():
+        kinds = sorted({str(file.types[name]) for file in log.files if name in file.types})
         if pa.types.is_null(of):
-            kinds = sorted({str(file.types[name]) for file in log.files if name in file.types})
             differ = f"files disagree on its type: {', '.join(kinds)}"
             reasons[name] = "never known" if kinds == ["null"] else differ
         elif not kind_of(of):
@@ -216,7 +225,7 @@ def _read_chunks(
     log: Log, wanted: Sequence[str], max_rows: int, max_cells: int
 ) -> Iterator[_Chunk]:
     schema = pa.schema([(name, log.types[name]) for name in wanted])
-    groups = _spread_groups(log)
+    groups, bytes_left = _spread_groups(log), MAX_BYTES
     before: tuple[LogFile, int] | None = None
     for index, (file, group) in enumerate(groups):
         # What small row groups leave goes to those that follow.
@@ -225,13 +234,15 @@ def _read_chunks(
         rows = min(
             file.group_rows[group], max(1, min(max_rows // left, int(max_cells / cells) // left))
         )
-        batches, read = [], 0
+        batches, read, held = [], 0, 0
         for batch in _batches(parquet, group, present, cells, rows):
             batches.append(_conformed(batch.slice(0, rows - read), schema))
             read += len(batches[-1])
-            if read >= rows:
+            held += batches[-1].nbytes
+            if read >= rows or held >= bytes_left // left:
                 break
         max_rows, max_cells = max_rows - read, max_cells - int(read * cells)
+        bytes_left -= held
         ends_group = read == file.group_rows[group]
         yield _Chunk(
             table=pa.concat_tables(batches),
@@ -339,7 +350,11 @@ def _find_aligned(table: pa.Table) -> tuple[list[str], str, str]:
         for name in table.column_names
         if name not in lengths
     )
-    named = any(names.match(name, names.SYNONYMS["item"]) for name in group)
+    named = any(
+        names.match(name, names.SYNONYMS["item"])
+        or (names.task_of_label(name)[1] and _holds_only_binary(table[name]))
+        for name in group
+    )
     if has_item and not named:
         return [], "it has a column of items that is no list", ""
     why = f"the lists of {len(group)} columns are equally long within each row"
@@ -350,10 +365,10 @@ def _find_aligned(table: pa.Table) -> tuple[list[str], str, str]:
 def _suits_candidates(table: pa.Table, group: Sequence[str]) -> tuple[int, bool, int]:
     """What groups of lists are sorted by: a name like that of items, labels, their number."""
     items = max(names.match(name, names.SYNONYMS["item"]) for name in group)
-    return items, any(is_binary(table[name]) for name in group), len(group)
+    return items, any(_holds_only_binary(table[name]) for name in group), len(group)
 
 
-def is_binary(chunked: pa.ChunkedArray) -> bool:
+def _holds_only_binary(chunked: pa.ChunkedArray) -> bool:
     """Whether lists hold nothing but zeros and ones, or truth values."""
     kind = kind_of(chunked.type.value_type)
     if kind not in ("integer", "float"):
