@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from kd_ranker.data.parquet.infer import evidence, names
 from kd_ranker.data.parquet.infer.column import (
     Column,
+    is_binary,
     may_be_time,
     number_met,
     share_of_values,
@@ -198,6 +199,8 @@ def _kind_of(column: Column) -> tuple[str, str, str]:
         return "category", f"{met:,} numbers, names by its name", ""
     if names.is_quantity(column.name):
         return "dense", f"{met:,} numbers, an amount by its name", ""
+    if column.kind == "float" and is_binary(column):
+        return "dense", "0 or 1", ""
     if met <= _FEW_NUMBERS:
         return "category", f"{met:,} whole numbers", ""
     if np.nanmax(np.abs(column.numbers)) >= 2**31:

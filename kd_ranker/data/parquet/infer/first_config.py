@@ -87,10 +87,11 @@ def config_text(name: str, log: sample.Log, named: Mapping[str, str]) -> str:
     features = find_features(facts, found)
     funnel = find_funnel(facts, found)
     what = "rows, a candidate each," if read.rows == sample.CANDIDATE_ROWS else "requests"
+    files = ids.counted(len(log.files), "file")
     head = [
         f'"""A first config for the log {name!r}, to edit: what its columns seem to be, and why.',
         "",
-        f"Guessed from {read.file_rows:,} of {log.num_rows:,} {what} in {len(log.files):,} files.",
+        f"Guessed from {read.file_rows:,} of {log.num_rows:,} {what} in {files}.",
         "What is doubtful stands below CHECK, with what else it may be.",
         '"""',
         "",
@@ -120,10 +121,11 @@ def config_text(name: str, log: sample.Log, named: Mapping[str, str]) -> str:
 
 
 def _log_section(log: sample.Log, read: sample.Sample, found: Roles) -> list[str]:
+    files = ids.counted(len(log.files), "file")
     split = '"time"' if found.columns["time"].column else '"request"'
     share = f"the last {0.1:.0%} are test requests" if split == '"time"' else "no time is known"
     return [
-        *_line("data.path", quoted(log.path), f"{len(log.files):,} files, {log.num_rows:,} rows"),
+        *_line("data.path", quoted(log.path), f"{files}, {log.num_rows:,} rows"),
         *_line("data.rows", quoted(read.rows), read.why_rows, read.check_rows),
         *_line("data.split", split, share),
     ]
@@ -163,12 +165,12 @@ def _teacher_section(found: Roles) -> list[str]:
     for task, guess in found.teacher.items():
         lines += _guess(f"data.teacher.{task}", guess)
     if not found.teacher:
-        return lines
+        return lines + _line("config.teacher.source", '"live"', "a teacher is to be trained first")
     what = {"probability": "these columns hold probabilities", "rank": "they hold positions"}
     signal = found.teacher_signal
     lines += _line("data.teacher_signal", quoted(signal), what[signal])
     lines += _guess("data.teacher_version", found.teacher_version)
-    return lines + _line("config.teacher.source", '"logged"', "or live, once a teacher is trained")
+    return lines + _line("config.teacher.source", '"logged"', "or live: one that is trained here")
 
 
 def _features_section(features: Sequence[Feature]) -> list[str]:

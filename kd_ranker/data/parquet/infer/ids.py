@@ -20,7 +20,7 @@ from kd_ranker.data.parquet.infer.sample import (
 from kd_ranker.errors import UserError
 
 # What the template names where a user has named nothing.
-TEMPLATE_COLUMNS = {role: names.SYNONYMS[role][0] for role in ("request", "time", "user", "item")}
+TEMPLATE_COLUMNS = {role: synonyms[0] for role, synonyms in names.SYNONYMS.items()}
 # Requests that tell what belongs to a user; with fewer, more are read.
 ENOUGH_REQUESTS = 5_000
 _THIN_ROWS, _THIN_SLICES = 96_000, 12

@@ -87,6 +87,9 @@ def find_roles(facts: Facts, ids: Mapping[str, Guess], named: Mapping[str, str])
     binary.pop(stage.column, None)
     shown = find_shown(facts, binary, level)
     position = _guess_position(facts, left, shown, named)
+    if not stage.column and not _suits_shown(facts, position, shown, named):
+        # Without a stage, what has a position counts as shown.
+        position = NONE
     left_out: dict[str, str] = {}
     scores = find_scores(facts, {name: c for name, c in left.items() if name not in binary})
     labels = guess_labels(facts, binary, scores, shown, left_out)
@@ -196,6 +199,17 @@ def _guess_position(
         fits.append(Fit(name, score, 0, why))
     fits = [fit for fit in fits if fit.score >= 4]
     return best_of(fits, lambda fit: False, least=4) if fits else NONE
+
+
+def _suits_shown(
+    facts: Facts,
+    position: Guess,
+    shown: Bool[np.ndarray, "rows"] | None,
+    named: Mapping[str, str],
+) -> bool:
+    if not position.column or "position" in named or shown is None:
+        return True
+    return not facts.columns[position.column].known[~shown].any()
 
 
 def _guess_by_name(
