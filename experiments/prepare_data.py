@@ -1,4 +1,7 @@
-"""Builds the dataset of requests for `config.data`."""
+"""Builds the dataset of requests for `config.data`.
+
+With `config.data.infer`, it writes a first config for a log in place of it.
+"""
 
 from pathlib import Path
 
@@ -9,8 +12,13 @@ from kd_ranker import commands
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    del workdir
-    print(f"dataset: {commands.prepare_data(config)}")
+    if not config.data.get("infer"):
+        print(f"dataset: {commands.prepare_data(config)}")
+        return
+    written = commands.first_config(config, workdir)
+    print(f"config: {written.path}")
+    print(f"edit it, first of all the {written.num_checks} lines below CHECK; then")
+    print("\n".join(f"    {command}" for command in written.next_commands))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker import measurement, runs, settings, teachers
 from kd_ranker.data import builder
+from kd_ranker.data.parquet.infer.first_config import FirstConfig, write_first_config
 from kd_ranker.data.request import Source
 from kd_ranker.data.sources import SOURCES
 from kd_ranker.evaluation import results
@@ -44,6 +45,15 @@ def prepare_data(config: ConfigDict) -> Path:
         source = SOURCES[config.data.name].open_source(config.data, config.tasks, config.funnel)
         builder.build(source, name, config.data.dir)
     return directory
+
+
+def first_config(config: ConfigDict, folder: Path) -> FirstConfig:
+    """Writes a config to edit for the log at `config.data.path`, with what it guessed and why.
+
+    Returns:
+      The file, below `folder`, and what to run next.
+    """
+    return write_first_config(config.data, folder)
 
 
 def train_teacher(config: ConfigDict, workdir: Path) -> list[Row]:

@@ -1,0 +1,1 @@
+"""Logs of the user's own, as Parquet files."""
