@@ -46,8 +46,9 @@ def get_config() -> ConfigDict:
     config.distill = ConfigDict()
     config.distill.mode = "shared"
     config.distill.weight = 1.0
-    config.distill.loss = "bce"
+    config.distill.loss = "bce"  # or mse_logit, softmax, ranknet, lambda, topk; their sizes differ
     config.distill.temperature = 1.0
+    config.distill.top_k = 10  # loss topk: so many of a request's candidates in the batch
     config.distill.affine = True  # mode shared: a learned scale and offset between the two labels
     config.distill.serve = "user"  # mode aux: the heads that rank (user, teacher, blend)
 

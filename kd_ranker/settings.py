@@ -31,6 +31,7 @@ _POSITIVE = (
     "teacher.train.eval_limit", "student.width", "student.interests", "teacher.width",
     "teacher.attention_hidden", "teacher.experts", "teacher.expert_hidden",
     "evaluation.requests", "data.history_length", "distill.temperature",
+    "distill.top_k",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "seed", "data.seed", "batch.seed", "teacher.batch.seed", "distill.weight",
@@ -177,6 +178,13 @@ def _check_numbers(config: ConfigDict) -> None:
         for number in _get(config, key):  # type: ignore[attr-defined]
             if not 0 < number < math.inf:
                 raise UserError(f"{key} holds {number}; give finite numbers greater than 0")
+    if "topk" in (config.distill.loss, *config.sweep.losses) and (
+        config.distill.top_k >= config.batch.candidates
+    ):
+        raise UserError(
+            f"distill.top_k={config.distill.top_k} takes in all batch.candidates="
+            f"{config.batch.candidates} of a request, which tells the loss topk nothing; lower it"
+        )
     if config.sweep.learning_rates and not config.optimizer.learning_rate:
         raise UserError("sweep.learning_rates scales optimizer.learning_rate, which is 0")
     for size in config.student.hidden:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from configs import cascade, defaults, kuairand, movielens, recflow
 from kd_ranker.data.sources import SOURCES
-from kd_ranker.distillation.losses import LOSSES
+from kd_ranker.distillation.losses import LOSSES, NEEDS_PROBABILITIES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
@@ -54,6 +54,7 @@ def anchors(page: Path) -> set[str]:
 @pytest.fixture
 def registries() -> Iterator[None]:
     """Takes back what an example has registered, which other tests would meet."""
+    known = set(NEEDS_PROBABILITIES)
     with (
         mock.patch.dict(MODES),
         mock.patch.dict(LOSSES),
@@ -62,6 +63,7 @@ def registries() -> Iterator[None]:
         mock.patch.dict(SOURCES),
     ):
         yield
+    NEEDS_PROBABILITIES.intersection_update(known)
 
 
 def test_extending_and_data_formats_have_blocks_to_run():

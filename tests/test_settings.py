@@ -26,6 +26,11 @@ def test_the_configs_are_valid(config):
     settings.validate(config)
 
 
+def test_top_k_may_take_in_all_candidates_where_nothing_looks_at_it():
+    settings.validate(config_with(distill__loss="ranknet", distill__top_k=32))
+    settings.validate(config_with(distill__loss="topk", distill__top_k=31))
+
+
 def test_the_movielens_config_is_valid_on_as_many_devices_as_share_its_batch():
     settings.validate(movielens.get_config())
 
@@ -71,6 +76,12 @@ def test_the_kuairand_configs_are_valid(variant):
         ({"distill__weight": -1.0}, "distill.weight=-1.0 must not be negative"),
         ({"distill__weight": float("nan")}, "distill.weight=nan must be a finite number"),
         ({"optimizer__learning_rate": float("inf")}, "learning_rate=inf must be a finite number"),
+        ({"distill__top_k": 0}, "distill.top_k=0 must be greater than 0"),
+        (
+            {"distill__loss": "topk", "distill__top_k": 32},
+            "distill.top_k=32 takes in all batch.candidates=32",
+        ),
+        ({"sweep__losses": ("bce", "topk"), "distill__top_k": 40}, "distill.top_k=40 takes in all"),
         ({"seed": -1}, "seed=-1 must not be negative"),
         ({"batch__passed_share": 1.5}, "batch.passed_share=1.5 must lie in [0, 1]"),
         ({"sweep__weights": ()}, "sweep.weights is empty"),

@@ -1,30 +1,70 @@
-"""Distillation losses: how far the student's logits are from the teacher's probabilities.
+"""Distillation losses: how far the student's logits are from what the teacher says.
 
 Each loss is a pure function
 
-    loss(logits, probability, weight, temperature) -> (numerator, denominator)
+    loss(logits, probability, weight, numbers) -> (numerator, denominator)
 
-of logits, probabilities and weights of shape [requests, candidates, tasks], which returns a
-weighted sum and the sum of its weights, both of shape [tasks]. The two stay apart so that the step
-can add them up over devices before it divides. An entry of weight 0 contributes exactly nothing, to
-the loss and to its gradient, whatever stands there, NaN included.
+of logits z, teacher probabilities p and teacher weights w of shape [requests, candidates, tasks],
+and of numbers that are traced. It returns a weighted sum and the sum of its weights, both of shape
+[tasks]. The two stay apart so that the step can add them up over devices before it divides. Within
+a task and a request, a candidate is *known* if its weight is greater than 0.
 
-To add a loss, write such a function and name it in `LOSSES`.
+    bce, mse_logit     compare p with σ(z), a candidate by itself
+    softmax            compares the distributions that p and z give over a request
+    ranknet, lambda    see which of two candidates of a request the teacher puts first
+    topk               sees which candidates of a request the teacher puts among its first k
+
+The first two need probabilities (`NEEDS_PROBABILITIES`). For the others positions will do, which
+`kd_ranker.teacher_signal` turns into pseudo-probabilities. They compare the candidates of a
+request: one in which there is nothing to compare adds nothing to numerator or denominator.
+
+An entry of weight 0 contributes exactly nothing, to the loss and to its gradient, whatever stands
+there, NaN included; so the candidates that fill up a batch change nothing.
+
+To add a loss, write such a function and name it in `LOSSES`, and in `NEEDS_PROBABILITIES` if it
+takes p for more than an order.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+import rax
+from jaxtyping import Array, Bool, Float
+
+Number = float | Float[Array, ""]
+
+
+class LossNumbers(NamedTuple):
+    """The numbers that losses take: traced, so that a sweep over them compiles once.
+
+    Attributes:
+      temperature: τ > 0.
+      top_k: k ≥ 1, a whole number.
+    """
+
+    temperature: Number
+    top_k: Number
+
 
 Logits = Float[Array, "R N T"]
 Totals = tuple[Float[Array, "T"], Float[Array, "T"]]
-Loss = Callable[[Logits, Logits, Logits, Float[Array, ""]], Totals]
+Loss = Callable[[Logits, Logits, Logits, LossNumbers], Totals]
 
-# Keeps the logit of a logged probability of exactly 0 or 1 finite when it is softened.
+# Of one request and one task.
+_List = Float[Array, "N"]
+_Known = Bool[Array, "N"]
+_Pairs = Float[Array, "N*N"]
+
+# Those of `configs/defaults.py`.
+DEFAULT_NUMBERS = LossNumbers(temperature=1.0, top_k=10.0)
+
+# Keeps the logit of a logged probability of exactly 0 or 1 finite.
 _PROBABILITY_FLOOR = 1e-6
+# How many pairs a pairwise loss holds at a time. On a CPU more took more memory and no less time.
+_PAIRS_AT_ONCE = 2**18
 
 
 def weighted_totals(values: Logits, weight: Logits) -> Totals:
@@ -32,8 +72,23 @@ def weighted_totals(values: Logits, weight: Logits) -> Totals:
     return jnp.sum(weight * values, axis=(0, 1)), jnp.sum(weight, axis=(0, 1))
 
 
+def _only_known(
+    logits: Logits, probability: Logits, weight: Logits
+) -> tuple[Bool[Array, "R N T"], Logits, Logits]:
+    """Who is known, and both arrays with a number that does no harm where that is nobody."""
+    # A product with 0 does not remove a NaN, so what must not count is replaced before use.
+    known = weight > 0
+    return known, jnp.where(known, logits, 0.0), jnp.where(known, probability, 0.5)
+
+
+def _teacher_logit(probability: Logits) -> Logits:
+    """The logit of p, which is clipped to [1e-6, 1 − 1e-6]."""
+    clipped = jnp.clip(probability, _PROBABILITY_FLOOR, 1 - _PROBABILITY_FLOOR)
+    return jax.scipy.special.logit(clipped)
+
+
 def bce(
-    logits: Logits, probability: Logits, weight: Logits, temperature: float | Float[Array, ""] = 1.0
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
 ) -> Totals:
     """Binary cross entropy against soft labels, in nats.
 
@@ -43,10 +98,10 @@ def bce(
         τ² · BCE(z / τ, σ(logit(p) / τ)),   BCE(z, p) = -p log σ(z) - (1 - p) log σ(-z)
 
     Args:
-      logits: z, any real number.
+      logits: z, any real number; anything where the weight is 0.
       probability: p in [0, 1]; anything where the weight is 0.
       weight: ≥ 0.
-      temperature: τ > 0; exactly 1 leaves p as it is.
+      numbers: of which τ is used; exactly 1 leaves p as it is.
 
     Returns:
       Weighted sum and sum of weights, each of shape [tasks].
@@ -63,15 +118,346 @@ def bce(
       >>> float(numerator[0]) == 2 * float(jnp.log(2.0)), float(denominator[0])
       (True, 2.0)
     """
-    # A product with 0 does not remove a NaN, so what must not count is replaced before use.
-    known = jnp.where(weight > 0, probability, 0.5)
-    clipped = jnp.clip(known, _PROBABILITY_FLOOR, 1 - _PROBABILITY_FLOOR)
-    softened = jax.nn.sigmoid(jax.scipy.special.logit(clipped) / temperature)
-    target = jnp.where(temperature == 1.0, known, softened)
+    temperature = numbers.temperature
+    _, logits, probability = _only_known(logits, probability, weight)
+    softened = jax.nn.sigmoid(_teacher_logit(probability) / temperature)
+    target = jnp.where(temperature == 1.0, probability, softened)
     values = temperature**2 * optax.sigmoid_binary_cross_entropy(logits / temperature, target)
     return weighted_totals(values, weight)
 
 
-LOSSES: dict[str, Loss] = {"bce": bce}
-# Those that compare with probabilities; a log of positions (see `teacher_signal`) has none.
-NEEDS_PROBABILITIES = frozenset({"bce"})
+def mse_logit(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
+    """Squared difference of logits.
+
+        (z − logit(p))²
+
+    Its gradient is 8 times what that of `bce` tends to as τ grows (Hinton, Vinyals and Dean, 2015,
+    section 2.1, show the like for a softmax). A temperature would change nothing: it cancels in
+    τ² (z / τ − logit(p) / τ)². An error at a small p weighs as much as one at p = 1/2.
+
+    Args:
+      logits: z, any real number; anything where the weight is 0.
+      probability: p in [0, 1], clipped to [1e-6, 1 − 1e-6]; anything where the weight is 0.
+      weight: ≥ 0.
+      numbers: not used.
+
+    Returns:
+      Weighted sum and sum of weights, each of shape [tasks].
+
+    Example:
+      A probability of 1/2 has the logit 0:
+
+      >>> import jax.numpy as jnp
+      >>> numerator, denominator = mse_logit(
+      ...     logits=jnp.array([[[3.0], [jnp.inf]]]),
+      ...     probability=jnp.array([[[0.5], [jnp.nan]]]),
+      ...     weight=jnp.array([[[2.0], [0.0]]]),
+      ... )
+      >>> float(numerator[0]), float(denominator[0])
+      (18.0, 2.0)
+    """
+    del numbers
+    _, logits, probability = _only_known(logits, probability, weight)
+    return weighted_totals(jnp.square(logits - _teacher_logit(probability)), weight)
+
+
+def softmax(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
+    """Listwise cross entropy between distributions over the candidates of a request, in nats.
+
+    ListNet's loss with top one probabilities (Cao et al., ICML 2007, section 4), softened as in
+    Hinton, Vinyals and Dean (2015, section 2.1). With both softmaxes over the known candidates j of
+    the request,
+
+        q = softmax_j(logit(p_j) / τ),   s = softmax_j(z_j / τ),
+
+        numerator = τ² Σ_requests Σ_i −w_i q_i log s_i,   denominator = Σ_requests Σ_i w_i q_i
+
+    over the requests with at least two known candidates. With weights of 1 the denominator is their
+    number, so the loss is a mean over requests. It says nothing of a number that is added to all
+    logits of a request. Its least value is the entropy of q times τ², not 0.
+
+    Args:
+      logits: z, any real number; anything where the weight is 0.
+      probability: p in [0, 1], clipped to [1e-6, 1 − 1e-6]; anything where the weight is 0.
+      weight: ≥ 0.
+      numbers: of which τ is used.
+
+    Returns:
+      Numerator and denominator, each of shape [tasks].
+
+    Example:
+      Two candidates that the student cannot tell apart cost log 2, whatever the teacher says:
+
+      >>> import jax.numpy as jnp
+      >>> numerator, denominator = softmax(
+      ...     logits=jnp.array([[[1.0], [1.0], [jnp.nan]]]),
+      ...     probability=jnp.array([[[0.9], [0.1], [jnp.nan]]]),
+      ...     weight=jnp.array([[[1.0], [1.0], [0.0]]]),
+      ... )
+      >>> f"{numerator[0]:.4f} {denominator[0]:.4f}"
+      '0.6931 1.0000'
+    """
+    temperature = numbers.temperature
+    known, logits, probability = _only_known(logits, probability, weight)
+    teacher = jax.nn.softmax(_teacher_logit(probability) / temperature, axis=1, where=known)
+    comparable = jnp.sum(known, axis=1) > 1  # [R, T]
+
+    def of_requests(array: Array) -> Array:
+        return jnp.swapaxes(array, 1, 2)  # rax looks at the last axis
+
+    values = rax.softmax_loss(
+        of_requests(logits) / temperature,
+        of_requests(teacher),
+        where=of_requests(known),
+        weights=of_requests(weight),
+        reduce_fn=None,
+    )
+    total = jnp.sum(weight * teacher, axis=1)
+    return (
+        temperature**2 * jnp.sum(jnp.where(comparable, values, 0.0), axis=0),
+        jnp.sum(jnp.where(comparable, total, 0.0), axis=0),
+    )
+
+
+def ranknet(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
+    """Logistic loss of the pairs that the teacher orders, in nats (RankNet).
+
+    Burges et al. (ICML 2005), with certain targets: over the pairs of known candidates of a request
+    with p_i > p_j,
+
+        numerator = Σ w_i w_j · τ log(1 + exp(−(z_i − z_j) / τ)),   denominator = Σ w_i w_j
+
+    With weights of 1 the denominator is the number of such pairs, so the loss is a mean over pairs,
+    and a request with more of them counts more. Candidates of equal p are no pair. 1 / τ is
+    RankNet's slope σ; the factor τ keeps the gradient of a pair within [−1, 1]. (The square that
+    `bce` has would let it grow, since here nothing softens the target.) Towards τ = 0 the loss of a
+    pair is max(0, z_j − z_i).
+
+    Time goes with all R · N · N · T pairs. Memory does not: it is some six float32 arrays of the
+    pairs that are held at a time (`pairs_held`).
+
+    Args:
+      logits: z, any real number; anything where the weight is 0.
+      probability: p, of which the order within a request is used; anything where the weight is 0.
+      weight: ≥ 0.
+      numbers: of which τ is used.
+
+    Returns:
+      Numerator and denominator, each of shape [tasks].
+
+    Example:
+      Of the three pairs, one is a tie of the teacher; the other two lie one apart, one of them the
+      wrong way round: log(1 + e⁻¹) + log(1 + e).
+
+      >>> import jax.numpy as jnp
+      >>> numerator, denominator = ranknet(
+      ...     logits=jnp.array([[[1.0], [0.0], [2.0], [jnp.nan]]]),
+      ...     probability=jnp.array([[[0.9], [0.2], [0.2], [jnp.nan]]]),
+      ...     weight=jnp.array([[[1.0], [1.0], [1.0], [0.0]]]),
+      ... )
+      >>> f"{numerator[0]:.4f} {denominator[0]:.4f}"
+      '1.6265 2.0000'
+    """
+
+    def equal_weights(logits: _List, probability: _List, known: _Known) -> _Pairs:
+        return jnp.ones(logits.shape[0] ** 2)
+
+    return _pairwise(logits, probability, weight, numbers, equal_weights)
+
+
+def lambda_rank(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
+    """RankNet's pairs, weighted by what swapping the two would change in NDCG (LambdaRank).
+
+    Burges, Ragno and Le (NIPS 2006), as a loss in the frame of Wang et al. (LambdaLoss, CIKM 2018):
+    over the pairs of known candidates of a request with p_i > p_j,
+
+        numerator = Σ w_i w_j |ΔNDCG_ij| · τ log(1 + exp(−(z_i − z_j) / τ)),
+        denominator = Σ w_i w_j |ΔNDCG_ij|,
+
+        |ΔNDCG_ij| = (p_i − p_j) · |1 / log2(1 + r_i) − 1 / log2(1 + r_j)| / ideal DCG
+
+    with r the place, from 1, that z gives a candidate among the known ones of its request, and the
+    ideal DCG = Σ p_i / log2(1 + place of p_i). So the gain of a candidate is p itself: DCG is the
+    expected number of actions if the user looks at places as the discount says. The loss is a mean
+    over pairs in which those count that matter at the top. Its weights, and so the denominator, are
+    taken as constants: no gradient goes through them.
+
+    Candidates of equal p are no pair; candidates of equal z are placed in the order in which they
+    stand. Temperature and memory are as in `ranknet`.
+
+    Args:
+      logits: z, any real number; anything where the weight is 0.
+      probability: p in [0, 1]; anything where the weight is 0.
+      weight: ≥ 0.
+      numbers: of which τ is used.
+
+    Returns:
+      Numerator and denominator, each of shape [tasks].
+
+    Example:
+      The student puts last what the teacher puts first. Their ideal DCG is 0.5 + 0.25 / log2(3),
+      and swapping the two changes DCG by 0.25 · (1 − 1 / log2(3)), so |ΔNDCG| = 0.1403:
+
+      >>> import jax.numpy as jnp
+      >>> numerator, denominator = lambda_rank(
+      ...     logits=jnp.array([[[0.0], [1.0], [jnp.nan]]]),
+      ...     probability=jnp.array([[[0.5], [0.25], [jnp.nan]]]),
+      ...     weight=jnp.array([[[1.0], [1.0], [0.0]]]),
+      ... )
+      >>> f"{denominator[0]:.4f} {numerator[0] / denominator[0]:.4f}"  # the latter: log(1 + e)
+      '0.1403 1.3133'
+    """
+
+    def changes_of_ndcg(logits: _List, probability: _List, known: _Known) -> _Pairs:
+        weights = rax.dcg_lambdaweight(
+            logits, probability, where=known, normalize=True, gain_fn=lambda gain: gain
+        )
+        # rax has them times the length of the list, padding included.
+        return weights / logits.shape[0]
+
+    return _pairwise(logits, probability, weight, numbers, changes_of_ndcg)
+
+
+def pairs_held(requests: int, candidates: int, tasks: int) -> int:
+    """How many pairs a pairwise loss holds at a time, for one member.
+
+    Example:
+      All of the pairs of a small batch, some of those of a larger one:
+
+      >>> pairs_held(requests=8, candidates=32, tasks=3) == 8 * 32 * 32 * 3
+      True
+      >>> pairs_held(requests=32, candidates=128, tasks=3) < 32 * 128 * 128 * 3
+      True
+    """
+    return _lists_at_once(requests * tasks, candidates) * candidates**2
+
+
+def _lists_at_once(lists: int, candidates: int) -> int:
+    return min(lists, max(1, _PAIRS_AT_ONCE // candidates**2))
+
+
+def _pairwise(
+    logits: Logits,
+    probability: Logits,
+    weight: Logits,
+    numbers: LossNumbers,
+    pair_weights: Callable[[_List, _List, _Known], _Pairs],
+) -> Totals:
+    """The logistic loss of pairs with p_i > p_j, weighted by w_i · w_j · `pair_weights`.
+
+    `pair_weights` maps one list of logits and probabilities, and which of them are known, to a
+    weight a pair, in the order of `rax.utils.compute_pairs`; those of other pairs do not matter.
+    """
+    temperature = numbers.temperature
+    known, logits, probability = _only_known(logits, probability, weight)
+    requests, candidates, tasks = logits.shape
+
+    def of_list(
+        arrays: tuple[_List, _List, _Known, _List],
+    ) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], _List]:
+        fixed, probability, known, weight = arrays
+        ordered = rax.utils.compute_pairs(probability, jnp.greater)
+        both = rax.utils.compute_pairs(weight, jnp.multiply)
+        weights = jnp.where(ordered, both * pair_weights(fixed, probability, known), 0.0)
+
+        def total(logits: _List) -> Float[Array, ""]:
+            values = rax.pairwise_logistic_loss(
+                logits / temperature, probability, where=known, reduce_fn=None
+            )
+            return temperature * jnp.sum(weights * values)
+
+        numerator, gradient = jax.value_and_grad(total)(fixed)
+        return (numerator, jnp.sum(weights)), gradient
+
+    def lists(array: Array) -> Array:
+        return jnp.swapaxes(array, 1, 2).reshape(requests * tasks, candidates)
+
+    # Some lists at a time, each with its gradient, so that no pair outlives its turn.
+    fixed = jax.lax.stop_gradient(logits)
+    (numerator, denominator), gradient = jax.lax.map(
+        of_list,
+        tuple(map(lists, (fixed, probability, known, weight))),
+        batch_size=_lists_at_once(requests * tasks, candidates),
+    )
+    gradient = jnp.swapaxes(gradient.reshape(requests, tasks, candidates), 1, 2)
+    # A sum that is 0, and has the gradient that was found.
+    slope = jnp.sum(gradient * (logits - fixed), axis=(0, 1))
+    return (
+        jnp.sum(numerator.reshape(requests, tasks), axis=0) + slope,
+        jnp.sum(denominator.reshape(requests, tasks), axis=0),
+    )
+
+
+def topk(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
+    """Binary cross entropy of being among the teacher's first k of the request, in nats.
+
+        numerator = Σ w · τ BCE(z / τ, y),   denominator = Σ w,   y = [fewer than k have a larger p]
+
+    with BCE as in `bce`, and p compared among the known candidates of the request. The sums run
+    over the known candidates of those requests in which y is 0 for at least one: where all are
+    among the first k, that tells nothing. If p ties at place k, all that tie are among the first.
+    The factor τ keeps the gradient within [−1, 1], as in `ranknet`.
+
+    The first k are those of the candidates that the batch holds. These are a sample of the request,
+    so among all of its candidates they reach further down than place k.
+
+    Args:
+      logits: z, any real number; anything where the weight is 0.
+      probability: p, of which the order within a request is used; anything where the weight is 0.
+      weight: ≥ 0.
+      numbers: τ and k.
+
+    Returns:
+      Weighted sum and sum of weights, each of shape [tasks].
+
+    Example:
+      At z = 0 each of the known candidates costs log 2. Of a single one nothing can be said:
+
+      >>> import jax.numpy as jnp
+      >>> numerator, denominator = topk(
+      ...     logits=jnp.zeros((2, 3, 1)),
+      ...     probability=jnp.array([[[0.2], [0.9], [jnp.nan]], [[0.9], [0.2], [0.1]]]),
+      ...     weight=jnp.array([[[1.0], [1.0], [0.0]], [[1.0], [0.0], [0.0]]]),
+      ...     numbers=LossNumbers(temperature=1.0, top_k=1.0),
+      ... )
+      >>> f"{numerator[0]:.4f} {denominator[0]:.4f}"
+      '1.3863 2.0000'
+    """
+    temperature = numbers.temperature
+    known, logits, probability = _only_known(logits, probability, weight)
+    descending = jnp.sort(jnp.where(known, probability, -jnp.inf), axis=1, descending=True)
+    place = jnp.asarray(numbers.top_k).astype(jnp.int32) - 1
+    # p at place k, or −∞ where there are fewer known candidates.
+    bar = jnp.take(descending, place, axis=1, mode="fill", fill_value=-jnp.inf)[:, None]
+    first = probability >= bar
+    comparable = jnp.any(known & ~first, axis=1, keepdims=True)
+    values = temperature * optax.sigmoid_binary_cross_entropy(
+        logits / temperature, first.astype(logits.dtype)
+    )
+    return weighted_totals(values, jnp.where(comparable, weight, 0.0))
+
+
+LOSSES: dict[str, Loss] = {
+    "bce": bce,
+    "mse_logit": mse_logit,
+    "softmax": softmax,
+    "ranknet": ranknet,
+    "lambda": lambda_rank,
+    "topk": topk,
+}
+
+# The losses that take p for a probability. For the others an order will do.
+NEEDS_PROBABILITIES = {"bce", "mse_logit"}
+
+# The losses whose memory goes with `pairs_held`.
+PAIRWISE = {"ranknet", "lambda"}

@@ -89,6 +89,7 @@ def _numbers(config: ConfigDict, optimizer: ConfigDict) -> Hyperparameters:
     numbers = {
         "distill_weight": config.distill.weight,
         "temperature": config.distill.temperature,
+        "top_k": config.distill.top_k,
         "learning_rate": optimizer.learning_rate,
         "table_learning_rate": optimizer.table_learning_rate,
         "weight_decay": optimizer.weight_decay,

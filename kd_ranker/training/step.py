@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from kd_ranker.batch import CandidateBatch, Stage
 from kd_ranker.data.sampling import Draw, TrainingData, whole_batch
-from kd_ranker.distillation.losses import Loss, bce
+from kd_ranker.distillation.losses import Loss, LossNumbers, bce
 from kd_ranker.distillation.modes import Mode, Transform
 from kd_ranker.embedding.lookup import (
     EmbeddingSpec,
@@ -54,6 +54,7 @@ class Hyperparameters:
 
     distill_weight: Float[Array, "members"]
     temperature: Float[Array, "members"]
+    top_k: Float[Array, "members"]
     learning_rate: Float[Array, "members"]
     table_learning_rate: Float[Array, "members"]
     weight_decay: Float[Array, "members"]
@@ -110,7 +111,7 @@ class Recipe(NamedTuple):
     Attributes:
       model: the model to train.
       mode: how it meets the labels.
-      distill_loss: the loss against the teacher's probabilities.
+      distill_loss: the loss against the teacher.
       optimizer: a direction for the dense parameters, to be scaled by minus the learning rate.
       row_optimizer: the same for embedding rows.
       schedule: step -> factor of the peak learning rates.
@@ -206,10 +207,10 @@ def make_step(recipes: Sequence[Recipe], teacher: LiveTeacher | None = None) -> 
     """Builds the function that one device runs under a mapped axis named `AXIS`.
 
     The batch holds this device's requests, or is the draw that says which; the states are the same
-    on all devices before and after. Losses are weighted means over the valid entries of all
-    devices, a mean over tasks of means over entries: numerators and denominators are summed over
-    the axis first and divided afterwards, so the same global batch gives the same update on any
-    number of devices.
+    on all devices before and after. Losses are weighted means over what counts on all devices
+    (entries, or as the loss has it pairs or requests), and then over tasks: numerators and
+    denominators are summed over the axis first and divided afterwards, so the same global batch
+    gives the same update on any number of devices.
 
     Args:
       recipes: one a group; their models look up the same ids.
@@ -278,7 +279,7 @@ def _losses(
                 recipe.mode.teacher_logits(logits, transform),
                 batch.teacher_probability,
                 batch.teacher_weight,
-                numbers.temperature,
+                LossNumbers(numbers.temperature, numbers.top_k),
             )
         )
     loss = user_loss + numbers.distill_weight * distill_loss

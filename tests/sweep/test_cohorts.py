@@ -61,6 +61,12 @@ def test_the_config_says_how_many_train_together_or_else_the_memory_does(monkeyp
     wide.distill.mode = "aux"
     one = cohorts.member_bytes(wide, SPEC)
     assert one > cohorts.member_bytes(config, SPEC)
+    pairwise = wide.copy_and_resolve_references()
+    pairwise.distill.loss = "ranknet"
+    with_pairs = cohorts.member_bytes(pairwise, SPEC)
+    assert with_pairs > one
+    monkeypatch.setattr(cohorts, "free_memory", lambda _: 8 * with_pairs)
+    assert cohorts.cohort_size(config, [pairwise, wide, config], SPEC) == 4
     for free, fit in ((0, 1), (one, 1), (20 * one, 10), (20.5 * one, 10)):
         monkeypatch.setattr(cohorts, "free_memory", lambda _, free=free: free)
         assert cohorts.cohort_size(config, [config, wide], SPEC) == fit
@@ -75,11 +81,13 @@ def test_free_memory_is_that_of_the_machine_on_a_cpu():
     assert cohorts.free_memory(config) < whole / 3
 
 
-@pytest.mark.parametrize("mode", ["aux", "shared"])
-def test_the_estimate_of_a_members_memory_covers_the_compiled_program(mode):
+@pytest.mark.parametrize(
+    ("mode", "loss"), [("aux", "bce"), ("shared", "bce"), ("shared", "lambda")]
+)
+def test_the_estimate_of_a_members_memory_covers_the_compiled_program(mode, loss):
     """Against XLA's own account, at sizes where the arrays matter and not the overhead."""
     config = cascade.get_config("small")
-    config.distill.mode = mode
+    config.distill.update({"mode": mode, "loss": loss})
     config.student.update({"width": 32, "interests": 4, "hidden": (64,)})
     config.batch.update({"requests": 32, "candidates": 128})
 

@@ -10,12 +10,12 @@ import pytest
 from kd_ranker.batch import Stage
 from kd_ranker.data import sampling
 from kd_ranker.data.columns import columns_of
-from kd_ranker.distillation.losses import bce
+from kd_ranker.distillation.losses import LOSSES, bce
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.lookup import gather
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.models.model import apply_model, build_model, score
-from kd_ranker.models.student import MultiInterest
+from kd_ranker.models.student import MultiInterest, TwoTower
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.step import (
@@ -39,9 +39,9 @@ LIVE = LiveTeacher(TEACHER_MODEL, Stage.RETRIEVED)
 
 
 @functools.cache
-def recipe_of(mode, optimizer):
+def recipe_of(mode, optimizer, student=MultiInterest):
     heads = MODES[mode].heads_per_task * TASKS
-    model, _ = build_model(MultiInterest, SPEC, heads, STUDENT)
+    model, _ = build_model(student, SPEC, heads, STUDENT)
     return Recipe(
         model=model,
         mode=MODES[mode],
@@ -64,11 +64,11 @@ def program_of(recipes, live, mapping, devices):
     return PROGRAMS[key]
 
 
-def make_recipe(mode="shared", optimizer="adam", seeds=(0,)):
+def make_recipe(mode="shared", optimizer="adam", seeds=(0,), student=MultiInterest):
     """A recipe, and the state of a group with a member a seed."""
-    recipe = recipe_of(mode, optimizer)
+    recipe = recipe_of(mode, optimizer, student)
     heads = MODES[mode].heads_per_task * TASKS
-    _, init = build_model(MultiInterest, SPEC, heads, STUDENT)
+    _, init = build_model(student, SPEC, heads, STUDENT)
     slots = recipe.row_optimizer.slots(STUDENT.width)
     parameters = [init(jax.random.key(seed), slots) for seed in seeds]
     keys = jnp.stack([jax.random.key_data(jax.random.key(2))] * len(seeds))
@@ -79,6 +79,7 @@ def hyperparameters(**changes):
     numbers = {
         "distill_weight": 0.7,
         "temperature": 1.0,
+        "top_k": 2.0,
         "learning_rate": 0.01,
         "table_learning_rate": 0.02,
         "weight_decay": 0.1,
@@ -199,6 +200,52 @@ def test_a_step_is_gradient_descent_on_the_whole_loss(mode):
         np.testing.assert_array_equal(table[:, width], np.any(gradient != 0, axis=1))
 
 
+def test_every_loss_is_the_same_on_any_devices_and_in_any_company():
+    """A group a loss, each of two members, in either mode, and all groups in one program."""
+    names = [name for name in LOSSES if name != "bce"]  # which the other tests take
+    modes = ["aux" if index % 2 else "shared" for index in range(len(names))]
+    students = {
+        mode: make_recipe(mode, "sgd", seeds=(0, 1), student=TwoTower) for mode in set(modes)
+    }
+    recipes = [
+        students[mode][0]._replace(distill_loss=LOSSES[name])
+        for name, mode in zip(names, modes, strict=True)
+    ]
+    states = [students[mode][1] for mode in modes]
+    first = hyperparameters(distill_weight=0.3, temperature=2.0, top_k=1.0)
+    second = hyperparameters(distill_weight=3.0)
+    batches = [random_batch(seed) for seed in range(3)]
+
+    def take_steps(batches, *members, devices=1):
+        numbers = [stack_members(members)] * len(names)
+        return run_groups(recipes, states, batches, numbers, live=False, devices=devices)
+
+    reference, losses = take_steps(batches, first, second)
+    assert all((of_group["distill_loss"] > 0).all() for of_group in losses)
+    for devices in (2, 8):
+        other, other_losses = take_steps(batches, first, second, devices=devices)
+        assert_close(losses, other_losses, 1e-5)
+        for one, another in zip(reference, other, strict=True):
+            assert_close(alone(one).parameters, alone(another).parameters, 1e-6)
+            assert_close(alone(one).transform, alone(another).transform, 1e-6)
+
+    beside_another, _ = take_steps(batches, second, second)
+    for one, another in zip(reference, beside_another, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, alone(one, 1), alone(another, 1))
+
+    # What stands at weight 0 changes no bit.
+    poisoned = [
+        batch.replace(
+            teacher_probability=np.where(
+                batch.teacher_weight > 0, batch.teacher_probability, np.float32(np.nan)
+            )
+        )
+        for batch in batches
+    ]
+    dirty = take_steps(poisoned, first, second)
+    jax.tree.map(np.testing.assert_array_equal, (reference, losses), dirty)
+
+
 @pytest.mark.parametrize("mode", ["aux", "shared"])
 def test_teacher_values_of_weight_zero_change_no_bit(mode):
     recipe, state = make_recipe(mode)
@@ -267,9 +314,11 @@ def test_numbers_are_traced_so_a_sweep_compiles_once():
     mapped = spread.map_step(counted)
     frozen = spread.replicate(Frozen(ITEMS, TEACHER_PARAMETERS))
     losses = []
-    for weight, rate, temperature in [(0.0, 0.1, 1.0), (1.0, 0.01, 2.0), (5.0, 0.0, 0.5)]:
+    for weight, rate, temperature, top_k in [
+        (0.0, 0.1, 1.0, 1), (1.0, 0.01, 2.0, 2), (5.0, 0.0, 0.5, 3)
+    ]:  # fmt: skip
         numbers = hyperparameters(
-            distill_weight=weight, learning_rate=rate, temperature=temperature
+            distill_weight=weight, learning_rate=rate, temperature=temperature, top_k=top_k
         )
         states, batch = spread.replicate((state,)), spread.shard(random_batch(0))
         _, (loss,) = mapped(states, batch, (stack_members([numbers]),), frozen)
