@@ -6,11 +6,15 @@ from ml_collections import ConfigDict
 
 from experiments.launch import launch
 from kd_ranker import commands
+from kd_ranker.data.parquet.report import PAGE
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
     del workdir
-    print(f"dataset: {commands.prepare_data(config)}")
+    directory = commands.prepare_data(config)
+    print(f"dataset: {directory}")
+    if (directory / PAGE).exists():
+        print(f"data report: {directory / PAGE}")
 
 
 if __name__ == "__main__":
