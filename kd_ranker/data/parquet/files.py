@@ -302,7 +302,8 @@ def _family(type_: pa.DataType) -> tuple[int, str]:
             _TEXT,
             [
                 *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
-                *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary),
+                *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view),
+                pa.types.is_fixed_size_binary,
             ],
         ),
     ):

@@ -52,14 +52,14 @@ def keys_of(array: pa.Array) -> Keys:
     if pa.types.is_integer(array.type):
         return Keys(_integers(array), None, none, 0)
     if not pa.types.is_dictionary(type_):
-        array = array.dictionary_encode()
+        array = _plain(array).dictionary_encode()
     indices = array.indices.fill_null(-1).to_numpy(zero_copy_only=False)
     if pa.types.is_integer(array.dictionary.type):
         of_values = np.append(_integers(array.dictionary), MISSING)
         return Keys(of_values[indices], None, none, 0)
     used = np.zeros(len(array.dictionary) + 1, bool)
     used[indices] = True
-    texts = array.dictionary
+    texts = _plain(array.dictionary)
     text_keys = _hashes(texts)
     of_values = np.append(text_keys, MISSING)
     used = used[:-1] & (text_keys != MISSING)
@@ -83,8 +83,16 @@ def _hashes(texts: pa.Array) -> Int64[np.ndarray, "n"]:
 
 
 def _is_text(array: pa.Array) -> bool:
-    kind = array.type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    return pa.types.is_string(array.type) or pa.types.is_large_string(array.type)
+
+
+def _plain(texts: pa.Array) -> pa.Array:
+    """The same texts in a layout that Arrow computes with."""
+    if pa.types.is_string_view(texts.type):
+        return texts.cast(pa.large_string())
+    if pa.types.is_binary_view(texts.type) or pa.types.is_fixed_size_binary(texts.type):
+        return texts.cast(pa.large_binary())
+    return texts
 
 
 def mixed(key: Int64[np.ndarray, "n"], salt: int = 0) -> UInt64[np.ndarray, "n"]:

@@ -197,7 +197,7 @@ def test_a_log_without_faults_is_what_it_says(tmp_path, by_request):
     assert_as_restated(log, restate(rows, config), config)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10**6), by_request=st.booleans(), files=st.integers(1, 3))
 def test_whatever_is_wrong_with_a_log_each_row_is_used_or_rejected_with_its_reason(
     tmp_path_factory, seed, by_request, files
@@ -217,7 +217,7 @@ def test_whatever_is_wrong_with_a_log_each_row_is_used_or_rejected_with_its_reas
 
 @pytest.mark.parametrize("texts", [False, True])
 def test_both_layouts_any_order_and_any_number_of_files_and_buckets_give_the_same(tmp_path, texts):
-    rows = make_rows(1, requests=90, texts=texts)
+    rows = make_rows(1, requests=70, texts=texts)
     whole = read_rows(rows, tmp_path, name="whole", config={"rows_in_memory": 10**6})
     for name, by_request, options in (
         ("bounded", False, {}),
