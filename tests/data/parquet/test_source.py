@@ -626,6 +626,21 @@ def test_an_item_keeps_its_last_value_by_time_whatever_the_order_of_the_log(tmp_
     assert log.item_features[index, 0] == pytest.approx(expected, abs=1e-5)
 
 
+def test_a_request_of_several_users_is_of_the_one_with_most_rows_or_else_the_least_id(tmp_path):
+    rows = make_rows(31)
+    head, candidates = rows[0].of_request, rows[0].candidates[:3] + rows[1].candidates[3:]
+    one, other = head | {"user_id": 105}, head | {"user_id": 101}
+    for name, split, expected in (("most", 2, 105), ("tie", 1, 101)):
+        number = 3 if name == "most" else 2
+        parts = [Row(one, candidates[:split]), Row(other, candidates[split:number])]
+        for order in (1, -1):
+            log = read_rows(parts[::order] + rows[1:], tmp_path, name=f"{name}{order}")
+            request = log.requests["train"][0]
+            assert log.vocabularies["user"][request.user_id] == expected
+            assert log.counts == {"several_users": number - len(request.item_id)}
+            assert log.report["requests"]["several_users"] == 1
+
+
 def test_rows_of_a_request_that_lie_apart_come_together(tmp_path):
     rows = make_rows(30)
     apart = [Row(row.of_request, [candidate]) for row in rows for candidate in row.candidates]
