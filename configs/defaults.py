@@ -61,6 +61,8 @@ def get_config() -> ConfigDict:
     config.teacher.source = "live"  # or logged
     config.teacher.workdir = ""  # of train_teacher; with source logged, "" takes the dataset's logs
     config.teacher.stage = "retrieved"  # who meets the teacher: all retrieved, or only the passed
+    # Of a logged teacher from elsewhere; 0: as many as the model has that the keys below describe.
+    config.teacher.flops_per_candidate = 0.0
     config.teacher.width = 32
     config.teacher.attention_hidden = 16
     config.teacher.cross_layers = 2

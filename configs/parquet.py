@@ -1,4 +1,8 @@
-"""A log of your own in Parquet files."""
+"""Your own log, in Parquet files: copy this file, and have it name your columns.
+
+`docs/own_logs.md` goes through it step by step. What is left out of `features`, `labels` or
+`teacher` is not read.
+"""
 
 from ml_collections import ConfigDict
 
@@ -15,7 +19,23 @@ def feature(
     standardise: bool = True,
     cheap: bool = True,
 ) -> ConfigDict:
-    """A feature of `of` (user, item, candidate or context), read from `column`, or its own name."""
+    """One feature of `config.data.features`.
+
+    Args:
+      of: what it belongs to: "user" or "context" (one value a request), "item" (one value an item,
+        whatever the request), or "candidate" (differs from request to request).
+      kind: "dense", a number; "category", a whole number or text; "bag", a list of these without an
+        order; or "history", a list of item ids, the most recent last, of the user.
+      column: its column; "" is the feature's own name.
+      hashed: of a category or bag, whether values are hashed into `size` buckets; else the `size`
+        most frequent values of training requests get a number each.
+      size: see `hashed`.
+      length: how many values to keep: of a bag the first ones, of a history the last ones.
+      standardise: of a dense one, whether to subtract the mean of training requests and divide by
+        their standard deviation.
+      cheap: of a dense one of an item, whether the early ranker can afford it; if not, it is for
+        the final ranker alone.
+    """
     return ConfigDict(
         dict(
             of=of,
@@ -31,36 +51,66 @@ def feature(
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The template; `--config.data.infer=True` writes one for a log."""
+    """A log with the columns that `scripts/make_log.py` writes."""
     defaults.check_variant(variant)
     config = defaults.get_config()
+    config.tasks = ("watch", "like")
+    config.value_weights = (1.0, 2.0)  # one a task
+
     config.data.name = "parquet"
-    config.data.path = ""  # file, directory, glob, or fsspec URL of these
-    config.data.rows = "candidate"  # or "request": a row a request, with list columns
+    config.data.path = ""  # file, directory, glob, or a URL of these that fsspec can open
+    config.data.rows = "candidate"  # a row a candidate; or request: a row a request, with lists
+    # What the log has -> its column; "" is what it lacks. The first four it must have.
     config.data.columns = ConfigDict(
         dict(
             request="request_id",
             time="time",
             user="user_id",
             item="item_id",
-            stage="",
-            position="",
-            label_weight="",
-            teacher_version="",
-            teacher_weight="",
+            stage="stage",
+            position="position",  # of what was shown, the first place first
+            label_weight="",  # 1 / the rate at which such candidates were kept
+            teacher_version="teacher_version",
+            teacher_weight="",  # 0 where the teacher's values do not count
         )
     )
+    # What the stage column says of how far a candidate came; whole numbers as text. Without such a
+    # column, what has a position or a label was shown, what has a teacher value was passed.
     config.data.stages = ConfigDict(dict(retrieved="retrieved", passed="passed", shown="shown"))
-    config.data.labels = ConfigDict(dict(watch="watch", like="like", share="share"))
-    config.data.teacher = ConfigDict(dict(watch="teacher_probability_watch"))
-    config.data.teacher_version = ""
-    config.data.teacher_signal = "probability"
-    config.data.time_unit = "s"
-    config.data.features = ConfigDict(dict(age=feature("user", "dense")))
-    config.data.split = "time"
+    # Task -> column: 0 or 1, of what was shown.
+    config.data.labels = ConfigDict(dict(watch="watch", like="like"))
+    # Task -> column; a teacher that was not logged has none: ConfigDict().
+    config.data.teacher = ConfigDict(
+        dict(watch="teacher_probability_watch", like="teacher_probability_like")
+    )
+    config.data.teacher_version = ""  # the only one that counts; "" takes every version there is
+    config.data.teacher_signal = "probability"  # or rank: the teacher columns hold positions
+    config.data.time_unit = "s"  # of a column of numbers: s, ms, us; timestamps say it themselves
+    config.data.features = ConfigDict(
+        dict(
+            age=feature("user", "dense"),
+            country=feature("user", "category"),
+            hour=feature("context", "dense"),
+            device=feature("context", "category"),
+            author=feature("item", "category", hashed=True, size=10_000),
+            duration=feature("item", "dense"),
+            quality=feature("item", "dense", cheap=False),
+            tags=feature("item", "bag", length=4),
+            score=feature("candidate", "dense"),
+            source=feature("candidate", "category"),
+            recent=feature("user", "history", length=20),
+        )
+    )
+    config.data.split = "time"  # or request, user: by hash
     config.data.test_share = 0.1
-    config.data.strict = False
+    config.data.strict = False  # True: what is wrong with a row ends the build
     config.data.processes = 1
-    config.data.infer = False  # write a first config for the log in place of its dataset
-    config.data.rows_in_memory = 2_000_000
+    config.data.infer = False
+    config.data.rows_in_memory = 2_000_000  # the most candidates that a process holds at a time
+
+    config.funnel.retrieved = 200  # the most candidates of a request; more are rejected
+    config.funnel.passed = 50
+    config.funnel.shown = 10
+    config.funnel.report_at = (10, 20, 50, 100)
+    config.teacher.source = "logged"  # the log's own teacher; live: one that is trained here
     return config

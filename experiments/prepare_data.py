@@ -9,16 +9,20 @@ from ml_collections import ConfigDict
 
 from experiments.launch import launch
 from kd_ranker import commands
+from kd_ranker.data.parquet.report import PAGE
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    if not config.data.get("infer"):
-        print(f"dataset: {commands.prepare_data(config)}")
+    if config.data.get("infer"):
+        written = commands.first_config(config, workdir)
+        print(f"config: {written.path}")
+        print(f"edit it, first of all the {written.num_checks} lines below CHECK; then")
+        print("\n".join(f"    {command}" for command in written.next_commands))
         return
-    written = commands.first_config(config, workdir)
-    print(f"config: {written.path}")
-    print(f"edit it, first of all the {written.num_checks} lines below CHECK; then")
-    print("\n".join(f"    {command}" for command in written.next_commands))
+    directory = commands.prepare_data(config)
+    print(f"dataset: {directory}")
+    if (directory / PAGE).exists():
+        print(f"data report: {directory / PAGE}")
 
 
 if __name__ == "__main__":

@@ -37,13 +37,20 @@ def prepare_data(config: ConfigDict) -> Path:
 
     Returns:
       The dataset's folder.
+
+    Raises:
+      UserError: the config or the raw files are at fault, or a dataset is there already that was
+        made of other raw files.
     """
     settings.validate(config)
     name = teachers.dataset_name(config)
     directory = builder.directory_of(name, config.data.dir)
+    entry = SOURCES[config.data.name]
     if not directory.exists():
-        source = SOURCES[config.data.name].open_source(config.data, config.tasks, config.funnel)
+        source = entry.open_source(config.data, config.tasks, config.funnel)
         builder.build(source, name, config.data.dir)
+    elif entry.check_unchanged:
+        entry.check_unchanged(config.data, directory)
     return directory
 
 

@@ -240,9 +240,15 @@ def _flops_per_candidate(
 
 
 def teacher_flops(config: ConfigDict, spec: FeatureSpec, teacher: Teacher | None) -> float:
-    """FLOPs a candidate of the teacher; of the one that `config.teacher` describes if None."""
+    """FLOPs a candidate of the teacher.
+
+    Of one from elsewhere, None, they are `config.teacher.flops_per_candidate`; if that is 0, those
+    of the model that `config.teacher` describes.
+    """
     if teacher:
         return _flops_per_candidate(config, spec, teacher.model, teacher.parameters)
+    if config.teacher.flops_per_candidate:
+        return float(config.teacher.flops_per_candidate)
     model, init = recipes.teacher_model(config, spec)
     return _flops_per_candidate(config, spec, model, _shapes(init))
 

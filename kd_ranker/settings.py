@@ -38,7 +38,7 @@ _NOT_NEGATIVE = (
     "parallel.devices", "evaluation.limit", "sweep.group_size",
     "student.user_rows", "student.item_rows", "teacher.user_rows", "teacher.item_rows",
     "train.eval_every", "teacher.train.eval_every", "student.table_scale", "teacher.table_scale",
-    "teacher.cross_layers",
+    "teacher.cross_layers", "teacher.flops_per_candidate",
     *(f"{prefix}optimizer.{name}" for prefix in ("", "teacher.") for name in (
         "learning_rate", "weight_decay", "table_learning_rate", "table_weight_decay",
         "warmup_steps",
@@ -200,7 +200,7 @@ def _check_numbers(config: ConfigDict) -> None:
 
 
 def _check_tasks(config: ConfigDict) -> None:
-    known = SOURCES[config.data.name].tasks
+    known = SOURCES[config.data.name].tasks_of(config.data)
     if not config.tasks:
         raise UserError(f"tasks is empty; {config.data.name} has: {', '.join(known)}")
     for task in config.tasks:

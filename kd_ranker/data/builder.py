@@ -7,7 +7,8 @@ beside the records
     items.npy           float32 [num_items, F], what is known of each item, stored once
     item_category.npy   int32 [num_items, I], the category ids of each item
 
-TFDS writes into a temporary folder and renames it at the end, so a dataset is whole or absent.
+and what else its source puts there. TFDS writes into a temporary folder and renames it at the end,
+so a dataset is whole or absent.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ import tensorflow_datasets as tfds
 from absl import logging
 from jaxtyping import Float32, Int32
 from ml_collections import ConfigDict
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
+from tensorflow_datasets.core.file_adapters import ADAPTER_FOR_FORMAT, FileFormat
 from tqdm import tqdm
 
 from kd_ranker.batch import FeatureSpec
@@ -33,8 +36,9 @@ from kd_ranker.errors import UserError
 FORMAT_VERSION = "1.1.0"
 SPLITS = ("train", "test")
 _SPEC_FILE, _ITEMS_FILE, _CATEGORY_FILE = "feature_spec.json", "items.npy", "item_category.npy"
-# Where the dataset is put does not change what is in it, nor does what a report lists.
-_DATA_KEYS_WITHOUT_INFLUENCE = ("dir",)
+# Where the dataset is put does not change what is in it, nor how it was made or configured, nor
+# what a report lists.
+_DATA_KEYS_WITHOUT_INFLUENCE = ("dir", "processes", "rows_in_memory", "infer")
 _FUNNEL_KEYS_OF_DATA = ("retrieved", "passed", "shown")
 
 
@@ -172,14 +176,63 @@ class Requests(tfds.core.GeneratorBasedBuilder):
             disable_shuffling=True,
         )
 
+    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
+        if self._source.shards is None:
+            super()._download_and_prepare(dl_manager, download_config)
+        else:
+            self._write_items()
+            self._write_shards()
+        if self._source.write_beside:
+            self._source.write_beside(Path(self.data_path))
+
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
         del dl_manager
+        self._write_items()
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _write_items(self) -> None:
         (self.data_path / _SPEC_FILE).write_text(self._source.spec.to_json())
         with (self.data_path / _ITEMS_FILE).open("wb") as file:
             np.save(file, self._source.item_features)
         with (self.data_path / _CATEGORY_FILE).open("wb") as file:
             np.save(file, _item_category(self._source))
-        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _write_shards(self) -> None:
+        """Writes a file a shard.
+
+        TFDS' own builder of shards would hold all of a shard's requests in memory, and write one
+        shard after the other.
+        """
+        source, calls, shards_of = self._source, [], {}
+        for split in SPLITS:
+            template = self._get_filename_template(split)
+            shards = source.shards(split) if source.shards else []
+            paths = [
+                template.sharded_filepath(shard_index=index, num_shards=len(shards))
+                for index in range(len(shards))
+            ]
+            shards_of[split] = template, paths
+            calls += [
+                (str(path), shard, source.spec) for path, shard in zip(paths, shards, strict=True)
+            ]
+        written = iter(list(source.run(write_shard, calls, "writing")))
+        infos = []
+        for split, (template, paths) in shards_of.items():
+            lengths = [next(written) for _ in paths]
+            if sum(lengths) != source.num_requests[split]:
+                raise RuntimeError(
+                    f"{source.num_requests[split]} requests in split {split!r}, {sum(lengths)} "
+                    "written"
+                )
+            infos.append(
+                tfds.core.SplitInfo(
+                    name=split,
+                    shard_lengths=lengths,
+                    num_bytes=sum(path.stat().length for path in paths),
+                    filename_template=template,
+                )
+            )
+        self.info.set_splits(tfds.core.SplitDict(infos))
 
     def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
         requests = tqdm(
@@ -192,6 +245,24 @@ class Requests(tfds.core.GeneratorBasedBuilder):
         for index, request in enumerate(requests):
             _check_ids(request, self._source.spec)
             yield index, to_record(request, self._source.spec.tasks)
+
+
+def write_shard(path: str, requests: Callable[[], Iterator[Request]], spec: FeatureSpec) -> int:
+    """Writes requests to a file and returns their number."""
+    features = record_features(spec)
+    serializer = ExampleSerializer(features.get_serialized_info())
+    number = 0
+
+    def records() -> Iterator[tuple[int, bytes]]:
+        nonlocal number
+        for request in requests():
+            _check_ids(request, spec)
+            record = features.encode_example(to_record(request, spec.tasks))
+            yield number, serializer.serialize_example(record)
+            number += 1
+
+    ADAPTER_FOR_FORMAT[FileFormat.ARRAY_RECORD].write_examples(path, records())
+    return number
 
 
 def _item_category(source: Source) -> Int32[np.ndarray, "items I"]:
@@ -233,7 +304,12 @@ def directory_of(name: str, data_dir: str) -> Path:
 
 
 def build(source: Source, name: str, data_dir: str) -> Path:
-    """Writes a source to disk unless it is there already, and returns its folder."""
+    """Writes a source to disk unless it is there already, closes it, and returns its folder."""
+    with contextlib.closing(source):
+        return _build(source, name, data_dir)
+
+
+def _build(source: Source, name: str, data_dir: str) -> Path:
     directory = directory_of(name, data_dir)
     if not directory.exists():
         _check_widths(source.spec)

@@ -1,12 +1,14 @@
 """What a source yields: one request on the host, and the source as a bundle of them."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, Int32, UInt8
 
 from kd_ranker.batch import FeatureSpec
+from kd_ranker.data.pool import Runner, run_here
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +53,11 @@ class Source:
       requests: split name ("train" or "test") -> its requests, the same ones at every call.
       num_requests: split name -> how many requests `requests` yields, for progress bars.
       item_category: the category ids of each item, -1 where there is none; None without any.
+      shards: split name -> functions that yield its requests part by part, none of them empty; each
+        becomes a file of the dataset, and they can be pickled. None: `requests` alone.
+      run: what writes shards, see `pool.open_pool`.
+      write_beside: writes into the dataset's folder what else is to lie there.
+      close: lets go of what the source holds on disk; nothing can be read after it.
     """
 
     spec: FeatureSpec
@@ -58,3 +65,7 @@ class Source:
     requests: Callable[[str], Iterator[Request]]
     num_requests: dict[str, int]
     item_category: Int32[np.ndarray, "items I"] | None = None
+    shards: Callable[[str], Sequence[Callable[[], Iterator[Request]]]] | None = None
+    run: Runner = run_here
+    write_beside: Callable[[Path], None] | None = None
+    close: Callable[[], None] = lambda: None

@@ -5,11 +5,13 @@ it in `SOURCES`.
 """
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from kd_ranker.data import cascade, kuairand, movielens, recflow
+from kd_ranker.data.parquet import source as parquet
 from kd_ranker.data.request import Source
 
 
@@ -17,15 +19,22 @@ class SourceEntry(NamedTuple):
     """One source.
 
     Attributes:
-      tasks: the tasks that it has labels for.
+      tasks: the tasks that it has labels for; None: those of `config.data.labels`.
       open_source: (config.data, tasks, config.funnel) -> the source.
       version: raised whenever the source's code yields other requests for the same config, so that
         datasets of the older code are not taken for its own.
+      check_unchanged: (config.data, a dataset's folder) -> None, or UserError where that was made
+        of other raw files than there are now; None does not look.
     """
 
-    tasks: Sequence[str]
+    tasks: Sequence[str] | None
     open_source: Callable[[ConfigDict, Sequence[str], ConfigDict], Source]
     version: int = 1
+    check_unchanged: Callable[[ConfigDict, Path], None] | None = None
+
+    def tasks_of(self, data: ConfigDict) -> Sequence[str]:
+        """The tasks that there are labels for."""
+        return tuple(data.labels) if self.tasks is None else self.tasks
 
 
 SOURCES: dict[str, SourceEntry] = {
@@ -35,4 +44,5 @@ SOURCES: dict[str, SourceEntry] = {
     **{
         name: SourceEntry(kuairand.TASKS, kuairand.open_source) for name in kuairand.VARIANT_OF_NAME
     },
+    "parquet": SourceEntry(None, parquet.open_source, check_unchanged=parquet.check_unchanged),
 }

@@ -1,1 +1,9 @@
-"""Logs of the user's own, as Parquet files."""
+"""A user's own log in Parquet files as a source: `data.name = "parquet"`.
+
+In the order in which a log goes through them: `layout` reads the config, `files` finds the log and
+checks its columns, `scan` finds when each request was made, `plan` cuts the requests into buckets
+in the order of time, `partition` brings the rows of each bucket together on disk, `group` makes
+requests of a bucket's rows and says what is wrong with them, `statistics` adds up what training
+requests hold, `encode` turns a bucket into `Request`s, `rejected` and `report` write what is told
+of the log, and `source` has them work together.
+"""

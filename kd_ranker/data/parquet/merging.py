@@ -1,0 +1,74 @@
+"""Sums by key that are gathered piece by piece, in memory that follows the number of keys."""
+
+from collections.abc import Callable
+from typing import Generic, NamedTuple, TypeVar
+
+import numpy as np
+from jaxtyping import Int64, Shaped
+
+T = TypeVar("T")
+# Below so many rows, joining what has gathered would cost more than it saves.
+_WORTH_JOINING = 1 << 18
+
+
+class Gathering(Generic[T]):
+    """Pieces that are joined as soon as they have grown as large as what was joined before.
+
+    So at most about twice the memory of the result is held, and each row is joined a number of
+    times that grows with the logarithm of their number alone. The result does not depend on when
+    pieces are joined as long as `join` does not.
+    """
+
+    def __init__(self, join: Callable[[list[T]], T], size: Callable[[T], int]):
+        self._join, self._size = join, size
+        self._pieces: list[T] = []
+        self._joined = 0
+        self._waiting = 0
+
+    def add(self, piece: T) -> None:
+        """Takes one more piece, which comes after those before."""
+        self._pieces.append(piece)
+        self._waiting += self._size(piece)
+        if self._waiting > max(self._joined, _WORTH_JOINING):
+            self.result()
+
+    def result(self) -> T:
+        """All pieces so far, joined; there must be one."""
+        if self._waiting or len(self._pieces) > 1:
+            self._pieces = [self._join(self._pieces)]
+            self._joined, self._waiting = self._size(self._pieces[0]), 0
+        return self._pieces[0]
+
+
+class Counts(NamedTuple):
+    """How often keys occur; the keys are sorted and distinct."""
+
+    key: Int64[np.ndarray, "k"]
+    train: Int64[np.ndarray, "k"]
+    total: Int64[np.ndarray, "k"]
+
+
+def counts_of(key: Int64[np.ndarray, "n"], in_train: Shaped[np.ndarray, "n"]) -> Counts:
+    """Counts keys, and those of them that are in training requests."""
+    keys, inverse, total = np.unique(key, return_inverse=True, return_counts=True)
+    train = np.bincount(inverse, weights=in_train, minlength=len(keys)).astype(np.int64)
+    return Counts(keys, train, total.astype(np.int64))
+
+
+def joined_counts(pieces: list[Counts]) -> Counts:
+    """The sums of several counts."""
+    keys, inverse = np.unique(np.concatenate([piece.key for piece in pieces]), return_inverse=True)
+
+    def summed(numbers: list[np.ndarray]) -> Int64[np.ndarray, "k"]:
+        # Sums of whole numbers below 2⁵³ are exact in doubles.
+        weights = np.concatenate(numbers)
+        return np.bincount(inverse, weights=weights, minlength=len(keys)).astype(np.int64)
+
+    return Counts(
+        keys, summed([piece.train for piece in pieces]), summed([piece.total for piece in pieces])
+    )
+
+
+def gathering_counts() -> Gathering[Counts]:
+    """A gathering of counts."""
+    return Gathering(joined_counts, lambda counts: len(counts.key))

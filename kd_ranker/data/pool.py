@@ -1,0 +1,47 @@
+"""The same function on many arguments, in this process or in several."""
+
+import contextlib
+import multiprocessing
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+from tqdm import tqdm
+
+# (function, arguments of each call, description) -> the results, in the order of the calls.
+Runner = Callable[[Callable, Sequence[tuple], str], Iterator[Any]]
+
+
+def run_here(function: Callable, calls: Sequence[tuple], description: str) -> Iterator[Any]:
+    """Calls a function in this process, one call after the other, each when its result is asked."""
+    return _with_bar((function(*arguments) for arguments in calls), len(calls), description)
+
+
+@contextlib.contextmanager
+def open_pool(processes: int) -> Iterator[Runner]:
+    """Gives what runs a function in so many processes, with a bar; with one, it is this one.
+
+    New processes are started afresh, not forked: JAX has threads, which a fork would lose.
+    """
+    if processes == 1:
+        yield run_here
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, mp_context=context) as executor:
+
+        def run(function: Callable, calls: Sequence[tuple], description: str) -> Iterator[Any]:
+            waiting = deque(executor.submit(function, *arguments) for arguments in calls)
+            # One by one, so that a result is not held longer than it is used.
+            results = (waiting.popleft().result() for _ in calls)
+            return _with_bar(results, len(calls), description)
+
+        try:
+            yield run
+        except BaseException:
+            executor.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _with_bar(results: Iterable[Any], number: int, description: str) -> Iterator[Any]:
+    return iter(tqdm(results, description, number, leave=False, unit="part", disable=None))
