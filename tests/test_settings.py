@@ -1,6 +1,6 @@
 import pytest
 
-from configs import cascade, movielens
+from configs import cascade, movielens, movielens_1m, movielens_32m
 from kd_ranker import settings
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.errors import UserError
@@ -25,8 +25,14 @@ def test_the_configs_are_valid(config):
     settings.validate(config)
 
 
-def test_the_movielens_config_is_valid_on_as_many_devices_as_share_its_batch():
-    settings.validate(movielens.get_config())
+@pytest.mark.parametrize("config", [movielens, movielens_1m, movielens_32m])
+def test_the_movielens_configs_are_valid_on_as_many_devices_as_share_their_batch(config):
+    settings.validate(config.get_config())
+
+
+def test_each_movielens_config_names_its_set():
+    names = [config.get_config().data.name for config in (movielens, movielens_1m, movielens_32m)]
+    assert names == ["movielens_100k", "movielens_1m", "movielens_32m"]
 
 
 @pytest.mark.parametrize(

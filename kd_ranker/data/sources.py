@@ -31,4 +31,6 @@ class SourceEntry(NamedTuple):
 SOURCES: dict[str, SourceEntry] = {
     "cascade": SourceEntry(cascade.TASKS, cascade.open_source),
     "movielens_100k": SourceEntry(movielens.TASKS, movielens.open_source),
+    "movielens_1m": SourceEntry(movielens.TASKS, movielens.open_source),
+    "movielens_32m": SourceEntry(movielens.TASKS, movielens.open_source),
 }
