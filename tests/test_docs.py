@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 from ml_collections import ConfigDict
 
-from configs import cascade, defaults, kuairand, movielens, parquet, recflow
+from configs import cascade, defaults, kuairand, movielens, movielens_32m, parquet, recflow
 from kd_ranker.data.sources import SOURCES
 from kd_ranker.distillation.losses import LOSSES, NEEDS_PROBABILITIES
 from kd_ranker.distillation.modes import MODES
@@ -17,9 +17,8 @@ from kd_ranker.models.teacher import TEACHERS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CONFIGS = [
-    module.get_config() for module in (defaults, cascade, kuairand, movielens, parquet, recflow)
-]
+MODULES = (defaults, cascade, kuairand, movielens, movielens_32m, parquet, recflow)
+CONFIGS = [module.get_config() for module in MODULES]
 
 over_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

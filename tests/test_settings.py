@@ -1,6 +1,6 @@
 import pytest
 
-from configs import cascade, kuairand, movielens, recflow
+from configs import cascade, kuairand, movielens, movielens_1m, movielens_32m, recflow
 from kd_ranker import settings
 from kd_ranker.data.sources import SOURCES
 from kd_ranker.distillation.losses import LOSSES
@@ -31,13 +31,18 @@ def test_top_k_may_take_in_all_candidates_where_nothing_looks_at_it():
     settings.validate(config_with(distill__loss="topk", distill__top_k=31))
 
 
-def test_the_movielens_config_is_valid_on_as_many_devices_as_share_its_batch():
-    settings.validate(movielens.get_config())
+@pytest.mark.parametrize("config", [movielens, movielens_1m, movielens_32m])
+def test_the_movielens_configs_are_valid_on_as_many_devices_as_share_their_batch(config):
+    settings.validate(config.get_config())
+
+
+def test_each_movielens_config_names_its_set():
+    names = [config.get_config().data.name for config in (movielens, movielens_1m, movielens_32m)]
+    assert names == ["movielens_100k", "movielens_1m", "movielens_32m"]
 
 
 @pytest.mark.parametrize("variant", ["", "small"])
-def test_the_recflow_config_is_valid_where_there_is_its_loss(variant, monkeypatch):
-    monkeypatch.setitem(LOSSES, "softmax", LOSSES["bce"])
+def test_the_recflow_configs_are_valid(variant):
     settings.validate(recflow.get_config(variant))
 
 

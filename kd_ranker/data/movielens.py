@@ -1,39 +1,29 @@
-"""MovieLens 100K as requests: from each user's timeline of ratings, with nothing from the future.
+"""MovieLens 100K, 1M and 32M as requests: timelines of ratings, with nothing from the future.
 
 F. M. Harper and J. A. Konstan, "The MovieLens Datasets: History and Context", ACM Transactions on
 Interactive Intelligent Systems 5(4), 2015. The tasks are stand-ins for a feed's: `watch` means that
-the film was rated, `like` that it was rated 4 or 5, `share` that it was rated 5.
+the film was rated, `like` that it was rated 4 or more, `share` that it was rated 5.
 """
 
 import dataclasses
-import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float32, Int64
+from jaxtyping import Float32, Float64, Int, Int64
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec
-from kd_ranker.data.download import Archive, fetch
+from kd_ranker.data.download import fetch
+from kd_ranker.data.movielens_files import PUBLISHED, MovieLens, read
 from kd_ranker.data.request import Request, Source
 from kd_ranker.errors import UserError, check_choice
 
-ARCHIVE = Archive(
-    url="https://files.grouplens.org/datasets/movielens/ml-100k.zip",
-    size=4_924_029,
-    sha256="50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
-    folder="ml-100k",
-)
-ENCODING = "iso-8859-1"
-
-# The lowest rating that counts as the action.
-LOWEST_RATING = {"watch": 1, "like": 4, "share": 5}
+# The lowest rating, in stars, that counts as the action; any rating is at least half a star.
+LOWEST_RATING = {"watch": 0.5, "like": 4, "share": 5}
 TASKS = tuple(LOWEST_RATING)
 
 DAY = 24 * 3600
 CONTEXT_FEATURES = 12
-HISTORY_FEATURES = 6
 CANDIDATE_FEATURES = 2
 
 # Mean ratings start from this value as if this many ratings had given it: a neutral guess, fixed in
@@ -42,24 +32,6 @@ PRIOR_RATING = 3.5
 PRIOR_COUNT = 5
 
 _SPLITS = ("train", "test")
-_MONTHS = "Jan|Feb|Mar|Apr|May|Jun|Jul|Aug|Sep|Oct|Nov|Dec"
-_RELEASE_DATE = re.compile(rf"\d{{1,2}}-(?:{_MONTHS})-(?:(\d{{4}})|V)", re.ASCII)
-
-
-@dataclasses.dataclass(frozen=True)
-class MovieLens:
-    """The files as arrays. Ids are the files' less 1; `n` is the number of ratings."""
-
-    user: Int64[np.ndarray, "n"]
-    item: Int64[np.ndarray, "n"]
-    rating: Int64[np.ndarray, "n"]  # 1 to 5
-    time: Int64[np.ndarray, "n"]  # seconds since 1970, UTC
-    age: Int64[np.ndarray, "users"]  # years
-    is_female: Bool[np.ndarray, "users"]
-    occupation: Int64[np.ndarray, "users"]
-    num_occupations: int
-    genres: Bool[np.ndarray, "items genres"]
-    release_year: Int64[np.ndarray, "items"]  # 0 where the file gives none
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,52 +42,73 @@ class Timeline:
     `start[b]` until `start[b + 1]`, or until the end; `start[first_test:]` are the test blocks.
     """
 
-    item: Int64[np.ndarray, "n"]
-    rating: Int64[np.ndarray, "n"]
+    item: Int[np.ndarray, "n"]
+    rating: Float32[np.ndarray, "n"]
     time: Int64[np.ndarray, "n"]
     start: Int64[np.ndarray, "blocks"]
     first_test: int
 
+    def end(self, block: int) -> int:
+        """Where a block ends."""
+        return int(self.start[block + 1]) if block + 1 < len(self.start) else len(self.item)
+
 
 @dataclasses.dataclass(frozen=True)
-class ItemLog:
-    """All ratings of each item in the order of time, laid end to end.
+class Blocks:
+    """The blocks of a split in the order of time, then of users."""
 
-    `key` is item · 2³² + time, so it is sorted; `rating_sum[i]` is the sum of the first i ratings.
-    """
+    user: Int[np.ndarray, "blocks"]
+    block: Int[np.ndarray, "blocks"]  # within the user's timeline
 
-    key: Int64[np.ndarray, "n"]
-    first: Int64[np.ndarray, "items"]
-    rating_sum: Int64[np.ndarray, "n+1"]
+    def __len__(self) -> int:
+        """The number of blocks."""
+        return len(self.user)
+
+
+@dataclasses.dataclass(frozen=True)
+class RatingLog:
+    """All users' ratings in the order of time."""
+
+    item: Int[np.ndarray, "n"]
+    rating: Float32[np.ndarray, "n"]
+    time: Int64[np.ndarray, "n"]
 
 
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
-    """MovieLens 100K as a source.
+    """One of the sets in `PUBLISHED` as a source.
 
     A request stands for a block of consecutive ratings of a user, see `block_starts`; its time is
     the first rating's, and all that is known of the user and of the items was known strictly
-    before. Its candidates are the catalogue without what the user had rated before: those rated in
-    the block first, in the order of rating, then the others by id. Whatever the user rates only
-    later is among the others, with label 0, since leaving it out would tell the future. As labels
-    are known for the whole list, it counts as shown and passed whole.
+    before. Its candidates are those rated in the block, in the order of rating, and then, by id,
+    what the user had not rated by the end of the block: all of it, or a sample. Whatever the user
+    rates only later is among these, with label 0, since leaving it out would tell the future. As
+    labels are known for the whole list, it counts as shown and passed whole.
+
+    Of n items not rated, `negatives` are drawn, each as likely as any other, and each then has the
+    label weight n / `negatives`, the inverse of the sampling rate: weighted sums over labels have
+    the expectation that they have over the whole catalogue, so probabilities stay calibrated.
 
     Widths and order of the features:
-      user: age, female, occupations (one-hot), log(1 + ratings so far), mean rating so far, the
-        share of the ratings so far given to each genre, and the share that gave it 4 or 5.
+      user: age, female, occupations (one-hot), if the set knows them; log(1 + ratings so far), mean
+        rating so far, the share of the ratings so far given to each genre, and the share that gave
+        it 4 or more.
       context: sin and cos of the hour (UTC), weekday (one-hot from Monday), log(1 + days since the
         last rating), whether this is the first request, log(1 + requests before this one).
-      history: rating (one-hot), log(1 + age in days).
+      history: rating (one-hot of what the set's ratings can be), log(1 + age in days).
       item: genres, decades of the release after 1990, whether the release is unknown.
       candidate: log(1 + ratings by anyone so far) / 3, mean of these less PRIOR_RATING.
 
     Args:
-      data: `path`, the directory with GroupLens' files, which are fetched to below `dir` if it is
-        empty; `history_length`; `ratings_per_request`, the least ratings of a block; `test_share`,
-        the share of each user's ratings, the last ones, that become test requests;
-        `test_requests_per_user`, how many of these to keep, the earliest ones, or 0 for all;
-        `seed`, for the order within a second.
+      data: `name`, which set; `path`, the directory with GroupLens' files, which are fetched to
+        below `dir` if it is empty; `history_length`; `ratings_per_request`, the least ratings of a
+        block; `test_share`, the share of each user's ratings, the last ones, that become test
+        requests; `test_requests_per_user`, how many of these to keep, the earliest ones, or 0 for
+        all; `negatives`, how many items not rated are candidates, or 0 or absent for all;
+        `max_users`, how many users, see `with_fewer_users`, or 0 or absent for all (what is known
+        of items stays what all users' ratings say); `seed`, for the order within a second and
+        the draws of items and users.
       tasks: some of `TASKS`, in any order.
-      funnel: `retrieved` must hold the whole catalogue.
+      funnel: `retrieved` must hold the candidates of any request.
 
     Returns:
       The source; each split comes in the order of time. A user's train requests precede the same
@@ -125,33 +118,46 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
       UserError: for files that are missing or malformed, and tasks or numbers that make no sense.
     """
     _check(data, tasks)
-    movielens = read(data.path or fetch(ARCHIVE, data.dir))
-    if funnel.retrieved < len(movielens.genres):
+    name, negatives = str(data.name), int(data.get("negatives", 0))
+    movielens = read(name, data.path or fetch(PUBLISHED[name].archive, data.dir))
+    num_items, num_genres = movielens.genres.shape
+    if not negatives and funnel.retrieved < num_items:
         raise UserError(
-            f"funnel.retrieved={funnel.retrieved} is less than the {len(movielens.genres)} films "
-            "of the catalogue, all of which are candidates"
+            f"funnel.retrieved={funnel.retrieved} is less than the {num_items} films of the "
+            "catalogue, all of which are candidates"
         )
-    log = item_log(movielens)
+    log = rating_log(movielens)
+    movielens = with_fewer_users(movielens, int(data.get("max_users", 0)), int(data.seed))
     all_genres = movielens.genres.astype(np.float32)
     fixed_user_features = _fixed_user_features(movielens)
     timelines = _timelines(
         movielens, data.seed, int(data.ratings_per_request), float(data.test_share)
     )
+    if negatives:
+        _check_candidates(timelines, negatives, int(funnel.retrieved))
     blocks = {
         split: _ordered_blocks(timelines, split, int(data.test_requests_per_user))
         for split in _SPLITS
     }
     lowest = np.array([LOWEST_RATING[task] for task in tasks])
+    stars = np.array(movielens.stars, np.float32)
 
     def requests(split: str) -> Iterator[Request]:
         check_choice("split", split, _SPLITS)
-        for request_id, (user, block) in enumerate(blocks[split]):
+        counted, count, total = 0, np.zeros(num_items, np.int64), np.zeros(num_items)
+        for request_id in range(len(blocks[split])):
+            user = int(blocks[split].user[request_id])
+            block = int(blocks[split].block[request_id])
             timeline = timelines[user]
-            start = int(timeline.start[block])
-            end = int(np.append(timeline.start, len(timeline.item))[block + 1])
+            start, end = int(timeline.start[block]), timeline.end(block)
             time = int(timeline.time[start])
+            counted = add_ratings(log, counted, time, count, total)
             earlier = slice(max(0, start - int(data.history_length)), start)
-            candidates, rating = candidates_and_ratings(timeline, start, end, log.first.size)
+            others, weight = not_rated(
+                timeline.item[:end], num_items, negatives, (int(data.seed), user, block)
+            )
+            item_id = np.concatenate([timeline.item[start:end], others])
+            rating = np.concatenate([timeline.rating[start:end], np.zeros(len(others), np.float32)])
             yield Request(
                 request_id=request_id,
                 time=time,
@@ -165,32 +171,31 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
                 context=context_features(time, timeline.time[:start], block),
                 history_id=timeline.item[earlier].astype(np.int32),
                 history_features=history_features(
-                    time, timeline.rating[earlier], timeline.time[earlier]
+                    time, timeline.rating[earlier], timeline.time[earlier], stars
                 ),
-                item_id=candidates.astype(np.int32),
-                candidate_features=item_statistics(log, time)[candidates],
-                num_passed=len(candidates),
+                item_id=item_id.astype(np.int32),
+                candidate_features=item_statistics(count[item_id], total[item_id]),
+                num_passed=len(item_id),
                 user_label=(rating[:, None] >= lowest).astype(np.uint8),
-                label_weight=np.ones(len(candidates), np.float32),
+                label_weight=np.where(rating > 0, 1, weight).astype(np.float32),
                 teacher_probability=np.zeros((0, len(tasks)), np.float32),
                 teacher_weight=np.zeros(0, np.float32),
                 teacher_version="",
                 true_probability=np.zeros((0, len(tasks)), np.float32),
             )
 
-    num_genres = movielens.genres.shape[1]
     spec = FeatureSpec(
-        dataset="movielens_100k",
+        dataset=name,
         tasks=tuple(tasks),
-        num_users=len(movielens.age),
-        num_items=len(movielens.genres),
+        num_users=movielens.num_users,
+        num_items=num_items,
         user_features=fixed_user_features.shape[1] + 2 + 2 * num_genres,
         context_features=CONTEXT_FEATURES,
         candidate_features=CANDIDATE_FEATURES,
         item_features=num_genres + 2,
         cheap_item_features=num_genres + 2,
         history_length=int(data.history_length),
-        history_features=HISTORY_FEATURES,
+        history_features=len(stars) + 1,
         teacher_version="",
         has_true_probability=False,
     )
@@ -198,29 +203,37 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     return Source(spec, item_features(movielens), requests, num_requests)
 
 
-def read(path: str | Path) -> MovieLens:
-    """Reads u.data, u.item, u.user, u.genre and u.occupation from the directory `path`.
+def with_fewer_users(movielens: MovieLens, max_users: int, seed: int) -> MovieLens:
+    """The set with `max_users` of those who rated, drawn at random and numbered anew in order.
 
-    Raises:
-      UserError: where a file is missing or a line is malformed; names the file and the line.
+    Args:
+      movielens: the set.
+      max_users: how many to keep; 0 keeps all, as does a number above theirs.
+      seed: of the draw.
     """
-    directory = Path(path)
-    genres = _read_genres(directory / "u.genre")
-    flags, release_year = _read_items(directory / "u.item", genres)
-    occupations = _read_occupations(directory / "u.occupation")
-    age, is_female, occupation = _read_users(directory / "u.user", occupations)
-    user, item, rating, time = _read_ratings(directory / "u.data", len(age), len(flags)).T
-    return MovieLens(
-        user=user,
-        item=item,
-        rating=rating,
-        time=time,
-        age=age,
-        is_female=is_female,
-        occupation=occupation,
-        num_occupations=len(occupations),
-        genres=flags,
-        release_year=release_year,
+    raters = np.flatnonzero(np.bincount(movielens.user, minlength=movielens.num_users))
+    if not 0 < max_users < len(raters):
+        return movielens
+    # Not a seed of any other draw, see `not_rated`.
+    generator = np.random.default_rng([seed, 0, 0, 2])
+    users = np.sort(generator.choice(raters, max_users, replace=False))
+    number = np.full(movielens.num_users, -1, np.int32)
+    number[users] = np.arange(max_users)
+    kept = number[movielens.user] >= 0
+
+    def of_kept(attribute: np.ndarray | None) -> np.ndarray | None:
+        return None if attribute is None else attribute[users]
+
+    return dataclasses.replace(
+        movielens,
+        user=number[movielens.user[kept]],
+        item=movielens.item[kept],
+        rating=movielens.rating[kept],
+        time=movielens.time[kept],
+        num_users=max_users,
+        age=of_kept(movielens.age),
+        is_female=of_kept(movielens.is_female),
+        occupation=of_kept(movielens.occupation),
     )
 
 
@@ -266,31 +279,51 @@ def first_test_block(starts: Int64[np.ndarray, "blocks"], total: int, test_share
     return 1 + int(distance.argmin())
 
 
-def candidates_and_ratings(
-    timeline: Timeline, start: int, end: int, num_items: int
-) -> tuple[Int64[np.ndarray, "N"], Int64[np.ndarray, "N"]]:
-    """The candidates of the block of ratings [start, end), and their ratings in it, 0 for none."""
-    positives = timeline.item[start:end]
-    is_other = np.ones(num_items, bool)
-    # Only until the end of the block: what is rated later looks like any other item.
-    is_other[timeline.item[:end]] = False
-    others = np.flatnonzero(is_other)
-    ratings = np.concatenate([timeline.rating[start:end], np.zeros(len(others), np.int64)])
-    return np.concatenate([positives, others]), ratings
+def not_rated(
+    rated: Int[np.ndarray, "n"], num_items: int, wanted: int, seed: tuple[int, int, int]
+) -> tuple[Int64[np.ndarray, "others"], float]:
+    """Items that a user did not rate, ascending, and how many each of them stands for.
+
+    Args:
+      rated: what the user rated, in any order. Only until the end of the request's block: what is
+        rated later looks like any other item.
+      num_items: items are 0 to `num_items` − 1.
+      wanted: how many to draw, without replacement; 0 takes all, as does a number above theirs.
+      seed: data seed, user and block, of the draw.
+
+    >>> not_rated(np.array([3, 0]), 6, 0, (0, 0, 0))
+    (array([1, 2, 4, 5]), 1.0)
+    >>> items, weight = not_rated(np.array([3, 0]), 6, 2, (0, 0, 0))
+    >>> len(items), weight
+    (2, 2.0)
+    """
+    number = num_items - len(rated)
+    if 0 < wanted < number:
+        # Shorter seeds are filled up with zeros: the 1 keeps this apart from a timeline's.
+        generator = np.random.default_rng([*seed, 1])
+        places = np.sort(generator.choice(number, wanted, replace=False, shuffle=False))
+    else:
+        places = np.arange(number)
+    # Before each rated item stand as many others as its id less the rated ones before it. Found
+    # without a look at the whole catalogue, which may be much larger than a request.
+    others_before = np.sort(rated) - np.arange(len(rated))
+    items = places + np.searchsorted(others_before, places, side="right")
+    return items, number / max(len(places), 1)
 
 
 def user_statistics(
-    rating: Int64[np.ndarray, "n"], genres: Float32[np.ndarray, "n genres"]
+    rating: Float32[np.ndarray, "n"], genres: Float32[np.ndarray, "n genres"]
 ) -> Float32[np.ndarray, "2+2*genres"]:
     """What a user's n ratings so far say, with the genres of each rated item.
 
     [log(1 + n) / 3; the mean rating, with the prior, less PRIOR_RATING; for each genre the share of
-    the ratings that it got, n_g / (n + PRIOR_COUNT); for each genre the share that gave it 4 or 5].
+    the ratings that it got, n_g / (n + PRIOR_COUNT); for each genre the share that gave it 4 or
+    more].
     """
     count = len(rating)
     rated = genres.sum(axis=0)
     liked = (rating >= LOWEST_RATING["like"]).astype(np.float32) @ genres
-    mean = (rating.sum() - PRIOR_RATING * count) / (count + PRIOR_COUNT)
+    mean = (rating.sum(dtype=np.float64) - PRIOR_RATING * count) / (count + PRIOR_COUNT)
     scalars = np.array([np.log1p(count) / 3, mean], np.float32)
     shares = np.concatenate([rated, liked]) / np.float32(count + PRIOR_COUNT)
     return np.concatenate([scalars, shares])
@@ -323,11 +356,14 @@ def context_features(
 
 
 def history_features(
-    time: int, rating: Int64[np.ndarray, "H"], rated_at: Int64[np.ndarray, "H"]
+    time: int,
+    rating: Float32[np.ndarray, "H"],
+    rated_at: Int64[np.ndarray, "H"],
+    stars: Float32[np.ndarray, "levels"],
 ) -> Float32[np.ndarray, "H E"]:
-    """[rating, one-hot from 1 to 5; log(1 + days from `rated_at` to `time`)] of each event."""
+    """[which of `stars` the rating is, one-hot; log(1 + days from `rated_at` to `time`)] each."""
     age = np.log1p((time - rated_at) / DAY)
-    return np.concatenate([np.eye(5)[rating - 1], age[:, None]], axis=1).astype(np.float32)
+    return np.concatenate([rating[:, None] == stars, age[:, None]], axis=1, dtype=np.float32)
 
 
 def item_features(movielens: MovieLens) -> Float32[np.ndarray, "items F"]:
@@ -339,37 +375,54 @@ def item_features(movielens: MovieLens) -> Float32[np.ndarray, "items F"]:
     )
 
 
-def item_log(movielens: MovieLens) -> ItemLog:
-    """Arranges the ratings so that `item_statistics` is one search."""
-    key = _item_key(movielens.item, movielens.time)
-    order = np.argsort(key, kind="stable")
-    key = key[order]
-    first = np.searchsorted(key, _item_key(np.arange(len(movielens.genres)), 0))
-    rating_sum = np.concatenate([[0], movielens.rating[order].cumsum()])
-    return ItemLog(key, first, rating_sum)
+def rating_log(movielens: MovieLens) -> RatingLog:
+    """Arranges the ratings by time."""
+    order = np.argsort(movielens.time, kind="stable")
+    return RatingLog(movielens.item[order], movielens.rating[order], movielens.time[order])
 
 
-def item_statistics(log: ItemLog, time: int) -> Float32[np.ndarray, "items X"]:
-    """What all users' ratings strictly before `time` say of each item.
+def add_ratings(
+    log: RatingLog,
+    start: int,
+    time: int,
+    count: Int64[np.ndarray, "items"],
+    total: Float64[np.ndarray, "items"],
+) -> int:
+    """Adds the log's ratings from place `start` on, strictly before `time`, to those of the items.
+
+    Args:
+      log: the ratings.
+      start: how many of them were added before.
+      time: in seconds since 1970, UTC.
+      count: how many ratings each item has; changed in place.
+      total: their sums, in stars; changed in place.
+
+    Returns:
+      How many are added by now. Requests come in the order of time, so all of a split take one pass
+      over the log.
+    """
+    end = int(np.searchsorted(log.time, time))
+    np.add.at(count, log.item[start:end], 1)
+    np.add.at(total, log.item[start:end], log.rating[start:end])
+    return end
+
+
+def item_statistics(
+    count: Int64[np.ndarray, "N"], total: Float64[np.ndarray, "N"]
+) -> Float32[np.ndarray, "N X"]:
+    """What an item's ratings say, of some items with `count` ratings that add up to `total` stars.
 
     [log(1 + count) / 3, the mean rating with the prior less PRIOR_RATING], where the mean with the
-    prior is (sum + PRIOR_COUNT · PRIOR_RATING) / (count + PRIOR_COUNT).
+    prior is (total + PRIOR_COUNT · PRIOR_RATING) / (count + PRIOR_COUNT).
     """
-    last = np.searchsorted(log.key, _item_key(np.arange(len(log.first)), time))
-    count = last - log.first
-    total = log.rating_sum[last] - log.rating_sum[log.first]
     mean = (total - PRIOR_RATING * count) / (count + PRIOR_COUNT)
     return np.stack([np.log1p(count) / 3, mean], axis=1).astype(np.float32)
 
 
-def _item_key(
-    item: Int64[np.ndarray, "n"], time: Int64[np.ndarray, "n"] | int
-) -> Int64[np.ndarray, "n"]:
-    return (item << 32) + time
-
-
 def _fixed_user_features(movielens: MovieLens) -> Float32[np.ndarray, "users _"]:
-    """[(age − 35) / 12; female; occupation, one-hot] of each user."""
+    """[(age − 35) / 12; female; occupation, one-hot] of each user; no columns where not known."""
+    if movielens.age is None or movielens.is_female is None or movielens.occupation is None:
+        return np.zeros((movielens.num_users, 0), np.float32)
     age = (movielens.age - 35) / 12
     occupation = np.eye(movielens.num_occupations)[movielens.occupation]
     return np.concatenate(
@@ -383,15 +436,17 @@ def _timelines(
     """User id -> timeline, for the users who rated anything."""
     timelines = {}
     by_user = np.argsort(movielens.user, kind="stable")
-    ends = np.bincount(movielens.user, minlength=len(movielens.age)).cumsum()
+    ends = np.bincount(movielens.user, minlength=movielens.num_users).cumsum()
     for user, places in enumerate(np.split(by_user, ends[:-1])):
         if not len(places):
             continue
-        # Drawn for the whole catalogue, the order within a second depends on neither the order of
-        # the lines in the file nor on what else, earlier or later, was rated.
-        luck = np.random.default_rng([seed, user]).permutation(len(movielens.genres))
-        places = places[np.lexsort([luck[movielens.item[places]], movielens.time[places]])]
+        places = places[np.argsort(movielens.time[places], kind="stable")]
         time = movielens.time[places]
+        if (time[1:] == time[:-1]).any():
+            # Drawn for the whole catalogue, the order within a second depends on neither the order
+            # of the lines in the file nor on what else, earlier or later, was rated.
+            luck = np.random.default_rng([seed, user]).permutation(len(movielens.genres))
+            places = places[np.lexsort([luck[movielens.item[places]], time])]
         start = block_starts(time, ratings_per_request)
         timelines[user] = Timeline(
             item=movielens.item[places],
@@ -403,137 +458,40 @@ def _timelines(
     return timelines
 
 
+def _check_candidates(timelines: dict[int, Timeline], negatives: int, retrieved: int) -> None:
+    """Raises UserError if the funnel does not hold the candidates of the largest block."""
+    largest = max(
+        int(np.diff(timeline.start, append=len(timeline.item)).max())
+        for timeline in timelines.values()
+    )
+    if retrieved < largest + negatives:
+        raise UserError(
+            f"funnel.retrieved={retrieved} is less than the {largest} films rated in the largest "
+            f"request and data.negatives={negatives} together"
+        )
+
+
 def _ordered_blocks(
     timelines: dict[int, Timeline], split: str, test_requests_per_user: int
-) -> list[tuple[int, int]]:
-    """The (user id, block) pairs of a split in the order of time, then of user ids."""
-    timed = []
+) -> Blocks:
+    """The blocks of a split; of test blocks, as many as wanted of each user, or 0 for all."""
+    users, blocks, times = [], [], []
     for user, timeline in timelines.items():
-        blocks = range(timeline.first_test)
+        of_split = np.arange(len(timeline.start), dtype=np.int32)
         if split == "test":
-            blocks = range(timeline.first_test, len(timeline.start))
-            blocks = blocks[: test_requests_per_user or None]
-        timed += [(int(timeline.time[timeline.start[block]]), user, block) for block in blocks]
-    return [(user, block) for _, user, block in sorted(timed)]
-
-
-def _lines(path: Path, separator: str, num_fields: int) -> Iterator[tuple[str, list[str]]]:
-    """Yields (place for messages, fields) for each line; empty lines at the end are no lines."""
-    if not path.is_file():
-        raise UserError(
-            f"{path} does not exist; unpack {ARCHIVE.url} and set data.path to the directory that"
-            " holds u.data, u.item, u.user, u.genre and u.occupation"
-        )
-    # Not splitlines(): in this encoding it would break lines at characters of a title.
-    lines = path.read_text(ENCODING).rstrip("\n").split("\n")
-    if lines == [""]:
-        raise UserError(f"{path} is empty")
-    for number, line in enumerate(lines, start=1):
-        place = f"{path}, line {number}"
-        fields = line.split(separator)
-        if len(fields) != num_fields:
-            raise UserError(
-                f"{place}: {len(fields)} fields separated by {separator!r}, expected {num_fields}"
-            )
-        yield place, fields
-
-
-def _integer(place: str, name: str, text: str, lowest: int, highest: int) -> int:
-    # int() alone would accept '1_0', ' 1' and other scripts' digits.
-    if not (text.isascii() and text.isdigit()):
-        raise UserError(f"{place}: {name} {text!r} is not a whole number")
-    value = int(text)
-    if not lowest <= value <= highest:
-        raise UserError(f"{place}: {name} {value} is outside {lowest} to {highest}")
-    return value
-
-
-def _once(place: str, what: str, key: object, seen: dict[object, str]) -> None:
-    """Raises UserError if `key` was met before; `seen` maps what was met to its place."""
-    if key in seen:
-        raise UserError(f"{place}: {what} was given before, in {seen[key]}")
-    seen[key] = place
-
-
-def _read_genres(path: Path) -> list[str]:
-    """Genre names, in the order of their numbers, which count from 0 line by line."""
-    names = []
-    for number, (place, (name, text)) in enumerate(_lines(path, "|", 2)):
-        _integer(place, "genre number", text, number, number)
-        names.append(name)
-    return names
-
-
-def _read_occupations(path: Path) -> dict[str, int]:
-    """Occupation -> its place in the file."""
-    seen: dict[object, str] = {}
-    places = {}
-    for number, (place, (name,)) in enumerate(_lines(path, "|", 1)):
-        _once(place, f"occupation {name!r}", name, seen)
-        places[name] = number
-    return places
-
-
-def _read_items(
-    path: Path, genres: Sequence[str]
-) -> tuple[Bool[np.ndarray, "items genres"], Int64[np.ndarray, "items"]]:
-    """Genre flags and release years; ids must be 1 to the number of lines, in any order."""
-    lines = list(_lines(path, "|", 5 + len(genres)))
-    flags = np.zeros((len(lines), len(genres)), bool)
-    release_year = np.zeros(len(lines), np.int64)
-    seen: dict[object, str] = {}
-    for place, (id_text, _, date, _, _, *flag_texts) in lines:
-        item = _integer(place, "item id", id_text, 1, len(lines)) - 1
-        _once(place, f"item {item + 1}", item, seen)
-        if date:
-            match = _RELEASE_DATE.fullmatch(date)
-            if match is None:
-                raise UserError(f"{place}: release date {date!r} is not like 01-Jan-1995 or empty")
-            # Redistributions that take the year from the title write `01-Jan-V` for one that ends
-            # in `(V)`, a film for video; the year is unknown there.
-            release_year[item] = int(match[1] or 0)
-        for genre, text in enumerate(flag_texts):
-            if text not in ("0", "1"):
-                raise UserError(f"{place}: flag {text!r} of genre {genres[genre]!r} is not 0 or 1")
-            flags[item, genre] = text == "1"
-    return flags, release_year
-
-
-def _read_users(
-    path: Path, occupations: dict[str, int]
-) -> tuple[Int64[np.ndarray, "users"], Bool[np.ndarray, "users"], Int64[np.ndarray, "users"]]:
-    """Age, whether female, and occupation; ids must be 1 to the number of lines, in any order."""
-    lines = list(_lines(path, "|", 5))
-    age, occupation = np.zeros((2, len(lines)), np.int64)
-    is_female = np.zeros(len(lines), bool)
-    seen: dict[object, str] = {}
-    for place, (id_text, age_text, gender, occupation_text, _) in lines:
-        user = _integer(place, "user id", id_text, 1, len(lines)) - 1
-        _once(place, f"user {user + 1}", user, seen)
-        age[user] = _integer(place, "age", age_text, 0, 150)
-        if gender not in ("F", "M"):
-            raise UserError(f"{place}: gender {gender!r} is not F or M")
-        is_female[user] = gender == "F"
-        if occupation_text not in occupations:
-            raise UserError(f"{place}: occupation {occupation_text!r} is not in u.occupation")
-        occupation[user] = occupations[occupation_text]
-    return age, is_female, occupation
-
-
-def _read_ratings(path: Path, num_users: int, num_items: int) -> Int64[np.ndarray, "n 4"]:
-    """[user, item, rating, time] of each line, ids counted from 0."""
-    seen: dict[object, str] = {}
-    rows = []
-    for place, (user_text, item_text, rating_text, time_text) in _lines(path, "\t", 4):
-        user = _integer(place, "user id", user_text, 1, num_users) - 1
-        item = _integer(place, "item id", item_text, 1, num_items) - 1
-        _once(place, f"a rating of item {item + 1} by user {user + 1}", (user, item), seen)
-        rating = _integer(place, "rating", rating_text, 1, 5)
-        rows.append((user, item, rating, _integer(place, "time", time_text, 0, 2**32 - 1)))
-    return np.array(rows, np.int64)
+            of_split = of_split[timeline.first_test :][: test_requests_per_user or None]
+        else:
+            of_split = of_split[: timeline.first_test]
+        users.append(np.full(len(of_split), user, np.int32))
+        blocks.append(of_split)
+        times.append(timeline.time[timeline.start[of_split]])
+    user_of, block_of = np.concatenate(users), np.concatenate(blocks)
+    order = np.lexsort((block_of, user_of, np.concatenate(times)))
+    return Blocks(user_of[order], block_of[order])
 
 
 def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
+    check_choice("data.name", data.name, PUBLISHED)
     for task in tasks:
         check_choice("tasks", task, TASKS)
     if not tasks or len(set(tasks)) < len(tasks):
@@ -543,8 +501,10 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
         ("history_length", 1),
         ("ratings_per_request", 1),
         ("test_requests_per_user", 0),
+        ("negatives", 0),
+        ("max_users", 0),
     ):
-        if data[key] < least:
+        if data.get(key, least) < least:
             raise UserError(f"data.{key}={data[key]} must be at least {least}")
     if not 0 <= data.test_share < 1:
         raise UserError(f"data.test_share={data.test_share} must lie in [0, 1)")

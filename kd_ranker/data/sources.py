@@ -45,4 +45,6 @@ SOURCES: dict[str, SourceEntry] = {
         name: SourceEntry(kuairand.TASKS, kuairand.open_source) for name in kuairand.VARIANT_OF_NAME
     },
     "parquet": SourceEntry(None, parquet.open_source, check_unchanged=parquet.check_unchanged),
+    "movielens_1m": SourceEntry(movielens.TASKS, movielens.open_source),
+    "movielens_32m": SourceEntry(movielens.TASKS, movielens.open_source),
 }

@@ -1,15 +1,22 @@
-"""Tests of MovieLens 100K as a source, on small files and, where at hand, on the real ones."""
+"""Tests of MovieLens as a source, on small files and, where at hand, on the real ones of 100K."""
 
 import dataclasses
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from kd_ranker.data import movielens
+from configs import movielens_1m, movielens_32m
+from kd_ranker import commands, teachers
+from kd_ranker.data import loader, movielens, movielens_files
+from kd_ranker.data.movielens_files import HALF_STARS, WHOLE_STARS
 from kd_ranker.data.request import Request, Source
 from kd_ranker.errors import UserError
+from tests.data import movielens_layouts
+from tests.data.movielens_layouts import Movie, User
 
 TASKS = movielens.TASKS
 REAL_FILES = Path(__file__).resolve().parents[3] / "shared" / "data" / "ml-100k"
@@ -294,7 +301,7 @@ def test_malformed_lines_are_named(tmp_path: Path, name: str, line: str, problem
     lines[1] = line
     write_files(tmp_path, **{name: "\n".join(lines) + "\n"})
     with pytest.raises(UserError, match=rf"u\.{name}, line 2: {problem}") as error:
-        movielens.read(tmp_path)
+        movielens_files.read("movielens_100k", tmp_path)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -304,25 +311,25 @@ def test_missing_and_empty_files_are_named(tmp_path: Path, name: str) -> None:
     write_files(tmp_path)
     (tmp_path / name).write_text("")
     with pytest.raises(UserError, match=rf"{name} is empty"):
-        movielens.read(tmp_path)
+        movielens_files.read("movielens_100k", tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match=rf"{name} does not exist.*grouplens.*data\.path"):
-        movielens.read(tmp_path)
+        movielens_files.read("movielens_100k", tmp_path)
 
 
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere.*does not exist"):
-        movielens.read(tmp_path / "nowhere")
+        movielens_files.read("movielens_100k", tmp_path / "nowhere")
 
 
 def test_line_ends_of_windows_are_read(tmp_path: Path) -> None:
     write_files(tmp_path, data=FILES["u.data"].replace("\n", "\r\n"))
-    assert len(movielens.read(tmp_path).rating) == 8
+    assert len(movielens_files.read("movielens_100k", tmp_path).rating) == 8
 
 
 def test_a_next_line_character_in_a_title_breaks_no_line(tmp_path: Path) -> None:
     write_files(tmp_path, item=FILES["u.item"].replace("Heat", "Heat \x85"))
-    assert len(movielens.read(tmp_path).genres) == NUM_ITEMS
+    assert len(movielens_files.read("movielens_100k", tmp_path).genres) == NUM_ITEMS
 
 
 @pytest.mark.parametrize(
@@ -385,7 +392,7 @@ def real_requests() -> dict[str, list[Request]]:
 
 @needs_real_files
 def test_real_files_hold_what_is_published(real_requests: dict[str, list[Request]]) -> None:
-    files = movielens.read(REAL_FILES)
+    files = movielens_files.read("movielens_100k", REAL_FILES)
     assert files.genres.shape == (1682, 19)
     assert len(files.age) == 943
     assert len(files.rating) == 100_000
@@ -519,3 +526,379 @@ def test_a_funnel_that_does_not_hold_the_catalogue_is_refused(tmp_path: Path) ->
     data = make_data(write_files(tmp_path))
     with pytest.raises(UserError, match=r"funnel\.retrieved=1 is less than the \d+ films"):
         movielens.open_source(data, TASKS, ConfigDict({"retrieved": 1}))
+
+
+LARGER_SETTINGS = {"history_length": 4, "ratings_per_request": 4, "test_share": 0.3}
+
+
+def open_larger(name: str, directory: Path, **changes: float | str) -> Source:
+    data = make_data(directory, **({"name": name} | LARGER_SETTINGS | changes))
+    return movielens.open_source(data, TASKS, ConfigDict({"retrieved": 5000}))
+
+
+def write_random_32m(directory: Path, seed: int = 0, users: int = 40, items: int = 300) -> Path:
+    ratings = movielens_layouts.random_ratings(seed, users, items, 1500, HALF_STARS)
+    return movielens_layouts.write_32m(directory, ratings, movielens_layouts.plain_movies(items))
+
+
+def all_requests(source: Source) -> list[Request]:
+    return [*source.requests("train"), *source.requests("test")]
+
+
+def by_moment(source: Source) -> dict[tuple[int, int], Request]:
+    return {(request.user_id, request.time): request for request in all_requests(source)}
+
+
+def test_half_stars_in_the_worked_example(tmp_path: Path) -> None:
+    stars = {1: 0.5, 2: 3.5, 3: 4.0, 4: 4.5, 50: 5.0}
+    movies = [Movie(number, f"Film {number} (2000)", ()) for number in (50, 4, 3, 2, 1, 6)]
+    ratings = [(9, number, given, 100 + number) for number, given in stars.items()]
+    movielens_layouts.write_32m(tmp_path, ratings, movies)
+    source = open_larger("movielens_32m", tmp_path, ratings_per_request=3, test_share=0.5)
+    train, test = all_requests(source)
+    assert source.spec.dataset == "movielens_32m"
+    assert (source.spec.num_users, source.spec.num_items) == (1, 6)
+    # Ids 0, 1, 2 are movies 1, 2, 3; the block takes as many ratings as it needs at least.
+    assert train.item_id.tolist() == [0, 1, 2, 3, 4, 5]
+    assert train.user_label[:3].tolist() == [[1, 0, 0], [1, 0, 0], [1, 1, 0]]
+    assert not train.user_label[3:].any()
+    assert test.user_label[:2].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert test.item_id.tolist() == [3, 5, 4] or test.item_id.tolist() == [3, 4, 5]
+    expected = [[float(level == given) for level in HALF_STARS] for given in (0.5, 3.5, 4.0)]
+    np.testing.assert_array_equal(test.history_features[:, :10], expected)
+    # No attributes, no genres: the number of ratings and their mean alone.
+    np.testing.assert_allclose(
+        test.user_features, [np.log(4) / 3, (8.0 + 5 * 3.5) / 8 - 3.5], rtol=1e-6
+    )
+    assert source.spec.user_features == source.spec.item_features == 2
+
+
+def test_1m_has_what_is_known_of_its_users(tmp_path: Path) -> None:
+    users = [User(3, "F", 1, 20), User(1, "M", 56, 0)]
+    ratings = [(3, 7, 5, 100), (1, 7, 2, 50)]
+    movies = [Movie(7, "Heat (1990)", ("Action", "War")), Movie(70, "Émile (1995)", ("War",))]
+    source = open_larger(
+        "movielens_1m", movielens_layouts.write_1m(tmp_path, ratings, users, movies)
+    )
+    first, second = source.requests("train")
+    assert [first.user_id, second.user_id] == [0, 1]
+    occupation = np.eye(21)
+    np.testing.assert_allclose(first.user_features[:23], [(56 - 35) / 12, 0, *occupation[0]])
+    np.testing.assert_allclose(second.user_features[:23], [(1 - 35) / 12, 1, *occupation[20]])
+    np.testing.assert_allclose(source.item_features, [[1, 1, 0, 0], [0, 1, 0.5, 0]])
+    np.testing.assert_allclose(
+        second.candidate_features, [[np.log(2) / 3, -1.5 / 6], [0, 0]], rtol=1e-6
+    )
+
+
+@given(st.data())
+def test_items_not_rated_are_those_of_a_set_difference(data: st.DataObject) -> None:
+    items = data.draw(st.integers(1, 40))
+    rated = np.array(data.draw(st.lists(st.integers(0, items - 1), unique=True)), np.int64)
+    wanted = data.draw(st.integers(0, 45))
+    others = np.setdiff1d(np.arange(items), rated)
+    found, weight = movielens.not_rated(rated, items, wanted, (0, 1, data.draw(st.integers(0, 9))))
+    if wanted == 0 or wanted >= len(others):
+        np.testing.assert_array_equal(found, others)
+        assert weight == (1.0 if len(others) else 0.0)
+    else:
+        assert len(found) == wanted
+        assert set(found) <= set(others)
+        assert (np.diff(found) > 0).all()
+        assert weight == len(others) / wanted
+
+
+def test_every_item_not_rated_is_as_likely_as_any_other() -> None:
+    rated, drawn = np.array([5, 0, 19, 6]), np.zeros(20)
+    draws, wanted = 4000, 4
+    for block in range(draws):
+        items, _ = movielens.not_rated(rated, 20, wanted, (3, 7, block))
+        drawn[items] += 1
+    assert not drawn[rated].any()
+    # Of 16 items each comes 1,000 times; 5 standard deviations of a binomial are 137.
+    others = np.delete(drawn, rated)
+    assert np.abs(others - draws * wanted / 16).max() < 5 * np.sqrt(draws * 0.25 * 0.75)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_sampled_candidates_are_some_of_the_whole_catalogues(tmp_path: Path, seed: int) -> None:
+    write_random_32m(tmp_path)
+    whole = all_requests(open_larger("movielens_32m", tmp_path, seed=seed))
+    sampled = all_requests(open_larger("movielens_32m", tmp_path, seed=seed, negatives=25))
+    assert len(whole) == len(sampled) > 200
+    for full, part in zip(whole, sampled, strict=True):
+        positives = int(full.user_label[:, 0].sum())
+        assert len(part.item_id) == positives + 25 == part.num_passed == len(part.user_label)
+        place = {item: index for index, item in enumerate(full.item_id.tolist())}
+        where = [place[item] for item in part.item_id.tolist()]
+        assert where == sorted(where)
+        assert where[:positives] == list(range(positives))
+        np.testing.assert_array_equal(part.user_label, full.user_label[where])
+        np.testing.assert_array_equal(part.candidate_features, full.candidate_features[where])
+        np.testing.assert_array_equal(part.label_weight[:positives], 1)
+        negatives = len(full.item_id) - positives
+        np.testing.assert_allclose(part.label_weight[positives:], negatives / 25, rtol=1e-6)
+        for name in ("request_id", "user_id", "time", "user_features", "context", "history_id"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(full, name))
+    draws = {tuple(request.item_id[-25:]) for request in sampled}
+    assert len(draws) == len(sampled), "each request has a draw of its own"
+
+
+def test_weighted_sums_keep_their_expectation(tmp_path: Path) -> None:
+    write_random_32m(tmp_path)
+    whole = all_requests(open_larger("movielens_32m", tmp_path))
+    score = np.random.default_rng(0).random(300)  # as it were, a ranker's loss of each item
+    exact = np.array([request.label_weight @ score[request.item_id] for request in whole])
+    errors = []
+    for seed in range(6):
+        # The order within a second moves with the seed, and what is rated does not.
+        sampled = all_requests(open_larger("movielens_32m", tmp_path, negatives=25, seed=seed))
+        estimate = [request.label_weight @ score[request.item_id] for request in sampled]
+        errors.append(np.mean(estimate - exact))
+    # The error of one request has about the standard deviation 290 · 0.29 / √25 = 17.
+    assert abs(np.mean(errors)) < 4 * 17 / np.sqrt(6 * len(whole))
+
+
+def test_more_negatives_than_there_are_take_the_whole_catalogue(tmp_path: Path) -> None:
+    write_random_32m(tmp_path)
+    for full, part in zip(
+        all_requests(open_larger("movielens_32m", tmp_path)),
+        all_requests(open_larger("movielens_32m", tmp_path, negatives=300)),
+        strict=True,
+    ):
+        assert_same(full, part)
+
+
+def test_negatives_are_the_same_at_every_call_and_differ_with_the_seed(tmp_path: Path) -> None:
+    write_random_32m(tmp_path)
+    source = open_larger("movielens_32m", tmp_path, negatives=9)
+    for left, right in zip(source.requests("test"), source.requests("test"), strict=True):
+        assert_same(left, right)
+    other = open_larger("movielens_32m", tmp_path, negatives=9, seed=1)
+    pairs = zip(source.requests("test"), other.requests("test"), strict=True)
+    assert all(set(left.item_id[-9:]) != set(right.item_id[-9:]) for left, right in pairs)
+
+
+def test_no_sampled_request_stems_from_after_its_block(tmp_path: Path) -> None:
+    stars = HALF_STARS
+    ratings = movielens_layouts.random_ratings(3, 40, 300, 1500, stars)
+    movies = movielens_layouts.plain_movies(300)
+    source = open_larger(
+        "movielens_32m",
+        movielens_layouts.write_32m(tmp_path / "all", ratings, movies),
+        negatives=20,
+    )
+    cut = 1_000_900
+    # All that came later is gone, but for a line a user: ids are places among those who rated.
+    past = [rating for rating in ratings if rating[3] < cut]
+    future = [(3 * user + 1, 1, 2.0, cut + 10_000) for user in range(40)]
+    seen = {(user, movie) for user, movie, _, _ in past}
+    past += [rating for rating in future if rating[:2] not in seen]
+    known = by_moment(
+        open_larger(
+            "movielens_32m",
+            movielens_layouts.write_32m(tmp_path / "past", past, movies),
+            negatives=20,
+        )
+    )
+    compared = 0
+    for moment, request in by_moment(source).items():
+        user, time = moment
+        own = sorted(t for u, _, _, t in ratings if u == 3 * user + 1 and t >= time)
+        # With fewer known, the block may reach into the future, or the future's line may join it.
+        if len(own) <= 8 or own[8] >= cut:
+            continue
+        compared += 1
+        same = known[moment]
+        np.testing.assert_array_equal(request.item_id, same.item_id)
+        for name in ("user_features", "context", "history_features", "candidate_features"):
+            np.testing.assert_array_equal(getattr(request, name), getattr(same, name))
+        np.testing.assert_array_equal(request.label_weight, same.label_weight)
+    assert compared > 50
+
+
+def test_what_is_known_of_sampled_candidates_against_brute_force(tmp_path: Path) -> None:
+    ratings = np.array(movielens_layouts.random_ratings(0, 40, 300, 1500, HALF_STARS))
+    write_random_32m(tmp_path)
+    for request in all_requests(open_larger("movielens_32m", tmp_path, negatives=30))[::7]:
+        before = ratings[ratings[:, 3] < request.time]
+        for item, found in zip(request.item_id, request.candidate_features, strict=True):
+            given_stars = before[before[:, 1] == 3 * item + 1, 2]
+            mean = (given_stars.sum() + 5 * 3.5) / (len(given_stars) + 5) - 3.5
+            np.testing.assert_allclose(found, [np.log(1 + len(given_stars)) / 3, mean], atol=1e-6)
+
+
+def test_fewer_users_make_the_same_requests_as_among_all(tmp_path: Path) -> None:
+    users = [User(3 * user + 1, "FM"[user % 2], user, user % 21) for user in range(40)]
+    # One rating a second: the order within one is drawn by the users' numbers.
+    ratings = [
+        (*rating[:3], 1000 * place)
+        for place, rating in enumerate(
+            movielens_layouts.random_ratings(0, 40, 300, 1500, WHOLE_STARS)
+        )
+    ]
+    movielens_layouts.write_1m(tmp_path, ratings, users, movielens_layouts.plain_movies(300))
+    everyone = {
+        request.time: request for request in all_requests(open_larger("movielens_1m", tmp_path))
+    }
+    source = open_larger("movielens_1m", tmp_path, max_users=7)
+    assert source.spec.num_users == 7
+    chosen: dict[int, set[int]] = {}
+    for request in all_requests(source):
+        same = everyone[request.time]
+        chosen.setdefault(request.user_id, set()).add(same.user_id)
+        for name in ("user_features", "history_features", "item_id", "candidate_features"):
+            np.testing.assert_array_equal(getattr(request, name), getattr(same, name))
+    assert set(chosen) == set(range(7))
+    assert all(len(of_user) == 1 for of_user in chosen.values())
+    numbers = [of_user.pop() for _, of_user in sorted(chosen.items())]
+    assert numbers == sorted(set(numbers))
+    requests = [request for request in everyone.values() if request.user_id in numbers]
+    assert len(requests) == sum(source.num_requests.values())
+
+
+def test_users_are_drawn_by_the_seed_among_those_who_rated(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    assert open_small(tmp_path, max_users=2).spec.num_users == 3, "user 3 never rates"
+    drawn = {
+        next(open_small(tmp_path, max_users=1, seed=seed).requests("train")).time
+        for seed in range(12)
+    }
+    assert drawn == {100, 150}, "user 1's first rating, and user 2's"
+    assert open_small(tmp_path, max_users=9).num_requests == {"train": 2, "test": 2}
+
+
+def test_a_funnel_that_does_not_hold_the_largest_request_is_refused(tmp_path: Path) -> None:
+    data = make_data(write_files(tmp_path), negatives=4)
+    # User 1 rated three films in one second.
+    with pytest.raises(
+        UserError, match=r"retrieved=6 is less than the 3 films .* and data\.negatives=4 together"
+    ):
+        movielens.open_source(data, TASKS, ConfigDict({"retrieved": 6}))
+    movielens.open_source(data, TASKS, ConfigDict({"retrieved": 7}))
+
+
+@pytest.mark.parametrize("key", ["negatives", "max_users"])
+def test_numbers_below_zero_are_named(tmp_path: Path, key: str) -> None:
+    with pytest.raises(UserError, match=rf"data\.{key}=-1 must be at least 0"):
+        open_small(write_files(tmp_path), **{key: -1})
+
+
+@pytest.mark.parametrize("name", ["movielens_100k", "movielens_1m", "movielens_32m"])
+def test_without_a_path_the_sets_own_archive_is_fetched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def fetch(archive: movielens_files.Archive, data_dir: str) -> Path:
+        raise UserError(f"{archive.url} to {data_dir}")
+
+    monkeypatch.setattr(movielens, "fetch", fetch)
+    file = f"ml-{name.removeprefix('movielens_')}.zip"
+    with pytest.raises(UserError, match=rf"https://files\.grouplens\.org/.*/{file} to somewhere"):
+        open_larger(name, tmp_path, path="", dir="somewhere")
+
+
+@pytest.mark.parametrize("config", [movielens_1m.get_config(), movielens_32m.get_config()])
+def test_the_configs_build_a_dataset_and_its_batches(tmp_path: Path, config: ConfigDict) -> None:
+    users = [User(3 * user + 1, "F", 25, 3) for user in range(40)]
+    movies = movielens_layouts.plain_movies(900)
+    stars = WHOLE_STARS if config.data.name == "movielens_1m" else HALF_STARS
+    ratings = movielens_layouts.random_ratings(0, 40, 900, 3000, stars)
+    if config.data.name == "movielens_1m":
+        movielens_layouts.write_1m(tmp_path / "files", ratings, users, movies)
+    else:
+        movielens_layouts.write_32m(tmp_path / "files", ratings, movies)
+    config.data.path, config.data.dir = str(tmp_path / "files"), str(tmp_path)
+    commands.prepare_data(config)
+    dataset = teachers.open_dataset(config)
+    made = loader.training_batches(
+        dataset,
+        requests=4,
+        candidates=config.batch.candidates,
+        passed_share=config.batch.passed_share,
+        negative_rate=config.batch.negative_rate,
+        seed=0,
+        resident=False,
+    )
+    batch = next(iter(made.batches))
+    # A tenth of the 500, each of which stands for ten more.
+    positive = batch.user_label.any(axis=2)
+    negative = (batch.label_weight > 0) & ~positive
+    assert (negative.sum(axis=1) == 50).all()
+    assert (batch.label_weight[positive] == 1).all()
+    weights = np.where(negative, batch.label_weight, 0).sum(axis=1)
+    assert ((weights > 900 - 130) & (weights < 900)).all()
+    evaluation = next(loader.evaluation_batches(dataset, requests=2, candidates=1000))
+    assert (evaluation.batch.candidate_mask.sum(axis=1) > 500).all()
+
+
+def converted(directory: Path, name: str) -> Path:
+    """The real files of 100K in another set's layout, ids tripled."""
+    items = [
+        line.split("|") for line in (REAL_FILES / "u.item").read_text("iso-8859-1").splitlines()
+    ]
+    genres = [line.split("|")[0] for line in (REAL_FILES / "u.genre").read_text().split()]
+    years = [date[-4:] if date[-4:].isdigit() else "" for _, _, date, *_ in items]
+    # A year of the title's own would be read as the release's.
+    movies = [
+        Movie(
+            3 * int(number),
+            f"Film, The {number}" + (f" ({year})" if year else ""),
+            tuple(genre for genre, flag in zip(genres, flags, strict=True) if flag == "1"),
+        )
+        for (number, _, _, _, _, *flags), year in zip(items, years, strict=True)
+    ]
+    ratings = [
+        (3 * user, 3 * item, rating, time)
+        for user, item, rating, time in np.loadtxt(REAL_FILES / "u.data", np.int64).tolist()
+    ]
+    if name == "movielens_32m":
+        movies = [
+            movie._replace(genres=tuple(genre for genre in movie.genres if genre != "unknown"))
+            for movie in movies
+        ]
+        return movielens_layouts.write_32m(directory, ratings, movies)
+    occupations = (REAL_FILES / "u.occupation").read_text().split()
+    users = [
+        User(3 * int(number), gender, int(age), occupations.index(occupation))
+        for number, age, gender, occupation, _ in (
+            line.split("|") for line in (REAL_FILES / "u.user").read_text().splitlines()
+        )
+    ]
+    return movielens_layouts.write_1m(directory, ratings, users, movies)
+
+
+@needs_real_files
+@pytest.mark.parametrize("name", ["movielens_1m", "movielens_32m"])
+def test_real_requests_are_the_same_in_every_layout(
+    tmp_path: Path, real_requests: dict[str, list[Request]], name: str
+) -> None:
+    data = make_data(converted(tmp_path, name), **REAL_SETTINGS, name=name)
+    source = movielens.open_source(data, TASKS, ConfigDict({"retrieved": 1682}))
+    original = movielens.open_source(
+        make_data(REAL_FILES, **REAL_SETTINGS), TASKS, ConfigDict({"retrieved": 1682})
+    )
+    # 100K has its genre "unknown" first, 1M by its name, which is last; 32M has none of it.
+    genres = [*range(1, 19), 0] if name == "movielens_1m" else [*range(1, 19)]
+    np.testing.assert_array_equal(
+        source.item_features, original.item_features[:, [*genres, 19, 20]]
+    )
+    fixed = list(range(23)) if name == "movielens_1m" else []
+    columns = [*fixed, 23, 24, *(25 + np.array(genres)), *(25 + 19 + np.array(genres))]
+    levels = WHOLE_STARS if name == "movielens_1m" else HALF_STARS
+    whole = [levels.index(value) for value in WHOLE_STARS]
+    for split, expected_requests in real_requests.items():
+        assert source.num_requests[split] == len(expected_requests)
+        pairs = zip(source.requests(split), expected_requests, strict=True)
+        for number, (request, expected) in enumerate(pairs):
+            if number % 50:
+                continue
+            for field in (
+                *("request_id", "time", "user_id", "context", "history_id", "item_id"),
+                *("candidate_features", "num_passed", "user_label", "label_weight"),
+            ):
+                np.testing.assert_array_equal(getattr(request, field), getattr(expected, field))
+            np.testing.assert_array_equal(request.user_features, expected.user_features[columns])
+            np.testing.assert_array_equal(
+                request.history_features[:, [*whole, -1]], expected.history_features
+            )
+            assert (request.history_features[:, :-1].sum(axis=1) == 1).all()
