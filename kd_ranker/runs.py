@@ -166,7 +166,7 @@ def _fit(
         teacher=LiveTeacher(live.model, stage) if live else None,
         batches=training_batches(config, dataset, section.batch, mapping),
         frozen=Frozen(
-            item_features=jnp.asarray(dataset.item_features),
+            items=jax.tree.map(jnp.asarray, dataset.items),
             teacher=live.parameters if live else None,
         ),
         mapping=mapping,

@@ -58,6 +58,7 @@ def test_the_movielens_config_is_valid_on_as_many_devices_as_share_its_batch():
         ({"distill__weight": float("nan")}, "distill.weight=nan must be a finite number"),
         ({"optimizer__learning_rate": float("inf")}, "learning_rate=inf must be a finite number"),
         ({"seed": -1}, "seed=-1 must not be negative"),
+        ({"student__category_rows": -1}, "student.category_rows=-1 must not be negative"),
         ({"batch__passed_share": 1.5}, "batch.passed_share=1.5 must lie in [0, 1]"),
         ({"sweep__weights": ()}, "sweep.weights is empty"),
         ({"sweep__weights": (1.0, -2.0)}, "sweep.weights holds -2.0"),

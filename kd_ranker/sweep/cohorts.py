@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import psutil
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import FeatureSpec, empty_batch
+from kd_ranker.batch import FeatureSpec, Items, abstract_items, empty_batch
 from kd_ranker.embedding.lookup import gather
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
@@ -139,16 +139,17 @@ def member_bytes(config: ConfigDict, spec: FeatureSpec) -> int:
     arrays of a step, which are as many rows as a batch gathers, some times over.
     """
 
-    def state_and_rows() -> Any:
+    def state_and_rows(items: Items) -> Any:
         (group,) = recipes.student_groups({"": config}, spec)
         batch = jax.tree.map(
             jnp.asarray, empty_batch(spec, config.batch.requests, config.batch.candidates)
         )
         state = group.init()
         tables = {name: table[0] for name, table in state.parameters.tables.items()}
-        return state, gather(group.recipe.model.embedding, tables, batch, whole_rows=False)
+        embedding = group.recipe.model.embedding
+        return state, gather(embedding, tables, batch, items, whole_rows=False)
 
-    state, rows = jax.eval_shape(state_and_rows)
+    state, rows = jax.eval_shape(state_and_rows, abstract_items(spec))
     return 3 * _bytes(state) + _WORKING_ARRAYS * _bytes(rows)
 
 

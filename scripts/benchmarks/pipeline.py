@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         commands.prepare_data(config)
         _, dataset = teachers.teacher_and_dataset(config)
         batch = first_batch(config, dataset)
-        program = Program({"": config}, dataset.spec, dataset.item_features, batch)
+        program = Program({"": config}, dataset.spec, dataset.items, batch)
         start = time.perf_counter()
         batches = iter(host_batches(config, dataset, to_device=program.mapping.shard))
         next(batches)

@@ -5,10 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import CandidateBatch, FeatureSpec
+from kd_ranker.batch import CandidateBatch, FeatureSpec, Items
 from kd_ranker.data import loader
 from kd_ranker.data.builder import Dataset
 from kd_ranker.teachers import Teacher
@@ -24,7 +23,7 @@ class Program:
         self,
         members: Mapping[str, ConfigDict],
         spec: FeatureSpec,
-        item_features: np.ndarray,
+        items: Items,
         batch: CandidateBatch,
         teacher: Teacher | None = None,
     ):
@@ -38,7 +37,7 @@ class Program:
         self.batch = self.mapping.shard(batch)
         numbers = tuple(group.numbers for group in groups)
         frozen = self.mapping.replicate(
-            Frozen(jnp.asarray(item_features), teacher.parameters if teacher else None)
+            Frozen(jax.tree.map(jnp.asarray, items), teacher.parameters if teacher else None)
         )
         step = self.mapping.map_step(make_step([group.recipe for group in groups], live))
         compiled = step.lower(self.states, self.batch, numbers, frozen).compile()
