@@ -41,6 +41,7 @@ def get_config() -> ConfigDict:
     config.student.table_scale = 0.05  # standard deviation of fresh embedding rows
     config.student.user_rows = 0  # hash user ids into so many rows; 0: each id has its own
     config.student.item_rows = 0  # the same of item ids
+    config.student.category_rows = 0  # and of category ids, those of all features together
     config.student.compute_dtype = "float32"  # or bfloat16; parameters and tables stay float32
 
     config.distill = ConfigDict()
@@ -71,6 +72,7 @@ def get_config() -> ConfigDict:
     config.teacher.table_scale = 0.05
     config.teacher.user_rows = 0
     config.teacher.item_rows = 0
+    config.teacher.category_rows = 0
     config.teacher.compute_dtype = "float32"
     config.teacher.batch = ConfigDict()
     config.teacher.batch.requests = 128

@@ -2,7 +2,7 @@
 
 Every room speaks of a batch in these terms: `R` requests, `N` candidates a request, `T` tasks,
 `H` events of history. A batch holds what differs from request to request. What belongs to an item
-alone lies once on the device, in the item feature matrix, and is looked up by `item_id`.
+alone lies once on the device, in `Items`, and is looked up by `item_id`.
 
 Categorical features come as *category ids*. All of them share one range: that of a feature follows
 those of the features before it (`FeatureSpec.category_starts`), so one table of rows serves them
@@ -16,6 +16,7 @@ import json
 from typing import Any
 
 import flax.struct
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int8
 
@@ -57,6 +58,14 @@ class CandidateBatch:
     def candidate_mask(self) -> Bool[Array, "R N"]:
         """True where there is a candidate, False on padding."""
         return self.stage > Stage.PADDING
+
+
+@flax.struct.dataclass
+class Items:
+    """What belongs to each item alone, row by item id."""
+
+    features: Float[Array, "items F"]
+    category: Int[Array, "items I"]  # category ids; -1 fills up
 
 
 @flax.struct.dataclass
@@ -144,9 +153,17 @@ class FeatureSpec:
         """Category ids lie in [0, num_categories)."""
         return sum(category.size for category in self.categories)
 
+    def category_lengths(self, of: str) -> tuple[int, ...]:
+        """How many of the category ids of each request, candidate or item are of each feature.
+
+        Args:
+          of: one of `CATEGORY_OWNERS`.
+        """
+        return tuple(category.length for category in self.categories if category.of == of)
+
     def category_width(self, of: str) -> int:
         """How many category ids each request, candidate or item carries, one of CATEGORY_OWNERS."""
-        return sum(category.length for category in self.categories if category.of == of)
+        return sum(self.category_lengths(of))
 
     def to_json(self) -> str:
         """The spec as JSON, one key an attribute."""
@@ -185,4 +202,17 @@ def empty_batch(spec: FeatureSpec, requests: int, candidates: int) -> CandidateB
         label_weight=zeros(np.float32, candidates),
         teacher_probability=zeros(np.float32, candidates, tasks),
         teacher_weight=zeros(np.float32, candidates, tasks),
+    )
+
+
+def abstract_items(spec: FeatureSpec) -> Items:
+    """The items of a dataset by shapes and types alone, which need no memory."""
+
+    # Typed for the device, where they are used.
+    def abstract(dtype: type, width: int) -> Any:
+        return jax.ShapeDtypeStruct((spec.num_items, width), dtype)
+
+    return Items(
+        features=abstract(np.float32, spec.item_features),
+        category=abstract(np.int32, spec.category_width("item")),
     )

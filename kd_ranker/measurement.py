@@ -10,7 +10,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from kd_ranker.batch import FeatureSpec, empty_batch
+from kd_ranker.batch import FeatureSpec, abstract_items, empty_batch
 from kd_ranker.data import loader
 from kd_ranker.data.builder import Dataset
 from kd_ranker.distillation.modes import MODES
@@ -71,7 +71,7 @@ def measure(
         )
         batches = tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=None)
     return evaluate(
-        teacher, groups, batches, dataset.item_features, config.value_weights, config.funnel.shown
+        teacher, groups, batches, dataset.items, config.value_weights, config.funnel.shown
     )
 
 
@@ -230,7 +230,7 @@ def _flops_per_candidate(
 ) -> float:
     """FLOPs of the compiled model on one request of `funnel.retrieved`, over their number."""
     retrieved = config.funnel.retrieved
-    items = jax.ShapeDtypeStruct((spec.num_items, spec.item_features), np.float32)
+    items = abstract_items(spec)
     serve = make_serve(model, MODES["none"])
 
     def probability(*arguments: Any) -> Any:

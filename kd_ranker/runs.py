@@ -171,7 +171,7 @@ def _fit(
     batches, data = training_batches(config, dataset, section.batch, mapping)
     frozen = mapping.replicate(
         Frozen(
-            item_features=jnp.asarray(dataset.item_features),
+            items=jax.tree.map(jnp.asarray, dataset.items),
             teacher=live.parameters if live else None,
             data=data,
         )

@@ -36,7 +36,9 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "seed", "data.seed", "batch.seed", "teacher.batch.seed", "distill.weight",
     "parallel.devices", "evaluation.limit", "sweep.group_size",
-    "student.user_rows", "student.item_rows", "teacher.user_rows", "teacher.item_rows",
+    *(f"{model}.{table}_rows" for model in ("student", "teacher") for table in (
+        "user", "item", "category",
+    )),
     "train.eval_every", "teacher.train.eval_every", "student.table_scale", "teacher.table_scale",
     "teacher.cross_layers", "teacher.flops_per_candidate",
     *(f"{prefix}optimizer.{name}" for prefix in ("", "teacher.") for name in (

@@ -176,7 +176,7 @@ def scored_requests(
     those of all candidates.
     """
     everywhere = split == "test" or config.teacher.stage == "retrieved"
-    ranker, item_features = teacher.ranker, jax.device_put(dataset.item_features)
+    ranker, items = teacher.ranker, jax.device_put(dataset.items)
     size = config.evaluation.requests
     requests = loader.read_requests(dataset, split)
     while chunk := list(itertools.islice(requests, size)):
@@ -184,7 +184,7 @@ def scored_requests(
         filled = chunk + [chunk[-1]] * (size - len(chunk))
         fields = sampling.full_fields(columns_of(filled, dataset.spec), config.funnel.retrieved)
         batch = CandidateBatch(**fields)
-        served = ranker.serve(ranker.parameters, batch, item_features)
+        served = ranker.serve(ranker.parameters, batch, items)
         (probability,) = served.probability.values()
         for request, scored in zip(chunk, np.asarray(probability), strict=False):
             number = len(request.item_id) if everywhere else request.num_passed

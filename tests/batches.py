@@ -1,10 +1,12 @@
 """Random batches and small sizes that several tests share."""
 
+import dataclasses
+
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import CandidateBatch, FeatureSpec
+from kd_ranker.batch import CandidateBatch, Category, FeatureSpec, Items
 from kd_ranker.models.model import Model, ModuleClass, Parameters, build_model
 
 SPEC = FeatureSpec(
@@ -23,7 +25,26 @@ SPEC = FeatureSpec(
     has_true_probability=False,
 )
 
-_TABLES = {"table_scale": 0.3, "user_rows": 0, "item_rows": 0, "compute_dtype": "float32"}
+# The features of each owner are in pieces, so that one taken for another shows.
+CATEGORY_SPEC = dataclasses.replace(
+    SPEC,
+    categories=(
+        Category("creator", "item", size=12),
+        Category("country", "request", size=4),
+        Category("reasons", "candidate", size=5, length=3),
+        Category("tags", "item", size=9, length=4),
+        Category("interests", "request", size=6, length=2),
+    ),
+)
+SPECS = {"plain": SPEC, "categories": CATEGORY_SPEC}
+
+_TABLES = {
+    "table_scale": 0.3,
+    "user_rows": 0,
+    "item_rows": 0,
+    "category_rows": 0,
+    "compute_dtype": "float32",
+}
 STUDENT = ConfigDict({"width": 8, "interests": 3, "hidden": (16,), **_TABLES})
 TEACHER = ConfigDict(
     {
@@ -38,10 +59,10 @@ TEACHER = ConfigDict(
 
 
 def make_model(
-    module: ModuleClass, heads: int, config: ConfigDict, seed: int = 0
+    module: ModuleClass, heads: int, config: ConfigDict, seed: int = 0, spec: FeatureSpec = SPEC
 ) -> tuple[Model, Parameters]:
     """A model as if training had met every id, so that each is served by its own row."""
-    model, init = build_model(module, SPEC, heads, config)
+    model, init = build_model(module, spec, heads, config)
     parameters = init(jax.random.key(seed), 0)
     width = model.embedding.width
     return model, parameters.replace(
@@ -49,16 +70,33 @@ def make_model(
     )
 
 
-def random_items(seed: int = 0) -> np.ndarray:
-    """An item feature matrix for `SPEC`."""
-    shape = (SPEC.num_items, SPEC.item_features)
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
-
-
-def random_batch(seed: int, requests: int = 8, candidates: int = 5) -> CandidateBatch:
-    """A batch for `SPEC` with every stage, holes in the history, and weights of zero and others."""
+def random_items(seed: int = 0, spec: FeatureSpec = SPEC) -> Items:
+    """The items of a dataset, on the host."""
     generator = np.random.default_rng(seed)
-    tasks, history = len(SPEC.tasks), SPEC.history_length
+    features = generator.normal(size=(spec.num_items, spec.item_features)).astype(np.float32)
+    category = random_categories(generator, spec, "item", spec.num_items)
+    return Items(features, category)
+
+
+def random_categories(
+    generator: np.random.Generator, spec: FeatureSpec, of: str, *shape: int
+) -> np.ndarray:
+    """Category ids [*shape, width]; bags are ragged, and some features have no value at all."""
+    features = [np.zeros((*shape, 0), np.int32)]
+    for start, category in zip(spec.category_starts, spec.categories, strict=True):
+        if category.of == of:
+            ids = generator.integers(0, category.size, (*shape, category.length)) + start
+            gap = (generator.random(ids.shape) < 0.4) | (generator.random((*shape, 1)) < 0.3)
+            features.append(np.where(gap, -1, ids).astype(np.int32))
+    return np.concatenate(features, axis=-1)
+
+
+def random_batch(
+    seed: int, requests: int = 8, candidates: int = 5, spec: FeatureSpec = SPEC
+) -> CandidateBatch:
+    """A batch with every stage, holes in the history, and weights of zero and others."""
+    generator = np.random.default_rng(seed)
+    tasks, history = len(spec.tasks), spec.history_length
 
     def normal(*shape: int) -> np.ndarray:
         return generator.normal(size=shape).astype(np.float32)
@@ -71,16 +109,16 @@ def random_batch(seed: int, requests: int = 8, candidates: int = 5) -> Candidate
 
     stage = ids(4, requests, candidates).astype(np.int8)
     return CandidateBatch(
-        user_id=ids(SPEC.num_users, requests),
-        user_features=normal(requests, SPEC.user_features),
-        context=normal(requests, SPEC.context_features),
-        history_id=ids(SPEC.num_items, requests, history),
-        history_features=normal(requests, history, SPEC.history_features),
+        user_id=ids(spec.num_users, requests),
+        user_features=normal(requests, spec.user_features),
+        context=normal(requests, spec.context_features),
+        history_id=ids(spec.num_items, requests, history),
+        history_features=normal(requests, history, spec.history_features),
         history_mask=chance(requests, history),
-        item_id=ids(SPEC.num_items, requests, candidates),
-        candidate_features=normal(requests, candidates, SPEC.candidate_features),
-        request_category=np.zeros((requests, 0), np.int32),
-        candidate_category=np.zeros((requests, candidates, 0), np.int32),
+        item_id=ids(spec.num_items, requests, candidates),
+        candidate_features=normal(requests, candidates, spec.candidate_features),
+        request_category=random_categories(generator, spec, "request", requests),
+        candidate_category=random_categories(generator, spec, "candidate", requests, candidates),
         stage=stage,
         user_label=chance(requests, candidates, tasks).astype(np.float32),
         label_weight=(generator.uniform(0.5, 3, stage.shape) * (stage == 3)).astype(np.float32),

@@ -88,6 +88,7 @@ def test_the_kuairand_configs_are_valid(variant):
         ),
         ({"sweep__losses": ("bce", "topk"), "distill__top_k": 40}, "distill.top_k=40 takes in all"),
         ({"seed": -1}, "seed=-1 must not be negative"),
+        ({"student__category_rows": -1}, "student.category_rows=-1 must not be negative"),
         ({"batch__passed_share": 1.5}, "batch.passed_share=1.5 must lie in [0, 1]"),
         ({"sweep__weights": ()}, "sweep.weights is empty"),
         ({"sweep__weights": (1.0, -2.0)}, "sweep.weights holds -2.0"),

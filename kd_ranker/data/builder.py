@@ -29,7 +29,7 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.file_adapters import ADAPTER_FOR_FORMAT, FileFormat
 from tqdm import tqdm
 
-from kd_ranker.batch import FeatureSpec
+from kd_ranker.batch import FeatureSpec, Items
 from kd_ranker.data.request import Request, Source
 from kd_ranker.errors import UserError
 
@@ -51,6 +51,13 @@ class Dataset:
     item_features: Float32[np.ndarray, "items F"]
     item_category: Int32[np.ndarray, "items I"]
     builder: tfds.core.DatasetBuilder
+
+    @property
+    def items(self) -> Items:
+        """What is known of the items, on the host."""
+        features: Any = self.item_features  # typed for the device, where they are used
+        category: Any = self.item_category
+        return Items(features, category)
 
 
 def teacher_column(task: str) -> str:

@@ -11,14 +11,14 @@ so that it is fetched from memory once a step and written back once. The last ro
 ids that have none of their own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from kd_ranker.batch import CandidateBatch
+from kd_ranker.batch import CandidateBatch, Items
 
 Tables = dict[str, Float[Array, "rows W"]]
 Rows = dict[str, Float[Array, "... W"]]
@@ -28,15 +28,17 @@ _BLOCK = 1 << 16
 
 
 class Lookup(NamedTuple):
-    """One use of a table: the rows of `table` at the ids in the batch's field `ids`.
+    """One use of a table. Two may share one: candidates and history both read the item table.
 
-    `mask` names the batch's attribute that is False where an id only fills up space; "" if every id
-    counts. Two lookups may share a table: candidates and history both read the item table.
+    Attributes:
+      table: its name.
+      ids: (batch, items) -> ids of any shape.
+      mask: (batch, items) -> bool of the same shape, False where an id only fills up space.
     """
 
     table: str
-    ids: str
-    mask: str
+    ids: Callable[[CandidateBatch, Items], Int[Array, "..."]]
+    mask: Callable[[CandidateBatch, Items], Bool[Array, "..."]]
 
 
 class TableSpec(NamedTuple):
@@ -121,7 +123,9 @@ def is_known(table: TableSpec, ids: Int[Array, "..."]) -> Bool[Array, "..."]:
     return jnp.full(ids.shape, True) if table.hashed else (ids >= 0) & (ids < table.size)
 
 
-def gather(spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch, *, whole_rows: bool) -> Rows:
+def gather(
+    spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch, items: Items, *, whole_rows: bool
+) -> Rows:
     """The rows that a batch needs.
 
     Returns:
@@ -131,7 +135,7 @@ def gather(spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch, *, whole_
     return {
         name: _read(
             tables[lookup.table],
-            _rows(spec, lookup, batch),
+            _rows(spec, lookup, batch, items),
             tables[lookup.table].shape[1] if whole_rows else spec.width,
         )
         for name, lookup in spec.lookups.items()
@@ -143,7 +147,9 @@ def embeddings(spec: EmbeddingSpec, rows: Rows) -> Rows:
     return {name: row[..., : spec.width] for name, row in rows.items()}
 
 
-def gather_to_serve(spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch) -> Rows:
+def gather_to_serve(
+    spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch, items: Items
+) -> Rows:
     """The embeddings that a trained model serves with, the reserved one for an id never met.
 
     What the row of such an id holds was drawn at random and says nothing of it.
@@ -152,10 +158,10 @@ def gather_to_serve(spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch) 
       Lookup name -> float32 [*shape of the ids, D].
     """
     served = {}
-    met = is_met(spec, tables, batch)
+    met = is_met(spec, tables, batch, items)
     for name, lookup in spec.lookups.items():
         table = tables[lookup.table]
-        row = jnp.where(met[name], _rows(spec, lookup, batch), table.shape[0] - 1)
+        row = jnp.where(met[name], _rows(spec, lookup, batch, items), table.shape[0] - 1)
         served[name] = _read(table, row, spec.width)
     return served
 
@@ -166,13 +172,13 @@ def without_slots(spec: EmbeddingSpec, tables: Tables) -> Tables:
 
 
 def is_met(
-    spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch
+    spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch, items: Items
 ) -> dict[str, Bool[Array, "..."]]:
     """For each id of each lookup, whether training has ever updated a row of its own."""
     met = {}
     for name, lookup in spec.lookups.items():
-        updates = tables[lookup.table][_rows(spec, lookup, batch), spec.width]
-        known = is_known(spec.tables[lookup.table], getattr(batch, lookup.ids))
+        updates = tables[lookup.table][_rows(spec, lookup, batch, items), spec.width]
+        known = is_known(spec.tables[lookup.table], lookup.ids(batch, items))
         met[name] = known & (updates > 0)
     return met
 
@@ -188,12 +194,14 @@ def _read(
     return jax.vmap(read_one)(row.reshape(-1)).reshape(*row.shape, columns)
 
 
-def _rows(spec: EmbeddingSpec, lookup: Lookup, batch: CandidateBatch) -> Int[Array, "..."]:
-    return rows_of_ids(spec.tables[lookup.table], getattr(batch, lookup.ids))
+def _rows(
+    spec: EmbeddingSpec, lookup: Lookup, batch: CandidateBatch, items: Items
+) -> Int[Array, "..."]:
+    return rows_of_ids(spec.tables[lookup.table], lookup.ids(batch, items))
 
 
 def ids_of_table(
-    spec: EmbeddingSpec, batch: CandidateBatch, name: str
+    spec: EmbeddingSpec, batch: CandidateBatch, items: Items, name: str
 ) -> tuple[Int[Array, "M"], Bool[Array, "M"]]:
     """All ids that a batch looks up in one table, in the order of the lookups, and their mask.
 
@@ -204,10 +212,8 @@ def ids_of_table(
     ids, masks = [], []
     for lookup in spec.lookups.values():
         if lookup.table == name:
-            found = getattr(batch, lookup.ids)
-            mask = getattr(batch, lookup.mask) if lookup.mask else jnp.full(found.shape, True)
-            ids.append(found.reshape(-1))
-            masks.append(mask.reshape(-1))
+            ids.append(lookup.ids(batch, items).reshape(-1))
+            masks.append(lookup.mask(batch, items).reshape(-1))
     return jnp.concatenate(ids), jnp.concatenate(masks)
 
 

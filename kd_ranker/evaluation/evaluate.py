@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from kd_ranker.batch import CandidateBatch, EvaluationBatch
+from kd_ranker.batch import CandidateBatch, EvaluationBatch, Items
 from kd_ranker.distillation.modes import Mode
 from kd_ranker.embedding.lookup import is_met
 from kd_ranker.evaluation import measures
@@ -35,7 +35,7 @@ class Served(NamedTuple):
     met: dict[str, Bool[Array, "..."]]
 
 
-Serve = Callable[[Parameters, CandidateBatch, Array], Served]
+Serve = Callable[[Parameters, CandidateBatch, Items], Served]
 
 
 class Ranker(NamedTuple):
@@ -55,13 +55,11 @@ class Ranker(NamedTuple):
 def make_serve(model: Model, mode: Mode) -> Serve:
     """Compiles what a model says of a batch: (parameters, batch, items) -> `Served`."""
 
-    def serve(
-        parameters: Parameters, batch: CandidateBatch, item_features: Float[Array, "items F"]
-    ) -> Served:
-        logits = score(model, parameters, batch, item_features)
+    def serve(parameters: Parameters, batch: CandidateBatch, items: Items) -> Served:
+        logits = score(model, parameters, batch, items)
         return Served(
             {name: probability(logits) for name, probability in mode.serve.items()},
-            is_met(model.embedding, parameters.tables, batch),
+            is_met(model.embedding, parameters.tables, batch, items),
         )
 
     return jax.jit(serve)
@@ -74,7 +72,7 @@ def _group_sums(
     teacher_probability: Probability,
     teacher_weight: Probability,
     evaluation_batch: EvaluationBatch,
-    item_features: Float[Array, "items F"],
+    items: Items,
     value_weights: Float[Array, "T"],
     shown: int,
     labelled: int,
@@ -82,7 +80,7 @@ def _group_sums(
     """By serve name, the sums of one batch, each with a leading axis of members."""
 
     def member_sums(parameters: Parameters) -> dict[str, Sums]:
-        served = serve(parameters, evaluation_batch.batch, item_features)
+        served = serve(parameters, evaluation_batch.batch, items)
         return {
             name: measures.request_sums(
                 student_probability,
@@ -104,7 +102,7 @@ def evaluate(
     teacher: Ranker | None,
     groups: Sequence[Ranker],
     batches: Iterable[EvaluationBatch],
-    item_features: Float[np.ndarray, "items F"],
+    items: Items,
     value_weights: Sequence[float],
     shown: int,
 ) -> tuple[Sums, list[dict[str, Sums]]]:
@@ -114,7 +112,7 @@ def evaluate(
       teacher: the live teacher, which knows every candidate; None takes the logged probabilities.
       groups: the groups of students to measure.
       batches: the requests.
-      item_features: the item feature matrix.
+      items: what is known of the items.
       value_weights: a weight a task.
       shown: `config.funnel.shown`.
 
@@ -122,7 +120,7 @@ def evaluate(
       The teacher's sums, and for each group its sums by serve name, with a leading axis of members.
     """
     weights = jnp.asarray(value_weights, jnp.float32)
-    items = jnp.asarray(item_features)
+    items = jax.device_put(items)
     groups = [group._replace(parameters=jax.device_put(group.parameters)) for group in groups]
     teacher_total: Sums | None = None
     totals: list[dict[str, Sums]] = [{} for _ in groups]

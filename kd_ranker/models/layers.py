@@ -1,5 +1,6 @@
 """Layers that student and teacher share."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
-from kd_ranker.batch import CandidateBatch
+from kd_ranker.batch import CandidateBatch, FeatureSpec, Items
+from kd_ranker.embedding.lookup import Rows
 
 
 def weights_of(layer: nnx.Linear) -> tuple[Float[Array, "fan_in fan_out"], Float[Array, "fan_out"]]:
@@ -75,9 +77,74 @@ def features_of_items(
     item_features: Float[Array, "items F"], item_id: Int[Array, "..."], dtype: Any
 ) -> Float[Array, "... F"]:
     """The features of each item, in the given dtype; zeros for an id that the matrix lacks."""
+    return _of_items(item_features, item_id, 0).astype(dtype)
+
+
+def categories_of_items(
+    item_category: Int[Array, "items I"], item_id: Int[Array, "..."]
+) -> Int[Array, "... I"]:
+    """The category ids of each item; -1 for an id that the matrix lacks."""
+    return _of_items(item_category, item_id, -1)
+
+
+def _of_items(
+    known: Num[Array, "items W"], item_id: Int[Array, "..."], missing: int
+) -> Num[Array, "... W"]:
     # A negative index would count from the end.
-    row = jnp.where(item_id < 0, item_features.shape[0], item_id)
-    return jnp.asarray(item_features).at[row].get(mode="fill", fill_value=0).astype(dtype)
+    row = jnp.where(item_id < 0, known.shape[0], item_id)
+    return jnp.asarray(known).at[row].get(mode="fill", fill_value=missing)
+
+
+def category_means(
+    rows: Rows, lookup: str, category: Int[Array, "... L"], lengths: Sequence[int]
+) -> list[Float[Array, "... D"]]:
+    """For each categorical feature the mean row of its values that are there; 0 if there is none.
+
+    Args:
+      rows: what was looked up.
+      lookup: the name of the lookup of these features; it may be absent if there are no features.
+      category: their category ids, one feature after the other; -1 fills up.
+      lengths: how many of the L ids are of each feature.
+    """
+    means = []
+    for end, length in zip(itertools.accumulate(lengths), lengths, strict=True):
+        of_feature = rows[lookup][..., end - length : end, :]
+        there = (category[..., end - length : end] >= 0).astype(of_feature.dtype)
+        share = there / jnp.maximum(jnp.sum(there, axis=-1, keepdims=True), 1)
+        means.append(jnp.sum(share[..., None] * of_feature, axis=-2))
+    return means
+
+
+def candidate_rows(
+    batch: CandidateBatch, rows: Rows, items: Items, spec: FeatureSpec
+) -> Float[Array, "R N D"]:
+    """What is looked up of each candidate: item row + Σ_f mean row of feature f.
+
+    f runs over the categorical features of the item and those of the candidate itself.
+    """
+    of_item = categories_of_items(items.category, batch.item_id)
+    means = [
+        *category_means(rows, "item_category", of_item, spec.category_lengths("item")),
+        *category_means(
+            rows,
+            "candidate_category",
+            batch.candidate_category,
+            spec.category_lengths("candidate"),
+        ),
+    ]
+    return functools.reduce(jnp.add, means, rows["item"])
+
+
+def event_rows(
+    batch: CandidateBatch, rows: Rows, items: Items, spec: FeatureSpec
+) -> Float[Array, "R H D"]:
+    """What is looked up of each event of the history: item row + Σ_f mean row of feature f.
+
+    f runs over the categorical features of the item.
+    """
+    of_item = categories_of_items(items.category, batch.history_id)
+    means = category_means(rows, "history_category", of_item, spec.category_lengths("item"))
+    return functools.reduce(jnp.add, means, rows["history"])
 
 
 def candidate_inputs(
@@ -92,6 +159,20 @@ def candidate_inputs(
     return jnp.concatenate([own, features], axis=-1)
 
 
-def user_inputs(batch: CandidateBatch, user_row: Float[Array, "R D"]) -> Float[Array, "R D+U+C"]:
-    """What is known of the user and the request: row, features, context."""
-    return jnp.concatenate([user_row, batch.user_features, batch.context], axis=-1)
+def user_inputs(
+    batch: CandidateBatch, rows: Rows, spec: FeatureSpec
+) -> Float[Array, "R user_width"]:
+    """What is known of the user and the request: row, features, context, category means.
+
+    The last are the mean row of each categorical feature of the request, one beside the other.
+    """
+    means = category_means(
+        rows, "request_category", batch.request_category, spec.category_lengths("request")
+    )
+    return jnp.concatenate([rows["user"], batch.user_features, batch.context, *means], axis=-1)
+
+
+def user_width(spec: FeatureSpec, width: int) -> int:
+    """The width of `user_inputs` with rows of `width` = D."""
+    rows = 1 + len(spec.category_lengths("request"))
+    return rows * width + spec.user_features + spec.context_features

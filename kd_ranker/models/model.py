@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import CandidateBatch, FeatureSpec
+from kd_ranker.batch import CandidateBatch, FeatureSpec, Items, abstract_items, empty_batch
 from kd_ranker.embedding.lookup import (
     EmbeddingSpec,
     Lookup,
@@ -28,7 +28,8 @@ class ModuleClass(Protocol):
     """What `STUDENTS` and `TEACHERS` hold: a class of modules that score a batch.
 
     Its modules are called with a batch, the embeddings that the class's `lookups` name, and the
-    item feature matrix, and return logits [R, N, heads].
+    items, and return logits [R, N, heads]. A lookup that finds no ids in a dataset, because it has
+    no such feature, is left out.
     """
 
     lookups: dict[str, Lookup]
@@ -80,11 +81,17 @@ def build_model(
       The model, and a pure function from a key, from which all randomness comes, and the number of
       slots that the tables' optimiser keeps a row, to initial parameters.
     """
+    lookups = {name: lookup for name, lookup in module.lookups.items() if _finds_ids(lookup, spec)}
     tables = {
-        "user": TableSpec(config.user_rows or spec.num_users, hashed=bool(config.user_rows)),
-        "item": TableSpec(config.item_rows or spec.num_items, hashed=bool(config.item_rows)),
+        name: TableSpec(rows or ids, hashed=bool(rows))
+        for name, rows, ids in (
+            ("user", config.user_rows, spec.num_users),
+            ("item", config.item_rows, spec.num_items),
+            ("category", config.category_rows, spec.num_categories),
+        )
+        if any(lookup.table == name for lookup in lookups.values())
     }
-    embedding = EmbeddingSpec(config.width, tables, module.lookups)
+    embedding = EmbeddingSpec(config.width, tables, lookups)
 
     def dense_of(key: PRNGKeyArray) -> tuple[nnx.GraphDef, Any]:
         return nnx.split(module(spec, heads, config, rngs=nnx.Rngs(params=key)), nnx.Param)
@@ -107,12 +114,18 @@ def build_model(
     return Model(graph, embedding, COMPUTE_DTYPES[config.compute_dtype]), init
 
 
+def _finds_ids(lookup: Lookup, spec: FeatureSpec) -> bool:
+    """Whether a dataset has what a lookup looks for."""
+    ids = jax.eval_shape(lookup.ids, empty_batch(spec, 1, 1), abstract_items(spec))
+    return ids.size > 0
+
+
 def apply_model(
     model: Model,
     dense: Any,
     embedded: Rows,
     batch: CandidateBatch,
-    item_features: Float[Array, "items F"],
+    items: Items,
 ) -> Float[Array, "R N heads"]:
     """The logits of a batch whose rows are gathered; differentiable in `dense` and `embedded`."""
 
@@ -126,18 +139,18 @@ def apply_model(
 
     module = nnx.merge(model.graph, cast(dense))
     # The item features are cast when they are looked up, not all of them at every step.
-    return module(cast(batch), cast(embedded), item_features).astype(jnp.float32)
+    return module(cast(batch), cast(embedded), items).astype(jnp.float32)
 
 
 def score(
     model: Model,
     parameters: Parameters,
     batch: CandidateBatch,
-    item_features: Float[Array, "items F"],
+    items: Items,
 ) -> Float[Array, "R N heads"]:
     """The logits of a batch, as a trained model serves them.
 
     An id that training never met is scored with the reserved row, as is one that has no row.
     """
-    embedded = gather_to_serve(model.embedding, parameters.tables, batch)
-    return apply_model(model, parameters.dense, embedded, batch, item_features)
+    embedded = gather_to_serve(model.embedding, parameters.tables, batch, items)
+    return apply_model(model, parameters.dense, embedded, batch, items)

@@ -12,45 +12,45 @@ from flax import nnx
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import CandidateBatch, FeatureSpec
-from kd_ranker.embedding.lookup import Lookup, Rows
+from kd_ranker.batch import CandidateBatch, FeatureSpec, Items
+from kd_ranker.embedding.lookup import Rows
 from kd_ranker.models.layers import (
     ItemEncoder,
     MultiLayerPerceptron,
     candidate_inputs,
+    candidate_rows,
     user_inputs,
+    user_width,
     weights_of,
 )
+from kd_ranker.models.lookups import LOOKUPS
 from kd_ranker.models.model import ModuleClass
-
-LOOKUPS = {
-    "user": Lookup(table="user", ids="user_id", mask=""),
-    "item": Lookup(table="item", ids="item_id", mask="candidate_mask"),
-}
 
 
 class MultiInterest(nnx.Module):
     """Several user embeddings, combined for each candidate by how well they match it.
 
-        u = MLP([user row, user features, context])        [R, E, D]
-        v = item row + W [cheap item features, candidate features] + b   [R, N, D]
+        u = MLP([user row, user features, context, category means])        [R, E, D]
+        v = item row + Σ category means + W [cheap item features, candidate features] + b
+                                                           [R, N, D]
         s = u · v                                          [R, N, E]
         c = Σ_e softmax(s)_e u_e                           [R, N, D]
         z = V [c, v, s] + a                                [R, N, heads]
 
     The combination follows multi-interest retrieval models (Li et al., MIND, CIKM 2019) with a
-    softmax over the interests in place of routing.
+    softmax over the interests in place of routing. A category mean is the mean row of the values of
+    a categorical feature, of the request in u, of the item and the candidate in v.
     """
 
     lookups = LOOKUPS
 
     def __init__(self, spec: FeatureSpec, heads: int, config: ConfigDict, *, rngs: nnx.Rngs):
         """Builds the model; reads `width` (D), `interests` (E) and `hidden` from the config."""
-        user_width = config.width + spec.user_features + spec.context_features
         self.interests = config.interests
-        self.cheap_features = spec.cheap_item_features
+        self.spec = spec
         self.user = MultiLayerPerceptron(
-            [user_width, *config.hidden, config.interests * config.width], rngs=rngs
+            [user_width(spec, config.width), *config.hidden, config.interests * config.width],
+            rngs=rngs,
         )
         self.item = ItemEncoder(
             spec.cheap_item_features + spec.candidate_features, config.width, rngs=rngs
@@ -58,10 +58,10 @@ class MultiInterest(nnx.Module):
         self.heads = nnx.Linear(2 * config.width + config.interests, heads, rngs=rngs)
 
     def __call__(
-        self, batch: CandidateBatch, rows: Rows, item_features: Float[Array, "items F"]
+        self, batch: CandidateBatch, rows: Rows, items: Items
     ) -> Float[Array, "R N heads"]:
         """The logits of every candidate."""
-        users = self.user(user_inputs(batch, rows["user"]))
+        users = self.user(user_inputs(batch, rows, self.spec))
         users = users.reshape(users.shape[0], self.interests, -1)
         # V by what it multiplies: c, v, s. As s is linear in v, and c in the weights of the
         # interests, V meets the request's few user embeddings and not its many candidates.
@@ -71,8 +71,8 @@ class MultiInterest(nnx.Module):
         direct = direct.T + jnp.einsum("eh,red->rhd", matched, users)
         products = self.item.products(
             jnp.concatenate([users, direct], axis=1),
-            rows["item"],
-            candidate_inputs(batch, item_features[:, : self.cheap_features]),
+            candidate_rows(batch, rows, items, self.spec),
+            candidate_inputs(batch, items.features[:, : self.spec.cheap_item_features]),
         )
         match, direct = jnp.split(products, [self.interests], axis=1)
         # The softmax, divided by its sum last. The few interests and heads are taken one by one: a
@@ -94,19 +94,22 @@ class MultiInterest(nnx.Module):
 class TwoTower(nnx.Module):
     """One user embedding a head, one item embedding, and their dot products.
 
-    u = MLP([user row, user features, context])  [R, heads, D]
-    v = item row + W [cheap item features, candidate features] + b   [R, N, D]
-    z = u · v / sqrt(D) + offset                 [R, N, heads]
+        u = MLP([user row, user features, context, category means])        [R, heads, D]
+        v = item row + Σ category means + W [cheap item features, candidate features] + b
+                                                           [R, N, D]
+        z = u · v / sqrt(D) + offset                       [R, N, heads]
+
+    A category mean is the mean row of the values of a categorical feature, of the request in u, of
+    the item and the candidate in v.
     """
 
     lookups = LOOKUPS
 
     def __init__(self, spec: FeatureSpec, heads: int, config: ConfigDict, *, rngs: nnx.Rngs):
         """Builds the model; reads `width` (D) and `hidden` from the config."""
-        user_width = config.width + spec.user_features + spec.context_features
-        self.cheap_features = spec.cheap_item_features
+        self.spec = spec
         self.user = MultiLayerPerceptron(
-            [user_width, *config.hidden, heads * config.width], rngs=rngs
+            [user_width(spec, config.width), *config.hidden, heads * config.width], rngs=rngs
         )
         self.item = ItemEncoder(
             spec.cheap_item_features + spec.candidate_features, config.width, rngs=rngs
@@ -114,15 +117,15 @@ class TwoTower(nnx.Module):
         self.offset = nnx.Param(jnp.zeros(heads))
 
     def __call__(
-        self, batch: CandidateBatch, rows: Rows, item_features: Float[Array, "items F"]
+        self, batch: CandidateBatch, rows: Rows, items: Items
     ) -> Float[Array, "R N heads"]:
         """The logits of every candidate."""
-        users = self.user(user_inputs(batch, rows["user"]))
+        users = self.user(user_inputs(batch, rows, self.spec))
         width = rows["item"].shape[-1]
         products = self.item.products(
             users.reshape(users.shape[0], -1, width) / jnp.sqrt(width),
-            rows["item"],
-            candidate_inputs(batch, item_features[:, : self.cheap_features]),
+            candidate_rows(batch, rows, items, self.spec),
+            candidate_inputs(batch, items.features[:, : self.spec.cheap_item_features]),
         )
         return products.swapaxes(1, 2) + self.offset[...]
 

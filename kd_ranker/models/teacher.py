@@ -6,14 +6,18 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import CandidateBatch, FeatureSpec
-from kd_ranker.embedding.lookup import Lookup, Rows
+from kd_ranker.batch import CandidateBatch, FeatureSpec, Items
+from kd_ranker.embedding.lookup import Rows
 from kd_ranker.models.layers import (
     ItemEncoder,
     candidate_inputs,
+    candidate_rows,
+    event_rows,
     features_of_items,
     user_inputs,
+    user_width,
 )
+from kd_ranker.models.lookups import HISTORY_LOOKUPS, LOOKUPS
 from kd_ranker.models.model import ModuleClass
 
 
@@ -93,18 +97,18 @@ class ExpertMixture(nnx.Module):
 class FinalRanker(nnx.Module):
     """History attention, cross layers, a mixture of experts.
 
-    e = history rows + W_e [item features, event features]      [R, H, D]
-    v = item row + W_v [item features, candidate features]      [R, N, D]
-    t, m = attention(e, v)                        [R, N, D], [R, N, hidden]
-    x = [user row, user features, context, Σ e / H, v, item and candidate features, t, t ⊙ v, m]
-    z = experts(cross layers(x))                                [R, N, heads]
+        e = history row + Σ category means + W_e [item features, event features]     [R, H, D]
+        v = item row + Σ category means + W_v [item features, candidate features]    [R, N, D]
+        t, m = attention(e, v)                    [R, N, D], [R, N, hidden]
+        x = [user row, user features, context, category means, Σ e / H,
+             v, item and candidate features, t, t ⊙ v, m]
+        z = experts(cross layers(x))              [R, N, heads]
+
+    A category mean is the mean row of the values of a categorical feature: of an event's item in e,
+    of the item and the candidate in v, of the request in x.
     """
 
-    lookups = {
-        "user": Lookup(table="user", ids="user_id", mask=""),
-        "item": Lookup(table="item", ids="item_id", mask="candidate_mask"),
-        "history": Lookup(table="item", ids="history_id", mask="history_mask"),
-    }
+    lookups = {**LOOKUPS, **HISTORY_LOOKUPS}
 
     def __init__(self, spec: FeatureSpec, heads: int, config: ConfigDict, *, rngs: nnx.Rngs):
         """Builds the model.
@@ -112,35 +116,30 @@ class FinalRanker(nnx.Module):
         Reads `width` (D), `attention_hidden`, `cross_layers`, `experts` and `expert_hidden` from
         the config.
         """
+        self.spec = spec
         width = config.width
         features = spec.item_features + spec.candidate_features
         self.event = ItemEncoder(spec.item_features + spec.history_features, width, rngs=rngs)
         self.item = ItemEncoder(features, width, rngs=rngs)
         self.attention = HistoryAttention(width, config.attention_hidden, rngs=rngs)
-        joined = (
-            5 * width
-            + spec.user_features
-            + spec.context_features
-            + features
-            + config.attention_hidden
-        )
+        joined = user_width(spec, width) + 4 * width + features + config.attention_hidden
         self.crosses = nnx.List([CrossLayer(joined, rngs=rngs) for _ in range(config.cross_layers)])
         self.mixture = ExpertMixture(joined, config.experts, config.expert_hidden, heads, rngs=rngs)
 
     def __call__(
-        self, batch: CandidateBatch, rows: Rows, item_features: Float[Array, "items F"]
+        self, batch: CandidateBatch, rows: Rows, items: Items
     ) -> Float[Array, "R N heads"]:
         """The logits of every candidate."""
         of_event = batch.history_features
-        own = features_of_items(item_features, batch.history_id, of_event.dtype)
+        own = features_of_items(items.features, batch.history_id, of_event.dtype)
         event_inputs = jnp.concatenate([own, of_event], axis=-1)
-        events = self.event(rows["history"], event_inputs)
-        inputs = candidate_inputs(batch, item_features)
-        item = self.item(rows["item"], inputs)
+        events = self.event(event_rows(batch, rows, items, self.spec), event_inputs)
+        inputs = candidate_inputs(batch, items.features)
+        item = self.item(candidate_rows(batch, rows, items, self.spec), inputs)
         attended, matches = self.attention(events, item, batch.history_mask)
 
         seen = jnp.sum(events * batch.history_mask[..., None], axis=1) / events.shape[1]
-        request = jnp.concatenate([user_inputs(batch, rows["user"]), seen], axis=-1)
+        request = jnp.concatenate([user_inputs(batch, rows, self.spec), seen], axis=-1)
         request = jnp.broadcast_to(request[:, None], (*item.shape[:2], request.shape[-1]))
         joined = jnp.concatenate(
             [request, item, inputs, attended, attended * item, matches], axis=-1

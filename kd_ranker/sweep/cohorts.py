@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import psutil
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import FeatureSpec, empty_batch
+from kd_ranker.batch import FeatureSpec, Items, abstract_items, empty_batch
 from kd_ranker.distillation.losses import PAIRWISE, pairs_held
 from kd_ranker.embedding.lookup import gather
 from kd_ranker.errors import UserError
@@ -146,14 +146,15 @@ def member_bytes(config: ConfigDict, spec: FeatureSpec) -> int:
     is_pairwise = config.distill.loss in PAIRWISE
     pairs = pairs_held(requests, candidates, len(spec.tasks)) if is_pairwise else 0
 
-    def state_and_rows() -> Any:
+    def state_and_rows(items: Items) -> Any:
         (group,) = recipes.student_groups({"": config}, spec)
         batch = jax.tree.map(jnp.asarray, empty_batch(spec, requests, candidates))
         state = group.init()
         tables = {name: table[0] for name, table in state.parameters.tables.items()}
-        return state, gather(group.recipe.model.embedding, tables, batch, whole_rows=False)
+        embedding = group.recipe.model.embedding
+        return state, gather(embedding, tables, batch, items, whole_rows=False)
 
-    state, rows = jax.eval_shape(state_and_rows)
+    state, rows = jax.eval_shape(state_and_rows, abstract_items(spec))
     return 3 * _bytes(state) + _WORKING_ARRAYS * _bytes(rows) + _PAIR_ARRAYS * 4 * pairs
 
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from kd_ranker.batch import CandidateBatch, Stage
+from kd_ranker.batch import CandidateBatch, Items, Stage
 from kd_ranker.data.sampling import Draw, TrainingData, whole_batch
 from kd_ranker.distillation.losses import Loss, LossNumbers, bce
 from kd_ranker.distillation.modes import Mode, Transform
@@ -95,12 +95,12 @@ class Frozen:
     """What a step reads and never changes.
 
     Attributes:
-      item_features: what is known of each item.
+      items: what is known of each item.
       teacher: the live teacher, or None.
       data: what the draws are of, where a step gets draws in place of batches.
     """
 
-    item_features: Float[Array, "items F"]
+    items: Items
     teacher: Parameters | None
     data: TrainingData | None = None
 
@@ -187,7 +187,7 @@ def with_live_teacher(
     if teacher is None:
         return batch
     assert frozen.teacher is not None, "a live teacher needs its parameters"
-    logits = score(teacher.model, frozen.teacher, batch, frozen.item_features)
+    logits = score(teacher.model, frozen.teacher, batch, frozen.items)
     scored = batch.stage >= teacher.stage
     return dataclasses.replace(
         batch,
@@ -230,7 +230,7 @@ def make_step(recipes: Sequence[Recipe], teacher: LiveTeacher | None = None) -> 
     ) -> tuple[tuple[TrainState, ...], tuple[Losses, ...]]:
         batch = with_live_teacher(teacher, whole_batch(batch, frozen.data, states[0].step), frozen)
         updated = [
-            _update_group(recipe, state, batch, numbers, frozen.item_features)
+            _update_group(recipe, state, batch, numbers, frozen.items)
             for recipe, state, numbers in zip(recipes, states, hyperparameters, strict=True)
         ]
         return tuple(state for state, _ in updated), tuple(losses for _, losses in updated)
@@ -239,11 +239,15 @@ def make_step(recipes: Sequence[Recipe], teacher: LiveTeacher | None = None) -> 
 
 
 def _find_occurrences(
-    spec: EmbeddingSpec, batch: CandidateBatch, name: str, owner: Int[Array, "rows"]
+    spec: EmbeddingSpec,
+    batch: CandidateBatch,
+    items: Items,
+    name: str,
+    owner: Int[Array, "rows"],
 ) -> tuple[Occurrences, Int[Array, "rows"], Int[Array, ""]]:
     """Which rows of a table the ids of all devices share, and how many ids have none."""
     table = spec.tables[name]
-    ids, mask = ids_of_table(spec, batch, name)
+    ids, mask = ids_of_table(spec, batch, items, name)
     unknown = jax.lax.psum(jnp.sum(mask & ~is_known(table, ids), dtype=jnp.int32), AXIS)
     ids, mask = _of_all_devices((ids, mask), axis=0)
     return *find_occurrences(rows_of_ids(table, ids), mask, owner), unknown
@@ -264,10 +268,10 @@ def _losses(
     embedded: Rows,
     numbers: Hyperparameters,
     batch: CandidateBatch,
-    item_features: Float[Array, "items F"],
+    items: Items,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """This device's share of a member's losses."""
-    logits = apply_model(recipe.model, dense, embedded, batch, item_features)
+    logits = apply_model(recipe.model, dense, embedded, batch, items)
     user_logits = recipe.mode.user_logits(logits, transform)
     label_weight = jnp.broadcast_to(batch.label_weight[..., None], user_logits.shape)
     user_loss = _mean_over_devices(*bce(user_logits, batch.user_label, label_weight))
@@ -291,7 +295,7 @@ def _update_group(
     state: TrainState,
     batch: CandidateBatch,
     numbers: Hyperparameters,
-    item_features: Float[Array, "items F"],
+    items: Items,
 ) -> tuple[TrainState, Losses]:
     """One step of all members of a group."""
     spec = recipe.model.embedding
@@ -302,7 +306,7 @@ def _update_group(
     def member_gradients(
         parameters: Parameters, transform: Transform, numbers: Hyperparameters
     ) -> tuple[tuple[Any, Transform, Rows], dict[str, Float[Array, ""]], Rows]:
-        rows = gather(spec, parameters.tables, batch, whole_rows=rows_are_reused)
+        rows = gather(spec, parameters.tables, batch, items, whole_rows=rows_are_reused)
         gradients, losses = jax.grad(_losses, argnums=(1, 2, 3), has_aux=True)(
             recipe,
             parameters.dense,
@@ -310,7 +314,7 @@ def _update_group(
             embeddings(spec, rows),
             numbers,
             batch,
-            item_features,
+            items,
         )
         return gradients, losses, rows
 
@@ -357,7 +361,7 @@ def _update_group(
     tables, owners, unknown_ids = {}, {}, {}
     for name, table in state.parameters.tables.items():
         occurrences, owners[name], unknown = _find_occurrences(
-            spec, batch, name, state.owners[name]
+            spec, batch, items, name, state.owners[name]
         )
         unknown_ids[name] = state.unknown_ids[name] + unknown
         # Ids and the gradients of their rows travel between devices, never one of a table's size.

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         batches = iter(drawn)
         next(batches)
         start_up = time.perf_counter() - start
-        program = Program({"": config}, dataset.spec, dataset.item_features, batch, data=data)
+        program = Program({"": config}, dataset.spec, dataset.items, batch, data=data)
         read = itertools.islice(host_batches(config, dataset), RESIDENT)
         fresh = itertools.cycle([shard(batch) for batch in read])
         turns = {

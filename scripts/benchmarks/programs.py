@@ -5,10 +5,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import CandidateBatch, FeatureSpec
+from kd_ranker.batch import CandidateBatch, FeatureSpec, Items
 from kd_ranker.data import loader
 from kd_ranker.data.builder import Dataset
 from kd_ranker.data.sampling import TrainingData
@@ -25,7 +24,7 @@ class Program:
         self,
         members: Mapping[str, ConfigDict],
         spec: FeatureSpec,
-        item_features: np.ndarray,
+        items: Items,
         batch: CandidateBatch,
         teacher: Teacher | None = None,
         data: TrainingData | None = None,
@@ -41,7 +40,7 @@ class Program:
         numbers = tuple(group.numbers for group in groups)
         frozen = self.mapping.replicate(
             Frozen(
-                jnp.asarray(item_features),
+                jax.tree.map(jnp.asarray, items),
                 teacher.parameters if teacher else None,
                 data,
             )

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from configs import cascade
-from kd_ranker.batch import empty_batch
+from kd_ranker.batch import Items, empty_batch
 from kd_ranker.data.cascade import open_source
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import cost
@@ -40,9 +40,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             stage=np.ones_like(batch.stage),
         )
     )
-    items = jax.device_put(
-        generator.normal(size=(spec.num_items, spec.item_features)).astype(np.float32)
-    )
+    features = generator.normal(size=(spec.num_items, spec.item_features)).astype(np.float32)
+    items = jax.device_put(Items(features, np.zeros((spec.num_items, 0), np.int32)))
     calls, flops = {}, {}
     for name, make in (("student", recipes.student_model), ("teacher", recipes.teacher_model)):
         model, init = make(config, spec)

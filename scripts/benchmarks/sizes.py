@@ -6,7 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import cascade
-from kd_ranker.batch import CandidateBatch, FeatureSpec, Stage
+from kd_ranker.batch import CandidateBatch, FeatureSpec, Items, Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +84,8 @@ class Sizes:
             teacher_weight=np.ones_like(probability),
         )
 
-    def item_matrix(self) -> np.ndarray:
-        """The features of all items."""
+    def random_items(self) -> Items:
+        """Random features of all items, and no categories."""
         shape = (self.items, self.item_features)
-        return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        features = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        return Items(features, np.zeros((self.items, 0), np.int32))

@@ -81,7 +81,7 @@ def steps_and_floor(config: Any, members: int) -> dict[str, Any]:
 
     def program(number: int, live: bool) -> Program:
         names = {str(member): config for member in range(number)}
-        return Program(names, dataset.spec, dataset.item_features, batch, teacher if live else None)
+        return Program(names, dataset.spec, dataset.items, batch, teacher if live else None)
 
     one, alone, together = program(1, True), program(1, False), program(members, True)
     milliseconds = measuring.interleaved(

@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def program_of(sizes: Sizes) -> Program:
     """The step, with one column of item features: their matrix is data, not a table."""
-    return Program({"": sizes.config()}, sizes.spec(), sizes.item_matrix(), sizes.batch())
+    return Program({"": sizes.config()}, sizes.spec(), sizes.random_items(), sizes.batch())
 
 
 def steps_of(program: Program, sizes: Sizes) -> Any:

@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         sys.exit("train_step needs PyTorch: .venv/bin/pip install -e '.[torch]'")
     sizes = Sizes()
     rows = sizes.requests * sizes.candidates
-    batch, items = sizes.batch(), sizes.item_matrix()
+    batch, items = sizes.batch(), sizes.random_items()
     config = sizes.config()
     ours = Program({"": config}, sizes.spec(), items, batch)
     config.optimizer.table_name = "adagrad"
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "user_id": batch.user_id.astype(np.int64),
         "user_features": batch.user_features,
         "item_id": batch.item_id.astype(np.int64),
-        "item_features": items[batch.item_id],
+        "item_features": items.features[batch.item_id],
         "user_label": batch.user_label,
         "label_weight": batch.label_weight[..., None],
         "teacher_probability": batch.teacher_probability,

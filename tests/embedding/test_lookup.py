@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from kd_ranker.embedding.lookup import (
-    EmbeddingSpec,
     TableSpec,
     embeddings,
     gather,
@@ -17,15 +16,41 @@ from kd_ranker.embedding.lookup import (
     rows_of_table,
     without_slots,
 )
+from kd_ranker.models.model import build_model
 from kd_ranker.models.teacher import FinalRanker
-from tests.batches import SPEC, random_batch
+from tests.batches import CATEGORY_SPEC, SPEC, TEACHER, random_batch, random_items
 
-WIDTH = 4
-EMBEDDING = EmbeddingSpec(
-    WIDTH,
-    {"user": TableSpec(SPEC.num_users, False), "item": TableSpec(SPEC.num_items, False)},
-    FinalRanker.lookups,
-)
+# All lookups that there are.
+EMBEDDING = build_model(FinalRanker, CATEGORY_SPEC, 1, TEACHER)[0].embedding
+WIDTH = EMBEDDING.width
+ITEMS = random_items(spec=CATEGORY_SPEC)
+
+
+def make_batch(seed):
+    return random_batch(seed, spec=CATEGORY_SPEC)
+
+
+def ids_and_masks(batch):
+    """By lookup name, what it is to find in a batch."""
+    candidates, events = batch.stage > 0, batch.history_mask
+    of_candidates, of_events = ITEMS.category[batch.item_id], ITEMS.category[batch.history_id]
+    own = batch.candidate_category
+    return {
+        "user": (batch.user_id, np.full(batch.user_id.shape, True)),
+        "item": (batch.item_id, candidates),
+        "request_category": (batch.request_category, batch.request_category >= 0),
+        "candidate_category": (own, (own >= 0) & candidates[..., None]),
+        "item_category": (of_candidates, (of_candidates >= 0) & candidates[..., None]),
+        "history": (batch.history_id, events),
+        "history_category": (of_events, (of_events >= 0) & events[..., None]),
+    }
+
+
+LOOKUPS_OF_TABLE = {
+    "user": ["user"],
+    "item": ["item", "history"],
+    "category": ["request_category", "candidate_category", "item_category", "history_category"],
+}
 
 
 def make_tables(slots=0):
@@ -37,21 +62,22 @@ def make_tables(slots=0):
 
 def test_gradients_of_gathered_rows_add_up_to_the_table_gradient():
     """The path that the step takes, against differentiating with respect to the whole table."""
-    batch, tables = random_batch(0), make_tables()
-    mask = {"user": None, "item": batch.candidate_mask, "history": batch.history_mask}
+    batch, tables = make_batch(0), make_tables()
+    masks = {name: mask for name, (_, mask) in ids_and_masks(batch).items()}
+
+    def gathered(tables):
+        return gather(EMBEDDING, tables, batch, ITEMS, whole_rows=True)
 
     def loss_of_rows(rows):
         return sum(
-            jnp.sum(jnp.sin(row) * (1.0 if mask[name] is None else mask[name][..., None]))
+            jnp.sum(jnp.sin(row) * masks[name][..., None])
             for name, row in embeddings(EMBEDDING, rows).items()
         )
 
-    row_gradients = jax.grad(loss_of_rows)(gather(EMBEDDING, tables, batch, whole_rows=True))
-    dense = jax.grad(
-        lambda tables: loss_of_rows(gather(EMBEDDING, tables, batch, whole_rows=True))
-    )(tables)
+    row_gradients = jax.grad(loss_of_rows)(gathered(tables))
+    dense = jax.grad(lambda tables: loss_of_rows(gathered(tables)))(tables)
     for name, table in tables.items():
-        ids, _ = ids_of_table(EMBEDDING, batch, name)
+        ids, _ = ids_of_table(EMBEDDING, batch, ITEMS, name)
         (gradients,) = rows_of_table(
             EMBEDDING, jax.tree.map(lambda leaf: leaf[None], row_gradients), name
         )
@@ -60,14 +86,14 @@ def test_gradients_of_gathered_rows_add_up_to_the_table_gradient():
         np.testing.assert_allclose(total, dense[name], atol=1e-5)
 
 
-def test_padding_is_masked_in_the_order_of_the_ids():
-    batch = random_batch(1)
-    ids, mask = map(np.asarray, ids_of_table(EMBEDDING, batch, "item"))
-    expected = np.concatenate(
-        [batch.item_id[np.asarray(batch.candidate_mask)], batch.history_id[batch.history_mask]]
-    )
-    np.testing.assert_array_equal(ids[mask], expected)
-    assert len(ids) == batch.item_id.size + batch.history_id.size
+@pytest.mark.parametrize("table", LOOKUPS_OF_TABLE)
+def test_padding_is_masked_in_the_order_of_the_ids(table):
+    batch = make_batch(1)
+    ids, mask = map(np.asarray, ids_of_table(EMBEDDING, batch, ITEMS, table))
+    expected = [ids_and_masks(batch)[name] for name in LOOKUPS_OF_TABLE[table]]
+    np.testing.assert_array_equal(ids, np.concatenate([ids.ravel() for ids, _ in expected]))
+    np.testing.assert_array_equal(mask, np.concatenate([mask.ravel() for _, mask in expected]))
+    assert (table == "user") == mask.all()
 
 
 def test_an_id_without_a_row_gets_the_reserved_one_and_is_counted():
@@ -113,21 +139,27 @@ def test_a_fresh_table_is_normal_but_for_its_reserved_row(monkeypatch, size):
 
 
 def test_rows_that_training_never_met_are_served_by_the_reserved_one():
-    batch, tables = random_batch(0), make_tables(slots=2)
-    trained = {"user": np.arange(5), "item": np.arange(0, SPEC.num_items, 2)}
+    batch, tables = make_batch(0), make_tables(slots=2)
+    trained = {
+        "user": np.arange(5),
+        "item": np.arange(0, SPEC.num_items, 2),
+        "category": np.arange(0, CATEGORY_SPEC.num_categories, 3),
+    }
     tables = {
         name: table.at[trained[name], WIDTH].set(3.0).at[-1, :WIDTH].set(9.0)
         for name, table in tables.items()
     }
     # One that is far out of range.
-    batch.item_id[0, 0] = 10**6
-    rows = embeddings(EMBEDDING, gather(EMBEDDING, tables, batch, whole_rows=True))
-    served = gather_to_serve(EMBEDDING, tables, batch)
-    for name, lookup in EMBEDDING.lookups.items():
-        met = np.isin(getattr(batch, lookup.ids), trained[lookup.table])
-        np.testing.assert_array_equal(is_met(EMBEDDING, tables, batch)[name], met)
+    batch.request_category[0, 0] = 10**6
+    rows = embeddings(EMBEDDING, gather(EMBEDDING, tables, batch, ITEMS, whole_rows=True))
+    served = gather_to_serve(EMBEDDING, tables, batch, ITEMS)
+    for name, (ids, _) in ids_and_masks(batch).items():
+        met = np.isin(ids, trained[EMBEDDING.lookups[name].table])
+        np.testing.assert_array_equal(is_met(EMBEDDING, tables, batch, ITEMS)[name], met)
         np.testing.assert_array_equal(served[name][met], rows[name][met])
         assert (np.asarray(served[name])[~met] == 9).all()
     slim = without_slots(EMBEDDING, tables)
     assert {table.shape[1] for table in slim.values()} == {WIDTH + 1}
-    jax.tree.map(np.testing.assert_array_equal, gather_to_serve(EMBEDDING, slim, batch), served)
+    jax.tree.map(
+        np.testing.assert_array_equal, gather_to_serve(EMBEDDING, slim, batch, ITEMS), served
+    )

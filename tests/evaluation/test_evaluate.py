@@ -10,22 +10,23 @@ from kd_ranker.evaluation.evaluate import Ranker, evaluate, make_serve
 from kd_ranker.models.student import MultiInterest
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.training.step import select_member, stack_members
-from tests.batches import SPEC, STUDENT, TEACHER, make_model, random_batch, random_items
+from tests.batches import CATEGORY_SPEC as SPEC
+from tests.batches import STUDENT, TEACHER, make_model, random_batch, random_items
 
 TASKS, SHOWN, WEIGHTS = len(SPEC.tasks), 2, (1.0, 2.0, 4.0)
-ITEMS = random_items()
+ITEMS = random_items(spec=SPEC)
 
 
 def make_students(mode, seeds):
     """A group with a member a seed."""
     heads = MODES[mode].heads_per_task * TASKS
-    models = [make_model(MultiInterest, heads, STUDENT, seed) for seed in seeds]
+    models = [make_model(MultiInterest, heads, STUDENT, seed, SPEC) for seed in seeds]
     parameters = stack_members([parameters for _, parameters in models])
     return Ranker(make_serve(models[0][0], MODES[mode]), parameters)
 
 
 STUDENTS = {mode: make_students(mode, [len(mode)]) for mode in ("none", "aux", "shared")}
-TEACHER_MODEL, TEACHER_PARAMETERS = make_model(FinalRanker, TASKS, TEACHER, seed=9)
+TEACHER_MODEL, TEACHER_PARAMETERS = make_model(FinalRanker, TASKS, TEACHER, seed=9, spec=SPEC)
 LIVE = Ranker(make_serve(TEACHER_MODEL, MODES["none"]), TEACHER_PARAMETERS)
 
 
@@ -36,7 +37,7 @@ def evaluation_batch(batch, present=None):
     return EvaluationBatch(batch=batch, true_probability=truth, request_mask=mask)
 
 
-BATCHES = [evaluation_batch(random_batch(seed)) for seed in (1, 2)]
+BATCHES = [evaluation_batch(random_batch(seed, spec=SPEC)) for seed in (1, 2)]
 
 
 def assert_same(one, other, rtol=1e-5):
@@ -114,8 +115,8 @@ def test_requests_that_fill_up_the_last_batch_count_for_nothing(teacher):
         """The sums over a full batch, and one of which `filler` is all but the first requests."""
         last = jax.tree.map(
             lambda kept, other: np.concatenate([kept[:present], other[present:]]),
-            evaluation_batch(random_batch(3), present),
-            evaluation_batch(random_batch(filler), present),
+            evaluation_batch(random_batch(3, spec=SPEC), present),
+            evaluation_batch(random_batch(filler, spec=SPEC), present),
         )
         teacher_sums, (sums,) = run(teacher, [STUDENTS["aux"]], [BATCHES[0], last])
         return teacher_sums, sums
@@ -125,7 +126,7 @@ def test_requests_that_fill_up_the_last_batch_count_for_nothing(teacher):
     assert_same(teacher_sums, other_teacher_sums)
     for name in sums:
         assert_same(sums[name], other_sums[name])
-    kept = [BATCHES[0].batch.label_weight, random_batch(3).label_weight[:present]]
+    kept = [BATCHES[0].batch.label_weight, random_batch(3, spec=SPEC).label_weight[:present]]
     np.testing.assert_allclose(
         sums["user"].label_weight[0], sum(weight.sum() for weight in kept), rtol=1e-5
     )

@@ -5,7 +5,7 @@ from scipy.special import softmax
 from kd_ranker.models.model import score
 from kd_ranker.models.teacher import FinalRanker
 from tests.batches import SPEC, TEACHER, make_model, random_batch, random_items
-from tests.models.test_student import dense
+from tests.models.test_student import category_means, dense, embedding_tables, over_specs
 
 HEADS = len(SPEC.tasks)
 
@@ -15,24 +15,33 @@ def teacher():
     return make_model(FinalRanker, HEADS, TEACHER)
 
 
-def test_final_ranker_is_the_formula(teacher):
+@over_specs
+def test_final_ranker_is_the_formula(spec):
     """One candidate at a time, with loops in place of the split and batched products."""
-    model, parameters = teacher
-    batch, items = random_batch(0), random_items()
-    layers, width = parameters.dense, TEACHER.width
-    tables = {name: np.asarray(table)[:, :width] for name, table in parameters.tables.items()}
+    model, parameters = make_model(FinalRanker, HEADS, TEACHER, spec=spec)
+    batch, items = random_batch(0, spec=spec), random_items(spec=spec)
+    layers, tables = parameters.dense, embedding_tables(parameters, TEACHER.width)
+
+    def means(of, ids):
+        return category_means(tables.get("category", np.zeros((0, TEACHER.width))), spec, of, ids)
+
     expected = np.zeros((*batch.item_id.shape, HEADS))
     for request in range(batch.item_id.shape[0]):
         events = []
         for position in np.flatnonzero(batch.history_mask[request]):
             item = batch.history_id[request, position]
             kernel, bias = dense(layers["event"]["features"])
-            known = np.concatenate([items[item], batch.history_features[request, position]])
-            events.append(tables["item"][item] + known @ kernel + bias)
+            history = batch.history_features[request, position]
+            known = np.concatenate([items.features[item], history])
+            row = sum(means("item", items.category[item]), start=tables["item"][item])
+            events.append(row + known @ kernel + bias)
         for candidate, item in enumerate(batch.item_id[request]):
-            known = np.concatenate([items[item], batch.candidate_features[request, candidate]])
+            own = batch.candidate_features[request, candidate]
+            known = np.concatenate([items.features[item], own])
             kernel, bias = dense(layers["item"]["features"])
-            vector = tables["item"][item] + known @ kernel + bias
+            row = sum(means("item", items.category[item]), start=tables["item"][item])
+            row = sum(means("candidate", batch.candidate_category[request, candidate]), start=row)
+            vector = row + known @ kernel + bias
             attended, matches = np.zeros(TEACHER.width), np.zeros(TEACHER.attention_hidden)
             for event in events:
                 attention = layers["attention"]
@@ -52,6 +61,7 @@ def test_final_ranker_is_the_formula(teacher):
                     tables["user"][batch.user_id[request]],
                     batch.user_features[request],
                     batch.context[request],
+                    *means("request", batch.request_category[request]),
                     seen,
                     vector,
                     known,

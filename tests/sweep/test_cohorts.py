@@ -12,7 +12,7 @@ from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import recipes
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.step import Frozen, make_step
-from tests.batches import SPEC, random_items
+from tests.batches import CATEGORY_SPEC, SPEC, random_items
 
 
 def members_of(**sweep):
@@ -82,9 +82,16 @@ def test_free_memory_is_that_of_the_machine_on_a_cpu():
 
 
 @pytest.mark.parametrize(
-    ("mode", "loss"), [("aux", "bce"), ("shared", "bce"), ("shared", "lambda")]
+    ("mode", "loss", "spec"),
+    [
+        ("aux", "bce", SPEC),
+        ("shared", "bce", SPEC),
+        ("shared", "lambda", SPEC),
+        ("shared", "bce", CATEGORY_SPEC),
+    ],
+    ids=["aux", "shared", "shared-lambda", "shared-categories"],
 )
-def test_the_estimate_of_a_members_memory_covers_the_compiled_program(mode, loss):
+def test_the_estimate_of_a_members_memory_covers_the_compiled_program(mode, loss, spec):
     """Against XLA's own account, at sizes where the arrays matter and not the overhead."""
     config = cascade.get_config("small")
     config.distill.update({"mode": mode, "loss": loss})
@@ -92,8 +99,8 @@ def test_the_estimate_of_a_members_memory_covers_the_compiled_program(mode, loss
     config.batch.update({"requests": 32, "candidates": 128})
 
     def program_bytes(members):
-        groups = recipes.student_groups({str(m): config for m in range(members)}, SPEC)
-        batch = jax.tree.map(np.asarray, empty_batch(SPEC, 32, 128))
+        groups = recipes.student_groups({str(m): config for m in range(members)}, spec)
+        batch = jax.tree.map(np.asarray, empty_batch(spec, 32, 128))
         step = MAPPINGS["shard_map"](jax.devices()[:1]).map_step(
             make_step([group.recipe for group in groups])
         )
@@ -101,11 +108,11 @@ def test_the_estimate_of_a_members_memory_covers_the_compiled_program(mode, loss
             jax.eval_shape(lambda: tuple(group.init() for group in groups)),
             batch,
             tuple(group.numbers for group in groups),
-            Frozen(random_items(), None),
+            Frozen(random_items(spec=spec), None),
         )
         account = step.lower(*arguments).compile().memory_analysis()
         return account.temp_size_in_bytes + account.argument_size_in_bytes
 
     a_member = (program_bytes(6) - program_bytes(2)) / 4
-    estimate = cohorts.member_bytes(config, SPEC)
+    estimate = cohorts.member_bytes(config, spec)
     assert a_member < estimate < 8 * a_member

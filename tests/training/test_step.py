@@ -12,7 +12,7 @@ from kd_ranker.data import sampling
 from kd_ranker.data.columns import columns_of
 from kd_ranker.distillation.losses import LOSSES, bce
 from kd_ranker.distillation.modes import MODES
-from kd_ranker.embedding.lookup import gather
+from kd_ranker.embedding.lookup import gather, rows_of_ids
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.models.model import apply_model, build_model, score
 from kd_ranker.models.student import MultiInterest, TwoTower
@@ -29,19 +29,34 @@ from kd_ranker.training.step import (
     stack_members,
     with_live_teacher,
 )
-from tests.batches import SPEC, STUDENT, TEACHER, make_model, random_batch, random_items
+from tests.batches import (
+    CATEGORY_SPEC,
+    SPEC,
+    STUDENT,
+    TEACHER,
+    make_model,
+    random_batch,
+    random_items,
+)
 from tests.data.requests import random_request
 
 TASKS = len(SPEC.tasks)
-ITEMS = random_items()
-TEACHER_MODEL, TEACHER_PARAMETERS = make_model(FinalRanker, TASKS, TEACHER, seed=1)
-LIVE = LiveTeacher(TEACHER_MODEL, Stage.RETRIEVED)
 
 
 @functools.cache
-def recipe_of(mode, optimizer, student=MultiInterest):
+def world_of(spec):
+    """A live teacher, and what a step reads along with it."""
+    model, parameters = make_model(FinalRanker, TASKS, TEACHER, seed=1, spec=spec)
+    return LiveTeacher(model, Stage.RETRIEVED), Frozen(random_items(spec=spec), parameters)
+
+
+LIVE, FROZEN = world_of(SPEC)
+
+
+@functools.cache
+def recipe_of(mode, optimizer, spec, student=MultiInterest):
     heads = MODES[mode].heads_per_task * TASKS
-    model, _ = build_model(student, SPEC, heads, STUDENT)
+    model, _ = build_model(student, spec, heads, STUDENT)
     return Recipe(
         model=model,
         mode=MODES[mode],
@@ -55,20 +70,20 @@ def recipe_of(mode, optimizer, student=MultiInterest):
 PROGRAMS = {}
 
 
-def program_of(recipes, live, mapping, devices):
+def program_of(recipes, teacher, mapping, devices):
     """One mapped step for all tests that want it: it compiles once for each number of members."""
-    key = (*map(id, recipes), live, mapping, devices)
+    key = (*map(id, recipes), id(teacher), mapping, devices)
     if key not in PROGRAMS:
         spread = MAPPINGS[mapping](jax.devices()[:devices])
-        PROGRAMS[key] = spread, spread.map_step(make_step(recipes, LIVE if live else None))
+        PROGRAMS[key] = spread, spread.map_step(make_step(recipes, teacher))
     return PROGRAMS[key]
 
 
-def make_recipe(mode="shared", optimizer="adam", seeds=(0,), student=MultiInterest):
+def make_recipe(mode="shared", optimizer="adam", seeds=(0,), spec=SPEC, student=MultiInterest):
     """A recipe, and the state of a group with a member a seed."""
-    recipe = recipe_of(mode, optimizer, student)
+    recipe = recipe_of(mode, optimizer, spec, student)
     heads = MODES[mode].heads_per_task * TASKS
-    _, init = build_model(student, SPEC, heads, STUDENT)
+    _, init = build_model(student, spec, heads, STUDENT)
     slots = recipe.row_optimizer.slots(STUDENT.width)
     parameters = [init(jax.random.key(seed), slots) for seed in seeds]
     keys = jnp.stack([jax.random.key_data(jax.random.key(2))] * len(seeds))
@@ -88,11 +103,24 @@ def hyperparameters(**changes):
     return Hyperparameters(**{name: jnp.float32(n) for name, n in (numbers | changes).items()})
 
 
-def run_groups(recipes, states, batches, numbers, mapping="pmap", devices=1, live=True, data=None):
+def run_groups(
+    recipes,
+    states,
+    batches,
+    numbers,
+    mapping="pmap",
+    devices=1,
+    live=True,
+    spec=SPEC,
+    data=None,
+):
     """The states after a step on each batch, and the losses of the last, a group each."""
-    spread, step = program_of(tuple(recipes), live, mapping, devices)
-    states = spread.replicate(tuple(states))
-    frozen = spread.replicate(Frozen(ITEMS, TEACHER_PARAMETERS if live else None, data))
+    teacher, frozen = world_of(spec)
+    frozen = frozen.replace(data=data)
+    if not live:
+        teacher, frozen = None, frozen.replace(teacher=None)
+    spread, step = program_of(tuple(recipes), teacher, mapping, devices)
+    states, frozen = spread.replicate(tuple(states)), spread.replicate(frozen)
     for batch in batches:
         states, losses = step(states, spread.shard(batch), tuple(numbers), frozen)
     return jax.tree.map(np.asarray, spread.unreplicate((states, losses)))
@@ -115,16 +143,24 @@ def assert_close(one, other, atol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=0), one, other)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(mode):
-    recipe, state = make_recipe(mode)
+# The categories once: every mode reads them in the same way.
+MODES_AND_SPECS = [*((mode, SPEC) for mode in MODES), ("shared", CATEGORY_SPEC)]
+over_modes_and_specs = pytest.mark.parametrize(
+    ("mode", "spec"), MODES_AND_SPECS, ids=[*MODES, "shared-categories"]
+)
+
+
+@over_modes_and_specs
+def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(mode, spec):
+    recipe, state = make_recipe(mode, spec=spec)
     # Weights differ from request to request, so a mean of the devices' means would be wrong.
-    batches = [random_batch(seed, requests=16) for seed in range(20)]
-    reference, losses = run(recipe, state, batches)
-    for mapping, devices in [
-        ("pmap", 2), ("pmap", 8), ("shard_map", 2), ("shard_map", 8)
-    ]:  # fmt: skip
-        other, other_losses = run(recipe, state, batches, mapping=mapping, devices=devices)
+    batches = [random_batch(seed, requests=16, spec=spec) for seed in range(20)]
+    reference, losses = run(recipe, state, batches, spec=spec)
+    spreads = [("pmap", 2), ("pmap", 8), ("shard_map", 2), ("shard_map", 8)]
+    for mapping, devices in spreads if spec is SPEC else spreads[::3]:
+        other, other_losses = run(
+            recipe, state, batches, mapping=mapping, devices=devices, spec=spec
+        )
         assert_close(reference.parameters, other.parameters, 1e-5)
         assert_close(reference.transform, other.transform, 1e-5)
         assert_close(losses, other_losses, 1e-5)
@@ -151,13 +187,14 @@ def test_a_step_cuts_its_batch_from_a_draw(mapping, devices):
     assert (expected.parameters.tables["item"] != state.parameters.tables["item"][0]).any()
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_step_is_gradient_descent_on_the_whole_loss(mode):
+@over_modes_and_specs
+def test_a_step_is_gradient_descent_on_the_whole_loss(mode, spec):
     """The step against plain differentiation of everything, whole tables included, with SGD."""
-    recipe, group = make_recipe(mode, "sgd")
-    state = alone(group)
-    batch, numbers = random_batch(5), hyperparameters(weight_decay=0.0, table_weight_decay=0.0)
-    teacher = jax.nn.sigmoid(score(TEACHER_MODEL, TEACHER_PARAMETERS, batch, ITEMS))
+    recipe, group = make_recipe(mode, "sgd", spec=spec)
+    state, (live, frozen) = alone(group), world_of(spec)
+    batch = random_batch(5, spec=spec)
+    numbers = hyperparameters(weight_decay=0.0, table_weight_decay=0.0)
+    teacher = jax.nn.sigmoid(score(live.model, frozen.teacher, batch, frozen.items))
 
     def entropy(logits, target, weight):
         values = -target * jax.nn.log_sigmoid(logits) - (1 - target) * jax.nn.log_sigmoid(-logits)
@@ -167,9 +204,9 @@ def test_a_step_is_gradient_descent_on_the_whole_loss(mode):
 
     def loss(parameters, transform):
         # A row that is only padding is not trained, so its gradient is cut here as well.
-        spec = recipe.model.embedding
-        embedded = gather(spec, parameters.tables, batch, whole_rows=False)
-        logits = apply_model(recipe.model, parameters.dense, embedded, batch, ITEMS)
+        lookups = recipe.model.embedding
+        embedded = gather(lookups, parameters.tables, batch, frozen.items, whole_rows=False)
+        logits = apply_model(recipe.model, parameters.dense, embedded, batch, frozen.items)
         total = entropy(logits[..., :TASKS], batch.user_label, batch.label_weight[..., None])
         if mode == "none":
             return total
@@ -183,7 +220,7 @@ def test_a_step_is_gradient_descent_on_the_whole_loss(mode):
     gradients, transform_gradients = jax.grad(loss, argnums=(0, 1))(
         state.parameters, state.transform
     )
-    after, losses = run(recipe, group, [batch], numbers)
+    after, losses = run(recipe, group, [batch], numbers, spec=spec)
     np.testing.assert_allclose(losses["loss"], loss(state.parameters, state.transform), rtol=1e-5)
     assert_close(
         after.parameters.dense,
@@ -276,15 +313,16 @@ def test_a_batch_without_any_valid_teacher_value_is_a_batch_without_distillation
 
 
 def test_padding_changes_nothing():
-    batch = random_batch(4, candidates=7)
+    spec = CATEGORY_SPEC
+    batch = random_batch(4, candidates=7, spec=spec)
     padded = jax.tree.map(
         lambda array: np.pad(array, [(0, 0), (0, 3)] + [(0, 0)] * (array.ndim - 2))
         if array.ndim > 1 and array.shape[1] == batch.item_id.shape[1] else array,
         batch,
     )  # fmt: skip
     assert padded.item_id.shape[1] == batch.item_id.shape[1] + 3
-    recipe, state = make_recipe("aux")
-    one, other = run(recipe, state, [batch]), run(recipe, state, [padded])
+    recipe, state = make_recipe("aux", spec=spec)
+    one, other = (run(recipe, state, [batch], spec=spec) for batch in (batch, padded))
     assert_close(one, other, 1e-6)
 
 
@@ -312,7 +350,7 @@ def test_numbers_are_traced_so_a_sweep_compiles_once():
 
     spread = MAPPINGS["pmap"](jax.devices()[:1])
     mapped = spread.map_step(counted)
-    frozen = spread.replicate(Frozen(ITEMS, TEACHER_PARAMETERS))
+    frozen = spread.replicate(FROZEN)
     losses = []
     for weight, rate, temperature, top_k in [
         (0.0, 0.1, 1.0, 1), (1.0, 0.01, 2.0, 2), (5.0, 0.0, 0.5, 3)
@@ -328,15 +366,15 @@ def test_numbers_are_traced_so_a_sweep_compiles_once():
 
 
 def test_the_live_teacher_scores_what_its_stage_admits():
-    batch, frozen = random_batch(0), Frozen(ITEMS, TEACHER_PARAMETERS)
+    batch = random_batch(0)
     for stage in (Stage.RETRIEVED, Stage.PASSED):
-        scored = with_live_teacher(LiveTeacher(TEACHER_MODEL, stage), batch, frozen)
+        scored = with_live_teacher(LiveTeacher(LIVE.model, stage), batch, FROZEN)
         np.testing.assert_array_equal(
             scored.teacher_weight, np.repeat((batch.stage >= stage)[..., None], TASKS, -1)
         )
         np.testing.assert_allclose(
             scored.teacher_probability,
-            jax.nn.sigmoid(score(TEACHER_MODEL, TEACHER_PARAMETERS, batch, ITEMS)),
+            jax.nn.sigmoid(score(LIVE.model, FROZEN.teacher, batch, FROZEN.items)),
             rtol=1e-6,
         )
 
@@ -348,9 +386,10 @@ MEMBERS = [
 ]
 
 
-def population(modes):
+def population(modes, spec=SPEC):
     """Recipes, states and numbers of a group a mode, each with all of `MEMBERS`."""
-    groups = [make_recipe(mode, seeds=[member["seed"] for member in MEMBERS]) for mode in modes]
+    seeds = [member["seed"] for member in MEMBERS]
+    groups = [make_recipe(mode, seeds=seeds, spec=spec) for mode in modes]
     recipes, states = zip(*groups, strict=True)
     numbers = stack_members(
         [hyperparameters(**{k: v for k, v in m.items() if k != "seed"}) for m in MEMBERS]
@@ -358,16 +397,29 @@ def population(modes):
     return recipes, states, [numbers] * len(modes)
 
 
-@pytest.mark.parametrize(("mapping", "devices"), [("pmap", 1), ("pmap", 2), ("shard_map", 2)])
-def test_a_member_of_a_population_ends_as_the_same_member_alone(mapping, devices):
-    batches = [random_batch(seed) for seed in range(50)]
-    recipes, states, numbers = population(tuple(MODES))
-    after, losses = run_groups(recipes, states, batches, numbers, mapping=mapping, devices=devices)
-    for mode, group, group_losses in zip(MODES, after, losses, strict=True):
+@pytest.mark.parametrize(
+    ("mapping", "devices", "modes", "spec"),
+    [
+        ("pmap", 1, tuple(MODES), SPEC),
+        ("pmap", 2, tuple(MODES), SPEC),
+        ("shard_map", 2, tuple(MODES), SPEC),
+        ("shard_map", 2, ("shared",), CATEGORY_SPEC),
+    ],
+    ids=["pmap-1", "pmap-2", "shard_map-2", "shard_map-2-categories"],
+)
+def test_a_member_of_a_population_ends_as_the_same_member_alone(mapping, devices, modes, spec):
+    batches = [random_batch(seed, spec=spec) for seed in range(50)]
+    recipes, states, numbers = population(modes, spec)
+    after, losses = run_groups(
+        recipes, states, batches, numbers, mapping=mapping, devices=devices, spec=spec
+    )
+    for mode, group, group_losses in zip(modes, after, losses, strict=True):
         for index, member in enumerate(MEMBERS):
             changes = {name: number for name, number in member.items() if name != "seed"}
-            recipe, state = make_recipe(mode, seeds=[member["seed"]])
-            expected, expected_losses = run(recipe, state, batches, hyperparameters(**changes))
+            recipe, state = make_recipe(mode, seeds=[member["seed"]], spec=spec)
+            expected, expected_losses = run(
+                recipe, state, batches, hyperparameters(**changes), spec=spec
+            )
             assert_close(alone(group, index).parameters, expected.parameters, 1e-5)
             assert_close(alone(group, index).transform, expected.transform, 1e-5)
             assert_close(select_member(group_losses, index), expected_losses, 1e-5)
@@ -399,12 +451,11 @@ def test_the_teacher_is_paid_for_once_and_nothing_is_sorted():
         recipe, state = make_recipe("shared", seeds=range(members))
         numbers = stack_members([hyperparameters()] * members)
         spread = MAPPINGS["shard_map"](jax.devices()[:1])
-        arguments = ((state,), random_batch(0), (numbers,), Frozen(ITEMS, TEACHER_PARAMETERS))
+        arguments = ((state,), random_batch(0), (numbers,), FROZEN)
         program = spread.map_step(make_step([recipe], LIVE)).lower(*arguments).compile()
         return program.as_text().count(" sort("), program.cost_analysis()["flops"]
 
-    items = jnp.asarray(ITEMS)
-    teacher = jax.jit(lambda batch: score(TEACHER_MODEL, TEACHER_PARAMETERS, batch, items))
+    teacher = jax.jit(lambda batch: score(LIVE.model, FROZEN.teacher, batch, FROZEN.items))
     teacher_flops = teacher.lower(random_batch(0)).compile().cost_analysis()["flops"]
     (sorts, flops), (many_sorts, many_flops) = sorts_and_flops(1), sorts_and_flops(8)
     assert sorts == many_sorts == 0
@@ -419,43 +470,60 @@ def test_one_request_with_one_candidate_trains():
     assert after.step == 1
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_ids_out_of_range_train_the_reserved_row_and_are_counted(devices):
-    batches = [random_batch(seed) for seed in range(2)]
-    unknown = 0
+@pytest.mark.parametrize(
+    ("devices", "spec"), [(1, SPEC), (2, CATEGORY_SPEC)], ids=["1", "2-categories"]
+)
+def test_ids_out_of_range_train_the_reserved_row_and_are_counted(devices, spec):
+    batches = [random_batch(seed, spec=spec) for seed in range(2)]
+    items = world_of(spec)[1].items
+    unknown = {"user": 1, "item": 0} | ({"category": 0} if spec.num_categories else {})
     for index, batch in enumerate(batches):
         # Negative, one past the end, far beyond; some of them only fill up space.
-        batch.item_id[index + 1, :3] = [-1, SPEC.num_items, 2**31 - 1]
-        unknown += (batch.stage[index + 1, :3] > 0).sum()
+        batch.item_id[index + 1, :3] = [-1, spec.num_items, 2**31 - 1]
+        unknown["item"] += (batch.stage[index + 1, :3] > 0).sum()
+        if spec.num_categories:
+            # A negative one stands for no value.
+            batch.request_category[index] = [-7, spec.num_categories, 2**31 - 1]
+            batch.candidate_category[index + 1, :3] = [2**31 - 1, spec.num_categories, -1]
+            unknown["category"] += 2 + 2 * (batch.stage[index + 1, :3] > 0).sum()
     batches[1].user_id[3] = -7
-    recipe, state = make_recipe("shared", "sgd")
-    after, losses = run(recipe, state, batches, devices=devices)
+    recipe, state = make_recipe("shared", "sgd", spec=spec)
+    after, losses = run(recipe, state, batches, devices=devices, spec=spec)
     assert np.isfinite(losses["loss"])
-    assert after.unknown_ids == {"item": unknown, "user": 1}
+    assert after.unknown_ids == unknown
     width, before = STUDENT.width, alone(state).parameters.tables
     for name, table in after.parameters.tables.items():
         assert 1 <= table[-1, width] <= 2
         assert (table[-1, :width] != 0).any()
         # Nothing is clamped: a row at either end changes only if its own id occurs.
+        of_items = np.concatenate([batch.item_id[batch.stage > 0] for batch in batches])
         met = {
             "user": np.concatenate([batch.user_id for batch in batches]),
-            "item": np.concatenate([batch.item_id[batch.stage > 0] for batch in batches]),
+            "item": of_items,
+            "category": np.concatenate(
+                [items.category[of_items[np.isin(of_items, np.arange(spec.num_items))]].ravel()]
+                + [batch.request_category.ravel() for batch in batches]
+                + [batch.candidate_category[batch.stage > 0].ravel() for batch in batches]
+            ),
         }[name]
         for row in set(range(len(table) - 1)) - set(met.tolist()):
             np.testing.assert_array_equal(table[row], before[name][row])
 
 
 def test_devices_exchange_ids_and_rows_and_nothing_of_a_tables_size():
-    recipe, state = make_recipe("shared", "adam")
+    spec = CATEGORY_SPEC
+    recipe, state = make_recipe("shared", "adam", spec=spec)
+    teacher, frozen = world_of(spec)
     spread = MAPPINGS["shard_map"](jax.devices()[:2])
     numbers = (stack_members([hyperparameters()]),)
-    step = spread.map_step(make_step([recipe], LIVE))
-    batch = random_batch(0, requests=8, candidates=5)
-    text = step.lower((state,), batch, numbers, Frozen(ITEMS, TEACHER_PARAMETERS)).compile()
+    step = spread.map_step(make_step([recipe], teacher))
+    batch = random_batch(0, requests=8, candidates=5, spec=spec)
+    text = step.lower((state,), batch, numbers, frozen).compile()
     lines = text.as_text().splitlines()
     exchanges = [line for line in lines if " all-gather(" in line or " all-reduce(" in line]
     assert exchanges
-    for rows in (SPEC.num_users + 1, SPEC.num_items + 1):
+    sizes = {"user": spec.num_users, "item": spec.num_items, "category": spec.num_categories}
+    for rows in (sizes[name] + 1 for name in state.parameters.tables):
         assert any(f",{rows}," in line for line in lines)  # the table itself
         assert not any(f",{rows}," in line or f"[{rows}," in line for line in exchanges)
         # A gradient would have the table's rows and an embedding's width.
@@ -464,32 +532,42 @@ def test_devices_exchange_ids_and_rows_and_nothing_of_a_tables_size():
 
 def test_hashed_tables_train_under_both_mappings():
     config = STUDENT.copy_and_resolve_references()
-    config.update({"item_rows": 7, "user_rows": 5})
-    model, init = build_model(MultiInterest, SPEC, TASKS, config)
-    recipe = recipe_of("none", "sgd")._replace(model=model)
+    config.update({"item_rows": 7, "user_rows": 5, "category_rows": 100})
+    spec = CATEGORY_SPEC
+    model, init = build_model(MultiInterest, spec, TASKS, config)
+    recipe = recipe_of("none", "sgd", spec)._replace(model=model)
     parameters = stack_members([init(jax.random.key(0), 0)])
     keys = jax.random.key_data(jax.random.key(2))[None]
     state = init_state(recipe, parameters, TASKS, True, keys)
     assert {name: table.shape[1] for name, table in parameters.tables.items()} == {
-        "user": 6, "item": 8
+        "user": 6, "item": 8, "category": 101
     }  # fmt: skip
-    batch = random_batch(0)
-    batch.item_id[0, 0] = 10**9
-    one, _ = run(recipe, state, [batch], live=False)
-    other, _ = run(recipe, state, [batch], live=False, mapping="shard_map", devices=2)
+    batch = random_batch(0, spec=spec)
+    batch.item_id[0, 0] = batch.request_category[0, 0] = 10**9
+    how = {"live": False, "spec": spec}
+    one, _ = run(recipe, state, [batch], **how)
+    other, _ = run(recipe, state, [batch], mapping="shard_map", devices=2, **how)
     assert_close(one.parameters, other.parameters, 1e-6)
-    assert one.unknown_ids == {"user": 0, "item": 0}
-    assert (one.parameters.tables["item"][-1] == 0).all()
+    assert one.unknown_ids == {"user": 0, "item": 0, "category": 0}
+    for name in ("item", "category"):
+        assert (one.parameters.tables[name][-1] == 0).all()
+    # What only fills up has a hash as well, of a row that it must not train.
+    table = model.embedding.tables["category"]
+    row_of_filler = int(rows_of_ids(table, jnp.array(-1)))
+    assert row_of_filler not in rows_of_ids(table, jnp.arange(spec.num_categories))
+    counts = one.parameters.tables["category"][:, STUDENT.width]
+    assert counts[row_of_filler] == 0 < counts.max()
 
 
 def test_bfloat16_computes_coarsely_and_keeps_float32():
     config = STUDENT.copy_and_resolve_references()
     config.compute_dtype = "bfloat16"
-    model, _ = build_model(MultiInterest, SPEC, TASKS, config)
-    recipe, state = make_recipe("shared")
-    batches = [random_batch(seed) for seed in range(10)]
-    _, exact_losses = run(recipe, state, batches)
-    coarse, losses = run(recipe._replace(model=model), state, batches)
+    spec = CATEGORY_SPEC
+    model, _ = build_model(MultiInterest, spec, TASKS, config)
+    recipe, state = make_recipe("shared", spec=spec)
+    batches = [random_batch(seed, spec=spec) for seed in range(10)]
+    _, exact_losses = run(recipe, state, batches, spec=spec)
+    coarse, losses = run(recipe._replace(model=model), state, batches, spec=spec)
     assert losses["loss"] != exact_losses["loss"]
     np.testing.assert_allclose(losses["loss"], exact_losses["loss"], rtol=0.02)
     assert {leaf.dtype for leaf in jax.tree.leaves((coarse.parameters, losses))} == {
@@ -499,7 +577,8 @@ def test_bfloat16_computes_coarsely_and_keeps_float32():
     spread = MAPPINGS["shard_map"](jax.devices()[:1])
     step = spread.map_step(make_step([recipe._replace(model=model)]))
     numbers = (stack_members([hyperparameters()]),)
-    text = step.lower((state,), batches[0], numbers, Frozen(ITEMS, None)).as_text()
+    frozen = Frozen(random_items(spec=spec), None)
+    text = step.lower((state,), batches[0], numbers, frozen).as_text()
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert products
     assert all("bf16" in line for line in products)

@@ -1,0 +1,26 @@
+import dataclasses
+
+import pytest
+
+from kd_ranker.models.model import build_model
+from kd_ranker.models.teacher import FinalRanker
+from tests.batches import CATEGORY_SPEC, SPEC, TEACHER
+
+
+@pytest.mark.parametrize(
+    ("owners", "expected"),
+    [
+        ((), set()),
+        (("request",), {"request_category"}),
+        (("candidate",), {"candidate_category"}),
+        (("item",), {"item_category", "history_category"}),
+    ],
+)
+def test_only_lookups_that_find_something_are_there_and_their_tables(owners, expected):
+    categories = tuple(of for of in CATEGORY_SPEC.categories if of.of in owners)
+    spec = dataclasses.replace(SPEC, categories=categories)
+    embedding = build_model(FinalRanker, spec, 3, TEACHER)[0].embedding
+    assert embedding.lookups.keys() == {"user", "item", "history"} | expected
+    sizes = {name: table.size for name, table in embedding.tables.items()}
+    own = {"user": SPEC.num_users, "item": SPEC.num_items}
+    assert sizes == own | ({"category": spec.num_categories} if owners else {})
