@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 from ml_collections import ConfigDict
 
-from configs import cascade, defaults, movielens
+from configs import cascade, defaults, movielens, parquet
 from kd_ranker.data.sources import SOURCES
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.distillation.modes import MODES
@@ -17,7 +17,7 @@ from kd_ranker.models.teacher import TEACHERS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CONFIGS = [defaults.get_config(), cascade.get_config(), movielens.get_config()]
+CONFIGS = [config.get_config() for config in (defaults, cascade, movielens, parquet)]
 
 over_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
