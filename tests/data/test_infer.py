@@ -290,6 +290,24 @@ def test_stages_that_are_numbers(columns, tmp_path, has_teacher):
     assert ("by their numbers" in check_of(text, "data.stages.retrieved")) is not has_teacher
 
 
+def test_labels_with_nonsense_among_them(columns, tmp_path):
+    click = [7 if i % 300 == 0 and y is not None else y for i, y in enumerate(columns["click"])]
+    wrong = click.count(7)
+    assert wrong
+    text, config = infer(tmp_path, logs.table_of(columns | {"click": click}))
+    assert config.data.labels.click == "click"
+    assert f"{wrong} of the sample are neither 0 nor 1" in check_of(text, "data.labels.click")
+
+
+def test_what_ranked_the_candidates_is_kept_to_be_checked(columns, tmp_path):
+    level = pd.Series(columns["stage"]).map({"retrieved": 0.0, "passed": 1.0, "shown": 2.0})
+    noise = np.random.default_rng(0).normal(size=len(level))
+    ranked_by = {"early": level + 0.3 * noise, "certain": level + 0.01 * noise}
+    text, _ = infer(tmp_path, logs.table_of(columns | ranked_by))
+    assert "what was shown: is it known before?" in check_of(text, "data.features.early")
+    assert "tells which candidates were shown" in left_out(text)["certain"]
+
+
 def test_stages_beyond_three_are_to_be_checked(columns, tmp_path):
     stage = np.where(np.arange(len(columns["stage"])) % 60 == 59, "lost", columns["stage"])
     text, config = infer(tmp_path, logs.table_of(columns | {"stage": stage}))
@@ -358,6 +376,38 @@ def test_names_that_mislead(columns, tmp_path):
     assert features["rank"][0] == "item"
 
 
+def test_the_time_of_a_request_is_not_that_of_its_items(columns, tmp_path):
+    columns = dict(columns)
+    item = np.array(columns["item_id"]) - 100_000
+    columns["made"] = columns.pop("time")
+    columns["created_at"] = logs.START - np.random.default_rng(0).integers(10**7, size=500)[item]
+    _, config = infer(tmp_path, logs.table_of(columns))
+    assert config.data.columns.time == "made"
+
+
+@pytest.mark.parametrize("other", ["title", "slug"])
+def test_items_are_told_by_their_ids_rather_than_other_names_of_theirs(columns, tmp_path, other):
+    """A title has spaces; of two ids, a history lists the one that matters."""
+    columns = dict(columns)
+    columns["b"] = columns.pop("item_id")
+    titles = columns.pop("title")
+    columns["a"] = titles if other == "title" else [title.replace(" ", "-") for title in titles]
+    if other == "title":
+        columns = without(columns, "recent_items")
+    _, config = infer(tmp_path, logs.table_of(columns))
+    assert config.data.columns.item == "b"
+
+
+def test_small_numbers_are_not_a_history_because_items_have_such_ids(columns, tmp_path):
+    columns = dict(columns)
+    columns["item_id"] = np.array(columns["item_id"]) - 100_000
+    columns["recent_items"] = [[i - 100_000 for i in each] for each in columns["recent_items"]]
+    columns["a"] = columns.pop("interests")
+    columns["b"] = columns.pop("recent_items")
+    _, config = infer(tmp_path, logs.table_of(columns))
+    assert (config.data.features.a.kind, config.data.features.b.kind) == ("bag", "history")
+
+
 @pytest.mark.parametrize("rows", ["candidate", "request"])
 def test_values_alone_say_most_of_it(columns, tmp_path, rows):
     """All names, those of columns and those of stages, mean nothing."""
@@ -417,6 +467,8 @@ def test_columns_that_tell_too_much_are_left_out(columns, tmp_path):
     columns = columns | {
         # Zero but where a candidate was shown.
         "engaged_for": np.where(shown, rng.gamma(2.0, size=num_rows), 0.0),
+        # The same, and often zero even there.
+        "answered": np.where(shown & (rng.random(num_rows) < 0.4), 1.0 + rng.random(num_rows), 0.0),
         "expensive": pa.array(noise, mask=stage == "retrieved"),
         "echo": [5.0 * bool(y) + 0.3 * n for y, n in zip(click, noise, strict=True)],
         "final_score": noise,
@@ -433,6 +485,7 @@ def test_columns_that_tell_too_much_are_left_out(columns, tmp_path):
     reasons = left_out(text)
     for name, reason in {
         "engaged_for": "shown",
+        "answered": "nearly always the same where a candidate was not shown",
         "expensive": "missing where a candidate was not passed: too late for an early ranker",
         "echo": "",
         "final_score": "CHECK: a model's output?",
@@ -461,7 +514,9 @@ def test_numbers_called_like_what_users_do(columns, tmp_path):
 
 
 def test_lists_of_labels_of_the_shown_alone(columns, tmp_path):
-    table = logs.table_of(columns, "request")
+    # Nothing but items is different for each candidate of a request.
+    some_columns = without(columns, "trace", "title", "duration", "retrieval_score_7d")
+    table = logs.table_of(some_columns, "request")
     some = [[1, 0] * (1 + row % 3) for row in range(table.num_rows)]
     text, config = infer(tmp_path, table.append_column("finished", pa.array(some)))
     assert "labels? 0 and 1" in left_out(text)["finished"]

@@ -25,7 +25,7 @@ BATCH_ENTRIES = 1 << 17
 _CHANGED = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag")
 
 _INTEGER, _FLOAT, _DECIMAL, _BOOLEAN = "integer", "float", "decimal", "boolean"
-_TEXT, _TIME, _LIST, _NULL, _OTHER = "text", "time", "list", "null", "other"
+_TEXT, _TIME, _NULL, _OTHER = "text", "time", "null", "other"
 # What a column may be for -> what its values may be.
 _TAKES = {
     "id": ((_INTEGER, _FLOAT, _BOOLEAN, _TEXT, _NULL), "whole numbers or texts"),
@@ -216,7 +216,7 @@ def _opened(system: Any, file: str) -> Iterator[pq.ParquetFile]:
         else:
             with system.open(file, "rb") as raw, pq.ParquetFile(raw, pre_buffer=True) as parquet:
                 yield parquet
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
+    except (pa.ArrowException, OSError, EOFError) as error:
         raise UserError(f"{file} cannot be read as Parquet: {error}") from error
 
 
@@ -251,6 +251,10 @@ def _check_schema(
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise UserError(f"{file} has no column {named}; {hint}it has: {', '.join(schema.names)}")
     for column in wanted:
+        if schema.names.count(column.column) > 1:
+            raise UserError(
+                f"{file} has two columns {column.column!r} ({column.key}); rename one of them"
+            )
         type_ = schema.field(column.column).type
         depth, family = _family(type_)
         takes, words = _TAKES[column.use]

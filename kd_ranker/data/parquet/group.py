@@ -19,8 +19,6 @@ from kd_ranker.data.parquet.reasons import Reason, Rejected, count_by_reason, re
 from kd_ranker.data.parquet.statistics import Statistics
 from kd_ranker.teacher_signal import probability_of_rank
 
-SPLIT_NAMES = ("train", "test")
-
 
 class Requests(NamedTuple):
     """Requests in the order of time, and then of their keys.

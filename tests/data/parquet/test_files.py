@@ -104,6 +104,13 @@ def test_a_feature_of_another_type_says_so(tmp_path, name, column, by_request, m
     assert message in fault_of(config)
 
 
+def test_a_name_that_two_columns_share_says_so(tmp_path, log):
+    table = pq.read_table(log / "part-0.parquet")
+    pq.write_table(table.append_column("age", table["hour"]), log / "part-0.parquet")
+    message = fault_of(parquet_logs.config(log, tmp_path))
+    assert "part-0.parquet has two columns 'age' (data.features.age); rename one of them" in message
+
+
 def test_a_row_a_request_needs_lists_of_items(tmp_path, log):
     config = parquet_logs.config(log, tmp_path, rows="request")
     message = fault_of(config)

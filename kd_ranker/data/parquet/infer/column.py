@@ -173,10 +173,15 @@ def text_of(column: Column, code: int) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def is_binary(column: Column) -> bool:
-    """Whether values are 0 and 1, or truth values; one of the two is enough."""
-    values = set(column.value_numbers[np.isfinite(column.value_numbers)])
-    return column.kind in ("bool", "integer", "float") and bool(values) and values <= {0.0, 1.0}
+def is_binary(column: Column, nonsense: float = 0.01) -> bool:
+    """Whether values are 0 and 1, or truth values, but for a share of nonsense, as logs hold it."""
+    if column.kind not in ("bool", "integer", "float"):
+        return False
+    is_one = np.isin(column.value_numbers, (0.0, 1.0))
+    counts = np.bincount(column.code[column.known], minlength=column.distinct)
+    return bool(is_one.any()) and float(counts[is_one].sum()) >= (1 - nonsense) * float(
+        counts.sum()
+    )
 
 
 def positives_of(column: Column) -> Bool[np.ndarray, "rows"]:

@@ -73,6 +73,8 @@ def guess_labels(
             check = "or a feature, to which its name would not speak either"
         if not positives.any():
             check = "never 1 in the sample"
+        elif wrong := int((column.known & ~np.isin(column.numbers, (0.0, 1.0))).sum()):
+            check = f"{wrong:,} of the sample are neither 0 nor 1, and would be rejected"
         if is_known:
             why = f"its name; {why}"
         if task in found:

@@ -18,6 +18,7 @@ from kd_ranker.data.parquet.infer.ids import Facts
 from kd_ranker.data.parquet.infer.roles import Roles
 from kd_ranker.data.parquet.infer.sample import REQUEST_ROWS
 
+_CERTAIN = 0.9  # share of the uncertainty what was shown
 _LEAKS, _SUSPECT, _SOMEWHAT = 0.5, 0.2, 0.05  # shares of a label's uncertainty
 _MAX_REQUESTS = 2000  # whose lists are compared with their candidates
 
@@ -55,7 +56,7 @@ def _leak_of_candidates(facts: Facts, roles: Roles, column: Column, of: str) -> 
         column.distinct,
     )
     told = 0.0 if bins is None or shown is None else evidence.information(bins, shown)
-    if told >= _LEAKS:
+    if told >= _CERTAIN:
         return f"tells which candidates were shown: {told:.0%} of that uncertainty", ""
     gains = {} if bins is None else _gains(facts, roles, bins)
     task = max(gains, key=lambda task: gains[task], default="")
@@ -69,6 +70,9 @@ def _leak_of_candidates(facts: Facts, roles: Roles, column: Column, of: str) -> 
         if not is_binary(column):
             return "CHECK: called like a label, but not 0 or 1", ""
         return "", "called like a label, but as often 1 where nothing was shown"
+    if told >= _LEAKS:
+        # What ranked them before may be known before, and then is a feature worth having.
+        return "", f"tells {told:.0%} of the uncertainty what was shown: is it known before?"
     if most >= _SUSPECT:
         return "", f"tells {most:.0%} of the uncertainty of {task!r}: is it known before?"
     if afterwards:

@@ -75,14 +75,7 @@ def find_roles(facts: Facts, ids: Mapping[str, Guess], named: Mapping[str, str])
     time = _guess_time(facts, taken, named)
     taken.add(time.column)
     left = {name: column for name, column in facts.of_candidate().items() if name not in taken}
-    # Zeros and ones that belong to items are features of theirs, unless they are called labels.
-    binary = {
-        name: column
-        for name, column in left.items()
-        if is_binary(column)
-        and (names.task_of_label(name)[1] or not facts.is_of_item(column))
-        and not any(names.match(name, names.SYNONYMS[role]) == 2 for role in _WEIGHTS)
-    }
+    binary = {name: column for name, column in left.items() if _may_be_label(facts, column)}
     stage, stages, stages_guess, level = guess_stage(facts, left, binary, named)
     binary.pop(stage.column, None)
     shown = find_shown(facts, binary, level)
@@ -132,6 +125,15 @@ def find_roles(facts: Facts, ids: Mapping[str, Guess], named: Mapping[str, str])
         teacher_version=most,
         left_out=left_out,
     )
+
+
+def _may_be_label(facts: Facts, column: Column) -> bool:
+    """Zeros and ones; those that belong to items are features of theirs, unless called a label."""
+    if any(names.match(column.name, names.SYNONYMS[role]) == 2 for role in _WEIGHTS):
+        return False
+    if names.task_of_label(column.name)[1]:
+        return is_binary(column, nonsense=0.05)
+    return is_binary(column) and not facts.is_of_item(column)
 
 
 def _guess_time(facts: Facts, taken: set[str], named: Mapping[str, str]) -> Guess:

@@ -78,7 +78,10 @@ def _stages_of_yes_or_no(column: Column) -> dict[str, str]:
 
 
 def _others(column: Column, stages: Mapping[str, str]) -> list[str]:
+    """What rows hold that is none of the stages, "None" for those that hold nothing."""
     texts = {text_of(column, code) for code in range(column.distinct)}
+    if not column.known.all():
+        texts.add("None")
     return sorted(texts - set(stages.values()))
 
 
