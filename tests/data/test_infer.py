@@ -701,7 +701,6 @@ def test_more_requests_are_read_to_tell_users_from_contexts(columns, tmp_path):
     pd.testing.assert_frame_equal(found, expected, check_dtype=False)
 
 
-@pytest.mark.skipif("parquet" not in SOURCES, reason="there is no source of Parquet logs")
 @pytest.mark.parametrize("rows", ["candidate", "request"])
 def test_the_dataset_is_built_from_the_config_as_it_is(columns, tmp_path, rows):
     _, config = infer(tmp_path, logs.table_of(columns, rows))
