@@ -1,6 +1,5 @@
 """Layers that student and teacher share."""
 
-import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -95,24 +94,47 @@ def _of_items(
     return jnp.asarray(known).at[row].get(mode="fill", fill_value=missing)
 
 
-def category_means(
-    rows: Rows, lookup: str, category: Int[Array, "... L"], lengths: Sequence[int]
-) -> list[Float[Array, "... D"]]:
-    """For each categorical feature the mean row of its values that are there; 0 if there is none.
+def category_shares(
+    category: Int[Array, "... L"], lengths: Sequence[int], dtype: Any
+) -> Float[Array, "... L"]:
+    """The share of each value in the mean of its feature: 1 / how many are there, 0 for a filler.
 
     Args:
-      rows: what was looked up.
-      lookup: the name of the lookup of these features; it may be absent if there are no features.
-      category: their category ids, one feature after the other; -1 fills up.
+      category: category ids, those of one feature after those of another; -1 fills up.
       lengths: how many of the L ids are of each feature.
+      dtype: of the shares.
     """
-    means = []
+    shares = []
     for end, length in zip(itertools.accumulate(lengths), lengths, strict=True):
-        of_feature = rows[lookup][..., end - length : end, :]
-        there = (category[..., end - length : end] >= 0).astype(of_feature.dtype)
-        share = there / jnp.maximum(jnp.sum(there, axis=-1, keepdims=True), 1)
-        means.append(jnp.sum(share[..., None] * of_feature, axis=-2))
-    return means
+        there = (category[..., end - length : end] >= 0).astype(dtype)
+        shares.append(there / jnp.maximum(jnp.sum(there, axis=-1, keepdims=True), 1))
+    return jnp.concatenate(shares, axis=-1)
+
+
+def category_means(
+    rows: Float[Array, "... L D"], category: Int[Array, "... L"], lengths: Sequence[int]
+) -> Float[Array, "... K*D"]:
+    """The mean row of each of K categorical features, 0 without a value, one beside the other.
+
+    See `category_shares` for the arguments; `rows` are those of the ids.
+    """
+    weighted = category_shares(category, lengths, rows.dtype)[..., None] * rows
+    of_features = jnp.split(weighted, list(itertools.accumulate(lengths))[:-1], axis=-2)
+    return jnp.concatenate([jnp.sum(of_feature, axis=-2) for of_feature in of_features], axis=-1)
+
+
+def plus_category_means(
+    row: Float[Array, "... D"],
+    rows: Float[Array, "... L D"],
+    category: Int[Array, "... L"],
+    lengths: Sequence[int],
+) -> Float[Array, "... D"]:
+    """A row plus the mean row of each categorical feature, all in one sum over their values.
+
+    See `category_shares` for the arguments; `rows` are those of the ids.
+    """
+    shares = category_shares(category, lengths, rows.dtype)
+    return row + jnp.sum(shares[..., None] * rows, axis=-2)
 
 
 def candidate_rows(
@@ -122,17 +144,14 @@ def candidate_rows(
 
     f runs over the categorical features of the item and those of the candidate itself.
     """
-    of_item = categories_of_items(items.category, batch.item_id)
-    means = [
-        *category_means(rows, "item_category", of_item, spec.category_lengths("item")),
-        *category_means(
-            rows,
-            "candidate_category",
-            batch.candidate_category,
-            spec.category_lengths("candidate"),
-        ),
-    ]
-    return functools.reduce(jnp.add, means, rows["item"])
+    row = rows["item"]
+    if of_item := spec.category_lengths("item"):
+        category = categories_of_items(items.category, batch.item_id)
+        row = plus_category_means(row, rows["item_category"], category, of_item)
+    if own := spec.category_lengths("candidate"):
+        category = batch.candidate_category
+        row = plus_category_means(row, rows["candidate_category"], category, own)
+    return row
 
 
 def event_rows(
@@ -142,9 +161,11 @@ def event_rows(
 
     f runs over the categorical features of the item.
     """
-    of_item = categories_of_items(items.category, batch.history_id)
-    means = category_means(rows, "history_category", of_item, spec.category_lengths("item"))
-    return functools.reduce(jnp.add, means, rows["history"])
+    row = rows["history"]
+    if of_item := spec.category_lengths("item"):
+        category = categories_of_items(items.category, batch.history_id)
+        row = plus_category_means(row, rows["history_category"], category, of_item)
+    return row
 
 
 def candidate_inputs(
@@ -166,10 +187,11 @@ def user_inputs(
 
     The last are the mean row of each categorical feature of the request, one beside the other.
     """
-    means = category_means(
-        rows, "request_category", batch.request_category, spec.category_lengths("request")
-    )
-    return jnp.concatenate([rows["user"], batch.user_features, batch.context, *means], axis=-1)
+    inputs = [rows["user"], batch.user_features, batch.context]
+    if of_request := spec.category_lengths("request"):
+        means = category_means(rows["request_category"], batch.request_category, of_request)
+        inputs.append(means)
+    return jnp.concatenate(inputs, axis=-1)
 
 
 def user_width(spec: FeatureSpec, width: int) -> int:

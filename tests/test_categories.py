@@ -1,0 +1,122 @@
+"""Categorical features from a source to results, where nothing else tells what a user likes."""
+
+import json
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from configs import defaults
+from kd_ranker import commands, teachers
+from kd_ranker.batch import Category, FeatureSpec
+from kd_ranker.data import loader
+from kd_ranker.data.request import Request, Source
+from kd_ranker.data.sources import SOURCES, SourceEntry
+
+GROUPS, ITEMS, CANDIDATES = 3, 60, 12
+NUM_REQUESTS = {"train": 128, "test": 32}
+
+
+def open_source(data, tasks, funnel):
+    """A user of a group likes the items of the same kind; test items occur in no training request.
+
+    Colours, a bag of each candidate, tell nothing.
+    """
+    spec = FeatureSpec(
+        dataset="groups",
+        tasks=tuple(tasks),
+        num_users=1,
+        num_items=ITEMS,
+        user_features=1,
+        context_features=1,
+        candidate_features=1,
+        item_features=1,
+        cheap_item_features=1,
+        history_length=data.history_length,
+        history_features=1,
+        teacher_version="",
+        has_true_probability=False,
+        categories=(
+            Category("colours", of="candidate", size=4, length=2),
+            Category("group", of="request", size=GROUPS),
+            Category("kind", of="item", size=GROUPS),
+        ),
+    )
+    _, first_group, first_kind = spec.category_starts
+    kinds = np.arange(ITEMS, dtype=np.int32)[:, None] % GROUPS + first_kind
+
+    def draw_request(index, split):
+        generator = np.random.default_rng((split == "test", index))
+        items = generator.permutation(ITEMS // 2)[:CANDIDATES] + (split == "test") * ITEMS // 2
+        group = generator.integers(GROUPS)
+        return Request(
+            request_id=index,
+            time=index,
+            user_id=0,
+            user_features=np.zeros(1, np.float32),
+            context=np.zeros(1, np.float32),
+            history_id=items[:1].astype(np.int32),
+            history_features=np.zeros((1, 1), np.float32),
+            item_id=items.astype(np.int32),
+            candidate_features=np.zeros((CANDIDATES, 1), np.float32),
+            num_passed=CANDIDATES,
+            user_label=(items % GROUPS == group)[:, None].astype(np.uint8),
+            label_weight=np.ones(CANDIDATES, np.float32),
+            teacher_probability=np.zeros((0, 1), np.float32),
+            teacher_weight=np.zeros(0, np.float32),
+            teacher_version="",
+            true_probability=np.zeros((0, 1), np.float32),
+            request_category=np.array([first_group + group], np.int32),
+            candidate_category=generator.integers(-1, 4, (CANDIDATES, 2)).astype(np.int32),
+        )
+
+    def requests(split):
+        return (draw_request(index, split) for index in range(NUM_REQUESTS[split]))
+
+    features = np.zeros((ITEMS, 1), np.float32)
+    return Source(spec, features, requests, NUM_REQUESTS, item_category=kinds)
+
+
+@pytest.fixture
+def config(tmp_path):
+    config = defaults.get_config()
+    config.tasks, config.value_weights = ("watch",), (1.0,)
+    config.data.update({"name": "groups", "dir": str(tmp_path / "data"), "history_length": 2})
+    config.funnel.update({"retrieved": CANDIDATES, "passed": 6, "shown": 2, "report_at": (6,)})
+    config.student.update({"width": 8, "hidden": (8,)})
+    config.teacher.workdir = str(tmp_path / "teacher")
+    config.teacher.update({"width": 8, "attention_hidden": 4, "experts": 2, "expert_hidden": 8})
+    config.teacher.cross_layers = 1
+    config.parallel.devices = 1
+    for section in (config, config.teacher):
+        section.batch.update({"requests": 16, "candidates": CANDIDATES})
+        section.optimizer.update({"learning_rate": 0.02, "table_learning_rate": 0.1})
+        section.train.update({"steps": 80, "eval_every": 0})
+    with mock.patch.dict(SOURCES, groups=SourceEntry(("watch",), open_source)):
+        yield config
+
+
+@pytest.mark.slow
+def test_what_is_known_by_categories_alone_is_learned_for_items_that_are_new(config, tmp_path):
+    commands.prepare_data(config)
+    (of_teacher,) = commands.train_teacher(config, tmp_path / "teacher")
+    (of_student,) = commands.train(config, tmp_path / "student")
+    for row in (of_teacher, of_student):
+        assert row["unseen_items"] == 1
+        assert row["user_auc/watch"] > 0.95
+    last = json.loads((tmp_path / "student" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["unknown_ids/category"] == 0
+
+    # The copy that the teacher has scored holds the categories as well.
+    commands.log_teacher(config)
+    dataset = teachers.open_dataset(config)
+    teacher = teachers.load_teacher(config, dataset)
+    scored = teachers.open_dataset(config, teacher.version)
+    np.testing.assert_array_equal(scored.items.category, dataset.items.category)
+    for one, other in zip(
+        *(loader.read_requests(of, "test") for of in (scored, dataset)), strict=True
+    ):
+        assert one.request_id == other.request_id
+        np.testing.assert_array_equal(one.request_category, other.request_category)
+        np.testing.assert_array_equal(one.candidate_category, other.candidate_category)
+        assert len(one.teacher_probability) == CANDIDATES
