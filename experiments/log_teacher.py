@@ -1,4 +1,7 @@
-"""Writes a copy of the dataset with the probabilities of the teacher in config.teacher.workdir."""
+"""Writes a copy of the dataset with the probabilities of the teacher in config.teacher.workdir.
+
+With `data.name = "parquet"`, the log is written back with the teacher's columns added, too.
+"""
 
 from pathlib import Path
 
@@ -10,7 +13,11 @@ from kd_ranker import commands
 
 def main(config: ConfigDict, workdir: Path) -> None:
     del workdir
-    print(f"dataset: {commands.log_teacher(config)}")
+    logged = commands.log_teacher(config)
+    print(f"dataset: {logged.dataset}")
+    if logged.log:
+        print(f"scored log: {logged.log.directory}")
+        print(f"its new columns: {', '.join(logged.log.columns)}")
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from kd_ranker import measurement, runs, settings, teachers
 from kd_ranker.data import builder
 from kd_ranker.data.parquet.infer.first_config import FirstConfig, write_first_config
+from kd_ranker.data.parquet.scoring import Scored
 from kd_ranker.data.request import Source
 from kd_ranker.data.sources import SOURCES
 from kd_ranker.evaluation import results
@@ -77,15 +79,36 @@ def train_teacher(config: ConfigDict, workdir: Path) -> list[Row]:
     return measured.rows
 
 
-def log_teacher(config: ConfigDict) -> Path:
+class Logged(NamedTuple):
+    """What `log_teacher` has written.
+
+    Attributes:
+      dataset: the folder of the copy of the dataset that holds the probabilities.
+      log: the user's own log with the teacher's columns added; None for a dataset without one.
+    """
+
+    dataset: Path
+    log: Scored | None
+
+
+def log_teacher(config: ConfigDict) -> Logged:
     """Scores the dataset of `config.data` with the teacher in `config.teacher.workdir`.
 
-    Returns:
-      The folder of the copy that holds the probabilities.
+    The result is a copy of the dataset, and, with `data.name = "parquet"`, a copy of the log.
+
+    Raises:
+      UserError: dataset or teacher are missing, or the log is not what the dataset was built of.
     """
     settings.validate(config)
     dataset = teachers.open_dataset(config)
     teacher = teachers.load_teacher(config, dataset)
+    name = teachers.dataset_name(config, teacher.version)
+    entry, log = SOURCES[config.data.name], None
+    if entry.open_scored_log:
+        # Before the long work, as it may find fault with the log.
+        log = entry.open_scored_log(
+            config.data, config.tasks, config.funnel, dataset.directory, name
+        )
     splits = dataset.builder.info.splits
     source = Source(
         spec=dataclasses.replace(
@@ -95,9 +118,10 @@ def log_teacher(config: ConfigDict) -> Path:
         item_category=dataset.item_category,
         requests=functools.partial(teachers.scored_requests, config, dataset, teacher),
         num_requests={split: splits[split].num_examples for split in builder.SPLITS},
+        write_beside=log.write_beside if log else None,
     )
-    name = teachers.dataset_name(config, teacher.version)
-    return builder.build(source, name, config.data.dir)
+    directory = builder.build(source, name, config.data.dir)
+    return Logged(directory, log.write() if log else None)
 
 
 def train(config: ConfigDict, workdir: Path) -> list[Row]:

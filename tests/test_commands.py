@@ -94,7 +94,7 @@ def test_a_finished_run_is_left_as_it_is(world, trained, tmp_path):
 def log_teacher(world):
     """Two workers that write the same dataset at once would be in each other's way."""
     with world.locked("log_teacher"):
-        return commands.log_teacher(world.config())
+        return commands.log_teacher(world.config()).dataset
 
 
 @pytest.mark.parametrize("mode", ["aux", "shared"])

@@ -35,7 +35,8 @@ from kd_ranker.errors import UserError
 
 FORMAT_VERSION = "1.1.0"
 SPLITS = ("train", "test")
-_SPEC_FILE, _ITEMS_FILE, _CATEGORY_FILE = "feature_spec.json", "items.npy", "item_category.npy"
+SPEC_FILE = "feature_spec.json"
+_ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
 # Where the dataset is put does not change what is in it, nor how it was made or configured, nor
 # what a report lists.
 _DATA_KEYS_WITHOUT_INFLUENCE = ("dir", "processes", "rows_in_memory", "infer")
@@ -198,7 +199,7 @@ class Requests(tfds.core.GeneratorBasedBuilder):
         return {split: self._generate_examples(split) for split in SPLITS}
 
     def _write_items(self) -> None:
-        (self.data_path / _SPEC_FILE).write_text(self._source.spec.to_json())
+        (self.data_path / SPEC_FILE).write_text(self._source.spec.to_json())
         with (self.data_path / _ITEMS_FILE).open("wb") as file:
             np.save(file, self._source.item_features)
         with (self.data_path / _CATEGORY_FILE).open("wb") as file:
@@ -349,11 +350,11 @@ def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:
       UserError: there is no such dataset.
     """
     directory = directory_of(name, data_dir)
-    if not (directory / _SPEC_FILE).exists():
+    if not (directory / SPEC_FILE).exists():
         raise UserError(f"no dataset at {directory}; make it with: {made_by}")
     return Dataset(
         directory=directory,
-        spec=FeatureSpec.from_json((directory / _SPEC_FILE).read_text()),
+        spec=FeatureSpec.from_json((directory / SPEC_FILE).read_text()),
         item_features=np.load(directory / _ITEMS_FILE),
         item_category=np.load(directory / _CATEGORY_FILE),
         builder=tfds.builder_from_directory(directory),

@@ -11,7 +11,9 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from kd_ranker.data import cascade, kuairand, movielens, recflow
+from kd_ranker.data.parquet import scoring
 from kd_ranker.data.parquet import source as parquet
+from kd_ranker.data.parquet.scoring import ScoredLog
 from kd_ranker.data.request import Source
 
 
@@ -25,12 +27,18 @@ class SourceEntry(NamedTuple):
         datasets of the older code are not taken for its own.
       check_unchanged: (config.data, a dataset's folder) -> None, or UserError where that was made
         of other raw files than there are now; None does not look.
+      open_scored_log: (config.data, tasks, config.funnel, the dataset's folder, the name of its
+        scored copy) -> what writes the raw files back with a teacher's columns, or UserError; None:
+        there is no such thing.
     """
 
     tasks: Sequence[str] | None
     open_source: Callable[[ConfigDict, Sequence[str], ConfigDict], Source]
     version: int = 1
     check_unchanged: Callable[[ConfigDict, Path], None] | None = None
+    open_scored_log: (
+        Callable[[ConfigDict, Sequence[str], ConfigDict, Path, str], ScoredLog] | None
+    ) = None
 
     def tasks_of(self, data: ConfigDict) -> Sequence[str]:
         """The tasks that there are labels for."""
@@ -44,7 +52,12 @@ SOURCES: dict[str, SourceEntry] = {
     **{
         name: SourceEntry(kuairand.TASKS, kuairand.open_source) for name in kuairand.VARIANT_OF_NAME
     },
-    "parquet": SourceEntry(None, parquet.open_source, check_unchanged=parquet.check_unchanged),
+    "parquet": SourceEntry(
+        None,
+        parquet.open_source,
+        check_unchanged=parquet.check_unchanged,
+        open_scored_log=scoring.open_scored_log,
+    ),
     "movielens_1m": SourceEntry(movielens.TASKS, movielens.open_source),
     "movielens_32m": SourceEntry(movielens.TASKS, movielens.open_source),
 }

@@ -85,6 +85,7 @@ class Log:
       sizes: in bytes.
       changed: what tells that a file was written anew, as text.
       parts: their row groups, in the order of the files.
+      names: of all columns that any of them has, sorted.
     """
 
     url: str
@@ -92,6 +93,7 @@ class Log:
     sizes: tuple[int, ...]
     changed: tuple[str, ...]
     parts: tuple[Part, ...]
+    names: tuple[str, ...]
 
     @property
     def manifest(self) -> dict[str, list]:
@@ -151,6 +153,7 @@ def open_log(layout: Layout) -> Log:
     wanted = wanted_columns(layout)
     families: dict[str, tuple[str, str]] = {}
     parts: list[Part] = []
+    names: set[str] = set()
 
     def footer(file: str) -> tuple[pa.Schema, pq.FileMetaData]:
         with _opened(system, file) as parquet:
@@ -160,10 +163,12 @@ def open_log(layout: Layout) -> Log:
         for index, (schema, metadata) in enumerate(pool.map(footer, files)):
             _check_schema(files[index], schema, wanted, families)
             parts += _parts(index, metadata, layout)
+            names.update(schema.names)
     _check_history(layout, families)
     if not sum(part.rows for part in parts):
         raise UserError(f"data.path={layout.path}: {_count(len(files), 'file')} without any row")
-    return Log(layout.path, tuple(files), tuple(sizes), tuple(changed), tuple(parts))
+    columns = tuple(sorted(names))
+    return Log(layout.path, tuple(files), tuple(sizes), tuple(changed), tuple(parts), columns)
 
 
 def find_files(url: str) -> tuple[Any, list[str], list[int], list[str]]:
@@ -372,6 +377,17 @@ def read_parts(
                 ):
                     yield file, row, batch
                     row += batch.num_rows
+
+
+def read_schema(log: Log, file: int) -> pa.Schema:
+    """The columns of a file, with all metadata.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    system, _ = fsspec.core.url_to_fs(log.url)
+    with _opened(system, log.files[file]) as parquet:
+        return parquet.schema_arrow
 
 
 def differences(before: dict[str, list], now: dict[str, list]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, Int64
 
 from kd_ranker.batch import Stage
-from kd_ranker.data.parquet import frames, statistics
+from kd_ranker.data.parquet import candidate_rows, frames, statistics
 from kd_ranker.data.parquet.frames import Frame, array_of, num_rows, take_rows
 from kd_ranker.data.parquet.keys import look_up, share_of
 from kd_ranker.data.parquet.layout import Layout
@@ -48,6 +48,7 @@ class Grouped(NamedTuple):
       heads: the path of the requests.
       rows: the path of their candidates.
       num_requests: in train and in test.
+      candidate_rows: split -> the path of where its candidates were in the log.
       rejected: the path of records.
       counts: how many candidates each reason has cost.
       used: how many candidates are left.
@@ -57,6 +58,7 @@ class Grouped(NamedTuple):
     heads: str
     rows: str
     num_requests: dict[str, int]
+    candidate_rows: dict[str, str]
     rejected: str
     counts: Int64[np.ndarray, "reasons"]
     used: int
@@ -79,10 +81,12 @@ def group_bucket(
     frames.write_frame(heads, requests.heads)
     frames.write_frame(rows, statistics.without_item_features(layout, requests.rows))
     in_test = int(requests.heads["in_test"].sum())  # type: ignore[union-attr]
+    places = candidate_rows.write_candidate_rows(requests.heads, requests.rows, folder, name)
     return Grouped(
         heads=str(heads),
         rows=str(rows),
         num_requests={"train": num_rows(requests.heads) - in_test, "test": in_test},
+        candidate_rows=places,
         rejected=path,
         counts=count_by_reason(requests.rejected),
         used=num_rows(requests.rows),

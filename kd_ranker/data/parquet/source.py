@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int64
 from ml_collections import ConfigDict
 
-from kd_ranker.data.parquet import files, group, partition, scan, statistics
+from kd_ranker.data.parquet import candidate_rows, files, group, partition, scan, statistics
 from kd_ranker.data.parquet.encode import (
     encode_requests,
     item_matrix,
@@ -200,19 +200,24 @@ def _source(log: Log, layout: Layout, read: Read, work: Path) -> Source:
     save_encoding(encoding, folder)
     item_features, item_category = item_matrix(layout, encoding, read.found.items)
 
+    def parts(split: str) -> list[Grouped]:
+        return [of_bucket for of_bucket in read.grouped if of_bucket.num_requests[split]]
+
     def shards(split: str) -> list[Callable[[], Iterator[Request]]]:
         return [
             functools.partial(
                 encode_requests, layout, of_bucket.heads, of_bucket.rows, str(folder), split
             )
-            for of_bucket in read.grouped
-            if of_bucket.num_requests[split]
+            for of_bucket in parts(split)
         ]
 
     def write_beside(directory: Path) -> None:
         _write_report(log, layout, read, report, directory)
         texts = [part.texts for part in read.partitioned]
         write_vocabularies(encoding, texts, directory / VOCABULARIES)
+        for split in SPLITS:
+            paths = [of_bucket.candidate_rows[split] for of_bucket in parts(split)]
+            candidate_rows.move_candidate_rows(paths, split, directory)
         (directory / MANIFEST).write_text(json.dumps(log.manifest, indent=2))
 
     return Source(
