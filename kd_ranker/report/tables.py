@@ -46,6 +46,8 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
     }
     keys = ["dataset", "role", "mode", "distill_loss", "serve", "distill_weight"]
     swept = [column for column in ("temperature", "learning_rate") if column in frame]
+    # Mode none has no loss, which is no choice among losses.
+    losses = frame["distill_loss"].nunique() > 1
     lines = []
     for _, group in frame.groupby([*keys, *swept], sort=False, dropna=False):
         first = group.iloc[0]
@@ -53,8 +55,9 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
         line = {
             "model": first["role"] if first["role"] == "teacher" else first["mode"],
             "serve": first["serve"],
-            "weight": f"{first['distill_weight']:g}" if distilled else "",
             # Only what differs is worth a column.
+            **({"loss": first["distill_loss"] if distilled else ""} if losses else {}),
+            "weight": f"{first['distill_weight']:g}" if distilled else "",
             **{
                 column.replace("_", " "): f"{first[column]:g}" if pd.notna(first[column]) else ""
                 for column in swept

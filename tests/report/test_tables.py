@@ -79,3 +79,14 @@ def test_what_a_sweep_varies_keeps_rows_apart_and_seeds_and_data_seeds_count(tmp
     assert header[:5] == ["model", "serve", "weight", "temperature", "seeds"]
     assert one[:5] == ["shared", "user", "1", "1", "3"]
     assert two[:5] == ["shared", "user", "1", "2", "4"]
+
+
+def test_losses_that_a_sweep_varies_are_told_apart(tmp_path):
+    rows = [row("none", 0, 0.5, distill_loss=None), row("shared", 0, 0.5, distill_loss="bce")]
+    header, *_ = cells(tables.summary_table(frame_of(tmp_path, rows), 30))
+    assert header[:3] == ["model", "serve", "weight"]
+    rows.append(row("shared", 0, 0.5, distill_loss="softmax"))
+    header, _, one, two = cells(tables.summary_table(frame_of(tmp_path, rows), 30))
+    assert header[:4] == ["model", "serve", "loss", "weight"]
+    assert one[:4] == ["shared", "user", "bce", "1"]
+    assert two[:4] == ["shared", "user", "softmax", "1"]
