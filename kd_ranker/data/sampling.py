@@ -5,7 +5,7 @@ mean is arithmetic, and the batch is gathered from `Columns`. The same functions
 on the host and, compiled into the train step, on a device that holds the columns.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.struct
@@ -222,10 +222,29 @@ def cut_batch(data: TrainingData, draw: Draw, step: int | Int[Array, ""] = 0) ->
     On arrays of NumPy or of JAX, whichever they are.
     """
     requests = packing.take(data.data.requests, draw.request[:, step])
-    place, factor = _places(
-        requests["numbers"], requests["wanted"], draw.offset[:, step], data.slots.candidates
-    )
-    return CandidateBatch(**batch_fields(data.data, requests, place, factor, data.slots))
+
+    def of_candidates() -> Fields:
+        place, factor = _places(
+            requests["numbers"], requests["wanted"], draw.offset[:, step], data.slots.candidates
+        )
+        return candidate_fields(data.data, requests, place, factor, data.slots)
+
+    return CandidateBatch(**request_fields(requests), **_computed_once(of_candidates, step))
+
+
+def _computed_once(compute: Callable[[], Fields], step: int | Int[Array, ""]) -> Fields:
+    """`compute()`, which a compiled program works out before anything reads it.
+
+    XLA on a CPU would work out anew, within each pass that reads a candidate, which one it is, and
+    a barrier does not stop it; a branch does. It is always the first: no step is negative.
+    """
+    if not isinstance(step, jax.Array):
+        return compute()
+
+    def nothing() -> Fields:
+        return jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), jax.eval_shape(compute))
+
+    return jax.lax.cond(step >= 0, compute, nothing)
 
 
 def _places(
@@ -281,29 +300,25 @@ def whole_batch(
     batch: CandidateBatch | Draw, data: TrainingData | None, done: Int[Array, ""]
 ) -> CandidateBatch:
     """The batch itself, or the one that a draw from `data` means after so many steps."""
-    if isinstance(batch, Draw):
-        assert data is not None, "a draw needs the data that it is of"
-
-        def cut() -> CandidateBatch:
-            return cut_batch(data, batch, done % batch.request.shape[1])
-
-        def nothing() -> CandidateBatch:
-            return jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), jax.eval_shape(cut))
-
-        # Always the first: a branch keeps XLA on a CPU from working out anew, within each of the
-        # passes that read a candidate, which candidate it is. A barrier there does not.
-        return jax.lax.cond(done >= 0, cut, nothing)
-    return batch
+    if not isinstance(batch, Draw):
+        return batch
+    assert data is not None, "a draw needs the data that it is of"
+    return cut_batch(data, batch, done % batch.request.shape[1])
 
 
-def batch_fields(
+def request_fields(requests: Mapping[str, Shaped[Array, "R ..."]]) -> Fields:
+    """The fields of `CandidateBatch` that are of a request itself."""
+    return {name: requests[name] for name in _FIELDS_OF_REQUESTS}
+
+
+def candidate_fields(
     data: RequestData,
     requests: Mapping[str, Shaped[Array, "R ..."]],
     places: Places,
     factors: Float[Array, "R N"],
     slots: Slots,
 ) -> Fields:
-    """The fields of `CandidateBatch` for the chosen candidates.
+    """The fields of `CandidateBatch` that are of the chosen candidates.
 
     Args:
       data: the dataset.
@@ -342,7 +357,6 @@ def batch_fields(
         stage = xp.where(places < requests[name][:, None], xp.int8(reached), stage)
     stage = xp.where(places >= 0, stage, xp.int8(Stage.PADDING))
     return {
-        **{name: requests[name] for name in _FIELDS_OF_REQUESTS},
         **candidates,
         "stage": stage,
         "user_label": labels["user_label"].astype(xp.float32),
@@ -362,7 +376,9 @@ def all_fields(columns: Columns, places: Int[np.ndarray, "R N"]) -> Fields:
     data = request_data(columns)
     requests = packing.take(data.requests, np.arange(len(columns)))  # type: ignore[arg-type]
     slots = Slots(*(places.shape[1],) * 3)
-    return batch_fields(data, requests, places, (places >= 0).astype(np.float32), slots)  # type: ignore[arg-type]
+    factors = (places >= 0).astype(np.float32)
+    of_candidates = candidate_fields(data, requests, places, factors, slots)  # type: ignore[arg-type]
+    return request_fields(requests) | of_candidates
 
 
 def full_fields(columns: Columns, candidates: int) -> Fields:
