@@ -2,7 +2,7 @@
 
 A file a shard of the dataset, with a row a candidate in the order in which they are stored:
 `request_id` as stored, `file` (its number among the sorted files), `row` (counted from 0 in that
-file) and `place` (in the row's lists; -1 where a row is a candidate). One to four bytes a candidate.
+file) and `place` (in the row's lists; -1 where a row is a candidate). One to four bytes for each.
 """
 
 import shutil
