@@ -37,6 +37,7 @@ from kd_ranker.data.parquet.frames import (
     Frame,
     Run,
     array_of,
+    num_rows,
     places_of,
     read_runs,
     starts_of,
@@ -250,8 +251,8 @@ def sort_scores(
       rows: the file that says where their candidates were.
 
     Returns:
-      A run whose buckets are the numbers of chunks; a row a scored candidate with `row`, `place`
-      and `teacher:<task>`.
+      A run whose buckets are the numbers of chunks, none if there are no scores; a row a scored
+      candidate with `row`, `place` and `teacher:<task>`.
 
     Raises:
       UserError: the copy holds other requests.
@@ -292,6 +293,8 @@ def sort_scores(
     for task, column in zip(spec.tasks, columns, strict=True):
         frame[f"teacher:{task}"] = np.concatenate(scores[column])
     frame = take_rows(frame, np.flatnonzero(np.isin(array_of(frame, "file"), of_files)))
+    if not num_rows(frame):
+        return Run("", {})
     key = _key(array_of(frame, "file"), array_of(frame, "row"))
     del frame["file"]
     chunk = np.searchsorted(chunk_starts, key, side="right") - 1

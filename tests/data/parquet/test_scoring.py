@@ -302,6 +302,21 @@ def test_a_part_that_is_smaller_than_a_file_changes_nothing(tmp_path, monkeypatc
     assert contents(directory) == whole
 
 
+def test_files_are_completed_that_have_no_row_of_some_parts_of_the_dataset(tmp_path):
+    log = write_log(tmp_path / "log", make_rows(3, requests=400), files=3)
+    config = parquet_logs.config(log, tmp_path / "datasets")
+    directory = commands.prepare_data(config)
+    # In the order of time, as the log: the first part of the dataset is all in the first file.
+    rows = [pq.read_table(file) for file in sorted((directory / "candidate_rows").iterdir())]
+    assert any(set(of["file"].to_pylist()) == {0} for of in rows)
+    directory = commands.log_teacher(config).log.directory
+    whole = contents(directory)
+    for number in (1, 2):
+        (directory / f"part-{number}.parquet").unlink()
+    commands.log_teacher(config)
+    assert contents(directory) == whole
+
+
 def fault_of(config: ConfigDict) -> str:
     with pytest.raises(UserError) as caught:
         commands.log_teacher(config)
