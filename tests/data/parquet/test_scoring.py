@@ -32,8 +32,8 @@ ADDED_VERSION = "teacher_version_scored"
 def stub_teacher(*unused: Any) -> Teacher:
     """A teacher whose probability of a candidate depends on all that it may know of it."""
 
-    def serve(parameters: Any, batch: Any, item_features: Any) -> Served:
-        of_item = np.asarray(item_features)[np.maximum(np.asarray(batch.item_id), 0)].sum(-1)
+    def serve(parameters: Any, batch: Any, items: Any) -> Served:
+        of_item = np.asarray(items.features)[np.maximum(np.asarray(batch.item_id), 0)].sum(-1)
         of_request = np.asarray(batch.user_features).sum(-1) + 0.37 * np.asarray(batch.user_id)
         history = 0.11 * np.asarray(batch.history_id).sum(-1)
         of_candidate = np.asarray(batch.candidate_features).sum(-1) + of_item
