@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.data.request import Request, Source
-from kd_ranker.errors import UserError, check_choice
+from kd_ranker.errors import UserError, check_choice, check_tasks
 
 TASKS = ("watch", "like", "share")
 
@@ -541,10 +541,7 @@ def _old_teacher_probability(
 
 
 def _check(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> None:
-    for task in tasks:
-        check_choice("tasks", task, TASKS)
-    if not tasks or len(set(tasks)) < len(tasks):
-        raise UserError(f"tasks={tuple(tasks)!r} must name one task or more, none of them twice")
+    check_tasks(tasks, TASKS)
     sizes = (
         "seed",
         "num_users",

@@ -19,7 +19,7 @@ from kd_ranker.batch import Category, FeatureSpec
 from kd_ranker.data import kuairand_files
 from kd_ranker.data.kuairand_files import BEIJING, COLUMN_OF_TASK, DAY, RANDOM_BIT, KuaiRand, Log
 from kd_ranker.data.request import Request, Source
-from kd_ranker.errors import UserError, check_choice
+from kd_ranker.errors import UserError, check_at_least, check_choice, check_tasks
 
 TASKS = tuple(COLUMN_OF_TASK)
 VARIANT_OF_NAME = {f"kuairand_{variant}": variant for variant in kuairand_files.VARIANTS}
@@ -488,25 +488,23 @@ def _category_ids(
 
 def _check(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> int:
     """Raises UserError for settings that make no sense; returns when the test begins."""
-    for task in tasks:
-        check_choice("tasks", task, TASKS)
-    if not tasks or len(set(tasks)) < len(tasks):
-        raise UserError(f"tasks={tuple(tasks)!r} must name one task or more, none of them twice")
+    check_tasks(tasks, TASKS)
     check_choice("data.name", data.name, VARIANT_OF_NAME)
     check_choice("data.test", data.test, TESTS)
-    for key, least in (
-        ("seed", 0),
-        ("history_length", 1),
-        ("impressions_per_request", 1),
-        ("negatives", 0),
-        ("train_requests", 0),
-        ("test_requests", 0),
-        ("max_users", 0),
-        ("author_rows", 1),
-        ("music_rows", 1),
-    ):
-        if data[key] < least:
-            raise UserError(f"data.{key}={data[key]} must be at least {least}")
+    check_at_least(
+        data,
+        {
+            "seed": 0,
+            "history_length": 1,
+            "impressions_per_request": 1,
+            "negatives": 0,
+            "train_requests": 0,
+            "test_requests": 0,
+            "max_users": 0,
+            "author_rows": 1,
+            "music_rows": 1,
+        },
+    )
     for key in ("session_minutes", "random_session_minutes"):
         if not data[key] > 0:
             raise UserError(f"data.{key}={data[key]} must be greater than 0")

@@ -16,7 +16,7 @@ from kd_ranker.batch import FeatureSpec
 from kd_ranker.data.download import fetch
 from kd_ranker.data.movielens_files import PUBLISHED, MovieLens, read
 from kd_ranker.data.request import Request, Source
-from kd_ranker.errors import UserError, check_choice
+from kd_ranker.errors import UserError, check_at_least, check_choice, check_tasks
 
 # The lowest rating, in stars, that counts as the action; any rating is at least half a star.
 LOWEST_RATING = {"watch": 0.5, "like": 4, "share": 5}
@@ -492,19 +492,17 @@ def _ordered_blocks(
 
 def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
     check_choice("data.name", data.name, PUBLISHED)
-    for task in tasks:
-        check_choice("tasks", task, TASKS)
-    if not tasks or len(set(tasks)) < len(tasks):
-        raise UserError(f"tasks={tuple(tasks)!r} must name one task or more, none of them twice")
-    for key, least in (
-        ("seed", 0),
-        ("history_length", 1),
-        ("ratings_per_request", 1),
-        ("test_requests_per_user", 0),
-        ("negatives", 0),
-        ("max_users", 0),
-    ):
-        if data.get(key, least) < least:
-            raise UserError(f"data.{key}={data[key]} must be at least {least}")
+    check_tasks(tasks, TASKS)
+    check_at_least(
+        data,
+        {
+            "seed": 0,
+            "history_length": 1,
+            "ratings_per_request": 1,
+            "test_requests_per_user": 0,
+            "negatives": 0,
+            "max_users": 0,
+        },
+    )
     if not 0 <= data.test_share < 1:
         raise UserError(f"data.test_share={data.test_share} must lie in [0, 1)")

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from kd_ranker.batch import Category, FeatureSpec, Stage
 from kd_ranker.data import restricted_pickle
 from kd_ranker.data.request import Request, Source
-from kd_ranker.errors import UserError, check_choice
+from kd_ranker.errors import UserError, check_at_least, check_choice, check_tasks
 from kd_ranker.teacher_signal import probability_of_rank
 
 # Task -> the column that says whether the user did it.
@@ -753,18 +753,16 @@ def _date(name: object) -> datetime.date:
 
 
 def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
-    for task in tasks:
-        check_choice("tasks", task, TASKS)
-    if not tasks or len(set(tasks)) < len(tasks):
-        raise UserError(f"tasks={tuple(tasks)!r} must name one task or more, none of them twice")
-    for key, least in (
-        ("seed", 0),
-        ("history_length", 1),
-        ("max_requests_per_day", 0),
-        ("authors", 1),
-    ):
-        if data[key] < least:
-            raise UserError(f"data.{key}={data[key]} must be at least {least}")
+    check_tasks(tasks, TASKS)
+    check_at_least(
+        data,
+        {
+            "seed": 0,
+            "history_length": 1,
+            "max_requests_per_day": 0,
+            "authors": 1,
+        },
+    )
     if not data.path:
         raise UserError(
             "data.path is empty; set it to the folder with the files of RecFlow, which have to be "
