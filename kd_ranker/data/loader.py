@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import jax.numpy as jnp
 import numpy as np
 import psutil
@@ -18,7 +19,7 @@ from kd_ranker.data import sampling
 from kd_ranker.data.builder import Dataset, from_record, record_features
 from kd_ranker.data.columns import Columns, columns_of, joined
 from kd_ranker.data.request import Request
-from kd_ranker.data.sampling import Draw, TrainingData
+from kd_ranker.data.sampling import Kinds, Starts, TrainingData
 from kd_ranker.errors import UserError
 
 # How an epoch reads the requests: each in an order of its own, or as they are stored, by time.
@@ -190,7 +191,7 @@ def training_batches(
         )
     read = _read(dataset)
 
-    def data_of(columns: Columns) -> tuple[TrainingData, Int[np.ndarray, "n kinds"]]:
+    def data_of(columns: Columns) -> tuple[TrainingData, Kinds]:
         return sampling.training_data(columns, candidates, passed_share, negative_rate)
 
     starts = grain.MapDataset.range(2**31).seed(seed)  # endless to anyone who counts steps
@@ -205,21 +206,24 @@ def training_batches(
     )
     if resident or (resident is None and _fits(dataset, copies)):
         chunks = (range(at, min(at + _CHUNK, number)) for at in range(0, number, _CHUNK))
-        data, numbers = data_of(joined([read(chunk) for chunk in chunks]))
+        data, kinds = data_of(joined([read(chunk) for chunk in chunks]))
 
-        # It does not hold the data, which need not stay on the host.
-        def draw(start: _Start) -> Draw:
-            return sampling.draw(*start, numbers[start.request])
+        # Neither of these two holds the data, which need not stay on the host.
+        def draw(start: _Start) -> Starts:
+            return sampling.draw(*start, kinds.of(start.request))
+
+        chosen = jax.jit(functools.partial(sampling.chosen, slots=data.slots))
 
         # The same draw serves all steps of a block, each of which knows its own number.
-        draws = starts.map(draw).to_iter_dataset(_READ_AHEAD).map(to_device)
+        draws = starts.map(draw).to_iter_dataset(_READ_AHEAD).map(to_device).map(chosen)
         repeat = _ForEachStep(lambda draw: [draw] * BLOCK)
         return TrainingBatches(grain.experimental.FlatMapIterDataset(draws, repeat), data)
 
     def batch(start: _Start) -> CandidateBatch:
-        data, numbers = data_of(read(start.request[:, 0].tolist()))
-        place = np.arange(len(numbers))[:, None]
-        return sampling.cut_batch(data, sampling.draw(place, start.start, numbers[:, None]))
+        data, kinds = data_of(read(start.request[:, 0].tolist()))
+        request = np.arange(len(start.request))[:, None]
+        starts = sampling.draw(request, start.start, kinds.of(request))
+        return sampling.cut_batch(data, sampling.chosen(starts, data.slots))
 
     def steps(block: _Start) -> list[_Start]:
         at = [slice(step, step + 1) for step in range(BLOCK)]

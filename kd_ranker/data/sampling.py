@@ -1,8 +1,9 @@
 """From many requests to a training batch of some, with a fixed number of candidates each.
 
-What is drawn at random is a handful of whole numbers a request (`Draw`); which candidates these
-mean is arithmetic, and the batch is gathered from `Columns`. The same functions run on NumPy arrays
-on the host and, compiled into the train step, on a device that holds the columns.
+What is drawn at random is a handful of whole numbers a request (`Starts`). Which candidates these
+mean is arithmetic (`Draw`), and the batch is gathered from `Columns`. The same functions run on
+NumPy arrays on the host and, compiled, on a device that holds the columns: the arithmetic for many
+steps at once, the gathering within the train step.
 """
 
 from collections.abc import Callable, Mapping
@@ -67,16 +68,10 @@ class Slots(NamedTuple):
 
 @flax.struct.dataclass
 class TrainingData:
-    """Requests to train on, and how many candidates of each kind a batch holds of each.
-
-    The kinds are those that were shown and have a positive label; those that were shown and have
-    none; the others that were passed, where a shown one whose labels were not drawn counts as
-    passed; and the rest of the retrieved.
+    """Requests to train on, and what a batch can hold of each.
 
     Attributes:
-      data: the requests, their candidates as `in_sampling_order` puts them. In [n, kinds],
-        `numbers` says how many candidates of each kind a request has, and `wanted` how many of them
-        a batch holds.
+      data: the requests, their candidates as `in_sampling_order` puts them.
       slots: of a batch.
     """
 
@@ -84,24 +79,58 @@ class TrainingData:
     slots: Slots = flax.struct.field(pytree_node=False)
 
 
+class Kinds(NamedTuple):
+    """How many candidates of each kind there are, and how many of them a batch holds.
+
+    The kinds are those that were shown and have a positive label; those that were shown and have
+    none; the others that were passed, where a shown one whose labels were not drawn counts as
+    passed; and the rest of the retrieved.
+    """
+
+    numbers: Int[np.ndarray, "*requests kinds"]
+    wanted: Int[np.ndarray, "*requests kinds"]
+
+    def of(self, request: Int[np.ndarray, "*shape"]) -> "Kinds":
+        """Those of some requests."""
+        return Kinds(self.numbers[request], self.wanted[request])
+
+
 @flax.struct.dataclass
-class Draw:
+class Starts:
     """What is random about the batches of a few steps in a row.
 
     Attributes:
       request: which of the requests, for each of the steps.
+      kinds: of these requests.
       offset: the place at which the sample of each kind starts, in [0, number of that kind); 0 if
         there are none. A run of places from a uniform one on draws each place with the same
         probability, and none twice: systematic sampling (Madow and Madow, 1944).
     """
 
+    request: Int[Array, "*R steps"]
+    kinds: Kinds
+    offset: Int[Array, "*R steps kinds"]
+
+
+@flax.struct.dataclass
+class Draw:
+    """The candidates of the batches of a few steps in a row.
+
+    Attributes:
+      request: which of the requests, for each of the steps.
+      place: which candidates of each, -1 where there is none.
+      factor: on the label weight of each that may have labels; 0 for what is not to be learned
+        from labels.
+    """
+
     request: Int[Array, "R steps"]
-    offset: Int[Array, "R steps kinds"]
+    place: Int[Array, "R steps N"]
+    factor: Float[Array, "R steps labels"]
 
 
 def training_data(
     columns: Columns, candidates: int, passed_share: float, negative_rate: float
-) -> tuple[TrainingData, Int[np.ndarray, "n kinds"]]:
+) -> tuple[TrainingData, Kinds]:
     """Decides how many candidates of each kind a batch holds of each request.
 
     Shown ones come first: all positives, and of the n negatives a share `negative_rate`, k in
@@ -116,7 +145,7 @@ def training_data(
       negative_rate: the share of the shown candidates without any positive label to keep.
 
     Returns:
-      The data, on the host, and how many candidates of each kind there are, for `draw`.
+      The data, on the host, and the kinds of each request, for `draw`.
     """
     columns, positives = in_sampling_order(columns)
     shown, retrieved = columns.num_shown, lengths(columns.candidate_start)
@@ -130,20 +159,19 @@ def training_data(
     slots = np.minimum(candidates - labelled, others + rest)
     from_others = np.minimum(np.rint(passed_share * slots).astype(np.int64), others)
     from_others = np.maximum(from_others, slots - rest)
-    numbers = [positives, negatives, others, rest]
-    wanted = [kept_positives, kept_negatives, from_others, slots - from_others]
+    kinds = Kinds(
+        numbers=np.stack([positives, negatives, others, rest], axis=1),
+        wanted=np.stack([kept_positives, kept_negatives, from_others, slots - from_others], axis=1),
+    )
     slots_with_teacher = candidates
     if (columns.num_scored <= passed).all():
         slots_with_teacher = int((labelled + from_others).max())
-    of_kinds = {"numbers": np.stack(numbers, axis=1), "wanted": np.stack(wanted, axis=1)}
     slots_of = Slots(candidates, int(labelled.max()), slots_with_teacher)
-    return TrainingData(request_data(columns, of_kinds), slots_of), of_kinds["numbers"]
+    return TrainingData(request_data(columns), slots_of), kinds
 
 
-def request_data(
-    columns: Columns, more: Mapping[str, Shaped[np.ndarray, "n ..."]] | None = None
-) -> RequestData:
-    """The requests of `columns`, on the host, with more that is known of each under its name."""
+def request_data(columns: Columns) -> RequestData:
+    """The requests of `columns`, on the host."""
     of_requests = (
         *_FIELDS_OF_REQUESTS,
         *("num_passed", "num_shown", "num_scored"),
@@ -153,9 +181,7 @@ def request_data(
         for name in ("candidate_start", "shown_start", "scored_start")
     }
     return RequestData(
-        requests=packing.pack(
-            {name: getattr(columns, name) for name in of_requests} | starts | dict(more or {})
-        ),
+        requests=packing.pack({name: getattr(columns, name) for name in of_requests} | starts),
         candidates=packing.pack(
             {name: getattr(columns, name) for name in _FIELDS_OF_CANDIDATES},
             nothing={"candidate_category": -1},
@@ -193,18 +219,19 @@ def _labelled_numbers(
 def draw(
     request: Int[np.ndarray, "R steps"],
     start: Float[np.ndarray, "R steps kinds"],
-    numbers: Int[np.ndarray, "R steps kinds"],
-) -> Draw:
+    kinds: Kinds,
+) -> Starts:
     """What uniform numbers mean.
 
     Args:
       request: which of the requests.
       start: uniform in [0, 1).
-      numbers: how many candidates of each kind these requests have.
+      kinds: of these requests.
     """
     # A product with a number next to 1 may be rounded up.
-    offset = np.minimum((start * numbers).astype(np.int32), np.maximum(numbers - 1, 0))
-    return Draw(request.astype(np.int32), offset.astype(np.int32))  # type: ignore[arg-type]
+    offset = np.minimum((start * kinds.numbers).astype(np.int32), np.maximum(kinds.numbers - 1, 0))
+    narrow: Any = [array.astype(np.int32) for array in (request, *kinds, offset)]
+    return Starts(narrow[0], Kinds(*narrow[1:3]), narrow[3])
 
 
 def around(index: Int[Array, "..."], number: Int[Array, "..."]) -> Int[Array, "..."]:
@@ -216,6 +243,18 @@ def around(index: Int[Array, "..."], number: Int[Array, "..."]) -> Int[Array, ".
     return index - number * (index >= number)
 
 
+def chosen(starts: Starts, slots: Slots) -> Draw:
+    """The candidates that a draw means, for all of its steps.
+
+    On arrays of NumPy or of JAX, whichever they are. In a compiled program this is of its own, it
+    is one pass over few numbers; within the step XLA on a CPU would do it anew for each number that
+    is gathered.
+    """
+    kinds: Any = starts.kinds
+    place, factor = _places(kinds.numbers, kinds.wanted, starts.offset, slots.candidates)
+    return Draw(starts.request, place, factor[..., : slots.labels])
+
+
 def cut_batch(data: TrainingData, draw: Draw, step: int | Int[Array, ""] = 0) -> CandidateBatch:
     """The batch that a draw means for one of its steps: shown candidates first, padding last.
 
@@ -224,9 +263,7 @@ def cut_batch(data: TrainingData, draw: Draw, step: int | Int[Array, ""] = 0) ->
     requests = packing.take(data.data.requests, draw.request[:, step])
 
     def of_candidates() -> Fields:
-        place, factor = _places(
-            requests["numbers"], requests["wanted"], draw.offset[:, step], data.slots.candidates
-        )
+        place, factor = draw.place[:, step], draw.factor[:, step]
         return candidate_fields(data.data, requests, place, factor, data.slots)
 
     return CandidateBatch(**request_fields(requests), **_computed_once(of_candidates, step))
@@ -248,11 +285,11 @@ def _computed_once(compute: Callable[[], Fields], step: int | Int[Array, ""]) ->
 
 
 def _places(
-    numbers: Int[Array, "R kinds"],
-    wanted: Int[Array, "R kinds"],
-    offset: Int[Array, "R kinds"],
+    numbers: Int[Array, "*R kinds"],
+    wanted: Int[Array, "*R kinds"],
+    offset: Int[Array, "*R kinds"],
     candidates: int,
-) -> tuple[Places, Float[Array, "R N"]]:
+) -> tuple[Int[Array, "*R N"], Float[Array, "*R N"]]:
     """Which candidates of each request a draw means.
 
     Returns:
@@ -262,34 +299,34 @@ def _places(
     xp = _namespace(offset)
     slot = xp.arange(candidates, dtype=offset.dtype)
     # Sums of four, one by one: a compiled scan over so few costs more.
-    ends = [wanted[:, [POSITIVES]]]
+    ends = [wanted[..., [POSITIVES]]]
     for kind in (NEGATIVES, OTHERS, REST):
-        ends.append(ends[-1] + wanted[:, [kind]])
+        ends.append(ends[-1] + wanted[..., [kind]])
 
-    def pick(of_kinds: Any) -> Int[Array, "R N"]:
+    def pick(of_kinds: Any) -> Int[Array, "*R N"]:
         """The number of each slot's kind: a choice among four costs less than a gather."""
         picked = of_kinds[REST]
         for kind in (OTHERS, NEGATIVES, POSITIVES):
             picked = xp.where(slot < ends[kind], of_kinds[kind], picked)
         return picked
 
-    def of_kind(array: Int[Array, "R kinds"]) -> Int[Array, "R N"]:
-        return pick([array[:, [kind]] for kind in range(KINDS)])
+    def of_kind(array: Int[Array, "*R kinds"]) -> Int[Array, "*R N"]:
+        return pick([array[..., [kind]] for kind in range(KINDS)])
 
     # A sample is a run of places on the circle of its kind; what it leaves out follows it there.
     number, k, begin = of_kind(numbers), of_kind(wanted), pick([0 * ends[0], *ends[:-1]])
     sampled = around(of_kind(offset) + slot - begin, number)
 
     # Among the others, those shown ones that were not drawn come first: positives, negatives.
-    positives, negatives = numbers[:, [POSITIVES]], numbers[:, [NEGATIVES]]
-    drawn_positives, drawn_negatives = wanted[:, [POSITIVES]], wanted[:, [NEGATIVES]]
+    positives, negatives = numbers[..., [POSITIVES]], numbers[..., [NEGATIVES]]
+    drawn_positives, drawn_negatives = wanted[..., [POSITIVES]], wanted[..., [NEGATIVES]]
     after_positives = sampled - (positives - drawn_positives)
-    left_positive = around(offset[:, [POSITIVES]] + drawn_positives + sampled, positives)
-    left_negative = around(offset[:, [NEGATIVES]] + drawn_negatives + after_positives, negatives)
+    left_positive = around(offset[..., [POSITIVES]] + drawn_positives + sampled, positives)
+    left_negative = around(offset[..., [NEGATIVES]] + drawn_negatives + after_positives, negatives)
     after_negatives = after_positives - (negatives - drawn_negatives)
     other = xp.where(after_positives < 0, left_positive, positives + left_negative)
     other = xp.where(after_negatives < 0, other, positives + negatives + after_negatives)
-    passed = numbers[:, [OTHERS]] + drawn_positives + drawn_negatives
+    passed = numbers[..., [OTHERS]] + drawn_positives + drawn_negatives
     place = pick([sampled, positives + sampled, other, passed + sampled])
     stands_for = number.astype(xp.float32) / xp.maximum(k, 1).astype(xp.float32)
     factor = xp.where(slot < ends[NEGATIVES], stands_for, xp.float32(0))
@@ -315,7 +352,7 @@ def candidate_fields(
     data: RequestData,
     requests: Mapping[str, Shaped[Array, "R ..."]],
     places: Places,
-    factors: Float[Array, "R N"],
+    factors: Float[Array, "R labels"],
     slots: Slots,
 ) -> Fields:
     """The fields of `CandidateBatch` that are of the chosen candidates.
@@ -324,45 +361,43 @@ def candidate_fields(
       data: the dataset.
       requests: what `data.requests` says of the chosen requests.
       places: which candidates of each, in the order of the batch; -1 for none.
-      factors: a factor on the label weight of each; 0 from slot `slots.labels` on.
+      factors: on the label weights of the first, `slots.labels` of them.
       slots: of the batch.
     """
     xp = _namespace(places)
 
     def of_slots(
         packed: Packed, part: str, number: str | None, width: int
-    ) -> dict[str, Shaped[Array, "R N ..."]]:
-        """What `packed` holds of the first slots, and nothing in those after them."""
+    ) -> dict[str, Shaped[Array, "R slots ..."]]:
+        """What `packed` holds of the first slots."""
         place = places[:, :width]
         is_there = place >= 0
         if number is not None:
             is_there = is_there & (place < requests[number][:, None])
         start = requests[f"{part}_start"][:, None]
-        taken = packing.take(packed, xp.where(is_there, start + place, packed.nothing))
-        return {
-            name: xp.pad(
-                array, [(0, 0), (0, slots.candidates - width), *[(0, 0)] * (array.ndim - 2)]
-            )
-            for name, array in taken.items()
-        }
+        return packing.take(packed, xp.where(is_there, start + place, packed.nothing))
 
-    candidates = of_slots(data.candidates, "candidate", None, slots.candidates)
+    def filled_up(array: Shaped[Array, "R slots ..."]) -> Shaped[Array, "R N ..."]:
+        """With nothing in the slots after the first."""
+        after = slots.candidates - array.shape[1]
+        return xp.pad(array, [(0, 0), (0, after), *[(0, 0)] * (array.ndim - 2)])
+
     labels = of_slots(data.labels, "shown", "num_shown", slots.labels)
     teacher = of_slots(data.teacher, "scored", "num_scored", slots.teacher)
-    # What stands for nothing is NaN, as is what was not logged properly; what is beyond is 0.
+    # What stands for nothing is NaN, as is what was not logged properly.
     probability = teacher["teacher_probability"]
-    proper = ~xp.isnan(probability) & (xp.arange(slots.candidates) < slots.teacher)[:, None]
+    proper = ~xp.isnan(probability)
     stage = xp.int8(Stage.RETRIEVED)
     for name, reached in (("num_passed", Stage.PASSED), ("num_shown", Stage.SHOWN)):
         stage = xp.where(places < requests[name][:, None], xp.int8(reached), stage)
     stage = xp.where(places >= 0, stage, xp.int8(Stage.PADDING))
     return {
-        **candidates,
+        **of_slots(data.candidates, "candidate", None, slots.candidates),
         "stage": stage,
-        "user_label": labels["user_label"].astype(xp.float32),
-        "label_weight": factors * labels["label_weight"],
-        "teacher_probability": xp.where(proper, probability, xp.float32(0)),
-        "teacher_weight": proper.astype(xp.float32),
+        "user_label": filled_up(labels["user_label"].astype(xp.float32)),
+        "label_weight": filled_up(factors * labels["label_weight"]),
+        "teacher_probability": filled_up(xp.where(proper, probability, xp.float32(0))),
+        "teacher_weight": filled_up(proper.astype(xp.float32)),
     }
 
 

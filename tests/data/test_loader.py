@@ -27,7 +27,7 @@ class Whole:
         return self
 
     def __next__(self):
-        batch, number = next(self.iterator), self.number
+        batch, number = jax.device_get(next(self.iterator)), self.number
         self.number += 1
         return sampling.cut_batch(self.data, batch, number % loader.BLOCK) if self.data else batch
 

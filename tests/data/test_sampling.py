@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -7,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_ranker.batch import Stage
-from kd_ranker.data import packing, sampling
+from kd_ranker.data import sampling
 from kd_ranker.data.columns import (
     Columns,
     columns_of,
@@ -55,11 +56,10 @@ def cut(requests, candidates, negative_rate=1.0, generator=None, passed_share=0.
     """A training batch of some requests, all of them once if `rows` does not say which."""
     generator = generator or np.random.default_rng(0)
     columns = requests if isinstance(requests, Columns) else columns_of(requests, V1)
-    data, numbers = sampling.training_data(columns, candidates, passed_share, negative_rate)
-    rows = np.arange(len(columns)) if rows is None else rows
-    start = generator.random((len(rows), 1, sampling.KINDS))
-    batch = sampling.cut_batch(data, sampling.draw(rows[:, None], start, numbers[rows][:, None]))
-    return dataclasses.asdict(batch)
+    data, kinds = sampling.training_data(columns, candidates, passed_share, negative_rate)
+    rows = np.arange(len(columns))[:, None] if rows is None else rows[:, None]
+    starts = sampling.draw(rows, generator.random((*rows.shape, sampling.KINDS)), kinds.of(rows))
+    return dataclasses.asdict(sampling.cut_batch(data, sampling.chosen(starts, data.slots)))
 
 
 def fields_of(request, candidates, negative_rate=1.0, seed=0, passed_share=0.5):
@@ -97,17 +97,17 @@ def test_every_run_of_the_spread_order_is_spread_evenly():
 def test_over_all_offsets_each_of_a_kind_is_drawn_equally_often(candidates, negative_rate):
     """Every offset of every kind, one kind at a time: no candidate twice, and none preferred."""
     request = random_request(3, shown=9, passed=16, retrieved=40)
-    data, ((*numbers,),) = sampling.training_data(
-        columns_of([request], V1), candidates, 0.5, negative_rate
-    )
-    ends = np.cumsum(packing.take(data.data.requests, np.zeros(1, int))["wanted"][0])
+    data, kinds = sampling.training_data(columns_of([request], V1), candidates, 0.5, negative_rate)
+    only = np.zeros((1, 1), np.int32)
+    ends = np.cumsum(kinds.wanted[0])
     starts = np.concatenate([[0], ends[:-1]])
-    for kind, number in enumerate(numbers):
+    for kind, number in enumerate(kinds.numbers[0]):
         counts = {}
         for offset in range(number):
             offsets = np.zeros((1, 1, sampling.KINDS), np.int32)
             offsets[..., kind] = offset
-            drawn = sampling.cut_batch(data, sampling.Draw(np.zeros((1, 1), np.int32), offsets))
+            drawn = sampling.chosen(sampling.Starts(only, kinds.of(only), offsets), data.slots)
+            drawn = sampling.cut_batch(data, drawn)
             items = drawn.item_id[0][drawn.stage[0] > 0].tolist()
             assert len(set(items)) == len(items) == min(candidates, 40)
             for item in items[starts[kind] : ends[kind]]:
@@ -140,10 +140,13 @@ def test_the_sampling_order_moves_whole_candidates():
 def test_a_device_cuts_the_batch_that_the_host_cuts():
     requests = [random_request(seed) for seed in range(4)]
     requests.append(random_request(5, shown=0, passed=0, retrieved=3))
-    data, numbers = sampling.training_data(columns_of(requests, V1), 12, 0.5, 0.6)
+    data, kinds = sampling.training_data(columns_of(requests, V1), 12, 0.5, 0.6)
     rows = np.array([[4, 0, 1], [2, 3, 4]])
     start = np.random.default_rng(0).random((*rows.shape, sampling.KINDS))
-    drawn = sampling.draw(rows, start, numbers[rows])
+    starts = sampling.draw(rows, start, kinds.of(rows))
+    drawn = sampling.chosen(starts, data.slots)
+    compiled = jax.jit(functools.partial(sampling.chosen, slots=data.slots))
+    jax.tree.map(np.testing.assert_array_equal, drawn, compiled(jax.device_put(starts)))
     for step in range(3):
         on_host = sampling.cut_batch(data, drawn, step)
         on_device = jax.jit(sampling.whole_batch)(*jax.device_put((drawn, data)), step)

@@ -172,11 +172,11 @@ def test_a_step_cuts_its_batch_from_a_draw(mapping, devices):
     requests = [random_request(seed) for seed in range(20)]
     requests += [random_request(20, 0, 0, 3), random_request(21, 1, 1, 1)]
     spec = dataclasses.replace(SPEC, teacher_version="v1")
-    data, numbers = sampling.training_data(columns_of(requests, spec), 12, 0.5, 0.6)
+    data, kinds = sampling.training_data(columns_of(requests, spec), 12, 0.5, 0.6)
     generator = np.random.default_rng(0)
     rows = generator.integers(0, len(requests), (8, 3))
-    start = generator.random((8, 3, sampling.KINDS))
-    drawn = sampling.draw(rows, start, numbers[rows])
+    starts = sampling.draw(rows, generator.random((8, 3, sampling.KINDS)), kinds.of(rows))
+    drawn = sampling.chosen(starts, data.slots)
     batches = [sampling.cut_batch(data, drawn, step) for step in range(3)]
     recipe, state = make_recipe()
     expected, _ = run(recipe, state, batches, live=False)
