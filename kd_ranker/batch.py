@@ -36,6 +36,11 @@ class CandidateBatch:
 
     Entries where `stage` is `PADDING` hold zeros and mean nothing; entries of weight 0 may hold
     anything, NaN included, and contribute exactly nothing to a loss.
+
+    Those shown stand first, then those passed, so what is known of a few candidates only need not
+    be as long as the list of all: labels are of its first `labelled` entries, and in its first
+    `judged` stand all that were passed and all that have a logged teacher probability. Both may be
+    N.
     """
 
     user_id: Int[Array, "R"]
@@ -49,15 +54,37 @@ class CandidateBatch:
     request_category: Int[Array, "R K"]  # category ids of user and context; -1 fills up
     candidate_category: Int[Array, "R N L"]  # those that differ from request to request
     stage: Int8[Array, "R N"]  # a `Stage`
-    user_label: Float[Array, "R N T"]  # 0 or 1
-    label_weight: Float[Array, "R N"]  # 0 where not shown
-    teacher_probability: Float[Array, "R N T"]
-    teacher_weight: Float[Array, "R N T"]  # 0 where that probability was not logged properly
+    user_label: Float[Array, "R labelled T"]  # 0 or 1
+    label_weight: Float[Array, "R labelled"]  # 0 where not shown
+    teacher_probability: Float[Array, "R judged T"]
+    teacher_weight: Float[Array, "R judged T"]  # 0 where it was not logged properly
 
     @property
     def candidate_mask(self) -> Bool[Array, "R N"]:
         """True where there is a candidate, False on padding."""
         return self.stage > Stage.PADDING
+
+    @property
+    def labelled(self) -> int:
+        """How many candidates of each request, the first ones, can have user labels."""
+        return self.label_weight.shape[1]
+
+    @property
+    def judged(self) -> int:
+        """How many candidates of each request, the first ones, can have logged probabilities."""
+        return self.teacher_weight.shape[1]
+
+    def first(self, candidates: int) -> "CandidateBatch":
+        """The batch with the first candidates of each request alone."""
+        return dataclasses.replace(
+            self, **{name: getattr(self, name)[:, :candidates] for name in _OF_CANDIDATES}
+        )
+
+
+_OF_CANDIDATES = (
+    *("item_id", "candidate_features", "candidate_category", "stage"),
+    *("user_label", "label_weight", "teacher_probability", "teacher_weight"),
+)
 
 
 @flax.struct.dataclass

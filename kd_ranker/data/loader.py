@@ -221,9 +221,13 @@ def training_batches(
 
     def batch(start: _Start) -> CandidateBatch:
         data, kinds = data_of(read(start.request[:, 0].tolist()))
+        # What the requests of one batch need differs from batch to batch, as shapes must not.
+        slots = sampling.Slots(*(candidates,) * 3)
         request = np.arange(len(start.request))[:, None]
         starts = sampling.draw(request, start.start, kinds.of(request))
-        return sampling.cut_batch(data, sampling.chosen(starts, data.slots))
+        return sampling.cut_batch(
+            dataclasses.replace(data, slots=slots), sampling.chosen(starts, slots)
+        )
 
     def steps(block: _Start) -> list[_Start]:
         at = [slice(step, step + 1) for step in range(BLOCK)]

@@ -57,13 +57,13 @@ class Slots(NamedTuple):
 
     Attributes:
       candidates: N, a candidate.
-      labels: a user label that counts.
-      teacher: a teacher probability.
+      labelled: a user label that counts.
+      judged: a teacher probability, or a candidate that was passed.
     """
 
     candidates: int
-    labels: int
-    teacher: int
+    labelled: int
+    judged: int
 
 
 @flax.struct.dataclass
@@ -125,7 +125,7 @@ class Draw:
 
     request: Int[Array, "R steps"]
     place: Int[Array, "R steps N"]
-    factor: Float[Array, "R steps labels"]
+    factor: Float[Array, "R steps labelled"]
 
 
 def training_data(
@@ -163,10 +163,10 @@ def training_data(
         numbers=np.stack([positives, negatives, others, rest], axis=1),
         wanted=np.stack([kept_positives, kept_negatives, from_others, slots - from_others], axis=1),
     )
-    slots_with_teacher = candidates
+    judged = candidates
     if (columns.num_scored <= passed).all():
-        slots_with_teacher = int((labelled + from_others).max())
-    slots_of = Slots(candidates, int(labelled.max()), slots_with_teacher)
+        judged = max(int((labelled + from_others).max()), 1)
+    slots_of = Slots(candidates, max(int(labelled.max()), 1), judged)
     return TrainingData(request_data(columns), slots_of), kinds
 
 
@@ -252,7 +252,7 @@ def chosen(starts: Starts, slots: Slots) -> Draw:
     """
     kinds: Any = starts.kinds
     place, factor = _places(kinds.numbers, kinds.wanted, starts.offset, slots.candidates)
-    return Draw(starts.request, place, factor[..., : slots.labels])
+    return Draw(starts.request, place, factor[..., : slots.labelled])
 
 
 def cut_batch(data: TrainingData, draw: Draw, step: int | Int[Array, ""] = 0) -> CandidateBatch:
@@ -352,7 +352,7 @@ def candidate_fields(
     data: RequestData,
     requests: Mapping[str, Shaped[Array, "R ..."]],
     places: Places,
-    factors: Float[Array, "R labels"],
+    factors: Float[Array, "R labelled"],
     slots: Slots,
 ) -> Fields:
     """The fields of `CandidateBatch` that are of the chosen candidates.
@@ -361,7 +361,7 @@ def candidate_fields(
       data: the dataset.
       requests: what `data.requests` says of the chosen requests.
       places: which candidates of each, in the order of the batch; -1 for none.
-      factors: on the label weights of the first, `slots.labels` of them.
+      factors: on the label weights of the first, `slots.labelled` of them.
       slots: of the batch.
     """
     xp = _namespace(places)
@@ -377,13 +377,8 @@ def candidate_fields(
         start = requests[f"{part}_start"][:, None]
         return packing.take(packed, xp.where(is_there, start + place, packed.nothing))
 
-    def filled_up(array: Shaped[Array, "R slots ..."]) -> Shaped[Array, "R N ..."]:
-        """With nothing in the slots after the first."""
-        after = slots.candidates - array.shape[1]
-        return xp.pad(array, [(0, 0), (0, after), *[(0, 0)] * (array.ndim - 2)])
-
-    labels = of_slots(data.labels, "shown", "num_shown", slots.labels)
-    teacher = of_slots(data.teacher, "scored", "num_scored", slots.teacher)
+    labels = of_slots(data.labels, "shown", "num_shown", slots.labelled)
+    teacher = of_slots(data.teacher, "scored", "num_scored", slots.judged)
     # What stands for nothing is NaN, as is what was not logged properly.
     probability = teacher["teacher_probability"]
     proper = ~xp.isnan(probability)
@@ -394,10 +389,10 @@ def candidate_fields(
     return {
         **of_slots(data.candidates, "candidate", None, slots.candidates),
         "stage": stage,
-        "user_label": filled_up(labels["user_label"].astype(xp.float32)),
-        "label_weight": filled_up(factors * labels["label_weight"]),
-        "teacher_probability": filled_up(xp.where(proper, probability, xp.float32(0))),
-        "teacher_weight": filled_up(proper.astype(xp.float32)),
+        "user_label": labels["user_label"].astype(xp.float32),
+        "label_weight": factors * labels["label_weight"],
+        "teacher_probability": xp.where(proper, probability, xp.float32(0)),
+        "teacher_weight": proper.astype(xp.float32),
     }
 
 

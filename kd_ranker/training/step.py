@@ -187,8 +187,10 @@ def with_live_teacher(
     if teacher is None:
         return batch
     assert frozen.teacher is not None, "a live teacher needs its parameters"
-    logits = score(teacher.model, frozen.teacher, batch, frozen.items)
-    scored = batch.stage >= teacher.stage
+    # Scoring is most of such a step, so what will not meet the teacher is not scored.
+    meets = batch.first(batch.judged) if teacher.stage >= Stage.PASSED else batch
+    logits = score(teacher.model, frozen.teacher, meets, frozen.items)
+    scored = meets.stage >= teacher.stage
     return dataclasses.replace(
         batch,
         teacher_probability=jax.lax.stop_gradient(jax.nn.sigmoid(logits)),
@@ -272,7 +274,7 @@ def _losses(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """This device's share of a member's losses."""
     logits = apply_model(recipe.model, dense, embedded, batch, items)
-    user_logits = recipe.mode.user_logits(logits, transform)
+    user_logits = recipe.mode.user_logits(logits[:, : batch.labelled], transform)
     label_weight = jnp.broadcast_to(batch.label_weight[..., None], user_logits.shape)
     user_loss = _mean_over_devices(*bce(user_logits, batch.user_label, label_weight))
     if recipe.mode.teacher_logits is None:
@@ -280,7 +282,7 @@ def _losses(
     else:
         distill_loss = _mean_over_devices(
             *recipe.distill_loss(
-                recipe.mode.teacher_logits(logits, transform),
+                recipe.mode.teacher_logits(logits[:, : batch.judged], transform),
                 batch.teacher_probability,
                 batch.teacher_weight,
                 LossNumbers(numbers.temperature, numbers.top_k),

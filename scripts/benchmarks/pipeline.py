@@ -19,11 +19,12 @@ import jax
 
 from configs import cascade
 from kd_ranker import commands, teachers
+from kd_ranker.data import loader, sampling
 from kd_ranker.training.mapping import MAPPINGS
 from scripts.benchmarks import measuring
-from scripts.benchmarks.programs import Program, first_batch, host_batches, training_batches
+from scripts.benchmarks.programs import Program, training_batches
 
-BAR, STEPS, TURNS, RESIDENT = 0.9, 100, 30, 64
+BAR, STEPS, TURNS, RESIDENT = 0.9, 100, 30, loader.BLOCK
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -35,16 +36,15 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         config.data.dir = folder
         commands.prepare_data(config)
         _, dataset = teachers.teacher_and_dataset(config)
-        batch = first_batch(config, dataset)
         shard = MAPPINGS["shard_map"](jax.devices()[:1]).shard
         start = time.perf_counter()
         drawn, data = training_batches(config, dataset, to_device=shard)
         batches = iter(drawn)
-        next(batches)
+        first = jax.device_get(next(batches))
         start_up = time.perf_counter() - start
-        program = Program({"": config}, dataset.spec, dataset.items, batch, data=data)
-        read = itertools.islice(host_batches(config, dataset), RESIDENT)
-        fresh = itertools.cycle([shard(batch) for batch in read])
+        whole = [sampling.cut_batch(data, first, step) for step in range(RESIDENT)]
+        program = Program({"": config}, dataset.spec, dataset.items, whole[0], data=data)
+        fresh = itertools.cycle([shard(batch) for batch in whole])
         turns = {
             "loader": lambda: take(program, lambda: next(batches)),
             "resident": lambda: take(program, lambda: program.batch),

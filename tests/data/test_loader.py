@@ -103,8 +103,18 @@ def test_an_iterator_goes_on_where_its_state_was_taken(dataset, before, resident
 
 def test_what_is_read_for_each_batch_gives_the_batches_of_what_stays_in_memory(dataset):
     number = loader.BLOCK + 3
-    resident = take(batches(dataset, resident=True), number)
-    assert_same(resident, take(batches(dataset, resident=False), number))
+    for resident, read in zip(
+        take(batches(dataset, resident=True), number),
+        take(batches(dataset, resident=False), number),
+        strict=True,
+    ):
+        # What is read anew cannot know how few slots would do for all batches.
+        assert resident.labelled < resident.judged < read.labelled == read.judged == 12
+        filled = [
+            np.pad(few, [(0, to - of) for of, to in zip(few.shape, all_slots.shape, strict=True)])
+            for few, all_slots in zip(*map(jax.tree.leaves, (resident, read)), strict=True)
+        ]
+        assert_same(filled, jax.tree.leaves(read))
 
 
 def test_in_the_order_of_time_an_epoch_reads_what_is_stored_one_after_the_other(dataset):

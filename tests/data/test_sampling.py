@@ -59,7 +59,16 @@ def cut(requests, candidates, negative_rate=1.0, generator=None, passed_share=0.
     data, kinds = sampling.training_data(columns, candidates, passed_share, negative_rate)
     rows = np.arange(len(columns))[:, None] if rows is None else rows[:, None]
     starts = sampling.draw(rows, generator.random((*rows.shape, sampling.KINDS)), kinds.of(rows))
-    return dataclasses.asdict(sampling.cut_batch(data, sampling.chosen(starts, data.slots)))
+    few = dataclasses.asdict(sampling.cut_batch(data, sampling.chosen(starts, data.slots)))
+    slots = sampling.Slots(candidates, candidates, candidates)
+    of_all = dataclasses.replace(data, slots=slots)
+    batch = dataclasses.asdict(sampling.cut_batch(of_all, sampling.chosen(starts, slots)))
+    # With the fewest slots that do, a batch is the same but for zeros at the end.
+    for name, array in batch.items():
+        width = few[name].shape[1:2]
+        np.testing.assert_array_equal(array[(slice(None), *map(slice, width))], few[name])
+        assert not any(array[(slice(None), slice(of, None))].any() for of in width)
+    return batch
 
 
 def fields_of(request, candidates, negative_rate=1.0, seed=0, passed_share=0.5):

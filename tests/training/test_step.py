@@ -187,6 +187,30 @@ def test_a_step_cuts_its_batch_from_a_draw(mapping, devices):
     assert (expected.parameters.tables["item"] != state.parameters.tables["item"][0]).any()
 
 
+@pytest.mark.parametrize("live", [True, False])
+@pytest.mark.parametrize("mode", ["aux", "shared"])
+def test_a_step_leaves_out_what_cannot_count(mode, live):
+    """Batches with the fewest slots for labels and teacher against the same with all of them."""
+    requests = [random_request(seed) for seed in range(8)] + [random_request(8, 0, 0, 3)]
+    spec = dataclasses.replace(SPEC, teacher_version="v1")
+    data, kinds = sampling.training_data(columns_of(requests, spec), 12, 0.5, 0.6)
+    rows = np.arange(8)[:, None] + np.arange(2)
+    start = np.random.default_rng(0).random((8, 2, sampling.KINDS))
+    starts = sampling.draw(rows, start, kinds.of(rows))
+    recipe, state = make_recipe(mode)
+
+    def after(slots):
+        of_slots, drawn = dataclasses.replace(data, slots=slots), sampling.chosen(starts, slots)
+        batches = [sampling.cut_batch(of_slots, drawn, step) for step in range(2)]
+        assert (batches[0].labelled, batches[0].judged) == slots[1:]
+        return run(recipe, state, batches, live=live)
+
+    assert data.slots.labelled < data.slots.judged < 12
+    (few, few_losses), (every, every_losses) = after(data.slots), after(sampling.Slots(12, 12, 12))
+    assert_close(few.parameters, every.parameters, 1e-5)
+    assert_close(few_losses, every_losses, 1e-5)
+
+
 @over_modes_and_specs
 def test_a_step_is_gradient_descent_on_the_whole_loss(mode, spec):
     """The step against plain differentiation of everything, whole tables included, with SGD."""
