@@ -279,7 +279,9 @@ def write_shard(path: Path, requests: Callable[[], Iterator[Request]], spec: Fea
         for number, request in enumerate(requests()):
             _check_ids(request, spec)
             record = features.encode_example(to_record(request, spec.tasks))
-            yield number, serializer.serialize_example(record)
+            example = serializer.get_tf_example(record)
+            # Else the order of its fields differs from process to process.
+            yield number, example.SerializeToString(deterministic=True)
 
     temporary = path.with_name(f"{_UNFINISHED}{path.name}.{os.getpid()}")
     try:
