@@ -1,6 +1,7 @@
 """Writes a copy of the dataset with the probabilities of the teacher in config.teacher.workdir.
 
-With `data.name = "parquet"`, the log is written back with the teacher's columns added, too.
+With `data.name = "parquet"`, the log is written back with the teacher's columns added, too. A run
+that was killed goes on where it stopped.
 """
 
 from pathlib import Path

@@ -12,6 +12,7 @@ from kd_ranker import measurement, runs, settings, teachers
 from kd_ranker.data import builder
 from kd_ranker.data.parquet.infer.first_config import FirstConfig, write_first_config
 from kd_ranker.data.parquet.scoring import Scored
+from kd_ranker.data.pool import open_pool
 from kd_ranker.data.request import Source
 from kd_ranker.data.sources import SOURCES
 from kd_ranker.evaluation import results
@@ -94,10 +95,12 @@ class Logged(NamedTuple):
 def log_teacher(config: ConfigDict) -> Logged:
     """Scores the dataset of `config.data` with the teacher in `config.teacher.workdir`.
 
-    The result is a copy of the dataset, and, with `data.name = "parquet"`, a copy of the log.
+    The result is a copy of the dataset, and, with `data.name = "parquet"`, a copy of the log. A run
+    that was killed goes on where it stopped.
 
     Raises:
-      UserError: dataset or teacher are missing, or the log is not what the dataset was built of.
+      UserError: dataset or teacher are missing, the log is not what the dataset was built of, or
+        another run does the same.
     """
     settings.validate(config)
     dataset = teachers.open_dataset(config)
@@ -110,17 +113,22 @@ def log_teacher(config: ConfigDict) -> Logged:
             config.data, config.tasks, config.funnel, dataset.directory, name
         )
     splits = dataset.builder.info.splits
-    source = Source(
-        spec=dataclasses.replace(
-            dataset.spec, teacher_version=teacher.version, teacher_signal="probability"
-        ),
-        item_features=dataset.item_features,
-        item_category=dataset.item_category,
-        requests=functools.partial(teachers.scored_requests, config, dataset, teacher),
-        num_requests={split: splits[split].num_examples for split in builder.SPLITS},
-        write_beside=log.write_beside if log else None,
-    )
-    directory = builder.build(source, name, config.data.dir)
+    processes = config.data.get("processes", 1)
+    with open_pool(processes) as run:
+        source = Source(
+            spec=dataclasses.replace(
+                dataset.spec, teacher_version=teacher.version, teacher_signal="probability"
+            ),
+            item_features=dataset.item_features,
+            item_category=dataset.item_category,
+            requests=functools.partial(teachers.scored_requests, config, dataset, teacher),
+            num_requests={split: splits[split].num_examples for split in builder.SPLITS},
+            shards=functools.partial(teachers.scoring_shards, config, dataset, teacher, processes),
+            run=run,
+            resume=teachers.scoring_folder(config, dataset, teacher),
+            write_beside=log.write_beside if log else None,
+        )
+        directory = builder.build(source, name, config.data.dir)
     return Logged(directory, log.write() if log else None)
 
 

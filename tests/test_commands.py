@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kd_ranker import commands, measurement, teachers
-from kd_ranker.data import loader
+from kd_ranker.data import builder, loader
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
@@ -138,6 +138,127 @@ def test_logged_records_carry_the_teachers_version_and_no_other_counts(world):
     other = dataclasses.replace(dataset.spec, teacher_version="of-another-teacher")
     assert (weights(dataset) == 1).all()
     assert (weights(dataclasses.replace(dataset, spec=other)) == 0).all()
+
+
+@pytest.fixture
+def apart(world, tmp_path, monkeypatch):
+    """The config of a dataset that no other test scores, in shards of one batch: 4 and 1."""
+    dataset = teachers.open_dataset(world.config())
+    copied = tmp_path / "requests" / dataset.directory.parent.name
+    shutil.copytree(dataset.directory.parent, copied)
+    monkeypatch.setattr(teachers, "_BATCHES", 1)
+    config = world.config(data__dir=str(tmp_path))
+    assert config.evaluation.requests == 16
+    return config
+
+
+def record_files(directory):
+    return {path.name: path.read_bytes() for path in directory.glob("*array_record*")}
+
+
+def test_scoring_in_shards_and_processes_gives_the_bytes_of_one_pass(apart, monkeypatch):
+    dataset = teachers.open_dataset(apart)
+    teacher = teachers.load_teacher(apart, dataset)
+
+    def fields(requests):
+        return [
+            {name: np.asarray(value).tobytes() for name, value in vars(request).items()}
+            for request in requests
+        ]
+
+    files = []
+    loaded, load = [], teachers.load_teacher
+    monkeypatch.setattr(
+        teachers, "load_teacher", lambda *arguments: loaded.append(0) or load(*arguments)
+    )
+    for processes in (1, 2):
+        apart.data.processes = processes
+        directory = commands.log_teacher(apart).dataset
+        scored = teachers.open_dataset(apart, teacher.version)
+        splits = scored.builder.info.splits
+        assert splits["train"].shard_lengths == [16] * 4
+        assert splits["test"].shard_lengths == [12]
+        for split in builder.SPLITS:
+            one_pass = teachers.scored_requests(apart, dataset, teacher, split)
+            assert fields(loader.read_requests(scored, split)) == fields(one_pass)
+        files.append(record_files(directory))
+        shutil.rmtree(directory)
+    assert files[0] == files[1]
+    # Once a call; the other processes do not count here.
+    assert len(loaded) == 2
+
+
+# A real SIGKILL, when so many shards of the scored copy are whole.
+_DYING = """
+import os, runpy, signal, sys
+from kd_ranker import teachers
+from kd_ranker.data import builder
+number, write = int(sys.argv[1]), builder.write_shard
+
+def dying_write(*arguments):
+    global number
+    if not number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    number -= 1
+    write(*arguments)
+
+builder.write_shard, teachers._BATCHES = dying_write, 1
+sys.argv = ["log_teacher", *sys.argv[2:]]
+runpy.run_module("experiments.log_teacher", run_name="__main__")
+"""
+
+
+def test_scoring_that_was_killed_goes_on_with_the_shards_that_are_missing(
+    world, apart, tmp_path, monkeypatch
+):
+    directory = commands.log_teacher(apart).dataset
+    whole = record_files(directory)
+    shutil.rmtree(directory)
+    killed = small.run("-c", _DYING, "3", *world.flags(tmp_path, data__dir=str(tmp_path)))
+    assert killed.returncode == -9, killed.stderr
+    assert not directory.exists()
+    score, scored = teachers.scored_requests, []
+
+    def counting(*arguments):
+        scored.append(arguments[3:])
+        return score(*arguments)
+
+    monkeypatch.setattr(teachers, "scored_requests", counting)
+    assert commands.log_teacher(apart).dataset == directory
+    assert scored == [("train", 48, 64), ("test", 0, 12)]
+    assert record_files(directory) == whole
+    assert not [*tmp_path.glob(".scoring-*")]
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+
+
+def test_kept_shards_are_of_the_same_batches_dataset_and_teacher(apart):
+    dataset = teachers.open_dataset(apart)
+    teacher = teachers.load_teacher(apart, dataset)
+
+    def folder(**changes):
+        config = apart.copy_and_resolve_references()
+        with config.unlocked():
+            config.update_from_flattened_dict(
+                {key.replace("__", "."): value for key, value in changes.items()}
+            )
+        return teachers.scoring_folder(config, dataset, teacher)
+
+    before = folder()
+    apart.data.processes = 2
+    assert folder() == before
+    assert folder(evaluation__requests=8) != before
+    assert folder(teacher__stage="passed") != before
+    other = teacher._replace(version="another")
+    assert teachers.scoring_folder(apart, dataset, other) != before
+    # Made anew, it may hold something else.
+    record = next(dataset.directory.glob("*array_record*"))
+    record.write_bytes(record.read_bytes())
+    assert folder() != before
+
+
+def test_a_process_that_finds_another_teacher_does_not_score_with_it(apart):
+    with pytest.raises(UserError, match="has changed while it scored; run this again"):
+        teachers.scored_elsewhere(apart.to_json(), "another", "train", 0, 16)
 
 
 @pytest.fixture(scope="module")

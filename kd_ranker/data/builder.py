@@ -8,14 +8,18 @@ beside the records
     item_category.npy   int32 [num_items, I], the category ids of each item
 
 and what else its source puts there. TFDS writes into a temporary folder and renames it at the end,
-so a dataset is whole or absent.
+so a dataset is whole or absent. Of a source with `resume`, the finished shards outlive a run that
+was killed, and a later one writes the others.
 """
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import io
 import json
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +29,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from jaxtyping import Float32, Int32
 from ml_collections import ConfigDict
+from tensorflow_datasets.core.constants import INCOMPLETE_PREFIX
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.file_adapters import ADAPTER_FOR_FORMAT, FileFormat
 from tqdm import tqdm
@@ -37,6 +42,9 @@ FORMAT_VERSION = "1.1.0"
 SPLITS = ("train", "test")
 SPEC_FILE = "feature_spec.json"
 _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
+_RECORDS = ADAPTER_FOR_FORMAT[FileFormat.ARRAY_RECORD]
+# What the name of a shard starts with that is being written.
+_UNFINISHED = ".unfinished-"
 # Where the dataset is put does not change what is in it, nor how it was made or configured, nor
 # what a report lists.
 _DATA_KEYS_WITHOUT_INFLUENCE = ("dir", "processes", "rows_in_memory", "infer")
@@ -206,12 +214,13 @@ class Requests(tfds.core.GeneratorBasedBuilder):
             np.save(file, _item_category(self._source))
 
     def _write_shards(self) -> None:
-        """Writes a file a shard.
+        """Writes a file a shard, where it is not kept from an earlier run.
 
         TFDS' own builder of shards would hold all of a shard's requests in memory, and write one
         shard after the other.
         """
         source, calls, shards_of = self._source, [], {}
+        folder = source.resume or Path(self.data_path)
         for split in SPLITS:
             template = self._get_filename_template(split)
             shards = source.shards(split) if source.shards else []
@@ -221,17 +230,23 @@ class Requests(tfds.core.GeneratorBasedBuilder):
             ]
             shards_of[split] = template, paths
             calls += [
-                (str(path), shard, source.spec) for path, shard in zip(paths, shards, strict=True)
+                (folder / path.name, shard, source.spec)
+                for path, shard in zip(paths, shards, strict=True)
             ]
-        written = iter(list(source.run(write_shard, calls, "writing")))
+        missing = [call for call in calls if not call[0].exists()]
+        for _ in source.run(write_shard, missing, "writing"):
+            pass
         infos = []
         for split, (template, paths) in shards_of.items():
-            lengths = [next(written) for _ in paths]
+            lengths = [_RECORDS.num_examples(folder / path.name) for path in paths]
             if sum(lengths) != source.num_requests[split]:
                 raise RuntimeError(
                     f"{source.num_requests[split]} requests in split {split!r}, {sum(lengths)} "
                     "written"
                 )
+            if source.resume:
+                for path in paths:
+                    _link(source.resume / path.name, Path(path))
             infos.append(
                 tfds.core.SplitInfo(
                     name=split,
@@ -255,22 +270,36 @@ class Requests(tfds.core.GeneratorBasedBuilder):
             yield index, to_record(request, self._source.spec.tasks)
 
 
-def write_shard(path: str, requests: Callable[[], Iterator[Request]], spec: FeatureSpec) -> int:
-    """Writes requests to a file and returns their number."""
+def write_shard(path: Path, requests: Callable[[], Iterator[Request]], spec: FeatureSpec) -> None:
+    """Writes requests to a file, which is whole or absent; it knows their number itself."""
     features = record_features(spec)
     serializer = ExampleSerializer(features.get_serialized_info())
-    number = 0
 
     def records() -> Iterator[tuple[int, bytes]]:
-        nonlocal number
-        for request in requests():
+        for number, request in enumerate(requests()):
             _check_ids(request, spec)
             record = features.encode_example(to_record(request, spec.tasks))
-            yield number, serializer.serialize_example(record)
-            number += 1
+            example = serializer.get_tf_example(record)
+            # Else the order of its fields differs from process to process.
+            yield number, example.SerializeToString(deterministic=True)
 
-    ADAPTER_FOR_FORMAT[FileFormat.ARRAY_RECORD].write_examples(path, records())
-    return number
+    temporary = path.with_name(f"{_UNFINISHED}{path.name}.{os.getpid()}")
+    try:
+        _RECORDS.write_examples(temporary, records())
+        # Else a machine that loses its power may keep the name and lose what it names.
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _link(kept: Path, path: Path) -> None:
+    """Gives a file a second name: the first one stays until all of the dataset is written."""
+    try:
+        os.link(kept, path)
+    except OSError:  # a file system without such names
+        shutil.copyfile(kept, path)
 
 
 def _item_category(source: Source) -> Int32[np.ndarray, "items I"]:
@@ -317,25 +346,60 @@ def build(source: Source, name: str, data_dir: str) -> Path:
         return _build(source, name, data_dir)
 
 
+@contextlib.contextmanager
+def _resuming(source: Source, directory: Path) -> Iterator[None]:
+    """Holds `source.resume` for this run alone, and removes it once the dataset is whole.
+
+    A run that dies lets go of it. What it was about to write is removed here.
+
+    Raises:
+      UserError: another run holds it.
+    """
+    if source.resume is None or (directory.exists() and not source.resume.parent.exists()):
+        yield
+        return
+    folder, whole = source.resume, source.resume.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with (whole / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another run is writing {directory}; wait for its end") from error
+        for unfinished in folder.glob(f"{_UNFINISHED}*"):
+            unfinished.unlink(missing_ok=True)
+        for unfinished in directory.parent.glob(f"{INCOMPLETE_PREFIX}*"):
+            shutil.rmtree(unfinished)
+        if found := len(list(folder.iterdir())):
+            number = sum(len(source.shards(split)) for split in SPLITS) if source.shards else 0
+            logging.warning("%d of %d shards were found finished in %s", found, number, folder)
+        yield
+        shutil.rmtree(whole)
+
+
 def _build(source: Source, name: str, data_dir: str) -> Path:
     directory = directory_of(name, data_dir)
-    if not directory.exists():
-        _check_widths(source.spec)
-        for split, number in source.num_requests.items():
-            if not number:
-                raise UserError(f"{source.spec.dataset} yields no requests for its split {split!r}")
-        # TFDS' own bars do not know how many requests are to come; ours do.
-        tfds.disable_progress_bar()
-        # It announces a download, and there is none, and warns of configs that are not its own.
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity(logging.ERROR)
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                builder = Requests(source=source, config_name=name, data_dir=data_dir)
-                builder.download_and_prepare()
-        finally:
-            logging.set_verbosity(verbosity)
+    with _resuming(source, directory):
+        if not directory.exists():
+            _write(source, name, data_dir)
     return directory
+
+
+def _write(source: Source, name: str, data_dir: str) -> None:
+    _check_widths(source.spec)
+    for split, number in source.num_requests.items():
+        if not number:
+            raise UserError(f"{source.spec.dataset} yields no requests for its split {split!r}")
+    # TFDS' own bars do not know how many requests are to come; ours do.
+    tfds.disable_progress_bar()
+    # It announces a download, and there is none, and warns of configs that are not its own.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder = Requests(source=source, config_name=name, data_dir=data_dir)
+            builder.download_and_prepare()
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:

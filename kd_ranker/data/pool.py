@@ -2,6 +2,8 @@
 
 import contextlib
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -22,13 +24,16 @@ def run_here(function: Callable, calls: Sequence[tuple], description: str) -> It
 def open_pool(processes: int) -> Iterator[Runner]:
     """Gives what runs a function in so many processes, with a bar; with one, it is this one.
 
-    New processes are started afresh, not forked: JAX has threads, which a fork would lose.
+    New processes are started afresh, not forked: JAX has threads, which a fork would lose. They end
+    with this one, even where that is killed.
     """
     if processes == 1:
         yield run_here
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as executor:
+    with ProcessPoolExecutor(
+        processes, mp_context=context, initializer=_end_with_parent
+    ) as executor:
 
         def run(function: Callable, calls: Sequence[tuple], description: str) -> Iterator[Any]:
             waiting = deque(executor.submit(function, *arguments) for arguments in calls)
@@ -41,6 +46,18 @@ def open_pool(processes: int) -> Iterator[Runner]:
         except BaseException:
             executor.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _end_with_parent() -> None:
+    """Ends this process when its parent has died: it would wait for the next call for ever."""
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        if parent:
+            parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _with_bar(results: Iterable[Any], number: int, description: str) -> Iterator[Any]:

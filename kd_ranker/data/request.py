@@ -56,6 +56,9 @@ class Source:
       shards: split name -> functions that yield its requests part by part, none of them empty; each
         becomes a file of the dataset, and they can be pickled. None: `requests` alone.
       run: what writes shards, see `pool.open_pool`.
+      resume: a folder that keeps finished shards until the dataset is whole, for a later run to go
+        on with. All that decides what they hold must decide its name, and its parent folder is of
+        this dataset alone: it is removed at the end. None keeps nothing.
       write_beside: writes into the dataset's folder what else is to lie there.
       close: lets go of what the source holds on disk; nothing can be read after it.
     """
@@ -67,5 +70,6 @@ class Source:
     item_category: Int32[np.ndarray, "items I"] | None = None
     shards: Callable[[str], Sequence[Callable[[], Iterator[Request]]]] | None = None
     run: Runner = run_here
+    resume: Path | None = None
     write_beside: Callable[[Path], None] | None = None
     close: Callable[[], None] = lambda: None

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,42 @@ def test_a_run_that_was_killed_goes_on_with_the_files_that_are_missing(tmp_path,
     assert os.stat(directory / "part-0.parquet").st_mtime_ns == before
     assert contents(directory) == whole
     assert not [*Path(config.data.dir).glob(".scored-*")]
+
+
+def test_a_run_that_was_killed_while_the_teacher_scored_goes_on_with_what_is_missing(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(teachers, "_BATCHES", 1)
+    config = make_config(tmp_path)
+    logged = commands.log_teacher(config)
+    whole = contents(logged.log.directory)
+    for directory in (logged.dataset, logged.log.directory):
+        shutil.rmtree(directory)
+
+    class Killed(BaseException):
+        pass
+
+    written, write = [], builder.write_shard
+
+    def dying(path, *rest):
+        if len(written) == 2:
+            raise Killed
+        written.append(path.name)
+        write(path, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(builder, "write_shard", dying)
+        with pytest.raises(Killed):
+            commands.log_teacher(config)
+    assert not logged.dataset.exists()
+    later = []
+    monkeypatch.setattr(
+        builder, "write_shard", lambda path, *rest: later.append(path.name) or write(path, *rest)
+    )
+    assert commands.log_teacher(config) == logged
+    assert len(later) >= 2
+    assert not set(later) & set(written)
+    assert contents(logged.log.directory) == whole
 
 
 def test_a_second_run_reads_nothing_and_writes_nothing(tmp_path, monkeypatch):
