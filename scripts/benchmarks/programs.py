@@ -1,6 +1,6 @@
 """The project's own train step, ready to be timed: as `experiments.train` builds it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import CandidateBatch, FeatureSpec, Items
-from kd_ranker.data import loader
+from kd_ranker.data import loader, sampling
 from kd_ranker.data.builder import Dataset
 from kd_ranker.data.sampling import TrainingData
 from kd_ranker.teachers import Teacher
@@ -70,12 +70,9 @@ class Program:
 
 def first_batch(config: ConfigDict, dataset: Dataset) -> CandidateBatch:
     """The first training batch of `config`, on the host."""
-    return next(host_batches(config, dataset))
-
-
-def host_batches(config: ConfigDict, dataset: Dataset) -> Iterator[CandidateBatch]:
-    """The training batches of `config`, read from the files and cut on the host."""
-    return iter(training_batches(config, dataset, resident=False).batches)
+    batches, data = training_batches(config, dataset, resident=True)
+    assert data is not None, "what is resident comes with its data"
+    return sampling.cut_batch(data, jax.device_get(next(iter(batches))))
 
 
 def training_batches(config: ConfigDict, dataset: Dataset, **how: Any) -> loader.TrainingBatches:
