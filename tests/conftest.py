@@ -4,10 +4,15 @@ pytest loads this file in the main process and in each pytest-xdist worker befor
 """
 
 import atexit
+import gc
+import itertools
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
 DEVICES = 8
@@ -39,3 +44,22 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 settings.register_profile("same", derandomize=True)
 settings.register_profile("random", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+# A process may have 65,530 memory maps on Linux, and XLA aborts where there are no more. A program
+# that stays compiled has some of them, hundreds with 8 devices.
+_MAPS, _MOST_MAPS, _TESTS = Path("/proc/self/maps"), 20_000, itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def few_memory_maps() -> Iterator[None]:
+    """Forgets what is compiled before it takes up too many memory maps."""
+    yield
+    # To count them takes time, too much for each test.
+    if next(_TESTS) % 8 == 0 and _MAPS.exists():
+        with _MAPS.open() as maps:
+            number = sum(1 for _ in maps)
+        if number > _MOST_MAPS:
+            import jax  # not before the settings above
+
+            jax.clear_caches()
+            gc.collect()
