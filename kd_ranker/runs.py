@@ -3,12 +3,14 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from kd_ranker.batch import Stage
 from kd_ranker.data import loader
 from kd_ranker.data.builder import Dataset
 from kd_ranker.evaluation import results
@@ -39,11 +41,17 @@ def device_mapping(config: ConfigDict) -> DeviceMapping:
 
 
 def training_batches(
-    config: ConfigDict, dataset: Dataset, batch: ConfigDict, mapping: DeviceMapping
-) -> loader.TrainingBatches:
-    """The training batches of a run, on the devices, or draws from its data.
+    config: ConfigDict,
+    dataset: Dataset,
+    batch: ConfigDict,
+    mapping: DeviceMapping,
+    *,
+    stage: Stage = Stage.RETRIEVED,
+    logged: bool = True,
+) -> grain.IterDataset:
+    """The training batches of a run, on the devices.
 
-    `batch` is `config.batch` or `config.teacher.batch`.
+    `batch` is `config.batch` or `config.teacher.batch`; for the rest see `loader`.
     """
     return loader.training_batches(
         dataset,
@@ -53,9 +61,11 @@ def training_batches(
         negative_rate=batch.negative_rate,
         seed=batch.seed,
         order=batch.order,
+        stage=stage,
+        logged=logged,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        to_device=mapping.shard,
+        devices=mapping,
         copies=1 + _devices_of_host(config),
     )
 
@@ -167,20 +177,18 @@ def _fit(
 ) -> States:
     """`fit` with what `section` (`config`, or `config.teacher`) says of batches and steps."""
     mapping = device_mapping(config)
-    stage = TEACHER_STAGES[config.teacher.stage]
-    batches, data = training_batches(config, dataset, section.batch, mapping)
+    teacher = LiveTeacher(live.model, TEACHER_STAGES[config.teacher.stage]) if live else None
+    stage, logged = recipes.counting(groups, teacher)
+    batches = training_batches(config, dataset, section.batch, mapping, stage=stage, logged=logged)
     frozen = mapping.replicate(
         Frozen(
             items=jax.tree.map(jnp.asarray, dataset.items),
             teacher=live.parameters if live else None,
-            data=data,
         )
     )
-    # It lies on the devices now, and need not fill the host as well.
-    del data
     return fit(
         groups=groups,
-        teacher=LiveTeacher(live.model, stage) if live else None,
+        teacher=teacher,
         batches=batches,
         frozen=frozen,
         mapping=mapping,

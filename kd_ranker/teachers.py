@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import CandidateBatch
-from kd_ranker.data import builder, loader, sampling
+from kd_ranker.data import builder, cutting, loader
 from kd_ranker.data.builder import Dataset
 from kd_ranker.data.columns import columns_of
 from kd_ranker.data.request import Request
@@ -205,7 +205,7 @@ def scored_requests(
         chunk = [decode(records[number]) for number in range(first, min(first + size, stop))]
         # A last chunk of another size would compile once more.
         filled = chunk + [chunk[-1]] * (size - len(chunk))
-        fields = sampling.full_fields(columns_of(filled, dataset.spec), config.funnel.retrieved)
+        fields = cutting.full_fields(columns_of(filled, dataset.spec), config.funnel.retrieved)
         batch = CandidateBatch(**fields)
         served = ranker.serve(ranker.parameters, batch, items)
         (probability,) = served.probability.values()

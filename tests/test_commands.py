@@ -9,6 +9,7 @@ import pytest
 
 from kd_ranker import commands, measurement, teachers
 from kd_ranker.data import builder, loader
+from kd_ranker.data.cutting import unpack
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
@@ -133,7 +134,7 @@ def test_logged_records_carry_the_teachers_version_and_no_other_counts(world):
     def weights(of):
         sizes = dict(requests=8, candidates=32, passed_share=0.5, negative_rate=1.0, seed=0)
         made = loader.training_batches(of, resident=False, **sizes)
-        return np.asarray(next(iter(made.batches)).teacher_weight)
+        return np.asarray(unpack(next(iter(made))).teacher_weight)
 
     other = dataclasses.replace(dataset.spec, teacher_version="of-another-teacher")
     assert (weights(dataset) == 1).all()

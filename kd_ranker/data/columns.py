@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from kd_ranker.batch import FeatureSpec
+from kd_ranker.batch import FeatureSpec, Stage
 from kd_ranker.data.request import Request
+
+_OF_CANDIDATES = ("item_id", "candidate_features", "candidate_category")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +21,8 @@ class Columns:
 
     What a request has many of lies in one array for all requests: those of request i from
     `start[i]` to `start[i + 1]`. Candidates stand in funnel order, so labels and teacher
-    probabilities are known for a prefix of them, see `Request`.
+    probabilities are known for a prefix of them, see `Request`. The candidates themselves may be a
+    prefix of all that were retrieved, see `only_counting`.
     """
 
     user_id: Int[np.ndarray, "n"]
@@ -30,6 +33,7 @@ class Columns:
     history_mask: Bool[np.ndarray, "n H"]
     request_category: Int[np.ndarray, "n K"]
     num_passed: Int[np.ndarray, "n"]
+    num_retrieved: Int[np.ndarray, "n"]
     candidate_start: Int[np.ndarray, "n+1"]
     item_id: Int[np.ndarray, "candidates"]
     candidate_features: Float[np.ndarray, "candidates X"]
@@ -67,6 +71,7 @@ def columns_of(requests: Sequence[Request], spec: FeatureSpec) -> Columns:
         history_mask=np.stack([of_request[2] for of_request in history]),
         request_category=np.stack([_or_none(request.request_category) for request in requests]),
         num_passed=np.array([request.num_passed for request in requests], np.int64),
+        num_retrieved=np.array([len(request.item_id) for request in requests], np.int64),
         candidate_start=_starts(len(request.item_id) for request in requests),
         item_id=np.concatenate([request.item_id for request in requests]),
         candidate_features=np.concatenate([request.candidate_features for request in requests]),
@@ -115,6 +120,38 @@ def joined(parts: Sequence[Columns]) -> Columns:
     return Columns(**fields)
 
 
+def only_counting(columns: Columns, stage: Stage, logged: bool) -> Columns:
+    """The same requests without the candidates that cannot count in training.
+
+    Those that were shown always count, for they may have labels. Whether the others that were
+    passed count is decided for all of a request at once, and so for the rest.
+
+    Args:
+      columns: the requests, with all that is known of them.
+      stage: what came so far in the funnel counts.
+      logged: whether what the teacher has scored counts; if not, its probabilities are left out.
+    """
+    shown, retrieved = columns.num_shown, columns.num_retrieved
+    passed = np.clip(columns.num_passed, shown, retrieved)
+    scored = columns.num_scored * logged
+    rest_counts = (scored > passed) | (stage <= Stage.RETRIEVED)
+    passed_count = (scored > 0) | (stage <= Stage.PASSED)
+    candidates = np.where(rest_counts, retrieved, np.where(passed_count, passed, shown))
+
+    def first(numbers: Int[np.ndarray, "n"], start: str, *names: str) -> dict[str, Any]:
+        """The first so many of what each request has."""
+        old = getattr(columns, start)[:-1]
+        new = _starts(numbers)
+        index = np.arange(new[-1]) + np.repeat(old - new[:-1], numbers)
+        return {start: new} | {name: getattr(columns, name)[index] for name in names}
+
+    return dataclasses.replace(
+        columns,
+        **first(candidates, "candidate_start", *_OF_CANDIDATES),
+        **first(scored, "scored_start", "teacher_probability"),
+    )
+
+
 # The golden ratio's fractional part.
 _GOLDEN = (5**0.5 - 1) / 2
 
@@ -145,14 +182,14 @@ def in_sampling_order(columns: Columns) -> tuple[Columns, Int[np.ndarray, "n"]]:
     request = np.repeat(np.arange(len(columns)), shown)
     positive = columns.user_label.any(axis=1)
     positives = np.bincount(request[positive], minlength=len(columns))
-    retrieved = lengths(columns.candidate_start)
-    passed = np.clip(columns.num_passed, shown, retrieved)
+    candidates = lengths(columns.candidate_start)
+    passed = np.clip(columns.num_passed, shown, candidates)
     # Of the shown: positives, then negatives, as they stood.
     by_label = np.argsort(2 * request + ~positive, kind="stable") - columns.shown_start[request]
 
     def order_of(index: int) -> Int[np.ndarray, "N"]:
         """The places of a request's candidates in the new order."""
-        ends = [0, positives[index], shown[index], passed[index], retrieved[index]]
+        ends = [0, positives[index], shown[index], passed[index], candidates[index]]
         order = np.concatenate([at + spread_order(int(to - at)) for at, to in pairwise(ends)])
         first = slice(*columns.shown_start[[index, index + 1]])
         order[: shown[index]] = by_label[first][order[: shown[index]]]
@@ -168,7 +205,7 @@ def in_sampling_order(columns: Columns) -> tuple[Columns, Int[np.ndarray, "n"]]:
         return array[np.concatenate(places)]
 
     starts = (
-        (columns.candidate_start, ("item_id", "candidate_features", "candidate_category")),
+        (columns.candidate_start, _OF_CANDIDATES),
         (columns.shown_start, ("user_label", "label_weight")),
         (columns.scored_start, ("teacher_probability",)),
     )

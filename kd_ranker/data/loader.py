@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import jax
@@ -14,12 +14,19 @@ import psutil
 import tensorflow_datasets as tfds
 from jaxtyping import Float, Float32, Int
 
-from kd_ranker.batch import CandidateBatch, EvaluationBatch, FeatureSpec
-from kd_ranker.data import sampling
+from kd_ranker.batch import CandidateBatch, EvaluationBatch, FeatureSpec, Stage
+from kd_ranker.data import cutting, sampling
 from kd_ranker.data.builder import Dataset, from_record, record_features
-from kd_ranker.data.columns import Columns, columns_of, joined
+from kd_ranker.data.columns import (
+    Columns,
+    columns_of,
+    in_sampling_order,
+    joined,
+    only_counting,
+)
+from kd_ranker.data.cutting import PackedBatch, RequestData
 from kd_ranker.data.request import Request
-from kd_ranker.data.sampling import Kinds, Starts, TrainingData
+from kd_ranker.data.sampling import Kinds, Slots, Starts
 from kd_ranker.errors import UserError
 
 # How an epoch reads the requests: each in an order of its own, or as they are stored, by time.
@@ -50,34 +57,52 @@ def read_split(
 
 # Steps whose randomness is drawn at a time: a call a step would hold up the dispatch of steps.
 BLOCK = 64
-_READ_AHEAD = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+# One thread makes batches ahead; another for the numbers behind them would only take turns with it.
+_AS_ASKED = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+
+# The most bytes of the batches that are made at a time, in one pass over the data.
+_PASS = 2**26
 
 # How much of the memory that is free the requests of the training split may take.
 _SHARE_OF_MEMORY = 0.25
 _CHUNK = 512
 
 
-class TrainingBatches(NamedTuple):
-    """What a run trains on.
+class Devices(Protocol):
+    """How what the loader makes comes to the devices; `training.mapping` has them."""
 
-    Attributes:
-      batches: an endless dataset: of whole batches, or of draws from `data`. Its position
-        (`get_state`, `set_state`) stands at the one last handed out, however many were prefetched.
-      data: what the draws are of, on the host; None where the batches come whole.
-    """
+    def replicate(self, tree: Any, /) -> Any:
+        """A pytree of the host -> the same on all devices."""
+        ...
 
-    batches: grain.IterDataset
-    data: TrainingData | None
+    def shard(self, tree: Any, /) -> Any:
+        """A pytree of the host, [requests, ...] -> the same, the requests split over devices."""
+        ...
+
+    def map_batches(self, function: Callable[[Any, Any], Any], /) -> Callable[[Any, Any], Any]:
+        """A function of what is replicated and what is split -> the same, compiled."""
+        ...
 
 
-def _read(dataset: Dataset) -> Callable[[Sequence[int]], Columns]:
+class _DefaultDevice(NamedTuple):
+    replicate: Callable[[Any], Any]
+    shard: Callable[[Any], Any]
+    map_batches: Callable[[Callable[[Any, Any], Any]], Callable[[Any, Any], Any]]
+
+
+DEFAULT_DEVICE: Devices = _DefaultDevice(jax.device_put, jax.device_put, jax.jit)
+"""The one that JAX takes when it is told nothing."""
+
+
+def _read(dataset: Dataset, stage: Stage, logged: bool) -> Callable[[Sequence[int]], Columns]:
     """What reads and decodes some requests of the split `train`, by their numbers."""
     records, decode = read_split(dataset, "train", with_true_probability=False)
 
     def read(numbers: Sequence[int]) -> Columns:
         # All at once, which the record files answer in parallel.
         found = records.__getitems__(list(numbers))  # type: ignore[attr-defined]
-        return columns_of([decode(record) for record in found], dataset.spec)
+        columns = columns_of([decode(record) for record in found], dataset.spec)
+        return only_counting(columns, stage, logged)
 
     return read
 
@@ -135,14 +160,20 @@ class _DrawStarts(grain.transforms.RandomMap):
 
 
 @dataclasses.dataclass(frozen=True)
-class _ForEachStep(grain.experimental.FlatMapTransform):
-    """A block of steps -> one element a step."""
+class _ForEach(grain.experimental.FlatMapTransform):
+    """An element -> what it is split into."""
 
     split: Callable[[Any], Sequence[Any]]
     max_fan_out: int = BLOCK
 
     def flat_map(self, element: Any) -> Sequence[Any]:
         return self.split(element)
+
+
+def _flattened(
+    dataset: grain.IterDataset, split: Callable[[Any], Sequence[Any]]
+) -> grain.IterDataset:
+    return grain.experimental.FlatMapIterDataset(dataset, _ForEach(split))
 
 
 def training_batches(
@@ -154,30 +185,36 @@ def training_batches(
     negative_rate: float,
     seed: int,
     order: str = "shuffled",
+    stage: Stage = Stage.RETRIEVED,
+    logged: bool = True,
     process_index: int = 0,
     process_count: int = 1,
-    to_device: Callable[[Any], Any] = lambda batch: batch,
+    devices: Devices = DEFAULT_DEVICE,
     copies: int = 1,
     resident: bool | None = None,
-) -> TrainingBatches:
-    """An endless dataset of training batches.
+) -> grain.IterDataset:
+    """An endless dataset of training batches, each a `PackedBatch` on the devices.
 
     Each epoch has its own draw of candidates. The requests are read and decoded once, before the
-    first batch, where memory can hold them: then what is handed out is draws, and the batches are
-    cut from the data where that lies, on the devices. Else each batch is read and cut on the host.
-    The batches are the same.
+    first batch, where memory can hold them: then the batches are cut from them on the devices, many
+    in one pass. Else each batch is read and cut on the host. The batches are the same, but for
+    slots that nothing fills. The position of the dataset (`get_state`, `set_state`) stands at the
+    batch last handed out, however many are made ahead.
 
     Args:
       dataset: the dataset; its split `train` is read, without true probabilities.
       requests: requests a batch over all processes.
       candidates: candidates a request.
-      passed_share: see `sampling.training_data`.
-      negative_rate: see `sampling.training_data`.
+      passed_share: see `sampling.kinds_of`.
+      negative_rate: see `sampling.kinds_of`.
       seed: of the order and of the draws.
       order: one of `ORDERS`.
+      stage: what came less far in the funnel is left out of the batches, unless it was shown or is
+        `logged`. The rest of a batch is drawn as if it were there.
+      logged: whether batches hold the logged teacher probabilities, and what has one.
       process_index: this process among those that share the work.
       process_count: their number.
-      to_device: puts a batch or a draw on the devices; runs ahead in a thread of its own.
+      devices: what puts and makes batches on the devices; runs ahead in a thread of its own.
       copies: how many times the memory of this machine will hold the data.
       resident: whether the data stays in memory; None decides by its size.
 
@@ -189,10 +226,10 @@ def training_batches(
         raise UserError(
             f"{dataset.directory} has {number} training requests for {process_count} processes"
         )
-    read = _read(dataset)
+    read = _read(dataset, stage, logged)
 
-    def data_of(columns: Columns) -> tuple[TrainingData, Kinds]:
-        return sampling.training_data(columns, candidates, passed_share, negative_rate)
+    def kinds_of(columns: Columns, positives: Any) -> tuple[Kinds, Slots]:
+        return sampling.kinds_of(columns, positives, candidates, passed_share, negative_rate)
 
     starts = grain.MapDataset.range(2**31).seed(seed)  # endless to anyone who counts steps
     starts = starts.random_map(
@@ -206,40 +243,67 @@ def training_batches(
     )
     if resident or (resident is None and _fits(dataset, copies)):
         chunks = (range(at, min(at + _CHUNK, number)) for at in range(0, number, _CHUNK))
-        data, kinds = data_of(joined([read(chunk) for chunk in chunks]))
+        columns, positives = in_sampling_order(joined([read(chunk) for chunk in chunks]))
+        kinds, slots = kinds_of(columns, positives)
+        table = sampling.table_of(kinds)
+        data = cutting.request_data(columns, logged)
+        make, steps = _batches_of_draws(data, slots, requests // process_count, devices)
 
-        # Neither of these two holds the data, which need not stay on the host.
+        # None of these holds the data of the host, which need not stay there.
         def draw(start: _Start) -> Starts:
-            return sampling.draw(*start, kinds.of(start.request))
+            return sampling.draw(*start, table)
 
-        chosen = jax.jit(functools.partial(sampling.chosen, slots=data.slots))
+        def passes(starts: Starts) -> list[Starts]:
+            return [starts[:, at : at + steps] for at in range(0, BLOCK, steps)]
 
-        # The same draw serves all steps of a block, each of which knows its own number.
-        draws = starts.map(draw).to_iter_dataset(_READ_AHEAD).map(to_device).map(chosen)
-        repeat = _ForEachStep(lambda draw: [draw] * BLOCK)
-        return TrainingBatches(grain.experimental.FlatMapIterDataset(draws, repeat), data)
+        made = _flattened(starts.map(draw).to_iter_dataset(_AS_ASKED), passes).map(make)
+        ahead = grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=1)
+        return _flattened(ahead, lambda batches: batches)
 
-    def batch(start: _Start) -> CandidateBatch:
-        data, kinds = data_of(read(start.request[:, 0].tolist()))
+    def batch(start: _Start) -> PackedBatch:
+        columns, positives = in_sampling_order(read(start.request[:, 0].tolist()))
         # What the requests of one batch need differs from batch to batch, as shapes must not.
-        slots = sampling.Slots(*(candidates,) * 3)
-        request = np.arange(len(start.request))[:, None]
-        starts = sampling.draw(request, start.start, kinds.of(request))
-        return sampling.cut_batch(
-            dataclasses.replace(data, slots=slots), sampling.chosen(starts, slots)
-        )
+        kinds, slots = kinds_of(columns, positives)[0], Slots(*(candidates,) * 3)
+        data = cutting.request_data(columns, logged)
+        request = np.arange(len(columns))[:, None]
+        starts = sampling.draw(request, start.start, sampling.table_of(kinds))
+        parts = cutting.gather(data, sampling.chosen(starts, slots))
+        return cutting.join(parts, cutting.layout_of(data, slots))[0]
 
-    def steps(block: _Start) -> list[_Start]:
+    def steps_of(block: _Start) -> list[_Start]:
         at = [slice(step, step + 1) for step in range(BLOCK)]
         return [_Start(block.request[:, one], block.start[:, one]) for one in at]
 
-    each = grain.experimental.FlatMapIterDataset(
-        starts.to_iter_dataset(_READ_AHEAD), _ForEachStep(steps)
-    )
-    batches = each.map(batch).map(to_device)
-    return TrainingBatches(
-        grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4), None
-    )
+    each = _flattened(starts.to_iter_dataset(_AS_ASKED), steps_of)
+    batches = each.map(batch).map(devices.shard)
+    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
+
+
+def _batches_of_draws(
+    data: RequestData, slots: Slots, requests: int, devices: Devices
+) -> tuple[Callable[[Starts], list[PackedBatch]], int]:
+    """What makes the batches of a few steps in a row on the devices, and how many steps these are.
+
+    Args:
+      data: the requests, on the host.
+      slots: of a batch.
+      requests: of a batch, over the devices of this process.
+      devices: where to make them.
+    """
+    layout = cutting.layout_of(data, slots)
+    steps = BLOCK
+    while steps > 1 and 4 * requests * sum(layout.widths) * steps > _PASS:
+        steps //= 2
+    on_devices = devices.replicate(data)
+    # Three programs, each of which reads what the one before has written, see `cutting.gather`.
+    choose = devices.map_batches(lambda _, starts: sampling.chosen(starts, slots))
+    gather = devices.map_batches(cutting.gather)
+    join = devices.map_batches(lambda _, parts: cutting.join(parts, layout))
+
+    def make(starts: Starts) -> list[PackedBatch]:
+        return join((), gather(on_devices, choose((), devices.shard(starts))))
+
+    return make, steps
 
 
 def read_requests(dataset: Dataset, split: str) -> Iterator[Request]:
@@ -288,7 +352,7 @@ def _num_evaluation_requests(records: Sequence[bytes], limit: int) -> int:
 
 def _evaluation_fields(
     requests: Sequence[Request], spec: FeatureSpec, candidates: int
-) -> tuple[sampling.Fields, Float32[np.ndarray, "R N T"]]:
+) -> tuple[dict[str, Any], Float32[np.ndarray, "R N T"]]:
     true_probability = np.full((len(requests), candidates, len(spec.tasks)), np.nan, np.float32)
     places = np.full((len(requests), candidates), -1)
     for row, request in enumerate(requests):
@@ -305,4 +369,4 @@ def _evaluation_fields(
         places[row, :number] = order
         if len(request.true_probability):
             true_probability[row, :number] = request.true_probability[order]
-    return sampling.all_fields(columns_of(requests, spec), places), true_probability
+    return cutting.all_fields(columns_of(requests, spec), places), true_probability

@@ -1,7 +1,7 @@
 """Many arrays of equal length as one, so that all that is known of an entry is one read.
 
-A compiled program pays for each gather, however little it brings: one of a wide row costs about as
-much as one of a narrow one.
+A compiled program pays for each gather and for each array that it is handed, however little it
+brings: a wide row costs about as much as a narrow one.
 """
 
 import math
@@ -12,7 +12,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
 
 class Field(NamedTuple):
@@ -23,18 +23,21 @@ class Field(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
 
+    @property
+    def columns(self) -> slice:
+        """The columns that hold it."""
+        return slice(self.start, self.start + math.prod(self.shape))
+
+
+Fields = tuple[Field, ...]
+
 
 @flax.struct.dataclass
 class Packed:
-    """Arrays side by side, 32 bits a number, and a last row that stands for nothing."""
+    """Arrays side by side, 32 bits a number."""
 
-    rows: Int[Array, "n+1 W"]
-    fields: tuple[Field, ...] = flax.struct.field(pytree_node=False)
-
-    @property
-    def nothing(self) -> int:
-        """The index of the last row."""
-        return self.rows.shape[0] - 1
+    rows: Int[Array, "n W"]
+    fields: Fields = flax.struct.field(pytree_node=False)
 
 
 def pack(
@@ -44,32 +47,43 @@ def pack(
 
     Args:
       arrays: by name. Floats become float32, whole numbers int32; truth values stay.
-      nothing: by name, what the last row holds in place of 0.
+      nothing: if given, a first row is added that stands for nothing; by name, what it holds in
+        place of 0.
     """
     parts, fields, width = [], [], 0
     for name, array in arrays.items():
         kind = {"f": "float32", "b": "bool"}.get(array.dtype.kind, "int32")
-        of_nothing = np.full((1, *array.shape[1:]), (nothing or {}).get(name, 0), array.dtype)
-        whole = np.concatenate([array, of_nothing])
-        stored = whole.astype(np.float32).view(np.int32) if kind == "float32" else whole
+        if nothing is not None:
+            first = np.full((1, *array.shape[1:]), nothing.get(name, 0), array.dtype)
+            array = np.concatenate([first, array])
+        stored = array.astype(np.float32).view(np.int32) if kind == "float32" else array
         columns = math.prod(array.shape[1:])
-        parts.append(stored.reshape(len(whole), columns))
+        parts.append(stored.reshape(len(array), columns))
         fields.append(Field(name, width, array.shape[1:], kind))
         width += columns
     rows = np.concatenate(parts, axis=1, dtype=np.int32, casting="unsafe")
     return Packed(rows, tuple(fields))  # type: ignore[arg-type]
 
 
-def take(packed: Packed, index: Int[Array, "*shape"]) -> dict[str, Shaped[Array, "..."]]:
-    """The entries at some indices, by the names of the arrays; NumPy in and out, or JAX."""
-    on_device = isinstance(packed.rows, jax.Array)
-    rows = packed.rows.at[index].get(mode="promise_in_bounds") if on_device else packed.rows[index]
-    taken = {}
-    for name, start, shape, dtype in packed.fields:
-        entry = rows[..., start : start + math.prod(shape)].reshape(*index.shape, *shape)
-        if dtype == "float32" and on_device:
-            entry = jax.lax.bitcast_convert_type(entry, jnp.float32)
-        elif dtype == "float32":
-            entry = entry.view(np.float32)
-        taken[name] = entry.astype(dtype)
-    return taken
+def unpack(rows: Int[Array, "*shape W"], fields: Fields) -> dict[str, Shaped[Array, "..."]]:
+    """The arrays of some rows, by their names; NumPy in and out, or JAX."""
+    unpacked = {}
+    for field in fields:
+        entry = rows[..., field.columns].reshape(*rows.shape[:-1], *field.shape)
+        is_float = field.dtype == "float32"
+        unpacked[field.name] = as_floats(entry) if is_float else entry.astype(field.dtype)
+    return unpacked
+
+
+def as_bits(array: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """Floats of 32 bits as whole numbers, the inverse of `as_floats`."""
+    if isinstance(array, jax.Array):
+        return jax.lax.bitcast_convert_type(array, jnp.int32)
+    return array.view(np.int32)
+
+
+def as_floats(bits: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The floats of 32 bits that whole numbers stand for."""
+    if isinstance(bits, jax.Array):
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    return bits.view(np.float32)

@@ -43,7 +43,7 @@ def fit(
     Args:
       groups: the members to train; all in one program.
       teacher: the live teacher, or None.
-      batches: endless batches, or draws from `frozen.data`, on the devices already.
+      batches: endless batches, on the devices already.
       frozen: what the step reads and does not change, on all devices already.
       mapping: how the step is spread over devices.
       train: `config.train` or `config.teacher.train`.

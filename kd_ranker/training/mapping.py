@@ -19,6 +19,8 @@ class Mapping(NamedTuple):
       create: a pure function without arguments -> the pytree that it returns, made on all devices
         and nowhere else, so that a large one is held once.
       shard: a host batch [requests, ...] -> the same, its requests split over the devices.
+      map_batches: function(data, batch) -> its compiled, mapped version, where the data is
+        replicated, and batch and result are [requests, ...], split over the devices.
       map_step: step(state, batch, hyperparameters, frozen) -> its compiled, mapped version; the
         state's buffers are donated.
       unreplicate: the inverse of `replicate`: the same pytree on one device.
@@ -27,6 +29,7 @@ class Mapping(NamedTuple):
     replicate: Callable[[Any], Any]
     create: Callable[[Callable[[], Any]], Any]
     shard: Callable[[Any], Any]
+    map_batches: Callable[[Callable], Callable]
     map_step: Callable[[Callable], Callable]
     unreplicate: Callable[[Any], Any]
 
@@ -62,6 +65,7 @@ def pmap(devices: Sequence[jax.Device]) -> Mapping:
         replicate=replicate,
         create=create,
         shard=shard,
+        map_batches=lambda function: jax.pmap(function, axis_name=AXIS, devices=devices),
         map_step=lambda step: jax.pmap(
             step, axis_name=AXIS, in_axes=(0, 0, None, 0), donate_argnums=0, devices=devices
         ),
@@ -73,6 +77,11 @@ def shard_map(devices: Sequence[jax.Device]) -> Mapping:
     """Maps by `jax.shard_map` over a mesh of one axis: arrays keep their global shapes."""
     mesh = Mesh(np.array(devices), (AXIS,))
     everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
+
+    def map_batches(function: Callable) -> Callable:
+        return jax.jit(
+            jax.shard_map(function, mesh=mesh, in_specs=(everywhere, split), out_specs=split)
+        )
 
     def map_step(step: Callable) -> Callable:
         # The step sums over the axis itself; the replication checker would add sums of its own.
@@ -93,6 +102,7 @@ def shard_map(devices: Sequence[jax.Device]) -> Mapping:
         replicate=lambda tree: put(jax.tree.map(jnp.copy, tree), everywhere),
         create=lambda make: jax.jit(make, out_shardings=NamedSharding(mesh, everywhere))(),
         shard=lambda batch: put(batch, split),
+        map_batches=map_batches,
         map_step=map_step,
         unreplicate=lambda tree: jax.tree.map(lambda array: array.addressable_data(0), tree),
     )

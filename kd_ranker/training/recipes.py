@@ -17,6 +17,7 @@ from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
 from kd_ranker.training.step import (
     Hyperparameters,
+    LiveTeacher,
     Recipe,
     TrainState,
     init_state,
@@ -82,6 +83,17 @@ def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
     recipe = _recipe(config, model, MODES["none"], optimizer, config.teacher.train.steps)
     numbers = stack_members([_numbers(config, optimizer)])
     return Group(recipe, ("",), numbers, _init(recipe, init, [config], spec))
+
+
+def counting(groups: Sequence[Group], teacher: LiveTeacher | None) -> tuple[Stage, bool]:
+    """What can count for the groups, beside the candidates with labels.
+
+    Returns:
+      How far a candidate must have come in the funnel, and whether logged teacher probabilities
+      count; `data.columns.only_counting` takes the two.
+    """
+    distilled = any(group.recipe.mode.teacher_logits is not None for group in groups)
+    return teacher.stage if teacher else Stage.SHOWN, distilled and teacher is None
 
 
 def _numbers(config: ConfigDict, optimizer: ConfigDict) -> Hyperparameters:

@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from kd_ranker.batch import CandidateBatch, Items, Stage
-from kd_ranker.data.sampling import Draw, TrainingData, whole_batch
+from kd_ranker.data.cutting import PackedBatch, unpack
 from kd_ranker.distillation.losses import Loss, LossNumbers, bce
 from kd_ranker.distillation.modes import Mode, Transform
 from kd_ranker.embedding.lookup import (
@@ -76,7 +76,7 @@ class TrainState:
       non_finite_step: 0, or the step at which a member's loss stopped being finite; such a member
         is frozen as it was before that step.
       key: random state, for models that draw while they train; those built in do not.
-      unknown_ids: for each table, how many ids had no row of their own so far.
+      unknown_ids: for each table, how many ids that were trained on had no row of their own.
       owners: for each table, what `find_occurrences` works with; it means nothing between steps.
     """
 
@@ -97,12 +97,10 @@ class Frozen:
     Attributes:
       items: what is known of each item.
       teacher: the live teacher, or None.
-      data: what the draws are of, where a step gets draws in place of batches.
     """
 
     items: Items
     teacher: Parameters | None
-    data: TrainingData | None = None
 
 
 class Recipe(NamedTuple):
@@ -200,7 +198,7 @@ def with_live_teacher(
 
 Losses = dict[str, Float[Array, "members"]]
 Step = Callable[
-    [Sequence[TrainState], CandidateBatch | Draw, Sequence[Hyperparameters], Frozen],
+    [Sequence[TrainState], CandidateBatch | PackedBatch, Sequence[Hyperparameters], Frozen],
     tuple[tuple[TrainState, ...], tuple[Losses, ...]],
 ]
 
@@ -208,7 +206,7 @@ Step = Callable[
 def make_step(recipes: Sequence[Recipe], teacher: LiveTeacher | None = None) -> Step:
     """Builds the function that one device runs under a mapped axis named `AXIS`.
 
-    The batch holds this device's requests, or is the draw that says which; the states are the same
+    The batch holds this device's requests, packed or not; the states are the same
     on all devices before and after. Losses are weighted means over what counts on all devices
     (entries, or as the loss has it pairs or requests), and then over tasks: numerators and
     denominators are summed over the axis first and divided afterwards, so the same global batch
@@ -226,13 +224,14 @@ def make_step(recipes: Sequence[Recipe], teacher: LiveTeacher | None = None) -> 
 
     def step(
         states: Sequence[TrainState],
-        batch: CandidateBatch | Draw,
+        batch: CandidateBatch | PackedBatch,
         hyperparameters: Sequence[Hyperparameters],
         frozen: Frozen,
     ) -> tuple[tuple[TrainState, ...], tuple[Losses, ...]]:
-        batch = with_live_teacher(teacher, whole_batch(batch, frozen.data, states[0].step), frozen)
+        whole = unpack(batch) if isinstance(batch, PackedBatch) else batch
+        whole = with_live_teacher(teacher, whole, frozen)
         updated = [
-            _update_group(recipe, state, batch, numbers, frozen.items)
+            _update_group(recipe, state, whole, numbers, frozen.items)
             for recipe, state, numbers in zip(recipes, states, hyperparameters, strict=True)
         ]
         return tuple(state for state, _ in updated), tuple(losses for _, losses in updated)
@@ -301,6 +300,9 @@ def _update_group(
 ) -> tuple[TrainState, Losses]:
     """One step of all members of a group."""
     spec = recipe.model.embedding
+    # What meets neither a label nor the teacher would only cost time.
+    judged = 0 if recipe.mode.teacher_logits is None else batch.judged
+    batch = batch.first(max(batch.labelled, judged))
     # What a lone member on a lone device has read need not be read again. Of several members that
     # would be more than a cache holds, and other devices read rows of their own.
     rows_are_reused = len(state.non_finite_step) == 1 and jax.lax.axis_size(AXIS) == 1

@@ -19,7 +19,9 @@ import jax
 
 from configs import cascade
 from kd_ranker import commands, teachers
-from kd_ranker.data import loader, sampling
+from kd_ranker.batch import Stage
+from kd_ranker.data import loader
+from kd_ranker.data.cutting import unpack
 from kd_ranker.training.mapping import MAPPINGS
 from scripts.benchmarks import measuring
 from scripts.benchmarks.programs import Program, training_batches
@@ -36,15 +38,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         config.data.dir = folder
         commands.prepare_data(config)
         _, dataset = teachers.teacher_and_dataset(config)
-        shard = MAPPINGS["shard_map"](jax.devices()[:1]).shard
+        mapping = MAPPINGS["shard_map"](jax.devices()[:1])
         start = time.perf_counter()
-        drawn, data = training_batches(config, dataset, to_device=shard)
-        batches = iter(drawn)
-        first = jax.device_get(next(batches))
+        batches = iter(training_batches(config, dataset, stage=Stage.SHOWN, devices=mapping))
+        few = [next(batches) for _ in range(RESIDENT)]
         start_up = time.perf_counter() - start
-        whole = [sampling.cut_batch(data, first, step) for step in range(RESIDENT)]
-        program = Program({"": config}, dataset.spec, dataset.items, whole[0], data=data)
-        fresh = itertools.cycle([shard(batch) for batch in whole])
+        whole = [jax.device_get(jax.jit(unpack)(batch)) for batch in few]
+        program = Program({"": config}, dataset.spec, dataset.items, whole[0])
+        fresh = itertools.cycle([mapping.shard(batch) for batch in whole])
         turns = {
             "loader": lambda: take(program, lambda: next(batches)),
             "resident": lambda: take(program, lambda: program.batch),
@@ -58,7 +59,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     ratio = per_step["resident"]["median"] / per_step["loader"]["median"]
     in_turn = per_step["resident batches in turn"]["median"] / per_step["loader"]["median"]
-    ids = config.batch.requests * config.batch.candidates
+    ids = whole[0].item_id.size
     return {
         "ratio": ratio,
         "bar": BAR,
@@ -85,6 +86,6 @@ def cutting_alone(config: Any, dataset: Any) -> dict[str, dict[str, float]]:
     """Milliseconds to make a draw, or a batch from the files, with nothing else running."""
     sides = {}
     for name, resident in (("draw", True), ("batch, from files", False)):
-        batches = iter(training_batches(config, dataset, resident=resident).batches)
+        batches = iter(training_batches(config, dataset, stage=Stage.SHOWN, resident=resident))
         sides[name] = lambda batches=batches: next(batches)
     return measuring.interleaved(sides, turns=4, calls=20)

@@ -3,14 +3,15 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import grain
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import CandidateBatch, FeatureSpec, Items
-from kd_ranker.data import loader, sampling
+from kd_ranker.data import loader
 from kd_ranker.data.builder import Dataset
-from kd_ranker.data.sampling import TrainingData
+from kd_ranker.data.cutting import unpack
 from kd_ranker.teachers import Teacher
 from kd_ranker.training import recipes
 from kd_ranker.training.mapping import MAPPINGS
@@ -27,9 +28,8 @@ class Program:
         items: Items,
         batch: CandidateBatch,
         teacher: Teacher | None = None,
-        data: TrainingData | None = None,
     ):
-        """Compiles the step of the members, for batches like `batch` and for draws from `data`."""
+        """Compiles the step of the members, for batches like `batch`."""
         config = next(iter(members.values()))
         groups = recipes.student_groups(members, spec)
         stage = recipes.TEACHER_STAGES[config.teacher.stage]
@@ -42,7 +42,6 @@ class Program:
             Frozen(
                 jax.tree.map(jnp.asarray, items),
                 teacher.parameters if teacher else None,
-                data,
             )
         )
         step = self.mapping.map_step(make_step([group.recipe for group in groups], live))
@@ -70,12 +69,10 @@ class Program:
 
 def first_batch(config: ConfigDict, dataset: Dataset) -> CandidateBatch:
     """The first training batch of `config`, on the host."""
-    batches, data = training_batches(config, dataset, resident=True)
-    assert data is not None, "what is resident comes with its data"
-    return sampling.cut_batch(data, jax.device_get(next(iter(batches))))
+    return jax.device_get(jax.jit(unpack)(next(iter(training_batches(config, dataset)))))
 
 
-def training_batches(config: ConfigDict, dataset: Dataset, **how: Any) -> loader.TrainingBatches:
+def training_batches(config: ConfigDict, dataset: Dataset, **how: Any) -> grain.IterDataset:
     """The training batches of `config`."""
     return loader.training_batches(
         dataset,

@@ -1,12 +1,15 @@
 import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
 
-from kd_ranker.batch import CandidateBatch
-from kd_ranker.data import builder, loader, sampling
+from kd_ranker.batch import CandidateBatch, Stage
+from kd_ranker.data import builder, loader
+from kd_ranker.data.cutting import unpack
 from kd_ranker.errors import UserError
+from kd_ranker.training.mapping import MAPPINGS
 from tests.data.requests import random_source
 
 
@@ -18,36 +21,35 @@ def dataset(tmp_path_factory):
 
 
 class Whole:
-    """An iterator over whole batches, whichever form they come in."""
+    """An iterator over whole batches, on the host."""
 
     def __init__(self, made):
-        self.iterator, self.data, self.number = iter(made.batches), made.data, 0
+        self.iterator = iter(made)
 
     def __iter__(self):
         return self
 
     def __next__(self):
-        batch, number = jax.device_get(next(self.iterator)), self.number
-        self.number += 1
-        return sampling.cut_batch(self.data, batch, number % loader.BLOCK) if self.data else batch
+        return unpack(jax.device_get(next(self.iterator)))
 
     def get_state(self):
-        return self.iterator.get_state(), self.number
+        return self.iterator.get_state()
 
     def set_state(self, state):
-        self.iterator.set_state(state[0])
-        self.number = state[1]
+        self.iterator.set_state(state)
+
+
+OPTIONS = {
+    "requests": 4,
+    "candidates": 12,
+    "passed_share": 0.5,
+    "negative_rate": 0.5,
+    "seed": 0,
+}
 
 
 def batches(dataset, **changes):
-    options = {
-        "requests": 4,
-        "candidates": 12,
-        "passed_share": 0.5,
-        "negative_rate": 0.5,
-        "seed": 0,
-    }
-    return Whole(loader.training_batches(dataset, **(options | changes)))
+    return Whole(loader.training_batches(dataset, **(OPTIONS | changes)))
 
 
 def take(iterator, number):
@@ -101,20 +103,65 @@ def test_an_iterator_goes_on_where_its_state_was_taken(dataset, before, resident
     assert_same(expected, take(resumed, 4))
 
 
-def test_what_is_read_for_each_batch_gives_the_batches_of_what_stays_in_memory(dataset):
-    number = loader.BLOCK + 3
+@pytest.mark.parametrize(
+    ("stage", "logged"), [(Stage.RETRIEVED, True), (Stage.PASSED, False), (Stage.SHOWN, False)]
+)
+def test_what_is_read_for_each_batch_gives_the_batches_of_what_stays_in_memory(
+    dataset, stage, logged
+):
+    number, of = loader.BLOCK + 3, {"stage": stage, "logged": logged}
     for resident, read in zip(
-        take(batches(dataset, resident=True), number),
-        take(batches(dataset, resident=False), number),
+        take(batches(dataset, resident=True, **of), number),
+        take(batches(dataset, resident=False, **of), number),
         strict=True,
     ):
         # What is read anew cannot know how few slots would do for all batches.
-        assert resident.labelled < resident.judged < read.labelled == read.judged == 12
+        assert read.item_id.shape[1] == read.labelled == read.judged == 12
+        slots = resident.item_id.shape[1], resident.judged
+        assert slots[0] < 12 or stage == Stage.RETRIEVED
+        assert resident.labelled < slots[1] < 12 or stage == Stage.SHOWN
         filled = [
             np.pad(few, [(0, to - of) for of, to in zip(few.shape, all_slots.shape, strict=True)])
             for few, all_slots in zip(*map(jax.tree.leaves, (resident, read)), strict=True)
         ]
         assert_same(filled, jax.tree.leaves(read))
+
+
+@pytest.mark.parametrize("mapping", ["pmap", "shard_map"])
+def test_several_devices_make_the_batches_that_one_makes(dataset, mapping):
+    number = loader.BLOCK + 3
+    several = MAPPINGS[mapping](jax.devices()[:2])
+    made = loader.training_batches(dataset, **OPTIONS, devices=several, resident=True)
+    for one, batch in zip(take(batches(dataset, resident=True), number), iter(made), strict=False):
+        assert len(batch.rows.sharding.device_set) == 2
+        rows = np.asarray(batch.rows).reshape(4, -1)
+        assert_same(one, unpack(dataclasses.replace(batch, rows=rows)))
+
+
+def test_large_batches_are_made_in_several_passes(dataset, monkeypatch):
+    number = loader.BLOCK + 3
+    expected = take(batches(dataset, resident=True), number)
+    monkeypatch.setattr(loader, "_PASS", 2**14)
+    passes = []
+
+    class Devices(NamedTuple):
+        replicate: Any
+        shard: Any
+        map_batches: Any
+
+    def shard(starts):
+        passes.append(starts.shape[1])
+        return jax.device_put(starts)
+
+    devices = Devices(jax.device_put, shard, jax.jit)
+    iterator = batches(dataset, resident=True, devices=devices)
+    assert_same(expected, take(iterator, number))
+    assert set(passes) == {4}
+    state = iterator.get_state()
+    expected = take(iterator, 6)
+    resumed = batches(dataset, resident=True, devices=devices)
+    resumed.set_state(state)
+    assert_same(expected, take(resumed, 6))
 
 
 def test_in_the_order_of_time_an_epoch_reads_what_is_stored_one_after_the_other(dataset):

@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 from configs import movielens_1m, movielens_32m
 from kd_ranker import commands, teachers
 from kd_ranker.data import loader, movielens, movielens_files
+from kd_ranker.data.cutting import unpack
 from kd_ranker.data.movielens_files import HALF_STARS, WHOLE_STARS
 from kd_ranker.data.request import Request, Source
 from kd_ranker.errors import UserError
@@ -819,7 +821,7 @@ def test_the_configs_build_a_dataset_and_its_batches(tmp_path: Path, config: Con
         seed=0,
         resident=False,
     )
-    batch = next(iter(made.batches))
+    batch = unpack(jax.device_get(next(iter(made))))
     # A tenth of the 500, each of which stands for ten more.
     positive = batch.user_label.any(axis=2)
     negative = (batch.label_weight > 0) & ~positive

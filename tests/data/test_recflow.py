@@ -15,6 +15,7 @@ from configs import recflow as config_file
 from kd_ranker import commands, measurement, teachers
 from kd_ranker.batch import Stage
 from kd_ranker.data import loader, recflow
+from kd_ranker.data.cutting import unpack
 from kd_ranker.data.request import Request, Source
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
@@ -637,7 +638,7 @@ def test_training_batches_hold_stages_and_positions_in_the_order_of_time(prepare
     dataset = teachers.open_dataset(config())
     sizes = dict(requests=8, candidates=8, passed_share=0.5, negative_rate=1.0, seed=0)
     made = loader.training_batches(dataset, order="time", resident=False, **sizes)
-    batch = next(iter(made.batches))
+    batch = unpack(next(iter(made)))
     stage = np.asarray(batch.stage)
     assert set(np.unique(stage)) <= {s.value for s in Stage}
     assert (stage == Stage.SHOWN).any()

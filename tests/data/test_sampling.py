@@ -8,16 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_ranker.batch import Stage
-from kd_ranker.data import sampling
+from kd_ranker.data import cutting, sampling
 from kd_ranker.data.columns import (
     Columns,
     columns_of,
     in_sampling_order,
     joined,
+    only_counting,
     proper_probability,
     spread_order,
 )
+from kd_ranker.data.cutting import unpack
+from kd_ranker.data.sampling import Slots
 from tests.batches import SPEC
+from tests.data.cutting import packed, prepared, starts_of
 from tests.data.requests import random_request
 
 V1 = dataclasses.replace(SPEC, teacher_version="v1")
@@ -52,17 +56,13 @@ def test_only_properly_logged_probabilities_count(probability, weight, version, 
     )
 
 
-def cut(requests, candidates, negative_rate=1.0, generator=None, passed_share=0.5, rows=None):
+def cut(requests, candidates, negative_rate=1.0, seed=0, passed_share=0.5, rows=None):
     """A training batch of some requests, all of them once if `rows` does not say which."""
-    generator = generator or np.random.default_rng(0)
     columns = requests if isinstance(requests, Columns) else columns_of(requests, V1)
-    data, kinds = sampling.training_data(columns, candidates, passed_share, negative_rate)
-    rows = np.arange(len(columns))[:, None] if rows is None else rows[:, None]
-    starts = sampling.draw(rows, generator.random((*rows.shape, sampling.KINDS)), kinds.of(rows))
-    few = dataclasses.asdict(sampling.cut_batch(data, sampling.chosen(starts, data.slots)))
-    slots = sampling.Slots(candidates, candidates, candidates)
-    of_all = dataclasses.replace(data, slots=slots)
-    batch = dataclasses.asdict(sampling.cut_batch(of_all, sampling.chosen(starts, slots)))
+    data, kinds, slots = prepared(columns, candidates, negative_rate, passed_share)
+    starts = starts_of(kinds, (np.arange(len(columns)) if rows is None else rows)[:, None], seed)
+    few = dataclasses.asdict(unpack(packed(data, starts, slots)[0]))
+    batch = dataclasses.asdict(unpack(packed(data, starts, Slots(*(candidates,) * 3))[0]))
     # With the fewest slots that do, a batch is the same but for zeros at the end.
     for name, array in batch.items():
         width = few[name].shape[1:2]
@@ -73,8 +73,7 @@ def cut(requests, candidates, negative_rate=1.0, generator=None, passed_share=0.
 
 def fields_of(request, candidates, negative_rate=1.0, seed=0, passed_share=0.5):
     """A training sample of one request."""
-    generator = np.random.default_rng(seed)
-    batch = cut([request], candidates, negative_rate, generator, passed_share)
+    batch = cut([request], candidates, negative_rate, seed, passed_share)
     return {name: array[0] for name, array in batch.items()}
 
 
@@ -106,17 +105,16 @@ def test_every_run_of_the_spread_order_is_spread_evenly():
 def test_over_all_offsets_each_of_a_kind_is_drawn_equally_often(candidates, negative_rate):
     """Every offset of every kind, one kind at a time: no candidate twice, and none preferred."""
     request = random_request(3, shown=9, passed=16, retrieved=40)
-    data, kinds = sampling.training_data(columns_of([request], V1), candidates, 0.5, negative_rate)
-    only = np.zeros((1, 1), np.int32)
+    data, kinds, slots = prepared(columns_of([request], V1), candidates, negative_rate)
     ends = np.cumsum(kinds.wanted[0])
     starts = np.concatenate([[0], ends[:-1]])
     for kind, number in enumerate(kinds.numbers[0]):
         counts = {}
         for offset in range(number):
-            offsets = np.zeros((1, 1, sampling.KINDS), np.int32)
-            offsets[..., kind] = offset
-            drawn = sampling.chosen(sampling.Starts(only, kinds.of(only), offsets), data.slots)
-            drawn = sampling.cut_batch(data, drawn)
+            start = np.zeros((1, 1, sampling.KINDS))
+            start[..., kind] = (offset + 0.5) / number
+            of_offset = sampling.draw(np.zeros((1, 1), int), start, sampling.table_of(kinds))
+            drawn = unpack(packed(data, of_offset, slots)[0])
             items = drawn.item_id[0][drawn.stage[0] > 0].tolist()
             assert len(set(items)) == len(items) == min(candidates, 40)
             for item in items[starts[kind] : ends[kind]]:
@@ -149,18 +147,86 @@ def test_the_sampling_order_moves_whole_candidates():
 def test_a_device_cuts_the_batch_that_the_host_cuts():
     requests = [random_request(seed) for seed in range(4)]
     requests.append(random_request(5, shown=0, passed=0, retrieved=3))
-    data, kinds = sampling.training_data(columns_of(requests, V1), 12, 0.5, 0.6)
-    rows = np.array([[4, 0, 1], [2, 3, 4]])
-    start = np.random.default_rng(0).random((*rows.shape, sampling.KINDS))
-    starts = sampling.draw(rows, start, kinds.of(rows))
-    drawn = sampling.chosen(starts, data.slots)
-    compiled = jax.jit(functools.partial(sampling.chosen, slots=data.slots))
-    jax.tree.map(np.testing.assert_array_equal, drawn, compiled(jax.device_put(starts)))
-    for step in range(3):
-        on_host = sampling.cut_batch(data, drawn, step)
-        on_device = jax.jit(sampling.whole_batch)(*jax.device_put((drawn, data)), step)
-        jax.tree.map(np.testing.assert_array_equal, on_host, on_device)
-        jax.tree.map(lambda one, other: one.dtype == other.dtype or 1 / 0, on_host, on_device)
+    data, kinds, slots = prepared(columns_of(requests, V1), 12, 0.6)
+    starts = starts_of(kinds, np.array([[4, 0, 1], [2, 3, 4]]))
+    draw = sampling.chosen(starts, slots)
+    on_device = jax.jit(functools.partial(sampling.chosen, slots=slots))(starts)
+    assert_same(draw, on_device)
+    parts = cutting.gather(data, draw)
+    on_device = jax.jit(cutting.gather)(*jax.device_put((data, on_device)))
+    assert_same(parts, on_device)
+    layout = cutting.layout_of(data, slots)
+    batches = cutting.join(parts, layout)
+    assert_same(batches, jax.jit(functools.partial(cutting.join, layout=layout))(on_device))
+    for batch in batches:
+        assert_same(unpack(batch), jax.jit(unpack)(batch))
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    jax.tree.map(lambda one, other: one.dtype == other.dtype or 1 / 0, one, other)
+
+
+def as_rows(batch):
+    """For each request of a batch, what it says of each candidate that is there, by item."""
+    fields = dataclasses.asdict(batch)
+
+    def of_candidate(row, at):
+        known = [name for name in PER_CANDIDATE if at < fields[name].shape[1]]
+        return {name: fields[name][row, at] for name in known}
+
+    return [
+        {int(items[at]): of_candidate(row, at) for at in np.flatnonzero(fields["stage"][row])}
+        for row, items in enumerate(fields["item_id"])
+    ]
+
+
+@pytest.mark.parametrize("logged", [True, False])
+@pytest.mark.parametrize("stage", [Stage.SHOWN, Stage.PASSED, Stage.RETRIEVED])
+@pytest.mark.parametrize("scored", ["passed", "retrieved", "nothing"])
+def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logged, scored):
+    requests = [random_request(seed) for seed in range(4)]
+    requests += [random_request(5, 0, 0, 3), random_request(6, 4, 4, 9), random_request(7, 1, 1, 1)]
+    number = {"passed": 9, "retrieved": 20, "nothing": 0}[scored]
+    requests[2] = scored_by_the_teacher(requests[2], number)
+    whole = columns_of(requests, V1)
+    columns = only_counting(whole, stage, logged)
+
+    def batch_of(columns):
+        data, kinds, slots = prepared(columns, 12, 0.5)
+        starts = starts_of(kinds, np.arange(len(requests))[:, None], 3)
+        return unpack(packed(data, starts, slots)[0])
+
+    everything, counting = batch_of(whole), batch_of(columns)
+    assert counting.item_id.shape[1] <= everything.item_id.shape[1]
+    for row, (all_of, left) in enumerate(zip(as_rows(everything), as_rows(counting), strict=True)):
+        for item, fields in all_of.items():
+            # One that was shown and whose labels were not drawn has nothing but the teacher.
+            came_far = stage < Stage.SHOWN and fields["stage"] >= stage
+            counts = came_far or fields.get("label_weight", 0) > 0
+            counts |= logged and np.any(fields.get("teacher_weight", 0))
+            assert item in left or not counts, (row, item)
+        for item, fields in left.items():
+            for name, value in fields.items():
+                if name.startswith("teacher") and not logged:
+                    assert not np.any(value)
+                else:
+                    np.testing.assert_array_equal(value, all_of[item][name])
+    if stage == Stage.SHOWN and not logged:
+        assert counting.item_id.shape[1] == counting.labelled == 4
+        assert len(columns.item_id) == sum(len(request.user_label) for request in requests)
+    if stage == Stage.RETRIEVED:
+        np.testing.assert_array_equal(columns.item_id, whole.item_id)
+
+
+def scored_by_the_teacher(request, number):
+    """The request with logged probabilities of its first candidates, so many."""
+    generator = np.random.default_rng(number)
+    return dataclasses.replace(
+        request,
+        teacher_probability=generator.random((number, 3)).astype(np.float32),
+        teacher_weight=np.ones(number, np.float32),
+    )
 
 
 @given(
@@ -213,10 +279,10 @@ def test_a_batch_holds_each_request_as_alone():
         random_request(3, shown=1, passed=1, retrieved=1),
     ]
     parts = [columns_of(requests[:1], V1), columns_of(requests[1:], V1)]
-    together = sampling.full_fields(joined(parts), 20)
+    together = cutting.full_fields(joined(parts), 20)
     drawn = cut(joined(parts), 20, rows=np.array([2, 0, 1, 3, 1]))
     for place, index in enumerate([2, 0, 1, 3, 1]):
-        alone = sampling.full_fields(columns_of([requests[index]], V1), 20)
+        alone = cutting.full_fields(columns_of([requests[index]], V1), 20)
         for name, array in alone.items():
             np.testing.assert_array_equal(together[name][index], array[0], err_msg=name)
         # Room for all, so the same candidates, in another order.
@@ -282,8 +348,7 @@ def test_the_most_recent_events_are_kept(events):
         history_features=np.arange(events, dtype=np.float32)[:, None].repeat(3, 1),
     )
     fields = {
-        name: array[0]
-        for name, array in sampling.full_fields(columns_of([request], V1), 20).items()
+        name: array[0] for name, array in cutting.full_fields(columns_of([request], V1), 20).items()
     }
     kept = min(events, SPEC.history_length)
     assert fields["history_mask"].sum() == kept

@@ -8,8 +8,9 @@ import optax
 import pytest
 
 from kd_ranker.batch import Stage
-from kd_ranker.data import sampling
 from kd_ranker.data.columns import columns_of
+from kd_ranker.data.cutting import unpack
+from kd_ranker.data.sampling import Slots
 from kd_ranker.distillation.losses import LOSSES, bce
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.lookup import gather, rows_of_ids
@@ -38,6 +39,7 @@ from tests.batches import (
     random_batch,
     random_items,
 )
+from tests.data.cutting import packed, prepared, starts_of
 from tests.data.requests import random_request
 
 TASKS = len(SPEC.tasks)
@@ -112,11 +114,9 @@ def run_groups(
     devices=1,
     live=True,
     spec=SPEC,
-    data=None,
 ):
     """The states after a step on each batch, and the losses of the last, a group each."""
     teacher, frozen = world_of(spec)
-    frozen = frozen.replace(data=data)
     if not live:
         teacher, frozen = None, frozen.replace(teacher=None)
     spread, step = program_of(tuple(recipes), teacher, mapping, devices)
@@ -166,47 +166,43 @@ def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(mode, sp
         assert_close(losses, other_losses, 1e-5)
 
 
+def sample_of(requests, negative_rate):
+    """What `tests.data.cutting.packed` takes: batches of two steps, eight requests each."""
+    spec = dataclasses.replace(SPEC, teacher_version="v1")
+    data, kinds, slots = prepared(columns_of(requests, spec), 12, negative_rate)
+    rows = np.random.default_rng(0).integers(0, len(requests), (8, 2))
+    return data, starts_of(kinds, rows), slots
+
+
 @pytest.mark.parametrize(("mapping", "devices"), [("pmap", 1), ("pmap", 8), ("shard_map", 2)])
-def test_a_step_cuts_its_batch_from_a_draw(mapping, devices):
-    """Three steps of one draw against the same batches, cut on the host."""
+def test_a_step_unpacks_its_batch(mapping, devices):
     requests = [random_request(seed) for seed in range(20)]
     requests += [random_request(20, 0, 0, 3), random_request(21, 1, 1, 1)]
-    spec = dataclasses.replace(SPEC, teacher_version="v1")
-    data, kinds = sampling.training_data(columns_of(requests, spec), 12, 0.5, 0.6)
-    generator = np.random.default_rng(0)
-    rows = generator.integers(0, len(requests), (8, 3))
-    starts = sampling.draw(rows, generator.random((8, 3, sampling.KINDS)), kinds.of(rows))
-    drawn = sampling.chosen(starts, data.slots)
-    batches = [sampling.cut_batch(data, drawn, step) for step in range(3)]
+    batches = packed(*sample_of(requests, 0.6))
     recipe, state = make_recipe()
-    expected, _ = run(recipe, state, batches, live=False)
-    found, _ = run(
-        recipe, state, [drawn] * 3, mapping=mapping, devices=devices, live=False, data=data
-    )
+    expected, _ = run(recipe, state, [unpack(batch) for batch in batches], live=False)
+    found, _ = run(recipe, state, batches, mapping=mapping, devices=devices, live=False)
     assert_close(expected.parameters, found.parameters, 1e-5)
     assert (expected.parameters.tables["item"] != state.parameters.tables["item"][0]).any()
 
 
-@pytest.mark.parametrize("live", [True, False])
-@pytest.mark.parametrize("mode", ["aux", "shared"])
+@pytest.mark.parametrize(
+    ("mode", "live"),
+    [(mode, live) for mode in ("aux", "shared") for live in (True, False)] + [("none", False)],
+)
 def test_a_step_leaves_out_what_cannot_count(mode, live):
-    """Batches with the fewest slots for labels and teacher against the same with all of them."""
+    """Batches with the fewest slots for candidates, labels and teacher against all of them."""
     requests = [random_request(seed) for seed in range(8)] + [random_request(8, 0, 0, 3)]
-    spec = dataclasses.replace(SPEC, teacher_version="v1")
-    data, kinds = sampling.training_data(columns_of(requests, spec), 12, 0.5, 0.6)
-    rows = np.arange(8)[:, None] + np.arange(2)
-    start = np.random.default_rng(0).random((8, 2, sampling.KINDS))
-    starts = sampling.draw(rows, start, kinds.of(rows))
+    data, starts, slots = sample_of(requests, 0.6)
     recipe, state = make_recipe(mode)
 
     def after(slots):
-        of_slots, drawn = dataclasses.replace(data, slots=slots), sampling.chosen(starts, slots)
-        batches = [sampling.cut_batch(of_slots, drawn, step) for step in range(2)]
+        batches = [unpack(batch) for batch in packed(data, starts, slots)]
         assert (batches[0].labelled, batches[0].judged) == slots[1:]
         return run(recipe, state, batches, live=live)
 
-    assert data.slots.labelled < data.slots.judged < 12
-    (few, few_losses), (every, every_losses) = after(data.slots), after(sampling.Slots(12, 12, 12))
+    assert slots.labelled < slots.judged < 12
+    (few, few_losses), (every, every_losses) = after(slots), after(Slots(12, 12, 12))
     assert_close(few.parameters, every.parameters, 1e-5)
     assert_close(few_losses, every_losses, 1e-5)
 

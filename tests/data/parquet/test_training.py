@@ -10,6 +10,7 @@ import pytest
 from experiments import prepare_data
 from kd_ranker import commands
 from kd_ranker.data import builder, loader
+from kd_ranker.data.cutting import unpack
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from tests.data import parquet_logs
@@ -52,7 +53,7 @@ def test_batches_hold_the_category_ids_of_the_log(config):
     dataset = builder.open_dataset(directory.parent.name, config.data.dir, made_by="")
     spec = dataset.spec
     sizes = dict(requests=8, candidates=12, passed_share=0.5, negative_rate=1.0, seed=0)
-    batch = next(iter(loader.training_batches(dataset, **sizes, resident=False).batches))
+    batch = unpack(next(iter(loader.training_batches(dataset, **sizes, resident=False))))
     assert batch.request_category.shape == (8, 1 + 2)
     assert batch.candidate_category.shape == (8, 12, 1)
     assert dataset.item_category.shape == (spec.num_items, 1 + 3)
