@@ -10,7 +10,6 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from kd_ranker.batch import Stage
 from kd_ranker.data import loader
 from kd_ranker.data.builder import Dataset
 from kd_ranker.evaluation import results
@@ -23,7 +22,7 @@ from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import Evaluate, States, fit, scalar_name
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.mapping import Mapping as DeviceMapping
-from kd_ranker.training.recipes import TEACHER_STAGES, Group
+from kd_ranker.training.recipes import TEACHER_STAGES, Group, Needs
 from kd_ranker.training.step import Frozen, LiveTeacher, select_member
 
 # What may change without making another run of it: what students are trained, and what is reported.
@@ -45,13 +44,11 @@ def training_batches(
     dataset: Dataset,
     batch: ConfigDict,
     mapping: DeviceMapping,
-    *,
-    stage: Stage = Stage.RETRIEVED,
-    logged: bool = True,
+    needs: Needs,
 ) -> grain.IterDataset:
     """The training batches of a run, on the devices.
 
-    `batch` is `config.batch` or `config.teacher.batch`; for the rest see `loader`.
+    `batch` is `config.batch` or `config.teacher.batch`.
     """
     return loader.training_batches(
         dataset,
@@ -61,8 +58,7 @@ def training_batches(
         negative_rate=batch.negative_rate,
         seed=batch.seed,
         order=batch.order,
-        stage=stage,
-        logged=logged,
+        **needs._asdict(),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         devices=mapping,
@@ -178,8 +174,8 @@ def _fit(
     """`fit` with what `section` (`config`, or `config.teacher`) says of batches and steps."""
     mapping = device_mapping(config)
     teacher = LiveTeacher(live.model, TEACHER_STAGES[config.teacher.stage]) if live else None
-    stage, logged = recipes.counting(groups, teacher)
-    batches = training_batches(config, dataset, section.batch, mapping, stage=stage, logged=logged)
+    needs = recipes.needs(groups, teacher)
+    batches = training_batches(config, dataset, section.batch, mapping, needs)
     frozen = mapping.replicate(
         Frozen(
             items=jax.tree.map(jnp.asarray, dataset.items),

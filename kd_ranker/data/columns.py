@@ -131,12 +131,10 @@ def only_counting(columns: Columns, stage: Stage, logged: bool) -> Columns:
       stage: what came so far in the funnel counts.
       logged: whether what the teacher has scored counts; if not, its probabilities are left out.
     """
-    shown, retrieved = columns.num_shown, columns.num_retrieved
-    passed = np.clip(columns.num_passed, shown, retrieved)
     scored = columns.num_scored * logged
-    rest_counts = (scored > passed) | (stage <= Stage.RETRIEVED)
-    passed_count = (scored > 0) | (stage <= Stage.PASSED)
-    candidates = np.where(rest_counts, retrieved, np.where(passed_count, passed, shown))
+    passed_count, rest_counts = _what_counts(columns, stage, scored)
+    candidates = np.where(passed_count, passed_of(columns), columns.num_shown)
+    candidates = np.where(rest_counts, columns.num_retrieved, candidates)
 
     def first(numbers: Int[np.ndarray, "n"], start: str, *names: str) -> dict[str, Any]:
         """The first so many of what each request has."""
@@ -150,6 +148,36 @@ def only_counting(columns: Columns, stage: Stage, logged: bool) -> Columns:
         **first(candidates, "candidate_start", *_OF_CANDIDATES),
         **first(scored, "scored_start", "teacher_probability"),
     )
+
+
+def what_counts(
+    columns: Columns, stage: Stage
+) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
+    """Of each request of `only_counting`, whether all that were passed count, and whether the rest.
+
+    Those that were shown count as passed, beside what they count for by their labels.
+    """
+    return _what_counts(columns, stage, columns.num_scored)
+
+
+def _what_counts(
+    columns: Columns, stage: Stage, scored: Int[np.ndarray, "n"]
+) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
+    return (
+        (scored > 0) | (stage <= Stage.PASSED),
+        (scored > passed_of(columns)) | (stage <= Stage.RETRIEVED),
+    )
+
+
+def passed_of(columns: Columns) -> Int[np.ndarray, "n"]:
+    """How many candidates of each request were passed, those that were shown included."""
+    return np.clip(columns.num_passed, columns.num_shown, columns.num_retrieved)
+
+
+def without_history(columns: Columns) -> Columns:
+    """The same requests, their histories of length 0."""
+    fields = ("history_id", "history_features", "history_mask")
+    return dataclasses.replace(columns, **{name: getattr(columns, name)[:, :0] for name in fields})
 
 
 # The golden ratio's fractional part.

@@ -23,6 +23,7 @@ from kd_ranker.data.columns import (
     in_sampling_order,
     joined,
     only_counting,
+    without_history,
 )
 from kd_ranker.data.cutting import PackedBatch, RequestData
 from kd_ranker.data.request import Request
@@ -94,15 +95,18 @@ DEFAULT_DEVICE: Devices = _DefaultDevice(jax.device_put, jax.device_put, jax.jit
 """The one that JAX takes when it is told nothing."""
 
 
-def _read(dataset: Dataset, stage: Stage, logged: bool) -> Callable[[Sequence[int]], Columns]:
-    """What reads and decodes some requests of the split `train`, by their numbers."""
+def _read(
+    dataset: Dataset, stage: Stage, logged: bool, history: bool
+) -> Callable[[Sequence[int]], Columns]:
+    """What reads some requests of the split `train`, by their numbers; see `training_batches`."""
     records, decode = read_split(dataset, "train", with_true_probability=False)
 
     def read(numbers: Sequence[int]) -> Columns:
         # All at once, which the record files answer in parallel.
         found = records.__getitems__(list(numbers))  # type: ignore[attr-defined]
         columns = columns_of([decode(record) for record in found], dataset.spec)
-        return only_counting(columns, stage, logged)
+        columns = only_counting(columns, stage, logged)
+        return columns if history else without_history(columns)
 
     return read
 
@@ -170,6 +174,42 @@ class _ForEach(grain.experimental.FlatMapTransform):
         return self.split(element)
 
 
+class _FromBlock(grain.IterDataset):
+    """An endless dataset, known by what it is from any block of steps on.
+
+    Its position is the number of elements handed out, whatever happens behind it: a run that
+    started with the requests in memory may go on without that.
+    """
+
+    def __init__(self, from_block: Callable[[int], grain.IterDataset]):
+        super().__init__()
+        self._from_block = from_block
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _CountingIterator(self._from_block)
+
+
+class _CountingIterator(grain.DatasetIterator):
+    def __init__(self, from_block: Callable[[int], grain.IterDataset]):
+        super().__init__()
+        self._from_block = from_block
+        self._taken, self._elements = 0, iter(from_block(0))
+
+    def __next__(self) -> Any:
+        element = next(self._elements)
+        self._taken += 1
+        return element
+
+    def get_state(self) -> dict[str, int]:
+        return {"taken": self._taken}
+
+    def set_state(self, state: dict[str, int]) -> None:
+        block, of_block = divmod(state["taken"], BLOCK)
+        self._taken, self._elements = state["taken"], iter(self._from_block(block))
+        for _ in range(of_block):
+            next(self._elements)
+
+
 def _flattened(
     dataset: grain.IterDataset, split: Callable[[Any], Sequence[Any]]
 ) -> grain.IterDataset:
@@ -187,6 +227,7 @@ def training_batches(
     order: str = "shuffled",
     stage: Stage = Stage.RETRIEVED,
     logged: bool = True,
+    history: bool = True,
     process_index: int = 0,
     process_count: int = 1,
     devices: Devices = DEFAULT_DEVICE,
@@ -198,8 +239,8 @@ def training_batches(
     Each epoch has its own draw of candidates. The requests are read and decoded once, before the
     first batch, where memory can hold them: then the batches are cut from them on the devices, many
     in one pass. Else each batch is read and cut on the host. The batches are the same, but for
-    slots that nothing fills. The position of the dataset (`get_state`, `set_state`) stands at the
-    batch last handed out, however many are made ahead.
+    slots that nothing fills. The position of the dataset (`get_state`, `set_state`) is the number
+    of batches handed out, however many are made ahead.
 
     Args:
       dataset: the dataset; its split `train` is read, without true probabilities.
@@ -212,6 +253,7 @@ def training_batches(
       stage: what came less far in the funnel is left out of the batches, unless it was shown or is
         `logged`. The rest of a batch is drawn as if it were there.
       logged: whether batches hold the logged teacher probabilities, and what has one.
+      history: whether batches hold the users' histories; if not, H is 0.
       process_index: this process among those that share the work.
       process_count: their number.
       devices: what puts and makes batches on the devices; runs ahead in a thread of its own.
@@ -226,10 +268,10 @@ def training_batches(
         raise UserError(
             f"{dataset.directory} has {number} training requests for {process_count} processes"
         )
-    read = _read(dataset, stage, logged)
+    read = _read(dataset, stage, logged, history)
 
     def kinds_of(columns: Columns, positives: Any) -> tuple[Kinds, Slots]:
-        return sampling.kinds_of(columns, positives, candidates, passed_share, negative_rate)
+        return sampling.kinds_of(columns, positives, stage, candidates, passed_share, negative_rate)
 
     starts = grain.MapDataset.range(2**31).seed(seed)  # endless to anyone who counts steps
     starts = starts.random_map(
@@ -256,9 +298,13 @@ def training_batches(
         def passes(starts: Starts) -> list[Starts]:
             return [starts[:, at : at + steps] for at in range(0, BLOCK, steps)]
 
-        made = _flattened(starts.map(draw).to_iter_dataset(_AS_ASKED), passes).map(make)
-        ahead = grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=1)
-        return _flattened(ahead, lambda batches: batches)
+        def from_block(block: int) -> grain.IterDataset:
+            drawn = starts.slice(slice(block, None)).map(draw).to_iter_dataset(_AS_ASKED)
+            made = _flattened(drawn, passes).map(make)
+            ahead = grain.experimental.ThreadPrefetchIterDataset(made, prefetch_buffer_size=1)
+            return _flattened(ahead, lambda batches: batches)
+
+        return _FromBlock(from_block)
 
     def batch(start: _Start) -> PackedBatch:
         columns, positives = in_sampling_order(read(start.request[:, 0].tolist()))
@@ -274,9 +320,12 @@ def training_batches(
         at = [slice(step, step + 1) for step in range(BLOCK)]
         return [_Start(block.request[:, one], block.start[:, one]) for one in at]
 
-    each = _flattened(starts.to_iter_dataset(_AS_ASKED), steps_of)
-    batches = each.map(batch).map(devices.shard)
-    return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
+    def read_from_block(block: int) -> grain.IterDataset:
+        each = _flattened(starts.slice(slice(block, None)).to_iter_dataset(_AS_ASKED), steps_of)
+        batches = each.map(batch).map(devices.shard)
+        return grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=4)
+
+    return _FromBlock(read_from_block)
 
 
 def _batches_of_draws(

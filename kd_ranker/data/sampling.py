@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int8
 
 from kd_ranker.batch import Stage
-from kd_ranker.data.columns import Columns, lengths
+from kd_ranker.data.columns import Columns, passed_of, what_counts
 
 # The kinds of candidates that a batch holds, in the order in which it holds them.
 POSITIVES, NEGATIVES, OTHERS, REST = range(KINDS := 4)
@@ -85,14 +85,14 @@ class Draw:
 
 def bounds_of(columns: Columns) -> Bounds:
     """Those of all requests. Row 0 stands for nothing, so the rows of what there is start at 1."""
-    passed = np.clip(columns.num_passed, columns.num_shown, columns.num_retrieved)
     starts = (columns.candidate_start[:-1] + 1, columns.shown_start[:-1] + 1)
-    return Bounds(*starts, passed, columns.num_shown)
+    return Bounds(*starts, passed_of(columns), columns.num_shown)
 
 
 def kinds_of(
     columns: Columns,
     positives: Int[np.ndarray, "n"],
+    stage: Stage,
     candidates: int,
     passed_share: float,
     negative_rate: float,
@@ -103,12 +103,13 @@ def kinds_of(
     number, each of which then counts n / k times, so that weighted sums over the labels keep their
     expectation; what does not fit is thinned and reweighted the same way. The slots that are left
     are filled from the passed and from the rest; where one of the two runs out the other fills up.
-    A slot that falls to a kind that `columns` leaves out is left out, so what counts is drawn as if
-    all were there.
+    A slot that falls to what does not count is left out, so what counts is drawn as if all were
+    there.
 
     Args:
-      columns: the requests as `in_sampling_order` puts them; see `only_counting` as well.
+      columns: the requests of `only_counting`, as `in_sampling_order` puts them.
       positives: how many candidates of each have a positive label.
+      stage: what came so far in the funnel counts.
       candidates: `config.batch.candidates`, the most to hold.
       passed_share: the share of the slots left after the shown that the passed fill.
       negative_rate: the share of the shown candidates without any positive label to keep.
@@ -127,9 +128,9 @@ def kinds_of(
     slots = np.minimum(candidates - labelled, others + rest)
     from_others = np.minimum(np.rint(passed_share * slots).astype(np.int64), others)
     from_others = np.maximum(from_others, slots - rest)
-    there = lengths(columns.candidate_start)
-    wanted_others = np.where(there >= passed, from_others, 0)
-    wanted_rest = np.where(there >= retrieved, slots - from_others, 0)
+    passed_count, rest_counts = what_counts(columns, stage)
+    wanted_others = np.where(passed_count, from_others, 0)
+    wanted_rest = np.where(rest_counts, slots - from_others, 0)
     kinds = Kinds(
         numbers=np.stack([positives, negatives, others, rest], axis=1),
         wanted=np.stack([kept_positives, kept_negatives, wanted_others, wanted_rest], axis=1),

@@ -1,5 +1,6 @@
 """A model as the step sees it: a graph definition, its embeddings, and parameters apart."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -29,7 +30,8 @@ class ModuleClass(Protocol):
 
     Its modules are called with a batch, the embeddings that the class's `lookups` name, and the
     items, and return logits [R, N, heads]. A lookup that finds no ids in a dataset, because it has
-    no such feature, is left out.
+    no such feature, is left out. A class that says `reads_history = False` is trained on batches
+    without histories, H = 0.
     """
 
     lookups: dict[str, Lookup]
@@ -48,11 +50,13 @@ class Model(NamedTuple):
       graph: the module's definition.
       embedding: what it looks up.
       dtype: of its arithmetic; parameters, tables and logits are float32 whatever it is.
+      reads_history: whether it needs the histories of a batch.
     """
 
     graph: nnx.GraphDef
     embedding: EmbeddingSpec
     dtype: Any
+    reads_history: bool = True
 
 
 @flax.struct.dataclass
@@ -111,7 +115,11 @@ def build_model(
     graph, _ = nnx.split(
         nnx.eval_shape(lambda: module(spec, heads, config, rngs=nnx.Rngs(params=0))), nnx.Param
     )
-    return Model(graph, embedding, COMPUTE_DTYPES[config.compute_dtype]), init
+    reads_history = getattr(module, "reads_history", True)
+    without = dataclasses.replace(spec, history_length=0)
+    if not reads_history and any(not _finds_ids(lookup, without) for lookup in lookups.values()):
+        raise ValueError("a model that looks up the history can't say reads_history = False")
+    return Model(graph, embedding, COMPUTE_DTYPES[config.compute_dtype], reads_history), init
 
 
 def _finds_ids(lookup: Lookup, spec: FeatureSpec) -> bool:

@@ -43,6 +43,7 @@ class MultiInterest(nnx.Module):
     """
 
     lookups = LOOKUPS
+    reads_history = False
 
     def __init__(self, spec: FeatureSpec, heads: int, config: ConfigDict, *, rngs: nnx.Rngs):
         """Builds the model; reads `width` (D), `interests` (E) and `hidden` from the config."""
@@ -104,6 +105,7 @@ class TwoTower(nnx.Module):
     """
 
     lookups = LOOKUPS
+    reads_history = False
 
     def __init__(self, spec: FeatureSpec, heads: int, config: ConfigDict, *, rngs: nnx.Rngs):
         """Builds the model; reads `width` (D) and `hidden` from the config."""

@@ -92,7 +92,9 @@ def fit(
                 _report(diverged_now, diverged)
                 diverged = diverged_now
                 scalars = _scalars(groups, mapping.unreplicate(losses), diverged_now)
-                scalars |= _unknown_ids(mapping.unreplicate(states[0].unknown_ids))
+                scalars |= _unknown_ids(
+                    mapping.unreplicate([state.unknown_ids for state in states])
+                )
             if not last and train.eval_every and done % train.eval_every == 0:
                 measured, best = evaluate(mapping.unreplicate(states))
                 scalars |= measured
@@ -155,9 +157,15 @@ def _mark_lost(states: States, mapping: Mapping) -> States:
     return mapping.replicate(tuple(marked)) if any_lost else states
 
 
-def _unknown_ids(numbers: dict[str, Int[Array, ""]]) -> dict[str, float]:
-    """How many ids of the batches so far, all the same for all groups, had no row of their own."""
-    return {f"unknown_ids/{table}": int(number) for table, number in numbers.items()}
+def _unknown_ids(groups: Sequence[dict[str, Int[Array, ""]]]) -> dict[str, float]:
+    """How many ids that a group trained on had no row of their own: of that which met the most.
+
+    A group without a use for the teacher trains on fewer candidates of the same batches.
+    """
+    return {
+        f"unknown_ids/{table}": max(int(numbers[table]) for numbers in groups)
+        for table in groups[0]
+    }
 
 
 def _number_of_members(groups: Sequence[Group]) -> int:

@@ -85,15 +85,29 @@ def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
     return Group(recipe, ("",), numbers, _init(recipe, init, [config], spec))
 
 
-def counting(groups: Sequence[Group], teacher: LiveTeacher | None) -> tuple[Stage, bool]:
-    """What can count for the groups, beside the candidates with labels.
+class Needs(NamedTuple):
+    """What a batch must hold, under the names of `loader.training_batches`.
 
-    Returns:
-      How far a candidate must have come in the funnel, and whether logged teacher probabilities
-      count; `data.columns.only_counting` takes the two.
+    Attributes:
+      stage: how far a candidate that has no label must have come in the funnel.
+      logged: whether logged teacher probabilities count.
+      history: whether a model reads histories.
     """
+
+    stage: Stage
+    logged: bool
+    history: bool
+
+
+def needs(groups: Sequence[Group], teacher: LiveTeacher | None) -> Needs:
+    """What the groups, or the live teacher if there is one, have a use for."""
     distilled = any(group.recipe.mode.teacher_logits is not None for group in groups)
-    return teacher.stage if teacher else Stage.SHOWN, distilled and teacher is None
+    models = [group.recipe.model for group in groups] + ([teacher.model] if teacher else [])
+    return Needs(
+        stage=teacher.stage if teacher else Stage.SHOWN,
+        logged=distilled and teacher is None,
+        history=any(model.reads_history for model in models),
+    )
 
 
 def _numbers(config: ConfigDict, optimizer: ConfigDict) -> Hyperparameters:

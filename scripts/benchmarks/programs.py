@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import CandidateBatch, FeatureSpec, Items
 from kd_ranker.data import loader
 from kd_ranker.data.builder import Dataset
-from kd_ranker.data.cutting import unpack
+from kd_ranker.data.cutting import PackedBatch, unpack
 from kd_ranker.teachers import Teacher
 from kd_ranker.training import recipes
 from kd_ranker.training.mapping import MAPPINGS
@@ -26,7 +26,7 @@ class Program:
         members: Mapping[str, ConfigDict],
         spec: FeatureSpec,
         items: Items,
-        batch: CandidateBatch,
+        batch: CandidateBatch | PackedBatch,
         teacher: Teacher | None = None,
     ):
         """Compiles the step of the members, for batches like `batch`."""
@@ -68,12 +68,16 @@ class Program:
 
 
 def first_batch(config: ConfigDict, dataset: Dataset) -> CandidateBatch:
-    """The first training batch of `config`, on the host."""
-    return jax.device_get(jax.jit(unpack)(next(iter(training_batches(config, dataset)))))
+    """The first training batch of `config` on the host, for steps with a live teacher or logs."""
+    stage = recipes.TEACHER_STAGES[config.teacher.stage]
+    how = {"stage": stage, "logged": True, "history": True, "resident": True}
+    batches = training_batches(config, dataset, **how)
+    return jax.device_get(jax.jit(unpack)(next(iter(batches))))
 
 
 def training_batches(config: ConfigDict, dataset: Dataset, **how: Any) -> grain.IterDataset:
-    """The training batches of `config`."""
+    """The training batches of `config` with what its student needs and the teacher's logs."""
+    needs = recipes.needs(recipes.student_groups({"": config}, dataset.spec), None)._asdict()
     return loader.training_batches(
         dataset,
         requests=config.batch.requests,
@@ -81,5 +85,5 @@ def training_batches(config: ConfigDict, dataset: Dataset, **how: Any) -> grain.
         passed_share=config.batch.passed_share,
         negative_rate=config.batch.negative_rate,
         seed=config.batch.seed,
-        **how,
+        **(needs | how),
     )

@@ -87,7 +87,7 @@ def steps_and_floor(config: Any, members: int) -> dict[str, Any]:
     milliseconds = measuring.interleaved(
         {"one member": one.step, "one without teacher": alone.step, "all members": together.step}
     )
-    ids = config.batch.requests * config.batch.candidates
+    ids = batch.item_id.size
     of_all, of_one = (milliseconds[name]["median"] for name in ("all members", "one member"))
     return {
         "ratio": together.flops / (members * one.flops),

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from kd_ranker.batch import Stage
 from kd_ranker.data import cutting, sampling
 from kd_ranker.data.columns import Columns, in_sampling_order
 from kd_ranker.data.cutting import PackedBatch, RequestData
@@ -9,11 +10,17 @@ from kd_ranker.data.sampling import Kinds, Slots
 
 
 def prepared(
-    columns: Columns, candidates: int, negative_rate: float = 1.0, passed_share: float = 0.5
+    columns: Columns,
+    candidates: int,
+    negative_rate: float = 1.0,
+    passed_share: float = 0.5,
+    stage: Stage = Stage.RETRIEVED,
 ) -> tuple[RequestData, Kinds, Slots]:
     """What batches are cut from, the kinds of candidates, and the fewest slots that do."""
     columns, positives = in_sampling_order(columns)
-    kinds, slots = sampling.kinds_of(columns, positives, candidates, passed_share, negative_rate)
+    kinds, slots = sampling.kinds_of(
+        columns, positives, stage, candidates, passed_share, negative_rate
+    )
     return cutting.request_data(columns, logged=True), kinds, slots
 
 

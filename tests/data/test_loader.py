@@ -101,6 +101,11 @@ def test_an_iterator_goes_on_where_its_state_was_taken(dataset, before, resident
     resumed = batches(dataset, resident=resident)
     resumed.set_state(state)
     assert_same(expected, take(resumed, 4))
+    # Whether the requests fit into memory may have changed since.
+    elsewhere = batches(dataset, resident=not resident)
+    elsewhere.set_state(state)
+    for one, other in zip(expected, take(elsewhere, 4), strict=True):
+        np.testing.assert_array_equal(one.item_id, other.item_id)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +130,20 @@ def test_what_is_read_for_each_batch_gives_the_batches_of_what_stays_in_memory(
             for few, all_slots in zip(*map(jax.tree.leaves, (resident, read)), strict=True)
         ]
         assert_same(filled, jax.tree.leaves(read))
+
+
+@pytest.mark.parametrize("resident", [True, False])
+def test_without_histories_a_batch_is_the_same_otherwise(dataset, resident):
+    whole = take(batches(dataset, resident=resident), 2)
+    for one, other in zip(
+        whole, take(batches(dataset, resident=resident, history=False), 2), strict=True
+    ):
+        for field in dataclasses.fields(one):
+            of_one, of_other = getattr(one, field.name), getattr(other, field.name)
+            if field.name.startswith("history"):
+                assert of_other.shape == (4, 0, *of_one.shape[2:])
+            else:
+                np.testing.assert_array_equal(of_one, of_other)
 
 
 @pytest.mark.parametrize("mapping", ["pmap", "shard_map"])

@@ -192,12 +192,12 @@ def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logg
     whole = columns_of(requests, V1)
     columns = only_counting(whole, stage, logged)
 
-    def batch_of(columns):
-        data, kinds, slots = prepared(columns, 12, 0.5)
+    def batch_of(columns, stage):
+        data, kinds, slots = prepared(columns, 12, 0.5, stage=stage)
         starts = starts_of(kinds, np.arange(len(requests))[:, None], 3)
         return unpack(packed(data, starts, slots)[0])
 
-    everything, counting = batch_of(whole), batch_of(columns)
+    everything, counting = batch_of(whole, Stage.RETRIEVED), batch_of(columns, stage)
     assert counting.item_id.shape[1] <= everything.item_id.shape[1]
     for row, (all_of, left) in enumerate(zip(as_rows(everything), as_rows(counting), strict=True)):
         for item, fields in all_of.items():

@@ -10,14 +10,14 @@ from tests.batches import SPEC
 @pytest.mark.parametrize(
     ("modes", "teacher", "expected"),
     [
-        (["none"], None, (Stage.SHOWN, False)),
-        (["shared"], None, (Stage.SHOWN, True)),
-        (["none", "aux"], None, (Stage.SHOWN, True)),
-        (["none", "aux"], Stage.PASSED, (Stage.PASSED, False)),
-        (["shared"], Stage.RETRIEVED, (Stage.RETRIEVED, False)),
+        (["none"], None, (Stage.SHOWN, False, False)),
+        (["shared"], None, (Stage.SHOWN, True, False)),
+        (["none", "aux"], None, (Stage.SHOWN, True, False)),
+        (["none", "aux"], Stage.PASSED, (Stage.PASSED, False, True)),
+        (["shared"], Stage.RETRIEVED, (Stage.RETRIEVED, False, True)),
     ],
 )
-def test_what_counts_is_what_some_member_can_learn_from(modes, teacher, expected):
+def test_a_batch_needs_what_some_member_has_a_use_for(modes, teacher, expected):
     members = {}
     for mode in modes:
         members[mode] = cascade.get_config("small")
@@ -25,4 +25,9 @@ def test_what_counts_is_what_some_member_can_learn_from(modes, teacher, expected
     groups = recipes.student_groups(members, SPEC)
     model, _ = recipes.teacher_model(next(iter(members.values())), SPEC)
     live = LiveTeacher(model, teacher) if teacher else None
-    assert recipes.counting(groups, live) == expected
+    assert recipes.needs(groups, live) == expected
+
+
+def test_a_teacher_in_training_needs_labels_and_histories_alone():
+    group = recipes.teacher_group(cascade.get_config("small"), SPEC)
+    assert recipes.needs([group], None) == (Stage.SHOWN, False, True)

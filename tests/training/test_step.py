@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from kd_ranker.batch import Stage
-from kd_ranker.data.columns import columns_of
+from kd_ranker.data.columns import columns_of, only_counting
 from kd_ranker.data.cutting import unpack
 from kd_ranker.data.sampling import Slots
 from kd_ranker.distillation.losses import LOSSES, bce
@@ -166,10 +166,11 @@ def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(mode, sp
         assert_close(losses, other_losses, 1e-5)
 
 
-def sample_of(requests, negative_rate):
+def sample_of(requests, negative_rate, stage=Stage.RETRIEVED, logged=True):
     """What `tests.data.cutting.packed` takes: batches of two steps, eight requests each."""
     spec = dataclasses.replace(SPEC, teacher_version="v1")
-    data, kinds, slots = prepared(columns_of(requests, spec), 12, negative_rate)
+    columns = only_counting(columns_of(requests, spec), stage, logged)
+    data, kinds, slots = prepared(columns, 12, negative_rate, stage=stage)
     rows = np.random.default_rng(0).integers(0, len(requests), (8, 2))
     return data, starts_of(kinds, rows), slots
 
@@ -191,20 +192,37 @@ def test_a_step_unpacks_its_batch(mapping, devices):
     [(mode, live) for mode in ("aux", "shared") for live in (True, False)] + [("none", False)],
 )
 def test_a_step_leaves_out_what_cannot_count(mode, live):
-    """Batches with the fewest slots for candidates, labels and teacher against all of them."""
+    """Batches of what counts, with the fewest slots that do, against all candidates."""
     requests = [random_request(seed) for seed in range(8)] + [random_request(8, 0, 0, 3)]
-    data, starts, slots = sample_of(requests, 0.6)
     recipe, state = make_recipe(mode)
+    stage = LIVE.stage if live else Stage.SHOWN
+    logged = mode != "none" and not live
+    data, starts, slots = sample_of(requests, 0.6, stage, logged)
+    everything = *sample_of(requests, 0.6)[:2], Slots(12, 12, 12)
 
-    def after(slots):
+    def after(data, starts, slots):
         batches = [unpack(batch) for batch in packed(data, starts, slots)]
-        assert (batches[0].labelled, batches[0].judged) == slots[1:]
+        assert (batches[0].item_id.shape[1], batches[0].labelled, batches[0].judged) == slots
         return run(recipe, state, batches, live=live)
 
-    assert slots.labelled < slots.judged < 12
-    (few, few_losses), (every, every_losses) = after(slots), after(Slots(12, 12, 12))
+    few, few_losses = after(data, starts, slots)
+    every, every_losses = after(*everything)
+    assert slots.labelled < 12
+    assert (slots.candidates < 12) == (not live)
     assert_close(few.parameters, every.parameters, 1e-5)
     assert_close(few_losses, every_losses, 1e-5)
+
+
+def test_groups_of_several_modes_take_what_each_can_use():
+    """`none` beside `shared` on the same batches, against each of the two alone."""
+    requests = [random_request(seed) for seed in range(8)]
+    batches = packed(*sample_of(requests, 0.6, Stage.SHOWN, logged=True))
+    made = [make_recipe(mode) for mode in ("none", "shared")]
+    numbers = [stack_members([hyperparameters()])] * 2
+    together, _ = run_groups(*zip(*made, strict=True), batches, numbers, live=False)
+    for (recipe, state), beside in zip(made, together, strict=True):
+        by_itself, _ = run(recipe, state, batches, live=False)
+        assert_close(by_itself.parameters, alone(beside).parameters, 1e-5)
 
 
 @over_modes_and_specs
