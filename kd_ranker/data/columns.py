@@ -131,10 +131,6 @@ def only_counting(columns: Columns, stage: Stage, logged: bool) -> Columns:
       stage: what came so far in the funnel counts.
       logged: whether what the teacher has scored counts; if not, its probabilities are left out.
     """
-    scored = columns.num_scored * logged
-    passed_count, rest_counts = _what_counts(columns, stage, scored)
-    candidates = np.where(passed_count, passed_of(columns), columns.num_shown)
-    candidates = np.where(rest_counts, columns.num_retrieved, candidates)
 
     def first(numbers: Int[np.ndarray, "n"], start: str, *names: str) -> dict[str, Any]:
         """The first so many of what each request has."""
@@ -143,11 +139,12 @@ def only_counting(columns: Columns, stage: Stage, logged: bool) -> Columns:
         index = np.arange(new[-1]) + np.repeat(old - new[:-1], numbers)
         return {start: new} | {name: getattr(columns, name)[index] for name in names}
 
-    return dataclasses.replace(
-        columns,
-        **first(candidates, "candidate_start", *_OF_CANDIDATES),
-        **first(scored, "scored_start", "teacher_probability"),
-    )
+    scored = columns.num_scored * logged
+    counting = dataclasses.replace(columns, **first(scored, "scored_start", "teacher_probability"))
+    passed_count, rest_counts = what_counts(counting, stage)
+    candidates = np.where(passed_count, passed_of(columns), columns.num_shown)
+    candidates = np.where(rest_counts, columns.num_retrieved, candidates)
+    return dataclasses.replace(counting, **first(candidates, "candidate_start", *_OF_CANDIDATES))
 
 
 def what_counts(
@@ -157,15 +154,9 @@ def what_counts(
 
     Those that were shown count as passed, beside what they count for by their labels.
     """
-    return _what_counts(columns, stage, columns.num_scored)
-
-
-def _what_counts(
-    columns: Columns, stage: Stage, scored: Int[np.ndarray, "n"]
-) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
     return (
-        (scored > 0) | (stage <= Stage.PASSED),
-        (scored > passed_of(columns)) | (stage <= Stage.RETRIEVED),
+        (columns.num_scored > 0) | (stage <= Stage.PASSED),
+        (columns.num_scored > passed_of(columns)) | (stage <= Stage.RETRIEVED),
     )
 
 

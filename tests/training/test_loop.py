@@ -2,6 +2,7 @@ import io
 
 from tqdm import tqdm
 
+from kd_ranker.training import loop
 from kd_ranker.training.loop import skip_steps
 
 
@@ -18,3 +19,8 @@ def test_steps_that_are_skipped_do_not_count_as_pace():
 
 def test_a_bar_that_is_not_shown_is_left_alone():
     skip_steps(tqdm(total=10, disable=True), 5)
+
+
+def test_unknown_ids_are_those_of_the_group_that_trained_on_most():
+    groups = [{"item": 1, "user": 0}, {"item": 5, "user": 0}]
+    assert loop._unknown_ids(groups) == {"unknown_ids/item": 5, "unknown_ids/user": 0}
