@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from configs import defaults
+from kd_ranker.config import defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:

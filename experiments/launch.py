@@ -10,7 +10,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from kd_ranker import settings
+from kd_ranker.config import settings
 from kd_ranker.errors import UserError
 
 BAD_INPUT = 2

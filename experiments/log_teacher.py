@@ -9,7 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from experiments.launch import launch
-from kd_ranker import commands
+from kd_ranker.pipeline import commands
 
 
 def main(config: ConfigDict, workdir: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from experiments.launch import launch
-from kd_ranker import commands
-from kd_ranker.data.parquet.report import PAGE
+from kd_ranker.pipeline import commands
+from kd_ranker.sources.logs.data_report import PAGE
 
 
 def main(config: ConfigDict, workdir: Path) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from experiments.launch import launch_on_workdirs
-from kd_ranker import commands
+from kd_ranker.pipeline import commands
 
 
 def main(workdirs: list[Path], output: Path) -> None:

@@ -17,8 +17,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from configs import cascade
-from kd_ranker import commands
 from kd_ranker.evaluation import results
+from kd_ranker.pipeline import commands
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "--config=configs/cascade.py:small"

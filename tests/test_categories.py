@@ -6,12 +6,12 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from configs import defaults
-from kd_ranker import commands, teachers
 from kd_ranker.batch import Category, FeatureSpec
-from kd_ranker.data import loader
-from kd_ranker.data.request import Request, Source
-from kd_ranker.data.sources import SOURCES, SourceEntry
+from kd_ranker.batches import loader
+from kd_ranker.config import defaults
+from kd_ranker.pipeline import commands, teachers
+from kd_ranker.requests.request import Request, Source
+from kd_ranker.sources.registry import SOURCES, SourceEntry
 
 GROUPS, ITEMS, CANDIDATES = 3, 60, 12
 NUM_REQUESTS = {"train": 128, "test": 32}

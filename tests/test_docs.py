@@ -8,12 +8,13 @@ from unittest import mock
 import pytest
 from ml_collections import ConfigDict
 
-from configs import cascade, defaults, kuairand, movielens, movielens_32m, parquet, recflow
-from kd_ranker.data.sources import SOURCES
+from configs import cascade, kuairand, movielens, movielens_32m, parquet, recflow
+from kd_ranker.config import defaults
 from kd_ranker.distillation.losses import LOSSES, NEEDS_PROBABILITIES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
+from kd_ranker.sources.registry import SOURCES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

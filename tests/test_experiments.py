@@ -154,6 +154,6 @@ def test_the_library_reads_no_flags():
 
 
 def test_nothing_that_the_entry_points_import_is_tensorflow():
-    program = "import sys, kd_ranker.commands; sys.exit('tensorflow' in sys.modules)"
+    program = "import sys, kd_ranker.pipeline.commands; sys.exit('tensorflow' in sys.modules)"
     assert small.run("-c", program).returncode == 0
     assert "tensorflow" not in sys.modules

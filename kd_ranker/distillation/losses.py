@@ -15,8 +15,8 @@ a task and a request, a candidate is *known* if its weight is greater than 0.
     topk               sees which candidates of a request the teacher puts among its first k
 
 The first two need probabilities (`NEEDS_PROBABILITIES`). For the others positions will do, which
-`kd_ranker.teacher_signal` turns into pseudo-probabilities. They compare the candidates of a
-request: one in which there is nothing to compare adds nothing to numerator or denominator.
+`teacher_signal` turns into pseudo-probabilities. They compare the candidates of a request: one in
+which there is nothing to compare adds nothing to numerator or denominator.
 
 An entry of weight 0 contributes exactly nothing, to the loss and to its gradient, whatever stands
 there, NaN included; so the candidates that fill up a batch change nothing.
@@ -58,7 +58,7 @@ _List = Float[Array, "N"]
 _Known = Bool[Array, "N"]
 _Pairs = Float[Array, "N*N"]
 
-# Those of `configs/defaults.py`.
+# Those of `kd_ranker/config/defaults.py`.
 DEFAULT_NUMBERS = LossNumbers(temperature=1.0, top_k=10.0)
 
 # Keeps the logit of a logged probability of exactly 0 or 1 finite.

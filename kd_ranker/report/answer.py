@@ -11,8 +11,8 @@ from kd_ranker.report.choices import (
     cross_validated,
     settings_of,
 )
-from kd_ranker.report.sources import Study
 from kd_ranker.report.statistics import Interval, by_repeat, difference, interval
+from kd_ranker.report.study import Study
 from kd_ranker.report.tables import number
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import pandas as pd
 
 from kd_ranker.report.choices import baseline, best
-from kd_ranker.report.sources import SETTING, Study
 from kd_ranker.report.statistics import Interval, by_repeat, difference, interval
+from kd_ranker.report.study import SETTING, Study
 
 MISALIGNED_BELOW = 0.25
 # Two counts of FLOPs closer than this are one: results.csv holds seven digits.

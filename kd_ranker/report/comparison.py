@@ -6,8 +6,8 @@ from typing import Literal, NamedTuple
 import pandas as pd
 
 from kd_ranker.report.choices import baseline
-from kd_ranker.report.sources import SETTING, Study
 from kd_ranker.report.statistics import Interval, by_repeat, difference, interval
+from kd_ranker.report.study import SETTING, Study
 
 Better = Literal["lower", "higher", "one"]
 

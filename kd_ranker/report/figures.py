@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from kd_ranker.report.choices import best_of_modes
-from kd_ranker.report.sources import Study
 from kd_ranker.report.statistics import by_repeat, interval
+from kd_ranker.report.study import Study
 
 
 class Figure(NamedTuple):

@@ -10,7 +10,7 @@ from plotly.offline import get_plotlyjs
 from kd_ranker.report.answer import Answer
 from kd_ranker.report.figures import Figure
 from kd_ranker.report.interactive import charts
-from kd_ranker.report.sources import Study
+from kd_ranker.report.study import Study
 from kd_ranker.report.tables import Table
 
 

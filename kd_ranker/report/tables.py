@@ -11,8 +11,8 @@ from kd_ranker.evaluation import results
 from kd_ranker.report.choices import baseline
 from kd_ranker.report.claims import RULES
 from kd_ranker.report.comparison import important_measures
-from kd_ranker.report.sources import Study, text_of, title_of
 from kd_ranker.report.statistics import Interval, interval
+from kd_ranker.report.study import Study, text_of, title_of
 
 
 def results_text(workdir: Path, passed: int) -> str:

@@ -12,7 +12,7 @@ from kd_ranker.report.comparison import comparison
 from kd_ranker.report.drawing import draw
 from kd_ranker.report.figures import figures
 from kd_ranker.report.page import Section, page
-from kd_ranker.report.sources import Study, read_studies
+from kd_ranker.report.study import Study, read_studies
 from kd_ranker.report.tables import (
     Table,
     claims_table,

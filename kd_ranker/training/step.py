@@ -20,7 +20,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from kd_ranker.batch import CandidateBatch, Items, Stage
-from kd_ranker.data.cutting import PackedBatch, unpack
+from kd_ranker.batches.cutting import PackedBatch, unpack
 from kd_ranker.distillation.losses import Loss, LossNumbers, bce
 from kd_ranker.distillation.modes import Mode, Transform
 from kd_ranker.embedding.lookup import (

@@ -19,9 +19,9 @@ from typing import Any
 import jax
 
 from configs import cascade
-from kd_ranker import commands, teachers
-from kd_ranker.data import loader
-from kd_ranker.data.cutting import unpack
+from kd_ranker.batches import loader
+from kd_ranker.batches.cutting import unpack
+from kd_ranker.pipeline import commands, teachers
 from kd_ranker.training.mapping import MAPPINGS
 from scripts.benchmarks import measuring
 from scripts.benchmarks.programs import Program, training_batches

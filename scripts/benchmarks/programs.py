@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import CandidateBatch, FeatureSpec, Items
-from kd_ranker.data import loader
-from kd_ranker.data.builder import Dataset
-from kd_ranker.data.cutting import PackedBatch, unpack
-from kd_ranker.teachers import Teacher
+from kd_ranker.batches import loader
+from kd_ranker.batches.cutting import PackedBatch, unpack
+from kd_ranker.pipeline.teachers import Teacher
+from kd_ranker.requests.storage import Dataset
 from kd_ranker.training import recipes
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.step import Frozen, LiveTeacher, make_step

@@ -13,10 +13,10 @@ import numpy as np
 
 from configs import cascade
 from kd_ranker.batch import Items, empty_batch
-from kd_ranker.data.cascade import open_source
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import cost
 from kd_ranker.evaluation.evaluate import make_serve
+from kd_ranker.sources.cascade import open_source
 from kd_ranker.training import recipes
 from scripts.benchmarks import measuring
 

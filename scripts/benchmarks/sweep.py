@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from configs import cascade
-from kd_ranker import teachers
+from kd_ranker.pipeline import teachers
 from scripts.benchmarks import measuring
 from scripts.benchmarks.programs import Program, first_batch
 

@@ -14,7 +14,7 @@ from scipy.special import expit, log_softmax, logit
 from scipy.special import softmax as softmax_of
 from sklearn.metrics import log_loss, ndcg_score
 
-from configs import defaults
+from kd_ranker.config import defaults
 from kd_ranker.distillation import losses
 from kd_ranker.distillation.losses import (
     DEFAULT_NUMBERS,
@@ -27,7 +27,7 @@ from kd_ranker.distillation.losses import (
     pairs_held,
     ranknet,
 )
-from kd_ranker.teacher_signal import probability_of_rank
+from kd_ranker.distillation.teacher_signal import probability_of_rank
 
 SHAPE = (3, 6, 2)
 COMPARING = sorted(LOSSES.keys() - {"bce", "mse_logit"})

@@ -18,7 +18,7 @@ from kd_ranker.embedding.lookup import (
 )
 from kd_ranker.models.model import build_model
 from kd_ranker.models.teacher import FinalRanker
-from tests.batches import CATEGORY_SPEC, SPEC, TEACHER, random_batch, random_items
+from tests.random_batches import CATEGORY_SPEC, SPEC, TEACHER, random_batch, random_items
 
 # All lookups that there are.
 EMBEDDING = build_model(FinalRanker, CATEGORY_SPEC, 1, TEACHER)[0].embedding

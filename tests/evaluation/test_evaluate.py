@@ -10,8 +10,8 @@ from kd_ranker.evaluation.evaluate import Ranker, evaluate, make_serve
 from kd_ranker.models.student import MultiInterest
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.training.step import select_member, stack_members
-from tests.batches import CATEGORY_SPEC as SPEC
-from tests.batches import STUDENT, TEACHER, make_model, random_batch, random_items
+from tests.random_batches import CATEGORY_SPEC as SPEC
+from tests.random_batches import STUDENT, TEACHER, make_model, random_batch, random_items
 
 TASKS, SHOWN, WEIGHTS = len(SPEC.tasks), 2, (1.0, 2.0, 4.0)
 ITEMS = random_items(spec=SPEC)

@@ -5,7 +5,7 @@ import pytest
 from kd_ranker.models.model import build_model
 from kd_ranker.models.student import MultiInterest
 from kd_ranker.models.teacher import FinalRanker
-from tests.batches import CATEGORY_SPEC, SPEC, STUDENT, TEACHER
+from tests.random_batches import CATEGORY_SPEC, SPEC, STUDENT, TEACHER
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from scipy.special import softmax
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.models.model import score
 from kd_ranker.models.student import STUDENTS, MultiInterest, TwoTower
-from tests.batches import SPEC, SPECS, STUDENT, make_model, random_batch, random_items
+from tests.random_batches import SPEC, SPECS, STUDENT, make_model, random_batch, random_items
 
 over_specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 

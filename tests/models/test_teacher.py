@@ -4,8 +4,8 @@ from scipy.special import softmax
 
 from kd_ranker.models.model import score
 from kd_ranker.models.teacher import FinalRanker
-from tests.batches import SPEC, TEACHER, make_model, random_batch, random_items
 from tests.models.test_student import category_means, dense, embedding_tables, over_specs
+from tests.random_batches import SPEC, TEACHER, make_model, random_batch, random_items
 
 HEADS = len(SPEC.tasks)
 

@@ -1,7 +1,7 @@
 import pytest
 
 from kd_ranker.report.answer import answer
-from kd_ranker.report.sources import read_studies
+from kd_ranker.report.study import read_studies
 from tests.report import sweeps
 
 

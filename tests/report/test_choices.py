@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from kd_ranker.report import choices
-from kd_ranker.report.sources import read_studies
+from kd_ranker.report.study import read_studies
 from tests.report import sweeps
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from kd_ranker.report.claims import RULES, claims, verdict
-from kd_ranker.report.sources import read_studies
 from kd_ranker.report.statistics import Interval, interval
+from kd_ranker.report.study import read_studies
 from tests.report import sweeps
 
 

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from kd_ranker.report.comparison import better, comparison, important_measures, marked
-from kd_ranker.report.sources import read_studies
 from kd_ranker.report.statistics import difference, interval
+from kd_ranker.report.study import read_studies
 from tests.report import sweeps
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kd_ranker.report import drawing, figures, interactive
-from kd_ranker.report.sources import read_studies
+from kd_ranker.report.study import read_studies
 from kd_ranker.report.style import colours
 from tests.report import sweeps
 

@@ -10,7 +10,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from kd_ranker import commands
+from kd_ranker.pipeline import commands
 from tests.report import sweeps
 
 FIGURES = 5

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from kd_ranker import commands
+from kd_ranker.pipeline import commands
 from tests import small
 from tests.report import sweeps
 

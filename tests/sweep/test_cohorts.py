@@ -12,7 +12,7 @@ from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import recipes
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.step import Frozen, make_step
-from tests.batches import CATEGORY_SPEC, SPEC, random_items
+from tests.random_batches import CATEGORY_SPEC, SPEC, random_items
 
 
 def members_of(**sweep):

@@ -1,7 +1,7 @@
 import pytest
 
 from configs import cascade
-from kd_ranker import settings
+from kd_ranker.config import settings
 from kd_ranker.errors import UserError
 from kd_ranker.sweep.members import sweep_members
 

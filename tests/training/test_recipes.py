@@ -4,7 +4,7 @@ from configs import cascade
 from kd_ranker.batch import Stage
 from kd_ranker.training import recipes
 from kd_ranker.training.step import LiveTeacher
-from tests.batches import SPEC
+from tests.random_batches import SPEC
 
 
 @pytest.mark.parametrize(

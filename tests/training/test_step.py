@@ -8,9 +8,9 @@ import optax
 import pytest
 
 from kd_ranker.batch import Stage
-from kd_ranker.data.columns import columns_of, only_counting
-from kd_ranker.data.cutting import unpack
-from kd_ranker.data.sampling import Slots
+from kd_ranker.batches.columns import columns_of, only_counting
+from kd_ranker.batches.cutting import unpack
+from kd_ranker.batches.sampling import Slots
 from kd_ranker.distillation.losses import LOSSES, bce
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.lookup import gather, rows_of_ids
@@ -30,7 +30,8 @@ from kd_ranker.training.step import (
     stack_members,
     with_live_teacher,
 )
-from tests.batches import (
+from tests.batches.packing_by_hand import packed, prepared, starts_of
+from tests.random_batches import (
     CATEGORY_SPEC,
     SPEC,
     STUDENT,
@@ -39,8 +40,7 @@ from tests.batches import (
     random_batch,
     random_items,
 )
-from tests.data.cutting import packed, prepared, starts_of
-from tests.data.requests import random_request
+from tests.requests.random_requests import random_request
 
 TASKS = len(SPEC.tasks)
 
@@ -167,7 +167,7 @@ def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(mode, sp
 
 
 def sample_of(requests, negative_rate, stage=Stage.RETRIEVED, logged=True):
-    """What `tests.data.cutting.packed` takes: batches of two steps, eight requests each."""
+    """Arguments of `packing_by_hand.packed`: batches of two steps, eight requests each."""
     spec = dataclasses.replace(SPEC, teacher_version="v1")
     columns = only_counting(columns_of(requests, spec), stage, logged)
     data, kinds, slots = prepared(columns, 12, negative_rate, stage=stage)

@@ -1,0 +1,1 @@
+"""From requests to batches on devices: sampling, packing, training, evaluation."""

@@ -1,0 +1,301 @@
+"""Which candidates of which requests a training batch holds.
+
+What is drawn at random is a handful of whole numbers a request (`Starts`). Which candidates these
+mean is arithmetic (`Draw`), the same on NumPy arrays on the host and, compiled, on a device, for
+the batches of many steps at once. `cutting` makes batches of them.
+"""
+
+from typing import Any, NamedTuple
+
+import flax.struct
+import numpy as np
+from jaxtyping import Array, Float, Int, Int8
+
+from kd_ranker.batch import Stage
+from kd_ranker.batches.columns import Columns, passed_of, what_counts
+
+# The kinds of candidates that a batch holds, in the order in which it holds them.
+POSITIVES, NEGATIVES, OTHERS, REST = range(KINDS := 4)
+
+Starts = Int[Array, "*R steps columns"]
+"""What is random about the batches of a few steps in a row, see `draw`."""
+
+
+class Slots(NamedTuple):
+    """How many of a request's slots in a batch, counted from the first, can hold what.
+
+    Attributes:
+      candidates: N, a candidate that counts.
+      labelled: a user label that counts.
+      judged: a teacher probability, or a candidate that was passed.
+    """
+
+    candidates: int
+    labelled: int
+    judged: int
+
+
+class Bounds(NamedTuple):
+    """Where in `cutting.RequestData` that lies which belongs to a request, and how much it is.
+
+    Attributes:
+      candidates: the row of its first candidate.
+      labels: the row of the labels of its first candidate.
+      passed: how many of its candidates, the first ones, were passed.
+      shown: how many of these, the first ones, were shown.
+    """
+
+    candidates: Int[np.ndarray, "*requests"]
+    labels: Int[np.ndarray, "*requests"]
+    passed: Int[np.ndarray, "*requests"]
+    shown: Int[np.ndarray, "*requests"]
+
+
+class Kinds(NamedTuple):
+    """How many candidates of each kind there are, and how many of them a batch holds.
+
+    The kinds are those that were shown and have a positive label; those that were shown and have
+    none; the others that were passed, where a shown one whose labels were not drawn counts as
+    passed; and the rest of the retrieved. `bounds` says where all of them lie.
+    """
+
+    numbers: Int[np.ndarray, "*requests kinds"]
+    wanted: Int[np.ndarray, "*requests kinds"]
+    bounds: Bounds
+
+
+@flax.struct.dataclass
+class Draw:
+    """What batches hold, as rows of `cutting.RequestData`; R requests, of each of a few steps.
+
+    Attributes:
+      request: the row of each request.
+      candidate: those of its candidates, 0 where there is none.
+      label: those of the labels of the first of these, 0 where there are none.
+      factor: on the weight of each of these labels; 0 for what is not to be learned from.
+      stage: how far each candidate came.
+    """
+
+    request: Int[Array, "*R"]
+    candidate: Int[Array, "*R N"]
+    label: Int[Array, "*R labelled"]
+    factor: Float[Array, "*R labelled"]
+    stage: Int8[Array, "*R N"]
+
+
+def bounds_of(columns: Columns) -> Bounds:
+    """Those of all requests. Row 0 stands for nothing, so the rows of what there is start at 1."""
+    starts = (columns.candidate_start[:-1] + 1, columns.shown_start[:-1] + 1)
+    return Bounds(*starts, passed_of(columns), columns.num_shown)
+
+
+def kinds_of(
+    columns: Columns,
+    positives: Int[np.ndarray, "n"],
+    stage: Stage,
+    candidates: int,
+    passed_share: float,
+    negative_rate: float,
+) -> tuple[Kinds, Slots]:
+    """Decides how many candidates of each kind a batch holds of each request.
+
+    Shown ones come first: all positives, and of the n negatives a share `negative_rate`, k in
+    number, each of which then counts n / k times, so that weighted sums over the labels keep their
+    expectation; what does not fit is thinned and reweighted the same way. The slots that are left
+    are filled from the passed and from the rest; where one of the two runs out the other fills up.
+    A slot that falls to what does not count is left out, so what counts is drawn as if all were
+    there.
+
+    Args:
+      columns: the requests of `only_counting`, as `in_sampling_order` puts them.
+      positives: how many candidates of each have a positive label.
+      stage: what came so far in the funnel counts.
+      candidates: `config.batch.candidates`, the most to hold.
+      passed_share: the share of the slots left after the shown that the passed fill.
+      negative_rate: the share of the shown candidates without any positive label to keep.
+
+    Returns:
+      The kinds of each request, and how many slots a batch needs for any of the requests.
+    """
+    retrieved, bounds = columns.num_retrieved, bounds_of(columns)
+    passed, shown = bounds.passed, bounds.shown
+    negatives = shown - positives
+    kept_positives, kept_negatives = _labelled_numbers(
+        positives, negatives, negative_rate, candidates
+    )
+    labelled = kept_positives + kept_negatives
+    others, rest = passed - labelled, retrieved - passed
+    slots = np.minimum(candidates - labelled, others + rest)
+    from_others = np.minimum(np.rint(passed_share * slots).astype(np.int64), others)
+    from_others = np.maximum(from_others, slots - rest)
+    passed_count, rest_counts = what_counts(columns, stage)
+    wanted_others = np.where(passed_count, from_others, 0)
+    wanted_rest = np.where(rest_counts, slots - from_others, 0)
+    kinds = Kinds(
+        numbers=np.stack([positives, negatives, others, rest], axis=1),
+        wanted=np.stack([kept_positives, kept_negatives, wanted_others, wanted_rest], axis=1),
+        bounds=bounds,
+    )
+    judged = labelled + wanted_others
+    total = judged + wanted_rest
+    if (columns.num_scored > passed).any():
+        judged = total
+    most = [max(int(numbers.max()), 1) for numbers in (total, labelled, judged)]
+    return kinds, Slots(*most)
+
+
+def _labelled_numbers(
+    positives: Int[np.ndarray, "n"],
+    negatives: Int[np.ndarray, "n"],
+    negative_rate: float,
+    slots: int,
+) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    """How many positive and negative candidates a batch keeps with their labels."""
+    wanted = np.rint(negative_rate * negatives).astype(np.int64)
+    wanted = np.minimum(np.maximum(wanted, 1), negatives)
+    total = positives + wanted
+    # Where they do not fit, both are thinned in proportion, and neither to nothing; a single slot
+    # goes to a positive.
+    reserved = np.minimum(wanted, 1) if slots > 1 else np.zeros_like(wanted)
+    share = np.rint(slots * positives / np.maximum(total, 1)).astype(np.int64)
+    fewer = np.minimum(np.minimum(np.maximum(share, 1), np.maximum(slots - reserved, 0)), positives)
+    thinned = total > slots
+    kept = np.where(thinned, fewer, positives)
+    return kept, np.where(thinned, np.minimum(slots - kept, wanted), wanted)
+
+
+def table_of(kinds: Kinds) -> Int[np.ndarray, "*requests columns"]:
+    """`kinds` as one array of int32: what is known of a request is one read, and one transfer."""
+    columns = (kinds.numbers, kinds.wanted, np.stack(kinds.bounds, axis=-1))
+    return np.concatenate(columns, axis=-1, dtype=np.int32)
+
+
+def draw(
+    request: Int[np.ndarray, "R steps"],
+    start: Float[np.ndarray, "R steps kinds"],
+    table: Int[np.ndarray, "requests columns"],
+) -> Starts:
+    """What is random about the batches of a few steps in a row, from uniform numbers.
+
+    Args:
+      request: which of the requests, for each of the steps.
+      start: uniform in [0, 1).
+      table: of all requests, see `table_of`.
+
+    Returns:
+      int32: what `table` says of these requests; which they are; and the place at which the sample
+      of each kind starts, in [0, number of that kind), 0 if there are none. A run of places from a
+      uniform one on draws each place with the same probability, and none twice: systematic sampling
+      (Madow and Madow, 1944).
+    """
+    of_request = table[request]
+    number = of_request[..., :KINDS]
+    # A product with a number next to 1 may be rounded up.
+    offset = np.minimum((start * number).astype(np.int32), np.maximum(number - 1, 0))
+    columns = (of_request, request[..., None], offset)
+    return np.concatenate(columns, axis=-1, dtype=np.int32)  # type: ignore[return-value]
+
+
+def around(index: Int[Array, "..."], number: Int[Array, "..."]) -> Int[Array, "..."]:
+    """`index`, in [0, 2 · number), on a circle of `number` places.
+
+    >>> around(np.arange(6), 4).tolist()
+    [0, 1, 2, 3, 0, 1]
+    """
+    return index - number * (index >= number)
+
+
+def chosen(starts: Starts, slots: Slots) -> Draw:
+    """The candidates that `starts` mean: shown candidates first, padding last.
+
+    On arrays of NumPy or of JAX, whichever they are.
+    """
+    numbers, wanted, bounds, request, offset = _namespace(starts).split(
+        starts, np.cumsum([KINDS, KINDS, len(Bounds._fields), 1]), axis=-1
+    )
+    place, factor = _places(numbers, wanted, offset, slots.candidates)
+    of_each: Any = Bounds(*(bounds[..., column] for column in range(len(Bounds._fields))))
+    return rows_of(request[..., 0], place, factor[..., : slots.labelled], of_each)
+
+
+def rows_of(
+    request: Int[Array, "*R"],
+    place: Int[Array, "*R N"],
+    factor: Float[Array, "*R labelled"],
+    bounds: Bounds,
+) -> Draw:
+    """Which rows places in the candidates of each request are.
+
+    Args:
+      request: which of the requests.
+      place: which candidates of each, in the order of the batch; -1 for none.
+      factor: on the label weight of the first of them.
+      bounds: of the requests.
+    """
+    xp = _namespace(place)
+    of_each: Any = Bounds(*(number[..., None] for number in bounds))
+    stage = xp.where(place < of_each.passed, xp.int8(Stage.PASSED), xp.int8(Stage.RETRIEVED))
+    stage = xp.where(place < of_each.shown, xp.int8(Stage.SHOWN), stage)
+    first = place[..., : factor.shape[-1]]
+    has_label = (first >= 0) & (first < of_each.shown)
+    return Draw(
+        request=request,
+        candidate=xp.where(place >= 0, of_each.candidates + place, 0),
+        label=xp.where(has_label, of_each.labels + first, 0),
+        factor=factor,
+        stage=xp.where(place >= 0, stage, xp.int8(Stage.PADDING)),
+    )
+
+
+def _places(
+    numbers: Int[Array, "*R kinds"],
+    wanted: Int[Array, "*R kinds"],
+    offset: Int[Array, "*R kinds"],
+    candidates: int,
+) -> tuple[Int[Array, "*R N"], Float[Array, "*R N"]]:
+    """Which candidates of each request a draw means.
+
+    Returns:
+      Places in a request's list of candidates, -1 where there is none; and the factor on the label
+      weight of each, 0 for what is not to be learned from labels.
+    """
+    xp = _namespace(offset)
+    slot = xp.arange(candidates, dtype=offset.dtype)
+    # Sums of four, one by one: a compiled scan over so few costs more.
+    ends = [wanted[..., [POSITIVES]]]
+    for kind in (NEGATIVES, OTHERS, REST):
+        ends.append(ends[-1] + wanted[..., [kind]])
+
+    def pick(of_kinds: Any) -> Int[Array, "*R N"]:
+        """The number of each slot's kind: a choice among four costs less than a gather."""
+        picked = of_kinds[REST]
+        for kind in (OTHERS, NEGATIVES, POSITIVES):
+            picked = xp.where(slot < ends[kind], of_kinds[kind], picked)
+        return picked
+
+    def of_kind(array: Int[Array, "*R kinds"]) -> Int[Array, "*R N"]:
+        return pick([array[..., [kind]] for kind in range(KINDS)])
+
+    # A sample is a run of places on the circle of its kind; what it leaves out follows it there.
+    number, k, begin = of_kind(numbers), of_kind(wanted), pick([0 * ends[0], *ends[:-1]])
+    sampled = around(of_kind(offset) + slot - begin, number)
+
+    # Among the others, those shown ones that were not drawn come first: positives, negatives.
+    positives, negatives = numbers[..., [POSITIVES]], numbers[..., [NEGATIVES]]
+    drawn_positives, drawn_negatives = wanted[..., [POSITIVES]], wanted[..., [NEGATIVES]]
+    after_positives = sampled - (positives - drawn_positives)
+    left_positive = around(offset[..., [POSITIVES]] + drawn_positives + sampled, positives)
+    left_negative = around(offset[..., [NEGATIVES]] + drawn_negatives + after_positives, negatives)
+    after_negatives = after_positives - (negatives - drawn_negatives)
+    other = xp.where(after_positives < 0, left_positive, positives + left_negative)
+    other = xp.where(after_negatives < 0, other, positives + negatives + after_negatives)
+    passed = numbers[..., [OTHERS]] + drawn_positives + drawn_negatives
+    place = pick([sampled, positives + sampled, other, passed + sampled])
+    stands_for = number.astype(xp.float32) / xp.maximum(k, 1).astype(xp.float32)
+    factor = xp.where(slot < ends[NEGATIVES], stands_for, xp.float32(0))
+    return xp.where(slot < ends[REST], place, -1), factor
+
+
+def _namespace(array: Any) -> Any:
+    """The module that an array's functions live in: `numpy` or `jax.numpy`."""
+    return array.__array_namespace__()

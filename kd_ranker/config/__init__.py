@@ -1,0 +1,1 @@
+"""Configs: defaults, checks, and features of own logs."""

@@ -1,1 +1,0 @@
-"""Sources of requests, requests on disk, and batches."""

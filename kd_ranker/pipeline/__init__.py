@@ -1,0 +1,1 @@
+"""The work of the entry points: prepare, train, sweep, measure, score, report."""

@@ -1,0 +1,219 @@
+"""What the entry points do: one function each, from a config and a workdir to files."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from kd_ranker.config import settings
+from kd_ranker.evaluation import results
+from kd_ranker.evaluation.results import Row
+from kd_ranker.pipeline import measurement, runs, teachers
+from kd_ranker.pipeline.measurement import Measured
+from kd_ranker.report import write
+from kd_ranker.requests import storage
+from kd_ranker.requests.pool import open_pool
+from kd_ranker.requests.request import Source
+from kd_ranker.sources.logs.guess.first_config import FirstConfig, write_first_config
+from kd_ranker.sources.logs.write_back import Scored
+from kd_ranker.sources.registry import SOURCES
+from kd_ranker.sweep.cohorts import (
+    add_members,
+    check_kept,
+    check_teacher,
+    cohort_size,
+    folder_of,
+    is_complete,
+    is_measured,
+    read_cohorts,
+    write_cohorts,
+)
+from kd_ranker.sweep.members import sweep_members
+from kd_ranker.training import workdir as workdirs
+from kd_ranker.training.loop import skip_steps
+
+
+def prepare_data(config: ConfigDict) -> Path:
+    """Builds the dataset of `config.data`; one that is there already is left alone.
+
+    Returns:
+      The dataset's folder.
+
+    Raises:
+      UserError: the config or the raw files are at fault, or a dataset is there already that was
+        made of other raw files.
+    """
+    settings.validate(config)
+    name = teachers.dataset_name(config)
+    directory = storage.directory_of(name, config.data.dir)
+    entry = SOURCES[config.data.name]
+    if not directory.exists():
+        source = entry.open_source(config.data, config.tasks, config.funnel)
+        storage.build(source, name, config.data.dir)
+    elif entry.check_unchanged:
+        entry.check_unchanged(config.data, directory)
+    return directory
+
+
+def first_config(config: ConfigDict, folder: Path) -> FirstConfig:
+    """Writes a config to edit for the log at `config.data.path`, with what it guessed and why.
+
+    Returns:
+      The file, below `folder`, and what to run next.
+    """
+    return write_first_config(config.data, folder)
+
+
+def train_teacher(config: ConfigDict, workdir: Path) -> list[Row]:
+    """Trains the final ranker on user labels and measures it.
+
+    Returns:
+      The one row of its `results.csv`.
+    """
+    settings.validate(config)
+    dataset = teachers.open_dataset(config)
+    ranker, step = runs.train_teacher(config, dataset, workdir)
+    measured = measurement.measure_teacher(config, dataset, ranker, config.seed, step)
+    measurement.write_measured(config, workdir, measured)
+    return measured.rows
+
+
+class Logged(NamedTuple):
+    """What `log_teacher` has written.
+
+    Attributes:
+      dataset: the folder of the copy of the dataset that holds the probabilities.
+      log: the user's own log with the teacher's columns added; None for a dataset without one.
+    """
+
+    dataset: Path
+    log: Scored | None
+
+
+def log_teacher(config: ConfigDict) -> Logged:
+    """Scores the dataset of `config.data` with the teacher in `config.teacher.workdir`.
+
+    The result is a copy of the dataset, and, with `data.name = "parquet"`, a copy of the log. A run
+    that was killed goes on where it stopped.
+
+    Raises:
+      UserError: dataset or teacher are missing, the log is not what the dataset was built of, or
+        another run does the same.
+    """
+    settings.validate(config)
+    dataset = teachers.open_dataset(config)
+    teacher = teachers.load_teacher(config, dataset)
+    name = teachers.dataset_name(config, teacher.version)
+    entry, log = SOURCES[config.data.name], None
+    if entry.open_scored_log:
+        # Before the long work, as it may find fault with the log.
+        log = entry.open_scored_log(
+            config.data, config.tasks, config.funnel, dataset.directory, name
+        )
+    splits = dataset.builder.info.splits
+    processes = config.data.get("processes", 1)
+    with open_pool(processes) as run:
+        source = Source(
+            spec=dataclasses.replace(
+                dataset.spec, teacher_version=teacher.version, teacher_signal="probability"
+            ),
+            item_features=dataset.item_features,
+            item_category=dataset.item_category,
+            requests=functools.partial(teachers.scored_requests, config, dataset, teacher),
+            num_requests={split: splits[split].num_examples for split in storage.SPLITS},
+            shards=functools.partial(teachers.scoring_shards, config, dataset, teacher, processes),
+            run=run,
+            resume=teachers.scoring_folder(config, dataset, teacher),
+            write_beside=log.write_beside if log else None,
+        )
+        directory = storage.build(source, name, config.data.dir)
+    return Logged(directory, log.write() if log else None)
+
+
+def train(config: ConfigDict, workdir: Path) -> list[Row]:
+    """Trains one student and measures it.
+
+    Returns:
+      The rows of its `results.csv`, one a serving choice.
+    """
+    settings.validate(config)
+    teacher, dataset = teachers.teacher_and_dataset(config)
+    members = {"": config}
+    teachers.check_losses(config, dataset, members.values())
+    workdirs.claim(workdir, "train", config, without=runs.NOT_OF_A_STUDENT)
+    with runs.progress_bar(workdir.name, config.train.steps) as bar:
+        students = runs.train_students(config, dataset, teacher, members, workdir, bar)
+    measured = measurement.measure_students(config, dataset, teacher, members, students)
+    # The teacher has a workdir and results of its own.
+    measured = Measured(*(_without_teacher(rows) for rows in measured))
+    measurement.write_measured(config, workdir, measured)
+    return measured.rows
+
+
+def _without_teacher(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row["member"] != results.TEACHER]
+
+
+def sweep(config: ConfigDict, workdir: Path) -> bool:
+    """Trains the students of `config.sweep`, cohort by cohort, and joins their results.
+
+    A sweep that was killed goes on where it stopped. One whose config has changed is refused; with
+    `config.sweep.extend`, `config.sweep` may name more members than the sweep has so far, and only
+    those are trained.
+
+    Returns:
+      Whether there was anything to do: False for a sweep that is complete.
+    """
+    settings.validate(config)
+    members = sweep_members(config)
+    workdirs.check(
+        workdir,
+        "sweep",
+        config,
+        without=("sweep",) if config.sweep.extend else ("sweep.extend", "sweep.group_size"),
+    )
+    cohorts = read_cohorts(workdir)
+    check_kept(workdir, cohorts, members)
+    if is_complete(workdir, cohorts, members):
+        return False
+    teacher, dataset = teachers.teacher_and_dataset(config)
+    teachers.check_losses(config, dataset, members.values())
+    version = teacher.version if teacher else ""
+    check_teacher(workdir, version)
+    size = cohort_size(config, members.values(), dataset.spec)
+    cohorts = add_members(cohorts, members, size)
+    # A workdir with cohorts has a config; that of an extension counts once its cohorts are known.
+    workdirs.claim(workdir, "sweep", config, without=("sweep",))
+    write_cohorts(workdir, cohorts, version)
+    workdirs.write_config(workdir, "sweep", config)
+    with runs.progress_bar(workdir.name, len(cohorts) * config.train.steps) as bar:
+        for index, names in enumerate(cohorts):
+            folder = folder_of(workdir, index)
+            if is_measured(folder, names):
+                skip_steps(bar, config.train.steps)
+                continue
+            cohort = {name: members[name] for name in names}
+            first = cohort[names[0]]
+            students = runs.train_students(first, dataset, teacher, cohort, folder, bar)
+            measured = measurement.measure_students(first, dataset, teacher, cohort, students)
+            measurement.write_measured(first, folder, measured)
+    folders = [folder_of(workdir, index) for index in range(len(cohorts))]
+    for file, text in results.join(folders, config.funnel.retrieved).items():
+        workdirs.write_atomically(workdir / file, text)
+    return True
+
+
+def report(sweeps: Sequence[Path], output: Path) -> tuple[list[str], Path]:
+    """Writes tables, figures and a page of what sweeps have found.
+
+    Args:
+      sweeps: their workdirs; those of the same dataset are joined.
+      output: the folder to write below.
+
+    Returns:
+      A sentence a dataset on what distillation saves, and the page.
+    """
+    return write.write_report(sweeps, output), output / write.PAGE

@@ -1,0 +1,195 @@
+"""Training runs: what teacher, single student and sweep have in common."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from kd_ranker.batches import loader
+from kd_ranker.evaluation import results
+from kd_ranker.evaluation.evaluate import Ranker, make_serve
+from kd_ranker.evaluation.results import Row
+from kd_ranker.pipeline.measurement import Students, measure, measure_students, summary
+from kd_ranker.pipeline.teachers import Teacher
+from kd_ranker.requests.storage import Dataset
+from kd_ranker.training import recipes
+from kd_ranker.training import workdir as workdirs
+from kd_ranker.training.loop import Evaluate, States, fit, scalar_name
+from kd_ranker.training.mapping import MAPPINGS
+from kd_ranker.training.mapping import Mapping as DeviceMapping
+from kd_ranker.training.recipes import TEACHER_STAGES, Group, Needs
+from kd_ranker.training.step import Frozen, LiveTeacher, select_member
+
+# What may change without making another run of it: what students are trained, and what is reported.
+NOT_OF_A_STUDENT = ("sweep", "funnel.report_at", "evaluation")
+_NOT_OF_A_TEACHER = (
+    *NOT_OF_A_STUDENT,
+    *("student", "distill", "batch", "train", "optimizer", "teacher.workdir", "teacher.source"),
+)
+
+
+def device_mapping(config: ConfigDict) -> DeviceMapping:
+    """The mapping of `config.parallel` over its devices."""
+    devices = jax.devices()[: config.parallel.devices or None]
+    return MAPPINGS[config.parallel.mapping](devices)
+
+
+def training_batches(
+    config: ConfigDict,
+    dataset: Dataset,
+    batch: ConfigDict,
+    mapping: DeviceMapping,
+    needs: Needs,
+) -> grain.IterDataset:
+    """The training batches of a run, on the devices.
+
+    `batch` is `config.batch` or `config.teacher.batch`.
+    """
+    return loader.training_batches(
+        dataset,
+        requests=batch.requests,
+        candidates=batch.candidates,
+        passed_share=batch.passed_share,
+        negative_rate=batch.negative_rate,
+        seed=batch.seed,
+        order=batch.order,
+        **needs._asdict(),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        devices=mapping,
+        copies=1 + _devices_of_host(config),
+    )
+
+
+def _devices_of_host(config: ConfigDict) -> int:
+    """How many of the run's devices have the memory of this machine as theirs."""
+    devices = jax.devices()[: config.parallel.devices or None]
+    return sum(device.platform == "cpu" for device in devices)
+
+
+def progress_bar(name: str, steps: int) -> tqdm:
+    """The one bar of a run; absent where the output is no terminal."""
+    return tqdm(total=steps, desc=name, unit="step", disable=None, dynamic_ncols=True)
+
+
+def train_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> tuple[Ranker, int]:
+    """Trains the teacher of `config` on user labels; returns it and its last step."""
+    workdirs.claim(workdir, "train_teacher", config, without=_NOT_OF_A_TEACHER)
+    group = recipes.teacher_group(config, dataset.spec)
+    serve = make_serve(group.recipe.model, group.recipe.mode)
+    section = config.teacher
+
+    def ranker(states: States) -> Ranker:
+        return Ranker(serve, select_member(states[0].parameters, 0))
+
+    def progress(states: States) -> tuple[dict[str, float], str]:
+        sums, _ = measure(config, dataset, ranker(states), [], section.train.eval_limit)
+        return _evaluation_scalars(summary(config, dataset, sums, sums), ""), ""
+
+    with progress_bar(workdir.name, section.train.steps) as bar:
+        states = _fit(config, dataset, section, [group], None, workdir, progress, bar)
+    return ranker(states), int(states[0].step)
+
+
+def train_students(
+    config: ConfigDict,
+    dataset: Dataset,
+    teacher: Teacher | None,
+    members: Mapping[str, ConfigDict],
+    workdir: Path,
+    bar: tqdm,
+) -> list[Students]:
+    """Trains the students of `members`, by name, in one program on the same batches.
+
+    `config` says what they have in common; `bar` gets `config.train.steps`.
+    """
+    groups = recipes.student_groups(members, dataset.spec)
+    # A population without a use for a teacher does not pay for one.
+    distilled = any(group.recipe.mode.teacher_logits is not None for group in groups)
+    live = teacher if distilled and config.teacher.source == "live" else None
+    serves = [make_serve(group.recipe.model, group.recipe.mode) for group in groups]
+
+    def students(states: States) -> list[Students]:
+        return [
+            Students(
+                names=group.names,
+                ranker=Ranker(serve, state.parameters),
+                step=int(state.step),
+                non_finite_step=tuple(np.asarray(state.non_finite_step).tolist()),
+            )
+            for group, serve, state in zip(groups, serves, states, strict=True)
+        ]
+
+    def progress(states: States) -> tuple[dict[str, float], str]:
+        measured = measure_students(
+            config, dataset, teacher, members, students(states), config.train.eval_limit
+        )
+        return _progress_of_students(config, members, measured.rows)
+
+    return students(_fit(config, dataset, config, groups, live, workdir, progress, bar))
+
+
+def _progress_of_students(
+    config: ConfigDict, members: Mapping[str, ConfigDict], rows: Sequence[Row]
+) -> tuple[dict[str, float], str]:
+    """The scalars of an evaluation on the way, and which member does best."""
+    column = f"value_captured@{config.funnel.passed}"
+    scalars: dict[str, float] = {}
+    best, best_value = "", -np.inf
+    for row in rows:
+        name = str(row["member"])
+        if name not in members or row["serve"] != members[name].distill.serve:
+            continue
+        scalars |= _evaluation_scalars(row, name)
+        value = row.get(column)
+        if isinstance(value, float) and value > best_value:
+            best, best_value = name, value
+    return scalars, f"best {best} {best_value:.3f}" if best else ""
+
+
+def _evaluation_scalars(row: Row, member: str) -> dict[str, float]:
+    """What an evaluation measured, under the names of `metrics.jsonl`."""
+    return {
+        scalar_name(f"eval/{column}", member): value
+        for column, value in row.items()
+        if isinstance(value, float) and np.isfinite(value) and column not in results.KEYS
+    }
+
+
+def _fit(
+    config: ConfigDict,
+    dataset: Dataset,
+    section: ConfigDict,
+    groups: Sequence[Group],
+    live: Teacher | None,
+    workdir: Path,
+    progress: Evaluate,
+    bar: tqdm,
+) -> States:
+    """`fit` with what `section` (`config`, or `config.teacher`) says of batches and steps."""
+    mapping = device_mapping(config)
+    teacher = LiveTeacher(live.model, TEACHER_STAGES[config.teacher.stage]) if live else None
+    needs = recipes.needs(groups, teacher)
+    batches = training_batches(config, dataset, section.batch, mapping, needs)
+    frozen = mapping.replicate(
+        Frozen(
+            items=jax.tree.map(jnp.asarray, dataset.items),
+            teacher=live.parameters if live else None,
+        )
+    )
+    return fit(
+        groups=groups,
+        teacher=teacher,
+        batches=batches,
+        frozen=frozen,
+        mapping=mapping,
+        train=section.train,
+        workdir=workdir,
+        evaluate=progress,
+        bar=bar,
+    )

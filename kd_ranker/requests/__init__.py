@@ -1,0 +1,1 @@
+"""A request, and datasets of them on disk."""

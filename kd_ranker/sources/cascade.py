@@ -1,0 +1,571 @@
+"""A simulated short-video feed whose true probabilities are known.
+
+Everything is drawn from one seeded generative model, in which letters stand for axes: `K` topics,
+`H` events of history, `N` candidates of a request, and the three tasks of `TASKS` in that order.
+
+* An item has a topic mixture θ, a quality, a popularity and an upload time. An early ranker reads
+  cheap features of it: a category that is often wrong, and its popularity. A final ranker also
+  reads costly ones, which show the mixture and part of the quality. The early ranker must learn
+  those by item id: from labels, which are few an item, or from the final ranker, who rates all.
+* A user has interests φ over two to four topics, shown through noise, and a generosity.
+* A request finds the user in a session: the latest events of the history concentrate on two
+  session topics, and an appetite for each topic decides how many of its events were completed.
+  Session topics and appetites are drawn afresh for a request, so only the history tells them.
+* The true logit of a task is a weighted sum of the terms of `logit_terms`; three of those are
+  functions of the history: fatigue with a topic, the session's mood, and relief of fatigue where
+  the moment suits the topic.
+* A noisy retrieval brings candidates, a linear policy that knows no history passes some of them,
+  and a production final ranker (the true logits with small errors) picks what is shown, but for a
+  share of the slots that is filled at random. Only what is shown gets labels: Bernoulli draws from
+  the true probabilities.
+
+The shape of the funnel follows Covington, Adams and Sargin, "Deep Neural Networks for YouTube
+Recommendations", RecSys 2016; interests that show only in the history relevant to a candidate
+follow Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", KDD 2018.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
+from ml_collections import ConfigDict
+
+from kd_ranker.batch import FeatureSpec
+from kd_ranker.errors import UserError, check_choice, check_tasks
+from kd_ranker.requests.request import Request, Source
+
+TASKS = ("watch", "like", "share")
+
+# What the production final ranker sorts by: the weighted sum of its task probabilities.
+PRODUCTION_VALUE_WEIGHTS = np.array([1.0, 2.0, 4.0], np.float32)
+
+TEACHER_VERSION = "production_2"
+OLD_TEACHER_VERSION = "production_1"
+
+# The terms of the logits, in the order of the last axis of `logit_terms`.
+TERMS = ("interest", "quality", "freshness", "moment", "fatigue", "mood", "relief")
+HISTORY_TERMS = ("fatigue", "mood", "relief")
+
+# Rows are `TERMS`, columns are `TASKS`.
+TERM_WEIGHTS = np.array(
+    [
+        [2.2, 1.8, 1.5],
+        [0.3, 0.4, 0.5],
+        [0.2, 0.1, 0.3],
+        [0.9, 0.6, 0.7],
+        [-4.5, -4.0, -3.0],
+        [4.0, 3.0, 2.5],
+        [2.0, 1.5, 1.0],
+    ],
+    np.float32,
+)
+INTERCEPTS = np.array([-5.6, -7.1, -7.7], np.float32)
+
+FATIGUE_HOURS = 0.5  # events fade from fatigue within the session
+FATIGUE_HALF = 2.0  # recent events of a topic at which fatigue reaches one half
+MOOD_HOURS = 12.0
+
+HOUR = 3600
+DAY = 24 * HOUR
+START = 1_704_067_200  # 2024-01-01 00:00 UTC, a Monday
+TRAIN_DAYS = 7
+TEST_DAYS = 2
+UPLOAD_DAYS = 60
+HISTORY_DAYS = 2  # no event is older, and every item was uploaded before the first event
+
+CATEGORY_HIT_RATE = 0.4
+
+CONTEXT_FEATURES = 8
+HISTORY_FEATURES = 3
+
+_SPLITS = ("train", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """The users and items, true properties and what features show of them.
+
+    `history_distribution[k]` is k plus the cumulative distribution over items from which an event
+    of topic k is drawn, so that the flattened array is sorted and one search draws many events.
+    """
+
+    interests: Float32[np.ndarray, "users K"]
+    generosity: Float32[np.ndarray, "users tasks"]
+    activity: Float64[np.ndarray, "users"]  # cumulative share of requests
+    history_size: Int64[np.ndarray, "users"]
+    user_features: Float32[np.ndarray, "users U"]
+    topics: Float32[np.ndarray, "items K"]
+    quality: Float32[np.ndarray, "items"]
+    popularity: Float32[np.ndarray, "items"]  # in standard deviations of its logarithm
+    upload_time: Int64[np.ndarray, "items"]  # seconds
+    item_features: Float32[np.ndarray, "items F"]
+    cheap_item_features: int
+    moment_taste: Float32[np.ndarray, "context K"]
+    history_distribution: Float64[np.ndarray, "K items"]
+    teacher_item_error: Float32[np.ndarray, "items tasks"]
+    teacher_user_error: Float32[np.ndarray, "users tasks"]
+
+
+@dataclasses.dataclass(frozen=True)
+class History:
+    """The user's latest events, most recent last."""
+
+    item_id: Int64[np.ndarray, "H"]
+    completed: Bool[np.ndarray, "H"]
+    liked: Bool[np.ndarray, "H"]
+    age_hours: Float32[np.ndarray, "H"]
+
+
+def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
+    """The simulated feed as a source.
+
+    Args:
+      data: `seed`; the sizes `num_users`, `num_items`, `num_topics`, `history_length`,
+        `train_requests` and `test_requests`; `exploration`, the share of shown slots filled at
+        random from the passed; `retrieval_noise` and `policy_noise`, the standard deviations of
+        the noise in the scores of the first two stages, whose other terms vary by about 1; and
+        the faults of the teacher log in training requests: `fault_missing`, `fault_nan` and
+        `fault_out_of_range` as in `teacher_log`, and `fault_version`, the share of requests whose
+        log comes from an older and worse model.
+      tasks: some of `TASKS`, in any order.
+      funnel: `retrieved`, `passed` and `shown` candidates a request.
+
+    Returns:
+      The source. Requests come in the order of time, and every train request precedes every test
+      request. Each request is drawn from a seed of its own, made of `data.seed`, the split and the
+      request's place in it. Candidates are shuffled within each block of the funnel (shown, rest of
+      the passed, rest of the retrieved), so that their order tells nothing else. Context is
+      [sin and cos of the hour, weekend, wifi, mobile network, phone, tablet, television]; history
+      features are [completed, liked, log(1 + age in minutes) / 4]; the candidate feature is
+      `standardised_age`.
+
+    Raises:
+      UserError: for tasks, sizes or rates that make no sense.
+    """
+    _check(data, tasks, funnel)
+    world = make_world(data)
+    columns = np.array([TASKS.index(task) for task in tasks])
+    num_requests = {"train": int(data.train_requests), "test": int(data.test_requests)}
+
+    def requests(split: str) -> Iterator[Request]:
+        check_choice("split", split, _SPLITS)
+        for index in range(num_requests[split]):
+            yield _draw_request(world, data, columns, funnel, split, index)
+
+    spec = FeatureSpec(
+        dataset="cascade",
+        tasks=tuple(tasks),
+        num_users=int(data.num_users),
+        num_items=int(data.num_items),
+        user_features=world.user_features.shape[1],
+        context_features=CONTEXT_FEATURES,
+        candidate_features=1,
+        item_features=world.item_features.shape[1],
+        cheap_item_features=world.cheap_item_features,
+        history_length=int(data.history_length),
+        history_features=HISTORY_FEATURES,
+        teacher_version=TEACHER_VERSION,
+        has_true_probability=True,
+    )
+    return Source(spec, world.item_features, requests, num_requests)
+
+
+def make_world(data: ConfigDict) -> World:
+    """Draws users and items; a function of `data.seed` and the sizes in `data` alone."""
+    rng = np.random.default_rng([data.seed, 0])
+    users, items, topics = int(data.num_users), int(data.num_items), int(data.num_topics)
+
+    def normal(*shape: int, scale: float = 1.0) -> Float32[np.ndarray, "..."]:
+        return scale * rng.standard_normal(shape, np.float32)
+
+    interest_rank = rng.random((users, topics)).argsort(axis=1).argsort(axis=1)
+    interest_count = rng.integers(2, 5, (users, 1))
+    interests = rng.gamma(3.0, size=(users, topics)) * (interest_rank < interest_count)
+    interests = (interests / interests.sum(axis=1, keepdims=True)).astype(np.float32)
+    generosity = normal(users, 1, scale=0.4) + normal(users, len(TASKS), scale=0.2)
+    log_activity = normal(users, scale=0.7)
+    activity = np.exp(log_activity, dtype=np.float64)
+    history_share = 1 / (1 + np.exp(-1.5 - log_activity - normal(users, scale=0.5)))
+    history_size = np.ceil(int(data.history_length) * history_share).astype(np.int64)
+    user_features = np.concatenate(
+        [
+            topics**0.5 * (interests + normal(users, topics, scale=0.2)),
+            log_activity[:, None],
+            generosity.mean(axis=1, keepdims=True) + normal(users, 1, scale=0.3),
+            normal(users, 2),  # age and time since joining, which the tasks do not depend on
+        ],
+        axis=1,
+    )
+
+    mixture = rng.gamma(0.05, size=(items, topics)) + 1e-3
+    mixture[np.arange(items), rng.integers(topics, size=items)] += 1.0
+    mixture = (mixture / mixture.sum(axis=1, keepdims=True)).astype(np.float32)
+    shown_quality, hidden_quality = normal(items), normal(items)
+    quality = 0.8 * shown_quality + 0.6 * hidden_quality
+    popularity = 0.4 * quality + 0.9 * normal(items)
+    first_event = START - HISTORY_DAYS * DAY
+    upload_time = first_event - rng.integers(1, UPLOAD_DAYS * DAY, items)
+    # What the uploader says: the main topic, or any.
+    category = np.where(
+        rng.random(items) < CATEGORY_HIT_RATE,
+        mixture.argmax(axis=1),
+        rng.integers(topics, size=items),
+    )
+    cheap_features = [
+        np.eye(topics, dtype=np.float32)[category],
+        popularity[:, None] + normal(items, 1, scale=0.3),
+        normal(items, 1),  # log duration, which the tasks do not depend on
+    ]
+    # What a model that looks at the video says, too costly to read for every candidate.
+    costly_features = [2 * (mixture + normal(items, topics, scale=0.05)), shown_quality[:, None]]
+    item_features = np.concatenate(cheap_features + costly_features, axis=1)
+
+    event_weight = mixture.T.astype(np.float64) ** 2 * np.exp(0.5 * popularity)
+    event_cumulative = event_weight.cumsum(axis=1)
+    event_cumulative /= event_cumulative[:, -1:]
+    return World(
+        interests=interests,
+        generosity=generosity,
+        activity=activity.cumsum() / activity.sum(),
+        history_size=history_size,
+        user_features=user_features.astype(np.float32),
+        topics=mixture,
+        quality=quality,
+        popularity=popularity,
+        upload_time=upload_time,
+        item_features=item_features.astype(np.float32),
+        cheap_item_features=sum(columns.shape[1] for columns in cheap_features),
+        moment_taste=normal(CONTEXT_FEATURES, topics),
+        history_distribution=event_cumulative + np.arange(topics)[:, None],
+        teacher_item_error=normal(items, len(TASKS), scale=0.2),
+        teacher_user_error=normal(users, len(TASKS), scale=0.1),
+    )
+
+
+def topic_fatigue(
+    event_topics: Float[np.ndarray, "H K"], age_hours: Float[np.ndarray, "H"]
+) -> Float[np.ndarray, "K"]:
+    """How tired of each topic the recent events leave a user, in [0, 1).
+
+    With the recent count n_k = Σ_h exp(−age_h / FATIGUE_HOURS) θ_hk, completed or not, fatigue is
+    n_k² / (n_k² + FATIGUE_HALF²): nearly nothing after one event, strong after a handful.
+    """
+    count = np.exp(-age_hours / FATIGUE_HOURS) @ event_topics
+    return count**2 / (count**2 + FATIGUE_HALF**2)
+
+
+def topic_mood(
+    event_topics: Float[np.ndarray, "H K"],
+    completed: Bool[np.ndarray, "H"],
+    liked: Bool[np.ndarray, "H"],
+    age_hours: Float[np.ndarray, "H"],
+) -> Float[np.ndarray, "K"]:
+    """How well the recent events of each topic were received, in (−1, 1).
+
+    tanh(½ Σ_h exp(−age_h / MOOD_HOURS) g_h θ_hk), where g_h is 1 for a completed event and −1 for
+    one that was not, plus 1 where it was liked.
+    """
+    reception = np.where(completed, 1.0, -1.0) + liked
+    weight = np.exp(-age_hours / MOOD_HOURS) * reception
+    return np.tanh(0.5 * (weight @ event_topics)).astype(event_topics.dtype)
+
+
+def standardised_age(time: int, upload_time: Int64[np.ndarray, "N"]) -> Float32[np.ndarray, "N"]:
+    """(Days since the upload − 36) / 17: about mean 0 and deviation 1."""
+    days = (time - upload_time) / DAY
+    return ((days - 36) / 17).astype(np.float32)
+
+
+def logit_terms(
+    interests: Float[np.ndarray, "K"],
+    moment: Float[np.ndarray, "K"],
+    fatigue: Float[np.ndarray, "K"],
+    mood: Float[np.ndarray, "K"],
+    topics: Float[np.ndarray, "N K"],
+    quality: Float[np.ndarray, "N"],
+    age: Float[np.ndarray, "N"],
+) -> Float[np.ndarray, "N terms"]:
+    """The terms of the true logits of N candidates, in the order of `TERMS`.
+
+    For a candidate with topics θ: interest 4 θ·φ; its quality; freshness, which is minus its
+    standardised age; moment θ·c; fatigue θ·f; mood θ·m; relief θ·(c ⊙ f).
+
+    Args:
+      interests: φ, the user's interests, which sum to 1.
+      moment: c, how well each topic suits the request's context.
+      fatigue: f, see `topic_fatigue`.
+      mood: m, see `topic_mood`.
+      topics: θ of each candidate, each summing to 1.
+      quality: of each candidate, in standard deviations.
+      age: of each candidate, see `standardised_age`.
+    """
+    by_topic = np.stack([4 * interests, moment, fatigue, mood, moment * fatigue], axis=1)
+    interest, suits, tired, received, relieved = (topics @ by_topic).T
+    return np.stack([interest, quality, -age, suits, tired, received, relieved], axis=1)
+
+
+def true_logits(
+    terms: Float32[np.ndarray, "N terms"], generosity: Float32[np.ndarray, "tasks"]
+) -> Float32[np.ndarray, "N tasks"]:
+    """INTERCEPTS + the user's generosity + terms · TERM_WEIGHTS, with tasks in order of `TASKS`."""
+    return terms @ TERM_WEIGHTS + (INTERCEPTS + generosity)
+
+
+def sigmoid(logits: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """1 / (1 + exp(−logits))."""
+    return 1 / (1 + np.exp(-logits))
+
+
+def teacher_log(
+    rng: np.random.Generator,
+    probability: Float32[np.ndarray, "L T"],
+    missing: float,
+    nan: float,
+    out_of_range: float,
+) -> tuple[Float32[np.ndarray, "L T"], Float32[np.ndarray, "L"]]:
+    """What a faulty logger keeps of the teacher's probabilities.
+
+    Args:
+      rng: drives the faults.
+      probability: what the teacher said, in (0, 1).
+      missing: the share of candidates for which nothing was written.
+      nan: the share of the written probabilities that are NaN.
+      out_of_range: the share of the written probabilities that lie outside [0, 1], or are infinite.
+
+    Returns:
+      The probabilities as logged, and the teacher weight: 0 where nothing was written (the
+      probabilities are NaN there), else 1, on faulty probabilities too.
+    """
+    lost = rng.random(len(probability)) < missing
+    fault = rng.random(probability.shape)
+    nonsense = rng.choice(np.array([1.7, -0.3, np.inf, -np.inf], np.float32), probability.shape)
+    logged = np.where(fault < nan + out_of_range, nonsense, probability)
+    logged[(fault < nan) | lost[:, None]] = np.nan
+    return logged, np.where(lost, 0, 1).astype(np.float32)
+
+
+def _draw_request(
+    world: World,
+    data: ConfigDict,
+    columns: Int[np.ndarray, "T"],
+    funnel: ConfigDict,
+    split: str,
+    index: int,
+) -> Request:
+    """One request through the whole funnel; `columns` are the asked tasks' places in `TASKS`."""
+    rng = np.random.default_rng([data.seed, 1 + _SPLITS.index(split), index])
+    time = _draw_time(rng, split, index, data[f"{split}_requests"])
+    context = _draw_context(rng, time)
+    user = int(np.searchsorted(world.activity, rng.random()).clip(max=data.num_users - 1))
+    history = draw_history(rng, world, user)
+
+    item = _retrieve(rng, world, user, history, funnel.retrieved, data.retrieval_noise)
+    age = standardised_age(time, world.upload_time[item])
+    policy = _policy_score(rng, world, user, item, age, data.policy_noise)
+    order = _highest_first(rng, policy, funnel.passed)
+    item, age = item[order], age[order]
+
+    event_topics = world.topics[history.item_id]
+    terms = logit_terms(
+        world.interests[user],
+        context @ world.moment_taste / CONTEXT_FEATURES**0.5,
+        topic_fatigue(event_topics, history.age_hours),
+        topic_mood(event_topics, history.completed, history.liked, history.age_hours),
+        world.topics[item],
+        world.quality[item],
+        age,
+    )
+    logits = true_logits(terms, world.generosity[user])
+    noise = 0.15 * rng.standard_normal(logits.shape, np.float32)
+    error = world.teacher_item_error[item] + world.teacher_user_error[user]
+    teacher_probability = sigmoid(logits + error + noise)
+
+    order = _shown_first(
+        rng,
+        teacher_probability[: funnel.passed] @ PRODUCTION_VALUE_WEIGHTS,
+        funnel.shown,
+        data.exploration,
+    )
+    order = np.concatenate([order, np.arange(funnel.passed, funnel.retrieved)])
+    item, age, terms, logits = item[order], age[order], terms[order], logits[order]
+    teacher_probability = teacher_probability[order][:, columns]
+    true_probability = sigmoid(logits)[:, columns]
+    # Drawn for all tasks, so that a draw does not depend on which tasks were asked for.
+    luck = rng.random((funnel.shown, len(TASKS)))[:, columns]
+    label = luck < true_probability[: funnel.shown]
+
+    version = TEACHER_VERSION
+    teacher_weight = np.ones(funnel.retrieved, np.float32)
+    if split == "train":
+        true_probability = true_probability[:0]
+        teacher_probability = teacher_probability[: funnel.passed]
+        if rng.random() < data.fault_version:
+            version = OLD_TEACHER_VERSION
+            old = _old_teacher_probability(rng, terms[: funnel.passed])
+            teacher_probability = old[:, columns]
+        teacher_probability, teacher_weight = teacher_log(
+            rng, teacher_probability, data.fault_missing, data.fault_nan, data.fault_out_of_range
+        )
+    return Request(
+        request_id=index,
+        time=time,
+        user_id=user,
+        user_features=world.user_features[user],
+        context=context,
+        history_id=history.item_id.astype(np.int32),
+        history_features=np.stack(
+            [history.completed, history.liked, np.log1p(60 * history.age_hours) / 4], axis=1
+        ).astype(np.float32),
+        item_id=item.astype(np.int32),
+        candidate_features=age[:, None],
+        num_passed=int(funnel.passed),
+        user_label=label.astype(np.uint8),
+        label_weight=np.ones(funnel.shown, np.float32),
+        teacher_probability=teacher_probability,
+        teacher_weight=teacher_weight,
+        teacher_version=version,
+        true_probability=true_probability,
+    )
+
+
+def _draw_time(rng: np.random.Generator, split: str, index: int, num_requests: int) -> int:
+    """A moment in the request's own slice of its split's days: times rise with `index`."""
+    start, days = (START, TRAIN_DAYS) if split == "train" else (START + TRAIN_DAYS * DAY, TEST_DAYS)
+    return start + int(days * DAY * (index + rng.random()) / num_requests)
+
+
+def _draw_context(rng: np.random.Generator, time: int) -> Float32[np.ndarray, "C"]:
+    angle = 2 * np.pi * (time % DAY) / DAY
+    weekend = (time - START) // DAY % 7 >= 5
+    network = np.eye(2)[rng.choice(2, p=[0.6, 0.4])]
+    device = np.eye(3)[rng.choice(3, p=[0.7, 0.15, 0.15])]
+    return np.concatenate(
+        [[np.sin(angle), np.cos(angle), float(weekend)], network, device], dtype=np.float32
+    )
+
+
+def draw_history(rng: np.random.Generator, world: World, user: int) -> History:
+    """The user's events before a request: older ones from all interests, then the session's.
+
+    A session is made of two topics or so, of the user's interests more often than not, and some
+    strays. The appetite for each topic is drawn afresh as well; appetites drive completions.
+    """
+    num_topics = int(world.topics.shape[1])
+    size = int(world.history_size[user])
+    in_session = min(size, int(rng.integers(3, 15)))
+    interests = world.interests[user].astype(np.float64)
+    interests /= interests.sum()
+    session_taste = 0.6 * interests + 0.4 / num_topics
+    session_topics = rng.choice(num_topics, size=2, p=session_taste)
+
+    topic = rng.choice(num_topics, size=size, p=0.8 * interests + 0.2 / num_topics)
+    of_session = np.arange(size) >= size - in_session
+    of_mood = of_session & (rng.random(size) < 0.85)
+    topic = np.where(of_mood, session_topics[(rng.random(size) < 0.4).astype(int)], topic)
+    flat = world.history_distribution.ravel()
+    item = np.searchsorted(flat, topic + rng.random(size)) % len(world.topics)
+
+    session_age = rng.exponential(2 / 60, in_session).cumsum()[::-1]
+    older_age = session_age[0] + rng.uniform(0.5, 24 * (HISTORY_DAYS - 1), size - in_session)
+    age_hours = np.concatenate([np.sort(older_age)[::-1], session_age])
+
+    appetite = rng.normal(0, 2, num_topics)[topic]
+    appetite += interests[topic] + 0.5 * world.quality[item]
+    completed = rng.random(size) < sigmoid(appetite)
+    liked = completed & (rng.random(size) < 0.2)
+    return History(item, completed, liked, age_hours.astype(np.float32))
+
+
+def _retrieve(
+    rng: np.random.Generator,
+    world: World,
+    user: int,
+    history: History,
+    count: int,
+    noise: float,
+) -> Int64[np.ndarray, "N"]:
+    """Items by interest, popularity and noise; just watched ones only if no others are left."""
+    score = world.topics @ (4 * world.interests[user]) + 0.5 * world.popularity
+    score += np.float32(noise) * rng.standard_normal(len(score), np.float32)
+    score[history.item_id] = -np.inf
+    return _highest_first(rng, score, count)[:count]
+
+
+def _policy_score(
+    rng: np.random.Generator,
+    world: World,
+    user: int,
+    item: Int64[np.ndarray, "N"],
+    age: Float32[np.ndarray, "N"],
+    noise: float,
+) -> Float32[np.ndarray, "N"]:
+    """The logging policy: linear in noisy views of interest, popularity and freshness."""
+    num_topics = world.topics.shape[1]
+    interests = world.user_features[user, :num_topics] / num_topics**0.5
+    category = world.item_features[item, :num_topics]
+    popularity = world.item_features[item, num_topics]
+    score = 2 * category @ interests + 0.4 * popularity - 0.2 * age
+    return score + np.float32(noise) * rng.standard_normal(len(item), np.float32)
+
+
+def _highest_first(
+    rng: np.random.Generator, score: Float[np.ndarray, "N"], count: int
+) -> Int64[np.ndarray, "N"]:
+    """A permutation of N places: the `count` highest scores, shuffled, then the rest, shuffled."""
+    order = np.argpartition(score, -count)[::-1]
+    # The order that a partition leaves still tells of the scores.
+    return np.concatenate([rng.permutation(order[:count]), rng.permutation(order[count:])])
+
+
+def _shown_first(
+    rng: np.random.Generator, value: Float[np.ndarray, "P"], shown: int, exploration: float
+) -> Int64[np.ndarray, "P"]:
+    """A permutation of P places: the shown ones, shuffled, then the rest, shuffled.
+
+    A binomial number of slots is filled at random from what the value would not have shown.
+    """
+    explored = min(int(rng.binomial(shown, exploration)), len(value) - shown)
+    # As the rest is shuffled, its first places are a random sample of it.
+    order = _highest_first(rng, value, shown - explored)
+    return np.concatenate([rng.permutation(order[:shown]), order[shown:]])
+
+
+def _old_teacher_probability(
+    rng: np.random.Generator, terms: Float32[np.ndarray, "L terms"]
+) -> Float32[np.ndarray, "L tasks"]:
+    """What a worse model says: it knows no history, shrinks its logits, and is noisy."""
+    known = np.array([term not in HISTORY_TERMS for term in TERMS], np.float32)
+    logits = 0.5 * (terms * known) @ TERM_WEIGHTS + 0.7 * INTERCEPTS
+    return sigmoid(logits + 0.7 * rng.standard_normal(logits.shape, np.float32))
+
+
+def _check(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> None:
+    check_tasks(tasks, TASKS)
+    sizes = (
+        "seed",
+        "num_users",
+        "num_items",
+        "num_topics",
+        "history_length",
+        "train_requests",
+        "test_requests",
+    )
+    for key in sizes:
+        least = 0 if key in ("seed", "train_requests", "test_requests") else 1
+        if data[key] < least:
+            raise UserError(f"data.{key}={data[key]} must be at least {least}")
+    if not 1 <= funnel.shown <= funnel.passed <= funnel.retrieved <= data.num_items:
+        raise UserError(
+            f"funnel.shown={funnel.shown}, funnel.passed={funnel.passed},"
+            f" funnel.retrieved={funnel.retrieved} and data.num_items={data.num_items}"
+            " must each be at least 1 and at most the next"
+        )
+    for key in ("retrieval_noise", "policy_noise"):
+        if not data[key] >= 0:
+            raise UserError(f"data.{key}={data[key]} must not be negative")
+    for key in ("exploration", "fault_missing", "fault_nan", "fault_out_of_range", "fault_version"):
+        if not 0 <= data[key] <= 1:
+            raise UserError(f"data.{key}={data[key]} must lie in [0, 1]")
+    if data.fault_nan + data.fault_out_of_range > 1:
+        raise UserError("data.fault_nan + data.fault_out_of_range must not exceed 1")

@@ -1,0 +1,528 @@
+"""KuaiRand as requests: sessions of a short-video feed, and a test set that no policy has chosen.
+
+C. Gao, S. Li, Y. Zhang, J. Chen, B. Li, W. Lei, P. Jiang and X. He, "KuaiRand: An Unbiased
+Sequential Recommendation Dataset with Randomly Exposed Videos", CIKM 2022. Two logs of the same
+users: the standard one (8 April to 8 May 2022) holds what the app's policies showed, the random one
+(22 April to 8 May) videos drawn uniformly from a pool and put into the feed in place of others.
+Both overlap in time. `kuairand_files` reads them.
+"""
+
+import dataclasses
+import datetime
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int, Int32, Int64, UInt8
+from ml_collections import ConfigDict
+
+from kd_ranker.batch import Category, FeatureSpec
+from kd_ranker.errors import UserError, check_at_least, check_choice, check_tasks
+from kd_ranker.requests.request import Request, Source
+from kd_ranker.sources import kuairand_files
+from kd_ranker.sources.kuairand_files import BEIJING, COLUMN_OF_TASK, DAY, RANDOM_BIT, KuaiRand, Log
+
+TASKS = tuple(COLUMN_OF_TASK)
+VARIANT_OF_NAME = {f"kuairand_{variant}": variant for variant in kuairand_files.VARIANTS}
+TESTS = ("random", "standard")
+
+# What a rate is taken for before anything is known: round figures, fixed in advance, which count as
+# much as PRIOR_COUNT impressions. The order is that of TASKS.
+PRIOR_RATE = np.array([0.3, 0.02, 0.001, 0.001, 0.002, 0.4])
+PRIOR_COUNT = 20
+
+# A candidate carries the rates of these; each one more is four bytes a candidate.
+CANDIDATE_TASKS = ("watch", "like", "share")
+NUM_TABS = 15
+LOGS_END = 1_652_025_600  # 2022-05-09 00:00 in Beijing
+
+CONTEXT_FEATURES = 11
+HISTORY_FEATURES = len(TASKS) + 1
+CANDIDATE_FEATURES = 1 + len(CANDIDATE_TASKS) + 2
+ITEM_FEATURES = 6
+
+_SPLITS = ("train", "test")
+_ROUNDS = 8
+_CHUNK = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The impressions of m requests, in the order of time.
+
+    Those of request i are the places `rows[start[i]:start[i + 1]]` of the log, by time.
+    """
+
+    rows: Int[np.ndarray, "n"]
+    start: Int64[np.ndarray, "m+1"]
+    time: Int32[np.ndarray, "m"]  # of the first impression
+
+    def __len__(self) -> int:
+        """The number of requests."""
+        return len(self.time)
+
+
+def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
+    """A variant of KuaiRand as a source.
+
+    KuaiRand knows no requests, so one is made of a user's consecutive impressions in one scenario
+    of the app (`tab`), see `cut_blocks`. Its time, in whole seconds, is the first impression's, and
+    all that is known of the user and of the videos stems from seconds strictly before, from both
+    logs. Its candidates are the videos of those impressions, which are shown and so passed, in the
+    order in which they were shown, and then `data.negatives` videos that were not, which are
+    retrieved: videos of earlier impressions of the standard log, of any user, each drawn with a
+    probability in proportion to how often it was shown (`draw_negatives`), by id. A video shown
+    more than once in a request is one candidate, on which everything counts that the user did.
+
+    Train requests are made of the standard log before `data.test_from`, test requests of the random
+    or the standard log from then on. So every train impression precedes every test request, and
+    both splits share none. Before 22 April there is no random log: with the default `test_from`,
+    no train request knows of a random impression.
+
+    Widths and order of the features:
+      user: `kuairand_files.Users`' 7, log(1 + n) / 5 of n impressions so far, `lift` of all tasks.
+      context: sin and cos of the hour in Beijing, weekday (one-hot from Monday), log(1 + hours
+        since the last impression) / 3, whether there was none.
+      history, of what the user did anything of TASKS with: which, log(1 + age in hours) / 5.
+      item: log(1 + seconds of duration) − 4, log(height / width), log(1 + days from the upload to
+        the end of the logs) / 3, and for each of the three whether it is unknown, and it then is 0.
+      candidate: log(1 + n) / 5 of n impressions by anyone so far, `lift` of CANDIDATE_TASKS,
+        log(1 + days since the day of the upload began) / 3, whether that is unknown.
+      categories of a request: `kuairand_files.USER_CATEGORIES`, tab.
+      categories of an item: those of `kuairand_files.Videos`.
+
+    Args:
+      data: `name`, of the variant; `path`, the folder of the files; `seed`; `history_length`;
+        `session_minutes` and `random_session_minutes`, the pause that ends a session in either log;
+        `impressions_per_request`, the most of one request; `negatives`; `test`, one of TESTS;
+        `test_from`, a date, of Beijing; `train_requests` and `test_requests`, how many to keep,
+        drawn uniformly, 0 for all; `max_users`, how many users to keep of the logs, 0 for all;
+        `author_rows` and `music_rows`, into how many category ids these are hashed.
+      tasks: some of TASKS, in any order.
+      funnel: `retrieved` must hold all candidates.
+
+    Returns:
+      The source; each split comes in the order of time.
+
+    Raises:
+      UserError: for files that are missing or malformed, and tasks or settings that make no sense.
+    """
+    split_time = _check(data, tasks, funnel)
+    files = kuairand_files.read(
+        data.path,
+        VARIANT_OF_NAME[data.name],
+        max_users=int(data.max_users),
+        seed=int(data.seed),
+        author_rows=int(data.author_rows),
+        music_rows=int(data.music_rows),
+    )
+    # Of the files, the requests below need these alone, so the rest is not kept.
+    log, upload_time, of_users = files.log, files.videos.upload_time, files.users.features
+    blocks = _blocks(log, data, split_time)
+    categories = _categories(files)
+    item_category, user_category, tab_category = _category_ids(files, categories)
+    spec = FeatureSpec(
+        dataset=data.name,
+        tasks=tuple(tasks),
+        num_users=len(of_users),
+        num_items=len(upload_time),
+        user_features=of_users.shape[1] + 1 + len(TASKS),
+        context_features=CONTEXT_FEATURES,
+        candidate_features=CANDIDATE_FEATURES,
+        item_features=ITEM_FEATURES,
+        cheap_item_features=ITEM_FEATURES,
+        history_length=int(data.history_length),
+        history_features=HISTORY_FEATURES,
+        teacher_version="",
+        has_true_probability=False,
+        categories=categories,
+    )
+    bits = np.array([TASKS.index(task) for task in tasks], np.uint8)
+    # What is looked for in a column has its type, or NumPy would convert the column each time.
+    place_type = _place_type(log)
+    user_start = np.searchsorted(log.user, np.arange(spec.num_users + 1, dtype=np.int32))
+    by_time = np.argsort(log.time, kind="stable").astype(place_type)
+    engaged = np.flatnonzero(log.signals & ((1 << RANDOM_BIT) - 1)).astype(place_type)
+
+    def requests(split: str) -> Iterator[Request]:
+        check_choice("split", split, _SPLITS)
+        of_split = blocks[split]
+        tallies = tallies_before(log, by_time, of_split.time, spec.num_users, spec.num_items)
+        for request_id, (of_user, of_item, earlier) in enumerate(tallies):
+            rows = of_split.rows[of_split.start[request_id] : of_split.start[request_id + 1]]
+            user, tab = int(log.user[rows[0]]), int(log.tab[rows[0]])
+            time = int(of_split.time[request_id])
+            shown, signals = merged(log.item[rows], log.signals[rows])
+            # Seeded so that the draw depends on no other request and on nothing that comes later.
+            generator = np.random.default_rng([int(data.seed), user, time, tab + 1])
+            negatives = draw_negatives(
+                log, by_time[:earlier], shown, int(data.negatives), generator
+            )
+            candidates = np.concatenate([shown, negatives])
+            first, last = user_start[user : user + 2]
+            known = first + np.searchsorted(log.time[first:last], np.int32(time))
+            places = np.searchsorted(engaged, np.array([first, known], place_type))
+            events = engaged[slice(*places)]
+            events = events[-int(data.history_length) :]
+            yield Request(
+                request_id=request_id,
+                time=time,
+                user_id=user,
+                user_features=np.concatenate([of_users[user], rates(of_user[:, user], PRIOR_RATE)]),
+                context=context_features(time, int(log.time[known - 1]) if known > first else None),
+                history_id=log.item[events],
+                history_features=history_features(time, log.signals[events], log.time[events]),
+                item_id=candidates,
+                candidate_features=candidate_features(
+                    time, of_item[:, candidates], upload_time[candidates]
+                ),
+                num_passed=len(shown),
+                user_label=signals[:, None] >> bits & np.uint8(1),
+                label_weight=np.ones(len(shown), np.float32),
+                teacher_probability=np.zeros((0, len(tasks)), np.float32),
+                teacher_weight=np.zeros(0, np.float32),
+                teacher_version="",
+                true_probability=np.zeros((0, len(tasks)), np.float32),
+                request_category=np.append(user_category[user], tab_category[tab]),
+            )
+
+    num_requests = {split: len(blocks[split]) for split in _SPLITS}
+    return Source(spec, item_features(files), requests, num_requests, item_category)
+
+
+def cut_blocks(
+    log: Log, rows: Int[np.ndarray, "n"], pause: int, most: int
+) -> tuple[Int[np.ndarray, "n"], Int64[np.ndarray, "m+1"]]:
+    """Cuts some impressions into blocks that requests stand for.
+
+    Impressions of a user in a tab form a session as long as less than `pause` seconds pass from
+    each to the next. A session is cut into blocks of `most` impressions and a last one of the rest.
+
+    Args:
+      log: all impressions.
+      rows: the places of those to cut, ascending.
+      pause: in seconds.
+      most: at least 1.
+
+    Returns:
+      `rows` by user, tab and time, and where in them each block begins, then their end.
+    """
+    order = np.argsort(log.user[rows] * np.int64(256) + log.tab[rows], kind="stable")
+    rows = rows[order]
+    del order  # there may be hundreds of millions of rows
+    is_first = np.ones(len(rows), bool)
+    is_first[1:] = np.diff(log.time[rows]) >= pause
+    for column in (log.user, log.tab):
+        is_first[1:] |= np.diff(column[rows]) != 0
+    session_start = np.flatnonzero(is_first)
+    blocks = -(-np.diff(session_start, append=len(rows)) // most)
+    number = np.arange(blocks.sum()) - np.repeat(np.cumsum(blocks) - blocks, blocks)
+    return rows, np.append(np.repeat(session_start, blocks) + most * number, len(rows))
+
+
+def merged(
+    item: Int32[np.ndarray, "n"], signals: UInt8[np.ndarray, "n"]
+) -> tuple[Int32[np.ndarray, "different"], UInt8[np.ndarray, "different"]]:
+    """Each video once, where it was shown first, with everything that was done on it.
+
+    >>> [array.tolist() for array in merged(np.array([7, 3, 7]), np.array([1, 0, 2], np.uint8))]
+    [[7, 3], [3, 0]]
+    """
+    _, first, which = np.unique(item, return_index=True, return_inverse=True)
+    done = np.zeros(len(first), np.uint8)
+    np.bitwise_or.at(done, which, signals)
+    order = np.argsort(first)
+    return item[first[order]], done[order]
+
+
+def draw_negatives(
+    log: Log,
+    earlier: Int[np.ndarray, "n"],
+    shown: Int32[np.ndarray, "S"],
+    number: int,
+    generator: np.random.Generator,
+) -> Int32[np.ndarray, "at most number"]:
+    """Videos that were shown to somebody before, but not in this request, by id.
+
+    Impressions are drawn uniformly and with replacement from `earlier` until there are `number`
+    different videos of the standard log among them, or _ROUNDS · 2 · `number` were drawn.
+
+    Args:
+      log: all impressions.
+      earlier: the places of those to draw from.
+      shown: videos to leave out.
+      number: of videos to draw.
+      generator: all randomness comes from it.
+
+    Returns:
+      Fewer where `earlier` does not hold as many.
+    """
+    found = np.zeros(0, np.int32)
+    for _ in range(_ROUNDS if len(earlier) and number else 0):
+        rows = earlier[generator.integers(len(earlier), size=2 * number)]
+        items = log.item[rows[log.signals[rows] >> RANDOM_BIT == 0]]
+        found = np.concatenate([found, items[~np.isin(items, shown)]])
+        # In the order of the draws: by id, the cut below would keep the lowest ones.
+        found = found[np.sort(np.unique(found, return_index=True)[1])]
+        if len(found) >= number:
+            break
+    return np.sort(found[:number])
+
+
+def tallies_before(
+    log: Log,
+    by_time: Int[np.ndarray, "n"],
+    times: Int32[np.ndarray, "m"],
+    num_users: int,
+    num_items: int,
+) -> Iterator[tuple[Int32[np.ndarray, "_ users"], Int32[np.ndarray, "_ items"], int]]:
+    """Counts what happened strictly before each of `times`.
+
+    Args:
+      log: all impressions.
+      by_time: their places in the order of time.
+      times: ascending.
+      num_users: the length of the first tally.
+      num_items: of the second.
+
+    Yields:
+      For each time, the tallies of users and of items: impressions in row 0, then of how many of
+      them each of TASKS, or of CANDIDATE_TASKS, was done. They are the same arrays each time, and
+      change when the next is asked for. Last, the number of impressions that were counted.
+    """
+    of_user = np.zeros((1 + len(TASKS), num_users), np.int32)
+    of_item = np.zeros((1 + len(CANDIDATE_TASKS), num_items), np.int32)
+    done = 0
+    for end in np.searchsorted(log.time[by_time], times).tolist():
+        for start in range(done, end, _CHUNK):
+            rows = by_time[start : min(end, start + _CHUNK)]
+            signals = log.signals[rows]
+            _count(of_user, log.user[rows], signals, TASKS)
+            _count(of_item, log.item[rows], signals, CANDIDATE_TASKS)
+        done = end
+        yield of_user, of_item, end
+
+
+def lift(
+    done: Int[np.ndarray, "*shape"], count: Int[np.ndarray, "*shape"], prior: Float[np.ndarray, "_"]
+) -> Float[np.ndarray, "*shape"]:
+    """How much likelier an action is than a prior rate says, as a logarithm; 0 for nothing known.
+
+    log((done + PRIOR_COUNT · prior) / ((count + PRIOR_COUNT) · prior)), where the action was done
+    on `done` of `count` impressions.
+
+    >>> lift(np.array([0, 6, 30]), np.array([0, 20, 100]), np.array([0.3, 0.3, 0.3])).round(3) + 0.0
+    array([0., 0., 0.])
+    """
+    return np.log((done + PRIOR_COUNT * prior) / ((count + PRIOR_COUNT) * prior))
+
+
+def rates(
+    tally: Int[np.ndarray, "1+K"], prior: Float[np.ndarray, "K"]
+) -> Float32[np.ndarray, "1+K"]:
+    """[log(1 + impressions) / 5, `lift` of each action] of a tally, see `tallies_before`."""
+    return np.append(np.log1p(tally[:1]) / 5, lift(tally[1:], tally[0], prior)).astype(np.float32)
+
+
+def context_features(time: int, last: int | None) -> Float32[np.ndarray, "C"]:
+    """What is known of the moment.
+
+    Args:
+      time: of the request, in seconds since 1970, UTC.
+      last: of the user's last impression before; None if there is none.
+
+    Returns:
+      [sin and cos of the hour in Beijing; weekday there, one-hot from Monday; log(1 + hours since
+      `last`) / 3, 0 if there is none; 1 if there is none].
+    """
+    day, second = divmod(time + BEIJING, DAY)
+    angle = 2 * np.pi * second / DAY
+    weekday = np.eye(7)[(day + 3) % 7]  # 1 January 1970 was a Thursday
+    pause = 0.0 if last is None else np.log1p((time - last) / 3600) / 3
+    return np.concatenate(
+        [[np.sin(angle), np.cos(angle)], weekday, [pause, last is None]], dtype=np.float32
+    )
+
+
+def history_features(
+    time: int, signals: UInt8[np.ndarray, "H"], happened: Int32[np.ndarray, "H"]
+) -> Float32[np.ndarray, "H E"]:
+    """[whether each of TASKS was done; log(1 + hours from `happened` to `time`) / 5]."""
+    done = signals[:, None] >> np.arange(len(TASKS), dtype=np.uint8) & np.uint8(1)
+    age = np.log1p((time - happened) / 3600) / 5
+    return np.concatenate([done, age[:, None]], axis=1, dtype=np.float32)
+
+
+def candidate_features(
+    time: int, tally: Int32[np.ndarray, "1+K N"], upload_time: Int32[np.ndarray, "N"]
+) -> Float32[np.ndarray, "N X"]:
+    """What differs from request to request.
+
+    [log(1 + impressions) / 5; `lift` of CANDIDATE_TASKS; log(1 + days since `upload_time`) / 3, 0
+    where that is unknown; 1 where it is unknown] of each candidate. An upload day after the request
+    counts as the request's.
+    """
+    prior = np.array([PRIOR_RATE[TASKS.index(task)] for task in CANDIDATE_TASKS])
+    age, unknown = _log_days(upload_time, time)
+    return np.concatenate(
+        [
+            np.log1p(tally[:1]).T / 5,
+            lift(tally[1:].T, tally[:1].T, prior),
+            age[:, None],
+            unknown[:, None],
+        ],
+        axis=1,
+        dtype=np.float32,
+    )
+
+
+def item_features(files: KuaiRand) -> Float32[np.ndarray, "items F"]:
+    """[duration, shape, age; whether each is unknown] of each item, see `open_source`."""
+    videos = files.videos
+    features = np.zeros((len(videos.seconds), ITEM_FEATURES), np.float32)
+    known = ~np.isnan(videos.seconds)
+    features[known, 0] = np.log1p(videos.seconds[known]) - 4
+    features[:, 1] = np.nan_to_num(videos.shape)
+    features[:, 2], features[:, 5] = _log_days(videos.upload_time, LOGS_END)
+    features[:, 3], features[:, 4] = ~known, np.isnan(videos.shape)
+    return features
+
+
+def _log_days(
+    since: Int32[np.ndarray, "n"], time: int
+) -> tuple[Float[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
+    """log(1 + days) / 3, 0 where the start is unknown, and where that is."""
+    unknown = since == kuairand_files.NO_TIME
+    days = np.maximum(time - np.where(unknown, time, since).astype(np.int64), 0) / DAY
+    return np.log1p(days) / 3, unknown
+
+
+def _place_type(log: Log) -> type[np.int32] | type[np.int64]:
+    """Of places in the log: 32 bits where they suffice, since there is one a row."""
+    return np.int32 if len(log.user) < 2**31 else np.int64
+
+
+def _count(
+    tally: Int32[np.ndarray, "_ size"],
+    ids: Int32[np.ndarray, "n"],
+    signals: UInt8[np.ndarray, "n"],
+    tasks: Sequence[str],
+) -> None:
+    # A Python integer would take NumPy's slow path.
+    one = np.int32(1)
+    np.add.at(tally[0], ids, one)
+    for row, task in enumerate(tasks, start=1):
+        np.add.at(tally[row], ids[signals >> TASKS.index(task) & 1 == 1], one)
+
+
+def _blocks(log: Log, data: ConfigDict, split_time: int) -> dict[str, Blocks]:
+    """The blocks of each split, as many as are to be kept."""
+    is_test = log.is_random if data.test == "random" else ~log.is_random
+    chosen = {
+        "train": ~log.is_random & (log.time < split_time),
+        "test": is_test & (log.time >= split_time),
+    }
+    pause = {
+        "train": data.session_minutes,
+        "test": data.random_session_minutes if data.test == "random" else data.session_minutes,
+    }
+    blocks = {}
+    for number, split in enumerate(_SPLITS):
+        places = np.flatnonzero(chosen[split]).astype(_place_type(log))
+        if not len(places):
+            which = data.test if split == "test" else "standard"
+            when = "at or after" if split == "test" else "before"
+            raise UserError(
+                f"{data.path} has no impression of the {which} log {when} "
+                f"data.test_from={data.test_from}, so the split {split!r} would be empty"
+            )
+        rows, start = cut_blocks(
+            log, places, int(60 * pause[split]), int(data.impressions_per_request)
+        )
+        first, length = start[:-1], np.diff(start)
+        if 0 < data[f"{split}_requests"] < len(first):
+            generator = np.random.default_rng([int(data.seed), number])
+            drawn = generator.choice(len(first), int(data[f"{split}_requests"]), replace=False)
+            first, length = first[drawn], length[drawn]
+        order = np.lexsort([rows[first], log.time[rows[first]]])
+        first, length = first[order], length[order]
+        start = np.append(0, np.cumsum(length))
+        of_request = np.repeat(first - start[:-1], length)
+        rows = rows[of_request + np.arange(start[-1])]
+        blocks[split] = Blocks(rows, start, log.time[rows[start[:-1]]])
+    return blocks
+
+
+def _categories(files: KuaiRand) -> tuple[Category, ...]:
+    """The categorical features, those of requests first."""
+    users = zip(kuairand_files.USER_CATEGORIES, files.users.sizes, strict=True)
+    names = ("author_id", "music_id", *kuairand_files.VIDEO_CATEGORIES)
+    *sizes, tags = files.videos.sizes
+    return (
+        *(Category(name, "request", size) for name, size in users),
+        Category("tab", "request", NUM_TABS),
+        *(Category(name, "item", size) for name, size in zip(names, sizes, strict=True)),
+        Category("tag", "item", tags, kuairand_files.TAGS),
+    )
+
+
+def _category_ids(
+    files: KuaiRand, categories: Sequence[Category]
+) -> tuple[Int32[np.ndarray, "items I"], Int32[np.ndarray, "users K-1"], Int32[np.ndarray, "tabs"]]:
+    """Category ids of items, of users, and of each tab; index -1 of the last is of no tab."""
+    sizes = [category.size for category in categories]
+    starts = np.cumsum([0, *sizes])[:-1]
+    widths = [category.length for category in categories]
+    of_item = np.repeat([category.of == "item" for category in categories], widths)
+    columns = np.repeat(starts, widths).astype(np.int32)
+
+    def shifted(codes: np.ndarray, start: np.ndarray) -> np.ndarray:
+        return np.add(codes, start, out=codes.copy(), where=codes != kuairand_files.NO_CATEGORY)
+
+    item_category = shifted(files.videos.category, columns[of_item])
+    user_category = shifted(files.users.category, columns[~of_item][:-1])
+    # A tab that is not among the published ones has no category either.
+    tabs = np.full(256, kuairand_files.NO_CATEGORY, np.int32)
+    tabs[:NUM_TABS] = columns[~of_item][-1] + np.arange(NUM_TABS)
+    return item_category, user_category, tabs
+
+
+def _check(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> int:
+    """Raises UserError for settings that make no sense; returns when the test begins."""
+    check_tasks(tasks, TASKS)
+    check_choice("data.name", data.name, VARIANT_OF_NAME)
+    check_choice("data.test", data.test, TESTS)
+    check_at_least(
+        data,
+        {
+            "seed": 0,
+            "history_length": 1,
+            "impressions_per_request": 1,
+            "negatives": 0,
+            "train_requests": 0,
+            "test_requests": 0,
+            "max_users": 0,
+            "author_rows": 1,
+            "music_rows": 1,
+        },
+    )
+    for key in ("session_minutes", "random_session_minutes"):
+        if not data[key] > 0:
+            raise UserError(f"data.{key}={data[key]} must be greater than 0")
+    candidates = data.impressions_per_request + data.negatives
+    if funnel.retrieved < candidates:
+        raise UserError(
+            f"funnel.retrieved={funnel.retrieved} is less than the {candidates} candidates that "
+            "data.impressions_per_request and data.negatives make"
+        )
+    if not data.path:
+        raise UserError(
+            f"data.path is empty; unpack the archive of {kuairand_files.ARCHIVE} and set data.path "
+            "to its folder"
+        )
+    try:
+        midnight = datetime.datetime.fromisoformat(f"{data.test_from}T00:00:00+00:00")
+    except ValueError as error:
+        raise UserError(
+            f"data.test_from={data.test_from!r} is not a date like 2022-04-22"
+        ) from error
+    return int(midnight.timestamp()) - BEIJING

@@ -1,0 +1,56 @@
+"""Where each candidate of a dataset was in the log, kept beside the dataset to score the log.
+
+A file a shard of the dataset, with a row a candidate in the order in which they are stored:
+`request_id` as stored, `file` (its number among the sorted files), `row` (counted from 0 in that
+file) and `place` (in the row's lists; -1 where a row is a candidate). One to four bytes a
+candidate.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from kd_ranker.sources.logs.frames import Frame, array_of
+
+FOLDER = "candidate_rows"
+
+
+def write_candidate_rows(heads: Frame, rows: Frame, folder: Path, name: str) -> dict[str, str]:
+    """Writes where the candidates of a bucket were; see `group.Requests` for the frames.
+
+    Returns:
+      Split -> the path, below `folder`.
+    """
+    number = array_of(heads, "candidates")
+    request_id = np.repeat(array_of(heads, "request") & (2**63 - 1), number)
+    in_test = np.repeat(array_of(heads, "in_test"), number) > 0
+    paths = {}
+    for split, chosen in (("train", ~in_test), ("test", in_test)):
+        columns = {"request_id": request_id[chosen]} | {
+            column: array_of(rows, column)[chosen] for column in ("file", "row", "place")
+        }
+        paths[split] = str(folder / f"{FOLDER}-{name}-{split}.parquet")
+        pq.write_table(
+            pa.table(columns),
+            paths[split],
+            compression="zstd",
+            use_dictionary=["request_id", "file", "place"],
+            column_encoding={"row": "DELTA_BINARY_PACKED"},
+        )
+    return paths
+
+
+def move_candidate_rows(paths: Sequence[str], split: str, directory: Path) -> None:
+    """Moves the files of a split to a dataset's folder, in the order of its shards."""
+    (directory / FOLDER).mkdir(exist_ok=True)
+    for index, path in enumerate(paths):
+        shutil.move(path, path_of(directory, split, index))
+
+
+def path_of(directory: Path, split: str, shard: int) -> Path:
+    """Where the candidates of a shard of the dataset in `directory` are found."""
+    return directory / FOLDER / f"{split}-{shard:05d}.parquet"

@@ -1,0 +1,432 @@
+"""What there is to say of a log before a model is trained on it: `data_report.json` and `.html`."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from jaxtyping import Int64
+
+from kd_ranker.sources.logs.encode import Encoding, item_category_counts
+from kd_ranker.sources.logs.files import Log
+from kd_ranker.sources.logs.frames import array_of
+from kd_ranker.sources.logs.keys import look_up
+from kd_ranker.sources.logs.layout import Layout
+from kd_ranker.sources.logs.merging import Counts
+from kd_ranker.sources.logs.partition import FAULTS, Partitioned
+from kd_ranker.sources.logs.reasons import MEANING, Reason
+from kd_ranker.sources.logs.scan import Scan
+from kd_ranker.sources.logs.statistics import NO_MOMENTS, Statistics, moments_of
+
+JSON_FILE, PAGE = "data_report.json", "data_report.html"
+SPLITS = ("train", "test")
+STAGES = ("retrieved", "passed", "shown")
+Report = dict[str, Any]
+
+# Beyond it, a teacher's probabilities are far enough from what users did to be pointed out.
+_CALIBRATION_TOLERANCE = 0.1
+_QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+
+
+def make_report(
+    log: Log,
+    layout: Layout,
+    scan: Scan,
+    cutoff: int | None,
+    partitioned: Sequence[Partitioned],
+    counts: Int64[np.ndarray, "reasons"],
+    found: Statistics | None,
+    encoding: Encoding | None,
+) -> Report:
+    """The report as what JSON can hold.
+
+    Args:
+      log: the log.
+      layout: of the log.
+      scan: of all its parts.
+      cutoff: the earliest time of a test request, with a split by time.
+      partitioned: of all its parts.
+      counts: how many candidates each reason has cost.
+      found: of all buckets; None if nothing is left.
+      encoding: what follows from that; None likewise.
+    """
+    rejected = int(counts.sum())
+    report: Report = {
+        "log": {
+            "path": layout.path,
+            "files": len(log.files),
+            "bytes": sum(log.sizes),
+            "rows": scan.rows,
+            "row_is_a": "request" if layout.by_request else "candidate",
+        },
+        "candidates": {
+            "in_the_log": scan.entries,
+            "used": scan.entries - rejected,
+            "rejected": rejected,
+            "by_reason": {
+                reason.name.lower(): {"candidates": int(counts[reason]), "meaning": MEANING[reason]}
+                for reason in Reason
+                if counts[reason]
+            },
+        },
+        "time_order": {
+            "rows_earlier_than_the_one_before": scan.steps_back,
+            "share": scan.steps_back / max(scan.rows, 1),
+        },
+        "columns": _columns(layout, partitioned),
+        "remarks": [],
+    }
+    if found is not None and encoding is not None:
+        report |= {
+            "requests": _requests(layout, found, cutoff),
+            "stages": _stages(found),
+            "labels": _labels(layout, found),
+            "teacher": _teacher(layout, found, partitioned),
+            "features": _features(layout, found, encoding),
+            "ids": _ids(layout, found, encoding),
+        }
+    report["remarks"] = remarks(report)
+    return report
+
+
+def _columns(layout: Layout, partitioned: Sequence[Partitioned]) -> list[dict]:
+    """Missing and bad values, by what the config names."""
+    totals: dict[str, np.ndarray] = {}
+    for part in partitioned:
+        for name, numbers in part.faults.items():
+            totals[name] = totals.get(name, 0) + numbers
+    column_of = {f"columns.{name}": column for name, column in layout.columns.items()}
+    for section in ("labels", "teacher"):
+        column_of |= {f"{section}.{task}": c for task, c in getattr(layout, section).items()}
+    column_of |= {f"features.{feature.name}": feature.column for feature in layout.features}
+    return [
+        {"key": f"data.{name}", "column": column_of[name]}
+        | {fault: int(number) for fault, number in zip(FAULTS, totals[name], strict=True)}
+        for name in column_of
+        if name in totals
+    ]
+
+
+def _requests(layout: Layout, found: Statistics, cutoff: int | None) -> dict:
+    totals = found.totals
+    number = totals["candidates_a_request"]
+    result: dict[str, Any] = {
+        "split_by": layout.split,
+        "cutoff": _date(cutoff) if cutoff is not None else None,
+        "several_times": int(totals["several_times"]),
+        "several_users": int(totals["several_users"]),
+        "candidates_a_request": {
+            "mean": float((number * np.arange(len(number))).sum() / number.sum()),
+            "quantiles": {
+                f"{q:g}": int(np.searchsorted(np.cumsum(number), q * number.sum()))
+                if q
+                else int(np.flatnonzero(number)[0])
+                for q in _QUANTILES
+            },
+            "histogram": _histogram(number),
+        },
+    }
+    for index, split in enumerate(SPLITS):
+        some = totals["requests"][index] > 0
+        result[split] = {
+            "requests": int(totals["requests"][index]),
+            "candidates": int(totals["candidates"][index]),
+            "without_a_shown_candidate": int(totals["without_shown"][index]),
+            "first": _date(int(found.first[index])) if some else None,
+            "last": _date(int(found.last[index])) if some else None,
+        }
+    return result
+
+
+def _histogram(number: Int64[np.ndarray, "n"]) -> list[dict]:
+    """At most 20 bars over the range that occurs."""
+    used = np.flatnonzero(number)
+    low, high = int(used[0]), int(used[-1])
+    edges = np.unique(np.linspace(low, high + 1, min(20, high + 1 - low) + 1).astype(int))
+    return [
+        {"from": int(start), "to": int(end) - 1, "requests": int(number[start:end].sum())}
+        for start, end in itertools.pairwise(edges)
+    ]
+
+
+def _stages(found: Statistics) -> list[dict]:
+    stages = found.totals["stages"]
+    return [
+        {"split": split, **{name: int(n) for name, n in zip(STAGES, stages[index], strict=True)}}
+        for index, split in enumerate(SPLITS)
+    ]
+
+
+def _labels(layout: Layout, found: Statistics) -> dict:
+    totals = found.totals
+    shown = totals["stages"][:, 2]
+    by_task = {}
+    for task_index, task in enumerate(layout.tasks):
+        by_task[task] = {
+            split: {
+                "positives": int(totals["positives"][index, task_index]),
+                "rate": _ratio(
+                    totals["weighted_positives"][index, task_index], totals["label_weight"][index]
+                ),
+            }
+            for index, split in enumerate(SPLITS)
+        } | {"positives_not_shown": int(totals["positives_not_shown"][task_index])}
+    return {
+        "shown": {split: int(shown[index]) for index, split in enumerate(SPLITS)},
+        "labelled": {split: int(totals["labelled"][index]) for index, split in enumerate(SPLITS)},
+        "tasks": by_task,
+    }
+
+
+def _teacher(layout: Layout, found: Statistics, partitioned: Sequence[Partitioned]) -> dict:
+    if not layout.scored_tasks:
+        return {"signal": layout.teacher_signal, "tasks": {}, "other_version": 0}
+    totals = found.totals
+    by_task: dict[str, dict] = {}
+    for index, task in enumerate(layout.tasks):
+        if task not in layout.scored_tasks:
+            continue
+        coverage = {
+            split: {
+                stage: _ratio(totals["teacher_proper"][s, index, place], totals["stages"][s, place])
+                for place, stage in enumerate(STAGES)
+            }
+            for s, split in enumerate(SPLITS)
+        }
+        by_task[task] = {"coverage": coverage}
+        if layout.teacher_signal == "probability":
+            weight, predicted, observed = totals["calibration"][index].T
+            by_task[task]["calibration"] = {
+                "predicted_over_observed": _ratio(predicted.sum(), observed.sum()),
+                "bins": [
+                    {
+                        "weight": float(w),
+                        "predicted": float(p / w),
+                        "observed": float(o / w),
+                    }
+                    for w, p, o in zip(weight, predicted, observed, strict=True)
+                    if w > 0
+                ],
+            }
+    return {
+        "signal": layout.teacher_signal,
+        "version": layout.teacher_version,
+        "other_version": sum(part.other_version for part in partitioned),
+        "tasks": by_task,
+    }
+
+
+def _features(layout: Layout, found: Statistics, encoding: Encoding) -> list[dict]:
+    items = found.items
+    of_items = Counts(*(array_of(items, name) for name in ("item", "train", "total")))
+    features = []
+    for feature in layout.features:
+        entry: dict[str, Any] = {"name": feature.name, "of": feature.of, "kind": feature.kind}
+        if feature.kind == "dense":
+            moments = found.moments.get(feature.name, NO_MOMENTS)
+            if feature.of == "item":
+                values = array_of(items, f"feature:{feature.name}")
+                moments = moments_of(values[of_items.train > 0])
+            if moments.number:
+                entry |= {
+                    "mean": moments.mean,
+                    "deviation": moments.deviation,
+                    "low": moments.low,
+                    "high": moments.high,
+                }
+        elif feature.kind in ("category", "bag") and not feature.hashed:
+            counts = (
+                item_category_counts(items[f"feature:{feature.name}"], of_items)
+                if feature.of == "item"
+                else found.counts[f"feature:{feature.name}"]
+            )
+            vocabulary = encoding.vocabularies[f"feature:{feature.name}"]
+            kept = look_up(vocabulary.key, counts.key)[1]
+            in_test = counts.total - counts.train
+            entry |= {
+                "values_in_train": int((counts.train > 0).sum()),
+                "values_kept": len(vocabulary.key),
+                "share_kept_in_train": _ratio(counts.train[kept].sum(), counts.train.sum()),
+                "share_kept_in_test": _ratio(in_test[kept].sum(), in_test.sum()),
+            }
+        if feature.of == "item":
+            entry["items_with_several_values"] = int(
+                (array_of(items, f"varies:{feature.name}") > 0).sum()
+            )
+        elif f"varying/{feature.name}" in found.totals:
+            entry["requests_with_several_values"] = int(found.totals[f"varying/{feature.name}"])
+        features.append(entry)
+    return features
+
+
+def _ids(layout: Layout, found: Statistics, encoding: Encoding) -> dict:
+    users = found.counts["user"]
+    train = array_of(found.items, "train")
+    result = {
+        "users": len(users.key),
+        "users_only_in_test": int((users.train == 0).sum()),
+        "items": len(train),
+        "items_only_in_test": int((train == 0).sum()),
+    }
+    if layout.history is not None:
+        history = found.counts["history"]
+        known = look_up(encoding.vocabularies["item"].key, history.key)[1]
+        result |= {
+            "history_events": int(history.total.sum()),
+            "history_events_of_unknown_items": int(history.total[~known].sum()),
+        }
+    return result
+
+
+def remarks(report: Report) -> list[str]:
+    """What in a report deserves a look, a sentence each."""
+    found = []
+    candidates = report["candidates"]
+    if candidates["rejected"]:
+        reasons = ", ".join(
+            f"{name} {entry['candidates']:,}" for name, entry in candidates["by_reason"].items()
+        )
+        share = candidates["rejected"] / max(candidates["in_the_log"], 1)
+        found.append(
+            f"{candidates['rejected']:,} of {candidates['in_the_log']:,} candidates "
+            f"({share:.2%}) were rejected: {reasons}."
+        )
+    for column in report["columns"]:
+        if column["out_of_range"] and not column["key"].startswith("data.labels"):
+            found.append(
+                f"{column['key']}: {column['out_of_range']:,} values of column "
+                f"{column['column']!r} are none that it can hold."
+            )
+        if column["values"] and column["missing"] == column["values"]:
+            found.append(f"{column['key']}: column {column['column']!r} holds nothing.")
+    if "requests" in report:
+        found += _remarks_on_requests(report["requests"])
+        found += _remarks_on_labels(report["labels"])
+        found += _remarks_on_teacher(report["teacher"])
+        found += _remarks_on_features(report["features"], report["ids"])
+    return found
+
+
+def _remarks_on_requests(requests: dict) -> list[str]:
+    found = [
+        f"{without:,} of {requests[split]['requests']:,} {split} requests have no shown candidate: "
+        "they teach by the teacher alone."
+        for split in SPLITS
+        if (without := requests[split]["without_a_shown_candidate"])
+    ]
+    if requests["several_times"]:
+        found.append(
+            f"The rows of {requests['several_times']:,} requests have several times; the earliest "
+            "counts."
+        )
+    if requests["several_users"]:
+        found.append(f"{requests['several_users']:,} requests have rows of several users.")
+    return found
+
+
+def _remarks_on_labels(labels: dict) -> list[str]:
+    found = []
+    for split in SPLITS:
+        unlabelled = labels["shown"][split] - labels["labelled"][split]
+        if unlabelled:
+            found.append(
+                f"{unlabelled:,} of {labels['shown'][split]:,} shown candidates in {split} lack a "
+                "label or have label weight 0, and teach nothing by labels."
+            )
+    for task, entry in labels["tasks"].items():
+        if entry["positives_not_shown"]:
+            found.append(
+                f"{entry['positives_not_shown']:,} candidates that were not shown have label 1 of "
+                f"{task}; labels of what was not shown do not count."
+            )
+        found += [
+            f"Every label of {task} in {split} is {entry[split]['rate']:.0f}: there is nothing to "
+            "tell apart."
+            for split in SPLITS
+            if labels["labelled"][split] and entry[split]["rate"] in (0, 1)
+        ]
+    return found
+
+
+def _remarks_on_teacher(teacher: dict) -> list[str]:
+    found = []
+    if teacher["other_version"]:
+        found.append(
+            f"{teacher['other_version']:,} candidates were scored by another teacher than version "
+            f"{teacher['version']!r}, and their values do not count."
+        )
+    for task, entry in teacher["tasks"].items():
+        for split in SPLITS:
+            share = entry["coverage"][split]["passed"]
+            if share is not None and share < 1:
+                found.append(
+                    f"The teacher of {task} covers {share:.1%} of the passed candidates in {split}."
+                )
+        ratio = entry.get("calibration", {}).get("predicted_over_observed")
+        if ratio is not None and abs(ratio - 1) > _CALIBRATION_TOLERANCE:
+            found.append(
+                f"The teacher of {task} predicts {ratio:.2f} times what users did on the shown "
+                "candidates."
+            )
+    return found
+
+
+def _remarks_on_features(features: list[dict], ids: dict) -> list[str]:
+    found = []
+    for feature in features:
+        if feature["kind"] == "dense" and feature.get("deviation", 0) == 0:
+            found.append(f"Feature {feature['name']!r} has the same value everywhere.")
+        if number := feature.get("items_with_several_values"):
+            found.append(
+                f"Feature {feature['name']!r} varies in {number:,} items; the last value by time "
+                "is stored."
+            )
+        if number := feature.get("requests_with_several_values"):
+            found.append(
+                f"Feature {feature['name']!r} varies within {number:,} requests; that of the first "
+                "row counts."
+            )
+    if unknown := ids.get("history_events_of_unknown_items"):
+        found.append(
+            f"{unknown:,} of {ids['history_events']:,} events of histories are of items that are "
+            "never a candidate, and are left out."
+        )
+    return found
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """Writes `data_report.json` and `data_report.html`."""
+    (folder / JSON_FILE).write_text(json.dumps(report, indent=2, allow_nan=False))
+    (folder / PAGE).write_text(page(report))
+
+
+def page(report: Report) -> str:
+    """The page's HTML, which needs no other file."""
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("kd_ranker.sources.logs"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    templates.filters["number"] = _number
+    templates.filters["percent"] = lambda share: "" if share is None else f"{share:.1%}"
+    return templates.get_template("data_report.html").render(report=report, splits=SPLITS)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _ratio(numerator: float, denominator: float) -> float | None:
+    return float(numerator) / float(denominator) if denominator else None
+
+
+def _date(seconds: int) -> str:
+    """Like 2024-01-31 23:59:59, in UTC."""
+    return str(np.datetime64(seconds, "s")).replace("T", " ")

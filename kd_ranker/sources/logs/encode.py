@@ -1,0 +1,327 @@
+"""The last pass: the keys and numbers of a bucket as ids and features, a `Request` at a time."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float32, Int, Int32, Int64
+
+from kd_ranker.batch import Category, FeatureSpec
+from kd_ranker.requests.request import Request
+from kd_ranker.sources.logs.frames import (
+    Column,
+    Frame,
+    Ragged,
+    array_of,
+    num_rows,
+    read_frame,
+    starts_of,
+)
+from kd_ranker.sources.logs.keys import MISSING, look_up, mixed
+from kd_ranker.sources.logs.layout import Feature, Layout
+from kd_ranker.sources.logs.merging import Counts
+from kd_ranker.sources.logs.statistics import Moments, Statistics, moments_of
+from kd_ranker.sources.logs.values import compacted
+
+# The version that the probabilities get where every one counts.
+ANY_VERSION = "any"
+
+
+class Vocabulary(NamedTuple):
+    """Keys and their numbers: `number[i]` is that of `key[i]`; the keys are sorted."""
+
+    key: Int64[np.ndarray, "known"]
+    number: Int32[np.ndarray, "known"]
+
+
+class Encoding(NamedTuple):
+    """How keys and numbers become ids and features.
+
+    Attributes:
+      spec: the sizes that follow.
+      vocabularies: `user`, `item`, or `feature:<name>` of a categorical feature that is not hashed
+        -> its vocabulary. Users and items count from 0, values of a feature from 1.
+      scales: dense feature -> what is subtracted, what it is divided by, and what a missing number
+        then becomes.
+    """
+
+    spec: FeatureSpec
+    vocabularies: dict[str, Vocabulary]
+    scales: dict[str, tuple[float, float, float]]
+
+
+def make_encoding(layout: Layout, found: Statistics) -> Encoding:
+    """Settles ids and scales, from what training requests hold.
+
+    Users and items get an id each, those of training requests first, the most frequent before the
+    others, and then those that only test requests have: so these keep their features, and are
+    told from each other where ids are hashed. A model that looks ids up has no trained row for
+    them and serves its reserved one. Of a categorical feature the `size` most frequent values of
+    training requests are kept; those of an item count as often as it is a candidate.
+    """
+    items = found.items
+    of_items = Counts(*(array_of(items, name) for name in ("item", "train", "total")))
+    vocabularies = {
+        "user": _numbered(found.counts["user"]),
+        "item": _numbered(of_items),
+    }
+    scales, categories = {}, []
+    for feature in layout.features:
+        if feature.kind == "dense":
+            moments = (
+                moments_of(array_of(items, f"feature:{feature.name}")[of_items.train > 0])
+                if feature.of == "item"
+                else found.moments[feature.name]
+            )
+            scales[feature.name] = _scale(feature, moments)
+        elif feature.kind in ("category", "bag"):
+            size = feature.size
+            if not feature.hashed:
+                counts = (
+                    item_category_counts(items[f"feature:{feature.name}"], of_items)
+                    if feature.of == "item"
+                    else found.counts[f"feature:{feature.name}"]
+                )
+                vocabulary = _most_frequent(counts, size)
+                vocabularies[f"feature:{feature.name}"] = vocabulary
+                size = len(vocabulary.key)
+            owner = "request" if feature.of_request else feature.of
+            categories.append(Category(feature.name, owner, size + 1, feature.length))
+
+    def width(*owners: str) -> int:
+        return max(1, len(layout.of(*owners, kind="dense")))
+
+    cheap = sum(feature.cheap for feature in layout.of("item", kind="dense"))
+    costly = len(layout.of("item", kind="dense")) - cheap
+    spec = FeatureSpec(
+        dataset="parquet",
+        tasks=layout.tasks,
+        num_users=len(vocabularies["user"].key),
+        num_items=len(vocabularies["item"].key),
+        user_features=width("user"),
+        context_features=width("context"),
+        candidate_features=width("candidate"),
+        item_features=max(1, cheap) + costly,
+        cheap_item_features=max(1, cheap),
+        history_length=layout.history_length,
+        history_features=1,
+        teacher_version=(layout.teacher_version or ANY_VERSION) if layout.scored_tasks else "",
+        has_true_probability=False,
+        categories=tuple(categories),
+        teacher_signal=layout.teacher_signal,
+    )
+    return Encoding(spec, vocabularies, scales)
+
+
+def item_category_counts(column: Column, items: Counts) -> Counts:
+    """How often the values of items occur among the candidates."""
+    if isinstance(column, Ragged):
+        key, lengths = column.values, column.lengths
+    else:
+        lengths = (column != MISSING).astype(np.int64)
+        key = column[column != MISSING]
+    keys, index = np.unique(key, return_inverse=True)
+    train, total = (
+        np.bincount(index, weights=np.repeat(number, lengths), minlength=len(keys))
+        for number in (items.train, items.total)
+    )
+    return Counts(keys, train.astype(np.int64), total.astype(np.int64))
+
+
+def _numbered(counts: Counts) -> Vocabulary:
+    only_test = np.where(counts.train > 0, 0, counts.total)
+    return _vocabulary(counts.key, np.lexsort((counts.key, -only_test, -counts.train)), 0)
+
+
+def _most_frequent(counts: Counts, size: int) -> Vocabulary:
+    order = np.lexsort((counts.key, -counts.train))
+    return _vocabulary(counts.key, order[: min(size, int((counts.train > 0).sum()))], 1)
+
+
+def _vocabulary(
+    key: Int64[np.ndarray, "n"], order: Int[np.ndarray, "known"], first: int
+) -> Vocabulary:
+    """The keys at the places `order`, numbered in that order."""
+    by_key = np.argsort(key[order])
+    return Vocabulary(key[order][by_key], (first + by_key).astype(np.int32))
+
+
+def _scale(feature: Feature, moments: Moments) -> tuple[float, float, float]:
+    # In 32 bits, so that the order in which the moments were added up leaves no trace.
+    mean = float(np.float32(moments.mean))
+    deviation = float(np.float32(moments.deviation))
+    if not feature.standardise:
+        return 0.0, 1.0, mean
+    # Of rounding alone, a column of one value may have a deviation just above 0.
+    constant = deviation <= 1e-6 * abs(mean) or deviation == 0
+    return mean, 1.0 if constant else deviation, 0.0
+
+
+def save_encoding(encoding: Encoding, folder: Path) -> None:
+    """Writes an encoding for `load_encoding`."""
+    folder.mkdir()
+    (folder / "spec.json").write_text(encoding.spec.to_json())
+    (folder / "rest.json").write_text(json.dumps([encoding.scales, [*encoding.vocabularies]]))
+    for index, vocabulary in enumerate(encoding.vocabularies.values()):
+        np.save(folder / f"{index}-key.npy", vocabulary.key)
+        np.save(folder / f"{index}-number.npy", vocabulary.number)
+
+
+def load_encoding(folder: Path) -> Encoding:
+    """The inverse of `save_encoding`; processes share the memory of the vocabularies."""
+    scales, names = json.loads((folder / "rest.json").read_text())
+    vocabularies = {
+        name: Vocabulary(
+            np.load(folder / f"{index}-key.npy", mmap_mode="r"),
+            np.load(folder / f"{index}-number.npy", mmap_mode="r"),
+        )
+        for index, name in enumerate(names)
+    }
+    spec = FeatureSpec.from_json((folder / "spec.json").read_text())
+    return Encoding(spec, vocabularies, scales)
+
+
+def item_matrix(
+    layout: Layout, encoding: Encoding, items: Frame
+) -> tuple[Float32[np.ndarray, "items F"], Int32[np.ndarray, "items I"]]:
+    """What is known of each item: its dense features, cheap ones first, and its category ids."""
+    place, known = look_up(encoding.vocabularies["item"].key, array_of(items, "item"))
+    assert known.all()
+    order = np.empty(len(place), np.int64)
+    order[encoding.vocabularies["item"].number[place]] = np.arange(len(place))
+    cheap = [feature for feature in layout.of("item", kind="dense") if feature.cheap]
+    costly = [feature for feature in layout.of("item", kind="dense") if not feature.cheap]
+    features = np.concatenate(
+        [_dense(encoding, cheap, items), *([_dense(encoding, costly, items)] if costly else [])],
+        axis=1,
+    )
+    return features[order], _categories(layout, encoding, items, "item")[order]
+
+
+def encode_requests(
+    layout: Layout, heads_path: str, rows_path: str, encoding_folder: str, split: str
+) -> Iterator[Request]:
+    """The requests of a split that lie in a bucket, in the order of time."""
+    encoding = load_encoding(Path(encoding_folder))
+    heads, rows = read_frame(Path(heads_path)), read_frame(Path(rows_path))
+    spec, tasks = encoding.spec, layout.tasks
+    user_id = _ids(encoding.vocabularies["user"], array_of(heads, "user"))
+    item_id = _ids(encoding.vocabularies["item"], array_of(rows, "item"))
+    user_features = _dense(encoding, layout.of("user", kind="dense"), heads)
+    context = _dense(encoding, layout.of("context", kind="dense"), heads)
+    candidate_features = _dense(encoding, layout.of("candidate", kind="dense"), rows)
+    request_category = _categories(layout, encoding, heads, "user", "context")
+    candidate_category = _categories(layout, encoding, rows, "candidate")
+    history_start, history_id = _history(layout, encoding, heads)
+    label = np.stack([array_of(rows, f"label:{task}") for task in tasks], axis=1)
+    label = np.maximum(label, 0).astype(np.uint8)
+    unknown = np.full(num_rows(rows), np.nan, np.float32)
+    probability = np.stack(
+        [np.asarray(rows.get(f"teacher:{task}", unknown)) for task in tasks], axis=1
+    ).astype(np.float32)
+    label_weight = np.asarray(rows["label_weight"], np.float32)
+    teacher_weight = np.asarray(rows["teacher_weight"], np.float32)
+    start = starts_of(array_of(heads, "candidates"))
+    # As Python's own numbers, which are quicker to take one by one.
+    request, time, shown, passed, scored = (
+        array_of(heads, name).tolist() for name in ("request", "time", "shown", "passed", "scored")
+    )
+    no_truth = np.zeros((0, len(tasks)), np.float32)
+    for index in np.flatnonzero((array_of(heads, "in_test") > 0) == (split == "test")).tolist():
+        first, end = int(start[index]), int(start[index + 1])
+        history = history_id[history_start[index] : history_start[index + 1]]
+        yield Request(
+            request_id=request[index] & (2**63 - 1),
+            time=time[index],
+            user_id=int(user_id[index]),
+            user_features=user_features[index],
+            context=context[index],
+            history_id=history,
+            history_features=np.ones((len(history), 1), np.float32),
+            item_id=item_id[first:end],
+            candidate_features=candidate_features[first:end],
+            num_passed=passed[index],
+            user_label=label[first : first + shown[index]],
+            label_weight=label_weight[first : first + shown[index]],
+            teacher_probability=probability[first : first + scored[index]],
+            teacher_weight=teacher_weight[first : first + scored[index]],
+            teacher_version=spec.teacher_version,
+            true_probability=no_truth,
+            request_category=request_category[index] if request_category.shape[1] else None,
+            candidate_category=(
+                candidate_category[first:end] if candidate_category.shape[1] else None
+            ),
+        )
+
+
+def _ids(vocabulary: Vocabulary, key: Int64[np.ndarray, "n"]) -> Int32[np.ndarray, "n"]:
+    place, known = look_up(vocabulary.key, key)
+    assert known.all()
+    return np.asarray(vocabulary.number)[place]
+
+
+def _history(
+    layout: Layout, encoding: Encoding, heads: Frame
+) -> tuple[Int64[np.ndarray, "n+1"], Int32[np.ndarray, "all"]]:
+    """Where the history of each request begins, and the ids of the items that are known."""
+    if layout.history is None:
+        return np.zeros(num_rows(heads) + 1, np.int64), np.zeros(0, np.int32)
+    column = heads[f"feature:{layout.history.name}"]
+    assert isinstance(column, Ragged)
+    place, known = look_up(encoding.vocabularies["item"].key, column.values)
+    ids = np.asarray(encoding.vocabularies["item"].number)[place[known]]
+    return compacted(column.lengths, known), ids
+
+
+def _dense(encoding: Encoding, features: list[Feature], frame: Frame) -> Float32[np.ndarray, "n F"]:
+    """Dense features side by side; one column of zeros if there are none."""
+    if not features:
+        return np.zeros((num_rows(frame), 1), np.float32)
+    matrix = np.empty((num_rows(frame), len(features)), np.float32)
+    for index, feature in enumerate(features):
+        mean, scale, missing = encoding.scales[feature.name]
+        number = np.asarray(frame[f"feature:{feature.name}"], np.float64)
+        with np.errstate(over="ignore"):
+            scaled = ((number - mean) / scale).astype(np.float32)
+        matrix[:, index] = np.where(np.isfinite(scaled), scaled, np.float32(missing))
+    return matrix
+
+
+def _categories(
+    layout: Layout, encoding: Encoding, frame: Frame, *owners: str
+) -> Int32[np.ndarray, "n K"]:
+    """Category ids side by side, in the order of the features; -1 fills bags up."""
+    starts = dict(
+        zip(
+            (category.name for category in encoding.spec.categories),
+            encoding.spec.category_starts,
+            strict=True,
+        )
+    )
+    columns = [np.zeros((num_rows(frame), 0), np.int32)]
+    for feature in layout.categories(*owners):
+        column = frame[f"feature:{feature.name}"]
+        if isinstance(column, Ragged):
+            ids = np.full((num_rows(frame), feature.length), -1, np.int32)
+            row = np.repeat(np.arange(num_rows(frame)), column.lengths)
+            place = np.arange(len(column.values)) - np.repeat(column.start[:-1], column.lengths)
+            ids[row, place] = starts[feature.name] + _numbers(encoding, feature, column.values)
+        else:
+            ids = (starts[feature.name] + _numbers(encoding, feature, column))[:, None]
+        columns.append(ids.astype(np.int32))
+    return np.concatenate(columns, axis=1)
+
+
+def _numbers(
+    encoding: Encoding, feature: Feature, key: Int64[np.ndarray, "n"]
+) -> Int64[np.ndarray, "n"]:
+    """The number of each value within its feature; 0 for what is missing, rare or unheard of."""
+    if feature.hashed:
+        bucket = 1 + (mixed(key) % np.uint64(feature.size)).astype(np.int64)
+        return np.where(key == MISSING, 0, bucket)
+    vocabulary = encoding.vocabularies[f"feature:{feature.name}"]
+    place, known = look_up(vocabulary.key, key)
+    number = np.append(np.asarray(vocabulary.number), 0)
+    return np.where(known, number[place], 0)

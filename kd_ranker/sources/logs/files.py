@@ -1,0 +1,402 @@
+"""The files of a log: where they lie, what columns they have, and reading them part by part."""
+
+import contextlib
+import dataclasses
+import difflib
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from kd_ranker.errors import UserError
+from kd_ranker.sources.logs.layout import OPTIONAL, Layout
+
+SUFFIXES = (".parquet", ".pq")
+# How many footers are read at a time: a store far away answers many requests at once.
+_FOOTERS_AT_A_TIME = 16
+# About how many candidates are read at a time.
+BATCH_ENTRIES = 1 << 17
+# What tells that a file was written anew, in the words of different stores.
+_CHANGED = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag")
+
+_INTEGER, _FLOAT, _DECIMAL, _BOOLEAN = "integer", "float", "decimal", "boolean"
+_TEXT, _TIME, _NULL, _OTHER = "text", "time", "null", "other"
+# What a column may be for -> what its values may be.
+_TAKES = {
+    "id": ((_INTEGER, _FLOAT, _BOOLEAN, _TEXT, _NULL), "whole numbers or texts"),
+    "number": ((_INTEGER, _FLOAT, _DECIMAL, _BOOLEAN, _NULL), "numbers"),
+    "time": ((_INTEGER, _FLOAT, _TIME, _NULL), "timestamps or numbers"),
+    "text": ((_INTEGER, _BOOLEAN, _TEXT, _NULL), "texts or whole numbers"),
+}
+_USE_OF_KIND = {"dense": "number", "category": "id", "bag": "id", "history": "id"}
+
+
+class Wanted(NamedTuple):
+    """A column that the config names.
+
+    Attributes:
+      key: of the config.
+      column: its name.
+      use: a key of `_TAKES`.
+      depth: how many lists lie around its values, at most.
+      least_depth: and at least.
+      per_candidate: whether each candidate has its own value, so that it is a list in a row that is
+        a request.
+    """
+
+    key: str
+    column: str
+    use: str
+    depth: int = 0
+    least_depth: int = 0
+    per_candidate: bool = False
+
+
+class Part(NamedTuple):
+    """A row group: the least that is read by itself.
+
+    Attributes:
+      file: the number of its file.
+      group: its number in the file.
+      first_row: the number of its first row in the file.
+      rows: how many it has.
+      entries: how many candidates these have, about.
+    """
+
+    file: int
+    group: int
+    first_row: int
+    rows: int
+    entries: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """The files of a log, found and checked.
+
+    Attributes:
+      url: `data.path`.
+      files: their paths, sorted.
+      sizes: in bytes.
+      changed: what tells that a file was written anew, as text.
+      parts: their row groups, in the order of the files.
+      names: of all columns that any of them has, sorted.
+    """
+
+    url: str
+    files: tuple[str, ...]
+    sizes: tuple[int, ...]
+    changed: tuple[str, ...]
+    parts: tuple[Part, ...]
+    names: tuple[str, ...]
+
+    @property
+    def manifest(self) -> dict[str, list]:
+        """File -> its size and what tells that it was written anew."""
+        return {
+            file: [size, changed]
+            for file, size, changed in zip(self.files, self.sizes, self.changed, strict=True)
+        }
+
+
+def wanted_columns(layout: Layout) -> list[Wanted]:
+    """The columns that a log must have."""
+    listed = 1 if layout.by_request else 0
+    columns = layout.columns
+    wanted = [
+        Wanted("data.columns.request", columns["request"], "id"),
+        Wanted("data.columns.time", columns["time"], "time"),
+        Wanted("data.columns.user", columns["user"], "id"),
+        Wanted("data.columns.item", columns["item"], "id", listed, listed, True),
+    ]
+    uses = {"stage": "text", "teacher_version": "text"}
+    # What may be the same for all candidates of a request, and then needs no list.
+    least = {"stage": listed, "position": listed}
+    wanted += [
+        Wanted(
+            f"data.columns.{name}",
+            columns[name],
+            uses.get(name, "number"),
+            listed,
+            least.get(name, 0),
+            True,
+        )
+        for name in OPTIONAL
+        if name in columns
+    ]
+    for section in ("labels", "teacher"):
+        for task, column in getattr(layout, section).items():
+            wanted.append(Wanted(f"data.{section}.{task}", column, "number", listed, listed, True))
+    for feature in layout.features:
+        depth = (0 if feature.of_request else listed) + (feature.kind in ("bag", "history"))
+        key = f"data.features.{feature.name}"
+        use = _USE_OF_KIND[feature.kind]
+        wanted.append(Wanted(key, feature.column, use, depth, depth, not feature.of_request))
+    return wanted
+
+
+def open_log(layout: Layout) -> Log:
+    """Finds the files of a log and checks that they have the columns that the config names.
+
+    Reads footers only.
+
+    Raises:
+      UserError: there are no such files, one is no Parquet file, or a column is missing, or of
+        another type than its use admits.
+    """
+    system, files, sizes, changed = find_files(layout.path)
+    wanted = wanted_columns(layout)
+    families: dict[str, tuple[str, str]] = {}
+    parts: list[Part] = []
+    names: set[str] = set()
+
+    def footer(file: str) -> tuple[pa.Schema, pq.FileMetaData]:
+        with _opened(system, file) as parquet:
+            return parquet.schema_arrow, parquet.metadata
+
+    with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
+        for index, (schema, metadata) in enumerate(pool.map(footer, files)):
+            _check_schema(files[index], schema, wanted, families)
+            parts += _parts(index, metadata, layout)
+            names.update(schema.names)
+    _check_history(layout, families)
+    if not sum(part.rows for part in parts):
+        raise UserError(f"data.path={layout.path}: {_count(len(files), 'file')} without any row")
+    columns = tuple(sorted(names))
+    return Log(layout.path, tuple(files), tuple(sizes), tuple(changed), tuple(parts), columns)
+
+
+def find_files(url: str) -> tuple[Any, list[str], list[int], list[str]]:
+    """The file system, and path, size and time of change of each Parquet file that `url` names.
+
+    Raises:
+      UserError: there is none.
+    """
+    try:
+        system, path = fsspec.core.url_to_fs(url)
+        if any(character in path for character in "*?["):
+            found = [file for file in system.glob(path) if system.isfile(file)]
+            if not found:
+                raise UserError(f"data.path={url} matches no file")
+        elif system.isdir(path):
+            found = _in_directory(url, system.find(path))
+        elif system.isfile(path):
+            found = [path]
+        else:
+            raise UserError(f"data.path={url} does not exist; give a file, a directory or a glob")
+        files = sorted(found)
+        infos = [system.info(file) for file in files]
+    except UserError:
+        raise
+    # Each store raises what it likes: an unknown protocol, a missing package, refused access.
+    except Exception as error:
+        raise UserError(f"data.path={url} cannot be read: {error}") from error
+    changed = ["; ".join(str(info[key]) for key in _CHANGED if info.get(key)) for info in infos]
+    return system, files, [int(info["size"] or 0) for info in infos], changed
+
+
+def _in_directory(url: str, found: Sequence[str]) -> list[str]:
+    """The Parquet files of a directory; what begins with _ or . is a writer's own."""
+    names = [(file, file.rpartition("/")[2]) for file in found]
+    seen = [(file, name) for file, name in names if not name.startswith(("_", "."))]
+    files = [file for file, name in seen if name.endswith(SUFFIXES)]
+    if not files:
+        others = f"; it holds {seen[0][1]}, say" if seen else "; it is empty"
+        raise UserError(f"data.path={url} holds no file that ends in {SUFFIXES[0]}{others}")
+    return files
+
+
+@contextlib.contextmanager
+def _opened(system: Any, file: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file, opened; what goes wrong with it is the user's to know."""
+    try:
+        if isinstance(system, LocalFileSystem):
+            with pq.ParquetFile(file) as parquet:
+                yield parquet
+        else:
+            with system.open(file, "rb") as raw, pq.ParquetFile(raw, pre_buffer=True) as parquet:
+                yield parquet
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise UserError(f"{file} cannot be read as Parquet: {error}") from error
+
+
+def _parts(index: int, metadata: pq.FileMetaData, layout: Layout) -> list[Part]:
+    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    entries = rows
+    if layout.by_request:
+        # A list of items counts as many values as it has, and an empty one counts 1.
+        item = layout.columns["item"]
+        paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+        number = next(n for n, path in enumerate(paths) if path.split(".")[0] == item)
+        entries = [
+            metadata.row_group(group).column(number).num_values
+            for group in range(metadata.num_row_groups)
+        ]
+    firsts = itertools.accumulate(rows, initial=0)
+    return [
+        Part(index, group, first, number, count)
+        for group, (first, number, count) in enumerate(zip(firsts, rows, entries, strict=False))
+        if number
+    ]
+
+
+def _check_schema(
+    file: str, schema: pa.Schema, wanted: Sequence[Wanted], families: dict[str, tuple[str, str]]
+) -> None:
+    """Checks one file; `families` holds what each column was in the files before, and where."""
+    missing = [column for column in wanted if column.column not in schema.names]
+    if missing:
+        named = ", ".join(f"{column.column!r} ({column.key})" for column in missing)
+        close = difflib.get_close_matches(missing[0].column, schema.names, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise UserError(f"{file} has no column {named}; {hint}it has: {', '.join(schema.names)}")
+    for column in wanted:
+        if schema.names.count(column.column) > 1:
+            raise UserError(
+                f"{file} has two columns {column.column!r} ({column.key}); rename one of them"
+            )
+        type_ = schema.field(column.column).type
+        depth, family = _family(type_)
+        takes, words = _TAKES[column.use]
+        if family == _NULL:
+            continue
+        if not column.least_depth <= depth <= column.depth or family not in takes:
+            lists = "".join("lists of " for _ in range(column.depth))
+            raise UserError(
+                f"{file}: column {column.column!r} ({column.key}) is {type_}; it takes "
+                f"{lists}{words}"
+            )
+        if column.use == "id":
+            # Numbers and texts are not the same id, however they look.
+            family = _TEXT if family == _TEXT else _INTEGER
+            before, where = families.setdefault(column.column, (family, file))
+            if family != before:
+                raise UserError(
+                    f"column {column.column!r} ({column.key}) holds {before} ids in {where} and "
+                    f"{family} ids in {file}; give it one type"
+                )
+
+
+def _check_history(layout: Layout, families: dict[str, tuple[str, str]]) -> None:
+    if layout.history is None:
+        return
+    item, column = layout.columns["item"], layout.history.column
+    if {item, column} <= families.keys() and families[item][0] != families[column][0]:
+        raise UserError(
+            f"column {column!r} (data.features.{layout.history.name}) holds {families[column][0]} "
+            f"ids, and {item!r} (data.columns.item) {families[item][0]} ids; a history holds item "
+            "ids"
+        )
+
+
+def _family(type_: pa.DataType) -> tuple[int, str]:
+    """How many lists lie around the values of a type, and what these are."""
+    depth = 0
+    while is_list(type_) or pa.types.is_dictionary(type_):
+        depth += is_list(type_)
+        type_ = type_.value_type
+    for family, tests in (
+        (_NULL, [pa.types.is_null]),
+        (_BOOLEAN, [pa.types.is_boolean]),
+        (_INTEGER, [pa.types.is_integer]),
+        (_FLOAT, [pa.types.is_floating]),
+        (_DECIMAL, [pa.types.is_decimal]),
+        (_TIME, [pa.types.is_timestamp, pa.types.is_date]),
+        (
+            _TEXT,
+            [
+                *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
+                *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view),
+                pa.types.is_fixed_size_binary,
+            ],
+        ),
+    ):
+        if any(test(type_) for test in tests):
+            return depth, family
+    return depth, _OTHER
+
+
+def is_list(type_: pa.DataType) -> bool:
+    """Whether values of a type are lists, however these are laid out."""
+    return (
+        pa.types.is_list(type_)
+        or pa.types.is_large_list(type_)
+        or pa.types.is_fixed_size_list(type_)
+        or pa.types.is_list_view(type_)
+        or pa.types.is_large_list_view(type_)
+    )
+
+
+def chunks_of(parts: Sequence[Part], entries: int) -> list[list[Part]]:
+    """Parts in their order, in chunks of at most so many entries, or of a single part."""
+    chunks: list[list[Part]] = []
+    held = 0
+    for part in parts:
+        if not chunks or held + part.entries > entries:
+            chunks.append([])
+            held = 0
+        chunks[-1].append(part)
+        held += part.entries
+    return chunks
+
+
+def read_parts(
+    log: Log,
+    parts: Iterable[Part],
+    columns: Sequence[str] | None,
+    entries: int = BATCH_ENTRIES,
+) -> Iterator[tuple[int, int, pa.RecordBatch]]:
+    """Streams some columns, or all, of parts.
+
+    Args:
+      log: the log.
+      parts: which.
+      columns: which; None reads all.
+      entries: about how many entries a batch is to have.
+
+    Yields:
+      The number of the file, that of the batch's first row in it, and the batch.
+
+    Raises:
+      UserError: a file cannot be read.
+    """
+    system, _ = fsspec.core.url_to_fs(log.url)
+    names = list(dict.fromkeys(columns)) if columns is not None else None
+    for file, group in itertools.groupby(parts, key=lambda part: part.file):
+        with _opened(system, log.files[file]) as parquet:
+            for part in group:
+                row = part.first_row
+                size = max(1, entries * part.rows // max(part.entries, 1))
+                for batch in parquet.iter_batches(
+                    size, [part.group], columns=names, use_threads=False
+                ):
+                    yield file, row, batch
+                    row += batch.num_rows
+
+
+def read_schema(log: Log, file: int) -> pa.Schema:
+    """The columns of a file, with all metadata.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    system, _ = fsspec.core.url_to_fs(log.url)
+    with _opened(system, log.files[file]) as parquet:
+        return parquet.schema_arrow
+
+
+def differences(before: dict[str, list], now: dict[str, list]) -> str:
+    """How two manifests differ, in words; "" if they do not."""
+    new, gone = now.keys() - before.keys(), before.keys() - now.keys()
+    changed = [file for file in now.keys() & before.keys() if now[file] != before[file]]
+    counted = ((new, "new"), (gone, "gone"), (changed, "written anew"))
+    return ", ".join(f"{_count(len(files), 'file')} {what}" for files, what in counted if files)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,205 @@
+"""`config.data` of a log, read once and checked: which column holds what."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from ml_collections import ConfigDict
+
+from kd_ranker.batch import TEACHER_SIGNALS
+from kd_ranker.errors import UserError, check_choice
+
+ROWS = ("candidate", "request")
+SPLITS = ("time", "request", "user")
+TIME_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000}
+OWNERS = ("user", "context", "item", "candidate")
+KINDS = ("dense", "category", "bag", "history")
+STAGES = ("retrieved", "passed", "shown")
+# What a log may lack.
+OPTIONAL = ("stage", "position", "label_weight", "teacher_version", "teacher_weight")
+REQUIRED = ("request", "time", "user", "item")
+
+
+@dataclasses.dataclass(frozen=True)
+class Feature:
+    """One entry of `config.data.features`; see `kd_ranker.config.features.feature`."""
+
+    name: str
+    of: str
+    kind: str
+    column: str
+    hashed: bool
+    size: int
+    length: int
+    standardise: bool
+    cheap: bool
+
+    @property
+    def of_request(self) -> bool:
+        """Whether it is the same for all candidates of a request."""
+        return self.of in ("user", "context")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What `config.data` says of a log.
+
+    Attributes:
+      path: where it lies.
+      directory: `data.dir`.
+      by_request: whether a row is a request with lists, rather than a candidate.
+      columns: what the log is to have -> its column; what it lacks is left out.
+      stages: what the stage column says -> 1 retrieved, 2 passed, 3 shown, as in `batch.Stage`.
+      labels: a task -> its column.
+      teacher: a task -> its column, for the tasks that have one.
+      tasks: the tasks to keep, in the order of every T axis.
+      teacher_version: the only version that counts; "" takes every one.
+      teacher_signal: one of `TEACHER_SIGNALS`.
+      units_per_second: of an integer time column.
+      features: the features, in the config's order.
+      split: one of `SPLITS`.
+      test_share: of the requests.
+      seed: of the splits by hash.
+      strict: whether what is wrong with a row ends the build.
+      processes: how many to work with.
+      bucket_rows: the most rows of a bucket, half of `data.rows_in_memory`.
+      retrieved: the most candidates of a request.
+      history_length: of the history feature; without one, `data.history_length`.
+    """
+
+    path: str
+    directory: str
+    by_request: bool
+    columns: dict[str, str]
+    stages: dict[str, int]
+    labels: dict[str, str]
+    teacher: dict[str, str]
+    tasks: tuple[str, ...]
+    teacher_version: str
+    teacher_signal: str
+    units_per_second: int
+    features: tuple[Feature, ...]
+    split: str
+    test_share: float
+    seed: int
+    strict: bool
+    processes: int
+    bucket_rows: int
+    retrieved: int
+    history_length: int
+
+    def of(self, *owners: str, kind: str = "") -> list[Feature]:
+        """The features of some owners, of all kinds or of one."""
+        return [
+            feature
+            for feature in self.features
+            if feature.of in owners and kind in ("", feature.kind)
+        ]
+
+    def categories(self, *owners: str) -> list[Feature]:
+        """The categorical features of some owners: single values and bags."""
+        return [feature for feature in self.of(*owners) if feature.kind in ("category", "bag")]
+
+    @property
+    def history(self) -> Feature | None:
+        """The history, if the log has one."""
+        return next((feature for feature in self.features if feature.kind == "history"), None)
+
+    @property
+    def scored_tasks(self) -> tuple[str, ...]:
+        """The tasks with a teacher column, in the order of the tasks."""
+        return tuple(task for task in self.tasks if task in self.teacher)
+
+
+def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Layout:
+    """Reads `config.data`.
+
+    Raises:
+      UserError: a key that holds what it cannot hold.
+    """
+    if not data.path:
+        raise UserError(
+            "data.path is empty; give a Parquet file, a directory or a glob of them, with "
+            "--config.data.path=…"
+        )
+    check_choice("data.rows", data.rows, ROWS)
+    check_choice("data.split", data.split, SPLITS)
+    check_choice("data.time_unit", data.time_unit, TIME_UNITS)
+    check_choice("data.teacher_signal", data.teacher_signal, TEACHER_SIGNALS)
+    for key in ("columns", "stages", "labels", "teacher"):
+        for name, value in data[key].items():
+            if not isinstance(value, str):
+                raise UserError(f"data.{key}.{name}={value!r} must be a text")
+    for name in data.columns:
+        check_choice("data.columns", name, (*REQUIRED, *OPTIONAL))
+    for name in REQUIRED:
+        if not data.columns.get(name):
+            raise UserError(f"data.columns.{name} is empty; name the column that holds it")
+    for task in tasks:
+        if not data.labels.get(task):
+            raise UserError(f"data.labels.{task} is empty; name the column that holds it")
+    for task in data.teacher:
+        check_choice("data.teacher", task, data.labels)
+    if not 0 < data.test_share < 1:
+        raise UserError(f"data.test_share={data.test_share} must lie between 0 and 1")
+    for key, least in (("processes", 1), ("rows_in_memory", 1000)):
+        if data[key] < least:
+            raise UserError(f"data.{key}={data[key]} must be at least {least}")
+    features = tuple(_read_feature(name, value) for name, value in data.features.items())
+    histories = [feature for feature in features if feature.kind == "history"]
+    if len(histories) > 1:
+        raise UserError(
+            f"data.features has {len(histories)} of kind 'history' "
+            f"({', '.join(feature.name for feature in histories)}); there is room for one"
+        )
+    columns = {name: column for name, column in data.columns.items() if column}
+    return Layout(
+        path=str(data.path),
+        directory=str(data.dir),
+        by_request=data.rows == "request",
+        columns=columns,
+        stages=_read_stages(data.stages) if "stage" in columns else {},
+        labels={task: data.labels[task] for task in tasks},
+        teacher={task: data.teacher[task] for task in tasks if data.teacher.get(task)},
+        tasks=tuple(tasks),
+        teacher_version=str(data.teacher_version),
+        teacher_signal=data.teacher_signal,
+        units_per_second=TIME_UNITS[data.time_unit],
+        features=features,
+        split=data.split,
+        test_share=float(data.test_share),
+        seed=int(data.seed),
+        strict=bool(data.strict),
+        processes=int(data.processes),
+        bucket_rows=int(data.rows_in_memory) // 2,
+        retrieved=int(funnel.retrieved),
+        history_length=histories[0].length if histories else int(data.history_length),
+    )
+
+
+def _read_stages(stages: ConfigDict) -> dict[str, int]:
+    for name in stages:
+        check_choice("data.stages", name, STAGES)
+    texts = {text: 1 + STAGES.index(name) for name, text in stages.items() if text}
+    if len(texts) < sum(bool(text) for text in stages.values()):
+        raise UserError(f"data.stages={dict(stages)} gives two stages the same text")
+    if "shown" not in stages or not stages.shown:
+        raise UserError("data.stages.shown is empty; say what the stage column holds there")
+    return texts
+
+
+def _read_feature(name: str, value: ConfigDict) -> Feature:
+    key = f"data.features.{name}"
+    known = [field.name for field in dataclasses.fields(Feature) if field.name != "name"]
+    if not isinstance(value, ConfigDict) or set(value) != set(known):
+        raise UserError(f"{key} must be made by kd_ranker.config.features.feature")
+    check_choice(f"{key}.of", value.of, OWNERS)
+    check_choice(f"{key}.kind", value.kind, KINDS)
+    if value.kind == "history" and value.of not in ("user", "context"):
+        raise UserError(f"{key}.of={value.of!r}: a history is one of: user, context")
+    for number in ("size", "length"):
+        if value[number] < 1:
+            raise UserError(f"{key}.{number}={value[number]} must be at least 1")
+    if value.kind in ("dense", "category") and value.length != 1:
+        raise UserError(f"{key}.length={value.length}: kind {value.kind!r} holds one value")
+    fields = {field: value[field] for field in known} | {"column": value.column or name}
+    return Feature(name=name, **fields)

@@ -1,0 +1,84 @@
+"""Which bucket each request goes to: buckets follow each other in time and are bounded in rows.
+
+Memory: 24 bytes a request, on disk, which the processes share.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+
+from kd_ranker.sources.logs.frames import starts_of
+from kd_ranker.sources.logs.keys import look_up
+from kd_ranker.sources.logs.layout import Layout
+from kd_ranker.sources.logs.scan import Times
+
+
+class Plan(NamedTuple):
+    """Which bucket each request goes to; the requests are sorted by their keys.
+
+    Attributes:
+      request: their keys.
+      time: their times.
+      bucket: in the order of time; -1 for a request too large for any.
+    """
+
+    request: Int64[np.ndarray, "n"]
+    time: Int64[np.ndarray, "n"]
+    bucket: Int64[np.ndarray, "n"]
+
+
+def plan_buckets(times: Times, layout: Layout) -> Plan:
+    """Cuts the requests, in the order of time, into buckets of `layout.bucket_rows` at most."""
+    order = np.lexsort((times.request, times.time))
+    fits = times.entries[order] <= layout.bucket_rows
+    order = order[fits]
+    ends = starts_of(times.entries[order])
+    firsts = [0]
+    while firsts[-1] < len(order):
+        limit = ends[firsts[-1]] + layout.bucket_rows
+        firsts.append(int(np.searchsorted(ends, limit, side="right")) - 1)
+    bucket = np.full(len(times.request), -1)
+    bucket[order] = np.repeat(np.arange(len(firsts) - 1), np.diff(firsts))
+    return Plan(times.request, times.time, bucket)
+
+
+def save_plan(plan: Plan, folder: Path) -> None:
+    """Writes a plan for `load_plan`."""
+    folder.mkdir()
+    for name, array in plan._asdict().items():
+        np.save(folder / f"{name}.npy", array)
+
+
+def load_plan(folder: Path) -> Plan:
+    """The inverse of `save_plan`; processes share its memory."""
+    return Plan(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in Plan._fields))
+
+
+def look_up_requests(
+    plan: Plan, request: Int64[np.ndarray, "n"]
+) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
+    """The bucket of each request, -1 for one without a time or too large, and its time."""
+    if not len(plan.request):
+        return np.full(len(request), -1), np.zeros(len(request), np.int64)
+    place, known = look_up(plan.request, request)
+    return np.where(known, plan.bucket[place], -1), np.where(known, plan.time[place], 0)
+
+
+def time_cutoff(time: Int64[np.ndarray, "n"], test_share: float) -> int | None:
+    """The earliest time of a test request; None if all requests are of the same time.
+
+    It is the time of the first of the last `test_share` requests. Those of the same second stand on
+    the same side, so the share is met as nearly as seconds allow, and at least the earliest second
+    is for training.
+
+    >>> time_cutoff(np.array([5, 1, 2, 3, 4]), 0.4)
+    4
+    """
+    ordered = np.sort(time)
+    place = min(len(ordered) - 1, len(ordered) - round(test_share * len(ordered)))
+    later = ordered[ordered > ordered[0]]
+    if not len(later):
+        return None
+    return int(max(ordered[place], later[0]))

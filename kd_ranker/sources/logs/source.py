@@ -1,0 +1,266 @@
+"""`data.name = "parquet"`: from a log to a source of requests, and what lies beside them."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int64
+from ml_collections import ConfigDict
+
+from kd_ranker.errors import UserError
+from kd_ranker.requests.pool import Runner, open_pool
+from kd_ranker.requests.request import Request, Source
+from kd_ranker.sources.logs import candidate_rows, files, group, partition, scan, statistics
+from kd_ranker.sources.logs.data_report import PAGE, Report, make_report, write_report
+from kd_ranker.sources.logs.encode import (
+    encode_requests,
+    item_matrix,
+    make_encoding,
+    save_encoding,
+)
+from kd_ranker.sources.logs.files import Log
+from kd_ranker.sources.logs.frames import Run
+from kd_ranker.sources.logs.group import Grouped
+from kd_ranker.sources.logs.layout import Layout, read_layout
+from kd_ranker.sources.logs.partition import Partitioned
+from kd_ranker.sources.logs.plan import plan_buckets, save_plan, time_cutoff
+from kd_ranker.sources.logs.reasons import Reason
+from kd_ranker.sources.logs.rejected import FOLDER as REJECTED
+from kd_ranker.sources.logs.rejected import write_rejected
+from kd_ranker.sources.logs.scan import Scan
+from kd_ranker.sources.logs.statistics import Statistics
+from kd_ranker.sources.logs.vocabulary import FOLDER as VOCABULARIES
+from kd_ranker.sources.logs.vocabulary import write_vocabularies
+
+SPLITS = ("train", "test")
+MANIFEST = "log.json"
+# Where the report of a log goes of which no dataset was built, below `data.dir`.
+REFUSED = "refused_log"
+
+
+class Read(NamedTuple):
+    """A log, read up to the point where only requests are left to be written."""
+
+    scan: Scan
+    cutoff: int | None
+    partitioned: list[Partitioned]
+    grouped: list[Grouped]
+    found: Statistics | None
+    counts: Int64[np.ndarray, "reasons"]
+
+    @property
+    def rejected(self) -> list[str]:
+        """Paths of records of all that was rejected."""
+        return [
+            *(part.rejected for part in self.partitioned),
+            *(of_bucket.rejected for of_bucket in self.grouped),
+        ]
+
+
+def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
+    """A log of Parquet files as a source; `configs/parquet.py` says what `data` holds.
+
+    The log is read twice, a batch at a time, and its rows are brought into order in a folder below
+    `data.dir`, which `Source.close` removes. Each process holds `data.rows_in_memory` rows at most,
+    and the vocabularies are held once.
+
+    Returns:
+      The source; each split comes in the order of time, then of request ids (of texts, their hash).
+
+    Raises:
+      UserError: the config or the log's columns are at fault, nothing is left to train or to test
+        on, or with `data.strict` any row is at fault.
+    """
+    layout = read_layout(data, tasks, funnel)
+    log = files.open_log(layout)
+    Path(layout.directory).mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        work = Path(tempfile.mkdtemp(prefix=".parquet-", dir=layout.directory))
+        stack.callback(shutil.rmtree, work)
+        run = stack.enter_context(open_pool(layout.processes))
+        source = _source(log, layout, _read(log, layout, work, run), work)
+        # From here on, all of it is the source's to close.
+        return dataclasses.replace(source, run=run, close=stack.pop_all().close)
+
+
+def check_unchanged(data: ConfigDict, directory: Path) -> None:
+    """Checks that a log is what the dataset in `directory` was made of; one that is gone is fine.
+
+    Raises:
+      UserError: files have come, gone or changed.
+    """
+    try:
+        _, *found = files.find_files(data.path)
+    except UserError:
+        return
+    now = {name: [size, changed] for name, size, changed in zip(*found, strict=True)}
+    if how := files.differences(json.loads((directory / MANIFEST).read_text()), now):
+        raise UserError(
+            f"the log at {data.path} has changed since {directory} was made of it ({how}); remove "
+            "that folder to make it anew, or let data.path name what it was"
+        )
+
+
+def _read(log: Log, layout: Layout, work: Path, run: Runner) -> Read:
+    """All passes but the last."""
+    chunks = files.chunks_of(log.parts, layout.bucket_rows)
+    calls: list[tuple] = [(log, layout, parts) for parts in chunks]
+    times = scan.gathering_times()
+    scans = []
+    for scanned in run(scan.scan_parts, calls, "reading times"):
+        times.add(scanned.times)
+        scans.append(scanned._replace(times=scan.NO_TIMES))
+    whole = scan.join_scans(scans, times)
+    cutoff = None
+    if layout.split == "time" and len(whole.times.time):
+        cutoff = time_cutoff(whole.times.time, layout.test_share)
+        if cutoff is None:
+            raise UserError(
+                f"data.split='time', but all requests of {layout.path} have the same time; "
+                "split by 'request' or 'user'"
+            )
+    save_plan(plan_buckets(whole.times, layout), work / "plan")
+    # The times are on disk now.
+    whole = whole._replace(times=scan.NO_TIMES)
+    del times
+
+    calls = [
+        (log, layout, work / "plan", parts, work, f"{index:06d}")
+        for index, parts in enumerate(chunks)
+    ]
+    partitioned = list(run(partition.partition_parts, calls, "sorting rows"))
+    rows = _by_bucket(itertools.chain.from_iterable(part.rows for part in partitioned))
+    heads = _by_bucket(itertools.chain.from_iterable(part.heads for part in partitioned))
+    grouped: list[Grouped] = []
+    calls = [
+        (layout, cutoff, rows[bucket], heads[bucket], work, f"{bucket:06d}")
+        for bucket in sorted(rows)
+    ]
+
+    def pieces() -> Iterator[Statistics]:
+        for of_bucket in run(group.group_bucket, calls, "grouping"):
+            yield of_bucket.statistics
+            grouped.append(of_bucket._replace(statistics=None))
+
+    found = statistics.gather(pieces()) if calls else None
+    for part in partitioned:
+        for a_run in (*part.rows, *part.heads):
+            Path(a_run.path).unlink()
+    none = np.zeros(max(Reason) + 1, np.int64)
+    counts = sum((part.counts for part in (*partitioned, *grouped)), none)
+    used = sum(of_bucket.used for of_bucket in grouped)
+    if whole.entries != used + counts.sum():
+        raise RuntimeError(
+            f"{whole.entries} candidates in the log, {used} used, {counts.sum()} rejected"
+        )
+    return Read(whole, cutoff, partitioned, grouped, found, counts)
+
+
+def _by_bucket(runs: Iterator[Run]) -> dict[int, list[tuple[str, int]]]:
+    """Where the rows of each bucket lie, in the order of the log."""
+    places: dict[int, list[tuple[str, int]]] = {}
+    for run in runs:
+        for bucket, index in run.buckets.items():
+            places.setdefault(bucket, []).append((run.path, index))
+    return places
+
+
+def _source(log: Log, layout: Layout, read: Read, work: Path) -> Source:
+    encoding = make_encoding(layout, read.found) if read.found else None
+    report = make_report(
+        log,
+        layout,
+        read.scan,
+        read.cutoff,
+        read.partitioned,
+        read.counts,
+        read.found,
+        encoding,
+    )
+    refuse = functools.partial(_refuse, log, layout, read, report)
+    if read.found is None or encoding is None:
+        raise refuse("not one row of the log can be used")
+    num_requests = {
+        split: sum(of_bucket.num_requests[split] for of_bucket in read.grouped) for split in SPLITS
+    }
+    for split, number in num_requests.items():
+        if not number:
+            raise refuse(f"no request is left for the split {split!r}")
+    if layout.strict and (faults := _faults(report)):
+        raise refuse(f"data.strict=True, and the log has faults: {faults}")
+    folder = work / "encoding"
+    save_encoding(encoding, folder)
+    item_features, item_category = item_matrix(layout, encoding, read.found.items)
+
+    def parts(split: str) -> list[Grouped]:
+        return [of_bucket for of_bucket in read.grouped if of_bucket.num_requests[split]]
+
+    def shards(split: str) -> list[Callable[[], Iterator[Request]]]:
+        return [
+            functools.partial(
+                encode_requests, layout, of_bucket.heads, of_bucket.rows, str(folder), split
+            )
+            for of_bucket in parts(split)
+        ]
+
+    def write_beside(directory: Path) -> None:
+        _write_report(log, layout, read, report, directory)
+        texts = [part.texts for part in read.partitioned]
+        write_vocabularies(encoding, texts, directory / VOCABULARIES)
+        for split in SPLITS:
+            paths = [of_bucket.candidate_rows[split] for of_bucket in parts(split)]
+            candidate_rows.move_candidate_rows(paths, split, directory)
+        (directory / MANIFEST).write_text(json.dumps(log.manifest, indent=2))
+
+    return Source(
+        spec=encoding.spec,
+        item_features=item_features,
+        requests=lambda split: itertools.chain.from_iterable(shard() for shard in shards(split)),
+        num_requests=num_requests,
+        item_category=item_category,
+        shards=shards,
+        write_beside=write_beside,
+    )
+
+
+def _faults(report: Report) -> str:
+    """What a strict reading does not bear, in words; "" if there is nothing."""
+    bad = sum(column["out_of_range"] for column in report["columns"])
+    requests = report["requests"]
+    counted = (
+        (report["candidates"]["rejected"], "rejected candidates"),
+        (bad, "values that their columns cannot hold"),
+        (report["teacher"]["other_version"], "candidates of another teacher version"),
+        (requests["several_times"], "requests of several times"),
+    )
+    return ", ".join(f"{number:,} {what}" for number, what in counted if number)
+
+
+def _refuse(log: Log, layout: Layout, read: Read, report: Report, why: str) -> UserError:
+    """The error for a log of which no dataset is made; its report is written all the same."""
+    directory = Path(layout.directory) / REFUSED
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    _write_report(log, layout, read, report, directory)
+    reasons = report["candidates"]["by_reason"]
+    rejected = ", ".join(f"{name} {entry['candidates']:,}" for name, entry in reasons.items())
+    return UserError(
+        f"{layout.path}: {why}{f'; rejected were: {rejected}' if rejected else ''}; see "
+        f"{directory / PAGE}"
+    )
+
+
+def _write_report(log: Log, layout: Layout, read: Read, report: Report, directory: Path) -> None:
+    """Writes the report and what was rejected."""
+    write_report(report, directory)
+    written = write_rejected(log, layout, read.rejected, directory / REJECTED)
+    if written != read.counts.sum():
+        raise RuntimeError(f"{read.counts.sum()} candidates rejected, {written} written")

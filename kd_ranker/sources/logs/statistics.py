@@ -1,0 +1,299 @@
+"""What requests hold, added up: counts of ids, moments of numbers, the last values of items.
+
+Vocabularies and moments are those of training requests alone. All of it is of what is used: rows
+that were rejected do not count.
+"""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float64, Int, Int64, Num
+
+from kd_ranker.batch import Stage
+from kd_ranker.sources.logs.frames import (
+    Column,
+    Frame,
+    Ragged,
+    array_of,
+    concatenate,
+    num_rows,
+    take_rows,
+)
+from kd_ranker.sources.logs.keys import MISSING, mixed
+from kd_ranker.sources.logs.layout import Layout
+from kd_ranker.sources.logs.merging import (
+    Counts,
+    Gathering,
+    counts_of,
+    gathering_counts,
+)
+
+if TYPE_CHECKING:
+    from kd_ranker.sources.logs.group import Requests
+
+# How finely the teacher's probabilities are compared with labels.
+CALIBRATION_BINS = 20
+_WHERE_OF_ITEM = ("time", "file", "row")
+
+
+class Moments(NamedTuple):
+    """Of the numbers that are there, in training requests."""
+
+    number: int
+    mean: float
+    squares: float  # Σ (x − mean)²
+    low: float
+    high: float
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation, √(squares / number)."""
+        return float(np.sqrt(self.squares / self.number)) if self.number else 0.0
+
+
+NO_MOMENTS = Moments(0, 0.0, 0.0, float("inf"), float("-inf"))
+
+
+class Statistics(NamedTuple):
+    """What is added up.
+
+    Attributes:
+      counts: `user`, `history`, or `feature:<name>` of a categorical feature of user, context or
+        candidates that is not hashed -> how often its values occur, in requests or candidates.
+      moments: dense feature of user, context and candidates -> its moments.
+      items: a row an item: `item`, `train` and `total` (how often it is a candidate), `time`,
+        `file` and `row` (of its last row), `feature:<name>` (as of that row), `varies:<name>`
+        (whether a row before had another value).
+      totals: further numbers of which sums make sense.
+      first: the earliest time in train and test.
+      last: the latest.
+    """
+
+    counts: dict[str, Counts]
+    moments: dict[str, Moments]
+    items: Frame
+    totals: dict[str, Num[np.ndarray, "..."]]
+    first: Int64[np.ndarray, "2"]
+    last: Int64[np.ndarray, "2"]
+
+
+def collect(layout: Layout, requests: "Requests") -> Statistics:
+    """Adds up one bucket."""
+    heads, rows = requests.heads, requests.rows
+    in_test = array_of(heads, "in_test") > 0
+    row_in_test = np.repeat(in_test, array_of(heads, "candidates"))
+    counts = {"user": counts_of(array_of(heads, "user"), ~in_test)}
+    moments = {}
+    for feature in layout.of("user", "context", "candidate"):
+        frame, testing = (heads, in_test) if feature.of_request else (rows, row_in_test)
+        column = frame[f"feature:{feature.name}"]
+        if feature.kind == "dense":
+            moments[feature.name] = moments_of(array_of(frame, f"feature:{feature.name}")[~testing])
+        elif feature.kind == "history" or not feature.hashed:
+            name = "history" if feature.kind == "history" else f"feature:{feature.name}"
+            counts[name] = _category_counts(column, ~testing)
+    totals = _totals(layout, requests, in_test, row_in_test)
+    time = array_of(heads, "time")
+    splits = [time[~in_test], time[in_test]]
+    latest = np.iinfo(np.int64)
+    return Statistics(
+        counts=counts,
+        moments=moments,
+        items=join_items([_item_rows(layout, rows, ~row_in_test)]),
+        totals=totals,
+        first=np.array([split.min(initial=latest.max) for split in splits]),
+        last=np.array([split.max(initial=latest.min) for split in splits]),
+    )
+
+
+def gather(pieces: Iterable[Statistics]) -> Statistics:
+    """Adds up buckets, in their order."""
+    counts: dict[str, Gathering[Counts]] = {}
+    moments: dict[str, Moments] = {}
+    items = Gathering(join_items, num_rows)
+    totals: dict[str, np.ndarray] = {}
+    first = last = None
+    for piece in pieces:
+        for name, of_piece in piece.counts.items():
+            counts.setdefault(name, gathering_counts()).add(of_piece)
+        for name, numbers in piece.moments.items():
+            moments[name] = joined_moments(moments.get(name, NO_MOMENTS), numbers)
+        items.add(piece.items)
+        for name, total in piece.totals.items():
+            totals[name] = totals.get(name, 0) + total
+        first = piece.first if first is None else np.minimum(first, piece.first)
+        last = piece.last if last is None else np.maximum(last, piece.last)
+    assert first is not None
+    assert last is not None
+    return Statistics(
+        {name: gathering.result() for name, gathering in counts.items()},
+        moments,
+        items.result(),
+        totals,
+        first,
+        last,
+    )
+
+
+def without_item_features(layout: Layout, rows: Frame) -> Frame:
+    """What of the candidates is stored with their requests."""
+    kept = {"item", "stage", "label_weight", "teacher_weight"}
+    kept |= {f"feature:{feature.name}" for feature in layout.of("candidate")}
+    return {
+        name: column
+        for name, column in rows.items()
+        if name in kept or name.startswith(("label:", "teacher:"))
+    }
+
+
+def moments_of(number: Num[np.ndarray, "n"]) -> Moments:
+    """The moments of the numbers that are not NaN."""
+    number = number[~np.isnan(number)].astype(np.float64)
+    if not len(number):
+        return NO_MOMENTS
+    mean = float(number.mean())
+    squares = float(np.square(number - mean).sum())
+    return Moments(len(number), mean, squares, float(number.min()), float(number.max()))
+
+
+def joined_moments(one: Moments, other: Moments) -> Moments:
+    """The moments of both (Chan, Golub and LeVeque, 1979)."""
+    if not (one.number and other.number):
+        return one if one.number else other
+    number = one.number + other.number
+    distance = other.mean - one.mean
+    return Moments(
+        number,
+        one.mean + distance * other.number / number,
+        one.squares + other.squares + distance**2 * one.number * other.number / number,
+        min(one.low, other.low),
+        max(one.high, other.high),
+    )
+
+
+def join_items(pieces: list[Frame]) -> Frame:
+    """The items of all pieces: counts added up, the values of the last row."""
+    rows = concatenate(pieces) if len(pieces) > 1 else pieces[0]
+    item = array_of(rows, "item")
+    features = [name.removeprefix("feature:") for name in rows if name.startswith("feature:")]
+    # Without features, which row is the last one is of no interest.
+    where = [array_of(rows, name) for name in reversed(_WHERE_OF_ITEM)] if features else []
+    order = np.lexsort((*where, item))
+    ends = np.flatnonzero(np.append(np.diff(item[order]) != 0, True)) if len(item) else order
+    starts = np.concatenate([[0], ends[:-1] + 1]) if len(item) else order
+    joined = take_rows(rows, order[ends])
+    for name in ("train", "total"):
+        joined[name] = np.add.reduceat(array_of(rows, name)[order], starts) if len(item) else item
+    of_item = np.repeat(np.arange(len(ends)), ends - starts + 1)
+    for name in features:
+        differs = _differs(rows[f"feature:{name}"], order, order[ends][of_item])
+        differs |= array_of(rows, f"varies:{name}")[order] > 0
+        varies = np.bincount(of_item[differs], minlength=len(ends)) > 0
+        joined[f"varies:{name}"] = varies.astype(np.int8)
+    return joined
+
+
+def _differs(
+    column: Column, here: Int[np.ndarray, "n"], there: Int[np.ndarray, "n"]
+) -> Bool[np.ndarray, "n"]:
+    """Whether the values at some places differ from those at others."""
+    if isinstance(column, Ragged):
+        # Bags have no order, so the sum of a hash of their values tells them apart.
+        sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed(column.values))])
+        values = sums[column.start[1:]] - sums[column.start[:-1]]
+    else:
+        values = column
+    one, other = values[here], values[there]
+    return (one != other) & ((one == one) | (other == other))
+
+
+def _item_rows(layout: Layout, rows: Frame, in_train: Bool[np.ndarray, "n"]) -> Frame:
+    """Each candidate as if it were an item of its own."""
+    number = num_rows(rows)
+    frame: Frame = {"item": rows["item"]}
+    frame["train"] = in_train.astype(np.int64)
+    frame["total"] = np.ones(number, np.int64)
+    features = layout.of("item")
+    if features:
+        frame |= {name: rows[name] for name in _WHERE_OF_ITEM}
+    for feature in features:
+        frame[f"feature:{feature.name}"] = rows[f"feature:{feature.name}"]
+        frame[f"varies:{feature.name}"] = np.zeros(number, np.int8)
+    return frame
+
+
+def _category_counts(column: Column, in_train: Bool[np.ndarray, "n"]) -> Counts:
+    if isinstance(column, Ragged):
+        return counts_of(column.values, np.repeat(in_train, column.lengths))
+    there = column != MISSING
+    return counts_of(column[there], in_train[there])
+
+
+def _totals(
+    layout: Layout,
+    requests: "Requests",
+    in_test: Bool[np.ndarray, "requests"],
+    row_in_test: Bool[np.ndarray, "n"],
+) -> dict[str, np.ndarray]:
+    heads, rows = requests.heads, requests.rows
+    stage, weight = array_of(rows, "stage"), array_of(rows, "label_weight").astype(np.float64)
+    shown = stage == Stage.SHOWN
+    labelled = shown & (weight > 0)
+    labels = np.stack([array_of(rows, f"label:{task}") for task in layout.tasks], axis=1)
+    candidates = array_of(heads, "candidates")
+
+    def by_split(chosen: np.ndarray, testing: np.ndarray) -> Float64[np.ndarray, "2 ..."]:
+        return np.stack([chosen[~testing].sum(axis=0), chosen[testing].sum(axis=0)])
+
+    totals = {
+        "requests": by_split(np.ones(len(in_test), np.int64), in_test),
+        "candidates": by_split(candidates, in_test),
+        "stages": by_split(stage[:, None] == np.array([*Stage][1:]), row_in_test),
+        "without_shown": by_split(array_of(heads, "shown") == 0, in_test),
+        "several_times": np.array(array_of(heads, "moved").sum()),
+        "several_users": np.array(requests.num_several_users),
+        "candidates_a_request": np.bincount(candidates, minlength=layout.retrieved + 1),
+        "labelled": by_split(labelled, row_in_test),
+        "positives": by_split(labelled[:, None] & (labels > 0), row_in_test),
+        "label_weight": by_split(weight * labelled, row_in_test),
+        "weighted_positives": by_split((weight * labelled)[:, None] * (labels > 0), row_in_test),
+        "positives_not_shown": ((labels > 0) & ~shown[:, None]).sum(axis=0),
+    }
+    totals |= {f"varying/{name}": np.array(number) for name, number in requests.varying.items()}
+    scored = np.stack(
+        [
+            array_of(rows, f"teacher:{task}")
+            if task in layout.scored_tasks
+            else np.full(len(stage), np.nan)
+            for task in layout.tasks
+        ],
+        axis=1,
+    )
+    with np.errstate(invalid="ignore"):
+        proper = (scored >= 0) & (scored <= 1) & (array_of(rows, "teacher_weight") > 0)[:, None]
+    stages = stage[:, None] == np.array([*Stage][1:])
+    totals["teacher_proper"] = by_split(
+        (proper[:, :, None] & stages[:, None, :]).astype(np.int32), row_in_test
+    )
+    totals["calibration"] = _calibration(scored, proper & labelled[:, None], labels, weight)
+    return totals
+
+
+def _calibration(
+    probability: Float64[np.ndarray, "n T"],
+    chosen: Bool[np.ndarray, "n T"],
+    label: Int[np.ndarray, "n T"],
+    weight: Float64[np.ndarray, "n"],
+) -> Float64[np.ndarray, "T bins 3"]:
+    """Σ w, Σ w p and Σ w y by bins of the probability p, for labels y of weight w."""
+    sums = np.zeros((probability.shape[1], CALIBRATION_BINS, 3))
+    for task in range(probability.shape[1]):
+        rows = np.flatnonzero(chosen[:, task])
+        p = probability[rows, task].astype(np.float64)
+        place = np.minimum((p * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+        for index, value in enumerate((1.0, p, label[rows, task])):
+            sums[task, :, index] = np.bincount(
+                place, weights=weight[rows] * value, minlength=CALIBRATION_BINS
+            )
+    return sums

@@ -1,0 +1,380 @@
+"""A log written back with the probabilities of a teacher that was trained on its dataset.
+
+The probabilities are those of the dataset's scored copy: what a candidate's probability is of may
+stand in other rows of the log (its request's user and time, its item's last features), so rows are
+not scored by themselves. The copy's candidates are traced back to their rows by what was kept when
+the dataset was built, see `candidate_rows`: they are sorted by file and row on disk, and then each
+file of the log is read once more and written with its columns added.
+
+Memory, in each process: the scores of half of `data.rows_in_memory` candidates, or of one row group
+of the log if that has more, at about 100 bytes each, and one batch of the log with all columns.
+"""
+
+import contextlib
+import functools
+import itertools
+import os
+import posixpath
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import tensorflow_datasets as tfds
+from jaxtyping import Bool, Int, Int32, Int64
+from ml_collections import ConfigDict
+
+from kd_ranker.batch import FeatureSpec
+from kd_ranker.errors import UserError
+from kd_ranker.requests import storage
+from kd_ranker.requests.pool import open_pool
+from kd_ranker.sources.logs import candidate_rows, files
+from kd_ranker.sources.logs.files import Log, Part
+from kd_ranker.sources.logs.frames import (
+    Frame,
+    Run,
+    array_of,
+    num_rows,
+    places_of,
+    read_runs,
+    starts_of,
+    take_rows,
+    write_run,
+)
+from kd_ranker.sources.logs.layout import Layout, read_layout
+from kd_ranker.sources.logs.source import MANIFEST, check_unchanged
+from kd_ranker.sources.logs.values import lists_of
+
+# Where scored logs go, below `data.dir`.
+FOLDER = "scored"
+VERSION_COLUMN = "teacher_version"
+# Put behind the names of the columns, if the log has one of these names already.
+SUFFIX = "_scored"
+# A file's number and a row's in one whole number, which sorts as the two do.
+_ROWS_BITS = 40
+# Requests that are read from the copy at a time.
+_REQUESTS = 512
+
+# Parts of a file that are written one after the other, and where the scores of their rows lie.
+Chunk = tuple[Sequence[Part], Sequence[tuple[str, int]]]
+
+
+class Scored(NamedTuple):
+    """A log with a teacher's columns.
+
+    Attributes:
+      directory: where it lies.
+      columns: the names of the columns that were added: one a task, and that of the version.
+    """
+
+    directory: Path
+    columns: tuple[str, ...]
+
+
+class ScoredLog(NamedTuple):
+    """What remains to be done for a scored log, after all checks.
+
+    Attributes:
+      write_beside: writes into the folder of the dataset's scored copy what it was made of.
+      write: writes the log with the probabilities of that copy.
+    """
+
+    write_beside: Callable[[Path], None]
+    write: Callable[[], Scored]
+
+
+def open_scored_log(
+    data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict, directory: Path, name: str
+) -> ScoredLog:
+    """Checks that a log can be written back; reads footers only.
+
+    Args:
+      data: `config.data`.
+      tasks: `config.tasks`.
+      funnel: `config.funnel`.
+      directory: of the dataset that was built of the log.
+      name: of the dataset's scored copy, see `storage.dataset_name`.
+
+    Raises:
+      UserError: the log is gone, or is not what the dataset was built of, or the copy or the scored
+        log are there and were made of an older one.
+    """
+    check_unchanged(data, directory)
+    layout = read_layout(data, tasks, funnel)
+    log = files.open_log(layout)
+    if not (directory / candidate_rows.FOLDER).is_dir():
+        raise UserError(
+            f"{directory} does not say which rows of the log its candidates are; remove that "
+            "folder and make it anew with: python -m experiments.prepare_data"
+        )
+    copy, output = storage.directory_of(name, data.dir), Path(data.dir) / FOLDER / name
+    made_of = (directory / MANIFEST).read_text()
+    for folder in (copy, output):
+        there = folder / MANIFEST
+        if folder.exists() and not (there.exists() and there.read_text() == made_of):
+            raise UserError(
+                f"{folder} was made of the log as it was before; remove that folder and run this "
+                "again"
+            )
+    names = _output_names(log)
+
+    def write_beside(of_copy: Path) -> None:
+        (of_copy / MANIFEST).write_text(made_of)
+
+    def write() -> Scored:
+        _start_folder(output, made_of)
+        columns = _added_columns(log, layout)
+        _write_missing(log, layout, directory, copy, columns, [output / name for name in names])
+        return Scored(output, columns)
+
+    return ScoredLog(write_beside, write)
+
+
+def _added_columns(log: Log, layout: Layout) -> tuple[str, ...]:
+    """The names of the columns to add, the same ones in all files; none is in the log already."""
+    columns = (*map(storage.teacher_column, layout.tasks), VERSION_COLUMN)
+    while set(columns) & set(log.names):
+        columns = tuple(column + SUFFIX for column in columns)
+    return columns
+
+
+def _output_names(log: Log) -> list[str]:
+    """The path of each file below the folder that all have in common; ends in `.parquet` or `.pq`.
+
+    Raises:
+      UserError: two files would get the same one.
+    """
+    common = posixpath.commonpath([posixpath.dirname(file) for file in log.files])
+    names = [posixpath.relpath(file, common) if common else file for file in log.files]
+    names = [name if name.endswith(files.SUFFIXES) else name + files.SUFFIXES[0] for name in names]
+    if again := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"two files of {log.url} would both be written to {min(again)}; rename one")
+    return names
+
+
+def _start_folder(output: Path, made_of: str) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    if not (output / MANIFEST).exists():
+        temporary = output / f".{MANIFEST}"
+        temporary.write_text(made_of)
+        temporary.replace(output / MANIFEST)
+
+
+def _write_missing(
+    log: Log,
+    layout: Layout,
+    directory: Path,
+    copy: Path,
+    columns: tuple[str, ...],
+    outputs: Sequence[Path],
+) -> None:
+    """Writes those of the files that are not there yet."""
+    missing = [file for file, path in enumerate(outputs) if not path.exists()]
+    if not missing:
+        return
+    chunks = [
+        chunk
+        for file in missing
+        for chunk in files.chunks_of(
+            [part for part in log.parts if part.file == file], layout.bucket_rows
+        )
+    ]
+    spec = FeatureSpec.from_json((copy / storage.SPEC_FILE).read_text())
+    splits = tfds.builder_from_directory(directory).info.splits
+    with contextlib.ExitStack() as stack:
+        work = Path(tempfile.mkdtemp(prefix=".scored-", dir=layout.directory))
+        stack.callback(shutil.rmtree, work)
+        run = stack.enter_context(open_pool(layout.processes))
+        sort = functools.partial(
+            sort_scores,
+            spec,
+            copy,
+            np.array(missing),
+            np.array([_key(chunk[0].file, chunk[0].first_row) for chunk in chunks], np.int64),
+            work,
+        )
+        calls: list[tuple] = []
+        for split in storage.SPLITS:
+            lengths = splits[split].shard_lengths
+            firsts = itertools.accumulate(lengths, initial=0)
+            calls += [
+                (split, first, number, candidate_rows.path_of(directory, split, shard))
+                for shard, (first, number) in enumerate(zip(firsts, lengths, strict=False))
+            ]
+        places: list[list[tuple[str, int]]] = [[] for _ in chunks]
+        for sorted_run in run(sort, calls, "sorting scores"):
+            for chunk, batch in sorted_run.buckets.items():
+                places[chunk].append((sorted_run.path, batch))
+        of_file: dict[int, list[Chunk]] = {file: [] for file in missing}
+        for parts, where in zip(chunks, places, strict=True):
+            of_file[parts[0].file].append((parts, where))
+        write = functools.partial(write_file, log, layout, columns, spec.teacher_version)
+        calls = [
+            (file, of_file[file], work / f"{file:06d}.parquet", outputs[file]) for file in missing
+        ]
+        for _ in run(write, calls, "writing the scored log"):
+            pass
+
+
+def _key(file: int | Int32[np.ndarray, "n"], row: int | Int64[np.ndarray, "n"]) -> np.ndarray:
+    """Files and rows as whole numbers that sort as they do."""
+    return np.asarray(file, np.int64) << _ROWS_BITS | np.asarray(row, np.int64)
+
+
+def sort_scores(
+    spec: FeatureSpec,
+    copy: Path,
+    of_files: Int[np.ndarray, "wanted"],
+    chunk_starts: Int64[np.ndarray, "chunks"],
+    folder: Path,
+    split: str,
+    first: int,
+    number: int,
+    rows: Path,
+) -> Run:
+    """Sorts the scores of some requests by where their candidates were in the log.
+
+    Args:
+      spec: of the scored copy.
+      copy: its folder.
+      of_files: the files whose scores are wanted, by their numbers.
+      chunk_starts: `_key` of the first row of each chunk of these files, in their order.
+      folder: to write to.
+      split: of the requests.
+      first: the number of the first request in that split.
+      number: how many they are.
+      rows: the file that says where their candidates were.
+
+    Returns:
+      A run whose buckets are the numbers of chunks, none if there are no scores; a row a scored
+      candidate with `row`, `place` and `teacher:<task>`.
+
+    Raises:
+      UserError: the copy holds other requests.
+    """
+    columns = [storage.teacher_column(task) for task in spec.tasks]
+    features = tfds.features.FeaturesDict(
+        {
+            name: feature
+            for name, feature in storage.record_features(spec).items()
+            if name in ("request_id", "item_id", *columns)
+        }
+    )
+    records = tfds.builder_from_directory(copy).as_data_source(
+        split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+    )
+    request_id, candidates, scored = [], [], []
+    scores: dict[str, list[np.ndarray]] = {column: [] for column in columns}
+    last = min(first + number, len(records))
+    for start in range(first, last, _REQUESTS):
+        for record in records.__getitems__(list(range(start, min(start + _REQUESTS, last)))):
+            request = features.deserialize_example_np(record)
+            request_id.append(request["request_id"])
+            candidates.append(len(request["item_id"]))
+            scored.append(len(request[columns[0]]))
+            for column in columns:
+                scores[column].append(request[column])
+    # Not by way of a path alone, which pyarrow takes for a dataset.
+    with pq.ParquetFile(rows) as parquet:
+        table = parquet.read(use_threads=False)
+    where = {name: table[name].to_numpy() for name in ("file", "row", "place")}
+    if not np.array_equal(np.repeat(request_id, candidates), table["request_id"].to_numpy()):
+        raise UserError(
+            f"{copy} holds other requests than the dataset that it was made of holds now; remove "
+            "that folder and run this again"
+        )
+    chosen = places_of(starts_of(np.array(candidates))[:-1], np.array(scored))
+    frame: Frame = {name: column[chosen] for name, column in where.items()}
+    for task, column in zip(spec.tasks, columns, strict=True):
+        frame[f"teacher:{task}"] = np.concatenate(scores[column])
+    frame = take_rows(frame, np.flatnonzero(np.isin(array_of(frame, "file"), of_files)))
+    if not num_rows(frame):
+        return Run("", {})
+    key = _key(array_of(frame, "file"), array_of(frame, "row"))
+    del frame["file"]
+    chunk = np.searchsorted(chunk_starts, key, side="right") - 1
+    return write_run(folder / f"scores-{split}-{first:012d}.arrow", frame, chunk)
+
+
+def write_file(
+    log: Log,
+    layout: Layout,
+    columns: Sequence[str],
+    version: str,
+    file: int,
+    chunks: Sequence[Chunk],
+    temporary: Path,
+    output: Path,
+) -> None:
+    """Writes a file of the log with a teacher's columns added.
+
+    Args:
+      log: the log.
+      layout: of the log.
+      columns: the names of the columns to add: one a task, and that of the version.
+      version: of the teacher.
+      file: the number of the file in the log.
+      chunks: all its parts, in their order.
+      temporary: where to write it.
+      output: where to move it once it is whole.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    schema = files.read_schema(log, file)
+    type_ = pa.list_(pa.float32()) if layout.by_request else pa.float32()
+    for column in columns[:-1]:
+        schema = schema.append(pa.field(column, type_))
+    schema = schema.append(pa.field(columns[-1], pa.string()))
+    with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+        for parts, places in chunks:
+            scores = _by_row(places) if places else None
+            for _, row, batch in files.read_parts(log, parts, None):
+                added = _columns_of(layout, version, scores, row, batch)
+                writer.write_batch(pa.record_batch([*batch.columns, *added], schema))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(temporary, output)
+
+
+def _by_row(places: Sequence[tuple[str, int]]) -> Frame:
+    frame = read_runs(places)
+    return take_rows(frame, np.argsort(array_of(frame, "row"), kind="stable"))
+
+
+def _columns_of(
+    layout: Layout, version: str, scores: Frame | None, first_row: int, batch: pa.RecordBatch
+) -> list[pa.Array]:
+    """The columns to add to a batch; `scores` are sorted by their rows."""
+    chosen, row = slice(0, 0), np.zeros(0, np.int64)
+    if scores is not None:
+        all_rows = array_of(scores, "row")
+        chosen = slice(*np.searchsorted(all_rows, [first_row, first_row + batch.num_rows]))
+        row = all_rows[chosen] - first_row
+    added, places, number = [], row, batch.num_rows
+    offsets = None
+    if layout.by_request:
+        # As long as the row's list of items, so that all its lists stay of one length.
+        _, length, valid, _ = lists_of(batch.column(layout.columns["item"]))
+        ends = starts_of(length)
+        offsets = pa.array(ends.astype(np.int32), mask=np.append(~valid, False))
+        number = int(ends[-1])
+        if scores is not None:
+            places = ends[row] + array_of(scores, "place")[chosen]
+    for task in layout.tasks:
+        probability, unknown = np.zeros(number, np.float32), np.ones(number, bool)
+        if scores is not None:
+            probability[places] = array_of(scores, f"teacher:{task}")[chosen]
+            unknown[places] = False
+        array = pa.array(probability, mask=unknown)
+        added.append(array if offsets is None else pa.ListArray.from_arrays(offsets, array))
+    return [*added, _version_of(version, np.isin(np.arange(batch.num_rows), row))]
+
+
+def _version_of(version: str, scored: Bool[np.ndarray, "n"]) -> pa.Array:
+    """The version where a row has any score."""
+    return pc.if_else(pa.array(scored), pa.scalar(version), pa.scalar(None, pa.string()))

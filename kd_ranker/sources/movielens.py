@@ -1,0 +1,508 @@
+"""MovieLens 100K, 1M and 32M as requests: timelines of ratings, with nothing from the future.
+
+F. M. Harper and J. A. Konstan, "The MovieLens Datasets: History and Context", ACM Transactions on
+Interactive Intelligent Systems 5(4), 2015. The tasks are stand-ins for a feed's: `watch` means that
+the film was rated, `like` that it was rated 4 or more, `share` that it was rated 5.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float32, Float64, Int, Int64
+from ml_collections import ConfigDict
+
+from kd_ranker.batch import FeatureSpec
+from kd_ranker.errors import UserError, check_at_least, check_choice, check_tasks
+from kd_ranker.requests.request import Request, Source
+from kd_ranker.sources.download import fetch
+from kd_ranker.sources.movielens_files import PUBLISHED, MovieLens, read
+
+# The lowest rating, in stars, that counts as the action; any rating is at least half a star.
+LOWEST_RATING = {"watch": 0.5, "like": 4, "share": 5}
+TASKS = tuple(LOWEST_RATING)
+
+DAY = 24 * 3600
+CONTEXT_FEATURES = 12
+CANDIDATE_FEATURES = 2
+
+# Mean ratings start from this value as if this many ratings had given it: a neutral guess, fixed in
+# advance, so that it stems from no data.
+PRIOR_RATING = 3.5
+PRIOR_COUNT = 5
+
+_SPLITS = ("train", "test")
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """One user's ratings in the order of time, and the blocks that requests cover.
+
+    Ratings given in the same second stand in a seeded random order. Block b holds the ratings from
+    `start[b]` until `start[b + 1]`, or until the end; `start[first_test:]` are the test blocks.
+    """
+
+    item: Int[np.ndarray, "n"]
+    rating: Float32[np.ndarray, "n"]
+    time: Int64[np.ndarray, "n"]
+    start: Int64[np.ndarray, "blocks"]
+    first_test: int
+
+    def end(self, block: int) -> int:
+        """Where a block ends."""
+        return int(self.start[block + 1]) if block + 1 < len(self.start) else len(self.item)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """The blocks of a split in the order of time, then of users."""
+
+    user: Int[np.ndarray, "blocks"]
+    block: Int[np.ndarray, "blocks"]  # within the user's timeline
+
+    def __len__(self) -> int:
+        """The number of blocks."""
+        return len(self.user)
+
+
+@dataclasses.dataclass(frozen=True)
+class RatingLog:
+    """All users' ratings in the order of time."""
+
+    item: Int[np.ndarray, "n"]
+    rating: Float32[np.ndarray, "n"]
+    time: Int64[np.ndarray, "n"]
+
+
+def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
+    """One of the sets in `PUBLISHED` as a source.
+
+    A request stands for a block of consecutive ratings of a user, see `block_starts`; its time is
+    the first rating's, and all that is known of the user and of the items was known strictly
+    before. Its candidates are those rated in the block, in the order of rating, and then, by id,
+    what the user had not rated by the end of the block: all of it, or a sample. Whatever the user
+    rates only later is among these, with label 0, since leaving it out would tell the future. As
+    labels are known for the whole list, it counts as shown and passed whole.
+
+    Of n items not rated, `negatives` are drawn, each as likely as any other, and each then has the
+    label weight n / `negatives`, the inverse of the sampling rate: weighted sums over labels have
+    the expectation that they have over the whole catalogue, so probabilities stay calibrated.
+
+    Widths and order of the features:
+      user: age, female, occupations (one-hot), if the set knows them; log(1 + ratings so far), mean
+        rating so far, the share of the ratings so far given to each genre, and the share that gave
+        it 4 or more.
+      context: sin and cos of the hour (UTC), weekday (one-hot from Monday), log(1 + days since the
+        last rating), whether this is the first request, log(1 + requests before this one).
+      history: rating (one-hot of what the set's ratings can be), log(1 + age in days).
+      item: genres, decades of the release after 1990, whether the release is unknown.
+      candidate: log(1 + ratings by anyone so far) / 3, mean of these less PRIOR_RATING.
+
+    Args:
+      data: `name`, which set; `path`, the directory with GroupLens' files, which are fetched to
+        below `dir` if it is empty; `history_length`; `ratings_per_request`, the least ratings of a
+        block; `test_share`, the share of each user's ratings, the last ones, that become test
+        requests; `test_requests_per_user`, how many of these to keep, the earliest ones, or 0 for
+        all; `negatives`, how many items not rated are candidates, or 0 or absent for all;
+        `max_users`, how many users, see `with_fewer_users`, or 0 or absent for all (what is known
+        of items stays what all users' ratings say); `seed`, for the order within a second and
+        the draws of items and users.
+      tasks: some of `TASKS`, in any order.
+      funnel: `retrieved` must hold the candidates of any request.
+
+    Returns:
+      The source; each split comes in the order of time. A user's train requests precede the same
+      user's test requests, but not another user's.
+
+    Raises:
+      UserError: for files that are missing or malformed, and tasks or numbers that make no sense.
+    """
+    _check(data, tasks)
+    name, negatives = str(data.name), int(data.get("negatives", 0))
+    movielens = read(name, data.path or fetch(PUBLISHED[name].archive, data.dir))
+    num_items, num_genres = movielens.genres.shape
+    if not negatives and funnel.retrieved < num_items:
+        raise UserError(
+            f"funnel.retrieved={funnel.retrieved} is less than the {num_items} films of the "
+            "catalogue, all of which are candidates"
+        )
+    log = rating_log(movielens)
+    movielens = with_fewer_users(movielens, int(data.get("max_users", 0)), int(data.seed))
+    all_genres = movielens.genres.astype(np.float32)
+    fixed_user_features = _fixed_user_features(movielens)
+    timelines = _timelines(
+        movielens, data.seed, int(data.ratings_per_request), float(data.test_share)
+    )
+    if negatives:
+        _check_candidates(timelines, negatives, int(funnel.retrieved))
+    blocks = {
+        split: _ordered_blocks(timelines, split, int(data.test_requests_per_user))
+        for split in _SPLITS
+    }
+    lowest = np.array([LOWEST_RATING[task] for task in tasks])
+    stars = np.array(movielens.stars, np.float32)
+
+    def requests(split: str) -> Iterator[Request]:
+        check_choice("split", split, _SPLITS)
+        counted, count, total = 0, np.zeros(num_items, np.int64), np.zeros(num_items)
+        for request_id in range(len(blocks[split])):
+            user = int(blocks[split].user[request_id])
+            block = int(blocks[split].block[request_id])
+            timeline = timelines[user]
+            start, end = int(timeline.start[block]), timeline.end(block)
+            time = int(timeline.time[start])
+            counted = add_ratings(log, counted, time, count, total)
+            earlier = slice(max(0, start - int(data.history_length)), start)
+            others, weight = not_rated(
+                timeline.item[:end], num_items, negatives, (int(data.seed), user, block)
+            )
+            item_id = np.concatenate([timeline.item[start:end], others])
+            rating = np.concatenate([timeline.rating[start:end], np.zeros(len(others), np.float32)])
+            yield Request(
+                request_id=request_id,
+                time=time,
+                user_id=user,
+                user_features=np.concatenate(
+                    [
+                        fixed_user_features[user],
+                        user_statistics(timeline.rating[:start], all_genres[timeline.item[:start]]),
+                    ]
+                ),
+                context=context_features(time, timeline.time[:start], block),
+                history_id=timeline.item[earlier].astype(np.int32),
+                history_features=history_features(
+                    time, timeline.rating[earlier], timeline.time[earlier], stars
+                ),
+                item_id=item_id.astype(np.int32),
+                candidate_features=item_statistics(count[item_id], total[item_id]),
+                num_passed=len(item_id),
+                user_label=(rating[:, None] >= lowest).astype(np.uint8),
+                label_weight=np.where(rating > 0, 1, weight).astype(np.float32),
+                teacher_probability=np.zeros((0, len(tasks)), np.float32),
+                teacher_weight=np.zeros(0, np.float32),
+                teacher_version="",
+                true_probability=np.zeros((0, len(tasks)), np.float32),
+            )
+
+    spec = FeatureSpec(
+        dataset=name,
+        tasks=tuple(tasks),
+        num_users=movielens.num_users,
+        num_items=num_items,
+        user_features=fixed_user_features.shape[1] + 2 + 2 * num_genres,
+        context_features=CONTEXT_FEATURES,
+        candidate_features=CANDIDATE_FEATURES,
+        item_features=num_genres + 2,
+        cheap_item_features=num_genres + 2,
+        history_length=int(data.history_length),
+        history_features=len(stars) + 1,
+        teacher_version="",
+        has_true_probability=False,
+    )
+    num_requests = {split: len(blocks[split]) for split in _SPLITS}
+    return Source(spec, item_features(movielens), requests, num_requests)
+
+
+def with_fewer_users(movielens: MovieLens, max_users: int, seed: int) -> MovieLens:
+    """The set with `max_users` of those who rated, drawn at random and numbered anew in order.
+
+    Args:
+      movielens: the set.
+      max_users: how many to keep; 0 keeps all, as does a number above theirs.
+      seed: of the draw.
+    """
+    raters = np.flatnonzero(np.bincount(movielens.user, minlength=movielens.num_users))
+    if not 0 < max_users < len(raters):
+        return movielens
+    # Not a seed of any other draw, see `not_rated`.
+    generator = np.random.default_rng([seed, 0, 0, 2])
+    users = np.sort(generator.choice(raters, max_users, replace=False))
+    number = np.full(movielens.num_users, -1, np.int32)
+    number[users] = np.arange(max_users)
+    kept = number[movielens.user] >= 0
+
+    def of_kept(attribute: np.ndarray | None) -> np.ndarray | None:
+        return None if attribute is None else attribute[users]
+
+    return dataclasses.replace(
+        movielens,
+        user=number[movielens.user[kept]],
+        item=movielens.item[kept],
+        rating=movielens.rating[kept],
+        time=movielens.time[kept],
+        num_users=max_users,
+        age=of_kept(movielens.age),
+        is_female=of_kept(movielens.is_female),
+        occupation=of_kept(movielens.occupation),
+    )
+
+
+def block_starts(
+    time: Int64[np.ndarray, "n"], ratings_per_request: int
+) -> Int64[np.ndarray, "blocks"]:
+    """Where each block of a user's ratings begins.
+
+    A block takes `ratings_per_request` ratings, and then all that share the last one's second, so
+    that no second is split. A last block of less than half of `ratings_per_request` joins the one
+    before it, if there is one.
+
+    Args:
+      time: of each rating, in seconds, ascending; at least one.
+      ratings_per_request: at least 1.
+
+    Returns:
+      The places of the first ratings; the first is 0.
+    """
+    starts = [0]
+    while True:
+        last = starts[-1] + ratings_per_request - 1
+        if last >= len(time):
+            break
+        end = int(np.searchsorted(time, time[last], side="right"))
+        if end == len(time):
+            break
+        starts.append(end)
+    if len(starts) > 1 and 2 * (len(time) - starts[-1]) < ratings_per_request:
+        starts.pop()
+    return np.array(starts, np.int64)
+
+
+def first_test_block(starts: Int64[np.ndarray, "blocks"], total: int, test_share: float) -> int:
+    """The block from which on a user's blocks are test requests.
+
+    It starts nearest to (1 − `test_share`) · `total` ratings. The first block is never a test; the
+    last one always is if `test_share` is not 0 and there are two or more.
+    """
+    if test_share == 0 or len(starts) == 1:
+        return len(starts)
+    distance = np.abs(starts[1:] - (1 - test_share) * total)
+    return 1 + int(distance.argmin())
+
+
+def not_rated(
+    rated: Int[np.ndarray, "n"], num_items: int, wanted: int, seed: tuple[int, int, int]
+) -> tuple[Int64[np.ndarray, "others"], float]:
+    """Items that a user did not rate, ascending, and how many each of them stands for.
+
+    Args:
+      rated: what the user rated, in any order. Only until the end of the request's block: what is
+        rated later looks like any other item.
+      num_items: items are 0 to `num_items` − 1.
+      wanted: how many to draw, without replacement; 0 takes all, as does a number above theirs.
+      seed: data seed, user and block, of the draw.
+
+    >>> not_rated(np.array([3, 0]), 6, 0, (0, 0, 0))
+    (array([1, 2, 4, 5]), 1.0)
+    >>> items, weight = not_rated(np.array([3, 0]), 6, 2, (0, 0, 0))
+    >>> len(items), weight
+    (2, 2.0)
+    """
+    number = num_items - len(rated)
+    if 0 < wanted < number:
+        # Shorter seeds are filled up with zeros: the 1 keeps this apart from a timeline's.
+        generator = np.random.default_rng([*seed, 1])
+        places = np.sort(generator.choice(number, wanted, replace=False, shuffle=False))
+    else:
+        places = np.arange(number)
+    # Before each rated item stand as many others as its id less the rated ones before it. Found
+    # without a look at the whole catalogue, which may be much larger than a request.
+    others_before = np.sort(rated) - np.arange(len(rated))
+    items = places + np.searchsorted(others_before, places, side="right")
+    return items, number / max(len(places), 1)
+
+
+def user_statistics(
+    rating: Float32[np.ndarray, "n"], genres: Float32[np.ndarray, "n genres"]
+) -> Float32[np.ndarray, "2+2*genres"]:
+    """What a user's n ratings so far say, with the genres of each rated item.
+
+    [log(1 + n) / 3; the mean rating, with the prior, less PRIOR_RATING; for each genre the share of
+    the ratings that it got, n_g / (n + PRIOR_COUNT); for each genre the share that gave it 4 or
+    more].
+    """
+    count = len(rating)
+    rated = genres.sum(axis=0)
+    liked = (rating >= LOWEST_RATING["like"]).astype(np.float32) @ genres
+    mean = (rating.sum(dtype=np.float64) - PRIOR_RATING * count) / (count + PRIOR_COUNT)
+    scalars = np.array([np.log1p(count) / 3, mean], np.float32)
+    shares = np.concatenate([rated, liked]) / np.float32(count + PRIOR_COUNT)
+    return np.concatenate([scalars, shares])
+
+
+def context_features(
+    time: int, earlier: Int64[np.ndarray, "n"], position: int
+) -> Float32[np.ndarray, "C"]:
+    """What is known of the moment.
+
+    Args:
+      time: of the request, in seconds since 1970, UTC.
+      earlier: times of the user's ratings before, ascending.
+      position: how many requests the user made before.
+
+    Returns:
+      [sin and cos of the hour; weekday, one-hot from Monday; log(1 + days since the last rating),
+      0 if there is none; 1 if there is none; log(1 + position) / 2].
+    """
+    angle = 2 * np.pi * (time % DAY) / DAY
+    weekday = np.eye(7)[(time // DAY + 3) % 7]  # 1 January 1970 was a Thursday
+    pause = np.log1p((time - earlier[-1]) / DAY) if len(earlier) else 0.0
+    return np.concatenate(
+        [
+            [np.sin(angle), np.cos(angle)],
+            weekday,
+            [pause, float(len(earlier) == 0), np.log1p(position) / 2],
+        ]
+    ).astype(np.float32)
+
+
+def history_features(
+    time: int,
+    rating: Float32[np.ndarray, "H"],
+    rated_at: Int64[np.ndarray, "H"],
+    stars: Float32[np.ndarray, "levels"],
+) -> Float32[np.ndarray, "H E"]:
+    """[which of `stars` the rating is, one-hot; log(1 + days from `rated_at` to `time`)] each."""
+    age = np.log1p((time - rated_at) / DAY)
+    return np.concatenate([rating[:, None] == stars, age[:, None]], axis=1, dtype=np.float32)
+
+
+def item_features(movielens: MovieLens) -> Float32[np.ndarray, "items F"]:
+    """[genres; (release year − 1990) / 10, 0 where unknown; 1 where unknown] of each item."""
+    unknown = movielens.release_year == 0
+    decades = np.where(unknown, 0, (movielens.release_year - 1990) / 10)
+    return np.concatenate(
+        [movielens.genres, decades[:, None], unknown[:, None]], axis=1, dtype=np.float32
+    )
+
+
+def rating_log(movielens: MovieLens) -> RatingLog:
+    """Arranges the ratings by time."""
+    order = np.argsort(movielens.time, kind="stable")
+    return RatingLog(movielens.item[order], movielens.rating[order], movielens.time[order])
+
+
+def add_ratings(
+    log: RatingLog,
+    start: int,
+    time: int,
+    count: Int64[np.ndarray, "items"],
+    total: Float64[np.ndarray, "items"],
+) -> int:
+    """Adds the log's ratings from place `start` on, strictly before `time`, to those of the items.
+
+    Args:
+      log: the ratings.
+      start: how many of them were added before.
+      time: in seconds since 1970, UTC.
+      count: how many ratings each item has; changed in place.
+      total: their sums, in stars; changed in place.
+
+    Returns:
+      How many are added by now. Requests come in the order of time, so all of a split take one pass
+      over the log.
+    """
+    end = int(np.searchsorted(log.time, time))
+    np.add.at(count, log.item[start:end], 1)
+    np.add.at(total, log.item[start:end], log.rating[start:end])
+    return end
+
+
+def item_statistics(
+    count: Int64[np.ndarray, "N"], total: Float64[np.ndarray, "N"]
+) -> Float32[np.ndarray, "N X"]:
+    """What an item's ratings say, of some items with `count` ratings that add up to `total` stars.
+
+    [log(1 + count) / 3, the mean rating with the prior less PRIOR_RATING], where the mean with the
+    prior is (total + PRIOR_COUNT · PRIOR_RATING) / (count + PRIOR_COUNT).
+    """
+    mean = (total - PRIOR_RATING * count) / (count + PRIOR_COUNT)
+    return np.stack([np.log1p(count) / 3, mean], axis=1).astype(np.float32)
+
+
+def _fixed_user_features(movielens: MovieLens) -> Float32[np.ndarray, "users _"]:
+    """[(age − 35) / 12; female; occupation, one-hot] of each user; no columns where not known."""
+    if movielens.age is None or movielens.is_female is None or movielens.occupation is None:
+        return np.zeros((movielens.num_users, 0), np.float32)
+    age = (movielens.age - 35) / 12
+    occupation = np.eye(movielens.num_occupations)[movielens.occupation]
+    return np.concatenate(
+        [age[:, None], movielens.is_female[:, None], occupation], axis=1, dtype=np.float32
+    )
+
+
+def _timelines(
+    movielens: MovieLens, seed: int, ratings_per_request: int, test_share: float
+) -> dict[int, Timeline]:
+    """User id -> timeline, for the users who rated anything."""
+    timelines = {}
+    by_user = np.argsort(movielens.user, kind="stable")
+    ends = np.bincount(movielens.user, minlength=movielens.num_users).cumsum()
+    for user, places in enumerate(np.split(by_user, ends[:-1])):
+        if not len(places):
+            continue
+        places = places[np.argsort(movielens.time[places], kind="stable")]
+        time = movielens.time[places]
+        if (time[1:] == time[:-1]).any():
+            # Drawn for the whole catalogue, the order within a second depends on neither the order
+            # of the lines in the file nor on what else, earlier or later, was rated.
+            luck = np.random.default_rng([seed, user]).permutation(len(movielens.genres))
+            places = places[np.lexsort([luck[movielens.item[places]], time])]
+        start = block_starts(time, ratings_per_request)
+        timelines[user] = Timeline(
+            item=movielens.item[places],
+            rating=movielens.rating[places],
+            time=time,
+            start=start,
+            first_test=first_test_block(start, len(places), test_share),
+        )
+    return timelines
+
+
+def _check_candidates(timelines: dict[int, Timeline], negatives: int, retrieved: int) -> None:
+    """Raises UserError if the funnel does not hold the candidates of the largest block."""
+    largest = max(
+        int(np.diff(timeline.start, append=len(timeline.item)).max())
+        for timeline in timelines.values()
+    )
+    if retrieved < largest + negatives:
+        raise UserError(
+            f"funnel.retrieved={retrieved} is less than the {largest} films rated in the largest "
+            f"request and data.negatives={negatives} together"
+        )
+
+
+def _ordered_blocks(
+    timelines: dict[int, Timeline], split: str, test_requests_per_user: int
+) -> Blocks:
+    """The blocks of a split; of test blocks, as many as wanted of each user, or 0 for all."""
+    users, blocks, times = [], [], []
+    for user, timeline in timelines.items():
+        of_split = np.arange(len(timeline.start), dtype=np.int32)
+        if split == "test":
+            of_split = of_split[timeline.first_test :][: test_requests_per_user or None]
+        else:
+            of_split = of_split[: timeline.first_test]
+        users.append(np.full(len(of_split), user, np.int32))
+        blocks.append(of_split)
+        times.append(timeline.time[timeline.start[of_split]])
+    user_of, block_of = np.concatenate(users), np.concatenate(blocks)
+    order = np.lexsort((block_of, user_of, np.concatenate(times)))
+    return Blocks(user_of[order], block_of[order])
+
+
+def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
+    check_choice("data.name", data.name, PUBLISHED)
+    check_tasks(tasks, TASKS)
+    check_at_least(
+        data,
+        {
+            "seed": 0,
+            "history_length": 1,
+            "ratings_per_request": 1,
+            "test_requests_per_user": 0,
+            "negatives": 0,
+            "max_users": 0,
+        },
+    )
+    if not 0 <= data.test_share < 1:
+        raise UserError(f"data.test_share={data.test_share} must lie in [0, 1)")

@@ -1,0 +1,788 @@
+"""RecFlow as requests: an industrial funnel logged at every stage, a day at a time.
+
+Q. Liu, K. Zheng, R. Huang et al., "RecFlow: An Industrial Full Flow Recommendation Dataset", ICLR
+2025. `docs/recflow.md` says how to get the files, what is known of their layout, and how near this
+comes to the published experiments.
+
+A day of the log may be larger than memory. It is never held whole: its record batches are read one
+by one, to find out which requests there are, then to list the videos, and then, for some requests
+at a time, to make them.
+"""
+
+import datetime
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float32, Int, Int32, Int64
+from ml_collections import ConfigDict
+from pyarrow import ipc
+from tqdm import tqdm
+
+from kd_ranker.batch import Category, FeatureSpec, Stage
+from kd_ranker.distillation.teacher_signal import probability_of_rank
+from kd_ranker.errors import UserError, check_at_least, check_choice, check_tasks
+from kd_ranker.requests.request import Request, Source
+from kd_ranker.sources import restricted_pickle
+
+# Task -> the column that says whether the user did it.
+LABELS = {
+    "watch": "long_view",
+    "effective_view": "effective_view",
+    "like": "like",
+    "share": "forward",
+    "follow": "follow",
+    "comment": "comment",
+}
+TASKS = tuple(LABELS)
+TEACHER_VERSION = "recflow"
+
+STAGES, SEQUENCES = "all_stage", "seq_effective_50_dict"
+# A row with one of these was scored by the stage `rank`, the final ranker here.
+RANKED = ("rank_pos", "rank_neg", "rerank_pos", "rerank_neg")
+SEQUENCE_COLUMNS = (
+    *("video_id", "author_id", "category_level_two", "category_level_one", "upload_type"),
+    *("upload_timestamp", "duration", "request_timestamp", "playing_time", "request_id"),
+)
+# Functions beside the published reader of the pickles, which it needs where they hold defaultdicts.
+_MENTIONED = [
+    (module, name)
+    for module in ("utils", "__main__")
+    for name in ("defaultdict_tuple", "defaultdict_str")
+]
+
+# How many values each category has, as published. They count from 0; others share one place.
+_VALUES = {
+    "gender": 3,
+    "province": 79,
+    "age": 8,
+    "category_level_one": 140,
+    "category_level_two": 784,
+    "upload_type": 40,
+}
+_OF_REQUEST = ("gender", "province", "age")
+_OF_ITEM = ("category_level_one", "category_level_two", "upload_type")
+# The first category id of each that is of a request; they come before those of items.
+_REQUEST_STARTS = tuple(
+    itertools.accumulate([_VALUES[name] + 2 for name in _OF_REQUEST[:-1]], initial=0)
+)
+
+_KEYS = ("request_id", "request_timestamp", "user_id")
+_ITEM_COLUMNS = ("video_id", "author_id", *_OF_ITEM, "duration")
+_ROW_COLUMNS = (
+    *_KEYS,
+    *_OF_REQUEST,
+    *("video_id", "upload_timestamp", "realshow", *RANKED, "rank_index"),
+    *LABELS.values(),
+)
+
+DAY = 24 * 3600
+USER_FEATURES, CONTEXT_FEATURES, HISTORY_FEATURES = 1, 11, 3
+ITEM_FEATURES, CANDIDATE_FEATURES = 2, 2
+
+# How many rows of the log, or of what is gathered from it, are held at a time.
+ROWS_AT_ONCE = 1 << 22
+
+_SPLITS = ("train", "test")
+_LAST = np.iinfo(np.int64).max
+
+Table = dict[str, np.ndarray]  # columns of one length
+Rows = Int64[np.ndarray, "rows"]
+
+
+class Day(NamedTuple):
+    """The files of a day."""
+
+    name: str
+    stages: Path
+    sequences: Path
+
+
+class Plan(NamedTuple):
+    """The chosen requests of a day, n of them in the order of time, and where their rows lie.
+
+    Attributes:
+      request_id: of each.
+      time: in milliseconds.
+      user_id: as in the files.
+      rows: how many rows there are of each.
+      ascending: their ids again, in ascending order.
+      by_id: their places in this order.
+      first: for each record batch of the log, the first request that it has a row of; n if none.
+      last: the last one; -1 if none.
+    """
+
+    request_id: Int64[np.ndarray, "n"]
+    time: Int64[np.ndarray, "n"]
+    user_id: Int64[np.ndarray, "n"]
+    rows: Int64[np.ndarray, "n"]
+    ascending: Int64[np.ndarray, "n"]
+    by_id: Int64[np.ndarray, "n"]
+    first: Int64[np.ndarray, "batches"]
+    last: Int64[np.ndarray, "batches"]
+
+
+class Catalogue(NamedTuple):
+    """The users of the chosen requests, and the videos of their candidates and histories.
+
+    A user's or a video's place is its id here.
+    """
+
+    user_id: Int64[np.ndarray, "users"]  # ascending
+    video_id: Int64[np.ndarray, "items"]  # ascending
+    category: Int32[np.ndarray, "items 4"]
+    features: Float32[np.ndarray, "items F"]
+
+
+def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
+    """RecFlow as a source.
+
+    A request has all rows that the log holds of it as candidates: those that were shown, then those
+    that the rank stage scored, by their position there, then the others. What this position says is
+    in `positions`; it is stored as `probability_of_rank` of it, the same for every task, with
+    teacher weight 1, and 0 where there is none.
+
+    Widths and order of the features:
+      user: log(1 + effective views before the request) / log(51), of the last 50.
+      context: sin and cos of the hour (UTC), weekday (UTC, one-hot from Monday), log(1 + days since
+        the last effective view), whether there was none.
+      history: log(1 + days since the view), log(1 + duration in seconds), time watched / duration.
+      item: log(1 + duration in seconds), whether the duration is unknown.
+      candidate: log(1 + days since the upload), whether that time is unknown.
+    Categories: gender, province and age group of the request; author (hashed), both levels of the
+      category and type of upload of the item.
+
+    Args:
+      data: `path`, the folder that holds `all_stage` and `seq_effective_50_dict`; `train_days` and
+        `test_days`, whose files to read, like 2024-02-18; `max_requests_per_day`, how many requests
+        of each day to draw, 0 for all; `seed`, for that draw; `history_length`; `authors`, how many
+        values to hash the authors to.
+      tasks: some of `TASKS`, in any order.
+      funnel: `retrieved` must hold the candidates of any request.
+
+    Returns:
+      The source; each split comes day by day, and each day in the order of time.
+
+    Raises:
+      UserError: for files that are missing or malformed, and days or numbers that make no sense.
+    """
+    _check(data, tasks)
+    days = _days(data)
+    all_days = [*days["train"], *days["test"]]
+    bar = tqdm(all_days, "looking through the log", unit="day", disable=None)
+    plans = {day: plan_day(day, int(data.max_requests_per_day), data.seed) for day in bar}
+    for day, plan in plans.items():
+        if (most := int(plan.rows.max())) > funnel.retrieved:
+            raise UserError(
+                f"funnel.retrieved={funnel.retrieved} is less than the {most} candidates of a "
+                f"request in {day.stages}; set it to {most} or more"
+            )
+    catalogue = _catalogue(plans, int(data.authors))
+
+    def requests(split: str) -> Iterator[Request]:
+        check_choice("split", split, _SPLITS)
+        for day in days[split]:
+            plan = plans[day]
+            sequences = read_sequences(day, plan)
+            for first, end in _portions(plan):
+                yield from _requests_of(
+                    plan,
+                    first,
+                    end,
+                    rows=_rows(day, plan, first, end),
+                    events=events_of(plan, sequences, first, end),
+                    catalogue=catalogue,
+                    tasks=tasks,
+                    history_length=int(data.history_length),
+                )
+
+    spec = FeatureSpec(
+        dataset="recflow",
+        tasks=tuple(tasks),
+        num_users=len(catalogue.user_id),
+        num_items=len(catalogue.video_id),
+        user_features=USER_FEATURES,
+        context_features=CONTEXT_FEATURES,
+        candidate_features=CANDIDATE_FEATURES,
+        item_features=ITEM_FEATURES,
+        cheap_item_features=ITEM_FEATURES,
+        history_length=int(data.history_length),
+        history_features=HISTORY_FEATURES,
+        teacher_version=TEACHER_VERSION,
+        has_true_probability=False,
+        categories=categories(int(data.authors)),
+        teacher_signal="rank",
+    )
+    starts = spec.category_starts[len(_OF_REQUEST) :]
+    item_category = catalogue.category + np.array(starts, np.int32)
+    item_category[catalogue.category < 0] = -1
+    num_requests = {
+        split: sum(len(plans[day].request_id) for day in days[split]) for split in _SPLITS
+    }
+    return Source(spec, catalogue.features, requests, num_requests, item_category)
+
+
+def categories(authors: int) -> tuple[Category, ...]:
+    """The categorical features; of each, value v has place v + 1, and place 0 is of the unknown."""
+    return (
+        *(Category(name, "request", _VALUES[name] + 2) for name in _OF_REQUEST),
+        Category("author", "item", authors),
+        *(Category(name, "item", _VALUES[name] + 2) for name in _OF_ITEM),
+    )
+
+
+def plan_day(day: Day, max_requests: int, seed: int) -> Plan:
+    """Looks through a day's log for its requests, and draws `max_requests` of them if not 0."""
+
+    def parts() -> Iterator[Table]:
+        for _, table in read_batches(day.stages, _KEYS):
+            yield _by_request(table | {"rows": np.ones(len(table["request_id"]), np.int64)})
+
+    found = _folded(parts(), _by_request)
+    if not found:
+        raise UserError(f"{day.stages} has no rows")
+    chosen = np.arange(len(found["request_id"]))
+    if 0 < max_requests < len(chosen):
+        generator = np.random.default_rng([seed, _date(day.name).toordinal()])
+        chosen = generator.choice(chosen, max_requests, replace=False)
+    time = found["request_timestamp"]
+    chosen = chosen[np.lexsort([found["request_id"][chosen], time[chosen]])]
+    request_id = found["request_id"][chosen]
+    by_id = np.argsort(request_id)
+    plan = Plan(
+        request_id=request_id,
+        time=time[chosen],
+        user_id=found["user_id"][chosen],
+        rows=found["rows"][chosen],
+        ascending=request_id[by_id],
+        by_id=by_id,
+        first=np.zeros(0, np.int64),
+        last=np.zeros(0, np.int64),
+    )
+    first, last = [], []
+    for _, table in read_batches(day.stages, ("request_id",)):
+        place = places_of(plan, table["request_id"])
+        place = place[place >= 0]
+        first.append(place.min(initial=len(chosen)))
+        last.append(place.max(initial=-1))
+    return plan._replace(first=np.array(first), last=np.array(last))
+
+
+def places_of(plan: Plan, request_id: Rows) -> Rows:
+    """The place in the plan of the request of each row; -1 of one that was not chosen."""
+    near = np.minimum(np.searchsorted(plan.ascending, request_id), len(plan.ascending) - 1)
+    return np.where(plan.ascending[near] == request_id, plan.by_id[near], -1)
+
+
+def stages_of(rows: Table) -> Int64[np.ndarray, "rows"]:
+    """How far each row came: the furthest of what its flags say.
+
+    `realshow` → SHOWN; `rank_pos`, `rank_neg`, `rerank_pos` or `rerank_neg`, all of which the rank
+    stage has scored → PASSED; the others, among them `coarse_neg` and `prerank_neg` → RETRIEVED.
+    """
+    ranked = np.any([rows[name] == 1 for name in RANKED], axis=0)
+    stage = np.where(ranked, Stage.PASSED, Stage.RETRIEVED)
+    return np.where(rows["realshow"] == 1, Stage.SHOWN, stage).astype(np.int64)
+
+
+def positions(
+    request: Rows,
+    rank_index: Rows,
+    is_ranked: Bool[np.ndarray, "rows"],
+    is_top: Bool[np.ndarray, "rows"],
+) -> Rows:
+    """The final ranker's position of each candidate in its request, without gaps; -1 for none.
+
+    The smallest index of a request becomes 0, wherever the files begin to count, and each further
+    one the next number; equal ones share a position.
+
+    What the files write where no position was logged is not documented, so an index counts only if
+    it can be one: it is not negative, the rank stage scored the candidate, and unless the candidate
+    is a `rank_pos` (which the final ranker put first) itself, one of the request stands before it.
+
+    Args:
+      request: the request of each candidate, in [0, n).
+      rank_index: as in the files, -1 where missing.
+      is_ranked: whether the rank stage scored the candidate.
+      is_top: whether its `rank_pos` is set.
+
+    >>> positions(np.zeros(5, int), np.array([7, 3, 4, 0, -1]), np.ones(5, bool), np.arange(5) == 1)
+    array([ 2,  0,  1, -1, -1])
+    """
+    possible = is_ranked & (rank_index >= 0)
+    best = np.full(request.max(initial=-1) + 1, _LAST)
+    np.minimum.at(best, request[possible & is_top], rank_index[possible & is_top])
+    known = possible & (best[request] < _LAST) & (is_top | (rank_index > best[request]))
+    ordered = np.flatnonzero(known)
+    ordered = ordered[np.lexsort([rank_index[ordered], request[ordered]])]
+    of_request, index = request[ordered], rank_index[ordered]
+    begins = np.diff(of_request, prepend=-1) != 0
+    count = np.cumsum(begins | (np.diff(index, prepend=-1) != 0))
+    result = np.full(len(request), -1)
+    # Of each candidate, the count where its request begins.
+    result[ordered] = count - np.maximum.accumulate(np.where(begins, count, 0))
+    return result
+
+
+def candidates_of(rows: Table) -> Table:
+    """The rows with `stage` and `position`, requests one after the other, each in funnel order.
+
+    A video that a request has several rows of keeps the one that came furthest. Within a stage,
+    those with a position come first, by it, and then the others by their video's id.
+
+    Args:
+      rows: rows of the log, with `request`, which request each belongs to.
+    """
+    stage = stages_of(rows)
+    index = np.where(rows["rank_index"] < 0, _LAST, rows["rank_index"])
+    order = np.lexsort([index, -stage, rows["video_id"], rows["request"]])
+    request, video = rows["request"][order], rows["video_id"][order]
+    is_first = np.ones(len(order), bool)
+    is_first[1:] = (np.diff(request) != 0) | (np.diff(video) != 0)
+    order = order[is_first]
+    rows = {name: column[order] for name, column in rows.items()} | {"stage": stage[order]}
+    is_ranked = rows["stage"] >= Stage.PASSED
+    position = positions(rows["request"], rows["rank_index"], is_ranked, rows["rank_pos"] == 1)
+    last = np.where(position < 0, _LAST, position)
+    order = np.lexsort([rows["video_id"], last, -rows["stage"], rows["request"]])
+    return {name: column[order] for name, column in (rows | {"position": position}).items()}
+
+
+def read_batches(
+    path: Path, columns: Sequence[str], numbers: Iterable[int] | None = None
+) -> Iterator[tuple[int, Table]]:
+    """Yields the record batches of a Feather file as whole numbers; -1 where there is none.
+
+    Args:
+      path: the file. It is mapped into memory, and what is not asked for is not read.
+      columns: the columns to read. Some published files have a blank before a name.
+      numbers: which record batches to read; None for all.
+
+    Yields:
+      The number of the record batch, and its columns.
+
+    Raises:
+      UserError: it is no such file, or lacks a column, or has one that holds no numbers.
+    """
+    try:
+        with pa.memory_map(str(path)) as file:
+            found = [name.strip() for name in ipc.open_file(file).schema.names]
+            if missing := [name for name in columns if name not in found]:
+                raise UserError(
+                    f"{path} has no column {', '.join(missing)}; it has: {', '.join(found)}"
+                )
+            wanted = sorted(found.index(name) for name in columns)
+            reader = ipc.open_file(file, options=ipc.IpcReadOptions(included_fields=wanted))
+            for number in range(reader.num_record_batches) if numbers is None else numbers:
+                batch = reader.get_batch(int(number))
+                yield (
+                    int(number),
+                    {
+                        found[place]: _whole_numbers(column, f"{path}: column {found[place]}")
+                        for place, column in zip(wanted, batch.columns, strict=True)
+                    },
+                )
+    except (OSError, pa.ArrowException) as error:
+        text = " ".join(str(error).split())
+        raise UserError(
+            f"{path} is no Feather file (version 2) that can be read: {text}"
+        ) from error
+
+
+def read_sequences(day: Day, plan: Plan) -> dict[int, Int64[np.ndarray, "events 10"]]:
+    """Of the chosen requests, by place: the user's effective views before them, as published.
+
+    Raises:
+      UserError: the file is missing or holds something else.
+    """
+    path = day.sequences
+    contents = restricted_pickle.load(path, _MENTIONED)
+    if not isinstance(contents, dict):
+        raise UserError(f"{path} holds a {type(contents).__name__}, expected a dict of arrays")
+    sequences = {}
+    for place, request_id in enumerate(plan.request_id.tolist()):
+        sequence = contents.get(request_id)
+        if sequence is None:
+            continue
+        if not (
+            isinstance(sequence, np.ndarray)
+            and sequence.dtype.kind in "iu"
+            and sequence.ndim == 2
+            and sequence.shape[1] == len(SEQUENCE_COLUMNS)
+        ):
+            raise UserError(
+                f"{path}: the sequence of request {request_id} is no array of whole numbers with "
+                f"the columns {', '.join(SEQUENCE_COLUMNS)}"
+            )
+        sequences[place] = np.asarray(sequence, np.int64)
+    if not sequences:
+        raise UserError(
+            f"{path} has no sequence of any request in {day.stages}; its keys must be request ids"
+        )
+    return sequences
+
+
+def events_of(plan: Plan, sequences: dict[int, np.ndarray], first: int, end: int) -> Table:
+    """The effective views before each of the requests [first, end), in the order of time.
+
+    Returns:
+      The `SEQUENCE_COLUMNS`, and `request`, counted from `first`. Empty places of the published
+      sequences are left out, and so is whatever was not strictly before the request.
+    """
+    none = np.zeros((0, len(SEQUENCE_COLUMNS)), np.int64)
+    found = [sequences.get(place, none) for place in range(first, end)]
+    request = np.repeat(np.arange(end - first), [len(sequence) for sequence in found])
+    columns = np.concatenate(found).T
+    events: Table = dict(zip(SEQUENCE_COLUMNS, columns, strict=True)) | {"request": request}
+    time = events["request_timestamp"]
+    real = (time > 0) & (time < plan.time[first:end][request]) & (events["video_id"] >= 0)
+    kept = np.flatnonzero(real)
+    kept = kept[np.lexsort([time[kept], request[kept]])]
+    return {name: column[kept] for name, column in events.items()}
+
+
+def item_features(duration: Rows) -> Float32[np.ndarray, "rows 2"]:
+    """[log(1 + seconds), 0 if unknown; 1 if unknown] of durations in milliseconds."""
+    unknown = duration <= 0
+    return _features(np.log1p(np.where(unknown, 0, duration) / 1000), unknown)
+
+
+def candidate_features(uploaded: Rows, time: Rows) -> Float32[np.ndarray, "rows 2"]:
+    """[log(1 + days since the upload), 0 if unknown; 1 if unknown].
+
+    Args:
+      uploaded: in seconds since 1970.
+      time: of the request, in milliseconds since 1970.
+    """
+    unknown = uploaded <= 0
+    days = np.maximum(time / 1000 - uploaded, 0) / DAY
+    return _features(np.log1p(np.where(unknown, 0, days)), unknown)
+
+
+def context_features(
+    time: Int64[np.ndarray, "n"], last: Int64[np.ndarray, "n"]
+) -> Float32[np.ndarray, "n C"]:
+    """What is known of the moment.
+
+    Args:
+      time: of each request, in milliseconds since 1970, UTC.
+      last: of the user's last effective view before; -1 if there is none.
+
+    Returns:
+      [sin and cos of the hour; weekday, one-hot from Monday; log(1 + days since the last effective
+      view), 0 if there is none; 1 if there is none].
+    """
+    seconds = time // 1000
+    angle = 2 * np.pi * (seconds % DAY) / DAY
+    weekday = np.eye(7)[(seconds // DAY + 3) % 7].T  # 1 January 1970 was a Thursday
+    pause = np.where(last < 0, 0, time - last) / (1000 * DAY)
+    return _features(np.sin(angle), np.cos(angle), *weekday, np.log1p(pause), last < 0)
+
+
+def history_features(events: Table, time: Rows) -> Float32[np.ndarray, "rows 3"]:
+    """[log(1 + days since the view); log(1 + duration in seconds); share watched, at most 2].
+
+    Args:
+      events: see `events_of`; times watched and durations are in milliseconds.
+      time: of the request that each event precedes, in milliseconds.
+    """
+    duration = np.maximum(events["duration"], 0)
+    watched = np.maximum(events["playing_time"], 0) / np.maximum(duration, 1)
+    days = (time - events["request_timestamp"]) / (1000 * DAY)
+    return _features(np.log1p(days), np.log1p(duration / 1000), np.minimum(watched, 2))
+
+
+def _features(*columns: Any) -> Float32[np.ndarray, "rows columns"]:
+    return np.stack(columns, axis=-1).astype(np.float32)
+
+
+def _requests_of(
+    plan: Plan,
+    first: int,
+    end: int,
+    *,
+    rows: Table,
+    events: Table,
+    catalogue: Catalogue,
+    tasks: Sequence[str],
+    history_length: int,
+) -> Iterator[Request]:
+    """The requests [first, end) of a plan, from all their rows and events."""
+    time, number = plan.time[first:end], np.arange(end - first + 1)
+    candidates = candidates_of(rows)
+    start = np.searchsorted(candidates["request"], number)
+    stage = candidates["stage"]
+    item_id, _ = _item_ids(catalogue, candidates["video_id"])
+    features = candidate_features(candidates["upload_timestamp"], time[candidates["request"]])
+    label = np.stack([candidates[LABELS[task]] == 1 for task in tasks], axis=1).astype(np.uint8)
+    known = candidates["position"] >= 0
+    probability = np.where(known, probability_of_rank(candidates["position"]), np.nan)
+    probability = np.tile(probability[:, None].astype(np.float32), len(tasks))
+    weight = known.astype(np.float32)
+    values = [_places_of_values(name, candidates[name][start[:-1]]) for name in _OF_REQUEST]
+    category = (np.stack(values, axis=1) + _REQUEST_STARTS).astype(np.int32)
+
+    views = np.bincount(events["request"], minlength=end - first)
+    user = _features(np.log1p(views) / np.log1p(50))
+    last = np.full(end - first, -1)
+    last[events["request"]] = events["request_timestamp"]  # of several, the latest stands last
+    context = context_features(time, last)
+    history_id, is_known = _item_ids(catalogue, events["video_id"])
+    of_history = history_features(events, time[events["request"]])[is_known]
+    history_id, of_event = history_id[is_known], events["request"][is_known]
+    event_start = np.searchsorted(of_event, number)
+    user_id = np.searchsorted(catalogue.user_id, plan.user_id[first:end])
+
+    for request in range(end - first):
+        here = slice(start[request], start[request + 1])
+        shown = int((stage[here] == Stage.SHOWN).sum())
+        passed = int((stage[here] >= Stage.PASSED).sum())
+        logged = slice(here.start, here.start + passed)
+        until = event_start[request + 1]
+        earlier = slice(max(event_start[request], until - history_length), until)
+        yield Request(
+            request_id=int(plan.request_id[first + request]),
+            time=int(time[request] // 1000),
+            user_id=int(user_id[request]),
+            user_features=user[request],
+            context=context[request],
+            history_id=history_id[earlier],
+            history_features=of_history[earlier],
+            item_id=item_id[here],
+            candidate_features=features[here],
+            num_passed=passed,
+            user_label=label[here][:shown],
+            label_weight=np.ones(shown, np.float32),
+            teacher_probability=probability[logged],
+            teacher_weight=weight[logged],
+            teacher_version=TEACHER_VERSION,
+            true_probability=np.zeros((0, len(tasks)), np.float32),
+            request_category=category[request],
+        )
+
+
+def _places_of_values(name: str, values: Rows) -> Rows:
+    """The place of each value among those of its category; 0 for one that was not published."""
+    return np.where((values >= 0) & (values <= _VALUES[name]), values + 1, 0)
+
+
+def _item_ids(
+    catalogue: Catalogue, video_id: Rows
+) -> tuple[Int32[np.ndarray, "rows"], Bool[np.ndarray, "rows"]]:
+    """The item id of each video, and whether it has one."""
+    # In ascending order, searches that follow one another end nearby, in memory that is at hand.
+    order = np.argsort(video_id)
+    near = np.empty(len(video_id), np.int32)
+    near[order] = np.searchsorted(catalogue.video_id, video_id[order])
+    near = np.minimum(near, len(catalogue.video_id) - 1)
+    return near, catalogue.video_id[near] == video_id
+
+
+def _catalogue(plans: dict[Day, Plan], authors: int) -> Catalogue:
+    """All users and videos; of a video, what the first row says of it, candidates before views."""
+
+    def parts() -> Iterator[Table]:
+        days = tqdm(plans.items(), "listing the videos", unit="day", disable=None)
+        for day, plan in days:
+            touched = np.flatnonzero(plan.last >= 0)
+            for _, table in read_batches(day.stages, ("request_id", *_ITEM_COLUMNS), touched):
+                chosen = places_of(plan, table["request_id"]) >= 0
+                yield _items({name: column[chosen] for name, column in table.items()}, authors)
+            sequences = read_sequences(day, plan)
+            for first, end in _portions(plan):
+                yield _items(events_of(plan, sequences, first, end), authors)
+
+    found = _folded(parts(), lambda table: _first_of_each(table, "video_id"))
+    users = np.unique(np.concatenate([plan.user_id for plan in plans.values()]))
+    return Catalogue(users, **found)
+
+
+def _items(rows: Table, authors: int) -> Table:
+    """Of each video in the rows: its id, places in its categories, and features."""
+    rows = _first_of_each({name: rows[name] for name in _ITEM_COLUMNS}, "video_id")
+    author = _hashed(rows["author_id"], authors)
+    places = [np.where(rows["author_id"] < 0, -1, author)]
+    places += [_places_of_values(name, rows[name]) for name in _OF_ITEM]
+    return {
+        "video_id": rows["video_id"],
+        "category": np.stack(places, axis=1).astype(np.int32),
+        "features": item_features(rows["duration"]),
+    }
+
+
+def _hashed(ids: Rows, size: int) -> Rows:
+    """A number in [0, size) for each id: the 64-bit finaliser of MurmurHash3 (Appleby, 2011)."""
+    bits = ids.astype(np.uint64)
+    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
+        bits = (bits ^ (bits >> np.uint64(33))) * np.uint64(factor)
+    return ((bits ^ (bits >> np.uint64(33))) % np.uint64(size)).astype(np.int64)
+
+
+def _portions(plan: Plan) -> Iterator[tuple[int, int]]:
+    """Ranges of consecutive requests with at most `ROWS_AT_ONCE` rows, or one request."""
+    ends = np.cumsum(plan.rows)
+    first = 0
+    while first < len(ends):
+        before = ends[first] - plan.rows[first]
+        end = int(np.searchsorted(ends, before + ROWS_AT_ONCE, side="right"))
+        end = max(end, first + 1)
+        yield first, end
+        first = end
+
+
+def _rows(day: Day, plan: Plan, first: int, end: int) -> Table:
+    """All rows of the requests [first, end), with `request`, counted from `first`."""
+    touched = np.flatnonzero((plan.first < end) & (plan.last >= first))
+    parts = []
+    for _, table in read_batches(day.stages, _ROW_COLUMNS, touched):
+        place = places_of(plan, table["request_id"])
+        kept = (place >= first) & (place < end)
+        part = {name: column[kept] for name, column in table.items()}
+        parts.append(part | {"request": place[kept] - first})
+    return _end_to_end(parts)
+
+
+def _by_request(rows: Table) -> Table:
+    """One row for each request: when it was, whose, and how many rows there were."""
+    order = np.argsort(rows["request_id"], kind="stable")
+    request_id = rows["request_id"][order]
+    begins = np.ones(len(order), bool)
+    begins[1:] = np.diff(request_id) != 0
+    start = np.flatnonzero(begins)
+    return {
+        "request_id": request_id[start],
+        "request_timestamp": np.minimum.reduceat(rows["request_timestamp"][order], start),
+        "user_id": rows["user_id"][order][start],
+        "rows": np.add.reduceat(rows["rows"][order], start),
+    }
+
+
+def _first_of_each(table: Table, key: str) -> Table:
+    """The first row of each value of a column, in ascending order of it."""
+    _, first = np.unique(table[key], return_index=True)
+    return {name: column[first] for name, column in table.items()}
+
+
+def _folded(parts: Iterable[Table], fold: Callable[[Table], Table]) -> Table:
+    """`fold` of all parts end to end, though they are never held all at once.
+
+    It is applied whenever what waits has outgrown what is folded, so `fold` must give the same for
+    parts of which some were folded before. Parts without rows are left out; without any, {}.
+    """
+    held: list[Table] = []
+    size, waiting = 0, 0
+    for part in parts:
+        rows = len(next(iter(part.values())))
+        if not rows:
+            continue
+        held.append(part)
+        waiting += rows
+        if waiting > max(size, ROWS_AT_ONCE):
+            held = [fold(_end_to_end(held))]
+            size, waiting = len(next(iter(held[0].values()))), 0
+    return fold(_end_to_end(held)) if held else {}
+
+
+def _end_to_end(parts: Sequence[Table]) -> Table:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _whole_numbers(column: pa.Array, place: str) -> Int[np.ndarray, "rows"]:
+    """A column as int64, -1 where nothing or no finite number stands."""
+    if pa.types.is_boolean(column.type) or pa.types.is_integer(column.type):
+        numbers = column.cast(pa.int64())
+        if column.null_count:
+            numbers = numbers.fill_null(-1)
+        return numbers.to_numpy(zero_copy_only=False)
+    if pa.types.is_floating(column.type):
+        # pandas makes floats of whole numbers where some are missing.
+        values = column.to_numpy(zero_copy_only=False)
+        return np.where(np.isfinite(values), values, -1).astype(np.int64)
+    raise UserError(f"{place} holds {column.type}, expected whole numbers")
+
+
+def _days(data: ConfigDict) -> dict[str, list[Day]]:
+    """The days of each split, whose files are there."""
+    root = Path(data.path)
+    folders = {name: root / name for name in (STAGES, SEQUENCES)}
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder} does not exist; set data.path to the folder that holds {STAGES} and "
+                f"{SEQUENCES} (docs/recflow.md)"
+            )
+    stages = {path.stem: path for path in sorted(folders[STAGES].glob("*.feather"))}
+    sequences = {path.stem: path for path in sorted(folders[SEQUENCES].glob("*.pkl"))}
+    common = sorted(stages.keys() & sequences.keys())
+    if not common:
+        raise UserError(
+            f"no day has a file in both {folders[STAGES]} ({_listed(stages)}) and "
+            f"{folders[SEQUENCES]} ({_listed(sequences)})"
+        )
+    days: dict[str, list[Day]] = {}
+    for split in _SPLITS:
+        for name in data[f"{split}_days"]:
+            for files, folder, ending in (
+                (stages, folders[STAGES], "feather"),
+                (sequences, folders[SEQUENCES], "pkl"),
+            ):
+                if name not in files:
+                    raise UserError(
+                        f"data.{split}_days names {name}, and {folder / name}.{ending} does not "
+                        f"exist; days with all files: {_listed(common)}"
+                    )
+        days[split] = [
+            Day(name, stages[name], sequences[name]) for name in sorted(data[f"{split}_days"])
+        ]
+    return days
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
+
+
+def _date(name: object) -> datetime.date:
+    """Raises ValueError for what is no day like 2024-02-18."""
+    date = datetime.date.fromisoformat(str(name))
+    if date.isoformat() != name:
+        raise ValueError(name)
+    return date
+
+
+def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
+    check_tasks(tasks, TASKS)
+    check_at_least(
+        data,
+        {
+            "seed": 0,
+            "history_length": 1,
+            "max_requests_per_day": 0,
+            "authors": 1,
+        },
+    )
+    if not data.path:
+        raise UserError(
+            "data.path is empty; set it to the folder with the files of RecFlow, which have to be "
+            "downloaded by hand (docs/recflow.md)"
+        )
+    for split in _SPLITS:
+        for name in data[f"{split}_days"]:
+            try:
+                _date(name)
+            except ValueError:
+                raise UserError(
+                    f"data.{split}_days holds {name!r}; give days like 2024-02-18"
+                ) from None
+        if not data[f"{split}_days"]:
+            raise UserError(f"data.{split}_days is empty; name at least one day")
+    train, test = data.train_days, data.test_days
+    if len(set(train)) < len(train) or len(set(test)) < len(test):
+        raise UserError("data.train_days and data.test_days may name no day twice")
+    if max(train) >= min(test):
+        raise UserError(
+            f"data.train_days reaches to {max(train)} and data.test_days begins with {min(test)}; "
+            "training may not look ahead"
+        )

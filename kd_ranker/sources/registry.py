@@ -1,0 +1,63 @@
+"""The datasets that `config.data.name` can name.
+
+To add one, write a module with `TASKS` and `open_source(data, tasks, funnel) -> Source`, and name
+it in `SOURCES`.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from kd_ranker.requests.request import Source
+from kd_ranker.sources import cascade, kuairand, movielens, recflow
+from kd_ranker.sources.logs import source as parquet
+from kd_ranker.sources.logs import write_back
+from kd_ranker.sources.logs.write_back import ScoredLog
+
+
+class SourceEntry(NamedTuple):
+    """One source.
+
+    Attributes:
+      tasks: the tasks that it has labels for; None: those of `config.data.labels`.
+      open_source: (config.data, tasks, config.funnel) -> the source.
+      version: raised whenever the source's code yields other requests for the same config, so that
+        datasets of the older code are not taken for its own.
+      check_unchanged: (config.data, a dataset's folder) -> None, or UserError where that was made
+        of other raw files than there are now; None does not look.
+      open_scored_log: (config.data, tasks, config.funnel, the dataset's folder, the name of its
+        scored copy) -> what writes the raw files back with a teacher's columns, or UserError; None:
+        there is no such thing.
+    """
+
+    tasks: Sequence[str] | None
+    open_source: Callable[[ConfigDict, Sequence[str], ConfigDict], Source]
+    version: int = 1
+    check_unchanged: Callable[[ConfigDict, Path], None] | None = None
+    open_scored_log: (
+        Callable[[ConfigDict, Sequence[str], ConfigDict, Path, str], ScoredLog] | None
+    ) = None
+
+    def tasks_of(self, data: ConfigDict) -> Sequence[str]:
+        """The tasks that there are labels for."""
+        return tuple(data.labels) if self.tasks is None else self.tasks
+
+
+SOURCES: dict[str, SourceEntry] = {
+    "cascade": SourceEntry(cascade.TASKS, cascade.open_source),
+    "movielens_100k": SourceEntry(movielens.TASKS, movielens.open_source),
+    "recflow": SourceEntry(recflow.TASKS, recflow.open_source),
+    **{
+        name: SourceEntry(kuairand.TASKS, kuairand.open_source) for name in kuairand.VARIANT_OF_NAME
+    },
+    "parquet": SourceEntry(
+        None,
+        parquet.open_source,
+        check_unchanged=parquet.check_unchanged,
+        open_scored_log=write_back.open_scored_log,
+    ),
+    "movielens_1m": SourceEntry(movielens.TASKS, movielens.open_source),
+    "movielens_32m": SourceEntry(movielens.TASKS, movielens.open_source),
+}

@@ -1,0 +1,356 @@
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kd_ranker.batch import Stage
+from kd_ranker.batches import cutting, sampling
+from kd_ranker.batches.columns import (
+    Columns,
+    columns_of,
+    in_sampling_order,
+    joined,
+    only_counting,
+    proper_probability,
+    spread_order,
+)
+from kd_ranker.batches.cutting import unpack
+from kd_ranker.batches.sampling import Slots
+from tests.batches.packing_by_hand import packed, prepared, starts_of
+from tests.random_batches import SPEC
+from tests.requests.random_requests import random_request
+
+V1 = dataclasses.replace(SPEC, teacher_version="v1")
+
+
+@pytest.mark.parametrize(
+    ("probability", "weight", "version", "expected"),
+    [
+        (0.3, 1, "v1", 1),
+        (0.0, 1, "v1", 1),
+        (1.0, 1, "v1", 1),
+        (0.3, 0, "v1", 0),
+        (np.nan, 1, "v1", 0),
+        (1.2, 1, "v1", 0),
+        (-0.1, 1, "v1", 0),
+        (np.inf, 1, "v1", 0),
+        (0.3, 1, "v0", 0),
+    ],
+)
+def test_only_properly_logged_probabilities_count(probability, weight, version, expected):
+    request = dataclasses.replace(
+        random_request(0, version=version),
+        teacher_probability=np.array([[0.5, probability, 0.5]], np.float32),
+        teacher_weight=np.array([weight], np.float32),
+    )
+    others = float(weight == 1 and version == "v1")
+    found = proper_probability(request, "v1")
+    np.testing.assert_array_equal(~np.isnan(found), [[others, expected, others]])
+    # What is proper is as it was logged.
+    np.testing.assert_array_equal(
+        found[~np.isnan(found)], request.teacher_probability[~np.isnan(found)]
+    )
+
+
+def cut(requests, candidates, negative_rate=1.0, seed=0, passed_share=0.5, rows=None):
+    """A training batch of some requests, all of them once if `rows` does not say which."""
+    columns = requests if isinstance(requests, Columns) else columns_of(requests, V1)
+    data, kinds, slots = prepared(columns, candidates, negative_rate, passed_share)
+    starts = starts_of(kinds, (np.arange(len(columns)) if rows is None else rows)[:, None], seed)
+    few = dataclasses.asdict(unpack(packed(data, starts, slots)[0]))
+    batch = dataclasses.asdict(unpack(packed(data, starts, Slots(*(candidates,) * 3))[0]))
+    # With the fewest slots that do, a batch is the same but for zeros at the end.
+    for name, array in batch.items():
+        width = few[name].shape[1:2]
+        np.testing.assert_array_equal(array[(slice(None), *map(slice, width))], few[name])
+        assert not any(array[(slice(None), slice(of, None))].any() for of in width)
+    return batch
+
+
+def fields_of(request, candidates, negative_rate=1.0, seed=0, passed_share=0.5):
+    """A training sample of one request."""
+    batch = cut([request], candidates, negative_rate, seed, passed_share)
+    return {name: array[0] for name, array in batch.items()}
+
+
+PER_CANDIDATE = (
+    "item_id",
+    "candidate_features",
+    "stage",
+    "user_label",
+    "label_weight",
+    "teacher_probability",
+    "teacher_weight",
+)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 7, 100])
+def test_the_order_of_spreading_is_a_permutation(number):
+    assert sorted(spread_order(number).tolist()) == list(range(number))
+
+
+def test_every_run_of_the_spread_order_is_spread_evenly():
+    order, run = np.tile(spread_order(1000), 2), 50
+    gaps = [np.diff(np.sort(order[at : at + run])).max() for at in range(1000)]
+    # An even distance is 20; a random sample of 50 leaves gaps of some 100.
+    assert max(gaps) <= 60
+
+
+@pytest.mark.parametrize("negative_rate", [1.0, 0.4, 0.0])
+@pytest.mark.parametrize("candidates", [6, 14, 30])
+def test_over_all_offsets_each_of_a_kind_is_drawn_equally_often(candidates, negative_rate):
+    """Every offset of every kind, one kind at a time: no candidate twice, and none preferred."""
+    request = random_request(3, shown=9, passed=16, retrieved=40)
+    data, kinds, slots = prepared(columns_of([request], V1), candidates, negative_rate)
+    ends = np.cumsum(kinds.wanted[0])
+    starts = np.concatenate([[0], ends[:-1]])
+    for kind, number in enumerate(kinds.numbers[0]):
+        counts = {}
+        for offset in range(number):
+            start = np.zeros((1, 1, sampling.KINDS))
+            start[..., kind] = (offset + 0.5) / number
+            of_offset = sampling.draw(np.zeros((1, 1), int), start, sampling.table_of(kinds))
+            drawn = unpack(packed(data, of_offset, slots)[0])
+            items = drawn.item_id[0][drawn.stage[0] > 0].tolist()
+            assert len(set(items)) == len(items) == min(candidates, 40)
+            for item in items[starts[kind] : ends[kind]]:
+                counts[item] = counts.get(item, 0) + 1
+        wanted = ends[kind] - starts[kind]
+        assert set(counts.values()) <= {wanted}
+        assert len(counts) == (number if wanted else 0)
+
+
+def test_the_sampling_order_moves_whole_candidates():
+    requests = [random_request(0), random_request(1, shown=6, passed=6, retrieved=9)]
+    columns, positives = in_sampling_order(columns_of(requests, V1))
+    for index, request in enumerate(requests):
+        shown, passed = len(request.user_label), request.num_passed
+        start = columns.candidate_start[index]
+        items = columns.item_id[start : start + len(request.item_id)]
+        for stage in (slice(shown), slice(shown, passed), slice(passed, None)):
+            assert set(items[stage]) == set(request.item_id[stage])
+        place = {int(item): at for at, item in enumerate(request.item_id)}
+        was = np.array([place[int(item)] for item in items])
+        label = columns.user_label[columns.shown_start[index] :][:shown]
+        np.testing.assert_array_equal(label, request.user_label[was[:shown]])
+        positive = request.user_label[was[:shown]].any(axis=1)
+        assert positives[index] == positive.sum()
+        assert positive[: positives[index]].all()
+        probability = columns.teacher_probability[columns.scored_start[index] :][:passed]
+        np.testing.assert_array_equal(probability, request.teacher_probability[was[:passed]])
+
+
+def test_a_device_cuts_the_batch_that_the_host_cuts():
+    requests = [random_request(seed) for seed in range(4)]
+    requests.append(random_request(5, shown=0, passed=0, retrieved=3))
+    data, kinds, slots = prepared(columns_of(requests, V1), 12, 0.6)
+    starts = starts_of(kinds, np.array([[4, 0, 1], [2, 3, 4]]))
+    draw = sampling.chosen(starts, slots)
+    on_device = jax.jit(functools.partial(sampling.chosen, slots=slots))(starts)
+    assert_same(draw, on_device)
+    parts = cutting.gather(data, draw)
+    on_device = jax.jit(cutting.gather)(*jax.device_put((data, on_device)))
+    assert_same(parts, on_device)
+    layout = cutting.layout_of(data, slots)
+    batches = cutting.join(parts, layout)
+    assert_same(batches, jax.jit(functools.partial(cutting.join, layout=layout))(on_device))
+    for batch in batches:
+        assert_same(unpack(batch), jax.jit(unpack)(batch))
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    jax.tree.map(lambda one, other: one.dtype == other.dtype or 1 / 0, one, other)
+
+
+def as_rows(batch):
+    """For each request of a batch, what it says of each candidate that is there, by item."""
+    fields = dataclasses.asdict(batch)
+
+    def of_candidate(row, at):
+        known = [name for name in PER_CANDIDATE if at < fields[name].shape[1]]
+        return {name: fields[name][row, at] for name in known}
+
+    return [
+        {int(items[at]): of_candidate(row, at) for at in np.flatnonzero(fields["stage"][row])}
+        for row, items in enumerate(fields["item_id"])
+    ]
+
+
+@pytest.mark.parametrize("logged", [True, False])
+@pytest.mark.parametrize("stage", [Stage.SHOWN, Stage.PASSED, Stage.RETRIEVED])
+@pytest.mark.parametrize("scored", ["passed", "retrieved", "nothing"])
+def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logged, scored):
+    requests = [random_request(seed) for seed in range(4)]
+    requests += [random_request(5, 0, 0, 3), random_request(6, 4, 4, 9), random_request(7, 1, 1, 1)]
+    number = {"passed": 9, "retrieved": 20, "nothing": 0}[scored]
+    requests[2] = scored_by_the_teacher(requests[2], number)
+    whole = columns_of(requests, V1)
+    columns = only_counting(whole, stage, logged)
+
+    def batch_of(columns, stage):
+        data, kinds, slots = prepared(columns, 12, 0.5, stage=stage)
+        starts = starts_of(kinds, np.arange(len(requests))[:, None], 3)
+        return unpack(packed(data, starts, slots)[0])
+
+    everything, counting = batch_of(whole, Stage.RETRIEVED), batch_of(columns, stage)
+    assert counting.item_id.shape[1] <= everything.item_id.shape[1]
+    for row, (all_of, left) in enumerate(zip(as_rows(everything), as_rows(counting), strict=True)):
+        for item, fields in all_of.items():
+            # One that was shown and whose labels were not drawn has nothing but the teacher.
+            came_far = stage < Stage.SHOWN and fields["stage"] >= stage
+            counts = came_far or fields.get("label_weight", 0) > 0
+            counts |= logged and np.any(fields.get("teacher_weight", 0))
+            assert item in left or not counts, (row, item)
+        for item, fields in left.items():
+            for name, value in fields.items():
+                if name.startswith("teacher") and not logged:
+                    assert not np.any(value)
+                else:
+                    np.testing.assert_array_equal(value, all_of[item][name])
+    if stage == Stage.SHOWN and not logged:
+        assert counting.item_id.shape[1] == counting.labelled == 4
+        assert len(columns.item_id) == sum(len(request.user_label) for request in requests)
+    if stage == Stage.RETRIEVED:
+        np.testing.assert_array_equal(columns.item_id, whole.item_id)
+
+
+def scored_by_the_teacher(request, number):
+    """The request with logged probabilities of its first candidates, so many."""
+    generator = np.random.default_rng(number)
+    return dataclasses.replace(
+        request,
+        teacher_probability=generator.random((number, 3)).astype(np.float32),
+        teacher_weight=np.ones(number, np.float32),
+    )
+
+
+@given(
+    positives=st.integers(0, 6),
+    negatives=st.integers(0, 30),
+    rate=st.floats(0, 1),
+    slots=st.integers(1, 20),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=100, deadline=None)
+def test_reweighted_labels_keep_their_totals(positives, negatives, rate, slots, seed):
+    shown = positives + negatives
+    positive = np.random.default_rng(seed).permutation(np.arange(shown) < positives)
+    request = dataclasses.replace(
+        random_request(seed, shown, shown, 40),
+        user_label=np.repeat(positive[:, None], len(SPEC.tasks), axis=1).astype(np.uint8),
+    )
+    fields = fields_of(request, slots, rate, seed)
+    weight, label = fields["label_weight"], fields["user_label"][:, 0]
+    kept = weight > 0
+    assert len(np.unique(fields["item_id"])) == slots
+    # What is kept stands for all of its kind.
+    if positives:
+        np.testing.assert_allclose(weight[kept & (label == 1)].sum(), positives, rtol=1e-5)
+    if negatives and slots >= 2:
+        np.testing.assert_allclose(weight[kept & (label == 0)].sum(), negatives, rtol=1e-5)
+    if positives + max(round(rate * negatives), 1) <= slots:
+        assert (kept & (label == 1)).sum() == positives
+
+
+def test_unlabelled_slots_are_shared_and_fill_up():
+    request = random_request(0, shown=0, passed=10, retrieved=50)
+
+    def numbers(candidates, share):
+        stage = fields_of(request, candidates, passed_share=share)["stage"]
+        return (stage == Stage.PASSED).sum(), (stage == Stage.RETRIEVED).sum()
+
+    assert numbers(8, 0.25) == (2, 6)
+    # More slots than the passed can fill, and more than there is.
+    assert numbers(30, 1.0) == (10, 20)
+    assert numbers(80, 0.5) == (10, 40)
+
+
+def test_a_batch_holds_each_request_as_alone():
+    """Ragged requests side by side, one without candidates that were shown or scored."""
+    requests = [
+        random_request(0),
+        random_request(1, shown=0, passed=0, retrieved=3),
+        random_request(2, shown=7, passed=7, retrieved=7, version="v0"),
+        random_request(3, shown=1, passed=1, retrieved=1),
+    ]
+    parts = [columns_of(requests[:1], V1), columns_of(requests[1:], V1)]
+    together = cutting.full_fields(joined(parts), 20)
+    drawn = cut(joined(parts), 20, rows=np.array([2, 0, 1, 3, 1]))
+    for place, index in enumerate([2, 0, 1, 3, 1]):
+        alone = cutting.full_fields(columns_of([requests[index]], V1), 20)
+        for name, array in alone.items():
+            np.testing.assert_array_equal(together[name][index], array[0], err_msg=name)
+        # Room for all, so the same candidates, in another order.
+        order, own = (np.lexsort((f["item_id"][p], -np.sign(f["stage"][p])))
+                      for f, p in ((drawn, place), (alone, 0)))  # fmt: skip
+        for name in PER_CANDIDATE:
+            np.testing.assert_array_equal(drawn[name][place][order], alone[name][0][own])
+
+
+@pytest.mark.parametrize("negative_rate", [1.0, 0.5, 0.0])
+@pytest.mark.parametrize(
+    ("shown", "passed", "retrieved", "candidates"),
+    [(4, 9, 20, 12), (4, 9, 20, 30), (4, 9, 20, 2), (1, 1, 1, 3), (4, 4, 4, 4), (0, 0, 5, 3)],
+)
+def test_a_training_sample_tells_the_truth_about_its_candidates(
+    negative_rate, shown, passed, retrieved, candidates
+):
+    request = random_request(7, shown, passed, retrieved)
+    fields = fields_of(request, candidates, negative_rate)
+    real = fields["stage"] > 0
+    assert real.sum() == min(candidates, retrieved)
+    assert len(np.unique(fields["item_id"][real])) == real.sum()
+    for name in PER_CANDIDATE:
+        assert len(fields[name]) == candidates
+        assert (fields[name][~real] == 0).all()
+    position = {int(item): index for index, item in enumerate(request.item_id)}
+    for index in np.flatnonzero(real):
+        stored = position[int(fields["item_id"][index])]
+        np.testing.assert_array_equal(
+            fields["candidate_features"][index], request.candidate_features[stored]
+        )
+        stage = Stage(int(fields["stage"][index]))
+        if stored < shown:
+            assert stage == Stage.SHOWN
+            if fields["label_weight"][index]:
+                label = request.user_label[stored]
+                np.testing.assert_array_equal(fields["user_label"][index], label)
+        else:
+            assert stage == (Stage.PASSED if stored < passed else Stage.RETRIEVED)
+            assert fields["label_weight"][index] == 0
+        if stored < passed:
+            np.testing.assert_array_equal(
+                fields["teacher_probability"][index], request.teacher_probability[stored]
+            )
+            assert (fields["teacher_weight"][index] == 1).all()
+        else:
+            assert (fields["teacher_weight"][index] == 0).all()
+
+
+def test_all_shown_candidates_come_first_and_keep_their_weight():
+    request = random_request(3)
+    fields = fields_of(request, 12)
+    assert (fields["stage"][:4] == Stage.SHOWN).all()
+    assert set(fields["item_id"][:4]) == set(request.item_id[:4])
+    np.testing.assert_array_equal(fields["label_weight"][:5], [1, 1, 1, 1, 0])
+
+
+@pytest.mark.parametrize("events", [0, 2, SPEC.history_length, SPEC.history_length + 4])
+def test_the_most_recent_events_are_kept(events):
+    request = dataclasses.replace(
+        random_request(0),
+        history_id=np.arange(events, dtype=np.int32),
+        history_features=np.arange(events, dtype=np.float32)[:, None].repeat(3, 1),
+    )
+    fields = {
+        name: array[0] for name, array in cutting.full_fields(columns_of([request], V1), 20).items()
+    }
+    kept = min(events, SPEC.history_length)
+    assert fields["history_mask"].sum() == kept
+    np.testing.assert_array_equal(fields["history_id"][:kept], np.arange(events)[events - kept :])
+    np.testing.assert_array_equal(fields["history_features"][:kept, 0], fields["history_id"][:kept])

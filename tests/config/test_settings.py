@@ -1,0 +1,132 @@
+import pytest
+
+from configs import cascade, kuairand, movielens, movielens_1m, movielens_32m, recflow
+from kd_ranker.config import settings
+from kd_ranker.distillation.losses import LOSSES
+from kd_ranker.errors import UserError
+from kd_ranker.sources.registry import SOURCES
+
+
+def config_with(**changes):
+    config = cascade.get_config("small")
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return config
+
+
+def fault_of(config):
+    with pytest.raises(UserError) as caught:
+        settings.validate(config)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("config", [cascade.get_config(), cascade.get_config("small")])
+def test_the_configs_are_valid(config):
+    settings.validate(config)
+
+
+def test_top_k_may_take_in_all_candidates_where_nothing_looks_at_it():
+    settings.validate(config_with(distill__loss="ranknet", distill__top_k=32))
+    settings.validate(config_with(distill__loss="topk", distill__top_k=31))
+
+
+@pytest.mark.parametrize("config", [movielens, movielens_1m, movielens_32m])
+def test_the_movielens_configs_are_valid_on_as_many_devices_as_share_their_batch(config):
+    settings.validate(config.get_config())
+
+
+def test_each_movielens_config_names_its_set():
+    names = [config.get_config().data.name for config in (movielens, movielens_1m, movielens_32m)]
+    assert names == ["movielens_100k", "movielens_1m", "movielens_32m"]
+
+
+@pytest.mark.parametrize("variant", ["", "small"])
+def test_the_recflow_configs_are_valid(variant):
+    settings.validate(recflow.get_config(variant))
+
+
+@pytest.mark.parametrize("variant", ["", "1k", "27k"])
+def test_the_kuairand_configs_are_valid(variant):
+    settings.validate(kuairand.get_config(variant))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"distill__mode": "auxx"}, "distill.mode='auxx' does not exist; choose one of: aux, none"),
+        ({"distill__loss": "l2"}, f"choose one of: {', '.join(sorted(LOSSES))}"),
+        ({"sweep__modes": ("aux", "all")}, "sweep.modes='all' does not exist"),
+        ({"distill__mode": "aux", "distill__serve": "both"}, "blend, teacher, user"),
+        ({"student__name": "giant"}, "multi_interest"),
+        ({"optimizer__table_name": "sgdd"}, "optimizer.table_name='sgdd'"),
+        ({"parallel__mapping": "vmap"}, "pmap, shard_map"),
+        ({"batch__order": "random"}, "batch.order='random' does not exist; choose one of: s"),
+        ({"teacher__batch__order": ""}, "teacher.batch.order=''"),
+        ({"data__name": "netflix"}, ", ".join(sorted(SOURCES))),
+        ({"tasks": ("watch", "buy", "like")}, "'buy', which cascade lacks; it has: watch, like"),
+        ({"tasks": ()}, "tasks is empty; cascade has: watch, like, share"),
+        ({"tasks": ("like", "like", "share")}, "names a task twice"),
+        ({"tasks": (1, 2, 3)}, "tasks holds 1; it takes names"),
+        ({"value_weights": (1.0, 2.0)}, "value_weights has 2 numbers for 3 tasks"),
+        ({"value_weights": (0.0, 0.0, 0.0)}, "value_weights"),
+        ({"value_weights": (1.0, -1.0, 1.0)}, "value_weights"),
+        ({"value_weights": ("a", "b", "c")}, "value_weights holds 'a'; it takes numbers"),
+        ({"batch__requests": 8, "parallel__devices": 3}, "batch.requests=8 cannot be shared by 3"),
+        ({"teacher__batch__requests": 9}, "teacher.batch.requests=9 cannot be shared by 8 devices"),
+        ({"parallel__devices": 99}, "parallel.devices=99, but there are 8; 0 takes all"),
+        ({"train__steps": 0}, "train.steps=0 must be greater than 0"),
+        ({"student__interests": 0}, "student.interests=0 must be greater than 0"),
+        ({"student__hidden": (16, 0)}, "student.hidden holds 0"),
+        ({"distill__weight": -1.0}, "distill.weight=-1.0 must not be negative"),
+        ({"distill__weight": float("nan")}, "distill.weight=nan must be a finite number"),
+        ({"optimizer__learning_rate": float("inf")}, "learning_rate=inf must be a finite number"),
+        ({"distill__top_k": 0}, "distill.top_k=0 must be greater than 0"),
+        (
+            {"distill__loss": "topk", "distill__top_k": 32},
+            "distill.top_k=32 takes in all batch.candidates=32",
+        ),
+        ({"sweep__losses": ("bce", "topk"), "distill__top_k": 40}, "distill.top_k=40 takes in all"),
+        ({"seed": -1}, "seed=-1 must not be negative"),
+        ({"student__category_rows": -1}, "student.category_rows=-1 must not be negative"),
+        ({"batch__passed_share": 1.5}, "batch.passed_share=1.5 must lie in [0, 1]"),
+        ({"sweep__weights": ()}, "sweep.weights is empty"),
+        ({"sweep__weights": (1.0, -2.0)}, "sweep.weights holds -2.0"),
+        ({"sweep__seeds": (0, 0.5)}, "sweep.seeds holds 0.5; it takes whole numbers"),
+        ({"sweep__seeds": (True,)}, "sweep.seeds holds True"),
+        ({"funnel__passed": 200}, "a funnel may not widen"),
+        ({"funnel__report_at": (10, 101)}, "funnel.report_at holds 101; give numbers in [1, 100]"),
+    ],
+)  # fmt: skip
+def test_each_fault_is_one_line_that_says_what_to_change(changes, message):
+    assert message in fault_of(config_with(**changes))
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("bogus", "config has: batch, data"),
+        ("train.step", "did you mean 'train.steps'?"),
+        ("distil.mode", "did you mean 'distill.mode'?"),
+        ("affine", "did you mean 'distill.affine'?"),
+        ("learning_rate", "'optimizer.learning_rate' or 'teacher.optimizer.learning_rate'"),
+        ("train.bogus", "config.train has: checkpoint_every, eval_every"),
+        ("seed.of.all", "config.seed is one value"),
+    ],
+)
+def test_an_unknown_key_is_named_whole_with_a_hint(key, hint):
+    with pytest.raises(UserError) as caught:
+        settings.check_key(config_with(), key)
+    assert str(caught.value).startswith(f"config key {key!r} does not exist; ")
+    assert hint in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["seed", "train", "train.steps", "teacher.optimizer.name"])
+def test_a_key_that_exists_is_fine(key):
+    settings.check_key(config_with(), key)
+
+
+@pytest.mark.parametrize(("module", "known"), [(cascade, ":small"), (movielens, "none")])
+def test_an_unknown_variant_names_those_that_exist(module, known):
+    with pytest.raises(UserError, match=f"no variant :huge; the variants are: {known}"):
+        module.get_config("huge")

@@ -1,0 +1,662 @@
+import dataclasses
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from kd_ranker.batches import loader
+from kd_ranker.batches.cutting import unpack
+from kd_ranker.distillation.modes import MODES
+from kd_ranker.errors import UserError
+from kd_ranker.evaluation import results
+from kd_ranker.pipeline import commands, measurement, teachers
+from kd_ranker.requests import storage
+from kd_ranker.training import checkpoints, recipes
+from kd_ranker.training.step import select_member
+from tests import small
+
+# As many steps as elsewhere: the schedule is compiled in, and what is compiled is shared.
+SWEEP = {"sweep__modes": ("none", "aux"), "sweep__seeds": (0, 1), "train__eval_every": 0}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small.open_world(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def trained(world):
+    """mode -> the workdir of a student; a test changes only a copy of it."""
+
+    def workdir(mode):
+        config = world.config(distill__mode=mode)
+        return world.made(mode, lambda folder: commands.train(config, folder))
+
+    return workdir
+
+
+def table(workdir):
+    return results.read_csv(workdir / results.FILE)
+
+
+def metrics(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def student_parameters(config, workdir):
+    dataset = teachers.open_dataset(config)
+    (group,) = recipes.student_groups({"": config}, dataset.spec)
+    with checkpoints.open_manager(workdir) as manager:
+        (state,), step = checkpoints.restore(manager, (jax.eval_shape(group.init),), None)
+    assert step == config.train.steps
+    return select_member(state.parameters, 0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_train_leaves_what_the_contract_says(world, trained, mode):
+    workdir = trained(mode)
+    config = world.config(distill__mode=mode)
+    frame = table(workdir)
+    assert list(frame.columns) == results.columns(config.tasks, config.funnel.report_at)
+    assert frame["serve"].tolist() == list(MODES[mode].serve)
+    assert set(frame["mode"]) == {mode}
+    assert set(frame["role"]) == {"student"}
+    assert set(frame["step"]) == {config.train.steps}
+    assert frame["user_bce/watch"].between(0, 2).all()
+    assert frame["cost_ratio"].between(0, 0.1).all()
+    distilled = mode != "none"
+    assert frame["distill_loss"].notna().all() == distilled
+    assert set(frame["distill_weight"]) == {1.0 if distilled else 0.0}
+
+    assert json.loads((workdir / "config.json").read_text()) == json.loads(config.to_json())
+    assert (workdir / "checkpoints" / "20").is_dir()
+    assert list(workdir.glob("events.out.tfevents.*"))
+    lines = metrics(workdir)
+    steps = [line["step"] for line in lines]
+    assert steps == sorted(steps)
+    assert [line["step"] for line in lines if "loss" in line] == [5, 10, 15, 20]
+    assert [line["step"] for line in lines if "eval/user_bce/watch" in line] == [10]
+
+
+def test_a_finished_run_is_left_as_it_is(world, trained, tmp_path):
+    workdir = tmp_path / "finished"
+    shutil.copytree(trained("shared"), workdir)
+    before = {
+        path: path.read_bytes()
+        for path in workdir.rglob("*")
+        if path.is_file() and "tfevents" not in path.name
+    }
+    commands.train(world.config(distill__mode="shared"), workdir)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def log_teacher(world):
+    """Two workers that write the same dataset at once would be in each other's way."""
+    with world.locked("log_teacher"):
+        return commands.log_teacher(world.config()).dataset
+
+
+@pytest.mark.parametrize("mode", ["aux", "shared"])
+def test_a_logged_teacher_gives_the_student_of_the_live_one(world, tmp_path, mode):
+    log_teacher(world)
+    # Adam would take the sign of a gradient that is zero but for rounding for a direction.
+    descent = {"name": "sgd", "table_name": "sgd", "learning_rate": 0.3, "table_learning_rate": 3.0}
+    changes = {f"optimizer__{key}": value for key, value in descent.items()}
+    live, logged = tmp_path / "live", tmp_path / "logged"
+    for workdir in (live, logged):
+        config = world.config(distill__mode=mode, teacher__source=workdir.name, **changes)
+        commands.train(config, workdir)
+    one, other = student_parameters(config, live), student_parameters(config, logged)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, other)
+    (group,) = recipes.student_groups({"": config}, teachers.open_dataset(config).spec)
+    start = select_member(group.init().parameters, 0)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - np.asarray(b)).max()), one, start)
+    assert max(jax.tree.leaves(moved)) > 0.02
+    one, other = (table(workdir).select_dtypes("number") for workdir in (live, logged))
+    np.testing.assert_allclose(one, other, rtol=1e-3)
+
+
+def test_logged_records_carry_the_teachers_version_and_no_other_counts(world):
+    config = world.config()
+    directory = log_teacher(world)
+    version = teachers.load_teacher(config, teachers.open_dataset(config)).version
+    assert f"-teacher-{version}" in directory.parent.name
+    dataset = teachers.open_dataset(config, version)
+    assert dataset.spec.teacher_version == version
+    for split in ("train", "test"):
+        requests = list(loader.read_requests(dataset, split))
+        assert {request.teacher_version for request in requests} == {version}
+        # teacher.stage=retrieved: every candidate was scored.
+        assert all(len(r.teacher_probability) == len(r.item_id) for r in requests)
+
+    def weights(of):
+        sizes = dict(requests=8, candidates=32, passed_share=0.5, negative_rate=1.0, seed=0)
+        made = loader.training_batches(of, resident=False, **sizes)
+        return np.asarray(unpack(next(iter(made))).teacher_weight)
+
+    other = dataclasses.replace(dataset.spec, teacher_version="of-another-teacher")
+    assert (weights(dataset) == 1).all()
+    assert (weights(dataclasses.replace(dataset, spec=other)) == 0).all()
+
+
+@pytest.fixture
+def apart(world, tmp_path, monkeypatch):
+    """The config of a dataset that no other test scores, in shards of one batch: 4 and 1."""
+    dataset = teachers.open_dataset(world.config())
+    copied = tmp_path / "requests" / dataset.directory.parent.name
+    shutil.copytree(dataset.directory.parent, copied)
+    monkeypatch.setattr(teachers, "_BATCHES", 1)
+    config = world.config(data__dir=str(tmp_path))
+    assert config.evaluation.requests == 16
+    return config
+
+
+def record_files(directory):
+    return {path.name: path.read_bytes() for path in directory.glob("*array_record*")}
+
+
+def test_scoring_in_shards_and_processes_gives_the_bytes_of_one_pass(apart, monkeypatch):
+    dataset = teachers.open_dataset(apart)
+    teacher = teachers.load_teacher(apart, dataset)
+
+    def fields(requests):
+        return [
+            {name: np.asarray(value).tobytes() for name, value in vars(request).items()}
+            for request in requests
+        ]
+
+    files = []
+    loaded, load = [], teachers.load_teacher
+    monkeypatch.setattr(
+        teachers, "load_teacher", lambda *arguments: loaded.append(0) or load(*arguments)
+    )
+    for processes in (1, 2):
+        apart.data.processes = processes
+        directory = commands.log_teacher(apart).dataset
+        scored = teachers.open_dataset(apart, teacher.version)
+        splits = scored.builder.info.splits
+        assert splits["train"].shard_lengths == [16] * 4
+        assert splits["test"].shard_lengths == [12]
+        for split in storage.SPLITS:
+            one_pass = teachers.scored_requests(apart, dataset, teacher, split)
+            assert fields(loader.read_requests(scored, split)) == fields(one_pass)
+        files.append(record_files(directory))
+        shutil.rmtree(directory)
+    assert files[0] == files[1]
+    # Once a call; the other processes do not count here.
+    assert len(loaded) == 2
+
+
+# A real SIGKILL, when so many shards of the scored copy are whole.
+_DYING = """
+import os, runpy, signal, sys
+from kd_ranker.pipeline import teachers
+from kd_ranker.requests import storage
+number, write = int(sys.argv[1]), storage.write_shard
+
+def dying_write(*arguments):
+    global number
+    if not number:
+        os.kill(os.getpid(), signal.SIGKILL)
+    number -= 1
+    write(*arguments)
+
+storage.write_shard, teachers._BATCHES = dying_write, 1
+sys.argv = ["log_teacher", *sys.argv[2:]]
+runpy.run_module("experiments.log_teacher", run_name="__main__")
+"""
+
+
+def test_scoring_that_was_killed_goes_on_with_the_shards_that_are_missing(
+    world, apart, tmp_path, monkeypatch
+):
+    directory = commands.log_teacher(apart).dataset
+    whole = record_files(directory)
+    shutil.rmtree(directory)
+    killed = small.run("-c", _DYING, "3", *world.flags(tmp_path, data__dir=str(tmp_path)))
+    assert killed.returncode == -9, killed.stderr
+    assert not directory.exists()
+    score, scored = teachers.scored_requests, []
+
+    def counting(*arguments):
+        scored.append(arguments[3:])
+        return score(*arguments)
+
+    monkeypatch.setattr(teachers, "scored_requests", counting)
+    assert commands.log_teacher(apart).dataset == directory
+    assert scored == [("train", 48, 64), ("test", 0, 12)]
+    assert record_files(directory) == whole
+    assert not [*tmp_path.glob(".scoring-*")]
+    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+
+
+def test_kept_shards_are_of_the_same_batches_dataset_and_teacher(apart):
+    dataset = teachers.open_dataset(apart)
+    teacher = teachers.load_teacher(apart, dataset)
+
+    def folder(**changes):
+        config = apart.copy_and_resolve_references()
+        with config.unlocked():
+            config.update_from_flattened_dict(
+                {key.replace("__", "."): value for key, value in changes.items()}
+            )
+        return teachers.scoring_folder(config, dataset, teacher)
+
+    before = folder()
+    apart.data.processes = 2
+    assert folder() == before
+    assert folder(evaluation__requests=8) != before
+    assert folder(teacher__stage="passed") != before
+    other = teacher._replace(version="another")
+    assert teachers.scoring_folder(apart, dataset, other) != before
+    # Made anew, it may hold something else.
+    record = next(dataset.directory.glob("*array_record*"))
+    record.write_bytes(record.read_bytes())
+    assert folder() != before
+
+
+def test_a_process_that_finds_another_teacher_does_not_score_with_it(apart):
+    with pytest.raises(UserError, match="has changed while it scored; run this again"):
+        teachers.scored_elsewhere(apart.to_json(), "another", "train", 0, 16)
+
+
+@pytest.fixture(scope="module")
+def swept(world):
+    return world.made("swept", lambda folder: commands.sweep(world.config(**SWEEP), folder))
+
+
+def test_a_sweep_has_one_row_a_model_and_serve_choice(world, swept):
+    frame = table(swept)
+    config = world.config()
+    assert list(frame.columns) == results.columns(config.tasks, config.funnel.report_at)
+    assert frame["role"].tolist() == ["teacher"] + ["student"] * 8
+    assert frame["step"][0] == config.teacher.train.steps
+    students = frame[1:]
+    expected = [
+        (mode, serve, seed)
+        for mode in ("none", "aux")
+        for seed in (0, 1)
+        for serve in MODES[mode].serve
+    ]
+    assert list(students[["mode", "serve", "seed"]].itertuples(index=False, name=None)) == expected
+    assert (students.loc[students["mode"] == "none", "funnel_cost_saving"] == 0).all()
+    assert students["funnel_cost_saving"].notna().all()
+    cost = (
+        config.funnel.retrieved * frame["flops_per_candidate"]
+        + frame["passed_for_99"] * frame["flops_per_candidate"][0]
+    )
+    for _, of_seed in students.groupby("seed"):
+        saving = 1 - cost[of_seed.index] / cost[of_seed.index[0]]
+        np.testing.assert_allclose(of_seed["funnel_cost_saving"], saving, atol=1e-5)
+
+
+def test_a_sweep_without_a_teacher_to_run_knows_neither_its_seed_nor_its_step(world, tmp_path):
+    config = world.config(**SWEEP, teacher__source="logged", teacher__workdir="")
+    config.update(sweep={"modes": ("none",), "seeds": (0,)})
+    commands.sweep(config, tmp_path)
+    rows = (tmp_path / results.FILE).read_text().splitlines()[1:]
+    assert rows[0].startswith("cascade,teacher,,,,,,user,,,,")
+    assert rows[1].startswith("cascade,student,none,,0,,0.01,user,0,0,20,")
+
+
+def test_a_member_of_a_sweep_is_the_student_that_train_makes(world, swept, trained):
+    """Same seed, same order of the data: the same numbers up to rounding."""
+    frame = table(swept)
+    for mode in ("none", "aux"):
+        alone = table(trained(mode)).select_dtypes("number")
+        of_sweep = frame[(frame["mode"] == mode) & (frame["seed"] == 0)]
+        compared = alone.columns.difference(["funnel_cost_saving", "member"])
+        np.testing.assert_allclose(
+            of_sweep[compared].astype(float), alone[compared], rtol=2e-3, atol=1e-6
+        )
+
+
+def test_a_sweep_leaves_curves_and_calibration_beside_its_results(world, swept):
+    config, frame = world.config(), table(swept)
+    curves = results.read_csv(swept / results.CURVES_FILE)
+    assert tuple(curves.columns) == results.CURVES_COLUMNS
+    members = list(frame[["member", "serve"]].itertuples(index=False, name=None))
+    assert list(curves.groupby(["member", "serve"], sort=False).groups) == members
+    at_passed = curves[curves["k"] == config.funnel.passed]
+    for name in ("survival", "value_captured", "true_value_captured", "shown_recall"):
+        np.testing.assert_allclose(
+            at_passed[name], frame[f"{name}@{config.funnel.passed}"], rtol=1e-6
+        )
+    calibration = results.read_csv(swept / results.CALIBRATION_FILE)
+    assert tuple(calibration.columns) == results.CALIBRATION_COLUMNS
+    bins = calibration[calibration["task"] == "watch"].groupby(["member", "serve"], sort=False)
+    predicted = bins.apply(lambda rows: (rows["weight"] * rows["predicted"]).sum())
+    observed = bins.apply(lambda rows: (rows["weight"] * rows["observed"]).sum())
+    np.testing.assert_allclose(predicted / observed, frame["user_calibration/watch"], rtol=1e-4)
+
+
+def test_a_complete_sweep_is_left_alone(world, swept):
+    before = {path: path.stat().st_mtime_ns for path in swept.rglob("*")}
+    assert not commands.sweep(world.config(**SWEEP), swept)
+    assert {path: path.stat().st_mtime_ns for path in swept.rglob("*")} == before
+
+
+def test_a_sweep_of_another_config_is_refused_with_the_keys(world, swept):
+    config = world.config(**SWEEP, train__steps=30, sweep__weights=(1.0, 2.0))
+    fault = fault_of(commands.sweep, config, swept)
+    assert "sweep.weights ([1.0] there, [1.0, 2.0] now), train.steps (20 there, 30 now)" in fault
+
+
+def test_a_sweep_that_is_extended_trains_the_new_members_alone(world, swept, tmp_path):
+    workdir = tmp_path / "extended"
+    shutil.copytree(swept, workdir)
+    before = (workdir / "cohorts" / "0" / results.FILE).stat().st_mtime_ns
+    more = SWEEP | {"sweep__weights": (1.0, 4.0), "sweep__extend": True}
+    assert commands.sweep(world.config(**more), workdir)
+    assert (workdir / "cohorts" / "0" / results.FILE).stat().st_mtime_ns == before
+    old, new = table(swept), table(workdir)
+    assert set(new["member"]) - set(old["member"]) == {f"aux-weight4.0-seed{s}" for s in (0, 1)}
+    assert new[: len(old)].equals(old)
+    assert new["funnel_cost_saving"][1:].notna().all()
+    # The same again has nothing to do, with and without the word.
+    assert not commands.sweep(world.config(**more), workdir)
+    assert not commands.sweep(world.config(**more | {"sweep__extend": False}), workdir)
+    fewer = SWEEP | {"sweep__seeds": (0,), "sweep__extend": True}
+    fault = fault_of(commands.sweep, world.config(**fewer), workdir)
+    assert "none-seed1, which config.sweep does not name" in fault
+    other = more | {"train__steps": 30}
+    assert "train.steps (20 there, 30 now)" in fault_of(
+        commands.sweep, world.config(**other), workdir
+    )
+
+
+def test_a_population_that_does_not_fit_is_split_and_ends_the_same(world, swept, tmp_path):
+    commands.sweep(world.config(**SWEEP, sweep__group_size=2), tmp_path)
+    assert [path.name for path in sorted((tmp_path / "cohorts").iterdir())] == ["0", "1"]
+    split, whole = (frame.set_index(["member", "serve"]) for frame in map(table, (tmp_path, swept)))
+    numbers = whole.select_dtypes("number").columns
+    np.testing.assert_allclose(
+        split.loc[whole.index, numbers], whole[numbers], rtol=2e-3, atol=1e-6, equal_nan=True
+    )
+
+
+def test_a_member_that_diverges_is_marked_and_the_others_go_on(world, tmp_path, caplog):
+    axes = {"sweep__modes": ("none", "shared"), "sweep__learning_rates": (0.01, 1e30)}
+    commands.sweep(world.config(**axes, train__log_every=1), tmp_path)
+    frame = table(tmp_path)
+    students = frame[frame["role"] == "student"].set_index("member")
+    diverged = students["learning_rate"] > 1
+    assert (students["non_finite_step"].notna() == diverged).all()
+    assert students.loc[~diverged, "passed_for_99"].notna().all()
+    measured = [name for name in frame if "@" in name or "/" in name]
+    assert students.loc[diverged, measured].isna().all(axis=None)
+    step = int(students.loc["shared-weight1.0-rate1e+30-seed0", "non_finite_step"])
+    assert f"shared-weight1.0-rate1e+30-seed0 stopped being finite at step {step}" in caplog.text
+    # Nothing is logged of it from then on.
+    for line in metrics(tmp_path / "cohorts" / "0"):
+        assert ("loss/shared-weight1.0-rate1e+30-seed0" in line) == (line["step"] < step)
+        assert "loss/shared-weight1.0-seed0" in line
+
+
+def test_a_cohort_that_diverges_whole_does_not_keep_the_others_from_training(world, tmp_path):
+    axes = {"sweep__modes": ("none",), "sweep__learning_rates": (1e30, 0.01)}
+    config = world.config(**axes, sweep__group_size=1, train__log_every=1)
+    commands.sweep(config, tmp_path)
+    students = table(tmp_path)[1:]
+    assert students["non_finite_step"].notna().tolist() == [True, False]
+    assert max(line["step"] for line in metrics(tmp_path / "cohorts" / "0")) < config.train.steps
+    assert not commands.sweep(config, tmp_path)
+
+
+def test_a_member_whose_last_update_is_not_finite_is_marked_too(world, tmp_path):
+    """No later loss would tell."""
+    # Infinite as a float32.
+    axes = {"sweep__modes": ("none",), "sweep__learning_rates": (0.01, 1e39)}
+    short = {"train__steps": 1, "optimizer__schedule": "constant"}
+    commands.sweep(world.config(**axes, **short), tmp_path)
+    students = table(tmp_path)[1:]
+    assert students["non_finite_step"].fillna(0).tolist() == [0, 1]
+    assert students["user_bce/watch"].isna().tolist() == [False, True]
+
+
+def test_an_extension_that_died_before_its_results_were_joined_is_not_complete(
+    world, swept, tmp_path
+):
+    workdir = tmp_path / "extended"
+    shutil.copytree(swept, workdir)
+    old = (workdir / results.FILE).read_bytes()
+    config = world.config(**SWEEP | {"sweep__weights": (1.0, 4.0), "sweep__extend": True})
+    commands.sweep(config, workdir)
+    new = (workdir / results.FILE).read_bytes()
+    (workdir / results.FILE).write_bytes(old)
+    assert commands.sweep(config, workdir)
+    assert (workdir / results.FILE).read_bytes() == new
+
+
+def test_a_workdir_belongs_to_one_command(world, swept, trained):
+    before = (swept / results.FILE).read_bytes()
+    for command in (commands.train, commands.train_teacher):
+        fault = fault_of(command, world.config(**SWEEP), swept)
+        assert f"{swept} belongs to a run of sweep" in fault
+    assert (swept / results.FILE).read_bytes() == before
+    single = trained("shared")
+    fault = fault_of(commands.sweep, world.config(distill__mode="shared"), single)
+    assert f"{single} belongs to a run of train;" in fault
+
+
+def test_results_of_a_cohort_that_are_damaged_are_made_again(world, swept, tmp_path):
+    workdir = tmp_path / "damaged"
+    shutil.copytree(swept, workdir)
+    for path in (workdir / results.FILE, workdir / "cohorts" / "0" / results.FILE):
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    (workdir / results.CALIBRATION_FILE).unlink()
+    assert commands.sweep(world.config(**SWEEP), workdir)
+    for name in (results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE):
+        assert (workdir / name).read_bytes() == (swept / name).read_bytes()
+    (workdir / "cohorts.json").write_text("{")
+    assert "cohorts.json is damaged" in fault_of(commands.sweep, world.config(**SWEEP), workdir)
+
+
+def test_orders_of_data_are_cohorts_that_pair_with_their_own_baseline(world, tmp_path):
+    axes = {"sweep__modes": ("none", "shared"), "sweep__data_seeds": (0, 5)}
+    commands.sweep(world.config(**axes), tmp_path)
+    students = table(tmp_path)[1:]
+    assert students["data_seed"].tolist() == [0, 0, 5, 5]
+    assert (students.loc[students["mode"] == "none", "funnel_cost_saving"] == 0).all()
+    none = students[students["mode"] == "none"]
+    # Another order is another student.
+    assert none["user_bce/watch"].nunique() == 2
+
+
+def test_a_sweep_under_another_teacher_is_refused(world, swept, tmp_path):
+    workdir = tmp_path / "other_teacher"
+    shutil.copytree(swept, workdir)
+    plan = json.loads((workdir / "cohorts.json").read_text())
+    (workdir / "cohorts.json").write_text(json.dumps(plan | {"teacher": "elsewhere"}))
+    (workdir / results.FILE).unlink()
+    fault = fault_of(commands.sweep, world.config(**SWEEP), workdir)
+    assert "under the teacher elsewhere" in fault
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_ends_as_if_it_had_never_been_killed(world, tmp_path):
+    """Killed while it logs, while it saves, and between its two cohorts."""
+    axes = {**SWEEP, "sweep__group_size": 3, "train__checkpoint_every": 5, "train__log_every": 5}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    commands.sweep(world.config(**axes), whole)
+    flags = world.flags(killed, **axes)
+    for moment, cohort, step in (("logging", "0", 10), ("saving", "0", 20), ("logging", "1", 15)):
+        small.run_and_kill("experiments.sweep", moment, cohort, step, flags)
+        assert not (killed / results.FILE).exists()
+    finished = killed / "cohorts" / "0" / results.FILE
+    before = finished.stat().st_mtime_ns
+    assert commands.sweep(world.config(**axes), killed)
+    assert finished.stat().st_mtime_ns == before
+    names = [results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE]
+    names += [f"cohorts/{cohort}/metrics.jsonl" for cohort in (0, 1)]
+    for name in names:
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("damaged", [(20,), (10, 20)], ids=["newest", "all"])
+def test_a_run_with_damaged_checkpoints_ends_with_the_same_results(
+    world, trained, tmp_path, damaged
+):
+    whole, workdir = trained("shared"), tmp_path / "damaged"
+    shutil.copytree(whole, workdir)
+    (workdir / results.FILE).unlink()
+    for step in damaged:
+        for file in (workdir / "checkpoints" / str(step) / "state").rglob("d/*"):
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 0xFF
+            file.write_bytes(content)
+    commands.train(world.config(distill__mode="shared"), workdir)
+    for name in (results.FILE, "metrics.jsonl"):
+        assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+    set_aside = {int(path.name) for path in (workdir / "damaged_checkpoints").iterdir()}
+    assert set_aside == set(damaged)
+
+
+def fault_of(command, *arguments):
+    with pytest.raises(UserError) as caught:
+        command(*arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["train_teacher", "train", "sweep", "log_teacher"])
+def test_without_a_dataset_each_command_names_the_one_that_makes_it(world, tmp_path, command):
+    workdir = tmp_path / "workdir"
+    arguments = () if command == "log_teacher" else (workdir,)
+    config = world.config(data__dir=str(tmp_path / "nowhere"))
+    fault = fault_of(getattr(commands, command), config, *arguments)
+    assert str(tmp_path / "nowhere") in fault
+    assert "python -m experiments.prepare_data" in fault
+    assert not workdir.exists()
+
+
+@pytest.mark.parametrize("command", [commands.train, commands.sweep])
+@pytest.mark.parametrize("source", ["live", "logged"])
+def test_without_a_teacher_a_student_names_the_command_that_makes_it(
+    world, tmp_path, command, source
+):
+    config = world.config(teacher__workdir=str(tmp_path / "nobody"), teacher__source=source)
+    fault = fault_of(command, config, tmp_path / "workdir")
+    assert fault.startswith(f"no teacher at {tmp_path / 'nobody'}")
+    assert "python -m experiments.train_teacher" in fault
+
+
+def test_an_empty_teacher_workdir_is_named(world, tmp_path):
+    fault = fault_of(commands.train, world.config(teacher__workdir=""), tmp_path)
+    assert "teacher.workdir is empty" in fault
+    assert "python -m experiments.train_teacher" in fault
+
+
+def test_an_unfinished_teacher_says_how_far_it_is(world, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(world.teacher, teacher)
+    shutil.rmtree(teacher / "checkpoints" / "20")
+    fault = fault_of(commands.train, world.config(teacher__workdir=str(teacher)), tmp_path / "w")
+    assert "stopped at step 10 of 20; finish it with: python -m experiments.train_teacher" in fault
+
+
+def test_a_student_is_no_teacher_and_keeps_its_checkpoints(world, trained, tmp_path):
+    workdir = trained("none")
+    config = world.config(teacher__workdir=str(workdir))
+    assert "holds a model of other sizes" in fault_of(commands.train, config, tmp_path / "w")
+    assert (workdir / "checkpoints" / "20").is_dir()
+    assert not (workdir / "damaged_checkpoints").exists()
+
+
+def test_a_teacher_of_other_tasks_is_named_with_its_tasks(world, tmp_path):
+    config = world.config(tasks=("watch",), value_weights=(1.0,))
+    commands.prepare_data(config)
+    fault = fault_of(commands.train, config, tmp_path / "w")
+    assert re.search("trained on .* for watch, like, share, not on .* for watch;", fault)
+
+
+def test_a_dataset_that_the_teacher_has_not_scored_names_the_command(world, tmp_path, monkeypatch):
+    version = "another"
+    load = teachers.load_teacher
+    monkeypatch.setattr(
+        teachers, "load_teacher", lambda *arguments: load(*arguments)._replace(version=version)
+    )
+    fault = fault_of(commands.train, world.config(teacher__source="logged"), tmp_path / "w")
+    assert "teacher-another" in fault
+    assert "python -m experiments.log_teacher" in fault
+
+
+def test_a_workdir_of_another_config_names_the_keys_that_differ(world, trained):
+    workdir = trained("shared")
+    before = (workdir / results.FILE).read_bytes()
+    config = world.config(distill__mode="shared", distill__weight=3.0, seed=4)
+    fault = fault_of(commands.train, config, workdir)
+    assert "distill.weight (1.0 there, 3.0 now), seed (0 there, 4 now)" in fault
+    assert (workdir / results.FILE).read_bytes() == before
+
+
+def test_data_that_is_there_is_left_alone(world):
+    directory = commands.prepare_data(world.config())
+    before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
+    assert commands.prepare_data(world.config()) == directory
+    assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
+
+
+def test_costs_are_those_of_the_teacher_that_was_trained(world):
+    """Not of one that the student's own flags would describe."""
+    config = world.config(teacher__width=64)
+    dataset = teachers.open_dataset(config)
+    teacher = teachers.load_teacher(config, dataset)
+    flops = measurement.teacher_flops(config, dataset.spec, teacher)
+    assert flops == measurement.teacher_flops(world.config(), dataset.spec, None)
+    assert flops != measurement.teacher_flops(config, dataset.spec, None)
+
+
+def test_copies_scored_at_different_stages_are_different_datasets(world):
+    names = [
+        teachers.dataset_name(world.config(teacher__stage=stage), "version")
+        for stage in ("passed", "retrieved")
+    ]
+    assert names[0] != names[1]
+
+
+@pytest.mark.parametrize("mapping", ["pmap", "shard_map"])
+def test_a_run_on_several_devices_evaluates_on_its_way(world, trained, tmp_path, mapping):
+    """The results are those of one device, up to rounding."""
+    config = world.config(parallel__devices=4, parallel__mapping=mapping, train__eval_every=5)
+    commands.train(config, tmp_path)
+    assert any("eval/passed_for_99" in line for line in metrics(tmp_path))
+    single = table(trained("shared"))
+    for column in ("user_bce/watch", "teacher_kl/watch", "alignment_ratio"):
+        np.testing.assert_allclose(table(tmp_path)[column], single[column], rtol=1e-3)
+
+
+def test_a_state_that_is_not_finite_is_never_saved(world, tmp_path):
+    config = world.config(
+        optimizer__learning_rate=1e30, train__log_every=1000, train__checkpoint_every=4
+    )
+    with pytest.raises(UserError, match=r"loss stopped being finite at step \d+; try a"):
+        commands.train(config, tmp_path)
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+@pytest.mark.parametrize("command", [commands.train, commands.train_teacher])
+def test_a_last_update_that_is_not_finite_is_never_saved(world, tmp_path, command):
+    """The loss was finite at the only step, and no later one would tell."""
+    short = {}
+    for prefix in ("", "teacher__"):
+        short |= {f"{prefix}train__steps": 1, f"{prefix}optimizer__schedule": "constant"}
+        short |= {f"{prefix}optimizer__learning_rate": 1e39}
+    fault = fault_of(command, world.config(**short), tmp_path)
+    assert "the loss stopped being finite at step 1" in fault
+    assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
+
+
+def test_the_funnels_own_k_is_always_reported(world):
+    config = world.config(funnel__report_at=(10,))
+    assert measurement._report_at(config) == [10, config.funnel.passed]
+
+
+def test_a_split_without_requests_is_one_line(world, tmp_path):
+    config = world.config(data__test_requests=0, data__dir=str(tmp_path))
+    with pytest.raises(UserError, match="no requests for its split 'test'"):
+        commands.prepare_data(config)

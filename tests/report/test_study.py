@@ -1,0 +1,178 @@
+import json
+
+import pytest
+
+from kd_ranker.errors import UserError
+from kd_ranker.evaluation import results
+from kd_ranker.report.study import read_studies
+from tests.report import sweeps
+
+
+def test_members_settings_and_repeats(tmp_path):
+    (study,) = read_studies([sweeps.write_sweep(tmp_path)])
+    assert (study.dataset, study.tasks, study.passed) == ("cascade", list(sweeps.TASKS), 200)
+    assert list(study.rows["setting"].unique()) == [
+        "none", "aux (user), weight 0.3", "aux (user), weight 1", "aux (teacher), weight 0.3",
+        "aux (teacher), weight 1", "aux (blend), weight 0.3", "aux (blend), weight 1",
+        "shared, weight 0.3", "shared, weight 1",
+    ]  # fmt: skip
+    assert list(study.rows["repeat"].unique()) == ["0/0", "1/0", "2/0"]
+    assert len(study.teachers) == 1
+    assert study.varying == []
+    assert study.missing == {"curves": [], "calibration": [], "losses": []}
+    # The line that was cut short is not read.
+    assert study.losses["step"].max() == 1500
+
+
+def test_the_savings_are_those_of_the_results(tmp_path):
+    (study,) = read_studies([sweeps.write_sweep(tmp_path)])
+    written = results.read_csv(tmp_path / results.FILE)
+    joined = study.rows.merge(written, on=["member", "serve"], suffixes=("", "_written"))
+    assert joined["funnel_cost_saving"].to_numpy() == pytest.approx(
+        joined["funnel_cost_saving_written"].to_numpy(), abs=1e-6
+    )
+
+
+def test_what_varies_is_part_of_a_setting(tmp_path):
+    rows = [
+        {"mode": "none", "learning_rate": 0.001},
+        {"mode": "none", "learning_rate": 0.01},
+        {"mode": "shared", "temperature": 2.0, "learning_rate": 0.001},
+        {"mode": "shared", "temperature": 4.0, "learning_rate": 0.001},
+    ]
+    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
+    assert study.varying == ["temperature", "learning_rate"]
+    assert set(study.rows["setting"]) == {
+        "none, learning rate 0.001",
+        "none, learning rate 0.01",
+        "shared, weight 1, temperature 2, learning rate 0.001",
+        "shared, weight 1, temperature 4, learning rate 0.001",
+    }
+
+
+def test_of_several_undistilled_students_the_best_is_the_baseline_of_savings(tmp_path):
+    rows = [
+        sweeps.teacher_row(),
+        {"mode": "none", "learning_rate": 0.001, "passed": 400.0},
+        # 2000 · 10 + 200 · 200 = 60,000
+        {"mode": "none", "learning_rate": 0.01, "passed": 200.0},
+        # 2000 · 10 + 125 · 200 = 45,000: a quarter less
+        {"mode": "shared", "learning_rate": 0.001, "passed": 125.0},
+    ]
+    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
+    savings = dict(zip(study.rows["setting"], study.rows["funnel_cost_saving"], strict=True))
+    assert savings["shared, weight 1, learning rate 0.001"] == pytest.approx(0.25)
+    assert savings["none, learning rate 0.01"] == 0.0
+    assert savings["none, learning rate 0.001"] == pytest.approx(1 - 100 / 60)
+
+
+def test_frozen_members_are_set_apart(tmp_path):
+    frozen = ["aux-weight1.0-seed1", "shared-weight0.3-seed0"]
+    (study,) = read_studies([sweeps.write_sweep(tmp_path, frozen=frozen)])
+    assert sorted(study.frozen["member"]) == sorted(frozen)
+    assert set(study.frozen["non_finite_step"]) == {700}
+    assert not set(frozen) & set(study.rows["member"])
+
+
+def test_sweeps_of_a_dataset_are_joined_and_those_of_another_are_not(tmp_path):
+    studies = read_studies(
+        [
+            sweeps.write_sweep(tmp_path / "a", seeds=(0, 1)),
+            sweeps.write_sweep(tmp_path / "m", dataset="movielens_100k"),
+            sweeps.write_sweep(tmp_path / "b", seeds=(2, 3)),
+        ]
+    )
+    assert [study.dataset for study in studies] == ["cascade", "movielens_100k"]
+    assert studies[0].rows["repeat"].nunique() == 4
+    # The same teacher, whose row is in both.
+    assert len(studies[0].teachers) == 1
+    assert list(studies[0].configs) == [str(tmp_path / "a"), str(tmp_path / "b")]
+
+
+def test_data_seeds_make_repeats_too(tmp_path):
+    other = sweeps.change(
+        sweeps.write_sweep(tmp_path / "b"),
+        lambda frame: frame.assign(data_seed=1),
+    )
+    (study,) = read_studies([sweeps.write_sweep(tmp_path / "a"), other])
+    assert study.rows["repeat"].nunique() == 6
+
+
+def one_line(workdirs):
+    with pytest.raises(UserError) as caught:
+        read_studies(workdirs)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_overlapping_members_are_named(tmp_path):
+    a = sweeps.write_sweep(tmp_path / "a", seeds=(0, 1))
+    b = sweeps.write_sweep(tmp_path / "b", seeds=(1, 2), modes=("none", "shared"))
+    message = one_line([a, b])
+    assert "none-weight0.0-seed1, shared-weight0.3-seed1, shared-weight1.0-seed1" in message
+    assert "aux" not in message
+    assert "seed0" not in message
+    assert "more than once" in one_line([a, a])
+
+
+def test_sweeps_under_different_configs_are_not_joined(tmp_path):
+    a = sweeps.write_sweep(tmp_path / "a", seeds=(0, 1))
+    b = sweeps.write_sweep(tmp_path / "b", seeds=(2,), changes={"train.steps": 7})
+    assert one_line([a, b]).endswith("report them apart: train.steps (1000 and 7)")
+    c = sweeps.write_sweep(tmp_path / "c", seeds=(2,), changes={"data.seed": 7})
+    assert "data.seed (0 and 7)" in one_line([a, c])
+
+
+def test_what_is_missing_names_the_command_that_makes_it(tmp_path):
+    absent = tmp_path / "absent"
+    make = f"python -m experiments.sweep --config=configs/FILE.py --workdir={absent}"
+    assert make in one_line([absent])
+    assert f"there is no folder {absent}" in one_line([absent])
+    absent.mkdir()
+    assert f"{absent} holds no results.csv" in one_line([absent])
+    assert make in one_line([absent])
+    (absent / "results.csv").write_text("dataset\n")
+    assert f"{absent} holds no config.json" in one_line([absent])
+
+
+def test_a_teachers_workdir_is_no_sweep(tmp_path):
+    assert "has no student" in one_line([sweeps.write_rows(tmp_path, [sweeps.teacher_row()])])
+
+
+def test_results_without_the_columns_of_a_sweep_are_read(tmp_path):
+    workdir = sweeps.change(
+        sweeps.write_sweep(tmp_path, modes=("shared",), weights=(1.0,), seeds=(0,)),
+        lambda frame: frame[frame["role"] == "student"].drop(
+            columns=["data_seed", "temperature", "learning_rate", "non_finite_step", "member"]
+        ),
+    )
+    (study,) = read_studies([workdir])
+    assert list(study.rows["setting"]) == ["shared, weight 1"]
+    assert list(study.rows["repeat"]) == ["0/0"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("curves.csv", "curves"),
+        ("calibration.csv", "calibration"),
+        ("cohorts/0/metrics.jsonl", "losses"),
+    ],
+)
+def test_missing_files_are_named(tmp_path, name, kind):
+    whole = sweeps.write_sweep(tmp_path / "a", seeds=(0, 1))
+    part = sweeps.write_sweep(tmp_path / "b", seeds=(2,), without=[name])
+    (study,) = read_studies([whole, part])
+    (line,) = study.missing[kind]
+    assert line.startswith(f"{part} holds no ")
+    assert len(getattr(study, kind))
+
+
+def test_environments_are_told_where_they_are_recorded(tmp_path):
+    sweeps.write_sweep(tmp_path / "a", seeds=(0,))
+    sweeps.write_sweep(tmp_path / "b", seeds=(1,), without=["environment.json"])
+    (study,) = read_studies([tmp_path / "a", tmp_path / "b"])
+    assert list(study.environments) == [str(tmp_path / "a")]
+    assert study.environments[str(tmp_path / "a")]["packages"]["jax"] == "0.10.2"
+    assert json.loads(study.configs[str(tmp_path / "b")])["funnel"]["passed"] == 200

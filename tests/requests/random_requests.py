@@ -1,0 +1,60 @@
+"""Small requests that the tests of the data room share."""
+
+import dataclasses
+
+import numpy as np
+
+from kd_ranker.requests.request import Request, Source
+from tests.random_batches import SPEC
+
+
+def random_request(
+    seed: int, shown: int = 4, passed: int = 9, retrieved: int = 20, version: str = "v1"
+) -> Request:
+    """A request for `SPEC` whose teacher scored what was passed."""
+    generator = np.random.default_rng(seed)
+    tasks, history = len(SPEC.tasks), int(generator.integers(0, SPEC.history_length + 3))
+
+    def normal(*shape: int) -> np.ndarray:
+        return generator.normal(size=shape).astype(np.float32)
+
+    return Request(
+        request_id=seed,
+        time=1000 + seed,
+        user_id=int(generator.integers(SPEC.num_users)),
+        user_features=normal(SPEC.user_features),
+        context=normal(SPEC.context_features),
+        history_id=generator.integers(0, SPEC.num_items, history).astype(np.int32),
+        history_features=normal(history, SPEC.history_features),
+        item_id=generator.permutation(SPEC.num_items)[:retrieved].astype(np.int32),
+        candidate_features=normal(retrieved, SPEC.candidate_features),
+        num_passed=passed,
+        user_label=generator.integers(0, 2, (shown, tasks)).astype(np.uint8),
+        label_weight=np.ones(shown, np.float32),
+        teacher_probability=generator.random((passed, tasks), dtype=np.float32),
+        teacher_weight=np.ones(passed, np.float32),
+        teacher_version=version,
+        true_probability=np.zeros((0, tasks), np.float32),
+    )
+
+
+def random_source(train: int = 12, test: int = 5) -> Source:
+    """A source for `SPEC`; its test requests know the true probabilities."""
+
+    def requests(split):
+        first = {"train": 0, "test": 1000}[split]
+        for index in range(train if split == "train" else test):
+            request = random_request(first + index)
+            if split == "test":
+                truth = np.random.default_rng(index).random((20, len(SPEC.tasks)), dtype=np.float32)
+                request = dataclasses.replace(request, true_probability=truth)
+            yield request
+
+    return Source(
+        spec=dataclasses.replace(SPEC, teacher_version="v1", has_true_probability=True),
+        item_features=np.random.default_rng(0)
+        .normal(size=(SPEC.num_items, SPEC.item_features))
+        .astype(np.float32),
+        requests=requests,
+        num_requests={"train": train, "test": test},
+    )

@@ -1,0 +1,236 @@
+import dataclasses
+import fcntl
+import functools
+import itertools
+import os
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from ml_collections import ConfigDict
+
+from kd_ranker.errors import UserError
+from kd_ranker.requests import storage
+from kd_ranker.requests.pool import run_here
+from tests.requests.random_requests import random_source
+
+FUNNEL = ConfigDict({"retrieved": 20, "passed": 9, "shown": 4, "report_at": (5,)})
+
+
+def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path):
+    with pytest.raises(UserError, match="make it with: some command"):
+        storage.open_dataset("absent", str(tmp_path), made_by="some command")
+
+
+@pytest.mark.parametrize("field", ["user_id", "item_id", "history_id"])
+def test_an_id_out_of_range_stops_the_build_and_leaves_nothing(tmp_path, field):
+    source = random_source()
+
+    def requests(split):
+        for request in source.requests(split):
+            value = getattr(request, field)
+            bad = 99 if field == "user_id" else np.append(value, np.int32(99))[-len(value) :]
+            if field == "history_id":
+                bad = np.array([99], np.int32)
+                request = dataclasses.replace(
+                    request, history_features=np.zeros((1, 3), np.float32)
+                )
+            yield dataclasses.replace(request, **{field: bad})
+
+    with pytest.raises(UserError, match=rf"{field} must lie in \[0, "):
+        storage.build(dataclasses.replace(source, requests=requests), "bad", str(tmp_path))
+    assert not storage.directory_of("bad", str(tmp_path)).exists()
+
+
+def test_building_again_leaves_the_dataset_alone(tmp_path):
+    directory = storage.build(random_source(), "small", str(tmp_path))
+    before = {path: os.stat(path).st_mtime_ns for path in directory.iterdir()}
+    storage.build(random_source(train=3), "small", str(tmp_path))
+    assert before == {path: os.stat(path).st_mtime_ns for path in directory.iterdir()}
+
+
+def test_the_name_follows_what_is_in_the_dataset_and_not_where_it_lies():
+    data = ConfigDict({"name": "cascade", "dir": "here", "seed": 0})
+    name = storage.dataset_name(data, ("watch",), FUNNEL)
+    elsewhere = data.copy_and_resolve_references()
+    elsewhere.dir = "there"
+    assert storage.dataset_name(elsewhere, ("watch",), FUNNEL) == name
+    reported = FUNNEL.copy_and_resolve_references()
+    reported.report_at = (5, 7)
+    assert storage.dataset_name(data, ("watch",), reported) == name
+    other = data.copy_and_resolve_references()
+    other.seed = 1
+    assert storage.dataset_name(other, ("watch",), FUNNEL) != name
+    assert storage.dataset_name(data, ("watch", "like"), FUNNEL) != name
+    assert storage.dataset_name(data, ("watch",), FUNNEL, "abc") == f"{name}-teacher-abc"
+
+
+class Killed(BaseException):
+    pass
+
+
+def source_of_shards(resume=None, size=4, train=12, first=0):
+    """`random_source` in shards of `size` requests, with a list of those that are read."""
+    source, read = random_source(train=train), []
+
+    def shard(split, start, stop):
+        read.append((split, start))
+        yield from itertools.islice(source.requests(split), start, stop)
+
+    def shards(split):
+        number = source.num_requests[split]
+        return [
+            functools.partial(shard, split, start, min(start + size, number))
+            for start in range(0, number, size)
+        ]
+
+    return dataclasses.replace(source, shards=shards, resume=resume), read
+
+
+def dying_after(number):
+    def run(function, calls, description):
+        yield from run_here(function, calls[:number], description)
+        raise Killed
+
+    return run
+
+
+def records(directory):
+    """The bytes of each field, request by request, split by split."""
+    opened = tfds.builder_from_directory(directory)
+    sources = (opened.as_data_source(split=split) for split in storage.SPLITS)
+    return [
+        [
+            {name: np.asarray(value).tobytes() for name, value in source[index].items()}
+            for index in range(len(source))
+        ]
+        for source in sources
+    ]
+
+
+def build_and_die(source, tmp_path, number, name="small"):
+    with pytest.raises(Killed):
+        storage.build(dataclasses.replace(source, run=dying_after(number)), name, str(tmp_path))
+    assert not storage.directory_of(name, str(tmp_path)).exists()
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """The records as TFDS writes them in one pass."""
+    return records(storage.build(random_source(), "whole", str(tmp_path)))
+
+
+@pytest.mark.parametrize("size", [1, 4, 100])
+@pytest.mark.parametrize("kept", [False, True])
+def test_shards_hold_the_records_of_one_pass_in_their_order(tmp_path, whole, size, kept):
+    source, _ = source_of_shards(tmp_path / ".kept" / "a" if kept else None, size)
+    directory = storage.build(source, "small", str(tmp_path))
+    assert records(directory) == whole
+    assert len([*directory.glob("*train.array_record*")]) == -(-12 // size)
+    assert not (tmp_path / ".kept").exists()
+
+
+def test_a_build_that_died_goes_on_with_the_shards_that_are_missing(tmp_path, whole, caplog):
+    kept = tmp_path / ".kept" / "a"
+    source, read = source_of_shards(kept)
+    build_and_die(source, tmp_path, 2)
+    assert read == [("train", 0), ("train", 4)]
+    read.clear()
+    build_and_die(source, tmp_path, 1)
+    assert read == [("train", 8)]
+    assert "2 of 5 shards were found finished" in caplog.text
+    read.clear()
+    # What a process that was killed there leaves.
+    incomplete = tmp_path / "requests" / "small" / "incomplete.ABCDEF_1.1.0"
+    incomplete.mkdir()
+    directory = storage.build(source, "small", str(tmp_path))
+    assert read == [("test", 0), ("test", 4)]
+    assert records(directory) == whole
+    assert not kept.parent.exists()
+    assert not incomplete.exists()
+
+
+def test_without_a_folder_to_keep_them_in_shards_are_written_anew(tmp_path):
+    source, read = source_of_shards()
+    build_and_die(source, tmp_path, 2)
+    read.clear()
+    storage.build(source, "small", str(tmp_path))
+    assert len(read) == 5
+
+
+def test_a_shard_that_is_written_in_part_is_not_taken(tmp_path, whole):
+    kept = tmp_path / ".kept" / "a"
+    source, read = source_of_shards(kept)
+
+    def breaking(split):
+        def shard():
+            yield from itertools.islice(source.requests(split), 2)
+            raise Killed
+
+        return [source.shards(split)[0], shard, *source.shards(split)[2:]]
+
+    with pytest.raises(Killed):
+        storage.build(dataclasses.replace(source, shards=breaking), "small", str(tmp_path))
+    (finished,) = kept.iterdir()
+    # What a process leaves that could not even clean up.
+    (kept / f".unfinished-{finished.name.replace('00000', '00001')}.17").write_bytes(b"half")
+    read.clear()
+    directory = storage.build(source, "small", str(tmp_path))
+    assert read[0] == ("train", 4)
+    assert records(directory) == whole
+
+
+def test_shards_of_other_contents_are_not_taken_and_go_in_the_end(tmp_path, whole):
+    other, _ = source_of_shards(tmp_path / ".kept" / "other", train=11)
+    build_and_die(other, tmp_path, 2)
+    source, read = source_of_shards(tmp_path / ".kept" / "a")
+    directory = storage.build(source, "small", str(tmp_path))
+    assert len(read) == 5
+    assert records(directory) == whole
+    assert not (tmp_path / ".kept").exists()
+
+
+def test_shards_are_kept_until_all_else_is_written_too(tmp_path, whole):
+    source, read = source_of_shards(tmp_path / ".kept" / "a")
+
+    def full(directory):
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        storage.build(dataclasses.replace(source, write_beside=full), "small", str(tmp_path))
+    read.clear()
+    assert records(storage.build(source, "small", str(tmp_path))) == whole
+    assert not read
+
+
+def test_shards_are_copied_where_files_can_have_one_name_only(tmp_path, whole, monkeypatch):
+    def unsupported(*paths):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", unsupported)
+    source, _ = source_of_shards(tmp_path / ".kept" / "a")
+    assert records(storage.build(source, "small", str(tmp_path))) == whole
+
+
+def test_what_was_left_of_a_dataset_that_is_whole_is_removed(tmp_path):
+    kept = tmp_path / ".kept" / "a"
+    source, read = source_of_shards(kept)
+    storage.build(source, "small", str(tmp_path))
+    read.clear()
+    kept.mkdir(parents=True)
+    storage.build(source, "small", str(tmp_path))
+    assert not kept.parent.exists()
+    assert not read
+
+
+def test_two_runs_at_once_are_refused_and_one_after_the_other_are_not(tmp_path):
+    kept = tmp_path / ".kept" / "a"
+    source, read = source_of_shards(kept)
+    kept.mkdir(parents=True)
+    with (kept.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"another run is writing .*small.*; wait for its end"):
+            storage.build(source, "small", str(tmp_path))
+    assert not read
+    storage.build(source, "small", str(tmp_path))
+    assert len(read) == 5

@@ -1,0 +1,160 @@
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kd_ranker.errors import UserError
+from kd_ranker.sources.logs import files
+from kd_ranker.sources.logs.files import Part, chunks_of, differences
+from kd_ranker.sources.logs.layout import read_layout
+from tests.sources import faulty_logs
+from tests.sources.faulty_logs import make_rows, write_log
+
+
+def fault_of(config) -> str:
+    with pytest.raises(UserError) as caught:
+        files.open_log(read_layout(config.data, config.tasks, config.funnel))
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def log(tmp_path):
+    return write_log(tmp_path / "log", make_rows(0))
+
+
+def test_a_path_that_names_nothing_says_so(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "log.csv").write_text("a,b")
+    for path, message in (
+        (tmp_path / "absent", "absent does not exist; give a file, a directory or a glob"),
+        (tmp_path / "empty", "holds no file that ends in .parquet; it is empty"),
+        (tmp_path / "other", "holds no file that ends in .parquet; it holds log.csv, say"),
+        (tmp_path / "*.parquet", "*.parquet matches no file"),
+        ("nowhere://bucket/log", "data.path=nowhere://bucket/log cannot be read: Protocol not"),
+    ):
+        assert message in fault_of(faulty_logs.config(path, tmp_path))
+
+
+def test_a_file_that_is_no_parquet_is_named(tmp_path):
+    path = tmp_path / "log.parquet"
+    path.write_text("not what it is called")
+    assert f"{path} cannot be read as Parquet: " in fault_of(faulty_logs.config(path, tmp_path))
+
+
+def test_a_directory_is_read_in_the_order_of_names_without_what_writers_leave(tmp_path, log):
+    (log / "deep").mkdir()
+    (log / "part-0.parquet").rename(log / "deep" / "b.parquet")
+    write_log(tmp_path / "more", make_rows(1))
+    (tmp_path / "more" / "part-0.parquet").rename(log / "a.parquet")
+    (log / "_SUCCESS").write_text("")
+    (log / "_metadata.parquet").write_text("")
+    config = faulty_logs.config(log, tmp_path)
+    found = files.open_log(read_layout(config.data, config.tasks, config.funnel))
+    assert [file.removeprefix(f"{log}/") for file in found.files] == ["a.parquet", "deep/b.parquet"]
+
+
+def test_missing_columns_are_named_with_their_keys_and_a_hint(tmp_path, log):
+    config = faulty_logs.config(log, tmp_path)
+    config.data.columns.user = "user"
+    config.data.labels.like = "liked"
+    message = fault_of(config)
+    assert (
+        "part-0.parquet has no column 'user' (data.columns.user), 'liked' (data.labels.like)"
+        in (message)
+    )
+    assert "did you mean 'user_id'? it has: request_id, time, user_id" in message
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "column", "message"),
+    [
+        ("columns", "time", "country", "(data.columns.time) is string; it takes timestamps or"),
+        ("columns", "user", "recent", "is list<element: int64>; it takes whole numbers or texts"),
+        ("labels", "watch", "stage", "(data.labels.watch) is string; it takes numbers"),
+        ("teacher", "like", "source", "(data.teacher.like) is string; it takes numbers"),
+        ("columns", "stage", "score", "is double; it takes texts or whole numbers"),
+    ],
+)
+def test_a_column_of_another_type_says_what_it_is_and_what_it_should_be(
+    tmp_path, log, section, name, column, message
+):
+    config = faulty_logs.config(log, tmp_path)
+    config.data[section][name] = column
+    assert message in fault_of(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "by_request", "message"),
+    [
+        ("age", "country", False, "(data.features.age) is string; it takes numbers"),
+        ("tags", "author", False, "is int32; it takes lists of whole numbers or texts"),
+        ("author", "tags", False, "is list<element: string>; it takes whole numbers or texts"),
+        ("recent", "spots", False, "column 'spots' (data.features.recent) holds text ids, and"),
+        ("author", "user_id", True, "is int64; it takes lists of whole numbers or texts"),
+        ("tags", "recent", True, "int64>; it takes lists of lists of whole numbers or texts"),
+    ],
+)
+def test_a_feature_of_another_type_says_so(tmp_path, name, column, by_request, message):
+    log = write_log(tmp_path / "log", make_rows(0), by_request)
+    rows = "request" if by_request else "candidate"
+    config = faulty_logs.config(log, tmp_path, rows=rows)
+    config.data.features[name].column = column
+    assert message in fault_of(config)
+
+
+def test_a_name_that_two_columns_share_says_so(tmp_path, log):
+    table = pq.read_table(log / "part-0.parquet")
+    pq.write_table(table.append_column("age", table["hour"]), log / "part-0.parquet")
+    message = fault_of(faulty_logs.config(log, tmp_path))
+    assert "part-0.parquet has two columns 'age' (data.features.age); rename one of them" in message
+
+
+def test_a_row_a_request_needs_lists_of_items(tmp_path, log):
+    config = faulty_logs.config(log, tmp_path, rows="request")
+    message = fault_of(config)
+    assert (
+        "column 'item_id' (data.columns.item) is int64; it takes lists of whole numbers" in message
+    )
+
+
+def test_files_that_disagree_on_the_type_of_an_id_are_named(tmp_path, log):
+    table = pq.read_table(log / "part-0.parquet")
+    users = table["user_id"].cast(pa.string())
+    table = table.set_column(table.schema.get_field_index("user_id"), "user_id", users)
+    pq.write_table(table, log / "part-1.parquet")
+    message = fault_of(faulty_logs.config(log, tmp_path))
+    assert "column 'user_id' (data.columns.user) holds integer ids in" in message
+    assert "part-0.parquet and text ids in" in message
+
+
+def test_a_log_without_rows_says_so(tmp_path, log):
+    table = pq.read_table(log / "part-0.parquet")
+    pq.write_table(table.slice(0, 0), log / "part-0.parquet")
+    assert "1 file without any row" in fault_of(faulty_logs.config(log, tmp_path))
+
+
+def test_parts_count_the_candidates_of_lists(tmp_path):
+    rows = make_rows(2)
+    log = write_log(tmp_path / "log", rows, by_request=True, row_group=7)
+    config = faulty_logs.config(log, tmp_path, rows="request")
+    found = files.open_log(read_layout(config.data, config.tasks, config.funnel))
+    numbers = [len(row.candidates) for row in rows]
+    assert [part.entries for part in found.parts] == [
+        sum(numbers[start : start + 7]) for start in range(0, 30, 7)
+    ]
+    assert [part.first_row for part in found.parts] == [0, 7, 14, 21, 28]
+
+
+def test_chunks_hold_as_much_as_they_may_and_at_least_a_part():
+    parts = [Part(0, index, 0, 1, entries) for index, entries in enumerate((3, 4, 9, 2, 2, 2))]
+    chunks = chunks_of(parts, 7)
+    assert [[part.entries for part in chunk] for chunk in chunks] == [[3, 4], [9], [2, 2, 2]]
+
+
+def test_differences_between_manifests_are_counted():
+    before = {"a": [1, ""], "b": [2, ""], "c": [3, ""]}
+    assert differences(before, dict(before)) == ""
+    now = {"a": [1, ""], "b": [2, "later"], "d": [4, ""], "e": [5, ""]}
+    assert differences(before, now) == "2 files new, 1 file gone, 1 file written anew"

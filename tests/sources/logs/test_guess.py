@@ -1,0 +1,864 @@
+"""First configs for logs whose every column was planted."""
+
+import itertools
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import fsspec
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import sklearn.metrics
+import tensorflow_datasets as tfds
+from absl import flags
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from ml_collections import ConfigDict, config_flags
+
+from configs import parquet
+from experiments import launch
+from kd_ranker.config import settings as kd_settings
+from kd_ranker.errors import UserError
+from kd_ranker.pipeline import commands
+from kd_ranker.sources.logs.guess import column, evidence, first_config, sample
+from kd_ranker.sources.registry import SOURCES, SourceEntry
+from tests import small
+from tests.sources import planted_logs as logs
+
+ROOT = Path(__file__).parent.parent.parent
+FEATURES = {
+    "age": ("user", "dense"),
+    "country": ("user", "category"),
+    "hour": ("context", "category"),
+    "device": ("context", "category"),
+    "recent_items": ("user", "history"),
+    "interests": ("user", "bag"),
+    "duration": ("item", "dense"),
+    "category_id": ("item", "category"),
+    "author_id": ("item", "category"),
+    "tags": ("item", "bag"),
+    "retrieval_score_7d": ("candidate", "dense"),
+    "followed": ("candidate", "category"),
+    "item_count": ("user", "dense"),
+}
+
+
+@pytest.fixture(scope="module")
+def columns() -> dict[str, Any]:
+    return logs.make_columns()
+
+
+def without(columns: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: values for name, values in columns.items() if name not in names}
+
+
+def infer(folder: Path, table: pa.Table | None = None, **data: Any) -> tuple[str, ConfigDict]:
+    """The text of the config that is written for a log, and the config that it loads as."""
+    if table is not None:
+        data["path"] = str(logs.write(table, folder / "feed"))
+    template = parquet.get_config()
+    for key, value in data.items():
+        template.data.update_from_flattened_dict({key.replace("__", "."): value})
+    written = commands.first_config(template, folder / "configs")
+    text = written.path.read_text()
+    assert written.num_checks == text.count("# CHECK: ")
+    return text, load(written.path)
+
+
+def load(path: Path) -> ConfigDict:
+    """The config in a file, by the way that the entry points go."""
+    launch.check_config_flags(["train", f"--config={path}"])
+    values = flags.FlagValues()
+    flag = config_flags.DEFINE_config_file("config", flag_values=values)
+    values(["train", f"--config={path}"])
+    assert flag.value is not None
+    return flag.value
+
+
+def features_of(config: ConfigDict) -> dict[str, tuple[str, str]]:
+    return {name: (each.of, each.kind) for name, each in config.data.features.items()}
+
+
+def left_out(text: str) -> dict[str, str]:
+    """Column -> why it is left out."""
+    section = text.partition("# Left out, and why.")[2].partition("    config.")[0]
+    lines = [line.strip().removeprefix("# ") for line in section.splitlines() if line.strip()]
+    reasons, reason = {}, []
+    for line in lines:
+        if match := re.match(r"data\.features\.(\w+)\b", line):
+            reasons[match[1]] = " ".join(reason)
+            reason = []
+        else:
+            reason.append(line)
+    return reasons
+
+
+def check_of(text: str, key: str) -> str:
+    """What stands to check above the line that sets a key; "" where nothing does."""
+    lines = text.splitlines()
+    place = next(i for i, line in enumerate(lines) if line.startswith(f"    {key} ="))
+    above: list[str] = []
+    while lines[place - 1].startswith("    # "):
+        place -= 1
+        above.insert(0, lines[place].strip().removeprefix("# "))
+    return " ".join(above).partition("CHECK: ")[2]
+
+
+def assert_formatted(*paths: Path) -> None:
+    """Whether `ruff format` and the linter would leave files as they are."""
+    ruff = [sys.executable, "-m", "ruff"]
+    config = ["--config", str(ROOT / "pyproject.toml"), "--no-cache"]
+    for command in (["format", "--diff"], ["check", "--ignore=E501"]):
+        finished = subprocess.run(
+            [*ruff, *command, *config, *paths], capture_output=True, text=True, check=False
+        )
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+
+
+def fault_of(folder: Path, **data: Any) -> str:
+    with pytest.raises(UserError) as caught:
+        infer(folder, **data)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert not list(folder.glob("configs/*"))
+    return message
+
+
+@pytest.mark.parametrize("rows", ["candidate", "request"])
+def test_it_finds_what_was_planted(columns, tmp_path, rows):
+    columns = dict(columns)
+    if rows == "request":
+        # Repeated in lists, it would be the same for all candidates of a request.
+        columns["teacher_version"] = np.array(columns["teacher_version"])
+        with_version = (*logs.OF_REQUEST, "teacher_version")
+        table = logs.by_request(logs.table_of(columns), with_version)
+    else:
+        table = logs.table_of(columns)
+    text, config = infer(tmp_path, table)
+    data = config.data
+    assert data.rows == rows
+    assert data.path == str(tmp_path / "feed")
+    assert data.columns.to_dict() == {
+        "request": "request_id",
+        "time": "time",
+        "user": "user_id",
+        "item": "item_id",
+        "stage": "stage",
+        "position": "position",
+        "label_weight": "label_weight",
+        "teacher_version": "teacher_version",
+        "teacher_weight": "",
+    }
+    assert data.time_unit == "s"
+    assert data.stages.to_dict() == {
+        "retrieved": "retrieved",
+        "passed": "passed",
+        "shown": "shown",
+    }
+    assert data.labels.to_dict() == {"click": "click", "like": "like"}
+    assert config.tasks == ("click", "like")
+    assert config.value_weights == (1.0, 1.0)
+    assert data.teacher.to_dict() == {
+        task: f"teacher_probability_{task}" for task in ("click", "like")
+    }
+    assert (data.teacher_signal, data.teacher_version) == ("probability", "v2")
+    assert config.teacher.source == "logged"
+    assert features_of(config) == FEATURES
+    assert data.features.interests.length == 3
+    lengths = sorted(map(len, {tuple(each) for each in columns["recent_items"]}))
+    assert data.features.recent_items.length == lengths[int(np.ceil(0.9 * (len(lengths) - 1)))]
+    reasons = left_out(text)
+    assert set(reasons) == {"source", "title", "trace", "dwell"}
+    assert reasons["source"] == "always 'feed'"
+    assert "missing where a candidate was not shown" in reasons["dwell"]
+    assert "an id or text" in reasons["title"]
+    funnel = config.funnel
+    sizes = (funnel.retrieved, funnel.passed, funnel.shown)
+    assert sizes == (logs.CANDIDATES, logs.PASSED, logs.SHOWN)
+    assert config.batch.candidates == logs.CANDIDATES
+    assert config.teacher.batch.candidates == logs.SHOWN
+
+
+def test_the_config_is_valid_and_formatted(columns, tmp_path):
+    text, config = infer(tmp_path, logs.table_of(columns))
+    entry = SourceEntry(tuple(config.data.labels), mock.Mock())
+    with mock.patch.dict(SOURCES, parquet=entry):
+        kd_settings.validate(config)
+    assert_formatted(tmp_path / "configs/feed.py")
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 100
+    # Every assignment says why, beside it or above it.
+    for before, line in itertools.pairwise(lines):
+        if line.startswith("    data."):
+            has_reason = "  # " in line or before.startswith("    # ")
+            assert has_reason or "data.stages." in line, line
+
+
+def test_texts_as_ids_and_timestamps(columns, tmp_path):
+    columns = dict(columns)
+    for name in ("request_id", "user_id", "item_id"):
+        columns[name] = [f"{name[0]}-{value:x}" for value in columns[name]]
+    columns["recent_items"] = [[f"i-{i:x}" for i in each] for each in columns["recent_items"]]
+    columns["time"] = pa.array(np.array(columns["time"]) * 1000, pa.timestamp("ms", "UTC"))
+    text, config = infer(tmp_path, logs.table_of(columns))
+    found = config.data.columns
+    assert (found.request, found.user, found.item) == ("request_id", "user_id", "item_id")
+    assert found.time == "time"
+    assert "without effect: a timestamp[ms, tz=UTC] says its unit itself" in text
+    assert features_of(config) == FEATURES
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us"])
+def test_the_unit_of_numbers_that_are_times(columns, tmp_path, unit):
+    factor = {"s": 1, "ms": 1000, "us": 1_000_000}[unit]
+    table = logs.table_of(columns | {"time": np.array(columns["time"]) * factor})
+    text, config = infer(tmp_path, table)
+    assert config.data.time_unit == unit
+    assert not check_of(text, "data.time_unit")
+
+
+def test_numbers_that_are_no_dates_are_to_be_checked(columns, tmp_path):
+    steps = np.array(columns["request_id"]) - 10_000
+    text, config = infer(tmp_path, logs.table_of(columns | {"time": steps}))
+    assert config.data.columns.time == "time"
+    assert "or 'ms', 'us'" in check_of(text, "data.time_unit")
+
+
+def test_a_log_without_stage_and_teacher(columns, tmp_path):
+    absent = ("stage", "position", "label_weight", "teacher_version")
+    absent += tuple(name for name in columns if name.startswith("teacher_probability"))
+    text, config = infer(tmp_path, logs.table_of(without(columns, *absent)))
+    data = config.data
+    for role in ("stage", "position", "label_weight", "teacher_version", "teacher_weight"):
+        assert data.columns[role] == ""
+    assert data.labels.to_dict() == {"click": "click", "like": "like"}
+    assert data.teacher.to_dict() == {}
+    assert config.teacher.source == "live"
+    # What was shown is still told by where labels are known.
+    assert config.funnel.shown == logs.SHOWN
+    assert "dwell" in left_out(text)
+    assert "the log does not tell what was passed" in check_of(text, "config.funnel.passed")
+
+
+def test_a_log_of_what_was_shown_alone(columns, tmp_path):
+    table = logs.table_of(without(columns, "stage", "position", "label_weight"))
+    table = table.filter(pa.array(columns["stage"] == "shown"))
+    text, config = infer(tmp_path, table)
+    assert config.data.labels.to_dict() == {"click": "click", "like": "like", "follow": "followed"}
+    assert "was each of them shown?" in check_of(text, "data.columns.stage")
+    assert "how many does a page have?" in check_of(text, "config.funnel.shown")
+    assert config.funnel.retrieved == logs.SHOWN
+    assert 1 <= config.funnel.shown <= config.funnel.passed < config.funnel.retrieved
+    assert "tells too much of" in left_out(text)["dwell"]
+
+
+def test_labels_of_zero_where_nothing_was_shown(columns, tmp_path):
+    columns = without(columns, "followed")
+    for task in logs.TASKS:
+        columns[task] = [label or 0 for label in columns[task]]
+    columns["dwell"] = [dwell or 0.0 for dwell in columns["dwell"]]
+    text, config = infer(tmp_path, logs.table_of(columns))
+    assert set(config.data.labels) == set(logs.TASKS)
+    assert "shown" in left_out(text)["dwell"]
+    assert config.funnel.shown == logs.SHOWN
+
+
+def test_a_column_that_only_says_what_was_shown(columns, tmp_path):
+    table = without(columns, "stage") | {"is_shown": columns["stage"] == "shown"}
+    _, config = infer(tmp_path, logs.table_of(table))
+    assert config.data.columns.stage == "is_shown"
+    assert config.data.stages.to_dict() == {"retrieved": "False", "passed": "", "shown": "True"}
+    # Passed is what the teacher has scored.
+    assert config.funnel.passed == logs.PASSED
+
+
+@pytest.mark.parametrize("has_teacher", [True, False])
+def test_stages_that_are_numbers(columns, tmp_path, has_teacher):
+    stage = columns["stage"]
+    columns = dict(columns, stage=np.select([stage == "shown", stage == "passed"], [4, 9], 7))
+    if not has_teacher:
+        columns = without(columns, *(f"teacher_probability_{task}" for task in logs.TASKS))
+    text, config = infer(tmp_path, logs.table_of(columns))
+    assert config.data.stages.to_dict() == {"retrieved": "7", "passed": "9", "shown": "4"}
+    # Without a teacher, which of the other two is the passed is known by their numbers alone.
+    assert ("by their numbers" in check_of(text, "data.stages.retrieved")) is not has_teacher
+
+
+def test_labels_with_nonsense_among_them(columns, tmp_path):
+    click = [7 if i % 300 == 0 and y is not None else y for i, y in enumerate(columns["click"])]
+    wrong = click.count(7)
+    assert wrong
+    text, config = infer(tmp_path, logs.table_of(columns | {"click": click}))
+    assert config.data.labels.click == "click"
+    assert f"{wrong} of the sample are neither 0 nor 1" in check_of(text, "data.labels.click")
+
+
+def test_what_ranked_the_candidates_is_kept_to_be_checked(columns, tmp_path):
+    level = pd.Series(columns["stage"]).map({"retrieved": 0.0, "passed": 1.0, "shown": 2.0})
+    noise = np.random.default_rng(0).normal(size=len(level))
+    ranked_by = {"early": level + 0.3 * noise, "certain": level + 0.01 * noise}
+    text, _ = infer(tmp_path, logs.table_of(columns | ranked_by))
+    assert "what was shown: is it known before?" in check_of(text, "data.features.early")
+    assert "tells which candidates were shown" in left_out(text)["certain"]
+
+
+def test_stages_beyond_three_are_to_be_checked(columns, tmp_path):
+    stage = np.where(np.arange(len(columns["stage"])) % 60 == 59, "lost", columns["stage"])
+    text, config = infer(tmp_path, logs.table_of(columns | {"stage": stage}))
+    assert config.data.stages.passed == "passed"
+    assert "rows of 'lost' would be rejected" in check_of(text, "data.stages.retrieved")
+
+
+def test_positions_of_a_teacher(columns, tmp_path):
+    columns = without(columns, *(f"teacher_probability_{task}" for task in logs.TASKS))
+    rng = np.random.default_rng(0)
+    ranks = [rng.permutation(logs.CANDIDATES) + 1 for _ in range(logs.REQUESTS)]
+    text, config = infer(tmp_path, logs.table_of(columns | {"final_rank": np.concatenate(ranks)}))
+    assert config.data.teacher_signal == "rank"
+    assert config.data.teacher.to_dict() == {"click": "final_rank"}
+    assert "another task" in check_of(text, "data.teacher.click")
+    assert config.data.columns.position == "position"
+
+
+def test_names_that_mislead(columns, tmp_path):
+    """Columns called like a role that their values speak against."""
+    rng = np.random.default_rng(0)
+    num_rows = len(columns["item_id"])
+    item = np.array(columns["item_id"]) - 100_000
+    user = np.array(columns["user_id"]) - 5_000
+    request = np.array(columns["request_id"]) - 10_000
+    misleading = {
+        # Different for each candidate of a request, as an id would be, but no id.
+        "item_count": np.concatenate([rng.choice(9000, 60, replace=False) for _ in range(400)]),
+        "request_count": rng.integers(0, 30, size=400)[request],
+        "click_count": rng.permutation(10_000)[:500][item],
+        "like_rate": rng.random(500)[item],
+        "item_time": logs.START - rng.integers(10**7, size=500)[item],
+        "stage_name": np.array(["Berlin", "Paris", "Rome"])[rng.integers(3, size=500)[item]],
+        "weight": (10 * rng.random(500))[item],
+        "model_version": np.array(["phone 1", "phone 2"])[rng.integers(2, size=80)[user]],
+        "rank": rng.integers(1, 100, size=500)[item],
+        "share_price": 100 * rng.random(num_rows),
+        "item": np.array(["book", "film", "song"])[rng.integers(3, size=500)[item]],
+        "user": np.array(["old", "new"])[rng.integers(2, size=400)[request]],
+    }
+    together = columns | misleading
+    order = rng.permutation(list(together))
+    _, config = infer(tmp_path, logs.table_of({name: together[name] for name in order}))
+    assert config.data.columns.to_dict() == {
+        "request": "request_id",
+        "time": "time",
+        "user": "user_id",
+        "item": "item_id",
+        "stage": "stage",
+        "position": "position",
+        "label_weight": "label_weight",
+        "teacher_version": "teacher_version",
+        "teacher_weight": "",
+    }
+    assert set(config.data.labels) == set(logs.TASKS)
+    assert set(config.data.teacher) == set(logs.TASKS)
+    features = features_of(config)
+    assert features["item_count"] == ("candidate", "dense")
+    assert features["request_count"] == ("context", "dense")
+    assert features["click_count"] == features["like_rate"] == ("item", "dense")
+    assert features["stage_name"] == features["item"] == ("item", "category")
+    assert features["weight"] == ("item", "dense")
+    assert features["model_version"] == ("user", "category")
+    assert features["share_price"] == ("candidate", "dense")
+    assert features["user"] == ("context", "category")
+    assert features["rank"][0] == "item"
+
+
+def test_the_time_of_a_request_is_not_that_of_its_items(columns, tmp_path):
+    columns = dict(columns)
+    item = np.array(columns["item_id"]) - 100_000
+    columns["made"] = columns.pop("time")
+    columns["created_at"] = logs.START - np.random.default_rng(0).integers(10**7, size=500)[item]
+    _, config = infer(tmp_path, logs.table_of(columns))
+    assert config.data.columns.time == "made"
+
+
+@pytest.mark.parametrize("other", ["title", "slug"])
+def test_items_are_told_by_their_ids_rather_than_other_names_of_theirs(columns, tmp_path, other):
+    """A title has spaces; of two ids, a history lists the one that matters."""
+    columns = dict(columns)
+    columns["b"] = columns.pop("item_id")
+    titles = columns.pop("title")
+    columns["a"] = titles if other == "title" else [title.replace(" ", "-") for title in titles]
+    if other == "title":
+        columns = without(columns, "recent_items")
+    _, config = infer(tmp_path, logs.table_of(columns))
+    assert config.data.columns.item == "b"
+
+
+def test_small_numbers_are_not_a_history_because_items_have_such_ids(columns, tmp_path):
+    columns = dict(columns)
+    columns["item_id"] = np.array(columns["item_id"]) - 100_000
+    columns["recent_items"] = [[i - 100_000 for i in each] for each in columns["recent_items"]]
+    columns["a"] = columns.pop("interests")
+    columns["b"] = columns.pop("recent_items")
+    _, config = infer(tmp_path, logs.table_of(columns))
+    assert (config.data.features.a.kind, config.data.features.b.kind) == ("bag", "history")
+
+
+@pytest.mark.parametrize("rows", ["candidate", "request"])
+def test_values_alone_say_most_of_it(columns, tmp_path, rows):
+    """All names, those of columns and those of stages, mean nothing."""
+    stage = columns["stage"]
+    columns = columns | {"stage": np.select([stage == "shown", stage == "passed"], [31, 7], 12)}
+    rng = np.random.default_rng(1)
+    numbers = rng.permutation(len(columns))
+    hidden = {name: f"x{number}" for name, number in zip(columns, numbers, strict=True)}
+    renamed = {hidden[name]: columns[name] for name in rng.permutation(list(columns))}
+    table = logs.table_of(renamed)
+    if rows == "request":
+        table = logs.by_request(table, tuple(hidden[name] for name in logs.OF_REQUEST))
+    text, config = infer(tmp_path, table)
+    data = config.data
+    planted = {value: name for name, value in hidden.items()}
+    found = {role: planted.get(column, "") for role, column in data.columns.items()}
+    assert found == {
+        "request": "request_id",
+        "time": "time",
+        "user": "user_id",
+        "item": "item_id",
+        "stage": "stage",
+        "position": "position",
+        # These three only a name can tell.
+        "label_weight": "",
+        "teacher_version": "",
+        "teacher_weight": "",
+    }
+    assert data.rows == rows
+    assert data.stages.to_dict() == {"retrieved": "12", "passed": "7", "shown": "31"}
+    assert {planted[column] for column in data.labels.values()} == set(logs.TASKS)
+    teacher = {planted[data.labels[task]]: planted[name] for task, name in data.teacher.items()}
+    assert teacher == {task: f"teacher_probability_{task}" for task in logs.TASKS}
+    kinds = {planted[name]: kind for name, kind in features_of(config).items()}
+    expected = dict(FEATURES, item_count=("user", "category"))
+    for name, kind in expected.items():
+        assert kinds[name] == kind, name
+    # The rest is asked for.
+    for task in data.teacher:
+        assert "its name does not say so" in check_of(text, f"data.teacher.{task}")
+    for name in ("age", "author_id"):
+        assert check_of(text, f"data.features.{hidden[name]}").startswith("or '")
+    reasons = left_out(text)
+    assert "a label weight?" in reasons[hidden["label_weight"]]
+    assert {"source", "title", "trace", "dwell"} <= {planted[name] for name in reasons}
+    assert "what each task is worth" in check_of(text, "config.value_weights")
+
+
+def test_columns_that_tell_too_much_are_left_out(columns, tmp_path):
+    rng = np.random.default_rng(0)
+    stage, click = columns["stage"], columns["click"]
+    num_rows = len(stage)
+    noise = rng.normal(size=num_rows)
+    shown = stage == "shown"
+    clicks = [sum(filter(None, click[i : i + 60])) for i in range(0, num_rows, logs.CANDIDATES)]
+    seen = [list(columns["item_id"][i : i + 4]) for i in range(0, num_rows, logs.CANDIDATES)]
+    columns = columns | {
+        # Zero but where a candidate was shown.
+        "engaged_for": np.where(shown, rng.gamma(2.0, size=num_rows), 0.0),
+        # The same, and often zero even there.
+        "answered": np.where(shown & (rng.random(num_rows) < 0.4), 1.0 + rng.random(num_rows), 0.0),
+        "expensive": pa.array(noise, mask=stage == "retrieved"),
+        "echo": [5.0 * bool(y) + 0.3 * n for y, n in zip(click, noise, strict=True)],
+        "final_score": noise,
+        "num_clicks": np.repeat(clicks, logs.CANDIDATES),
+        "seen_items": [seen[row // logs.CANDIDATES] for row in range(num_rows)],
+        "note": [f"some words about the number {i} and what it is" for i in range(num_rows)],
+        "published_at": pa.array(logs.START - np.array(columns["item_id"]), pa.timestamp("s")),
+        "embedding": [[0.5, float(i)] for i in columns["item_id"]],
+        "extra": [{"a": 1}] * num_rows,
+        "nothing": pa.nulls(num_rows, pa.float64()),
+        "honest": noise,
+    }  # fmt: skip
+    text, config = infer(tmp_path, logs.table_of(columns))
+    reasons = left_out(text)
+    for name, reason in {
+        "engaged_for": "shown",
+        "answered": "nearly always the same where a candidate was not shown",
+        "expensive": "missing where a candidate was not passed: too late for an early ranker",
+        "echo": "",
+        "final_score": "CHECK: a model's output?",
+        "num_clicks": "goes with the number of 'click' in the request",
+        "seen_items": "are candidates of the same request",
+        "note": "an id or text",
+        "published_at": "a time",
+        "embedding": "a column for each",
+        "extra": "struct",
+        "nothing": "never known",
+    }.items():
+        assert reason in reasons[name], name
+        assert name not in config.data.features
+    assert features_of(config)["honest"] == ("candidate", "dense")
+
+
+def test_numbers_called_like_what_users_do(columns, tmp_path):
+    rng = np.random.default_rng(0)
+    num_rows = len(columns["item_id"])
+    more = {"share": rng.integers(0, 4, size=num_rows), "watch_time": rng.gamma(2.0, size=num_rows)}
+    text, config = infer(tmp_path, logs.table_of(columns | more))
+    assert "called like a label, but not 0 or 1" in left_out(text)["share"]
+    # It tells nothing of the labels, so that it may be of the past.
+    assert config.data.features.watch_time.kind == "dense"
+    assert check_of(text, "data.features.watch_time") == "known only afterwards?"
+
+
+def test_lists_of_labels_of_the_shown_alone(columns, tmp_path):
+    # Nothing but items is different for each candidate of a request.
+    some_columns = without(columns, "trace", "title", "duration", "retrieval_score_7d")
+    table = logs.table_of(some_columns, "request")
+    some = [[1, 0] * (1 + row % 3) for row in range(table.num_rows)]
+    text, config = infer(tmp_path, table.append_column("finished", pa.array(some)))
+    assert "labels? 0 and 1" in left_out(text)["finished"]
+    assert config.data.rows == "request"
+
+
+def test_many_values_are_hashed(columns, tmp_path):
+    rng = np.random.default_rng(0)
+    num_rows = len(columns["item_id"])
+    query = [f"q{value}" for value in rng.integers(15_000, size=num_rows)]
+    _, config = infer(tmp_path, logs.table_of(columns | {"match": query}))
+    assert config.data.features.match.hashed
+    assert not config.data.features.country.hashed
+
+
+def test_there_is_room_for_one_history(columns, tmp_path):
+    other = [each[::-1] for each in columns["recent_items"]]
+    text, config = infer(tmp_path, logs.table_of({"other": other} | columns))
+    assert config.data.features.recent_items.kind == "history"
+    assert "another history than 'recent_items'" in left_out(text)["other"]
+
+
+def test_names_that_python_and_ruff_stumble_over(columns, tmp_path):
+    rng = np.random.default_rng(0)
+    num_rows = len(columns["item_id"])
+    odd = [
+        "class", "items", "get", "7 days", "ä ö", "日本", 'say "x"', "it's", "both ' and \"\"",
+        "back\\slash", "new\nline", "dots.in.it", "a" * 90, "b" * 200, "_", "-", "x y", "x.y",
+        "word " * 30,
+    ]  # fmt: skip
+    columns = dict(columns) | {name: rng.normal(size=num_rows) for name in odd}
+    columns["request'id"] = columns.pop("request_id")
+    columns['user "id"'] = columns.pop("user_id")
+    columns["c" * 85] = [f"{'v' * 70}{i}" for i in rng.integers(3, size=num_rows)]
+    _, config = infer(tmp_path, logs.table_of(columns))
+    read = {each.column or name for name, each in config.data.features.items()}
+    assert set(odd) <= read
+    assert config.data.columns.request == "request'id"
+    assert config.data.columns.user == 'user "id"'
+    assert_formatted(tmp_path / "configs/feed.py")
+
+
+def test_files_that_differ(columns, tmp_path):
+    table = logs.table_of(columns)
+    half = table.num_rows // 2
+    folder = tmp_path / "feed"
+    logs.write(table.slice(0, half), folder / "a", files=1)
+    other = table.slice(half).drop_columns(["age"])
+    other = other.set_column(
+        other.column_names.index("country"), "country", pa.array(range(other.num_rows))
+    )
+    logs.write(other, folder / "b", files=2)
+    text, config = infer(tmp_path, path=str(folder))
+    reasons = left_out(text)
+    assert reasons["age"] == "missing in 2 of 3 files"
+    assert reasons["country"] == "files disagree on its type: int64, string"
+    assert config.data.columns.request == "request_id"
+
+
+def test_columns_that_the_user_names_are_taken(columns, tmp_path):
+    columns = dict(columns)
+    columns["shelf"] = columns.pop("item_id")
+    columns["item_id"] = np.arange(len(columns["shelf"]))
+    _, config = infer(tmp_path, logs.table_of(columns), columns__item="shelf")
+    assert config.data.columns.item == "shelf"
+    assert config.data.columns.user == "user_id"
+
+
+@pytest.mark.parametrize("url", ["glob", "file", "memory"])
+def test_globs_single_files_and_urls(columns, tmp_path, url):
+    table = logs.table_of(columns)
+    folder = logs.write(table, tmp_path / "feed", files=1)
+    if url == "memory":
+        files = fsspec.filesystem("memory")
+        files.pipe("/store/feed.parquet", (folder / "part-000.parquet").read_bytes())
+    path = {
+        "glob": f"{folder}/part-*.parquet",
+        "file": str(folder / "part-000.parquet"),
+        "memory": "memory://store/feed.parquet",
+    }[url]
+    _, config = infer(tmp_path, path=path)
+    assert config.data.path == path
+    assert config.data.columns.item == "item_id"
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path):
+    empty, other, no_rows = tmp_path / "empty", tmp_path / "other", tmp_path / "no_rows"
+    empty.mkdir()
+    other.mkdir()
+    (other / "a.parquet").write_text("no Parquet")
+    logs.write(pa.table({"a": pa.array([], pa.int64())}), no_rows, files=1)
+    assert "data.path is empty" in fault_of(tmp_path, path="")
+    assert "does not exist" in fault_of(tmp_path, path=str(tmp_path / "absent"))
+    assert "matches no file" in fault_of(tmp_path, path=str(tmp_path / "absent*.parquet"))
+    assert "holds no file that ends in .parquet" in fault_of(tmp_path, path=str(empty))
+    assert "a.parquet cannot be read as Parquet" in fault_of(tmp_path, path=str(other))
+    assert "have no rows" in fault_of(tmp_path, path=str(no_rows))
+    assert "cannot be read" in fault_of(tmp_path, path="nowhere://bucket/feed")
+
+
+def test_a_log_without_requests_or_items_says_which_key_to_set(columns, tmp_path):
+    rng = np.random.default_rng(0)
+    plain = {"price": rng.normal(size=500), "color": rng.choice(["red", "blue"], size=500)}
+    path = str(logs.write(logs.table_of(plain), tmp_path / "plain", files=1))
+    message = fault_of(tmp_path, path=path)
+    assert "--config.data.columns.request=COLUMN" in message
+    assert "it has: price (double), color (string)" in message
+    no_item = without(columns, "item_id", "title", "trace", "position", "author_id")
+    path = str(logs.write(logs.table_of(no_item), tmp_path / "no_item"))
+    assert "--config.data.columns.item=COLUMN" in fault_of(tmp_path, path=path)
+    message = fault_of(tmp_path, path=path, columns__item="itemid")
+    assert "data.columns.item='itemid' is no column" in message
+
+
+def test_a_file_that_is_there_is_not_overwritten(columns, tmp_path):
+    table = logs.table_of(columns)
+    infer(tmp_path, table)
+    file = tmp_path / "configs/feed.py"
+    file.write_text("mine")
+    with pytest.raises(UserError, match=r"feed\.py exists already; move it away"):
+        infer(tmp_path, table)
+    assert file.read_text() == "mine"
+
+
+def test_the_entry_point_says_where_the_file_is_and_what_to_run_next(columns, tmp_path):
+    path = logs.write(logs.table_of(columns), tmp_path / "feed")
+    finished = small.run(
+        "-m", "experiments.prepare_data", "--config=configs/parquet.py",
+        f"--config.data.path={path}", "--config.data.infer=True", f"--workdir={tmp_path}",
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    first, *rest = finished.stdout.splitlines()
+    assert first == f"config: {tmp_path / 'feed.py'}"
+    assert f"    python -m experiments.prepare_data --config={tmp_path / 'feed.py'}" in rest
+    assert load(tmp_path / "feed.py").data.columns.item == "item_id"
+
+
+def test_a_sample_is_bounded_and_spread(columns, tmp_path):
+    path = logs.write(logs.table_of(columns), tmp_path / "feed", row_group_size=900)
+    log = sample.open_log(str(path))
+    read = sample.read_sample(log, max_rows=3000)
+    assert 2000 < read.num_rows <= 3000
+    requests = np.array(columns["request_id"])
+    met = read.columns["request_id"].values.to_numpy()
+    # From the first request to the last row group.
+    assert met.min() == requests[0]
+    assert met.max() > requests[-900]
+    few_cells = sample.read_sample(log, max_cells=60_000)
+    assert few_cells.num_rows * len(log.types) < 90_000
+    with mock.patch.multiple(sample, MAX_BYTES=500_000, _BATCH_CELLS=2000):
+        assert sample.read_sample(log).num_rows < 0.5 * log.num_rows
+
+
+def test_requests_that_a_sample_cuts_off_do_not_count_for_the_funnel(columns, tmp_path):
+    path = logs.write(logs.table_of(columns), tmp_path / "feed", row_group_size=1000)
+    # Some 80 rows of a row group: hardly more than one whole request, and two parts of others.
+    with mock.patch.object(sample.read_sample, "__defaults__", (2000, 10**9)):
+        text, config = infer(tmp_path, path=str(path))
+    assert re.search(r"Guessed from (1,9\d\d|2,000) of 24,000 rows", text)
+    funnel = config.funnel
+    sizes = (funnel.retrieved, funnel.passed, funnel.shown)
+    assert sizes == (logs.CANDIDATES, logs.PASSED, logs.SHOWN)
+
+
+def test_rows_in_any_order(columns, tmp_path):
+    table = logs.table_of(columns)
+    table = table.take(pa.array(np.random.default_rng(0).permutation(table.num_rows)))
+    _, config = infer(tmp_path, table)
+    assert config.data.columns.request == "request_id"
+    assert features_of(config) == FEATURES
+
+
+def test_more_requests_are_read_to_tell_users_from_contexts(columns, tmp_path):
+    path = logs.write(logs.table_of(columns), tmp_path / "feed")
+    log = sample.open_log(str(path))
+    names = ["user_id", "age", "country", "hour"]
+    read = sample.read_requests(log, "request_id", names)
+    frame = pd.DataFrame({name: columns[name] for name in ("request_id", *names)})
+    expected = frame.drop_duplicates("request_id").set_index("request_id").sort_index()
+    values = {name: np.array(each.values.to_pylist())[each.code] for name, each in read.items()}
+    found = pd.DataFrame(values).set_index("request_id").sort_index()
+    pd.testing.assert_frame_equal(found, expected, check_dtype=False)
+
+
+@pytest.mark.parametrize("rows", ["candidate", "request"])
+def test_the_dataset_is_built_from_the_config_as_it_is(columns, tmp_path, rows):
+    _, config = infer(tmp_path, logs.table_of(columns, rows))
+    config.data.dir = str(tmp_path / "datasets")
+    directory = commands.prepare_data(config)
+    splits = tfds.builder_from_directory(directory).info.splits
+    assert sum(splits[split].num_examples for split in ("train", "test")) == logs.REQUESTS
+
+
+TYPES = st.sampled_from([
+    pa.int8(), pa.int64(), pa.uint64(), pa.float16(), pa.float32(), pa.float64(), pa.bool_(),
+    pa.string(), pa.large_string(), pa.binary(), pa.timestamp("us"), pa.date32(), pa.time64("us"),
+    pa.decimal128(9, 2), pa.null(), pa.list_(pa.int64()), pa.list_(pa.string()),
+    pa.large_list(pa.float32()), pa.list_(pa.int32(), 3), pa.list_(pa.list_(pa.int64())),
+    pa.struct([("a", pa.int64())]), pa.dictionary(pa.int32(), pa.string()),
+])  # fmt: skip
+
+
+@st.composite
+def tables(draw: st.DrawFn) -> pa.Table:
+    """Tables of any types, that may look like a log or not."""
+    num_rows = draw(st.integers(1, 60))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    arrays = {}
+    if draw(st.booleans()):
+        arrays["request_id"] = pa.array(np.sort(rng.integers(6, size=num_rows)))
+        arrays["item_id"] = pa.array(rng.permutation(num_rows))
+    for name in draw(st.lists(st.text(min_size=1, max_size=6), unique=True, max_size=6)):
+        if name.isprintable() and name not in arrays:
+            arrays[name] = array_of(rng, draw(TYPES), num_rows, draw(st.integers(1, 70)))
+    arrays.setdefault("x", pa.array(rng.normal(size=num_rows)))
+    return pa.table(arrays)
+
+
+def array_of(rng: np.random.Generator, of: pa.DataType, number: int, distinct: int) -> pa.Array:
+    """Values of a type, with nulls among them and at most so many different ones."""
+    known = rng.random(number) < rng.choice([0.0, 0.5, 1.0])
+    codes = rng.integers(distinct, size=number)
+
+    def value(code: int, of: pa.DataType) -> Any:
+        if pa.types.is_dictionary(of):
+            return f"d{code}"
+        if pa.types.is_fixed_size_list(of):
+            return [code] * 3
+        if hasattr(of, "value_type"):
+            return [value(code + i, of.value_type) for i in range(code % 4)]
+        if pa.types.is_struct(of):
+            return {"a": code}
+        if pa.types.is_floating(of) or pa.types.is_decimal(of):
+            return float("nan") if code % 7 == 3 and pa.types.is_floating(of) else code / 2
+        if pa.types.is_boolean(of):
+            return bool(code % 2)
+        if pa.types.is_binary(of):
+            return bytes([code, 255])
+        return f"s{code}" if pa.types.is_string(of) or pa.types.is_large_string(of) else code
+
+    if pa.types.is_null(of):
+        return pa.nulls(number)
+    values = [value(int(c), of) if k else None for c, k in zip(codes, known, strict=True)]
+    if pa.types.is_decimal(of):
+        return pa.array(values, pa.float64()).cast(of)
+    if pa.types.is_float16(of):
+        return pa.array([None if v is None else np.float16(v) for v in values], of)
+    if pa.types.is_dictionary(of):
+        return pa.array(values, pa.string()).dictionary_encode()
+    return pa.array(values, of)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(table=tables())
+def test_any_table_gives_a_config_or_one_line(table, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("any")
+    pq.write_table(table, folder / "feed.parquet", row_group_size=25)
+    log = sample.open_log(str(folder / "feed.parquet"))
+    text, message = "", ""
+    try:
+        text = first_config.config_text("feed", log, {})
+    except UserError as error:
+        message = str(error)
+    if message:
+        assert "\n" not in message
+        return
+    names: dict[str, Any] = {}
+    exec(compile(text, "feed.py", "exec"), names)
+    data = names["get_config"]().data
+    used = {*data.columns.values(), *data.labels.values(), *data.teacher.values()} - {""}
+    used |= {each.column or name for name, each in data.features.items()}
+    assert used <= set(table.column_names)
+
+
+codes = st.lists(st.integers(-1, 4), min_size=1, max_size=40)
+
+
+@given(codes, st.integers(0, 2**32))
+def test_agreement_is_one_minus_differing_over_expected(code, seed):
+    code = np.array(code, np.int32)
+    group = np.random.default_rng(seed).integers(-1, 4, size=len(code)).astype(np.int32)
+    found = evidence.agreement(code, group)
+    frame = pd.DataFrame({"code": code, "group": group})
+    frame = frame[(frame.code >= 0) & (frame.group >= 0)]
+    first = frame.groupby("group").code.transform("first")
+    later = frame.groupby("group").cumcount() > 0
+    chance = float((frame.code.value_counts(normalize=True) ** 2).sum()) if len(frame) else 0.0
+    expected = int(later.sum()) * (1 - chance)
+    assert found.groups == int((frame.groupby("group").size() > 1).sum())
+    assert found.expected == pytest.approx(expected)
+    if expected > 1e-9:
+        assert found.kappa == pytest.approx(1 - ((frame.code != first) & later).sum() / expected)
+
+
+def test_a_rare_label_does_not_belong_to_its_item():
+    """It is the same nearly wherever the item is; so it is anywhere."""
+    rng = np.random.default_rng(0)
+    item = rng.integers(1000, size=20_000).astype(np.int32)
+    label = (rng.random(20_000) < 0.01).astype(np.int32)
+    assert not evidence.agreement(label, item).is_constant
+    flag = (rng.random(1000) < 0.01).astype(np.int32)[item]
+    assert evidence.agreement(flag, item).is_constant
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(0, 2**32))
+def test_permutations_are_counted_group_by_group(sizes, seed):
+    rng = np.random.default_rng(seed)
+    numbers, groups, good = [], [], []
+    for group, size in enumerate(sizes):
+        values = rng.permutation(size).astype(float) + rng.integers(2)
+        if size > 1 and rng.random() < 0.5:
+            values[0] += rng.choice([0.5, 7.0])
+        numbers += [*values, np.nan]
+        groups += [group] * (size + 1)
+        if size > 1:
+            good.append(
+                sorted(values) in ([*map(float, range(size))], [*map(float, range(1, size + 1))])
+            )
+    order = rng.permutation(len(numbers))
+    share = evidence.permutation_share(np.array(numbers)[order], np.array(groups, np.int32)[order])
+    assert share == pytest.approx(np.mean(good) if good else 0.0)
+
+
+def test_information_and_skill_are_those_of_scikit_learn():
+    rng = np.random.default_rng(0)
+    p = rng.random(4000)
+    y = rng.random(4000) < p
+    bins = evidence.binned(p, np.arange(4000, dtype=np.int32), 4000)
+    assert bins is not None
+    base = y.mean()
+    entropy = -(base * np.log(base) + (1 - base) * np.log(1 - base))
+    expected = sklearn.metrics.mutual_info_score(bins, y) - (len(np.unique(bins)) - 1) / 8000
+    assert evidence.information(bins, y) == pytest.approx(expected / entropy)
+    loss = sklearn.metrics.log_loss(y, p)
+    assert evidence.skill(p, y) == pytest.approx(1 - loss / entropy, abs=1e-4)
+    # No information is close to 0, however many bins there are to find some in.
+    assert evidence.information(rng.integers(50, size=4000), y) < 0.01
+
+
+@given(st.lists(st.one_of(st.none(), st.lists(st.integers(0, 2), max_size=3)), max_size=30))
+def test_equal_lists_have_equal_codes(lists):
+    code, values = column.encode(pa.chunked_array([pa.array(lists, pa.list_(pa.int64()))]))
+    assert [None if c < 0 else values[int(c)].as_py() for c in code] == lists
+    known = [tuple(each) for each in lists if each is not None]
+    assert len(values) == len(set(known))

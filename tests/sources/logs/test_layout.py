@@ -1,0 +1,82 @@
+import pytest
+
+from configs import parquet
+from kd_ranker.config import settings
+from kd_ranker.config.features import feature
+from kd_ranker.errors import UserError
+from kd_ranker.sources.logs.layout import read_layout
+
+
+def config_with(**changes):
+    config = parquet.get_config()
+    config.data.path = "somewhere"
+    for key, value in changes.items():
+        *sections, name = key.split("__")
+        section = config.data
+        for part in sections:
+            section = section[part]
+        section[name] = value
+    return config
+
+
+def layout_of(config):
+    return read_layout(config.data, config.tasks, config.funnel)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"path": ""}, "data.path is empty; give a Parquet file, a directory or a glob"),
+        ({"rows": "item"}, "data.rows='item' does not exist; choose one of: candidate, request"),
+        ({"split": "item"}, "choose one of: request, time, user"),
+        ({"time_unit": "h"}, "choose one of: ms, s, us"),
+        ({"teacher_signal": "logit"}, "choose one of: probability, rank"),
+        ({"columns__user": ""}, "data.columns.user is empty; name the column"),
+        ({"columns__usr": "user"}, "data.columns='usr' does not exist"),
+        ({"labels__watch": ""}, "data.labels.watch is empty"),
+        ({"teacher__share": "score"}, "data.teacher='share' does not exist; choose one of: like"),
+        ({"stages__shown": ""}, "data.stages.shown is empty"),
+        ({"stages__passed": "shown"}, "gives two stages the same text"),
+        ({"stages__sent": "x"}, "data.stages='sent' does not exist; choose one of: passed"),
+        ({"test_share": 1.0}, "data.test_share=1.0 must lie between 0 and 1"),
+        ({"processes": 0}, "data.processes=0 must be at least 1"),
+        ({"rows_in_memory": 10}, "data.rows_in_memory=10 must be at least 1000"),
+        ({"features__new": "dense"}, "data.features.new must be made by kd_ranker.config."),
+        ({"features__age": feature("group", "dense")}, "data.features.age.of='group' does not"),
+        ({"features__age": feature("user", "text")}, "data.features.age.kind='text' does not"),
+        ({"features__age": feature("item", "history")}, "a history is one of: user, context"),
+        ({"features__age": feature("user", "history")}, "has 2 of kind 'history' (age, recent)"),
+        ({"features__age": feature("user", "dense", length=2)}, "kind 'dense' holds one value"),
+        ({"features__tags": feature("item", "bag", length=0)}, "length=0 must be at least 1"),
+    ],
+)  # fmt: skip
+def test_each_fault_is_one_line_that_says_what_to_change(changes, message):
+    with pytest.raises(UserError) as caught:
+        layout_of(config_with(**changes))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_config_is_valid_and_its_tasks_are_those_of_its_labels():
+    config = config_with()
+    config.parallel.devices = 1
+    settings.validate(config)
+    config.tasks, config.value_weights = ("watch", "share"), (1.0, 1.0)
+    with pytest.raises(UserError, match="'share', which parquet lacks; it has: like, watch"):
+        settings.validate(config)
+
+
+def test_a_config_survives_the_file_that_a_workdir_keeps(tmp_path):
+    from kd_ranker.training import workdir
+
+    config = config_with()
+    workdir.claim(tmp_path, "train", config)
+    assert layout_of(workdir.read_config(tmp_path)) == layout_of(config)
+
+
+def test_what_the_log_lacks_is_left_out():
+    layout = layout_of(config_with(columns__stage=""))
+    assert "stage" not in layout.columns
+    assert layout.stages == {}
+    assert layout.history_length == 20
+    assert [feature.name for feature in layout.of("item", kind="dense")] == ["duration", "quality"]

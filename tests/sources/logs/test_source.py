@@ -1,0 +1,650 @@
+import collections
+import json
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kd_ranker.batch import FeatureSpec
+from kd_ranker.batches import loader
+from kd_ranker.errors import UserError
+from kd_ranker.pipeline import commands, teachers
+from kd_ranker.requests.request import Request
+from kd_ranker.sources.logs.source import REFUSED, check_unchanged
+from tests.sources import faulty_logs
+from tests.sources.faulty_logs import TASKS, Restated, Row, make_rows, restate, same, write_log
+
+SPLITS = ("train", "test")
+
+
+class Log(NamedTuple):
+    """What became of a log."""
+
+    spec: FeatureSpec
+    requests: dict[str, list[Request]]
+    item_features: np.ndarray
+    item_category: np.ndarray
+    report: dict
+    rejected: pd.DataFrame
+    vocabularies: dict[str, dict[int, object]]  # id -> value
+
+    @property
+    def counts(self) -> collections.Counter:
+        reasons = self.report["candidates"]["by_reason"]
+        return collections.Counter({name: of["candidates"] for name, of in reasons.items()})
+
+
+def read(config, folder) -> Log:
+    """Reads a log, without writing a dataset."""
+    source = faulty_logs.open_source(config)
+    folder.mkdir()
+    try:
+        source.write_beside(folder)
+        requests = faulty_logs.all_requests(source)
+        assert {split: len(requests[split]) for split in SPLITS} == source.num_requests
+    finally:
+        source.close()
+    files = sorted((folder / "rejected").glob("*.parquet"))
+    tables = {path.stem: pd.read_parquet(path) for path in (folder / "vocabularies").iterdir()}
+    return Log(
+        source.spec,
+        requests,
+        source.item_features,
+        source.item_category,
+        json.loads((folder / "data_report.json").read_text()),
+        pd.concat([pd.read_parquet(file) for file in files]) if files else pd.DataFrame(),
+        {name: dict(zip(of["id"], of["value"], strict=True)) for name, of in tables.items()},
+    )
+
+
+def read_rows(rows, tmp_path, by_request=False, config=None, name="log", **options) -> Log:
+    log = write_log(tmp_path / name, rows, by_request, **options)
+    changes = {"rows": "request" if by_request else "candidate"} | (config or {})
+    of = faulty_logs.config(log, tmp_path / "datasets", **changes)
+    return read(of, tmp_path / f"{name}-beside")
+
+
+def assert_as_restated(log: Log, restated: Restated, config) -> None:
+    """Compares all that a request holds with the restatement."""
+    assert log.counts == restated.reasons
+    assert log.report["candidates"]["in_the_log"] == restated.candidates
+    by_time = sorted(restated.requests.values(), key=lambda of: of["time"])
+    train = [of for of in by_time if of["split"] == "train"]
+    in_train = faulty_logs.flat(of["candidates"] for of in train)
+    users, items = log.vocabularies["user"], log.vocabularies["item"]
+    assert set(users.values()) == {of["user_id"] for of in by_time}
+    assert set(items.values()) == set(restated.items)
+    sources = log.vocabularies["feature-source"]
+    countries = log.vocabularies["feature-country"]
+    starts = dict(zip((c.name for c in log.spec.categories), log.spec.category_starts, strict=True))
+    ages, hours = [of["age"] for of in train], [of["hour"] for of in train]
+    scores = [candidate["score"] for candidate in in_train]
+    for split in SPLITS:
+        expected = [of for of in by_time if of["split"] == split]
+        assert [request.time for request in log.requests[split]] == [of["time"] for of in expected]
+        for request, of in zip(log.requests[split], expected, strict=True):
+            candidates = of["candidates"]
+            shown = [c for c in candidates if c["stage"] == "shown"]
+            passed = [c for c in candidates if c["stage"] != "retrieved"]
+            assert users[request.user_id] == of["user_id"]
+            assert [items[i] for i in request.item_id] == [c["item_id"] for c in candidates]
+            assert request.num_passed == len(passed)
+            np.testing.assert_array_equal(
+                request.user_label,
+                np.array([[c[task] or 0 for task in TASKS] for c in shown]).reshape(-1, 2),
+            )
+            np.testing.assert_allclose(request.label_weight, [label_weight(c) for c in shown])
+            beyond = [
+                c[f"teacher_probability_{task}"]
+                for c in candidates[len(passed) :]
+                for task in TASKS
+            ]
+            scored = candidates if any(p is not None and p == p for p in beyond) else passed
+            np.testing.assert_array_equal(
+                request.teacher_probability,
+                np.array(
+                    [[c[f"teacher_probability_{task}"] for task in TASKS] for c in scored],
+                    np.float32,
+                ).reshape(-1, 2),
+            )  # fmt: skip
+            np.testing.assert_array_equal(
+                request.teacher_weight, [float(c["version"] == "v1") for c in scored]
+            )
+            known = [i for i in (of["recent"] or [])[-4:] if i in restated.items]
+            assert [items[i] for i in request.history_id] == known
+            assert request.history_features.tolist() == [[1.0]] * len(known)
+            np.testing.assert_allclose(
+                request.user_features, [faulty_logs.scaled(of["age"], ages)], atol=1e-5
+            )
+            np.testing.assert_allclose(
+                request.context, [faulty_logs.scaled(of["hour"], hours, False)], atol=1e-5
+            )
+            np.testing.assert_allclose(
+                request.candidate_features[:, 0],
+                [faulty_logs.scaled(c["score"], scores) for c in candidates],
+                atol=1e-5,
+            )
+            assert [sources.get(i) for i in request.candidate_category[:, 0]] == [
+                c["source"] or None for c in candidates
+            ]
+            assert request.candidate_category.min() >= starts["source"]
+            country, *spots = request.request_category
+            assert countries.get(country) == known_in(of["country"], [t["country"] for t in train])
+            given_spots = [spot for spot in of["spots"] or [] if spot][:2]
+            assert [spot >= 0 for spot in spots] == [place < len(given_spots) for place in range(2)]
+    assert_items_as_restated(log, restated, in_train)
+
+
+def label_weight(candidate):
+    if any(candidate[task] is None for task in TASKS):
+        return 0.0
+    weight = candidate["weight"]
+    if weight is None or np.isnan(weight):
+        return 1.0
+    return weight if 0 <= weight < np.inf else 0.0
+
+
+def known_in(value, training):
+    return value if value and value in training else None
+
+
+def assert_items_as_restated(log: Log, restated: Restated, in_train: list[dict]) -> None:
+    """The matrix and the category ids of the items."""
+    trained = collections.Counter(candidate["item_id"] for candidate in in_train)
+    of_trained = [restated.items[item] for item in trained]
+    authors: collections.Counter = collections.Counter()
+    tags: collections.Counter = collections.Counter()
+    for item, number in trained.items():
+        of = restated.items[item]
+        authors.update({of["author"]: number} if of["author"] is not None else {})
+        for tag in [tag for tag in of["tags"] or [] if tag][:3]:
+            tags[tag] += number
+    kept = sorted(authors, key=lambda author: (-authors[author], author))[:5]
+    assert [*log.vocabularies["feature-author"].values()] == kept
+    assert set(log.vocabularies["feature-tags"].values()) == set(tags)
+    for index, item in log.vocabularies["item"].items():
+        of = restated.items[item]
+        expected = [
+            faulty_logs.scaled(of[name], [other[name] for other in of_trained])
+            for name in ("duration", "quality")
+        ]
+        np.testing.assert_allclose(log.item_features[index], expected, atol=1e-5)
+        author, *tag_ids = log.item_category[index]
+        assert log.vocabularies["feature-author"].get(author) == (
+            of["author"] if of["author"] in kept else None
+        )
+        given_tags = [tag for tag in of["tags"] or [] if tag][:3]
+        assert [log.vocabularies["feature-tags"].get(i) for i in tag_ids if i >= 0] == [
+            tag if tag in tags else None for tag in given_tags
+        ]
+    # The most frequent item of the training requests has the first id.
+    numbers = [trained[log.vocabularies["item"][index]] for index in range(len(restated.items))]
+    assert numbers == sorted(numbers, reverse=True)
+
+
+@pytest.mark.parametrize("by_request", [False, True])
+def test_a_log_without_faults_is_what_it_says(tmp_path, by_request):
+    rows = make_rows(0)
+    log = read_rows(rows, tmp_path, by_request)
+    assert not log.counts
+    assert len(log.rejected) == 0
+    config = faulty_logs.config("", "")
+    assert_as_restated(log, restate(rows, config), config)
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 10**6), by_request=st.booleans(), files=st.integers(1, 3))
+def test_whatever_is_wrong_with_a_log_each_row_is_used_or_rejected_with_its_reason(
+    tmp_path_factory, seed, by_request, files
+):
+    tmp_path = tmp_path_factory.mktemp("faulty")
+    rows = make_rows(seed, requests=40, faults=0.06)
+    log = read_rows(rows, tmp_path, by_request, files=files)
+    config = faulty_logs.config("", "")
+    restated = restate(rows, config)
+    assert_as_restated(log, restated, config)
+    candidates = log.report["candidates"]
+    assert candidates["in_the_log"] == candidates["used"] + candidates["rejected"]
+    used = sum(len(r.item_id) for split in SPLITS for r in log.requests[split])
+    assert used == candidates["used"]
+    assert collections.Counter(log.rejected.get("reason", [])) == restated.reasons
+
+
+@pytest.mark.parametrize("texts", [False, True])
+def test_both_layouts_any_order_and_any_number_of_files_and_buckets_give_the_same(tmp_path, texts):
+    rows = make_rows(1, requests=70, texts=texts)
+    whole = read_rows(rows, tmp_path, name="whole", config={"rows_in_memory": 10**6})
+    for name, by_request, options in (
+        ("bounded", False, {}),
+        ("request", True, {}),
+        ("files", False, {"files": 3, "row_group": 50}),
+        ("shuffled", False, {"files": 4, "shuffle": 0, "row_group": 40}),
+        ("requests-shuffled", True, {"files": 2, "shuffle": 1, "row_group": 5}),
+    ):
+        other = read_rows(rows, tmp_path, by_request, name=name, **options)
+        assert same(whole.requests, other.requests), name
+        np.testing.assert_array_equal(whole.item_features, other.item_features)
+        np.testing.assert_array_equal(whole.item_category, other.item_category)
+        assert whole.vocabularies == other.vocabularies
+        assert other.spec == whole.spec
+
+
+def test_ids_of_texts_are_looked_up_in_the_vocabularies(tmp_path):
+    rows = make_rows(2, texts=True)
+    log = read_rows(rows, tmp_path)
+    by_time = [row for row in rows if row.of_request["time"] < log.requests["test"][0].time]
+    for request, row in zip(log.requests["train"], by_time, strict=True):
+        assert log.vocabularies["user"][request.user_id] == row.of_request["user_id"]
+        found = {log.vocabularies["item"][i] for i in request.item_id}
+        assert found == {candidate["item_id"] for candidate in row.candidates}
+
+
+def test_rejected_rows_stand_as_they_do_in_the_log_with_file_and_row(tmp_path):
+    rows = make_rows(3, requests=40, faults=0.05)
+    log = read_rows(rows, tmp_path, files=3)
+    assert len(log.rejected) > 10
+    for file, rejected in log.rejected.groupby("file"):
+        original = pq.read_table(file).take(rejected["row"].to_numpy()).to_pandas()
+        pd.testing.assert_frame_equal(
+            rejected[original.columns].reset_index(drop=True), original, check_dtype=False
+        )
+
+
+def test_rejected_candidates_of_a_row_of_lists_are_rows_whose_lists_hold_them_alone(tmp_path):
+    rows = make_rows(4)
+    rows[3].candidates[1]["stage"] = "lost"
+    rows[3].candidates[2]["item_id"] = None
+    log = read_rows(rows, tmp_path, by_request=True)
+    assert log.rejected["reason"].tolist() == ["unknown_stage", "missing_item"]
+    assert log.rejected["row"].tolist() == [3, 3]
+    assert [of.tolist() for of in log.rejected["stage"]] == [["lost"], ["passed"]] or [
+        of.tolist() for of in log.rejected["stage"]
+    ] == [["lost"], ["shown"]]
+    assert log.rejected["user_id"].tolist() == [rows[3].of_request["user_id"]] * 2
+
+
+def test_lists_that_are_missing_empty_or_of_another_length_are_told_apart(tmp_path):
+    rows = make_rows(5)
+    path = write_log(tmp_path / "log", rows, by_request=True)
+    table = pq.read_table(path / "part-0.parquet").to_pylist()
+    number = [len(row["item_id"]) for row in table]
+    table[0]["item_id"] = None
+    table[1]["item_id"] = []
+    table[2]["score"] = table[2]["score"][:-1]
+    # A list that is missing is one of missing values.
+    table[3]["teacher_probability_watch"] = None
+    table[4]["watch"] = None
+    schema = pq.read_schema(path / "part-0.parquet")
+    pq.write_table(pa.Table.from_pylist(table, schema), path / "part-0.parquet")
+    config = faulty_logs.config(path, tmp_path / "datasets", rows="request")
+    log = read(config, tmp_path / "beside")
+    assert log.counts == {"no_candidates": 2, "lists_differ": number[2]}
+    assert log.report["candidates"]["in_the_log"] == 2 + sum(number[2:])
+    assert len(log.rejected) == 3
+    first, second = log.requests["train"][:2]
+    assert np.isnan(first.teacher_probability[:, 0]).all()
+    assert not np.isnan(first.teacher_probability[:, 1]).any()
+    assert second.label_weight.tolist() == [0, 0, 0]
+
+
+def test_a_request_that_would_break_the_bound_on_memory_is_rejected_whole(tmp_path):
+    rows = make_rows(6)
+    giant = make_rows(7, requests=90)
+    for row in giant:
+        row.of_request |= {"request_id": 77, "time": 1_000_000}
+    log = read_rows(rows + giant, tmp_path)
+    assert log.counts == {"request_too_large": sum(len(row.candidates) for row in giant)}
+    assert sum(map(len, log.requests.values())) == len(rows)
+
+
+def test_stages_without_a_column_follow_from_what_is_there(tmp_path):
+    rows = make_rows(8)
+    with_stages = read_rows(rows, tmp_path, name="with")
+    columns = faulty_logs.config("", "").data.columns
+    columns.stage = ""
+    without = read_rows(rows, tmp_path, name="without", config={"columns": columns})
+    assert same(with_stages.requests, without.requests)
+
+
+def test_stages_may_be_whole_numbers(tmp_path):
+    rows = make_rows(9)
+    named = read_rows(rows, tmp_path, name="named")
+    path = write_log(tmp_path / "numbered", rows)
+    table = pq.read_table(path / "part-0.parquet")
+    codes = {"retrieved": 0, "passed": 1, "shown": 2}
+    stage = pa.array([codes[text] for text in table["stage"].to_pylist()], pa.int8())
+    table = table.set_column(table.schema.get_field_index("stage"), "stage", stage)
+    pq.write_table(table, path / "part-0.parquet")
+    config = faulty_logs.config(path, tmp_path / "datasets")
+    config.data.stages.update(retrieved="0", passed="1", shown="2")
+    assert same(named.requests, read(config, tmp_path / "beside").requests)
+
+
+def test_a_teacher_that_scored_more_than_what_passed_is_kept_for_all(tmp_path):
+    rows = make_rows(10)
+    last = rows[0].candidates[-1]
+    last |= {"stage": "retrieved", "teacher_probability_watch": 0.5}
+    log = read_rows(rows, tmp_path)
+    first, second = log.requests["train"][:2]
+    assert len(first.teacher_probability) == len(first.item_id) == len(rows[0].candidates)
+    assert len(second.teacher_probability) == second.num_passed
+
+
+def test_teacher_ranks_become_numbers_that_fall_with_them(tmp_path):
+    rows = make_rows(11)
+    for row in rows:
+        for place, candidate in enumerate(row.candidates):
+            candidate["teacher_probability_watch"] = float(1 + place) if place < 6 else None
+    rows[0].candidates[0]["teacher_probability_watch"] = -1.0
+    rows[0].candidates[2]["teacher_probability_watch"] = 2.0
+    log = read_rows(rows, tmp_path, config={"teacher_signal": "rank"})
+    assert log.spec.teacher_signal == "rank"
+    first, second = log.requests["train"][:2]
+
+    def found(request, row):
+        by_item = dict(zip(request.item_id, request.teacher_probability[:, 0], strict=False))
+        items = {log.vocabularies["item"][index]: index for index in by_item}
+        return [by_item[items[candidate["item_id"]]] for candidate in row.candidates[:6]]
+
+    # Of five that are ranked, two share the first and the second place.
+    number = min(len(rows[0].candidates), 6) - 1
+    ranks = np.array([0.5, 0.5, *range(2, number)])
+    np.testing.assert_allclose(found(first, rows[0]), [np.nan, *(1 / (2 + ranks))], 1e-6)
+    number = min(len(rows[1].candidates), 6)
+    np.testing.assert_allclose(found(second, rows[1]), 1 / (2 + np.arange(number)), 1e-6)
+    assert "calibration" not in log.report["teacher"]["tasks"]["watch"]
+
+
+def test_without_a_teacher_or_features_there_are_columns_of_zeros(tmp_path):
+    columns = faulty_logs.config("", "").data.columns
+    columns.teacher_version = ""
+    empty = type(columns)()
+    log = read_rows(
+        make_rows(12), tmp_path, config={"teacher": empty, "features": empty, "columns": columns}
+    )
+    assert log.spec.teacher_version == ""
+    assert (log.spec.user_features, log.spec.item_features, log.spec.categories) == (1, 1, ())
+    request = log.requests["train"][0]
+    assert request.teacher_probability.shape == (0, 2)
+    assert request.request_category is None
+    assert log.item_features.tolist() == [[0.0]] * log.spec.num_items
+
+
+def test_every_version_of_the_teacher_counts_unless_one_is_named(tmp_path):
+    rows = make_rows(13)
+    for candidate in rows[0].candidates:
+        candidate["version"] = "v0"
+    one = read_rows(rows, tmp_path, name="one")
+    every = read_rows(rows, tmp_path, name="every", config={"teacher_version": ""})
+    passed = one.requests["train"][0].num_passed
+    assert one.requests["train"][0].teacher_weight.tolist() == [0] * passed
+    assert every.requests["train"][0].teacher_weight.tolist() == [1] * passed
+    assert one.report["teacher"]["other_version"] == passed
+    assert every.spec.teacher_version
+
+
+@pytest.mark.parametrize("split", ["time", "request", "user"])
+def test_splits_share_what_they_must_not_share(tmp_path, split):
+    rows = make_rows(14, requests=120)
+    log = read_rows(rows, tmp_path, config={"split": split, "test_share": 0.25})
+    requests = log.requests
+    ids = [{request.request_id for request in requests[name]} for name in SPLITS]
+    assert not ids[0] & ids[1]
+    assert len(ids[0] | ids[1]) == 120
+    for name in SPLITS:
+        times = [request.time for request in requests[name]]
+        assert times == sorted(times)
+    if split == "time":
+        assert requests["train"][-1].time < requests["test"][0].time
+        assert len(requests["test"]) == 30
+    if split == "user":
+        users = [{request.user_id for request in requests[name]} for name in SPLITS]
+        assert not users[0] & users[1]
+    else:
+        assert 12 <= len(requests["test"]) <= 48
+    # Ids of training users and items come first.
+    for of, size in (("user_id", log.spec.num_users), ("item_id", log.spec.num_items)):
+        seen = {
+            name: set(np.concatenate([np.atleast_1d(getattr(r, of)) for r in requests[name]]))
+            for name in SPLITS
+        }
+        assert seen["train"] == set(range(len(seen["train"])))
+        assert seen["train"] | seen["test"] == set(range(size))
+
+
+def test_a_split_by_hash_follows_the_seed_alone(tmp_path):
+    rows = make_rows(15, requests=60, texts=True)
+    log = write_log(tmp_path / "log", rows)
+
+    def test_times(name, **changes):
+        config = faulty_logs.config(log, tmp_path / "datasets", split="request", **changes)
+        return [request.time for request in read(config, tmp_path / name).requests["test"]]
+
+    assert test_times("one") == test_times("again") != test_times("other", seed=1)
+
+
+def test_vocabularies_and_means_know_nothing_of_test_requests(tmp_path):
+    rows = make_rows(16)
+    before = read_rows(rows, tmp_path, name="before")
+    for row in rows[-9:]:
+        row.of_request |= {"age": 1e9, "country": "new", "hour": 1e6}
+        for candidate in row.candidates:
+            candidate |= {"score": 1e9, "source": "new"}
+    after = read_rows(rows, tmp_path, name="after")
+    assert same(
+        {"train": before.requests["train"], "test": []},
+        {"train": after.requests["train"], "test": []},
+    )
+    assert "new" not in after.vocabularies["feature-country"].values()
+
+
+def test_strict_ends_the_build_and_says_where_the_report_is(tmp_path):
+    rows = make_rows(17, faults=0.05)
+    log = write_log(tmp_path / "log", rows)
+    config = faulty_logs.config(log, tmp_path / "datasets", strict=True)
+    with pytest.raises(UserError, match=r"data.strict=True, and .* rejected candidates") as caught:
+        faulty_logs.open_source(config)
+    page = tmp_path / "datasets" / REFUSED / "data_report.html"
+    assert str(page) in str(caught.value)
+    assert page.exists()
+    assert (page.parent / "rejected").is_dir()
+    # Nothing else is left behind.
+    assert [path.name for path in (tmp_path / "datasets").iterdir()] == [REFUSED]
+
+
+def test_strict_does_not_mind_a_log_without_faults(tmp_path):
+    log = read_rows(make_rows(18), tmp_path, config={"strict": True})
+    assert not log.counts
+
+
+def test_a_log_of_which_nothing_is_left_says_why(tmp_path):
+    rows = make_rows(19)
+    for row in rows:
+        for candidate in row.candidates:
+            candidate["stage"] = "lost"
+    with pytest.raises(UserError, match=r"not one row of the log can be used; .*unknown_stage"):
+        read_rows(rows, tmp_path)
+
+
+def test_a_log_of_one_time_cannot_be_split_by_time(tmp_path):
+    rows = make_rows(20)
+    for row in rows:
+        row.of_request["time"] = 5
+    with pytest.raises(UserError, match="have the same time; split by 'request' or 'user'"):
+        read_rows(rows, tmp_path)
+    assert read_rows(rows, tmp_path, name="by-user", config={"split": "user"}).requests["test"]
+
+
+def test_the_report_counts_what_is_in_a_column(tmp_path):
+    rows = make_rows(21)
+    rows[0].of_request["age"] = None
+    rows[1].of_request["age"] = np.inf
+    rows[0].candidates[0] |= {"teacher_probability_watch": 1.5, "score": None}
+    rows[1].candidates[0] |= {"teacher_probability_watch": np.nan, "watch": None}
+    rows[2].candidates[0]["duration"] = 5.0
+    rows[3].candidates = [c for c in rows[3].candidates if c["stage"] != "shown"]
+    log = read_rows(rows, tmp_path, by_request=True)
+    columns = {column["key"]: column for column in log.report["columns"]}
+    age = columns["data.features.age"]
+    assert (age["values"], age["missing"], age["out_of_range"]) == (30, 1, 1)
+    assert columns["data.teacher.watch"]["out_of_range"] == 1
+    assert columns["data.features.score"]["missing"] == 1
+    assert log.report["labels"]["shown"]["train"] == 1 + log.report["labels"]["labelled"]["train"]
+    assert log.report["requests"]["train"]["without_a_shown_candidate"] == 1
+    varying = {of["name"]: of.get("items_with_several_values") for of in log.report["features"]}
+    assert varying["duration"] == 1
+    assert varying["author"] == 0
+    coverage = log.report["teacher"]["tasks"]["watch"]["coverage"]["train"]["shown"]
+    shown = log.report["labels"]["shown"]["train"]
+    assert coverage == pytest.approx((shown - 2) / shown)
+
+
+def test_the_calibration_of_the_report_is_that_of_the_shown_labels(tmp_path):
+    rows = make_rows(22, requests=60)
+    log = read_rows(rows, tmp_path)
+    shown = [c for row in rows for c in row.candidates if c["stage"] == "shown"]
+    weight = np.array([c["weight"] for c in shown])
+    predicted = np.array([c["teacher_probability_watch"] for c in shown])
+    observed = np.array([c["watch"] for c in shown])
+    calibration = log.report["teacher"]["tasks"]["watch"]["calibration"]
+    assert calibration["predicted_over_observed"] == pytest.approx(
+        (weight * predicted).sum() / (weight * observed).sum(), rel=1e-5
+    )
+    inside = (predicted >= 0.05) & (predicted < 0.1)
+    (found,) = [b for b in calibration["bins"] if 0.05 <= b["predicted"] < 0.1]
+    assert found["weight"] == weight[inside].sum()
+    assert found["observed"] == pytest.approx(np.average(observed[inside], weights=weight[inside]))
+
+
+def test_time_order_is_reported(tmp_path):
+    rows = make_rows(23, requests=10)
+    rows[4], rows[5] = rows[5], rows[4]
+    log = read_rows(rows, tmp_path, by_request=True, files=3, row_group=2)
+    assert log.report["time_order"]["rows_earlier_than_the_one_before"] == 1
+
+
+@pytest.mark.parametrize(
+    ("type_", "scale", "unit"),
+    [
+        (pa.int64(), 1000, "ms"),
+        (pa.float64(), 1, "s"),
+        (pa.timestamp("ns"), 10**9, "s"),
+        (pa.timestamp("us", "UTC"), 10**6, "ms"),
+    ],
+)
+def test_times_of_any_type_are_seconds(tmp_path, type_, scale, unit):
+    rows = make_rows(24)
+    expected = read_rows(rows, tmp_path, name="seconds")
+    path = write_log(tmp_path / "other", rows)
+    table = pq.read_table(path / "part-0.parquet")
+    values = np.array(table["time"]) * scale
+    time = pa.array(values, pa.int64() if scale > 1 else type_).cast(type_)
+    table = table.set_column(table.schema.get_field_index("time"), "time", time)
+    pq.write_table(table, path / "part-0.parquet")
+    config = faulty_logs.config(path, tmp_path / "datasets", time_unit=unit)
+    assert same(expected.requests, read(config, tmp_path / "beside").requests)
+
+
+def test_processes_change_nothing(tmp_path):
+    rows = make_rows(25, requests=150, faults=0.03, texts=True)
+    log = write_log(tmp_path / "log", rows, files=2)
+    datasets = []
+    for processes in (1, 2):
+        config = faulty_logs.config(log, tmp_path / f"with {processes}", processes=processes)
+        directory = commands.prepare_data(config)
+        dataset = teachers.open_dataset(config)
+        read_back = {split: list(loader.read_requests(dataset, split)) for split in SPLITS}
+        # TFDS writes the fields of a record in any order.
+        files = {
+            path.name: path.read_bytes()
+            for path in directory.rglob("*")
+            if path.is_file() and ".array_record" not in path.name
+        }
+        del files["dataset_info.json"]
+        datasets.append((read_back, files))
+    assert same(datasets[0][0], datasets[1][0])
+    assert datasets[0][1] == datasets[1][1]
+    source = faulty_logs.open_source(faulty_logs.config(log, tmp_path / "source"))
+    requests = faulty_logs.all_requests(source)
+    source.close()
+    assert same(requests, datasets[0][0])
+
+
+def test_a_log_that_has_changed_is_not_taken_for_the_one_before(tmp_path):
+    rows = make_rows(26)
+    log = write_log(tmp_path / "log", rows, files=2)
+    config = faulty_logs.config(log, tmp_path / "datasets")
+    directory = commands.prepare_data(config)
+    assert commands.prepare_data(config) == directory
+    write_log(tmp_path / "more", make_rows(27))
+    (tmp_path / "more" / "part-0.parquet").rename(log / "part-2.parquet")
+    (log / "part-1.parquet").unlink()
+    with pytest.raises(UserError, match=r"has changed since .* \(1 file new, 1 file gone\)"):
+        commands.prepare_data(config)
+    # A dataset may outlive its log.
+    for path in log.iterdir():
+        path.unlink()
+    check_unchanged(config.data, directory)
+
+
+def test_a_log_behind_a_url_is_read_like_one_on_disk(tmp_path):
+    import fsspec
+
+    rows = make_rows(28)
+    expected = read_rows(rows, tmp_path)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(tmp_path / "log" / "part-0.parquet"), "/bucket/day=1/part-0.parquet")
+    try:
+        for number, url in enumerate(("memory://bucket", "memory://bucket/*/*.parquet")):
+            config = faulty_logs.config(url, tmp_path / "datasets")
+            assert same(expected.requests, read(config, tmp_path / f"{number}").requests)
+    finally:
+        memory.rm("/bucket", recursive=True)
+
+
+def test_an_item_keeps_its_last_value_by_time_whatever_the_order_of_the_log(tmp_path):
+    rows = make_rows(29)
+    item = rows[-1].candidates[0]["item_id"]
+    number = 0
+    for row in rows:
+        for candidate in row.candidates:
+            if candidate["item_id"] == item:
+                number += 1
+                candidate |= {"author": 1000 + number, "duration": float(number)}
+    log = read_rows(rows[::-1], tmp_path)
+    index = next(i for i, value in log.vocabularies["item"].items() if value == item)
+    others = {c["item_id"]: c["duration"] for row in rows for c in row.candidates}
+    trained = {i for request in log.requests["train"] for i in request.item_id.tolist()}
+    known = [others[log.vocabularies["item"][i]] for i in sorted(trained)]
+    expected = faulty_logs.scaled(float(number), known)
+    assert log.item_features[index, 0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_request_of_several_users_is_of_the_one_with_most_rows_or_else_the_least_id(tmp_path):
+    rows = make_rows(31)
+    head, candidates = rows[0].of_request, rows[0].candidates[:3] + rows[1].candidates[3:]
+    one, other = head | {"user_id": 105}, head | {"user_id": 101}
+    for name, split, expected in (("most", 2, 105), ("tie", 1, 101)):
+        number = 3 if name == "most" else 2
+        parts = [Row(one, candidates[:split]), Row(other, candidates[split:number])]
+        for order in (1, -1):
+            log = read_rows(parts[::order] + rows[1:], tmp_path, name=f"{name}{order}")
+            request = log.requests["train"][0]
+            assert log.vocabularies["user"][request.user_id] == expected
+            assert log.counts == {"several_users": number - len(request.item_id)}
+            assert log.report["requests"]["several_users"] == 1
+
+
+def test_rows_of_a_request_that_lie_apart_come_together(tmp_path):
+    rows = make_rows(30)
+    apart = [Row(row.of_request, [candidate]) for row in rows for candidate in row.candidates]
+    apart.sort(key=lambda row: row.candidates[0]["item_id"])
+    together = read_rows(rows, tmp_path, by_request=True, name="together")
+    for by_request in (False, True):
+        log = read_rows(apart, tmp_path, by_request, name=f"apart-{by_request}", files=2)
+        assert same(log.requests, together.requests)

@@ -1,0 +1,101 @@
+"""From a log to a row of results.csv, with a teacher that lives elsewhere."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import prepare_data
+from kd_ranker.batches import loader
+from kd_ranker.batches.cutting import unpack
+from kd_ranker.errors import UserError
+from kd_ranker.evaluation import results
+from kd_ranker.pipeline import commands
+from kd_ranker.requests import storage
+from tests.sources import faulty_logs
+from tests.sources.faulty_logs import make_rows, write_log
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("log")
+    log = write_log(folder / "log", make_rows(0, requests=60, faults=0.02, texts=True))
+    config = faulty_logs.config(log, folder / "datasets")
+    config.parallel.devices = 1
+    config.batch.requests, config.batch.candidates = 8, 12
+    config.train.update(steps=6, log_every=3, checkpoint_every=6, eval_every=0)
+    config.student.update(width=4, interests=2, hidden=(8,))
+    config.teacher.update(width=4, attention_hidden=4, experts=2, expert_hidden=4, cross_layers=1)
+    config.evaluation.requests = 8
+    return config
+
+
+def test_a_student_follows_a_logged_teacher_without_any_model_of_it(config, tmp_path):
+    directory = commands.prepare_data(config)
+    assert {"data_report.html", "data_report.json", "log.json", "rejected"} <= {
+        path.name for path in directory.iterdir()
+    }
+    config.distill.mode = "aux"
+    config.teacher.flops_per_candidate = 1e6
+    rows = commands.train(config, tmp_path / "student")
+    assert len(rows) == 3
+    for row in rows:
+        assert row["cost_ratio"] == row["flops_per_candidate"] / 1e6
+        assert 0 <= row["value_captured@3"] <= 1
+        assert math.isfinite(row["teacher_kl/watch"])
+    table = results.read_csv(tmp_path / "student" / results.FILE)
+    assert set(table["dataset"]) == {"parquet"}
+
+
+def test_batches_hold_the_category_ids_of_the_log(config):
+    directory = commands.prepare_data(config)
+    dataset = storage.open_dataset(directory.parent.name, config.data.dir, made_by="")
+    spec = dataset.spec
+    sizes = dict(requests=8, candidates=12, passed_share=0.5, negative_rate=1.0, seed=0)
+    batch = unpack(next(iter(loader.training_batches(dataset, **sizes, resident=False))))
+    assert batch.request_category.shape == (8, 1 + 2)
+    assert batch.candidate_category.shape == (8, 12, 1)
+    assert dataset.item_category.shape == (spec.num_items, 1 + 3)
+    real = batch.candidate_mask
+    assert (np.asarray(batch.candidate_category)[~real] == -1).all()
+    assert np.asarray(batch.candidate_category)[real].max() < spec.num_categories
+
+
+def test_a_dataset_goes_by_another_name_only_where_its_contents_would_differ(config):
+    def name(**changes):
+        other = config.data.copy_and_resolve_references()
+        other.update(changes)
+        return storage.dataset_name(other, config.tasks, config.funnel)
+
+    assert name() == name(processes=4, rows_in_memory=5000, infer=True, dir="elsewhere")
+    assert name() != name(strict=True)
+    assert name() != name(split="user")
+    assert name() != name(features={"age": {"length": 2}})
+
+
+def test_prepare_data_prints_where_dataset_and_report_lie(config, capsys):
+    prepare_data.main(config, Path())
+    directory = commands.prepare_data(config)
+    assert capsys.readouterr().out.splitlines() == [
+        f"dataset: {directory}",
+        f"data report: {directory / 'data_report.html'}",
+    ]
+
+
+def test_a_build_that_fails_leaves_no_half_dataset(config, monkeypatch):
+    def broken(*arguments):
+        raise UserError("the disk is full")
+
+    other = config.copy_and_resolve_references()
+    other.data.test_share = 0.5
+    monkeypatch.setattr(builder, "write_shard", broken)
+    with pytest.raises(UserError, match="the disk is full"):
+        commands.prepare_data(other)
+    monkeypatch.undo()
+    parent = storage.directory_of("x", other.data.dir).parent.parent
+    name = storage.dataset_name(other.data, other.tasks, other.funnel)
+    assert not (parent / name / storage.FORMAT_VERSION).exists()
+    assert not [*parent.parent.glob(".parquet-*")]
+    assert json.loads((commands.prepare_data(other) / "log.json").read_text())

@@ -1,0 +1,355 @@
+"""Tests of the simulated feed."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from kd_ranker.errors import UserError
+from kd_ranker.requests.request import Request
+from kd_ranker.sources import cascade
+
+
+def make_data(**changes: float) -> ConfigDict:
+    data = {
+        "name": "cascade",
+        "dir": "",
+        "path": "",
+        "seed": 0,
+        "num_users": 60,
+        "num_items": 400,
+        "num_topics": 8,
+        "history_length": 12,
+        "train_requests": 60,
+        "test_requests": 40,
+        "exploration": 0.2,
+        "retrieval_noise": 1.0,
+        "policy_noise": 0.7,
+        "fault_missing": 0.02,
+        "fault_nan": 0.01,
+        "fault_out_of_range": 0.01,
+        "fault_version": 0.05,
+    }
+    return ConfigDict(data | changes)
+
+
+def make_funnel(retrieved: int = 100, passed: int = 30, shown: int = 5) -> ConfigDict:
+    return ConfigDict({"retrieved": retrieved, "passed": passed, "shown": shown})
+
+
+def draw(split: str, funnel: ConfigDict | None = None, **changes: float) -> list[Request]:
+    source = cascade.open_source(make_data(**changes), cascade.TASKS, funnel or make_funnel())
+    return list(source.requests(split))
+
+
+def assert_same(left: Request, right: Request) -> None:
+    for field in dataclasses.fields(Request):
+        np.testing.assert_array_equal(getattr(left, field.name), getattr(right, field.name))
+
+
+def test_shapes_and_dtypes_follow_the_spec() -> None:
+    source = cascade.open_source(make_data(), cascade.TASKS, make_funnel())
+    spec = source.spec
+    assert spec.tasks == cascade.TASKS
+    assert spec.dataset == "cascade"
+    assert spec.has_true_probability
+    assert source.item_features.shape == (400, spec.item_features)
+    assert source.item_features.dtype == np.float32
+    assert source.num_requests == {"train": 60, "test": 40}
+    for split, logged, known in (("train", 30, 0), ("test", 100, 100)):
+        requests = list(source.requests(split))
+        assert len(requests) == source.num_requests[split]
+        assert [request.request_id for request in requests] == list(range(len(requests)))
+        for request in requests:
+            events = len(request.history_id)
+            assert 1 <= events <= spec.history_length
+            expected = {
+                "user_features": (np.float32, (spec.user_features,)),
+                "context": (np.float32, (spec.context_features,)),
+                "history_id": (np.int32, (events,)),
+                "history_features": (np.float32, (events, spec.history_features)),
+                "item_id": (np.int32, (100,)),
+                "candidate_features": (np.float32, (100, spec.candidate_features)),
+                "user_label": (np.uint8, (5, 3)),
+                "label_weight": (np.float32, (5,)),
+                "teacher_probability": (np.float32, (logged, 3)),
+                "teacher_weight": (np.float32, (logged,)),
+                "true_probability": (np.float32, (known, 3)),
+            }
+            for name, (dtype, shape) in expected.items():
+                value = getattr(request, name)
+                assert (value.dtype, value.shape) == (dtype, shape), name
+            assert request.num_passed == 30
+            for name in ("user_features", "context", "history_features", "candidate_features"):
+                assert np.isfinite(getattr(request, name)).all(), name
+
+
+def test_ids_lie_in_range_and_no_candidate_comes_twice() -> None:
+    for request in draw("train") + draw("test"):
+        assert 0 <= request.user_id < 60
+        for ids in (request.item_id, request.history_id):
+            assert ids.min() >= 0
+            assert ids.max() < 400
+        assert len(set(request.item_id)) == len(request.item_id)
+        assert not set(request.item_id) & set(request.history_id)
+
+
+def test_the_same_requests_come_at_every_call() -> None:
+    source = cascade.open_source(make_data(), cascade.TASKS, make_funnel())
+    first, second = list(source.requests("train")), list(source.requests("train"))
+    for left, right in zip(first, second, strict=True):
+        assert_same(left, right)
+    for left, right in zip(first, draw("train"), strict=True):
+        assert_same(left, right)
+    other = draw("train", seed=1)
+    assert not np.array_equal(first[0].item_id, other[0].item_id)
+
+
+def test_a_split_does_not_depend_on_the_size_of_the_other() -> None:
+    for left, right in zip(draw("test"), draw("test", train_requests=7), strict=True):
+        assert_same(left, right)
+
+
+def test_asked_tasks_are_columns_of_all_tasks() -> None:
+    source = cascade.open_source(make_data(), ("share", "watch"), make_funnel())
+    for split in ("train", "test"):
+        for part, full in zip(source.requests(split), draw(split, fault_nan=0.0), strict=True):
+            np.testing.assert_array_equal(part.user_label, full.user_label[:, [2, 0]])
+            np.testing.assert_array_equal(part.item_id, full.item_id)
+            np.testing.assert_array_equal(part.true_probability, full.true_probability[:, [2, 0]])
+
+
+def test_times_rise_and_training_comes_first() -> None:
+    times = [request.time for request in draw("train") + draw("test")]
+    assert times == sorted(times)
+
+
+def test_nothing_is_used_before_it_was_uploaded() -> None:
+    world = cascade.make_world(make_data())
+    for request in draw("train")[:20]:
+        age = 60 * np.expm1(4 * request.history_features[:, 2])
+        assert np.all(np.diff(age) <= 0), "the most recent event stands last"
+        assert np.all(request.time - age > world.upload_time[request.history_id])
+        assert np.all(request.time > world.upload_time[request.item_id])
+
+
+def test_labels_follow_the_true_probabilities() -> None:
+    requests = draw("test", test_requests=600)
+    label = np.concatenate([request.user_label for request in requests]).astype(float)
+    chance = np.concatenate([request.true_probability[:5] for request in requests]).astype(float)
+    deviation = np.sqrt((chance * (1 - chance)).sum(axis=0))
+    assert np.all(np.abs(label.sum(axis=0) - chance.sum(axis=0)) < 3 * deviation)
+    # The same among high and among low probabilities: labels follow each one, not just their mean.
+    for half in (chance > np.median(chance, axis=0), chance <= np.median(chance, axis=0)):
+        deviation = np.sqrt((half * chance * (1 - chance)).sum(axis=0))
+        assert np.all(np.abs((half * (label - chance)).sum(axis=0)) < 3 * deviation)
+
+
+def test_probabilities_lie_strictly_between_0_and_1() -> None:
+    for request in draw("test"):
+        for probability in (request.true_probability, request.teacher_probability):
+            assert np.all((probability > 0) & (probability < 1))
+
+
+def test_the_funnel_narrows_towards_value() -> None:
+    requests = draw("test")
+    value = np.stack(
+        [request.teacher_probability @ cascade.PRODUCTION_VALUE_WEIGHTS for request in requests]
+    )
+    shown, passed, retrieved = value[:, :5].mean(), value[:, :30].mean(), value.mean()
+    assert shown > passed > retrieved
+    for request in draw("test", exploration=0.0):
+        value = request.teacher_probability[:30] @ cascade.PRODUCTION_VALUE_WEIGHTS
+        assert value[:5].min() >= value[5:].max()
+
+
+def test_order_within_a_block_tells_nothing() -> None:
+    value = np.stack(
+        [
+            request.teacher_probability @ cascade.PRODUCTION_VALUE_WEIGHTS
+            for request in draw("test", test_requests=400)
+        ]
+    )
+    for block in (slice(0, 5), slice(5, 30), slice(30, 100)):
+        ranks = value[:, block].argsort(axis=1).argsort(axis=1)
+        place = np.arange(ranks.shape[1])
+        covariance = ((ranks - ranks.mean()) * (place - place.mean())).mean(axis=1)
+        correlation = covariance / place.var()
+        # A random order has correlation of variance 1 / (length - 1).
+        deviation = 1 / np.sqrt((len(place) - 1) * len(value))
+        assert abs(correlation.mean()) < 3 * deviation
+
+
+def test_exploration_fills_its_share_of_slots() -> None:
+    explored = 0
+    requests = draw("test", test_requests=300)
+    for request in requests:
+        value = request.teacher_probability[:30] @ cascade.PRODUCTION_VALUE_WEIGHTS
+        explored += np.sum(value[:5] < np.sort(value)[-5])
+    # An explored slot may by chance hold one of the best five.
+    expected = 0.2 * 5 * len(requests)
+    assert 0.8 * expected < explored < 1.05 * expected
+
+
+def test_faults_come_at_their_rates() -> None:
+    rates = {"fault_missing": 0.1, "fault_nan": 0.05, "fault_out_of_range": 0.08}
+    requests = draw("train", train_requests=400, fault_version=0.25, **rates)
+    weight = np.concatenate([request.teacher_weight for request in requests])
+    probability = np.concatenate([request.teacher_probability for request in requests])
+    assert set(weight) == {0.0, 1.0}
+    assert np.isnan(probability[weight == 0]).all()
+    written = probability[weight == 1]
+    nan = np.isnan(written)
+    outside = ~nan & ((written < 0) | (written > 1))
+    wrong = [request.teacher_version != cascade.TEACHER_VERSION for request in requests]
+    for seen, rate in (
+        (weight == 0, 0.1),
+        (nan, 0.05),
+        (outside, 0.08),
+        (np.array(wrong), 0.25),
+    ):
+        assert abs(seen.mean() - rate) < 4 * np.sqrt(rate * (1 - rate) / seen.size)
+    assert np.isinf(written).any()
+
+
+def test_no_faults_when_their_rates_are_zero() -> None:
+    rates = {f"fault_{name}": 0.0 for name in ("missing", "nan", "out_of_range", "version")}
+    for request in draw("train", **rates):
+        assert np.all((request.teacher_probability > 0) & (request.teacher_probability < 1))
+        assert np.all(request.teacher_weight == 1)
+        assert request.teacher_version == cascade.TEACHER_VERSION
+
+
+def test_test_requests_hold_no_faults() -> None:
+    for request in draw("test", fault_missing=1.0, fault_nan=0.9, fault_version=1.0):
+        assert np.isfinite(request.teacher_probability).all()
+        assert np.all(request.teacher_weight == 1)
+        assert request.teacher_version == cascade.TEACHER_VERSION
+
+
+def test_the_old_teacher_is_worse() -> None:
+    new = draw("train", fault_missing=0.0, fault_nan=0.0, fault_out_of_range=0.0, fault_version=0.0)
+    old = draw("train", fault_missing=0.0, fault_nan=0.0, fault_out_of_range=0.0, fault_version=1.0)
+
+    def mean_error(requests: list[Request]) -> float:
+        label = np.concatenate([request.user_label for request in requests])
+        probability = np.concatenate([request.teacher_probability[:5] for request in requests])
+        return float(-np.log(np.where(label == 1, probability, 1 - probability)).mean())
+
+    assert mean_error(new) < mean_error(old)
+
+
+def topic_probability(num_events: int, completed: bool) -> float:
+    """The watch probability of a pure item of topic 0 after events of topic 0, one a minute."""
+    topics = np.eye(3, dtype=np.float32)
+    event_topics = np.concatenate([topics[[1, 1]], topics[[0] * num_events]])
+    age = np.linspace(0.5, 0.0, len(event_topics), dtype=np.float32)
+    done = np.full(len(event_topics), completed)
+    terms = cascade.logit_terms(
+        interests=np.array([0.5, 0.5, 0.0], np.float32),
+        moment=np.zeros(3, np.float32),
+        fatigue=cascade.topic_fatigue(event_topics, age),
+        mood=cascade.topic_mood(event_topics, done, np.zeros_like(done), age),
+        topics=topics[:1],
+        quality=np.zeros(1, np.float32),
+        age=np.zeros(1, np.float32),
+    )
+    return float(cascade.sigmoid(cascade.true_logits(terms, np.zeros(3, np.float32)))[0, 0])
+
+
+def test_more_of_a_topic_tires() -> None:
+    skipped = [topic_probability(count, completed=False) for count in range(8)]
+    assert np.all(np.diff(skipped) < 0)
+    # Completions lift the mood at first, but they tire as well.
+    completed = [topic_probability(count, completed=True) for count in range(12)]
+    assert completed[1] > completed[0]
+    assert completed[11] < max(completed)
+    assert np.all(np.array(completed[1:8]) > np.array(skipped[1:]))
+
+
+def test_fatigue_worked_example() -> None:
+    event_topics = np.array([[1.0, 0.0], [1.0, 0.0], [0.5, 0.5]], np.float32)
+    now = np.zeros(3, np.float32)
+    count = np.array([2.5, 0.5])
+    np.testing.assert_allclose(
+        cascade.topic_fatigue(event_topics, now), count**2 / (count**2 + 4), rtol=1e-6
+    )
+    long_ago = np.full(3, 48.0, np.float32)
+    np.testing.assert_allclose(cascade.topic_fatigue(event_topics, long_ago), 0, atol=1e-6)
+
+
+def test_the_history_matters_within_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    keep: Callable[..., np.ndarray] = cascade.true_logits
+
+    def spy(terms: np.ndarray, generosity: np.ndarray) -> np.ndarray:
+        drawn.append(terms)
+        return keep(terms, generosity)
+
+    monkeypatch.setattr(cascade, "true_logits", spy)
+    draw("test")
+    terms = np.stack(drawn)
+    terms -= terms.mean(axis=1, keepdims=True)
+    of_history = np.isin(cascade.TERMS, cascade.HISTORY_TERMS)
+    for column in cascade.TERM_WEIGHTS.T:
+        without = (terms @ (column * ~of_history)).ravel()
+        explained = np.corrcoef(without, (terms @ column).ravel())[0, 1] ** 2
+        assert 0.1 < explained < 0.7
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (6, 6, 6), (6, 1, 1)])
+def test_tiny_funnels_work(sizes: tuple[int, int, int]) -> None:
+    tiny = {"num_users": 1, "num_items": 6, "num_topics": 2, "history_length": 1}
+    funnel = make_funnel(*sizes)
+    for split in ("train", "test"):
+        requests = draw(split, funnel, train_requests=3, test_requests=2, exploration=1.0, **tiny)
+        for request in requests:
+            assert len(set(request.item_id)) == sizes[0]
+            assert request.user_label.shape == (sizes[2], 3)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "named"),
+    [
+        ((100, 101, 5), "funnel.passed=101"),
+        ((401, 30, 5), "num_items=400"),
+        ((100, 30, 31), "funnel.shown=31"),
+        ((100, 30, 0), "funnel.shown=0"),
+    ],
+)
+def test_impossible_funnels_are_named(sizes: tuple[int, int, int], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        cascade.open_source(make_data(), cascade.TASKS, make_funnel(*sizes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"exploration": 1.5}, "data.exploration=1.5"),
+        ({"fault_nan": -0.1}, "data.fault_nan=-0.1"),
+        ({"fault_nan": 0.7, "fault_out_of_range": 0.7}, "fault_out_of_range"),
+        ({"policy_noise": float("nan")}, "data.policy_noise"),
+        ({"num_users": 0}, "data.num_users=0"),
+        ({"train_requests": -1}, "data.train_requests=-1"),
+        ({"seed": -1}, "data.seed=-1"),
+    ],
+)
+def test_impossible_numbers_are_named(changes: dict[str, float], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        cascade.open_source(make_data(**changes), cascade.TASKS, make_funnel())
+
+
+@pytest.mark.parametrize("tasks", [("watch", "follow"), (), ("like", "like")])
+def test_unknown_tasks_are_refused(tasks: tuple[str, ...]) -> None:
+    with pytest.raises(UserError, match="tasks") as error:
+        cascade.open_source(make_data(), tasks, make_funnel())
+    if "follow" in tasks:
+        assert all(task in str(error.value) for task in cascade.TASKS)
+
+
+def test_an_unknown_split_is_refused() -> None:
+    source = cascade.open_source(make_data(), cascade.TASKS, make_funnel())
+    with pytest.raises(UserError, match="split"):
+        list(source.requests("valid"))
