@@ -8,8 +8,7 @@ from kd_ranker.config import defaults
 def get_config(variant: str = "") -> ConfigDict:
     """The default size, or `:small`, which runs in seconds and is only good for trying things."""
     defaults.check_variant(variant, "small")
-    config = defaults.get_config()
-    config.data.name = "cascade"
+    config = defaults.get_config("cascade")
     config.data.num_users = 4000
     config.data.num_items = 8000
     config.data.num_topics = 8

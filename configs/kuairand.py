@@ -8,8 +8,7 @@ from kd_ranker.config import defaults
 def get_config(variant: str = "") -> ConfigDict:
     """`:pure` (the default), `:1k` or `:27k`; give `--config.data.path`, the unpacked archive."""
     defaults.check_variant(variant, "pure", "1k", "27k")
-    config = defaults.get_config()
-    config.data.name = f"kuairand_{variant or 'pure'}"
+    config = defaults.get_config(f"kuairand_{variant or 'pure'}")
     config.data.session_minutes = 30  # the pause that ends a session
     # Random impressions are few: a user has about three a day.
     config.data.random_session_minutes = 720

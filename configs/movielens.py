@@ -5,11 +5,10 @@ from ml_collections import ConfigDict
 from kd_ranker.config import defaults
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config(variant: str = "", source: str = "movielens_100k") -> ConfigDict:
     """The default setting; give `--config.data.path`, or leave it empty to download."""
     defaults.check_variant(variant)
-    config = defaults.get_config()
-    config.data.name = "movielens_100k"
+    config = defaults.get_config(source)
     config.data.ratings_per_request = 8
     config.data.test_share = 0.2  # the last share of each user's ratings
     config.data.test_requests_per_user = 1  # 0 takes all

@@ -7,8 +7,7 @@ from configs import movielens_1m
 
 def get_config(variant: str = "") -> ConfigDict:
     """The default setting; give `--config.data.path`, or leave it empty to download."""
-    config = movielens_1m.get_config(variant)
-    config.data.name = "movielens_32m"
+    config = movielens_1m.get_config(variant, "movielens_32m")
     config.data.ratings_per_request = 16
     config.data.max_users = 10_000  # of 200,948; 0 takes all, for twenty times the disk and time
     for batch in (config.batch, config.teacher.batch):

@@ -13,11 +13,10 @@ from kd_ranker.config.features import feature
 def get_config(variant: str = "") -> ConfigDict:
     """A log with the columns that `scripts/make_log.py` writes."""
     defaults.check_variant(variant)
-    config = defaults.get_config()
+    config = defaults.get_config("parquet")
     config.tasks = ("watch", "like")
     config.value_weights = (1.0, 2.0)  # one a task
 
-    config.data.name = "parquet"
     config.data.path = ""  # file, directory, glob, or a URL of these that fsspec can open
     config.data.rows = "candidate"  # a row a candidate; or request: a row a request, with lists
     # What the log has -> its column; "" is what it lacks. The first four it must have.

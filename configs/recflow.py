@@ -10,10 +10,9 @@ from kd_ranker.config import defaults
 def get_config(variant: str = "") -> ConfigDict:
     """All days; give `--config.data.path`. `:small` takes four days and some of their requests."""
     defaults.check_variant(variant, "small")
-    config = defaults.get_config()
+    config = defaults.get_config("recflow")
     config.tasks = ("effective_view",)
     config.value_weights = (1.0,)
-    config.data.name = "recflow"
     config.data.train_days = _days("2024-01-13", "2024-02-17")
     config.data.test_days = ("2024-02-18",)
     config.data.max_requests_per_day = 0  # draw so many of each day; 0 takes all

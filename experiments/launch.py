@@ -10,7 +10,7 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from kd_ranker.config import settings
+from kd_ranker.config import checks
 from kd_ranker.errors import UserError
 
 BAD_INPUT = 2
@@ -102,7 +102,7 @@ def check_config_flags(arguments: Sequence[str]) -> None:
         raise UserError(f"--config={early.config} does not load: {reason}") from error
     for argument in arguments:
         if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
-            settings.check_key(config, override[1])
+            checks.check_key(config, override[1])
 
 
 def fail(error: Exception) -> NoReturn:

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from kd_ranker.config import settings
+from kd_ranker.config import checks, schema
+from kd_ranker.config.identity import dataset_name
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.results import Row
 from kd_ranker.pipeline import measurement, runs, teachers
@@ -46,8 +47,8 @@ def prepare_data(config: ConfigDict) -> Path:
       UserError: the config or the raw files are at fault, or a dataset is there already that was
         made of other raw files.
     """
-    settings.validate(config)
-    name = teachers.dataset_name(config)
+    checks.validate(config)
+    name = dataset_name(config)
     directory = storage.directory_of(name, config.data.dir)
     entry = SOURCES[config.data.name]
     if not directory.exists():
@@ -73,7 +74,7 @@ def train_teacher(config: ConfigDict, workdir: Path) -> list[Row]:
     Returns:
       The one row of its `results.csv`.
     """
-    settings.validate(config)
+    checks.validate(config)
     dataset = teachers.open_dataset(config)
     ranker, step = runs.train_teacher(config, dataset, workdir)
     measured = measurement.measure_teacher(config, dataset, ranker, config.seed, step)
@@ -103,10 +104,10 @@ def log_teacher(config: ConfigDict) -> Logged:
       UserError: dataset or teacher are missing, the log is not what the dataset was built of, or
         another run does the same.
     """
-    settings.validate(config)
+    checks.validate(config)
     dataset = teachers.open_dataset(config)
     teacher = teachers.load_teacher(config, dataset)
-    name = teachers.dataset_name(config, teacher.version)
+    name = dataset_name(config, teacher.version)
     entry, log = SOURCES[config.data.name], None
     if entry.open_scored_log:
         # Before the long work, as it may find fault with the log.
@@ -139,11 +140,11 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
     Returns:
       The rows of its `results.csv`, one a serving choice.
     """
-    settings.validate(config)
+    checks.validate(config)
     teacher, dataset = teachers.teacher_and_dataset(config)
     members = {"": config}
     teachers.check_losses(config, dataset, members.values())
-    workdirs.claim(workdir, "train", config, without=runs.NOT_OF_A_STUDENT)
+    workdirs.claim(workdir, "train", config, without=schema.without_influence("student"))
     with runs.progress_bar(workdir.name, config.train.steps) as bar:
         students = runs.train_students(config, dataset, teacher, members, workdir, bar)
     measured = measurement.measure_students(config, dataset, teacher, members, students)
@@ -167,13 +168,13 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
     Returns:
       Whether there was anything to do: False for a sweep that is complete.
     """
-    settings.validate(config)
+    checks.validate(config)
     members = sweep_members(config)
     workdirs.check(
         workdir,
         "sweep",
         config,
-        without=("sweep",) if config.sweep.extend else ("sweep.extend", "sweep.group_size"),
+        without=_free_of_a_sweep(config.sweep.extend),
     )
     cohorts = read_cohorts(workdir)
     check_kept(workdir, cohorts, members)
@@ -186,7 +187,7 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
     size = cohort_size(config, members.values(), dataset.spec)
     cohorts = add_members(cohorts, members, size)
     # A workdir with cohorts has a config; that of an extension counts once its cohorts are known.
-    workdirs.claim(workdir, "sweep", config, without=("sweep",))
+    workdirs.claim(workdir, "sweep", config, without=_free_of_a_sweep(extends=True))
     write_cohorts(workdir, cohorts, version)
     workdirs.write_config(workdir, "sweep", config)
     with runs.progress_bar(workdir.name, len(cohorts) * config.train.steps) as bar:
@@ -204,6 +205,13 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
     for file, text in results.join(folders, config.funnel.retrieved).items():
         workdirs.write_atomically(workdir / file, text)
     return True
+
+
+def _free_of_a_sweep(extends: bool) -> list[str]:
+    """The keys in which a sweep may differ from the one that its workdir holds."""
+    free = schema.without_influence("report")
+    axes = {schema.axis_of(key.name) for key in schema.sweepable()}
+    return [name for name in free if extends or name not in axes]
 
 
 def report(sweeps: Sequence[Path], output: Path) -> tuple[list[str], Path]:

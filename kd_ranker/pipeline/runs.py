@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from kd_ranker.batches import loader
+from kd_ranker.config import schema
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.results import Row
@@ -24,13 +25,6 @@ from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.mapping import Mapping as DeviceMapping
 from kd_ranker.training.recipes import TEACHER_STAGES, Group, Needs
 from kd_ranker.training.step import Frozen, LiveTeacher, select_member
-
-# What may change without making another run of it: what students are trained, and what is reported.
-NOT_OF_A_STUDENT = ("sweep", "funnel.report_at", "evaluation")
-_NOT_OF_A_TEACHER = (
-    *NOT_OF_A_STUDENT,
-    *("student", "distill", "batch", "train", "optimizer", "teacher.workdir", "teacher.source"),
-)
 
 
 def device_mapping(config: ConfigDict) -> DeviceMapping:
@@ -79,7 +73,7 @@ def progress_bar(name: str, steps: int) -> tqdm:
 
 def train_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> tuple[Ranker, int]:
     """Trains the teacher of `config` on user labels; returns it and its last step."""
-    workdirs.claim(workdir, "train_teacher", config, without=_NOT_OF_A_TEACHER)
+    workdirs.claim(workdir, "train_teacher", config, without=schema.without_influence("teacher"))
     group = recipes.teacher_group(config, dataset.spec)
     serve = make_serve(group.recipe.model, group.recipe.mode)
     section = config.teacher

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import CandidateBatch
 from kd_ranker.batches import cutting, loader
 from kd_ranker.batches.columns import columns_of
+from kd_ranker.config.identity import dataset_name
 from kd_ranker.distillation.losses import LOSSES, NEEDS_PROBABILITIES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.lookup import without_slots
@@ -25,7 +26,6 @@ from kd_ranker.models.model import Model, Parameters
 from kd_ranker.requests import storage
 from kd_ranker.requests.request import Request
 from kd_ranker.requests.storage import Dataset
-from kd_ranker.sources.registry import SOURCES
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.step import select_member
@@ -59,13 +59,6 @@ class Teacher(NamedTuple):
     version: str
     seed: int
     step: int
-
-
-def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
-    """The name of the config's dataset, or of the copy that a teacher has scored."""
-    scored_by = f"{teacher_version}-{config.teacher.stage}" if teacher_version else ""
-    version = SOURCES[config.data.name].version
-    return storage.dataset_name(config.data, config.tasks, config.funnel, scored_by, version)
 
 
 def open_dataset(config: ConfigDict, teacher_version: str = "") -> Dataset:

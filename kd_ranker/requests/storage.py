@@ -15,9 +15,7 @@ was killed, and a later one writes the others.
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import io
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +26,6 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from jaxtyping import Float32, Int32
-from ml_collections import ConfigDict
 from tensorflow_datasets.core.constants import INCOMPLETE_PREFIX
 from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.file_adapters import ADAPTER_FOR_FORMAT, FileFormat
@@ -45,10 +42,6 @@ _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
 _RECORDS = ADAPTER_FOR_FORMAT[FileFormat.ARRAY_RECORD]
 # What the name of a shard starts with that is being written.
 _UNFINISHED = ".unfinished-"
-# Where the dataset is put does not change what is in it, nor how it was made or configured, nor
-# what a report lists.
-_DATA_KEYS_WITHOUT_INFLUENCE = ("dir", "processes", "rows_in_memory", "infer")
-_FUNNEL_KEYS_OF_DATA = ("retrieved", "passed", "shown")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,35 +131,6 @@ def from_record(record: Mapping[str, Any], tasks: Sequence[str]) -> Request:
         teacher_probability=probability,
         teacher_version=version.decode() if isinstance(version, bytes) else version,
     )
-
-
-def fingerprint(
-    data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict, source_version: int = 1
-) -> str:
-    """Eight hex digits that differ where the contents of the dataset would."""
-    of_data = {key: value for key, value in data.items() if key not in _DATA_KEYS_WITHOUT_INFLUENCE}
-    of_funnel = {key: funnel[key] for key in _FUNNEL_KEYS_OF_DATA}
-    text = json.dumps(
-        [of_data, list(tasks), of_funnel, source_version], sort_keys=True, default=str
-    )
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
-
-
-def dataset_name(
-    data: ConfigDict,
-    tasks: Sequence[str],
-    funnel: ConfigDict,
-    scored_by: str = "",
-    source_version: int = 1,
-) -> str:
-    """The folder of a dataset below `data.dir/requests`.
-
-    `scored_by` names the copy that a teacher trained here has scored; "" the dataset itself, with
-    whatever teacher probabilities it was logged with. `source_version` is the source's own, see
-    `sources.SourceEntry`.
-    """
-    name = f"{data.name}-{fingerprint(data, tasks, funnel, source_version)}"
-    return f"{name}-teacher-{scored_by}" if scored_by else name
 
 
 class Requests(tfds.core.GeneratorBasedBuilder):

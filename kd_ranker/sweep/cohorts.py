@@ -1,9 +1,9 @@
 """Which members of a sweep train together: a cohort is one program over one order of the data.
 
-A member reads the data in the order of its data seed, and as many as fit the memory of a device
-share a program; so a sweep is a list of cohorts, trained one after the other. The list is decided
-once and kept in `cohorts.json`: a sweep that is resumed, on another machine even, goes on with it,
-and one that is extended adds to it.
+Members share their batches, so what decides these is the same in a cohort, and as many members as
+fit the memory of a device share a program. A sweep is a list of cohorts, trained one after the
+other. The list is decided once and kept in `cohorts.json`: a sweep that is resumed, on another
+machine even, goes on with it, and one that is extended adds to it.
 """
 
 import itertools
@@ -18,6 +18,7 @@ import psutil
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec, Items, abstract_items, empty_batch
+from kd_ranker.config.schema import sweepable, value_of
 from kd_ranker.distillation.losses import PAIRWISE, pairs_held
 from kd_ranker.embedding.lookup import gather
 from kd_ranker.errors import UserError
@@ -118,12 +119,17 @@ def add_members(
     placed = set(itertools.chain.from_iterable(cohorts))
     added = []
     new = [name for name in members if name not in placed]
-    for _, of_order in itertools.groupby(new, key=lambda name: members[name].batch.seed):
-        names = list(of_order)
+    for _, of_batches in itertools.groupby(new, key=lambda name: _batches_of(members[name])):
+        names = list(of_batches)
         # Of sizes as equal as can be, so that no cohort pays for a teacher pass alone.
         number = -(-len(names) // size)
         added += [names[index::number] for index in range(number)]
     return [*cohorts, *added]
+
+
+def _batches_of(member: ConfigDict) -> list[object]:
+    """The values of the keys that the members of a cohort have in common."""
+    return [value_of(member, key.name) for key in sweepable() if key.sweep == "cohorts"]
 
 
 def cohort_size(config: ConfigDict, members: Iterable[ConfigDict], spec: FeatureSpec) -> int:

@@ -1,78 +1,88 @@
-"""The members of a sweep: every combination of the values in `config.sweep`."""
+"""The members of a sweep: every combination of the values of its axes."""
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from kd_ranker.config import schema
+from kd_ranker.config.key import Key
 from kd_ranker.distillation.modes import MODES
-
-# The keys of `config.sweep` that make members.
-AXES = ("modes", "losses", "weights", "temperatures", "learning_rates", "seeds", "data_seeds")
 
 
 def sweep_members(config: ConfigDict) -> dict[str, ConfigDict]:
-    """The configs of a sweep's members by name, data seed by data seed.
+    """The configs of a sweep's members by name, those that share their batches side by side.
 
-    An axis that is empty takes the config's own value. A mode without a distillation loss has
-    nothing to weigh or to soften, so it occurs once for all losses, weights and temperatures. A
-    member's learning rates, of dense parameters and of tables, keep the ratio that the config's own
-    have.
+    An axis is `sweep.modes`, `sweep.weights`, `sweep.seeds`, or `sweep.axes.KEY` of any other key
+    that a sweep may vary. One without values takes the config's own. A mode without a distillation
+    loss has nothing to weigh, so it occurs once for all that is swept of `distill`. Where the
+    learning rate is swept and the tables' is not, that keeps its ratio to it.
 
     A name says the mode, the weight and the seed, and of the rest what differs from the config's
     own, so that a sweep that grows keeps the names of those it has.
     """
-    sweep = config.sweep
-    members = {}
-    combinations = itertools.product(
-        _values(sweep.data_seeds, config.batch.seed),
-        sweep.seeds,
-        sweep.modes,
-        _values(sweep.learning_rates, config.optimizer.learning_rate),
-    )
-    for data_seed, seed, mode, learning_rate in combinations:
-        distilled = MODES[mode].teacher_logits is not None
-        ways: Iterable[tuple] = itertools.product(
-            _values(sweep.losses, config.distill.loss),
-            sweep.weights,
-            _values(sweep.temperatures, config.distill.temperature),
-        )
-        if not distilled:
-            ways = [(config.distill.loss, 0.0, config.distill.temperature)]
-        for loss, weight, temperature in ways:
-            member = config.copy_and_resolve_references()
-            member.seed = seed
-            member.batch.seed = data_seed
-            member.distill.mode = mode
-            member.distill.weight = float(weight)
-            member.distill.serve = next(iter(MODES[mode].serve))
-            member.distill.loss = loss
-            member.distill.temperature = float(temperature)
-            if config.optimizer.learning_rate != learning_rate:
-                ratio = learning_rate / config.optimizer.learning_rate
-                member.optimizer.learning_rate = float(learning_rate)
-                member.optimizer.table_learning_rate *= ratio
-            members[_name(config, member)] = member
+    axes = schema.axes(config)
+    keys = sorted(axes, key=_place)
+    members: dict[str, ConfigDict] = {}
+    for values in itertools.product(*(axes[key] for key in keys)):
+        chosen = {key.name: value for key, value in zip(keys, values, strict=True)}
+        if not _distils(chosen["distill.mode"]):
+            chosen = {name: value for name, value in chosen.items() if not _of_loss(name)}
+            chosen["distill.weight"] = 0.0
+        member = _member(config, chosen)
+        members.setdefault(_name(config, member, axes), member)
     return members
 
 
-def _values(axis: Sequence, own: object) -> Sequence:
-    return axis or (own,)
+def _place(key: Key) -> int:
+    """The place of an axis in the order of members, in which the last place varies first."""
+    if key.sweep == "cohorts":
+        return 0
+    return {"seed": 1, "distill.mode": 2}.get(key.name, 4 if _of_loss(key.name) else 3)
 
 
-def _name(config: ConfigDict, member: ConfigDict) -> str:
-    distill = member.distill
-    distilled = MODES[distill.mode].teacher_logits is not None
-    parts = [distill.mode]
-    if distill.loss != config.distill.loss:
-        parts.append(distill.loss)
-    if distilled:
-        parts.append(f"weight{distill.weight!r}")
-    if distill.temperature != config.distill.temperature:
-        parts.append(f"temperature{distill.temperature!r}")
-    if member.optimizer.learning_rate != config.optimizer.learning_rate:
-        parts.append(f"rate{member.optimizer.learning_rate!r}")
-    parts.append(f"seed{member.seed}")
-    if member.batch.seed != config.batch.seed:
-        parts.append(f"data{member.batch.seed}")
+# The same axes as a name tells them: mode, distillation, student, seed, batches.
+_PLACES_OF_NAME = (2, 4, 3, 1, 0)
+
+
+def _of_loss(name: str) -> bool:
+    """True for a key that a mode without a distillation loss does not read."""
+    return name.startswith("distill.") and name != "distill.mode"
+
+
+def _distils(mode: str) -> bool:
+    return MODES[mode].teacher_logits is not None
+
+
+def _member(config: ConfigDict, chosen: dict[str, Any]) -> ConfigDict:
+    """The config of the member with the values in `chosen`, by key."""
+    member = config.copy_and_resolve_references()
+    for name, value in chosen.items():
+        schema.set_value(member, name, value)
+    member.distill.serve = next(iter(MODES[member.distill.mode].serve))
+    own, rate = config.optimizer.learning_rate, member.optimizer.learning_rate
+    if rate != own and "optimizer.table_learning_rate" not in chosen:
+        member.optimizer.table_learning_rate *= rate / own
+    return member
+
+
+def _name(config: ConfigDict, member: ConfigDict, swept: Iterable[Key]) -> str:
+    """A name that no other member of the sweep has."""
+    keys = sorted(swept, key=lambda key: _PLACES_OF_NAME.index(_place(key)))
+    parts = []
+    for key in keys:
+        value, own = schema.value_of(member, key.name), schema.value_of(config, key.name)
+        always = key.name in ("distill.mode", "seed")
+        weighed = key.name == "distill.weight" and _distils(member.distill.mode)
+        if always or weighed or (value != own and key.name != "distill.weight"):
+            parts.append(_text(key, value))
     return "-".join(parts)
+
+
+def _text(key: Key, value: Any) -> str:
+    if key.name in ("distill.mode", "distill.loss"):
+        return str(value)
+    if isinstance(value, tuple):
+        value = "x".join(map(str, value))
+    return f"{key.short}{value}" if isinstance(value, str) else f"{key.short}{value!r}"

@@ -9,6 +9,7 @@ import pytest
 
 from kd_ranker.batches import loader
 from kd_ranker.batches.cutting import unpack
+from kd_ranker.config.identity import dataset_name
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
@@ -613,7 +614,7 @@ def test_costs_are_those_of_the_teacher_that_was_trained(world):
 
 def test_copies_scored_at_different_stages_are_different_datasets(world):
     names = [
-        teachers.dataset_name(world.config(teacher__stage=stage), "version")
+        dataset_name(world.config(teacher__stage=stage), "version")
         for stage in ("passed", "retrieved")
     ]
     assert names[0] != names[1]

@@ -49,22 +49,6 @@ def test_building_again_leaves_the_dataset_alone(tmp_path):
     assert before == {path: os.stat(path).st_mtime_ns for path in directory.iterdir()}
 
 
-def test_the_name_follows_what_is_in_the_dataset_and_not_where_it_lies():
-    data = ConfigDict({"name": "cascade", "dir": "here", "seed": 0})
-    name = storage.dataset_name(data, ("watch",), FUNNEL)
-    elsewhere = data.copy_and_resolve_references()
-    elsewhere.dir = "there"
-    assert storage.dataset_name(elsewhere, ("watch",), FUNNEL) == name
-    reported = FUNNEL.copy_and_resolve_references()
-    reported.report_at = (5, 7)
-    assert storage.dataset_name(data, ("watch",), reported) == name
-    other = data.copy_and_resolve_references()
-    other.seed = 1
-    assert storage.dataset_name(other, ("watch",), FUNNEL) != name
-    assert storage.dataset_name(data, ("watch", "like"), FUNNEL) != name
-    assert storage.dataset_name(data, ("watch",), FUNNEL, "abc") == f"{name}-teacher-abc"
-
-
 class Killed(BaseException):
     pass
 

@@ -1,14 +1,20 @@
+import json
+
 import pytest
 
 from configs import cascade
-from kd_ranker.config import settings
+from kd_ranker.config import checks, schema
 from kd_ranker.errors import UserError
 from kd_ranker.sweep.members import sweep_members
 
 
-def config_of(**sweep):
+def config_of(axes=(), **sweep):
+    """A config with `sweep.NAME=value`, and axes by the names of their keys."""
     config = cascade.get_config("small")
     config.sweep.update(sweep)
+    for key, values in dict(axes).items():
+        section, _, last = f"sweep.axes.{key}".rpartition(".")
+        schema.value_of(config, section)[last] = values
     return config
 
 
@@ -27,7 +33,7 @@ def test_modes_times_weights_times_seeds_and_none_once_a_seed():
 
 
 def test_data_seeds_repeat_the_whole_population():
-    members = sweep_members(config_of(modes=("none", "shared"), data_seeds=(0, 3)))
+    members = sweep_members(config_of(modes=("none", "shared"), axes={"batch.seed": (0, 3)}))
     assert list(members) == [
         "none-seed0", "shared-weight1.0-seed0", "none-seed0-data3", "shared-weight1.0-seed0-data3",
     ]  # fmt: skip
@@ -36,7 +42,8 @@ def test_data_seeds_repeat_the_whole_population():
 
 def test_numbers_are_swept_and_the_tables_rate_keeps_its_ratio():
     config = config_of(
-        modes=("none", "shared"), temperatures=(1.0, 2.0), learning_rates=(0.01, 0.02)
+        modes=("none", "shared"),
+        axes={"distill.temperature": (1.0, 2.0), "optimizer.learning_rate": (0.01, 0.02)},
     )
     config.optimizer.learning_rate, config.optimizer.table_learning_rate = 0.01, 0.006
     members = sweep_members(config)
@@ -55,9 +62,18 @@ def test_numbers_are_swept_and_the_tables_rate_keeps_its_ratio():
     assert members["shared-weight1.0-seed0"].optimizer.table_learning_rate == 0.006
 
 
+AXES = {
+    "batch.seed": (0, 1),
+    "distill.temperature": (1.0, 4.0),
+    "student.width": (32, 16),
+    "student.hidden": ((64,), (64, 32)),
+    "train.steps": (20, 10),
+}
+
+
 def test_names_stay_when_a_sweep_grows():
     before = sweep_members(config_of(weights=(1.0,)))
-    after = sweep_members(config_of(weights=(1.0, 3.0), data_seeds=(0, 1), temperatures=(1.0, 4.0)))
+    after = sweep_members(config_of(weights=(1.0, 3.0), axes=AXES))
     for name, member in before.items():
         same, other = after[name].to_dict(), member.to_dict()
         for config in (same, other):
@@ -65,18 +81,67 @@ def test_names_stay_when_a_sweep_grows():
         assert same == other
 
 
+def test_any_key_that_a_sweep_may_vary_is_an_axis():
+    config = config_of(modes=("none", "aux"))
+    for key in schema.sweepable():
+        if key.name in schema.NAMED_AXES:
+            continue
+        own = schema.value_of(config, key.name)
+        section, _, last = f"sweep.axes.{key.name}".rpartition(".")
+        values = (own, another(key, own))
+        schema.value_of(config, section)[last] = values
+        members = sweep_members(config)
+        checks.validate(config)
+        swept = {schema.value_of(member, key.name) for member in members.values()}
+        assert swept == set(values), key.name
+        # Mode none reads nothing of `distill`, so it stands once for all that is swept there.
+        none = 1 if key.name.startswith("distill.") else 2
+        assert len(members) == none + 2, key.name
+        schema.value_of(config, section)[last] = ()
+
+
+def another(key, own):
+    """A second value of a key."""
+    if isinstance(own, bool):
+        return not own
+    if isinstance(own, str):
+        return next(name for name in key.allowed if name != own)
+    if isinstance(own, tuple):
+        return (*own, 8)
+    return (
+        own / 2
+        if isinstance(own, float) and own
+        else own + (16 if key.name.startswith("batch") else 1)
+    )
+
+
+def test_the_names_of_members_tell_every_two_apart():
+    shorts = [key.short for key in schema.sweepable()]
+    assert len(set(shorts) - {"name"}) == len(shorts) - shorts.count("name")
+    members = sweep_members(config_of(axes=AXES))
+    flat = [json.dumps(member.to_dict(), sort_keys=True) for member in members.values()]
+    assert len(set(flat)) == len(flat)
+
+
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
         ({"weights": (1.0, 1)}, "sweep.weights=(1.0, 1) names a value twice"),
-        ({"data_seeds": (2, 2)}, "names a value twice"),
-        ({"temperatures": (0.0,)}, "sweep.temperatures holds 0.0; give finite numbers greater"),
-        ({"losses": ("hinge",)}, "sweep.losses"),
-        ({"data_seeds": (-1,)}, "at least 0"),
+        ({"axes": {"batch.seed": (2, 2)}}, "sweep.axes.batch.seed=(2, 2) names a value twice"),
+        (
+            {"axes": {"distill.temperature": (0.0,)}},
+            "sweep.axes.distill.temperature holds 0.0, which must be greater than 0",
+        ),
+        ({"axes": {"distill.loss": ("hinge",)}}, "sweep.axes.distill.loss='hinge' does not exist"),
+        ({"axes": {"batch.seed": (-1,)}}, "holds -1, which must not be negative"),
+        ({"axes": {"student.width": (16.0,)}}, "holds 16.0; it takes whole numbers"),
+        ({"axes": {"student.hidden": (16,)}}, "holds 16; it takes tuples"),
+        ({"axes": {"student.hidden": ((16, 0),)}}, "holds 0, which must be greater than 0"),
+        ({"axes": {"distill.affine": ("no",)}}, "holds 'no'; it takes truth values"),
         ({"group_size": -1}, "sweep.group_size=-1 must not be negative"),
     ],
 )
 def test_bad_axes_are_one_line(sweep, message):
     with pytest.raises(UserError) as caught:
-        settings.validate(config_of(**sweep))
+        checks.validate(config_of(**sweep))
     assert message in str(caught.value)

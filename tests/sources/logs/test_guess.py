@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 
 from configs import parquet
 from experiments import launch
-from kd_ranker.config import settings as kd_settings
+from kd_ranker.config import checks
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands
 from kd_ranker.sources.logs.guess import column, evidence, first_config, sample
@@ -189,7 +189,7 @@ def test_the_config_is_valid_and_formatted(columns, tmp_path):
     text, config = infer(tmp_path, logs.table_of(columns))
     entry = SourceEntry(tuple(config.data.labels), mock.Mock())
     with mock.patch.dict(SOURCES, parquet=entry):
-        kd_settings.validate(config)
+        checks.validate(config)
     assert_formatted(tmp_path / "configs/feed.py")
     lines = text.splitlines()
     assert max(map(len, lines)) <= 100

@@ -1,7 +1,7 @@
 import pytest
 
 from configs import parquet
-from kd_ranker.config import settings
+from kd_ranker.config import checks
 from kd_ranker.config.features import feature
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.layout import read_layout
@@ -60,10 +60,10 @@ def test_each_fault_is_one_line_that_says_what_to_change(changes, message):
 def test_the_config_is_valid_and_its_tasks_are_those_of_its_labels():
     config = config_with()
     config.parallel.devices = 1
-    settings.validate(config)
+    checks.validate(config)
     config.tasks, config.value_weights = ("watch", "share"), (1.0, 1.0)
     with pytest.raises(UserError, match="'share', which parquet lacks; it has: like, watch"):
-        settings.validate(config)
+        checks.validate(config)
 
 
 def test_a_config_survives_the_file_that_a_workdir_keeps(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from experiments import prepare_data
 from kd_ranker.batches import loader
 from kd_ranker.batches.cutting import unpack
+from kd_ranker.config.identity import dataset_name
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import commands
@@ -65,9 +66,9 @@ def test_batches_hold_the_category_ids_of_the_log(config):
 
 def test_a_dataset_goes_by_another_name_only_where_its_contents_would_differ(config):
     def name(**changes):
-        other = config.data.copy_and_resolve_references()
-        other.update(changes)
-        return storage.dataset_name(other, config.tasks, config.funnel)
+        other = config.copy_and_resolve_references()
+        other.data.update(changes)
+        return dataset_name(other)
 
     assert name() == name(processes=4, rows_in_memory=5000, infer=True, dir="elsewhere")
     assert name() != name(strict=True)
@@ -90,12 +91,12 @@ def test_a_build_that_fails_leaves_no_half_dataset(config, monkeypatch):
 
     other = config.copy_and_resolve_references()
     other.data.test_share = 0.5
-    monkeypatch.setattr(builder, "write_shard", broken)
+    monkeypatch.setattr(storage, "write_shard", broken)
     with pytest.raises(UserError, match="the disk is full"):
         commands.prepare_data(other)
     monkeypatch.undo()
     parent = storage.directory_of("x", other.data.dir).parent.parent
-    name = storage.dataset_name(other.data, other.tasks, other.funnel)
+    name = dataset_name(other)
     assert not (parent / name / storage.FORMAT_VERSION).exists()
     assert not [*parent.parent.glob(".parquet-*")]
     assert json.loads((commands.prepare_data(other) / "log.json").read_text())

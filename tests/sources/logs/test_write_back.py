@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from experiments import log_teacher
 from kd_ranker.batches import loader
+from kd_ranker.config.identity import dataset_name
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.evaluate import Ranker, Served
 from kd_ranker.pipeline import commands, teachers
@@ -157,7 +158,7 @@ def assert_same(before: pa.Table, after: pa.Table) -> None:
 def test_all_that_was_in_the_log_is_as_it_was(tmp_path, by_request):
     config = make_config(tmp_path, by_request)
     directory = commands.log_teacher(config).log.directory
-    assert directory == Path(config.data.dir) / "scored" / teachers.dataset_name(config, VERSION)
+    assert directory == Path(config.data.dir) / "scored" / dataset_name(config, VERSION)
     type_ = pa.list_(pa.float32()) if by_request else pa.float32()
     for file in Path(config.data.path).iterdir():
         before, after = pq.read_table(file), pq.read_table(directory / file.name)
@@ -287,13 +288,13 @@ def test_a_run_that_was_killed_while_the_teacher_scored_goes_on_with_what_is_mis
         write(path, *rest)
 
     with monkeypatch.context() as patched:
-        patched.setattr(builder, "write_shard", dying)
+        patched.setattr(storage, "write_shard", dying)
         with pytest.raises(Killed):
             commands.log_teacher(config)
     assert not logged.dataset.exists()
     later = []
     monkeypatch.setattr(
-        builder, "write_shard", lambda path, *rest: later.append(path.name) or write(path, *rest)
+        storage, "write_shard", lambda path, *rest: later.append(path.name) or write(path, *rest)
     )
     assert commands.log_teacher(config) == logged
     assert len(later) >= 2
@@ -309,7 +310,7 @@ def test_a_second_run_reads_nothing_and_writes_nothing(tmp_path, monkeypatch):
         raise AssertionError("it works again")
 
     for name in ("sort_scores", "write_file"):
-        monkeypatch.setattr(scoring, name, broken)
+        monkeypatch.setattr(write_back, name, broken)
     assert commands.log_teacher(config) == logged
 
 
@@ -332,7 +333,7 @@ def test_a_part_that_is_smaller_than_a_file_changes_nothing(tmp_path, monkeypatc
         file.unlink()
     read = write_back.read_layout
     monkeypatch.setattr(
-        scoring,
+        write_back,
         "read_layout",
         lambda *arguments: dataclasses.replace(read(*arguments), bucket_rows=20),
     )

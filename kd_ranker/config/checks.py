@@ -1,0 +1,185 @@
+"""Checks of a config before anything long begins: each fault is one line, with its remedy."""
+
+import difflib
+import math
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from kd_ranker.config.key import FINITE, Bound, Key
+from kd_ranker.config.schema import axis_of, keys_of, sweepable, value_of
+from kd_ranker.distillation.modes import MODES
+from kd_ranker.errors import UserError, check_choice
+from kd_ranker.sources.registry import SOURCES
+
+
+def validate(config: ConfigDict) -> None:
+    """Raises UserError on the first fault in a config."""
+    check_choice("data.name", config.data.name, SOURCES)
+    keys = keys_of(config.data.name)
+    for name in _leaves(config, keys):
+        if name not in keys:
+            raise UserError(f"config key {name!r} does not exist; {_hint(config, name)}")
+    for key in keys.values():
+        _check_value(key, value_of(config, key.name))
+    _check_axes(config)
+    _check_distillation(config)
+    _check_tasks(config)
+    _check_funnel(config)
+    _check_devices(config)
+
+
+def check_key(config: ConfigDict, name: str) -> None:
+    """Raises UserError unless there is the key or section `name`, written like `train.steps`."""
+    section: object = config
+    for part in name.split("."):
+        if not isinstance(section, ConfigDict) or part not in section:
+            raise UserError(f"config key {name!r} does not exist; {_hint(config, name)}")
+        section = section[part]
+
+
+def _hint(config: ConfigDict, name: str) -> str:
+    """A guess at what was meant by a key that does not exist."""
+    known = [key for key in keys_of(config.data.name) if not key.startswith(axis_of(""))]
+    if close := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+        return f"did you mean {close[0]!r}?"
+    # A key that was put into the wrong section, or into none.
+    last = name.rpartition(".")[2]
+    if same := [other for other in known if other.rpartition(".")[2] == last and other != name]:
+        return f"did you mean {' or '.join(map(repr, same))}?"
+    section, path = config, "config"
+    for part in name.split(".")[:-1]:
+        if not isinstance(section, ConfigDict) or part not in section:
+            break
+        section, path = section[part], f"{path}.{part}"
+    if not isinstance(section, ConfigDict):
+        return f"{path} is one value"
+    return f"{path} has: {', '.join(sorted(set(section) - {last}))}"
+
+
+def _leaves(config: ConfigDict, keys: Collection[str], above: str = "") -> Iterator[str]:
+    """The names of all values of a config; a section that is a key itself is one value."""
+    for part, value in config.items():
+        name = f"{above}{part}"
+        if isinstance(value, ConfigDict) and name not in keys:
+            yield from _leaves(value, keys, f"{name}.")
+        else:
+            yield name
+
+
+_WANTED = {str: "names", int: "whole numbers", bool: "truth values", tuple: "tuples"}
+
+
+def _check_value(key: Key, value: Any) -> None:
+    if isinstance(value, (tuple, list)):
+        for element in value:
+            _check_element(key, key.name, element, key.type)
+    elif not isinstance(value, ConfigDict):
+        _check_allowed(key, f"{key.name}={value!r}", value, "")
+
+
+def _check_element(key: Key, holder: str, element: Any, wanted: type) -> None:
+    """Checks one element of a tuple; an axis of a key that is a tuple has tuples as elements."""
+    types = (int, float) if wanted is float else wanted
+    # bool is an int to Python, and no number to anyone else.
+    if not isinstance(element, types) or (isinstance(element, bool) and wanted is not bool):
+        raise UserError(f"{holder} holds {element!r}; it takes {_WANTED.get(wanted, 'numbers')}")
+    for part in element if isinstance(element, tuple) else (element,):
+        _check_allowed(key, f"{holder} holds {part!r}", part, ", which")
+
+
+def _check_allowed(key: Key, found: str, value: Any, joint: str) -> None:
+    if isinstance(value, str):
+        if key.allowed is not None and not isinstance(key.allowed, Bound):
+            check_choice(key.name, value, key.allowed)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        for bound in (FINITE, key.allowed):
+            if isinstance(bound, Bound) and not bound.holds(value):
+                raise UserError(f"{found}{joint} {bound.text}")
+
+
+def _check_axes(config: ConfigDict) -> None:
+    for key in sweepable():
+        axis = axis_of(key.name)
+        values = value_of(config, axis)
+        if not len(values) and axis in ("sweep.modes", "sweep.weights", "sweep.seeds"):
+            raise UserError(f"{axis} is empty; give it at least one value")
+        if len(set(values)) < len(values):
+            raise UserError(f"{axis}={tuple(values)} names a value twice")
+    if config.sweep.axes.optimizer.learning_rate and not config.optimizer.learning_rate:
+        raise UserError(
+            "sweep.axes.optimizer.learning_rate scales the tables' rate along, and "
+            "optimizer.learning_rate is 0"
+        )
+
+
+def _check_distillation(config: ConfigDict) -> None:
+    # Only a mode with a choice of heads looks at the key.
+    if len(serves := MODES[config.distill.mode].serve) > 1:
+        check_choice("distill.serve", config.distill.serve, serves)
+    axes: Mapping[str, Any] = config.sweep.axes
+    losses = (config.distill.loss, *axes["distill"]["loss"])
+    sizes = axes["batch"]["candidates"] or (config.batch.candidates,)
+    for top_k in axes["distill"]["top_k"] or (config.distill.top_k,):
+        if "topk" in losses and top_k >= min(sizes):
+            raise UserError(
+                f"distill.top_k={top_k} takes in all batch.candidates={min(sizes)} of a request, "
+                "which tells the loss topk nothing; lower it"
+            )
+
+
+def _check_tasks(config: ConfigDict) -> None:
+    known = SOURCES[config.data.name].tasks_of(config.data)
+    if not config.tasks:
+        raise UserError(f"tasks is empty; {config.data.name} has: {', '.join(known)}")
+    for task in config.tasks:
+        if task not in known:
+            raise UserError(
+                f"tasks holds {task!r}, which {config.data.name} lacks; it has: {', '.join(known)}"
+            )
+    if len(set(config.tasks)) < len(config.tasks):
+        raise UserError(f"tasks={tuple(config.tasks)} names a task twice")
+    if len(config.value_weights) != len(config.tasks):
+        raise UserError(
+            f"value_weights has {len(config.value_weights)} numbers for {len(config.tasks)} tasks; "
+            "give one a task"
+        )
+    if not (all(0 <= w < math.inf for w in config.value_weights) and any(config.value_weights)):
+        raise UserError(
+            f"value_weights={tuple(config.value_weights)} must be finite, not negative, nor all 0"
+        )
+
+
+def _check_funnel(config: ConfigDict) -> None:
+    funnel = config.funnel
+    if not funnel.shown <= funnel.passed <= funnel.retrieved:
+        raise UserError(
+            f"funnel.shown={funnel.shown}, funnel.passed={funnel.passed}, "
+            f"funnel.retrieved={funnel.retrieved}: a funnel may not widen on its way"
+        )
+    for k in funnel.report_at:
+        if not 1 <= k <= funnel.retrieved:
+            raise UserError(f"funnel.report_at holds {k}; give numbers in [1, {funnel.retrieved}]")
+
+
+def _check_devices(config: ConfigDict) -> None:
+    available = jax.device_count()
+    if config.parallel.devices > available:
+        raise UserError(
+            f"parallel.devices={config.parallel.devices}, but there are {available}; 0 takes all"
+        )
+    devices = config.parallel.devices or available
+    batches = {
+        "batch.requests": (config.batch.requests,),
+        "sweep.axes.batch.requests": config.sweep.axes.batch.requests,
+        "teacher.batch.requests": (config.teacher.batch.requests,),
+    }
+    for name, sizes in batches.items():
+        for requests in sizes:
+            if requests % devices:
+                raise UserError(
+                    f"{name}={requests} cannot be shared by {devices} devices; take a multiple of "
+                    f"{devices}, or set parallel.devices"
+                )

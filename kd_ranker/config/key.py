@@ -1,0 +1,110 @@
+"""One config key, and the conditions on its value."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Collection
+from typing import Any, Literal, NamedTuple
+
+# The first thing in the chain that a key changes, and with it all that follows; `report` is how
+# trained rankers are measured, and `nothing` is no number at all.
+Influence = Literal["dataset", "teacher", "student", "report", "nothing"]
+
+# A sweep's members may differ in a key, or its cohorts may, whose members share their batches.
+Sweep = Literal["no", "members", "cohorts"]
+
+
+class Bound(NamedTuple):
+    """A condition on a finite number.
+
+    Attributes:
+      text: the condition as the end of a sentence.
+      range: the same in signs.
+      holds: number -> True if it does.
+    """
+
+    text: str
+    range: str
+    holds: Callable[[Any], bool]
+
+
+FINITE = Bound("must be a finite number", "finite", math.isfinite)
+POSITIVE = Bound("must be greater than 0", "> 0", lambda number: number > 0)
+NOT_NEGATIVE = Bound("must not be negative", "≥ 0", lambda number: number >= 0)
+SHARE = Bound("must lie in [0, 1]", "[0, 1]", lambda number: 0 <= number <= 1)
+BELOW_ONE = Bound("must lie in [0, 1)", "[0, 1)", lambda number: 0 <= number < 1)
+INSIDE_ONE = Bound("must lie between 0 and 1", "(0, 1)", lambda number: 0 < number < 1)
+
+
+def at_least(least: int) -> Bound:
+    """The bound of a whole number that has a least value."""
+    return Bound(f"must be at least {least}", f"≥ {least}", lambda number: number >= least)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Key:
+    """One config key; all else that is known of it derives from these fields.
+
+    Attributes:
+      name: the sections and the key, as in `--config.NAME=value`.
+      default: its value unless a config file says otherwise, which tells its type; an empty
+        `ConfigDict` where the names within are the user's own.
+      help: its meaning in one line.
+      allowed: a bound of its numbers, or the names that it takes; None for any. Of a tuple it
+        holds for each element.
+      influences: the first thing that it changes.
+      sweep: how a sweep may vary it.
+      element: the type of a tuple's elements, where the default is empty.
+      label: its name among members and in the report, if that is not its last part.
+      column: the column of `results.csv` that always holds it. One without has a column under its
+        own name where it is swept.
+      may_differ: True if sweeps that differ in it make one report all the same; those that differ
+        in what a sweep varies, or in what influences nothing, do anyway.
+    """
+
+    name: str
+    default: Any
+    help: str
+    allowed: Bound | Collection[str] | None = None
+    influences: Influence | None = None
+    sweep: Sweep | None = None
+    element: type | None = None
+    label: str = ""
+    column: str = ""
+    may_differ: bool = False
+
+    @property
+    def type(self) -> type:
+        """The type of its value, or of the elements of a tuple."""
+        if isinstance(self.default, tuple):
+            return self.element or type(self.default[0])
+        return type(self.default)
+
+    @property
+    def short(self) -> str:
+        """Its name among members and in the report."""
+        return self.label or self.name.rpartition(".")[2]
+
+    @property
+    def title(self) -> str:
+        """The column of `results.csv` that holds it, always or where it is swept."""
+        return self.column or self.name
+
+
+def section(name: str, *keys: Key, influences: Influence, sweep: Sweep = "no") -> tuple[Key, ...]:
+    """The keys of a section under their whole names.
+
+    Args:
+      name: the section, "" for the root.
+      *keys: named within the section.
+      influences: of the keys that do not say.
+      sweep: of the keys that do not say.
+    """
+    return tuple(
+        dataclasses.replace(
+            key,
+            name=f"{name}.{key.name}" if name else key.name,
+            influences=key.influences or influences,
+            sweep=key.sweep or sweep,
+        )
+        for key in keys
+    )

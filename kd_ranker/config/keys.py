@@ -1,0 +1,315 @@
+"""The table of all config keys: what each is called, holds, means and changes.
+
+A key is declared here and nowhere else. Defaults, checks, axes of a sweep, columns that tell
+members apart, and the page `docs/config.md` derive from it; see `schema`.
+"""
+
+from ml_collections import ConfigDict
+
+from kd_ranker.batch import TEACHER_SIGNALS
+from kd_ranker.batches.loader import ORDERS
+from kd_ranker.config.key import (
+    BELOW_ONE,
+    INSIDE_ONE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SHARE,
+    Influence,
+    Key,
+    Sweep,
+    at_least,
+    section,
+)
+from kd_ranker.distillation.losses import LOSSES
+from kd_ranker.distillation.modes import MODES
+from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
+from kd_ranker.models.model import COMPUTE_DTYPES
+from kd_ranker.models.student import STUDENTS
+from kd_ranker.models.teacher import TEACHERS
+from kd_ranker.sources import kuairand
+from kd_ranker.sources.logs import layout
+from kd_ranker.sources.registry import SOURCES
+from kd_ranker.training.mapping import MAPPINGS
+from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
+from kd_ranker.training.recipes import TEACHER_STAGES
+
+TEACHER_SOURCES = ("live", "logged")
+
+
+def _batch(
+    name: str, influences: Influence, sweep: Sweep, seed: Key, requests: int, candidates: int,
+    passed_share: float,
+) -> tuple[Key, ...]:  # fmt: skip
+    return section(
+        name,
+        Key("requests", requests, "requests a batch, over all devices", POSITIVE),
+        Key("candidates", candidates, "candidates a request of a batch", POSITIVE),
+        Key("passed_share", passed_share, "share of the passed in what the shown leave", SHARE),
+        Key("negative_rate", 1.0, "share of the shown without a positive label to keep", SHARE),
+        seed,
+        Key("order", "shuffled", "of the requests of an epoch: at random, or by time", ORDERS),
+        influences=influences,
+        sweep=sweep,
+    )
+
+
+def _model(name: str, influences: Influence, sweep: Sweep, *own: Key) -> tuple[Key, ...]:
+    return section(
+        name,
+        *own,
+        Key("width", 32, "numbers of an embedding", POSITIVE),
+        Key("table_scale", 0.05, "standard deviation of fresh embedding rows", NOT_NEGATIVE),
+        Key("user_rows", 0, "hash user ids into so many rows; 0: a row each", NOT_NEGATIVE),
+        Key("item_rows", 0, "hash item ids into so many rows; 0: a row each", NOT_NEGATIVE),
+        Key("category_rows", 0, "hash all category ids into so many rows; 0: a row each",
+            NOT_NEGATIVE),
+        Key("compute_dtype", "float32", "of the arithmetic; parameters stay float32",
+            COMPUTE_DTYPES),
+        influences=influences,
+        sweep=sweep,
+    )  # fmt: skip
+
+
+def _optimizer(name: str, influences: Influence, sweep: Sweep, rate: Key) -> tuple[Key, ...]:
+    return section(
+        name,
+        Key("name", "adam", "optimiser of the dense parameters", OPTIMIZERS, label="optimizer"),
+        rate,
+        Key("weight_decay", 0.0, "decoupled decay of the dense parameters", NOT_NEGATIVE),
+        Key("table_name", "adam", "optimiser of the embedding rows", ROW_OPTIMIZERS),
+        Key("table_learning_rate", 2e-3, "peak rate of the embedding rows", NOT_NEGATIVE),
+        Key("table_weight_decay", 0.0, "decoupled decay of the embedding rows", NOT_NEGATIVE),
+        Key("schedule", "cosine", "of the rates over the steps; cosine ends at 0", SCHEDULES),
+        Key("warmup_steps", 50, "steps in which the rates rise to their peaks", NOT_NEGATIVE),
+        influences=influences,
+        sweep=sweep,
+    )
+
+
+def _train(name: str, influences: Influence, sweep: Sweep) -> tuple[Key, ...]:
+    own = section(
+        name,
+        Key("steps", 1500, "train steps", POSITIVE),
+        influences=influences,
+        sweep=sweep,
+    )
+    return own + section(
+        name,
+        Key("log_every", 50, "steps from one line of metrics to the next", POSITIVE),
+        Key("checkpoint_every", 500, "steps from one checkpoint to the next", POSITIVE),
+        Key("eval_every", 500, "steps from one evaluation to the next; 0: at the end alone",
+            NOT_NEGATIVE),
+        Key("eval_limit", 64, "requests of an evaluation on the way", POSITIVE),
+        influences="nothing",
+    )  # fmt: skip
+
+
+_ALL = (
+    section(
+        "",
+        Key("seed", 0, "of the initialisation, of students and teacher", NOT_NEGATIVE,
+            influences="teacher", sweep="members", column="seed"),
+        Key("tasks", ("watch", "like", "share"), "the user actions to predict"),
+        Key("value_weights", (1.0, 2.0, 4.0),
+            "one a task: a ranker sorts by the weighted sum of probabilities",
+            influences="report"),
+        influences="dataset",
+    ),
+    section(
+        "data",
+        Key("name", "", "the source", SOURCES),
+        Key("path", "", "raw files, where the dataset is made from some", may_differ=True),
+        Key("dir", "datasets", "folder of built datasets", influences="nothing"),
+        Key("seed", 0, "of the dataset itself, apart from what is trained on it", NOT_NEGATIVE),
+        Key("history_length", 20, "events of a user's history", POSITIVE),
+        influences="dataset",
+    ),
+    section(
+        "funnel",
+        Key("retrieved", 2000, "candidates of a request", POSITIVE),
+        Key("passed", 200, "candidates that the early ranker passes", POSITIVE),
+        Key("shown", 10, "candidates that the final ranker shows", POSITIVE),
+        Key("report_at", (10, 50, 100, 200, 400), "the k of survival@k and its like", POSITIVE,
+            influences="report", may_differ=True),
+        influences="dataset",
+    ),
+    _batch(
+        "batch", "student", "cohorts",
+        Key("seed", 0, "of the order of the data and the draws of candidates", NOT_NEGATIVE,
+            label="data", column="data_seed"),
+        requests=32, candidates=128, passed_share=0.5,
+    ),
+    _model(
+        "student", "student", "members",
+        Key("name", "multi_interest", "the architecture", STUDENTS, label="student"),
+        Key("interests", 4, "user embeddings a request", POSITIVE),
+        Key("hidden", (64,), "units of each hidden layer", POSITIVE),
+    ),
+    section(
+        "distill",
+        Key("mode", "shared", "how the student meets user labels and teacher labels", MODES,
+            column="mode"),
+        Key("loss", "bce", "against the teacher; the sizes of losses differ", LOSSES,
+            column="distill_loss"),
+        Key("weight", 1.0, "λ in user loss + λ · distillation loss", NOT_NEGATIVE,
+            column="distill_weight"),
+        Key("temperature", 1.0, "softens student and teacher in a loss", POSITIVE,
+            column="temperature"),
+        Key("top_k", 10, "loss topk: so many of a request's candidates in the batch", POSITIVE),
+        Key("affine", True, "mode shared: a learned scale and offset between the two labels"),
+        Key("serve", "user", "mode aux: the heads that rank (user, teacher, blend)",
+            sweep="no", may_differ=True),
+        influences="student",
+        sweep="members",
+    ),
+    _optimizer(
+        "optimizer", "student", "members",
+        Key("learning_rate", 2e-3, "peak rate of the dense parameters", NOT_NEGATIVE,
+            label="rate", column="learning_rate"),
+    ),
+    _train("train", "student", "members"),
+    section(
+        "teacher",
+        Key("source", "live", "of its labels: scored in the step, or logged with the dataset",
+            TEACHER_SOURCES),
+        Key("workdir", "", "of train_teacher; with source logged, \"\" takes the dataset's logs",
+            may_differ=True),
+        Key("stage", "retrieved", "the candidates that meet a teacher trained here",
+            TEACHER_STAGES, sweep="cohorts"),
+        Key("flops_per_candidate", 0.0,
+            "of a logged teacher from elsewhere; 0: those of the model that teacher.* describes",
+            NOT_NEGATIVE, influences="report"),
+        influences="student",
+    ),
+    _model(
+        "teacher", "teacher", "no",
+        Key("name", "final_ranker", "the architecture", TEACHERS),
+        Key("attention_hidden", 16, "units of the attention over the history", POSITIVE),
+        Key("cross_layers", 2, "cross layers", NOT_NEGATIVE),
+        Key("experts", 4, "experts of the mixture", POSITIVE),
+        Key("expert_hidden", 64, "hidden units of an expert", POSITIVE),
+    ),
+    _batch(
+        "teacher.batch", "teacher", "no",
+        Key("seed", 0, "of the order of the data and the draws of candidates", NOT_NEGATIVE,
+            may_differ=True),
+        requests=128, candidates=10, passed_share=1.0,
+    ),
+    _optimizer(
+        "teacher.optimizer", "teacher", "no",
+        Key("learning_rate", 2e-3, "peak rate of the dense parameters", NOT_NEGATIVE),
+    ),
+    _train("teacher.train", "teacher", "no"),
+    section(
+        "evaluation",
+        Key("requests", 16, "requests of a batch", POSITIVE, influences="nothing"),
+        Key("limit", 0, "requests of the test split to read; 0 reads all", NOT_NEGATIVE),
+        influences="report",
+    ),
+    section(
+        "parallel",
+        Key("mapping", "pmap", "how a step is spread over devices", MAPPINGS),
+        Key("devices", 0, "devices to use; 0 takes all", NOT_NEGATIVE),
+        influences="nothing",
+    ),
+    section(
+        "sweep",
+        Key("modes", ("none", "aux", "shared"), "the values of distill.mode", MODES),
+        Key("weights", (1.0,), "the values of distill.weight", NOT_NEGATIVE),
+        Key("seeds", (0,), "the values of seed", NOT_NEGATIVE),
+        Key("group_size", 0, "members that train in one program; 0: as many as memory allows",
+            NOT_NEGATIVE),
+        Key("extend", False, "add the members that a finished sweep does not have yet"),
+        influences="nothing",
+    ),
+)  # fmt: skip
+
+KEYS: dict[str, Key] = {key.name: key for keys in _ALL for key in keys}
+"""The keys of every config, by name. A program may add one, for a model or a loss of its own."""
+
+
+def _of_source(*keys: Key) -> dict[str, Key]:
+    return {key.name: key for key in section("data", *keys, influences="dataset")}
+
+
+_CASCADE = _of_source(
+    Key("num_users", 4000, "users", POSITIVE),
+    Key("num_items", 8000, "items", POSITIVE),
+    Key("num_topics", 8, "topics of items, and of users' tastes", POSITIVE),
+    Key("train_requests", 12000, "requests of the training split", NOT_NEGATIVE),
+    Key("test_requests", 500, "requests of the test split", NOT_NEGATIVE),
+    Key("retrieval_noise", 1.0, "noise of the retrieval", NOT_NEGATIVE),
+    Key("policy_noise", 0.7, "noise of the early ranker that filled the log", NOT_NEGATIVE),
+    Key("exploration", 0.3, "share of the shown slots filled at random from the passed", SHARE),
+    Key("fault_missing", 0.02, "share of the teacher probabilities never written", SHARE),
+    Key("fault_nan", 0.01, "share of them that is NaN", SHARE),
+    Key("fault_out_of_range", 0.01, "share of them that lies outside [0, 1]", SHARE),
+    Key("fault_version", 0.05, "share of the requests that an older teacher scored", SHARE),
+)
+
+_RATINGS = _of_source(
+    Key("ratings_per_request", 8, "the least ratings of a request", POSITIVE),
+    Key("test_share", 0.2, "share of each user's ratings, the last ones, for the test", BELOW_ONE),
+    Key("test_requests_per_user", 1, "test requests a user, the earliest ones; 0 takes all",
+        NOT_NEGATIVE),
+)  # fmt: skip
+
+_SAMPLED_RATINGS = _RATINGS | _of_source(
+    Key("negatives", 500, "candidates drawn from what the user had not rated; 0 takes all",
+        NOT_NEGATIVE),
+    Key("max_users", 0, "users, drawn at random, who make requests; 0 takes all", NOT_NEGATIVE),
+)  # fmt: skip
+
+_KUAIRAND = _of_source(
+    Key("session_minutes", 30, "the pause that ends a session", POSITIVE),
+    Key("random_session_minutes", 720, "the same of random impressions, which are few", POSITIVE),
+    Key("impressions_per_request", 10, "the most impressions of one request", POSITIVE),
+    Key("negatives", 90, "candidates that were not shown", NOT_NEGATIVE),
+    Key("test", "random", "videos shown at random, or those that the app's policies chose",
+        kuairand.TESTS),
+    Key("test_from", "2022-04-22", "the first day of the test, in Beijing"),
+    Key("train_requests", 200_000, "training requests, drawn uniformly; 0 takes all",
+        NOT_NEGATIVE),
+    Key("test_requests", 10_000, "test requests, drawn uniformly; 0 takes all", NOT_NEGATIVE),
+    Key("max_users", 0, "users to keep of the logs; 0 keeps all", NOT_NEGATIVE),
+    Key("author_rows", 8192, "category ids that authors are hashed into", POSITIVE),
+    Key("music_rows", 8192, "category ids that music is hashed into", POSITIVE),
+)  # fmt: skip
+
+_RECFLOW = _of_source(
+    Key("train_days", (), "days of the training split, like 2024-02-17", element=str),
+    Key("test_days", (), "days of the test split", element=str),
+    Key("max_requests_per_day", 0, "requests to draw of each day; 0 takes all", NOT_NEGATIVE),
+    Key("authors", 1 << 18, "values that authors are hashed into", POSITIVE),
+)
+
+_LOG = _of_source(
+    Key("rows", "candidate", "one row a candidate, or one a request with lists", layout.ROWS),
+    Key("columns", ConfigDict(), "column by role; request, time, user and item it must have"),
+    Key("stages", ConfigDict(), "text of the stage column by stage"),
+    Key("labels", ConfigDict(), "column by task: 0 or 1, of what was shown"),
+    Key("teacher", ConfigDict(), "column by task of the teacher that was logged"),
+    Key("teacher_version", "", "the only version of the teacher that counts; \"\" takes all"),
+    Key("teacher_signal", "probability", "content of the teacher's columns", TEACHER_SIGNALS),
+    Key("time_unit", "s", "of a time column of numbers", layout.TIME_UNITS),
+    Key("features", ConfigDict(), "feature by name, see `kd_ranker.config.features.feature`"),
+    Key("split", "time", "what decides which requests are for the test", layout.SPLITS),
+    Key("test_share", 0.1, "share of the requests for the test", INSIDE_ONE),
+    Key("strict", False, "end the build at the first row at fault"),
+    Key("processes", 1, "processes that read and write", POSITIVE, influences="nothing"),
+    Key("infer", False, "write a first config for the log in place of the dataset",
+        influences="nothing"),
+    Key("rows_in_memory", 2_000_000, "the most candidates that a process holds at a time",
+        at_least(1000), influences="nothing"),
+)  # fmt: skip
+
+DATA_KEYS: dict[str, dict[str, Key]] = {
+    "cascade": _CASCADE,
+    "movielens_100k": _RATINGS,
+    "movielens_1m": _SAMPLED_RATINGS,
+    "movielens_32m": _SAMPLED_RATINGS,
+    **dict.fromkeys(kuairand.VARIANT_OF_NAME, _KUAIRAND),
+    "recflow": _RECFLOW,
+    "parquet": _LOG,
+}
+"""By `data.name`, the keys of `config.data` that this source has beside those of all."""

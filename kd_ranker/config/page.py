@@ -1,0 +1,65 @@
+"""The page of all config keys, `docs/config.md`, from the table in `keys`."""
+
+from collections.abc import Iterable
+
+from ml_collections import ConfigDict
+
+from kd_ranker.config.key import Bound, Key
+from kd_ranker.config.keys import DATA_KEYS, KEYS
+
+_HEAD = """\
+# Config keys
+
+Every key with its default, as `--config.KEY=value` sets it and a config file assigns it. *Changes*
+names the first thing in the chain dataset, teacher, student, report that depends on a key, and with
+it all that follows; a run may go on in its workdir with another value of a key that changes nothing
+of it. *Sweep* says that `--config.sweep.axes.KEY="(…)"` tries several values: among the members of
+one program, or among cohorts, which are trained one after the other. `distill.mode`,
+`distill.weight` and `seed` have axes of their own: `sweep.modes`, `sweep.weights`, `sweep.seeds`.
+
+`scripts/make_docs.py` writes this page from `kd_ranker/config/keys.py`.
+"""
+
+
+def keys_page() -> str:
+    """The page as Markdown."""
+    sections: dict[str, list[Key]] = {}
+    for key in KEYS.values():
+        sections.setdefault(key.name.rpartition(".")[0], []).append(key)
+    parts = [_HEAD]
+    parts += [_part(name or "The root", keys) for name, keys in sections.items()]
+    sources: dict[int, list[str]] = {}
+    for source, of_source in DATA_KEYS.items():
+        sources.setdefault(id(of_source), []).append(source)
+    parts += [
+        _part(f"data, of {', '.join(names)}", DATA_KEYS[names[0]].values())
+        for names in sources.values()
+    ]
+    return "\n".join(parts)
+
+
+def _part(title: str, keys: Iterable[Key]) -> str:
+    lines = [
+        f"## {title}",
+        "",
+        "| key | default | | takes | changes | sweep |",
+        "|---|---|---|---|---|---|",
+    ]
+    for key in keys:
+        sweep = "" if key.sweep == "no" else key.sweep
+        cells = (f"`{key.name}`", _default(key), key.help, _takes(key), key.influences, sweep)
+        lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _default(key: Key) -> str:
+    if isinstance(key.default, ConfigDict):
+        return "names of your own"
+    text = repr(key.default) if not isinstance(key.default, tuple) else str(key.default)
+    return f"`{text}`".replace("'", '"')
+
+
+def _takes(key: Key) -> str:
+    if isinstance(key.allowed, Bound):
+        return key.allowed.range
+    return ", ".join(sorted(key.allowed)) if key.allowed is not None else ""

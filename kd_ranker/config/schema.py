@@ -1,0 +1,111 @@
+"""What is known of config keys beyond one: lookups that derive from the table in `keys`."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kd_ranker.config.key import Influence, Key
+from kd_ranker.config.keys import DATA_KEYS, KEYS
+
+# In the order of the chain: what changes a dataset changes all that is made of it.
+INFLUENCES: tuple[Influence, ...] = ("dataset", "teacher", "student", "report", "nothing")
+
+# The axes of a sweep that have a key of their own; those of all other keys lie in `sweep.axes`.
+NAMED_AXES = {
+    "distill.mode": "sweep.modes",
+    "distill.weight": "sweep.weights",
+    "seed": "sweep.seeds",
+}
+
+
+def keys_of(source: str) -> dict[str, Key]:
+    """The keys of a config by name, those of `sweep.axes` included.
+
+    Args:
+      source: `config.data.name`; one that is not in `DATA_KEYS` has no keys of its own.
+    """
+    axes = {key.name: key for key in map(_axis_key, sweepable()) if key.name not in KEYS}
+    return KEYS | DATA_KEYS.get(source, {}) | axes
+
+
+def sweepable() -> list[Key]:
+    """The keys that a sweep may vary, those of cohorts first."""
+    keys = [key for key in KEYS.values() if key.sweep != "no"]
+    return sorted(keys, key=lambda key: key.sweep != "cohorts")
+
+
+def axis_of(name: str) -> str:
+    """The key that holds a swept key's values.
+
+    >>> axis_of("distill.weight"), axis_of("student.width")
+    ('sweep.weights', 'sweep.axes.student.width')
+    """
+    return NAMED_AXES.get(name, f"sweep.axes.{name}")
+
+
+def _axis_key(key: Key) -> Key:
+    return dataclasses.replace(
+        key,
+        name=axis_of(key.name),
+        default=(),
+        element=type(key.default),
+        help=f"the values of {key.name}; () takes its own",
+        influences="nothing",
+        sweep="no",
+        column="",
+        label="",
+    )
+
+
+def axes(config: ConfigDict) -> dict[Key, tuple]:
+    """The swept keys of a config with their values."""
+    values = {key: tuple(value_of(config, axis_of(key.name))) for key in sweepable()}
+    return {key: of_axis for key, of_axis in values.items() if of_axis}
+
+
+def value_of(config: ConfigDict, name: str) -> Any:
+    """The value of a key, written like `train.steps`."""
+    value: Any = config
+    for part in name.split("."):
+        value = value[part]
+    return value
+
+
+def set_value(config: ConfigDict, name: str, value: Any) -> None:
+    """Sets a key, written like `train.steps`, to a value of its own type."""
+    section, _, last = name.rpartition(".")
+    holder = value_of(config, section) if section else config
+    holder[last] = type(holder[last])(value)
+
+
+def without_influence(on: Influence) -> list[str]:
+    """The names of the keys that do not change a dataset, a teacher, a student or a report.
+
+    Args:
+      on: the thing that is not changed.
+    """
+    place = INFLUENCES.index(on)
+    return [key.name for key in _every_key() if INFLUENCES.index(_influence(key)) > place]
+
+
+def may_differ() -> list[str]:
+    """The names of the keys in which sweeps may differ that make one report."""
+    return [
+        key.name
+        for key in _every_key()
+        if key.may_differ or key.sweep != "no" or key.influences == "nothing"
+    ]
+
+
+def _influence(key: Key) -> Influence:
+    assert key.influences is not None, f"{key.name} is not in a section"
+    return key.influences
+
+
+def _every_key() -> Iterator[Key]:
+    """All keys of all sources; names that sources share occur more than once."""
+    yield from keys_of("").values()
+    for keys in DATA_KEYS.values():
+        yield from keys.values()
