@@ -17,7 +17,7 @@ from kd_ranker.pipeline.measurement import Measured
 from kd_ranker.report import write
 from kd_ranker.requests import storage
 from kd_ranker.requests.pool import open_pool
-from kd_ranker.requests.request import Source
+from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.sources.logs.guess.first_config import FirstConfig, write_first_config
 from kd_ranker.sources.logs.write_back import Scored
 from kd_ranker.sources.registry import SOURCES
@@ -124,7 +124,7 @@ def log_teacher(config: ConfigDict) -> Logged:
             item_features=dataset.item_features,
             item_category=dataset.item_category,
             requests=functools.partial(teachers.scored_requests, config, dataset, teacher),
-            num_requests={split: splits[split].num_examples for split in storage.SPLITS},
+            num_requests={split: splits[split].num_examples for split in SPLITS},
             shards=functools.partial(teachers.scoring_shards, config, dataset, teacher, processes),
             run=run,
             resume=teachers.scoring_folder(config, dataset, teacher),

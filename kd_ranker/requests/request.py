@@ -10,6 +10,9 @@ from jaxtyping import Float32, Int32, UInt8
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.requests.pool import Runner, run_here
 
+SPLITS = ("train", "test")
+"""The parts of a dataset: what models learn from, and what they are measured on."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Request:
@@ -50,10 +53,10 @@ class Source:
     Attributes:
       spec: the sizes of its features.
       item_features: float32 [num_items, F], what is known of each item; stored once.
-      requests: split name ("train" or "test") -> its requests, the same ones at every call.
-      num_requests: split name -> how many requests `requests` yields, for progress bars.
+      requests: split (one of `SPLITS`) -> its requests, the same ones at every call.
+      num_requests: split -> how many requests `requests` yields, for progress bars.
       item_category: the category ids of each item, -1 where there is none; None without any.
-      shards: split name -> functions that yield its requests part by part, none of them empty; each
+      shards: split -> functions that yield its requests part by part, none of them empty; each
         becomes a file of the dataset, and they can be pickled. None: `requests` alone.
       run: what writes shards, see `pool.open_pool`.
       resume: a folder that keeps finished shards until the dataset is whole, for a later run to go

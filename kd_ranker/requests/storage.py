@@ -33,10 +33,9 @@ from tqdm import tqdm
 
 from kd_ranker.batch import FeatureSpec, Items
 from kd_ranker.errors import UserError
-from kd_ranker.requests.request import Request, Source
+from kd_ranker.requests.request import SPLITS, Request, Source
 
 FORMAT_VERSION = "1.1.0"
-SPLITS = ("train", "test")
 SPEC_FILE = "feature_spec.json"
 _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
 _RECORDS = ADAPTER_FOR_FORMAT[FileFormat.ARRAY_RECORD]

@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.errors import UserError, check_choice, check_tasks
-from kd_ranker.requests.request import Request, Source
+from kd_ranker.requests.request import SPLITS, Request, Source
 
 TASKS = ("watch", "like", "share")
 
@@ -78,8 +78,6 @@ CATEGORY_HIT_RATE = 0.4
 
 CONTEXT_FEATURES = 8
 HISTORY_FEATURES = 3
-
-_SPLITS = ("train", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +147,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     num_requests = {"train": int(data.train_requests), "test": int(data.test_requests)}
 
     def requests(split: str) -> Iterator[Request]:
-        check_choice("split", split, _SPLITS)
+        check_choice("split", split, SPLITS)
         for index in range(num_requests[split]):
             yield _draw_request(world, data, columns, funnel, split, index)
 
@@ -354,7 +352,7 @@ def _draw_request(
     index: int,
 ) -> Request:
     """One request through the whole funnel; `columns` are the asked tasks' places in `TASKS`."""
-    rng = np.random.default_rng([data.seed, 1 + _SPLITS.index(split), index])
+    rng = np.random.default_rng([data.seed, 1 + SPLITS.index(split), index])
     time = _draw_time(rng, split, index, data[f"{split}_requests"])
     context = _draw_context(rng, time)
     user = int(np.searchsorted(world.activity, rng.random()).clip(max=data.num_users - 1))

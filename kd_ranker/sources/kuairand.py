@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import Category, FeatureSpec
 from kd_ranker.errors import UserError, check_at_least, check_choice, check_tasks
-from kd_ranker.requests.request import Request, Source
+from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources import kuairand_files
 from kd_ranker.sources.kuairand_files import BEIJING, COLUMN_OF_TASK, DAY, RANDOM_BIT, KuaiRand, Log
 
@@ -40,7 +40,6 @@ HISTORY_FEATURES = len(TASKS) + 1
 CANDIDATE_FEATURES = 1 + len(CANDIDATE_TASKS) + 2
 ITEM_FEATURES = 6
 
-_SPLITS = ("train", "test")
 _ROUNDS = 8
 _CHUNK = 1 << 22
 
@@ -144,7 +143,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     engaged = np.flatnonzero(log.signals & ((1 << RANDOM_BIT) - 1)).astype(place_type)
 
     def requests(split: str) -> Iterator[Request]:
-        check_choice("split", split, _SPLITS)
+        check_choice("split", split, SPLITS)
         of_split = blocks[split]
         tallies = tallies_before(log, by_time, of_split.time, spec.num_users, spec.num_items)
         for request_id, (of_user, of_item, earlier) in enumerate(tallies):
@@ -185,7 +184,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
                 request_category=np.append(user_category[user], tab_category[tab]),
             )
 
-    num_requests = {split: len(blocks[split]) for split in _SPLITS}
+    num_requests = {split: len(blocks[split]) for split in SPLITS}
     return Source(spec, item_features(files), requests, num_requests, item_category)
 
 
@@ -426,7 +425,7 @@ def _blocks(log: Log, data: ConfigDict, split_time: int) -> dict[str, Blocks]:
         "test": data.random_session_minutes if data.test == "random" else data.session_minutes,
     }
     blocks = {}
-    for number, split in enumerate(_SPLITS):
+    for number, split in enumerate(SPLITS):
         places = np.flatnonzero(chosen[split]).astype(_place_type(log))
         if not len(places):
             which = data.test if split == "test" else "standard"

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.errors import UserError, check_at_least, check_choice, check_tasks
-from kd_ranker.requests.request import Request, Source
+from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources.download import fetch
 from kd_ranker.sources.movielens_files import PUBLISHED, MovieLens, read
 
@@ -30,8 +30,6 @@ CANDIDATE_FEATURES = 2
 # advance, so that it stems from no data.
 PRIOR_RATING = 3.5
 PRIOR_COUNT = 5
-
-_SPLITS = ("train", "test")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,13 +135,13 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         _check_candidates(timelines, negatives, int(funnel.retrieved))
     blocks = {
         split: _ordered_blocks(timelines, split, int(data.test_requests_per_user))
-        for split in _SPLITS
+        for split in SPLITS
     }
     lowest = np.array([LOWEST_RATING[task] for task in tasks])
     stars = np.array(movielens.stars, np.float32)
 
     def requests(split: str) -> Iterator[Request]:
-        check_choice("split", split, _SPLITS)
+        check_choice("split", split, SPLITS)
         counted, count, total = 0, np.zeros(num_items, np.int64), np.zeros(num_items)
         for request_id in range(len(blocks[split])):
             user = int(blocks[split].user[request_id])
@@ -199,7 +197,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         teacher_version="",
         has_true_probability=False,
     )
-    num_requests = {split: len(blocks[split]) for split in _SPLITS}
+    num_requests = {split: len(blocks[split]) for split in SPLITS}
     return Source(spec, item_features(movielens), requests, num_requests)
 
 

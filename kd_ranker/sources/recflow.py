@@ -25,7 +25,7 @@ from tqdm import tqdm
 from kd_ranker.batch import Category, FeatureSpec, Stage
 from kd_ranker.distillation.teacher_signal import probability_of_rank
 from kd_ranker.errors import UserError, check_at_least, check_choice, check_tasks
-from kd_ranker.requests.request import Request, Source
+from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources import restricted_pickle
 
 # Task -> the column that says whether the user did it.
@@ -86,7 +86,6 @@ ITEM_FEATURES, CANDIDATE_FEATURES = 2, 2
 # How many rows of the log, or of what is gathered from it, are held at a time.
 ROWS_AT_ONCE = 1 << 22
 
-_SPLITS = ("train", "test")
 _LAST = np.iinfo(np.int64).max
 
 Table = dict[str, np.ndarray]  # columns of one length
@@ -183,7 +182,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     catalogue = _catalogue(plans, int(data.authors))
 
     def requests(split: str) -> Iterator[Request]:
-        check_choice("split", split, _SPLITS)
+        check_choice("split", split, SPLITS)
         for day in days[split]:
             plan = plans[day]
             sequences = read_sequences(day, plan)
@@ -220,7 +219,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     item_category = catalogue.category + np.array(starts, np.int32)
     item_category[catalogue.category < 0] = -1
     num_requests = {
-        split: sum(len(plans[day].request_id) for day in days[split]) for split in _SPLITS
+        split: sum(len(plans[day].request_id) for day in days[split]) for split in SPLITS
     }
     return Source(spec, catalogue.features, requests, num_requests, item_category)
 
@@ -723,7 +722,7 @@ def _days(data: ConfigDict) -> dict[str, list[Day]]:
             f"{folders[SEQUENCES]} ({_listed(sequences)})"
         )
     days: dict[str, list[Day]] = {}
-    for split in _SPLITS:
+    for split in SPLITS:
         for name in data[f"{split}_days"]:
             for files, folder, ending in (
                 (stages, folders[STAGES], "feather"),
@@ -768,7 +767,7 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
             "data.path is empty; set it to the folder with the files of RecFlow, which have to be "
             "downloaded by hand (docs/recflow.md)"
         )
-    for split in _SPLITS:
+    for split in SPLITS:
         for name in data[f"{split}_days"]:
             try:
                 _date(name)

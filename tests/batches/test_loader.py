@@ -10,6 +10,7 @@ from kd_ranker.batches import loader
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
+from kd_ranker.requests.request import SPLITS
 from kd_ranker.training.mapping import MAPPINGS
 from tests.requests.random_requests import random_source
 
@@ -62,7 +63,7 @@ def assert_same(one, other):
 
 
 def test_what_is_stored_comes_back(dataset):
-    for split in storage.SPLITS:
+    for split in SPLITS:
         stored = list(loader.read_requests(dataset, split))
         source = sorted(random_source().requests(split), key=lambda request: request.request_id)
         # TFDS shuffles what it writes.

@@ -14,7 +14,7 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import commands, measurement, teachers
-from kd_ranker.requests import storage
+from kd_ranker.requests.request import SPLITS
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training.step import select_member
 from tests import small
@@ -181,7 +181,7 @@ def test_scoring_in_shards_and_processes_gives_the_bytes_of_one_pass(apart, monk
         splits = scored.builder.info.splits
         assert splits["train"].shard_lengths == [16] * 4
         assert splits["test"].shard_lengths == [12]
-        for split in storage.SPLITS:
+        for split in SPLITS:
             one_pass = teachers.scored_requests(apart, dataset, teacher, split)
             assert fields(loader.read_requests(scored, split)) == fields(one_pass)
         files.append(record_files(directory))

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
 from kd_ranker.requests.pool import run_here
+from kd_ranker.requests.request import SPLITS
 from tests.requests.random_requests import random_source
 
 FUNNEL = ConfigDict({"retrieved": 20, "passed": 9, "shown": 4, "report_at": (5,)})
@@ -82,7 +83,7 @@ def dying_after(number):
 def records(directory):
     """The bytes of each field, request by request, split by split."""
     opened = tfds.builder_from_directory(directory)
-    sources = (opened.as_data_source(split=split) for split in storage.SPLITS)
+    sources = (opened.as_data_source(split=split) for split in SPLITS)
     return [
         [
             {name: np.asarray(value).tobytes() for name, value in source[index].items()}

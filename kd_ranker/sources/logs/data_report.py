@@ -10,6 +10,7 @@ import jinja2
 import numpy as np
 from jaxtyping import Int64
 
+from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.encode import Encoding, item_category_counts
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.frames import array_of
@@ -22,7 +23,6 @@ from kd_ranker.sources.logs.scan import Scan
 from kd_ranker.sources.logs.statistics import NO_MOMENTS, Statistics, moments_of
 
 JSON_FILE, PAGE = "data_report.json", "data_report.html"
-SPLITS = ("train", "test")
 STAGES = ("retrieved", "passed", "shown")
 Report = dict[str, Any]
 

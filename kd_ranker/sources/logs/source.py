@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.pool import Runner, open_pool
-from kd_ranker.requests.request import Request, Source
+from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources.logs import candidate_rows, files, group, partition, scan, statistics
 from kd_ranker.sources.logs.data_report import PAGE, Report, make_report, write_report
 from kd_ranker.sources.logs.encode import (
@@ -40,7 +40,6 @@ from kd_ranker.sources.logs.statistics import Statistics
 from kd_ranker.sources.logs.vocabulary import FOLDER as VOCABULARIES
 from kd_ranker.sources.logs.vocabulary import write_vocabularies
 
-SPLITS = ("train", "test")
 MANIFEST = "log.json"
 # Where the report of a log goes of which no dataset was built, below `data.dir`.
 REFUSED = "refused_log"

@@ -33,6 +33,7 @@ from kd_ranker.batch import FeatureSpec
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
 from kd_ranker.requests.pool import open_pool
+from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs import candidate_rows, files
 from kd_ranker.sources.logs.files import Log, Part
 from kd_ranker.sources.logs.frames import (
@@ -199,7 +200,7 @@ def _write_missing(
             work,
         )
         calls: list[tuple] = []
-        for split in storage.SPLITS:
+        for split in SPLITS:
             lengths = splits[split].shard_lengths
             firsts = itertools.accumulate(lengths, initial=0)
             calls += [

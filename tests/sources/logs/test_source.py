@@ -14,12 +14,10 @@ from kd_ranker.batch import FeatureSpec
 from kd_ranker.batches import loader
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands, teachers
-from kd_ranker.requests.request import Request
+from kd_ranker.requests.request import SPLITS, Request
 from kd_ranker.sources.logs.source import REFUSED, check_unchanged
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import TASKS, Restated, Row, make_rows, restate, same, write_log
-
-SPLITS = ("train", "test")
 
 
 class Log(NamedTuple):

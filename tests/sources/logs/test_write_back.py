@@ -23,6 +23,7 @@ from kd_ranker.evaluation.evaluate import Ranker, Served
 from kd_ranker.pipeline import commands, teachers
 from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests import storage
+from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs import write_back
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import TASKS, make_rows, write_log
@@ -476,7 +477,7 @@ def test_a_scored_log_is_a_log_with_a_teacher(tmp_path, monkeypatch):
     # The same requests with the same probabilities, as if the teacher lived elsewhere.
     dataset = teachers.open_dataset(config)
     copy = teachers.open_dataset(config, teachers.load_teacher(config, dataset).version)
-    for split in storage.SPLITS:
+    for split in SPLITS:
         one, other = (
             list(loader.read_requests(of, split)) for of in (copy, teachers.open_dataset(again))
         )
