@@ -20,7 +20,7 @@ FOLDER = "candidate_rows"
 
 
 def write_candidate_rows(heads: Frame, rows: Frame, folder: Path, name: str) -> dict[str, str]:
-    """Writes where the candidates of a bucket were; see `group.Requests` for the frames.
+    """Writes where the candidates of a bucket were; see `statistics.Requests` for the frames.
 
     Returns:
       Split -> the path, below `folder`.

@@ -16,29 +16,8 @@ from kd_ranker.sources.logs import candidate_rows, frames, statistics
 from kd_ranker.sources.logs.frames import Frame, array_of, num_rows, take_rows
 from kd_ranker.sources.logs.keys import look_up, share_of
 from kd_ranker.sources.logs.layout import Layout
-from kd_ranker.sources.logs.reasons import Reason, Rejected, count_by_reason, rejected, save
-from kd_ranker.sources.logs.statistics import Statistics
-
-
-class Requests(NamedTuple):
-    """Requests in the order of time, and then of their keys.
-
-    Attributes:
-      heads: a row a request: `request`, `time`, `user`, `in_test`, `candidates`, `passed`, `shown`
-        and `scored` (how many of its candidates there are of each, and how many have a teacher's
-        value or the lack of one), `moved` (whether its rows have several times), `feature:<name>`.
-      rows: a row a candidate, request by request, shown before passed before retrieved, then by
-        position, then by the item's key; the columns are those of `partition`.
-      rejected: the rows that did not become candidates.
-      num_several_users: requests that lost rows because these were another user's.
-      varying: feature of user or context -> requests in which it has several values.
-    """
-
-    heads: Frame
-    rows: Frame
-    rejected: Rejected
-    num_several_users: int
-    varying: dict[str, int]
+from kd_ranker.sources.logs.reasons import Reason, count_by_reason, rejected, save
+from kd_ranker.sources.logs.statistics import Requests, Statistics
 
 
 class Grouped(NamedTuple):

@@ -5,7 +5,7 @@ that were rejected do not count.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int, Int64, Num
@@ -28,13 +28,32 @@ from kd_ranker.sources.logs.merging import (
     counts_of,
     gathering_counts,
 )
-
-if TYPE_CHECKING:
-    from kd_ranker.sources.logs.group import Requests
+from kd_ranker.sources.logs.reasons import Rejected
 
 # How finely the teacher's probabilities are compared with labels.
 CALIBRATION_BINS = 20
 _WHERE_OF_ITEM = ("time", "file", "row")
+
+
+class Requests(NamedTuple):
+    """Requests in the order of time, and then of their keys.
+
+    Attributes:
+      heads: a row a request: `request`, `time`, `user`, `in_test`, `candidates`, `passed`, `shown`
+        and `scored` (how many of its candidates there are of each, and how many have a teacher's
+        value or the lack of one), `moved` (whether its rows have several times), `feature:<name>`.
+      rows: a row a candidate, request by request, shown before passed before retrieved, then by
+        position, then by the item's key; the columns are those of `partition`.
+      rejected: the rows that did not become candidates.
+      num_several_users: requests that lost rows because these were another user's.
+      varying: feature of user or context -> requests in which it has several values.
+    """
+
+    heads: Frame
+    rows: Frame
+    rejected: Rejected
+    num_several_users: int
+    varying: dict[str, int]
 
 
 class Moments(NamedTuple):
@@ -78,7 +97,7 @@ class Statistics(NamedTuple):
     last: Int64[np.ndarray, "2"]
 
 
-def collect(layout: Layout, requests: "Requests") -> Statistics:
+def collect(layout: Layout, requests: Requests) -> Statistics:
     """Adds up one bucket."""
     heads, rows = requests.heads, requests.rows
     in_test = array_of(heads, "in_test") > 0
@@ -232,7 +251,7 @@ def _category_counts(column: Column, in_train: Bool[np.ndarray, "n"]) -> Counts:
 
 def _totals(
     layout: Layout,
-    requests: "Requests",
+    requests: Requests,
     in_test: Bool[np.ndarray, "requests"],
     row_in_test: Bool[np.ndarray, "n"],
 ) -> dict[str, np.ndarray]:
