@@ -20,4 +20,6 @@ step() {
 step ruff format --check .
 step ruff check .
 step mypy
+echo "test: lint-imports" >&2
+.venv/bin/lint-imports --no-logo
 step pytest -n 2 "$@"
