@@ -1,12 +1,19 @@
-"""Names that tell apart what configs make: a dataset by all that decides its contents."""
+"""Names that tell apart what configs make: datasets, teachers, students."""
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 
 from ml_collections import ConfigDict
 
+from kd_ranker.config.key import Influence
 from kd_ranker.config.schema import without_influence
 from kd_ranker.sources.registry import SOURCES
+from kd_ranker.training.identity import Identity
+from kd_ranker.training.workdir import as_json, values_by_key
+
+# The dataset and the teacher have words of their own in an identity.
+_NAMED_APART = ("data", "teacher.workdir")
 
 
 def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
@@ -33,3 +40,32 @@ def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
     name = f"{config.data.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
     scored_by = f"{teacher_version}-{config.teacher.stage}"
     return f"{name}-teacher-{scored_by}" if teacher_version else name
+
+
+def of_teacher(config: ConfigDict, dataset: str) -> Identity:
+    """The identity of the teacher of `config` on the dataset of this identity."""
+    return {"config": _digest([config], "teacher"), "dataset": dataset}
+
+
+def of_members(members: Mapping[str, ConfigDict]) -> Identity:
+    """The identity of students, by name, as far as their names and configs tell."""
+    names = ", ".join(members)
+    return {"members": names, "config": _digest(list(members.values()), "student")}
+
+
+def of_students(members: Mapping[str, ConfigDict], dataset: str, teacher: str) -> Identity:
+    """The identity of students, by name.
+
+    Args:
+      members: their configs, in the order in which they are trained.
+      dataset: the identity of the dataset.
+      teacher: the version of the teacher that they are trained and measured under; "" where the
+        dataset's own logs stand in.
+    """
+    return {**of_members(members), "dataset": dataset, "teacher": teacher or "of the logs"}
+
+
+def _digest(configs: Sequence[ConfigDict], made: Influence) -> str:
+    without = (*without_influence(made), *_NAMED_APART)
+    values = [values_by_key(as_json(config), without) for config in configs]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]

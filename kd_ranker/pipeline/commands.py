@@ -29,6 +29,8 @@ from kd_ranker.sweep.cohorts import (
     folder_of,
     is_complete,
     is_measured,
+    joined_identity,
+    mark_measured,
     read_cohorts,
     write_cohorts,
 )
@@ -193,17 +195,20 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
     with runs.progress_bar(workdir.name, len(cohorts) * config.train.steps) as bar:
         for index, names in enumerate(cohorts):
             folder = folder_of(workdir, index)
-            if is_measured(folder, names):
+            cohort = {name: members[name] for name in names}
+            whose = runs.students_identity(cohort, dataset, teacher)
+            if is_measured(folder, whose):
                 skip_steps(bar, config.train.steps)
                 continue
-            cohort = {name: members[name] for name in names}
             first = cohort[names[0]]
             students = runs.train_students(first, dataset, teacher, cohort, folder, bar)
             measured = measurement.measure_students(first, dataset, teacher, cohort, students)
             measurement.write_measured(first, folder, measured)
+            mark_measured(folder, whose)
     folders = [folder_of(workdir, index) for index in range(len(cohorts))]
     for file, text in results.join(folders, config.funnel.retrieved).items():
         workdirs.write_atomically(workdir / file, text)
+    mark_measured(workdir, joined_identity(cohorts, members))
     return True
 
 

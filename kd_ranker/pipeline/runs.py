@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from kd_ranker.batches import loader
-from kd_ranker.config import schema
+from kd_ranker.config import identity, schema
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.results import Row
@@ -20,6 +20,7 @@ from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests.storage import Dataset
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
+from kd_ranker.training.identity import Identity
 from kd_ranker.training.loop import Evaluate, States, fit, scalar_name
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.mapping import Mapping as DeviceMapping
@@ -86,7 +87,8 @@ def train_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> tuple[
         return _evaluation_scalars(summary(config, dataset, sums, sums), ""), ""
 
     with progress_bar(workdir.name, section.train.steps) as bar:
-        states = _fit(config, dataset, section, [group], None, workdir, progress, bar)
+        whose = identity.of_teacher(config, dataset.identity)
+        states = _fit(config, dataset, section, [group], None, workdir, whose, progress, bar)
     return ranker(states), int(states[0].step)
 
 
@@ -125,7 +127,16 @@ def train_students(
         )
         return _progress_of_students(config, members, measured.rows)
 
-    return students(_fit(config, dataset, config, groups, live, workdir, progress, bar))
+    whose = students_identity(members, dataset, teacher)
+    return students(_fit(config, dataset, config, groups, live, workdir, whose, progress, bar))
+
+
+def students_identity(
+    members: Mapping[str, ConfigDict], dataset: Dataset, teacher: Teacher | None
+) -> Identity:
+    """The identity of what `train_students` trains."""
+    version = teacher.version if teacher else ""
+    return identity.of_students(members, dataset.identity, version)
 
 
 def _progress_of_students(
@@ -162,6 +173,7 @@ def _fit(
     groups: Sequence[Group],
     live: Teacher | None,
     workdir: Path,
+    whose: Identity,
     progress: Evaluate,
     bar: tqdm,
 ) -> States:
@@ -184,6 +196,7 @@ def _fit(
         mapping=mapping,
         train=section.train,
         workdir=workdir,
+        identity=whose,
         evaluate=progress,
         bar=bar,
     )

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import CandidateBatch
 from kd_ranker.batches import cutting, loader
 from kd_ranker.batches.columns import columns_of
+from kd_ranker.config import identity
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.distillation.losses import LOSSES, NEEDS_PROBABILITIES
 from kd_ranker.distillation.modes import MODES
@@ -122,7 +123,8 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
     """The trained teacher in `config.teacher.workdir`.
 
     Raises:
-      UserError: there is none, it is not done, or it was trained for other tasks or other data.
+      UserError: there is none, it is not done, or it was trained for other tasks or other data, or
+        by another config than lies beside it.
     """
     if not config.teacher.workdir:
         raise UserError(
@@ -141,7 +143,9 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
     group = recipes.teacher_group(trained, dataset.spec)
     with checkpoints.open_manager(workdir) as manager:
         abstract = (jax.eval_shape(group.init),)
-        (state,), step = checkpoints.restore(manager, abstract, batches=None)
+        (state,), step = checkpoints.restore(
+            manager, abstract, None, identity.of_teacher(trained, dataset.identity)
+        )
     if step < trained.teacher.train.steps:
         raise UserError(
             f"the teacher at {workdir} stopped at step {step} of {trained.teacher.train.steps}; "

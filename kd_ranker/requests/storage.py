@@ -15,7 +15,9 @@ was killed, and a later one writes the others.
 import contextlib
 import dataclasses
 import fcntl
+import hashlib
 import io
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -52,6 +54,14 @@ class Dataset:
     item_features: Float32[np.ndarray, "items F"]
     item_category: Int32[np.ndarray, "items I"]
     builder: tfds.core.DatasetBuilder
+
+    @property
+    def identity(self) -> str:
+        """Its name, and a digest of its sizes, which tell most of what was built anew apart."""
+        splits = self.builder.info.splits
+        sizes = [self.spec.to_json(), [splits[split].num_examples for split in SPLITS]]
+        digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:8]
+        return f"{self.directory.parent.name}/{digest}"
 
     @property
     def items(self) -> Items:

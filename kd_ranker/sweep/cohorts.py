@@ -8,6 +8,7 @@ machine even, goes on with it, and one that is extended adds to it.
 
 import itertools
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,18 @@ import psutil
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec, Items, abstract_items, empty_batch
+from kd_ranker.config import identity
 from kd_ranker.config.schema import sweepable, value_of
 from kd_ranker.distillation.losses import PAIRWISE, pairs_held
 from kd_ranker.embedding.lookup import gather
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.training import recipes
+from kd_ranker.training.identity import Identity
 from kd_ranker.training.workdir import write_atomically
 
 FILE, FOLDER = "cohorts.json", "cohorts"
+MEASURED_FILE = "measured.json"  # beside the tables of results
 
 Cohort = list[str]  # names of members
 
@@ -40,8 +44,19 @@ _SHARE_OF_MEMORY = 0.5
 
 
 def read_cohorts(workdir: Path) -> list[Cohort]:
-    """The cohorts of a sweep that was begun; empty if there are none yet."""
-    return _read_plan(workdir)["cohorts"] if (workdir / FILE).exists() else []
+    """The cohorts of a sweep that was begun; empty if there are none yet.
+
+    Raises:
+      UserError: there are students, and nothing says who they are.
+    """
+    if (workdir / FILE).exists():
+        return _read_plan(workdir)["cohorts"]
+    if (folder := workdir / FOLDER).exists():
+        raise UserError(
+            f"{folder} holds students, and {FILE}, which says who they are, is gone; put that "
+            f"back, use another --workdir, or remove {folder} to train anew"
+        )
+    return []
 
 
 def _read_plan(workdir: Path) -> dict:
@@ -61,21 +76,32 @@ def is_complete(
     workdir: Path, cohorts: Sequence[Cohort], members: Mapping[str, ConfigDict]
 ) -> bool:
     """Whether all members are trained and measured, and their results joined."""
-    return set(itertools.chain.from_iterable(cohorts)) == members.keys() and is_measured(
-        workdir, members
-    )
+    placed = set(itertools.chain.from_iterable(cohorts))
+    return placed == members.keys() and is_measured(workdir, joined_identity(cohorts, members))
 
 
-def is_measured(folder: Path, members: Iterable[str]) -> bool:
-    """Whether the tables of results in a folder are there and speak of all `members`."""
-    files = (results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE)
-    if not all((folder / file).exists() for file in files):
-        return False
+def joined_identity(cohorts: Sequence[Cohort], members: Mapping[str, ConfigDict]) -> Identity:
+    """The identity of the results of all cohorts; dataset and teacher are in that of each."""
+    return identity.of_members({name: members[name] for cohort in cohorts for name in cohort})
+
+
+def mark_measured(folder: Path, whose: Identity) -> None:
+    """Writes down whose the tables of results in a folder are, and their checksums."""
+    write_atomically(folder / MEASURED_FILE, json.dumps(_mark(folder, whose), indent=2))
+
+
+def is_measured(folder: Path, whose: Identity) -> bool:
+    """Whether the tables of results in a folder are there, as they were written, and of `whose`."""
     try:
-        frame = results.read_csv(folder / results.FILE)
-    except ValueError:  # empty or cut short
+        return json.loads((folder / MEASURED_FILE).read_text()) == _mark(folder, whose)
+    except (OSError, ValueError):  # missing, or cut short
         return False
-    return "member" in frame and {*members, results.TEACHER} <= set(frame["member"])
+
+
+def _mark(folder: Path, whose: Identity) -> dict[str, dict]:
+    files = (results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE)
+    checksums = {file: zlib.crc32((folder / file).read_bytes()) for file in files}
+    return {"identity": dict(whose), "files": checksums}
 
 
 def check_kept(workdir: Path, cohorts: Sequence[Cohort], members: Mapping[str, ConfigDict]) -> None:

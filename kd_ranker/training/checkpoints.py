@@ -1,16 +1,16 @@
-"""Orbax checkpoints of a run: its state, a checksum of it, and the loader's position.
+"""Orbax checkpoints of a run: its state, whose that is, a checksum, and the loader's position.
 
 A checkpoint is written beside the training, renamed when it is whole, and sealed: the checksums of
 its files are added. One whose files are not as they were written, that cannot be read back, or
 whose checksum is not that of its contents, is reported and moved out of the way, and the one before
-it is used.
+it is used. A whole one that belongs to another run is left where it is, and never used.
 """
 
 import contextlib
 import json
 import textwrap
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from kd_ranker.errors import UserError
+from kd_ranker.training.identity import Identity, differences
 from kd_ranker.training.workdir import write_atomically
 
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged_checkpoints"
@@ -88,15 +89,24 @@ def _sizes(state: Any) -> str:
 
 
 def save(
-    manager: ocp.CheckpointManager, step: int, state: Any, batches: grain.DatasetIterator | None
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: Any,
+    batches: grain.DatasetIterator | None,
+    identity: Identity,
 ) -> None:
     """Starts saving; `state` may be donated as soon as this returns."""
     _seal(manager)
     # On CPU the host may share the device's buffer, which the next step donates; so copy.
     host_state = jax.tree.map(lambda leaf: np.array(leaf), state)
+    record = {
+        "crc32": checksum(host_state),
+        "sizes": _sizes(host_state),
+        "identity": dict(identity),
+    }
     items = {
         "state": ocp.args.StandardSave(host_state),
-        "checksum": ocp.args.JsonSave({"crc32": checksum(host_state), "sizes": _sizes(host_state)}),
+        "checksum": ocp.args.JsonSave(record),
     }
     if batches is not None:
         items["batches"] = grain.checkpoint.CheckpointSave(batches)
@@ -104,7 +114,10 @@ def save(
 
 
 def restore(
-    manager: ocp.CheckpointManager, state: Any, batches: grain.DatasetIterator | None
+    manager: ocp.CheckpointManager,
+    state: Any,
+    batches: grain.DatasetIterator | None,
+    identity: Identity,
 ) -> tuple[Any, int]:
     """The newest state that can be read, and its step; `state` as given and 0 if there is none.
 
@@ -112,31 +125,31 @@ def restore(
       manager: the workdir's manager.
       state: a state of the same shapes, or what `jax.eval_shape` says of one.
       batches: the iterator to move to the position that was saved; None leaves it out.
+      identity: what the checkpoints must have been saved with.
 
     Raises:
-      UserError: the checkpoints are whole and of another model.
+      UserError: the checkpoints are whole, and of another model or another run.
     """
     # A checkpoint that turns out to be damaged may have moved the iterator before it failed.
     position = batches.get_state() if batches is not None else None
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     for step in sorted(manager.all_steps(), reverse=True):
-        items = {
-            "state": ocp.args.StandardRestore(abstract),
-            "checksum": ocp.args.JsonRestore(),
-        }
+        directory = Path(manager.directory) / str(step)
+        items: dict[str, Any] = {"state": ocp.args.StandardRestore(abstract)}
         if batches is not None:
             items["batches"] = grain.checkpoint.CheckpointRestore(batches)
         try:
-            _check_seal(Path(manager.directory) / str(step))
+            _check_seal(directory)
+            # Before the rest, which cannot be read if it is another's.
+            checks = ocp.args.Composite(checksum=ocp.args.JsonRestore())
+            record = manager.restore(step, args=checks).checksum
+            _check_owner(directory, record, _sizes(state), identity)
             restored = manager.restore(step, args=ocp.args.Composite(**items))
-            if restored.checksum["crc32"] != checksum(restored.state):
+            if record["crc32"] != checksum(restored.state):
                 raise ValueError("its contents do not match its checksum")
+        except UserError:
+            raise
         except Exception as error:
-            if _is_of_another_model(manager, step, _sizes(state)):
-                raise UserError(
-                    f"{Path(manager.directory) / str(step)} holds a model of other sizes than "
-                    "the config asks for; name another workdir"
-                ) from error
             _set_aside(manager, step, error)
             if batches is not None:
                 batches.set_state(position)
@@ -145,13 +158,25 @@ def restore(
     return state, 0
 
 
-def _is_of_another_model(manager: ocp.CheckpointManager, step: int, sizes: str) -> bool:
-    """Whether a checkpoint that could not be restored is whole, and of arrays of other sizes."""
-    try:
-        recorded = manager.restore(step, args=ocp.args.Composite(checksum=ocp.args.JsonRestore()))
-        return recorded.checksum["sizes"] != sizes
-    except Exception:
-        return False
+def _check_owner(
+    directory: Path, record: Mapping[str, Any], sizes: str, identity: Identity
+) -> None:
+    """Raises UserError if a whole checkpoint is not of these sizes and this identity."""
+    there = record.get("identity")
+    differing = "" if there is None else differences(there, identity)
+    if record["sizes"] != sizes:
+        fault = "holds a model of other sizes than the config asks for"
+        details = f": {differing}" if differing else ""
+        raise UserError(f"{directory} {fault}{details}; name another workdir")
+    if there is None:
+        fault = "does not say whose it is, so it is of an older release"
+    elif differing:
+        fault = f"belongs to another run: {differing}"
+    else:
+        return
+    raise UserError(
+        f"{directory} {fault}; use another --workdir, or remove {directory.parent} to train anew"
+    )
 
 
 def _set_aside(manager: ocp.CheckpointManager, step: int, error: Exception) -> None:

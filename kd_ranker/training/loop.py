@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from kd_ranker.errors import UserError
 from kd_ranker.training import checkpoints
+from kd_ranker.training.identity import Identity
 from kd_ranker.training.mapping import Mapping
 from kd_ranker.training.recipes import Group
 from kd_ranker.training.step import Frozen, LiveTeacher, Losses, TrainState, make_step
@@ -32,6 +33,7 @@ def fit(
     mapping: Mapping,
     train: ConfigDict,
     workdir: Path,
+    identity: Identity,
     evaluate: Evaluate,
     bar: tqdm,
 ) -> States:
@@ -48,6 +50,7 @@ def fit(
       mapping: how the step is spread over devices.
       train: `config.train` or `config.teacher.train`.
       workdir: gets checkpoints and metrics.
+      identity: what makes the members the ones that they are; kept in the checkpoints.
       evaluate: states -> scalars by name, and how the best member does, in a few words; called
         every `train.eval_every` steps.
       bar: shows the progress; `train.steps` are added to it.
@@ -56,12 +59,13 @@ def fit(
       The state of each group after the last step, on the host.
 
     Raises:
-      UserError: the loss of a single run stopped being finite.
+      UserError: the loss of a single run stopped being finite, or the checkpoints in `workdir` have
+        another identity.
     """
     iterator = iter(batches)
     with checkpoints.open_manager(workdir) as manager:
         abstract = tuple(jax.eval_shape(group.init) for group in groups)
-        states, start = checkpoints.restore(manager, abstract, iterator)
+        states, start = checkpoints.restore(manager, abstract, iterator, identity)
         skip_steps(bar, start)
         if start >= train.steps:
             return states
@@ -102,7 +106,7 @@ def fit(
                 writer.write(done, scalars)
                 bar.set_postfix_str(_progress(groups, scalars, diverged, best))
             if saves:
-                checkpoints.save(manager, done, mapping.unreplicate(states), iterator)
+                checkpoints.save(manager, done, mapping.unreplicate(states), iterator, identity)
         writer.close()
         manager.wait_until_finished()
     return jax.tree.map(np.asarray, mapping.unreplicate(states))

@@ -26,6 +26,20 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary.replace(path)
 
 
+def values_by_key(text: str, without: Sequence[str] = ()) -> dict[str, object]:
+    """The values of a config by keys like `train.steps`.
+
+    Args:
+      text: the config as JSON.
+      without: keys, or sections, to leave out.
+    """
+    return {
+        key: value
+        for key, value in _flat(json.loads(text)).items()
+        if not any(f"{key}.".startswith(f"{other}.") for other in without)
+    }
+
+
 def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
     flat: dict[str, object] = {}
     for key, value in tree.items():
@@ -47,20 +61,24 @@ def check(workdir: Path, command: str, config: ConfigDict, without: Sequence[str
 
     Raises:
       UserError: the workdir belongs to another command, or to another config; then the message
-        names the keys that differ.
+        names the keys that differ. Or what it holds has lost the config that it was made by.
     """
     path = workdir / CONFIG_FILE
     if not path.exists():
+        if any((workdir / file).exists() for file in (ENVIRONMENT_FILE, METRICS_FILE)):
+            raise UserError(
+                f"{workdir} holds a run, and {CONFIG_FILE}, which says of what, is gone; put that "
+                "back, or use another --workdir"
+            )
         return
     owner = _owner(workdir)
     if owner not in (None, command):
         raise UserError(f"{workdir} belongs to a run of {owner}; use another --workdir")
-    there, here = _flat(json.loads(path.read_text())), _flat(json.loads(_as_json(config)))
+    there, here = (values_by_key(text, without) for text in (path.read_text(), as_json(config)))
     differing = [
         f"{key} ({there.get(key)!r} there, {here.get(key)!r} now)"
         for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key)
-        and not any(f"{key}.".startswith(f"{other}.") for other in without)
     ]
     if differing:
         raise UserError(
@@ -91,11 +109,13 @@ def write_config(workdir: Path, command: str, config: ConfigDict) -> None:
         "devices": f"{len(devices)} × {devices[0].device_kind}",
         "packages": {name: metadata.version(name) for name in _PACKAGES},
     }
+    # In this order: `check` takes the second without the first for a config that was removed.
+    write_atomically(workdir / CONFIG_FILE, as_json(config))
     write_atomically(workdir / ENVIRONMENT_FILE, json.dumps(environment, indent=2))
-    write_atomically(workdir / CONFIG_FILE, _as_json(config))
 
 
-def _as_json(config: ConfigDict) -> str:
+def as_json(config: ConfigDict) -> str:
+    """A config as the text of `config.json`."""
     return config.to_json(indent=2, sort_keys=True)
 
 

@@ -13,9 +13,10 @@ from kd_ranker.config.identity import dataset_name
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import commands, measurement, teachers
+from kd_ranker.pipeline import commands, measurement, runs, teachers
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.training import checkpoints, recipes
+from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.step import select_member
 from tests import small
 
@@ -47,11 +48,13 @@ def metrics(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def student_parameters(config, workdir):
-    dataset = teachers.open_dataset(config)
+def student_parameters(workdir):
+    config = workdirs.read_config(workdir)
+    teacher, dataset = teachers.teacher_and_dataset(config)
     (group,) = recipes.student_groups({"": config}, dataset.spec)
+    whose = runs.students_identity({"": config}, dataset, teacher)
     with checkpoints.open_manager(workdir) as manager:
-        (state,), step = checkpoints.restore(manager, (jax.eval_shape(group.init),), None)
+        (state,), step = checkpoints.restore(manager, (jax.eval_shape(group.init),), None, whose)
     assert step == config.train.steps
     return select_member(state.parameters, 0)
 
@@ -110,7 +113,7 @@ def test_a_logged_teacher_gives_the_student_of_the_live_one(world, tmp_path, mod
     for workdir in (live, logged):
         config = world.config(distill__mode=mode, teacher__source=workdir.name, **changes)
         commands.train(config, workdir)
-    one, other = student_parameters(config, live), student_parameters(config, logged)
+    one, other = student_parameters(live), student_parameters(logged)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, other)
     (group,) = recipes.student_groups({"": config}, teachers.open_dataset(config).spec)
     start = select_member(group.init().parameters, 0)
@@ -476,6 +479,73 @@ def test_a_sweep_under_another_teacher_is_refused(world, swept, tmp_path):
     (workdir / results.FILE).unlink()
     fault = fault_of(commands.sweep, world.config(**SWEEP), workdir)
     assert "under the teacher elsewhere" in fault
+
+
+def files_of(workdir):
+    return {
+        path: path.read_bytes()
+        for path in workdir.rglob("*")
+        if path.is_file() and "tfevents" not in path.name
+    }
+
+
+def test_students_are_never_taken_for_others_that_are_extended_by(world, swept, tmp_path):
+    workdir = tmp_path / "nameless"
+    shutil.copytree(swept, workdir)
+    (workdir / "cohorts.json").unlink()
+    before = files_of(workdir)
+    others = world.config(**SWEEP | {"sweep__seeds": (2, 3), "sweep__extend": True})
+    fault = fault_of(commands.sweep, others, workdir)
+    assert f"{workdir / 'cohorts'} holds students, and cohorts.json, which says who they" in fault
+    assert files_of(workdir) == before
+
+
+@pytest.mark.parametrize("finished", [True, False], ids=["measured", "trained"])
+def test_a_cohort_of_others_is_refused_with_their_names(world, swept, tmp_path, finished):
+    """As two runs in one workdir left them before it was held."""
+    shutil.copytree(swept / "cohorts", tmp_path / "cohorts")
+    version = json.loads((swept / "cohorts.json").read_text())["teacher"]
+    names = [f"{mode}-seed{seed}" for seed in (2, 3) for mode in ("none", "aux-weight1.0")]
+    (tmp_path / "cohorts.json").write_text(json.dumps({"teacher": version, "cohorts": [names]}))
+    if not finished:
+        (tmp_path / "cohorts" / "0" / results.FILE).unlink()
+    fault = fault_of(commands.sweep, world.config(**SWEEP | {"sweep__seeds": (2, 3)}), tmp_path)
+    assert f"{tmp_path / 'cohorts' / '0' / 'checkpoints' / '20'} belongs to another run" in fault
+    there, now = (f"none-seed{a}, aux-weight1.0-seed{a}" for a in (0, 2))
+    assert f"members ({there}, " in fault
+    assert f" there, {now}, " in fault
+    assert not (tmp_path / results.FILE).exists()
+
+
+def test_results_of_the_same_names_under_another_config_are_not_taken(world, swept, tmp_path):
+    workdir = tmp_path / "other"
+    shutil.copytree(swept, workdir)
+    for name in ("config.json", "environment.json"):
+        (workdir / name).unlink()
+    fault = fault_of(commands.sweep, world.config(**SWEEP, optimizer__warmup_steps=3), workdir)
+    assert re.search(r"belongs to another run: config \(\w+ there, \w+ now\); use another", fault)
+
+
+def test_a_cohort_whose_results_were_not_marked_is_measured_again(world, swept, tmp_path):
+    workdir = tmp_path / "unmarked"
+    shutil.copytree(swept, workdir)
+    cohort = workdir / "cohorts" / "0"
+    (cohort / "measured.json").unlink()
+    results_of_another = (cohort / results.FILE).read_bytes().replace(b"0.", b"1.")
+    (cohort / results.FILE).write_bytes(results_of_another)
+    (workdir / "measured.json").unlink()
+    assert commands.sweep(world.config(**SWEEP), workdir)
+    for name in (results.FILE, "measured.json", "cohorts/0/measured.json"):
+        assert (workdir / name).read_bytes() == (swept / name).read_bytes()
+
+
+def test_a_teacher_of_another_config_than_lies_beside_it_is_refused(world, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(world.teacher, teacher)
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"seed": 5}))
+    fault = fault_of(commands.train, world.config(teacher__workdir=str(teacher)), tmp_path / "w")
+    assert "20 belongs to another run: config (" in fault
 
 
 @pytest.mark.slow

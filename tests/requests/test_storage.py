@@ -50,6 +50,15 @@ def test_building_again_leaves_the_dataset_alone(tmp_path):
     assert before == {path: os.stat(path).st_mtime_ns for path in directory.iterdir()}
 
 
+def test_a_dataset_that_was_built_anew_with_more_requests_is_another(tmp_path):
+    def identity(folder, train):
+        storage.build(random_source(train=train), "small", str(tmp_path / folder))
+        return storage.open_dataset("small", str(tmp_path / folder), "some command").identity
+
+    assert identity("a", 12) == identity("b", 12)
+    assert identity("c", 13) != identity("a", 12)
+
+
 class Killed(BaseException):
     pass
 

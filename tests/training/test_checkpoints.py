@@ -11,6 +11,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.training import checkpoints
 
 STEPS = (2, 4, 6)
+OURS = {"members": "a, b", "config": "1234"}
 
 
 def state_of(step):
@@ -22,10 +23,11 @@ def numbers():
     return iter(grain.MapDataset.range(100).to_iter_dataset())
 
 
-def restore(workdir, iterator=None):
+def restore(workdir, iterator=None, identity=OURS):
     """What a run in `workdir` would start from."""
     with checkpoints.open_manager(workdir) as manager:
-        return checkpoints.restore(manager, jax.tree.map(np.zeros_like, state_of(0)), iterator)
+        blank = jax.tree.map(np.zeros_like, state_of(0))
+        return checkpoints.restore(manager, blank, iterator, identity)
 
 
 @pytest.fixture
@@ -35,7 +37,7 @@ def workdir(tmp_path):
         for step in range(1, STEPS[-1] + 1):
             next(iterator)
             if step in STEPS:
-                checkpoints.save(manager, step, state_of(step), iterator)
+                checkpoints.save(manager, step, state_of(step), iterator, OURS)
     return tmp_path
 
 
@@ -130,9 +132,9 @@ def test_the_step_of_a_damaged_checkpoint_can_be_saved_and_be_damaged_again(work
     for _ in range(2):
         flip(workdir, 6)
         with checkpoints.open_manager(workdir) as manager:
-            _, step = checkpoints.restore(manager, state_of(0), None)
+            _, step = checkpoints.restore(manager, state_of(0), None, OURS)
             assert step == 4
-            checkpoints.save(manager, 6, state_of(6), None)
+            checkpoints.save(manager, 6, state_of(6), None, OURS)
         assert restore(workdir)[1] == 6
     assert {path.name for path in (workdir / checkpoints.DAMAGED_FOLDER).iterdir()} == {
         "6", "6_again",
@@ -164,9 +166,51 @@ def test_a_checkpoint_of_another_model_is_an_error_and_stays_where_it_is(workdir
         checkpoints.open_manager(workdir) as manager,
         pytest.raises(UserError, match="holds a model of other sizes"),
     ):
-        checkpoints.restore(manager, other, None)
+        checkpoints.restore(manager, other, None, OURS)
     assert restore(workdir)[1] == 6
     assert not (workdir / checkpoints.DAMAGED_FOLDER).exists()
+
+
+@pytest.mark.parametrize(
+    ("identity", "differing"),
+    [
+        ({"members": "a, c"}, "members (b there, c now)"),
+        ({"members": "a, b, c"}, "members (no other there, c now)"),
+        ({"members": "b, a"}, "members (a, b there, b, a now)"),
+        ({"config": "5678"}, "config (1234 there, 5678 now)"),
+        ({"members": "c", "config": "5678"}, "members (a, b there, c now), config (1234"),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_stays(
+    workdir, identity, differing
+):
+    iterator = numbers()
+    with pytest.raises(UserError) as caught:
+        restore(workdir, iterator, OURS | identity)
+    assert f"{folder(workdir, 6)} belongs to another run: {differing}" in str(caught.value)
+    assert f"another --workdir, or remove {workdir / checkpoints.FOLDER}" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert next(iterator) == 0
+    assert restore(workdir)[1] == 6
+    assert not (workdir / checkpoints.DAMAGED_FOLDER).exists()
+
+
+def test_a_checkpoint_that_does_not_say_whose_it_is_is_refused(workdir):
+    file = folder(workdir, 6) / "checksum" / "metadata"
+    recorded = json.loads(file.read_text())
+    del recorded["identity"]
+    file.write_text(json.dumps(recorded))
+    (folder(workdir, 6) / "files.json").unlink()
+    with pytest.raises(UserError, match="6 does not say whose it is, so it is of an older"):
+        restore(workdir)
+    assert folder(workdir, 6).is_dir()
+
+
+def test_a_damaged_checkpoint_of_another_run_is_set_aside_before_that_run_is_asked(workdir):
+    flip(workdir, 6)
+    with pytest.raises(UserError, match="4 belongs to another run"):
+        restore(workdir, identity={"members": "c"})
+    assert [path.name for path in (workdir / checkpoints.DAMAGED_FOLDER).iterdir()] == ["6"]
 
 
 def test_a_run_killed_before_its_checkpoint_was_sealed_can_use_it(workdir):
@@ -176,14 +220,14 @@ def test_a_run_killed_before_its_checkpoint_was_sealed_can_use_it(workdir):
 
 def test_only_the_last_few_are_kept(workdir):
     with checkpoints.open_manager(workdir) as manager:
-        checkpoints.save(manager, 8, state_of(8), None)
+        checkpoints.save(manager, 8, state_of(8), None, OURS)
     assert {path.name for path in (workdir / checkpoints.FOLDER).iterdir()} == {"4", "6", "8"}
 
 
 def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
     state = state_of(1)
     with checkpoints.open_manager(tmp_path) as manager:
-        checkpoints.save(manager, 1, state, None)
+        checkpoints.save(manager, 1, state, None, OURS)
         state["table"][:] = -1.0
     np.testing.assert_array_equal(restore(tmp_path)[0]["table"], state_of(1)["table"])
 
@@ -192,10 +236,10 @@ def test_what_is_saved_outlives_the_buffers_that_the_next_step_takes(tmp_path):
     add = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
     state = jax.device_put({"table": state_of(1)["table"]})
     with checkpoints.open_manager(tmp_path) as manager:
-        checkpoints.save(manager, 1, state, None)
+        checkpoints.save(manager, 1, state, None, OURS)
         for _ in range(5):
             state = add(state)
     with checkpoints.open_manager(tmp_path) as manager:
         blank = {"table": np.zeros_like(state_of(1)["table"])}
-        restored, _ = checkpoints.restore(manager, blank, None)
+        restored, _ = checkpoints.restore(manager, blank, None, OURS)
     np.testing.assert_array_equal(restored["table"], state_of(1)["table"])

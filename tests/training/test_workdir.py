@@ -66,3 +66,14 @@ def test_a_workdir_of_another_command_is_refused(tmp_path):
     workdirs.claim(tmp_path, "sweep", config_with())
     with pytest.raises(UserError, match="belongs to a run of sweep; use another --workdir"):
         workdirs.claim(tmp_path, "train", config_with())
+
+
+@pytest.mark.parametrize("left", [workdirs.ENVIRONMENT_FILE, workdirs.METRICS_FILE])
+def test_a_run_whose_config_was_removed_is_not_taken_for_one_of_another_config(tmp_path, left):
+    workdirs.claim(tmp_path, "train", config_with())
+    (tmp_path / workdirs.ENVIRONMENT_FILE).unlink()
+    (tmp_path / left).touch()
+    (tmp_path / workdirs.CONFIG_FILE).unlink()
+    with pytest.raises(UserError, match=r"config.json, which says of what, is gone; put that back"):
+        workdirs.claim(tmp_path, "train", config_with(seed=1))
+    assert not (tmp_path / workdirs.CONFIG_FILE).exists()
