@@ -20,6 +20,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int8
 
+from kd_ranker.errors import check_choice
+
 
 class Stage(enum.IntEnum):
     """How far a candidate came through the funnel that was live when it was logged."""
@@ -108,6 +110,10 @@ class EvaluationBatch:
     request_mask: Bool[Array, "R"]
 
 
+CATEGORY_OWNERS = ("request", "candidate", "item")
+TEACHER_SIGNALS = ("probability", "rank")
+
+
 @dataclasses.dataclass(frozen=True)
 class Category:
     """A categorical feature: one value, or a bag of up to `length` values without an order.
@@ -124,9 +130,9 @@ class Category:
     size: int
     length: int = 1
 
-
-CATEGORY_OWNERS = ("request", "candidate", "item")
-TEACHER_SIGNALS = ("probability", "rank")
+    def __post_init__(self) -> None:
+        """Raises UserError for an owner that does not exist."""
+        check_choice(f"category {self.name!r}: of", self.of, CATEGORY_OWNERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +153,6 @@ class FeatureSpec:
       history_length: length H to which a history is cut or padded.
       history_features: width E of what is known of each event of the history.
       teacher_version: the only model version whose logged probabilities count; "" if none do.
-      has_true_probability: whether evaluation requests carry the true probabilities.
       categories: the categorical features, in the order of their category ids.
       teacher_signal: what the log holds of the teacher, one of `TEACHER_SIGNALS`: probabilities, or
         positions, of which the probability columns then hold `teacher_signal.probability_of_rank`.
@@ -165,7 +170,6 @@ class FeatureSpec:
     history_length: int
     history_features: int
     teacher_version: str
-    has_true_probability: bool
     categories: tuple[Category, ...] = ()
     teacher_signal: str = "probability"
 
@@ -200,6 +204,7 @@ class FeatureSpec:
     def from_json(cls, text: str) -> "FeatureSpec":
         """The inverse of `to_json`."""
         fields = json.loads(text)
+        fields.pop("has_true_probability", None)  # datasets of earlier releases have it
         fields["tasks"] = tuple(fields["tasks"])
         fields["categories"] = tuple(Category(**of) for of in fields.get("categories", ()))
         return cls(**fields)

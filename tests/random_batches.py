@@ -22,7 +22,6 @@ SPEC = FeatureSpec(
     history_length=6,
     history_features=3,
     teacher_version="",
-    has_true_probability=False,
 )
 
 # The features of each owner are in pieces, so that one taken for another shows.

@@ -35,7 +35,6 @@ def open_source(data, tasks, funnel):
         history_length=data.history_length,
         history_features=1,
         teacher_version="",
-        has_true_probability=False,
         categories=(
             Category("colours", of="candidate", size=4, length=2),
             Category("group", of="request", size=GROUPS),

@@ -164,7 +164,6 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         history_length=int(data.history_length),
         history_features=HISTORY_FEATURES,
         teacher_version=TEACHER_VERSION,
-        has_true_probability=True,
     )
     return Source(spec, world.item_features, requests, num_requests)
 

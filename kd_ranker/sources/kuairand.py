@@ -132,7 +132,6 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         history_length=int(data.history_length),
         history_features=HISTORY_FEATURES,
         teacher_version="",
-        has_true_probability=False,
         categories=categories,
     )
     bits = np.array([TASKS.index(task) for task in tasks], np.uint8)

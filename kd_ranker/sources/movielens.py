@@ -195,7 +195,6 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         history_length=int(data.history_length),
         history_features=len(stars) + 1,
         teacher_version="",
-        has_true_probability=False,
     )
     num_requests = {split: len(blocks[split]) for split in SPLITS}
     return Source(spec, item_features(movielens), requests, num_requests)

@@ -39,7 +39,6 @@ class Sizes:
             history_length=1,
             history_features=1,
             teacher_version="logged",
-            has_true_probability=False,
         )
 
     def config(self) -> ConfigDict:

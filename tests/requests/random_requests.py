@@ -51,7 +51,7 @@ def random_source(train: int = 12, test: int = 5) -> Source:
             yield request
 
     return Source(
-        spec=dataclasses.replace(SPEC, teacher_version="v1", has_true_probability=True),
+        spec=dataclasses.replace(SPEC, teacher_version="v1"),
         item_features=np.random.default_rng(0)
         .normal(size=(SPEC.num_items, SPEC.item_features))
         .astype(np.float32),

@@ -54,7 +54,6 @@ def test_shapes_and_dtypes_follow_the_spec() -> None:
     spec = source.spec
     assert spec.tasks == cascade.TASKS
     assert spec.dataset == "cascade"
-    assert spec.has_true_probability
     assert source.item_features.shape == (400, spec.item_features)
     assert source.item_features.dtype == np.float32
     assert source.num_requests == {"train": 60, "test": 40}

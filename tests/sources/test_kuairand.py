@@ -482,7 +482,7 @@ def test_shapes_dtypes_and_ids_follow_the_spec(tmp_path: Path) -> None:
     source = open_small(layout.write(tmp_path, layout.random_rows(7)))
     spec = source.spec
     assert (spec.dataset, spec.num_users, spec.num_items) == ("kuairand_pure", 6, 40)
-    assert (spec.teacher_version, spec.has_true_probability) == ("", False)
+    assert spec.teacher_version == ""
     assert source.item_features.shape == (40, spec.item_features)
     assert source.item_features.dtype == np.float32
     assert source.item_category is not None

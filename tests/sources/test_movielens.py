@@ -163,7 +163,6 @@ def test_shapes_and_dtypes_follow_the_spec(tmp_path: Path) -> None:
     source = open_small(write_files(tmp_path))
     spec = source.spec
     assert (spec.num_users, spec.num_items, spec.teacher_version) == (3, NUM_ITEMS, "")
-    assert not spec.has_true_probability
     assert spec.dataset == "movielens_100k"
     assert source.item_features.shape == (NUM_ITEMS, spec.item_features)
     assert source.item_features.dtype == np.float32

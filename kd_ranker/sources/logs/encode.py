@@ -108,7 +108,6 @@ def make_encoding(layout: Layout, found: Statistics) -> Encoding:
         history_length=layout.history_length,
         history_features=1,
         teacher_version=(layout.teacher_version or ANY_VERSION) if layout.scored_tasks else "",
-        has_true_probability=False,
         categories=tuple(categories),
         teacher_signal=layout.teacher_signal,
     )
