@@ -7,8 +7,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from experiments.launch import launch
 from kd_ranker.pipeline import commands
+from kd_ranker.pipeline.launch import launch
 from kd_ranker.sources.logs.data_report import PAGE
 
 

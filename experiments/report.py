@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from experiments.launch import launch_on_workdirs
 from kd_ranker.pipeline import commands
+from kd_ranker.pipeline.launch import launch_on_workdirs
 
 
 def main(workdirs: list[Path], output: Path) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from experiments.launch import launch
 from kd_ranker.pipeline import commands
+from kd_ranker.pipeline.launch import launch
 from kd_ranker.report.tables import results_text
 
 

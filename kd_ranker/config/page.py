@@ -15,8 +15,8 @@ names the first thing in the chain dataset, teacher, student, report that depend
 it all that follows; a run may go on in its workdir with another value of a key that changes nothing
 of it. *Sweep* says that a sweep may try several values, as in
 `--config.sweep.axes.distill.loss="('bce', 'topk')"`: among the members of one program, or among
-cohorts, which are trained one after the other. `distill.mode`, `distill.weight` and `seed` have axes
-under other names: `sweep.modes`, `sweep.weights`, `sweep.seeds`.
+cohorts, which are trained one after the other. `distill.mode`, `distill.weight` and `seed` have
+axes under other names: `sweep.modes`, `sweep.weights`, `sweep.seeds`.
 
 `scripts/make_docs.py` writes this page from `kd_ranker/config/keys.py`.
 """

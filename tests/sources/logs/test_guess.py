@@ -22,10 +22,9 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
 
 from configs import parquet
-from experiments import launch
 from kd_ranker.config import checks
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import commands
+from kd_ranker.pipeline import commands, launch
 from kd_ranker.sources.logs.guess import column, evidence, first_config, sample
 from kd_ranker.sources.registry import SOURCES, SourceEntry
 from tests import small
@@ -73,7 +72,7 @@ def infer(folder: Path, table: pa.Table | None = None, **data: Any) -> tuple[str
 
 def load(path: Path) -> ConfigDict:
     """The config in a file, by the way that the entry points go."""
-    launch.check_config_flags(["train", f"--config={path}"])
+    launch.read_config_flag(["train", f"--config={path}"])
     values = flags.FlagValues()
     flag = config_flags.DEFINE_config_file("config", flag_values=values)
     values(["train", f"--config={path}"])

@@ -1,4 +1,7 @@
-"""What every entry point does around its one library call: flags in, errors out as one line."""
+"""The frame of every entry point around its one library call: flags in, errors out as one line.
+
+It alone reads flags, and only for the entry points: the library itself knows none.
+"""
 
 import re
 import runpy
@@ -21,23 +24,20 @@ _BAD_PATH = (FileExistsError, NotADirectoryError, PermissionError)
 
 def launch(command: Callable[[ConfigDict, Path], None], needs_workdir: bool = True) -> None:
     """Parses `--config` and `--workdir`, runs `command`, and exits with 2 on bad input."""
-    config = config_flags.DEFINE_config_file(
-        "config", None, "The config file, as FILE.py[:variant]."
-    )
     workdir = flags.DEFINE_string("workdir", None, "The folder that the run owns.")
 
     def parse(arguments: list[str]) -> list[str]:
-        check_config_flags(arguments)
-        rest = flags.FLAGS(arguments)
-        if config.value is None:
-            raise UserError("--config is missing; give --config=configs/cascade.py, say")
+        config, others = read_config_flag(arguments)
+        # Overrides are flags of their own, each of the type of its key.
+        config_flags.DEFINE_config_dict("config", config, sys_argv=others)
+        rest = flags.FLAGS(others)
         if needs_workdir and not workdir.value:
             raise UserError("--workdir is missing; give a folder for what the run leaves")
         if len(rest) > 1:
             raise UserError(f"{rest[1]!r} is not a flag; flags look like --name=value")
         return rest
 
-    _start(parse, lambda _: command(config.value, Path(workdir.value or ".")))
+    _start(parse, lambda _: command(flags.FLAGS["config"].value, Path(workdir.value or ".")))
 
 
 def launch_on_workdirs(command: Callable[[list[Path], Path], None]) -> None:
@@ -80,18 +80,25 @@ def _start(parse: Callable[[list[str]], list[str]], run: Callable[[list[str]], N
     app.run(main, flags_parser=parse_or_fail)
 
 
-def check_config_flags(arguments: Sequence[str]) -> None:
-    """Says in plain words what `config_flags` would say late, at length, or not at all.
+def read_config_flag(arguments: Sequence[str]) -> tuple[ConfigDict, list[str]]:
+    """Loads the config file that `--config` names, before its overrides are parsed.
+
+    Args:
+      arguments: the command line.
+
+    Returns:
+      The config, and the arguments without `--config`.
 
     Raises:
-      UserError: the config file is missing or does not load, or an override names no key of it.
+      UserError: the flag or the file is missing, the file does not load, or an override names no
+        key of it.
     """
     early = flags.FlagValues()
     early.set_gnu_getopt(True)
     flags.DEFINE_string("config", None, "", flag_values=early)
-    early(arguments, known_only=True)
+    others = early(arguments, known_only=True)
     if early.config is None:
-        return
+        raise UserError("--config is missing; give --config=configs/cascade.py, say")
     file, *variant = early.config.split(":", 1)
     if not Path(file).is_file():
         raise UserError(f"--config={early.config}: there is no file {file}")
@@ -100,12 +107,13 @@ def check_config_flags(arguments: Sequence[str]) -> None:
     except Exception as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(f"--config={early.config} does not load: {reason}") from error
-    for argument in arguments:
+    for argument in others:
         if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
             checks.check_key(config, override[1])
+    return config, others
 
 
 def fail(error: Exception) -> NoReturn:
     """Prints an error as one line and exits."""
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
     sys.exit(BAD_INPUT)
