@@ -293,7 +293,7 @@ _LOG = _of_source(
     Key("teacher_signal", "probability", "content of the teacher's columns", TEACHER_SIGNALS),
     Key("time_unit", "s", "of a time column of numbers", layout.TIME_UNITS),
     Key("features", ConfigDict(), "feature by name, see `kd_ranker.config.features.feature`"),
-    Key("split", "time", "what decides which requests are for the test", layout.SPLITS),
+    Key("split", "time", "what decides which requests are for the test", layout.SPLIT_BY),
     Key("test_share", 0.1, "share of the requests for the test", INSIDE_ONE),
     Key("strict", False, "end the build at the first row at fault"),
     Key("processes", 1, "processes that read and write", POSITIVE, influences="nothing"),

@@ -19,7 +19,14 @@ from kd_ranker.batch import Category, FeatureSpec
 from kd_ranker.errors import UserError, check_at_least, check_choice, check_tasks
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources import kuairand_files
-from kd_ranker.sources.kuairand_files import BEIJING, COLUMN_OF_TASK, DAY, RANDOM_BIT, KuaiRand, Log
+from kd_ranker.sources.kuairand_files import (
+    BEIJING,
+    COLUMN_OF_TASK,
+    DAY,
+    RANDOM_BIT,
+    Impressions,
+    KuaiRand,
+)
 
 TASKS = tuple(COLUMN_OF_TASK)
 VARIANT_OF_NAME = {f"kuairand_{variant}": variant for variant in kuairand_files.VARIANTS}
@@ -45,7 +52,7 @@ _CHUNK = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class ImpressionBlocks:
     """The impressions of m requests, in the order of time.
 
     Those of request i are the places `rows[start[i]:start[i + 1]]` of the log, by time.
@@ -106,7 +113,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
       UserError: for files that are missing or malformed, and tasks or settings that make no sense.
     """
     split_time = _check(data, tasks, funnel)
-    files = kuairand_files.read(
+    files = kuairand_files.read_kuairand(
         data.path,
         VARIANT_OF_NAME[data.name],
         max_users=int(data.max_users),
@@ -188,7 +195,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
 
 
 def cut_blocks(
-    log: Log, rows: Int[np.ndarray, "n"], pause: int, most: int
+    log: Impressions, rows: Int[np.ndarray, "n"], pause: int, most: int
 ) -> tuple[Int[np.ndarray, "n"], Int64[np.ndarray, "m+1"]]:
     """Cuts some impressions into blocks that requests stand for.
 
@@ -233,7 +240,7 @@ def merged(
 
 
 def draw_negatives(
-    log: Log,
+    log: Impressions,
     earlier: Int[np.ndarray, "n"],
     shown: Int32[np.ndarray, "S"],
     number: int,
@@ -267,7 +274,7 @@ def draw_negatives(
 
 
 def tallies_before(
-    log: Log,
+    log: Impressions,
     by_time: Int[np.ndarray, "n"],
     times: Int32[np.ndarray, "m"],
     num_users: int,
@@ -394,7 +401,7 @@ def _log_days(
     return np.log1p(days) / 3, unknown
 
 
-def _place_type(log: Log) -> type[np.int32] | type[np.int64]:
+def _place_type(log: Impressions) -> type[np.int32] | type[np.int64]:
     """Of places in the log: 32 bits where they suffice, since there is one a row."""
     return np.int32 if len(log.user) < 2**31 else np.int64
 
@@ -412,7 +419,7 @@ def _count(
         np.add.at(tally[row], ids[signals >> TASKS.index(task) & 1 == 1], one)
 
 
-def _blocks(log: Log, data: ConfigDict, split_time: int) -> dict[str, Blocks]:
+def _blocks(log: Impressions, data: ConfigDict, split_time: int) -> dict[str, ImpressionBlocks]:
     """The blocks of each split, as many as are to be kept."""
     is_test = log.is_random if data.test == "random" else ~log.is_random
     chosen = {
@@ -446,7 +453,7 @@ def _blocks(log: Log, data: ConfigDict, split_time: int) -> dict[str, Blocks]:
         start = np.append(0, np.cumsum(length))
         of_request = np.repeat(first - start[:-1], length)
         rows = rows[of_request + np.arange(start[-1])]
-        blocks[split] = Blocks(rows, start, log.time[rows[start[:-1]]])
+        blocks[split] = ImpressionBlocks(rows, start, log.time[rows[start[:-1]]])
     return blocks
 
 

@@ -28,7 +28,7 @@ from kd_ranker.errors import UserError
 VARIANTS = {"pure": "KuaiRand-Pure", "1k": "KuaiRand-1K", "27k": "KuaiRand-27K"}
 ARCHIVE = "https://zenodo.org/records/10439422"
 
-# The column that holds each task's label. The order is that of the bits of `Log.signals`.
+# The column that holds each task's label. The order is that of the bits of `Impressions.signals`.
 COLUMN_OF_TASK = {
     "watch": "long_view",
     "like": "is_like",
@@ -106,7 +106,7 @@ class Files(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Log:
+class Impressions:
     """All n impressions, in the order of users, then of time, then of the files.
 
     Attributes:
@@ -169,12 +169,12 @@ class Videos:
 class KuaiRand:
     """The files as arrays."""
 
-    log: Log
+    log: Impressions
     users: Users
     videos: Videos
 
 
-def read(
+def read_kuairand(
     path: str | Path,
     variant: str,
     *,
@@ -197,7 +197,7 @@ def read(
       UserError: a file is missing, lacks a column or any row, or holds what cannot be read. Names
         of files, columns and the absence of rows are checked before anything is read.
     """
-    files = find_files(path, variant)
+    files = find_variant_files(path, variant)
     table = pa.Table.from_batches([b for file in files.users for b in _blocks(file, _USER_TYPES)])
     kept = _sample(_ids(files.users[0], table, "user_id"), max_users, seed) if max_users else None
     log, user_ids, video_ids = read_log(files.logs, kept)
@@ -208,11 +208,11 @@ def read(
     )
 
 
-def find_files(path: str | Path, variant: str) -> Files:
+def find_variant_files(path: str | Path, variant: str) -> Files:
     """The files of a variant, each found to have its columns and a row at least.
 
     Raises:
-      UserError: see `read`.
+      UserError: see `read_kuairand`.
     """
     directory = _directory(Path(path), variant)
     found = {stem: _parts(directory, stem, variant) for stem in _STEMS}
@@ -225,7 +225,7 @@ def find_files(path: str | Path, variant: str) -> Files:
 
 def read_log(
     files: Sequence[Path], kept: Int64[np.ndarray, "k"] | None
-) -> tuple[Log, Int64[np.ndarray, "users"], Int64[np.ndarray, "items"]]:
+) -> tuple[Impressions, Int64[np.ndarray, "users"], Int64[np.ndarray, "items"]]:
     """The impressions of some files in one log.
 
     Args:
@@ -239,7 +239,7 @@ def read_log(
     if kept is not None:
         is_kept = np.zeros(int(kept.max(initial=0)) + 1, bool)
         is_kept[kept] = True
-    chunks: dict[str, list[Any]] = {field.name: [] for field in dataclasses.fields(Log)}
+    chunks: dict[str, list[Any]] = {field.name: [] for field in dataclasses.fields(Impressions)}
     for file in files:
         for block in _blocks(file, _LOG_TYPES):
             columns = _impressions(file, block)
@@ -255,7 +255,11 @@ def read_log(
     columns["user"], user_ids = _consecutive(columns["user"])
     columns["item"], video_ids = _consecutive(columns["item"])
     order = np.lexsort([columns["time"], columns["user"]])
-    return Log(**{name: columns.pop(name)[order] for name in list(columns)}), user_ids, video_ids
+    return (
+        Impressions(**{name: columns.pop(name)[order] for name in list(columns)}),
+        user_ids,
+        video_ids,
+    )
 
 
 def read_videos(
@@ -389,7 +393,7 @@ def _blocks(file: Path, types: Mapping[str, Any]) -> Iterator[Any]:
 
 
 def _impressions(file: Path, block: Any) -> dict[str, Any]:
-    """The fields of `Log` of one block, with the file's ids."""
+    """The fields of `Impressions` of one block, with the file's ids."""
     if block["time_ms"].null_count:
         raise UserError(f"{file}: time_ms is empty in some row")
     time = block["time_ms"].to_numpy() // 1000

@@ -16,7 +16,7 @@ from kd_ranker.batch import FeatureSpec
 from kd_ranker.errors import UserError, check_at_least, check_choice, check_tasks
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources.download import fetch
-from kd_ranker.sources.movielens_files import PUBLISHED, MovieLens, read
+from kd_ranker.sources.movielens_files import PUBLISHED, MovieLens, read_movielens
 
 # The lowest rating, in stars, that counts as the action; any rating is at least half a star.
 LOWEST_RATING = {"watch": 0.5, "like": 4, "share": 5}
@@ -52,7 +52,7 @@ class Timeline:
 
 
 @dataclasses.dataclass(frozen=True)
-class Blocks:
+class RatingBlocks:
     """The blocks of a split in the order of time, then of users."""
 
     user: Int[np.ndarray, "blocks"]
@@ -117,7 +117,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     """
     _check(data, tasks)
     name, negatives = str(data.name), int(data.get("negatives", 0))
-    movielens = read(name, data.path or fetch(PUBLISHED[name].archive, data.dir))
+    movielens = read_movielens(name, data.path or fetch(PUBLISHED[name].archive, data.dir))
     num_items, num_genres = movielens.genres.shape
     if not negatives and funnel.retrieved < num_items:
         raise UserError(
@@ -470,7 +470,7 @@ def _check_candidates(timelines: dict[int, Timeline], negatives: int, retrieved:
 
 def _ordered_blocks(
     timelines: dict[int, Timeline], split: str, test_requests_per_user: int
-) -> Blocks:
+) -> RatingBlocks:
     """The blocks of a split; of test blocks, as many as wanted of each user, or 0 for all."""
     users, blocks, times = [], [], []
     for user, timeline in timelines.items():
@@ -484,7 +484,7 @@ def _ordered_blocks(
         times.append(timeline.time[timeline.start[of_split]])
     user_of, block_of = np.concatenate(users), np.concatenate(blocks)
     order = np.lexsort((block_of, user_of, np.concatenate(times)))
-    return Blocks(user_of[order], block_of[order])
+    return RatingBlocks(user_of[order], block_of[order])
 
 
 def _check(data: ConfigDict, tasks: Sequence[str]) -> None:

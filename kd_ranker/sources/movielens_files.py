@@ -76,7 +76,7 @@ class Published(NamedTuple):
     read: Callable[[Path], MovieLens]
 
 
-def read(name: str, path: str | Path) -> MovieLens:
+def read_movielens(name: str, path: str | Path) -> MovieLens:
     """Reads the set that `PUBLISHED` calls `name` from the directory `path`.
 
     Raises:
@@ -94,7 +94,7 @@ def read(name: str, path: str | Path) -> MovieLens:
 
 
 def read_100k(directory: Path) -> MovieLens:
-    """Reads u.data, u.item, u.user, u.genre and u.occupation; see `read`."""
+    """Reads u.data, u.item, u.user, u.genre and u.occupation; see `read_movielens`."""
     genres = _read_genres(directory / "u.genre")
     flags, release_year = _read_items(directory / "u.item", genres)
     occupations = _read_occupations(directory / "u.occupation")
@@ -117,7 +117,7 @@ def read_100k(directory: Path) -> MovieLens:
 
 
 def read_1m(directory: Path) -> MovieLens:
-    """Reads ratings.dat, users.dat and movies.dat; see `read`.
+    """Reads ratings.dat, users.dat and movies.dat; see `read_movielens`.
 
     Genres stand in the order of their names. A movie without a rating is one of the catalogue.
     """
@@ -151,7 +151,7 @@ def read_1m(directory: Path) -> MovieLens:
 
 
 def read_32m(directory: Path) -> MovieLens:
-    """Reads ratings.csv and movies.csv; see `read`.
+    """Reads ratings.csv and movies.csv; see `read_movielens`.
 
     Users are those who rated. Genres stand in the order of their names. A movie without a rating is
     one of the catalogue.

@@ -40,7 +40,7 @@ LABELS = {
 TASKS = tuple(LABELS)
 TEACHER_VERSION = "recflow"
 
-STAGES, SEQUENCES = "all_stage", "seq_effective_50_dict"
+STAGES_FOLDER, SEQUENCES_FOLDER = "all_stage", "seq_effective_50_dict"
 # A row with one of these was scored by the stage `rank`, the final ranker here.
 RANKED = ("rank_pos", "rank_neg", "rerank_pos", "rerank_neg")
 SEQUENCE_COLUMNS = (
@@ -88,8 +88,8 @@ ROWS_AT_ONCE = 1 << 22
 
 _LAST = np.iinfo(np.int64).max
 
-Table = dict[str, np.ndarray]  # columns of one length
-Rows = Int64[np.ndarray, "rows"]
+NamedArrays = dict[str, np.ndarray]  # columns of one length
+WholeNumbers = Int64[np.ndarray, "rows"]
 
 
 class Day(NamedTuple):
@@ -100,7 +100,7 @@ class Day(NamedTuple):
     sequences: Path
 
 
-class Plan(NamedTuple):
+class DayPlan(NamedTuple):
     """The chosen requests of a day, n of them in the order of time, and where their rows lie.
 
     Attributes:
@@ -232,10 +232,10 @@ def categories(authors: int) -> tuple[Category, ...]:
     )
 
 
-def plan_day(day: Day, max_requests: int, seed: int) -> Plan:
+def plan_day(day: Day, max_requests: int, seed: int) -> DayPlan:
     """Looks through a day's log for its requests, and draws `max_requests` of them if not 0."""
 
-    def parts() -> Iterator[Table]:
+    def parts() -> Iterator[NamedArrays]:
         for _, table in read_batches(day.stages, _KEYS):
             yield _by_request(table | {"rows": np.ones(len(table["request_id"]), np.int64)})
 
@@ -250,7 +250,7 @@ def plan_day(day: Day, max_requests: int, seed: int) -> Plan:
     chosen = chosen[np.lexsort([found["request_id"][chosen], time[chosen]])]
     request_id = found["request_id"][chosen]
     by_id = np.argsort(request_id)
-    plan = Plan(
+    plan = DayPlan(
         request_id=request_id,
         time=time[chosen],
         user_id=found["user_id"][chosen],
@@ -262,20 +262,20 @@ def plan_day(day: Day, max_requests: int, seed: int) -> Plan:
     )
     first, last = [], []
     for _, table in read_batches(day.stages, ("request_id",)):
-        place = places_of(plan, table["request_id"])
+        place = request_places(plan, table["request_id"])
         place = place[place >= 0]
         first.append(place.min(initial=len(chosen)))
         last.append(place.max(initial=-1))
     return plan._replace(first=np.array(first), last=np.array(last))
 
 
-def places_of(plan: Plan, request_id: Rows) -> Rows:
+def request_places(plan: DayPlan, request_id: WholeNumbers) -> WholeNumbers:
     """The place in the plan of the request of each row; -1 of one that was not chosen."""
     near = np.minimum(np.searchsorted(plan.ascending, request_id), len(plan.ascending) - 1)
     return np.where(plan.ascending[near] == request_id, plan.by_id[near], -1)
 
 
-def stages_of(rows: Table) -> Int64[np.ndarray, "rows"]:
+def stages_of(rows: NamedArrays) -> Int64[np.ndarray, "rows"]:
     """How far each row came: the furthest of what its flags say.
 
     `realshow` → SHOWN; `rank_pos`, `rank_neg`, `rerank_pos` or `rerank_neg`, all of which the rank
@@ -287,11 +287,11 @@ def stages_of(rows: Table) -> Int64[np.ndarray, "rows"]:
 
 
 def positions(
-    request: Rows,
-    rank_index: Rows,
+    request: WholeNumbers,
+    rank_index: WholeNumbers,
     is_ranked: Bool[np.ndarray, "rows"],
     is_top: Bool[np.ndarray, "rows"],
-) -> Rows:
+) -> WholeNumbers:
     """The final ranker's position of each candidate in its request, without gaps; -1 for none.
 
     The smallest index of a request becomes 0, wherever the files begin to count, and each further
@@ -325,7 +325,7 @@ def positions(
     return result
 
 
-def candidates_of(rows: Table) -> Table:
+def candidates_of(rows: NamedArrays) -> NamedArrays:
     """The rows with `stage` and `position`, requests one after the other, each in funnel order.
 
     A video that a request has several rows of keeps the one that came furthest. Within a stage,
@@ -351,7 +351,7 @@ def candidates_of(rows: Table) -> Table:
 
 def read_batches(
     path: Path, columns: Sequence[str], numbers: Iterable[int] | None = None
-) -> Iterator[tuple[int, Table]]:
+) -> Iterator[tuple[int, NamedArrays]]:
     """Yields the record batches of a Feather file as whole numbers; -1 where there is none.
 
     Args:
@@ -390,7 +390,7 @@ def read_batches(
         ) from error
 
 
-def read_sequences(day: Day, plan: Plan) -> dict[int, Int64[np.ndarray, "events 10"]]:
+def read_sequences(day: Day, plan: DayPlan) -> dict[int, Int64[np.ndarray, "events 10"]]:
     """Of the chosen requests, by place: the user's effective views before them, as published.
 
     Raises:
@@ -423,7 +423,7 @@ def read_sequences(day: Day, plan: Plan) -> dict[int, Int64[np.ndarray, "events 
     return sequences
 
 
-def events_of(plan: Plan, sequences: dict[int, np.ndarray], first: int, end: int) -> Table:
+def events_of(plan: DayPlan, sequences: dict[int, np.ndarray], first: int, end: int) -> NamedArrays:
     """The effective views before each of the requests [first, end), in the order of time.
 
     Returns:
@@ -434,7 +434,7 @@ def events_of(plan: Plan, sequences: dict[int, np.ndarray], first: int, end: int
     found = [sequences.get(place, none) for place in range(first, end)]
     request = np.repeat(np.arange(end - first), [len(sequence) for sequence in found])
     columns = np.concatenate(found).T
-    events: Table = dict(zip(SEQUENCE_COLUMNS, columns, strict=True)) | {"request": request}
+    events: NamedArrays = dict(zip(SEQUENCE_COLUMNS, columns, strict=True)) | {"request": request}
     time = events["request_timestamp"]
     real = (time > 0) & (time < plan.time[first:end][request]) & (events["video_id"] >= 0)
     kept = np.flatnonzero(real)
@@ -442,13 +442,13 @@ def events_of(plan: Plan, sequences: dict[int, np.ndarray], first: int, end: int
     return {name: column[kept] for name, column in events.items()}
 
 
-def item_features(duration: Rows) -> Float32[np.ndarray, "rows 2"]:
+def item_features(duration: WholeNumbers) -> Float32[np.ndarray, "rows 2"]:
     """[log(1 + seconds), 0 if unknown; 1 if unknown] of durations in milliseconds."""
     unknown = duration <= 0
     return _features(np.log1p(np.where(unknown, 0, duration) / 1000), unknown)
 
 
-def candidate_features(uploaded: Rows, time: Rows) -> Float32[np.ndarray, "rows 2"]:
+def candidate_features(uploaded: WholeNumbers, time: WholeNumbers) -> Float32[np.ndarray, "rows 2"]:
     """[log(1 + days since the upload), 0 if unknown; 1 if unknown].
 
     Args:
@@ -480,7 +480,7 @@ def context_features(
     return _features(np.sin(angle), np.cos(angle), *weekday, np.log1p(pause), last < 0)
 
 
-def history_features(events: Table, time: Rows) -> Float32[np.ndarray, "rows 3"]:
+def history_features(events: NamedArrays, time: WholeNumbers) -> Float32[np.ndarray, "rows 3"]:
     """[log(1 + days since the view); log(1 + duration in seconds); share watched, at most 2].
 
     Args:
@@ -498,12 +498,12 @@ def _features(*columns: Any) -> Float32[np.ndarray, "rows columns"]:
 
 
 def _requests_of(
-    plan: Plan,
+    plan: DayPlan,
     first: int,
     end: int,
     *,
-    rows: Table,
-    events: Table,
+    rows: NamedArrays,
+    events: NamedArrays,
     catalogue: Catalogue,
     tasks: Sequence[str],
     history_length: int,
@@ -562,13 +562,13 @@ def _requests_of(
         )
 
 
-def _places_of_values(name: str, values: Rows) -> Rows:
+def _places_of_values(name: str, values: WholeNumbers) -> WholeNumbers:
     """The place of each value among those of its category; 0 for one that was not published."""
     return np.where((values >= 0) & (values <= _VALUES[name]), values + 1, 0)
 
 
 def _item_ids(
-    catalogue: Catalogue, video_id: Rows
+    catalogue: Catalogue, video_id: WholeNumbers
 ) -> tuple[Int32[np.ndarray, "rows"], Bool[np.ndarray, "rows"]]:
     """The item id of each video, and whether it has one."""
     # In ascending order, searches that follow one another end nearby, in memory that is at hand.
@@ -579,15 +579,15 @@ def _item_ids(
     return near, catalogue.video_id[near] == video_id
 
 
-def _catalogue(plans: dict[Day, Plan], authors: int) -> Catalogue:
+def _catalogue(plans: dict[Day, DayPlan], authors: int) -> Catalogue:
     """All users and videos; of a video, what the first row says of it, candidates before views."""
 
-    def parts() -> Iterator[Table]:
+    def parts() -> Iterator[NamedArrays]:
         days = tqdm(plans.items(), "listing the videos", unit="day", disable=None)
         for day, plan in days:
             touched = np.flatnonzero(plan.last >= 0)
             for _, table in read_batches(day.stages, ("request_id", *_ITEM_COLUMNS), touched):
-                chosen = places_of(plan, table["request_id"]) >= 0
+                chosen = request_places(plan, table["request_id"]) >= 0
                 yield _items({name: column[chosen] for name, column in table.items()}, authors)
             sequences = read_sequences(day, plan)
             for first, end in _portions(plan):
@@ -598,7 +598,7 @@ def _catalogue(plans: dict[Day, Plan], authors: int) -> Catalogue:
     return Catalogue(users, **found)
 
 
-def _items(rows: Table, authors: int) -> Table:
+def _items(rows: NamedArrays, authors: int) -> NamedArrays:
     """Of each video in the rows: its id, places in its categories, and features."""
     rows = _first_of_each({name: rows[name] for name in _ITEM_COLUMNS}, "video_id")
     author = _hashed(rows["author_id"], authors)
@@ -611,7 +611,7 @@ def _items(rows: Table, authors: int) -> Table:
     }
 
 
-def _hashed(ids: Rows, size: int) -> Rows:
+def _hashed(ids: WholeNumbers, size: int) -> WholeNumbers:
     """A number in [0, size) for each id: the 64-bit finaliser of MurmurHash3 (Appleby, 2011)."""
     bits = ids.astype(np.uint64)
     for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
@@ -619,7 +619,7 @@ def _hashed(ids: Rows, size: int) -> Rows:
     return ((bits ^ (bits >> np.uint64(33))) % np.uint64(size)).astype(np.int64)
 
 
-def _portions(plan: Plan) -> Iterator[tuple[int, int]]:
+def _portions(plan: DayPlan) -> Iterator[tuple[int, int]]:
     """Ranges of consecutive requests with at most `ROWS_AT_ONCE` rows, or one request."""
     ends = np.cumsum(plan.rows)
     first = 0
@@ -631,19 +631,19 @@ def _portions(plan: Plan) -> Iterator[tuple[int, int]]:
         first = end
 
 
-def _rows(day: Day, plan: Plan, first: int, end: int) -> Table:
+def _rows(day: Day, plan: DayPlan, first: int, end: int) -> NamedArrays:
     """All rows of the requests [first, end), with `request`, counted from `first`."""
     touched = np.flatnonzero((plan.first < end) & (plan.last >= first))
     parts = []
     for _, table in read_batches(day.stages, _ROW_COLUMNS, touched):
-        place = places_of(plan, table["request_id"])
+        place = request_places(plan, table["request_id"])
         kept = (place >= first) & (place < end)
         part = {name: column[kept] for name, column in table.items()}
         parts.append(part | {"request": place[kept] - first})
     return _end_to_end(parts)
 
 
-def _by_request(rows: Table) -> Table:
+def _by_request(rows: NamedArrays) -> NamedArrays:
     """One row for each request: when it was, whose, and how many rows there were."""
     order = np.argsort(rows["request_id"], kind="stable")
     request_id = rows["request_id"][order]
@@ -658,19 +658,21 @@ def _by_request(rows: Table) -> Table:
     }
 
 
-def _first_of_each(table: Table, key: str) -> Table:
+def _first_of_each(table: NamedArrays, key: str) -> NamedArrays:
     """The first row of each value of a column, in ascending order of it."""
     _, first = np.unique(table[key], return_index=True)
     return {name: column[first] for name, column in table.items()}
 
 
-def _folded(parts: Iterable[Table], fold: Callable[[Table], Table]) -> Table:
+def _folded(
+    parts: Iterable[NamedArrays], fold: Callable[[NamedArrays], NamedArrays]
+) -> NamedArrays:
     """`fold` of all parts end to end, though they are never held all at once.
 
     It is applied whenever what waits has outgrown what is folded, so `fold` must give the same for
     parts of which some were folded before. Parts without rows are left out; without any, {}.
     """
-    held: list[Table] = []
+    held: list[NamedArrays] = []
     size, waiting = 0, 0
     for part in parts:
         rows = len(next(iter(part.values())))
@@ -684,7 +686,7 @@ def _folded(parts: Iterable[Table], fold: Callable[[Table], Table]) -> Table:
     return fold(_end_to_end(held)) if held else {}
 
 
-def _end_to_end(parts: Sequence[Table]) -> Table:
+def _end_to_end(parts: Sequence[NamedArrays]) -> NamedArrays:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -705,27 +707,27 @@ def _whole_numbers(column: pa.Array, place: str) -> Int[np.ndarray, "rows"]:
 def _days(data: ConfigDict) -> dict[str, list[Day]]:
     """The days of each split, whose files are there."""
     root = Path(data.path)
-    folders = {name: root / name for name in (STAGES, SEQUENCES)}
+    folders = {name: root / name for name in (STAGES_FOLDER, SEQUENCES_FOLDER)}
     for folder in folders.values():
         if not folder.is_dir():
             raise UserError(
-                f"{folder} does not exist; set data.path to the folder that holds {STAGES} and "
-                f"{SEQUENCES} (docs/recflow.md)"
+                f"{folder} does not exist; set data.path to the folder that holds {STAGES_FOLDER} "
+                f"and {SEQUENCES_FOLDER} (docs/recflow.md)"
             )
-    stages = {path.stem: path for path in sorted(folders[STAGES].glob("*.feather"))}
-    sequences = {path.stem: path for path in sorted(folders[SEQUENCES].glob("*.pkl"))}
+    stages = {path.stem: path for path in sorted(folders[STAGES_FOLDER].glob("*.feather"))}
+    sequences = {path.stem: path for path in sorted(folders[SEQUENCES_FOLDER].glob("*.pkl"))}
     common = sorted(stages.keys() & sequences.keys())
     if not common:
         raise UserError(
-            f"no day has a file in both {folders[STAGES]} ({_listed(stages)}) and "
-            f"{folders[SEQUENCES]} ({_listed(sequences)})"
+            f"no day has a file in both {folders[STAGES_FOLDER]} ({_listed(stages)}) and "
+            f"{folders[SEQUENCES_FOLDER]} ({_listed(sequences)})"
         )
     days: dict[str, list[Day]] = {}
     for split in SPLITS:
         for name in data[f"{split}_days"]:
             for files, folder, ending in (
-                (stages, folders[STAGES], "feather"),
-                (sequences, folders[SEQUENCES], "pkl"),
+                (stages, folders[STAGES_FOLDER], "feather"),
+                (sequences, folders[SEQUENCES_FOLDER], "pkl"),
             ):
                 if name not in files:
                     raise UserError(

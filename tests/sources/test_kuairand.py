@@ -18,7 +18,12 @@ from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands
 from kd_ranker.requests.request import Request, Source
 from kd_ranker.sources import kuairand
-from kd_ranker.sources.kuairand_files import COLUMN_OF_TASK, RANDOM_BIT, USER_CATEGORIES, Log
+from kd_ranker.sources.kuairand_files import (
+    COLUMN_OF_TASK,
+    RANDOM_BIT,
+    USER_CATEGORIES,
+    Impressions,
+)
 from kd_ranker.sources.registry import SOURCES
 from tests.sources import kuairand_files as layout
 from tests.sources.kuairand_files import APRIL_8, APRIL_22, BEIJING, RANDOM, STANDARD_1, STANDARD_2
@@ -393,10 +398,10 @@ impressions = st.lists(
 )
 
 
-def log_of(rows: list[tuple[int, int, int]]) -> Log:
+def log_of(rows: list[tuple[int, int, int]]) -> Impressions:
     user, tab, time = np.array(sorted(rows, key=lambda row: (row[0], row[2])), np.int32).T
     zeros = np.zeros(len(user), np.int32)
-    return Log(user, zeros, time, zeros.astype(np.uint8), tab.astype(np.int8))
+    return Impressions(user, zeros, time, zeros.astype(np.uint8), tab.astype(np.int8))
 
 
 @given(impressions, st.integers(1, 9), st.integers(1, 5))
@@ -431,13 +436,15 @@ def test_merged_keeps_all_that_was_done_on_each_video(shown: list[tuple[int, int
     assert (items.dtype, merged.dtype) == (np.int32, np.uint8)
 
 
-def pool(items: list[int], random: list[int] = ()) -> Log:  # type: ignore[assignment]
+def pool(items: list[int], random: list[int] = ()) -> Impressions:  # type: ignore[assignment]
     item = np.array([*items, *random], np.int32)
     signals = np.repeat([0, 1 << RANDOM_BIT], [len(items), len(random)]).astype(np.uint8)
-    return Log(np.zeros_like(item), item, np.arange(len(item)), signals, np.zeros_like(item))
+    return Impressions(
+        np.zeros_like(item), item, np.arange(len(item)), signals, np.zeros_like(item)
+    )
 
 
-def draw(log: Log, number: int, shown: list[int], seed: int) -> list[int]:
+def draw(log: Impressions, number: int, shown: list[int], seed: int) -> list[int]:
     places = np.arange(len(log.item))
     generator = np.random.default_rng(seed)
     return kuairand.draw_negatives(

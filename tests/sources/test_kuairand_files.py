@@ -23,7 +23,7 @@ from tests.sources.kuairand_files import (
 
 
 def read(path: Path, variant: str = "pure", **changes: int) -> kuairand_files.KuaiRand:
-    return kuairand_files.read(
+    return kuairand_files.read_kuairand(
         path, variant, **{"author_rows": 50, "music_rows": 60, "seed": 0} | changes
     )
 

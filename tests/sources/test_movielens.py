@@ -303,7 +303,7 @@ def test_malformed_lines_are_named(tmp_path: Path, name: str, line: str, problem
     lines[1] = line
     write_files(tmp_path, **{name: "\n".join(lines) + "\n"})
     with pytest.raises(UserError, match=rf"u\.{name}, line 2: {problem}") as error:
-        movielens_files.read("movielens_100k", tmp_path)
+        movielens_files.read_movielens("movielens_100k", tmp_path)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -313,25 +313,25 @@ def test_missing_and_empty_files_are_named(tmp_path: Path, name: str) -> None:
     write_files(tmp_path)
     (tmp_path / name).write_text("")
     with pytest.raises(UserError, match=rf"{name} is empty"):
-        movielens_files.read("movielens_100k", tmp_path)
+        movielens_files.read_movielens("movielens_100k", tmp_path)
     (tmp_path / name).unlink()
     with pytest.raises(UserError, match=rf"{name} does not exist.*grouplens.*data\.path"):
-        movielens_files.read("movielens_100k", tmp_path)
+        movielens_files.read_movielens("movielens_100k", tmp_path)
 
 
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere.*does not exist"):
-        movielens_files.read("movielens_100k", tmp_path / "nowhere")
+        movielens_files.read_movielens("movielens_100k", tmp_path / "nowhere")
 
 
 def test_line_ends_of_windows_are_read(tmp_path: Path) -> None:
     write_files(tmp_path, data=FILES["u.data"].replace("\n", "\r\n"))
-    assert len(movielens_files.read("movielens_100k", tmp_path).rating) == 8
+    assert len(movielens_files.read_movielens("movielens_100k", tmp_path).rating) == 8
 
 
 def test_a_next_line_character_in_a_title_breaks_no_line(tmp_path: Path) -> None:
     write_files(tmp_path, item=FILES["u.item"].replace("Heat", "Heat \x85"))
-    assert len(movielens_files.read("movielens_100k", tmp_path).genres) == NUM_ITEMS
+    assert len(movielens_files.read_movielens("movielens_100k", tmp_path).genres) == NUM_ITEMS
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,7 @@ def real_requests() -> dict[str, list[Request]]:
 
 @needs_real_files
 def test_real_files_hold_what_is_published(real_requests: dict[str, list[Request]]) -> None:
-    files = movielens_files.read("movielens_100k", REAL_FILES)
+    files = movielens_files.read_movielens("movielens_100k", REAL_FILES)
     assert files.genres.shape == (1682, 19)
     assert len(files.age) == 943
     assert len(files.rating) == 100_000

@@ -95,27 +95,27 @@ CHECK = {"movielens_1m": check_1m, "movielens_32m": check_32m}
 
 @pytest.mark.parametrize("name", WRITE)
 def test_worked_example(tmp_path: Path, name: str) -> None:
-    CHECK[name](movielens_files.read(name, WRITE[name](tmp_path)))
+    CHECK[name](movielens_files.read_movielens(name, WRITE[name](tmp_path)))
 
 
 @pytest.mark.parametrize("name", WRITE)
 def test_line_ends_of_windows_are_read(tmp_path: Path, name: str) -> None:
     for file in WRITE[name](tmp_path).iterdir():
         file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n"))
-    CHECK[name](movielens_files.read(name, tmp_path))
+    CHECK[name](movielens_files.read_movielens(name, tmp_path))
 
 
 @pytest.mark.parametrize("name", WRITE)
 def test_a_last_line_without_an_end_is_read(tmp_path: Path, name: str) -> None:
     for file in WRITE[name](tmp_path).iterdir():
         file.write_bytes(file.read_bytes().removesuffix(b"\n"))
-    CHECK[name](movielens_files.read(name, tmp_path))
+    CHECK[name](movielens_files.read_movielens(name, tmp_path))
 
 
 def test_a_byte_order_mark_is_no_part_of_a_header(tmp_path: Path) -> None:
     for file in write_32m(tmp_path).iterdir():
         file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    check_32m(movielens_files.read("movielens_32m", tmp_path))
+    check_32m(movielens_files.read_movielens("movielens_32m", tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_byte_order_mark_is_no_part_of_a_header(tmp_path: Path) -> None:
 )
 def test_the_year_ends_a_title(tmp_path: Path, title: str, year: int) -> None:
     movielens_layouts.write_32m(tmp_path, [(1, 1, 1, 1)], [Movie(1, title, ("Drama",))])
-    assert movielens_files.read("movielens_32m", tmp_path).release_year.tolist() == [year]
+    assert movielens_files.read_movielens("movielens_32m", tmp_path).release_year.tolist() == [year]
 
 
 @pytest.mark.parametrize("block_bytes", [200, 16 * 2**20])
@@ -153,7 +153,7 @@ def test_ratings_are_those_that_pandas_reads(
     else:
         movielens_layouts.write_32m(tmp_path, ratings, movies)
         frame = pd.read_csv(tmp_path / "ratings.csv", names=columns, skiprows=1)
-    files = movielens_files.read(name, tmp_path)
+    files = movielens_files.read_movielens(name, tmp_path)
     np.testing.assert_array_equal(3 * files.user + 1, frame.user)
     np.testing.assert_array_equal(3 * files.item + 1, frame.movie)
     np.testing.assert_array_equal(files.rating, frame.rating)
@@ -222,7 +222,7 @@ def test_malformed_lines_are_named(tmp_path: Path, file: str, line: str, problem
     lines[number - 1] = line
     path.write_text("\n".join(lines), encoding)
     with pytest.raises(UserError, match=rf"{file}, line {number}: {problem}") as error:
-        movielens_files.read(name, tmp_path)
+        movielens_files.read_movielens(name, tmp_path)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -246,18 +246,18 @@ def test_a_damaged_line_far_into_a_file_is_named(
     lines[500] = line
     (tmp_path / "ratings.csv").write_text("\n".join(lines))
     with pytest.raises(UserError, match=rf"ratings.csv, line 501: {problem}"):
-        movielens_files.read("movielens_32m", tmp_path)
+        movielens_files.read_movielens("movielens_32m", tmp_path)
 
 
 @pytest.mark.parametrize(("name", "file"), FILES)
 def test_missing_and_empty_files_are_named(tmp_path: Path, name: str, file: str) -> None:
     (WRITE[name](tmp_path) / file).write_text("")
     with pytest.raises(UserError, match=rf"{file} is empty"):
-        movielens_files.read(name, tmp_path)
+        movielens_files.read_movielens(name, tmp_path)
     (tmp_path / file).unlink()
     archive = movielens_files.PUBLISHED[name].archive.url
     with pytest.raises(UserError, match=rf"{file} does not exist; unpack {archive} .*data\.path"):
-        movielens_files.read(name, tmp_path)
+        movielens_files.read_movielens(name, tmp_path)
 
 
 @pytest.mark.parametrize("file", ["ratings.csv", "movies.csv"])
@@ -265,7 +265,7 @@ def test_a_file_without_rows_is_named(tmp_path: Path, file: str) -> None:
     path = write_32m(tmp_path) / file
     path.write_text(path.read_text().split("\n")[0] + "\n")
     with pytest.raises(UserError, match=rf"{file} holds no"):
-        movielens_files.read("movielens_32m", tmp_path)
+        movielens_files.read_movielens("movielens_32m", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_another_header_is_shown(tmp_path: Path, file: str, header: str) -> None
     with pytest.raises(
         UserError, match=rf"{file}, line 1: found '{header}', expected '[^,]*Id,"
     ) as error:
-        movielens_files.read("movielens_32m", tmp_path)
+        movielens_files.read_movielens("movielens_32m", tmp_path)
     assert "\n" not in str(error.value)
 
 
@@ -292,12 +292,12 @@ def test_titles_in_another_encoding_are_refused(tmp_path: Path) -> None:
     path = write_32m(tmp_path) / "movies.csv"
     path.write_bytes(path.read_text("utf-8").encode("iso-8859-1", "replace"))
     with pytest.raises(UserError, match=r"movies.csv is not in UTF-8"):
-        movielens_files.read("movielens_32m", tmp_path)
+        movielens_files.read_movielens("movielens_32m", tmp_path)
 
 
 def test_a_quote_that_is_never_closed_is_named(tmp_path: Path) -> None:
     path = write_32m(tmp_path) / "movies.csv"
     path.write_text(path.read_text("utf-8").replace('Boy""', 'Boy"'), "utf-8")
     with pytest.raises(UserError, match=r"movies.csv, line 3: ") as error:
-        movielens_files.read("movielens_32m", tmp_path)
+        movielens_files.read_movielens("movielens_32m", tmp_path)
     assert "\n" not in str(error.value)

@@ -14,26 +14,28 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kd_ranker.sources.logs.frames import Frame, array_of
+from kd_ranker.sources.logs.named_columns import NamedColumns, array_of
 
-FOLDER = "candidate_rows"
+ROWS_FOLDER = "candidate_rows"
 
 
-def write_candidate_rows(heads: Frame, rows: Frame, folder: Path, name: str) -> dict[str, str]:
-    """Writes where the candidates of a bucket were; see `statistics.Requests` for the frames.
+def write_candidate_rows(
+    requests: NamedColumns, candidates: NamedColumns, folder: Path, name: str
+) -> dict[str, str]:
+    """Writes where the candidates of a bucket were; see `log_statistics.BucketRequests`.
 
     Returns:
       Split -> the path, below `folder`.
     """
-    number = array_of(heads, "candidates")
-    request_id = np.repeat(array_of(heads, "request") & (2**63 - 1), number)
-    in_test = np.repeat(array_of(heads, "in_test"), number) > 0
+    number = array_of(requests, "candidates")
+    request_id = np.repeat(array_of(requests, "request") & (2**63 - 1), number)
+    in_test = np.repeat(array_of(requests, "in_test"), number) > 0
     paths = {}
     for split, chosen in (("train", ~in_test), ("test", in_test)):
         columns = {"request_id": request_id[chosen]} | {
-            column: array_of(rows, column)[chosen] for column in ("file", "row", "place")
+            column: array_of(candidates, column)[chosen] for column in ("file", "row", "place")
         }
-        paths[split] = str(folder / f"{FOLDER}-{name}-{split}.parquet")
+        paths[split] = str(folder / f"{ROWS_FOLDER}-{name}-{split}.parquet")
         pq.write_table(
             pa.table(columns),
             paths[split],
@@ -46,11 +48,11 @@ def write_candidate_rows(heads: Frame, rows: Frame, folder: Path, name: str) -> 
 
 def move_candidate_rows(paths: Sequence[str], split: str, directory: Path) -> None:
     """Moves the files of a split to a dataset's folder, in the order of its shards."""
-    (directory / FOLDER).mkdir(exist_ok=True)
+    (directory / ROWS_FOLDER).mkdir(exist_ok=True)
     for index, path in enumerate(paths):
         shutil.move(path, path_of(directory, split, index))
 
 
 def path_of(directory: Path, split: str, shard: int) -> Path:
     """Where the candidates of a shard of the dataset in `directory` are found."""
-    return directory / FOLDER / f"{split}-{shard:05d}.parquet"
+    return directory / ROWS_FOLDER / f"{split}-{shard:05d}.parquet"

@@ -13,17 +13,16 @@ from jaxtyping import Int64
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.encode import Encoding, item_category_counts
 from kd_ranker.sources.logs.files import Log
-from kd_ranker.sources.logs.frames import array_of
 from kd_ranker.sources.logs.keys import look_up
-from kd_ranker.sources.logs.layout import Layout
+from kd_ranker.sources.logs.layout import STAGES, LogLayout
+from kd_ranker.sources.logs.log_statistics import NO_MOMENTS, Statistics, moments_of
 from kd_ranker.sources.logs.merging import Counts
+from kd_ranker.sources.logs.named_columns import array_of
 from kd_ranker.sources.logs.partition import FAULTS, Partitioned
 from kd_ranker.sources.logs.reasons import MEANING, Reason
 from kd_ranker.sources.logs.scan import Scan
-from kd_ranker.sources.logs.statistics import NO_MOMENTS, Statistics, moments_of
 
 JSON_FILE, PAGE = "data_report.json", "data_report.html"
-STAGES = ("retrieved", "passed", "shown")
 Report = dict[str, Any]
 
 # Beyond it, a teacher's probabilities are far enough from what users did to be pointed out.
@@ -31,9 +30,9 @@ _CALIBRATION_TOLERANCE = 0.1
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
-def make_report(
+def make_data_report(
     log: Log,
-    layout: Layout,
+    layout: LogLayout,
     scan: Scan,
     cutoff: int | None,
     partitioned: Sequence[Partitioned],
@@ -92,7 +91,7 @@ def make_report(
     return report
 
 
-def _columns(layout: Layout, partitioned: Sequence[Partitioned]) -> list[dict]:
+def _columns(layout: LogLayout, partitioned: Sequence[Partitioned]) -> list[dict]:
     """Missing and bad values, by what the config names."""
     totals: dict[str, np.ndarray] = {}
     for part in partitioned:
@@ -110,7 +109,7 @@ def _columns(layout: Layout, partitioned: Sequence[Partitioned]) -> list[dict]:
     ]
 
 
-def _requests(layout: Layout, found: Statistics, cutoff: int | None) -> dict:
+def _requests(layout: LogLayout, found: Statistics, cutoff: int | None) -> dict:
     totals = found.totals
     number = totals["candidates_a_request"]
     result: dict[str, Any] = {
@@ -160,7 +159,7 @@ def _stages(found: Statistics) -> list[dict]:
     ]
 
 
-def _labels(layout: Layout, found: Statistics) -> dict:
+def _labels(layout: LogLayout, found: Statistics) -> dict:
     totals = found.totals
     shown = totals["stages"][:, 2]
     by_task = {}
@@ -181,7 +180,7 @@ def _labels(layout: Layout, found: Statistics) -> dict:
     }
 
 
-def _teacher(layout: Layout, found: Statistics, partitioned: Sequence[Partitioned]) -> dict:
+def _teacher(layout: LogLayout, found: Statistics, partitioned: Sequence[Partitioned]) -> dict:
     if not layout.scored_tasks:
         return {"signal": layout.teacher_signal, "tasks": {}, "other_version": 0}
     totals = found.totals
@@ -219,7 +218,7 @@ def _teacher(layout: Layout, found: Statistics, partitioned: Sequence[Partitione
     }
 
 
-def _features(layout: Layout, found: Statistics, encoding: Encoding) -> list[dict]:
+def _features(layout: LogLayout, found: Statistics, encoding: Encoding) -> list[dict]:
     items = found.items
     of_items = Counts(*(array_of(items, name) for name in ("item", "train", "total")))
     features = []
@@ -262,7 +261,7 @@ def _features(layout: Layout, found: Statistics, encoding: Encoding) -> list[dic
     return features
 
 
-def _ids(layout: Layout, found: Statistics, encoding: Encoding) -> dict:
+def _ids(layout: LogLayout, found: Statistics, encoding: Encoding) -> dict:
     users = found.counts["user"]
     train = array_of(found.items, "train")
     result = {
@@ -397,13 +396,13 @@ def _remarks_on_features(features: list[dict], ids: dict) -> list[str]:
     return found
 
 
-def write_report(report: Report, folder: Path) -> None:
+def write_data_report(report: Report, folder: Path) -> None:
     """Writes `data_report.json` and `data_report.html`."""
     (folder / JSON_FILE).write_text(json.dumps(report, indent=2, allow_nan=False))
-    (folder / PAGE).write_text(page(report))
+    (folder / PAGE).write_text(data_report_page(report))
 
 
-def page(report: Report) -> str:
+def data_report_page(report: Report) -> str:
     """The page's HTML, which needs no other file."""
     templates = jinja2.Environment(
         loader=jinja2.PackageLoader("kd_ranker.sources.logs"),

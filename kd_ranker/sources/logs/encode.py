@@ -10,19 +10,19 @@ from jaxtyping import Float32, Int, Int32, Int64
 
 from kd_ranker.batch import Category, FeatureSpec
 from kd_ranker.requests.request import Request
-from kd_ranker.sources.logs.frames import (
-    Column,
-    Frame,
+from kd_ranker.sources.logs.keys import MISSING, look_up, mixed
+from kd_ranker.sources.logs.layout import Feature, LogLayout
+from kd_ranker.sources.logs.log_statistics import Moments, Statistics, moments_of
+from kd_ranker.sources.logs.merging import Counts
+from kd_ranker.sources.logs.named_columns import (
+    ColumnValues,
+    NamedColumns,
     Ragged,
     array_of,
     num_rows,
-    read_frame,
+    read_columns,
     starts_of,
 )
-from kd_ranker.sources.logs.keys import MISSING, look_up, mixed
-from kd_ranker.sources.logs.layout import Feature, Layout
-from kd_ranker.sources.logs.merging import Counts
-from kd_ranker.sources.logs.statistics import Moments, Statistics, moments_of
 from kd_ranker.sources.logs.values import compacted
 
 # The version that the probabilities get where every one counts.
@@ -52,7 +52,7 @@ class Encoding(NamedTuple):
     scales: dict[str, tuple[float, float, float]]
 
 
-def make_encoding(layout: Layout, found: Statistics) -> Encoding:
+def make_encoding(layout: LogLayout, found: Statistics) -> Encoding:
     """Settles ids and scales, from what training requests hold.
 
     Users and items get an id each, those of training requests first, the most frequent before the
@@ -114,7 +114,7 @@ def make_encoding(layout: Layout, found: Statistics) -> Encoding:
     return Encoding(spec, vocabularies, scales)
 
 
-def item_category_counts(column: Column, items: Counts) -> Counts:
+def item_category_counts(column: ColumnValues, items: Counts) -> Counts:
     """How often the values of items occur among the candidates."""
     if isinstance(column, Ragged):
         key, lengths = column.values, column.lengths
@@ -183,7 +183,7 @@ def load_encoding(folder: Path) -> Encoding:
 
 
 def item_matrix(
-    layout: Layout, encoding: Encoding, items: Frame
+    layout: LogLayout, encoding: Encoding, items: NamedColumns
 ) -> tuple[Float32[np.ndarray, "items F"], Int32[np.ndarray, "items I"]]:
     """What is known of each item: its dense features, cheap ones first, and its category ids."""
     place, known = look_up(encoding.vocabularies["item"].key, array_of(items, "item"))
@@ -200,35 +200,36 @@ def item_matrix(
 
 
 def encode_requests(
-    layout: Layout, heads_path: str, rows_path: str, encoding_folder: str, split: str
+    layout: LogLayout, requests_path: str, candidates_path: str, encoding_folder: str, split: str
 ) -> Iterator[Request]:
     """The requests of a split that lie in a bucket, in the order of time."""
     encoding = load_encoding(Path(encoding_folder))
-    heads, rows = read_frame(Path(heads_path)), read_frame(Path(rows_path))
+    requests, candidates = read_columns(Path(requests_path)), read_columns(Path(candidates_path))
     spec, tasks = encoding.spec, layout.tasks
-    user_id = _ids(encoding.vocabularies["user"], array_of(heads, "user"))
-    item_id = _ids(encoding.vocabularies["item"], array_of(rows, "item"))
-    user_features = _dense(encoding, layout.of("user", kind="dense"), heads)
-    context = _dense(encoding, layout.of("context", kind="dense"), heads)
-    candidate_features = _dense(encoding, layout.of("candidate", kind="dense"), rows)
-    request_category = _categories(layout, encoding, heads, "user", "context")
-    candidate_category = _categories(layout, encoding, rows, "candidate")
-    history_start, history_id = _history(layout, encoding, heads)
-    label = np.stack([array_of(rows, f"label:{task}") for task in tasks], axis=1)
+    user_id = _ids(encoding.vocabularies["user"], array_of(requests, "user"))
+    item_id = _ids(encoding.vocabularies["item"], array_of(candidates, "item"))
+    user_features = _dense(encoding, layout.of("user", kind="dense"), requests)
+    context = _dense(encoding, layout.of("context", kind="dense"), requests)
+    candidate_features = _dense(encoding, layout.of("candidate", kind="dense"), candidates)
+    request_category = _categories(layout, encoding, requests, "user", "context")
+    candidate_category = _categories(layout, encoding, candidates, "candidate")
+    history_start, history_id = _history(layout, encoding, requests)
+    label = np.stack([array_of(candidates, f"label:{task}") for task in tasks], axis=1)
     label = np.maximum(label, 0).astype(np.uint8)
-    unknown = np.full(num_rows(rows), np.nan, np.float32)
+    unknown = np.full(num_rows(candidates), np.nan, np.float32)
     probability = np.stack(
-        [np.asarray(rows.get(f"teacher:{task}", unknown)) for task in tasks], axis=1
+        [np.asarray(candidates.get(f"teacher:{task}", unknown)) for task in tasks], axis=1
     ).astype(np.float32)
-    label_weight = np.asarray(rows["label_weight"], np.float32)
-    teacher_weight = np.asarray(rows["teacher_weight"], np.float32)
-    start = starts_of(array_of(heads, "candidates"))
+    label_weight = np.asarray(candidates["label_weight"], np.float32)
+    teacher_weight = np.asarray(candidates["teacher_weight"], np.float32)
+    start = starts_of(array_of(requests, "candidates"))
     # As Python's own numbers, which are quicker to take one by one.
     request, time, shown, passed, scored = (
-        array_of(heads, name).tolist() for name in ("request", "time", "shown", "passed", "scored")
+        array_of(requests, name).tolist()
+        for name in ("request", "time", "shown", "passed", "scored")
     )
     no_truth = np.zeros((0, len(tasks)), np.float32)
-    for index in np.flatnonzero((array_of(heads, "in_test") > 0) == (split == "test")).tolist():
+    for index in np.flatnonzero((array_of(requests, "in_test") > 0) == (split == "test")).tolist():
         first, end = int(start[index]), int(start[index + 1])
         history = history_id[history_start[index] : history_start[index + 1]]
         yield Request(
@@ -262,26 +263,28 @@ def _ids(vocabulary: Vocabulary, key: Int64[np.ndarray, "n"]) -> Int32[np.ndarra
 
 
 def _history(
-    layout: Layout, encoding: Encoding, heads: Frame
+    layout: LogLayout, encoding: Encoding, requests: NamedColumns
 ) -> tuple[Int64[np.ndarray, "n+1"], Int32[np.ndarray, "all"]]:
     """Where the history of each request begins, and the ids of the items that are known."""
     if layout.history is None:
-        return np.zeros(num_rows(heads) + 1, np.int64), np.zeros(0, np.int32)
-    column = heads[f"feature:{layout.history.name}"]
+        return np.zeros(num_rows(requests) + 1, np.int64), np.zeros(0, np.int32)
+    column = requests[f"feature:{layout.history.name}"]
     assert isinstance(column, Ragged)
     place, known = look_up(encoding.vocabularies["item"].key, column.values)
     ids = np.asarray(encoding.vocabularies["item"].number)[place[known]]
     return compacted(column.lengths, known), ids
 
 
-def _dense(encoding: Encoding, features: list[Feature], frame: Frame) -> Float32[np.ndarray, "n F"]:
+def _dense(
+    encoding: Encoding, features: list[Feature], table: NamedColumns
+) -> Float32[np.ndarray, "n F"]:
     """Dense features side by side; one column of zeros if there are none."""
     if not features:
-        return np.zeros((num_rows(frame), 1), np.float32)
-    matrix = np.empty((num_rows(frame), len(features)), np.float32)
+        return np.zeros((num_rows(table), 1), np.float32)
+    matrix = np.empty((num_rows(table), len(features)), np.float32)
     for index, feature in enumerate(features):
         mean, scale, missing = encoding.scales[feature.name]
-        number = np.asarray(frame[f"feature:{feature.name}"], np.float64)
+        number = np.asarray(table[f"feature:{feature.name}"], np.float64)
         with np.errstate(over="ignore"):
             scaled = ((number - mean) / scale).astype(np.float32)
         matrix[:, index] = np.where(np.isfinite(scaled), scaled, np.float32(missing))
@@ -289,7 +292,7 @@ def _dense(encoding: Encoding, features: list[Feature], frame: Frame) -> Float32
 
 
 def _categories(
-    layout: Layout, encoding: Encoding, frame: Frame, *owners: str
+    layout: LogLayout, encoding: Encoding, table: NamedColumns, *owners: str
 ) -> Int32[np.ndarray, "n K"]:
     """Category ids side by side, in the order of the features; -1 fills bags up."""
     starts = dict(
@@ -299,12 +302,12 @@ def _categories(
             strict=True,
         )
     )
-    columns = [np.zeros((num_rows(frame), 0), np.int32)]
+    columns = [np.zeros((num_rows(table), 0), np.int32)]
     for feature in layout.categories(*owners):
-        column = frame[f"feature:{feature.name}"]
+        column = table[f"feature:{feature.name}"]
         if isinstance(column, Ragged):
-            ids = np.full((num_rows(frame), feature.length), -1, np.int32)
-            row = np.repeat(np.arange(num_rows(frame)), column.lengths)
+            ids = np.full((num_rows(table), feature.length), -1, np.int32)
+            row = np.repeat(np.arange(num_rows(table)), column.lengths)
             place = np.arange(len(column.values)) - np.repeat(column.start[:-1], column.lengths)
             ids[row, place] = starts[feature.name] + _numbers(encoding, feature, column.values)
         else:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs.layout import OPTIONAL, Layout
+from kd_ranker.sources.logs.layout import OPTIONAL, LogLayout
 
 SUFFIXES = (".parquet", ".pq")
 # How many footers are read at a time: a store far away answers many requests at once.
@@ -62,14 +62,14 @@ class Part(NamedTuple):
 
     Attributes:
       file: the number of its file.
-      group: its number in the file.
+      row_group: its number in the file.
       first_row: the number of its first row in the file.
       rows: how many it has.
       entries: how many candidates these have, about.
     """
 
     file: int
-    group: int
+    row_group: int
     first_row: int
     rows: int
     entries: int
@@ -104,7 +104,7 @@ class Log:
         }
 
 
-def wanted_columns(layout: Layout) -> list[Wanted]:
+def wanted_columns(layout: LogLayout) -> list[Wanted]:
     """The columns that a log must have."""
     listed = 1 if layout.by_request else 0
     columns = layout.columns
@@ -140,7 +140,7 @@ def wanted_columns(layout: Layout) -> list[Wanted]:
     return wanted
 
 
-def open_log(layout: Layout) -> Log:
+def open_log(layout: LogLayout) -> Log:
     """Finds the files of a log and checks that they have the columns that the config names.
 
     Reads footers only.
@@ -225,23 +225,21 @@ def _opened(system: Any, file: str) -> Iterator[pq.ParquetFile]:
         raise UserError(f"{file} cannot be read as Parquet: {error}") from error
 
 
-def _parts(index: int, metadata: pq.FileMetaData, layout: Layout) -> list[Part]:
-    rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+def _parts(index: int, metadata: pq.FileMetaData, layout: LogLayout) -> list[Part]:
+    row_groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    rows = [row_group.num_rows for row_group in row_groups]
     entries = rows
     if layout.by_request:
         # A list of items counts as many values as it has, and an empty one counts 1.
         item = layout.columns["item"]
         paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
-        number = next(n for n, path in enumerate(paths) if path.split(".")[0] == item)
-        entries = [
-            metadata.row_group(group).column(number).num_values
-            for group in range(metadata.num_row_groups)
-        ]
+        place = next(place for place, path in enumerate(paths) if path.split(".")[0] == item)
+        entries = [row_group.column(place).num_values for row_group in row_groups]
     firsts = itertools.accumulate(rows, initial=0)
     return [
-        Part(index, group, first, number, count)
-        for group, (first, number, count) in enumerate(zip(firsts, rows, entries, strict=False))
-        if number
+        Part(index, number, first, size, count)
+        for number, (first, size, count) in enumerate(zip(firsts, rows, entries, strict=False))
+        if size
     ]
 
 
@@ -282,7 +280,7 @@ def _check_schema(
                 )
 
 
-def _check_history(layout: Layout, families: dict[str, tuple[str, str]]) -> None:
+def _check_history(layout: LogLayout, families: dict[str, tuple[str, str]]) -> None:
     if layout.history is None:
         return
     item, column = layout.columns["item"], layout.history.column
@@ -367,13 +365,13 @@ def read_parts(
     """
     system, _ = fsspec.core.url_to_fs(log.url)
     names = list(dict.fromkeys(columns)) if columns is not None else None
-    for file, group in itertools.groupby(parts, key=lambda part: part.file):
+    for file, parts_of_file in itertools.groupby(parts, key=lambda part: part.file):
         with _opened(system, log.files[file]) as parquet:
-            for part in group:
+            for part in parts_of_file:
                 row = part.first_row
                 size = max(1, entries * part.rows // max(part.entries, 1))
                 for batch in parquet.iter_batches(
-                    size, [part.group], columns=names, use_threads=False
+                    size, [part.row_group], columns=names, use_threads=False
                 ):
                     yield file, row, batch
                     row += batch.num_rows

@@ -9,10 +9,10 @@ from kd_ranker.batch import TEACHER_SIGNALS
 from kd_ranker.errors import UserError, check_choice
 
 ROWS = ("candidate", "request")
-SPLITS = ("time", "request", "user")
+SPLIT_BY = ("time", "request", "user")
 TIME_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000}
 OWNERS = ("user", "context", "item", "candidate")
-KINDS = ("dense", "category", "bag", "history")
+FEATURE_KINDS = ("dense", "category", "bag", "history")
 STAGES = ("retrieved", "passed", "shown")
 # What a log may lack.
 OPTIONAL = ("stage", "position", "label_weight", "teacher_version", "teacher_weight")
@@ -40,7 +40,7 @@ class Feature:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class LogLayout:
     """What `config.data` says of a log.
 
     Attributes:
@@ -56,7 +56,7 @@ class Layout:
       teacher_signal: one of `TEACHER_SIGNALS`.
       units_per_second: of an integer time column.
       features: the features, in the config's order.
-      split: one of `SPLITS`.
+      split: one of `SPLIT_BY`.
       test_share: of the requests.
       seed: of the splits by hash.
       strict: whether what is wrong with a row ends the build.
@@ -110,7 +110,7 @@ class Layout:
         return tuple(task for task in self.tasks if task in self.teacher)
 
 
-def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Layout:
+def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> LogLayout:
     """Reads `config.data`.
 
     Raises:
@@ -122,7 +122,7 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
             "--config.data.path=…"
         )
     check_choice("data.rows", data.rows, ROWS)
-    check_choice("data.split", data.split, SPLITS)
+    check_choice("data.split", data.split, SPLIT_BY)
     check_choice("data.time_unit", data.time_unit, TIME_UNITS)
     check_choice("data.teacher_signal", data.teacher_signal, TEACHER_SIGNALS)
     for key in ("columns", "stages", "labels", "teacher"):
@@ -152,7 +152,7 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
             f"({', '.join(feature.name for feature in histories)}); there is room for one"
         )
     columns = {name: column for name, column in data.columns.items() if column}
-    return Layout(
+    return LogLayout(
         path=str(data.path),
         directory=str(data.dir),
         by_request=data.rows == "request",
@@ -193,7 +193,7 @@ def _read_feature(name: str, value: ConfigDict) -> Feature:
     if not isinstance(value, ConfigDict) or set(value) != set(known):
         raise UserError(f"{key} must be made by kd_ranker.config.features.feature")
     check_choice(f"{key}.of", value.of, OWNERS)
-    check_choice(f"{key}.kind", value.kind, KINDS)
+    check_choice(f"{key}.kind", value.kind, FEATURE_KINDS)
     if value.kind == "history" and value.of not in ("user", "context"):
         raise UserError(f"{key}.of={value.of!r}: a history is one of: user, context")
     for number in ("size", "length"):

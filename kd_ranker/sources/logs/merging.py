@@ -8,10 +8,10 @@ from jaxtyping import Int64, Shaped
 
 T = TypeVar("T")
 # Below so many rows, joining what has gathered would cost more than it saves.
-_WORTH_JOINING = 1 << 18
+_WORTH_MERGING = 1 << 18
 
 
-class Gathering(Generic[T]):
+class Merger(Generic[T]):
     """Pieces that are joined as soon as they have grown as large as what was joined before.
 
     So at most about twice the memory of the result is held, and each row is joined a number of
@@ -29,7 +29,7 @@ class Gathering(Generic[T]):
         """Takes one more piece, which comes after those before."""
         self._pieces.append(piece)
         self._waiting += self._size(piece)
-        if self._waiting > max(self._joined, _WORTH_JOINING):
+        if self._waiting > max(self._joined, _WORTH_MERGING):
             self.result()
 
     def result(self) -> T:
@@ -55,7 +55,7 @@ def counts_of(key: Int64[np.ndarray, "n"], in_train: Shaped[np.ndarray, "n"]) ->
     return Counts(keys, train, total.astype(np.int64))
 
 
-def joined_counts(pieces: list[Counts]) -> Counts:
+def merge_counts(pieces: list[Counts]) -> Counts:
     """The sums of several counts."""
     keys, inverse = np.unique(np.concatenate([piece.key for piece in pieces]), return_inverse=True)
 
@@ -69,6 +69,6 @@ def joined_counts(pieces: list[Counts]) -> Counts:
     )
 
 
-def gathering_counts() -> Gathering[Counts]:
+def count_merger() -> Merger[Counts]:
     """A gathering of counts."""
-    return Gathering(joined_counts, lambda counts: len(counts.key))
+    return Merger(merge_counts, lambda counts: len(counts.key))

@@ -1,7 +1,7 @@
 """The second pass over a log, which reads all its columns and sorts its rows into buckets on disk.
 
 What is wrong with a row by itself is found here. The others are written to runs, files sorted by
-bucket: a frame of rows, one a candidate, and one of heads, which hold what belongs to a request.
+bucket: a table of rows, one a candidate, and one of heads, which hold what belongs to a request.
 
 A row has the columns `file`, `row` and `place` (where it was in the log), `request`, `time` (of the
 request), `user` and `item` (keys), `moved` (whether its own time is another), `stage`, `position`
@@ -22,8 +22,11 @@ from jaxtyping import Bool, Float32, Float64, Int64
 from kd_ranker.batch import Stage
 from kd_ranker.sources.logs import files, values
 from kd_ranker.sources.logs.files import Log, Part
-from kd_ranker.sources.logs.frames import (
-    Frame,
+from kd_ranker.sources.logs.keys import MISSING, keys_of
+from kd_ranker.sources.logs.layout import Feature, LogLayout
+from kd_ranker.sources.logs.merging import Merger
+from kd_ranker.sources.logs.named_columns import (
+    NamedColumns,
     Ragged,
     Run,
     concatenate,
@@ -33,11 +36,14 @@ from kd_ranker.sources.logs.frames import (
     take_rows,
     write_run,
 )
-from kd_ranker.sources.logs.keys import MISSING, keys_of
-from kd_ranker.sources.logs.layout import Feature, Layout
-from kd_ranker.sources.logs.merging import Gathering
-from kd_ranker.sources.logs.plan import Plan, load_plan, look_up_requests
-from kd_ranker.sources.logs.reasons import Reason, Rejected, count_by_reason, rejected, save
+from kd_ranker.sources.logs.plan import BucketPlan, load_plan, look_up_requests
+from kd_ranker.sources.logs.reasons import (
+    Reason,
+    Rejected,
+    count_by_reason,
+    rejected_records,
+    save_rejected,
+)
 
 # Of a column: how many values were looked at, were missing, were no values, did not fit in.
 FAULTS = ("values", "missing", "out_of_range", "cut_off")
@@ -49,8 +55,8 @@ class Partitioned(NamedTuple):
     """What the second pass makes of some parts.
 
     Attributes:
-      rows: runs of rows, in the order of the log.
-      heads: runs of heads, in the order of the log.
+      candidates: runs with a row a candidate, in the order of the log.
+      requests: runs with the rows that hold what belongs to a request, likewise.
       rejected: the path of records of what was rejected.
       counts: how many candidates each reason has cost.
       faults: what the config names, such as `features.age` -> `FAULTS`.
@@ -59,8 +65,8 @@ class Partitioned(NamedTuple):
         their keys.
     """
 
-    rows: list[Run]
-    heads: list[Run]
+    candidates: list[Run]
+    requests: list[Run]
     rejected: str
     counts: Int64[np.ndarray, "reasons"]
     faults: dict[str, Int64[np.ndarray, "4"]]
@@ -75,7 +81,7 @@ class _Found:
     rejected: list[Rejected] = dataclasses.field(default_factory=list)
     faults: dict[str, Int64[np.ndarray, "4"]] = dataclasses.field(default_factory=dict)
     other_version: int = 0
-    texts: dict[str, Gathering[pa.Table]] = dataclasses.field(default_factory=dict)
+    texts: dict[str, Merger[pa.Table]] = dataclasses.field(default_factory=dict)
 
     def add_faults(self, name: str, looked_at: int, *counts: int) -> None:
         numbers = np.array([looked_at, *counts, *[0] * (3 - len(counts))])
@@ -84,7 +90,7 @@ class _Found:
     def add_texts(self, name: str, texts: pa.Array | None, key: Int64[np.ndarray, "n"]) -> None:
         if texts is not None and len(texts):
             table = pa.table({"key": key, "text": texts})
-            gathered = self.texts.setdefault(name, Gathering(_distinct_texts, len))
+            gathered = self.texts.setdefault(name, Merger(_distinct_texts, len))
             gathered.add(table)
 
 
@@ -109,40 +115,40 @@ class _Source(NamedTuple):
         if not files.is_list(array.type):
             return array.take(pa.array(self.parent))
         start, _, valid, inner = values.lists_of(array)
-        return values.gather(inner, start[self.parent] + self.place, valid[self.parent])
+        return values.take_values(inner, start[self.parent] + self.place, valid[self.parent])
 
 
 def partition_parts(
-    log: Log, layout: Layout, plan_folder: Path, parts: Sequence[Part], folder: Path, name: str
+    log: Log, layout: LogLayout, plan_folder: Path, parts: Sequence[Part], folder: Path, name: str
 ) -> Partitioned:
     """Partitions some parts; `name` tells what is written to `folder` from that of other parts."""
     plan = load_plan(plan_folder)
     columns = [wanted.column for wanted in files.wanted_columns(layout)]
     found = _Found()
-    runs: dict[str, list[Run]] = {"rows": [], "heads": []}
-    waiting: dict[str, list[Frame]] = {"rows": [], "heads": []}
+    runs: dict[str, list[Run]] = {"candidates": [], "requests": []}
+    waiting: dict[str, list[NamedColumns]] = {"candidates": [], "requests": []}
 
     def flush() -> None:
-        for kind, frames in waiting.items():
-            frame = concatenate(frames)
-            frames.clear()
-            bucket = frame.pop("bucket")
+        for kind, tables in waiting.items():
+            table = concatenate(tables)
+            tables.clear()
+            bucket = table.pop("bucket")
             path = folder / f"{kind}-{name}-{len(runs[kind])}.arrow"
-            runs[kind].append(write_run(path, frame, np.asarray(bucket)))
+            runs[kind].append(write_run(path, table, np.asarray(bucket)))
 
     for file, first_row, batch in files.read_parts(log, parts, columns):
-        rows, heads = _read_batch(layout, plan, file, first_row, batch, found)
-        if num_rows(rows):
-            waiting["rows"].append(rows)
-            waiting["heads"].append(heads)
-        if sum(map(num_rows, waiting["rows"])) >= layout.bucket_rows:
+        candidates, requests = _read_batch(layout, plan, file, first_row, batch, found)
+        if num_rows(candidates):
+            waiting["candidates"].append(candidates)
+            waiting["requests"].append(requests)
+        if sum(map(num_rows, waiting["candidates"])) >= layout.bucket_rows:
             flush()
-    if waiting["rows"]:
+    if waiting["candidates"]:
         flush()
-    path = save(folder / f"rejected-{name}.npy", found.rejected)
+    path = save_rejected(folder / f"rejected-{name}.npy", found.rejected)
     return Partitioned(
-        rows=runs["rows"],
-        heads=runs["heads"],
+        candidates=runs["candidates"],
+        requests=runs["requests"],
         rejected=path,
         counts=count_by_reason(np.load(path)),
         faults=found.faults,
@@ -152,8 +158,13 @@ def partition_parts(
 
 
 def _read_batch(
-    layout: Layout, plan: Plan, file: int, first_row: int, batch: pa.RecordBatch, found: _Found
-) -> tuple[Frame, Frame]:
+    layout: LogLayout,
+    plan: BucketPlan,
+    file: int,
+    first_row: int,
+    batch: pa.RecordBatch,
+    found: _Found,
+) -> tuple[NamedColumns, NamedColumns]:
     """The rows and the heads of a batch, with their `bucket`; what is rejected goes to `found`."""
     columns = layout.columns
     source = _candidates(layout, file, first_row, batch, found)
@@ -191,9 +202,11 @@ def _read_batch(
         reason[applies] = why
     places = np.full(len(parent), -1) if source.place is None else source.place
     bad = np.flatnonzero(reason)
-    found.rejected.append(rejected(file, first_row + parent[bad], places[bad], 1, reason[bad]))
+    found.rejected.append(
+        rejected_records(file, first_row + parent[bad], places[bad], 1, reason[bad])
+    )
 
-    rows: Frame = {
+    rows: NamedColumns = {
         "bucket": bucket[parent].astype(np.int32),
         "file": np.full(len(parent), file, np.int32),
         "row": first_row + parent,
@@ -215,11 +228,11 @@ def _read_batch(
         rows[f"feature:{feature.name}"] = _feature(feature, array, found)
     good = np.flatnonzero(reason == 0)
     rows = take_rows(rows, good)
-    return rows, _heads(layout, batch, parent[good], rows, found)
+    return rows, _request_rows(layout, batch, parent[good], rows, found)
 
 
 def _candidates(
-    layout: Layout, file: int, first_row: int, batch: pa.RecordBatch, found: _Found
+    layout: LogLayout, file: int, first_row: int, batch: pa.RecordBatch, found: _Found
 ) -> _Source:
     """Where the candidates of a batch lie; rows without any that can be told apart are rejected."""
     if not layout.by_request:
@@ -233,7 +246,7 @@ def _candidates(
             reason[(reason == 0) & valid & (other != length)] = Reason.LISTS_DIFFER
     bad = np.flatnonzero(reason)
     found.rejected.append(
-        rejected(file, first_row + bad, -1, np.maximum(length[bad], 1), reason[bad])
+        rejected_records(file, first_row + bad, -1, np.maximum(length[bad], 1), reason[bad])
     )
     good = np.flatnonzero(reason == 0)
     return _Source(
@@ -243,7 +256,7 @@ def _candidates(
     )
 
 
-def _label(layout: Layout, source: _Source, task: str, found: _Found) -> np.ndarray:
+def _label(layout: LogLayout, source: _Source, task: str, found: _Found) -> np.ndarray:
     """int8: 0 or 1, -1 where there is none, -2 where it is no label."""
     number = values.numbers_of(source.of_candidates(layout.labels[task]))
     missing = np.isnan(number)
@@ -254,7 +267,9 @@ def _label(layout: Layout, source: _Source, task: str, found: _Found) -> np.ndar
     )
 
 
-def _teacher(layout: Layout, source: _Source, found: _Found) -> dict[str, Float32[np.ndarray, "n"]]:
+def _teacher(
+    layout: LogLayout, source: _Source, found: _Found
+) -> dict[str, Float32[np.ndarray, "n"]]:
     """What the log holds of the teacher: probabilities, or positions, as they are there."""
     highest = 1.0 if layout.teacher_signal == "probability" else _LARGEST
     columns = {}
@@ -269,7 +284,7 @@ def _teacher(layout: Layout, source: _Source, found: _Found) -> dict[str, Float3
     return columns
 
 
-def _position(layout: Layout, source: _Source, found: _Found) -> Float32[np.ndarray, "n"]:
+def _position(layout: LogLayout, source: _Source, found: _Found) -> Float32[np.ndarray, "n"]:
     if "position" not in layout.columns:
         return np.full(len(source.parent), np.nan, np.float32)
     number = values.numbers_of(source.of_candidates(layout.columns["position"]))
@@ -280,7 +295,7 @@ def _position(layout: Layout, source: _Source, found: _Found) -> Float32[np.ndar
 
 
 def _stage(
-    layout: Layout,
+    layout: LogLayout,
     source: _Source,
     position: Float32[np.ndarray, "n"],
     label: dict[str, np.ndarray],
@@ -300,7 +315,7 @@ def _stage(
 
 
 def _label_weight(
-    layout: Layout, source: _Source, label: dict[str, np.ndarray], found: _Found
+    layout: LogLayout, source: _Source, label: dict[str, np.ndarray], found: _Found
 ) -> Float32[np.ndarray, "n"]:
     """1 where the log names none; 0 where it names nonsense, or lacks a label."""
     labelled = np.all([column >= 0 for column in label.values()], axis=0)
@@ -314,7 +329,7 @@ def _label_weight(
 
 
 def _teacher_weight(
-    layout: Layout,
+    layout: LogLayout,
     source: _Source,
     teacher: dict[str, Float32[np.ndarray, "n"]],
     found: _Found,
@@ -337,7 +352,7 @@ def _teacher_weight(
 
 
 def _feature(feature: Feature, array: pa.Array, found: _Found) -> Any:
-    """A feature as a column of a frame."""
+    """A feature as a column of a table."""
     name = f"features.{feature.name}"
     if feature.kind == "dense":
         number = values.numbers_of(array)
@@ -353,7 +368,7 @@ def _feature(feature: Feature, array: pa.Array, found: _Found) -> Any:
             found.add_texts(f"feature:{feature.name}", keys.texts, keys.text_keys)
         return keys.key
     start, length, _, inner = values.lists_of(array)
-    keys = keys_of(values.gather(inner, places_of(start, length)))
+    keys = keys_of(values.take_values(inner, places_of(start, length)))
     keep = keys.key != MISSING
     kept = np.diff(values.compacted(length, keep))
     # The most recent events stand last in a history; a bag has no order, so its first will do.
@@ -374,13 +389,13 @@ def _narrowed(number: Float64[np.ndarray, "n"]) -> np.ndarray:
     return narrow if np.array_equal(narrow, number, equal_nan=True) else number
 
 
-def _heads(
-    layout: Layout,
+def _request_rows(
+    layout: LogLayout,
     batch: pa.RecordBatch,
     parent: Int64[np.ndarray, "n"],
-    rows: Frame,
+    rows: NamedColumns,
     found: _Found,
-) -> Frame:
+) -> NamedColumns:
     """What belongs to a request, wherever it is another one than in the row before."""
     scalars = {
         feature.name: _feature(feature, batch.column(feature.column), found)
@@ -411,7 +426,7 @@ def _distinct_texts(tables: list[pa.Table]) -> pa.Table:
     return table.take(pa.array(first)).combine_chunks()
 
 
-def _write_texts(texts: dict[str, Gathering[pa.Table]], folder: Path, name: str) -> dict[str, str]:
+def _write_texts(texts: dict[str, Merger[pa.Table]], folder: Path, name: str) -> dict[str, str]:
     paths = {}
     for number, (column, gathered) in enumerate(texts.items()):
         paths[column] = str(folder / f"texts-{name}-{number}.arrow")

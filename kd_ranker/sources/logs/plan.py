@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from kd_ranker.sources.logs.frames import starts_of
 from kd_ranker.sources.logs.keys import look_up
-from kd_ranker.sources.logs.layout import Layout
+from kd_ranker.sources.logs.layout import LogLayout
+from kd_ranker.sources.logs.named_columns import starts_of
 from kd_ranker.sources.logs.scan import Times
 
 
-class Plan(NamedTuple):
+class BucketPlan(NamedTuple):
     """Which bucket each request goes to; the requests are sorted by their keys.
 
     Attributes:
@@ -29,7 +29,7 @@ class Plan(NamedTuple):
     bucket: Int64[np.ndarray, "n"]
 
 
-def plan_buckets(times: Times, layout: Layout) -> Plan:
+def plan_buckets(times: Times, layout: LogLayout) -> BucketPlan:
     """Cuts the requests, in the order of time, into buckets of `layout.bucket_rows` at most."""
     order = np.lexsort((times.request, times.time))
     fits = times.entries[order] <= layout.bucket_rows
@@ -41,23 +41,25 @@ def plan_buckets(times: Times, layout: Layout) -> Plan:
         firsts.append(int(np.searchsorted(ends, limit, side="right")) - 1)
     bucket = np.full(len(times.request), -1)
     bucket[order] = np.repeat(np.arange(len(firsts) - 1), np.diff(firsts))
-    return Plan(times.request, times.time, bucket)
+    return BucketPlan(times.request, times.time, bucket)
 
 
-def save_plan(plan: Plan, folder: Path) -> None:
+def save_plan(plan: BucketPlan, folder: Path) -> None:
     """Writes a plan for `load_plan`."""
     folder.mkdir()
     for name, array in plan._asdict().items():
         np.save(folder / f"{name}.npy", array)
 
 
-def load_plan(folder: Path) -> Plan:
+def load_plan(folder: Path) -> BucketPlan:
     """The inverse of `save_plan`; processes share its memory."""
-    return Plan(*(np.load(folder / f"{name}.npy", mmap_mode="r") for name in Plan._fields))
+    return BucketPlan(
+        *(np.load(folder / f"{name}.npy", mmap_mode="r") for name in BucketPlan._fields)
+    )
 
 
 def look_up_requests(
-    plan: Plan, request: Int64[np.ndarray, "n"]
+    plan: BucketPlan, request: Int64[np.ndarray, "n"]
 ) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"]]:
     """The bucket of each request, -1 for one without a time or too large, and its time."""
     if not len(plan.request):

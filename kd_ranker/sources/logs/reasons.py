@@ -48,7 +48,7 @@ DTYPE = np.dtype(
 Rejected = Shaped[np.ndarray, "n"]
 
 
-def rejected(
+def rejected_records(
     file: Int[np.ndarray, "n"] | int,
     row: Int[np.ndarray, "n"],
     place: Int[np.ndarray, "n"] | int,
@@ -68,7 +68,7 @@ def rejected(
     return records
 
 
-def save(path: Path, parts: Sequence[Rejected]) -> str:
+def save_rejected(path: Path, parts: Sequence[Rejected]) -> str:
     """Writes records, sorted by where they were in the log; returns the path."""
     records = np.concatenate([np.zeros(0, DTYPE), *parts])
     np.save(path, records[np.lexsort([records[name] for name in ("place", "row", "file")])])

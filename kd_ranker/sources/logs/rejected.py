@@ -9,15 +9,15 @@ import pyarrow.parquet as pq
 
 from kd_ranker.sources.logs import files
 from kd_ranker.sources.logs.files import Log
-from kd_ranker.sources.logs.frames import starts_of
-from kd_ranker.sources.logs.layout import Layout
+from kd_ranker.sources.logs.layout import LogLayout
+from kd_ranker.sources.logs.named_columns import starts_of
 from kd_ranker.sources.logs.reasons import Reason, Rejected
-from kd_ranker.sources.logs.values import gather, lists_of
+from kd_ranker.sources.logs.values import lists_of, take_values
 
-FOLDER = "rejected"
+REJECTED_FOLDER = "rejected"
 
 
-def write_rejected(log: Log, layout: Layout, paths: Sequence[str], folder: Path) -> int:
+def write_rejected(log: Log, layout: LogLayout, paths: Sequence[str], folder: Path) -> int:
     """Writes the rows that were rejected, read once more from the log.
 
     A file of the log that has any gets a `rejected-<its number>.parquet` with all of its columns
@@ -27,7 +27,7 @@ def write_rejected(log: Log, layout: Layout, paths: Sequence[str], folder: Path)
     Args:
       log: the log.
       layout: of the log.
-      paths: of records that `reasons.save` wrote.
+      paths: of records that `reasons.save_rejected` wrote.
       folder: to write to; made if there is anything to write.
 
     Returns:
@@ -110,4 +110,4 @@ def _cut(array: pa.Array, rows: np.ndarray, place: np.ndarray) -> pa.Array:
     ends = starts_of(number)
     places = np.repeat(first - ends[:-1], number) + np.arange(ends[-1])
     offsets = pa.array(ends, mask=np.append(~valid[rows], False))
-    return pa.LargeListArray.from_arrays(offsets, gather(inner, places)).cast(array.type)
+    return pa.LargeListArray.from_arrays(offsets, take_values(inner, places)).cast(array.type)

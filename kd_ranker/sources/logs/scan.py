@@ -13,8 +13,8 @@ from jaxtyping import Int64
 from kd_ranker.sources.logs import files, values
 from kd_ranker.sources.logs.files import Log, Part
 from kd_ranker.sources.logs.keys import MISSING, keys_of
-from kd_ranker.sources.logs.layout import Layout
-from kd_ranker.sources.logs.merging import Gathering
+from kd_ranker.sources.logs.layout import LogLayout
+from kd_ranker.sources.logs.merging import Merger
 
 
 class Times(NamedTuple):
@@ -48,12 +48,12 @@ class Scan(NamedTuple):
     last: int | None
 
 
-def scan_parts(log: Log, layout: Layout, parts: Sequence[Part]) -> Scan:
+def scan_parts(log: Log, layout: LogLayout, parts: Sequence[Part]) -> Scan:
     """Scans some parts."""
     columns = [layout.columns["request"], layout.columns["time"]]
     if layout.by_request:
         columns.append(layout.columns["item"])
-    gathered = gathering_times()
+    gathered = time_merger()
     rows = entries = steps_back = 0
     first = last = None
     for _, _, batch in files.read_parts(log, parts, columns):
@@ -77,7 +77,7 @@ def scan_parts(log: Log, layout: Layout, parts: Sequence[Part]) -> Scan:
     return Scan(gathered.result(), rows, entries, steps_back, first, last)
 
 
-def join_scans(scans: Sequence[Scan], gathered: Gathering[Times]) -> Scan:
+def merge_scans(scans: Sequence[Scan], gathered: Merger[Times]) -> Scan:
     """The scan of all parts, from those of its chunks in their order; `gathered` has the times."""
     timed = [scan for scan in scans if scan.first is not None]
     between = sum(
@@ -94,22 +94,22 @@ def join_scans(scans: Sequence[Scan], gathered: Gathering[Times]) -> Scan:
     )
 
 
-def gathering_times() -> Gathering[Times]:
+def time_merger() -> Merger[Times]:
     """A gathering of the times of requests."""
-    return Gathering(_join_times, lambda times: len(times.request))
+    return Merger(_merge_times, lambda times: len(times.request))
 
 
 def _distinct(
     key: Int64[np.ndarray, "n"], time: Int64[np.ndarray, "n"], number: Int64[np.ndarray, "n"]
 ) -> Times:
     # Most logs have the rows of a request side by side, and runs are cheap to find.
-    heads = np.flatnonzero(np.diff(key, prepend=key[:1] - 1)) if len(key) else np.zeros(0, int)
-    if len(heads):
-        number, time = np.add.reduceat(number, heads), np.minimum.reduceat(time, heads)
-    return _join_times([Times(key[heads], time[: len(heads)], number[: len(heads)])])
+    starts = np.flatnonzero(np.diff(key, prepend=key[:1] - 1)) if len(key) else np.zeros(0, int)
+    if len(starts):
+        number, time = np.add.reduceat(number, starts), np.minimum.reduceat(time, starts)
+    return _merge_times([Times(key[starts], time[: len(starts)], number[: len(starts)])])
 
 
-def _join_times(pieces: list[Times]) -> Times:
+def _merge_times(pieces: list[Times]) -> Times:
     key, time, number = (np.concatenate(column) for column in zip(*pieces, strict=True))
     order = np.argsort(key, kind="stable")
     key, time, number = key[order], time[order], number[order]

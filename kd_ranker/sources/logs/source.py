@@ -18,8 +18,9 @@ from ml_collections import ConfigDict
 from kd_ranker.errors import UserError
 from kd_ranker.requests.pool import Runner, open_pool
 from kd_ranker.requests.request import SPLITS, Request, Source
-from kd_ranker.sources.logs import candidate_rows, files, group, partition, scan, statistics
-from kd_ranker.sources.logs.data_report import PAGE, Report, make_report, write_report
+from kd_ranker.sources.logs import assemble, candidate_rows, files, log_statistics, partition, scan
+from kd_ranker.sources.logs.assemble import AssembledBucket
+from kd_ranker.sources.logs.data_report import PAGE, Report, make_data_report, write_data_report
 from kd_ranker.sources.logs.encode import (
     encode_requests,
     item_matrix,
@@ -27,31 +28,28 @@ from kd_ranker.sources.logs.encode import (
     save_encoding,
 )
 from kd_ranker.sources.logs.files import Log
-from kd_ranker.sources.logs.frames import Run
-from kd_ranker.sources.logs.group import Grouped
-from kd_ranker.sources.logs.layout import Layout, read_layout
+from kd_ranker.sources.logs.layout import LogLayout, read_layout
+from kd_ranker.sources.logs.log_statistics import Statistics
+from kd_ranker.sources.logs.named_columns import Run
 from kd_ranker.sources.logs.partition import Partitioned
 from kd_ranker.sources.logs.plan import plan_buckets, save_plan, time_cutoff
 from kd_ranker.sources.logs.reasons import Reason
-from kd_ranker.sources.logs.rejected import FOLDER as REJECTED
-from kd_ranker.sources.logs.rejected import write_rejected
+from kd_ranker.sources.logs.rejected import REJECTED_FOLDER, write_rejected
 from kd_ranker.sources.logs.scan import Scan
-from kd_ranker.sources.logs.statistics import Statistics
-from kd_ranker.sources.logs.vocabulary import FOLDER as VOCABULARIES
-from kd_ranker.sources.logs.vocabulary import write_vocabularies
+from kd_ranker.sources.logs.vocabulary import VOCABULARIES_FOLDER, write_vocabularies
 
 MANIFEST = "log.json"
 # Where the report of a log goes of which no dataset was built, below `data.dir`.
 REFUSED = "refused_log"
 
 
-class Read(NamedTuple):
+class PreparedLog(NamedTuple):
     """A log, read up to the point where only requests are left to be written."""
 
     scan: Scan
     cutoff: int | None
     partitioned: list[Partitioned]
-    grouped: list[Grouped]
+    assembled: list[AssembledBucket]
     found: Statistics | None
     counts: Int64[np.ndarray, "reasons"]
 
@@ -60,7 +58,7 @@ class Read(NamedTuple):
         """Paths of records of all that was rejected."""
         return [
             *(part.rejected for part in self.partitioned),
-            *(of_bucket.rejected for of_bucket in self.grouped),
+            *(of_bucket.rejected for of_bucket in self.assembled),
         ]
 
 
@@ -108,16 +106,16 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
         )
 
 
-def _read(log: Log, layout: Layout, work: Path, run: Runner) -> Read:
+def _read(log: Log, layout: LogLayout, work: Path, run: Runner) -> PreparedLog:
     """All passes but the last."""
     chunks = files.chunks_of(log.parts, layout.bucket_rows)
     calls: list[tuple] = [(log, layout, parts) for parts in chunks]
-    times = scan.gathering_times()
+    times = scan.time_merger()
     scans = []
     for scanned in run(scan.scan_parts, calls, "reading times"):
         times.add(scanned.times)
         scans.append(scanned._replace(times=scan.NO_TIMES))
-    whole = scan.join_scans(scans, times)
+    whole = scan.merge_scans(scans, times)
     cutoff = None
     if layout.split == "time" and len(whole.times.time):
         cutoff = time_cutoff(whole.times.time, layout.test_share)
@@ -136,31 +134,31 @@ def _read(log: Log, layout: Layout, work: Path, run: Runner) -> Read:
         for index, parts in enumerate(chunks)
     ]
     partitioned = list(run(partition.partition_parts, calls, "sorting rows"))
-    rows = _by_bucket(itertools.chain.from_iterable(part.rows for part in partitioned))
-    heads = _by_bucket(itertools.chain.from_iterable(part.heads for part in partitioned))
-    grouped: list[Grouped] = []
+    candidates = _by_bucket(itertools.chain.from_iterable(part.candidates for part in partitioned))
+    requests = _by_bucket(itertools.chain.from_iterable(part.requests for part in partitioned))
+    assembled: list[AssembledBucket] = []
     calls = [
-        (layout, cutoff, rows[bucket], heads[bucket], work, f"{bucket:06d}")
-        for bucket in sorted(rows)
+        (layout, cutoff, candidates[bucket], requests[bucket], work, f"{bucket:06d}")
+        for bucket in sorted(candidates)
     ]
 
     def pieces() -> Iterator[Statistics]:
-        for of_bucket in run(group.group_bucket, calls, "grouping"):
+        for of_bucket in run(assemble.assemble_bucket, calls, "making requests"):
             yield of_bucket.statistics
-            grouped.append(of_bucket._replace(statistics=None))
+            assembled.append(of_bucket._replace(statistics=None))
 
-    found = statistics.gather(pieces()) if calls else None
+    found = log_statistics.add_up_buckets(pieces()) if calls else None
     for part in partitioned:
-        for a_run in (*part.rows, *part.heads):
+        for a_run in (*part.candidates, *part.requests):
             Path(a_run.path).unlink()
     none = np.zeros(max(Reason) + 1, np.int64)
-    counts = sum((part.counts for part in (*partitioned, *grouped)), none)
-    used = sum(of_bucket.used for of_bucket in grouped)
+    counts = sum((part.counts for part in (*partitioned, *assembled)), none)
+    used = sum(of_bucket.used for of_bucket in assembled)
     if whole.entries != used + counts.sum():
         raise RuntimeError(
             f"{whole.entries} candidates in the log, {used} used, {counts.sum()} rejected"
         )
-    return Read(whole, cutoff, partitioned, grouped, found, counts)
+    return PreparedLog(whole, cutoff, partitioned, assembled, found, counts)
 
 
 def _by_bucket(runs: Iterator[Run]) -> dict[int, list[tuple[str, int]]]:
@@ -172,9 +170,9 @@ def _by_bucket(runs: Iterator[Run]) -> dict[int, list[tuple[str, int]]]:
     return places
 
 
-def _source(log: Log, layout: Layout, read: Read, work: Path) -> Source:
+def _source(log: Log, layout: LogLayout, read: PreparedLog, work: Path) -> Source:
     encoding = make_encoding(layout, read.found) if read.found else None
-    report = make_report(
+    report = make_data_report(
         log,
         layout,
         read.scan,
@@ -188,7 +186,8 @@ def _source(log: Log, layout: Layout, read: Read, work: Path) -> Source:
     if read.found is None or encoding is None:
         raise refuse("not one row of the log can be used")
     num_requests = {
-        split: sum(of_bucket.num_requests[split] for of_bucket in read.grouped) for split in SPLITS
+        split: sum(of_bucket.num_requests[split] for of_bucket in read.assembled)
+        for split in SPLITS
     }
     for split, number in num_requests.items():
         if not number:
@@ -199,13 +198,18 @@ def _source(log: Log, layout: Layout, read: Read, work: Path) -> Source:
     save_encoding(encoding, folder)
     item_features, item_category = item_matrix(layout, encoding, read.found.items)
 
-    def parts(split: str) -> list[Grouped]:
-        return [of_bucket for of_bucket in read.grouped if of_bucket.num_requests[split]]
+    def parts(split: str) -> list[AssembledBucket]:
+        return [of_bucket for of_bucket in read.assembled if of_bucket.num_requests[split]]
 
     def shards(split: str) -> list[Callable[[], Iterator[Request]]]:
         return [
             functools.partial(
-                encode_requests, layout, of_bucket.heads, of_bucket.rows, str(folder), split
+                encode_requests,
+                layout,
+                of_bucket.requests,
+                of_bucket.candidates,
+                str(folder),
+                split,
             )
             for of_bucket in parts(split)
         ]
@@ -213,7 +217,7 @@ def _source(log: Log, layout: Layout, read: Read, work: Path) -> Source:
     def write_beside(directory: Path) -> None:
         _write_report(log, layout, read, report, directory)
         texts = [part.texts for part in read.partitioned]
-        write_vocabularies(encoding, texts, directory / VOCABULARIES)
+        write_vocabularies(encoding, texts, directory / VOCABULARIES_FOLDER)
         for split in SPLITS:
             paths = [of_bucket.candidate_rows[split] for of_bucket in parts(split)]
             candidate_rows.move_candidate_rows(paths, split, directory)
@@ -243,7 +247,7 @@ def _faults(report: Report) -> str:
     return ", ".join(f"{number:,} {what}" for number, what in counted if number)
 
 
-def _refuse(log: Log, layout: Layout, read: Read, report: Report, why: str) -> UserError:
+def _refuse(log: Log, layout: LogLayout, read: PreparedLog, report: Report, why: str) -> UserError:
     """The error for a log of which no dataset is made; its report is written all the same."""
     directory = Path(layout.directory) / REFUSED
     shutil.rmtree(directory, ignore_errors=True)
@@ -257,9 +261,11 @@ def _refuse(log: Log, layout: Layout, read: Read, report: Report, why: str) -> U
     )
 
 
-def _write_report(log: Log, layout: Layout, read: Read, report: Report, directory: Path) -> None:
+def _write_report(
+    log: Log, layout: LogLayout, read: PreparedLog, report: Report, directory: Path
+) -> None:
     """Writes the report and what was rejected."""
-    write_report(report, directory)
-    written = write_rejected(log, layout, read.rejected, directory / REJECTED)
+    write_data_report(report, directory)
+    written = write_rejected(log, layout, read.rejected, directory / REJECTED_FOLDER)
     if written != read.counts.sum():
         raise RuntimeError(f"{read.counts.sum()} candidates rejected, {written} written")

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float64, Int, Int64
 
-from kd_ranker.sources.logs.frames import starts_of
+from kd_ranker.sources.logs.named_columns import starts_of
 
 # Seconds since 1970 that NumPy and TFDS hold alike, some 30,000 years.
 _LATEST = 10.0**12
@@ -88,7 +88,7 @@ def lists_of(
     return offsets[:-1], np.where(valid, np.diff(offsets), 0), valid, array.values
 
 
-def gather(
+def take_values(
     values: pa.Array, places: Int[np.ndarray, "m"], valid: Bool[np.ndarray, "m"] | None = None
 ) -> pa.Array:
     """The values at some places, null where not `valid`."""

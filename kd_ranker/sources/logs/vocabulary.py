@@ -11,7 +11,7 @@ from jaxtyping import Int64
 from kd_ranker.sources.logs.encode import Encoding
 from kd_ranker.sources.logs.keys import look_up
 
-FOLDER = "vocabularies"
+VOCABULARIES_FOLDER = "vocabularies"
 
 
 def write_vocabularies(

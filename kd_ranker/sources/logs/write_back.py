@@ -36,8 +36,9 @@ from kd_ranker.requests.pool import open_pool
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs import candidate_rows, files
 from kd_ranker.sources.logs.files import Log, Part
-from kd_ranker.sources.logs.frames import (
-    Frame,
+from kd_ranker.sources.logs.layout import LogLayout, read_layout
+from kd_ranker.sources.logs.named_columns import (
+    NamedColumns,
     Run,
     array_of,
     num_rows,
@@ -47,12 +48,11 @@ from kd_ranker.sources.logs.frames import (
     take_rows,
     write_run,
 )
-from kd_ranker.sources.logs.layout import Layout, read_layout
 from kd_ranker.sources.logs.source import MANIFEST, check_unchanged
 from kd_ranker.sources.logs.values import lists_of
 
 # Where scored logs go, below `data.dir`.
-FOLDER = "scored"
+SCORED_FOLDER = "scored"
 VERSION_COLUMN = "teacher_version"
 # Put behind the names of the columns, if the log has one of these names already.
 SUFFIX = "_scored"
@@ -108,12 +108,12 @@ def open_scored_log(
     check_unchanged(data, directory)
     layout = read_layout(data, tasks, funnel)
     log = files.open_log(layout)
-    if not (directory / candidate_rows.FOLDER).is_dir():
+    if not (directory / candidate_rows.ROWS_FOLDER).is_dir():
         raise UserError(
             f"{directory} does not say which rows of the log its candidates are; remove that "
             "folder and make it anew with: python -m experiments.prepare_data"
         )
-    copy, output = storage.directory_of(name, data.dir), Path(data.dir) / FOLDER / name
+    copy, output = storage.directory_of(name, data.dir), Path(data.dir) / SCORED_FOLDER / name
     made_of = (directory / MANIFEST).read_text()
     for folder in (copy, output):
         there = folder / MANIFEST
@@ -136,7 +136,7 @@ def open_scored_log(
     return ScoredLog(write_beside, write)
 
 
-def _added_columns(log: Log, layout: Layout) -> tuple[str, ...]:
+def _added_columns(log: Log, layout: LogLayout) -> tuple[str, ...]:
     """The names of the columns to add, the same ones in all files; none is in the log already."""
     columns = (*map(storage.teacher_column, layout.tasks), VERSION_COLUMN)
     while set(columns) & set(log.names):
@@ -168,7 +168,7 @@ def _start_folder(output: Path, made_of: str) -> None:
 
 def _write_missing(
     log: Log,
-    layout: Layout,
+    layout: LogLayout,
     directory: Path,
     copy: Path,
     columns: tuple[str, ...],
@@ -282,29 +282,29 @@ def sort_scores(
                 scores[column].append(request[column])
     # Not by way of a path alone, which pyarrow takes for a dataset.
     with pq.ParquetFile(rows) as parquet:
-        table = parquet.read(use_threads=False)
-    where = {name: table[name].to_numpy() for name in ("file", "row", "place")}
-    if not np.array_equal(np.repeat(request_id, candidates), table["request_id"].to_numpy()):
+        stored = parquet.read(use_threads=False)
+    where = {name: stored[name].to_numpy() for name in ("file", "row", "place")}
+    if not np.array_equal(np.repeat(request_id, candidates), stored["request_id"].to_numpy()):
         raise UserError(
             f"{copy} holds other requests than the dataset that it was made of holds now; remove "
             "that folder and run this again"
         )
     chosen = places_of(starts_of(np.array(candidates))[:-1], np.array(scored))
-    frame: Frame = {name: column[chosen] for name, column in where.items()}
+    table: NamedColumns = {name: column[chosen] for name, column in where.items()}
     for task, column in zip(spec.tasks, columns, strict=True):
-        frame[f"teacher:{task}"] = np.concatenate(scores[column])
-    frame = take_rows(frame, np.flatnonzero(np.isin(array_of(frame, "file"), of_files)))
-    if not num_rows(frame):
+        table[f"teacher:{task}"] = np.concatenate(scores[column])
+    table = take_rows(table, np.flatnonzero(np.isin(array_of(table, "file"), of_files)))
+    if not num_rows(table):
         return Run("", {})
-    key = _key(array_of(frame, "file"), array_of(frame, "row"))
-    del frame["file"]
+    key = _key(array_of(table, "file"), array_of(table, "row"))
+    del table["file"]
     chunk = np.searchsorted(chunk_starts, key, side="right") - 1
-    return write_run(folder / f"scores-{split}-{first:012d}.arrow", frame, chunk)
+    return write_run(folder / f"scores-{split}-{first:012d}.arrow", table, chunk)
 
 
 def write_file(
     log: Log,
-    layout: Layout,
+    layout: LogLayout,
     columns: Sequence[str],
     version: str,
     file: int,
@@ -342,13 +342,17 @@ def write_file(
     os.replace(temporary, output)
 
 
-def _by_row(places: Sequence[tuple[str, int]]) -> Frame:
-    frame = read_runs(places)
-    return take_rows(frame, np.argsort(array_of(frame, "row"), kind="stable"))
+def _by_row(places: Sequence[tuple[str, int]]) -> NamedColumns:
+    table = read_runs(places)
+    return take_rows(table, np.argsort(array_of(table, "row"), kind="stable"))
 
 
 def _columns_of(
-    layout: Layout, version: str, scores: Frame | None, first_row: int, batch: pa.RecordBatch
+    layout: LogLayout,
+    version: str,
+    scores: NamedColumns | None,
+    first_row: int,
+    batch: pa.RecordBatch,
 ) -> list[pa.Array]:
     """The columns to add to a batch; `scores` are sorted by their rows."""
     chosen, row = slice(0, 0), np.zeros(0, np.int64)

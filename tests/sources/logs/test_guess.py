@@ -30,7 +30,7 @@ from kd_ranker.sources.registry import SOURCES, SourceEntry
 from tests import small
 from tests.sources import planted_logs as logs
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 FEATURES = {
     "age": ("user", "dense"),
     "country": ("user", "category"),
@@ -655,7 +655,7 @@ def test_the_entry_point_says_where_the_file_is_and_what_to_run_next(columns, tm
 
 def test_a_sample_is_bounded_and_spread(columns, tmp_path):
     path = logs.write(logs.table_of(columns), tmp_path / "feed", row_group_size=900)
-    log = sample.open_log(str(path))
+    log = sample.read_footers(str(path))
     read = sample.read_sample(log, max_rows=3000)
     assert 2000 < read.num_rows <= 3000
     requests = np.array(columns["request_id"])
@@ -690,9 +690,9 @@ def test_rows_in_any_order(columns, tmp_path):
 
 def test_more_requests_are_read_to_tell_users_from_contexts(columns, tmp_path):
     path = logs.write(logs.table_of(columns), tmp_path / "feed")
-    log = sample.open_log(str(path))
+    log = sample.read_footers(str(path))
     names = ["user_id", "age", "country", "hour"]
-    read = sample.read_requests(log, "request_id", names)
+    read = sample.sample_requests(log, "request_id", names)
     frame = pd.DataFrame({name: columns[name] for name in ("request_id", *names)})
     expected = frame.drop_duplicates("request_id").set_index("request_id").sort_index()
     values = {name: np.array(each.values.to_pylist())[each.code] for name, each in read.items()}
@@ -773,7 +773,7 @@ def array_of(rng: np.random.Generator, of: pa.DataType, number: int, distinct: i
 def test_any_table_gives_a_config_or_one_line(table, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any")
     pq.write_table(table, folder / "feed.parquet", row_group_size=25)
-    log = sample.open_log(str(folder / "feed.parquet"))
+    log = sample.read_footers(str(folder / "feed.parquet"))
     text, message = "", ""
     try:
         text = first_config.config_text("feed", log, {})
@@ -804,7 +804,7 @@ def test_agreement_is_one_minus_differing_over_expected(code, seed):
     later = frame.groupby("group").cumcount() > 0
     chance = float((frame.code.value_counts(normalize=True) ** 2).sum()) if len(frame) else 0.0
     expected = int(later.sum()) * (1 - chance)
-    assert found.groups == int((frame.groupby("group").size() > 1).sum())
+    assert found.owners == int((frame.groupby("group").size() > 1).sum())
     assert found.expected == pytest.approx(expected)
     if expected > 1e-9:
         assert found.kappa == pytest.approx(1 - ((frame.code != first) & later).sum() / expected)

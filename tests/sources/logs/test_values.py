@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd_ranker.sources.logs import frames, values
-from kd_ranker.sources.logs.frames import Ragged
+from kd_ranker.sources.logs import named_columns, values
 from kd_ranker.sources.logs.keys import MISSING, keys_of, look_up, share_of
+from kd_ranker.sources.logs.named_columns import Ragged
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_lists_lie_where_they_are_said_to_lie_in_a_slice_too(type_):
     start, length, valid, inner = values.lists_of(array)
     assert valid.tolist() == [True, False, True]
     assert length.tolist() == [2, 0, 2]
-    found = values.gather(inner, frames.places_of(start, length))
+    found = values.take_values(inner, named_columns.places_of(start, length))
     assert found.to_pylist() == [2, 3, 4, 5]
 
 
@@ -122,7 +122,9 @@ lists = st.lists(st.lists(st.integers(-9, 9), max_size=4), min_size=1, max_size=
 
 def ragged(rows):
     lengths = np.array([len(row) for row in rows])
-    return Ragged(frames.starts_of(lengths), np.array([v for row in rows for v in row], np.int64))
+    return Ragged(
+        named_columns.starts_of(lengths), np.array([v for row in rows for v in row], np.int64)
+    )
 
 
 def rows_of(column):
@@ -133,17 +135,17 @@ def rows_of(column):
 def test_rows_of_lists_are_taken_joined_and_stored(tmp_path_factory, rows, data):
     column = ragged(rows)
     places = np.array(data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=6)), np.int64)
-    assert rows_of(frames.take(column, places)) == [rows[place] for place in places]
+    assert rows_of(named_columns.take(column, places)) == [rows[place] for place in places]
     frame = {"lists": column, "number": np.arange(len(rows)) * 0.5}
-    joined = frames.concatenate([frame, frame])
+    joined = named_columns.concatenate([frame, frame])
     assert rows_of(joined["lists"]) == rows + rows
     bucket = np.array(
         data.draw(st.lists(st.integers(0, 2), min_size=len(rows), max_size=len(rows)))
     )
     path = tmp_path_factory.mktemp("run") / "run.arrow"
-    run = frames.write_run(path, frame, bucket)
+    run = named_columns.write_run(path, frame, bucket)
     for number, index in run.buckets.items():
-        read = frames.read_runs([(run.path, index)])
+        read = named_columns.read_runs([(run.path, index)])
         chosen = np.flatnonzero(bucket == number)
         assert rows_of(read["lists"]) == [rows[place] for place in chosen]
         assert read["number"].tolist() == (chosen * 0.5).tolist()

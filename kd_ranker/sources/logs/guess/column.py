@@ -8,19 +8,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float64, Int32, Int64
 
+from kd_ranker.sources.logs.files import is_list
+
 _EPOCHS = {"s": 1.0, "ms": 1e3, "us": 1e6}
 _EARLIEST, _LATEST = 9.5e8, 2.5e9  # 2000 and 2049, in seconds since 1970
-
-
-def is_list(of: pa.DataType) -> bool:
-    """Whether a type is of lists, in any of the ways to store them."""
-    return bool(
-        pa.types.is_list(of)
-        or pa.types.is_large_list(of)
-        or pa.types.is_fixed_size_list(of)
-        or pa.types.is_list_view(of)
-        or pa.types.is_large_list_view(of)
-    )
 
 
 def kind_of(of: pa.DataType) -> str:
@@ -167,7 +158,7 @@ def may_be_time(column: Column) -> bool:
     return column.kind == "time" or bool(time_unit_of(column))
 
 
-def text_of(column: Column, code: int) -> str:
+def value_text(column: Column, code: int) -> str:
     """A value as text, as `config.data.stages` writes it."""
     value = column.values[code].as_py()
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)

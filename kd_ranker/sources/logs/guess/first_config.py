@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.guess import ids, names, roles, sample
-from kd_ranker.sources.logs.guess.features import DEFAULT_SIZE, Feature, find_features
-from kd_ranker.sources.logs.guess.funnel import Funnel, Size, find_funnel
+from kd_ranker.sources.logs.guess.feature_guesses import DEFAULT_SIZE, FeatureGuess, find_features
+from kd_ranker.sources.logs.guess.funnel_sizes import FunnelSizes, Size, find_funnel_sizes
 from kd_ranker.sources.logs.guess.ids import Guess
 from kd_ranker.sources.logs.guess.roles import Roles
 
@@ -44,12 +44,12 @@ def write_first_config(data: ConfigDict, folder: Path) -> FirstConfig:
       UserError: the file is there already, the log cannot be read, or requests or items cannot be
         told.
     """
-    log = sample.open_log(str(data.path))
+    log = sample.read_footers(str(data.path))
     name = name_of_log(log.path)
     path = folder / f"{name}.py"
     if path.exists():
         raise UserError(f"{path} exists already; move it away, or give another --workdir")
-    named = ids.named_columns(data.columns.to_dict(), log)
+    named = ids.columns_named_by_user(data.columns.to_dict(), log)
     text = config_text(name, log, named)
     folder.mkdir(parents=True, exist_ok=True)
     with path.open("x") as file:
@@ -79,13 +79,13 @@ def name_of_log(path: str) -> str:
     return f"c_{name}" if name[0].isdigit() else name
 
 
-def config_text(name: str, log: sample.Log, named: Mapping[str, str]) -> str:
+def config_text(name: str, log: sample.LogFooters, named: Mapping[str, str]) -> str:
     """The config of a log, as Python."""
     read = sample.read_sample(log)
     facts, guesses = ids.find_facts(log, read, named)
     found = roles.find_roles(facts, guesses, named)
     features = find_features(facts, found)
-    funnel = find_funnel(facts, found)
+    funnel = find_funnel_sizes(facts, found)
     what = "rows, a candidate each," if read.rows == sample.CANDIDATE_ROWS else "requests"
     files = ids.counted(len(log.files), "file")
     head = [
@@ -120,7 +120,7 @@ def config_text(name: str, log: sample.Log, named: Mapping[str, str]) -> str:
     return "\n".join([*head, *body, f"{_INDENT}return config", ""])
 
 
-def _log_section(log: sample.Log, read: sample.Sample, found: Roles) -> list[str]:
+def _log_section(log: sample.LogFooters, read: sample.Sample, found: Roles) -> list[str]:
     files = ids.counted(len(log.files), "file")
     split = '"time"' if found.columns["time"].column else '"request"'
     share = f"the last {0.1:.0%} are test requests" if split == '"time"' else "no time is known"
@@ -173,7 +173,7 @@ def _teacher_section(found: Roles) -> list[str]:
     return lines + _line("config.teacher.source", '"logged"', "or live: one that is trained here")
 
 
-def _features_section(features: Sequence[Feature]) -> list[str]:
+def _features_section(features: Sequence[FeatureGuess]) -> list[str]:
     lines = _line("data.features", "ConfigDict()", "what rankers may read")
     for feature in features:
         if not feature.left_out:
@@ -181,7 +181,7 @@ def _features_section(features: Sequence[Feature]) -> list[str]:
     return lines
 
 
-def _left_out_section(features: Sequence[Feature]) -> list[str]:
+def _left_out_section(features: Sequence[FeatureGuess]) -> list[str]:
     left_out = [feature for feature in features if feature.left_out]
     lines = [f"{_INDENT}# Left out, and why."] if left_out else []
     for feature in left_out:
@@ -191,11 +191,11 @@ def _left_out_section(features: Sequence[Feature]) -> list[str]:
     return lines
 
 
-def _key(feature: Feature) -> str:
+def _key(feature: FeatureGuess) -> str:
     return f"data.features.{feature.name}"
 
 
-def _arguments(feature: Feature) -> list[str]:
+def _arguments(feature: FeatureGuess) -> list[str]:
     arguments = [quoted(feature.of), quoted(feature.kind)]
     if feature.column != feature.name:
         arguments.append(f"column={quoted(feature.column)}")
@@ -208,18 +208,18 @@ def _arguments(feature: Feature) -> list[str]:
     return arguments
 
 
-def _feature_call(feature: Feature) -> str:
+def _feature_call(feature: FeatureGuess) -> str:
     return f"parquet.feature({', '.join(_arguments(feature))})"
 
 
-def _feature_code(feature: Feature) -> str:
+def _feature_code(feature: FeatureGuess) -> str:
     code = _feature_call(feature)
     if len(f"{_INDENT}{_key(feature)} = {code}") <= _WIDTH:
         return code
     return _exploded("parquet.feature(", _arguments(feature))
 
 
-def _funnel_section(funnel: Funnel) -> list[str]:
+def _funnel_section(funnel: FunnelSizes) -> list[str]:
     return [
         *_size("config.funnel.retrieved", funnel.retrieved),
         *_size("config.funnel.passed", funnel.passed),

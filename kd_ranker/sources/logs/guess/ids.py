@@ -9,13 +9,13 @@ import numpy as np
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.guess import evidence, names
-from kd_ranker.sources.logs.guess.column import Column, may_be_time, share_of_values, text_of
+from kd_ranker.sources.logs.guess.column import Column, may_be_time, share_of_values, value_text
 from kd_ranker.sources.logs.guess.evidence import Code
 from kd_ranker.sources.logs.guess.sample import (
     REQUEST_ROWS,
-    Log,
+    LogFooters,
     Sample,
-    read_requests,
+    sample_requests,
     type_names,
 )
 
@@ -59,7 +59,7 @@ class Facts:
       user_name: the column that says so; "" for none.
     """
 
-    log: Log
+    log: LogFooters
     sample: Sample
     request: Code
     item: Code
@@ -100,7 +100,7 @@ class Fit(NamedTuple):
     why: str
 
 
-def named_columns(columns: Mapping[str, str], log: Log) -> dict[str, str]:
+def columns_named_by_user(columns: Mapping[str, str], log: LogFooters) -> dict[str, str]:
     """The columns that a user has named, by role: those unlike the template's.
 
     Raises:
@@ -128,7 +128,7 @@ def _may_be_id(column: Column) -> bool:
 
 
 def find_facts(
-    log: Log, sample: Sample, named: Mapping[str, str]
+    log: LogFooters, sample: Sample, named: Mapping[str, str]
 ) -> tuple[Facts, dict[str, Guess]]:
     """Finds requests, items and users, on which all else depends.
 
@@ -158,7 +158,7 @@ def find_facts(
     if len(evidence.first_rows(request)) < ENOUGH_REQUESTS and log.num_rows > sample.file_rows:
         # Of few requests, hardly two are of the same user.
         key = guess.column if sample.rows != REQUEST_ROWS else ""
-        more = read_requests(log, key, sorted(of_request))
+        more = sample_requests(log, key, sorted(of_request))
         if more and len(next(iter(more.values())).code) > len(evidence.first_rows(request)):
             requests = more
     user = _guess_user(requests, guess.column, named)
@@ -177,11 +177,11 @@ def find_facts(
     return facts, {"request": guess, "item": item, "user": user}
 
 
-def _constant_within(columns: Mapping[str, Column], group: Code) -> frozenset[str]:
+def _constant_within(columns: Mapping[str, Column], owner: Code) -> frozenset[str]:
     return frozenset(
         name
         for name, column in columns.items()
-        if evidence.agreement(column.code, group).is_constant
+        if evidence.agreement(column.code, owner).is_constant
     )
 
 
@@ -194,7 +194,7 @@ def _thin(sample: Sample) -> np.ndarray:
     return (starts[:, None] + np.arange(size)).ravel()
 
 
-def _guess_request(log: Log, sample: Sample, named: Mapping[str, str]) -> Guess:
+def _guess_request(log: LogFooters, sample: Sample, named: Mapping[str, str]) -> Guess:
     """The id of requests, where a row is a candidate.
 
     Within a request, times and users are constant, and there is something of which no two
@@ -226,25 +226,25 @@ def _guess_request(log: Log, sample: Sample, named: Mapping[str, str]) -> Guess:
 
 
 def _fit_of_request(columns: Mapping[str, Column], name: str) -> Fit | None:
-    group = columns[name].code
-    number = len(np.unique(group[group >= 0]))
+    owner = columns[name].code
+    number = len(np.unique(owner[owner >= 0]))
     score = 2.0 * names.match(name, names.SYNONYMS["request"])
-    size = (group >= 0).sum() / max(number, 1)
+    size = (owner >= 0).sum() / max(number, 1)
     if (number < 2 or size < 1.5) and score < 4:
         return None
     others = {other: column for other, column in columns.items() if other != name}
-    constant = _constant_within(others, group)
+    constant = _constant_within(others, owner)
     apart = [
         other
         for other, column in others.items()
         if other not in constant
         and _may_be_id(column)
-        and evidence.repeats_within(column.code, group) <= 0.02
+        and evidence.repeats_within(column.code, owner) <= 0.02
     ]
     if not apart and score < 4:
         return None
     times = [other for other in constant if may_be_time(columns[other])]
-    score += 3 * bool(times) + evidence.is_side_by_side(group) + bool(constant)
+    score += 3 * bool(times) + evidence.is_side_by_side(owner) + bool(constant)
     score -= may_be_time(columns[name])
     what = f", {times[0]!r} among them" if times else ""
     why = (
@@ -319,7 +319,7 @@ def _guess_request_of_rows(
 
 
 def _guess_item(
-    log: Log,
+    log: LogFooters,
     sample: Sample,
     request: Code,
     of_request: frozenset[str],
@@ -334,17 +334,17 @@ def _guess_item(
         for name, column in sample.columns.items()
         if name not in of_request
     }
-    group = request[rows]
+    owner = request[rows]
     fits = []
     for name, column in columns.items():
         if not _may_be_id(column) or not column.known.any():
             continue
         by_name = names.match(name, names.SYNONYMS["item"])
-        repeats = evidence.repeats_within(column.code, group)
+        repeats = evidence.repeats_within(column.code, owner)
         is_template = name == TEMPLATE_COLUMNS["item"]
         if (repeats > 0.02 or column.known.mean() < 0.98) and not is_template:
             continue
-        if by_name < 2 and evidence.permutation_share(column.numbers, group) > 0.9:
+        if by_name < 2 and evidence.permutation_share(column.numbers, owner) > 0.9:
             continue
         known = int(column.known.sum())
         met = len(np.unique(column.code[column.known]))
@@ -379,7 +379,7 @@ def _is_text(column: Column) -> bool:
     """Whether values are words with spaces between them, and so no ids."""
     if column.kind != "string":
         return False
-    texts = [text_of(column, code) for code in range(min(column.distinct, 100))]
+    texts = [value_text(column, code) for code in range(min(column.distinct, 100))]
     return float(np.mean([len(text.split()) for text in texts])) > 1.5
 
 

@@ -68,7 +68,7 @@ STAGE_WORDS: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 
-TASKS = frozenset((
+KNOWN_TASKS = frozenset((
     "click", "like", "share", "watch", "long_view", "long_watch", "view", "effective_view",
     "valid_view", "valid_play", "play", "purchase", "buy", "order", "pay", "cart", "add_to_cart",
     "add_cart", "follow", "subscribe", "comment", "reply", "save", "favorite", "favourite",
@@ -185,7 +185,7 @@ def stage_of_value(value: str) -> str | None:
 def _stem(word: str) -> str:
     """`clicked` -> `click`, `liked` -> `like`; other words as they are."""
     for stem in (word[:-2], word[:-1]) if word.endswith("ed") else ():
-        if stem in TASKS:
+        if stem in KNOWN_TASKS:
             return stem
     return word
 
@@ -198,10 +198,10 @@ def task_of_label(name: str) -> tuple[str, bool]:
     """
     words = [_stem(word) for word in tokens_of(name) if word not in _LABEL_AFFIXES]
     for task in ("_".join(words), "_".join(words[1:]) if words[:1] == ["user"] else ""):
-        if task in TASKS:
+        if task in KNOWN_TASKS:
             return task, True
     # `longview`, without a word's end to see.
-    for task in sorted(TASKS):
+    for task in sorted(KNOWN_TASKS):
         if "".join(words) == task.replace("_", ""):
             return task, True
     return identifier("_".join(words) or name), False
@@ -216,7 +216,9 @@ def is_output_of_model(name: str) -> bool:
     False
     """
     words = set(tokens_of(name))
-    is_scored_task = bool(words & _OUTPUT_WORDS) and any(_stem(word) in TASKS for word in words)
+    is_scored_task = bool(words & _OUTPUT_WORDS) and any(
+        _stem(word) in KNOWN_TASKS for word in words
+    )
     is_output = bool(words & (_TEACHER_WORDS | _PREDICTIONS)) or is_scored_task
     return is_output or _rate_tasks(name) != ()
 

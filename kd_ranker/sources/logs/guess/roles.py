@@ -13,8 +13,8 @@ from kd_ranker.sources.logs.guess.column import (
     is_known_where,
     may_be_time,
     number_met,
-    text_of,
     time_unit_of,
+    value_text,
 )
 from kd_ranker.sources.logs.guess.ids import NONE, Facts, Fit, Guess, best_of, said_by_name
 from kd_ranker.sources.logs.guess.labels import (
@@ -263,9 +263,9 @@ def _most_frequent(facts: Facts, name: str) -> Guess:
         return Guess("", "no version is known")
     most = int(counts.argmax())
     share = counts[most] / counts.sum()
-    others = [text_of(column, code) for code in np.argsort(-counts) if code != most][:3]
+    others = [value_text(column, code) for code in np.argsort(-counts) if code != most][:3]
     check = ""
     if share < 0.9:
         check = f"or {', '.join(map(repr, others))}; what other versions wrote counts for nothing"
     why = f"the version of {share:.0%} of the candidates, out of {number_met(column)}"
-    return Guess(text_of(column, most), why, check)
+    return Guess(value_text(column, most), why, check)

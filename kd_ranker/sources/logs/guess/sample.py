@@ -16,9 +16,9 @@ from fsspec.implementations.local import LocalFileSystem
 from jaxtyping import Int32, Int64
 
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs.files import find_files
+from kd_ranker.sources.logs.files import find_files, is_list
 from kd_ranker.sources.logs.guess import names
-from kd_ranker.sources.logs.guess.column import Column, encode, is_list, kind_of
+from kd_ranker.sources.logs.guess.column import Column, encode, kind_of
 
 MAX_ROWS = 300_000  # candidates in a sample
 MAX_CELLS = 12_000_000  # values read for it, elements of lists included
@@ -32,16 +32,16 @@ _READ_AHEAD = 1 << 20  # bytes
 CANDIDATE_ROWS, REQUEST_ROWS = "candidate", "request"
 
 
-class LogFile(NamedTuple):
+class FileFooter(NamedTuple):
     """One file of a log, without its data."""
 
     system: Any
     path: str
     types: dict[str, pa.DataType]
-    group_rows: tuple[int, ...]
+    rows: tuple[int, ...]  # of each row group
 
 
-class Log(NamedTuple):
+class LogFooters(NamedTuple):
     """A log, without its data.
 
     Attributes:
@@ -52,7 +52,7 @@ class Log(NamedTuple):
     """
 
     path: str
-    files: list[LogFile]
+    files: list[FileFooter]
     types: dict[str, pa.DataType]
     num_rows: int
 
@@ -93,7 +93,7 @@ class Sample(NamedTuple):
         return len(self.request)
 
 
-def open_log(path: str) -> Log:
+def read_footers(path: str) -> LogFooters:
     """Reads the footers of the files that `path` means.
 
     Raises:
@@ -118,12 +118,12 @@ def open_log(path: str) -> Log:
                 raise UserError(f"{file} has two columns {name!r}; rename one of them")
         rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
         types = dict(zip(schema.names, map(_plain_type, schema.types), strict=True))
-        files.append(LogFile(system, file, types, rows))
-    num_rows = sum(sum(each.group_rows) for each in files)
+        files.append(FileFooter(system, file, types, rows))
+    num_rows = sum(sum(each.rows) for each in files)
     if not num_rows:
         raise UserError(f"data.path={path}: its {len(files)} Parquet files have no rows")
-    files = [each for each in files if sum(each.group_rows)]
-    return Log(path, files, _common_types(files), num_rows)
+    files = [each for each in files if sum(each.rows)]
+    return LogFooters(path, files, _common_types(files), num_rows)
 
 
 def _opened(system: Any, path: str) -> pq.ParquetFile:
@@ -147,7 +147,7 @@ def _plain_type(of: pa.DataType) -> pa.DataType:
     return of
 
 
-def _common_types(files: Sequence[LogFile]) -> dict[str, pa.DataType]:
+def _common_types(files: Sequence[FileFooter]) -> dict[str, pa.DataType]:
     types: dict[str, pa.DataType] = {}
     differing = set()
     for file in files:
@@ -179,7 +179,7 @@ class _Chunk(NamedTuple):
     is_last: bool  # it ends where its file ends
 
 
-def read_sample(log: Log, max_rows: int = MAX_ROWS, max_cells: int = MAX_CELLS) -> Sample:
+def read_sample(log: LogFooters, max_rows: int = MAX_ROWS, max_cells: int = MAX_CELLS) -> Sample:
     """Reads row groups spread over the log, of each as many rows as its share of the bounds."""
     unread = _unreadable(log)
     wanted = [name for name in log.types if name not in unread]
@@ -200,7 +200,7 @@ def read_sample(log: Log, max_rows: int = MAX_ROWS, max_cells: int = MAX_CELLS) 
     return Sample(rows, why, check, columns, of_request, request, edge, file_rows, unread)
 
 
-def _unreadable(log: Log) -> dict[str, str]:
+def _unreadable(log: LogFooters) -> dict[str, str]:
     reasons = {}
     for name, of in log.types.items():
         kinds = sorted({str(file.types[name]) for file in log.files if name in file.types})
@@ -212,30 +212,32 @@ def _unreadable(log: Log) -> dict[str, str]:
     return reasons
 
 
-def _spread_groups(log: Log) -> list[tuple[LogFile, int]]:
+def _spread_row_groups(log: LogFooters) -> list[tuple[FileFooter, int]]:
     """At most MAX_CHUNKS row groups at even distances, in the order of the log."""
-    groups = [
-        (file, group) for file in log.files for group, rows in enumerate(file.group_rows) if rows
+    row_groups = [
+        (file, row_group) for file in log.files for row_group, rows in enumerate(file.rows) if rows
     ]
-    places = np.unique(np.linspace(0, len(groups) - 1, min(MAX_CHUNKS, len(groups))).round())
-    return [groups[int(place)] for place in places]
+    places = np.unique(
+        np.linspace(0, len(row_groups) - 1, min(MAX_CHUNKS, len(row_groups))).round()
+    )
+    return [row_groups[int(place)] for place in places]
 
 
 def _read_chunks(
-    log: Log, wanted: Sequence[str], max_rows: int, max_cells: int
+    log: LogFooters, wanted: Sequence[str], max_rows: int, max_cells: int
 ) -> Iterator[_Chunk]:
     schema = pa.schema([(name, log.types[name]) for name in wanted])
-    groups, bytes_left = _spread_groups(log), MAX_BYTES
-    before: tuple[LogFile, int] | None = None
-    for index, (file, group) in enumerate(groups):
+    row_groups, bytes_left = _spread_row_groups(log), MAX_BYTES
+    before: tuple[FileFooter, int] | None = None
+    for index, (file, row_group) in enumerate(row_groups):
         # What small row groups leave goes to those that follow.
-        left = len(groups) - index
-        parquet, present, cells = _open_group(file, group, wanted)
+        left = len(row_groups) - index
+        parquet, present, cells = _open_row_group(file, row_group, wanted)
         rows = min(
-            file.group_rows[group], max(1, min(max_rows // left, int(max_cells / cells) // left))
+            file.rows[row_group], max(1, min(max_rows // left, int(max_cells / cells) // left))
         )
         batches, read, held = [], 0, 0
-        for batch in _batches(parquet, group, present, cells, rows):
+        for batch in _batches(parquet, row_group, present, cells, rows):
             batches.append(_conformed(batch.slice(0, rows - read), schema))
             read += len(batches[-1])
             held += batches[-1].nbytes
@@ -243,23 +245,23 @@ def _read_chunks(
                 break
         max_rows, max_cells = max_rows - read, max_cells - int(read * cells)
         bytes_left -= held
-        ends_group = read == file.group_rows[group]
+        ends_row_group = read == file.rows[row_group]
         yield _Chunk(
             table=pa.concat_tables(batches),
-            follows=before == (file, group),
-            is_first=group == 0,
-            is_last=ends_group and group == len(file.group_rows) - 1,
+            follows=before == (file, row_group),
+            is_first=row_group == 0,
+            is_last=ends_row_group and row_group == len(file.rows) - 1,
         )
-        before = (file, group + 1) if ends_group else None
+        before = (file, row_group + 1) if ends_row_group else None
 
 
-def _open_group(
-    file: LogFile, group: int, wanted: Sequence[str]
+def _open_row_group(
+    file: FileFooter, row_group: int, wanted: Sequence[str]
 ) -> tuple[pq.ParquetFile, list[str], float]:
     """A file, those of the columns that it has, and how many of their values a row holds."""
     parquet = _opened(file.system, file.path)
     present = [name for name in wanted if name in file.types]
-    metadata = parquet.metadata.row_group(group)
+    metadata = parquet.metadata.row_group(row_group)
     chunks = [metadata.column(i) for i in range(metadata.num_columns)]
     cells = sum(
         chunk.num_values
@@ -270,10 +272,10 @@ def _open_group(
 
 
 def _batches(
-    parquet: pq.ParquetFile, group: int, columns: list[str], cells: float, rows: int
+    parquet: pq.ParquetFile, row_group: int, columns: list[str], cells: float, rows: int
 ) -> Iterator[pa.RecordBatch]:
     size = max(1, min(rows, int(_BATCH_CELLS / cells)))
-    return parquet.iter_batches(batch_size=size, row_groups=[group], columns=columns)
+    return parquet.iter_batches(batch_size=size, row_groups=[row_group], columns=columns)
 
 
 def _conformed(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
@@ -323,25 +325,25 @@ def _find_aligned(table: pa.Table) -> tuple[list[str], str, str]:
         for name in table.column_names
         if is_list(table.schema.field(name).type)
     }
-    groups: list[list[str]] = []
+    families: list[list[str]] = []
     for name, length in lengths.items():
         if (length >= 0).mean() < 0.5 or np.median(length) < 2:
             continue
-        for group in groups:
-            other = lengths[group[0]]
+        for family in families:
+            other = lengths[family[0]]
             if np.array_equal(*(each[(length >= 0) & (other >= 0)] for each in (length, other))):
-                group.append(name)
+                family.append(name)
                 break
         else:
-            groups.append([name])
+            families.append([name])
     plain = "its columns hold one value each"
     if lengths:
         plain = "its lists differ in length within a row"
-    groups = [group for group in groups if len(group) > 1 and _ids_of(table, group)]
-    if not groups:
+    families = [family for family in families if len(family) > 1 and _ids_of(table, family)]
+    if not families:
         return [], plain, ""
-    group = max(groups, key=lambda group: _suits_candidates(table, group))
-    item = _ids_of(table, group)
+    family = max(families, key=lambda family: _suits_candidates(table, family))
+    item = _ids_of(table, family)
     code = encode(table[item])[0]
     if len(np.unique(code)) < 0.8 * len(code):
         return [], f"lists repeat from row to row, those of {item!r} for one", ""
@@ -353,19 +355,19 @@ def _find_aligned(table: pa.Table) -> tuple[list[str], str, str]:
     named = any(
         names.match(name, names.SYNONYMS["item"])
         or (names.task_of_label(name)[1] and _holds_only_binary(table[name]))
-        for name in group
+        for name in family
     )
     if has_item and not named:
         return [], "it has a column of items that is no list", ""
-    why = f"the lists of {len(group)} columns are equally long within each row"
+    why = f"the lists of {len(family)} columns are equally long within each row"
     check = '"candidate", if these lists are histories' if not named else ""
-    return group, why, check
+    return family, why, check
 
 
-def _suits_candidates(table: pa.Table, group: Sequence[str]) -> tuple[int, bool, int]:
+def _suits_candidates(table: pa.Table, family: Sequence[str]) -> tuple[int, bool, int]:
     """What groups of lists are sorted by: a name like that of items, labels, their number."""
-    items = max(names.match(name, names.SYNONYMS["item"]) for name in group)
-    return items, any(_holds_only_binary(table[name]) for name in group), len(group)
+    items = max(names.match(name, names.SYNONYMS["item"]) for name in family)
+    return items, any(_holds_only_binary(table[name]) for name in family), len(family)
 
 
 def _holds_only_binary(chunked: pa.ChunkedArray) -> bool:
@@ -377,9 +379,9 @@ def _holds_only_binary(chunked: pa.ChunkedArray) -> bool:
     return set(pc.unique(numbers).to_pylist()) - {None} == {0.0, 1.0}
 
 
-def _ids_of(table: pa.Table, group: Sequence[str]) -> str:
+def _ids_of(table: pa.Table, family: Sequence[str]) -> str:
     """The first of the columns whose lists hold nothing twice, and no fractions; "" if none."""
-    by_name = sorted(group, key=lambda name: -names.match(name, names.SYNONYMS["item"]))
+    by_name = sorted(family, key=lambda name: -names.match(name, names.SYNONYMS["item"]))
     for name in by_name:
         if kind_of(table.schema.field(name).type.value_type) not in ("integer", "string"):
             continue
@@ -434,7 +436,7 @@ def _encoded(table: pa.Table, unread: dict[str, str]) -> dict[str, Column]:
     return columns
 
 
-def read_requests(log: Log, request: str, of_request: Sequence[str]) -> dict[str, Column]:
+def sample_requests(log: LogFooters, request: str, of_request: Sequence[str]) -> dict[str, Column]:
     """Columns over requests, more of them than a sample of candidates holds.
 
     Args:
@@ -447,16 +449,16 @@ def read_requests(log: Log, request: str, of_request: Sequence[str]) -> dict[str
     """
     wanted = list(dict.fromkeys([request, *of_request] if request else of_request))
     schema = pa.schema([(name, log.types[name]) for name in wanted])
-    groups = _spread_groups(log)
+    row_groups = _spread_row_groups(log)
     cells_left, rows_left, tables = _MAX_REQUEST_CELLS, MAX_REQUESTS, []
-    for index, (file, group) in enumerate(groups):
-        left = len(groups) - index
-        parquet, present, cells = _open_group(file, group, wanted)
+    for index, (file, row_group) in enumerate(row_groups):
+        left = len(row_groups) - index
+        parquet, present, cells = _open_row_group(file, row_group, wanted)
         if not present or (request and request not in present):
             continue
-        rows = max(1, min(file.group_rows[group], int(cells_left / cells) // left))
+        rows = max(1, min(file.rows[row_group], int(cells_left / cells) // left))
         read = found = 0
-        for batch in _batches(parquet, group, present, cells, rows):
+        for batch in _batches(parquet, row_group, present, cells, rows):
             table = _firsts(_conformed(batch, schema), request)
             tables.append(table.slice(0, rows_left // left - found))
             read, found = read + len(batch), found + len(tables[-1])
@@ -475,7 +477,7 @@ def _firsts(table: pa.Table, request: str) -> pa.Table:
     return table.take(pa.array(np.sort(first[known >= 0])))
 
 
-def type_names(log: Log, among: Mapping[str, Any] | None = None) -> str:
+def type_names(log: LogFooters, among: Mapping[str, Any] | None = None) -> str:
     """The columns of a log for a message: `user_id (int64), item_id (string)`."""
     shown = [name for name in log.types if among is None or name in among]
     return ", ".join(f"{name} ({log.types[name]})" for name in shown)

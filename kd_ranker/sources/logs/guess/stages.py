@@ -8,7 +8,13 @@ from jaxtyping import Bool, Int8, Int64
 
 from kd_ranker.batch import Stage
 from kd_ranker.sources.logs.guess import names
-from kd_ranker.sources.logs.guess.column import Column, is_binary, number_met, positives_of, text_of
+from kd_ranker.sources.logs.guess.column import (
+    Column,
+    is_binary,
+    number_met,
+    positives_of,
+    value_text,
+)
 from kd_ranker.sources.logs.guess.ids import NONE, Facts, Fit, Guess, best_of, said_by_name
 
 _MAX_STAGES = 8
@@ -56,7 +62,7 @@ def guess_stage(
     of_stage = {"retrieved": Stage.RETRIEVED, "passed": Stage.PASSED, "shown": Stage.SHOWN}
     for code in range(column.distinct):
         for stage, text in stages.items():
-            if text and text == text_of(column, code):
+            if text and text == value_text(column, code):
                 level[column.code == code] = of_stage[stage]
     others = _others(column, stages)
     if others and not stages_guess.check:
@@ -72,14 +78,14 @@ def _may_be_stage(column: Column) -> bool:
 
 def _stages_of_yes_or_no(column: Column) -> dict[str, str]:
     texts = {
-        bool(number): text_of(column, code) for code, number in enumerate(column.value_numbers)
+        bool(number): value_text(column, code) for code, number in enumerate(column.value_numbers)
     }
     return {"retrieved": texts.get(False, ""), "shown": texts.get(True, "")}
 
 
 def _others(column: Column, stages: Mapping[str, str]) -> list[str]:
     """What rows hold that is none of the stages, "None" for those that hold nothing."""
-    texts = {text_of(column, code) for code in range(column.distinct)}
+    texts = {value_text(column, code) for code in range(column.distinct)}
     if not column.known.all():
         texts.add("None")
     return sorted(texts - set(stages.values()))
@@ -93,7 +99,7 @@ def _stages_by_words(column: Column) -> tuple[dict[str, str], Guess] | None:
     several = []
     counts = np.bincount(column.code[column.known], minlength=column.distinct)
     for code in np.argsort(-counts):
-        text = text_of(column, int(code))
+        text = value_text(column, int(code))
         stage = names.stage_of_value(text)
         if stage and stage in stages:
             several.append(f"{text!r} for {stage}, too")
@@ -123,9 +129,9 @@ def _stages_by_labels(
         return None
     known = _also_known_for(column, left, shown, rest)
     before = [code for code in rest if code != known]
-    stages = {"shown": text_of(column, shown), "retrieved": text_of(column, before[-1])}
+    stages = {"shown": value_text(column, shown), "retrieved": value_text(column, before[-1])}
     if len(rest) > 1:
-        stages["passed"] = text_of(column, before[-2] if known is None else known)
+        stages["passed"] = value_text(column, before[-2] if known is None else known)
     checks = []
     if len(rest) > 1 and known is None:
         checks.append("passed and retrieved by their numbers: the fewer are passed")
@@ -168,7 +174,7 @@ def _also_known_for(
 def _stages_by_number(column: Column) -> tuple[dict[str, str], Guess]:
     """By their numbers alone, the rarest first."""
     counts = np.bincount(column.code[column.known], minlength=column.distinct)
-    order = [text_of(column, int(code)) for code in np.argsort(counts) if counts[code]]
+    order = [value_text(column, int(code)) for code in np.argsort(counts) if counts[code]]
     found = ["shown", "retrieved"] if len(order) == 2 else ["shown", "passed", "retrieved"]
     stages = dict(zip(found, order, strict=False))
     return stages, Guess("", "by their numbers: the rarer, the narrower", "what each value means")

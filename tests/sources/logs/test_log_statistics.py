@@ -2,19 +2,19 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kd_ranker.sources.logs import merging, plan, scan, statistics
+from kd_ranker.sources.logs import log_statistics, merging, plan, scan
 from kd_ranker.sources.logs.encode import _most_frequent, _numbered
-from kd_ranker.sources.logs.frames import Ragged, starts_of
-from kd_ranker.sources.logs.merging import Counts, Gathering
+from kd_ranker.sources.logs.log_statistics import merge_moments, moments_of
+from kd_ranker.sources.logs.merging import Counts, Merger
+from kd_ranker.sources.logs.named_columns import Ragged, starts_of
 from kd_ranker.sources.logs.scan import Times
-from kd_ranker.sources.logs.statistics import joined_moments, moments_of
 
 numbers = st.lists(st.floats(-1e6, 1e6), max_size=20)
 
 
 @given(numbers, numbers)
 def test_moments_of_parts_are_joined_to_those_of_the_whole(one, other):
-    joined = joined_moments(moments_of(np.array(one)), moments_of(np.array(other)))
+    joined = merge_moments(moments_of(np.array(one)), moments_of(np.array(other)))
     whole = np.array(one + other)
     assert joined.number == len(whole)
     if len(whole):
@@ -24,14 +24,14 @@ def test_moments_of_parts_are_joined_to_those_of_the_whole(one, other):
 
 
 def test_gathering_joins_as_it_goes_and_gives_the_same_as_at_the_end(monkeypatch):
-    monkeypatch.setattr(merging, "_WORTH_JOINING", 4)
+    monkeypatch.setattr(merging, "_WORTH_MERGING", 4)
     joins = []
 
     def join(pieces):
         joins.append(len(pieces))
         return [value for piece in pieces for value in piece]
 
-    gathering = Gathering(join, len)
+    gathering = Merger(join, len)
     for number in range(40):
         gathering.add([number])
     assert gathering.result() == list(range(40))
@@ -41,7 +41,7 @@ def test_gathering_joins_as_it_goes_and_gives_the_same_as_at_the_end(monkeypatch
 def test_counts_are_added_up():
     one = merging.counts_of(np.array([5, 3, 5]), np.array([True, False, False]))
     assert [column.tolist() for column in one] == [[3, 5], [0, 1], [1, 2]]
-    both = merging.joined_counts([one, Counts(*(np.array([of]) for of in (4, 1, 6)))])
+    both = merging.merge_counts([one, Counts(*(np.array([of]) for of in (4, 1, 6)))])
     assert [column.tolist() for column in both] == [[3, 4, 5], [0, 1, 1], [1, 6, 2]]
 
 
@@ -69,14 +69,14 @@ def test_items_keep_the_values_of_their_last_row_and_whether_they_vary():
         }  # fmt: skip
 
     nan = np.nan
-    one = statistics.join_items(
+    one = log_statistics.merge_items(
         [rows([7, 8, 7], [5, 1, 3], [1.0, nan, 1.0], [[1, 2], [3], [2, 1]])]
     )
     assert one["item"].tolist() == [7, 8]
     assert one["feature:a"][0] == 1.0
     assert one["varies:a"].tolist() == one["varies:b"].tolist() == [0, 0]
-    other = statistics.join_items([rows([7, 8], [4, 2], [2.0, nan], [[1, 2], [4]])])
-    both = statistics.join_items([one, other])
+    other = log_statistics.merge_items([rows([7, 8], [4, 2], [2.0, nan], [[1, 2], [4]])])
+    both = log_statistics.merge_items([one, other])
     assert both["total"].tolist() == [3, 2]
     assert both["feature:a"].tolist()[0] == 1.0
     assert both["feature:b"].values.tolist() == [1, 2, 4]
@@ -119,7 +119,7 @@ def test_the_cutoff_leaves_the_earliest_second_to_training(time, share):
 
 
 def test_times_of_a_request_are_its_earliest():
-    gathered = scan.gathering_times()
+    gathered = scan.time_merger()
     gathered.add(scan._distinct(np.array([4, 4, 2]), np.array([9, 8, 5]), np.array([1, 1, 1])))
     gathered.add(scan._distinct(np.array([2, 4]), np.array([6, 1]), np.array([3, 1])))
     assert [column.tolist() for column in gathered.result()] == [[2, 4], [5, 1], [4, 3]]

@@ -27,8 +27,8 @@ class Ragged:
         return np.diff(self.start)
 
 
-Column = np.ndarray | Ragged
-Frame = dict[str, Column]
+ColumnValues = np.ndarray | Ragged
+NamedColumns = dict[str, ColumnValues]
 
 
 class Run(NamedTuple):
@@ -43,9 +43,9 @@ class Run(NamedTuple):
     buckets: dict[int, int]
 
 
-def array_of(frame: Frame, name: str) -> np.ndarray:
+def array_of(table: NamedColumns, name: str) -> np.ndarray:
     """A column that is not one of lists."""
-    column = frame[name]
+    column = table[name]
     assert not isinstance(column, Ragged)
     return column
 
@@ -71,7 +71,7 @@ def places_of(
     return np.repeat(start - ends[:-1], lengths) + np.arange(ends[-1])
 
 
-def take(column: Column, places: Int[np.ndarray, "m"]) -> Any:
+def take(column: ColumnValues, places: Int[np.ndarray, "m"]) -> Any:
     """The rows at some places of a column."""
     if isinstance(column, Ragged):
         lengths = column.lengths[places]
@@ -81,17 +81,17 @@ def take(column: Column, places: Int[np.ndarray, "m"]) -> Any:
     return column[places]
 
 
-def take_rows(frame: Frame, places: Int[np.ndarray, "m"]) -> Frame:
-    """The rows at some places of a frame."""
-    return {name: take(column, places) for name, column in frame.items()}
+def take_rows(table: NamedColumns, places: Int[np.ndarray, "m"]) -> NamedColumns:
+    """The rows at some places of a table."""
+    return {name: take(column, places) for name, column in table.items()}
 
 
-def concatenate(frames: Sequence[Frame]) -> Frame:
-    """The rows of several frames with the same columns, at least one frame."""
-    return {name: _joined([frame[name] for frame in frames]) for name in frames[0]}
+def concatenate(tables: Sequence[NamedColumns]) -> NamedColumns:
+    """The rows of several tables with the same columns, at least one table."""
+    return {name: _end_to_end([table[name] for table in tables]) for name in tables[0]}
 
 
-def _joined(columns: Sequence[Column]) -> Column:
+def _end_to_end(columns: Sequence[ColumnValues]) -> ColumnValues:
     if isinstance(columns[0], Ragged):
         lists = [column for column in columns if isinstance(column, Ragged)]
         return Ragged(
@@ -101,10 +101,10 @@ def _joined(columns: Sequence[Column]) -> Column:
     return np.concatenate([column for column in columns if not isinstance(column, Ragged)])
 
 
-def write_run(path: Path, frame: Frame, bucket: Int[np.ndarray, "n"]) -> Run:
+def write_run(path: Path, table: NamedColumns, bucket: Int[np.ndarray, "n"]) -> Run:
     """Writes rows sorted by bucket; those of a bucket keep their order."""
     order = np.argsort(bucket, kind="stable")
-    batch = _to_arrow(take_rows(frame, order))
+    batch = _to_arrow(take_rows(table, order))
     buckets, start = np.unique(bucket[order], return_index=True)
     options = pa.ipc.IpcWriteOptions(compression="lz4")
     with (
@@ -116,41 +116,41 @@ def write_run(path: Path, frame: Frame, bucket: Int[np.ndarray, "n"]) -> Run:
     return Run(str(path), {int(bucket): index for index, bucket in enumerate(buckets)})
 
 
-def read_runs(runs: Sequence[tuple[str, int]]) -> Frame:
+def read_runs(runs: Sequence[tuple[str, int]]) -> NamedColumns:
     """The rows of some (path, number of the record batch), at least one of them."""
-    frames = []
+    tables = []
     for path, index in runs:
         with pa.OSFile(path) as file:
-            frames.append(_from_arrow(pa.ipc.open_file(file).get_batch(index)))
-    return concatenate(frames)
+            tables.append(_from_arrow(pa.ipc.open_file(file).get_batch(index)))
+    return concatenate(tables)
 
 
-def write_frame(path: Path, frame: Frame) -> None:
-    """Writes a frame to a file of its own."""
-    write_run(path, frame, np.zeros(num_rows(frame), np.int64))
+def write_columns(path: Path, table: NamedColumns) -> None:
+    """Writes a table to a file of its own."""
+    write_run(path, table, np.zeros(num_rows(table), np.int64))
 
 
-def read_frame(path: Path) -> Frame:
-    """The inverse of `write_frame`."""
+def read_columns(path: Path) -> NamedColumns:
+    """The inverse of `write_columns`."""
     return read_runs([(str(path), 0)])
 
 
-def num_rows(frame: Frame) -> int:
+def num_rows(table: NamedColumns) -> int:
     """The number of rows."""
-    return len(next(iter(frame.values())))
+    return len(next(iter(table.values())))
 
 
-def _to_arrow(frame: Frame) -> pa.RecordBatch:
-    def array(column: Column) -> pa.Array:
+def _to_arrow(table: NamedColumns) -> pa.RecordBatch:
+    def array(column: ColumnValues) -> pa.Array:
         if isinstance(column, Ragged):
             return pa.LargeListArray.from_arrays(column.start, pa.array(column.values))
         return pa.array(column)
 
-    return pa.RecordBatch.from_pydict({name: array(column) for name, column in frame.items()})
+    return pa.RecordBatch.from_pydict({name: array(column) for name, column in table.items()})
 
 
-def _from_arrow(batch: pa.RecordBatch) -> Frame:
-    def column(array: Any) -> Column:
+def _from_arrow(batch: pa.RecordBatch) -> NamedColumns:
+    def column(array: Any) -> ColumnValues:
         if pa.types.is_large_list(array.type):
             start = array.offsets.to_numpy()
             values = array.values.to_numpy(zero_copy_only=False)

@@ -11,46 +11,46 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int, Int64, Num
 
 from kd_ranker.batch import Stage
-from kd_ranker.sources.logs.frames import (
-    Column,
-    Frame,
+from kd_ranker.sources.logs.keys import MISSING, mixed
+from kd_ranker.sources.logs.layout import LogLayout
+from kd_ranker.sources.logs.merging import (
+    Counts,
+    Merger,
+    count_merger,
+    counts_of,
+)
+from kd_ranker.sources.logs.named_columns import (
+    ColumnValues,
+    NamedColumns,
     Ragged,
     array_of,
     concatenate,
     num_rows,
     take_rows,
 )
-from kd_ranker.sources.logs.keys import MISSING, mixed
-from kd_ranker.sources.logs.layout import Layout
-from kd_ranker.sources.logs.merging import (
-    Counts,
-    Gathering,
-    counts_of,
-    gathering_counts,
-)
 from kd_ranker.sources.logs.reasons import Rejected
 
 # How finely the teacher's probabilities are compared with labels.
-CALIBRATION_BINS = 20
+TEACHER_BINS = 20
 _WHERE_OF_ITEM = ("time", "file", "row")
 
 
-class Requests(NamedTuple):
-    """Requests in the order of time, and then of their keys.
+class BucketRequests(NamedTuple):
+    """Requests of a bucket in the order of time, and then of their keys.
 
     Attributes:
-      heads: a row a request: `request`, `time`, `user`, `in_test`, `candidates`, `passed`, `shown`
-        and `scored` (how many of its candidates there are of each, and how many have a teacher's
-        value or the lack of one), `moved` (whether its rows have several times), `feature:<name>`.
-      rows: a row a candidate, request by request, shown before passed before retrieved, then by
-        position, then by the item's key; the columns are those of `partition`.
+      requests: a row a request: `request`, `time`, `user`, `in_test`, `moved` (1 if its rows have
+        several times), `feature:<name>`, and numbers of candidates: `candidates`, `passed`, `shown`
+        and `scored` (those with a teacher's value or the lack of one).
+      candidates: a row a candidate, request by request, shown before passed before retrieved, then
+        by position, then by the item's key; the columns are those of `partition`.
       rejected: the rows that did not become candidates.
       num_several_users: requests that lost rows because these were another user's.
       varying: feature of user or context -> requests in which it has several values.
     """
 
-    heads: Frame
-    rows: Frame
+    requests: NamedColumns
+    candidates: NamedColumns
     rejected: Rejected
     num_several_users: int
     varying: dict[str, int]
@@ -91,53 +91,53 @@ class Statistics(NamedTuple):
 
     counts: dict[str, Counts]
     moments: dict[str, Moments]
-    items: Frame
+    items: NamedColumns
     totals: dict[str, Num[np.ndarray, "..."]]
     first: Int64[np.ndarray, "2"]
     last: Int64[np.ndarray, "2"]
 
 
-def collect(layout: Layout, requests: Requests) -> Statistics:
+def add_up_bucket(layout: LogLayout, bucket: BucketRequests) -> Statistics:
     """Adds up one bucket."""
-    heads, rows = requests.heads, requests.rows
-    in_test = array_of(heads, "in_test") > 0
-    row_in_test = np.repeat(in_test, array_of(heads, "candidates"))
-    counts = {"user": counts_of(array_of(heads, "user"), ~in_test)}
+    requests, candidates = bucket.requests, bucket.candidates
+    in_test = array_of(requests, "in_test") > 0
+    row_in_test = np.repeat(in_test, array_of(requests, "candidates"))
+    counts = {"user": counts_of(array_of(requests, "user"), ~in_test)}
     moments = {}
     for feature in layout.of("user", "context", "candidate"):
-        frame, testing = (heads, in_test) if feature.of_request else (rows, row_in_test)
-        column = frame[f"feature:{feature.name}"]
+        table, testing = (requests, in_test) if feature.of_request else (candidates, row_in_test)
+        column = table[f"feature:{feature.name}"]
         if feature.kind == "dense":
-            moments[feature.name] = moments_of(array_of(frame, f"feature:{feature.name}")[~testing])
+            moments[feature.name] = moments_of(array_of(table, f"feature:{feature.name}")[~testing])
         elif feature.kind == "history" or not feature.hashed:
             name = "history" if feature.kind == "history" else f"feature:{feature.name}"
             counts[name] = _category_counts(column, ~testing)
-    totals = _totals(layout, requests, in_test, row_in_test)
-    time = array_of(heads, "time")
+    totals = _totals(layout, bucket, in_test, row_in_test)
+    time = array_of(requests, "time")
     splits = [time[~in_test], time[in_test]]
     latest = np.iinfo(np.int64)
     return Statistics(
         counts=counts,
         moments=moments,
-        items=join_items([_item_rows(layout, rows, ~row_in_test)]),
+        items=merge_items([_item_rows(layout, candidates, ~row_in_test)]),
         totals=totals,
         first=np.array([split.min(initial=latest.max) for split in splits]),
         last=np.array([split.max(initial=latest.min) for split in splits]),
     )
 
 
-def gather(pieces: Iterable[Statistics]) -> Statistics:
+def add_up_buckets(pieces: Iterable[Statistics]) -> Statistics:
     """Adds up buckets, in their order."""
-    counts: dict[str, Gathering[Counts]] = {}
+    counts: dict[str, Merger[Counts]] = {}
     moments: dict[str, Moments] = {}
-    items = Gathering(join_items, num_rows)
+    items = Merger(merge_items, num_rows)
     totals: dict[str, np.ndarray] = {}
     first = last = None
     for piece in pieces:
         for name, of_piece in piece.counts.items():
-            counts.setdefault(name, gathering_counts()).add(of_piece)
+            counts.setdefault(name, count_merger()).add(of_piece)
         for name, numbers in piece.moments.items():
-            moments[name] = joined_moments(moments.get(name, NO_MOMENTS), numbers)
+            moments[name] = merge_moments(moments.get(name, NO_MOMENTS), numbers)
         items.add(piece.items)
         for name, total in piece.totals.items():
             totals[name] = totals.get(name, 0) + total
@@ -155,13 +155,13 @@ def gather(pieces: Iterable[Statistics]) -> Statistics:
     )
 
 
-def without_item_features(layout: Layout, rows: Frame) -> Frame:
-    """What of the candidates is stored with their requests."""
+def without_item_features(layout: LogLayout, candidates: NamedColumns) -> NamedColumns:
+    """The columns of candidates that are stored with their requests."""
     kept = {"item", "stage", "label_weight", "teacher_weight"}
     kept |= {f"feature:{feature.name}" for feature in layout.of("candidate")}
     return {
         name: column
-        for name, column in rows.items()
+        for name, column in candidates.items()
         if name in kept or name.startswith(("label:", "teacher:"))
     }
 
@@ -176,7 +176,7 @@ def moments_of(number: Num[np.ndarray, "n"]) -> Moments:
     return Moments(len(number), mean, squares, float(number.min()), float(number.max()))
 
 
-def joined_moments(one: Moments, other: Moments) -> Moments:
+def merge_moments(one: Moments, other: Moments) -> Moments:
     """The moments of both (Chan, Golub and LeVeque, 1979)."""
     if not (one.number and other.number):
         return one if one.number else other
@@ -191,7 +191,7 @@ def joined_moments(one: Moments, other: Moments) -> Moments:
     )
 
 
-def join_items(pieces: list[Frame]) -> Frame:
+def merge_items(pieces: list[NamedColumns]) -> NamedColumns:
     """The items of all pieces: counts added up, the values of the last row."""
     rows = concatenate(pieces) if len(pieces) > 1 else pieces[0]
     item = array_of(rows, "item")
@@ -214,7 +214,7 @@ def join_items(pieces: list[Frame]) -> Frame:
 
 
 def _differs(
-    column: Column, here: Int[np.ndarray, "n"], there: Int[np.ndarray, "n"]
+    column: ColumnValues, here: Int[np.ndarray, "n"], there: Int[np.ndarray, "n"]
 ) -> Bool[np.ndarray, "n"]:
     """Whether the values at some places differ from those at others."""
     if isinstance(column, Ragged):
@@ -227,22 +227,24 @@ def _differs(
     return (one != other) & ((one == one) | (other == other))
 
 
-def _item_rows(layout: Layout, rows: Frame, in_train: Bool[np.ndarray, "n"]) -> Frame:
+def _item_rows(
+    layout: LogLayout, rows: NamedColumns, in_train: Bool[np.ndarray, "n"]
+) -> NamedColumns:
     """Each candidate as if it were an item of its own."""
     number = num_rows(rows)
-    frame: Frame = {"item": rows["item"]}
-    frame["train"] = in_train.astype(np.int64)
-    frame["total"] = np.ones(number, np.int64)
+    table: NamedColumns = {"item": rows["item"]}
+    table["train"] = in_train.astype(np.int64)
+    table["total"] = np.ones(number, np.int64)
     features = layout.of("item")
     if features:
-        frame |= {name: rows[name] for name in _WHERE_OF_ITEM}
+        table |= {name: rows[name] for name in _WHERE_OF_ITEM}
     for feature in features:
-        frame[f"feature:{feature.name}"] = rows[f"feature:{feature.name}"]
-        frame[f"varies:{feature.name}"] = np.zeros(number, np.int8)
-    return frame
+        table[f"feature:{feature.name}"] = rows[f"feature:{feature.name}"]
+        table[f"varies:{feature.name}"] = np.zeros(number, np.int8)
+    return table
 
 
-def _category_counts(column: Column, in_train: Bool[np.ndarray, "n"]) -> Counts:
+def _category_counts(column: ColumnValues, in_train: Bool[np.ndarray, "n"]) -> Counts:
     if isinstance(column, Ragged):
         return counts_of(column.values, np.repeat(in_train, column.lengths))
     there = column != MISSING
@@ -250,39 +252,42 @@ def _category_counts(column: Column, in_train: Bool[np.ndarray, "n"]) -> Counts:
 
 
 def _totals(
-    layout: Layout,
-    requests: Requests,
+    layout: LogLayout,
+    bucket: BucketRequests,
     in_test: Bool[np.ndarray, "requests"],
     row_in_test: Bool[np.ndarray, "n"],
 ) -> dict[str, np.ndarray]:
-    heads, rows = requests.heads, requests.rows
-    stage, weight = array_of(rows, "stage"), array_of(rows, "label_weight").astype(np.float64)
+    requests, candidates = bucket.requests, bucket.candidates
+    stage, weight = (
+        array_of(candidates, "stage"),
+        array_of(candidates, "label_weight").astype(np.float64),
+    )
     shown = stage == Stage.SHOWN
     labelled = shown & (weight > 0)
-    labels = np.stack([array_of(rows, f"label:{task}") for task in layout.tasks], axis=1)
-    candidates = array_of(heads, "candidates")
+    labels = np.stack([array_of(candidates, f"label:{task}") for task in layout.tasks], axis=1)
+    size = array_of(requests, "candidates")
 
     def by_split(chosen: np.ndarray, testing: np.ndarray) -> Float64[np.ndarray, "2 ..."]:
         return np.stack([chosen[~testing].sum(axis=0), chosen[testing].sum(axis=0)])
 
     totals = {
         "requests": by_split(np.ones(len(in_test), np.int64), in_test),
-        "candidates": by_split(candidates, in_test),
+        "candidates": by_split(size, in_test),
         "stages": by_split(stage[:, None] == np.array([*Stage][1:]), row_in_test),
-        "without_shown": by_split(array_of(heads, "shown") == 0, in_test),
-        "several_times": np.array(array_of(heads, "moved").sum()),
-        "several_users": np.array(requests.num_several_users),
-        "candidates_a_request": np.bincount(candidates, minlength=layout.retrieved + 1),
+        "without_shown": by_split(array_of(requests, "shown") == 0, in_test),
+        "several_times": np.array(array_of(requests, "moved").sum()),
+        "several_users": np.array(bucket.num_several_users),
+        "candidates_a_request": np.bincount(size, minlength=layout.retrieved + 1),
         "labelled": by_split(labelled, row_in_test),
         "positives": by_split(labelled[:, None] & (labels > 0), row_in_test),
         "label_weight": by_split(weight * labelled, row_in_test),
         "weighted_positives": by_split((weight * labelled)[:, None] * (labels > 0), row_in_test),
         "positives_not_shown": ((labels > 0) & ~shown[:, None]).sum(axis=0),
     }
-    totals |= {f"varying/{name}": np.array(number) for name, number in requests.varying.items()}
+    totals |= {f"varying/{name}": np.array(number) for name, number in bucket.varying.items()}
     scored = np.stack(
         [
-            array_of(rows, f"teacher:{task}")
+            array_of(candidates, f"teacher:{task}")
             if task in layout.scored_tasks
             else np.full(len(stage), np.nan)
             for task in layout.tasks
@@ -290,7 +295,9 @@ def _totals(
         axis=1,
     )
     with np.errstate(invalid="ignore"):
-        proper = (scored >= 0) & (scored <= 1) & (array_of(rows, "teacher_weight") > 0)[:, None]
+        proper = (
+            (scored >= 0) & (scored <= 1) & (array_of(candidates, "teacher_weight") > 0)[:, None]
+        )
     stages = stage[:, None] == np.array([*Stage][1:])
     totals["teacher_proper"] = by_split(
         (proper[:, :, None] & stages[:, None, :]).astype(np.int32), row_in_test
@@ -306,13 +313,13 @@ def _calibration(
     weight: Float64[np.ndarray, "n"],
 ) -> Float64[np.ndarray, "T bins 3"]:
     """Σ w, Σ w p and Σ w y by bins of the probability p, for labels y of weight w."""
-    sums = np.zeros((probability.shape[1], CALIBRATION_BINS, 3))
+    sums = np.zeros((probability.shape[1], TEACHER_BINS, 3))
     for task in range(probability.shape[1]):
         rows = np.flatnonzero(chosen[:, task])
         p = probability[rows, task].astype(np.float64)
-        place = np.minimum((p * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+        place = np.minimum((p * TEACHER_BINS).astype(int), TEACHER_BINS - 1)
         for index, value in enumerate((1.0, p, label[rows, task])):
             sums[task, :, index] = np.bincount(
-                place, weights=weight[rows] * value, minlength=CALIBRATION_BINS
+                place, weights=weight[rows] * value, minlength=TEACHER_BINS
             )
     return sums

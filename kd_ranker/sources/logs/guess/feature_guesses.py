@@ -15,7 +15,7 @@ from kd_ranker.sources.logs.guess.column import (
     may_be_time,
     number_met,
     share_of_values,
-    text_of,
+    value_text,
 )
 from kd_ranker.sources.logs.guess.ids import Facts
 from kd_ranker.sources.logs.guess.leaks import leak_of
@@ -28,7 +28,7 @@ _FEW_NUMBERS = 32
 _MAX_LENGTH = 200
 
 
-class Feature(NamedTuple):
+class FeatureGuess(NamedTuple):
     """One feature, or a column that is none.
 
     Attributes:
@@ -56,9 +56,9 @@ class Feature(NamedTuple):
     left_out: str = ""
 
 
-def find_features(facts: Facts, roles: Roles) -> list[Feature]:
+def find_features(facts: Facts, roles: Roles) -> list[FeatureGuess]:
     """A feature, or why there is none, for each column without a role, in the log's order."""
-    features: list[Feature] = []
+    features: list[FeatureGuess] = []
     met: set[str] = set()
     for column in facts.log.types:
         if column in roles.used():
@@ -69,7 +69,7 @@ def find_features(facts: Facts, roles: Roles) -> list[Feature]:
         met.add(name)
         reason = _why_unusable(facts, roles, column)
         features.append(
-            Feature(name, column, left_out=reason)
+            FeatureGuess(name, column, left_out=reason)
             if reason
             else _find_feature(facts, roles, name, facts.columns[column])
         )
@@ -88,7 +88,7 @@ def _why_unusable(facts: Facts, roles: Roles, name: str) -> str:
     if not column.known.any():
         return "never known"
     if column.distinct == 1:
-        value = "a list" if column.kind == "list" else reprlib.repr(text_of(column, 0))
+        value = "a list" if column.kind == "list" else reprlib.repr(value_text(column, 0))
         return f"always {value}" if column.known.all() else f"always {value} or missing"
     if (
         facts.sample.rows == REQUEST_ROWS
@@ -103,14 +103,14 @@ def _why_unusable(facts: Facts, roles: Roles, name: str) -> str:
     return ""
 
 
-def _find_feature(facts: Facts, roles: Roles, name: str, column: Column) -> Feature:
+def _find_feature(facts: Facts, roles: Roles, name: str, column: Column) -> FeatureGuess:
     of, why, check = _owner_of(facts, column)
     leak, suspicion = leak_of(facts, roles, column, of)
     check = "; ".join(filter(None, (check, suspicion)))
     if leak:
-        return Feature(name, column.name, of, _kind_of(column)[0], left_out=leak)
+        return FeatureGuess(name, column.name, of, _kind_of(column)[0], left_out=leak)
     view = facts.requests[column.name] if column.name in facts.of_request else column
-    feature = Feature(name, column.name, of, why=why, check=check)
+    feature = FeatureGuess(name, column.name, of, why=why, check=check)
     if column.kind == "list":
         return _of_lists(facts, feature, view)
     met = number_met(view)
@@ -138,7 +138,7 @@ def _owner_of(facts: Facts, column: Column) -> tuple[str, str, str]:
     said = names.owner_of(column.name)
     if column.name in facts.of_request:
         by_user = evidence.agreement(facts.requests[column.name].code, facts.user)
-        users = f"{by_user.groups:,} users with several requests"
+        users = f"{by_user.owners:,} users with several requests"
         if facts.user_name == "":
             return "user", "constant within a request", "or 'context': no user is told"
         if by_user.is_constant:
@@ -150,7 +150,7 @@ def _owner_of(facts: Facts, column: Column) -> tuple[str, str, str]:
         other = "user" if of == "context" else "context"
         return of, f"{by_name}constant within a request", f"or {other!r}: {users} in the sample"
     by_item = evidence.agreement(column.code, facts.item)
-    items = f"{by_item.groups:,} items met more than once"
+    items = f"{by_item.owners:,} items met more than once"
     if by_item.is_constant:
         return "item", f"constant within {_each_of(by_item)} {items}", ""
     if by_item.is_known:
@@ -176,7 +176,7 @@ def _is_name_of_its_own(view: Column, met: int, owners: int) -> bool:
     """Whether nearly every owner has a value of its own: another id, a title, free text."""
     if view.kind == "string":
         # Words, more than a name has.
-        texts = [text_of(view, code) for code in range(min(view.distinct, 1000))]
+        texts = [value_text(view, code) for code in range(min(view.distinct, 1000))]
         if np.mean([len(text.split()) for text in texts]) > 6:
             return True
     elif not (names.is_identifier(view.name) or np.nanmax(np.abs(view.numbers)) >= 2**31):
@@ -220,7 +220,7 @@ def _size(met: int) -> int:
     return DEFAULT_SIZE if met <= DEFAULT_SIZE // 2 else 2 ** math.ceil(math.log2(4 * met))
 
 
-def _of_lists(facts: Facts, feature: Feature, view: Column) -> Feature:
+def _of_lists(facts: Facts, feature: FeatureGuess, view: Column) -> FeatureGuess:
     """The feature of a column of lists: a history if most of what they hold are items, or a bag."""
     used = view.values.take(pa.array(np.unique(view.code[view.known])))
     lengths = np.asarray(pc.list_value_length(used).to_numpy(zero_copy_only=False))
@@ -260,7 +260,7 @@ def _length(lengths: np.ndarray, quantile: float) -> int:
     return int(np.clip(np.quantile(lengths, quantile, method="higher"), 1, _MAX_LENGTH))
 
 
-def _with_one_history(features: list[Feature]) -> list[Feature]:
+def _with_one_history(features: list[FeatureGuess]) -> list[FeatureGuess]:
     """Keeps the first history that is sure, or the first; a config has room for one."""
     histories = [feature for feature in features if feature.kind == "history"]
     if len(histories) < 2:

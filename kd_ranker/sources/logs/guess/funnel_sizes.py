@@ -22,7 +22,7 @@ class Size(NamedTuple):
     check: str = ""
 
 
-class Funnel(NamedTuple):
+class FunnelSizes(NamedTuple):
     """The sizes of a funnel, and those of batches that suit it."""
 
     retrieved: Size
@@ -39,7 +39,7 @@ class Funnel(NamedTuple):
         return tuple(sorted({k for k in wanted if shown <= k <= retrieved}))
 
 
-def find_funnel(facts: Facts, roles: Roles) -> Funnel:
+def find_funnel_sizes(facts: Facts, roles: Roles) -> FunnelSizes:
     """Counts the candidates of requests that the sample holds whole."""
     whole, doubt = _whole_requests(facts)
     counts = evidence.counts_by(facts.request, whole)
@@ -71,7 +71,7 @@ def find_funnel(facts: Facts, roles: Roles) -> Funnel:
         check = "the log does not tell what was passed; how many may the final ranker meet?"
         passed = Size(guess, "a guess", check)
     passed = passed._replace(number=int(np.clip(passed.number, shown.number, most)))
-    return Funnel(
+    return FunnelSizes(
         retrieved, passed, shown, _candidates(most, shown.number), _teacher_candidates(facts, roles)
     )
 
