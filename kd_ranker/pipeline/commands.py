@@ -21,20 +21,9 @@ from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.sources.logs.guess.first_config import FirstConfig, write_first_config
 from kd_ranker.sources.logs.write_back import Scored
 from kd_ranker.sources.registry import SOURCES
-from kd_ranker.sweep.cohorts import (
-    add_members,
-    check_kept,
-    check_teacher,
-    cohort_size,
-    folder_of,
-    is_complete,
-    is_measured,
-    joined_identity,
-    mark_measured,
-    read_cohorts,
-    write_cohorts,
-)
-from kd_ranker.sweep.members import sweep_members
+from kd_ranker.sweep.members import common
+from kd_ranker.sweep.memory import cohort_size
+from kd_ranker.sweep.sweep import is_measured, mark_measured, open_sweep
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import skip_steps
 
@@ -145,11 +134,12 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
     checks.validate(config)
     teacher, dataset = teachers.teacher_and_dataset(config)
     members = {"": config}
+    shared = common(members)
     teachers.check_losses(config, dataset, members.values())
     workdirs.claim(workdir, "train", config, without=schema.without_influence("student"))
     with runs.progress_bar(workdir.name, config.train.steps) as bar:
-        students = runs.train_students(config, dataset, teacher, members, workdir, bar)
-    measured = measurement.measure_students(config, dataset, teacher, members, students)
+        students = runs.train_students(shared, dataset, teacher, members, workdir, bar)
+    measured = measurement.measure_students(shared, dataset, teacher, members, students)
     # The teacher has a workdir and results of its own.
     measured = Measured(*(_without_teacher(rows) for rows in measured))
     measurement.write_measured(config, workdir, measured)
@@ -171,44 +161,29 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
       Whether there was anything to do: False for a sweep that is complete.
     """
     checks.validate(config)
-    members = sweep_members(config)
-    workdirs.check(
-        workdir,
-        "sweep",
-        config,
-        without=_free_of_a_sweep(config.sweep.extend),
-    )
-    cohorts = read_cohorts(workdir)
-    check_kept(workdir, cohorts, members)
-    if is_complete(workdir, cohorts, members):
+    workdirs.check(workdir, "sweep", config, without=_free_of_a_sweep(config.sweep.extend))
+    sweep = open_sweep(config, workdir)
+    if sweep.is_complete():
         return False
     teacher, dataset = teachers.teacher_and_dataset(config)
-    teachers.check_losses(config, dataset, members.values())
-    version = teacher.version if teacher else ""
-    check_teacher(workdir, version)
-    size = cohort_size(config, members.values(), dataset.spec)
-    cohorts = add_members(cohorts, members, size)
+    teachers.check_losses(config, dataset, sweep.members.values())
+    size = cohort_size(config, sweep.members.values(), dataset.spec)
     # A workdir with cohorts has a config; that of an extension counts once its cohorts are known.
     workdirs.claim(workdir, "sweep", config, without=_free_of_a_sweep(extends=True))
-    write_cohorts(workdir, cohorts, version)
+    sweep = sweep.planned(size, teacher.version if teacher else "")
     workdirs.write_config(workdir, "sweep", config)
-    with runs.progress_bar(workdir.name, len(cohorts) * config.train.steps) as bar:
-        for index, names in enumerate(cohorts):
-            folder = folder_of(workdir, index)
-            cohort = {name: members[name] for name in names}
+    shared = [common(cohort) for cohort in sweep.cohorts]
+    with runs.progress_bar(workdir.name, sum(each.train.steps for each in shared)) as bar:
+        for cohort, folder, each in zip(sweep.cohorts, sweep.folders, shared, strict=True):
             whose = runs.students_identity(cohort, dataset, teacher)
             if is_measured(folder, whose):
-                skip_steps(bar, config.train.steps)
+                skip_steps(bar, each.train.steps)
                 continue
-            first = cohort[names[0]]
-            students = runs.train_students(first, dataset, teacher, cohort, folder, bar)
-            measured = measurement.measure_students(first, dataset, teacher, cohort, students)
-            measurement.write_measured(first, folder, measured)
+            students = runs.train_students(each, dataset, teacher, cohort, folder, bar)
+            measured = measurement.measure_students(each, dataset, teacher, cohort, students)
+            measurement.write_measured(each, folder, measured)
             mark_measured(folder, whose)
-    folders = [folder_of(workdir, index) for index in range(len(cohorts))]
-    for file, text in results.join(folders, config.funnel.retrieved).items():
-        workdirs.write_atomically(workdir / file, text)
-    mark_measured(workdir, joined_identity(cohorts, members))
+    sweep.join(config.funnel.retrieved)
     return True
 
 

@@ -14,7 +14,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.cost import funnel_cost, funnel_cost_saving
 from kd_ranker.report.choices import baseline
-from kd_ranker.sweep.cohorts import FOLDER
+from kd_ranker.sweep.sweep import FOLDER
 from kd_ranker.training.workdir import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,

@@ -1,7 +1,7 @@
 """The members of a sweep: every combination of the values of its axes."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -86,3 +86,18 @@ def _text(key: Key, value: Any) -> str:
     if isinstance(value, tuple):
         value = "x".join(map(str, value))
     return f"{key.short}{value}" if isinstance(value, str) else f"{key.short}{value!r}"
+
+
+def common(members: Mapping[str, ConfigDict]) -> ConfigDict:
+    """The config that the members of a cohort have in common.
+
+    It lacks the keys in which they may differ, so that nobody reads one member's for all; its
+    `train.steps` are those of the member that takes most.
+    """
+    config = next(iter(members.values())).copy_and_resolve_references()
+    for key in schema.sweepable():
+        if key.sweep == "members":
+            section, _, last = key.name.rpartition(".")
+            del (schema.value_of(config, section) if section else config)[last]
+    config.train.steps = max(member.train.steps for member in members.values())
+    return config

@@ -1,0 +1,66 @@
+"""The number of members that share a program: as many as fit the memory of a device."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import psutil
+from ml_collections import ConfigDict
+
+from kd_ranker.batch import FeatureSpec, Items, abstract_items, empty_batch
+from kd_ranker.distillation.losses import PAIRWISE, pairs_held
+from kd_ranker.embedding.lookup import gather
+from kd_ranker.training import recipes
+
+# What XLA was seen to keep of a member beside its state, in arrays of the size of its gathered
+# rows: `tests/sweep/test_memory.py` holds the estimate against the compiled program.
+_WORKING_ARRAYS = 6
+# The same of the pairs that a pairwise loss holds at a time, in float32 arrays.
+_PAIR_ARRAYS = 6
+# Of what is free: the data, the teacher and the evaluation want room as well.
+_SHARE_OF_MEMORY = 0.5
+
+
+def cohort_size(config: ConfigDict, members: Iterable[ConfigDict], spec: FeatureSpec) -> int:
+    """How many of the members train together: `sweep.group_size`, or what memory allows."""
+    if config.sweep.group_size:
+        return config.sweep.group_size
+    one_a_group = {(member.distill.mode, member.distill.loss): member for member in members}
+    largest = max(member_bytes(member, spec) for member in one_a_group.values())
+    return max(1, int(_SHARE_OF_MEMORY * free_memory(config) / largest))
+
+
+def member_bytes(config: ConfigDict, spec: FeatureSpec) -> int:
+    """An estimate of what a member takes on a device, in bytes.
+
+    Its state, which is copied once for a checkpoint and once more while that is written, and the
+    arrays of a step, which are as many rows as a batch gathers, some times over, and the pairs of a
+    pairwise loss.
+    """
+    requests, candidates = config.batch.requests, config.batch.candidates
+    is_pairwise = config.distill.loss in PAIRWISE
+    pairs = pairs_held(requests, candidates, len(spec.tasks)) if is_pairwise else 0
+
+    def state_and_rows(items: Items) -> Any:
+        (group,) = recipes.student_groups({"": config}, spec)
+        batch = jax.tree.map(jnp.asarray, empty_batch(spec, requests, candidates))
+        state = group.init()
+        tables = {name: table[0] for name, table in state.parameters.tables.items()}
+        embedding = group.recipe.model.embedding
+        return state, gather(embedding, tables, batch, items, whole_rows=False)
+
+    state, rows = jax.eval_shape(state_and_rows, abstract_items(spec))
+    return 3 * _bytes(state) + _WORKING_ARRAYS * _bytes(rows) + _PAIR_ARRAYS * 4 * pairs
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def free_memory(config: ConfigDict) -> int:
+    """Bytes that a device has free; several host devices share those of the machine."""
+    statistics = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in statistics:
+        return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
+    return psutil.virtual_memory().available // (config.parallel.devices or jax.device_count())

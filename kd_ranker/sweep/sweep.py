@@ -1,0 +1,172 @@
+"""A sweep in its workdir: its members, the cohorts in which they train, and how far these are.
+
+Members share their batches, so what decides these is the same in a cohort, and as many members as
+fit the memory of a device share a program. A sweep is a list of cohorts, trained one after the
+other. The list is decided once and kept in `cohorts.json`: a sweep that is resumed, on another
+machine even, goes on with it, and one that is extended adds to it.
+"""
+
+import dataclasses
+import itertools
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from kd_ranker.config import identity
+from kd_ranker.config.schema import sweepable, value_of
+from kd_ranker.errors import UserError
+from kd_ranker.evaluation import results
+from kd_ranker.sweep.members import sweep_members
+from kd_ranker.training.identity import Identity
+from kd_ranker.training.workdir import write_atomically
+
+FILE, FOLDER = "cohorts.json", "cohorts"
+MEASURED_FILE = "measured.json"  # beside the tables of results
+
+Cohort = Mapping[str, ConfigDict]  # members by name
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+    """A sweep, begun or not.
+
+    Attributes:
+      workdir: its folder.
+      members: the configs of all its members, by name.
+      plan: the names of each cohort's members, in the order of training; a sweep that was not
+        begun, or that is to grow, lacks some.
+      teacher: the version of the teacher that it was begun with; None before.
+    """
+
+    workdir: Path
+    members: Mapping[str, ConfigDict]
+    plan: Sequence[Sequence[str]]
+    teacher: str | None
+
+    @property
+    def cohorts(self) -> list[Cohort]:
+        """The members of each cohort."""
+        return [{name: self.members[name] for name in names} for names in self.plan]
+
+    @property
+    def folders(self) -> list[Path]:
+        """The folders of the cohorts, with their checkpoints, metrics and results."""
+        return [self.workdir / FOLDER / str(index) for index in range(len(self.plan))]
+
+    def is_complete(self) -> bool:
+        """True if all members are trained and measured, and their results joined."""
+        return not self._unplaced() and is_measured(self.workdir, self._identity())
+
+    def planned(self, size: int, teacher: str) -> "Sweep":
+        """The sweep with a place in a cohort for every member, written to its workdir.
+
+        The cohorts that are there stay as they are.
+
+        Args:
+          size: the most members of a cohort, at least 1.
+          teacher: the version of the teacher; "" for the dataset's own logs.
+
+        Raises:
+          UserError: the sweep was begun with another teacher.
+        """
+        if self.teacher not in (None, teacher):
+            raise UserError(
+                f"{self.workdir} holds a sweep under the teacher {self.teacher or 'of the logs'}, "
+                f"and now it is {teacher or 'that of the logs'}; use another --workdir"
+            )
+        plan = [*self.plan, *_new_cohorts(self._unplaced(), size)]
+        content = {"teacher": teacher, "cohorts": plan}
+        write_atomically(self.workdir / FILE, json.dumps(content, indent=2))
+        return dataclasses.replace(self, plan=plan, teacher=teacher)
+
+    def join(self, retrieved: int) -> None:
+        """Writes the tables of the whole sweep from those of its cohorts.
+
+        Args:
+          retrieved: `config.funnel.retrieved`.
+        """
+        for file, text in results.join(self.folders, retrieved).items():
+            write_atomically(self.workdir / file, text)
+        mark_measured(self.workdir, self._identity())
+
+    def _unplaced(self) -> Cohort:
+        placed = set(itertools.chain.from_iterable(self.plan))
+        return {name: member for name, member in self.members.items() if name not in placed}
+
+    def _identity(self) -> Identity:
+        """The identity of the joined results; dataset and teacher are in that of each cohort."""
+        names = itertools.chain.from_iterable(self.plan)
+        return identity.of_members({name: self.members[name] for name in names})
+
+
+def open_sweep(config: ConfigDict, workdir: Path) -> Sweep:
+    """The sweep of `config`, as far as `workdir` has it.
+
+    Raises:
+      UserError: the workdir's list of cohorts is damaged or gone, or has a member that the config
+        does not name.
+    """
+    members = sweep_members(config)
+    teacher, plan = _read_plan(workdir)
+    missing = [name for name in itertools.chain.from_iterable(plan) if name not in members]
+    if missing:
+        raise UserError(
+            f"{workdir} holds a sweep with {missing[0]}, which config.sweep does not name; "
+            "sweep.extend adds members, so name those that are there as well"
+        )
+    return Sweep(workdir, members, plan, teacher)
+
+
+def _read_plan(workdir: Path) -> tuple[str | None, list[list[str]]]:
+    """The teacher's version and the cohorts of a sweep that was begun; None and no cohorts else."""
+    path, folder = workdir / FILE, workdir / FOLDER
+    if path.exists():
+        try:
+            plan = json.loads(path.read_text())
+            return plan["teacher"], plan["cohorts"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged: {error}; use another --workdir") from error
+    if folder.exists():
+        raise UserError(
+            f"{folder} holds students, and {FILE}, which says who they are, is gone; put that "
+            f"back, use another --workdir, or remove {folder} to train anew"
+        )
+    return None, []
+
+
+def _new_cohorts(members: Cohort, size: int) -> list[list[str]]:
+    """Cohorts of members on the same batches, of sizes as equal as can be and at most `size`."""
+    cohorts = []
+    for _, sharing in itertools.groupby(members, key=lambda name: _batches_of(members[name])):
+        names = list(sharing)
+        # Of equal sizes, so that no cohort pays for a teacher pass alone.
+        number = -(-len(names) // size)
+        cohorts += [names[index::number] for index in range(number)]
+    return cohorts
+
+
+def _batches_of(member: ConfigDict) -> list[object]:
+    """The values of the keys that the members of a cohort have in common."""
+    return [value_of(member, key.name) for key in sweepable() if key.sweep == "cohorts"]
+
+
+def mark_measured(folder: Path, whose: Identity) -> None:
+    """Writes down whose the tables of results in a folder are, and their checksums."""
+    write_atomically(folder / MEASURED_FILE, json.dumps(_mark(folder, whose), indent=2))
+
+
+def is_measured(folder: Path, whose: Identity) -> bool:
+    """True if the tables of results in a folder are there, as they were written, and of `whose`."""
+    try:
+        return json.loads((folder / MEASURED_FILE).read_text()) == _mark(folder, whose)
+    except (OSError, ValueError):  # missing, or cut short
+        return False
+
+
+def _mark(folder: Path, whose: Identity) -> dict[str, dict]:
+    files = (results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE)
+    checksums = {file: zlib.crc32((folder / file).read_bytes()) for file in files}
+    return {"identity": dict(whose), "files": checksums}

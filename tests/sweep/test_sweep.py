@@ -1,0 +1,73 @@
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from configs import cascade
+from kd_ranker.config import schema
+from kd_ranker.errors import UserError
+from kd_ranker.sweep.members import common, sweep_members
+from kd_ranker.sweep.sweep import open_sweep
+
+
+def config_of(data_seeds=(), **sweep):
+    config = cascade.get_config("small")
+    config.sweep.update(sweep)
+    config.sweep.axes.batch.seed = tuple(data_seeds)
+    return config
+
+
+@given(size=st.integers(1, 12), seeds=st.integers(1, 3), data_seeds=st.integers(1, 3))
+def test_every_member_is_in_one_cohort_of_its_order_and_none_is_too_large(
+    tmp_path_factory, size, seeds, data_seeds
+):
+    config = config_of(range(data_seeds), seeds=tuple(range(seeds)))
+    sweep = open_sweep(config, tmp_path_factory.mktemp("sweep")).planned(size, "")
+    assert sorted(name for cohort in sweep.plan for name in cohort) == sorted(sweep.members)
+    for cohort in sweep.cohorts:
+        assert len({member.batch.seed for member in cohort.values()}) == 1
+    for data_seed in range(data_seeds):
+        sizes = [
+            len(cohort)
+            for cohort in sweep.cohorts
+            if next(iter(cohort.values())).batch.seed == data_seed
+        ]
+        assert max(sizes) <= size
+        assert max(sizes) - min(sizes) <= 1
+        assert len(sizes) == -(-3 * seeds // size)
+
+
+def test_what_is_added_leaves_the_cohorts_that_are_there_alone(tmp_path):
+    before = open_sweep(config_of(weights=(1.0,)), tmp_path).planned(2, "")
+    after = open_sweep(config_of(weights=(1.0, 3.0)), tmp_path).planned(8, "")
+    assert after.plan[: len(before.plan)] == before.plan
+    assert after.plan[len(before.plan) :] == [["aux-weight3.0-seed0", "shared-weight3.0-seed0"]]
+
+
+def test_a_plan_is_read_as_it_was_written_and_belongs_to_its_teacher(tmp_path):
+    fresh = open_sweep(config_of(), tmp_path)
+    assert (fresh.plan, fresh.teacher, fresh.is_complete()) == ([], None, False)
+    planned = fresh.planned(2, "first")
+    again = open_sweep(config_of(), tmp_path)
+    assert dataclasses.replace(again, members={}) == dataclasses.replace(planned, members={})
+    assert again.planned(5, "first").plan == planned.plan
+    with pytest.raises(UserError, match="under the teacher first, and now it is second"):
+        again.planned(2, "second")
+
+
+def test_what_a_cohort_has_in_common_lacks_the_keys_in_which_its_members_may_differ():
+    config = config_of(weights=(1.0, 3.0))
+    config.sweep.axes.train.steps = (20, 50)
+    config.sweep.axes.teacher.stage = ("passed", "retrieved")
+    members = sweep_members(config)
+    of_stage = {name: m for name, m in members.items() if m.teacher.stage == "passed"}
+    shared = common(of_stage)
+    assert shared.train.steps == 50
+    assert shared.teacher.stage == "passed"
+    for key in schema.sweepable():
+        section, _, last = key.name.rpartition(".")
+        there = last in (schema.value_of(shared, section) if section else shared)
+        assert there == (key.sweep == "cohorts" or key.name == "train.steps"), key.name
+    # The members keep all.
+    assert next(iter(of_stage.values())).distill.mode == "none"
