@@ -34,6 +34,7 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.errors import UserError, check_choice, check_tasks
 from kd_ranker.requests.request import SPLITS, Request, Source
+from kd_ranker.sources.time_features import DAY, hour_features, weekday
 
 TASKS = ("watch", "like", "share")
 
@@ -66,8 +67,6 @@ FATIGUE_HOURS = 0.5  # events fade from fatigue within the session
 FATIGUE_HALF = 2.0  # recent events of a topic at which fatigue reaches one half
 MOOD_HOURS = 12.0
 
-HOUR = 3600
-DAY = 24 * HOUR
 START = 1_704_067_200  # 2024-01-01 00:00 UTC, a Monday
 TRAIN_DAYS = 7
 TEST_DAYS = 2
@@ -433,12 +432,10 @@ def _draw_time(rng: np.random.Generator, split: str, index: int, num_requests: i
 
 
 def _draw_context(rng: np.random.Generator, time: int) -> Float32[np.ndarray, "C"]:
-    angle = 2 * np.pi * (time % DAY) / DAY
-    weekend = (time - START) // DAY % 7 >= 5
     network = np.eye(2)[rng.choice(2, p=[0.6, 0.4])]
     device = np.eye(3)[rng.choice(3, p=[0.7, 0.15, 0.15])]
     return np.concatenate(
-        [[np.sin(angle), np.cos(angle), float(weekend)], network, device], dtype=np.float32
+        [hour_features(time), [weekday(time) >= 5], network, device], dtype=np.float32
     )
 
 

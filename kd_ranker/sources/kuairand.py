@@ -22,11 +22,11 @@ from kd_ranker.sources import kuairand_files
 from kd_ranker.sources.kuairand_files import (
     BEIJING,
     COLUMN_OF_TASK,
-    DAY,
     RANDOM_BIT,
     Impressions,
     KuaiRand,
 )
+from kd_ranker.sources.time_features import DAY, hour_features, weekday_features
 
 TASKS = tuple(COLUMN_OF_TASK)
 VARIANT_OF_NAME = {f"kuairand_{variant}": variant for variant in kuairand_files.VARIANTS}
@@ -339,12 +339,10 @@ def context_features(time: int, last: int | None) -> Float32[np.ndarray, "C"]:
       [sin and cos of the hour in Beijing; weekday there, one-hot from Monday; log(1 + hours since
       `last`) / 3, 0 if there is none; 1 if there is none].
     """
-    day, second = divmod(time + BEIJING, DAY)
-    angle = 2 * np.pi * second / DAY
-    weekday = np.eye(7)[(day + 3) % 7]  # 1 January 1970 was a Thursday
+    local = time + BEIJING
     pause = 0.0 if last is None else np.log1p((time - last) / 3600) / 3
     return np.concatenate(
-        [[np.sin(angle), np.cos(angle)], weekday, [pause, last is None]], dtype=np.float32
+        [hour_features(local), weekday_features(local), [pause, last is None]], dtype=np.float32
     )
 
 

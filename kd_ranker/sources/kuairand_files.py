@@ -20,10 +20,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-from jaxtyping import Bool, Float32, Float64, Int8, Int32, Int64, UInt8, UInt64
+from jaxtyping import Bool, Float32, Float64, Int8, Int32, Int64, UInt8
 from tqdm import tqdm
 
 from kd_ranker.errors import UserError
+from kd_ranker.sources.hashing import hash_into
 
 VARIANTS = {"pure": "KuaiRand-Pure", "1k": "KuaiRand-1K", "27k": "KuaiRand-27K"}
 ARCHIVE = "https://zenodo.org/records/10439422"
@@ -39,7 +40,6 @@ COLUMN_OF_TASK = {
 }
 RANDOM_BIT = len(COLUMN_OF_TASK)
 
-DAY = 24 * 3600
 BEIJING = 8 * 3600  # the log's dates are of this time zone, UTC+8 without daylight saving
 
 NO_CATEGORY = -1
@@ -294,24 +294,14 @@ def read_videos(
 
 
 def hash_rows(ids: Float64[np.ndarray, "n"], rows: int) -> Int32[np.ndarray, "n"]:
-    """The row in [0, rows) of each id, a whole number; NO_CATEGORY where it is NaN.
-
-    The hash is the 64-bit finaliser of MurmurHash3 (Appleby, 2011). Ids that differ may share a
-    row: with as many rows as ids, a share 1/e of the rows stays empty.
+    """The row in [0, rows) of each id, a whole number, by `hash_into`; NO_CATEGORY where it is NaN.
 
     >>> hash_rows(np.array([7.0, 8.0, 7.0, np.nan]), 1000).tolist()
     [789, 783, 789, -1]
     """
     known = ~np.isnan(ids)
-    bits = np.where(known, ids, 0).astype(np.int64).astype(np.uint64)
-    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        bits = _shifted(bits) * np.uint64(factor)
-    hashed = _shifted(bits) % np.uint64(rows)
+    hashed = hash_into(np.where(known, ids, 0).astype(np.int64), rows)
     return np.where(known, hashed.astype(np.int32), NO_CATEGORY)
-
-
-def _shifted(bits: UInt64[np.ndarray, "n"]) -> UInt64[np.ndarray, "n"]:
-    return bits ^ (bits >> np.uint64(33))
 
 
 def _directory(path: Path, variant: str) -> Path:

@@ -17,12 +17,12 @@ from kd_ranker.errors import UserError, check_at_least, check_choice, check_task
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources.download import fetch
 from kd_ranker.sources.movielens_files import PUBLISHED, MovieLens, read_movielens
+from kd_ranker.sources.time_features import DAY, hour_features, weekday_features
 
 # The lowest rating, in stars, that counts as the action; any rating is at least half a star.
 LOWEST_RATING = {"watch": 0.5, "like": 4, "share": 5}
 TASKS = tuple(LOWEST_RATING)
 
-DAY = 24 * 3600
 CONTEXT_FEATURES = 12
 CANDIDATE_FEATURES = 2
 
@@ -340,13 +340,11 @@ def context_features(
       [sin and cos of the hour; weekday, one-hot from Monday; log(1 + days since the last rating),
       0 if there is none; 1 if there is none; log(1 + position) / 2].
     """
-    angle = 2 * np.pi * (time % DAY) / DAY
-    weekday = np.eye(7)[(time // DAY + 3) % 7]  # 1 January 1970 was a Thursday
     pause = np.log1p((time - earlier[-1]) / DAY) if len(earlier) else 0.0
     return np.concatenate(
         [
-            [np.sin(angle), np.cos(angle)],
-            weekday,
+            hour_features(time),
+            weekday_features(time),
             [pause, float(len(earlier) == 0), np.log1p(position) / 2],
         ]
     ).astype(np.float32)

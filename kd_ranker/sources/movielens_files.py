@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float32, Int, Int64
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources.download import Archive
+from kd_ranker.sources.searching import look_up
 
 WHOLE_STARS = (1.0, 2.0, 3.0, 4.0, 5.0)
 HALF_STARS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
@@ -513,14 +514,14 @@ def _read_rating_table(
 def _places(
     table: _RatingTable,
     what: str,
-    found: Int[np.ndarray, "n"],
+    ids: Int[np.ndarray, "n"],
     file: str,
     numbers: Int[np.ndarray, "ids"],
 ) -> Int[np.ndarray, "n"]:
     """The place of each id among `numbers`, which `file` lists; int32."""
-    places = np.minimum(np.searchsorted(numbers, found), len(numbers) - 1).astype(np.int32)
-    table.refuse(numbers[places] != found, lambda row: f"{what} {found[row]} is not in {file}")
-    return places
+    places, known = look_up(numbers, ids)
+    table.refuse(~known, lambda row: f"{what} {ids[row]} is not in {file}")
+    return places.astype(np.int32)
 
 
 def _check_ratings(

@@ -27,6 +27,9 @@ from kd_ranker.distillation.teacher_signal import probability_of_rank
 from kd_ranker.errors import UserError, check_at_least, check_choice, check_tasks
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources import restricted_pickle
+from kd_ranker.sources.hashing import hash_into
+from kd_ranker.sources.searching import look_up
+from kd_ranker.sources.time_features import DAY, hour_features, weekday_features
 
 # Task -> the column that says whether the user did it.
 LABELS = {
@@ -79,7 +82,6 @@ _ROW_COLUMNS = (
     *LABELS.values(),
 )
 
-DAY = 24 * 3600
 USER_FEATURES, CONTEXT_FEATURES, HISTORY_FEATURES = 1, 11, 3
 ITEM_FEATURES, CANDIDATE_FEATURES = 2, 2
 
@@ -271,8 +273,8 @@ def plan_day(day: Day, max_requests: int, seed: int) -> DayPlan:
 
 def request_places(plan: DayPlan, request_id: WholeNumbers) -> WholeNumbers:
     """The place in the plan of the request of each row; -1 of one that was not chosen."""
-    near = np.minimum(np.searchsorted(plan.ascending, request_id), len(plan.ascending) - 1)
-    return np.where(plan.ascending[near] == request_id, plan.by_id[near], -1)
+    place, known = look_up(plan.ascending, request_id)
+    return np.where(known, plan.by_id[place], -1)
 
 
 def stages_of(rows: NamedArrays) -> Int64[np.ndarray, "rows"]:
@@ -474,10 +476,16 @@ def context_features(
       view), 0 if there is none; 1 if there is none].
     """
     seconds = time // 1000
-    angle = 2 * np.pi * (seconds % DAY) / DAY
-    weekday = np.eye(7)[(seconds // DAY + 3) % 7].T  # 1 January 1970 was a Thursday
     pause = np.where(last < 0, 0, time - last) / (1000 * DAY)
-    return _features(np.sin(angle), np.cos(angle), *weekday, np.log1p(pause), last < 0)
+    return np.concatenate(
+        [
+            hour_features(seconds),
+            weekday_features(seconds),
+            np.stack([np.log1p(pause), last < 0], axis=1),
+        ],
+        axis=1,
+        dtype=np.float32,
+    )
 
 
 def history_features(events: NamedArrays, time: WholeNumbers) -> Float32[np.ndarray, "rows 3"]:
@@ -573,10 +581,9 @@ def _item_ids(
     """The item id of each video, and whether it has one."""
     # In ascending order, searches that follow one another end nearby, in memory that is at hand.
     order = np.argsort(video_id)
-    near = np.empty(len(video_id), np.int32)
-    near[order] = np.searchsorted(catalogue.video_id, video_id[order])
-    near = np.minimum(near, len(catalogue.video_id) - 1)
-    return near, catalogue.video_id[near] == video_id
+    place, known = np.empty(len(video_id), np.int32), np.empty(len(video_id), bool)
+    place[order], known[order] = look_up(catalogue.video_id, video_id[order])
+    return place, known
 
 
 def _catalogue(plans: dict[Day, DayPlan], authors: int) -> Catalogue:
@@ -601,7 +608,7 @@ def _catalogue(plans: dict[Day, DayPlan], authors: int) -> Catalogue:
 def _items(rows: NamedArrays, authors: int) -> NamedArrays:
     """Of each video in the rows: its id, places in its categories, and features."""
     rows = _first_of_each({name: rows[name] for name in _ITEM_COLUMNS}, "video_id")
-    author = _hashed(rows["author_id"], authors)
+    author = hash_into(rows["author_id"], authors)
     places = [np.where(rows["author_id"] < 0, -1, author)]
     places += [_places_of_values(name, rows[name]) for name in _OF_ITEM]
     return {
@@ -609,14 +616,6 @@ def _items(rows: NamedArrays, authors: int) -> NamedArrays:
         "category": np.stack(places, axis=1).astype(np.int32),
         "features": item_features(rows["duration"]),
     }
-
-
-def _hashed(ids: WholeNumbers, size: int) -> WholeNumbers:
-    """A number in [0, size) for each id: the 64-bit finaliser of MurmurHash3 (Appleby, 2011)."""
-    bits = ids.astype(np.uint64)
-    for factor in (0xFF51AFD7ED558CCD, 0xC4CEB9FE1A85EC53):
-        bits = (bits ^ (bits >> np.uint64(33))) * np.uint64(factor)
-    return ((bits ^ (bits >> np.uint64(33))) % np.uint64(size)).astype(np.int64)
 
 
 def _portions(plan: DayPlan) -> Iterator[tuple[int, int]]:

@@ -13,7 +13,6 @@ from jaxtyping import Int64
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.encode import Encoding, item_category_counts
 from kd_ranker.sources.logs.files import Log
-from kd_ranker.sources.logs.keys import look_up
 from kd_ranker.sources.logs.layout import STAGES, LogLayout
 from kd_ranker.sources.logs.log_statistics import NO_MOMENTS, Statistics, moments_of
 from kd_ranker.sources.logs.merging import Counts
@@ -21,6 +20,7 @@ from kd_ranker.sources.logs.named_columns import array_of
 from kd_ranker.sources.logs.partition import FAULTS, Partitioned
 from kd_ranker.sources.logs.reasons import MEANING, Reason
 from kd_ranker.sources.logs.scan import Scan
+from kd_ranker.sources.searching import look_up
 
 JSON_FILE, PAGE = "data_report.json", "data_report.html"
 Report = dict[str, Any]

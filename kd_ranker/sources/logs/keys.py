@@ -11,13 +11,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Bool, Float64, Int64, UInt64
+from jaxtyping import Float64, Int64, UInt64
+
+from kd_ranker.sources.hashing import splitmix64
 
 # The key of what is missing; no id is as small as that.
 MISSING = np.iinfo(np.int64).min
 # Beyond it, a float is not the whole number that was meant.
 _EXACT_IN_FLOATS = 2.0**53
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_OF_SALT = np.uint64(0xD1342543DE82EF95)
 
 
 class Keys(NamedTuple):
@@ -96,32 +98,10 @@ def _plain(texts: pa.Array) -> pa.Array:
 
 
 def mixed(key: Int64[np.ndarray, "n"], salt: int = 0) -> UInt64[np.ndarray, "n"]:
-    """A hash of each key: the finaliser of SplitMix64 (Steele, Lea and Flood, 2014).
-
-    >>> mixed(np.array([0, 1])).tolist()
-    [16294208416658607535, 10451216379200822465]
-    """
-    state = key.view(np.uint64) + np.uint64(salt % 2**64) * np.uint64(0xD1342543DE82EF95) + _GOLDEN
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+    """A hash of each key, another one for each salt."""
+    return splitmix64(key.view(np.uint64) + np.uint64(salt % 2**64) * _OF_SALT)
 
 
 def share_of(key: Int64[np.ndarray, "n"], salt: int) -> Float64[np.ndarray, "n"]:
     """A number in [0, 1) for each key, which looks drawn at random: the top bits of `mixed`."""
     return (mixed(key, salt) >> np.uint64(11)).astype(np.float64) / 2.0**53
-
-
-def look_up(
-    sorted_keys: Int64[np.ndarray, "known"], key: Int64[np.ndarray, "n"]
-) -> tuple[Int64[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
-    """The place of each key among sorted ones, and whether it is there; the place is 0 if not.
-
-    >>> look_up(np.array([3, 5]), np.array([5, 4]))
-    (array([1, 0]), array([ True, False]))
-    """
-    if not len(sorted_keys):
-        return np.zeros(len(key), np.int64), np.zeros(len(key), bool)
-    place = np.minimum(np.searchsorted(sorted_keys, key), len(sorted_keys) - 1)
-    known = sorted_keys[place] == key
-    return np.where(known, place, 0), known

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-from kd_ranker.sources.logs.keys import look_up
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.named_columns import starts_of
 from kd_ranker.sources.logs.scan import Times
+from kd_ranker.sources.searching import look_up
 
 
 class BucketPlan(NamedTuple):

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64
 
 from kd_ranker.sources.logs.encode import Encoding
-from kd_ranker.sources.logs.keys import look_up
+from kd_ranker.sources.searching import look_up
 
 VOCABULARIES_FOLDER = "vocabularies"
 

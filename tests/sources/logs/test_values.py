@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd_ranker.sources.logs import named_columns, values
-from kd_ranker.sources.logs.keys import MISSING, keys_of, look_up, share_of
+from kd_ranker.sources.logs.keys import MISSING, keys_of, share_of
 from kd_ranker.sources.logs.named_columns import Ragged
 
 
@@ -61,14 +61,6 @@ def test_shares_are_spread_evenly_and_differ_by_salt():
     assert abs(np.mean(share < 0.1) - 0.1) < 0.005
     other = share_of(keys, 1)
     assert abs(np.mean((share < 0.1) & (other < 0.1)) - 0.01) < 0.002
-
-
-@given(st.lists(st.integers(-5, 5)), st.lists(st.integers(-7, 7)))
-def test_keys_are_found_where_they_are(known, wanted):
-    keys = np.unique(np.array(known, np.int64))
-    place, found = look_up(keys, np.array(wanted, np.int64))
-    assert found.tolist() == [key in known for key in wanted]
-    assert all(keys[p] == key for p, f, key in zip(place, found, wanted, strict=True) if f)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Bool, Float64, Int32, Int64
 
+from kd_ranker.sources.hashing import splitmix64
 from kd_ranker.sources.logs.files import is_list
 
 _EPOCHS = {"s": 1.0, "ms": 1e3, "us": 1e6}
@@ -124,22 +125,14 @@ def _encode_lists(array: pa.Array) -> tuple[Int32[np.ndarray, "rows"], pa.Array]
     )
     start = np.cumsum(length) - length
     place = np.arange(len(flat), dtype=np.uint64) - np.repeat(start, length).astype(np.uint64)
-    mixed = _mix(_mix(element.astype(np.int64).astype(np.uint64)) + place)
+    mixed = splitmix64(splitmix64(element.astype(np.int64).astype(np.uint64)) + place)
     total = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed, dtype=np.uint64)])
-    key = _mix(total[start + length] - total[start] + length.astype(np.uint64))
+    key = splitmix64(total[start + length] - total[start] + length.astype(np.uint64))
     is_null = array.is_null().to_numpy(zero_copy_only=False)
     _, first, inverse = np.unique(key[~is_null], return_index=True, return_inverse=True)
     code = np.full(len(array), -1, np.int32)
     code[~is_null] = inverse
     return code, array.take(pa.array(np.flatnonzero(~is_null)[first]))
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), a bijection on uint64."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def time_unit_of(column: Column) -> str:
