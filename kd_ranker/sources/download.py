@@ -1,24 +1,22 @@
-"""Raw files of public datasets, fetched and verified by TFDS' download manager."""
+"""Raw files of public datasets, fetched from their publishers and verified."""
 
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-import requests
-import tensorflow_datasets as tfds
-from tensorflow_datasets.core.download import checksums
+import pooch
 
 from kd_ranker.errors import UserError
 
 
 class Archive(NamedTuple):
-    """A zip archive on its publisher's site, and what it must be: size in bytes, SHA-256."""
+    """A zip archive on its publisher's site."""
 
     url: str
-    size: int
     sha256: str
-    folder: str  # where the files lie inside
+    folder: str  # holds the files, inside the archive
 
 
 def fetch(archive: Archive, data_dir: str) -> Path:
@@ -33,25 +31,19 @@ def fetch(archive: Archive, data_dir: str) -> Path:
     unpacked = Path(data_dir) / "downloads" / archive.sha256[:16]
     if unpacked.exists():
         return unpacked / archive.folder
-    expected = checksums.UrlInfo(
-        size=tfds.core.utils.Size(archive.size),
-        checksum=archive.sha256,
-        filename=archive.url.rsplit("/", 1)[-1],
-    )
-    manager = tfds.download.DownloadManager(
-        download_dir=unpacked.parent,
-        url_infos={archive.url: expected},
-        force_checksums_validation=True,
+    downloader = pooch.HTTPDownloader(
+        progressbar=sys.stderr.isatty(), chunk_size=1 << 20, timeout=20
     )
     try:
-        # TFDS tries for minutes to reach a server that is not there; this fails at once.
-        requests.head(archive.url, timeout=20)
-        file = manager.download(archive.url)
-        # TFDS would unpack with TensorFlow's file system, which this project does without.
+        unpacked.parent.mkdir(parents=True, exist_ok=True)
+        # Not by pooch: a run that is killed while it unpacks would leave half of the files.
         with tempfile.TemporaryDirectory(dir=unpacked.parent) as temporary:
+            file = pooch.retrieve(
+                archive.url, f"sha256:{archive.sha256}", path=temporary, downloader=downloader
+            )
             shutil.unpack_archive(file, Path(temporary) / "whole", format="zip")
             (Path(temporary) / "whole").rename(unpacked)
-    except Exception as error:
+    except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"could not fetch {archive.url} ({reason}); fetch and unpack it by hand and set "

@@ -183,13 +183,12 @@ def read_32m(directory: Path) -> MovieLens:
     )
 
 
-# Sizes and checksums of 100K and 1M are those that TFDS knows; several projects that fetched 32M
-# agree on its.
+# Checksums of 100K and 1M are those that TFDS knows; several projects that fetched 32M agree on the
+# third.
 PUBLISHED: dict[str, Published] = {
     "movielens_100k": Published(
         Archive(
             url="https://files.grouplens.org/datasets/movielens/ml-100k.zip",
-            size=4_924_029,
             sha256="50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229",
             folder="ml-100k",
         ),
@@ -199,7 +198,6 @@ PUBLISHED: dict[str, Published] = {
     "movielens_1m": Published(
         Archive(
             url="https://files.grouplens.org/datasets/movielens/ml-1m.zip",
-            size=5_917_549,
             sha256="a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20",
             folder="ml-1m",
         ),
@@ -209,7 +207,6 @@ PUBLISHED: dict[str, Published] = {
     "movielens_32m": Published(
         Archive(
             url="https://files.grouplens.org/datasets/movielens/ml-32m.zip",
-            size=238_950_008,
             sha256="e4a68655d7386b8f95f2f2424b2ff975dfdd15ffd59e0d864a14dca43e99d6ee",
             folder="ml-32m",
         ),
