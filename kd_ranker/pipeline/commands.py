@@ -12,7 +12,7 @@ from kd_ranker.config import checks, schema
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.results import Row
-from kd_ranker.pipeline import measurement, runs, teachers
+from kd_ranker.pipeline import measurement, runs, scoring, teachers
 from kd_ranker.pipeline.measurement import Measured
 from kd_ranker.report import write
 from kd_ranker.requests import storage
@@ -67,7 +67,7 @@ def train_teacher(config: ConfigDict, workdir: Path) -> list[Row]:
     """
     checks.validate(config)
     dataset = teachers.open_dataset(config)
-    ranker, step = runs.train_teacher(config, dataset, workdir)
+    ranker, step = runs.fit_teacher(config, dataset, workdir)
     measured = measurement.measure_teacher(config, dataset, ranker, config.seed, step)
     measurement.write_measured(config, workdir, measured)
     return measured.rows
@@ -114,11 +114,11 @@ def log_teacher(config: ConfigDict) -> Logged:
             ),
             item_features=dataset.item_features,
             item_category=dataset.item_category,
-            requests=functools.partial(teachers.scored_requests, config, dataset, teacher),
+            requests=functools.partial(scoring.scored_requests, config, dataset, teacher),
             num_requests={split: splits[split].num_examples for split in SPLITS},
-            shards=functools.partial(teachers.scoring_shards, config, dataset, teacher, processes),
+            shards=functools.partial(scoring.scoring_shards, config, dataset, teacher, processes),
             run=run,
-            resume=teachers.scoring_folder(config, dataset, teacher),
+            resume=scoring.scoring_folder(config, dataset, teacher),
             write_beside=log.write_beside if log else None,
         )
         directory = storage.build(source, name, config.data.dir)
@@ -138,7 +138,7 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
     teachers.check_losses(config, dataset, members.values())
     workdirs.claim(workdir, "train", config, without=schema.without_influence("student"))
     with runs.progress_bar(workdir.name, config.train.steps) as bar:
-        students = runs.train_students(shared, dataset, teacher, members, workdir, bar)
+        students = runs.fit_students(shared, dataset, teacher, members, workdir, bar)
     measured = measurement.measure_students(shared, dataset, teacher, members, students)
     # The teacher has a workdir and results of its own.
     measured = Measured(*(_without_teacher(rows) for rows in measured))
@@ -179,7 +179,7 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
             if is_measured(folder, whose):
                 skip_steps(bar, each.train.steps)
                 continue
-            students = runs.train_students(each, dataset, teacher, cohort, folder, bar)
+            students = runs.fit_students(each, dataset, teacher, cohort, folder, bar)
             measured = measurement.measure_students(each, dataset, teacher, cohort, students)
             measurement.write_measured(each, folder, measured)
             mark_measured(folder, whose)

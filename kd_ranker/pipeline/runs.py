@@ -72,7 +72,7 @@ def progress_bar(name: str, steps: int) -> tqdm:
     return tqdm(total=steps, desc=name, unit="step", disable=None, dynamic_ncols=True)
 
 
-def train_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> tuple[Ranker, int]:
+def fit_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> tuple[Ranker, int]:
     """Trains the teacher of `config` on user labels; returns it and its last step."""
     workdirs.claim(workdir, "train_teacher", config, without=schema.without_influence("teacher"))
     group = recipes.teacher_group(config, dataset.spec)
@@ -92,7 +92,7 @@ def train_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> tuple[
     return ranker(states), int(states[0].step)
 
 
-def train_students(
+def fit_students(
     config: ConfigDict,
     dataset: Dataset,
     teacher: Teacher | None,
@@ -134,7 +134,7 @@ def train_students(
 def students_identity(
     members: Mapping[str, ConfigDict], dataset: Dataset, teacher: Teacher | None
 ) -> Identity:
-    """The identity of what `train_students` trains."""
+    """The identity of what `fit_students` trains."""
     version = teacher.version if teacher else ""
     return identity.of_students(members, dataset.identity, version)
 

@@ -13,7 +13,7 @@ from kd_ranker.config.identity import dataset_name
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import commands, measurement, runs, teachers
+from kd_ranker.pipeline import commands, measurement, runs, scoring, teachers
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
@@ -152,7 +152,7 @@ def apart(world, tmp_path, monkeypatch):
     dataset = teachers.open_dataset(world.config())
     copied = tmp_path / "requests" / dataset.directory.parent.name
     shutil.copytree(dataset.directory.parent, copied)
-    monkeypatch.setattr(teachers, "_BATCHES", 1)
+    monkeypatch.setattr(scoring, "_BATCHES", 1)
     config = world.config(data__dir=str(tmp_path))
     assert config.evaluation.requests == 16
     return config
@@ -185,7 +185,7 @@ def test_scoring_in_shards_and_processes_gives_the_bytes_of_one_pass(apart, monk
         assert splits["train"].shard_lengths == [16] * 4
         assert splits["test"].shard_lengths == [12]
         for split in SPLITS:
-            one_pass = teachers.scored_requests(apart, dataset, teacher, split)
+            one_pass = scoring.scored_requests(apart, dataset, teacher, split)
             assert fields(loader.read_requests(scored, split)) == fields(one_pass)
         files.append(record_files(directory))
         shutil.rmtree(directory)
@@ -197,7 +197,7 @@ def test_scoring_in_shards_and_processes_gives_the_bytes_of_one_pass(apart, monk
 # A real SIGKILL, when so many shards of the scored copy are whole.
 _DYING = """
 import os, runpy, signal, sys
-from kd_ranker.pipeline import teachers
+from kd_ranker.pipeline import scoring
 from kd_ranker.requests import storage
 number, write = int(sys.argv[1]), storage.write_shard
 
@@ -208,7 +208,7 @@ def dying_write(*arguments):
     number -= 1
     write(*arguments)
 
-storage.write_shard, teachers._BATCHES = dying_write, 1
+storage.write_shard, scoring._BATCHES = dying_write, 1
 sys.argv = ["log_teacher", *sys.argv[2:]]
 runpy.run_module("experiments.log_teacher", run_name="__main__")
 """
@@ -223,13 +223,13 @@ def test_scoring_that_was_killed_goes_on_with_the_shards_that_are_missing(
     killed = small.run("-c", _DYING, "3", *world.flags(tmp_path, data__dir=str(tmp_path)))
     assert killed.returncode == -9, killed.stderr
     assert not directory.exists()
-    score, scored = teachers.scored_requests, []
+    score, scored = scoring.scored_requests, []
 
     def counting(*arguments):
         scored.append(arguments[3:])
         return score(*arguments)
 
-    monkeypatch.setattr(teachers, "scored_requests", counting)
+    monkeypatch.setattr(scoring, "scored_requests", counting)
     assert commands.log_teacher(apart).dataset == directory
     assert scored == [("train", 48, 64), ("test", 0, 12)]
     assert record_files(directory) == whole
@@ -247,7 +247,7 @@ def test_kept_shards_are_of_the_same_batches_dataset_and_teacher(apart):
             config.update_from_flattened_dict(
                 {key.replace("__", "."): value for key, value in changes.items()}
             )
-        return teachers.scoring_folder(config, dataset, teacher)
+        return scoring.scoring_folder(config, dataset, teacher)
 
     before = folder()
     apart.data.processes = 2
@@ -255,7 +255,7 @@ def test_kept_shards_are_of_the_same_batches_dataset_and_teacher(apart):
     assert folder(evaluation__requests=8) != before
     assert folder(teacher__stage="passed") != before
     other = teacher._replace(version="another")
-    assert teachers.scoring_folder(apart, dataset, other) != before
+    assert scoring.scoring_folder(apart, dataset, other) != before
     # Made anew, it may hold something else.
     record = next(dataset.directory.glob("*array_record*"))
     record.write_bytes(record.read_bytes())
@@ -264,7 +264,7 @@ def test_kept_shards_are_of_the_same_batches_dataset_and_teacher(apart):
 
 def test_a_process_that_finds_another_teacher_does_not_score_with_it(apart):
     with pytest.raises(UserError, match="has changed while it scored; run this again"):
-        teachers.scored_elsewhere(apart.to_json(), "another", "train", 0, 16)
+        scoring.scored_elsewhere(apart.to_json(), "another", "train", 0, 16)
 
 
 @pytest.fixture(scope="module")

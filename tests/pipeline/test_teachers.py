@@ -7,7 +7,7 @@ import pytest
 
 from configs import cascade
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import teachers
+from kd_ranker.pipeline import scoring, teachers
 from tests.random_batches import SPEC
 
 
@@ -55,7 +55,7 @@ def test_shards_cover_a_split_in_whole_batches_and_are_not_many(requests):
     one, several = (
         [
             shard.args[-3:]
-            for shard in teachers.scoring_shards(config, dataset, teacher, processes, "train")
+            for shard in scoring.scoring_shards(config, dataset, teacher, processes, "train")
         ]
         for processes in (1, 8)
     )

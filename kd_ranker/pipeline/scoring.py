@@ -1,0 +1,145 @@
+"""Scoring a dataset with a teacher: in shards, by several processes, resumably."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from kd_ranker.batch import CandidateBatch
+from kd_ranker.batches import cutting, loader
+from kd_ranker.batches.columns import columns_of
+from kd_ranker.config.identity import dataset_name
+from kd_ranker.errors import UserError
+from kd_ranker.pipeline.teachers import Teacher, load_teacher, open_dataset
+from kd_ranker.requests import storage
+from kd_ranker.requests.request import Request
+from kd_ranker.requests.storage import Dataset
+
+# Batches that a shard of a scored copy has, unless a split then had more than so many shards: who
+# reads it holds a file open for each.
+_BATCHES = 64
+_MOST_SHARDS = 256
+
+
+def scored_requests(
+    config: ConfigDict,
+    dataset: Dataset,
+    teacher: Teacher,
+    split: str,
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[Request]:
+    """The requests of a split with the teacher's probabilities in place of the logged ones.
+
+    Training requests get the probabilities of what `config.teacher.stage` names, test requests
+    those of all candidates.
+
+    Args:
+      config: names the stage, and how many requests are scored at a time.
+      dataset: the dataset.
+      teacher: the teacher.
+      split: "train" or "test".
+      start: the number of the first request; if it is a multiple of `config.evaluation.requests`,
+        requests are scored with the same ones beside them as in one pass over the split.
+      stop: the number of the one behind the last; None for all.
+    """
+    everywhere = split == "test" or config.teacher.stage == "retrieved"
+    ranker, items = teacher.ranker, jax.device_put(dataset.items)
+    size = config.evaluation.requests
+    records, decode = loader.read_split(dataset, split, with_true_probability=True)
+    stop = len(records) if stop is None else stop
+    for first in range(start, stop, size):
+        chunk = [decode(records[number]) for number in range(first, min(first + size, stop))]
+        # A last chunk of another size would compile once more.
+        filled = chunk + [chunk[-1]] * (size - len(chunk))
+        fields = cutting.full_fields(columns_of(filled, dataset.spec), config.funnel.retrieved)
+        batch = CandidateBatch(**fields)
+        served = ranker.serve(ranker.parameters, batch, items)
+        (probability,) = served.probability.values()
+        for request, scored in zip(chunk, np.asarray(probability), strict=False):
+            number = len(request.item_id) if everywhere else request.num_passed
+            yield dataclasses.replace(
+                request,
+                teacher_probability=scored[:number],
+                teacher_weight=np.ones(number, np.float32),
+                teacher_version=teacher.version,
+            )
+
+
+def scoring_shards(
+    config: ConfigDict, dataset: Dataset, teacher: Teacher, processes: int, split: str
+) -> list[Callable[[], Iterator[Request]]]:
+    """`scored_requests` in parts, for `Source.shards`.
+
+    How they are cut depends on the dataset and on `config.evaluation.requests` alone. With several
+    processes, each opens the dataset and loads the teacher itself.
+    """
+    number = dataset.builder.info.splits[split].num_examples
+    batch = config.evaluation.requests
+    # Whole batches, so that the numbers are those of one pass, to the last bit.
+    size = batch * max(_BATCHES, -(-number // (batch * _MOST_SHARDS)))
+    score: Callable[..., Iterator[Request]] = (
+        functools.partial(scored_requests, config, dataset, teacher)
+        if processes == 1
+        else functools.partial(scored_elsewhere, config.to_json(), teacher.version)
+    )
+    return [
+        functools.partial(score, split, start, min(start + size, number))
+        for start in range(0, number, size)
+    ]
+
+
+def scored_elsewhere(
+    config: str, version: str, split: str, start: int, stop: int
+) -> Iterator[Request]:
+    """`scored_requests` for another process than the one that has loaded the teacher.
+
+    Args:
+      config: the config as JSON.
+      version: of the teacher that is expected.
+      split: "train" or "test".
+      start: the number of the first request.
+      stop: the number of the one behind the last.
+
+    Raises:
+      UserError: there is another teacher now.
+    """
+    opened, dataset, teacher = _opened(config)
+    if teacher.version != version:
+        raise UserError(
+            f"the teacher at {opened.teacher.workdir} has changed while it scored; run this again"
+        )
+    return scored_requests(opened, dataset, teacher, split, start, stop)
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(config: str) -> tuple[ConfigDict, Dataset, Teacher]:
+    opened = ConfigDict(json.loads(config))
+    dataset = open_dataset(opened)
+    return opened, dataset, load_teacher(opened, dataset)
+
+
+def scoring_folder(config: ConfigDict, dataset: Dataset, teacher: Teacher) -> Path:
+    """Where the shards of a scored copy are kept until it is whole, for `Source.resume`.
+
+    Its name holds a hash over what decides their bytes: how they are cut, the files of the dataset
+    (of which one that was made anew has younger ones), and the releases of what scores and writes.
+    """
+    made_of: Sequence[object] = (
+        storage.FORMAT_VERSION,
+        (config.evaluation.requests, _BATCHES, _MOST_SHARDS),
+        sorted(
+            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+            for path in dataset.directory.iterdir()
+        ),
+        [metadata.version(package) for package in ("kd_ranker", "jax")],
+    )
+    digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
+    return Path(config.data.dir) / f".scoring-{dataset_name(config, teacher.version)}" / digest
