@@ -12,6 +12,7 @@ from configs import cascade, kuairand, movielens, movielens_32m, parquet, recflo
 from kd_ranker.config import defaults
 from kd_ranker.distillation.losses import LOSSES, NEEDS_PROBABILITIES
 from kd_ranker.distillation.modes import MODES
+from kd_ranker.evaluation.metrics import METRICS
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.sources.registry import SOURCES
@@ -63,6 +64,7 @@ def registries() -> Iterator[None]:
         mock.patch.dict(STUDENTS),
         mock.patch.dict(TEACHERS),
         mock.patch.dict(SOURCES),
+        mock.patch.dict(METRICS),
     ):
         yield
     NEEDS_PROBABILITIES.intersection_update(known)

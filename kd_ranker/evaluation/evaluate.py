@@ -12,14 +12,15 @@ from jaxtyping import Array, Bool, Float
 from kd_ranker.batch import CandidateBatch, EvaluationBatch, Items
 from kd_ranker.distillation.modes import Mode
 from kd_ranker.embedding.lookup import is_met
-from kd_ranker.evaluation import measures
-from kd_ranker.evaluation.measures import Sums
+from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions
+from kd_ranker.evaluation.ranked import ranked, ranked_by_teacher
+from kd_ranker.evaluation.totals import add, request_sums
 from kd_ranker.models.model import Model, Parameters, score
 
 Probability = Float[Array, "R N T"]
+Met = dict[str, Bool[Array, "..."]]
 
-_STATIC = ("shown", "labelled")
-_teacher_request_sums = jax.jit(measures.teacher_request_sums, static_argnames=_STATIC)
+_STATIC = ("shown", "labelled", "functions")
 _FEW_LABELS = 16
 
 
@@ -32,7 +33,7 @@ class Served(NamedTuple):
     """
 
     probability: dict[str, Probability]
-    met: dict[str, Bool[Array, "..."]]
+    met: Met
 
 
 Serve = Callable[[Parameters, CandidateBatch, Items], Served]
@@ -65,6 +66,24 @@ def make_serve(model: Model, mode: Mode) -> Serve:
     return jax.jit(serve)
 
 
+@functools.partial(jax.jit, static_argnames=_STATIC)
+def _teacher_sums(
+    teacher_probability: Probability,
+    teacher_weight: Probability,
+    evaluation_batch: EvaluationBatch,
+    met: Met | None,
+    value_weights: Float[Array, "T"],
+    shown: int,
+    labelled: int,
+    functions: tuple[SumFunction, ...],
+) -> Sums:
+    """The teacher's sums of one batch."""
+    batch = ranked_by_teacher(
+        teacher_probability, teacher_weight, evaluation_batch, value_weights, shown, labelled, met
+    )
+    return request_sums(batch, functions)
+
+
 @functools.partial(jax.jit, static_argnames=("serve", *_STATIC))
 def _group_sums(
     serve: Serve,
@@ -76,21 +95,25 @@ def _group_sums(
     value_weights: Float[Array, "T"],
     shown: int,
     labelled: int,
+    functions: tuple[SumFunction, ...],
 ) -> dict[str, Sums]:
     """By serve name, the sums of one batch, each with a leading axis of members."""
 
     def member_sums(parameters: Parameters) -> dict[str, Sums]:
         served = serve(parameters, evaluation_batch.batch, items)
         return {
-            name: measures.request_sums(
-                student_probability,
-                teacher_probability,
-                teacher_weight,
-                evaluation_batch,
-                value_weights,
-                shown,
-                labelled,
-                served.met,
+            name: request_sums(
+                ranked(
+                    student_probability,
+                    teacher_probability,
+                    teacher_weight,
+                    evaluation_batch,
+                    value_weights,
+                    shown,
+                    labelled,
+                    served.met,
+                ),
+                functions,
             )
             for name, student_probability in served.probability.items()
         }
@@ -120,6 +143,7 @@ def evaluate(
       The teacher's sums, and for each group its sums by serve name, with a leading axis of members.
     """
     weights = jnp.asarray(value_weights, jnp.float32)
+    functions = sum_functions()
     items = jax.device_put(items)
     groups = [group._replace(parameters=jax.device_put(group.parameters)) for group in groups]
     teacher_total: Sums | None = None
@@ -128,6 +152,7 @@ def evaluate(
         labelled = _number_labelled(evaluation_batch)
         evaluation_batch = jax.device_put(evaluation_batch)
         batch = evaluation_batch.batch
+        static = {"shown": shown, "labelled": labelled, "functions": functions}
         if teacher is None:
             probability, weight = batch.teacher_probability, batch.teacher_weight
             met = None
@@ -136,12 +161,11 @@ def evaluate(
             (probability,), met = served_by_teacher.probability.values(), served_by_teacher.met
             weight = jnp.broadcast_to(batch.candidate_mask[..., None], probability.shape)
         reference = (probability, weight.astype(jnp.float32), evaluation_batch)
-        sums = _teacher_request_sums(*reference, weights, shown=shown, labelled=labelled, met=met)
-        teacher_total = measures.add(teacher_total, sums)
+        teacher_total = add(teacher_total, _teacher_sums(*reference, met, weights, **static))
         for group, total in zip(groups, totals, strict=True):
-            served = _group_sums(*group, *reference, items, weights, shown=shown, labelled=labelled)
+            served = _group_sums(*group, *reference, items, weights, **static)
             for name, sums in served.items():
-                total[name] = measures.add(total.get(name), sums)
+                total[name] = add(total.get(name), sums)
     if teacher_total is None:
         raise ValueError("there are no evaluation requests")
     return teacher_total, totals

@@ -1,7 +1,8 @@
 """How well probabilities predict what users did: sums of each request, to be divided later.
 
-Axes: `R` requests, `N` candidates, `T` tasks. Every function takes `label_weight`, which is 0 where
-a candidate was not shown or is padding; what lies there, NaN included, contributes exactly nothing.
+Axes: `R` requests, `N` candidates, `T` tasks, `B` bins of predicted probability. Every function
+takes `label_weight`, which is 0 where a candidate was not shown or is padding; what lies there, NaN
+included, contributes exactly nothing.
 """
 
 import jax
@@ -11,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float
 
 MARGIN = float(np.finfo(np.float32).eps)
+CALIBRATION_BINS = 20
 
 
 def binary_cross_entropy(
@@ -107,3 +109,26 @@ def _auc_of_list(
     area = jnp.where(jnp.any(takes_part & jnp.isnan(probability)), jnp.nan, area)
     counts = pairs > 0
     return jnp.where(counts, area, 0.0).astype(probability.dtype), counts
+
+
+def calibration_bin_sums(
+    probability: Float[Array, "R N T"],
+    label: Float[Array, "R N T"],
+    label_weight: Float[Array, "R N"],
+) -> tuple[Float[Array, "T B"], Float[Array, "T B"], Float[Array, "T B"]]:
+    """Weights, weighted probabilities and weighted labels in each bin, over all requests.
+
+    The `CALIBRATION_BINS` bins are equal and closed below, the last one above as well. NaN falls
+    into none.
+    """
+    place = jnp.clip(jnp.floor(probability * CALIBRATION_BINS), 0, CALIBRATION_BINS - 1)
+    weight = jnp.broadcast_to(label_weight[..., None], probability.shape)
+    # Comparison and sum, not a scatter: accelerators scatter in no fixed order, and the last digits
+    # would differ from run to run.
+    inside: Bool[Array, "R N T B"] = place[..., None] == jnp.arange(CALIBRATION_BINS)
+    inside = inside & (weight > 0)[..., None]
+
+    def summed(entries: Float[Array, "R N T"]) -> Float[Array, "T B"]:
+        return jnp.where(inside, entries[..., None], 0.0).sum(axis=(0, 1))
+
+    return summed(weight), summed(weight * probability), summed(weight * label)

@@ -1,6 +1,7 @@
 """`results.csv`: one row a trained model and serving choice."""
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from kd_ranker.evaluation.cost import funnel_cost, funnel_cost_saving
+from kd_ranker.evaluation.metrics import METRICS, columns_of, curve_columns
 
 Row = dict[str, object]
 TEACHER = "teacher"  # the teacher's name among the members
@@ -18,25 +20,19 @@ KEYS = (
     *("dataset", "role", "mode", "distill_loss", "distill_weight", "temperature"),
     *("learning_rate", "serve", "seed", "data_seed", "step"),
 )
-CURVES_COLUMNS = (
-    *("member", "serve", "k"),
-    *("survival", "value_captured", "true_value_captured", "shown_recall"),
-)
 CALIBRATION_COLUMNS = ("member", "serve", "task", "bin", "weight", "predicted", "observed")
 
 
 def columns(tasks: Sequence[str], report_at: Sequence[int]) -> list[str]:
     """The columns of `results.csv` in their order."""
-    per_task = ("user_bce", "user_auc", "user_calibration", "teacher_bce", "teacher_kl")
-    per_k = ("survival", "value_captured", "true_value_captured", "shown_recall")
-    return [
-        *KEYS,
-        *(f"{name}/{task}" for name in per_task for task in tasks),
-        "alignment_ratio",
-        *(f"{name}@{k}" for name in per_k for k in report_at),
-        *("passed_for_99", "flops_per_candidate", "cost_ratio", "funnel_cost_saving"),
-        *("unseen_users", "unseen_items", "non_finite_step", "member"),
-    ]
+    of_metrics = (columns_of(metric, tasks, report_at) for metric in METRICS.values())
+    return [*KEYS, *itertools.chain(*of_metrics), "non_finite_step", "member"]
+
+
+def curves_columns(tasks: Sequence[str]) -> list[str]:
+    """The columns of `curves.csv` in their order."""
+    of_metrics = (curve_columns(metric, tasks) for metric in METRICS.values())
+    return ["member", "serve", "k", *itertools.chain(*of_metrics)]
 
 
 def with_cost(row: Row, flops_per_candidate: float, teacher_flops: float) -> Row:

@@ -13,9 +13,9 @@ from tqdm import tqdm
 from kd_ranker.batch import FeatureSpec, abstract_items, empty_batch
 from kd_ranker.batches import loader
 from kd_ranker.distillation.modes import MODES
-from kd_ranker.evaluation import cost, measures, results
+from kd_ranker.evaluation import cost, results, totals
 from kd_ranker.evaluation.evaluate import Ranker, evaluate, make_serve
-from kd_ranker.evaluation.measures import Sums, summarise
+from kd_ranker.evaluation.metrics import Sums
 from kd_ranker.evaluation.results import Row
 from kd_ranker.models.model import Init, Model, Parameters
 from kd_ranker.pipeline.teachers import Teacher
@@ -79,14 +79,11 @@ def summary(
     config: ConfigDict,
     dataset: Dataset,
     sums: Sums,
-    teacher_sums: Sums,
-    teacher_signal: str = "probability",
+    teacher: Sums | None,
+    signal: str = "probability",
 ) -> Row:
-    """The measured columns of one row of `results.csv`; see `summarise` for `teacher_signal`."""
-    tasks, report_at = dataset.spec.tasks, _report_at(config)
-    of_teacher = summarise(teacher_sums, tasks, report_at)
-    teacher_user_bce = {task: of_teacher[f"user_bce/{task}"] for task in tasks}
-    return dict(summarise(sums, tasks, report_at, teacher_user_bce, teacher_signal))
+    """The measured columns of one row of `results.csv`; see `totals.summarise`."""
+    return dict(totals.summarise(sums, teacher, dataset.spec.tasks, _report_at(config), signal))
 
 
 def _report_at(config: ConfigDict) -> list[int]:
@@ -161,16 +158,11 @@ def _of_teacher(
         "seed": seed,
         "step": step,
         "member": results.TEACHER,
-        **summary(config, dataset, sums, sums, signal),
-        # A teacher is not measured against itself.
-        "alignment_ratio": float("nan"),
+        **summary(config, dataset, sums, None, signal),
     }
     measured = Measured([], [], [])
-    if signal == "rank":
-        # Its positions order the candidates, and foretell nothing.
-        names = ("user_bce", "user_calibration")
-        row |= {f"{name}/{task}": float("nan") for name in names for task in dataset.spec.tasks}
     _add(measured, config, dataset, results.with_cost(row, flops, flops), sums)
+    # Positions order the candidates, and foretell nothing.
     return measured._replace(calibration=[]) if signal == "rank" else measured
 
 
@@ -197,12 +189,12 @@ def _add(measured: Measured, config: ConfigDict, dataset: Dataset, row: Row, sum
     """Adds a model's row, and those of its curves and its calibration."""
     who = {"member": row["member"], "serve": row["serve"]}
     measured.rows.append(row)
-    curves = measures.curves(sums)
+    curves = totals.curves(sums, dataset.spec.tasks)
     ks = _sampled_ks(config, next(iter(curves.values())).size, row["passed_for_99"])
     measured.curves.extend(
         who | {"k": k} | {name: float(curve[k - 1]) for name, curve in curves.items()} for k in ks
     )
-    table = measures.calibration_table(sums)
+    table = totals.calibration_table(sums)
     measured.calibration.extend(
         who
         | {"task": task, "bin": bin_index}
@@ -262,7 +254,7 @@ def write_measured(config: ConfigDict, workdir: Path, measured: Measured) -> Non
     """Writes the tables of a run, each whole or not at all, `results.csv` last."""
     names = results.columns(config.tasks, _report_at(config))
     for file, rows, columns in (
-        (results.CURVES_FILE, measured.curves, results.CURVES_COLUMNS),
+        (results.CURVES_FILE, measured.curves, results.curves_columns(config.tasks)),
         (results.CALIBRATION_FILE, measured.calibration, results.CALIBRATION_COLUMNS),
         (results.FILE, measured.rows, names),
     ):

@@ -84,7 +84,7 @@ def fit_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> tuple[Ra
 
     def progress(states: States) -> tuple[dict[str, float], str]:
         sums, _ = measure(config, dataset, ranker(states), [], section.train.eval_limit)
-        return _evaluation_scalars(summary(config, dataset, sums, sums), ""), ""
+        return _evaluation_scalars(summary(config, dataset, sums, None), ""), ""
 
     with progress_bar(workdir.name, section.train.steps) as bar:
         whose = identity.of_teacher(config, dataset.identity)

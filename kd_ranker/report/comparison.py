@@ -1,35 +1,11 @@
 """Every setting on every measure: means, differences to the baseline, and which is the best."""
 
-import re
-from typing import Literal, NamedTuple
-
 import pandas as pd
 
+from kd_ranker.evaluation.metrics import Better, main_columns, metric_of
 from kd_ranker.report.choices import baseline
 from kd_ranker.report.statistics import Interval, by_repeat, difference, interval
 from kd_ranker.report.study import SETTING, Study
-
-Better = Literal["lower", "higher", "one"]
-
-# By the part of a column's name before the task or the k. What is not here is not marked: the
-# alignment ratio, for one, is small for a student that predicts users well as for one that strays.
-_BETTER: dict[str, Better] = {
-    "user_bce": "lower",
-    "user_auc": "higher",
-    "user_calibration": "one",
-    "teacher_bce": "lower",
-    "teacher_kl": "lower",
-    "survival": "higher",
-    "value_captured": "higher",
-    "true_value_captured": "higher",
-    "shown_recall": "higher",
-    "passed_for_99": "lower",
-    "flops_per_candidate": "lower",
-    "cost_ratio": "lower",
-    "funnel_cost_saving": "higher",
-}
-_UNMARKED = ("alignment_ratio",)
-
 
 COLUMNS = (
     *("dataset", "setting", *SETTING, "measure", "mean", "low", "high", "n"),
@@ -37,39 +13,16 @@ COLUMNS = (
 )
 
 
-class Measure(NamedTuple):
-    """A column of `results.csv` as tables show it."""
-
-    column: str
-    title: str
-    digits: int
+def important_columns(study: Study) -> list[str]:
+    """The columns of a paper's table, as far as they were measured at all: the funnel's first."""
+    columns = main_columns(study.tasks, study.passed)
+    return [column for column in columns if _is_known(study, column)]
 
 
-def better(column: str) -> Better | None:
-    """Which way a column is better: lower, higher, or closer to one; None for neither."""
-    return _BETTER.get(re.split("[/@]", column)[0])
-
-
-def important_measures(study: Study) -> list[Measure]:
-    """The measures of a paper's table, as far as they were measured at all: the funnel's first."""
-    measures = [
-        Measure("passed_for_99", "passed for 99%", 0),
-        Measure("funnel_cost_saving", "saving", 3),
-        Measure("cost_ratio", "cost ratio", 4),
-        Measure(f"survival@{study.passed}", f"survival@{study.passed}", 3),
-        Measure(f"value_captured@{study.passed}", f"value@{study.passed}", 4),
-        Measure("teacher_kl", "teacher KL", 4),
-        Measure("alignment_ratio", "alignment ratio", 3),
-        *(Measure(f"user_auc/{task}", f"AUC {task}", 4) for task in study.tasks),
-        *(Measure(f"user_bce/{task}", f"user BCE {task}", 4) for task in study.tasks),
-    ]
-    return [measure for measure in measures if _is_known(study, measure.column)]
-
-
-def every_measure(study: Study) -> list[str]:
-    """All columns that hold a measure, in the order of `results.csv`."""
-    names = (*_BETTER, *_UNMARKED)
-    return [str(column) for column in study.rows if re.split("[/@]", str(column))[0] in names]
+def compared_columns(study: Study) -> list[str]:
+    """All columns on which settings are compared, in the order of `results.csv`."""
+    of_columns = {str(column): metric_of(str(column)) for column in study.rows}
+    return [column for column, metric in of_columns.items() if metric and metric.compared]
 
 
 def _is_known(study: Study, column: str) -> bool:
@@ -91,9 +44,10 @@ def comparison(study: Study) -> pd.DataFrame:
         for first in study.rows.drop_duplicates("setting").to_dict("records")
     }
     lines = []
-    for measure in every_measure(study):
+    for measure in compared_columns(study):
         table = by_repeat(study.rows, measure)
-        winner = marked(table, better(measure))
+        metric = metric_of(measure)
+        winner = marked(table, metric.better if metric else None)
         for setting in map(str, table):
             beside = (
                 difference(table, setting, undistilled)

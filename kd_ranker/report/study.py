@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.cost import funnel_cost, funnel_cost_saving
+from kd_ranker.evaluation.metrics import METRICS, columns_of
 from kd_ranker.report.choices import baseline
 from kd_ranker.sweep.sweep import FOLDER
 from kd_ranker.training.workdir import (
@@ -49,7 +50,7 @@ class Study(NamedTuple):
       passed: k, the number of candidates that the config passes.
       rows: rows of `results.csv`, students of finite loss only, with `setting` (a label that is
         unique for the columns `SETTING`), `repeat` (the same for `REPEAT`), `source` (which sweep)
-        and the means over tasks `user_bce`, `teacher_bce` and `teacher_kl`.
+        and, under their names, the means over tasks of metrics that are `averaged`.
       teachers: the teachers' rows, with the same columns.
       frozen: the rows of members whose loss stopped being finite.
       varying: the columns of `SETTING` that differ between students that distil.
@@ -181,8 +182,10 @@ def _with_keys(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
         ]
     # A single run's only member has no name.
     rows["member"] = rows["member"].astype(object).fillna("")
-    for name in ("user_bce", "teacher_bce", "teacher_kl"):
-        rows[name] = rows[[f"{name}/{task}" for task in tasks]].mean(axis=1, skipna=False)
+    for metric in METRICS.values():
+        if metric.averaged:
+            columns = columns_of(metric, tasks, ())
+            rows[metric.name] = rows.reindex(columns=columns).mean(axis=1, skipna=False)
     rows = _ordered(rows)
     students = rows[rows["role"] == "student"]
     varying = _varying(students)
@@ -225,14 +228,14 @@ def _label(row: pd.Series, varying: list[str], serves: bool) -> str:
     if distilled:
         parts.append(f"weight {row['distill_weight']:g}")
     parts += [
-        f"{title_of(column)} {text_of(row[column])}"
+        f"{key_title(column)} {text_of(row[column])}"
         for column in varying
         if (distilled or column == "learning_rate") and pd.notna(row[column])
     ]
     return ", ".join(parts)
 
 
-def title_of(column: str) -> str:
+def key_title(column: str) -> str:
     """What a column of `SETTING` is called where people read it."""
     return column.removeprefix("distill_").replace("_", " ")
 

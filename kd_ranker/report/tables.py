@@ -8,11 +8,12 @@ import pandas as pd
 from tabulate import tabulate
 
 from kd_ranker.evaluation import results
+from kd_ranker.evaluation.metrics import metric_of, summary_columns, title_of
 from kd_ranker.report.choices import baseline
 from kd_ranker.report.claims import RULES
-from kd_ranker.report.comparison import important_measures
+from kd_ranker.report.comparison import important_columns
 from kd_ranker.report.statistics import Interval, interval
-from kd_ranker.report.study import Study, text_of, title_of
+from kd_ranker.report.study import Study, key_title, text_of
 
 
 def results_text(workdir: Path, passed: int) -> str:
@@ -32,18 +33,7 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
       passed: `config.funnel.passed`, the k of the funnel's columns.
     """
     tasks = [name.split("/")[1] for name in frame.columns if name.startswith("user_bce/")]
-    shown = {
-        **{f"user_auc/{task}": f"AUC {task}" for task in tasks},
-        **{f"user_calibration/{task}": f"calib. {task}" for task in tasks[:1]},
-        **{f"teacher_kl/{task}": f"KL {task}" for task in tasks[:1]},
-        "alignment_ratio": "alignment",
-        f"survival@{passed}": f"survival@{passed}",
-        f"value_captured@{passed}": f"value@{passed}",
-        f"true_value_captured@{passed}": f"true value@{passed}",
-        "passed_for_99": "passed for 99%",
-        "cost_ratio": "cost ratio",
-        "funnel_cost_saving": "saving",
-    }
+    shown = [column for column in summary_columns(tasks, passed) if column in frame]
     keys = ["dataset", "role", "mode", "distill_loss", "serve", "distill_weight"]
     swept = [column for column in ("temperature", "learning_rate") if column in frame]
     # Mode none has no loss, which is no choice among losses.
@@ -65,9 +55,9 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
             },
             "seeds": str(_healthy(group)),
         }
-        for column, title in shown.items():
+        for column in shown:
             values = group[column].dropna()
-            line[title] = _mean_and_error(values) if len(values) else ""
+            line[title_of(column, short=True)] = _mean_and_error(values) if len(values) else ""
         lines.append(line)
     return pd.DataFrame(lines).to_string(index=False)
 
@@ -120,11 +110,11 @@ def main_table(study: Study, numbers: pd.DataFrame) -> Table:
       study: what was read.
       numbers: its `comparison`.
     """
-    measures = important_measures(study)
+    measures = important_columns(study)
     lines = []
     if len(study.teachers):
         cells = [
-            _number(interval(study.teachers[measure.column].to_numpy(float)), measure.digits)
+            _number(interval(study.teachers[measure].to_numpy(float)), _digits(measure))
             for measure in measures
         ]
         count = Cell(str(len(study.teachers)), value=len(study.teachers))
@@ -133,13 +123,13 @@ def main_table(study: Study, numbers: pd.DataFrame) -> Table:
         by_measure = {line["measure"]: line for line in of_setting.to_dict("records")}
         cells = []
         for measure in measures:
-            line = by_measure[measure.column]
+            line = by_measure[measure]
             mean = Interval(line["mean"], line["low"], line["high"], line["n"])
-            cells.append(_number(mean, measure.digits, best=line["best"]))
+            cells.append(_number(mean, _digits(measure), best=line["best"]))
         repeats = int(of_setting["n"].max())
         keys = _key_cells(study, of_setting.iloc[0])
         lines.append([*keys, Cell(str(repeats), value=repeats), *cells])
-    columns = [*_key_titles(study), "repeats", *(measure.title for measure in measures)]
+    columns = [*_key_titles(study), "repeats", *map(title_of, measures)]
     return Table(f"{study.dataset}: every setting", columns, lines, _notes(study))
 
 
@@ -147,7 +137,7 @@ def difference_table(study: Study, numbers: pd.DataFrame) -> Table | None:
     """What changes against the baseline, on the measures that matter; None without a baseline."""
     undistilled = baseline(study.rows)
     # A saving is a difference to the baseline already.
-    measures = [m for m in important_measures(study) if m.column != "funnel_cost_saving"]
+    measures = [column for column in important_columns(study) if column != "funnel_cost_saving"]
     compared = numbers[numbers["setting"] != undistilled]
     if undistilled is None or compared.empty:
         return None
@@ -156,11 +146,11 @@ def difference_table(study: Study, numbers: pd.DataFrame) -> Table | None:
         by_measure = {line["measure"]: line for line in of_setting.to_dict("records")}
         cells = []
         for measure in measures:
-            line = by_measure[measure.column]
+            line = by_measure[measure]
             gap = Interval(
                 line["difference"], line["difference_low"], line["difference_high"], line["pairs"]
             )
-            cells.append(_number(gap, measure.digits, signed=True))
+            cells.append(_number(gap, _digits(measure), signed=True))
         pairs = int(of_setting["pairs"].max())
         keys = _key_cells(study, of_setting.iloc[0])
         lines.append([*keys, Cell(str(pairs), value=pairs), *cells])
@@ -169,17 +159,8 @@ def difference_table(study: Study, numbers: pd.DataFrame) -> Table | None:
         "± is half the 95% interval of that paired difference (Student's t), not corrected for the "
         "number of settings."
     ]
-    columns = [*_key_titles(study), "pairs", *(measure.title for measure in measures)]
+    columns = [*_key_titles(study), "pairs", *map(title_of, measures)]
     return Table(f"{study.dataset}: difference to {undistilled}", columns, lines, notes)
-
-
-# By a claim's measure: its title and digits.
-_CLAIM_MEASURES = {
-    "alignment_ratio": ("alignment ratio", 3),
-    "teacher_kl": ("teacher KL", 4),
-    "flops_per_candidate": ("FLOPs", 4),
-    "passed_for_99": ("passed for 99%", 0),
-}
 
 
 def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
@@ -192,7 +173,7 @@ def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
     lines = []
     for _, claim in claims.iterrows():
         mean = Interval(claim["mean"], claim["low"], claim["high"], claim["n"])
-        title, digits = _CLAIM_MEASURES.get(claim["measure"], (claim["measure"], 3))
+        title, digits = title_of(claim["measure"]), _digits(claim["measure"])
         span = (
             ""
             if np.isnan(mean.low)
@@ -225,8 +206,13 @@ def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
     return Table(f"{dataset}: claims", columns, lines, notes)
 
 
+def _digits(measure: str) -> int:
+    metric = metric_of(measure)
+    return metric.digits if metric else 3
+
+
 def _key_titles(study: Study) -> list[str]:
-    return ["mode", "serves", "weight", *map(title_of, study.varying)]
+    return ["mode", "serves", "weight", *map(key_title, study.varying)]
 
 
 def _key_cells(study: Study, keys: pd.Series | None) -> list[Cell]:

@@ -90,7 +90,9 @@ def test_runs_are_joined_as_they_were_written(tmp_path):
         folder.mkdir()
         (folder / results.FILE).write_text(results.to_csv(rows, columns))
         curves = [{"member": row["member"], "k": 1, "survival": 1 / 3} for row in rows]
-        (folder / results.CURVES_FILE).write_text(results.to_csv(curves, results.CURVES_COLUMNS))
+        (folder / results.CURVES_FILE).write_text(
+            results.to_csv(curves, results.curves_columns(TASKS))
+        )
         (folder / results.CALIBRATION_FILE).write_text("member\n")
     joined = results.join([tmp_path / "0", tmp_path / "1"], 2000)
     expected = [teacher, *(rows[1] for rows in runs)]

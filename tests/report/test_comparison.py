@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from kd_ranker.report.comparison import better, comparison, important_measures, marked
+from kd_ranker.report.comparison import comparison, important_columns, marked
 from kd_ranker.report.statistics import difference, interval
 from kd_ranker.report.study import read_studies
 from tests.report import sweeps
@@ -61,16 +61,6 @@ def test_of_equal_settings_one_is_marked_in_at_most_5_percent(settings, shared_n
     assert marks / 400 < 0.05 + 0.033
 
 
-def test_columns_and_their_directions():
-    directions = {
-        "user_bce/watch": "lower", "teacher_bce": "lower", "teacher_kl/like": "lower",
-        "passed_for_99": "lower", "cost_ratio": "lower", "user_auc/watch": "higher",
-        "survival@200": "higher", "value_captured@50": "higher", "funnel_cost_saving": "higher",
-        "user_calibration/watch": "one", "alignment_ratio": None,
-    }  # fmt: skip
-    assert {column: better(column) for column in directions} == directions
-
-
 def test_the_numbers_are_means_and_paired_differences(tmp_path):
     rows = [
         sweeps.teacher_row(),
@@ -95,6 +85,6 @@ def test_the_numbers_are_means_and_paired_differences(tmp_path):
 
 def test_what_the_dataset_does_not_know_is_no_measure_of_the_table(tmp_path):
     (study,) = read_studies([sweeps.write_sweep(tmp_path, true_values=False)])
-    assert not any("true" in measure.column for measure in important_measures(study))
+    assert not any("true" in column for column in important_columns(study))
     (other,) = read_studies([sweeps.write_rows(tmp_path / "other", [{"mode": "none"}])])
-    assert "alignment_ratio" not in {measure.column for measure in important_measures(other)}
+    assert "alignment_ratio" not in important_columns(other)

@@ -9,105 +9,16 @@ import pytest
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss, roc_auc_score
 
-from kd_ranker.batch import CandidateBatch, EvaluationBatch, Stage
-from kd_ranker.evaluation import measures
-
-TASKS = ("watch", "like")
-VALUE_WEIGHTS = jnp.array([1.0, 2.0])
-SHOWN = 3
-
-request_sums = jax.jit(measures.request_sums, static_argnums=(5, 6))
-teacher_request_sums = jax.jit(measures.teacher_request_sums, static_argnums=(4, 5))
+from kd_ranker.batch import Stage
+from kd_ranker.evaluation import totals
+from kd_ranker.evaluation.metrics import Sums
+from tests.evaluation.cases import SHOWN, TASKS, Case, random_case
 
 
-@dataclasses.dataclass
-class Case:
-    """What `request_sums` takes, as numpy arrays."""
-
-    student: np.ndarray
-    teacher: np.ndarray
-    teacher_weight: np.ndarray
-    stage: np.ndarray
-    label: np.ndarray
-    label_weight: np.ndarray
-    true: np.ndarray
-    request_mask: np.ndarray
-
-    def sums(self) -> measures.Sums:
-        sums: measures.Sums = request_sums(
-            jnp.asarray(self.student),
-            jnp.asarray(self.teacher),
-            jnp.asarray(self.teacher_weight),
-            self.evaluation_batch(),
-            VALUE_WEIGHTS,
-            SHOWN,
-            self.stage.shape[1],
-        )
-        return sums
-
-    def teacher_sums(self) -> measures.Sums:
-        sums: measures.Sums = teacher_request_sums(
-            jnp.asarray(self.teacher),
-            jnp.asarray(self.teacher_weight),
-            self.evaluation_batch(),
-            VALUE_WEIGHTS,
-            SHOWN,
-            self.stage.shape[1],
-        )
-        return sums
-
-    def evaluation_batch(self) -> EvaluationBatch:
-        requests, candidates = self.stage.shape
-        batch = CandidateBatch(
-            user_id=jnp.zeros(requests, int),
-            user_features=jnp.zeros((requests, 1)),
-            context=jnp.zeros((requests, 1)),
-            history_id=jnp.zeros((requests, 1), int),
-            history_features=jnp.zeros((requests, 1, 1)),
-            history_mask=jnp.zeros((requests, 1), bool),
-            item_id=jnp.zeros((requests, candidates), int),
-            candidate_features=jnp.zeros((requests, candidates, 1)),
-            request_category=jnp.zeros((requests, 0), int),
-            candidate_category=jnp.zeros((requests, candidates, 0), int),
-            stage=jnp.asarray(self.stage),
-            user_label=jnp.asarray(self.label),
-            label_weight=jnp.asarray(self.label_weight),
-            # The teacher comes beside the batch; what is in it must not be read.
-            teacher_probability=jnp.full(self.teacher.shape, jnp.nan),
-            teacher_weight=jnp.full(self.teacher.shape, jnp.nan),
-        )
-        return EvaluationBatch(batch, jnp.asarray(self.true), jnp.asarray(self.request_mask))
-
-    def of_requests(self, which: slice) -> "Case":
-        return Case(**{name: array[which] for name, array in vars(self).items()})
-
-
-def random_case(seed: int = 0, requests: int = 6, candidates: int = 40) -> Case:
-    generator = np.random.default_rng(seed)
-    entries = (requests, candidates, len(TASKS))
-    stage = generator.choice([s.value for s in Stage if s], size=entries[:2]).astype(np.int8)
-    label_weight = generator.choice([1.0, 2.0], size=entries[:2]) * (stage == Stage.SHOWN)
-    return Case(
-        student=generator.uniform(size=entries).astype(np.float32),
-        teacher=generator.uniform(size=entries).astype(np.float32),
-        teacher_weight=np.ones(entries, np.float32),
-        stage=stage,
-        label=generator.integers(0, 2, size=entries).astype(np.float32),
-        label_weight=label_weight.astype(np.float32),
-        true=generator.uniform(size=entries).astype(np.float32),
-        request_mask=np.ones(requests, bool),
-    )
-
-
-def assert_same_sums(left: measures.Sums, right: measures.Sums) -> None:
-    for field in dataclasses.fields(measures.Sums):
-        np.testing.assert_allclose(
-            getattr(left, field.name),
-            getattr(right, field.name),
-            rtol=1e-5,
-            atol=1e-5,
-            err_msg=field.name,
-        )
+def assert_same_sums(left: Sums, right: Sums) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_allclose(left[name], right[name], rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def test_row_of_one_small_request_by_hand() -> None:
@@ -132,7 +43,7 @@ def test_row_of_one_small_request_by_hand() -> None:
         true=entries([1, 0, 1, 1]),
         request_mask=np.ones(1, bool),
     )
-    row = measures.summarise(case.sums(), TASKS, [1, 3, 99], {"watch": 0.5, "like": 0.0})
+    row = case.row([1, 3, 99])
     expected = {
         "user_bce/watch": (-np.log(0.8) - 3 * np.log(0.6)) / 4,
         "user_bce/like": 0.0,
@@ -160,7 +71,7 @@ def test_row_of_one_small_request_by_hand() -> None:
 
 def test_row_has_the_columns_of_the_results_in_their_order() -> None:
     case = random_case()
-    row = measures.summarise(case.sums(), TASKS, [10, 20])
+    row = case.row([10, 20])
     assert list(row) == [
         "user_bce/watch",
         "user_bce/like",
@@ -186,15 +97,12 @@ def test_row_has_the_columns_of_the_results_in_their_order() -> None:
         "unseen_items",
     ]
     assert all(type(number) is float for number in row.values())
-    # The teacher's user BCE was not given, nor what training met.
-    for name in ("alignment_ratio", "unseen_users", "unseen_items"):
-        assert np.isnan(row.pop(name))
-    assert np.isfinite(list(row.values())).all()
+    assert empty_of(row) == set()
 
 
 def test_user_metrics_are_those_of_scikit_learn() -> None:
     case = random_case()
-    row = measures.summarise(case.sums(), TASKS, [])
+    row = case.row([])
     for index, task in enumerate(TASKS):
         label, student = case.label[..., index], case.student[..., index]
         expected = log_loss(label.ravel(), student.ravel(), sample_weight=case.label_weight.ravel())
@@ -212,14 +120,7 @@ def test_captured_value_is_the_ratio_of_sums_and_survival_the_mean() -> None:
     case.stage[:] = Stage.RETRIEVED
     case.student[:] = np.array([0.9, 0.1])[None, :, None]
     case.teacher[:] = np.array([[0.1, 0.9], [0.09, 0.01]])[..., None]
-    sums = request_sums(
-        *map(jnp.asarray, (case.student, case.teacher, case.teacher_weight)),
-        case.evaluation_batch(),
-        VALUE_WEIGHTS,
-        1,
-        2,
-    )
-    row = measures.summarise(sums, TASKS, [1])
+    row = totals.summarise(case.sums(shown=1), case.teacher_sums(), TASKS, [1])
     np.testing.assert_allclose(row["survival@1"], 0.5)
     np.testing.assert_allclose(row["value_captured@1"], (0.1 + 0.09) / (0.9 + 0.09), rtol=1e-6)
 
@@ -240,12 +141,12 @@ def test_recall_of_the_shown_pools_requests_and_leaves_out_those_shown_whole_or_
     case.request_mask[4] = False  # only fills up the batch
     case.teacher_weight[:] = 0  # whatever the teacher knows
     case.teacher[:] = np.nan
-    row = measures.summarise(case.sums(), TASKS, [1, 3, 6])
+    row = case.row([1, 3, 6])
     # Six were shown: of request 0 the best and the fourth, of request 1 all but two.
     np.testing.assert_allclose(
         [row[f"shown_recall@{k}"] for k in (1, 3, 6)], [1 / 6, (1 + 2) / 6, 1.0], rtol=1e-6
     )
-    row = measures.summarise(case.of_requests(slice(2, 5)).sums(), TASKS, [1, 3, 6])
+    row = case.of_requests(slice(2, 5)).row([1, 3, 6])
     assert np.isnan(row["shown_recall@3"])
 
 
@@ -253,9 +154,9 @@ def test_a_batch_split_in_two_has_the_same_sums() -> None:
     case = random_case()
     parts = None
     for part in (slice(0, 3), slice(3, 6)):
-        parts = measures.add(parts, case.of_requests(part).sums())
+        parts = totals.add(parts, case.of_requests(part).sums())
     assert parts is not None
-    assert parts.user_bce.dtype == np.float64
+    assert parts["user_bce"].dtype == np.float64
     assert_same_sums(parts, case.sums())
 
 
@@ -263,8 +164,8 @@ def test_sums_lose_no_digits_in_a_long_evaluation() -> None:
     # In float32, 2^24 + 1 is 2^24.
     total = jax.tree.map(lambda leaf: np.full(leaf.shape, 2.0**24), random_case().sums())
     one = jax.tree.map(jnp.ones_like, total)
-    total = measures.add(measures.add(measures.add(None, total), one), one)
-    np.testing.assert_array_equal(total.label_weight, 2.0**24 + 2)
+    total = totals.add(totals.add(totals.add(None, total), one), one)
+    np.testing.assert_array_equal(total["label_weight"], 2.0**24 + 2)
 
 
 def test_padding_changes_nothing() -> None:
@@ -287,9 +188,9 @@ def test_padding_changes_nothing() -> None:
         request_mask=case.request_mask,
     ).sums()
     for name in ("survival", "value_captured", "true_value_captured", "shown_kept"):
-        curve = np.asarray(getattr(longer, name))
+        curve = longer[name]
         np.testing.assert_array_equal(curve[40:], curve[39])
-        longer = dataclasses.replace(longer, **{name: curve[:40]})
+        longer[name] = curve[:40]
     assert_same_sums(longer, sums)
 
 
@@ -312,16 +213,15 @@ def test_a_candidate_without_teacher_probability_is_never_chosen() -> None:
     case.teacher_weight[:] = 1
     worst = case.sums()
     for name in ("survival", "value_captured", "true_value_captured", "funnel_requests"):
-        np.testing.assert_allclose(getattr(holes, name), getattr(worst, name), rtol=1e-6)
+        np.testing.assert_allclose(holes[name], worst[name], rtol=1e-6)
 
 
 def test_teacher_judged_as_a_student() -> None:
     case = random_case()
     assert_same_sums(case.teacher_sums(), dataclasses.replace(case, student=case.teacher).sums())
-    row = measures.summarise(case.teacher_sums(), TASKS, [1, SHOWN])
-    own = {task: row[f"user_bce/{task}"] for task in TASKS}
-    row = measures.summarise(case.teacher_sums(), TASKS, [1, SHOWN], own)
-    assert row["alignment_ratio"] == 0
+    row = case.teacher_row([1, SHOWN])
+    # It is not measured against itself.
+    assert np.isnan(row["alignment_ratio"])
     assert row["survival@1"] == pytest.approx(1 / SHOWN)
     assert row[f"value_captured@{SHOWN}"] == 1
     assert row["passed_for_99"] == SHOWN
@@ -330,42 +230,49 @@ def test_teacher_judged_as_a_student() -> None:
 
 def test_of_a_teachers_positions_only_the_order_is_measured() -> None:
     case = random_case()
-    user_bce = {"watch": 1.0, "like": 1.0}
-    row = measures.summarise(case.sums(), TASKS, [SHOWN], user_bce)
-    of_order = measures.summarise(case.sums(), TASKS, [SHOWN], user_bce, "rank")
-    empty = {name for name, number in of_order.items() if np.isnan(number)}
-    empty -= {"unseen_users", "unseen_items"}
-    assert empty == {
+    against_teacher = {
         *(f"{name}/{task}" for name in ("teacher_bce", "teacher_kl") for task in TASKS),
         "alignment_ratio",
     }
-    assert {name: row[name] for name in row if name not in empty} == pytest.approx(
-        {name: of_order[name] for name in row if name not in empty}, nan_ok=True
+    foretold = {f"{name}/{task}" for name in ("user_bce", "user_calibration") for task in TASKS}
+    assert empty_of(case.row([SHOWN], "rank")) == against_teacher
+    assert empty_of(case.teacher_row([SHOWN], "rank")) == against_teacher | foretold
+    row, of_order = case.row([SHOWN]), case.row([SHOWN], "rank")
+    assert {name: row[name] for name in row.keys() - against_teacher} == pytest.approx(
+        {name: of_order[name] for name in row.keys() - against_teacher}, nan_ok=True
     )
+
+
+def empty_of(row: dict[str, float]) -> set[str]:
+    # What training met was not given.
+    return {name for name, number in row.items() if np.isnan(number)} - {
+        "unseen_users",
+        "unseen_items",
+    }
 
 
 def test_teacher_with_holes_is_judged_only_where_it_is_known() -> None:
     case = random_case()
     case.teacher_weight[:, ::3, 0] = 0  # of one task, so that the other still counts for the BCE
     case.teacher[:, ::3, 0] = np.nan
-    row = measures.summarise(case.teacher_sums(), TASKS, [SHOWN], {"watch": 1.0, "like": 1.0})
-    assert np.isfinite([row[name] for name in row if not name.startswith("unseen_")]).all()
+    row = case.teacher_row([SHOWN])
+    assert empty_of(row) == {"alignment_ratio"}
     assert row[f"survival@{SHOWN}"] == 1
 
 
 def test_true_value_is_nan_where_the_dataset_does_not_know_it() -> None:
     case = random_case()
     case.true[:] = np.nan
-    row = measures.summarise(case.sums(), TASKS, [10])
+    row = case.row([10])
     assert np.isnan(row["true_value_captured@10"])
     assert np.isfinite(row["value_captured@10"])
-    assert np.isnan(measures.curves(case.sums())["true_value_captured"]).all()
+    assert np.isnan(totals.curves(case.sums(), TASKS)["true_value_captured"]).all()
 
 
 def test_a_diverged_student_gives_nan_and_no_numbers() -> None:
     case = random_case()
     case.student[:] = np.nan
-    row = measures.summarise(case.sums(), TASKS, [10], {"watch": 0.5, "like": 0.5})
+    row = case.row([10])
     assert np.isnan(list(row.values())).all()
 
 
@@ -373,7 +280,7 @@ def test_calibration_table_is_that_of_scikit_learn() -> None:
     case = random_case()
     case.label_weight = (case.stage == Stage.SHOWN).astype(np.float32)
     case.student[0, :2] = [[0.0], [1.0]]  # the ends fall into the first and last bin
-    table = measures.calibration_table(case.sums())
+    table = totals.calibration_table(case.sums())
     shown = case.label_weight > 0
     for task in range(len(TASKS)):
         observed, predicted = calibration_curve(

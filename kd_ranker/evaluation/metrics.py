@@ -1,0 +1,465 @@
+"""The metrics, one entry each: `METRICS`.
+
+All that differs from metric to metric stands in its entry: columns of `results.csv` and
+`curves.csv`, what is summed over a pass, marks, titles and places in tables derive from it. Their
+formulas on one batch are in `label_metrics`, `alignment` and `funnel`. To try a metric of your own,
+put it into `METRICS` before you call `kd_ranker.pipeline.commands`.
+
+Axes: `N` candidates, `T` tasks.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from kd_ranker.evaluation import alignment, funnel, label_metrics
+from kd_ranker.evaluation.ranked import Ranked
+
+# By name, over all requests of a batch, or of a pass.
+Sums = dict[str, Float[Array | np.ndarray, "..."]]
+SumFunction = Callable[[Ranked], Sums]
+Better = Literal["lower", "higher", "one"]
+Tasks = Literal["each", "first", "mean"]
+
+
+class Metric(NamedTuple):
+    """A column of `results.csv`, or one for each task or k.
+
+    Attributes:
+      name: of its columns: `name`, `name/<task>`, `name@<k>` or `name@<k>/<task>`.
+      formula: its definition, in Markdown.
+      title: its name in tables and figures.
+      digits: behind the point, in tables.
+      better: the way in which it is better: lower, higher or closer to one; None for neither.
+      per: there is a number for each of these.
+      sums: functions from a batch to sums by name. Metrics share a function by naming the same one;
+        it is called once a batch.
+      ends: from the sums of a pass over all requests, and those of the teacher on the same, to its
+        numbers, NaN where there is nothing to measure: an array [N] (index `k - 1` belongs to k),
+        [T] or [N, T], or one number. None where the column is not measured on requests but filled
+        in by `results`.
+      probabilities_of: whose numbers it takes for probabilities, and not for an order alone. Where
+        these are a teacher's positions, there is nothing to measure.
+      of_teacher: whether it says anything of the teacher itself.
+      averaged: whether a report has the mean over tasks too, under `name`.
+      compared: whether a report compares settings on it.
+      main: its place from the left in a report's main table, and of which tasks; None for none.
+      summary: of which tasks the table in the terminal shows it; None for none.
+      short: its title there, if that differs.
+    """
+
+    name: str
+    formula: str
+    title: str
+    digits: int
+    better: Better | None
+    per: tuple[Literal["k", "task"], ...] = ()
+    sums: tuple[SumFunction, ...] = ()
+    ends: Callable[[Sums, Sums], Any] | None = None
+    probabilities_of: tuple[Literal["ranker", "teacher"], ...] = ()
+    of_teacher: bool = True
+    averaged: bool = False
+    compared: bool = True
+    main: tuple[int, Tasks] | None = None
+    summary: Tasks | None = None
+    short: str = ""
+
+
+def ratio(
+    numerator: Array | np.ndarray, denominator: Array | np.ndarray
+) -> Float[np.ndarray, "*shape"]:
+    """Numerator over denominator in float64, NaN where the denominator is 0."""
+    below = np.asarray(denominator, np.float64)
+    return np.asarray(numerator, np.float64) / np.where(below == 0, np.nan, below)
+
+
+def _user_bce(ranked: Ranked) -> Sums:
+    losses, weight = label_metrics.user_bce_sums(*ranked.labels)
+    return {"user_bce": losses.sum(axis=0), "label_weight": weight.sum(axis=0)}
+
+
+def _user_auc(ranked: Ranked) -> Sums:
+    area, counts = label_metrics.user_auc(*ranked.labels)
+    return {
+        "user_auc": area.sum(axis=0),
+        "user_auc_requests": counts.sum(axis=0).astype(area.dtype),
+    }
+
+
+def _user_calibration(ranked: Ranked) -> Sums:
+    predicted, observed = label_metrics.user_calibration_sums(*ranked.labels)
+    return {"predicted": predicted.sum(axis=0), "observed": observed.sum(axis=0)}
+
+
+def _teacher_bce(ranked: Ranked) -> Sums:
+    losses, weight = alignment.teacher_bce_sums(
+        ranked.probability, ranked.teacher_probability, ranked.teacher_weight
+    )
+    return {"teacher_bce": losses.sum(axis=0), "teacher_weight": weight.sum(axis=0)}
+
+
+def _teacher_entropy(ranked: Ranked) -> Sums:
+    entropies = alignment.teacher_entropy_sums(ranked.teacher_probability, ranked.teacher_weight)
+    return {"teacher_entropy": entropies.sum(axis=0)}
+
+
+def _survival(ranked: Ranked) -> Sums:
+    survival = ranked.curves.survival
+    return {
+        "survival": survival.sum(axis=0),
+        "funnel_requests": ranked.curves.counts.sum().astype(survival.dtype),
+    }
+
+
+def _value_captured(ranked: Ranked) -> Sums:
+    return {"value_captured": ranked.curves.value_captured.sum(axis=0)}
+
+
+def _true_value_captured(ranked: Ranked) -> Sums:
+    return {"true_value_captured": ranked.curves.true_value_captured.sum(axis=0)}
+
+
+def _shown_kept(ranked: Ranked) -> Sums:
+    return {"shown_kept": ranked.curves.shown_kept.sum(axis=0)}
+
+
+def _unseen_users(ranked: Ranked) -> Sums:
+    request_mask = ranked.evaluation_batch.request_mask
+    return {
+        "unseen_users": _number_unseen(ranked, "user", request_mask),
+        "requests": request_mask.sum().astype(jnp.float32),
+    }
+
+
+def _unseen_items(ranked: Ranked) -> Sums:
+    return {
+        "unseen_items": _number_unseen(ranked, "item", ranked.mask),
+        "candidates": ranked.mask.sum().astype(jnp.float32),
+    }
+
+
+def _number_unseen(ranked: Ranked, lookup: str, counts: Bool[Array, "..."]) -> Float[Array, ""]:
+    if lookup not in ranked.met:
+        return jnp.float32(jnp.nan)
+    return (counts & ~ranked.met[lookup]).sum().astype(jnp.float32)
+
+
+def _user_bce_of(sums: Sums) -> Float[np.ndarray, "T"]:
+    return ratio(sums["user_bce"], sums["label_weight"])
+
+
+def _teacher_bce_of(sums: Sums) -> Float[np.ndarray, "T"]:
+    return ratio(sums["teacher_bce"], sums["teacher_weight"])
+
+
+def _captured(name: str) -> Callable[[Sums, Sums], Float[np.ndarray, "N"]]:
+    """Ends a captured curve, which is summed under `name`."""
+    return lambda sums, _: funnel.captured_share(np.asarray(sums[name]))
+
+
+# In the order of the columns of `results.csv`.
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric(
+            name="user_bce",
+            formula="Σ w · (−y log p − (1 − y) log(1 − p)) / Σ w, in nats, over shown candidates",
+            title="user BCE",
+            digits=4,
+            better="lower",
+            per=("task",),
+            sums=(_user_bce,),
+            ends=lambda sums, _: _user_bce_of(sums),
+            probabilities_of=("ranker",),
+            averaged=True,
+            main=(9, "each"),
+        ),
+        Metric(
+            name="user_auc",
+            formula="the share of pairs (label 1, label 0) *within a request* that p orders "
+            "rightly, a tie counting ½; averaged over requests that have both labels",
+            title="AUC",
+            digits=4,
+            better="higher",
+            per=("task",),
+            sums=(_user_auc,),
+            ends=lambda sums, _: ratio(sums["user_auc"], sums["user_auc_requests"]),
+            main=(8, "each"),
+            summary="each",
+        ),
+        Metric(
+            name="user_calibration",
+            formula="Σ w p / Σ w y over shown candidates: above 1, the model promises too much",
+            title="calibration",
+            digits=3,
+            better="one",
+            per=("task",),
+            sums=(_user_calibration,),
+            ends=lambda sums, _: ratio(sums["predicted"], sums["observed"]),
+            probabilities_of=("ranker",),
+            summary="first",
+            short="calib.",
+        ),
+        Metric(
+            name="teacher_bce",
+            formula="Σ w · (−q log p − (1 − q) log(1 − p)) / Σ w, over entries with teacher weight",
+            title="teacher BCE",
+            digits=4,
+            better="lower",
+            per=("task",),
+            sums=(_teacher_bce,),
+            ends=lambda sums, _: _teacher_bce_of(sums),
+            probabilities_of=("ranker", "teacher"),
+            averaged=True,
+        ),
+        Metric(
+            name="teacher_kl",
+            formula="`teacher_bce` less the teacher's own mean entropy: 0 for a perfect copy",
+            title="teacher KL",
+            digits=4,
+            better="lower",
+            per=("task",),
+            sums=(_teacher_bce, _teacher_entropy),
+            ends=lambda sums, _: (
+                _teacher_bce_of(sums) - ratio(sums["teacher_entropy"], sums["teacher_weight"])
+            ),
+            probabilities_of=("ranker", "teacher"),
+            averaged=True,
+            main=(6, "mean"),
+            summary="first",
+            short="KL",
+        ),
+        Metric(
+            name="alignment_ratio",
+            formula="mean over tasks of (user BCE of the student − user BCE of the teacher) / "
+            "teacher BCE of the student",
+            title="alignment ratio",
+            digits=3,
+            # It is small for a student that predicts users well as for one that strays.
+            better=None,
+            sums=(_user_bce, _teacher_bce),
+            ends=lambda sums, teacher: alignment.alignment_ratio(
+                _user_bce_of(sums), _user_bce_of(teacher), _teacher_bce_of(sums)
+            ),
+            probabilities_of=("ranker", "teacher"),
+            of_teacher=False,
+            main=(7, "each"),
+            summary="each",
+            short="alignment",
+        ),
+        Metric(
+            name="survival",
+            formula="the share of the teacher's own top m, out of all retrieved, that the "
+            "student's top k keeps; mean over requests",
+            title="survival",
+            digits=3,
+            better="higher",
+            per=("k",),
+            sums=(_survival,),
+            ends=lambda sums, _: ratio(sums["survival"], sums["funnel_requests"]),
+            main=(4, "each"),
+            summary="each",
+        ),
+        Metric(
+            name="value_captured",
+            formula="Σ teacher value of the m items shown if the teacher ranks only the student's "
+            "top k, over Σ of the same if it ranks all retrieved",
+            title="value",
+            digits=4,
+            better="higher",
+            per=("k",),
+            sums=(_value_captured,),
+            ends=_captured("value_captured"),
+            main=(5, "each"),
+            summary="each",
+        ),
+        Metric(
+            name="true_value_captured",
+            formula="the same items in both sums, valued by the true probabilities; empty where "
+            "the dataset does not know them",
+            title="true value",
+            digits=4,
+            better="higher",
+            per=("k",),
+            sums=(_true_value_captured,),
+            ends=_captured("true_value_captured"),
+            summary="each",
+        ),
+        Metric(
+            name="shown_recall",
+            formula="Σ shown candidates in the student's top k, over Σ shown candidates; over the "
+            "requests of which the logged funnel has shown some candidates and not all",
+            title="shown recall",
+            digits=3,
+            better="higher",
+            per=("k",),
+            sums=(_shown_kept,),
+            ends=_captured("shown_kept"),
+        ),
+        Metric(
+            name="passed_for_99",
+            formula="the smallest k with `value_captured@k` ≥ 0.99",
+            title="passed for 99%",
+            digits=0,
+            better="lower",
+            sums=(_value_captured,),
+            ends=lambda sums, _: funnel.passed_for_99(
+                funnel.captured_share(np.asarray(sums["value_captured"]))
+            ),
+            main=(1, "each"),
+            summary="each",
+        ),
+        Metric(
+            name="flops_per_candidate",
+            formula="FLOPs of the compiled model on one request of N retrieved, over N; all heads "
+            "counted",
+            title="FLOPs",
+            digits=4,
+            better="lower",
+        ),
+        Metric(
+            name="cost_ratio",
+            formula="`flops_per_candidate` of the student over the teacher's",
+            title="cost ratio",
+            digits=4,
+            better="lower",
+            main=(3, "each"),
+            summary="each",
+        ),
+        Metric(
+            name="funnel_cost_saving",
+            formula="1 − cost / cost of mode `none` in the same repeat and at the same learning "
+            "rate, where cost = N · student FLOPs + `passed_for_99` · teacher FLOPs; filled in for "
+            "a whole sweep, empty where it has no such student",
+            title="saving",
+            digits=3,
+            better="higher",
+            main=(2, "each"),
+            summary="each",
+        ),
+        Metric(
+            name="unseen_users",
+            formula="the share of the test requests whose user the model never met in training, "
+            "so that the reserved row serves; empty where the model is not known",
+            title="unseen users",
+            digits=3,
+            better=None,
+            sums=(_unseen_users,),
+            ends=lambda sums, _: ratio(sums["unseen_users"], sums["requests"]),
+            compared=False,
+        ),
+        Metric(
+            name="unseen_items",
+            formula="the same of the test candidates",
+            title="unseen items",
+            digits=3,
+            better=None,
+            sums=(_unseen_items,),
+            ends=lambda sums, _: ratio(sums["unseen_items"], sums["candidates"]),
+            compared=False,
+        ),
+    )
+}
+
+
+def sum_functions() -> tuple[SumFunction, ...]:
+    """All that is summed for `METRICS`, each once."""
+    return tuple(dict.fromkeys(of for metric in METRICS.values() for of in metric.sums))
+
+
+def columns_of(metric: Metric, tasks: Sequence[str], report_at: Sequence[int]) -> list[str]:
+    """The metric's columns in `results.csv`.
+
+    >>> columns_of(METRICS["survival"], ("watch", "like"), (10, 50))
+    ['survival@10', 'survival@50']
+    """
+    return _names(metric, [f"@{k}" for k in report_at] if "k" in metric.per else [""], tasks)
+
+
+def curve_columns(metric: Metric, tasks: Sequence[str]) -> list[str]:
+    """The metric's columns in `curves.csv`, where a line is a k; none if it has no curve.
+
+    >>> curve_columns(METRICS["survival"], ("watch", "like"))
+    ['survival']
+    """
+    return _names(metric, [""], tasks) if "k" in metric.per else []
+
+
+def _names(metric: Metric, at: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    of = [f"/{task}" for task in tasks] if "task" in metric.per else [""]
+    return [f"{metric.name}{k}{task}" for k in at for task in of]
+
+
+def metric_of(column: str) -> Metric | None:
+    """The metric of a column, or of the mean over tasks that a report has; None if it has none."""
+    return METRICS.get(re.split("[@/]", column)[0])
+
+
+def title_of(column: str, short: bool = False) -> str:
+    """The title of a metric's column in tables; short in the terminal.
+
+    >>> title_of("survival@200"), title_of("user_auc/watch"), title_of("teacher_kl")
+    ('survival@200', 'AUC watch', 'teacher KL')
+    """
+    metric = metric_of(column)
+    if metric is None:
+        return column
+    name = (metric.short if short else "") or metric.title
+    return name + column.removeprefix(metric.name).replace("/", " ")
+
+
+def main_columns(tasks: Sequence[str], passed: int) -> list[str]:
+    """The columns of a report's main table from left to right, curves at `passed` alone."""
+    placed = [(metric, *metric.main) for metric in METRICS.values() if metric.main]
+    placed.sort(key=lambda entry: entry[1])
+    return [
+        column for metric, _, which in placed for column in _columns(metric, which, tasks, passed)
+    ]
+
+
+def summary_columns(tasks: Sequence[str], passed: int) -> list[str]:
+    """The columns of the table in the terminal from left to right, curves at `passed` alone."""
+    return [
+        column
+        for metric in METRICS.values()
+        if metric.summary
+        for column in _columns(metric, metric.summary, tasks, passed)
+    ]
+
+
+def _columns(metric: Metric, which: Tasks, tasks: Sequence[str], passed: int) -> list[str]:
+    if which == "mean" and "task" in metric.per:
+        metric = metric._replace(per=tuple(axis for axis in metric.per if axis != "task"))
+    return columns_of(metric, tasks[:1] if which == "first" else tasks, [passed])
+
+
+def numbers(metric: Metric, ended: Any, report_at: Sequence[int]) -> list[float]:
+    """What a metric has ended in, in the order of `columns_of`.
+
+    Args:
+      metric: the metric.
+      ended: the result of its `ends`.
+      report_at: the values of k; one beyond the number of candidates means all of them.
+    """
+    array = np.asarray(ended, np.float64)
+    if "k" in metric.per:
+        array = array[[min(k, len(array)) - 1 for k in report_at]]
+    return [float(number) for number in array.ravel()]
+
+
+def is_measurable(metric: Metric, of_teacher: bool, signal: str) -> bool:
+    """Whether there is anything to measure of a ranker.
+
+    Args:
+      metric: the metric.
+      of_teacher: whether the ranker is the teacher itself.
+      signal: what is known of the teacher, one of `batch.TEACHER_SIGNALS`.
+    """
+    positions = {"teacher", *(["ranker"] if of_teacher else [])} if signal == "rank" else set()
+    return not positions.intersection(metric.probabilities_of) and (
+        metric.of_teacher or not of_teacher
+    )

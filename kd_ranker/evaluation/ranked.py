@@ -1,0 +1,160 @@
+"""A batch as a ranker and the teacher see it, which is all that a metric is summed over.
+
+Axes: `R` requests, `N` candidates, `T` tasks, `L` candidates with a label.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from kd_ranker.batch import CandidateBatch, EvaluationBatch, Stage
+from kd_ranker.evaluation import funnel
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ranked:
+    """A batch with the probabilities of a ranker and of the teacher; see `ranked`.
+
+    What several metrics need is a property, computed when the first of them asks for it and then
+    kept. It lives within one trace of the program that measures.
+
+    Attributes:
+      probability: the serving probabilities of the ranker under evaluation.
+      teacher_probability: the final ranker's; may hold anything where its weight is 0.
+      teacher_weight: 0 where the teacher's probability is not known, and on what does not count.
+      label_weight: weights of the user labels; 0 on what does not count.
+      mask: False on padding, and on requests that only fill up the batch.
+      evaluation_batch: the requests; the teacher's values inside it are not to be read.
+      value_weights: what a ranker sorts by, see `funnel.value`.
+      shown: number of items shown.
+      labelled: L, at least as many as a request has candidates with a label.
+      met: whether training met the ids of the ranker's lookups, by name; empty if nobody knows.
+    """
+
+    probability: Float[Array, "R N T"]
+    teacher_probability: Float[Array, "R N T"]
+    teacher_weight: Float[Array, "R N T"]
+    label_weight: Float[Array, "R N"]
+    mask: Bool[Array, "R N"]
+    evaluation_batch: EvaluationBatch
+    value_weights: Float[Array, "T"]
+    shown: int
+    labelled: int
+    met: Mapping[str, Bool[Array, "..."]]
+
+    @property
+    def batch(self) -> CandidateBatch:
+        """The requests without what only the evaluation may see."""
+        return self.evaluation_batch.batch
+
+    @functools.cached_property
+    def labels(self) -> tuple[Float[Array, "R L T"], Float[Array, "R L T"], Float[Array, "R L"]]:
+        """Probability, user label and label weight of the candidates that have a label.
+
+        Measuring only those is what makes the metrics against user labels cheap. Which they are
+        does not depend on the ranker, so the members of a group share this sort.
+        """
+        with_label = jnp.argsort(self.label_weight <= 0, axis=1, stable=True)[:, : self.labelled]
+
+        def of_labelled(values: Float[Array, "R N ..."]) -> Float[Array, "R L ..."]:
+            return jax.vmap(lambda of_request, places: of_request[places])(values, with_label)
+
+        return (
+            of_labelled(self.probability),
+            of_labelled(self.batch.user_label),
+            of_labelled(self.label_weight),
+        )
+
+    @functools.cached_property
+    def value(self) -> Float[Array, "R N"]:
+        """The ranker's value of each candidate."""
+        return funnel.value(self.probability, self.value_weights)
+
+    @functools.cached_property
+    def teacher_value(self) -> Float[Array, "R N"]:
+        """The teacher's value of each candidate; NaN where it does not know every task."""
+        known = jnp.all(self.teacher_weight > 0, axis=-1)
+        value = funnel.value(self.teacher_probability, self.value_weights)
+        return jnp.where(known, value, jnp.nan)
+
+    @functools.cached_property
+    def curves(self) -> funnel.FunnelCurves:
+        """The funnel's curves of each request.
+
+        Every candidate is retrieved; one whose teacher value is not known is never chosen by the
+        teacher.
+        """
+        return funnel.funnel_curves(
+            student_value=self.value,
+            teacher_value=self.teacher_value,
+            candidate_mask=self.mask,
+            shown=self.shown,
+            true_value=funnel.value(self.evaluation_batch.true_probability, self.value_weights),
+            was_shown=self.mask & (self.batch.stage == Stage.SHOWN),
+        )
+
+
+def ranked(
+    probability: Float[Array, "R N T"],
+    teacher_probability: Float[Array, "R N T"],
+    teacher_weight: Float[Array, "R N T"],
+    evaluation_batch: EvaluationBatch,
+    value_weights: Float[Array, "T"],
+    shown: int,
+    labelled: int,
+    met: Mapping[str, Bool[Array, "..."]] | None = None,
+) -> Ranked:
+    """A batch under a ranker and the teacher, cleared of what does not count.
+
+    Requests outside `request_mask` and candidates of stage `PADDING` get weights of 0. The
+    teacher's probabilities come beside the batch because a live teacher computes them.
+    """
+    batch = evaluation_batch.batch
+    mask = batch.candidate_mask & evaluation_batch.request_mask[:, None]
+    return Ranked(
+        # In bfloat16, sums would lose their digits and 1 - MARGIN would be 1.
+        probability=probability.astype(jnp.float32),
+        teacher_probability=teacher_probability.astype(jnp.float32),
+        teacher_weight=jnp.where(mask[..., None], teacher_weight, 0.0),
+        label_weight=jnp.where(mask, batch.label_weight, 0.0),
+        mask=mask,
+        evaluation_batch=evaluation_batch,
+        value_weights=value_weights,
+        shown=shown,
+        labelled=labelled,
+        met=met or {},
+    )
+
+
+def ranked_by_teacher(
+    teacher_probability: Float[Array, "R N T"],
+    teacher_weight: Float[Array, "R N T"],
+    evaluation_batch: EvaluationBatch,
+    value_weights: Float[Array, "T"],
+    shown: int,
+    labelled: int,
+    met: Mapping[str, Bool[Array, "..."]] | None = None,
+) -> Ranked:
+    """A batch under the teacher itself, which is judged only where its probabilities are known.
+
+    With a live teacher that is everywhere, and this equals `ranked` with the teacher as the
+    student. Logs may have holes; a shown candidate in one has no teacher probability to judge.
+    """
+    known = jnp.all(teacher_weight > 0, axis=-1)
+    batch = evaluation_batch.batch
+    batch = dataclasses.replace(batch, label_weight=jnp.where(known, batch.label_weight, 0.0))
+    return ranked(
+        # The funnel ranks NaN behind all candidates that the teacher knows.
+        jnp.where(teacher_weight > 0, teacher_probability, jnp.nan),
+        teacher_probability,
+        teacher_weight,
+        dataclasses.replace(evaluation_batch, batch=batch),
+        value_weights,
+        shown,
+        labelled,
+        met,
+    )

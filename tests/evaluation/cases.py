@@ -1,0 +1,118 @@
+"""Batches under a student and a teacher, drawn at random or made by hand."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd_ranker.batch import CandidateBatch, EvaluationBatch, Stage
+from kd_ranker.evaluation import totals
+from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions
+from kd_ranker.evaluation.ranked import ranked, ranked_by_teacher
+
+TASKS = ("watch", "like")
+VALUE_WEIGHTS = jnp.array([1.0, 2.0])
+SHOWN = 3
+
+
+@functools.partial(jax.jit, static_argnums=(0, 6, 7))
+def request_sums(functions: tuple[SumFunction, ...], *arguments: Any) -> Sums:
+    return totals.request_sums(ranked(*arguments), functions)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+def teacher_request_sums(functions: tuple[SumFunction, ...], *arguments: Any) -> Sums:
+    return totals.request_sums(ranked_by_teacher(*arguments), functions)
+
+
+@dataclasses.dataclass
+class Case:
+    """What `ranked` takes, as numpy arrays."""
+
+    student: np.ndarray
+    teacher: np.ndarray
+    teacher_weight: np.ndarray
+    stage: np.ndarray
+    label: np.ndarray
+    label_weight: np.ndarray
+    true: np.ndarray
+    request_mask: np.ndarray
+
+    def sums(self, shown: int = SHOWN) -> Sums:
+        sums = request_sums(
+            sum_functions(),
+            jnp.asarray(self.student),
+            jnp.asarray(self.teacher),
+            jnp.asarray(self.teacher_weight),
+            self.evaluation_batch(),
+            VALUE_WEIGHTS,
+            shown,
+            self.stage.shape[1],
+        )
+        return totals.add(None, sums)
+
+    def teacher_sums(self) -> Sums:
+        sums = teacher_request_sums(
+            sum_functions(),
+            jnp.asarray(self.teacher),
+            jnp.asarray(self.teacher_weight),
+            self.evaluation_batch(),
+            VALUE_WEIGHTS,
+            SHOWN,
+            self.stage.shape[1],
+        )
+        return totals.add(None, sums)
+
+    def row(self, report_at: Sequence[int], signal: str = "probability") -> dict[str, float]:
+        return totals.summarise(self.sums(), self.teacher_sums(), TASKS, report_at, signal)
+
+    def teacher_row(
+        self, report_at: Sequence[int], signal: str = "probability"
+    ) -> dict[str, float]:
+        return totals.summarise(self.teacher_sums(), None, TASKS, report_at, signal)
+
+    def evaluation_batch(self) -> EvaluationBatch:
+        requests, candidates = self.stage.shape
+        batch = CandidateBatch(
+            user_id=jnp.zeros(requests, int),
+            user_features=jnp.zeros((requests, 1)),
+            context=jnp.zeros((requests, 1)),
+            history_id=jnp.zeros((requests, 1), int),
+            history_features=jnp.zeros((requests, 1, 1)),
+            history_mask=jnp.zeros((requests, 1), bool),
+            item_id=jnp.zeros((requests, candidates), int),
+            candidate_features=jnp.zeros((requests, candidates, 1)),
+            request_category=jnp.zeros((requests, 0), int),
+            candidate_category=jnp.zeros((requests, candidates, 0), int),
+            stage=jnp.asarray(self.stage),
+            user_label=jnp.asarray(self.label),
+            label_weight=jnp.asarray(self.label_weight),
+            # The teacher comes beside the batch; what is in it must not be read.
+            teacher_probability=jnp.full(self.teacher.shape, jnp.nan),
+            teacher_weight=jnp.full(self.teacher.shape, jnp.nan),
+        )
+        return EvaluationBatch(batch, jnp.asarray(self.true), jnp.asarray(self.request_mask))
+
+    def of_requests(self, which: slice) -> "Case":
+        return Case(**{name: array[which] for name, array in vars(self).items()})
+
+
+def random_case(seed: int = 0, requests: int = 6, candidates: int = 40) -> Case:
+    generator = np.random.default_rng(seed)
+    entries = (requests, candidates, len(TASKS))
+    stage = generator.choice([s.value for s in Stage if s], size=entries[:2]).astype(np.int8)
+    label_weight = generator.choice([1.0, 2.0], size=entries[:2]) * (stage == Stage.SHOWN)
+    return Case(
+        student=generator.uniform(size=entries).astype(np.float32),
+        teacher=generator.uniform(size=entries).astype(np.float32),
+        teacher_weight=np.ones(entries, np.float32),
+        stage=stage,
+        label=generator.integers(0, 2, size=entries).astype(np.float32),
+        label_weight=label_weight.astype(np.float32),
+        true=generator.uniform(size=entries).astype(np.float32),
+        request_mask=np.ones(requests, bool),
+    )
