@@ -1,5 +1,6 @@
 """The docs hold: their Python runs, and what they point at exists."""
 
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,6 +69,12 @@ def registries() -> Iterator[None]:
     ):
         yield
     NEEDS_PROBABILITIES.intersection_update(known)
+
+
+def test_the_parts_that_derive_from_the_code_are_up_to_date(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    for path, text in importlib.import_module("make_docs").pages().items():
+        assert path.read_text() == text, "run scripts/make_docs.py"
 
 
 def test_extending_and_data_formats_have_blocks_to_run():
