@@ -383,7 +383,10 @@ def test_a_population_that_does_not_fit_is_split_and_ends_the_same(world, swept,
 
 
 def test_a_member_that_diverges_is_marked_and_the_others_go_on(world, tmp_path, caplog):
-    axes = {"sweep__modes": ("none", "shared"), "sweep__learning_rates": (0.01, 1e30)}
+    axes = {
+        "sweep__modes": ("none", "shared"),
+        "sweep__axes__optimizer__learning_rate": (0.01, 1e30),
+    }
     commands.sweep(world.config(**axes, train__log_every=1), tmp_path)
     frame = table(tmp_path)
     students = frame[frame["role"] == "student"].set_index("member")
@@ -401,7 +404,7 @@ def test_a_member_that_diverges_is_marked_and_the_others_go_on(world, tmp_path, 
 
 
 def test_a_cohort_that_diverges_whole_does_not_keep_the_others_from_training(world, tmp_path):
-    axes = {"sweep__modes": ("none",), "sweep__learning_rates": (1e30, 0.01)}
+    axes = {"sweep__modes": ("none",), "sweep__axes__optimizer__learning_rate": (1e30, 0.01)}
     config = world.config(**axes, sweep__group_size=1, train__log_every=1)
     commands.sweep(config, tmp_path)
     students = table(tmp_path)[1:]
@@ -413,7 +416,7 @@ def test_a_cohort_that_diverges_whole_does_not_keep_the_others_from_training(wor
 def test_a_member_whose_last_update_is_not_finite_is_marked_too(world, tmp_path):
     """No later loss would tell."""
     # Infinite as a float32.
-    axes = {"sweep__modes": ("none",), "sweep__learning_rates": (0.01, 1e39)}
+    axes = {"sweep__modes": ("none",), "sweep__axes__optimizer__learning_rate": (0.01, 1e39)}
     short = {"train__steps": 1, "optimizer__schedule": "constant"}
     commands.sweep(world.config(**axes, **short), tmp_path)
     students = table(tmp_path)[1:]
@@ -461,7 +464,7 @@ def test_results_of_a_cohort_that_are_damaged_are_made_again(world, swept, tmp_p
 
 
 def test_orders_of_data_are_cohorts_that_pair_with_their_own_baseline(world, tmp_path):
-    axes = {"sweep__modes": ("none", "shared"), "sweep__data_seeds": (0, 5)}
+    axes = {"sweep__modes": ("none", "shared"), "sweep__axes__batch__seed": (0, 5)}
     commands.sweep(world.config(**axes), tmp_path)
     students = table(tmp_path)[1:]
     assert students["data_seed"].tolist() == [0, 0, 5, 5]
