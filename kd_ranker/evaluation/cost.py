@@ -51,9 +51,8 @@ def funnel_cost(
 def funnel_cost_saving(cost: float, baseline_cost: float) -> float:
     """1 - cost / baseline cost: the share of the baseline's compute that is saved, at most 1.
 
-    The costs are `funnel_cost` of this student and of the student of mode `none` with the same
-    seeds and learning rate, each at its own `passed_for_99`. Negative where this student costs
-    more.
+    The costs are `funnel_cost` of this student and of the baseline in the same repeat, each at its
+    own `passed_for_99`; see `saving.baseline`. Negative where this student costs more.
 
     >>> funnel_cost_saving(cost=45_000.0, baseline_cost=60_000.0)
     0.25

@@ -332,9 +332,10 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             name="funnel_cost_saving",
-            formula="1 − cost / cost of mode `none` in the same repeat and at the same learning "
-            "rate, where cost = N · student FLOPs + `passed_for_99` · teacher FLOPs; filled in for "
-            "a whole sweep, empty where it has no such student",
+            formula="1 − cost / cost of mode `none` in the same repeat, where cost = N · student "
+            "FLOPs + `passed_for_99` · teacher FLOPs; of several settings of mode `none`, the one "
+            "with the lowest mean `passed_for_99`; filled in for a whole sweep, empty where it has "
+            "no such student",
             title="saving",
             digits=3,
             better="higher",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from kd_ranker.evaluation.cost import funnel_cost, funnel_cost_saving
+from kd_ranker.evaluation import saving
 from kd_ranker.evaluation.metrics import METRICS, columns_of, curve_columns
 
 Row = dict[str, object]
@@ -20,6 +20,9 @@ KEYS = (
     *("dataset", "role", "mode", "distill_loss", "distill_weight", "temperature"),
     *("learning_rate", "serve", "seed", "data_seed", "step"),
 )
+# What makes a repeat of a setting, and what makes a setting.
+REPEAT = ("seed", "data_seed")
+_SETTING = tuple(key for key in KEYS if key not in ("dataset", "role", "step", *REPEAT))
 CALIBRATION_COLUMNS = ("member", "serve", "task", "bin", "weight", "predicted", "observed")
 
 
@@ -44,31 +47,22 @@ def with_cost(row: Row, flops_per_candidate: float, teacher_flops: float) -> Row
 
 
 def with_savings(frame: pd.DataFrame, retrieved: int) -> pd.DataFrame:
-    """Fills `funnel_cost_saving` where mode `none` of the same seeds is in the table.
+    """Fills `funnel_cost_saving` in, see `saving.with_savings`.
 
     Args:
       frame: `results.csv` of one dataset, with the teacher; see `read_csv`.
       retrieved: `config.funnel.retrieved`.
     """
-    rows = frame.to_dict("records")
-    (teacher_flops,) = (row["flops_per_candidate"] for row in rows if row["role"] == "teacher")
-
-    def cost(row: Mapping) -> float:
-        return funnel_cost(
-            retrieved, row["passed_for_99"], row["flops_per_candidate"], teacher_flops
-        )
-
-    def repeat(row: Mapping) -> tuple:
-        return row["learning_rate"], row["seed"], row["data_seed"]
-
-    baselines = {repeat(row): cost(row) for row in rows if row["mode"] == "none"}
-    savings = [
-        funnel_cost_saving(cost(row), baselines[repeat(row)])
-        if row["role"] == "student" and repeat(row) in baselines
-        else float("nan")
-        for row in rows
-    ]
-    return frame.assign(funnel_cost_saving=savings)
+    (teacher_flops,) = frame.loc[frame["role"] == "teacher", "flops_per_candidate"]
+    students = frame[frame["role"] == "student"]
+    # Of equal baselines the first in this order, whatever the order of the file.
+    students = students.sort_values([*_SETTING, *REPEAT], kind="stable", na_position="first")
+    labels = {
+        label: students.groupby(list(keys), dropna=False).ngroup().astype(str)
+        for label, keys in (("setting", _SETTING), ("repeat", REPEAT))
+    }
+    saved = saving.with_savings(students.assign(**labels), teacher_flops, retrieved)
+    return frame.assign(funnel_cost_saving=saved["funnel_cost_saving"])
 
 
 def to_csv(rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:

@@ -1,17 +1,10 @@
-"""Which settings are compared: the baseline, the best, and what choosing the best costs.
+"""The best setting of each mode, and what choosing the best of all costs; see `saving.best`."""
 
-A setting is chosen by the fewest candidates that have to be passed for 99% of the final value,
-`passed_for_99`, on average over repeats.
-"""
-
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import pandas as pd
 
-from kd_ranker.report.statistics import by_repeat
-
-CRITERION = "passed_for_99"
+from kd_ranker.evaluation.saving import CRITERION, baseline, best, best_of, by_repeat, settings_of
 
 
 class CrossValidated(NamedTuple):
@@ -28,36 +21,6 @@ class CrossValidated(NamedTuple):
     passed: float
     fewer: float
     saving: float
-
-
-def settings_of(rows: pd.DataFrame, distilled: bool) -> list[str]:
-    """The settings that distil, or those that do not."""
-    return list(rows.loc[(rows["mode"] != "none") == distilled, "setting"].unique())
-
-
-def baseline(rows: pd.DataFrame) -> str | None:
-    """The setting of mode `none` that all others are compared with; None if there is none.
-
-    Of several (learning rates, say) it is the best, so that distillation has to beat what can be
-    had without it.
-    """
-    return best(rows, settings_of(rows, distilled=False))
-
-
-def best(rows: pd.DataFrame, settings: Sequence[str]) -> str | None:
-    """The best of `settings`; of equals the first. None if none of them is measured.
-
-    Only settings measured on as many repeats as any of them take part: a mean over fewer repeats
-    may be good by luck, and a setting that diverges on some is not one to choose.
-    """
-    return _best_of(by_repeat(rows, CRITERION)[list(settings)])
-
-
-def _best_of(table: pd.DataFrame) -> str | None:
-    repeats = table.notna().sum()
-    if not len(repeats) or not repeats.max():
-        return None
-    return str(table.loc[:, repeats == repeats.max()].mean().idxmin())
 
 
 def best_of_modes(rows: pd.DataFrame) -> dict[str, str]:
@@ -87,7 +50,7 @@ def cross_validated(rows: pd.DataFrame) -> CrossValidated | None:
         return None
     read = []
     for repeat in table.index:
-        setting = _best_of(table.drop(index=repeat)[distilled])
+        setting = best_of(table.drop(index=repeat)[distilled])
         if setting is not None and pd.notna(table.loc[repeat, setting]):
             read.append((repeat, setting))
     if not read:

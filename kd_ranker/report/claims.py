@@ -15,8 +15,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from kd_ranker.report.choices import baseline, best
-from kd_ranker.report.statistics import Interval, by_repeat, difference, interval
+from kd_ranker.evaluation.saving import baseline, best, by_repeat
+from kd_ranker.report.statistics import Interval, difference, interval
 from kd_ranker.report.study import SETTING, Study
 
 MISALIGNED_BELOW = 0.25

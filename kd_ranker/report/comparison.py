@@ -3,8 +3,8 @@
 import pandas as pd
 
 from kd_ranker.evaluation.metrics import Better, main_columns, metric_of
-from kd_ranker.report.choices import baseline
-from kd_ranker.report.statistics import Interval, by_repeat, difference, interval
+from kd_ranker.evaluation.saving import baseline, by_repeat
+from kd_ranker.report.statistics import Interval, difference, interval
 from kd_ranker.report.study import SETTING, Study
 
 COLUMNS = (

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from kd_ranker.evaluation.saving import by_repeat
 from kd_ranker.report.choices import best_of_modes
-from kd_ranker.report.statistics import by_repeat, interval
+from kd_ranker.report.statistics import interval
 from kd_ranker.report.study import Study
 
 

@@ -22,11 +22,6 @@ class Interval(NamedTuple):
     high: float
     n: int
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether there is an interval and 0 lies outside it."""
-        return self.low > 0 or self.high < 0
-
 
 def interval(values: Float[np.ndarray, "n"]) -> Interval:
     """The mean of what is known of `values`, and its 95% interval.
@@ -47,15 +42,6 @@ def interval(values: Float[np.ndarray, "n"]) -> Interval:
         return Interval(mean, float("nan"), float("nan"), 1)
     half = float(stats.t.ppf((1 + CONFIDENCE) / 2, n - 1) * known.std(ddof=1) / np.sqrt(n))
     return Interval(mean, mean - half, mean + half, n)
-
-
-def by_repeat(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """A measure as a table: a line a repeat, a column a setting, NaN where it is not known."""
-    if measure not in rows:
-        rows = rows.assign(**{measure: float("nan")})
-    table = rows.pivot(index="repeat", columns="setting", values=measure)
-    # In the order of the file, not of the alphabet.
-    return table.reindex(columns=rows["setting"].unique()).astype(float)
 
 
 def difference(table: pd.DataFrame, setting: str, other: str) -> Interval:

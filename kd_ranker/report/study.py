@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.cost import funnel_cost, funnel_cost_saving
 from kd_ranker.evaluation.metrics import METRICS, columns_of
-from kd_ranker.report.choices import baseline
+from kd_ranker.evaluation.results import REPEAT
+from kd_ranker.evaluation.saving import with_savings
 from kd_ranker.sweep.sweep import FOLDER
 from kd_ranker.training.workdir import (
     CONFIG_FILE,
@@ -25,8 +25,6 @@ from kd_ranker.training.workdir import (
 
 # What makes a setting, in the order in which tables show it.
 SETTING = ("mode", "serve", "distill_weight", "distill_loss", "temperature", "learning_rate")
-# What makes a repeat of it.
-REPEAT = ("seed", "data_seed")
 
 # Where sweeps that are joined may differ: in what makes a member, in the random seeds, and in what
 # does not change a number.
@@ -128,13 +126,17 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         for workdir in workdirs
         if (workdir / ENVIRONMENT_FILE).is_file()
     }
+    if len(teachers):
+        teacher_flops = float(teachers["flops_per_candidate"].mean())
+        healthy = with_savings(healthy, teacher_flops, int(first.funnel.retrieved))
+    # Sweeps under the same teacher each have its row.
+    teachers = teachers.drop_duplicates(teachers.columns.difference(["source"]))
     return Study(
         dataset=dataset,
         tasks=list(first.tasks),
         passed=int(first.funnel.passed),
-        rows=_with_savings(healthy, teachers, int(first.funnel.retrieved)),
-        # Sweeps under the same teacher each have its row.
-        teachers=teachers.drop_duplicates(teachers.columns.difference(["source"])),
+        rows=healthy,
+        teachers=teachers.reindex(columns=healthy.columns),
         frozen=frozen.drop_duplicates(["source", "member"]),
         varying=_varying(students),
         curves=curves,
@@ -253,32 +255,6 @@ def _check_distinct(students: pd.DataFrame, workdirs: list[Path]) -> None:
         names = ", ".join(twice["member"].astype(str).unique())
         folders = ", ".join(str(workdirs[source]) for source in sorted(twice["source"].unique()))
         raise UserError(f"{folders}: these members occur more than once: {names}; leave one out")
-
-
-def _with_savings(students: pd.DataFrame, teachers: pd.DataFrame, retrieved: int) -> pd.DataFrame:
-    """The students with `funnel_cost_saving` against the baseline that the whole report uses.
-
-    Where there is one student of mode `none` a repeat, that is the column of `results.csv`.
-    """
-    undistilled = students[students["setting"] == baseline(students)]
-    if not len(teachers) or not len(undistilled):
-        return students
-    teacher_flops = float(teachers["flops_per_candidate"].mean())
-
-    def costs(rows: pd.DataFrame) -> list[float]:
-        return [
-            funnel_cost(retrieved, passed, flops, teacher_flops)
-            for passed, flops in zip(
-                rows["passed_for_99"], rows["flops_per_candidate"], strict=True
-            )
-        ]
-
-    of_repeat = dict(zip(undistilled["repeat"], costs(undistilled), strict=True))
-    savings = [
-        funnel_cost_saving(cost, of_repeat.get(repeat, float("nan")))
-        for cost, repeat in zip(costs(students), students["repeat"], strict=True)
-    ]
-    return students.assign(funnel_cost_saving=savings)
 
 
 def _optional_tables(workdirs: list[Path], name: str) -> tuple[pd.DataFrame, list[str]]:

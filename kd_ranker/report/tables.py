@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import metric_of, summary_columns, title_of
-from kd_ranker.report.choices import baseline
+from kd_ranker.evaluation.saving import baseline
 from kd_ranker.report.claims import RULES
 from kd_ranker.report.comparison import important_columns
 from kd_ranker.report.statistics import Interval, interval

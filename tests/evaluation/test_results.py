@@ -39,9 +39,12 @@ def test_unknown_numbers_are_empty_and_the_others_keep_their_form(tmp_path):
 
 
 def row(role, mode, seed, passed, flops, **more):
+    distilled = mode not in (None, "", "none")
     return {
         "dataset": "d", "role": role, "mode": mode, "seed": seed, "passed_for_99": passed,
-        "flops_per_candidate": flops, "learning_rate": 0.01, "data_seed": 0, **more,
+        "flops_per_candidate": flops, "learning_rate": 0.01, "data_seed": 0, "serve": "user",
+        "distill_loss": "bce" if distilled else None, "distill_weight": float(distilled),
+        "temperature": 1.0 if distilled else None, **more,
     }  # fmt: skip
 
 
@@ -61,13 +64,28 @@ def test_savings_of_a_case_worked_by_hand():
         # The baseline of its own seed: 2000 · 10 + 400 · 200 = 100,000
         row("student", "none", 1, 400.0, 10.0),
         row("student", "shared", 1, 200.0, 10.0),
-        # No baseline of this seed, of this order of the data, of this learning rate.
+        # Whatever its learning rate.
+        row("student", "shared", 0, 125.0, 10.0, learning_rate=0.02),
+        # No baseline of this seed, of this order of the data.
         row("student", "shared", 2, 200.0, 10.0),
         row("student", "shared", 0, 200.0, 10.0, data_seed=1),
-        row("student", "shared", 0, 200.0, 10.0, learning_rate=0.02),
     )
-    assert savings[:5] == [0.0, pytest.approx(0.25), pytest.approx(-0.2), 0.0, pytest.approx(0.4)]
-    assert all(map(math.isnan, savings[5:]))
+    expected = [0.0, 0.25, -0.2, 0.0, 0.4, 0.25]
+    assert savings[:6] == pytest.approx(expected)
+    assert all(map(math.isnan, savings[6:]))
+
+
+def test_of_several_undistilled_students_the_best_on_average_is_the_baseline():
+    savings = savings_of(
+        # 40,000 and 60,000 FLOPs at one rate, 50,000 and 100,000 at the other.
+        row("student", "none", 0, 100.0, 10.0, learning_rate=0.02),
+        row("student", "none", 1, 200.0, 10.0, learning_rate=0.02),
+        row("student", "none", 0, 150.0, 10.0),
+        row("student", "none", 1, 400.0, 10.0),
+        row("student", "shared", 0, 50.0, 10.0),
+        row("student", "shared", 1, 50.0, 10.0),
+    )
+    assert savings == pytest.approx([0, 0, 1 - 50 / 40, 1 - 100 / 60, 1 - 30 / 40, 1 - 30 / 60])
 
 
 def test_a_student_that_never_captures_99_percent_has_no_saving():

@@ -2,6 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kd_ranker.evaluation import saving
 from kd_ranker.report import choices
 from kd_ranker.report.study import read_studies
 from tests.report import sweeps
@@ -30,8 +31,8 @@ def test_the_best_needs_the_fewest_passed(tmp_path):
             ("aux", 1.0): [320, 310],
         },
     )
-    assert choices.baseline(rows) == "none"
-    assert choices.best(rows, choices.settings_of(rows, distilled=True)) == "shared, weight 3"
+    assert saving.baseline(rows) == "none"
+    assert saving.best(rows, saving.settings_of(rows, distilled=True)) == "shared, weight 3"
     assert choices.best_of_modes(rows) == {
         "none": "none", "shared": "shared, weight 3", "aux": "aux, weight 1",
     }  # fmt: skip
@@ -48,7 +49,7 @@ def test_a_setting_that_lacks_repeats_is_not_chosen(tmp_path):
 def test_equals_go_to_the_smaller_weight(tmp_path):
     rows = rows_of(tmp_path, {("shared", 3.0): [300, 300], ("shared", 1.0): [310, 290]})
     assert choices.best_of_modes(rows)["shared"] == "shared, weight 1"
-    assert choices.baseline(rows) is None
+    assert saving.baseline(rows) is None
 
 
 def test_a_cross_validated_estimate_worked_by_hand(tmp_path):
@@ -94,7 +95,7 @@ def test_cross_validation_takes_out_the_luck_of_the_best_of_many():
             for setting in range(21)
             for seed in range(3)
         )
-        chosen = choices.best(rows, choices.settings_of(rows, distilled=True))
+        chosen = saving.best(rows, saving.settings_of(rows, distilled=True))
         best.append(rows.loc[rows["setting"] == chosen, "passed_for_99"].mean())
         validated.append(choices.cross_validated(rows).passed)
     assert np.mean(best) < 390
