@@ -85,6 +85,16 @@ class Key:
         return self.label or self.name.rpartition(".")[2]
 
     @property
+    def is_seed(self) -> bool:
+        """True if its values make repeats of a setting, not other settings."""
+        return self.name.rpartition(".")[2] == "seed"
+
+    @property
+    def of_distillation(self) -> bool:
+        """True if a student that does not distil has no use for it."""
+        return self.name.startswith("distill.") and self.name != "distill.mode"
+
+    @property
     def title(self) -> str:
         """The column of `results.csv` that holds it, always or where it is swept."""
         return self.column or self.name

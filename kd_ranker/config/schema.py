@@ -36,6 +36,16 @@ def sweepable() -> list[Key]:
     return sorted(keys, key=lambda key: key.sweep != "cohorts")
 
 
+def setting_keys() -> list[Key]:
+    """The keys that make a setting of a student, in their order; its seeds make repeats of it."""
+    return [key for key in KEYS.values() if key.sweep != "no" and not key.is_seed]
+
+
+def repeat_keys() -> list[Key]:
+    """The seeds that a sweep may vary."""
+    return [key for key in KEYS.values() if key.sweep != "no" and key.is_seed]
+
+
 def axis_of(name: str) -> str:
     """The key that holds a swept key's values.
 

@@ -7,7 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+from ml_collections import ConfigDict
 
+from kd_ranker.config import schema
+from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import saving
 from kd_ranker.evaluation.metrics import METRICS, columns_of, curve_columns
 
@@ -15,21 +18,47 @@ Row = dict[str, object]
 TEACHER = "teacher"  # the teacher's name among the members
 FILE, CURVES_FILE, CALIBRATION_FILE = "results.csv", "curves.csv", "calibration.csv"
 
-# What tells one row of results.csv from another.
-KEYS = (
-    *("dataset", "role", "mode", "distill_loss", "distill_weight", "temperature"),
-    *("learning_rate", "serve", "seed", "data_seed", "step"),
-)
-# What makes a repeat of a setting, and what makes a setting.
-REPEAT = ("seed", "data_seed")
-_SETTING = tuple(key for key in KEYS if key not in ("dataset", "role", "step", *REPEAT))
+_ALWAYS = tuple(key.column for key in schema.setting_keys() if key.column)
+# What makes a repeat of a setting.
+REPEAT = tuple(key.column for key in schema.repeat_keys())
+# What tells one row of results.csv from another, beside what is swept of other keys.
+KEYS = ("dataset", "role", *_ALWAYS, "serve", *REPEAT, "step")
+# What makes a setting, in the order in which tables show it; see `setting_columns`.
+SETTING = tuple(dict.fromkeys(("mode", "serve", "distill_weight", *_ALWAYS)))
 CALIBRATION_COLUMNS = ("member", "serve", "task", "bin", "weight", "predicted", "observed")
 
 
-def columns(tasks: Sequence[str], report_at: Sequence[int]) -> list[str]:
-    """The columns of `results.csv` in their order."""
+def columns(tasks: Sequence[str], report_at: Sequence[int], swept: Sequence[str] = ()) -> list[str]:
+    """The columns of `results.csv` in their order.
+
+    Args:
+      tasks: names of the tasks.
+      report_at: the k of metrics that have one.
+      swept: of `swept_columns`.
+    """
     of_metrics = (columns_of(metric, tasks, report_at) for metric in METRICS.values())
-    return [*KEYS, *itertools.chain(*of_metrics), "non_finite_step", "member"]
+    return [*KEYS, *swept, *itertools.chain(*of_metrics), "non_finite_step", "member"]
+
+
+def swept_columns(config: ConfigDict) -> list[str]:
+    """The columns of what a sweep varies beside the keys that are always told: names of keys."""
+    return [key.title for key in schema.axes(config) if not key.column]
+
+
+def setting_columns(table: pd.DataFrame) -> list[str]:
+    """The columns of a table of results that make a setting."""
+    swept = {key.title for key in schema.setting_keys()} - set(SETTING)
+    return [*SETTING, *(str(column) for column in table if column in swept)]
+
+
+def made_of(config: ConfigDict) -> Row:
+    """What a student's row says of how it was made: the keys that a sweep may vary."""
+    distils = MODES[config.distill.mode].teacher_logits is not None
+    row: Row = {}
+    for key in (*schema.setting_keys(), *schema.repeat_keys()):
+        value = schema.value_of(config, key.name)
+        row[key.title] = value if distils or not key.of_distillation else None
+    return row if distils else row | {"distill_weight": 0.0}
 
 
 def curves_columns(tasks: Sequence[str]) -> list[str]:
@@ -56,10 +85,11 @@ def with_savings(frame: pd.DataFrame, retrieved: int) -> pd.DataFrame:
     (teacher_flops,) = frame.loc[frame["role"] == "teacher", "flops_per_candidate"]
     students = frame[frame["role"] == "student"]
     # Of equal baselines the first in this order, whatever the order of the file.
-    students = students.sort_values([*_SETTING, *REPEAT], kind="stable", na_position="first")
+    setting = setting_columns(frame)
+    students = students.sort_values([*setting, *REPEAT], kind="stable", na_position="first")
     labels = {
         label: students.groupby(list(keys), dropna=False).ngroup().astype(str)
-        for label, keys in (("setting", _SETTING), ("repeat", REPEAT))
+        for label, keys in (("setting", setting), ("repeat", REPEAT))
     }
     saved = saving.with_savings(students.assign(**labels), teacher_flops, retrieved)
     return frame.assign(funnel_cost_saving=saved["funnel_cost_saving"])
@@ -75,22 +105,30 @@ def to_csv(rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
 def _cell(value: object) -> object:
     if isinstance(value, float):
         return None if math.isnan(value) else f"{value:.7g}"
-    return value
+    return text_of(value)
+
+
+def text_of(value: object) -> object:
+    """A key's value as a table holds it: (64, 32) is 64x32."""
+    return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else value
 
 
 def _text(frame: pd.DataFrame) -> str:
     return frame.to_csv(index=False, lineterminator="\n")
 
 
-def join(folders: Sequence[Path], retrieved: int) -> dict[str, str]:
+def join(
+    folders: Sequence[Path], retrieved: int, members: Mapping[str, ConfigDict]
+) -> dict[str, str]:
     """The tables of several runs under one teacher as one: file name -> text.
 
-    The teacher, which every run has measured, is kept once. `funnel_cost_saving` is filled in;
-    everything else is as it was written.
+    The teacher, which every run has measured, is kept once. `funnel_cost_saving` is filled in, and
+    what was not swept when a run was measured; everything else is as it was written.
 
     Args:
       folders: of the runs.
       retrieved: `config.funnel.retrieved`.
+      members: the configs of all members by name.
     """
     tables = {}
     for file in (CURVES_FILE, CALIBRATION_FILE, FILE):
@@ -103,6 +141,12 @@ def join(folders: Sequence[Path], retrieved: int) -> dict[str, str]:
             ignore_index=True,
         )
     joined = tables[FILE]
+    for column in joined.columns[joined.isna().any()]:
+        own = [
+            _cell(made_of(members[name]).get(column)) if name in members else None
+            for name in joined["member"]
+        ]
+        joined[column] = joined[column].where(joined[column].notna(), own)
     savings = with_savings(read_csv(io.StringIO(_text(joined))), retrieved)["funnel_cost_saving"]
     tables[FILE] = joined.assign(funnel_cost_saving=savings.map(_cell, na_action="ignore"))
     return {file: _text(table) for file, table in tables.items()}

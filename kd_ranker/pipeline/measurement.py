@@ -167,19 +167,12 @@ def _of_teacher(
 
 
 def _student_row(config: ConfigDict, name: str, serve: str, step: int) -> Row:
-    """What a student's row says of how it was made."""
-    distilled = MODES[config.distill.mode].teacher_logits is not None
+    """The part of a student's row that was known before it was measured."""
     return {
         "dataset": config.data.name,
         "role": "student",
-        "mode": config.distill.mode,
-        "distill_loss": config.distill.loss if distilled else None,
-        "distill_weight": float(config.distill.weight) if distilled else 0.0,
-        "temperature": float(config.distill.temperature) if distilled else None,
-        "learning_rate": float(config.optimizer.learning_rate),
+        **results.made_of(config),
         "serve": serve,
-        "seed": config.seed,
-        "data_seed": config.batch.seed,
         "step": step,
         "member": name,
     }
@@ -252,7 +245,7 @@ def _shapes(init: Init) -> Parameters:
 
 def write_measured(config: ConfigDict, workdir: Path, measured: Measured) -> None:
     """Writes the tables of a run, each whole or not at all, `results.csv` last."""
-    names = results.columns(config.tasks, _report_at(config))
+    names = results.columns(config.tasks, _report_at(config), results.swept_columns(config))
     for file, rows, columns in (
         (results.CURVES_FILE, measured.curves, results.curves_columns(config.tasks)),
         (results.CALIBRATION_FILE, measured.calibration, results.CALIBRATION_COLUMNS),

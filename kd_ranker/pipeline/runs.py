@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from kd_ranker.batches import loader
 from kd_ranker.config import identity, schema
-from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
+from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.evaluation.results import Row
 from kd_ranker.pipeline.measurement import Students, measure, measure_students, summary
 from kd_ranker.pipeline.teachers import Teacher
@@ -162,7 +162,7 @@ def _evaluation_scalars(row: Row, member: str) -> dict[str, float]:
     return {
         scalar_name(f"eval/{column}", member): value
         for column, value in row.items()
-        if isinstance(value, float) and np.isfinite(value) and column not in results.KEYS
+        if isinstance(value, float) and np.isfinite(value) and metric_of(column)
     }
 
 

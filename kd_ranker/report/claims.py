@@ -15,9 +15,10 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from kd_ranker.evaluation.results import setting_columns
 from kd_ranker.evaluation.saving import baseline, best, by_repeat
 from kd_ranker.report.statistics import Interval, difference, interval
-from kd_ranker.report.study import SETTING, Study
+from kd_ranker.report.study import Study
 
 MISALIGNED_BELOW = 0.25
 # Two counts of FLOPs closer than this are one: results.csv holds seven digits.
@@ -188,7 +189,7 @@ def _user_heads(rows: pd.DataFrame, mode: str) -> list[str]:
 
 def _same_but_for_mode(rows: pd.DataFrame, mode: str, other: str) -> list[tuple[str, str]]:
     """The pairs of settings of two modes, user heads, that differ in nothing else."""
-    keys = [key for key in SETTING if key != "mode"]
+    keys = [key for key in setting_columns(rows) if key != "mode"]
     settings = rows[rows["serve"] == "user"].drop_duplicates("setting")
     ours, theirs = (settings[settings["mode"] == name] for name in (mode, other))
     joined = ours.merge(theirs, on=keys, suffixes=("", "_other"))

@@ -3,14 +3,10 @@
 import pandas as pd
 
 from kd_ranker.evaluation.metrics import Better, main_columns, metric_of
+from kd_ranker.evaluation.results import setting_columns
 from kd_ranker.evaluation.saving import baseline, by_repeat
 from kd_ranker.report.statistics import Interval, difference, interval
-from kd_ranker.report.study import SETTING, Study
-
-COLUMNS = (
-    *("dataset", "setting", *SETTING, "measure", "mean", "low", "high", "n"),
-    *("difference", "difference_low", "difference_high", "pairs", "best"),
-)
+from kd_ranker.report.study import Study
 
 
 def important_columns(study: Study) -> list[str]:
@@ -34,13 +30,13 @@ def _is_known(study: Study, column: str) -> bool:
 def comparison(study: Study) -> pd.DataFrame:
     """Every setting on every measure, one row each, numbers not rounded.
 
-    Its `COLUMNS`: the dataset, the setting and what makes it, the measure; `mean`, `low`, `high`
+    Its columns: the dataset, the setting and what makes it, the measure; `mean`, `low`, `high`
     and `n` over repeats; the same of the paired difference to the baseline (`pairs` counts its
     repeats); and `best`, whether the setting is marked in its column (see `marked`).
     """
     undistilled = baseline(study.rows)
     keys = {
-        first["setting"]: {name: first[name] for name in SETTING}
+        first["setting"]: {name: first[name] for name in setting_columns(study.rows)}
         for first in study.rows.drop_duplicates("setting").to_dict("records")
     }
     lines = []
@@ -68,7 +64,20 @@ def comparison(study: Study) -> pd.DataFrame:
                     "best": setting == winner,
                 }
             )
-    return pd.DataFrame(lines, columns=list(COLUMNS))
+    columns = [
+        *(
+            "dataset",
+            "setting",
+            *setting_columns(study.rows),
+            "measure",
+            "mean",
+            "low",
+            "high",
+            "n",
+        ),
+        *("difference", "difference_low", "difference_high", "pairs", "best"),
+    ]
+    return pd.DataFrame(lines, columns=columns)
 
 
 def marked(table: pd.DataFrame, direction: Better | None) -> str | None:

@@ -10,6 +10,7 @@ import pandas as pd
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
+from kd_ranker.config import schema
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import METRICS, columns_of
@@ -23,20 +24,8 @@ from kd_ranker.training.workdir import (
     read_config,
 )
 
-# What makes a setting, in the order in which tables show it.
-SETTING = ("mode", "serve", "distill_weight", "distill_loss", "temperature", "learning_rate")
-
-# Where sweeps that are joined may differ: in what makes a member, in the random seeds, and in what
-# does not change a number.
-_MAY_DIFFER = (
-    *("sweep", "seed", "batch.seed", "teacher.batch.seed"),
-    *("data.dir", "data.path", "teacher.workdir"),
-    *("distill.mode", "distill.weight", "distill.serve", "distill.loss", "distill.temperature"),
-    *("optimizer.learning_rate", "optimizer.table_learning_rate"),
-    *("train.log_every", "train.checkpoint_every", "train.eval_every", "train.eval_limit"),
-    *("teacher.train.log_every", "teacher.train.checkpoint_every", "teacher.train.eval_every"),
-    *("teacher.train.eval_limit", "evaluation.requests", "funnel.report_at", "parallel"),
-)
+# How many columns of a setting tables always show: mode, serving choice, weight.
+_NAMED = 3
 
 
 class Study(NamedTuple):
@@ -47,11 +36,12 @@ class Study(NamedTuple):
       tasks: the tasks in the order of the config.
       passed: k, the number of candidates that the config passes.
       rows: rows of `results.csv`, students of finite loss only, with `setting` (a label that is
-        unique for the columns `SETTING`), `repeat` (the same for `REPEAT`), `source` (which sweep)
+        unique for `results.setting_columns`), `repeat` (the same for `results.REPEAT`), `source`
+        (which sweep)
         and, under their names, the means over tasks of metrics that are `averaged`.
       teachers: the teachers' rows, with the same columns.
       frozen: the rows of members whose loss stopped being finite.
-      varying: the columns of `SETTING` that differ between students that distil.
+      varying: the columns of a setting that differ, beside mode, serving choice and weight.
       curves: `curves.csv` with `source`; empty where there is none.
       calibration: `calibration.csv` with `source`; empty where there is none.
       losses: the columns source, member, step, kind (`user_loss`, `distill_loss`), loss.
@@ -110,6 +100,7 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         results.read_csv(workdir / results.FILE).assign(source=source)
         for source, workdir in enumerate(workdirs)
     ]
+    tables = _with_own_values(tables, [configs[str(workdir)] for workdir in workdirs])
     rows = _with_keys(pd.concat(tables, ignore_index=True), list(first.tasks))
     students, teachers = (rows[rows["role"] == role] for role in ("student", "teacher"))
     if students.empty:
@@ -152,19 +143,50 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
 
 def _check_alike(configs: dict[str, ConfigDict]) -> None:
     flat = {name: flatten_dict(config.to_dict(), sep=".") for name, config in configs.items()}
+    free = {*schema.may_differ(), *schema.without_influence("report")}
     (first, here), *others = flat.items()
     for other, there in others:
         differing = [
             f"{key} ({here.get(key)!r} and {there.get(key)!r})"
             for key in sorted(here.keys() | there.keys())
-            if json.dumps(here.get(key)) != json.dumps(there.get(key))
-            and not any(f"{key}.".startswith(f"{free}.") for free in _MAY_DIFFER)
+            if json.dumps(here.get(key)) != json.dumps(there.get(key)) and key not in free
         ]
         if differing:
             raise UserError(
                 f"{first} and {other} are sweeps of one dataset under different configs, whose "
                 f"results cannot be joined; report them apart: {', '.join(differing)}"
             )
+
+
+def _with_own_values(
+    tables: Sequence[pd.DataFrame], configs: Sequence[ConfigDict]
+) -> list[pd.DataFrame]:
+    """The tables with a column for each key that one of them has swept, or in which they differ.
+
+    A sweep has told what it has swept alone; of the other keys its students have its own value.
+    """
+    flat = [flatten_dict(config.to_dict(), sep=".") for config in configs]
+    keys = [
+        key
+        for key in schema.setting_keys()
+        if not key.column
+        and (
+            any(key.title in table for table in tables)
+            or len({json.dumps(values.get(key.name)) for values in flat}) > 1
+        )
+    ]
+    told = []
+    for table, values in zip(tables, flat, strict=True):
+        students, distilled = table["role"] == "student", table["distill_loss"].notna()
+        own = {
+            key.title: pd.Series(results.text_of(values.get(key.name)), table.index).where(
+                students & (distilled | (not key.of_distillation))
+            )
+            for key in keys
+            if key.title not in table
+        }
+        told.append(table.assign(**own))
+    return told
 
 
 def _with_keys(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
@@ -211,17 +233,13 @@ def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
             return column
         return column.map({value: place for place, value in enumerate(column.unique())})
 
-    keys = [*SETTING, *REPEAT]
+    keys = [*results.setting_columns(rows), *REPEAT]
     return rows.sort_values(keys, key=places, kind="stable", na_position="first", ignore_index=True)
 
 
 def _varying(students: pd.DataFrame) -> list[str]:
-    distilled = students[students["distill_loss"].notna()]
-    return [
-        column
-        for column in ("distill_loss", "temperature", "learning_rate")
-        if (students if column == "learning_rate" else distilled)[column].nunique() > 1
-    ]
+    columns = results.setting_columns(students)
+    return [column for column in columns[_NAMED:] if students[column].nunique() > 1]
 
 
 def _label(row: pd.Series, varying: list[str], serves: bool) -> str:
@@ -230,16 +248,19 @@ def _label(row: pd.Series, varying: list[str], serves: bool) -> str:
     if distilled:
         parts.append(f"weight {row['distill_weight']:g}")
     parts += [
-        f"{key_title(column)} {text_of(row[column])}"
-        for column in varying
-        if (distilled or column == "learning_rate") and pd.notna(row[column])
+        f"{key_title(column)} {text_of(row[column])}" for column in varying if pd.notna(row[column])
     ]
     return ", ".join(parts)
 
 
 def key_title(column: str) -> str:
-    """What a column of `SETTING` is called where people read it."""
-    return column.removeprefix("distill_").replace("_", " ")
+    """The name of a column of a setting where people read it.
+
+    >>> key_title("distill_loss"), key_title("learning_rate"), key_title("student.width")
+    ('loss', 'learning rate', 'width')
+    """
+    swept = {key.title: key.short for key in schema.setting_keys() if not key.column}
+    return swept.get(column, column.removeprefix("distill_")).replace("_", " ")
 
 
 def text_of(value: object) -> str:

@@ -28,7 +28,8 @@ def sweep_members(config: ConfigDict) -> dict[str, ConfigDict]:
     for values in itertools.product(*(axes[key] for key in keys)):
         chosen = {key.name: value for key, value in zip(keys, values, strict=True)}
         if not _distils(chosen["distill.mode"]):
-            chosen = {name: value for name, value in chosen.items() if not _of_loss(name)}
+            read = {key.name for key in keys if not key.of_distillation}
+            chosen = {name: value for name, value in chosen.items() if name in read}
             chosen["distill.weight"] = 0.0
         member = _member(config, chosen)
         members.setdefault(_name(config, member, axes), member)
@@ -39,16 +40,11 @@ def _place(key: Key) -> int:
     """The place of an axis in the order of members, in which the last place varies first."""
     if key.sweep == "cohorts":
         return 0
-    return {"seed": 1, "distill.mode": 2}.get(key.name, 4 if _of_loss(key.name) else 3)
+    return {"seed": 1, "distill.mode": 2}.get(key.name, 4 if key.of_distillation else 3)
 
 
 # The same axes as a name tells them: mode, distillation, student, seed, batches.
 _PLACES_OF_NAME = (2, 4, 3, 1, 0)
-
-
-def _of_loss(name: str) -> bool:
-    """True for a key that a mode without a distillation loss does not read."""
-    return name.startswith("distill.") and name != "distill.mode"
 
 
 def _distils(mode: str) -> bool:

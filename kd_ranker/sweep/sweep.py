@@ -88,7 +88,7 @@ class Sweep:
         Args:
           retrieved: `config.funnel.retrieved`.
         """
-        for file, text in results.join(self.folders, retrieved).items():
+        for file, text in results.join(self.folders, retrieved, self.members).items():
             write_atomically(self.workdir / file, text)
         mark_measured(self.workdir, self._identity())
 

@@ -112,7 +112,7 @@ def test_runs_are_joined_as_they_were_written(tmp_path):
             results.to_csv(curves, results.curves_columns(TASKS))
         )
         (folder / results.CALIBRATION_FILE).write_text("member\n")
-    joined = results.join([tmp_path / "0", tmp_path / "1"], 2000)
+    joined = results.join([tmp_path / "0", tmp_path / "1"], 2000, {})
     expected = [teacher, *(rows[1] for rows in runs)]
     savings = [math.nan, 0.0, 0.25]
     assert joined[results.FILE] == results.to_csv(

@@ -118,10 +118,21 @@ def test_overlapping_members_are_named(tmp_path):
 
 def test_sweeps_under_different_configs_are_not_joined(tmp_path):
     a = sweeps.write_sweep(tmp_path / "a", seeds=(0, 1))
-    b = sweeps.write_sweep(tmp_path / "b", seeds=(2,), changes={"train.steps": 7})
-    assert one_line([a, b]).endswith("report them apart: train.steps (1000 and 7)")
+    b = sweeps.write_sweep(tmp_path / "b", seeds=(2,), changes={"value_weights": (1.0, 0.0, 0.0)})
+    assert "report them apart: value_weights (" in one_line([a, b])
     c = sweeps.write_sweep(tmp_path / "c", seeds=(2,), changes={"data.seed": 7})
     assert "data.seed (0 and 7)" in one_line([a, c])
+
+
+def test_sweeps_that_differ_in_what_a_sweep_may_vary_are_settings_of_their_own(tmp_path):
+    a = sweeps.write_sweep(tmp_path / "a", seeds=(0, 1))
+    b = sweeps.write_sweep(tmp_path / "b", seeds=(0, 1), changes={"train.steps": 7})
+    (study,) = read_studies([a, b])
+    assert study.varying == ["train.steps"]
+    for source, steps in ((0, 1000), (1, 7)):
+        labels = study.rows.loc[study.rows["source"] == source, "setting"].unique()
+        assert all(f"steps {steps}" in label for label in labels)
+    assert len(study.rows["repeat"].unique()) == 2
 
 
 def test_what_is_missing_names_the_command_that_makes_it(tmp_path):
