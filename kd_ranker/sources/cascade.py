@@ -15,9 +15,19 @@ Everything is drawn from one seeded generative model, in which letters stand for
   functions of the history: fatigue with a topic, the session's mood, and relief of fatigue where
   the moment suits the topic.
 * A noisy retrieval brings candidates, a linear policy that knows no history passes some of them,
-  and a production final ranker (the true logits with small errors) picks what is shown, but for a
-  share of the slots that is filled at random. Only what is shown gets labels: Bernoulli draws from
-  the true probabilities.
+  and a production final ranker (the true logits with small errors) picks the shown ones, but for a
+  share of the slots that is filled at random. The noise of the first two has the standard deviations
+  `data.retrieval_noise` and `data.policy_noise`; the other terms of their scores vary by about 1.
+  Only the shown get labels: Bernoulli draws from the true probabilities. Candidates are shuffled within each block of the funnel (shown, rest of the
+  passed, rest of the retrieved), so that their order tells nothing else.
+
+Widths and order of the features:
+  user: the noisy interests, log of the activity, noisy generosity, two numbers that tell nothing.
+  context: sin and cos of the hour, weekend, wifi, mobile network, phone, tablet, television.
+  history: completed, liked, log(1 + age in minutes) / 4.
+  item: category (one-hot), noisy popularity, a number that tells nothing; then the costly ones, the
+    noisy topic mixture and part of the quality.
+  candidate: `standardised_age`.
 
 The shape of the funnel follows Covington, Adams and Sargin, "Deep Neural Networks for YouTube
 Recommendations", RecSys 2016; interests that show only in the history relevant to a candidate
@@ -26,6 +36,7 @@ follow Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", K
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
@@ -38,7 +49,7 @@ from kd_ranker.sources.time_features import DAY, hour_features, weekday
 
 TASKS = ("watch", "like", "share")
 
-# What the production final ranker sorts by: the weighted sum of its task probabilities.
+# The production final ranker sorts by the sum of its task probabilities with these weights.
 PRODUCTION_VALUE_WEIGHTS = np.array([1.0, 2.0, 4.0], np.float32)
 
 TEACHER_VERSION = "production_2"
@@ -81,7 +92,7 @@ HISTORY_FEATURES = 3
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """The users and items, true properties and what features show of them.
+    """The users and items: their true properties, and the features that show part of these.
 
     `history_distribution[k]` is k plus the cumulative distribution over items from which an event
     of topic k is drawn, so that the flattened array is sorted and one search draws many events.
@@ -115,27 +126,17 @@ class History:
 
 
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
-    """The simulated feed as a source.
+    """Opens the simulated feed as a source.
 
     Args:
-      data: `seed`; the sizes `num_users`, `num_items`, `num_topics`, `history_length`,
-        `train_requests` and `test_requests`; `exploration`, the share of shown slots filled at
-        random from the passed; `retrieval_noise` and `policy_noise`, the standard deviations of
-        the noise in the scores of the first two stages, whose other terms vary by about 1; and
-        the faults of the teacher log in training requests: `fault_missing`, `fault_nan` and
-        `fault_out_of_range` as in `teacher_log`, and `fault_version`, the share of requests whose
-        log comes from an older and worse model.
+      data: the source's part of the config.
       tasks: some of `TASKS`, in any order.
       funnel: `retrieved`, `passed` and `shown` candidates a request.
 
     Returns:
       The source. Requests come in the order of time, and every train request precedes every test
       request. Each request is drawn from a seed of its own, made of `data.seed`, the split and the
-      request's place in it. Candidates are shuffled within each block of the funnel (shown, rest of
-      the passed, rest of the retrieved), so that their order tells nothing else. Context is
-      [sin and cos of the hour, weekend, wifi, mobile network, phone, tablet, television]; history
-      features are [completed, liked, log(1 + age in minutes) / 4]; the candidate feature is
-      `standardised_age`.
+      request's place in it.
 
     Raises:
       UserError: for tasks, sizes or rates that make no sense.
@@ -171,38 +172,69 @@ def make_world(data: ConfigDict) -> World:
     """Draws users and items; a function of `data.seed` and the sizes in `data` alone."""
     rng = np.random.default_rng([data.seed, 0])
     users, items, topics = int(data.num_users), int(data.num_items), int(data.num_topics)
+    population = _draw_users(rng, users, topics, int(data.history_length))
+    catalogue = _draw_items(rng, items, topics)
+    mixture, popularity = catalogue["topics"], catalogue["popularity"]
+    event_weight = mixture.T.astype(np.float64) ** 2 * np.exp(0.5 * popularity)
+    event_cumulative = event_weight.cumsum(axis=1)
+    event_cumulative /= event_cumulative[:, -1:]
+    return World(
+        **population,
+        **catalogue,
+        moment_taste=_normal(rng, CONTEXT_FEATURES, topics),
+        history_distribution=event_cumulative + np.arange(topics)[:, None],
+        teacher_item_error=_normal(rng, items, len(TASKS), scale=0.2),
+        teacher_user_error=_normal(rng, users, len(TASKS), scale=0.1),
+    )
 
-    def normal(*shape: int, scale: float = 1.0) -> Float32[np.ndarray, "..."]:
-        return scale * rng.standard_normal(shape, np.float32)
 
+def _normal(
+    rng: np.random.Generator, *shape: int, scale: float = 1.0
+) -> Float32[np.ndarray, "..."]:
+    return scale * rng.standard_normal(shape, np.float32)
+
+
+def _draw_users(
+    rng: np.random.Generator, users: int, topics: int, history_length: int
+) -> dict[str, Any]:
+    """The fields of `World` that speak of users."""
     interest_rank = rng.random((users, topics)).argsort(axis=1).argsort(axis=1)
     interest_count = rng.integers(2, 5, (users, 1))
     interests = rng.gamma(3.0, size=(users, topics)) * (interest_rank < interest_count)
     interests = (interests / interests.sum(axis=1, keepdims=True)).astype(np.float32)
-    generosity = normal(users, 1, scale=0.4) + normal(users, len(TASKS), scale=0.2)
-    log_activity = normal(users, scale=0.7)
+    generosity = _normal(rng, users, 1, scale=0.4) + _normal(rng, users, len(TASKS), scale=0.2)
+    log_activity = _normal(rng, users, scale=0.7)
     activity = np.exp(log_activity, dtype=np.float64)
-    history_share = 1 / (1 + np.exp(-1.5 - log_activity - normal(users, scale=0.5)))
-    history_size = np.ceil(int(data.history_length) * history_share).astype(np.int64)
-    user_features = np.concatenate(
+    history_share = 1 / (1 + np.exp(-1.5 - log_activity - _normal(rng, users, scale=0.5)))
+    features = np.concatenate(
         [
-            topics**0.5 * (interests + normal(users, topics, scale=0.2)),
+            topics**0.5 * (interests + _normal(rng, users, topics, scale=0.2)),
             log_activity[:, None],
-            generosity.mean(axis=1, keepdims=True) + normal(users, 1, scale=0.3),
-            normal(users, 2),  # age and time since joining, which the tasks do not depend on
+            generosity.mean(axis=1, keepdims=True) + _normal(rng, users, 1, scale=0.3),
+            _normal(rng, users, 2),  # age and time since joining, which tell nothing of the tasks
         ],
         axis=1,
     )
+    return {
+        "interests": interests,
+        "generosity": generosity,
+        "activity": activity.cumsum() / activity.sum(),
+        "history_size": np.ceil(history_length * history_share).astype(np.int64),
+        "user_features": features.astype(np.float32),
+    }
 
+
+def _draw_items(rng: np.random.Generator, items: int, topics: int) -> dict[str, Any]:
+    """The fields of `World` that speak of items."""
     mixture = rng.gamma(0.05, size=(items, topics)) + 1e-3
     mixture[np.arange(items), rng.integers(topics, size=items)] += 1.0
     mixture = (mixture / mixture.sum(axis=1, keepdims=True)).astype(np.float32)
-    shown_quality, hidden_quality = normal(items), normal(items)
+    shown_quality, hidden_quality = _normal(rng, items), _normal(rng, items)
     quality = 0.8 * shown_quality + 0.6 * hidden_quality
-    popularity = 0.4 * quality + 0.9 * normal(items)
+    popularity = 0.4 * quality + 0.9 * _normal(rng, items)
     first_event = START - HISTORY_DAYS * DAY
     upload_time = first_event - rng.integers(1, UPLOAD_DAYS * DAY, items)
-    # What the uploader says: the main topic, or any.
+    # The uploader names the main topic, or any.
     category = np.where(
         rng.random(items) < CATEGORY_HIT_RATE,
         mixture.argmax(axis=1),
@@ -210,39 +242,29 @@ def make_world(data: ConfigDict) -> World:
     )
     cheap_features = [
         np.eye(topics, dtype=np.float32)[category],
-        popularity[:, None] + normal(items, 1, scale=0.3),
-        normal(items, 1),  # log duration, which the tasks do not depend on
+        popularity[:, None] + _normal(rng, items, 1, scale=0.3),
+        _normal(rng, items, 1),  # log duration, which tells nothing of the tasks
     ]
-    # What a model that looks at the video says, too costly to read for every candidate.
-    costly_features = [2 * (mixture + normal(items, topics, scale=0.05)), shown_quality[:, None]]
-    item_features = np.concatenate(cheap_features + costly_features, axis=1)
-
-    event_weight = mixture.T.astype(np.float64) ** 2 * np.exp(0.5 * popularity)
-    event_cumulative = event_weight.cumsum(axis=1)
-    event_cumulative /= event_cumulative[:, -1:]
-    return World(
-        interests=interests,
-        generosity=generosity,
-        activity=activity.cumsum() / activity.sum(),
-        history_size=history_size,
-        user_features=user_features.astype(np.float32),
-        topics=mixture,
-        quality=quality,
-        popularity=popularity,
-        upload_time=upload_time,
-        item_features=item_features.astype(np.float32),
-        cheap_item_features=sum(columns.shape[1] for columns in cheap_features),
-        moment_taste=normal(CONTEXT_FEATURES, topics),
-        history_distribution=event_cumulative + np.arange(topics)[:, None],
-        teacher_item_error=normal(items, len(TASKS), scale=0.2),
-        teacher_user_error=normal(users, len(TASKS), scale=0.1),
-    )
+    # A model that looks at the video says these; it is too costly to run on every candidate.
+    costly_features = [
+        2 * (mixture + _normal(rng, items, topics, scale=0.05)),
+        shown_quality[:, None],
+    ]
+    features = np.concatenate(cheap_features + costly_features, axis=1)
+    return {
+        "topics": mixture,
+        "quality": quality,
+        "popularity": popularity,
+        "upload_time": upload_time,
+        "item_features": features.astype(np.float32),
+        "cheap_item_features": sum(columns.shape[1] for columns in cheap_features),
+    }
 
 
 def topic_fatigue(
     event_topics: Float[np.ndarray, "H K"], age_hours: Float[np.ndarray, "H"]
 ) -> Float[np.ndarray, "K"]:
-    """How tired of each topic the recent events leave a user, in [0, 1).
+    """A user's fatigue with each topic after the recent events, in [0, 1).
 
     With the recent count n_k = Σ_h exp(−age_h / FATIGUE_HOURS) θ_hk, completed or not, fatigue is
     n_k² / (n_k² + FATIGUE_HALF²): nearly nothing after one event, strong after a handful.
@@ -257,7 +279,7 @@ def topic_mood(
     liked: Bool[np.ndarray, "H"],
     age_hours: Float[np.ndarray, "H"],
 ) -> Float[np.ndarray, "K"]:
-    """How well the recent events of each topic were received, in (−1, 1).
+    """The mood that the recent events of each topic have left, in (−1, 1).
 
     tanh(½ Σ_h exp(−age_h / MOOD_HOURS) g_h θ_hk), where g_h is 1 for a completed event and −1 for
     one that was not, plus 1 where it was liked.
@@ -320,11 +342,11 @@ def teacher_log(
     nan: float,
     out_of_range: float,
 ) -> tuple[Float32[np.ndarray, "L T"], Float32[np.ndarray, "L"]]:
-    """What a faulty logger keeps of the teacher's probabilities.
+    """Logs the teacher's probabilities as a faulty logger does.
 
     Args:
       rng: drives the faults.
-      probability: what the teacher said, in (0, 1).
+      probability: the teacher's, in (0, 1).
       missing: the share of candidates for which nothing was written.
       nan: the share of the written probabilities that are NaN.
       out_of_range: the share of the written probabilities that lie outside [0, 1], or are infinite.
@@ -349,13 +371,72 @@ def _draw_request(
     split: str,
     index: int,
 ) -> Request:
-    """One request through the whole funnel; `columns` are the asked tasks' places in `TASKS`."""
+    """Draws a request; `columns` are the asked tasks' places in `TASKS`."""
     rng = np.random.default_rng([data.seed, 1 + SPLITS.index(split), index])
     time = _draw_time(rng, split, index, data[f"{split}_requests"])
     context = _draw_context(rng, time)
     user = int(np.searchsorted(world.activity, rng.random()).clip(max=data.num_users - 1))
     history = draw_history(rng, world, user)
+    candidates = _draw_candidates(rng, world, data, funnel, time, context, user, history)
 
+    truth = sigmoid(candidates.logits)[:, columns]
+    # Drawn for all tasks, so that a draw does not depend on which tasks were asked for.
+    luck = rng.random((funnel.shown, len(TASKS)))[:, columns]
+    label = luck < truth[: funnel.shown]
+    probability = candidates.teacher_probability[:, columns]
+    version, weight = TEACHER_VERSION, np.ones(funnel.retrieved, np.float32)
+    if split == "train":
+        truth, probability = truth[:0], probability[: funnel.passed]
+        if rng.random() < data.fault_version:
+            version = OLD_TEACHER_VERSION
+            old = _old_teacher_probability(rng, candidates.terms[: funnel.passed])
+            probability = old[:, columns]
+        probability, weight = teacher_log(
+            rng, probability, data.fault_missing, data.fault_nan, data.fault_out_of_range
+        )
+    return Request(
+        request_id=index,
+        time=time,
+        user_id=user,
+        user_features=world.user_features[user],
+        context=context,
+        history_id=history.item_id.astype(np.int32),
+        history_features=np.stack(
+            [history.completed, history.liked, np.log1p(60 * history.age_hours) / 4], axis=1
+        ).astype(np.float32),
+        item_id=candidates.item_id.astype(np.int32),
+        candidate_features=candidates.age[:, None],
+        num_passed=int(funnel.passed),
+        user_label=label.astype(np.uint8),
+        label_weight=np.ones(funnel.shown, np.float32),
+        teacher_probability=probability,
+        teacher_weight=weight,
+        teacher_version=version,
+        true_probability=truth,
+    )
+
+
+class _Candidates(NamedTuple):
+    """The candidates of a request in funnel order."""
+
+    item_id: Int64[np.ndarray, "N"]
+    age: Float32[np.ndarray, "N"]  # see `standardised_age`
+    terms: Float32[np.ndarray, "N terms"]  # see `logit_terms`
+    logits: Float32[np.ndarray, "N tasks"]  # the true ones
+    teacher_probability: Float32[np.ndarray, "N tasks"]  # of the production final ranker
+
+
+def _draw_candidates(
+    rng: np.random.Generator,
+    world: World,
+    data: ConfigDict,
+    funnel: ConfigDict,
+    time: int,
+    context: Float32[np.ndarray, "C"],
+    user: int,
+    history: History,
+) -> _Candidates:
+    """Takes a request through the funnel: retrieved, passed, shown."""
     item = _retrieve(rng, world, user, history, funnel.retrieved, data.retrieval_noise)
     age = standardised_age(time, world.upload_time[item])
     policy = _policy_score(rng, world, user, item, age, data.policy_noise)
@@ -375,54 +456,16 @@ def _draw_request(
     logits = true_logits(terms, world.generosity[user])
     noise = 0.15 * rng.standard_normal(logits.shape, np.float32)
     error = world.teacher_item_error[item] + world.teacher_user_error[user]
-    teacher_probability = sigmoid(logits + error + noise)
+    probability = sigmoid(logits + error + noise)
 
     order = _shown_first(
         rng,
-        teacher_probability[: funnel.passed] @ PRODUCTION_VALUE_WEIGHTS,
+        probability[: funnel.passed] @ PRODUCTION_VALUE_WEIGHTS,
         funnel.shown,
         data.exploration,
     )
     order = np.concatenate([order, np.arange(funnel.passed, funnel.retrieved)])
-    item, age, terms, logits = item[order], age[order], terms[order], logits[order]
-    teacher_probability = teacher_probability[order][:, columns]
-    true_probability = sigmoid(logits)[:, columns]
-    # Drawn for all tasks, so that a draw does not depend on which tasks were asked for.
-    luck = rng.random((funnel.shown, len(TASKS)))[:, columns]
-    label = luck < true_probability[: funnel.shown]
-
-    version = TEACHER_VERSION
-    teacher_weight = np.ones(funnel.retrieved, np.float32)
-    if split == "train":
-        true_probability = true_probability[:0]
-        teacher_probability = teacher_probability[: funnel.passed]
-        if rng.random() < data.fault_version:
-            version = OLD_TEACHER_VERSION
-            old = _old_teacher_probability(rng, terms[: funnel.passed])
-            teacher_probability = old[:, columns]
-        teacher_probability, teacher_weight = teacher_log(
-            rng, teacher_probability, data.fault_missing, data.fault_nan, data.fault_out_of_range
-        )
-    return Request(
-        request_id=index,
-        time=time,
-        user_id=user,
-        user_features=world.user_features[user],
-        context=context,
-        history_id=history.item_id.astype(np.int32),
-        history_features=np.stack(
-            [history.completed, history.liked, np.log1p(60 * history.age_hours) / 4], axis=1
-        ).astype(np.float32),
-        item_id=item.astype(np.int32),
-        candidate_features=age[:, None],
-        num_passed=int(funnel.passed),
-        user_label=label.astype(np.uint8),
-        label_weight=np.ones(funnel.shown, np.float32),
-        teacher_probability=teacher_probability,
-        teacher_weight=teacher_weight,
-        teacher_version=version,
-        true_probability=true_probability,
-    )
+    return _Candidates(item[order], age[order], terms[order], logits[order], probability[order])
 
 
 def _draw_time(rng: np.random.Generator, split: str, index: int, num_requests: int) -> int:
@@ -454,9 +497,9 @@ def draw_history(rng: np.random.Generator, world: World, user: int) -> History:
     session_topics = rng.choice(num_topics, size=2, p=session_taste)
 
     topic = rng.choice(num_topics, size=size, p=0.8 * interests + 0.2 / num_topics)
-    of_session = np.arange(size) >= size - in_session
-    of_mood = of_session & (rng.random(size) < 0.85)
-    topic = np.where(of_mood, session_topics[(rng.random(size) < 0.4).astype(int)], topic)
+    is_recent = np.arange(size) >= size - in_session
+    is_in_mood = is_recent & (rng.random(size) < 0.85)
+    topic = np.where(is_in_mood, session_topics[(rng.random(size) < 0.4).astype(int)], topic)
     flat = world.history_distribution.ravel()
     item = np.searchsorted(flat, topic + rng.random(size)) % len(world.topics)
 
@@ -517,7 +560,7 @@ def _shown_first(
 ) -> Int64[np.ndarray, "P"]:
     """A permutation of P places: the shown ones, shuffled, then the rest, shuffled.
 
-    A binomial number of slots is filled at random from what the value would not have shown.
+    A binomial number of slots is filled at random from the candidates of lesser value.
     """
     explored = min(int(rng.binomial(shown, exploration)), len(value) - shown)
     # As the rest is shuffled, its first places are a random sample of it.
@@ -528,7 +571,7 @@ def _shown_first(
 def _old_teacher_probability(
     rng: np.random.Generator, terms: Float32[np.ndarray, "L terms"]
 ) -> Float32[np.ndarray, "L tasks"]:
-    """What a worse model says: it knows no history, shrinks its logits, and is noisy."""
+    """Probabilities of a worse model, which knows no history, shrinks its logits, and is noisy."""
     known = np.array([term not in HISTORY_TERMS for term in TERMS], np.float32)
     logits = 0.5 * (terms * known) @ TERM_WEIGHTS + 0.7 * INTERCEPTS
     return sigmoid(logits + 0.7 * rng.standard_normal(logits.shape, np.float32))

@@ -5,11 +5,39 @@ Sequential Recommendation Dataset with Randomly Exposed Videos", CIKM 2022. Two 
 users: the standard one (8 April to 8 May 2022) holds what the app's policies showed, the random one
 (22 April to 8 May) videos drawn uniformly from a pool and put into the feed in place of others.
 Both overlap in time. `kuairand_files` reads them.
+
+KuaiRand knows no requests, so one is made of a user's consecutive impressions in one scenario of
+the app (`tab`), see `cut_blocks`. Its time, in whole seconds, is the first impression's, and all
+that is known of the user and of the videos stems from seconds strictly before, from both logs. Its
+candidates are the videos of those impressions, which are shown and so passed, in the order in which
+they were shown, and then `data.negatives` videos that were not, which are retrieved: videos of
+earlier impressions of the standard log, of any user, each drawn with a probability in proportion to
+how often it was shown (`draw_negatives`), by id. A video shown more than once in a request is one
+candidate, on which everything counts that the user did.
+
+Train requests are made of the standard log before `data.test_from`, test requests of the random or
+the standard log from then on. So every train impression precedes every test request, and both
+splits share none. Before 22 April there is no random log: with the default `test_from`, no train
+request knows of a random impression.
+
+Widths and order of the features:
+  user: `kuairand_files.Users`' 7, log(1 + n) / 5 of n impressions so far, `lift` of all tasks.
+  context: sin and cos of the hour in Beijing, weekday (one-hot from Monday), log(1 + hours since
+    the last impression) / 3, whether there was none.
+  history, of what the user did anything of TASKS with: which, log(1 + age in hours) / 5.
+  item: log(1 + seconds of duration) − 4, log(height / width), log(1 + days from the upload to the
+    end of the logs) / 3, and for each of the three whether it is unknown, and it then is 0.
+  candidate: log(1 + n) / 5 of n impressions by anyone so far, `lift` of CANDIDATE_TASKS,
+    log(1 + days since the day of the upload began) / 3, whether that is unknown.
+  categories of a request: `kuairand_files.USER_CATEGORIES`, tab.
+  categories of an item: those of `kuairand_files.Videos`.
 """
 
 import dataclasses
 import datetime
+import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Int32, Int64, UInt8
@@ -32,8 +60,8 @@ TASKS = tuple(COLUMN_OF_TASK)
 VARIANT_OF_NAME = {f"kuairand_{variant}": variant for variant in kuairand_files.VARIANTS}
 TESTS = ("random", "standard")
 
-# What a rate is taken for before anything is known: round figures, fixed in advance, which count as
-# much as PRIOR_COUNT impressions. The order is that of TASKS.
+# Rates before anything is known, as if PRIOR_COUNT impressions had them: round figures, fixed in
+# advance. The order is that of TASKS.
 PRIOR_RATE = np.array([0.3, 0.02, 0.001, 0.001, 0.002, 0.4])
 PRIOR_COUNT = 20
 
@@ -67,42 +95,37 @@ class ImpressionBlocks:
         return len(self.time)
 
 
+class _Prepared(NamedTuple):
+    """All that the requests of both splits are made of.
+
+    Attributes:
+      log: all impressions.
+      blocks: split -> its requests.
+      user_features: those of the files.
+      upload_time: see `kuairand_files.Videos`.
+      user_category: category ids of users.
+      tab_category: that of each tab, see `_category_ids`.
+      user_start: where the impressions of each user begin in the log; then their end.
+      by_time: the places of all impressions, in the order of time.
+      engaged: the places of those on which the user did anything of TASKS.
+    """
+
+    log: Impressions
+    blocks: dict[str, ImpressionBlocks]
+    user_features: Float32[np.ndarray, "users 7"]
+    upload_time: Int32[np.ndarray, "items"]
+    user_category: Int32[np.ndarray, "users K-1"]
+    tab_category: Int32[np.ndarray, "tabs"]
+    user_start: Int64[np.ndarray, "users+1"]
+    by_time: Int[np.ndarray, "n"]
+    engaged: Int[np.ndarray, "events"]
+
+
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
-    """A variant of KuaiRand as a source.
-
-    KuaiRand knows no requests, so one is made of a user's consecutive impressions in one scenario
-    of the app (`tab`), see `cut_blocks`. Its time, in whole seconds, is the first impression's, and
-    all that is known of the user and of the videos stems from seconds strictly before, from both
-    logs. Its candidates are the videos of those impressions, which are shown and so passed, in the
-    order in which they were shown, and then `data.negatives` videos that were not, which are
-    retrieved: videos of earlier impressions of the standard log, of any user, each drawn with a
-    probability in proportion to how often it was shown (`draw_negatives`), by id. A video shown
-    more than once in a request is one candidate, on which everything counts that the user did.
-
-    Train requests are made of the standard log before `data.test_from`, test requests of the random
-    or the standard log from then on. So every train impression precedes every test request, and
-    both splits share none. Before 22 April there is no random log: with the default `test_from`,
-    no train request knows of a random impression.
-
-    Widths and order of the features:
-      user: `kuairand_files.Users`' 7, log(1 + n) / 5 of n impressions so far, `lift` of all tasks.
-      context: sin and cos of the hour in Beijing, weekday (one-hot from Monday), log(1 + hours
-        since the last impression) / 3, whether there was none.
-      history, of what the user did anything of TASKS with: which, log(1 + age in hours) / 5.
-      item: log(1 + seconds of duration) − 4, log(height / width), log(1 + days from the upload to
-        the end of the logs) / 3, and for each of the three whether it is unknown, and it then is 0.
-      candidate: log(1 + n) / 5 of n impressions by anyone so far, `lift` of CANDIDATE_TASKS,
-        log(1 + days since the day of the upload began) / 3, whether that is unknown.
-      categories of a request: `kuairand_files.USER_CATEGORIES`, tab.
-      categories of an item: those of `kuairand_files.Videos`.
+    """Opens a variant of KuaiRand as a source.
 
     Args:
-      data: `name`, of the variant; `path`, the folder of the files; `seed`; `history_length`;
-        `session_minutes` and `random_session_minutes`, the pause that ends a session in either log;
-        `impressions_per_request`, the most of one request; `negatives`; `test`, one of TESTS;
-        `test_from`, a date, of Beijing; `train_requests` and `test_requests`, how many to keep,
-        drawn uniformly, 0 for all; `max_users`, how many users to keep of the logs, 0 for all;
-        `author_rows` and `music_rows`, into how many category ids these are hashed.
+      data: the source's part of the config.
       tasks: some of TASKS, in any order.
       funnel: `retrieved` must hold all candidates.
 
@@ -121,17 +144,16 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         author_rows=int(data.author_rows),
         music_rows=int(data.music_rows),
     )
-    # Of the files, the requests below need these alone, so the rest is not kept.
-    log, upload_time, of_users = files.log, files.videos.upload_time, files.users.features
-    blocks = _blocks(log, data, split_time)
     categories = _categories(files)
     item_category, user_category, tab_category = _category_ids(files, categories)
+    # Only these parts of the files are kept while requests are written.
+    log, upload_time = files.log, files.videos.upload_time
     spec = FeatureSpec(
         dataset=data.name,
         tasks=tuple(tasks),
-        num_users=len(of_users),
+        num_users=len(files.users.features),
         num_items=len(upload_time),
-        user_features=of_users.shape[1] + 1 + len(TASKS),
+        user_features=files.users.features.shape[1] + 1 + len(TASKS),
         context_features=CONTEXT_FEATURES,
         candidate_features=CANDIDATE_FEATURES,
         item_features=ITEM_FEATURES,
@@ -141,57 +163,89 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         teacher_version="",
         categories=categories,
     )
-    bits = np.array([TASKS.index(task) for task in tasks], np.uint8)
-    # What is looked for in a column has its type, or NumPy would convert the column each time.
     place_type = _place_type(log)
-    user_start = np.searchsorted(log.user, np.arange(spec.num_users + 1, dtype=np.int32))
-    by_time = np.argsort(log.time, kind="stable").astype(place_type)
-    engaged = np.flatnonzero(log.signals & ((1 << RANDOM_BIT) - 1)).astype(place_type)
+    prepared = _Prepared(
+        log=log,
+        blocks=_blocks(log, data, split_time),
+        user_features=files.users.features,
+        upload_time=upload_time,
+        user_category=user_category,
+        tab_category=tab_category,
+        # A number looked for in a column has its type, or NumPy would convert the column each time.
+        user_start=np.searchsorted(log.user, np.arange(spec.num_users + 1, dtype=np.int32)),
+        by_time=np.argsort(log.time, kind="stable").astype(place_type),
+        engaged=np.flatnonzero(log.signals & ((1 << RANDOM_BIT) - 1)).astype(place_type),
+    )
+    return Source(
+        spec,
+        item_features(files),
+        functools.partial(_requests, prepared, data, tasks),
+        {split: len(prepared.blocks[split]) for split in SPLITS},
+        item_category,
+    )
 
-    def requests(split: str) -> Iterator[Request]:
-        check_choice("split", split, SPLITS)
-        of_split = blocks[split]
-        tallies = tallies_before(log, by_time, of_split.time, spec.num_users, spec.num_items)
-        for request_id, (of_user, of_item, earlier) in enumerate(tallies):
-            rows = of_split.rows[of_split.start[request_id] : of_split.start[request_id + 1]]
-            user, tab = int(log.user[rows[0]]), int(log.tab[rows[0]])
-            time = int(of_split.time[request_id])
-            shown, signals = merged(log.item[rows], log.signals[rows])
-            # Seeded so that the draw depends on no other request and on nothing that comes later.
-            generator = np.random.default_rng([int(data.seed), user, time, tab + 1])
-            negatives = draw_negatives(
-                log, by_time[:earlier], shown, int(data.negatives), generator
-            )
-            candidates = np.concatenate([shown, negatives])
-            first, last = user_start[user : user + 2]
-            known = first + np.searchsorted(log.time[first:last], np.int32(time))
-            places = np.searchsorted(engaged, np.array([first, known], place_type))
-            events = engaged[slice(*places)]
-            events = events[-int(data.history_length) :]
-            yield Request(
-                request_id=request_id,
-                time=time,
-                user_id=user,
-                user_features=np.concatenate([of_users[user], rates(of_user[:, user], PRIOR_RATE)]),
-                context=context_features(time, int(log.time[known - 1]) if known > first else None),
-                history_id=log.item[events],
-                history_features=history_features(time, log.signals[events], log.time[events]),
-                item_id=candidates,
-                candidate_features=candidate_features(
-                    time, of_item[:, candidates], upload_time[candidates]
-                ),
-                num_passed=len(shown),
-                user_label=signals[:, None] >> bits & np.uint8(1),
-                label_weight=np.ones(len(shown), np.float32),
-                teacher_probability=np.zeros((0, len(tasks)), np.float32),
-                teacher_weight=np.zeros(0, np.float32),
-                teacher_version="",
-                true_probability=np.zeros((0, len(tasks)), np.float32),
-                request_category=np.append(user_category[user], tab_category[tab]),
-            )
 
-    num_requests = {split: len(blocks[split]) for split in SPLITS}
-    return Source(spec, item_features(files), requests, num_requests, item_category)
+def _requests(
+    prepared: _Prepared, data: ConfigDict, tasks: Sequence[str], split: str
+) -> Iterator[Request]:
+    """The requests of a split, in the order of time."""
+    check_choice("split", split, SPLITS)
+    log, blocks = prepared.log, prepared.blocks[split]
+    bits = np.array([TASKS.index(task) for task in tasks], np.uint8)
+    num_users, num_items = len(prepared.user_features), len(prepared.upload_time)
+    tallies = tallies_before(log, prepared.by_time, blocks.time, num_users, num_items)
+    for request_id, (user_tally, item_tally, earlier) in enumerate(tallies):
+        rows = blocks.rows[blocks.start[request_id] : blocks.start[request_id + 1]]
+        user, tab = int(log.user[rows[0]]), int(log.tab[rows[0]])
+        time = int(blocks.time[request_id])
+        shown, signals = merged(log.item[rows], log.signals[rows])
+        # Seeded so that the draw depends on no other request and on nothing that comes later.
+        generator = np.random.default_rng([int(data.seed), user, time, tab + 1])
+        negatives = draw_negatives(
+            log, prepared.by_time[:earlier], shown, int(data.negatives), generator
+        )
+        candidates = np.concatenate([shown, negatives])
+        last, events = _history(prepared, user, time, int(data.history_length))
+        yield Request(
+            request_id=request_id,
+            time=time,
+            user_id=user,
+            user_features=np.concatenate(
+                [prepared.user_features[user], rates(user_tally[:, user], PRIOR_RATE)]
+            ),
+            context=context_features(time, last),
+            history_id=log.item[events],
+            history_features=history_features(time, log.signals[events], log.time[events]),
+            item_id=candidates,
+            candidate_features=candidate_features(
+                time, item_tally[:, candidates], prepared.upload_time[candidates]
+            ),
+            num_passed=len(shown),
+            user_label=signals[:, None] >> bits & np.uint8(1),
+            label_weight=np.ones(len(shown), np.float32),
+            teacher_probability=np.zeros((0, len(tasks)), np.float32),
+            teacher_weight=np.zeros(0, np.float32),
+            teacher_version="",
+            true_probability=np.zeros((0, len(tasks)), np.float32),
+            request_category=np.append(prepared.user_category[user], prepared.tab_category[tab]),
+        )
+
+
+def _history(
+    prepared: _Prepared, user: int, time: int, length: int
+) -> tuple[int | None, Int[np.ndarray, "H"]]:
+    """The last impression and events of a user before a request.
+
+    Returns:
+      The time of the user's last impression, None if there is none, and the places in the log of
+      the last events, the most recent last.
+    """
+    log, engaged = prepared.log, prepared.engaged
+    first, end = prepared.user_start[user : user + 2]
+    known = first + np.searchsorted(log.time[first:end], np.int32(time))
+    start, stop = np.searchsorted(engaged, np.array([first, known], engaged.dtype))
+    last = int(log.time[known - 1]) if known > first else None
+    return last, engaged[start:stop][-length:]
 
 
 def cut_blocks(
@@ -261,16 +315,16 @@ def draw_negatives(
     Returns:
       Fewer where `earlier` does not hold as many.
     """
-    found = np.zeros(0, np.int32)
+    drawn = np.zeros(0, np.int32)
     for _ in range(_ROUNDS if len(earlier) and number else 0):
         rows = earlier[generator.integers(len(earlier), size=2 * number)]
         items = log.item[rows[log.signals[rows] >> RANDOM_BIT == 0]]
-        found = np.concatenate([found, items[~np.isin(items, shown)]])
+        drawn = np.concatenate([drawn, items[~np.isin(items, shown)]])
         # In the order of the draws: by id, the cut below would keep the lowest ones.
-        found = found[np.sort(np.unique(found, return_index=True)[1])]
-        if len(found) >= number:
+        drawn = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
+        if len(drawn) >= number:
             break
-    return np.sort(found[:number])
+    return np.sort(drawn[:number])
 
 
 def tallies_before(
@@ -294,23 +348,23 @@ def tallies_before(
       them each of TASKS, or of CANDIDATE_TASKS, was done. They are the same arrays each time, and
       change when the next is asked for. Last, the number of impressions that were counted.
     """
-    of_user = np.zeros((1 + len(TASKS), num_users), np.int32)
-    of_item = np.zeros((1 + len(CANDIDATE_TASKS), num_items), np.int32)
+    user_tally = np.zeros((1 + len(TASKS), num_users), np.int32)
+    item_tally = np.zeros((1 + len(CANDIDATE_TASKS), num_items), np.int32)
     done = 0
     for end in np.searchsorted(log.time[by_time], times).tolist():
         for start in range(done, end, _CHUNK):
             rows = by_time[start : min(end, start + _CHUNK)]
             signals = log.signals[rows]
-            _count(of_user, log.user[rows], signals, TASKS)
-            _count(of_item, log.item[rows], signals, CANDIDATE_TASKS)
+            _count(user_tally, log.user[rows], signals, TASKS)
+            _count(item_tally, log.item[rows], signals, CANDIDATE_TASKS)
         done = end
-        yield of_user, of_item, end
+        yield user_tally, item_tally, end
 
 
 def lift(
     done: Int[np.ndarray, "*shape"], count: Int[np.ndarray, "*shape"], prior: Float[np.ndarray, "_"]
 ) -> Float[np.ndarray, "*shape"]:
-    """How much likelier an action is than a prior rate says, as a logarithm; 0 for nothing known.
+    """Logarithm of how much likelier an action is than a prior rate says; 0 if nothing is known.
 
     log((done + PRIOR_COUNT · prior) / ((count + PRIOR_COUNT) · prior)), where the action was done
     on `done` of `count` impressions.
@@ -329,7 +383,7 @@ def rates(
 
 
 def context_features(time: int, last: int | None) -> Float32[np.ndarray, "C"]:
-    """What is known of the moment.
+    """Features of the moment.
 
     Args:
       time: of the request, in seconds since 1970, UTC.
@@ -358,7 +412,7 @@ def history_features(
 def candidate_features(
     time: int, tally: Int32[np.ndarray, "1+K N"], upload_time: Int32[np.ndarray, "N"]
 ) -> Float32[np.ndarray, "N X"]:
-    """What differs from request to request.
+    """Features of candidates that differ from request to request.
 
     [log(1 + impressions) / 5; `lift` of CANDIDATE_TASKS; log(1 + days since `upload_time`) / 3, 0
     where that is unknown; 1 where it is unknown] of each candidate. An upload day after the request
@@ -379,7 +433,7 @@ def candidate_features(
 
 
 def item_features(files: KuaiRand) -> Float32[np.ndarray, "items F"]:
-    """[duration, shape, age; whether each is unknown] of each item, see `open_source`."""
+    """[duration, shape, age; whether each is unknown] of each item, see the top of this file."""
     videos = files.videos
     features = np.zeros((len(videos.seconds), ITEM_FEATURES), np.float32)
     known = ~np.isnan(videos.seconds)
@@ -393,14 +447,14 @@ def item_features(files: KuaiRand) -> Float32[np.ndarray, "items F"]:
 def _log_days(
     since: Int32[np.ndarray, "n"], time: int
 ) -> tuple[Float[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
-    """log(1 + days) / 3, 0 where the start is unknown, and where that is."""
+    """log(1 + days) / 3, 0 where the start is unknown, and a flag for that."""
     unknown = since == kuairand_files.NO_TIME
     days = np.maximum(time - np.where(unknown, time, since).astype(np.int64), 0) / DAY
     return np.log1p(days) / 3, unknown
 
 
 def _place_type(log: Impressions) -> type[np.int32] | type[np.int64]:
-    """Of places in the log: 32 bits where they suffice, since there is one a row."""
+    """The type of places in the log: 32 bits if they suffice, since there is one a row."""
     return np.int32 if len(log.user) < 2**31 else np.int64
 
 
@@ -418,7 +472,7 @@ def _count(
 
 
 def _blocks(log: Impressions, data: ConfigDict, split_time: int) -> dict[str, ImpressionBlocks]:
-    """The blocks of each split, as many as are to be kept."""
+    """The blocks of each split, as many as the config keeps."""
     is_test = log.is_random if data.test == "random" else ~log.is_random
     chosen = {
         "train": ~log.is_random & (log.time < split_time),
@@ -449,8 +503,7 @@ def _blocks(log: Impressions, data: ConfigDict, split_time: int) -> dict[str, Im
         order = np.lexsort([rows[first], log.time[rows[first]]])
         first, length = first[order], length[order]
         start = np.append(0, np.cumsum(length))
-        of_request = np.repeat(first - start[:-1], length)
-        rows = rows[of_request + np.arange(start[-1])]
+        rows = rows[np.repeat(first - start[:-1], length) + np.arange(start[-1])]
         blocks[split] = ImpressionBlocks(rows, start, log.time[rows[start[:-1]]])
     return blocks
 
@@ -475,17 +528,17 @@ def _category_ids(
     sizes = [category.size for category in categories]
     starts = np.cumsum([0, *sizes])[:-1]
     widths = [category.length for category in categories]
-    of_item = np.repeat([category.of == "item" for category in categories], widths)
+    is_of_item = np.repeat([category.of == "item" for category in categories], widths)
     columns = np.repeat(starts, widths).astype(np.int32)
 
     def shifted(codes: np.ndarray, start: np.ndarray) -> np.ndarray:
         return np.add(codes, start, out=codes.copy(), where=codes != kuairand_files.NO_CATEGORY)
 
-    item_category = shifted(files.videos.category, columns[of_item])
-    user_category = shifted(files.users.category, columns[~of_item][:-1])
+    item_category = shifted(files.videos.category, columns[is_of_item])
+    user_category = shifted(files.users.category, columns[~is_of_item][:-1])
     # A tab that is not among the published ones has no category either.
     tabs = np.full(256, kuairand_files.NO_CATEGORY, np.int32)
-    tabs[:NUM_TABS] = columns[~of_item][-1] + np.arange(NUM_TABS)
+    tabs[:NUM_TABS] = columns[~is_of_item][-1] + np.arange(NUM_TABS)
     return item_category, user_category, tabs
 
 

@@ -1,4 +1,4 @@
-"""The files of KuaiRand as arrays: which there are, what is in them, read as a stream.
+"""The files of KuaiRand as arrays, read as a stream.
 
 C. Gao, S. Li, Y. Zhang, J. Chen, B. Li, W. Lei, P. Jiang and X. He, "KuaiRand: An Unbiased
 Sequential Recommendation Dataset with Randomly Exposed Videos", CIKM 2022. There are three
@@ -98,7 +98,7 @@ _MOST_IDS = 1 << 28
 
 
 class Files(NamedTuple):
-    """Where the rows lie; parts of a file in their order."""
+    """Paths of the files; parts of a file in their order."""
 
     logs: tuple[Path, ...]
     users: tuple[Path, ...]
@@ -126,19 +126,19 @@ class Impressions:
 
     @property
     def is_random(self) -> Bool[np.ndarray, "n"]:
-        """Whether each video was shown at random."""
+        """True for each video that was shown at random."""
         return self.signals >> RANDOM_BIT == 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Users:
-    """What `user_features` says of each user; a user that it lacks has empty cells throughout.
+    """Contents of `user_features`; a user that it lacks has empty cells throughout.
 
     Attributes:
       features: log(1 + x) / 5 of follows, fans, friends and days since registration, then whether
         in a period of low activity, a live streamer, an author of videos. An empty cell is 0.
       category: codes of `USER_CATEGORIES`, NO_CATEGORY for an empty cell.
-      sizes: how many values each of these has.
+      sizes: the number of values of each of these.
     """
 
     features: Float32[np.ndarray, "users 7"]
@@ -148,14 +148,14 @@ class Users:
 
 @dataclasses.dataclass(frozen=True)
 class Videos:
-    """What `video_features_basic` says of each item; NaN, NO_TIME, NO_CATEGORY where nothing.
+    """Contents of `video_features_basic`; NaN, NO_TIME, NO_CATEGORY for empty cells.
 
     Attributes:
       seconds: its duration.
       shape: log(height / width) of the picture.
       upload_time: the midnight in Beijing at which the day of the upload begins.
       category: the author and the music, hashed into rows; `VIDEO_CATEGORIES`; up to TAGS tags.
-      sizes: how many values each of these six has; tags count once.
+      sizes: the number of values of each of these six; tags count once.
     """
 
     seconds: Float32[np.ndarray, "items"]
@@ -188,10 +188,10 @@ def read_kuairand(
     Args:
       path: the folder with the files, or the one above its `data`.
       variant: one of `VARIANTS`.
-      max_users: how many users to keep, drawn from `user_features`; 0 keeps all.
+      max_users: users to keep, drawn from `user_features`; 0 keeps all.
       seed: of that draw.
-      author_rows: how many rows authors are hashed into.
-      music_rows: the same of music.
+      author_rows: rows that authors are hashed into.
+      music_rows: rows that music is hashed into.
 
     Raises:
       UserError: a file is missing, lacks a column or any row, or holds what cannot be read. Names
@@ -209,18 +209,18 @@ def read_kuairand(
 
 
 def find_variant_files(path: str | Path, variant: str) -> Files:
-    """The files of a variant, each found to have its columns and a row at least.
+    """Finds the files of a variant, and checks that each has its columns and a row at least.
 
     Raises:
       UserError: see `read_kuairand`.
     """
     directory = _directory(Path(path), variant)
-    found = {stem: _parts(directory, stem, variant) for stem in _STEMS}
-    logs = tuple(file for stem in (*_STANDARD, _RANDOM) for file in found[stem])
-    for files, types in ((logs, _LOG_TYPES), (found[_USERS], _USER_TYPES)):
+    parts = {stem: _parts(directory, stem, variant) for stem in _STEMS}
+    logs = tuple(file for stem in (*_STANDARD, _RANDOM) for file in parts[stem])
+    for files, types in ((logs, _LOG_TYPES), (parts[_USERS], _USER_TYPES)):
         _check_columns(files, types)
-    _check_columns(found[_VIDEOS], _VIDEO_TYPES)
-    return Files(logs, found[_USERS], found[_VIDEOS])
+    _check_columns(parts[_VIDEOS], _VIDEO_TYPES)
+    return Files(logs, parts[_USERS], parts[_VIDEOS])
 
 
 def read_log(
@@ -265,7 +265,7 @@ def read_log(
 def read_videos(
     files: Sequence[Path], video_ids: Int64[np.ndarray, "items"], author_rows: int, music_rows: int
 ) -> Videos:
-    """What some files say of the videos `video_ids`, which ascend; the last row counts."""
+    """Reads the videos `video_ids`, which ascend, from some files; the last row counts."""
     items = len(video_ids)
     place = np.full(int(video_ids.max(initial=-1)) + 1, -1, np.int32)
     place[video_ids] = np.arange(items, dtype=np.int32)
@@ -438,7 +438,7 @@ def _sample(ids: Int32[np.ndarray, "n"], number: int, seed: int) -> Int64[np.nda
 
 
 def _users_of(file: Path, table: Any, user_ids: Int64[np.ndarray, "users"]) -> Users:
-    """What the table says of the users `user_ids`; the last row counts."""
+    """Looks the users `user_ids` up in a table; the last row counts."""
     ids = _ids(file, table, "user_id")
     row = np.full(max(int(ids.max(initial=-1)), int(user_ids.max(initial=-1))) + 1, -1)
     row[ids] = np.arange(len(ids))
@@ -484,7 +484,7 @@ def _codes(texts: Any, vocabulary: dict[str, int]) -> Int32[np.ndarray, "n"]:
     """The place of each text in the vocabulary, which grows by those that are new to it."""
     encoded = texts.dictionary_encode()
     code = [vocabulary.setdefault(text, len(vocabulary)) for text in encoded.dictionary.to_pylist()]
-    # What is empty has the place behind the last.
+    # An empty text has the place behind the last.
     places = encoded.indices.fill_null(len(code)).to_numpy()
     return np.array([*code, NO_CATEGORY], np.int32)[places]
 

@@ -3,10 +3,33 @@
 F. M. Harper and J. A. Konstan, "The MovieLens Datasets: History and Context", ACM Transactions on
 Interactive Intelligent Systems 5(4), 2015. The tasks are stand-ins for a feed's: `watch` means that
 the film was rated, `like` that it was rated 4 or more, `share` that it was rated 5.
+
+A request stands for a block of consecutive ratings of a user, see `block_starts`; its time is the
+first rating's, and all that is known of the user and of the items was known strictly before. Its
+candidates are those rated in the block, in the order of rating, and then, by id, others that the
+user had not rated by the end of the block: all of them, or a sample. Films that the user rates only
+later are among these, with label 0, since leaving them out would tell the future. As labels are
+known for the whole list, it counts as shown and passed whole.
+
+Of n items not rated, `data.negatives` are drawn, each as likely as any other, and each then has the
+label weight n / `data.negatives`, the inverse of the sampling rate: weighted sums over labels have
+the expectation that they have over the whole catalogue, so probabilities stay calibrated.
+
+Widths and order of the features:
+  user: age, female, occupations (one-hot), if the set knows them; log(1 + ratings so far), mean
+    rating so far, the share of the ratings so far given to each genre, and the share that gave it 4
+    or more.
+  context: sin and cos of the hour (UTC), weekday (one-hot from Monday), log(1 + days since the last
+    rating), whether this is the first request, log(1 + requests before this one).
+  history: rating (one-hot of the stars that the set has), log(1 + age in days).
+  item: genres, decades of the release after 1990, whether the release is unknown.
+  candidate: log(1 + ratings by anyone so far) / 3, mean of these less PRIOR_RATING.
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int, Int64
@@ -47,7 +70,7 @@ class Timeline:
     first_test: int
 
     def end(self, block: int) -> int:
-        """Where a block ends."""
+        """The place behind the last rating of a block."""
         return int(self.start[block + 1]) if block + 1 < len(self.start) else len(self.item)
 
 
@@ -72,39 +95,29 @@ class RatingLog:
     time: Int64[np.ndarray, "n"]
 
 
+class _Prepared(NamedTuple):
+    """All that the requests of both splits are made of.
+
+    Attributes:
+      movielens: the set, with the users that are kept.
+      log: the ratings of all users.
+      timelines: user -> timeline.
+      blocks: split -> its blocks.
+      fixed_user_features: see `_fixed_user_features`.
+    """
+
+    movielens: MovieLens
+    log: RatingLog
+    timelines: dict[int, Timeline]
+    blocks: dict[str, RatingBlocks]
+    fixed_user_features: Float32[np.ndarray, "users _"]
+
+
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
-    """One of the sets in `PUBLISHED` as a source.
-
-    A request stands for a block of consecutive ratings of a user, see `block_starts`; its time is
-    the first rating's, and all that is known of the user and of the items was known strictly
-    before. Its candidates are those rated in the block, in the order of rating, and then, by id,
-    what the user had not rated by the end of the block: all of it, or a sample. Whatever the user
-    rates only later is among these, with label 0, since leaving it out would tell the future. As
-    labels are known for the whole list, it counts as shown and passed whole.
-
-    Of n items not rated, `negatives` are drawn, each as likely as any other, and each then has the
-    label weight n / `negatives`, the inverse of the sampling rate: weighted sums over labels have
-    the expectation that they have over the whole catalogue, so probabilities stay calibrated.
-
-    Widths and order of the features:
-      user: age, female, occupations (one-hot), if the set knows them; log(1 + ratings so far), mean
-        rating so far, the share of the ratings so far given to each genre, and the share that gave
-        it 4 or more.
-      context: sin and cos of the hour (UTC), weekday (one-hot from Monday), log(1 + days since the
-        last rating), whether this is the first request, log(1 + requests before this one).
-      history: rating (one-hot of what the set's ratings can be), log(1 + age in days).
-      item: genres, decades of the release after 1990, whether the release is unknown.
-      candidate: log(1 + ratings by anyone so far) / 3, mean of these less PRIOR_RATING.
+    """Opens one of the sets in `PUBLISHED` as a source, fetching its files if `path` is empty.
 
     Args:
-      data: `name`, which set; `path`, the directory with GroupLens' files, which are fetched to
-        below `dir` if it is empty; `history_length`; `ratings_per_request`, the least ratings of a
-        block; `test_share`, the share of each user's ratings, the last ones, that become test
-        requests; `test_requests_per_user`, how many of these to keep, the earliest ones, or 0 for
-        all; `negatives`, how many items not rated are candidates, or 0 or absent for all;
-        `max_users`, how many users, see `with_fewer_users`, or 0 or absent for all (what is known
-        of items stays what all users' ratings say); `seed`, for the order within a second and
-        the draws of items and users.
+      data: the source's part of the config.
       tasks: some of `TASKS`, in any order.
       funnel: `retrieved` must hold the candidates of any request.
 
@@ -116,9 +129,20 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
       UserError: for files that are missing or malformed, and tasks or numbers that make no sense.
     """
     _check(data, tasks)
+    prepared = _prepare(data, funnel)
+    return Source(
+        _spec(prepared, data, tasks),
+        item_features(prepared.movielens),
+        functools.partial(_requests, prepared, data, tasks),
+        {split: len(prepared.blocks[split]) for split in SPLITS},
+    )
+
+
+def _prepare(data: ConfigDict, funnel: ConfigDict) -> _Prepared:
+    """Reads the files and cuts the ratings into blocks."""
     name, negatives = str(data.name), int(data.get("negatives", 0))
     movielens = read_movielens(name, data.path or fetch(PUBLISHED[name].archive, data.dir))
-    num_items, num_genres = movielens.genres.shape
+    num_items = len(movielens.genres)
     if not negatives and funnel.retrieved < num_items:
         raise UserError(
             f"funnel.retrieved={funnel.retrieved} is less than the {num_items} films of the "
@@ -126,8 +150,6 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         )
     log = rating_log(movielens)
     movielens = with_fewer_users(movielens, int(data.get("max_users", 0)), int(data.seed))
-    all_genres = movielens.genres.astype(np.float32)
-    fixed_user_features = _fixed_user_features(movielens)
     timelines = _timelines(
         movielens, data.seed, int(data.ratings_per_request), float(data.test_share)
     )
@@ -137,67 +159,72 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         split: _ordered_blocks(timelines, split, int(data.test_requests_per_user))
         for split in SPLITS
     }
-    lowest = np.array([LOWEST_RATING[task] for task in tasks])
-    stars = np.array(movielens.stars, np.float32)
+    return _Prepared(movielens, log, timelines, blocks, _fixed_user_features(movielens))
 
-    def requests(split: str) -> Iterator[Request]:
-        check_choice("split", split, SPLITS)
-        counted, count, total = 0, np.zeros(num_items, np.int64), np.zeros(num_items)
-        for request_id in range(len(blocks[split])):
-            user = int(blocks[split].user[request_id])
-            block = int(blocks[split].block[request_id])
-            timeline = timelines[user]
-            start, end = int(timeline.start[block]), timeline.end(block)
-            time = int(timeline.time[start])
-            counted = add_ratings(log, counted, time, count, total)
-            earlier = slice(max(0, start - int(data.history_length)), start)
-            others, weight = not_rated(
-                timeline.item[:end], num_items, negatives, (int(data.seed), user, block)
-            )
-            item_id = np.concatenate([timeline.item[start:end], others])
-            rating = np.concatenate([timeline.rating[start:end], np.zeros(len(others), np.float32)])
-            yield Request(
-                request_id=request_id,
-                time=time,
-                user_id=user,
-                user_features=np.concatenate(
-                    [
-                        fixed_user_features[user],
-                        user_statistics(timeline.rating[:start], all_genres[timeline.item[:start]]),
-                    ]
-                ),
-                context=context_features(time, timeline.time[:start], block),
-                history_id=timeline.item[earlier].astype(np.int32),
-                history_features=history_features(
-                    time, timeline.rating[earlier], timeline.time[earlier], stars
-                ),
-                item_id=item_id.astype(np.int32),
-                candidate_features=item_statistics(count[item_id], total[item_id]),
-                num_passed=len(item_id),
-                user_label=(rating[:, None] >= lowest).astype(np.uint8),
-                label_weight=np.where(rating > 0, 1, weight).astype(np.float32),
-                teacher_probability=np.zeros((0, len(tasks)), np.float32),
-                teacher_weight=np.zeros(0, np.float32),
-                teacher_version="",
-                true_probability=np.zeros((0, len(tasks)), np.float32),
-            )
 
-    spec = FeatureSpec(
-        dataset=name,
+def _spec(prepared: _Prepared, data: ConfigDict, tasks: Sequence[str]) -> FeatureSpec:
+    num_items, num_genres = prepared.movielens.genres.shape
+    return FeatureSpec(
+        dataset=str(data.name),
         tasks=tuple(tasks),
-        num_users=movielens.num_users,
+        num_users=prepared.movielens.num_users,
         num_items=num_items,
-        user_features=fixed_user_features.shape[1] + 2 + 2 * num_genres,
+        user_features=prepared.fixed_user_features.shape[1] + 2 + 2 * num_genres,
         context_features=CONTEXT_FEATURES,
         candidate_features=CANDIDATE_FEATURES,
         item_features=num_genres + 2,
         cheap_item_features=num_genres + 2,
         history_length=int(data.history_length),
-        history_features=len(stars) + 1,
+        history_features=len(prepared.movielens.stars) + 1,
         teacher_version="",
     )
-    num_requests = {split: len(blocks[split]) for split in SPLITS}
-    return Source(spec, item_features(movielens), requests, num_requests)
+
+
+def _requests(
+    prepared: _Prepared, data: ConfigDict, tasks: Sequence[str], split: str
+) -> Iterator[Request]:
+    """The requests of a split, in the order of time."""
+    check_choice("split", split, SPLITS)
+    movielens, blocks = prepared.movielens, prepared.blocks[split]
+    num_items = len(movielens.genres)
+    genres = movielens.genres.astype(np.float32)
+    stars = np.array(movielens.stars, np.float32)
+    lowest = np.array([LOWEST_RATING[task] for task in tasks])
+    negatives = int(data.get("negatives", 0))
+    counted, count, total = 0, np.zeros(num_items, np.int64), np.zeros(num_items)
+    for request_id in range(len(blocks)):
+        user, block = int(blocks.user[request_id]), int(blocks.block[request_id])
+        timeline = prepared.timelines[user]
+        start, end = int(timeline.start[block]), timeline.end(block)
+        time = int(timeline.time[start])
+        counted = add_ratings(prepared.log, counted, time, count, total)
+        events = slice(max(0, start - int(data.history_length)), start)
+        others, weight = not_rated(
+            timeline.item[:end], num_items, negatives, (int(data.seed), user, block)
+        )
+        item_id = np.concatenate([timeline.item[start:end], others])
+        rating = np.concatenate([timeline.rating[start:end], np.zeros(len(others), np.float32)])
+        statistics = user_statistics(timeline.rating[:start], genres[timeline.item[:start]])
+        yield Request(
+            request_id=request_id,
+            time=time,
+            user_id=user,
+            user_features=np.concatenate([prepared.fixed_user_features[user], statistics]),
+            context=context_features(time, timeline.time[:start], block),
+            history_id=timeline.item[events].astype(np.int32),
+            history_features=history_features(
+                time, timeline.rating[events], timeline.time[events], stars
+            ),
+            item_id=item_id.astype(np.int32),
+            candidate_features=item_statistics(count[item_id], total[item_id]),
+            num_passed=len(item_id),
+            user_label=(rating[:, None] >= lowest).astype(np.uint8),
+            label_weight=np.where(rating > 0, 1, weight).astype(np.float32),
+            teacher_probability=np.zeros((0, len(tasks)), np.float32),
+            teacher_weight=np.zeros(0, np.float32),
+            teacher_version="",
+            true_probability=np.zeros((0, len(tasks)), np.float32),
+        )
 
 
 def with_fewer_users(movielens: MovieLens, max_users: int, seed: int) -> MovieLens:
@@ -218,7 +245,7 @@ def with_fewer_users(movielens: MovieLens, max_users: int, seed: int) -> MovieLe
     number[users] = np.arange(max_users)
     kept = number[movielens.user] >= 0
 
-    def of_kept(attribute: np.ndarray | None) -> np.ndarray | None:
+    def among_kept(attribute: np.ndarray | None) -> np.ndarray | None:
         return None if attribute is None else attribute[users]
 
     return dataclasses.replace(
@@ -228,16 +255,16 @@ def with_fewer_users(movielens: MovieLens, max_users: int, seed: int) -> MovieLe
         rating=movielens.rating[kept],
         time=movielens.time[kept],
         num_users=max_users,
-        age=of_kept(movielens.age),
-        is_female=of_kept(movielens.is_female),
-        occupation=of_kept(movielens.occupation),
+        age=among_kept(movielens.age),
+        is_female=among_kept(movielens.is_female),
+        occupation=among_kept(movielens.occupation),
     )
 
 
 def block_starts(
     time: Int64[np.ndarray, "n"], ratings_per_request: int
 ) -> Int64[np.ndarray, "blocks"]:
-    """Where each block of a user's ratings begins.
+    """The places at which the blocks of a user's ratings begin.
 
     A block takes `ratings_per_request` ratings, and then all that share the last one's second, so
     that no second is split. A last block of less than half of `ratings_per_request` joins the one
@@ -265,7 +292,7 @@ def block_starts(
 
 
 def first_test_block(starts: Int64[np.ndarray, "blocks"], total: int, test_share: float) -> int:
-    """The block from which on a user's blocks are test requests.
+    """The first of a user's blocks that is a test request.
 
     It starts nearest to (1 − `test_share`) · `total` ratings. The first block is never a test; the
     last one always is if `test_share` is not 0 and there are two or more.
@@ -282,8 +309,8 @@ def not_rated(
     """Items that a user did not rate, ascending, and how many each of them stands for.
 
     Args:
-      rated: what the user rated, in any order. Only until the end of the request's block: what is
-        rated later looks like any other item.
+      rated: items that the user rated until the end of the request's block, in any order. Those
+        rated later look like any other item.
       num_items: items are 0 to `num_items` − 1.
       wanted: how many to draw, without replacement; 0 takes all, as does a number above theirs.
       seed: data seed, user and block, of the draw.
@@ -311,7 +338,7 @@ def not_rated(
 def user_statistics(
     rating: Float32[np.ndarray, "n"], genres: Float32[np.ndarray, "n genres"]
 ) -> Float32[np.ndarray, "2+2*genres"]:
-    """What a user's n ratings so far say, with the genres of each rated item.
+    """Features of a user from the n ratings so far, with the genres of each rated item.
 
     [log(1 + n) / 3; the mean rating, with the prior, less PRIOR_RATING; for each genre the share of
     the ratings that it got, n_g / (n + PRIOR_COUNT); for each genre the share that gave it 4 or
@@ -329,7 +356,7 @@ def user_statistics(
 def context_features(
     time: int, earlier: Int64[np.ndarray, "n"], position: int
 ) -> Float32[np.ndarray, "C"]:
-    """What is known of the moment.
+    """Features of the moment.
 
     Args:
       time: of the request, in seconds since 1970, UTC.
@@ -405,7 +432,7 @@ def add_ratings(
 def item_statistics(
     count: Int64[np.ndarray, "N"], total: Float64[np.ndarray, "N"]
 ) -> Float32[np.ndarray, "N X"]:
-    """What an item's ratings say, of some items with `count` ratings that add up to `total` stars.
+    """Features of items from their ratings, `count` of them that add up to `total` stars.
 
     [log(1 + count) / 3, the mean rating with the prior less PRIOR_RATING], where the mean with the
     prior is (total + PRIOR_COUNT · PRIOR_RATING) / (count + PRIOR_COUNT).
@@ -438,8 +465,8 @@ def _timelines(
         places = places[np.argsort(movielens.time[places], kind="stable")]
         time = movielens.time[places]
         if (time[1:] == time[:-1]).any():
-            # Drawn for the whole catalogue, the order within a second depends on neither the order
-            # of the lines in the file nor on what else, earlier or later, was rated.
+            # Drawn for the whole catalogue, the order within a second depends neither on the order
+            # of the lines in the file nor on other ratings, earlier or later.
             luck = np.random.default_rng([seed, user]).permutation(len(movielens.genres))
             places = places[np.lexsort([luck[movielens.item[places]], time])]
         start = block_starts(time, ratings_per_request)
@@ -469,17 +496,17 @@ def _check_candidates(timelines: dict[int, Timeline], negatives: int, retrieved:
 def _ordered_blocks(
     timelines: dict[int, Timeline], split: str, test_requests_per_user: int
 ) -> RatingBlocks:
-    """The blocks of a split; of test blocks, as many as wanted of each user, or 0 for all."""
+    """The blocks of a split; of the test, as many as wanted of each user, or 0 for all."""
     users, blocks, times = [], [], []
     for user, timeline in timelines.items():
-        of_split = np.arange(len(timeline.start), dtype=np.int32)
+        own = np.arange(len(timeline.start), dtype=np.int32)
         if split == "test":
-            of_split = of_split[timeline.first_test :][: test_requests_per_user or None]
+            own = own[timeline.first_test :][: test_requests_per_user or None]
         else:
-            of_split = of_split[: timeline.first_test]
-        users.append(np.full(len(of_split), user, np.int32))
-        blocks.append(of_split)
-        times.append(timeline.time[timeline.start[of_split]])
+            own = own[: timeline.first_test]
+        users.append(np.full(len(own), user, np.int32))
+        blocks.append(own)
+        times.append(timeline.time[timeline.start[own]])
     user_of, block_of = np.concatenate(users), np.concatenate(blocks)
     order = np.lexsort((block_of, user_of, np.concatenate(times)))
     return RatingBlocks(user_of[order], block_of[order])

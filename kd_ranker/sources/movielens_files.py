@@ -53,7 +53,7 @@ class MovieLens:
     item: Int[np.ndarray, "n"]
     rating: Float32[np.ndarray, "n"]  # stars
     time: Int64[np.ndarray, "n"]  # seconds since 1970, UTC
-    stars: tuple[float, ...]  # what a rating can be
+    stars: tuple[float, ...]  # values that a rating can have
     num_users: int
     age: Int64[np.ndarray, "users"] | None  # years; in 1M the least of a bracket, 1 below 18
     is_female: Bool[np.ndarray, "users"] | None
@@ -67,9 +67,9 @@ class Published(NamedTuple):
     """One published set.
 
     Attributes:
-      archive: what GroupLens offers.
+      archive: on GroupLens' site.
       files: the names of those of its files that are read.
-      read: what reads them from their directory.
+      read: the function that reads them from their directory.
     """
 
     archive: Archive
@@ -217,7 +217,7 @@ PUBLISHED: dict[str, Published] = {
 
 
 class _Movies(NamedTuple):
-    """What a file of movies says, in the order of the movies' ids."""
+    """Contents of a file of movies, in the order of the movies' ids."""
 
     number: Int64[np.ndarray, "items"]  # the file's ids, ascending
     genres: Bool[np.ndarray, "items genres"]
@@ -225,7 +225,7 @@ class _Movies(NamedTuple):
 
 
 class _Users(NamedTuple):
-    """What users.dat says, in the order of the users' ids."""
+    """Contents of users.dat, in the order of the users' ids."""
 
     number: Int64[np.ndarray, "users"]  # the file's ids, ascending
     age: Int64[np.ndarray, "users"]
@@ -251,7 +251,7 @@ class _RatingTable:
             raise UserError(f"{self.place(row)}: {problem(row)}")
 
     def place(self, row: int) -> str:
-        """Where a rating stands, for messages."""
+        """The file and the line of a rating, for messages."""
         return f"{self.path}, line {row + 1 + self.lines_before}"
 
 
@@ -283,17 +283,17 @@ def _integer(place: str, name: str, text: str, lowest: int, highest: int) -> int
     return value
 
 
-def _once(place: str, what: str, key: object, seen: dict[object, str]) -> None:
-    """Raises UserError if `key` was met before; `seen` maps what was met to its place."""
-    if key in seen:
-        raise UserError(f"{place}: {what} was given before, in {seen[key]}")
-    seen[key] = place
+def _once(place: str, what: str, key: object, place_of: dict[object, str]) -> None:
+    """Raises UserError if `place_of` has the key already; adds the key and its place."""
+    if key in place_of:
+        raise UserError(f"{place}: {what} was given before, in {place_of[key]}")
+    place_of[key] = place
 
 
-def _number(place: str, what: str, text: str, seen: dict[object, str]) -> int:
+def _number(place: str, what: str, text: str, place_of: dict[object, str]) -> int:
     """An id that may be any number of 31 bits but 0, and occurs once."""
     number = _integer(place, f"{what} id", text, 1, 2**31 - 1)
-    _once(place, f"{what} {number}", number, seen)
+    _once(place, f"{what} {number}", number, place_of)
     return number
 
 
@@ -314,10 +314,10 @@ def _read_genres(path: Path) -> list[str]:
 
 def _read_occupations(path: Path) -> dict[str, int]:
     """Occupation -> its place in the file."""
-    seen: dict[object, str] = {}
+    place_of: dict[object, str] = {}
     places = {}
     for number, (place, (name,)) in enumerate(_lines(path, "|", 1)):
-        _once(place, f"occupation {name!r}", name, seen)
+        _once(place, f"occupation {name!r}", name, place_of)
         places[name] = number
     return places
 
@@ -329,10 +329,10 @@ def _read_items(
     lines = list(_lines(path, "|", 5 + len(genres)))
     flags = np.zeros((len(lines), len(genres)), bool)
     release_year = np.zeros(len(lines), np.int64)
-    seen: dict[object, str] = {}
+    place_of: dict[object, str] = {}
     for place, (id_text, _, date, _, _, *flag_texts) in lines:
         item = _integer(place, "item id", id_text, 1, len(lines)) - 1
-        _once(place, f"item {item + 1}", item, seen)
+        _once(place, f"item {item + 1}", item, place_of)
         if date:
             match = _RELEASE_DATE.fullmatch(date)
             if match is None:
@@ -354,10 +354,10 @@ def _read_users(
     lines = list(_lines(path, "|", 5))
     age, occupation = np.zeros((2, len(lines)), np.int64)
     is_female = np.zeros(len(lines), bool)
-    seen: dict[object, str] = {}
+    place_of: dict[object, str] = {}
     for place, (id_text, age_text, gender, occupation_text, _) in lines:
         user = _integer(place, "user id", id_text, 1, len(lines)) - 1
-        _once(place, f"user {user + 1}", user, seen)
+        _once(place, f"user {user + 1}", user, place_of)
         age[user] = _integer(place, "age", age_text, 0, 150)
         is_female[user] = _is_female(place, gender)
         if occupation_text not in occupations:
@@ -368,23 +368,23 @@ def _read_users(
 
 def _read_ratings(path: Path, num_users: int, num_items: int) -> Int64[np.ndarray, "n 4"]:
     """[user, item, rating, time] of each line, ids counted from 0."""
-    seen: dict[object, str] = {}
+    place_of: dict[object, str] = {}
     rows = []
     for place, (user_text, item_text, rating_text, time_text) in _lines(path, "\t", 4):
         user = _integer(place, "user id", user_text, 1, num_users) - 1
         item = _integer(place, "item id", item_text, 1, num_items) - 1
-        _once(place, f"a rating of item {item + 1} by user {user + 1}", (user, item), seen)
+        _once(place, f"a rating of item {item + 1} by user {user + 1}", (user, item), place_of)
         rating = _integer(place, "rating", rating_text, 1, 5)
         rows.append((user, item, rating, _integer(place, "time", time_text, 0, _LATEST_TIME)))
     return np.array(rows, np.int64)
 
 
 def _read_movies(path: Path, rows: Iterable[tuple[str, ...]]) -> _Movies:
-    """What rows of (place, id, title, genres) say; ids in any order, with gaps."""
-    seen: dict[object, str] = {}
+    """Collects rows of (place, id, title, genres), whose ids come in any order, with gaps."""
+    place_of: dict[object, str] = {}
     numbers, years, names_of = [], [], []
     for place, id_text, title, genres in rows:
-        numbers.append(_number(place, "movie", id_text, seen))
+        numbers.append(_number(place, "movie", id_text, place_of))
         match = _YEAR_OF_TITLE.search(title)
         years.append(int(match[1]) if match else 0)
         names = [] if genres == _NO_GENRES else genres.split("|")
@@ -404,10 +404,10 @@ def _read_movies(path: Path, rows: Iterable[tuple[str, ...]]) -> _Movies:
 
 def _read_numbered_users(path: Path) -> _Users:
     """users.dat: UserID::Gender::Age::Occupation::Zip-code; ids in any order, with gaps."""
-    seen: dict[object, str] = {}
+    place_of: dict[object, str] = {}
     rows = [
         (
-            _number(place, "user", id_text, seen),
+            _number(place, "user", id_text, place_of),
             _integer(place, "age", age, 0, 150),
             _is_female(place, gender),
             _integer(place, "occupation", occupation, 0, _OCCUPATIONS_OF_1M - 1),
@@ -421,7 +421,7 @@ def _read_numbered_users(path: Path) -> _Users:
 def _check_header(path: Path, columns: Sequence[str]) -> None:
     """Raises UserError unless the first line names these columns."""
     with path.open("rb") as file:
-        # Enough to show what was found, of a file that may have no line ends.
+        # Enough for a message, of a file that may have no line ends.
         found = file.readline(200).decode("utf-8-sig", errors="replace").rstrip("\r\n")
     if not found:
         raise UserError(f"{path} is empty, or its first line is")
@@ -455,39 +455,15 @@ def _read_rating_table(
       path: of the file, for messages.
       file: the lines, separated by `separator`.
       separator: one character.
-      separator_of_file: what stands in the file itself.
+      separator_of_file: the separator in the file itself.
       lines_before: how many lines to skip.
     """
     if not path.stat().st_size:
         raise UserError(f"{path} is empty")
     malformed: list[pyarrow.csv.InvalidRow] = []
-
-    def keep(row: pyarrow.csv.InvalidRow) -> str:
-        malformed.append(row)
-        return "error"
-
     blocks: list[list[np.ndarray]] = [[] for _ in _RATING_COLUMNS]
     try:
-        with pyarrow.csv.open_csv(
-            file,
-            pyarrow.csv.ReadOptions(
-                # With several threads, errors would not know the line.
-                use_threads=False,
-                block_size=_BLOCK_BYTES,
-                skip_rows=lines_before,
-                column_names=_RATING_COLUMNS,
-            ),
-            pyarrow.csv.ParseOptions(
-                delimiter=separator,
-                quote_char=False,
-                # Skipped lines would not be counted.
-                ignore_empty_lines=False,
-                invalid_row_handler=keep,
-            ),
-            pyarrow.csv.ConvertOptions(
-                column_types=dict(zip(_RATING_COLUMNS, _RATING_TYPES, strict=True)), null_values=[]
-            ),
-        ) as reader:
+        with _open_ratings(file, separator, lines_before, malformed) as reader:
             for batch in reader:
                 for column, array in zip(blocks, batch.columns, strict=True):
                     column.append(array.to_numpy())
@@ -508,6 +484,40 @@ def _read_rating_table(
     return _RatingTable(path, lines_before, user, item, rating, time)
 
 
+def _open_ratings(
+    file: BinaryIO,
+    separator: str,
+    lines_before: int,
+    malformed: list[pyarrow.csv.InvalidRow],
+) -> pyarrow.csv.CSVStreamingReader:
+    """Opens lines of ratings as a stream; adds a row with other fields to `malformed`."""
+
+    def keep(row: pyarrow.csv.InvalidRow) -> str:
+        malformed.append(row)
+        return "error"
+
+    return pyarrow.csv.open_csv(
+        file,
+        pyarrow.csv.ReadOptions(
+            # With several threads, errors would not know the line.
+            use_threads=False,
+            block_size=_BLOCK_BYTES,
+            skip_rows=lines_before,
+            column_names=_RATING_COLUMNS,
+        ),
+        pyarrow.csv.ParseOptions(
+            delimiter=separator,
+            quote_char=False,
+            # Skipped lines would not be counted.
+            ignore_empty_lines=False,
+            invalid_row_handler=keep,
+        ),
+        pyarrow.csv.ConvertOptions(
+            column_types=dict(zip(_RATING_COLUMNS, _RATING_TYPES, strict=True)), null_values=[]
+        ),
+    )
+
+
 def _places(
     table: _RatingTable,
     what: str,
@@ -515,7 +525,11 @@ def _places(
     file: str,
     numbers: Int[np.ndarray, "ids"],
 ) -> Int[np.ndarray, "n"]:
-    """The place of each id among `numbers`, which `file` lists; int32."""
+    """The place of each id among `numbers`, which `file` lists; int32.
+
+    Raises:
+      UserError: one is not there.
+    """
     places, known = look_up(numbers, ids)
     table.refuse(~known, lambda row: f"{what} {ids[row]} is not in {file}")
     return places.astype(np.int32)
@@ -531,9 +545,9 @@ def _check_ratings(
 
     Args:
       table: the ratings.
-      stars: what a rating may be.
+      stars: values that a rating may have.
       users: the file that lists users, and their ids, ascending.
-      movies: the same of movies.
+      movies: likewise of movies.
 
     Returns:
       User and item of each rating, int32: their places among the ids.

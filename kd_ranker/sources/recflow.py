@@ -2,32 +2,52 @@
 
 Q. Liu, K. Zheng, R. Huang et al., "RecFlow: An Industrial Full Flow Recommendation Dataset", ICLR
 2025. `docs/recflow.md` says how to get the files, what is known of their layout, and how near this
-comes to the published experiments.
+comes to the published experiments. `recflow_files` reads them.
 
 A day of the log may be larger than memory. It is never held whole: its record batches are read one
 by one, to find out which requests there are, then to list the videos, and then, for some requests
 at a time, to make them.
+
+A request has all rows that the log holds of it as candidates: those that were shown, then those
+that the rank stage scored, by their position there, then the others, see `positions`. A position is
+stored as `probability_of_rank` of it, the same for every task, with teacher weight 1; candidates
+without one have weight 0.
+
+Widths and order of the features:
+  user: log(1 + effective views before the request) / log(51), of the last 50.
+  context: sin and cos of the hour (UTC), weekday (UTC, one-hot from Monday), log(1 + days since the
+    last effective view), whether there was none.
+  history: log(1 + days since the view), log(1 + duration in seconds), time watched / duration.
+  item: log(1 + duration in seconds), whether the duration is unknown.
+  candidate: log(1 + days since the upload), whether that time is unknown.
+Categories: gender, province and age group of the request; author (hashed), both levels of the
+  category and type of upload of the item.
 """
 
-import datetime
+import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import pyarrow as pa
-from jaxtyping import Bool, Float32, Int, Int32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 from ml_collections import ConfigDict
-from pyarrow import ipc
 from tqdm import tqdm
 
 from kd_ranker.batch import Category, FeatureSpec, Stage
 from kd_ranker.distillation.teacher_signal import probability_of_rank
 from kd_ranker.errors import UserError, check_at_least, check_choice, check_tasks
 from kd_ranker.requests.request import SPLITS, Request, Source
-from kd_ranker.sources import restricted_pickle
 from kd_ranker.sources.hashing import hash_into
+from kd_ranker.sources.recflow_files import (
+    SEQUENCE_COLUMNS,
+    Day,
+    NamedArrays,
+    date_of,
+    find_days,
+    read_batches,
+    read_sequences,
+)
 from kd_ranker.sources.searching import look_up
 from kd_ranker.sources.time_features import DAY, hour_features, weekday_features
 
@@ -43,19 +63,8 @@ LABELS = {
 TASKS = tuple(LABELS)
 TEACHER_VERSION = "recflow"
 
-STAGES_FOLDER, SEQUENCES_FOLDER = "all_stage", "seq_effective_50_dict"
 # A row with one of these was scored by the stage `rank`, the final ranker here.
 RANKED = ("rank_pos", "rank_neg", "rerank_pos", "rerank_neg")
-SEQUENCE_COLUMNS = (
-    *("video_id", "author_id", "category_level_two", "category_level_one", "upload_type"),
-    *("upload_timestamp", "duration", "request_timestamp", "playing_time", "request_id"),
-)
-# Functions beside the published reader of the pickles, which it needs where they hold defaultdicts.
-_MENTIONED = [
-    (module, name)
-    for module in ("utils", "__main__")
-    for name in ("defaultdict_tuple", "defaultdict_str")
-]
 
 # How many values each category has, as published. They count from 0; others share one place.
 _VALUES = {
@@ -85,31 +94,22 @@ _ROW_COLUMNS = (
 USER_FEATURES, CONTEXT_FEATURES, HISTORY_FEATURES = 1, 11, 3
 ITEM_FEATURES, CANDIDATE_FEATURES = 2, 2
 
-# How many rows of the log, or of what is gathered from it, are held at a time.
+# The number of rows that are held at a time, of the log or of lists made of it.
 ROWS_AT_ONCE = 1 << 22
 
 _LAST = np.iinfo(np.int64).max
 
-NamedArrays = dict[str, np.ndarray]  # columns of one length
 WholeNumbers = Int64[np.ndarray, "rows"]
 
 
-class Day(NamedTuple):
-    """The files of a day."""
-
-    name: str
-    stages: Path
-    sequences: Path
-
-
 class DayPlan(NamedTuple):
-    """The chosen requests of a day, n of them in the order of time, and where their rows lie.
+    """The chosen requests of a day, n of them in the order of time, and the places of their rows.
 
     Attributes:
-      request_id: of each.
+      request_id: as in the files.
       time: in milliseconds.
       user_id: as in the files.
-      rows: how many rows there are of each.
+      rows: the number of rows of each.
       ascending: their ids again, in ascending order.
       by_id: their places in this order.
       first: for each record batch of the log, the first request that it has a row of; n if none.
@@ -139,28 +139,10 @@ class Catalogue(NamedTuple):
 
 
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
-    """RecFlow as a source.
-
-    A request has all rows that the log holds of it as candidates: those that were shown, then those
-    that the rank stage scored, by their position there, then the others. What this position says is
-    in `positions`; it is stored as `probability_of_rank` of it, the same for every task, with
-    teacher weight 1, and 0 where there is none.
-
-    Widths and order of the features:
-      user: log(1 + effective views before the request) / log(51), of the last 50.
-      context: sin and cos of the hour (UTC), weekday (UTC, one-hot from Monday), log(1 + days since
-        the last effective view), whether there was none.
-      history: log(1 + days since the view), log(1 + duration in seconds), time watched / duration.
-      item: log(1 + duration in seconds), whether the duration is unknown.
-      candidate: log(1 + days since the upload), whether that time is unknown.
-    Categories: gender, province and age group of the request; author (hashed), both levels of the
-      category and type of upload of the item.
+    """Opens RecFlow as a source.
 
     Args:
-      data: `path`, the folder that holds `all_stage` and `seq_effective_50_dict`; `train_days` and
-        `test_days`, whose files to read, like 2024-02-18; `max_requests_per_day`, how many requests
-        of each day to draw, 0 for all; `seed`, for that draw; `history_length`; `authors`, how many
-        values to hash the authors to.
+      data: the source's part of the config.
       tasks: some of `TASKS`, in any order.
       funnel: `retrieved` must hold the candidates of any request.
 
@@ -171,35 +153,9 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
       UserError: for files that are missing or malformed, and days or numbers that make no sense.
     """
     _check(data, tasks)
-    days = _days(data)
-    all_days = [*days["train"], *days["test"]]
-    bar = tqdm(all_days, "looking through the log", unit="day", disable=None)
-    plans = {day: plan_day(day, int(data.max_requests_per_day), data.seed) for day in bar}
-    for day, plan in plans.items():
-        if (most := int(plan.rows.max())) > funnel.retrieved:
-            raise UserError(
-                f"funnel.retrieved={funnel.retrieved} is less than the {most} candidates of a "
-                f"request in {day.stages}; set it to {most} or more"
-            )
+    days = find_days(data)
+    plans = _plans([*days["train"], *days["test"]], data, funnel)
     catalogue = _catalogue(plans, int(data.authors))
-
-    def requests(split: str) -> Iterator[Request]:
-        check_choice("split", split, SPLITS)
-        for day in days[split]:
-            plan = plans[day]
-            sequences = read_sequences(day, plan)
-            for first, end in _portions(plan):
-                yield from _requests_of(
-                    plan,
-                    first,
-                    end,
-                    rows=_rows(day, plan, first, end),
-                    events=events_of(plan, sequences, first, end),
-                    catalogue=catalogue,
-                    tasks=tasks,
-                    history_length=int(data.history_length),
-                )
-
     spec = FeatureSpec(
         dataset="recflow",
         tasks=tuple(tasks),
@@ -219,14 +175,60 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     starts = spec.category_starts[len(_OF_REQUEST) :]
     item_category = catalogue.category + np.array(starts, np.int32)
     item_category[catalogue.category < 0] = -1
-    num_requests = {
-        split: sum(len(plans[day].request_id) for day in days[split]) for split in SPLITS
-    }
-    return Source(spec, catalogue.features, requests, num_requests, item_category)
+    plans_of_split = {split: {day: plans[day] for day in days[split]} for split in SPLITS}
+    return Source(
+        spec,
+        catalogue.features,
+        functools.partial(
+            _requests, plans_of_split, catalogue, tuple(tasks), int(data.history_length)
+        ),
+        {
+            split: sum(len(plan.request_id) for plan in plans_of_split[split].values())
+            for split in SPLITS
+        },
+        item_category,
+    )
+
+
+def _plans(days: Sequence[Day], data: ConfigDict, funnel: ConfigDict) -> dict[Day, DayPlan]:
+    """Looks through the log; raises UserError where the funnel cannot hold a request."""
+    bar = tqdm(days, "looking through the log", unit="day", disable=None)
+    plans = {day: plan_day(day, int(data.max_requests_per_day), data.seed) for day in bar}
+    for day, plan in plans.items():
+        if (most := int(plan.rows.max())) > funnel.retrieved:
+            raise UserError(
+                f"funnel.retrieved={funnel.retrieved} is less than the {most} candidates of a "
+                f"request in {day.stages}; set it to {most} or more"
+            )
+    return plans
+
+
+def _requests(
+    plans: Mapping[str, Mapping[Day, DayPlan]],
+    catalogue: Catalogue,
+    tasks: Sequence[str],
+    history_length: int,
+    split: str,
+) -> Iterator[Request]:
+    """The requests of a split, day by day."""
+    check_choice("split", split, SPLITS)
+    for day, plan in plans[split].items():
+        sequences = read_sequences(day, plan.request_id)
+        for first, end in _portions(plan):
+            yield from _requests_of(
+                plan,
+                first,
+                end,
+                rows=_rows(day, plan, first, end),
+                events=events_of(plan, sequences, first, end),
+                catalogue=catalogue,
+                tasks=tasks,
+                history_length=history_length,
+            )
 
 
 def categories(authors: int) -> tuple[Category, ...]:
-    """The categorical features; of each, value v has place v + 1, and place 0 is of the unknown."""
+    """The categorical features; value v of each has place v + 1, and place 0 is for the unknown."""
     return (
         *(Category(name, "request", _VALUES[name] + 2) for name in _OF_REQUEST),
         Category("author", "item", authors),
@@ -241,22 +243,22 @@ def plan_day(day: Day, max_requests: int, seed: int) -> DayPlan:
         for _, table in read_batches(day.stages, _KEYS):
             yield _by_request(table | {"rows": np.ones(len(table["request_id"]), np.int64)})
 
-    found = _folded(parts(), _by_request)
-    if not found:
+    requests = _folded(parts(), _by_request)
+    if not requests:
         raise UserError(f"{day.stages} has no rows")
-    chosen = np.arange(len(found["request_id"]))
+    chosen = np.arange(len(requests["request_id"]))
     if 0 < max_requests < len(chosen):
-        generator = np.random.default_rng([seed, _date(day.name).toordinal()])
+        generator = np.random.default_rng([seed, date_of(day.name).toordinal()])
         chosen = generator.choice(chosen, max_requests, replace=False)
-    time = found["request_timestamp"]
-    chosen = chosen[np.lexsort([found["request_id"][chosen], time[chosen]])]
-    request_id = found["request_id"][chosen]
+    time = requests["request_timestamp"]
+    chosen = chosen[np.lexsort([requests["request_id"][chosen], time[chosen]])]
+    request_id = requests["request_id"][chosen]
     by_id = np.argsort(request_id)
     plan = DayPlan(
         request_id=request_id,
         time=time[chosen],
-        user_id=found["user_id"][chosen],
-        rows=found["rows"][chosen],
+        user_id=requests["user_id"][chosen],
+        rows=requests["rows"][chosen],
         ascending=request_id[by_id],
         by_id=by_id,
         first=np.zeros(0, np.int64),
@@ -272,13 +274,13 @@ def plan_day(day: Day, max_requests: int, seed: int) -> DayPlan:
 
 
 def request_places(plan: DayPlan, request_id: WholeNumbers) -> WholeNumbers:
-    """The place in the plan of the request of each row; -1 of one that was not chosen."""
+    """The place in the plan of the request of each row; -1 if it was not chosen."""
     place, known = look_up(plan.ascending, request_id)
     return np.where(known, plan.by_id[place], -1)
 
 
 def stages_of(rows: NamedArrays) -> Int64[np.ndarray, "rows"]:
-    """How far each row came: the furthest of what its flags say.
+    """The furthest stage that the flags of each row tell.
 
     `realshow` → SHOWN; `rank_pos`, `rank_neg`, `rerank_pos` or `rerank_neg`, all of which the rank
     stage has scored → PASSED; the others, among them `coarse_neg` and `prerank_neg` → RETRIEVED.
@@ -299,15 +301,16 @@ def positions(
     The smallest index of a request becomes 0, wherever the files begin to count, and each further
     one the next number; equal ones share a position.
 
-    What the files write where no position was logged is not documented, so an index counts only if
-    it can be one: it is not negative, the rank stage scored the candidate, and unless the candidate
-    is a `rank_pos` (which the final ranker put first) itself, one of the request stands before it.
+    It is not documented what the files write where no position was logged, so an index counts only
+    if it can be one: it is not negative, the rank stage scored the candidate, and unless the
+    candidate is a `rank_pos` (which the final ranker put first) itself, one of the request stands
+    before it.
 
     Args:
       request: the request of each candidate, in [0, n).
       rank_index: as in the files, -1 where missing.
-      is_ranked: whether the rank stage scored the candidate.
-      is_top: whether its `rank_pos` is set.
+      is_ranked: True if the rank stage scored the candidate.
+      is_top: True if its `rank_pos` is set.
 
     >>> positions(np.zeros(5, int), np.array([7, 3, 4, 0, -1]), np.ones(5, bool), np.arange(5) == 1)
     array([ 2,  0,  1, -1, -1])
@@ -318,11 +321,11 @@ def positions(
     known = possible & (best[request] < _LAST) & (is_top | (rank_index > best[request]))
     ordered = np.flatnonzero(known)
     ordered = ordered[np.lexsort([rank_index[ordered], request[ordered]])]
-    of_request, index = request[ordered], rank_index[ordered]
-    begins = np.diff(of_request, prepend=-1) != 0
+    index = rank_index[ordered]
+    begins = np.diff(request[ordered], prepend=-1) != 0
     count = np.cumsum(begins | (np.diff(index, prepend=-1) != 0))
     result = np.full(len(request), -1)
-    # Of each candidate, the count where its request begins.
+    # The count where the candidate's request begins is taken off.
     result[ordered] = count - np.maximum.accumulate(np.where(begins, count, 0))
     return result
 
@@ -334,7 +337,7 @@ def candidates_of(rows: NamedArrays) -> NamedArrays:
     those with a position come first, by it, and then the others by their video's id.
 
     Args:
-      rows: rows of the log, with `request`, which request each belongs to.
+      rows: rows of the log, with `request`, the number of the request of each.
     """
     stage = stages_of(rows)
     index = np.where(rows["rank_index"] < 0, _LAST, rows["rank_index"])
@@ -351,91 +354,17 @@ def candidates_of(rows: NamedArrays) -> NamedArrays:
     return {name: column[order] for name, column in (rows | {"position": position}).items()}
 
 
-def read_batches(
-    path: Path, columns: Sequence[str], numbers: Iterable[int] | None = None
-) -> Iterator[tuple[int, NamedArrays]]:
-    """Yields the record batches of a Feather file as whole numbers; -1 where there is none.
-
-    Args:
-      path: the file. It is mapped into memory, and what is not asked for is not read.
-      columns: the columns to read. Some published files have a blank before a name.
-      numbers: which record batches to read; None for all.
-
-    Yields:
-      The number of the record batch, and its columns.
-
-    Raises:
-      UserError: it is no such file, or lacks a column, or has one that holds no numbers.
-    """
-    try:
-        with pa.memory_map(str(path)) as file:
-            found = [name.strip() for name in ipc.open_file(file).schema.names]
-            if missing := [name for name in columns if name not in found]:
-                raise UserError(
-                    f"{path} has no column {', '.join(missing)}; it has: {', '.join(found)}"
-                )
-            wanted = sorted(found.index(name) for name in columns)
-            reader = ipc.open_file(file, options=ipc.IpcReadOptions(included_fields=wanted))
-            for number in range(reader.num_record_batches) if numbers is None else numbers:
-                batch = reader.get_batch(int(number))
-                yield (
-                    int(number),
-                    {
-                        found[place]: _whole_numbers(column, f"{path}: column {found[place]}")
-                        for place, column in zip(wanted, batch.columns, strict=True)
-                    },
-                )
-    except (OSError, pa.ArrowException) as error:
-        text = " ".join(str(error).split())
-        raise UserError(
-            f"{path} is no Feather file (version 2) that can be read: {text}"
-        ) from error
-
-
-def read_sequences(day: Day, plan: DayPlan) -> dict[int, Int64[np.ndarray, "events 10"]]:
-    """Of the chosen requests, by place: the user's effective views before them, as published.
-
-    Raises:
-      UserError: the file is missing or holds something else.
-    """
-    path = day.sequences
-    contents = restricted_pickle.load(path, _MENTIONED)
-    if not isinstance(contents, dict):
-        raise UserError(f"{path} holds a {type(contents).__name__}, expected a dict of arrays")
-    sequences = {}
-    for place, request_id in enumerate(plan.request_id.tolist()):
-        sequence = contents.get(request_id)
-        if sequence is None:
-            continue
-        if not (
-            isinstance(sequence, np.ndarray)
-            and sequence.dtype.kind in "iu"
-            and sequence.ndim == 2
-            and sequence.shape[1] == len(SEQUENCE_COLUMNS)
-        ):
-            raise UserError(
-                f"{path}: the sequence of request {request_id} is no array of whole numbers with "
-                f"the columns {', '.join(SEQUENCE_COLUMNS)}"
-            )
-        sequences[place] = np.asarray(sequence, np.int64)
-    if not sequences:
-        raise UserError(
-            f"{path} has no sequence of any request in {day.stages}; its keys must be request ids"
-        )
-    return sequences
-
-
 def events_of(plan: DayPlan, sequences: dict[int, np.ndarray], first: int, end: int) -> NamedArrays:
     """The effective views before each of the requests [first, end), in the order of time.
 
     Returns:
       The `SEQUENCE_COLUMNS`, and `request`, counted from `first`. Empty places of the published
-      sequences are left out, and so is whatever was not strictly before the request.
+      sequences are left out, and so are views that were not strictly before the request.
     """
     none = np.zeros((0, len(SEQUENCE_COLUMNS)), np.int64)
-    found = [sequences.get(place, none) for place in range(first, end)]
-    request = np.repeat(np.arange(end - first), [len(sequence) for sequence in found])
-    columns = np.concatenate(found).T
+    chosen = [sequences.get(place, none) for place in range(first, end)]
+    request = np.repeat(np.arange(end - first), [len(sequence) for sequence in chosen])
+    columns = np.concatenate(chosen).T
     events: NamedArrays = dict(zip(SEQUENCE_COLUMNS, columns, strict=True)) | {"request": request}
     time = events["request_timestamp"]
     real = (time > 0) & (time < plan.time[first:end][request]) & (events["video_id"] >= 0)
@@ -465,7 +394,7 @@ def candidate_features(uploaded: WholeNumbers, time: WholeNumbers) -> Float32[np
 def context_features(
     time: Int64[np.ndarray, "n"], last: Int64[np.ndarray, "n"]
 ) -> Float32[np.ndarray, "n C"]:
-    """What is known of the moment.
+    """Features of the moment.
 
     Args:
       time: of each request, in milliseconds since 1970, UTC.
@@ -505,6 +434,29 @@ def _features(*columns: Any) -> Float32[np.ndarray, "rows columns"]:
     return np.stack(columns, axis=-1).astype(np.float32)
 
 
+class _Candidates(NamedTuple):
+    """Candidates, one request after the other; those of request i begin at start[i]."""
+
+    start: Int64[np.ndarray, "requests+1"]
+    stage: Int64[np.ndarray, "n"]
+    item_id: Int32[np.ndarray, "n"]
+    features: Float32[np.ndarray, "n X"]
+    label: UInt8[np.ndarray, "n T"]
+    probability: Float32[np.ndarray, "n T"]
+    weight: Float32[np.ndarray, "n"]
+    request_category: Int32[np.ndarray, "requests K"]
+
+
+class _Views(NamedTuple):
+    """Effective views before requests; those before request i begin at start[i]."""
+
+    start: Int64[np.ndarray, "requests+1"]
+    item_id: Int32[np.ndarray, "events"]
+    features: Float32[np.ndarray, "events E"]
+    user_features: Float32[np.ndarray, "requests U"]
+    context: Float32[np.ndarray, "requests C"]
+
+
 def _requests_of(
     plan: DayPlan,
     first: int,
@@ -517,57 +469,79 @@ def _requests_of(
     history_length: int,
 ) -> Iterator[Request]:
     """The requests [first, end) of a plan, from all their rows and events."""
-    time, number = plan.time[first:end], np.arange(end - first + 1)
-    candidates = candidates_of(rows)
-    start = np.searchsorted(candidates["request"], number)
-    stage = candidates["stage"]
-    item_id, _ = _item_ids(catalogue, candidates["video_id"])
-    features = candidate_features(candidates["upload_timestamp"], time[candidates["request"]])
-    label = np.stack([candidates[LABELS[task]] == 1 for task in tasks], axis=1).astype(np.uint8)
-    known = candidates["position"] >= 0
-    probability = np.where(known, probability_of_rank(candidates["position"]), np.nan)
-    probability = np.tile(probability[:, None].astype(np.float32), len(tasks))
-    weight = known.astype(np.float32)
-    values = [_places_of_values(name, candidates[name][start[:-1]]) for name in _OF_REQUEST]
-    category = (np.stack(values, axis=1) + _REQUEST_STARTS).astype(np.int32)
-
-    views = np.bincount(events["request"], minlength=end - first)
-    user = _features(np.log1p(views) / np.log1p(50))
-    last = np.full(end - first, -1)
-    last[events["request"]] = events["request_timestamp"]  # of several, the latest stands last
-    context = context_features(time, last)
-    history_id, is_known = _item_ids(catalogue, events["video_id"])
-    of_history = history_features(events, time[events["request"]])[is_known]
-    history_id, of_event = history_id[is_known], events["request"][is_known]
-    event_start = np.searchsorted(of_event, number)
+    time = plan.time[first:end]
+    candidates = _encoded_candidates(rows, time, catalogue, tasks)
+    views = _encoded_views(events, time, catalogue)
     user_id = np.searchsorted(catalogue.user_id, plan.user_id[first:end])
-
     for request in range(end - first):
-        here = slice(start[request], start[request + 1])
-        shown = int((stage[here] == Stage.SHOWN).sum())
-        passed = int((stage[here] >= Stage.PASSED).sum())
-        logged = slice(here.start, here.start + passed)
-        until = event_start[request + 1]
-        earlier = slice(max(event_start[request], until - history_length), until)
+        own = slice(candidates.start[request], candidates.start[request + 1])
+        shown = int((candidates.stage[own] == Stage.SHOWN).sum())
+        passed = int((candidates.stage[own] >= Stage.PASSED).sum())
+        logged = slice(own.start, own.start + passed)
+        until = views.start[request + 1]
+        latest = slice(max(views.start[request], until - history_length), until)
         yield Request(
             request_id=int(plan.request_id[first + request]),
             time=int(time[request] // 1000),
             user_id=int(user_id[request]),
-            user_features=user[request],
-            context=context[request],
-            history_id=history_id[earlier],
-            history_features=of_history[earlier],
-            item_id=item_id[here],
-            candidate_features=features[here],
+            user_features=views.user_features[request],
+            context=views.context[request],
+            history_id=views.item_id[latest],
+            history_features=views.features[latest],
+            item_id=candidates.item_id[own],
+            candidate_features=candidates.features[own],
             num_passed=passed,
-            user_label=label[here][:shown],
+            user_label=candidates.label[own][:shown],
             label_weight=np.ones(shown, np.float32),
-            teacher_probability=probability[logged],
-            teacher_weight=weight[logged],
+            teacher_probability=candidates.probability[logged],
+            teacher_weight=candidates.weight[logged],
             teacher_version=TEACHER_VERSION,
             true_probability=np.zeros((0, len(tasks)), np.float32),
-            request_category=category[request],
+            request_category=candidates.request_category[request],
         )
+
+
+def _encoded_candidates(
+    rows: NamedArrays,
+    time: Int64[np.ndarray, "requests"],
+    catalogue: Catalogue,
+    tasks: Sequence[str],
+) -> _Candidates:
+    """Ids, features and labels of the candidates of requests that were made at some times."""
+    candidates = candidates_of(rows)
+    start = np.searchsorted(candidates["request"], np.arange(len(time) + 1))
+    item_id, _ = _item_ids(catalogue, candidates["video_id"])
+    label = np.stack([candidates[LABELS[task]] == 1 for task in tasks], axis=1)
+    known = candidates["position"] >= 0
+    probability = np.where(known, probability_of_rank(candidates["position"]), np.nan)
+    values = [_places_of_values(name, candidates[name][start[:-1]]) for name in _OF_REQUEST]
+    return _Candidates(
+        start=start,
+        stage=candidates["stage"],
+        item_id=item_id,
+        features=candidate_features(candidates["upload_timestamp"], time[candidates["request"]]),
+        label=label.astype(np.uint8),
+        probability=np.tile(probability[:, None].astype(np.float32), len(tasks)),
+        weight=known.astype(np.float32),
+        request_category=(np.stack(values, axis=1) + _REQUEST_STARTS).astype(np.int32),
+    )
+
+
+def _encoded_views(
+    events: NamedArrays, time: Int64[np.ndarray, "requests"], catalogue: Catalogue
+) -> _Views:
+    """Ids and features of the views before requests that were made at some times."""
+    number = np.bincount(events["request"], minlength=len(time))
+    last = np.full(len(time), -1)
+    last[events["request"]] = events["request_timestamp"]  # of several, the latest stands last
+    item_id, is_known = _item_ids(catalogue, events["video_id"])
+    return _Views(
+        start=np.searchsorted(events["request"][is_known], np.arange(len(time) + 1)),
+        item_id=item_id[is_known],
+        features=history_features(events, time[events["request"]])[is_known],
+        user_features=_features(np.log1p(number) / np.log1p(50)),
+        context=context_features(time, last),
+    )
 
 
 def _places_of_values(name: str, values: WholeNumbers) -> WholeNumbers:
@@ -578,7 +552,7 @@ def _places_of_values(name: str, values: WholeNumbers) -> WholeNumbers:
 def _item_ids(
     catalogue: Catalogue, video_id: WholeNumbers
 ) -> tuple[Int32[np.ndarray, "rows"], Bool[np.ndarray, "rows"]]:
-    """The item id of each video, and whether it has one."""
+    """The item id of each video, and True if it has one."""
     # In ascending order, searches that follow one another end nearby, in memory that is at hand.
     order = np.argsort(video_id)
     place, known = np.empty(len(video_id), np.int32), np.empty(len(video_id), bool)
@@ -587,7 +561,7 @@ def _item_ids(
 
 
 def _catalogue(plans: dict[Day, DayPlan], authors: int) -> Catalogue:
-    """All users and videos; of a video, what the first row says of it, candidates before views."""
+    """All users, and all videos as the first row has them, candidates before views."""
 
     def parts() -> Iterator[NamedArrays]:
         days = tqdm(plans.items(), "listing the videos", unit="day", disable=None)
@@ -596,17 +570,17 @@ def _catalogue(plans: dict[Day, DayPlan], authors: int) -> Catalogue:
             for _, table in read_batches(day.stages, ("request_id", *_ITEM_COLUMNS), touched):
                 chosen = request_places(plan, table["request_id"]) >= 0
                 yield _items({name: column[chosen] for name, column in table.items()}, authors)
-            sequences = read_sequences(day, plan)
+            sequences = read_sequences(day, plan.request_id)
             for first, end in _portions(plan):
                 yield _items(events_of(plan, sequences, first, end), authors)
 
-    found = _folded(parts(), lambda table: _first_of_each(table, "video_id"))
+    videos = _folded(parts(), lambda table: _first_of_each(table, "video_id"))
     users = np.unique(np.concatenate([plan.user_id for plan in plans.values()]))
-    return Catalogue(users, **found)
+    return Catalogue(users, **videos)
 
 
 def _items(rows: NamedArrays, authors: int) -> NamedArrays:
-    """Of each video in the rows: its id, places in its categories, and features."""
+    """The videos in the rows: ids, places in their categories, and features."""
     rows = _first_of_each({name: rows[name] for name in _ITEM_COLUMNS}, "video_id")
     author = hash_into(rows["author_id"], authors)
     places = [np.where(rows["author_id"] < 0, -1, author)]
@@ -643,7 +617,7 @@ def _rows(day: Day, plan: DayPlan, first: int, end: int) -> NamedArrays:
 
 
 def _by_request(rows: NamedArrays) -> NamedArrays:
-    """One row for each request: when it was, whose, and how many rows there were."""
+    """One row for each request: its time, its user, and the number of its rows."""
     order = np.argsort(rows["request_id"], kind="stable")
     request_id = rows["request_id"][order]
     begins = np.ones(len(order), bool)
@@ -668,8 +642,11 @@ def _folded(
 ) -> NamedArrays:
     """`fold` of all parts end to end, though they are never held all at once.
 
-    It is applied whenever what waits has outgrown what is folded, so `fold` must give the same for
-    parts of which some were folded before. Parts without rows are left out; without any, {}.
+    It is applied whenever the waiting parts have outgrown the folded ones, so `fold` must give the
+    same for parts of which some were folded before. Parts without rows are left out.
+
+    Returns:
+      {} if no part has a row.
     """
     held: list[NamedArrays] = []
     size, waiting = 0, 0
@@ -687,68 +664,6 @@ def _folded(
 
 def _end_to_end(parts: Sequence[NamedArrays]) -> NamedArrays:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def _whole_numbers(column: pa.Array, place: str) -> Int[np.ndarray, "rows"]:
-    """A column as int64, -1 where nothing or no finite number stands."""
-    if pa.types.is_boolean(column.type) or pa.types.is_integer(column.type):
-        numbers = column.cast(pa.int64())
-        if column.null_count:
-            numbers = numbers.fill_null(-1)
-        return numbers.to_numpy(zero_copy_only=False)
-    if pa.types.is_floating(column.type):
-        # pandas makes floats of whole numbers where some are missing.
-        values = column.to_numpy(zero_copy_only=False)
-        return np.where(np.isfinite(values), values, -1).astype(np.int64)
-    raise UserError(f"{place} holds {column.type}, expected whole numbers")
-
-
-def _days(data: ConfigDict) -> dict[str, list[Day]]:
-    """The days of each split, whose files are there."""
-    root = Path(data.path)
-    folders = {name: root / name for name in (STAGES_FOLDER, SEQUENCES_FOLDER)}
-    for folder in folders.values():
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder} does not exist; set data.path to the folder that holds {STAGES_FOLDER} "
-                f"and {SEQUENCES_FOLDER} (docs/recflow.md)"
-            )
-    stages = {path.stem: path for path in sorted(folders[STAGES_FOLDER].glob("*.feather"))}
-    sequences = {path.stem: path for path in sorted(folders[SEQUENCES_FOLDER].glob("*.pkl"))}
-    common = sorted(stages.keys() & sequences.keys())
-    if not common:
-        raise UserError(
-            f"no day has a file in both {folders[STAGES_FOLDER]} ({_listed(stages)}) and "
-            f"{folders[SEQUENCES_FOLDER]} ({_listed(sequences)})"
-        )
-    days: dict[str, list[Day]] = {}
-    for split in SPLITS:
-        for name in data[f"{split}_days"]:
-            for files, folder, ending in (
-                (stages, folders[STAGES_FOLDER], "feather"),
-                (sequences, folders[SEQUENCES_FOLDER], "pkl"),
-            ):
-                if name not in files:
-                    raise UserError(
-                        f"data.{split}_days names {name}, and {folder / name}.{ending} does not "
-                        f"exist; days with all files: {_listed(common)}"
-                    )
-        days[split] = [
-            Day(name, stages[name], sequences[name]) for name in sorted(data[f"{split}_days"])
-        ]
-    return days
-
-
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(names) or "none"
-
-
-def _date(name: object) -> datetime.date:
-    """Raises ValueError for what is no day like 2024-02-18."""
-    date = datetime.date.fromisoformat(str(name))
-    if date.isoformat() != name:
-        raise ValueError(name)
-    return date
 
 
 def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
@@ -770,7 +685,7 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
     for split in SPLITS:
         for name in data[f"{split}_days"]:
             try:
-                _date(name)
+                date_of(name)
             except ValueError:
                 raise UserError(
                     f"data.{split}_days holds {name!r}; give days like 2024-02-18"

@@ -1,12 +1,12 @@
-"""Reads pickles of plain data without running anything that they say.
+"""Reads pickles of plain data without running anything that they say; RecFlow has such files.
 
 A pickle is a program: it names functions of any installed module, and the usual reader looks them
-up and calls them. Here a name is looked up in `_KNOWN` and nowhere else, and what stands there are
-stand-ins that build arrays of numbers, check all that they are given, and cannot be changed by the
-pickle. So there are only
+up and calls them. Here a name is looked up in `_KNOWN` and nowhere else. There it has a stand-in
+that builds arrays of numbers, checks all that it is given, and cannot be changed by the pickle. So
+there are only
 
-* what has instructions of its own: None, bool, int, float, str, bytes, list, tuple, dict, and set
-  from protocol 4 on;
+* types that have instructions of their own: None, bool, int, float, str, bytes, list, tuple, dict,
+  and set from protocol 4 on;
 * NumPy's arrays and scalars of bool, integers and floats, by protocol 3 or 4;
 * `collections.defaultdict`, which becomes a plain dict.
 
@@ -32,7 +32,7 @@ _BYTE_ORDERS = ("<", ">", "|", "=")
 
 
 class _Refused(UserError):
-    """What was refused, without the name of the file."""
+    """A refusal that does not name the file yet."""
 
 
 def load(path: Path, mentioned: Collection[Name] = ()) -> Any:
@@ -75,7 +75,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Fixed:
-    """What a pickle can neither change nor, unless a function is given, call."""
+    """A stand-in that a pickle cannot change, nor call unless it is given a function."""
 
     __slots__ = ("_function",)
 
@@ -145,7 +145,7 @@ _KNOWN: dict[Name, _Fixed] = {
         for module in ("numpy.core.multiarray", "numpy._core.multiarray")
         for name, function in (("_reconstruct", _reconstruct), ("scalar", _scalar))
     },
-    # What a defaultdict makes, which nobody asks it for.
+    # Functions of a defaultdict, which is never asked for an entry that it lacks.
     **{("builtins", name): _MENTIONED for name in _PLAIN_TYPES},
     ("numpy", "ndarray"): _NDARRAY,
     ("numpy", "dtype"): _Fixed(_Dtype),

@@ -19,7 +19,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import commands, measurement, teachers
 from kd_ranker.requests.request import Request, Source
-from kd_ranker.sources import recflow
+from kd_ranker.sources import recflow, recflow_files
 from tests.sources.recflow_files import (
     DAYS,
     NOON,
@@ -175,7 +175,10 @@ def brute_force(rows: list[Row], sequence: np.ndarray, users, videos, history_le
     shown = [row for row in rows if stage(row) == 3]
     passed = [row for row in rows if stage(row) >= 2]
     events = sorted(
-        (dict(zip(recflow.SEQUENCE_COLUMNS, map(int, event), strict=True)) for event in sequence),
+        (
+            dict(zip(recflow_files.SEQUENCE_COLUMNS, map(int, event), strict=True))
+            for event in sequence
+        ),
         key=lambda event: event["request_timestamp"],
     )
     events = [event for event in events if 0 < event["request_timestamp"] < time]

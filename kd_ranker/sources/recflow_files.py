@@ -1,0 +1,185 @@
+"""The files of RecFlow, a day each: the log of its stages, and the views before its requests.
+
+`docs/recflow.md` says where they come from and what is known of their layout. The Feather files are
+read record batch by record batch, the pickles by a reader that runs nothing of what they say, see
+`restricted_pickle`.
+"""
+
+import datetime
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int, Int64
+from ml_collections import ConfigDict
+from pyarrow import ipc
+
+from kd_ranker.errors import UserError
+from kd_ranker.requests.request import SPLITS
+from kd_ranker.sources import restricted_pickle
+
+STAGES_FOLDER, SEQUENCES_FOLDER = "all_stage", "seq_effective_50_dict"
+SEQUENCE_COLUMNS = (
+    *("video_id", "author_id", "category_level_two", "category_level_one", "upload_type"),
+    *("upload_timestamp", "duration", "request_timestamp", "playing_time", "request_id"),
+)
+# Functions beside the published reader of the pickles, which it needs where they hold defaultdicts.
+_MENTIONED = [
+    (module, name)
+    for module in ("utils", "__main__")
+    for name in ("defaultdict_tuple", "defaultdict_str")
+]
+
+NamedArrays = dict[str, np.ndarray]  # columns of one length
+
+
+class Day(NamedTuple):
+    """The files of a day."""
+
+    name: str
+    stages: Path
+    sequences: Path
+
+
+def find_days(data: ConfigDict) -> dict[str, list[Day]]:
+    """Finds the files of the days of each split, split -> days in their order.
+
+    Raises:
+      UserError: a folder or a file is missing.
+    """
+    root = Path(data.path)
+    folders = {name: root / name for name in (STAGES_FOLDER, SEQUENCES_FOLDER)}
+    for folder in folders.values():
+        if not folder.is_dir():
+            raise UserError(
+                f"{folder} does not exist; set data.path to the folder that holds {STAGES_FOLDER} "
+                f"and {SEQUENCES_FOLDER} (docs/recflow.md)"
+            )
+    stages = {path.stem: path for path in sorted(folders[STAGES_FOLDER].glob("*.feather"))}
+    sequences = {path.stem: path for path in sorted(folders[SEQUENCES_FOLDER].glob("*.pkl"))}
+    common = sorted(stages.keys() & sequences.keys())
+    if not common:
+        raise UserError(
+            f"no day has a file in both {folders[STAGES_FOLDER]} ({_listed(stages)}) and "
+            f"{folders[SEQUENCES_FOLDER]} ({_listed(sequences)})"
+        )
+    days: dict[str, list[Day]] = {}
+    for split in SPLITS:
+        for name in data[f"{split}_days"]:
+            for files, folder, ending in (
+                (stages, folders[STAGES_FOLDER], "feather"),
+                (sequences, folders[SEQUENCES_FOLDER], "pkl"),
+            ):
+                if name not in files:
+                    raise UserError(
+                        f"data.{split}_days names {name}, and {folder / name}.{ending} does not "
+                        f"exist; days with all files: {_listed(common)}"
+                    )
+        days[split] = [
+            Day(name, stages[name], sequences[name]) for name in sorted(data[f"{split}_days"])
+        ]
+    return days
+
+
+def date_of(name: object) -> datetime.date:
+    """The date of a day like 2024-02-18; raises ValueError for any other text."""
+    date = datetime.date.fromisoformat(str(name))
+    if date.isoformat() != name:
+        raise ValueError(name)
+    return date
+
+
+def read_batches(
+    path: Path, columns: Sequence[str], numbers: Iterable[int] | None = None
+) -> Iterator[tuple[int, NamedArrays]]:
+    """Yields the record batches of a Feather file as whole numbers; -1 where there is none.
+
+    Args:
+      path: the file. It is mapped into memory, and other columns are not read.
+      columns: the columns to read. Some published files have a blank before a name.
+      numbers: which record batches to read; None for all.
+
+    Yields:
+      The number of the record batch, and its columns.
+
+    Raises:
+      UserError: it is no such file, or lacks a column, or has one that holds no numbers.
+    """
+    try:
+        with pa.memory_map(str(path)) as file:
+            names = [name.strip() for name in ipc.open_file(file).schema.names]
+            if missing := [name for name in columns if name not in names]:
+                raise UserError(
+                    f"{path} has no column {', '.join(missing)}; it has: {', '.join(names)}"
+                )
+            wanted = sorted(names.index(name) for name in columns)
+            reader = ipc.open_file(file, options=ipc.IpcReadOptions(included_fields=wanted))
+            for number in range(reader.num_record_batches) if numbers is None else numbers:
+                batch = reader.get_batch(int(number))
+                yield (
+                    int(number),
+                    {
+                        names[place]: _whole_numbers(column, f"{path}: column {names[place]}")
+                        for place, column in zip(wanted, batch.columns, strict=True)
+                    },
+                )
+    except (OSError, pa.ArrowException) as error:
+        text = " ".join(str(error).split())
+        raise UserError(
+            f"{path} is no Feather file (version 2) that can be read: {text}"
+        ) from error
+
+
+def read_sequences(
+    day: Day, request_ids: Int64[np.ndarray, "n"]
+) -> dict[int, Int64[np.ndarray, "events 10"]]:
+    """Reads the effective views before some requests, as published: place of a request -> views.
+
+    Raises:
+      UserError: the file is missing or holds something else.
+    """
+    path = day.sequences
+    contents = restricted_pickle.load(path, _MENTIONED)
+    if not isinstance(contents, dict):
+        raise UserError(f"{path} holds a {type(contents).__name__}, expected a dict of arrays")
+    sequences = {}
+    for place, request_id in enumerate(request_ids.tolist()):
+        sequence = contents.get(request_id)
+        if sequence is None:
+            continue
+        if not (
+            isinstance(sequence, np.ndarray)
+            and sequence.dtype.kind in "iu"
+            and sequence.ndim == 2
+            and sequence.shape[1] == len(SEQUENCE_COLUMNS)
+        ):
+            raise UserError(
+                f"{path}: the sequence of request {request_id} is no array of whole numbers with "
+                f"the columns {', '.join(SEQUENCE_COLUMNS)}"
+            )
+        sequences[place] = np.asarray(sequence, np.int64)
+    if not sequences:
+        raise UserError(
+            f"{path} has no sequence of any request in {day.stages}; its keys must be request ids"
+        )
+    return sequences
+
+
+def _whole_numbers(column: pa.Array, place: str) -> Int[np.ndarray, "rows"]:
+    """A column as int64, -1 where nothing or no finite number stands."""
+    if pa.types.is_boolean(column.type) or pa.types.is_integer(column.type):
+        numbers = column.cast(pa.int64())
+        if column.null_count:
+            numbers = numbers.fill_null(-1)
+        return numbers.to_numpy(zero_copy_only=False)
+    if pa.types.is_floating(column.type):
+        # pandas makes floats of whole numbers where some are missing.
+        values = column.to_numpy(zero_copy_only=False)
+        return np.where(np.isfinite(values), values, -1).astype(np.int64)
+    raise UserError(f"{place} holds {column.type}, expected whole numbers")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names) or "none"
