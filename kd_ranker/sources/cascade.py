@@ -16,10 +16,11 @@ Everything is drawn from one seeded generative model, in which letters stand for
   the moment suits the topic.
 * A noisy retrieval brings candidates, a linear policy that knows no history passes some of them,
   and a production final ranker (the true logits with small errors) picks the shown ones, but for a
-  share of the slots that is filled at random. The noise of the first two has the standard deviations
+  share of the slots that is filled at random. The noise of the first two has the deviations
   `data.retrieval_noise` and `data.policy_noise`; the other terms of their scores vary by about 1.
-  Only the shown get labels: Bernoulli draws from the true probabilities. Candidates are shuffled within each block of the funnel (shown, rest of the
-  passed, rest of the retrieved), so that their order tells nothing else.
+  Only the shown get labels: Bernoulli draws from the true probabilities. Candidates are shuffled
+  within each block of the funnel (shown, rest of the passed, rest of the retrieved), so that their
+  order tells nothing else.
 
 Widths and order of the features:
   user: the noisy interests, log of the activity, noisy generosity, two numbers that tell nothing.
