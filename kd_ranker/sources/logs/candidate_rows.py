@@ -1,4 +1,4 @@
-"""Where each candidate of a dataset was in the log, kept beside the dataset to score the log.
+"""The place in the log of each candidate of a dataset, kept beside it to score the log.
 
 A file a shard of the dataset, with a row a candidate in the order in which they are stored:
 `request_id` as stored, `file` (its number among the sorted files), `row` (counted from 0 in that
@@ -22,7 +22,7 @@ ROWS_FOLDER = "candidate_rows"
 def write_candidate_rows(
     requests: NamedColumns, candidates: NamedColumns, folder: Path, name: str
 ) -> dict[str, str]:
-    """Writes where the candidates of a bucket were; see `log_statistics.BucketRequests`.
+    """Writes the places of the candidates of a bucket; see `log_statistics.BucketRequests`.
 
     Returns:
       Split -> the path, below `folder`.
@@ -54,5 +54,5 @@ def move_candidate_rows(paths: Sequence[str], split: str, directory: Path) -> No
 
 
 def path_of(directory: Path, split: str, shard: int) -> Path:
-    """Where the candidates of a shard of the dataset in `directory` are found."""
+    """The file with the places of a shard of the dataset in `directory`."""
     return directory / ROWS_FOLDER / f"{split}-{shard:05d}.parquet"

@@ -1,4 +1,4 @@
-"""What there is to say of a log before a model is trained on it: `data_report.json` and `.html`."""
+"""Report on a log before a model is trained on it: `data_report.json` and `.html`."""
 
 import itertools
 import json
@@ -11,11 +11,10 @@ import numpy as np
 from jaxtyping import Int64
 
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources.logs.encode import Encoding, item_category_counts
+from kd_ranker.sources.logs.encode import Encoding, feature_counts, feature_moments
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import STAGES, LogLayout
-from kd_ranker.sources.logs.log_statistics import NO_MOMENTS, Statistics, moments_of
-from kd_ranker.sources.logs.merging import Counts
+from kd_ranker.sources.logs.log_statistics import Statistics
 from kd_ranker.sources.logs.named_columns import array_of
 from kd_ranker.sources.logs.partition import FAULTS, Partitioned
 from kd_ranker.sources.logs.reasons import MEANING, Reason
@@ -25,7 +24,7 @@ from kd_ranker.sources.searching import look_up
 JSON_FILE, PAGE = "data_report.json", "data_report.html"
 Report = dict[str, Any]
 
-# Beyond it, a teacher's probabilities are far enough from what users did to be pointed out.
+# Beyond it, a teacher's probabilities are so far from the labels that the report says so.
 _CALIBRATION_TOLERANCE = 0.1
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
@@ -37,10 +36,10 @@ def make_data_report(
     cutoff: int | None,
     partitioned: Sequence[Partitioned],
     counts: Int64[np.ndarray, "reasons"],
-    found: Statistics | None,
+    statistics: Statistics | None,
     encoding: Encoding | None,
 ) -> Report:
-    """The report as what JSON can hold.
+    """Makes the report, of values that JSON can hold.
 
     Args:
       log: the log.
@@ -49,8 +48,8 @@ def make_data_report(
       cutoff: the earliest time of a test request, with a split by time.
       partitioned: of all its parts.
       counts: how many candidates each reason has cost.
-      found: of all buckets; None if nothing is left.
-      encoding: what follows from that; None likewise.
+      statistics: of all buckets; None if nothing is left.
+      encoding: made of these; None likewise.
     """
     rejected = int(counts.sum())
     report: Report = {
@@ -78,21 +77,21 @@ def make_data_report(
         "columns": _columns(layout, partitioned),
         "remarks": [],
     }
-    if found is not None and encoding is not None:
+    if statistics is not None and encoding is not None:
         report |= {
-            "requests": _requests(layout, found, cutoff),
-            "stages": _stages(found),
-            "labels": _labels(layout, found),
-            "teacher": _teacher(layout, found, partitioned),
-            "features": _features(layout, found, encoding),
-            "ids": _ids(layout, found, encoding),
+            "requests": _requests(layout, statistics, cutoff),
+            "stages": _stages(statistics),
+            "labels": _labels(layout, statistics),
+            "teacher": _teacher(layout, statistics, partitioned),
+            "features": _features(layout, statistics, encoding),
+            "ids": _ids(layout, statistics, encoding),
         }
     report["remarks"] = remarks(report)
     return report
 
 
 def _columns(layout: LogLayout, partitioned: Sequence[Partitioned]) -> list[dict]:
-    """Missing and bad values, by what the config names."""
+    """Missing and bad values of each column that the config names."""
     totals: dict[str, np.ndarray] = {}
     for part in partitioned:
         for name, numbers in part.faults.items():
@@ -109,8 +108,8 @@ def _columns(layout: LogLayout, partitioned: Sequence[Partitioned]) -> list[dict
     ]
 
 
-def _requests(layout: LogLayout, found: Statistics, cutoff: int | None) -> dict:
-    totals = found.totals
+def _requests(layout: LogLayout, statistics: Statistics, cutoff: int | None) -> dict:
+    totals = statistics.totals
     number = totals["candidates_a_request"]
     result: dict[str, Any] = {
         "split_by": layout.split,
@@ -134,8 +133,8 @@ def _requests(layout: LogLayout, found: Statistics, cutoff: int | None) -> dict:
             "requests": int(totals["requests"][index]),
             "candidates": int(totals["candidates"][index]),
             "without_a_shown_candidate": int(totals["without_shown"][index]),
-            "first": _date(int(found.first[index])) if some else None,
-            "last": _date(int(found.last[index])) if some else None,
+            "first": _date(int(statistics.first[index])) if some else None,
+            "last": _date(int(statistics.last[index])) if some else None,
         }
     return result
 
@@ -151,16 +150,16 @@ def _histogram(number: Int64[np.ndarray, "n"]) -> list[dict]:
     ]
 
 
-def _stages(found: Statistics) -> list[dict]:
-    stages = found.totals["stages"]
+def _stages(statistics: Statistics) -> list[dict]:
+    stages = statistics.totals["stages"]
     return [
         {"split": split, **{name: int(n) for name, n in zip(STAGES, stages[index], strict=True)}}
         for index, split in enumerate(SPLITS)
     ]
 
 
-def _labels(layout: LogLayout, found: Statistics) -> dict:
-    totals = found.totals
+def _labels(layout: LogLayout, statistics: Statistics) -> dict:
+    totals = statistics.totals
     shown = totals["stages"][:, 2]
     by_task = {}
     for task_index, task in enumerate(layout.tasks):
@@ -180,10 +179,10 @@ def _labels(layout: LogLayout, found: Statistics) -> dict:
     }
 
 
-def _teacher(layout: LogLayout, found: Statistics, partitioned: Sequence[Partitioned]) -> dict:
+def _teacher(layout: LogLayout, statistics: Statistics, partitioned: Sequence[Partitioned]) -> dict:
     if not layout.scored_tasks:
         return {"signal": layout.teacher_signal, "tasks": {}, "other_version": 0}
-    totals = found.totals
+    totals = statistics.totals
     by_task: dict[str, dict] = {}
     for index, task in enumerate(layout.tasks):
         if task not in layout.scored_tasks:
@@ -218,17 +217,12 @@ def _teacher(layout: LogLayout, found: Statistics, partitioned: Sequence[Partiti
     }
 
 
-def _features(layout: LogLayout, found: Statistics, encoding: Encoding) -> list[dict]:
-    items = found.items
-    of_items = Counts(*(array_of(items, name) for name in ("item", "train", "total")))
+def _features(layout: LogLayout, statistics: Statistics, encoding: Encoding) -> list[dict]:
     features = []
     for feature in layout.features:
         entry: dict[str, Any] = {"name": feature.name, "of": feature.of, "kind": feature.kind}
         if feature.kind == "dense":
-            moments = found.moments.get(feature.name, NO_MOMENTS)
-            if feature.of == "item":
-                values = array_of(items, f"feature:{feature.name}")
-                moments = moments_of(values[of_items.train > 0])
+            moments = feature_moments(feature, statistics)
             if moments.number:
                 entry |= {
                     "mean": moments.mean,
@@ -237,11 +231,7 @@ def _features(layout: LogLayout, found: Statistics, encoding: Encoding) -> list[
                     "high": moments.high,
                 }
         elif feature.kind in ("category", "bag") and not feature.hashed:
-            counts = (
-                item_category_counts(items[f"feature:{feature.name}"], of_items)
-                if feature.of == "item"
-                else found.counts[f"feature:{feature.name}"]
-            )
+            counts = feature_counts(feature, statistics)
             vocabulary = encoding.vocabularies[f"feature:{feature.name}"]
             kept = look_up(vocabulary.key, counts.key)[1]
             in_test = counts.total - counts.train
@@ -253,17 +243,19 @@ def _features(layout: LogLayout, found: Statistics, encoding: Encoding) -> list[
             }
         if feature.of == "item":
             entry["items_with_several_values"] = int(
-                (array_of(items, f"varies:{feature.name}") > 0).sum()
+                (array_of(statistics.items, f"varies:{feature.name}") > 0).sum()
             )
-        elif f"varying/{feature.name}" in found.totals:
-            entry["requests_with_several_values"] = int(found.totals[f"varying/{feature.name}"])
+        elif f"varying/{feature.name}" in statistics.totals:
+            entry["requests_with_several_values"] = int(
+                statistics.totals[f"varying/{feature.name}"]
+            )
         features.append(entry)
     return features
 
 
-def _ids(layout: LogLayout, found: Statistics, encoding: Encoding) -> dict:
-    users = found.counts["user"]
-    train = array_of(found.items, "train")
+def _ids(layout: LogLayout, statistics: Statistics, encoding: Encoding) -> dict:
+    users = statistics.counts["user"]
+    train = array_of(statistics.items, "train")
     result = {
         "users": len(users.key),
         "users_only_in_test": int((users.train == 0).sum()),
@@ -271,7 +263,7 @@ def _ids(layout: LogLayout, found: Statistics, encoding: Encoding) -> dict:
         "items_only_in_test": int((train == 0).sum()),
     }
     if layout.history is not None:
-        history = found.counts["history"]
+        history = statistics.counts["history"]
         known = look_up(encoding.vocabularies["item"].key, history.key)[1]
         result |= {
             "history_events": int(history.total.sum()),
@@ -281,79 +273,79 @@ def _ids(layout: LogLayout, found: Statistics, encoding: Encoding) -> dict:
 
 
 def remarks(report: Report) -> list[str]:
-    """What in a report deserves a look, a sentence each."""
-    found = []
+    """Findings of a report that deserve a look, a sentence each."""
+    sentences = []
     candidates = report["candidates"]
     if candidates["rejected"]:
         reasons = ", ".join(
             f"{name} {entry['candidates']:,}" for name, entry in candidates["by_reason"].items()
         )
         share = candidates["rejected"] / max(candidates["in_the_log"], 1)
-        found.append(
+        sentences.append(
             f"{candidates['rejected']:,} of {candidates['in_the_log']:,} candidates "
             f"({share:.2%}) were rejected: {reasons}."
         )
     for column in report["columns"]:
         if column["out_of_range"] and not column["key"].startswith("data.labels"):
-            found.append(
+            sentences.append(
                 f"{column['key']}: {column['out_of_range']:,} values of column "
                 f"{column['column']!r} are none that it can hold."
             )
         if column["values"] and column["missing"] == column["values"]:
-            found.append(f"{column['key']}: column {column['column']!r} holds nothing.")
+            sentences.append(f"{column['key']}: column {column['column']!r} holds nothing.")
     if "requests" in report:
-        found += _remarks_on_requests(report["requests"])
-        found += _remarks_on_labels(report["labels"])
-        found += _remarks_on_teacher(report["teacher"])
-        found += _remarks_on_features(report["features"], report["ids"])
-    return found
+        sentences += _remarks_on_requests(report["requests"])
+        sentences += _remarks_on_labels(report["labels"])
+        sentences += _remarks_on_teacher(report["teacher"])
+        sentences += _remarks_on_features(report["features"], report["ids"])
+    return sentences
 
 
 def _remarks_on_requests(requests: dict) -> list[str]:
-    found = [
+    sentences = [
         f"{without:,} of {requests[split]['requests']:,} {split} requests have no shown candidate: "
         "they teach by the teacher alone."
         for split in SPLITS
         if (without := requests[split]["without_a_shown_candidate"])
     ]
     if requests["several_times"]:
-        found.append(
+        sentences.append(
             f"The rows of {requests['several_times']:,} requests have several times; the earliest "
             "counts."
         )
     if requests["several_users"]:
-        found.append(f"{requests['several_users']:,} requests have rows of several users.")
-    return found
+        sentences.append(f"{requests['several_users']:,} requests have rows of several users.")
+    return sentences
 
 
 def _remarks_on_labels(labels: dict) -> list[str]:
-    found = []
+    sentences = []
     for split in SPLITS:
         unlabelled = labels["shown"][split] - labels["labelled"][split]
         if unlabelled:
-            found.append(
+            sentences.append(
                 f"{unlabelled:,} of {labels['shown'][split]:,} shown candidates in {split} lack a "
                 "label or have label weight 0, and teach nothing by labels."
             )
     for task, entry in labels["tasks"].items():
         if entry["positives_not_shown"]:
-            found.append(
+            sentences.append(
                 f"{entry['positives_not_shown']:,} candidates that were not shown have label 1 of "
                 f"{task}; labels of what was not shown do not count."
             )
-        found += [
+        sentences += [
             f"Every label of {task} in {split} is {entry[split]['rate']:.0f}: there is nothing to "
             "tell apart."
             for split in SPLITS
             if labels["labelled"][split] and entry[split]["rate"] in (0, 1)
         ]
-    return found
+    return sentences
 
 
 def _remarks_on_teacher(teacher: dict) -> list[str]:
-    found = []
+    sentences = []
     if teacher["other_version"]:
-        found.append(
+        sentences.append(
             f"{teacher['other_version']:,} candidates were scored by another teacher than version "
             f"{teacher['version']!r}, and their values do not count."
         )
@@ -361,39 +353,39 @@ def _remarks_on_teacher(teacher: dict) -> list[str]:
         for split in SPLITS:
             share = entry["coverage"][split]["passed"]
             if share is not None and share < 1:
-                found.append(
+                sentences.append(
                     f"The teacher of {task} covers {share:.1%} of the passed candidates in {split}."
                 )
         ratio = entry.get("calibration", {}).get("predicted_over_observed")
         if ratio is not None and abs(ratio - 1) > _CALIBRATION_TOLERANCE:
-            found.append(
+            sentences.append(
                 f"The teacher of {task} predicts {ratio:.2f} times what users did on the shown "
                 "candidates."
             )
-    return found
+    return sentences
 
 
 def _remarks_on_features(features: list[dict], ids: dict) -> list[str]:
-    found = []
+    sentences = []
     for feature in features:
         if feature["kind"] == "dense" and feature.get("deviation", 0) == 0:
-            found.append(f"Feature {feature['name']!r} has the same value everywhere.")
+            sentences.append(f"Feature {feature['name']!r} has the same value everywhere.")
         if number := feature.get("items_with_several_values"):
-            found.append(
+            sentences.append(
                 f"Feature {feature['name']!r} varies in {number:,} items; the last value by time "
                 "is stored."
             )
         if number := feature.get("requests_with_several_values"):
-            found.append(
+            sentences.append(
                 f"Feature {feature['name']!r} varies within {number:,} requests; that of the first "
                 "row counts."
             )
     if unknown := ids.get("history_events_of_unknown_items"):
-        found.append(
+        sentences.append(
             f"{unknown:,} of {ids['history_events']:,} events of histories are of items that are "
             "never a candidate, and are left out."
         )
-    return found
+    return sentences
 
 
 def write_data_report(report: Report, folder: Path) -> None:

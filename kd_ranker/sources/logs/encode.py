@@ -1,7 +1,7 @@
 """The last pass: the keys and numbers of a bucket as ids and features, a `Request` at a time."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,14 +38,13 @@ class Vocabulary(NamedTuple):
 
 
 class Encoding(NamedTuple):
-    """How keys and numbers become ids and features.
+    """The rules by which keys and numbers become ids and features.
 
     Attributes:
       spec: the sizes that follow.
       vocabularies: `user`, `item`, or `feature:<name>` of a categorical feature that is not hashed
         -> its vocabulary. Users and items count from 0, values of a feature from 1.
-      scales: dense feature -> what is subtracted, what it is divided by, and what a missing number
-        then becomes.
+      scales: dense feature -> the number subtracted, the divisor, and the value for a missing one.
     """
 
     spec: FeatureSpec
@@ -53,8 +52,8 @@ class Encoding(NamedTuple):
     scales: dict[str, tuple[float, float, float]]
 
 
-def make_encoding(layout: LogLayout, found: Statistics) -> Encoding:
-    """Settles ids and scales, from what training requests hold.
+def make_encoding(layout: LogLayout, statistics: Statistics) -> Encoding:
+    """Settles ids and scales, from the training requests.
 
     Users and items get an id each, those of training requests first, the most frequent before the
     others, and then those that only test requests have: so these keep their features, and are
@@ -62,41 +61,35 @@ def make_encoding(layout: LogLayout, found: Statistics) -> Encoding:
     them and serves its reserved one. Of a categorical feature the `size` most frequent values of
     training requests are kept; those of an item count as often as it is a candidate.
     """
-    items = found.items
-    of_items = Counts(*(array_of(items, name) for name in ("item", "train", "total")))
+    item_counts = counts_of_items(statistics.items)
     vocabularies = {
-        "user": _numbered(found.counts["user"]),
-        "item": _numbered(of_items),
+        "user": _numbered(statistics.counts["user"]),
+        "item": _numbered(item_counts),
     }
     scales, categories = {}, []
     for feature in layout.features:
         if feature.kind == "dense":
-            moments = (
-                moments_of(array_of(items, f"feature:{feature.name}")[of_items.train > 0])
-                if feature.of == "item"
-                else found.moments[feature.name]
-            )
-            scales[feature.name] = _scale(feature, moments)
+            scales[feature.name] = _scale(feature, feature_moments(feature, statistics))
         elif feature.kind in ("category", "bag"):
             size = feature.size
             if not feature.hashed:
-                counts = (
-                    item_category_counts(items[f"feature:{feature.name}"], of_items)
-                    if feature.of == "item"
-                    else found.counts[f"feature:{feature.name}"]
-                )
-                vocabulary = _most_frequent(counts, size)
+                vocabulary = _most_frequent(feature_counts(feature, statistics), size)
                 vocabularies[f"feature:{feature.name}"] = vocabulary
                 size = len(vocabulary.key)
             owner = "request" if feature.of_request else feature.of
             categories.append(Category(feature.name, owner, size + 1, feature.length))
+    return Encoding(_spec(layout, vocabularies, categories), vocabularies, scales)
 
+
+def _spec(
+    layout: LogLayout, vocabularies: Mapping[str, Vocabulary], categories: Sequence[Category]
+) -> FeatureSpec:
     def width(*owners: str) -> int:
         return max(1, len(layout.of(*owners, kind="dense")))
 
     cheap = sum(feature.cheap for feature in layout.of("item", kind="dense"))
     costly = len(layout.of("item", kind="dense")) - cheap
-    spec = FeatureSpec(
+    return FeatureSpec(
         dataset="parquet",
         tasks=layout.tasks,
         num_users=len(vocabularies["user"].key),
@@ -112,11 +105,31 @@ def make_encoding(layout: LogLayout, found: Statistics) -> Encoding:
         categories=tuple(categories),
         teacher_signal=layout.teacher_signal,
     )
-    return Encoding(spec, vocabularies, scales)
+
+
+def counts_of_items(items: NamedColumns) -> Counts:
+    """The number of times that each item is a candidate."""
+    return Counts(*(array_of(items, name) for name in ("item", "train", "total")))
+
+
+def feature_moments(feature: Feature, statistics: Statistics) -> Moments:
+    """The moments of a dense feature: over items that training has, or over training requests."""
+    if feature.of != "item":
+        return statistics.moments[feature.name]
+    values = array_of(statistics.items, f"feature:{feature.name}")
+    return moments_of(values[array_of(statistics.items, "train") > 0])
+
+
+def feature_counts(feature: Feature, statistics: Statistics) -> Counts:
+    """The counts of the values of a categorical feature that is not hashed."""
+    name = f"feature:{feature.name}"
+    if feature.of != "item":
+        return statistics.counts[name]
+    return item_category_counts(statistics.items[name], counts_of_items(statistics.items))
 
 
 def item_category_counts(column: ColumnValues, items: Counts) -> Counts:
-    """How often the values of items occur among the candidates."""
+    """The number of candidates that have each value of a feature of items."""
     if isinstance(column, Ragged):
         key, lengths = column.values, column.lengths
     else:
@@ -186,7 +199,7 @@ def load_encoding(folder: Path) -> Encoding:
 def item_matrix(
     layout: LogLayout, encoding: Encoding, items: NamedColumns
 ) -> tuple[Float32[np.ndarray, "items F"], Int32[np.ndarray, "items I"]]:
-    """What is known of each item: its dense features, cheap ones first, and its category ids."""
+    """The features of each item: dense ones, cheap before costly, and category ids."""
     place, known = look_up(encoding.vocabularies["item"].key, array_of(items, "item"))
     assert known.all()
     order = np.empty(len(place), np.int64)
@@ -266,7 +279,7 @@ def _ids(vocabulary: Vocabulary, key: Int64[np.ndarray, "n"]) -> Int32[np.ndarra
 def _history(
     layout: LogLayout, encoding: Encoding, requests: NamedColumns
 ) -> tuple[Int64[np.ndarray, "n+1"], Int32[np.ndarray, "all"]]:
-    """Where the history of each request begins, and the ids of the items that are known."""
+    """The start of each request's history, and the ids of all histories; unknown items left out."""
     if layout.history is None:
         return np.zeros(num_rows(requests) + 1, np.int64), np.zeros(0, np.int32)
     column = requests[f"feature:{layout.history.name}"]
@@ -320,7 +333,7 @@ def _categories(
 def _numbers(
     encoding: Encoding, feature: Feature, key: Int64[np.ndarray, "n"]
 ) -> Int64[np.ndarray, "n"]:
-    """The number of each value within its feature; 0 for what is missing, rare or unheard of."""
+    """The number of each value within its feature; 0 for a missing, rare or unheard-of one."""
     if feature.hashed:
         bucket = 1 + (mixed(key) % np.uint64(feature.size)).astype(np.int64)
         return np.where(key == MISSING, 0, bucket)

@@ -1,4 +1,4 @@
-"""The files of a log: where they lie, what columns they have, and reading them part by part."""
+"""The files of a log: finding them, checking their columns, and reading them part by part."""
 
 import contextlib
 import dataclasses
@@ -21,12 +21,12 @@ SUFFIXES = (".parquet", ".pq")
 _FOOTERS_AT_A_TIME = 16
 # About how many candidates are read at a time.
 BATCH_ENTRIES = 1 << 17
-# What tells that a file was written anew, in the words of different stores.
+# The names by which different stores tell that a file was written anew.
 _CHANGED = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag")
 
 _INTEGER, _FLOAT, _DECIMAL, _BOOLEAN = "integer", "float", "decimal", "boolean"
 _TEXT, _TIME, _NULL, _OTHER = "text", "time", "null", "other"
-# What a column may be for -> what its values may be.
+# Use of a column -> types that its values may have, and these in words.
 _TAKES = {
     "id": ((_INTEGER, _FLOAT, _BOOLEAN, _TEXT, _NULL), "whole numbers or texts"),
     "number": ((_INTEGER, _FLOAT, _DECIMAL, _BOOLEAN, _NULL), "numbers"),
@@ -45,8 +45,8 @@ class Wanted(NamedTuple):
       use: a key of `_TAKES`.
       depth: how many lists lie around its values, at most.
       least_depth: and at least.
-      per_candidate: whether each candidate has its own value, so that it is a list in a row that is
-        a request.
+      per_candidate: True if each candidate has its own value, so that a row that is a request has a
+        list of them.
     """
 
     key: str
@@ -83,7 +83,7 @@ class Log:
       url: `data.path`.
       files: their paths, sorted.
       sizes: in bytes.
-      changed: what tells that a file was written anew, as text.
+      changed: text that differs once a file is written anew.
       parts: their row groups, in the order of the files.
       names: of all columns that any of them has, sorted.
     """
@@ -97,7 +97,7 @@ class Log:
 
     @property
     def manifest(self) -> dict[str, list]:
-        """File -> its size and what tells that it was written anew."""
+        """File -> its size, and text that differs once it is written anew."""
         return {
             file: [size, changed]
             for file, size, changed in zip(self.files, self.sizes, self.changed, strict=True)
@@ -115,7 +115,7 @@ def wanted_columns(layout: LogLayout) -> list[Wanted]:
         Wanted("data.columns.item", columns["item"], "id", listed, listed, True),
     ]
     uses = {"stage": "text", "teacher_version": "text"}
-    # What may be the same for all candidates of a request, and then needs no list.
+    # Other columns may be the same for all candidates of a request, and then need no list.
     least = {"stage": listed, "position": listed}
     wanted += [
         Wanted(
@@ -172,7 +172,10 @@ def open_log(layout: LogLayout) -> Log:
 
 
 def find_files(url: str) -> tuple[Any, list[str], list[int], list[str]]:
-    """The file system, and path, size and time of change of each Parquet file that `url` names.
+    """Finds the Parquet files that `url` names.
+
+    Returns:
+      The file system, and of each file path, size, and text that differs once it is written anew.
 
     Raises:
       UserError: there is none.
@@ -180,16 +183,16 @@ def find_files(url: str) -> tuple[Any, list[str], list[int], list[str]]:
     try:
         system, path = fsspec.core.url_to_fs(url)
         if any(character in path for character in "*?["):
-            found = [file for file in system.glob(path) if system.isfile(file)]
-            if not found:
+            paths = [file for file in system.glob(path) if system.isfile(file)]
+            if not paths:
                 raise UserError(f"data.path={url} matches no file")
         elif system.isdir(path):
-            found = _in_directory(url, system.find(path))
+            paths = _in_directory(url, system.find(path))
         elif system.isfile(path):
-            found = [path]
+            paths = [path]
         else:
             raise UserError(f"data.path={url} does not exist; give a file, a directory or a glob")
-        files = sorted(found)
+        files = sorted(paths)
         infos = [system.info(file) for file in files]
     except UserError:
         raise
@@ -200,20 +203,20 @@ def find_files(url: str) -> tuple[Any, list[str], list[int], list[str]]:
     return system, files, [int(info["size"] or 0) for info in infos], changed
 
 
-def _in_directory(url: str, found: Sequence[str]) -> list[str]:
-    """The Parquet files of a directory; what begins with _ or . is a writer's own."""
-    names = [(file, file.rpartition("/")[2]) for file in found]
-    seen = [(file, name) for file, name in names if not name.startswith(("_", "."))]
-    files = [file for file, name in seen if name.endswith(SUFFIXES)]
+def _in_directory(url: str, paths: Sequence[str]) -> list[str]:
+    """The Parquet files of a directory; those that begin with _ or . are a writer's own."""
+    names = [(file, file.rpartition("/")[2]) for file in paths]
+    visible = [(file, name) for file, name in names if not name.startswith(("_", "."))]
+    files = [file for file, name in visible if name.endswith(SUFFIXES)]
     if not files:
-        others = f"; it holds {seen[0][1]}, say" if seen else "; it is empty"
+        others = f"; it holds {visible[0][1]}, say" if visible else "; it is empty"
         raise UserError(f"data.path={url} holds no file that ends in {SUFFIXES[0]}{others}")
     return files
 
 
 @contextlib.contextmanager
 def _opened(system: Any, file: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file, opened; what goes wrong with it is the user's to know."""
+    """Opens a Parquet file; errors of reading it become errors for people."""
     try:
         if isinstance(system, LocalFileSystem):
             with pq.ParquetFile(file) as parquet:
@@ -246,7 +249,7 @@ def _parts(index: int, metadata: pq.FileMetaData, layout: LogLayout) -> list[Par
 def _check_schema(
     file: str, schema: pa.Schema, wanted: Sequence[Wanted], families: dict[str, tuple[str, str]]
 ) -> None:
-    """Checks one file; `families` holds what each column was in the files before, and where."""
+    """Checks one file; `families` has the family of each column in the files before, and a file."""
     missing = [column for column in wanted if column.column not in schema.names]
     if missing:
         named = ", ".join(f"{column.column!r} ({column.key})" for column in missing)
@@ -293,7 +296,7 @@ def _check_history(layout: LogLayout, families: dict[str, tuple[str, str]]) -> N
 
 
 def _family(type_: pa.DataType) -> tuple[int, str]:
-    """How many lists lie around the values of a type, and what these are."""
+    """The number of lists around the values of a type, and the family of these."""
     depth = 0
     while is_list(type_) or pa.types.is_dictionary(type_):
         depth += is_list(type_)
@@ -320,7 +323,7 @@ def _family(type_: pa.DataType) -> tuple[int, str]:
 
 
 def is_list(type_: pa.DataType) -> bool:
-    """Whether values of a type are lists, however these are laid out."""
+    """True if the values of a type are lists, however these are laid out."""
     return (
         pa.types.is_list(type_)
         or pa.types.is_large_list(type_)
@@ -353,8 +356,8 @@ def read_parts(
 
     Args:
       log: the log.
-      parts: which.
-      columns: which; None reads all.
+      parts: those to read.
+      columns: those to read; None reads all.
       entries: about how many entries a batch is to have.
 
     Yields:
@@ -389,7 +392,7 @@ def read_schema(log: Log, file: int) -> pa.Schema:
 
 
 def differences(before: dict[str, list], now: dict[str, list]) -> str:
-    """How two manifests differ, in words; "" if they do not."""
+    """The differences of two manifests, in words; "" if they are the same."""
     new, gone = now.keys() - before.keys(), before.keys() - now.keys()
     changed = [file for file in now.keys() & before.keys() if now[file] != before[file]]
     counted = ((new, "new"), (gone, "gone"), (changed, "written anew"))

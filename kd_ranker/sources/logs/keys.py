@@ -15,7 +15,7 @@ from jaxtyping import Float64, Int64, UInt64
 
 from kd_ranker.sources.hashing import splitmix64
 
-# The key of what is missing; no id is as small as that.
+# The key of a missing value; no id is as small as that.
 MISSING = np.iinfo(np.int64).min
 # Beyond it, a float is not the whole number that was meant.
 _EXACT_IN_FLOATS = 2.0**53
@@ -26,8 +26,8 @@ class Keys(NamedTuple):
     """A column of ids or categories.
 
     Attributes:
-      key: of each value, `MISSING` where there is none.
-      texts: the texts that occur, for a column of texts; they are told apart by `text_keys`.
+      key: the key of each value, `MISSING` where there is none.
+      texts: the texts that occur, for a column of texts.
       text_keys: their keys.
       num_bad: how many values are no ids: numbers that are not whole.
     """
@@ -57,15 +57,15 @@ def keys_of(array: pa.Array) -> Keys:
         array = _plain(array).dictionary_encode()
     indices = array.indices.fill_null(-1).to_numpy(zero_copy_only=False)
     if pa.types.is_integer(array.dictionary.type):
-        of_values = np.append(_integers(array.dictionary), MISSING)
-        return Keys(of_values[indices], None, none, 0)
+        keys = np.append(_integers(array.dictionary), MISSING)
+        return Keys(keys[indices], None, none, 0)
     used = np.zeros(len(array.dictionary) + 1, bool)
     used[indices] = True
     texts = _plain(array.dictionary)
     text_keys = _hashes(texts)
-    of_values = np.append(text_keys, MISSING)
+    keys = np.append(text_keys, MISSING)
     used = used[:-1] & (text_keys != MISSING)
-    return Keys(of_values[indices], texts.filter(pa.array(used)), text_keys[used], 0)
+    return Keys(keys[indices], texts.filter(pa.array(used)), text_keys[used], 0)
 
 
 def _integers(array: pa.Array) -> Int64[np.ndarray, "n"]:

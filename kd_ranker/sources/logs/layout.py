@@ -1,4 +1,4 @@
-"""`config.data` of a log, read once and checked: which column holds what."""
+"""`config.data` of a log, read once and checked: the use of each column."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ TIME_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000}
 OWNERS = ("user", "context", "item", "candidate")
 FEATURE_KINDS = ("dense", "category", "bag", "history")
 STAGES = ("retrieved", "passed", "shown")
-# What a log may lack.
+# Columns that a log may lack, and those that it must have.
 OPTIONAL = ("stage", "position", "label_weight", "teacher_version", "teacher_weight")
 REQUIRED = ("request", "time", "user", "item")
 
@@ -35,20 +35,20 @@ class Feature:
 
     @property
     def of_request(self) -> bool:
-        """Whether it is the same for all candidates of a request."""
+        """True if it is the same for all candidates of a request."""
         return self.of in ("user", "context")
 
 
 @dataclasses.dataclass(frozen=True)
 class LogLayout:
-    """What `config.data` says of a log.
+    """The part of the config that speaks of a log, checked.
 
     Attributes:
-      path: where it lies.
+      path: of the log.
       directory: `data.dir`.
-      by_request: whether a row is a request with lists, rather than a candidate.
-      columns: what the log is to have -> its column; what it lacks is left out.
-      stages: what the stage column says -> 1 retrieved, 2 passed, 3 shown, as in `batch.Stage`.
+      by_request: True if a row is a request with lists, rather than a candidate.
+      columns: use -> its column; uses that the log lacks are left out.
+      stages: text of the stage column -> 1 retrieved, 2 passed, 3 shown, as in `batch.Stage`.
       labels: a task -> its column.
       teacher: a task -> its column, for the tasks that have one.
       tasks: the tasks to keep, in the order of every T axis.
@@ -59,7 +59,7 @@ class LogLayout:
       split: one of `SPLIT_BY`.
       test_share: of the requests.
       seed: of the splits by hash.
-      strict: whether what is wrong with a row ends the build.
+      strict: True if a fault of a row ends the build.
       processes: how many to work with.
       bucket_rows: the most rows of a bucket, half of `data.rows_in_memory`.
       retrieved: the most candidates of a request.
@@ -116,34 +116,7 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
     Raises:
       UserError: a key that holds what it cannot hold.
     """
-    if not data.path:
-        raise UserError(
-            "data.path is empty; give a Parquet file, a directory or a glob of them, with "
-            "--config.data.path=…"
-        )
-    check_choice("data.rows", data.rows, ROWS)
-    check_choice("data.split", data.split, SPLIT_BY)
-    check_choice("data.time_unit", data.time_unit, TIME_UNITS)
-    check_choice("data.teacher_signal", data.teacher_signal, TEACHER_SIGNALS)
-    for key in ("columns", "stages", "labels", "teacher"):
-        for name, value in data[key].items():
-            if not isinstance(value, str):
-                raise UserError(f"data.{key}.{name}={value!r} must be a text")
-    for name in data.columns:
-        check_choice("data.columns", name, (*REQUIRED, *OPTIONAL))
-    for name in REQUIRED:
-        if not data.columns.get(name):
-            raise UserError(f"data.columns.{name} is empty; name the column that holds it")
-    for task in tasks:
-        if not data.labels.get(task):
-            raise UserError(f"data.labels.{task} is empty; name the column that holds it")
-    for task in data.teacher:
-        check_choice("data.teacher", task, data.labels)
-    if not 0 < data.test_share < 1:
-        raise UserError(f"data.test_share={data.test_share} must lie between 0 and 1")
-    for key, least in (("processes", 1), ("rows_in_memory", 1000)):
-        if data[key] < least:
-            raise UserError(f"data.{key}={data[key]} must be at least {least}")
+    _check(data, tasks)
     features = tuple(_read_feature(name, value) for name, value in data.features.items())
     histories = [feature for feature in features if feature.kind == "history"]
     if len(histories) > 1:
@@ -174,6 +147,37 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
         retrieved=int(funnel.retrieved),
         history_length=histories[0].length if histories else int(data.history_length),
     )
+
+
+def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
+    if not data.path:
+        raise UserError(
+            "data.path is empty; give a Parquet file, a directory or a glob of them, with "
+            "--config.data.path=…"
+        )
+    check_choice("data.rows", data.rows, ROWS)
+    check_choice("data.split", data.split, SPLIT_BY)
+    check_choice("data.time_unit", data.time_unit, TIME_UNITS)
+    check_choice("data.teacher_signal", data.teacher_signal, TEACHER_SIGNALS)
+    for key in ("columns", "stages", "labels", "teacher"):
+        for name, value in data[key].items():
+            if not isinstance(value, str):
+                raise UserError(f"data.{key}.{name}={value!r} must be a text")
+    for name in data.columns:
+        check_choice("data.columns", name, (*REQUIRED, *OPTIONAL))
+    for name in REQUIRED:
+        if not data.columns.get(name):
+            raise UserError(f"data.columns.{name} is empty; name the column that holds it")
+    for task in tasks:
+        if not data.labels.get(task):
+            raise UserError(f"data.labels.{task} is empty; name the column that holds it")
+    for task in data.teacher:
+        check_choice("data.teacher", task, data.labels)
+    if not 0 < data.test_share < 1:
+        raise UserError(f"data.test_share={data.test_share} must lie between 0 and 1")
+    for key, least in (("processes", 1), ("rows_in_memory", 1000)):
+        if data[key] < least:
+            raise UserError(f"data.{key}={data[key]} must be at least {least}")
 
 
 def _read_stages(stages: ConfigDict) -> dict[str, int]:

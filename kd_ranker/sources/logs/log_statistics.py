@@ -1,7 +1,6 @@
-"""What requests hold, added up: counts of ids, moments of numbers, the last values of items.
+"""Sums over requests: counts of ids, moments of numbers, the last values of items.
 
-Vocabularies and moments are those of training requests alone. All of it is of what is used: rows
-that were rejected do not count.
+Vocabularies and moments are those of training requests alone, and rejected rows count nowhere.
 """
 
 from collections.abc import Iterable
@@ -32,7 +31,7 @@ from kd_ranker.sources.logs.reasons import Rejected
 
 # How finely the teacher's probabilities are compared with labels.
 TEACHER_BINS = 20
-_WHERE_OF_ITEM = ("time", "file", "row")
+_PLACE_OF_ITEM = ("time", "file", "row")
 
 
 class BucketRequests(NamedTuple):
@@ -57,7 +56,7 @@ class BucketRequests(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Of the numbers that are there, in training requests."""
+    """Moments of the numbers of training requests, missing ones left out."""
 
     number: int
     mean: float
@@ -75,15 +74,15 @@ NO_MOMENTS = Moments(0, 0.0, 0.0, float("inf"), float("-inf"))
 
 
 class Statistics(NamedTuple):
-    """What is added up.
+    """Sums over some buckets.
 
     Attributes:
       counts: `user`, `history`, or `feature:<name>` of a categorical feature of user, context or
-        candidates that is not hashed -> how often its values occur, in requests or candidates.
+        candidates that is not hashed -> the number of times that its values occur.
       moments: dense feature of user, context and candidates -> its moments.
       items: a row an item: `item`, `train` and `total` (how often it is a candidate), `time`,
         `file` and `row` (of its last row), `feature:<name>` (as of that row), `varies:<name>`
-        (whether a row before had another value).
+        (1 if a row before had another value).
       totals: further numbers of which sums make sense.
       first: the earliest time in train and test.
       last: the latest.
@@ -134,8 +133,8 @@ def add_up_buckets(pieces: Iterable[Statistics]) -> Statistics:
     totals: dict[str, np.ndarray] = {}
     first = last = None
     for piece in pieces:
-        for name, of_piece in piece.counts.items():
-            counts.setdefault(name, count_merger()).add(of_piece)
+        for name, counted in piece.counts.items():
+            counts.setdefault(name, count_merger()).add(counted)
         for name, numbers in piece.moments.items():
             moments[name] = merge_moments(moments.get(name, NO_MOMENTS), numbers)
         items.add(piece.items)
@@ -146,7 +145,7 @@ def add_up_buckets(pieces: Iterable[Statistics]) -> Statistics:
     assert first is not None
     assert last is not None
     return Statistics(
-        {name: gathering.result() for name, gathering in counts.items()},
+        {name: merger.result() for name, merger in counts.items()},
         moments,
         items.result(),
         totals,
@@ -197,33 +196,33 @@ def merge_items(pieces: list[NamedColumns]) -> NamedColumns:
     item = array_of(rows, "item")
     features = [name.removeprefix("feature:") for name in rows if name.startswith("feature:")]
     # Without features, which row is the last one is of no interest.
-    where = [array_of(rows, name) for name in reversed(_WHERE_OF_ITEM)] if features else []
+    where = [array_of(rows, name) for name in reversed(_PLACE_OF_ITEM)] if features else []
     order = np.lexsort((*where, item))
     ends = np.flatnonzero(np.append(np.diff(item[order]) != 0, True)) if len(item) else order
     starts = np.concatenate([[0], ends[:-1] + 1]) if len(item) else order
-    joined = take_rows(rows, order[ends])
+    merged = take_rows(rows, order[ends])
     for name in ("train", "total"):
-        joined[name] = np.add.reduceat(array_of(rows, name)[order], starts) if len(item) else item
-    of_item = np.repeat(np.arange(len(ends)), ends - starts + 1)
+        merged[name] = np.add.reduceat(array_of(rows, name)[order], starts) if len(item) else item
+    index = np.repeat(np.arange(len(ends)), ends - starts + 1)
     for name in features:
-        differs = _differs(rows[f"feature:{name}"], order, order[ends][of_item])
+        differs = _differs(rows[f"feature:{name}"], order, order[ends][index])
         differs |= array_of(rows, f"varies:{name}")[order] > 0
-        varies = np.bincount(of_item[differs], minlength=len(ends)) > 0
-        joined[f"varies:{name}"] = varies.astype(np.int8)
-    return joined
+        varies = np.bincount(index[differs], minlength=len(ends)) > 0
+        merged[f"varies:{name}"] = varies.astype(np.int8)
+    return merged
 
 
 def _differs(
-    column: ColumnValues, here: Int[np.ndarray, "n"], there: Int[np.ndarray, "n"]
+    column: ColumnValues, places: Int[np.ndarray, "n"], others: Int[np.ndarray, "n"]
 ) -> Bool[np.ndarray, "n"]:
-    """Whether the values at some places differ from those at others."""
+    """True where the values at some places differ from those at others."""
     if isinstance(column, Ragged):
         # Bags have no order, so the sum of a hash of their values tells them apart.
         sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(mixed(column.values))])
         values = sums[column.start[1:]] - sums[column.start[:-1]]
     else:
         values = column
-    one, other = values[here], values[there]
+    one, other = values[places], values[others]
     return (one != other) & ((one == one) | (other == other))
 
 
@@ -237,7 +236,7 @@ def _item_rows(
     table["total"] = np.ones(number, np.int64)
     features = layout.of("item")
     if features:
-        table |= {name: rows[name] for name in _WHERE_OF_ITEM}
+        table |= {name: rows[name] for name in _PLACE_OF_ITEM}
     for feature in features:
         table[f"feature:{feature.name}"] = rows[f"feature:{feature.name}"]
         table[f"varies:{feature.name}"] = np.zeros(number, np.int8)
@@ -247,8 +246,8 @@ def _item_rows(
 def _category_counts(column: ColumnValues, in_train: Bool[np.ndarray, "n"]) -> Counts:
     if isinstance(column, Ragged):
         return counts_of(column.values, np.repeat(in_train, column.lengths))
-    there = column != MISSING
-    return counts_of(column[there], in_train[there])
+    known = column != MISSING
+    return counts_of(column[known], in_train[known])
 
 
 def _totals(
@@ -258,10 +257,8 @@ def _totals(
     row_in_test: Bool[np.ndarray, "n"],
 ) -> dict[str, np.ndarray]:
     requests, candidates = bucket.requests, bucket.candidates
-    stage, weight = (
-        array_of(candidates, "stage"),
-        array_of(candidates, "label_weight").astype(np.float64),
-    )
+    stage = array_of(candidates, "stage")
+    weight = array_of(candidates, "label_weight").astype(np.float64)
     shown = stage == Stage.SHOWN
     labelled = shown & (weight > 0)
     labels = np.stack([array_of(candidates, f"label:{task}") for task in layout.tasks], axis=1)

@@ -1,4 +1,4 @@
-"""Sums by key that are gathered piece by piece, in memory that follows the number of keys."""
+"""Sums by key that are merged piece by piece, in memory that follows the number of keys."""
 
 from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
@@ -7,41 +7,40 @@ import numpy as np
 from jaxtyping import Int64, Shaped
 
 T = TypeVar("T")
-# Below so many rows, joining what has gathered would cost more than it saves.
+# Merging fewer rows would cost more than it saves.
 _WORTH_MERGING = 1 << 18
 
 
 class Merger(Generic[T]):
-    """Pieces that are joined as soon as they have grown as large as what was joined before.
+    """Pieces that are merged as soon as they have grown as large as all that was merged before.
 
-    So at most about twice the memory of the result is held, and each row is joined a number of
-    times that grows with the logarithm of their number alone. The result does not depend on when
-    pieces are joined as long as `join` does not.
+    So at most about twice the memory of the result is held, and each row is merged O(log n) times,
+    of n rows. The result does not depend on when pieces are merged, as long as `merge` does not.
     """
 
-    def __init__(self, join: Callable[[list[T]], T], size: Callable[[T], int]):
-        self._join, self._size = join, size
+    def __init__(self, merge: Callable[[list[T]], T], size: Callable[[T], int]):
+        self._merge, self._size = merge, size
         self._pieces: list[T] = []
-        self._joined = 0
+        self._merged = 0
         self._waiting = 0
 
     def add(self, piece: T) -> None:
         """Takes one more piece, which comes after those before."""
         self._pieces.append(piece)
         self._waiting += self._size(piece)
-        if self._waiting > max(self._joined, _WORTH_MERGING):
+        if self._waiting > max(self._merged, _WORTH_MERGING):
             self.result()
 
     def result(self) -> T:
-        """All pieces so far, joined; there must be one."""
+        """All pieces so far, merged; there must be one."""
         if self._waiting or len(self._pieces) > 1:
-            self._pieces = [self._join(self._pieces)]
-            self._joined, self._waiting = self._size(self._pieces[0]), 0
+            self._pieces = [self._merge(self._pieces)]
+            self._merged, self._waiting = self._size(self._pieces[0]), 0
         return self._pieces[0]
 
 
 class Counts(NamedTuple):
-    """How often keys occur; the keys are sorted and distinct."""
+    """Numbers of times that keys occur; the keys are sorted and distinct."""
 
     key: Int64[np.ndarray, "k"]
     train: Int64[np.ndarray, "k"]
@@ -70,5 +69,5 @@ def merge_counts(pieces: list[Counts]) -> Counts:
 
 
 def count_merger() -> Merger[Counts]:
-    """A gathering of counts."""
+    """A merger of counts."""
     return Merger(merge_counts, lambda counts: len(counts.key))

@@ -23,7 +23,7 @@ class Ragged:
 
     @property
     def lengths(self) -> Int64[np.ndarray, "n"]:
-        """How many values each row has."""
+        """The number of values of each row."""
         return np.diff(self.start)
 
 
@@ -51,7 +51,7 @@ def array_of(table: NamedColumns, name: str) -> np.ndarray:
 
 
 def starts_of(lengths: Int[np.ndarray, "n"]) -> Int64[np.ndarray, "n+1"]:
-    """Where each of several lists begins when they lie end to end, and where the last one ends.
+    """The place where each of several lists begins, laid end to end, and where the last one ends.
 
     >>> starts_of(np.array([2, 0, 3])).tolist()
     [0, 2, 2, 5]

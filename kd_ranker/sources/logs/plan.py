@@ -1,4 +1,4 @@
-"""Which bucket each request goes to: buckets follow each other in time and are bounded in rows.
+"""Buckets of requests, which follow each other in time and are bounded in rows.
 
 Memory: 24 bytes a request, on disk, which the processes share.
 """
@@ -16,7 +16,7 @@ from kd_ranker.sources.searching import look_up
 
 
 class BucketPlan(NamedTuple):
-    """Which bucket each request goes to; the requests are sorted by their keys.
+    """The bucket of each request; the requests are sorted by their keys.
 
     Attributes:
       request: their keys.
@@ -71,9 +71,9 @@ def look_up_requests(
 def time_cutoff(time: Int64[np.ndarray, "n"], test_share: float) -> int | None:
     """The earliest time of a test request; None if all requests are of the same time.
 
-    It is the time of the first of the last `test_share` requests. Those of the same second stand on
-    the same side, so the share is met as nearly as seconds allow, and at least the earliest second
-    is for training.
+    It is the time of the first of the last `test_share` requests. Requests of the same second stand
+    on the same side, so the share is met as nearly as seconds allow, and at least the earliest
+    second is for training.
 
     >>> time_cutoff(np.array([5, 1, 2, 3, 4]), 0.4)
     4

@@ -1,4 +1,4 @@
-"""Why rows of a log cannot be used, and records of which these are."""
+"""Reasons for rejecting rows of a log, and records of the rejected rows."""
 
 import enum
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from jaxtyping import Int, Shaped
 
 
 class Reason(enum.IntEnum):
-    """Why a row was rejected; where several apply, the first of them."""
+    """Reason for rejecting a row; where several apply, the first of them."""
 
     LISTS_DIFFER = 1
     NO_CANDIDATES = 2
@@ -40,8 +40,8 @@ MEANING = {
     Reason.BEYOND_RETRIEVED: "its request has more candidates than funnel.retrieved",
 }
 
-# `place` is that of the candidate in the row's lists, -1 for the whole row; `entries` is how many
-# candidates are rejected with it.
+# `place` is that of the candidate in the row's lists, -1 for the whole row; `entries` counts the
+# candidates that are rejected with it.
 DTYPE = np.dtype(
     [("file", "i4"), ("row", "i8"), ("place", "i4"), ("entries", "i4"), ("reason", "i1")]
 )
@@ -69,14 +69,14 @@ def rejected_records(
 
 
 def save_rejected(path: Path, parts: Sequence[Rejected]) -> str:
-    """Writes records, sorted by where they were in the log; returns the path."""
+    """Writes records in the order of the log; returns the path."""
     records = np.concatenate([np.zeros(0, DTYPE), *parts])
     np.save(path, records[np.lexsort([records[name] for name in ("place", "row", "file")])])
     return str(path)
 
 
 def count_by_reason(records: Rejected) -> Int[np.ndarray, "reasons"]:
-    """How many candidates each reason has cost; index 0 is no reason."""
+    """The number of candidates that each reason has cost; index 0 is no reason."""
     counts = np.zeros(max(Reason) + 1, np.int64)
     np.add.at(counts, records["reason"], records["entries"])
     return counts

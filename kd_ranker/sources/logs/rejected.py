@@ -1,4 +1,4 @@
-"""Writes what was rejected of a log as it stands there, with the reason."""
+"""Writes the rejected rows of a log as they stand there, with the reason."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -37,13 +37,13 @@ def write_rejected(log: Log, layout: LogLayout, paths: Sequence[str], folder: Pa
     listed = {wanted.column for wanted in files.wanted_columns(layout) if wanted.per_candidate}
     written = 0
     for file in range(len(log.files)):
-        found = [
+        of_file = [
             np.asarray(records[slice(*np.searchsorted(records["file"], [file, file + 1]))])
             for records in saved
         ]
-        if not any(len(records) for records in found):
+        if not any(map(len, of_file)):
             continue
-        records = np.concatenate(found)
+        records = np.concatenate(of_file)
         records = records[np.lexsort([records["place"], records["row"]])]
         folder.mkdir(exist_ok=True)
         _write_file(log, file, records, listed, folder / f"rejected-{file:05d}.parquet")

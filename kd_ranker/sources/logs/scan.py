@@ -1,4 +1,4 @@
-"""The first pass over a log: when each request was made, and how many candidates it has.
+"""The first pass over a log: the time of each request, and the number of its candidates.
 
 Memory: 24 bytes a request, and up to twice that on the way.
 """
@@ -29,7 +29,7 @@ NO_TIMES = Times(*(np.zeros(0, np.int64) for _ in range(3)))
 
 
 class Scan(NamedTuple):
-    """What the first pass finds.
+    """Findings of the first pass.
 
     Attributes:
       times: of the requests that have an id and a time.
@@ -53,7 +53,7 @@ def scan_parts(log: Log, layout: LogLayout, parts: Sequence[Part]) -> Scan:
     columns = [layout.columns["request"], layout.columns["time"]]
     if layout.by_request:
         columns.append(layout.columns["item"])
-    gathered = time_merger()
+    times = time_merger()
     rows = entries = steps_back = 0
     first = last = None
     for _, _, batch in files.read_parts(log, parts, columns):
@@ -73,19 +73,19 @@ def scan_parts(log: Log, layout: LogLayout, parts: Sequence[Part]) -> Scan:
             first = int(timed[0]) if first is None else first
             last = int(timed[-1])
         valid &= key != MISSING
-        gathered.add(_distinct(key[valid], time[valid], number[valid]))
-    return Scan(gathered.result(), rows, entries, steps_back, first, last)
+        times.add(_distinct(key[valid], time[valid], number[valid]))
+    return Scan(times.result(), rows, entries, steps_back, first, last)
 
 
-def merge_scans(scans: Sequence[Scan], gathered: Merger[Times]) -> Scan:
-    """The scan of all parts, from those of its chunks in their order; `gathered` has the times."""
+def merge_scans(scans: Sequence[Scan], times: Merger[Times]) -> Scan:
+    """The scan of all parts, from those of chunks in their order; `times` has the times."""
     timed = [scan for scan in scans if scan.first is not None]
     between = sum(
         int(after.first < before.last)  # type: ignore[operator, misc]
         for before, after in itertools.pairwise(timed)
     )
     return Scan(
-        gathered.result(),
+        times.result(),
         sum(scan.rows for scan in scans),
         sum(scan.entries for scan in scans),
         sum(scan.steps_back for scan in scans) + between,
@@ -95,7 +95,7 @@ def merge_scans(scans: Sequence[Scan], gathered: Merger[Times]) -> Scan:
 
 
 def time_merger() -> Merger[Times]:
-    """A gathering of the times of requests."""
+    """A merger of the times of requests."""
     return Merger(_merge_times, lambda times: len(times.request))
 
 

@@ -1,4 +1,4 @@
-"""`data.name = "parquet"`: from a log to a source of requests, and what lies beside them."""
+"""`data.name = "parquet"`: from a log to a source of requests, and the files beside them."""
 
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ from kd_ranker.sources.logs.scan import Scan
 from kd_ranker.sources.logs.vocabulary import VOCABULARIES_FOLDER, write_vocabularies
 
 MANIFEST = "log.json"
-# Where the report of a log goes of which no dataset was built, below `data.dir`.
+# Folder below `data.dir` for the report of a log of which no dataset was built.
 REFUSED = "refused_log"
 
 
@@ -50,20 +50,20 @@ class PreparedLog(NamedTuple):
     cutoff: int | None
     partitioned: list[Partitioned]
     assembled: list[AssembledBucket]
-    found: Statistics | None
+    statistics: Statistics | None
     counts: Int64[np.ndarray, "reasons"]
 
     @property
     def rejected(self) -> list[str]:
-        """Paths of records of all that was rejected."""
+        """Paths of the records of all rejected rows."""
         return [
             *(part.rejected for part in self.partitioned),
-            *(of_bucket.rejected for of_bucket in self.assembled),
+            *(bucket.rejected for bucket in self.assembled),
         ]
 
 
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
-    """A log of Parquet files as a source; `configs/parquet.py` says what `data` holds.
+    """Opens a log of Parquet files as a source; `configs/parquet.py` explains `data`.
 
     The log is read twice, a batch at a time, and its rows are brought into order in a folder below
     `data.dir`, which `Source.close` removes. Each process holds `data.rows_in_memory` rows at most,
@@ -95,10 +95,10 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
       UserError: files have come, gone or changed.
     """
     try:
-        _, *found = files.find_files(data.path)
+        _, *columns = files.find_files(data.path)
     except UserError:
         return
-    now = {name: [size, changed] for name, size, changed in zip(*found, strict=True)}
+    now = {name: [size, changed] for name, size, changed in zip(*columns, strict=True)}
     if how := files.differences(json.loads((directory / MANIFEST).read_text()), now):
         raise UserError(
             f"the log at {data.path} has changed since {directory} was made of it ({how}); remove "
@@ -143,26 +143,26 @@ def _read(log: Log, layout: LogLayout, work: Path, run: Runner) -> PreparedLog:
     ]
 
     def pieces() -> Iterator[Statistics]:
-        for of_bucket in run(assemble.assemble_bucket, calls, "making requests"):
-            yield of_bucket.statistics
-            assembled.append(of_bucket._replace(statistics=None))
+        for bucket in run(assemble.assemble_bucket, calls, "making requests"):
+            yield bucket.statistics
+            assembled.append(bucket._replace(statistics=None))
 
-    found = log_statistics.add_up_buckets(pieces()) if calls else None
+    total = log_statistics.add_up_buckets(pieces()) if calls else None
     for part in partitioned:
         for a_run in (*part.candidates, *part.requests):
             Path(a_run.path).unlink()
     none = np.zeros(max(Reason) + 1, np.int64)
     counts = sum((part.counts for part in (*partitioned, *assembled)), none)
-    used = sum(of_bucket.used for of_bucket in assembled)
+    used = sum(bucket.used for bucket in assembled)
     if whole.entries != used + counts.sum():
         raise RuntimeError(
             f"{whole.entries} candidates in the log, {used} used, {counts.sum()} rejected"
         )
-    return PreparedLog(whole, cutoff, partitioned, assembled, found, counts)
+    return PreparedLog(whole, cutoff, partitioned, assembled, total, counts)
 
 
 def _by_bucket(runs: Iterator[Run]) -> dict[int, list[tuple[str, int]]]:
-    """Where the rows of each bucket lie, in the order of the log."""
+    """Bucket -> the places of its rows, in the order of the log."""
     places: dict[int, list[tuple[str, int]]] = {}
     for run in runs:
         for bucket, index in run.buckets.items():
@@ -171,7 +171,7 @@ def _by_bucket(runs: Iterator[Run]) -> dict[int, list[tuple[str, int]]]:
 
 
 def _source(log: Log, layout: LogLayout, read: PreparedLog, work: Path) -> Source:
-    encoding = make_encoding(layout, read.found) if read.found else None
+    encoding = make_encoding(layout, read.statistics) if read.statistics else None
     report = make_data_report(
         log,
         layout,
@@ -179,15 +179,14 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog, work: Path) -> Sourc
         read.cutoff,
         read.partitioned,
         read.counts,
-        read.found,
+        read.statistics,
         encoding,
     )
     refuse = functools.partial(_refuse, log, layout, read, report)
-    if read.found is None or encoding is None:
+    if read.statistics is None or encoding is None:
         raise refuse("not one row of the log can be used")
     num_requests = {
-        split: sum(of_bucket.num_requests[split] for of_bucket in read.assembled)
-        for split in SPLITS
+        split: sum(bucket.num_requests[split] for bucket in read.assembled) for split in SPLITS
     }
     for split, number in num_requests.items():
         if not number:
@@ -196,22 +195,22 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog, work: Path) -> Sourc
         raise refuse(f"data.strict=True, and the log has faults: {faults}")
     folder = work / "encoding"
     save_encoding(encoding, folder)
-    item_features, item_category = item_matrix(layout, encoding, read.found.items)
+    item_features, item_category = item_matrix(layout, encoding, read.statistics.items)
 
     def parts(split: str) -> list[AssembledBucket]:
-        return [of_bucket for of_bucket in read.assembled if of_bucket.num_requests[split]]
+        return [bucket for bucket in read.assembled if bucket.num_requests[split]]
 
     def shards(split: str) -> list[Callable[[], Iterator[Request]]]:
         return [
             functools.partial(
                 encode_requests,
                 layout,
-                of_bucket.requests,
-                of_bucket.candidates,
+                bucket.requests,
+                bucket.candidates,
                 str(folder),
                 split,
             )
-            for of_bucket in parts(split)
+            for bucket in parts(split)
         ]
 
     def write_beside(directory: Path) -> None:
@@ -219,7 +218,7 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog, work: Path) -> Sourc
         texts = [part.texts for part in read.partitioned]
         write_vocabularies(encoding, texts, directory / VOCABULARIES_FOLDER)
         for split in SPLITS:
-            paths = [of_bucket.candidate_rows[split] for of_bucket in parts(split)]
+            paths = [bucket.candidate_rows[split] for bucket in parts(split)]
             candidate_rows.move_candidate_rows(paths, split, directory)
         (directory / MANIFEST).write_text(json.dumps(log.manifest, indent=2))
 
@@ -235,7 +234,7 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog, work: Path) -> Sourc
 
 
 def _faults(report: Report) -> str:
-    """What a strict reading does not bear, in words; "" if there is nothing."""
+    """Faults that a strict reading refuses, in words; "" if there are none."""
     bad = sum(column["out_of_range"] for column in report["columns"])
     requests = report["requests"]
     counted = (
@@ -264,7 +263,7 @@ def _refuse(log: Log, layout: LogLayout, read: PreparedLog, report: Report, why:
 def _write_report(
     log: Log, layout: LogLayout, read: PreparedLog, report: Report, directory: Path
 ) -> None:
-    """Writes the report and what was rejected."""
+    """Writes the report and the rejected rows."""
     write_data_report(report, directory)
     written = write_rejected(log, layout, read.rejected, directory / REJECTED_FOLDER)
     if written != read.counts.sum():

@@ -1,4 +1,4 @@
-"""The columns of a batch of a log as arrays, whichever of the allowed types they have."""
+"""The columns of a batch of a log as arrays, from any of the allowed types."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ def numbers_of(array: pa.Array) -> Float64[np.ndarray, "n"]:
         array = array.dictionary_decode()
     if pa.types.is_boolean(array.type):
         array = array.cast(pa.int8())
-    # Not safe: what a double cannot hold exactly it holds nearly.
+    # Not safe: a double holds nearly the numbers that it cannot hold exactly.
     numbers = pc.cast(array, pa.float64(), safe=False).fill_null(float("nan"))
     return numbers.to_numpy(zero_copy_only=False)
 
@@ -29,7 +29,7 @@ def numbers_of(array: pa.Array) -> Float64[np.ndarray, "n"]:
 def seconds_of(
     array: pa.Array, units_per_second: int
 ) -> tuple[Int64[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
-    """Seconds since 1970 (UTC), rounded down, and whether there are any.
+    """Seconds since 1970 (UTC), rounded down, and True where there is a time.
 
     Timestamps say their unit, and one without a time zone counts as UTC; dates begin at midnight;
     of numbers `units_per_second` is known.
@@ -59,12 +59,12 @@ def codes_of(array: pa.Array, codes: dict[str, int]) -> Int64[np.ndarray, "n"]:
         return np.full(len(array), -1)
     if not pa.types.is_dictionary(array.type):
         array = array.dictionary_encode()
-    found = [
+    code_of = [
         -1 if text is None else codes.get(_as_text(text), 0)
         for text in array.dictionary.to_pylist()
     ]
     indices = array.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    return np.array([*found, -1])[indices]
+    return np.array([*code_of, -1])[indices]
 
 
 def _as_text(value: Any) -> str:
@@ -74,7 +74,7 @@ def _as_text(value: Any) -> str:
 def lists_of(
     array: pa.Array,
 ) -> tuple[Int64[np.ndarray, "n"], Int64[np.ndarray, "n"], Bool[np.ndarray, "n"], pa.Array]:
-    """A column of lists: where each begins, its length (0 if null), whether there is one, values.
+    """A column of lists: starts, lengths (0 if null), True where there is a list, and values.
 
     The values are those of all rows, and may hold more than the lists do.
     """
@@ -100,6 +100,6 @@ def take_values(
 def compacted(
     lengths: Int[np.ndarray, "n"], keep: Bool[np.ndarray, "all"]
 ) -> Int64[np.ndarray, "n+1"]:
-    """Where each list begins once only the values to keep are left of it."""
+    """The place where each list begins once only the values to keep are left."""
     kept = starts_of(keep.astype(np.int64))
     return kept[starts_of(lengths)]

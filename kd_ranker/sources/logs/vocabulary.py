@@ -1,4 +1,4 @@
-"""Writes which id each user, item and value of the log got."""
+"""Writes the id that each user, item and value of the log got."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ def write_vocabularies(
 
     Each has the columns `value`, as in the log, and `id`: in [0, num_users) and [0, num_items);
     that of a feature is its category id. Hashed features have no file, nor is there an entry for
-    what shares a feature's first category id: the rare, the unheard of and the missing.
+    the values that share a feature's first category id: rare, unheard-of and missing ones.
 
     Args:
       encoding: the ids.

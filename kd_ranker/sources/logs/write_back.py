@@ -1,10 +1,10 @@
 """A log written back with the probabilities of a teacher that was trained on its dataset.
 
-The probabilities are those of the dataset's scored copy: what a candidate's probability is of may
-stand in other rows of the log (its request's user and time, its item's last features), so rows are
-not scored by themselves. The copy's candidates are traced back to their rows by what was kept when
-the dataset was built, see `candidate_rows`: they are sorted by file and row on disk, and then each
-file of the log is read once more and written with its columns added.
+The probabilities are those of the dataset's scored copy. Rows are not scored by themselves: a
+candidate's probability depends on other rows of the log too (its request's user and time, its
+item's last features). The copy's candidates are traced back to their rows by the places that were
+kept when the dataset was built, see `candidate_rows`: they are sorted by file and row on disk, and
+then each file of the log is read once more and written with its columns added.
 
 Memory, in each process: the scores of half of `data.rows_in_memory` candidates, or of one row group
 of the log if that has more, at about 100 bytes each, and one batch of the log with all columns.
@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
-from jaxtyping import Bool, Int, Int32, Int64
+from jaxtyping import Bool, Float32, Int, Int32, Int64
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec
@@ -51,17 +51,17 @@ from kd_ranker.sources.logs.named_columns import (
 from kd_ranker.sources.logs.source import MANIFEST, check_unchanged
 from kd_ranker.sources.logs.values import lists_of
 
-# Where scored logs go, below `data.dir`.
+# Folder below `data.dir` for scored logs.
 SCORED_FOLDER = "scored"
 VERSION_COLUMN = "teacher_version"
-# Put behind the names of the columns, if the log has one of these names already.
+# Ends the names of the columns, if the log has one of these names already.
 SUFFIX = "_scored"
 # A file's number and a row's in one whole number, which sorts as the two do.
 _ROWS_BITS = 40
 # Requests that are read from the copy at a time.
 _REQUESTS = 512
 
-# Parts of a file that are written one after the other, and where the scores of their rows lie.
+# Parts of a file that are written one after the other, and the runs with the scores of their rows.
 Chunk = tuple[Sequence[Part], Sequence[tuple[str, int]]]
 
 
@@ -69,7 +69,7 @@ class Scored(NamedTuple):
     """A log with a teacher's columns.
 
     Attributes:
-      directory: where it lies.
+      directory: of the log.
       columns: the names of the columns that were added: one a task, and that of the version.
     """
 
@@ -78,10 +78,10 @@ class Scored(NamedTuple):
 
 
 class ScoredLog(NamedTuple):
-    """What remains to be done for a scored log, after all checks.
+    """The rest of the work on a scored log, after all checks.
 
     Attributes:
-      write_beside: writes into the folder of the dataset's scored copy what it was made of.
+      write_beside: writes the log's manifest into the folder of the dataset's scored copy.
       write: writes the log with the probabilities of that copy.
     """
 
@@ -116,16 +116,16 @@ def open_scored_log(
     copy, output = storage.directory_of(name, data.dir), Path(data.dir) / SCORED_FOLDER / name
     made_of = (directory / MANIFEST).read_text()
     for folder in (copy, output):
-        there = folder / MANIFEST
-        if folder.exists() and not (there.exists() and there.read_text() == made_of):
+        manifest = folder / MANIFEST
+        if folder.exists() and not (manifest.exists() and manifest.read_text() == made_of):
             raise UserError(
                 f"{folder} was made of the log as it was before; remove that folder and run this "
                 "again"
             )
     names = _output_names(log)
 
-    def write_beside(of_copy: Path) -> None:
-        (of_copy / MANIFEST).write_text(made_of)
+    def write_beside(folder: Path) -> None:
+        (folder / MANIFEST).write_text(made_of)
 
     def write() -> Scored:
         _start_folder(output, made_of)
@@ -211,12 +211,13 @@ def _write_missing(
         for sorted_run in run(sort, calls, "sorting scores"):
             for chunk, batch in sorted_run.buckets.items():
                 places[chunk].append((sorted_run.path, batch))
-        of_file: dict[int, list[Chunk]] = {file: [] for file in missing}
-        for parts, where in zip(chunks, places, strict=True):
-            of_file[parts[0].file].append((parts, where))
+        chunks_of_file: dict[int, list[Chunk]] = {file: [] for file in missing}
+        for parts, runs in zip(chunks, places, strict=True):
+            chunks_of_file[parts[0].file].append((parts, runs))
         write = functools.partial(write_file, log, layout, columns, spec.teacher_version)
         calls = [
-            (file, of_file[file], work / f"{file:06d}.parquet", outputs[file]) for file in missing
+            (file, chunks_of_file[file], work / f"{file:06d}.parquet", outputs[file])
+            for file in missing
         ]
         for _ in run(write, calls, "writing the scored log"):
             pass
@@ -230,7 +231,7 @@ def _key(file: int | Int32[np.ndarray, "n"], row: int | Int64[np.ndarray, "n"]) 
 def sort_scores(
     spec: FeatureSpec,
     copy: Path,
-    of_files: Int[np.ndarray, "wanted"],
+    files_wanted: Int[np.ndarray, "wanted"],
     chunk_starts: Int64[np.ndarray, "chunks"],
     folder: Path,
     split: str,
@@ -238,18 +239,18 @@ def sort_scores(
     number: int,
     rows: Path,
 ) -> Run:
-    """Sorts the scores of some requests by where their candidates were in the log.
+    """Sorts the scores of some requests by the places of their candidates in the log.
 
     Args:
       spec: of the scored copy.
       copy: its folder.
-      of_files: the files whose scores are wanted, by their numbers.
+      files_wanted: the files whose scores are wanted, by their numbers.
       chunk_starts: `_key` of the first row of each chunk of these files, in their order.
       folder: to write to.
       split: of the requests.
       first: the number of the first request in that split.
       number: how many they are.
-      rows: the file that says where their candidates were.
+      rows: the file with the places of their candidates.
 
     Returns:
       A run whose buckets are the numbers of chunks, none if there are no scores; a row a scored
@@ -258,48 +259,77 @@ def sort_scores(
     Raises:
       UserError: the copy holds other requests.
     """
-    columns = [storage.teacher_column(task) for task in spec.tasks]
-    features = tfds.features.FeaturesDict(
-        {
-            name: feature
-            for name, feature in storage.record_features(spec).items()
-            if name in ("request_id", "item_id", *columns)
-        }
-    )
-    records = tfds.builder_from_directory(copy).as_data_source(
-        split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-    )
-    request_id, candidates, scored = [], [], []
-    scores: dict[str, list[np.ndarray]] = {column: [] for column in columns}
-    last = min(first + number, len(records))
-    for start in range(first, last, _REQUESTS):
-        for record in records.__getitems__(list(range(start, min(start + _REQUESTS, last)))):
-            request = features.deserialize_example_np(record)
-            request_id.append(request["request_id"])
-            candidates.append(len(request["item_id"]))
-            scored.append(len(request[columns[0]]))
-            for column in columns:
-                scores[column].append(request[column])
+    copied = _read_scores(spec, copy, split, first, number)
     # Not by way of a path alone, which pyarrow takes for a dataset.
     with pq.ParquetFile(rows) as parquet:
         stored = parquet.read(use_threads=False)
-    where = {name: stored[name].to_numpy() for name in ("file", "row", "place")}
-    if not np.array_equal(np.repeat(request_id, candidates), stored["request_id"].to_numpy()):
+    request_of = np.repeat(copied.request_id, copied.candidates)
+    if not np.array_equal(request_of, stored["request_id"].to_numpy()):
         raise UserError(
             f"{copy} holds other requests than the dataset that it was made of holds now; remove "
             "that folder and run this again"
         )
-    chosen = places_of(starts_of(np.array(candidates))[:-1], np.array(scored))
-    table: NamedColumns = {name: column[chosen] for name, column in where.items()}
-    for task, column in zip(spec.tasks, columns, strict=True):
-        table[f"teacher:{task}"] = np.concatenate(scores[column])
-    table = take_rows(table, np.flatnonzero(np.isin(array_of(table, "file"), of_files)))
+    chosen = places_of(starts_of(copied.candidates)[:-1], copied.scored)
+    table: NamedColumns = {
+        name: stored[name].to_numpy()[chosen] for name in ("file", "row", "place")
+    }
+    table |= {f"teacher:{task}": score for task, score in copied.scores.items()}
+    table = take_rows(table, np.flatnonzero(np.isin(array_of(table, "file"), files_wanted)))
     if not num_rows(table):
         return Run("", {})
     key = _key(array_of(table, "file"), array_of(table, "row"))
     del table["file"]
     chunk = np.searchsorted(chunk_starts, key, side="right") - 1
     return write_run(folder / f"scores-{split}-{first:012d}.arrow", table, chunk)
+
+
+class _CopiedScores(NamedTuple):
+    """The scores of some requests of a scored copy.
+
+    Attributes:
+      request_id: as stored.
+      candidates: the number of candidates of each request.
+      scored: the number of those that have a score, the first ones.
+      scores: task -> the scores of all requests, one request after the other.
+    """
+
+    request_id: Int64[np.ndarray, "requests"]
+    candidates: Int64[np.ndarray, "requests"]
+    scored: Int64[np.ndarray, "requests"]
+    scores: dict[str, Float32[np.ndarray, "n"]]
+
+
+def _read_scores(
+    spec: FeatureSpec, copy: Path, split: str, first: int, number: int
+) -> _CopiedScores:
+    column_of = {task: storage.teacher_column(task) for task in spec.tasks}
+    features = tfds.features.FeaturesDict(
+        {
+            name: feature
+            for name, feature in storage.record_features(spec).items()
+            if name in ("request_id", "item_id", *column_of.values())
+        }
+    )
+    records = tfds.builder_from_directory(copy).as_data_source(
+        split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+    )
+    request_id, candidates, scored = [], [], []
+    scores: dict[str, list[np.ndarray]] = {task: [] for task in spec.tasks}
+    last = min(first + number, len(records))
+    for start in range(first, last, _REQUESTS):
+        for record in records.__getitems__(list(range(start, min(start + _REQUESTS, last)))):
+            request = features.deserialize_example_np(record)
+            request_id.append(request["request_id"])
+            candidates.append(len(request["item_id"]))
+            scored.append(len(request[column_of[spec.tasks[0]]]))
+            for task, column in column_of.items():
+                scores[task].append(request[column])
+    return _CopiedScores(
+        np.array(request_id, np.int64),
+        np.array(candidates, np.int64),
+        np.array(scored, np.int64),
+        {task: np.concatenate(of_requests) for task, of_requests in scores.items()},
+    )
 
 
 def write_file(
@@ -321,8 +351,8 @@ def write_file(
       version: of the teacher.
       file: the number of the file in the log.
       chunks: all its parts, in their order.
-      temporary: where to write it.
-      output: where to move it once it is whole.
+      temporary: the path to write it to.
+      output: the path to move it to once it is whole.
 
     Raises:
       UserError: the file cannot be read.

@@ -20,7 +20,7 @@ from kd_ranker.batches import loader
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.evaluate import Ranker, Served
-from kd_ranker.pipeline import commands, teachers
+from kd_ranker.pipeline import commands, scoring, teachers
 from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests import storage
 from kd_ranker.requests.request import SPLITS
@@ -270,7 +270,7 @@ def test_a_run_that_was_killed_goes_on_with_the_files_that_are_missing(tmp_path,
 def test_a_run_that_was_killed_while_the_teacher_scored_goes_on_with_what_is_missing(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(teachers, "_BATCHES", 1)
+    monkeypatch.setattr(scoring, "_BATCHES", 1)
     config = make_config(tmp_path)
     logged = commands.log_teacher(config)
     whole = contents(logged.log.directory)
