@@ -1,7 +1,6 @@
 """The one exception for what a user can mend: printed as one line, with exit code 2."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
@@ -22,13 +21,3 @@ def check_tasks(tasks: Sequence[str], known: Iterable[str]) -> None:
         check_choice("tasks", task, known)
     if not tasks or len(set(tasks)) < len(tasks):
         raise UserError(f"tasks={tuple(tasks)!r} must name one task or more, none of them twice")
-
-
-def check_at_least(data: Mapping[str, Any], least_of: Mapping[str, int]) -> None:
-    """Raises UserError for a key of `config.data` whose number is less than its least.
-
-    A key that `data` lacks is not looked at.
-    """
-    for key, least in least_of.items():
-        if key in data and data[key] < least:
-            raise UserError(f"data.{key}={data[key]} must be at least {least}")

@@ -580,30 +580,11 @@ def _old_teacher_probability(
 
 def _check(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> None:
     check_tasks(tasks, TASKS)
-    sizes = (
-        "seed",
-        "num_users",
-        "num_items",
-        "num_topics",
-        "history_length",
-        "train_requests",
-        "test_requests",
-    )
-    for key in sizes:
-        least = 0 if key in ("seed", "train_requests", "test_requests") else 1
-        if data[key] < least:
-            raise UserError(f"data.{key}={data[key]} must be at least {least}")
     if not 1 <= funnel.shown <= funnel.passed <= funnel.retrieved <= data.num_items:
         raise UserError(
             f"funnel.shown={funnel.shown}, funnel.passed={funnel.passed},"
             f" funnel.retrieved={funnel.retrieved} and data.num_items={data.num_items}"
             " must each be at least 1 and at most the next"
         )
-    for key in ("retrieval_noise", "policy_noise"):
-        if not data[key] >= 0:
-            raise UserError(f"data.{key}={data[key]} must not be negative")
-    for key in ("exploration", "fault_missing", "fault_nan", "fault_out_of_range", "fault_version"):
-        if not 0 <= data[key] <= 1:
-            raise UserError(f"data.{key}={data[key]} must lie in [0, 1]")
     if data.fault_nan + data.fault_out_of_range > 1:
         raise UserError("data.fault_nan + data.fault_out_of_range must not exceed 1")

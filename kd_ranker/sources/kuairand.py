@@ -44,7 +44,7 @@ from jaxtyping import Bool, Float, Float32, Int, Int32, Int64, UInt8
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import Category, FeatureSpec
-from kd_ranker.errors import UserError, check_at_least, check_choice, check_tasks
+from kd_ranker.errors import UserError, check_choice, check_tasks
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources import kuairand_files
 from kd_ranker.sources.kuairand_files import (
@@ -546,24 +546,6 @@ def _check(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> int:
     """Raises UserError for settings that make no sense; returns when the test begins."""
     check_tasks(tasks, TASKS)
     check_choice("data.name", data.name, VARIANT_OF_NAME)
-    check_choice("data.test", data.test, TESTS)
-    check_at_least(
-        data,
-        {
-            "seed": 0,
-            "history_length": 1,
-            "impressions_per_request": 1,
-            "negatives": 0,
-            "train_requests": 0,
-            "test_requests": 0,
-            "max_users": 0,
-            "author_rows": 1,
-            "music_rows": 1,
-        },
-    )
-    for key in ("session_minutes", "random_session_minutes"):
-        if not data[key] > 0:
-            raise UserError(f"data.{key}={data[key]} must be greater than 0")
     candidates = data.impressions_per_request + data.negatives
     if funnel.retrieved < candidates:
         raise UserError(

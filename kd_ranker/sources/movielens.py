@@ -36,7 +36,7 @@ from jaxtyping import Float32, Float64, Int, Int64
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec
-from kd_ranker.errors import UserError, check_at_least, check_choice, check_tasks
+from kd_ranker.errors import UserError, check_choice, check_tasks
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources.download import fetch
 from kd_ranker.sources.movielens_files import PUBLISHED, MovieLens, read_movielens
@@ -515,16 +515,3 @@ def _ordered_blocks(
 def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
     check_choice("data.name", data.name, PUBLISHED)
     check_tasks(tasks, TASKS)
-    check_at_least(
-        data,
-        {
-            "seed": 0,
-            "history_length": 1,
-            "ratings_per_request": 1,
-            "test_requests_per_user": 0,
-            "negatives": 0,
-            "max_users": 0,
-        },
-    )
-    if not 0 <= data.test_share < 1:
-        raise UserError(f"data.test_share={data.test_share} must lie in [0, 1)")

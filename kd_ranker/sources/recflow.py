@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from kd_ranker.batch import Category, FeatureSpec, Stage
 from kd_ranker.distillation.teacher_signal import probability_of_rank
-from kd_ranker.errors import UserError, check_at_least, check_choice, check_tasks
+from kd_ranker.errors import UserError, check_choice, check_tasks
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources.hashing import hash_into
 from kd_ranker.sources.recflow_files import (
@@ -668,15 +668,6 @@ def _end_to_end(parts: Sequence[NamedArrays]) -> NamedArrays:
 
 def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
     check_tasks(tasks, TASKS)
-    check_at_least(
-        data,
-        {
-            "seed": 0,
-            "history_length": 1,
-            "max_requests_per_day": 0,
-            "authors": 1,
-        },
-    )
     if not data.path:
         raise UserError(
             "data.path is empty; set it to the folder with the files of RecFlow, which have to be "

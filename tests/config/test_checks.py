@@ -1,6 +1,6 @@
 import pytest
 
-from configs import cascade, kuairand, movielens, movielens_1m, movielens_32m, recflow
+from configs import cascade, kuairand, movielens, movielens_1m, movielens_32m, parquet, recflow
 from kd_ranker.config import checks
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.errors import UserError
@@ -100,6 +100,50 @@ def test_the_kuairand_configs_are_valid(variant):
 )  # fmt: skip
 def test_each_fault_is_one_line_that_says_what_to_change(changes, message):
     assert message in fault_of(config_with(**changes))
+
+
+@pytest.mark.parametrize(
+    ("module", "changes", "message"),
+    [
+        (cascade, {"exploration": 1.5}, "data.exploration=1.5 must lie in [0, 1]"),
+        (cascade, {"fault_nan": -0.1}, "data.fault_nan=-0.1 must lie in [0, 1]"),
+        (cascade, {"policy_noise": float("nan")}, "data.policy_noise=nan must be a finite number"),
+        (cascade, {"num_users": 0}, "data.num_users=0 must be greater than 0"),
+        (cascade, {"train_requests": -1}, "data.train_requests=-1 must not be negative"),
+        (cascade, {"seed": -1}, "data.seed=-1 must not be negative"),
+        (cascade, {"history_length": 0}, "data.history_length=0 must be greater than 0"),
+        (movielens_1m, {"negatives": -1}, "data.negatives=-1 must not be negative"),
+        (movielens_1m, {"max_users": -1}, "data.max_users=-1 must not be negative"),
+        (movielens, {"test_share": 1.0}, "data.test_share=1.0 must lie in [0, 1)"),
+        (kuairand, {"impressions_per_request": 0}, "data.impressions_per_request=0 must be gr"),
+        (kuairand, {"negatives": -1}, "data.negatives=-1 must not be negative"),
+        (kuairand, {"test_requests": -2}, "data.test_requests=-2 must not be negative"),
+        (kuairand, {"author_rows": 0}, "data.author_rows=0 must be greater than 0"),
+        (kuairand, {"session_minutes": 0}, "data.session_minutes=0 must be greater than 0"),
+        (kuairand, {"random_session_minutes": -1}, "data.random_session_minutes=-1 must be gr"),
+        (kuairand, {"test": "biased"}, "data.test='biased' does not exist; choose one of: random"),
+        (recflow, {"max_requests_per_day": -1}, "data.max_requests_per_day=-1 must not be neg"),
+        (recflow, {"authors": 0}, "data.authors=0 must be greater than 0"),
+        (recflow, {"train_days": (20240217,)}, "data.train_days holds 20240217; it takes names"),
+        (parquet, {"rows": "item"}, "data.rows='item' does not exist; choose one of: candidate"),
+        (parquet, {"split": "item"}, "choose one of: request, time, user"),
+        (parquet, {"time_unit": "h"}, "choose one of: ms, s, us"),
+        (parquet, {"teacher_signal": "logit"}, "choose one of: probability, rank"),
+        (parquet, {"test_share": 1.0}, "data.test_share=1.0 must lie between 0 and 1"),
+        (parquet, {"processes": 0}, "data.processes=0 must be greater than 0"),
+        (parquet, {"rows_in_memory": 10}, "data.rows_in_memory=10 must be at least 1000"),
+    ],
+)  # fmt: skip
+def test_a_fault_of_a_source_is_one_line_before_it_is_opened(module, changes, message):
+    config = module.get_config()
+    config.data.update(changes)
+    assert message in fault_of(config)
+
+
+def test_a_key_that_a_config_file_misspells_is_refused():
+    config = cascade.get_config()
+    config.distill.wieght = 3.0
+    assert "'distill.wieght' does not exist; did you mean 'distill.weight'?" in fault_of(config)
 
 
 @pytest.mark.parametrize(

@@ -682,17 +682,6 @@ def test_the_sources_are_named() -> None:
 
 
 SETTINGS = [
-    ({"seed": -1}, "data.seed=-1"),
-    ({"history_length": 0}, "data.history_length=0"),
-    ({"impressions_per_request": 0}, "data.impressions_per_request=0"),
-    ({"negatives": -1}, "data.negatives=-1"),
-    ({"train_requests": -1}, "data.train_requests=-1"),
-    ({"test_requests": -2}, "data.test_requests=-2"),
-    ({"max_users": -1}, "data.max_users=-1"),
-    ({"author_rows": 0}, "data.author_rows=0"),
-    ({"session_minutes": 0}, "data.session_minutes=0"),
-    ({"random_session_minutes": -1}, "data.random_session_minutes=-1"),
-    ({"test": "biased"}, "data.test='biased' does not exist; choose one of: random, standard"),
     ({"test_from": "22 April"}, "data.test_from='22 April' is not a date like 2022-04-22"),
     ({"test_from": "2022-04-31"}, "data.test_from='2022-04-31' is not a date"),
     ({"name": "kuairand_2k"}, "data.name='kuairand_2k'"),

@@ -780,12 +780,6 @@ def test_a_funnel_that_does_not_hold_the_largest_request_is_refused(tmp_path: Pa
     movielens.open_source(data, TASKS, ConfigDict({"retrieved": 7}))
 
 
-@pytest.mark.parametrize("key", ["negatives", "max_users"])
-def test_numbers_below_zero_are_named(tmp_path: Path, key: str) -> None:
-    with pytest.raises(UserError, match=rf"data\.{key}=-1 must be at least 0"):
-        open_small(write_files(tmp_path), **{key: -1})
-
-
 @pytest.mark.parametrize("name", ["movielens_100k", "movielens_1m", "movielens_32m"])
 def test_without_a_path_the_sets_own_archive_is_fetched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -502,8 +502,6 @@ def fault_of(root: Path, **changes) -> str:
         ({"train_days": (DAYS[2],)}, "training may not look ahead"),
         ({"train_days": (DAYS[1],), "test_days": (DAYS[0],)}, "training may not look ahead"),
         ({"test_days": ("2024-02-19",)}, "data.test_days names 2024-02-19, and "),
-        ({"max_requests_per_day": -1}, "data.max_requests_per_day=-1 must be at least 0"),
-        ({"authors": 0}, "data.authors=0 must be at least 1"),
         ({"tasks": ("watch", "buy")}, "tasks='buy' does not exist"),
         ({"tasks": ("watch", "watch")}, "none of them twice"),
         ({"retrieved": 5}, "set it to"),

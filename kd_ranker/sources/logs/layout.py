@@ -5,7 +5,6 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import TEACHER_SIGNALS
 from kd_ranker.errors import UserError, check_choice
 
 ROWS = ("candidate", "request")
@@ -155,10 +154,6 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
             "data.path is empty; give a Parquet file, a directory or a glob of them, with "
             "--config.data.path=…"
         )
-    check_choice("data.rows", data.rows, ROWS)
-    check_choice("data.split", data.split, SPLIT_BY)
-    check_choice("data.time_unit", data.time_unit, TIME_UNITS)
-    check_choice("data.teacher_signal", data.teacher_signal, TEACHER_SIGNALS)
     for key in ("columns", "stages", "labels", "teacher"):
         for name, value in data[key].items():
             if not isinstance(value, str):
@@ -173,11 +168,6 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
             raise UserError(f"data.labels.{task} is empty; name the column that holds it")
     for task in data.teacher:
         check_choice("data.teacher", task, data.labels)
-    if not 0 < data.test_share < 1:
-        raise UserError(f"data.test_share={data.test_share} must lie between 0 and 1")
-    for key, least in (("processes", 1), ("rows_in_memory", 1000)):
-        if data[key] < least:
-            raise UserError(f"data.{key}={data[key]} must be at least {least}")
 
 
 def _read_stages(stages: ConfigDict) -> dict[str, int]:
