@@ -149,8 +149,6 @@ def _init(
             jax.vmap(lambda key: init(key, slots))(keys),
             len(spec.tasks),
             configs[0].distill.affine,
-            # A stream of its own, apart from the one that draws the parameters.
-            jax.random.key_data(jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys)),
         )
 
     return init_group

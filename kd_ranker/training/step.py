@@ -17,7 +17,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 
 from kd_ranker.batch import CandidateBatch, Items, Stage
 from kd_ranker.batches.cutting import PackedBatch, unpack
@@ -75,7 +75,6 @@ class TrainState:
       optimizer_state: of the dense parameters and the transform.
       non_finite_step: 0, or the step at which a member's loss stopped being finite; such a member
         is frozen as it was before that step.
-      key: random state, for models that draw while they train; those built in do not.
       unknown_ids: for each table, how many ids that were trained on had no row of their own.
       owners: for each table, what `find_occurrences` works with; it means nothing between steps.
     """
@@ -85,7 +84,6 @@ class TrainState:
     transform: Transform
     optimizer_state: optax.OptState
     non_finite_step: Int[Array, "members"]
-    key: PRNGKeyArray
     unknown_ids: dict[str, Int[Array, ""]]
     owners: dict[str, Int[Array, "rows"]]
 
@@ -150,7 +148,6 @@ def init_state(
     parameters: Parameters,
     tasks: int,
     affine: bool,
-    keys: PRNGKeyArray,
 ) -> TrainState:
     """The state of a group before its first step.
 
@@ -159,9 +156,8 @@ def init_state(
       parameters: the members' initial parameters, stacked.
       tasks: the number of tasks.
       affine: `config.distill.affine`.
-      keys: a key a member, as raw data.
     """
-    members = keys.shape[0]
+    members = jax.tree.leaves(parameters)[0].shape[0]
     transform = stack_members([recipe.mode.init_transform(tasks, affine)] * members)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -169,7 +165,6 @@ def init_state(
         transform=transform,
         optimizer_state=jax.vmap(recipe.optimizer.init)((parameters.dense, transform)),
         non_finite_step=jnp.zeros(members, jnp.int32),
-        key=keys,
         unknown_ids={name: jnp.zeros((), jnp.int32) for name in parameters.tables},
         owners={
             name: jnp.zeros(tables.shape[1], jnp.int32)

@@ -88,8 +88,7 @@ def make_recipe(mode="shared", optimizer="adam", seeds=(0,), spec=SPEC, student=
     _, init = build_model(student, spec, heads, STUDENT)
     slots = recipe.row_optimizer.slots(STUDENT.width)
     parameters = [init(jax.random.key(seed), slots) for seed in seeds]
-    keys = jnp.stack([jax.random.key_data(jax.random.key(2))] * len(seeds))
-    return recipe, init_state(recipe, stack_members(parameters), TASKS, True, keys)
+    return recipe, init_state(recipe, stack_members(parameters), TASKS, True)
 
 
 def hyperparameters(**changes):
@@ -575,8 +574,7 @@ def test_hashed_tables_train_under_both_mappings():
     model, init = build_model(MultiInterest, spec, TASKS, config)
     recipe = recipe_of("none", "sgd", spec)._replace(model=model)
     parameters = stack_members([init(jax.random.key(0), 0)])
-    keys = jax.random.key_data(jax.random.key(2))[None]
-    state = init_state(recipe, parameters, TASKS, True, keys)
+    state = init_state(recipe, parameters, TASKS, True)
     assert {name: table.shape[1] for name, table in parameters.tables.items()} == {
         "user": 6, "item": 8, "category": 101
     }  # fmt: skip
