@@ -1,4 +1,4 @@
-"""The table of all config keys: what each is called, holds, means and changes.
+"""The table of all config keys, with the values, the meaning and the influence of each.
 
 A key is declared here and nowhere else. Defaults, checks, axes of a sweep, columns that tell
 members apart, and the page `docs/config.md` derive from it; see `schema`.

@@ -1,4 +1,4 @@
-"""What is known of config keys beyond one: lookups that derive from the table in `keys`."""
+"""Lookups over all config keys, which derive from the table in `keys`."""
 
 import dataclasses
 from collections.abc import Iterator

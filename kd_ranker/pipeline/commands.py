@@ -1,4 +1,4 @@
-"""What the entry points do: one function each, from a config and a workdir to files."""
+"""The work of the entry points: one function each, from a config and a workdir to files."""
 
 import dataclasses
 import functools
@@ -74,7 +74,7 @@ def train_teacher(config: ConfigDict, workdir: Path) -> list[Row]:
 
 
 class Logged(NamedTuple):
-    """What `log_teacher` has written.
+    """The files that `log_teacher` has written.
 
     Attributes:
       dataset: the folder of the copy of the dataset that holds the probabilities.
@@ -158,7 +158,7 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
     those are trained.
 
     Returns:
-      Whether there was anything to do: False for a sweep that is complete.
+      True if there was anything to do; False for a sweep that is complete.
     """
     checks.validate(config)
     workdirs.check(workdir, "sweep", config, without=_free_of_a_sweep(config.sweep.extend))

@@ -62,7 +62,7 @@ def training_batches(
 
 
 def _devices_of_host(config: ConfigDict) -> int:
-    """How many of the run's devices have the memory of this machine as theirs."""
+    """The number of the run's devices that share the memory of this machine."""
     devices = jax.devices()[: config.parallel.devices or None]
     return sum(device.platform == "cpu" for device in devices)
 
@@ -158,7 +158,7 @@ def _progress_of_students(
 
 
 def _evaluation_scalars(row: Row, member: str) -> dict[str, float]:
-    """What an evaluation measured, under the names of `metrics.jsonl`."""
+    """The numbers of an evaluation under the names of `metrics.jsonl`."""
     return {
         scalar_name(f"eval/{column}", member): value
         for column, value in row.items()

@@ -127,7 +127,7 @@ def _opened(config: str) -> tuple[ConfigDict, Dataset, Teacher]:
 
 
 def scoring_folder(config: ConfigDict, dataset: Dataset, teacher: Teacher) -> Path:
-    """Where the shards of a scored copy are kept until it is whole, for `Source.resume`.
+    """The folder that keeps the shards of a scored copy until it is whole, for `Source.resume`.
 
     Its name holds a hash over what decides their bytes: how they are cut, the files of the dataset
     (of which one that was made anew has younger ones), and the releases of what scores and writes.
