@@ -1,8 +1,9 @@
-"""The one struct that flows through the program, and the sizes that describe it.
+"""The fields of a request, and the structs that hold them: one on disk, one in a step.
 
-Every room speaks of a batch in these terms: `R` requests, `N` candidates a request, `T` tasks,
-`H` events of history. A batch holds what differs from request to request. What belongs to an item
-alone lies once on the device, in `Items`, and is looked up by `item_id`.
+Every room speaks of requests in these terms: `R` requests, `N` candidates a request, `T` tasks,
+`H` events of history. A field is declared once, in `FIELDS`; to add one takes a line there, and one
+in each struct that holds it. A batch holds what differs from request to request. What belongs to an
+item alone lies once on the device, in `Items`, and is looked up by `item_id`.
 
 Categorical features come as *category ids*. All of them share one range: that of a feature follows
 those of the features before it (`FeatureSpec.category_starts`), so one table of rows serves them
@@ -13,12 +14,13 @@ import dataclasses
 import enum
 import itertools
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import flax.struct
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Float32, Int, Int8, Int32, UInt8
 
 from kd_ranker.errors import check_choice
 
@@ -30,84 +32,6 @@ class Stage(enum.IntEnum):
     RETRIEVED = 1
     PASSED = 2
     SHOWN = 3
-
-
-@flax.struct.dataclass
-class CandidateBatch:
-    """A batch of requests with their candidates. Probabilities lie in [0, 1].
-
-    Entries where `stage` is `PADDING` hold zeros and mean nothing; entries of weight 0 may hold
-    anything, NaN included, and contribute exactly nothing to a loss.
-
-    Those shown stand first, then those passed, so what is known of a few candidates only need not
-    be as long as the list of all: labels are of its first `labelled` entries, and in its first
-    `judged` stand all that were passed and all that have a logged teacher probability. Both may be
-    N.
-    """
-
-    user_id: Int[Array, "R"]
-    user_features: Float[Array, "R U"]
-    context: Float[Array, "R C"]
-    history_id: Int[Array, "R H"]  # item ids, most recent last, padded at the end
-    history_features: Float[Array, "R H E"]
-    history_mask: Bool[Array, "R H"]
-    item_id: Int[Array, "R N"]
-    candidate_features: Float[Array, "R N X"]
-    request_category: Int[Array, "R K"]  # category ids of user and context; -1 fills up
-    candidate_category: Int[Array, "R N L"]  # those that differ from request to request
-    stage: Int8[Array, "R N"]  # a `Stage`
-    user_label: Float[Array, "R labelled T"]  # 0 or 1
-    label_weight: Float[Array, "R labelled"]  # 0 where not shown
-    teacher_probability: Float[Array, "R judged T"]
-    teacher_weight: Float[Array, "R judged T"]  # 0 where it was not logged properly
-
-    @property
-    def candidate_mask(self) -> Bool[Array, "R N"]:
-        """True where there is a candidate, False on padding."""
-        return self.stage > Stage.PADDING
-
-    @property
-    def labelled(self) -> int:
-        """How many candidates of each request, the first ones, can have user labels."""
-        return self.label_weight.shape[1]
-
-    @property
-    def judged(self) -> int:
-        """How many candidates of each request, the first ones, can have logged probabilities."""
-        return self.teacher_weight.shape[1]
-
-    def first(self, candidates: int) -> "CandidateBatch":
-        """The batch with the first candidates of each request alone."""
-        return dataclasses.replace(
-            self, **{name: getattr(self, name)[:, :candidates] for name in _OF_CANDIDATES}
-        )
-
-
-_OF_CANDIDATES = (
-    *("item_id", "candidate_features", "candidate_category", "stage"),
-    *("user_label", "label_weight", "teacher_probability", "teacher_weight"),
-)
-
-
-@flax.struct.dataclass
-class Items:
-    """What belongs to each item alone, row by item id."""
-
-    features: Float[Array, "items F"]
-    category: Int[Array, "items I"]  # category ids; -1 fills up
-
-
-@flax.struct.dataclass
-class EvaluationBatch:
-    """A batch for evaluation, with what only the evaluation may see.
-
-    `true_probability` is NaN where the dataset does not know it; `request_mask` is False on the
-    requests that only fill up the last batch.
-    """
-
-    batch: CandidateBatch
-    true_probability: Float[Array, "R N T"]
-    request_mask: Bool[Array, "R"]
 
 
 CATEGORY_OWNERS = ("request", "candidate", "item")
@@ -210,31 +134,214 @@ class FeatureSpec:
         return cls(**fields)
 
 
+Owner = Literal["request", "event", "candidate", "shown", "scored", "known"]
+"""What a field is known of, which says how many entries of it a request has.
+
+The request itself: one. Each event of its history; each of its candidates; each of those that were
+shown; each of those that the teacher has scored; each candidate where the truth is known, and none
+elsewhere. Shown and scored candidates are the first ones.
+"""
+
+
+class Field(NamedTuple):
+    """A field of a request.
+
+    Attributes:
+      name: that of the attribute of `Request`, of `CandidateBatch`, or of both.
+      of: its owner.
+      stored: its type on disk; None for what is worked out on the way to a batch.
+      dtype: its type in a batch; None for what no model sees.
+      width: sizes of a dataset -> how many numbers an entry has; None for a single one. Where it is
+        0, a field that `Request` can do without is not stored.
+      nothing: what stands for no entry.
+      ids: sizes of a dataset -> how many ids there are. Those stored lie in [0, ids), or are
+        `nothing`; None for what is no id.
+    """
+
+    name: str
+    of: Owner
+    stored: type | None
+    dtype: type | None
+    width: Callable[[FeatureSpec], int] | None = None
+    nothing: float = 0
+    ids: Callable[[FeatureSpec], int] | None = None
+
+    def shape(self, spec: FeatureSpec) -> tuple[int, ...]:
+        """The shape of an entry."""
+        return (self.width(spec),) if self.width else ()
+
+
+def _tasks(spec: FeatureSpec) -> int:
+    return len(spec.tasks)
+
+
+def _items(spec: FeatureSpec) -> int:
+    return spec.num_items
+
+
+def _categories(spec: FeatureSpec) -> int:
+    return spec.num_categories
+
+
+def _of_request(spec: FeatureSpec) -> int:
+    return spec.category_width("request")
+
+
+def _of_candidate(spec: FeatureSpec) -> int:
+    return spec.category_width("candidate")
+
+
+# Batches are packed in this order.
+FIELDS = (
+    Field("request_id", "request", np.int64, None),
+    Field("time", "request", np.int64, None),
+    Field("user_id", "request", np.int32, np.int32, ids=lambda spec: spec.num_users),
+    Field("user_features", "request", np.float32, np.float32, lambda spec: spec.user_features),
+    Field("context", "request", np.float32, np.float32, lambda spec: spec.context_features),
+    Field("request_category", "request", np.int32, np.int32, _of_request, -1, _categories),
+    Field("history_id", "event", np.int32, np.int32, ids=_items),
+    Field("history_features", "event", np.float32, np.float32, lambda spec: spec.history_features),
+    Field("history_mask", "event", None, np.bool_),
+    Field("item_id", "candidate", np.int32, np.int32, ids=_items),
+    Field(
+        "candidate_features", "candidate", np.float32, np.float32, lambda of: of.candidate_features
+    ),
+    Field("candidate_category", "candidate", np.int32, np.int32, _of_candidate, -1, _categories),
+    Field("num_passed", "request", np.int32, None),
+    Field("stage", "candidate", None, np.int8),
+    Field("user_label", "shown", np.uint8, np.float32, _tasks),
+    Field("label_weight", "shown", np.float32, np.float32),
+    Field("teacher_probability", "scored", np.float32, np.float32, _tasks, np.nan),
+    # The log has one a candidate. What is proper is decided for each task.
+    Field("teacher_weight", "scored", np.float32, None),
+    Field("teacher_weight", "scored", None, np.float32, _tasks),
+    Field("teacher_version", "request", str, None),
+    Field("true_probability", "known", np.float32, None, _tasks),
+)
+"""All fields of a request."""
+
+STORED = tuple(field for field in FIELDS if field.stored is not None)
+"""Those of `Request`."""
+
+IN_BATCH = tuple(field for field in FIELDS if field.dtype is not None)
+"""Those of `CandidateBatch`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One request as it lies on disk, without padding.
+
+    The N candidates stand in funnel order: the S shown ones first, then the rest of the P passed
+    ones, then the rest of the retrieved. User labels are therefore known for a prefix of length S,
+    and a teacher that scored only what was passed has logged a prefix of length P (A below: S ≤ P,
+    and A is 0, P or N). Nothing here but labels, teacher probabilities and true probabilities may
+    stem from after `time`.
+    """
+
+    request_id: int
+    time: int  # seconds
+    user_id: int
+    user_features: Float32[np.ndarray, "U"]
+    context: Float32[np.ndarray, "C"]
+    history_id: Int32[np.ndarray, "H"]  # most recent last, at most `history_length` of them
+    history_features: Float32[np.ndarray, "H E"]
+    item_id: Int32[np.ndarray, "N"]
+    candidate_features: Float32[np.ndarray, "N X"]
+    num_passed: int
+    user_label: UInt8[np.ndarray, "S T"]
+    label_weight: Float32[np.ndarray, "S"]
+    teacher_probability: Float32[np.ndarray, "A T"]  # as logged: NaN and nonsense included
+    teacher_weight: Float32[np.ndarray, "A"]  # 0 where the log says that nothing was written
+    teacher_version: str  # of the model that wrote `teacher_probability`
+    true_probability: Float32[np.ndarray, "N T"]  # [0, T] in training requests and where unknown
+    # Category ids, see above; None in a dataset without such features.
+    request_category: Int32[np.ndarray, "K"] | None = None
+    candidate_category: Int32[np.ndarray, "N L"] | None = None
+
+
+@flax.struct.dataclass
+class CandidateBatch:
+    """A batch of requests with their candidates. Probabilities lie in [0, 1].
+
+    Entries where `stage` is `PADDING` hold zeros and mean nothing; entries of weight 0 may hold
+    anything, NaN included, and contribute exactly nothing to a loss.
+
+    Those shown stand first, then those passed, so what is known of a few candidates only need not
+    be as long as the list of all: labels are of its first `labelled` entries, and in its first
+    `judged` stand all that were passed and all that have a logged teacher probability. Both may be
+    N.
+    """
+
+    user_id: Int[Array, "R"]
+    user_features: Float[Array, "R U"]
+    context: Float[Array, "R C"]
+    history_id: Int[Array, "R H"]  # item ids, most recent last, padded at the end
+    history_features: Float[Array, "R H E"]
+    history_mask: Bool[Array, "R H"]
+    item_id: Int[Array, "R N"]
+    candidate_features: Float[Array, "R N X"]
+    request_category: Int[Array, "R K"]  # category ids of user and context; -1 fills up
+    candidate_category: Int[Array, "R N L"]  # those that differ from request to request
+    stage: Int8[Array, "R N"]  # a `Stage`
+    user_label: Float[Array, "R labelled T"]  # 0 or 1
+    label_weight: Float[Array, "R labelled"]  # 0 where not shown
+    teacher_probability: Float[Array, "R judged T"]
+    teacher_weight: Float[Array, "R judged T"]  # 0 where it was not logged properly
+
+    @property
+    def candidate_mask(self) -> Bool[Array, "R N"]:
+        """True where there is a candidate, False on padding."""
+        return self.stage > Stage.PADDING
+
+    @property
+    def labelled(self) -> int:
+        """How many candidates of each request, the first ones, can have user labels."""
+        return self.label_weight.shape[1]
+
+    @property
+    def judged(self) -> int:
+        """How many candidates of each request, the first ones, can have logged probabilities."""
+        return self.teacher_weight.shape[1]
+
+    def first(self, candidates: int) -> "CandidateBatch":
+        """The batch with the first candidates of each request alone."""
+        of_candidates = [field.name for field in IN_BATCH if field.of not in ("request", "event")]
+        return dataclasses.replace(
+            self, **{name: getattr(self, name)[:, :candidates] for name in of_candidates}
+        )
+
+
+@flax.struct.dataclass
+class Items:
+    """What belongs to each item alone, row by item id."""
+
+    features: Float[Array, "items F"]
+    category: Int[Array, "items I"]  # category ids; -1 fills up
+
+
+@flax.struct.dataclass
+class EvaluationBatch:
+    """A batch for evaluation, with what only the evaluation may see.
+
+    `true_probability` is NaN where the dataset does not know it; `request_mask` is False on the
+    requests that only fill up the last batch.
+    """
+
+    batch: CandidateBatch
+    true_probability: Float[Array, "R N T"]
+    request_mask: Bool[Array, "R"]
+
+
 def empty_batch(spec: FeatureSpec, requests: int, candidates: int) -> CandidateBatch:
     """A batch of zeros, on the host: what programs are compiled for before there is any data."""
-    tasks, history = len(spec.tasks), spec.history_length
+    entries = {"request": (), "event": (spec.history_length,)}
 
     # A batch is made on the host and typed for the device, where it is used.
-    def zeros(dtype: type, *shape: int) -> Any:
-        return np.zeros((requests, *shape), dtype)
+    def zeros(field: Field) -> Any:
+        number = entries.get(field.of, (candidates,))
+        return np.zeros((requests, *number, *field.shape(spec)), field.dtype)
 
-    return CandidateBatch(
-        user_id=zeros(np.int32),
-        user_features=zeros(np.float32, spec.user_features),
-        context=zeros(np.float32, spec.context_features),
-        history_id=zeros(np.int32, history),
-        history_features=zeros(np.float32, history, spec.history_features),
-        history_mask=zeros(np.bool_, history),
-        item_id=zeros(np.int32, candidates),
-        candidate_features=zeros(np.float32, candidates, spec.candidate_features),
-        request_category=zeros(np.int32, spec.category_width("request")),
-        candidate_category=zeros(np.int32, candidates, spec.category_width("candidate")),
-        stage=zeros(np.int8, candidates),
-        user_label=zeros(np.float32, candidates, tasks),
-        label_weight=zeros(np.float32, candidates),
-        teacher_probability=zeros(np.float32, candidates, tasks),
-        teacher_weight=zeros(np.float32, candidates, tasks),
-    )
+    return CandidateBatch(**{field.name: zeros(field) for field in IN_BATCH})
 
 
 def abstract_items(spec: FeatureSpec) -> Items:

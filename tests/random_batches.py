@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import CandidateBatch, Category, FeatureSpec, Items
+from kd_ranker.batch import CandidateBatch, Category, FeatureSpec, Items, empty_batch
 from kd_ranker.models.model import Model, ModuleClass, Parameters, build_model
 
 SPEC = FeatureSpec(
@@ -107,7 +107,7 @@ def random_batch(
         return generator.random(shape) < 0.6
 
     stage = ids(4, requests, candidates).astype(np.int8)
-    return CandidateBatch(
+    return empty_batch(spec, requests, candidates).replace(
         user_id=ids(spec.num_users, requests),
         user_features=normal(requests, spec.user_features),
         context=normal(requests, spec.context_features),

@@ -1,10 +1,96 @@
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 
-from kd_ranker.batch import Category, FeatureSpec
+from kd_ranker.batch import (
+    FIELDS,
+    IN_BATCH,
+    STORED,
+    CandidateBatch,
+    Category,
+    FeatureSpec,
+    Request,
+    empty_batch,
+)
 from kd_ranker.errors import UserError
 from tests.random_batches import CATEGORY_SPEC
+
+# No two widths are the same.
+SPEC = dataclasses.replace(
+    CATEGORY_SPEC,
+    context_features=8,
+    history_features=4,
+    categories=(
+        *(Category(str(width), "request", 9, width) for width in (1, 9)),
+        Category("reasons", "candidate", 5, 7),
+    ),
+)
+# How many entries of a field an annotation gives a request.
+ON_DISK = {
+    "request": (),
+    "event": ("H",),
+    "candidate": ("N",),
+    "shown": ("S",),
+    "scored": ("A",),
+    "known": ("N",),
+}
+IN_A_STEP = {
+    "request": (),
+    "event": ("H",),
+    "candidate": ("N",),
+    "shown": ("labelled",),
+    "scored": ("judged",),
+}
+
+
+def array_of(annotation):
+    """The array's annotation in one that may allow for None."""
+    return getattr(annotation, "__args__", (annotation,))[0]
+
+
+def test_the_structs_hold_the_fields_of_the_table_with_their_types_and_shapes():
+    width_of = {}
+    for struct, fields, entries, leading in (
+        (Request, STORED, ON_DISK, ()),
+        (CandidateBatch, IN_BATCH, IN_A_STEP, ("R",)),
+    ):
+        annotations = {field.name: field.type for field in dataclasses.fields(struct)}
+        assert sorted(annotations) == sorted(field.name for field in fields)
+        for field in fields:
+            annotation = array_of(annotations[field.name])
+            dtype, shape = field.stored if struct is Request else field.dtype, field.shape(SPEC)
+            if annotation in (int, str):
+                assert np.issubdtype(dtype, np.integer) == (annotation is int), field
+                assert not shape
+                continue
+            letters = annotation.dim_str.split()
+            expected = (*leading, *entries[field.of])
+            assert tuple(letters[: len(expected)]) == expected, field
+            # A letter has one meaning, and the two structs agree on it.
+            for letter, width in zip(letters[len(expected) :], shape, strict=True):
+                assert width_of.setdefault(letter, width) == width, field
+            assert np.dtype(dtype).name in annotation.dtypes, field
+
+
+def test_no_field_is_declared_twice_for_the_same_struct():
+    for fields in (STORED, IN_BATCH):
+        assert len({field.name for field in fields}) == len(fields)
+    assert set(FIELDS) == {*STORED, *IN_BATCH}
+
+
+def test_an_empty_batch_has_the_shapes_that_its_annotations_say():
+    batch = empty_batch(SPEC, 13, 11)
+    sizes = {"R": 13, "N": 11, "H": 6, "labelled": 11, "judged": 11, "U": 5, "X": 2, "T": 3}
+    for field in dataclasses.fields(batch):
+        array = getattr(batch, field.name)
+        assert array.dtype.name in field.type.dtypes, field.name
+        for letter, size in zip(field.type.dim_str.split(), array.shape, strict=True):
+            assert sizes.setdefault(letter, size) == size, field.name
+    few = batch.first(4)
+    assert (few.labelled, few.judged, few.stage.shape[1], few.item_id.shape[1]) == (4, 4, 4, 4)
+    assert few.history_id.shape == batch.history_id.shape
 
 
 def test_a_spec_comes_back_from_its_json_and_so_does_an_older_one():
@@ -14,5 +100,5 @@ def test_a_spec_comes_back_from_its_json_and_so_does_an_older_one():
 
 
 def test_a_category_belongs_to_what_there_is():
-    with pytest.raises(UserError, match=r"category 'colour': of='user' does not exist"):
+    with pytest.raises(UserError, match="category 'colour': of='user' does not exist"):
         Category("colour", of="user", size=3)

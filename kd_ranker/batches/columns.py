@@ -4,97 +4,157 @@ import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from kd_ranker.batch import FeatureSpec, Stage
-from kd_ranker.requests.request import Request
+from kd_ranker.batch import FIELDS, FeatureSpec, Field, Owner, Request, Stage
+from kd_ranker.batches import packing
 
-_OF_CANDIDATES = ("item_id", "candidate_features", "candidate_category")
+Of = TypeVar("Of")
+
+
+class Parts(NamedTuple, Generic[Of]):
+    """The three that a batch is put together of, each of which is read at once.
+
+    Attributes:
+      requests: of requests themselves, histories included.
+      candidates: of their candidates, with what the teacher says of them.
+      labels: of their candidates that were shown, what users did.
+    """
+
+    requests: Of
+    candidates: Of
+    labels: Of
+
+
+def _packed_fields(*owners: Owner) -> tuple[Field, ...]:
+    # A batch has the stage and the teacher's weight besides, which need no place of their own.
+    return tuple(
+        field
+        for field in FIELDS
+        if field.dtype and field.of in owners and field.name not in ("stage", "teacher_weight")
+    )
+
+
+_FIELDS = Parts(
+    _packed_fields("request", "event"),
+    _packed_fields("candidate", "scored"),
+    _packed_fields("shown"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
     """Requests side by side, on the host; n of them.
 
-    What a request has many of lies in one array for all requests: those of request i from
-    `start[i]` to `start[i + 1]`. Candidates stand in funnel order, so labels and teacher
-    probabilities are known for a prefix of them, see `Request`. The candidates themselves may be a
-    prefix of all that were retrieved, see `only_counting`.
+    Candidates stand in funnel order, so labels are known for a prefix of them, see `Request`. They
+    may be a prefix of all that were retrieved, see `only_counting`.
+
+    Attributes:
+      rows: int32 [rows, numbers], 32 bits a number. Row 0 of `candidates` and of `labels` stands
+        for none.
+      spans: which numbers of a row are of which field.
+      candidate_start: the candidates of request i are the rows from `candidate_start[i]` to
+        `candidate_start[i + 1]`.
+      label_start: the same for its labels.
+      num_passed: how many candidates were passed, as it is stored.
+      num_retrieved: how many candidates there were.
+      num_scored: how many candidates, the first ones, the teacher has scored.
     """
 
-    user_id: Int[np.ndarray, "n"]
-    user_features: Float[np.ndarray, "n U"]
-    context: Float[np.ndarray, "n C"]
-    history_id: Int[np.ndarray, "n H"]  # most recent last, padded at the end
-    history_features: Float[np.ndarray, "n H E"]
-    history_mask: Bool[np.ndarray, "n H"]
-    request_category: Int[np.ndarray, "n K"]
+    rows: Parts[Int[np.ndarray, "rows W"]]
+    spans: Parts[packing.Spans]
+    candidate_start: Int[np.ndarray, "n+1"]
+    label_start: Int[np.ndarray, "n+1"]
     num_passed: Int[np.ndarray, "n"]
     num_retrieved: Int[np.ndarray, "n"]
-    candidate_start: Int[np.ndarray, "n+1"]
-    item_id: Int[np.ndarray, "candidates"]
-    candidate_features: Float[np.ndarray, "candidates X"]
-    candidate_category: Int[np.ndarray, "candidates L"]
-    shown_start: Int[np.ndarray, "n+1"]
-    user_label: Int[np.ndarray, "shown T"]
-    label_weight: Float[np.ndarray, "shown"]
-    scored_start: Int[np.ndarray, "n+1"]
-    teacher_probability: Float[np.ndarray, "scored T"]  # NaN where it was not logged properly
+    num_scored: Int[np.ndarray, "n"]
 
     def __len__(self) -> int:
         """The number of requests."""
-        return len(self.user_id)
+        return len(self.num_passed)
 
     @property
     def num_shown(self) -> Int[np.ndarray, "n"]:
         """How many candidates of each request were shown."""
-        return lengths(self.shown_start)
+        return np.diff(self.label_start)
 
     @property
-    def num_scored(self) -> Int[np.ndarray, "n"]:
-        """How many candidates of each request the teacher has scored."""
-        return lengths(self.scored_start)
+    def num_candidates(self) -> Int[np.ndarray, "n"]:
+        """How many candidates of each request there are here."""
+        return np.diff(self.candidate_start)
 
 
-def columns_of(requests: Sequence[Request], spec: FeatureSpec) -> Columns:
-    """The columns of some requests, at least one, on the host."""
-    history = [_recent(request, spec) for request in requests]
-    fields: dict[str, Any] = dict(
-        user_id=np.array([request.user_id for request in requests], np.int32),
-        user_features=np.stack([request.user_features for request in requests]),
-        context=np.stack([request.context for request in requests]),
-        history_id=np.stack([of_request[0] for of_request in history]),
-        history_features=np.stack([of_request[1] for of_request in history]),
-        history_mask=np.stack([of_request[2] for of_request in history]),
-        request_category=np.stack([_or_none(request.request_category) for request in requests]),
+def columns_of(requests: Sequence[Request], spec: FeatureSpec, logged: bool = True) -> Columns:
+    """The columns of some requests, at least one, on the host.
+
+    Args:
+      requests: the requests.
+      spec: their sizes; with a `history_length` of 0, their histories are left out.
+      logged: whether what the teacher has scored counts; if not, its probabilities are left out.
+    """
+
+    def packed(fields: Sequence[Field], ragged: bool) -> tuple[Any, packing.Spans]:
+        arrays = {
+            field.name: _side_by_side(field, requests, spec)
+            for field in fields
+            if logged or field.of != "scored"
+        }
+        nothing = {field.name: field.nothing for field in fields}
+        return packing.pack(arrays, nothing if ragged else None)
+
+    rows, spans = zip(*map(packed, _FIELDS, (False, True, True)), strict=True)
+    scored = [len(request.teacher_probability) * logged for request in requests]
+    return Columns(
+        rows=Parts(*rows),
+        spans=Parts(*spans),
+        candidate_start=_starts(len(request.item_id) for request in requests),
+        label_start=_starts(len(request.user_label) for request in requests),
         num_passed=np.array([request.num_passed for request in requests], np.int64),
         num_retrieved=np.array([len(request.item_id) for request in requests], np.int64),
-        candidate_start=_starts(len(request.item_id) for request in requests),
-        item_id=np.concatenate([request.item_id for request in requests]),
-        candidate_features=np.concatenate([request.candidate_features for request in requests]),
-        candidate_category=np.concatenate(
-            [_or_none(request.candidate_category, len(request.item_id)) for request in requests]
-        ),
-        shown_start=_starts(len(request.user_label) for request in requests),
-        user_label=np.concatenate([request.user_label for request in requests]),
-        label_weight=np.concatenate([request.label_weight for request in requests]),
-        scored_start=_starts(len(request.teacher_probability) for request in requests),
-        teacher_probability=np.concatenate(
-            [proper_probability(request, spec.teacher_version) for request in requests]
-        ),
+        num_scored=np.array(scored, np.int64),
     )
-    return Columns(**fields)
 
 
-def _or_none(category: np.ndarray | None, *number: int) -> Int[np.ndarray, "..."]:
-    """Category ids; an array of width 0 in a dataset that has none."""
-    return np.zeros((*number, 0), np.int32) if category is None else category
+def _side_by_side(
+    field: Field, requests: Sequence[Request], spec: FeatureSpec
+) -> Shaped[np.ndarray, "n ..."]:
+    """A field of all requests: an entry a request, with a padded history, or one a candidate."""
+    values = [_value(field, request, spec) for request in requests]
+    if field.of == "event":
+        length = spec.history_length
+        recent = (value[max(len(value) - length, 0) :] for value in values)
+        return np.stack([_filled(value, length, field.nothing) for value in recent])
+    if field.of == "scored":
+        number = (len(request.item_id) for request in requests)
+        values = [_filled(*of, field.nothing) for of in zip(values, number, strict=True)]
+    return np.stack(values) if field.of == "request" else np.concatenate(values)
 
 
-def proper_probability(request: Request, version: str) -> Float[np.ndarray, "L T"]:
+def _value(field: Field, request: Request, spec: FeatureSpec) -> Shaped[np.ndarray, "..."]:
+    """What is stored, or worked out of it; an array of width 0 where there is no such field."""
+    if field.name == "history_mask":
+        return np.ones(len(request.history_id), np.bool_)
+    if field.name == "teacher_probability":
+        return proper_probability(request, spec.teacher_version)
+    value = getattr(request, field.name)
+    if value is None:
+        number = {"request": (), "event": request.history_id.shape}
+        return np.zeros((*number.get(field.of, request.item_id.shape), 0), field.stored)
+    return np.asarray(value)
+
+
+def _filled(
+    values: Shaped[np.ndarray, "few ..."], length: int, nothing: float
+) -> Shaped[np.ndarray, "length ..."]:
+    filled = np.full((length, *values.shape[1:]), nothing, values.dtype)
+    filled[: len(values)] = values
+    return filled
+
+
+def proper_probability(request: Request, version: str) -> Float[np.ndarray, "A T"]:
     """The teacher's probabilities, NaN where they were not logged properly.
 
     Proper is what the log says was written, by the right model version, as a number in [0, 1].
@@ -110,41 +170,43 @@ def proper_probability(request: Request, version: str) -> Float[np.ndarray, "L T
 
 def joined(parts: Sequence[Columns]) -> Columns:
     """The requests of all parts, in their order, on the host."""
-    fields: dict[str, Any] = {}
-    for field in dataclasses.fields(Columns):
-        arrays = [getattr(part, field.name) for part in parts]
-        if field.name.endswith("_start"):
-            fields[field.name] = _starts(np.concatenate([np.diff(array) for array in arrays]))
-        else:
-            fields[field.name] = np.concatenate(arrays)
-    return Columns(**fields)
+
+    def rows_of(name: str, nothing: int) -> Int[np.ndarray, "rows W"]:
+        first, *others = (getattr(part.rows, name) for part in parts)
+        return np.concatenate([first, *(rows[nothing:] for rows in others)])
+
+    def numbers(name: str) -> Int[np.ndarray, "n"]:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    return Columns(
+        rows=Parts(rows_of("requests", 0), rows_of("candidates", 1), rows_of("labels", 1)),
+        spans=parts[0].spans,
+        candidate_start=_starts(numbers("num_candidates")),
+        label_start=_starts(numbers("num_shown")),
+        num_passed=numbers("num_passed"),
+        num_retrieved=numbers("num_retrieved"),
+        num_scored=numbers("num_scored"),
+    )
 
 
-def only_counting(columns: Columns, stage: Stage, logged: bool) -> Columns:
+def only_counting(columns: Columns, stage: Stage) -> Columns:
     """The same requests without the candidates that cannot count in training.
 
     Those that were shown always count, for they may have labels. Whether the others that were
     passed count is decided for all of a request at once, and so for the rest.
 
     Args:
-      columns: the requests, with all that is known of them.
+      columns: the requests, with all their candidates.
       stage: what came so far in the funnel counts.
-      logged: whether what the teacher has scored counts; if not, its probabilities are left out.
     """
-
-    def first(numbers: Int[np.ndarray, "n"], start: str, *names: str) -> dict[str, Any]:
-        """The first so many of what each request has."""
-        old = getattr(columns, start)[:-1]
-        new = _starts(numbers)
-        index = np.arange(new[-1]) + np.repeat(old - new[:-1], numbers)
-        return {start: new} | {name: getattr(columns, name)[index] for name in names}
-
-    scored = columns.num_scored * logged
-    counting = dataclasses.replace(columns, **first(scored, "scored_start", "teacher_probability"))
-    passed_count, rest_counts = what_counts(counting, stage)
-    candidates = np.where(passed_count, passed_of(columns), columns.num_shown)
-    candidates = np.where(rest_counts, columns.num_retrieved, candidates)
-    return dataclasses.replace(counting, **first(candidates, "candidate_start", *_OF_CANDIDATES))
+    passed_count, rest_counts = what_counts(columns, stage)
+    number = np.where(passed_count, passed_of(columns), columns.num_shown)
+    number = np.where(rest_counts, columns.num_retrieved, number)
+    start = _starts(number)
+    index = np.arange(start[-1])
+    index[1:] += np.repeat(columns.candidate_start[:-1] - start[:-1], number)
+    rows = columns.rows._replace(candidates=columns.rows.candidates[index])
+    return dataclasses.replace(columns, rows=rows, candidate_start=start)
 
 
 def what_counts(
@@ -163,12 +225,6 @@ def what_counts(
 def passed_of(columns: Columns) -> Int[np.ndarray, "n"]:
     """How many candidates of each request were passed, those that were shown included."""
     return np.clip(columns.num_passed, columns.num_shown, columns.num_retrieved)
-
-
-def without_history(columns: Columns) -> Columns:
-    """The same requests, their histories of length 0."""
-    fields = ("history_id", "history_features", "history_mask")
-    return dataclasses.replace(columns, **{name: getattr(columns, name)[:, :0] for name in fields})
 
 
 # The golden ratio's fractional part.
@@ -197,59 +253,42 @@ def in_sampling_order(columns: Columns) -> tuple[Columns, Int[np.ndarray, "n"]]:
     Returns:
       The columns, and how many candidates of each request have a positive label.
     """
-    shown = columns.num_shown
+    shown, candidates = columns.num_shown, columns.num_candidates
     request = np.repeat(np.arange(len(columns)), shown)
-    positive = columns.user_label.any(axis=1)
+    labels: Any = packing.unpack(columns.rows.labels[1:], columns.spans.labels)  # type: ignore[arg-type]
+    positive = labels["user_label"].any(axis=1)
     positives = np.bincount(request[positive], minlength=len(columns))
-    candidates = lengths(columns.candidate_start)
     passed = np.clip(columns.num_passed, shown, candidates)
     # Of the shown: positives, then negatives, as they stood.
-    by_label = np.argsort(2 * request + ~positive, kind="stable") - columns.shown_start[request]
+    first_label = columns.label_start - 1
+    by_label = np.argsort(2 * request + ~positive, kind="stable") - first_label[request]
 
     def order_of(index: int) -> Int[np.ndarray, "N"]:
         """The places of a request's candidates in the new order."""
         ends = [0, positives[index], shown[index], passed[index], candidates[index]]
         order = np.concatenate([at + spread_order(int(to - at)) for at, to in pairwise(ends)])
-        first = slice(*columns.shown_start[[index, index + 1]])
+        first = slice(*first_label[[index, index + 1]])
         order[: shown[index]] = by_label[first][order[: shown[index]]]
         return order
 
     orders = [order_of(index) for index in range(len(columns))]
 
-    def moved(array: Shaped[np.ndarray, "..."], start: Int[np.ndarray, "n+1"]) -> np.ndarray:
-        """What each request has, in the new order; it has it of a prefix of its candidates."""
+    def moved(
+        rows: Int[np.ndarray, "rows W"], start: Int[np.ndarray, "n+1"]
+    ) -> Int[np.ndarray, "rows W"]:
+        """The rows in the new order; labels are of a prefix of the candidates."""
         places = [
             at + order[:of] for at, order, of in zip(start, orders, np.diff(start), strict=False)
         ]
-        return array[np.concatenate(places)]
+        return rows[np.concatenate([[0], *places])]
 
-    starts = (
-        (columns.candidate_start, _OF_CANDIDATES),
-        (columns.shown_start, ("user_label", "label_weight")),
-        (columns.scored_start, ("teacher_probability",)),
+    rows = columns.rows._replace(
+        candidates=moved(columns.rows.candidates, columns.candidate_start),
+        labels=moved(columns.rows.labels, columns.label_start),
     )
-    changed = {
-        name: moved(getattr(columns, name), start) for start, names in starts for name in names
-    }
-    return dataclasses.replace(columns, **changed), positives
-
-
-def lengths(start: Int[np.ndarray, "n+1"]) -> Int[np.ndarray, "n"]:
-    """How many entries each request has."""
-    return np.diff(start)
+    return dataclasses.replace(columns, rows=rows), positives
 
 
 def _starts(numbers: Iterable[int]) -> Int[np.ndarray, "n+1"]:
-    return np.concatenate([[0], np.cumsum(list(numbers), dtype=np.int64)])
-
-
-def _recent(request: Request, spec: FeatureSpec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, features and mask of the most recent events, which are the last ones."""
-    length = spec.history_length
-    events = min(len(request.history_id), length)
-    ids = np.zeros(length, np.int32)
-    features = np.zeros((length, spec.history_features), np.float32)
-    if events:
-        ids[:events] = request.history_id[-events:]
-        features[:events] = request.history_features[-events:]
-    return ids, features, np.arange(length) < events
+    """Where the rows of each request start, and where the last ones end; row 0 is of none."""
+    return np.concatenate([[1], 1 + np.cumsum(list(numbers), dtype=np.int64)])

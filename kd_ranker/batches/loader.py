@@ -14,18 +14,18 @@ import psutil
 import tensorflow_datasets as tfds
 from jaxtyping import Float, Float32, Int
 
-from kd_ranker.batch import CandidateBatch, EvaluationBatch, FeatureSpec, Stage
+from kd_ranker.batch import STORED, CandidateBatch, EvaluationBatch, FeatureSpec, Stage
 from kd_ranker.batches import cutting, sampling
 from kd_ranker.batches.columns import (
     Columns,
+    Parts,
     columns_of,
     in_sampling_order,
     joined,
     only_counting,
-    without_history,
 )
-from kd_ranker.batches.cutting import PackedBatch, RequestData
-from kd_ranker.batches.sampling import Kinds, Slots, Starts
+from kd_ranker.batches.cutting import Layout, PackedBatch
+from kd_ranker.batches.sampling import Slots, Starts
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import Request
 from kd_ranker.requests.storage import Dataset, from_record, record_features
@@ -34,7 +34,7 @@ from kd_ranker.requests.storage import Dataset, from_record, record_features
 ORDERS = ("shuffled", "time")
 
 # What training must not see; it is not even read from disk.
-_EVALUATION_ONLY = ("true_probability",)
+_EVALUATION_ONLY = [field.name for field in STORED if field.of == "known"]
 
 
 def read_split(
@@ -100,13 +100,13 @@ def _read(
 ) -> Callable[[Sequence[int]], Columns]:
     """What reads some requests of the split `train`, by their numbers; see `training_batches`."""
     records, decode = read_split(dataset, "train", with_true_probability=False)
+    spec = dataset.spec if history else dataclasses.replace(dataset.spec, history_length=0)
 
     def read(numbers: Sequence[int]) -> Columns:
         # All at once, which the record files answer in parallel.
         found = records.__getitems__(list(numbers))  # type: ignore[attr-defined]
-        columns = columns_of([decode(record) for record in found], dataset.spec)
-        columns = only_counting(columns, stage, logged)
-        return columns if history else without_history(columns)
+        requests = [decode(record) for record in found]
+        return only_counting(columns_of(requests, spec, logged), stage)
 
     return read
 
@@ -270,7 +270,7 @@ def training_batches(
         )
     read = _read(dataset, stage, logged, history)
 
-    def kinds_of(columns: Columns, positives: Any) -> tuple[Kinds, Slots]:
+    def kinds_of(columns: Columns, positives: Any) -> tuple[np.ndarray, Slots]:
         return sampling.kinds_of(columns, positives, stage, candidates, passed_share, negative_rate)
 
     starts = grain.MapDataset.range(2**31).seed(seed)  # endless to anyone who counts steps
@@ -287,13 +287,12 @@ def training_batches(
         chunks = (range(at, min(at + _CHUNK, number)) for at in range(0, number, _CHUNK))
         columns, positives = in_sampling_order(joined([read(chunk) for chunk in chunks]))
         kinds, slots = kinds_of(columns, positives)
-        table = sampling.table_of(kinds)
-        data = cutting.request_data(columns, logged)
-        make, steps = _batches_of_draws(data, slots, requests // process_count, devices)
+        layout = Layout(columns.spans, slots)
+        make, steps = _batches_of_draws(columns.rows, layout, requests // process_count, devices)
 
         # None of these holds the data of the host, which need not stay there.
         def draw(start: _Start) -> Starts:
-            return sampling.draw(*start, table)
+            return sampling.draw(*start, kinds)
 
         def passes(starts: Starts) -> list[Starts]:
             return [starts[:, at : at + steps] for at in range(0, BLOCK, steps)]
@@ -310,11 +309,10 @@ def training_batches(
         columns, positives = in_sampling_order(read(start.request[:, 0].tolist()))
         # What the requests of one batch need differs from batch to batch, as shapes must not.
         kinds, slots = kinds_of(columns, positives)[0], Slots(*(candidates,) * 3)
-        data = cutting.request_data(columns, logged)
         request = np.arange(len(columns))[:, None]
-        starts = sampling.draw(request, start.start, sampling.table_of(kinds))
-        parts = cutting.gather(data, sampling.chosen(starts, slots))
-        return cutting.join(parts, cutting.layout_of(data, slots))[0]
+        starts = sampling.draw(request, start.start, kinds)
+        drawn = cutting.gather(columns.rows, sampling.chosen(starts, slots))
+        return cutting.join(drawn, Layout(columns.spans, slots))[0]
 
     def steps_of(block: _Start) -> list[_Start]:
         at = [slice(step, step + 1) for step in range(BLOCK)]
@@ -329,25 +327,24 @@ def training_batches(
 
 
 def _batches_of_draws(
-    data: RequestData, slots: Slots, requests: int, devices: Devices
+    data: Parts, layout: Layout, requests: int, devices: Devices
 ) -> tuple[Callable[[Starts], list[PackedBatch]], int]:
     """What makes the batches of a few steps in a row on the devices, and how many steps these are.
 
     Args:
-      data: the requests, on the host.
-      slots: of a batch.
+      data: the rows of the requests, on the host.
+      layout: of a batch.
       requests: of a batch, over the devices of this process.
       devices: where to make them.
     """
-    layout = cutting.layout_of(data, slots)
     steps = BLOCK
     while steps > 1 and 4 * requests * sum(layout.widths) * steps > _PASS:
         steps //= 2
     on_devices = devices.replicate(data)
     # Three programs, each of which reads what the one before has written, see `cutting.gather`.
-    choose = devices.map_batches(lambda _, starts: sampling.chosen(starts, slots))
+    choose = devices.map_batches(lambda _, starts: sampling.chosen(starts, layout.slots))
     gather = devices.map_batches(cutting.gather)
-    join = devices.map_batches(lambda _, parts: cutting.join(parts, layout))
+    join = devices.map_batches(lambda _, drawn: cutting.join(drawn, layout))
 
     def make(starts: Starts) -> list[PackedBatch]:
         return join((), gather(on_devices, choose((), devices.shard(starts))))

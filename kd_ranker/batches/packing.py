@@ -8,14 +8,13 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Shaped
 
 
-class Field(NamedTuple):
+class Span(NamedTuple):
     """Where an array lies: from which column on, the shape of an entry, and the type by name."""
 
     name: str
@@ -29,28 +28,23 @@ class Field(NamedTuple):
         return slice(self.start, self.start + math.prod(self.shape))
 
 
-Fields = tuple[Field, ...]
-
-
-@flax.struct.dataclass
-class Packed:
-    """Arrays side by side, 32 bits a number."""
-
-    rows: Int[Array, "n W"]
-    fields: Fields = flax.struct.field(pytree_node=False)
+Spans = tuple[Span, ...]
 
 
 def pack(
     arrays: Mapping[str, Shaped[np.ndarray, "n ..."]], nothing: Mapping[str, float] | None = None
-) -> Packed:
-    """Packs arrays of equal length, at least one array.
+) -> tuple[Int[np.ndarray, "n W"], Spans]:
+    """Puts arrays of equal length side by side, 32 bits a number; at least one array.
 
     Args:
       arrays: by name. Floats become float32, whole numbers int32; truth values stay.
       nothing: if given, a first row is added that stands for nothing; by name, what it holds in
         place of 0.
+
+    Returns:
+      The rows, and where in them each array lies.
     """
-    parts, fields, width = [], [], 0
+    parts, spans, width = [], [], 0
     for name, array in arrays.items():
         kind = {"f": "float32", "b": "bool"}.get(array.dtype.kind, "int32")
         if nothing is not None:
@@ -59,19 +53,18 @@ def pack(
         stored = array.astype(np.float32).view(np.int32) if kind == "float32" else array
         columns = math.prod(array.shape[1:])
         parts.append(stored.reshape(len(array), columns))
-        fields.append(Field(name, width, array.shape[1:], kind))
+        spans.append(Span(name, width, array.shape[1:], kind))
         width += columns
-    rows = np.concatenate(parts, axis=1, dtype=np.int32, casting="unsafe")
-    return Packed(rows, tuple(fields))  # type: ignore[arg-type]
+    return np.concatenate(parts, axis=1, dtype=np.int32, casting="unsafe"), tuple(spans)
 
 
-def unpack(rows: Int[Array, "*shape W"], fields: Fields) -> dict[str, Shaped[Array, "..."]]:
+def unpack(rows: Int[Array, "*shape W"], spans: Spans) -> dict[str, Shaped[Array, "..."]]:
     """The arrays of some rows, by their names; NumPy in and out, or JAX."""
     unpacked = {}
-    for field in fields:
-        entry = rows[..., field.columns].reshape(*rows.shape[:-1], *field.shape)
-        is_float = field.dtype == "float32"
-        unpacked[field.name] = as_floats(entry) if is_float else entry.astype(field.dtype)
+    for span in spans:
+        entry = rows[..., span.columns].reshape(*rows.shape[:-1], *span.shape)
+        is_float = span.dtype == "float32"
+        unpacked[span.name] = as_floats(entry) if is_float else entry.astype(span.dtype)
     return unpacked
 
 

@@ -7,12 +7,11 @@ the batches of many steps at once. `cutting` makes batches of them.
 
 from typing import Any, NamedTuple
 
-import flax.struct
 import numpy as np
 from jaxtyping import Array, Float, Int, Int8
 
 from kd_ranker.batch import Stage
-from kd_ranker.batches.columns import Columns, passed_of, what_counts
+from kd_ranker.batches.columns import Columns, Parts, passed_of, what_counts
 
 # The kinds of candidates that a batch holds, in the order in which it holds them.
 POSITIVES, NEGATIVES, OTHERS, REST = range(KINDS := 4)
@@ -36,7 +35,7 @@ class Slots(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Where in `cutting.RequestData` that lies which belongs to a request, and how much it is.
+    """Which rows of `Columns` belong to a request.
 
     Attributes:
       candidates: the row of its first candidate.
@@ -51,41 +50,24 @@ class Bounds(NamedTuple):
     shown: Int[np.ndarray, "*requests"]
 
 
-class Kinds(NamedTuple):
-    """How many candidates of each kind there are, and how many of them a batch holds.
-
-    The kinds are those that were shown and have a positive label; those that were shown and have
-    none; the others that were passed, where a shown one whose labels were not drawn counts as
-    passed; and the rest of the retrieved. `bounds` says where all of them lie.
-    """
-
-    numbers: Int[np.ndarray, "*requests kinds"]
-    wanted: Int[np.ndarray, "*requests kinds"]
-    bounds: Bounds
-
-
-@flax.struct.dataclass
-class Draw:
-    """What batches hold, as rows of `cutting.RequestData`; R requests, of each of a few steps.
+class Draw(NamedTuple):
+    """What batches hold; R requests, of each of a few steps.
 
     Attributes:
-      request: the row of each request.
-      candidate: those of its candidates, 0 where there is none.
-      label: those of the labels of the first of these, 0 where there are none.
-      factor: on the weight of each of these labels; 0 for what is not to be learned from.
+      rows: which rows of `Columns`, [*R], [*R, N] and [*R, labelled], 0 where there is nothing; or
+        these rows themselves, see `cutting.gather`.
       stage: how far each candidate came.
+      factor: on the weight of each label; 0 for what is not to be learned from.
     """
 
-    request: Int[Array, "*R"]
-    candidate: Int[Array, "*R N"]
-    label: Int[Array, "*R labelled"]
-    factor: Float[Array, "*R labelled"]
+    rows: Parts
     stage: Int8[Array, "*R N"]
+    factor: Float[Array, "*R labelled"]
 
 
 def bounds_of(columns: Columns) -> Bounds:
-    """Those of all requests. Row 0 stands for nothing, so the rows of what there is start at 1."""
-    starts = (columns.candidate_start[:-1] + 1, columns.shown_start[:-1] + 1)
+    """Those of all requests."""
+    starts = (columns.candidate_start[:-1], columns.label_start[:-1])
     return Bounds(*starts, passed_of(columns), columns.num_shown)
 
 
@@ -96,8 +78,12 @@ def kinds_of(
     candidates: int,
     passed_share: float,
     negative_rate: float,
-) -> tuple[Kinds, Slots]:
+) -> tuple[Int[np.ndarray, "n columns"], Slots]:
     """Decides how many candidates of each kind a batch holds of each request.
+
+    The kinds are those that were shown and have a positive label; those that were shown and have
+    none; the others that were passed, where a shown one whose labels were not drawn counts as
+    passed; and the rest of the retrieved.
 
     Shown ones come first: all positives, and of the n negatives a share `negative_rate`, k in
     number, each of which then counts n / k times, so that weighted sums over the labels keep their
@@ -115,7 +101,9 @@ def kinds_of(
       negative_rate: the share of the shown candidates without any positive label to keep.
 
     Returns:
-      The kinds of each request, and how many slots a batch needs for any of the requests.
+      int32: how many candidates of each kind there are of each request, how many of each a batch
+      holds, and its `Bounds`, side by side, so that what is known of a request is one read and one
+      transfer. And how many slots a batch needs for any of the requests.
     """
     retrieved, bounds = columns.num_retrieved, bounds_of(columns)
     passed, shown = bounds.passed, bounds.shown
@@ -131,11 +119,9 @@ def kinds_of(
     passed_count, rest_counts = what_counts(columns, stage)
     wanted_others = np.where(passed_count, from_others, 0)
     wanted_rest = np.where(rest_counts, slots - from_others, 0)
-    kinds = Kinds(
-        numbers=np.stack([positives, negatives, others, rest], axis=1),
-        wanted=np.stack([kept_positives, kept_negatives, wanted_others, wanted_rest], axis=1),
-        bounds=bounds,
-    )
+    numbers = (positives, negatives, others, rest)
+    wanted = (kept_positives, kept_negatives, wanted_others, wanted_rest)
+    kinds = np.stack((*numbers, *wanted, *bounds), axis=1).astype(np.int32)
     judged = labelled + wanted_others
     total = judged + wanted_rest
     if (columns.num_scored > passed).any():
@@ -164,31 +150,25 @@ def _labelled_numbers(
     return kept, np.where(thinned, np.minimum(slots - kept, wanted), wanted)
 
 
-def table_of(kinds: Kinds) -> Int[np.ndarray, "*requests columns"]:
-    """`kinds` as one array of int32: what is known of a request is one read, and one transfer."""
-    columns = (kinds.numbers, kinds.wanted, np.stack(kinds.bounds, axis=-1))
-    return np.concatenate(columns, axis=-1, dtype=np.int32)
-
-
 def draw(
     request: Int[np.ndarray, "R steps"],
     start: Float[np.ndarray, "R steps kinds"],
-    table: Int[np.ndarray, "requests columns"],
+    kinds: Int[np.ndarray, "n columns"],
 ) -> Starts:
     """What is random about the batches of a few steps in a row, from uniform numbers.
 
     Args:
       request: which of the requests, for each of the steps.
       start: uniform in [0, 1).
-      table: of all requests, see `table_of`.
+      kinds: of all requests, see `kinds_of`.
 
     Returns:
-      int32: what `table` says of these requests; which they are; and the place at which the sample
+      int32: what `kinds` says of these requests; which they are; and the place at which the sample
       of each kind starts, in [0, number of that kind), 0 if there are none. A run of places from a
       uniform one on draws each place with the same probability, and none twice: systematic sampling
       (Madow and Madow, 1944).
     """
-    of_request = table[request]
+    of_request = kinds[request]
     number = of_request[..., :KINDS]
     # A product with a number next to 1 may be rounded up.
     offset = np.minimum((start * number).astype(np.int32), np.maximum(number - 1, 0))
@@ -239,11 +219,13 @@ def rows_of(
     first = place[..., : factor.shape[-1]]
     has_label = (first >= 0) & (first < of_each.shown)
     return Draw(
-        request=request,
-        candidate=xp.where(place >= 0, of_each.candidates + place, 0),
-        label=xp.where(has_label, of_each.labels + first, 0),
-        factor=factor,
+        rows=Parts(
+            requests=request,
+            candidates=xp.where(place >= 0, of_each.candidates + place, 0),
+            labels=xp.where(has_label, of_each.labels + first, 0),
+        ),
         stage=xp.where(place >= 0, stage, xp.int8(Stage.PADDING)),
+        factor=factor,
     )
 
 

@@ -33,9 +33,9 @@ from tensorflow_datasets.core.example_serializer import ExampleSerializer
 from tensorflow_datasets.core.file_adapters import ADAPTER_FOR_FORMAT, FileFormat
 from tqdm import tqdm
 
-from kd_ranker.batch import FeatureSpec, Items
+from kd_ranker.batch import STORED, FeatureSpec, Field, Items, Request
 from kd_ranker.errors import UserError
-from kd_ranker.requests.request import SPLITS, Request, Source
+from kd_ranker.requests.request import SPLITS, Source
 
 FORMAT_VERSION = "1.1.0"
 SPEC_FILE = "feature_spec.json"
@@ -79,37 +79,24 @@ def teacher_column(task: str) -> str:
 def record_features(spec: FeatureSpec) -> tfds.features.FeaturesDict:
     """The TFDS features of a stored request: `Request`, with one teacher column a task."""
 
-    def tensor(dtype: Any, *shape: int | None) -> tfds.features.Tensor:
-        return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES)
+    def feature(field: Field, *shape: int) -> tfds.features.FeatureConnector:
+        if field.stored is str:
+            return tfds.features.Text()
+        if field.of == "request" and not shape:
+            return tfds.features.Scalar(field.stored)
+        number = () if field.of == "request" else (None,)
+        return tfds.features.Tensor(
+            shape=(*number, *shape), dtype=field.stored, encoding=tfds.features.Encoding.BYTES
+        )
 
-    tasks = len(spec.tasks)
-    # TFDS cannot store a width of 0.
-    categories = {
-        f"{of}_category": tensor(np.int32, *number, width)
-        for of, number in (("request", ()), ("candidate", (None,)))
-        if (width := spec.category_width(of))
-    }
-    return tfds.features.FeaturesDict(
-        {
-            "request_id": tfds.features.Scalar(np.int64),
-            "time": tfds.features.Scalar(np.int64),
-            "user_id": tfds.features.Scalar(np.int32),
-            "user_features": tensor(np.float32, spec.user_features),
-            "context": tensor(np.float32, spec.context_features),
-            "history_id": tensor(np.int32, None),
-            "history_features": tensor(np.float32, None, spec.history_features),
-            "item_id": tensor(np.int32, None),
-            "candidate_features": tensor(np.float32, None, spec.candidate_features),
-            "num_passed": tfds.features.Scalar(np.int32),
-            "user_label": tensor(np.uint8, None, tasks),
-            "label_weight": tensor(np.float32, None),
-            **{teacher_column(task): tensor(np.float32, None) for task in spec.tasks},
-            "teacher_weight": tensor(np.float32, None),
-            "teacher_version": tfds.features.Text(),
-            "true_probability": tensor(np.float32, None, tasks),
-            **categories,
-        }
-    )
+    features: dict[str, tfds.features.FeatureConnector] = {}
+    for field in STORED:
+        shape = field.shape(spec)
+        if field.name == "teacher_probability":
+            features |= {teacher_column(task): feature(field) for task in spec.tasks}
+        elif 0 not in shape:  # which TFDS cannot store
+            features[field.name] = feature(field, *shape)
+    return tfds.features.FeaturesDict(features)
 
 
 def to_record(request: Request, tasks: Sequence[str]) -> dict[str, Any]:
@@ -282,28 +269,27 @@ def _item_category(source: Source) -> Int32[np.ndarray, "items I"]:
 
 
 def _check_widths(spec: FeatureSpec) -> None:
-    """Raises UserError for features of width 0, which TFDS cannot store."""
-    for name, value in dataclasses.asdict(spec).items():
-        if name.endswith("_features") and value < 1:
+    """Raises UserError for features of width 0 that every dataset has."""
+    optional = {field.name for field in dataclasses.fields(Request) if field.default is None}
+    widths = {field.name: field.width(spec) for field in STORED if field.width}
+    widths |= {name: getattr(spec, name) for name in ("item_features", "cheap_item_features")}
+    for name, width in widths.items():
+        if width < 1 and name not in optional:
             raise UserError(
-                f"{spec.dataset}: {name} is {value}; give at least one column, of zeros"
+                f"{spec.dataset}: {name} has no columns; give at least one column, of zeros"
             )
 
 
 def _check_ids(request: Request, spec: FeatureSpec) -> None:
     """Raises UserError for an id out of range: a lookup on a device could not complain."""
-    for name, ids, size in (
-        ("user_id", np.asarray([request.user_id]), spec.num_users),
-        ("item_id", request.item_id, spec.num_items),
-        ("history_id", request.history_id, spec.num_items),
-        # -1 fills up.
-        ("request_category", request.request_category, spec.num_categories),
-        ("candidate_category", request.candidate_category, spec.num_categories),
-    ):
-        least = -1 if name.endswith("_category") else 0
-        if ids is not None and ids.size and not (ids.min() >= least and ids.max() < size):
+    for field in STORED:
+        value = getattr(request, field.name)
+        if field.ids is None or value is None:
+            continue
+        ids, least, size = np.asarray(value), int(field.nothing), field.ids(spec)
+        if ids.size and not (ids.min() >= least and ids.max() < size):
             raise UserError(
-                f"request {request.request_id}: {name} must lie in [{least}, {size}), "
+                f"request {request.request_id}: {field.name} must lie in [{least}, {size}), "
                 f"found {ids.min()} to {ids.max()}"
             )
 

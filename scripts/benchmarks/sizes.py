@@ -6,7 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs import cascade
-from kd_ranker.batch import CandidateBatch, FeatureSpec, Items, Stage
+from kd_ranker.batch import CandidateBatch, FeatureSpec, Items, Stage, empty_batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +65,11 @@ class Sizes:
         shown = generator.random(of_candidates) < 0.1
         label = generator.random((*of_candidates, self.tasks)) < 0.3
         probability = generator.random((*of_candidates, self.tasks), dtype=np.float32)
-        return CandidateBatch(
+        return empty_batch(self.spec(), *of_candidates).replace(
             user_id=ids(self.users, self.requests),
             user_features=normal(self.requests, self.user_features),
-            context=normal(self.requests, 0),
-            history_id=np.zeros((self.requests, 1), np.int32),
             history_features=normal(self.requests, 1, 1),
-            history_mask=np.zeros((self.requests, 1), bool),
             item_id=ids(self.items, *of_candidates),
-            candidate_features=normal(*of_candidates, 0),
-            request_category=np.zeros((self.requests, 0), np.int32),
-            candidate_category=np.zeros((*of_candidates, 0), np.int32),
             stage=np.where(shown, Stage.SHOWN, Stage.PASSED).astype(np.int8),
             user_label=label.astype(np.float32),
             label_weight=shown.astype(np.float32),

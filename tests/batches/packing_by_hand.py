@@ -5,8 +5,8 @@ import numpy as np
 from kd_ranker.batch import Stage
 from kd_ranker.batches import cutting, sampling
 from kd_ranker.batches.columns import Columns, in_sampling_order
-from kd_ranker.batches.cutting import PackedBatch, RequestData
-from kd_ranker.batches.sampling import Kinds, Slots
+from kd_ranker.batches.cutting import Layout, PackedBatch
+from kd_ranker.batches.sampling import Slots
 
 
 def prepared(
@@ -15,22 +15,22 @@ def prepared(
     negative_rate: float = 1.0,
     passed_share: float = 0.5,
     stage: Stage = Stage.RETRIEVED,
-) -> tuple[RequestData, Kinds, Slots]:
+) -> tuple[Columns, np.ndarray, Slots]:
     """What batches are cut from, the kinds of candidates, and the fewest slots that do."""
     columns, positives = in_sampling_order(columns)
     kinds, slots = sampling.kinds_of(
         columns, positives, stage, candidates, passed_share, negative_rate
     )
-    return cutting.request_data(columns, logged=True), kinds, slots
+    return columns, kinds, slots
 
 
-def starts_of(kinds: Kinds, rows: np.ndarray, seed: int = 0) -> np.ndarray:
+def starts_of(kinds: np.ndarray, rows: np.ndarray, seed: int = 0) -> np.ndarray:
     """What is random about batches of the requests `rows` [requests, steps]."""
     start = np.random.default_rng(seed).random((*rows.shape, sampling.KINDS))
-    return sampling.draw(rows, start, sampling.table_of(kinds))
+    return sampling.draw(rows, start, kinds)
 
 
-def packed(data: RequestData, starts: np.ndarray, slots: Slots) -> list[PackedBatch]:
+def packed(columns: Columns, starts: np.ndarray, slots: Slots) -> list[PackedBatch]:
     """The batch of each step."""
-    parts = cutting.gather(data, sampling.chosen(starts, slots))
-    return cutting.join(parts, cutting.layout_of(data, slots))
+    drawn = cutting.gather(columns.rows, sampling.chosen(starts, slots))
+    return cutting.join(drawn, Layout(columns.spans, slots))

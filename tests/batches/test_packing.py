@@ -15,11 +15,11 @@ ARRAYS = {
 
 @pytest.mark.parametrize("on", ["host", "device"])
 def test_what_is_packed_comes_back(on):
-    packed = packing.pack(ARRAYS)
-    assert packed.rows.shape == (5, 1 + 6 + 0 + 2 + 1)
+    rows, spans = packing.pack(ARRAYS)
+    assert rows.shape == (5, 1 + 6 + 0 + 2 + 1)
     unpack = jax.jit(packing.unpack, static_argnums=1) if on == "device" else packing.unpack
     for index in (np.array([3, 0, 3]), np.array([[1], [4]])):
-        unpacked = unpack(packed.rows[index], packed.fields)
+        unpacked = unpack(rows[index], spans)
         for name, array in ARRAYS.items():
             np.testing.assert_array_equal(unpacked[name], array[index])
             kind = "int32" if array.dtype.kind in "iu" else array.dtype.name
@@ -27,8 +27,7 @@ def test_what_is_packed_comes_back(on):
 
 
 def test_a_first_row_may_stand_for_nothing():
-    packed = packing.pack(ARRAYS, nothing={"number": np.nan, "id": -1})
-    unpacked = packing.unpack(packed.rows, packed.fields)
+    unpacked = packing.unpack(*packing.pack(ARRAYS, nothing={"number": np.nan, "id": -1}))
     assert unpacked["id"].tolist() == [-1, 0, 1, 2, 3, 4]
     assert np.isnan(unpacked["number"][0]).all()
     assert not unpacked["flag"][0].any()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_ranker.batch import Stage
-from kd_ranker.batches import cutting, sampling
+from kd_ranker.batches import cutting, packing, sampling
 from kd_ranker.batches.columns import (
     Columns,
     columns_of,
@@ -18,7 +18,7 @@ from kd_ranker.batches.columns import (
     proper_probability,
     spread_order,
 )
-from kd_ranker.batches.cutting import unpack
+from kd_ranker.batches.cutting import Layout, unpack
 from kd_ranker.batches.sampling import Slots
 from tests.batches.packing_by_hand import packed, prepared, starts_of
 from tests.random_batches import SPEC
@@ -106,14 +106,14 @@ def test_over_all_offsets_each_of_a_kind_is_drawn_equally_often(candidates, nega
     """Every offset of every kind, one kind at a time: no candidate twice, and none preferred."""
     request = random_request(3, shown=9, passed=16, retrieved=40)
     data, kinds, slots = prepared(columns_of([request], V1), candidates, negative_rate)
-    ends = np.cumsum(kinds.wanted[0])
+    ends = np.cumsum(kinds[0, sampling.KINDS : 2 * sampling.KINDS])
     starts = np.concatenate([[0], ends[:-1]])
-    for kind, number in enumerate(kinds.numbers[0]):
+    for kind, number in enumerate(kinds[0, : sampling.KINDS]):
         counts = {}
         for offset in range(number):
             start = np.zeros((1, 1, sampling.KINDS))
             start[..., kind] = (offset + 0.5) / number
-            of_offset = sampling.draw(np.zeros((1, 1), int), start, sampling.table_of(kinds))
+            of_offset = sampling.draw(np.zeros((1, 1), int), start, kinds)
             drawn = unpack(packed(data, of_offset, slots)[0])
             items = drawn.item_id[0][drawn.stage[0] > 0].tolist()
             assert len(set(items)) == len(items) == min(candidates, 40)
@@ -127,20 +127,22 @@ def test_over_all_offsets_each_of_a_kind_is_drawn_equally_often(candidates, nega
 def test_the_sampling_order_moves_whole_candidates():
     requests = [random_request(0), random_request(1, shown=6, passed=6, retrieved=9)]
     columns, positives = in_sampling_order(columns_of(requests, V1))
+    fields = packing.unpack(columns.rows.candidates, columns.spans.candidates)
+    labels = packing.unpack(columns.rows.labels, columns.spans.labels)
     for index, request in enumerate(requests):
         shown, passed = len(request.user_label), request.num_passed
         start = columns.candidate_start[index]
-        items = columns.item_id[start : start + len(request.item_id)]
+        items = fields["item_id"][start : start + len(request.item_id)]
         for stage in (slice(shown), slice(shown, passed), slice(passed, None)):
             assert set(items[stage]) == set(request.item_id[stage])
         place = {int(item): at for at, item in enumerate(request.item_id)}
         was = np.array([place[int(item)] for item in items])
-        label = columns.user_label[columns.shown_start[index] :][:shown]
+        label = labels["user_label"][columns.label_start[index] :][:shown]
         np.testing.assert_array_equal(label, request.user_label[was[:shown]])
         positive = request.user_label[was[:shown]].any(axis=1)
         assert positives[index] == positive.sum()
         assert positive[: positives[index]].all()
-        probability = columns.teacher_probability[columns.scored_start[index] :][:passed]
+        probability = fields["teacher_probability"][start:][:passed]
         np.testing.assert_array_equal(probability, request.teacher_probability[was[:passed]])
 
 
@@ -152,10 +154,10 @@ def test_a_device_cuts_the_batch_that_the_host_cuts():
     draw = sampling.chosen(starts, slots)
     on_device = jax.jit(functools.partial(sampling.chosen, slots=slots))(starts)
     assert_same(draw, on_device)
-    parts = cutting.gather(data, draw)
-    on_device = jax.jit(cutting.gather)(*jax.device_put((data, on_device)))
+    parts = cutting.gather(data.rows, draw)
+    on_device = jax.jit(cutting.gather)(*jax.device_put((data.rows, on_device)))
     assert_same(parts, on_device)
-    layout = cutting.layout_of(data, slots)
+    layout = Layout(data.spans, slots)
     batches = cutting.join(parts, layout)
     assert_same(batches, jax.jit(functools.partial(cutting.join, layout=layout))(on_device))
     for batch in batches:
@@ -190,7 +192,7 @@ def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logg
     number = {"passed": 9, "retrieved": 20, "nothing": 0}[scored]
     requests[2] = scored_by_the_teacher(requests[2], number)
     whole = columns_of(requests, V1)
-    columns = only_counting(whole, stage, logged)
+    columns = only_counting(columns_of(requests, V1, logged), stage)
 
     def batch_of(columns, stage):
         data, kinds, slots = prepared(columns, 12, 0.5, stage=stage)
@@ -214,9 +216,9 @@ def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logg
                     np.testing.assert_array_equal(value, all_of[item][name])
     if stage == Stage.SHOWN and not logged:
         assert counting.item_id.shape[1] == counting.labelled == 4
-        assert len(columns.item_id) == sum(len(request.user_label) for request in requests)
+        assert columns.num_candidates.tolist() == [len(of.user_label) for of in requests]
     if stage == Stage.RETRIEVED:
-        np.testing.assert_array_equal(columns.item_id, whole.item_id)
+        np.testing.assert_array_equal(columns.num_candidates, whole.num_candidates)
 
 
 def scored_by_the_teacher(request, number):

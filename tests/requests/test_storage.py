@@ -9,6 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
+from kd_ranker.batch import Category
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
 from kd_ranker.requests.pool import run_here
@@ -41,6 +42,35 @@ def test_an_id_out_of_range_stops_the_build_and_leaves_nothing(tmp_path, field):
     with pytest.raises(UserError, match=rf"{field} must lie in \[0, "):
         storage.build(dataclasses.replace(source, requests=requests), "bad", str(tmp_path))
     assert not storage.directory_of("bad", str(tmp_path)).exists()
+
+
+@pytest.mark.parametrize("field", ["context", "candidate_features", "item_features"])
+def test_features_without_a_column_are_refused_before_anything_is_written(tmp_path, field):
+    width = "context_features" if field == "context" else field
+    source = random_source()
+    source = dataclasses.replace(source, spec=dataclasses.replace(source.spec, **{width: 0}))
+    with pytest.raises(UserError, match=f"test: {field} has no columns; give at least one column"):
+        storage.build(source, "bad", str(tmp_path))
+    assert not storage.directory_of("bad", str(tmp_path)).exists()
+
+
+@pytest.mark.parametrize("ids", [[-2], [4]])
+def test_a_category_is_one_of_those_that_there_are_or_none(tmp_path, ids):
+    source = random_source()
+    spec = dataclasses.replace(source.spec, categories=(Category("country", "request", size=4),))
+
+    def build(name, ids):
+        def requests(split):
+            for request in source.requests(split):
+                yield dataclasses.replace(request, request_category=np.array(ids, np.int32))
+
+        storage.build(
+            dataclasses.replace(source, spec=spec, requests=requests), name, str(tmp_path)
+        )
+
+    build("small", [-1])
+    with pytest.raises(UserError, match=r"request_category must lie in \[-1, 4\)"):
+        build("bad", ids)
 
 
 def test_building_again_leaves_the_dataset_alone(tmp_path):

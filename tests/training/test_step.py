@@ -168,7 +168,7 @@ def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(mode, sp
 def sample_of(requests, negative_rate, stage=Stage.RETRIEVED, logged=True):
     """Arguments of `packing_by_hand.packed`: batches of two steps, eight requests each."""
     spec = dataclasses.replace(SPEC, teacher_version="v1")
-    columns = only_counting(columns_of(requests, spec), stage, logged)
+    columns = only_counting(columns_of(requests, spec, logged), stage)
     data, kinds, slots = prepared(columns, 12, negative_rate, stage=stage)
     rows = np.random.default_rng(0).integers(0, len(requests), (8, 2))
     return data, starts_of(kinds, rows), slots
