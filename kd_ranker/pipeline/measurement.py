@@ -22,7 +22,7 @@ from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests.storage import Dataset
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.step import select_member
+from kd_ranker.training.state import select_member
 
 _NOT_COUNTED = float("nan")
 

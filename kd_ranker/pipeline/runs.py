@@ -21,11 +21,11 @@ from kd_ranker.requests.storage import Dataset
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.identity import Identity
-from kd_ranker.training.loop import Evaluate, States, fit, scalar_name
+from kd_ranker.training.loop import Evaluate, fit, scalar_name
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.mapping import Mapping as DeviceMapping
 from kd_ranker.training.recipes import TEACHER_STAGES, Group, Needs
-from kd_ranker.training.step import Frozen, LiveTeacher, select_member
+from kd_ranker.training.state import Frozen, LiveTeacher, States, select_member
 
 
 def device_mapping(config: ConfigDict) -> DeviceMapping:

@@ -21,7 +21,7 @@ from kd_ranker.requests import storage
 from kd_ranker.requests.storage import Dataset
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.step import select_member
+from kd_ranker.training.state import select_member
 
 _SAME_FLAGS = "with the same --config flags"
 PREPARE_DATA = f"python -m experiments.prepare_data, {_SAME_FLAGS}"

@@ -18,10 +18,10 @@ from kd_ranker.training import checkpoints
 from kd_ranker.training.identity import Identity
 from kd_ranker.training.mapping import Mapping
 from kd_ranker.training.recipes import Group
-from kd_ranker.training.step import Frozen, LiveTeacher, Losses, TrainState, make_step
+from kd_ranker.training.state import Frozen, LiveTeacher, States, TrainState
+from kd_ranker.training.step import Losses, make_step
 from kd_ranker.training.workdir import MetricsWriter
 
-States = tuple[TrainState, ...]
 Evaluate = Callable[[States], tuple[dict[str, float], str]]
 
 

@@ -8,7 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kd_ranker.training.step import AXIS
+AXIS = "devices"
+
+
+def join_over_devices(arrays: Any, axis: int) -> Any:
+    """The arrays of all devices joined along an axis, within a mapped function."""
+    # Among one, XLA would copy them.
+    if jax.lax.axis_size(AXIS) == 1:
+        return arrays
+    return jax.lax.all_gather(arrays, AXIS, axis=axis, tiled=True)
 
 
 class Mapping(NamedTuple):

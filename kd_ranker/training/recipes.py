@@ -15,7 +15,7 @@ from kd_ranker.models.model import Init, Model, build_model
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
-from kd_ranker.training.step import (
+from kd_ranker.training.state import (
     Hyperparameters,
     LiveTeacher,
     Recipe,

@@ -15,7 +15,8 @@ from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests.storage import Dataset
 from kd_ranker.training import recipes
 from kd_ranker.training.mapping import MAPPINGS
-from kd_ranker.training.step import Frozen, LiveTeacher, make_step
+from kd_ranker.training.state import Frozen, LiveTeacher
+from kd_ranker.training.step import make_step
 
 
 class Program:

@@ -7,7 +7,7 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation.evaluate import Ranker, evaluate, make_serve
 from kd_ranker.models.student import MultiInterest
 from kd_ranker.models.teacher import FinalRanker
-from kd_ranker.training.step import select_member, stack_members
+from kd_ranker.training.state import select_member, stack_members
 from tests.random_batches import CATEGORY_SPEC as SPEC
 from tests.random_batches import STUDENT, TEACHER, make_model, random_batch, random_items
 

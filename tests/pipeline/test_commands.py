@@ -17,7 +17,7 @@ from kd_ranker.pipeline import commands, measurement, runs, scoring, teachers
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.step import select_member
+from kd_ranker.training.state import select_member
 from tests import small
 
 # As many steps as elsewhere: the schedule is compiled in, and what is compiled is shared.

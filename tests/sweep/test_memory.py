@@ -7,7 +7,8 @@ from kd_ranker.batch import empty_batch
 from kd_ranker.sweep import memory
 from kd_ranker.training import recipes
 from kd_ranker.training.mapping import MAPPINGS
-from kd_ranker.training.step import Frozen, make_step
+from kd_ranker.training.state import Frozen
+from kd_ranker.training.step import make_step
 from tests.random_batches import CATEGORY_SPEC, SPEC, random_items
 
 

@@ -3,7 +3,7 @@ import pytest
 from configs import cascade
 from kd_ranker.batch import Stage
 from kd_ranker.training import recipes
-from kd_ranker.training.step import LiveTeacher
+from kd_ranker.training.state import LiveTeacher
 from tests.random_batches import SPEC
 
 

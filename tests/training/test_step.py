@@ -19,17 +19,16 @@ from kd_ranker.models.model import apply_model, build_model, score
 from kd_ranker.models.student import MultiInterest, TwoTower
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.training.mapping import MAPPINGS
-from kd_ranker.training.step import (
+from kd_ranker.training.state import (
     Frozen,
     Hyperparameters,
     LiveTeacher,
     Recipe,
     init_state,
-    make_step,
     select_member,
     stack_members,
-    with_live_teacher,
 )
+from kd_ranker.training.step import make_step, with_live_teacher
 from tests.batches.packing_by_hand import packed, prepared, starts_of
 from tests.random_batches import (
     CATEGORY_SPEC,

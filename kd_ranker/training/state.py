@@ -1,0 +1,148 @@
+"""A group of members as the step sees it: what they share, what they differ in, what they carry.
+
+The members of a group differ in numbers alone: weights, rates, the seed that drew their parameters.
+Their arrays are stacked, with a leading axis of members.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from kd_ranker.batch import Items, Stage
+from kd_ranker.distillation.losses import Loss
+from kd_ranker.distillation.modes import Mode, Transform
+from kd_ranker.embedding.row_optimizers import RowOptimizer
+from kd_ranker.models.model import Model, Parameters
+
+
+class Recipe(NamedTuple):
+    """The common part of a group's members, fixed while a step is compiled.
+
+    Attributes:
+      model: the model to train.
+      mode: its way of meeting the labels.
+      distill_loss: the loss against the teacher.
+      optimizer: a direction for the dense parameters, to be scaled by minus the learning rate.
+      row_optimizer: the same for embedding rows.
+      schedule: step -> factor of the peak learning rates.
+    """
+
+    model: Model
+    mode: Mode
+    distill_loss: Loss
+    optimizer: optax.GradientTransformation
+    row_optimizer: RowOptimizer
+    schedule: Callable[[Int[Array, ""]], Float[Array, ""]]
+
+
+@flax.struct.dataclass
+class Hyperparameters:
+    """The numbers of a group's members, all float32 [members].
+
+    `learning_rate` drives the dense parameters and `table_learning_rate` the embedding rows; both
+    are peaks that the schedule scales. The decays are decoupled from the gradient.
+    """
+
+    distill_weight: Float[Array, "members"]
+    temperature: Float[Array, "members"]
+    top_k: Float[Array, "members"]
+    learning_rate: Float[Array, "members"]
+    table_learning_rate: Float[Array, "members"]
+    weight_decay: Float[Array, "members"]
+    table_weight_decay: Float[Array, "members"]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The arrays that a group carries from step to step.
+
+    A checkpoint holds them beside the loader's position. Every array has a leading axis of members,
+    but for `step`, `unknown_ids` and `owners`, which members share.
+
+    Attributes:
+      step: the number of steps taken.
+      parameters: dense parameters, and embedding tables with their optimiser's slots.
+      transform: the mode's own parameters.
+      optimizer_state: of the dense parameters and the transform.
+      non_finite_step: 0, or the step at which a member's loss stopped being finite; such a member
+        is frozen as it was before that step.
+      unknown_ids: for each table, the number of trained ids that had no row of their own.
+      owners: for each table, working memory of `find_occurrences`; it means nothing between steps.
+    """
+
+    step: Int[Array, ""]
+    parameters: Parameters
+    transform: Transform
+    optimizer_state: optax.OptState
+    non_finite_step: Int[Array, "members"]
+    unknown_ids: dict[str, Int[Array, ""]]
+    owners: dict[str, Int[Array, "rows"]]
+
+
+States = tuple[TrainState, ...]
+"""The states of a population, one a group."""
+
+
+class LiveTeacher(NamedTuple):
+    """The teacher that scores the batches inside the step.
+
+    Attributes:
+      model: its fixed part; its parameters come with `Frozen`.
+      stage: a candidate that came at least so far in the funnel meets the teacher.
+    """
+
+    model: Model
+    stage: Stage
+
+
+@flax.struct.dataclass
+class Frozen:
+    """The arrays that a step reads and never changes.
+
+    Attributes:
+      items: the features and categories of each item.
+      teacher: the live teacher, or None.
+    """
+
+    items: Items
+    teacher: Parameters | None
+
+
+def stack_members(members: Sequence[Any]) -> Any:
+    """Pytrees of equal shapes as one, with a leading axis of members."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
+
+
+def select_member(tree: Any, member: int) -> Any:
+    """One member of a pytree whose leaves have a leading axis of members."""
+    return jax.tree.map(lambda leaf: leaf[member], tree)
+
+
+def init_state(recipe: Recipe, parameters: Parameters, tasks: int, affine: bool) -> TrainState:
+    """The state of a group before its first step.
+
+    Args:
+      recipe: the group's recipe.
+      parameters: the members' initial parameters, stacked.
+      tasks: the number of tasks.
+      affine: `config.distill.affine`.
+    """
+    members = jax.tree.leaves(parameters)[0].shape[0]
+    transform = stack_members([recipe.mode.init_transform(tasks, affine)] * members)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        parameters=parameters,
+        transform=transform,
+        optimizer_state=jax.vmap(recipe.optimizer.init)((parameters.dense, transform)),
+        non_finite_step=jnp.zeros(members, jnp.int32),
+        unknown_ids={name: jnp.zeros((), jnp.int32) for name in parameters.tables},
+        owners={
+            name: jnp.zeros(tables.shape[1], jnp.int32)
+            for name, tables in parameters.tables.items()
+        },
+    )
