@@ -7,6 +7,7 @@ from pathlib import Path
 import grimp
 
 from kd_ranker.config.page import keys_page
+from kd_ranker.evaluation.metrics import METRICS
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -17,7 +18,20 @@ def pages() -> dict[Path, str]:
     drawn = re.sub(
         r"(?<=```mermaid\n).*?(?=```)", rooms(), architecture.read_text(), count=1, flags=re.S
     )
-    return {DOCS / "config.md": keys_page(), architecture: drawn}
+    concepts = DOCS / "concepts.md"
+    told = re.sub(
+        r"\| column \| formula \|.*?\n(?=\n)", metrics(), concepts.read_text(), count=1, flags=re.S
+    )
+    return {DOCS / "config.md": keys_page(), architecture: drawn, concepts: told}
+
+
+def metrics() -> str:
+    """The table of the metrics, a line an entry."""
+    lines = ["| column | formula | better |", "|---|---|---|"]
+    for metric in METRICS.values():
+        axes = "@k" * ("k" in metric.per) + "/<task>" * ("task" in metric.per)
+        lines.append(f"| `{metric.name}{axes}` | {metric.formula} | {metric.better or ''} |")
+    return "\n".join([*lines, ""])
 
 
 def rooms() -> str:

@@ -12,8 +12,14 @@ from kd_ranker.config import checks, schema
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.results import Row
-from kd_ranker.pipeline import measurement, runs, scoring, teachers
-from kd_ranker.pipeline.measurement import Measured
+from kd_ranker.pipeline import runs, scoring, teachers
+from kd_ranker.pipeline.measure import (
+    Measured,
+    measure,
+    own_reference,
+    reference,
+    write_measured,
+)
 from kd_ranker.report import write
 from kd_ranker.requests import storage
 from kd_ranker.requests.pool import open_pool
@@ -68,8 +74,9 @@ def train_teacher(config: ConfigDict, workdir: Path) -> list[Row]:
     checks.validate(config)
     dataset = teachers.open_dataset(config)
     ranker, step = runs.fit_teacher(config, dataset, workdir)
-    measured = measurement.measure_teacher(config, dataset, ranker, config.seed, step)
-    measurement.write_measured(config, workdir, measured)
+    teacher = own_reference(config, dataset, ranker, step)
+    measured = measure(config, dataset, teacher, {}, [])
+    write_measured(config, workdir, measured)
     return measured.rows
 
 
@@ -139,10 +146,11 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
     workdirs.claim(workdir, "train", config, without=schema.without_influence("student"))
     with runs.progress_bar(workdir.name, config.train.steps) as bar:
         students = runs.fit_students(shared, dataset, teacher, members, workdir, bar)
-    measured = measurement.measure_students(shared, dataset, teacher, members, students)
+    known = reference(shared, dataset, teacher)
+    measured = measure(shared, dataset, known, members, students)
     # The teacher has a workdir and results of its own.
     measured = Measured(*(_without_teacher(rows) for rows in measured))
-    measurement.write_measured(config, workdir, measured)
+    write_measured(config, workdir, measured)
     return measured.rows
 
 
@@ -180,8 +188,9 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
                 skip_steps(bar, each.train.steps)
                 continue
             students = runs.fit_students(each, dataset, teacher, cohort, folder, bar)
-            measured = measurement.measure_students(each, dataset, teacher, cohort, students)
-            measurement.write_measured(each, folder, measured)
+            known = reference(each, dataset, teacher)
+            measured = measure(each, dataset, known, cohort, students)
+            write_measured(each, folder, measured)
             mark_measured(folder, whose)
     sweep.join(config.funnel.retrieved)
     return True

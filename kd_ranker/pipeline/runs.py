@@ -15,7 +15,7 @@ from kd_ranker.config import identity, schema
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.evaluation.results import Row
-from kd_ranker.pipeline.measurement import Students, measure, measure_students, summary
+from kd_ranker.pipeline.measure import Students, measure, own_reference, reference
 from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests.storage import Dataset
 from kd_ranker.training import recipes
@@ -83,8 +83,10 @@ def fit_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> tuple[Ra
         return Ranker(serve, select_member(states[0].parameters, 0))
 
     def progress(states: States) -> tuple[dict[str, float], str]:
-        sums, _ = measure(config, dataset, ranker(states), [], section.train.eval_limit)
-        return _evaluation_scalars(summary(config, dataset, sums, None), ""), ""
+        teacher = own_reference(config, dataset, ranker(states), int(states[0].step))
+        limit = section.train.eval_limit
+        measured = measure(config, dataset, teacher, {}, [], limit=limit, costs=False)
+        return _evaluation_scalars(measured.rows[0], ""), ""
 
     with progress_bar(workdir.name, section.train.steps) as bar:
         whose = identity.of_teacher(config, dataset.identity)
@@ -108,6 +110,7 @@ def fit_students(
     # A population without a use for a teacher does not pay for one.
     distilled = any(group.recipe.mode.teacher_logits is not None for group in groups)
     live = teacher if distilled and config.teacher.source == "live" else None
+    known = reference(config, dataset, teacher)
     serves = [make_serve(group.recipe.model, group.recipe.mode) for group in groups]
 
     def students(states: States) -> list[Students]:
@@ -122,9 +125,8 @@ def fit_students(
         ]
 
     def progress(states: States) -> tuple[dict[str, float], str]:
-        measured = measure_students(
-            config, dataset, teacher, members, students(states), config.train.eval_limit
-        )
+        trained, limit = students(states), config.train.eval_limit
+        measured = measure(config, dataset, known, members, trained, limit=limit, costs=False)
         return _progress_of_students(config, members, measured.rows)
 
     whose = students_identity(members, dataset, teacher)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from kd_ranker.evaluation.saving import CRITERION, baseline, best, by_repeat, settings_of
 from kd_ranker.report.choices import CrossValidated, cross_validated
-from kd_ranker.report.statistics import Interval, difference, interval
+from kd_ranker.report.intervals import Interval, difference, interval
 from kd_ranker.report.study import Study
 from kd_ranker.report.tables import number
 

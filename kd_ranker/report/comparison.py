@@ -5,7 +5,7 @@ import pandas as pd
 from kd_ranker.evaluation.metrics import Better, main_columns, metric_of
 from kd_ranker.evaluation.results import setting_columns
 from kd_ranker.evaluation.saving import baseline, by_repeat
-from kd_ranker.report.statistics import Interval, difference, interval
+from kd_ranker.report.intervals import Interval, difference, interval
 from kd_ranker.report.study import Study
 
 

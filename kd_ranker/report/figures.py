@@ -11,7 +11,7 @@ import pandas as pd
 
 from kd_ranker.evaluation.saving import by_repeat
 from kd_ranker.report.choices import best_of_modes
-from kd_ranker.report.statistics import interval
+from kd_ranker.report.intervals import interval
 from kd_ranker.report.study import Study
 
 

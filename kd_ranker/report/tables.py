@@ -12,7 +12,7 @@ from kd_ranker.evaluation.metrics import metric_of, summary_columns, title_of
 from kd_ranker.evaluation.saving import baseline
 from kd_ranker.report.claims import RULES
 from kd_ranker.report.comparison import important_columns
-from kd_ranker.report.statistics import Interval, interval
+from kd_ranker.report.intervals import Interval, interval
 from kd_ranker.report.study import Study, key_title, text_of
 
 

@@ -13,7 +13,7 @@ from kd_ranker.config.identity import dataset_name
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import commands, measurement, runs, scoring, teachers
+from kd_ranker.pipeline import commands, measure, runs, scoring, teachers
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
@@ -680,9 +680,9 @@ def test_costs_are_those_of_the_teacher_that_was_trained(world):
     config = world.config(teacher__width=64)
     dataset = teachers.open_dataset(config)
     teacher = teachers.load_teacher(config, dataset)
-    flops = measurement.teacher_flops(config, dataset.spec, teacher)
-    assert flops == measurement.teacher_flops(world.config(), dataset.spec, None)
-    assert flops != measurement.teacher_flops(config, dataset.spec, None)
+    flops = measure.teacher_flops(config, dataset.spec, teacher)
+    assert flops == measure.teacher_flops(world.config(), dataset.spec, None)
+    assert flops != measure.teacher_flops(config, dataset.spec, None)
 
 
 def test_copies_scored_at_different_stages_are_different_datasets(world):
@@ -727,7 +727,7 @@ def test_a_last_update_that_is_not_finite_is_never_saved(world, tmp_path, comman
 
 def test_the_funnels_own_k_is_always_reported(world):
     config = world.config(funnel__report_at=(10,))
-    assert measurement._report_at(config) == [10, config.funnel.passed]
+    assert measure.report_at(config) == [10, config.funnel.passed]
 
 
 def test_a_split_without_requests_is_one_line(world, tmp_path):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kd_ranker.report.claims import RULES, claims, verdict
-from kd_ranker.report.statistics import Interval, interval
+from kd_ranker.report.intervals import Interval, interval
 from kd_ranker.report.study import read_studies
 from tests.report import sweeps
 

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from kd_ranker.report.comparison import comparison, important_columns, marked
-from kd_ranker.report.statistics import difference, interval
+from kd_ranker.report.intervals import difference, interval
 from kd_ranker.report.study import read_studies
 from tests.report import sweeps
 

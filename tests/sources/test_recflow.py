@@ -17,7 +17,7 @@ from kd_ranker.batches import loader
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import commands, measurement, teachers
+from kd_ranker.pipeline import commands, measure, teachers
 from kd_ranker.requests.request import Request, Source
 from kd_ranker.sources import recflow, recflow_files
 from tests.sources.recflow_files import (
@@ -605,7 +605,8 @@ def test_a_student_is_trained_and_measured_under_the_logged_positions(prepared):
 def test_of_logged_positions_the_teachers_row_has_what_follows_from_the_order(prepared):
     _, config = prepared
     dataset = teachers.open_dataset(config())
-    measured = measurement.measure_students(config(), dataset, None, {}, [], limit=16)
+    teacher = measure.reference(config(), dataset, None)
+    measured = measure.measure(config(), dataset, teacher, {}, [], limit=16, costs=False)
     (row,) = measured.rows
     assert row["role"] == "teacher"
     assert not measured.calibration

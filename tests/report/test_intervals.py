@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from kd_ranker.report.statistics import difference, interval
+from kd_ranker.report.intervals import difference, interval
 
 
 def test_the_interval_is_scipys():

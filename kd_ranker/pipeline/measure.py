@@ -1,6 +1,6 @@
 """Measuring trained rankers: from their parameters to the rows of a run's tables."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +43,24 @@ class Students(NamedTuple):
     non_finite_step: tuple[int, ...]
 
 
+class Reference(NamedTuple):
+    """The teacher as a measurement sees it.
+
+    Attributes:
+      ranker: how it ranks; None where the dataset's logs say what it thinks.
+      signal: what is known of it, one of `batch.TEACHER_SIGNALS`.
+      seed: the seed that it was trained with; None for one from elsewhere.
+      step: its last step; None for one from elsewhere.
+      flops: its FLOPs a candidate, which take compiling.
+    """
+
+    ranker: Ranker | None
+    signal: str
+    seed: int | None
+    step: int | None
+    flops: Callable[[], float]
+
+
 class Measured(NamedTuple):
     """What was measured, as rows of three tables; see `results` for their columns."""
 
@@ -51,83 +69,68 @@ class Measured(NamedTuple):
     calibration: list[Row]
 
 
+def reference(config: ConfigDict, dataset: Dataset, teacher: Teacher | None) -> Reference:
+    """The teacher of students.
+
+    Args:
+      config: what the students have in common.
+      dataset: the dataset that they learn from.
+      teacher: the teacher; None where its probabilities come with the dataset.
+    """
+    live = teacher is not None and config.teacher.source == "live"
+    return Reference(
+        ranker=teacher.ranker if teacher and live else None,
+        signal="probability" if live else dataset.spec.teacher_signal,
+        seed=teacher.seed if teacher else None,
+        step=teacher.step if teacher else None,
+        flops=lambda: teacher_flops(config, dataset.spec, teacher),
+    )
+
+
+def own_reference(config: ConfigDict, dataset: Dataset, ranker: Ranker, step: int) -> Reference:
+    """The teacher that `config` describes, with `ranker` at `step` of its training."""
+    return Reference(
+        ranker=ranker,
+        signal="probability",
+        seed=config.seed,
+        step=step,
+        flops=lambda: teacher_flops(config, dataset.spec, None),
+    )
+
+
 def measure(
     config: ConfigDict,
     dataset: Dataset,
-    teacher: Ranker | None,
-    groups: Sequence[Ranker],
-    limit: int = 0,
-) -> tuple[Sums, list[dict[str, Sums]]]:
-    """`evaluate` on the dataset's test requests; a `limit` reads only so many of them."""
-    batches: Iterable = loader.evaluation_batches(
-        dataset,
-        requests=config.evaluation.requests,
-        candidates=config.funnel.retrieved,
-        limit=limit or config.evaluation.limit,
-    )
-    if not limit:
-        total = loader.num_evaluation_batches(
-            dataset, requests=config.evaluation.requests, limit=config.evaluation.limit
-        )
-        batches = tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=None)
-    return evaluate(
-        teacher, groups, batches, dataset.items, config.value_weights, config.funnel.shown
-    )
-
-
-def summary(
-    config: ConfigDict,
-    dataset: Dataset,
-    sums: Sums,
-    teacher: Sums | None,
-    signal: str = "probability",
-) -> Row:
-    """The measured columns of one row of `results.csv`; see `totals.summarise`."""
-    return dict(totals.summarise(sums, teacher, dataset.spec.tasks, _report_at(config), signal))
-
-
-def _report_at(config: ConfigDict) -> list[int]:
-    """The k of `survival@k` and its like; the funnel's own is always among them."""
-    return sorted({*config.funnel.report_at, config.funnel.passed})
-
-
-def measure_teacher(
-    config: ConfigDict, dataset: Dataset, ranker: Ranker, seed: int, step: int
-) -> Measured:
-    """Measures a teacher by itself."""
-    sums, _ = measure(config, dataset, ranker, [])
-    flops = teacher_flops(config, dataset.spec, None)
-    return _of_teacher(config, dataset, seed, step, sums, flops)
-
-
-def measure_students(
-    config: ConfigDict,
-    dataset: Dataset,
-    teacher: Teacher | None,
+    teacher: Reference,
     members: Mapping[str, ConfigDict],
     students: Sequence[Students],
+    *,
     limit: int = 0,
+    costs: bool = True,
 ) -> Measured:
     """Measures the teacher, then the students by member and serving choice, in one pass.
 
     Args:
       config: what the members have in common.
-      dataset: the dataset.
-      teacher: the teacher; None where its probabilities come with the dataset.
+      dataset: the dataset whose test requests are read.
+      teacher: the teacher.
       members: the members' configs by name.
-      students: the trained groups of these members.
-      limit: see `measure`; an evaluation on the way has no need of costs, which take compiling.
+      students: the trained groups of these members; none measures the teacher alone.
+      limit: how many requests are read at most; 0 takes `config.evaluation.limit`.
+      costs: whether to count FLOPs. An evaluation on the way goes without, and without a bar.
     """
-    live = teacher.ranker if teacher and config.teacher.source == "live" else None
-    signal = "probability" if live else dataset.spec.teacher_signal
     rankers = [group.ranker for group in students]
-    teacher_sums, students_sums = measure(config, dataset, live, rankers, limit)
-    flops_of_teacher = _NOT_COUNTED if limit else teacher_flops(config, dataset.spec, teacher)
-    seed, step = (teacher.seed, teacher.step) if teacher else (None, None)
-    measured = _of_teacher(config, dataset, seed, step, teacher_sums, flops_of_teacher, signal)
+    teacher_sums, students_sums = _sums(config, dataset, teacher.ranker, rankers, limit, costs)
+    flops_of_teacher = teacher.flops() if costs else _NOT_COUNTED
+    measured = Measured([], [], [])
+    row = results.with_cost(_teacher_row(config, teacher), flops_of_teacher, flops_of_teacher)
+    _add(measured, config, dataset, row, teacher_sums, None, teacher.signal)
+    if teacher.signal == "rank":
+        # Positions order the candidates, and foretell nothing.
+        measured.calibration.clear()
     for group, group_sums in zip(students, students_sums, strict=True):
         first = members[group.names[0]]
-        flops = _NOT_COUNTED if limit else _student_flops(first, dataset.spec)
+        flops = _student_flops(first, dataset.spec) if costs else _NOT_COUNTED
         for index, name in enumerate(group.names):
             for serve in MODES[first.distill.mode].serve:
                 row = _student_row(members[name], name, serve, group.step)
@@ -135,35 +138,47 @@ def measure_students(
                 if non_finite_step := group.non_finite_step[index]:
                     measured.rows.append(row | {"non_finite_step": non_finite_step})
                     continue
-                member_sums = select_member(group_sums[serve], index)
-                row |= summary(config, dataset, member_sums, teacher_sums, signal)
-                _add(measured, config, dataset, row, member_sums)
+                sums = select_member(group_sums[serve], index)
+                _add(measured, config, dataset, row, sums, teacher_sums, teacher.signal)
     return measured
 
 
-def _of_teacher(
+def _sums(
     config: ConfigDict,
     dataset: Dataset,
-    seed: int | None,
-    step: int | None,
-    sums: Sums,
-    flops: float,
-    signal: str = "probability",
-) -> Measured:
-    """The teacher's rows; `seed` and `step` are None for one from elsewhere."""
-    row: Row = {
+    teacher: Ranker | None,
+    groups: Sequence[Ranker],
+    limit: int,
+    bar: bool,
+) -> tuple[Sums, list[dict[str, Sums]]]:
+    """`evaluate` on the dataset's test requests."""
+    requests, limit = config.evaluation.requests, limit or config.evaluation.limit
+    batches: Iterable = loader.evaluation_batches(
+        dataset, requests=requests, candidates=config.funnel.retrieved, limit=limit
+    )
+    if bar:
+        total = loader.num_evaluation_batches(dataset, requests=requests, limit=limit)
+        batches = tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=None)
+    return evaluate(
+        teacher, groups, batches, dataset.items, config.value_weights, config.funnel.shown
+    )
+
+
+def report_at(config: ConfigDict) -> list[int]:
+    """The k of `survival@k` and its like; the funnel's own is always among them."""
+    return sorted({*config.funnel.report_at, config.funnel.passed})
+
+
+def _teacher_row(config: ConfigDict, teacher: Reference) -> Row:
+    """The part of the teacher's row that says which it is."""
+    return {
         "dataset": config.data.name,
         "role": "teacher",
         "serve": "user",
-        "seed": seed,
-        "step": step,
+        "seed": teacher.seed,
+        "step": teacher.step,
         "member": results.TEACHER,
-        **summary(config, dataset, sums, None, signal),
     }
-    measured = Measured([], [], [])
-    _add(measured, config, dataset, results.with_cost(row, flops, flops), sums)
-    # Positions order the candidates, and foretell nothing.
-    return measured._replace(calibration=[]) if signal == "rank" else measured
 
 
 def _student_row(config: ConfigDict, name: str, serve: str, step: int) -> Row:
@@ -178,12 +193,25 @@ def _student_row(config: ConfigDict, name: str, serve: str, step: int) -> Row:
     }
 
 
-def _add(measured: Measured, config: ConfigDict, dataset: Dataset, row: Row, sums: Sums) -> None:
-    """Adds a model's row, and those of its curves and its calibration."""
+def _add(
+    measured: Measured,
+    config: ConfigDict,
+    dataset: Dataset,
+    row: Row,
+    sums: Sums,
+    teacher_sums: Sums | None,
+    signal: str,
+) -> None:
+    """Adds a model's row, and those of its curves and its calibration.
+
+    `teacher_sums` and `signal` are those of `summarise`.
+    """
+    tasks = dataset.spec.tasks
+    numbers = totals.summarise(sums, teacher_sums, tasks, report_at(config), signal)
+    measured.rows.append(row | numbers)
     who = {"member": row["member"], "serve": row["serve"]}
-    measured.rows.append(row)
-    curves = totals.curves(sums, dataset.spec.tasks)
-    ks = _sampled_ks(config, next(iter(curves.values())).size, row["passed_for_99"])
+    curves = totals.curves(sums, tasks)
+    ks = _sampled_ks(config, next(iter(curves.values())).size, numbers["passed_for_99"])
     measured.curves.extend(
         who | {"k": k} | {name: float(curve[k - 1]) for name, curve in curves.items()} for k in ks
     )
@@ -191,18 +219,18 @@ def _add(measured: Measured, config: ConfigDict, dataset: Dataset, row: Row, sum
     measured.calibration.extend(
         who
         | {"task": task, "bin": bin_index}
-        | {name: float(numbers[index, bin_index]) for name, numbers in table.items()}
-        for index, task in enumerate(dataset.spec.tasks)
+        | {name: float(of_bins[index, bin_index]) for name, of_bins in table.items()}
+        for index, task in enumerate(tasks)
         for bin_index in np.flatnonzero(table["weight"][index]).tolist()
     )
 
 
-def _sampled_ks(config: ConfigDict, retrieved: int, passed_for_99: object) -> list[int]:
+def _sampled_ks(config: ConfigDict, retrieved: int, passed_for_99: float) -> list[int]:
     """The k at which curves are kept: all small ones, then in steps of a few percent."""
     spaced = np.unique(np.geomspace(1, retrieved, 150).round().astype(int)).tolist()
-    named = [min(k, retrieved) for k in _report_at(config)]
-    known = isinstance(passed_for_99, float) and np.isfinite(passed_for_99)
-    return sorted({*spaced, *named, *([int(passed_for_99)] if known else [])})  # type: ignore[call-overload]
+    named = [min(k, retrieved) for k in report_at(config)]
+    needed = [int(passed_for_99)] if np.isfinite(passed_for_99) else []
+    return sorted({*spaced, *named, *needed})
 
 
 def _student_flops(config: ConfigDict, spec: FeatureSpec) -> float:
@@ -245,7 +273,7 @@ def _shapes(init: Init) -> Parameters:
 
 def write_measured(config: ConfigDict, workdir: Path, measured: Measured) -> None:
     """Writes the tables of a run, each whole or not at all, `results.csv` last."""
-    names = results.columns(config.tasks, _report_at(config), results.swept_columns(config))
+    names = results.columns(config.tasks, report_at(config), results.swept_columns(config))
     for file, rows, columns in (
         (results.CURVES_FILE, measured.curves, results.curves_columns(config.tasks)),
         (results.CALIBRATION_FILE, measured.calibration, results.CALIBRATION_COLUMNS),
