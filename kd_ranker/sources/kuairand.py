@@ -146,13 +146,11 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     )
     categories = _categories(files)
     item_category, user_category, tab_category = _category_ids(files, categories)
-    # Only these parts of the files are kept while requests are written.
-    log, upload_time = files.log, files.videos.upload_time
     spec = FeatureSpec(
         dataset=data.name,
         tasks=tuple(tasks),
         num_users=len(files.users.features),
-        num_items=len(upload_time),
+        num_items=len(files.videos.upload_time),
         user_features=files.users.features.shape[1] + 1 + len(TASKS),
         context_features=CONTEXT_FEATURES,
         candidate_features=CANDIDATE_FEATURES,
@@ -163,25 +161,37 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         teacher_version="",
         categories=categories,
     )
-    place_type = _place_type(log)
-    prepared = _Prepared(
-        log=log,
-        blocks=_blocks(log, data, split_time),
-        user_features=files.users.features,
-        upload_time=upload_time,
-        user_category=user_category,
-        tab_category=tab_category,
-        # A number looked for in a column has its type, or NumPy would convert the column each time.
-        user_start=np.searchsorted(log.user, np.arange(spec.num_users + 1, dtype=np.int32)),
-        by_time=np.argsort(log.time, kind="stable").astype(place_type),
-        engaged=np.flatnonzero(log.signals & ((1 << RANDOM_BIT) - 1)).astype(place_type),
-    )
+    blocks = _blocks(files.log, data, split_time)
+    prepared = _prepare(files, blocks, user_category, tab_category)
     return Source(
         spec,
         item_features(files),
         functools.partial(_requests, prepared, data, tasks),
-        {split: len(prepared.blocks[split]) for split in SPLITS},
+        {split: len(blocks[split]) for split in SPLITS},
         item_category,
+    )
+
+
+def _prepare(
+    files: KuaiRand,
+    blocks: dict[str, ImpressionBlocks],
+    user_category: Int32[np.ndarray, "users K-1"],
+    tab_category: Int32[np.ndarray, "tabs"],
+) -> _Prepared:
+    """Keeps the parts of the files that requests are made of, and sorts the log in two ways."""
+    log, place_type = files.log, _place_type(files.log)
+    # A number looked for in a column has its type, or NumPy would convert the column each time.
+    users = np.arange(len(files.users.features) + 1, dtype=np.int32)
+    return _Prepared(
+        log=log,
+        blocks=blocks,
+        user_features=files.users.features,
+        upload_time=files.videos.upload_time,
+        user_category=user_category,
+        tab_category=tab_category,
+        user_start=np.searchsorted(log.user, users),
+        by_time=np.argsort(log.time, kind="stable").astype(place_type),
+        engaged=np.flatnonzero(log.signals & ((1 << RANDOM_BIT) - 1)).astype(place_type),
     )
 
 

@@ -28,8 +28,8 @@ class SourceEntry(NamedTuple):
       check_unchanged: (config.data, a dataset's folder) -> None, or UserError where that was made
         of other raw files than there are now; None does not look.
       open_scored_log: (config.data, tasks, config.funnel, the dataset's folder, the name of its
-        scored copy) -> what writes the raw files back with a teacher's columns, or UserError; None:
-        there is no such thing.
+        scored copy) -> functions that write the raw files back with a teacher's columns, or
+        UserError; None: the raw files cannot be written back.
     """
 
     tasks: Sequence[str] | None

@@ -61,6 +61,14 @@ class PreparedLog(NamedTuple):
             *(bucket.rejected for bucket in self.assembled),
         ]
 
+    def buckets(self, split: str) -> list[AssembledBucket]:
+        """The buckets that have requests of a split, in the order of time."""
+        return [bucket for bucket in self.assembled if bucket.num_requests[split]]
+
+    def num_requests(self, split: str) -> int:
+        """The number of requests of a split."""
+        return sum(bucket.num_requests[split] for bucket in self.assembled)
+
 
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
     """Opens a log of Parquet files as a source; `configs/parquet.py` explains `data`.
@@ -182,35 +190,20 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog, work: Path) -> Sourc
         read.statistics,
         encoding,
     )
-    refuse = functools.partial(_refuse, log, layout, read, report)
-    if read.statistics is None or encoding is None:
-        raise refuse("not one row of the log can be used")
-    num_requests = {
-        split: sum(bucket.num_requests[split] for bucket in read.assembled) for split in SPLITS
-    }
-    for split, number in num_requests.items():
-        if not number:
-            raise refuse(f"no request is left for the split {split!r}")
-    if layout.strict and (faults := _faults(report)):
-        raise refuse(f"data.strict=True, and the log has faults: {faults}")
+    if why := _unusable(layout, read, report):
+        raise _refuse(log, layout, read, report, why)
+    assert encoding is not None
+    assert read.statistics is not None
     folder = work / "encoding"
     save_encoding(encoding, folder)
     item_features, item_category = item_matrix(layout, encoding, read.statistics.items)
 
-    def parts(split: str) -> list[AssembledBucket]:
-        return [bucket for bucket in read.assembled if bucket.num_requests[split]]
-
     def shards(split: str) -> list[Callable[[], Iterator[Request]]]:
         return [
             functools.partial(
-                encode_requests,
-                layout,
-                bucket.requests,
-                bucket.candidates,
-                str(folder),
-                split,
+                encode_requests, layout, bucket.requests, bucket.candidates, str(folder), split
             )
-            for bucket in parts(split)
+            for bucket in read.buckets(split)
         ]
 
     def write_beside(directory: Path) -> None:
@@ -218,7 +211,7 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog, work: Path) -> Sourc
         texts = [part.texts for part in read.partitioned]
         write_vocabularies(encoding, texts, directory / VOCABULARIES_FOLDER)
         for split in SPLITS:
-            paths = [bucket.candidate_rows[split] for bucket in parts(split)]
+            paths = [bucket.candidate_rows[split] for bucket in read.buckets(split)]
             candidate_rows.move_candidate_rows(paths, split, directory)
         (directory / MANIFEST).write_text(json.dumps(log.manifest, indent=2))
 
@@ -226,11 +219,23 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog, work: Path) -> Sourc
         spec=encoding.spec,
         item_features=item_features,
         requests=lambda split: itertools.chain.from_iterable(shard() for shard in shards(split)),
-        num_requests=num_requests,
+        num_requests={split: read.num_requests(split) for split in SPLITS},
         item_category=item_category,
         shards=shards,
         write_beside=write_beside,
     )
+
+
+def _unusable(layout: LogLayout, read: PreparedLog, report: Report) -> str:
+    """A reason for making no dataset of a log, "" if there is none."""
+    if read.statistics is None:
+        return "not one row of the log can be used"
+    for split in SPLITS:
+        if not read.num_requests(split):
+            return f"no request is left for the split {split!r}"
+    if layout.strict and (faults := _faults(report)):
+        return f"data.strict=True, and the log has faults: {faults}"
+    return ""
 
 
 def _faults(report: Report) -> str:

@@ -46,12 +46,12 @@ class Column:
 
     @property
     def known(self) -> Bool[np.ndarray, "rows"]:
-        """Where there is a value."""
+        """True for rows that hold a value."""
         return self.code >= 0
 
     @property
     def distinct(self) -> int:
-        """How many values there are."""
+        """The number of distinct values."""
         return len(self.values)
 
     @functools.cached_property
@@ -72,7 +72,7 @@ class Column:
 
     @functools.cached_property
     def is_whole(self) -> bool:
-        """Whether the values are whole numbers, floats too: so pandas stores them with nulls."""
+        """True if the values are whole numbers, or floats as pandas makes of these beside nulls."""
         if self.kind in ("bool", "integer"):
             return True
         finite = self.value_numbers[np.isfinite(self.value_numbers)]
@@ -86,11 +86,11 @@ class Column:
 
     @functools.cached_property
     def element_kind(self) -> str:
-        """The kind of what lists hold; "" for what is no list."""
+        """The kind of the elements of lists; "" for a column that holds none."""
         return kind_of(self.values.type.value_type) if self.kind == "list" else ""
 
     def taken(self, rows: np.ndarray) -> "Column":
-        """The same of some rows; values that no longer occur are kept."""
+        """The column at some rows; values that no longer occur are kept."""
         return dataclasses.replace(self, code=self.code[rows])
 
 
@@ -117,7 +117,7 @@ def _encode_lists(array: pa.Array) -> tuple[Int32[np.ndarray, "rows"], pa.Array]
     length = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
     length = np.asarray(length, np.int64)
     flat = array.flatten()
-    # Only the lengths of what lists of lists hold are looked at, so they need no codes.
+    # Of lists of lists, only the lengths are looked at, so inner lists need no codes.
     element = (
         np.zeros(len(flat), np.int32)
         if not kind_of(flat.type) or is_list(flat.type)
@@ -147,7 +147,7 @@ def time_unit_of(column: Column) -> str:
 
 
 def may_be_time(column: Column) -> bool:
-    """Whether a column holds times: by its type, or as numbers of this century's days."""
+    """True if a column holds times: by its type, or as numbers of this century's days."""
     return column.kind == "time" or bool(time_unit_of(column))
 
 
@@ -158,7 +158,7 @@ def value_text(column: Column, code: int) -> str:
 
 
 def is_binary(column: Column, nonsense: float = 0.01) -> bool:
-    """Whether values are 0 and 1, or truth values, but for a share of nonsense, as logs hold it."""
+    """True if values are 0 and 1, or truth values, but for a share of nonsense, as logs hold it."""
     if column.kind not in ("bool", "integer", "float"):
         return False
     is_one = np.isin(column.value_numbers, (0.0, 1.0))
@@ -169,17 +169,17 @@ def is_binary(column: Column, nonsense: float = 0.01) -> bool:
 
 
 def positives_of(column: Column) -> Bool[np.ndarray, "rows"]:
-    """Where a binary column is 1."""
+    """True for rows in which a binary column is 1."""
     return column.numbers == 1
 
 
-def number_met(column: Column) -> int:
-    """How many distinct values rows hold, null aside."""
+def distinct_in_rows(column: Column) -> int:
+    """The number of distinct values that rows hold, null aside."""
     return int(np.count_nonzero(np.bincount(column.code[column.known])))
 
 
 def is_known_where(column: Column, mask: Bool[np.ndarray, "rows"]) -> bool:
-    """Whether a column is known nearly only in `mask`, and often there."""
+    """True if a column is known nearly only in `mask`, and often there."""
     outside = column.known[~mask].mean() if (~mask).any() else 0.0
     return outside <= 0.01 and column.known[mask].mean() >= 0.5
 
@@ -193,12 +193,12 @@ def as_type(ids: pa.Array, of: pa.DataType) -> pa.Array | None:
 
 
 def share_of_values(lists: Column, column: Column) -> float:
-    """The share of what lists hold that is a value of another column, too."""
+    """The share of the elements of lists that are values of another column, too."""
     if not lists.element_kind or not len(lists.values):
         return 0.0
     elements = lists.values.flatten().drop_null()
     values = as_type(column.values, elements.type)
     if values is None:
         return 0.0
-    found = pc.is_in(elements, value_set=values)
-    return float(pc.mean(found.cast(pa.int8())).as_py() or 0.0)
+    is_value = pc.is_in(elements, value_set=values)
+    return float(pc.mean(is_value.cast(pa.int8())).as_py() or 0.0)

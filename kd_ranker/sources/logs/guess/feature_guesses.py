@@ -1,4 +1,4 @@
-"""What a ranker may read of a log: whom a column belongs to, its kind, and whether it leaks."""
+"""Features of a log: whom each column belongs to, its kind, and whether it leaks."""
 
 import math
 import reprlib
@@ -11,9 +11,9 @@ import pyarrow.compute as pc
 from kd_ranker.sources.logs.guess import evidence, names
 from kd_ranker.sources.logs.guess.column import (
     Column,
+    distinct_in_rows,
     is_binary,
     may_be_time,
-    number_met,
     share_of_values,
     value_text,
 )
@@ -23,7 +23,7 @@ from kd_ranker.sources.logs.guess.roles import Roles
 from kd_ranker.sources.logs.guess.sample import REQUEST_ROWS
 
 DEFAULT_SIZE = 100_000  # of `feature`
-_HASHED_FROM = 10_000  # values met in the sample
+_HASHED_FROM = 10_000  # values in the sample
 _FEW_NUMBERS = 32
 _MAX_LENGTH = 200
 
@@ -36,12 +36,12 @@ class FeatureGuess(NamedTuple):
       column: its column.
       of: "user", "item", "context" or "candidate".
       kind: "dense", "category", "history" or "bag".
-      hashed: whether its values are hashed.
-      size: how many values it has at most.
-      length: how many of a list are kept.
-      why: what speaks for it.
-      check: what is doubtful; "" where nothing is.
-      left_out: why it is not to be read; "" for a feature.
+      hashed: True if its values are hashed.
+      size: the most values that it has.
+      length: the number of elements of a list that are kept.
+      why: the reason for the guess.
+      check: a doubt about it; "" for none.
+      left_out: the reason for not reading it; "" for a feature.
     """
 
     name: str
@@ -59,14 +59,14 @@ class FeatureGuess(NamedTuple):
 def find_features(facts: Facts, roles: Roles) -> list[FeatureGuess]:
     """A feature, or why there is none, for each column without a role, in the log's order."""
     features: list[FeatureGuess] = []
-    met: set[str] = set()
+    taken: set[str] = set()
     for column in facts.log.types:
         if column in roles.used():
             continue
         name = names.identifier(column)
-        while name in met:
+        while name in taken:
             name += "_"
-        met.add(name)
+        taken.add(name)
         reason = _why_unusable(facts, roles, column)
         features.append(
             FeatureGuess(name, column, left_out=reason)
@@ -77,7 +77,7 @@ def find_features(facts: Facts, roles: Roles) -> list[FeatureGuess]:
 
 
 def _why_unusable(facts: Facts, roles: Roles, name: str) -> str:
-    """Why a column cannot be read, whatever it says; "" if it can."""
+    """The reason for which a column cannot be read, whatever it says; "" if it can."""
     if name in facts.sample.unread:
         return facts.sample.unread[name]
     if missing := facts.log.missing(name):
@@ -113,19 +113,19 @@ def _find_feature(facts: Facts, roles: Roles, name: str, column: Column) -> Feat
     feature = FeatureGuess(name, column.name, of, why=why, check=check)
     if column.kind == "list":
         return _of_lists(facts, feature, view)
-    met = number_met(view)
+    values = distinct_in_rows(view)
     owners = _number_of_owners(facts, of, view)
     kind, kind_why, kind_check = _kind_of(view)
     feature = feature._replace(
         kind=kind,
-        hashed=kind == "category" and met > _HASHED_FROM,
-        size=_size(met) if kind == "category" else DEFAULT_SIZE,
+        hashed=kind == "category" and values > _HASHED_FROM,
+        size=_size(values) if kind == "category" else DEFAULT_SIZE,
         why=f"{why}; {kind_why}",
         check="; ".join(filter(None, (check, kind_check))),
     )
-    if _is_name_of_its_own(view, met, owners):
+    if _is_name_of_its_own(view, values, owners):
         return feature._replace(
-            left_out=f"{met:,} values for {owners:,} {_OWNED[of]}: an id or text"
+            left_out=f"{values:,} values for {owners:,} {_OWNED[of]}: an id or text"
         )
     return feature
 
@@ -134,7 +134,7 @@ _OWNED = {"user": "users", "item": "items", "context": "requests", "candidate": 
 
 
 def _owner_of(facts: Facts, column: Column) -> tuple[str, str, str]:
-    """Whom a column belongs to, why, and what is doubtful."""
+    """The owner of a column, the reason, and a doubt about it."""
     said = names.owner_of(column.name)
     if column.name in facts.of_request:
         by_user = evidence.agreement(facts.requests[column.name].code, facts.user)
@@ -166,14 +166,14 @@ def _each_of(agreement: evidence.Agreement) -> str:
 
 
 def _number_of_owners(facts: Facts, of: str, view: Column) -> int:
-    """How many users, items, requests or candidates have a value of the column."""
+    """The number of users, items, requests or candidates that have a value of the column."""
     owners = {"user": facts.user, "item": facts.item}.get(of)
     known = view.known
     return int(known.sum()) if owners is None else len(np.unique(owners[known & (owners >= 0)]))
 
 
-def _is_name_of_its_own(view: Column, met: int, owners: int) -> bool:
-    """Whether nearly every owner has a value of its own: another id, a title, free text."""
+def _is_name_of_its_own(view: Column, values: int, owners: int) -> bool:
+    """True if nearly every owner has a value of its own: another id, a title, free text."""
     if view.kind == "string":
         # Words, more than a name has.
         texts = [value_text(view, code) for code in range(min(view.distinct, 1000))]
@@ -181,31 +181,31 @@ def _is_name_of_its_own(view: Column, met: int, owners: int) -> bool:
             return True
     elif not (names.is_identifier(view.name) or np.nanmax(np.abs(view.numbers)) >= 2**31):
         return False
-    return owners >= 50 and met >= 0.95 * owners
+    return owners >= 50 and values >= 0.95 * owners
 
 
 def _kind_of(column: Column) -> tuple[str, str, str]:
-    """Dense or category, why, and what is doubtful."""
+    """Dense or category, the reason, and a doubt about it."""
     if column.kind == "list":
         return "bag", "", ""
-    met = number_met(column)
+    values = distinct_in_rows(column)
     if column.kind in ("string", "bool"):
         what = "texts" if column.kind == "string" else "truth values"
         check = "all are numbers: a column of numbers would have an order" * _all_numbers(column)
-        return "category", f"{met:,} {what}", check
+        return "category", f"{values:,} {what}", check
     if not column.is_whole:
         return "dense", "numbers with fractions", ""
     if names.is_identifier(column.name):
-        return "category", f"{met:,} numbers, names by its name", ""
+        return "category", f"{values:,} numbers, names by its name", ""
     if names.is_quantity(column.name):
-        return "dense", f"{met:,} numbers, an amount by its name", ""
+        return "dense", f"{values:,} numbers, an amount by its name", ""
     if column.kind == "float" and is_binary(column):
         return "dense", "0 or 1", ""
-    if met <= _FEW_NUMBERS:
-        return "category", f"{met:,} whole numbers", ""
+    if values <= _FEW_NUMBERS:
+        return "category", f"{values:,} whole numbers", ""
     if np.nanmax(np.abs(column.numbers)) >= 2**31:
-        return "category", f"{met:,} whole numbers, as long as ids are", "or 'dense', if amounts"
-    return "dense", f"{met:,} whole numbers", "or 'category', if these are ids"
+        return "category", f"{values:,} whole numbers, as long as ids are", "or 'dense', if amounts"
+    return "dense", f"{values:,} whole numbers", "or 'category', if these are ids"
 
 
 def _all_numbers(column: Column) -> bool:
@@ -215,13 +215,13 @@ def _all_numbers(column: Column) -> bool:
     return len(column.values) > _FEW_NUMBERS and bool(pc.all(is_number).as_py())
 
 
-def _size(met: int) -> int:
+def _size(values: int) -> int:
     """Twice the default or more once the sample alone holds half of it."""
-    return DEFAULT_SIZE if met <= DEFAULT_SIZE // 2 else 2 ** math.ceil(math.log2(4 * met))
+    return DEFAULT_SIZE if values <= DEFAULT_SIZE // 2 else 2 ** math.ceil(math.log2(4 * values))
 
 
 def _of_lists(facts: Facts, feature: FeatureGuess, view: Column) -> FeatureGuess:
-    """The feature of a column of lists: a history if most of what they hold are items, or a bag."""
+    """The feature of a column of lists: a history if most of their elements are items, or a bag."""
     used = view.values.take(pa.array(np.unique(view.code[view.known])))
     lengths = np.asarray(pc.list_value_length(used).to_numpy(zero_copy_only=False))
     elements = used.flatten().drop_null()

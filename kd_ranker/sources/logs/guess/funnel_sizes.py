@@ -1,4 +1,4 @@
-"""How many candidates of a log are retrieved, passed and shown, and how large batches may be."""
+"""Sizes of a log's funnel, retrieved, passed and shown, and of batches that suit it."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ _SHOWN_OF_ALL = 10
 
 
 class Size(NamedTuple):
-    """One number: why it is so, and what is doubtful, "" for nothing."""
+    """A number, the reason for it, and a doubt about it, "" for none."""
 
     number: int
     why: str
@@ -43,25 +43,25 @@ def find_funnel_sizes(facts: Facts, roles: Roles) -> FunnelSizes:
     """Counts the candidates of requests that the sample holds whole."""
     whole, doubt = _whole_requests(facts)
     counts = evidence.counts_by(facts.request, whole)
-    met = counts > 0
+    is_whole = counts > 0
     most = int(counts.max())
-    number = int(met.sum())
+    number = int(is_whole.sum())
     retrieved = Size(most, f"the most of {number:,} requests")
-    if counts[met].min() < most:
-        spread = f"{int(np.median(counts[met])):,} at the median"
+    if counts[is_whole].min() < most:
+        spread = f"{int(np.median(counts[is_whole])):,} at the median"
         check = "the sample may lack larger requests, which would lose candidates"
         retrieved = Size(most, f"the most of {number:,} requests; {spread}", check)
     if doubt:
         retrieved = retrieved._replace(check=doubt)
-    shown = _median_size(facts, roles.shown, whole, met, "shown")
+    shown = _median_size(facts, roles.shown, whole, is_whole, "shown")
     passed = None
     if roles.level is not None and (roles.level == Stage.PASSED).any():
-        passed = _median_size(facts, roles.level >= Stage.PASSED, whole, met, "passed")
+        passed = _median_size(facts, roles.level >= Stage.PASSED, whole, is_whole, "passed")
     elif roles.teacher:
         known = [facts.columns[guess.column].known for guess in roles.teacher.values()]
         scored = np.any(known, axis=0)
         if not scored.all():
-            passed = _median_size(facts, scored, whole, met, "scored by the teacher")
+            passed = _median_size(facts, scored, whole, is_whole, "scored by the teacher")
     if shown is None:
         check = "the log does not tell what was shown; how many does a page have?"
         shown = Size(min(_SHOWN_OF_ALL, max(1, most // 4)), "a guess", check)
@@ -77,7 +77,7 @@ def find_funnel_sizes(facts: Facts, roles: Roles) -> FunnelSizes:
 
 
 def _whole_requests(facts: Facts) -> tuple[Bool[np.ndarray, "rows"], str]:
-    """Rows of requests that the sample holds from end to end, and what is doubtful about them."""
+    """Rows of requests that the sample holds from end to end, and a doubt about them."""
     cut = np.unique(facts.request[facts.sample.edge])
     whole = ~np.isin(facts.request, cut) & (facts.request >= 0)
     if len(facts.sample.edge) and not evidence.is_side_by_side(facts.request):
@@ -92,20 +92,20 @@ def _median_size(
     facts: Facts,
     mask: Bool[np.ndarray, "rows"] | None,
     whole: Bool[np.ndarray, "rows"],
-    met: Bool[np.ndarray, "requests"],
+    is_whole: Bool[np.ndarray, "requests"],
     what: str,
 ) -> Size | None:
     if mask is None or not (mask & whole).any():
         return None
     counts = evidence.counts_by(facts.request, mask & whole)
-    counts = np.pad(counts, (0, len(met) - len(counts)))[met]
+    counts = np.pad(counts, (0, len(is_whole) - len(counts)))[is_whole]
     median = int(np.median(counts))
     span = f", {counts.min():,} to {counts.max():,}" if counts.min() < counts.max() else ""
     return Size(max(1, median), f"{what}: the median of {len(counts):,} requests{span}")
 
 
 def _candidates(retrieved: int, shown: int) -> Size:
-    """As many as hold the shown about ten times over, in a power of two, up to all."""
+    """Smallest power of two that holds the shown ten times over, at most all candidates."""
     room = 2 ** int(np.ceil(np.log2(max(_LEAST_CANDIDATES, 10 * shown))))
     if room >= retrieved:
         return Size(retrieved, "all that are retrieved")

@@ -1,4 +1,4 @@
-"""Which columns of a log tell requests, items and users apart; all other guesses rest on these."""
+"""Columns that tell requests, items and users apart; all other guesses rest on these."""
 
 import dataclasses
 import difflib
@@ -19,9 +19,9 @@ from kd_ranker.sources.logs.guess.sample import (
     type_names,
 )
 
-# What the template names where a user has named nothing.
+# The columns that the template names.
 TEMPLATE_COLUMNS = {role: synonyms[0] for role, synonyms in names.SYNONYMS.items()}
-# Requests that tell what belongs to a user; with fewer, more are read.
+# Requests that suffice to tell features of users; with fewer, more are read.
 ENOUGH_REQUESTS = 5_000
 _THIN_ROWS, _THIN_SLICES = 96_000, 12
 
@@ -31,8 +31,8 @@ class Guess(NamedTuple):
 
     Attributes:
       column: the column; "" for none.
-      why: what speaks for it.
-      check: what else it may be, or what is doubtful; "" where the guess is sure.
+      why: the reason for the guess.
+      check: other columns that it may be, or a doubt; "" if the guess is sure.
     """
 
     column: str
@@ -45,7 +45,7 @@ NONE = Guess("", "the log seems to have none")
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What is known of a sample once requests, items and users are.
+    """A sample whose requests, items and users are known.
 
     Attributes:
       log: the log.
@@ -81,22 +81,22 @@ class Facts:
         }
 
     def is_of_item(self, column: Column) -> bool:
-        """Whether a column over candidates is the same wherever its item is."""
+        """True if a column over candidates is constant within each item."""
         return evidence.agreement(column.code, self.item).is_constant
 
     def is_of_user(self, name: str) -> bool:
-        """Whether a column is the same wherever its user is."""
+        """True if a column is constant within each user."""
         if name not in self.of_request:
             return False
         return evidence.agreement(self.requests[name].code, self.user).is_constant
 
 
 class Fit(NamedTuple):
-    """How well a column suits a role."""
+    """A column's score for a role."""
 
     column: str
     score: float
-    tie: float  # what decides between equal scores: the larger, the better
+    tie: float  # decides between equal scores: the larger, the better
     why: str
 
 
@@ -135,10 +135,10 @@ def find_facts(
     Args:
       log: the log.
       sample: of it.
-      named: role -> column, what the user has named.
+      named: role -> the column that the user has named.
 
     Returns:
-      What is known then, and the guesses of "request", "item" and "user".
+      The facts, and the guesses of "request", "item" and "user".
 
     Raises:
       UserError: no column looks like a request's id, or like an item's.
@@ -186,7 +186,7 @@ def _constant_within(columns: Mapping[str, Column], owner: Code) -> frozenset[st
 
 
 def _thin(sample: Sample) -> np.ndarray:
-    """Some slices of a sample, for what is tried with many pairs of columns."""
+    """Some slices of a sample, for tests of many pairs of columns."""
     if sample.num_rows <= _THIN_ROWS:
         return np.arange(sample.num_rows)
     size = _THIN_ROWS // _THIN_SLICES
@@ -264,7 +264,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def said_by_name(name: str, role: str) -> str:
-    """What a reason begins with where the name of a column speaks for it."""
+    """Beginning of a reason, if the name of a column speaks for the role; else ""."""
     return "its name; " if names.match(name, names.SYNONYMS[role]) else ""
 
 
@@ -277,11 +277,11 @@ def _are_one_to_one(columns: Mapping[str, Column], one: str, other: str) -> bool
 
 
 def best_of(fits: list[Fit], is_the_same: Callable[[Fit], bool], least: float) -> Guess:
-    """The best fit, with what comes close to it to check; `fits` is sorted on the way.
+    """The best fit, and those close to it as a doubt; `fits` is sorted on the way.
 
     Args:
       fits: at least one.
-      is_the_same: whether another fit would come to the same as the best, `fits[0]` by then.
+      is_the_same: True for another fit that comes to the same as the best, `fits[0]` by then.
       least: a score below which the best is doubtful even without another.
     """
     fits.sort(key=lambda fit: (-fit.score, -fit.tie, fit.column))
@@ -325,7 +325,7 @@ def _guess_item(
     of_request: frozenset[str],
     named: Mapping[str, str],
 ) -> Guess:
-    """The id of items: nothing that a request has twice, and other columns follow from it."""
+    """The id of items: no request has one twice, and other columns follow from it."""
     if "item" in named:
         return Guess(named["item"], "named by you")
     rows = _thin(sample)
@@ -347,10 +347,10 @@ def _guess_item(
         if by_name < 2 and evidence.permutation_share(column.numbers, owner) > 0.9:
             continue
         known = int(column.known.sum())
-        met = len(np.unique(column.code[column.known]))
+        distinct = len(np.unique(column.code[column.known]))
         others = {other: each for other, each in columns.items() if other != name}
         follow = _constant_within(others, column.code)
-        score = 2.0 * by_name + min(len(follow), 3) - (met > 0.95 * known and by_name < 2)
+        score = 2.0 * by_name + min(len(follow), 3) - (distinct > 0.95 * known and by_name < 2)
         score -= 2 * (may_be_time(column) or _is_text(column))
         lists = [
             other
@@ -360,11 +360,11 @@ def _guess_item(
         score += bool(lists)
         why = (
             f"{said_by_name(name, 'item')}never twice in a request"
-            f"{f', but for {repeats:.1%}' if repeats else ''}; {met:,} values in {known:,} rows; "
-            f"it fixes {counted(len(follow), 'other column')}"
+            f"{f', but for {repeats:.1%}' if repeats else ''}; {distinct:,} values in {known:,} "
+            f"rows; it fixes {counted(len(follow), 'other column')}"
         )
         why += f"; {lists[0]!r} lists such values" if lists else ""
-        fits.append(Fit(name, score, met, why))
+        fits.append(Fit(name, score, distinct, why))
     fits = [fit for fit in fits if fit.score >= 1]
     if not fits:
         raise UserError(
@@ -376,7 +376,7 @@ def _guess_item(
 
 
 def _is_text(column: Column) -> bool:
-    """Whether values are words with spaces between them, and so no ids."""
+    """True if values are words with spaces between them, and so no ids."""
     if column.kind != "string":
         return False
     texts = [value_text(column, code) for code in range(min(column.distinct, 100))]
@@ -391,20 +391,20 @@ def _guess_user(requests: Mapping[str, Column], request: str, named: Mapping[str
     for name, column in requests.items():
         if name == request or not _may_be_id(column) or may_be_time(column):
             continue
-        met = len(np.unique(column.code[column.known]))
-        if met < 2:
+        distinct = len(np.unique(column.code[column.known]))
+        if distinct < 2:
             continue
         by_name = names.match(name, names.SYNONYMS["user"])
         others = {other: each for other, each in requests.items() if other not in (name, request)}
         follow = _constant_within(others, column.code)
         number = int(column.known.sum())
-        score = 2.0 * by_name + min(len(follow), 3) + (met >= max(10, 0.02 * number))
+        score = 2.0 * by_name + min(len(follow), 3) + (distinct >= max(10, 0.02 * number))
         why = (
-            f"{said_by_name(name, 'user')}{met:,} values in {number:,} requests; "
+            f"{said_by_name(name, 'user')}{distinct:,} values in {number:,} requests; "
             f"it fixes {counted(len(follow), 'other column')}"
         )
         if by_name or follow:
-            fits.append(Fit(name, score, met, why))
+            fits.append(Fit(name, score, distinct, why))
     fits = [fit for fit in fits if fit.score >= 2]
     if not fits:
         return Guess("", "no column looks like the id of users", "name the column")

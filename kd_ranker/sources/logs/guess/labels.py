@@ -1,4 +1,4 @@
-"""What users did, and what a teacher foretold of it."""
+"""Columns of labels, and of a teacher that foretold these."""
 
 from collections.abc import Mapping
 
@@ -8,9 +8,9 @@ from jaxtyping import Bool
 from kd_ranker.sources.logs.guess import evidence, names
 from kd_ranker.sources.logs.guess.column import (
     Column,
+    distinct_in_rows,
     is_binary,
     is_known_where,
-    number_met,
     positives_of,
 )
 from kd_ranker.sources.logs.guess.ids import Facts, Guess
@@ -20,7 +20,7 @@ def find_scores(facts: Facts, left: Mapping[str, Column]) -> dict[str, Column]:
     """Columns of numbers in [0, 1] that belong neither to a user nor to an item."""
     scores = {}
     for name, column in left.items():
-        if column.kind != "float" or number_met(column) <= 2:
+        if column.kind != "float" or distinct_in_rows(column) <= 2:
             continue
         numbers = column.numbers[np.isfinite(column.numbers)]
         # Logs hold nonsense, too.
@@ -38,7 +38,7 @@ def guess_labels(
     left_out: dict[str, str],
 ) -> dict[str, Guess]:
     """Task -> its column, the most frequent first."""
-    found: dict[str, tuple[float, Guess]] = {}
+    guesses: dict[str, tuple[float, Guess]] = {}
     known_names = {name for name in binary if names.task_of_label(name)[1]}
     for name, column in binary.items():
         if names.match(name, names.SHOWN_NAMES) == 2:
@@ -77,22 +77,22 @@ def guess_labels(
             check = f"{wrong:,} of the sample are neither 0 nor 1, and would be rejected"
         if is_known:
             why = f"its name; {why}"
-        if task in found:
+        if task in guesses:
             task = names.identifier(name)
-        found[task] = (rate, Guess(name, why, check))
-    ordered = sorted(found.items(), key=lambda entry: (-entry[1][0], entry[0]))
+        guesses[task] = (rate, Guess(name, why, check))
+    ordered = sorted(guesses.items(), key=lambda entry: (-entry[1][0], entry[0]))
     return {task: guess for task, (_, guess) in ordered}
 
 
 def _is_just(column: Column, shown: Bool[np.ndarray, "rows"]) -> bool:
-    """Whether a binary column is known everywhere, and 1 just where a candidate was shown."""
+    """True if a binary column is known everywhere, and 1 just where a candidate was shown."""
     positives = positives_of(column)
     either = int((positives | shown).sum())
     return bool(column.known.all()) and int((positives & shown).sum()) >= 0.99 * max(either, 1)
 
 
 def _rate(column: Column, mask: Bool[np.ndarray, "rows"] | None = None) -> float:
-    """The share of 1 among what is known."""
+    """The share of 1 among the known values."""
     known = column.known if mask is None else column.known & mask
     return float(positives_of(column)[known].mean()) if known.any() else 0.0
 
@@ -107,7 +107,7 @@ def _foretold_by(column: Column, scores: Mapping[str, Column]) -> str:
 
 
 def find_labelled(facts: Facts, labels: Mapping[str, Guess]) -> Bool[np.ndarray, "rows"] | None:
-    """Which candidates have a label; None if all do, or there are no labels."""
+    """True for candidates that have a label; None if all do, or there are no labels."""
     known = [facts.columns[guess.column].known for guess in labels.values()]
     labelled = np.any(known, axis=0) if known else None
     return None if labelled is None or labelled.all() else labelled
@@ -170,7 +170,7 @@ def _leave_out_outputs(
     skills: Mapping[tuple[str, str], float],
     left_out: dict[str, str],
 ) -> None:
-    """Leaves out what else a model has written: what it foretells is not for a feature to say."""
+    """Leaves out other outputs of models: a feature may not tell what a teacher foretells."""
     used = {guess.column for guess in teacher.values()}
     for name in rest:
         if name in used:

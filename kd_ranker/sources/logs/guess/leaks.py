@@ -1,4 +1,4 @@
-"""Which columns say what is known only after a ranker has to score."""
+"""Columns that tell something known only after a ranker has to score."""
 
 import numpy as np
 import pyarrow as pa
@@ -24,13 +24,16 @@ _MAX_REQUESTS = 2000  # whose lists are compared with their candidates
 
 
 def leak_of(facts: Facts, roles: Roles, column: Column, of: str) -> tuple[str, str]:
-    """Why a column says what is known only later, and else what makes it suspect; "" for nothing.
+    """Reasons against a column that may be known only later: a certain one, or a suspicion.
 
     Args:
       facts: what is known of the sample.
       roles: what the other columns are.
       column: the column, over candidates.
-      of: whom it belongs to.
+      of: its owner.
+
+    Returns:
+      The reason for which it leaks, and the suspicion that it does; "" for none.
     """
     if column.name not in facts.of_request:
         return _leak_of_candidates(facts, roles, column, of)
@@ -82,7 +85,7 @@ def _leak_of_candidates(facts: Facts, roles: Roles, column: Column, of: str) -> 
 
 
 def _is_default_unless(column: Column, shown: Bool[np.ndarray, "rows"]) -> bool:
-    """Whether one value stands for "nothing" where nothing was shown, and often not elsewhere."""
+    """True if one value stands for "nothing" where nothing was shown, and often not elsewhere."""
     code = column.code[~shown & column.known]
     if len(code) < 1000:
         return False
@@ -92,7 +95,7 @@ def _is_default_unless(column: Column, shown: Bool[np.ndarray, "rows"]) -> bool:
 
 
 def _gains(facts: Facts, roles: Roles, bins: np.ndarray) -> dict[str, float]:
-    """Task -> how much of the uncertainty of its label a column takes away."""
+    """Task -> the share of the uncertainty of its label that a column takes away."""
     gains = {}
     for task, guess in roles.labels.items():
         column = facts.columns[guess.column]
@@ -102,7 +105,7 @@ def _gains(facts: Facts, roles: Roles, bins: np.ndarray) -> dict[str, float]:
 
 
 def _leak_of_lists(facts: Facts, column: Column) -> str:
-    """Lists of zeros and ones, of another length than the candidates; lists of some candidates."""
+    """Tells lists of candidates, and of labels: zeros and ones, more or fewer than candidates."""
     elements = column.values.flatten().drop_null()
     is_number = pa.types.is_integer(elements.type)
     is_unlike_items = facts.sample.rows == REQUEST_ROWS and is_number
@@ -116,7 +119,7 @@ def _leak_of_lists(facts: Facts, column: Column) -> str:
 
 
 def _shares_of_candidates(facts: Facts, column: Column) -> tuple[float, float]:
-    """The share of what a request's list holds that is among its candidates, and another's."""
+    """The shares of a request's list that are among its own candidates, and another's."""
     lists = column.values
     items = as_type(facts.columns[facts.item_name].values, lists.type.value_type)
     if items is None:
@@ -140,7 +143,7 @@ def _shares_of_candidates(facts: Facts, column: Column) -> tuple[float, float]:
 
 
 def _leak_of_requests(facts: Facts, roles: Roles, column: Column) -> str:
-    """Numbers that count what users did in the request."""
+    """Tells numbers that count what users did in the request."""
     if column.kind not in ("integer", "float"):
         return ""
     first = evidence.first_rows(facts.request)

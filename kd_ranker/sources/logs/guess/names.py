@@ -1,4 +1,4 @@
-"""What the name of a column says: which of the roles in a log it may have."""
+"""Judgements by the names of columns: the roles in a log that each may have."""
 
 import keyword
 import re
@@ -54,7 +54,7 @@ SHOWN_NAMES = (
     "show",
 )  # fmt: skip
 
-# What the values of a stage column are called, from the widest stage to the narrowest.
+# Names of the values of a stage column, from the widest stage to the narrowest.
 STAGE_WORDS: dict[str, tuple[str, ...]] = {
     "retrieved": ("retrieved", "retrieval", "recall", "recalled", "candidate", "matched", "match"),
     "passed": (
@@ -191,7 +191,7 @@ def _stem(word: str) -> str:
 
 
 def task_of_label(name: str) -> tuple[str, bool]:
-    """The task that a label column may stand for, and whether its name is a known one.
+    """The task that a label column may stand for, and True if its name is a known one.
 
     >>> task_of_label("is_clicked"), task_of_label("label_long_view"), task_of_label("f7")
     (('click', True), ('long_view', True), ('f7', False))
@@ -208,7 +208,7 @@ def task_of_label(name: str) -> tuple[str, bool]:
 
 
 def is_output_of_model(name: str) -> bool:
-    """Whether a column's name is that of what a ranker foretells of a task.
+    """True for the name of an output of a ranker, which foretells a task.
 
     >>> is_output_of_model("final_score"), is_output_of_model("p_like"), is_output_of_model("pctr")
     (True, True, True)
@@ -224,7 +224,7 @@ def is_output_of_model(name: str) -> bool:
 
 
 def is_score(name: str) -> bool:
-    """Whether a column's name is that of some model's output, whichever it is."""
+    """True for the name of some model's output, whichever it is."""
     return bool(set(tokens_of(name)) & (_OUTPUT_WORDS | _RANK_WORDS))
 
 
@@ -234,7 +234,7 @@ def _rate_tasks(name: str) -> tuple[str, ...]:
 
 
 def teacher_match(name: str, task: str, is_rank: bool = False) -> int:
-    """How well a name suits the teacher's column of a task; 0 where it does not name the task.
+    """Score of a name for the teacher's column of a task; 0 if it does not name the task.
 
     >>> teacher_match("teacher_probability_like", "like"), teacher_match("like_score", "like")
     (3, 2)
@@ -257,7 +257,7 @@ def teacher_match(name: str, task: str, is_rank: bool = False) -> int:
 
 
 def is_known_afterwards(name: str) -> bool:
-    """Whether a name is that of something that users do, beyond the 0 or 1 of a label.
+    """True for the name of something that users do, beyond the 0 or 1 of a label.
 
     >>> is_known_afterwards("dwell_ms"), is_known_afterwards("watchTime")
     (True, True)
@@ -270,22 +270,22 @@ def is_known_afterwards(name: str) -> bool:
 
 
 def is_quantity(name: str) -> bool:
-    """Whether a name says that values are amounts."""
+    """True if a name says that values are amounts."""
     return bool(set(tokens_of(name)) & _QUANTITIES) and not is_identifier(name)
 
 
 def is_identifier(name: str) -> bool:
-    """Whether a name says that values are names, even if they are numbers."""
+    """True if a name says that values are names, even if they are numbers."""
     return bool(set(tokens_of(name)[-1:]) & _IDENTIFIERS)
 
 
 def is_history(name: str) -> bool:
-    """Whether a name says that a list is of what a user did before."""
+    """True if a name says that a list holds earlier events of a user."""
     return bool(set(tokens_of(name)) & _HISTORIES)
 
 
 def owner_of(name: str) -> str | None:
-    """Whom a name says that a feature belongs to: user, item or context, by its first such word."""
+    """The owner that a name tells: user, item or context, by its first such word."""
     for word in tokens_of(name):
         for owner, words in _OWNERS.items():
             if word in words:

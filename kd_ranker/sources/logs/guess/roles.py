@@ -1,4 +1,4 @@
-"""What each column of a log is: ids, time, stage, labels, what a teacher has logged."""
+"""Roles of the columns of a log: ids, time, stage, labels, the values of a teacher."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
@@ -9,10 +9,10 @@ from jaxtyping import Bool, Int8
 from kd_ranker.sources.logs.guess import evidence, names
 from kd_ranker.sources.logs.guess.column import (
     Column,
+    distinct_in_rows,
     is_binary,
     is_known_where,
     may_be_time,
-    number_met,
     time_unit_of,
     value_text,
 )
@@ -29,20 +29,20 @@ _WEIGHTS = ("label_weight", "teacher_weight")
 
 
 class Roles(NamedTuple):
-    """What the columns of a log are.
+    """The roles of the columns of a log.
 
     Attributes:
       columns: role -> its column, for the keys of `config.data.columns`.
       time_unit: of an integer time column.
-      stages: stage -> how the stage column calls it, "" for none.
-      stages_guess: why, and what is doubtful.
-      level: of each candidate its `Stage`, 0 where unknown; None without a stage column.
-      shown: which candidates were shown; None where the log does not tell them apart.
+      stages: stage -> its text in the stage column, "" for none.
+      stages_guess: the reason for these, and a doubt.
+      level: the `Stage` of each candidate, 0 where unknown; None without a stage column.
+      shown: True for candidates that were shown; None if the log does not tell them apart.
       labels: task -> its column.
       teacher: task -> its column.
       teacher_signal: "probability" or "rank".
       teacher_version: the version that counts.
-      left_out: columns that are none of these and not for a ranker to read, and why.
+      left_out: column that has no role and is not for a ranker to read -> the reason.
     """
 
     columns: dict[str, Guess]
@@ -64,12 +64,12 @@ class Roles(NamedTuple):
 
 
 def find_roles(facts: Facts, ids: Mapping[str, Guess], named: Mapping[str, str]) -> Roles:
-    """Finds what all other columns are that have a role.
+    """Finds the roles of all other columns.
 
     Args:
       facts: what is known of the sample.
       ids: the guesses of "request", "item" and "user".
-      named: role -> column, what the user has named.
+      named: role -> the column that the user has named.
     """
     taken = {guess.column for guess in ids.values()}
     time = _guess_time(facts, taken, named)
@@ -81,7 +81,7 @@ def find_roles(facts: Facts, ids: Mapping[str, Guess], named: Mapping[str, str])
     shown = find_shown(facts, binary, level)
     position = _guess_position(facts, left, shown, named)
     if not stage.column and not _suits_shown(facts, position, shown, named):
-        # Without a stage, what has a position counts as shown.
+        # Without a stage, candidates with a position count as shown.
         position = NONE
     left_out: dict[str, str] = {}
     scores = find_scores(facts, {name: c for name, c in left.items() if name not in binary})
@@ -93,13 +93,6 @@ def find_roles(facts: Facts, ids: Mapping[str, Guess], named: Mapping[str, str])
     if position.column in used:
         position = NONE
     used.add(position.column)
-    weight = _guess_by_name(facts, "label_weight", used, named, _may_be_weight(facts))
-    version, most = NONE, Guess("", "no version is told apart")
-    teacher_weight = NONE
-    if teacher:
-        version = _guess_by_name(facts, "teacher_version", used, named, _may_be_version(facts))
-        teacher_weight = _guess_by_name(facts, "teacher_weight", used, named, _is_nowhere_negative)
-        most = _most_frequent(facts, version.column) if version.column else most
     if not stage.column and shown is None:
         check = "no candidate lacks its labels: was each of them shown?"
         stage = stage._replace(check=check)
@@ -108,9 +101,7 @@ def find_roles(facts: Facts, ids: Mapping[str, Guess], named: Mapping[str, str])
         "time": time,
         "stage": stage,
         "position": position,
-        "label_weight": weight,
-        "teacher_version": version,
-        "teacher_weight": teacher_weight,
+        **_guess_rest(facts, used, named, bool(teacher)),
     }
     return Roles(
         columns=columns,
@@ -122,13 +113,30 @@ def find_roles(facts: Facts, ids: Mapping[str, Guess], named: Mapping[str, str])
         labels=labels,
         teacher=teacher,
         teacher_signal=signal,
-        teacher_version=most,
+        teacher_version=_most_frequent(facts, columns["teacher_version"].column),
         left_out=left_out,
     )
 
 
+def _guess_rest(
+    facts: Facts, used: set[str], named: Mapping[str, str], has_teacher: bool
+) -> dict[str, Guess]:
+    """The roles that only a name can tell: the label weight, a teacher's version and weight."""
+    tests = {
+        "label_weight": _may_be_weight(facts),
+        "teacher_version": _may_be_version(facts),
+        "teacher_weight": _is_nowhere_negative,
+    }
+    return {
+        role: _guess_by_name(facts, role, used, named, may_be)
+        if has_teacher or role == "label_weight"
+        else NONE
+        for role, may_be in tests.items()
+    }
+
+
 def _may_be_label(facts: Facts, column: Column) -> bool:
-    """Zeros and ones; those that belong to items are features of theirs, unless called a label."""
+    """True for zeros and ones; those of items are features of theirs, unless called a label."""
     if any(names.match(column.name, names.SYNONYMS[role]) == 2 for role in _WEIGHTS):
         return False
     if names.task_of_label(column.name)[1]:
@@ -149,7 +157,7 @@ def _guess_time(facts: Facts, taken: set[str], named: Mapping[str, str]) -> Gues
             continue
         of_request = name in facts.of_request
         score = 1.5 * by_name + 2 * looks + 2 * of_request
-        # What belongs to an item or a user is when these came to be.
+        # A time of an item or a user is when these came to be.
         if not of_request and facts.is_of_item(column):
             score -= 2
         score -= 2 * facts.is_of_user(name)
@@ -181,7 +189,7 @@ def _guess_position(
     shown: Bool[np.ndarray, "rows"] | None,
     named: Mapping[str, str],
 ) -> Guess:
-    """Where a candidate stood on the page."""
+    """The column of the place where a candidate stood on the page."""
     if "position" in named:
         return Guess(named["position"], "named by you")
     fits = []
@@ -247,7 +255,7 @@ def _may_be_weight(facts: Facts) -> Callable[[Column], bool]:
 
 
 def _may_be_version(facts: Facts) -> Callable[[Column], bool]:
-    """What belongs to an item or a user is the version of something else, of a phone, say."""
+    """Tests of a version; that of an item or a user is one of something else, of a phone, say."""
 
     def may_be(column: Column) -> bool:
         is_name = column.kind in ("bool", "integer", "string") and column.distinct <= 100
@@ -257,6 +265,8 @@ def _may_be_version(facts: Facts) -> Callable[[Column], bool]:
 
 
 def _most_frequent(facts: Facts, name: str) -> Guess:
+    if not name:
+        return Guess("", "no version is told apart")
     column = facts.columns[name]
     counts = np.bincount(column.code[column.known], minlength=column.distinct)
     if not counts.any():
@@ -267,5 +277,5 @@ def _most_frequent(facts: Facts, name: str) -> Guess:
     check = ""
     if share < 0.9:
         check = f"or {', '.join(map(repr, others))}; what other versions wrote counts for nothing"
-    why = f"the version of {share:.0%} of the candidates, out of {number_met(column)}"
+    why = f"the version of {share:.0%} of the candidates, out of {distinct_in_rows(column)}"
     return Guess(value_text(column, most), why, check)

@@ -1,8 +1,8 @@
 """A bounded sample of a log, as columns over its candidates, whatever the layout of its rows.
 
 Of every column the sample holds the distinct values and, for each row, the *code* of its value:
-rows have equal codes where they hold equal values, and -1 where they hold none. What depends on
-what can be counted on codes alone, for strings and lists as for numbers.
+rows have equal codes where they hold equal values, and -1 where they hold none. Dependences between
+columns can be counted on codes alone, for strings and lists as for numbers.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,7 +57,7 @@ class LogFooters(NamedTuple):
     num_rows: int
 
     def missing(self, name: str) -> int:
-        """How many files lack a column."""
+        """The number of files that lack a column."""
         return sum(name not in file.types for file in self.files)
 
 
@@ -65,16 +65,16 @@ class Sample(NamedTuple):
     """Candidates of a log.
 
     Attributes:
-      rows: what one row of the files is, `CANDIDATE_ROWS` or `REQUEST_ROWS`.
-      why_rows: how that was found out.
-      check_rows: what else it may be; "" where that is sure.
+      rows: content of a row of the files, `CANDIDATE_ROWS` or `REQUEST_ROWS`.
+      why_rows: the reason for that.
+      check_rows: a doubt about it; "" if it is sure.
       columns: by name. A row is one candidate.
       of_request: names of columns of which the files hold one value a request; only in the layout
         of a row a request.
-      request: which row of the files a candidate comes from, in that layout; else all -1.
+      request: the row of the files that a candidate comes from, in that layout; else all -1.
       edge: rows beside which the log goes on, so that their request may be incomplete.
-      file_rows: how many rows of the files these are.
-      unread: columns that cannot be read, and why.
+      file_rows: the number of rows of the files.
+      unread: column that cannot be read -> the reason.
     """
 
     rows: str
@@ -89,7 +89,7 @@ class Sample(NamedTuple):
 
     @property
     def num_rows(self) -> int:
-        """How many candidates there are."""
+        """The number of candidates."""
         return len(self.request)
 
 
@@ -133,7 +133,7 @@ def _opened(system: Any, path: str) -> pq.ParquetFile:
 
 
 def _plain_type(of: pa.DataType) -> pa.DataType:
-    """The type without what only says how values are stored."""
+    """The type of the values, however they are stored."""
     if pa.types.is_dictionary(of):
         return _plain_type(of.value_type)
     if pa.types.is_large_string(of) or pa.types.is_string_view(of):
@@ -160,7 +160,7 @@ def _common_types(files: Sequence[FileFooter]) -> dict[str, pa.DataType]:
 
 
 def _common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """A type that holds what either holds; None if there is none."""
+    """A type that holds the values of both; None if there is none."""
     if one.equals(other):
         return one
     try:
@@ -230,7 +230,7 @@ def _read_chunks(
     row_groups, bytes_left = _spread_row_groups(log), MAX_BYTES
     before: tuple[FileFooter, int] | None = None
     for index, (file, row_group) in enumerate(row_groups):
-        # What small row groups leave goes to those that follow.
+        # The share that small row groups leave goes to those that follow.
         left = len(row_groups) - index
         parquet, present, cells = _open_row_group(file, row_group, wanted)
         rows = min(
@@ -311,14 +311,14 @@ def _edges(chunks: Sequence[_Chunk]) -> Int64[np.ndarray, "_"]:
 
 
 def _find_aligned(table: pa.Table) -> tuple[list[str], str, str]:
-    """The columns whose lists hold a value a candidate, why, and what else may be so.
+    """Finds the columns whose lists hold a value a candidate.
 
     Lists of a row a request are as long as each other in every row, one of them names items and so
     holds nothing twice, and successive rows hold other lists. Histories of items and their times
     are as long as each other, too; but they repeat from candidate to candidate.
 
     Returns:
-      No columns where a row is a candidate.
+      The columns, none where a row is a candidate; the reason, and a doubt.
     """
     lengths = {
         name: pc.fill_null(pc.list_value_length(table[name]), -1).to_numpy()
@@ -365,13 +365,13 @@ def _find_aligned(table: pa.Table) -> tuple[list[str], str, str]:
 
 
 def _suits_candidates(table: pa.Table, family: Sequence[str]) -> tuple[int, bool, int]:
-    """What groups of lists are sorted by: a name like that of items, labels, their number."""
+    """Sorting key of columns of lists: a name like that of items, labels, their number."""
     items = max(names.match(name, names.SYNONYMS["item"]) for name in family)
     return items, any(_holds_only_binary(table[name]) for name in family), len(family)
 
 
 def _holds_only_binary(chunked: pa.ChunkedArray) -> bool:
-    """Whether lists hold nothing but zeros and ones, or truth values."""
+    """True if lists hold nothing but zeros and ones, or truth values."""
     kind = kind_of(chunked.type.value_type)
     if kind not in ("integer", "float"):
         return kind == "bool"
@@ -403,7 +403,7 @@ def _exploded(
     lengths = np.max(
         [pc.fill_null(pc.list_value_length(table[name]), 0).to_numpy() for name in aligned], axis=0
     )
-    # What candidates are too many for is thinned at even distances.
+    # Rows with too many candidates together are thinned at even distances.
     kept = np.arange(0, table.num_rows, max(1, -(-int(lengths.sum()) // max_rows)))
     table, lengths = table.take(pa.array(kept)), lengths[kept]
     row = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
@@ -423,7 +423,7 @@ def _exploded(
 
 
 def _encoded(table: pa.Table, unread: dict[str, str]) -> dict[str, Column]:
-    """Columns of a table; what lists hold that cannot be read is added to `unread`."""
+    """Columns of a table; lists whose elements cannot be read are added to `unread`."""
     columns = {}
     for name in table.column_names:
         of = table.schema.field(name).type
@@ -457,14 +457,14 @@ def sample_requests(log: LogFooters, request: str, of_request: Sequence[str]) ->
         if not present or (request and request not in present):
             continue
         rows = max(1, min(file.rows[row_group], int(cells_left / cells) // left))
-        read = found = 0
+        read = kept = 0
         for batch in _batches(parquet, row_group, present, cells, rows):
             table = _firsts(_conformed(batch, schema), request)
-            tables.append(table.slice(0, rows_left // left - found))
-            read, found = read + len(batch), found + len(tables[-1])
-            if read >= rows or found >= rows_left // left:
+            tables.append(table.slice(0, rows_left // left - kept))
+            read, kept = read + len(batch), kept + len(tables[-1])
+            if read >= rows or kept >= rows_left // left:
                 break
-        cells_left, rows_left = cells_left - int(read * cells), rows_left - found
+        cells_left, rows_left = cells_left - int(read * cells), rows_left - kept
     return _encoded(_firsts(pa.concat_tables(tables), request), {}) if tables else {}
 
 

@@ -1,4 +1,4 @@
-"""How far each candidate of a log came through the funnel."""
+"""Stages of the candidates of a log: retrieved, passed, shown."""
 
 import collections
 from collections.abc import Mapping, Sequence
@@ -10,8 +10,8 @@ from kd_ranker.batch import Stage
 from kd_ranker.sources.logs.guess import names
 from kd_ranker.sources.logs.guess.column import (
     Column,
+    distinct_in_rows,
     is_binary,
-    number_met,
     positives_of,
     value_text,
 )
@@ -26,7 +26,7 @@ def guess_stage(
     binary: Mapping[str, Column],
     named: Mapping[str, str],
 ) -> tuple[Guess, dict[str, str], Guess, Int8[np.ndarray, "rows"] | None]:
-    """The stage column, what it calls each stage, why, and the stage of each candidate."""
+    """The stage column, its text for each stage, the reason, and the stage of each candidate."""
     none = {"retrieved": "", "passed": "", "shown": ""}
     fits, found = [], {}
     for name, column in left.items():
@@ -49,7 +49,7 @@ def guess_stage(
             stages, guess = words or counts or _stages_by_number(column)
             score = 1.5 * by_name + 3 * bool(words) + 2 * bool(counts)
         found[name] = (stages, guess)
-        why = f"{said_by_name(name, 'stage')}{number_met(column)} values"
+        why = f"{said_by_name(name, 'stage')}{distinct_in_rows(column)} values"
         why += ", which differ within a request"
         fits.append(Fit(name, score + 10 * (name == named.get("stage")), 0, why))
     fits = [fit for fit in fits if fit.score >= 2]
@@ -84,7 +84,7 @@ def _stages_of_yes_or_no(column: Column) -> dict[str, str]:
 
 
 def _others(column: Column, stages: Mapping[str, str]) -> list[str]:
-    """What rows hold that is none of the stages, "None" for those that hold nothing."""
+    """Texts of rows that are none of the stages, "None" for rows without any."""
     texts = {value_text(column, code) for code in range(column.distinct)}
     if not column.known.all():
         texts.add("None")
@@ -92,7 +92,7 @@ def _others(column: Column, stages: Mapping[str, str]) -> list[str]:
 
 
 def _stages_by_words(column: Column) -> tuple[dict[str, str], Guess] | None:
-    """By what the values mean, where one means shown and another one a stage before."""
+    """Stages by the words of values, if one means shown and another one a stage before."""
     if column.kind != "string":
         return None
     stages: dict[str, str] = {}
@@ -114,17 +114,17 @@ def _stages_by_words(column: Column) -> tuple[dict[str, str], Guess] | None:
 def _stages_by_labels(
     column: Column, binary: Mapping[str, Column], left: Mapping[str, Column]
 ) -> tuple[dict[str, str], Guess] | None:
-    """By where labels are known, or, if they are known everywhere, by where they are 1.
+    """Stages by the rows where labels are known, or, if that is everywhere, where they are 1.
 
-    What is labelled was shown. Passed is what another column, of a teacher, is known for besides;
-    without such, the rarer of the other values.
+    Labelled candidates were shown. Passed is the value for which another column, of a teacher, is
+    known besides; without such, the rarer of the other values.
     """
     counts = np.bincount(column.code[column.known], minlength=column.distinct)
-    met = [int(code) for code in np.argsort(counts) if counts[code]]
-    if min(counts[code] for code in met) < 100:
+    occurring = [int(code) for code in np.argsort(counts) if counts[code]]
+    if min(counts[code] for code in occurring) < 100:
         return None
     shown, how = _labelled_value(column, binary, counts)
-    rest = [code for code in met if code != shown]
+    rest = [code for code in occurring if code != shown]
     if shown is None or not rest:
         return None
     known = _also_known_for(column, left, shown, rest)
@@ -172,7 +172,7 @@ def _also_known_for(
 
 
 def _stages_by_number(column: Column) -> tuple[dict[str, str], Guess]:
-    """By their numbers alone, the rarest first."""
+    """Stages by the numbers of their rows alone, the rarest first."""
     counts = np.bincount(column.code[column.known], minlength=column.distinct)
     order = [value_text(column, int(code)) for code in np.argsort(counts) if counts[code]]
     found = ["shown", "retrieved"] if len(order) == 2 else ["shown", "passed", "retrieved"]
@@ -183,7 +183,7 @@ def _stages_by_number(column: Column) -> tuple[dict[str, str], Guess]:
 def find_shown(
     facts: Facts, binary: Mapping[str, Column], level: Int8[np.ndarray, "rows"] | None
 ) -> Bool[np.ndarray, "rows"] | None:
-    """Which candidates were shown, by their stage or by where labels are known."""
+    """True for candidates that were shown, by their stage or by the presence of labels."""
     if level is not None:
         return level == Stage.SHOWN
     partly = [column.known for column in binary.values() if not column.known.all()]
