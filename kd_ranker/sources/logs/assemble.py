@@ -13,7 +13,6 @@ from jaxtyping import Bool, Float32, Int, Int8, Int64
 from kd_ranker.batch import Stage
 from kd_ranker.distillation.teacher_signal import probability_of_rank
 from kd_ranker.sources.logs import candidate_rows, log_statistics, named_columns
-from kd_ranker.sources.logs.keys import share_of
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.log_statistics import BucketRequests, Statistics
 from kd_ranker.sources.logs.named_columns import NamedColumns, array_of, num_rows, take_rows
@@ -24,6 +23,7 @@ from kd_ranker.sources.logs.reasons import (
     rejected_records,
     save_rejected,
 )
+from kd_ranker.sources.logs.value_keys import share_of
 from kd_ranker.sources.searching import look_up
 
 

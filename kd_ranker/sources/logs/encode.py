@@ -10,7 +10,6 @@ from jaxtyping import Float32, Int, Int32, Int64
 
 from kd_ranker.batch import Category, FeatureSpec
 from kd_ranker.requests.request import Request
-from kd_ranker.sources.logs.keys import MISSING, mixed
 from kd_ranker.sources.logs.layout import Feature, LogLayout
 from kd_ranker.sources.logs.log_statistics import Moments, Statistics, moments_of
 from kd_ranker.sources.logs.merging import Counts
@@ -23,6 +22,7 @@ from kd_ranker.sources.logs.named_columns import (
     read_columns,
     starts_of,
 )
+from kd_ranker.sources.logs.value_keys import MISSING, mixed
 from kd_ranker.sources.logs.values import compacted
 from kd_ranker.sources.searching import look_up
 

@@ -391,8 +391,8 @@ def read_schema(log: Log, file: int) -> pa.Schema:
         return parquet.schema_arrow
 
 
-def differences(before: dict[str, list], now: dict[str, list]) -> str:
-    """The differences of two manifests, in words; "" if they are the same."""
+def manifest_differences(before: dict[str, list], now: dict[str, list]) -> str:
+    """The manifest_differences of two manifests, in words; "" if they are the same."""
     new, gone = now.keys() - before.keys(), before.keys() - now.keys()
     changed = [file for file in now.keys() & before.keys() if now[file] != before[file]]
     counted = ((new, "new"), (gone, "gone"), (changed, "written anew"))

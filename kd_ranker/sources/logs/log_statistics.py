@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int, Int64, Num
 
 from kd_ranker.batch import Stage
-from kd_ranker.sources.logs.keys import MISSING, mixed
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.merging import (
     Counts,
@@ -28,6 +27,7 @@ from kd_ranker.sources.logs.named_columns import (
     take_rows,
 )
 from kd_ranker.sources.logs.reasons import Rejected
+from kd_ranker.sources.logs.value_keys import MISSING, mixed
 
 # How finely the teacher's probabilities are compared with labels.
 TEACHER_BINS = 20

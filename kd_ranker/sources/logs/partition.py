@@ -23,7 +23,6 @@ from jaxtyping import Bool, Float32, Float64, Int8, Int64
 from kd_ranker.batch import Stage
 from kd_ranker.sources.logs import files, values
 from kd_ranker.sources.logs.files import Log, Part
-from kd_ranker.sources.logs.keys import MISSING, Keys, keys_of
 from kd_ranker.sources.logs.layout import Feature, LogLayout
 from kd_ranker.sources.logs.merging import Merger
 from kd_ranker.sources.logs.named_columns import (
@@ -46,6 +45,7 @@ from kd_ranker.sources.logs.reasons import (
     rejected_records,
     save_rejected,
 )
+from kd_ranker.sources.logs.value_keys import MISSING, Keys, column_keys
 
 # Numbers of values of a column: all, the missing, the impossible, and those of lists too long.
 FAULTS = ("values", "missing", "out_of_range", "cut_off")
@@ -262,8 +262,8 @@ def _unfold(
 
 def _read_ids(layout: LogLayout, unfolded: _Unfolded, tally: _Tally) -> _Ids:
     batch, columns = unfolded.batch, layout.columns
-    request, user = (keys_of(batch.column(columns[name])) for name in ("request", "user"))
-    item = keys_of(unfolded.column(columns["item"]))
+    request, user = (column_keys(batch.column(columns[name])) for name in ("request", "user"))
+    item = column_keys(unfolded.column(columns["item"]))
     time, has_time = values.seconds_of(batch.column(columns["time"]), layout.units_per_second)
     for name, keys in (("request", request), ("user", user), ("item", item)):
         tally.add_keys(f"columns.{name}", keys)
@@ -383,13 +383,13 @@ def _feature(feature: Feature, array: pa.Array, tally: _Tally) -> Any:
         tally.add_numbers(name, number, bad)
         return _narrowed(np.where(bad, np.nan, number))
     if feature.kind == "category":
-        keys = keys_of(array)
+        keys = column_keys(array)
         tally.add_keys(name, keys)
         if not feature.hashed:
             tally.add_texts(f"feature:{feature.name}", keys)
         return keys.key
     start, length, _, inner = values.lists_of(array)
-    keys = keys_of(values.take_values(inner, places_of(start, length)))
+    keys = column_keys(values.take_values(inner, places_of(start, length)))
     keep = keys.key != MISSING
     kept = np.diff(values.compacted(length, keep))
     # The most recent events stand last in a history; a bag has no order, so its first will do.

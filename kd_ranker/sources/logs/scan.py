@@ -12,9 +12,9 @@ from jaxtyping import Int64
 
 from kd_ranker.sources.logs import files, values
 from kd_ranker.sources.logs.files import Log, Part
-from kd_ranker.sources.logs.keys import MISSING, keys_of
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.merging import Merger
+from kd_ranker.sources.logs.value_keys import MISSING, column_keys
 
 
 class Times(NamedTuple):
@@ -57,7 +57,7 @@ def scan_parts(log: Log, layout: LogLayout, parts: Sequence[Part]) -> Scan:
     rows = entries = steps_back = 0
     first = last = None
     for _, _, batch in files.read_parts(log, parts, columns):
-        key = keys_of(batch.column(layout.columns["request"])).key
+        key = column_keys(batch.column(layout.columns["request"])).key
         time, valid = values.seconds_of(
             batch.column(layout.columns["time"]), layout.units_per_second
         )

@@ -107,7 +107,7 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
     except UserError:
         return
     now = {name: [size, changed] for name, size, changed in zip(*columns, strict=True)}
-    if how := files.differences(json.loads((directory / MANIFEST).read_text()), now):
+    if how := files.manifest_differences(json.loads((directory / MANIFEST).read_text()), now):
         raise UserError(
             f"the log at {data.path} has changed since {directory} was made of it ({how}); remove "
             "that folder to make it anew, or let data.path name what it was"

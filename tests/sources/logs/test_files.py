@@ -4,7 +4,7 @@ import pytest
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs import files
-from kd_ranker.sources.logs.files import Part, chunks_of, differences
+from kd_ranker.sources.logs.files import Part, chunks_of, manifest_differences
 from kd_ranker.sources.logs.layout import read_layout
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import make_rows, write_log
@@ -155,6 +155,6 @@ def test_chunks_hold_as_much_as_they_may_and_at_least_a_part():
 
 def test_differences_between_manifests_are_counted():
     before = {"a": [1, ""], "b": [2, ""], "c": [3, ""]}
-    assert differences(before, dict(before)) == ""
+    assert manifest_differences(before, dict(before)) == ""
     now = {"a": [1, ""], "b": [2, "later"], "d": [4, ""], "e": [5, ""]}
-    assert differences(before, now) == "2 files new, 1 file gone, 1 file written anew"
+    assert manifest_differences(before, now) == "2 files new, 1 file gone, 1 file written anew"

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kd_ranker.sources.logs import named_columns, values
-from kd_ranker.sources.logs.keys import MISSING, keys_of, share_of
 from kd_ranker.sources.logs.named_columns import Ragged
+from kd_ranker.sources.logs.value_keys import MISSING, column_keys, share_of
 
 
 @pytest.mark.parametrize(
@@ -24,11 +24,11 @@ from kd_ranker.sources.logs.named_columns import Ragged
     ],
 )
 def test_keys_of_whole_numbers_are_the_numbers(array, expected):
-    assert keys_of(array).key.tolist() == expected
+    assert column_keys(array).key.tolist() == expected
 
 
 def test_numbers_that_are_no_ids_are_counted():
-    assert keys_of(pa.array([5.0, float("nan"), 2.5, None])).num_bad == 1
+    assert column_keys(pa.array([5.0, float("nan"), 2.5, None])).num_bad == 1
 
 
 @pytest.mark.parametrize(
@@ -37,10 +37,10 @@ def test_numbers_that_are_no_ids_are_counted():
 )
 def test_keys_of_texts_tell_them_apart_whatever_holds_them(type_):
     array = pa.array(["a", None, "b", "", "a", "ä"]).cast(type_)
-    keys = keys_of(array)
+    keys = column_keys(array)
     assert keys.key[0] == keys.key[4] != keys.key[2]
     assert (keys.key == MISSING).tolist() == [False, True, False, True, False, False]
-    assert keys.key.tolist() == keys_of(pa.array(["a", None, "b", "", "a", "ä"])).key.tolist()
+    assert keys.key.tolist() == column_keys(pa.array(["a", None, "b", "", "a", "ä"])).key.tolist()
     texts = dict(zip(keys.text_keys.tolist(), keys.texts.to_pylist(), strict=True))
     assert [texts.get(key) for key in keys.key.tolist()] == ["a", None, "b", None, "a", "ä"]
 
@@ -48,10 +48,10 @@ def test_keys_of_texts_tell_them_apart_whatever_holds_them(type_):
 def test_keys_of_bytes_are_ids_too():
     array = pa.array([b"\x00\xff", b"", None, b"\x00\xff"])
     for type_ in (pa.binary(), pa.large_binary(), pa.binary_view()):
-        keys = keys_of(array.cast(type_)).key
+        keys = column_keys(array.cast(type_)).key
         assert keys[0] == keys[3] != MISSING
         assert keys[1] == keys[2] == MISSING
-    fixed = keys_of(pa.array([b"ab", None, b"ab"], pa.binary(2))).key
+    fixed = column_keys(pa.array([b"ab", None, b"ab"], pa.binary(2))).key
     assert fixed[0] == fixed[2] != fixed[1] == MISSING
 
 

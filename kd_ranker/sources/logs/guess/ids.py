@@ -222,7 +222,9 @@ def _guess_request(log: LogFooters, sample: Sample, named: Mapping[str, str]) ->
             f"no column of {log.path} looks like the id of requests, the same for all candidates "
             f"of one; name it with --config.data.columns.request=COLUMN; it has: {type_names(log)}"
         )
-    return best_of(fits, lambda fit: _are_one_to_one(columns, fits[0].column, fit.column), least=4)
+    return best_guess(
+        fits, lambda fit: _are_one_to_one(columns, fits[0].column, fit.column), least=4
+    )
 
 
 def _fit_of_request(columns: Mapping[str, Column], name: str) -> Fit | None:
@@ -276,7 +278,7 @@ def _are_one_to_one(columns: Mapping[str, Column], one: str, other: str) -> bool
     )
 
 
-def best_of(fits: list[Fit], is_the_same: Callable[[Fit], bool], least: float) -> Guess:
+def best_guess(fits: list[Fit], is_the_same: Callable[[Fit], bool], least: float) -> Guess:
     """The best fit, and those close to it as a doubt; `fits` is sorted on the way.
 
     Args:
@@ -315,7 +317,7 @@ def _guess_request_of_rows(
         fits.append(Fit(name, score, 0, why))
     if not fits:
         return Guess("", "no column differs from row to row", "name the column")
-    return best_of(fits, lambda fit: False, least=2)
+    return best_guess(fits, lambda fit: False, least=2)
 
 
 def _guess_item(
@@ -372,7 +374,9 @@ def _guess_item(
             "request have the same; name it with --config.data.columns.item=COLUMN; it has: "
             f"{type_names(log)}"
         )
-    return best_of(fits, lambda fit: _are_one_to_one(columns, fits[0].column, fit.column), least=2)
+    return best_guess(
+        fits, lambda fit: _are_one_to_one(columns, fits[0].column, fit.column), least=2
+    )
 
 
 def _is_text(column: Column) -> bool:
@@ -408,4 +412,6 @@ def _guess_user(requests: Mapping[str, Column], request: str, named: Mapping[str
     fits = [fit for fit in fits if fit.score >= 2]
     if not fits:
         return Guess("", "no column looks like the id of users", "name the column")
-    return best_of(fits, lambda fit: _are_one_to_one(requests, fits[0].column, fit.column), least=3)
+    return best_guess(
+        fits, lambda fit: _are_one_to_one(requests, fits[0].column, fit.column), least=3
+    )

@@ -16,7 +16,7 @@ from kd_ranker.sources.logs.guess.column import (
     time_unit_of,
     value_text,
 )
-from kd_ranker.sources.logs.guess.ids import NONE, Facts, Fit, Guess, best_of, said_by_name
+from kd_ranker.sources.logs.guess.ids import NONE, Facts, Fit, Guess, best_guess, said_by_name
 from kd_ranker.sources.logs.guess.labels import (
     find_labelled,
     find_scores,
@@ -167,7 +167,7 @@ def _guess_time(facts: Facts, taken: set[str], named: Mapping[str, str]) -> Gues
     fits = [fit for fit in fits if fit.score >= 3]
     if not fits:
         return Guess("", "no column looks like the time of a request", "name the column")
-    return best_of(fits, lambda fit: False, least=4)
+    return best_guess(fits, lambda fit: False, least=4)
 
 
 def _guess_time_unit(facts: Facts, name: str) -> Guess:
@@ -208,7 +208,7 @@ def _guess_position(
         why += "; known where shown" if of_shown else ""
         fits.append(Fit(name, score, 0, why))
     fits = [fit for fit in fits if fit.score >= 4]
-    return best_of(fits, lambda fit: False, least=4) if fits else NONE
+    return best_guess(fits, lambda fit: False, least=4) if fits else NONE
 
 
 def _suits_shown(
@@ -238,7 +238,7 @@ def _guess_by_name(
         for name, column in facts.columns.items()
         if name not in used and names.match(name, synonyms) == 2 and may_be(column)
     ]
-    return best_of(fits, lambda fit: False, least=0) if fits else NONE
+    return best_guess(fits, lambda fit: False, least=0) if fits else NONE
 
 
 def _place(name: str, synonyms: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ from kd_ranker.sources.logs.guess.column import (
     positives_of,
     value_text,
 )
-from kd_ranker.sources.logs.guess.ids import NONE, Facts, Fit, Guess, best_of, said_by_name
+from kd_ranker.sources.logs.guess.ids import NONE, Facts, Fit, Guess, best_guess, said_by_name
 
 _MAX_STAGES = 8
 
@@ -55,7 +55,7 @@ def guess_stage(
     fits = [fit for fit in fits if fit.score >= 2]
     if not fits:
         return NONE, none, Guess("", "there is no stage column"), None
-    guess = best_of(fits, lambda fit: False, least=2)
+    guess = best_guess(fits, lambda fit: False, least=2)
     stages, stages_guess = found[guess.column]
     column = left[guess.column]
     level = np.zeros(len(column.code), np.int8)

@@ -38,7 +38,7 @@ class Keys(NamedTuple):
     num_bad: int
 
 
-def keys_of(array: pa.Array) -> Keys:
+def column_keys(array: pa.Array) -> Keys:
     """The keys of whole numbers, truth values or texts; "" counts as missing."""
     none = np.zeros(0, np.int64)
     type_ = array.type
