@@ -2,7 +2,7 @@
 
 C. Gao, S. Li, Y. Zhang, J. Chen, B. Li, W. Lei, P. Jiang and X. He, "KuaiRand: An Unbiased
 Sequential Recommendation Dataset with Randomly Exposed Videos", CIKM 2022. Two logs of the same
-users: the standard one (8 April to 8 May 2022) holds what the app's policies showed, the random one
+users: the standard one (8 April to 8 May 2022) holds videos of the app's policies, the random one
 (22 April to 8 May) videos drawn uniformly from a pool and put into the feed in place of others.
 Both overlap in time. `kuairand_files` reads them.
 
@@ -24,7 +24,7 @@ Widths and order of the features:
   user: `kuairand_files.Users`' 7, log(1 + n) / 5 of n impressions so far, `lift` of all tasks.
   context: sin and cos of the hour in Beijing, weekday (one-hot from Monday), log(1 + hours since
     the last impression) / 3, whether there was none.
-  history, of what the user did anything of TASKS with: which, log(1 + age in hours) / 5.
+  history, of impressions with any of TASKS done: which, log(1 + age in hours) / 5.
   item: log(1 + seconds of duration) − 4, log(height / width), log(1 + days from the upload to the
     end of the logs) / 3, and for each of the three whether it is unknown, and it then is 0.
   candidate: log(1 + n) / 5 of n impressions by anyone so far, `lift` of CANDIDATE_TASKS,
@@ -310,7 +310,7 @@ def draw_negatives(
     number: int,
     generator: np.random.Generator,
 ) -> Int32[np.ndarray, "at most number"]:
-    """Videos that were shown to somebody before, but not in this request, by id.
+    """Draws videos that were shown to a user before, but not in this request, by id.
 
     Impressions are drawn uniformly and with replacement from `earlier` until there are `number`
     different videos of the standard log among them, or _ROUNDS · 2 · `number` were drawn.

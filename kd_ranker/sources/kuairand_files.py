@@ -7,7 +7,7 @@ speaks of the 7,583 videos that were shown at random (Pure). The parts of their 
 apart are `VARIANTS`.
 
 A file is read block by block, and of a block only the columns that are used stay, in narrow types:
-14 bytes an impression. Ids are replaced by consecutive ones of what occurs in the logs.
+14 bytes an impression. Ids are replaced by consecutive ones of those that occur in the logs.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ _STANDARD = ("log_standard_4_08_to_4_21", "log_standard_4_22_to_5_08")
 _RANDOM = "log_random_4_22_to_5_08"
 _USERS, _VIDEOS = "user_features", "video_features_basic"
 _STEMS = (*_STANDARD, _RANDOM, _USERS, _VIDEOS)
-# Where the publishers have split a file into parts: how many.
+# The number of parts of the files that the publishers have split.
 _PARTS = {(stem, "27k"): 2 for stem in _STANDARD}
 
 _LOG_TYPES = {
@@ -194,8 +194,8 @@ def read_kuairand(
       music_rows: rows that music is hashed into.
 
     Raises:
-      UserError: a file is missing, lacks a column or any row, or holds what cannot be read. Names
-        of files, columns and the absence of rows are checked before anything is read.
+      UserError: a file is missing, lacks a column or any row, or holds text that cannot be read.
+        Names of files, columns and the absence of rows are checked before anything is read.
     """
     files = find_variant_files(path, variant)
     table = pa.Table.from_batches([b for file in files.users for b in _blocks(file, _USER_TYPES)])

@@ -1,7 +1,7 @@
 """The files of RecFlow, a day each: the log of its stages, and the views before its requests.
 
 `docs/recflow.md` says where they come from and what is known of their layout. The Feather files are
-read record batch by record batch, the pickles by a reader that runs nothing of what they say, see
+read record batch by record batch, the pickles by a reader that runs nothing in them, see
 `restricted_pickle`.
 """
 

@@ -41,7 +41,7 @@ class SourceEntry(NamedTuple):
     ) = None
 
     def tasks_of(self, data: ConfigDict) -> Sequence[str]:
-        """The tasks that there are labels for."""
+        """The tasks that have labels."""
         return tuple(data.labels) if self.tasks is None else self.tasks
 
 

@@ -47,7 +47,8 @@ def load(path: Path, mentioned: Collection[Name] = ()) -> Any:
       Plain containers of numbers and strings; arrays are instances of a subclass of `np.ndarray`.
 
     Raises:
-      UserError: there is no such file, it is damaged, or it asks for anything else; names what.
+      UserError: there is no such file, it is damaged, or it asks for anything else, which the
+        message names.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist")

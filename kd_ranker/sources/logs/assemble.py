@@ -1,7 +1,7 @@
 """The third pass, a bucket at a time: rows become requests, with their candidates in funnel order.
 
-Faults that a row has only beside others are found here. The order of the log's rows decides one
-thing: the first of two rows that contradict each other counts.
+Faults of a row beside others are detected here. The order of the log's rows decides one thing: the
+first of two rows that contradict each other counts.
 """
 
 from pathlib import Path
@@ -38,7 +38,7 @@ class AssembledBucket(NamedTuple):
       rejected: the path of records.
       counts: how many candidates each reason has cost.
       used: how many candidates are left.
-      statistics: of what is left.
+      statistics: of the rest.
     """
 
     requests: str

@@ -196,7 +196,7 @@ def find_files(url: str) -> tuple[Any, list[str], list[int], list[str]]:
         infos = [system.info(file) for file in files]
     except UserError:
         raise
-    # Each store raises what it likes: an unknown protocol, a missing package, refused access.
+    # Stores raise errors of many kinds: an unknown protocol, a missing package, refused access.
     except Exception as error:
         raise UserError(f"data.path={url} cannot be read: {error}") from error
     changed = ["; ".join(str(info[key]) for key in _CHANGED if info.get(key)) for info in infos]

@@ -113,7 +113,7 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
     """Reads `config.data`.
 
     Raises:
-      UserError: a key that holds what it cannot hold.
+      UserError: a key holds a value that it cannot hold.
     """
     _check(data, tasks)
     features = tuple(_read_feature(name, value) for name, value in data.features.items())

@@ -1,6 +1,6 @@
 """The second pass over a log, which reads all its columns and sorts its rows into buckets on disk.
 
-Faults that a row has by itself are tally here. The other rows are written to runs, files sorted by
+Faults of a row by itself are detected here. The other rows are written to runs, files sorted by
 bucket: tables of candidates, a row each, and tables of requests, with a row wherever a request
 differs from the one in the row before.
 
@@ -58,8 +58,8 @@ class Partitioned(NamedTuple):
 
     Attributes:
       candidates: runs with a row a candidate, in the order of the log.
-      requests: runs with the rows that hold what belongs to a request, likewise.
-      rejected: the path of records of what was rejected.
+      requests: runs with the rows of requests, likewise.
+      rejected: the path of records of the rejected rows.
       counts: how many candidates each reason has cost.
       faults: name in the config, such as `features.age` -> `FAULTS`.
       other_version: how many candidates have teacher values of a version that does not count.

@@ -13,7 +13,7 @@ Code = Int32[np.ndarray, "rows"]
 
 # Disagreements that chance would have brought, below which their absence says little: e⁻⁵ < 1%.
 ENOUGH_EXPECTED = 5.0
-# Logs have faults, and what belongs to a user may change now and then.
+# Logs have faults, and features of a user may change now and then.
 NEARLY_ALWAYS = 0.98
 _BINS = 20
 _FEW_VALUES = 50

@@ -190,9 +190,9 @@ def _kind_of(column: Column) -> tuple[str, str, str]:
         return "bag", "", ""
     values = distinct_in_rows(column)
     if column.kind in ("string", "bool"):
-        what = "texts" if column.kind == "string" else "truth values"
+        values_are = "texts" if column.kind == "string" else "truth values"
         check = "all are numbers: a column of numbers would have an order" * _all_numbers(column)
-        return "category", f"{values:,} {what}", check
+        return "category", f"{values:,} {values_are}", check
     if not column.is_whole:
         return "dense", "numbers with fractions", ""
     if names.is_identifier(column.name):
@@ -232,7 +232,7 @@ def _of_lists(facts: Facts, feature: FeatureGuess, view: Column) -> FeatureGuess
     share = share_of_values(view, items)
     of_request = feature.of in ("user", "context")
     named = names.is_history(feature.column)
-    # Small numbers are item ids, too, whatever they name; a history is of more than a few of them.
+    # Small numbers of any meaning are item ids, too; a history is of more than a few of them.
     is_varied = len(values) >= max(20, 0.05 * items.distinct)
     if of_request and (share >= 0.05 if named else share >= 0.5 and is_varied):
         length, most = _length(lengths, 0.9), f"{share:.0%} of its ids are items of the sample"

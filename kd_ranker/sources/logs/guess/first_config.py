@@ -27,7 +27,7 @@ class FirstConfig(NamedTuple):
     Attributes:
       path: the file.
       num_checks: how many of its guesses are doubtful.
-      next_commands: what to run next.
+      next_commands: the commands to run next.
     """
 
     path: Path
@@ -83,9 +83,9 @@ def config_text(name: str, log: sample.LogFooters, named: Mapping[str, str]) -> 
     """The config of a log, as Python."""
     read = sample.read_sample(log)
     facts, guesses = ids.find_facts(log, read, named)
-    found = roles.find_roles(facts, guesses, named)
-    features = find_features(facts, found)
-    funnel = find_funnel_sizes(facts, found)
+    guessed = roles.find_roles(facts, guesses, named)
+    features = find_features(facts, guessed)
+    funnel = find_funnel_sizes(facts, guessed)
     what = "rows, a candidate each," if read.rows == sample.CANDIDATE_ROWS else "requests"
     files = ids.counted(len(log.files), "file")
     head = [
@@ -106,10 +106,10 @@ def config_text(name: str, log: sample.LogFooters, named: Mapping[str, str]) -> 
         "    data = config.data",
     ]
     sections = [
-        _log_section(log, read, found),
-        _columns_section(found),
-        _tasks_section(found),
-        _teacher_section(found),
+        _log_section(log, read, guessed),
+        _columns_section(guessed),
+        _tasks_section(guessed),
+        _teacher_section(guessed),
         _features_section(features),
         _left_out_section(features),
         _funnel_section(funnel),
@@ -120,9 +120,9 @@ def config_text(name: str, log: sample.LogFooters, named: Mapping[str, str]) -> 
     return "\n".join([*head, *body, f"{_INDENT}return config", ""])
 
 
-def _log_section(log: sample.LogFooters, read: sample.Sample, found: Roles) -> list[str]:
+def _log_section(log: sample.LogFooters, read: sample.Sample, guessed: Roles) -> list[str]:
     files = ids.counted(len(log.files), "file")
-    split = '"time"' if found.columns["time"].column else '"request"'
+    split = '"time"' if guessed.columns["time"].column else '"request"'
     share = f"the last {0.1:.0%} are test requests" if split == '"time"' else "no time is known"
     return [
         *_line("data.path", quoted(log.path), f"{files}, {log.num_rows:,} rows"),
@@ -131,25 +131,25 @@ def _log_section(log: sample.LogFooters, read: sample.Sample, found: Roles) -> l
     ]
 
 
-def _columns_section(found: Roles) -> list[str]:
+def _columns_section(guessed: Roles) -> list[str]:
     lines = []
-    for role in found.columns:
-        lines += _guess(f"data.columns.{role}", found.columns[role])
-    unit = found.time_unit
+    for role in guessed.columns:
+        lines += _guess(f"data.columns.{role}", guessed.columns[role])
+    unit = guessed.time_unit
     lines += _line("data.time_unit", quoted(unit.column), unit.why, unit.check)
-    if found.columns["stage"].column:
-        why, check = found.stages_guess.why, found.stages_guess.check
-        for stage, text in found.stages.items():
+    if guessed.columns["stage"].column:
+        why, check = guessed.stages_guess.why, guessed.stages_guess.check
+        for stage, text in guessed.stages.items():
             lines += _line(f"data.stages.{stage}", quoted(text), why, check)
             why = check = ""
     return lines
 
 
-def _tasks_section(found: Roles) -> list[str]:
-    tasks = list(found.labels)
+def _tasks_section(guessed: Roles) -> list[str]:
+    tasks = list(guessed.labels)
     lines = _line("data.labels", "ConfigDict()", "task: its column")
     for task in tasks:
-        lines += _guess(f"data.labels.{task}", found.labels[task])
+        lines += _guess(f"data.labels.{task}", guessed.labels[task])
     check = "" if tasks else "no column looks like a label, 0 or 1: name one, data.labels.TASK"
     lines += _line("config.tasks", tuple_text(map(quoted, tasks)), "", check)
     weights = ["0.0" if task in names.UNWANTED else "1.0" for task in tasks]
@@ -159,17 +159,17 @@ def _tasks_section(found: Roles) -> list[str]:
     return lines + _line("config.value_weights", tuple_text(weights), "", check if tasks else "")
 
 
-def _teacher_section(found: Roles) -> list[str]:
-    why = "task: its column" if found.teacher else "no column looks like a teacher's"
+def _teacher_section(guessed: Roles) -> list[str]:
+    why = "task: its column" if guessed.teacher else "no column looks like a teacher's"
     lines = _line("data.teacher", "ConfigDict()", why)
-    for task, guess in found.teacher.items():
+    for task, guess in guessed.teacher.items():
         lines += _guess(f"data.teacher.{task}", guess)
-    if not found.teacher:
+    if not guessed.teacher:
         return lines + _line("config.teacher.source", '"live"', "a teacher is to be trained first")
     what = {"probability": "these columns hold probabilities", "rank": "they hold positions"}
-    signal = found.teacher_signal
+    signal = guessed.teacher_signal
     lines += _line("data.teacher_signal", quoted(signal), what[signal])
-    lines += _guess("data.teacher_version", found.teacher_version)
+    lines += _guess("data.teacher_version", guessed.teacher_version)
     return lines + _line("config.teacher.source", '"logged"', "or live: one that is trained here")
 
 
@@ -268,7 +268,7 @@ def quoted(text: str) -> str:
     "a" 'say "a"' "it's"
     """
     quote = "'" if text.count('"') > text.count("'") else '"'
-    # What repr escapes needs escapes in any quotes; the quotes themselves are put in afterwards.
+    # The escapes of repr are needed in any quotes; the quotes themselves are put in afterwards.
     inner = repr(text.replace('"', "").replace("'", ""))[1:-1]
     if '"' not in text and "'" not in text:
         return f'"{inner}"'

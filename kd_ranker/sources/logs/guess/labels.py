@@ -55,7 +55,7 @@ def guess_labels(
         elif shown is not None and not positives[~shown].any() and (~shown).sum() >= 1000:
             why += "; 1 only where shown"
         elif shown is not None and _rate(column, ~shown) >= 0.2 * _rate(column, shown):
-            # Known everywhere and 1 anywhere: nobody could click on what was not shown.
+            # Known everywhere and 1 anywhere: a user cannot click on a candidate that is not shown.
             continue
         elif is_known:
             if shown is not None:

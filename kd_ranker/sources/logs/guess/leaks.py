@@ -18,7 +18,7 @@ from kd_ranker.sources.logs.guess.ids import Facts
 from kd_ranker.sources.logs.guess.roles import Roles
 from kd_ranker.sources.logs.guess.sample import REQUEST_ROWS
 
-_CERTAIN = 0.9  # share of the uncertainty what was shown
+_CERTAIN = 0.9  # share of the uncertainty which candidates were shown
 _LEAKS, _SUSPECT, _SOMEWHAT = 0.5, 0.2, 0.05  # shares of a label's uncertainty
 _MAX_REQUESTS = 2000  # whose lists are compared with their candidates
 
@@ -27,8 +27,8 @@ def leak_of(facts: Facts, roles: Roles, column: Column, of: str) -> tuple[str, s
     """Reasons against a column that may be known only later: a certain one, or a suspicion.
 
     Args:
-      facts: what is known of the sample.
-      roles: what the other columns are.
+      facts: of the sample.
+      roles: of the other columns.
       column: the column, over candidates.
       of: its owner.
 
@@ -74,7 +74,7 @@ def _leak_of_candidates(facts: Facts, roles: Roles, column: Column, of: str) -> 
             return "CHECK: called like a label, but not 0 or 1", ""
         return "", "called like a label, but as often 1 where nothing was shown"
     if told >= _LEAKS:
-        # What ranked them before may be known before, and then is a feature worth having.
+        # A score that ranked them may be known before, and then is a feature worth having.
         return "", f"tells {told:.0%} of the uncertainty what was shown: is it known before?"
     if most >= _SUSPECT:
         return "", f"tells {most:.0%} of the uncertainty of {task!r}: is it known before?"

@@ -67,7 +67,7 @@ def find_roles(facts: Facts, ids: Mapping[str, Guess], named: Mapping[str, str])
     """Finds the roles of all other columns.
 
     Args:
-      facts: what is known of the sample.
+      facts: of the sample.
       ids: the guesses of "request", "item" and "user".
       named: role -> the column that the user has named.
     """

@@ -28,7 +28,7 @@ def guess_stage(
 ) -> tuple[Guess, dict[str, str], Guess, Int8[np.ndarray, "rows"] | None]:
     """The stage column, its text for each stage, the reason, and the stage of each candidate."""
     none = {"retrieved": "", "passed": "", "shown": ""}
-    fits, found = [], {}
+    fits, stages_of = [], {}
     for name, column in left.items():
         if not _may_be_stage(column) and name != named.get("stage"):
             continue
@@ -48,7 +48,7 @@ def guess_stage(
                 continue
             stages, guess = words or counts or _stages_by_number(column)
             score = 1.5 * by_name + 3 * bool(words) + 2 * bool(counts)
-        found[name] = (stages, guess)
+        stages_of[name] = (stages, guess)
         why = f"{said_by_name(name, 'stage')}{distinct_in_rows(column)} values"
         why += ", which differ within a request"
         fits.append(Fit(name, score + 10 * (name == named.get("stage")), 0, why))
@@ -56,7 +56,7 @@ def guess_stage(
     if not fits:
         return NONE, none, Guess("", "there is no stage column"), None
     guess = best_guess(fits, lambda fit: False, least=2)
-    stages, stages_guess = found[guess.column]
+    stages, stages_guess = stages_of[guess.column]
     column = left[guess.column]
     level = np.zeros(len(column.code), np.int8)
     of_stage = {"retrieved": Stage.RETRIEVED, "passed": Stage.PASSED, "shown": Stage.SHOWN}
@@ -165,7 +165,7 @@ def _also_known_for(
         known = column.known & other.known
         share = np.bincount(column.code[known], minlength=column.distinct) / np.maximum(counts, 1)
         also = [code for code in rest if share[code] > 0.02]
-        # Logs have gaps, and what is missing at random is known of all stages.
+        # Logs have gaps, and a column with gaps at random is known of all stages.
         if len(rest) > 1 and len(also) == 1 and min(share[shown], share[also[0]]) >= 0.5:
             return also[0]
     return None
@@ -175,8 +175,8 @@ def _stages_by_number(column: Column) -> tuple[dict[str, str], Guess]:
     """Stages by the numbers of their rows alone, the rarest first."""
     counts = np.bincount(column.code[column.known], minlength=column.distinct)
     order = [value_text(column, int(code)) for code in np.argsort(counts) if counts[code]]
-    found = ["shown", "retrieved"] if len(order) == 2 else ["shown", "passed", "retrieved"]
-    stages = dict(zip(found, order, strict=False))
+    rarest_first = ["shown", "retrieved"] if len(order) == 2 else ["shown", "passed", "retrieved"]
+    stages = dict(zip(rarest_first, order, strict=False))
     return stages, Guess("", "by their numbers: the rarer, the narrower", "what each value means")
 
 
