@@ -40,13 +40,15 @@ Number = float | Float[Array, ""]
 class LossNumbers(NamedTuple):
     """The numbers that losses take: traced, so that a sweep over them compiles once.
 
+    Each is the key of its name in `config.distill`.
+
     Attributes:
       temperature: τ > 0.
       top_k: k ≥ 1, a whole number.
     """
 
-    temperature: Number
-    top_k: Number
+    temperature: Number = 1.0
+    top_k: Number = 10.0
 
 
 Logits = Float[Array, "R N T"]
@@ -58,8 +60,7 @@ _List = Float[Array, "N"]
 _Known = Bool[Array, "N"]
 _Pairs = Float[Array, "N*N"]
 
-# Those of `kd_ranker/config/defaults.py`.
-DEFAULT_NUMBERS = LossNumbers(temperature=1.0, top_k=10.0)
+DEFAULT_NUMBERS = LossNumbers()
 
 # Keeps the logit of a logged probability of exactly 0 or 1 finite.
 _PROBABILITY_FLOOR = 1e-6

@@ -1,14 +1,14 @@
 """From configs to what the step needs: recipes, their numbers, and the states to start from."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec, Stage
-from kd_ranker.distillation.losses import LOSSES
+from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LOSSES, LossNumbers
 from kd_ranker.distillation.modes import MODES, Mode
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.models.model import Init, Model, build_model
@@ -18,11 +18,14 @@ from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
 from kd_ranker.training.state import (
     Hyperparameters,
     LiveTeacher,
+    OptimizerNumbers,
     Recipe,
     TrainState,
     init_state,
     stack_members,
 )
+
+_Numbers = TypeVar("_Numbers", LossNumbers, OptimizerNumbers)
 
 TEACHER_STAGES = {"passed": Stage.PASSED, "retrieved": Stage.RETRIEVED}
 
@@ -70,18 +73,16 @@ def _student_group(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> Grou
     configs = list(members.values())
     config = configs[0]
     model, init = student_model(config, spec)
-    mode = MODES[config.distill.mode]
-    recipe = _recipe(config, model, mode, config.optimizer, config.train.steps)
-    numbers = stack_members([_numbers(config, config.optimizer) for config in configs])
+    recipe = _recipe(config, model, MODES[config.distill.mode], config)
+    numbers = stack_members([_student_numbers(config) for config in configs])
     return Group(recipe, tuple(members), numbers, _init(recipe, init, configs, spec))
 
 
 def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
     """The teacher of `config` as a group of one; it learns from user labels alone."""
     model, init = teacher_model(config, spec)
-    optimizer = config.teacher.optimizer
-    recipe = _recipe(config, model, MODES["none"], optimizer, config.teacher.train.steps)
-    numbers = stack_members([_numbers(config, optimizer)])
+    recipe = _recipe(config, model, MODES["none"], config.teacher)
+    numbers = stack_members([_numbers(0.0, DEFAULT_NUMBERS, config.teacher)])
     return Group(recipe, ("",), numbers, _init(recipe, init, [config], spec))
 
 
@@ -110,30 +111,34 @@ def needs(groups: Sequence[Group], teacher: LiveTeacher | None) -> Needs:
     )
 
 
-def _numbers(config: ConfigDict, optimizer: ConfigDict) -> Hyperparameters:
-    """The traced numbers of one member; `optimizer` is `config.optimizer` or the teacher's."""
-    numbers = {
-        "distill_weight": config.distill.weight,
-        "temperature": config.distill.temperature,
-        "top_k": config.distill.top_k,
-        "learning_rate": optimizer.learning_rate,
-        "table_learning_rate": optimizer.table_learning_rate,
-        "weight_decay": optimizer.weight_decay,
-        "table_weight_decay": optimizer.table_weight_decay,
-    }
-    return Hyperparameters(**{name: jnp.float32(number) for name, number in numbers.items()})
+def _student_numbers(config: ConfigDict) -> Hyperparameters:
+    return _numbers(config.distill.weight, _named(LossNumbers, config.distill), config)
 
 
-def _recipe(
-    config: ConfigDict, model: Model, mode: Mode, optimizer: ConfigDict, steps: int
-) -> Recipe:
+def _numbers(distill_weight: float, loss: LossNumbers, trainee: ConfigDict) -> Hyperparameters:
+    """The traced numbers of one member; `trainee` is `config`, or `config.teacher`."""
+    return Hyperparameters(
+        distill_weight=jnp.float32(distill_weight),
+        loss=jax.tree.map(jnp.float32, loss),
+        optimizer=jax.tree.map(jnp.float32, _named(OptimizerNumbers, trainee.optimizer)),
+    )
+
+
+def _named(numbers: type[_Numbers], section: ConfigDict) -> _Numbers:
+    """The numbers of a section of a config, each the key of its name."""
+    return numbers(*(section[name] for name in numbers._fields))
+
+
+def _recipe(config: ConfigDict, model: Model, mode: Mode, trainee: ConfigDict) -> Recipe:
+    """A recipe; `trainee` is `config`, or `config.teacher`."""
+    optimizer = trainee.optimizer
     return Recipe(
         model=model,
         mode=mode,
         distill_loss=LOSSES[config.distill.loss],
         optimizer=OPTIMIZERS[optimizer.name](),
         row_optimizer=ROW_OPTIMIZERS[optimizer.table_name],
-        schedule=SCHEDULES[optimizer.schedule](steps, optimizer.warmup_steps),
+        schedule=SCHEDULES[optimizer.schedule](trainee.train.steps, optimizer.warmup_steps),
     )
 
 

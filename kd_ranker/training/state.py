@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from kd_ranker.batch import Items, Stage
-from kd_ranker.distillation.losses import Loss
+from kd_ranker.distillation.losses import Loss, LossNumbers
 from kd_ranker.distillation.modes import Mode, Transform
 from kd_ranker.embedding.row_optimizers import RowOptimizer
 from kd_ranker.models.model import Model, Parameters
@@ -40,21 +40,34 @@ class Recipe(NamedTuple):
     schedule: Callable[[Int[Array, ""]], Float[Array, ""]]
 
 
-@flax.struct.dataclass
-class Hyperparameters:
-    """The numbers of a group's members, all float32 [members].
+class OptimizerNumbers(NamedTuple):
+    """The numbers that the update takes, traced, float32; each is a key of `config.optimizer`.
 
-    `learning_rate` drives the dense parameters and `table_learning_rate` the embedding rows; both
-    are peaks that the schedule scales. The decays are decoupled from the gradient.
+    Attributes:
+      learning_rate: of the dense parameters; a peak that the schedule scales.
+      table_learning_rate: the same of the embedding rows.
+      weight_decay: of the dense parameters; decoupled from the gradient.
+      table_weight_decay: the same of the embedding rows.
     """
 
-    distill_weight: Float[Array, "members"]
-    temperature: Float[Array, "members"]
-    top_k: Float[Array, "members"]
     learning_rate: Float[Array, "members"]
     table_learning_rate: Float[Array, "members"]
     weight_decay: Float[Array, "members"]
     table_weight_decay: Float[Array, "members"]
+
+
+class Hyperparameters(NamedTuple):
+    """The numbers of a group's members, all float32 [members].
+
+    Attributes:
+      distill_weight: λ, the weight of the distillation loss.
+      loss: the numbers that losses take.
+      optimizer: the numbers that the update takes.
+    """
+
+    distill_weight: Float[Array, "members"]
+    loss: LossNumbers
+    optimizer: OptimizerNumbers
 
 
 @flax.struct.dataclass

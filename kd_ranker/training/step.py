@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from kd_ranker.batch import CandidateBatch, Items, Stage
 from kd_ranker.batches.cutting import PackedBatch, unpack
-from kd_ranker.distillation.losses import LossNumbers, bce
+from kd_ranker.distillation.losses import bce
 from kd_ranker.distillation.modes import Transform
 from kd_ranker.embedding.lookup import Rows, embeddings, gather
 from kd_ranker.models.model import Parameters, apply_model, score
@@ -159,7 +159,7 @@ def _losses(
                 mode.teacher_logits(logits[:, : batch.judged], transform),
                 batch.teacher_probability,
                 batch.teacher_weight,
-                LossNumbers(numbers.temperature, numbers.top_k),
+                numbers.loss,
             )
         )
     loss = user_loss + numbers.distill_weight * distill_loss

@@ -11,17 +11,16 @@ from jaxtyping import Array, Bool, Float, Int
 from kd_ranker.batch import CandidateBatch, Items
 from kd_ranker.distillation.modes import Transform
 from kd_ranker.embedding.lookup import (
-    EmbeddingSpec,
     Rows,
     ids_of_table,
     is_known,
     rows_of_ids,
     rows_of_table,
 )
-from kd_ranker.embedding.row_optimizers import Occurrences, find_occurrences, update_tables
+from kd_ranker.embedding.row_optimizers import find_occurrences, update_tables
 from kd_ranker.models.model import Parameters
 from kd_ranker.training.mapping import AXIS, join_over_devices
-from kd_ranker.training.state import Hyperparameters, Recipe, TrainState
+from kd_ranker.training.state import Hyperparameters, OptimizerNumbers, Recipe, TrainState
 
 
 class Gradients(NamedTuple):
@@ -67,31 +66,17 @@ def update_group(
     may_change = non_finite_step == 0
     # Counted from 1: a factor of 0 at the first step would waste a batch.
     factor = recipe.schedule(step)
+    rates = numbers.optimizer._replace(
+        learning_rate=factor * numbers.optimizer.learning_rate,
+        table_learning_rate=factor * numbers.optimizer.table_learning_rate,
+    )
     dense, transform, optimizer_state = _update_dense(
-        recipe.optimizer,
-        state,
-        gradients,
-        factor * numbers.learning_rate,
-        numbers.weight_decay,
-        may_change,
+        recipe.optimizer, state, gradients, rates, may_change
     )
     tables, owners, unknown_ids = {}, {}, {}
-    spec = recipe.model.embedding
-    for name, table in state.parameters.tables.items():
-        occurrences, owners[name], unknown = _find_occurrences(
-            spec, batch, items, name, state.owners[name]
-        )
-        unknown_ids[name] = state.unknown_ids[name] + unknown
-        # Ids and the gradients of their rows travel between devices, never one of a table's size.
-        tables[name] = update_tables(
-            recipe.row_optimizer,
-            table,
-            occurrences,
-            join_over_devices(rows_of_table(spec, gradients.rows, name), axis=1),
-            factor * numbers.table_learning_rate,
-            numbers.table_weight_decay,
-            may_change,
-            rows_of_table(spec, gathered, name)[0] if gathered else None,
+    for name in state.parameters.tables:
+        tables[name], owners[name], unknown_ids[name] = _update_table(
+            name, recipe, state, batch, items, gradients.rows, gathered, rates, may_change
         )
     return dataclasses.replace(
         state,
@@ -109,8 +94,7 @@ def _update_dense(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     gradients: Gradients,
-    learning_rate: Float[Array, "members"],
-    weight_decay: Float[Array, "members"],
+    rates: OptimizerNumbers,
     may_change: Bool[Array, "members"],
 ) -> tuple[Any, Transform, optax.OptState]:
     """Dense parameters, transform and the optimiser's state after a step; only the first decay."""
@@ -136,22 +120,41 @@ def _update_dense(
         (state.parameters.dense, state.transform),
         (gradients.dense, gradients.transform),
         state.optimizer_state,
-        learning_rate,
-        weight_decay,
+        rates.learning_rate,
+        rates.weight_decay,
         may_change,
     )
 
 
-def _find_occurrences(
-    spec: EmbeddingSpec,
+def _update_table(
+    name: str,
+    recipe: Recipe,
+    state: TrainState,
     batch: CandidateBatch,
     items: Items,
-    name: str,
-    owner: Int[Array, "rows"],
-) -> tuple[Occurrences, Int[Array, "rows"], Int[Array, ""]]:
-    """Equal rows of a table among the ids of all devices, and the number of ids without a row."""
+    gradients: Rows,
+    gathered: Rows | None,
+    rates: OptimizerNumbers,
+    may_change: Bool[Array, "members"],
+) -> tuple[Float[Array, "members rows W"], Int[Array, "rows"], Int[Array, ""]]:
+    """A table, its owners and its number of unknown ids after a step.
+
+    Ids and the gradients of their rows travel between devices, never an array of a table's size.
+    """
+    spec = recipe.model.embedding
     table = spec.tables[name]
     ids, mask = ids_of_table(spec, batch, items, name)
     unknown = jax.lax.psum(jnp.sum(mask & ~is_known(table, ids), dtype=jnp.int32), AXIS)
     ids, mask = join_over_devices((ids, mask), axis=0)
-    return *find_occurrences(rows_of_ids(table, ids), mask, owner), unknown
+    occurrences, owner = find_occurrences(rows_of_ids(table, ids), mask, state.owners[name])
+    updated = update_tables(
+        recipe.row_optimizer,
+        state.parameters.tables[name],
+        occurrences,
+        join_over_devices(rows_of_table(spec, gradients, name), axis=1),
+        rates.table_learning_rate,
+        rates.table_weight_decay,
+        may_change,
+        rows_of_table(spec, gathered, name)[0] if gathered else None,
+    )
+    return updated, owner, state.unknown_ids[name] + unknown

@@ -458,4 +458,4 @@ def test_members_with_numbers_of_their_own_are_each_as_if_alone(name):
 def test_declarations_name_losses_and_numbers_are_those_of_the_config():
     assert LOSSES.keys() >= NEEDS_PROBABILITIES | PAIRWISE
     config = defaults.get_config()
-    assert (config.distill.temperature, config.distill.top_k) == DEFAULT_NUMBERS
+    assert {name: config.distill[name] for name in LossNumbers._fields} == DEFAULT_NUMBERS._asdict()

@@ -11,7 +11,7 @@ from kd_ranker.batch import Stage
 from kd_ranker.batches.columns import columns_of, only_counting
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.sampling import Slots
-from kd_ranker.distillation.losses import LOSSES, bce
+from kd_ranker.distillation.losses import LOSSES, LossNumbers, bce
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.lookup import gather, rows_of_ids
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
@@ -23,6 +23,7 @@ from kd_ranker.training.state import (
     Frozen,
     Hyperparameters,
     LiveTeacher,
+    OptimizerNumbers,
     Recipe,
     init_state,
     select_member,
@@ -100,7 +101,12 @@ def hyperparameters(**changes):
         "weight_decay": 0.1,
         "table_weight_decay": 0.1,
     }
-    return Hyperparameters(**{name: jnp.float32(n) for name, n in (numbers | changes).items()})
+    numbers = {name: jnp.float32(number) for name, number in (numbers | changes).items()}
+    return Hyperparameters(
+        numbers.pop("distill_weight"),
+        LossNumbers(**{name: numbers.pop(name) for name in LossNumbers._fields}),
+        OptimizerNumbers(**numbers),
+    )
 
 
 def run_groups(
@@ -464,7 +470,8 @@ def test_a_member_of_a_population_ends_as_the_same_member_alone(mapping, devices
 def test_a_member_that_diverges_is_frozen_and_costs_the_others_no_bit():
     batches = [random_batch(seed) for seed in range(6)]
     recipes, states, (healthy, *_) = population(("shared",))
-    ill = healthy.replace(learning_rate=healthy.learning_rate.at[1].set(1e30))
+    rates = healthy.optimizer.learning_rate.at[1].set(1e30)
+    ill = healthy._replace(optimizer=healthy.optimizer._replace(learning_rate=rates))
     (after,), (losses,) = run_groups(recipes, states, batches, [ill])
     (expected,), _ = run_groups(recipes, states, batches, [healthy])
     step = int(after.non_finite_step[1])
