@@ -6,6 +6,7 @@ Tests that run a command in a process of its own are here because they share its
 import contextlib
 import fcntl
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -103,34 +104,92 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-# A real SIGKILL at an exact moment: when a run logs a step, or has begun to save one.
-_DYING = """
-import os, runpy, signal, sys
+# A real signal at an exact moment: when a run logs a step, or has begun to save one.
+_INTERRUPTED = """
+import os, runpy, sys
 from kd_ranker.training import checkpoints, workdir
-module, moment, name, at = sys.argv[1:5]
+module, moment, name, at, signal = sys.argv[1:6]
 write, save = workdir.MetricsWriter.write, checkpoints.save
 
-def die_at(step):
+def interrupt_at(step):
     if step >= int(at):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), int(signal))
 
-def dying_write(self, step, scalars):
+def interrupted_write(self, step, scalars):
     write(self, step, scalars)
     if moment == "logging" and self._path.parent.name == name:
-        die_at(step)
+        interrupt_at(step)
 
-def dying_save(manager, step, *rest):
+def interrupted_save(manager, step, *rest):
     save(manager, step, *rest)
     if moment == "saving" and manager.directory.parent.name == name:
-        die_at(step)
+        interrupt_at(step)
 
-workdir.MetricsWriter.write, checkpoints.save = dying_write, dying_save
-sys.argv = [module, *sys.argv[5:]]
+workdir.MetricsWriter.write, checkpoints.save = interrupted_write, interrupted_save
+sys.argv = [module, *sys.argv[6:]]
 runpy.run_module(module, run_name="__main__")
 """
 
 
 def run_and_kill(module: str, moment: str, name: str, at: int, flags: list[str]) -> None:
     """Runs an entry point until the run in a workdir called `name` is "logging" or "saving"."""
-    finished = run("-c", _DYING, module, moment, name, str(at), *flags)
+    kill = str(int(signal.SIGKILL))
+    finished = run("-c", _INTERRUPTED, module, moment, name, str(at), kill, *flags)
     assert finished.returncode == -9, finished.stderr
+
+
+@contextlib.contextmanager
+def stopped(module: str, name: str, at: int, flags: list[str]) -> Iterator[subprocess.Popen]:
+    """An entry point that stands still in its run in a workdir called `name`; killed at the end."""
+    stop = str(int(signal.SIGSTOP))
+    program = ["-c", _INTERRUPTED, module, "logging", name, str(at), stop, *flags]
+    with subprocess.Popen([sys.executable, *program], cwd=ROOT) as process:
+        try:
+            _, status = os.waitpid(process.pid, os.WUNTRACED)
+            assert os.WIFSTOPPED(status)
+            yield process
+        finally:
+            process.kill()
+
+
+_AT_ONCE = """
+import runpy, sys
+import kd_ranker.pipeline.commands
+print("ready", flush=True)
+sys.stdin.readline()
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+
+
+class Ended(NamedTuple):
+    """A process that has ended: its id, its exit code, and what it wrote to stderr."""
+
+    pid: int
+    code: int
+    error: str
+
+
+def run_at_once(module: str, *flags: list[str]) -> list[Ended]:
+    """Runs an entry point once for each list of flags, all of them started together."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", _AT_ONCE, module, *each], cwd=ROOT, text=True, **pipes
+        )
+        for each in flags
+    ]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    try:
+        errors = [process.communicate(timeout=120)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        Ended(process.pid, process.returncode, error)
+        for process, error in zip(processes, errors, strict=True)
+    ]

@@ -1,12 +1,15 @@
 import json
 import re
+import shutil
+import signal
+import socket
 import sys
 
 import pytest
 
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import launch
+from kd_ranker.pipeline import commands, launch
 from tests import small
 from tests.small import CONFIG, ROOT
 
@@ -158,6 +161,61 @@ def test_a_killed_teacher_is_unfinished_and_can_be_finished(world, tmp_path):
     assert small.run("-m", "experiments.train_teacher", *flags).returncode == 0
     name = results.FILE
     assert (teacher / name).read_bytes() == (world.teacher / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_a_workdir_is_held_by_its_run_until_that_ends_or_dies(world, tmp_path):
+    whole = world.made("shared", lambda folder: commands.train(world.config(), folder))
+    workdir = tmp_path / "held"
+    flags = world.flags(workdir)
+    with small.stopped("experiments.train", "held", 15, flags) as first:
+        before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+        second = small.run("-m", "experiments.train", *flags)
+        assert second.returncode == 2
+        (line,) = second.stderr.splitlines()
+        who = f"process {first.pid} on {socket.gethostname()} since 20"
+        assert line.startswith(f"error: {workdir} is held by {who}")
+        # So is whatever else writes to the folder.
+        for command, what in (
+            (commands.sweep, world.config()),
+            (commands.train_teacher, world.config()),
+            (commands.report, [workdir]),
+        ):
+            with pytest.raises(UserError, match=f"is held by process {first.pid} "):
+                command(what, workdir)
+        assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+    assert first.returncode == -signal.SIGKILL
+    third = small.run("-m", "experiments.train", *flags)
+    assert third.returncode == 0, third.stderr
+    for name in (results.FILE, "metrics.jsonl"):
+        assert (workdir / name).read_bytes() == (whole / name).read_bytes()
+    assert not list(workdir.glob(".lock*"))
+
+
+@pytest.mark.slow
+def test_of_two_extensions_at_once_one_is_refused_and_each_student_keeps_its_name(world, tmp_path):
+    def extended(*seeds):
+        none = {"sweep__modes": ("none",), "sweep__group_size": 1, "train__eval_every": 0}
+        return none | {"sweep__seeds": seeds, "sweep__extend": True}
+
+    def extend(folder, *seeds):
+        commands.sweep(world.config(**extended(*seeds)), folder)
+        return (folder / results.FILE).read_text().splitlines()
+
+    workdir, undisturbed = tmp_path / "workdir", tmp_path / "undisturbed"
+    extend(workdir, 0)
+    shutil.copytree(workdir, undisturbed)
+    *shared, of_2, of_3 = extend(undisturbed, 0, 2, 3)
+    row_of = {2: of_2, 3: of_3}
+    flags = [world.flags(workdir, **extended(0, seed)) for seed in row_of]
+    runs = dict(zip(row_of, small.run_at_once("experiments.sweep", *flags), strict=True))
+    (winner, won), (loser, lost) = sorted(runs.items(), key=lambda run: run[1].code)
+    assert (won.code, lost.code) == (0, 2), (won.error, lost.error)
+    (line,) = lost.error.splitlines()
+    assert line.startswith(f"error: {workdir} is held by process {won.pid} on ")
+    rows = (workdir / results.FILE).read_text().splitlines()
+    assert rows == [*shared, row_of[winner]]
+    assert extend(workdir, 0, winner, loser) == [*shared, row_of[winner], row_of[loser]]
 
 
 def test_the_library_reads_no_flags():

@@ -1,4 +1,7 @@
-"""The work of the entry points: one function each, from a config and a workdir to files."""
+"""The work of the entry points: one function each, from a config and a workdir to files.
+
+A command holds the workdir that it writes to for as long as it runs, and a second one is refused.
+"""
 
 import dataclasses
 import functools
@@ -22,6 +25,7 @@ from kd_ranker.pipeline.measure import (
 )
 from kd_ranker.report import write
 from kd_ranker.requests import storage
+from kd_ranker.requests.lock import hold
 from kd_ranker.requests.pool import open_pool
 from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.sources.logs.guess.first_config import FirstConfig, write_first_config
@@ -72,11 +76,12 @@ def train_teacher(config: ConfigDict, workdir: Path) -> list[Row]:
       The one row of its `results.csv`.
     """
     checks.validate(config)
-    dataset = teachers.open_dataset(config)
-    ranker, step = runs.fit_teacher(config, dataset, workdir)
-    teacher = own_reference(config, dataset, ranker, step)
-    measured = measure(config, dataset, teacher, {}, [])
-    write_measured(config, workdir, measured)
+    with hold(workdir):
+        dataset = teachers.open_dataset(config)
+        ranker, step = runs.fit_teacher(config, dataset, workdir)
+        teacher = own_reference(config, dataset, ranker, step)
+        measured = measure(config, dataset, teacher, {}, [])
+        write_measured(config, workdir, measured)
     return measured.rows
 
 
@@ -139,18 +144,19 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
       The rows of its `results.csv`, one a serving choice.
     """
     checks.validate(config)
-    teacher, dataset = teachers.teacher_and_dataset(config)
-    members = {"": config}
-    shared = common(members)
-    teachers.check_losses(config, dataset, members.values())
-    workdirs.claim(workdir, "train", config, without=schema.without_influence("student"))
-    with runs.progress_bar(workdir.name, config.train.steps) as bar:
-        students = runs.fit_students(shared, dataset, teacher, members, workdir, bar)
-    known = reference(shared, dataset, teacher)
-    measured = measure(shared, dataset, known, members, students)
-    # The teacher has a workdir and results of its own.
-    measured = Measured(*(_without_teacher(rows) for rows in measured))
-    write_measured(config, workdir, measured)
+    with hold(workdir):
+        teacher, dataset = teachers.teacher_and_dataset(config)
+        members = {"": config}
+        shared = common(members)
+        teachers.check_losses(config, dataset, members.values())
+        workdirs.claim(workdir, "train", config, without=schema.without_influence("student"))
+        with runs.progress_bar(workdir.name, config.train.steps) as bar:
+            students = runs.fit_students(shared, dataset, teacher, members, workdir, bar)
+        known = reference(shared, dataset, teacher)
+        measured = measure(shared, dataset, known, members, students)
+        # The teacher has a workdir and results of its own.
+        measured = Measured(*(_without_teacher(rows) for rows in measured))
+        write_measured(config, workdir, measured)
     return measured.rows
 
 
@@ -169,6 +175,11 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
       True if there was anything to do; False for a sweep that is complete.
     """
     checks.validate(config)
+    with hold(workdir):
+        return _sweep(config, workdir)
+
+
+def _sweep(config: ConfigDict, workdir: Path) -> bool:
     workdirs.check(workdir, "sweep", config, without=_free_of_a_sweep(config.sweep.extend))
     sweep = open_sweep(config, workdir)
     if sweep.is_complete():
@@ -213,4 +224,5 @@ def report(sweeps: Sequence[Path], output: Path) -> tuple[list[str], Path]:
     Returns:
       A sentence a dataset on what distillation saves, and the page.
     """
-    return write.write_report(sweeps, output), output / write.PAGE
+    with hold(output):
+        return write.write_report(sweeps, output), output / write.PAGE

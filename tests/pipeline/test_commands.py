@@ -31,7 +31,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(world):
-    """mode -> the workdir of a student; a test changes only a copy of it."""
+    """mode -> the workdir of a student; a test changes, and runs commands on, a copy alone."""
 
     def workdir(mode):
         config = world.config(distill__mode=mode)
@@ -337,15 +337,20 @@ def test_a_sweep_leaves_curves_and_calibration_beside_its_results(world, swept):
     np.testing.assert_allclose(predicted / observed, frame["user_calibration/watch"], rtol=1e-4)
 
 
-def test_a_complete_sweep_is_left_alone(world, swept):
-    before = {path: path.stat().st_mtime_ns for path in swept.rglob("*")}
-    assert not commands.sweep(world.config(**SWEEP), swept)
-    assert {path: path.stat().st_mtime_ns for path in swept.rglob("*")} == before
+def copy_of(workdir, tmp_path):
+    return shutil.copytree(workdir, tmp_path / workdir.name)
 
 
-def test_a_sweep_of_another_config_is_refused_with_the_keys(world, swept):
+def test_a_complete_sweep_is_left_alone(world, swept, tmp_path):
+    workdir = copy_of(swept, tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    assert not commands.sweep(world.config(**SWEEP), workdir)
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+def test_a_sweep_of_another_config_is_refused_with_the_keys(world, swept, tmp_path):
     config = world.config(**SWEEP, train__steps=30, sweep__weights=(1.0, 2.0))
-    fault = fault_of(commands.sweep, config, swept)
+    fault = fault_of(commands.sweep, config, copy_of(swept, tmp_path))
     assert "sweep.weights ([1.0] there, [1.0, 2.0] now), train.steps (20 there, 30 now)" in fault
 
 
@@ -438,13 +443,13 @@ def test_an_extension_that_died_before_its_results_were_joined_is_not_complete(
     assert (workdir / results.FILE).read_bytes() == new
 
 
-def test_a_workdir_belongs_to_one_command(world, swept, trained):
-    before = (swept / results.FILE).read_bytes()
+def test_a_workdir_belongs_to_one_command(world, swept, trained, tmp_path):
+    workdir = copy_of(swept, tmp_path)
     for command in (commands.train, commands.train_teacher):
-        fault = fault_of(command, world.config(**SWEEP), swept)
-        assert f"{swept} belongs to a run of sweep" in fault
-    assert (swept / results.FILE).read_bytes() == before
-    single = trained("shared")
+        fault = fault_of(command, world.config(**SWEEP), workdir)
+        assert f"{workdir} belongs to a run of sweep" in fault
+    assert (workdir / results.FILE).read_bytes() == (swept / results.FILE).read_bytes()
+    single = copy_of(trained("shared"), tmp_path)
     fault = fault_of(commands.sweep, world.config(distill__mode="shared"), single)
     assert f"{single} belongs to a run of train;" in fault
 
@@ -659,8 +664,8 @@ def test_a_dataset_that_the_teacher_has_not_scored_names_the_command(world, tmp_
     assert "python -m experiments.log_teacher" in fault
 
 
-def test_a_workdir_of_another_config_names_the_keys_that_differ(world, trained):
-    workdir = trained("shared")
+def test_a_workdir_of_another_config_names_the_keys_that_differ(world, trained, tmp_path):
+    workdir = copy_of(trained("shared"), tmp_path)
     before = (workdir / results.FILE).read_bytes()
     config = world.config(distill__mode="shared", distill__weight=3.0, seed=4)
     fault = fault_of(commands.train, config, workdir)

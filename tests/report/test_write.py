@@ -5,7 +5,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands
+from kd_ranker.requests.lock import hold
 from tests import small
 from tests.report import sweeps
 
@@ -39,6 +41,14 @@ def test_what_is_written(tmp_path):
         *(f"tables/{name}" for name in tables),
         *(f"figures/cascade-{name}.{end}" for name in FIGURES for end in ("svg", "pdf", "png")),
     }
+
+
+def test_a_sweep_that_is_being_written_is_reported_elsewhere_and_not_into_its_folder(tmp_path):
+    sweep = sweeps.write_sweep(tmp_path / "sweep")
+    with hold(sweep):
+        assert commands.report([sweep], tmp_path / "output")[1].exists()
+        with pytest.raises(UserError, match=f"{sweep} is held by process"):
+            commands.report([sweep], sweep)
 
 
 def test_the_same_inputs_give_the_same_bytes(tmp_path):
@@ -196,7 +206,7 @@ def test_the_entry_point_prints_the_answers_and_the_page(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--workdir=absent"], "there is no folder absent; make a sweep with: python -m exper"),
+        (["--workdir=absent"], "absent holds no results.csv; make a sweep with: python -m experi"),
         ([], "--workdir is missing"),
         (["--workdir=out", "--config=configs/cascade.py"], "config"),
     ],
