@@ -91,6 +91,7 @@ def common(members: Mapping[str, ConfigDict]) -> ConfigDict:
     `train.steps` are those of the member that takes most.
     """
     config = next(iter(members.values())).copy_and_resolve_references()
+    config.unlock()  # a config from the command line lets nobody take keys away
     for key in schema.sweepable():
         if key.sweep == "members":
             section, _, last = key.name.rpartition(".")

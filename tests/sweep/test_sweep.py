@@ -60,6 +60,7 @@ def test_what_a_cohort_has_in_common_lacks_the_keys_in_which_its_members_may_dif
     config = config_of(weights=(1.0, 3.0))
     config.sweep.axes.train.steps = (20, 50)
     config.sweep.axes.teacher.stage = ("passed", "retrieved")
+    config.lock()  # as the entry points do
     members = sweep_members(config)
     of_stage = {name: m for name, m in members.items() if m.teacher.stage == "passed"}
     shared = common(of_stage)
