@@ -25,7 +25,7 @@ from kd_ranker.training.workdir import (
 )
 
 # How many columns of a setting tables always show: mode, serving choice, weight.
-_NAMED = 3
+NAMED = 3
 
 
 class Study(NamedTuple):
@@ -239,7 +239,7 @@ def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _varying(students: pd.DataFrame) -> list[str]:
     columns = results.setting_columns(students)
-    return [column for column in columns[_NAMED:] if students[column].nunique() > 1]
+    return [column for column in columns[NAMED:] if students[column].nunique() > 1]
 
 
 def _label(row: pd.Series, varying: list[str], serves: bool) -> str:

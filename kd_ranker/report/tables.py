@@ -13,7 +13,7 @@ from kd_ranker.evaluation.saving import baseline
 from kd_ranker.report.claims import RULES
 from kd_ranker.report.comparison import important_columns
 from kd_ranker.report.intervals import Interval, interval
-from kd_ranker.report.study import Study, key_title, text_of
+from kd_ranker.report.study import NAMED, Study, key_title, text_of
 
 
 def results_text(workdir: Path, passed: int) -> str:
@@ -34,25 +34,19 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
     """
     tasks = [name.split("/")[1] for name in frame.columns if name.startswith("user_bce/")]
     shown = [column for column in summary_columns(tasks, passed) if column in frame]
-    keys = ["dataset", "role", "mode", "distill_loss", "serve", "distill_weight"]
-    swept = [column for column in ("temperature", "learning_rate") if column in frame]
-    # Mode none has no loss, which is no choice among losses.
-    losses = frame["distill_loss"].nunique() > 1
+    setting = [column for column in results.setting_columns(frame) if column in frame]
+    # Only what differs is worth a column.
+    varying = [column for column in setting[NAMED:] if frame[column].nunique() > 1]
     lines = []
-    for _, group in frame.groupby([*keys, *swept], sort=False, dropna=False):
+    for _, group in frame.groupby(["dataset", "role", *setting], sort=False, dropna=False):
         first = group.iloc[0]
+        # Mode none has no loss to weigh.
         distilled = pd.notna(first["distill_loss"])
         line = {
             "model": first["role"] if first["role"] == "teacher" else first["mode"],
             "serve": first["serve"],
-            # Only what differs is worth a column.
-            **({"loss": first["distill_loss"] if distilled else ""} if losses else {}),
-            "weight": f"{first['distill_weight']:g}" if distilled else "",
-            **{
-                column.replace("_", " "): f"{first[column]:g}" if pd.notna(first[column]) else ""
-                for column in swept
-                if frame[column].nunique() > 1
-            },
+            "weight": text_of(first["distill_weight"]) if distilled else "",
+            **{key_title(column): text_of(first[column]) for column in varying},
             "seeds": str(_healthy(group)),
         }
         for column in shown:

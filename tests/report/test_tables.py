@@ -87,6 +87,18 @@ def test_losses_that_a_sweep_varies_are_told_apart(tmp_path):
     assert header[:3] == ["model", "serve", "weight"]
     rows.append(row("shared", 0, 0.5, distill_loss="softmax"))
     header, _, one, two = cells(tables.summary_table(frame_of(tmp_path, rows), 30))
-    assert header[:4] == ["model", "serve", "loss", "weight"]
-    assert one[:4] == ["shared", "user", "bce", "1"]
-    assert two[:4] == ["shared", "user", "softmax", "1"]
+    assert header[:4] == ["model", "serve", "weight", "loss"]
+    assert one[:4] == ["shared", "user", "1", "bce"]
+    assert two[:4] == ["shared", "user", "1", "softmax"]
+
+
+def test_whatever_a_sweep_varies_is_told_apart_and_only_seeds_are_averaged(tmp_path):
+    rows = [
+        row("shared", seed, 0.5 + 0.1 * (width == 8)) | {"student.width": width}
+        for width in (8, 16)
+        for seed in (0, 1)
+    ]
+    frame = frame_of(tmp_path, rows).assign(**{"student.width": [8, 8, 16, 16]})
+    header, one, two = cells(tables.summary_table(frame, 30))
+    assert header[:5] == ["model", "serve", "weight", "width", "seeds"]
+    assert (one[3:5], two[3:5]) == (["8", "2"], ["16", "2"])
