@@ -7,7 +7,7 @@ step, in one program with it. All run on NumPy arrays on the host and, compiled,
 holds the data.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -98,6 +98,15 @@ def unpack(batch: PackedBatch) -> CandidateBatch:
     )
     draw = Draw(rows, stage.astype(np.int8), as_floats(factor))
     return CandidateBatch(**fields_of(draw, batch.layout))
+
+
+def on_packed(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step(states, batch, …) that takes a `PackedBatch`, of one that takes the batch itself."""
+
+    def step_on_packed(states: Any, batch: PackedBatch, *others: Any) -> Any:
+        return step(states, unpack(batch), *others)
+
+    return step_on_packed
 
 
 def fields_of(draw: Draw, layout: Layout) -> dict[str, Any]:

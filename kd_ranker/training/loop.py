@@ -13,6 +13,7 @@ from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from kd_ranker.batches.cutting import on_packed
 from kd_ranker.errors import UserError
 from kd_ranker.training import checkpoints
 from kd_ranker.training.identity import Identity
@@ -45,7 +46,7 @@ def fit(
     Args:
       groups: the members to train; all in one program.
       teacher: the live teacher, or None.
-      batches: endless batches, on the devices already.
+      batches: endless packed batches, on the devices already.
       frozen: what the step reads and does not change, on all devices already.
       mapping: how the step is spread over devices.
       train: `config.train` or `config.teacher.train`.
@@ -70,7 +71,7 @@ def fit(
         if start >= train.steps:
             return states
         writer = MetricsWriter(workdir, start)
-        step = mapping.map_step(make_step([group.recipe for group in groups], teacher))
+        step = mapping.map_step(on_packed(make_step([group.recipe for group in groups], teacher)))
         numbers = tuple(group.numbers for group in groups)
         if start:
             states = mapping.replicate(states)

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kd_ranker.batch import CandidateBatch, Items, Stage
-from kd_ranker.batches.cutting import PackedBatch, unpack
 from kd_ranker.distillation.losses import bce
 from kd_ranker.distillation.modes import Transform
 from kd_ranker.embedding.lookup import Rows, embeddings, gather
@@ -35,7 +34,7 @@ from kd_ranker.training.update import Gradients, update_group
 
 Losses = dict[str, Float[Array, "members"]]
 Step = Callable[
-    [Sequence[TrainState], CandidateBatch | PackedBatch, Sequence[Hyperparameters], Frozen],
+    [Sequence[TrainState], CandidateBatch, Sequence[Hyperparameters], Frozen],
     tuple[States, tuple[Losses, ...]],
 ]
 
@@ -43,11 +42,10 @@ Step = Callable[
 def make_step(recipes: Sequence[Recipe], teacher: LiveTeacher | None = None) -> Step:
     """Builds the function that one device runs under a mapped axis named `AXIS`.
 
-    The batch holds this device's requests, packed or not; the states are the same
-    on all devices before and after. Losses are weighted means over what counts on all devices
-    (entries, or as the loss has it pairs or requests), and then over tasks: numerators and
-    denominators are summed over the axis first and divided afterwards, so the same global batch
-    gives the same update on any number of devices.
+    The batch holds this device's requests; the states are the same on all devices before and after.
+    Losses are weighted means over what counts on all devices (entries, or as the loss has it pairs
+    or requests), and then over tasks: numerators and denominators are summed over the axis first
+    and divided afterwards, so the same global batch gives the same update on any number of devices.
 
     Args:
       recipes: one a group; their models look up the same ids.
@@ -61,12 +59,11 @@ def make_step(recipes: Sequence[Recipe], teacher: LiveTeacher | None = None) -> 
 
     def step(
         states: Sequence[TrainState],
-        batch: CandidateBatch | PackedBatch,
+        batch: CandidateBatch,
         hyperparameters: Sequence[Hyperparameters],
         frozen: Frozen,
     ) -> tuple[States, tuple[Losses, ...]]:
-        whole = unpack(batch) if isinstance(batch, PackedBatch) else batch
-        whole = with_live_teacher(teacher, whole, frozen)
+        whole = with_live_teacher(teacher, batch, frozen)
         trained = [
             _train_group(recipe, state, whole, numbers, frozen.items)
             for recipe, state, numbers in zip(recipes, states, hyperparameters, strict=True)

@@ -45,7 +45,13 @@ class Program:
                 teacher.parameters if teacher else None,
             )
         )
-        step = self.mapping.map_step(make_step([group.recipe for group in groups], live))
+        step_of_groups = make_step([group.recipe for group in groups], live)
+
+        def of_either(states: Any, batch: Any, *others: Any) -> Any:
+            whole = unpack(batch) if isinstance(batch, PackedBatch) else batch
+            return step_of_groups(states, whole, *others)
+
+        step = self.mapping.map_step(of_either)
         compiled = step.lower(self.states, self.batch, numbers, frozen).compile()
         self.flops = float(compiled.cost_analysis()["flops"])
         # Through the jitted function, as the training loop does.

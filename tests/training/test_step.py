@@ -9,7 +9,7 @@ import pytest
 
 from kd_ranker.batch import Stage
 from kd_ranker.batches.columns import columns_of, only_counting
-from kd_ranker.batches.cutting import unpack
+from kd_ranker.batches.cutting import PackedBatch, on_packed, unpack
 from kd_ranker.batches.sampling import Slots
 from kd_ranker.distillation.losses import LOSSES, LossNumbers, bce
 from kd_ranker.distillation.modes import MODES
@@ -72,12 +72,13 @@ def recipe_of(mode, optimizer, spec, student=MultiInterest):
 PROGRAMS = {}
 
 
-def program_of(recipes, teacher, mapping, devices):
+def program_of(recipes, teacher, mapping, devices, is_packed):
     """One mapped step for all tests that want it: it compiles once for each number of members."""
-    key = (*map(id, recipes), id(teacher), mapping, devices)
+    key = (*map(id, recipes), id(teacher), mapping, devices, is_packed)
     if key not in PROGRAMS:
         spread = MAPPINGS[mapping](jax.devices()[:devices])
-        PROGRAMS[key] = spread, spread.map_step(make_step(recipes, teacher))
+        step = make_step(recipes, teacher)
+        PROGRAMS[key] = spread, spread.map_step(on_packed(step) if is_packed else step)
     return PROGRAMS[key]
 
 
@@ -123,7 +124,8 @@ def run_groups(
     teacher, frozen = world_of(spec)
     if not live:
         teacher, frozen = None, frozen.replace(teacher=None)
-    spread, step = program_of(tuple(recipes), teacher, mapping, devices)
+    is_packed = isinstance(batches[0], PackedBatch)
+    spread, step = program_of(tuple(recipes), teacher, mapping, devices, is_packed)
     states, frozen = spread.replicate(tuple(states)), spread.replicate(frozen)
     for batch in batches:
         states, losses = step(states, spread.shard(batch), tuple(numbers), frozen)
@@ -180,7 +182,7 @@ def sample_of(requests, negative_rate, stage=Stage.RETRIEVED, logged=True):
 
 
 @pytest.mark.parametrize(("mapping", "devices"), [("pmap", 1), ("pmap", 8), ("shard_map", 2)])
-def test_a_step_unpacks_its_batch(mapping, devices):
+def test_a_step_on_a_packed_batch_is_that_on_the_batch_itself(mapping, devices):
     requests = [random_request(seed) for seed in range(20)]
     requests += [random_request(20, 0, 0, 3), random_request(21, 1, 1, 1)]
     batches = packed(*sample_of(requests, 0.6))
