@@ -1,0 +1,103 @@
+"""How many files a change touches: it is made to a copy of the package, and used there."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+from tests.small import ROOT
+
+
+def changed_copy(folder, changes):
+    """A copy of the package and the configs with texts replaced: file -> (old, new) pairs."""
+    for name in ("kd_ranker", "configs", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for file, pairs in changes.items():
+        text = (folder / file).read_text()
+        for old, new in pairs:
+            assert text.count(old) == 1, f"{file} does not hold this once: {old!r}"
+            text = text.replace(old, new)
+        (folder / file).write_text(text)
+    return folder
+
+
+def run_there(folder, program):
+    finished = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+A_LOSS_WITH_A_NUMBER = {
+    "kd_ranker/distillation/losses.py": [
+        ("    top_k: Number = 10.0\n", "    top_k: Number = 10.0\n    margin: Number = 1.0\n"),
+        (
+            "LOSSES: dict[str, Loss] = {\n",
+            '''\
+def margin(logits, probability, weight, numbers=DEFAULT_NUMBERS):
+    """max(0, margin − (2p − 1) · z)."""
+    known = jnp.where(weight > 0, probability, 0.5)
+    return weighted_totals(jnp.maximum(numbers.margin - (2 * known - 1) * logits, 0.0), weight)
+
+
+LOSSES: dict[str, Loss] = {
+    "margin": margin,
+''',
+        ),
+    ],
+    "kd_ranker/config/keys.py": [
+        (
+            '        Key("affine", True,',
+            '        Key("margin", 1.0, "loss margin: the least lead", POSITIVE),\n'
+            '        Key("affine", True,',
+        ),
+    ],
+}
+
+
+def test_a_loss_with_a_swept_number_of_its_own_touches_two_files(tmp_path):
+    assert len(A_LOSS_WITH_A_NUMBER) == 2
+    folder = changed_copy(tmp_path, A_LOSS_WITH_A_NUMBER)
+    run_there(
+        folder,
+        """
+import jax
+import numpy as np
+from configs import cascade
+from kd_ranker.config import checks
+from kd_ranker.config.page import keys_page
+from kd_ranker.evaluation import results
+from kd_ranker.sweep.members import sweep_members
+from kd_ranker.training import recipes
+from kd_ranker.training.mapping import MAPPINGS
+from kd_ranker.training.state import Frozen
+from kd_ranker.training.step import make_step
+from tests.random_batches import SPEC, random_batch, random_items
+
+config = cascade.get_config("small")
+config.parallel.devices = 1
+config.distill.loss, config.sweep.modes = "margin", ("shared",)
+config.sweep.axes.distill.margin = (0.5, 2.0)
+checks.validate(config)
+members = sweep_members(config)
+assert list(members) == ["shared-weight1.0-margin0.5-seed0", "shared-weight1.0-margin2.0-seed0"]
+(group,) = recipes.student_groups(members, SPEC)  # one program
+assert group.numbers.loss.margin.tolist() == [0.5, 2.0]
+mapping = MAPPINGS["shard_map"](jax.devices()[:1])
+step = mapping.map_step(make_step([group.recipe]))
+frozen = mapping.replicate(Frozen(random_items(), None))
+_, losses = step(mapping.create(lambda: (group.init(),)), mapping.shard(random_batch(0)),
+                 (group.numbers,), frozen)
+one, other = np.asarray(losses[0]["distill_loss"]).ravel()
+assert other > one > 0
+assert results.swept_columns(config) == ["distill.margin"]
+rows = [results.made_of(member)["distill.margin"] for member in members.values()]
+assert rows == [0.5, 2.0]
+assert "`distill.margin`" in keys_page()
+""",
+    )
