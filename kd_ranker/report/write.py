@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pandas as pd
 
+from kd_ranker.report import charts
 from kd_ranker.report.answer import answer
 from kd_ranker.report.claims import claims
 from kd_ranker.report.comparison import comparison
-from kd_ranker.report.drawing import draw
 from kd_ranker.report.figures import figures
 from kd_ranker.report.page import Section, page
 from kd_ranker.report.study import Study, read_studies
@@ -65,7 +65,7 @@ def _write_study(study: Study, tested: pd.DataFrame, output: Path) -> Section:
     drawn = figures(study)
     for figure in drawn:
         if len(figure.data):
-            for ending, content in draw(figure).items():
+            for ending, content in charts.files(figure).items():
                 write_atomically(output / FIGURES / f"{name}-{figure.name}.{ending}", content)
     return Section(
         study=study,

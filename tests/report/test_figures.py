@@ -1,14 +1,9 @@
-import json
-
 import numpy as np
 import pytest
 
-from kd_ranker.report import drawing, figures, interactive
+from kd_ranker.report import figures
 from kd_ranker.report.study import read_studies
-from kd_ranker.report.style import colours
 from tests.report import sweeps
-
-NAMES = ["pareto", "value_captured", "survival", "calibration", "training"]
 
 
 @pytest.fixture(scope="module")
@@ -69,41 +64,6 @@ def test_training_has_each_repeat_and_their_mean(study):
     assert set(data.loc[data["mode"] == "aux", "kind"]) == {"user_loss", "distill_loss"}
 
 
-def test_every_figure_is_drawn_in_every_format(study):
-    drawn = {figure.name: drawing.draw(figure) for figure in figures.figures(study)}
-    assert list(drawn) == NAMES
-    for files in drawn.values():
-        assert files["svg"].startswith(b"<?xml")
-        assert files["pdf"].startswith(b"%PDF")
-        assert files["png"].startswith(b"\x89PNG")
-
-
-def test_drawings_and_charts_hold_the_same_numbers(study):
-    figure = figures.pareto(study)
-    (chart,) = map(json.loads, interactive.charts(figure))
-    shared = next(trace for trace in chart["data"] if trace["name"] == "shared")
-    data = figure.data[figure.data["line"] == "shared"]
-    assert shared["x"] == pytest.approx(list(data["user_bce"]))
-    assert shared["error_x"]["array"] == pytest.approx(
-        list(data["user_bce_high"] - data["user_bce"])
-    )
-    assert len(interactive.charts(figures.calibration(study))) == 3
-
-
-def test_a_modes_colour_is_the_same_everywhere(study):
-    found = {}
-    for figure in figures.figures(study):
-        for chart in map(json.loads, interactive.charts(figure)):
-            for trace in chart["data"]:
-                if trace.get("showlegend", True):
-                    mode = trace["name"].split(",")[0].split(" ")[0]
-                    found.setdefault(mode, set()).add(trace["line"]["color"])
-    assert {mode: len(its) for mode, its in found.items()} == {
-        "none": 1, "aux": 1, "shared": 1,
-    }  # fmt: skip
-    assert len(set.union(*found.values())) == 3
-
-
 @pytest.mark.parametrize(
     ("file", "absent"),
     [
@@ -119,15 +79,3 @@ def test_a_figure_without_its_file_is_left_out_and_says_why(tmp_path, file, abse
         assert (figure.name in absent) == bool(figure.absent)
         if figure.name in absent:
             assert str(tmp_path) in figure.absent
-
-
-def test_one_repeat_is_drawn_without_intervals(tmp_path):
-    (study,) = read_studies([sweeps.write_sweep(tmp_path, seeds=(0,), modes=("none",))])
-    for figure in figures.figures(study):
-        assert drawing.draw(figure)["svg"]
-        assert interactive.charts(figure)
-
-
-def test_a_mode_that_the_package_does_not_know_gets_a_colour_of_its_own():
-    palette = colours(["none", "mine", "yours"])
-    assert len(set(palette.values())) == 5

@@ -1,11 +1,13 @@
 """The page: its markup, and what a browser makes of it."""
 
+import re
 import shutil
 from html.parser import HTMLParser
 
 import pytest
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
@@ -50,10 +52,10 @@ def test_nothing_is_loaded_from_elsewhere(page):
     assert not any("http" in (attributes.get("style") or "") for _, attributes in elements)
 
 
-def test_plotly_is_there_once(page):
+def test_vega_is_there_once(page):
     text = page.read_text()
-    assert text.count("plotly.js v") == 1
-    assert len(text) < 8_000_000
+    assert text.count("window.vegaEmbed") == 1
+    assert len(text) < 2_000_000
 
 
 def test_every_dataset_has_its_answer_figures_claims_and_config(page):
@@ -104,16 +106,15 @@ def browser(tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(browser, page):
     browser.get(page.as_uri())
-    # Two layers a plot, the second of which is for what lies above the first.
-    drawn = "return document.querySelectorAll('.js-plotly-plot .main-svg').length"
-    WebDriverWait(browser, 60).until(lambda it: it.execute_script(drawn) >= 2 * 2 * PANELS)
+    drawn = "return document.querySelectorAll('.chart svg').length"
+    WebDriverWait(browser, 60).until(lambda it: it.execute_script(drawn) == 2 * PANELS)
     return browser
 
 
 def test_every_figure_is_drawn_without_an_error_or_a_request(loaded):
     assert loaded.execute_script(
         "return [...document.querySelectorAll('.chart')]"
-        ".filter((it) => !it.querySelector('.trace, .scatterlayer path')).length"
+        ".filter((it) => !it.querySelector('.mark-line path')).length"
     ) == 0  # fmt: skip
     assert [entry for entry in loaded.get_log("browser") if entry["level"] == "SEVERE"] == []
     requests = [
@@ -122,6 +123,41 @@ def test_every_figure_is_drawn_without_an_error_or_a_request(loaded):
         if "Network.requestWillBeSent" in entry["message"]
     ]
     assert [it for it in requests if '"url":"http' in it] == []
+
+
+def test_a_point_tells_its_numbers_under_the_pointer(loaded):
+    (_, point, *_) = loaded.find_elements(By.CSS_SELECTOR, ".pareto .mark-symbol.role-mark")
+    mark = point.find_element(By.TAG_NAME, "path")
+    loaded.execute_script("arguments[0].scrollIntoView({block: 'center'})", mark)
+    ActionChains(loaded).move_to_element(mark).perform()
+    shown = "#vg-tooltip-element.visible"
+    WebDriverWait(loaded, 20).until(lambda it: it.find_elements(By.CSS_SELECTOR, shown))
+    told = loaded.find_element(By.CSS_SELECTOR, shown).text
+    assert re.search(r"setting:?\s+none\s", told)
+    assert re.search(r"user BCE:?\s+0\.\d{4}\s", told)
+
+
+def test_a_click_in_the_legend_fades_the_other_lines_and_one_beside_it_brings_them_back(loaded):
+    def opacities():
+        paths = loaded.find_elements(By.CSS_SELECTOR, ".survival .mark-line.role-mark path")
+        return {path.get_attribute("stroke"): path.get_attribute("opacity") for path in paths[:3]}
+
+    def click(selector):
+        loaded.execute_script("arguments[0].scrollIntoView({block: 'center'})", of(selector))
+        ActionChains(loaded).move_to_element(of(selector)).click().perform()
+
+    def of(selector):
+        return loaded.find_element(By.CSS_SELECTOR, f".survival {selector}")
+
+    before = opacities()
+    assert set(before.values()) == {"1"}
+    click(".role-legend-label text")
+    WebDriverWait(loaded, 20).until(lambda _: opacities() != before)
+    none, *others = opacities().values()
+    assert float(none) == 1
+    assert all(float(other) < 0.2 for other in others)
+    click(".role-axis-title text")
+    WebDriverWait(loaded, 20).until(lambda _: opacities() == before)
 
 
 def column(browser, place):

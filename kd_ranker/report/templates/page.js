@@ -1,39 +1,34 @@
 "use strict";
 
-// Text and grid take the page's colours, in light, dark and print.
-function pageColours() {
-  const style = getComputedStyle(document.documentElement);
-  return { text: style.getPropertyValue("--text").trim(), line: style.getPropertyValue("--line").trim() };
-}
-
-function themed(layout) {
-  const { text, line } = pageColours();
-  const changes = { "font.color": text };
-  for (const key of Object.keys(layout)) {
-    if (/^[xy]axis\d*$/.test(key)) {
-      changes[`${key}.gridcolor`] = line;
-      changes[`${key}.linecolor`] = line;
-    }
-  }
-  return changes;
-}
-
-const charts = [];
-for (const element of document.querySelectorAll(".chart")) {
+const charts = [...document.querySelectorAll(".chart")].map((element) => {
   const source = element.querySelector("script");
-  const { data, layout } = JSON.parse(source.textContent);
   source.remove();
-  Plotly.newPlot(element, data, layout, { responsive: true, displayModeBar: false }).then(() =>
-    Plotly.relayout(element, themed(layout)),
-  );
-  charts.push([element, layout]);
+  return { element, spec: JSON.parse(source.textContent), width: 0, drawn: Promise.resolve() };
+});
+
+// Legends do not wrap, so they get as many columns as their names leave room for.
+function columnsOf(spec, width) {
+  const names = spec.layer[0].encoding.color.scale.domain;
+  const longest = Math.max(...names.map((name) => name.length));
+  return Math.max(1, Math.floor(width / (6 * longest + 55)));
 }
 
-function recolour() {
-  for (const [element, layout] of charts) Plotly.relayout(element, themed(layout));
+function draw(chart) {
+  const { element, spec } = chart;
+  chart.width = element.clientWidth;
+  const legend = { ...spec.config.legend, columns: columnsOf(spec, chart.width) };
+  const sized = { ...spec, width: chart.width, config: { ...spec.config, legend } };
+  chart.drawn = chart.drawn
+    .then((view) => view?.finalize())
+    .then(() => vegaEmbed(element, sized, { actions: false, renderer: "svg" }));
 }
-window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
-window.matchMedia("print").addEventListener("change", recolour);
+
+function drawResized() {
+  for (const chart of charts) if (chart.width !== chart.element.clientWidth) draw(chart);
+}
+
+drawResized();
+window.addEventListener("resize", drawResized);
 
 // A click on a column's title sorts by it, a second one the other way; empty cells stay last.
 function sortBy(table, column, ascending) {

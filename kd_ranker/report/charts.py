@@ -1,0 +1,357 @@
+"""The figures as Vega-Lite: one description each, for the files of a paper and for the page.
+
+A figure is drawn in panels, which share its lines. A panel is a view in layers over a table; sizes
+and fonts are the theme's, of which paper and page have one each.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pandas as pd
+import vl_convert
+
+from kd_ranker.evaluation.metrics import title_of
+from kd_ranker.report.figures import Figure, ticks, window
+from kd_ranker.report.style import GREY, colours, dash, glyph, mark, theme
+
+Spec = dict[str, Any]
+
+FORMATS = ("svg", "pdf", "png")
+KINDS = {"user_loss": "user loss", "distill_loss": "distillation loss"}
+
+_SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
+_DPI = 300
+# In points; a column of a two-column page is 3.5 inches wide. A figure of several panels gets what
+# is left for its axes.
+_SIZES = {
+    "pareto": (252, 209),
+    "value_captured": (252, 180),
+    "survival": (252, 180),
+    "calibration": (104, 104),
+    "training": (147, 104),
+}
+_PAGE_HEIGHT = {"pareto": 460}
+_USUAL_PAGE_HEIGHT = 400
+
+
+def files(figure: Figure) -> dict[str, bytes]:
+    """A figure's files by format; the same bytes for the same data.
+
+    Args:
+      figure: one of `figures.figures`, with data.
+    """
+    width, height = _SIZES[figure.name]
+    panels = [panel | {"width": width, "height": height} for panel in _panels(figure, hover=False)]
+    spec = _themed(unit=1)
+    spec["config"]["background"] = "white"
+    names = list(figure.data["line"].unique())
+    spec["config"]["legend"]["columns"] = _legend_columns(names, (width + 36) * len(panels) - 36)
+    if len(panels) == 1:
+        spec |= panels[0] | {"autosize": {"type": "fit", "contains": "padding"}}
+    else:
+        spec["hconcat"] = panels
+    svg = _numbered_anew(vl_convert.vegalite_to_svg(spec))
+    # In points, as the others are, where SVG has pixels of a screen.
+    in_points = re.sub(
+        r' width="([\d.]+)" height="([\d.]+)"', r' width="\1pt" height="\2pt"', svg, count=1
+    )
+    return {
+        "svg": in_points.encode(),
+        "pdf": _sorted_names(vl_convert.svg_to_pdf(svg)),
+        "png": vl_convert.svg_to_png(svg, ppi=_DPI),
+    }
+
+
+def _themed(unit: float) -> Spec:
+    params = [{"name": "size", "value": unit}]
+    return {"$schema": _SCHEMA, "config": theme(unit), "params": params}
+
+
+def _numbered_anew(svg: str) -> str:
+    """The SVG with its clip paths counted from 0, which Vega counts on from figure to figure."""
+    numbers: dict[str, int] = {}
+    return re.sub(
+        r'(id="|url\(#)clip(\d+)',
+        lambda found: f"{found[1]}clip{numbers.setdefault(found[2], len(numbers))}",
+        svg,
+    )
+
+
+def _sorted_names(pdf: bytes) -> bytes:
+    """The PDF with the names of a page's parts in order; they come in another one at each call.
+
+    Their lines keep their lengths, so that all else stays where the file says that it is.
+    """
+    return re.sub(
+        rb"(?:^ +/[a-z]+\d+ \d+ 0 R\n)+",
+        lambda found: b"".join(sorted(found[0].splitlines(keepends=True))),
+        pdf,
+        flags=re.MULTILINE,
+    )
+
+
+def _legend_columns(names: Sequence[str], width: float) -> int:
+    """The number of entries that fit side by side into a legend, by a letter's usual width."""
+    return max(1, int(width / (3.6 * max(map(len, names)) + 30)))
+
+
+def page_panels(figure: Figure) -> list[str]:
+    """A figure's panels for the page, each as JSON; the page sets width and columns of the legend.
+
+    Args:
+      figure: one of `figures.figures`, with data.
+    """
+    frame = _themed(unit=1.6) | {
+        "height": _PAGE_HEIGHT.get(figure.name, _USUAL_PAGE_HEIGHT),
+        "autosize": {"type": "fit", "contains": "padding"},
+    }
+    panels = [frame | panel for panel in _panels(figure, hover=True)]
+    # A "<" in a name must not end the script that the JSON stands in.
+    return [json.dumps(panel, sort_keys=True).replace("<", "\\u003c") for panel in panels]
+
+
+def _panels(figure: Figure, hover: bool) -> list[Spec]:
+    """A figure's panels; with `hover`, lines without marks tell their numbers under the pointer."""
+    return _DRAWERS[figure.name](figure.data, hover)
+
+
+def _panel(
+    data: pd.DataFrame, layers: Sequence[Spec], figure: pd.DataFrame, marked: bool = False
+) -> Spec:
+    """Layers over a table, in the colours of a figure's lines, with a legend of them.
+
+    Args:
+      data: of the panel.
+      layers: from the back to the front.
+      figure: of all panels, with the columns `line`, `mode`, and `serve` where dashes differ.
+      marked: whether lines have the marks of their modes.
+    """
+    lines = figure.drop_duplicates("line")
+    palette = colours(lines["mode"])
+    serves = lines["serve"] if "serve" in lines else ["user"] * len(lines)
+    glyphs = [glyph(m, serve, marked) for m, serve in zip(lines["mode"], serves, strict=True)]
+    colour = _of_line(lines["line"], [palette[mode] for mode in lines["mode"]])
+    # Nothing is drawn here: it gives the layers their colours and their legend, and hears clicks.
+    key = {
+        "mark": {"type": "point", "size": 0, "filled": True, "opacity": 1},
+        "params": [
+            {"name": "chosen", "select": {"type": "point", "fields": ["line"]}, "bind": "legend"}
+        ],
+        "encoding": {"color": colour, "shape": _of_line(lines["line"], glyphs)},
+    }
+    coloured = [layer | {"encoding": {"color": colour} | layer["encoding"]} for layer in layers]
+    return {"data": {"values": _records(data)}, "layer": [key, *coloured]}
+
+
+def _of_line(names: pd.Series, values: list[str]) -> Spec:
+    scale = {"domain": names.tolist(), "range": values}
+    return {"field": "line", "type": "nominal", "scale": scale}
+
+
+def _records(data: pd.DataFrame) -> list[Spec]:
+    """The lines of a table, with the path of their mark."""
+    lines = data.assign(path=data["mode"].map(mark)).to_dict("records")
+    return [
+        {str(name): None if pd.isna(value) else _short(value) for name, value in line.items()}
+        for line in lines
+    ]
+
+
+def _short(value: Any) -> Any:
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+def _layer(
+    mark_type: str,
+    encoding: Spec,
+    style: str,
+    *,
+    where: str = "",
+    opacity: float = 1.0,
+    **properties: Any,
+) -> Spec:
+    """One kind of mark; those of lines that are not chosen in the legend fade.
+
+    Args:
+      mark_type: "line", "point" and the like.
+      encoding: by channel.
+      style: its sizes, see `style.theme`.
+      where: a Vega expression; "" takes the whole table.
+      opacity: of the others.
+      **properties: of the mark.
+    """
+    shown = {"condition": {"param": "chosen", "value": opacity}, "value": 0.07 * opacity}
+    mark = {"type": mark_type, "style": style, **properties}
+    layer = {"mark": mark, "encoding": encoding | {"opacity": shown}}
+    return layer | {"transform": [{"filter": where}]} if where else layer
+
+
+def _lines(data: pd.DataFrame, encoding: Spec, **properties: Any) -> list[Spec]:
+    """Lines in the dashes of their serving choices."""
+    return [
+        _layer(
+            "line", encoding, "curve", where=f"datum.serve === {json.dumps(serve)}",
+            strokeDash=dash(serve), **properties,
+        )
+        for serve in data["serve"].unique()
+    ]  # fmt: skip
+
+
+def _points(encoding: Spec, tooltip: list[Spec], style: str = "point") -> Spec:
+    """Marks in the shapes of their modes, which tell their numbers under the pointer."""
+    shape = {"field": "path", "type": "nominal", "scale": None}
+    return _layer("point", encoding | {"shape": shape, "tooltip": tooltip}, style, filled=True)
+
+
+def _under_pointer(encoding: Spec, tooltip: list[Spec]) -> Spec:
+    """Points that are not seen, and tell the numbers of a line without marks."""
+    seen = {"value": 0}
+    # What lies outside would count for the room that the panel is fitted into.
+    mark = {"type": "point", "size": 150, "clip": True}
+    return {"mark": mark, "encoding": encoding | {"opacity": seen, "tooltip": tooltip}}
+
+
+def _reference(encoding: Spec, values: list[Spec]) -> Spec:
+    """A dashed line to compare with, which is none of the figure's lines."""
+    return {
+        "data": {"values": values},
+        "mark": {"type": "line" if len(values) > 1 else "rule", "style": "reference"},
+        "encoding": encoding | {"color": {"value": GREY}},
+    }
+
+
+def _number(field: str, title: str = "", **more: Any) -> Spec:
+    return {"field": field, "type": "quantitative", "title": title or None, **more}
+
+
+def _told(field: str, title: str, digits: int = 4) -> Spec:
+    """A number under the pointer."""
+    return _number(field, title, format=f".{digits}f")
+
+
+def _name(field: str, title: str) -> Spec:
+    return {"field": field, "type": "nominal", "title": title}
+
+
+def _pareto(data: pd.DataFrame, hover: bool) -> list[Spec]:
+    place, layers = {}, []
+    for axis, measure in (("x", "user_bce"), ("y", "teacher_bce")):
+        title = f"{title_of(measure)}, mean over tasks (nats)"
+        place[axis] = _number(measure, title, scale={"zero": False}, axis={"tickCount": 6})
+    for axis, measure in (("x", "user_bce"), ("y", "teacher_bce")):
+        ends = {axis: place[axis] | {"field": f"{measure}_low"}}
+        ends[f"{axis}2"] = {"field": f"{measure}_high"}
+        # The points are what to compare; bars of what is not paired are wide.
+        layers.append(_layer("rule", place | ends, "interval", opacity=0.45))
+    weight = {"field": "weight", "type": "quantitative"}
+    tooltip = [
+        _name("setting", "setting"),
+        *(_told(measure, title_of(measure)) for measure in ("user_bce", "teacher_bce")),
+    ]
+    layers += [
+        *_lines(data, place | {"order": weight}),
+        _points(place, tooltip),
+        _layer("text", place | {"text": weight}, "weight", where="isValid(datum.weight)"),
+    ]
+    return [_panel(data, layers, data, marked=True)]
+
+
+def _value_captured(data: pd.DataFrame, hover: bool) -> list[Spec]:
+    left, right, low = window(data)
+    x, y, layers = _over_k(data, "value captured at k", [left, right], [low, 1.005], hover)
+    crossings = data.drop_duplicates("line").sort_values("passed_for_99")
+    values = [
+        value | {"at": 0.99, "place": place} for place, value in enumerate(_records(crossings))
+    ]
+    at = {"x": x | {"field": "passed_for_99"}, "y": y | {"field": "at"}}
+    tooltip = [_name("line", "setting"), _told("passed_for_99", title_of("passed_for_99"), 0)]
+    needed = at | {"text": _number("passed_for_99", format=".0f")}
+    # Crossings may lie close together, so their labels go down in steps.
+    down = {"expr": "(10 + 9 * datum.place) * size"}
+    layers += [
+        _reference({"y": at["y"]}, values[:1]),
+        {"data": {"values": values}} | _points(at, tooltip, "crossing"),
+        {"data": {"values": values}} | _layer("text", needed, "needed", dy=down),
+    ]
+    return [_panel(data, layers, data)]
+
+
+def _survival(data: pd.DataFrame, hover: bool) -> list[Spec]:
+    last = float(data["k"].max())
+    _, _, layers = _over_k(data, "survival at k", [1, last], [0, 1.02], hover)
+    return [_panel(data, layers, data)]
+
+
+def _over_k(
+    data: pd.DataFrame, title: str, ks: list[float], values: list[float], hover: bool
+) -> tuple[Spec, Spec, list[Spec]]:
+    """The axes of k and of a value, each over its range, and a line with a band a setting."""
+    x = _number(
+        "k",
+        "candidates passed, k",
+        scale={"type": "log", "domain": ks, "nice": False},
+        axis={"values": ticks(1, float(data["k"].max())), "format": "d"},
+    )
+    y = _number("mean", title, scale={"domain": values, "nice": False}, axis={"tickCount": 6})
+    band = {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}}
+    tooltip = [_name("line", "setting"), _number("k", "k"), _told("mean", title)]
+    layers = [
+        _layer("area", band, "band", opacity=0.15, clip=True),
+        *_lines(data, {"x": x, "y": y}, clip=True),
+        *([_under_pointer({"x": x, "y": y}, tooltip)] if hover else []),
+    ]
+    return x, y, layers
+
+
+def _calibration(data: pd.DataFrame, hover: bool) -> list[Spec]:
+    panels = []
+    for task, of_task in data.groupby("task", sort=False):
+        top = 1.05 * float(of_task[["predicted", "observed"]].max().max())
+        axes = {"scale": {"domain": [0, top], "nice": False}, "axis": {"tickCount": 5}}
+        x, y = (_number(field, field, **axes) for field in ("predicted", "observed"))
+        tooltip = [
+            _name("line", "setting"),
+            *(_told(field, field) for field in ("predicted", "observed")),
+            _told("weight", "weight", 0),
+        ]
+        layers = [
+            _reference(
+                {"x": x, "y": y},
+                [dict.fromkeys(("predicted", "observed"), end) for end in (0, top)],
+            ),
+            *_lines(of_task, {"x": x, "y": y, "order": {"field": "bin", "type": "quantitative"}}),
+            _points({"x": x, "y": y}, tooltip),
+        ]
+        panels.append(_panel(of_task, layers, data, marked=True) | {"title": task})
+    return panels
+
+
+def _training(data: pd.DataFrame, hover: bool) -> list[Spec]:
+    panels = []
+    for kind in [kind for kind in KINDS if (data["kind"] == kind).any()]:
+        of_kind = data[data["kind"] == kind]
+        x = _number("step", "step", scale={"nice": False}, axis={"tickCount": 5, "format": "d"})
+        y = _number("loss", KINDS[kind], scale={"zero": False}, axis={"tickCount": 6})
+        place = {"x": x, "y": y, "detail": {"field": "repeat", "type": "nominal"}}
+        tooltip = [
+            _name("line", "setting"), _name("repeat", "repeat"), _number("step", "step"),
+            _told("loss", KINDS[kind]),
+        ]  # fmt: skip
+        layers = [
+            _layer("line", place, "repeat", where="datum.repeat !== 'mean'", opacity=0.4),
+            _layer("line", place, "curve", where="datum.repeat === 'mean'"),
+            *([_under_pointer({"x": x, "y": y}, tooltip)] if hover else []),
+        ]
+        panels.append(_panel(of_kind, layers, data))
+    return panels
+
+
+_DRAWERS: dict[str, Callable[[pd.DataFrame, bool], list[Spec]]] = {
+    "pareto": _pareto,
+    "value_captured": _value_captured,
+    "survival": _survival,
+    "calibration": _calibration,
+    "training": _training,
+}

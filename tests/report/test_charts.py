@@ -1,0 +1,135 @@
+"""The figures as they are drawn: in files, and as panels of the page."""
+
+import functools
+import json
+import re
+from xml.etree import ElementTree
+
+import pytest
+import vl_convert
+
+from kd_ranker.report import charts, figures
+from kd_ranker.report.study import read_studies
+from kd_ranker.report.style import colours
+from tests.report import sweeps
+
+NAMES = ["pareto", "value_captured", "survival", "calibration", "training"]
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    (study,) = read_studies([sweeps.write_sweep(folder)])
+    return {figure.name: figure for figure in figures.figures(study)}
+
+
+def panels_of(figure):
+    return [json.loads(panel) for panel in charts.page_panels(figure)]
+
+
+@pytest.fixture(scope="module")
+def files(drawn):
+    return {name: charts.files(figure) for name, figure in drawn.items()}
+
+
+def test_every_figure_is_drawn_in_every_format(files):
+    assert list(files) == NAMES
+    for of_figure in files.values():
+        assert list(of_figure) == list(charts.FORMATS)
+        assert of_figure["svg"].startswith(b"<svg")
+        assert of_figure["pdf"].startswith(b"%PDF")
+        assert of_figure["png"].startswith(b"\x89PNG")
+
+
+def test_files_hold_no_date_and_do_not_depend_on_what_was_drawn_before(drawn, files):
+    for name in reversed(NAMES):
+        again = charts.files(drawn[name])
+        assert [form for form in again if again[form] != files[name][form]] == []
+        assert not re.search(rb"20\d\d-\d\d-\d\d", again["svg"])
+        assert b"Date" not in again["pdf"]
+        assert b"tIME" not in again["png"]
+
+
+def test_vega_has_nothing_to_warn_of(drawn, monkeypatch, capfd):
+    draw = functools.partial(vl_convert.vegalite_to_svg, show_warnings=True)
+    monkeypatch.setattr(vl_convert, "vegalite_to_svg", draw)
+    for figure in drawn.values():
+        charts.files(figure)
+        told = capfd.readouterr()
+        assert "WARN" not in told.out + told.err
+
+
+def test_a_figure_is_as_wide_as_a_column_and_its_text_stays_text(files):
+    for name in ("pareto", "value_captured", "survival"):
+        root = ElementTree.fromstring(files[name]["svg"])
+        assert float(root.get("width").removesuffix("pt")) == pytest.approx(3.5 * 72, abs=1)
+        # Width and height in the header of a PNG, at 300 dots an inch.
+        assert int.from_bytes(files[name]["png"][16:20]) == pytest.approx(3.5 * 300, abs=5)
+        texts = {text.text for text in root.iter(f"{SVG}text")}
+        assert any("none" in (text or "") for text in texts)
+
+
+def test_a_point_lies_where_its_numbers_say(drawn, files):
+    """From two points and their places on the page follow the places of all others."""
+    figure = drawn["pareto"]
+    root = ElementTree.fromstring(files["pareto"]["svg"])
+    marks = [
+        path
+        for group in root.iter(f"{SVG}g")
+        if "mark-symbol role-mark" in group.get("class", "")
+        for path in group
+        if path.get("fill") in colours([]).values() and "0,0" not in path.get("d", "")[:4]
+    ]
+    places = [
+        tuple(map(float, re.findall(r"[\d.]+", mark.get("transform"))))
+        for mark in marks
+        if mark.get("transform")
+    ][-len(figure.data) :]
+    for axis, measure in enumerate(("user_bce", "teacher_bce")):
+        numbers = list(figure.data[measure])
+        first, last = numbers.index(min(numbers)), numbers.index(max(numbers))
+        scale = (places[last][axis] - places[first][axis]) / (numbers[last] - numbers[first])
+        expected = [places[first][axis] + scale * (n - numbers[first]) for n in numbers]
+        assert [place[axis] for place in places] == pytest.approx(expected, abs=0.05)
+    assert places[last][1] < places[first][1]  # up is more
+
+
+def test_files_and_page_are_drawn_from_the_same_numbers(drawn):
+    (panel,) = panels_of(drawn["pareto"])
+    data = drawn["pareto"].data
+    values = panel["data"]["values"]
+    for column in ("user_bce", "user_bce_low", "teacher_bce_high"):
+        assert [value[column] for value in values] == pytest.approx(list(data[column]))
+    assert [len(panels_of(drawn[name])) for name in NAMES] == [1, 1, 1, 3, 2]
+
+
+def test_a_modes_colour_is_the_same_everywhere(drawn):
+    found = {}
+    for figure in drawn.values():
+        for panel in panels_of(figure):
+            scale = panel["layer"][0]["encoding"]["color"]["scale"]
+            for line, colour in zip(scale["domain"], scale["range"], strict=True):
+                found.setdefault(re.split("[ ,]", line)[0], set()).add(colour)
+    assert {mode: len(its) for mode, its in found.items()} == {
+        "none": 1, "aux": 1, "shared": 1,
+    }  # fmt: skip
+    assert len(set.union(*found.values())) == 3
+
+
+def test_a_mode_that_the_package_does_not_know_gets_a_colour_of_its_own():
+    palette = colours(["none", "mine", "yours"])
+    assert len(set(palette.values())) == 5
+
+
+def test_one_repeat_is_drawn_without_intervals(tmp_path):
+    (study,) = read_studies([sweeps.write_sweep(tmp_path, seeds=(0,), modes=("none",))])
+    for figure in figures.figures(study):
+        assert b"NaN" not in charts.files(figure)["svg"]
+        assert all("NaN" not in panel for panel in charts.page_panels(figure))
+
+
+def test_a_name_cannot_end_the_script_that_holds_it(drawn):
+    figure = drawn["survival"]
+    data = figure.data.assign(line="</script><script>alert(1)</script>")
+    assert all("<" not in panel for panel in charts.page_panels(figure._replace(data=data)))
