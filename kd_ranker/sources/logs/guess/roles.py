@@ -273,7 +273,7 @@ def _most_frequent(facts: Facts, name: str) -> Guess:
         return Guess("", "no version is known")
     most = int(counts.argmax())
     share = counts[most] / counts.sum()
-    others = [value_text(column, code) for code in np.argsort(-counts) if code != most][:3]
+    others = [value_text(column, code) for code in np.argsort(-counts).tolist() if code != most][:3]
     check = ""
     if share < 0.9:
         check = f"or {', '.join(map(repr, others))}; what other versions wrote counts for nothing"
