@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from kd_ranker.batch import Category, FeatureSpec
-from kd_ranker.batches import loader
 from kd_ranker.config import defaults
 from kd_ranker.pipeline import commands, teachers
+from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import Request, Source
 from kd_ranker.sources.registry import SOURCES, SourceEntry
 
@@ -112,9 +112,7 @@ def test_what_is_known_by_categories_alone_is_learned_for_items_that_are_new(con
     teacher = teachers.load_teacher(config, dataset)
     scored = teachers.open_dataset(config, teacher.version)
     np.testing.assert_array_equal(scored.items.category, dataset.items.category)
-    for one, other in zip(
-        *(loader.read_requests(of, "test") for of in (scored, dataset)), strict=True
-    ):
+    for one, other in zip(*(read_requests(of, "test") for of in (scored, dataset)), strict=True):
         assert one.request_id == other.request_id
         np.testing.assert_array_equal(one.request_category, other.request_category)
         np.testing.assert_array_equal(one.candidate_category, other.candidate_category)

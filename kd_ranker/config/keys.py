@@ -7,7 +7,7 @@ members apart, and the page `docs/config.md` derive from it; see `schema`.
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import TEACHER_SIGNALS
-from kd_ranker.batches.loader import ORDERS
+from kd_ranker.batches.training import ORDERS
 from kd_ranker.config.key import (
     BELOW_ONE,
     INSIDE_ONE,

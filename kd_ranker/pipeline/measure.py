@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from kd_ranker.batch import FeatureSpec, abstract_items, empty_batch
-from kd_ranker.batches import loader
+from kd_ranker.batches.evaluation import evaluation_batches, num_evaluation_batches
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import cost, results, totals
 from kd_ranker.evaluation.evaluate import Ranker, evaluate, make_serve
@@ -19,7 +19,7 @@ from kd_ranker.evaluation.metrics import Sums
 from kd_ranker.evaluation.results import Row
 from kd_ranker.models.model import Init, Model, Parameters
 from kd_ranker.pipeline.teachers import Teacher
-from kd_ranker.requests.storage import Dataset
+from kd_ranker.requests.records import Dataset
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
@@ -153,11 +153,11 @@ def _sums(
 ) -> tuple[Sums, list[dict[str, Sums]]]:
     """`evaluate` on the dataset's test requests."""
     requests, limit = config.evaluation.requests, limit or config.evaluation.limit
-    batches: Iterable = loader.evaluation_batches(
+    batches: Iterable = evaluation_batches(
         dataset, requests=requests, candidates=config.funnel.retrieved, limit=limit
     )
     if bar:
-        total = loader.num_evaluation_batches(dataset, requests=requests, limit=limit)
+        total = num_evaluation_batches(dataset, requests=requests, limit=limit)
         batches = tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=None)
     return evaluate(
         teacher, groups, batches, dataset.items, config.value_weights, config.funnel.shown

@@ -3,28 +3,33 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from kd_ranker.batches import loader
+from kd_ranker.batches.training import (
+    BatchConfig,
+    Needs,
+    Share,
+    TrainingBatches,
+    training_batches,
+)
 from kd_ranker.config import identity, schema
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.evaluation.results import Row
 from kd_ranker.pipeline.measure import Students, measure, own_reference, reference
 from kd_ranker.pipeline.teachers import Teacher
-from kd_ranker.requests.storage import Dataset
+from kd_ranker.requests.records import Dataset
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.identity import Identity
 from kd_ranker.training.loop import Evaluate, fit, scalar_name
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.mapping import Mapping as DeviceMapping
-from kd_ranker.training.recipes import TEACHER_STAGES, Group, Needs
+from kd_ranker.training.recipes import TEACHER_STAGES, Group
 from kd_ranker.training.state import Frozen, LiveTeacher, States, select_member
 
 
@@ -34,28 +39,22 @@ def device_mapping(config: ConfigDict) -> DeviceMapping:
     return MAPPINGS[config.parallel.mapping](devices)
 
 
-def training_batches(
+def batches_of_run(
     config: ConfigDict,
     dataset: Dataset,
     batch: ConfigDict,
     mapping: DeviceMapping,
     needs: Needs,
-) -> grain.IterDataset:
+) -> TrainingBatches:
     """The training batches of a run, on the devices.
 
     `batch` is `config.batch` or `config.teacher.batch`.
     """
-    return loader.training_batches(
+    return training_batches(
         dataset,
-        requests=batch.requests,
-        candidates=batch.candidates,
-        passed_share=batch.passed_share,
-        negative_rate=batch.negative_rate,
-        seed=batch.seed,
-        order=batch.order,
-        **needs._asdict(),
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        BatchConfig(**batch),
+        needs,
+        Share(jax.process_index(), jax.process_count()),
         devices=mapping,
         copies=1 + _devices_of_host(config),
     )
@@ -183,7 +182,7 @@ def _fit(
     mapping = device_mapping(config)
     teacher = LiveTeacher(live.model, TEACHER_STAGES[config.teacher.stage]) if live else None
     needs = recipes.needs(groups, teacher)
-    batches = training_batches(config, dataset, section.batch, mapping, needs)
+    batches = batches_of_run(config, dataset, section.batch, mapping, needs)
     frozen = mapping.replicate(
         Frozen(
             items=jax.tree.map(jnp.asarray, dataset.items),

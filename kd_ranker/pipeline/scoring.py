@@ -13,14 +13,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import CandidateBatch
-from kd_ranker.batches import cutting, loader
+from kd_ranker.batches import cutting
 from kd_ranker.batches.columns import columns_of
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline.teachers import Teacher, load_teacher, open_dataset
 from kd_ranker.requests import storage
+from kd_ranker.requests.records import Dataset, read_split
 from kd_ranker.requests.request import Request
-from kd_ranker.requests.storage import Dataset
 
 # Batches that a shard of a scored copy has, unless a split then had more than so many shards: who
 # reads it holds a file open for each.
@@ -53,7 +53,7 @@ def scored_requests(
     everywhere = split == "test" or config.teacher.stage == "retrieved"
     ranker, items = teacher.ranker, jax.device_put(dataset.items)
     size = config.evaluation.requests
-    records, decode = loader.read_split(dataset, split, with_true_probability=True)
+    records, decode = read_split(dataset, split, with_true_probability=True)
     stop = len(records) if stop is None else stop
     for first in range(start, stop, size):
         chunk = [decode(records[number]) for number in range(first, min(first + size, stop))]

@@ -18,7 +18,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.requests import storage
-from kd_ranker.requests.storage import Dataset
+from kd_ranker.requests.records import Dataset
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member

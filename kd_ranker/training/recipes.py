@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec, Stage
+from kd_ranker.batches.training import Needs
 from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LOSSES, LossNumbers
 from kd_ranker.distillation.modes import MODES, Mode
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
@@ -84,20 +85,6 @@ def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
     recipe = _recipe(config, model, MODES["none"], config.teacher)
     numbers = stack_members([_numbers(0.0, DEFAULT_NUMBERS, config.teacher)])
     return Group(recipe, ("",), numbers, _init(recipe, init, [config], spec))
-
-
-class Needs(NamedTuple):
-    """What a batch must hold, under the names of `loader.training_batches`.
-
-    Attributes:
-      stage: how far a candidate that has no label must have come in the funnel.
-      logged: whether logged teacher probabilities count.
-      history: whether a model reads histories.
-    """
-
-    stage: Stage
-    logged: bool
-    history: bool
 
 
 def needs(groups: Sequence[Group], teacher: LiveTeacher | None) -> Needs:

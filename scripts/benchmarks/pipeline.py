@@ -19,14 +19,14 @@ from typing import Any
 import jax
 
 from configs import cascade
-from kd_ranker.batches import loader
 from kd_ranker.batches.cutting import unpack
+from kd_ranker.batches.training import BLOCK
 from kd_ranker.pipeline import commands, teachers
 from kd_ranker.training.mapping import MAPPINGS
 from scripts.benchmarks import measuring
 from scripts.benchmarks.programs import Program, training_batches
 
-BAR, STEPS, TURNS, RESIDENT = 0.9, 100, 30, loader.BLOCK
+BAR, STEPS, TURNS, RESIDENT = 0.9, 100, 30, BLOCK
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -89,9 +89,9 @@ def making_alone(config: Any, dataset: Any) -> dict[str, dict[str, float]]:
     for name, resident in (("from memory", True), ("from files", False)):
         batches = iter(training_batches(config, dataset, resident=resident))
         sides[name] = lambda batches=batches: jax.block_until_ready(
-            [next(batches) for _ in range(loader.BLOCK)]
+            [next(batches) for _ in range(BLOCK)]
         )
-    return _per_step(measuring.interleaved(sides, turns=4, calls=1), loader.BLOCK)
+    return _per_step(measuring.interleaved(sides, turns=4, calls=1), BLOCK)
 
 
 def _per_step(milliseconds: dict[str, dict[str, float]], steps: int) -> dict[str, dict[str, float]]:

@@ -3,16 +3,15 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import grain
 import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import CandidateBatch, FeatureSpec, Items
-from kd_ranker.batches import loader
+from kd_ranker.batches import training
 from kd_ranker.batches.cutting import PackedBatch, unpack
 from kd_ranker.pipeline.teachers import Teacher
-from kd_ranker.requests.storage import Dataset
+from kd_ranker.requests.records import Dataset
 from kd_ranker.training import recipes
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.state import Frozen, LiveTeacher
@@ -76,21 +75,14 @@ class Program:
 
 def first_batch(config: ConfigDict, dataset: Dataset) -> CandidateBatch:
     """The first training batch of `config` on the host, for steps with a live teacher or logs."""
-    stage = recipes.TEACHER_STAGES[config.teacher.stage]
-    how = {"stage": stage, "logged": True, "history": True, "resident": True}
-    batches = training_batches(config, dataset, **how)
+    needs = training.Needs(recipes.TEACHER_STAGES[config.teacher.stage])
+    batches = training_batches(config, dataset, needs, resident=True)
     return jax.device_get(jax.jit(unpack)(next(iter(batches))))
 
 
-def training_batches(config: ConfigDict, dataset: Dataset, **how: Any) -> grain.IterDataset:
-    """The training batches of `config` with what its student needs and the teacher's logs."""
-    needs = recipes.needs(recipes.student_groups({"": config}, dataset.spec), None)._asdict()
-    return loader.training_batches(
-        dataset,
-        requests=config.batch.requests,
-        candidates=config.batch.candidates,
-        passed_share=config.batch.passed_share,
-        negative_rate=config.batch.negative_rate,
-        seed=config.batch.seed,
-        **(needs | how),
-    )
+def training_batches(
+    config: ConfigDict, dataset: Dataset, needs: training.Needs | None = None, **how: Any
+) -> training.TrainingBatches:
+    """The training batches of `config`, if not said otherwise with what its student needs."""
+    needs = needs or recipes.needs(recipes.student_groups({"": config}, dataset.spec), None)
+    return training.training_batches(dataset, training.BatchConfig(**config.batch), needs, **how)

@@ -7,13 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from kd_ranker.batches import loader
 from kd_ranker.batches.cutting import unpack
+from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import commands, measure, runs, scoring, teachers
+from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
@@ -131,14 +132,13 @@ def test_logged_records_carry_the_teachers_version_and_no_other_counts(world):
     dataset = teachers.open_dataset(config, version)
     assert dataset.spec.teacher_version == version
     for split in ("train", "test"):
-        requests = list(loader.read_requests(dataset, split))
+        requests = list(read_requests(dataset, split))
         assert {request.teacher_version for request in requests} == {version}
         # teacher.stage=retrieved: every candidate was scored.
         assert all(len(r.teacher_probability) == len(r.item_id) for r in requests)
 
     def weights(of):
-        sizes = dict(requests=8, candidates=32, passed_share=0.5, negative_rate=1.0, seed=0)
-        made = loader.training_batches(of, resident=False, **sizes)
+        made = training_batches(of, BatchConfig(8, 32, 0.5, 1.0, seed=0), resident=False)
         return np.asarray(unpack(next(iter(made))).teacher_weight)
 
     other = dataclasses.replace(dataset.spec, teacher_version="of-another-teacher")
@@ -186,7 +186,7 @@ def test_scoring_in_shards_and_processes_gives_the_bytes_of_one_pass(apart, monk
         assert splits["test"].shard_lengths == [12]
         for split in SPLITS:
             one_pass = scoring.scored_requests(apart, dataset, teacher, split)
-            assert fields(loader.read_requests(scored, split)) == fields(one_pass)
+            assert fields(read_requests(scored, split)) == fields(one_pass)
         files.append(record_files(directory))
         shutil.rmtree(directory)
     assert files[0] == files[1]

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
 from configs import movielens_1m, movielens_32m
-from kd_ranker.batches import loader
 from kd_ranker.batches.cutting import unpack
+from kd_ranker.batches.evaluation import evaluation_batches
+from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands, teachers
 from kd_ranker.requests.request import Request, Source
@@ -806,15 +807,8 @@ def test_the_configs_build_a_dataset_and_its_batches(tmp_path: Path, config: Con
     config.data.path, config.data.dir = str(tmp_path / "files"), str(tmp_path)
     commands.prepare_data(config)
     dataset = teachers.open_dataset(config)
-    made = loader.training_batches(
-        dataset,
-        requests=4,
-        candidates=config.batch.candidates,
-        passed_share=config.batch.passed_share,
-        negative_rate=config.batch.negative_rate,
-        seed=0,
-        resident=False,
-    )
+    config_of_batch = BatchConfig(**config.batch)._replace(requests=4, seed=0)
+    made = training_batches(dataset, config_of_batch, resident=False)
     batch = unpack(jax.device_get(next(iter(made))))
     # A tenth of the 500, each of which stands for ten more.
     positive = batch.user_label.any(axis=2)
@@ -823,7 +817,7 @@ def test_the_configs_build_a_dataset_and_its_batches(tmp_path: Path, config: Con
     assert (batch.label_weight[positive] == 1).all()
     weights = np.where(negative, batch.label_weight, 0).sum(axis=1)
     assert ((weights > 900 - 130) & (weights < 900)).all()
-    evaluation = next(loader.evaluation_batches(dataset, requests=2, candidates=1000))
+    evaluation = next(evaluation_batches(dataset, requests=2, candidates=1000))
     assert (evaluation.batch.candidate_mask.sum(axis=1) > 500).all()
 
 

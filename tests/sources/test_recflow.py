@@ -13,11 +13,12 @@ from ml_collections import ConfigDict
 
 from configs import recflow as config_file
 from kd_ranker.batch import Stage
-from kd_ranker.batches import loader
 from kd_ranker.batches.cutting import unpack
+from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import commands, measure, teachers
+from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import Request, Source
 from kd_ranker.sources import recflow, recflow_files
 from tests.sources.recflow_files import (
@@ -615,7 +616,7 @@ def test_of_logged_positions_the_teachers_row_has_what_follows_from_the_order(pr
     assert row["survival@5"] == 1
     assert row["passed_for_99"] == 3
     # Of what was shown it has two of three among its first two.
-    shown = [len(request.user_label) for request in loader.read_requests(dataset, "test")]
+    shown = [len(request.user_label) for request in read_requests(dataset, "test")]
     assert row["shown_recall@5"] == pytest.approx(2 * len(shown) / sum(shown))
 
 
@@ -630,14 +631,14 @@ def test_a_loss_that_needs_probabilities_is_refused_before_training(prepared, tm
 
 
 def requests_of(dataset):
-    return loader.read_requests(dataset, "train")
+    return read_requests(dataset, "train")
 
 
 def test_training_batches_hold_stages_and_positions_in_the_order_of_time(prepared):
     _, config = prepared
     dataset = teachers.open_dataset(config())
-    sizes = dict(requests=8, candidates=8, passed_share=0.5, negative_rate=1.0, seed=0)
-    made = loader.training_batches(dataset, order="time", resident=False, **sizes)
+    config_of_batch = BatchConfig(8, 8, 0.5, 1.0, seed=0, order="time")
+    made = training_batches(dataset, config_of_batch, resident=False)
     batch = unpack(next(iter(made)))
     stage = np.asarray(batch.stage)
     assert set(np.unique(stage)) <= {s.value for s in Stage}

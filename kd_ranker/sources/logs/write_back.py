@@ -33,6 +33,7 @@ from kd_ranker.batch import FeatureSpec
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
 from kd_ranker.requests.pool import open_pool
+from kd_ranker.requests.records import record_features, teacher_column
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs import candidate_rows, files
 from kd_ranker.sources.logs.files import Log, Part
@@ -138,7 +139,7 @@ def open_scored_log(
 
 def _added_columns(log: Log, layout: LogLayout) -> tuple[str, ...]:
     """The names of the columns to add, the same ones in all files; none is in the log already."""
-    columns = (*map(storage.teacher_column, layout.tasks), VERSION_COLUMN)
+    columns = (*map(teacher_column, layout.tasks), VERSION_COLUMN)
     while set(columns) & set(log.names):
         columns = tuple(column + SUFFIX for column in columns)
     return columns
@@ -302,11 +303,11 @@ class _CopiedScores(NamedTuple):
 def _read_scores(
     spec: FeatureSpec, copy: Path, split: str, first: int, number: int
 ) -> _CopiedScores:
-    column_of = {task: storage.teacher_column(task) for task in spec.tasks}
+    column_of = {task: teacher_column(task) for task in spec.tasks}
     features = tfds.features.FeaturesDict(
         {
             name: feature
-            for name, feature in storage.record_features(spec).items()
+            for name, feature in record_features(spec).items()
             if name in ("request_id", "item_id", *column_of.values())
         }
     )

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_ranker.batch import FeatureSpec
-from kd_ranker.batches import loader
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands, teachers
+from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS, Request
 from kd_ranker.sources.logs.source import REFUSED, check_unchanged
 from tests.sources import faulty_logs
@@ -556,7 +556,7 @@ def test_processes_change_nothing(tmp_path):
         config = faulty_logs.config(log, tmp_path / f"with {processes}", processes=processes)
         directory = commands.prepare_data(config)
         dataset = teachers.open_dataset(config)
-        read_back = {split: list(loader.read_requests(dataset, split)) for split in SPLITS}
+        read_back = {split: list(read_requests(dataset, split)) for split in SPLITS}
         # TFDS writes the fields of a record in any order.
         files = {
             path.name: path.read_bytes()

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from experiments import prepare_data
-from kd_ranker.batches import loader
 from kd_ranker.batches.cutting import unpack
+from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
@@ -54,8 +54,8 @@ def test_batches_hold_the_category_ids_of_the_log(config):
     directory = commands.prepare_data(config)
     dataset = storage.open_dataset(directory.parent.name, config.data.dir, made_by="")
     spec = dataset.spec
-    sizes = dict(requests=8, candidates=12, passed_share=0.5, negative_rate=1.0, seed=0)
-    batch = unpack(next(iter(loader.training_batches(dataset, **sizes, resident=False))))
+    made = training_batches(dataset, BatchConfig(8, 12, 0.5, 1.0, seed=0), resident=False)
+    batch = unpack(next(iter(made)))
     assert batch.request_category.shape == (8, 1 + 2)
     assert batch.candidate_category.shape == (8, 12, 1)
     assert dataset.item_category.shape == (spec.num_items, 1 + 3)

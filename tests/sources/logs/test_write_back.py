@@ -16,13 +16,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from experiments import log_teacher
-from kd_ranker.batches import loader
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.evaluate import Ranker, Served
 from kd_ranker.pipeline import commands, scoring, teachers
 from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests import storage
+from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs import write_back
 from tests.sources import faulty_logs
@@ -80,7 +80,7 @@ def copy_scores(config: ConfigDict) -> dict[tuple[int, Any], np.ndarray]:
     return {
         (request.time, items[item]): probability
         for split in ("train", "test")
-        for request in loader.read_requests(copy, split)
+        for request in read_requests(copy, split)
         for item, probability in zip(request.item_id, request.teacher_probability, strict=False)
     }
 
@@ -478,9 +478,7 @@ def test_a_scored_log_is_a_log_with_a_teacher(tmp_path, monkeypatch):
     dataset = teachers.open_dataset(config)
     copy = teachers.open_dataset(config, teachers.load_teacher(config, dataset).version)
     for split in SPLITS:
-        one, other = (
-            list(loader.read_requests(of, split)) for of in (copy, teachers.open_dataset(again))
-        )
+        one, other = (list(read_requests(of, split)) for of in (copy, teachers.open_dataset(again)))
         for before, after in zip(one, other, strict=True):
             np.testing.assert_array_equal(before.item_id, after.item_id)
             np.testing.assert_allclose(before.teacher_probability, after.teacher_probability, 1e-6)

@@ -6,11 +6,20 @@ import numpy as np
 import pytest
 
 from kd_ranker.batch import CandidateBatch, Stage
-from kd_ranker.batches import loader
+from kd_ranker.batches import training
 from kd_ranker.batches.cutting import unpack
+from kd_ranker.batches.training import (
+    ALL,
+    ALONE,
+    DEFAULT_DEVICE,
+    BatchConfig,
+    Needs,
+    Share,
+    training_batches,
+)
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
-from kd_ranker.requests.request import SPLITS
+from kd_ranker.requests.records import read_requests, read_split
 from kd_ranker.training.mapping import MAPPINGS
 from tests.requests.random_requests import random_source
 
@@ -41,17 +50,13 @@ class Whole:
         self.iterator.set_state(state)
 
 
-OPTIONS = {
-    "requests": 4,
-    "candidates": 12,
-    "passed_share": 0.5,
-    "negative_rate": 0.5,
-    "seed": 0,
-}
+OPTIONS = BatchConfig(requests=4, candidates=12, passed_share=0.5, negative_rate=0.5, seed=0)
 
 
-def batches(dataset, **changes):
-    return Whole(loader.training_batches(dataset, **(OPTIONS | changes)))
+def batches(dataset, needs=ALL, share=ALONE, devices=DEFAULT_DEVICE, resident=None, **changes):
+    config = OPTIONS._replace(**changes)
+    made = training_batches(dataset, config, needs, share, devices, resident=resident)
+    return Whole(made)
 
 
 def take(iterator, number):
@@ -60,21 +65,6 @@ def take(iterator, number):
 
 def assert_same(one, other):
     jax.tree.map(np.testing.assert_array_equal, one, other)
-
-
-def test_what_is_stored_comes_back(dataset):
-    for split in SPLITS:
-        stored = list(loader.read_requests(dataset, split))
-        source = sorted(random_source().requests(split), key=lambda request: request.request_id)
-        # TFDS shuffles what it writes.
-        for one, other in zip(
-            sorted(stored, key=lambda request: request.request_id), source, strict=True
-        ):
-            for field in dataclasses.fields(one):
-                if (expected := getattr(other, field.name)) is not None:
-                    np.testing.assert_array_equal(getattr(one, field.name), expected)
-    np.testing.assert_array_equal(dataset.item_features, random_source().item_features)
-    assert dataset.spec == random_source().spec
 
 
 def test_the_same_seed_gives_the_same_batches_and_another_seed_others(dataset):
@@ -87,14 +77,14 @@ def test_the_same_seed_gives_the_same_batches_and_another_seed_others(dataset):
 def test_an_epoch_reads_each_request_once_and_epochs_differ(dataset):
     drawn = take(iter(batches(dataset)), 6)
     users = [np.concatenate([batch.user_features for batch in drawn[i : i + 3]]) for i in (0, 3)]
-    stored = [request.user_features for request in loader.read_requests(dataset, "train")]
+    stored = [request.user_features for request in read_requests(dataset, "train")]
     for epoch in users:
         np.testing.assert_array_equal(np.sort(epoch, axis=0), np.sort(np.stack(stored), axis=0))
     assert (users[0] != users[1]).any()
 
 
 @pytest.mark.parametrize("resident", [True, False])
-@pytest.mark.parametrize("before", [0, 5, loader.BLOCK, loader.BLOCK + 1])
+@pytest.mark.parametrize("before", [0, 5, training.BLOCK, training.BLOCK + 1])
 def test_an_iterator_goes_on_where_its_state_was_taken(dataset, before, resident):
     iterator = batches(dataset, resident=resident)
     take(iterator, before)
@@ -116,10 +106,10 @@ def test_an_iterator_goes_on_where_its_state_was_taken(dataset, before, resident
 def test_what_is_read_for_each_batch_gives_the_batches_of_what_stays_in_memory(
     dataset, stage, logged
 ):
-    number, of = loader.BLOCK + 3, {"stage": stage, "logged": logged}
+    number, needs = training.BLOCK + 3, Needs(stage, logged)
     for resident, read in zip(
-        take(batches(dataset, resident=True, **of), number),
-        take(batches(dataset, resident=False, **of), number),
+        take(batches(dataset, needs, resident=True), number),
+        take(batches(dataset, needs, resident=False), number),
         strict=True,
     ):
         # What is read anew cannot know how few slots would do for all batches.
@@ -137,9 +127,8 @@ def test_what_is_read_for_each_batch_gives_the_batches_of_what_stays_in_memory(
 @pytest.mark.parametrize("resident", [True, False])
 def test_without_histories_a_batch_is_the_same_otherwise(dataset, resident):
     whole = take(batches(dataset, resident=resident), 2)
-    for one, other in zip(
-        whole, take(batches(dataset, resident=resident, history=False), 2), strict=True
-    ):
+    without = take(batches(dataset, Needs(history=False), resident=resident), 2)
+    for one, other in zip(whole, without, strict=True):
         for field in dataclasses.fields(one):
             of_one, of_other = getattr(one, field.name), getattr(other, field.name)
             if field.name.startswith("history"):
@@ -150,9 +139,9 @@ def test_without_histories_a_batch_is_the_same_otherwise(dataset, resident):
 
 @pytest.mark.parametrize("mapping", ["pmap", "shard_map"])
 def test_several_devices_make_the_batches_that_one_makes(dataset, mapping):
-    number = loader.BLOCK + 3
+    number = training.BLOCK + 3
     several = MAPPINGS[mapping](jax.devices()[:2])
-    made = loader.training_batches(dataset, **OPTIONS, devices=several, resident=True)
+    made = training_batches(dataset, OPTIONS, devices=several, resident=True)
     for one, batch in zip(take(batches(dataset, resident=True), number), iter(made), strict=False):
         assert len(batch.rows.sharding.device_set) == 2
         rows = np.asarray(batch.rows).reshape(4, -1)
@@ -160,9 +149,9 @@ def test_several_devices_make_the_batches_that_one_makes(dataset, mapping):
 
 
 def test_large_batches_are_made_in_several_passes(dataset, monkeypatch):
-    number = loader.BLOCK + 3
+    number = training.BLOCK + 3
     expected = take(batches(dataset, resident=True), number)
-    monkeypatch.setattr(loader, "_PASS", 2**14)
+    monkeypatch.setattr(training, "_PASS", 2**14)
     passes = []
 
     class Devices(NamedTuple):
@@ -188,18 +177,18 @@ def test_large_batches_are_made_in_several_passes(dataset, monkeypatch):
 def test_in_the_order_of_time_an_epoch_reads_what_is_stored_one_after_the_other(dataset):
     drawn = take(batches(dataset, order="time"), 6)
     users = [batch.user_id for batch in drawn]
-    stored = [request.user_id for request in loader.read_requests(dataset, "train")]
+    stored = [request.user_id for request in read_requests(dataset, "train")]
     np.testing.assert_array_equal(np.concatenate(users), 2 * stored)
 
 
 def test_processes_share_the_requests_of_an_epoch(dataset):
     seen = []
     for process in range(2):
-        share = batches(dataset, process_index=process, process_count=2)
+        share = batches(dataset, share=Share(process, 2))
         for batch in take(iter(share), 3):
             assert batch.user_id.shape == (2,)
             seen.append(batch.user_features)
-    stored = np.stack([request.user_features for request in loader.read_requests(dataset, "train")])
+    stored = np.stack([request.user_features for request in read_requests(dataset, "train")])
     np.testing.assert_array_equal(np.sort(np.concatenate(seen), axis=0), np.sort(stored, axis=0))
 
 
@@ -222,51 +211,15 @@ def test_training_never_sees_the_true_probabilities(tmp_path):
         opened = storage.open_dataset(f"truth{value}", str(tmp_path), made_by="")
         assert all(
             (request.true_probability == np.float32(value)).all()
-            for request in loader.read_requests(opened, "train")
+            for request in read_requests(opened, "train")
         )
-        _, decode = loader.read_split(opened, "train", with_true_probability=False)
-        records, _ = loader.read_split(opened, "train", with_true_probability=False)
+        _, decode = read_split(opened, "train", with_true_probability=False)
+        records, _ = read_split(opened, "train", with_true_probability=False)
         assert decode(records[0]).true_probability.shape == (0, 3)
         drawn.append(take(iter(batches(opened)), 6))
     assert_same(*drawn)
 
 
-def test_evaluation_reads_every_candidate_once_and_masks_what_fills_up(dataset):
-    read = list(loader.evaluation_batches(dataset, requests=3, candidates=24))
-    assert len(read) == 2 == loader.num_evaluation_batches(dataset, requests=3)
-    np.testing.assert_array_equal(
-        np.concatenate([batch.request_mask for batch in read]), [1, 1, 1, 1, 1, 0]
-    )
-    stored = list(loader.read_requests(dataset, "test"))
-    for row, request in enumerate(stored):
-        evaluation, index = read[row // 3], row % 3
-        # In an order that does not follow the logged funnel, for ties.
-        batch, order = evaluation.batch, np.random.default_rng(request.request_id).permutation(20)
-        np.testing.assert_array_equal(batch.item_id[index, :20], request.item_id[order])
-        np.testing.assert_array_equal(
-            evaluation.true_probability[index, :20], request.true_probability[order]
-        )
-        assert np.isnan(evaluation.true_probability[index, 20:]).all()
-        assert (batch.stage[index, 20:] == 0).all()
-        np.testing.assert_array_equal(
-            batch.label_weight[index, :20] > 0, np.isin(request.item_id[order], request.item_id[:4])
-        )
-        np.testing.assert_array_equal(
-            batch.user_label[index, :20][batch.label_weight[index, :20] > 0],
-            request.user_label[order[order < 4]],
-        )
-
-
-def test_a_limit_reads_only_so_many(dataset):
-    (batch,) = loader.evaluation_batches(dataset, requests=8, candidates=20, limit=2)
-    assert batch.request_mask.sum() == 2
-
-
-def test_too_small_a_funnel_is_an_error(dataset):
-    with pytest.raises(UserError, match=r"funnel.retrieved=10 is less than the 20 candidates"):
-        list(loader.evaluation_batches(dataset, requests=2, candidates=10))
-
-
 def test_too_many_processes_are_an_error(dataset):
     with pytest.raises(UserError, match="12 training requests for 13 processes"):
-        batches(dataset, process_count=13)
+        batches(dataset, share=Share(0, 13))

@@ -1,0 +1,127 @@
+"""A request as a record, and a built dataset, whose records are read back."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from jaxtyping import Float32, Int32
+
+from kd_ranker.batch import STORED, FeatureSpec, Field, Items, Request
+from kd_ranker.requests.request import SPLITS
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A built dataset, opened for reading."""
+
+    directory: Path
+    spec: FeatureSpec
+    item_features: Float32[np.ndarray, "items F"]
+    item_category: Int32[np.ndarray, "items I"]
+    builder: tfds.core.DatasetBuilder
+
+    @property
+    def identity(self) -> str:
+        """Its name, and a digest of its sizes, which tell most of what was built anew apart."""
+        splits = self.builder.info.splits
+        sizes = [self.spec.to_json(), [splits[split].num_examples for split in SPLITS]]
+        digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:8]
+        return f"{self.directory.parent.name}/{digest}"
+
+    @property
+    def items(self) -> Items:
+        """What is known of the items, on the host."""
+        features: Any = self.item_features  # typed for the device, where they are used
+        category: Any = self.item_category
+        return Items(features, category)
+
+
+def teacher_column(task: str) -> str:
+    """The name under which a task's teacher probability is stored."""
+    return f"teacher_probability_{task}"
+
+
+def record_features(spec: FeatureSpec) -> tfds.features.FeaturesDict:
+    """The TFDS features of a stored request: `Request`, with one teacher column a task."""
+
+    def feature(field: Field, *shape: int) -> tfds.features.FeatureConnector:
+        if field.stored is str:
+            return tfds.features.Text()
+        if field.of == "request" and not shape:
+            return tfds.features.Scalar(field.stored)
+        number = () if field.of == "request" else (None,)
+        return tfds.features.Tensor(
+            shape=(*number, *shape), dtype=field.stored, encoding=tfds.features.Encoding.BYTES
+        )
+
+    features: dict[str, tfds.features.FeatureConnector] = {}
+    for field in STORED:
+        shape = field.shape(spec)
+        if field.name == "teacher_probability":
+            features |= {teacher_column(task): feature(field) for task in spec.tasks}
+        elif 0 not in shape:  # which TFDS cannot store
+            features[field.name] = feature(field, *shape)
+    return tfds.features.FeaturesDict(features)
+
+
+def to_record(request: Request, tasks: Sequence[str]) -> dict[str, Any]:
+    """A request as the builder stores it."""
+    record = {
+        field.name: value
+        for field in dataclasses.fields(request)
+        if (value := getattr(request, field.name)) is not None
+    }
+    probability = record.pop("teacher_probability")
+    return record | {
+        teacher_column(task): np.ascontiguousarray(probability[:, index])
+        for index, task in enumerate(tasks)
+    }
+
+
+def from_record(record: Mapping[str, Any], tasks: Sequence[str]) -> Request:
+    """The inverse of `to_record`, for a record as TFDS returns it.
+
+    Without `true_probability` in the record (training does not read it) there are none, [0, T].
+    """
+    fields = dict(record)
+    probability = np.stack([fields.pop(teacher_column(task)) for task in tasks], axis=-1)
+    version = fields.pop("teacher_version")
+    none_known = np.zeros((0, len(tasks)), np.float32)
+    return Request(
+        **{"true_probability": none_known} | fields,
+        teacher_probability=probability,
+        teacher_version=version.decode() if isinstance(version, bytes) else version,
+    )
+
+
+def read_split(
+    dataset: Dataset, split: str, with_true_probability: bool
+) -> tuple[Sequence[bytes], Callable[[bytes], Request]]:
+    """A random-access source of the stored bytes of a split, and what decodes them to requests."""
+    features = record_features(dataset.spec)
+    if not with_true_probability:
+        # What training must not see is not even read from disk.
+        hidden = [field.name for field in STORED if field.of == "known"]
+        features = tfds.features.FeaturesDict(
+            {name: feature for name, feature in features.items() if name not in hidden}
+        )
+    records = dataset.builder.as_data_source(
+        split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
+    )
+
+    def decode(record: bytes) -> Request:
+        return from_record(features.deserialize_example_np(record), dataset.spec.tasks)
+
+    return records, decode
+
+
+def read_requests(dataset: Dataset, split: str) -> Iterator[Request]:
+    """The requests of a split in stored order, with all that is stored."""
+    records, decode = read_split(dataset, split, with_true_probability=True)
+    for index in range(len(records)):
+        yield decode(records[index])

@@ -1,0 +1,51 @@
+import numpy as np
+import pytest
+
+from kd_ranker.batches.evaluation import evaluation_batches, num_evaluation_batches
+from kd_ranker.errors import UserError
+from kd_ranker.requests import storage
+from kd_ranker.requests.records import read_requests
+from tests.requests.random_requests import random_source
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    directory = str(tmp_path_factory.mktemp("data"))
+    storage.build(random_source(), "small", directory)
+    return storage.open_dataset("small", directory, made_by="")
+
+
+def test_evaluation_reads_every_candidate_once_and_masks_what_fills_up(dataset):
+    read = list(evaluation_batches(dataset, requests=3, candidates=24))
+    assert len(read) == 2 == num_evaluation_batches(dataset, requests=3)
+    np.testing.assert_array_equal(
+        np.concatenate([batch.request_mask for batch in read]), [1, 1, 1, 1, 1, 0]
+    )
+    stored = list(read_requests(dataset, "test"))
+    for row, request in enumerate(stored):
+        evaluation, index = read[row // 3], row % 3
+        # In an order that does not follow the logged funnel, for ties.
+        batch, order = evaluation.batch, np.random.default_rng(request.request_id).permutation(20)
+        np.testing.assert_array_equal(batch.item_id[index, :20], request.item_id[order])
+        np.testing.assert_array_equal(
+            evaluation.true_probability[index, :20], request.true_probability[order]
+        )
+        assert np.isnan(evaluation.true_probability[index, 20:]).all()
+        assert (batch.stage[index, 20:] == 0).all()
+        np.testing.assert_array_equal(
+            batch.label_weight[index, :20] > 0, np.isin(request.item_id[order], request.item_id[:4])
+        )
+        np.testing.assert_array_equal(
+            batch.user_label[index, :20][batch.label_weight[index, :20] > 0],
+            request.user_label[order[order < 4]],
+        )
+
+
+def test_a_limit_reads_only_so_many(dataset):
+    (batch,) = evaluation_batches(dataset, requests=8, candidates=20, limit=2)
+    assert batch.request_mask.sum() == 2
+
+
+def test_too_small_a_funnel_is_an_error(dataset):
+    with pytest.raises(UserError, match=r"funnel.retrieved=10 is less than the 20 candidates"):
+        list(evaluation_batches(dataset, requests=2, candidates=10))
