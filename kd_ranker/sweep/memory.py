@@ -26,7 +26,7 @@ def cohort_size(config: ConfigDict, members: Iterable[ConfigDict], spec: Feature
     """How many of the members train together: `sweep.group_size`, or what memory allows."""
     if config.sweep.group_size:
         return config.sweep.group_size
-    one_a_group = {(member.distill.mode, member.distill.loss): member for member in members}
+    one_a_group = {recipes.shared_part(member): member for member in members}
     largest = max(member_bytes(member, spec) for member in one_a_group.values())
     return max(1, int(_SHARE_OF_MEMORY * free_memory(config) / largest))
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 
+import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int
 
 from kd_ranker.embedding.row_optimizers import ADAM_B1, ADAM_B2, ADAM_EPSILON
 
@@ -13,12 +15,39 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "sgd": optax.identity,
 }
 
-# (steps, warm-up steps) -> step, counted from 1 -> factor of the peak learning rate.
-SCHEDULES: dict[str, Callable[[int, int], optax.Schedule]] = {
-    "constant": lambda steps, warmup: optax.join_schedules(
-        [optax.linear_schedule(0.0, 1.0, max(warmup, 1)), optax.constant_schedule(1.0)], [warmup]
-    ),
-    "cosine": lambda steps, warmup: optax.warmup_cosine_decay_schedule(
-        0.0, 1.0, min(warmup, steps // 2), steps
-    ),
-}
+
+# The schedules are optax's, of numbers of steps that are traced. Their operations come in the order
+# in which XLA compiles those of optax, where a division by a constant is a multiplication; so the
+# factors are the same to the last bit.
+
+
+def _rise(step: Int[Array, ""], warmup: Float[Array, "members"]) -> Float[Array, "members"]:
+    """The warm-up: linear, from 0 at step 0 to 1 at step `warmup`."""
+    return 1 - (1 - step * (1 / jnp.maximum(warmup, 1)))
+
+
+def constant(
+    warmup: int, step: Int[Array, ""], steps: Float[Array, "members"]
+) -> Float[Array, "members"]:
+    """`optax.warmup_constant_schedule` up to 1."""
+    return jnp.where(step < warmup, _rise(step, jnp.full_like(steps, warmup)), 1.0)
+
+
+def cosine(
+    warmup: int, step: Int[Array, ""], steps: Float[Array, "members"]
+) -> Float[Array, "members"]:
+    """`optax.warmup_cosine_decay_schedule` up to 1 and down to 0 at the last step.
+
+    The warm-up takes half of the steps at most.
+    """
+    warmed_up = jnp.minimum(warmup, jnp.floor(steps / 2))
+    fall = steps - warmed_up
+    gone = jnp.minimum(step - warmed_up, fall)
+    falling = 0.5 * (1 + jnp.cos(gone * (jnp.pi * (1 / fall))))
+    return jnp.where(step < warmed_up, _rise(step, warmed_up), falling)
+
+
+# (warm-up steps; step, counted from 1; the members' numbers of steps) -> factors of the peak rates.
+SCHEDULES: dict[
+    str, Callable[[int, Int[Array, ""], Float[Array, "members"]], Float[Array, "members"]]
+] = {"constant": constant, "cosine": cosine}

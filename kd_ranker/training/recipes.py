@@ -1,5 +1,7 @@
 """From configs to what the step needs: recipes, their numbers, and the states to start from."""
 
+import functools
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -27,6 +29,13 @@ from kd_ranker.training.state import (
 )
 
 _Numbers = TypeVar("_Numbers", LossNumbers, OptimizerNumbers)
+
+# The config keys of numbers that are traced, so that the members of a group may differ in them.
+TRACED_KEYS = (
+    *("seed", "train.steps", "distill.weight"),
+    *(f"distill.{name}" for name in LossNumbers._fields),
+    *(f"optimizer.{name}" for name in OptimizerNumbers._fields),
+)
 
 TEACHER_STAGES = {"passed": Stage.PASSED, "retrieved": Stage.RETRIEVED}
 
@@ -61,13 +70,22 @@ def teacher_model(config: ConfigDict, spec: FeatureSpec) -> tuple[Model, Init]:
 def student_groups(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> list[Group]:
     """The groups that the students of `members` (by name) fall into, in order of appearance.
 
-    The configs may differ in `seed`, in numbers of `distill` and `optimizer`, and in what makes
-    groups: `distill.mode` and `distill.loss`.
+    Members whose configs differ in `TRACED_KEYS` alone are a group. The rest may differ as well, in
+    all that does not change the batches: the groups of a program read the same ones.
     """
-    groups: dict[tuple[str, str], dict[str, ConfigDict]] = {}
+    groups: dict[str, dict[str, ConfigDict]] = {}
     for name, config in members.items():
-        groups.setdefault((config.distill.mode, config.distill.loss), {})[name] = config
+        groups.setdefault(shared_part(config), {})[name] = config
     return [_student_group(group, spec) for group in groups.values()]
+
+
+def shared_part(config: ConfigDict) -> str:
+    """The part of a student's config that the members of its group share, as JSON."""
+    shared = json.loads(config.to_json())
+    for key in TRACED_KEYS:
+        section, _, name = key.rpartition(".")
+        del (shared[section] if section else shared)[name]
+    return json.dumps(shared, sort_keys=True)
 
 
 def _student_group(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> Group:
@@ -108,6 +126,7 @@ def _numbers(distill_weight: float, loss: LossNumbers, trainee: ConfigDict) -> H
         distill_weight=jnp.float32(distill_weight),
         loss=jax.tree.map(jnp.float32, loss),
         optimizer=jax.tree.map(jnp.float32, _named(OptimizerNumbers, trainee.optimizer)),
+        steps=jnp.float32(trainee.train.steps),
     )
 
 
@@ -125,7 +144,7 @@ def _recipe(config: ConfigDict, model: Model, mode: Mode, trainee: ConfigDict) -
         distill_loss=LOSSES[config.distill.loss],
         optimizer=OPTIMIZERS[optimizer.name](),
         row_optimizer=ROW_OPTIMIZERS[optimizer.table_name],
-        schedule=SCHEDULES[optimizer.schedule](trainee.train.steps, optimizer.warmup_steps),
+        schedule=functools.partial(SCHEDULES[optimizer.schedule], optimizer.warmup_steps),
     )
 
 

@@ -29,7 +29,8 @@ class Recipe(NamedTuple):
       distill_loss: the loss against the teacher.
       optimizer: a direction for the dense parameters, to be scaled by minus the learning rate.
       row_optimizer: the same for embedding rows.
-      schedule: step -> factor of the peak learning rates.
+      schedule: (step, counted from 1; the members' numbers of steps) -> the factors of their peak
+        learning rates.
     """
 
     model: Model
@@ -37,7 +38,7 @@ class Recipe(NamedTuple):
     distill_loss: Loss
     optimizer: optax.GradientTransformation
     row_optimizer: RowOptimizer
-    schedule: Callable[[Int[Array, ""]], Float[Array, ""]]
+    schedule: Callable[[Int[Array, ""], Float[Array, "members"]], Float[Array, "members"]]
 
 
 class OptimizerNumbers(NamedTuple):
@@ -63,11 +64,13 @@ class Hyperparameters(NamedTuple):
       distill_weight: λ, the weight of the distillation loss.
       loss: the numbers that losses take.
       optimizer: the numbers that the update takes.
+      steps: the number of steps to train, a whole one; a member stays as it is from then on.
     """
 
     distill_weight: Float[Array, "members"]
     loss: LossNumbers
     optimizer: OptimizerNumbers
+    steps: Float[Array, "members"]
 
 
 @flax.struct.dataclass
@@ -78,7 +81,7 @@ class TrainState:
     but for `step`, `unknown_ids` and `owners`, which members share.
 
     Attributes:
-      step: the number of steps taken.
+      step: the number of steps taken, those included in which a member had no more part.
       parameters: dense parameters, and embedding tables with their optimiser's slots.
       transform: the mode's own parameters.
       optimizer_state: of the dense parameters and the transform.

@@ -60,12 +60,12 @@ def update_group(
       gathered: the whole rows of the tables that the batch looks up, [1, ...], or None to read
         them.
     """
-    step = state.step + 1
-    fails = (state.non_finite_step == 0) & ~finite
-    non_finite_step = jnp.where(fails, step, state.non_finite_step)
-    may_change = non_finite_step == 0
     # Counted from 1: a factor of 0 at the first step would waste a batch.
-    factor = recipe.schedule(step)
+    step = state.step + 1
+    takes_part = (state.non_finite_step == 0) & (step <= numbers.steps)
+    may_change = takes_part & finite
+    non_finite_step = jnp.where(takes_part & ~finite, step, state.non_finite_step)
+    factor = recipe.schedule(step, numbers.steps)
     rates = numbers.optimizer._replace(
         learning_rate=factor * numbers.optimizer.learning_rate,
         table_learning_rate=factor * numbers.optimizer.table_learning_rate,

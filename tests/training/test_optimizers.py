@@ -1,19 +1,62 @@
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from kd_ranker.training.optimizers import SCHEDULES
 
+over_lengths = pytest.mark.parametrize(
+    ("steps", "warmup"), [(100, 10), (100, 0), (20, 50), (1, 0), (1500, 50)]
+)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def factors(name, warmup, step, steps):
+    return SCHEDULES[name](warmup, step, steps)
+
+
+def factors_of_all_steps(name, warmup, steps):
+    return np.array(
+        [factors(name, warmup, step, jnp.float32([steps]))[0] for step in range(1, steps + 1)]
+    )
+
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize(("steps", "warmup"), [(100, 10), (100, 0), (20, 50), (1, 0)])
+@over_lengths
 def test_schedules_reach_their_peak_and_never_stand_still(name, steps, warmup):
-    schedule = SCHEDULES[name](steps, warmup)
-    factors = np.array([float(schedule(step)) for step in range(1, steps + 1)])
-    assert factors[: max(steps - 1, 1)].min() > 0 or steps == 1
-    assert factors.max() <= 1 + 1e-6
+    found = factors_of_all_steps(name, warmup, steps)
+    assert found[: max(steps - 1, 1)].min() > 0 or steps == 1
+    assert found.max() <= 1 + 1e-6
     if warmup < steps:
-        assert factors.max() > 0.97 or steps == 1
+        assert found.max() > 0.97 or steps == 1
     if name == "cosine":
-        assert factors[-1] == pytest.approx(0.0, abs=1e-6)
+        assert found[-1] == pytest.approx(0.0, abs=1e-6)
     elif warmup < steps:
-        assert factors[-1] == pytest.approx(1.0)
+        assert found[-1] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@over_lengths
+def test_schedules_of_a_traced_number_of_steps_are_those_of_optax(name, steps, warmup):
+    expected = {
+        "constant": lambda: optax.warmup_constant_schedule(0.0, 1.0, max(warmup, 1)),
+        "cosine": lambda: optax.warmup_cosine_decay_schedule(
+            0.0, 1.0, min(warmup, steps // 2), steps
+        ),
+    }[name]()
+    of_steps = jax.jit(expected)(jnp.arange(1, steps + 1))
+    np.testing.assert_allclose(
+        factors_of_all_steps(name, warmup, steps), of_steps, rtol=0, atol=2e-7
+    )
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_each_member_has_the_schedule_of_its_own_number_of_steps(name):
+    lengths = (1, 20, 100)
+    for step in range(1, 101):
+        together = factors(name, 10, step, jnp.float32(lengths))
+        alone = [factors(name, 10, step, jnp.float32([steps]))[0] for steps in lengths]
+        np.testing.assert_allclose(together, alone, rtol=0, atol=1e-7)

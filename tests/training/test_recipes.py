@@ -1,10 +1,24 @@
+import jax
+import numpy as np
 import pytest
 
 from configs import cascade
 from kd_ranker.batch import Stage
 from kd_ranker.training import recipes
-from kd_ranker.training.state import LiveTeacher
-from tests.random_batches import SPEC
+from kd_ranker.training.mapping import MAPPINGS
+from kd_ranker.training.state import Frozen, LiveTeacher, select_member
+from kd_ranker.training.step import make_step
+from tests.random_batches import SPEC, random_batch, random_items
+
+
+def config_of(**changes):
+    """The small cascade's config; `train__steps=3` changes `train.steps`."""
+    config = cascade.get_config("small")
+    config.student.update({"width": 8, "interests": 2, "hidden": (16,)})
+    config.update_from_flattened_dict(
+        {key.replace("__", "."): value for key, value in changes.items()}
+    )
+    return config
 
 
 @pytest.mark.parametrize(
@@ -31,3 +45,82 @@ def test_a_batch_needs_what_some_member_has_a_use_for(modes, teacher, expected):
 def test_a_teacher_in_training_needs_labels_and_histories_alone():
     group = recipes.teacher_group(cascade.get_config("small"), SPEC)
     assert recipes.needs([group], None) == (Stage.SHOWN, False, True)
+
+
+def names_of_groups(**members):
+    groups = recipes.student_groups(
+        {name: config_of(**changes) for name, changes in members.items()}, SPEC
+    )
+    return [group.names for group in groups]
+
+
+def test_members_that_differ_in_traced_numbers_are_one_group():
+    changes = {
+        "seed": 3, "train__steps": 7, "distill__weight": 2.0, "distill__temperature": 3.0,
+        "distill__top_k": 4, "optimizer__learning_rate": 0.1, "optimizer__weight_decay": 0.3,
+        "optimizer__table_learning_rate": 0.2, "optimizer__table_weight_decay": 0.4,
+    }  # fmt: skip
+    assert {key.replace("__", ".") for key in changes} == set(recipes.TRACED_KEYS)
+    members = {key: {key: value} for key, value in changes.items()}
+    assert names_of_groups(first={}, **members) == [("first", *changes)]
+    (group,) = recipes.student_groups({"": config_of(**changes)}, SPEC)
+    numbers = [float(leaf[0]) for leaf in jax.tree.leaves(group.numbers)]
+    assert sorted(numbers) == pytest.approx([0.1, 0.2, 0.3, 0.4, 2, 3, 4, 7])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"distill__mode": "aux"},
+        {"distill__loss": "softmax"},
+        {"distill__affine": False},
+        {"student__name": "two_tower"},
+        {"student__width": 4},
+        {"student__hidden": (8, 8)},
+        {"student__interests": 3},
+        {"optimizer__name": "sgd"},
+        {"optimizer__table_name": "adagrad"},
+        {"optimizer__schedule": "constant"},
+        {"optimizer__warmup_steps": 1},
+    ],
+)
+def test_members_that_differ_in_anything_else_are_groups_of_their_own(change):
+    assert names_of_groups(a={}, b=change, c={"seed": 1}) == [("a", "c"), ("b",)]
+
+
+def last_states(members, batches):
+    """By name, what is left of each member after training on the batches in one program."""
+    groups = recipes.student_groups(members, SPEC)
+    devices = MAPPINGS["shard_map"](jax.devices()[:1])
+    step = devices.map_step(make_step([group.recipe for group in groups]))
+    states = devices.create(lambda: tuple(group.init() for group in groups))
+    frozen = devices.replicate(Frozen(random_items(), None))
+    for batch in batches:
+        numbers = tuple(group.numbers for group in groups)
+        states, _ = step(states, devices.shard(batch), numbers, frozen)
+    return {
+        name: select_member((state.parameters, state.transform), member)
+        for group, state in zip(groups, states, strict=True)
+        for member, name in enumerate(group.names)
+    }
+
+
+def test_members_of_any_shape_and_length_end_as_the_same_member_alone():
+    batches = [random_batch(seed) for seed in range(20)]
+    members = {
+        "first": config_of(),
+        "longer": config_of(train__steps=12, seed=1),
+        "wider": config_of(student__width=12),
+        "deeper": config_of(student__hidden=(8, 4), student__interests=3, train__steps=15),
+        "another": config_of(student__name="two_tower", optimizer__name="adagrad",
+                             optimizer__table_name="sgd", optimizer__schedule="constant",
+                             distill__affine=False),
+    }  # fmt: skip
+    together = last_states(members, batches)
+    for name, config in members.items():
+        by_itself = last_states({name: config}, batches[: config.train.steps])
+        jax.tree.map(
+            lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5, rtol=0),
+            together[name],
+            by_itself[name],
+        )

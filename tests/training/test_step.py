@@ -4,7 +4,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from kd_ranker.batch import Stage
@@ -19,6 +18,7 @@ from kd_ranker.models.model import apply_model, build_model, score
 from kd_ranker.models.student import MultiInterest, TwoTower
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.training.mapping import MAPPINGS
+from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
 from kd_ranker.training.state import (
     Frozen,
     Hyperparameters,
@@ -63,9 +63,9 @@ def recipe_of(mode, optimizer, spec, student=MultiInterest):
         model=model,
         mode=MODES[mode],
         distill_loss=bce,
-        optimizer=optax.scale_by_adam() if optimizer == "adam" else optax.identity(),
+        optimizer=OPTIMIZERS[optimizer](),
         row_optimizer=ROW_OPTIMIZERS[optimizer],
-        schedule=optax.constant_schedule(1.0),
+        schedule=lambda step, steps: jnp.ones_like(steps),
     )
 
 
@@ -101,12 +101,13 @@ def hyperparameters(**changes):
         "table_learning_rate": 0.02,
         "weight_decay": 0.1,
         "table_weight_decay": 0.1,
+        "steps": 1000,
     }
     numbers = {name: jnp.float32(number) for name, number in (numbers | changes).items()}
     return Hyperparameters(
-        numbers.pop("distill_weight"),
-        LossNumbers(**{name: numbers.pop(name) for name in LossNumbers._fields}),
-        OptimizerNumbers(**numbers),
+        loss=LossNumbers(*(numbers.pop(name) for name in LossNumbers._fields)),
+        optimizer=OptimizerNumbers(*(numbers.pop(name) for name in OptimizerNumbers._fields)),
+        **numbers,
     )
 
 
@@ -514,6 +515,38 @@ def test_a_member_that_diverges_is_frozen_and_costs_the_others_no_bit():
     one, other = alone(after, 1), alone(before, 1)
     for name in ("parameters", "transform", "optimizer_state"):
         jax.tree.map(np.testing.assert_array_equal, getattr(one, name), getattr(other, name))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("optimizer", ROW_OPTIMIZERS)
+def test_a_member_ends_after_its_own_number_of_steps_as_the_same_member_alone(schedule, optimizer):
+    """In its own program, to the last bit, as it was after that step; as alone up to rounding."""
+    lengths = (2, 5, 9)
+    recipe, state = make_recipe("shared", optimizer, seeds=(0, 0, 1))
+    recipe = recipe._replace(schedule=functools.partial(SCHEDULES[schedule], 2))
+    numbers = stack_members([hyperparameters(steps=steps) for steps in lengths])
+    batches = [random_batch(seed) for seed in range(max(lengths))]
+    (after,), _ = run_groups([recipe], [state], batches, [numbers])
+    for member, steps in enumerate(lengths):
+        (then,), _ = run_groups([recipe], [state], batches[:steps], [numbers])
+        for name in ("parameters", "transform", "optimizer_state"):
+            one, other = (getattr(alone(group, member), name) for group in (after, then))
+            jax.tree.map(np.testing.assert_array_equal, one, other)
+        _, lone = make_recipe("shared", optimizer, seeds=[(0, 0, 1)[member]])
+        expected, _ = run(recipe, lone, batches[:steps], hyperparameters(steps=steps))
+        assert_close(alone(after, member).parameters, expected.parameters, 1e-5)
+        assert_close(alone(after, member).transform, expected.transform, 1e-5)
+
+
+def test_a_member_that_is_finished_can_no_longer_fail():
+    """A loss that is not finite on a batch that it does not train on is none of its faults."""
+    recipe, state = make_recipe("shared", seeds=(0, 0))
+    numbers = stack_members([hyperparameters(steps=steps) for steps in (1, 3)])
+    good, bad = random_batch(0), random_batch(1)
+    bad = bad.replace(user_features=np.full_like(bad.user_features, np.nan))
+    (after,), (losses,) = run_groups([recipe], [state], [good, bad], [numbers])
+    assert not np.isfinite(losses["loss"]).any()
+    np.testing.assert_array_equal(after.non_finite_step, [0, 2])
 
 
 def test_the_teacher_is_paid_for_once_and_nothing_is_sorted():
