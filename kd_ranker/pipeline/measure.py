@@ -132,8 +132,10 @@ def measure(
         first = members[group.names[0]]
         flops = _student_flops(first, dataset.spec) if costs else _NOT_COUNTED
         for index, name in enumerate(group.names):
+            # The run went on for others when a member had taken its own steps.
+            step = min(group.step, members[name].train.steps)
             for serve in MODES[first.distill.mode].serve:
-                row = _student_row(members[name], name, serve, group.step)
+                row = _student_row(members[name], name, serve, step)
                 row = results.with_cost(row, flops, flops_of_teacher)
                 if non_finite_step := group.non_finite_step[index]:
                     measured.rows.append(row | {"non_finite_step": non_finite_step})
