@@ -123,7 +123,7 @@ def is_known(table: TableSpec, ids: Int[Array, "..."]) -> Bool[Array, "..."]:
     return jnp.full(ids.shape, True) if table.hashed else (ids >= 0) & (ids < table.size)
 
 
-def gather(
+def gather_rows(
     spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch, items: Items, *, whole_rows: bool
 ) -> Rows:
     """The rows that a batch needs.

@@ -27,13 +27,12 @@ from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.identity import Identity
 from kd_ranker.training.loop import Evaluate, fit, scalar_name
-from kd_ranker.training.mapping import MAPPINGS
-from kd_ranker.training.mapping import Mapping as DeviceMapping
+from kd_ranker.training.mapping import MAPPINGS, DeviceMap
 from kd_ranker.training.recipes import TEACHER_STAGES, Group
 from kd_ranker.training.state import Frozen, LiveTeacher, States, select_member
 
 
-def device_mapping(config: ConfigDict) -> DeviceMapping:
+def device_mapping(config: ConfigDict) -> DeviceMap:
     """The mapping of `config.parallel` over its devices."""
     devices = jax.devices()[: config.parallel.devices or None]
     return MAPPINGS[config.parallel.mapping](devices)
@@ -43,7 +42,7 @@ def batches_of_run(
     config: ConfigDict,
     dataset: Dataset,
     batch: ConfigDict,
-    mapping: DeviceMapping,
+    mapping: DeviceMap,
     needs: Needs,
 ) -> TrainingBatches:
     """The training batches of a run, on the devices.

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec, Items, abstract_items, empty_batch
 from kd_ranker.distillation.losses import PAIRWISE, pairs_held
-from kd_ranker.embedding.lookup import gather
+from kd_ranker.embedding.lookup import gather_rows
 from kd_ranker.training import recipes
 
 # What XLA was seen to keep of a member beside its state, in arrays of the size of its gathered
@@ -48,7 +48,7 @@ def member_bytes(config: ConfigDict, spec: FeatureSpec) -> int:
         state = group.init()
         tables = {name: table[0] for name, table in state.parameters.tables.items()}
         embedding = group.recipe.model.embedding
-        return state, gather(embedding, tables, batch, items, whole_rows=False)
+        return state, gather_rows(embedding, tables, batch, items, whole_rows=False)
 
     state, rows = jax.eval_shape(state_and_rows, abstract_items(spec))
     return 3 * _bytes(state) + _WORKING_ARRAYS * _bytes(rows) + _PAIR_ARRAYS * 4 * pairs

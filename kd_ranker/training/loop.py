@@ -17,7 +17,7 @@ from kd_ranker.batches.cutting import on_packed
 from kd_ranker.errors import UserError
 from kd_ranker.training import checkpoints
 from kd_ranker.training.identity import Identity
-from kd_ranker.training.mapping import Mapping
+from kd_ranker.training.mapping import DeviceMap
 from kd_ranker.training.recipes import Group
 from kd_ranker.training.state import Frozen, LiveTeacher, States, TrainState
 from kd_ranker.training.step import Losses, make_step
@@ -31,7 +31,7 @@ def fit(
     teacher: LiveTeacher | None,
     batches: grain.IterDataset,
     frozen: Frozen,
-    mapping: Mapping,
+    mapping: DeviceMap,
     train: ConfigDict,
     workdir: Path,
     identity: Identity,
@@ -145,7 +145,7 @@ def _diverged_members(
     }
 
 
-def _mark_lost(states: States, mapping: Mapping) -> States:
+def _mark_lost(states: States, mapping: DeviceMap) -> States:
     """Marks the members that their last update left without finite parameters.
 
     The loss that it leads to would tell at the next step, but there may be none.

@@ -19,8 +19,8 @@ def join_over_devices(arrays: Any, axis: int) -> Any:
     return jax.lax.all_gather(arrays, AXIS, axis=axis, tiled=True)
 
 
-class Mapping(NamedTuple):
-    """How a step is spread over devices.
+class DeviceMap(NamedTuple):
+    """A way to spread a step, and what it reads, over devices.
 
     Attributes:
       replicate: a pytree on the host or one device -> the same on all devices.
@@ -42,7 +42,7 @@ class Mapping(NamedTuple):
     unreplicate: Callable[[Any], Any]
 
 
-def pmap(devices: Sequence[jax.Device]) -> Mapping:
+def pmap(devices: Sequence[jax.Device]) -> DeviceMap:
     """Maps by `jax.pmap`: every array carries a leading axis of devices."""
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
 
@@ -69,7 +69,7 @@ def pmap(devices: Sequence[jax.Device]) -> Mapping:
 
         return put(jax.tree.map(split, batch))
 
-    return Mapping(
+    return DeviceMap(
         replicate=replicate,
         create=create,
         shard=shard,
@@ -81,7 +81,7 @@ def pmap(devices: Sequence[jax.Device]) -> Mapping:
     )
 
 
-def shard_map(devices: Sequence[jax.Device]) -> Mapping:
+def shard_map(devices: Sequence[jax.Device]) -> DeviceMap:
     """Maps by `jax.shard_map` over a mesh of one axis: arrays keep their global shapes."""
     mesh = Mesh(np.array(devices), (AXIS,))
     everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
@@ -105,7 +105,7 @@ def shard_map(devices: Sequence[jax.Device]) -> Mapping:
     def put(tree: Any, spec: PartitionSpec) -> Any:
         return jax.device_put(tree, NamedSharding(mesh, spec))
 
-    return Mapping(
+    return DeviceMap(
         # A step donates its state, which must not share memory with what the caller holds.
         replicate=lambda tree: put(jax.tree.map(jnp.copy, tree), everywhere),
         create=lambda make: jax.jit(make, out_shardings=NamedSharding(mesh, everywhere))(),
@@ -116,7 +116,7 @@ def shard_map(devices: Sequence[jax.Device]) -> Mapping:
     )
 
 
-MAPPINGS: dict[str, Callable[[Sequence[jax.Device]], Mapping]] = {
+MAPPINGS: dict[str, Callable[[Sequence[jax.Device]], DeviceMap]] = {
     "pmap": pmap,
     "shard_map": shard_map,
 }

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 from kd_ranker.batch import CandidateBatch, Items, Stage
 from kd_ranker.distillation.losses import bce
 from kd_ranker.distillation.modes import Transform
-from kd_ranker.embedding.lookup import Rows, embeddings, gather
+from kd_ranker.embedding.lookup import Rows, embeddings, gather_rows
 from kd_ranker.models.model import Parameters, apply_model, score
 from kd_ranker.training.mapping import AXIS
 from kd_ranker.training.state import (
@@ -110,7 +110,7 @@ def _train_group(
     def of_member(
         parameters: Parameters, transform: Transform, numbers: Hyperparameters
     ) -> tuple[Gradients, dict[str, Float[Array, ""]], Rows]:
-        rows = gather(spec, parameters.tables, batch, items, whole_rows=reuses_rows)
+        rows = gather_rows(spec, parameters.tables, batch, items, whole_rows=reuses_rows)
         embedded = embeddings(spec, rows)
         gradients, losses = jax.grad(_losses, argnums=(0, 1, 2), has_aux=True)(
             parameters.dense, transform, embedded, recipe, numbers, batch, items

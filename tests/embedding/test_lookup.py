@@ -6,7 +6,7 @@ import pytest
 from kd_ranker.embedding.lookup import (
     TableSpec,
     embeddings,
-    gather,
+    gather_rows,
     gather_to_serve,
     ids_of_table,
     init_table,
@@ -66,7 +66,7 @@ def test_gradients_of_gathered_rows_add_up_to_the_table_gradient():
     masks = {name: mask for name, (_, mask) in ids_and_masks(batch).items()}
 
     def gathered(tables):
-        return gather(EMBEDDING, tables, batch, ITEMS, whole_rows=True)
+        return gather_rows(EMBEDDING, tables, batch, ITEMS, whole_rows=True)
 
     def loss_of_rows(rows):
         return sum(
@@ -151,7 +151,7 @@ def test_rows_that_training_never_met_are_served_by_the_reserved_one():
     }
     # One that is far out of range.
     batch.request_category[0, 0] = 10**6
-    rows = embeddings(EMBEDDING, gather(EMBEDDING, tables, batch, ITEMS, whole_rows=True))
+    rows = embeddings(EMBEDDING, gather_rows(EMBEDDING, tables, batch, ITEMS, whole_rows=True))
     served = gather_to_serve(EMBEDDING, tables, batch, ITEMS)
     for name, (ids, _) in ids_and_masks(batch).items():
         met = np.isin(ids, trained[EMBEDDING.lookups[name].table])

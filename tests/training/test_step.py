@@ -12,7 +12,7 @@ from kd_ranker.batches.cutting import PackedBatch, on_packed, unpack
 from kd_ranker.batches.sampling import Slots
 from kd_ranker.distillation.losses import LOSSES, LossNumbers, bce
 from kd_ranker.distillation.modes import MODES
-from kd_ranker.embedding.lookup import gather, rows_of_ids
+from kd_ranker.embedding.lookup import gather_rows, rows_of_ids
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.models.model import apply_model, build_model, score
 from kd_ranker.models.student import MultiInterest, TwoTower
@@ -250,7 +250,7 @@ def test_a_step_is_gradient_descent_on_the_whole_loss(mode, spec):
     def loss(parameters, transform):
         # A row that is only padding is not trained, so its gradient is cut here as well.
         lookups = recipe.model.embedding
-        embedded = gather(lookups, parameters.tables, batch, frozen.items, whole_rows=False)
+        embedded = gather_rows(lookups, parameters.tables, batch, frozen.items, whole_rows=False)
         logits = apply_model(recipe.model, parameters.dense, embedded, batch, frozen.items)
         total = entropy(logits[..., :TASKS], batch.user_label, batch.label_weight[..., None])
         if mode == "none":
