@@ -26,7 +26,7 @@ from kd_ranker.errors import check_choice
 
 
 class Stage(enum.IntEnum):
-    """How far a candidate came through the funnel that was live when it was logged."""
+    """The stage that a candidate reached in the funnel that was live when it was logged."""
 
     PADDING = 0
     RETRIEVED = 1
@@ -109,7 +109,7 @@ class FeatureSpec:
         return sum(category.size for category in self.categories)
 
     def category_lengths(self, of: str) -> tuple[int, ...]:
-        """How many of the category ids of each request, candidate or item are of each feature.
+        """The number of category ids of each feature that a request, candidate or item carries.
 
         Args:
           of: one of `CATEGORY_OWNERS`.
@@ -117,7 +117,7 @@ class FeatureSpec:
         return tuple(category.length for category in self.categories if category.of == of)
 
     def category_width(self, of: str) -> int:
-        """How many category ids each request, candidate or item carries, one of CATEGORY_OWNERS."""
+        """The number of category ids that a request, candidate or item carries in all."""
         return sum(self.category_lengths(of))
 
     def to_json(self) -> str:
@@ -295,12 +295,12 @@ class CandidateBatch:
 
     @property
     def labelled(self) -> int:
-        """How many candidates of each request, the first ones, can have user labels."""
+        """The number of first candidates of each request that can have user labels."""
         return self.label_weight.shape[1]
 
     @property
     def judged(self) -> int:
-        """How many candidates of each request, the first ones, can have logged probabilities."""
+        """The number of first candidates of each request that can have logged probabilities."""
         return self.teacher_weight.shape[1]
 
     def first(self, candidates: int) -> "CandidateBatch":
@@ -313,7 +313,7 @@ class CandidateBatch:
 
 @flax.struct.dataclass
 class Items:
-    """What belongs to each item alone, row by item id."""
+    """The features and categories of each item, one row an item id."""
 
     features: Float[Array, "items F"]
     category: Int[Array, "items I"]  # category ids; -1 fills up

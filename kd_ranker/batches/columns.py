@@ -78,12 +78,12 @@ class Columns:
 
     @property
     def num_shown(self) -> Int[np.ndarray, "n"]:
-        """How many candidates of each request were shown."""
+        """The number of shown candidates of each request."""
         return np.diff(self.label_start)
 
     @property
     def num_candidates(self) -> Int[np.ndarray, "n"]:
-        """How many candidates of each request there are here."""
+        """The number of candidates of each request that are kept here."""
         return np.diff(self.candidate_start)
 
 
@@ -134,7 +134,7 @@ def _side_by_side(
 
 
 def _value(field: Field, request: Request, spec: FeatureSpec) -> Shaped[np.ndarray, "..."]:
-    """What is stored, or worked out of it; an array of width 0 where there is no such field."""
+    """The value of a field, stored or worked out; an array of width 0 where there is none."""
     if field.name == "history_mask":
         return np.ones(len(request.history_id), np.bool_)
     if field.name == "teacher_probability":
@@ -212,7 +212,7 @@ def only_counting(columns: Columns, stage: Stage) -> Columns:
 def what_counts(
     columns: Columns, stage: Stage
 ) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
-    """Of each request of `only_counting`, whether all that were passed count, and whether the rest.
+    """Tests for each request of `only_counting` if its passed candidates count, and if the rest do.
 
     Those that were shown count as passed, beside what they count for by their labels.
     """
@@ -223,7 +223,7 @@ def what_counts(
 
 
 def passed_of(columns: Columns) -> Int[np.ndarray, "n"]:
-    """How many candidates of each request were passed, those that were shown included."""
+    """The number of passed candidates of each request, the shown ones included."""
     return np.clip(columns.num_passed, columns.num_shown, columns.num_retrieved)
 
 
@@ -290,5 +290,5 @@ def in_sampling_order(columns: Columns) -> tuple[Columns, Int[np.ndarray, "n"]]:
 
 
 def _starts(numbers: Iterable[int]) -> Int[np.ndarray, "n+1"]:
-    """Where the rows of each request start, and where the last ones end; row 0 is of none."""
+    """The first row of each request, and the end of the last one's; row 0 is a filler."""
     return np.concatenate([[1], 1 + np.cumsum(list(numbers), dtype=np.int64)])

@@ -24,14 +24,14 @@ from kd_ranker.batches.sampling import Draw, Slots
 
 
 class Layout(NamedTuple):
-    """What stands where in a packed batch; nothing that is traced."""
+    """The places of the fields in a packed batch; nothing of it is traced."""
 
     spans: Parts[packing.Spans]
     slots: Slots
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """How many numbers a request takes: its own, its candidates', labels', and their draw's."""
+        """The numbers of a request: its own, its candidates', its labels' and its draw's."""
         of_request, of_candidate, of_label = (spans[-1].columns.stop for spans in self.spans)
         candidates, labelled = self.slots.candidates, self.slots.labelled
         return (of_request, candidates * of_candidate, labelled * of_label, candidates, labelled)

@@ -43,7 +43,7 @@ def evaluation_batches(
 
 
 def num_evaluation_batches(dataset: Dataset, *, requests: int, limit: int = 0) -> int:
-    """How many batches `evaluation_batches` yields."""
+    """The number of batches that `evaluation_batches` yields."""
     records, _ = read_split(dataset, "test", with_true_probability=True)
     return math.ceil(_num_evaluation_requests(records, limit) / requests)
 

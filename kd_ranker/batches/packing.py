@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 
 class Span(NamedTuple):
-    """Where an array lies: from which column on, the shape of an entry, and the type by name."""
+    """The place of an array: its first column, the shape of an entry, and the type by name."""
 
     name: str
     start: int

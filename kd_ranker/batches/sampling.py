@@ -1,4 +1,4 @@
-"""Which candidates of which requests a training batch holds.
+"""Sampling: the candidates of each request that a training batch holds.
 
 What is drawn at random is a handful of whole numbers a request (`Starts`). Which candidates these
 mean is arithmetic (`Draw`), the same on NumPy arrays on the host and, compiled, on a device, for
@@ -21,7 +21,7 @@ Starts = Int[Array, "*R steps columns"]
 
 
 class Slots(NamedTuple):
-    """How many of a request's slots in a batch, counted from the first, can hold what.
+    """The numbers of a request's first slots in a batch that can hold each kind of entry.
 
     Attributes:
       candidates: N, a candidate that counts.
@@ -35,7 +35,7 @@ class Slots(NamedTuple):
 
 
 class Bounds(NamedTuple):
-    """Which rows of `Columns` belong to a request.
+    """The rows of `Columns` that belong to a request.
 
     Attributes:
       candidates: the row of its first candidate.
@@ -51,7 +51,7 @@ class Bounds(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """What batches hold; R requests, of each of a few steps.
+    """The rows that batches hold: of R requests, for each of a few steps.
 
     Attributes:
       rows: which rows of `Columns`, [*R], [*R, N] and [*R, labelled], 0 where there is nothing; or
@@ -66,7 +66,7 @@ class Draw(NamedTuple):
 
 
 def bounds_of(columns: Columns) -> Bounds:
-    """Those of all requests."""
+    """The row ranges of all requests."""
     starts = (columns.candidate_start[:-1], columns.label_start[:-1])
     return Bounds(*starts, passed_of(columns), columns.num_shown)
 
@@ -136,7 +136,7 @@ def _labelled_numbers(
     negative_rate: float,
     slots: int,
 ) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
-    """How many positive and negative candidates a batch keeps with their labels."""
+    """The numbers of positive and negative candidates that a batch keeps with their labels."""
     wanted = np.rint(negative_rate * negatives).astype(np.int64)
     wanted = np.minimum(np.maximum(wanted, 1), negatives)
     total = positives + wanted
@@ -155,7 +155,7 @@ def draw(
     start: Float[np.ndarray, "R steps kinds"],
     kinds: Int[np.ndarray, "n columns"],
 ) -> Starts:
-    """What is random about the batches of a few steps in a row, from uniform numbers.
+    """The random offsets of the batches of a few steps, from uniform numbers.
 
     Args:
       request: which of the requests, for each of the steps.
@@ -204,7 +204,7 @@ def rows_of(
     factor: Float[Array, "*R labelled"],
     bounds: Bounds,
 ) -> Draw:
-    """Which rows places in the candidates of each request are.
+    """The rows of places in the candidates of each request.
 
     Args:
       request: which of the requests.
@@ -235,7 +235,7 @@ def _places(
     offset: Int[Array, "*R kinds"],
     candidates: int,
 ) -> tuple[Int[Array, "*R N"], Float[Array, "*R N"]]:
-    """Which candidates of each request a draw means.
+    """The candidates of each request that a draw means.
 
     Returns:
       Places in a request's list of candidates, -1 where there is none; and the factor on the label

@@ -51,7 +51,7 @@ _CHUNK = 512
 
 
 class BatchConfig(NamedTuple):
-    """What a config says of batches, by its keys: `config.batch` or `config.teacher.batch`.
+    """The sizes and the order of batches, by the keys of `config.batch` or `config.teacher.batch`.
 
     Attributes:
       requests: requests a batch over all processes.
@@ -71,7 +71,7 @@ class BatchConfig(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """What a batch must hold for those who learn from it.
+    """The parts of a batch that those who learn from it need.
 
     Attributes:
       stage: what came less far in the funnel is left out, unless it was shown or is `logged`. The
@@ -126,14 +126,14 @@ DEFAULT_DEVICE: Devices = _DefaultDevice(jax.device_put, jax.device_put, jax.jit
 
 
 class _Chance(NamedTuple):
-    """What is random about the batches of some steps in a row."""
+    """The random numbers of the batches of some steps in a row."""
 
     request: Int[np.ndarray, "R steps"]
     start: Float[np.ndarray, "R steps kinds"]
 
 
 class _Maker(NamedTuple):
-    """What makes the batches of a few steps in a row, and how many steps and passes ahead."""
+    """A function that makes the batches of a few steps, their number, and the passes ahead."""
 
     make: Callable[[_Chance], list[PackedBatch]]
     steps: int
@@ -233,7 +233,7 @@ def training_batches(
 
 
 def _chance(requests: int, batch: BatchConfig, share: Share) -> Callable[[int], _Chance]:
-    """What is random about the batches of a block of steps, by the block's number."""
+    """The random numbers of a block of steps, by the block's number."""
     order = _order(requests, batch)
 
     def draw(block: int, generator: np.random.Generator) -> _Chance:
@@ -266,7 +266,7 @@ def _order(requests: int, batch: BatchConfig) -> Callable[[int], Int[np.ndarray,
 
 
 def _reader(dataset: Dataset, needs: Needs) -> Callable[[Sequence[int]], Columns]:
-    """What reads some requests of the split `train`, by their numbers."""
+    """Builds the function that reads requests of the split `train` by their numbers."""
     records, decode = read_split(dataset, "train", with_true_probability=False)
     spec = dataset.spec if needs.history else dataclasses.replace(dataset.spec, history_length=0)
 
@@ -280,7 +280,7 @@ def _reader(dataset: Dataset, needs: Needs) -> Callable[[Sequence[int]], Columns
 
 
 def _fits(dataset: Dataset, copies: int) -> bool:
-    """Whether the requests of the split `train` may stay in memory, so many times over."""
+    """Tests if the requests of the split `train` fit in memory, so many times over."""
     records, _ = read_split(dataset, "train", with_true_probability=False)
     # Decoded requests are about as large as their records.
     sizes = [len(records[index]) for index in range(0, len(records), len(records) // 16 + 1)]
@@ -314,7 +314,7 @@ def _in_memory(
 def _cut_on_devices(
     rows: Parts, layout: Layout, requests: int, devices: Devices
 ) -> tuple[Callable[[sampling.Starts], list[PackedBatch]], int]:
-    """What cuts the batches of a few steps in a row on the devices, and how many steps these are.
+    """Builds the maker that cuts the batches of a few steps in a row on the devices.
 
     Args:
       rows: those of the requests' columns, on the host.

@@ -1,4 +1,4 @@
-"""How well a student follows the teacher's probabilities.
+"""Distances of a student from the teacher's probabilities.
 
 Axes: `R` requests, `N` candidates, `T` tasks.
 """

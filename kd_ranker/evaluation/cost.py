@@ -1,4 +1,4 @@
-"""What a model costs per candidate, and what a funnel costs per request, in FLOPs."""
+"""The cost of a model per candidate, and of a funnel per request, in FLOPs."""
 
 from collections.abc import Callable
 from typing import Any

@@ -25,7 +25,7 @@ _FEW_LABELS = 16
 
 
 class Served(NamedTuple):
-    """What a model says of a batch.
+    """The probabilities that a model serves for a batch.
 
     Attributes:
       probability: what it may rank by, by serve name.

@@ -1,4 +1,4 @@
-"""What the funnel keeps when the student passes its top k, for every k = 1..N at once.
+"""The funnel's yield when the student passes its top k, for every k = 1..N at once.
 
 The funnel: N candidates retrieved, the student passes its top k, the teacher ranks those and shows
 m. Axes: `R` requests, `N` candidates, `T` tasks; index `k - 1` of a curve belongs to k.
@@ -43,7 +43,7 @@ class FunnelCurves:
 def value(
     probability: Float[Array, "*shape T"], value_weights: Float[Array, "T"]
 ) -> Float[Array, "*shape"]:
-    """What a ranker sorts by: Σ over tasks of weight · probability. Non-negative weights.
+    """The sum that a ranker sorts by: Σ over tasks of weight · probability, weights ≥ 0.
 
     A product and a sum, not a matrix product: accelerators may round the inputs of the latter to
     fewer bits, which would make ties out of candidates that differ.
@@ -131,7 +131,7 @@ def _curves_of_request(
 
 
 def _leaving_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N"]:
-    """Who leaves the m best so far when each place arrives; N, nobody, while there is room.
+    """The candidate that each arriving one evicts from the current top m; N while there is room.
 
     It is the newcomer itself if that is not among the m best. One after the other is sorted into
     them: slot i keeps its place unless the newcomer's is smaller, and then takes the larger of the

@@ -1,4 +1,4 @@
-"""How well probabilities predict what users did: sums of each request, to be divided later.
+"""Metrics of probabilities against user labels: sums of each request, to be divided later.
 
 Axes: `R` requests, `N` candidates, `T` tasks, `B` bins of predicted probability. Every function
 takes `label_weight`, which is 0 where a candidate was not shown or is padding; what lies there, NaN

@@ -439,7 +439,7 @@ def _columns(metric: Metric, which: Tasks, tasks: Sequence[str], passed: int) ->
 
 
 def numbers(metric: Metric, ended: Any, report_at: Sequence[int]) -> list[float]:
-    """What a metric has ended in, in the order of `columns_of`.
+    """The numbers that a metric ends in, in the order of `columns_of`.
 
     Args:
       metric: the metric.
@@ -453,7 +453,7 @@ def numbers(metric: Metric, ended: Any, report_at: Sequence[int]) -> list[float]
 
 
 def is_measurable(metric: Metric, of_teacher: bool, signal: str) -> bool:
-    """Whether there is anything to measure of a ranker.
+    """Tests if there is anything to measure of a ranker.
 
     Args:
       metric: the metric.

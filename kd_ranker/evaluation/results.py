@@ -52,7 +52,7 @@ def setting_columns(table: pd.DataFrame) -> list[str]:
 
 
 def made_of(config: ConfigDict) -> Row:
-    """What a student's row says of how it was made: the keys that a sweep may vary."""
+    """The part of a student's row that tells how it was made: the keys that a sweep may vary."""
     distils = MODES[config.distill.mode].teacher_logits is not None
     row: Row = {}
     for key in (*schema.setting_keys(), *schema.repeat_keys()):

@@ -62,7 +62,7 @@ class Reference(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What was measured, as rows of three tables; see `results` for their columns."""
+    """The rows of three tables that a measurement fills; see `results` for their columns."""
 
     rows: list[Row]
     curves: list[Row]

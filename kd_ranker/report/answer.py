@@ -18,7 +18,7 @@ class Answer(NamedTuple):
 
 
 def answer(study: Study) -> Answer:
-    """Which setting needs the fewest candidates passed, and what that saves.
+    """The setting that needs the fewest candidates passed, and the saving of that.
 
     The setting is the best by `choices.best`. It is said to save if the whole 95% interval of its
     paired difference to the baseline in `passed_for_99` is below 0, and if the cross-validated

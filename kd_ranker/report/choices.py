@@ -8,7 +8,7 @@ from kd_ranker.evaluation.saving import CRITERION, baseline, best, best_of, by_r
 
 
 class CrossValidated(NamedTuple):
-    """What choosing a setting on the other repeats gives on the repeat that was left out.
+    """The result, on the repeat left out, of a setting chosen on the other repeats.
 
     Attributes:
       chosen: the setting chosen for each repeat that was left out.

@@ -1,4 +1,4 @@
-"""What is said of distilling into an early ranker, tested on a study.
+"""Claims about distilling into an early ranker, tested on a study.
 
 A claim is about one number. It *holds* if the whole 95% interval of that number over repeats lies
 on the claimed side of the threshold, *does not hold* if the whole interval lies on the other side,
@@ -35,7 +35,7 @@ COLUMNS = (
 
 
 def verdict(mean: Interval, side: Literal["below", "above"], threshold: float) -> Verdict:
-    """Whether a claimed side of a threshold holds.
+    """The verdict on a claimed side of a threshold.
 
     >>> verdict(Interval(0.2, 0.18, 0.22, 3), "below", 0.25)
     'holds'

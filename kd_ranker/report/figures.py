@@ -97,7 +97,7 @@ def value_captured(study: Study) -> Figure:
 
 
 def window(data: pd.DataFrame) -> tuple[float, float, float]:
-    """What of the captured curves is worth seeing: the lowest k, the highest, the lowest value.
+    """The part of the captured curves that is worth seeing: lowest k, highest k, lowest value.
 
     The curves start far below 99%, so the figure starts where the best of them has come near it.
     """

@@ -18,7 +18,7 @@ _GLOBALS = "window.vegaEmbed = vegaEmbed;"
 
 
 class Section(NamedTuple):
-    """What the page tells of one dataset."""
+    """The part of the page about one dataset."""
 
     study: Study
     answer: Answer

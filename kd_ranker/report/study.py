@@ -1,4 +1,4 @@
-"""What a report reads: the files that sweeps leave, joined to one study a dataset."""
+"""The files that sweeps leave, read and joined to one study a dataset."""
 
 import json
 import re
@@ -29,7 +29,7 @@ NAMED = 3
 
 
 class Study(NamedTuple):
-    """What one or more sweeps tell of one dataset.
+    """The results of one or more sweeps of one dataset.
 
     Attributes:
       dataset: its name.

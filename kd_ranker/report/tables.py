@@ -57,7 +57,7 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
 
 
 def _healthy(group: pd.DataFrame) -> int:
-    """How many of the rows are of members whose loss stayed finite."""
+    """The number of rows of members whose loss stayed finite."""
     frozen = group["non_finite_step"].notna().sum() if "non_finite_step" in group else 0
     return len(group) - int(frozen)
 
@@ -128,7 +128,7 @@ def main_table(study: Study, numbers: pd.DataFrame) -> Table:
 
 
 def difference_table(study: Study, numbers: pd.DataFrame) -> Table | None:
-    """What changes against the baseline, on the measures that matter; None without a baseline."""
+    """The changes against the baseline, on the measures that matter; None without a baseline."""
     undistilled = baseline(study.rows)
     # A saving is a difference to the baseline already.
     measures = [column for column in important_columns(study) if column != "funnel_cost_saving"]

@@ -35,7 +35,7 @@ class Dataset:
 
     @property
     def items(self) -> Items:
-        """What is known of the items, on the host."""
+        """The features and categories of the items, on the host."""
         features: Any = self.item_features  # typed for the device, where they are used
         category: Any = self.item_category
         return Items(features, category)

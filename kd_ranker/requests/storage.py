@@ -210,7 +210,7 @@ def _check_ids(request: Request, spec: FeatureSpec) -> None:
 
 
 def directory_of(name: str, data_dir: str) -> Path:
-    """Where the dataset `name` (see `dataset_name`) lies, built or not."""
+    """The folder of the dataset `name`, built or not."""
     return Path(data_dir) / Requests.name / name / FORMAT_VERSION
 
 

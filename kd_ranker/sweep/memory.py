@@ -23,7 +23,7 @@ _SHARE_OF_MEMORY = 0.5
 
 
 def cohort_size(config: ConfigDict, members: Iterable[ConfigDict], spec: FeatureSpec) -> int:
-    """How many of the members train together: `sweep.group_size`, or what memory allows."""
+    """The number of members that train together: `sweep.group_size`, or what memory allows."""
     if config.sweep.group_size:
         return config.sweep.group_size
     one_a_group = {recipes.shared_part(member): member for member in members}
