@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kd_ranker.embedding.adam import ADAM
+
 
 class RowOptimizer(NamedTuple):
     """One optimiser.
@@ -167,16 +169,15 @@ def _adam_update(
     gradients: Float[Array, "M D"], slots: Float[Array, "M 2*D"], counts: Float[Array, "M 1"]
 ) -> tuple[Float[Array, "M D"], Float[Array, "M 2*D"]]:
     mean, square = jnp.split(slots, 2, axis=1)
-    mean = ADAM_B1 * mean + (1 - ADAM_B1) * gradients
-    square = ADAM_B2 * square + (1 - ADAM_B2) * jnp.square(gradients)
-    corrected_mean = mean / (1 - ADAM_B1**counts)
-    corrected_square = square / (1 - ADAM_B2**counts)
-    step = corrected_mean / (jnp.sqrt(corrected_square) + ADAM_EPSILON)
+    mean = ADAM.b1 * mean + (1 - ADAM.b1) * gradients
+    square = ADAM.b2 * square + (1 - ADAM.b2) * jnp.square(gradients)
+    corrected_mean = mean / (1 - ADAM.b1**counts)
+    corrected_square = square / (1 - ADAM.b2**counts)
+    step = corrected_mean / (jnp.sqrt(corrected_square) + ADAM.eps)
     return step, jnp.concatenate([mean, square], axis=1)
 
 
 ADAGRAD_EPSILON = 1e-10
-ADAM_B1, ADAM_B2, ADAM_EPSILON = 0.9, 0.999, 1e-8
 
 sgd = RowOptimizer(slots=lambda width: 0, update=_sgd_update)
 """Plain gradient descent: step = g."""

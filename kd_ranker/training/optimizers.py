@@ -6,12 +6,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from kd_ranker.embedding.row_optimizers import ADAM_B1, ADAM_B2, ADAM_EPSILON
+from kd_ranker.embedding.adam import ADAM
 
 # Directions without a learning rate: the step scales them, so that the rate stays a traced value.
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adagrad": lambda: optax.scale_by_rss(initial_accumulator_value=0.1),
-    "adam": lambda: optax.scale_by_adam(b1=ADAM_B1, b2=ADAM_B2, eps=ADAM_EPSILON),
+    "adam": lambda: optax.scale_by_adam(**ADAM._asdict()),
     "sgd": optax.identity,
 }
 

@@ -9,11 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kd_ranker.embedding.adam import ADAM
 from kd_ranker.embedding.row_optimizers import (
     ADAGRAD_EPSILON,
-    ADAM_B1,
-    ADAM_B2,
-    ADAM_EPSILON,
     ROW_OPTIMIZERS,
     find_occurrences,
     update_tables,
@@ -84,10 +82,10 @@ def dense_update(name, table, gradient, touched, rate, decay):
             step = gradient[row] / np.sqrt(slots[0] + ADAGRAD_EPSILON)
         else:
             mean, square = slots[:WIDTH], slots[WIDTH:]
-            mean[:] = ADAM_B1 * mean + (1 - ADAM_B1) * gradient[row]
-            square[:] = ADAM_B2 * square + (1 - ADAM_B2) * gradient[row] ** 2
-            step = (mean / (1 - ADAM_B1**count)) / (
-                np.sqrt(square / (1 - ADAM_B2**count)) + ADAM_EPSILON
+            mean[:] = ADAM.b1 * mean + (1 - ADAM.b1) * gradient[row]
+            square[:] = ADAM.b2 * square + (1 - ADAM.b2) * gradient[row] ** 2
+            step = (mean / (1 - ADAM.b1**count)) / (
+                np.sqrt(square / (1 - ADAM.b2**count)) + ADAM.eps
             )
         embedding[:] -= rate * (step + decay * embedding)
     return table
