@@ -101,3 +101,82 @@ assert rows == [0.5, 2.0]
 assert "`distill.margin`" in keys_page()
 """,
     )
+
+
+AN_INPUT_FIELD = {
+    "kd_ranker/batch.py": [
+        (
+            '    teacher_signal: str = "probability"\n',
+            '    teacher_signal: str = "probability"\n    freshness: int = 0\n',
+        ),
+        (
+            "# Batches are packed in this order.\n",
+            "def _freshness(spec):\n    return spec.freshness\n\n\n",
+        ),
+        (
+            '    Field("num_passed",',
+            '    Field("freshness", "candidate", np.float32, np.float32, _freshness, nothing=7),\n'
+            '    Field("num_passed",',
+        ),
+        (
+            '    candidate_category: Int32[np.ndarray, "N L"] | None = None\n',
+            '    candidate_category: Int32[np.ndarray, "N L"] | None = None\n'
+            '    freshness: Float32[np.ndarray, "N Z"] | None = None\n',
+        ),
+        (
+            '    teacher_weight: Float[Array, "R judged T"]',
+            '    freshness: Float[Array, "R N Z"]\n    teacher_weight: Float[Array, "R judged T"]',
+        ),
+    ],
+    "kd_ranker/sources/cascade.py": [
+        (
+            "        teacher_version=TEACHER_VERSION,\n",
+            "        teacher_version=TEACHER_VERSION,\n        freshness=2,\n",
+        ),
+        (
+            "        item_id=candidates.item_id.astype(np.int32),\n",
+            "        item_id=candidates.item_id.astype(np.int32),\n"
+            "        freshness=(candidates.item_id[:, None] % (5, 7)).astype(np.float32),\n",
+        ),
+    ],
+}
+
+
+def test_an_input_field_of_a_candidate_touches_two_files(tmp_path):
+    assert len(AN_INPUT_FIELD) == 2
+    folder = changed_copy(tmp_path, AN_INPUT_FIELD)
+    run_there(
+        folder,
+        """
+import numpy as np
+from configs import cascade
+from kd_ranker.batch import empty_batch
+from kd_ranker.batches.cutting import unpack
+from kd_ranker.batches.evaluation import evaluation_batches
+from kd_ranker.batches.training import BatchConfig, training_batches
+from kd_ranker.pipeline import commands, teachers
+from kd_ranker.requests.records import read_requests
+
+config = cascade.get_config("small")
+config.data.dir = "datasets"
+config.data.train_requests, config.data.test_requests = 16, 4
+commands.prepare_data(config)
+dataset = teachers.open_dataset(config)
+
+def assert_fresh(freshness, item_id, there):
+    expected = np.stack([item_id % 5, item_id % 7], axis=-1)
+    np.testing.assert_array_equal(freshness, np.where(there[..., None], expected, 7))
+
+request = next(read_requests(dataset, "train"))
+assert_fresh(request.freshness, request.item_id, request.item_id >= 0)
+sizes = BatchConfig(4, 120, 0.5, 1.0, seed=0)
+made = [training_batches(dataset, sizes, resident=resident) for resident in (True, False)]
+batches = [unpack(next(iter(of))) for of in made]
+batches += [next(evaluation_batches(dataset, requests=2, candidates=120)).batch]
+for batch in batches:
+    assert_fresh(*map(np.asarray, (batch.freshness, batch.item_id, batch.candidate_mask)))
+assert batch.candidate_mask.sum() == 200
+assert empty_batch(dataset.spec, 2, 3).freshness.shape == (2, 3, 2)
+assert batch.first(5).freshness.shape == (2, 5, 2)
+""",
+    )
