@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import cascade, kuairand, movielens, movielens_32m, parquet, recflow
 from kd_ranker.config import defaults
+from kd_ranker.config.keys import DATA_KEYS
 from kd_ranker.distillation.losses import LOSSES, NEEDS_PROBABILITIES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation.metrics import METRICS
@@ -66,6 +67,7 @@ def registries() -> Iterator[None]:
         mock.patch.dict(TEACHERS),
         mock.patch.dict(SOURCES),
         mock.patch.dict(METRICS),
+        mock.patch.dict(DATA_KEYS),
     ):
         yield
     NEEDS_PROBABILITIES.intersection_update(known)
