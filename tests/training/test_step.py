@@ -374,8 +374,8 @@ def test_padding_changes_nothing():
     padded = padded_to(batch, 10)
     assert padded.item_id.shape[1] == batch.item_id.shape[1] + 3
     # Programs for other shapes round otherwise, and Adam divides a gradient by its own size: where
-    # nearly all of it cancels, 1e-11 of rounding would move a parameter by 2e-6. After a step of SGD
-    # at so high a rate, the parameters are little but the gradients.
+    # nearly all of it cancels, 1e-11 of rounding would move a parameter by 2e-6. After a step of
+    # SGD at so high a rate, the parameters are little but the gradients.
     recipe, state = make_recipe("aux", "sgd", spec=spec)
     numbers = hyperparameters(
         learning_rate=1e3, table_learning_rate=1e3, weight_decay=0.0, table_weight_decay=0.0
