@@ -3,6 +3,7 @@
 A command holds the workdir that it writes to for as long as it runs, and a second one is refused.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -53,8 +54,11 @@ def prepare_data(config: ConfigDict) -> Path:
     directory = storage.directory_of(name, config.data.dir)
     entry = SOURCES[config.data.name]
     if not directory.exists():
-        source = entry.open_source(config.data, config.tasks, config.funnel)
-        storage.build(source, name, config.data.dir)
+        # Before the raw files are read, which may take long.
+        with storage.building(name, config.data.dir):
+            source = entry.open_source(config.data, config.tasks, config.funnel)
+            with contextlib.closing(source):
+                storage.write(source, directory)
     elif entry.check_unchanged:
         entry.check_unchanged(config.data, directory)
     return directory

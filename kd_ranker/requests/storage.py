@@ -1,186 +1,250 @@
-"""Requests on disk: a TFDS builder that writes ArrayRecord, and the folder that it makes.
+"""Requests on disk: the folder of a dataset, how it is written and opened.
 
-A built dataset is `data.dir/requests/<name>/<version>` with the splits `train` and `test`, and
-beside the records
+A built dataset is `data.dir/requests/<name>/<version>`, which TFDS opens, with the splits `train`
+and `test`, and beside the records
 
     feature_spec.json   the sizes of its features (`FeatureSpec`)
     items.npy           float32 [num_items, F], what is known of each item, stored once
     item_category.npy   int32 [num_items, I], the category ids of each item
 
-and what else its source puts there. TFDS writes into a temporary folder and renames it at the end,
-so a dataset is whole or absent. Of a source with `resume`, the finished shards outlive a run that
-was killed, and a later one writes the others.
+and what else its source puts there. It is written to a temporary folder that is renamed at the end,
+so a dataset is whole or absent; what a build that was killed has left, the next one removes. Of a
+source with `resume`, the finished shards outlive such a build, and a later one writes the others.
+The shards of equal requests are equal, byte for byte.
 """
 
 import contextlib
 import dataclasses
-import fcntl
-import io
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 from jaxtyping import Int32
-from tensorflow_datasets.core.constants import INCOMPLETE_PREFIX
-from tensorflow_datasets.core.example_serializer import ExampleSerializer
-from tensorflow_datasets.core.file_adapters import ADAPTER_FOR_FORMAT, FileFormat
 from tqdm import tqdm
 
 from kd_ranker.batch import STORED, FeatureSpec, Request
 from kd_ranker.errors import UserError
+from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import Dataset, record_features, to_record
 from kd_ranker.requests.request import SPLITS, Source
 
 FORMAT_VERSION = "1.1.0"
 SPEC_FILE = "feature_spec.json"
+_NAME, _FORMAT = "requests", "array_record"
 _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
-_RECORDS = ADAPTER_FOR_FORMAT[FileFormat.ARRAY_RECORD]
-# What the name of a shard starts with that is being written.
+# What the name of a folder or of a shard starts with that is being written.
 _UNFINISHED = ".unfinished-"
+# The folders of builds that were killed; those of earlier releases had another name.
+_LEFTOVERS = (f"{_UNFINISHED}*", "incomplete.*")
 
 
-class Requests(tfds.core.GeneratorBasedBuilder):
-    """Writes the requests of a source."""
-
-    VERSION = tfds.core.Version(FORMAT_VERSION)
-    name = "requests"
-
-    def __init__(self, *, source: Source, config_name: str, data_dir: str):
-        """Makes a builder that writes to `data_dir/requests/<config_name>/<version>`."""
-        self._source = source
-        super().__init__(
-            data_dir=data_dir,
-            config=tfds.core.BuilderConfig(name=config_name, version=self.VERSION),
-            file_format="array_record",
-        )
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            features=record_features(self._source.spec),
-            # A scored copy must keep the order, so that the same seed draws the same batches.
-            disable_shuffling=True,
-        )
-
-    def _download_and_prepare(self, dl_manager: Any, download_config: Any = None) -> None:
-        if self._source.shards is None:
-            super()._download_and_prepare(dl_manager, download_config)
-        else:
-            self._write_items()
-            self._write_shards()
-        if self._source.write_beside:
-            self._source.write_beside(Path(self.data_path))
-
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[int, dict]]]:
-        del dl_manager
-        self._write_items()
-        return {split: self._generate_examples(split) for split in SPLITS}
-
-    def _write_items(self) -> None:
-        (self.data_path / SPEC_FILE).write_text(self._source.spec.to_json())
-        with (self.data_path / _ITEMS_FILE).open("wb") as file:
-            np.save(file, self._source.item_features)
-        with (self.data_path / _CATEGORY_FILE).open("wb") as file:
-            np.save(file, _item_category(self._source))
-
-    def _write_shards(self) -> None:
-        """Writes a file a shard, where it is not kept from an earlier run.
-
-        TFDS' own builder of shards would hold all of a shard's requests in memory, and write one
-        shard after the other.
-        """
-        source, calls, shards_of = self._source, [], {}
-        folder = source.resume or Path(self.data_path)
-        for split in SPLITS:
-            template = self._get_filename_template(split)
-            shards = source.shards(split) if source.shards else []
-            paths = [
-                template.sharded_filepath(shard_index=index, num_shards=len(shards))
-                for index in range(len(shards))
-            ]
-            shards_of[split] = template, paths
-            calls += [
-                (folder / path.name, shard, source.spec)
-                for path, shard in zip(paths, shards, strict=True)
-            ]
-        missing = [call for call in calls if not call[0].exists()]
-        for _ in source.run(write_shard, missing, "writing"):
-            pass
-        infos = []
-        for split, (template, paths) in shards_of.items():
-            lengths = [_RECORDS.num_examples(folder / path.name) for path in paths]
-            if sum(lengths) != source.num_requests[split]:
-                raise RuntimeError(
-                    f"{source.num_requests[split]} requests in split {split!r}, {sum(lengths)} "
-                    "written"
-                )
-            if source.resume:
-                for path in paths:
-                    _link(source.resume / path.name, Path(path))
-            infos.append(
-                tfds.core.SplitInfo(
-                    name=split,
-                    shard_lengths=lengths,
-                    num_bytes=sum(path.stat().length for path in paths),
-                    filename_template=template,
-                )
-            )
-        self.info.set_splits(tfds.core.SplitDict(infos))
-
-    def _generate_examples(self, split: str) -> Iterator[tuple[int, dict]]:
-        requests = tqdm(
-            self._source.requests(split),
-            total=self._source.num_requests[split],
-            desc=f"writing {split}",
-            unit="request",
-            disable=None,
-        )
-        for index, request in enumerate(requests):
-            _check_ids(request, self._source.spec)
-            yield index, to_record(request, self._source.spec.tasks)
+def directory_of(name: str, data_dir: str) -> Path:
+    """The folder of the dataset `name` (see `config.identity`), built or not."""
+    return Path(data_dir) / _NAME / name / FORMAT_VERSION
 
 
-def write_shard(path: Path, requests: Callable[[], Iterator[Request]], spec: FeatureSpec) -> None:
-    """Writes requests to a file, which is whole or absent; it knows their number itself."""
-    features = record_features(spec)
-    serializer = ExampleSerializer(features.get_serialized_info())
+def build(source: Source, name: str, data_dir: str) -> Path:
+    """Writes a source to disk unless it is there already, closes it, and returns its folder.
 
-    def records() -> Iterator[tuple[int, bytes]]:
-        for number, request in enumerate(requests()):
-            _check_ids(request, spec)
-            record = features.encode_example(to_record(request, spec.tasks))
-            example = serializer.get_tf_example(record)
-            # Else the order of its fields differs from process to process.
-            yield number, example.SerializeToString(deterministic=True)
-
-    temporary = path.with_name(f"{_UNFINISHED}{path.name}.{os.getpid()}")
-    try:
-        _RECORDS.write_examples(temporary, records())
-        # Else a machine that loses its power may keep the name and lose what it names.
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    Raises:
+      UserError: the source is at fault, or another process builds the same dataset.
+    """
+    directory = directory_of(name, data_dir)
+    with contextlib.closing(source):
+        if not directory.exists() or _kept_shards(source):
+            with building(name, data_dir):
+                write(source, directory)
+    return directory
 
 
-def _link(kept: Path, path: Path) -> None:
-    """Gives a file a second name: the first one stays until all of the dataset is written."""
-    try:
-        os.link(kept, path)
-    except OSError:  # a file system without such names
-        shutil.copyfile(kept, path)
+@contextlib.contextmanager
+def building(name: str, data_dir: str) -> Iterator[Path]:
+    """Lets no other process build a dataset meanwhile; gives its folder.
+
+    What a build that was killed has left there is removed.
+
+    Raises:
+      UserError: another process builds it.
+    """
+    directory = directory_of(name, data_dir)
+    with hold(directory.parent):
+        for pattern in _LEFTOVERS:
+            for leftover in directory.parent.glob(pattern):
+                shutil.rmtree(leftover)
+        yield directory
+
+
+def write(source: Source, directory: Path) -> None:
+    """Writes a source to a folder of `building`, unless it is there already.
+
+    Raises:
+      UserError: the source is at fault.
+    """
+    if not directory.exists():
+        _check(source)
+        unfinished = directory.with_name(f"{_UNFINISHED}{directory.name}")
+        unfinished.mkdir()
+        try:
+            _write_items(source, unfinished)
+            _write_records(source, unfinished)
+            if source.write_beside:
+                source.write_beside(unfinished)
+            for path in (*unfinished.rglob("*"), unfinished):
+                _flush(path)
+            unfinished.rename(directory)
+            _flush(directory.parent)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    if kept := _kept_shards(source):
+        shutil.rmtree(kept)
+
+
+def _kept_shards(source: Source) -> Path | None:
+    """The folder of shards that outlive a build, if there are any."""
+    kept = source.resume and source.resume.parent
+    return kept if kept and kept.exists() else None
+
+
+def _check(source: Source) -> None:
+    """Raises UserError for a source that cannot be stored."""
+    _check_widths(source.spec)
+    for split, number in source.num_requests.items():
+        if not number:
+            raise UserError(f"{source.spec.dataset} yields no requests for its split {split!r}")
+
+
+def _write_items(source: Source, folder: Path) -> None:
+    (folder / SPEC_FILE).write_text(source.spec.to_json())
+    np.save(folder / _ITEMS_FILE, source.item_features)
+    np.save(folder / _CATEGORY_FILE, _item_category(source))
 
 
 def _item_category(source: Source) -> Int32[np.ndarray, "items I"]:
     if source.item_category is None:
         return np.zeros((source.spec.num_items, 0), np.int32)
     return source.item_category
+
+
+def _write_records(source: Source, folder: Path) -> None:
+    """Writes the shards, where they are not kept from an earlier build, and what TFDS asks for.
+
+    A source without shards has one a split.
+    """
+    kept = source.resume or folder
+    paths, calls = {}, []
+    for split in SPLITS:
+        shards = source.shards(split) if source.shards else [_whole_split(source, split)]
+        paths[split] = _paths_of(split, len(shards), kept)
+        calls += [
+            (path, shard, source.spec) for path, shard in zip(paths[split], shards, strict=True)
+        ]
+    missing = _missing(calls, kept) if source.resume else calls
+    if source.shards is None:
+        for call in missing:  # each shows how far it is
+            write_shard(*call)
+    else:
+        for _ in source.run(write_shard, missing, "writing"):
+            pass
+    lengths = {split: [_num_records(path) for path in paths[split]] for split in SPLITS}
+    for split, expected in source.num_requests.items():
+        if (found := sum(lengths[split])) != expected:
+            raise RuntimeError(f"{expected} requests in split {split!r}, {found} written")
+    if source.resume:
+        paths = {split: [_linked(path, folder) for path in paths[split]] for split in SPLITS}
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=record_features(source.spec),
+        split_infos=[
+            tfds.core.SplitInfo(
+                name=split,
+                shard_lengths=lengths[split],
+                num_bytes=sum(path.stat().st_size for path in paths[split]),
+            )
+            for split in SPLITS
+        ],
+        version=FORMAT_VERSION,
+        # A look at the first example would need TensorFlow.
+        check_data=False,
+        # A scored copy must keep the order, so that the same seed draws the same batches.
+        disable_shuffling=True,
+    )
+
+
+def _whole_split(source: Source, split: str) -> Callable[[], Iterator[Request]]:
+    number, title = source.num_requests[split], f"writing {split}"
+
+    def requests() -> Iterator[Request]:
+        return iter(tqdm(source.requests(split), title, number, unit="request", disable=None))
+
+    return requests
+
+
+def _paths_of(split: str, number: int, folder: Path) -> list[Path]:
+    """The files of the shards of a split."""
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=_NAME, split=split, filetype_suffix=_FORMAT
+    )
+    return [Path(path) for path in template.sharded_filepaths(num_shards=number)]
+
+
+def _missing(calls: Sequence[tuple], kept: Path) -> list[tuple]:
+    """The calls of `write_shard` whose files an earlier build has not finished."""
+    kept.mkdir(parents=True, exist_ok=True)
+    for unfinished in kept.glob(f"{_UNFINISHED}*"):
+        unfinished.unlink(missing_ok=True)
+    missing = [call for call in calls if not call[0].exists()]
+    if found := len(calls) - len(missing):
+        logging.warning("%d of %d shards were found finished in %s", found, len(calls), kept)
+    return missing
+
+
+def write_shard(path: Path, requests: Callable[[], Iterator[Request]], spec: FeatureSpec) -> None:
+    """Writes requests to a file, which is whole or absent; it knows their number itself."""
+    features = record_features(spec)
+    serializer = tfds.core.ExampleSerializer(features.get_serialized_info())
+    temporary = path.with_name(f"{_UNFINISHED}{path.name}.{os.getpid()}")
+    try:
+        # A record a group: they are read one by one.
+        with contextlib.closing(ArrayRecordWriter(str(temporary), "group_size:1")) as writer:
+            for request in requests():
+                _check_ids(request, spec)
+                record = features.encode_example(to_record(request, spec.tasks))
+                example = serializer.get_tf_example(record)
+                # Else the order of its fields differs from process to process.
+                writer.write(example.SerializeToString(deterministic=True))
+        _flush(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _num_records(path: Path) -> int:
+    with contextlib.closing(ArrayRecordReader(str(path))) as reader:
+        return reader.num_records()
+
+
+def _linked(kept: Path, folder: Path) -> Path:
+    """A second name for a file: the first one stays until all of the dataset is written."""
+    path = folder / kept.name
+    try:
+        os.link(kept, path)
+    except OSError:  # a file system without such names
+        shutil.copyfile(kept, path)
+    return path
+
+
+def _flush(path: Path) -> None:
+    """Has a file or a folder lie on the disk: else a loss of power may keep a name and no more."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _check_widths(spec: FeatureSpec) -> None:
@@ -207,73 +271,6 @@ def _check_ids(request: Request, spec: FeatureSpec) -> None:
                 f"request {request.request_id}: {field.name} must lie in [{least}, {size}), "
                 f"found {ids.min()} to {ids.max()}"
             )
-
-
-def directory_of(name: str, data_dir: str) -> Path:
-    """The folder of the dataset `name`, built or not."""
-    return Path(data_dir) / Requests.name / name / FORMAT_VERSION
-
-
-def build(source: Source, name: str, data_dir: str) -> Path:
-    """Writes a source to disk unless it is there already, closes it, and returns its folder."""
-    with contextlib.closing(source):
-        return _build(source, name, data_dir)
-
-
-@contextlib.contextmanager
-def _resuming(source: Source, directory: Path) -> Iterator[None]:
-    """Holds `source.resume` for this run alone, and removes it once the dataset is whole.
-
-    A run that dies lets go of it. What it was about to write is removed here.
-
-    Raises:
-      UserError: another run holds it.
-    """
-    if source.resume is None or (directory.exists() and not source.resume.parent.exists()):
-        yield
-        return
-    folder, whole = source.resume, source.resume.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    with (whole / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another run is writing {directory}; wait for its end") from error
-        for unfinished in folder.glob(f"{_UNFINISHED}*"):
-            unfinished.unlink(missing_ok=True)
-        for unfinished in directory.parent.glob(f"{INCOMPLETE_PREFIX}*"):
-            shutil.rmtree(unfinished)
-        if found := len(list(folder.iterdir())):
-            number = sum(len(source.shards(split)) for split in SPLITS) if source.shards else 0
-            logging.warning("%d of %d shards were found finished in %s", found, number, folder)
-        yield
-        shutil.rmtree(whole)
-
-
-def _build(source: Source, name: str, data_dir: str) -> Path:
-    directory = directory_of(name, data_dir)
-    with _resuming(source, directory):
-        if not directory.exists():
-            _write(source, name, data_dir)
-    return directory
-
-
-def _write(source: Source, name: str, data_dir: str) -> None:
-    _check_widths(source.spec)
-    for split, number in source.num_requests.items():
-        if not number:
-            raise UserError(f"{source.spec.dataset} yields no requests for its split {split!r}")
-    # TFDS' own bars do not know how many requests are to come; ours do.
-    tfds.disable_progress_bar()
-    # It announces a download, and there is none, and warns of configs that are not its own.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder = Requests(source=source, config_name=name, data_dir=data_dir)
-            builder.download_and_prepare()
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:

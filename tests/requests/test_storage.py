@@ -1,8 +1,8 @@
 import dataclasses
-import fcntl
 import functools
 import itertools
 import os
+import signal
 
 import numpy as np
 import pytest
@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import Category
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
-from kd_ranker.requests.pool import run_here
+from kd_ranker.requests.pool import open_pool, run_here
 from kd_ranker.requests.request import SPLITS
+from tests import small
 from tests.requests.random_requests import random_source
 
 FUNNEL = ConfigDict({"retrieved": 20, "passed": 9, "shown": 4, "report_at": (5,)})
@@ -140,7 +141,7 @@ def build_and_die(source, tmp_path, number, name="small"):
 
 @pytest.fixture
 def whole(tmp_path):
-    """The records as TFDS writes them in one pass."""
+    """The records as they are written in one pass."""
     return records(storage.build(random_source(), "whole", str(tmp_path)))
 
 
@@ -164,9 +165,9 @@ def test_a_build_that_died_goes_on_with_the_shards_that_are_missing(tmp_path, wh
     assert read == [("train", 8)]
     assert "2 of 5 shards were found finished" in caplog.text
     read.clear()
-    # What a process that was killed there leaves.
+    # What a process of an earlier release leaves that was killed there.
     incomplete = tmp_path / "requests" / "small" / "incomplete.ABCDEF_1.1.0"
-    incomplete.mkdir()
+    incomplete.mkdir(parents=True)
     directory = storage.build(source, "small", str(tmp_path))
     assert read == [("test", 0), ("test", 4)]
     assert records(directory) == whole
@@ -247,14 +248,105 @@ def test_what_was_left_of_a_dataset_that_is_whole_is_removed(tmp_path):
     assert not read
 
 
-def test_two_runs_at_once_are_refused_and_one_after_the_other_are_not(tmp_path):
-    kept = tmp_path / ".kept" / "a"
-    source, read = source_of_shards(kept)
-    kept.mkdir(parents=True)
-    with (kept.parent / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match=r"another run is writing .*small.*; wait for its end"):
+@pytest.mark.parametrize("kept", [False, True])
+def test_two_builds_at_once_are_refused_and_one_after_the_other_are_not(tmp_path, kept):
+    source, read = source_of_shards(tmp_path / ".kept" / "a" if kept else None)
+    with storage.building("small", str(tmp_path)):
+        with pytest.raises(UserError, match=r"small is held by process .*; wait for its end"):
             storage.build(source, "small", str(tmp_path))
-    assert not read
+        assert not read
+        # Another dataset is none of its business.
+        storage.build(random_source(), "other", str(tmp_path))
     storage.build(source, "small", str(tmp_path))
     assert len(read) == 5
+
+
+def bytes_of(directory):
+    """The bytes of each file."""
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+# Builds a dataset in a process of its own, or in shards that so many others write; dies when it has
+# written the first file, if it is told so.
+_BUILDING = """
+import os, signal, sys
+from kd_ranker.requests import storage
+from tests.requests.test_storage import build_in_shards
+from tests import small
+from tests.requests.random_requests import random_source
+
+if __name__ == "__main__":
+    folder, processes, dies = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "dies"
+    write = storage.write_shard
+    def dying(*arguments):
+        write(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if dies:
+        storage.write_shard = dying
+    if processes:
+        build_in_shards(folder, processes)
+    else:
+        storage.build(random_source(), "small", folder)
+    assert "tensorflow" not in sys.modules
+"""
+
+
+def part_of(split, start, stop):
+    yield from itertools.islice(random_source().requests(split), start, stop)
+
+
+def build_in_shards(folder, processes):
+    """Builds `random_source` in shards that other processes can write."""
+    shards = {
+        "train": [functools.partial(part_of, "train", start, start + 4) for start in (0, 4, 8)],
+        "test": [functools.partial(part_of, "test", 0, 5)],
+    }
+    with open_pool(processes) as run:
+        source = dataclasses.replace(random_source(), shards=shards.__getitem__, run=run)
+        return storage.build(source, "small", str(folder))
+
+
+def build_elsewhere(folder, processes=0, dies=False):
+    return small.run(
+        "-c", _BUILDING, str(folder), str(processes), "dies" if dies else ""
+    ).returncode
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_dataset_is_the_same_bytes_at_every_build(tmp_path, processes):
+    assert build_elsewhere(tmp_path / "there", processes) == 0
+    there = bytes_of(storage.directory_of("small", str(tmp_path / "there")))
+    if processes:
+        here = build_in_shards(tmp_path / "here", 1)
+    else:
+        here = storage.build(random_source(), "small", str(tmp_path / "here"))
+    assert bytes_of(here) == there
+    assert len(there) == 5 + (4 if processes else 2)
+
+
+def test_the_next_build_removes_what_a_killed_one_has_left(tmp_path, whole):
+    assert build_elsewhere(tmp_path, dies=True) == -signal.SIGKILL
+    parent = storage.directory_of("small", str(tmp_path)).parent
+    left = sorted(path.name for path in parent.iterdir())
+    assert left == [".lock", ".unfinished-1.1.0"]
+    assert [*(parent / left[1]).glob("requests-train.array_record-*")]
+    directory = storage.build(random_source(), "small", str(tmp_path))
+    assert [path.name for path in parent.iterdir()] == [directory.name]
+    assert records(directory) == whole
+
+
+def test_a_build_that_fails_leaves_nothing(tmp_path):
+    def full(directory):
+        raise OSError("no space left")
+
+    source = dataclasses.replace(random_source(), write_beside=full)
+    with pytest.raises(OSError, match="no space left"):
+        storage.build(source, "small", str(tmp_path))
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_source_that_yields_other_numbers_than_it_says_is_refused(tmp_path):
+    source = dataclasses.replace(random_source(), num_requests={"train": 13, "test": 5})
+    with pytest.raises(RuntimeError, match="13 requests in split 'train', 12 written"):
+        storage.build(source, "small", str(tmp_path))
+    assert not [*tmp_path.iterdir()]
