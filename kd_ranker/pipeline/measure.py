@@ -33,13 +33,13 @@ class Students(NamedTuple):
     Attributes:
       names: a name a member.
       ranker: how they rank; its parameters are stacked.
-      step: their last step.
+      steps: a member's last step.
       non_finite_step: a member's 0, or the step at which its loss stopped being finite.
     """
 
     names: tuple[str, ...]
     ranker: Ranker
-    step: int
+    steps: tuple[int, ...]
     non_finite_step: tuple[int, ...]
 
 
@@ -132,10 +132,8 @@ def measure(
         first = members[group.names[0]]
         flops = _student_flops(first, dataset.spec) if costs else _NOT_COUNTED
         for index, name in enumerate(group.names):
-            # The run went on for others when a member had taken its own steps.
-            step = min(group.step, members[name].train.steps)
             for serve in MODES[first.distill.mode].serve:
-                row = _student_row(members[name], name, serve, step)
+                row = _student_row(members[name], name, serve, group.steps[index])
                 row = results.with_cost(row, flops, flops_of_teacher)
                 if non_finite_step := group.non_finite_step[index]:
                     measured.rows.append(row | {"non_finite_step": non_finite_step})

@@ -29,7 +29,14 @@ from kd_ranker.training.identity import Identity
 from kd_ranker.training.loop import Evaluate, fit, scalar_name
 from kd_ranker.training.mapping import MAPPINGS, DeviceMap
 from kd_ranker.training.recipes import TEACHER_STAGES, Group
-from kd_ranker.training.state import Frozen, LiveTeacher, States, select_member
+from kd_ranker.training.run import Run, make_run
+from kd_ranker.training.state import (
+    Frozen,
+    LiveTeacher,
+    States,
+    select_member,
+    steps_of_members,
+)
 
 
 def device_mapping(config: ConfigDict) -> DeviceMap:
@@ -102,7 +109,7 @@ def fit_students(
 ) -> list[Students]:
     """Trains the students of `members`, by name, in one program on the same batches.
 
-    `config` says what they have in common; `bar` gets `config.train.steps`.
+    `config` says what they have in common; `bar` gets the steps of the one that takes most.
     """
     groups = recipes.student_groups(members, dataset.spec)
     # A population without a use for a teacher does not pay for one.
@@ -116,7 +123,7 @@ def fit_students(
             Students(
                 names=group.names,
                 ranker=Ranker(serve, state.parameters),
-                step=int(state.step),
+                steps=tuple(np.asarray(steps_of_members(state, group.numbers)).tolist()),
                 non_finite_step=tuple(np.asarray(state.non_finite_step).tolist()),
             )
             for group, serve, state in zip(groups, serves, states, strict=True)
@@ -178,25 +185,24 @@ def _fit(
     bar: tqdm,
 ) -> States:
     """`fit` with what `section` (`config`, or `config.teacher`) says of batches and steps."""
+    run = prepare_run(config, dataset, section, groups, live)
+    return fit(run, section.train, workdir, whose, progress, bar)
+
+
+def prepare_run(
+    config: ConfigDict,
+    dataset: Dataset,
+    section: ConfigDict,
+    groups: Sequence[Group],
+    live: Teacher | None,
+) -> Run:
+    """The run of these groups on the batches of `section`: `config`, or `config.teacher`."""
     mapping = device_mapping(config)
     teacher = LiveTeacher(live.model, TEACHER_STAGES[config.teacher.stage]) if live else None
     needs = recipes.needs(groups, teacher)
     batches = batches_of_run(config, dataset, section.batch, mapping, needs)
-    frozen = mapping.replicate(
-        Frozen(
-            items=jax.tree.map(jnp.asarray, dataset.items),
-            teacher=live.parameters if live else None,
-        )
+    frozen = Frozen(
+        items=jax.tree.map(jnp.asarray, dataset.items),
+        teacher=live.parameters if live else None,
     )
-    return fit(
-        groups=groups,
-        teacher=teacher,
-        batches=batches,
-        frozen=frozen,
-        mapping=mapping,
-        train=section.train,
-        workdir=workdir,
-        identity=whose,
-        evaluate=progress,
-        bar=bar,
-    )
+    return make_run(groups, teacher, batches, frozen, mapping)

@@ -162,3 +162,8 @@ def init_state(recipe: Recipe, parameters: Parameters, tasks: int, affine: bool)
             for name, tables in parameters.tables.items()
         },
     )
+
+
+def steps_of_members(state: TrainState, numbers: Hyperparameters) -> Int[Array, "members"]:
+    """The last step that each member of a group has taken: one that is finished takes no more."""
+    return jnp.minimum(state.step, numbers.steps.astype(jnp.int32))

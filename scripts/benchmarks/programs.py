@@ -1,6 +1,7 @@
 """The project's own train step, ready to be timed: as `experiments.train` builds it."""
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,12 +15,13 @@ from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training import recipes
 from kd_ranker.training.mapping import MAPPINGS
+from kd_ranker.training.run import initial_states, make_run, take_step
 from kd_ranker.training.state import Frozen, LiveTeacher
 from kd_ranker.training.step import make_step
 
 
 class Program:
-    """A compiled train step with the state that it works on."""
+    """A run of students over one resident batch, with the state that its steps work on."""
 
     def __init__(
         self,
@@ -31,34 +33,29 @@ class Program:
     ):
         """Compiles the step of the members, for batches like `batch`."""
         config = next(iter(members.values()))
-        groups = recipes.student_groups(members, spec)
         stage = recipes.TEACHER_STAGES[config.teacher.stage]
+        devices = MAPPINGS["shard_map"](jax.devices()[:1])
+        self.batch = devices.shard(batch)
+        groups = recipes.student_groups(members, spec)
         live = LiveTeacher(teacher.model, stage) if teacher else None
-        self.mapping = MAPPINGS["shard_map"](jax.devices()[:1])
-        self.states = self.mapping.create(lambda: tuple(group.init() for group in groups))
-        self.batch = self.mapping.shard(batch)
-        numbers = tuple(group.numbers for group in groups)
-        frozen = self.mapping.replicate(
-            Frozen(
-                jax.tree.map(jnp.asarray, items),
-                teacher.parameters if teacher else None,
-            )
-        )
-        step_of_groups = make_step([group.recipe for group in groups], live)
+        step = make_step([group.recipe for group in groups], live)
 
         def of_either(states: Any, batch: Any, *others: Any) -> Any:
             whole = unpack(batch) if isinstance(batch, PackedBatch) else batch
-            return step_of_groups(states, whole, *others)
+            return step(states, whole, *others)
 
-        step = self.mapping.map_step(of_either)
-        compiled = step.lower(self.states, self.batch, numbers, frozen).compile()
+        frozen = Frozen(jax.tree.map(jnp.asarray, items), teacher.parameters if teacher else None)
+        run = make_run(groups, live, itertools.repeat(self.batch), frozen, devices)
+        self.run = run._replace(step=devices.map_step(of_either))
+        self.states = initial_states(self.run)
+        arguments = (self.states, self.batch, self.run.numbers, self.run.frozen)
+        compiled = self.run.step.lower(*arguments).compile()
         self.flops = float(compiled.cost_analysis()["flops"])
-        # Through the jitted function, as the training loop does.
-        self._take: Callable = lambda states, batch: step(states, batch, numbers, frozen)
 
     def start(self, batch: Any) -> Any:
         """Starts a step on a batch that is on the device; the losses may not be ready yet."""
-        self.states, losses = self._take(self.states, batch)
+        # Through the jitted function, as the training loop does.
+        self.states, losses = take_step(self.run, self.states, batch)
         return losses
 
     def step(self) -> None:

@@ -1,0 +1,72 @@
+"""A run: the members that one program trains, their batches and devices, ready to take steps."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from kd_ranker.batches.cutting import on_packed
+from kd_ranker.batches.training import TrainingBatches
+from kd_ranker.training.mapping import DeviceMap
+from kd_ranker.training.recipes import Group
+from kd_ranker.training.state import Frozen, Hyperparameters, LiveTeacher, States
+from kd_ranker.training.step import Losses, make_step
+
+
+class Run(NamedTuple):
+    """All that a run is made of, but for the states that it takes from step to step.
+
+    Attributes:
+      groups: the members to train, all in one program.
+      batches: endless, on the devices already.
+      frozen: the arrays that the step reads and does not change, on all devices already.
+      devices: the mapping over devices.
+      step: the mapped step.
+    """
+
+    groups: tuple[Group, ...]
+    batches: TrainingBatches
+    frozen: Frozen
+    devices: DeviceMap
+    step: Callable[..., tuple[States, tuple[Losses, ...]]]
+
+    @property
+    def numbers(self) -> tuple[Hyperparameters, ...]:
+        """The members' numbers, a group each."""
+        return tuple(group.numbers for group in self.groups)
+
+    @property
+    def steps(self) -> int:
+        """The number of steps until the last member is done."""
+        return max(int(numbers.steps.max()) for numbers in self.numbers)
+
+
+def make_run(
+    groups: Sequence[Group],
+    teacher: LiveTeacher | None,
+    batches: TrainingBatches,
+    frozen: Frozen,
+    devices: DeviceMap,
+) -> Run:
+    """Puts a run together; its program is compiled at the first step.
+
+    Args:
+      groups: the members to train, all in one program.
+      teacher: the live teacher, or None.
+      batches: endless, on the devices already.
+      frozen: the arrays that the step reads and does not change, on the host or on one device.
+      devices: the mapping over devices.
+    """
+    step = on_packed(make_step([group.recipe for group in groups], teacher))
+    return Run(tuple(groups), batches, devices.replicate(frozen), devices, devices.map_step(step))
+
+
+def initial_states(run: Run) -> States:
+    """The states before the first step, made on all devices."""
+    return run.devices.create(lambda: tuple(group.init() for group in run.groups))
+
+
+def take_step(run: Run, states: States, batch: Any) -> tuple[States, tuple[Losses, ...]]:
+    """The states after a step on a batch, and the losses; the states that are given are donated.
+
+    All of them are on the devices, and may not be ready yet.
+    """
+    return run.step(states, batch, run.numbers, run.frozen)
