@@ -1,1 +1,1 @@
-"""How a student meets user labels and the teacher's probabilities."""
+"""Modes and losses: a student between user labels and the teacher's probabilities."""

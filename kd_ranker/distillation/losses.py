@@ -1,4 +1,4 @@
-"""Distillation losses: how far the student's logits are from what the teacher says.
+"""Distillation losses: distances between the student's logits and the teacher's word.
 
 Each loss is a pure function
 
@@ -11,18 +11,19 @@ a task and a request, a candidate is *known* if its weight is greater than 0.
 
     bce, mse_logit     compare p with σ(z), a candidate by itself
     softmax            compares the distributions that p and z give over a request
-    ranknet, lambda    see which of two candidates of a request the teacher puts first
-    topk               sees which candidates of a request the teacher puts among its first k
+    ranknet, lambda    compare the order of each two candidates of a request
+    topk               compares who is among the first k of a request
 
 The first two need probabilities (`NEEDS_PROBABILITIES`). For the others positions will do, which
-`teacher_signal` turns into pseudo-probabilities. They compare the candidates of a request: one in
-which there is nothing to compare adds nothing to numerator or denominator.
+`teacher_signal` turns into pseudo-probabilities. They compare the candidates of a request; one with
+nothing to compare adds nothing to numerator or denominator.
 
-An entry of weight 0 contributes exactly nothing, to the loss and to its gradient, whatever stands
-there, NaN included; so the candidates that fill up a batch change nothing.
+An entry of weight 0 may hold anything, NaN included, and contributes exactly nothing to the loss
+and to its gradient; so the candidates that fill up a batch change nothing.
 
 To add a loss, write such a function and name it in `LOSSES`, and in `NEEDS_PROBABILITIES` if it
-takes p for more than an order.
+takes p for more than an order. A number of its own is a field of `LossNumbers`, and a key of that
+name in the config's section `distill`.
 """
 
 from collections.abc import Callable
@@ -55,7 +56,7 @@ Logits = Float[Array, "R N T"]
 Totals = tuple[Float[Array, "T"], Float[Array, "T"]]
 Loss = Callable[[Logits, Logits, Logits, LossNumbers], Totals]
 
-# Of one request and one task.
+# Types of the arrays of one request and one task.
 _List = Float[Array, "N"]
 _Known = Bool[Array, "N"]
 _Pairs = Float[Array, "N*N"]
@@ -64,7 +65,7 @@ DEFAULT_NUMBERS = LossNumbers()
 
 # Keeps the logit of a logged probability of exactly 0 or 1 finite.
 _PROBABILITY_FLOOR = 1e-6
-# How many pairs a pairwise loss holds at a time. On a CPU more took more memory and no less time.
+# The pairs that a pairwise loss holds at a time. On a CPU, more took more memory and no less time.
 _PAIRS_AT_ONCE = 2**18
 
 
@@ -76,8 +77,8 @@ def weighted_totals(values: Logits, weight: Logits) -> Totals:
 def _only_known(
     logits: Logits, probability: Logits, weight: Logits
 ) -> tuple[Bool[Array, "R N T"], Logits, Logits]:
-    """Who is known, and both arrays with a number that does no harm where that is nobody."""
-    # A product with 0 does not remove a NaN, so what must not count is replaced before use.
+    """The mask of known entries, and both arrays with a harmless number in all others."""
+    # A product with 0 does not remove a NaN, so values that must not count are replaced before use.
     known = weight > 0
     return known, jnp.where(known, logits, 0.0), jnp.where(known, probability, 0.5)
 
@@ -328,7 +329,7 @@ def lambda_rank(
 
 
 def pairs_held(requests: int, candidates: int, tasks: int) -> int:
-    """How many pairs a pairwise loss holds at a time, for one member.
+    """The number of pairs that a pairwise loss holds at a time, for one member.
 
     Example:
       All of the pairs of a small batch, some of those of a larger one:
@@ -354,8 +355,8 @@ def _pairwise(
 ) -> Totals:
     """The logistic loss of pairs with p_i > p_j, weighted by w_i · w_j · `pair_weights`.
 
-    `pair_weights` maps one list of logits and probabilities, and which of them are known, to a
-    weight a pair, in the order of `rax.utils.compute_pairs`; those of other pairs do not matter.
+    `pair_weights` maps one list of logits, its probabilities and its mask of known ones to a weight
+    a pair, in the order of `rax.utils.compute_pairs`; the weights of other pairs do not matter.
     """
     temperature = numbers.temperature
     known, logits, probability = _only_known(logits, probability, weight)
@@ -381,7 +382,7 @@ def _pairwise(
     def lists(array: Array) -> Array:
         return jnp.swapaxes(array, 1, 2).reshape(requests * tasks, candidates)
 
-    # Some lists at a time, each with its gradient, so that no pair outlives its turn.
+    # Take some lists at a time, each with its gradient, so that no pair outlives its turn.
     fixed = jax.lax.stop_gradient(logits)
     (numerator, denominator), gradient = jax.lax.map(
         of_list,
@@ -389,7 +390,7 @@ def _pairwise(
         batch_size=_lists_at_once(requests * tasks, candidates),
     )
     gradient = jnp.swapaxes(gradient.reshape(requests, tasks, candidates), 1, 2)
-    # A sum that is 0, and has the gradient that was found.
+    # This sum is 0, and has the gradient that was found.
     slope = jnp.sum(gradient * (logits - fixed), axis=(0, 1))
     return (
         jnp.sum(numerator.reshape(requests, tasks), axis=0) + slope,

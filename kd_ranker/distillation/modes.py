@@ -1,8 +1,8 @@
-"""How the student meets the two kinds of labels.
+"""Modes: the ways in which a student meets the two kinds of labels.
 
-A mode says how many heads a task has, which logits meet the user labels, which meet the teacher's
-probabilities, and which probabilities a served student may rank by. With student logits z of shape
-[requests, candidates, heads] and T tasks:
+A mode fixes the number of heads a task, the logits that meet the user labels, the logits that meet
+the teacher's probabilities, and the probabilities that a served student may rank by. With student
+logits z of shape [requests, candidates, heads] and T tasks:
 
     none     T heads;   user labels see z;        there is no teacher
     aux     2T heads;   user labels see z[:T];    teacher probabilities see z[T:]

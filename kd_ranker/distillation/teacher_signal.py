@@ -1,12 +1,12 @@
-"""What stands for the teacher's probabilities where a log holds the teacher's positions alone.
+"""Pseudo-probabilities, for logs that hold the teacher's positions alone.
 
 Everything past the log speaks of probabilities. So the candidate at position r = 0, 1, 2, … of the
 final ranker's list is stored with the pseudo-probability
 
     p(r) = 1 / (2 + r),    logit p(r) = −log(1 + r)
 
-of every task. It keeps the order, so whatever looks at the order alone (survival, who is in the
-top k, which of two stands higher) is what it would be with probabilities. A softmax over these
+of every task. It keeps the order, so measures of the order alone (survival, the members of the
+top k, the higher one of two) are what they would be with probabilities. A softmax over these
 logits gives position r a share in proportion to 1 / (1 + r): Zipf's law. As probabilities of an
 action they mean nothing; `kd_ranker.distillation.losses.NEEDS_PROBABILITIES` names the losses that
 take them so.

@@ -1,11 +1,11 @@
-"""Which rows of which table a batch needs, and the gathering of them.
+"""Lookups: the rows of the tables that a batch needs, and the reading of them.
 
 A model never holds a table. It names its lookups; the step gathers the rows and hands them over as
 arrays, so gradients are taken with respect to the gathered rows and never to a whole table.
 
-A table is one array [rows, W], and a row of it holds side by side all that training knows of an id:
+A table is one array [rows, W]. A row of it holds side by side all that training keeps of an id:
 
-    embedding (D) | how often it was updated (1) | slots of the optimiser (W - D - 1)
+    embedding (D) | number of its updates (1) | slots of the optimiser (W - D - 1)
 
 so that it is fetched from memory once a step and written back once. The last row is reserved for
 ids that have none of their own.
@@ -23,7 +23,7 @@ from kd_ranker.batch import CandidateBatch, Items
 Tables = dict[str, Float[Array, "rows W"]]
 Rows = dict[str, Float[Array, "... W"]]
 
-# Rows that are drawn at a time, so that a large table needs no memory beside its own.
+# The rows that are drawn at a time, so that a large table needs no memory beside its own.
 _BLOCK = 1 << 16
 
 
@@ -42,10 +42,10 @@ class Lookup(NamedTuple):
 
 
 class TableSpec(NamedTuple):
-    """How ids find their rows.
+    """The way from ids to their rows.
 
     Attributes:
-      size: how many rows there are beside the reserved one.
+      size: the number of rows beside the reserved one.
       hashed: False gives each id in [0, size) a row of its own, and every other id the reserved
         one; True spreads all ids over the rows, where some will share one.
     """
@@ -60,7 +60,7 @@ class TableSpec(NamedTuple):
 
 
 class EmbeddingSpec(NamedTuple):
-    """What is fixed about a model's embeddings.
+    """The fixed part of a model's embeddings.
 
     Attributes:
       width: D.
@@ -81,7 +81,7 @@ def init_table(
     Args:
       table: its rows.
       width: D, the length of an embedding.
-      slots: how many numbers the optimiser keeps beside it, all 0 at first.
+      slots: the number of values that the optimiser keeps beside it, all 0 at first.
       scale: standard deviation of the entries.
       key: all randomness comes from it.
 
@@ -150,18 +150,18 @@ def embeddings(spec: EmbeddingSpec, rows: Rows) -> Rows:
 def gather_to_serve(
     spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch, items: Items
 ) -> Rows:
-    """The embeddings that a trained model serves with, the reserved one for an id never met.
+    """The embeddings that a trained model serves with, the reserved one for an id never trained.
 
-    What the row of such an id holds was drawn at random and says nothing of it.
+    The own row of such an id was drawn at random and says nothing of it.
 
     Returns:
       Lookup name -> float32 [*shape of the ids, D].
     """
     served = {}
-    met = is_met(spec, tables, batch, items)
+    trained = was_trained(spec, tables, batch, items)
     for name, lookup in spec.lookups.items():
         table = tables[lookup.table]
-        row = jnp.where(met[name], _rows(spec, lookup, batch, items), table.shape[0] - 1)
+        row = jnp.where(trained[name], _rows(spec, lookup, batch, items), table.shape[0] - 1)
         served[name] = _read(table, row, spec.width)
     return served
 
@@ -171,16 +171,16 @@ def without_slots(spec: EmbeddingSpec, tables: Tables) -> Tables:
     return {name: table[:, : spec.width + 1] for name, table in tables.items()}
 
 
-def is_met(
+def was_trained(
     spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch, items: Items
 ) -> dict[str, Bool[Array, "..."]]:
-    """For each id of each lookup, whether training has ever updated a row of its own."""
-    met = {}
+    """By lookup name, True for each id that has a row of its own which training has updated."""
+    trained = {}
     for name, lookup in spec.lookups.items():
         updates = tables[lookup.table][_rows(spec, lookup, batch, items), spec.width]
         known = is_known(spec.tables[lookup.table], lookup.ids(batch, items))
-        met[name] = known & (updates > 0)
-    return met
+        trained[name] = known & (updates > 0)
+    return trained
 
 
 def _read(

@@ -1,8 +1,8 @@
 """Optimisers whose cost follows the rows touched, not the rows held.
 
-Each is a pure function on rows. `update_tables` does what they share: it adds up the gradients of
-duplicate ids and writes the touched rows back, in place when the buffers are donated. No array of a
-table's size is ever made for a gradient, nor cleared, nor sorted.
+Each is a pure function on rows. `update_tables` has the part that they share: it adds up the
+gradients of duplicate ids and writes the touched rows back, in place when the buffers are donated.
+No array of a table's size is ever made for a gradient, nor cleared, nor sorted.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ class RowOptimizer(NamedTuple):
     """One optimiser.
 
     Attributes:
-      slots: D -> how many numbers it keeps beside each row, all 0 at first.
+      slots: D -> the number of values that it keeps beside each row, all 0 at first.
       update: (gradients, slots, counts) -> the rows' steps, to be scaled by minus the learning
         rate, and their new slots. A row's count is that of its updates, this one included.
     """
@@ -32,14 +32,14 @@ class RowOptimizer(NamedTuple):
 
 
 class Occurrences(NamedTuple):
-    """Which ids of a batch are equal: what every table with these rows needs to add up gradients.
+    """The equal ids of a batch, found once for all tables that add up gradients over these rows.
 
-    It depends on the ids alone, so the members of a population share one.
+    It depends on the ids alone, so the members of a group share one.
 
     Attributes:
       row: the row of each id; int32 [M].
       position: for each id, the one place among the M that stands for all ids of its row.
-      stands: whether a place stands for a row, and the row is not one to ignore; bool [M].
+      stands: True for a place that stands for a row, unless that is to be ignored; bool [M].
     """
 
     row: Int[Array, "M"]
@@ -52,14 +52,14 @@ def find_occurrences(
 ) -> tuple[Occurrences, Int[Array, "rows"]]:
     """Finds equal rows without sorting them.
 
-    Each id writes its place into the owner of its row, and then reads who stands there: one of the
-    equal ones, whichever it is. What the owners held before does not matter, so nothing of the
-    table's size is ever cleared.
+    Each id writes its place into the owner of its row, and then reads the place that stands there
+    now: its own, or that of an equal id. The owners may have held anything before, so no array of
+    the table's size is ever cleared.
 
     Args:
       row: the row of each id, in range.
       mask: False for an id to ignore.
-      owner: of the table's length, holding anything; updated in place when donated.
+      owner: an array of the table's length, holding anything; updated in place when donated.
 
     Returns:
       The occurrences, and the owners to hand in the next time.
@@ -119,7 +119,7 @@ def update_tables(
 
     Args:
       optimizer: one of `ROW_OPTIMIZERS`.
-      tables: the members' tables, see `lookup` for what a row holds.
+      tables: the members' tables; `lookup` describes a row.
       occurrences: of the ids of the batch, which all members share.
       gradients: each member's gradient of each id's embedding.
       learning_rate: traced.

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from kd_ranker.batch import CandidateBatch, EvaluationBatch, Items
 from kd_ranker.distillation.modes import Mode
-from kd_ranker.embedding.lookup import is_met
+from kd_ranker.embedding.lookup import was_trained
 from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions
 from kd_ranker.evaluation.ranked import ranked, ranked_by_teacher
 from kd_ranker.evaluation.totals import add, request_sums
@@ -29,7 +29,7 @@ class Served(NamedTuple):
 
     Attributes:
       probability: what it may rank by, by serve name.
-      met: for each of its lookups, whether training met each id; see `lookup.is_met`.
+      met: for each of its lookups, whether training met each id; see `lookup.was_trained`.
     """
 
     probability: dict[str, Probability]
@@ -60,7 +60,7 @@ def make_serve(model: Model, mode: Mode) -> Serve:
         logits = score(model, parameters, batch, items)
         return Served(
             {name: probability(logits) for name, probability in mode.serve.items()},
-            is_met(model.embedding, parameters.tables, batch, items),
+            was_trained(model.embedding, parameters.tables, batch, items),
         )
 
     return jax.jit(serve)

@@ -97,11 +97,11 @@ def _of_items(
 def category_shares(
     category: Int[Array, "... L"], lengths: Sequence[int], dtype: Any
 ) -> Float[Array, "... L"]:
-    """The share of each value in the mean of its feature: 1 / how many are there, 0 for a filler.
+    """The share of each value in the mean of its feature: 1 / their number, 0 for a filler.
 
     Args:
       category: category ids, those of one feature after those of another; -1 fills up.
-      lengths: how many of the L ids are of each feature.
+      lengths: the number of ids, of the L, that each feature has.
       dtype: of the shares.
     """
     shares = []
@@ -140,7 +140,7 @@ def plus_category_means(
 def candidate_rows(
     batch: CandidateBatch, rows: Rows, items: Items, spec: FeatureSpec
 ) -> Float[Array, "R N D"]:
-    """What is looked up of each candidate: item row + Σ_f mean row of feature f.
+    """The looked-up part of each candidate: item row + Σ_f mean row of feature f.
 
     f runs over the categorical features of the item and those of the candidate itself.
     """
@@ -157,7 +157,7 @@ def candidate_rows(
 def event_rows(
     batch: CandidateBatch, rows: Rows, items: Items, spec: FeatureSpec
 ) -> Float[Array, "R H D"]:
-    """What is looked up of each event of the history: item row + Σ_f mean row of feature f.
+    """The looked-up part of each event of the history: item row + Σ_f mean row of feature f.
 
     f runs over the categorical features of the item.
     """
@@ -171,7 +171,7 @@ def event_rows(
 def candidate_inputs(
     batch: CandidateBatch, item_features: Float[Array, "items F"]
 ) -> Float[Array, "R N F+X"]:
-    """What a ranker reads of each candidate besides its row: its own features and the request's.
+    """The inputs of each candidate besides its row: its item's features and its own in the request.
 
     An early ranker passes the columns that it can afford.
     """
@@ -183,7 +183,7 @@ def candidate_inputs(
 def user_inputs(
     batch: CandidateBatch, rows: Rows, spec: FeatureSpec
 ) -> Float[Array, "R user_width"]:
-    """What is known of the user and the request: row, features, context, category means.
+    """The inputs of the user and the request: row, features, context, category means.
 
     The last are the mean row of each categorical feature of the request, one beside the other.
     """

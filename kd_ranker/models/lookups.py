@@ -1,4 +1,4 @@
-"""What there is to look up for a model; each names those that it reads."""
+"""All lookups that there are; each model names those that it uses."""
 
 from collections.abc import Callable
 
@@ -29,7 +29,7 @@ def _categories(
     ids: Callable[[CandidateBatch, Items], Int[Array, "... L"]],
     mask: Callable[[CandidateBatch, Items], Bool[Array, "..."]],
 ) -> Lookup:
-    """The lookup of category ids, of which -1 fills up; `mask` is of what carries them."""
+    """The lookup of category ids, -1 being a filler; `mask` is that of their owners."""
     return Lookup(
         "category",
         ids,
@@ -48,7 +48,7 @@ LOOKUPS = {
         lambda batch, items: categories_of_items(items.category, batch.item_id), _every_candidate
     ),
 }
-"""What every ranker can afford. In a dataset without categories only the first two are there."""
+"""The lookups that every ranker can afford: the first two in a dataset without categories."""
 
 HISTORY_LOOKUPS = {
     "history": Lookup("item", lambda batch, items: batch.history_id, _every_event),

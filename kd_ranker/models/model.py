@@ -26,7 +26,7 @@ COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
 class ModuleClass(Protocol):
-    """What `STUDENTS` and `TEACHERS` hold: a class of modules that score a batch.
+    """An entry of `STUDENTS` or `TEACHERS`: a class of modules that score a batch.
 
     Its modules are called with a batch, the embeddings that the class's `lookups` name, and the
     items, and return logits [R, N, heads]. A lookup that finds no ids in a dataset, because it has
@@ -44,13 +44,13 @@ class ModuleClass(Protocol):
 
 
 class Model(NamedTuple):
-    """What is fixed about a model: no arrays, so it may be closed over by compiled functions.
+    """The fixed part of a model: no arrays, so compiled functions may close over it.
 
     Attributes:
       graph: the module's definition.
-      embedding: what it looks up.
+      embedding: its tables and lookups.
       dtype: of its arithmetic; parameters, tables and logits are float32 whatever it is.
-      reads_history: whether it needs the histories of a batch.
+      reads_history: True if it needs the histories of a batch.
     """
 
     graph: nnx.GraphDef
@@ -61,7 +61,7 @@ class Model(NamedTuple):
 
 @flax.struct.dataclass
 class Parameters:
-    """What is learned: the dense parameters (a pytree) and the embedding tables."""
+    """The learned part of a model: dense parameters (a pytree) and embedding tables."""
 
     dense: Any
     tables: Tables
@@ -78,7 +78,7 @@ def build_model(
     Args:
       module: a class of `STUDENTS` or `TEACHERS`.
       spec: the sizes of the dataset's features.
-      heads: how many logits a candidate gets.
+      heads: the number of logits that a candidate gets.
       config: `config.student` or `config.teacher`.
 
     Returns:
@@ -123,7 +123,7 @@ def build_model(
 
 
 def _finds_ids(lookup: Lookup, spec: FeatureSpec) -> bool:
-    """Whether a dataset has what a lookup looks for."""
+    """True if a dataset has any of the ids that a lookup asks for."""
     ids = jax.eval_shape(lookup.ids, empty_batch(spec, 1, 1), abstract_items(spec))
     return ids.size > 0
 
@@ -158,7 +158,7 @@ def score(
 ) -> Float[Array, "R N heads"]:
     """The logits of a batch, as a trained model serves them.
 
-    An id that training never met is scored with the reserved row, as is one that has no row.
+    An id that was never trained is scored with the reserved row, as is one that has no row.
     """
     embedded = gather_to_serve(model.embedding, parameters.tables, batch, items)
     return apply_model(model, parameters.dense, embedded, batch, items)

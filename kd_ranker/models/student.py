@@ -1,7 +1,7 @@
 """Students: early rankers that spend little on a candidate.
 
-Whatever depends on the user alone has the shape [R, ...] and is computed once a request; only the
-lines that carry an axis N are paid for by each candidate.
+Arrays that depend on the user alone have the shape [R, ...] and are computed once a request; only
+the lines that carry an axis N are paid for by each candidate.
 """
 
 import functools
@@ -62,10 +62,11 @@ class MultiInterest(nnx.Module):
         self, batch: CandidateBatch, rows: Rows, items: Items
     ) -> Float[Array, "R N heads"]:
         """The logits of every candidate."""
+        # Fused by hand, for what XLA's own way takes on a CPU: docs/benchmarks.md has the times.
         users = self.user(user_inputs(batch, rows, self.spec))
         users = users.reshape(users.shape[0], self.interests, -1)
-        # V by what it multiplies: c, v, s. As s is linear in v, and c in the weights of the
-        # interests, V meets the request's few user embeddings and not its many candidates.
+        # Split V into the parts that multiply c, v and s. As s is linear in v, and c in the weights
+        # of the interests, V meets the request's few user embeddings and not its many candidates.
         width = users.shape[-1]
         weights, offset = weights_of(self.heads)
         combine, direct, matched = jnp.split(weights, [width, 2 * width])
@@ -76,7 +77,7 @@ class MultiInterest(nnx.Module):
             candidate_inputs(batch, items.features[:, : self.spec.cheap_item_features]),
         )
         match, direct = jnp.split(products, [self.interests], axis=1)
-        # The softmax, divided by its sum last. The few interests and heads are taken one by one: a
+        # Divide the softmax by its sum last, and take the few interests and heads one by one: a
         # reduction over so short an axis costs a CPU more than all the arithmetic here.
         of_interest = [match[:, interest] for interest in range(self.interests)]
         highest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, of_interest))

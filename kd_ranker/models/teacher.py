@@ -28,10 +28,10 @@ class HistoryAttention(nnx.Module):
         attended = Σ_h mask_h (w · u_h + a) event_h / H         [R, N, D]
         matches = Σ_h mask_h u_h / H                            [R, N, hidden]
 
-    The weights are not normalised, as in the paper: how many events match a candidate matters, not
-    only which ones match it best. `matches`, which the paper does not have, counts them directly.
-    The first layer is split by its inputs, so that what depends on an event or on a candidate alone
-    is computed once for each and not for each pair.
+    The weights are not normalised, as in the paper: the number of events that match a candidate
+    matters, and not the best match alone. `matches`, which the paper does not have, counts them
+    directly. The first layer is split by its inputs, so that the parts that depend on an event or a
+    candidate alone are computed once for each and not for each pair.
     """
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):

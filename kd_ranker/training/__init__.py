@@ -1,1 +1,1 @@
-"""The step, its mapping over devices, the loop and what it leaves on disk."""
+"""The step, its mapping over devices, the loop, and the files of a run."""

@@ -1,4 +1,4 @@
-"""What makes a trained state the one that it is: its members, and digests of all that made them.
+"""The identity of a trained state: its members, and digests of all that made them.
 
 A checkpoint and the results of a cohort hold it, and neither is taken for those of another.
 """

@@ -26,12 +26,7 @@ Evaluate = Callable[[States], tuple[dict[str, float], str]]
 
 
 def fit(
-    run: Run,
-    train: ConfigDict,
-    workdir: Path,
-    identity: Identity,
-    evaluate: Evaluate,
-    bar: tqdm,
+    run: Run, train: ConfigDict, workdir: Path, identity: Identity, evaluate: Evaluate, bar: tqdm
 ) -> States:
     """Trains until the last member is done, from the newest checkpoint in `workdir` if any.
 

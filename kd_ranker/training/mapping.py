@@ -13,14 +13,14 @@ AXIS = "devices"
 
 def join_over_devices(arrays: Any, axis: int) -> Any:
     """The arrays of all devices joined along an axis, within a mapped function."""
-    # Among one, XLA would copy them.
+    # XLA would copy those of a single device.
     if jax.lax.axis_size(AXIS) == 1:
         return arrays
     return jax.lax.all_gather(arrays, AXIS, axis=axis, tiled=True)
 
 
 class DeviceMap(NamedTuple):
-    """A way to spread a step, and what it reads, over devices.
+    """A way to spread a step, its states and its batches over devices.
 
     Attributes:
       replicate: a pytree on the host or one device -> the same on all devices.
@@ -47,7 +47,7 @@ def pmap(devices: Sequence[jax.Device]) -> DeviceMap:
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
 
     def put(tree: Any) -> Any:
-        # A step donates its state, which must not share memory with what the caller holds.
+        # A step donates its state, which must not share memory with arrays of the caller.
         return jax.device_put(tree, sharding, may_alias=False)
 
     def replicate(tree: Any) -> Any:
@@ -106,7 +106,7 @@ def shard_map(devices: Sequence[jax.Device]) -> DeviceMap:
         return jax.device_put(tree, NamedSharding(mesh, spec))
 
     return DeviceMap(
-        # A step donates its state, which must not share memory with what the caller holds.
+        # A step donates its state, which must not share memory with arrays of the caller.
         replicate=lambda tree: put(jax.tree.map(jnp.copy, tree), everywhere),
         create=lambda make: jax.jit(make, out_shardings=NamedSharding(mesh, everywhere))(),
         shard=lambda batch: put(batch, split),

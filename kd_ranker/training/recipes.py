@@ -1,4 +1,4 @@
-"""From configs to what the step needs: recipes, their numbers, and the states to start from."""
+"""From configs to groups: recipes, their numbers, and the states to start from."""
 
 import functools
 import json
@@ -44,9 +44,9 @@ class Group(NamedTuple):
     """Members that differ in numbers alone, ready to be trained.
 
     Attributes:
-      recipe: what they have in common.
+      recipe: their common part.
       names: a name a member, for messages and metrics; a single run's is "".
-      numbers: what they differ in.
+      numbers: the numbers in which they differ.
       init: a pure function that makes their state before the first step.
     """
 
@@ -57,13 +57,13 @@ class Group(NamedTuple):
 
 
 def student_model(config: ConfigDict, spec: FeatureSpec) -> tuple[Model, Init]:
-    """The student of `config`, and what makes its initial parameters."""
+    """The student of `config`, and the function that makes its initial parameters."""
     heads = MODES[config.distill.mode].heads_per_task * len(spec.tasks)
     return build_model(STUDENTS[config.student.name], spec, heads, config.student)
 
 
 def teacher_model(config: ConfigDict, spec: FeatureSpec) -> tuple[Model, Init]:
-    """The teacher of `config`, and what makes its initial parameters."""
+    """The teacher of `config`, and the function that makes its initial parameters."""
     return build_model(TEACHERS[config.teacher.name], spec, len(spec.tasks), config.teacher)
 
 
@@ -106,7 +106,7 @@ def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
 
 
 def needs(groups: Sequence[Group], teacher: LiveTeacher | None) -> Needs:
-    """What the groups, or the live teacher if there is one, have a use for."""
+    """The needs of the groups, and of the live teacher if there is one."""
     distilled = any(group.recipe.mode.teacher_logits is not None for group in groups)
     models = [group.recipe.model for group in groups] + ([teacher.model] if teacher else [])
     return Needs(

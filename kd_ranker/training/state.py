@@ -1,4 +1,4 @@
-"""A group of members as the step sees it: what they share, what they differ in, what they carry.
+"""A group of members as the step sees it: its recipe, its numbers, its state.
 
 The members of a group differ in numbers alone: weights, rates, the seed that drew their parameters.
 Their arrays are stacked, with a leading axis of members.
@@ -81,7 +81,7 @@ class TrainState:
     but for `step`, `unknown_ids` and `owners`, which members share.
 
     Attributes:
-      step: the number of steps taken, those included in which a member had no more part.
+      step: the number of steps taken; a member that was finished earlier had no part in the last.
       parameters: dense parameters, and embedding tables with their optimiser's slots.
       transform: the mode's own parameters.
       optimizer_state: of the dense parameters and the transform.

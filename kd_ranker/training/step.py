@@ -48,7 +48,7 @@ def make_step(recipes: Sequence[Recipe], teacher: LiveTeacher | None = None) -> 
     and divided afterwards, so the same global batch gives the same update on any number of devices.
 
     Args:
-      recipes: one a group; their models look up the same ids.
+      recipes: one a group; all of them learn from the same batches.
       teacher: the live teacher; None where probabilities come with the batch.
 
     Returns:
@@ -100,8 +100,8 @@ def _train_group(
 ) -> tuple[TrainState, Losses]:
     """One step of all members of a group."""
     # Candidates that meet neither a label nor the teacher would only cost time.
-    judged = 0 if recipe.mode.teacher_logits is None else batch.judged
-    batch = batch.first(max(batch.labelled, judged))
+    meet_teacher = 0 if recipe.mode.teacher_logits is None else batch.judged
+    batch = batch.first(max(batch.labelled, meet_teacher))
     spec = recipe.model.embedding
     # With one member on one device, reuse the gathered rows for the update. Those of several
     # members would not stay in a cache, and each device gathers rows of its own.

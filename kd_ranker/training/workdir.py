@@ -1,4 +1,4 @@
-"""What a run leaves on disk, apart from checkpoints: its config and its metrics."""
+"""The files of a run, apart from its checkpoints: its config and its metrics."""
 
 import json
 import os

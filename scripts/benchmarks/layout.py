@@ -6,6 +6,7 @@ update of one member over stacked tables.
 """
 
 import argparse
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,48 +17,15 @@ from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS, find_occurrences,
 from scripts.benchmarks import measuring
 
 ROWS, WIDTH, IDS = 8_192, 32, 4_096
+OPTIMIZER = ROW_OPTIMIZERS["adam"]
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times all three in turn."""
     members = arguments.members
     generator = np.random.default_rng(0)
-    optimizer = ROW_OPTIMIZERS["adam"]
-    columns = WIDTH + 1 + optimizer.slots(WIDTH)
-    row = jnp.asarray(generator.integers(0, ROWS, IDS), jnp.int32)
-    mask = jnp.ones(IDS, bool)
+    columns = WIDTH + 1 + OPTIMIZER.slots(WIDTH)
     gradients = jnp.asarray(generator.normal(size=(members, IDS, WIDTH)), jnp.float32)
-    numbers = (jnp.full(members, 0.01), jnp.full(members, 0.1), jnp.ones(members, bool))
-
-    def loop(state: Any, gradients: Any) -> Any:
-        tables, owner = state
-        occurrences, owner = find_occurrences(row, mask, owner)
-        return update_tables(optimizer, tables, occurrences, gradients, *numbers), owner
-
-    def vmap(state: Any, gradients: Any) -> Any:
-        tables, owner = state
-        occurrences, owner = find_occurrences(row, mask, owner)
-
-        def one(table: Any, *others: Any) -> Any:
-            first = jax.tree.map(lambda array: array[None], others)
-            return update_tables(optimizer, table[None], occurrences, *first)[0]
-
-        return jax.vmap(one)(tables, gradients, *numbers), owner
-
-    def flat(state: Any, gradients: Any) -> Any:
-        tables, owner = state
-        all_rows = (row + (jnp.arange(members) * ROWS)[:, None]).reshape(-1)
-        occurrences, owner = find_occurrences(all_rows, jnp.tile(mask, members), owner)
-        flattened = tables.reshape(1, members * ROWS, columns)
-        new = update_tables(
-            optimizer,
-            flattened,
-            occurrences,
-            gradients.reshape(1, -1, WIDTH),
-            *(number[:1] for number in numbers),
-        )
-        return new.reshape(tables.shape), owner
-
     tables = jnp.asarray(generator.normal(size=(members, ROWS, columns)), jnp.float32)
     owners = {"loop": ROWS, "flat": members * ROWS, "vmap": ROWS}
     milliseconds = measuring.interleaved(
@@ -65,7 +33,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             way.__name__: measuring.donated(
                 way, (tables, jnp.zeros(owners[way.__name__], jnp.int32)), gradients
             )
-            for way in (loop, flat, vmap)
+            for way in ways(members, jnp.asarray(generator.integers(0, ROWS, IDS), jnp.int32))
         }
     )
     best_other = min(milliseconds["flat"]["median"], milliseconds["vmap"]["median"])
@@ -79,3 +47,39 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "floor": measuring.floor(0, 2 * updated, milliseconds["loop"]["median"]),
         "sizes": {"members": members, "rows": ROWS, "width": WIDTH, "ids": IDS},
     }
+
+
+def ways(members: int, row: Any) -> list[Callable]:
+    """The three, each (tables and owners, gradients) -> tables and owners."""
+    mask = jnp.ones(IDS, bool)
+    numbers = (jnp.full(members, 0.01), jnp.full(members, 0.1), jnp.ones(members, bool))
+
+    def loop(state: Any, gradients: Any) -> Any:
+        tables, owner = state
+        occurrences, owner = find_occurrences(row, mask, owner)
+        return update_tables(OPTIMIZER, tables, occurrences, gradients, *numbers), owner
+
+    def flat(state: Any, gradients: Any) -> Any:
+        tables, owner = state
+        all_rows = (row + (jnp.arange(members) * ROWS)[:, None]).reshape(-1)
+        occurrences, owner = find_occurrences(all_rows, jnp.tile(mask, members), owner)
+        new = update_tables(
+            OPTIMIZER,
+            tables.reshape(1, members * ROWS, -1),
+            occurrences,
+            gradients.reshape(1, -1, WIDTH),
+            *(number[:1] for number in numbers),
+        )
+        return new.reshape(tables.shape), owner
+
+    def vmap(state: Any, gradients: Any) -> Any:
+        tables, owner = state
+        occurrences, owner = find_occurrences(row, mask, owner)
+
+        def one(table: Any, *others: Any) -> Any:
+            first = jax.tree.map(lambda array: array[None], others)
+            return update_tables(OPTIMIZER, table[None], occurrences, *first)[0]
+
+        return jax.vmap(one)(tables, gradients, *numbers), owner
+
+    return [loop, flat, vmap]

@@ -1,4 +1,4 @@
-"""Times, rates and floors: what the benchmarks have in common."""
+"""Times, rates and floors, for all benchmarks."""
 
 import functools
 import statistics
@@ -47,7 +47,7 @@ def spread(numbers: Sequence[float]) -> dict[str, float]:
 
 
 def floor(flops: float, copied_bytes: float, milliseconds: float) -> dict[str, float]:
-    """What the operations and the bytes would take at the machine's best, and how far that is.
+    """The time of the operations and the bytes at the machine's best, and how far that is.
 
     Operations run at the rate of a large matrix product, bytes at that of a large copy, one after
     the other.

@@ -11,7 +11,7 @@ from kd_ranker.batch import CandidateBatch, FeatureSpec, Items, Stage, empty_bat
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What is fixed about a comparison."""
+    """The sizes of a comparison."""
 
     requests: int = 32
     candidates: int = 256

@@ -11,9 +11,9 @@ from kd_ranker.embedding.lookup import (
     ids_of_table,
     init_table,
     is_known,
-    is_met,
     rows_of_ids,
     rows_of_table,
+    was_trained,
     without_slots,
 )
 from kd_ranker.models.model import build_model
@@ -155,7 +155,7 @@ def test_rows_that_training_never_met_are_served_by_the_reserved_one():
     served = gather_to_serve(EMBEDDING, tables, batch, ITEMS)
     for name, (ids, _) in ids_and_masks(batch).items():
         met = np.isin(ids, trained[EMBEDDING.lookups[name].table])
-        np.testing.assert_array_equal(is_met(EMBEDDING, tables, batch, ITEMS)[name], met)
+        np.testing.assert_array_equal(was_trained(EMBEDDING, tables, batch, ITEMS)[name], met)
         np.testing.assert_array_equal(served[name][met], rows[name][met])
         assert (np.asarray(served[name])[~met] == 9).all()
     slim = without_slots(EMBEDDING, tables)
