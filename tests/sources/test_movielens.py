@@ -335,23 +335,6 @@ def test_a_next_line_character_in_a_title_breaks_no_line(tmp_path: Path) -> None
     assert len(movielens_files.read_movielens("movielens_100k", tmp_path).genres) == NUM_ITEMS
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"history_length": 0}, "data.history_length=0"),
-        ({"ratings_per_request": 0}, "data.ratings_per_request=0"),
-        ({"test_share": 1.0}, "data.test_share=1.0"),
-        ({"test_requests_per_user": -1}, "data.test_requests_per_user=-1"),
-        ({"seed": -1}, "data.seed=-1"),
-    ],
-)
-def test_impossible_settings_are_named(
-    tmp_path: Path, changes: dict[str, float | str], named: str
-) -> None:
-    with pytest.raises(UserError, match=named):
-        open_small(write_files(tmp_path), **changes)
-
-
 @pytest.mark.parametrize("tasks", [("watch", "follow"), (), ("like", "like")])
 def test_unknown_tasks_are_refused(tmp_path: Path, tasks: tuple[str, ...]) -> None:
     with pytest.raises(UserError, match="tasks") as error:
