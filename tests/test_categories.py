@@ -108,9 +108,9 @@ def test_what_is_known_by_categories_alone_is_learned_for_items_that_are_new(con
 
     # The copy that the teacher has scored holds the categories as well.
     commands.log_teacher(config)
-    dataset = teachers.open_dataset(config)
+    dataset = teachers.dataset_of(config)
     teacher = teachers.load_teacher(config, dataset)
-    scored = teachers.open_dataset(config, teacher.version)
+    scored = teachers.dataset_of(config, teacher.version)
     np.testing.assert_array_equal(scored.items.category, dataset.items.category)
     for one, other in zip(*(read_requests(of, "test") for of in (scored, dataset)), strict=True):
         assert one.request_id == other.request_id

@@ -161,7 +161,7 @@ config = cascade.get_config("small")
 config.data.dir = "datasets"
 config.data.train_requests, config.data.test_requests = 16, 4
 commands.prepare_data(config)
-dataset = teachers.open_dataset(config)
+dataset = teachers.dataset_of(config)
 
 def assert_fresh(freshness, item_id, there):
     expected = np.stack([item_id % 5, item_id % 7], axis=-1)

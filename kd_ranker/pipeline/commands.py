@@ -81,7 +81,7 @@ def train_teacher(config: ConfigDict, workdir: Path) -> list[Row]:
     """
     checks.validate(config)
     with hold(workdir):
-        dataset = teachers.open_dataset(config)
+        dataset = teachers.dataset_of(config)
         ranker, step = runs.fit_teacher(config, dataset, workdir)
         teacher = own_reference(config, dataset, ranker, step)
         measured = measure(config, dataset, teacher, {}, [])
@@ -112,7 +112,7 @@ def log_teacher(config: ConfigDict) -> Logged:
         another run does the same.
     """
     checks.validate(config)
-    dataset = teachers.open_dataset(config)
+    dataset = teachers.dataset_of(config)
     teacher = teachers.load_teacher(config, dataset)
     name = dataset_name(config, teacher.version)
     entry, log = SOURCES[config.data.name], None

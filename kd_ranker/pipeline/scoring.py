@@ -17,7 +17,7 @@ from kd_ranker.batches import cutting
 from kd_ranker.batches.columns import columns_of
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline.teachers import Teacher, load_teacher, open_dataset
+from kd_ranker.pipeline.teachers import Teacher, dataset_of, load_teacher
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset, read_split
 from kd_ranker.requests.request import Request
@@ -122,7 +122,7 @@ def scored_elsewhere(
 @functools.lru_cache(maxsize=1)
 def _opened(config: str) -> tuple[ConfigDict, Dataset, Teacher]:
     opened = ConfigDict(json.loads(config))
-    dataset = open_dataset(opened)
+    dataset = dataset_of(opened)
     return opened, dataset, load_teacher(opened, dataset)
 
 

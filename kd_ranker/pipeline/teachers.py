@@ -49,7 +49,7 @@ class Teacher(NamedTuple):
     step: int
 
 
-def open_dataset(config: ConfigDict, teacher_version: str = "") -> Dataset:
+def dataset_of(config: ConfigDict, teacher_version: str = "") -> Dataset:
     """The config's dataset, or the copy that a teacher has scored.
 
     Raises:
@@ -72,11 +72,11 @@ def teacher_and_dataset(config: ConfigDict) -> tuple[Teacher | None, Dataset]:
     Raises:
       UserError: the teacher or the dataset is missing, or the dataset holds no probabilities.
     """
-    dataset = open_dataset(config)
+    dataset = dataset_of(config)
     if config.teacher.source == "live" or config.teacher.workdir:
         teacher = load_teacher(config, dataset)
         logged = config.teacher.source == "logged"
-        return teacher, open_dataset(config, teacher.version) if logged else dataset
+        return teacher, dataset_of(config, teacher.version) if logged else dataset
     if not dataset.spec.teacher_version:
         raise UserError(
             f"{config.data.name} holds no teacher probabilities; name a teacher in teacher.workdir "

@@ -116,7 +116,7 @@ def test_a_logged_teacher_gives_the_student_of_the_live_one(world, tmp_path, mod
         commands.train(config, workdir)
     one, other = student_parameters(live), student_parameters(logged)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, other)
-    (group,) = recipes.student_groups({"": config}, teachers.open_dataset(config).spec)
+    (group,) = recipes.student_groups({"": config}, teachers.dataset_of(config).spec)
     start = select_member(group.init().parameters, 0)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - np.asarray(b)).max()), one, start)
     assert max(jax.tree.leaves(moved)) > 0.02
@@ -127,9 +127,9 @@ def test_a_logged_teacher_gives_the_student_of_the_live_one(world, tmp_path, mod
 def test_logged_records_carry_the_teachers_version_and_no_other_counts(world):
     config = world.config()
     directory = log_teacher(world)
-    version = teachers.load_teacher(config, teachers.open_dataset(config)).version
+    version = teachers.load_teacher(config, teachers.dataset_of(config)).version
     assert f"-teacher-{version}" in directory.parent.name
-    dataset = teachers.open_dataset(config, version)
+    dataset = teachers.dataset_of(config, version)
     assert dataset.spec.teacher_version == version
     for split in ("train", "test"):
         requests = list(read_requests(dataset, split))
@@ -149,7 +149,7 @@ def test_logged_records_carry_the_teachers_version_and_no_other_counts(world):
 @pytest.fixture
 def apart(world, tmp_path, monkeypatch):
     """The config of a dataset that no other test scores, in shards of one batch: 4 and 1."""
-    dataset = teachers.open_dataset(world.config())
+    dataset = teachers.dataset_of(world.config())
     copied = tmp_path / "requests" / dataset.directory.parent.name
     shutil.copytree(dataset.directory.parent, copied)
     monkeypatch.setattr(scoring, "_BATCHES", 1)
@@ -163,7 +163,7 @@ def record_files(directory):
 
 
 def test_scoring_in_shards_and_processes_gives_the_bytes_of_one_pass(apart, monkeypatch):
-    dataset = teachers.open_dataset(apart)
+    dataset = teachers.dataset_of(apart)
     teacher = teachers.load_teacher(apart, dataset)
 
     def fields(requests):
@@ -180,7 +180,7 @@ def test_scoring_in_shards_and_processes_gives_the_bytes_of_one_pass(apart, monk
     for processes in (1, 2):
         apart.data.processes = processes
         directory = commands.log_teacher(apart).dataset
-        scored = teachers.open_dataset(apart, teacher.version)
+        scored = teachers.dataset_of(apart, teacher.version)
         splits = scored.builder.info.splits
         assert splits["train"].shard_lengths == [16] * 4
         assert splits["test"].shard_lengths == [12]
@@ -238,7 +238,7 @@ def test_scoring_that_was_killed_goes_on_with_the_shards_that_are_missing(
 
 
 def test_kept_shards_are_of_the_same_batches_dataset_and_teacher(apart):
-    dataset = teachers.open_dataset(apart)
+    dataset = teachers.dataset_of(apart)
     teacher = teachers.load_teacher(apart, dataset)
 
     def folder(**changes):
@@ -683,7 +683,7 @@ def test_data_that_is_there_is_left_alone(world):
 def test_costs_are_those_of_the_teacher_that_was_trained(world):
     """Not of one that the student's own flags would describe."""
     config = world.config(teacher__width=64)
-    dataset = teachers.open_dataset(config)
+    dataset = teachers.dataset_of(config)
     teacher = teachers.load_teacher(config, dataset)
     flops = measure.teacher_flops(config, dataset.spec, teacher)
     assert flops == measure.teacher_flops(world.config(), dataset.spec, None)

@@ -789,7 +789,7 @@ def test_the_configs_build_a_dataset_and_its_batches(tmp_path: Path, config: Con
         movielens_layouts.write_32m(tmp_path / "files", ratings, movies)
     config.data.path, config.data.dir = str(tmp_path / "files"), str(tmp_path)
     commands.prepare_data(config)
-    dataset = teachers.open_dataset(config)
+    dataset = teachers.dataset_of(config)
     config_of_batch = BatchConfig(**config.batch)._replace(requests=4, seed=0)
     made = training_batches(dataset, config_of_batch, resident=False)
     batch = unpack(jax.device_get(next(iter(made))))

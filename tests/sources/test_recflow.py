@@ -605,7 +605,7 @@ def test_a_student_is_trained_and_measured_under_the_logged_positions(prepared):
 
 def test_of_logged_positions_the_teachers_row_has_what_follows_from_the_order(prepared):
     _, config = prepared
-    dataset = teachers.open_dataset(config())
+    dataset = teachers.dataset_of(config())
     teacher = measure.reference(config(), dataset, None)
     measured = measure.measure(config(), dataset, teacher, {}, [], limit=16, costs=False)
     (row,) = measured.rows
@@ -636,7 +636,7 @@ def requests_of(dataset):
 
 def test_training_batches_hold_stages_and_positions_in_the_order_of_time(prepared):
     _, config = prepared
-    dataset = teachers.open_dataset(config())
+    dataset = teachers.dataset_of(config())
     config_of_batch = BatchConfig(8, 8, 0.5, 1.0, seed=0, order="time")
     made = training_batches(dataset, config_of_batch, resident=False)
     batch = unpack(next(iter(made)))

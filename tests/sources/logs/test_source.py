@@ -555,7 +555,7 @@ def test_processes_change_nothing(tmp_path):
     for processes in (1, 2):
         config = faulty_logs.config(log, tmp_path / f"with {processes}", processes=processes)
         directory = commands.prepare_data(config)
-        dataset = teachers.open_dataset(config)
+        dataset = teachers.dataset_of(config)
         read_back = {split: list(read_requests(dataset, split)) for split in SPLITS}
         # TFDS writes the fields of a record in any order.
         files = {

@@ -74,8 +74,8 @@ def make_config(folder: Path, by_request: bool = False, **options: Any) -> Confi
 
 def copy_scores(config: ConfigDict) -> dict[tuple[int, Any], np.ndarray]:
     """(time, item as in the log) -> the probabilities in the scored copy of the dataset."""
-    copy = teachers.open_dataset(config, VERSION)
-    table = pd.read_parquet(teachers.open_dataset(config).directory / "vocabularies/item.parquet")
+    copy = teachers.dataset_of(config, VERSION)
+    table = pd.read_parquet(teachers.dataset_of(config).directory / "vocabularies/item.parquet")
     items = dict(zip(table["id"], table["value"], strict=True))
     return {
         (request.time, items[item]): probability
@@ -133,7 +133,7 @@ def test_the_teacher_is_asked_for_all_that_was_used_and_for_nothing_that_was_rej
     config = make_config(tmp_path)
     config.teacher.stage = "retrieved"
     logged = commands.log_teacher(config)
-    rejected = teachers.open_dataset(config).directory / "rejected"
+    rejected = teachers.dataset_of(config).directory / "rejected"
     nulls = {
         (name, row)
         for name in ("part-0", "part-1", "part-2")
@@ -390,7 +390,7 @@ def test_what_was_made_of_an_older_log_is_not_taken_for_that_of_the_new_one(tmp_
 
 def test_a_copy_of_other_requests_is_refused(tmp_path):
     config = make_config(tmp_path)
-    dataset = teachers.open_dataset(config)
+    dataset = teachers.dataset_of(config)
     commands.log_teacher(config)
     log = Path(config.data.dir) / "scored"
     log.rename(tmp_path / "elsewhere")
@@ -403,7 +403,7 @@ def test_a_copy_of_other_requests_is_refused(tmp_path):
 
 def test_a_dataset_from_before_candidates_were_traced_is_to_be_made_anew(tmp_path):
     config = make_config(tmp_path)
-    directory = teachers.open_dataset(config).directory
+    directory = teachers.dataset_of(config).directory
     (directory / "candidate_rows").rename(tmp_path / "elsewhere")
     assert "make it anew with: python -m experiments.prepare_data" in fault_of(config)
 
@@ -475,10 +475,10 @@ def test_a_scored_log_is_a_log_with_a_teacher(tmp_path, monkeypatch):
     again.distill.mode = "aux"
     commands.prepare_data(again)
     # The same requests with the same probabilities, as if the teacher lived elsewhere.
-    dataset = teachers.open_dataset(config)
-    copy = teachers.open_dataset(config, teachers.load_teacher(config, dataset).version)
+    dataset = teachers.dataset_of(config)
+    copy = teachers.dataset_of(config, teachers.load_teacher(config, dataset).version)
     for split in SPLITS:
-        one, other = (list(read_requests(of, split)) for of in (copy, teachers.open_dataset(again)))
+        one, other = (list(read_requests(of, split)) for of in (copy, teachers.dataset_of(again)))
         for before, after in zip(one, other, strict=True):
             np.testing.assert_array_equal(before.item_id, after.item_id)
             np.testing.assert_allclose(before.teacher_probability, after.teacher_probability, 1e-6)
