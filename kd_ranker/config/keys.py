@@ -122,6 +122,8 @@ _ALL = (
         Key("dir", "datasets", "folder of built datasets", influences="nothing"),
         Key("seed", 0, "of the dataset itself, apart from what is trained on it", NOT_NEGATIVE),
         Key("history_length", 20, "events of a user's history", POSITIVE),
+        Key("processes", 1, "processes that read logs, and score and write datasets", POSITIVE,
+            influences="nothing"),
         influences="dataset",
     ),
     section(
@@ -296,7 +298,6 @@ _LOG = _of_source(
     Key("split", "time", "what decides which requests are for the test", layout.SPLIT_BY),
     Key("test_share", 0.1, "share of the requests for the test", INSIDE_ONE),
     Key("strict", False, "end the build at the first row at fault"),
-    Key("processes", 1, "processes that read and write", POSITIVE, influences="nothing"),
     Key("infer", False, "write a first config for the log in place of the dataset",
         influences="nothing"),
     Key("rows_in_memory", 2_000_000, "the most candidates that a process holds at a time",

@@ -122,7 +122,7 @@ def log_teacher(config: ConfigDict) -> Logged:
             config.data, config.tasks, config.funnel, dataset.directory, name
         )
     splits = dataset.builder.info.splits
-    processes = config.data.get("processes", 1)
+    processes = config.data.processes
     with open_pool(processes) as run:
         source = Source(
             spec=dataclasses.replace(
