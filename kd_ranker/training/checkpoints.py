@@ -164,19 +164,16 @@ def _check_owner(
     """Raises UserError if a whole checkpoint is not of these sizes and this identity."""
     there = record.get("identity")
     differing = "" if there is None else differences(there, identity)
+    remedy = f"use another --workdir, or remove {directory.parent} to train anew"
+    if there is None:
+        fault = "does not say whose it is, so it is of an older release"
+        raise UserError(f"{directory} {fault}; {remedy}")
     if record["sizes"] != sizes:
         fault = "holds a model of other sizes than the config asks for"
         details = f": {differing}" if differing else ""
         raise UserError(f"{directory} {fault}{details}; name another workdir")
-    if there is None:
-        fault = "does not say whose it is, so it is of an older release"
-    elif differing:
-        fault = f"belongs to another run: {differing}"
-    else:
-        return
-    raise UserError(
-        f"{directory} {fault}; use another --workdir, or remove {directory.parent} to train anew"
-    )
+    if differing:
+        raise UserError(f"{directory} belongs to another run: {differing}; {remedy}")
 
 
 def _set_aside(manager: ocp.CheckpointManager, step: int, error: Exception) -> None:
