@@ -2,7 +2,7 @@
 
 What is known of requests has five forms between disk and step:
 
-    record ─decode→ Request ─columns_of→ Columns ─gather, join→ PackedBatch ─unpack→ CandidateBatch
+    record ─decode→ Request ─columns_of→ Columns ─pack_batches→ PackedBatch ─unpack→ CandidateBatch
 
 A record is the bytes of one request, and `Request` is that in arrays. `Columns` are many requests
 in three arrays, 32 bits a number, from which a draw reads whole rows; laid on a device, they are

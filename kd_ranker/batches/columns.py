@@ -255,7 +255,7 @@ def in_sampling_order(columns: Columns) -> tuple[Columns, Int[np.ndarray, "n"]]:
     """
     shown, candidates = columns.num_shown, columns.num_candidates
     request = np.repeat(np.arange(len(columns)), shown)
-    labels: Any = packing.unpack(columns.rows.labels[1:], columns.spans.labels)  # type: ignore[arg-type]
+    labels: Any = packing.unpack_rows(columns.rows.labels[1:], columns.spans.labels)  # type: ignore[arg-type]
     positive = labels["user_label"].any(axis=1)
     positives = np.bincount(request[positive], minlength=len(columns))
     passed = np.clip(columns.num_passed, shown, candidates)

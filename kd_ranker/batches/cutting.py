@@ -70,7 +70,7 @@ def gather(data: Parts, draw: Draw) -> Draw:
     return draw._replace(rows=Parts(*map(read, data, draw.rows)))
 
 
-def join(draw: Draw, layout: Layout) -> list[PackedBatch]:
+def pack_batches(draw: Draw, layout: Layout) -> list[PackedBatch]:
     """The batch of each step, where the axis of the steps follows that of the requests.
 
     Args:
@@ -112,7 +112,7 @@ def on_packed(step: Callable[..., Any]) -> Callable[..., Any]:
 def fields_of(draw: Draw, layout: Layout) -> dict[str, Any]:
     """The fields of `CandidateBatch`, of a draw as `gather` returns it."""
     xp = draw.stage.__array_namespace__()  # type: ignore[attr-defined]
-    requests, candidates, labels = map(packing.unpack, draw.rows, layout.spans)
+    requests, candidates, labels = map(packing.unpack_rows, draw.rows, layout.spans)
     fields: Mapping[str, Any] = requests | candidates | labels
     if "teacher_probability" in fields:
         probability = fields["teacher_probability"][:, : layout.slots.judged]

@@ -58,7 +58,7 @@ def pack(
     return np.concatenate(parts, axis=1, dtype=np.int32, casting="unsafe"), tuple(spans)
 
 
-def unpack(rows: Int[Array, "*shape W"], spans: Spans) -> dict[str, Shaped[Array, "..."]]:
+def unpack_rows(rows: Int[Array, "*shape W"], spans: Spans) -> dict[str, Shaped[Array, "..."]]:
     """The arrays of some rows, by their names; NumPy in and out, or JAX."""
     unpacked = {}
     for span in spans:

@@ -329,7 +329,7 @@ def _cut_on_devices(
     # Three programs, each of which reads what the one before has written, see `cutting.gather`.
     choose = devices.map_batches(lambda _, starts: sampling.chosen(starts, layout.slots))
     gather = devices.map_batches(cutting.gather)
-    join = devices.map_batches(lambda _, drawn: cutting.join(drawn, layout))
+    join = devices.map_batches(lambda _, drawn: cutting.pack_batches(drawn, layout))
 
     def cut(starts: sampling.Starts) -> list[PackedBatch]:
         return join((), gather(on_devices, choose((), devices.shard(starts))))
@@ -348,6 +348,8 @@ def _from_disk(dataset: Dataset, batch: BatchConfig, needs: Needs, devices: Devi
         kinds, _ = _kinds(columns, positives, batch, needs)
         starts = sampling.draw(np.arange(len(columns))[:, None], chance.start, kinds)
         drawn = cutting.gather(columns.rows, sampling.chosen(starts, slots))
-        return [devices.shard(of) for of in cutting.join(drawn, Layout(columns.spans, slots))]
+        return [
+            devices.shard(of) for of in cutting.pack_batches(drawn, Layout(columns.spans, slots))
+        ]
 
     return _Maker(make, steps=1, ahead=_READ_AHEAD)

@@ -2,14 +2,14 @@
 
 import difflib
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
 from kd_ranker.config.key import FINITE, Bound, Key
-from kd_ranker.config.schema import axis_of, keys_of, sweepable, value_of
+from kd_ranker.config.schema import NAMED_AXES, axis_of, keys_of, sweepable, value_of
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.sources.registry import SOURCES
@@ -104,7 +104,7 @@ def _check_axes(config: ConfigDict) -> None:
     for key in sweepable():
         axis = axis_of(key.name)
         values = value_of(config, axis)
-        if not len(values) and axis in ("sweep.modes", "sweep.weights", "sweep.seeds"):
+        if not len(values) and key.name in NAMED_AXES:
             raise UserError(f"{axis} is empty; give it at least one value")
         if len(set(values)) < len(values):
             raise UserError(f"{axis}={tuple(values)} names a value twice")
@@ -119,10 +119,10 @@ def _check_distillation(config: ConfigDict) -> None:
     # Only a mode with a choice of heads looks at the key.
     if len(serves := MODES[config.distill.mode].serve) > 1:
         check_choice("distill.serve", config.distill.serve, serves)
-    axes: Mapping[str, Any] = config.sweep.axes
-    losses = (config.distill.loss, *axes["distill"]["loss"])
-    sizes = axes["batch"]["candidates"] or (config.batch.candidates,)
-    for top_k in axes["distill"]["top_k"] or (config.distill.top_k,):
+    axes = config.sweep.axes
+    losses = (config.distill.loss, *axes.distill.loss)
+    sizes = axes.batch.candidates or (config.batch.candidates,)
+    for top_k in axes.distill.top_k or (config.distill.top_k,):
         if "topk" in losses and top_k >= min(sizes):
             raise UserError(
                 f"distill.top_k={top_k} takes in all batch.candidates={min(sizes)} of a request, "

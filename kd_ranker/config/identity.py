@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from kd_ranker.config.key import Influence
 from kd_ranker.config.schema import without_influence
 from kd_ranker.sources.registry import SOURCES
-from kd_ranker.training.identity import Identity
+from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.workdir import as_json, values_by_key
 
 # The dataset and the teacher have words of their own in an identity.

@@ -372,10 +372,10 @@ def sum_functions() -> tuple[SumFunction, ...]:
     return tuple(dict.fromkeys(of for metric in METRICS.values() for of in metric.sums))
 
 
-def columns_of(metric: Metric, tasks: Sequence[str], report_at: Sequence[int]) -> list[str]:
+def result_columns(metric: Metric, tasks: Sequence[str], report_at: Sequence[int]) -> list[str]:
     """The metric's columns in `results.csv`.
 
-    >>> columns_of(METRICS["survival"], ("watch", "like"), (10, 50))
+    >>> result_columns(METRICS["survival"], ("watch", "like"), (10, 50))
     ['survival@10', 'survival@50']
     """
     return _names(metric, [f"@{k}" for k in report_at] if "k" in metric.per else [""], tasks)
@@ -435,11 +435,11 @@ def summary_columns(tasks: Sequence[str], passed: int) -> list[str]:
 def _columns(metric: Metric, which: Tasks, tasks: Sequence[str], passed: int) -> list[str]:
     if which == "mean" and "task" in metric.per:
         metric = metric._replace(per=tuple(axis for axis in metric.per if axis != "task"))
-    return columns_of(metric, tasks[:1] if which == "first" else tasks, [passed])
+    return result_columns(metric, tasks[:1] if which == "first" else tasks, [passed])
 
 
 def numbers(metric: Metric, ended: Any, report_at: Sequence[int]) -> list[float]:
-    """The numbers that a metric ends in, in the order of `columns_of`.
+    """The numbers that a metric ends in, in the order of `result_columns`.
 
     Args:
       metric: the metric.

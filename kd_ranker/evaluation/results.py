@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from kd_ranker.config import schema
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import saving
-from kd_ranker.evaluation.metrics import METRICS, columns_of, curve_columns
+from kd_ranker.evaluation.metrics import METRICS, curve_columns, result_columns
 
 Row = dict[str, object]
 TEACHER = "teacher"  # the teacher's name among the members
@@ -36,7 +36,7 @@ def columns(tasks: Sequence[str], report_at: Sequence[int], swept: Sequence[str]
       report_at: the k of metrics that have one.
       swept: of `swept_columns`.
     """
-    of_metrics = (columns_of(metric, tasks, report_at) for metric in METRICS.values())
+    of_metrics = (result_columns(metric, tasks, report_at) for metric in METRICS.values())
     return [*KEYS, *swept, *itertools.chain(*of_metrics), "non_finite_step", "member"]
 
 
@@ -75,7 +75,7 @@ def with_cost(row: Row, flops_per_candidate: float, teacher_flops: float) -> Row
     }
 
 
-def with_savings(frame: pd.DataFrame, retrieved: int) -> pd.DataFrame:
+def fill_savings(frame: pd.DataFrame, retrieved: int) -> pd.DataFrame:
     """Fills `funnel_cost_saving` in, see `saving.with_savings`.
 
     Args:
@@ -105,10 +105,10 @@ def to_csv(rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
 def _cell(value: object) -> object:
     if isinstance(value, float):
         return None if math.isnan(value) else f"{value:.7g}"
-    return text_of(value)
+    return cell_of(value)
 
 
-def text_of(value: object) -> object:
+def cell_of(value: object) -> object:
     """A key's value as a table holds it: (64, 32) is 64x32."""
     return "x".join(map(str, value)) if isinstance(value, (tuple, list)) else value
 
@@ -147,7 +147,7 @@ def join(
             for name in joined["member"]
         ]
         joined[column] = joined[column].where(joined[column].notna(), own)
-    savings = with_savings(read_csv(io.StringIO(_text(joined))), retrieved)["funnel_cost_saving"]
+    savings = fill_savings(read_csv(io.StringIO(_text(joined))), retrieved)["funnel_cost_saving"]
     tables[FILE] = joined.assign(funnel_cost_saving=savings.map(_cell, na_action="ignore"))
     return {file: _text(table) for file, table in tables.items()}
 

@@ -71,7 +71,7 @@ def summarise(
     for metric in METRICS.values():
         if metric.ends is None:
             continue
-        columns = metrics.columns_of(metric, tasks, report_at)
+        columns = metrics.result_columns(metric, tasks, report_at)
         if metrics.is_measurable(metric, teacher is None, signal):
             numbers = metrics.numbers(metric, metric.ends(sums, teacher or sums), report_at)
         else:

@@ -192,7 +192,8 @@ def _sweep(config: ConfigDict, workdir: Path) -> bool:
     teachers.check_losses(config, dataset, sweep.members.values())
     size = cohort_size(config, sweep.members.values(), dataset.spec)
     # A workdir with cohorts has a config; that of an extension counts once its cohorts are known.
-    workdirs.claim(workdir, "sweep", config, without=_free_of_a_sweep(extends=True))
+    if not sweep.plan:
+        workdirs.write_config(workdir, "sweep", config)
     sweep = sweep.planned(size, teacher.version if teacher else "")
     workdirs.write_config(workdir, "sweep", config)
     shared = [common(cohort) for cohort in sweep.cohorts]

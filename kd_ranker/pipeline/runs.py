@@ -25,7 +25,7 @@ from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.identity import Identity
+from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.loop import Evaluate, fit, scalar_name
 from kd_ranker.training.mapping import MAPPINGS, DeviceMap
 from kd_ranker.training.recipes import TEACHER_STAGES, Group
@@ -39,10 +39,13 @@ from kd_ranker.training.state import (
 )
 
 
+def _devices(config: ConfigDict) -> list[jax.Device]:
+    return jax.devices()[: config.parallel.devices or None]
+
+
 def device_mapping(config: ConfigDict) -> DeviceMap:
     """The mapping of `config.parallel` over its devices."""
-    devices = jax.devices()[: config.parallel.devices or None]
-    return MAPPINGS[config.parallel.mapping](devices)
+    return MAPPINGS[config.parallel.mapping](_devices(config))
 
 
 def batches_of_run(
@@ -62,14 +65,9 @@ def batches_of_run(
         needs,
         Share(jax.process_index(), jax.process_count()),
         devices=mapping,
-        copies=1 + _devices_of_host(config),
+        # Devices that are the host's own hold the data in its memory as well.
+        copies=1 + sum(device.platform == "cpu" for device in _devices(config)),
     )
-
-
-def _devices_of_host(config: ConfigDict) -> int:
-    """The number of the run's devices that share the memory of this machine."""
-    devices = jax.devices()[: config.parallel.devices or None]
-    return sum(device.platform == "cpu" for device in devices)
 
 
 def progress_bar(name: str, steps: int) -> tqdm:

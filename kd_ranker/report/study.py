@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from kd_ranker.config import schema
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.metrics import METRICS, columns_of
+from kd_ranker.evaluation.metrics import METRICS, result_columns
 from kd_ranker.evaluation.results import REPEAT
 from kd_ranker.evaluation.saving import with_savings
 from kd_ranker.sweep.sweep import FOLDER
@@ -21,7 +20,9 @@ from kd_ranker.training.workdir import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     METRICS_FILE,
+    as_json,
     read_config,
+    values_by_key,
 )
 
 # How many columns of a setting tables always show: mode, serving choice, weight.
@@ -133,17 +134,15 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         curves=curves,
         calibration=calibration,
         losses=losses,
-        configs={
-            name: config.to_json(indent=2, sort_keys=True) for name, config in configs.items()
-        },
+        configs={name: as_json(config) for name, config in configs.items()},
         environments=environments,
         missing={"curves": no_curves, "calibration": no_calibration, "losses": no_losses},
     )
 
 
 def _check_alike(configs: dict[str, ConfigDict]) -> None:
-    flat = {name: flatten_dict(config.to_dict(), sep=".") for name, config in configs.items()}
-    free = {*schema.may_differ(), *schema.without_influence("report")}
+    free = [*schema.may_differ(), *schema.without_influence("report")]
+    flat = {name: values_by_key(as_json(config), free) for name, config in configs.items()}
     (first, here), *others = flat.items()
     for other, there in others:
         differing = [
@@ -165,7 +164,7 @@ def _with_own_values(
 
     A sweep has told what it has swept alone; of the other keys its students have its own value.
     """
-    flat = [flatten_dict(config.to_dict(), sep=".") for config in configs]
+    flat = [values_by_key(as_json(config)) for config in configs]
     keys = [
         key
         for key in schema.setting_keys()
@@ -179,7 +178,7 @@ def _with_own_values(
     for table, values in zip(tables, flat, strict=True):
         students, distilled = table["role"] == "student", table["distill_loss"].notna()
         own = {
-            key.title: pd.Series(results.text_of(values.get(key.name)), table.index).where(
+            key.title: pd.Series(results.cell_of(values.get(key.name)), table.index).where(
                 students & (distilled | (not key.of_distillation))
             )
             for key in keys
@@ -208,7 +207,7 @@ def _with_keys(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
     rows["member"] = rows["member"].astype(object).fillna("")
     for metric in METRICS.values():
         if metric.averaged:
-            columns = columns_of(metric, tasks, ())
+            columns = result_columns(metric, tasks, ())
             rows[metric.name] = rows.reindex(columns=columns).mean(axis=1, skipna=False)
     rows = _ordered(rows)
     students = rows[rows["role"] == "student"]

@@ -20,7 +20,7 @@ from kd_ranker.config.schema import sweepable, value_of
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.sweep.members import sweep_members
-from kd_ranker.training.identity import Identity
+from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.workdir import write_atomically
 
 FILE, FOLDER = "cohorts.json", "cohorts"

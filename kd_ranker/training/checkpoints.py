@@ -21,8 +21,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from kd_ranker.errors import UserError
-from kd_ranker.training.identity import Identity, differences
 from kd_ranker.training.workdir import write_atomically
+
+# The names of members, and digests of all that made them: of configs, dataset, teacher.
+Identity = Mapping[str, str]
 
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged_checkpoints"
 _SEAL = "files.json"  # beside a checkpoint's own files: the CRC-32 of each
@@ -174,6 +176,25 @@ def _check_owner(
         raise UserError(f"{directory} {fault}{details}; name another workdir")
     if differing:
         raise UserError(f"{directory} belongs to another run: {differing}; {remedy}")
+
+
+def differences(there: Identity, here: Identity) -> str:
+    """The parts in which two identities differ, in one line; "" if they are the same."""
+    return ", ".join(
+        f"{part} ({_shown(there.get(part, ''), here.get(part, ''))})"
+        for part in (*here, *(there.keys() - here.keys()))
+        if there.get(part) != here.get(part)
+    )
+
+
+def _shown(there: str, here: str) -> str:
+    """Two lists of names, without those that they share unless they differ in their order alone."""
+    names, others = there.split(", "), here.split(", ")
+    if set(names) == set(others):
+        return f"{there} there, {here} now"
+    more = ", ".join(name for name in names if name not in others)
+    others_more = ", ".join(name for name in others if name not in names)
+    return f"{more or 'no other'} there, {others_more or 'no other'} now"
 
 
 def _set_aside(manager: ocp.CheckpointManager, step: int, error: Exception) -> None:

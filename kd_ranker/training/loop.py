@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from kd_ranker.errors import UserError
 from kd_ranker.training import checkpoints
-from kd_ranker.training.identity import Identity
+from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.run import Run, initial_states, take_step
 from kd_ranker.training.state import States, steps_of_members
 from kd_ranker.training.step import Losses

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import jax
 import tensorboardX
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
@@ -35,19 +36,9 @@ def values_by_key(text: str, without: Sequence[str] = ()) -> dict[str, object]:
     """
     return {
         key: value
-        for key, value in _flat(json.loads(text)).items()
+        for key, value in flatten_dict(json.loads(text), sep=".").items()
         if not any(f"{key}.".startswith(f"{other}.") for other in without)
     }
-
-
-def _flat(tree: dict, prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def check(workdir: Path, command: str, config: ConfigDict, without: Sequence[str] = ()) -> None:
@@ -88,10 +79,12 @@ def check(workdir: Path, command: str, config: ConfigDict, without: Sequence[str
 
 
 def claim(workdir: Path, command: str, config: ConfigDict, without: Sequence[str] = ()) -> None:
-    """Makes `workdir` this run's own: `check`, and `write_config` if there is none yet."""
+    """Makes `workdir` this run's own: `check`, and `write_config`.
+
+    The config is written anew, as it may differ in keys that matter to what is measured alone.
+    """
     check(workdir, command, config, without)
-    if not (workdir / CONFIG_FILE).exists():
-        write_config(workdir, command, config)
+    write_config(workdir, command, config)
 
 
 def _owner(workdir: Path) -> str | None:

@@ -33,4 +33,4 @@ def starts_of(kinds: np.ndarray, rows: np.ndarray, seed: int = 0) -> np.ndarray:
 def packed(columns: Columns, starts: np.ndarray, slots: Slots) -> list[PackedBatch]:
     """The batch of each step."""
     drawn = cutting.gather(columns.rows, sampling.chosen(starts, slots))
-    return cutting.join(drawn, Layout(columns.spans, slots))
+    return cutting.pack_batches(drawn, Layout(columns.spans, slots))

@@ -127,8 +127,8 @@ def test_over_all_offsets_each_of_a_kind_is_drawn_equally_often(candidates, nega
 def test_the_sampling_order_moves_whole_candidates():
     requests = [random_request(0), random_request(1, shown=6, passed=6, retrieved=9)]
     columns, positives = in_sampling_order(columns_of(requests, V1))
-    fields = packing.unpack(columns.rows.candidates, columns.spans.candidates)
-    labels = packing.unpack(columns.rows.labels, columns.spans.labels)
+    fields = packing.unpack_rows(columns.rows.candidates, columns.spans.candidates)
+    labels = packing.unpack_rows(columns.rows.labels, columns.spans.labels)
     for index, request in enumerate(requests):
         shown, passed = len(request.user_label), request.num_passed
         start = columns.candidate_start[index]
@@ -158,8 +158,8 @@ def test_a_device_cuts_the_batch_that_the_host_cuts():
     on_device = jax.jit(cutting.gather)(*jax.device_put((data.rows, on_device)))
     assert_same(parts, on_device)
     layout = Layout(data.spans, slots)
-    batches = cutting.join(parts, layout)
-    assert_same(batches, jax.jit(functools.partial(cutting.join, layout=layout))(on_device))
+    batches = cutting.pack_batches(parts, layout)
+    assert_same(batches, jax.jit(functools.partial(cutting.pack_batches, layout=layout))(on_device))
     for batch in batches:
         assert_same(unpack(batch), jax.jit(unpack)(batch))
 

@@ -4,7 +4,7 @@ from configs import cascade
 from kd_ranker.config import identity
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.identity import differences
+from kd_ranker.training.checkpoints import differences
 
 
 def name(teacher="", **changes):

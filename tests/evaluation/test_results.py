@@ -50,7 +50,7 @@ def row(role, mode, seed, passed, flops, **more):
 
 def savings_of(*rows):
     frame = pd.DataFrame([row("teacher", None, 0, 10.0, 200.0), *rows])
-    return results.with_savings(frame, 2000)["funnel_cost_saving"].tolist()[1:]
+    return results.fill_savings(frame, 2000)["funnel_cost_saving"].tolist()[1:]
 
 
 def test_savings_of_a_case_worked_by_hand():

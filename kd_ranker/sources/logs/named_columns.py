@@ -31,7 +31,7 @@ ColumnValues = np.ndarray | Ragged
 NamedColumns = dict[str, ColumnValues]
 
 
-class Run(NamedTuple):
+class SortedRun(NamedTuple):
     """A file of rows sorted by bucket.
 
     Attributes:
@@ -101,7 +101,7 @@ def _end_to_end(columns: Sequence[ColumnValues]) -> ColumnValues:
     return np.concatenate([column for column in columns if not isinstance(column, Ragged)])
 
 
-def write_run(path: Path, table: NamedColumns, bucket: Int[np.ndarray, "n"]) -> Run:
+def write_run(path: Path, table: NamedColumns, bucket: Int[np.ndarray, "n"]) -> SortedRun:
     """Writes rows sorted by bucket; those of a bucket keep their order."""
     order = np.argsort(bucket, kind="stable")
     batch = _to_arrow(take_rows(table, order))
@@ -113,7 +113,7 @@ def write_run(path: Path, table: NamedColumns, bucket: Int[np.ndarray, "n"]) -> 
     ):
         for first, end in zip(start, [*start[1:], len(order)], strict=True):
             writer.write_batch(batch.slice(first, end - first))
-    return Run(str(path), {int(bucket): index for index, bucket in enumerate(buckets)})
+    return SortedRun(str(path), {int(bucket): index for index, bucket in enumerate(buckets)})
 
 
 def read_runs(runs: Sequence[tuple[str, int]]) -> NamedColumns:

@@ -28,7 +28,7 @@ from kd_ranker.sources.logs.merging import Merger
 from kd_ranker.sources.logs.named_columns import (
     NamedColumns,
     Ragged,
-    Run,
+    SortedRun,
     array_of,
     concatenate,
     num_rows,
@@ -67,8 +67,8 @@ class Partitioned(NamedTuple):
         their keys.
     """
 
-    candidates: list[Run]
-    requests: list[Run]
+    candidates: list[SortedRun]
+    requests: list[SortedRun]
     rejected: str
     counts: Int64[np.ndarray, "reasons"]
     faults: dict[str, Int64[np.ndarray, "4"]]
@@ -145,7 +145,7 @@ def partition_parts(
     plan = load_plan(plan_folder)
     columns = [wanted.column for wanted in files.wanted_columns(layout)]
     tally = _Tally()
-    runs: dict[str, list[Run]] = {"candidates": [], "requests": []}
+    runs: dict[str, list[SortedRun]] = {"candidates": [], "requests": []}
     waiting: dict[str, list[NamedColumns]] = {"candidates": [], "requests": []}
 
     def flush() -> None:

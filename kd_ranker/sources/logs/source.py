@@ -30,7 +30,7 @@ from kd_ranker.sources.logs.encode import (
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import LogLayout, read_layout
 from kd_ranker.sources.logs.log_statistics import Statistics
-from kd_ranker.sources.logs.named_columns import Run
+from kd_ranker.sources.logs.named_columns import SortedRun
 from kd_ranker.sources.logs.partition import Partitioned
 from kd_ranker.sources.logs.plan import plan_buckets, save_plan, time_cutoff
 from kd_ranker.sources.logs.reasons import Reason
@@ -169,7 +169,7 @@ def _read(log: Log, layout: LogLayout, work: Path, run: Runner) -> PreparedLog:
     return PreparedLog(whole, cutoff, partitioned, assembled, total, counts)
 
 
-def _by_bucket(runs: Iterator[Run]) -> dict[int, list[tuple[str, int]]]:
+def _by_bucket(runs: Iterator[SortedRun]) -> dict[int, list[tuple[str, int]]]:
     """Bucket -> the places of its rows, in the order of the log."""
     places: dict[int, list[tuple[str, int]]] = {}
     for run in runs:

@@ -40,7 +40,7 @@ from kd_ranker.sources.logs.files import Log, Part
 from kd_ranker.sources.logs.layout import LogLayout, read_layout
 from kd_ranker.sources.logs.named_columns import (
     NamedColumns,
-    Run,
+    SortedRun,
     array_of,
     num_rows,
     places_of,
@@ -239,7 +239,7 @@ def sort_scores(
     first: int,
     number: int,
     rows: Path,
-) -> Run:
+) -> SortedRun:
     """Sorts the scores of some requests by the places of their candidates in the log.
 
     Args:
@@ -277,7 +277,7 @@ def sort_scores(
     table |= {f"teacher:{task}": score for task, score in copied.scores.items()}
     table = take_rows(table, np.flatnonzero(np.isin(array_of(table, "file"), files_wanted)))
     if not num_rows(table):
-        return Run("", {})
+        return SortedRun("", {})
     key = _key(array_of(table, "file"), array_of(table, "row"))
     del table["file"]
     chunk = np.searchsorted(chunk_starts, key, side="right") - 1
