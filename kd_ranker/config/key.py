@@ -57,6 +57,8 @@ class Key:
       label: its name among members and in the report, if that is not its last part.
       column: the column of `results.csv` that always holds it. One without has a column under its
         own name where it is swept.
+      tuned: True if its values are tried to find the best one, which validation chooses; the values
+        of the others make different students, or different ways to teach them, which are compared.
       may_differ: True if sweeps that differ in it make one report all the same; those that differ
         in what a sweep varies, or in what influences nothing, do anyway.
     """
@@ -70,6 +72,7 @@ class Key:
     element: type | None = None
     label: str = ""
     column: str = ""
+    tuned: bool = False
     may_differ: bool = False
 
     @property
@@ -100,7 +103,9 @@ class Key:
         return self.column or self.name
 
 
-def section(name: str, *keys: Key, influences: Influence, sweep: Sweep = "no") -> tuple[Key, ...]:
+def section(
+    name: str, *keys: Key, influences: Influence, sweep: Sweep = "no", tuned: bool = False
+) -> tuple[Key, ...]:
     """The keys of a section under their whole names.
 
     Args:
@@ -108,6 +113,7 @@ def section(name: str, *keys: Key, influences: Influence, sweep: Sweep = "no") -
       *keys: named within the section.
       influences: of the keys that do not say.
       sweep: of the keys that do not say.
+      tuned: of all keys; one may say so for itself alone.
     """
     return tuple(
         dataclasses.replace(
@@ -115,6 +121,7 @@ def section(name: str, *keys: Key, influences: Influence, sweep: Sweep = "no") -
             name=f"{name}.{key.name}" if name else key.name,
             influences=key.influences or influences,
             sweep=key.sweep or sweep,
+            tuned=key.tuned or tuned,
         )
         for key in keys
     )

@@ -83,6 +83,7 @@ def _optimizer(name: str, influences: Influence, sweep: Sweep, rate: Key) -> tup
         Key("warmup_steps", 50, "steps in which the rates rise to their peaks", NOT_NEGATIVE),
         influences=influences,
         sweep=sweep,
+        tuned=True,
     )
 
 
@@ -92,6 +93,7 @@ def _train(name: str, influences: Influence, sweep: Sweep) -> tuple[Key, ...]:
         Key("steps", 1500, "train steps", POSITIVE),
         influences=influences,
         sweep=sweep,
+        tuned=True,
     )
     return own + section(
         name,
@@ -154,10 +156,11 @@ _ALL = (
         Key("loss", "bce", "against the teacher; the sizes of losses differ", LOSSES,
             column="distill_loss"),
         Key("weight", 1.0, "λ in user loss + λ · distillation loss", NOT_NEGATIVE,
-            column="distill_weight"),
+            column="distill_weight", tuned=True),
         Key("temperature", 1.0, "softens student and teacher in a loss", POSITIVE,
-            column="temperature"),
-        Key("top_k", 10, "loss topk: so many of a request's candidates in the batch", POSITIVE),
+            column="temperature", tuned=True),
+        Key("top_k", 10, "loss topk: so many of a request's candidates in the batch", POSITIVE,
+            tuned=True),
         Key("affine", True, "mode shared: a learned scale and offset between the two labels"),
         Key("serve", "user", "mode aux: the heads that rank (user, teacher, blend)",
             sweep="no", may_differ=True),

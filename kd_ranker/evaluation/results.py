@@ -22,7 +22,7 @@ _ALWAYS = tuple(key.column for key in schema.setting_keys() if key.column)
 # What makes a repeat of a setting.
 REPEAT = tuple(key.column for key in schema.repeat_keys())
 # What tells one row of results.csv from another, beside what is swept of other keys.
-KEYS = ("dataset", "role", *_ALWAYS, "serve", *REPEAT, "step")
+KEYS = ("dataset", "split", "role", *_ALWAYS, "serve", *REPEAT, "step")
 # What makes a setting, in the order in which tables show it; see `setting_columns`.
 SETTING = tuple(dict.fromkeys(("mode", "serve", "distill_weight", *_ALWAYS)))
 CALIBRATION_COLUMNS = ("member", "serve", "task", "bin", "weight", "predicted", "observed")
@@ -51,6 +51,12 @@ def setting_columns(table: pd.DataFrame) -> list[str]:
     return [*SETTING, *(str(column) for column in table if column in swept)]
 
 
+def way_columns(table: pd.DataFrame) -> list[str]:
+    """The columns of a setting that are not tuned: those of the ways to teach a student."""
+    tuned = {key.title for key in schema.setting_keys() if key.tuned}
+    return [column for column in setting_columns(table) if column not in {*tuned, "serve"}]
+
+
 def made_of(config: ConfigDict) -> Row:
     """The part of a student's row that tells how it was made: the keys that a sweep may vary."""
     distils = MODES[config.distill.mode].teacher_logits is not None
@@ -75,6 +81,32 @@ def with_cost(row: Row, flops_per_candidate: float, teacher_flops: float) -> Row
     }
 
 
+def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
+    """Students with the labels `setting`, `way` and `repeat`, in the order of their settings.
+
+    Of equal settings the first in this order is chosen, whatever the order of the file.
+    """
+    setting = setting_columns(rows)
+    rows = rows.sort_values([*setting, *REPEAT], kind="stable", na_position="first")
+    labels = {
+        label: rows.groupby(list(keys), dropna=False).ngroup().astype(str)
+        for label, keys in (("setting", setting), ("way", way_columns(rows)), ("repeat", REPEAT))
+    }
+    return rows.assign(**labels)
+
+
+def chosen(frame: pd.DataFrame) -> dict[str, list[str]]:
+    """The serving choices of each member of a chosen setting, see `saving.best_of_ways`.
+
+    Args:
+      frame: `results.csv` with the rows of validation.
+    """
+    students = with_labels(frame[(frame["role"] == "student") & frame["non_finite_step"].isna()])
+    best = set(saving.best_of_ways(students).values())
+    rows = saving.of_split(students[students["setting"].isin(best)], "validation")
+    return {str(name): list(of["serve"]) for name, of in rows.groupby("member", sort=False)}
+
+
 def fill_savings(frame: pd.DataFrame, retrieved: int) -> pd.DataFrame:
     """Fills `funnel_cost_saving` in, see `saving.with_savings`.
 
@@ -82,16 +114,9 @@ def fill_savings(frame: pd.DataFrame, retrieved: int) -> pd.DataFrame:
       frame: `results.csv` of one dataset, with the teacher; see `read_csv`.
       retrieved: `config.funnel.retrieved`.
     """
-    (teacher_flops,) = frame.loc[frame["role"] == "teacher", "flops_per_candidate"]
-    students = frame[frame["role"] == "student"]
-    # Of equal baselines the first in this order, whatever the order of the file.
-    setting = setting_columns(frame)
-    students = students.sort_values([*setting, *REPEAT], kind="stable", na_position="first")
-    labels = {
-        label: students.groupby(list(keys), dropna=False).ngroup().astype(str)
-        for label, keys in (("setting", setting), ("repeat", REPEAT))
-    }
-    saved = saving.with_savings(students.assign(**labels), teacher_flops, retrieved)
+    teacher_flops = frame.loc[frame["role"] == "teacher", "flops_per_candidate"].iloc[0]
+    students = with_labels(frame[frame["role"] == "student"])
+    saved = saving.with_savings(students, teacher_flops, retrieved)
     return frame.assign(funnel_cost_saving=saved["funnel_cost_saving"])
 
 
@@ -118,29 +143,23 @@ def _text(frame: pd.DataFrame) -> str:
 
 
 def join(
-    folders: Sequence[Path], retrieved: int, members: Mapping[str, ConfigDict]
+    validation: Sequence[Path],
+    test: Sequence[Path],
+    retrieved: int,
+    members: Mapping[str, ConfigDict],
 ) -> dict[str, str]:
     """The tables of several runs under one teacher as one: file name -> text.
 
-    The teacher, which every run has measured, is kept once. `funnel_cost_saving` is filled in, and
-    what was not swept when a run was measured; everything else is as it was written.
+    The teacher, which every run has measured, is kept once a split. `funnel_cost_saving` is filled
+    in, and what was not swept when a run was measured; everything else is as it was written.
 
     Args:
-      folders: of the runs.
+      validation: folders of the runs, with all members as validation has them.
+      test: folders of those that validation chose, with them as the test has them.
       retrieved: `config.funnel.retrieved`.
       members: the configs of all members by name.
     """
-    tables = {}
-    for file in (CURVES_FILE, CALIBRATION_FILE, FILE):
-        # As text: a number that is read and written again need not be the same text.
-        frames = [
-            pd.read_csv(folder / file, dtype=str, keep_default_na=False) for folder in folders
-        ]
-        tables[file] = pd.concat(
-            [frames[0], *(frame[frame["member"] != TEACHER] for frame in frames[1:])],
-            ignore_index=True,
-        )
-    joined = tables[FILE]
+    joined = pd.concat([_joined(FILE, validation), _joined(FILE, test)], ignore_index=True)
     for column in joined.columns[joined.isna().any()]:
         own = [
             _cell(made_of(members[name]).get(column)) if name in members else None
@@ -148,8 +167,16 @@ def join(
         ]
         joined[column] = joined[column].where(joined[column].notna(), own)
     savings = fill_savings(read_csv(io.StringIO(_text(joined))), retrieved)["funnel_cost_saving"]
-    tables[FILE] = joined.assign(funnel_cost_saving=savings.map(_cell, na_action="ignore"))
-    return {file: _text(table) for file, table in tables.items()}
+    joined = joined.assign(funnel_cost_saving=savings.map(_cell, na_action="ignore"))
+    curves = {file: _text(_joined(file, test)) for file in (CURVES_FILE, CALIBRATION_FILE)}
+    return {**curves, FILE: _text(joined)}
+
+
+def _joined(file: str, folders: Sequence[Path]) -> pd.DataFrame:
+    # As text: a number that is read and written again need not be the same text.
+    frames = [pd.read_csv(folder / file, dtype=str, keep_default_na=False) for folder in folders]
+    students = (frame[frame["member"] != TEACHER] for frame in frames[1:])
+    return pd.concat([frames[0], *students], ignore_index=True)
 
 
 def read_csv(path: Path | io.StringIO) -> pd.DataFrame:

@@ -1,7 +1,10 @@
-"""The best setting, the baseline, and what a student's funnel saves against it.
+"""The choice of settings on validation, the baseline, and what a funnel saves against it.
 
-Rows are students of `results.csv` with two more columns: `setting`, a label of all that makes a
-student but its seeds, and `repeat`, one of the seeds.
+Rows are students of `results.csv` with three more columns: `setting`, a label of all that makes a
+student but its seeds; `way`, the same without what is tuned; and `repeat`, one of the seeds.
+
+Whatever is chosen is chosen on the rows of the split `validation`, so that those of `test` are of
+requests which no choice has seen.
 """
 
 from collections.abc import Sequence
@@ -14,8 +17,18 @@ from kd_ranker.evaluation.cost import funnel_cost, funnel_cost_saving
 CRITERION = "passed_for_99"
 
 
+def of_split(rows: pd.DataFrame, split: str) -> pd.DataFrame:
+    """The rows of a split, one of `request.SPLITS`."""
+    return rows[rows["split"] == split]
+
+
 def by_repeat(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """A measure as a table: a line a repeat, a column a setting, NaN where it is not known."""
+    """A measure as a table: a line a repeat, a column a setting, NaN where it is not known.
+
+    Args:
+      rows: of one split.
+      measure: a column.
+    """
     if measure not in rows:
         rows = rows.assign(**{measure: float("nan")})
     table = rows.pivot(index="repeat", columns="setting", values=measure)
@@ -29,8 +42,25 @@ def settings_of(rows: pd.DataFrame, distilled: bool) -> list[str]:
 
 
 def best(rows: pd.DataFrame, settings: Sequence[str]) -> str | None:
-    """The best of `settings` by `CRITERION`; of equals the first. None if none is measured."""
-    return best_of(by_repeat(rows, CRITERION)[list(settings)])
+    """The best of `settings` on validation by `CRITERION`; of equals the first.
+
+    Returns:
+      None if none is measured.
+    """
+    return best_of(by_repeat(of_split(rows, "validation"), CRITERION)[list(settings)])
+
+
+def best_of_ways(rows: pd.DataFrame) -> dict[str, str]:
+    """The best setting of each way that is measured, in the order in which ways occur.
+
+    Every way is tuned alike: over serving choices, and over all values that a sweep has tried of
+    keys that are `tuned`.
+    """
+    of_ways = {
+        str(way): best(rows, list(of_way["setting"].unique()))
+        for way, of_way in of_split(rows, "validation").groupby("way", sort=False)
+    }
+    return {way: setting for way, setting in of_ways.items() if setting is not None}
 
 
 def best_of(table: pd.DataFrame) -> str | None:
@@ -55,7 +85,7 @@ def baseline(rows: pd.DataFrame) -> str | None:
 
 
 def with_savings(students: pd.DataFrame, teacher_flops: float, retrieved: int) -> pd.DataFrame:
-    """The students with `funnel_cost_saving` against the baseline of the same repeat.
+    """The students with `funnel_cost_saving` against the baseline of the same split and repeat.
 
     It is NaN where the baseline was not measured.
 
@@ -69,13 +99,14 @@ def with_savings(students: pd.DataFrame, teacher_flops: float, retrieved: int) -
         for passed, flops in zip(students[CRITERION], students["flops_per_candidate"], strict=True)
     ]
     undistilled = students["setting"] == baseline(students)
-    of_repeat = {
-        repeat: cost
-        for repeat, cost, is_baseline in zip(students["repeat"], costs, undistilled, strict=True)
+    where = list(zip(students["split"], students["repeat"], strict=True))
+    of_baseline = {
+        at: cost
+        for at, cost, is_baseline in zip(where, costs, undistilled, strict=True)
         if is_baseline
     }
     savings = [
-        funnel_cost_saving(cost, of_repeat.get(repeat, float("nan")))
-        for repeat, cost in zip(students["repeat"], costs, strict=True)
+        funnel_cost_saving(cost, of_baseline.get(at, float("nan")))
+        for at, cost in zip(where, costs, strict=True)
     ]
     return students.assign(funnel_cost_saving=savings)

@@ -6,11 +6,13 @@ A command holds the workdir that it writes to for as long as it runs, and a seco
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from kd_ranker.config import checks, schema
 from kd_ranker.config.identity import dataset_name
@@ -24,6 +26,7 @@ from kd_ranker.pipeline.measure import (
     reference,
     write_measured,
 )
+from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.report import write
 from kd_ranker.requests import storage
 from kd_ranker.requests.lock import hold
@@ -34,9 +37,12 @@ from kd_ranker.sources.logs.write_back import Scored
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.sweep.members import common
 from kd_ranker.sweep.memory import cohort_size
-from kd_ranker.sweep.sweep import is_measured, mark_measured, open_sweep
+from kd_ranker.sweep.sweep import TEST, Cohort, is_measured, mark_measured, open_sweep
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import skip_steps
+
+# What is chosen is chosen on the first; the second is read for what is reported.
+MEASURED_SPLITS = ("validation", "test")
 
 
 def prepare_data(config: ConfigDict) -> Path:
@@ -77,16 +83,16 @@ def train_teacher(config: ConfigDict, workdir: Path) -> list[Row]:
     """Trains the final ranker on user labels and measures it.
 
     Returns:
-      The one row of its `results.csv`.
+      Its row of `results.csv` on the test split.
     """
     checks.validate(config)
     with hold(workdir):
         dataset = teachers.dataset_of(config)
         ranker, step = runs.fit_teacher(config, dataset, workdir)
         teacher = own_reference(config, dataset, ranker, step)
-        measured = measure(config, dataset, teacher, {}, [])
-        write_measured(config, workdir, measured)
-    return measured.rows
+        measured = [measure(config, dataset, split, teacher, {}, []) for split in MEASURED_SPLITS]
+        write_measured(config, workdir, *measured)
+    return measured[-1].rows
 
 
 class Logged(NamedTuple):
@@ -145,7 +151,7 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
     """Trains one student and measures it.
 
     Returns:
-      The rows of its `results.csv`, one a serving choice.
+      The rows of its `results.csv` on the test split, one a serving choice.
     """
     checks.validate(config)
     with hold(workdir):
@@ -157,15 +163,18 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
         with runs.progress_bar(workdir.name, config.train.steps) as bar:
             students = runs.fit_students(shared, dataset, teacher, members, workdir, bar)
         known = reference(shared, dataset, teacher)
-        measured = measure(shared, dataset, known, members, students)
-        # The teacher has a workdir and results of its own.
-        measured = Measured(*(_without_teacher(rows) for rows in measured))
-        write_measured(config, workdir, measured)
-    return measured.rows
+        measured = [
+            _without_teacher(measure(shared, dataset, split, known, members, students))
+            for split in MEASURED_SPLITS
+        ]
+        write_measured(config, workdir, *measured)
+    return measured[-1].rows
 
 
-def _without_teacher(rows: list[Row]) -> list[Row]:
-    return [row for row in rows if row["member"] != results.TEACHER]
+def _without_teacher(measured: Measured) -> Measured:
+    """The tables of students alone: the teacher has a workdir and results of its own."""
+    tables = ([row for row in rows if row["member"] != results.TEACHER] for rows in measured)
+    return Measured(*tables)
 
 
 def sweep(config: ConfigDict, workdir: Path) -> bool:
@@ -199,17 +208,51 @@ def _sweep(config: ConfigDict, workdir: Path) -> bool:
     shared = [common(cohort) for cohort in sweep.cohorts]
     with runs.progress_bar(workdir.name, sum(each.train.steps for each in shared)) as bar:
         for cohort, folder, each in zip(sweep.cohorts, sweep.folders, shared, strict=True):
-            whose = runs.students_identity(cohort, dataset, teacher)
-            if is_measured(folder, whose):
-                skip_steps(bar, each.train.steps)
-                continue
-            students = runs.fit_students(each, dataset, teacher, cohort, folder, bar)
-            known = reference(each, dataset, teacher)
-            measured = measure(each, dataset, known, cohort, students)
-            write_measured(each, folder, measured)
-            mark_measured(folder, whose)
-    sweep.join(config.funnel.retrieved)
+            _train_cohort(each, dataset, teacher, cohort, folder, bar)
+    chosen = results.chosen(sweep.validation())
+    tested = sweep.with_any(chosen)
+    for cohort, folder, each in zip(sweep.cohorts, sweep.folders, shared, strict=True):
+        if folder in tested:
+            _test_cohort(each, dataset, teacher, cohort, folder, chosen)
+    sweep.join(config.funnel.retrieved, tested)
     return True
+
+
+def _train_cohort(
+    config: ConfigDict, dataset: Dataset, teacher: Teacher | None, cohort: Cohort, folder: Path,
+    bar: tqdm,
+) -> None:  # fmt: skip
+    """Trains the members of a cohort and measures them on validation, if that is not done."""
+    whose = runs.students_identity(cohort, dataset, teacher)
+    if is_measured(folder, whose):
+        skip_steps(bar, config.train.steps)
+        return
+    students = runs.fit_students(config, dataset, teacher, cohort, folder, bar)
+    known = reference(config, dataset, teacher)
+    write_measured(config, folder, measure(config, dataset, "validation", known, cohort, students))
+    mark_measured(folder, whose)
+
+
+def _test_cohort(
+    config: ConfigDict, dataset: Dataset, teacher: Teacher | None, cohort: Cohort, folder: Path,
+    chosen: Mapping[str, Collection[str]],
+) -> None:  # fmt: skip
+    """Measures the members of a cohort that validation chose on the test split, if not done."""
+    serves = {name: chosen[name] for name in cohort if name in chosen}
+    whose = runs.students_identity(cohort, dataset, teacher)
+    tested = {**whose, "serves": json.dumps(serves)}
+    if is_measured(folder / TEST, tested):
+        return
+    students = [
+        group.only(serves) for group in runs.trained_students(dataset, cohort, folder, whose)
+    ]
+    known = reference(config, dataset, teacher)
+    measured = measure(
+        *(config, dataset, "test", known, cohort), [of for of in students if of.names],
+        serves=serves,
+    )  # fmt: skip
+    write_measured(config, folder / TEST, measured)
+    mark_measured(folder / TEST, tested)
 
 
 def _free_of_a_sweep(extends: bool) -> list[str]:

@@ -1,6 +1,6 @@
 """Measuring trained rankers: from their parameters to the rows of a run's tables."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,17 @@ class Students(NamedTuple):
     ranker: Ranker
     steps: tuple[int, ...]
     non_finite_step: tuple[int, ...]
+
+    def only(self, names: Collection[str]) -> "Students":
+        """The members among `names`, in their order here; there may be none."""
+        places = [place for place, name in enumerate(self.names) if name in names]
+        parameters = jax.tree.map(lambda leaf: leaf[np.array(places, int)], self.ranker.parameters)
+        return Students(
+            names=tuple(self.names[place] for place in places),
+            ranker=self.ranker._replace(parameters=parameters),
+            steps=tuple(self.steps[place] for place in places),
+            non_finite_step=tuple(self.non_finite_step[place] for place in places),
+        )
 
 
 class Reference(NamedTuple):
@@ -101,10 +112,12 @@ def own_reference(config: ConfigDict, dataset: Dataset, ranker: Ranker, step: in
 def measure(
     config: ConfigDict,
     dataset: Dataset,
+    split: str,
     teacher: Reference,
     members: Mapping[str, ConfigDict],
     students: Sequence[Students],
     *,
+    serves: Mapping[str, Collection[str]] | None = None,
     limit: int = 0,
     costs: bool = True,
 ) -> Measured:
@@ -112,18 +125,23 @@ def measure(
 
     Args:
       config: what the members have in common.
-      dataset: the dataset whose test requests are read.
+      dataset: the dataset whose requests are read.
+      split: which of them, "validation" or "test".
       teacher: the teacher.
       members: the members' configs by name.
       students: the trained groups of these members; none measures the teacher alone.
+      serves: the serving choices of each member; None takes all.
       limit: how many requests are read at most; 0 takes `config.evaluation.limit`.
       costs: whether to count FLOPs. An evaluation on the way goes without, and without a bar.
     """
     rankers = [group.ranker for group in students]
-    teacher_sums, students_sums = _sums(config, dataset, teacher.ranker, rankers, limit, costs)
+    teacher_sums, students_sums = _sums(
+        config, dataset, split, teacher.ranker, rankers, limit, costs
+    )
     flops_of_teacher = teacher.flops() if costs else _NOT_COUNTED
     measured = Measured([], [], [])
-    row = results.with_cost(_teacher_row(config, teacher), flops_of_teacher, flops_of_teacher)
+    row = _teacher_row(config, split, teacher)
+    row = results.with_cost(row, flops_of_teacher, flops_of_teacher)
     _add(measured, config, dataset, row, teacher_sums, None, teacher.signal)
     if teacher.signal == "rank":
         # Positions order the candidates, and foretell nothing.
@@ -132,8 +150,8 @@ def measure(
         first = members[group.names[0]]
         flops = _student_flops(first, dataset.spec) if costs else _NOT_COUNTED
         for index, name in enumerate(group.names):
-            for serve in MODES[first.distill.mode].serve:
-                row = _student_row(members[name], name, serve, group.steps[index])
+            for serve in serves[name] if serves else MODES[first.distill.mode].serve:
+                row = _student_row(members[name], split, name, serve, group.steps[index])
                 row = results.with_cost(row, flops, flops_of_teacher)
                 if non_finite_step := group.non_finite_step[index]:
                     measured.rows.append(row | {"non_finite_step": non_finite_step})
@@ -146,19 +164,20 @@ def measure(
 def _sums(
     config: ConfigDict,
     dataset: Dataset,
+    split: str,
     teacher: Ranker | None,
     groups: Sequence[Ranker],
     limit: int,
     bar: bool,
 ) -> tuple[Sums, list[dict[str, Sums]]]:
-    """`evaluate` on the dataset's test requests."""
+    """`evaluate` on the requests of a split."""
     requests, limit = config.evaluation.requests, limit or config.evaluation.limit
     batches: Iterable = evaluation_batches(
-        dataset, requests=requests, candidates=config.funnel.retrieved, limit=limit
+        dataset, split, requests=requests, candidates=config.funnel.retrieved, limit=limit
     )
     if bar:
-        total = num_evaluation_batches(dataset, requests=requests, limit=limit)
-        batches = tqdm(batches, "evaluating", total, leave=False, unit="batch", disable=None)
+        total = num_evaluation_batches(dataset, split, requests=requests, limit=limit)
+        batches = tqdm(batches, split, total, leave=False, unit="batch", disable=None)
     return evaluate(
         teacher, groups, batches, dataset.items, config.value_weights, config.funnel.shown
     )
@@ -169,10 +188,11 @@ def report_at(config: ConfigDict) -> list[int]:
     return sorted({*config.funnel.report_at, config.funnel.passed})
 
 
-def _teacher_row(config: ConfigDict, teacher: Reference) -> Row:
+def _teacher_row(config: ConfigDict, split: str, teacher: Reference) -> Row:
     """The part of the teacher's row that says which it is."""
     return {
         "dataset": config.data.name,
+        "split": split,
         "role": "teacher",
         "serve": "user",
         "seed": teacher.seed,
@@ -181,10 +201,11 @@ def _teacher_row(config: ConfigDict, teacher: Reference) -> Row:
     }
 
 
-def _student_row(config: ConfigDict, name: str, serve: str, step: int) -> Row:
+def _student_row(config: ConfigDict, split: str, name: str, serve: str, step: int) -> Row:
     """The part of a student's row that was known before it was measured."""
     return {
         "dataset": config.data.name,
+        "split": split,
         "role": "student",
         **results.made_of(config),
         "serve": serve,
@@ -271,9 +292,16 @@ def _shapes(init: Init) -> Parameters:
     return jax.eval_shape(lambda: init(jax.random.key(0), 0))
 
 
-def write_measured(config: ConfigDict, workdir: Path, measured: Measured) -> None:
-    """Writes the tables of a run, each whole or not at all, `results.csv` last."""
+def write_measured(config: ConfigDict, workdir: Path, *splits: Measured) -> None:
+    """Writes the tables of a run, each whole or not at all, `results.csv` last.
+
+    Args:
+      config: what the members have in common.
+      workdir: the folder to write to.
+      *splits: what was measured on each split; curves and calibration are those of the last.
+    """
     names = results.columns(config.tasks, report_at(config), results.swept_columns(config))
+    measured = splits[-1]._replace(rows=[row for split in splits for row in split.rows])
     for file, rows, columns in (
         (results.CURVES_FILE, measured.curves, results.curves_columns(config.tasks)),
         (results.CALIBRATION_FILE, measured.calibration, results.CALIBRATION_COLUMNS),

@@ -1,6 +1,6 @@
 """Training runs: what teacher, single student and sweep have in common."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -23,7 +23,7 @@ from kd_ranker.evaluation.results import Row
 from kd_ranker.pipeline.measure import Students, measure, own_reference, reference
 from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests.records import Dataset
-from kd_ranker.training import recipes
+from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.loop import Evaluate, fit, scalar_name
@@ -88,7 +88,7 @@ def fit_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> tuple[Ra
     def progress(states: States) -> tuple[dict[str, float], str]:
         teacher = own_reference(config, dataset, ranker(states), int(states[0].step))
         limit = section.train.eval_limit
-        measured = measure(config, dataset, teacher, {}, [], limit=limit, costs=False)
+        measured = measure(config, dataset, "validation", teacher, {}, [], limit=limit, costs=False)
         return _evaluation_scalars(measured.rows[0], ""), ""
 
     with progress_bar(workdir.name, section.train.steps) as bar:
@@ -114,6 +114,21 @@ def fit_students(
     distilled = any(group.recipe.mode.teacher_logits is not None for group in groups)
     live = teacher if distilled and config.teacher.source == "live" else None
     known = reference(config, dataset, teacher)
+    students = _students_of(groups)
+
+    def progress(states: States) -> tuple[dict[str, float], str]:
+        trained, limit = students(states), config.train.eval_limit
+        measured = measure(
+            config, dataset, "validation", known, members, trained, limit=limit, costs=False
+        )
+        return _progress_of_students(config, members, measured.rows)
+
+    whose = students_identity(members, dataset, teacher)
+    return students(_fit(config, dataset, config, groups, live, workdir, whose, progress, bar))
+
+
+def _students_of(groups: Sequence[Group]) -> Callable[[States], list[Students]]:
+    """Builds the function from the states of groups to how their members rank."""
     serves = [make_serve(group.recipe.model, group.recipe.mode) for group in groups]
 
     def students(states: States) -> list[Students]:
@@ -127,13 +142,18 @@ def fit_students(
             for group, serve, state in zip(groups, serves, states, strict=True)
         ]
 
-    def progress(states: States) -> tuple[dict[str, float], str]:
-        trained, limit = students(states), config.train.eval_limit
-        measured = measure(config, dataset, known, members, trained, limit=limit, costs=False)
-        return _progress_of_students(config, members, measured.rows)
+    return students
 
-    whose = students_identity(members, dataset, teacher)
-    return students(_fit(config, dataset, config, groups, live, workdir, whose, progress, bar))
+
+def trained_students(
+    dataset: Dataset, members: Mapping[str, ConfigDict], workdir: Path, whose: Identity
+) -> list[Students]:
+    """The students that `fit_students` has trained in `workdir`, from their last checkpoint."""
+    groups = recipes.student_groups(members, dataset.spec)
+    abstract = tuple(jax.eval_shape(group.init) for group in groups)
+    with checkpoints.open_manager(workdir) as manager:
+        states, _ = checkpoints.restore(manager, abstract, None, whose)
+    return _students_of(groups)(states)
 
 
 def students_identity(

@@ -10,9 +10,10 @@ import dataclasses
 import itertools
 import json
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
 from ml_collections import ConfigDict
 
 from kd_ranker.config import identity
@@ -24,6 +25,7 @@ from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.workdir import write_atomically
 
 FILE, FOLDER = "cohorts.json", "cohorts"
+TEST = "test"  # the folder in that of a cohort with the tables of its chosen members on test
 MEASURED_FILE = "measured.json"  # beside the tables of results
 
 Cohort = Mapping[str, ConfigDict]  # members by name
@@ -82,15 +84,29 @@ class Sweep:
         write_atomically(self.workdir / FILE, json.dumps(content, indent=2))
         return dataclasses.replace(self, plan=plan, teacher=teacher)
 
-    def join(self, retrieved: int) -> None:
+    def with_any(self, names: Collection[str]) -> list[Path]:
+        """The folders of the cohorts with any of these members; the first one if none has."""
+        cohorts = zip(self.plan, self.folders, strict=True)
+        return [folder for of, folder in cohorts if set(of) & set(names)] or self.folders[:1]
+
+    def join(self, retrieved: int, tested: Sequence[Path]) -> None:
         """Writes the tables of the whole sweep from those of its cohorts.
 
         Args:
           retrieved: `config.funnel.retrieved`.
+          tested: the folders of the cohorts whose members were measured on the test split.
         """
-        for file, text in results.join(self.folders, retrieved, self.members).items():
+        tables = results.join(
+            self.folders, [folder / TEST for folder in tested], retrieved, self.members
+        )
+        for file, text in tables.items():
             write_atomically(self.workdir / file, text)
         mark_measured(self.workdir, self._identity())
+
+    def validation(self) -> pd.DataFrame:
+        """The rows of all members on validation."""
+        frames = [results.read_csv(folder / results.FILE) for folder in self.folders]
+        return pd.concat(frames, ignore_index=True)
 
     def _unplaced(self) -> Cohort:
         placed = set(itertools.chain.from_iterable(self.plan))
