@@ -13,6 +13,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.num_items = 8000
     config.data.num_topics = 8
     config.data.train_requests = 12000
+    config.data.validation_requests = 500
     config.data.test_requests = 500
     config.data.retrieval_noise = 1.0
     config.data.policy_noise = 0.7
@@ -38,6 +39,7 @@ def _shrink(config: ConfigDict) -> None:
     config.data.num_users = 50
     config.data.num_items = 300
     config.data.train_requests = 64
+    config.data.validation_requests = 12
     config.data.test_requests = 12
     config.funnel.retrieved = 100
     config.funnel.passed = 30

@@ -10,15 +10,15 @@ from kd_ranker.batch import Category, FeatureSpec
 from kd_ranker.config import defaults
 from kd_ranker.pipeline import commands, teachers
 from kd_ranker.requests.records import read_requests
-from kd_ranker.requests.request import Request, Source
+from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources.registry import SOURCES, SourceEntry
 
 GROUPS, ITEMS, CANDIDATES = 3, 60, 12
-NUM_REQUESTS = {"train": 128, "test": 32}
+NUM_REQUESTS = {"train": 128, "validation": 16, "test": 32}
 
 
 def open_source(data, tasks, funnel):
-    """A user of a group likes the items of the same kind; test items occur in no training request.
+    """A user of a group likes the items of the same kind; those of training occur nowhere else.
 
     Colours, a bag of each candidate, tell nothing.
     """
@@ -45,8 +45,8 @@ def open_source(data, tasks, funnel):
     kinds = np.arange(ITEMS, dtype=np.int32)[:, None] % GROUPS + first_kind
 
     def draw_request(index, split):
-        generator = np.random.default_rng((split == "test", index))
-        items = generator.permutation(ITEMS // 2)[:CANDIDATES] + (split == "test") * ITEMS // 2
+        generator = np.random.default_rng((SPLITS.index(split), index))
+        items = generator.permutation(ITEMS // 2)[:CANDIDATES] + (split != "train") * ITEMS // 2
         group = generator.integers(GROUPS)
         return Request(
             request_id=index,

@@ -159,7 +159,8 @@ from kd_ranker.requests.records import read_requests
 
 config = cascade.get_config("small")
 config.data.dir = "datasets"
-config.data.train_requests, config.data.test_requests = 16, 4
+config.data.train_requests = 16
+config.data.validation_requests = config.data.test_requests = 4
 commands.prepare_data(config)
 dataset = teachers.dataset_of(config)
 
@@ -172,7 +173,7 @@ assert_fresh(request.freshness, request.item_id, request.item_id >= 0)
 sizes = BatchConfig(4, 120, 0.5, 1.0, seed=0)
 made = [training_batches(dataset, sizes, resident=resident) for resident in (True, False)]
 batches = [unpack(next(iter(of))) for of in made]
-batches += [next(evaluation_batches(dataset, requests=2, candidates=120)).batch]
+batches += [next(evaluation_batches(dataset, "test", requests=2, candidates=120)).batch]
 for batch in batches:
     assert_fresh(*map(np.asarray, (batch.freshness, batch.item_id, batch.candidate_mask)))
 assert batch.candidate_mask.sum() == 200

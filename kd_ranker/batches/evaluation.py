@@ -1,4 +1,4 @@
-"""Batches for evaluation: one pass over the split `test`."""
+"""Batches for evaluation: one pass over a split."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,13 @@ from kd_ranker.requests.records import Dataset, read_split
 
 
 def evaluation_batches(
-    dataset: Dataset, *, requests: int, candidates: int, limit: int = 0
+    dataset: Dataset, split: str, *, requests: int, candidates: int, limit: int = 0
 ) -> Iterator[EvaluationBatch]:
-    """One pass over the split `test`, with every candidate of each request.
+    """One pass over a split, with every candidate of each request.
 
     Args:
       dataset: the dataset.
+      split: one of `SPLITS`.
       requests: requests a batch; the last one is filled up by repeating, masked out.
       candidates: N to fill up to, `config.funnel.retrieved`.
       limit: how many requests to read from the start; 0 reads all.
@@ -29,7 +30,7 @@ def evaluation_batches(
     Raises:
       UserError: a request has more candidates than `candidates`.
     """
-    records, decode = read_split(dataset, "test", with_true_probability=True)
+    records, decode = read_split(dataset, split, with_true_probability=True)
     total = _num_evaluation_requests(records, limit)
     for start in range(0, total, requests):
         present = min(requests, total - start)
@@ -42,9 +43,9 @@ def evaluation_batches(
         )
 
 
-def num_evaluation_batches(dataset: Dataset, *, requests: int, limit: int = 0) -> int:
+def num_evaluation_batches(dataset: Dataset, split: str, *, requests: int, limit: int = 0) -> int:
     """The number of batches that `evaluation_batches` yields."""
-    records, _ = read_split(dataset, "test", with_true_probability=True)
+    records, _ = read_split(dataset, split, with_true_probability=True)
     return math.ceil(_num_evaluation_requests(records, limit) / requests)
 
 

@@ -208,7 +208,7 @@ _ALL = (
     section(
         "evaluation",
         Key("requests", 16, "requests of a batch", POSITIVE, influences="nothing"),
-        Key("limit", 0, "requests of the test split to read; 0 reads all", NOT_NEGATIVE),
+        Key("limit", 0, "requests of a split to read; 0 reads all", NOT_NEGATIVE),
         influences="report",
     ),
     section(
@@ -242,6 +242,7 @@ _CASCADE = _of_source(
     Key("num_items", 8000, "items", POSITIVE),
     Key("num_topics", 8, "topics of items, and of users' tastes", POSITIVE),
     Key("train_requests", 12000, "requests of the training split", NOT_NEGATIVE),
+    Key("validation_requests", 500, "requests of the validation split", POSITIVE),
     Key("test_requests", 500, "requests of the test split", NOT_NEGATIVE),
     Key("retrieval_noise", 1.0, "noise of the retrieval", NOT_NEGATIVE),
     Key("policy_noise", 0.7, "noise of the early ranker that filled the log", NOT_NEGATIVE),

@@ -38,19 +38,19 @@ def scored_requests(
 ) -> Iterator[Request]:
     """The requests of a split with the teacher's probabilities in place of the logged ones.
 
-    Training requests get the probabilities of what `config.teacher.stage` names, test requests
-    those of all candidates.
+    Training requests get the probabilities of what `config.teacher.stage` names, those that models
+    are measured on the ones of all candidates.
 
     Args:
       config: names the stage, and how many requests are scored at a time.
       dataset: the dataset.
       teacher: the teacher.
-      split: "train" or "test".
+      split: one of `SPLITS`.
       start: the number of the first request; if it is a multiple of `config.evaluation.requests`,
         requests are scored with the same ones beside them as in one pass over the split.
       stop: the number of the one behind the last; None for all.
     """
-    everywhere = split == "test" or config.teacher.stage == "retrieved"
+    everywhere = split != "train" or config.teacher.stage == "retrieved"
     ranker, items = teacher.ranker, jax.device_put(dataset.items)
     size = config.evaluation.requests
     records, decode = read_split(dataset, split, with_true_probability=True)
@@ -104,7 +104,7 @@ def scored_elsewhere(
     Args:
       config: the config as JSON.
       version: of the teacher that is expected.
-      split: "train" or "test".
+      split: one of `SPLITS`.
       start: the number of the first request.
       stop: the number of the one behind the last.
 

@@ -10,8 +10,12 @@ from jaxtyping import Float32, Int32
 from kd_ranker.batch import FeatureSpec, Request
 from kd_ranker.requests.pool import Runner, run_here
 
-SPLITS = ("train", "test")
-"""The parts of a dataset: what models learn from, and what they are measured on."""
+SPLITS = ("train", "validation", "test")
+"""The parts of a dataset, the earliest first where there is time.
+
+Models learn from the first, settings are chosen on the second, and the third is read once, for what
+is reported.
+"""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Requests on disk: the folder of a dataset, how it is written and opened.
 
-A built dataset is `data.dir/requests/<name>/<version>`, which TFDS opens, with the splits `train`
-and `test`, and beside the records
+A built dataset is `data.dir/requests/<name>/<version>`, which TFDS opens, with the splits of
+`request.SPLITS`, and beside the records
 
     feature_spec.json   the sizes of its features (`FeatureSpec`)
     items.npy           float32 [num_items, F], what is known of each item, stored once
@@ -33,7 +33,7 @@ from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import Dataset, record_features, to_record
 from kd_ranker.requests.request import SPLITS, Source
 
-FORMAT_VERSION = "1.1.0"
+FORMAT_VERSION = "1.2.0"
 SPEC_FILE = "feature_spec.json"
 _NAME, _FORMAT = "requests", "array_record"
 _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
@@ -113,8 +113,8 @@ def _kept_shards(source: Source) -> Path | None:
 def _check(source: Source) -> None:
     """Raises UserError for a source that cannot be stored."""
     _check_widths(source.spec)
-    for split, number in source.num_requests.items():
-        if not number:
+    for split in SPLITS:
+        if not source.num_requests.get(split):
             raise UserError(f"{source.spec.dataset} yields no requests for its split {split!r}")
 
 
@@ -282,10 +282,15 @@ def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:
       made_by: the command that makes the dataset, for the message if there is none.
 
     Raises:
-      UserError: there is no such dataset.
+      UserError: there is no such dataset, or only one of an older format.
     """
     directory = directory_of(name, data_dir)
     if not (directory / SPEC_FILE).exists():
+        if older := sorted(path.parent.name for path in directory.parent.glob(f"*/{SPEC_FILE}")):
+            raise UserError(
+                f"the dataset at {directory.parent} has the format {older[-1]} and this release "
+                f"reads {FORMAT_VERSION}, with a validation split; make it anew with: {made_by}"
+            )
         raise UserError(f"no dataset at {directory}; make it with: {made_by}")
     return Dataset(
         directory=directory,

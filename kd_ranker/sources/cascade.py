@@ -80,8 +80,10 @@ FATIGUE_HALF = 2.0  # recent events of a topic at which fatigue reaches one half
 MOOD_HOURS = 12.0
 
 START = 1_704_067_200  # 2024-01-01 00:00 UTC, a Monday
-TRAIN_DAYS = 7
-TEST_DAYS = 2
+# The first day of each split, counted from START, and how many it has.
+DAYS = {"train": (0, 7), "validation": (7, 1), "test": (8, 2)}
+# What a split adds to the seeds of its requests; 0 is the world's.
+_SEED_OF_SPLIT = {"train": 1, "test": 2, "validation": 3}
 UPLOAD_DAYS = 60
 HISTORY_DAYS = 2  # no event is older, and every item was uploaded before the first event
 
@@ -135,9 +137,9 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
       funnel: `retrieved`, `passed` and `shown` candidates a request.
 
     Returns:
-      The source. Requests come in the order of time, and every train request precedes every test
-      request. Each request is drawn from a seed of its own, made of `data.seed`, the split and the
-      request's place in it.
+      The source. Requests come in the order of time, and every train request precedes every
+      validation request, which precedes every test request. Each request is drawn from a seed of
+      its own, made of `data.seed`, the split and the request's place in it.
 
     Raises:
       UserError: for tasks, sizes or rates that make no sense.
@@ -145,7 +147,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     _check(data, tasks, funnel)
     world = make_world(data)
     columns = np.array([TASKS.index(task) for task in tasks])
-    num_requests = {"train": int(data.train_requests), "test": int(data.test_requests)}
+    num_requests = {split: int(data[f"{split}_requests"]) for split in SPLITS}
 
     def requests(split: str) -> Iterator[Request]:
         check_choice("split", split, SPLITS)
@@ -373,7 +375,7 @@ def _draw_request(
     index: int,
 ) -> Request:
     """Draws a request; `columns` are the asked tasks' places in `TASKS`."""
-    rng = np.random.default_rng([data.seed, 1 + SPLITS.index(split), index])
+    rng = np.random.default_rng([data.seed, _SEED_OF_SPLIT[split], index])
     time = _draw_time(rng, split, index, data[f"{split}_requests"])
     context = _draw_context(rng, time)
     user = int(np.searchsorted(world.activity, rng.random()).clip(max=data.num_users - 1))
@@ -471,8 +473,8 @@ def _draw_candidates(
 
 def _draw_time(rng: np.random.Generator, split: str, index: int, num_requests: int) -> int:
     """A moment in the request's own slice of its split's days: times rise with `index`."""
-    start, days = (START, TRAIN_DAYS) if split == "train" else (START + TRAIN_DAYS * DAY, TEST_DAYS)
-    return start + int(days * DAY * (index + rng.random()) / num_requests)
+    first, days = DAYS[split]
+    return START + first * DAY + int(days * DAY * (index + rng.random()) / num_requests)
 
 
 def _draw_context(rng: np.random.Generator, time: int) -> Float32[np.ndarray, "C"]:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -5,7 +7,8 @@ from kd_ranker.batches.evaluation import evaluation_batches, num_evaluation_batc
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import read_requests
-from tests.requests.random_requests import random_source
+from kd_ranker.requests.request import SPLITS
+from tests.requests.random_requests import random_request, random_source
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +19,8 @@ def dataset(tmp_path_factory):
 
 
 def test_evaluation_reads_every_candidate_once_and_masks_what_fills_up(dataset):
-    read = list(evaluation_batches(dataset, requests=3, candidates=24))
-    assert len(read) == 2 == num_evaluation_batches(dataset, requests=3)
+    read = list(evaluation_batches(dataset, "test", requests=3, candidates=24))
+    assert len(read) == 2 == num_evaluation_batches(dataset, "test", requests=3)
     np.testing.assert_array_equal(
         np.concatenate([batch.request_mask for batch in read]), [1, 1, 1, 1, 1, 0]
     )
@@ -41,11 +44,36 @@ def test_evaluation_reads_every_candidate_once_and_masks_what_fills_up(dataset):
         )
 
 
+def test_each_split_is_read_by_its_name_and_its_requests_may_differ_in_size(tmp_path):
+    sizes = {"train": [3, 20], "validation": [1, 20, 7], "test": [5]}
+
+    def requests(split):
+        for index, size in enumerate(sizes[split]):
+            seed = 100 * SPLITS.index(split) + index
+            yield random_request(seed, shown=1, passed=min(size, 3), retrieved=size)
+
+    number = {split: len(sizes[split]) for split in SPLITS}
+    source = dataclasses.replace(random_source(), requests=requests, num_requests=number)
+    storage.build(source, "ragged", str(tmp_path))
+    ragged = storage.open_dataset("ragged", str(tmp_path), made_by="")
+    for split in SPLITS:
+        read = list(evaluation_batches(ragged, split, requests=2, candidates=20))
+        assert len(read) == num_evaluation_batches(ragged, split, requests=2)
+        mask, items = (
+            np.concatenate([getattr(of.batch, name) for of in read])
+            for name in ("candidate_mask", "item_id")
+        )
+        there = np.concatenate([of.request_mask for of in read]) > 0
+        assert mask[there].sum(axis=1).tolist() == sizes[split]
+        for row, request in zip(np.flatnonzero(there), requests(split), strict=True):
+            assert set(items[row][mask[row] > 0]) == set(request.item_id)
+
+
 def test_a_limit_reads_only_so_many(dataset):
-    (batch,) = evaluation_batches(dataset, requests=8, candidates=20, limit=2)
+    (batch,) = evaluation_batches(dataset, "test", requests=8, candidates=20, limit=2)
     assert batch.request_mask.sum() == 2
 
 
 def test_too_small_a_funnel_is_an_error(dataset):
     with pytest.raises(UserError, match=r"funnel.retrieved=10 is less than the 20 candidates"):
-        list(evaluation_batches(dataset, requests=2, candidates=10))
+        list(evaluation_batches(dataset, "test", requests=2, candidates=10))

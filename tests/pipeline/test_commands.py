@@ -131,7 +131,7 @@ def test_logged_records_carry_the_teachers_version_and_no_other_counts(world):
     assert f"-teacher-{version}" in directory.parent.name
     dataset = teachers.dataset_of(config, version)
     assert dataset.spec.teacher_version == version
-    for split in ("train", "test"):
+    for split in SPLITS:
         requests = list(read_requests(dataset, split))
         assert {request.teacher_version for request in requests} == {version}
         # teacher.stage=retrieved: every candidate was scored.
@@ -148,7 +148,7 @@ def test_logged_records_carry_the_teachers_version_and_no_other_counts(world):
 
 @pytest.fixture
 def apart(world, tmp_path, monkeypatch):
-    """The config of a dataset that no other test scores, in shards of one batch: 4 and 1."""
+    """The config of a dataset that no other test scores, in shards of one batch: 4, 1 and 1."""
     dataset = teachers.dataset_of(world.config())
     copied = tmp_path / "requests" / dataset.directory.parent.name
     shutil.copytree(dataset.directory.parent, copied)
@@ -183,7 +183,7 @@ def test_scoring_in_shards_and_processes_gives_the_bytes_of_one_pass(apart, monk
         scored = teachers.dataset_of(apart, teacher.version)
         splits = scored.builder.info.splits
         assert splits["train"].shard_lengths == [16] * 4
-        assert splits["test"].shard_lengths == [12]
+        assert splits["validation"].shard_lengths == splits["test"].shard_lengths == [12]
         for split in SPLITS:
             one_pass = scoring.scored_requests(apart, dataset, teacher, split)
             assert fields(read_requests(scored, split)) == fields(one_pass)
@@ -231,7 +231,7 @@ def test_scoring_that_was_killed_goes_on_with_the_shards_that_are_missing(
 
     monkeypatch.setattr(scoring, "scored_requests", counting)
     assert commands.log_teacher(apart).dataset == directory
-    assert scored == [("train", 48, 64), ("test", 0, 12)]
+    assert scored == [("train", 48, 64), ("validation", 0, 12), ("test", 0, 12)]
     assert record_files(directory) == whole
     assert not [*tmp_path.glob(".scoring-*")]
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]
@@ -735,7 +735,15 @@ def test_the_funnels_own_k_is_always_reported(world):
     assert measure.report_at(config) == [10, config.funnel.passed]
 
 
-def test_a_split_without_requests_is_one_line(world, tmp_path):
-    config = world.config(data__test_requests=0, data__dir=str(tmp_path))
-    with pytest.raises(UserError, match="no requests for its split 'test'"):
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("validation_requests", "data.validation_requests=0 must be greater than 0"),
+        ("test_requests", "no requests for its split 'test'"),
+    ],
+)
+def test_a_split_without_requests_is_one_line(world, tmp_path, key, message):
+    config = world.config(**{f"data__{key}": 0}, data__dir=str(tmp_path))
+    with pytest.raises(UserError, match=message):
         commands.prepare_data(config)
+    assert not [*tmp_path.glob("requests/*/*.*.*")]

@@ -38,14 +38,15 @@ def random_request(
     )
 
 
-def random_source(train: int = 12, test: int = 5) -> Source:
-    """A source for `SPEC`; its test requests know the true probabilities."""
+def random_source(train: int = 12, validation: int = 3, test: int = 5) -> Source:
+    """A source for `SPEC`; the requests that models are measured on know the true probabilities."""
+    num_requests = {"train": train, "validation": validation, "test": test}
 
     def requests(split):
-        first = {"train": 0, "test": 1000}[split]
-        for index in range(train if split == "train" else test):
+        first = {"train": 0, "validation": 500, "test": 1000}[split]
+        for index in range(num_requests[split]):
             request = random_request(first + index)
-            if split == "test":
+            if split != "train":
                 truth = np.random.default_rng(index).random((20, len(SPEC.tasks)), dtype=np.float32)
                 request = dataclasses.replace(request, true_probability=truth)
             yield request
@@ -56,5 +57,5 @@ def random_source(train: int = 12, test: int = 5) -> Source:
         .normal(size=(SPEC.num_items, SPEC.item_features))
         .astype(np.float32),
         requests=requests,
-        num_requests={"train": train, "test": test},
+        num_requests=num_requests,
     )

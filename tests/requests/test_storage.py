@@ -25,6 +25,27 @@ def test_a_missing_dataset_names_the_command_that_makes_it(tmp_path):
         storage.open_dataset("absent", str(tmp_path), made_by="some command")
 
 
+def test_a_dataset_of_an_older_format_names_both_and_the_command_that_makes_it_anew(tmp_path):
+    directory = storage.build(random_source(), "small", str(tmp_path))
+    directory.rename(directory.with_name("1.1.0"))
+    message = rf"has the format 1\.1\.0 and this .* {storage.FORMAT_VERSION}, .*: some command$"
+    with pytest.raises(UserError, match=message):
+        storage.open_dataset("small", str(tmp_path), made_by="some command")
+    storage.build(random_source(), "small", str(tmp_path))
+    assert storage.open_dataset("small", str(tmp_path), made_by="").directory == directory
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_a_source_that_lacks_a_split_is_refused_before_anything_is_written(tmp_path, split):
+    source = random_source()
+    for number in ({}, {split: 0}):
+        others = {name: n for name, n in source.num_requests.items() if name != split}
+        lacking = dataclasses.replace(source, num_requests=others | number)
+        with pytest.raises(UserError, match=f"test yields no requests for its split '{split}'"):
+            storage.build(lacking, "bad", str(tmp_path))
+    assert not storage.directory_of("bad", str(tmp_path)).exists()
+
+
 @pytest.mark.parametrize("field", ["user_id", "item_id", "history_id"])
 def test_an_id_out_of_range_stops_the_build_and_leaves_nothing(tmp_path, field):
     source = random_source()
@@ -163,13 +184,13 @@ def test_a_build_that_died_goes_on_with_the_shards_that_are_missing(tmp_path, wh
     read.clear()
     build_and_die(source, tmp_path, 1)
     assert read == [("train", 8)]
-    assert "2 of 5 shards were found finished" in caplog.text
+    assert "2 of 6 shards were found finished" in caplog.text
     read.clear()
     # What a process of an earlier release leaves that was killed there.
     incomplete = tmp_path / "requests" / "small" / "incomplete.ABCDEF_1.1.0"
     incomplete.mkdir(parents=True)
     directory = storage.build(source, "small", str(tmp_path))
-    assert read == [("test", 0), ("test", 4)]
+    assert read == [("validation", 0), ("test", 0), ("test", 4)]
     assert records(directory) == whole
     assert not kept.parent.exists()
     assert not incomplete.exists()
@@ -180,7 +201,7 @@ def test_without_a_folder_to_keep_them_in_shards_are_written_anew(tmp_path):
     build_and_die(source, tmp_path, 2)
     read.clear()
     storage.build(source, "small", str(tmp_path))
-    assert len(read) == 5
+    assert len(read) == 6
 
 
 def test_a_shard_that_is_written_in_part_is_not_taken(tmp_path, whole):
@@ -210,7 +231,7 @@ def test_shards_of_other_contents_are_not_taken_and_go_in_the_end(tmp_path, whol
     build_and_die(other, tmp_path, 2)
     source, read = source_of_shards(tmp_path / ".kept" / "a")
     directory = storage.build(source, "small", str(tmp_path))
-    assert len(read) == 5
+    assert len(read) == 6
     assert records(directory) == whole
     assert not (tmp_path / ".kept").exists()
 
@@ -258,7 +279,7 @@ def test_two_builds_at_once_are_refused_and_one_after_the_other_are_not(tmp_path
         # Another dataset is none of its business.
         storage.build(random_source(), "other", str(tmp_path))
     storage.build(source, "small", str(tmp_path))
-    assert len(read) == 5
+    assert len(read) == 6
 
 
 def bytes_of(directory):
@@ -299,6 +320,7 @@ def build_in_shards(folder, processes):
     """Builds `random_source` in shards that other processes can write."""
     shards = {
         "train": [functools.partial(part_of, "train", start, start + 4) for start in (0, 4, 8)],
+        "validation": [functools.partial(part_of, "validation", 0, 3)],
         "test": [functools.partial(part_of, "test", 0, 5)],
     }
     with open_pool(processes) as run:
@@ -321,14 +343,14 @@ def test_a_dataset_is_the_same_bytes_at_every_build(tmp_path, processes):
     else:
         here = storage.build(random_source(), "small", str(tmp_path / "here"))
     assert bytes_of(here) == there
-    assert len(there) == 5 + (4 if processes else 2)
+    assert len(there) == 5 + (5 if processes else 3)
 
 
 def test_the_next_build_removes_what_a_killed_one_has_left(tmp_path, whole):
     assert build_elsewhere(tmp_path, dies=True) == -signal.SIGKILL
     parent = storage.directory_of("small", str(tmp_path)).parent
     left = sorted(path.name for path in parent.iterdir())
-    assert left == [".lock", ".unfinished-1.1.0"]
+    assert left == [".lock", f".unfinished-{storage.FORMAT_VERSION}"]
     assert [*(parent / left[1]).glob("requests-train.array_record-*")]
     directory = storage.build(random_source(), "small", str(tmp_path))
     assert [path.name for path in parent.iterdir()] == [directory.name]
@@ -346,7 +368,9 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
 
 
 def test_a_source_that_yields_other_numbers_than_it_says_is_refused(tmp_path):
-    source = dataclasses.replace(random_source(), num_requests={"train": 13, "test": 5})
+    source = dataclasses.replace(
+        random_source(), num_requests={"train": 13, "validation": 3, "test": 5}
+    )
     with pytest.raises(RuntimeError, match="13 requests in split 'train', 12 written"):
         storage.build(source, "small", str(tmp_path))
     assert not [*tmp_path.iterdir()]

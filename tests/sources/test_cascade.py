@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
-from kd_ranker.requests.request import Request
+from kd_ranker.requests.request import SPLITS, Request
 from kd_ranker.sources import cascade
 
 
@@ -23,6 +23,7 @@ def make_data(**changes: float) -> ConfigDict:
         "num_topics": 8,
         "history_length": 12,
         "train_requests": 60,
+        "validation_requests": 20,
         "test_requests": 40,
         "exploration": 0.2,
         "retrieval_noise": 1.0,
@@ -56,8 +57,8 @@ def test_shapes_and_dtypes_follow_the_spec() -> None:
     assert spec.dataset == "cascade"
     assert source.item_features.shape == (400, spec.item_features)
     assert source.item_features.dtype == np.float32
-    assert source.num_requests == {"train": 60, "test": 40}
-    for split, logged, known in (("train", 30, 0), ("test", 100, 100)):
+    assert source.num_requests == {"train": 60, "validation": 20, "test": 40}
+    for split, logged, known in (("train", 30, 0), ("validation", 100, 100), ("test", 100, 100)):
         requests = list(source.requests(split))
         assert len(requests) == source.num_requests[split]
         assert [request.request_id for request in requests] == list(range(len(requests)))
@@ -86,7 +87,7 @@ def test_shapes_and_dtypes_follow_the_spec() -> None:
 
 
 def test_ids_lie_in_range_and_no_candidate_comes_twice() -> None:
-    for request in draw("train") + draw("test"):
+    for request in [request for split in SPLITS for request in draw(split)]:
         assert 0 <= request.user_id < 60
         for ids in (request.item_id, request.history_id):
             assert ids.min() >= 0
@@ -106,23 +107,37 @@ def test_the_same_requests_come_at_every_call() -> None:
     assert not np.array_equal(first[0].item_id, other[0].item_id)
 
 
-def test_a_split_does_not_depend_on_the_size_of_the_other() -> None:
-    for left, right in zip(draw("test"), draw("test", train_requests=7), strict=True):
-        assert_same(left, right)
+def test_a_split_does_not_depend_on_the_sizes_of_the_others() -> None:
+    sizes = {f"{split}_requests": 7 for split in SPLITS}
+    for split in SPLITS:
+        others = {name: size for name, size in sizes.items() if name != f"{split}_requests"}
+        for left, right in zip(draw(split), draw(split, **others), strict=True):
+            assert_same(left, right)
+
+
+def test_no_two_splits_are_drawn_alike() -> None:
+    drawn = {split: draw(split, train_requests=20, test_requests=20) for split in SPLITS}
+    users = {split: [request.user_id for request in drawn[split]] for split in SPLITS}
+    assert len({tuple(users[split]) for split in SPLITS}) == len(SPLITS)
+    items = [request.item_id.tobytes() for split in SPLITS for request in drawn[split]]
+    assert len(set(items)) == len(items)
 
 
 def test_asked_tasks_are_columns_of_all_tasks() -> None:
     source = cascade.open_source(make_data(), ("share", "watch"), make_funnel())
-    for split in ("train", "test"):
+    for split in SPLITS:
         for part, full in zip(source.requests(split), draw(split, fault_nan=0.0), strict=True):
             np.testing.assert_array_equal(part.user_label, full.user_label[:, [2, 0]])
             np.testing.assert_array_equal(part.item_id, full.item_id)
             np.testing.assert_array_equal(part.true_probability, full.true_probability[:, [2, 0]])
 
 
-def test_times_rise_and_training_comes_first() -> None:
-    times = [request.time for request in draw("train") + draw("test")]
-    assert times == sorted(times)
+def test_times_rise_from_training_over_validation_to_the_test() -> None:
+    times = {split: [request.time for request in draw(split)] for split in SPLITS}
+    everything = times["train"] + times["validation"] + times["test"]
+    assert everything == sorted(everything)
+    days = {split: {(time - cascade.START) // 86400 for time in times[split]} for split in SPLITS}
+    assert days == {"train": set(range(7)), "validation": {7}, "test": {8, 9}}
 
 
 def test_nothing_is_used_before_it_was_uploaded() -> None:
@@ -221,8 +236,9 @@ def test_no_faults_when_their_rates_are_zero() -> None:
         assert request.teacher_version == cascade.TEACHER_VERSION
 
 
-def test_test_requests_hold_no_faults() -> None:
-    for request in draw("test", fault_missing=1.0, fault_nan=0.9, fault_version=1.0):
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_what_models_are_measured_on_holds_no_faults(split: str) -> None:
+    for request in draw(split, fault_missing=1.0, fault_nan=0.9, fault_version=1.0):
         assert np.isfinite(request.teacher_probability).all()
         assert np.all(request.teacher_weight == 1)
         assert request.teacher_version == cascade.TEACHER_VERSION
@@ -302,8 +318,9 @@ def test_the_history_matters_within_a_request(monkeypatch: pytest.MonkeyPatch) -
 def test_tiny_funnels_work(sizes: tuple[int, int, int]) -> None:
     tiny = {"num_users": 1, "num_items": 6, "num_topics": 2, "history_length": 1}
     funnel = make_funnel(*sizes)
-    for split in ("train", "test"):
-        requests = draw(split, funnel, train_requests=3, test_requests=2, exploration=1.0, **tiny)
+    sizes_of_splits = {"train_requests": 3, "validation_requests": 1, "test_requests": 2}
+    for split in SPLITS:
+        requests = draw(split, funnel, exploration=1.0, **sizes_of_splits, **tiny)
         for request in requests:
             assert len(set(request.item_id)) == sizes[0]
             assert request.user_label.shape == (sizes[2], 3)

@@ -800,7 +800,7 @@ def test_the_configs_build_a_dataset_and_its_batches(tmp_path: Path, config: Con
     assert (batch.label_weight[positive] == 1).all()
     weights = np.where(negative, batch.label_weight, 0).sum(axis=1)
     assert ((weights > 900 - 130) & (weights < 900)).all()
-    evaluation = next(evaluation_batches(dataset, requests=2, candidates=1000))
+    evaluation = next(evaluation_batches(dataset, "test", requests=2, candidates=1000))
     assert (evaluation.batch.candidate_mask.sum(axis=1) > 500).all()
 
 
