@@ -5,7 +5,7 @@ All that differs from metric to metric stands in its entry: columns of `results.
 formulas on one batch are in `label_metrics`, `alignment` and `funnel`. To try a metric of your own,
 put it into `METRICS` before you call `kd_ranker.pipeline.commands`.
 
-Axes: `N` candidates, `T` tasks.
+Axes: `R` requests, `N` candidates, `T` tasks.
 """
 
 import re
@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float
 from kd_ranker.evaluation import alignment, funnel, label_metrics
 from kd_ranker.evaluation.ranked import Ranked
 
-# By name, over all requests of a batch, or of a pass.
+# By name: of each request of a batch, [R, ...], or over all of a batch or a pass, [...].
 Sums = dict[str, Float[Array | np.ndarray, "..."]]
 SumFunction = Callable[[Ranked], Sums]
 Better = Literal["lower", "higher", "one"]
@@ -36,8 +36,9 @@ class Metric(NamedTuple):
       digits: behind the point, in tables.
       better: the way in which it is better: lower, higher or closer to one; None for neither.
       per: there is a number for each of these.
-      sums: functions from a batch to sums by name. Metrics share a function by naming the same one;
-        it is called once a batch.
+      sums: functions from a batch to sums of each of its requests by name, arrays [R, ...]: what
+        `totals` adds up over requests. Those of a metric with a number for each k may be curves,
+        [R, N, ...]. Metrics share a function by naming the same one; it is called once a batch.
       ends: from the sums of a pass over all requests, and those of the teacher on the same, to its
         numbers, NaN where there is nothing to measure: an array [N] (index `k - 1` belongs to k),
         [T] or [N, T], or one number. None where the column is not measured on requests but filled
@@ -79,73 +80,70 @@ def ratio(
 
 def _user_bce(ranked: Ranked) -> Sums:
     losses, weight = label_metrics.user_bce_sums(*ranked.labels)
-    return {"user_bce": losses.sum(axis=0), "label_weight": weight.sum(axis=0)}
+    return {"user_bce": losses, "label_weight": weight}
 
 
 def _user_auc(ranked: Ranked) -> Sums:
     area, counts = label_metrics.user_auc(*ranked.labels)
-    return {
-        "user_auc": area.sum(axis=0),
-        "user_auc_requests": counts.sum(axis=0).astype(area.dtype),
-    }
+    return {"user_auc": area, "user_auc_requests": counts.astype(area.dtype)}
 
 
 def _user_calibration(ranked: Ranked) -> Sums:
     predicted, observed = label_metrics.user_calibration_sums(*ranked.labels)
-    return {"predicted": predicted.sum(axis=0), "observed": observed.sum(axis=0)}
+    return {"predicted": predicted, "observed": observed}
 
 
 def _teacher_bce(ranked: Ranked) -> Sums:
     losses, weight = alignment.teacher_bce_sums(
         ranked.probability, ranked.teacher_probability, ranked.teacher_weight
     )
-    return {"teacher_bce": losses.sum(axis=0), "teacher_weight": weight.sum(axis=0)}
+    return {"teacher_bce": losses, "teacher_weight": weight}
 
 
 def _teacher_entropy(ranked: Ranked) -> Sums:
-    entropies = alignment.teacher_entropy_sums(ranked.teacher_probability, ranked.teacher_weight)
-    return {"teacher_entropy": entropies.sum(axis=0)}
+    return {
+        "teacher_entropy": alignment.teacher_entropy_sums(
+            ranked.teacher_probability, ranked.teacher_weight
+        )
+    }
 
 
 def _survival(ranked: Ranked) -> Sums:
     survival = ranked.curves.survival
-    return {
-        "survival": survival.sum(axis=0),
-        "funnel_requests": ranked.curves.counts.sum().astype(survival.dtype),
-    }
+    return {"survival": survival, "funnel_requests": ranked.curves.counts.astype(survival.dtype)}
 
 
 def _value_captured(ranked: Ranked) -> Sums:
-    return {"value_captured": ranked.curves.value_captured.sum(axis=0)}
+    return {"value_captured": ranked.curves.value_captured}
 
 
 def _true_value_captured(ranked: Ranked) -> Sums:
-    return {"true_value_captured": ranked.curves.true_value_captured.sum(axis=0)}
+    return {"true_value_captured": ranked.curves.true_value_captured}
 
 
 def _shown_kept(ranked: Ranked) -> Sums:
-    return {"shown_kept": ranked.curves.shown_kept.sum(axis=0)}
+    return {"shown_kept": ranked.curves.shown_kept}
 
 
 def _unseen_users(ranked: Ranked) -> Sums:
     request_mask = ranked.evaluation_batch.request_mask
     return {
-        "unseen_users": _number_unseen(ranked, "user", request_mask),
-        "requests": request_mask.sum().astype(jnp.float32),
+        "unseen_users": _unseen(ranked, "user", request_mask),
+        "requests": request_mask.astype(jnp.float32),
     }
 
 
 def _unseen_items(ranked: Ranked) -> Sums:
     return {
-        "unseen_items": _number_unseen(ranked, "item", ranked.mask),
-        "candidates": ranked.mask.sum().astype(jnp.float32),
+        "unseen_items": _unseen(ranked, "item", ranked.mask).sum(axis=1),
+        "candidates": ranked.mask.sum(axis=1).astype(jnp.float32),
     }
 
 
-def _number_unseen(ranked: Ranked, lookup: str, counts: Bool[Array, "..."]) -> Float[Array, ""]:
+def _unseen(ranked: Ranked, lookup: str, counts: Bool[Array, "*ids"]) -> Float[Array, "*ids"]:
     if lookup not in ranked.met:
-        return jnp.float32(jnp.nan)
-    return (counts & ~ranked.met[lookup]).sum().astype(jnp.float32)
+        return jnp.full(counts.shape, jnp.nan)
+    return (counts & ~ranked.met[lookup]).astype(jnp.float32)
 
 
 def _user_bce_of(sums: Sums) -> Float[np.ndarray, "T"]:
@@ -370,6 +368,14 @@ METRICS: dict[str, Metric] = {
 def sum_functions() -> tuple[SumFunction, ...]:
     """All that is summed for `METRICS`, each once."""
     return tuple(dict.fromkeys(of for metric in METRICS.values() for of in metric.sums))
+
+
+def sums_curves(function: SumFunction) -> bool:
+    """Tests if a function of `Metric.sums` is that of a metric with a number for each k.
+
+    Of what it returns, arrays of more than one axis are curves, [R, N, ...].
+    """
+    return any("k" in metric.per and function in metric.sums for metric in METRICS.values())
 
 
 def result_columns(metric: Metric, tasks: Sequence[str], report_at: Sequence[int]) -> list[str]:

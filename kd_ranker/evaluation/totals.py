@@ -6,14 +6,14 @@
         total = add(total, request_sums(batch, sum_functions()))
     row = summarise(total, total_of_teacher, tasks, report_at)
 
-Axes: `N` candidates, `T` tasks, `B` bins of predicted probability.
+Axes: `R` requests, `N` candidates, `K` values of k, `T` tasks, `B` bins of predicted probability.
 """
 
 from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from kd_ranker.evaluation import label_metrics, metrics
 from kd_ranker.evaluation.metrics import METRICS, SumFunction, Sums, ratio
@@ -21,7 +21,7 @@ from kd_ranker.evaluation.ranked import Ranked
 
 
 def request_sums(batch: Ranked, functions: Sequence[SumFunction]) -> Sums:
-    """The sums of one batch by name, those of `calibration_table` among them; pure.
+    """The sums over the requests of one batch by name, with those of `calibration_table`; pure.
 
     Args:
       batch: the batch.
@@ -30,13 +30,51 @@ def request_sums(batch: Ranked, functions: Sequence[SumFunction]) -> Sums:
     Raises:
       ValueError: two functions sum different things under one name.
     """
+    sums = {name: of.sum(axis=0) for name, of in _of_each(batch, functions).items()}
+    return _joined(sums, _bins(batch))
+
+
+def each_request(batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int]) -> Sums:
+    """What `request_sums` adds up, of each request of one batch: arrays [R, ...]; pure.
+
+    The bins of the calibration are left out.
+
+    Args:
+      batch: the batch.
+      functions: those of the metrics, see `metrics.sum_functions`.
+      ks: at least 1; the curves over k are cut to these, [R, N, ...] to [R, K, ...]. One beyond
+        the number of candidates means all of them, which is the denominator of a captured share.
+
+    Raises:
+      ValueError: two functions sum different things under one name.
+    """
+    return _of_each(batch, functions, ks)
+
+
+def _of_each(
+    batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int] | None = None
+) -> Sums:
     sums: Sums = {}
-    for function in (*functions, _bins):
+    for function in functions:
         more = function(batch)
-        if twice := sums.keys() & more.keys():
-            raise ValueError(f"two sums of the metrics are named {', '.join(sorted(twice))}")
-        sums |= more
+        if ks is not None and metrics.sums_curves(function):
+            more = {name: _cut(array, ks) for name, array in more.items()}
+        sums = _joined(sums, more)
     return sums
+
+
+def _joined(sums: Sums, more: Sums) -> Sums:
+    if twice := sums.keys() & more.keys():
+        raise ValueError(f"two sums of the metrics are named {', '.join(sorted(twice))}")
+    return sums | more
+
+
+def _cut(
+    array: Float[Array | np.ndarray, "R ..."], ks: Sequence[int]
+) -> Float[Array | np.ndarray, "R ..."]:
+    if array.ndim == 1:
+        return array
+    return array[:, np.minimum(ks, array.shape[1]) - 1]
 
 
 def _bins(batch: Ranked) -> Sums:

@@ -24,6 +24,11 @@ def request_sums(functions: tuple[SumFunction, ...], *arguments: Any) -> Sums:
     return totals.request_sums(ranked(*arguments), functions)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 7, 8))
+def each_request(functions: tuple[SumFunction, ...], ks: tuple[int, ...], *arguments: Any) -> Sums:
+    return totals.each_request(ranked(*arguments), functions, ks)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
 def teacher_request_sums(functions: tuple[SumFunction, ...], *arguments: Any) -> Sums:
     return totals.request_sums(ranked_by_teacher(*arguments), functions)
@@ -43,8 +48,13 @@ class Case:
     request_mask: np.ndarray
 
     def sums(self, shown: int = SHOWN) -> Sums:
-        sums = request_sums(
-            sum_functions(),
+        return totals.add(None, request_sums(sum_functions(), *self.arguments(shown)))
+
+    def sums_of_each(self, ks: tuple[int, ...]) -> Sums:
+        return totals.add(None, each_request(sum_functions(), ks, *self.arguments(SHOWN)))
+
+    def arguments(self, shown: int) -> tuple[Any, ...]:
+        return (
             jnp.asarray(self.student),
             jnp.asarray(self.teacher),
             jnp.asarray(self.teacher_weight),
@@ -53,7 +63,6 @@ class Case:
             shown,
             self.stage.shape[1],
         )
-        return totals.add(None, sums)
 
     def teacher_sums(self) -> Sums:
         sums = teacher_request_sums(

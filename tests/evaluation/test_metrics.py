@@ -22,13 +22,13 @@ def top_item(ranked: Ranked) -> Sums:
     favourite = jnp.argmax(teacher_value, axis=1)[:, None]
     before = ranked.value > jnp.take_along_axis(ranked.value, favourite, axis=1)
     place = 1 + (before & ranked.mask).sum(axis=1)
-    return {"top_item": (1 / place).sum(), "top_item_requests": jnp.float32(len(place))}
+    return {"top_item": 1 / place, "top_item_requests": jnp.ones(len(place))}
 
 
 def liked_kept(ranked: Ranked) -> Sums:
     by_student = jnp.argsort(-ranked.value, axis=1)[..., None]
     positive = ranked.batch.user_label * (ranked.label_weight > 0)[..., None]
-    return {"kept": jnp.take_along_axis(positive, by_student, axis=1).cumsum(axis=1).sum(axis=0)}
+    return {"kept": jnp.take_along_axis(positive, by_student, axis=1).cumsum(axis=1)}
 
 
 RECIPROCAL_RANK = Metric(
@@ -111,7 +111,7 @@ def test_a_sum_is_computed_once_however_many_metrics_use_it():
 
     def once(ranked: Ranked) -> Sums:
         calls.append(1)
-        return {"once": ranked.mask.sum()}
+        return {"once": ranked.mask.sum(axis=1)}
 
     more = {
         name: RECIPROCAL_RANK._replace(name=name, sums=(once,), ends=lambda sums, _: sums["once"])
@@ -125,7 +125,7 @@ def test_a_sum_is_computed_once_however_many_metrics_use_it():
 
 
 def test_two_sums_of_one_name_are_refused():
-    clash = RECIPROCAL_RANK._replace(sums=(lambda ranked: {"user_bce": ranked.mask.sum()},))
+    clash = RECIPROCAL_RANK._replace(sums=(lambda ranked: {"user_bce": ranked.mask.sum(axis=1)},))
     with (
         mock.patch.dict(METRICS, {clash.name: clash}),
         pytest.raises(ValueError, match="two sums of the metrics are named user_bce"),

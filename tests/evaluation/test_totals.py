@@ -150,6 +150,49 @@ def test_recall_of_the_shown_pools_requests_and_leaves_out_those_shown_whole_or_
     assert np.isnan(row["shown_recall@3"])
 
 
+def test_the_sums_of_each_request_are_those_of_a_batch_of_it_alone() -> None:
+    case = random_case()
+    case.label_weight[1] = 0  # nothing was shown
+    case.teacher_weight[2] = 0  # nothing is known
+    case.request_mask[5] = False
+    ks = (1, 7, 99)
+    of_each = case.sums_of_each(ks)
+    kept = np.minimum(ks, case.stage.shape[1]) - 1
+    assert_same_sums(
+        of_each,
+        {
+            name: np.stack([of_one[name] for of_one in alone_of_each(case, kept)])
+            for name in of_each
+        },
+    )
+    assert of_each["user_bce"].shape == (6, len(TASKS))
+    assert of_each["survival"].shape == (6, len(ks))
+    assert of_each["funnel_requests"].tolist() == [1, 1, 0, 1, 1, 0]
+
+
+def alone_of_each(case: Case, kept: np.ndarray) -> list[Sums]:
+    """For each request, the sums of a batch of which all other requests only fill it up."""
+    sums = []
+    for request in range(len(case.request_mask)):
+        only = np.arange(len(case.request_mask)) == request
+        of_one = dataclasses.replace(case, request_mask=case.request_mask & only).sums()
+        candidates = case.stage.shape[1]
+        sums.append(
+            {
+                name: of_sum[kept] if of_sum.shape[:1] == (candidates,) else of_sum
+                for name, of_sum in of_one.items()
+            }
+        )
+    return sums
+
+
+def test_what_has_a_task_for_each_candidate_is_not_taken_for_a_curve() -> None:
+    case = random_case(candidates=len(TASKS))
+    of_each = case.sums_of_each((1,))
+    assert of_each["user_bce"].shape == (6, len(TASKS))
+    assert of_each["value_captured"].shape == (6, 1)
+
+
 def test_a_batch_split_in_two_has_the_same_sums() -> None:
     case = random_case()
     parts = None
