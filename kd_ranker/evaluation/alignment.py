@@ -10,6 +10,9 @@ from jaxtyping import Array, Float
 
 from kd_ranker.evaluation.label_metrics import binary_cross_entropy
 
+# A mean divergence in nats, of float32 probabilities, that is none to rounding.
+NO_DISTANCE = 1e-6
+
 
 def teacher_bce_sums(
     student_probability: Float[Array, "R N T"],
@@ -36,20 +39,41 @@ def teacher_entropy_sums(
     It is the least that any student's `teacher_bce` can be, and what separates it from the
     Kullback-Leibler divergence: teacher_kl = teacher_bce - entropy.
     """
-    p = teacher_probability
-    entropies = -xlogy(p, p) - xlogy(1 - p, 1 - p)
+    entropies = _entropy(teacher_probability)
     return jnp.where(teacher_weight > 0, teacher_weight * entropies, 0.0).sum(axis=1)
+
+
+def teacher_kl_sums(
+    student_probability: Float[Array, "R N T"],
+    teacher_probability: Float[Array, "R N T"],
+    teacher_weight: Float[Array, "R N T"],
+) -> Float[Array, "R T"]:
+    """Weighted sum of the Kullback-Leibler divergences from the teacher in nats, for each request.
+
+    Cross entropy less entropy, subtracted before they are summed: the digits of a student that is
+    close to its teacher would be lost in the difference of two large sums.
+    """
+    losses = binary_cross_entropy(student_probability, teacher_probability)
+    divergences = losses - _entropy(teacher_probability)
+    return jnp.where(teacher_weight > 0, teacher_weight * divergences, 0.0).sum(axis=1)
+
+
+def _entropy(p: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return -xlogy(p, p) - xlogy(1 - p, 1 - p)
 
 
 def alignment_ratio(
     student_user_bce: Float[np.ndarray, "T"],
     teacher_user_bce: Float[np.ndarray, "T"],
-    student_teacher_bce: Float[np.ndarray, "T"],
+    distance: Float[np.ndarray, "T"],
 ) -> float:
-    """(user BCE of the student - user BCE of the teacher) / teacher BCE of the student.
+    """(user BCE of the student - user BCE of the teacher) / distance, averaged over tasks.
 
-    All in nats; the ratio is taken for each task, then averaged over tasks. How much worse the
-    student predicts users than the teacher does, measured in its distance from the teacher: a
-    small ratio is a student as good as the teacher on users that still disagrees with it.
+    The distance is that of the student from the teacher, its `teacher_kl` or its `teacher_bce`. All
+    in nats and on the same items: the share of their disagreement that costs on users. Near 0, a
+    student predicts users as well as the teacher does and still disagrees with it; near 1, the
+    student only lacks what the teacher knows; below 0, it predicts users better. NaN where a task's
+    distance is 0 to rounding (`NO_DISTANCE`), as of an exact copy, and where it is not known.
     """
-    return float(np.mean((student_user_bce - teacher_user_bce) / student_teacher_bce))
+    there = np.where(distance > NO_DISTANCE, distance, np.nan)
+    return float(np.mean((student_user_bce - teacher_user_bce) / there))

@@ -108,6 +108,20 @@ def _teacher_entropy(ranked: Ranked) -> Sums:
     }
 
 
+def _on_shown(ranked: Ranked) -> Sums:
+    """The student, the teacher and the users on the same items: shown, and known to the teacher."""
+    student, teacher, weight = ranked.judged
+    label = ranked.labels[1]
+    user_bce, _ = label_metrics.user_bce_sums(student, label, weight[..., 0])
+    teacher_bce, weights = alignment.teacher_bce_sums(student, teacher, weight)
+    return {
+        "shown_user_bce": user_bce,
+        "shown_teacher_bce": teacher_bce,
+        "shown_teacher_kl": alignment.teacher_kl_sums(student, teacher, weight),
+        "shown_weight": weights,
+    }
+
+
 def _survival(ranked: Ranked) -> Sums:
     survival = ranked.curves.survival
     return {"survival": survival, "funnel_requests": ranked.curves.counts.astype(survival.dtype)}
@@ -152,6 +166,18 @@ def _user_bce_of(sums: Sums) -> Float[np.ndarray, "T"]:
 
 def _teacher_bce_of(sums: Sums) -> Float[np.ndarray, "T"]:
     return ratio(sums["teacher_bce"], sums["teacher_weight"])
+
+
+def _shown_mean(sums: Sums, of: str) -> Float[np.ndarray, "T"]:
+    return ratio(sums[f"shown_{of}"], sums["shown_weight"])
+
+
+def _alignment(sums: Sums, teacher: Sums, distance: str) -> float:
+    return alignment.alignment_ratio(
+        _shown_mean(sums, "user_bce"),
+        _shown_mean(teacher, "user_bce"),
+        _shown_mean(sums, distance),
+    )
 
 
 def _captured(name: str) -> Callable[[Sums, Sums], Float[np.ndarray, "N"]]:
@@ -232,22 +258,46 @@ METRICS: dict[str, Metric] = {
             short="KL",
         ),
         Metric(
+            name="teacher_kl_shown",
+            formula="the same divergence over shown candidates of which the teacher knows every "
+            "task, with label weights",
+            title="teacher KL of the shown",
+            digits=4,
+            better="lower",
+            per=("task",),
+            sums=(_on_shown,),
+            ends=lambda sums, _: _shown_mean(sums, "teacher_kl"),
+            probabilities_of=("ranker", "teacher"),
+            averaged=True,
+        ),
+        Metric(
             name="alignment_ratio",
             formula="mean over tasks of (user BCE of the student − user BCE of the teacher) / "
-            "teacher BCE of the student",
+            "teacher KL of the student, all three on the items and with the weights of "
+            "`teacher_kl_shown`; empty where that is not above 10⁻⁶",
             title="alignment ratio",
             digits=3,
             # It is small for a student that predicts users well as for one that strays.
             better=None,
-            sums=(_user_bce, _teacher_bce),
-            ends=lambda sums, teacher: alignment.alignment_ratio(
-                _user_bce_of(sums), _user_bce_of(teacher), _teacher_bce_of(sums)
-            ),
+            sums=(_on_shown,),
+            ends=lambda sums, teacher: _alignment(sums, teacher, "teacher_kl"),
             probabilities_of=("ranker", "teacher"),
             of_teacher=False,
             main=(7, "each"),
             summary="each",
             short="alignment",
+        ),
+        Metric(
+            name="alignment_ratio_bce",
+            formula="the same with the student's teacher BCE on these items below the line, which "
+            "counts the teacher's own entropy",
+            title="alignment ratio (BCE)",
+            digits=3,
+            better=None,
+            sums=(_on_shown,),
+            ends=lambda sums, teacher: _alignment(sums, teacher, "teacher_bce"),
+            probabilities_of=("ranker", "teacher"),
+            of_teacher=False,
         ),
         Metric(
             name="survival",

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from kd_ranker.batch import CandidateBatch, EvaluationBatch, Stage
 from kd_ranker.evaluation import funnel
@@ -55,19 +55,42 @@ class Ranked:
     def labels(self) -> tuple[Float[Array, "R L T"], Float[Array, "R L T"], Float[Array, "R L"]]:
         """Probability, user label and label weight of the candidates that have a label.
 
-        Measuring only those is what makes the metrics against user labels cheap. Which they are
-        does not depend on the ranker, so the members of a group share this sort.
+        Measuring only those is what makes the metrics against user labels cheap.
         """
-        with_label = jnp.argsort(self.label_weight <= 0, axis=1, stable=True)[:, : self.labelled]
-
-        def of_labelled(values: Float[Array, "R N ..."]) -> Float[Array, "R L ..."]:
-            return jax.vmap(lambda of_request, places: of_request[places])(values, with_label)
-
         return (
-            of_labelled(self.probability),
-            of_labelled(self.batch.user_label),
-            of_labelled(self.label_weight),
+            self._of_labelled(self.probability),
+            self._of_labelled(self.batch.user_label),
+            self._of_labelled(self.label_weight),
         )
+
+    @functools.cached_property
+    def judged(
+        self,
+    ) -> tuple[Float[Array, "R L T"], Float[Array, "R L T"], Float[Array, "R L T"]]:
+        """Ranker's and teacher's probability, and weight, of the candidates that have a label.
+
+        The weight is that of the label, and 0 where the teacher does not know every task: on these
+        items the ranker and the teacher can be held against users and against each other.
+        """
+        known = jnp.all(self._of_labelled(self.teacher_weight) > 0, axis=-1)
+        probability, _, label_weight = self.labels
+        weight = jnp.where(known, label_weight, 0.0)
+        return (
+            probability,
+            self._of_labelled(self.teacher_probability),
+            jnp.broadcast_to(weight[..., None], probability.shape),
+        )
+
+    def _of_labelled(self, values: Float[Array, "R N ..."]) -> Float[Array, "R L ..."]:
+        return jax.vmap(lambda of_request, places: of_request[places])(values, self._with_label)
+
+    @functools.cached_property
+    def _with_label(self) -> Int[Array, "R L"]:
+        """The places of the candidates with a label, before others.
+
+        Which they are does not depend on the ranker, so the members of a group share this sort.
+        """
+        return jnp.argsort(self.label_weight <= 0, axis=1, stable=True)[:, : self.labelled]
 
     @functools.cached_property
     def value(self) -> Float[Array, "R N"]:

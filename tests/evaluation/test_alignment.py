@@ -38,9 +38,25 @@ def test_bce_minus_entropy_is_the_divergence_of_scipy() -> None:
     )
     entropies = alignment.teacher_entropy_sums(jnp.asarray(teacher), jnp.asarray(weight))
     divergence = kl_div(teacher, student) + kl_div(1 - teacher, 1 - student)
-    np.testing.assert_allclose(
-        losses - entropies, (weight * divergence).sum(axis=1), rtol=1e-4, atol=1e-5
+    expected = (weight * divergence).sum(axis=1)
+    np.testing.assert_allclose(losses - entropies, expected, rtol=1e-4, atol=1e-5)
+    divergences = alignment.teacher_kl_sums(
+        jnp.asarray(student), jnp.asarray(teacher), jnp.asarray(weight)
     )
+    np.testing.assert_allclose(divergences, expected, rtol=1e-5)
+
+
+def test_the_divergence_of_a_close_student_keeps_its_digits() -> None:
+    # In float32 the cross entropies of 2,000 items sum to a number with no digit left for it.
+    teacher = np.linspace(0.1, 0.9, 2000)[None, :, None]
+    student = teacher + 1e-3
+    divergence = kl_div(teacher, student) + kl_div(1 - teacher, 1 - student)
+    measured = alignment.teacher_kl_sums(
+        jnp.asarray(student, jnp.float32),
+        jnp.asarray(teacher, jnp.float32),
+        jnp.ones((1, 2000, 1), jnp.float32),
+    )
+    np.testing.assert_allclose(measured, divergence.sum(axis=1), rtol=1e-2)
 
 
 def test_entropy_by_hand() -> None:
@@ -65,6 +81,10 @@ def test_nan_of_weight_zero_contributes_exactly_nothing() -> None:
         alignment.teacher_entropy_sums(jnp.asarray(holes), jnp.asarray(weight)),
         alignment.teacher_entropy_sums(jnp.asarray(clean), jnp.asarray(weight)),
     )
+    np.testing.assert_array_equal(
+        alignment.teacher_kl_sums(jnp.asarray(student), jnp.asarray(holes), jnp.asarray(weight)),
+        alignment.teacher_kl_sums(jnp.asarray(student), jnp.asarray(clean), jnp.asarray(weight)),
+    )
 
 
 def test_alignment_ratio_by_hand() -> None:
@@ -73,3 +93,10 @@ def test_alignment_ratio_by_hand() -> None:
         np.array([0.5, 0.3]), np.array([0.4, 0.3]), np.array([0.4, 0.2])
     )
     np.testing.assert_allclose(ratio, 0.125)
+
+
+def test_alignment_ratio_is_undefined_without_a_distance_and_below_0_of_a_better_student() -> None:
+    student, teacher = np.array([0.5, 0.3]), np.array([0.4, 0.4])
+    for distance in ([0.1, 0.0], [0.1, 1e-7], [0.1, -1e-7], [0.1, np.nan]):
+        assert np.isnan(alignment.alignment_ratio(student, teacher, np.array(distance)))
+    assert alignment.alignment_ratio(student[1:], teacher[1:], np.array([0.1])) < 0

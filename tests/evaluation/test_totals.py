@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import kl_div
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import log_loss, roc_auc_score
 
@@ -83,7 +84,10 @@ def test_row_has_the_columns_of_the_results_in_their_order() -> None:
         "teacher_bce/like",
         "teacher_kl/watch",
         "teacher_kl/like",
+        "teacher_kl_shown/watch",
+        "teacher_kl_shown/like",
         "alignment_ratio",
+        "alignment_ratio_bce",
         "survival@10",
         "survival@20",
         "value_captured@10",
@@ -112,6 +116,45 @@ def test_user_metrics_are_those_of_scikit_learn() -> None:
             for labels, students, weights in zip(label, student, case.label_weight, strict=True)
         ]
         np.testing.assert_allclose(row[f"user_auc/{task}"], np.mean(areas), rtol=1e-5)
+
+
+def test_alignment_is_measured_on_the_shown_that_the_teacher_knows() -> None:
+    case = random_case()
+    case.teacher_weight[:, ::3, 1] = 0  # of one task, which is enough
+    case.teacher[:, ::3, 1] = np.nan
+    row = case.row([])
+    same = (case.label_weight > 0) & (case.teacher_weight > 0).all(axis=-1)
+    weight = case.label_weight[same]
+    ratios, of_bce = [], []
+    for index, task in enumerate(TASKS):
+        label, p, q = (
+            array[same][:, index].astype(np.float64)
+            for array in (case.label, case.student, case.teacher)
+        )
+        gap = log_loss(label, p, sample_weight=weight) - log_loss(label, q, sample_weight=weight)
+        kl = np.average(kl_div(q, p) + kl_div(1 - q, 1 - p), weights=weight)
+        bce = np.average(-q * np.log(p) - (1 - q) * np.log(1 - p), weights=weight)
+        assert row[f"teacher_kl_shown/{task}"] == pytest.approx(kl, rel=1e-4)
+        ratios.append(gap / kl)
+        of_bce.append(gap / bce)
+    assert row["alignment_ratio"] == pytest.approx(np.mean(ratios), rel=1e-3)
+    assert row["alignment_ratio_bce"] == pytest.approx(np.mean(of_bce), rel=1e-3)
+
+
+def test_an_exact_copy_of_the_teacher_has_no_alignment_ratio() -> None:
+    case = random_case()
+    row = dataclasses.replace(case, student=case.teacher).row([])
+    assert row["teacher_kl_shown/watch"] == pytest.approx(0, abs=1e-7)
+    assert np.isnan(row["alignment_ratio"])
+    assert row["alignment_ratio_bce"] == pytest.approx(0, abs=1e-6)
+
+
+def test_a_student_that_foretells_users_better_than_the_teacher_is_below_0() -> None:
+    case = random_case()
+    case.student = 0.9 * case.label + 0.05
+    row = case.row([])
+    assert row["alignment_ratio"] < 0
+    assert row["alignment_ratio_bce"] < 0
 
 
 def test_captured_value_is_the_ratio_of_sums_and_survival_the_mean() -> None:
@@ -265,6 +308,7 @@ def test_teacher_judged_as_a_student() -> None:
     row = case.teacher_row([1, SHOWN])
     # It is not measured against itself.
     assert np.isnan(row["alignment_ratio"])
+    assert np.isnan(row["alignment_ratio_bce"])
     assert row["survival@1"] == pytest.approx(1 / SHOWN)
     assert row[f"value_captured@{SHOWN}"] == 1
     assert row["passed_for_99"] == SHOWN
@@ -274,8 +318,12 @@ def test_teacher_judged_as_a_student() -> None:
 def test_of_a_teachers_positions_only_the_order_is_measured() -> None:
     case = random_case()
     against_teacher = {
-        *(f"{name}/{task}" for name in ("teacher_bce", "teacher_kl") for task in TASKS),
-        "alignment_ratio",
+        *(
+            f"{name}/{task}"
+            for name in ("teacher_bce", "teacher_kl", "teacher_kl_shown")
+            for task in TASKS
+        ),
+        *("alignment_ratio", "alignment_ratio_bce"),
     }
     foretold = {f"{name}/{task}" for name in ("user_bce", "user_calibration") for task in TASKS}
     assert empty_of(case.row([SHOWN], "rank")) == against_teacher
@@ -299,7 +347,7 @@ def test_teacher_with_holes_is_judged_only_where_it_is_known() -> None:
     case.teacher_weight[:, ::3, 0] = 0  # of one task, so that the other still counts for the BCE
     case.teacher[:, ::3, 0] = np.nan
     row = case.teacher_row([SHOWN])
-    assert empty_of(row) == {"alignment_ratio"}
+    assert empty_of(row) == {"alignment_ratio", "alignment_ratio_bce"}
     assert row[f"survival@{SHOWN}"] == 1
 
 
