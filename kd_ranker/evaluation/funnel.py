@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 
 @flax.struct.dataclass
@@ -30,13 +30,20 @@ class FunnelCurves:
       shown_kept: how many of the candidates that the logged funnel has shown the student's top k
         keeps; 0 where that funnel has shown all of them or none, which tells no student from
         another.
-      counts: False where the teacher knows no candidate of the request; all curves are 0 there.
+      positives_kept: how many of the candidates with a positive label of a task the student's top k
+        keeps; its last entry is their number.
+      positives_shown: how many of them are among the m items shown when the teacher ranks only the
+        student's top k.
+      counts: False where the teacher knows no candidate of the request; all curves of what the
+        teacher chooses are 0 there.
     """
 
     survival: Float[Array, "R N"]
     value_captured: Float[Array, "R N"]
     true_value_captured: Float[Array, "R N"]
     shown_kept: Float[Array, "R N"]
+    positives_kept: Float[Array, "R N T"]
+    positives_shown: Float[Array, "R N T"]
     counts: Bool[Array, "R"]
 
 
@@ -58,6 +65,7 @@ def funnel_curves(
     shown: int,
     true_value: Float[Array, "R N"] | None = None,
     was_shown: Bool[Array, "R N"] | None = None,
+    positive: Bool[Array, "R N T"] | None = None,
 ) -> FunnelCurves:
     """The curves of each request.
 
@@ -72,6 +80,8 @@ def funnel_curves(
         candidates that the teacher knows, is smaller.
       true_value: the true value of each candidate, or None where the dataset does not know it.
       was_shown: whether the logged funnel has shown it; None if that is not asked for.
+      positive: whether it is known that the user did it, for each task; None if that is not asked
+        for.
     """
     if shown < 1:
         raise ValueError(f"shown={shown} must be at least 1")
@@ -79,8 +89,12 @@ def funnel_curves(
         true_value = jnp.full_like(teacher_value, jnp.nan)
     if was_shown is None:
         was_shown = jnp.zeros_like(candidate_mask)
-    of_request = jax.vmap(_curves_of_request, in_axes=(0, 0, 0, 0, 0, None))
-    return of_request(student_value, teacher_value, candidate_mask, true_value, was_shown, shown)
+    if positive is None:
+        positive = jnp.zeros((*candidate_mask.shape, 0), bool)
+    of_request = jax.vmap(_curves_of_request, in_axes=(0, 0, 0, 0, 0, 0, None))
+    return of_request(
+        student_value, teacher_value, candidate_mask, true_value, was_shown, positive, shown
+    )
 
 
 def _curves_of_request(
@@ -89,6 +103,7 @@ def _curves_of_request(
     candidate_mask: Bool[Array, "N"],
     true_value: Float[Array, "N"],
     was_shown: Bool[Array, "N"],
+    positive: Bool[Array, "N T"],
     shown: int,
 ) -> FunnelCurves:
     known = candidate_mask & ~jnp.isnan(teacher_value)
@@ -111,14 +126,16 @@ def _curves_of_request(
 
     leaving = _leaving_places(arriving, shown)
 
-    def summed(values: Float[Array, "N"]) -> Float[Array, "N"]:
+    def summed(values: Num[Array, "N ..."]) -> Num[Array, "N ..."]:
         # Place N means nobody, whose value is 0.
-        by_place = jnp.append(jnp.where(known, values, 0.0)[by_teacher], 0.0)
-        return jnp.cumsum(by_place[arriving] - by_place[leaving])
+        of_known = jnp.where(jnp.expand_dims(known, range(1, values.ndim)), values, 0)
+        by_place = jnp.append(of_known[by_teacher], jnp.zeros_like(values[:1]), axis=0)
+        return jnp.cumsum(by_place[arriving] - by_place[leaving], axis=0)
 
+    positive = candidate_mask[:, None] & positive
     diverged = jnp.any(known & jnp.isnan(student_value))
 
-    def or_nan(curve: Float[Array, "N"]) -> Float[Array, "N"]:
+    def or_nan(curve: Num[Array, "N ..."]) -> Float[Array, "N ..."]:
         return jnp.where(diverged, jnp.nan, curve.astype(teacher_value.dtype))
 
     return FunnelCurves(
@@ -126,6 +143,8 @@ def _curves_of_request(
         value_captured=or_nan(summed(teacher_value)),
         true_value_captured=or_nan(summed(true_value)),
         shown_kept=or_nan(shown_kept),
+        positives_kept=or_nan(jnp.cumsum(positive[by_student], axis=0)),
+        positives_shown=or_nan(summed(positive.astype(jnp.int32))),
         counts=own_top > 0,
     )
 

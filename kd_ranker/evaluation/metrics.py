@@ -139,6 +139,11 @@ def _shown_kept(ranked: Ranked) -> Sums:
     return {"shown_kept": ranked.curves.shown_kept}
 
 
+def _positives(ranked: Ranked) -> Sums:
+    curves = ranked.curves
+    return {"positives_kept": curves.positives_kept, "positives_shown": curves.positives_shown}
+
+
 def _unseen_users(ranked: Ranked) -> Sums:
     request_mask = ranked.evaluation_batch.request_mask
     return {
@@ -178,6 +183,10 @@ def _alignment(sums: Sums, teacher: Sums, distance: str) -> float:
         _shown_mean(teacher, "user_bce"),
         _shown_mean(sums, distance),
     )
+
+
+def _hit_rate(sums: Sums, name: str) -> Float[np.ndarray, "N T"]:
+    return ratio(sums[name], sums["positives_kept"][-1])
 
 
 def _captured(name: str) -> Callable[[Sums, Sums], Float[np.ndarray, "N"]]:
@@ -347,6 +356,28 @@ METRICS: dict[str, Metric] = {
             per=("k",),
             sums=(_shown_kept,),
             ends=_captured("shown_kept"),
+        ),
+        Metric(
+            name="hit_rate",
+            formula="Σ candidates with a positive label in the student's top k, over Σ candidates "
+            "with a positive label; labels of weight 0 count for nothing",
+            title="hit rate",
+            digits=3,
+            better="higher",
+            per=("k", "task"),
+            sums=(_positives,),
+            ends=lambda sums, _: _hit_rate(sums, "positives_kept"),
+        ),
+        Metric(
+            name="end_to_end_hit_rate",
+            formula="of the same candidates, the share that is among the m items shown if the "
+            "teacher ranks only the student's top k",
+            title="end-to-end hit rate",
+            digits=3,
+            better="higher",
+            per=("k", "task"),
+            sums=(_positives,),
+            ends=lambda sums, _: _hit_rate(sums, "positives_shown"),
         ),
         Metric(
             name="passed_for_99",

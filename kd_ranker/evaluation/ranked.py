@@ -118,6 +118,7 @@ class Ranked:
             shown=self.shown,
             true_value=funnel.value(self.evaluation_batch.true_probability, self.value_weights),
             was_shown=self.mask & (self.batch.stage == Stage.SHOWN),
+            positive=(self.label_weight > 0)[..., None] & (self.batch.user_label > 0.5),
         )
 
 

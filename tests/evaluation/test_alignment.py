@@ -47,7 +47,7 @@ def test_bce_minus_entropy_is_the_divergence_of_scipy() -> None:
 
 
 def test_the_divergence_of_a_close_student_keeps_its_digits() -> None:
-    # In float32 the cross entropies of 2,000 items sum to a number with no digit left for it.
+    # In float32 the cross entropies of 2,000 items sum to a number with two digits left for it.
     teacher = np.linspace(0.1, 0.9, 2000)[None, :, None]
     student = teacher + 1e-3
     divergence = kl_div(teacher, student) + kl_div(1 - teacher, 1 - student)

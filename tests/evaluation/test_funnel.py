@@ -24,6 +24,8 @@ def test_curves_by_hand() -> None:
         2,
         jnp.array([[50.0, 10.0, 20.0, 30.0, 99.0]]),
         jnp.array([[False, True, False, True, True]]),
+        # Task 0 was done with a and b, task 1 with c and, which is nonsense, the padding.
+        jnp.array([[[1, 0], [1, 0], [0, 1], [0, 0], [1, 1]]], bool),
     )
     np.testing.assert_allclose(curves.survival, [[0.0, 0.5, 0.5, 1.0, 1.0]])
     np.testing.assert_allclose(curves.value_captured, [[1.0, 4.0, 5.0, 7.0, 7.0]])
@@ -31,6 +33,8 @@ def test_curves_by_hand() -> None:
     np.testing.assert_allclose(curves.true_value_captured, [[50.0, 60.0, 30.0, 40.0, 40.0]])
     # Of b and d, which were shown; that the padding was, too, is nonsense and does not count.
     np.testing.assert_allclose(curves.shown_kept, [[0.0, 1.0, 1.0, 2.0, 2.0]])
+    np.testing.assert_allclose(curves.positives_kept[0].T, [[1, 2, 2, 2, 2], [0, 0, 1, 1, 1]])
+    np.testing.assert_allclose(curves.positives_shown[0].T, [[1, 2, 1, 1, 1], [0, 0, 1, 0, 0]])
     assert curves.counts.all()
 
 
@@ -40,8 +44,9 @@ def brute_force(
     mask: np.ndarray,
     true: np.ndarray,
     was_shown: np.ndarray,
+    positive: np.ndarray,
     shown: int,
-) -> tuple[list[float], list[float], list[float], list[int]]:
+) -> tuple[list[float], list[float], list[float], list[int], list[list[int]], list[list[int]]]:
     """The curves of one request, from the definitions, one k after the other."""
     candidates = [i for i in range(mask.size) if mask[i]]
 
@@ -54,7 +59,9 @@ def brute_force(
     once_shown = {i for i in candidates if was_shown[i]}
     if len(once_shown) == len(candidates):
         once_shown = set()
+    done = [{i for i in candidates if positive[i, task]} for task in range(positive.shape[1])]
     survival, value, true_value, kept = [], [], [], []
+    positives_kept, positives_shown = [], []
     for k in range(1, mask.size + 1):
         passed = by_student[:k]
         chosen = shown_by_teacher(passed)
@@ -62,7 +69,9 @@ def brute_force(
         value.append(sum(teacher[i] for i in chosen))
         true_value.append(sum(true[i] for i in chosen))
         kept.append(len(once_shown & set(passed)))
-    return survival, value, true_value, kept
+        positives_kept.append([len(of_task & set(passed)) for of_task in done])
+        positives_shown.append([len(of_task & set(chosen)) for of_task in done])
+    return survival, value, true_value, kept, positives_kept, positives_shown
 
 
 @st.composite
@@ -77,19 +86,24 @@ def ragged_requests(draw: st.DrawFn) -> tuple[np.ndarray, ...]:
     # What lies on padding must not matter.
     student[~mask], true[~mask] = np.nan, np.nan
     was_shown = generator.uniform(size=shape) < draw(st.sampled_from([0.0, 0.5, 1.0]))
-    return (*(array.astype(np.float32) for array in (student, teacher, true)), mask, was_shown)
+    positive = generator.uniform(size=(*shape, 2)) < draw(st.sampled_from([0.0, 0.2, 1.0]))
+    values = (array.astype(np.float32) for array in (student, teacher, true))
+    return (*values, mask, was_shown, positive)
 
 
 @settings(deadline=None, max_examples=150)
 @given(ragged_requests(), st.sampled_from([1, 3]))
 def test_curves_match_brute_force(requests: tuple[np.ndarray, ...], shown: int) -> None:
-    student, teacher, true, mask, was_shown = requests
-    curves = jax.device_get(funnel_curves(student, teacher, mask, shown, true, was_shown))
+    student, teacher, true, mask, was_shown, positive = requests
+    arguments = (true, was_shown, positive)
+    curves = jax.device_get(funnel_curves(student, teacher, mask, shown, *arguments))
     for request in range(len(mask)):
-        survival, value, true_value, kept = brute_force(
-            *(array[request] for array in (student, teacher, mask, true, was_shown)), shown
+        survival, value, true_value, kept, positives_kept, positives_shown = brute_force(
+            *(array[request] for array in (student, teacher, mask, *arguments)), shown
         )
         np.testing.assert_array_equal(curves.shown_kept[request], kept)
+        np.testing.assert_array_equal(curves.positives_kept[request], positives_kept)
+        np.testing.assert_array_equal(curves.positives_shown[request], positives_shown)
         np.testing.assert_allclose(curves.survival[request], survival, rtol=1e-6)
         # A running sum in float32 is off by the rounding of its largest term, at most 1 here, and
         # its last entries may be much smaller than that.
@@ -101,7 +115,7 @@ def test_curves_match_brute_force(requests: tuple[np.ndarray, ...], shown: int) 
         candidates = max(mask[request].sum(), 1)
         for curve in (
             *(curves.survival, curves.value_captured, curves.true_value_captured),
-            curves.shown_kept,
+            *(curves.shown_kept, curves.positives_kept, curves.positives_shown),
         ):
             assert (curve[request, candidates - 1 :] == curve[request, -1]).all()
     assert (curves.survival[curves.counts, -1] == 1).all()

@@ -42,10 +42,10 @@ RECIPROCAL_RANK = Metric(
     main=(5, "each"),
     summary="each",
 )
-HIT_RATE = Metric(
-    name="hit_rate",
+KEPT_RATE = Metric(
+    name="kept_rate",
     formula="the share of the positive labels that the student's top k keeps",
-    title="hit rate",
+    title="kept rate",
     digits=3,
     better="higher",
     per=("k", "task"),
@@ -57,7 +57,7 @@ HIT_RATE = Metric(
 
 @pytest.fixture
 def registered():
-    with mock.patch.dict(METRICS, {new.name: new for new in (RECIPROCAL_RANK, HIT_RATE)}):
+    with mock.patch.dict(METRICS, {new.name: new for new in (RECIPROCAL_RANK, KEPT_RATE)}):
         yield
 
 
@@ -73,22 +73,22 @@ def test_a_metric_that_is_put_into_the_table_is_measured():
     for k, (index, task) in itertools.product((1, 10), enumerate(TASKS)):
         kept = np.take_along_axis(positive[..., index], (-value).argsort(axis=1)[:, :k], axis=1)
         share = kept.sum() / positive[..., index].sum()
-        assert row[f"hit_rate@{k}/{task}"] == pytest.approx(share, rel=1e-5)
-        curve = totals.curves(case.sums(), TASKS)[f"hit_rate/{task}"]
+        assert row[f"kept_rate@{k}/{task}"] == pytest.approx(share, rel=1e-5)
+        curve = totals.curves(case.sums(), TASKS)[f"kept_rate/{task}"]
         assert curve[k - 1] == pytest.approx(share, rel=1e-5)
 
 
 @pytest.mark.usefixtures("registered")
 def test_a_metric_that_is_put_into_the_table_is_in_every_file_and_table(tmp_path):
     columns = results.columns(TASKS, (10, 50))
-    expected = ["top_item_mrr", *(f"hit_rate@{k}/{task}" for k in (10, 50) for task in TASKS)]
+    expected = ["top_item_mrr", *(f"kept_rate@{k}/{task}" for k in (10, 50) for task in TASKS)]
     assert columns[-7:] == [*expected, "non_finite_step", "member"]
-    assert results.curves_columns(TASKS)[-2:] == ["hit_rate/watch", "hit_rate/like"]
+    assert results.curves_columns(TASKS)[-2:] == ["kept_rate/watch", "kept_rate/like"]
 
     def measured(frame):
         follows = frame["mode"].map({"none": 0.2, "shared": 0.6}).fillna(1.0)
         luck = 0.01 * frame["seed"]
-        return frame.assign(**{"top_item_mrr": follows + luck, "hit_rate@200/watch": follows})
+        return frame.assign(**{"top_item_mrr": follows + luck, "kept_rate@200/watch": follows})
 
     workdir = sweeps.write_sweep(tmp_path, modes=("none", "shared"), weights=(1.0,), seeds=(0, 1))
     sweeps.change(workdir, measured)
@@ -98,7 +98,7 @@ def test_a_metric_that_is_put_into_the_table_is_in_every_file_and_table(tmp_path
     assert of_mrr["best"].to_dict() == {"none": False, "shared, weight 1": True}
     assert of_mrr.loc["shared, weight 1", "difference"] == pytest.approx(0.4)
     table = main_table(study, numbers)
-    assert {"MRR", "hit rate@200 watch"} <= set(table.columns)
+    assert {"MRR", "kept rate@200 watch"} <= set(table.columns)
     of_none = next(line for line in table.lines if line[0].text == "none")
     assert of_none[table.columns.index("MRR")].text == "0.205"
     text = summary_table(results.read_csv(workdir / results.FILE), 200)

@@ -17,7 +17,10 @@ def test_the_columns_are_the_contracts_in_its_order():
         "teacher_kl/watch", "teacher_kl/like", "teacher_kl_shown/watch", "teacher_kl_shown/like",
         "alignment_ratio", "alignment_ratio_bce", "survival@10", "survival@50",
         "value_captured@10", "value_captured@50", "true_value_captured@10",
-        "true_value_captured@50", "shown_recall@10", "shown_recall@50", "passed_for_99",
+        "true_value_captured@50", "shown_recall@10", "shown_recall@50",
+        "hit_rate@10/watch", "hit_rate@10/like", "hit_rate@50/watch", "hit_rate@50/like",
+        "end_to_end_hit_rate@10/watch", "end_to_end_hit_rate@10/like",
+        "end_to_end_hit_rate@50/watch", "end_to_end_hit_rate@50/like", "passed_for_99",
         "flops_per_candidate", "cost_ratio", "funnel_cost_saving", "unseen_users", "unseen_items",
         "non_finite_step", "member",
     ]  # fmt: skip

@@ -13,7 +13,9 @@ from sklearn.metrics import log_loss, roc_auc_score
 from kd_ranker.batch import Stage
 from kd_ranker.evaluation import totals
 from kd_ranker.evaluation.metrics import Sums
-from tests.evaluation.cases import SHOWN, TASKS, Case, random_case
+from tests.evaluation.cases import SHOWN, TASKS, VALUE_WEIGHTS, Case, random_case
+
+VALUES = np.asarray(VALUE_WEIGHTS)
 
 
 def assert_same_sums(left: Sums, right: Sums) -> None:
@@ -64,6 +66,15 @@ def test_row_of_one_small_request_by_hand() -> None:
         "shown_recall@1": 0.0,
         "shown_recall@3": 1.0,
         "shown_recall@99": 1.0,
+        # b was watched: passed from k = 2 on, and chosen.
+        "hit_rate@1/watch": 0.0,
+        "hit_rate@3/watch": 1.0,
+        "hit_rate@99/watch": 1.0,
+        "hit_rate@3/like": np.nan,
+        "end_to_end_hit_rate@1/watch": 0.0,
+        "end_to_end_hit_rate@3/watch": 1.0,
+        "end_to_end_hit_rate@99/watch": 1.0,
+        "end_to_end_hit_rate@3/like": np.nan,
         "passed_for_99": 4,
     }
     for name, number in expected.items():
@@ -96,6 +107,14 @@ def test_row_has_the_columns_of_the_results_in_their_order() -> None:
         "true_value_captured@20",
         "shown_recall@10",
         "shown_recall@20",
+        "hit_rate@10/watch",
+        "hit_rate@10/like",
+        "hit_rate@20/watch",
+        "hit_rate@20/like",
+        "end_to_end_hit_rate@10/watch",
+        "end_to_end_hit_rate@10/like",
+        "end_to_end_hit_rate@20/watch",
+        "end_to_end_hit_rate@20/like",
         "passed_for_99",
         "unseen_users",
         "unseen_items",
@@ -236,6 +255,33 @@ def test_what_has_a_task_for_each_candidate_is_not_taken_for_a_curve() -> None:
     assert of_each["value_captured"].shape == (6, 1)
 
 
+def test_hit_rates_are_ratios_of_sums_over_the_positive_labels_that_count() -> None:
+    case = random_case()
+    case.label[case.label_weight == 0] = 1  # which nobody has seen
+    case.label[0] = 0  # nobody did anything in this request
+    case.teacher_weight[:, ::3, 1] = 0  # these the teacher never shows
+    case.request_mask[4] = False
+    row = case.row([1, 8, 40])
+    value, teacher_value = case.student @ VALUES, case.teacher @ VALUES
+    known = (case.teacher_weight > 0).all(axis=-1)
+    for k in (1, 8, 40):
+        kept, shown, positives = np.zeros((3, len(TASKS)))
+        for request in np.flatnonzero(case.request_mask):
+            positive = case.label[request] * (case.label_weight[request] > 0)[:, None]
+            passed = sorted(range(40), key=lambda i: -value[request, i])[:k]
+            judged = [i for i in passed if known[request, i]]
+            chosen = sorted(judged, key=lambda i: -teacher_value[request, i])[:SHOWN]
+            kept += positive[passed].sum(axis=0)
+            shown += positive[chosen].sum(axis=0)
+            positives += positive.sum(axis=0)
+        for index, task in enumerate(TASKS):
+            share = kept[index] / positives[index]
+            end_to_end = shown[index] / positives[index]
+            assert row[f"hit_rate@{k}/{task}"] == pytest.approx(share, rel=1e-6)
+            assert row[f"end_to_end_hit_rate@{k}/{task}"] == pytest.approx(end_to_end, rel=1e-6)
+    assert row["hit_rate@40/watch"] == 1 > row["end_to_end_hit_rate@40/watch"] > 0
+
+
 def test_a_batch_split_in_two_has_the_same_sums() -> None:
     case = random_case()
     parts = None
@@ -273,9 +319,12 @@ def test_padding_changes_nothing() -> None:
         true=padded(case.true, np.nan),
         request_mask=case.request_mask,
     ).sums()
-    for name in ("survival", "value_captured", "true_value_captured", "shown_kept"):
+    for name in (
+        *("survival", "value_captured", "true_value_captured", "shown_kept"),
+        *("positives_kept", "positives_shown"),
+    ):
         curve = longer[name]
-        np.testing.assert_array_equal(curve[40:], curve[39])
+        np.testing.assert_array_equal(curve[40:], np.broadcast_to(curve[39], curve[40:].shape))
         longer[name] = curve[:40]
     assert_same_sums(longer, sums)
 
