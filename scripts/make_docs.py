@@ -30,6 +30,7 @@ def metrics() -> str:
     lines = ["| column | formula | better |", "|---|---|---|"]
     for metric in METRICS.values():
         axes = "@k" * ("k" in metric.per) + "/<task>" * ("task" in metric.per)
+        axes += "_<percent>" * ("target" in metric.per)
         lines.append(f"| `{metric.name}{axes}` | {metric.formula} | {metric.better or ''} |")
     return "\n".join([*lines, ""])
 

@@ -135,6 +135,9 @@ _ALL = (
         Key("shown", 10, "candidates that the final ranker shows", POSITIVE),
         Key("report_at", (10, 50, 100, 200, 400), "the k of survival@k and its like", POSITIVE,
             influences="report", may_differ=True),
+        Key("targets", (0.95, 0.97, 0.98, 0.99, 0.995, 0.999),
+            "shares of the value to keep, for passed_for_99 and its like", INSIDE_ONE,
+            influences="report", may_differ=True),
         influences="dataset",
     ),
     _batch(

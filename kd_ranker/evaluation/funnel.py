@@ -179,11 +179,11 @@ def captured_share(captured: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
     return captured / total if total != 0 else np.full_like(captured, np.nan)
 
 
-def passed_for_99(share: Float[np.ndarray, "N"]) -> float:
-    """The smallest k whose share of value captured is at least 0.99; NaN if the curve is NaN.
+def passed_for(share: Float[np.ndarray, "N"], target: float) -> float:
+    """The smallest k whose share of value captured is at least the target; NaN if there is none.
 
-    >>> passed_for_99(np.array([0.5, 0.98, 0.995, 1.0]))
+    >>> passed_for(np.array([0.5, 0.98, 0.995, 1.0]), 0.99)
     3.0
     """
-    enough = np.flatnonzero(share >= 0.99)
+    enough = np.flatnonzero(share >= target)
     return float(enough[0] + 1) if enough.size else float("nan")

@@ -26,11 +26,28 @@ Better = Literal["lower", "higher", "one"]
 Tasks = Literal["each", "first", "mean"]
 
 
+# The share of the value that a funnel must keep to be as good as the whole: that of the criterion.
+TARGET = 0.99
+
+
+class ReportAt(NamedTuple):
+    """The points of a curve that are reported.
+
+    Attributes:
+      ks: how many are passed, at least 1; one beyond the number of candidates means all of them.
+      targets: shares in (0, 1) to reach.
+    """
+
+    ks: Sequence[int] = ()
+    targets: Sequence[float] = ()
+
+
 class Metric(NamedTuple):
     """A column of `results.csv`, or one for each task or k.
 
     Attributes:
-      name: of its columns: `name`, `name/<task>`, `name@<k>` or `name@<k>/<task>`.
+      name: of its columns: `name`, `name/<task>`, `name@<k>`, `name@<k>/<task>` or
+        `name_<percent>`.
       formula: its definition, in Markdown.
       title: its name in tables and figures.
       digits: behind the point, in tables.
@@ -41,8 +58,9 @@ class Metric(NamedTuple):
         [R, N, ...]. Metrics share a function by naming the same one; it is called once a batch.
       ends: from the sums of a pass over all requests, and those of the teacher on the same, to its
         numbers, NaN where there is nothing to measure: an array [N] (index `k - 1` belongs to k),
-        [T] or [N, T], or one number. None where the column is not measured on requests but filled
-        in by `results`.
+        [T] or [N, T], or one number. With a number for each target it is the curve [N] of which
+        the first k at or above each target is reported. None where the column is not measured on
+        requests but filled in by `results`.
       probabilities_of: whose numbers it takes for probabilities, and not for an order alone. Where
         these are a teacher's positions, there is nothing to measure.
       of_teacher: whether it says anything of the teacher itself.
@@ -58,7 +76,7 @@ class Metric(NamedTuple):
     title: str
     digits: int
     better: Better | None
-    per: tuple[Literal["k", "task"], ...] = ()
+    per: tuple[Literal["k", "task", "target"], ...] = ()
     sums: tuple[SumFunction, ...] = ()
     ends: Callable[[Sums, Sums], Any] | None = None
     probabilities_of: tuple[Literal["ranker", "teacher"], ...] = ()
@@ -380,15 +398,14 @@ METRICS: dict[str, Metric] = {
             ends=lambda sums, _: _hit_rate(sums, "positives_shown"),
         ),
         Metric(
-            name="passed_for_99",
-            formula="the smallest k with `value_captured@k` ≥ 0.99",
-            title="passed for 99%",
+            name="passed_for",
+            formula="the smallest k with `value_captured@k` at or above so many percent",
+            title="passed for",
             digits=0,
             better="lower",
+            per=("target",),
             sums=(_value_captured,),
-            ends=lambda sums, _: funnel.passed_for_99(
-                funnel.captured_share(np.asarray(sums["value_captured"]))
-            ),
+            ends=_captured("value_captured"),
             main=(1, "each"),
             summary="each",
         ),
@@ -459,13 +476,20 @@ def sums_curves(function: SumFunction) -> bool:
     return any("k" in metric.per and function in metric.sums for metric in METRICS.values())
 
 
-def result_columns(metric: Metric, tasks: Sequence[str], report_at: Sequence[int]) -> list[str]:
+def result_columns(metric: Metric, tasks: Sequence[str], report_at: ReportAt) -> list[str]:
     """The metric's columns in `results.csv`.
 
-    >>> result_columns(METRICS["survival"], ("watch", "like"), (10, 50))
+    >>> result_columns(METRICS["survival"], ("watch", "like"), ReportAt(ks=(10, 50)))
     ['survival@10', 'survival@50']
+    >>> result_columns(METRICS["passed_for"], (), ReportAt(targets=(0.99, 0.995)))
+    ['passed_for_99', 'passed_for_99.5']
     """
-    return _names(metric, [f"@{k}" for k in report_at] if "k" in metric.per else [""], tasks)
+    if "k" in metric.per:
+        return _names(metric, [f"@{k}" for k in report_at.ks], tasks)
+    if "target" in metric.per:
+        # Rounded, for 100 · 0.07 is not 7.
+        return _names(metric, [f"_{100 * target:.10g}" for target in report_at.targets], tasks)
+    return _names(metric, [""], tasks)
 
 
 def curve_columns(metric: Metric, tasks: Sequence[str]) -> list[str]:
@@ -479,12 +503,14 @@ def curve_columns(metric: Metric, tasks: Sequence[str]) -> list[str]:
 
 def _names(metric: Metric, at: Sequence[str], tasks: Sequence[str]) -> list[str]:
     of = [f"/{task}" for task in tasks] if "task" in metric.per else [""]
-    return [f"{metric.name}{k}{task}" for k in at for task in of]
+    return [f"{metric.name}{point}{task}" for point in at for task in of]
 
 
 def metric_of(column: str) -> Metric | None:
     """The metric of a column, or of the mean over tasks that a report has; None if it has none."""
-    return METRICS.get(re.split("[@/]", column)[0])
+    name = re.split("[@/]", column)[0]
+    of_target = METRICS.get(re.sub(r"_[\d.]+$", "", name))
+    return of_target if of_target and "target" in of_target.per else METRICS.get(name)
 
 
 def title_of(column: str, short: bool = False) -> str:
@@ -492,16 +518,22 @@ def title_of(column: str, short: bool = False) -> str:
 
     >>> title_of("survival@200"), title_of("user_auc/watch"), title_of("teacher_kl")
     ('survival@200', 'AUC watch', 'teacher KL')
+    >>> title_of("passed_for_99.5")
+    'passed for 99.5%'
     """
     metric = metric_of(column)
     if metric is None:
         return column
     name = (metric.short if short else "") or metric.title
-    return name + column.removeprefix(metric.name).replace("/", " ")
+    rest = column.removeprefix(metric.name).replace("/", " ")
+    return name + re.sub(r"^_(.*)", r" \1%", rest)
 
 
 def main_columns(tasks: Sequence[str], passed: int) -> list[str]:
-    """The columns of a report's main table from left to right, curves at `passed` alone."""
+    """The columns of a report's main table from left to right, curves at one point alone.
+
+    That is `passed` for those over k, and `TARGET`.
+    """
     placed = [(metric, *metric.main) for metric in METRICS.values() if metric.main]
     placed.sort(key=lambda entry: entry[1])
     return [
@@ -510,7 +542,7 @@ def main_columns(tasks: Sequence[str], passed: int) -> list[str]:
 
 
 def summary_columns(tasks: Sequence[str], passed: int) -> list[str]:
-    """The columns of the table in the terminal from left to right, curves at `passed` alone."""
+    """The columns of the table in the terminal from left to right, curves as in `main_columns`."""
     return [
         column
         for metric in METRICS.values()
@@ -522,20 +554,23 @@ def summary_columns(tasks: Sequence[str], passed: int) -> list[str]:
 def _columns(metric: Metric, which: Tasks, tasks: Sequence[str], passed: int) -> list[str]:
     if which == "mean" and "task" in metric.per:
         metric = metric._replace(per=tuple(axis for axis in metric.per if axis != "task"))
-    return result_columns(metric, tasks[:1] if which == "first" else tasks, [passed])
+    report_at = ReportAt((passed,), (TARGET,))
+    return result_columns(metric, tasks[:1] if which == "first" else tasks, report_at)
 
 
-def numbers(metric: Metric, ended: Any, report_at: Sequence[int]) -> list[float]:
+def numbers(metric: Metric, ended: Any, report_at: ReportAt) -> list[float]:
     """The numbers that a metric ends in, in the order of `result_columns`.
 
     Args:
       metric: the metric.
       ended: the result of its `ends`.
-      report_at: the values of k; one beyond the number of candidates means all of them.
+      report_at: the points to report.
     """
     array = np.asarray(ended, np.float64)
     if "k" in metric.per:
-        array = array[[min(k, len(array)) - 1 for k in report_at]]
+        array = array[[min(k, len(array)) - 1 for k in report_at.ks]]
+    if "target" in metric.per:
+        return [funnel.passed_for(array, target) for target in report_at.targets]
     return [float(number) for number in array.ravel()]
 
 

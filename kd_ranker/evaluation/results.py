@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from kd_ranker.config import schema
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import saving
-from kd_ranker.evaluation.metrics import METRICS, curve_columns, result_columns
+from kd_ranker.evaluation.metrics import METRICS, ReportAt, curve_columns, result_columns
 
 Row = dict[str, object]
 TEACHER = "teacher"  # the teacher's name among the members
@@ -28,12 +28,12 @@ SETTING = tuple(dict.fromkeys(("mode", "serve", "distill_weight", *_ALWAYS)))
 CALIBRATION_COLUMNS = ("member", "serve", "task", "bin", "weight", "predicted", "observed")
 
 
-def columns(tasks: Sequence[str], report_at: Sequence[int], swept: Sequence[str] = ()) -> list[str]:
+def columns(tasks: Sequence[str], report_at: ReportAt, swept: Sequence[str] = ()) -> list[str]:
     """The columns of `results.csv` in their order.
 
     Args:
       tasks: names of the tasks.
-      report_at: the k of metrics that have one.
+      report_at: the points of metrics that have a curve.
       swept: of `swept_columns`.
     """
     of_metrics = (result_columns(metric, tasks, report_at) for metric in METRICS.values())

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from kd_ranker.evaluation import label_metrics, metrics
-from kd_ranker.evaluation.metrics import METRICS, SumFunction, Sums, ratio
+from kd_ranker.evaluation.metrics import METRICS, ReportAt, SumFunction, Sums, ratio
 from kd_ranker.evaluation.ranked import Ranked
 
 
@@ -92,7 +92,7 @@ def summarise(
     sums: Sums,
     teacher: Sums | None,
     tasks: Sequence[str],
-    report_at: Sequence[int],
+    report_at: ReportAt,
     signal: str = "probability",
 ) -> dict[str, float]:
     """The measured columns of `results.csv`, in their order; NaN where there is nothing to measure.
@@ -101,7 +101,7 @@ def summarise(
       sums: of a ranker over all batches, from `add`.
       teacher: those of the teacher; None where `sums` are its own.
       tasks: names of the tasks, in the order of the T axis.
-      report_at: the values of k to report; one beyond the number of candidates means all of them.
+      report_at: the points of the curves to report.
       signal: what is known of the teacher, one of `batch.TEACHER_SIGNALS`. Of positions only the
         order means something, so what takes them for probabilities is NaN.
     """

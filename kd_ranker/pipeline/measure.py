@@ -15,7 +15,7 @@ from kd_ranker.batches.evaluation import evaluation_batches, num_evaluation_batc
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import cost, results, totals
 from kd_ranker.evaluation.evaluate import Ranker, evaluate, make_serve
-from kd_ranker.evaluation.metrics import Sums
+from kd_ranker.evaluation.metrics import METRICS, TARGET, ReportAt, Sums, result_columns
 from kd_ranker.evaluation.results import Row
 from kd_ranker.models.model import Init, Model, Parameters
 from kd_ranker.pipeline.teachers import Teacher
@@ -183,9 +183,15 @@ def _sums(
     )
 
 
-def report_at(config: ConfigDict) -> list[int]:
-    """The k of `survival@k` and its like; the funnel's own is always among them."""
-    return sorted({*config.funnel.report_at, config.funnel.passed})
+def report_at(config: ConfigDict) -> ReportAt:
+    """The points of the curves in `results.csv`.
+
+    The funnel's own k is always among them, and the target of the criterion.
+    """
+    return ReportAt(
+        ks=sorted({*config.funnel.report_at, config.funnel.passed}),
+        targets=sorted({*config.funnel.targets, TARGET}),
+    )
 
 
 def _teacher_row(config: ConfigDict, split: str, teacher: Reference) -> Row:
@@ -232,7 +238,9 @@ def _add(
     measured.rows.append(row | numbers)
     who = {"member": row["member"], "serve": row["serve"]}
     curves = totals.curves(sums, tasks)
-    ks = _sampled_ks(config, next(iter(curves.values())).size, numbers["passed_for_99"])
+    passed_for = result_columns(METRICS["passed_for"], tasks, report_at(config))
+    needed = [numbers[column] for column in passed_for]
+    ks = _sampled_ks(config, next(iter(curves.values())).size, needed)
     measured.curves.extend(
         who | {"k": k} | {name: float(curve[k - 1]) for name, curve in curves.items()} for k in ks
     )
@@ -246,12 +254,14 @@ def _add(
     )
 
 
-def _sampled_ks(config: ConfigDict, retrieved: int, passed_for_99: float) -> list[int]:
-    """The k at which curves are kept: all small ones, then in steps of a few percent."""
+def _sampled_ks(config: ConfigDict, retrieved: int, needed: Sequence[float]) -> list[int]:
+    """The k at which curves are kept: all small ones, then in steps of a few percent.
+
+    With them are those of the config, and `needed`, those that reach a target.
+    """
     spaced = np.unique(np.geomspace(1, retrieved, 150).round().astype(int)).tolist()
-    named = [min(k, retrieved) for k in report_at(config)]
-    needed = [int(passed_for_99)] if np.isfinite(passed_for_99) else []
-    return sorted({*spaced, *named, *needed})
+    named = [min(k, retrieved) for k in report_at(config).ks]
+    return sorted({*spaced, *named, *(int(k) for k in needed if np.isfinite(k))})
 
 
 def _student_flops(config: ConfigDict, spec: FeatureSpec) -> float:

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from kd_ranker.config import schema
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.metrics import METRICS, result_columns
+from kd_ranker.evaluation.metrics import METRICS, ReportAt, result_columns
 from kd_ranker.evaluation.results import REPEAT
 from kd_ranker.evaluation.saving import with_savings
 from kd_ranker.sweep.sweep import FOLDER
@@ -207,7 +207,7 @@ def _with_keys(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
     rows["member"] = rows["member"].astype(object).fillna("")
     for metric in METRICS.values():
         if metric.averaged:
-            columns = result_columns(metric, tasks, ())
+            columns = result_columns(metric, tasks, ReportAt())
             rows[metric.name] = rows.reindex(columns=columns).mean(axis=1, skipna=False)
     rows = _ordered(rows)
     students = rows[rows["role"] == "student"]

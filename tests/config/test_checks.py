@@ -96,6 +96,8 @@ def test_the_kuairand_configs_are_valid(variant):
         ({"sweep__seeds": (True,)}, "sweep.seeds holds True"),
         ({"funnel__passed": 200}, "a funnel may not widen"),
         ({"funnel__report_at": (10, 101)}, "funnel.report_at holds 101; give numbers in [1, 100]"),
+        ({"funnel__targets": (0.9, 1.0)}, "targets holds 1.0, which must lie between 0 and 1"),
+        ({"funnel__targets": (0.0,)}, "funnel.targets holds 0.0, which must lie between 0 and 1"),
     ],
 )  # fmt: skip
 def test_each_fault_is_one_line_that_says_what_to_change(changes, message):

@@ -15,6 +15,7 @@ def name(teacher="", **changes):
 
 def test_the_name_follows_what_is_in_the_dataset_and_not_where_it_lies():
     assert name() == name(data__dir="elsewhere") == name(funnel__report_at=(5, 7))
+    assert name() == name(funnel__targets=(0.5,))
     assert name() == name(student__width=8, train__steps=7, seed=3)
     others = [name(data__seed=1), name(tasks=("watch",)), name(funnel__passed=20)]
     assert len({name(), *others}) == 4
@@ -61,6 +62,7 @@ def test_what_a_student_is_made_of_makes_another_one():
 def test_what_a_student_does_not_depend_on_leaves_it_the_same():
     changes = {f"train__{key}_every": 7 for key in ("log", "checkpoint", "eval")}
     changes |= {"train__eval_limit": 3, "evaluation__limit": 3, "funnel__report_at": (5,)}
+    changes |= {"funnel__targets": (0.5,)}
     changes |= {"sweep__seeds": (4, 5), "data__dir": "elsewhere", "teacher__workdir": "elsewhere"}
     assert of_student(**changes) == of_student()
 

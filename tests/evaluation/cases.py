@@ -11,12 +11,13 @@ import numpy as np
 
 from kd_ranker.batch import CandidateBatch, EvaluationBatch, Stage
 from kd_ranker.evaluation import totals
-from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions
+from kd_ranker.evaluation.metrics import ReportAt, SumFunction, Sums, sum_functions
 from kd_ranker.evaluation.ranked import ranked, ranked_by_teacher
 
 TASKS = ("watch", "like")
 VALUE_WEIGHTS = jnp.array([1.0, 2.0])
 SHOWN = 3
+TARGETS = (0.5, 0.99)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6, 7))
@@ -76,13 +77,12 @@ class Case:
         )
         return totals.add(None, sums)
 
-    def row(self, report_at: Sequence[int], signal: str = "probability") -> dict[str, float]:
+    def row(self, ks: Sequence[int], signal: str = "probability") -> dict[str, float]:
+        report_at = ReportAt(ks, TARGETS)
         return totals.summarise(self.sums(), self.teacher_sums(), TASKS, report_at, signal)
 
-    def teacher_row(
-        self, report_at: Sequence[int], signal: str = "probability"
-    ) -> dict[str, float]:
-        return totals.summarise(self.teacher_sums(), None, TASKS, report_at, signal)
+    def teacher_row(self, ks: Sequence[int], signal: str = "probability") -> dict[str, float]:
+        return totals.summarise(self.teacher_sums(), None, TASKS, ReportAt(ks, TARGETS), signal)
 
     def evaluation_batch(self) -> EvaluationBatch:
         requests, candidates = self.stage.shape

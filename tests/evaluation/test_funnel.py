@@ -187,9 +187,10 @@ def test_value_by_hand() -> None:
     np.testing.assert_allclose(funnel.value(jnp.array([[0.5, 0.25]]), jnp.array([1.0, 4.0])), [1.5])
 
 
-def test_captured_share_and_passed_for_99() -> None:
+def test_captured_share_and_passed_for_a_target() -> None:
     share = funnel.captured_share(np.array([5.0, 9.0, 9.9, 10.0, 10.0]))
     np.testing.assert_allclose(share, [0.5, 0.9, 0.99, 1.0, 1.0])
-    assert funnel.passed_for_99(np.array([0.5, 0.98, 0.99, 1.0])) == 3
-    assert np.isnan(funnel.passed_for_99(np.full(4, np.nan)))
+    share = np.array([0.5, 0.98, 0.99, 1.0])
+    assert [funnel.passed_for(share, target) for target in (0.3, 0.98, 0.99, 0.991)] == [1, 2, 3, 4]
+    assert np.isnan(funnel.passed_for(np.full(4, np.nan), 0.99))
     assert np.isnan(funnel.captured_share(np.zeros(3))).all()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kd_ranker.evaluation import metrics, results, totals
-from kd_ranker.evaluation.metrics import METRICS, Metric, Sums, ratio
+from kd_ranker.evaluation.metrics import METRICS, Metric, ReportAt, Sums, ratio
 from kd_ranker.evaluation.ranked import Ranked
 from kd_ranker.report.comparison import comparison
 from kd_ranker.report.study import read_studies
@@ -80,7 +80,7 @@ def test_a_metric_that_is_put_into_the_table_is_measured():
 
 @pytest.mark.usefixtures("registered")
 def test_a_metric_that_is_put_into_the_table_is_in_every_file_and_table(tmp_path):
-    columns = results.columns(TASKS, (10, 50))
+    columns = results.columns(TASKS, ReportAt(ks=(10, 50)))
     expected = ["top_item_mrr", *(f"kept_rate@{k}/{task}" for k in (10, 50) for task in TASKS)]
     assert columns[-7:] == [*expected, "non_finite_step", "member"]
     assert results.curves_columns(TASKS)[-2:] == ["kept_rate/watch", "kept_rate/like"]
@@ -140,7 +140,8 @@ def test_what_stands_in_the_main_table_is_compared():
 def test_directions():
     directions = {
         "user_bce/watch": "lower", "teacher_bce": "lower", "teacher_kl/like": "lower",
-        "passed_for_99": "lower", "cost_ratio": "lower", "user_auc/watch": "higher",
+        "passed_for_99": "lower", "passed_for_99.5": "lower", "cost_ratio": "lower",
+        "user_auc/watch": "higher",
         "survival@200": "higher", "value_captured@50": "higher", "funnel_cost_saving": "higher",
         "user_calibration/watch": "one", "alignment_ratio": None,
     }  # fmt: skip

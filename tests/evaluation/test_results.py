@@ -4,12 +4,13 @@ import pandas as pd
 import pytest
 
 from kd_ranker.evaluation import results
+from kd_ranker.evaluation.metrics import ReportAt
 
 TASKS = ("watch", "like")
 
 
 def test_the_columns_are_the_contracts_in_its_order():
-    assert results.columns(TASKS, (10, 50)) == [
+    assert results.columns(TASKS, ReportAt((10, 50), (0.99, 0.995))) == [
         "dataset", "role", "mode", "distill_loss", "distill_weight", "temperature",
         "learning_rate", "serve", "seed", "data_seed", "step",
         "user_bce/watch", "user_bce/like", "user_auc/watch", "user_auc/like",
@@ -21,6 +22,7 @@ def test_the_columns_are_the_contracts_in_its_order():
         "hit_rate@10/watch", "hit_rate@10/like", "hit_rate@50/watch", "hit_rate@50/like",
         "end_to_end_hit_rate@10/watch", "end_to_end_hit_rate@10/like",
         "end_to_end_hit_rate@50/watch", "end_to_end_hit_rate@50/like", "passed_for_99",
+        "passed_for_99.5",
         "flops_per_candidate", "cost_ratio", "funnel_cost_saving", "unseen_users", "unseen_items",
         "non_finite_step", "member",
     ]  # fmt: skip
@@ -101,7 +103,7 @@ def test_a_student_that_never_captures_99_percent_has_no_saving():
 
 
 def test_runs_are_joined_as_they_were_written(tmp_path):
-    columns = results.columns(TASKS, (10,))
+    columns = results.columns(TASKS, ReportAt((10,), (0.99,)))
     teacher = row("teacher", "", 0, 10.0, 200.0, member="teacher")
     runs = [
         [teacher, row("student", "none", 0, 200.0, 10.0, member="none-seed0")],

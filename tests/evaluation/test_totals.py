@@ -12,7 +12,7 @@ from sklearn.metrics import log_loss, roc_auc_score
 
 from kd_ranker.batch import Stage
 from kd_ranker.evaluation import totals
-from kd_ranker.evaluation.metrics import Sums
+from kd_ranker.evaluation.metrics import ReportAt, Sums
 from tests.evaluation.cases import SHOWN, TASKS, VALUE_WEIGHTS, Case, random_case
 
 VALUES = np.asarray(VALUE_WEIGHTS)
@@ -75,6 +75,7 @@ def test_row_of_one_small_request_by_hand() -> None:
         "end_to_end_hit_rate@3/watch": 1.0,
         "end_to_end_hit_rate@99/watch": 1.0,
         "end_to_end_hit_rate@3/like": np.nan,
+        "passed_for_50": 3,
         "passed_for_99": 4,
     }
     for name, number in expected.items():
@@ -115,6 +116,7 @@ def test_row_has_the_columns_of_the_results_in_their_order() -> None:
         "end_to_end_hit_rate@10/like",
         "end_to_end_hit_rate@20/watch",
         "end_to_end_hit_rate@20/like",
+        "passed_for_50",
         "passed_for_99",
         "unseen_users",
         "unseen_items",
@@ -182,7 +184,7 @@ def test_captured_value_is_the_ratio_of_sums_and_survival_the_mean() -> None:
     case.stage[:] = Stage.RETRIEVED
     case.student[:] = np.array([0.9, 0.1])[None, :, None]
     case.teacher[:] = np.array([[0.1, 0.9], [0.09, 0.01]])[..., None]
-    row = totals.summarise(case.sums(shown=1), case.teacher_sums(), TASKS, [1])
+    row = totals.summarise(case.sums(shown=1), case.teacher_sums(), TASKS, ReportAt([1]))
     np.testing.assert_allclose(row["survival@1"], 0.5)
     np.testing.assert_allclose(row["value_captured@1"], (0.1 + 0.09) / (0.9 + 0.09), rtol=1e-6)
 

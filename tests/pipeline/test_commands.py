@@ -13,6 +13,7 @@ from kd_ranker.config.identity import dataset_name
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
+from kd_ranker.evaluation.metrics import TARGET, ReportAt
 from kd_ranker.pipeline import commands, measure, runs, scoring, teachers
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
@@ -65,7 +66,7 @@ def test_train_leaves_what_the_contract_says(world, trained, mode):
     workdir = trained(mode)
     config = world.config(distill__mode=mode)
     frame = table(workdir)
-    assert list(frame.columns) == results.columns(config.tasks, config.funnel.report_at)
+    assert list(frame.columns) == results.columns(config.tasks, measure.report_at(config))
     assert frame["serve"].tolist() == list(MODES[mode].serve)
     assert set(frame["mode"]) == {mode}
     assert set(frame["role"]) == {"student"}
@@ -275,7 +276,7 @@ def swept(world):
 def test_a_sweep_has_one_row_a_model_and_serve_choice(world, swept):
     frame = table(swept)
     config = world.config()
-    assert list(frame.columns) == results.columns(config.tasks, config.funnel.report_at)
+    assert list(frame.columns) == results.columns(config.tasks, measure.report_at(config))
     assert frame["role"].tolist() == ["teacher"] + ["student"] * 8
     assert frame["step"][0] == config.teacher.train.steps
     students = frame[1:]
@@ -730,9 +731,9 @@ def test_a_last_update_that_is_not_finite_is_never_saved(world, tmp_path, comman
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
 
 
-def test_the_funnels_own_k_is_always_reported(world):
-    config = world.config(funnel__report_at=(10,))
-    assert measure.report_at(config) == [10, config.funnel.passed]
+def test_the_funnels_own_k_and_the_criterions_target_are_always_reported(world):
+    config = world.config(funnel__report_at=(10,), funnel__targets=(0.9,))
+    assert measure.report_at(config) == ReportAt([10, config.funnel.passed], [0.9, TARGET])
 
 
 @pytest.mark.parametrize(

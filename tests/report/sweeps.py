@@ -10,6 +10,7 @@ import pandas as pd
 
 from configs import cascade
 from kd_ranker.evaluation import results
+from kd_ranker.evaluation.metrics import ReportAt
 
 TASKS = ("watch", "like", "share")
 SERVES = {"none": ("user",), "aux": ("user", "teacher", "blend"), "shared": ("user",)}
@@ -71,7 +72,7 @@ def write_sweep(
                     bins.append(_bins(member, serve, seed))
                 losses[member] = _losses(mode, weight, seed)
     rows = [row | {"funnel_cost_saving": _saving(row, rows, retrieved)} for row in rows]
-    columns = results.columns(TASKS, REPORT_AT)
+    columns = results.columns(TASKS, ReportAt(REPORT_AT, (0.99,)))
     files = {
         "config.json": config.to_json(indent=2, sort_keys=True),
         "environment.json": json.dumps(

@@ -2,14 +2,16 @@ import numpy as np
 import pandas as pd
 
 from kd_ranker.evaluation import results
+from kd_ranker.evaluation.metrics import ReportAt
 from kd_ranker.report import tables
 
 TASKS = ("watch",)
+REPORT_AT = ReportAt((30,), (0.99,))
 
 
 def frame_of(tmp_path, rows):
     path = tmp_path / results.FILE
-    path.write_text(results.to_csv(rows, results.columns(TASKS, (30,))))
+    path.write_text(results.to_csv(rows, results.columns(TASKS, REPORT_AT)))
     return results.read_csv(path)
 
 
@@ -72,7 +74,7 @@ def test_what_a_sweep_varies_keeps_rows_apart_and_seeds_and_data_seeds_count(tmp
     ]
     rows[0]["non_finite_step"] = 7
     frame = pd.DataFrame(rows).reindex(
-        columns=[*rows[0], *set(results.columns(TASKS, (30,))).difference(rows[0])]
+        columns=[*rows[0], *set(results.columns(TASKS, REPORT_AT)).difference(rows[0])]
     )
     header, one, two = cells(tables.summary_table(frame, 30))
     # A learning rate that all have is not worth a column.
