@@ -227,7 +227,7 @@ METRICS: dict[str, Metric] = {
             ends=lambda sums, _: _user_bce_of(sums),
             probabilities_of=("ranker",),
             averaged=True,
-            main=(9, "each"),
+            main=(12, "each"),
         ),
         Metric(
             name="user_auc",
@@ -239,7 +239,7 @@ METRICS: dict[str, Metric] = {
             per=("task",),
             sums=(_user_auc,),
             ends=lambda sums, _: ratio(sums["user_auc"], sums["user_auc_requests"]),
-            main=(8, "each"),
+            main=(11, "each"),
             summary="each",
         ),
         Metric(
@@ -280,7 +280,7 @@ METRICS: dict[str, Metric] = {
             ),
             probabilities_of=("ranker", "teacher"),
             averaged=True,
-            main=(6, "mean"),
+            main=(9, "mean"),
             summary="first",
             short="KL",
         ),
@@ -310,7 +310,7 @@ METRICS: dict[str, Metric] = {
             ends=lambda sums, teacher: _alignment(sums, teacher, "teacher_kl"),
             probabilities_of=("ranker", "teacher"),
             of_teacher=False,
-            main=(7, "each"),
+            main=(10, "each"),
             summary="each",
             short="alignment",
         ),
@@ -362,6 +362,7 @@ METRICS: dict[str, Metric] = {
             per=("k",),
             sums=(_true_value_captured,),
             ends=_captured("true_value_captured"),
+            main=(6, "each"),
             summary="each",
         ),
         Metric(
@@ -385,6 +386,9 @@ METRICS: dict[str, Metric] = {
             per=("k", "task"),
             sums=(_positives,),
             ends=lambda sums, _: _hit_rate(sums, "positives_kept"),
+            main=(7, "first"),
+            summary="first",
+            short="hits",
         ),
         Metric(
             name="end_to_end_hit_rate",
@@ -396,6 +400,9 @@ METRICS: dict[str, Metric] = {
             per=("k", "task"),
             sums=(_positives,),
             ends=lambda sums, _: _hit_rate(sums, "positives_shown"),
+            main=(8, "first"),
+            summary="first",
+            short="end hits",
         ),
         Metric(
             name="passed_for",

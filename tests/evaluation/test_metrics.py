@@ -152,8 +152,9 @@ def test_directions():
 def test_the_main_tables_columns_and_titles():
     titles = [metrics.title_of(column) for column in metrics.main_columns(("a", "b"), 200)]
     assert titles == [
-        "passed for 99%", "saving", "cost ratio", "survival@200", "value@200", "teacher KL",
-        "alignment ratio", "AUC a", "AUC b", "user BCE a", "user BCE b",
+        "passed for 99%", "saving", "cost ratio", "survival@200", "value@200", "true value@200",
+        "hit rate@200 a", "end-to-end hit rate@200 a", "teacher KL", "alignment ratio", "AUC a",
+        "AUC b", "user BCE a", "user BCE b",
     ]  # fmt: skip
 
 
@@ -161,5 +162,5 @@ def test_the_terminals_columns_and_titles():
     columns = metrics.summary_columns(("a", "b"), 200)
     assert [metrics.title_of(column, short=True) for column in columns] == [
         "AUC a", "AUC b", "calib. a", "KL a", "alignment", "survival@200", "value@200",
-        "true value@200", "passed for 99%", "cost ratio", "saving",
+        "true value@200", "hits@200 a", "end hits@200 a", "passed for 99%", "cost ratio", "saving",
     ]  # fmt: skip
