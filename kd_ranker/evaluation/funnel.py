@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Num
 
 @flax.struct.dataclass
 class FunnelCurves:
-    """Curves over k = 1..N, of each request or, without the leading axis, of one.
+    """Curves over k = 1..N, and the top m, of each request or, without the leading axis, of one.
 
     Attributes:
       survival: share, in [0, 1], of the teacher's own top m that the student's top k keeps.
@@ -34,6 +34,9 @@ class FunnelCurves:
         keeps; its last entry is their number.
       positives_shown: how many of them are among the m items shown when the teacher ranks only the
         student's top k.
+      gain: teacher value of the m candidates that the student ranks first, in its order; 0 where it
+        is not known.
+      ideal_gain: the same in the teacher's own order.
       counts: False where the teacher knows no candidate of the request; all curves of what the
         teacher chooses are 0 there.
     """
@@ -44,6 +47,8 @@ class FunnelCurves:
     shown_kept: Float[Array, "R N"]
     positives_kept: Float[Array, "R N T"]
     positives_shown: Float[Array, "R N T"]
+    gain: Float[Array, "R m"]
+    ideal_gain: Float[Array, "R m"]
     counts: Bool[Array, "R"]
 
 
@@ -132,10 +137,11 @@ def _curves_of_request(
         by_place = jnp.append(of_known[by_teacher], jnp.zeros_like(values[:1]), axis=0)
         return jnp.cumsum(by_place[arriving] - by_place[leaving], axis=0)
 
+    gain = jnp.where(known, teacher_value, 0.0)
     positive = candidate_mask[:, None] & positive
     diverged = jnp.any(known & jnp.isnan(student_value))
 
-    def or_nan(curve: Num[Array, "N ..."]) -> Float[Array, "N ..."]:
+    def or_nan(curve: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
         return jnp.where(diverged, jnp.nan, curve.astype(teacher_value.dtype))
 
     return FunnelCurves(
@@ -145,6 +151,8 @@ def _curves_of_request(
         shown_kept=or_nan(shown_kept),
         positives_kept=or_nan(jnp.cumsum(positive[by_student], axis=0)),
         positives_shown=or_nan(summed(positive.astype(jnp.int32))),
+        gain=or_nan(gain[by_student[:shown]]),
+        ideal_gain=gain[by_teacher[:shown]],
         counts=own_top > 0,
     )
 

@@ -162,6 +162,16 @@ def _positives(ranked: Ranked) -> Sums:
     return {"positives_kept": curves.positives_kept, "positives_shown": curves.positives_shown}
 
 
+def _teacher_ndcg(ranked: Ranked) -> Sums:
+    ndcg, counts = alignment.teacher_ndcg(ranked.curves.gain, ranked.curves.ideal_gain)
+    return {"teacher_ndcg": ndcg, "teacher_ndcg_requests": counts.astype(ndcg.dtype)}
+
+
+def _teacher_tau(ranked: Ranked) -> Sums:
+    tau, counts = alignment.teacher_tau(ranked.value, ranked.teacher_value, ranked.mask)
+    return {"teacher_tau": tau, "teacher_tau_requests": counts.astype(tau.dtype)}
+
+
 def _unseen_users(ranked: Ranked) -> Sums:
     request_mask = ranked.evaluation_batch.request_mask
     return {
@@ -403,6 +413,27 @@ METRICS: dict[str, Metric] = {
             main=(8, "first"),
             summary="first",
             short="end hits",
+        ),
+        Metric(
+            name="teacher_ndcg",
+            formula="NDCG of the student's first m with the teacher's value as gain, Σ gain / "
+            "log2(1 + place) over the same in the teacher's own order; mean over requests",
+            title="NDCG",
+            digits=4,
+            better="higher",
+            sums=(_teacher_ndcg,),
+            ends=lambda sums, _: ratio(sums["teacher_ndcg"], sums["teacher_ndcg_requests"]),
+        ),
+        Metric(
+            name="teacher_tau",
+            formula="Kendall's tau-b of the student's value against the teacher's, over a fixed "
+            f"random sample of the pairs of each request, {alignment.NEIGHBOURS} times as many as "
+            "the candidates that the teacher knows; mean over requests",
+            title="tau",
+            digits=4,
+            better="higher",
+            sums=(_teacher_tau,),
+            ends=lambda sums, _: ratio(sums["teacher_tau"], sums["teacher_tau_requests"]),
         ),
         Metric(
             name="passed_for",

@@ -1,11 +1,16 @@
 """Alignment with the teacher against hand-worked cases, scikit-learn and SciPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from scipy.special import kl_div
-from sklearn.metrics import log_loss
+from scipy.stats import kendalltau
+from sklearn.metrics import log_loss, ndcg_score
 
-from kd_ranker.evaluation import alignment
+from kd_ranker.evaluation import alignment, funnel
+
+teacher_tau = jax.jit(alignment.teacher_tau)
 
 
 def random_case() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -100,3 +105,91 @@ def test_alignment_ratio_is_undefined_without_a_distance_and_below_0_of_a_better
     for distance in ([0.1, 0.0], [0.1, 1e-7], [0.1, -1e-7], [0.1, np.nan]):
         assert np.isnan(alignment.alignment_ratio(student, teacher, np.array(distance)))
     assert alignment.alignment_ratio(student[1:], teacher[1:], np.array([0.1])) < 0
+
+
+def orders(
+    requests: int, candidates: int, known_share: float, levels: int = 10_000, least: int = 1
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values of a student that follows a teacher in part, with holes, ties and padding."""
+    generator = np.random.default_rng(5)
+    shape = (requests, candidates)
+    teacher = generator.uniform(size=shape)
+    student = (teacher + generator.uniform(size=shape)) / 2
+    student, teacher = (np.ceil(levels * array) / levels for array in (student, teacher))
+    mask = np.arange(candidates) < generator.integers(least, candidates + 1, size=(requests, 1))
+    teacher[generator.uniform(size=shape) > known_share] = np.nan
+    # What lies on padding must not matter.
+    student[~mask], teacher[~mask] = np.nan, 7
+    return student.astype(np.float32), teacher.astype(np.float32), mask
+
+
+@pytest.mark.parametrize("levels", [3, 10_000])
+def test_tau_of_few_candidates_is_that_of_scipy(levels: int) -> None:
+    student, teacher, mask = orders(40, alignment.NEIGHBOURS + 1, 0.8, levels)
+    tau, counts = teacher_tau(student, teacher, mask)
+    for request in range(len(mask)):
+        known = mask[request] & ~np.isnan(teacher[request])
+        own = teacher[request, known]
+        assert counts[request] == (len(set(own)) > 1)
+        expected = 0.0
+        if len(set(own)) > 1 and len(set(student[request, known])) > 1:
+            expected = kendalltau(student[request, known], own).statistic
+        np.testing.assert_allclose(tau[request], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("known_share", [0.1, 1.0])
+def test_tau_of_many_candidates_is_that_of_scipy_but_for_the_sample(known_share: float) -> None:
+    student, teacher, mask = orders(100, 400, known_share, least=300)
+    tau, counts = teacher_tau(student, teacher, mask)
+    known = mask & ~np.isnan(teacher)
+    expected = [
+        kendalltau(student[request, known[request]], teacher[request, known[request]]).statistic
+        for request in range(len(mask))
+    ]
+    assert counts.all()
+    error = np.asarray(tau) - expected
+    assert np.sqrt(np.mean(error**2)) < (0.1 if known_share < 1 else 0.03)
+    assert abs(error.mean()) < 4 * error.std() / np.sqrt(len(error))
+
+
+def test_tau_of_a_student_that_tells_none_apart_is_0_and_of_a_diverged_one_nan() -> None:
+    teacher, mask = np.random.default_rng(2).uniform(size=(1, 30)), np.ones((1, 30), bool)
+    tau, counts = teacher_tau(np.ones((1, 30)), teacher, mask)
+    assert (tau == 0).all()
+    assert counts.all()
+    diverged = np.where(np.arange(30) == 4, np.nan, teacher)
+    assert np.isnan(teacher_tau(diverged, teacher, mask)[0]).all()
+    # Where the teacher does not know that candidate, the others are judged.
+    np.testing.assert_allclose(teacher_tau(diverged, diverged, mask)[0], 1)
+
+
+def test_tau_of_one_candidate_or_equal_ones_does_not_count() -> None:
+    for teacher in (np.ones((1, 1)), np.ones((1, 20)), np.full((1, 20), np.nan)):
+        student = np.arange(teacher.size, dtype=float)[None]
+        tau, counts = teacher_tau(student, teacher, np.ones(teacher.shape, bool))
+        assert (tau == 0).all()
+        assert not counts.any()
+
+
+@pytest.mark.parametrize("shown", [1, 5, 30])
+def test_ndcg_is_that_of_scikit_learn(shown: int) -> None:
+    student, teacher, mask = orders(20, 25, 0.7)
+    curves = funnel.funnel_curves(student, teacher, mask, shown)
+    ndcg, counts = alignment.teacher_ndcg(curves.gain, curves.ideal_gain)
+    for request in range(len(mask)):
+        gain = np.where(np.isnan(teacher[request]), 0.0, teacher[request])[mask[request]]
+        assert counts[request] == (gain.sum() > 0)
+        if gain.size > 1 and counts[request]:
+            expected = ndcg_score([gain], [student[request, mask[request]]], k=shown)
+            np.testing.assert_allclose(ndcg[request], expected, rtol=1e-5)
+        elif counts[request]:
+            assert ndcg[request] == 1
+
+
+def test_ndcg_by_hand() -> None:
+    # Gains 1, 0, 3 against the ideal 3, 1, 0: (1 + 3 / 2) / (3 + 1 / log2 3).
+    ndcg, counts = alignment.teacher_ndcg(
+        jnp.array([[1.0, 0.0, 3.0], [0.0, 0.0, 0.0]]), jnp.array([[3.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
+    )
+    np.testing.assert_allclose(ndcg, [2.5 / (3 + 1 / np.log2(3)), 0.0], rtol=1e-6)
+    np.testing.assert_array_equal(counts, [True, False])

@@ -21,8 +21,8 @@ def test_the_columns_are_the_contracts_in_its_order():
         "true_value_captured@50", "shown_recall@10", "shown_recall@50",
         "hit_rate@10/watch", "hit_rate@10/like", "hit_rate@50/watch", "hit_rate@50/like",
         "end_to_end_hit_rate@10/watch", "end_to_end_hit_rate@10/like",
-        "end_to_end_hit_rate@50/watch", "end_to_end_hit_rate@50/like", "passed_for_99",
-        "passed_for_99.5",
+        "end_to_end_hit_rate@50/watch", "end_to_end_hit_rate@50/like",
+        "teacher_ndcg", "teacher_tau", "passed_for_99", "passed_for_99.5",
         "flops_per_candidate", "cost_ratio", "funnel_cost_saving", "unseen_users", "unseen_items",
         "non_finite_step", "member",
     ]  # fmt: skip

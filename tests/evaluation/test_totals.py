@@ -75,6 +75,10 @@ def test_row_of_one_small_request_by_hand() -> None:
         "end_to_end_hit_rate@3/watch": 1.0,
         "end_to_end_hit_rate@99/watch": 1.0,
         "end_to_end_hit_rate@3/like": np.nan,
+        # The student's order is a, b, c; the teacher's best are d, b, c.
+        "teacher_ndcg": (0.1 + 0.5 / np.log2(3) + 0.2 / 2) / (0.8 + 0.5 / np.log2(3) + 0.2 / 2),
+        # Of six pairs only (b, c) is in the teacher's order.
+        "teacher_tau": (1 - 5) / 6,
         "passed_for_50": 3,
         "passed_for_99": 4,
     }
@@ -116,6 +120,8 @@ def test_row_has_the_columns_of_the_results_in_their_order() -> None:
         "end_to_end_hit_rate@10/like",
         "end_to_end_hit_rate@20/watch",
         "end_to_end_hit_rate@20/like",
+        "teacher_ndcg",
+        "teacher_tau",
         "passed_for_50",
         "passed_for_99",
         "unseen_users",
@@ -363,6 +369,8 @@ def test_teacher_judged_as_a_student() -> None:
     assert row["survival@1"] == pytest.approx(1 / SHOWN)
     assert row[f"value_captured@{SHOWN}"] == 1
     assert row["passed_for_99"] == SHOWN
+    assert row["teacher_ndcg"] == pytest.approx(1)
+    assert row["teacher_tau"] == pytest.approx(1)
     assert row["teacher_kl/watch"] == pytest.approx(0, abs=1e-6)
 
 
