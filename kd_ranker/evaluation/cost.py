@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from kd_ranker.errors import UserError
 
@@ -33,6 +35,21 @@ def flops(function: Callable[..., Any], *arguments: Any) -> float:
             "measure the cost on a backend that does, such as JAX_PLATFORMS=cpu"
         )
     return total
+
+
+def heads_read(probability: Callable[[Float[Array, "R N heads"]], Array], heads: int) -> int:
+    """The number of a model's heads that what it serves is made of; no others need be served.
+
+    Args:
+      probability: from logits to the probabilities served, see `Mode.serve`.
+      heads: of the model.
+
+    >>> heads_read(lambda logits: logits[..., :2], heads=6)
+    2
+    """
+    # NaN passes through all arithmetic: the logits of request h are NaN at head h alone.
+    logits = jnp.where(jnp.eye(heads, dtype=bool), jnp.nan, 0.0)[:, None]
+    return int(jnp.isnan(probability(logits)).any(axis=(1, 2)).sum())
 
 
 def funnel_cost(

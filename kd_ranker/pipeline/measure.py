@@ -17,7 +17,8 @@ from kd_ranker.evaluation import cost, results, totals
 from kd_ranker.evaluation.evaluate import Ranker, evaluate, make_serve
 from kd_ranker.evaluation.metrics import METRICS, TARGET, ReportAt, Sums, result_columns
 from kd_ranker.evaluation.results import Row
-from kd_ranker.models.model import Init, Model, Parameters
+from kd_ranker.models.model import Init, Model, Parameters, build_model
+from kd_ranker.models.student import STUDENTS
 from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training import recipes
@@ -148,11 +149,11 @@ def measure(
         measured.calibration.clear()
     for group, group_sums in zip(students, students_sums, strict=True):
         first = members[group.names[0]]
-        flops = _student_flops(first, dataset.spec) if costs else _NOT_COUNTED
+        flops = _student_flops(first, dataset.spec) if costs else {}
         for index, name in enumerate(group.names):
             for serve in serves[name] if serves else MODES[first.distill.mode].serve:
                 row = _student_row(members[name], split, name, serve, group.steps[index])
-                row = results.with_cost(row, flops, flops_of_teacher)
+                row = results.with_cost(row, flops.get(serve, _NOT_COUNTED), flops_of_teacher)
                 if non_finite_step := group.non_finite_step[index]:
                     measured.rows.append(row | {"non_finite_step": non_finite_step})
                     continue
@@ -264,9 +265,18 @@ def _sampled_ks(config: ConfigDict, retrieved: int, needed: Sequence[float]) -> 
     return sorted({*spaced, *named, *(int(k) for k in needed if np.isfinite(k))})
 
 
-def _student_flops(config: ConfigDict, spec: FeatureSpec) -> float:
-    model, init = recipes.student_model(config, spec)
-    return _flops_per_candidate(config, spec, model, _shapes(init))
+def _student_flops(config: ConfigDict, spec: FeatureSpec) -> dict[str, float]:
+    """FLOPs a candidate by serving choice, each of a student with the heads that it reads alone."""
+    mode = MODES[config.distill.mode]
+    heads = mode.heads_per_task * len(spec.tasks)
+    read = {name: cost.heads_read(served, heads) for name, served in mode.serve.items()}
+
+    def with_heads(number: int) -> float:
+        model, init = build_model(STUDENTS[config.student.name], spec, number, config.student)
+        return _flops_per_candidate(config, spec, model, _shapes(init))
+
+    flops = {number: with_heads(number) for number in set(read.values())}
+    return {name: flops[number] for name, number in read.items()}
 
 
 def _flops_per_candidate(

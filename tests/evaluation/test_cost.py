@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import cost
 
@@ -50,6 +51,18 @@ def test_flops_reads_every_form_of_report(
             cost.flops(lambda: None)
     else:
         assert cost.flops(lambda: None) == expected
+
+
+@pytest.mark.parametrize(
+    ("mode", "serve", "heads"),
+    [
+        *(("none", "user", 3), ("shared", "user", 3)),
+        *(("aux", "user", 3), ("aux", "teacher", 3), ("aux", "blend", 6)),
+    ],
+)
+def test_the_heads_that_a_serving_choice_reads(mode: str, serve: str, heads: int) -> None:
+    served = MODES[mode].serve[serve]
+    assert cost.heads_read(served, MODES[mode].heads_per_task * 3) == heads
 
 
 def test_funnel_cost_by_hand() -> None:

@@ -293,7 +293,11 @@ def test_a_sweep_has_one_row_a_model_and_serve_choice(world, swept):
         config.funnel.retrieved * frame["flops_per_candidate"]
         + frame["passed_for_99"] * frame["flops_per_candidate"][0]
     )
+    # Heads that do not rank need not be served.
     for _, of_seed in students.groupby("seed"):
+        flops = dict(zip(of_seed["serve"][1:], of_seed["flops_per_candidate"][1:], strict=True))
+        of_none = of_seed["flops_per_candidate"].iloc[0]
+        assert flops["user"] == flops["teacher"] == of_none < flops["blend"]
         saving = 1 - cost[of_seed.index] / cost[of_seed.index[0]]
         np.testing.assert_allclose(of_seed["funnel_cost_saving"], saving, atol=1e-5)
 
