@@ -234,8 +234,8 @@ class Request:
     The N candidates stand in funnel order: the S shown ones first, then the rest of the P passed
     ones, then the rest of the retrieved. User labels are therefore known for a prefix of length S,
     and a teacher that scored only what was passed has logged a prefix of length P (A below: S ≤ P,
-    and A is 0, P or N). Nothing here but labels, teacher probabilities and true probabilities may
-    stem from after `time`.
+    and A is 0, S, P or N). Nothing here but labels, teacher probabilities and true probabilities
+    may stem from after `time`.
     """
 
     request_id: int
@@ -257,6 +257,13 @@ class Request:
     # Category ids, see above; None in a dataset without such features.
     request_category: Int32[np.ndarray, "K"] | None = None
     candidate_category: Int32[np.ndarray, "N L"] | None = None
+
+    def num_reached(self, stage: Stage) -> int:
+        """The number of candidates that came at least so far in the funnel: the first ones."""
+        retrieved, shown = len(self.item_id), len(self.user_label)
+        if stage == Stage.SHOWN:
+            return shown
+        return min(max(self.num_passed, shown), retrieved) if stage == Stage.PASSED else retrieved
 
 
 @flax.struct.dataclass

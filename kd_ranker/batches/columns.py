@@ -87,26 +87,31 @@ class Columns:
         return np.diff(self.candidate_start)
 
 
-def columns_of(requests: Sequence[Request], spec: FeatureSpec, logged: bool = True) -> Columns:
+def columns_of(
+    requests: Sequence[Request], spec: FeatureSpec, logged: Stage | None = Stage.RETRIEVED
+) -> Columns:
     """The columns of some requests, at least one, on the host.
 
     Args:
       requests: the requests.
       spec: their sizes; with a `history_length` of 0, their histories are left out.
-      logged: whether what the teacher has scored counts; if not, its probabilities are left out.
+      logged: what the teacher has scored counts for candidates that came so far in the funnel; with
+        None it counts for none, and its probabilities are left out.
     """
+    if logged is not None:
+        requests = [_scored_from(logged, request) for request in requests]
 
     def packed(fields: Sequence[Field], ragged: bool) -> tuple[Any, packing.Spans]:
         arrays = {
             field.name: _side_by_side(field, requests, spec)
             for field in fields
-            if logged or field.of != "scored"
+            if logged is not None or field.of != "scored"
         }
         nothing = {field.name: field.nothing for field in fields}
         return packing.pack(arrays, nothing if ragged else None)
 
     rows, spans = zip(*map(packed, _FIELDS, (False, True, True)), strict=True)
-    scored = [len(request.teacher_probability) * logged for request in requests]
+    scored = [0 if logged is None else len(request.teacher_probability) for request in requests]
     return Columns(
         rows=Parts(*rows),
         spans=Parts(*spans),
@@ -115,6 +120,18 @@ def columns_of(requests: Sequence[Request], spec: FeatureSpec, logged: bool = Tr
         num_passed=np.array([request.num_passed for request in requests], np.int64),
         num_retrieved=np.array([len(request.item_id) for request in requests], np.int64),
         num_scored=np.array(scored, np.int64),
+    )
+
+
+def _scored_from(stage: Stage, request: Request) -> Request:
+    """The request as if its teacher had scored only candidates that came so far in the funnel."""
+    number = request.num_reached(stage)
+    if len(request.teacher_probability) <= number:
+        return request
+    return dataclasses.replace(
+        request,
+        teacher_probability=request.teacher_probability[:number],
+        teacher_weight=request.teacher_weight[:number],
     )
 
 
@@ -214,11 +231,14 @@ def what_counts(
 ) -> tuple[Bool[np.ndarray, "n"], Bool[np.ndarray, "n"]]:
     """Tests for each request of `only_counting` if its passed candidates count, and if the rest do.
 
-    Those that were shown count as passed, beside what they count for by their labels.
+    Those that were shown count as passed, beside what they count for by their labels. A teacher
+    that has scored none but the shown makes no other passed one count.
     """
+    passed, scored = passed_of(columns), columns.num_scored
+    beyond_shown = scored >= np.minimum(columns.num_shown + 1, passed)
     return (
-        (columns.num_scored > 0) | (stage <= Stage.PASSED),
-        (columns.num_scored > passed_of(columns)) | (stage <= Stage.RETRIEVED),
+        ((scored > 0) & beyond_shown) | (stage <= Stage.PASSED),
+        (scored > passed) | (stage <= Stage.RETRIEVED),
     )
 
 

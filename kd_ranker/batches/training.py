@@ -76,12 +76,13 @@ class Needs(NamedTuple):
     Attributes:
       stage: what came less far in the funnel is left out, unless it was shown or is `logged`. The
         rest of a batch is drawn as if it were there.
-      logged: whether batches hold the logged teacher probabilities, and what has one.
+      logged: batches hold the logged teacher probabilities of candidates that came so far in the
+        funnel, and what has one; with None they hold none.
       history: whether batches hold the users' histories; if not, H is 0.
     """
 
     stage: Stage = Stage.RETRIEVED
-    logged: bool = True
+    logged: Stage | None = Stage.RETRIEVED
     history: bool = True
 
 

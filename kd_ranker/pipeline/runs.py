@@ -216,8 +216,9 @@ def prepare_run(
 ) -> Run:
     """The run of these groups on the batches of `section`: `config`, or `config.teacher`."""
     mapping = device_mapping(config)
-    teacher = LiveTeacher(live.model, TEACHER_STAGES[config.teacher.stage]) if live else None
-    needs = recipes.needs(groups, teacher)
+    stage = TEACHER_STAGES[config.teacher.stage]
+    teacher = LiveTeacher(live.model, stage) if live else None
+    needs = recipes.needs(groups, teacher, stage)
     batches = batches_of_run(config, dataset, section.batch, mapping, needs)
     frozen = Frozen(
         items=jax.tree.map(jnp.asarray, dataset.items),

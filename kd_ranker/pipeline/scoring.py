@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import CandidateBatch
+from kd_ranker.batch import CandidateBatch, Stage
 from kd_ranker.batches import cutting
 from kd_ranker.batches.columns import columns_of
 from kd_ranker.config.identity import dataset_name
@@ -21,6 +21,7 @@ from kd_ranker.pipeline.teachers import Teacher, dataset_of, load_teacher
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset, read_split
 from kd_ranker.requests.request import Request
+from kd_ranker.training.recipes import TEACHER_STAGES
 
 # Batches that a shard of a scored copy has, unless a split then had more than so many shards: who
 # reads it holds a file open for each.
@@ -50,7 +51,7 @@ def scored_requests(
         requests are scored with the same ones beside them as in one pass over the split.
       stop: the number of the one behind the last; None for all.
     """
-    everywhere = split != "train" or config.teacher.stage == "retrieved"
+    stage = TEACHER_STAGES[config.teacher.stage] if split == "train" else Stage.RETRIEVED
     ranker, items = teacher.ranker, jax.device_put(dataset.items)
     size = config.evaluation.requests
     records, decode = read_split(dataset, split, with_true_probability=True)
@@ -64,7 +65,7 @@ def scored_requests(
         served = ranker.serve(ranker.parameters, batch, items)
         (probability,) = served.probability.values()
         for request, scored in zip(chunk, np.asarray(probability), strict=False):
-            number = len(request.item_id) if everywhere else request.num_passed
+            number = request.num_reached(stage)
             yield dataclasses.replace(
                 request,
                 teacher_probability=scored[:number],

@@ -32,12 +32,16 @@ _Numbers = TypeVar("_Numbers", LossNumbers, OptimizerNumbers)
 
 # The config keys of numbers that are traced, so that the members of a group may differ in them.
 TRACED_KEYS = (
-    *("seed", "train.steps", "distill.weight"),
+    *("seed", "train.steps", "distill.weight", "distill.user_weight"),
     *(f"distill.{name}" for name in LossNumbers._fields),
     *(f"optimizer.{name}" for name in OptimizerNumbers._fields),
 )
 
-TEACHER_STAGES = {"passed": Stage.PASSED, "retrieved": Stage.RETRIEVED}
+TEACHER_STAGES = {
+    "shown": Stage.SHOWN,
+    "passed": Stage.PASSED,
+    "retrieved": Stage.RETRIEVED,
+}
 
 
 class Group(NamedTuple):
@@ -101,28 +105,42 @@ def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
     """The teacher of `config` as a group of one; it learns from user labels alone."""
     model, init = teacher_model(config, spec)
     recipe = _recipe(config, model, MODES["none"], config.teacher)
-    numbers = stack_members([_numbers(0.0, DEFAULT_NUMBERS, config.teacher)])
+    numbers = stack_members([_numbers(1.0, 0.0, DEFAULT_NUMBERS, config.teacher)])
     return Group(recipe, ("",), numbers, _init(recipe, init, [config], spec))
 
 
-def needs(groups: Sequence[Group], teacher: LiveTeacher | None) -> Needs:
-    """The needs of the groups, and of the live teacher if there is one."""
+def needs(
+    groups: Sequence[Group], teacher: LiveTeacher | None, stage: Stage = Stage.RETRIEVED
+) -> Needs:
+    """The needs of the groups, and of the live teacher if there is one.
+
+    Args:
+      groups: the groups.
+      teacher: the live teacher.
+      stage: where there is none, a candidate that came so far in the funnel meets the logged one.
+    """
     distilled = any(group.recipe.mode.teacher_logits is not None for group in groups)
     models = [group.recipe.model for group in groups] + ([teacher.model] if teacher else [])
     return Needs(
         stage=teacher.stage if teacher else Stage.SHOWN,
-        logged=distilled and teacher is None,
+        logged=stage if distilled and teacher is None else None,
         history=any(model.reads_history for model in models),
     )
 
 
 def _student_numbers(config: ConfigDict) -> Hyperparameters:
-    return _numbers(config.distill.weight, _named(LossNumbers, config.distill), config)
+    distill = config.distill
+    # Without a teacher there is nothing else to learn from.
+    user_weight = distill.user_weight if MODES[distill.mode].teacher_logits else 1.0
+    return _numbers(user_weight, distill.weight, _named(LossNumbers, distill), config)
 
 
-def _numbers(distill_weight: float, loss: LossNumbers, trainee: ConfigDict) -> Hyperparameters:
+def _numbers(
+    user_weight: float, distill_weight: float, loss: LossNumbers, trainee: ConfigDict
+) -> Hyperparameters:
     """The traced numbers of one member; `trainee` is `config`, or `config.teacher`."""
     return Hyperparameters(
+        user_weight=jnp.float32(user_weight),
         distill_weight=jnp.float32(distill_weight),
         loss=jax.tree.map(jnp.float32, loss),
         optimizer=jax.tree.map(jnp.float32, _named(OptimizerNumbers, trainee.optimizer)),

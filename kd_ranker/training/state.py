@@ -61,12 +61,14 @@ class Hyperparameters(NamedTuple):
     """The numbers of a group's members, all float32 [members].
 
     Attributes:
+      user_weight: the weight of the user loss.
       distill_weight: λ, the weight of the distillation loss.
       loss: the numbers that losses take.
       optimizer: the numbers that the update takes.
       steps: the number of steps to train, a whole one; a member stays as it is from then on.
     """
 
+    user_weight: Float[Array, "members"]
     distill_weight: Float[Array, "members"]
     loss: LossNumbers
     optimizer: OptimizerNumbers

@@ -159,7 +159,7 @@ def _losses(
                 numbers.loss,
             )
         )
-    loss = user_loss + numbers.distill_weight * distill_loss
+    loss = numbers.distill_weight * distill_loss + numbers.user_weight * user_loss
     return loss, {"loss": loss, "user_loss": user_loss, "distill_loss": distill_loss}
 
 

@@ -183,7 +183,7 @@ def as_rows(batch):
     ]
 
 
-@pytest.mark.parametrize("logged", [True, False])
+@pytest.mark.parametrize("logged", [Stage.RETRIEVED, Stage.PASSED, Stage.SHOWN, None])
 @pytest.mark.parametrize("stage", [Stage.SHOWN, Stage.PASSED, Stage.RETRIEVED])
 @pytest.mark.parametrize("scored", ["passed", "retrieved", "nothing"])
 def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logged, scored):
@@ -203,18 +203,20 @@ def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logg
     assert counting.item_id.shape[1] <= everything.item_id.shape[1]
     for row, (all_of, left) in enumerate(zip(as_rows(everything), as_rows(counting), strict=True)):
         for item, fields in all_of.items():
-            # One that was shown and whose labels were not drawn has nothing but the teacher.
+            # One that was shown and whose labels were not drawn has nothing but the teacher, which
+            # for itself does not bring it in.
             came_far = stage < Stage.SHOWN and fields["stage"] >= stage
             counts = came_far or fields.get("label_weight", 0) > 0
-            counts |= logged and np.any(fields.get("teacher_weight", 0))
+            if logged in (Stage.RETRIEVED, Stage.PASSED) and fields["stage"] >= logged:
+                counts |= np.any(fields.get("teacher_weight", 0))
             assert item in left or not counts, (row, item)
         for item, fields in left.items():
             for name, value in fields.items():
-                if name.startswith("teacher") and not logged:
+                if name.startswith("teacher") and (logged is None or fields["stage"] < logged):
                     assert not np.any(value)
                 else:
                     np.testing.assert_array_equal(value, all_of[item][name])
-    if stage == Stage.SHOWN and not logged:
+    if stage == Stage.SHOWN and logged in (None, Stage.SHOWN):
         assert counting.item_id.shape[1] == counting.labelled == 4
         assert columns.num_candidates.tolist() == [len(of.user_label) for of in requests]
     if stage == Stage.RETRIEVED:

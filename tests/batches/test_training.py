@@ -101,7 +101,8 @@ def test_an_iterator_goes_on_where_its_state_was_taken(dataset, before, resident
 
 
 @pytest.mark.parametrize(
-    ("stage", "logged"), [(Stage.RETRIEVED, True), (Stage.PASSED, False), (Stage.SHOWN, False)]
+    ("stage", "logged"),
+    [(Stage.RETRIEVED, Stage.RETRIEVED), (Stage.PASSED, None), (Stage.SHOWN, None)],
 )
 def test_what_is_read_for_each_batch_gives_the_batches_of_what_stays_in_memory(
     dataset, stage, logged

@@ -24,11 +24,12 @@ def config_of(**changes):
 @pytest.mark.parametrize(
     ("modes", "teacher", "expected"),
     [
-        (["none"], None, (Stage.SHOWN, False, False)),
-        (["shared"], None, (Stage.SHOWN, True, False)),
-        (["none", "aux"], None, (Stage.SHOWN, True, False)),
-        (["none", "aux"], Stage.PASSED, (Stage.PASSED, False, True)),
-        (["shared"], Stage.RETRIEVED, (Stage.RETRIEVED, False, True)),
+        (["none"], None, (Stage.SHOWN, None, False)),
+        (["shared"], None, (Stage.SHOWN, Stage.PASSED, False)),
+        (["none", "aux"], None, (Stage.SHOWN, Stage.PASSED, False)),
+        (["none", "aux"], Stage.SHOWN, (Stage.SHOWN, None, True)),
+        (["none", "aux"], Stage.PASSED, (Stage.PASSED, None, True)),
+        (["shared"], Stage.RETRIEVED, (Stage.RETRIEVED, None, True)),
     ],
 )
 def test_a_batch_needs_what_some_member_has_a_use_for(modes, teacher, expected):
@@ -39,12 +40,12 @@ def test_a_batch_needs_what_some_member_has_a_use_for(modes, teacher, expected):
     groups = recipes.student_groups(members, SPEC)
     model, _ = recipes.teacher_model(next(iter(members.values())), SPEC)
     live = LiveTeacher(model, teacher) if teacher else None
-    assert recipes.needs(groups, live) == expected
+    assert recipes.needs(groups, live, Stage.PASSED) == expected
 
 
 def test_a_teacher_in_training_needs_labels_and_histories_alone():
     group = recipes.teacher_group(cascade.get_config("small"), SPEC)
-    assert recipes.needs([group], None) == (Stage.SHOWN, False, True)
+    assert recipes.needs([group], None) == (Stage.SHOWN, None, True)
 
 
 def names_of_groups(**members):
@@ -57,15 +58,24 @@ def names_of_groups(**members):
 def test_members_that_differ_in_traced_numbers_are_one_group():
     changes = {
         "seed": 3, "train__steps": 7, "distill__weight": 2.0, "distill__temperature": 3.0,
-        "distill__top_k": 4, "optimizer__learning_rate": 0.1, "optimizer__weight_decay": 0.3,
-        "optimizer__table_learning_rate": 0.2, "optimizer__table_weight_decay": 0.4,
+        "distill__top_k": 4, "distill__user_weight": 0.5, "optimizer__learning_rate": 0.1,
+        "optimizer__weight_decay": 0.3, "optimizer__table_learning_rate": 0.2,
+        "optimizer__table_weight_decay": 0.4,
     }  # fmt: skip
     assert {key.replace("__", ".") for key in changes} == set(recipes.TRACED_KEYS)
     members = {key: {key: value} for key, value in changes.items()}
     assert names_of_groups(first={}, **members) == [("first", *changes)]
-    (group,) = recipes.student_groups({"": config_of(**changes)}, SPEC)
+    (group,) = recipes.student_groups({"": config_of(distill__mode="aux", **changes)}, SPEC)
     numbers = [float(leaf[0]) for leaf in jax.tree.leaves(group.numbers)]
-    assert sorted(numbers) == pytest.approx([0.1, 0.2, 0.3, 0.4, 2, 3, 4, 7])
+    assert sorted(numbers) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 2, 3, 4, 7])
+
+
+def test_a_student_without_a_teacher_learns_from_users_whatever_the_weight_of_their_loss():
+    for mode, weight in (("none", 1), ("shared", 0), ("aux", 0)):
+        config = config_of(distill__mode=mode, distill__user_weight=0.0)
+        (group,) = recipes.student_groups({"": config}, SPEC)
+        assert group.numbers.user_weight == weight
+    assert recipes.teacher_group(config, SPEC).numbers.user_weight == 1
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,7 @@ def make_recipe(mode="shared", optimizer="adam", seeds=(0,), spec=SPEC, student=
 
 def hyperparameters(**changes):
     numbers = {
+        "user_weight": 1.0,
         "distill_weight": 0.7,
         "temperature": 1.0,
         "top_k": 2.0,
@@ -173,7 +174,7 @@ def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(mode, sp
         assert_close(losses, other_losses, 1e-5)
 
 
-def sample_of(requests, negative_rate, stage=Stage.RETRIEVED, logged=True):
+def sample_of(requests, negative_rate, stage=Stage.RETRIEVED, logged=Stage.RETRIEVED):
     """Arguments of `packing_by_hand.packed`: batches of two steps, eight requests each."""
     spec = dataclasses.replace(SPEC, teacher_version="v1")
     columns = only_counting(columns_of(requests, spec, logged), stage)
@@ -203,7 +204,7 @@ def test_a_step_leaves_out_what_cannot_count(mode, live):
     requests = [random_request(seed) for seed in range(8)] + [random_request(8, 0, 0, 3)]
     recipe, state = make_recipe(mode)
     stage = LIVE.stage if live else Stage.SHOWN
-    logged = mode != "none" and not live
+    logged = Stage.RETRIEVED if mode != "none" and not live else None
     data, starts, slots = sample_of(requests, 0.6, stage, logged)
     everything = *sample_of(requests, 0.6)[:2], Slots(12, 12, 12)
 
@@ -223,7 +224,7 @@ def test_a_step_leaves_out_what_cannot_count(mode, live):
 def test_groups_of_several_modes_take_what_each_can_use():
     """`none` beside `shared` on the same batches, against each of the two alone."""
     requests = [random_request(seed) for seed in range(8)]
-    batches = packed(*sample_of(requests, 0.6, Stage.SHOWN, logged=True))
+    batches = packed(*sample_of(requests, 0.6, Stage.SHOWN))
     made = [make_recipe(mode) for mode in ("none", "shared")]
     numbers = [stack_members([hyperparameters()])] * 2
     together, _ = run_groups(*zip(*made, strict=True), batches, numbers, live=False)
@@ -357,6 +358,22 @@ def test_a_batch_without_any_valid_teacher_value_is_a_batch_without_distillation
     assert_close(shared.parameters, none.parameters, 1e-7)
 
 
+def test_a_user_loss_of_weight_zero_leaves_a_student_of_the_teacher_alone():
+    recipe, state = make_recipe("shared")
+    batch = random_batch(3)
+    numbers = hyperparameters(user_weight=0.0)
+    alone_with_teacher, losses = run(recipe, state, [batch], numbers, live=False)
+    # No bit of what users did has come through.
+    flipped = batch.replace(user_label=1 - batch.user_label)
+    other, _ = run(recipe, state, [flipped], numbers, live=False)
+    jax.tree.map(np.testing.assert_array_equal, alone_with_teacher, other)
+    np.testing.assert_allclose(losses["loss"], 0.7 * losses["distill_loss"], rtol=1e-6)
+    half, losses = run(recipe, state, [batch], hyperparameters(user_weight=0.5), live=False)
+    expected = 0.5 * losses["user_loss"] + 0.7 * losses["distill_loss"]
+    np.testing.assert_allclose(losses["loss"], expected, rtol=1e-6)
+    assert (half.parameters.tables["item"] != other.parameters.tables["item"]).any()
+
+
 def padded_to(batch, candidates):
     """The batch with more candidates, all of them padding."""
     more = candidates - batch.item_id.shape[1]
@@ -446,7 +463,7 @@ def test_numbers_are_traced_so_a_sweep_compiles_once():
 
 def test_the_live_teacher_scores_what_its_stage_admits():
     batch = random_batch(0)
-    for stage in (Stage.RETRIEVED, Stage.PASSED):
+    for stage in (Stage.RETRIEVED, Stage.PASSED, Stage.SHOWN):
         scored = with_live_teacher(LiveTeacher(LIVE.model, stage), batch, FROZEN)
         np.testing.assert_array_equal(
             scored.teacher_weight, np.repeat((batch.stage >= stage)[..., None], TASKS, -1)
