@@ -123,10 +123,10 @@ def _check_distillation(config: ConfigDict) -> None:
     losses = (config.distill.loss, *axes.distill.loss)
     sizes = axes.batch.candidates or (config.batch.candidates,)
     for top_k in axes.distill.top_k or (config.distill.top_k,):
-        if "topk" in losses and top_k >= min(sizes):
+        if {"topk", "dftopk"}.intersection(losses) and top_k >= min(sizes):
             raise UserError(
                 f"distill.top_k={top_k} takes in all batch.candidates={min(sizes)} of a request, "
-                "which tells the loss topk nothing; lower it"
+                "which tells the losses topk and dftopk nothing; lower it"
             )
 
 

@@ -12,7 +12,7 @@ a task and a request, a candidate is *known* if its weight is greater than 0.
     bce, mse_logit     compare p with σ(z), a candidate by itself
     softmax            compares the distributions that p and z give over a request
     ranknet, lambda    compare the order of each two candidates of a request
-    topk               compares who is among the first k of a request
+    topk, dftopk       compare who is among the first k of a request
 
 The first two need probabilities (`NEEDS_PROBABILITIES`). For the others positions will do, which
 `teacher_signal` turns into pseudo-probabilities. They compare the candidates of a request; one with
@@ -435,18 +435,88 @@ def topk(
       >>> f"{numerator[0]:.4f} {denominator[0]:.4f}"
       '1.3863 2.0000'
     """
-    temperature = numbers.temperature
     known, logits, probability = _only_known(logits, probability, weight)
-    descending = jnp.sort(jnp.where(known, probability, -jnp.inf), axis=1, descending=True)
-    place = jnp.asarray(numbers.top_k).astype(jnp.int32) - 1
-    # p at place k, or −∞ where there are fewer known candidates.
-    bar = jnp.take(descending, place, axis=1, mode="fill", fill_value=-jnp.inf)[:, None]
-    first = probability >= bar
-    comparable = jnp.any(known & ~first, axis=1, keepdims=True)
+    first, comparable = _first_k(probability, known, numbers.top_k)
+    return _membership(logits, first, jnp.where(comparable, weight, 0.0), numbers.temperature)
+
+
+def dftopk(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
+    """`topk` with a threshold of the request's own, in nats (DFTopK).
+
+    The differentiable top k of Zhu et al. (2025, arXiv 2510.11472): with z_(k) the k-th largest
+    logit among the known candidates of the request, a candidate belongs to the first k with
+    probability
+
+        σ((z − t) / τ),   t = (z_(k) + z_(k+1)) / 2,
+
+        numerator = Σ w · τ BCE((z − t) / τ, y),   denominator = Σ w
+
+    with y, k and the sums as in `topk`. The gradient flows through t: what pushes a candidate up
+    pushes the two at the threshold down, so gradients of a request sum to 0, and a number added to
+    all of its logits changes nothing. The slope of a single logit therefore is not bounded by 1.
+
+    The paper's operator is this σ((z − t) / τ). Three things are not the paper's: all that tie at
+    place k of the teacher are among the first; the factor τ, as in `topk`; and there is one ranker
+    to train, so there is no term for a cascade of two and no learned weights between its terms.
+
+    Args:
+      logits: z, any real number; anything where the weight is 0.
+      probability: p, of which the order within a request is used; anything where the weight is 0.
+      weight: ≥ 0.
+      numbers: τ and k.
+
+    Returns:
+      Weighted sum and sum of weights, each of shape [tasks].
+
+    Example:
+      The first k = 1 of three are right: the logits lie 1, −1 and −3 from the threshold 3, which
+      costs 2 log(1 + e⁻¹) + log(1 + e⁻³):
+
+      >>> import jax.numpy as jnp
+      >>> numerator, denominator = dftopk(
+      ...     logits=jnp.array([[[4.0], [2.0], [0.0], [jnp.nan]]]),
+      ...     probability=jnp.array([[[0.9], [0.2], [0.1], [jnp.nan]]]),
+      ...     weight=jnp.array([[[1.0], [1.0], [1.0], [0.0]]]),
+      ...     numbers=LossNumbers(temperature=1.0, top_k=1.0),
+      ... )
+      >>> f"{numerator[0]:.4f} {denominator[0]:.4f}"
+      '0.6751 3.0000'
+    """
+    known, logits, probability = _only_known(logits, probability, weight)
+    first, comparable = _first_k(probability, known, numbers.top_k)
+    descending = jnp.sort(jnp.where(known, logits, -jnp.inf), axis=1, descending=True)
+    middle = (_at_place(descending, numbers.top_k) + _at_place(descending, numbers.top_k + 1)) / 2
+    # A request with a candidate behind the first k has a logit at place k + 1.
+    threshold = jnp.where(comparable, middle, 0.0)
+    weight = jnp.where(comparable, weight, 0.0)
+    return _membership(logits - threshold, first, weight, numbers.temperature)
+
+
+def _membership(
+    logits: Logits, first: Bool[Array, "R N T"], weight: Logits, temperature: Number
+) -> Totals:
+    """The cross entropy of being among the `first`; its slope stays within [−1, 1]."""
     values = temperature * optax.sigmoid_binary_cross_entropy(
         logits / temperature, first.astype(logits.dtype)
     )
-    return weighted_totals(values, jnp.where(comparable, weight, 0.0))
+    return weighted_totals(values, weight)
+
+
+def _first_k(
+    probability: Logits, known: Bool[Array, "R N T"], top_k: Number
+) -> tuple[Bool[Array, "R N T"], Bool[Array, "R 1 T"]]:
+    """The mask of the teacher's first k, and of the requests in which another one is known."""
+    descending = jnp.sort(jnp.where(known, probability, -jnp.inf), axis=1, descending=True)
+    first = probability >= _at_place(descending, top_k)
+    return first, jnp.any(known & ~first, axis=1, keepdims=True)
+
+
+def _at_place(descending: Logits, place: Number) -> Float[Array, "R 1 T"]:
+    """The value at a place, counted from 1, or −∞ where there are fewer known candidates."""
+    index = jnp.asarray(place).astype(jnp.int32) - 1
+    return jnp.take(descending, index, axis=1, mode="fill", fill_value=-jnp.inf)[:, None]
 
 
 LOSSES: dict[str, Loss] = {
@@ -456,6 +526,7 @@ LOSSES: dict[str, Loss] = {
     "ranknet": ranknet,
     "lambda": lambda_rank,
     "topk": topk,
+    "dftopk": dftopk,
 }
 
 # The losses that take p for a probability. For the others an order will do.

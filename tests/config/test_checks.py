@@ -86,6 +86,7 @@ def test_the_kuairand_configs_are_valid(variant):
             {"distill__loss": "topk", "distill__top_k": 32},
             "distill.top_k=32 takes in all batch.candidates=32",
         ),
+        ({"distill__loss": "dftopk", "distill__top_k": 33}, "top_k=33 takes in all"),
         ({"sweep__axes__distill__loss": ("topk",), "distill__top_k": 40}, "top_k=40 takes in all"),
         ({"seed": -1}, "seed=-1 must not be negative"),
         ({"student__category_rows": -1}, "student.category_rows=-1 must not be negative"),

@@ -291,15 +291,44 @@ def test_topk_without_ties_has_the_labels_of_rax(top_k):
     np.testing.assert_allclose(denominator, weight.sum((0, 1)), rtol=1e-6)
 
 
-def test_a_request_with_no_more_than_k_candidates_tells_topk_nothing():
+@pytest.mark.parametrize("name", ["topk", "dftopk"])
+def test_a_request_with_no_more_than_k_candidates_tells_nothing(name):
     probability = np.array([[[0.9], [0.5], [0.3]], [[0.6], [0.2], [0.2]]], np.float32)
     weight = np.array([[[1], [1], [0]], [[1], [1], [1]]], np.float32)
-    run = functools.partial(compiled("topk"), np.zeros((2, 3, 1), np.float32), probability, weight)
+    run = functools.partial(compiled(name), np.zeros((2, 3, 1), np.float32), probability, weight)
     for top_k, counted in [(1, 5), (2, 0), (3, 0), (50, 0)]:
         (numerator, denominator), gradient = run(top_k=top_k)
         assert denominator == counted  # k = 2 takes in both that tie at place 2
         np.testing.assert_allclose(numerator, counted * np.log(2), rtol=1e-6)
-        assert (gradient != 0).sum() == counted
+        assert (gradient != 0).sum() == counted or (name == "dftopk" and counted)
+
+
+@over_cases
+def test_dftopk_is_topk_from_the_middle_between_the_logits_at_places_k_and_k_plus_1(
+    seed, temperature
+):
+    def restate(z, p, w, temperature):
+        first = np.array([sum(other > own for other in p) < 2 for own in p], float)
+        if first.all():
+            return 0.0, 0.0, 0.0
+        second, third = np.argsort(-z)[1:3]
+        student = expit((z - (z[second] + z[third]) / 2) / temperature)
+        values = -first * np.log(student) - (1 - first) * np.log(1 - student)
+        gradient = w * (student - first)
+        gradient[[second, third]] -= gradient.sum() / 2
+        return temperature * (w * values).sum(), w.sum(), gradient
+
+    assert_is_restated("dftopk", restate, seed, temperature, top_k=2.0)
+
+
+def test_dftopk_says_nothing_of_a_number_added_to_all_logits_and_pushes_nothing_away():
+    logits, probability, weight = random_entries(12)
+    shift = np.array([3.0, -2.0, 7.0], np.float32)[:, None, None]
+    totals, gradient = compiled("dftopk")(logits, probability, weight)
+    other_totals, _ = compiled("dftopk")(logits + shift, probability, weight)
+    np.testing.assert_allclose(totals, other_totals, rtol=1e-5)
+    np.testing.assert_allclose(gradient.sum(axis=1), 0.0, atol=1e-5)
+    assert np.abs(gradient).max() > 0.1
 
 
 def test_certain_teachers_stay_finite_at_any_temperature():
@@ -414,7 +443,7 @@ def test_a_request_with_nothing_to_compare_counts_for_nothing(name, known):
         np.testing.assert_array_equal(gradient, np.zeros(SHAPE))
 
 
-@pytest.mark.parametrize("name", ["ranknet", "topk"])
+@pytest.mark.parametrize("name", ["ranknet", "topk", "dftopk"])
 def test_only_the_teachers_order_counts(name):
     logits, probability, weight = random_entries(8)
     expected = compiled(name)(logits, probability, weight)
