@@ -11,6 +11,7 @@ a task and a request, a candidate is *known* if its weight is greater than 0.
 
     bce, mse_logit     compare p with σ(z), a candidate by itself
     softmax            compares the distributions that p and z give over a request
+    listmle            asks how likely z makes the teacher's order of a request
     ranknet, lambda    compare the order of each two candidates of a request
     topk, dftopk       compare who is among the first k of a request
 
@@ -223,6 +224,61 @@ def softmax(
         temperature**2 * jnp.sum(jnp.where(comparable, values, 0.0), axis=0),
         jnp.sum(jnp.where(comparable, total, 0.0), axis=0),
     )
+
+
+def listmle(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
+    """Likelihood of the teacher's order, place by place, in nats (ListMLE).
+
+    Xia et al. (ICML 2008, section 4.1): drawn one by one with chances in proportion to exp(z / τ),
+    the candidates of a request come in the teacher's order with some likelihood, and the loss is
+    minus its logarithm. Over the known candidates i of a request below which there is another,
+
+        numerator = Σ w_i · τ log(1 + Σ_{j: p_j < p_i} exp((z_j − z_i) / τ)),   denominator = Σ w_i
+
+    So with weights of 1 the loss is a mean over places, where the paper has the sum of a list.
+    Candidates of equal p say nothing of each other, as in `ranknet`: each of them leads the list of
+    those below it. Without ties this is the paper's. The factor τ keeps the gradient of a place
+    within [−1, 1].
+
+    Args:
+      logits: z, any real number; anything where the weight is 0.
+      probability: p, of which the order within a request is used; anything where the weight is 0.
+      weight: ≥ 0.
+      numbers: of which τ is used.
+
+    Returns:
+      Numerator and denominator, each of shape [tasks].
+
+    Example:
+      A student that ties three candidates draws the first one with a chance of 1/3, and the next of
+      the two that are left with 1/2: log 3 + log 2.
+
+      >>> import jax.numpy as jnp
+      >>> numerator, denominator = listmle(
+      ...     logits=jnp.array([[[1.0], [1.0], [1.0], [jnp.nan]]]),
+      ...     probability=jnp.array([[[0.1], [0.9], [0.5], [jnp.nan]]]),
+      ...     weight=jnp.array([[[1.0], [1.0], [1.0], [0.0]]]),
+      ... )
+      >>> f"{numerator[0]:.4f} {denominator[0]:.4f}"
+      '1.7918 2.0000'
+    """
+    temperature = numbers.temperature
+    known, logits, probability = _only_known(logits, probability, weight)
+    # The lowest first, and what is not known behind all others, where no sum takes it in.
+    order = jnp.argsort(jnp.where(known, probability, jnp.inf), axis=1)
+    probability, scaled, weight = (
+        jnp.take_along_axis(array, order, axis=1)
+        for array in (probability, logits / temperature, weight)
+    )
+    place = jnp.arange(probability.shape[1])[None, :, None]
+    opens_tie = jnp.diff(probability, axis=1, prepend=-1.0) != 0
+    below = jax.lax.cummax(jnp.where(opens_tie, place, 0), axis=1)
+    sums = jax.lax.cumlogsumexp(scaled, axis=1)
+    lower = jnp.take_along_axis(sums, jnp.maximum(below - 1, 0), axis=1)
+    values = temperature * jax.nn.softplus(lower - scaled)
+    return weighted_totals(values, jnp.where(below > 0, weight, 0.0))
 
 
 def ranknet(
@@ -523,6 +579,7 @@ LOSSES: dict[str, Loss] = {
     "bce": bce,
     "mse_logit": mse_logit,
     "softmax": softmax,
+    "listmle": listmle,
     "ranknet": ranknet,
     "lambda": lambda_rank,
     "topk": topk,

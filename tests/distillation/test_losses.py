@@ -181,6 +181,40 @@ def test_softmax_of_positions_teaches_zipfs_law():
     np.testing.assert_allclose(gradient[0, :, 0], 1 / 4 - zipf, rtol=1e-5)
 
 
+@over_cases
+def test_listmle_is_a_loop_over_places(seed, temperature):
+    def restate(z, p, w, temperature):
+        numerator = denominator = 0.0
+        gradient = np.zeros(len(z))
+        for i in range(len(z)):
+            below = np.flatnonzero(p < p[i])
+            if len(below):
+                places = np.append(below, i)
+                shares = softmax_of(z[places] / temperature)
+                numerator -= w[i] * temperature * np.log(shares[-1])
+                denominator += w[i]
+                gradient[places] += w[i] * shares
+                gradient[i] -= w[i]
+        return numerator, denominator, gradient
+
+    assert_is_restated("listmle", restate, seed, temperature)
+
+
+def test_listmle_without_ties_is_that_of_rax():
+    logits, _, weight = random_entries(13)
+    probability = np.random.default_rng(13).permutation(np.prod(SHAPE)).reshape(SHAPE) / 100
+    known = weight > 0
+    expected = rax.listmle_loss(
+        *(jnp.swapaxes(array, 1, 2) for array in (logits, probability)),
+        where=jnp.swapaxes(known, 1, 2), reduce_fn=None,
+    )  # fmt: skip
+    (numerator, denominator), _ = compiled("listmle")(
+        logits, probability.astype(np.float32), known.astype(np.float32)
+    )
+    np.testing.assert_allclose(numerator, expected.sum(axis=0), rtol=1e-5)
+    np.testing.assert_allclose(denominator, (np.maximum(known.sum(1), 1) - 1).sum(0), rtol=1e-6)
+
+
 def pairs_restated(pair_weight):
     """Loops over the pairs of a request, weighted by w_i w_j `pair_weight(z, p, i, j)`."""
 
@@ -443,7 +477,7 @@ def test_a_request_with_nothing_to_compare_counts_for_nothing(name, known):
         np.testing.assert_array_equal(gradient, np.zeros(SHAPE))
 
 
-@pytest.mark.parametrize("name", ["ranknet", "topk", "dftopk"])
+@pytest.mark.parametrize("name", ["ranknet", "listmle", "topk", "dftopk"])
 def test_only_the_teachers_order_counts(name):
     logits, probability, weight = random_entries(8)
     expected = compiled(name)(logits, probability, weight)
