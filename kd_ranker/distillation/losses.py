@@ -10,14 +10,15 @@ and of numbers that are traced. It returns a weighted sum and the sum of its wei
 a task and a request, a candidate is *known* if its weight is greater than 0.
 
     bce, mse_logit     compare p with σ(z), a candidate by itself
+    mse_margin         compares the margins between each two candidates of a request
     softmax            compares the distributions that p and z give over a request
     listmle            asks how likely z makes the teacher's order of a request
     ranknet, lambda    compare the order of each two candidates of a request
     topk, dftopk       compare who is among the first k of a request
 
-The first two need probabilities (`NEEDS_PROBABILITIES`). For the others positions will do, which
-`teacher_signal` turns into pseudo-probabilities. They compare the candidates of a request; one with
-nothing to compare adds nothing to numerator or denominator.
+The first three need probabilities (`NEEDS_PROBABILITIES`). For the others positions will do, which
+`teacher_signal` turns into pseudo-probabilities. All but the first two compare the candidates of a
+request; one with nothing to compare adds nothing to numerator or denominator.
 
 An entry of weight 0 may hold anything, NaN included, and contributes exactly nothing to the loss
 and to its gradient; so the candidates that fill up a batch change nothing.
@@ -164,6 +165,59 @@ def mse_logit(
     del numbers
     _, logits, probability = _only_known(logits, probability, weight)
     return weighted_totals(jnp.square(logits - _teacher_logit(probability)), weight)
+
+
+def mse_margin(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
+    """Squared difference of the margins between each two candidates of a request (MarginMSE).
+
+    Hofstätter et al. (2020, arXiv 2010.02666), over all pairs in place of a relevant and another
+    document. With l = logit(p) and d = z − l, over the pairs of known candidates of a request
+
+        numerator = Σ_{i<j} w_i w_j ((z_i − z_j) − (l_i − l_j))²,   denominator = Σ_{i<j} w_i w_j
+
+    With weights of 1 the denominator is the number of pairs. No pair is held: with the mean
+    m = Σ w d / Σ w,
+
+        numerator = Σ w · Σ w (d − m)²,   denominator = Σ_i w_i (Σ w − w_i) / 2
+
+    It is `mse_logit` but for a number added to all logits of a request, of which it says nothing. A
+    temperature would change nothing, as there.
+
+    Args:
+      logits: z, any real number; anything where the weight is 0.
+      probability: p in [0, 1], clipped to [1e-6, 1 − 1e-6]; anything where the weight is 0.
+      weight: ≥ 0.
+      numbers: not used.
+
+    Returns:
+      Numerator and denominator, each of shape [tasks].
+
+    Example:
+      The teacher sees a margin of 0 where the student has one of 3:
+
+      >>> import jax.numpy as jnp
+      >>> numerator, denominator = mse_margin(
+      ...     logits=jnp.array([[[4.0], [1.0], [jnp.inf]]]),
+      ...     probability=jnp.array([[[0.5], [0.5], [jnp.nan]]]),
+      ...     weight=jnp.array([[[2.0], [1.0], [0.0]]]),
+      ... )
+      >>> float(numerator[0]), float(denominator[0])
+      (18.0, 2.0)
+    """
+    del numbers
+    known, logits, probability = _only_known(logits, probability, weight)
+    comparable = jnp.sum(known, axis=1) > 1  # [R, T]
+    total = jnp.sum(weight, axis=1, keepdims=True)
+    difference = logits - _teacher_logit(probability)
+    mean = jnp.sum(weight * difference, axis=1, keepdims=True) / jnp.where(total > 0, total, 1.0)
+    numerator = jnp.sum(total * weight * jnp.square(difference - mean), axis=1)
+    denominator = jnp.sum(weight * (total - weight), axis=1) / 2
+    return (
+        jnp.sum(jnp.where(comparable, numerator, 0.0), axis=0),
+        jnp.sum(jnp.where(comparable, denominator, 0.0), axis=0),
+    )
 
 
 def softmax(
@@ -578,6 +632,7 @@ def _at_place(descending: Logits, place: Number) -> Float[Array, "R 1 T"]:
 LOSSES: dict[str, Loss] = {
     "bce": bce,
     "mse_logit": mse_logit,
+    "mse_margin": mse_margin,
     "softmax": softmax,
     "listmle": listmle,
     "ranknet": ranknet,
@@ -587,7 +642,7 @@ LOSSES: dict[str, Loss] = {
 }
 
 # The losses that take p for a probability. For the others an order will do.
-NEEDS_PROBABILITIES = {"bce", "mse_logit"}
+NEEDS_PROBABILITIES = {"bce", "mse_logit", "mse_margin"}
 
 # The losses whose memory goes with `pairs_held`.
 PAIRWISE = {"ranknet", "lambda"}

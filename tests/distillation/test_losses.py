@@ -31,6 +31,8 @@ from kd_ranker.distillation.teacher_signal import probability_of_rank
 
 SHAPE = (3, 6, 2)
 COMPARING = sorted(LOSSES.keys() - {"bce", "mse_logit"})
+# A pair has the weights of both its candidates.
+OF_PAIRS = {"mse_margin", "ranknet", "lambda"}
 
 over_losses = pytest.mark.parametrize("name", LOSSES)
 
@@ -135,6 +137,40 @@ def test_mse_logit_is_the_formula_at_any_temperature(seed, temperature):
         return (w * (z - logit(p)) ** 2).sum(), w.sum(), 2 * w * (z - logit(p))
 
     assert_is_restated("mse_logit", restate, seed, temperature)
+
+
+@over_cases
+def test_mse_margin_is_a_loop_over_pairs_at_any_temperature(seed, temperature):
+    def restate(z, p, w, temperature):
+        numerator = denominator = 0.0
+        gradient = np.zeros(len(z))
+        for i, j in itertools.combinations(range(len(z)), 2):
+            error = (z[i] - z[j]) - (logit(p[i]) - logit(p[j]))
+            numerator += w[i] * w[j] * error**2
+            denominator += w[i] * w[j]
+            gradient[[i, j]] += np.array([2, -2]) * w[i] * w[j] * error
+        return numerator, denominator, gradient
+
+    assert_is_restated("mse_margin", restate, seed, temperature)
+
+
+def test_mse_margin_is_that_of_rax_which_counts_a_pair_twice():
+    logits, probability, weight = random_entries(14)
+    expected = rax.pairwise_mse_loss(
+        *(jnp.swapaxes(array, 1, 2) for array in (logits, logit(probability))),
+        where=jnp.swapaxes(weight > 0, 1, 2), reduce_fn=None,
+    )  # fmt: skip
+    known = (weight > 0).astype(np.float32)
+    (numerator, _), _ = compiled("mse_margin")(logits, probability, known)
+    np.testing.assert_allclose(2 * numerator, expected.sum(axis=(0, 2)), rtol=1e-5)
+
+
+def test_mse_margin_keeps_its_digits_far_from_zero():
+    """The difference of two large sums would lose the margins of 0.01 between logits near 1000."""
+    logits = np.array([[[1000.0], [1000.01], [1000.03]]], np.float32)
+    totals, _ = compiled("mse_margin")(logits, np.full_like(logits, 0.5), np.ones_like(logits))
+    margins = np.subtract.outer(*2 * [logits[0, :, 0].astype(np.float64)])
+    np.testing.assert_allclose(totals[0], (margins**2).sum() / 2, rtol=1e-2)
 
 
 def test_bce_tends_to_an_eighth_of_mse_logit_as_the_temperature_grows():
@@ -443,8 +479,7 @@ def test_weights_scaled_alike_leave_the_loss_as_it_is(name, case, scale):
     logits, probability, weight, *numbers = case
     totals, _ = compiled(name)(*case)
     scaled, _ = compiled(name)(logits, probability, np.float32(scale) * weight, *numbers)
-    # A pair has the weight of both its candidates.
-    factor = scale**2 if name in PAIRWISE else scale
+    factor = scale**2 if name in OF_PAIRS else scale
     np.testing.assert_allclose(scaled, np.multiply(factor, totals), rtol=1e-5, atol=1e-6)
 
 
