@@ -14,6 +14,7 @@ a task and a request, a candidate is *known* if its weight is greater than 0.
     softmax            compares the distributions that p and z give over a request
     listmle            asks how likely z makes the teacher's order of a request
     ranknet, lambda    compare the order of each two candidates of a request
+    approx_ndcg        compares the whole order of a request, by a smooth NDCG
     topk, dftopk       compare who is among the first k of a request
 
 The first three need probabilities (`NEEDS_PROBABILITIES`). For the others positions will do, which
@@ -62,6 +63,7 @@ Loss = Callable[[Logits, Logits, Logits, LossNumbers], Totals]
 _List = Float[Array, "N"]
 _Known = Bool[Array, "N"]
 _Pairs = Float[Array, "N*N"]
+_Sums = tuple[Float[Array, ""], Float[Array, ""]]
 
 DEFAULT_NUMBERS = LossNumbers()
 
@@ -438,6 +440,70 @@ def lambda_rank(
     return _pairwise(logits, probability, weight, numbers, changes_of_ndcg)
 
 
+def approx_ndcg(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
+    """What a smooth NDCG of the student's order lacks to 1 (ApproxNDCG).
+
+    Qin, Liu and Li (Information Retrieval 13, 2010, section 4): with a smooth place of each known
+    candidate of a request,
+
+        r_i = 1 + Σ_{j ≠ i} σ((z_j − z_i) / τ),   DCG = Σ_i w_i p_i / log2(1 + r_i),
+
+        numerator = Σ_requests v · (1 − DCG / ideal DCG),   denominator = Σ_requests v
+
+    where the ideal DCG has in place of r_i the place, from 1, of w_i p_i among those of the
+    request, and v is the mean weight of its known candidates. The sums run over the requests in
+    which the teacher tells two known candidates apart. With weights of 1 the denominator is their
+    number, so the loss is a mean over requests, in [0, 1). The gain of a candidate is p itself, as
+    in `lambda_rank`, where the paper has 2^grade − 1. As τ tends to 0 the places become the true
+    ones, and the gradient vanishes but near ties; it is not bounded by 1.
+
+    Memory is as in `ranknet`.
+
+    Args:
+      logits: z, any real number; anything where the weight is 0.
+      probability: p in [0, 1]; anything where the weight is 0.
+      weight: ≥ 0.
+      numbers: of which τ is used.
+
+    Returns:
+      Numerator and denominator, each of shape [tasks].
+
+    Example:
+      The student ties two candidates, so both stand at 1.5: DCG = 0.75 / log2(2.5) = 0.5674, of an
+      ideal 0.5 + 0.25 / log2(3) = 0.6577.
+
+      >>> import jax.numpy as jnp
+      >>> numerator, denominator = approx_ndcg(
+      ...     logits=jnp.array([[[1.0], [1.0], [jnp.nan]]]),
+      ...     probability=jnp.array([[[0.5], [0.25], [jnp.nan]]]),
+      ...     weight=jnp.array([[[1.0], [1.0], [0.0]]]),
+      ... )
+      >>> f"{numerator[0]:.4f} {denominator[0]:.4f}"
+      '0.1374 1.0000'
+    """
+    temperature = numbers.temperature
+
+    def of_list(logits: _List, probability: _List, known: _Known, weight: _List) -> _Sums:
+        ndcg = rax.ndcg_metric(
+            logits / temperature,
+            probability,
+            where=known,
+            weights=weight,
+            gain_fn=lambda gain: gain,
+            rank_fn=rax.utils.approx_ranks,
+            reduce_fn=None,
+        )
+        highest = jnp.max(probability, where=known, initial=0.0)
+        told_apart = highest > jnp.min(probability, where=known, initial=1.0)
+        mean_weight = jnp.sum(weight) / jnp.maximum(jnp.sum(known), 1)
+        of_request = jnp.where(told_apart, mean_weight, 0.0)
+        return of_request * (1 - ndcg), of_request
+
+    return _list_by_list(of_list, logits, probability, weight)
+
+
 def pairs_held(requests: int, candidates: int, tasks: int) -> int:
     """The number of pairs that a pairwise loss holds at a time, for one member.
 
@@ -469,25 +535,37 @@ def _pairwise(
     a pair, in the order of `rax.utils.compute_pairs`; the weights of other pairs do not matter.
     """
     temperature = numbers.temperature
-    known, logits, probability = _only_known(logits, probability, weight)
-    requests, candidates, tasks = logits.shape
 
-    def of_list(
-        arrays: tuple[_List, _List, _Known, _List],
-    ) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], _List]:
-        fixed, probability, known, weight = arrays
+    def of_list(logits: _List, probability: _List, known: _Known, weight: _List) -> _Sums:
+        fixed = jax.lax.stop_gradient(logits)
         ordered = rax.utils.compute_pairs(probability, jnp.greater)
         both = rax.utils.compute_pairs(weight, jnp.multiply)
         weights = jnp.where(ordered, both * pair_weights(fixed, probability, known), 0.0)
+        values = rax.pairwise_logistic_loss(
+            logits / temperature, probability, where=known, reduce_fn=None
+        )
+        return temperature * jnp.sum(weights * values), jnp.sum(weights)
 
-        def total(logits: _List) -> Float[Array, ""]:
-            values = rax.pairwise_logistic_loss(
-                logits / temperature, probability, where=known, reduce_fn=None
-            )
-            return temperature * jnp.sum(weights * values)
+    return _list_by_list(of_list, logits, probability, weight)
 
-        numerator, gradient = jax.value_and_grad(total)(fixed)
-        return (numerator, jnp.sum(weights)), gradient
+
+def _list_by_list(
+    of_list: Callable[[_List, _List, _Known, _List], _Sums],
+    logits: Logits,
+    probability: Logits,
+    weight: Logits,
+) -> Totals:
+    """The sums of `of_list` over requests, where few pairs are held at a time.
+
+    `of_list` maps the logits of a request and task, their probabilities, the mask of known ones and
+    their weights to a numerator and a denominator; no gradient goes through the latter.
+    """
+    known, logits, probability = _only_known(logits, probability, weight)
+    requests, candidates, tasks = logits.shape
+
+    def with_gradient(arrays: tuple[_List, _List, _Known, _List]) -> tuple[_Sums, _List]:
+        (numerator, denominator), gradient = jax.value_and_grad(of_list, has_aux=True)(*arrays)
+        return (numerator, denominator), gradient
 
     def lists(array: Array) -> Array:
         return jnp.swapaxes(array, 1, 2).reshape(requests * tasks, candidates)
@@ -495,7 +573,7 @@ def _pairwise(
     # Take some lists at a time, each with its gradient, so that no pair outlives its turn.
     fixed = jax.lax.stop_gradient(logits)
     (numerator, denominator), gradient = jax.lax.map(
-        of_list,
+        with_gradient,
         tuple(map(lists, (fixed, probability, known, weight))),
         batch_size=_lists_at_once(requests * tasks, candidates),
     )
@@ -637,6 +715,7 @@ LOSSES: dict[str, Loss] = {
     "listmle": listmle,
     "ranknet": ranknet,
     "lambda": lambda_rank,
+    "approx_ndcg": approx_ndcg,
     "topk": topk,
     "dftopk": dftopk,
 }
@@ -645,4 +724,4 @@ LOSSES: dict[str, Loss] = {
 NEEDS_PROBABILITIES = {"bce", "mse_logit", "mse_margin"}
 
 # The losses whose memory goes with `pairs_held`.
-PAIRWISE = {"ranknet", "lambda"}
+PAIRWISE = {"ranknet", "lambda", "approx_ndcg"}
