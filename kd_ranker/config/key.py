@@ -55,8 +55,8 @@ class Key:
       sweep: how a sweep may vary it.
       element: the type of a tuple's elements, where the default is empty.
       label: its name among members and in the report, if that is not its last part.
-      column: the column of `results.csv` that always holds it. One without has a column under its
-        own name where it is swept.
+      column: the column of `results.csv` that always holds it, alone or with others of that column.
+        One without has a column under its own name where it is swept.
       tuned: True if its values are tried to find the best one, which validation chooses; the values
         of the others make different students, or different ways to teach them, which are compared.
       may_differ: True if sweeps that differ in it make one report all the same; those that differ
@@ -95,7 +95,8 @@ class Key:
     @property
     def of_distillation(self) -> bool:
         """True if a student that does not distil has no use for it."""
-        return self.name.startswith("distill.") and self.name != "distill.mode"
+        of_loss = self.name.startswith("distill.") and self.name != "distill.mode"
+        return of_loss or self.name == "teacher.signal"
 
     @property
     def title(self) -> str:

@@ -22,6 +22,7 @@ from kd_ranker.config.key import (
 )
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.distillation.modes import MODES
+from kd_ranker.distillation.teacher_signal import SIGNALS
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.models.model import COMPUTE_DTYPES
 from kd_ranker.models.student import STUDENTS
@@ -185,6 +186,8 @@ _ALL = (
             may_differ=True),
         Key("stage", "retrieved", "the candidates of which it speaks in training",
             TEACHER_STAGES, sweep="cohorts"),
+        Key("signal", "logged", "of losses: what the teacher says, or how far a candidate came",
+            SIGNALS, sweep="members", column="distill_loss"),
         Key("flops_per_candidate", 0.0,
             "of a logged teacher from elsewhere; 0: those of the model that teacher.* describes",
             NOT_NEGATIVE, influences="report"),

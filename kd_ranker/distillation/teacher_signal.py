@@ -1,7 +1,10 @@
-"""Pseudo-probabilities, for logs that hold the teacher's positions alone.
+"""Signals: what a loss learns from, as probabilities and weights.
 
-Everything past the log speaks of probabilities. So the candidate at position r = 0, 1, 2, … of the
-final ranker's list is stored with the pseudo-probability
+    logged    what the dataset or the live teacher says of a candidate
+    stage     how far it came in the logged funnel, which needs no teacher
+
+Everything past the log speaks of probabilities, so what is none becomes a pseudo-probability. The
+candidate at position r = 0, 1, 2, … of the final ranker's list is stored with
 
     p(r) = 1 / (2 + r),    logit p(r) = −log(1 + r)
 
@@ -10,12 +13,24 @@ top k, the higher one of two) are what they would be with probabilities. A softm
 logits gives position r a share in proportion to 1 / (1 + r): Zipf's law. As probabilities of an
 action they mean nothing; `kd_ranker.distillation.losses.NEEDS_PROBABILITIES` names the losses that
 take them so.
+
+A stage is a grade: shown above passed above retrieved. Each stands for the position at which it
+would begin in a funnel that narrows tenfold at each stage, r = 0, 9 and 99, so
+
+    p = 1/2, 1/11, 1/101,    logit p = 0, −log 10, −log 100
+
+To add a signal, write a function from a batch to probabilities and weights, and name it in
+`SIGNALS`.
 """
 
+from collections.abc import Callable
 from typing import TypeVar
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float, Int
+
+from kd_ranker.batch import CandidateBatch, Stage
 
 Numbers = TypeVar("Numbers", float, np.ndarray, Array)
 
@@ -45,3 +60,40 @@ def rank_of_probability(probability: Numbers) -> Numbers:
       3.0
     """
     return 1 / probability - 2
+
+
+def probability_of_stage(stage: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The pseudo-probability of how far a candidate came.
+
+    Args:
+      stage: a `Stage`, of any shape.
+
+    Returns:
+      `probability_of_rank` of the position that the stage stands for; NaN for padding.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> probability_of_stage(jnp.array([Stage.SHOWN, Stage.PASSED, Stage.RETRIEVED])).tolist()
+      [0.5, 0.09090909361839294, 0.009900989942252636]
+    """
+    positions = {Stage.SHOWN: 0.0, Stage.PASSED: 9.0, Stage.RETRIEVED: 99.0}
+    is_of = [stage == of for of in positions]
+    return probability_of_rank(jnp.select(is_of, list(positions.values()), jnp.nan))
+
+
+Heard = tuple[Float[Array, "R heard T"], Float[Array, "R heard T"]]
+"""Teacher probabilities and weights of the first candidates of each request."""
+
+
+def _logged(batch: CandidateBatch) -> Heard:
+    return batch.teacher_probability, batch.teacher_weight
+
+
+def _stage(batch: CandidateBatch) -> Heard:
+    shape = (*batch.stage.shape, batch.user_label.shape[-1])
+    of_stage = probability_of_stage(batch.stage), batch.candidate_mask.astype(jnp.float32)
+    probability, weight = (jnp.broadcast_to(array[..., None], shape) for array in of_stage)
+    return probability, weight
+
+
+SIGNALS: dict[str, Callable[[CandidateBatch], Heard]] = {"logged": _logged, "stage": _stage}

@@ -10,15 +10,16 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from kd_ranker.config import schema
-from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import saving
 from kd_ranker.evaluation.metrics import METRICS, ReportAt, curve_columns, result_columns
+from kd_ranker.training.recipes import terms_of
+from kd_ranker.training.state import Term
 
 Row = dict[str, object]
 TEACHER = "teacher"  # the teacher's name among the members
 FILE, CURVES_FILE, CALIBRATION_FILE = "results.csv", "curves.csv", "calibration.csv"
 
-_ALWAYS = tuple(key.column for key in schema.setting_keys() if key.column)
+_ALWAYS = tuple(dict.fromkeys(key.column for key in schema.setting_keys() if key.column))
 # What makes a repeat of a setting.
 REPEAT = tuple(key.column for key in schema.repeat_keys())
 # What tells one row of results.csv from another, beside what is swept of other keys.
@@ -59,12 +60,23 @@ def way_columns(table: pd.DataFrame) -> list[str]:
 
 def made_of(config: ConfigDict) -> Row:
     """The part of a student's row that tells how it was made: the keys that a sweep may vary."""
-    distils = MODES[config.distill.mode].teacher_logits is not None
+    terms = terms_of(config)
     row: Row = {}
     for key in (*schema.setting_keys(), *schema.repeat_keys()):
         value = schema.value_of(config, key.name)
-        row[key.title] = value if distils or not key.of_distillation else None
-    return row if distils else row | {"distill_weight": 0.0}
+        row[key.title] = value if terms or not key.of_distillation else None
+    if not terms:
+        return row | {"distill_weight": 0.0}
+    return row | {"distill_loss": "+".join(map(name_of_term, terms))}
+
+
+def name_of_term(term: Term) -> str:
+    """A term in tables.
+
+    >>> name_of_term(Term("softmax", "logged")), name_of_term(Term("softmax", "stage"))
+    ('softmax', 'softmax:stage')
+    """
+    return term.loss if term.signal == "logged" else f"{term.loss}:{term.signal}"
 
 
 def curves_columns(tasks: Sequence[str]) -> list[str]:

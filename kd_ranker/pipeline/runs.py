@@ -110,9 +110,9 @@ def fit_students(
     `config` says what they have in common; `bar` gets the steps of the one that takes most.
     """
     groups = recipes.student_groups(members, dataset.spec)
-    # A population without a use for a teacher does not pay for one.
-    distilled = any(group.recipe.mode.teacher_logits is not None for group in groups)
-    live = teacher if distilled and config.teacher.source == "live" else None
+    # A population that learns nothing from a teacher does not pay for one.
+    hears_it = "logged" in recipes.signals_of(groups)
+    live = teacher if hears_it and config.teacher.source == "live" else None
     known = reference(config, dataset, teacher)
     students = _students_of(groups)
 

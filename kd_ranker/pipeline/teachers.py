@@ -86,24 +86,25 @@ def teacher_and_dataset(config: ConfigDict) -> tuple[Teacher | None, Dataset]:
 
 
 def check_losses(config: ConfigDict, dataset: Dataset, members: Iterable[ConfigDict]) -> None:
-    """Raises UserError for a loss that a log of positions cannot serve.
+    """Raises UserError for a loss that takes probabilities where there is an order alone.
 
     Args:
       config: what the members have in common.
       dataset: the one that they learn from.
       members: the configs of the students to train.
     """
-    if config.teacher.source == "live" or dataset.spec.teacher_signal == "probability":
-        return
+    orders = {"stage": "teacher.signal=stage is an order"}
+    if config.teacher.source == "logged" and dataset.spec.teacher_signal == "rank":
+        orders["logged"] = f"the log of {config.data.name} holds its positions"
     for member in members:
-        loss, mode = member.distill.loss, MODES[member.distill.mode]
-        if mode.teacher_logits is not None and loss in NEEDS_PROBABILITIES:
-            others = sorted(LOSSES.keys() - NEEDS_PROBABILITIES)
-            choices = [*(f"distill.loss={name}" for name in others), "distill.mode=none"]
-            raise UserError(
-                f"distill.loss={loss} needs the teacher's probabilities, and the log of "
-                f"{config.data.name} holds its positions; choose one of: {', '.join(choices)}"
-            )
+        for loss, signal in recipes.terms_of(member):
+            if loss in NEEDS_PROBABILITIES and signal in orders:
+                others = sorted(LOSSES.keys() - NEEDS_PROBABILITIES)
+                choices = [*(f"distill.loss={name}" for name in others), "distill.mode=none"]
+                raise UserError(
+                    f"distill.loss={loss} needs the teacher's probabilities, and "
+                    f"{orders[signal]}; choose one of: {', '.join(choices)}"
+                )
 
 
 def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:

@@ -39,8 +39,8 @@ def member_bytes(config: ConfigDict, spec: FeatureSpec) -> int:
     pairwise loss.
     """
     requests, candidates = config.batch.requests, config.batch.candidates
-    is_pairwise = config.distill.loss in PAIRWISE
-    pairs = pairs_held(requests, candidates, len(spec.tasks)) if is_pairwise else 0
+    pairwise = sum(term.loss in PAIRWISE for term in recipes.terms_of(config))
+    pairs = pairwise * pairs_held(requests, candidates, len(spec.tasks))
 
     def state_and_rows(items: Items) -> Any:
         (group,) = recipes.student_groups({"": config}, spec)

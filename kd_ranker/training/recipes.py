@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec, Stage
 from kd_ranker.batches.training import Needs
-from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LOSSES, LossNumbers
+from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LossNumbers
 from kd_ranker.distillation.modes import MODES, Mode
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.models.model import Init, Model, build_model
@@ -23,6 +23,7 @@ from kd_ranker.training.state import (
     LiveTeacher,
     OptimizerNumbers,
     Recipe,
+    Term,
     TrainState,
     init_state,
     stack_members,
@@ -96,7 +97,7 @@ def _student_group(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> Grou
     configs = list(members.values())
     config = configs[0]
     model, init = student_model(config, spec)
-    recipe = _recipe(config, model, MODES[config.distill.mode], config)
+    recipe = _recipe(model, MODES[config.distill.mode], terms_of(config), config)
     numbers = stack_members([_student_numbers(config) for config in configs])
     return Group(recipe, tuple(members), numbers, _init(recipe, init, configs, spec))
 
@@ -104,7 +105,7 @@ def _student_group(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> Grou
 def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
     """The teacher of `config` as a group of one; it learns from user labels alone."""
     model, init = teacher_model(config, spec)
-    recipe = _recipe(config, model, MODES["none"], config.teacher)
+    recipe = _recipe(model, MODES["none"], (), config.teacher)
     numbers = stack_members([_numbers(1.0, 0.0, DEFAULT_NUMBERS, config.teacher)])
     return Group(recipe, ("",), numbers, _init(recipe, init, [config], spec))
 
@@ -119,13 +120,28 @@ def needs(
       teacher: the live teacher.
       stage: where there is none, a candidate that came so far in the funnel meets the logged one.
     """
-    distilled = any(group.recipe.mode.teacher_logits is not None for group in groups)
+    signals = signals_of(groups)
     models = [group.recipe.model for group in groups] + ([teacher.model] if teacher else [])
     return Needs(
-        stage=teacher.stage if teacher else Stage.SHOWN,
-        logged=stage if distilled and teacher is None else None,
+        stage=min(
+            teacher.stage if teacher else Stage.SHOWN,
+            Stage.RETRIEVED if "stage" in signals else Stage.SHOWN,
+        ),
+        logged=stage if "logged" in signals and teacher is None else None,
         history=any(model.reads_history for model in models),
     )
+
+
+def signals_of(groups: Sequence[Group]) -> set[str]:
+    """The names of the signals that the groups learn from."""
+    return {term.signal for group in groups for term in group.recipe.terms}
+
+
+def terms_of(config: ConfigDict) -> tuple[Term, ...]:
+    """The terms of a student's distillation loss; none if its mode has no use for a teacher."""
+    if MODES[config.distill.mode].teacher_logits is None:
+        return ()
+    return (Term(config.distill.loss, config.teacher.signal),)
 
 
 def _student_numbers(config: ConfigDict) -> Hyperparameters:
@@ -153,13 +169,13 @@ def _named(numbers: type[_Numbers], section: ConfigDict) -> _Numbers:
     return numbers(*(section[name] for name in numbers._fields))
 
 
-def _recipe(config: ConfigDict, model: Model, mode: Mode, trainee: ConfigDict) -> Recipe:
+def _recipe(model: Model, mode: Mode, terms: tuple[Term, ...], trainee: ConfigDict) -> Recipe:
     """A recipe; `trainee` is `config`, or `config.teacher`."""
     optimizer = trainee.optimizer
     return Recipe(
         model=model,
         mode=mode,
-        distill_loss=LOSSES[config.distill.loss],
+        terms=terms,
         optimizer=OPTIMIZERS[optimizer.name](),
         row_optimizer=ROW_OPTIMIZERS[optimizer.table_name],
         schedule=functools.partial(SCHEDULES[optimizer.schedule], optimizer.warmup_steps),

@@ -14,10 +14,22 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from kd_ranker.batch import Items, Stage
-from kd_ranker.distillation.losses import Loss, LossNumbers
+from kd_ranker.distillation.losses import LossNumbers
 from kd_ranker.distillation.modes import Mode, Transform
 from kd_ranker.embedding.row_optimizers import RowOptimizer
 from kd_ranker.models.model import Model, Parameters
+
+
+class Term(NamedTuple):
+    """A term of the distillation loss.
+
+    Attributes:
+      loss: one of `losses.LOSSES`.
+      signal: one of `teacher_signal.SIGNALS`.
+    """
+
+    loss: str
+    signal: str
 
 
 class Recipe(NamedTuple):
@@ -26,7 +38,7 @@ class Recipe(NamedTuple):
     Attributes:
       model: the model to train.
       mode: its way of meeting the labels.
-      distill_loss: the loss against the teacher.
+      terms: those of the distillation loss; none if the mode has no use for a teacher.
       optimizer: a direction for the dense parameters, to be scaled by minus the learning rate.
       row_optimizer: the same for embedding rows.
       schedule: (step, counted from 1; the members' numbers of steps) -> the factors of their peak
@@ -35,7 +47,7 @@ class Recipe(NamedTuple):
 
     model: Model
     mode: Mode
-    distill_loss: Loss
+    terms: tuple[Term, ...]
     optimizer: optax.GradientTransformation
     row_optimizer: RowOptimizer
     schedule: Callable[[Int[Array, ""], Float[Array, "members"]], Float[Array, "members"]]

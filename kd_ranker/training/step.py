@@ -17,8 +17,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kd_ranker.batch import CandidateBatch, Items, Stage
-from kd_ranker.distillation.losses import bce
+from kd_ranker.distillation.losses import LOSSES, bce
 from kd_ranker.distillation.modes import Transform
+from kd_ranker.distillation.teacher_signal import SIGNALS, Heard
 from kd_ranker.embedding.lookup import Rows, embeddings, gather_rows
 from kd_ranker.models.model import Parameters, apply_model, score
 from kd_ranker.training.mapping import AXIS
@@ -99,9 +100,9 @@ def _train_group(
     items: Items,
 ) -> tuple[TrainState, Losses]:
     """One step of all members of a group."""
-    # Candidates that meet neither a label nor the teacher would only cost time.
-    meet_teacher = 0 if recipe.mode.teacher_logits is None else batch.judged
-    batch = batch.first(max(batch.labelled, meet_teacher))
+    heard = [SIGNALS[term.signal](batch) for term in recipe.terms]
+    # Candidates that meet neither a label nor a signal would only cost time.
+    batch = batch.first(max([batch.labelled, *(weight.shape[1] for _, weight in heard)]))
     spec = recipe.model.embedding
     # With one member on one device, reuse the gathered rows for the update. Those of several
     # members would not stay in a cache, and each device gathers rows of its own.
@@ -113,7 +114,7 @@ def _train_group(
         rows = gather_rows(spec, parameters.tables, batch, items, whole_rows=reuses_rows)
         embedded = embeddings(spec, rows)
         gradients, losses = jax.grad(_losses, argnums=(0, 1, 2), has_aux=True)(
-            parameters.dense, transform, embedded, recipe, numbers, batch, items
+            parameters.dense, transform, embedded, recipe, numbers, batch, heard, items
         )
         return Gradients(*gradients), losses, rows
 
@@ -140,6 +141,7 @@ def _losses(
     recipe: Recipe,
     numbers: Hyperparameters,
     batch: CandidateBatch,
+    heard: Sequence[Heard],
     items: Items,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """This device's share of a member's losses."""
@@ -148,17 +150,12 @@ def _losses(
     user_logits = mode.user_logits(logits[:, : batch.labelled], transform)
     label_weight = jnp.broadcast_to(batch.label_weight[..., None], user_logits.shape)
     user_loss = _mean_over_devices(*bce(user_logits, batch.user_label, label_weight))
-    if mode.teacher_logits is None:
-        distill_loss = jnp.zeros(())
-    else:
-        distill_loss = _mean_over_devices(
-            *recipe.distill_loss(
-                mode.teacher_logits(logits[:, : batch.judged], transform),
-                batch.teacher_probability,
-                batch.teacher_weight,
-                numbers.loss,
-            )
-        )
+    distill_loss = jnp.zeros(())
+    for term, (probability, weight) in zip(recipe.terms, heard, strict=True):
+        assert mode.teacher_logits is not None, "a mode without a teacher has no terms"
+        seen = mode.teacher_logits(logits[:, : weight.shape[1]], transform)
+        loss_of = LOSSES[term.loss]
+        distill_loss += _mean_over_devices(*loss_of(seen, probability, weight, numbers.loss))
     loss = numbers.distill_weight * distill_loss + numbers.user_weight * user_loss
     return loss, {"loss": loss, "user_loss": user_loss, "distill_loss": distill_loss}
 

@@ -3,6 +3,7 @@ import math
 import pandas as pd
 import pytest
 
+from configs import cascade
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import ReportAt
 
@@ -42,6 +43,18 @@ def test_unknown_numbers_are_empty_and_the_others_keep_their_form(tmp_path):
     assert math.isnan(frame["alignment_ratio"][0])
     assert frame["alignment_ratio"][1] == pytest.approx(1 / 3)
     assert pd.isna(frame["absent"]).all()
+
+
+def test_a_row_tells_the_loss_with_what_it_learns_from():
+    config = cascade.get_config("small")
+    config.distill.mode, config.distill.loss = "aux", "softmax"
+    assert results.made_of(config)["distill_loss"] == "softmax"
+    config.teacher.signal = "stage"
+    assert results.made_of(config)["distill_loss"] == "softmax:stage"
+    config.distill.mode = "none"
+    assert results.made_of(config)["distill_loss"] is None
+    config.sweep.axes.teacher.signal = ("logged", "stage")
+    assert results.swept_columns(config) == []
 
 
 def row(role, mode, seed, passed, flops, **more):

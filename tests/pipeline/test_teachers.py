@@ -11,9 +11,9 @@ from kd_ranker.pipeline import scoring, teachers
 from tests.random_batches import SPEC
 
 
-def check(*modes, source="logged", signal="rank", loss="bce"):
+def check(*modes, source="logged", signal="rank", loss="bce", learns_from="logged"):
     config = cascade.get_config("small")
-    config.teacher.source = source
+    config.teacher.source, config.teacher.signal = source, learns_from
     members = []
     for mode in modes:
         member = config.copy_and_resolve_references()
@@ -31,6 +31,19 @@ def test_a_loss_that_needs_probabilities_is_refused_where_positions_were_logged(
     assert "\n" not in message
     assert "distill.loss=bce" in message
     assert "distill.mode=none" in message
+
+
+@pytest.mark.parametrize("source", ["live", "logged"])
+@pytest.mark.parametrize("loss", sorted(teachers.NEEDS_PROBABILITIES))
+def test_a_loss_that_needs_probabilities_is_refused_where_stages_are_the_signal(source, loss):
+    with pytest.raises(UserError) as caught:
+        check("none", "aux", source=source, signal="probability", loss=loss, learns_from="stage")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"distill.loss={loss} needs the teacher's probabilities" in message
+    assert "teacher.signal=stage is an order; choose one of: distill.loss=approx_ndcg" in message
+    check("none", source=source, loss=loss, learns_from="stage")
+    check("aux", source=source, loss="softmax", learns_from="stage")
 
 
 def test_a_loss_is_not_refused_without_need():

@@ -95,7 +95,7 @@ def test_any_key_that_a_sweep_may_vary_is_an_axis():
         swept = {schema.value_of(member, key.name) for member in members.values()}
         assert swept == set(values), key.name
         # Mode none reads nothing of `distill`, so it stands once for all that is swept there.
-        none = 1 if key.name.startswith("distill.") else 2
+        none = 1 if key.of_distillation else 2
         assert len(members) == none + 2, key.name
         schema.value_of(config, section)[last] = ()
 

@@ -43,6 +43,23 @@ def test_a_batch_needs_what_some_member_has_a_use_for(modes, teacher, expected):
     assert recipes.needs(groups, live, Stage.PASSED) == expected
 
 
+@pytest.mark.parametrize("live", [None, Stage.SHOWN])
+def test_stages_need_candidates_of_every_stage_and_no_teacher(live):
+    config = config_of(distill__mode="shared", distill__loss="softmax", teacher__signal="stage")
+    groups = recipes.student_groups({"": config}, SPEC)
+    assert recipes.signals_of(groups) == {"stage"}
+    assert recipes.needs(groups, None) == (Stage.RETRIEVED, None, False)
+    # Beside one that hears a teacher.
+    beside = config_of(distill__mode="aux")
+    groups = recipes.student_groups({"a": config, "b": beside}, SPEC)
+    assert recipes.signals_of(groups) == {"logged", "stage"}
+    model, _ = recipes.teacher_model(config, SPEC)
+    teacher = LiveTeacher(model, live) if live else None
+    logged = None if live else Stage.PASSED
+    expected = (Stage.RETRIEVED, logged, live is not None)
+    assert recipes.needs(groups, teacher, Stage.PASSED) == expected
+
+
 def test_a_teacher_in_training_needs_labels_and_histories_alone():
     group = recipes.teacher_group(cascade.get_config("small"), SPEC)
     assert recipes.needs([group], None) == (Stage.SHOWN, None, True)
@@ -84,6 +101,7 @@ def test_a_student_without_a_teacher_learns_from_users_whatever_the_weight_of_th
         {"distill__mode": "aux"},
         {"distill__loss": "softmax"},
         {"distill__affine": False},
+        {"teacher__signal": "stage"},
         {"student__name": "two_tower"},
         {"student__width": 4},
         {"student__hidden": (8, 8)},

@@ -10,8 +10,9 @@ from kd_ranker.batch import Stage
 from kd_ranker.batches.columns import columns_of, only_counting
 from kd_ranker.batches.cutting import PackedBatch, on_packed, unpack
 from kd_ranker.batches.sampling import Slots
-from kd_ranker.distillation.losses import LOSSES, LossNumbers, bce
+from kd_ranker.distillation.losses import LOSSES, LossNumbers
 from kd_ranker.distillation.modes import MODES
+from kd_ranker.distillation.teacher_signal import SIGNALS
 from kd_ranker.embedding.lookup import gather_rows, rows_of_ids
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.models.model import apply_model, build_model, score
@@ -25,6 +26,7 @@ from kd_ranker.training.state import (
     LiveTeacher,
     OptimizerNumbers,
     Recipe,
+    Term,
     init_state,
     select_member,
     stack_members,
@@ -62,7 +64,7 @@ def recipe_of(mode, optimizer, spec, student=MultiInterest):
     return Recipe(
         model=model,
         mode=MODES[mode],
-        distill_loss=bce,
+        terms=(Term("bce", "logged"),) if MODES[mode].teacher_logits else (),
         optimizer=OPTIMIZERS[optimizer](),
         row_optimizer=ROW_OPTIMIZERS[optimizer],
         schedule=lambda step, steps: jnp.ones_like(steps),
@@ -291,7 +293,7 @@ def test_every_loss_is_the_same_on_any_devices_and_in_any_company():
         mode: make_recipe(mode, "sgd", seeds=(0, 1), student=TwoTower) for mode in set(modes)
     }
     recipes = [
-        students[mode][0]._replace(distill_loss=LOSSES[name])
+        students[mode][0]._replace(terms=(Term(name, "logged"),))
         for name, mode in zip(names, modes, strict=True)
     ]
     states = [students[mode][1] for mode in modes]
@@ -356,6 +358,33 @@ def test_a_batch_without_any_valid_teacher_value_is_a_batch_without_distillation
     none, _ = run(*make_recipe("none", "sgd"), [batch], live=False)
     assert losses["distill_loss"] == 0
     assert_close(shared.parameters, none.parameters, 1e-7)
+
+
+def test_stages_teach_what_a_teacher_that_says_them_does_and_need_none():
+    recipe, state = make_recipe("aux", "sgd")
+    recipes = [recipe._replace(terms=(Term("softmax", signal),)) for signal in SIGNALS]
+    batch = random_batch(3)
+    probability, weight = SIGNALS["stage"](batch)
+    said = batch.replace(teacher_probability=probability, teacher_weight=weight)
+    silent = batch.replace(teacher_weight=np.zeros_like(batch.teacher_weight))
+    logged, losses = run(recipes[0], state, [said], live=False)
+    stage, of_stage = run(recipes[1], state, [silent], live=False)
+    assert losses["distill_loss"] > 0
+    jax.tree.map(np.testing.assert_array_equal, (logged, losses), (stage, of_stage))
+
+
+def test_stages_are_heard_of_candidates_of_which_the_teacher_does_not_speak():
+    """The logged teacher knows what was passed, and a batch holds the rest behind that."""
+    requests = [random_request(seed) for seed in range(8)]
+    recipe, state = make_recipe("shared", "sgd")
+    recipe = recipe._replace(terms=(Term("listmle", "stage"),))
+    whole, _ = packed(*sample_of(requests, 0.6))
+    few = unpack(whole)
+    assert few.judged < few.item_id.shape[1]
+    _, losses = run(recipe, state, [few], live=False)
+    _, fewer_losses = run(recipe, state, [few.first(few.judged)], live=False)
+    assert losses["distill_loss"] != fewer_losses["distill_loss"]
+    assert losses["user_loss"] == pytest.approx(fewer_losses["user_loss"])
 
 
 def test_a_user_loss_of_weight_zero_leaves_a_student_of_the_teacher_alone():
