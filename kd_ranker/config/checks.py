@@ -1,6 +1,7 @@
 """Checks of a config before anything long begins: each fault is one line, with its remedy."""
 
 import difflib
+import itertools
 import math
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -9,8 +10,11 @@ import jax
 from ml_collections import ConfigDict
 
 from kd_ranker.config.key import FINITE, Bound, Key
+from kd_ranker.config.keys import KEYS
 from kd_ranker.config.schema import NAMED_AXES, axis_of, keys_of, sweepable, value_of
+from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.distillation.modes import MODES
+from kd_ranker.distillation.teacher_signal import SIGNALS
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.sources.registry import SOURCES
 
@@ -86,8 +90,12 @@ def _check_element(key: Key, holder: str, element: Any, wanted: type) -> None:
     # bool is an int to Python, and no number to anyone else.
     if not isinstance(element, types) or (isinstance(element, bool) and wanted is not bool):
         raise UserError(f"{holder} holds {element!r}; it takes {_WANTED.get(wanted, 'numbers')}")
-    for part in element if isinstance(element, tuple) else (element,):
-        _check_allowed(key, f"{holder} holds {part!r}", part, ", which")
+    if isinstance(element, tuple):
+        own = KEYS[key.name.removeprefix(axis_of(""))]
+        for part in element:
+            _check_element(own, holder, part, own.type)
+    else:
+        _check_allowed(key, f"{holder} holds {element!r}", element, ", which")
 
 
 def _check_allowed(key: Key, found: str, value: Any, joint: str) -> None:
@@ -119,14 +127,44 @@ def _check_distillation(config: ConfigDict) -> None:
     # Only a mode with a choice of heads looks at the key.
     if len(serves := MODES[config.distill.mode].serve) > 1:
         check_choice("distill.serve", config.distill.serve, serves)
+    _check_terms(config)
     axes = config.sweep.axes
-    losses = (config.distill.loss, *axes.distill.loss)
+    terms = itertools.chain(config.distill.terms, *axes.distill.terms)
+    losses = {config.distill.loss, *axes.distill.loss, *(text.partition(":")[0] for text in terms)}
     sizes = axes.batch.candidates or (config.batch.candidates,)
     for top_k in axes.distill.top_k or (config.distill.top_k,):
-        if {"topk", "dftopk"}.intersection(losses) and top_k >= min(sizes):
+        if losses & {"topk", "dftopk"} and top_k >= min(sizes):
             raise UserError(
                 f"distill.top_k={top_k} takes in all batch.candidates={min(sizes)} of a request, "
                 "which tells the losses topk and dftopk nothing; lower it"
+            )
+
+
+def _check_terms(config: ConfigDict) -> None:
+    distill, axes = config.distill, config.sweep.axes
+    choices = axes.distill.terms or (distill.terms,)
+    for terms, weights in itertools.product(
+        choices, axes.distill.term_weights or (distill.term_weights,)
+    ):
+        if weights and len(weights) != max(len(terms), 1):
+            raise UserError(
+                f"distill.term_weights={tuple(weights)} has {len(weights)} numbers for the "
+                f"{max(len(terms), 1)} of distill.terms={tuple(terms)}; give one a term"
+            )
+    for terms in choices:
+        for text in terms:
+            loss, colon, signal = text.partition(":")
+            check_choice("distill.terms", loss, LOSSES)
+            if colon:
+                check_choice(f"distill.terms={text!r}: signal", signal, SIGNALS)
+        if len(set(terms)) < len(terms):
+            raise UserError(f"distill.terms={tuple(terms)} names a term twice")
+        silent = axes.teacher.signal and all(":" in text for text in terms)
+        if terms and (axes.distill.loss or silent):
+            key = "distill.loss" if axes.distill.loss else "teacher.signal"
+            raise UserError(
+                f"sweep.axes.{key} changes nothing of distill.terms={tuple(terms)}; vary "
+                "sweep.axes.distill.terms"
             )
 
 

@@ -93,17 +93,18 @@ def check_losses(config: ConfigDict, dataset: Dataset, members: Iterable[ConfigD
       dataset: the one that they learn from.
       members: the configs of the students to train.
     """
-    orders = {"stage": "teacher.signal=stage is an order"}
+    orders = {"stage": "stages are an order"}
     if config.teacher.source == "logged" and dataset.spec.teacher_signal == "rank":
         orders["logged"] = f"the log of {config.data.name} holds its positions"
     for member in members:
         for loss, signal in recipes.terms_of(member):
             if loss in NEEDS_PROBABILITIES and signal in orders:
+                name = "distill.terms" if member.distill.terms else "distill.loss"
                 others = sorted(LOSSES.keys() - NEEDS_PROBABILITIES)
-                choices = [*(f"distill.loss={name}" for name in others), "distill.mode=none"]
+                choices = [*(f"{name}={other}" for other in others), "distill.mode=none"]
                 raise UserError(
-                    f"distill.loss={loss} needs the teacher's probabilities, and "
-                    f"{orders[signal]}; choose one of: {', '.join(choices)}"
+                    f"{name}={loss} needs the teacher's probabilities, and {orders[signal]}; "
+                    f"choose one of: {', '.join(choices)}"
                 )
 
 

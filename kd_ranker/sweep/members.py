@@ -80,7 +80,7 @@ def _text(key: Key, value: Any) -> str:
     if key.name in ("distill.mode", "distill.loss"):
         return str(value)
     if isinstance(value, tuple):
-        value = "x".join(map(str, value))
+        value = ("+" if key.type is str else "x").join(map(str, value))
     return f"{key.short}{value}" if isinstance(value, str) else f"{key.short}{value!r}"
 
 

@@ -33,7 +33,7 @@ _Numbers = TypeVar("_Numbers", LossNumbers, OptimizerNumbers)
 
 # The config keys of numbers that are traced, so that the members of a group may differ in them.
 TRACED_KEYS = (
-    *("seed", "train.steps", "distill.weight", "distill.user_weight"),
+    *("seed", "train.steps", "distill.weight", "distill.user_weight", "distill.term_weights"),
     *(f"distill.{name}" for name in LossNumbers._fields),
     *(f"optimizer.{name}" for name in OptimizerNumbers._fields),
 )
@@ -106,7 +106,7 @@ def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
     """The teacher of `config` as a group of one; it learns from user labels alone."""
     model, init = teacher_model(config, spec)
     recipe = _recipe(model, MODES["none"], (), config.teacher)
-    numbers = stack_members([_numbers(1.0, 0.0, DEFAULT_NUMBERS, config.teacher)])
+    numbers = stack_members([_numbers(1.0, 0.0, (), DEFAULT_NUMBERS, config.teacher)])
     return Group(recipe, ("",), numbers, _init(recipe, init, [config], spec))
 
 
@@ -138,26 +138,39 @@ def signals_of(groups: Sequence[Group]) -> set[str]:
 
 
 def terms_of(config: ConfigDict) -> tuple[Term, ...]:
-    """The terms of a student's distillation loss; none if its mode has no use for a teacher."""
-    if MODES[config.distill.mode].teacher_logits is None:
+    """The terms of a student's distillation loss; none if its mode has no use for a teacher.
+
+    They are those of `distill.terms`, of which one that names no signal takes `teacher.signal`;
+    where that is empty, there is the one of `distill.loss`.
+    """
+    distill = config.distill
+    if MODES[distill.mode].teacher_logits is None:
         return ()
-    return (Term(config.distill.loss, config.teacher.signal),)
+    named = [text.partition(":") for text in distill.terms or (distill.loss,)]
+    return tuple(Term(loss, signal or config.teacher.signal) for loss, _, signal in named)
 
 
 def _student_numbers(config: ConfigDict) -> Hyperparameters:
     distill = config.distill
     # Without a teacher there is nothing else to learn from.
     user_weight = distill.user_weight if MODES[distill.mode].teacher_logits else 1.0
-    return _numbers(user_weight, distill.weight, _named(LossNumbers, distill), config)
+    term_weights = distill.term_weights or (1.0,) * max(len(distill.terms), 1)
+    loss = _named(LossNumbers, distill)
+    return _numbers(user_weight, distill.weight, term_weights, loss, config)
 
 
 def _numbers(
-    user_weight: float, distill_weight: float, loss: LossNumbers, trainee: ConfigDict
+    user_weight: float,
+    distill_weight: float,
+    term_weights: Sequence[float],
+    loss: LossNumbers,
+    trainee: ConfigDict,
 ) -> Hyperparameters:
     """The traced numbers of one member; `trainee` is `config`, or `config.teacher`."""
     return Hyperparameters(
         user_weight=jnp.float32(user_weight),
         distill_weight=jnp.float32(distill_weight),
+        term_weights=tuple(map(jnp.float32, term_weights)),
         loss=jax.tree.map(jnp.float32, loss),
         optimizer=jax.tree.map(jnp.float32, _named(OptimizerNumbers, trainee.optimizer)),
         steps=jnp.float32(trainee.train.steps),

@@ -75,6 +75,7 @@ class Hyperparameters(NamedTuple):
     Attributes:
       user_weight: the weight of the user loss.
       distill_weight: λ, the weight of the distillation loss.
+      term_weights: those of its terms, one each.
       loss: the numbers that losses take.
       optimizer: the numbers that the update takes.
       steps: the number of steps to train, a whole one; a member stays as it is from then on.
@@ -82,6 +83,7 @@ class Hyperparameters(NamedTuple):
 
     user_weight: Float[Array, "members"]
     distill_weight: Float[Array, "members"]
+    term_weights: tuple[Float[Array, "members"], ...]
     loss: LossNumbers
     optimizer: OptimizerNumbers
     steps: Float[Array, "members"]

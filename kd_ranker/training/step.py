@@ -2,6 +2,8 @@
 
     gather rows → logits → user loss + λ · distillation loss → gradients → update
 
+The distillation loss is a weighted sum of terms, each a loss and the signal that it learns from.
+
 A population is a sequence of groups, and a group is one or more members that differ in numbers
 alone (`state`). One step reads one batch, has the live teacher score it once, and updates every
 member of every group. A single run is a population of one. The numbers in which members differ are
@@ -151,11 +153,14 @@ def _losses(
     label_weight = jnp.broadcast_to(batch.label_weight[..., None], user_logits.shape)
     user_loss = _mean_over_devices(*bce(user_logits, batch.user_label, label_weight))
     distill_loss = jnp.zeros(())
-    for term, (probability, weight) in zip(recipe.terms, heard, strict=True):
+    # A mode without a teacher has a weight and no term.
+    for term, (probability, weight), factor in zip(
+        recipe.terms, heard, numbers.term_weights, strict=False
+    ):
         assert mode.teacher_logits is not None, "a mode without a teacher has no terms"
         seen = mode.teacher_logits(logits[:, : weight.shape[1]], transform)
-        loss_of = LOSSES[term.loss]
-        distill_loss += _mean_over_devices(*loss_of(seen, probability, weight, numbers.loss))
+        totals = LOSSES[term.loss](seen, probability, weight, numbers.loss)
+        distill_loss += factor * _mean_over_devices(*totals)
     loss = numbers.distill_weight * distill_loss + numbers.user_weight * user_loss
     return loss, {"loss": loss, "user_loss": user_loss, "distill_loss": distill_loss}
 

@@ -59,6 +59,23 @@ def test_the_kuairand_configs_are_valid(variant):
         ({"sweep__modes": ("aux", "all")}, "sweep.modes='all' does not exist"),
         ({"distill__mode": "aux", "distill__serve": "both"}, "blend, teacher, user"),
         ({"teacher__stage": "clicked"}, "choose one of: passed, retrieved, shown"),
+        ({"distill__terms": ("bce", "l2")}, "distill.terms='l2' does not exist; choose one of"),
+        (
+            {"distill__terms": ("bce:rank",)},
+            "distill.terms='bce:rank': signal='rank' does not exist; choose one of: logged, stage",
+        ),
+        ({"distill__terms": ("bce:",)}, "signal='' does not exist"),
+        ({"distill__terms": ("bce", "bce")}, "names a term twice"),
+        ({"distill__terms": (1,)}, "distill.terms holds 1; it takes names"),
+        (
+            {"distill__terms": ("bce", "topk"), "distill__term_weights": (1.0,)},
+            "distill.term_weights=(1.0,) has 1 numbers for the 2 of distill.terms=('bce', 'topk')",
+        ),
+        ({"distill__term_weights": (-1.0,)}, "distill.term_weights holds -1.0, which must not be"),
+        (
+            {"distill__terms": ("bce", "dftopk:stage"), "distill__top_k": 32},
+            "distill.top_k=32 takes in all",
+        ),
         ({"teacher__signal": "rank"}, "choose one of: logged, stage"),
         ({"distill__user_weight": -1.0}, "distill.user_weight=-1.0 must not be negative"),
         ({"student__name": "giant"}, "multi_interest"),

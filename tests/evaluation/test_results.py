@@ -51,6 +51,8 @@ def test_a_row_tells_the_loss_with_what_it_learns_from():
     assert results.made_of(config)["distill_loss"] == "softmax"
     config.teacher.signal = "stage"
     assert results.made_of(config)["distill_loss"] == "softmax:stage"
+    config.distill.terms = ("topk", "bce:logged")
+    assert results.made_of(config)["distill_loss"] == "topk:stage+bce"
     config.distill.mode = "none"
     assert results.made_of(config)["distill_loss"] is None
     config.sweep.axes.teacher.signal = ("logged", "stage")

@@ -33,6 +33,17 @@ def test_a_loss_that_needs_probabilities_is_refused_where_positions_were_logged(
     assert "distill.mode=none" in message
 
 
+def test_each_of_several_terms_is_held_against_its_own_signal():
+    config = cascade.get_config("small")
+    config.distill.mode = "aux"
+    dataset = SimpleNamespace(spec=SPEC)
+    config.distill.terms = ("bce", "softmax:stage")
+    teachers.check_losses(config, dataset, [config])
+    config.distill.terms = ("softmax", "bce:stage")
+    with pytest.raises(UserError, match=r"distill\.terms=bce needs .* stages are an order"):
+        teachers.check_losses(config, dataset, [config])
+
+
 @pytest.mark.parametrize("source", ["live", "logged"])
 @pytest.mark.parametrize("loss", sorted(teachers.NEEDS_PROBABILITIES))
 def test_a_loss_that_needs_probabilities_is_refused_where_stages_are_the_signal(source, loss):
@@ -41,7 +52,7 @@ def test_a_loss_that_needs_probabilities_is_refused_where_stages_are_the_signal(
     message = str(caught.value)
     assert "\n" not in message
     assert f"distill.loss={loss} needs the teacher's probabilities" in message
-    assert "teacher.signal=stage is an order; choose one of: distill.loss=approx_ndcg" in message
+    assert "and stages are an order; choose one of: distill.loss=approx_ndcg" in message
     check("none", source=source, loss=loss, learns_from="stage")
     check("aux", source=source, loss="softmax", learns_from="stage")
 

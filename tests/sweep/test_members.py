@@ -102,6 +102,8 @@ def test_any_key_that_a_sweep_may_vary_is_an_axis():
 
 def another(key, own):
     """A second value of a key."""
+    if key.name == "distill.terms":
+        return ("ranknet", "softmax:stage")
     if isinstance(own, bool):
         return not own
     if isinstance(own, str):
@@ -113,6 +115,29 @@ def another(key, own):
         if isinstance(own, float) and own
         else own + (16 if key.name.startswith("batch") else 1)
     )
+
+
+def test_terms_are_swept_with_weights_of_their_own():
+    config = config_of(
+        modes=("none", "aux"),
+        axes={"distill.term_weights": ((1.0, 0.3), (1.0, 1.0))},
+    )
+    config.distill.terms = ("softmax", "listmle:stage")
+    checks.validate(config)
+    assert list(sweep_members(config)) == [
+        "none-seed0",
+        "aux-weight1.0-term_weights1.0x0.3-seed0",
+        "aux-weight1.0-term_weights1.0x1.0-seed0",
+    ]
+    config = config_of(
+        modes=("aux",), axes={"distill.terms": ((), ("softmax",), ("softmax", "topk:stage"))}
+    )
+    checks.validate(config)
+    assert list(sweep_members(config)) == [
+        "aux-weight1.0-seed0",
+        "aux-weight1.0-termssoftmax-seed0",
+        "aux-weight1.0-termssoftmax+topk:stage-seed0",
+    ]
 
 
 def test_the_names_of_members_tell_every_two_apart():
@@ -137,6 +162,24 @@ def test_the_names_of_members_tell_every_two_apart():
         ({"axes": {"student.width": (16.0,)}}, "holds 16.0; it takes whole numbers"),
         ({"axes": {"student.hidden": (16,)}}, "holds 16; it takes tuples"),
         ({"axes": {"student.hidden": ((16, 0),)}}, "holds 0, which must be greater than 0"),
+        ({"axes": {"student.hidden": (("a",),)}}, "holds 'a'; it takes whole numbers"),
+        ({"axes": {"distill.terms": ((1,),)}}, "sweep.axes.distill.terms holds 1; it takes names"),
+        ({"axes": {"distill.terms": ("bce",)}}, "holds 'bce'; it takes tuples"),
+        ({"axes": {"distill.terms": (("l1",),)}}, "distill.terms='l1' does not exist"),
+        ({"axes": {"distill.term_weights": (("a",),)}}, "holds 'a'; it takes numbers"),
+        ({"axes": {"distill.term_weights": ((-1.0,),)}}, "holds -1.0, which must not be negative"),
+        (
+            {"axes": {"distill.term_weights": ((1.0, 2.0),)}},
+            "distill.term_weights=(1.0, 2.0) has 2 numbers for the 1 of distill.terms=()",
+        ),
+        (
+            {"axes": {"distill.terms": (("bce", "topk"),), "distill.loss": ("bce", "topk")}},
+            "sweep.axes.distill.loss changes nothing of distill.terms=('bce', 'topk')",
+        ),
+        (
+            {"axes": {"distill.terms": (("topk:stage",),), "teacher.signal": ("logged", "stage")}},
+            "sweep.axes.teacher.signal changes nothing of distill.terms=('topk:stage',)",
+        ),
         ({"axes": {"distill.affine": ("no",)}}, "holds 'no'; it takes truth values"),
         ({"group_size": -1}, "sweep.group_size=-1 must not be negative"),
     ],

@@ -75,7 +75,8 @@ def names_of_groups(**members):
 def test_members_that_differ_in_traced_numbers_are_one_group():
     changes = {
         "seed": 3, "train__steps": 7, "distill__weight": 2.0, "distill__temperature": 3.0,
-        "distill__top_k": 4, "distill__user_weight": 0.5, "optimizer__learning_rate": 0.1,
+        "distill__top_k": 4, "distill__user_weight": 0.5, "distill__term_weights": (5.0,),
+        "optimizer__learning_rate": 0.1,
         "optimizer__weight_decay": 0.3, "optimizer__table_learning_rate": 0.2,
         "optimizer__table_weight_decay": 0.4,
     }  # fmt: skip
@@ -84,7 +85,37 @@ def test_members_that_differ_in_traced_numbers_are_one_group():
     assert names_of_groups(first={}, **members) == [("first", *changes)]
     (group,) = recipes.student_groups({"": config_of(distill__mode="aux", **changes)}, SPEC)
     numbers = [float(leaf[0]) for leaf in jax.tree.leaves(group.numbers)]
-    assert sorted(numbers) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 2, 3, 4, 7])
+    assert sorted(numbers) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 2, 3, 4, 5, 7])
+
+
+def test_terms_take_the_signal_that_they_name_or_else_the_configs():
+    terms = {
+        (): [("bce", "logged")],
+        ("softmax",): [("softmax", "logged")],
+        ("softmax", "topk:stage", "bce:logged"): [
+            ("softmax", "logged"), ("topk", "stage"), ("bce", "logged"),
+        ],
+    }  # fmt: skip
+    for named, expected in terms.items():
+        config = config_of(distill__mode="aux", distill__terms=named)
+        assert list(recipes.terms_of(config)) == expected
+        (group,) = recipes.student_groups({"": config}, SPEC)
+        assert group.recipe.terms == tuple(expected)
+        assert [float(weight[0]) for weight in group.numbers.term_weights] == [1.0] * len(expected)
+    config.teacher.signal = "stage"
+    assert [term.signal for term in recipes.terms_of(config)] == ["stage", "stage", "logged"]
+    config.distill.mode = "none"
+    assert recipes.terms_of(config) == ()
+
+
+def test_weights_of_terms_are_traced_and_terms_are_not():
+    terms = {"distill__mode": "aux", "distill__terms": ("softmax", "topk:stage")}
+    weighed = terms | {"distill__term_weights": (1.0, 0.3)}
+    other = terms | {"distill__terms": ("softmax", "topk")}
+    assert names_of_groups(a=terms, b=weighed, c=other) == [("a", "b"), ("c",)]
+    members = {"a": config_of(**terms), "b": config_of(**weighed)}
+    (group,) = recipes.student_groups(members, SPEC)
+    np.testing.assert_allclose(group.numbers.term_weights, [[1.0, 1.0], [1.0, 0.3]])
 
 
 def test_a_student_without_a_teacher_learns_from_users_whatever_the_weight_of_their_loss():
@@ -102,6 +133,7 @@ def test_a_student_without_a_teacher_learns_from_users_whatever_the_weight_of_th
         {"distill__loss": "softmax"},
         {"distill__affine": False},
         {"teacher__signal": "stage"},
+        {"distill__terms": ("bce", "softmax")},
         {"student__name": "two_tower"},
         {"student__width": 4},
         {"student__hidden": (8, 8)},

@@ -98,6 +98,7 @@ def hyperparameters(**changes):
     numbers = {
         "user_weight": 1.0,
         "distill_weight": 0.7,
+        "term_weights": (1.0,),
         "temperature": 1.0,
         "top_k": 2.0,
         "learning_rate": 0.01,
@@ -106,7 +107,7 @@ def hyperparameters(**changes):
         "table_weight_decay": 0.1,
         "steps": 1000,
     }
-    numbers = {name: jnp.float32(number) for name, number in (numbers | changes).items()}
+    numbers = jax.tree.map(jnp.float32, numbers | changes)
     return Hyperparameters(
         loss=LossNumbers(*(numbers.pop(name) for name in LossNumbers._fields)),
         optimizer=OptimizerNumbers(*(numbers.pop(name) for name in OptimizerNumbers._fields)),
@@ -371,6 +372,30 @@ def test_stages_teach_what_a_teacher_that_says_them_does_and_need_none():
     stage, of_stage = run(recipes[1], state, [silent], live=False)
     assert losses["distill_loss"] > 0
     jax.tree.map(np.testing.assert_array_equal, (logged, losses), (stage, of_stage))
+
+
+def test_several_terms_add_up_by_their_weights():
+    recipe, state = make_recipe("shared", "sgd")
+    terms = (Term("bce", "logged"), Term("softmax", "stage"), Term("dftopk", "logged"))
+    batch = random_batch(3)
+
+    def distill_loss(terms, weights):
+        numbers = hyperparameters(term_weights=weights)
+        after, losses = run(recipe._replace(terms=terms), state, [batch], numbers, live=False)
+        expected = losses["user_loss"] + 0.7 * losses["distill_loss"]
+        np.testing.assert_allclose(losses["loss"], expected, rtol=1e-6)
+        return after, losses["distill_loss"]
+
+    each = [distill_loss((term,), (1.0,))[1] for term in terms]
+    assert len(set(map(float, each))) == 3
+    weights = (1.0, 0.3, 2.0)
+    _, together = distill_loss(terms, weights)
+    np.testing.assert_allclose(together, np.dot(weights, each), rtol=1e-5)
+    # A weight of 0 is as good as no term.
+    first, alone_loss = distill_loss(terms[:1], (1.0,))
+    beside, with_others = distill_loss(terms, (1.0, 0.0, 0.0))
+    np.testing.assert_allclose(with_others, alone_loss, rtol=1e-6)
+    assert_close(first.parameters, beside.parameters, 1e-7)
 
 
 def test_stages_are_heard_of_candidates_of_which_the_teacher_does_not_speak():
