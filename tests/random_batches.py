@@ -44,7 +44,7 @@ _TABLES = {
     "category_rows": 0,
     "compute_dtype": "float32",
 }
-STUDENT = ConfigDict({"width": 8, "interests": 3, "hidden": (16,), **_TABLES})
+STUDENT = ConfigDict({"width": 8, "interests": 3, "hidden": (16,), "history": "none", **_TABLES})
 TEACHER = ConfigDict(
     {
         "width": 8,

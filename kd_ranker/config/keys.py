@@ -25,7 +25,7 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.distillation.teacher_signal import SIGNALS
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.models.model import COMPUTE_DTYPES
-from kd_ranker.models.student import STUDENTS
+from kd_ranker.models.student import HISTORIES, STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.sources import kuairand
 from kd_ranker.sources.logs import layout
@@ -152,6 +152,8 @@ _ALL = (
         Key("name", "multi_interest", "the architecture", STUDENTS, label="student"),
         Key("interests", 4, "user embeddings a request", POSITIVE),
         Key("hidden", (64,), "units of each hidden layer", POSITIVE),
+        Key("history", "none", "of the user's history: nothing, or the mean of its events",
+            HISTORIES),
     ),
     section(
         "distill",

@@ -194,6 +194,38 @@ def user_inputs(
     return jnp.concatenate(inputs, axis=-1)
 
 
+class HistoryMean(nnx.Module):
+    """The mean of the events of the user's history, once a request.
+
+        h = Σ_e mask_e (row_e + W x_e) / Σ_e mask_e         [R, D]
+
+    row_e is that of `event_rows`; x_e holds the cheap features of the event's item and the features
+    of the event. 0 for an empty history. All events count alike, whatever the candidate, as in
+    Covington, Adams and Sargin (RecSys 2016, section 3.2).
+    """
+
+    def __init__(self, spec: FeatureSpec, width: int, *, rngs: nnx.Rngs):
+        """Builds W for rows of `width` = D."""
+        self.spec = spec
+        features = spec.cheap_item_features + spec.history_features
+        self.features = nnx.Linear(features, width, use_bias=False, rngs=rngs)
+
+    def __call__(self, batch: CandidateBatch, rows: Rows, items: Items) -> Float[Array, "R D"]:
+        """The mean of each request's history."""
+        of_event = batch.history_features
+        cheap = items.features[:, : self.spec.cheap_item_features]
+        own = features_of_items(cheap, batch.history_id, of_event.dtype)
+        mask = batch.history_mask[..., None]
+        number = jnp.maximum(jnp.sum(mask, axis=1), 1)
+
+        def mean(values: Float[Array, "R H W"]) -> Float[Array, "R W"]:
+            return jnp.sum(values * mask, axis=1) / number
+
+        # W is linear, so it meets the mean of the events and not each of them.
+        features = mean(jnp.concatenate([own, of_event], axis=-1))
+        return mean(event_rows(batch, rows, items, self.spec)) + self.features(features)
+
+
 def user_width(spec: FeatureSpec, width: int) -> int:
     """The width of `user_inputs` with rows of `width` = D."""
     rows = 1 + len(spec.category_lengths("request"))

@@ -30,8 +30,11 @@ class ModuleClass(Protocol):
 
     Its modules are called with a batch, the embeddings that the class's `lookups` name, and the
     items, and return logits [R, N, heads]. A lookup that finds no ids in a dataset, because it has
-    no such feature, is left out. A class that says `reads_history = False` is trained on batches
-    without histories, H = 0.
+    no such feature, is left out.
+
+    A class may have an attribute `reads_history`: a truth value, or a static method from the config
+    that it is built with to one. Without it, it reads histories. A model that reads none is trained
+    on batches without them, H = 0, and its lookups of them are left out.
     """
 
     lookups: dict[str, Lookup]
@@ -85,7 +88,9 @@ def build_model(
       The model, and a pure function from a key, from which all randomness comes, and the number of
       slots that the tables' optimiser keeps a row, to initial parameters.
     """
-    lookups = {name: lookup for name, lookup in module.lookups.items() if _finds_ids(lookup, spec)}
+    reads_history = _reads_history(module, config)
+    seen = spec if reads_history else dataclasses.replace(spec, history_length=0)
+    lookups = {name: lookup for name, lookup in module.lookups.items() if _finds_ids(lookup, seen)}
     tables = {
         name: TableSpec(rows or ids, hashed=bool(rows))
         for name, rows, ids in (
@@ -115,11 +120,12 @@ def build_model(
     graph, _ = nnx.split(
         nnx.eval_shape(lambda: module(spec, heads, config, rngs=nnx.Rngs(params=0))), nnx.Param
     )
-    reads_history = getattr(module, "reads_history", True)
-    without = dataclasses.replace(spec, history_length=0)
-    if not reads_history and any(not _finds_ids(lookup, without) for lookup in lookups.values()):
-        raise ValueError("a model that looks up the history can't say reads_history = False")
     return Model(graph, embedding, COMPUTE_DTYPES[config.compute_dtype], reads_history), init
+
+
+def _reads_history(module: ModuleClass, config: ConfigDict) -> bool:
+    reads: bool | Callable[[ConfigDict], bool] = getattr(module, "reads_history", True)
+    return reads(config) if callable(reads) else reads
 
 
 def _finds_ids(lookup: Lookup, spec: FeatureSpec) -> bool:

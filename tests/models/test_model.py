@@ -27,11 +27,19 @@ def test_only_lookups_that_find_something_are_there_and_their_tables(owners, exp
     assert sizes == own | ({"category": spec.num_categories} if owners else {})
 
 
-def test_a_model_that_looks_up_the_history_must_be_trained_with_it():
+def test_a_model_that_reads_no_history_does_not_look_it_up():
     class Forgetful(FinalRanker):
         reads_history = False
 
-    with pytest.raises(ValueError, match="looks up the history"):
-        build_model(Forgetful, SPEC, 3, TEACHER)
-    assert build_model(FinalRanker, SPEC, 3, TEACHER)[0].reads_history
-    assert not build_model(MultiInterest, SPEC, 3, STUDENT)[0].reads_history
+    pooling = STUDENT.copy_and_resolve_references()
+    pooling.history = "mean"
+    for module, config, reads in (
+        (FinalRanker, TEACHER, True),
+        (Forgetful, TEACHER, False),
+        (MultiInterest, STUDENT, False),
+        (MultiInterest, pooling, True),
+    ):
+        model, _ = build_model(module, CATEGORY_SPEC, 3, config)
+        assert model.reads_history == reads
+        assert ("history" in model.embedding.lookups) == reads
+        assert ("history_category" in model.embedding.lookups) == reads

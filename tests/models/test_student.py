@@ -3,11 +3,18 @@ import pytest
 from scipy.special import softmax
 
 from kd_ranker.distillation.modes import MODES
+from kd_ranker.evaluation import cost
 from kd_ranker.models.model import score
-from kd_ranker.models.student import STUDENTS, MultiInterest, TwoTower
+from kd_ranker.models.student import HISTORIES, STUDENTS, MultiInterest, TwoTower
 from tests.random_batches import SPEC, SPECS, STUDENT, make_model, random_batch, random_items
 
 over_specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+
+
+def student(history):
+    config = STUDENT.copy_and_resolve_references()
+    config.history = history
+    return config
 
 
 def dense(layer):
@@ -40,6 +47,25 @@ def embedding_tables(parameters, width):
     return {name: np.asarray(table)[:, :width] for name, table in parameters.tables.items()}
 
 
+def history_means(parameters, batch, items, spec):
+    """The mean of each request's events, one event at a time."""
+    tables = embedding_tables(parameters, STUDENT.width)
+    kernel = np.asarray(parameters.dense["history"]["features"]["kernel"][...])
+    means = np.zeros((len(batch.user_id), STUDENT.width))
+    for request, mask in enumerate(batch.history_mask):
+        events = []
+        for event in np.flatnonzero(mask):
+            item_id = batch.history_id[request, event]
+            cheap = items.features[item_id, : spec.cheap_item_features]
+            known = np.concatenate([cheap, batch.history_features[request, event]])
+            of_item = items.category[item_id]
+            means_of_item = category_means(tables.get("category"), spec, "item", of_item)
+            events.append(tables["item"][item_id] + known @ kernel + sum(means_of_item))
+        if events:
+            means[request] = np.mean(events, axis=0)
+    return means
+
+
 def users_and_items(parameters, batch, items, spec):
     """The inputs of both towers, one request and one candidate at a time."""
     tables = embedding_tables(parameters, STUDENT.width)
@@ -63,6 +89,9 @@ def users_and_items(parameters, batch, items, spec):
             )
         ]
     )
+    if "history" in parameters.dense:
+        pooled = history_means(parameters, batch, items, spec)
+        users = np.concatenate([users, pooled], axis=1)
     kernel, bias = dense(parameters.dense["item"]["features"])
     item = np.zeros((*batch.item_id.shape, STUDENT.width))
     for request in range(batch.item_id.shape[0]):
@@ -82,11 +111,14 @@ def users_and_items(parameters, batch, items, spec):
 
 @over_specs
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize(("requests", "candidates"), [(4, 5), (1, 1)])
-def test_multi_interest_is_the_formula(mode, requests, candidates, spec):
+@pytest.mark.parametrize(
+    ("requests", "candidates", "history"), [(4, 5, "none"), (4, 5, "mean"), (1, 1, "none")]
+)
+def test_multi_interest_is_the_formula(mode, requests, candidates, history, spec):
     heads = MODES[mode].heads_per_task * len(SPEC.tasks)
-    model, parameters = make_model(MultiInterest, heads, STUDENT, spec=spec)
+    model, parameters = make_model(MultiInterest, heads, student(history), spec=spec)
     batch, items = random_batch(0, requests, candidates, spec), random_items(spec=spec)
+    batch.history_mask[0] = False
     users, item = users_and_items(parameters, batch, items, spec)
     users = mlp(parameters.dense["user"]["layers"], users).reshape(
         requests, STUDENT.interests, STUDENT.width
@@ -105,10 +137,12 @@ def test_multi_interest_is_the_formula(mode, requests, candidates, spec):
 
 
 @over_specs
-def test_two_tower_is_the_formula(spec):
+@pytest.mark.parametrize("history", HISTORIES)
+def test_two_tower_is_the_formula(history, spec):
     heads = len(SPEC.tasks)
-    model, parameters = make_model(TwoTower, heads, STUDENT, spec=spec)
+    model, parameters = make_model(TwoTower, heads, student(history), spec=spec)
     batch, items = random_batch(0, spec=spec), random_items(spec=spec)
+    batch.history_mask[0] = False
     users, item = users_and_items(parameters, batch, items, spec)
     users = mlp(parameters.dense["user"]["layers"], users).reshape(-1, heads, STUDENT.width)
     offset = np.asarray(parameters.dense["offset"][...])
@@ -135,4 +169,30 @@ def test_a_candidate_is_scored_alike_in_any_company(name, spec):
         score(model, parameters, fewer, items),
         score(model, parameters, batch, items)[:, order],
         atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_the_mean_of_the_history_is_paid_for_once_a_request(name):
+    def flops(history, candidates):
+        model, parameters = make_model(STUDENTS[name], 3, student(history))
+        batch, items = random_batch(0, 2, candidates), random_items()
+        return cost.flops(lambda *of: score(model, *of), parameters, batch, items)
+
+    more = [flops("mean", candidates) - flops("none", candidates) for candidates in (5, 50)]
+    assert more[0] == pytest.approx(more[1], rel=0.02)
+    assert more[0] > 0
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_without_the_mean_nothing_of_the_history_is_read(name):
+    model, parameters = make_model(STUDENTS[name], 3, STUDENT)
+    batch, items = random_batch(0), random_items()
+    without = batch.replace(
+        history_id=batch.history_id[:, :0],
+        history_features=np.full_like(batch.history_features[:, :0], np.nan),
+        history_mask=batch.history_mask[:, :0],
+    )
+    np.testing.assert_array_equal(
+        score(model, parameters, batch, items), score(model, parameters, without, items)
     )

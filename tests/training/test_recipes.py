@@ -60,6 +60,13 @@ def test_stages_need_candidates_of_every_stage_and_no_teacher(live):
     assert recipes.needs(groups, teacher, Stage.PASSED) == expected
 
 
+def test_a_student_that_pools_the_history_needs_it():
+    members = {history: config_of(student__history=history) for history in ("none", "mean")}
+    assert recipes.needs(recipes.student_groups(members, SPEC), None).history
+    del members["mean"]
+    assert not recipes.needs(recipes.student_groups(members, SPEC), None).history
+
+
 def test_a_teacher_in_training_needs_labels_and_histories_alone():
     group = recipes.teacher_group(cascade.get_config("small"), SPEC)
     assert recipes.needs([group], None) == (Stage.SHOWN, None, True)
@@ -138,6 +145,7 @@ def test_a_student_without_a_teacher_learns_from_users_whatever_the_weight_of_th
         {"student__width": 4},
         {"student__hidden": (8, 8)},
         {"student__interests": 3},
+        {"student__history": "mean"},
         {"optimizer__name": "sgd"},
         {"optimizer__table_name": "adagrad"},
         {"optimizer__schedule": "constant"},
@@ -172,6 +180,7 @@ def test_members_of_any_shape_and_length_end_as_the_same_member_alone():
         "longer": config_of(train__steps=12, seed=1),
         "wider": config_of(student__width=12),
         "deeper": config_of(student__hidden=(8, 4), student__interests=3, train__steps=15),
+        "pooling": config_of(student__history="mean", train__steps=10),
         "another": config_of(student__name="two_tower", optimizer__name="adagrad",
                              optimizer__table_name="sgd", optimizer__schedule="constant",
                              distill__affine=False),
