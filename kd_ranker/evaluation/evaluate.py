@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,8 @@ class Served(NamedTuple):
     met: Met
 
 
-Serve = Callable[[Parameters, CandidateBatch, Items], Served]
+# Of parameters, a batch and the items; see `Ranker` for the types of the first two.
+Serve = Callable[[Any, Any, Items], Served]
 
 
 class Ranker(NamedTuple):
@@ -45,12 +46,15 @@ class Ranker(NamedTuple):
     Rankers that share one `serve` function share its compiled program.
 
     Attributes:
-      serve: what one model says of a batch.
-      parameters: of one model; for a group, stacked with a leading axis of members.
+      serve: what one model says of a `CandidateBatch`.
+      parameters: of one model, `Parameters`; for a group, stacked with a leading axis of members.
+        What a reference has in their place is its own, see `references`.
+      sees_truth: whether `serve` takes the whole `EvaluationBatch`, as only a reference may.
     """
 
     serve: Serve
-    parameters: Parameters
+    parameters: Any
+    sees_truth: bool = False
 
 
 def make_serve(model: Model, mode: Mode) -> Serve:
@@ -84,10 +88,11 @@ def _teacher_sums(
     return request_sums(batch, functions)
 
 
-@functools.partial(jax.jit, static_argnames=("serve", *_STATIC))
+@functools.partial(jax.jit, static_argnames=("serve", "sees_truth", *_STATIC))
 def _group_sums(
     serve: Serve,
-    parameters: Parameters,
+    parameters: Any,
+    sees_truth: bool,
     teacher_probability: Probability,
     teacher_weight: Probability,
     evaluation_batch: EvaluationBatch,
@@ -98,9 +103,10 @@ def _group_sums(
     functions: tuple[SumFunction, ...],
 ) -> dict[str, Sums]:
     """By serve name, the sums of one batch, each with a leading axis of members."""
+    seen = evaluation_batch if sees_truth else evaluation_batch.batch
 
-    def member_sums(parameters: Parameters) -> dict[str, Sums]:
-        served = serve(parameters, evaluation_batch.batch, items)
+    def member_sums(parameters: Any) -> dict[str, Sums]:
+        served = serve(parameters, seen, items)
         return {
             name: request_sums(
                 ranked(

@@ -1,0 +1,181 @@
+"""References: rankers without a model, against which a trained one has to earn its place.
+
+    oracle        sorts by the true value, where the dataset knows it
+    random        sorts at random
+    popularity    sorts by how often training has shown an item
+    static_list   sorts by the mean value of an item in training, whoever the user is
+
+All of them are one `Ranker`, measured by `evaluate.evaluate` like a group of students, with a serve
+name each:
+
+    statistics = train_statistics(dataset, config.value_weights, seed=0)
+    _, [*of_students, sums] = evaluate(teacher, [*students, reference_ranker([statistics])], ...)
+    row = only_order(totals.summarise(select_member(sums["popularity"], 0), ...))
+
+Of the numbers that `ORDER_ALONE` serve only the order means something; those of the oracle are
+probabilities.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kd_ranker.batch import EvaluationBatch, Items, Request
+from kd_ranker.batches.columns import proper_probability
+from kd_ranker.evaluation import metrics
+from kd_ranker.evaluation.evaluate import Ranker, Served
+from kd_ranker.models.layers import features_of_items
+from kd_ranker.requests.records import Dataset, read_split
+from kd_ranker.training.state import stack_members
+
+# Requests that are read at once, which the record files answer in parallel.
+_CHUNK = 512
+
+
+@flax.struct.dataclass
+class Statistics:
+    """What references know: of each item, numbers in [0, 1] from the training split, float32.
+
+    Attributes:
+      shown: how often it was shown, over the same of the item that was shown most. An impression
+        counts by its label weight, so a sampled negative stands for those that were left out.
+      value: the mean over the training requests that tell of it of Σ_t w_t y_t / Σ_t w_t, with the
+        value weights w, where y are the teacher's probabilities, over the candidates for which all
+        of them were logged properly. In a dataset without any of these, y are the user labels,
+        weighted by label weight. 0 for an item that training tells nothing of.
+      seed: of `random`.
+    """
+
+    shown: Float[Array, "items"]
+    value: Float[Array, "items"]
+    seed: Int[Array, ""]
+
+
+Reference = Callable[[Statistics, EvaluationBatch], Float[Array, "R N T"]]
+"""From the statistics and a batch to what a reference ranks by: in [0, 1], or NaN if unknown."""
+
+
+def train_statistics(dataset: Dataset, value_weights: Sequence[float], seed: int) -> Statistics:
+    """The statistics of a dataset, from one pass over its training requests.
+
+    Args:
+      dataset: the dataset; true probabilities are not read.
+      value_weights: a weight a task, not all 0.
+      seed: of the reference `random`.
+    """
+    weights = np.asarray(value_weights, np.float64) / np.sum(value_weights)
+    shown, of_labels, judged, of_teacher = np.zeros((4, dataset.spec.num_items))
+    for request in _train_requests(dataset):
+        item_id, weight = request.item_id[: len(request.user_label)], request.label_weight
+        np.add.at(shown, item_id, weight)
+        np.add.at(of_labels, item_id, weight * (request.user_label @ weights))
+        value = proper_probability(request, dataset.spec.teacher_version) @ weights
+        known = ~np.isnan(value)
+        item_id = request.item_id[: len(value)][known]
+        np.add.at(judged, item_id, 1)
+        np.add.at(of_teacher, item_id, value[known])
+    value = _share(of_teacher, judged) if judged.any() else _share(of_labels, shown)
+    return Statistics(
+        shown=jnp.asarray(_share(shown, shown.max()), jnp.float32),
+        value=jnp.asarray(value, jnp.float32),
+        seed=jnp.int32(seed),
+    )
+
+
+def _train_requests(dataset: Dataset) -> Iterator[Request]:
+    records, decode = read_split(dataset, "train", with_true_probability=False)
+    for start in range(0, len(records), _CHUNK):
+        numbers = range(start, min(start + _CHUNK, len(records)))
+        yield from map(decode, records.__getitems__(numbers))  # type: ignore[attr-defined]
+
+
+def _share(numerator: np.ndarray, denominator: np.ndarray) -> Float[np.ndarray, "items"]:
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
+
+
+def oracle(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R N T"]:
+    """The true probabilities; NaN where the dataset does not know them."""
+    del statistics
+    return batch.true_probability
+
+
+def random(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R N T"]:
+    """Uniform numbers, which follow from the seed, the user and the candidates alone."""
+    key = jax.random.key(statistics.seed)
+
+    def of_request(user_id: Int[Array, ""], item_id: Int[Array, "N"]) -> Float[Array, "N"]:
+        of_user = jax.random.fold_in(key, user_id)
+        return jax.random.uniform(jax.random.fold_in(of_user, jnp.sum(item_id)), item_id.shape)
+
+    return _for_all_tasks(jax.vmap(of_request)(batch.batch.user_id, batch.batch.item_id), batch)
+
+
+def popularity(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R N T"]:
+    """`Statistics.shown` of each candidate."""
+    return _of_items(statistics.shown, batch)
+
+
+def static_list(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R N T"]:
+    """`Statistics.value` of each candidate."""
+    return _of_items(statistics.value, batch)
+
+
+def _of_items(numbers: Float[Array, "items"], batch: EvaluationBatch) -> Float[Array, "R N T"]:
+    of_candidates = features_of_items(numbers[:, None], batch.batch.item_id, numbers.dtype)
+    return _for_all_tasks(of_candidates[..., 0], batch)
+
+
+def _for_all_tasks(value: Float[Array, "R N"], batch: EvaluationBatch) -> Float[Array, "R N T"]:
+    """The same number for every task: any value weights order the candidates by it."""
+    return jnp.broadcast_to(value[..., None], batch.true_probability.shape)
+
+
+REFERENCES: dict[str, Reference] = {
+    "oracle": oracle,
+    "random": random,
+    "popularity": popularity,
+    "static_list": static_list,
+}
+"""By name."""
+
+ORDER_ALONE = ("random", "popularity", "static_list")
+"""The references whose numbers are no probabilities."""
+
+
+def _serve(statistics: Statistics, batch: EvaluationBatch, items: Items) -> Served:
+    del items
+    served = {name: reference(statistics, batch) for name, reference in REFERENCES.items()}
+    return Served(served, met={})
+
+
+def reference_ranker(members: Sequence[Statistics]) -> Ranker:
+    """All references as one ranker, with a serve name each.
+
+    Args:
+      members: statistics, of several seeds for instance, which are measured side by side.
+    """
+    return Ranker(_serve, stack_members(members), sees_truth=True)
+
+
+def only_order(row: Mapping[str, float]) -> dict[str, float]:
+    """The measured columns of a reference of `ORDER_ALONE`.
+
+    Args:
+      row: the columns of `totals.summarise`.
+
+    Returns:
+      The same, NaN in each column that takes the ranker's numbers for probabilities.
+    """
+
+    def takes_probabilities(column: str) -> bool:
+        metric = metrics.metric_of(column)
+        return metric is not None and "ranker" in metric.probabilities_of
+
+    return {
+        column: float("nan") if takes_probabilities(column) else number
+        for column, number in row.items()
+    }

@@ -1,0 +1,174 @@
+import dataclasses
+from collections import defaultdict
+
+import numpy as np
+import pytest
+
+from kd_ranker.batch import EvaluationBatch
+from kd_ranker.evaluation import totals
+from kd_ranker.evaluation.evaluate import evaluate
+from kd_ranker.evaluation.references import (
+    ORDER_ALONE,
+    REFERENCES,
+    Statistics,
+    only_order,
+    reference_ranker,
+    train_statistics,
+)
+from kd_ranker.requests import storage
+from kd_ranker.requests.records import read_requests
+from kd_ranker.training.state import select_member
+from tests.random_batches import SPEC, random_batch, random_items
+from tests.requests.random_requests import random_source
+
+WEIGHTS, SHOWN, REPORT_AT = (1.0, 2.0, 4.0), 3, (2, 5)
+
+
+def faulty_source(version):
+    """Requests of several versions, with holes in the teacher's log and weights of their own."""
+    source = random_source(train=30)
+
+    def requests(split):
+        for index, request in enumerate(source.requests(split)):
+            generator = np.random.default_rng(index)
+            probability = request.teacher_probability.copy()
+            probability[generator.random(probability.shape) < 0.1] = np.nan
+            probability[generator.random(probability.shape) < 0.1] = 1.5
+            yield dataclasses.replace(
+                request,
+                teacher_probability=probability,
+                teacher_weight=(generator.random(len(probability)) < 0.8).astype(np.float32),
+                teacher_version="v0" if index % 4 == 0 else "v1",
+                label_weight=generator.uniform(0, 3, len(request.label_weight)).astype(np.float32),
+            )
+
+    spec = dataclasses.replace(source.spec, teacher_version=version)
+    return dataclasses.replace(source, spec=spec, requests=requests)
+
+
+@pytest.mark.parametrize("version", ["v1", ""], ids=["logged", "labels-alone"])
+def test_the_statistics_are_those_of_one_candidate_after_the_other(version, tmp_path):
+    storage.build(faulty_source(version), "faulty", str(tmp_path))
+    dataset = storage.open_dataset("faulty", str(tmp_path), made_by="")
+    shown, weighted, said = defaultdict(float), defaultdict(float), defaultdict(list)
+    for request in read_requests(dataset, "train"):
+        for place, item in enumerate(request.item_id.tolist()):
+            if place < len(request.label_weight):
+                shown[item] += request.label_weight[place]
+                liked = sum(w * y for w, y in zip(WEIGHTS, request.user_label[place], strict=True))
+                weighted[item] += request.label_weight[place] * liked / 7
+            if place < len(request.teacher_weight):
+                p = request.teacher_probability[place].tolist()
+                proper = request.teacher_weight[place] > 0 and all(0 <= q <= 1 for q in p)
+                if proper and request.teacher_version == "v1":
+                    said[item].append(sum(w * q for w, q in zip(WEIGHTS, p, strict=True)) / 7)
+    items = range(SPEC.num_items)
+    most = max(shown.values())
+    if version:
+        value = [np.mean(said[item]) if said[item] else 0 for item in items]
+    else:
+        value = [weighted[item] / shown[item] if shown[item] else 0 for item in items]
+
+    found = train_statistics(dataset, WEIGHTS, seed=5)
+    np.testing.assert_allclose(found.shown, [shown[item] / most for item in items], rtol=1e-5)
+    np.testing.assert_allclose(found.value, value, rtol=1e-5)
+    assert 0 in value
+    assert int(found.seed) == 5
+
+
+def statistics(seed=0):
+    generator = np.random.default_rng(0)
+    shown, value = generator.random((2, SPEC.num_items), dtype=np.float32)
+    return Statistics(shown=shown, value=value, seed=np.int32(seed))
+
+
+def evaluation_batch(seed, known=True):
+    batch = random_batch(seed, requests=4, candidates=12)
+    truth = np.random.default_rng(seed).random((4, 12, 3), dtype=np.float32)
+    truth = truth if known else np.full_like(truth, np.nan)
+    return EvaluationBatch(batch=batch, true_probability=truth, request_mask=np.arange(4) < 3)
+
+
+def measured(batches, seeds=(0,)):
+    """The teacher's sums, and those of the references by name, with an axis of seeds."""
+    ranker = reference_ranker([statistics(seed) for seed in seeds])
+    teacher, (sums,) = evaluate(None, [ranker], batches, random_items(), WEIGHTS, SHOWN)
+    return teacher, sums
+
+
+def survival(sums):
+    return sums["survival"][0] / sums["funnel_requests"][0]
+
+
+def test_references_are_measured_as_the_order_that_they_stand_for():
+    """The top k of each, request by request, against the logged teacher's top."""
+    batches = [evaluation_batch(seed) for seed in (1, 2)]
+    _, sums = measured(batches)
+    assert set(sums) == set(REFERENCES) == {"oracle", *ORDER_ALONE}
+    values = {
+        "oracle": lambda batch: batch.true_probability @ np.array(WEIGHTS),
+        "popularity": lambda batch: statistics().shown[batch.batch.item_id],
+        "static_list": lambda batch: statistics().value[batch.batch.item_id],
+    }
+    for name, value_of in values.items():
+        kept, counts = np.zeros(12), 0
+        for batch in batches:
+            value = value_of(batch)
+            teacher = batch.batch.teacher_probability @ np.array(WEIGHTS)
+            for request in range(3):
+                there = np.flatnonzero(batch.batch.stage[request] > 0)
+                known = (batch.batch.teacher_weight[request] > 0).all(axis=1)
+                judged = [i for i in there if known[i]]
+                top = sorted(judged, key=lambda i: -teacher[request, i])[:SHOWN]
+                order = sorted(there, key=lambda i: -value[request, i])
+                counts += bool(top)
+                for k in range(12):
+                    kept[k] += len(set(top) & set(order[: k + 1])) / max(len(top), 1)
+        np.testing.assert_allclose(survival(sums[name]), kept / counts, rtol=1e-5)
+
+
+def test_the_oracle_loses_no_true_value_and_knows_nothing_where_there_is_no_truth():
+    batch = evaluation_batch(1)
+    # The teacher is the truth, so the oracle's order is the teacher's own.
+    exact = batch.batch.replace(
+        teacher_probability=batch.true_probability,
+        teacher_weight=np.repeat((batch.batch.stage > 0)[..., None], 3, 2).astype(np.float32),
+    )
+    teacher, sums = measured([batch.replace(batch=exact)])
+    for name in ("survival", "value_captured", "true_value_captured", "user_bce"):
+        np.testing.assert_allclose(sums["oracle"][name][0], teacher[name], rtol=1e-5)
+    assert np.isnan(measured([evaluation_batch(1, known=False)])[1]["oracle"]["survival"]).all()
+
+
+def test_random_orders_follow_from_seed_and_request_and_not_from_the_batch():
+    one, other = evaluation_batch(1), evaluation_batch(1)
+    backwards = other.replace(
+        batch=other.batch.replace(
+            **{
+                field.name: getattr(other.batch, field.name)[::-1]
+                for field in dataclasses.fields(other.batch)
+            }
+        ),
+        true_probability=other.true_probability[::-1],
+        request_mask=other.request_mask[::-1],
+    )
+    _, sums = measured([one], seeds=(0, 1))
+    _, of_backwards = measured([backwards], seeds=(0, 1))
+    for name in REFERENCES:
+        found, same = sums[name]["survival"], of_backwards[name]["survival"]
+        np.testing.assert_allclose(found, same, rtol=1e-5)
+        assert np.array_equal(*found) == (name != "random")
+
+
+def test_an_order_alone_has_no_measures_of_probabilities():
+    teacher, sums = measured([evaluation_batch(1)])
+    row = totals.summarise(select_member(sums["popularity"], 0), teacher, SPEC.tasks, REPORT_AT)
+    kept = {column for column, number in only_order(row).items() if not np.isnan(number)}
+    assert kept < {column for column, number in row.items() if not np.isnan(number)}
+    names = {column.split("/")[0].split("@")[0] for column in kept}
+    assert {"user_auc", "survival", "value_captured", "true_value_captured"} <= names
+    assert names.isdisjoint({"user_bce", "user_calibration", "teacher_bce", "teacher_kl"})
+    assert only_order(row).keys() == row.keys()
+    assert {column: row[column] for column in kept} == {
+        column: only_order(row)[column] for column in kept
+    }
