@@ -10,6 +10,8 @@ def get_config(variant: str = "", source: str = "movielens_100k") -> ConfigDict:
     defaults.check_variant(variant)
     config = defaults.get_config(source)
     config.data.ratings_per_request = 8
+    config.data.validation_share = 0.1  # the share before it
+    config.data.validation_requests_per_user = 1  # 0 takes all
     config.data.test_share = 0.2  # the last share of each user's ratings
     config.data.test_requests_per_user = 1  # 0 takes all
     config.funnel.retrieved = 1682

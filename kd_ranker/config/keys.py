@@ -268,6 +268,11 @@ _CASCADE = _of_source(
 
 _RATINGS = _of_source(
     Key("ratings_per_request", 8, "the least ratings of a request", POSITIVE),
+    Key("validation_share", 0.1,
+        "share of each user's ratings, those before the test ones, for the validation",
+        INSIDE_ONE),
+    Key("validation_requests_per_user", 1,
+        "validation requests a user, the earliest ones; 0 takes all", NOT_NEGATIVE),
     Key("test_share", 0.2, "share of each user's ratings, the last ones, for the test", BELOW_ONE),
     Key("test_requests_per_user", 1, "test requests a user, the earliest ones; 0 takes all",
         NOT_NEGATIVE),

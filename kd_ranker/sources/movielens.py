@@ -60,13 +60,15 @@ class Timeline:
     """One user's ratings in the order of time, and the blocks that requests cover.
 
     Ratings given in the same second stand in a seeded random order. Block b holds the ratings from
-    `start[b]` until `start[b + 1]`, or until the end; `start[first_test:]` are the test blocks.
+    `start[b]` until `start[b + 1]`, or until the end; `start[first_test:]` are the test blocks, and
+    `start[first_validation:first_test]` those of the validation.
     """
 
     item: Int[np.ndarray, "n"]
     rating: Float32[np.ndarray, "n"]
     time: Int64[np.ndarray, "n"]
     start: Int64[np.ndarray, "blocks"]
+    first_validation: int
     first_test: int
 
     def end(self, block: int) -> int:
@@ -96,7 +98,7 @@ class RatingLog:
 
 
 class _Prepared(NamedTuple):
-    """All that the requests of both splits are made of.
+    """All that the requests of the splits are made of.
 
     Attributes:
       movielens: the set, with the users that are kept.
@@ -123,7 +125,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
 
     Returns:
       The source; each split comes in the order of time. A user's train requests precede the same
-      user's test requests, but not another user's.
+      user's validation requests, and these the user's test requests, but not another user's.
 
     Raises:
       UserError: for files that are missing or malformed, and tasks or numbers that make no sense.
@@ -150,15 +152,16 @@ def _prepare(data: ConfigDict, funnel: ConfigDict) -> _Prepared:
         )
     log = rating_log(movielens)
     movielens = with_fewer_users(movielens, int(data.get("max_users", 0)), int(data.seed))
-    timelines = _timelines(
-        movielens, data.seed, int(data.ratings_per_request), float(data.test_share)
-    )
+    timelines = _timelines(movielens, data)
     if negatives:
         _check_candidates(timelines, negatives, int(funnel.retrieved))
-    blocks = {
-        split: _ordered_blocks(timelines, split, int(data.test_requests_per_user))
-        for split in SPLITS
-    }
+    blocks = {split: _ordered_blocks(timelines, split, data) for split in SPLITS}
+    if data.validation_share and not len(blocks["validation"]):
+        raise UserError(
+            f"data.validation_share={data.validation_share} leaves no validation request: no user "
+            "has ratings for two requests before the test ones; lower data.ratings_per_request or "
+            "data.test_share"
+        )
     return _Prepared(movielens, log, timelines, blocks, _fixed_user_features(movielens))
 
 
@@ -291,15 +294,27 @@ def block_starts(
     return np.array(starts, np.int64)
 
 
-def first_test_block(starts: Int64[np.ndarray, "blocks"], total: int, test_share: float) -> int:
-    """The first of a user's blocks that is a test request.
+def first_held_out_blocks(
+    starts: Int64[np.ndarray, "blocks"], total: int, validation_share: float, test_share: float
+) -> tuple[int, int]:
+    """The first of a user's blocks that is a validation request, and the first that is a test one.
 
-    It starts nearest to (1 − `test_share`) · `total` ratings. The first block is never a test; the
-    last one always is if `test_share` is not 0 and there are two or more.
+    The first test block starts nearest to (1 − `test_share`) · `total` ratings; of those before it,
+    the first validation block nearest to (1 − `test_share` − `validation_share`) · `total`. The
+    first block is always for training. If its share is not 0, there is a test block where there are
+    two blocks or more, and a validation block where two or more come before the test.
     """
-    if test_share == 0 or len(starts) == 1:
+    first_test = _cut(starts, total, test_share)
+    if validation_share == 0:
+        return first_test, first_test
+    return _cut(starts[:first_test], total, test_share + validation_share), first_test
+
+
+def _cut(starts: Int64[np.ndarray, "blocks"], total: int, share: float) -> int:
+    """The block, not the first, that starts nearest to (1 − `share`) · `total` ratings."""
+    if share == 0 or len(starts) == 1:
         return len(starts)
-    distance = np.abs(starts[1:] - (1 - test_share) * total)
+    distance = np.abs(starts[1:] - (1 - share) * total)
     return 1 + int(distance.argmin())
 
 
@@ -452,9 +467,7 @@ def _fixed_user_features(movielens: MovieLens) -> Float32[np.ndarray, "users _"]
     )
 
 
-def _timelines(
-    movielens: MovieLens, seed: int, ratings_per_request: int, test_share: float
-) -> dict[int, Timeline]:
+def _timelines(movielens: MovieLens, data: ConfigDict) -> dict[int, Timeline]:
     """User id -> timeline, for the users who rated anything."""
     timelines = {}
     by_user = np.argsort(movielens.user, kind="stable")
@@ -467,15 +480,19 @@ def _timelines(
         if (time[1:] == time[:-1]).any():
             # Drawn for the whole catalogue, the order within a second depends neither on the order
             # of the lines in the file nor on other ratings, earlier or later.
-            luck = np.random.default_rng([seed, user]).permutation(len(movielens.genres))
+            luck = np.random.default_rng([data.seed, user]).permutation(len(movielens.genres))
             places = places[np.lexsort([luck[movielens.item[places]], time])]
-        start = block_starts(time, ratings_per_request)
+        start = block_starts(time, int(data.ratings_per_request))
+        first_validation, first_test = first_held_out_blocks(
+            start, len(places), float(data.validation_share), float(data.test_share)
+        )
         timelines[user] = Timeline(
             item=movielens.item[places],
             rating=movielens.rating[places],
             time=time,
             start=start,
-            first_test=first_test_block(start, len(places), test_share),
+            first_validation=first_validation,
+            first_test=first_test,
         )
     return timelines
 
@@ -493,17 +510,17 @@ def _check_candidates(timelines: dict[int, Timeline], negatives: int, retrieved:
         )
 
 
-def _ordered_blocks(
-    timelines: dict[int, Timeline], split: str, test_requests_per_user: int
-) -> RatingBlocks:
-    """The blocks of a split; of the test, as many as wanted of each user, or 0 for all."""
+def _ordered_blocks(timelines: dict[int, Timeline], split: str, data: ConfigDict) -> RatingBlocks:
+    """The blocks of a split; of those held out, as many of each user as the config keeps."""
+    most = 0 if split == "train" else int(data[f"{split}_requests_per_user"])
     users, blocks, times = [], [], []
     for user, timeline in timelines.items():
-        own = np.arange(len(timeline.start), dtype=np.int32)
-        if split == "test":
-            own = own[timeline.first_test :][: test_requests_per_user or None]
-        else:
-            own = own[: timeline.first_test]
+        first, end = {
+            "train": (0, timeline.first_validation),
+            "validation": (timeline.first_validation, timeline.first_test),
+            "test": (timeline.first_test, len(timeline.start)),
+        }[split]
+        own = np.arange(first, end, dtype=np.int32)[: most or None]
         users.append(np.full(len(own), user, np.int32))
         blocks.append(own)
         times.append(timeline.time[timeline.start[own]])
@@ -515,3 +532,8 @@ def _ordered_blocks(
 def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
     check_choice("data.name", data.name, PUBLISHED)
     check_tasks(tasks, TASKS)
+    if data.validation_share + data.test_share >= 1:
+        raise UserError(
+            f"data.validation_share={data.validation_share} and data.test_share={data.test_share} "
+            "leave no ratings for training; lower one of them"
+        )

@@ -16,7 +16,7 @@ from kd_ranker.batches.evaluation import evaluation_batches
 from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands, teachers
-from kd_ranker.requests.request import Request, Source
+from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources import movielens, movielens_files
 from kd_ranker.sources.movielens_files import HALF_STARS, WHOLE_STARS
 from tests.sources import movielens_layouts
@@ -67,6 +67,8 @@ def make_data(directory: Path, **changes: float | str) -> ConfigDict:
         "path": str(directory),
         "history_length": 2,
         "ratings_per_request": 2,
+        "validation_share": 0.0,
+        "validation_requests_per_user": 0,
         "test_share": 0.4,
         "test_requests_per_user": 0,
         "seed": 0,
@@ -90,7 +92,7 @@ def test_worked_example(tmp_path: Path) -> None:
     # User 1: ids 0, 1, 2 share second 100 and so one block; then 3, 4; then 5. 40 % of 6 ratings
     # are 2.4, and of the blocks' starts, 3 and 5, the first is nearer to 3.6.
     # User 2: one block, which is for training.
-    assert source.num_requests == {"train": 2, "test": 2}
+    assert source.num_requests == {"train": 2, "validation": 0, "test": 2}
     train, test = list(source.requests("train")), list(source.requests("test"))
     assert [(request.user_id, request.time) for request in train] == [(0, 100), (1, 150)]
     assert [(request.user_id, request.time) for request in test] == [(0, 200), (0, 400)]
@@ -167,7 +169,7 @@ def test_shapes_and_dtypes_follow_the_spec(tmp_path: Path) -> None:
     assert spec.dataset == "movielens_100k"
     assert source.item_features.shape == (NUM_ITEMS, spec.item_features)
     assert source.item_features.dtype == np.float32
-    for request in [*source.requests("train"), *source.requests("test")]:
+    for request in all_requests(source):
         events, candidates = len(request.history_id), len(request.item_id)
         assert events <= spec.history_length == 2
         expected = {
@@ -221,28 +223,74 @@ def test_blocks(times: list[int], size: int, expected: list[int]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("starts", "total", "share", "expected"),
+    ("starts", "total", "validation_share", "test_share", "expected"),
     [
-        ([0], 10, 0.5, 1),
-        ([0, 8], 16, 0.0, 2),
-        ([0, 8], 16, 0.01, 1),
-        ([0, 8], 16, 0.99, 1),
-        ([0, 2, 4, 6, 8], 10, 0.2, 4),
-        ([0, 2, 4, 6, 8], 10, 0.4, 3),
-        ([0, 5, 9], 10, 0.2, 2),
+        ([0], 10, 0.0, 0.5, (1, 1)),
+        ([0, 8], 16, 0.0, 0.0, (2, 2)),
+        ([0, 8], 16, 0.0, 0.01, (1, 1)),
+        ([0, 8], 16, 0.0, 0.99, (1, 1)),
+        ([0, 2, 4, 6, 8], 10, 0.0, 0.2, (4, 4)),
+        ([0, 2, 4, 6, 8], 10, 0.0, 0.4, (3, 3)),
+        ([0, 5, 9], 10, 0.0, 0.2, (2, 2)),
+        ([0], 10, 0.1, 0.5, (1, 1)),
+        ([0, 8], 16, 0.1, 0.2, (1, 1)),  # the first is for training, the last for the test
+        ([0, 8, 16], 24, 0.01, 0.01, (1, 2)),
+        ([0, 2, 4, 6, 8], 10, 0.2, 0.2, (3, 4)),
+        ([0, 2, 4, 6, 8], 10, 0.4, 0.2, (2, 4)),
+        ([0, 2, 4, 6, 8], 10, 0.01, 0.2, (3, 4)),
+        ([0, 2, 4, 6, 8], 10, 0.2, 0.0, (4, 5)),
+        ([0, 1, 2], 10, 0.1, 0.85, (1, 1)),  # none is left between
     ],
 )
-def test_the_cut_between_train_and_test(
-    starts: list[int], total: int, share: float, expected: int
+def test_the_cuts_between_train_validation_and_test(
+    starts: list[int],
+    total: int,
+    validation_share: float,
+    test_share: float,
+    expected: tuple[int, int],
 ) -> None:
-    assert movielens.first_test_block(np.array(starts), total, share) == expected
+    cuts = movielens.first_held_out_blocks(np.array(starts), total, validation_share, test_share)
+    assert cuts == expected
 
 
-def test_only_the_first_test_requests_are_kept(tmp_path: Path) -> None:
+def test_only_the_first_requests_that_are_held_out_are_kept(tmp_path: Path) -> None:
     write_files(tmp_path)
     kept = list(open_small(tmp_path, test_requests_per_user=1).requests("test"))
     assert [request.time for request in kept] == [200]
-    assert open_small(tmp_path, test_share=0.0).num_requests == {"train": 4, "test": 0}
+    none = {"train": 4, "validation": 0, "test": 0}
+    assert open_small(tmp_path, test_share=0.0).num_requests == none
+    # Of user 1's requests, those at 200 and 400 are for the validation now.
+    held_out = {"test_share": 0.0, "validation_share": 0.4}
+    assert moments(open_small(tmp_path, **held_out)) == {
+        "train": [(0, 100), (1, 150)],
+        "validation": [(0, 200), (0, 400)],
+        "test": [],
+    }
+    source = open_small(tmp_path, validation_requests_per_user=1, **held_out)
+    assert moments(source)["validation"] == [(0, 200)]
+    assert moments(open_small(tmp_path, validation_share=0.2, test_share=0.1)) == {
+        "train": [(0, 100), (1, 150)],
+        "validation": [(0, 200)],
+        "test": [(0, 400)],
+    }
+
+
+def moments(source: Source) -> dict[str, list[tuple[int, int]]]:
+    """Split -> user and time of each request."""
+    return {
+        split: [(request.user_id, request.time) for request in source.requests(split)]
+        for split in SPLITS
+    }
+
+
+def test_shares_that_leave_no_validation_or_no_training_are_one_line(tmp_path: Path) -> None:
+    write_files(tmp_path)
+    with pytest.raises(UserError, match=r"^data.validation_share=0.1 leaves no validation request"):
+        open_small(tmp_path, validation_share=0.1, ratings_per_request=4)
+    with pytest.raises(
+        UserError, match=r"^data.validation_share=0.6 and data.test_share=0.4 leave"
+    ):
+        open_small(tmp_path / "absent", validation_share=0.6)
 
 
 def test_the_order_within_a_second_is_random_but_repeatable(tmp_path: Path) -> None:
@@ -259,7 +307,7 @@ def test_the_order_within_a_second_is_random_but_repeatable(tmp_path: Path) -> N
 
 def test_the_same_requests_come_at_every_call(tmp_path: Path) -> None:
     source = open_small(write_files(tmp_path))
-    for split in ("train", "test"):
+    for split in SPLITS:
         for left, right in zip(source.requests(split), source.requests(split), strict=True):
             assert_same(left, right)
 
@@ -350,7 +398,9 @@ def test_an_unknown_split_is_refused(tmp_path: Path) -> None:
         list(open_small(write_files(tmp_path)).requests("valid"))
 
 
-REAL_SETTINGS = {"history_length": 20, "ratings_per_request": 8, "test_share": 0.2}
+REAL_SETTINGS = {
+    "history_length": 20, "ratings_per_request": 8, "validation_share": 0.1, "test_share": 0.2,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -366,7 +416,7 @@ def real_requests() -> dict[str, list[Request]]:
         make_data(REAL_FILES, **REAL_SETTINGS), TASKS, ConfigDict({"retrieved": 1682})
     )
     requests: dict[str, list[Request]] = {}
-    for split in ("train", "test"):
+    for split in SPLITS:
         requests[split] = [
             request
             if number % 50 == 0
@@ -385,7 +435,7 @@ def test_real_files_hold_what_is_published(real_requests: dict[str, list[Request
     assert files.num_occupations == 21
     assert files.release_year[0] == 1995
     assert files.release_year[266] == 0
-    everything = real_requests["train"] + real_requests["test"]
+    everything = [request for split in SPLITS for request in real_requests[split]]
     assert sum(int(request.user_label[:, 0].sum()) for request in everything) == 100_000
     for task, lowest in enumerate((1, 4, 5)):
         labels = sum(int(request.user_label[:, task].sum()) for request in everything)
@@ -394,14 +444,112 @@ def test_real_files_hold_what_is_published(real_requests: dict[str, list[Request
 
 
 @needs_real_files
-def test_real_train_requests_come_first(real_requests: dict[str, list[Request]]) -> None:
-    last_train: dict[int, int] = {}
-    for request in real_requests["train"]:
-        last_train[request.user_id] = max(last_train.get(request.user_id, 0), request.time)
-    for request in real_requests["test"]:
-        assert last_train[request.user_id] < request.time
-    tested = sum(int(request.user_label[:, 0].sum()) for request in real_requests["test"])
-    assert 0.15 < tested / 100_000 < 0.25
+def test_each_users_real_train_requests_come_first_and_the_test_ones_last(
+    real_requests: dict[str, list[Request]],
+) -> None:
+    latest: dict[int, int] = {}
+    shares = {}
+    for split in SPLITS:
+        requests = real_requests[split]
+        for request in requests:
+            assert latest.get(request.user_id, -1) < request.time
+        for request in requests:
+            latest[request.user_id] = max(latest.get(request.user_id, -1), request.time)
+        shares[split] = sum(int(r.user_label[:, 0].sum()) for r in requests) / 100_000
+    assert 0.05 < shares["validation"] < 0.15 < shares["test"] < 0.25
+    assert len({request.user_id for request in real_requests["validation"]}) > 900
+
+
+def cut_by_hand(
+    times: list[int], size: int, validation_share: float, test_share: float
+) -> dict[str, tuple[int, int]]:
+    """The places of a user's ratings, in the order of time, from which to which a split goes."""
+    blocks, block = [], []
+    for place, time in enumerate(times):
+        if len(block) >= size and time != times[place - 1]:
+            blocks.append(block)
+            block = []
+        block.append(place)
+    if blocks and 2 * len(block) < size:
+        blocks[-1] = blocks[-1] + block
+    else:
+        blocks.append(block)
+
+    def nearest(before: int, share: float) -> int:
+        wanted = (1 - share) * len(times)
+        places = [of[0] for of in blocks[1:] if of[0] < before]
+        return min(places, key=lambda start: (abs(start - wanted), start), default=before)
+
+    test = nearest(len(times), test_share)
+    validation = nearest(test, validation_share + test_share)
+    return {"train": (0, validation), "validation": (validation, test), "test": (test, len(times))}
+
+
+def assert_cut_by_hand(
+    requests: dict[str, list[Request]], ratings: np.ndarray, settings: dict[str, float]
+) -> None:
+    """Checks what is labelled in which split against [user, item, rating, time] of the files."""
+    labelled: dict[tuple[int, str], list[int]] = {}
+    for split in SPLITS:
+        for request in requests[split]:
+            items = request.item_id[request.user_label[:, 0] == 1].tolist()
+            labelled.setdefault((request.user_id, split), []).extend(items)
+    for user in np.unique(ratings[:, 0]).tolist():
+        own = ratings[ratings[:, 0] == user]
+        own = own[own[:, 3].argsort(kind="stable")]
+        places = cut_by_hand(
+            own[:, 3].tolist(),
+            int(settings["ratings_per_request"]),
+            settings["validation_share"],
+            settings["test_share"],
+        )
+        for split, (first, end) in places.items():
+            found = labelled.pop((user, split), [])
+            assert sorted(found) == sorted(own[first:end, 1].tolist()), (user, split)
+    assert not labelled
+
+
+@needs_real_files
+def test_the_splits_of_the_real_ratings_are_those_cut_by_hand(
+    real_requests: dict[str, list[Request]], raw_ratings: np.ndarray
+) -> None:
+    assert_cut_by_hand(real_requests, raw_ratings, REAL_SETTINGS)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"ratings_per_request": 1},
+        {"validation_share": 0.4, "test_share": 0.4},
+        {"validation_share": 0.01, "test_share": 0.01},
+    ],
+)
+def test_the_splits_of_random_ratings_are_those_cut_by_hand(
+    tmp_path: Path, changes: dict[str, float]
+) -> None:
+    settings = LARGER_SETTINGS | changes
+    source = open_larger("movielens_32m", write_random_32m(tmp_path), **settings)
+    ratings = np.array(movielens_layouts.random_ratings(0, 40, 300, 1500, HALF_STARS))
+    # Ids count up in threes, from 1.
+    ratings[:, :2] = (ratings[:, :2] - 1) / 3
+    requests = {split: list(source.requests(split)) for split in SPLITS}
+    assert_cut_by_hand(requests, ratings.astype(np.int64), settings)
+
+
+def test_training_sees_no_label_that_is_held_out(tmp_path: Path) -> None:
+    source = open_larger("movielens_32m", write_random_32m(tmp_path))
+    held_out: dict[int, set[int]] = {}
+    for split in ("test", "validation", "train"):
+        for request in source.requests(split):
+            later = held_out.get(request.user_id, set())
+            rated = set(request.item_id[request.user_label[:, 0] == 1].tolist())
+            # Not as a label, nor as an event of the history.
+            assert not later & (rated | set(request.history_id.tolist()))
+        for request in source.requests(split):
+            rated = set(request.item_id[request.user_label[:, 0] == 1].tolist())
+            held_out.setdefault(request.user_id, set()).update(rated)
+    assert sum(map(len, held_out.values())) == 1500
 
 
 def sample(requests: dict[str, list[Request]]) -> list[Request]:
@@ -494,7 +642,7 @@ def test_nothing_in_a_real_request_stems_from_after_its_time(
     )
     (seen,) = [
         request
-        for split in ("train", "test")
+        for split in SPLITS
         for request in source.requests(split)
         if (request.user_id, request.time) == (expected.user_id, expected.time)
     ]
@@ -514,7 +662,9 @@ def test_a_funnel_that_does_not_hold_the_catalogue_is_refused(tmp_path: Path) ->
         movielens.open_source(data, TASKS, ConfigDict({"retrieved": 1}))
 
 
-LARGER_SETTINGS = {"history_length": 4, "ratings_per_request": 4, "test_share": 0.3}
+LARGER_SETTINGS = {
+    "history_length": 4, "ratings_per_request": 4, "validation_share": 0.2, "test_share": 0.3,
+}  # fmt: skip
 
 
 def open_larger(name: str, directory: Path, **changes: float | str) -> Source:
@@ -528,7 +678,7 @@ def write_random_32m(directory: Path, seed: int = 0, users: int = 40, items: int
 
 
 def all_requests(source: Source) -> list[Request]:
-    return [*source.requests("train"), *source.requests("test")]
+    return [request for split in SPLITS for request in source.requests(split)]
 
 
 def by_moment(source: Source) -> dict[tuple[int, int], Request]:
@@ -540,7 +690,9 @@ def test_half_stars_in_the_worked_example(tmp_path: Path) -> None:
     movies = [Movie(number, f"Film {number} (2000)", ()) for number in (50, 4, 3, 2, 1, 6)]
     ratings = [(9, number, given, 100 + number) for number, given in stars.items()]
     movielens_layouts.write_32m(tmp_path, ratings, movies)
-    source = open_larger("movielens_32m", tmp_path, ratings_per_request=3, test_share=0.5)
+    source = open_larger(
+        "movielens_32m", tmp_path, ratings_per_request=3, test_share=0.5, validation_share=0.0
+    )
     train, test = all_requests(source)
     assert source.spec.dataset == "movielens_32m"
     assert (source.spec.num_users, source.spec.num_items) == (1, 6)
@@ -563,9 +715,8 @@ def test_1m_has_what_is_known_of_its_users(tmp_path: Path) -> None:
     users = [User(3, "F", 1, 20), User(1, "M", 56, 0)]
     ratings = [(3, 7, 5, 100), (1, 7, 2, 50)]
     movies = [Movie(7, "Heat (1990)", ("Action", "War")), Movie(70, "Émile (1995)", ("War",))]
-    source = open_larger(
-        "movielens_1m", movielens_layouts.write_1m(tmp_path, ratings, users, movies)
-    )
+    movielens_layouts.write_1m(tmp_path, ratings, users, movies)
+    source = open_larger("movielens_1m", tmp_path, validation_share=0.0)
     first, second = source.requests("train")
     assert [first.user_id, second.user_id] == [0, 1]
     occupation = np.eye(21)
