@@ -15,8 +15,11 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.impressions_per_request = 10
     config.data.negatives = 90  # candidates that were not shown
     config.data.test = "random"  # or standard: videos that the app's policies chose
-    config.data.test_from = "2022-04-22"  # the first day of the test, in Beijing
+    # The first days of the validation and of the test, in Beijing: a week, and the ten days after.
+    config.data.validation_from = "2022-04-22"
+    config.data.test_from = "2022-04-29"
     config.data.train_requests = 200_000  # 0 takes all
+    config.data.validation_requests = 5_000
     config.data.test_requests = 10_000
     config.data.max_users = 0  # how many users to keep of the logs; 0 keeps all
     config.data.author_rows = 8192  # authors are hashed into so many category ids

@@ -15,10 +15,11 @@ earlier impressions of the standard log, of any user, each drawn with a probabil
 how often it was shown (`draw_negatives`), by id. A video shown more than once in a request is one
 candidate, on which everything counts that the user did.
 
-Train requests are made of the standard log before `data.test_from`, test requests of the random or
-the standard log from then on. So every train impression precedes every test request, and both
-splits share none. Before 22 April there is no random log: with the default `test_from`, no train
-request knows of a random impression.
+Train requests are made of the standard log before `data.validation_from`, validation requests of
+the random or the standard log from then until `data.test_from`, test requests of the same log from
+then on. So every impression of a split precedes every request of the next, and no two splits share
+one. Before 22 April there is no random log: with the default `validation_from`, no train request
+knows of a random impression.
 
 Widths and order of the features:
   user: `kuairand_files.Users`' 7, log(1 + n) / 5 of n impressions so far, `lift` of all tasks.
@@ -68,13 +69,17 @@ PRIOR_COUNT = 20
 # A candidate carries the rates of these; each one more is four bytes a candidate.
 CANDIDATE_TASKS = ("watch", "like", "share")
 NUM_TABS = 15
-LOGS_END = 1_652_025_600  # 2022-05-09 00:00 in Beijing
+LOGS_START = 1_649_347_200  # 2022-04-08 00:00 in Beijing
+RANDOM_START = 1_650_556_800  # 2022-04-22, the first day of the random log
+LOGS_END = 1_652_025_600  # 2022-05-09, behind the last day
 
 CONTEXT_FEATURES = 11
 HISTORY_FEATURES = len(TASKS) + 1
 CANDIDATE_FEATURES = 1 + len(CANDIDATE_TASKS) + 2
 ITEM_FEATURES = 6
 
+# What a split adds to the seed of the draw of its requests.
+_SEED_OF_SPLIT = {"train": 0, "test": 1, "validation": 2}
 _ROUNDS = 8
 _CHUNK = 1 << 22
 
@@ -96,7 +101,7 @@ class ImpressionBlocks:
 
 
 class _Prepared(NamedTuple):
-    """All that the requests of both splits are made of.
+    """All that the requests of the splits are made of.
 
     Attributes:
       log: all impressions.
@@ -135,7 +140,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     Raises:
       UserError: for files that are missing or malformed, and tasks or settings that make no sense.
     """
-    split_time = _check(data, tasks, funnel)
+    starts = _check(data, tasks, funnel)
     files = kuairand_files.read_kuairand(
         data.path,
         VARIANT_OF_NAME[data.name],
@@ -161,7 +166,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         teacher_version="",
         categories=categories,
     )
-    blocks = _blocks(files.log, data, split_time)
+    blocks = _blocks(files.log, data, starts)
     prepared = _prepare(files, blocks, user_category, tab_category)
     return Source(
         spec,
@@ -481,33 +486,37 @@ def _count(
         np.add.at(tally[row], ids[signals >> TASKS.index(task) & 1 == 1], one)
 
 
-def _blocks(log: Impressions, data: ConfigDict, split_time: int) -> dict[str, ImpressionBlocks]:
-    """The blocks of each split, as many as the config keeps."""
-    is_test = log.is_random if data.test == "random" else ~log.is_random
-    chosen = {
-        "train": ~log.is_random & (log.time < split_time),
-        "test": is_test & (log.time >= split_time),
+def _blocks(
+    log: Impressions, data: ConfigDict, starts: dict[str, int]
+) -> dict[str, ImpressionBlocks]:
+    """The blocks of each split, as many as the config keeps; `starts` is that of `_check`."""
+    spans = {
+        "train": (0, starts["validation"]),
+        "validation": (starts["validation"], starts["test"]),
+        "test": (starts["test"], np.iinfo(np.int32).max),
     }
-    pause = {
-        "train": data.session_minutes,
-        "test": data.random_session_minutes if data.test == "random" else data.session_minutes,
+    when = {
+        "train": f"before data.validation_from={data.validation_from}",
+        "validation": f"from data.validation_from={data.validation_from} until "
+        f"data.test_from={data.test_from}",
+        "test": f"at or after data.test_from={data.test_from}",
     }
     blocks = {}
-    for number, split in enumerate(SPLITS):
-        places = np.flatnonzero(chosen[split]).astype(_place_type(log))
+    for split in SPLITS:
+        at_random = split != "train" and data.test == "random"
+        begin, end = spans[split]
+        chosen = (log.is_random == at_random) & (log.time >= begin) & (log.time < end)
+        places = np.flatnonzero(chosen).astype(_place_type(log))
         if not len(places):
-            which = data.test if split == "test" else "standard"
-            when = "at or after" if split == "test" else "before"
             raise UserError(
-                f"{data.path} has no impression of the {which} log {when} "
-                f"data.test_from={data.test_from}, so the split {split!r} would be empty"
+                f"{data.path} has no impression of the {'random' if at_random else 'standard'} log "
+                f"{when[split]}, so the split {split!r} would be empty"
             )
-        rows, start = cut_blocks(
-            log, places, int(60 * pause[split]), int(data.impressions_per_request)
-        )
+        pause = data.random_session_minutes if at_random else data.session_minutes
+        rows, start = cut_blocks(log, places, int(60 * pause), int(data.impressions_per_request))
         first, length = start[:-1], np.diff(start)
         if 0 < data[f"{split}_requests"] < len(first):
-            generator = np.random.default_rng([int(data.seed), number])
+            generator = np.random.default_rng([int(data.seed), _SEED_OF_SPLIT[split]])
             drawn = generator.choice(len(first), int(data[f"{split}_requests"]), replace=False)
             first, length = first[drawn], length[drawn]
         order = np.lexsort([rows[first], log.time[rows[first]]])
@@ -552,8 +561,8 @@ def _category_ids(
     return item_category, user_category, tabs
 
 
-def _check(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> int:
-    """Raises UserError for settings that make no sense; returns when the test begins."""
+def _check(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> dict[str, int]:
+    """Raises UserError for settings that make no sense; returns when validation and test begin."""
     check_tasks(tasks, TASKS)
     check_choice("data.name", data.name, VARIANT_OF_NAME)
     candidates = data.impressions_per_request + data.negatives
@@ -567,10 +576,27 @@ def _check(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> int:
             f"data.path is empty; unpack the archive of {kuairand_files.ARCHIVE} and set data.path "
             "to its folder"
         )
-    try:
-        midnight = datetime.datetime.fromisoformat(f"{data.test_from}T00:00:00+00:00")
-    except ValueError as error:
+    starts = {split: _midnight(f"{split}_from", data) for split in ("validation", "test")}
+    days = f"data.validation_from={data.validation_from} until data.test_from={data.test_from}"
+    if starts["validation"] >= starts["test"]:
         raise UserError(
-            f"data.test_from={data.test_from!r} is not a date like 2022-04-22"
-        ) from error
+            f"validation requests are those from {days}, which leaves no day; let the first be the "
+            "earlier one"
+        )
+    log_start = RANDOM_START if data.test == "random" else LOGS_START
+    if starts["test"] <= log_start or starts["validation"] >= LOGS_END:
+        first = datetime.datetime.fromtimestamp(log_start + BEIJING, datetime.UTC)
+        raise UserError(
+            f"validation requests are those from {days}, and the {data.test} log runs from "
+            f"{first:%Y-%m-%d} to 2022-05-08"
+        )
+    return starts
+
+
+def _midnight(key: str, data: ConfigDict) -> int:
+    """When the day begins in Beijing that a key of `data` names."""
+    try:
+        midnight = datetime.datetime.fromisoformat(f"{data[key]}T00:00:00+00:00")
+    except ValueError as error:
+        raise UserError(f"data.{key}={data[key]!r} is not a date like 2022-04-22") from error
     return int(midnight.timestamp()) - BEIJING

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from configs import kuairand as config_of_kuairand
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands
-from kd_ranker.requests.request import Request, Source
+from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources import kuairand
 from kd_ranker.sources.kuairand_files import (
     COLUMN_OF_TASK,
@@ -31,6 +31,7 @@ from tests.sources.kuairand_files import impression as row_of
 
 TASKS = kuairand.TASKS
 DAY = 86400
+APRIL_29 = APRIL_22 + 7 * DAY
 FUNNEL = ConfigDict({"retrieved": 1000})
 
 
@@ -45,8 +46,10 @@ def make_data(path: Path, /, **changes: object) -> ConfigDict:
         "impressions_per_request": 3,
         "negatives": 10,
         "test": "random",
-        "test_from": "2022-04-22",
+        "validation_from": "2022-04-22",
+        "test_from": "2022-04-29",
         "train_requests": 0,
+        "validation_requests": 0,
         "test_requests": 0,
         "max_users": 0,
         "author_rows": 50,
@@ -68,13 +71,13 @@ def assert_same(left: Request, right: Request, but: tuple[str, ...] = ()) -> Non
 
 
 def everything(source: Source) -> list[Request]:
-    return [*source.requests("train"), *source.requests("test")]
+    return [request for split in SPLITS for request in source.requests(split)]
 
 
 def test_worked_example(tmp_path: Path) -> None:
-    """User 3 watches four videos on 20 April; on 22 April two are put into the feed at random."""
+    """User 3 watches four videos on 20 April; on 29 April two are put into the feed at random."""
     at = APRIL_8 + 12 * DAY + 10 * 3600  # ten in the morning, a Wednesday
-    later = APRIL_22 + 3600
+    later = APRIL_29 + 3600
     path = layout.write(
         tmp_path,
         {
@@ -87,14 +90,19 @@ def test_worked_example(tmp_path: Path) -> None:
                 row_of(4, 20, at - DAY, "cw"),
             ],
             STANDARD_2: [row_of(3, 50, later - 1, "w"), row_of(4, 50, later + 5, "")],
-            RANDOM: [row_of(3, 40, later, "wr"), row_of(3, 60, later + 7200, "lr")],
+            RANDOM: [
+                row_of(4, 30, later - DAY, "r"),
+                row_of(3, 40, later, "wr"),
+                row_of(3, 60, later + 7200, "lr"),
+            ],
             "user_features": [layout.user(3), layout.user(4)],
             "video_features_basic": [layout.video(number) for number in (10, 20, 30, 40, 50)],
         },
     )
     source = open_small(path, impressions_per_request=4, session_minutes=10)
-    assert source.num_requests == {"train": 3, "test": 1}
+    assert source.num_requests == {"train": 3, "validation": 1, "test": 1}
     other, first, in_tab_0 = source.requests("train")
+    (validation,) = source.requests("validation")
     (test,) = source.requests("test")
     assert [request.time for request in (other, first, in_tab_0)] == [at - DAY, at, at + 600]
     assert [request.user_id for request in (other, first, in_tab_0)] == [1, 0, 0]
@@ -124,6 +132,8 @@ def test_worked_example(tmp_path: Path) -> None:
         rtol=1e-6,
     )
 
+    assert (validation.user_id, validation.time) == (1, later - DAY)
+    assert validation.item_id.tolist() == [2, 0, 1, 3]
     assert (test.user_id, test.time) == (0, later)
     assert test.item_id[:2].tolist() == [3, 5]
     assert test.user_label.tolist() == [[1, 0, 0, 0, 0, 0], [0, 1, 0, 0, 0, 0]]
@@ -233,20 +243,28 @@ def lifts(count: np.ndarray) -> np.ndarray:
     )
 
 
+def split_of(row: Impression, test: str, validation_time: int, test_time: int) -> str:
+    """The split that has an impression, "" if none has it."""
+    if row.time < validation_time:
+        return "" if row.is_random else "train"
+    if row.is_random != (test == "random"):
+        return ""
+    return "validation" if row.time < test_time else "test"
+
+
 @pytest.mark.parametrize(("seed", "test"), [(0, "random"), (1, "standard"), (2, "random")])
 def test_against_brute_force(tmp_path: Path, seed: int, test: str) -> None:
     path = layout.write(tmp_path, layout.random_rows(seed))
-    split_time = APRIL_22 + 3 * DAY
-    source = open_small(path, test=test, test_from="2022-04-25")
+    source = open_small(path, test=test, validation_from="2022-04-25", test_from="2022-05-02")
     impressions = read_impressions(path)
-    pause = {"train": 300, "test": 36000 if test == "random" else 300}
+    pause = {"train": 300, "validation": 36000 if test == "random" else 300}
+    pause["test"] = pause["validation"]
     seen = {"with a history": 0, "with negatives": 0, "with a repeat": 0, "cut": 0}
-    for split in ("train", "test"):
+    for split in SPLITS:
         chosen = [
             row
             for row in impressions
-            if row.is_random == (split == "test" and test == "random")
-            and (row.time >= split_time) == (split == "test")
+            if split_of(row, test, APRIL_22 + 3 * DAY, APRIL_22 + 10 * DAY) == split
         ]
         blocks = naive_blocks(chosen, pause[split], 3)
         requests = list(source.requests(split))
@@ -333,7 +351,12 @@ def test_what_happens_later_changes_labels_alone(tmp_path: Path) -> None:
     }
     gone = rows | {stem: [row for row in rows[stem] if not is_later(row)] for stem in logs}
     versions = [
-        open_small(layout.write(tmp_path / name, of), test="standard", test_from="2022-04-20")
+        open_small(
+            layout.write(tmp_path / name, of),
+            test="standard",
+            validation_from="2022-04-18",
+            test_from="2022-04-20",
+        )
         for name, of in (("first", rows), ("other", other), ("gone", gone))
     ]
     # Ids are of what occurs anywhere; here all of it does before.
@@ -350,14 +373,24 @@ def test_what_happens_later_changes_labels_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("test", ["random", "standard"])
-@pytest.mark.parametrize("test_from", ["2022-04-15", "2022-04-22", "2022-05-03"])
-def test_every_impression_is_in_one_request_at_most_and_training_comes_first(
-    tmp_path: Path, test: str, test_from: str
+@pytest.mark.parametrize(
+    "first_days",
+    [("2022-04-15", "2022-04-29"), ("2022-04-22", "2022-04-29"), ("2022-04-30", "2022-05-05")],
+)
+def test_every_impression_is_in_one_request_at_most_and_the_splits_follow_each_other(
+    tmp_path: Path, test: str, first_days: tuple[str, str]
 ) -> None:
     path = layout.write(tmp_path, layout.random_rows(4))
-    source = open_small(path, test=test, test_from=test_from, impressions_per_request=1)
-    split_time = (
-        APRIL_8 + (np.datetime64(test_from) - np.datetime64("2022-04-08")).astype(int) * DAY
+    source = open_small(
+        path,
+        test=test,
+        validation_from=first_days[0],
+        test_from=first_days[1],
+        impressions_per_request=1,
+    )
+    validation_time, test_time = (
+        int(APRIL_8 + (np.datetime64(day) - np.datetime64("2022-04-08")).astype(int) * DAY)
+        for day in first_days
     )
 
     def impressions_of(split: str) -> list[tuple[int, int, int, tuple[int, ...]]]:
@@ -371,26 +404,37 @@ def test_every_impression_is_in_one_request_at_most_and_training_comes_first(
         split: sorted(
             (row.user, row.time, row.item, row.done)
             for row in read_impressions(path)
-            if row.is_random == (split == "test" and test == "random")
-            and (row.time >= split_time) == (split == "test")
+            if split_of(row, test, validation_time, test_time) == split
         )
-        for split in ("train", "test")
+        for split in SPLITS
     }
-    train, tested = impressions_of("train"), impressions_of("test")
-    assert sorted(train) == expected["train"]
-    assert sorted(tested) == expected["test"]
-    assert max(time for _, time, *_ in train) < split_time <= min(time for _, time, *_ in tested)
+    found = {split: impressions_of(split) for split in SPLITS}
+    assert {split: sorted(found[split]) for split in SPLITS} == expected
+    times = {split: [time for _, time, *_ in found[split]] for split in SPLITS}
+    assert max(times["train"]) < validation_time <= min(times["validation"])
+    assert max(times["validation"]) < test_time <= min(times["test"])
 
 
-def test_a_session_that_spans_the_split_is_cut_there(tmp_path: Path) -> None:
+def test_a_session_that_spans_the_end_of_a_split_is_cut_there(tmp_path: Path) -> None:
     rows = layout.random_rows(5) | {
         STANDARD_1: [row_of(5, 1, APRIL_22 - 2), row_of(5, 4, APRIL_22 - 1)],
-        STANDARD_2: [row_of(5, 7, APRIL_22), row_of(5, 10, APRIL_22 + 1)],
+        STANDARD_2: [
+            *(row_of(5, 7 + 3 * after, APRIL_22 + after) for after in range(3)),
+            row_of(5, 1, APRIL_22 + DAY - 1),
+            *(row_of(5, 4 + 3 * after, APRIL_22 + DAY + after) for after in range(4)),
+        ],
     }
-    source = open_small(layout.write(tmp_path, rows), test="standard", impressions_per_request=9)
-    (train,), (test,) = source.requests("train"), source.requests("test")
-    assert (train.num_passed, test.num_passed) == (2, 2)
-    assert test.time == APRIL_22
+    source = open_small(
+        layout.write(tmp_path, rows),
+        test="standard",
+        test_from="2022-04-23",
+        impressions_per_request=9,
+    )
+    cut = {
+        split: [(r.time - APRIL_22, r.num_passed) for r in source.requests(split)]
+        for split in SPLITS
+    }
+    assert cut == {"train": [(-2, 2)], "validation": [(0, 3), (DAY - 1, 1)], "test": [(DAY, 4)]}
 
 
 impressions = st.lists(
@@ -600,14 +644,15 @@ def test_asked_tasks_are_columns(tmp_path: Path) -> None:
 
 def test_the_same_requests_come_at_every_call(tmp_path: Path) -> None:
     path = layout.write(tmp_path, layout.random_rows(11))
-    source = open_small(path, train_requests=20, test_requests=10, negatives=5)
-    again = open_small(path, train_requests=20, test_requests=10, negatives=5)
-    for split in ("test", "train"):
+    few = {"train_requests": 20, "validation_requests": 5, "test_requests": 10, "negatives": 5}
+    source = open_small(path, **few)
+    again = open_small(path, **few)
+    for split in reversed(SPLITS):
         calls = [list(of.requests(split)) for of in (source, source, again)]
         for left, middle, right in zip(*calls, strict=True):
             assert_same(left, middle)
             assert_same(left, right)
-    other = open_small(path, train_requests=20, test_requests=10, negatives=5, seed=1)
+    other = open_small(path, **few, seed=1)
     pairs = list(zip(everything(source), everything(other), strict=True))
     assert any(left.time != right.time for left, right in pairs)
 
@@ -617,9 +662,10 @@ def test_kept_requests_are_some_of_all_with_nothing_else_changed(tmp_path: Path)
     whole = open_small(path)
     samples = set()
     for seed in range(4):
-        some = open_small(path, train_requests=25, test_requests=7, seed=seed)
-        assert some.num_requests == {"train": 25, "test": 7}
-        for split in ("train", "test"):
+        few = {"train": 25, "validation": 5, "test": 7}
+        some = open_small(path, seed=seed, **{f"{split}_requests": n for split, n in few.items()})
+        assert some.num_requests == few
+        for split in SPLITS:
             by_key: dict[tuple[int, int], list[Request]] = {}
             for request in whole.requests(split):
                 by_key.setdefault((request.time, request.user_id), []).append(request)
@@ -636,7 +682,7 @@ def test_kept_requests_are_some_of_all_with_nothing_else_changed(tmp_path: Path)
                 if seed == 0:
                     assert_same(request, same[0], but=("request_id",))
             samples.add(tuple(r.time for r in kept))
-    assert len(samples) == 8
+    assert len(samples) == 12
 
 
 def test_every_seed_draws_other_negatives_for_the_same_request(tmp_path: Path) -> None:
@@ -649,19 +695,31 @@ def test_every_seed_draws_other_negatives_for_the_same_request(tmp_path: Path) -
     assert different > len(one) / 2
 
 
-def test_random_impressions_before_the_test_are_history_and_nothing_else(tmp_path: Path) -> None:
+def test_random_impressions_before_the_validation_are_history_and_nothing_else(
+    tmp_path: Path,
+) -> None:
     rows = layout.random_rows(14) | {
         STANDARD_1: [row_of(5, 1, APRIL_8)],
         STANDARD_2: [row_of(5, 4, APRIL_22 + DAY)],
-        RANDOM: [row_of(5, 7, APRIL_22 + 60, "wr"), row_of(5, 10, APRIL_22 + 5 * DAY, "r")],
+        RANDOM: [
+            row_of(5, 7, APRIL_22 + 60, "wr"),
+            row_of(5, 13, APRIL_22 + 3 * DAY, "lr"),
+            row_of(5, 10, APRIL_22 + 5 * DAY, "r"),
+        ],
     }
-    source = open_small(layout.write(tmp_path, rows), test_from="2022-04-24")
+    path = layout.write(tmp_path, rows)
+    source = open_small(path, validation_from="2022-04-24", test_from="2022-04-26")
     _, train = source.requests("train")
+    (validation,) = source.requests("validation")
     (test,) = source.requests("test")
-    # Videos 1, 4, 7, 10 are items 0, 1, 2, 3. A video of the random log is no negative.
+    # Videos 1, 4, 7, 10, 13 are items 0 to 4. A video of the random log is no negative.
     assert train.history_id.tolist() == [2]
     assert train.item_id.tolist() == [1, 0]
+    assert validation.item_id.tolist() == [4, 0, 1]
+    assert validation.history_id.tolist() == [2]
     assert test.item_id.tolist() == [3, 0, 1]
+    # What the user did in the validation has happened by then.
+    assert test.history_id.tolist() == [2, 4]
 
 
 @pytest.mark.parametrize("variant", ["1k", "27k"])
@@ -684,6 +742,26 @@ def test_the_sources_are_named() -> None:
 SETTINGS = [
     ({"test_from": "22 April"}, "data.test_from='22 April' is not a date like 2022-04-22"),
     ({"test_from": "2022-04-31"}, "data.test_from='2022-04-31' is not a date"),
+    ({"validation_from": "May"}, "data.validation_from='May' is not a date like 2022-04-22"),
+    (
+        {"validation_from": "2022-04-29"},
+        "validation requests are those from data.validation_from=2022-04-29 until "
+        "data.test_from=2022-04-29, which leaves no day",
+    ),
+    (
+        {"path": "/absent", "validation_from": "2022-04-15", "test_from": "2022-04-22"},
+        "validation requests are those from data.validation_from=2022-04-15 until "
+        "data.test_from=2022-04-22, and the random log runs from 2022-04-22 to 2022-05-08",
+    ),
+    (
+        {"path": "/absent", "validation_from": "2022-05-09", "test_from": "2022-05-10"},
+        "validation requests are those from data.validation_from=2022-05-09 until",
+    ),
+    (
+        {"validation_from": "2022-04-07", "test_from": "2022-04-08", "test": "standard"},
+        "validation requests are those from data.validation_from=2022-04-07 until "
+        "data.test_from=2022-04-08, and the standard log runs from 2022-04-08 to 2022-05-08",
+    ),
     ({"name": "kuairand_2k"}, "data.name='kuairand_2k'"),
     ({"path": ""}, "data.path is empty; unpack the archive of https://zenodo.org/records/10439422"),
     ({"path": "/absent"}, "neither /absent nor its folder data holds"),
@@ -705,15 +783,37 @@ def test_impossible_settings_are_named(
 @pytest.mark.parametrize(
     ("changes", "fault"),
     [
-        ({"test_from": "2022-04-08"}, "no impression of the standard log before"),
-        ({"test_from": "2022-05-09"}, "no impression of the random log at or after"),
-        ({"test_from": "2022-05-09", "test": "standard"}, "no impression of the standard log at"),
+        (
+            {"validation_from": "2022-04-08"},
+            "no impression of the standard log before data.validation_from=2022-04-08",
+        ),
+        (
+            {"test_from": "2022-05-09"},
+            "no impression of the random log at or after data.test_from=2022-05-09",
+        ),
+        (
+            {"test_from": "2022-05-09", "test": "standard"},
+            "no impression of the standard log at or after data.test_from=2022-05-09",
+        ),
     ],
 )
 def test_an_empty_split_is_named(tmp_path: Path, changes: dict[str, str], fault: str) -> None:
     path = layout.write(tmp_path, layout.random_rows(0))
-    with pytest.raises(UserError, match=f"{fault}.* data.test_from={changes['test_from']}"):
+    with pytest.raises(UserError, match=fault):
         open_small(path, **changes)
+
+
+@pytest.mark.parametrize("test", ["random", "standard"])
+def test_days_of_which_the_log_has_nothing_leave_no_validation(tmp_path: Path, test: str) -> None:
+    rows = layout.random_rows(0)
+    for stem in (STANDARD_2, RANDOM):
+        rows[stem] = [row for row in rows[stem] if int(row.split(",")[4]) >= 1000 * APRIL_29]
+    fault = (
+        f"no impression of the {test} log from data.validation_from=2022-04-22 until "
+        "data.test_from=2022-04-29, so the split 'validation' would be empty"
+    )
+    with pytest.raises(UserError, match=fault):
+        open_small(layout.write(tmp_path, rows), test=test)
 
 
 @pytest.mark.parametrize("tasks", [("watch", "hate"), (), ("like", "like")])
