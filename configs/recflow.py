@@ -13,7 +13,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config = defaults.get_config("recflow")
     config.tasks = ("effective_view",)
     config.value_weights = (1.0,)
-    config.data.train_days = _days("2024-01-13", "2024-02-17")
+    config.data.train_days = _days("2024-01-13", "2024-02-16")
+    config.data.validation_days = ("2024-02-17",)
     config.data.test_days = ("2024-02-18",)
     config.data.max_requests_per_day = 0  # draw so many of each day; 0 takes all
     config.data.authors = 1 << 18  # hash the authors to so many values
@@ -35,8 +36,8 @@ def get_config(variant: str = "") -> ConfigDict:
         optimizer.learning_rate = 1e-2
         optimizer.table_learning_rate = 1e-2
         optimizer.schedule = "constant"
-    # One pass over 9.37 million requests, less those of the test day.
-    config.train.steps = 142_000
+    # One pass over 9.37 million requests, less those of the last two days.
+    config.train.steps = 138_000
     config.train.eval_every = 10_000
     config.train.checkpoint_every = 5_000
     if variant == "small":
@@ -52,12 +53,12 @@ def _days(first: str, last: str) -> tuple[str, ...]:
 
 
 def _shrink(config: ConfigDict) -> None:
-    config.data.train_days = _days("2024-02-15", "2024-02-17")
+    config.data.train_days = _days("2024-02-15", "2024-02-16")
     config.data.max_requests_per_day = 2000
     config.data.authors = 1 << 14
     config.student.item_rows = 0
     config.batch.requests = 32
-    config.train.steps = 3 * 2000 // 32  # one pass
+    config.train.steps = 2 * 2000 // 32  # one pass
     config.train.log_every = 10
     config.train.checkpoint_every = 100
     config.train.eval_every = 100

@@ -305,6 +305,7 @@ _KUAIRAND = _of_source(
 
 _RECFLOW = _of_source(
     Key("train_days", (), "days of the training split, like 2024-02-17", element=str),
+    Key("validation_days", (), "days of the validation split", element=str),
     Key("test_days", (), "days of the test split", element=str),
     Key("max_requests_per_day", 0, "requests to draw of each day; 0 takes all", NOT_NEGATIVE),
     Key("authors", 1 << 18, "values that authors are hashed into", POSITIVE),

@@ -154,7 +154,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     """
     _check(data, tasks)
     days = find_days(data)
-    plans = _plans([*days["train"], *days["test"]], data, funnel)
+    plans = _plans([day for split in SPLITS for day in days[split]], data, funnel)
     catalogue = _catalogue(plans, int(data.authors))
     spec = FeatureSpec(
         dataset="recflow",
@@ -683,11 +683,12 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
                 ) from None
         if not data[f"{split}_days"]:
             raise UserError(f"data.{split}_days is empty; name at least one day")
-    train, test = data.train_days, data.test_days
-    if len(set(train)) < len(train) or len(set(test)) < len(test):
-        raise UserError("data.train_days and data.test_days may name no day twice")
-    if max(train) >= min(test):
-        raise UserError(
-            f"data.train_days reaches to {max(train)} and data.test_days begins with {min(test)}; "
-            "training may not look ahead"
-        )
+        if len(set(data[f"{split}_days"])) < len(data[f"{split}_days"]):
+            raise UserError(f"data.{split}_days may name no day twice")
+    for earlier, later in itertools.pairwise(SPLITS):
+        last, first = max(data[f"{earlier}_days"]), min(data[f"{later}_days"])
+        if last >= first:
+            raise UserError(
+                f"data.{earlier}_days reaches to {last} and data.{later}_days begins with {first}; "
+                "neither training nor validation may look ahead"
+            )

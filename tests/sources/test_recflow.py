@@ -19,7 +19,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import commands, measure, teachers
 from kd_ranker.requests.records import read_requests
-from kd_ranker.requests.request import Request, Source
+from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources import recflow, recflow_files
 from tests.sources.recflow_files import (
     DAYS,
@@ -33,7 +33,8 @@ from tests.sources.recflow_files import (
 )
 
 TASKS = recflow.TASKS
-SMALL = {"train_days": DAYS[:2], "test_days": DAYS[2:]}
+DAYS_OF = {"train": DAYS[:2], "validation": DAYS[2:3], "test": DAYS[3:]}
+SMALL = {f"{split}_days": days for split, days in DAYS_OF.items()}
 
 
 def make_data(root: Path, **changes) -> ConfigDict:
@@ -97,7 +98,7 @@ def write_worked(root: Path, rows=None, sequences=None, days=DAYS) -> Path:
 
 def test_a_request_worked_by_hand(tmp_path):
     source = open_small(write_worked(tmp_path), tasks=("watch", "like", "effective_view"))
-    assert source.num_requests == {"train": 2, "test": 1}
+    assert source.num_requests == {"train": 2, "validation": 1, "test": 1}
     assert source.spec.teacher_signal == "rank"
     request = next(source.requests("train"))
     videos = [10, 20, 30, 40, 50, 60, 70]
@@ -250,7 +251,8 @@ def test_every_field_of_every_request_follows_from_its_rows(written, monkeypatch
     seen |= {int(event[0]) for event in np.concatenate(events) if event[7] > 0}
     videos = sorted(seen)
     assert (source.spec.num_users, source.spec.num_items) == (len(users), len(videos))
-    for split, names in (("train", DAYS[:2]), ("test", DAYS[2:])):
+    latest = 0
+    for split, names in DAYS_OF.items():
         found = list(source.requests(split))
         assert len(found) == source.num_requests[split] == 12 * len(names)
         expected = []
@@ -265,6 +267,9 @@ def test_every_field_of_every_request_follows_from_its_rows(written, monkeypatch
             assert_same(one, other)
         times = [request.time for request in found]
         assert times == sorted(times)
+        # A request of a later day comes later, whatever split it is of.
+        assert latest < times[0]
+        latest = times[-1]
     for item, video in enumerate(videos):
         row = random_row(np.random.default_rng(0), video)
         np.testing.assert_allclose(
@@ -374,7 +379,7 @@ def test_floats_nulls_and_blanks_in_names_are_read(written, tmp_path):
         )  # fmt: skip
         write_sequences(tmp_path, day, sequences)
     left, right = open_small(root), open_small(tmp_path)
-    for split in ("train", "test"):
+    for split in SPLITS:
         for one, other in zip(left.requests(split), right.requests(split), strict=True):
             assert_same(one, other)
     np.testing.assert_array_equal(left.item_category, right.item_category)
@@ -454,9 +459,9 @@ def test_sequences_that_would_run_code_are_refused(tmp_path):
 
 def test_a_draw_takes_whole_requests_and_keeps_their_order(written):
     root, _ = written
-    everything = {r.request_id: r for s in ("train", "test") for r in open_small(root).requests(s)}
+    everything = {r.request_id: r for s in SPLITS for r in open_small(root).requests(s)}
     source = open_small(root, max_requests_per_day=5)
-    assert source.num_requests == {"train": 10, "test": 5}
+    assert source.num_requests == {"train": 10, "validation": 5, "test": 5}
     drawn = list(source.requests("train"))
     assert [r.request_id for r in drawn] == [r.request_id for r in source.requests("train")]
     assert [r.time for r in drawn] == sorted(r.time for r in drawn)
@@ -474,7 +479,11 @@ def test_a_split_reads_its_own_days_alone(written):
     root, days = written
     source = open_small(root, train_days=DAYS[1:2])
     assert {r.request_id for r in source.requests("train")} == set(days[DAYS[1]][1])
-    assert {r.request_id for r in source.requests("test")} == set(days[DAYS[2]][1])
+    assert {r.request_id for r in source.requests("test")} == set(days[DAYS[3]][1])
+    assert {r.request_id for r in source.requests("validation")} == set(days[DAYS[2]][1])
+    # The days between two splits are in none.
+    source = open_small(root, train_days=DAYS[:1])
+    assert source.num_requests == {"train": 12, "validation": 12, "test": 12}
 
 
 # Faults.
@@ -500,9 +509,17 @@ def fault_of(root: Path, **changes) -> str:
         ({"train_days": ("17.2.2024",)}, "data.train_days holds '17.2.2024'; give days like"),
         ({"train_days": ("20240217",)}, "data.train_days holds '20240217'"),
         ({"train_days": (DAYS[0], DAYS[0])}, "may name no day twice"),
-        ({"train_days": (DAYS[2],)}, "training may not look ahead"),
-        ({"train_days": (DAYS[1],), "test_days": (DAYS[0],)}, "training may not look ahead"),
-        ({"test_days": ("2024-02-19",)}, "data.test_days names 2024-02-19, and "),
+        ({"validation_days": ()}, "data.validation_days is empty; name at least one day"),
+        ({"validation_days": ("17.2.",)}, "data.validation_days holds '17.2.'; give days like"),
+        (
+            {"train_days": (DAYS[2],)},
+            "data.train_days reaches to 2024-02-18 and data.validation_da",
+        ),
+        ({"validation_days": (DAYS[3],)}, "data.validation_days reaches to 2024-02-19 and data.te"),
+        ({"validation_days": DAYS[1:3]}, "neither training nor validation may look ahead"),
+        ({"validation_days": (DAYS[0],)}, "neither training nor validation may look ahead"),
+        ({"test_days": ("2024-02-20",)}, "data.test_days names 2024-02-20, and "),
+        ({"validation_days": DAYS[2:3] * 2}, "data.validation_days may name no day twice"),
         ({"tasks": ("watch", "buy")}, "tasks='buy' does not exist"),
         ({"tasks": ("watch", "watch")}, "none of them twice"),
         ({"retrieved": 5}, "set it to"),
@@ -527,7 +544,7 @@ def test_missing_files_and_columns_are_named(tmp_path):
     path.unlink()
     assert (
         f"data.train_days names {DAYS[0]}, and {path} does not exist; days with all files: "
-        f"{DAYS[1]}, {DAYS[2]}" in fault_of(root)
+        f"{', '.join(DAYS[1:])}" in fault_of(root)
     )
     (root / "seq_effective_50_dict").rename(root / "elsewhere")
     assert "seq_effective_50_dict does not exist" in fault_of(root)
@@ -573,7 +590,7 @@ def prepared(tmp_path_factory):
         config.update_from_flattened_dict(
             {
                 "data.path": str(root / "RecFlow"), "data.dir": str(root / "datasets"),
-                "data.train_days": DAYS[:2], "data.test_days": DAYS[2:], "data.authors": 50,
+                **{f"data.{key}": days for key, days in SMALL.items()}, "data.authors": 50,
                 "funnel.retrieved": 24, "funnel.passed": 10, "funnel.shown": 3,
                 "funnel.report_at": (5, 10), "batch.requests": 8, "batch.candidates": 8,
                 "student.width": 4, "student.hidden": (8,), "train.steps": 4,
