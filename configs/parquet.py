@@ -61,6 +61,7 @@ def get_config(variant: str = "") -> ConfigDict:
         )
     )
     config.data.split = "time"  # or request, user: by hash
+    config.data.validation_share = 0.1  # with split "time", the requests before the test ones
     config.data.test_share = 0.1
     config.data.strict = False  # True: what is wrong with a row ends the build
     config.data.processes = 1

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from configs import parquet
 from kd_ranker.config.features import feature
-from kd_ranker.requests.request import Request, Source
+from kd_ranker.requests.request import SPLITS, Request, Source
 
 TASKS = ("watch", "like")
 RETRIEVED = 12
@@ -53,7 +53,7 @@ def config(path: Path | str, directory: Path | str, **changes: Any) -> ConfigDic
             source=feature("candidate", "category"),
         )
     )
-    result.data.test_share = 0.3
+    result.data.validation_share, result.data.test_share = 0.1, 0.3
     result.data.rows_in_memory = 1000
     result.funnel.retrieved, result.funnel.passed, result.funnel.shown = RETRIEVED, 6, 3
     result.funnel.report_at = (3, 6)
@@ -292,9 +292,14 @@ def restate(rows: list[Row], of: ConfigDict) -> Restated:
             "candidates": unique[:RETRIEVED],
         }
     ordered = sorted(min(t) for t in times.values())
-    cutoff = ordered[len(ordered) - round(of.data.test_share * len(ordered))]
     for request in requests.values():
-        request["split"] = "test" if request["time"] >= cutoff else "train"
+        # The requests from this one on; all times differ.
+        left = len(ordered) - ordered.index(request["time"])
+        share = of.data.test_share
+        request["split"] = "test" if left <= round(share * len(ordered)) else "train"
+        share += of.data.validation_share
+        if request["split"] == "train" and left <= round(share * len(ordered)):
+            request["split"] = "validation"
     items: dict[Any, dict[str, Any]] = {}
     for request in sorted(requests.values(), key=lambda request: request["time"]):
         for candidate in request["candidates"]:
@@ -335,8 +340,8 @@ def scaled(value: float | None, known: list[float | None], standardise: bool = T
 
 
 def all_requests(source: Source) -> dict[str, list[Request]]:
-    """The requests of both splits."""
-    return {split: list(source.requests(split)) for split in ("train", "test")}
+    """The requests of all splits."""
+    return {split: list(source.requests(split)) for split in SPLITS}
 
 
 def comparable(request: Request) -> list:
@@ -353,7 +358,7 @@ def same(one: dict[str, list[Request]], other: dict[str, list[Request]]) -> bool
     """Whether two sources yield the same requests in the same order."""
     return all(
         [comparable(r) for r in one[split]] == [comparable(r) for r in other[split]]
-        for split in ("train", "test")
+        for split in SPLITS
     )
 
 

@@ -12,10 +12,12 @@ from jaxtyping import Bool, Float32, Int, Int8, Int64
 
 from kd_ranker.batch import Stage
 from kd_ranker.distillation.teacher_signal import probability_of_rank
+from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs import candidate_rows, log_statistics, named_columns
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.log_statistics import BucketRequests, Statistics
 from kd_ranker.sources.logs.named_columns import NamedColumns, array_of, num_rows, take_rows
+from kd_ranker.sources.logs.plan import Cutoffs
 from kd_ranker.sources.logs.reasons import (
     Reason,
     Rejected,
@@ -33,7 +35,7 @@ class AssembledBucket(NamedTuple):
     Attributes:
       requests: the path of the requests.
       candidates: the path of their candidates.
-      num_requests: in train and in test.
+      num_requests: split -> the number of its requests.
       candidate_rows: split -> the path of the places that its candidates had in the log.
       rejected: the path of records.
       counts: how many candidates each reason has cost.
@@ -53,7 +55,7 @@ class AssembledBucket(NamedTuple):
 
 def assemble_bucket(
     layout: LogLayout,
-    cutoff: int | None,
+    cutoffs: Cutoffs | None,
     candidate_runs: list[tuple[str, int]],
     request_runs: list[tuple[str, int]],
     folder: Path,
@@ -62,7 +64,7 @@ def assemble_bucket(
     """Makes requests of a bucket; the files that it writes to `folder` end in `name`."""
     bucket = assemble_requests(
         layout,
-        cutoff,
+        cutoffs,
         named_columns.read_runs(candidate_runs),
         named_columns.read_runs(request_runs),
     )
@@ -73,11 +75,11 @@ def assemble_bucket(
     named_columns.write_columns(
         candidates_path, log_statistics.without_item_features(layout, candidates)
     )
-    in_test = int(array_of(requests, "in_test").sum())
+    number = np.bincount(array_of(requests, "split"), minlength=len(SPLITS)).tolist()
     return AssembledBucket(
         requests=str(requests_path),
         candidates=str(candidates_path),
-        num_requests={"train": num_rows(requests) - in_test, "test": in_test},
+        num_requests=dict(zip(SPLITS, number, strict=True)),
         candidate_rows=candidate_rows.write_candidate_rows(requests, candidates, folder, name),
         rejected=save_rejected(folder / f"rejected-bucket-{name}.npy", [bucket.rejected]),
         counts=count_by_reason(bucket.rejected),
@@ -87,7 +89,10 @@ def assemble_bucket(
 
 
 def assemble_requests(
-    layout: LogLayout, cutoff: int | None, candidates: NamedColumns, request_rows: NamedColumns
+    layout: LogLayout,
+    cutoffs: Cutoffs | None,
+    candidates: NamedColumns,
+    request_rows: NamedColumns,
 ) -> BucketRequests:
     """Makes requests of a bucket's rows, see `partition`, which come in the order of the log."""
     request, item, user = (array_of(candidates, name) for name in ("request", "item", "user"))
@@ -125,7 +130,7 @@ def assemble_requests(
         "request": keys[by_time],
         "time": time[by_time],
         "user": user_of[by_time],
-        "in_test": _in_test(layout, cutoff, keys, user_of, time)[by_time],
+        "split": _splits(layout, cutoffs, keys, user_of, time)[by_time],
         "moved": moved.astype(np.int8),
         **_stage_counts(layout, candidates, owner, len(keys)),
     }
@@ -174,19 +179,22 @@ def _users(
     return users
 
 
-def _in_test(
+def _splits(
     layout: LogLayout,
-    cutoff: int | None,
+    cutoffs: Cutoffs | None,
     request: Int64[np.ndarray, "n"],
     user: Int64[np.ndarray, "n"],
     time: Int64[np.ndarray, "n"],
-) -> np.ndarray:
-    """1 for each request of the split `test`, else 0; int8."""
+) -> Int8[np.ndarray, "n"]:
+    """The place in `SPLITS` of the split of each request."""
     if layout.split == "time":
-        assert cutoff is not None
-        return (time >= cutoff).astype(np.int8)
+        assert cutoffs is not None
+        return np.searchsorted(np.array(cutoffs), time, side="right").astype(np.int8)
     key = request if layout.split == "request" else user
-    return (share_of(key, layout.seed) < layout.test_share).astype(np.int8)
+    # The test's share comes first, so that it does not depend on the validation's.
+    starts = np.cumsum([layout.test_share, layout.validation_share])
+    order = np.array([SPLITS.index(split) for split in ("test", "validation", "train")], np.int8)
+    return order[np.searchsorted(starts, share_of(key, layout.seed), side="right")]
 
 
 def _request_features(

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.named_columns import NamedColumns, array_of
 
 ROWS_FOLDER = "candidate_rows"
@@ -29,9 +30,10 @@ def write_candidate_rows(
     """
     number = array_of(requests, "candidates")
     request_id = np.repeat(array_of(requests, "request") & (2**63 - 1), number)
-    in_test = np.repeat(array_of(requests, "in_test"), number) > 0
+    split_of = np.repeat(array_of(requests, "split"), number)
     paths = {}
-    for split, chosen in (("train", ~in_test), ("test", in_test)):
+    for index, split in enumerate(SPLITS):
+        chosen = split_of == index
         columns = {"request_id": request_id[chosen]} | {
             column: array_of(candidates, column)[chosen] for column in ("file", "row", "place")
         }

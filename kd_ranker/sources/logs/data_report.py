@@ -17,6 +17,7 @@ from kd_ranker.sources.logs.layout import STAGES, LogLayout
 from kd_ranker.sources.logs.log_statistics import Statistics
 from kd_ranker.sources.logs.named_columns import array_of
 from kd_ranker.sources.logs.partition import FAULTS, Partitioned
+from kd_ranker.sources.logs.plan import Cutoffs
 from kd_ranker.sources.logs.reasons import MEANING, Reason
 from kd_ranker.sources.logs.scan import Scan
 from kd_ranker.sources.searching import look_up
@@ -33,7 +34,7 @@ def make_data_report(
     log: Log,
     layout: LogLayout,
     scan: Scan,
-    cutoff: int | None,
+    cutoffs: Cutoffs | None,
     partitioned: Sequence[Partitioned],
     counts: Int64[np.ndarray, "reasons"],
     statistics: Statistics | None,
@@ -45,7 +46,7 @@ def make_data_report(
       log: the log.
       layout: of the log.
       scan: of all its parts.
-      cutoff: the earliest time of a test request, with a split by time.
+      cutoffs: the times at which splits begin, with a split by time.
       partitioned: of all its parts.
       counts: how many candidates each reason has cost.
       statistics: of all buckets; None if nothing is left.
@@ -79,7 +80,7 @@ def make_data_report(
     }
     if statistics is not None and encoding is not None:
         report |= {
-            "requests": _requests(layout, statistics, cutoff),
+            "requests": _requests(layout, statistics, cutoffs),
             "stages": _stages(statistics),
             "labels": _labels(layout, statistics),
             "teacher": _teacher(layout, statistics, partitioned),
@@ -108,12 +109,14 @@ def _columns(layout: LogLayout, partitioned: Sequence[Partitioned]) -> list[dict
     ]
 
 
-def _requests(layout: LogLayout, statistics: Statistics, cutoff: int | None) -> dict:
+def _requests(layout: LogLayout, statistics: Statistics, cutoffs: Cutoffs | None) -> dict:
     totals = statistics.totals
     number = totals["candidates_a_request"]
     result: dict[str, Any] = {
         "split_by": layout.split,
-        "cutoff": _date(cutoff) if cutoff is not None else None,
+        "cutoffs": {split: _date(time) for split, time in cutoffs._asdict().items()}
+        if cutoffs
+        else None,
         "several_times": int(totals["several_times"]),
         "several_users": int(totals["several_users"]),
         "candidates_a_request": {
@@ -234,12 +237,12 @@ def _features(layout: LogLayout, statistics: Statistics, encoding: Encoding) -> 
             counts = feature_counts(feature, statistics)
             vocabulary = encoding.vocabularies[f"feature:{feature.name}"]
             kept = look_up(vocabulary.key, counts.key)[1]
-            in_test = counts.total - counts.train
+            not_in_train = counts.total - counts.train
             entry |= {
                 "values_in_train": int((counts.train > 0).sum()),
                 "values_kept": len(vocabulary.key),
                 "share_kept_in_train": _ratio(counts.train[kept].sum(), counts.train.sum()),
-                "share_kept_in_test": _ratio(in_test[kept].sum(), in_test.sum()),
+                "share_kept_elsewhere": _ratio(not_in_train[kept].sum(), not_in_train.sum()),
             }
         if feature.of == "item":
             entry["items_with_several_values"] = int(
@@ -258,9 +261,9 @@ def _ids(layout: LogLayout, statistics: Statistics, encoding: Encoding) -> dict:
     train = array_of(statistics.items, "train")
     result = {
         "users": len(users.key),
-        "users_only_in_test": int((users.train == 0).sum()),
+        "users_not_in_train": int((users.train == 0).sum()),
         "items": len(train),
-        "items_only_in_test": int((train == 0).sum()),
+        "items_not_in_train": int((train == 0).sum()),
     }
     if layout.history is not None:
         history = statistics.counts["history"]

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float32, Int, Int32, Int64
 
 from kd_ranker.batch import Category, FeatureSpec
-from kd_ranker.requests.request import Request
+from kd_ranker.requests.request import SPLITS, Request
 from kd_ranker.sources.logs.layout import Feature, LogLayout
 from kd_ranker.sources.logs.log_statistics import Moments, Statistics, moments_of
 from kd_ranker.sources.logs.merging import Counts
@@ -56,7 +56,7 @@ def make_encoding(layout: LogLayout, statistics: Statistics) -> Encoding:
     """Settles ids and scales, from the training requests.
 
     Users and items get an id each, those of training requests first, the most frequent before the
-    others, and then those that only test requests have: so these keep their features, and are
+    others, and then those that no training request has: so these keep their features, and are
     told from each other where ids are hashed. A model that looks ids up has no trained row for
     them and serves its reserved one. Of a categorical feature the `size` most frequent values of
     training requests are kept; those of an item count as often as it is a candidate.
@@ -144,8 +144,8 @@ def item_category_counts(column: ColumnValues, items: Counts) -> Counts:
 
 
 def _numbered(counts: Counts) -> Vocabulary:
-    only_test = np.where(counts.train > 0, 0, counts.total)
-    return _vocabulary(counts.key, np.lexsort((counts.key, -only_test, -counts.train)), 0)
+    not_in_train = np.where(counts.train > 0, 0, counts.total)
+    return _vocabulary(counts.key, np.lexsort((counts.key, -not_in_train, -counts.train)), 0)
 
 
 def _most_frequent(counts: Counts, size: int) -> Vocabulary:
@@ -243,7 +243,7 @@ def encode_requests(
         for name in ("request", "time", "shown", "passed", "scored")
     )
     no_truth = np.zeros((0, len(tasks)), np.float32)
-    for index in np.flatnonzero((array_of(requests, "in_test") > 0) == (split == "test")).tolist():
+    for index in np.flatnonzero(array_of(requests, "split") == SPLITS.index(split)).tolist():
         first, end = int(start[index]), int(start[index + 1])
         history = history_id[history_start[index] : history_start[index + 1]]
         yield Request(

@@ -56,6 +56,7 @@ class LogLayout:
       units_per_second: of an integer time column.
       features: the features, in the config's order.
       split: one of `SPLIT_BY`.
+      validation_share: of the requests.
       test_share: of the requests.
       seed: of the splits by hash.
       strict: True if a fault of a row ends the build.
@@ -78,6 +79,7 @@ class LogLayout:
     units_per_second: int
     features: tuple[Feature, ...]
     split: str
+    validation_share: float
     test_share: float
     seed: int
     strict: bool
@@ -138,6 +140,7 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
         units_per_second=TIME_UNITS[data.time_unit],
         features=features,
         split=data.split,
+        validation_share=float(data.validation_share),
         test_share=float(data.test_share),
         seed=int(data.seed),
         strict=bool(data.strict),
@@ -168,6 +171,11 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
             raise UserError(f"data.labels.{task} is empty; name the column that holds it")
     for task in data.teacher:
         check_choice("data.teacher", task, data.labels)
+    if data.validation_share + data.test_share >= 1:
+        raise UserError(
+            f"data.validation_share={data.validation_share} and data.test_share={data.test_share} "
+            "leave no requests for training; lower one of them"
+        )
 
 
 def _read_stages(stages: ConfigDict) -> dict[str, int]:

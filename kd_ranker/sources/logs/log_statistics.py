@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float64, Int, Int64, Num
 
 from kd_ranker.batch import Stage
+from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.merging import (
     Counts,
@@ -38,9 +39,10 @@ class BucketRequests(NamedTuple):
     """Requests of a bucket in the order of time, and then of their keys.
 
     Attributes:
-      requests: a row a request: `request`, `time`, `user`, `in_test`, `moved` (1 if its rows have
-        several times), `feature:<name>`, and numbers of candidates: `candidates`, `passed`, `shown`
-        and `scored` (those with a teacher's value or the lack of one).
+      requests: a row a request: `request`, `time`, `user`, `split` (its place in `SPLITS`), `moved`
+        (1 if its rows have several times), `feature:<name>`, and numbers of candidates:
+        `candidates`, `passed`, `shown` and `scored` (those with a teacher's value or the lack of
+        one).
       candidates: a row a candidate, request by request, shown before passed before retrieved, then
         by position, then by the item's key; the columns are those of `partition`.
       rejected: the rows that did not become candidates.
@@ -84,7 +86,7 @@ class Statistics(NamedTuple):
         `file` and `row` (of its last row), `feature:<name>` (as of that row), `varies:<name>`
         (1 if a row before had another value).
       totals: further numbers of which sums make sense.
-      first: the earliest time in train and test.
+      first: the earliest time in each split.
       last: the latest.
     """
 
@@ -92,36 +94,36 @@ class Statistics(NamedTuple):
     moments: dict[str, Moments]
     items: NamedColumns
     totals: dict[str, Num[np.ndarray, "..."]]
-    first: Int64[np.ndarray, "2"]
-    last: Int64[np.ndarray, "2"]
+    first: Int64[np.ndarray, "splits"]
+    last: Int64[np.ndarray, "splits"]
 
 
 def add_up_bucket(layout: LogLayout, bucket: BucketRequests) -> Statistics:
     """Adds up one bucket."""
     requests, candidates = bucket.requests, bucket.candidates
-    in_test = array_of(requests, "in_test") > 0
-    row_in_test = np.repeat(in_test, array_of(requests, "candidates"))
-    counts = {"user": counts_of(array_of(requests, "user"), ~in_test)}
+    split = array_of(requests, "split")
+    split_of_row = np.repeat(split, array_of(requests, "candidates"))
+    in_train, row_in_train = (of == SPLITS.index("train") for of in (split, split_of_row))
+    counts = {"user": counts_of(array_of(requests, "user"), in_train)}
     moments = {}
     for feature in layout.of("user", "context", "candidate"):
-        table, testing = (requests, in_test) if feature.of_request else (candidates, row_in_test)
+        table, chosen = (requests, in_train) if feature.of_request else (candidates, row_in_train)
         column = table[f"feature:{feature.name}"]
         if feature.kind == "dense":
-            moments[feature.name] = moments_of(array_of(table, f"feature:{feature.name}")[~testing])
+            moments[feature.name] = moments_of(array_of(table, f"feature:{feature.name}")[chosen])
         elif feature.kind == "history" or not feature.hashed:
             name = "history" if feature.kind == "history" else f"feature:{feature.name}"
-            counts[name] = _category_counts(column, ~testing)
-    totals = _totals(layout, bucket, in_test, row_in_test)
-    time = array_of(requests, "time")
-    splits = [time[~in_test], time[in_test]]
+            counts[name] = _category_counts(column, chosen)
+    totals = _totals(layout, bucket, split, split_of_row)
+    times = [array_of(requests, "time")[split == index] for index in range(len(SPLITS))]
     latest = np.iinfo(np.int64)
     return Statistics(
         counts=counts,
         moments=moments,
-        items=merge_items([_item_rows(layout, candidates, ~row_in_test)]),
+        items=merge_items([_item_rows(layout, candidates, row_in_train)]),
         totals=totals,
-        first=np.array([split.min(initial=latest.max) for split in splits]),
-        last=np.array([split.max(initial=latest.min) for split in splits]),
+        first=np.array([time.min(initial=latest.max) for time in times]),
+        last=np.array([time.max(initial=latest.min) for time in times]),
     )
 
 
@@ -253,8 +255,8 @@ def _category_counts(column: ColumnValues, in_train: Bool[np.ndarray, "n"]) -> C
 def _totals(
     layout: LogLayout,
     bucket: BucketRequests,
-    in_test: Bool[np.ndarray, "requests"],
-    row_in_test: Bool[np.ndarray, "n"],
+    split: Int[np.ndarray, "requests"],
+    split_of_row: Int[np.ndarray, "n"],
 ) -> dict[str, np.ndarray]:
     requests, candidates = bucket.requests, bucket.candidates
     stage = array_of(candidates, "stage")
@@ -264,21 +266,21 @@ def _totals(
     labels = np.stack([array_of(candidates, f"label:{task}") for task in layout.tasks], axis=1)
     size = array_of(requests, "candidates")
 
-    def by_split(chosen: np.ndarray, testing: np.ndarray) -> Float64[np.ndarray, "2 ..."]:
-        return np.stack([chosen[~testing].sum(axis=0), chosen[testing].sum(axis=0)])
+    def by_split(chosen: np.ndarray, of: np.ndarray) -> Float64[np.ndarray, "splits ..."]:
+        return np.stack([chosen[of == index].sum(axis=0) for index in range(len(SPLITS))])
 
     totals = {
-        "requests": by_split(np.ones(len(in_test), np.int64), in_test),
-        "candidates": by_split(size, in_test),
-        "stages": by_split(stage[:, None] == np.array([*Stage][1:]), row_in_test),
-        "without_shown": by_split(array_of(requests, "shown") == 0, in_test),
+        "requests": by_split(np.ones(len(split), np.int64), split),
+        "candidates": by_split(size, split),
+        "stages": by_split(stage[:, None] == np.array([*Stage][1:]), split_of_row),
+        "without_shown": by_split(array_of(requests, "shown") == 0, split),
         "several_times": np.array(array_of(requests, "moved").sum()),
         "several_users": np.array(bucket.num_several_users),
         "candidates_a_request": np.bincount(size, minlength=layout.retrieved + 1),
-        "labelled": by_split(labelled, row_in_test),
-        "positives": by_split(labelled[:, None] & (labels > 0), row_in_test),
-        "label_weight": by_split(weight * labelled, row_in_test),
-        "weighted_positives": by_split((weight * labelled)[:, None] * (labels > 0), row_in_test),
+        "labelled": by_split(labelled, split_of_row),
+        "positives": by_split(labelled[:, None] & (labels > 0), split_of_row),
+        "label_weight": by_split(weight * labelled, split_of_row),
+        "weighted_positives": by_split((weight * labelled)[:, None] * (labels > 0), split_of_row),
         "positives_not_shown": ((labels > 0) & ~shown[:, None]).sum(axis=0),
     }
     totals |= {f"varying/{name}": np.array(number) for name, number in bucket.varying.items()}
@@ -297,7 +299,7 @@ def _totals(
         )
     stages = stage[:, None] == np.array([*Stage][1:])
     totals["teacher_proper"] = by_split(
-        (proper[:, :, None] & stages[:, None, :]).astype(np.int32), row_in_test
+        (proper[:, :, None] & stages[:, None, :]).astype(np.int32), split_of_row
     )
     totals["calibration"] = _calibration(scored, proper & labelled[:, None], labels, weight)
     return totals

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
+from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.named_columns import starts_of
 from kd_ranker.sources.logs.scan import Times
@@ -68,19 +69,34 @@ def look_up_requests(
     return np.where(known, plan.bucket[place], -1), np.where(known, plan.time[place], 0)
 
 
-def time_cutoff(time: Int64[np.ndarray, "n"], test_share: float) -> int | None:
-    """The earliest time of a test request; None if all requests are of the same time.
+class Cutoffs(NamedTuple):
+    """The earliest times of a validation and of a test request."""
 
-    It is the time of the first of the last `test_share` requests. Requests of the same second stand
-    on the same side, so the share is met as nearly as seconds allow, and at least the earliest
-    second is for training.
+    validation: int
+    test: int
 
-    >>> time_cutoff(np.array([5, 1, 2, 3, 4]), 0.4)
-    4
+
+def time_cutoffs(
+    time: Int64[np.ndarray, "n"], validation_share: float, test_share: float
+) -> Cutoffs | None:
+    """The times that end training and validation; None if there are less than three seconds.
+
+    The test begins with the first of the last `test_share` requests, the validation with the first
+    of the last `validation_share` + `test_share`. Requests of the same second stand on the same
+    side, so the shares are met as nearly as seconds allow, and each split has at least a second.
+
+    >>> time_cutoffs(np.array([5, 1, 2, 3, 4]), 0.2, 0.4)
+    Cutoffs(validation=3, test=4)
     """
     ordered = np.sort(time)
-    place = min(len(ordered) - 1, len(ordered) - round(test_share * len(ordered)))
-    later = ordered[ordered > ordered[0]]
-    if not len(later):
+    seconds = np.unique(ordered)
+    if len(seconds) < len(SPLITS):
         return None
-    return int(max(ordered[place], later[0]))
+
+    def first_of_last(share: float) -> int:
+        return int(ordered[min(len(ordered) - 1, len(ordered) - round(share * len(ordered)))])
+
+    test = max(first_of_last(test_share), int(seconds[2]))
+    last_before = int(seconds[np.searchsorted(seconds, test) - 1])
+    validation = max(first_of_last(validation_share + test_share), int(seconds[1]))
+    return Cutoffs(min(validation, last_before), test)

@@ -32,7 +32,7 @@ from kd_ranker.sources.logs.layout import LogLayout, read_layout
 from kd_ranker.sources.logs.log_statistics import Statistics
 from kd_ranker.sources.logs.named_columns import SortedRun
 from kd_ranker.sources.logs.partition import Partitioned
-from kd_ranker.sources.logs.plan import plan_buckets, save_plan, time_cutoff
+from kd_ranker.sources.logs.plan import Cutoffs, plan_buckets, save_plan, time_cutoffs
 from kd_ranker.sources.logs.reasons import Reason
 from kd_ranker.sources.logs.rejected import REJECTED_FOLDER, write_rejected
 from kd_ranker.sources.logs.scan import Scan
@@ -47,7 +47,7 @@ class PreparedLog(NamedTuple):
     """A log, read up to the point where only requests are left to be written."""
 
     scan: Scan
-    cutoff: int | None
+    cutoffs: Cutoffs | None
     partitioned: list[Partitioned]
     assembled: list[AssembledBucket]
     statistics: Statistics | None
@@ -124,13 +124,13 @@ def _read(log: Log, layout: LogLayout, work: Path, run: Runner) -> PreparedLog:
         times.add(scanned.times)
         scans.append(scanned._replace(times=scan.NO_TIMES))
     whole = scan.merge_scans(scans, times)
-    cutoff = None
+    cutoffs = None
     if layout.split == "time" and len(whole.times.time):
-        cutoff = time_cutoff(whole.times.time, layout.test_share)
-        if cutoff is None:
+        cutoffs = time_cutoffs(whole.times.time, layout.validation_share, layout.test_share)
+        if cutoffs is None:
             raise UserError(
-                f"data.split='time', but all requests of {layout.path} have the same time; "
-                "split by 'request' or 'user'"
+                f"data.split='time', but the requests of {layout.path} have less than three "
+                "different times, one a split; split by 'request' or 'user'"
             )
     save_plan(plan_buckets(whole.times, layout), work / "plan")
     # The times are on disk now.
@@ -146,7 +146,7 @@ def _read(log: Log, layout: LogLayout, work: Path, run: Runner) -> PreparedLog:
     requests = _by_bucket(itertools.chain.from_iterable(part.requests for part in partitioned))
     assembled: list[AssembledBucket] = []
     calls = [
-        (layout, cutoff, candidates[bucket], requests[bucket], work, f"{bucket:06d}")
+        (layout, cutoffs, candidates[bucket], requests[bucket], work, f"{bucket:06d}")
         for bucket in sorted(candidates)
     ]
 
@@ -166,7 +166,7 @@ def _read(log: Log, layout: LogLayout, work: Path, run: Runner) -> PreparedLog:
         raise RuntimeError(
             f"{whole.entries} candidates in the log, {used} used, {counts.sum()} rejected"
         )
-    return PreparedLog(whole, cutoff, partitioned, assembled, total, counts)
+    return PreparedLog(whole, cutoffs, partitioned, assembled, total, counts)
 
 
 def _by_bucket(runs: Iterator[SortedRun]) -> dict[int, list[tuple[str, int]]]:
@@ -184,7 +184,7 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog, work: Path) -> Sourc
         log,
         layout,
         read.scan,
-        read.cutoff,
+        read.cutoffs,
         read.partitioned,
         read.counts,
         read.statistics,
@@ -232,7 +232,10 @@ def _unusable(layout: LogLayout, read: PreparedLog, report: Report) -> str:
         return "not one row of the log can be used"
     for split in SPLITS:
         if not read.num_requests(split):
-            return f"no request is left for the split {split!r}"
+            return (
+                f"no request is left for the split {split!r}, with data.validation_share="
+                f"{layout.validation_share} and data.test_share={layout.test_share}"
+            )
     if layout.strict and (faults := _faults(report)):
         return f"data.strict=True, and the log has faults: {faults}"
     return ""

@@ -45,7 +45,7 @@ def test_counts_are_added_up():
     assert [column.tolist() for column in both] == [[3, 4, 5], [0, 1, 1], [1, 6, 2]]
 
 
-def test_ids_go_by_how_often_training_has_them_then_by_how_often_the_test_has():
+def test_ids_go_by_how_often_training_has_them_then_by_how_often_the_others_have():
     counts = Counts(*map(np.array, ([10, 20, 30, 40, 50], [0, 2, 2, 7, 0], [3, 9, 2, 7, 5])))
     vocabulary = _numbered(counts)
     assert dict(zip(vocabulary.key.tolist(), vocabulary.number.tolist(), strict=True)) == {
@@ -106,16 +106,38 @@ def test_buckets_are_bounded_follow_in_time_and_hold_whole_requests(data):
         assert times.entries[found.bucket == bucket].sum() <= 10
 
 
-@given(st.lists(st.integers(0, 20), min_size=1, max_size=30), st.floats(0.01, 0.99))
-def test_the_cutoff_leaves_the_earliest_second_to_training(time, share):
-    cutoff = plan.time_cutoff(np.array(time), share)
-    if len(set(time)) == 1:
-        assert cutoff is None
-    else:
-        test = [t for t in time if t >= cutoff]
-        assert 0 < len(test) < len(time)
-        # All of that share, but for the seconds that it would cut through.
-        assert len([t for t in time if t > cutoff]) <= round(share * len(time))
+@given(
+    st.lists(st.integers(0, 20), min_size=1, max_size=30),
+    st.floats(0.01, 0.99),
+    st.floats(0.01, 0.99),
+)
+def test_the_cutoffs_leave_each_split_a_second_and_the_earliest_to_training(time, share, part):
+    shares = share * part, share * (1 - part)
+    cutoffs = plan.time_cutoffs(np.array(time), *shares)
+    if len(set(time)) < 3:
+        assert cutoffs is None
+        return
+    validation, test = cutoffs
+    assert min(time) < validation < test <= max(time)
+    assert {validation, test} <= set(time)
+    # The test has all of its share, but for the seconds that it would cut through.
+    number = round(shares[1] * len(time))
+    assert sum(t > test for t in time) <= number
+    assert sum(t >= test for t in time) >= number or test == sorted(set(time))[2]
+    # So has the validation, of what the test leaves, but that it has a second at the least.
+    last_before = max(t for t in time if t < test)
+    held_out = round(sum(shares) * len(time))
+    assert sum(t > validation for t in time) <= held_out or validation == last_before
+    assert sum(t >= validation for t in time) >= held_out or validation == sorted(set(time))[1]
+
+
+def test_cutoffs_worked_by_hand():
+    times = np.repeat([1, 2, 3], [1, 1, 8])
+    assert plan.time_cutoffs(times, 0.1, 0.1) == (2, 3)
+    assert plan.time_cutoffs(np.arange(10), 0.2, 0.3) == (5, 7)
+    assert plan.time_cutoffs(np.arange(10), 0.001, 0.001) == (8, 9)
+    assert plan.time_cutoffs(np.arange(10), 0.5, 0.49) == (1, 5)
+    assert plan.time_cutoffs(np.array([7, 7, 8]), 0.3, 0.3) is None
 
 
 def test_times_of_a_request_are_its_earliest():

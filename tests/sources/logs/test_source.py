@@ -1,4 +1,5 @@
 import collections
+import itertools
 import json
 from typing import NamedTuple
 
@@ -235,7 +236,7 @@ def test_both_layouts_any_order_and_any_number_of_files_and_buckets_give_the_sam
 def test_ids_of_texts_are_looked_up_in_the_vocabularies(tmp_path):
     rows = make_rows(2, texts=True)
     log = read_rows(rows, tmp_path)
-    by_time = [row for row in rows if row.of_request["time"] < log.requests["test"][0].time]
+    by_time = [row for row in rows if row.of_request["time"] < log.requests["validation"][0].time]
     for request, row in zip(log.requests["train"], by_time, strict=True):
         assert log.vocabularies["user"][request.user_id] == row.of_request["user_id"]
         found = {log.vocabularies["item"][i] for i in request.item_id}
@@ -389,22 +390,24 @@ def test_every_version_of_the_teacher_counts_unless_one_is_named(tmp_path):
 @pytest.mark.parametrize("split", ["time", "request", "user"])
 def test_splits_share_what_they_must_not_share(tmp_path, split):
     rows = make_rows(14, requests=120)
-    log = read_rows(rows, tmp_path, config={"split": split, "test_share": 0.25})
+    shares = {"validation_share": 0.2, "test_share": 0.25}
+    log = read_rows(rows, tmp_path, config={"split": split, **shares})
     requests = log.requests
     ids = [{request.request_id for request in requests[name]} for name in SPLITS]
-    assert not ids[0] & ids[1]
-    assert len(ids[0] | ids[1]) == 120
+    assert sum(map(len, ids)) == len(set.union(*ids)) == 120
     for name in SPLITS:
         times = [request.time for request in requests[name]]
         assert times == sorted(times)
     if split == "time":
-        assert requests["train"][-1].time < requests["test"][0].time
-        assert len(requests["test"]) == 30
+        for earlier, later in itertools.pairwise(SPLITS):
+            assert requests[earlier][-1].time < requests[later][0].time
+        assert {name: len(requests[name]) for name in SPLITS[1:]} == {"validation": 24, "test": 30}
     if split == "user":
         users = [{request.user_id for request in requests[name]} for name in SPLITS]
-        assert not users[0] & users[1]
+        assert sum(map(len, users)) == len(set.union(*users))
     else:
         assert 12 <= len(requests["test"]) <= 48
+        assert 8 <= len(requests["validation"]) <= 40
     # Ids of training users and items come first.
     for of, size in (("user_id", log.spec.num_users), ("item_id", log.spec.num_items)):
         seen = {
@@ -412,7 +415,7 @@ def test_splits_share_what_they_must_not_share(tmp_path, split):
             for name in SPLITS
         }
         assert seen["train"] == set(range(len(seen["train"])))
-        assert seen["train"] | seen["test"] == set(range(size))
+        assert set.union(*seen.values()) == set(range(size))
 
 
 def test_a_split_by_hash_follows_the_seed_alone(tmp_path):
@@ -424,20 +427,24 @@ def test_a_split_by_hash_follows_the_seed_alone(tmp_path):
         return [request.time for request in read(config, tmp_path / name).requests["test"]]
 
     assert test_times("one") == test_times("again") != test_times("other", seed=1)
+    # The share of the validation is taken from what is left.
+    assert test_times("one") == test_times("larger", validation_share=0.6)
 
 
-def test_vocabularies_and_means_know_nothing_of_test_requests(tmp_path):
+@pytest.mark.parametrize("held_out", [slice(-9, None), slice(-12, -9)])
+def test_vocabularies_and_means_know_nothing_of_test_or_validation(tmp_path, held_out):
     rows = make_rows(16)
     before = read_rows(rows, tmp_path, name="before")
-    for row in rows[-9:]:
+    assert len(before.requests["test"]) == 9
+    assert len(before.requests["validation"]) == 3
+    for row in rows[held_out]:
         row.of_request |= {"age": 1e9, "country": "new", "hour": 1e6}
         for candidate in row.candidates:
             candidate |= {"score": 1e9, "source": "new"}
     after = read_rows(rows, tmp_path, name="after")
-    assert same(
-        {"train": before.requests["train"], "test": []},
-        {"train": after.requests["train"], "test": []},
-    )
+    none = {"validation": [], "test": []}
+    assert same(before.requests | none, after.requests | none)
+    assert not same(before.requests, after.requests)
     assert "new" not in after.vocabularies["feature-country"].values()
 
 
@@ -469,13 +476,23 @@ def test_a_log_of_which_nothing_is_left_says_why(tmp_path):
         read_rows(rows, tmp_path)
 
 
-def test_a_log_of_one_time_cannot_be_split_by_time(tmp_path):
+def test_a_log_of_two_times_cannot_be_split_by_time(tmp_path):
     rows = make_rows(20)
-    for row in rows:
-        row.of_request["time"] = 5
-    with pytest.raises(UserError, match="have the same time; split by 'request' or 'user'"):
+    for number, row in enumerate(rows):
+        row.of_request["time"] = 5 + number % 2
+    with pytest.raises(UserError, match="have less than three different times, one a split; split"):
         read_rows(rows, tmp_path)
     assert read_rows(rows, tmp_path, name="by-user", config={"split": "user"}).requests["test"]
+
+
+def test_a_share_that_leaves_a_split_without_requests_is_named(tmp_path):
+    shares = {"split": "request", "validation_share": 1e-6}
+    fault = (
+        r"no request is left for the split 'validation', with data.validation_share=1e-06 and "
+        r"data.test_share=0.3; see .*data_report.html"
+    )
+    with pytest.raises(UserError, match=fault):
+        read_rows(make_rows(20), tmp_path, config=shares)
 
 
 def test_the_report_counts_what_is_in_a_column(tmp_path):

@@ -79,7 +79,7 @@ def copy_scores(config: ConfigDict) -> dict[tuple[int, Any], np.ndarray]:
     items = dict(zip(table["id"], table["value"], strict=True))
     return {
         (request.time, items[item]): probability
-        for split in ("train", "test")
+        for split in SPLITS
         for request in read_requests(copy, split)
         for item, probability in zip(request.item_id, request.teacher_probability, strict=False)
     }

@@ -123,7 +123,11 @@ def config_text(name: str, log: sample.LogFooters, named: Mapping[str, str]) -> 
 def _log_section(log: sample.LogFooters, read: sample.Sample, guessed: Roles) -> list[str]:
     files = ids.counted(len(log.files), "file")
     split = '"time"' if guessed.columns["time"].column else '"request"'
-    share = f"the last {0.1:.0%} are test requests" if split == '"time"' else "no time is known"
+    share = (
+        f"the last {0.1:.0%} for the test, those before for validation"
+        if split == '"time"'
+        else "no time is known"
+    )
     return [
         *_line("data.path", quoted(log.path), f"{files}, {log.num_rows:,} rows"),
         *_line("data.rows", quoted(read.rows), read.why_rows, read.check_rows),
