@@ -13,14 +13,13 @@ from kd_ranker.batch import CandidateBatch, EvaluationBatch, Items
 from kd_ranker.distillation.modes import Mode
 from kd_ranker.embedding.lookup import was_trained
 from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions
-from kd_ranker.evaluation.ranked import ranked, ranked_by_teacher
-from kd_ranker.evaluation.totals import add, request_sums
+from kd_ranker.evaluation.ranked import Ranked, ranked, ranked_by_teacher
+from kd_ranker.evaluation.totals import Each, add, each_request, request_sums
 from kd_ranker.models.model import Model, Parameters, score
 
 Probability = Float[Array, "R N T"]
 Met = dict[str, Bool[Array, "..."]]
 
-_STATIC = ("shown", "labelled", "functions")
 _FEW_LABELS = 16
 
 
@@ -70,61 +69,79 @@ def make_serve(model: Model, mode: Mode) -> Serve:
     return jax.jit(serve)
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _teacher_sums(
+class Summed(NamedTuple):
+    """What a pass adds up for a ranker.
+
+    Attributes:
+      sums: over all requests.
+      each: of each request; empty unless that is asked for. For the members of a group both have a
+        leading axis of these.
+    """
+
+    sums: Sums
+    each: Each
+
+
+class _Asked(NamedTuple):
+    """What is asked of a pass; nothing of it is traced."""
+
+    shown: int
+    labelled: int
+    functions: tuple[SumFunction, ...]
+    ks: tuple[int, ...]
+
+
+def _summed(batch: Ranked, asked: _Asked) -> Summed:
+    each = each_request(batch, asked.functions, asked.ks) if asked.ks else Each({}, {})
+    return Summed(request_sums(batch, asked.functions), each)
+
+
+@functools.partial(jax.jit, static_argnames="asked")
+def _of_teacher(
     teacher_probability: Probability,
     teacher_weight: Probability,
     evaluation_batch: EvaluationBatch,
     met: Met | None,
     value_weights: Float[Array, "T"],
-    shown: int,
-    labelled: int,
-    functions: tuple[SumFunction, ...],
-) -> Sums:
-    """The teacher's sums of one batch."""
+    asked: _Asked,
+) -> Summed:
+    """What one batch adds for the teacher."""
     batch = ranked_by_teacher(
-        teacher_probability, teacher_weight, evaluation_batch, value_weights, shown, labelled, met
+        *(teacher_probability, teacher_weight, evaluation_batch, value_weights),
+        *(asked.shown, asked.labelled, met),
     )
-    return request_sums(batch, functions)
+    return _summed(batch, asked)
 
 
-@functools.partial(jax.jit, static_argnames=("serve", "sees_truth", *_STATIC))
-def _group_sums(
+@functools.partial(jax.jit, static_argnames=("serve", "sees_truth", "serves", "asked"))
+def _of_group(
     serve: Serve,
     parameters: Any,
     sees_truth: bool,
+    serves: tuple[str, ...] | None,
     teacher_probability: Probability,
     teacher_weight: Probability,
     evaluation_batch: EvaluationBatch,
     items: Items,
     value_weights: Float[Array, "T"],
-    shown: int,
-    labelled: int,
-    functions: tuple[SumFunction, ...],
-) -> dict[str, Sums]:
-    """By serve name, the sums of one batch, each with a leading axis of members."""
+    asked: _Asked,
+) -> dict[str, Summed]:
+    """By serve name, what one batch adds for each member of a group."""
     seen = evaluation_batch if sees_truth else evaluation_batch.batch
 
-    def member_sums(parameters: Any) -> dict[str, Sums]:
+    def of_member(parameters: Any) -> dict[str, Summed]:
         served = serve(parameters, seen, items)
-        return {
-            name: request_sums(
-                ranked(
-                    student_probability,
-                    teacher_probability,
-                    teacher_weight,
-                    evaluation_batch,
-                    value_weights,
-                    shown,
-                    labelled,
-                    served.met,
-                ),
-                functions,
-            )
-            for name, student_probability in served.probability.items()
-        }
 
-    return jax.vmap(member_sums)(parameters)
+        def of_serve(name: str) -> Summed:
+            batch = ranked(
+                *(served.probability[name], teacher_probability, teacher_weight, evaluation_batch),
+                *(value_weights, asked.shown, asked.labelled, served.met),
+            )
+            return _summed(batch, asked)
+
+        return {name: of_serve(name) for name in serves or served.probability}
+
+    return jax.vmap(of_member)(parameters)
 
 
 def evaluate(
@@ -134,7 +151,10 @@ def evaluate(
     items: Items,
     value_weights: Sequence[float],
     shown: int,
-) -> tuple[Sums, list[dict[str, Sums]]]:
+    *,
+    serves: Sequence[tuple[str, ...] | None] | None = None,
+    ks: Sequence[int] = (),
+) -> tuple[Summed, list[dict[str, Summed]]]:
     """Measures all rankers on the same requests, each read and scored by the teacher once.
 
     Args:
@@ -144,21 +164,22 @@ def evaluate(
       items: what is known of the items.
       value_weights: a weight a task.
       shown: `config.funnel.shown`.
+      serves: the serve names to measure of each group; None takes all.
+      ks: the values of k at which the curves of each request are kept; none keeps no request.
 
     Returns:
-      The teacher's sums, and for each group its sums by serve name, with a leading axis of members.
+      What is summed for the teacher, and for each group by serve name, with a leading axis of
+      members.
     """
     weights = jnp.asarray(value_weights, jnp.float32)
-    functions = sum_functions()
     items = jax.device_put(items)
     groups = [group._replace(parameters=jax.device_put(group.parameters)) for group in groups]
-    teacher_total: Sums | None = None
-    totals: list[dict[str, Sums]] = [{} for _ in groups]
+    of_teacher = _Total(axis=0)
+    of_groups: list[dict[str, _Total]] = [{} for _ in groups]
     for evaluation_batch in batches:
-        labelled = _number_labelled(evaluation_batch)
+        asked = _Asked(shown, _number_labelled(evaluation_batch), sum_functions(), tuple(ks))
         evaluation_batch = jax.device_put(evaluation_batch)
         batch = evaluation_batch.batch
-        static = {"shown": shown, "labelled": labelled, "functions": functions}
         if teacher is None:
             probability, weight = batch.teacher_probability, batch.teacher_weight
             met = None
@@ -167,14 +188,38 @@ def evaluate(
             (probability,), met = served_by_teacher.probability.values(), served_by_teacher.met
             weight = jnp.broadcast_to(batch.candidate_mask[..., None], probability.shape)
         reference = (probability, weight.astype(jnp.float32), evaluation_batch)
-        teacher_total = add(teacher_total, _teacher_sums(*reference, met, weights, **static))
-        for group, total in zip(groups, totals, strict=True):
-            served = _group_sums(*group, *reference, items, weights, **static)
-            for name, sums in served.items():
-                total[name] = add(total.get(name), sums)
-    if teacher_total is None:
+        present = int(evaluation_batch.request_mask.sum())
+        of_teacher.add(_of_teacher(*reference, met, weights, asked), present)
+        for index, (group, total) in enumerate(zip(groups, of_groups, strict=True)):
+            names = serves[index] if serves else None
+            served = _of_group(*group, names, *reference, items, weights, asked)
+            for name, summed in served.items():
+                total.setdefault(name, _Total(axis=1)).add(summed, present)
+    if not of_teacher.sums:
         raise ValueError("there are no evaluation requests")
-    return teacher_total, totals
+    return of_teacher.whole(), [
+        {name: of.whole() for name, of in total.items()} for total in of_groups
+    ]
+
+
+class _Total:
+    """What the batches so far have added up to, on the host."""
+
+    def __init__(self, axis: int):
+        """Takes the axis of requests."""
+        self._axis, self._each = axis, list[Each]()
+        self.sums: Sums | None = None
+
+    def add(self, more: Summed, present: int) -> None:
+        """Adds a batch, of which the first `present` requests count."""
+        self.sums = add(self.sums, more.sums)
+        counting = (slice(None),) * self._axis + (slice(present),)
+        self._each.append(jax.tree.map(lambda of: np.asarray(of)[counting], more.each))
+
+    def whole(self) -> Summed:
+        """All batches."""
+        each = jax.tree.map(lambda *of: np.concatenate(of, self._axis), *self._each)
+        return Summed(self.sums or {}, each)
 
 
 def _number_labelled(evaluation_batch: EvaluationBatch) -> int:

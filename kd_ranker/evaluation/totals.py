@@ -10,10 +10,11 @@ Axes: `R` requests, `N` candidates, `K` values of k, `T` tasks, `B` bins of pred
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from kd_ranker.evaluation import label_metrics, metrics
 from kd_ranker.evaluation.metrics import METRICS, ReportAt, SumFunction, Sums, ratio
@@ -34,32 +35,46 @@ def request_sums(batch: Ranked, functions: Sequence[SumFunction]) -> Sums:
     return _joined(sums, _bins(batch))
 
 
-def each_request(batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int]) -> Sums:
-    """What `request_sums` adds up, of each request of one batch: arrays [R, ...]; pure.
+class Each(NamedTuple):
+    """What `request_sums` adds up, of each request; the bins of the calibration are left out.
 
-    The bins of the calibration are left out.
+    Attributes:
+      alone: arrays [R, ...] without an axis of k.
+      curves: arrays over k, cut to a few values of it, [R, K, ...].
+    """
+
+    alone: Sums
+    curves: Sums
+
+
+def each_request(batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int]) -> Each:
+    """What `request_sums` adds up, of each request of one batch; pure.
 
     Args:
       batch: the batch.
       functions: those of the metrics, see `metrics.sum_functions`.
-      ks: at least 1; the curves over k are cut to these, [R, N, ...] to [R, K, ...]. One beyond
-        the number of candidates means all of them, which is the denominator of a captured share.
+      ks: at least 1; the curves over k are cut to these. One beyond the number of candidates means
+        all of them, which is the denominator of a captured share.
 
     Raises:
       ValueError: two functions sum different things under one name.
     """
-    return _of_each(batch, functions, ks)
+    over_k = [of for of in functions if metrics.sums_curves(of)]
+    sums = _of_each(batch, over_k)
+    curves = {
+        name: array[:, np.minimum(ks, array.shape[1]) - 1]
+        for name, array in sums.items()
+        if array.ndim > 1
+    }
+    others = _of_each(batch, [of for of in functions if of not in over_k])
+    alone = {name: array for name, array in sums.items() if array.ndim == 1}
+    return Each(_joined(others, alone), curves)
 
 
-def _of_each(
-    batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int] | None = None
-) -> Sums:
+def _of_each(batch: Ranked, functions: Sequence[SumFunction]) -> Sums:
     sums: Sums = {}
     for function in functions:
-        more = function(batch)
-        if ks is not None and metrics.sums_curves(function):
-            more = {name: _cut(array, ks) for name, array in more.items()}
-        sums = _joined(sums, more)
+        sums = _joined(sums, function(batch))
     return sums
 
 
@@ -67,14 +82,6 @@ def _joined(sums: Sums, more: Sums) -> Sums:
     if twice := sums.keys() & more.keys():
         raise ValueError(f"two sums of the metrics are named {', '.join(sorted(twice))}")
     return sums | more
-
-
-def _cut(
-    array: Float[Array | np.ndarray, "R ..."], ks: Sequence[int]
-) -> Float[Array | np.ndarray, "R ..."]:
-    if array.ndim == 1:
-        return array
-    return array[:, np.minimum(ks, array.shape[1]) - 1]
 
 
 def _bins(batch: Ranked) -> Sums:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from kd_ranker.config import checks, schema
 from kd_ranker.config.identity import dataset_name
-from kd_ranker.evaluation import results
+from kd_ranker.evaluation import references, results
 from kd_ranker.evaluation.results import Row
 from kd_ranker.pipeline import runs, scoring, teachers
 from kd_ranker.pipeline.measure import (
@@ -31,6 +31,7 @@ from kd_ranker.report import write
 from kd_ranker.requests import storage
 from kd_ranker.requests.lock import hold
 from kd_ranker.requests.pool import open_pool
+from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.sources.logs.guess.first_config import FirstConfig, write_first_config
 from kd_ranker.sources.logs.write_back import Scored
@@ -173,8 +174,13 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
 
 def _without_teacher(measured: Measured) -> Measured:
     """The tables of students alone: the teacher has a workdir and results of its own."""
-    tables = ([row for row in rows if row["member"] != results.TEACHER] for rows in measured)
-    return Measured(*tables)
+
+    def without(rows: list[Row]) -> list[Row]:
+        return [row for row in rows if row["member"] != results.TEACHER]
+
+    rows, curves, calibration, each = measured
+    of_students = {who: of for who, of in each.items() if who[0] != results.TEACHER}
+    return Measured(without(rows), without(curves), without(calibration), of_students)
 
 
 def sweep(config: ConfigDict, workdir: Path) -> bool:
@@ -213,7 +219,8 @@ def _sweep(config: ConfigDict, workdir: Path) -> bool:
     tested = sweep.with_any(chosen)
     for cohort, folder, each in zip(sweep.cohorts, sweep.folders, shared, strict=True):
         if folder in tested:
-            _test_cohort(each, dataset, teacher, cohort, folder, chosen)
+            with_references = folder == tested[0]
+            _test_cohort(each, dataset, teacher, cohort, folder, chosen, with_references)
     sweep.join(config.funnel.retrieved, tested)
     return True
 
@@ -235,21 +242,26 @@ def _train_cohort(
 
 def _test_cohort(
     config: ConfigDict, dataset: Dataset, teacher: Teacher | None, cohort: Cohort, folder: Path,
-    chosen: Mapping[str, Collection[str]],
+    chosen: Mapping[str, Collection[str]], with_references: bool,
 ) -> None:  # fmt: skip
     """Measures the members of a cohort that validation chose on the test split, if not done."""
     serves = {name: chosen[name] for name in cohort if name in chosen}
     whose = runs.students_identity(cohort, dataset, teacher)
-    tested = {**whose, "serves": json.dumps(serves)}
+    tested = {**whose, "serves": json.dumps(serves), "references": str(with_references)}
     if is_measured(folder / TEST, tested):
         return
     students = [
         group.only(serves) for group in runs.trained_students(dataset, cohort, folder, whose)
     ]
     known = reference(config, dataset, teacher)
+    statistics = (
+        references.train_statistics(dataset, config.value_weights, seed=0)
+        if with_references
+        else None
+    )
     measured = measure(
         *(config, dataset, "test", known, cohort), [of for of in students if of.names],
-        serves=serves,
+        serves=serves, statistics=statistics,
     )  # fmt: skip
     write_measured(config, folder / TEST, measured)
     mark_measured(folder / TEST, tested)

@@ -13,10 +13,18 @@ from tqdm import tqdm
 from kd_ranker.batch import FeatureSpec, abstract_items, empty_batch
 from kd_ranker.batches.evaluation import evaluation_batches, num_evaluation_batches
 from kd_ranker.distillation.modes import MODES
-from kd_ranker.evaluation import cost, results, totals
-from kd_ranker.evaluation.evaluate import Ranker, evaluate, make_serve
-from kd_ranker.evaluation.metrics import METRICS, TARGET, ReportAt, Sums, result_columns
+from kd_ranker.evaluation import cost, kept, results, totals
+from kd_ranker.evaluation.evaluate import Ranker, Summed, evaluate, make_serve
+from kd_ranker.evaluation.kept import Kept
+from kd_ranker.evaluation.metrics import METRICS, TARGET, ReportAt, result_columns
+from kd_ranker.evaluation.references import (
+    ORDER_ALONE,
+    Statistics,
+    only_order,
+    reference_ranker,
+)
 from kd_ranker.evaluation.results import Row
+from kd_ranker.evaluation.totals import Each
 from kd_ranker.models.model import Init, Model, Parameters, build_model
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.pipeline.teachers import Teacher
@@ -74,11 +82,19 @@ class Reference(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """The rows of three tables that a measurement fills; see `results` for their columns."""
+    """What a measurement has found.
+
+    Attributes:
+      rows: of `results.csv`.
+      curves: rows of `curves.csv`.
+      calibration: rows of `calibration.csv`.
+      each: what each request adds, by member and serve name; filled for the test split.
+    """
 
     rows: list[Row]
     curves: list[Row]
     calibration: list[Row]
+    each: dict[kept.Who, Each]
 
 
 def reference(config: ConfigDict, dataset: Dataset, teacher: Teacher | None) -> Reference:
@@ -119,6 +135,7 @@ def measure(
     students: Sequence[Students],
     *,
     serves: Mapping[str, Collection[str]] | None = None,
+    statistics: Statistics | None = None,
     limit: int = 0,
     costs: bool = True,
 ) -> Measured:
@@ -132,22 +149,26 @@ def measure(
       members: the members' configs by name.
       students: the trained groups of these members; none measures the teacher alone.
       serves: the serving choices of each member; None takes all.
+      statistics: what the references know, which are measured as well; None leaves them out.
       limit: how many requests are read at most; 0 takes `config.evaluation.limit`.
       costs: whether to count FLOPs. An evaluation on the way goes without, and without a bar.
     """
-    rankers = [group.ranker for group in students]
-    teacher_sums, students_sums = _sums(
-        config, dataset, split, teacher.ranker, rankers, limit, costs
-    )
+    groups = [
+        (group.ranker, _serve_names(group, members, serves) if serves else None)
+        for group in students
+    ]
+    if statistics is not None:
+        groups.append((reference_ranker([statistics]), None))
+    of_teacher, of_groups = _summed(config, dataset, split, teacher.ranker, groups, limit, costs)
     flops_of_teacher = teacher.flops() if costs else _NOT_COUNTED
-    measured = Measured([], [], [])
+    measured = Measured([], [], [], {})
     row = _teacher_row(config, split, teacher)
     row = results.with_cost(row, flops_of_teacher, flops_of_teacher)
-    _add(measured, config, dataset, row, teacher_sums, None, teacher.signal)
+    _add(measured, config, dataset, row, of_teacher, None, teacher.signal)
     if teacher.signal == "rank":
         # Positions order the candidates, and foretell nothing.
         measured.calibration.clear()
-    for group, group_sums in zip(students, students_sums, strict=True):
+    for group, of_group in zip(students, of_groups, strict=False):
         first = members[group.names[0]]
         flops = _student_flops(first, dataset.spec) if costs else {}
         for index, name in enumerate(group.names):
@@ -157,21 +178,33 @@ def measure(
                 if non_finite_step := group.non_finite_step[index]:
                     measured.rows.append(row | {"non_finite_step": non_finite_step})
                     continue
-                sums = select_member(group_sums[serve], index)
-                _add(measured, config, dataset, row, sums, teacher_sums, teacher.signal)
+                summed = select_member(of_group[serve], index)
+                _add(measured, config, dataset, row, summed, of_teacher, teacher.signal)
+    for name, of_reference in of_groups[-1].items() if statistics is not None else ():
+        row, summed = _reference_row(config, split, name), select_member(of_reference, 0)
+        _add(measured, config, dataset, row, summed, of_teacher, teacher.signal)
     return measured
 
 
-def _sums(
+def _serve_names(
+    group: Students, members: Mapping[str, ConfigDict], serves: Mapping[str, Collection[str]]
+) -> tuple[str, ...]:
+    """The serve names that any member of a group wants, in the order of its mode."""
+    wanted = {serve for name in group.names for serve in serves[name]}
+    mode = MODES[members[group.names[0]].distill.mode]
+    return tuple(serve for serve in mode.serve if serve in wanted)
+
+
+def _summed(
     config: ConfigDict,
     dataset: Dataset,
     split: str,
     teacher: Ranker | None,
-    groups: Sequence[Ranker],
+    groups: Sequence[tuple[Ranker, tuple[str, ...] | None]],
     limit: int,
     bar: bool,
-) -> tuple[Sums, list[dict[str, Sums]]]:
-    """`evaluate` on the requests of a split."""
+) -> tuple[Summed, list[dict[str, Summed]]]:
+    """`evaluate` on the requests of a split; of groups and the serve names to measure."""
     requests, limit = config.evaluation.requests, limit or config.evaluation.limit
     batches: Iterable = evaluation_batches(
         dataset, split, requests=requests, candidates=config.funnel.retrieved, limit=limit
@@ -180,8 +213,20 @@ def _sums(
         total = num_evaluation_batches(dataset, split, requests=requests, limit=limit)
         batches = tqdm(batches, split, total, leave=False, unit="batch", disable=None)
     return evaluate(
-        teacher, groups, batches, dataset.items, config.value_weights, config.funnel.shown
+        teacher,
+        [ranker for ranker, _ in groups],
+        batches,
+        dataset.items,
+        config.value_weights,
+        config.funnel.shown,
+        serves=[names for _, names in groups],
+        ks=kept_ks(config) if split == "test" else (),
     )
+
+
+def kept_ks(config: ConfigDict) -> list[int]:
+    """The values of k at which the curves of each test request are kept."""
+    return kept.kept_ks(config.funnel.retrieved, report_at(config).ks)
 
 
 def report_at(config: ConfigDict) -> ReportAt:
@@ -208,6 +253,16 @@ def _teacher_row(config: ConfigDict, split: str, teacher: Reference) -> Row:
     }
 
 
+def _reference_row(config: ConfigDict, split: str, name: str) -> Row:
+    return {
+        "dataset": config.data.name,
+        "split": split,
+        "role": "reference",
+        "serve": "user",
+        "member": name,
+    }
+
+
 def _student_row(config: ConfigDict, split: str, name: str, serve: str, step: int) -> Row:
     """The part of a student's row that was known before it was measured."""
     return {
@@ -226,17 +281,23 @@ def _add(
     config: ConfigDict,
     dataset: Dataset,
     row: Row,
-    sums: Sums,
-    teacher_sums: Sums | None,
+    summed: Summed,
+    of_teacher: Summed | None,
     signal: str,
 ) -> None:
-    """Adds a model's row, and those of its curves and its calibration.
+    """Adds a ranker's row, those of its curves and its calibration, and what each request adds.
 
-    `teacher_sums` and `signal` are those of `summarise`.
+    `signal` is that of `summarise`.
     """
-    tasks = dataset.spec.tasks
+    tasks, sums = dataset.spec.tasks, summed.sums
+    teacher_sums = of_teacher.sums if of_teacher else None
     numbers = totals.summarise(sums, teacher_sums, tasks, report_at(config), signal)
+    if row["member"] in ORDER_ALONE:
+        numbers = only_order(numbers)
     measured.rows.append(row | numbers)
+    if not summed.each.alone:
+        return
+    measured.each[str(row["member"]), str(row["serve"])] = summed.each
     who = {"member": row["member"], "serve": row["serve"]}
     curves = totals.curves(sums, tasks)
     passed_for = result_columns(METRICS["passed_for"], tasks, report_at(config))
@@ -322,10 +383,15 @@ def write_measured(config: ConfigDict, workdir: Path, *splits: Measured) -> None
     """
     names = results.columns(config.tasks, report_at(config), results.swept_columns(config))
     measured = splits[-1]._replace(rows=[row for split in splits for row in split.rows])
-    for file, rows, columns in (
-        (results.CURVES_FILE, measured.curves, results.curves_columns(config.tasks)),
-        (results.CALIBRATION_FILE, measured.calibration, results.CALIBRATION_COLUMNS),
-        (results.FILE, measured.rows, names),
-    ):
-        workdirs.write_atomically(workdir / file, results.to_csv(rows, columns))
+    files: dict[str, str | bytes] = {}
+    if measured.each:
+        files |= kept.files(Kept(np.array(kept_ks(config)), measured.each), config.tasks)
+        curves = results.curves_columns(config.tasks)
+        files[results.CURVES_FILE] = results.to_csv(measured.curves, curves)
+        files[results.CALIBRATION_FILE] = results.to_csv(
+            measured.calibration, results.CALIBRATION_COLUMNS
+        )
+    files[results.FILE] = results.to_csv(measured.rows, names)
+    for file, content in files.items():
+        workdirs.write_atomically(workdir / file, content)
     logging.info("wrote %s", workdir / results.FILE)

@@ -3,9 +3,11 @@
 import math
 from typing import NamedTuple
 
-from kd_ranker.evaluation.saving import CRITERION, baseline, best, by_repeat, settings_of
-from kd_ranker.report.choices import CrossValidated, cross_validated
-from kd_ranker.report.intervals import Interval, difference, interval
+from kd_ranker.evaluation.metrics import TARGET, title_of
+from kd_ranker.evaluation.saving import CRITERION
+from kd_ranker.report.choices import best_distilled, users_measures
+from kd_ranker.report.estimates import Estimates
+from kd_ranker.report.intervals import Interval
 from kd_ranker.report.study import Study
 from kd_ranker.report.tables import number
 
@@ -17,105 +19,94 @@ class Answer(NamedTuple):
     caveats: list[str]
 
 
-def answer(study: Study) -> Answer:
-    """The setting that needs the fewest candidates passed, and the saving of that.
+def answer(study: Study, estimates: Estimates) -> Answer:
+    """The distilled setting that validation chose, what it saves on the test, and for whom.
 
-    The setting is the best by `choices.best`. It is said to save if the whole 95% interval of its
-    paired difference to the baseline in `passed_for_99` is below 0, and if the cross-validated
-    estimate, which has not seen what it is read on, saves too.
+    It is said to save if the whole 95% interval of its paired difference to the baseline in
+    `passed_for_99` is below 0. What users have of it is said in the same sentence, since the final
+    value is the teacher's own opinion.
     """
-    rows = study.rows
-    undistilled = baseline(rows)
-    if undistilled is None:
-        return _unanswered(study, "no measured student of mode none to compare with")
-    distilled = settings_of(rows, distilled=True)
-    chosen = best(rows, distilled)
-    if chosen is None:
-        return _unanswered(study, "no measured student that distils")
-    table = by_repeat(rows, CRITERION)
-    before, after = (interval(table[name].to_numpy()) for name in (undistilled, chosen))
-    gap = difference(table, chosen, undistilled)
-    if not gap.n:
-        return _unanswered(study, f"no repeat that has both {chosen} and {undistilled}")
-    saving = interval(by_repeat(rows, "funnel_cost_saving")[chosen].to_numpy())
-    validated = cross_validated(rows)
-    sentence = _sentence(undistilled, chosen, before, after, gap, saving, validated)
-    return Answer(f"{study.dataset}: {sentence}", _caveats(len(distilled), gap, validated))
+    chosen, undistilled = best_distilled(study), study.baseline
+    if undistilled is None or chosen is None:
+        lacking = "mode none to compare with" if undistilled is None else "a mode that distils"
+        return Answer(
+            f"{study.dataset}: nothing can be said about what distillation saves: there is no "
+            f"measured student of {lacking}; run a sweep whose sweep.modes hold none and another "
+            "mode.",
+            [],
+        )
+    gap = estimates.gap(chosen, undistilled, CRITERION)
+    sentence = f"{_saving(estimates, chosen, undistilled, gap)} {_users(study, estimates, chosen)}"
+    return Answer(f"{study.dataset}: {sentence}", _caveats(study, estimates, gap))
 
 
-def _unanswered(study: Study, why: str) -> Answer:
-    return Answer(
-        f"{study.dataset}: nothing can be said about what distillation saves: there is {why}; run "
-        "a sweep whose sweep.modes hold none and another mode.",
-        [],
-    )
-
-
-def _sentence(
-    undistilled: str, chosen: str, before: Interval, after: Interval, gap: Interval,
-    saving: Interval, validated: CrossValidated | None,
-) -> str:  # fmt: skip
+def _saving(estimates: Estimates, chosen: str, undistilled: str, gap: Interval) -> str:
+    before, after = (estimates.of(name, CRITERION).mean for name in (undistilled, chosen))
+    goal = f"for {100 * TARGET:g}% of the final value"
+    if math.isnan(gap.mean):
+        return (
+            f"no repeat has both “{chosen}” and “{undistilled}”, so nothing can be said about what "
+            "distillation saves."
+        )
     if gap.mean >= 0:
         return (
-            "no distilled student lets the final ranker do with fewer candidates for 99% of the "
-            f"final value: the best of them, “{chosen}”, needs {after.mean:.0f}, mode "
-            f"{undistilled} {before.mean:.0f}."
+            f"distillation saves nothing here: with “{chosen}” the final ranker needs {after:.0f} "
+            f"candidates a request {goal}, and with “{undistilled}” {before:.0f}"
+            f"{_in_brackets(gap, 'more')}."
         )
     finding = (
-        f"with “{chosen}” the final ranker needs {after.mean:.0f} candidates a request for 99% of "
-        f"the final value instead of the {before.mean:.0f} of mode {undistilled}"
+        f"with “{chosen}” the final ranker needs {after:.0f} candidates a request {goal} instead of "
+        f"the {before:.0f} with “{undistilled}”{_in_brackets(gap, 'fewer')}"
     )
-    compute = ""
-    if saving.n:
-        verb = "saves" if saving.mean >= 0 else "costs another"
-        compute = f", which {verb} {_percent(saving)} of the funnel's compute"
-    if gap.n < 2:
-        return f"{finding}{compute}; that is one repeat, which says nothing of chance."
-    fewer = f"{-gap.mean:.0f} fewer, {_range(-gap.high, -gap.low)}"
+    if math.isnan(gap.low):
+        return f"{finding}; that is too little data to say anything of chance."
     if gap.high >= 0:
-        return (
-            f"a saving is not shown: {finding}, but the interval of that difference includes 0 "
-            f"({fewer})."
-        )
-    if validated and validated.fewer <= 0:
-        return (
-            f"a saving is not shown: {finding} ({fewer}), but a setting that was chosen on other "
-            "repeats needs no fewer."
-        )
-    return f"{finding} ({fewer}){compute}."
+        return f"a saving is not shown: {finding}, and the interval includes none."
+    saving = estimates.of(chosen, "funnel_cost_saving")
+    verb = "saves" if saving.mean >= 0 else "costs another"
+    return f"{finding}, which {verb} {_percent(saving)} of the funnel's compute."
 
 
-def _caveats(compared: int, gap: Interval, validated: CrossValidated | None) -> list[str]:
-    repeats = f"{gap.n} repeats" if gap.n > 1 else "one repeat"
-    lines = [
-        f"{compared} distilled settings were compared on the same test requests over {repeats}; "
-        "the best of several looks better than it is."
-        if compared > 1
-        else f"One distilled setting was measured, over {repeats}."
+def _users(study: Study, estimates: Estimates, chosen: str) -> str:
+    """The change of what users have when as many are passed with either student."""
+    assert study.baseline is not None
+    changes = []
+    for measure in users_measures(study):
+        gap = estimates.gap(chosen, study.baseline, measure)
+        before, after = (estimates.of(name, measure).mean for name in (study.baseline, chosen))
+        if math.isnan(gap.mean):
+            continue
+        verdict = "falls" if gap.high < 0 else "rises" if gap.low > 0 else "shows no difference"
+        moves = f"from {number(before, 3)} to {number(after, 3)}"
+        changes.append(f"the {title_of(measure)} {verdict}, {moves}{_interval(gap, 3)}")
+    if not changes:
+        return "How much users have of it was not measured."
+    return f"By what users would have: {'; '.join(changes)}."
+
+
+def _caveats(study: Study, estimates: Estimates, gap: Interval) -> list[str]:
+    settings = study.rows["setting"].nunique()
+    ways = len(study.chosen)
+    covered = {
+        "both": f"the test requests and {gap.n} repeats",
+        "requests": "the test requests, and not the seeds, of which there is one",
+        "repeats": f"{gap.n} repeats, and not the test requests",
+        "nothing": "nothing",
+    }[gap.covers]
+    return [
+        f"{settings} settings of {ways} ways were compared on validation; the best of each way was "
+        "then read on the test.",
+        f"Intervals cover {covered}; one teacher, and one order of the data unless several were "
+        "reported.",
     ]
-    if validated is None:
-        lines.append(
-            "A cross-validated estimate needs at least two repeats: give more sweep.seeds."
-        )
-    else:
-        settings = list(dict.fromkeys(validated.chosen))
-        saving = (
-            ""
-            if math.isnan(validated.saving)
-            else f" and a saving of {number(100 * validated.saving, 0)}%"
-        )
-        lines.append(
-            "Cross-validated over repeats (the setting is chosen on the other repeats and read on "
-            f"the one left out, {len(validated.chosen)} times): {validated.passed:.0f} candidates, "
-            f"{_more_or_fewer(validated.fewer)} than without distillation{saving}. "
-            f"Chosen: {'; '.join(settings)}. All repeats share the test requests; how far these "
-            "stand for others is not covered."
-        )
-    return lines
 
 
-def _more_or_fewer(fewer: float) -> str:
-    return f"{fewer:.0f} fewer" if fewer >= 0 else f"{-fewer:.0f} more"
+def _in_brackets(gap: Interval, word: str) -> str:
+    change = abs(gap.mean)
+    sign = -1 if word == "fewer" else 1
+    low, high = sorted((sign * gap.low, sign * gap.high))
+    told = "" if math.isnan(gap.low) else f", 95% interval {number(low, 0)} to {number(high, 0)}"
+    return f" ({change:.0f} {word}{told})"
 
 
 def _percent(share: Interval) -> str:
@@ -123,8 +114,13 @@ def _percent(share: Interval) -> str:
     sign = -1 if share.mean < 0 else 1
     low, high = sorted((100 * sign * share.low, 100 * sign * share.high))
     text = f"{number(100 * abs(share.mean), 0)}%"
-    return text if math.isnan(low) else f"{text} ({_range(low, high)})"
+    if math.isnan(low):
+        return text
+    return f"{text} (95% interval {number(low, 0)} to {number(high, 0)})"
 
 
-def _range(low: float, high: float) -> str:
-    return f"95% interval {number(low, 0)} to {number(high, 0)}"
+def _interval(gap: Interval, digits: int) -> str:
+    if math.isnan(gap.low):
+        return ""
+    low, high = (number(end, digits, signed=True) for end in (gap.low, gap.high))
+    return f" (difference {low} to {high})"

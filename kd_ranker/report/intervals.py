@@ -23,6 +23,10 @@ class Interval(NamedTuple):
     n: int
 
 
+NOTHING = Interval(float("nan"), float("nan"), float("nan"), 0, "nothing")
+"""The interval of a measure that nobody knows."""
+
+
 def interval(values: Float[np.ndarray, "n"]) -> Interval:
     """The mean of what is known of `values`, and its 95% interval.
 

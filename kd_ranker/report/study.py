@@ -36,11 +36,14 @@ class Study(NamedTuple):
       dataset: its name.
       tasks: the tasks in the order of the config.
       passed: k, the number of candidates that the config passes.
-      rows: rows of `results.csv`, students of finite loss only, with `setting` (a label that is
-        unique for `results.setting_columns`), `repeat` (the same for `results.REPEAT`), `source`
-        (which sweep)
+      retrieved: N, the number that it retrieves.
+      rows: rows of `results.csv` of both splits, students of finite loss only, with `setting` (a
+        label that is unique for `results.setting_columns`), `way` (the same for
+        `results.way_columns`), `repeat` (the same for `results.REPEAT`), `source` (which sweep)
         and, under their names, the means over tasks of metrics that are `averaged`.
-      teachers: the teachers' rows, with the same columns.
+      chosen: the setting that validation chose for each way.
+      teachers: the teachers' rows on the test split, with the same columns.
+      references: the same of what ranks without a model.
       frozen: the rows of members whose loss stopped being finite.
       varying: the columns of a setting that differ, beside mode, serving choice and weight.
       curves: `curves.csv` with `source`; empty where there is none.
@@ -49,13 +52,18 @@ class Study(NamedTuple):
       configs: the text of each sweep's config by its folder.
       environments: what each sweep ran with by its folder; one that was not recorded is missing.
       missing: for a kind of file, which folders do not hold it.
+      kept: what each test request adds to the measures, by source and then by member and serve
+        name; without the sources that do not have it.
     """
 
     dataset: str
     tasks: list[str]
     passed: int
+    retrieved: int
     rows: pd.DataFrame
+    chosen: dict[str, str]
     teachers: pd.DataFrame
+    references: pd.DataFrame
     frozen: pd.DataFrame
     varying: list[str]
     curves: pd.DataFrame
@@ -64,6 +72,18 @@ class Study(NamedTuple):
     configs: dict[str, str]
     environments: dict[str, dict]
     missing: dict[str, list[str]]
+    kept: dict[int, Kept]
+
+    @property
+    def tested(self) -> pd.DataFrame:
+        """The rows of the chosen settings on the test split."""
+        rows = of_split(self.rows, "test")
+        return rows[rows["setting"].isin(list(self.chosen.values()))]
+
+    @property
+    def baseline(self) -> str | None:
+        """The setting without distillation that validation chose; None if there is none."""
+        return baseline(self.rows)
 
 
 def read_studies(workdirs: Sequence[Path]) -> list[Study]:
@@ -98,12 +118,13 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     _check_alike(configs)
     first = next(iter(configs.values()))
     tables = [
-        results.read_csv(workdir / results.FILE).assign(source=source)
-        for source, workdir in enumerate(workdirs)
+        _read_results(workdir).assign(source=source) for source, workdir in enumerate(workdirs)
     ]
     tables = _with_own_values(tables, [configs[str(workdir)] for workdir in workdirs])
     rows = _with_keys(pd.concat(tables, ignore_index=True), list(first.tasks))
-    students, teachers = (rows[rows["role"] == role] for role in ("student", "teacher"))
+    students, teachers, references = (
+        rows[rows["role"] == role] for role in ("student", "teacher", "reference")
+    )
     if students.empty:
         names = ", ".join(map(str, workdirs))
         raise UserError(f"{names}: {results.FILE} has no student; {_make(workdirs[0])}")
@@ -121,14 +142,20 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     if len(teachers):
         teacher_flops = float(teachers["flops_per_candidate"].mean())
         healthy = with_savings(healthy, teacher_flops, int(first.funnel.retrieved))
-    # Sweeps under the same teacher each have its row.
-    teachers = teachers.drop_duplicates(teachers.columns.difference(["source"]))
+    # Sweeps under the same teacher each have its row, and those of references.
+    teachers, references = (
+        of_split(of, "test").drop_duplicates(of.columns.difference(["source"]))
+        for of in (teachers, references)
+    )
     return Study(
         dataset=dataset,
         tasks=list(first.tasks),
         passed=int(first.funnel.passed),
+        retrieved=int(first.funnel.retrieved),
         rows=healthy,
+        chosen=best_of_ways(healthy),
         teachers=teachers.reindex(columns=healthy.columns),
+        references=references.reindex(columns=healthy.columns),
         frozen=frozen.drop_duplicates(["source", "member"]),
         varying=_varying(students),
         curves=curves,
@@ -137,7 +164,30 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         configs={name: as_json(config) for name, config in configs.items()},
         environments=environments,
         missing={"curves": no_curves, "calibration": no_calibration, "losses": no_losses},
+        kept=_kept(workdirs),
     )
+
+
+def _kept(workdirs: Sequence[Path]) -> dict[int, Kept]:
+    """What each test request adds, of the sweeps that hold it; cohorts are joined."""
+    of_sources = {}
+    for source, workdir in enumerate(workdirs):
+        files = sorted(workdir.glob(f"{FOLDER}/*/{TEST}/{kept.FILE}"))
+        parts = [kept.read(file.parent) for file in files]
+        if parts:
+            each = {who: of for part in reversed(parts) for who, of in part.each.items()}
+            of_sources[source] = Kept(parts[0].ks, each)
+    return of_sources
+
+
+def _read_results(workdir: Path) -> pd.DataFrame:
+    table = results.read_csv(workdir / results.FILE)
+    if "split" not in table:
+        raise UserError(
+            f"{workdir / results.FILE} does not say of which split its rows are, so it is of an "
+            "older release; run the sweep anew in another --workdir"
+        )
+    return table
 
 
 def _check_alike(configs: dict[str, ConfigDict]) -> None:
@@ -191,18 +241,6 @@ def _with_own_values(
 def _with_keys(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
     """The rows with every key column, `setting`, `repeat`, and the means over tasks."""
     rows = rows.copy()
-    for column in ("temperature", "learning_rate", "non_finite_step"):
-        if column not in rows:
-            rows[column] = float("nan")
-    if "data_seed" not in rows:
-        rows["data_seed"] = 0
-    if "member" not in rows:
-        rows["member"] = [
-            f"{mode}-weight{weight:g}-seed{seed}"
-            for mode, weight, seed in zip(
-                rows["mode"], rows["distill_weight"], rows["seed"], strict=True
-            )
-        ]
     # A single run's only member has no name.
     rows["member"] = rows["member"].astype(object).fillna("")
     for metric in METRICS.values():
@@ -212,11 +250,14 @@ def _with_keys(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
     rows = _ordered(rows)
     students = rows[rows["role"] == "student"]
     varying = _varying(students)
+    ways = [column for column in varying if column in results.way_columns(students)]
     choices = students.groupby("mode")["serve"].nunique()
-    rows["setting"] = [
-        "teacher" if row["role"] == "teacher" else _label(row, varying, choices[row["mode"]] > 1)
-        for _, row in rows.iterrows()
+    of_students = rows["role"] == "student"
+    rows["setting"] = rows["way"] = rows["member"].where(~of_students, "")
+    rows.loc[of_students, "setting"] = [
+        _label(row, varying, choices[row["mode"]] > 1) for _, row in students.iterrows()
     ]
+    rows.loc[of_students, "way"] = [_way(row, ways) for _, row in students.iterrows()]
     rows["repeat"] = [
         f"{seed:g}/{data_seed:g}"
         for seed, data_seed in zip(rows["seed"], rows["data_seed"], strict=True)
@@ -246,10 +287,18 @@ def _label(row: pd.Series, varying: list[str], serves: bool) -> str:
     distilled = pd.notna(row["distill_loss"])
     if distilled:
         parts.append(f"weight {row['distill_weight']:g}")
-    parts += [
-        f"{key_title(column)} {text_of(row[column])}" for column in varying if pd.notna(row[column])
+    return ", ".join([*parts, *_told(row, varying)])
+
+
+def _way(row: pd.Series, columns: list[str]) -> str:
+    """The label of the way of a row: its mode, and what differs of the keys that are not tuned."""
+    return ", ".join([str(row["mode"]), *_told(row, columns)])
+
+
+def _told(row: pd.Series, columns: list[str]) -> list[str]:
+    return [
+        f"{key_title(column)} {text_of(row[column])}" for column in columns if pd.notna(row[column])
     ]
-    return ", ".join(parts)
 
 
 def key_title(column: str) -> str:
@@ -270,7 +319,7 @@ def text_of(value: object) -> str:
 
 
 def _check_distinct(students: pd.DataFrame, workdirs: list[Path]) -> None:
-    twice = students[students.duplicated(["setting", "repeat"], keep=False)]
+    twice = students[students.duplicated(["split", "setting", "repeat"], keep=False)]
     if len(twice):
         names = ", ".join(twice["member"].astype(str).unique())
         folders = ", ".join(str(workdirs[source]) for source in sorted(twice["source"].unique()))

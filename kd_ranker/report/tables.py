@@ -1,5 +1,6 @@
 """Tables of results for people."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,11 +10,16 @@ from tabulate import tabulate
 
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import metric_of, summary_columns, title_of
-from kd_ranker.evaluation.saving import baseline
+from kd_ranker.evaluation.saving import CRITERION, of_split
+from kd_ranker.report.choices import users_measures
 from kd_ranker.report.claims import RULES
 from kd_ranker.report.comparison import important_columns
+from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import Interval, interval
 from kd_ranker.report.study import NAMED, Study, key_title, text_of
+
+# What students may cost a candidate, over the teacher: 5% is the method's own figure.
+STUDENT_COSTS = (0.01, 0.05, 0.1)
 
 
 def results_text(workdir: Path, passed: int) -> str:
@@ -32,18 +38,21 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
       frame: one or more `results.csv`, see `results.read_csv`.
       passed: `config.funnel.passed`, the k of the funnel's columns.
     """
+    frame = of_split(frame, "test")
     tasks = [name.split("/")[1] for name in frame.columns if name.startswith("user_bce/")]
     shown = [column for column in summary_columns(tasks, passed) if column in frame]
     setting = [column for column in results.setting_columns(frame) if column in frame]
     # Only what differs is worth a column.
     varying = [column for column in setting[NAMED:] if frame[column].nunique() > 1]
     lines = []
-    for _, group in frame.groupby(["dataset", "role", *setting], sort=False, dropna=False):
+    named = frame.assign(reference=frame["member"].where(frame["role"] != "student"))
+    keys = ["dataset", "role", "reference", *setting]
+    for _, group in named.groupby(keys, sort=False, dropna=False):
         first = group.iloc[0]
         # Mode none has no loss to weigh.
         distilled = pd.notna(first["distill_loss"])
         line = {
-            "model": first["role"] if first["role"] == "teacher" else first["mode"],
+            "model": first["mode"] if first["role"] == "student" else first["member"],
             "serve": first["serve"],
             "weight": text_of(first["distill_weight"]) if distilled else "",
             **{key_title(column): text_of(first[column]) for column in varying},
@@ -98,21 +107,20 @@ class Table(NamedTuple):
 
 
 def main_table(study: Study, numbers: pd.DataFrame) -> Table:
-    """Every setting on the measures that matter.
+    """The chosen setting of each way on the measures that matter, read on the test split.
+
+    The teacher and the references, which are not trained here, come first.
 
     Args:
       study: what was read.
       numbers: its `comparison`.
     """
     measures = important_columns(study)
-    lines = []
-    if len(study.teachers):
-        cells = [
-            _number(interval(study.teachers[measure].to_numpy(float)), _digits(measure))
-            for measure in measures
-        ]
-        count = Cell(str(len(study.teachers)), value=len(study.teachers))
-        lines.append([*_key_cells(study, None), count, *cells])
+    lines = [
+        _reference_line(study, name, of, measures)
+        for table, named in ((study.teachers, "role"), (study.references, "member"))
+        for name, of in table.groupby(named, sort=False)
+    ]
     for _, of_setting in numbers.groupby("setting", sort=False):
         by_measure = {line["measure"]: line for line in of_setting.to_dict("records")}
         cells = []
@@ -124,12 +132,20 @@ def main_table(study: Study, numbers: pd.DataFrame) -> Table:
         keys = _key_cells(study, of_setting.iloc[0])
         lines.append([*keys, Cell(str(repeats), value=repeats), *cells])
     columns = [*_key_titles(study), "repeats", *map(title_of, measures)]
-    return Table(f"{study.dataset}: every setting", columns, lines, _notes(study))
+    return Table(f"{study.dataset}: the best of each way, on test", columns, lines, _notes(study))
+
+
+def _reference_line(
+    study: Study, name: object, rows: pd.DataFrame, measures: Sequence[str]
+) -> list[Cell]:
+    cells = [_number(interval(rows[of].to_numpy(float)), _digits(of)) for of in measures]
+    keys = [Cell(str(name), value=str(name)), *[Cell("")] * (len(_key_titles(study)) - 1)]
+    return [*keys, Cell(str(len(rows)), value=len(rows)), *cells]
 
 
 def difference_table(study: Study, numbers: pd.DataFrame) -> Table | None:
     """The changes against the baseline, on the measures that matter; None without a baseline."""
-    undistilled = baseline(study.rows)
+    undistilled = study.baseline
     # A saving is a difference to the baseline already.
     measures = [column for column in important_columns(study) if column != "funnel_cost_saving"]
     compared = numbers[numbers["setting"] != undistilled]
@@ -149,12 +165,58 @@ def difference_table(study: Study, numbers: pd.DataFrame) -> Table | None:
         keys = _key_cells(study, of_setting.iloc[0])
         lines.append([*keys, Cell(str(pairs), value=pairs), *cells])
     notes = [
-        f"The setting less {undistilled} of the same seed and data seed, averaged over repeats; "
-        "± is half the 95% interval of that paired difference (Student's t), not corrected for the "
-        "number of settings."
+        f"The setting less {undistilled} in the same repeat, on the same test requests; ± is half "
+        "the 95% interval of that paired difference, not corrected for the number of settings."
     ]
     columns = [*_key_titles(study), "pairs", *map(title_of, measures)]
     return Table(f"{study.dataset}: difference to {undistilled}", columns, lines, notes)
+
+
+def saving_table(study: Study, estimates: Estimates) -> Table | None:
+    """The saving at every target, and with students of other costs; None without a baseline.
+
+    A line a chosen way that distils and a cost of its student, a column a target.
+    """
+    if study.baseline is None:
+        return None
+    settings = study.tested.drop_duplicates("setting")
+    costs = {None: "as measured"} | {share: f"{100 * share:g}%" for share in STUDENT_COSTS}
+    lines = []
+    for setting in settings.loc[settings["mode"] != "none", "setting"]:
+        for cost, told in costs.items():
+            savings = [
+                _number(estimates.saving(setting, target, cost), 3) for target in estimates.targets
+            ]
+            keys = [Cell(setting, value=setting), Cell(told, value=cost or 0.0)]
+            lines.append([*keys, *savings])
+    columns = ["setting", "student's cost", *(f"{100 * of:g}%" for of in estimates.targets)]
+    notes = [
+        "The share of the funnel's compute that is saved against "
+        f"{study.baseline}, if both pass as many as keep so much of the final value. The student's "
+        "cost is that of a candidate over the teacher's, of either student; as measured, it is "
+        "what the compiled models take. ± is half the 95% interval."
+    ]
+    return Table(f"{study.dataset}: saving by target and cost", columns, lines, notes)
+
+
+def tuning_table(study: Study) -> Table:
+    """Every setting on validation by the criterion, with the one that was chosen of each way."""
+    rows = of_split(study.rows, "validation")
+    users = users_measures(study)
+    measures = [CRITERION, f"value_captured@{study.passed}", *users]
+    lines = []
+    for setting, of_setting in rows.groupby("setting", sort=False):
+        cells = [_number(interval(of_setting[of].to_numpy(float)), _digits(of)) for of in measures]
+        chosen = "chosen" if setting in study.chosen.values() else ""
+        keys = _key_cells(study, of_setting.iloc[0])
+        repeats = Cell(str(len(of_setting)), value=len(of_setting))
+        lines.append([*keys, Cell(chosen, value=chosen), repeats, *cells])
+    columns = [*_key_titles(study), "", "repeats", *map(title_of, measures)]
+    notes = [
+        "All that was tried, on the validation split; of each way the setting with the smallest "
+        f"mean {title_of(CRITERION)} was chosen. ± is half the 95% interval over repeats."
+    ]
+    return Table(f"{study.dataset}: every setting, on validation", columns, lines, notes)
 
 
 def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
@@ -209,10 +271,8 @@ def _key_titles(study: Study) -> list[str]:
     return ["mode", "serves", "weight", *map(key_title, study.varying)]
 
 
-def _key_cells(study: Study, keys: pd.Series | None) -> list[Cell]:
-    """The cells that say which setting it is; the teacher's if `keys` is None."""
-    if keys is None:
-        return [Cell("teacher", value="teacher"), *[Cell("")] * (2 + len(study.varying))]
+def _key_cells(study: Study, keys: pd.Series) -> list[Cell]:
+    """The cells that say which setting it is."""
     mode, serves = str(keys["mode"]), str(keys["serve"])
     weight = float(keys["distill_weight"])
     cells = [
@@ -253,9 +313,10 @@ def number(value: float, digits: int, signed: bool = False) -> str:
 
 def _notes(study: Study) -> list[str]:
     notes = [
-        "Means over repeats (seed and data seed); ± is half the 95% interval (Student's t), and is "
-        "missing where there is one repeat. Teacher KL is the mean over tasks. Saving is the share "
-        "of the funnel's compute that is saved against mode none.",
+        "Means over repeats (seeds), on the test split, which no choice has seen: of each way the "
+        "setting that did best on validation. ± is half the 95% interval, over test requests and "
+        "repeats where what each request adds was kept. Teacher KL is the mean over tasks. Saving "
+        "is the share of the funnel's compute that is saved against the best setting of mode none.",
         "Bold: the best mean of the column, where the 95% interval of its paired difference to "
         "every other setting excludes 0. Nothing is bold where that cannot be said. The winner "
         "needs no further correction for the number of settings (Hung and Fithian 2019), but each "
@@ -294,7 +355,9 @@ def latex(table: Table) -> str:
         columns=[_latex(column) for column in table.columns],
     )
     # Names to the left, numbers to the right.
-    names = table.columns.index("repeats" if "repeats" in table.columns else "pairs")
+    names = next(
+        (table.columns.index(of) for of in ("repeats", "pairs") if of in table.columns), 2
+    )
     alignment = "l" * names + "r" * (len(table.columns) - names)
     body = frame.to_latex(index=False, escape=False, column_format=alignment)
     comments = [f"% {line}" for line in (table.title, *table.notes)]

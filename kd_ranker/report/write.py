@@ -10,6 +10,7 @@ from kd_ranker.report import charts
 from kd_ranker.report.answer import answer
 from kd_ranker.report.claims import claims
 from kd_ranker.report.comparison import comparison
+from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.figures import figures
 from kd_ranker.report.page import Section, page
 from kd_ranker.report.study import Study, read_studies
@@ -20,6 +21,8 @@ from kd_ranker.report.tables import (
     latex,
     main_table,
     markdown,
+    saving_table,
+    tuning_table,
 )
 from kd_ranker.training.workdir import write_atomically
 
@@ -36,11 +39,11 @@ def write_report(workdirs: Sequence[Path], output: Path) -> list[str]:
     Returns:
       The answer to each dataset, a sentence.
     """
-    studies = read_studies(workdirs)
-    of_claims = [claims(study) for study in studies]
+    estimates = [Estimates(study) for study in read_studies(workdirs)]
+    of_claims = [claims(of.study, of) for of in estimates]
     sections = [
-        _write_study(study, tested, output)
-        for study, tested in zip(studies, of_claims, strict=True)
+        _write_study(of.study, of, tested, output)
+        for of, tested in zip(estimates, of_claims, strict=True)
     ]
     _write_csv(output / TABLES / "claims.csv", pd.concat(of_claims))
     write_atomically(
@@ -50,26 +53,30 @@ def write_report(workdirs: Sequence[Path], output: Path) -> list[str]:
     return [section.answer.sentence for section in sections]
 
 
-def _write_study(study: Study, tested: pd.DataFrame, output: Path) -> Section:
+def _write_study(
+    study: Study, estimates: Estimates, tested: pd.DataFrame, output: Path
+) -> Section:
     name = re.sub(r"[^\w.-]", "_", study.dataset)
-    numbers = comparison(study)
+    numbers = comparison(study, estimates)
     tables: dict[str, Table | None] = {
         name: main_table(study, numbers),
         f"{name}-difference": difference_table(study, numbers),
+        f"{name}-saving": saving_table(study, estimates),
+        f"{name}-tuning": tuning_table(study),
     }
     _write_csv(output / TABLES / f"{name}.csv", numbers)
     for file, table in tables.items():
         if table:
             write_atomically(output / TABLES / f"{file}.md", markdown(table))
             write_atomically(output / TABLES / f"{file}.tex", latex(table))
-    drawn = figures(study)
+    drawn = figures(study, estimates)
     for figure in drawn:
         if len(figure.data):
             for ending, content in charts.files(figure).items():
                 write_atomically(output / FIGURES / f"{name}-{figure.name}.{ending}", content)
     return Section(
         study=study,
-        answer=answer(study),
+        answer=answer(study, estimates),
         figures=drawn,
         claims=claims_table(study.dataset, tested),
         tables=[table for table in tables.values() if table],

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from kd_ranker.config import identity
 from kd_ranker.config.schema import sweepable, value_of
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import results
+from kd_ranker.evaluation import kept, results
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.workdir import write_atomically
@@ -183,6 +183,7 @@ def is_measured(folder: Path, whose: Identity) -> bool:
 
 
 def _mark(folder: Path, whose: Identity) -> dict[str, dict]:
-    files = (results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE)
-    checksums = {file: zlib.crc32((folder / file).read_bytes()) for file in files}
+    files = (results.CURVES_FILE, results.CALIBRATION_FILE, kept.FILE, kept.CURVES_FILE)
+    there = [results.FILE, *(file for file in files if (folder / file).exists())]
+    checksums = {file: zlib.crc32((folder / file).read_bytes()) for file in there}
     return {"identity": dict(whose), "files": checksums}
