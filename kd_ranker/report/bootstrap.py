@@ -1,0 +1,206 @@
+"""Intervals that cover both the test requests and the repeats.
+
+A measure of a setting is a function of sums over the test requests, averaged over repeats: seeds of
+the teacher, the initialisation and the order of the data. All repeats are read on the same
+requests, so requests and repeats are crossed. To first order the measure of repeat r is
+
+    θ_r = θ + a_r + b + c_r
+
+with a_r of the repeat, b of the requests, which all repeats share, and c_r of how the requests meet
+this repeat. What is wanted is θ, and the variance of the mean over R repeats is Var(a)/R + Var(b) +
+Var(c)/R. Repeats tell the first and the last of these, requests drawn anew the other two.
+
+    counts = request_counts(requests)
+    before, after = (measured(sums, counts, needed) for sums in (of_none, of_aux))
+    crossed_interval(combined(np.subtract, after, before))
+
+Axes: `R` repeats, `N` test requests, `B` draws of the requests, `K` values of k.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy import stats
+
+from kd_ranker.evaluation.metrics import ratio
+from kd_ranker.report.intervals import CONFIDENCE, Interval
+
+DRAWS = 1000
+# Beyond this share of draws without a measure, what is left of them says too little of the rest.
+_UNKNOWN_DRAWS = 0.05
+
+
+class Measured(NamedTuple):
+    """A measure of a setting in each repeat, NaN where it has none.
+
+    Attributes:
+      repeats: their names, in the order of the R axis.
+      each: on the test requests.
+      drawn: on each draw of the requests.
+      requests: how many there are.
+    """
+
+    repeats: tuple[Hashable, ...]
+    each: Float[np.ndarray, "R"]
+    drawn: Float[np.ndarray, "B R"]
+    requests: int
+
+
+def request_counts(requests: int, draws: int = DRAWS, seed: int = 0) -> Int[np.ndarray, "B N"]:
+    """The times that each request occurs in each draw of as many, with replacement.
+
+    The same counts are to serve every setting and repeat, so that what a draw does to both sides of
+    a difference cancels out (Efron, Ann. Stat. 1979).
+
+    Args:
+      requests: N, at least one.
+      draws: B.
+      seed: the same seed gives the same counts.
+    """
+    evenly = np.full(requests, 1 / requests)
+    return np.random.default_rng(seed).multinomial(requests, evenly, size=draws)
+
+
+def resampled_sums(
+    values: Float[np.ndarray, "R N *shape"], counts: Int[np.ndarray, "B N"]
+) -> Float[np.ndarray, "B R *shape"]:
+    """The sums over requests in each draw: Σ_n counts[b, n] · values[r, n], in float64."""
+    repeats, requests, *shape = values.shape
+    flat = np.asarray(values, np.float64).reshape(repeats, requests, -1)
+    sums = np.matmul(counts.astype(np.float64), flat)
+    return np.moveaxis(sums, 0, 1).reshape(len(counts), repeats, *shape)
+
+
+def measured(
+    values: Float[np.ndarray, "R N *shape"],
+    counts: Int[np.ndarray, "B N"],
+    measure: Callable[[Float[np.ndarray, "..."]], Float[np.ndarray, "..."]],
+    repeats: Sequence[Hashable] | None = None,
+) -> Measured:
+    """A measure of the sums over requests, on the test requests and on each draw of them.
+
+    Args:
+      values: of each repeat and request, what the measure takes the sums of.
+      counts: of `request_counts`, for the same requests.
+      measure: from sums [..., *shape] to numbers [...], NaN where there is none.
+      repeats: names that tell which repeats two settings have in common; numbered if None.
+    """
+    names = tuple(range(len(values)) if repeats is None else repeats)
+    totals = np.asarray(values, np.float64).sum(axis=1)
+    return Measured(
+        names, measure(totals), measure(resampled_sums(values, counts)), values.shape[1]
+    )
+
+
+def combined(function: Callable[..., Any], *settings: Measured) -> Measured:
+    """A function of the measures of several settings, over the repeats that they have in common.
+
+    `np.subtract` gives the paired difference. Repeats and draws are paired, so all settings must
+    stem from the same counts.
+
+    Args:
+      function: from one array of numbers a setting to an array of that shape.
+      *settings: at least one.
+    """
+    first, *others = settings
+    common = [name for name in first.repeats if all(name in other.repeats for other in others)]
+    places = [[setting.repeats.index(name) for name in common] for setting in settings]
+    each = [setting.each[at] for setting, at in zip(settings, places, strict=True)]
+    drawn = [setting.drawn[:, at] for setting, at in zip(settings, places, strict=True)]
+    return Measured(tuple(common), function(*each), function(*drawn), first.requests)
+
+
+def crossed_interval(setting: Measured, confidence: float = CONFIDENCE) -> Interval:
+    """The mean over the repeats that have the measure, and an interval over requests and repeats.
+
+    mean ± √h, where h is the larger of t_N² · V and t_N² · max(V − C, 0) + t_R² · S, with
+
+        V = N/(N−1) · Var_b(mean_r drawn[b, r])           requests, for these repeats
+        C = N/(N−1) · mean_b(Var_r(drawn[b, r] − mean_b drawn[·, r])) / R
+                                                          the part of V that repeats do not share
+        S = Var_r(each[r]) / R                            repeats, and C with them
+
+    and t_N, t_R points of Student's distribution with N − 1 and R − 1 degrees of freedom. For
+    normal, independent parts the coverage is at least the confidence, whatever their sizes: each
+    estimated variance is multiplied by the t² of its own degrees of freedom, and the distribution
+    function of χ² with one degree is concave (Banerjee, Sankhyā 1960). One t for the sum, with
+    Satterthwaite's degrees of freedom (Biometrics 1946), covers less where repeats are few, and so
+    does drawing repeats anew as well (the pigeonhole bootstrap: Owen, Ann. Appl. Stat. 2007), which
+    cannot show more spread than the few repeats have. No bootstrap gives the variance of crossed
+    data exactly (McCullagh, Bernoulli 2000). The interval of one repeat is ± t_N · √V and covers
+    the requests alone.
+
+    Returns:
+      `low` and `high` are NaN where there is one request, no repeat that has the measure, or no
+      measure in more than one draw of twenty: then how far it could go is not known.
+    """
+    known = np.isfinite(setting.each)
+    each, drawn = setting.each[known], setting.drawn[:, known]
+    n, requests = len(each), setting.requests
+    nan = float("nan")
+    if n == 0:
+        return Interval(nan, nan, nan, 0, "nothing")
+    mean = float(each.mean())
+    whole = np.isfinite(drawn).all(axis=1)
+    if requests < 2 or whole.mean() < 1 - _UNKNOWN_DRAWS:
+        return Interval(mean, nan, nan, n, "nothing")
+    square = _square_of_half(each, drawn[whole], requests, confidence)
+    half = float(np.sqrt(square))
+    return Interval(mean, mean - half, mean + half, n, "both" if n > 1 else "requests")
+
+
+def _square_of_half(
+    each: Float[np.ndarray, "R"], drawn: Float[np.ndarray, "B R"], requests: int, confidence: float
+) -> float:
+    """The h of `crossed_interval`."""
+    repeats = len(each)
+
+    def t_squared(degrees: int) -> float:
+        return float(stats.t.ppf((1 + confidence) / 2, degrees) ** 2)
+
+    # A variance over draws has N in place of N − 1.
+    unbiased = requests / (requests - 1)
+    over_requests = unbiased * drawn.mean(axis=1).var(ddof=1)
+    alone = t_squared(requests - 1) * over_requests
+    if repeats == 1:
+        return float(alone)
+    own = (drawn - drawn.mean(axis=0)).var(axis=1, ddof=1).mean()
+    shared = max(over_requests - unbiased * own / repeats, 0.0)
+    over_repeats = each.var(ddof=1) / repeats
+    both = t_squared(requests - 1) * shared + t_squared(repeats - 1) * over_repeats
+    return float(max(alone, both))
+
+
+def passed_for(
+    sums: Float[np.ndarray, "*shape K"], ks: Int[np.ndarray, "K"], target: float
+) -> Float[np.ndarray, "*shape"]:
+    """The smallest k whose sum is at least `target` of the last; NaN if none is, or that is 0.
+
+    Between two values of k the curve is taken for a straight line, and k is rounded up: on a grid
+    of all k this is the smallest one exactly.
+
+    Args:
+      sums: a curve over k, summed over requests; its last entry is what there is to capture.
+      ks: the values of k, increasing.
+      target: a share, in (0, 1].
+
+    Raises:
+      ValueError: the curve and `ks` differ in length.
+
+    >>> passed_for(np.array([5.0, 7.0, 8.0]), np.array([10, 20, 40]), 0.92)  # 7.36: 20 + 0.36 · 20
+    array(28.)
+    """
+    if sums.shape[-1] != len(ks):
+        raise ValueError(f"a curve of {sums.shape[-1]} values at {len(ks)} values of k")
+    share = ratio(sums, sums[..., -1:])
+    reached = share >= target
+    at = reached.argmax(axis=-1)
+    before = np.maximum(at - 1, 0)
+    above = np.take_along_axis(share, at[..., None], axis=-1)[..., 0]
+    below = np.take_along_axis(share, before[..., None], axis=-1)[..., 0]
+    # No line leads to the first k.
+    part = (target - below) / np.where(at == 0, 1.0, above - below)
+    between = np.maximum(np.ceil(ks[before] + part * (ks[at] - ks[before])), ks[before] + 1)
+    return np.where(reached.any(axis=-1), np.where(at == 0, ks[0], between), np.nan)
