@@ -55,8 +55,8 @@ def _saving(estimates: Estimates, chosen: str, undistilled: str, gap: Interval) 
             f"{_in_brackets(gap, 'more')}."
         )
     finding = (
-        f"with “{chosen}” the final ranker needs {after:.0f} candidates a request {goal} instead of "
-        f"the {before:.0f} with “{undistilled}”{_in_brackets(gap, 'fewer')}"
+        f"with “{chosen}” the final ranker needs {after:.0f} candidates a request {goal} instead "
+        f"of the {before:.0f} with “{undistilled}”{_in_brackets(gap, 'fewer')}"
     )
     if math.isnan(gap.low):
         return f"{finding}; that is too little data to say anything of chance."

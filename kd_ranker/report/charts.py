@@ -28,6 +28,7 @@ _DPI = 300
 _SIZES = {
     "pareto": (252, 209),
     "value_captured": (252, 180),
+    "true_value_captured": (252, 180),
     "survival": (252, 180),
     "calibration": (104, 104),
     "training": (147, 104),
@@ -129,10 +130,9 @@ def _panel(
       marked: whether lines have the marks of their modes.
     """
     lines = figure.drop_duplicates("line")
-    palette = colours(lines["mode"])
     serves = lines["serve"] if "serve" in lines else ["user"] * len(lines)
     glyphs = [glyph(m, serve, marked) for m, serve in zip(lines["mode"], serves, strict=True)]
-    colour = _of_line(lines["line"], [palette[mode] for mode in lines["mode"]])
+    colour = _of_line(lines["line"], colours(lines["mode"].tolist()))
     # Nothing is drawn here: it gives the layers their colours and their legend, and hears clicks.
     key = {
         "mark": {"type": "point", "size": 0, "filled": True, "opacity": 1},
@@ -284,6 +284,17 @@ def _survival(data: pd.DataFrame, hover: bool) -> list[Spec]:
     return [_panel(data, layers, data)]
 
 
+def _true_value_captured(data: pd.DataFrame, hover: bool) -> list[Spec]:
+    last = float(data["k"].max())
+    # Where hardly anything is passed there is hardly anything to show.
+    seen = data[data["mean"] >= 0.8]
+    values = [float(seen["low"].min()), float(seen["high"].max())]
+    ks = [float(seen["k"].min()), last]
+    _, y, layers = _over_k(data, "true value captured at k", ks, values, hover)
+    layers.append(_reference({"y": y | {"field": "all"}}, [{"all": 1.0}]))
+    return [_panel(data, layers, data)]
+
+
 def _over_k(
     data: pd.DataFrame, title: str, ks: list[float], values: list[float], hover: bool
 ) -> tuple[Spec, Spec, list[Spec]]:
@@ -351,6 +362,7 @@ def _training(data: pd.DataFrame, hover: bool) -> list[Spec]:
 _DRAWERS: dict[str, Callable[[pd.DataFrame, bool], list[Spec]]] = {
     "pareto": _pareto,
     "value_captured": _value_captured,
+    "true_value_captured": _true_value_captured,
     "survival": _survival,
     "calibration": _calibration,
     "training": _training,

@@ -61,7 +61,8 @@ def verdict(mean: Interval, side: Literal["below", "above"], threshold: float) -
 def claims(study: Study, estimates: Estimates) -> pd.DataFrame:
     """Every claim on one study: `COLUMNS`, one row a number."""
     tests: list[Callable[[Study, Estimates], list[Line]]] = [
-        misaligned, closer, shared_closer, serving_cost, survival, fewer_passed, users_keep, sources,
+        misaligned, closer, shared_closer, serving_cost,
+        survival, fewer_passed, users_keep, sources,
     ]  # fmt: skip
     lines = [line for test in tests for line in test(study, estimates)]
     frame = pd.DataFrame(lines, columns=list(COLUMNS))

@@ -7,7 +7,8 @@ count of FLOPs), and studies without the requests' own numbers, have intervals o
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,7 +44,7 @@ class Estimates:
         self._points = _points(study)
 
     @property
-    def targets(self) -> tuple[float, ...]:
+    def targets(self) -> Sequence[float]:
         """The shares of the final value for which it was measured how many have to be passed."""
         return self._points.targets
 
@@ -101,12 +102,12 @@ class Estimates:
         flops = self.study.tested.groupby("setting")["flops_per_candidate"].first()
         of_teacher = float(self.study.teachers["flops_per_candidate"].iloc[0])
 
-        def cost(name: str) -> Callable[[np.ndarray], np.ndarray]:
+        def cost(name: str, passed: Any) -> Any:
             student = flops[name] if student_cost is None else student_cost * of_teacher
-            return lambda passed: funnel_cost(self.study.retrieved, passed, student, of_teacher)
+            return funnel_cost(self.study.retrieved, passed, student, of_teacher)
 
-        def saved(passed: np.ndarray, before: np.ndarray) -> np.ndarray:
-            return funnel_cost_saving(cost(setting)(passed), cost(baseline)(before))
+        def saved(passed: Any, before: Any) -> Any:
+            return funnel_cost_saving(cost(setting, passed), cost(baseline, before))
 
         return combined(saved, *(self._measured(name, column) for name in (setting, baseline)))
 
@@ -133,7 +134,7 @@ class Estimates:
         kept = next(iter(self.study.kept.values()), None)
         return [] if kept is None else kept.ks.tolist()
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019 - it lives as long as a report is written
+    @functools.cache  # noqa: B019 - it lives as long as a report is written
     def _drawn(self, setting: str, repeat: str) -> dict[str, Float[np.ndarray, "B"]]:
         """The measures of a setting in a repeat, on each draw of the requests."""
         rows = self.study.tested
@@ -156,12 +157,12 @@ class Estimates:
         kept = self.study.kept[source]
         return _resampled(kept, kept.each[who], self._counts(source), self.study.retrieved)
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019
+    @functools.cache  # noqa: B019
     def _counts(self, source: int) -> np.ndarray:
         each = next(iter(self.study.kept[source].each.values()))
         return request_counts(len(next(iter(each.alone.values()))), DRAWS)
 
-    @functools.lru_cache(maxsize=None)  # noqa: B019
+    @functools.cache  # noqa: B019
     def _curves(self, source: int, who: Who) -> dict[str, Float[np.ndarray, "draws K"]]:
         """Captured shares at the kept k: of the test requests, then of each draw of them."""
         kept = self.study.kept[source]
@@ -170,10 +171,11 @@ class Estimates:
         of_curves = kept.each[who].curves
         shares = {}
         for name in ("value_captured", "true_value_captured"):
-            sums = resampled_sums(of_curves[name][None], whole)[:, 0]
+            sums = resampled_sums(np.asarray(of_curves[name])[None], whole)[:, 0]
             shares[name] = metrics.ratio(sums, sums[:, -1:])
-        survived = resampled_sums(of_curves["survival"][None], whole)[:, 0]
-        counting = resampled_sums(kept.each[who].alone["funnel_requests"][None], whole)
+        survived = resampled_sums(np.asarray(of_curves["survival"])[None], whole)[:, 0]
+        requests = np.asarray(kept.each[who].alone["funnel_requests"])
+        counting = resampled_sums(requests[None], whole)
         shares["survival"] = metrics.ratio(survived, counting)
         return shares
 
@@ -194,13 +196,15 @@ def _interval(measured: Measured, confidence: float = CONFIDENCE) -> Interval:
 
 
 def _resampled(kept: Kept, each: Each, counts: np.ndarray, retrieved: int) -> Sums:
-    alone = {name: resampled_sums(of[None], counts)[:, 0] for name, of in each.alone.items()}
     between = _between(kept.ks, retrieved)
-    curves = {
-        name: np.einsum("bk...,kn->bn...", resampled_sums(of[None], counts)[:, 0], between)
-        for name, of in each.curves.items()
+
+    def drawn(of: Any) -> np.ndarray:
+        return resampled_sums(of[None], counts)[:, 0]
+
+    alone = {name: drawn(of) for name, of in each.alone.items()}
+    return alone | {
+        name: np.einsum("bk...,kn->bn...", drawn(of), between) for name, of in each.curves.items()
     }
-    return alone | curves
 
 
 def _between(ks: np.ndarray, retrieved: int) -> Float[np.ndarray, "K N"]:

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from kd_ranker.evaluation.saving import by_repeat
-from kd_ranker.report.choices import best_of_modes
+from kd_ranker.evaluation.saving import by_repeat, of_split
+from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import interval
 from kd_ranker.report.study import Study
 
@@ -33,22 +33,23 @@ class Figure(NamedTuple):
     absent: str
 
 
-def figures(study: Study) -> list[Figure]:
+def figures(study: Study, estimates: Estimates) -> list[Figure]:
     """The figures of a study in their order."""
-    makers: list[Callable[[Study], Figure]] = [
-        pareto, value_captured, survival, calibration, training,
+    makers: list[Callable[[Study, Estimates], Figure]] = [
+        value_captured, users_value, survival, pareto, calibration, training,
     ]  # fmt: skip
-    return [make(study) for make in makers]
+    return [make(study, estimates) for make in makers]
 
 
-def pareto(study: Study) -> Figure:
-    """User BCE against teacher BCE, means over tasks: a point a setting.
+def pareto(study: Study, estimates: Estimates) -> Figure:
+    """User BCE against teacher BCE on validation, means over tasks: a point a setting.
 
     Columns: mode, serve, line, setting, weight (NaN for mode none), and for `user_bce` and
     `teacher_bce` the mean over repeats with `_low` and `_high`.
     """
-    settings = study.rows.drop_duplicates("setting").set_index("setting")
-    tables = {measure: by_repeat(study.rows, measure) for measure in ("user_bce", "teacher_bce")}
+    rows = of_split(study.rows, "validation")
+    settings = rows.drop_duplicates("setting").set_index("setting")
+    tables = {measure: by_repeat(rows, measure) for measure in ("user_bce", "teacher_bce")}
     lines = []
     for setting, first in settings.iterrows():
         point = {
@@ -69,8 +70,8 @@ def pareto(study: Study) -> Figure:
         "pareto",
         "Predicting users against following the teacher",
         "Binary cross entropy against user labels and against the teacher's probabilities, means "
-        "over tasks; lower is better for both. One curve a mode and serving choice as the distill "
-        "weight grows; bars are 95% intervals over repeats.",
+        "over tasks, on validation; lower is better for both. One curve a mode and serving choice "
+        "as the distill weight grows; bars are 95% intervals over repeats.",
         data,
         "" if len(data) else "no student has both numbers",
     )
@@ -80,19 +81,33 @@ def _without_weight(setting: str) -> str:
     return ", ".join(part for part in setting.split(", ") if not part.startswith("weight "))
 
 
-def value_captured(study: Study) -> Figure:
-    """Value captured against k, each mode at its best setting.
+def value_captured(study: Study, estimates: Estimates) -> Figure:
+    """Value captured against k, the chosen setting of each way.
 
     Columns: mode, serve, line, setting, k, `mean`, `low`, `high`, and `passed_for_99` (mean over
     repeats; the same all along a line).
     """
     return _over_k(
         study,
+        estimates,
         "value_captured",
         "Value captured by candidates passed",
-        "The share of the final value that is kept when k candidates are passed, each mode at its "
-        "best setting (fewest passed for 99%). The dashed line is 99%; marked is what each mode "
-        "needs for it, the mean over repeats. Bands are 95% intervals.",
+        "The share of the final value that is kept when k candidates are passed, on the test "
+        "split; of each way the setting that did best on validation. The dashed line is 99%; "
+        "marked is what each needs for it, the mean over repeats. Bands are 95% intervals.",
+    )
+
+
+def users_value(study: Study, estimates: Estimates) -> Figure:
+    """True value captured against k: columns as in `value_captured`; empty if it is not known."""
+    return _over_k(
+        study,
+        estimates,
+        "true_value_captured",
+        "True value captured by candidates passed",
+        "The same items, valued by the true probabilities: the share of what they are worth if all "
+        "retrieved reach the final ranker. It can exceed 1, where an early ranker keeps from the "
+        "final ranker what that overrates. Bands are 95% intervals.",
     )
 
 
@@ -116,52 +131,44 @@ def ticks(low: float, high: float) -> list[int]:
     return [step for step in steps if low <= step <= high]
 
 
-def survival(study: Study) -> Figure:
-    """Survival against k, each mode at its best setting: columns as in `value_captured`."""
+def survival(study: Study, estimates: Estimates) -> Figure:
+    """Survival against k: columns as in `value_captured`."""
     return _over_k(
         study,
+        estimates,
         "survival",
         "Survival of the teacher's own top",
         "The share of the candidates that the teacher would show, out of all retrieved, that is "
-        "among the k passed; each mode at its best setting. Bands are 95% intervals.",
+        "among the k passed, on the test split. Bands are 95% intervals.",
     )
 
 
-def _over_k(study: Study, measure: str, title: str, caption: str) -> Figure:
+def _over_k(study: Study, estimates: Estimates, measure: str, title: str, caption: str) -> Figure:
     columns = ["mode", "serve", "line", "setting", "k", "mean", "low", "high", "passed_for_99"]
-    lines = []
-    if len(study.curves):
-        chosen = _members_at_best(study).merge(study.curves, on=["source", "member", "serve"])
-        for setting, curves in chosen.groupby("setting", sort=False):
-            first = curves.iloc[0]
-            table = curves.pivot(index="k", columns="repeat", values=measure)
-            # Members keep the k that they need themselves: only what all of them have is averaged.
-            for k, values in table.dropna().iterrows():
-                mean = interval(values.to_numpy(float))
-                lines.append(
-                    {
-                        **{name: first[name] for name in ("mode", "serve", "setting")},
-                        "line": setting,
-                        "k": k,
-                        **mean._asdict(),
-                        "passed_for_99": first["passed_mean"],
-                    }
-                )
-    data = pd.DataFrame(lines, columns=columns)
-    return Figure(measure, title, caption, data, _absence(study, "curves", data))
+    chosen = study.tested.drop_duplicates("setting")
+    passed = study.tested.groupby("setting")["passed_for_99"].mean()
+    curves = [
+        estimates.curve(first["setting"], measure).assign(
+            **{name: first[name] for name in ("mode", "serve", "setting")},
+            line=first["setting"],
+            passed_for_99=passed[first["setting"]],
+        )
+        for first in chosen.to_dict("records")
+        if study.kept
+    ]
+    data = pd.concat(curves)[columns] if curves else pd.DataFrame(columns=columns)
+    data = data.dropna(subset=["mean"]).reset_index(drop=True)
+    return Figure(measure, title, caption, data, _absence(study, "requests", data))
 
 
-def _members_at_best(study: Study) -> pd.DataFrame:
-    """The members of each mode's best setting: a row each, with the mean of `passed_for_99`."""
-    chosen = best_of_modes(study.rows)
-    rows = study.rows[study.rows["setting"].isin(list(chosen.values()))]
-    means = rows.groupby("setting")["passed_for_99"].mean()
-    kept = rows[["source", "member", "mode", "serve", "setting", "repeat", "distill_loss"]]
-    return kept.assign(passed_mean=rows["setting"].map(means))
+def _tested_members(study: Study) -> pd.DataFrame:
+    """The members of the chosen settings, a row each."""
+    kept = ["source", "member", "mode", "serve", "setting", "repeat", "distill_loss"]
+    return study.tested[kept]
 
 
-def calibration(study: Study) -> Figure:
-    """Observed against predicted by bin, each mode at its best setting, a panel a task.
+def calibration(study: Study, estimates: Estimates) -> Figure:
+    """Observed against predicted by bin, the chosen setting of each way, a panel a task.
 
     Columns: mode, serve, line, setting, task, bin, weight, predicted, observed. Bins of several
     repeats are joined: means by weight.
@@ -169,7 +176,7 @@ def calibration(study: Study) -> Figure:
     columns = ["mode", "serve", "line", "task", "bin", "weight", "predicted", "observed"]
     data = pd.DataFrame(columns=columns)
     if len(study.calibration):
-        chosen = _members_at_best(study).merge(study.calibration, on=["source", "member", "serve"])
+        chosen = _tested_members(study).merge(study.calibration, on=["source", "member", "serve"])
         keys = ["mode", "serve", "setting", "task", "bin"]
         sums = (
             chosen.assign(
@@ -189,22 +196,22 @@ def calibration(study: Study) -> Figure:
         "calibration",
         "Calibration",
         "Observed share of a label against its predicted probability, by bin of the prediction, on "
-        "shown candidates; each mode at its best setting, repeats joined. On the diagonal, what is "
+        "shown candidates of the test split, repeats joined. On the diagonal, what is "
         "predicted happens as often as predicted.",
         data,
         _absence(study, "calibration", data),
     )
 
 
-def training(study: Study) -> Figure:
-    """User loss and distillation loss by step, each mode at its best setting.
+def training(study: Study, estimates: Estimates) -> Figure:
+    """User loss and distillation loss by step, the chosen setting of each way.
 
     Columns: mode, line, repeat ("mean" for the mean over repeats), kind, step, loss.
     """
     columns = ["mode", "line", "repeat", "kind", "step", "loss"]
     data = pd.DataFrame(columns=columns)
     if len(study.losses):
-        each = _members_at_best(study).merge(study.losses, on=["source", "member"])
+        each = _tested_members(study).merge(study.losses, on=["source", "member"])
         # A mode without a teacher logs a distillation loss of 0.
         each = each[each["distill_loss"].notna() | (each["kind"] != "distill_loss")]
         each = each.rename(columns={"setting": "line"})[columns]
@@ -217,7 +224,7 @@ def training(study: Study) -> Figure:
     return Figure(
         "training",
         "Losses during training",
-        "User loss and distillation loss of a training batch, each mode at its best setting: the "
+        "User loss and distillation loss of a training batch, the chosen setting of each way: the "
         "mean over repeats, and each repeat as a thin line.",
         data,
         _absence(study, "losses", data),

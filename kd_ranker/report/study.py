@@ -11,11 +11,12 @@ from ml_collections import ConfigDict
 
 from kd_ranker.config import schema
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import results
+from kd_ranker.evaluation import kept, results
+from kd_ranker.evaluation.kept import Kept
 from kd_ranker.evaluation.metrics import METRICS, ReportAt, result_columns
 from kd_ranker.evaluation.results import REPEAT
-from kd_ranker.evaluation.saving import with_savings
-from kd_ranker.sweep.sweep import FOLDER
+from kd_ranker.evaluation.saving import baseline, best_of_ways, of_split, with_savings
+from kd_ranker.sweep.sweep import FOLDER, TEST
 from kd_ranker.training.workdir import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
@@ -134,6 +135,7 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     curves, no_curves = _optional_tables(workdirs, results.CURVES_FILE)
     calibration, no_calibration = _optional_tables(workdirs, results.CALIBRATION_FILE)
     losses, no_losses = _losses(workdirs)
+    of_requests = _kept(workdirs)
     environments = {
         str(workdir): json.loads((workdir / ENVIRONMENT_FILE).read_text())
         for workdir in workdirs
@@ -163,8 +165,17 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         losses=losses,
         configs={name: as_json(config) for name, config in configs.items()},
         environments=environments,
-        missing={"curves": no_curves, "calibration": no_calibration, "losses": no_losses},
-        kept=_kept(workdirs),
+        missing={
+            "curves": no_curves,
+            "calibration": no_calibration,
+            "losses": no_losses,
+            "requests": [
+                f"{workdir} holds no {kept.FILE}"
+                for source, workdir in enumerate(workdirs)
+                if source not in of_requests
+            ],
+        },
+        kept=of_requests,
     )
 
 

@@ -1,6 +1,7 @@
 """Colours, dashes, marks and sizes, the same in every figure."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 # After Okabe and Ito's palette, which stays apart for colour-blind eyes (jfly.uni-koeln.de, 2008).
@@ -25,10 +26,15 @@ _MARKS = {
 _OTHER_MARK = "M0,-1.1L1.1,.9H-1.1Z"
 
 
-def colours(modes: Iterable[str]) -> dict[str, str]:
-    """A colour a mode; modes that the package does not know take the next ones by name."""
-    unknown = sorted(set(modes) - _KNOWN.keys())
-    return _KNOWN | {mode: _OTHERS[i % len(_OTHERS)] for i, mode in enumerate(unknown)}
+def colours(modes: Sequence[str]) -> list[str]:
+    """A colour a line, of lines of these modes.
+
+    It is that of the mode, which is the same in every figure, for the first line of a mode; further
+    ones, and modes that the package does not know, take the next colours that are free.
+    """
+    free = iter(itertools.cycle(_OTHERS))
+    known = dict(_KNOWN)
+    return [known.pop(mode) if mode in known else next(free) for mode in modes]
 
 
 def dash(serve: str) -> list[float]:

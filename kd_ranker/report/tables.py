@@ -355,9 +355,7 @@ def latex(table: Table) -> str:
         columns=[_latex(column) for column in table.columns],
     )
     # Names to the left, numbers to the right.
-    names = next(
-        (table.columns.index(of) for of in ("repeats", "pairs") if of in table.columns), 2
-    )
+    names = next((table.columns.index(of) for of in ("repeats", "pairs") if of in table.columns), 2)
     alignment = "l" * names + "r" * (len(table.columns) - names)
     body = frame.to_latex(index=False, escape=False, column_format=alignment)
     comments = [f"% {line}" for line in (table.title, *table.notes)]

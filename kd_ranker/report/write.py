@@ -53,9 +53,7 @@ def write_report(workdirs: Sequence[Path], output: Path) -> list[str]:
     return [section.answer.sentence for section in sections]
 
 
-def _write_study(
-    study: Study, estimates: Estimates, tested: pd.DataFrame, output: Path
-) -> Section:
+def _write_study(study: Study, estimates: Estimates, tested: pd.DataFrame, output: Path) -> Section:
     name = re.sub(r"[^\w.-]", "_", study.dataset)
     numbers = comparison(study, estimates)
     tables: dict[str, Table | None] = {
