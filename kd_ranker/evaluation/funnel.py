@@ -127,7 +127,10 @@ def _curves_of_request(
 
     was_shown = candidate_mask & was_shown
     tells = was_shown.sum() < candidate_mask.sum()
-    shown_kept = jnp.cumsum(was_shown[by_student] & tells)
+    positive = candidate_mask[:, None] & positive
+    flags = jnp.concatenate([(was_shown & tells)[:, None], positive], axis=1)
+    kept = jnp.cumsum(_packed(flags, most=arriving.size)[by_student], axis=0)
+    kept = _unpacked(kept, flags.shape[1], most=arriving.size)
 
     leaving = _leaving_places(arriving, shown)
 
@@ -137,8 +140,10 @@ def _curves_of_request(
         by_place = jnp.append(of_known[by_teacher], jnp.zeros_like(values[:1]), axis=0)
         return jnp.cumsum(by_place[arriving] - by_place[leaving], axis=0)
 
+    positives_shown = _unpacked(
+        summed(_packed(positive, most=shown)), positive.shape[1], most=shown
+    )
     gain = jnp.where(known, teacher_value, 0.0)
-    positive = candidate_mask[:, None] & positive
     diverged = jnp.any(known & jnp.isnan(student_value))
 
     def or_nan(curve: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
@@ -148,13 +153,36 @@ def _curves_of_request(
         survival=or_nan(survival),
         value_captured=or_nan(summed(teacher_value)),
         true_value_captured=or_nan(summed(true_value)),
-        shown_kept=or_nan(shown_kept),
-        positives_kept=or_nan(jnp.cumsum(positive[by_student], axis=0)),
-        positives_shown=or_nan(summed(positive.astype(jnp.int32))),
+        shown_kept=or_nan(kept[:, 0]),
+        positives_kept=or_nan(kept[:, 1:]),
+        positives_shown=or_nan(positives_shown),
         gain=or_nan(gain[by_student[:shown]]),
         ideal_gain=gain[by_teacher[:shown]],
         counts=own_top > 0,
     )
+
+
+def _packed(flags: Bool[Array, "N C"], most: int) -> Int[Array, "N words"]:
+    """Flags of each candidate, so many to a number that sums of up to `most` can be unpacked.
+
+    Running sums are what the curves cost, and one of such a number is one of all flags in it.
+    """
+    shifts = _shifts(most)
+    fill = -flags.shape[1] % len(shifts)
+    grouped = jnp.pad(flags.astype(jnp.int32), ((0, 0), (0, fill)))
+    return (grouped.reshape(len(flags), -1, len(shifts)) << shifts).sum(axis=-1)
+
+
+def _unpacked(words: Int[Array, "N words"], number: int, most: int) -> Int[Array, "N C"]:
+    """The sums of the first `number` flags from those of `_packed` numbers."""
+    shifts = _shifts(most)
+    sums = (words[..., None] >> shifts) & ((1 << most.bit_length()) - 1)
+    return sums.reshape(len(words), -1)[:, :number]
+
+
+def _shifts(most: int) -> Int[np.ndarray, "fields"]:
+    bits = most.bit_length()
+    return bits * np.arange(31 // bits, dtype=np.int32)
 
 
 def _leaving_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N"]:

@@ -86,7 +86,8 @@ def ragged_requests(draw: st.DrawFn) -> tuple[np.ndarray, ...]:
     # What lies on padding must not matter.
     student[~mask], true[~mask] = np.nan, np.nan
     was_shown = generator.uniform(size=shape) < draw(st.sampled_from([0.0, 0.5, 1.0]))
-    positive = generator.uniform(size=(*shape, 2)) < draw(st.sampled_from([0.0, 0.2, 1.0]))
+    # More tasks than counts fit into one number.
+    positive = generator.uniform(size=(*shape, 16)) < draw(st.sampled_from([0.0, 0.2, 1.0]))
     values = (array.astype(np.float32) for array in (student, teacher, true))
     return (*values, mask, was_shown, positive)
 
