@@ -5,7 +5,7 @@
 #   ./scripts/run.sh --config=configs/sweeps/movielens.py --workdir=/data/runs/movielens
 #   ./scripts/run.sh --config.train.steps=500
 #
-# Arguments are passed on to every step but the report. Running it again goes on where it stopped.
+# Other arguments are passed on to experiments/run.py. Running it again goes on where it stopped.
 # Relative paths are taken from the repository's root.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -13,7 +13,6 @@ cd "$root"
 
 config=configs/sweeps/cascade.py
 workdir=
-teacher=
 passed_on=()
 while [ $# -gt 0 ]; do
   case $1 in
@@ -31,7 +30,6 @@ while [ $# -gt 0 ]; do
       ;;
     --config=*) config=${1#*=} ;;
     --workdir=*) workdir=${1#*=} ;;
-    --config.teacher.workdir=*) teacher=${1#*=} ;;
     *) passed_on+=("$1") ;;
   esac
   shift
@@ -44,31 +42,10 @@ if [ -z "$workdir" ]; then
   workdir=runs/${name//[^A-Za-z0-9._-]/_}
 fi
 case $workdir in /*) ;; *) workdir=$root/$workdir ;; esac
-teacher=${teacher:-$workdir/teacher}
 
 ./scripts/setup.sh
 # Memory in pages of 2 MiB, where glibc allocates it: large tables' rows are found faster.
 export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
-
-step() {
-  echo "run: $1" >&2
-  .venv/bin/python -m "experiments.$1" "${@:2}"
-}
-
-with_config() {
-  step "$1" --config="$config" "${@:2}" ${passed_on[@]+"${passed_on[@]}"}
-}
-
-with_config prepare_data
-with_config train_teacher --workdir="$teacher"
-with_config sweep --workdir="$workdir/sweep" --config.teacher.workdir="$teacher"
-echo
-step report --workdir="$workdir/report" "$workdir/sweep"
-
-echo
-echo "run: done. What was made:"
-echo "  teacher   $teacher"
-echo "  students  $workdir/sweep"
-echo "  results   $workdir/sweep/results.csv"
-echo "  report    $workdir/report"
+exec .venv/bin/python -m experiments.run --config="$config" --workdir="$workdir" \
+  ${passed_on[@]+"${passed_on[@]}"}

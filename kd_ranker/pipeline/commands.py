@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -286,3 +286,52 @@ def report(sweeps: Sequence[Path], output: Path) -> tuple[list[str], Path]:
     """
     with hold(output):
         return write.write_report(sweeps, output), output / write.PAGE
+
+
+class Made(NamedTuple):
+    """The folders and the answer of the main job.
+
+    Attributes:
+      teacher: the workdir of the teacher; None where the dataset's own log speaks for it.
+      students: the workdir of the sweep.
+      answers: a sentence a dataset on what distillation saves.
+      page: of the report.
+    """
+
+    teacher: Path | None
+    students: Path
+    answers: list[str]
+    page: Path
+
+
+def run(config: ConfigDict, workdir: Path, say: Callable[[str], None] = lambda _: None) -> Made:
+    """Does the main job: the dataset, a teacher, a sweep under that teacher, the report.
+
+    No teacher is trained where the students learn from the dataset's own log: with
+    `teacher.source = "logged"`, and no `teacher.workdir`. What is done already is left alone.
+
+    Args:
+      config: that of the sweep. Where a teacher is trained, it is in `teacher.workdir`, or if that
+        is empty below `workdir`.
+      workdir: the folder to write below.
+      say: is told the name of each step as it begins.
+    """
+    checks.validate(config)
+    config = config.copy_and_resolve_references()
+    logged = config.teacher.source == "logged"
+    teacher, students = None, workdir / "sweep"
+    say("prepare_data")
+    prepare_data(config)
+    if not logged or config.teacher.workdir:
+        teacher = Path(config.teacher.workdir or workdir / "teacher")
+        config.teacher.workdir = str(teacher)
+        say("train_teacher")
+        train_teacher(config, teacher)
+        if logged:
+            say("log_teacher")
+            log_teacher(config)
+    say("sweep")
+    sweep(config, students)
+    say("report")
+    answers, page = report([students], workdir / "report")
+    return Made(teacher, students, answers, page)

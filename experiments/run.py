@@ -1,0 +1,23 @@
+"""Does the main job: the dataset, the teacher where the log has none, a sweep, the report."""
+
+import sys
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from kd_ranker.pipeline import commands
+from kd_ranker.pipeline.launch import launch
+from kd_ranker.report.tables import results_text
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    made = commands.run(config, workdir, say=lambda step: print(f"run: {step}", file=sys.stderr))
+    print(results_text(made.students, config.funnel.passed))
+    print("\n".join(["", *made.answers, "", "run: done. What was made:"]))
+    print(f"  teacher   {made.teacher or 'none: the log has its own'}")
+    print(f"  students  {made.students}")
+    print(f"  report    {made.page}")
+
+
+if __name__ == "__main__":
+    launch(main)
