@@ -16,7 +16,8 @@ it all that follows; a run may go on in its workdir with another value of a key 
 of it. *Sweep* says that a sweep may try several values, as in
 `--config.sweep.axes.distill.loss="('bce', 'topk')"`: among the members of one program, or among
 cohorts, which are trained one after the other. `distill.mode`, `distill.weight` and `seed` have
-axes under other names: `sweep.modes`, `sweep.weights`, `sweep.seeds`.
+axes under other names: `sweep.modes`, `sweep.weights`, `sweep.seeds`. A key that is *tuned* has its
+best value chosen on validation for each combination of the others, and only that is read on test.
 
 `scripts/make_docs.py` writes this page from `kd_ranker/config/keys.py`.
 """
@@ -47,7 +48,7 @@ def _part(title: str, keys: Iterable[Key]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for key in keys:
-        sweep = "" if key.sweep == "no" else key.sweep
+        sweep = "" if key.sweep == "no" else f"{key.sweep}, tuned" if key.tuned else key.sweep
         cells = (f"`{key.name}`", _default(key), key.help, _takes(key), key.influences, sweep)
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join([*lines, ""])
