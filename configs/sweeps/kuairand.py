@@ -1,4 +1,4 @@
-"""What distilling saves on KuaiRand: every mode, five weights, three seeds."""
+"""What distilling saves on KuaiRand, with a final ranker that is trained here."""
 
 from ml_collections import ConfigDict
 
@@ -7,4 +7,4 @@ from configs import kuairand, sweeps
 
 def get_config(variant: str = "") -> ConfigDict:
     """`configs/kuairand.py` or a variant of it, with the sweep to start from."""
-    return sweeps.with_modes_and_weights(kuairand.get_config(variant))
+    return sweeps.with_ways(kuairand.get_config(variant), rates=(2e-3, 6e-3))
