@@ -443,7 +443,7 @@ def lambda_rank(
 def approx_ndcg(
     logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
 ) -> Totals:
-    """What a smooth NDCG of the student's order lacks to 1 (ApproxNDCG).
+    """Gap between 1 and a smooth NDCG of the student's order (ApproxNDCG).
 
     Qin, Liu and Li (Information Retrieval 13, 2010, section 4): with a smooth place of each known
     candidate of a request,

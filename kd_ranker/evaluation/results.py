@@ -194,4 +194,6 @@ def _joined(file: str, folders: Sequence[Path]) -> pd.DataFrame:
 def read_csv(path: Path | io.StringIO) -> pd.DataFrame:
     """A `results.csv` as a table; a number that is not known is NaN."""
     # "none" is a mode here, and pandas would read it as missing.
-    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+    frame = pd.read_csv(path, keep_default_na=False, na_values=[""])
+    # In one piece: a reader that adds columns to a hundred single ones is warned of its speed.
+    return frame.copy()

@@ -161,7 +161,7 @@ def _losses(
         seen = mode.teacher_logits(logits[:, : weight.shape[1]], transform)
         totals = LOSSES[term.loss](seen, probability, weight, numbers.loss)
         distill_loss += factor * _mean_over_devices(*totals)
-    loss = numbers.distill_weight * distill_loss + numbers.user_weight * user_loss
+    loss = numbers.user_weight * user_loss + numbers.distill_weight * distill_loss
     return loss, {"loss": loss, "user_loss": user_loss, "distill_loss": distill_loss}
 
 

@@ -316,17 +316,6 @@ def test_a_cold_approx_ndcg_is_what_scikit_learns_ndcg_lacks_to_1():
     np.testing.assert_array_equal(denominator, SHAPE[0])
 
 
-def test_approx_ndcg_is_that_of_rax_where_its_gain_is_p():
-    logits, probability, _ = random_entries(16)
-    # The gain of rax is 2^label − 1.
-    expected = rax.approx_ndcg_loss(
-        *(jnp.swapaxes(array, 1, 2) for array in (logits, np.log2(1 + probability))),
-        reduce_fn=None,
-    )
-    (numerator, _), _ = compiled("approx_ndcg")(logits, probability, np.ones_like(logits))
-    np.testing.assert_allclose(numerator, (1 + expected).sum(axis=0), rtol=1e-4)
-
-
 def test_a_teacher_that_ties_all_tells_approx_ndcg_nothing():
     logits, _, weight = random_entries(17)
     for tie in (0.0, 0.4, 1.0):

@@ -53,7 +53,8 @@ def write_sweep(
     config.funnel.retrieved = retrieved
     config.update_from_flattened_dict(changes or {})
     workdir.mkdir(parents=True, exist_ok=True)
-    rows, curves, bins, losses = [_teacher(dataset, retrieved)], [], [], {}
+    unknown = {} if true_values else {f"true_value_captured@{k}": math.nan for k in REPORT_AT}
+    rows, curves, bins, losses = [_teacher(dataset, retrieved) | unknown], [], [], {}
     for seed in seeds:
         for mode in modes:
             for weight in (0.0,) if mode == "none" else weights:
@@ -65,9 +66,8 @@ def write_sweep(
                         rows.append(_frozen(row))
                         continue
                     if not true_values:
-                        row |= {f"true_value_captured@{k}": math.nan for k in REPORT_AT}
                         curve["true_value_captured"] = math.nan
-                    rows.append(row)
+                    rows.append(row | unknown)
                     curves.append(curve.assign(member=member, serve=serve))
                     bins.append(_bins(member, serve, seed))
                 losses[member] = _losses(mode, weight, seed)

@@ -239,7 +239,7 @@ def test_blocks(times: list[int], size: int, expected: list[int]) -> None:
         ([0, 2, 4, 6, 8], 10, 0.4, 0.2, (2, 4)),
         ([0, 2, 4, 6, 8], 10, 0.01, 0.2, (3, 4)),
         ([0, 2, 4, 6, 8], 10, 0.2, 0.0, (4, 5)),
-        ([0, 1, 2], 10, 0.1, 0.85, (1, 1)),  # none is left between
+        ([0, 1, 2], 10, 0.04, 0.95, (1, 1)),  # none is left between
     ],
 )
 def test_the_cuts_between_train_validation_and_test(
@@ -457,7 +457,7 @@ def test_each_users_real_train_requests_come_first_and_the_test_ones_last(
             latest[request.user_id] = max(latest.get(request.user_id, -1), request.time)
         shares[split] = sum(int(r.user_label[:, 0].sum()) for r in requests) / 100_000
     assert 0.05 < shares["validation"] < 0.15 < shares["test"] < 0.25
-    assert len({request.user_id for request in real_requests["validation"]}) > 900
+    assert len({request.user_id for request in real_requests["validation"]}) > 850
 
 
 def cut_by_hand(

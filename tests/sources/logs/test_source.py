@@ -428,7 +428,7 @@ def test_a_split_by_hash_follows_the_seed_alone(tmp_path):
 
     assert test_times("one") == test_times("again") != test_times("other", seed=1)
     # The share of the validation is taken from what is left.
-    assert test_times("one") == test_times("larger", validation_share=0.6)
+    assert test_times("small", validation_share=0.1) == test_times("large", validation_share=0.6)
 
 
 @pytest.mark.parametrize("held_out", [slice(-9, None), slice(-12, -9)])
@@ -482,7 +482,9 @@ def test_a_log_of_two_times_cannot_be_split_by_time(tmp_path):
         row.of_request["time"] = 5 + number % 2
     with pytest.raises(UserError, match="have less than three different times, one a split; split"):
         read_rows(rows, tmp_path)
-    assert read_rows(rows, tmp_path, name="by-user", config={"split": "user"}).requests["test"]
+    by_hash = {"split": "request", "validation_share": 0.3}
+    requests = read_rows(rows, tmp_path, name="by-hash", config=by_hash).requests
+    assert all(requests[split] for split in SPLITS)
 
 
 def test_a_share_that_leaves_a_split_without_requests_is_named(tmp_path):

@@ -102,7 +102,7 @@ def written_rows(directory: Path, by_request: bool) -> list[dict[str, Any]]:
     return rows
 
 
-@pytest.mark.parametrize("stage", ["passed", "retrieved"])
+@pytest.mark.parametrize("stage", ["shown", "passed", "retrieved"])
 @pytest.mark.parametrize("by_request", [False, True])
 def test_a_row_has_the_probability_of_its_candidate_in_the_copy(tmp_path, by_request, stage):
     config = make_config(tmp_path, by_request)
