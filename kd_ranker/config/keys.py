@@ -185,6 +185,14 @@ _ALL = (
     ),
     _train("train", "student", "members"),
     section(
+        "train",
+        Key("unshown_weight", 0.0,
+            "label weight of a candidate not shown, as a negative of every task; 0: it is none",
+            NOT_NEGATIVE, label="unshown"),
+        influences="student",
+        sweep="members",
+    ),
+    section(
         "teacher",
         Key("source", "live", "of its labels: scored in the step, or logged with the dataset",
             TEACHER_SOURCES),

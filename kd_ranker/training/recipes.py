@@ -33,7 +33,8 @@ _Numbers = TypeVar("_Numbers", LossNumbers, OptimizerNumbers)
 
 # The config keys of numbers that are traced, so that the members of a group may differ in them.
 TRACED_KEYS = (
-    *("seed", "train.steps", "distill.weight", "distill.user_weight", "distill.term_weights"),
+    *("seed", "train.steps", "train.unshown_weight"),
+    *("distill.weight", "distill.user_weight", "distill.term_weights"),
     *(f"distill.{name}" for name in LossNumbers._fields),
     *(f"optimizer.{name}" for name in OptimizerNumbers._fields),
 )
@@ -90,7 +91,12 @@ def shared_part(config: ConfigDict) -> str:
     for key in TRACED_KEYS:
         section, _, name = key.rpartition(".")
         del (shared[section] if section else shared)[name]
-    return json.dumps(shared, sort_keys=True)
+    return json.dumps([shared, _unshown_are_negatives(config)], sort_keys=True)
+
+
+def _unshown_are_negatives(config: ConfigDict) -> bool:
+    # At a weight of 0 they would cost time and change nothing, so such members are a program apart.
+    return config.train.unshown_weight > 0
 
 
 def _student_group(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> Group:
@@ -98,6 +104,7 @@ def _student_group(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> Grou
     config = configs[0]
     model, init = student_model(config, spec)
     recipe = _recipe(model, MODES[config.distill.mode], terms_of(config), config)
+    recipe = recipe._replace(unshown_are_negatives=_unshown_are_negatives(config))
     numbers = stack_members([_student_numbers(config) for config in configs])
     return Group(recipe, tuple(members), numbers, _init(recipe, init, configs, spec))
 
@@ -106,7 +113,7 @@ def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
     """The teacher of `config` as a group of one; it learns from user labels alone."""
     model, init = teacher_model(config, spec)
     recipe = _recipe(model, MODES["none"], (), config.teacher)
-    numbers = stack_members([_numbers(1.0, 0.0, (), DEFAULT_NUMBERS, config.teacher)])
+    numbers = stack_members([_numbers(1.0, 0.0, (), DEFAULT_NUMBERS, 0.0, config.teacher)])
     return Group(recipe, ("",), numbers, _init(recipe, init, [config], spec))
 
 
@@ -122,10 +129,11 @@ def needs(
     """
     signals = signals_of(groups)
     models = [group.recipe.model for group in groups] + ([teacher.model] if teacher else [])
+    of_unshown = any(group.recipe.unshown_are_negatives for group in groups)
     return Needs(
         stage=min(
             teacher.stage if teacher else Stage.SHOWN,
-            Stage.RETRIEVED if "stage" in signals else Stage.SHOWN,
+            Stage.RETRIEVED if of_unshown or "stage" in signals else Stage.SHOWN,
         ),
         logged=stage if "logged" in signals and teacher is None else None,
         history=any(model.reads_history for model in models),
@@ -155,8 +163,8 @@ def _student_numbers(config: ConfigDict) -> Hyperparameters:
     # Without a teacher there is nothing else to learn from.
     user_weight = distill.user_weight if MODES[distill.mode].teacher_logits else 1.0
     term_weights = distill.term_weights or (1.0,) * max(len(distill.terms), 1)
-    loss = _named(LossNumbers, distill)
-    return _numbers(user_weight, distill.weight, term_weights, loss, config)
+    loss, unshown_weight = _named(LossNumbers, distill), config.train.unshown_weight
+    return _numbers(user_weight, distill.weight, term_weights, loss, unshown_weight, config)
 
 
 def _numbers(
@@ -164,6 +172,7 @@ def _numbers(
     distill_weight: float,
     term_weights: Sequence[float],
     loss: LossNumbers,
+    unshown_weight: float,
     trainee: ConfigDict,
 ) -> Hyperparameters:
     """The traced numbers of one member; `trainee` is `config`, or `config.teacher`."""
@@ -174,6 +183,7 @@ def _numbers(
         loss=jax.tree.map(jnp.float32, loss),
         optimizer=jax.tree.map(jnp.float32, _named(OptimizerNumbers, trainee.optimizer)),
         steps=jnp.float32(trainee.train.steps),
+        unshown_weight=jnp.float32(unshown_weight),
     )
 
 

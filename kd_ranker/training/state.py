@@ -43,6 +43,7 @@ class Recipe(NamedTuple):
       row_optimizer: the same for embedding rows.
       schedule: (step, counted from 1; the members' numbers of steps) -> the factors of their peak
         learning rates.
+      unshown_are_negatives: whether candidates that were not shown meet user labels of 0.
     """
 
     model: Model
@@ -51,6 +52,7 @@ class Recipe(NamedTuple):
     optimizer: optax.GradientTransformation
     row_optimizer: RowOptimizer
     schedule: Callable[[Int[Array, ""], Float[Array, "members"]], Float[Array, "members"]]
+    unshown_are_negatives: bool = False
 
 
 class OptimizerNumbers(NamedTuple):
@@ -79,6 +81,7 @@ class Hyperparameters(NamedTuple):
       loss: the numbers that losses take.
       optimizer: the numbers that the update takes.
       steps: the number of steps to train, a whole one; a member stays as it is from then on.
+      unshown_weight: the label weight of a candidate that was not shown, where it is a negative.
     """
 
     user_weight: Float[Array, "members"]
@@ -87,6 +90,7 @@ class Hyperparameters(NamedTuple):
     loss: LossNumbers
     optimizer: OptimizerNumbers
     steps: Float[Array, "members"]
+    unshown_weight: Float[Array, "members"]
 
 
 @flax.struct.dataclass

@@ -103,8 +103,9 @@ def _train_group(
 ) -> tuple[TrainState, Losses]:
     """One step of all members of a group."""
     heard = [SIGNALS[term.signal](batch) for term in recipe.terms]
-    # Candidates that meet neither a label nor a signal would only cost time.
-    batch = batch.first(max([batch.labelled, *(weight.shape[1] for _, weight in heard)]))
+    if not recipe.unshown_are_negatives:
+        # Candidates that meet neither a label nor a signal would only cost time.
+        batch = batch.first(max([batch.labelled, *(weight.shape[1] for _, weight in heard)]))
     spec = recipe.model.embedding
     # With one member on one device, reuse the gathered rows for the update. Those of several
     # members would not stay in a cache, and each device gathers rows of its own.
@@ -149,6 +150,8 @@ def _losses(
     """This device's share of a member's losses."""
     mode = recipe.mode
     logits = apply_model(recipe.model, dense, embedded, batch, items)
+    if recipe.unshown_are_negatives:
+        batch = _with_unshown_negatives(batch, numbers.unshown_weight)
     user_logits = mode.user_logits(logits[:, : batch.labelled], transform)
     label_weight = jnp.broadcast_to(batch.label_weight[..., None], user_logits.shape)
     user_loss = _mean_over_devices(*bce(user_logits, batch.user_label, label_weight))
@@ -163,6 +166,19 @@ def _losses(
         distill_loss += factor * _mean_over_devices(*totals)
     loss = numbers.user_weight * user_loss + numbers.distill_weight * distill_loss
     return loss, {"loss": loss, "user_loss": user_loss, "distill_loss": distill_loss}
+
+
+def _with_unshown_negatives(batch: CandidateBatch, weight: Float[Array, ""]) -> CandidateBatch:
+    """The batch with a user label of 0 and this weight for each candidate that was not shown."""
+    unshown = batch.candidate_mask & (batch.stage < Stage.SHOWN)
+    # Who stands behind the first `labelled` was not shown, or its labels were not drawn.
+    behind = (0, unshown.shape[1] - batch.labelled)
+    label = jnp.pad(batch.user_label, ((0, 0), behind, (0, 0)))
+    return dataclasses.replace(
+        batch,
+        user_label=jnp.where(unshown[..., None], 0.0, label),
+        label_weight=jnp.where(unshown, weight, jnp.pad(batch.label_weight, ((0, 0), behind))),
+    )
 
 
 def _mean_over_devices(

@@ -60,6 +60,17 @@ def test_stages_need_candidates_of_every_stage_and_no_teacher(live):
     assert recipes.needs(groups, teacher, Stage.PASSED) == expected
 
 
+@pytest.mark.parametrize("stage", [None, Stage.PASSED])
+def test_who_learns_from_unshown_negatives_needs_all_candidates(stage):
+    members = {"plain": config_of(), "negatives": config_of(train__unshown_weight=0.1)}
+    model, _ = recipes.teacher_model(members["plain"], SPEC)
+    live = LiveTeacher(model, stage) if stage else None
+    assert recipes.needs(recipes.student_groups(members, SPEC), live).stage == Stage.RETRIEVED
+    del members["negatives"]
+    found = recipes.needs(recipes.student_groups(members, SPEC), live).stage
+    assert found == (stage or Stage.SHOWN)
+
+
 def test_a_student_that_pools_the_history_needs_it():
     members = {history: config_of(student__history=history) for history in ("none", "mean")}
     assert recipes.needs(recipes.student_groups(members, SPEC), None).history
@@ -83,16 +94,17 @@ def test_members_that_differ_in_traced_numbers_are_one_group():
     changes = {
         "seed": 3, "train__steps": 7, "distill__weight": 2.0, "distill__temperature": 3.0,
         "distill__top_k": 4, "distill__user_weight": 0.5, "distill__term_weights": (5.0,),
-        "optimizer__learning_rate": 0.1,
+        "train__unshown_weight": 0.7, "optimizer__learning_rate": 0.1,
         "optimizer__weight_decay": 0.3, "optimizer__table_learning_rate": 0.2,
         "optimizer__table_weight_decay": 0.4,
     }  # fmt: skip
     assert {key.replace("__", ".") for key in changes} == set(recipes.TRACED_KEYS)
-    members = {key: {key: value} for key, value in changes.items()}
-    assert names_of_groups(first={}, **members) == [("first", *changes)]
+    first = {"train__unshown_weight": 0.6}
+    members = {key: first | {key: value} for key, value in changes.items()}
+    assert names_of_groups(first=first, **members) == [("first", *changes)]
     (group,) = recipes.student_groups({"": config_of(distill__mode="aux", **changes)}, SPEC)
     numbers = [float(leaf[0]) for leaf in jax.tree.leaves(group.numbers)]
-    assert sorted(numbers) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 2, 3, 4, 5, 7])
+    assert sorted(numbers) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 2, 3, 4, 5, 7])
 
 
 def test_terms_take_the_signal_that_they_name_or_else_the_configs():
@@ -150,6 +162,7 @@ def test_a_student_without_a_teacher_learns_from_users_whatever_the_weight_of_th
         {"optimizer__table_name": "adagrad"},
         {"optimizer__schedule": "constant"},
         {"optimizer__warmup_steps": 1},
+        {"train__unshown_weight": 0.5},
     ],
 )
 def test_members_that_differ_in_anything_else_are_groups_of_their_own(change):
@@ -183,7 +196,7 @@ def test_members_of_any_shape_and_length_end_as_the_same_member_alone():
         "pooling": config_of(student__history="mean", train__steps=10),
         "another": config_of(student__name="two_tower", optimizer__name="adagrad",
                              optimizer__table_name="sgd", optimizer__schedule="constant",
-                             distill__affine=False),
+                             distill__affine=False, train__unshown_weight=0.3),
     }  # fmt: skip
     together = last_states(members, batches)
     for name, config in members.items():

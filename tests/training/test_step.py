@@ -106,6 +106,7 @@ def hyperparameters(**changes):
         "weight_decay": 0.1,
         "table_weight_decay": 0.1,
         "steps": 1000,
+        "unshown_weight": 0.0,
     }
     numbers = jax.tree.map(jnp.float32, numbers | changes)
     return Hyperparameters(
@@ -487,6 +488,56 @@ def test_candidates_that_no_label_speaks_of_are_as_good_as_padding(optimizer):
     recipe, state = make_recipe("none", optimizer)
     one, other = run(recipe, state, batches), run(recipe, state, without)
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_an_unshown_negative_is_a_label_of_zero_with_its_weight():
+    """Members on several devices against one alone, with a batch whose log says so."""
+    weights = (0.2, 3.0)
+    recipe, state = make_recipe("aux", seeds=(0, 0))
+    learns_unshown = recipe._replace(unshown_are_negatives=True)
+    # All have labels, of which those of the candidates that were not shown mean nothing.
+    batches = [random_batch(seed) for seed in range(3)]
+    numbers = stack_members([hyperparameters(unshown_weight=weight) for weight in weights])
+    (after,), _ = run_groups(
+        [learns_unshown], [state], batches, [numbers], mapping="shard_map", devices=2
+    )
+    _, lone = make_recipe("aux")
+    for member, weight in enumerate(weights):
+        labelled = []
+        for batch in batches:
+            unshown = (batch.stage == Stage.RETRIEVED) | (batch.stage == Stage.PASSED)
+            labelled.append(
+                batch.replace(
+                    label_weight=np.where(unshown, np.float32(weight), batch.label_weight),
+                    user_label=np.where(unshown[..., None], np.float32(0), batch.user_label),
+                )
+            )
+        expected, _ = run(recipe, lone, labelled)
+        assert_close(alone(after, member).parameters, expected.parameters, 1e-5)
+
+
+def test_unshown_negatives_are_all_that_a_batch_holds():
+    """With as few slots as will do for labels, against slots for all; some labels not drawn."""
+    requests = [random_request(seed, shown=6) for seed in range(8)]
+    few_positives = (np.arange(6) < 2)[:, None]
+    requests = [
+        dataclasses.replace(request, user_label=request.user_label * few_positives)
+        for request in requests
+    ]
+    recipe, state = make_recipe("shared")
+    recipe = recipe._replace(unshown_are_negatives=True)
+    data, starts, slots = sample_of(requests, 0.5, Stage.RETRIEVED)
+    assert slots.labelled < slots.candidates == 12
+    results = []
+    for wanted in (slots, Slots(12, 12, 12)):
+        batches = [unpack(batch) for batch in packed(data, starts, wanted)]
+        numbers = hyperparameters(unshown_weight=0.5)
+        results.append(run(recipe, state, batches, numbers, live=False))
+    # Shown candidates whose labels were not drawn are no negatives.
+    assert ((batches[0].stage == Stage.SHOWN) & (batches[0].label_weight == 0)).any()
+    (few, few_losses), (every, every_losses) = results
+    assert_close(few.parameters, every.parameters, 1e-5)
+    assert_close(few_losses, every_losses, 1e-5)
 
 
 def test_numbers_are_traced_so_a_sweep_compiles_once():
