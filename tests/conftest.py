@@ -21,9 +21,16 @@ DEVICES = 8
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-_DEVICE_FLAG = "--xla_force_host_platform_device_count"
-if _DEVICE_FLAG not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICE_FLAG}={DEVICES}".strip()
+# A program runs a few times in a test, on little data: LLVM's optimisations would take longer than
+# they save. XLA's own, which make the program, stay. XLA_FLAGS overrides either.
+_FLAGS = {
+    "--xla_force_host_platform_device_count": DEVICES,
+    "--xla_backend_optimization_level": 0,
+}
+_given = os.environ.get("XLA_FLAGS", "")
+os.environ["XLA_FLAGS"] = " ".join(
+    [_given, *(f"{flag}={value}" for flag, value in _FLAGS.items() if flag not in _given)]
+).strip()
 
 # Workers, and the commands that tests start, find what another has compiled, which saves a fifth of
 # the time. It is of this run alone: no test meets a program of another revision.
