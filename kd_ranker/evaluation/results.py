@@ -154,6 +154,11 @@ def _text(frame: pd.DataFrame) -> str:
     return frame.to_csv(index=False, lineterminator="\n")
 
 
+def read_joined(folders: Sequence[Path], members: Mapping[str, ConfigDict]) -> pd.DataFrame:
+    """The `results.csv` of several runs under one teacher as one table, see `join`."""
+    return read_csv(io.StringIO(_text(_with_own_values(_joined(FILE, folders), members))))
+
+
 def join(
     validation: Sequence[Path],
     test: Sequence[Path],
@@ -172,16 +177,23 @@ def join(
       members: the configs of all members by name.
     """
     joined = pd.concat([_joined(FILE, validation), _joined(FILE, test)], ignore_index=True)
+    joined = _with_own_values(joined, members)
+    savings = fill_savings(read_csv(io.StringIO(_text(joined))), retrieved)["funnel_cost_saving"]
+    joined = joined.assign(funnel_cost_saving=savings.map(_cell, na_action="ignore"))
+    curves = {file: _text(_joined(file, test)) for file in (CURVES_FILE, CALIBRATION_FILE)}
+    return {**curves, FILE: _text(joined)}
+
+
+def _with_own_values(joined: pd.DataFrame, members: Mapping[str, ConfigDict]) -> pd.DataFrame:
+    """The table with what was not swept when a run was measured, as the members' configs say it."""
+    filled = joined.copy()
     for column in joined.columns[joined.isna().any()]:
         own = [
             _cell(made_of(members[name]).get(column)) if name in members else None
             for name in joined["member"]
         ]
-        joined[column] = joined[column].where(joined[column].notna(), own)
-    savings = fill_savings(read_csv(io.StringIO(_text(joined))), retrieved)["funnel_cost_saving"]
-    joined = joined.assign(funnel_cost_saving=savings.map(_cell, na_action="ignore"))
-    curves = {file: _text(_joined(file, test)) for file in (CURVES_FILE, CALIBRATION_FILE)}
-    return {**curves, FILE: _text(joined)}
+        filled[column] = joined[column].where(joined[column].notna(), own)
+    return filled
 
 
 def _joined(file: str, folders: Sequence[Path]) -> pd.DataFrame:

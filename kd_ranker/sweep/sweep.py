@@ -105,8 +105,7 @@ class Sweep:
 
     def validation(self) -> pd.DataFrame:
         """The rows of all members on validation."""
-        frames = [results.read_csv(folder / results.FILE) for folder in self.folders]
-        return pd.concat(frames, ignore_index=True)
+        return results.read_joined(self.folders, self.members)
 
     def _unplaced(self) -> Cohort:
         placed = set(itertools.chain.from_iterable(self.plan))

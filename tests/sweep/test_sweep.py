@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from configs import cascade
 from kd_ranker.config import schema
 from kd_ranker.errors import UserError
+from kd_ranker.evaluation import results
 from kd_ranker.sweep.members import common, sweep_members
 from kd_ranker.sweep.sweep import open_sweep
 
@@ -72,3 +73,34 @@ def test_what_a_cohort_has_in_common_lacks_the_keys_in_which_its_members_may_dif
         assert there == (key.sweep == "cohorts" or key.name == "train.steps"), key.name
     # The members keep all.
     assert next(iter(of_stage.values())).distill.mode == "none"
+
+
+def test_an_axis_that_a_sweep_is_extended_by_is_known_of_those_that_it_had(tmp_path):
+    """Else a setting would be two: one of the repeats before, and one of those after."""
+    open_sweep(config_of(modes=("shared",)), tmp_path).planned(8, "")
+    config = config_of(modes=("shared",), seeds=(0, 1))
+    config.sweep.axes.distill.affine = (True, False)
+    sweep = open_sweep(config, tmp_path).planned(8, "")
+    assert list(map(len, sweep.plan)) == [1, 3]
+    passed = {True: 20.0, False: 30.0}
+    told = {"split": "validation", "role": "student", "serve": "user", "non_finite_step": None}
+    for cohort, folder in zip(sweep.cohorts, sweep.folders, strict=True):
+        rows = [
+            {
+                **results.made_of(of),
+                **told,
+                "member": name,
+                "passed_for_99": passed[of.distill.affine],
+            }
+            for name, of in cohort.items()
+        ]
+        names = ["member", "passed_for_99", *told, *results.SETTING, *results.REPEAT]
+        names += ["distill.affine"] * (folder != sweep.folders[0])
+        folder.mkdir(parents=True)
+        (folder / results.FILE).write_text(results.to_csv(rows, list(dict.fromkeys(names))))
+    students = results.with_labels(sweep.validation())
+    assert dict(zip(students["member"], students["distill.affine"], strict=True)) == {
+        name: member.distill.affine for name, member in sweep.members.items()
+    }
+    assert students.groupby("setting")["repeat"].nunique().tolist() == [2, 2]
+    assert len(results.chosen(sweep.validation())) == 4
