@@ -65,10 +65,10 @@ def _entropy(p: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def alignment_ratio(
-    student_user_bce: Float[np.ndarray, "T"],
-    teacher_user_bce: Float[np.ndarray, "T"],
-    distance: Float[np.ndarray, "T"],
-) -> float:
+    student_user_bce: Float[np.ndarray, "T *more"],
+    teacher_user_bce: Float[np.ndarray, "T *more"],
+    distance: Float[np.ndarray, "T *more"],
+) -> Float[np.ndarray, "*more"]:
     """(user BCE of the student - user BCE of the teacher) / distance, averaged over tasks.
 
     The distance is that of the student from the teacher, its `teacher_kl` or its `teacher_bce`. All
@@ -78,7 +78,7 @@ def alignment_ratio(
     distance is 0 to rounding (`NO_DISTANCE`), as of an exact copy, and where it is not known.
     """
     there = np.where(distance > NO_DISTANCE, distance, np.nan)
-    return float(np.mean((student_user_bce - teacher_user_bce) / there))
+    return np.mean((student_user_bce - teacher_user_bce) / there, axis=0)
 
 
 def teacher_ndcg(

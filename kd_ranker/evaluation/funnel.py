@@ -204,7 +204,7 @@ def _leaving_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N"]:
     return lax.scan(insert, nobody, arriving)[1]
 
 
-def captured_share(captured: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
+def captured_share(captured: Float[np.ndarray, "N *more"]) -> Float[np.ndarray, "N *more"]:
     """A captured curve, summed over requests, over its last entry: 1 where nothing is lost.
 
     The ratio of the sums over requests, not the mean of their ratios: it is the share of the whole
@@ -212,14 +212,14 @@ def captured_share(captured: Float[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:
     Of `shown_kept` it is the recall of what was shown.
     """
     total = captured[-1]
-    return captured / total if total != 0 else np.full_like(captured, np.nan)
+    return captured / np.where(total == 0, np.nan, total)
 
 
-def passed_for(share: Float[np.ndarray, "N"], target: float) -> float:
+def passed_for(share: Float[np.ndarray, "N *more"], target: float) -> Float[np.ndarray, "*more"]:
     """The smallest k whose share of value captured is at least the target; NaN if there is none.
 
     >>> passed_for(np.array([0.5, 0.98, 0.995, 1.0]), 0.99)
-    3.0
+    array(3.)
     """
-    enough = np.flatnonzero(share >= target)
-    return float(enough[0] + 1) if enough.size else float("nan")
+    enough = share >= target
+    return np.where(enough.any(axis=0), enough.argmax(axis=0) + 1.0, np.nan)

@@ -59,8 +59,9 @@ class Metric(NamedTuple):
       ends: from the sums of a pass over all requests, and those of the teacher on the same, to its
         numbers, NaN where there is nothing to measure: an array [N] (index `k - 1` belongs to k),
         [T] or [N, T], or one number. With a number for each target it is the curve [N] of which
-        the first k at or above each target is reported. None where the column is not measured on
-        requests but filled in by `results`.
+        the first k at or above each target is reported. Sums may have one more axis, the last, of
+        draws of the requests, which the numbers then have too: reduce over the axes named here
+        alone. None where the column is not measured on requests but filled in by `results`.
       probabilities_of: whose numbers it takes for probabilities, and not for an order alone. Where
         these are a teacher's positions, there is nothing to measure.
       of_teacher: whether it says anything of the teacher itself.
@@ -205,7 +206,7 @@ def _shown_mean(sums: Sums, of: str) -> Float[np.ndarray, "T"]:
     return ratio(sums[f"shown_{of}"], sums["shown_weight"])
 
 
-def _alignment(sums: Sums, teacher: Sums, distance: str) -> float:
+def _alignment(sums: Sums, teacher: Sums, distance: str) -> Float[np.ndarray, "*draws"]:
     return alignment.alignment_ratio(
         _shown_mean(sums, "user_bce"),
         _shown_mean(teacher, "user_bce"),
@@ -596,7 +597,7 @@ def _columns(metric: Metric, which: Tasks, tasks: Sequence[str], passed: int) ->
     return result_columns(metric, tasks[:1] if which == "first" else tasks, report_at)
 
 
-def numbers(metric: Metric, ended: Any, report_at: ReportAt) -> list[float]:
+def numbers(metric: Metric, ended: Any, report_at: ReportAt) -> Float[np.ndarray, "columns *draws"]:
     """The numbers that a metric ends in, in the order of `result_columns`.
 
     Args:
@@ -605,11 +606,11 @@ def numbers(metric: Metric, ended: Any, report_at: ReportAt) -> list[float]:
       report_at: the points to report.
     """
     array = np.asarray(ended, np.float64)
+    if "target" in metric.per:
+        return np.stack([funnel.passed_for(array, target) for target in report_at.targets])
     if "k" in metric.per:
         array = array[[min(k, len(array)) - 1 for k in report_at.ks]]
-    if "target" in metric.per:
-        return [funnel.passed_for(array, target) for target in report_at.targets]
-    return [float(number) for number in array.ravel()]
+    return array.reshape(-1, *array.shape[len(metric.per) :])
 
 
 def is_measurable(metric: Metric, of_teacher: bool, signal: str) -> bool:

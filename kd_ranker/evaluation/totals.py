@@ -118,7 +118,8 @@ def summarise(
             continue
         columns = metrics.result_columns(metric, tasks, report_at)
         if metrics.is_measurable(metric, teacher is None, signal):
-            numbers = metrics.numbers(metric, metric.ends(sums, teacher or sums), report_at)
+            ended = metric.ends(sums, teacher or sums)
+            numbers = metrics.numbers(metric, ended, report_at).tolist()
         else:
             numbers = [float("nan")] * len(columns)
         row |= zip(columns, numbers, strict=True)

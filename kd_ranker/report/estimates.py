@@ -19,7 +19,6 @@ from kd_ranker.evaluation.cost import funnel_cost, funnel_cost_saving
 from kd_ranker.evaluation.kept import Kept, Who
 from kd_ranker.evaluation.metrics import METRICS, ReportAt, Sums, result_columns
 from kd_ranker.evaluation.results import TEACHER
-from kd_ranker.evaluation.saving import by_repeat
 from kd_ranker.evaluation.totals import Each
 from kd_ranker.report.bootstrap import (
     Measured,
@@ -83,27 +82,48 @@ class Estimates:
 
     def curve(self, setting: str, name: str) -> pd.DataFrame:
         """A curve over k with its interval: the columns k, mean, low, high."""
-        points = [self._at(setting, name, k) for k in self._ks]
-        return pd.DataFrame(
-            [{"k": k, **_interval(of)._asdict()} for k, of in zip(self._ks, points, strict=True)]
-        )
+        shares = [
+            self._curves(row.source, (row.member, row.serve))[name]
+            for row in self._rows(setting).itertuples()
+        ]
+        by_k = np.moveaxis(np.stack(shares), 2, 0)
+        repeats = tuple(self._rows(setting)["repeat"])
+        points = [
+            _interval(Measured(repeats, at[:, 0], at[:, 1:].T, self._requests))._asdict()
+            for at in by_k
+        ]
+        return pd.DataFrame(points).assign(k=self._ks)
 
+    @functools.cache  # noqa: B019 - it lives as long as a report is written
+    def _rows(self, setting: str) -> pd.DataFrame:
+        """The rows of a setting on the test split, one a repeat."""
+        return self.study.tested[self.study.tested["setting"] == setting]
+
+    @functools.cache  # noqa: B019
     def _measured(self, setting: str, measure: str) -> Measured:
         if measure == _SAVING:
             return self._saving(setting, metrics.TARGET, None)
-        values = by_repeat(self.study.tested, measure)[setting].dropna()
+        rows = self._rows(setting)
+        values = rows.set_index("repeat").get(measure, pd.Series(dtype=float)).dropna()
         drawn = [self._drawn(setting, str(repeat)).get(measure) for repeat in values.index]
-        return self._joined(values, drawn)
+        whole = [of for of in drawn if of is not None]
+        repeats, each = tuple(values.index), values.to_numpy(float)
+        if not whole or len(whole) < len(drawn):
+            return Measured(repeats, each, np.zeros((0, len(each))), 0)
+        return Measured(repeats, each, np.stack(whole, axis=1), self._requests)
 
     def _saving(self, setting: str, target: float, student_cost: float | None) -> Measured:
         baseline = self.study.baseline
         assert baseline is not None, "a saving needs a baseline"
         (column,) = result_columns(METRICS["passed_for"], (), ReportAt((), (target,)))
-        flops = self.study.tested.groupby("setting")["flops_per_candidate"].first()
         of_teacher = float(self.study.teachers["flops_per_candidate"].iloc[0])
 
         def cost(name: str, passed: Any) -> Any:
-            student = flops[name] if student_cost is None else student_cost * of_teacher
+            student = (
+                self._rows(name)["flops_per_candidate"].iloc[0]
+                if student_cost is None
+                else student_cost * of_teacher
+            )
             return funnel_cost(self.study.retrieved, passed, student, of_teacher)
 
         def saved(passed: Any, before: Any) -> Any:
@@ -111,49 +131,32 @@ class Estimates:
 
         return combined(saved, *(self._measured(name, column) for name in (setting, baseline)))
 
-    def _at(self, setting: str, name: str, k: int) -> Measured:
-        rows = self.study.tested[self.study.tested["setting"] == setting]
-        drawn, values = [], {}
-        for row in rows.to_dict("records"):
-            curve = self._curves(row["source"], (row["member"], row["serve"]))[name]
-            place = int(np.searchsorted(self._ks, k))
-            values[row["repeat"]] = curve[0, place]
-            drawn.append(curve[1:, place])
-        return self._joined(pd.Series(values), drawn)
-
-    def _joined(self, values: pd.Series, drawn: Sequence[np.ndarray | None]) -> Measured:
-        """A measure in each repeat; `drawn` holds None where no draws of it are known."""
-        whole = [of for of in drawn if of is not None]
-        if not whole or len(whole) < len(drawn):
-            return Measured(tuple(values.index), values.to_numpy(), np.zeros((0, len(values))), 0)
-        requests = self._counts(next(iter(self.study.kept))).shape[1]
-        return Measured(tuple(values.index), values.to_numpy(), np.stack(whole, axis=1), requests)
+    @property
+    def _requests(self) -> int:
+        """The number of test requests, which all sweeps of a study share."""
+        return int(self._counts(next(iter(self.study.kept))).shape[1])
 
     @functools.cached_property
     def _ks(self) -> list[int]:
         kept = next(iter(self.study.kept.values()), None)
         return [] if kept is None else kept.ks.tolist()
 
-    @functools.cache  # noqa: B019 - it lives as long as a report is written
+    @functools.cache  # noqa: B019
     def _drawn(self, setting: str, repeat: str) -> dict[str, Float[np.ndarray, "B"]]:
         """The measures of a setting in a repeat, on each draw of the requests."""
-        rows = self.study.tested
-        row = rows[(rows["setting"] == setting) & (rows["repeat"] == repeat)].iloc[0]
+        rows = self._rows(setting)
+        row = rows[rows["repeat"] == repeat].iloc[0]
         kept = self.study.kept.get(row["source"])
         who = (str(row["member"]), str(row["serve"]))
         if kept is None or who not in kept.each:
             return {}
         sums = self._sums(row["source"], who)
         of_teacher = self._sums(row["source"], (TEACHER, "user"))
-        drawn = [
-            _numbers(draw, teacher, self.study.tasks, self._points)
-            for draw, teacher in zip(_draws(sums), _draws(of_teacher), strict=True)
-        ]
-        return {column: np.array([of[column] for of in drawn]) for column in drawn[0]}
+        return _numbers(sums, of_teacher, self.study.tasks, self._points)
 
     @functools.lru_cache(maxsize=4)  # noqa: B019
     def _sums(self, source: int, who: Who) -> Sums:
-        """The sums of a ranker in each draw, [B, ...], curves at every k."""
+        """The sums of a ranker in each draw, [..., B], curves at every k."""
         kept = self.study.kept[source]
         return _resampled(kept, kept.each[who], self._counts(source), self.study.retrieved)
 
@@ -199,30 +202,25 @@ def _resampled(kept: Kept, each: Each, counts: np.ndarray, retrieved: int) -> Su
     between = _between(kept.ks, retrieved)
 
     def drawn(of: Any) -> np.ndarray:
-        return resampled_sums(of[None], counts)[:, 0]
+        return np.moveaxis(resampled_sums(of[None], counts)[:, 0], 0, -1)
 
     alone = {name: drawn(of) for name, of in each.alone.items()}
     return alone | {
-        name: np.einsum("bk...,kn->bn...", drawn(of), between) for name, of in each.curves.items()
+        name: np.tensordot(between, drawn(of), axes=1) for name, of in each.curves.items()
     }
 
 
-def _between(ks: np.ndarray, retrieved: int) -> Float[np.ndarray, "K N"]:
+def _between(ks: np.ndarray, retrieved: int) -> Float[np.ndarray, "N K"]:
     """The weights that make of a curve at `ks` one at every k: a straight line between two."""
     every = np.arange(1, retrieved + 1)
-    return np.stack([np.interp(every, ks, of) for of in np.eye(len(ks))])
-
-
-def _draws(sums: Sums) -> list[Sums]:
-    number = len(next(iter(sums.values())))
-    return [{name: of[draw] for name, of in sums.items()} for draw in range(number)]
+    return np.stack([np.interp(every, ks, of) for of in np.eye(len(ks))], axis=1)
 
 
 def _numbers(
     sums: Sums, of_teacher: Sums, tasks: Sequence[str], points: ReportAt
-) -> dict[str, float]:
+) -> dict[str, Float[np.ndarray, "B"]]:
     """The measures of a ranker by column, with the means over tasks of those that have one."""
-    found: dict[str, float] = {}
+    found: dict[str, np.ndarray] = {}
     for metric in METRICS.values():
         if metric.ends is None:
             continue
@@ -230,5 +228,5 @@ def _numbers(
         numbers = metrics.numbers(metric, metric.ends(sums, of_teacher), points)
         found |= zip(columns, numbers, strict=True)
         if metric.averaged:
-            found[metric.name] = float(np.mean(numbers))
+            found[metric.name] = numbers.mean(axis=0)
     return found

@@ -43,6 +43,8 @@ class Study(NamedTuple):
         `results.way_columns`), `repeat` (the same for `results.REPEAT`), `source` (which sweep)
         and, under their names, the means over tasks of metrics that are `averaged`.
       chosen: the setting that validation chose for each way.
+      baseline: the one without distillation; None if there is none.
+      tested: the rows of the chosen settings on the test split.
       teachers: the teachers' rows on the test split, with the same columns.
       references: the same of what ranks without a model.
       frozen: the rows of members whose loss stopped being finite.
@@ -63,6 +65,8 @@ class Study(NamedTuple):
     retrieved: int
     rows: pd.DataFrame
     chosen: dict[str, str]
+    baseline: str | None
+    tested: pd.DataFrame
     teachers: pd.DataFrame
     references: pd.DataFrame
     frozen: pd.DataFrame
@@ -74,17 +78,6 @@ class Study(NamedTuple):
     environments: dict[str, dict]
     missing: dict[str, list[str]]
     kept: dict[int, Kept]
-
-    @property
-    def tested(self) -> pd.DataFrame:
-        """The rows of the chosen settings on the test split."""
-        rows = of_split(self.rows, "test")
-        return rows[rows["setting"].isin(list(self.chosen.values()))]
-
-    @property
-    def baseline(self) -> str | None:
-        """The setting without distillation that validation chose; None if there is none."""
-        return baseline(self.rows)
 
 
 def read_studies(workdirs: Sequence[Path]) -> list[Study]:
@@ -144,6 +137,7 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     if len(teachers):
         teacher_flops = float(teachers["flops_per_candidate"].mean())
         healthy = with_savings(healthy, teacher_flops, int(first.funnel.retrieved))
+    chosen, tested = best_of_ways(healthy), of_split(healthy, "test")
     # Sweeps under the same teacher each have its row, and those of references.
     teachers, references = (
         of_split(of, "test").drop_duplicates(of.columns.difference(["source"]))
@@ -155,7 +149,9 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         passed=int(first.funnel.passed),
         retrieved=int(first.funnel.retrieved),
         rows=healthy,
-        chosen=best_of_ways(healthy),
+        chosen=chosen,
+        baseline=baseline(healthy),
+        tested=tested[tested["setting"].isin(list(chosen.values()))],
         teachers=teachers.reindex(columns=healthy.columns),
         references=references.reindex(columns=healthy.columns),
         frozen=frozen.drop_duplicates(["source", "member"]),
