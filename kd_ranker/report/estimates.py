@@ -201,10 +201,10 @@ def _interval(measured: Measured, confidence: float = CONFIDENCE) -> Interval:
 def _resampled(kept: Kept, each: Each, counts: np.ndarray, retrieved: int) -> Sums:
     between = _between(kept.ks, retrieved)
 
-    def drawn(of: Any) -> np.ndarray:
+    def drawn(of: Any) -> Any:
         return np.moveaxis(resampled_sums(of[None], counts)[:, 0], 0, -1)
 
-    alone = {name: drawn(of) for name, of in each.alone.items()}
+    alone: Sums = {name: drawn(of) for name, of in each.alone.items()}
     return alone | {
         name: np.tensordot(between, drawn(of), axes=1) for name, of in each.curves.items()
     }

@@ -150,7 +150,7 @@ def _over_k(study: Study, estimates: Estimates, measure: str, title: str, captio
     curves = [
         estimates.curve(first["setting"], measure).assign(
             **{name: first[name] for name in ("mode", "serve", "setting")},
-            line=first["setting"],
+            line=first["way"],
             passed_for_99=passed[first["setting"]],
         )
         for first in chosen.to_dict("records")
@@ -163,7 +163,7 @@ def _over_k(study: Study, estimates: Estimates, measure: str, title: str, captio
 
 def _tested_members(study: Study) -> pd.DataFrame:
     """The members of the chosen settings, a row each."""
-    kept = ["source", "member", "mode", "serve", "setting", "repeat", "distill_loss"]
+    kept = ["source", "member", "mode", "serve", "way", "repeat", "distill_loss"]
     return study.tested[kept]
 
 
@@ -177,7 +177,7 @@ def calibration(study: Study, estimates: Estimates) -> Figure:
     data = pd.DataFrame(columns=columns)
     if len(study.calibration):
         chosen = _tested_members(study).merge(study.calibration, on=["source", "member", "serve"])
-        keys = ["mode", "serve", "setting", "task", "bin"]
+        keys = ["mode", "serve", "way", "task", "bin"]
         sums = (
             chosen.assign(
                 predicted=chosen["predicted"] * chosen["weight"],
@@ -188,7 +188,7 @@ def calibration(study: Study, estimates: Estimates) -> Figure:
         )
         for name in ("predicted", "observed"):
             sums[name] /= sums["weight"]
-        data = sums.reset_index().rename(columns={"setting": "line"})[columns]
+        data = sums.reset_index().rename(columns={"way": "line"})[columns]
         # Tasks in the order of the config.
         data["task"] = pd.Categorical(data["task"], study.tasks)
         data = data.sort_values(["task", "bin"], kind="stable").astype({"task": str})
@@ -214,7 +214,7 @@ def training(study: Study, estimates: Estimates) -> Figure:
         each = _tested_members(study).merge(study.losses, on=["source", "member"])
         # A mode without a teacher logs a distillation loss of 0.
         each = each[each["distill_loss"].notna() | (each["kind"] != "distill_loss")]
-        each = each.rename(columns={"setting": "line"})[columns]
+        each = each.rename(columns={"way": "line"})[columns]
         count = each.groupby("line")["repeat"].transform("nunique")
         grouped = each.assign(of=count).groupby(["mode", "line", "kind", "step"], sort=False)
         mean = grouped.agg(loss=("loss", "mean"), n=("loss", "size"), of=("of", "first"))
