@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from kd_ranker.evaluation.results import setting_columns
 from kd_ranker.evaluation.saving import by_repeat, of_split
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import interval
@@ -42,25 +43,25 @@ def figures(study: Study, estimates: Estimates) -> list[Figure]:
 
 
 def pareto(study: Study, estimates: Estimates) -> Figure:
-    """User BCE against teacher BCE on validation, means over tasks: a point a setting.
+    """User BCE against teacher BCE on validation, means over tasks: a curve a way.
 
+    A point is the setting that was chosen for the way, or one that differs in the weight alone.
     Columns: mode, serve, line, setting, weight (NaN for mode none), and for `user_bce` and
     `teacher_bce` the mean over repeats with `_low` and `_high`.
     """
     rows = of_split(study.rows, "validation")
-    settings = rows.drop_duplicates("setting").set_index("setting")
+    settings = rows.drop_duplicates("setting")
+    alike = [column for column in setting_columns(rows) if column != "distill_weight"]
+    chosen = settings.loc[settings["setting"].isin(list(study.chosen.values())), alike]
     tables = {measure: by_repeat(rows, measure) for measure in ("user_bce", "teacher_bce")}
     lines = []
-    for setting, first in settings.iterrows():
-        point = {
-            "mode": first["mode"],
-            "serve": first["serve"],
-            "line": _without_weight(str(setting)),
-            "setting": setting,
-            "weight": first["distill_weight"] if pd.notna(first["distill_loss"]) else np.nan,
-        }
+    for first in settings.merge(chosen.drop_duplicates(), on=alike).to_dict("records"):
+        point = {name: first[name] for name in ("mode", "serve", "setting")}
+        point["line"] = first["way"]
+        distilled = pd.notna(first["distill_loss"])
+        point["weight"] = first["distill_weight"] if distilled else np.nan
         for measure, table in tables.items():
-            mean = interval(table[setting].to_numpy())
+            mean = interval(table[first["setting"]].to_numpy())
             point |= {measure: mean.mean, f"{measure}_low": mean.low, f"{measure}_high": mean.high}
         lines.append(point)
     columns = ["mode", "serve", "line", "setting", "weight"]
@@ -70,15 +71,11 @@ def pareto(study: Study, estimates: Estimates) -> Figure:
         "pareto",
         "Predicting users against following the teacher",
         "Binary cross entropy against user labels and against the teacher's probabilities, means "
-        "over tasks, on validation; lower is better for both. One curve a mode and serving choice "
-        "as the distill weight grows; bars are 95% intervals over repeats.",
+        "over tasks, on validation; lower is better for both. One curve a way as the distill "
+        "weight grows, all else as it was chosen; bars are 95% intervals over repeats.",
         data,
         "" if len(data) else "no student has both numbers",
     )
-
-
-def _without_weight(setting: str) -> str:
-    return ", ".join(part for part in setting.split(", ") if not part.startswith("weight "))
 
 
 def value_captured(study: Study, estimates: Estimates) -> Figure:
