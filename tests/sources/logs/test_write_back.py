@@ -123,6 +123,13 @@ def test_a_row_has_the_probability_of_its_candidate_in_the_copy(tmp_path, by_req
         assert (time, row["item_id"]) not in found
         found[time, row["item_id"]] = [row[name] for name in ADDED]
     assert found.keys() == expected.keys()
+    copy = teachers.dataset_of(config, VERSION)
+    for split in SPLITS:
+        for request in read_requests(copy, split):
+            # What models are measured on is scored whole.
+            everywhere = split != "train" or stage == "retrieved"
+            number = len(request.item_id) if everywhere else request.num_passed
+            assert len(request.teacher_probability) == number
     assert len(found) > 100
     assert unscored > 10
     np.testing.assert_array_equal([*found.values()], [expected[key] for key in found])
