@@ -70,7 +70,7 @@ def make_serve(model: Model, mode: Mode) -> Serve:
 
 
 class Summed(NamedTuple):
-    """What a pass adds up for a ranker.
+    """The sums of a pass for a ranker.
 
     Attributes:
       sums: over all requests.
@@ -83,7 +83,7 @@ class Summed(NamedTuple):
 
 
 class _Asked(NamedTuple):
-    """What is asked of a pass; nothing of it is traced."""
+    """The questions to a pass; nothing of them is traced."""
 
     shown: int
     labelled: int
@@ -105,7 +105,7 @@ def _of_teacher(
     value_weights: Float[Array, "T"],
     asked: _Asked,
 ) -> Summed:
-    """What one batch adds for the teacher."""
+    """The sums of one batch for the teacher."""
     batch = ranked_by_teacher(
         *(teacher_probability, teacher_weight, evaluation_batch, value_weights),
         *(asked.shown, asked.labelled, met),
@@ -203,7 +203,7 @@ def evaluate(
 
 
 class _Total:
-    """What the batches so far have added up to, on the host."""
+    """The sums of the batches so far, on the host."""
 
     def __init__(self, axis: int):
         """Takes the axis of requests."""

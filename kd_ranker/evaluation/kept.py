@@ -24,7 +24,7 @@ Who = tuple[str, str]  # member and serve name
 
 
 class Kept(NamedTuple):
-    """What each request adds, by ranker.
+    """The sums of each request, by ranker.
 
     Attributes:
       ks: the values of k of the curves, increasing; the last is all that was retrieved.
@@ -39,7 +39,7 @@ def kept_ks(retrieved: int, named: Sequence[int]) -> list[int]:
     """The values of k at which curves are kept: some sixty, and the named ones.
 
     >>> kept_ks(2000, [200])[-3:]
-    [1635, 1808, 2000]
+    [1633, 1807, 2000]
     """
     spaced = np.geomspace(1, retrieved, 76).round().astype(int).tolist()
     return sorted({*spaced, *(min(k, retrieved) for k in named)})

@@ -38,7 +38,7 @@ _CHUNK = 512
 
 @flax.struct.dataclass
 class Statistics:
-    """What references know: of each item, numbers in [0, 1] from the training split, float32.
+    """The knowledge of references: numbers of each item in [0, 1] from the training split, float32.
 
     Attributes:
       shown: how often it was shown, over the same of the item that was shown most. An impression

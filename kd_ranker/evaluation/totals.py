@@ -36,7 +36,7 @@ def request_sums(batch: Ranked, functions: Sequence[SumFunction]) -> Sums:
 
 
 class Each(NamedTuple):
-    """What `request_sums` adds up, of each request; the bins of the calibration are left out.
+    """The terms of `request_sums`, one a request; the bins of the calibration are left out.
 
     Attributes:
       alone: arrays [R, ...] without an axis of k.
@@ -48,7 +48,7 @@ class Each(NamedTuple):
 
 
 def each_request(batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int]) -> Each:
-    """What `request_sums` adds up, of each request of one batch; pure.
+    """The terms of `request_sums` of one batch, one a request; pure.
 
     Args:
       batch: the batch.

@@ -82,7 +82,7 @@ class Reference(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a measurement has found.
+    """The findings of a measurement.
 
     Attributes:
       rows: of `results.csv`.

@@ -176,7 +176,7 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
 
 
 def _kept(workdirs: Sequence[Path]) -> dict[int, Kept]:
-    """What each test request adds, of the sweeps that hold it; cohorts are joined."""
+    """The sums of each test request, of the sweeps that hold them; cohorts are joined."""
     of_sources = {}
     for source, workdir in enumerate(workdirs):
         files = sorted(workdir.glob(f"{FOLDER}/*/{TEST}/{kept.FILE}"))

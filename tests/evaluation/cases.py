@@ -13,6 +13,7 @@ from kd_ranker.batch import CandidateBatch, EvaluationBatch, Stage
 from kd_ranker.evaluation import totals
 from kd_ranker.evaluation.metrics import ReportAt, SumFunction, Sums, sum_functions
 from kd_ranker.evaluation.ranked import ranked, ranked_by_teacher
+from kd_ranker.evaluation.totals import Each
 
 TASKS = ("watch", "like")
 VALUE_WEIGHTS = jnp.array([1.0, 2.0])
@@ -26,7 +27,7 @@ def request_sums(functions: tuple[SumFunction, ...], *arguments: Any) -> Sums:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 7, 8))
-def each_request(functions: tuple[SumFunction, ...], ks: tuple[int, ...], *arguments: Any) -> Sums:
+def each_request(functions: tuple[SumFunction, ...], ks: tuple[int, ...], *arguments: Any) -> Each:
     return totals.each_request(ranked(*arguments), functions, ks)
 
 
@@ -51,8 +52,8 @@ class Case:
     def sums(self, shown: int = SHOWN) -> Sums:
         return totals.add(None, request_sums(sum_functions(), *self.arguments(shown)))
 
-    def sums_of_each(self, ks: tuple[int, ...]) -> Sums:
-        return totals.add(None, each_request(sum_functions(), ks, *self.arguments(SHOWN)))
+    def sums_of_each(self, ks: tuple[int, ...]) -> Each:
+        return each_request(sum_functions(), ks, *self.arguments(SHOWN))
 
     def arguments(self, shown: int) -> tuple[Any, ...]:
         return (

@@ -45,7 +45,11 @@ def assert_same(one, other, rtol=1e-5):
 
 
 def run(teacher, students, batches=BATCHES):
-    return evaluate(teacher, students, batches, ITEMS, WEIGHTS, SHOWN)
+    """The teacher's sums, and those of each group by serve name."""
+    of_teacher, of_groups = evaluate(teacher, students, batches, ITEMS, WEIGHTS, SHOWN)
+    return of_teacher.sums, [
+        {name: summed.sums for name, summed in of_group.items()} for of_group in of_groups
+    ]
 
 
 @pytest.mark.parametrize("teacher", [None, LIVE], ids=["logged", "live"])
@@ -124,6 +128,37 @@ def test_requests_that_fill_up_the_last_batch_count_for_nothing(teacher):
     np.testing.assert_allclose(
         sums["user"]["label_weight"][0], sum(weight.sum() for weight in kept), rtol=1e-5
     )
+
+
+def test_the_sums_of_each_request_add_up_to_the_sums_and_leave_out_what_fills_up_a_batch():
+    candidates = BATCHES[0].batch.item_id.shape[1]
+    ks = tuple(range(1, candidates + 1))
+    batches = [BATCHES[0], evaluation_batch(random_batch(3, spec=SPEC), present=3)]
+    present = len(BATCHES[0].request_mask) + 3
+    students = [make_students("shared", (3, 4))]
+    of_teacher, (group,) = evaluate(LIVE, students, batches, ITEMS, WEIGHTS, SHOWN, ks=ks)
+    for (sums, each), axis in ((of_teacher, 0), (group["user"], 1)):
+        whole = {name: of for name, of in sums.items() if not name.startswith("bin_")}
+        kept = each.alone | each.curves
+        assert {of.shape[axis] for of in kept.values()} == {present}
+        assert each.curves.keys() >= {"survival", "value_captured", "positives_kept"}
+        assert_same(whole, {name: of.sum(axis=axis) for name, of in kept.items()})
+    # The requests stand in the order in which they were read.
+    _, (last,) = evaluate(LIVE, students, batches[1:], ITEMS, WEIGHTS, SHOWN, ks=ks)
+    for name, of in last["user"].each.alone.items():
+        np.testing.assert_array_equal(of, group["user"].each.alone[name][:, -3:], err_msg=name)
+
+
+def test_the_serving_choices_that_are_asked_for_are_measured_alone():
+    students = [STUDENTS["none"], STUDENTS["aux"], STUDENTS["aux"]]
+    serves = [None, ("blend",), ("teacher", "user")]
+    _, (none, blend, two) = evaluate(LIVE, students, BATCHES, ITEMS, WEIGHTS, SHOWN, serves=serves)
+    assert [set(of) for of in (none, blend, two)] == [{"user"}, {"blend"}, {"user", "teacher"}]
+    _, (whole,) = run(LIVE, students[1:2])
+    for name, summed in (blend | two).items():
+        assert_same(summed.sums, whole[name])
+        # No request is kept unless that is asked for.
+        assert summed.each == ({}, {})
 
 
 def test_nothing_to_evaluate_is_an_error():

@@ -7,6 +7,7 @@ import pytest
 from kd_ranker.batch import EvaluationBatch
 from kd_ranker.evaluation import totals
 from kd_ranker.evaluation.evaluate import evaluate
+from kd_ranker.evaluation.metrics import ReportAt
 from kd_ranker.evaluation.references import (
     ORDER_ALONE,
     REFERENCES,
@@ -21,7 +22,7 @@ from kd_ranker.training.state import select_member
 from tests.random_batches import SPEC, random_batch, random_items
 from tests.requests.random_requests import random_source
 
-WEIGHTS, SHOWN, REPORT_AT = (1.0, 2.0, 4.0), 3, (2, 5)
+WEIGHTS, SHOWN, REPORT_AT = (1.0, 2.0, 4.0), 3, ReportAt((2, 5), (0.99,))
 
 
 def faulty_source(version):
@@ -92,8 +93,8 @@ def evaluation_batch(seed, known=True):
 def measured(batches, seeds=(0,)):
     """The teacher's sums, and those of the references by name, with an axis of seeds."""
     ranker = reference_ranker([statistics(seed) for seed in seeds])
-    teacher, (sums,) = evaluate(None, [ranker], batches, random_items(), WEIGHTS, SHOWN)
-    return teacher, sums
+    teacher, (summed,) = evaluate(None, [ranker], batches, random_items(), WEIGHTS, SHOWN)
+    return teacher.sums, {name: of.sums for name, of in summed.items()}
 
 
 def survival(sums):

@@ -12,7 +12,7 @@ TASKS = ("watch", "like")
 
 def test_the_columns_are_the_contracts_in_its_order():
     assert results.columns(TASKS, ReportAt((10, 50), (0.99, 0.995))) == [
-        "dataset", "role", "mode", "distill_loss", "distill_weight", "temperature",
+        "dataset", "split", "role", "mode", "distill_loss", "distill_weight", "temperature",
         "learning_rate", "serve", "seed", "data_seed", "step",
         "user_bce/watch", "user_bce/like", "user_auc/watch", "user_auc/like",
         "user_calibration/watch", "user_calibration/like", "teacher_bce/watch", "teacher_bce/like",

@@ -226,18 +226,19 @@ def test_the_sums_of_each_request_are_those_of_a_batch_of_it_alone() -> None:
     case.teacher_weight[2] = 0  # nothing is known
     case.request_mask[5] = False
     ks = (1, 7, 99)
-    of_each = case.sums_of_each(ks)
+    alone, curves = case.sums_of_each(ks)
     kept = np.minimum(ks, case.stage.shape[1]) - 1
+    of_each = {**alone, **curves}
+    assert len(of_each) == len(alone) + len(curves)
+    expected = alone_of_each(case, kept)
+    assert of_each.keys() == {name for name in expected[0] if not name.startswith("bin_")}
     assert_same_sums(
-        of_each,
-        {
-            name: np.stack([of_one[name] for of_one in alone_of_each(case, kept)])
-            for name in of_each
-        },
+        of_each, {name: np.stack([of_one[name] for of_one in expected]) for name in of_each}
     )
-    assert of_each["user_bce"].shape == (6, len(TASKS))
-    assert of_each["survival"].shape == (6, len(ks))
-    assert of_each["funnel_requests"].tolist() == [1, 1, 0, 1, 1, 0]
+    assert alone["user_bce"].shape == (6, len(TASKS))
+    assert curves["survival"].shape == (6, len(ks))
+    assert curves["positives_kept"].shape == (6, len(ks), len(TASKS))
+    assert alone["funnel_requests"].tolist() == [1, 1, 0, 1, 1, 0]
 
 
 def alone_of_each(case: Case, kept: np.ndarray) -> list[Sums]:
@@ -259,8 +260,8 @@ def alone_of_each(case: Case, kept: np.ndarray) -> list[Sums]:
 def test_what_has_a_task_for_each_candidate_is_not_taken_for_a_curve() -> None:
     case = random_case(candidates=len(TASKS))
     of_each = case.sums_of_each((1,))
-    assert of_each["user_bce"].shape == (6, len(TASKS))
-    assert of_each["value_captured"].shape == (6, 1)
+    assert of_each.alone["user_bce"].shape == (6, len(TASKS))
+    assert of_each.curves["value_captured"].shape == (6, 1)
 
 
 def test_hit_rates_are_ratios_of_sums_over_the_positive_labels_that_count() -> None:
