@@ -62,7 +62,8 @@ def test_a_row_tells_the_loss_with_what_it_learns_from():
 def row(role, mode, seed, passed, flops, **more):
     distilled = mode not in (None, "", "none")
     return {
-        "dataset": "d", "role": role, "mode": mode, "seed": seed, "passed_for_99": passed,
+        "dataset": "d", "split": "validation", "role": role, "mode": mode, "seed": seed,
+        "passed_for_99": passed, "non_finite_step": None, "member": f"{mode}-seed{seed}",
         "flops_per_candidate": flops, "learning_rate": 0.01, "data_seed": 0, "serve": "user",
         "distill_loss": "bce" if distilled else None, "distill_weight": float(distilled),
         "temperature": 1.0 if distilled else None, **more,
@@ -109,6 +110,18 @@ def test_of_several_undistilled_students_the_best_on_average_is_the_baseline():
     assert savings == pytest.approx([0, 0, 1 - 50 / 40, 1 - 100 / 60, 1 - 30 / 40, 1 - 30 / 60])
 
 
+def test_savings_on_test_are_against_the_baseline_that_validation_chose():
+    savings = savings_of(
+        row("student", "none", 0, 200.0, 10.0),
+        row("student", "none", 0, 300.0, 10.0, learning_rate=0.02),
+        # On test, where the other rate happens to be better: 2000 · 10 + 400 · 200 = 100,000
+        row("student", "none", 0, 400.0, 10.0, split="test"),
+        row("student", "none", 0, 150.0, 10.0, split="test", learning_rate=0.02),
+        row("student", "shared", 0, 275.0, 10.0, split="test"),
+    )
+    assert savings == pytest.approx([0, 1 - 80 / 60, 0, 0.5, 0.25])
+
+
 def test_a_student_that_never_captures_99_percent_has_no_saving():
     none, aux = savings_of(
         row("student", "none", 0, 200.0, 10.0), row("student", "aux", 0, math.nan, 10.0)
@@ -117,32 +130,115 @@ def test_a_student_that_never_captures_99_percent_has_no_saving():
     assert math.isnan(aux)
 
 
+def write_tables(folder, rows, columns):
+    folder.mkdir(parents=True)
+    (folder / results.FILE).write_text(results.to_csv(rows, columns))
+    curves = [{"member": row["member"], "k": 1, "survival": 1 / 3} for row in rows]
+    (folder / results.CURVES_FILE).write_text(results.to_csv(curves, results.curves_columns(TASKS)))
+    (folder / results.CALIBRATION_FILE).write_text("member\n")
+    return folder
+
+
 def test_runs_are_joined_as_they_were_written(tmp_path):
     columns = results.columns(TASKS, ReportAt((10,), (0.99,)))
-    teacher = row("teacher", "", 0, 10.0, 200.0, member="teacher")
+    teacher = row("teacher", None, 0, 10.0, 200.0, member="teacher")
     runs = [
-        [teacher, row("student", "none", 0, 200.0, 10.0, member="none-seed0")],
-        [teacher, row("student", "shared", 0, 125.0, 10.0, member="shared", step=7)],
+        [row("student", "none", 0, 200.0, 10.0, member="none-seed0")],
+        [
+            row("student", "shared", 0, 125.0, 10.0, member="shared", step=7),
+            row("student", "aux", 0, 240.0, 12.0, member="aux"),
+        ],
     ]
-    for index, rows in enumerate(runs):
-        folder = tmp_path / str(index)
-        folder.mkdir()
-        (folder / results.FILE).write_text(results.to_csv(rows, columns))
-        curves = [{"member": row["member"], "k": 1, "survival": 1 / 3} for row in rows]
-        (folder / results.CURVES_FILE).write_text(
-            results.to_csv(curves, results.curves_columns(TASKS))
-        )
-        (folder / results.CALIBRATION_FILE).write_text("member\n")
-    joined = results.join([tmp_path / "0", tmp_path / "1"], 2000, {})
-    expected = [teacher, *(rows[1] for rows in runs)]
-    savings = [math.nan, 0.0, 0.25]
+    # Of the second run shared alone was chosen, and references are measured beside the first.
+    tested = [[of | {"split": "test"} for of in rows[:1]] for rows in runs]
+    tested[0].append(row("reference", None, 0, 900.0, 0.0, member="random", split="test"))
+    on_test = teacher | {"split": "test"}
+    validation = [
+        write_tables(tmp_path / str(at), [teacher, *rows], columns) for at, rows in enumerate(runs)
+    ]
+    test = [
+        write_tables(folder / "test", [on_test, *rows], columns)
+        for folder, rows in zip(validation, tested, strict=True)
+    ]
+    joined = results.join(validation, test, 2000, {})
+    expected = [teacher, *runs[0], *runs[1], on_test, *tested[0], *tested[1]]
+    savings = [math.nan, 0.0, 0.25, -0.2, math.nan, 0.0, math.nan, 0.25]
     assert joined[results.FILE] == results.to_csv(
         [row | {"funnel_cost_saving": s} for row, s in zip(expected, savings, strict=True)],
         columns,
     )
+    # The other tables are those of the test split.
     assert [line.split(",")[0] for line in joined[results.CURVES_FILE].splitlines()] == [
-        "member", "teacher", "none-seed0", "shared",
+        "member", "teacher", "none-seed0", "random", "shared",
     ]  # fmt: skip
+
+
+def labelled(*rows):
+    frame = results.with_labels(pd.DataFrame(rows))
+    return frame.sort_index()
+
+
+def test_a_setting_is_all_but_seeds_a_way_all_that_is_not_tuned_and_a_repeat_the_seeds():
+    first = row("student", "shared", 0, 1.0, 10.0) | {"student.width": 8, "train.steps": 50}
+    same_setting = [{"seed": 1}, {"data_seed": 1}, {"passed_for_99": 2.0}]
+    same_way = [
+        {"distill_weight": 3.0}, {"temperature": 2.0}, {"learning_rate": 0.1}, {"train.steps": 9},
+        {"serve": "other"},
+    ]  # fmt: skip
+    another_way = [{"mode": "aux"}, {"distill_loss": "topk"}, {"student.width": 16}]
+    frame = labelled(first, *(first | of for of in (*same_setting, *same_way, *another_way)))
+    setting, way = (frame[name].tolist() for name in ("setting", "way"))
+    assert setting[:4] == [setting[0]] * 4
+    assert len(set(setting)) == 1 + len(same_way) + len(another_way)
+    assert way[:9] == [way[0]] * 9
+    assert len(set(way)) == 1 + len(another_way)
+    assert frame["repeat"].nunique() == 3
+    assert results.way_columns(frame) == ["mode", "distill_loss", "student.width"]
+
+
+def test_weights_that_are_no_way_of_tuning_make_ways_of_their_own():
+    first = row("student", "shared", 0, 1.0, 10.0)
+    for column in ("distill.user_weight", "train.unshown_weight"):
+        assert labelled(first | {column: 0.0}, first | {column: 1.0})["way"].nunique() == 2
+
+
+def test_the_members_of_the_chosen_settings_with_the_serving_choices_to_read():
+    def of(mode, seed, passed, serve="user", **more):
+        name = f"{mode}-rate{more.get('learning_rate', 0.01)}-seed{seed}"
+        return row("student", mode, seed, passed, 10.0, serve=serve, member=name, **more)
+
+    frame = pd.DataFrame(
+        [
+            row("teacher", None, 0, 10.0, 200.0, member="teacher"),
+            row("reference", None, 0, 1.0, 0.0, member="oracle"),
+            *(of("none", seed, 200.0 + seed) for seed in (0, 1)),
+            *(of("none", seed, 190.0, learning_rate=0.1) for seed in (0, 1)),
+            *(of("aux", seed, 150.0, serve) for seed in (0, 1) for serve in ("user", "teacher")),
+            of("aux", 0, 140.0, "blend"),
+            of("aux", 1, 150.0, "blend"),
+            # The best by far, of which a member diverged.
+            *(of("shared", seed, 50.0, learning_rate=0.1) for seed in (0, 1)),
+            *(of("shared", seed, 90.0) for seed in (0, 1)),
+        ]
+    )
+    frame.loc[frame["member"] == "shared-rate0.1-seed1", ["non_finite_step", "passed_for_99"]] = (
+        7.0, math.nan,
+    )  # fmt: skip
+    assert results.chosen(frame) == {
+        "aux-rate0.01-seed0": ["blend"],
+        "aux-rate0.01-seed1": ["blend"],
+        "none-rate0.1-seed0": ["user"],
+        "none-rate0.1-seed1": ["user"],
+        "shared-rate0.01-seed0": ["user"],
+        "shared-rate0.01-seed1": ["user"],
+    }
+    # Whatever the test says.
+    test = frame[frame["learning_rate"] != 0.1].assign(split="test", passed_for_99=1.0)
+    assert results.chosen(pd.concat([frame, test])) == results.chosen(frame)
+    assert results.chosen(frame.assign(non_finite_step=7.0)) == {}
+    # Of equals the first in the order of settings, not of the file.
+    equals = frame[frame["mode"] == "aux"].assign(passed_for_99=100.0)
+    assert results.chosen(equals) == results.chosen(equals[::-1])
 
 
 def test_cost_is_told_beside_the_teachers():
