@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,11 +55,15 @@ LOOKUPS_OF_TABLE = {
 }
 
 
+@functools.cache
 def make_tables(slots=0):
-    return {
-        name: init_table(table, WIDTH, slots, 1.0, jax.random.key(index))
-        for index, (name, table) in enumerate(EMBEDDING.tables.items())
-    }
+    def tables():
+        return {
+            name: init_table(table, WIDTH, slots, 1.0, jax.random.key(index))
+            for index, (name, table) in enumerate(EMBEDDING.tables.items())
+        }
+
+    return jax.jit(tables)()  # in one program, not one an array
 
 
 def test_gradients_of_gathered_rows_add_up_to_the_table_gradient():
@@ -74,8 +80,8 @@ def test_gradients_of_gathered_rows_add_up_to_the_table_gradient():
             for name, row in embeddings(EMBEDDING, rows).items()
         )
 
-    row_gradients = jax.grad(loss_of_rows)(gathered(tables))
-    dense = jax.grad(lambda tables: loss_of_rows(gathered(tables)))(tables)
+    row_gradients = jax.jit(jax.grad(loss_of_rows))(gathered(tables))
+    dense = jax.jit(jax.grad(lambda tables: loss_of_rows(gathered(tables))))(tables)
     for name, table in tables.items():
         ids, _ = ids_of_table(EMBEDDING, batch, ITEMS, name)
         (gradients,) = rows_of_table(
