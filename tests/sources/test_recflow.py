@@ -610,7 +610,8 @@ def prepared(tmp_path_factory):
 def test_a_student_is_trained_and_measured_under_the_logged_positions(prepared):
     root, config = prepared
     commands.train(config(), root / "none")
-    (row,) = results.read_csv(root / "none" / results.FILE).to_dict("records")
+    _, row = results.read_csv(root / "none" / results.FILE).to_dict("records")
+    assert row["split"] == "test"
     for name in ("teacher_bce/effective_view", "teacher_kl/effective_view", "alignment_ratio"):
         assert np.isnan(row[name])
     for name in ("survival@5", "value_captured@5", "shown_recall@5", "passed_for_99"):
@@ -624,7 +625,7 @@ def test_of_logged_positions_the_teachers_row_has_what_follows_from_the_order(pr
     _, config = prepared
     dataset = teachers.dataset_of(config())
     teacher = measure.reference(config(), dataset, None)
-    measured = measure.measure(config(), dataset, teacher, {}, [], limit=16, costs=False)
+    measured = measure.measure(config(), dataset, "test", teacher, {}, [], limit=16, costs=False)
     (row,) = measured.rows
     assert row["role"] == "teacher"
     assert not measured.calibration
