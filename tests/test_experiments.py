@@ -1,5 +1,4 @@
 import json
-import re
 import shutil
 import signal
 import socket
@@ -128,17 +127,15 @@ def test_prepare_data_says_where_the_dataset_lies(world):
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_as_if_it_had_never_been_killed(world, tmp_path):
+def test_a_killed_run_ends_as_if_it_had_never_been_killed(world, tmp_path, caplog):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    finished = small.run("-m", "experiments.train", *world.flags(whole, **OFTEN))
-    assert finished.returncode == 0, finished.stderr
-    flags = world.flags(killed, **OFTEN)
+    config, flags = world.config(**OFTEN), world.flags(killed, **OFTEN)
+    commands.train(config, whole)
     for moment, step in (("logging", 5), ("saving", 12), ("logging", 17)):
         small.run_and_kill("experiments.train", moment, "killed", step, flags)
         assert not (killed / results.FILE).exists()
-    resumed = small.run("-m", "experiments.train", *flags)
-    assert resumed.returncode == 0, resumed.stderr
-    assert "damaged" not in resumed.stderr
+    commands.train(config, killed)
+    assert "damaged" not in caplog.text
     for name in (results.FILE, "metrics.jsonl"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
     steps = [
@@ -152,13 +149,10 @@ def test_a_killed_teacher_is_unfinished_and_can_be_finished(world, tmp_path):
     teacher = tmp_path / "teacher"
     flags = world.flags(teacher, teacher__workdir="")
     small.run_and_kill("experiments.train_teacher", "logging", "teacher", 15, flags)
-    student = world.flags(tmp_path / "student", teacher__workdir=str(teacher))
-    finished = small.run("-m", "experiments.train", *student)
-    assert finished.returncode == 2
-    (line,) = finished.stderr.splitlines()
     # What it was saving when it died may not have become whole.
-    assert re.search(r"stopped at step (0|10) of 20; finish it with", line)
-    assert small.run("-m", "experiments.train_teacher", *flags).returncode == 0
+    with pytest.raises(UserError, match=r"stopped at step (0|10) of 20; finish it with"):
+        commands.train(world.config(teacher__workdir=str(teacher)), tmp_path / "student")
+    commands.train_teacher(world.config(teacher__workdir=""), teacher)
     name = results.FILE
     assert (teacher / name).read_bytes() == (world.teacher / name).read_bytes()
 
@@ -167,26 +161,22 @@ def test_a_killed_teacher_is_unfinished_and_can_be_finished(world, tmp_path):
 def test_a_workdir_is_held_by_its_run_until_that_ends_or_dies(world, tmp_path):
     whole = world.made("shared", lambda folder: commands.train(world.config(), folder))
     workdir = tmp_path / "held"
-    flags = world.flags(workdir)
-    with small.stopped("experiments.train", "held", 15, flags) as first:
+    with small.stopped("experiments.train", "held", 15, world.flags(workdir)) as first:
         before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-        second = small.run("-m", "experiments.train", *flags)
-        assert second.returncode == 2
-        (line,) = second.stderr.splitlines()
-        who = f"process {first.pid} on {socket.gethostname()} since 20"
-        assert line.startswith(f"error: {workdir} is held by {who}")
-        # So is whatever else writes to the folder.
+        # By the same run, and by whatever else writes to the folder.
         for command, what in (
+            (commands.train, world.config()),
             (commands.sweep, world.config()),
             (commands.train_teacher, world.config()),
             (commands.report, [workdir]),
         ):
-            with pytest.raises(UserError, match=f"is held by process {first.pid} "):
+            with pytest.raises(UserError) as caught:
                 command(what, workdir)
+            who = f"process {first.pid} on {socket.gethostname()} since 20"
+            assert str(caught.value).startswith(f"{workdir} is held by {who}")
         assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
     assert first.returncode == -signal.SIGKILL
-    third = small.run("-m", "experiments.train", *flags)
-    assert third.returncode == 0, third.stderr
+    commands.train(world.config(), workdir)
     for name in (results.FILE, "metrics.jsonl"):
         assert (workdir / name).read_bytes() == (whole / name).read_bytes()
     assert not list(workdir.glob(".lock*"))
@@ -198,24 +188,30 @@ def test_of_two_extensions_at_once_one_is_refused_and_each_student_keeps_its_nam
         none = {"sweep__modes": ("none",), "sweep__group_size": 1, "train__eval_every": 0}
         return none | {"sweep__seeds": seeds, "sweep__extend": True}
 
+    def rows_in(folder):
+        """The text of each row, by split and member."""
+        table = results.read_csv(folder / results.FILE)
+        lines = (folder / results.FILE).read_text().splitlines()[1:]
+        return dict(zip(zip(table["split"], table["member"], strict=True), lines, strict=True))
+
     def extend(folder, *seeds):
         commands.sweep(world.config(**extended(*seeds)), folder)
-        return (folder / results.FILE).read_text().splitlines()
+        return rows_in(folder)
 
     workdir, undisturbed = tmp_path / "workdir", tmp_path / "undisturbed"
     extend(workdir, 0)
     shutil.copytree(workdir, undisturbed)
-    *shared, of_2, of_3 = extend(undisturbed, 0, 2, 3)
-    row_of = {2: of_2, 3: of_3}
-    flags = [world.flags(workdir, **extended(0, seed)) for seed in row_of]
-    runs = dict(zip(row_of, small.run_at_once("experiments.sweep", *flags), strict=True))
+    every = extend(undisturbed, 0, 2, 3)
+    flags = [world.flags(workdir, **extended(0, seed)) for seed in (2, 3)]
+    runs = dict(zip((2, 3), small.run_at_once("experiments.sweep", *flags), strict=True))
     (winner, won), (loser, lost) = sorted(runs.items(), key=lambda run: run[1].code)
     assert (won.code, lost.code) == (0, 2), (won.error, lost.error)
     (line,) = lost.error.splitlines()
     assert line.startswith(f"error: {workdir} is held by process {won.pid} on ")
-    rows = (workdir / results.FILE).read_text().splitlines()
-    assert rows == [*shared, row_of[winner]]
-    assert extend(workdir, 0, winner, loser) == [*shared, row_of[winner], row_of[loser]]
+    of_loser = {(split, f"none-seed{loser}") for split in ("validation", "test")}
+    assert of_loser < every.keys()
+    assert rows_in(workdir) == {who: row for who, row in every.items() if who not in of_loser}
+    assert extend(workdir, 0, winner, loser) == every
 
 
 def test_the_library_reads_no_flags():
