@@ -128,7 +128,7 @@ def fill_savings(frame: pd.DataFrame, retrieved: int) -> pd.DataFrame:
     """
     teacher_flops = frame.loc[frame["role"] == "teacher", "flops_per_candidate"].iloc[0]
     students = with_labels(frame[frame["role"] == "student"])
-    saved = saving.with_savings(students, teacher_flops, retrieved)
+    saved = saving.with_savings(students, saving.baseline(students), teacher_flops, retrieved)
     return frame.assign(funnel_cost_saving=saved["funnel_cost_saving"])
 
 

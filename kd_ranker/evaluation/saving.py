@@ -84,13 +84,16 @@ def baseline(rows: pd.DataFrame) -> str | None:
     return best(rows, settings_of(rows, distilled=False))
 
 
-def with_savings(students: pd.DataFrame, teacher_flops: float, retrieved: int) -> pd.DataFrame:
+def with_savings(
+    students: pd.DataFrame, undistilled: str | None, teacher_flops: float, retrieved: int
+) -> pd.DataFrame:
     """The students with `funnel_cost_saving` against the baseline of the same split and repeat.
 
     It is NaN where the baseline was not measured.
 
     Args:
       students: rows.
+      undistilled: the setting that is the baseline; None if there is none.
       teacher_flops: FLOPs a candidate of the teacher.
       retrieved: `config.funnel.retrieved`.
     """
@@ -98,11 +101,11 @@ def with_savings(students: pd.DataFrame, teacher_flops: float, retrieved: int) -
         funnel_cost(retrieved, passed, flops, teacher_flops)
         for passed, flops in zip(students[CRITERION], students["flops_per_candidate"], strict=True)
     ]
-    undistilled = students["setting"] == baseline(students)
+    baselines = students["setting"] == undistilled
     where = list(zip(students["split"], students["repeat"], strict=True))
     of_baseline = {
         at: cost
-        for at, cost, is_baseline in zip(where, costs, undistilled, strict=True)
+        for at, cost, is_baseline in zip(where, costs, baselines, strict=True)
         if is_baseline
     }
     savings = [

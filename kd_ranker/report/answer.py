@@ -63,6 +63,8 @@ def _saving(estimates: Estimates, chosen: str, undistilled: str, gap: Interval) 
     if gap.high >= 0:
         return f"a saving is not shown: {finding}, and the interval includes none."
     saving = estimates.of(chosen, "funnel_cost_saving")
+    if math.isnan(saving.mean):
+        return f"{finding}."
     verb = "saves" if saving.mean >= 0 else "costs another"
     return f"{finding}, which {verb} {_percent(saving)} of the funnel's compute."
 

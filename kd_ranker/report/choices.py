@@ -6,9 +6,8 @@ from kd_ranker.report.study import Study
 
 def best_distilled(study: Study) -> str | None:
     """The best setting of all ways that distil, chosen on validation; None if there is none."""
-    ways = study.rows.drop_duplicates("setting")
-    distilled = ways.loc[ways["mode"] != "none", "setting"]
-    return best(study.rows, list(distilled)) if len(distilled) else None
+    distilled = study.tested.loc[study.tested["mode"] != "none", "setting"]
+    return best(study.rows, list(distilled.unique())) if len(distilled) else None
 
 
 def users_measures(study: Study) -> list[str]:

@@ -8,15 +8,15 @@ count of FLOPs), and studies without the requests' own numbers, have intervals o
 import functools
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from kd_ranker.evaluation import metrics
 from kd_ranker.evaluation.cost import funnel_cost, funnel_cost_saving
-from kd_ranker.evaluation.kept import Kept, Who
+from kd_ranker.evaluation.kept import Kept
 from kd_ranker.evaluation.metrics import METRICS, ReportAt, Sums, result_columns
 from kd_ranker.evaluation.results import TEACHER
 from kd_ranker.evaluation.totals import Each
@@ -32,6 +32,23 @@ from kd_ranker.report.study import Study
 
 DRAWS = 500
 _SAVING = "funnel_cost_saving"
+_NOWHERE = Measured((), np.zeros(0), np.zeros((0, 0)), 0)
+
+
+class _Drawn(NamedTuple):
+    """The numbers of one ranker.
+
+    Attributes:
+      measures: by column, in each draw of the requests.
+      curves: by name, at the kept k: on the test requests, and below in each draw of them.
+      ks: these k.
+      requests: the number of requests.
+    """
+
+    measures: dict[str, Float[np.ndarray, "B"]]
+    curves: dict[str, Float[np.ndarray, "1+B K"]]
+    ks: Int[np.ndarray, "K"]
+    requests: int
 
 
 class Estimates:
@@ -40,12 +57,12 @@ class Estimates:
     def __init__(self, study: Study):
         """Takes the study, which is not changed."""
         self.study = study
-        self._points = _points(study)
-
-    @property
-    def targets(self) -> Sequence[float]:
-        """The shares of the final value for which it was measured how many have to be passed."""
-        return self._points.targets
+        self.baseline = study.baseline
+        self.targets = _points(study).targets
+        self._rows = {
+            str(setting): rows.set_index("repeat")
+            for setting, rows in study.tested.groupby("setting", sort=False)
+        }
 
     def of(self, setting: str, measure: str, confidence: float = CONFIDENCE) -> Interval:
         """The mean of a measure over the repeats of a chosen setting.
@@ -62,125 +79,96 @@ class Estimates:
     ) -> Interval:
         """The paired difference `setting` − `other`, over the repeats that both have."""
         pair = (self._measured(name, measure) for name in (setting, other))
-        return _interval(combined(np.subtract, *pair), confidence)
+        return _interval(_combined(np.subtract, *pair), confidence)
 
     def relative_gap(self, setting: str, other: str, measure: str) -> Interval:
         """`setting` / `other` − 1, over the repeats that both have."""
         pair = (self._measured(name, measure) for name in (setting, other))
-        return _interval(combined(lambda a, b: a / b - 1, *pair))
+        return _interval(_combined(lambda a, b: a / b - 1, *pair))
 
     def saving(self, setting: str, target: float, student_cost: float | None = None) -> Interval:
         """The share of the baseline's compute that a setting saves at a target.
 
         Args:
           setting: one of `study.chosen`.
-          target: the share of the final value to keep, one of those that were measured.
+          target: the share of the final value to keep, one of `targets`.
           student_cost: cost of a candidate for the student, over the teacher's; None takes what
             the models cost.
         """
         return _interval(self._saving(setting, target, student_cost))
 
     def curve(self, setting: str, name: str) -> pd.DataFrame:
-        """A curve over k with its interval: the columns k, mean, low, high."""
-        shares = [
-            self._curves(row.source, (row.member, row.serve))[name]
-            for row in self._rows(setting).itertuples()
-        ]
-        by_k = np.moveaxis(np.stack(shares), 2, 0)
-        repeats = tuple(self._rows(setting)["repeat"])
-        points = [
-            _interval(Measured(repeats, at[:, 0], at[:, 1:].T, self._requests))._asdict()
-            for at in by_k
-        ]
-        return pd.DataFrame(points).assign(k=self._ks)
+        """A curve over k with its interval: the columns k, mean, low, high.
 
-    @functools.cache  # noqa: B019 - it lives as long as a report is written
-    def _rows(self, setting: str) -> pd.DataFrame:
-        """The rows of a setting on the test split, one a repeat."""
-        return self.study.tested[self.study.tested["setting"] == setting]
+        Args:
+          setting: one of `study.chosen`.
+          name: `value_captured`, `true_value_captured` or `survival`.
 
-    @functools.cache  # noqa: B019
+        Returns:
+          No line where the requests of a repeat were not kept.
+        """
+        repeats = tuple(self._rows[setting].index)
+        drawn = [self._drawn.get((setting, repeat)) for repeat in repeats]
+        known = [of for of in drawn if of is not None]
+        lines = []
+        for place, k in enumerate(known[0].ks if len(known) == len(drawn) else ()):
+            at = np.stack([of.curves[name][:, place] for of in known], axis=1)
+            mean = _interval(Measured(repeats, at[0], at[1:], known[0].requests))
+            lines.append({"k": int(k), "mean": mean.mean, "low": mean.low, "high": mean.high})
+        return pd.DataFrame(lines, columns=["k", "mean", "low", "high"])
+
     def _measured(self, setting: str, measure: str) -> Measured:
         if measure == _SAVING:
             return self._saving(setting, metrics.TARGET, None)
-        rows = self._rows(setting)
-        values = rows.set_index("repeat").get(measure, pd.Series(dtype=float)).dropna()
-        drawn = [self._drawn(setting, str(repeat)).get(measure) for repeat in values.index]
-        whole = [of for of in drawn if of is not None]
-        repeats, each = tuple(values.index), values.to_numpy(float)
-        if not whole or len(whole) < len(drawn):
-            return Measured(repeats, each, np.zeros((0, len(each))), 0)
-        return Measured(repeats, each, np.stack(whole, axis=1), self._requests)
+        rows = self._rows[setting]
+        if measure not in rows:
+            return _NOWHERE
+        values = rows[measure].dropna().astype(float)
+        drawn = [self._drawn.get((setting, repeat)) for repeat in values.index]
+        known = [of for of in drawn if of is not None and measure in of.measures]
+        if not known or len(known) < len(drawn):
+            return _of_repeats(tuple(values.index), values.to_numpy())
+        numbers = np.stack([of.measures[measure] for of in known], axis=1)
+        return Measured(tuple(values.index), values.to_numpy(), numbers, known[0].requests)
 
     def _saving(self, setting: str, target: float, student_cost: float | None) -> Measured:
-        baseline = self.study.baseline
-        assert baseline is not None, "a saving needs a baseline"
+        if self.baseline is None:
+            return _NOWHERE
         (column,) = result_columns(METRICS["passed_for"], (), ReportAt((), (target,)))
-        of_teacher = float(self.study.teachers["flops_per_candidate"].iloc[0])
+        of_teacher = float(self.study.teachers["flops_per_candidate"].mean())
 
         def cost(name: str, passed: Any) -> Any:
-            student = (
-                self._rows(name)["flops_per_candidate"].iloc[0]
-                if student_cost is None
-                else student_cost * of_teacher
-            )
+            flops = float(self._rows[name]["flops_per_candidate"].iloc[0])
+            student = flops if student_cost is None else student_cost * of_teacher
             return funnel_cost(self.study.retrieved, passed, student, of_teacher)
 
-        def saved(passed: Any, before: Any) -> Any:
-            return funnel_cost_saving(cost(setting, passed), cost(baseline, before))
-
-        return combined(saved, *(self._measured(name, column) for name in (setting, baseline)))
-
-    @property
-    def _requests(self) -> int:
-        """The number of test requests, which all sweeps of a study share."""
-        return int(self._counts(next(iter(self.study.kept))).shape[1])
+        pair = (setting, self.baseline)
+        return _combined(
+            lambda *passed: funnel_cost_saving(*map(cost, pair, passed)),
+            *(self._measured(name, column) for name in pair),
+        )
 
     @functools.cached_property
-    def _ks(self) -> list[int]:
-        kept = next(iter(self.study.kept.values()), None)
-        return [] if kept is None else kept.ks.tolist()
-
-    @functools.cache  # noqa: B019
-    def _drawn(self, setting: str, repeat: str) -> dict[str, Float[np.ndarray, "B"]]:
-        """The measures of a setting in a repeat, on each draw of the requests."""
-        rows = self._rows(setting)
-        row = rows[rows["repeat"] == repeat].iloc[0]
-        kept = self.study.kept.get(row["source"])
-        who = (str(row["member"]), str(row["serve"]))
-        if kept is None or who not in kept.each:
-            return {}
-        sums = self._sums(row["source"], who)
-        of_teacher = self._sums(row["source"], (TEACHER, "user"))
-        return _numbers(sums, of_teacher, self.study.tasks, self._points)
-
-    @functools.lru_cache(maxsize=4)  # noqa: B019
-    def _sums(self, source: int, who: Who) -> Sums:
-        """The sums of a ranker in each draw, [..., B], curves at every k."""
-        kept = self.study.kept[source]
-        return _resampled(kept, kept.each[who], self._counts(source), self.study.retrieved)
-
-    @functools.cache  # noqa: B019
-    def _counts(self, source: int) -> np.ndarray:
-        each = next(iter(self.study.kept[source].each.values()))
-        return request_counts(len(next(iter(each.alone.values()))), DRAWS)
-
-    @functools.cache  # noqa: B019
-    def _curves(self, source: int, who: Who) -> dict[str, Float[np.ndarray, "draws K"]]:
-        """Captured shares at the kept k: of the test requests, then of each draw of them."""
-        kept = self.study.kept[source]
-        counts = self._counts(source)
-        whole = np.concatenate([np.ones_like(counts[:1]), counts])
-        of_curves = kept.each[who].curves
-        shares = {}
-        for name in ("value_captured", "true_value_captured"):
-            sums = resampled_sums(np.asarray(of_curves[name])[None], whole)[:, 0]
-            shares[name] = metrics.ratio(sums, sums[:, -1:])
-        survived = resampled_sums(np.asarray(of_curves["survival"])[None], whole)[:, 0]
-        requests = np.asarray(kept.each[who].alone["funnel_requests"])
-        counting = resampled_sums(requests[None], whole)
-        shares["survival"] = metrics.ratio(survived, counting)
-        return shares
+    def _drawn(self) -> dict[tuple[str, str], _Drawn]:
+        """By setting and repeat, without those of which no requests were kept."""
+        study, points = self.study, _points(self.study)
+        found = {}
+        for source, kept in study.kept.items():
+            rows = study.tested[study.tested["source"] == source]
+            teacher = kept.each[TEACHER, "user"]
+            counts = request_counts(len(teacher.alone["funnel_requests"]), DRAWS)
+            of_teacher = _resampled(kept, teacher, counts, study.retrieved)
+            for row in rows.to_dict("records"):
+                each = kept.each.get((row["member"], row["serve"]))
+                if each is not None:
+                    sums = _resampled(kept, each, counts, study.retrieved)
+                    found[row["setting"], row["repeat"]] = _Drawn(
+                        _numbers(sums, of_teacher, study.tasks, points),
+                        _curves(each, sums, kept.ks),
+                        kept.ks,
+                        counts.shape[1],
+                    )
+        return found
 
 
 def _points(study: Study) -> ReportAt:
@@ -198,11 +186,24 @@ def _interval(measured: Measured, confidence: float = CONFIDENCE) -> Interval:
     return crossed_interval(measured, confidence)
 
 
-def _resampled(kept: Kept, each: Each, counts: np.ndarray, retrieved: int) -> Sums:
+def _combined(function: Any, *settings: Measured) -> Measured:
+    """As `combined`; without draws of one there are none of what is made of it."""
+    if not all(len(setting.drawn) for setting in settings):
+        settings = tuple(_of_repeats(setting.repeats, setting.each) for setting in settings)
+    return combined(function, *settings)
+
+
+def _of_repeats(repeats: tuple[Any, ...], each: Float[np.ndarray, "R"]) -> Measured:
+    """A measure of which no draws are known."""
+    return Measured(repeats, each, np.zeros((0, len(each))), 0)
+
+
+def _resampled(kept: Kept, each: Each, counts: Int[np.ndarray, "B N"], retrieved: int) -> Sums:
+    """The sums of a ranker in each draw, [..., B], curves at every k."""
     between = _between(kept.ks, retrieved)
 
     def drawn(of: Any) -> Any:
-        return np.moveaxis(resampled_sums(of[None], counts)[:, 0], 0, -1)
+        return np.moveaxis(resampled_sums(np.asarray(of)[None], counts)[:, 0], 0, -1)
 
     alone: Sums = {name: drawn(of) for name, of in each.alone.items()}
     return alone | {
@@ -210,7 +211,7 @@ def _resampled(kept: Kept, each: Each, counts: np.ndarray, retrieved: int) -> Su
     }
 
 
-def _between(ks: np.ndarray, retrieved: int) -> Float[np.ndarray, "N K"]:
+def _between(ks: Int[np.ndarray, "K"], retrieved: int) -> Float[np.ndarray, "N K"]:
     """The weights that make of a curve at `ks` one at every k: a straight line between two."""
     every = np.arange(1, retrieved + 1)
     return np.stack([np.interp(every, ks, of) for of in np.eye(len(ks))], axis=1)
@@ -230,3 +231,21 @@ def _numbers(
         if metric.averaged:
             found[metric.name] = numbers.mean(axis=0)
     return found
+
+
+def _curves(
+    each: Each, sums: Sums, ks: Int[np.ndarray, "K"]
+) -> dict[str, Float[np.ndarray, "1+B K"]]:
+    """Shares at the kept k: of the test requests, then of each draw of them."""
+
+    def with_draws(of: Any, drawn: Any) -> Float[np.ndarray, "*shape 1+B"]:
+        whole = np.asarray(of, np.float64).sum(axis=0)
+        return np.concatenate([whole[..., None], drawn], axis=-1)
+
+    over_k = {
+        name: with_draws(each.curves[name], sums[name][ks - 1])
+        for name in ("value_captured", "true_value_captured", "survival")
+    }
+    requests = with_draws(each.alone["funnel_requests"], sums["funnel_requests"])
+    whole = {name: of[-1] for name, of in over_k.items()} | {"survival": requests}
+    return {name: metrics.ratio(of, whole[name]).T for name, of in over_k.items()}

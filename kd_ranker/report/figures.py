@@ -151,7 +151,6 @@ def _over_k(study: Study, estimates: Estimates, measure: str, title: str, captio
             passed_for_99=passed[first["setting"]],
         )
         for first in chosen.to_dict("records")
-        if len(study.kept) == len(study.configs)
     ]
     data = pd.concat(curves)[columns] if curves else pd.DataFrame(columns=columns)
     data = data.dropna(subset=["mean"]).reset_index(drop=True)

@@ -42,7 +42,7 @@ class Study(NamedTuple):
         label that is unique for `results.setting_columns`), `way` (the same for
         `results.way_columns`), `repeat` (the same for `results.REPEAT`), `source` (which sweep)
         and, under their names, the means over tasks of metrics that are `averaged`.
-      chosen: the setting that validation chose for each way.
+      chosen: the setting that validation chose for each way, of those that were read on test.
       baseline: the one without distillation; None if there is none.
       tested: the rows of the chosen settings on the test split.
       teachers: the teachers' rows on the test split, with the same columns.
@@ -134,10 +134,12 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         for workdir in workdirs
         if (workdir / ENVIRONMENT_FILE).is_file()
     }
+    chosen = _chosen(healthy)
+    undistilled = baseline(healthy[healthy["setting"].isin(list(chosen.values()))])
     if len(teachers):
         teacher_flops = float(teachers["flops_per_candidate"].mean())
-        healthy = with_savings(healthy, teacher_flops, int(first.funnel.retrieved))
-    chosen, tested = best_of_ways(healthy), of_split(healthy, "test")
+        healthy = with_savings(healthy, undistilled, teacher_flops, int(first.funnel.retrieved))
+    tested = of_split(healthy, "test")
     # Sweeps under the same teacher each have its row, and those of references.
     teachers, references = (
         of_split(of, "test").drop_duplicates(of.columns.difference(["source"]))
@@ -150,7 +152,7 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         retrieved=int(first.funnel.retrieved),
         rows=healthy,
         chosen=chosen,
-        baseline=baseline(healthy),
+        baseline=undistilled,
         tested=tested[tested["setting"].isin(list(chosen.values()))],
         teachers=teachers.reindex(columns=healthy.columns),
         references=references.reindex(columns=healthy.columns),
@@ -173,6 +175,15 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         },
         kept=of_requests,
     )
+
+
+def _chosen(students: pd.DataFrame) -> dict[str, str]:
+    """The best setting of each way, of those that were read on the test split.
+
+    Each sweep has read there what its own validation chose; that of all of them decides.
+    """
+    tested = of_split(students, "test")["setting"].unique()
+    return best_of_ways(students[students["setting"].isin(tested)])
 
 
 def _kept(workdirs: Sequence[Path]) -> dict[int, Kept]:
