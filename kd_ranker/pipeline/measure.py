@@ -19,6 +19,7 @@ from kd_ranker.evaluation.kept import Kept
 from kd_ranker.evaluation.metrics import METRICS, TARGET, ReportAt, result_columns
 from kd_ranker.evaluation.references import (
     ORDER_ALONE,
+    REFERENCES,
     Statistics,
     only_order,
     reference_ranker,
@@ -180,8 +181,8 @@ def measure(
                     continue
                 summed = select_member(of_group[serve], index)
                 _add(measured, config, dataset, row, summed, of_teacher, teacher.signal)
-    for name, of_reference in of_groups[-1].items() if statistics is not None else ():
-        row, summed = _reference_row(config, split, name), select_member(of_reference, 0)
+    for name in REFERENCES if statistics is not None else ():
+        row, summed = _reference_row(config, split, name), select_member(of_groups[-1][name], 0)
         _add(measured, config, dataset, row, summed, of_teacher, teacher.signal)
     return measured
 
@@ -292,7 +293,8 @@ def _add(
     tasks, sums = dataset.spec.tasks, summed.sums
     teacher_sums = of_teacher.sums if of_teacher else None
     numbers = totals.summarise(sums, teacher_sums, tasks, report_at(config), signal)
-    if row["member"] in ORDER_ALONE:
+    order_alone = row["member"] in ORDER_ALONE
+    if order_alone:
         numbers = only_order(numbers)
     measured.rows.append(row | numbers)
     if not summed.each.alone:
@@ -306,6 +308,8 @@ def _add(
     measured.curves.extend(
         who | {"k": k} | {name: float(curve[k - 1]) for name, curve in curves.items()} for k in ks
     )
+    if order_alone:
+        return
     table = totals.calibration_table(sums)
     measured.calibration.extend(
         who
