@@ -21,6 +21,7 @@ from kd_ranker.evaluation.results import Row
 from kd_ranker.pipeline import runs, scoring, teachers
 from kd_ranker.pipeline.measure import (
     Measured,
+    Students,
     measure,
     own_reference,
     reference,
@@ -255,9 +256,8 @@ def _test_cohort(
     tested = {**whose, "serves": json.dumps(serves), "references": str(with_references)}
     if is_measured(folder / TEST, tested):
         return
-    students = [
-        group.only(serves) for group in runs.trained_students(dataset, cohort, folder, whose)
-    ]
+    groups = _students_again(config, dataset, teacher, cohort, folder) if serves else []
+    students = [group.only(serves) for group in groups]
     known = reference(config, dataset, teacher)
     statistics = (
         references.train_statistics(dataset, config.value_weights, seed=0)
@@ -270,6 +270,18 @@ def _test_cohort(
     )  # fmt: skip
     write_measured(config, folder / TEST, measured)
     mark_measured(folder / TEST, tested)
+
+
+def _students_again(
+    config: ConfigDict, dataset: Dataset, teacher: Teacher | None, cohort: Cohort, folder: Path
+) -> list[Students]:
+    """The students of a cohort that was trained; what a damaged checkpoint lost is made again."""
+    whose = runs.students_identity(cohort, dataset, teacher)
+    trained, step = runs.trained_students(dataset, cohort, folder, whose)
+    if step == config.train.steps:
+        return trained
+    with runs.progress_bar(folder.name, config.train.steps) as bar:
+        return runs.fit_students(config, dataset, teacher, cohort, folder, bar)
 
 
 def _free_of_a_sweep(extends: bool) -> list[str]:

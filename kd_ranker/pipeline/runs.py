@@ -147,13 +147,16 @@ def _students_of(groups: Sequence[Group]) -> Callable[[States], list[Students]]:
 
 def trained_students(
     dataset: Dataset, members: Mapping[str, ConfigDict], workdir: Path, whose: Identity
-) -> list[Students]:
-    """The students that `fit_students` has trained in `workdir`, from their last checkpoint."""
+) -> tuple[list[Students], int]:
+    """The students that `fit_students` has trained in `workdir`, and the last step of any.
+
+    They are those of the newest checkpoint that can be read; none at step 0 if there is none.
+    """
     groups = recipes.student_groups(members, dataset.spec)
     abstract = tuple(jax.eval_shape(group.init) for group in groups)
     with checkpoints.open_manager(workdir) as manager:
-        states, _ = checkpoints.restore(manager, abstract, None, whose)
-    return _students_of(groups)(states)
+        states, step = checkpoints.restore(manager, abstract, None, whose)
+    return (_students_of(groups)(states) if step else []), step
 
 
 def students_identity(
