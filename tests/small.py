@@ -104,12 +104,14 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
-# A real signal at an exact moment: when a run logs a step, or has begun to save one.
+# A real signal at an exact moment: when a run logs a step, has begun to save one, or has written so
+# many files of its own to a folder.
 _INTERRUPTED = """
 import os, runpy, sys
 from kd_ranker.training import checkpoints, workdir
 module, moment, name, at, signal = sys.argv[1:6]
-write, save = workdir.MetricsWriter.write, checkpoints.save
+write, save, write_file = workdir.MetricsWriter.write, checkpoints.save, workdir.write_atomically
+written = 0
 
 def interrupt_at(step):
     if step >= int(at):
@@ -125,14 +127,25 @@ def interrupted_save(manager, step, *rest):
     if moment == "saving" and manager.directory.parent.name == name:
         interrupt_at(step)
 
+def interrupted_write_file(path, content):
+    global written
+    if moment == "writing" and path.parent.name == name:
+        written += 1
+        interrupt_at(written)
+    write_file(path, content)
+
 workdir.MetricsWriter.write, checkpoints.save = interrupted_write, interrupted_save
+workdir.write_atomically = interrupted_write_file
 sys.argv = [module, *sys.argv[6:]]
 runpy.run_module(module, run_name="__main__")
 """
 
 
 def run_and_kill(module: str, moment: str, name: str, at: int, flags: list[str]) -> None:
-    """Runs an entry point until the run in a workdir called `name` is "logging" or "saving"."""
+    """Runs an entry point until it is at `moment` in a workdir called `name`.
+
+    A moment is "logging" or "saving" the step `at`, or "writing" the file with that number.
+    """
     kill = str(int(signal.SIGKILL))
     finished = run("-c", _INTERRUPTED, module, moment, name, str(at), kill, *flags)
     assert finished.returncode == -9, finished.stderr

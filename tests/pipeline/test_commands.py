@@ -12,11 +12,14 @@ from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import results
+from kd_ranker.evaluation import kept, results
 from kd_ranker.evaluation.metrics import TARGET, ReportAt
+from kd_ranker.evaluation.references import REFERENCES
 from kd_ranker.pipeline import commands, measure, runs, scoring, teachers
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
+from kd_ranker.sweep.members import sweep_members
+from kd_ranker.sweep.sweep import mark_measured
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
@@ -24,6 +27,7 @@ from tests import small
 
 # As many steps as elsewhere: the schedule is compiled in, and what is compiled is shared.
 SWEEP = {"sweep__modes": ("none", "aux"), "sweep__seeds": (0, 1), "train__eval_every": 0}
+TABLES = (results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +48,12 @@ def trained(world):
 
 def table(workdir):
     return results.read_csv(workdir / results.FILE)
+
+
+def rows_of(workdir, split, role="student"):
+    """The rows of a sweep's results."""
+    frame = table(workdir)
+    return frame[(frame["split"] == split) & (frame["role"] == role)]
 
 
 def metrics(workdir):
@@ -67,7 +77,11 @@ def test_train_leaves_what_the_contract_says(world, trained, mode):
     config = world.config(distill__mode=mode)
     frame = table(workdir)
     assert list(frame.columns) == results.columns(config.tasks, measure.report_at(config))
-    assert frame["serve"].tolist() == list(MODES[mode].serve)
+    assert frame["serve"].tolist() == list(MODES[mode].serve) * 2
+    of_split = len(MODES[mode].serve)
+    assert frame["split"].tolist() == ["validation"] * of_split + ["test"] * of_split
+    # The twelve requests of a split are others than those of the other.
+    assert (frame["user_bce/watch"][:of_split] != frame["user_bce/watch"][-of_split:].array).all()
     assert set(frame["mode"]) == {mode}
     assert set(frame["role"]) == {"student"}
     assert set(frame["step"]) == {config.train.steps}
@@ -85,6 +99,23 @@ def test_train_leaves_what_the_contract_says(world, trained, mode):
     assert steps == sorted(steps)
     assert [line["step"] for line in lines if "loss" in line] == [5, 10, 15, 20]
     assert [line["step"] for line in lines if "eval/user_bce/watch" in line] == [10]
+
+
+@pytest.mark.parametrize("command", ["train", "train_teacher"])
+def test_a_command_returns_its_rows_of_the_test(world, trained, tmp_path, command):
+    """Of a run that is done, which has them measured again."""
+    own = trained("none") if command == "train" else world.teacher
+    config = world.config(distill__mode="none")
+    if command == "train_teacher":
+        config = world.config(teacher__workdir="")
+    workdir = copy_of(own, tmp_path)
+    (row,) = getattr(commands, command)(config, workdir)
+    validation, test = table(workdir).to_dict("records")
+    assert (validation["split"], test["split"], row["split"]) == ("validation", "test", "test")
+    assert row["user_bce/watch"] == pytest.approx(test["user_bce/watch"], rel=1e-6)
+    # What each request adds is kept of the test, by the member.
+    (who,) = kept.read(workdir).each
+    assert who == (row["member"], "user")
 
 
 def test_a_finished_run_is_left_as_it_is(world, trained, tmp_path):
@@ -273,13 +304,25 @@ def swept(world):
     return world.made("swept", lambda folder: commands.sweep(world.config(**SWEEP), folder))
 
 
-def test_a_sweep_has_one_row_a_model_and_serve_choice(world, swept):
-    frame = table(swept)
-    config = world.config()
+def chosen_by_hand(workdir):
+    """The (member, serve) of each mode's serving choice with the least mean on validation."""
+    chosen = []
+    for _, of_mode in rows_of(workdir, "validation").groupby("mode", sort=False):
+        means = of_mode.groupby("serve", sort=False)["passed_for_99"].mean()
+        of_best = of_mode[of_mode["serve"] == means.idxmin()]
+        chosen += zip(of_best["member"], of_best["serve"], strict=True)
+    return chosen
+
+
+def test_a_sweep_has_one_row_a_model_and_serve_choice_on_validation(world, swept):
+    frame, config = table(swept), world.config()
     assert list(frame.columns) == results.columns(config.tasks, measure.report_at(config))
-    assert frame["role"].tolist() == ["teacher"] + ["student"] * 8
-    assert frame["step"][0] == config.teacher.train.steps
-    students = frame[1:]
+    roles = ["teacher"] + ["student"] * 8 + ["teacher"] + ["student"] * 4 + ["reference"] * 4
+    assert frame["role"].tolist() == roles
+    assert frame["split"].tolist() == ["validation"] * 9 + ["test"] * 9
+    teachers_steps = frame.loc[frame["role"] == "teacher", "step"]
+    assert teachers_steps.tolist() == [config.teacher.train.steps] * 2
+    students = rows_of(swept, "validation")
     expected = [
         (mode, serve, seed)
         for mode in ("none", "aux")
@@ -287,19 +330,77 @@ def test_a_sweep_has_one_row_a_model_and_serve_choice(world, swept):
         for serve in MODES[mode].serve
     ]
     assert list(students[["mode", "serve", "seed"]].itertuples(index=False, name=None)) == expected
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_saving_is_against_the_baseline_of_the_same_split_and_seed(world, swept, split):
+    students, config = rows_of(swept, split), world.config()
+    (teacher_flops,) = rows_of(swept, split, "teacher")["flops_per_candidate"]
     assert (students.loc[students["mode"] == "none", "funnel_cost_saving"] == 0).all()
-    assert students["funnel_cost_saving"].notna().all()
     cost = (
-        config.funnel.retrieved * frame["flops_per_candidate"]
-        + frame["passed_for_99"] * frame["flops_per_candidate"][0]
+        config.funnel.retrieved * students["flops_per_candidate"]
+        + students["passed_for_99"] * teacher_flops
     )
-    # Heads that do not rank need not be served.
     for _, of_seed in students.groupby("seed"):
+        assert of_seed["mode"].iloc[0] == "none"
+        saving = 1 - cost[of_seed.index] / cost[of_seed.index[0]]
+        np.testing.assert_allclose(of_seed["funnel_cost_saving"], saving, atol=1e-5)
+
+
+def test_heads_that_do_not_rank_are_not_charged(swept):
+    for _, of_seed in rows_of(swept, "validation").groupby("seed"):
         flops = dict(zip(of_seed["serve"][1:], of_seed["flops_per_candidate"][1:], strict=True))
         of_none = of_seed["flops_per_candidate"].iloc[0]
         assert flops["user"] == flops["teacher"] == of_none < flops["blend"]
-        saving = 1 - cost[of_seed.index] / cost[of_seed.index[0]]
-        np.testing.assert_allclose(of_seed["funnel_cost_saving"], saving, atol=1e-5)
+
+
+def test_the_test_is_read_by_chosen_settings_alone_as_each_member_measures_on_it(world, swept):
+    config = world.config(**SWEEP)
+    tested = rows_of(swept, "test").set_index(["member", "serve"])
+    assert sorted(tested.index) == sorted(chosen_by_hand(swept))
+    members = sweep_members(config)
+    teacher, dataset = teachers.teacher_and_dataset(config)
+    whose = runs.students_identity(members, dataset, teacher)
+    students, step = runs.trained_students(dataset, members, swept / "cohorts" / "0", whose)
+    assert step == config.train.steps
+    known = measure.reference(config, dataset, teacher)
+    # All serving choices, in a pass without references.
+    every = measure.measure(config, dataset, "test", known, members, students)
+    kept_of_sweep = kept.read(swept / "cohorts" / "0" / "test").each
+    for row in every.rows:
+        who = row["member"], row["serve"]
+        if who not in tested.index:
+            continue
+        numbers = [name for name in tested if isinstance(row.get(name), float)]
+        assert len(numbers) > 20
+        np.testing.assert_allclose(
+            tested.loc[who, numbers].astype(float), [row[name] for name in numbers],
+            rtol=1e-5, atol=1e-7, equal_nan=True,
+        )  # fmt: skip
+        for name, of_each in every.each[who].curves.items():
+            np.testing.assert_allclose(kept_of_sweep[who].curves[name], of_each, rtol=1e-5)
+    assert kept_of_sweep.keys() == {*tested.index, ("teacher", "user"), *REFERENCE_NAMES}
+
+
+REFERENCE_NAMES = {(name, "user") for name in REFERENCES}
+
+
+def test_references_are_measured_on_the_test_as_what_they_know_allows(swept):
+    assert not len(rows_of(swept, "validation", "reference"))
+    references = rows_of(swept, "test", "reference").set_index("member")
+    assert list(references.index) == list(REFERENCES)
+    assert references["passed_for_99"].between(10, 100).all()
+    for column in ("mode", "seed", "step", "flops_per_candidate", "funnel_cost_saving"):
+        assert references[column].isna().all(), column
+    # Whoever only orders foretells nothing.
+    foretold = references["user_bce/watch"].notna()
+    assert foretold[foretold].index.tolist() == ["oracle"]
+    calibrated = results.read_csv(swept / results.CALIBRATION_FILE)["member"]
+    assert {name for name in REFERENCES if name in set(calibrated)} == {"oracle"}
+    # It knows the truth.
+    students = rows_of(swept, "test")
+    name = "true_value_captured@30"
+    assert references.loc["oracle", name] >= students[name].max()
 
 
 def test_a_sweep_without_a_teacher_to_run_knows_neither_its_seed_nor_its_step(world, tmp_path):
@@ -307,24 +408,30 @@ def test_a_sweep_without_a_teacher_to_run_knows_neither_its_seed_nor_its_step(wo
     config.update(sweep={"modes": ("none",), "seeds": (0,)})
     commands.sweep(config, tmp_path)
     rows = (tmp_path / results.FILE).read_text().splitlines()[1:]
-    assert rows[0].startswith("cascade,teacher,,,,,,user,,,,")
-    assert rows[1].startswith("cascade,student,none,,0,,0.01,user,0,0,20,")
+    for teacher_row, student_row, split in ((*rows[:2], "validation"), (*rows[2:4], "test")):
+        assert teacher_row.startswith(f"cascade,{split},teacher,,,,,,user,,,,")
+        assert student_row.startswith(f"cascade,{split},student,none,,0,,0.01,user,0,0,20,")
 
 
 def test_a_member_of_a_sweep_is_the_student_that_train_makes(world, swept, trained):
     """Same seed, same order of the data: the same numbers up to rounding."""
     frame = table(swept)
     for mode in ("none", "aux"):
-        alone = table(trained(mode)).select_dtypes("number")
-        of_sweep = frame[(frame["mode"] == mode) & (frame["seed"] == 0)]
-        compared = alone.columns.difference(["funnel_cost_saving", "member"])
+        keys = ["split", "serve"]
+        alone = table(trained(mode)).set_index(keys)
+        of_sweep = frame[(frame["mode"] == mode) & (frame["seed"] == 0)].set_index(keys)
+        assert len(of_sweep) > len(MODES[mode].serve)
+        compared = alone.select_dtypes("number").columns
+        compared = compared.difference(["funnel_cost_saving", "member"])
         np.testing.assert_allclose(
-            of_sweep[compared].astype(float), alone[compared], rtol=2e-3, atol=1e-6
-        )
+            of_sweep[compared].astype(float), alone.loc[of_sweep.index, compared],
+            rtol=2e-3, atol=1e-6,
+        )  # fmt: skip
 
 
 def test_a_sweep_leaves_curves_and_calibration_beside_its_results(world, swept):
     config, frame = world.config(), table(swept)
+    frame = frame[frame["split"] == "test"].reset_index(drop=True)
     curves = results.read_csv(swept / results.CURVES_FILE)
     assert list(curves.columns) == results.curves_columns(config.tasks)
     members = list(frame[["member", "serve"]].itertuples(index=False, name=None))
@@ -339,7 +446,9 @@ def test_a_sweep_leaves_curves_and_calibration_beside_its_results(world, swept):
     bins = calibration[calibration["task"] == "watch"].groupby(["member", "serve"], sort=False)
     predicted = bins.apply(lambda rows: (rows["weight"] * rows["predicted"]).sum())
     observed = bins.apply(lambda rows: (rows["weight"] * rows["observed"]).sum())
-    np.testing.assert_allclose(predicted / observed, frame["user_calibration/watch"], rtol=1e-4)
+    of_frame = frame.set_index(["member", "serve"])["user_calibration/watch"].dropna()
+    assert list(of_frame.index) == list(predicted.index)
+    np.testing.assert_allclose(predicted / observed, of_frame, rtol=1e-4)
 
 
 def copy_of(workdir, tmp_path):
@@ -359,33 +468,128 @@ def test_a_sweep_of_another_config_is_refused_with_the_keys(world, swept, tmp_pa
     assert "sweep.weights ([1.0] there, [1.0, 2.0] now), train.steps (20 there, 30 now)" in fault
 
 
-def test_a_sweep_that_is_extended_trains_the_new_members_alone(world, swept, tmp_path):
-    workdir = tmp_path / "extended"
-    shutil.copytree(swept, workdir)
-    before = (workdir / "cohorts" / "0" / results.FILE).stat().st_mtime_ns
-    more = SWEEP | {"sweep__weights": (1.0, 4.0), "sweep__extend": True}
-    assert commands.sweep(world.config(**more), workdir)
-    assert (workdir / "cohorts" / "0" / results.FILE).stat().st_mtime_ns == before
-    old, new = table(swept), table(workdir)
+MORE = SWEEP | {"sweep__weights": (1.0, 4.0), "sweep__extend": True}
+
+
+def with_results_on_validation(workdir, change):
+    """Changes the rows of the first cohort, as if its members had been measured so."""
+    cohort = workdir / "cohorts" / "0"
+    frame = results.read_csv(cohort / results.FILE)
+    change(frame)
+    frame.to_csv(cohort / results.FILE, index=False)
+    whose = json.loads((cohort / "measured.json").read_text())["identity"]
+    mark_measured(cohort, whose)
+    (workdir / "measured.json").unlink()
+
+
+@pytest.fixture(scope="module")
+def extended(world, swept):
+    """A sweep that is extended after its own `aux` was found to be bad on validation."""
+
+    def be_bad(frame):
+        frame.loc[frame["mode"] == "aux", "passed_for_99"] = 1000.0
+
+    def extend(folder):
+        shutil.copytree(swept, folder, dirs_exist_ok=True)
+        with_results_on_validation(folder, be_bad)
+        before = (folder / "cohorts" / "0" / results.FILE).stat().st_mtime_ns
+        assert commands.sweep(world.config(**MORE), folder)
+        assert (folder / "cohorts" / "0" / results.FILE).stat().st_mtime_ns == before
+
+    return world.made("extended", extend)
+
+
+def test_a_sweep_that_is_extended_trains_the_new_members_alone(world, swept, extended, tmp_path):
+    assert sorted(path.name for path in (extended / "cohorts").iterdir()) == ["0", "1"]
+    old, new = (rows_of(workdir, "validation") for workdir in (swept, extended))
     assert set(new["member"]) - set(old["member"]) == {f"aux-weight4.0-seed{s}" for s in (0, 1)}
-    assert new[: len(old)].equals(old)
-    assert new["funnel_cost_saving"][1:].notna().all()
+    compared = old.columns.difference(["passed_for_99", "funnel_cost_saving"])
+    assert (
+        new[: len(old)]
+        .reset_index(drop=True)[compared]
+        .equals(old.reset_index(drop=True)[compared])
+    )
+    assert (
+        table(extended)
+        .loc[lambda rows: rows["role"] == "student", "funnel_cost_saving"]
+        .notna()
+        .all()
+    )
+    workdir = copy_of(extended, tmp_path)
     # The same again has nothing to do, with and without the word.
-    assert not commands.sweep(world.config(**more), workdir)
-    assert not commands.sweep(world.config(**more | {"sweep__extend": False}), workdir)
+    assert not commands.sweep(world.config(**MORE), workdir)
+    assert not commands.sweep(world.config(**MORE | {"sweep__extend": False}), workdir)
     fewer = SWEEP | {"sweep__seeds": (0,), "sweep__extend": True}
     fault = fault_of(commands.sweep, world.config(**fewer), workdir)
     assert "none-seed1, which config.sweep does not name" in fault
-    other = more | {"train__steps": 30}
+    other = MORE | {"train__steps": 30}
     assert "train.steps (20 there, 30 now)" in fault_of(
         commands.sweep, world.config(**other), workdir
     )
 
 
+def test_a_better_setting_that_a_sweep_is_extended_by_is_the_one_read_on_the_test(swept, extended):
+    before, after = (set(rows_of(workdir, "test")["member"]) for workdir in (swept, extended))
+    none = {"none-seed0", "none-seed1"}
+    assert before == none | {"aux-weight1.0-seed0", "aux-weight1.0-seed1"}
+    assert after == none | {"aux-weight4.0-seed0", "aux-weight4.0-seed1"}
+    # Each where it trained, with the references beside the first.
+    members = [
+        {name for name, _ in kept.read(extended / "cohorts" / cohort / "test").each}
+        for cohort in "01"
+    ]
+    assert members[0] == none | {"teacher", *REFERENCES}
+    assert members[1] == after - none | {"teacher"}
+    for role in ("teacher", "reference"):
+        one, other = (rows_of(workdir, "test", role) for workdir in (swept, extended))
+        assert len(one) == len(other)
+        columns = one.select_dtypes("number").columns
+        np.testing.assert_allclose(one[columns], other[columns], rtol=1e-6, equal_nan=True)
+    curves = results.read_csv(extended / results.CURVES_FILE)
+    assert set(curves["member"]) == members[0] | members[1]
+
+
+def test_another_choice_on_validation_is_another_one_read_on_the_test(world, swept, tmp_path):
+    """Whatever the test says, and nothing is trained for it."""
+    workdir = copy_of(swept, tmp_path)
+    (serve,) = {serve for name, serve in chosen_by_hand(swept) if name.startswith("aux")}
+    other = next(name for name in MODES["aux"].serve if name != serve)
+
+    def be_best(frame):
+        frame.loc[(frame["mode"] == "aux") & (frame["serve"] == other), "passed_for_99"] = 1.0
+
+    with_results_on_validation(workdir, be_best)
+    before = (workdir / "cohorts" / "0" / "metrics.jsonl").stat().st_mtime_ns
+    assert commands.sweep(world.config(**SWEEP), workdir)
+    assert (workdir / "cohorts" / "0" / "metrics.jsonl").stat().st_mtime_ns == before
+    tested = rows_of(workdir, "test")
+    assert set(tested.loc[tested["mode"] == "aux", "serve"]) == {other}
+    assert set(tested.loc[tested["mode"] == "none", "serve"]) == {"user"}
+
+
+@pytest.mark.parametrize("lost", ["damaged", "gone"])
+def test_students_whose_checkpoint_is_lost_before_the_test_are_made_again(
+    world, swept, tmp_path, lost
+):
+    workdir = copy_of(swept, tmp_path)
+    cohort = workdir / "cohorts" / "0"
+    shutil.rmtree(cohort / "test")
+    (workdir / "measured.json").unlink()
+    if lost == "gone":
+        shutil.rmtree(cohort / "checkpoints")
+    else:
+        damage(cohort / "checkpoints" / "20")
+    assert commands.sweep(world.config(**SWEEP), workdir)
+    for name in TABLES:
+        assert (workdir / name).read_bytes() == (swept / name).read_bytes()
+
+
 def test_a_population_that_does_not_fit_is_split_and_ends_the_same(world, swept, tmp_path):
     commands.sweep(world.config(**SWEEP, sweep__group_size=2), tmp_path)
     assert [path.name for path in sorted((tmp_path / "cohorts").iterdir())] == ["0", "1"]
-    split, whole = (frame.set_index(["member", "serve"]) for frame in map(table, (tmp_path, swept)))
+    keys = ["split", "member", "serve"]
+    split, whole = (table(workdir).set_index(keys) for workdir in (tmp_path, swept))
+    assert len(split) == len(whole)
     numbers = whole.select_dtypes("number").columns
     np.testing.assert_allclose(
         split.loc[whole.index, numbers], whole[numbers], rtol=2e-3, atol=1e-6, equal_nan=True
@@ -399,12 +603,14 @@ def test_a_member_that_diverges_is_marked_and_the_others_go_on(world, tmp_path, 
     }
     commands.sweep(world.config(**axes, train__log_every=1), tmp_path)
     frame = table(tmp_path)
-    students = frame[frame["role"] == "student"].set_index("member")
+    students = rows_of(tmp_path, "validation").set_index("member")
     diverged = students["learning_rate"] > 1
     assert (students["non_finite_step"].notna() == diverged).all()
     assert students.loc[~diverged, "passed_for_99"].notna().all()
     measured = [name for name in frame if "@" in name or "/" in name]
     assert students.loc[diverged, measured].isna().all(axis=None)
+    # Nor is any of them chosen, so the test is read without them.
+    assert set(rows_of(tmp_path, "test")["member"]) == set(students.index[~diverged])
     step = int(students.loc["shared-weight1.0-rate1e+30-seed0", "non_finite_step"])
     assert f"shared-weight1.0-rate1e+30-seed0 stopped being finite at step {step}" in caplog.text
     # Nothing is logged of it from then on.
@@ -417,9 +623,25 @@ def test_a_cohort_that_diverges_whole_does_not_keep_the_others_from_training(wor
     axes = {"sweep__modes": ("none",), "sweep__axes__optimizer__learning_rate": (1e30, 0.01)}
     config = world.config(**axes, sweep__group_size=1, train__log_every=1)
     commands.sweep(config, tmp_path)
-    students = table(tmp_path)[1:]
+    students = rows_of(tmp_path, "validation")
     assert students["non_finite_step"].notna().tolist() == [True, False]
     assert max(line["step"] for line in metrics(tmp_path / "cohorts" / "0")) < config.train.steps
+    # It has no member that was chosen, so the test is not read for it.
+    assert not (tmp_path / "cohorts" / "0" / "test").exists()
+    assert rows_of(tmp_path, "test")["member"].tolist() == ["none-seed0"]
+    assert rows_of(tmp_path, "test", "reference")["member"].tolist() == list(REFERENCES)
+    assert not commands.sweep(config, tmp_path)
+
+
+def test_a_sweep_of_which_all_diverge_has_the_teacher_and_references_on_the_test(world, tmp_path):
+    axes = {"sweep__modes": ("none",), "sweep__axes__optimizer__learning_rate": (1e30,)}
+    config = world.config(**axes, train__log_every=1)
+    assert commands.sweep(config, tmp_path)
+    frame = table(tmp_path)
+    expected = ["teacher", "student", "teacher", *["reference"] * len(REFERENCES)]
+    assert frame["role"].tolist() == expected
+    assert frame["split"].tolist() == ["validation"] * 2 + ["test"] * (1 + len(REFERENCES))
+    assert frame["funnel_cost_saving"].isna().all()
     assert not commands.sweep(config, tmp_path)
 
 
@@ -429,23 +651,22 @@ def test_a_member_whose_last_update_is_not_finite_is_marked_too(world, tmp_path)
     axes = {"sweep__modes": ("none",), "sweep__axes__optimizer__learning_rate": (0.01, 1e39)}
     short = {"train__steps": 1, "optimizer__schedule": "constant"}
     commands.sweep(world.config(**axes, **short), tmp_path)
-    students = table(tmp_path)[1:]
+    students = rows_of(tmp_path, "validation")
     assert students["non_finite_step"].fillna(0).tolist() == [0, 1]
     assert students["user_bce/watch"].isna().tolist() == [False, True]
 
 
 def test_an_extension_that_died_before_its_results_were_joined_is_not_complete(
-    world, swept, tmp_path
+    world, swept, extended, tmp_path
 ):
-    workdir = tmp_path / "extended"
-    shutil.copytree(swept, workdir)
-    old = (workdir / results.FILE).read_bytes()
-    config = world.config(**SWEEP | {"sweep__weights": (1.0, 4.0), "sweep__extend": True})
-    commands.sweep(config, workdir)
-    new = (workdir / results.FILE).read_bytes()
-    (workdir / results.FILE).write_bytes(old)
-    assert commands.sweep(config, workdir)
-    assert (workdir / results.FILE).read_bytes() == new
+    workdir = copy_of(extended, tmp_path)
+    for name in (*TABLES, "measured.json"):
+        shutil.copy(swept / name, workdir / name)
+    before = files_of(workdir / "cohorts")
+    assert commands.sweep(world.config(**MORE), workdir)
+    assert files_of(workdir / "cohorts") == before
+    for name in TABLES:
+        assert (workdir / name).read_bytes() == (extended / name).read_bytes()
 
 
 def test_a_workdir_belongs_to_one_command(world, swept, trained, tmp_path):
@@ -467,7 +688,7 @@ def test_results_of_a_cohort_that_are_damaged_are_made_again(world, swept, tmp_p
         path.write_bytes(whole[: len(whole) // 2])
     (workdir / results.CALIBRATION_FILE).unlink()
     assert commands.sweep(world.config(**SWEEP), workdir)
-    for name in (results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE):
+    for name in TABLES:
         assert (workdir / name).read_bytes() == (swept / name).read_bytes()
     (workdir / "cohorts.json").write_text("{")
     assert "cohorts.json is damaged" in fault_of(commands.sweep, world.config(**SWEEP), workdir)
@@ -476,12 +697,15 @@ def test_results_of_a_cohort_that_are_damaged_are_made_again(world, swept, tmp_p
 def test_orders_of_data_are_cohorts_that_pair_with_their_own_baseline(world, tmp_path):
     axes = {"sweep__modes": ("none", "shared"), "sweep__axes__batch__seed": (0, 5)}
     commands.sweep(world.config(**axes), tmp_path)
-    students = table(tmp_path)[1:]
-    assert students["data_seed"].tolist() == [0, 0, 5, 5]
-    assert (students.loc[students["mode"] == "none", "funnel_cost_saving"] == 0).all()
-    none = students[students["mode"] == "none"]
-    # Another order is another student.
-    assert none["user_bce/watch"].nunique() == 2
+    for split in ("validation", "test"):
+        students = rows_of(tmp_path, split)
+        assert students["data_seed"].tolist() == [0, 0, 5, 5]
+        none = students[students["mode"] == "none"]
+        assert (none["funnel_cost_saving"] == 0).all()
+        # Another order is another student.
+        assert none["user_bce/watch"].nunique() == 2
+    # One batch after another: a cohort an order, and each has its part of the test.
+    assert len([*tmp_path.glob("cohorts/*/test")]) == 2
 
 
 def test_a_sweep_under_another_teacher_is_refused(world, swept, tmp_path):
@@ -543,12 +767,16 @@ def test_a_cohort_whose_results_were_not_marked_is_measured_again(world, swept, 
     workdir = tmp_path / "unmarked"
     shutil.copytree(swept, workdir)
     cohort = workdir / "cohorts" / "0"
-    (cohort / "measured.json").unlink()
-    results_of_another = (cohort / results.FILE).read_bytes().replace(b"0.", b"1.")
-    (cohort / results.FILE).write_bytes(results_of_another)
     (workdir / "measured.json").unlink()
+    for folder in (cohort, cohort / "test"):
+        (folder / "measured.json").unlink()
+        results_of_another = (folder / results.FILE).read_bytes().replace(b"0.", b"1.")
+        (folder / results.FILE).write_bytes(results_of_another)
     assert commands.sweep(world.config(**SWEEP), workdir)
-    for name in (results.FILE, "measured.json", "cohorts/0/measured.json"):
+    for name in (
+        results.FILE,
+        *(f"{of}measured.json" for of in ("", "cohorts/0/", "cohorts/0/test/")),
+    ):
         assert (workdir / name).read_bytes() == (swept / name).read_bytes()
 
 
@@ -563,22 +791,34 @@ def test_a_teacher_of_another_config_than_lies_beside_it_is_refused(world, tmp_p
 
 @pytest.mark.slow
 def test_a_killed_sweep_ends_as_if_it_had_never_been_killed(world, tmp_path):
-    """Killed while it logs, while it saves, and between its two cohorts."""
+    """Killed while it saves, in its second cohort, and in the test of the first."""
     axes = {**SWEEP, "sweep__group_size": 3, "train__checkpoint_every": 5, "train__log_every": 5}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     commands.sweep(world.config(**axes), whole)
     flags = world.flags(killed, **axes)
-    for moment, cohort, step in (("logging", "0", 10), ("saving", "0", 20), ("logging", "1", 15)):
-        small.run_and_kill("experiments.sweep", moment, cohort, step, flags)
+    for moment, name, at in (("saving", "0", 20), ("logging", "1", 15), ("writing", "test", 2)):
+        small.run_and_kill("experiments.sweep", moment, name, at, flags)
         assert not (killed / results.FILE).exists()
-    finished = killed / "cohorts" / "0" / results.FILE
-    before = finished.stat().st_mtime_ns
+    test = killed / "cohorts" / "0" / "test"
+    assert [path.name for path in test.iterdir()] == [kept.FILE]
+    measured = [killed / "cohorts" / cohort / results.FILE for cohort in "01"]
+    before = [path.stat().st_mtime_ns for path in measured]
     assert commands.sweep(world.config(**axes), killed)
-    assert finished.stat().st_mtime_ns == before
-    names = [results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE]
-    names += [f"cohorts/{cohort}/metrics.jsonl" for cohort in (0, 1)]
-    for name in names:
-        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert [path.stat().st_mtime_ns for path in measured] == before
+    there, expected = (
+        {path.relative_to(folder): content for path, content in files_of(folder).items()}
+        for folder in (killed, whole)
+    )
+    for path, content in expected.items():
+        if path.suffix in (".csv", ".parquet", ".jsonl"):
+            assert there[path] == content, path
+
+
+def damage(checkpoint):
+    for file in (checkpoint / "state").rglob("d/*"):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 0xFF
+        file.write_bytes(content)
 
 
 @pytest.mark.parametrize("damaged", [(20,), (10, 20)], ids=["newest", "all"])
@@ -589,10 +829,7 @@ def test_a_run_with_damaged_checkpoints_ends_with_the_same_results(
     shutil.copytree(whole, workdir)
     (workdir / results.FILE).unlink()
     for step in damaged:
-        for file in (workdir / "checkpoints" / str(step) / "state").rglob("d/*"):
-            content = bytearray(file.read_bytes())
-            content[len(content) // 2] ^= 0xFF
-            file.write_bytes(content)
+        damage(workdir / "checkpoints" / str(step))
     commands.train(world.config(distill__mode="shared"), workdir)
     for name in (results.FILE, "metrics.jsonl"):
         assert (workdir / name).read_bytes() == (whole / name).read_bytes()

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from kd_ranker.pipeline import commands, runs, teachers
+from kd_ranker.pipeline import runs, teachers
 from kd_ranker.pipeline.measure import measure, reference
 from kd_ranker.sweep.members import common
 from tests import small
@@ -21,7 +21,7 @@ def trained(members, workdir):
     with runs.progress_bar("", 20) as bar:
         students = runs.fit_students(config, dataset, teacher, members, workdir, bar)
     known = reference(config, dataset, teacher)
-    measured = measure(config, dataset, known, members, students)
+    measured = measure(config, dataset, "test", known, members, students)
     rows = {name: [row for row in measured.rows if row["member"] == name] for name in members}
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return rows, [json.loads(line) for line in lines]
@@ -35,7 +35,7 @@ def test_members_of_any_shape_and_length_are_measured_as_the_same_member_alone(w
     }
     rows, lines = trained(members, tmp_path / "together")
     for name, config in members.items():
-        alone = commands.train(config, tmp_path / name)
+        alone = trained({name: config}, tmp_path / name)[0][name]
         assert [row["step"] for row in rows[name]] == [config.train.steps] * len(alone)
         for row, expected in zip(rows[name], alone, strict=True):
             measured = {key for key, value in expected.items() if isinstance(value, float)}
