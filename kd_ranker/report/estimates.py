@@ -7,7 +7,6 @@ count of FLOPs), and studies without the requests' own numbers, have intervals o
 
 import functools
 import re
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -163,7 +162,7 @@ class Estimates:
                 if each is not None:
                     sums = _resampled(kept, each, counts, study.retrieved)
                     found[row["setting"], row["repeat"]] = _Drawn(
-                        _numbers(sums, of_teacher, study.tasks, points),
+                        _numbers(sums, of_teacher, study, points),
                         _curves(each, sums, kept.ks),
                         kept.ks,
                         counts.shape[1],
@@ -218,14 +217,15 @@ def _between(ks: Int[np.ndarray, "K"], retrieved: int) -> Float[np.ndarray, "N K
 
 
 def _numbers(
-    sums: Sums, of_teacher: Sums, tasks: Sequence[str], points: ReportAt
+    sums: Sums, of_teacher: Sums, study: Study, points: ReportAt
 ) -> dict[str, Float[np.ndarray, "B"]]:
     """The measures of a ranker by column, with the means over tasks of those that have one."""
     found: dict[str, np.ndarray] = {}
     for metric in METRICS.values():
-        if metric.ends is None:
+        columns = result_columns(metric, study.tasks, points)
+        # A metric that was put into the table since has no sums here.
+        if metric.ends is None or not set(columns) <= set(study.rows):
             continue
-        columns = result_columns(metric, tasks, points)
         numbers = metrics.numbers(metric, metric.ends(sums, of_teacher), points)
         found |= zip(columns, numbers, strict=True)
         if metric.averaged:

@@ -11,6 +11,7 @@ from kd_ranker.evaluation import metrics, results, totals
 from kd_ranker.evaluation.metrics import METRICS, Metric, ReportAt, Sums, ratio
 from kd_ranker.evaluation.ranked import Ranked
 from kd_ranker.report.comparison import comparison
+from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from kd_ranker.report.tables import main_table, summary_table
 from tests.evaluation.cases import TASKS, VALUE_WEIGHTS, random_case
@@ -90,10 +91,12 @@ def test_a_metric_that_is_put_into_the_table_is_in_every_file_and_table(tmp_path
         luck = 0.01 * frame["seed"]
         return frame.assign(**{"top_item_mrr": follows + luck, "kept_rate@200/watch": follows})
 
-    workdir = sweeps.write_sweep(tmp_path, modes=("none", "shared"), weights=(1.0,), seeds=(0, 1))
+    workdir = sweeps.write_sweep(
+        tmp_path, modes=("none", "shared"), weights=(1.0,), seeds=(0, 1), without=sweeps.OF_REQUESTS
+    )
     sweeps.change(workdir, measured)
     (study,) = read_studies([workdir])
-    numbers = comparison(study)
+    numbers = comparison(study, Estimates(study))
     of_mrr = numbers[numbers["measure"] == "top_item_mrr"].set_index("setting")
     assert of_mrr["best"].to_dict() == {"none": False, "shared, weight 1": True}
     assert of_mrr.loc["shared, weight 1", "difference"] == pytest.approx(0.4)

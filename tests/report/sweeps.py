@@ -1,5 +1,6 @@
 """Workdirs of sweeps that never ran: the files of a real one, their numbers drawn from a seed."""
 
+import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -9,13 +10,20 @@ import numpy as np
 import pandas as pd
 
 from configs import cascade
-from kd_ranker.evaluation import results
+from kd_ranker.evaluation import kept, results
 from kd_ranker.evaluation.metrics import ReportAt
+from kd_ranker.evaluation.totals import Each
 
 TASKS = ("watch", "like", "share")
 SERVES = {"none": ("user",), "aux": ("user", "teacher", "blend"), "shared": ("user",)}
 REPORT_AT = (10, 50, 100, 200, 400)
+TARGETS = (0.95, 0.99)
+SPLITS = ("validation", "test")
 WEIGHTS = (0.1, 0.3, 1.0, 3.0, 10.0)
+REFERENCES = ("oracle", "random")
+CURVES = ("survival", "value_captured", "true_value_captured")
+
+OF_REQUESTS = tuple(f"cohorts/0/test/{name}" for name in (kept.FILE, kept.CURVES_FILE))
 
 
 def write_sweep(
@@ -29,6 +37,7 @@ def write_sweep(
     frozen: Sequence[str] = (),
     true_values: bool = True,
     retrieved: int = 2000,
+    requests: int = 20,
     without: Sequence[str] = (),
     changes: dict | None = None,
 ) -> Path:
@@ -44,6 +53,7 @@ def write_sweep(
       frozen: names of members whose loss stopped being finite at step 700.
       true_values: whether the dataset knows them.
       retrieved: candidates a request.
+      requests: of the test split.
       without: names of files to leave out.
       changes: to the config, by dotted key.
     """
@@ -54,25 +64,32 @@ def write_sweep(
     config.update_from_flattened_dict(changes or {})
     workdir.mkdir(parents=True, exist_ok=True)
     unknown = {} if true_values else {f"true_value_captured@{k}": math.nan for k in REPORT_AT}
-    rows, curves, bins, losses = [_teacher(dataset, retrieved) | unknown], [], [], {}
-    for seed in seeds:
-        for mode in modes:
-            for weight in (0.0,) if mode == "none" else weights:
-                member = f"{mode}-weight{weight}-seed{seed}"
-                for serve in SERVES[mode]:
-                    row, curve = _student(dataset, mode, weight, serve, seed, gain, retrieved)
-                    row["member"] = member
-                    if member in frozen:
-                        rows.append(_frozen(row))
-                        continue
-                    if not true_values:
-                        curve["true_value_captured"] = math.nan
-                    rows.append(row | unknown)
-                    curves.append(curve.assign(member=member, serve=serve))
-                    bins.append(_bins(member, serve, seed))
-                losses[member] = _losses(mode, weight, seed)
-    rows = [row | {"funnel_cost_saving": _saving(row, rows, retrieved)} for row in rows]
-    columns = results.columns(TASKS, ReportAt(REPORT_AT, (0.99,)))
+    columns = results.columns(TASKS, ReportAt(REPORT_AT, TARGETS))
+    teacher = _teacher(dataset, retrieved) | unknown
+    rows, losses = {("teacher", "user"): teacher}, {}
+    for seed, mode in itertools.product(seeds, modes):
+        for weight in (0.0,) if mode == "none" else weights:
+            member = f"{mode}-weight{weight}-seed{seed}"
+            for serve in SERVES[mode]:
+                row, _ = _student(dataset, mode, weight, serve, seed, gain, retrieved)
+                row = row | unknown | {"member": member}
+                rows[member, serve] = _frozen(row) if member in frozen else row
+            losses[member] = _losses(mode, weight, seed)
+    chosen = results.chosen(pd.DataFrame(list(rows.values())).reindex(columns=columns))
+    tested = {("teacher", "user"): teacher | {"split": "test"}}
+    tested |= {(name, "user"): _reference(dataset, name) | unknown for name in REFERENCES}
+    curves, bins, each = [], [], {}
+    for member, serve in [who for who in rows if who[1] in chosen.get(who[0], ())]:
+        keys = (rows[member, serve][name] for name in ("mode", "distill_weight", "serve", "seed"))
+        row, curve = _student(dataset, *keys, gain, retrieved, "test")
+        tested[member, serve] = row | unknown | {"member": member}
+        if not true_values:
+            curve["true_value_captured"] = math.nan
+        curves.append(curve.assign(member=member, serve=serve))
+        bins.append(_bins(member, serve, tested[member, serve]["seed"]))
+        each[member, serve] = _each(tested[member, serve], curve, requests)
+    every = [*rows.values(), *tested.values()]
+    every = [row | {"funnel_cost_saving": _saving(row, every, retrieved)} for row in every]
     files = {
         "config.json": config.to_json(indent=2, sort_keys=True),
         "environment.json": json.dumps(
@@ -81,16 +98,22 @@ def write_sweep(
                 "packages": {"flax": "0.12.8", "jax": "0.10.2", "optax": "0.2.8"},
             }
         ),
-        "results.csv": results.to_csv(rows, columns),
-        "curves.csv": pd.concat(curves).to_csv(index=False),
-        "calibration.csv": pd.concat(bins).to_csv(index=False),
+        "results.csv": results.to_csv(every, columns),
         "cohorts/0/metrics.jsonl": _metrics(losses),
     }  # fmt: skip
-    for name, text in files.items():
+    if curves:
+        files["curves.csv"] = pd.concat(curves).to_csv(index=False)
+        files["calibration.csv"] = pd.concat(bins).to_csv(index=False)
+        ks = curves[0]["k"].to_numpy()
+        whole = pd.DataFrame(1.0, ks, [*CURVES]).reset_index(names="k")
+        each["teacher", "user"] = _each(tested["teacher", "user"], whole, requests)
+        of_requests = kept.files(kept.Kept(ks, each), TASKS)
+        files |= {f"cohorts/0/test/{name}": content for name, content in of_requests.items()}
+    for name, content in files.items():
         if name not in without:
             path = workdir / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return workdir
 
 
@@ -104,9 +127,10 @@ def change(workdir: Path, change_rows) -> Path:
 
 def _teacher(dataset: str, retrieved: int) -> dict:
     return {
-        "dataset": dataset, "role": "teacher", "serve": "user", "seed": 0, "data_seed": 0,
-        "step": 1500, "member": "teacher", "passed_for_99": 10.0, "flops_per_candidate": 150_000.0,
-        "cost_ratio": 1.0, "alignment_ratio": math.nan,
+        "dataset": dataset, "split": "validation", "role": "teacher", "serve": "user", "seed": 0,
+        "data_seed": 0, "step": 1500, "member": "teacher", "passed_for_95": 9.0,
+        "passed_for_99": 10.0, "flops_per_candidate": 150_000.0, "cost_ratio": 1.0,
+        "alignment_ratio": math.nan,
         **{f"user_bce/{task}": 0.60 - 0.15 * i for i, task in enumerate(TASKS)},
         **{f"user_auc/{task}": 0.74 - 0.03 * i for i, task in enumerate(TASKS)},
         **{f"user_calibration/{task}": 1.02 for task in TASKS},
@@ -118,12 +142,62 @@ def _teacher(dataset: str, retrieved: int) -> dict:
     }  # fmt: skip
 
 
+def _reference(dataset: str, name: str) -> dict:
+    return {
+        "dataset": dataset, "split": "test", "role": "reference", "member": name, "serve": "user",
+        "seed": 0, "data_seed": 0, "passed_for_99": 9.0 if name == "oracle" else 1900.0,
+        **{f"survival@{k}": 0.5 for k in REPORT_AT},
+        **{f"true_value_captured@{k}": 1.1 for k in REPORT_AT},
+    }  # fmt: skip
+
+
+def _each(row: dict, curve: pd.DataFrame, requests: int) -> Each:
+    """What requests add up to the numbers of a row, each off by something of its own."""
+    generator = np.random.default_rng([requests, *str(row["member"]).encode()])
+    weight = generator.gamma(4, 0.25, requests)
+
+    def spread(mean: float | np.ndarray) -> np.ndarray:
+        """Sums whose ratio to those of the weights is the mean, one a request."""
+        off = generator.normal(0, 0.05, requests)
+        off -= np.average(off, weights=weight)
+        return np.multiply.outer(weight * (1 + off), mean)
+
+    def of_tasks(name: str) -> np.ndarray:
+        return np.array([row.get(f"{name}/{task}", math.nan) for task in TASKS])
+
+    per_task = np.repeat(weight[:, None], len(TASKS), axis=1)
+    alone = {
+        "user_bce": spread(of_tasks("user_bce")), "label_weight": per_task,
+        "user_auc": spread(of_tasks("user_auc")), "user_auc_requests": per_task,
+        "predicted": spread(of_tasks("user_calibration")), "observed": per_task,
+        "teacher_bce": spread(of_tasks("teacher_bce")), "teacher_weight": per_task,
+        "teacher_entropy": np.multiply.outer(
+            weight, of_tasks("teacher_bce") - of_tasks("teacher_kl")
+        ),
+        "shown_user_bce": spread(of_tasks("user_bce")), "shown_weight": per_task,
+        "shown_teacher_bce": spread(of_tasks("teacher_bce")),
+        "shown_teacher_kl": spread(of_tasks("teacher_kl")),
+        **{f"teacher_{name}{end}": weight for name in ("ndcg", "tau") for end in ("", "_requests")},
+        "unseen_users": 0 * weight, "requests": weight, "unseen_items": 0 * weight,
+        "candidates": weight, "funnel_requests": weight,
+    }  # fmt: skip
+    curves = {name: spread(curve[name].to_numpy()) for name in CURVES}
+    curves["shown_kept"] = curves["survival"]
+    tasks = np.ones(len(TASKS))
+    curves |= {
+        f"positives_{name}": np.multiply.outer(curves["survival"], tasks)
+        for name in ("kept", "shown")
+    }
+    return Each(alone, curves)
+
+
 def _student(
-    dataset: str, mode: str, weight: float, serve: str, seed: int, gain: float, retrieved: int
-) -> tuple[dict, pd.DataFrame]:
-    # What a seed does to all members, and what it does to this one.
-    common = np.random.default_rng([seed, 7])
-    own = np.random.default_rng([seed, *f"{mode}{weight}{serve}".encode()])
+    dataset: str, mode: str, weight: float, serve: str, seed: int, gain: float, retrieved: int,
+    split: str = "validation",
+) -> tuple[dict, pd.DataFrame]:  # fmt: skip
+    # What a seed does to all members on a split, and what it does to this one.
+    common = np.random.default_rng([seed, len(split)])
+    own = np.random.default_rng([seed, *f"{split}{mode}{weight}{serve}".encode()])
     shift = common.normal(0, 0.02)
     # How far the student follows the teacher, from 0 to 1.
     follows = weight / (weight + 1.0)
@@ -141,11 +215,13 @@ def _student(
     survival = np.minimum(1.0, 1 - np.exp(-1.52 * (k / (passed / 450 * 200)) ** 0.6))
     needed = float(np.flatnonzero(value >= 0.99)[0] + 1)
     row = {
-        "dataset": dataset, "role": "student", "mode": mode, "serve": serve, "seed": seed,
-        "data_seed": 0, "step": 1500, "distill_loss": None if mode == "none" else "bce",
+        "dataset": dataset, "split": split, "role": "student", "mode": mode, "serve": serve,
+        "seed": seed, "data_seed": 0, "step": 1500,
+        "distill_loss": None if mode == "none" else "bce",
         "distill_weight": weight, "temperature": math.nan if mode == "none" else 1.0,
         "learning_rate": 0.002,
         "alignment_ratio": 0.2 - 0.02 * strength + own.normal(0, 0.004),
+        "passed_for_95": float(np.flatnonzero(value >= 0.95)[0] + 1),
         "passed_for_99": needed,
         "flops_per_candidate": 900.0 if mode == "aux" else 800.0,
         "cost_ratio": (900.0 if mode == "aux" else 800.0) / 150_000.0,
@@ -164,9 +240,7 @@ def _student(
         row[f"survival@{at}"] = float(survival[at - 1]) if at <= retrieved else math.nan
         row[f"value_captured@{at}"] = float(value[at - 1]) if at <= retrieved else math.nan
         row[f"true_value_captured@{at}"] = row[f"value_captured@{at}"] + 0.02
-    geometric = np.unique(np.geomspace(1, retrieved, 60).round().astype(int))
-    kept = {*range(1, 21), *geometric, *REPORT_AT, int(needed), retrieved}
-    at = np.array(sorted(kept & set(k.tolist())))
+    at = np.array(kept.kept_ks(retrieved, REPORT_AT))
     curve = pd.DataFrame(
         {
             "k": at,
@@ -186,15 +260,27 @@ def _saving(row: dict, rows: list[dict], retrieved: int) -> float:
     undistilled = [
         other
         for other in rows
-        if other.get("mode") == "none" and row.get("mode") and other["seed"] == row["seed"]
+        if other.get("mode") == "none"
+        and row.get("mode")
+        and all(other[name] == row[name] for name in ("seed", "split"))
     ]
     return 1 - cost(row) / cost(undistilled[0]) if undistilled else math.nan
 
 
 def _frozen(row: dict) -> dict:
-    kept = ("dataset", "role", "mode", "serve", "seed", "data_seed", "distill_loss", "member")
-    kept += ("distill_weight", "temperature", "learning_rate", "flops_per_candidate", "cost_ratio")
-    return {name: row[name] for name in kept} | {"step": 1500, "non_finite_step": 700}
+    known = (
+        "dataset",
+        "split",
+        "role",
+        "mode",
+        "serve",
+        "seed",
+        "data_seed",
+        "distill_loss",
+        "member",
+    )
+    known += ("distill_weight", "temperature", "learning_rate", "flops_per_candidate", "cost_ratio")
+    return {name: row[name] for name in known} | {"step": 1500, "non_finite_step": 700}
 
 
 def _bins(member: str, serve: str, seed: int) -> pd.DataFrame:
@@ -240,15 +326,23 @@ def _metrics(losses: dict[str, dict[str, np.ndarray]]) -> str:
 def write_rows(workdir: Path, rows: Sequence[dict], passed: int = 30) -> Path:
     """A sweep's workdir of one task whose `results.csv` has just these rows, by hand.
 
-    A row says what matters, the rest has a default: `{"mode": "aux", "seed": 1, "kl": 0.2}`.
-    Short names: `kl`, `survival`, `weight`, `passed`, `flops`, `alignment`.
+    A row says what matters, the rest has a default: `{"mode": "aux", "seed": 1, "kl": 0.2}`. It
+    stands for both splits unless it says for which; `{"test": {"kl": 0.3}}` is what differs there.
+    Short names: `kl`, `survival`, `weight`, `passed`, `flops`, `alignment`, `true_value`.
     """
     short = {
         "kl": "teacher_kl/watch", "survival": f"survival@{passed}", "weight": "distill_weight",
         "passed": "passed_for_99", "flops": "flops_per_candidate", "alignment": "alignment_ratio",
+        "true_value": f"true_value_captured@{passed}",
     }  # fmt: skip
     full = []
-    for row in rows:
+    on_splits = [
+        {"split": split, **row, **(row.get("test", {}) if split == "test" else {})}
+        for split in SPLITS
+        for row in rows
+        if row.get("split", split) == split
+    ]
+    for row in on_splits:
         mode = row.get("mode")
         default = {
             "dataset": "d", "role": "student", "serve": "user", "seed": 0, "data_seed": 0,
@@ -257,7 +351,9 @@ def write_rows(workdir: Path, rows: Sequence[dict], passed: int = 30) -> Path:
             "temperature": None if mode == "none" else 1.0, "user_bce/watch": 0.5,
             "teacher_kl/watch": 0.1, "passed_for_99": 100.0, "flops_per_candidate": 10.0,
         }  # fmt: skip
-        line = default | {short.get(name, name): value for name, value in row.items()}
+        line = default | {
+            short.get(name, name): value for name, value in row.items() if name != "test"
+        }
         line["teacher_bce/watch"] = line["teacher_kl/watch"] + 0.4
         line.setdefault("member", f"{mode}-weight{line['distill_weight']}-seed{line['seed']}")
         full.append(line)
@@ -273,4 +369,4 @@ def write_rows(workdir: Path, rows: Sequence[dict], passed: int = 30) -> Path:
 def teacher_row() -> dict:
     """The teacher's row for `write_rows`: 200 FLOPs a candidate."""
     return {"role": "teacher", "mode": None, "distill_loss": None, "kl": 0.0, "flops": 200.0,
-            "passed": 10.0, "temperature": None}  # fmt: skip
+            "passed": 10.0, "temperature": None, "member": "teacher"}  # fmt: skip

@@ -1,9 +1,11 @@
 import json
 
+import jax
+import numpy as np
 import pytest
 
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import results
+from kd_ranker.evaluation import kept, results
 from kd_ranker.report.study import read_studies
 from tests.report import sweeps
 
@@ -17,17 +19,95 @@ def test_members_settings_and_repeats(tmp_path):
         "shared, weight 0.3", "shared, weight 1",
     ]  # fmt: skip
     assert list(study.rows["repeat"].unique()) == ["0/0", "1/0", "2/0"]
+    # The weight and the serving choice are tuned, so that each mode is a way.
+    assert list(study.chosen) == list(study.rows["way"].unique()) == ["none", "aux", "shared"]
+    assert study.baseline == study.chosen["none"] == "none"
     assert len(study.teachers) == 1
+    assert list(study.references["member"]) == list(sweeps.REFERENCES)
     assert study.varying == []
-    assert study.missing == {"curves": [], "calibration": [], "losses": []}
+    assert study.missing == {"curves": [], "calibration": [], "losses": [], "requests": []}
     # The line that was cut short is not read.
     assert study.losses["step"].max() == 1500
+
+
+def test_what_was_chosen_is_read_on_the_test_split_alone(tmp_path):
+    (study,) = read_studies([sweeps.write_sweep(tmp_path)])
+    written = results.read_csv(tmp_path / results.FILE)
+    on_test = written[(written["role"] == "student") & (written["split"] == "test")]
+    assert set(study.tested["setting"]) == set(study.chosen.values())
+    assert len(study.tested) == len(on_test) == 3 * 3
+    assert set(study.tested["split"]) == {"test"}
+    assert set(study.teachers["split"]) == set(study.references["split"]) == {"test"}
+    # Each request, of the teacher and of those.
+    (of_requests,) = study.kept.values()
+    whose = set(zip(on_test["member"], on_test["serve"], strict=True))
+    assert set(of_requests.each) == {*whose, ("teacher", "user")}
+
+
+def test_cohorts_are_joined(tmp_path):
+    """What each request adds, of members that stand in several folders, each with the teacher."""
+    whole = sweeps.write_sweep(tmp_path / "whole")
+    parts = sweeps.write_sweep(tmp_path / "parts", without=sweeps.OF_REQUESTS)
+    of = kept.read(whole / "cohorts" / "0" / "test")
+    names = [who for who in of.each if who[0] != "teacher"]
+    for cohort, share in enumerate((names[::2], names[1::2])):
+        each = {who: of.each[who] for who in (("teacher", "user"), *share)}
+        folder = parts / "cohorts" / str(2 * cohort) / "test"
+        folder.mkdir(parents=True)
+        for name, content in kept.files(of._replace(each=each), sweeps.TASKS).items():
+            (folder / name).write_bytes(content)
+    expected, found = (read_studies([folder])[0].kept[0] for folder in (whole, parts))
+    np.testing.assert_array_equal(found.ks, expected.ks)
+    assert found.each.keys() == expected.each.keys()
+    for who in found.each:
+        jax.tree.map(np.testing.assert_array_equal, found.each[who], expected.each[who])
+
+
+def test_of_sweeps_that_chose_differently_the_validation_of_both_decides(tmp_path):
+    def rows(seed, one, other, tested):
+        """`passed_for_99` of two weights on validation, of which one was read on test."""
+        at = {"mode": "shared", "seed": seed}
+        return [
+            sweeps.teacher_row(),
+            {"mode": "none", "seed": seed, "passed": 500},
+            at | {"weight": 1.0, "passed": one, "split": "validation"},
+            at | {"weight": 2.0, "passed": other, "split": "validation"},
+            at | {"weight": 3.0, "passed": 290, "split": "validation"},
+            at | {"weight": tested, "passed": 999, "split": "test"},
+        ]
+
+    a = sweeps.write_rows(tmp_path / "a", rows(0, 200, 300, tested=1.0))
+    b = sweeps.write_rows(tmp_path / "b", rows(1, 390, 250, tested=2.0))
+    (study,) = read_studies([a, b])
+    # 295 against 275; 290 of a third one, which nobody has read, would lie between them.
+    assert study.chosen == {"none": "none", "shared": "shared, weight 2"}
+    assert list(study.tested.loc[study.tested["mode"] == "shared", "repeat"]) == ["1/0"]
+
+
+def test_a_setting_that_was_not_read_on_test_is_not_chosen(tmp_path):
+    rows = [
+        {"mode": "none"},
+        {"mode": "shared", "weight": 1.0, "passed": 90},
+        {"mode": "shared", "weight": 2.0, "passed": 80, "split": "validation"},
+        {"mode": "aux", "passed": 80, "split": "validation"},
+    ]
+    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
+    assert study.chosen == {"none": "none", "shared": "shared, weight 1"}
+
+
+def test_results_of_an_older_release_are_told_as_such(tmp_path):
+    workdir = sweeps.change(sweeps.write_sweep(tmp_path), lambda frame: frame.drop(columns="split"))
+    message = one_line([workdir])
+    assert str(workdir / "results.csv") in message
+    assert "older release" in message
+    assert "another --workdir" in message
 
 
 def test_the_savings_are_those_of_the_results(tmp_path):
     (study,) = read_studies([sweeps.write_sweep(tmp_path)])
     written = results.read_csv(tmp_path / results.FILE)
-    joined = study.rows.merge(written, on=["member", "serve"], suffixes=("", "_written"))
+    joined = study.rows.merge(written, on=["member", "serve", "split"], suffixes=("", "_written"))
+    assert len(joined) == len(study.rows) == 9 * 3 + 9
     assert joined["funnel_cost_saving"].to_numpy() == pytest.approx(
         joined["funnel_cost_saving_written"].to_numpy(), abs=1e-6
     )
@@ -60,6 +140,7 @@ def test_of_several_undistilled_students_the_best_is_the_baseline_of_savings(tmp
         {"mode": "shared", "learning_rate": 0.001, "passed": 125.0},
     ]
     (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
+    assert study.baseline == "none, learning rate 0.01"
     savings = dict(zip(study.rows["setting"], study.rows["funnel_cost_saving"], strict=True))
     assert savings["shared, weight 1, learning rate 0.001"] == pytest.approx(0.25)
     assert savings["none, learning rate 0.01"] == 0.0
@@ -151,24 +232,13 @@ def test_a_teachers_workdir_is_no_sweep(tmp_path):
     assert "has no student" in one_line([sweeps.write_rows(tmp_path, [sweeps.teacher_row()])])
 
 
-def test_results_without_the_columns_of_a_sweep_are_read(tmp_path):
-    workdir = sweeps.change(
-        sweeps.write_sweep(tmp_path, modes=("shared",), weights=(1.0,), seeds=(0,)),
-        lambda frame: frame[frame["role"] == "student"].drop(
-            columns=["data_seed", "temperature", "learning_rate", "non_finite_step", "member"]
-        ),
-    )
-    (study,) = read_studies([workdir])
-    assert list(study.rows["setting"]) == ["shared, weight 1"]
-    assert list(study.rows["repeat"]) == ["0/0"]
-
-
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
         ("curves.csv", "curves"),
         ("calibration.csv", "calibration"),
         ("cohorts/0/metrics.jsonl", "losses"),
+        ("cohorts/0/test/requests.parquet", "requests"),
     ],
 )
 def test_missing_files_are_named(tmp_path, name, kind):
@@ -177,7 +247,7 @@ def test_missing_files_are_named(tmp_path, name, kind):
     (study,) = read_studies([whole, part])
     (line,) = study.missing[kind]
     assert line.startswith(f"{part} holds no ")
-    assert len(getattr(study, kind))
+    assert len(study.kept if kind == "requests" else getattr(study, kind))
 
 
 def test_environments_are_told_where_they_are_recorded(tmp_path):

@@ -1,9 +1,14 @@
 import numpy as np
 import pandas as pd
+import pytest
 
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import ReportAt
 from kd_ranker.report import tables
+from kd_ranker.report.comparison import comparison
+from kd_ranker.report.estimates import Estimates
+from kd_ranker.report.study import read_studies
+from tests.report import sweeps
 
 TASKS = ("watch",)
 REPORT_AT = ReportAt((30,), (0.99,))
@@ -17,8 +22,8 @@ def frame_of(tmp_path, rows):
 
 def row(mode, seed, auc, **more):
     return {
-        "dataset": "d", "role": "student", "mode": mode, "serve": "user", "seed": seed,
-        "distill_loss": None if mode == "none" else "bce",
+        "dataset": "d", "split": "test", "role": "student", "mode": mode, "serve": "user",
+        "seed": seed, "distill_loss": None if mode == "none" else "bce",
         "distill_weight": 0.0 if mode == "none" else 1.0,
         "user_auc/watch": auc, "user_bce/watch": 0.1, "passed_for_99": 100.0 + seed, **more,
     }  # fmt: skip
@@ -31,7 +36,14 @@ def cells(text):
 def test_seeds_become_a_mean_and_its_standard_error(tmp_path):
     aucs = (0.61, 0.67, 0.75)
     rows = [
-        {"dataset": "d", "role": "teacher", "serve": "user", "user_auc/watch": 0.9},
+        {
+            "dataset": "d",
+            "split": "test",
+            "role": "teacher",
+            "serve": "user",
+            "member": "teacher",
+            "user_auc/watch": 0.9,
+        },
         *(row("none", seed, auc) for seed, auc in enumerate(aucs)),
         row("shared", 0, 0.8),
     ]
@@ -104,3 +116,90 @@ def test_whatever_a_sweep_varies_is_told_apart_and_only_seeds_are_averaged(tmp_p
     header, one, two = cells(tables.summary_table(frame, 30))
     assert header[:5] == ["model", "serve", "weight", "width", "seeds"]
     assert (one[3:5], two[3:5]) == (["8", "2"], ["16", "2"])
+
+
+def test_the_terminal_shows_the_test_split_and_references_by_their_names(tmp_path):
+    rows = [
+        row("none", 0, 0.5, split="validation"),
+        row("none", 0, 0.6),
+        *(row(None, 0, auc, role="reference", member=name, distill_weight=None)
+          for name, auc in (("oracle", 0.9), ("random", 0.5))),
+    ]  # fmt: skip
+    header, *lines = cells(tables.summary_table(frame_of(tmp_path, rows), 30))
+    assert header[0] == "model"
+    assert [line[0] for line in lines] == ["none", "oracle", "random"]
+    assert "0.600" in lines[0]
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    (study,) = read_studies([sweeps.write_sweep(tmp_path_factory.mktemp("sweep"))])
+    return study
+
+
+def column(table, title):
+    return [line[table.columns.index(title)] for line in table.lines]
+
+
+def test_the_main_table_has_teacher_references_and_the_best_of_each_way_on_test(study):
+    numbers = comparison(study, Estimates(study))
+    table = tables.main_table(study, numbers)
+    assert [cell.text for cell in column(table, "mode")] == [
+        "teacher", *sweeps.REFERENCES, "none", "aux", "shared",
+    ]  # fmt: skip
+    assert [cell.text for cell in column(table, "passed for 99%")][:3] == ["10", "9", "1900"]
+    # What was not measured of a reference is empty.
+    assert column(table, "AUC watch")[1] == ("", "", "", False)
+    on_test = study.tested.loc[study.tested["mode"] == "aux", "passed_for_99"]
+    assert column(table, "passed for 99%")[4].value == pytest.approx(on_test.mean())
+    differences = tables.difference_table(study, numbers)
+    assert [cell.text for cell in column(differences, "mode")] == ["aux", "shared"]
+    of_none = study.tested.loc[study.tested["mode"] == "none", "passed_for_99"]
+    found = column(differences, "passed for 99%")[0]
+    assert found.value == pytest.approx(on_test.mean() - of_none.mean())
+    assert found.text.startswith("−")
+
+
+def test_the_tuning_table_has_all_that_was_tried_and_says_what_was_chosen(study):
+    table = tables.tuning_table(study)
+    assert len(table.lines) == 9
+    chosen = [[cell.text for cell in line[:3]] for line in table.lines if line[3].text]
+    assert chosen == [["none", "user", ""], ["aux", "teacher", "1"], ["shared", "user", "1"]]
+    rows = study.rows[study.rows["split"] == "validation"]
+    expected = rows.groupby("setting", sort=False)["passed_for_99"].mean()
+    found = [cell.value for cell in column(table, "passed for 99%")]
+    assert found == pytest.approx(list(expected))
+    # Of each way what was chosen is the least.
+    by_mode = {line[0].text: cell for line, cell in zip(table.lines, found, strict=True)
+               if line[3].text}  # fmt: skip
+    assert by_mode == rows.groupby("mode").apply(
+        lambda of: of.groupby("setting")["passed_for_99"].mean().min()
+    ).to_dict()  # fmt: skip
+
+
+def test_the_saving_table_has_a_column_a_target_and_a_line_a_cost(study):
+    estimates = Estimates(study)
+    table = tables.saving_table(study, estimates)
+    assert table.columns == ["setting", "student's cost", "95%", "99%"]
+    assert [cell.text for cell in column(table, "student's cost")][:4] == [
+        "as measured", "1%", "5%", "10%",
+    ]  # fmt: skip
+    assert [line[0].text for line in table.lines] == [
+        "aux (teacher), weight 1"] * 4 + ["shared, weight 1"] * 4  # fmt: skip
+    # By hand: 2000 candidates at 5% of the teacher's cost each, and what passes at the whole cost.
+    passed = study.tested.pivot(index="repeat", columns="mode", values="passed_for_95")
+    costs = 2000 * 0.05 + passed
+    saved = (1 - costs["shared"] / costs["none"]).mean()
+    assert table.lines[6][2].value == pytest.approx(saved)
+    assert table.lines[6][2].error
+    # As measured, aux has heads of its own to pay for.
+    flops = {"aux": 900 / 150_000, "none": 800 / 150_000}
+    costs = {mode: 2000 * of + passed[mode] for mode, of in flops.items()}
+    assert table.lines[0][2].value == pytest.approx((1 - costs["aux"] / costs["none"]).mean())
+
+
+def test_without_a_baseline_there_is_neither_difference_nor_saving(tmp_path):
+    (study,) = read_studies([sweeps.write_sweep(tmp_path, modes=("aux", "shared"))])
+    estimates = Estimates(study)
+    assert tables.saving_table(study, estimates) is None
+    assert tables.difference_table(study, comparison(study, estimates)) is None
