@@ -62,7 +62,7 @@ def make_model(
 ) -> tuple[Model, Parameters]:
     """A model as if training had met every id, so that each is served by its own row."""
     model, init = build_model(module, spec, heads, config)
-    parameters = init(jax.random.key(seed), 0)
+    parameters = jax.jit(init, static_argnums=1)(jax.random.key(seed), 0)  # in one program
     width = model.embedding.width
     return model, parameters.replace(
         tables={name: table.at[:, width].set(1.0) for name, table in parameters.tables.items()}

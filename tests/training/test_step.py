@@ -86,12 +86,22 @@ def program_of(recipes, teacher, mapping, devices, is_packed):
 
 def make_recipe(mode="shared", optimizer="adam", seeds=(0,), spec=SPEC, student=MultiInterest):
     """A recipe, and the state of a group with a member a seed."""
+    how = mode, optimizer, spec, student
+    return recipe_of(*how), state_of(*how, tuple(seeds))
+
+
+@functools.cache
+def state_of(mode, optimizer, spec, student, seeds):
     recipe = recipe_of(mode, optimizer, spec, student)
     heads = MODES[mode].heads_per_task * TASKS
     _, init = build_model(student, spec, heads, STUDENT)
     slots = recipe.row_optimizer.slots(STUDENT.width)
-    parameters = [init(jax.random.key(seed), slots) for seed in seeds]
-    return recipe, init_state(recipe, stack_members(parameters), TASKS, True)
+
+    def state():
+        parameters = [init(jax.random.key(seed), slots) for seed in seeds]
+        return init_state(recipe, stack_members(parameters), TASKS, True)
+
+    return jax.jit(state)()  # in one program, not one an array
 
 
 def hyperparameters(**changes):
@@ -162,20 +172,27 @@ over_modes_and_specs = pytest.mark.parametrize(
 )
 
 
-@over_modes_and_specs
-def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(mode, spec):
-    recipe, state = make_recipe(mode, spec=spec)
+@pytest.mark.parametrize(
+    ("modes", "spec"),
+    [(tuple(MODES), SPEC), (("shared",), CATEGORY_SPEC)],
+    ids=["all-modes", "shared-categories"],
+)
+def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(modes, spec):
+    """A group a mode, in one program for a number of devices."""
+    recipes, states = zip(*(make_recipe(mode, spec=spec) for mode in modes), strict=True)
+    numbers = [stack_members([hyperparameters()])] * len(modes)
     # Weights differ from request to request, so a mean of the devices' means would be wrong.
     batches = [random_batch(seed, requests=16, spec=spec) for seed in range(20)]
-    reference, losses = run(recipe, state, batches, spec=spec)
+    reference, losses = run_groups(recipes, states, batches, numbers, spec=spec)
     spreads = [("pmap", 2), ("pmap", 8), ("shard_map", 2), ("shard_map", 8)]
     for mapping, devices in spreads if spec is SPEC else spreads[::3]:
-        other, other_losses = run(
-            recipe, state, batches, mapping=mapping, devices=devices, spec=spec
+        others, other_losses = run_groups(
+            recipes, states, batches, numbers, mapping=mapping, devices=devices, spec=spec
         )
-        assert_close(reference.parameters, other.parameters, 1e-5)
-        assert_close(reference.transform, other.transform, 1e-5)
         assert_close(losses, other_losses, 1e-5)
+        for one, other in zip(reference, others, strict=True):
+            assert_close(one.parameters, other.parameters, 1e-5)
+            assert_close(one.transform, other.transform, 1e-5)
 
 
 def sample_of(requests, negative_rate, stage=Stage.RETRIEVED, logged=Stage.RETRIEVED):
@@ -200,29 +217,32 @@ def test_a_step_on_a_packed_batch_is_that_on_the_batch_itself(mapping, devices):
 
 
 @pytest.mark.parametrize(
-    ("mode", "live"),
-    [(mode, live) for mode in ("aux", "shared") for live in (True, False)] + [("none", False)],
+    ("modes", "live"),
+    [(("aux", "shared"), True), (("aux", "shared"), False), (("none",), False)],
+    ids=["live", "logged", "none"],
 )
-def test_a_step_leaves_out_what_cannot_count(mode, live):
+def test_a_step_leaves_out_what_cannot_count(modes, live):
     """Batches of what counts, with the fewest slots that do, against all candidates."""
     requests = [random_request(seed) for seed in range(8)] + [random_request(8, 0, 0, 3)]
-    recipe, state = make_recipe(mode)
+    recipes, states = zip(*map(make_recipe, modes), strict=True)
+    numbers = [stack_members([hyperparameters()])] * len(modes)
     stage = LIVE.stage if live else Stage.SHOWN
-    logged = Stage.RETRIEVED if mode != "none" and not live else None
+    logged = Stage.RETRIEVED if modes != ("none",) and not live else None
     data, starts, slots = sample_of(requests, 0.6, stage, logged)
     everything = *sample_of(requests, 0.6)[:2], Slots(12, 12, 12)
 
     def after(data, starts, slots):
         batches = [unpack(batch) for batch in packed(data, starts, slots)]
         assert (batches[0].item_id.shape[1], batches[0].labelled, batches[0].judged) == slots
-        return run(recipe, state, batches, live=live)
+        return run_groups(recipes, states, batches, numbers, live=live)
 
     few, few_losses = after(data, starts, slots)
     every, every_losses = after(*everything)
     assert slots.labelled < 12
     assert (slots.candidates < 12) == (not live)
-    assert_close(few.parameters, every.parameters, 1e-5)
     assert_close(few_losses, every_losses, 1e-5)
+    for one, other in zip(few, every, strict=True):
+        assert_close(one.parameters, other.parameters, 1e-5)
 
 
 def test_groups_of_several_modes_take_what_each_can_use():
@@ -244,7 +264,9 @@ def test_a_step_is_gradient_descent_on_the_whole_loss(mode, spec):
     state, (live, frozen) = alone(group), world_of(spec)
     batch = random_batch(5, spec=spec)
     numbers = hyperparameters(weight_decay=0.0, table_weight_decay=0.0)
-    teacher = jax.nn.sigmoid(score(live.model, frozen.teacher, batch, frozen.items))
+    teacher = jax.jit(
+        lambda: jax.nn.sigmoid(score(live.model, frozen.teacher, batch, frozen.items))
+    )()
 
     def entropy(logits, target, weight):
         values = -target * jax.nn.log_sigmoid(logits) - (1 - target) * jax.nn.log_sigmoid(-logits)
@@ -267,11 +289,10 @@ def test_a_step_is_gradient_descent_on_the_whole_loss(mode, spec):
         mask = (batch.stage > 0)[..., None].astype(jnp.float32)
         return total + 0.7 * entropy(seen, teacher, mask)
 
-    gradients, transform_gradients = jax.grad(loss, argnums=(0, 1))(
-        state.parameters, state.transform
-    )
+    differentiated = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    before, (gradients, transform_gradients) = differentiated(state.parameters, state.transform)
     after, losses = run(recipe, group, [batch], numbers, spec=spec)
-    np.testing.assert_allclose(losses["loss"], loss(state.parameters, state.transform), rtol=1e-5)
+    np.testing.assert_allclose(losses["loss"], before, rtol=1e-5)
     assert_close(
         after.parameters.dense,
         jax.tree.map(lambda p, g: p - 0.01 * g, state.parameters.dense, gradients.dense), 1e-6,
@@ -309,12 +330,12 @@ def test_every_loss_is_the_same_on_any_devices_and_in_any_company():
 
     reference, losses = take_steps(batches, first, second)
     assert all((of_group["distill_loss"] > 0).all() for of_group in losses)
-    for devices in (2, 8):
-        other, other_losses = take_steps(batches, first, second, devices=devices)
-        assert_close(losses, other_losses, 1e-5)
-        for one, another in zip(reference, other, strict=True):
-            assert_close(alone(one).parameters, alone(another).parameters, 1e-6)
-            assert_close(alone(one).transform, alone(another).transform, 1e-6)
+    # A request a device.
+    other, other_losses = take_steps(batches, first, second, devices=8)
+    assert_close(losses, other_losses, 1e-5)
+    for one, another in zip(reference, other, strict=True):
+        assert_close(alone(one).parameters, alone(another).parameters, 1e-6)
+        assert_close(alone(one).transform, alone(another).transform, 1e-6)
 
     beside_another, _ = take_steps(batches, second, second)
     for one, another in zip(reference, beside_another, strict=True):
@@ -568,16 +589,15 @@ def test_numbers_are_traced_so_a_sweep_compiles_once():
 
 def test_the_live_teacher_scores_what_its_stage_admits():
     batch = random_batch(0)
+    of_teacher = jax.jit(lambda: score(LIVE.model, FROZEN.teacher, batch, FROZEN.items))
+    expected = jax.nn.sigmoid(of_teacher())
     for stage in (Stage.RETRIEVED, Stage.PASSED, Stage.SHOWN):
-        scored = with_live_teacher(LiveTeacher(LIVE.model, stage), batch, FROZEN)
+        teacher = LiveTeacher(LIVE.model, stage)
+        scored = jax.jit(lambda of=teacher: with_live_teacher(of, batch, FROZEN))()
         np.testing.assert_array_equal(
             scored.teacher_weight, np.repeat((batch.stage >= stage)[..., None], TASKS, -1)
         )
-        np.testing.assert_allclose(
-            scored.teacher_probability,
-            jax.nn.sigmoid(score(LIVE.model, FROZEN.teacher, batch, FROZEN.items)),
-            rtol=1e-6,
-        )
+        np.testing.assert_allclose(scored.teacher_probability, expected, rtol=1e-5)
 
 
 MEMBERS = [
@@ -598,6 +618,18 @@ def population(modes, spec=SPEC):
     return recipes, states, [numbers] * len(modes)
 
 
+STEPS_OF_MEMBERS = 30
+
+
+@functools.cache
+def member_alone(mode, index, spec):
+    """One of `MEMBERS` trained by itself on one device, whatever it is to be compared with."""
+    changes = {name: number for name, number in MEMBERS[index].items() if name != "seed"}
+    recipe, state = make_recipe(mode, seeds=[MEMBERS[index]["seed"]], spec=spec)
+    batches = [random_batch(seed, spec=spec) for seed in range(STEPS_OF_MEMBERS)]
+    return run(recipe, state, batches, hyperparameters(**changes), spec=spec)
+
+
 @pytest.mark.parametrize(
     ("mapping", "devices", "modes", "spec"),
     [
@@ -609,18 +641,14 @@ def population(modes, spec=SPEC):
     ids=["pmap-1", "pmap-2", "shard_map-2", "shard_map-2-categories"],
 )
 def test_a_member_of_a_population_ends_as_the_same_member_alone(mapping, devices, modes, spec):
-    batches = [random_batch(seed, spec=spec) for seed in range(50)]
+    batches = [random_batch(seed, spec=spec) for seed in range(STEPS_OF_MEMBERS)]
     recipes, states, numbers = population(modes, spec)
     after, losses = run_groups(
         recipes, states, batches, numbers, mapping=mapping, devices=devices, spec=spec
     )
     for mode, group, group_losses in zip(modes, after, losses, strict=True):
-        for index, member in enumerate(MEMBERS):
-            changes = {name: number for name, number in member.items() if name != "seed"}
-            recipe, state = make_recipe(mode, seeds=[member["seed"]], spec=spec)
-            expected, expected_losses = run(
-                recipe, state, batches, hyperparameters(**changes), spec=spec
-            )
+        for index in range(len(MEMBERS)):
+            expected, expected_losses = member_alone(mode, index, spec)
             assert_close(alone(group, index).parameters, expected.parameters, 1e-5)
             assert_close(alone(group, index).transform, expected.transform, 1e-5)
             assert_close(select_member(group_losses, index), expected_losses, 1e-5)
@@ -646,25 +674,36 @@ def test_a_member_that_diverges_is_frozen_and_costs_the_others_no_bit():
         jax.tree.map(np.testing.assert_array_equal, getattr(one, name), getattr(other, name))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("optimizer", ROW_OPTIMIZERS)
-def test_a_member_ends_after_its_own_number_of_steps_as_the_same_member_alone(schedule, optimizer):
-    """In its own program, to the last bit, as it was after that step; as alone up to rounding."""
-    lengths = (2, 5, 9)
-    recipe, state = make_recipe("shared", optimizer, seeds=(0, 0, 1))
-    recipe = recipe._replace(schedule=functools.partial(SCHEDULES[schedule], 2))
-    numbers = stack_members([hyperparameters(steps=steps) for steps in lengths])
+def test_a_member_ends_after_its_own_number_of_steps_as_the_same_member_alone(optimizer):
+    """In its own program, to the last bit, as it was after that step; as alone up to rounding.
+
+    A group a schedule.
+    """
+    lengths, seeds = (2, 5, 9), (0, 0, 1)
+    recipe, state = make_recipe("shared", optimizer, seeds=seeds)
+    recipes = [
+        recipe._replace(schedule=functools.partial(schedule, 2)) for schedule in SCHEDULES.values()
+    ]
     batches = [random_batch(seed) for seed in range(max(lengths))]
-    (after,), _ = run_groups([recipe], [state], batches, [numbers])
+
+    def after(state, batches, *lengths):
+        numbers = stack_members([hyperparameters(steps=steps) for steps in lengths])
+        of_groups = [state] * len(recipes), batches, [numbers] * len(recipes)
+        return run_groups(recipes, *of_groups, live=False)[0]
+
+    together = after(state, batches, *lengths)
     for member, steps in enumerate(lengths):
-        (then,), _ = run_groups([recipe], [state], batches[:steps], [numbers])
-        for name in ("parameters", "transform", "optimizer_state"):
-            one, other = (getattr(alone(group, member), name) for group in (after, then))
-            jax.tree.map(np.testing.assert_array_equal, one, other)
-        _, lone = make_recipe("shared", optimizer, seeds=[(0, 0, 1)[member]])
-        expected, _ = run(recipe, lone, batches[:steps], hyperparameters(steps=steps))
-        assert_close(alone(after, member).parameters, expected.parameters, 1e-5)
-        assert_close(alone(after, member).transform, expected.transform, 1e-5)
+        then = after(state, batches[:steps], *lengths)
+        _, lone = make_recipe("shared", optimizer, seeds=[seeds[member]])
+        by_itself = after(lone, batches[:steps], steps)
+        for group, group_then, group_alone in zip(together, then, by_itself, strict=True):
+            for name in ("parameters", "transform", "optimizer_state"):
+                one, other = (getattr(alone(of, member), name) for of in (group, group_then))
+                jax.tree.map(np.testing.assert_array_equal, one, other)
+            for name in ("parameters", "transform"):
+                one, other = getattr(alone(group, member), name), getattr(alone(group_alone), name)
+                assert_close(one, other, 1e-5)
 
 
 def test_a_member_that_is_finished_can_no_longer_fail():
@@ -770,7 +809,7 @@ def test_hashed_tables_train_under_both_mappings():
     spec = CATEGORY_SPEC
     model, init = build_model(MultiInterest, spec, TASKS, config)
     recipe = recipe_of("none", "sgd", spec)._replace(model=model)
-    parameters = stack_members([init(jax.random.key(0), 0)])
+    parameters = jax.jit(lambda: stack_members([init(jax.random.key(0), 0)]))()
     state = init_state(recipe, parameters, TASKS, True)
     assert {name: table.shape[1] for name, table in parameters.tables.items()} == {
         "user": 6, "item": 8, "category": 101
