@@ -457,9 +457,7 @@ def approx_ndcg(
     which the teacher tells two known candidates apart. With weights of 1 the denominator is their
     number, so the loss is a mean over requests, in [0, 1). The gain of a candidate is p itself, as
     in `lambda_rank`, where the paper has 2^grade − 1. As τ tends to 0 the places become the true
-    ones, and the gradient vanishes but near ties; it is not bounded by 1.
-
-    Memory is as in `ranknet`.
+    ones, and the gradient vanishes but near ties; it is not bounded by 1. Memory is as in `ranknet`.
 
     Args:
       logits: z, any real number; anything where the weight is 0.
@@ -495,8 +493,8 @@ def approx_ndcg(
             rank_fn=rax.utils.approx_ranks,
             reduce_fn=None,
         )
-        highest = jnp.max(probability, where=known, initial=0.0)
-        told_apart = highest > jnp.min(probability, where=known, initial=1.0)
+        lowest = jnp.min(probability, where=known, initial=1.0)
+        told_apart = jnp.max(probability, where=known, initial=0.0) > lowest
         mean_weight = jnp.sum(weight) / jnp.maximum(jnp.sum(known), 1)
         of_request = jnp.where(told_apart, mean_weight, 0.0)
         return of_request * (1 - ndcg), of_request

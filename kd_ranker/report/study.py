@@ -49,7 +49,6 @@ class Study(NamedTuple):
       references: the same of what ranks without a model.
       frozen: the rows of members whose loss stopped being finite.
       varying: the columns of a setting that differ, beside mode, serving choice and weight.
-      curves: `curves.csv` with `source`; empty where there is none.
       calibration: `calibration.csv` with `source`; empty where there is none.
       losses: the columns source, member, step, kind (`user_loss`, `distill_loss`), loss.
       configs: the text of each sweep's config by its folder.
@@ -71,7 +70,6 @@ class Study(NamedTuple):
     references: pd.DataFrame
     frozen: pd.DataFrame
     varying: list[str]
-    curves: pd.DataFrame
     calibration: pd.DataFrame
     losses: pd.DataFrame
     configs: dict[str, str]
@@ -125,15 +123,9 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     _check_distinct(students, workdirs)
     healthy = students[students["non_finite_step"].isna()]
     frozen = students[students["non_finite_step"].notna()]
-    curves, no_curves = _optional_tables(workdirs, results.CURVES_FILE)
     calibration, no_calibration = _optional_tables(workdirs, results.CALIBRATION_FILE)
     losses, no_losses = _losses(workdirs)
-    of_requests = _kept(workdirs)
-    environments = {
-        str(workdir): json.loads((workdir / ENVIRONMENT_FILE).read_text())
-        for workdir in workdirs
-        if (workdir / ENVIRONMENT_FILE).is_file()
-    }
+    of_requests, no_requests = _kept(workdirs)
     chosen = _chosen(healthy)
     undistilled = baseline(healthy[healthy["setting"].isin(list(chosen.values()))])
     if len(teachers):
@@ -158,23 +150,21 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         references=references.reindex(columns=healthy.columns),
         frozen=frozen.drop_duplicates(["source", "member"]),
         varying=_varying(students),
-        curves=curves,
         calibration=calibration,
         losses=losses,
         configs={name: as_json(config) for name, config in configs.items()},
-        environments=environments,
-        missing={
-            "curves": no_curves,
-            "calibration": no_calibration,
-            "losses": no_losses,
-            "requests": [
-                f"{workdir} holds no {kept.FILE}"
-                for source, workdir in enumerate(workdirs)
-                if source not in of_requests
-            ],
-        },
+        environments=_environments(workdirs),
+        missing={"calibration": no_calibration, "losses": no_losses, "requests": no_requests},
         kept=of_requests,
     )
+
+
+def _environments(workdirs: Sequence[Path]) -> dict[str, dict]:
+    return {
+        str(workdir): json.loads((workdir / ENVIRONMENT_FILE).read_text())
+        for workdir in workdirs
+        if (workdir / ENVIRONMENT_FILE).is_file()
+    }
 
 
 def _chosen(students: pd.DataFrame) -> dict[str, str]:
@@ -186,16 +176,18 @@ def _chosen(students: pd.DataFrame) -> dict[str, str]:
     return best_of_ways(students[students["setting"].isin(tested)])
 
 
-def _kept(workdirs: Sequence[Path]) -> dict[int, Kept]:
-    """The sums of each test request, of the sweeps that hold them; cohorts are joined."""
-    of_sources = {}
+def _kept(workdirs: Sequence[Path]) -> tuple[dict[int, Kept], list[str]]:
+    """The sums of each test request by source, cohorts joined; and which folders lack them."""
+    of_sources, missing = {}, []
     for source, workdir in enumerate(workdirs):
         files = sorted(workdir.glob(f"{FOLDER}/*/{TEST}/{kept.FILE}"))
         parts = [kept.read(file.parent) for file in files]
         if parts:
             each = {who: of for part in reversed(parts) for who, of in part.each.items()}
             of_sources[source] = Kept(parts[0].ks, each)
-    return of_sources
+        else:
+            missing.append(f"{workdir} holds no {kept.FILE}")
+    return of_sources, missing
 
 
 def _read_results(workdir: Path) -> pd.DataFrame:
