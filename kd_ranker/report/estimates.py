@@ -224,7 +224,7 @@ def _numbers(
     for metric in METRICS.values():
         columns = result_columns(metric, study.tasks, points)
         # A metric that was put into the table since has no sums here.
-        if metric.ends is None or not set(columns) <= set(study.rows):
+        if not columns or metric.ends is None or not set(columns) <= set(study.rows):
             continue
         numbers = metrics.numbers(metric, metric.ends(sums, of_teacher), points)
         found |= zip(columns, numbers, strict=True)

@@ -323,7 +323,9 @@ def _metrics(losses: dict[str, dict[str, np.ndarray]]) -> str:
     return "\n".join([*lines, lines[-1][:20]])
 
 
-def write_rows(workdir: Path, rows: Sequence[dict], passed: int = 30) -> Path:
+def write_rows(
+    workdir: Path, rows: Sequence[dict], passed: int = 30, retrieved: int = 2000
+) -> Path:
     """A sweep's workdir of one task whose `results.csv` has just these rows, by hand.
 
     A row says what matters, the rest has a default: `{"mode": "aux", "seed": 1, "kl": 0.2}`. It
@@ -359,7 +361,7 @@ def write_rows(workdir: Path, rows: Sequence[dict], passed: int = 30) -> Path:
         full.append(line)
     config = cascade.get_config()
     config.data.name, config.tasks = "d", ("watch",)
-    config.funnel.retrieved, config.funnel.passed = 2000, passed
+    config.funnel.retrieved, config.funnel.passed = retrieved, passed
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(config.to_json())
     pd.DataFrame(full).to_csv(workdir / results.FILE, index=False)
