@@ -457,7 +457,7 @@ def approx_ndcg(
     which the teacher tells two known candidates apart. With weights of 1 the denominator is their
     number, so the loss is a mean over requests, in [0, 1). The gain of a candidate is p itself, as
     in `lambda_rank`, where the paper has 2^grade − 1. As τ tends to 0 the places become the true
-    ones, and the gradient vanishes but near ties; it is not bounded by 1. Memory is as in `ranknet`.
+    ones, and the gradient vanishes but near ties; it is not bounded by 1. Memory: see `ranknet`.
 
     Args:
       logits: z, any real number; anything where the weight is 0.
