@@ -9,11 +9,14 @@ import pytest
 import vl_convert
 
 from kd_ranker.report import charts, figures
+from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from kd_ranker.report.style import colours
 from tests.report import sweeps
 
-NAMES = ["pareto", "value_captured", "survival", "calibration", "training"]
+NAMES = [
+    *("value_captured", "true_value_captured", "survival", "pareto", "calibration", "training")
+]
 SVG = "{http://www.w3.org/2000/svg}"
 
 
@@ -21,7 +24,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 def drawn(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sweep")
     (study,) = read_studies([sweeps.write_sweep(folder)])
-    return {figure.name: figure for figure in figures.figures(study)}
+    return {figure.name: figure for figure in figures.figures(study, Estimates(study))}
 
 
 def panels_of(figure):
@@ -61,7 +64,7 @@ def test_vega_has_nothing_to_warn_of(drawn, monkeypatch, capfd):
 
 
 def test_a_figure_is_as_wide_as_a_column_and_its_text_stays_text(files):
-    for name in ("pareto", "value_captured", "survival"):
+    for name in ("pareto", "value_captured", "true_value_captured", "survival"):
         root = ElementTree.fromstring(files[name]["svg"])
         assert float(root.get("width").removesuffix("pt")) == pytest.approx(3.5 * 72, abs=1)
         # Width and height in the header of a PNG, at 300 dots an inch.
@@ -79,7 +82,8 @@ def test_a_point_lies_where_its_numbers_say(drawn, files):
         for group in root.iter(f"{SVG}g")
         if "mark-symbol role-mark" in group.get("class", "")
         for path in group
-        if path.get("fill") in colours([]).values() and "0,0" not in path.get("d", "")[:4]
+        if path.get("fill") in colours(["none", "aux", "shared"])
+        and "0,0" not in path.get("d", "")[:4]
     ]
     places = [
         tuple(map(float, re.findall(r"[\d.]+", mark.get("transform"))))
@@ -101,7 +105,7 @@ def test_files_and_page_are_drawn_from_the_same_numbers(drawn):
     values = panel["data"]["values"]
     for column in ("user_bce", "user_bce_low", "teacher_bce_high"):
         assert [value[column] for value in values] == pytest.approx(list(data[column]))
-    assert [len(panels_of(drawn[name])) for name in NAMES] == [1, 1, 1, 3, 2]
+    assert [len(panels_of(drawn[name])) for name in NAMES] == [1, 1, 1, 1, 3, 2]
 
 
 def test_a_modes_colour_is_the_same_everywhere(drawn):
@@ -118,13 +122,17 @@ def test_a_modes_colour_is_the_same_everywhere(drawn):
 
 
 def test_a_mode_that_the_package_does_not_know_gets_a_colour_of_its_own():
-    palette = colours(["none", "mine", "yours"])
-    assert len(set(palette.values())) == 5
+    palette = colours(["none", "mine", "aux", "yours"])
+    assert len(set(palette)) == 4
+    assert [palette[0], palette[2]] == colours(["none", "aux"])
+    # A second way of a mode is told from the first, which keeps the colour of the mode.
+    assert colours(["aux", "shared", "aux"])[:2] == colours(["aux", "shared"])
+    assert len(set(colours(["aux", "shared", "aux"]))) == 3
 
 
 def test_one_repeat_is_drawn_without_intervals(tmp_path):
     (study,) = read_studies([sweeps.write_sweep(tmp_path, seeds=(0,), modes=("none",))])
-    for figure in figures.figures(study):
+    for figure in figures.figures(study, Estimates(study)):
         assert b"NaN" not in charts.files(figure)["svg"]
         assert all("NaN" not in panel for panel in charts.page_panels(figure))
 

@@ -4,14 +4,18 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import vl_convert
 
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands
+from kd_ranker.report import charts
 from kd_ranker.requests.lock import hold
 from tests import small
 from tests.report import sweeps
 
-FIGURES = ["pareto", "value_captured", "survival", "calibration", "training"]
+FIGURES = [
+    *("value_captured", "true_value_captured", "survival", "pareto", "calibration", "training")
+]
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -27,22 +31,55 @@ def report(workdir: Path) -> tuple[str, str]:
     return sentence, page.read_text()
 
 
-def test_what_is_written(tmp_path):
-    sweep, output = sweeps.write_sweep(tmp_path / "sweep"), tmp_path / "output"
+@pytest.fixture
+def quick(monkeypatch):
+    """Leaves out the pictures and the script that draws them, which take most of the time."""
+    monkeypatch.setattr(charts, "files", lambda figure: {"svg": b"<svg/>"})
+    monkeypatch.setattr(vl_convert, "javascript_bundle", lambda snippet: "")
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A sweep, and the folder of its report."""
+    folder = tmp_path_factory.mktemp("report")
+    sweep, output = sweeps.write_sweep(folder / "sweep"), folder / "output"
     before = files_below(sweep)
     answers, page = commands.report([sweep], output)
     assert files_below(sweep) == before
     assert page == output / "report.html"
     assert answers[0].startswith("cascade: ")
-    tables = ["cascade.csv", "cascade.md", "cascade.tex", "cascade-difference.md",
-              "cascade-difference.tex", "claims.csv", "claims.md"]  # fmt: skip
-    assert set(files_below(output)) == {
+    return sweep, output
+
+
+def test_what_is_written(written):
+    tables = ["cascade.csv", "claims.csv", "claims.md"]
+    for table in ("cascade", "cascade-difference", "cascade-saving", "cascade-tuning"):
+        tables += [f"{table}.md", f"{table}.tex"]
+    assert set(files_below(written[1])) == {
         "report.html",
         *(f"tables/{name}" for name in tables),
         *(f"figures/cascade-{name}.{end}" for name in FIGURES for end in ("svg", "pdf", "png")),
     }
 
 
+def test_the_same_inputs_give_the_same_bytes(written, tmp_path):
+    commands.report([written[0]], tmp_path)
+    one, other = files_below(written[1]), files_below(tmp_path)
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+def test_the_numbers_are_there_in_full(written):
+    tables = written[1] / "tables"
+    numbers = pd.read_csv(tables / "cascade.csv", keep_default_na=False)
+    assert {"mean", "low", "high", "n", "difference", "pairs", "best"} <= set(numbers)
+    assert "true_value_captured@400" in set(numbers["measure"])
+    assert set(numbers["mode"]) == {"none", "aux", "shared"}
+    claims = list(csv.DictReader((tables / "claims.csv").open()))
+    assert {claim["claim"] for claim in claims} == set("abcdefg")
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_sweep_that_is_being_written_is_reported_elsewhere_and_not_into_its_folder(tmp_path):
     sweep = sweeps.write_sweep(tmp_path / "sweep")
     with hold(sweep):
@@ -51,31 +88,9 @@ def test_a_sweep_that_is_being_written_is_reported_elsewhere_and_not_into_its_fo
             commands.report([sweep], sweep)
 
 
-def test_the_same_inputs_give_the_same_bytes(tmp_path):
-    sweep = sweeps.write_sweep(tmp_path / "sweep")
-    commands.report([sweep], tmp_path / "one")
-    commands.report([sweep], tmp_path / "other")
-    one, other = files_below(tmp_path / "one"), files_below(tmp_path / "other")
-    assert one.keys() == other.keys()
-    assert [name for name in one if one[name] != other[name]] == []
-
-
-def test_the_numbers_are_there_in_full(tmp_path):
-    sweep = sweeps.write_sweep(tmp_path)
-    commands.report([sweep], sweep)
-    numbers = pd.read_csv(sweep / "tables" / "cascade.csv", keep_default_na=False)
-    assert {"mean", "low", "high", "n", "difference", "pairs", "best"} <= set(numbers)
-    assert "true_value_captured@400" in set(numbers["measure"])
-    assert set(numbers["mode"]) == {"none", "aux", "shared"}
-    claims = list(csv.DictReader((sweep / "tables" / "claims.csv").open()))
-    assert {claim["claim"] for claim in claims} == set("abcde")
-
-
-def test_latex_is_whole(tmp_path):
-    sweep = sweeps.write_sweep(tmp_path)
-    commands.report([sweep], sweep)
-    for name in ("cascade.tex", "cascade-difference.tex"):
-        text = (sweep / "tables" / name).read_text()
+def test_latex_is_whole(written):
+    for name in ("cascade", "cascade-difference", "cascade-saving", "cascade-tuning"):
+        text = (written[1] / "tables" / f"{name}.tex").read_text()
         lines = [line for line in text.splitlines() if not line.startswith("%")]
         begin = re.fullmatch(r"\\begin\{tabular\}\{([lr]+)\}", lines[0])
         rules = [line for line in lines if line.endswith("rule")]
@@ -91,36 +106,44 @@ def test_latex_is_whole(tmp_path):
             assert line.isascii()
 
 
+@pytest.mark.usefixtures("quick")
 def test_markdown_is_whole(tmp_path):
     sweep = sweeps.write_sweep(tmp_path, frozen=["shared-weight1.0-seed1"])
     commands.report([sweep], sweep)
     text = (sweep / "tables" / "cascade.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
-    assert len(lines) == 2 + 1 + 9
+    # The teacher, the references, and the best of each way.
+    assert len(lines) == 2 + 1 + len(sweeps.REFERENCES) + 3
     assert "Left out, because their loss stopped being finite: shared-weight1.0-seed1" in text
     assert "(step 700)" in text
     assert "excludes 0" in text
 
 
-def test_one_seed_has_no_intervals(tmp_path):
-    sentence, page = report(sweeps.write_sweep(tmp_path, seeds=(0,)))
-    assert "one repeat" in sentence
+@pytest.mark.usefixtures("quick")
+def test_one_seed_without_its_requests_has_no_intervals(tmp_path):
+    sweeps.write_sweep(tmp_path, seeds=(0,), without=sweeps.OF_REQUESTS)
+    sentence, page = report(tmp_path)
+    assert "too little data to say anything of chance" in sentence
     assert "±" not in (tmp_path / "tables" / "cascade.tex").read_text().replace("± is half", "")
     assert '<span class="error">' not in page
     assert "<strong>" not in page
 
 
+@pytest.mark.usefixtures("quick")
 def test_only_mode_none(tmp_path):
     sentence, page = report(sweeps.write_sweep(tmp_path, modes=("none",)))
-    assert "no measured student that distils" in sentence
+    assert "no measured student of a mode that distils" in sentence
     assert not (tmp_path / "tables" / "cascade-difference.md").exists()
     assert "not measured" in page
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_single_run_has_one_member_without_a_name(tmp_path):
     sweeps.write_sweep(tmp_path, modes=("shared",), weights=(1.0,), seeds=(0,))
     sweeps.change(tmp_path, lambda frame: frame[frame["role"] == "student"].assign(member=None))
+    for name in sweeps.OF_REQUESTS:
+        (tmp_path / name).unlink()
     for name in ("curves.csv", "calibration.csv"):
         frame = pd.read_csv(tmp_path / name)
         frame.assign(member=None).to_csv(tmp_path / name, index=False)
@@ -130,17 +153,21 @@ def test_a_single_run_has_one_member_without_a_name(tmp_path):
     sentence, page = report(tmp_path)
     assert "no measured student of mode none" in sentence
     assert "run a sweep" in sentence
-    assert "Left out" not in page
+    # What each request adds is kept of sweeps alone, which know the teacher as well.
+    assert page.count("Left out") == 3
     assert (tmp_path / "figures" / "cascade-training.svg").exists()
 
 
+@pytest.mark.usefixtures("quick")
 def test_results_alone_are_reported_without_their_figures(tmp_path):
     without = ("curves.csv", "calibration.csv", "cohorts/0/metrics.jsonl", "environment.json")
-    _, page = report(sweeps.write_sweep(tmp_path, without=without))
-    assert page.count("Left out:") == 4
+    _, page = report(sweeps.write_sweep(tmp_path, without=(*without, *sweeps.OF_REQUESTS)))
+    # All but user against teacher BCE.
+    assert page.count("Left out:") == 5
     assert "holds no environment.json" in page
 
 
+@pytest.mark.usefixtures("quick")
 def test_members_that_are_all_frozen(tmp_path):
     names = [f"{mode}-seed0" for mode in ("none-weight0.0", "shared-weight1.0")]
     sweeps.write_sweep(tmp_path, modes=("none", "shared"), weights=(1.0, 3.0), seeds=(0, 1))
@@ -156,6 +183,7 @@ def test_members_that_are_all_frozen(tmp_path):
         assert f"{name} (step 9)" in page
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_frozen_member_takes_its_repeat_out_of_the_pairs(tmp_path):
     _, page = report(sweeps.write_sweep(tmp_path, frozen=["none-weight0.0-seed1"]))
     assert "none-weight0.0-seed1 (step 700)" in page
@@ -165,6 +193,7 @@ def test_a_frozen_member_takes_its_repeat_out_of_the_pairs(tmp_path):
     assert set(compared["n"]) == {3}
 
 
+@pytest.mark.usefixtures("quick")
 def test_cells_that_are_not_known_are_empty(tmp_path):
     sweeps.change(
         sweeps.write_sweep(tmp_path),
@@ -176,20 +205,23 @@ def test_cells_that_are_not_known_are_empty(tmp_path):
     assert not re.search(r">\s*nan\b", page, re.IGNORECASE)
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_dataset_without_true_values(tmp_path):
     sentence, _ = report(sweeps.write_sweep(tmp_path, "movielens_100k", true_values=False))
     assert sentence.startswith("movielens_100k: ")
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_saving_that_is_not_there_is_not_told(tmp_path):
     sentence, _ = report(sweeps.write_sweep(tmp_path, gain=-0.3))
-    assert "no distilled student" in sentence
+    assert "distillation saves nothing here" in sentence
 
 
 @pytest.mark.slow
 def test_the_entry_point_prints_the_answers_and_the_page(tmp_path):
-    one = sweeps.write_sweep(tmp_path / "one")
-    two = sweeps.write_sweep(tmp_path / "two", dataset="movielens_100k")
+    small_sweep = {"weights": (1.0,), "without": sweeps.OF_REQUESTS}
+    one = sweeps.write_sweep(tmp_path / "one", **small_sweep)
+    two = sweeps.write_sweep(tmp_path / "two", dataset="movielens_100k", **small_sweep)
     output = tmp_path / "output"
     finished = small.run("-m", "experiments.report", f"--workdir={output}", str(one), str(two))
     assert finished.returncode == 0, finished.stderr
@@ -200,6 +232,14 @@ def test_the_entry_point_prints_the_answers_and_the_page(tmp_path):
     alone = small.run("-m", "experiments.report", f"--workdir={one}")
     assert alone.returncode == 0, alone.stderr
     assert (one / "report.html").exists()
+
+
+def test_results_of_an_older_release_are_one_line(tmp_path):
+    sweeps.change(sweeps.write_sweep(tmp_path), lambda frame: frame.drop(columns="split"))
+    with pytest.raises(UserError, match="of an older release; run the sweep anew") as caught:
+        commands.report([tmp_path], tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "report.html").exists()
 
 
 @pytest.mark.slow
