@@ -110,12 +110,16 @@ def test_a_command_returns_its_rows_of_the_test(world, trained, tmp_path, comman
         config = world.config(teacher__workdir="")
     workdir = copy_of(own, tmp_path)
     (row,) = getattr(commands, command)(config, workdir)
-    validation, test = table(workdir).to_dict("records")
+    of_all = table(workdir)
+    # A teacher is measured beside the references.
+    assert set(of_all["role"]) == ({"student"} if command == "train" else {"teacher", "reference"})
+    validation, test = of_all[of_all["role"] != "reference"].to_dict("records")
     assert (validation["split"], test["split"], row["split"]) == ("validation", "test", "test")
     assert row["user_bce/watch"] == pytest.approx(test["user_bce/watch"], rel=1e-6)
     # What each request adds is kept of the test, by the member.
-    (who,) = kept.read(workdir).each
-    assert who == (row["member"], "user")
+    own, *others = kept.read(workdir).each
+    assert own == (row["member"], "user")
+    assert len(others) == (of_all["role"] == "reference").sum() / 2
 
 
 def test_a_finished_run_is_left_as_it_is(world, trained, tmp_path):

@@ -126,9 +126,13 @@ def test_a_row_has_the_probability_of_its_candidate_in_the_copy(tmp_path, by_req
     copy = teachers.dataset_of(config, VERSION)
     for split in SPLITS:
         for request in read_requests(copy, split):
+            reached = {
+                "shown": len(request.user_label),
+                "passed": request.num_passed,
+                "retrieved": len(request.item_id),
+            }
             # What models are measured on is scored whole.
-            everywhere = split != "train" or stage == "retrieved"
-            number = len(request.item_id) if everywhere else request.num_passed
+            number = reached[stage if split == "train" else "retrieved"]
             assert len(request.teacher_probability) == number
     assert len(found) > 100
     assert unscored > 10
