@@ -607,8 +607,7 @@ def numbers(metric: Metric, ended: Any, report_at: ReportAt) -> Float[np.ndarray
     """
     array = np.asarray(ended, np.float64)
     if "target" in metric.per:
-        found = [funnel.passed_for(array, target) for target in report_at.targets]
-        return np.reshape(found, (len(found), *array.shape[1:]))
+        return np.array([funnel.passed_for(array, target) for target in report_at.targets])
     if "k" in metric.per:
         array = array[[min(k, len(array)) - 1 for k in report_at.ks]]
     return array.reshape(-1, *array.shape[len(metric.per) :])

@@ -25,7 +25,7 @@ def test_members_settings_and_repeats(tmp_path):
     assert len(study.teachers) == 1
     assert list(study.references["member"]) == list(sweeps.REFERENCES)
     assert study.varying == []
-    assert study.missing == {"curves": [], "calibration": [], "losses": [], "requests": []}
+    assert study.missing == {"calibration": [], "losses": [], "requests": []}
     # The line that was cut short is not read.
     assert study.losses["step"].max() == 1500
 
@@ -235,7 +235,6 @@ def test_a_teachers_workdir_is_no_sweep(tmp_path):
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("curves.csv", "curves"),
         ("calibration.csv", "calibration"),
         ("cohorts/0/metrics.jsonl", "losses"),
         ("cohorts/0/test/requests.parquet", "requests"),
