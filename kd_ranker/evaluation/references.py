@@ -80,7 +80,7 @@ def train_statistics(dataset: Dataset, value_weights: Sequence[float], seed: int
         np.add.at(of_teacher, item_id, value[known])
     value = _share(of_teacher, judged) if judged.any() else _share(of_labels, shown)
     return Statistics(
-        shown=jnp.asarray(_share(shown, shown.max()), jnp.float32),
+        shown=jnp.asarray(_share(shown, shown.max(keepdims=True)), jnp.float32),
         value=jnp.asarray(value, jnp.float32),
         seed=jnp.int32(seed),
     )
