@@ -37,7 +37,7 @@ def answer(study: Study, estimates: Estimates) -> Answer:
         )
     gap = estimates.gap(chosen, undistilled, CRITERION)
     sentence = f"{_saving(estimates, chosen, undistilled, gap)} {_users(study, estimates, chosen)}"
-    return Answer(f"{study.dataset}: {sentence}", _caveats(study, estimates, gap))
+    return Answer(f"{study.dataset}: {sentence}", _caveats(study, gap))
 
 
 def _saving(estimates: Estimates, chosen: str, undistilled: str, gap: Interval) -> str:
@@ -61,7 +61,7 @@ def _saving(estimates: Estimates, chosen: str, undistilled: str, gap: Interval) 
     if math.isnan(gap.low):
         return f"{finding}; that is too little data to say anything of chance."
     if gap.high >= 0:
-        return f"a saving is not shown: {finding}, and the interval includes none."
+        return f"a saving is not shown: {finding}, and the interval includes 0."
     saving = estimates.of(chosen, "funnel_cost_saving")
     if math.isnan(saving.mean):
         return f"{finding}."
@@ -86,7 +86,7 @@ def _users(study: Study, estimates: Estimates, chosen: str) -> str:
     return f"By what users would have: {'; '.join(changes)}."
 
 
-def _caveats(study: Study, estimates: Estimates, gap: Interval) -> list[str]:
+def _caveats(study: Study, gap: Interval) -> list[str]:
     settings = study.rows["setting"].nunique()
     ways = len(study.chosen)
     covered = {

@@ -62,7 +62,7 @@ def claims(study: Study, estimates: Estimates) -> pd.DataFrame:
     """Every claim on one study: `COLUMNS`, one row a number."""
     tests: list[Callable[[Study, Estimates], list[Line]]] = [
         misaligned, closer, shared_closer, serving_cost,
-        survival, fewer_passed, users_keep, sources,
+        survival, fewer_passed, users_keep, fewer_by_way,
     ]  # fmt: skip
     lines = [line for test in tests for line in test(study, estimates)]
     frame = pd.DataFrame(lines, columns=list(COLUMNS))
@@ -212,7 +212,7 @@ def users_keep(study: Study, estimates: Estimates) -> list[Line]:
     return lines
 
 
-def sources(study: Study, estimates: Estimates) -> list[Line]:
+def fewer_by_way(study: Study, estimates: Estimates) -> list[Line]:
     """(g) The ways in which distillation lets fewer candidates be passed: by loss, by regime.
 
     The number is the paired difference of `passed_for_99` to the baseline, of each way's best.

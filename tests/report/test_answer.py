@@ -69,7 +69,7 @@ def test_where_requests_were_kept_the_answer_says_that_intervals_cover_them(tmp_
 def test_an_interval_that_includes_0_shows_no_saving(tmp_path):
     given = answered(tmp_path, {("none", 0.0): [400, 420], ("shared", 1.0): [300, 410]})
     assert given.sentence.startswith("d: a saving is not shown: with “shared, weight 1”")
-    assert "and the interval includes none." in given.sentence
+    assert "and the interval includes 0." in given.sentence
     assert "saves" not in given.sentence
 
 
