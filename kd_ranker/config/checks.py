@@ -116,6 +116,11 @@ def _check_axes(config: ConfigDict) -> None:
             raise UserError(f"{axis} is empty; give it at least one value")
         if len(set(values)) < len(values):
             raise UserError(f"{axis}={tuple(values)} names a value twice")
+    if config.sweep.whole_repeats and config.sweep.axes.batch.seed:
+        raise UserError(
+            "sweep.whole_repeats orders the data by sweep.seeds, so sweep.axes.batch.seed has "
+            "nothing to vary; leave one out"
+        )
     if config.sweep.axes.optimizer.learning_rate and not config.optimizer.learning_rate:
         raise UserError(
             "sweep.axes.optimizer.learning_rate scales the tables' rate along, and "

@@ -26,6 +26,8 @@ REPEAT = tuple(key.column for key in schema.repeat_keys())
 KEYS = ("dataset", "split", "role", *_ALWAYS, "serve", *REPEAT, "step")
 # What makes a setting, in the order in which tables show it; see `setting_columns`.
 SETTING = tuple(dict.fromkeys(("mode", "serve", "distill_weight", *_ALWAYS)))
+# What tells rows of one table apart. The teacher and the references are in those of every run.
+_UNIQUE = ("split", "member", "serve", *REPEAT, "k", "task", "bin")
 CALIBRATION_COLUMNS = ("member", "serve", "task", "bin", "weight", "predicted", "observed")
 
 
@@ -155,7 +157,7 @@ def _text(frame: pd.DataFrame) -> str:
 
 
 def read_joined(folders: Sequence[Path], members: Mapping[str, ConfigDict]) -> pd.DataFrame:
-    """The `results.csv` of several runs under one teacher as one table, see `join`."""
+    """The `results.csv` of several runs as one table, see `join`."""
     return read_csv(io.StringIO(_text(_with_own_values(_joined(FILE, folders), members))))
 
 
@@ -165,10 +167,11 @@ def join(
     retrieved: int,
     members: Mapping[str, ConfigDict],
 ) -> dict[str, str]:
-    """The tables of several runs under one teacher as one: file name -> text.
+    """The tables of several runs as one: file name -> text.
 
-    The teacher, which every run has measured, is kept once a split. `funnel_cost_saving` is filled
-    in, and what was not swept when a run was measured; everything else is as it was written.
+    A teacher, which every run under it has measured, is kept once a split; of several teachers, the
+    curves and the calibration are those of the first. `funnel_cost_saving` is filled in, and what
+    was not swept when a run was measured; everything else is as it was written.
 
     Args:
       validation: folders of the runs, with all members as validation has them.
@@ -199,8 +202,9 @@ def _with_own_values(joined: pd.DataFrame, members: Mapping[str, ConfigDict]) ->
 def _joined(file: str, folders: Sequence[Path]) -> pd.DataFrame:
     # As text: a number that is read and written again need not be the same text.
     frames = [pd.read_csv(folder / file, dtype=str, keep_default_na=False) for folder in folders]
-    students = (frame[frame["member"] != TEACHER] for frame in frames[1:])
-    return pd.concat([frames[0], *students], ignore_index=True)
+    joined = pd.concat(frames, ignore_index=True)
+    key = [column for column in _UNIQUE if column in joined]
+    return joined.drop_duplicates(key, ignore_index=True)
 
 
 def read_csv(path: Path | io.StringIO) -> pd.DataFrame:

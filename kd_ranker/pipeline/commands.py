@@ -37,7 +37,7 @@ from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.sources.logs.guess.first_config import FirstConfig, write_first_config
 from kd_ranker.sources.logs.write_back import Scored
 from kd_ranker.sources.registry import SOURCES
-from kd_ranker.sweep.members import common
+from kd_ranker.sweep.members import common, repeats
 from kd_ranker.sweep.memory import cohort_size
 from kd_ranker.sweep.sweep import TEST, Cohort, is_measured, mark_measured, open_sweep
 from kd_ranker.training import workdir as workdirs
@@ -209,30 +209,35 @@ def _sweep(config: ConfigDict, workdir: Path) -> bool:
     sweep = open_sweep(config, workdir)
     if sweep.is_complete():
         return False
-    teacher, dataset = teachers.teacher_and_dataset(config)
+    open_teacher = teachers.opener(config)
+    _, dataset = open_teacher(next(iter(sweep.members.values())))
     teachers.check_losses(config, dataset, sweep.members.values())
     size = cohort_size(config, sweep.members.values(), dataset.spec)
     # A workdir with cohorts has a config; that of an extension counts once its cohorts are known.
     if not sweep.plan:
         workdirs.write_config(workdir, "sweep", config)
-    sweep = sweep.planned(size, teacher.version if teacher else "")
+    sweep = sweep.planned(size, lambda member: teachers.version_of(open_teacher(member)[0]))
     workdirs.write_config(workdir, "sweep", config)
     shared = [common(cohort) for cohort in sweep.cohorts]
     with runs.progress_bar(workdir.name, sum(each.train.steps for each in shared)) as bar:
         for cohort, folder, each in zip(sweep.cohorts, sweep.folders, shared, strict=True):
-            _train_cohort(each, dataset, teacher, cohort, folder, bar)
+            _train_cohort(each, *open_teacher(each), cohort, folder, bar)
     chosen = results.chosen(sweep.validation())
     tested = sweep.with_any(chosen)
-    for cohort, folder, each in zip(sweep.cohorts, sweep.folders, shared, strict=True):
+    referred: set[str] = set()
+    for index, (cohort, folder) in enumerate(zip(sweep.cohorts, sweep.folders, strict=True)):
         if folder in tested:
-            with_references = folder == tested[0]
-            _test_cohort(each, dataset, teacher, cohort, folder, chosen, with_references)
+            # Once a teacher, since it is the final ranker of theirs as well.
+            with_references = sweep.teachers[index] not in referred
+            referred.add(sweep.teachers[index])
+            each = shared[index]
+            _test_cohort(each, *open_teacher(each), cohort, folder, chosen, with_references)
     sweep.join(config.funnel.retrieved, tested)
     return True
 
 
 def _train_cohort(
-    config: ConfigDict, dataset: Dataset, teacher: Teacher | None, cohort: Cohort, folder: Path,
+    config: ConfigDict, teacher: Teacher | None, dataset: Dataset, cohort: Cohort, folder: Path,
     bar: tqdm,
 ) -> None:  # fmt: skip
     """Trains the members of a cohort and measures them on validation, if that is not done."""
@@ -247,7 +252,7 @@ def _train_cohort(
 
 
 def _test_cohort(
-    config: ConfigDict, dataset: Dataset, teacher: Teacher | None, cohort: Cohort, folder: Path,
+    config: ConfigDict, teacher: Teacher | None, dataset: Dataset, cohort: Cohort, folder: Path,
     chosen: Mapping[str, Collection[str]], with_references: bool,
 ) -> None:  # fmt: skip
     """Measures the members of a cohort that validation chose on the test split, if not done."""
@@ -329,7 +334,7 @@ def run(config: ConfigDict, workdir: Path, say: Callable[[str], None] = lambda _
 
     Args:
       config: that of the sweep. Where a teacher is trained, it is in `teacher.workdir`, or if that
-        is empty below `workdir`.
+        is empty below `workdir`; with `sweep.whole_repeats` there is one for each seed.
       workdir: the folder to write below.
       say: is told the name of each step as it begins.
     """
@@ -342,11 +347,12 @@ def run(config: ConfigDict, workdir: Path, say: Callable[[str], None] = lambda _
     if not logged or config.teacher.workdir:
         teacher = Path(config.teacher.workdir or workdir / "teacher")
         config.teacher.workdir = str(teacher)
-        say("train_teacher")
-        train_teacher(config, teacher)
-        if logged:
-            say("log_teacher")
-            log_teacher(config)
+        for repeat in repeats(config):
+            say("train_teacher")
+            train_teacher(repeat, Path(repeat.teacher.workdir))
+            if logged:
+                say("log_teacher")
+                log_teacher(repeat)
     say("sweep")
     sweep(config, students)
     say("report")

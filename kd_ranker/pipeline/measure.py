@@ -182,7 +182,8 @@ def measure(
                 summed = select_member(of_group[serve], index)
                 _add(measured, config, dataset, row, summed, of_teacher, teacher.signal)
     for name in REFERENCES if statistics is not None else ():
-        row, summed = _reference_row(config, split, name), select_member(of_groups[-1][name], 0)
+        row = _reference_row(config, split, name, teacher)
+        summed = select_member(of_groups[-1][name], 0)
         _add(measured, config, dataset, row, summed, of_teacher, teacher.signal)
     return measured
 
@@ -254,12 +255,14 @@ def _teacher_row(config: ConfigDict, split: str, teacher: Reference) -> Row:
     }
 
 
-def _reference_row(config: ConfigDict, split: str, name: str) -> Row:
+def _reference_row(config: ConfigDict, split: str, name: str, teacher: Reference) -> Row:
+    """The part of a reference's row that says which it is, and under which teacher."""
     return {
         "dataset": config.data.name,
         "split": split,
         "role": "reference",
         "serve": "user",
+        "seed": teacher.seed,
         "member": name,
     }
 

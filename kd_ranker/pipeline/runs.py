@@ -21,7 +21,7 @@ from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.evaluation.results import Row
 from kd_ranker.pipeline.measure import Students, measure, own_reference, reference
-from kd_ranker.pipeline.teachers import Teacher
+from kd_ranker.pipeline.teachers import Teacher, version_of
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
@@ -163,8 +163,7 @@ def students_identity(
     members: Mapping[str, ConfigDict], dataset: Dataset, teacher: Teacher | None
 ) -> Identity:
     """The identity of what `fit_students` trains."""
-    version = teacher.version if teacher else ""
-    return identity.of_students(members, dataset.identity, version)
+    return identity.of_students(members, dataset.identity, version_of(teacher))
 
 
 def _progress_of_students(

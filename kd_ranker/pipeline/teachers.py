@@ -1,7 +1,8 @@
 """The datasets and the trained teachers that the other commands ask for."""
 
+import functools
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +50,11 @@ class Teacher(NamedTuple):
     step: int
 
 
+def version_of(teacher: Teacher | None) -> str:
+    """The version of a teacher; "" where the dataset's own logs stand in for one."""
+    return teacher.version if teacher else ""
+
+
 def dataset_of(config: ConfigDict, teacher_version: str = "") -> Dataset:
     """The config's dataset, or the copy that a teacher has scored.
 
@@ -83,6 +89,21 @@ def teacher_and_dataset(config: ConfigDict) -> tuple[Teacher | None, Dataset]:
             f"and make them with: {LOG_TEACHER}"
         )
     return None, dataset
+
+
+def opener(config: ConfigDict) -> Callable[[ConfigDict], tuple[Teacher | None, Dataset]]:
+    """The function from a config in which `teacher.workdir` may differ to `teacher_and_dataset`.
+
+    What it opened last stays open, so those of one teacher should follow each other.
+    """
+
+    @functools.lru_cache(maxsize=1)
+    def of_workdir(workdir: str) -> tuple[Teacher | None, Dataset]:
+        own = config.copy_and_resolve_references()
+        own.teacher.workdir = workdir
+        return teacher_and_dataset(own)
+
+    return lambda other: of_workdir(other.teacher.workdir)
 
 
 def check_losses(config: ConfigDict, dataset: Dataset, members: Iterable[ConfigDict]) -> None:

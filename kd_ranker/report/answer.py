@@ -98,9 +98,13 @@ def _caveats(study: Study, gap: Interval) -> list[str]:
     return [
         f"{settings} settings of {ways} ways were compared on validation; the best of each way was "
         "then read on the test.",
-        f"Intervals cover {covered}; one teacher, and one order of the data unless several were "
-        "reported.",
+        f"Intervals cover {covered}; the repeats have {_several(len(study.teachers), 'teacher')} "
+        f"and {_several(study.tested['data_seed'].nunique(), 'order')} of the data.",
     ]
+
+
+def _several(number: int, of: str) -> str:
+    return f"{number} {of}s" if number > 1 else f"one {of}"
 
 
 def _in_brackets(gap: Interval, word: str) -> str:

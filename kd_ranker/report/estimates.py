@@ -152,7 +152,7 @@ class Estimates:
         """By setting and repeat, without those of which no requests were kept."""
         study, points = self.study, _points(self.study)
         found = {}
-        for source, kept in study.kept.items():
+        for source, kept in study.kept:
             rows = study.tested[study.tested["source"] == source]
             teacher = kept.each[TEACHER, "user"]
             counts = request_counts(len(teacher.alone["funnel_requests"]), DRAWS)

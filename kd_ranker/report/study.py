@@ -54,8 +54,8 @@ class Study(NamedTuple):
       configs: the text of each sweep's config by its folder.
       environments: what each sweep ran with by its folder; one that was not recorded is missing.
       missing: for a kind of file, which folders do not hold it.
-      kept: what each test request adds to the measures, by source and then by member and serve
-        name; without the sources that do not have it.
+      kept: what each test request adds to the measures, by member and serve name, a source and a
+        cohort each, since cohorts may differ in the teacher; without the sources that lack it.
     """
 
     dataset: str
@@ -75,7 +75,7 @@ class Study(NamedTuple):
     configs: dict[str, str]
     environments: dict[str, dict]
     missing: dict[str, list[str]]
-    kept: dict[int, Kept]
+    kept: list[tuple[int, Kept]]
 
 
 def read_studies(workdirs: Sequence[Path]) -> list[Study]:
@@ -176,18 +176,15 @@ def _chosen(students: pd.DataFrame) -> dict[str, str]:
     return best_of_ways(students[students["setting"].isin(tested)])
 
 
-def _kept(workdirs: Sequence[Path]) -> tuple[dict[int, Kept], list[str]]:
-    """The sums of each test request by source, cohorts joined; and which folders lack them."""
-    of_sources, missing = {}, []
+def _kept(workdirs: Sequence[Path]) -> tuple[list[tuple[int, Kept]], list[str]]:
+    """The sums of each test request, a source and a cohort each; and which folders lack them."""
+    there, missing = [], []
     for source, workdir in enumerate(workdirs):
         files = sorted(workdir.glob(f"{FOLDER}/*/{TEST}/{kept.FILE}"))
-        parts = [kept.read(file.parent) for file in files]
-        if parts:
-            each = {who: of for part in reversed(parts) for who, of in part.each.items()}
-            of_sources[source] = Kept(parts[0].ks, each)
-        else:
+        there += [(source, kept.read(file.parent)) for file in files]
+        if not files:
             missing.append(f"{workdir} holds no {kept.FILE}")
-    return of_sources, missing
+    return there, missing
 
 
 def _read_results(workdir: Path) -> pd.DataFrame:

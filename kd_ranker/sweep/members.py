@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -18,6 +19,8 @@ def sweep_members(config: ConfigDict) -> dict[str, ConfigDict]:
     that a sweep may vary. One without values takes the config's own. A mode without a distillation
     loss has nothing to weigh, so it occurs once for all that is swept of `distill`. Where the
     learning rate is swept and the tables' is not, that keeps its ratio to it.
+
+    With `sweep.whole_repeats` each has the config of its `whole_repeat`.
 
     A name says the mode, the weight and the seed, and of the rest what differs from the config's
     own, so that a sweep that grows keeps the names of those it has.
@@ -60,7 +63,28 @@ def _member(config: ConfigDict, chosen: dict[str, Any]) -> ConfigDict:
     own, rate = config.optimizer.learning_rate, member.optimizer.learning_rate
     if rate != own and "optimizer.table_learning_rate" not in chosen:
         member.optimizer.table_learning_rate *= rate / own
-    return member
+    return whole_repeat(member, member.seed) if config.sweep.whole_repeats else member
+
+
+def repeats(config: ConfigDict) -> list[ConfigDict]:
+    """The configs of the teachers that a sweep asks for: one, or one a whole repeat."""
+    if not config.sweep.whole_repeats:
+        return [config]
+    return [whole_repeat(config, seed) for seed in config.sweep.seeds or (config.seed,)]
+
+
+def whole_repeat(config: ConfigDict, seed: int) -> ConfigDict:
+    """The config of a repeat in which all that is random in training is drawn anew.
+
+    That is the initialisation, the order of the data with the draws of candidates, and the
+    teacher, if one is trained here: it lies below `teacher.workdir`, in a folder named after the
+    seed. The dataset stays the same.
+    """
+    repeat = config.copy_and_resolve_references()
+    repeat.seed = repeat.batch.seed = repeat.teacher.batch.seed = seed
+    if repeat.teacher.workdir:
+        repeat.teacher.workdir = str(Path(repeat.teacher.workdir) / f"seed{seed}")
+    return repeat
 
 
 def _name(config: ConfigDict, member: ConfigDict, swept: Iterable[Key]) -> str:

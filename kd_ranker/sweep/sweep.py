@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -40,13 +40,13 @@ class Sweep:
       members: the configs of all its members, by name.
       plan: the names of each cohort's members, in the order of training; a sweep that was not
         begun, or that is to grow, lacks some.
-      teacher: the version of the teacher that it was begun with; None before.
+      teachers: the version of the teacher of each cohort of the plan.
     """
 
     workdir: Path
     members: Mapping[str, ConfigDict]
     plan: Sequence[Sequence[str]]
-    teacher: str | None
+    teachers: Sequence[str]
 
     @property
     def cohorts(self) -> list[Cohort]:
@@ -62,27 +62,29 @@ class Sweep:
         """True if all members are trained and measured, and their results joined."""
         return not self._unplaced() and is_measured(self.workdir, self._identity())
 
-    def planned(self, size: int, teacher: str) -> "Sweep":
+    def planned(self, size: int, version: Callable[[ConfigDict], str]) -> "Sweep":
         """The sweep with a place in a cohort for every member, written to its workdir.
 
         The cohorts that are there stay as they are.
 
         Args:
           size: the most members of a cohort, at least 1.
-          teacher: the version of the teacher; "" for the dataset's own logs.
+          version: of the teacher of a member; "" for the dataset's own logs.
 
         Raises:
-          UserError: the sweep was begun with another teacher.
+          UserError: a cohort was begun with another teacher.
         """
-        if self.teacher not in (None, teacher):
-            raise UserError(
-                f"{self.workdir} holds a sweep under the teacher {self.teacher or 'of the logs'}, "
-                f"and now it is {teacher or 'that of the logs'}; use another --workdir"
-            )
         plan = [*self.plan, *_new_cohorts(self._unplaced(), size)]
-        content = {"teacher": teacher, "cohorts": plan}
+        teachers = [version(self.members[names[0]]) for names in plan]
+        for begun, now in zip(self.teachers, teachers, strict=False):
+            if begun != now:
+                raise UserError(
+                    f"{self.workdir} holds a sweep under the teacher {begun or 'of the logs'}, "
+                    f"and now it is {now or 'that of the logs'}; use another --workdir"
+                )
+        content = {"teachers": teachers, "cohorts": plan}
         write_atomically(self.workdir / FILE, json.dumps(content, indent=2))
-        return dataclasses.replace(self, plan=plan, teacher=teacher)
+        return dataclasses.replace(self, plan=plan, teachers=teachers)
 
     def with_any(self, names: Collection[str]) -> list[Path]:
         """The folders of the cohorts with any of these members; the first one if none has."""
@@ -125,23 +127,23 @@ def open_sweep(config: ConfigDict, workdir: Path) -> Sweep:
         does not name.
     """
     members = sweep_members(config)
-    teacher, plan = _read_plan(workdir)
+    teachers, plan = _read_plan(workdir)
     missing = [name for name in itertools.chain.from_iterable(plan) if name not in members]
     if missing:
         raise UserError(
             f"{workdir} holds a sweep with {missing[0]}, which config.sweep does not name; "
             "sweep.extend adds members, so name those that are there as well"
         )
-    return Sweep(workdir, members, plan, teacher)
+    return Sweep(workdir, members, plan, teachers)
 
 
-def _read_plan(workdir: Path) -> tuple[str | None, list[list[str]]]:
-    """The teacher's version and the cohorts of a sweep that was begun; None and no cohorts else."""
+def _read_plan(workdir: Path) -> tuple[list[str], list[list[str]]]:
+    """The teachers' versions and the cohorts of a sweep; none of one that was not begun."""
     path, folder = workdir / FILE, workdir / FOLDER
     if path.exists():
         try:
             plan = json.loads(path.read_text())
-            return plan["teacher"], plan["cohorts"]
+            return plan["teachers"], plan["cohorts"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged: {error}; use another --workdir") from error
     if folder.exists():
@@ -149,7 +151,7 @@ def _read_plan(workdir: Path) -> tuple[str | None, list[list[str]]]:
             f"{folder} holds students, and {FILE}, which says who they are, is gone; put that "
             f"back, use another --workdir, or remove {folder} to train anew"
         )
-    return None, []
+    return [], []
 
 
 def _new_cohorts(members: Cohort, size: int) -> list[list[str]]:

@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import pandas as pd
 import pytest
 
 from kd_ranker.batches.cutting import unpack
@@ -16,6 +17,8 @@ from kd_ranker.evaluation import kept, results
 from kd_ranker.evaluation.metrics import TARGET, ReportAt
 from kd_ranker.evaluation.references import REFERENCES
 from kd_ranker.pipeline import commands, measure, runs, scoring, teachers
+from kd_ranker.report.estimates import Estimates
+from kd_ranker.report.study import read_studies
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sweep.members import sweep_members
@@ -712,11 +715,42 @@ def test_orders_of_data_are_cohorts_that_pair_with_their_own_baseline(world, tmp
     assert len([*tmp_path.glob("cohorts/*/test")]) == 2
 
 
+def test_a_whole_repeat_has_a_teacher_and_an_order_of_its_own(world, tmp_path):
+    changes = {
+        "sweep__modes": ("none", "shared"), "sweep__seeds": (0, 2), "sweep__whole_repeats": True,
+        "teacher__workdir": "",
+    }  # fmt: skip
+    made = commands.run(world.config(**changes), tmp_path / "whole")
+    test, validation = (rows_of(made.students, split) for split in ("test", "validation"))
+    for students in (test, validation):
+        assert students["seed"].tolist() == students["data_seed"].tolist() == [0, 0, 2, 2]
+    # A repeat is that of its three seeds, set by hand.
+    alone = {"seed": 2, "batch__seed": 2, "teacher__batch__seed": 2}
+    teacher = tmp_path / "teacher"
+    commands.train_teacher(world.config(**alone), teacher)
+    by_hand = {**alone, "teacher__workdir": str(teacher), "sweep__modes": ("none", "shared")}
+    commands.sweep(world.config(**by_hand, sweep__seeds=(2,)), tmp_path / "alone")
+    for split, of_whole in (("validation", validation), ("test", test)):
+        of_seed = of_whole[of_whole["seed"] == 2].reset_index(drop=True)
+        expected = rows_of(tmp_path / "alone", split).reset_index(drop=True)
+        pd.testing.assert_frame_equal(of_seed, expected)
+    for role in ("teacher", "reference"):
+        rows = rows_of(made.students, "test", role)
+        expected = rows_of(tmp_path / "alone", "test", role).reset_index(drop=True)
+        assert set(rows["seed"]) == {0, 2}
+        pd.testing.assert_frame_equal(rows[rows["seed"] == 2].reset_index(drop=True), expected)
+    # Each is measured, and its requests are drawn anew, by its own teacher.
+    (study,) = read_studies([made.students])
+    estimates = Estimates(study)
+    for setting in study.chosen.values():
+        assert estimates.of(setting, "passed_for_99").covers == "both"
+
+
 def test_a_sweep_under_another_teacher_is_refused(world, swept, tmp_path):
     workdir = tmp_path / "other_teacher"
     shutil.copytree(swept, workdir)
     plan = json.loads((workdir / "cohorts.json").read_text())
-    (workdir / "cohorts.json").write_text(json.dumps(plan | {"teacher": "elsewhere"}))
+    (workdir / "cohorts.json").write_text(json.dumps(plan | {"teachers": ["elsewhere"]}))
     (workdir / results.FILE).unlink()
     fault = fault_of(commands.sweep, world.config(**SWEEP), workdir)
     assert "under the teacher elsewhere" in fault

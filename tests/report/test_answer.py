@@ -51,8 +51,8 @@ def test_a_saving_that_is_shown(tmp_path):
     assert given.caveats == [
         "4 settings of 3 ways were compared on validation; the best of each way was then read on "
         "the test.",
-        "Intervals cover 3 repeats, and not the test requests; one teacher, and one order of the "
-        "data unless several were reported.",
+        "Intervals cover 3 repeats, and not the test requests; the repeats have one teacher and "
+        "one order of the data.",
     ]
 
 

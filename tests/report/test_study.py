@@ -39,28 +39,30 @@ def test_what_was_chosen_is_read_on_the_test_split_alone(tmp_path):
     assert set(study.tested["split"]) == {"test"}
     assert set(study.teachers["split"]) == set(study.references["split"]) == {"test"}
     # Each request, of the teacher and of those.
-    (of_requests,) = study.kept.values()
+    ((_, of_requests),) = study.kept
     whose = set(zip(on_test["member"], on_test["serve"], strict=True))
     assert set(of_requests.each) == {*whose, ("teacher", "user")}
 
 
-def test_cohorts_are_joined(tmp_path):
-    """What each request adds, of members that stand in several folders, each with the teacher."""
+def test_what_requests_add_is_read_of_every_cohort_with_its_teacher(tmp_path):
     whole = sweeps.write_sweep(tmp_path / "whole")
     parts = sweeps.write_sweep(tmp_path / "parts", without=sweeps.OF_REQUESTS)
     of = kept.read(whole / "cohorts" / "0" / "test")
     names = [who for who in of.each if who[0] != "teacher"]
-    for cohort, share in enumerate((names[::2], names[1::2])):
-        each = {who: of.each[who] for who in (("teacher", "user"), *share)}
+    shares = [(("teacher", "user"), *share) for share in (names[::2], names[1::2])]
+    for cohort, share in enumerate(shares):
+        each = {who: of.each[who] for who in share}
         folder = parts / "cohorts" / str(2 * cohort) / "test"
         folder.mkdir(parents=True)
         for name, content in kept.files(of._replace(each=each), sweeps.TASKS).items():
             (folder / name).write_bytes(content)
-    expected, found = (read_studies([folder])[0].kept[0] for folder in (whole, parts))
-    np.testing.assert_array_equal(found.ks, expected.ks)
-    assert found.each.keys() == expected.each.keys()
-    for who in found.each:
-        jax.tree.map(np.testing.assert_array_equal, found.each[who], expected.each[who])
+    (study,) = read_studies([parts])
+    assert [source for source, _ in study.kept] == [0, 0]
+    for share, (_, found) in zip(shares, study.kept, strict=True):
+        np.testing.assert_array_equal(found.ks, of.ks)
+        assert tuple(found.each) == share
+        for who in share:
+            jax.tree.map(np.testing.assert_array_equal, found.each[who], of.each[who])
 
 
 def test_of_sweeps_that_chose_differently_the_validation_of_both_decides(tmp_path):

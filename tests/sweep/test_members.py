@@ -40,6 +40,12 @@ def test_data_seeds_repeat_the_whole_population():
     assert [member.batch.seed for member in members.values()] == [0, 0, 3, 3]
 
 
+def test_whole_repeats_leave_no_order_to_sweep():
+    config = config_of(whole_repeats=True, axes={"batch.seed": (0, 3)})
+    with pytest.raises(UserError, match=r"sweep\.axes\.batch\.seed has nothing to vary"):
+        checks.validate(config)
+
+
 def test_numbers_are_swept_and_the_tables_rate_keeps_its_ratio():
     config = config_of(
         modes=("none", "shared"),

@@ -19,12 +19,16 @@ def config_of(data_seeds=(), **sweep):
     return config
 
 
+def under(teacher):
+    return lambda member: teacher
+
+
 @given(size=st.integers(1, 12), seeds=st.integers(1, 3), data_seeds=st.integers(1, 3))
 def test_every_member_is_in_one_cohort_of_its_order_and_none_is_too_large(
     tmp_path_factory, size, seeds, data_seeds
 ):
     config = config_of(range(data_seeds), seeds=tuple(range(seeds)))
-    sweep = open_sweep(config, tmp_path_factory.mktemp("sweep")).planned(size, "")
+    sweep = open_sweep(config, tmp_path_factory.mktemp("sweep")).planned(size, under(""))
     assert sorted(name for cohort in sweep.plan for name in cohort) == sorted(sweep.members)
     for cohort in sweep.cohorts:
         assert len({member.batch.seed for member in cohort.values()}) == 1
@@ -40,21 +44,32 @@ def test_every_member_is_in_one_cohort_of_its_order_and_none_is_too_large(
 
 
 def test_what_is_added_leaves_the_cohorts_that_are_there_alone(tmp_path):
-    before = open_sweep(config_of(weights=(1.0,)), tmp_path).planned(2, "")
-    after = open_sweep(config_of(weights=(1.0, 3.0)), tmp_path).planned(8, "")
+    before = open_sweep(config_of(weights=(1.0,)), tmp_path).planned(2, under(""))
+    after = open_sweep(config_of(weights=(1.0, 3.0)), tmp_path).planned(8, under(""))
     assert after.plan[: len(before.plan)] == before.plan
     assert after.plan[len(before.plan) :] == [["aux-weight3.0-seed0", "shared-weight3.0-seed0"]]
 
 
 def test_a_plan_is_read_as_it_was_written_and_belongs_to_its_teacher(tmp_path):
     fresh = open_sweep(config_of(), tmp_path)
-    assert (fresh.plan, fresh.teacher, fresh.is_complete()) == ([], None, False)
-    planned = fresh.planned(2, "first")
+    assert (fresh.plan, fresh.teachers, fresh.is_complete()) == ([], [], False)
+    planned = fresh.planned(2, under("first"))
     again = open_sweep(config_of(), tmp_path)
     assert dataclasses.replace(again, members={}) == dataclasses.replace(planned, members={})
-    assert again.planned(5, "first").plan == planned.plan
+    assert again.planned(5, under("first")).plan == planned.plan
     with pytest.raises(UserError, match="under the teacher first, and now it is second"):
-        again.planned(2, "second")
+        again.planned(2, under("second"))
+
+
+def test_whole_repeats_are_cohorts_of_their_own_teachers(tmp_path):
+    config = config_of(seeds=(0, 7), whole_repeats=True)
+    config.teacher.workdir = "runs/teacher"
+    sweep = open_sweep(config, tmp_path).planned(9, lambda member: member.teacher.workdir)
+    assert sweep.teachers == ["runs/teacher/seed0", "runs/teacher/seed7"]
+    for seed, cohort in zip((0, 7), sweep.cohorts, strict=True):
+        assert len(cohort) == 3
+        assert {member.seed for member in cohort.values()} == {seed}
+        assert common(cohort).batch.seed == common(cohort).teacher.batch.seed == seed
 
 
 def test_what_a_cohort_has_in_common_lacks_the_keys_in_which_its_members_may_differ():
@@ -77,10 +92,10 @@ def test_what_a_cohort_has_in_common_lacks_the_keys_in_which_its_members_may_dif
 
 def test_an_axis_that_a_sweep_is_extended_by_is_known_of_those_that_it_had(tmp_path):
     """Else a setting would be two: one of the repeats before, and one of those after."""
-    open_sweep(config_of(modes=("shared",)), tmp_path).planned(8, "")
+    open_sweep(config_of(modes=("shared",)), tmp_path).planned(8, under(""))
     config = config_of(modes=("shared",), seeds=(0, 1))
     config.sweep.axes.distill.affine = (True, False)
-    sweep = open_sweep(config, tmp_path).planned(8, "")
+    sweep = open_sweep(config, tmp_path).planned(8, under(""))
     assert list(map(len, sweep.plan)) == [1, 3]
     passed = {True: 20.0, False: 30.0}
     told = {"split": "validation", "role": "student", "serve": "user", "non_finite_step": None}
