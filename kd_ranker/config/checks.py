@@ -32,6 +32,7 @@ def validate(config: ConfigDict) -> None:
     _check_distillation(config)
     _check_tasks(config)
     _check_funnel(config)
+    _check_costs(config)
     _check_devices(config)
 
 
@@ -205,6 +206,31 @@ def _check_funnel(config: ConfigDict) -> None:
     for k in funnel.report_at:
         if not 1 <= k <= funnel.retrieved:
             raise UserError(f"funnel.report_at holds {k}; give numbers in [1, {funnel.retrieved}]")
+
+
+def _check_costs(config: ConfigDict) -> None:
+    teacher, student = config.costs.teacher, config.costs.student
+    given = {
+        "costs.student.candidate": student.candidate,
+        "costs.student.request": student.request,
+        "costs.teacher.request": teacher.request,
+    }
+    for name, cost in given.items():
+        if cost and not teacher.candidate:
+            raise UserError(
+                f"{name}={cost} is in a unit of your own, and costs.teacher.candidate=0 takes "
+                "FLOPs; give that as well"
+            )
+    sizes = [
+        axis_of(key.name)
+        for key in sweepable()
+        if key.name.startswith("student.") and len(value_of(config, axis_of(key.name))) > 1
+    ]
+    if student.candidate and sizes:
+        raise UserError(
+            f"costs.student.candidate={student.candidate} is of one student, and {sizes[0]} has "
+            "several; leave it 0, which takes each one's FLOPs in the teacher's unit"
+        )
 
 
 def _check_devices(config: ConfigDict) -> None:

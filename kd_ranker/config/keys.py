@@ -207,6 +207,17 @@ _ALL = (
             NOT_NEGATIVE, influences="report"),
         influences="student",
     ),
+    section(
+        "costs",
+        Key("teacher.candidate", 0.0,
+            "of a candidate in a unit of your own, in what is saved; 0: FLOPs are the unit",
+            NOT_NEGATIVE),
+        Key("teacher.request", 0.0, "of a request, beside its candidates", NOT_NEGATIVE),
+        Key("student.candidate", 0.0,
+            "of a candidate; 0: as much less than the teacher's as its FLOPs are", NOT_NEGATIVE),
+        Key("student.request", 0.0, "of a request, beside its candidates", NOT_NEGATIVE),
+        influences="report",
+    ),
     _model(
         "teacher", "teacher", "no",
         Key("name", "final_ranker", "the architecture", TEACHERS),

@@ -1,11 +1,12 @@
-"""The cost of a model per candidate, and of a funnel per request, in FLOPs."""
+"""The cost of a model per candidate in FLOPs, and of a funnel per request in any unit."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
 
@@ -52,17 +53,73 @@ def heads_read(probability: Callable[[Float[Array, "R N heads"]], Array], heads:
     return int(jnp.isnan(probability(logits)).any(axis=(1, 2)).sum())
 
 
-def funnel_cost(
-    retrieved: float, passed: float, student_flops: float, teacher_flops: float
-) -> float:
-    """FLOPs of one request: retrieved · student FLOPs + passed · teacher FLOPs.
+class Costs(NamedTuple):
+    """Costs in a unit of the user's own; without that of a teacher's candidate, FLOPs are the unit.
 
-    `student_flops` and `teacher_flops` are per candidate. NaN if `passed` is.
+    Attributes:
+      student: of a candidate; 0: as much less than the teacher's as its FLOPs are.
+      student_request: of a request, beside its candidates.
+      teacher: of a candidate.
+      teacher_request: of a request, beside its candidates.
+    """
+
+    student: float = 0.0
+    student_request: float = 0.0
+    teacher: float = 0.0
+    teacher_request: float = 0.0
+
+    @property
+    def unit(self) -> str:
+        """The unit as the end of a sentence."""
+        return "in the units of costs" if self.teacher else "in FLOPs"
+
+
+FLOPS = Costs()
+"""The models' FLOPs are the costs."""
+
+
+def costs_of(config: ConfigDict) -> Costs:
+    """The costs that a config gives; `FLOPS` of a config of an older release, which has none."""
+    if "costs" not in config:
+        return FLOPS
+    student, teacher = config.costs.student, config.costs.teacher
+    return Costs(student.candidate, student.request, teacher.candidate, teacher.request)
+
+
+def funnel_cost(
+    retrieved: float,
+    passed: float,
+    student_flops: float,
+    teacher_flops: float,
+    costs: Costs = FLOPS,
+) -> float:
+    """The cost of one request: retrieved · student + passed · teacher, and what a request costs.
+
+    Args:
+      retrieved: candidates that the student ranks.
+      passed: candidates that the teacher ranks; the cost is NaN if this is.
+      student_flops: FLOPs a candidate.
+      teacher_flops: the same of the teacher.
+      costs: what takes the place of FLOPs.
 
     >>> funnel_cost(retrieved=2000, passed=200, student_flops=10.0, teacher_flops=200.0)
     60000.0
+    >>> funnel_cost(2000, 200, 10.0, 200.0, Costs(teacher=3.0, teacher_request=100.0))
+    1000.0
     """
-    return retrieved * student_flops + passed * teacher_flops
+    teacher = costs.teacher or teacher_flops
+    student = costs.student or student_flops * (teacher / teacher_flops)
+    of_requests = costs.student_request + costs.teacher_request
+    return of_requests + retrieved * student + passed * teacher
+
+
+def whole_cost(retrieved: float, teacher_flops: float, costs: Costs = FLOPS) -> float:
+    """The cost of one request whose retrieved candidates all reach the teacher, without a student.
+
+    >>> whole_cost(retrieved=2000, teacher_flops=200.0)
+    400000.0
+    """
+    return costs.teacher_request + retrieved * (costs.teacher or teacher_flops)
 
 
 def funnel_cost_saving(cost: float, baseline_cost: float) -> float:

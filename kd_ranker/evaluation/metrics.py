@@ -468,9 +468,9 @@ METRICS: dict[str, Metric] = {
         Metric(
             name="funnel_cost_saving",
             formula="1 − cost / cost of mode `none` in the same repeat, where cost = N · student "
-            "FLOPs + `passed_for_99` · teacher FLOPs; of several settings of mode `none`, the one "
-            "with the lowest mean `passed_for_99`; filled in for a whole sweep, empty where it has "
-            "no such student",
+            "FLOPs + `passed_for_99` · teacher FLOPs, or in the unit of `costs`; of several "
+            "settings of mode `none`, the one with the lowest mean `passed_for_99`; filled in for "
+            "a whole sweep, empty where it has no such student",
             title="saving",
             digits=3,
             better="higher",

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.config import schema
 from kd_ranker.evaluation import saving
+from kd_ranker.evaluation.cost import FLOPS, Costs
 from kd_ranker.evaluation.metrics import METRICS, ReportAt, curve_columns, result_columns
 from kd_ranker.training.recipes import terms_of
 from kd_ranker.training.state import Term
@@ -121,16 +122,19 @@ def chosen(frame: pd.DataFrame) -> dict[str, list[str]]:
     return {str(name): list(of["serve"]) for name, of in rows.groupby("member", sort=False)}
 
 
-def fill_savings(frame: pd.DataFrame, retrieved: int) -> pd.DataFrame:
+def fill_savings(frame: pd.DataFrame, retrieved: int, costs: Costs = FLOPS) -> pd.DataFrame:
     """Fills `funnel_cost_saving` in, see `saving.with_savings`.
 
     Args:
       frame: `results.csv` of one dataset, with the teacher; see `read_csv`.
       retrieved: `config.funnel.retrieved`.
+      costs: what takes the place of FLOPs.
     """
     teacher_flops = frame.loc[frame["role"] == "teacher", "flops_per_candidate"].iloc[0]
     students = with_labels(frame[frame["role"] == "student"])
-    saved = saving.with_savings(students, saving.baseline(students), teacher_flops, retrieved)
+    saved = saving.with_savings(
+        students, saving.baseline(students), teacher_flops, retrieved, costs
+    )
     return frame.assign(funnel_cost_saving=saved["funnel_cost_saving"])
 
 
@@ -166,6 +170,7 @@ def join(
     test: Sequence[Path],
     retrieved: int,
     members: Mapping[str, ConfigDict],
+    costs: Costs = FLOPS,
 ) -> dict[str, str]:
     """The tables of several runs as one: file name -> text.
 
@@ -178,11 +183,13 @@ def join(
       test: folders of those that validation chose, with them as the test has them.
       retrieved: `config.funnel.retrieved`.
       members: the configs of all members by name.
+      costs: what takes the place of FLOPs.
     """
     joined = pd.concat([_joined(FILE, validation), _joined(FILE, test)], ignore_index=True)
     joined = _with_own_values(joined, members)
-    savings = fill_savings(read_csv(io.StringIO(_text(joined))), retrieved)["funnel_cost_saving"]
-    joined = joined.assign(funnel_cost_saving=savings.map(_cell, na_action="ignore"))
+    filled = fill_savings(read_csv(io.StringIO(_text(joined))), retrieved, costs)
+    savings = filled["funnel_cost_saving"].map(_cell, na_action="ignore")
+    joined = joined.assign(funnel_cost_saving=savings)
     curves = {file: _text(_joined(file, test)) for file in (CURVES_FILE, CALIBRATION_FILE)}
     return {**curves, FILE: _text(joined)}
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from kd_ranker.evaluation.cost import funnel_cost, funnel_cost_saving
+from kd_ranker.evaluation.cost import FLOPS, Costs, funnel_cost, funnel_cost_saving
 
 # By which settings are chosen: the smaller mean over repeats.
 CRITERION = "passed_for_99"
@@ -85,31 +85,37 @@ def baseline(rows: pd.DataFrame) -> str | None:
 
 
 def with_savings(
-    students: pd.DataFrame, undistilled: str | None, teacher_flops: float, retrieved: int
+    students: pd.DataFrame,
+    undistilled: str | None,
+    teacher_flops: float,
+    retrieved: int,
+    costs: Costs = FLOPS,
 ) -> pd.DataFrame:
-    """The students with `funnel_cost_saving` against the baseline of the same split and repeat.
+    """The students with `funnel_cost`, and `funnel_cost_saving` against the baseline.
 
-    It is NaN where the baseline was not measured.
+    The first is that of a request at `CRITERION`. The second is NaN where the baseline was not
+    measured on the same split and repeat.
 
     Args:
       students: rows.
       undistilled: the setting that is the baseline; None if there is none.
       teacher_flops: FLOPs a candidate of the teacher.
       retrieved: `config.funnel.retrieved`.
+      costs: what takes the place of FLOPs.
     """
-    costs = [
-        funnel_cost(retrieved, passed, flops, teacher_flops)
+    each = [
+        funnel_cost(retrieved, passed, flops, teacher_flops, costs)
         for passed, flops in zip(students[CRITERION], students["flops_per_candidate"], strict=True)
     ]
     baselines = students["setting"] == undistilled
     where = list(zip(students["split"], students["repeat"], strict=True))
     of_baseline = {
         at: cost
-        for at, cost, is_baseline in zip(where, costs, baselines, strict=True)
+        for at, cost, is_baseline in zip(where, each, baselines, strict=True)
         if is_baseline
     }
     savings = [
         funnel_cost_saving(cost, of_baseline.get(at, float("nan")))
-        for at, cost in zip(where, costs, strict=True)
+        for at, cost in zip(where, each, strict=True)
     ]
-    return students.assign(funnel_cost_saving=savings)
+    return students.assign(funnel_cost=each, funnel_cost_saving=savings)

@@ -293,7 +293,8 @@ def _free_of_a_sweep(extends: bool) -> list[str]:
     """The keys in which a sweep may differ from the one that its workdir holds."""
     free = schema.without_influence("report")
     axes = {schema.axis_of(key.name) for key in schema.sweepable()}
-    return [name for name in free if extends or name not in axes]
+    # Costs change no more than how its results are joined.
+    return ["costs", *(name for name in free if extends or name not in axes)]
 
 
 def report(sweeps: Sequence[Path], output: Path) -> tuple[list[str], Path]:

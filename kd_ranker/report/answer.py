@@ -66,7 +66,8 @@ def _saving(estimates: Estimates, chosen: str, undistilled: str, gap: Interval) 
     if math.isnan(saving.mean):
         return f"{finding}."
     verb = "saves" if saving.mean >= 0 else "costs another"
-    return f"{finding}, which {verb} {_percent(saving)} of the funnel's compute."
+    counted = "cost" if estimates.study.costs.teacher else "compute"
+    return f"{finding}, which {verb} {_percent(saving)} of the funnel's {counted}."
 
 
 def _users(study: Study, estimates: Estimates, chosen: str) -> str:

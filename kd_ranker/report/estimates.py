@@ -5,8 +5,10 @@ each measure is taken anew of many draws of the test requests. What is not measu
 count of FLOPs), and studies without the requests' own numbers, have intervals over repeats alone.
 """
 
+import contextlib
 import functools
 import re
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,15 +16,16 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from kd_ranker.evaluation import metrics
-from kd_ranker.evaluation.cost import funnel_cost, funnel_cost_saving
+from kd_ranker.evaluation.cost import funnel_cost, funnel_cost_saving, whole_cost
 from kd_ranker.evaluation.kept import Kept
-from kd_ranker.evaluation.metrics import METRICS, ReportAt, Sums, result_columns
+from kd_ranker.evaluation.metrics import METRICS, ReportAt, Sums, curve_columns, result_columns
 from kd_ranker.evaluation.results import TEACHER
 from kd_ranker.evaluation.totals import Each
 from kd_ranker.report.bootstrap import (
     Measured,
     combined,
     crossed_interval,
+    passed_for,
     request_counts,
     resampled_sums,
 )
@@ -39,7 +42,8 @@ class _Drawn(NamedTuple):
 
     Attributes:
       measures: by column, in each draw of the requests.
-      curves: by name, at the kept k: on the test requests, and below in each draw of them.
+      curves: by column of `curves.csv`, at the kept k: on the test requests, and below in each draw
+        of them.
       ks: these k.
       requests: the number of requests.
     """
@@ -58,9 +62,10 @@ class Estimates:
         self.study = study
         self.baseline = study.baseline
         self.targets = _points(study).targets
+        self._read = pd.concat([study.tested, study.references])
         self._rows = {
             str(setting): rows.set_index("repeat")
-            for setting, rows in study.tested.groupby("setting", sort=False)
+            for setting, rows in self._read.groupby("setting", sort=False)
         }
 
     def of(self, setting: str, measure: str, confidence: float = CONFIDENCE) -> Interval:
@@ -90,27 +95,44 @@ class Estimates:
 
         Args:
           setting: one of `study.chosen`.
-          target: the share of the final value to keep, one of `targets`.
+          target: the share of the final value to keep; of one that is none of `targets` nothing is
+            known without the requests.
           student_cost: cost of a candidate for the student, over the teacher's; None takes what
             the models cost.
         """
         return _interval(self._saving(setting, target, student_cost))
 
+    def cost_share(self, setting: str, target: float) -> Interval:
+        """The cost of a request at a target, over that of the teacher alone on all retrieved.
+
+        Args:
+          setting: one of `study.chosen`, or a reference, which costs nothing.
+          target: as in `saving`.
+        """
+        passed = self._passed(setting, target)
+        return _interval(_combined(lambda k: self.share_of_whole(setting, k), passed))
+
+    def share_of_whole(self, setting: str, passed: Any) -> Any:
+        """The same when so many are passed, a number or an array; NaN without a teacher's cost."""
+        study = self.study
+        return self._cost(setting, passed) / whole_cost(
+            study.retrieved, self._teacher_flops, study.costs
+        )
+
     def curve(self, setting: str, name: str) -> pd.DataFrame:
         """A curve over k with its interval: the columns k, mean, low, high.
 
         Args:
-          setting: one of `study.chosen`.
-          name: `value_captured`, `true_value_captured` or `survival`.
+          setting: one of `study.chosen`, or a reference.
+          name: a column of `curves.csv`.
 
         Returns:
           No line where the requests of a repeat were not kept.
         """
         repeats = tuple(self._rows[setting].index)
-        drawn = [self._drawn.get((setting, repeat)) for repeat in repeats]
-        known = [of for of in drawn if of is not None]
+        known = [of for of in self._drawn_of(setting, repeats) if name in of.curves]
         lines = []
-        for place, k in enumerate(known[0].ks if len(known) == len(drawn) else ()):
+        for place, k in enumerate(known[0].ks if known else ()):
             at = np.stack([of.curves[name][:, place] for of in known], axis=1)
             mean = _interval(Measured(repeats, at[0], at[1:], known[0].requests))
             lines.append({"k": int(k), "mean": mean.mean, "low": mean.low, "high": mean.high})
@@ -123,9 +145,8 @@ class Estimates:
         if measure not in rows:
             return _NOWHERE
         values = rows[measure].dropna().astype(float)
-        drawn = [self._drawn.get((setting, repeat)) for repeat in values.index]
-        known = [of for of in drawn if of is not None and measure in of.measures]
-        if not known or len(known) < len(drawn):
+        known = self._drawn_of(setting, values.index)
+        if not known or any(measure not in of.measures for of in known):
             return _of_repeats(tuple(values.index), values.to_numpy())
         numbers = np.stack([of.measures[measure] for of in known], axis=1)
         return Measured(tuple(values.index), values.to_numpy(), numbers, known[0].requests)
@@ -133,19 +154,48 @@ class Estimates:
     def _saving(self, setting: str, target: float, student_cost: float | None) -> Measured:
         if self.baseline is None:
             return _NOWHERE
-        (column,) = result_columns(METRICS["passed_for"], (), ReportAt((), (target,)))
-        of_teacher = float(self.study.teachers["flops_per_candidate"].mean())
-
-        def cost(name: str, passed: Any) -> Any:
-            flops = float(self._rows[name]["flops_per_candidate"].iloc[0])
-            student = flops if student_cost is None else student_cost * of_teacher
-            return funnel_cost(self.study.retrieved, passed, student, of_teacher)
-
         pair = (setting, self.baseline)
         return _combined(
-            lambda *passed: funnel_cost_saving(*map(cost, pair, passed)),
-            *(self._measured(name, column) for name in pair),
+            lambda *passed: funnel_cost_saving(
+                *(self._cost(name, k, student_cost) for name, k in zip(pair, passed, strict=True))
+            ),
+            *(self._passed(name, target) for name in pair),
         )
+
+    def _passed(self, setting: str, target: float) -> Measured:
+        """The candidates to pass for a target: as measured, else between the kept k."""
+        (column,) = result_columns(METRICS["passed_for"], (), ReportAt((), (target,)))
+        if column in self.study.rows:
+            return self._measured(setting, column)
+        repeats = tuple(self._rows[setting].index)
+        known = self._drawn_of(setting, repeats)
+        if not known:
+            return _NOWHERE
+        needed = [passed_for(of.curves["value_captured"], of.ks, target) for of in known]
+        numbers = np.stack(needed, axis=1)
+        return Measured(repeats, numbers[0], numbers[1:], known[0].requests)
+
+    def _cost(self, setting: str, passed: Any, student_cost: float | None = None) -> Any:
+        """The cost of a request when so many are passed."""
+        costs, of_teacher = self.study.costs, self._teacher_flops
+        row = self._rows[setting].iloc[0]
+        flops = float(row["flops_per_candidate"])
+        if row["role"] == "reference":
+            flops, costs = 0.0, costs._replace(student=0.0, student_request=0.0)
+        elif student_cost is not None:
+            flops, costs = student_cost * of_teacher, costs._replace(student=0.0)
+        return funnel_cost(self.study.retrieved, passed, flops, of_teacher, costs)
+
+    @property
+    def _teacher_flops(self) -> float:
+        """FLOPs a candidate; NaN where no teacher was read."""
+        return float(self.study.teachers["flops_per_candidate"].mean())
+
+    def _drawn_of(self, setting: str, repeats: Iterable[Any]) -> list[_Drawn]:
+        """What was drawn of these repeats; nothing if that of one is missing."""
+        drawn = [self._drawn.get((setting, repeat)) for repeat in repeats]
+        known = [of for of in drawn if of is not None]
+        return known if len(known) == len(drawn) else []
 
     @functools.cached_property
     def _drawn(self) -> dict[tuple[str, str], _Drawn]:
@@ -153,7 +203,7 @@ class Estimates:
         study, points = self.study, _points(self.study)
         found = {}
         for source, kept in study.kept:
-            rows = study.tested[study.tested["source"] == source]
+            rows = self._read[self._read["source"] == source]
             teacher = kept.each[TEACHER, "user"]
             counts = request_counts(len(teacher.alone["funnel_requests"]), DRAWS)
             of_teacher = _resampled(kept, teacher, counts, study.retrieved)
@@ -163,7 +213,7 @@ class Estimates:
                     sums = _resampled(kept, each, counts, study.retrieved)
                     found[row["setting"], row["repeat"]] = _Drawn(
                         _numbers(sums, of_teacher, study, points),
-                        _curves(each, sums, kept.ks),
+                        _curves(each, sums, kept.ks, study.tasks),
                         kept.ks,
                         counts.shape[1],
                     )
@@ -234,18 +284,24 @@ def _numbers(
 
 
 def _curves(
-    each: Each, sums: Sums, ks: Int[np.ndarray, "K"]
+    each: Each, sums: Sums, ks: Int[np.ndarray, "K"], tasks: Sequence[str]
 ) -> dict[str, Float[np.ndarray, "1+B K"]]:
-    """Shares at the kept k: of the test requests, then of each draw of them."""
+    """The curves at the kept k: of the test requests, then of each draw of them."""
 
     def with_draws(of: Any, drawn: Any) -> Float[np.ndarray, "*shape 1+B"]:
         whole = np.asarray(of, np.float64).sum(axis=0)
         return np.concatenate([whole[..., None], drawn], axis=-1)
 
-    over_k = {
-        name: with_draws(each.curves[name], sums[name][ks - 1])
-        for name in ("value_captured", "true_value_captured", "survival")
-    }
-    requests = with_draws(each.alone["funnel_requests"], sums["funnel_requests"])
-    whole = {name: of[-1] for name, of in over_k.items()} | {"survival": requests}
-    return {name: metrics.ratio(of, whole[name]).T for name, of in over_k.items()}
+    joined: Sums = {name: with_draws(of, sums[name]) for name, of in each.alone.items()}
+    joined |= {name: with_draws(of, sums[name][ks - 1]) for name, of in each.curves.items()}
+    found: dict[str, np.ndarray] = {}
+    for metric in METRICS.values():
+        columns = curve_columns(metric, tasks)
+        if not columns or metric.ends is None:
+            continue
+        # A metric that was put into the table since has no sums here.
+        with contextlib.suppress(KeyError):
+            ended = np.asarray(metric.ends(joined, joined))
+            by_column = ended.reshape(len(ks), len(columns), -1)
+            found |= zip(columns, by_column.transpose(1, 2, 0), strict=True)
+    return found

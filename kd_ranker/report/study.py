@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from kd_ranker.config import schema
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import kept, results
+from kd_ranker.evaluation.cost import Costs, costs_of
 from kd_ranker.evaluation.kept import Kept
 from kd_ranker.evaluation.metrics import METRICS, ReportAt, result_columns
 from kd_ranker.evaluation.results import REPEAT
@@ -38,6 +39,8 @@ class Study(NamedTuple):
       tasks: the tasks in the order of the config.
       passed: k, the number of candidates that the config passes.
       retrieved: N, the number that it retrieves.
+      costs: what takes the place of FLOPs in what is saved.
+      scored: candidates of a training request that a live teacher scores; 0 where it is logged.
       rows: rows of `results.csv` of both splits, students of finite loss only, with `setting` (a
         label that is unique for `results.setting_columns`), `way` (the same for
         `results.way_columns`), `repeat` (the same for `results.REPEAT`), `source` (which sweep)
@@ -62,6 +65,8 @@ class Study(NamedTuple):
     tasks: list[str]
     passed: int
     retrieved: int
+    costs: Costs
+    scored: int
     rows: pd.DataFrame
     chosen: dict[str, str]
     baseline: str | None
@@ -130,7 +135,8 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     undistilled = baseline(healthy[healthy["setting"].isin(list(chosen.values()))])
     if len(teachers):
         teacher_flops = float(teachers["flops_per_candidate"].mean())
-        healthy = with_savings(healthy, undistilled, teacher_flops, int(first.funnel.retrieved))
+        retrieved, costs = int(first.funnel.retrieved), costs_of(first)
+        healthy = with_savings(healthy, undistilled, teacher_flops, retrieved, costs)
     tested = of_split(healthy, "test")
     # Sweeps under the same teacher each have its row, and those of references.
     teachers, references = (
@@ -142,6 +148,8 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         tasks=list(first.tasks),
         passed=int(first.funnel.passed),
         retrieved=int(first.funnel.retrieved),
+        costs=costs_of(first),
+        scored=int(first.batch.candidates) if first.teacher.source == "live" else 0,
         rows=healthy,
         chosen=chosen,
         baseline=undistilled,
@@ -294,15 +302,16 @@ def _label(row: pd.Series, varying: list[str], serves: bool) -> str:
     distilled = pd.notna(row["distill_loss"])
     if distilled:
         parts.append(f"weight {row['distill_weight']:g}")
-    return ", ".join([*parts, *_told(row, varying)])
+    return ", ".join([*parts, *told(row, varying)])
 
 
 def _way(row: pd.Series, columns: list[str]) -> str:
     """The label of the way of a row: its mode, and what differs of the keys that are not tuned."""
-    return ", ".join([str(row["mode"]), *_told(row, columns)])
+    return ", ".join([str(row["mode"]), *told(row, columns)])
 
 
-def _told(row: pd.Series, columns: list[str]) -> list[str]:
+def told(row: pd.Series, columns: Sequence[str]) -> list[str]:
+    """The values of a row for people, each with its name; those that it has."""
     return [
         f"{key_title(column)} {text_of(row[column])}" for column in columns if pd.notna(row[column])
     ]

@@ -191,10 +191,11 @@ def saving_table(study: Study, estimates: Estimates) -> Table | None:
             lines.append([*keys, *savings])
     columns = ["setting", "student's cost", *(f"{100 * of:g}%" for of in estimates.targets)]
     notes = [
-        "The share of the funnel's compute that is saved against "
+        f"The share of the funnel's cost, {study.costs.unit}, that is saved against "
         f"{study.baseline}, if both pass as many as keep so much of the final value. The student's "
         "cost is that of a candidate over the teacher's, of either student; as measured, it is "
-        "what the compiled models take. ± is half the 95% interval."
+        f"what {'the config says' if study.costs.student else 'the compiled models take'}. ± is "
+        "half the 95% interval."
     ]
     return Table(f"{study.dataset}: saving by target and cost", columns, lines, notes)
 
@@ -316,7 +317,8 @@ def _notes(study: Study) -> list[str]:
         "Means over repeats (seeds), on the test split, which no choice has seen: of each way the "
         "setting that did best on validation. ± is half the 95% interval, over test requests and "
         "repeats where what each request adds was kept. Teacher KL is the mean over tasks. Saving "
-        "is the share of the funnel's compute that is saved against the best setting of mode none.",
+        f"is the share of the funnel's cost, {study.costs.unit}, that is saved against the best "
+        "setting of mode none; cost ratio is of FLOPs.",
         "Bold: the best mean of the column, where the 95% interval of its paired difference to "
         "every other setting excludes 0. Nothing is bold where that cannot be said. The winner "
         "needs no further correction for the number of settings (Hung and Fithian 2019), but each "

@@ -20,6 +20,7 @@ from kd_ranker.config import identity
 from kd_ranker.config.schema import sweepable, value_of
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import kept, results
+from kd_ranker.evaluation.cost import FLOPS, Costs, costs_of
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.workdir import write_atomically
@@ -52,6 +53,11 @@ class Sweep:
     def cohorts(self) -> list[Cohort]:
         """The members of each cohort."""
         return [{name: self.members[name] for name in names} for names in self.plan]
+
+    @property
+    def costs(self) -> Costs:
+        """The costs that savings are counted in."""
+        return costs_of(next(iter(self.members.values())))
 
     @property
     def folders(self) -> list[Path]:
@@ -99,7 +105,7 @@ class Sweep:
           tested: the folders of the cohorts whose members were measured on the test split.
         """
         tables = results.join(
-            self.folders, [folder / TEST for folder in tested], retrieved, self.members
+            self.folders, [folder / TEST for folder in tested], retrieved, self.members, self.costs
         )
         for file, text in tables.items():
             write_atomically(self.workdir / file, text)
@@ -114,9 +120,13 @@ class Sweep:
         return {name: member for name, member in self.members.items() if name not in placed}
 
     def _identity(self) -> Identity:
-        """The identity of the joined results; dataset and teacher are in that of each cohort."""
+        """The identity of the joined results; dataset and teacher are in that of each cohort.
+
+        With other costs they are joined anew, and nothing is trained or measured again.
+        """
         names = itertools.chain.from_iterable(self.plan)
-        return identity.of_members({name: self.members[name] for name in names})
+        whose = identity.of_members({name: self.members[name] for name in names})
+        return whose if self.costs == FLOPS else {**whose, "costs": str(tuple(self.costs))}
 
 
 def open_sweep(config: ConfigDict, workdir: Path) -> Sweep:

@@ -116,6 +116,20 @@ def test_the_kuairand_configs_are_valid(variant):
         ({"sweep__seeds": (0, 0.5)}, "sweep.seeds holds 0.5; it takes whole numbers"),
         ({"sweep__seeds": (True,)}, "sweep.seeds holds True"),
         ({"funnel__passed": 200}, "a funnel may not widen"),
+        ({"costs__teacher__candidate": -1.0}, "costs.teacher.candidate=-1.0 must not be negative"),
+        (
+            {"costs__student__candidate": 0.1},
+            "costs.student.candidate=0.1 is in a unit of your own, and costs.teacher.candidate=0",
+        ),
+        ({"costs__teacher__request": 5.0}, "costs.teacher.request=5.0 is in a unit of your own"),
+        (
+            {
+                "costs__teacher__candidate": 2.0,
+                "costs__student__candidate": 0.1,
+                "sweep__axes__student__width": (8, 16),
+            },
+            "costs.student.candidate=0.1 is of one student, and sweep.axes.student.width has sev",
+        ),
         ({"funnel__report_at": (10, 101)}, "funnel.report_at holds 101; give numbers in [1, 100]"),
         ({"funnel__targets": (0.9, 1.0)}, "targets holds 1.0, which must lie between 0 and 1"),
         ({"funnel__targets": (0.0,)}, "funnel.targets holds 0.0, which must lie between 0 and 1"),
@@ -180,7 +194,7 @@ def test_a_key_that_a_config_file_misspells_is_refused():
 @pytest.mark.parametrize(
     ("key", "hint"),
     [
-        ("bogus", "config has: batch, data"),
+        ("bogus", "config has: batch, costs, data"),
         ("train.step", "did you mean 'train.steps'?"),
         ("distil.mode", "did you mean 'distill.mode'?"),
         ("affine", "did you mean 'distill.affine'?"),

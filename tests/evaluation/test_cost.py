@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kd_ranker.config import defaults
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import cost
@@ -73,3 +74,21 @@ def test_funnel_cost_by_hand() -> None:
     assert distilled == 20_000
     assert cost.funnel_cost_saving(distilled, baseline) == pytest.approx(1 / 3)
     assert np.isnan(cost.funnel_cost(2000, float("nan"), 5.0, 100.0))
+
+
+def test_funnel_cost_in_a_unit_of_ones_own_by_hand() -> None:
+    config = defaults.get_config("cascade")
+    assert cost.costs_of(config) == cost.FLOPS
+    # In microseconds: 2000 · 0.2 + 200 · 4, and 30 + 50 a request.
+    config.costs.update(teacher={"candidate": 4.0, "request": 50.0})
+    config.costs.update(student={"candidate": 0.2, "request": 30.0})
+    assert cost.funnel_cost(2000, 200, 5.0, 100.0, cost.costs_of(config)) == 1280
+    # All 2000 by the teacher alone, which no student's request is part of.
+    assert cost.whole_cost(2000, 100.0, cost.costs_of(config)) == 8050
+    # A student of which nothing is said costs its FLOPs' share of the teacher: 5% of 4.
+    config.costs.student.candidate = 0.0
+    assert cost.funnel_cost(2000, 200, 5.0, 100.0, cost.costs_of(config)) == pytest.approx(1280)
+    # A config of an older release has no such keys.
+    with config.unlocked():
+        del config["costs"]
+    assert cost.costs_of(config) == cost.FLOPS

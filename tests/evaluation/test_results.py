@@ -5,6 +5,7 @@ import pytest
 
 from configs import cascade
 from kd_ranker.evaluation import results
+from kd_ranker.evaluation.cost import FLOPS, Costs
 from kd_ranker.evaluation.metrics import ReportAt
 
 TASKS = ("watch", "like")
@@ -70,9 +71,9 @@ def row(role, mode, seed, passed, flops, **more):
     }  # fmt: skip
 
 
-def savings_of(*rows):
+def savings_of(*rows, costs=FLOPS):
     frame = pd.DataFrame([row("teacher", None, 0, 10.0, 200.0), *rows])
-    return results.fill_savings(frame, 2000)["funnel_cost_saving"].tolist()[1:]
+    return results.fill_savings(frame, 2000, costs)["funnel_cost_saving"].tolist()[1:]
 
 
 def test_savings_of_a_case_worked_by_hand():
@@ -95,6 +96,16 @@ def test_savings_of_a_case_worked_by_hand():
     expected = [0.0, 0.25, -0.2, 0.0, 0.4, 0.25]
     assert savings[:6] == pytest.approx(expected)
     assert all(map(math.isnan, savings[6:]))
+
+
+def test_savings_in_a_unit_of_ones_own_are_of_what_candidates_and_requests_cost():
+    savings = savings_of(
+        # 500 + 2000 · 0.5 + 200 · 10 = 3,500, and 500 + 1000 + 130 · 10 = 2,800
+        row("student", "none", 0, 200.0, 10.0),
+        row("student", "shared", 0, 130.0, 10.0),
+        costs=Costs(teacher=10.0, teacher_request=300.0, student_request=200.0),
+    )
+    assert savings == pytest.approx([0.0, 0.2])
 
 
 def test_of_several_undistilled_students_the_best_on_average_is_the_baseline():

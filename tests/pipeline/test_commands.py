@@ -475,6 +475,23 @@ def test_a_sweep_of_another_config_is_refused_with_the_keys(world, swept, tmp_pa
     assert "sweep.weights ([1.0] there, [1.0, 2.0] now), train.steps (20 there, 30 now)" in fault
 
 
+def test_costs_of_ones_own_change_savings_alone_and_train_nothing(world, swept, tmp_path):
+    workdir = copy_of(swept, tmp_path)
+    costs = {"costs__teacher__candidate": 2.0, "costs__student__candidate": 0.5}
+    cohorts = {path: path.stat().st_mtime_ns for path in workdir.glob("cohorts/**/*")}
+    assert commands.sweep(world.config(**SWEEP, **costs), workdir)
+    assert {path: path.stat().st_mtime_ns for path in workdir.glob("cohorts/**/*")} == cohorts
+    before, after = table(swept), table(workdir)
+    column = "funnel_cost_saving"
+    pd.testing.assert_frame_equal(before.drop(columns=column), after.drop(columns=column))
+    rows = rows_of(workdir, "validation")
+    cost = 0.5 * world.config().funnel.retrieved + 2.0 * rows["passed_for_99"]
+    for _, of_seed in rows.groupby("seed"):
+        saving = 1 - cost[of_seed.index] / cost[of_seed.index[0]]
+        np.testing.assert_allclose(of_seed[column], saving, atol=1e-5)
+    assert not commands.sweep(world.config(**SWEEP, **costs), workdir)
+
+
 MORE = SWEEP | {"sweep__weights": (1.0, 4.0), "sweep__extend": True}
 
 
