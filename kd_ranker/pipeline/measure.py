@@ -163,7 +163,8 @@ def measure(
     of_teacher, of_groups = _summed(config, dataset, split, teacher.ranker, groups, limit, costs)
     flops_of_teacher = teacher.flops() if costs else _NOT_COUNTED
     measured = Measured([], [], [], {})
-    row = _teacher_row(config, split, teacher)
+    row = _named_row(config, split, "teacher", results.TEACHER)
+    row |= {"seed": teacher.seed, "step": teacher.step}
     row = results.with_cost(row, flops_of_teacher, flops_of_teacher)
     _add(measured, config, dataset, row, of_teacher, None, teacher.signal)
     if teacher.signal == "rank":
@@ -174,7 +175,8 @@ def measure(
         flops = _student_flops(first, dataset.spec) if costs else {}
         for index, name in enumerate(group.names):
             for serve in serves[name] if serves else MODES[first.distill.mode].serve:
-                row = _student_row(members[name], split, name, serve, group.steps[index])
+                row = _named_row(config, split, "student", name, serve)
+                row |= results.made_of(members[name]) | {"step": group.steps[index]}
                 row = results.with_cost(row, flops.get(serve, _NOT_COUNTED), flops_of_teacher)
                 if non_finite_step := group.non_finite_step[index]:
                     measured.rows.append(row | {"non_finite_step": non_finite_step})
@@ -182,7 +184,7 @@ def measure(
                 summed = select_member(of_group[serve], index)
                 _add(measured, config, dataset, row, summed, of_teacher, teacher.signal)
     for name in REFERENCES if statistics is not None else ():
-        row = _reference_row(config, split, name, teacher)
+        row = _named_row(config, split, "reference", name) | {"seed": teacher.seed}
         summed = select_member(of_groups[-1][name], 0)
         _add(measured, config, dataset, row, summed, of_teacher, teacher.signal)
     return measured
@@ -242,41 +244,14 @@ def report_at(config: ConfigDict) -> ReportAt:
     )
 
 
-def _teacher_row(config: ConfigDict, split: str, teacher: Reference) -> Row:
-    """The part of the teacher's row that says which it is."""
+def _named_row(config: ConfigDict, split: str, role: str, member: str, serve: str = "user") -> Row:
+    """The part of a row that says whose it is, and on what."""
     return {
         "dataset": config.data.name,
         "split": split,
-        "role": "teacher",
-        "serve": "user",
-        "seed": teacher.seed,
-        "step": teacher.step,
-        "member": results.TEACHER,
-    }
-
-
-def _reference_row(config: ConfigDict, split: str, name: str, teacher: Reference) -> Row:
-    """The part of a reference's row that says which it is, and under which teacher."""
-    return {
-        "dataset": config.data.name,
-        "split": split,
-        "role": "reference",
-        "serve": "user",
-        "seed": teacher.seed,
-        "member": name,
-    }
-
-
-def _student_row(config: ConfigDict, split: str, name: str, serve: str, step: int) -> Row:
-    """The part of a student's row that was known before it was measured."""
-    return {
-        "dataset": config.data.name,
-        "split": split,
-        "role": "student",
-        **results.made_of(config),
+        "role": role,
+        "member": member,
         "serve": serve,
-        "step": step,
-        "member": name,
     }
 
 
