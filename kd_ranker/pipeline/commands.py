@@ -20,7 +20,6 @@ from kd_ranker.evaluation import references, results
 from kd_ranker.evaluation.results import Row
 from kd_ranker.pipeline import runs, scoring, teachers
 from kd_ranker.pipeline.measure import (
-    Measured,
     Students,
     measure,
     own_reference,
@@ -158,7 +157,8 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
     """Trains one student and measures it.
 
     Returns:
-      The rows of its `results.csv` on the test split, one a serving choice.
+      Its rows of `results.csv` on the test split, one a serving choice; that has the teacher's as
+      well.
     """
     checks.validate(config)
     with hold(workdir):
@@ -171,22 +171,10 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
             students = runs.fit_students(shared, dataset, teacher, members, workdir, bar)
         known = reference(shared, dataset, teacher)
         measured = [
-            _without_teacher(measure(shared, dataset, split, known, members, students))
-            for split in MEASURED_SPLITS
+            measure(shared, dataset, split, known, members, students) for split in MEASURED_SPLITS
         ]
         write_measured(config, workdir, *measured)
-    return measured[-1].rows
-
-
-def _without_teacher(measured: Measured) -> Measured:
-    """The tables of students alone: the teacher has a workdir and results of its own."""
-
-    def without(rows: list[Row]) -> list[Row]:
-        return [row for row in rows if row["member"] != results.TEACHER]
-
-    rows, curves, calibration, each = measured
-    of_students = {who: of for who, of in each.items() if who[0] != results.TEACHER}
-    return Measured(without(rows), without(curves), without(calibration), of_students)
+    return [row for row in measured[-1].rows if row["role"] == "student"]
 
 
 def sweep(config: ConfigDict, workdir: Path) -> bool:

@@ -185,10 +185,14 @@ def _chosen(students: pd.DataFrame) -> dict[str, str]:
 
 
 def _kept(workdirs: Sequence[Path]) -> tuple[list[tuple[int, Kept]], list[str]]:
-    """The sums of each test request, a source and a cohort each; and which folders lack them."""
+    """The sums of each test request, a source and a cohort each; and which folders lack them.
+
+    A single run has them in its workdir itself.
+    """
     there, missing = [], []
     for source, workdir in enumerate(workdirs):
-        files = sorted(workdir.glob(f"{FOLDER}/*/{TEST}/{kept.FILE}"))
+        alone = workdir.glob(kept.FILE)
+        files = [*sorted(workdir.glob(f"{FOLDER}/*/{TEST}/{kept.FILE}")), *alone]
         there += [(source, kept.read(file.parent)) for file in files]
         if not files:
             missing.append(f"{workdir} holds no {kept.FILE}")

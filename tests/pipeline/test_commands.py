@@ -80,13 +80,14 @@ def test_train_leaves_what_the_contract_says(world, trained, mode):
     config = world.config(distill__mode=mode)
     frame = table(workdir)
     assert list(frame.columns) == results.columns(config.tasks, measure.report_at(config))
+    assert frame["split"][frame["role"] == "teacher"].tolist() == ["validation", "test"]
+    frame = frame[frame["role"] == "student"]
     assert frame["serve"].tolist() == list(MODES[mode].serve) * 2
     of_split = len(MODES[mode].serve)
     assert frame["split"].tolist() == ["validation"] * of_split + ["test"] * of_split
     # The twelve requests of a split are others than those of the other.
     assert (frame["user_bce/watch"][:of_split] != frame["user_bce/watch"][-of_split:].array).all()
     assert set(frame["mode"]) == {mode}
-    assert set(frame["role"]) == {"student"}
     assert set(frame["step"]) == {config.train.steps}
     assert frame["user_bce/watch"].between(0, 2).all()
     assert frame["cost_ratio"].between(0, 0.1).all()
@@ -114,15 +115,38 @@ def test_a_command_returns_its_rows_of_the_test(world, trained, tmp_path, comman
     workdir = copy_of(own, tmp_path)
     (row,) = getattr(commands, command)(config, workdir)
     of_all = table(workdir)
-    # A teacher is measured beside the references.
-    assert set(of_all["role"]) == ({"student"} if command == "train" else {"teacher", "reference"})
-    validation, test = of_all[of_all["role"] != "reference"].to_dict("records")
+    # A student is measured beside its teacher, and that beside the references.
+    role, beside = ("student", "teacher") if command == "train" else ("teacher", "reference")
+    assert set(of_all["role"]) == {role, beside}
+    validation, test = of_all[of_all["role"] == role].to_dict("records")
     assert (validation["split"], test["split"], row["split"]) == ("validation", "test", "test")
     assert row["user_bce/watch"] == pytest.approx(test["user_bce/watch"], rel=1e-6)
     # What each request adds is kept of the test, by the member.
-    own, *others = kept.read(workdir).each
-    assert own == (row["member"], "user")
-    assert len(others) == (of_all["role"] == "reference").sum() / 2
+    of_requests = kept.read(workdir).each
+    assert (row["member"], "user") in of_requests
+    assert len(of_requests) == (of_all["split"] == "test").sum()
+
+
+def test_the_report_of_single_runs_has_what_that_of_a_sweep_has(trained):
+    """Curves and intervals over requests, and a saving where there is a baseline."""
+    (study,) = read_studies([trained("none"), trained("shared")])
+    assert len(study.teachers) == 1
+    assert not study.missing["requests"]
+    estimates = Estimates(study)
+    assert estimates.gap("shared, weight 1", "none", "passed_for_99").covers == "requests"
+    assert np.isfinite(estimates.saving("shared, weight 1", 0.99).low)
+    for setting, mode in (("none", "none"), ("shared, weight 1", "shared")):
+        curves = results.read_csv(trained(mode) / results.CURVES_FILE)
+        of_student = curves[curves["member"].isna()].set_index("k")
+        for name in ("survival", "value_captured", "true_value_captured"):
+            drawn = estimates.curve(setting, name).set_index("k")
+            assert len(drawn) > 40
+            assert (drawn["low"] <= drawn["mean"]).all()
+            shared = drawn.index.intersection(of_student.index)
+            of_file = of_student.loc[shared, name]
+            np.testing.assert_allclose(drawn.loc[shared, "mean"], of_file, rtol=1e-5)
+    (alone,) = read_studies([trained("none")])
+    assert len(Estimates(alone).curve("none", "survival"))
 
 
 def test_a_finished_run_is_left_as_it_is(world, trained, tmp_path):
@@ -425,7 +449,7 @@ def test_a_member_of_a_sweep_is_the_student_that_train_makes(world, swept, train
     frame = table(swept)
     for mode in ("none", "aux"):
         keys = ["split", "serve"]
-        alone = table(trained(mode)).set_index(keys)
+        alone = table(trained(mode)).query("role == 'student'").set_index(keys)
         of_sweep = frame[(frame["mode"] == mode) & (frame["seed"] == 0)].set_index(keys)
         assert len(of_sweep) > len(MODES[mode].serve)
         compared = alone.select_dtypes("number").columns

@@ -609,8 +609,7 @@ def prepared(tmp_path_factory):
 
 def test_a_student_is_trained_and_measured_under_the_logged_positions(prepared):
     root, config = prepared
-    commands.train(config(), root / "none")
-    _, row = results.read_csv(root / "none" / results.FILE).to_dict("records")
+    (row,) = commands.train(config(), root / "none")
     assert row["split"] == "test"
     for name in ("teacher_bce/effective_view", "teacher_kl/effective_view", "alignment_ratio"):
         assert np.isnan(row[name])
