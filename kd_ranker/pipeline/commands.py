@@ -18,7 +18,7 @@ from kd_ranker.config import checks, schema
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.evaluation import references, results
 from kd_ranker.evaluation.results import Row
-from kd_ranker.pipeline import runs, scoring, teachers
+from kd_ranker.pipeline import runs, scoring, supervision, teachers
 from kd_ranker.pipeline.measure import (
     Students,
     measure,
@@ -36,7 +36,7 @@ from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.sources.logs.guess.first_config import FirstConfig, write_first_config
 from kd_ranker.sources.logs.write_back import Scored
 from kd_ranker.sources.registry import SOURCES
-from kd_ranker.sweep.members import common, repeats
+from kd_ranker.sweep.members import common, repeats, sweep_members
 from kd_ranker.sweep.memory import cohort_size
 from kd_ranker.sweep.sweep import TEST, Cohort, is_measured, mark_measured, open_sweep
 from kd_ranker.training import workdir as workdirs
@@ -161,11 +161,12 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
       well.
     """
     checks.validate(config)
+    members = {"": config}
+    supervision.check_students(members.values())
     with hold(workdir):
         teacher, dataset = teachers.teacher_and_dataset(config)
-        members = {"": config}
         shared = common(members)
-        teachers.check_losses(config, dataset, members.values())
+        supervision.check_signals(config, dataset, members.values())
         workdirs.claim(workdir, "train", config, without=schema.without_influence("student"))
         with runs.progress_bar(workdir.name, config.train.steps) as bar:
             students = runs.fit_students(shared, dataset, teacher, members, workdir, bar)
@@ -188,6 +189,7 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
       True if there was anything to do; False for a sweep that is complete.
     """
     checks.validate(config)
+    supervision.check_students(sweep_members(config).values())
     with hold(workdir):
         return _sweep(config, workdir)
 
@@ -199,7 +201,7 @@ def _sweep(config: ConfigDict, workdir: Path) -> bool:
         return False
     open_teacher = teachers.opener(config)
     _, dataset = open_teacher(next(iter(sweep.members.values())))
-    teachers.check_losses(config, dataset, sweep.members.values())
+    supervision.check_signals(config, dataset, sweep.members.values())
     size = cohort_size(config, sweep.members.values(), dataset.spec)
     # A workdir with cohorts has a config; that of an extension counts once its cohorts are known.
     if not sweep.plan:
@@ -328,6 +330,7 @@ def run(config: ConfigDict, workdir: Path, say: Callable[[str], None] = lambda _
       say: is told the name of each step as it begins.
     """
     checks.validate(config)
+    supervision.check_students(sweep_members(config).values())
     config = config.copy_and_resolve_references()
     logged = config.teacher.source == "logged"
     teacher, students = None, workdir / "sweep"

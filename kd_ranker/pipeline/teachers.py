@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 
 from kd_ranker.config import identity
 from kd_ranker.config.identity import dataset_name
-from kd_ranker.distillation.losses import LOSSES, NEEDS_PROBABILITIES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.lookup import without_slots
 from kd_ranker.errors import UserError
@@ -104,29 +103,6 @@ def opener(config: ConfigDict) -> Callable[[ConfigDict], tuple[Teacher | None, D
         return teacher_and_dataset(own)
 
     return lambda other: of_workdir(other.teacher.workdir)
-
-
-def check_losses(config: ConfigDict, dataset: Dataset, members: Iterable[ConfigDict]) -> None:
-    """Raises UserError for a loss that takes probabilities where there is an order alone.
-
-    Args:
-      config: what the members have in common.
-      dataset: the one that they learn from.
-      members: the configs of the students to train.
-    """
-    orders = {"stage": "stages are an order"}
-    if config.teacher.source == "logged" and dataset.spec.teacher_signal == "rank":
-        orders["logged"] = f"the log of {config.data.name} holds its positions"
-    for member in members:
-        for loss, signal in recipes.terms_of(member):
-            if loss in NEEDS_PROBABILITIES and signal in orders:
-                name = "distill.terms" if member.distill.terms else "distill.loss"
-                others = sorted(LOSSES.keys() - NEEDS_PROBABILITIES)
-                choices = [*(f"{name}={other}" for other in others), "distill.mode=none"]
-                raise UserError(
-                    f"{name}={loss} needs the teacher's probabilities, and {orders[signal]}; "
-                    f"choose one of: {', '.join(choices)}"
-                )
 
 
 def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:

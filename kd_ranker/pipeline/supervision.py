@@ -1,0 +1,94 @@
+"""Checks of what students are to learn from, before anything long begins."""
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from kd_ranker.batch import Request, Stage
+from kd_ranker.batches.columns import proper_probability
+from kd_ranker.distillation.losses import LOSSES, NEEDS_PROBABILITIES
+from kd_ranker.errors import UserError
+from kd_ranker.requests.records import Dataset, read_split
+from kd_ranker.training import recipes
+
+_STAGES_ARE_NONE = {"stage": "stages are an order"}
+
+
+def check_students(
+    members: Iterable[ConfigDict], orders: Mapping[str, str] = _STAGES_ARE_NONE
+) -> None:
+    """Checks what students learn from, as far as their configs tell.
+
+    Args:
+      members: the configs of the students to train.
+      orders: signals that are no probabilities -> why not.
+
+    Raises:
+      UserError: a student has nothing to learn from, or a loss that takes probabilities where there
+        is an order alone.
+    """
+    for member in members:
+        distill, terms = member.distill, recipes.terms_of(member)
+        weighs = distill.weight and any(distill.term_weights or (1,))
+        if terms and not distill.user_weight and not weighs:
+            key = "distill.term_weights" if distill.weight else "distill.weight"
+            raise UserError(
+                f"distill.user_weight=0 and {key}=0 leave a student of mode {distill.mode} nothing "
+                "to learn from; raise one of them"
+            )
+        for loss, signal in terms:
+            if loss in NEEDS_PROBABILITIES and signal in orders:
+                name = "distill.terms" if distill.terms else "distill.loss"
+                others = sorted(LOSSES.keys() - NEEDS_PROBABILITIES)
+                choices = [*(f"{name}={other}" for other in others), "distill.mode=none"]
+                raise UserError(
+                    f"{name}={loss} needs the teacher's probabilities, and {orders[signal]}; "
+                    f"choose one of: {', '.join(choices)}"
+                )
+
+
+def check_signals(config: ConfigDict, dataset: Dataset, members: Collection[ConfigDict]) -> None:
+    """Checks that the dataset's log says what students learn from, on some training requests.
+
+    Args:
+      config: what the members have in common.
+      dataset: the one that they learn from.
+      members: the configs of the students to train.
+
+    Raises:
+      UserError: a loss takes probabilities where the log holds positions; or there is no teacher in
+        the log, or there are no stages, and a student learns from them.
+    """
+    signals = {term.signal for member in members for term in recipes.terms_of(member)}
+    from_log = config.teacher.source == "logged" and "logged" in signals
+    if from_log and dataset.spec.teacher_signal == "rank":
+        check_students(members, {"logged": f"the log of {config.data.name} holds its positions"})
+    if from_log and not any(map(_teacher_speaks(dataset), _some_requests(dataset))):
+        raise UserError(
+            f"the signal logged says nothing: no training request of {config.data.name} holds "
+            "a proper number of its teacher; look at the columns and the version that data.* "
+            "names, or choose distill.mode=none"
+        )
+    if "stage" in signals and not any(map(_came_differently_far, _some_requests(dataset))):
+        raise UserError(
+            f"the signal stage says nothing: all candidates of a request of {config.data.name} "
+            "came equally far; choose teacher.signal=logged, or distill.mode=none"
+        )
+
+
+def _some_requests(dataset: Dataset) -> Iterator[Request]:
+    """Training requests from all over the log, a thousand or two at most."""
+    records, decode = read_split(dataset, "train", with_true_probability=False)
+    for place in range(0, len(records), max(1, len(records) // 1000)):
+        yield decode(records[place])
+
+
+def _teacher_speaks(dataset: Dataset) -> Callable[[Request], bool]:
+    version = dataset.spec.teacher_version
+    return lambda request: not np.isnan(proper_probability(request, version)).all()
+
+
+def _came_differently_far(request: Request) -> bool:
+    reached = (request.num_reached(stage) for stage in (Stage.SHOWN, Stage.PASSED))
+    return any(0 < number < len(request.item_id) for number in reached)

@@ -1,0 +1,158 @@
+"""What a student may learn from which log; `test_commands` has the rest."""
+
+import dataclasses
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from configs import cascade
+from kd_ranker.errors import UserError
+from kd_ranker.pipeline import commands, supervision
+from tests.random_batches import SPEC
+from tests.requests.random_requests import random_source
+
+REQUESTS = list(itertools.islice(random_source().requests("train"), 3))
+
+
+@pytest.fixture(autouse=True)
+def log(monkeypatch):
+    """The training requests that are looked at, which a test may change."""
+    requests = list(REQUESTS)
+    monkeypatch.setattr(supervision, "_some_requests", lambda dataset: iter(requests))
+    return requests
+
+
+def config_with(**changes):
+    config = cascade.get_config("small")
+    config.distill.mode = "aux"
+    config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
+    return config
+
+
+def check_all(config, *members, signal="probability"):
+    members = members or (config,)
+    supervision.check_students(members)
+    spec = dataclasses.replace(SPEC, teacher_signal=signal, teacher_version="v1")
+    supervision.check_signals(config, SimpleNamespace(spec=spec), members)
+
+
+def check(*modes, source="logged", signal="rank", loss="bce", learns_from="logged"):
+    config = config_with(teacher__source=source, teacher__signal=learns_from, distill__loss=loss)
+    members = []
+    for mode in modes:
+        members.append(config.copy_and_resolve_references())
+        members[-1].distill.mode = mode
+    check_all(config, *members, signal=signal)
+
+
+@pytest.mark.parametrize("mode", ["aux", "shared"])
+def test_a_loss_that_needs_probabilities_is_refused_where_positions_were_logged(mode):
+    with pytest.raises(UserError) as caught:
+        check("none", mode)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "distill.loss=bce" in message
+    assert "distill.mode=none" in message
+
+
+def test_each_of_several_terms_is_held_against_its_own_signal():
+    check_all(config_with(distill__terms=("bce", "softmax:stage")))
+    with pytest.raises(UserError, match=r"distill\.terms=bce needs .* stages are an order"):
+        check_all(config_with(distill__terms=("softmax", "bce:stage")))
+
+
+@pytest.mark.parametrize("source", ["live", "logged"])
+@pytest.mark.parametrize("loss", sorted(supervision.NEEDS_PROBABILITIES))
+def test_a_loss_that_needs_probabilities_is_refused_where_stages_are_the_signal(source, loss):
+    with pytest.raises(UserError) as caught:
+        check("none", "aux", source=source, signal="probability", loss=loss, learns_from="stage")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert f"distill.loss={loss} needs the teacher's probabilities" in message
+    assert "and stages are an order; choose one of: distill.loss=approx_ndcg" in message
+    check("none", source=source, loss=loss, learns_from="stage")
+    check("aux", source=source, loss="softmax", learns_from="stage")
+
+
+def test_a_loss_is_not_refused_without_need():
+    check("none")
+    check("aux", source="live")
+    check("aux", signal="probability")
+
+
+def test_a_loss_of_the_order_takes_positions_and_is_what_the_message_offers(monkeypatch):
+    monkeypatch.setitem(supervision.LOSSES, "order", None)
+    check("aux", loss="order")
+    with pytest.raises(UserError, match=r"choose one of: .*distill\.loss=order"):
+        check("aux")
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"distill__weight": 0.0}, "distill.weight"),
+        ({"distill__term_weights": (0.0,)}, "distill.term_weights"),
+        ({"distill__terms": ("bce", "topk"), "distill__term_weights": (0.0, 0.0)}, "term_weights"),
+    ],
+)
+def test_a_student_has_something_to_learn_from(changes, key, tmp_path):
+    config = config_with(distill__user_weight=0.0, **changes)
+    with pytest.raises(UserError, match=rf"distill.user_weight=0 and .*{key}=0 leave a student of"):
+        commands.train(config, tmp_path / "refused")
+    check_all(config_with(distill__user_weight=0.5, **changes))
+    check_all(config_with(**changes | {"distill__mode": "none", "distill__user_weight": 0.0}))
+    check_all(config_with(distill__user_weight=0.0, distill__term_weights=()))
+
+
+def test_a_sweep_has_no_student_without_anything_to_learn_from(tmp_path):
+    axes = {
+        "sweep__modes": ("none", "aux"),
+        "sweep__weights": (0.0, 1.0),
+        "sweep__axes__distill__user_weight": (1.0, 0.0),
+    }
+    for command in (commands.sweep, commands.run):
+        with pytest.raises(UserError, match=r"user_weight=0 and distill\.weight=0 leave a"):
+            command(config_with(**axes), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
+
+
+def shown(request, of_all):
+    """The request as a log has it that tells of no stage but one."""
+    number = len(request.item_id) if of_all else 0
+    return dataclasses.replace(
+        request,
+        num_passed=number,
+        user_label=np.zeros((number, 3), np.uint8),
+        label_weight=np.ones(number, np.float32),
+    )
+
+
+@pytest.mark.parametrize("of_all", [True, False])
+def test_stages_that_a_log_lacks_are_no_signal(log, of_all):
+    config = config_with(distill__terms=("bce", "topk:stage"))
+    check_all(config)
+    log[:] = [shown(request, of_all) for request in log]
+    with pytest.raises(UserError, match="the signal stage says nothing: all candidates of a"):
+        check_all(config)
+    check_all(config_with(distill__loss="bce"))
+    check_all(config_with(distill__mode="none", teacher__signal="stage"))
+    log.append(REQUESTS[0])
+    check_all(config)
+
+
+def test_a_teacher_that_a_log_lacks_is_no_signal(log):
+    config = config_with(teacher__source="logged")
+    check_all(config)
+    log[:] = [
+        dataclasses.replace(log[0], teacher_version="v0"),
+        dataclasses.replace(log[1], teacher_weight=np.zeros_like(log[1].teacher_weight)),
+        dataclasses.replace(
+            log[2], teacher_probability=np.full_like(log[2].teacher_probability, 1.5)
+        ),
+    ]
+    with pytest.raises(UserError, match="the signal logged says nothing: no training request"):
+        check_all(config)
+    check_all(config_with(teacher__source="live"))
+    check_all(config_with(teacher__source="logged", distill__loss="topk", teacher__signal="stage"))
