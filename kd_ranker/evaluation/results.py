@@ -25,6 +25,9 @@ _ALWAYS = tuple(dict.fromkeys(key.column for key in schema.setting_keys() if key
 REPEAT = tuple(key.column for key in schema.repeat_keys())
 # What tells one row of results.csv from another, beside what is swept of other keys.
 KEYS = ("dataset", "split", "role", *_ALWAYS, "serve", *REPEAT, "step")
+_LAST = ("non_finite_step", "member")
+# The columns that every table has, whatever its tasks and the points of its curves.
+ALWAYS = (*KEYS, *_LAST, saving.CRITERION, "flops_per_candidate")
 # What makes a setting, in the order in which tables show it; see `setting_columns`.
 SETTING = tuple(dict.fromkeys(("mode", "serve", "distill_weight", *_ALWAYS)))
 # What tells rows of one table apart. The teacher and the references are in those of every run.
@@ -41,7 +44,7 @@ def columns(tasks: Sequence[str], report_at: ReportAt, swept: Sequence[str] = ()
       swept: of `swept_columns`.
     """
     of_metrics = (result_columns(metric, tasks, report_at) for metric in METRICS.values())
-    return [*KEYS, *swept, *itertools.chain(*of_metrics), "non_finite_step", "member"]
+    return [*KEYS, *swept, *itertools.chain(*of_metrics), *_LAST]
 
 
 def swept_columns(config: ConfigDict) -> list[str]:

@@ -193,18 +193,20 @@ def _kept(workdirs: Sequence[Path]) -> tuple[list[tuple[int, Kept]], list[str]]:
     for source, workdir in enumerate(workdirs):
         alone = workdir.glob(kept.FILE)
         files = [*sorted(workdir.glob(f"{FOLDER}/*/{TEST}/{kept.FILE}")), *alone]
-        there += [(source, kept.read(file.parent)) for file in files]
-        if not files:
+        parts = [kept.read(file.parent) for file in files]
+        parts = [part for part in parts if (results.TEACHER, "user") in part.each]
+        there += [(source, part) for part in parts]
+        if not parts:
             missing.append(f"{workdir} holds no {kept.FILE}")
     return there, missing
 
 
 def _read_results(workdir: Path) -> pd.DataFrame:
     table = results.read_csv(workdir / results.FILE)
-    if "split" not in table:
+    if missing := [name for name in results.ALWAYS if name not in table]:
         raise UserError(
-            f"{workdir / results.FILE} does not say of which split its rows are, so it is of an "
-            "older release; run the sweep anew in another --workdir"
+            f"{workdir / results.FILE} has no column {', '.join(missing)}, so it is of an older "
+            "release; run the sweep anew in another --workdir"
         )
     return table
 

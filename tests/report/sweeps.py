@@ -348,6 +348,7 @@ def write_rows(
         mode = row.get("mode")
         default = {
             "dataset": "d", "role": "student", "serve": "user", "seed": 0, "data_seed": 0,
+            "mode": mode, "step": 9,
             "distill_weight": 0.0 if mode == "none" else 1.0, "non_finite_step": None,
             "distill_loss": None if mode == "none" else "bce", "learning_rate": 0.002,
             "temperature": None if mode == "none" else 1.0, "user_bce/watch": 0.5,
