@@ -330,8 +330,10 @@ _RECFLOW = _of_source(
     Key("validation_days", (), "days of the validation split", element=str),
     Key("test_days", (), "days of the test split", element=str),
     Key("max_requests_per_day", 0, "requests to draw of each day; 0 takes all", NOT_NEGATIVE),
+    Key("of_each_stage", 0, "candidates of each of rank_pos, rank_neg, coarse_neg, prerank_neg; "
+        "0 takes all rows", NOT_NEGATIVE),
     Key("authors", 1 << 18, "values that authors are hashed into", POSITIVE),
-)
+)  # fmt: skip
 
 _LOG = _of_source(
     Key("rows", "candidate", "one row a candidate, or one a request with lists", layout.ROWS),

@@ -9,9 +9,10 @@ by one, to find out which requests there are, then to list the videos, and then,
 at a time, to make them.
 
 A request has all rows that the log holds of it as candidates: those that were shown, then those
-that the rank stage scored, by their position there, then the others, see `positions`. A position is
-stored as `probability_of_rank` of it, the same for every task, with teacher weight 1; candidates
-without one have weight 0.
+that the rank stage scored, by their position there, then the others, see `positions`. Or, with
+`data.of_each_stage`, it has so many of each of `GRADES`, which then say how far they came. A
+position is stored as `probability_of_rank` of it, the same for every task, with teacher weight 1;
+candidates without one have weight 0.
 
 Widths and order of the features:
   user: log(1 + effective views before the request) / log(51), of the last 50.
@@ -66,6 +67,14 @@ TEACHER_VERSION = "recflow"
 # A row with one of these was scored by the stage `rank`, the final ranker here.
 RANKED = ("rank_pos", "rank_neg", "rerank_pos", "rerank_neg")
 
+# What the log kept of each stage, from the top, and what it counts as with `data.of_each_stage`.
+GRADES = {
+    "rank_pos": Stage.SHOWN,
+    "rank_neg": Stage.PASSED,
+    "coarse_neg": Stage.RETRIEVED,
+    "prerank_neg": Stage.RETRIEVED,
+}
+
 # How many values each category has, as published. They count from 0; others share one place.
 _VALUES = {
     "gender": 3,
@@ -87,7 +96,7 @@ _ITEM_COLUMNS = ("video_id", "author_id", *_OF_ITEM, "duration")
 _ROW_COLUMNS = (
     *_KEYS,
     *_OF_REQUEST,
-    *("video_id", "upload_timestamp", "realshow", *RANKED, "rank_index"),
+    *("video_id", "upload_timestamp", "realshow", *dict.fromkeys((*RANKED, *GRADES)), "rank_index"),
     *LABELS.values(),
 )
 
@@ -180,7 +189,12 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         spec,
         catalogue.features,
         functools.partial(
-            _requests, plans_of_split, catalogue, tuple(tasks), int(data.history_length)
+            _requests,
+            plans_of_split,
+            catalogue,
+            tuple(tasks),
+            int(data.history_length),
+            int(data.of_each_stage),
         ),
         {
             split: sum(len(plan.request_id) for plan in plans_of_split[split].values())
@@ -193,9 +207,11 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
 def _plans(days: Sequence[Day], data: ConfigDict, funnel: ConfigDict) -> dict[Day, DayPlan]:
     """Looks through the log; raises UserError where the funnel cannot hold a request."""
     bar = tqdm(days, "looking through the log", unit="day", disable=None)
-    plans = {day: plan_day(day, int(data.max_requests_per_day), data.seed) for day in bar}
+    of_each = int(data.of_each_stage)
+    plans = {day: plan_day(day, int(data.max_requests_per_day), data.seed, of_each) for day in bar}
     for day, plan in plans.items():
-        if (most := int(plan.rows.max())) > funnel.retrieved:
+        most = min(int(plan.rows.max()), len(GRADES) * of_each or _LAST)
+        if most > funnel.retrieved:
             raise UserError(
                 f"funnel.retrieved={funnel.retrieved} is less than the {most} candidates of a "
                 f"request in {day.stages}; set it to {most} or more"
@@ -208,6 +224,7 @@ def _requests(
     catalogue: Catalogue,
     tasks: Sequence[str],
     history_length: int,
+    of_each: int,
     split: str,
 ) -> Iterator[Request]:
     """The requests of a split, day by day."""
@@ -219,7 +236,7 @@ def _requests(
                 plan,
                 first,
                 end,
-                rows=_rows(day, plan, first, end),
+                rows=candidates_of(_rows(day, plan, first, end), of_each),
                 events=events_of(plan, sequences, first, end),
                 catalogue=catalogue,
                 tasks=tasks,
@@ -236,17 +253,23 @@ def categories(authors: int) -> tuple[Category, ...]:
     )
 
 
-def plan_day(day: Day, max_requests: int, seed: int) -> DayPlan:
-    """Looks through a day's log for its requests, and draws `max_requests` of them if not 0."""
+def plan_day(day: Day, max_requests: int, seed: int, of_each: int) -> DayPlan:
+    """Looks through a day's log for its requests, and draws `max_requests` of them if not 0.
+
+    With `of_each`, rows outside `GRADES` are none, and requests without others neither.
+    """
 
     def parts() -> Iterator[NamedArrays]:
-        for _, table in read_batches(day.stages, _KEYS):
-            yield _by_request(table | {"rows": np.ones(len(table["request_id"]), np.int64)})
+        for _, table in read_batches(day.stages, (*_KEYS, *(GRADES if of_each else ()))):
+            is_row = grades_of(table) < len(GRADES) if of_each else np.ones_like(table["user_id"])
+            table = {name: table[name] for name in _KEYS}
+            yield _by_request(table | {"rows": is_row.astype(np.int64)})
 
     requests = _folded(parts(), _by_request)
-    if not requests:
-        raise UserError(f"{day.stages} has no rows")
-    chosen = np.arange(len(requests["request_id"]))
+    chosen = np.flatnonzero(requests["rows"] if requests else [])
+    if not len(chosen):
+        which = f" of {', '.join(GRADES)}" if of_each else ""
+        raise UserError(f"{day.stages} has no rows{which}")
     if 0 < max_requests < len(chosen):
         generator = np.random.default_rng([seed, date_of(day.name).toordinal()])
         chosen = generator.choice(chosen, max_requests, replace=False)
@@ -290,6 +313,12 @@ def stages_of(rows: NamedArrays) -> Int64[np.ndarray, "rows"]:
     return np.where(rows["realshow"] == 1, Stage.SHOWN, stage).astype(np.int64)
 
 
+def grades_of(rows: NamedArrays) -> Int64[np.ndarray, "rows"]:
+    """The place in `GRADES` of the first flag that each row has; their number if it has none."""
+    flags = [rows[name] == 1 for name in GRADES]
+    return np.select(flags, [*range(len(GRADES))], len(GRADES)).astype(np.int64)
+
+
 def positions(
     request: WholeNumbers,
     rank_index: WholeNumbers,
@@ -330,7 +359,7 @@ def positions(
     return result
 
 
-def candidates_of(rows: NamedArrays) -> NamedArrays:
+def candidates_of(rows: NamedArrays, of_each: int) -> NamedArrays:
     """The rows with `stage` and `position`, requests one after the other, each in funnel order.
 
     A video that a request has several rows of keeps the one that came furthest. Within a stage,
@@ -338,20 +367,35 @@ def candidates_of(rows: NamedArrays) -> NamedArrays:
 
     Args:
       rows: rows of the log, with `request`, the number of the request of each.
+      of_each: 0 takes all rows, and their stages are `stages_of`. Otherwise there are the first so
+        many of each of `GRADES`, whose stage is that of the grade.
     """
-    stage = stages_of(rows)
+    stages = [*GRADES.values()] if of_each else [Stage.SHOWN, Stage.PASSED, Stage.RETRIEVED]
+    grade = grades_of(rows) if of_each else Stage.SHOWN - stages_of(rows)
+    rows = _taken(rows | {"grade": grade}, np.flatnonzero(grade < len(stages)))
     index = np.where(rows["rank_index"] < 0, _LAST, rows["rank_index"])
-    order = np.lexsort([index, -stage, rows["video_id"], rows["request"]])
-    request, video = rows["request"][order], rows["video_id"][order]
-    is_first = np.ones(len(order), bool)
-    is_first[1:] = (np.diff(request) != 0) | (np.diff(video) != 0)
-    order = order[is_first]
-    rows = {name: column[order] for name, column in rows.items()} | {"stage": stage[order]}
+    rows = _taken(rows, np.lexsort([index, rows["grade"], rows["video_id"], rows["request"]]))
+    rows = _taken(rows, np.flatnonzero(_begins(rows["request"]) | _begins(rows["video_id"])))
+    rows["stage"] = np.array(stages)[rows["grade"]]
     is_ranked = rows["stage"] >= Stage.PASSED
     position = positions(rows["request"], rows["rank_index"], is_ranked, rows["rank_pos"] == 1)
     last = np.where(position < 0, _LAST, position)
-    order = np.lexsort([rows["video_id"], last, -rows["stage"], rows["request"]])
-    return {name: column[order] for name, column in (rows | {"position": position}).items()}
+    order = np.lexsort([rows["video_id"], last, rows["grade"], rows["request"]])
+    rows = _taken(rows | {"position": position}, order)
+    start = np.flatnonzero(_begins(rows["request"]) | _begins(rows["grade"]))
+    place = np.arange(len(order)) - np.repeat(start, np.diff(start, append=len(order)))
+    return _taken(rows, np.flatnonzero(place < (of_each or _LAST)))
+
+
+def _taken(rows: NamedArrays, places: WholeNumbers) -> NamedArrays:
+    return {name: column[places] for name, column in rows.items()}
+
+
+def _begins(values: WholeNumbers) -> Bool[np.ndarray, "rows"]:
+    """True where a value differs from the one before it, and at the first."""
+    begins = np.ones(len(values), bool)
+    begins[1:] = np.diff(values) != 0
+    return begins
 
 
 def events_of(plan: DayPlan, sequences: dict[int, np.ndarray], first: int, end: int) -> NamedArrays:
@@ -442,6 +486,7 @@ class _Candidates(NamedTuple):
     item_id: Int32[np.ndarray, "n"]
     features: Float32[np.ndarray, "n X"]
     label: UInt8[np.ndarray, "n T"]
+    label_weight: Float32[np.ndarray, "n"]
     probability: Float32[np.ndarray, "n T"]
     weight: Float32[np.ndarray, "n"]
     request_category: Int32[np.ndarray, "requests K"]
@@ -468,7 +513,7 @@ def _requests_of(
     tasks: Sequence[str],
     history_length: int,
 ) -> Iterator[Request]:
-    """The requests [first, end) of a plan, from all their rows and events."""
+    """The requests [first, end) of a plan, from the rows of `candidates_of` and all events."""
     time = plan.time[first:end]
     candidates = _encoded_candidates(rows, time, catalogue, tasks)
     views = _encoded_views(events, time, catalogue)
@@ -492,7 +537,7 @@ def _requests_of(
             candidate_features=candidates.features[own],
             num_passed=passed,
             user_label=candidates.label[own][:shown],
-            label_weight=np.ones(shown, np.float32),
+            label_weight=candidates.label_weight[own][:shown],
             teacher_probability=candidates.probability[logged],
             teacher_weight=candidates.weight[logged],
             teacher_version=TEACHER_VERSION,
@@ -502,13 +547,12 @@ def _requests_of(
 
 
 def _encoded_candidates(
-    rows: NamedArrays,
+    candidates: NamedArrays,
     time: Int64[np.ndarray, "requests"],
     catalogue: Catalogue,
     tasks: Sequence[str],
 ) -> _Candidates:
     """Ids, features and labels of the candidates of requests that were made at some times."""
-    candidates = candidates_of(rows)
     start = np.searchsorted(candidates["request"], np.arange(len(time) + 1))
     item_id, _ = _item_ids(catalogue, candidates["video_id"])
     label = np.stack([candidates[LABELS[task]] == 1 for task in tasks], axis=1)
@@ -521,6 +565,7 @@ def _encoded_candidates(
         item_id=item_id,
         features=candidate_features(candidates["upload_timestamp"], time[candidates["request"]]),
         label=label.astype(np.uint8),
+        label_weight=(candidates["realshow"] == 1).astype(np.float32),
         probability=np.tile(probability[:, None].astype(np.float32), len(tasks)),
         weight=known.astype(np.float32),
         request_category=(np.stack(values, axis=1) + _REQUEST_STARTS).astype(np.int32),
@@ -620,9 +665,7 @@ def _by_request(rows: NamedArrays) -> NamedArrays:
     """One row for each request: its time, its user, and the number of its rows."""
     order = np.argsort(rows["request_id"], kind="stable")
     request_id = rows["request_id"][order]
-    begins = np.ones(len(order), bool)
-    begins[1:] = np.diff(request_id) != 0
-    start = np.flatnonzero(begins)
+    start = np.flatnonzero(_begins(request_id))
     return {
         "request_id": request_id[start],
         "request_timestamp": np.minimum.reduceat(rows["request_timestamp"][order], start),

@@ -41,7 +41,7 @@ def test_each_movielens_config_names_its_set():
     assert names == ["movielens_100k", "movielens_1m", "movielens_32m"]
 
 
-@pytest.mark.parametrize("variant", ["", "small"])
+@pytest.mark.parametrize("variant", ["", "small", "lcron"])
 def test_the_recflow_configs_are_valid(variant):
     checks.validate(recflow.get_config(variant))
 

@@ -1,6 +1,7 @@
 """Writes a small RecFlow in the published layout."""
 
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,26 @@ def random_request(
     return rows
 
 
+def graded_request(generator: np.random.Generator, request_id: int, time: int) -> list[Row]:
+    """Rows as the log has them of the first weeks: some ten of each flag, and what was shown.
+
+    A video may have rows of two flags, and one that was shown alone has none of them.
+    """
+    flags = ("rank_pos", "rank_neg", "coarse_neg", "prerank_neg")
+    numbers = (10, 10, int(generator.integers(10, 13)), int(generator.integers(8, 11)))
+    videos = 1000 + 7 * generator.choice(60, sum(numbers) + 1, replace=False)
+    of_request = {"request_id": request_id, "request_timestamp": time, "user_id": 100}
+    rows = []
+    for flag in np.repeat(flags, numbers):
+        row = random_row(generator, int(videos[len(rows)])) | of_request | {flag: 1}
+        row |= {"rank_index": 1 + len(rows)} if flag == "rank_pos" else {}
+        rows.append(row)
+    for row in (rows[1], rows[4], rows[12]):
+        row |= {"realshow": 1, "effective_view": int(generator.integers(2))}
+    alone = random_row(generator, int(videos[-1])) | of_request | {"realshow": 1}
+    return [*rows, alone, rows[3] | {"rank_pos": 0, "coarse_neg": 1}]
+
+
 def random_sequence(generator: np.random.Generator, time: int, videos: int = 80) -> np.ndarray:
     """Effective views before `time`, padded at the front as the published ones are."""
     sequence = np.zeros((SEQUENCE_LENGTH, 10), np.int64)
@@ -111,7 +132,12 @@ def random_sequence(generator: np.random.Generator, time: int, videos: int = 80)
 
 
 def write_random(
-    root: Path, requests: int = 12, seed: int = 0, days: tuple[str, ...] = DAYS, chunk: int = 7
+    root: Path,
+    requests: int = 12,
+    seed: int = 0,
+    days: tuple[str, ...] = DAYS,
+    chunk: int = 7,
+    request_rows: Callable[[np.random.Generator, int, int], list[Row]] = random_request,
 ) -> dict[str, tuple[list[Row], dict[int, np.ndarray]]]:
     """Some days of random requests, whose rows lie in no order; day -> rows and sequences."""
     written = {}
@@ -123,7 +149,7 @@ def write_random(
             request_id = int(1000 * number + 7 * request + generator.integers(7))
             # Some at the same moment.
             time = NOON[day] + 1000 * int(generator.integers(requests // 2)) + 250
-            rows += random_request(generator, request_id, time)
+            rows += request_rows(generator, request_id, time)
             sequences[request_id] = random_sequence(generator, time)
         rows = [rows[place] for place in generator.permutation(len(rows))]
         write_stages(root, day, rows, chunk)

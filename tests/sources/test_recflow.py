@@ -2,9 +2,11 @@
 
 import dataclasses
 import itertools
+import json
 import os
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -14,9 +16,11 @@ from ml_collections import ConfigDict
 from configs import recflow as config_file
 from kd_ranker.batch import Stage
 from kd_ranker.batches.cutting import unpack
+from kd_ranker.batches.evaluation import evaluation_batches
 from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
+from kd_ranker.evaluation.evaluate import Ranker, Served, evaluate
 from kd_ranker.pipeline import commands, measure, teachers
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS, Request, Source
@@ -26,6 +30,7 @@ from tests.sources.recflow_files import (
     NOON,
     SEQUENCE_LENGTH,
     Row,
+    graded_request,
     random_row,
     write_random,
     write_sequences,
@@ -40,7 +45,7 @@ SMALL = {f"{split}_days": days for split, days in DAYS_OF.items()}
 def make_data(root: Path, **changes) -> ConfigDict:
     data = {
         "name": "recflow", "dir": "", "path": str(root), "seed": 0, "history_length": 4,
-        "max_requests_per_day": 0, "authors": 97, **SMALL,
+        "max_requests_per_day": 0, "of_each_stage": 0, "authors": 97, **SMALL,
     }  # fmt: skip
     return ConfigDict(data | changes)
 
@@ -665,3 +670,118 @@ def test_training_batches_hold_stages_and_positions_in_the_order_of_time(prepare
     assert np.asarray(batch.teacher_probability)[..., 0][weight > 0].max() == 0.5
     first = [request.user_id for request in itertools.islice(requests_of(dataset), 8)]
     assert np.asarray(batch.user_id).tolist() == first
+
+
+# The protocol of LCRON: some of each stage, by the flags alone.
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory):
+    """The config `:lcron` on files of eight requests a day, and the rows of each request."""
+    root = tmp_path_factory.mktemp("graded")
+    written = write_random(root / "RecFlow", 8, chunk=50, request_rows=graded_request)
+    config = config_file.get_config("lcron")
+    config.update_from_flattened_dict(
+        {
+            "data.path": str(root / "RecFlow"), "data.dir": str(root / "datasets"),
+            **{f"data.{key}": days for key, days in SMALL.items()}, "data.authors": 50,
+            "batch.requests": 8, "student.width": 4, "student.hidden": (8,),
+            "student.item_rows": 0, "train.steps": 3, "train.log_every": 1,
+            "train.eval_every": 0, "parallel.devices": 1, "evaluation.requests": 8,
+        }
+    )  # fmt: skip
+    commands.prepare_data(config)
+    rows = {
+        key: [row for row in day if row["request_id"] == key]
+        for day, sequences in written.values()
+        for key in sequences
+    }
+    return root, config, rows
+
+
+def grades_by_hand(rows: list[Row]) -> dict[str, list[Row]]:
+    """The first ten rows of each flag, of videos that have no row of a flag above."""
+    taken, grades = set(), {}
+    for flag in ("rank_pos", "rank_neg", "coarse_neg", "prerank_neg"):
+        of_flag = [row for row in rows if row[flag] and row["video_id"] not in taken]
+        of_flag.sort(key=lambda row: row["rank_index" if flag == "rank_pos" else "video_id"])
+        taken |= {row["video_id"] for row in of_flag}
+        grades[flag] = of_flag[:10]
+    return grades
+
+
+def test_a_request_has_ten_of_each_stage_by_the_flags_alone(graded):
+    _, config, rows = graded
+    source = recflow.open_source(config.data, config.tasks, config.funnel)
+    duration = source.item_features[:, 0]
+    for request in source.requests("test"):
+        grades = grades_by_hand(rows[request.request_id])
+        expected = [row for of_flag in grades.values() for row in of_flag]
+        assert [len(of_flag) for of_flag in grades.values()][:3] == [10, 10, 10]
+        np.testing.assert_allclose(
+            duration[request.item_id], [np.log1p(row["duration"] / 1000) for row in expected]
+        )
+        assert request.num_passed == 20
+        # Those at the top are what a student is to find. Labels are of what users have seen of it.
+        top = grades["rank_pos"]
+        assert request.user_label[:, 0].tolist() == [row["effective_view"] for row in top]
+        assert request.label_weight.tolist() == [row["realshow"] for row in top]
+        assert request.teacher_weight.tolist() == [1] * 10 + [0] * 10
+        probability = request.teacher_probability[:10, 0]
+        np.testing.assert_allclose(probability, 1 / (2 + np.arange(10)), rtol=1e-6)
+
+
+def test_survival_at_thirty_is_the_recall_of_the_final_rankers_ten(graded):
+    """Of a student that sorts by what means nothing, against the rows of the files."""
+    _, config, rows = graded
+    dataset = teachers.dataset_of(config)
+    sizes = {"requests": 8, "candidates": 40}
+
+    def serve(middle, batch, items):
+        away = jnp.abs(items.features[batch.item_id, 0] - middle)
+        return Served({"user": 1 / (1 + away[..., None])}, met={})
+
+    student = Ranker(serve, jnp.full(1, 4.0))
+    batches = evaluation_batches(dataset, "test", **sizes)
+    _, (summed,) = evaluate(None, [student], batches, dataset.items, (1.0,), config.funnel.shown)
+    recalls = []
+    for request in read_requests(dataset, "test"):
+        grades = grades_by_hand(rows[request.request_id])
+        every = [row for of_flag in grades.values() for row in of_flag]
+        every.sort(key=lambda row: abs(np.log1p(row["duration"] / 1000) - 4))
+        recalls.append(sum(row in grades["rank_pos"] for row in every[:30]) / 10)
+    assert 0 < np.mean(recalls) < 1
+    sums = summed["user"].sums
+    survival = sums["survival"][0, 29] / sums["funnel_requests"][0]
+    assert survival == pytest.approx(np.mean(recalls))
+    assert sums["shown_kept"][0, 29] / 80 == pytest.approx(np.mean(recalls))
+
+
+def test_a_request_without_any_of_the_flags_is_none(tmp_path):
+    rows = [row | dict.fromkeys(recflow.GRADES, 0) for row in worked_rows()]
+    write_worked(tmp_path)
+    write_stages(tmp_path, DAYS[0], rows + [row | {"request_id": 4} for row in worked_rows()])
+    write_sequences(tmp_path, DAYS[0], {4: np.zeros((SEQUENCE_LENGTH, 10), np.int64)})
+    source = open_small(tmp_path, of_each_stage=2, retrieved=8)
+    assert [request.request_id for request in source.requests("train")] == [4, 6]
+    write_stages(tmp_path, DAYS[0], rows)
+    fault = fault_of(tmp_path, of_each_stage=2)
+    assert fault.endswith("has no rows of rank_pos, rank_neg, coarse_neg, prerank_neg")
+
+
+@pytest.mark.parametrize(("of_each", "most"), [(1, 4), (2, 6)])
+def test_a_funnel_must_hold_so_many_of_each_stage(tmp_path, of_each, most):
+    write_worked(tmp_path)
+    open_small(tmp_path, of_each_stage=of_each, retrieved=most)
+    message = f"retrieved={most - 1} is less than the {most} candidates"
+    assert message in fault_of(tmp_path, of_each_stage=of_each, retrieved=most - 1)
+
+
+@pytest.mark.slow
+def test_the_protocol_of_lcron_trains_on_stages_alone(graded):
+    root, config, _ = graded
+    (row,) = commands.train(config, root / "student")
+    assert 0 < row["survival@30"] <= 1
+    assert row["distill_loss"] == "ranknet:stage"
+    losses = [json.loads(line) for line in (root / "student" / "metrics.jsonl").open()]
+    assert losses[-1]["distill_loss"] < losses[0]["distill_loss"]
