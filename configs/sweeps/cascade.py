@@ -14,9 +14,9 @@ def get_config(variant: str = "") -> ConfigDict:
     """A design for minutes; `:paper` tunes more, and `:small` is only good for trying things.
 
     `:live` has a final ranker that is trained here score all that is retrieved, which no log holds:
-    an upper bound.
+    an upper bound. `:sizes` has students of several widths, with the loss that suits them best.
     """
-    defaults.check_variant(variant, "paper", "live", "small")
+    defaults.check_variant(variant, "paper", "live", "sizes", "small")
     config = cascade.get_config("small" if variant == "small" else "")
     if variant != "live":
         config.teacher.source = "logged"
@@ -27,5 +27,10 @@ def get_config(variant: str = "") -> ConfigDict:
         )
     if variant == "live":
         return sweeps.with_ways(config, rates=(1e-2, 4e-2), weights=(0.3, 1.0, 3.0))
+    if variant == "sizes":
+        sweeps.with_ways(config, rates=(1e-2, 4e-2), weights=(0.3,))
+        config.sweep.axes.distill.loss = ("softmax",)
+        config.sweep.axes.student.width = (8, 32, 128)
+        return config
     # At one weight, which suits the losses of an order best, of those of `:paper`, on validation.
     return sweeps.with_ways(config, rates=(1e-2, 4e-2), weights=(0.3,))

@@ -12,9 +12,9 @@ from typing import Any
 import pandas as pd
 import vl_convert
 
-from kd_ranker.evaluation.metrics import title_of
-from kd_ranker.report.figures import Figure, ticks, window
-from kd_ranker.report.style import GREY, colours, dash, glyph, mark, theme
+from kd_ranker.evaluation.metrics import METRICS, title_of
+from kd_ranker.report.figures import REFERENCE, Figure, ticks, window
+from kd_ranker.report.style import GREY, UNDISTILLED, colours, dash, glyph, mark, theme
 
 Spec = dict[str, Any]
 
@@ -26,14 +26,19 @@ _DPI = 300
 # In points; a column of a two-column page is 3.5 inches wide. A figure of several panels gets what
 # is left for its axes.
 _SIZES = {
+    "frontier": (252, 209),
     "pareto": (252, 209),
     "value_captured": (252, 180),
     "true_value_captured": (252, 180),
     "survival": (252, 180),
+    "saving": (200, 140),
+    "hit_rates": (104, 104),
     "calibration": (104, 104),
     "training": (147, 104),
 }
-_PAGE_HEIGHT = {"pareto": 460}
+# Panels side by side; all of them if it does not say.
+_BESIDE = {"saving": 1, "hit_rates": 3}
+_PAGE_HEIGHT = {"pareto": 460, "frontier": 460, "hit_rates": 300}
 _USUAL_PAGE_HEIGHT = 400
 
 
@@ -48,11 +53,12 @@ def files(figure: Figure) -> dict[str, bytes]:
     spec = _themed(unit=1)
     spec["config"]["background"] = "white"
     names = list(figure.data["line"].unique())
-    spec["config"]["legend"]["columns"] = _legend_columns(names, (width + 36) * len(panels) - 36)
+    beside = min(len(panels), _BESIDE.get(figure.name, len(panels)))
+    spec["config"]["legend"]["columns"] = _legend_columns(names, (width + 36) * beside - 36)
     if len(panels) == 1:
         spec |= panels[0] | {"autosize": {"type": "fit", "contains": "padding"}}
     else:
-        spec["hconcat"] = panels
+        spec |= {"concat": panels, "columns": beside}
     svg = _numbered_anew(vl_convert.vegalite_to_svg(spec))
     # In points, as the others are, where SVG has pixels of a screen.
     in_points = re.sub(
@@ -126,13 +132,15 @@ def _panel(
     Args:
       data: of the panel.
       layers: from the back to the front.
-      figure: of all panels, with the columns `line`, `mode`, and `serve` where dashes differ.
+      figure: of all panels, with the columns `line`, `mode`, `serve` where dashes differ, and
+        `colour` where it is not the mode's.
       marked: whether lines have the marks of their modes.
     """
     lines = figure.drop_duplicates("line")
     serves = lines["serve"] if "serve" in lines else ["user"] * len(lines)
     glyphs = [glyph(m, serve, marked) for m, serve in zip(lines["mode"], serves, strict=True)]
-    colour = _of_line(lines["line"], colours(lines["mode"].tolist()))
+    palette = lines["colour"] if "colour" in lines else colours(lines["mode"].tolist())
+    colour = _of_line(lines["line"], list(palette))
     # Nothing is drawn here: it gives the layers their colours and their legend, and hears clicks.
     key = {
         "mark": {"type": "point", "size": 0, "filled": True, "opacity": 1},
@@ -258,23 +266,75 @@ def _pareto(data: pd.DataFrame, hover: bool) -> list[Spec]:
     return [_panel(data, layers, data, marked=True)]
 
 
-def _value_captured(data: pd.DataFrame, hover: bool) -> list[Spec]:
-    left, right, low = window(data)
-    x, y, layers = _over_k(data, "value captured at k", [left, right], [low, 1.005], hover)
-    crossings = data.drop_duplicates("line").sort_values("passed_for_99")
+def _frontier(data: pd.DataFrame, hover: bool) -> list[Spec]:
+    students, references = data[data["mode"] != REFERENCE], data[data["mode"] == REFERENCE]
+    if students["size"].nunique() > 1:
+        # A colour a size, and a broken line for the student of it that does not distil.
+        sizes = list(students["size"].unique())
+        students = students.assign(
+            colour=students["size"].map(dict(zip(sizes, colours(sizes), strict=True))),
+            serve=students["mode"].map(lambda mode: UNDISTILLED if mode == "none" else "user"),
+        )
+    low = window(students)[2]
+    shares = [float(students.loc[students["mean"] >= low, "cost"].min()),
+              float(students["cost"].max())]  # fmt: skip
+    x = _number(
+        "cost",
+        "cost of the funnel, over the final ranker's alone",
+        scale={"type": "log", "domain": shares, "nice": False},
+        axis={"values": [share / 1000 for share in ticks(1, 1000)], "format": "~%"},
+    )
+    y = _number("mean", "value captured", scale={"domain": [low, 1.005], "nice": False},
+                axis={"tickCount": 6})  # fmt: skip
+    inside = references[(references["mean"] >= low) & (references["cost"] >= shares[0])]
+    told = [_number("k", "k"), _number("cost", "cost", format=".1%")]
+    layers = [
+        *_muted(inside, x, y),
+        *_banded(students, x, y, told, hover),
+        *_crossings(students, x | {"field": "cost_for_99"}, y, ".1%"),
+    ]
+    return [_panel(students, layers, students)]
+
+
+def _muted(data: pd.DataFrame, x: Spec, y: Spec) -> list[Spec]:
+    """Lines to compare with, each with its name where it begins."""
+    place = {"x": x, "y": y, "color": {"value": GREY}}
+    lines = [
+        {"data": {"values": _records(of)}, "mark": {"type": "line", "style": "muted", "clip": True},
+         "encoding": place}
+        for _, of in data.groupby("line", sort=False)
+    ]  # fmt: skip
+    names = {
+        "data": {"values": _records(data.drop_duplicates("line"))},
+        "mark": {"type": "text", "style": "named"},
+        "encoding": place | {"text": {"field": "line"}},
+    }
+    return [*lines, names] if lines else []
+
+
+def _crossings(data: pd.DataFrame, x: Spec, y: Spec, form: str) -> list[Spec]:
+    """Marks where each line reaches 99%, with the number there."""
+    field = x["field"]
+    crossings = data.drop_duplicates("line").sort_values(field)
     values = [
         value | {"at": 0.99, "place": place} for place, value in enumerate(_records(crossings))
     ]
-    at = {"x": x | {"field": "passed_for_99"}, "y": y | {"field": "at"}}
+    at = {"x": x, "y": y | {"field": "at"}}
     tooltip = [_name("line", "setting"), _told("passed_for_99", title_of("passed_for_99"), 0)]
-    needed = at | {"text": _number("passed_for_99", format=".0f")}
     # Crossings may lie close together, so their labels go down in steps.
     down = {"expr": "(10 + 9 * datum.place) * size"}
-    layers += [
+    needed = at | {"text": _number(field, format=form)}
+    return [
         _reference({"y": at["y"]}, values[:1]),
         {"data": {"values": values}} | _points(at, tooltip, "crossing"),
         {"data": {"values": values}} | _layer("text", needed, "needed", dy=down),
     ]
+
+
+def _value_captured(data: pd.DataFrame, hover: bool) -> list[Spec]:
+    left, right, low = window(data)
+    x, y, layers = _over_k(data, "value captured at k", [left, right], [low, 1.005], hover)
+    layers += _crossings(data, x | {"field": "passed_for_99"}, y, ".0f")
     return [_panel(data, layers, data)]
 
 
@@ -295,6 +355,43 @@ def _true_value_captured(data: pd.DataFrame, hover: bool) -> list[Spec]:
     return [_panel(data, layers, data)]
 
 
+def _hit_rates(data: pd.DataFrame, hover: bool) -> list[Spec]:
+    panels = []
+    for (measure, task), of_task in data.groupby(["measure", "task"], sort=False):
+        values = [0.0, 1.05 * float(of_task[["mean", "high"]].max().max())]
+        ks = [1.0, float(data["k"].max())]
+        x, _, layers = _over_k(of_task, METRICS[str(measure)].title, ks, values, hover)
+        x["axis"]["values"] = [k for k in x["axis"]["values"] if str(k).startswith("1")]
+        panels.append(_panel(of_task, layers, data) | {"title": task})
+    return panels
+
+
+def _saving(data: pd.DataFrame, hover: bool) -> list[Spec]:
+    axes = {
+        "target": ("share of the final value to keep (%)", [95, 96, 97, 98, 99, 99.9]),
+        "student's cost": ("student's cost a candidate (% of the teacher's)", [1, 5, 10]),
+    }
+    ends = data[["mean", "low", "high"]]
+    # Nobody saves more than all, and what costs more than twice as much is beside the point.
+    seen = [max(-1.0, float(ends.min().min())), min(1.0, float(ends.max().max()))]
+    y = _number("mean", "saving", scale={"domain": seen}, axis={"tickCount": 6, "format": "~%"})
+    panels = []
+    for over, of_panel in data.groupby("over", sort=False):
+        title, values = axes[str(over)]
+        x = _number(
+            "at",
+            title,
+            scale={"zero": False, "nice": False},
+            axis={"values": values, "format": "~g"},
+        )
+        layers = [
+            _reference({"y": y | {"field": "none"}}, [{"none": 0.0}]),
+            *_banded(of_panel, x, y, [_told("at", title, 1)], hover),
+        ]
+        panels.append(_panel(of_panel, layers, data))
+    return panels
+
+
 def _over_k(
     data: pd.DataFrame, title: str, ks: list[float], values: list[float], hover: bool
 ) -> tuple[Spec, Spec, list[Spec]]:
@@ -306,14 +403,18 @@ def _over_k(
         axis={"values": ticks(1, float(data["k"].max())), "format": "d"},
     )
     y = _number("mean", title, scale={"domain": values, "nice": False}, axis={"tickCount": 6})
+    return x, y, _banded(data, x, y, [_number("k", "k")], hover)
+
+
+def _banded(data: pd.DataFrame, x: Spec, y: Spec, told: list[Spec], hover: bool) -> list[Spec]:
+    """A line with a band a setting; under the pointer `told` and the number on `y`."""
     band = {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}}
-    tooltip = [_name("line", "setting"), _number("k", "k"), _told("mean", title)]
-    layers = [
+    tooltip = [_name("line", "setting"), *told, _told("mean", y["title"])]
+    return [
         _layer("area", band, "band", opacity=0.15, clip=True),
         *_lines(data, {"x": x, "y": y}, clip=True),
         *([_under_pointer({"x": x, "y": y}, tooltip)] if hover else []),
     ]
-    return x, y, layers
 
 
 def _calibration(data: pd.DataFrame, hover: bool) -> list[Spec]:
@@ -360,6 +461,9 @@ def _training(data: pd.DataFrame, hover: bool) -> list[Spec]:
 
 
 _DRAWERS: dict[str, Callable[[pd.DataFrame, bool], list[Spec]]] = {
+    "frontier": _frontier,
+    "saving": _saving,
+    "hit_rates": _hit_rates,
     "pareto": _pareto,
     "value_captured": _value_captured,
     "true_value_captured": _true_value_captured,

@@ -29,7 +29,7 @@ from kd_ranker.report.bootstrap import (
     request_counts,
     resampled_sums,
 )
-from kd_ranker.report.intervals import CONFIDENCE, Interval, interval
+from kd_ranker.report.intervals import CONFIDENCE, NOTHING, Interval, interval
 from kd_ranker.report.study import Study
 
 DRAWS = 500
@@ -112,6 +112,26 @@ class Estimates:
         passed = self._passed(setting, target)
         return _interval(_combined(lambda k: self.share_of_whole(setting, k), passed))
 
+    def at_target(self, setting: str, target: float, curve: str) -> Interval:
+        """The value of a curve where as many are passed as a target takes.
+
+        Args:
+          setting: one of `study.chosen`.
+          target: as in `saving`.
+          curve: a column of `curves.csv`; nothing is known of it without the requests.
+        """
+        passed = self._passed(setting, target)
+        known = self._drawn_of(setting, passed.repeats)
+        if not known or not len(passed.drawn):
+            return NOTHING
+        needed = np.concatenate([passed.each[None], passed.drawn])
+        each = [
+            [np.interp(k, of.ks, values) for k, values in zip(ks, of.curves[curve], strict=True)]
+            for of, ks in zip(known, needed.T, strict=True)
+        ]
+        numbers = np.array(each).T
+        return _interval(passed._replace(each=numbers[0], drawn=numbers[1:]))
+
     def share_of_whole(self, setting: str, passed: Any) -> Any:
         """The same when so many are passed, a number or an array; NaN without a teacher's cost."""
         study = self.study
@@ -192,7 +212,7 @@ class Estimates:
         return float(self.study.teachers["flops_per_candidate"].mean())
 
     def _drawn_of(self, setting: str, repeats: Iterable[Any]) -> list[_Drawn]:
-        """What was drawn of these repeats; nothing if that of one is missing."""
+        """The draws of these repeats; none if those of one are missing."""
         drawn = [self._drawn.get((setting, repeat)) for repeat in repeats]
         known = [of for of in drawn if of is not None]
         return known if len(known) == len(drawn) else []

@@ -1,19 +1,28 @@
-"""The data of the figures: one tidy table each, which `drawing` and `interactive` draw.
+"""The data of the figures: one tidy table each, which `charts` draws.
 
 Every table has the columns `mode` (its colour) and `line` (the name of what is drawn as one line).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from kd_ranker.evaluation.metrics import TARGET
 from kd_ranker.evaluation.results import setting_columns
 from kd_ranker.evaluation.saving import by_repeat, of_split
+from kd_ranker.report.choices import best_of_sizes, knows_truth
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import interval
 from kd_ranker.report.study import Study
+
+# Shares of the value to keep, closer to each other where the candidates to pass grow fast.
+_TARGETS = (*np.arange(0.95, 0.989, 0.005), *np.arange(0.99, 0.9995, 0.001))
+# Costs of a student's candidate, over the teacher's.
+_COSTS = (0.001, *np.arange(0.01, 0.101, 0.01))
+# The mode of what ranks without a model.
+REFERENCE = "reference"
 
 
 class Figure(NamedTuple):
@@ -37,9 +46,82 @@ class Figure(NamedTuple):
 def figures(study: Study, estimates: Estimates) -> list[Figure]:
     """The figures of a study in their order."""
     makers: list[Callable[[Study, Estimates], Figure]] = [
-        value_captured, users_value, survival, pareto, calibration, training,
+        frontier, value_captured, users_value, saving, survival, pareto, calibration, training,
     ]  # fmt: skip
     return [make(study, estimates) for make in makers]
+
+
+def frontier(study: Study, estimates: Estimates) -> Figure:
+    """Final quality against the funnel's cost: the best undistilled and distilled of each size.
+
+    Both are curves over k. Columns: mode (`REFERENCE` of what ranks without a model), serve, line,
+    size, k, cost (of a request, over that of the final ranker alone on all retrieved), `mean`,
+    `low` and `high` of the value captured, and `passed_for_99` and `cost_for_99`, the same all
+    along a line.
+    """
+    settings = best_of_sizes(study)
+    references = study.references.drop_duplicates("setting").assign(mode=REFERENCE, size="")
+    data = _curves_of(pd.concat([settings, references]), estimates, "value_captured", ("size",))
+    if (data["mode"] == REFERENCE).all():
+        data = data[:0]
+    lines = [
+        of.assign(
+            cost=estimates.share_of_whole(str(setting), of["k"].to_numpy()),
+            cost_for_99=estimates.cost_share(str(setting), TARGET).mean,
+        )
+        for setting, of in data.groupby("setting", sort=False)
+    ]
+    priced = pd.concat(lines) if lines else data.assign(cost=np.nan, cost_for_99=np.nan)
+    priced = priced.dropna(subset=["cost"]).reset_index(drop=True)
+    no_cost = "what the teacher costs is not known" if len(data) > len(priced) else ""
+    sizes = " of each size" if settings["size"].nunique() > 1 else ""
+    return Figure(
+        "frontier",
+        "Cost of the funnel against final quality",
+        f"The best undistilled and the best distilled student{sizes}, as more candidates are "
+        f"passed, on the test split: what a request costs, {study.costs.unit}, as a share of what "
+        f"it costs if the final ranker ranks all {study.retrieved}, and the share of the final "
+        "value that is kept. Further left at the same height is cheaper at the same quality. The "
+        "dashed line is 99%, and marked is what it costs. Grey are rankers without a model, which "
+        "count as free. Bands are 95% intervals.",
+        priced,
+        no_cost or _absence(study, "requests", data),
+    )
+
+
+def saving(study: Study, estimates: Estimates) -> Figure:
+    """The saving over the target and over the student's cost: the chosen setting of each way.
+
+    Columns: mode, serve, line, over (`target` or `student's cost`), at (in percent), `mean`, `low`
+    and `high` of the share that is saved.
+    """
+    settings = study.tested.drop_duplicates("setting")
+    distilled = settings[settings["mode"] != "none"] if study.baseline else settings[:0]
+    places = [("target", target, target, None) for target in _TARGETS]
+    places += [("student's cost", cost, TARGET, cost) for cost in _COSTS]
+    lines = []
+    for first in distilled.to_dict("records"):
+        for over, at, target, cost in places:
+            found = estimates.saving(first["setting"], float(target), cost)
+            lines.append(
+                {
+                    **{name: first[name] for name in ("mode", "serve")},
+                    "line": first["way"], "over": over, "at": 100 * float(at),
+                    "mean": found.mean, "low": found.low, "high": found.high,
+                }
+            )  # fmt: skip
+    columns = ["mode", "serve", "line", "over", "at", "mean", "low", "high"]
+    data = pd.DataFrame(lines, columns=columns).dropna(subset=["mean"]).reset_index(drop=True)
+    return Figure(
+        "saving",
+        "Saving by target and by the student's cost",
+        f"The share of the funnel's cost, {study.costs.unit}, that is saved against "
+        f"{study.baseline}, on the test split: by the share of the final value to keep, at what "
+        f"the student costs; and for {100 * TARGET:g}%, by what a candidate costs either student, "
+        "over the teacher's. Bands are 95% intervals.",
+        data,
+        _absence(study, "requests", data) if len(distilled) else "there is nothing to compare",
+    )
 
 
 def pareto(study: Study, estimates: Estimates) -> Figure:
@@ -96,7 +178,12 @@ def value_captured(study: Study, estimates: Estimates) -> Figure:
 
 
 def users_value(study: Study, estimates: Estimates) -> Figure:
-    """True value captured against k: columns as in `value_captured`; empty if it is not known."""
+    """Users' side against k: the true value captured, or where that is not known the hit rates.
+
+    Columns as in `value_captured`; of hit rates with `measure` and `task`.
+    """
+    if not knows_truth(study):
+        return _hit_rates(study, estimates)
     return _over_k(
         study,
         estimates,
@@ -105,6 +192,25 @@ def users_value(study: Study, estimates: Estimates) -> Figure:
         "The same items, valued by the true probabilities: the share of what they are worth if all "
         "retrieved reach the final ranker. It can exceed 1, where an early ranker keeps from the "
         "final ranker what that overrates. Bands are 95% intervals.",
+    )
+
+
+def _hit_rates(study: Study, estimates: Estimates) -> Figure:
+    settings = study.tested.drop_duplicates("setting")
+    curves = [
+        _curves_of(settings, estimates, f"{measure}/{task}").assign(measure=measure, task=task)
+        for measure in ("hit_rate", "end_to_end_hit_rate")
+        for task in study.tasks
+    ]
+    data = pd.concat(curves, ignore_index=True)
+    return Figure(
+        "hit_rates",
+        "What users did, by candidates passed",
+        "The share of the candidates with a positive label that is among the k passed (hit rate), "
+        "and that is then shown (end-to-end hit rate), by task, on the test split; nothing of it "
+        "is the teacher's opinion. What was never shown has no label. Bands are 95% intervals.",
+        data,
+        _absence(study, "requests", data),
     )
 
 
@@ -141,20 +247,26 @@ def survival(study: Study, estimates: Estimates) -> Figure:
 
 
 def _over_k(study: Study, estimates: Estimates, measure: str, title: str, caption: str) -> Figure:
-    columns = ["mode", "serve", "line", "setting", "k", "mean", "low", "high", "passed_for_99"]
-    chosen = study.tested.drop_duplicates("setting")
-    passed = study.tested.groupby("setting")["passed_for_99"].mean()
+    data = _curves_of(study.tested.drop_duplicates("setting"), estimates, measure)
+    return Figure(measure, title, caption, data, _absence(study, "requests", data))
+
+
+def _curves_of(
+    settings: pd.DataFrame, estimates: Estimates, measure: str, more: Sequence[str] = ()
+) -> pd.DataFrame:
+    """The curves of settings, a row each: columns as in `value_captured`, and `more` of the row."""
+    named = ["mode", "serve", "setting", *more]
+    columns = [*named, "line", "k", "mean", "low", "high", "passed_for_99"]
     curves = [
         estimates.curve(first["setting"], measure).assign(
-            **{name: first[name] for name in ("mode", "serve", "setting")},
+            **{name: first[name] for name in named},
             line=first["way"],
-            passed_for_99=passed[first["setting"]],
+            passed_for_99=estimates.of(first["setting"], "passed_for_99").mean,
         )
-        for first in chosen.to_dict("records")
+        for first in settings.to_dict("records")
     ]
     data = pd.concat(curves)[columns] if curves else pd.DataFrame(columns=columns)
-    data = data.dropna(subset=["mean"]).reset_index(drop=True)
-    return Figure(measure, title, caption, data, _absence(study, "requests", data))
+    return data.dropna(subset=["mean"]).reset_index(drop=True)
 
 
 def _tested_members(study: Study) -> pd.DataFrame:

@@ -9,11 +9,14 @@ from typing import Any
 _KNOWN = {"none": "#7f7f7f", "aux": "#d55e00", "shared": "#0072b2"}
 _OTHERS = ("#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 GREY = "#808080"
+# Takes the place of a serving choice where a colour is not the mode's.
+UNDISTILLED = "undistilled"
 
 # By serving choice: lengths of dashes and gaps, and such a line as an SVG path from -3 to 3.
 _DASHES: dict[str, tuple[list[float], str]] = {
     "user": ([1, 0], "M-3,0H3"),
     "teacher": ([5, 2.5], "M-3,0h1.6m.6,0h1.6m.6,0h1.6"),
+    UNDISTILLED: ([4, 2], "M-3,0h1.4m.8,0h1.6m.8,0h1.4"),
     "blend": ([1.2, 2], "M-3,0h.5m.6,0h.5m.6,0h.5m.6,0h.5m.6,0h.5m.6,0h.5"),
 }
 _OTHER_DASH: tuple[list[float], str] = ([5, 2, 1.2, 2], "M-3,0h1.6m.5,0h.5m.5,0h1.6m.5,0h.5")
@@ -75,6 +78,8 @@ def _styles(unit: float) -> dict[str, Any]:
         "repeat": {"strokeWidth": 0.5 * unit},
         "interval": {"strokeWidth": 0.5 * unit},
         "reference": {"strokeWidth": 0.7 * unit, "strokeDash": [4 * unit, 3 * unit]},
+        "muted": {"strokeWidth": 0.7 * unit},
+        "named": {"align": "left", "fontSize": 6 * unit, "dx": 7 * unit, "dy": -2 * unit},
         "point": {"size": 20 * unit**2},
         "crossing": {"size": 30 * unit**2},
         "weight": {"align": "left", "fontSize": 6 * unit, "dx": 3 * unit, "dy": -4 * unit},

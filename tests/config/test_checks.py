@@ -1,6 +1,7 @@
 import pytest
 
 from configs import cascade, kuairand, movielens, movielens_1m, movielens_32m, parquet, recflow
+from configs.sweeps import cascade as cascade_sweep
 from kd_ranker.config import checks
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.errors import UserError
@@ -29,6 +30,11 @@ def test_the_configs_are_valid(config):
 def test_top_k_may_take_in_all_candidates_where_nothing_looks_at_it():
     checks.validate(config_with(distill__loss="ranknet", distill__top_k=32))
     checks.validate(config_with(distill__loss="topk", distill__top_k=31))
+
+
+@pytest.mark.parametrize("variant", ["", "paper", "live", "sizes", "small"])
+def test_the_sweeps_of_the_cascade_are_valid(variant):
+    checks.validate(cascade_sweep.get_config(variant))
 
 
 @pytest.mark.parametrize("config", [movielens, movielens_1m, movielens_32m])

@@ -107,6 +107,10 @@ def write_sweep(
         ks = curves[0]["k"].to_numpy()
         whole = pd.DataFrame(1.0, ks, [*CURVES]).reset_index(names="k")
         each["teacher", "user"] = _each(tested["teacher", "user"], whole, requests)
+        risen = pd.DataFrame(dict.fromkeys(CURVES, (ks / retrieved) ** 0.1)).assign(k=ks)
+        each |= {
+            (name, "user"): _each(tested[name, "user"], risen, requests) for name in REFERENCES
+        }
         of_requests = kept.files(kept.Kept(ks, each), TASKS)
         files |= {f"cohorts/0/test/{name}": content for name, content in of_requests.items()}
     for name, content in files.items():

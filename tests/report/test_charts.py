@@ -5,6 +5,7 @@ import json
 import re
 from xml.etree import ElementTree
 
+import pandas as pd
 import pytest
 import vl_convert
 
@@ -15,7 +16,8 @@ from kd_ranker.report.style import colours
 from tests.report import sweeps
 
 NAMES = [
-    *("value_captured", "true_value_captured", "survival", "pareto", "calibration", "training")
+    *("frontier", "value_captured", "true_value_captured", "saving", "survival", "pareto"),
+    *("calibration", "training"),
 ]
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -64,7 +66,7 @@ def test_vega_has_nothing_to_warn_of(drawn, monkeypatch, capfd):
 
 
 def test_a_figure_is_as_wide_as_a_column_and_its_text_stays_text(files):
-    for name in ("pareto", "value_captured", "true_value_captured", "survival"):
+    for name in ("frontier", "pareto", "value_captured", "true_value_captured", "survival"):
         root = ElementTree.fromstring(files[name]["svg"])
         assert float(root.get("width").removesuffix("pt")) == pytest.approx(3.5 * 72, abs=1)
         # Width and height in the header of a PNG, at 300 dots an inch.
@@ -105,7 +107,7 @@ def test_files_and_page_are_drawn_from_the_same_numbers(drawn):
     values = panel["data"]["values"]
     for column in ("user_bce", "user_bce_low", "teacher_bce_high"):
         assert [value[column] for value in values] == pytest.approx(list(data[column]))
-    assert [len(panels_of(drawn[name])) for name in NAMES] == [1, 1, 1, 1, 3, 2]
+    assert [len(panels_of(drawn[name])) for name in NAMES] == [1, 1, 1, 2, 1, 1, 3, 2]
 
 
 def test_a_modes_colour_is_the_same_everywhere(drawn):
@@ -131,10 +133,42 @@ def test_a_mode_that_the_package_does_not_know_gets_a_colour_of_its_own():
 
 
 def test_one_repeat_is_drawn_without_intervals(tmp_path):
-    (study,) = read_studies([sweeps.write_sweep(tmp_path, seeds=(0,), modes=("none",))])
+    (study,) = read_studies([sweeps.write_sweep(tmp_path, seeds=(0,), modes=("none", "aux"))])
     for figure in figures.figures(study, Estimates(study)):
         assert b"NaN" not in charts.files(figure)["svg"]
         assert all("NaN" not in panel for panel in charts.page_panels(figure))
+
+
+def test_where_sizes_are_swept_a_colour_is_a_size_and_a_dash_a_student_that_does_not_distil(drawn):
+    of_modes = drawn["frontier"].data
+    students = of_modes[of_modes["mode"] != figures.REFERENCE]
+    both = [
+        students.assign(size=size, line=students["line"] + size, cost=students["cost"] * more)
+        for size, more in ((", width 8", 1.0), (", width 32", 1.2))
+    ]
+    references = of_modes[of_modes["mode"] == figures.REFERENCE]
+    figure = drawn["frontier"]._replace(data=pd.concat([*both, references], ignore_index=True))
+    (panel,) = panels_of(figure)
+    scale = panel["layer"][0]["encoding"]["color"]["scale"]
+    assert scale["domain"] == ["none, width 8", "aux, width 8", "none, width 32", "aux, width 32"]
+    one, same, other, last = scale["range"]
+    assert one == same != other == last
+    dashes = {
+        layer["transform"][0]["filter"]: layer["mark"]["strokeDash"]
+        for layer in panel["layer"]
+        if "strokeDash" in layer.get("mark", {})
+    }
+    assert len({tuple(dash) for dash in dashes.values()}) == 2
+    assert charts.files(figure)["svg"].startswith(b"<svg")
+
+
+def test_what_ranks_without_a_model_is_named_and_in_no_legend(drawn, files):
+    texts = [
+        text.text for text in ElementTree.fromstring(files["frontier"]["svg"]).iter(f"{SVG}text")
+    ]
+    assert set(sweeps.REFERENCES) <= set(texts)
+    (panel,) = panels_of(drawn["frontier"])
+    assert panel["layer"][0]["encoding"]["color"]["scale"]["domain"] == ["none", "aux"]
 
 
 def test_a_name_cannot_end_the_script_that_holds_it(drawn):

@@ -148,6 +148,31 @@ def test_a_saving_is_of_the_funnels_costs_on_each_draw(made):
     assert made.saving("none", TARGET)[:3] == (0, 0, 0)
 
 
+def test_a_target_that_was_not_measured_is_read_between_the_kept_k(made):
+    def needed(seed, times, mode="shared", target=0.83):
+        curve = times @ EACH[mode, seed].curves["value_captured"].astype(float)
+        return next(k for k in range(1, RETRIEVED + 1)
+                    if np.interp(k, KS, curve) / curve[-1] >= target)  # fmt: skip
+
+    def saving(seed, times):
+        return saved(needed(seed, times), needed(seed, times, "none"))
+
+    assert_interval(made.saving("shared, weight 1", 0.83), by_hand(saving))
+
+    def share(seed, times):
+        cost = RETRIEVED * FLOPS["shared"] + needed(seed, times) * TEACHER_FLOPS
+        return cost / (RETRIEVED * TEACHER_FLOPS)
+
+    assert_interval(made.cost_share("shared, weight 1", 0.83), by_hand(share))
+
+    def users(seed, times):
+        curve = times @ EACH["shared", seed].curves["true_value_captured"].astype(float)
+        return np.interp(needed(seed, times), KS, curve) / curve[-1]
+
+    found = made.at_target("shared, weight 1", 0.83, "true_value_captured")
+    assert_interval(found, by_hand(users))
+
+
 def test_a_curve_is_that_of_the_kept_k_with_an_interval_at_each(made):
     curve = made.curve("none", "value_captured")
     assert list(curve["k"]) == list(KS)

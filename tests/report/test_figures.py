@@ -2,11 +2,12 @@ import numpy as np
 import pytest
 
 from kd_ranker.report import figures
+from kd_ranker.report.choices import best_of_sizes, cheapest
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from tests.report import sweeps
 
-CURVES = ["value_captured", "true_value_captured", "survival"]
+CURVES = ["frontier", "value_captured", "true_value_captured", "survival"]
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +61,57 @@ def test_the_curves_are_means_of_what_was_chosen_of_each_way_on_test(estimates, 
     assert data["k"].max() == 2000
 
 
+def test_the_frontier_has_the_best_with_and_without_distillation_at_their_cost(estimates):
+    data = drawn(figures.frontier, estimates).data
+    # Of the ways that distil the better one on validation; what ranks without a model is muted.
+    assert list(data["line"].unique()) == ["none", "aux", *sweeps.REFERENCES]
+    assert set(data.loc[data["mode"] == figures.REFERENCE, "line"]) == set(sweeps.REFERENCES)
+    at = data[data["k"] == 200].set_index("line")
+    # 2000 candidates at 800 and 900 FLOPs, 200 at 150,000, over 2000 at 150,000.
+    assert at.loc["none", "cost"] == pytest.approx(0.1 + 800 / 150_000)
+    assert at.loc["aux", "cost"] == pytest.approx(0.1 + 900 / 150_000)
+    assert at.loc["oracle", "cost"] == pytest.approx(0.1)
+    rows = estimates.study.tested
+    passed = rows.loc[rows["mode"] == "none", "passed_for_99"].mean()
+    assert at.loc["none", "cost_for_99"] == pytest.approx(passed / 2000 + 800 / 150_000)
+
+
+def test_the_frontier_has_a_pair_a_size_of_the_student(tmp_path):
+    rows = [
+        {"mode": mode, "distill_loss": loss, "seed": 0, "student.width": width, "passed": passed,
+         "weight": 0.0 if mode == "none" else 1.0,
+         "member": f"{mode}{loss}{width}", "flops": float(width)}
+        for width, of_losses in ((8, (400, 120, 130)), (32, (300, 110, 90)))
+        for mode, loss, passed in zip(
+            ("none", "shared", "shared"), (None, "bce", "topk"), of_losses, strict=True
+        )
+    ]  # fmt: skip
+    (study,) = read_studies([sweeps.write_rows(tmp_path, [sweeps.teacher_row(), *rows])])
+    chosen = best_of_sizes(study)
+    assert dict(zip(chosen["way"], chosen["size"], strict=True)) == {
+        "none, width 8": "width 8", "none, width 32": "width 32",
+        "shared, loss bce, width 8": "width 8", "shared, loss topk, width 32": "width 32",
+    }  # fmt: skip
+    # 2000 · 8 + 120 · 200 FLOPs are less than 2000 · 32 + 90 · 200.
+    assert cheapest(study, list(chosen["setting"])) == "shared, weight 1, loss bce, width 8"
+
+
+def test_the_saving_is_that_of_each_target_and_of_each_cost_of_the_student(estimates):
+    data = drawn(figures.saving, estimates).data
+    assert list(data["line"].unique()) == ["aux", "shared"]
+    shared = data[data["line"] == "shared"].set_index(["over", "at"])
+    for target in (95, 99):
+        of_table = estimates.saving("shared, weight 1", target / 100)
+        at = shared.loc[("target", target)]
+        assert tuple(at[["mean", "low", "high"]]) == pytest.approx(of_table[:3])
+    at = data[(data["line"] == "shared") & (data["over"] != "target")]
+    (five,) = at.loc[np.isclose(at["at"], 5), "mean"]
+    assert five == pytest.approx(estimates.saving("shared, weight 1", 0.99, 0.05).mean)
+    targets = data.loc[data["over"] == "target", "at"]
+    assert (targets.min(), targets.max()) == pytest.approx((95, 99.9))
+    assert (data["low"] < data["high"]).all()
+
+
 def test_calibration_joins_repeats_by_weight(estimates):
     study = estimates.study
     data = drawn(figures.calibration, estimates).data
@@ -87,7 +139,7 @@ def test_training_has_each_repeat_and_their_mean(estimates):
 @pytest.mark.parametrize(
     ("file", "absent"),
     [
-        ("cohorts/0/test/requests.parquet", CURVES),
+        ("cohorts/0/test/requests.parquet", [*CURVES, "saving"]),
         ("calibration.csv", ["calibration"]),
         ("cohorts/0/metrics.jsonl", ["training"]),
     ],
@@ -95,7 +147,10 @@ def test_training_has_each_repeat_and_their_mean(estimates):
 def test_a_figure_without_its_file_is_left_out_and_says_why(tmp_path, file, absent):
     (study,) = read_studies([sweeps.write_sweep(tmp_path, without=[file], seeds=(0,))])
     for figure in figures.figures(study, Estimates(study)):
-        assert (figure.name in absent) == figure.data.empty
+        # Some targets are in the tables, so that savings are known of these.
+        assert (figure.name in absent) == (
+            figure.data.empty or (figure.name == "saving" and "saving" in absent)
+        )
         assert (figure.name in absent) == bool(figure.absent)
         if figure.name in absent:
             assert str(tmp_path) in figure.absent
@@ -107,11 +162,19 @@ def test_curves_of_sweeps_of_which_one_lacks_its_requests_are_left_out(tmp_path)
     (study,) = read_studies([whole, part])
     for figure in figures.figures(study, Estimates(study)):
         assert (figure.name in CURVES) == figure.data.empty
-        assert (str(part) in figure.absent) == (figure.name in CURVES)
+        assert (str(part) in figure.absent) == (figure.name in [*CURVES, "saving"])
 
 
-def test_where_the_truth_is_not_known_there_is_no_figure_of_it(tmp_path):
+def test_where_the_truth_is_not_known_users_labels_are_drawn(tmp_path):
     (study,) = read_studies([sweeps.write_sweep(tmp_path, true_values=False, seeds=(0,))])
-    of_truth = figures.users_value(study, Estimates(study))
-    assert of_truth.data.empty
-    assert of_truth.absent
+    figure = figures.users_value(study, Estimates(study))
+    assert figure.name == "hit_rates"
+    assert figure.absent == ""
+    data = figure.data
+    assert list(data.groupby(["measure", "task"], sort=False).groups) == [
+        (measure, task) for measure in ("hit_rate", "end_to_end_hit_rate") for task in sweeps.TASKS
+    ]
+    # The sums that are kept are those of survival.
+    rows = study.tested[study.tested["way"] == "shared"]
+    at = data[(data["line"] == "shared") & (data["k"] == 200) & (data["task"] == "like")]
+    assert list(at["mean"]) == pytest.approx([rows["survival@200"].item()] * 2, abs=1e-3)

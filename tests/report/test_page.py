@@ -15,8 +15,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 from kd_ranker.pipeline import commands
 from tests.report import sweeps
 
-FIGURES = 6
-PANELS = 9  # three of them are calibration, two are training
+FIGURES = 8
+PANELS = 12  # three of them are calibration, two are training, two are savings
 
 
 @pytest.fixture(scope="module")

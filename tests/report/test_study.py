@@ -41,7 +41,8 @@ def test_what_was_chosen_is_read_on_the_test_split_alone(tmp_path):
     # Each request, of the teacher and of those.
     ((_, of_requests),) = study.kept
     whose = set(zip(on_test["member"], on_test["serve"], strict=True))
-    assert set(of_requests.each) == {*whose, ("teacher", "user")}
+    others = {(name, "user") for name in ("teacher", *sweeps.REFERENCES)}
+    assert set(of_requests.each) == whose | others
 
 
 def test_what_requests_add_is_read_of_every_cohort_with_its_teacher(tmp_path):

@@ -14,8 +14,10 @@ from tests import small
 from tests.report import sweeps
 
 FIGURES = [
-    *("value_captured", "true_value_captured", "survival", "pareto", "calibration", "training")
+    *("frontier", "value_captured", "true_value_captured", "saving", "survival", "pareto"),
+    *("calibration", "training"),
 ]
+TABLES = ["cascade", *(f"cascade-{name}" for name in ("difference", "saving", "tuning"))]
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
@@ -53,7 +55,7 @@ def written(tmp_path_factory):
 
 def test_what_is_written(written):
     tables = ["cascade.csv", "claims.csv", "claims.md"]
-    for table in ("cascade", "cascade-difference", "cascade-saving", "cascade-tuning"):
+    for table in TABLES:
         tables += [f"{table}.md", f"{table}.tex"]
     assert set(files_below(written[1])) == {
         "report.html",
@@ -89,7 +91,7 @@ def test_a_sweep_that_is_being_written_is_reported_elsewhere_and_not_into_its_fo
 
 
 def test_latex_is_whole(written):
-    for name in ("cascade", "cascade-difference", "cascade-saving", "cascade-tuning"):
+    for name in TABLES:
         text = (written[1] / "tables" / f"{name}.tex").read_text()
         lines = [line for line in text.splitlines() if not line.startswith("%")]
         begin = re.fullmatch(r"\\begin\{tabular\}\{([lr]+)\}", lines[0])
@@ -153,7 +155,7 @@ def test_a_single_run_has_one_member_without_a_name(tmp_path):
     assert "no measured student of mode none" in sentence
     assert "run a sweep" in sentence
     # What each request adds is kept of sweeps alone, which know the teacher as well.
-    assert page.count("Left out") == 3
+    assert page.count("Left out") == 5
     assert (tmp_path / "figures" / "cascade-training.svg").exists()
 
 
@@ -161,8 +163,8 @@ def test_a_single_run_has_one_member_without_a_name(tmp_path):
 def test_results_alone_are_reported_without_their_figures(tmp_path):
     without = ("calibration.csv", "cohorts/0/metrics.jsonl", "environment.json")
     _, page = report(sweeps.write_sweep(tmp_path, without=(*without, *sweeps.OF_REQUESTS)))
-    # All but user against teacher BCE.
-    assert page.count("Left out:") == 5
+    # All but user against teacher BCE, and what is saved at the targets of the tables.
+    assert page.count("Left out:") == 6
     assert "holds no environment.json" in page
 
 
