@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from kd_ranker.evaluation.metrics import TARGET, title_of
 from kd_ranker.evaluation.saving import CRITERION
-from kd_ranker.report.choices import best_distilled, users_measures
+from kd_ranker.report.choices import best_distilled, best_of_sizes, cheapest, users_measures
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import Interval
 from kd_ranker.report.study import Study
@@ -36,7 +36,12 @@ def answer(study: Study, estimates: Estimates) -> Answer:
             [],
         )
     gap = estimates.gap(chosen, undistilled, CRITERION)
-    sentence = f"{_saving(estimates, chosen, undistilled, gap)} {_users(study, estimates, chosen)}"
+    parts = [
+        _saving(estimates, chosen, undistilled, gap),
+        _users(study, estimates, chosen),
+        _sizes(study, estimates),
+    ]
+    sentence = " ".join(part for part in parts if part)
     return Answer(f"{study.dataset}: {sentence}", _caveats(study, gap))
 
 
@@ -87,6 +92,29 @@ def _users(study: Study, estimates: Estimates, chosen: str) -> str:
     return f"By what users would have: {'; '.join(changes)}."
 
 
+def _sizes(study: Study, estimates: Estimates) -> str:
+    """The cheapest funnel of all sizes of students, and of those that do not distil."""
+    sizes = best_of_sizes(study)["size"].nunique()
+    settings = study.tested.drop_duplicates("setting")
+    undistilled = settings.loc[settings["mode"] == "none", "setting"]
+    chosen, without = (cheapest(study, list(of)) for of in (settings["setting"], undistilled))
+    if sizes < 2 or chosen is None:
+        return ""
+
+    def told(name: str) -> str:
+        passed = estimates.of(name, CRITERION).mean
+        share = _percent(estimates.cost_share(name, TARGET), digits=1)
+        return f"“{name}”, which passes {passed:.0f} candidates at {share}"
+
+    text = (
+        f"Of {sizes} sizes, the cheapest funnel for {100 * TARGET:g}% is that of {told(chosen)} of "
+        "what the final ranker alone costs"
+    )
+    if without in (None, chosen):
+        return f"{text}."
+    return f"{text}; of students that do not distil it is that of {told(str(without))}."
+
+
 def _caveats(study: Study, gap: Interval) -> list[str]:
     settings = study.rows["setting"].nunique()
     ways = len(study.chosen)
@@ -116,14 +144,14 @@ def _in_brackets(gap: Interval, word: str) -> str:
     return f" ({change:.0f} {word}{told})"
 
 
-def _percent(share: Interval) -> str:
+def _percent(share: Interval, digits: int = 0) -> str:
     """A share without its sign, in percent, with its interval."""
     sign = -1 if share.mean < 0 else 1
     low, high = sorted((100 * sign * share.low, 100 * sign * share.high))
-    text = f"{number(100 * abs(share.mean), 0)}%"
+    text = f"{number(100 * abs(share.mean), digits)}%"
     if math.isnan(low):
         return text
-    return f"{text} (95% interval {number(low, 0)} to {number(high, 0)})"
+    return f"{text} (95% interval {number(low, digits)} to {number(high, digits)})"
 
 
 def _interval(gap: Interval, digits: int) -> str:

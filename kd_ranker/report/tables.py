@@ -9,9 +9,9 @@ import pandas as pd
 from tabulate import tabulate
 
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.metrics import metric_of, summary_columns, title_of
+from kd_ranker.evaluation.metrics import TARGET, metric_of, summary_columns, title_of
 from kd_ranker.evaluation.saving import CRITERION, of_split
-from kd_ranker.report.choices import users_measures
+from kd_ranker.report.choices import users_curves, users_measures
 from kd_ranker.report.claims import RULES
 from kd_ranker.report.comparison import important_columns
 from kd_ranker.report.estimates import Estimates
@@ -198,6 +198,60 @@ def saving_table(study: Study, estimates: Estimates) -> Table | None:
         "half the 95% interval."
     ]
     return Table(f"{study.dataset}: saving by target and cost", columns, lines, notes)
+
+
+def cost_table(study: Study, estimates: Estimates) -> Table | None:
+    """The costs of a candidate, and of the funnel that keeps `TARGET`; None without a teacher's.
+
+    The teacher, then the chosen setting of each way; with a live teacher also what training costs.
+    """
+    if not len(study.teachers):
+        return None
+    users = users_curves(study)
+    of_teacher = float(study.teachers["flops_per_candidate"].mean())
+    costs = study.costs
+    alone = [Cell("teacher alone", value="teacher alone"), Cell("")]
+    lines = [[*alone, _flops(of_teacher), Cell("100%", value=1.0), *[Cell("")] * len(users)]]
+    for first in study.tested.drop_duplicates("setting").to_dict("records"):
+        setting, flops = str(first["setting"]), float(first["flops_per_candidate"])
+        share = estimates.cost_share(setting, TARGET)
+        percent = Interval(100 * share.mean, 100 * share.low, 100 * share.high, share.n)
+        lines.append(
+            [
+                Cell(setting, value=setting),
+                _number(estimates.of(setting, CRITERION), 0),
+                _flops(flops),
+                _number(percent, 1),
+                *(_number(estimates.at_target(setting, TARGET, of), 4) for of in users),
+            ]
+        )
+    notes = [
+        f"The funnel's cost is that of a request which passes as many as keep {100 * TARGET:g}% of "
+        f"the final value, {costs.unit}, as a share of what the final ranker alone costs on all "
+        f"{study.retrieved} retrieved; beside it what users have then. ± is half the 95% interval."
+    ]
+    if study.scored:
+        notes.append(_training_cost(study, of_teacher))
+    columns = ["", f"passed for {100 * TARGET:g}%", "FLOPs a candidate", "funnel's cost (%)"]
+    return Table(
+        f"{study.dataset}: cost of the funnel", [*columns, *map(title_of, users)], lines, notes
+    )
+
+
+def _flops(count: float) -> Cell:
+    return Cell(f"{count:,.0f}", value=count)
+
+
+def _training_cost(study: Study, of_teacher: float) -> str:
+    """The cost in training of a live teacher's scores, beside that of a student."""
+    teacher = study.scored * of_teacher
+    # A backward pass takes about two forward ones.
+    student = 3 * study.scored * float(study.tested["flops_per_candidate"].max())
+    return (
+        f"In training the live teacher scores {study.scored} candidates of each request, once for "
+        f"all students of a cohort: {teacher:.3g} FLOPs a request, {teacher / student:.0f} times "
+        f"the {student:.3g} of a student's own step (forward, and twice that backward)."
+    )
 
 
 def tuning_table(study: Study) -> Table:

@@ -17,6 +17,7 @@ from kd_ranker.report.study import Study, read_studies
 from kd_ranker.report.tables import (
     Table,
     claims_table,
+    cost_table,
     difference_table,
     latex,
     main_table,
@@ -60,6 +61,7 @@ def _write_study(study: Study, estimates: Estimates, tested: pd.DataFrame, outpu
         name: main_table(study, numbers),
         f"{name}-difference": difference_table(study, numbers),
         f"{name}-saving": saving_table(study, estimates),
+        f"{name}-cost": cost_table(study, estimates),
         f"{name}-tuning": tuning_table(study),
     }
     _write_csv(output / TABLES / f"{name}.csv", numbers)

@@ -130,6 +130,36 @@ def test_users_who_have_less_are_told_in_the_same_sentence(tmp_path, shared, tol
     assert f"By what users would have: the true value@30 {told}" in given.sentence
 
 
+def test_of_several_sizes_the_cheapest_funnel_is_named(tmp_path):
+    rows = [
+        {"mode": mode, "seed": seed, "student.width": width, "passed": passed + seed,
+         "flops": float(flops), "member": f"{mode}{width}{seed}"}
+        for mode, width, flops, passed in (
+            ("none", 8, 4, 400), ("none", 32, 10, 300),
+            # The large one passes fewer, and costs more: 2000 · 10 + 90 · 200 against 8 + 24.
+            ("shared", 8, 4, 120), ("shared", 32, 10, 90),
+        )
+        for seed in (0, 1)
+    ]  # fmt: skip
+    (study,) = read_studies([sweeps.write_rows(tmp_path, [sweeps.teacher_row(), *rows])])
+    sentence = answer(study, Estimates(study)).sentence
+    assert "with “shared, weight 1, width 32” the final ranker needs 90" in sentence
+    # 2000 · 4 + 120.5 · 200 over 2000 · 200.
+    assert (
+        "Of 2 sizes, the cheapest funnel for 99% is that of “shared, weight 1, width 8”, which "
+        "passes 120 candidates at 8.0% (95% interval 7.7 to 8.3) of what the final ranker alone "
+        "costs; of students that do not distil it is that of “none, width 32”, which passes 300 "
+        "candidates at 20.0%"
+    ) in sentence
+
+
+def test_costs_of_ones_own_are_no_compute(tmp_path):
+    (study,) = read_studies(
+        [sweeps.write_sweep(tmp_path, changes={"costs.teacher.candidate": 2.0})]
+    )
+    assert "of the funnel's cost. By what" in answer(study, Estimates(study)).sentence
+
+
 def test_where_the_truth_is_not_known_users_labels_speak_for_them(tmp_path):
     rows = [
         {"mode": mode, "seed": seed, "passed": passed, "end_to_end_hit_rate@30/watch": rate}

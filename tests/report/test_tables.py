@@ -198,6 +198,47 @@ def test_the_saving_table_has_a_column_a_target_and_a_line_a_cost(study):
     assert table.lines[0][2].value == pytest.approx((1 - costs["aux"] / costs["none"]).mean())
 
 
+def test_the_cost_table_has_what_99_percent_takes_and_what_users_have_then(study):
+    table = tables.cost_table(study, Estimates(study))
+    assert [line[0].text for line in table.lines] == [
+        "teacher alone", "none", "aux (teacher), weight 1", "shared, weight 1",
+    ]  # fmt: skip
+    rows = study.tested[study.tested["mode"] == "shared"]
+    cost = column(table, "funnel's cost (%)")
+    assert cost[0].text == "100%"
+    passed = rows["passed_for_99"].mean()
+    assert cost[3].value == pytest.approx(100 * (passed / 2000 + 800 / 150_000))
+    assert column(table, "FLOPs a candidate")[0].text == "150,000"
+    # Its true value is all but the same curve: 0.02 more of what is 1.02 in the end.
+    assert column(table, "true value")[3].value == pytest.approx((0.99 + 0.02) / 1.02, abs=1e-3)
+    assert len(table.notes) == 2
+    # 128 candidates of 150,000 FLOPs, and three times that of 900.
+    assert "scores 128 candidates of each request" in table.notes[1]
+    assert "1.92e+07 FLOPs a request, 56 times the 3.46e+05 of a student" in table.notes[1]
+
+
+def test_costs_of_ones_own_are_what_is_counted(tmp_path):
+    costs = {"costs.teacher.candidate": 3.0, "costs.teacher.request": 500.0,
+             "costs.student.candidate": 0.1}  # fmt: skip
+    (study,) = read_studies([sweeps.write_sweep(tmp_path, changes=costs)])
+    estimates = Estimates(study)
+    table = tables.cost_table(study, estimates)
+    passed = study.tested.pivot(index="repeat", columns="mode", values="passed_for_99")
+    each = 500 + 2000 * 0.1 + 3 * passed
+    share = 100 * each["aux"].mean() / (500 + 2000 * 3)
+    assert column(table, "funnel's cost (%)")[2].value == pytest.approx(share)
+    assert "in the units of costs" in table.notes[0]
+    saved = tables.saving_table(study, estimates)
+    saving = (1 - each["aux"] / each["none"]).mean()
+    assert column(saved, "99%")[0].value == pytest.approx(saving)
+    rows = study.tested[study.tested["mode"] == "aux"]
+    assert rows["funnel_cost_saving"].mean() == pytest.approx(saving)
+    # What if a student cost 5%: of the teacher's candidate, whatever the config says of students.
+    each = 500 + 2000 * 0.05 * 3 + 3 * passed
+    assert column(saved, "99%")[2].value == pytest.approx((1 - each["aux"] / each["none"]).mean())
+    assert "in the units of costs" in saved.notes[0]
+
+
 def test_without_a_baseline_there_is_neither_difference_nor_saving(tmp_path):
     (study,) = read_studies([sweeps.write_sweep(tmp_path, modes=("aux", "shared"))])
     estimates = Estimates(study)

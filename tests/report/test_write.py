@@ -17,7 +17,7 @@ FIGURES = [
     *("frontier", "value_captured", "true_value_captured", "saving", "survival", "pareto"),
     *("calibration", "training"),
 ]
-TABLES = ["cascade", *(f"cascade-{name}" for name in ("difference", "saving", "tuning"))]
+TABLES = ["cascade", *(f"cascade-{name}" for name in ("difference", "saving", "cost", "tuning"))]
 
 
 def files_below(folder: Path) -> dict[str, bytes]:
