@@ -30,6 +30,8 @@ MISALIGNED_BELOW = 0.25
 USERS_MARGIN = 0.002
 # Differences in KL within this share of the baseline's are none.
 KL_MARGIN = 0.1
+# Of whom the teacher speaks in training.
+REGIME = "teacher.stage"
 # Two counts of FLOPs closer than this are one: results.csv holds seven digits.
 _SAME_COST = 1e-5
 
@@ -226,6 +228,24 @@ def fewer_by_way(study: Study, estimates: Estimates) -> list[Line]:
             gap = estimates.gap(chosen, study.baseline, CRITERION)
             statement = f"Fewer need passing with {way}"
             lines.append(_line("g", statement, chosen, CRITERION, gap, "below", 0.0))
+    return [*lines, *_by_regime(study, estimates, study.baseline)]
+
+
+def _by_regime(study: Study, estimates: Estimates, undistilled: str) -> list[Line]:
+    """The same of the best way of each regime, where there are several."""
+    distilled = study.tested[study.tested["mode"] != "none"]
+    if REGIME not in distilled or distilled[REGIME].nunique() < 2:
+        return []
+    lines = []
+    for regime, of_regime in distilled.groupby(REGIME, sort=False):
+        chosen = best(study.rows, list(of_regime["setting"].unique()))
+        if chosen is not None:
+            gap = estimates.gap(chosen, undistilled, CRITERION)
+            statement = f"Fewer need passing where the teacher speaks of the {regime} in training"
+            line = _line("g", statement, chosen, CRITERION, gap, "below", 0.0)
+            if not study.scored:
+                line["remark"] = "; ".join(filter(None, [str(line["remark"]), "as far as its log"]))
+            lines.append(line)
     return lines
 
 
@@ -239,7 +259,8 @@ RULES = {
     "e": "survival, and passed for 99%, less those of mode none, paired",
     "f": "true value captured, or the share of what users did that is shown in the end, less that "
     "of mode none, paired",
-    "g": "passed for 99% less that of mode none, paired, at the best setting of each way",
+    "g": "passed for 99% less that of mode none, paired, at the best setting of each way, and of "
+    "each regime (of whom the teacher speaks in training) where there are several",
 }
 
 

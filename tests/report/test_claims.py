@@ -233,6 +233,35 @@ def test_g_each_way_at_its_best_against_none(tmp_path):
     assert of(frame, "g", "topk")[0]["mean"] == pytest.approx(51)
 
 
+def test_g_each_regime_at_its_best_where_there_are_several(tmp_path):
+    settings = [
+        (stage, mode, loss, passed)
+        for stage, of_stage in (
+            ("passed", (400, 500, 320)), ("retrieved", (400, 300, 310)),
+        )
+        for (mode, loss), passed in zip(
+            (("none", None), ("shared", "bce"), ("shared", "topk")), of_stage, strict=True
+        )
+    ]  # fmt: skip
+    frame = claims_on(
+        tmp_path,
+        *(
+            (
+                {"mode": mode, "distill_loss": loss, "teacher.stage": stage,
+                 "member": f"{stage}{mode}{loss}"},
+                {"passed": [passed, passed + 1]},
+            )
+            for stage, mode, loss, passed in settings
+        ),
+    )  # fmt: skip
+    found = of(frame, "g", "the teacher speaks of")
+    assert {line["setting"]: round(line["mean"]) for line in found} == {
+        "shared, weight 1, loss topk, stage passed": -80,
+        "shared, weight 1, loss bce, stage retrieved": -100,
+    }
+    assert "speaks of the passed in training" in found[0]["statement"]
+
+
 def test_without_the_other_modes_their_claims_are_not_measured(tmp_path):
     frame = claims_on(tmp_path, ({"mode": "none"}, {"alignment": [0.2, 0.21]}))
     others = frame[frame["claim"] != "a"]
