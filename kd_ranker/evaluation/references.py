@@ -3,7 +3,8 @@
     oracle        sorts by the true value, where the dataset knows it
     random        sorts at random
     popularity    sorts by how often training has shown an item
-    static_list   sorts by the mean value of an item in training, whoever the user is
+    static_list   sorts by the mean value of an item in training, whoever the user is, less where
+                  training tells little of it
 
 All of them are one `Ranker`, measured by `evaluate.evaluate` like a group of students, with a serve
 name each:
@@ -35,6 +36,11 @@ from kd_ranker.training.state import stack_members
 # Requests that are read at once, which the record files answer in parallel.
 _CHUNK = 512
 
+# So many times more, and for nothing, is an item taken to have been told of. So none tops a list
+# for one lucky impression. Towards the mean of all items in place of 0, those that were never shown
+# would stand above those that were and pleased less than most; a funnel did not show them, though.
+_FOR_NOTHING = 10
+
 
 @flax.struct.dataclass
 class Statistics:
@@ -43,10 +49,11 @@ class Statistics:
     Attributes:
       shown: how often it was shown, over the same of the item that was shown most. An impression
         counts by its label weight, so a sampled negative stands for those that were left out.
-      value: the mean over the training requests that tell of it of Σ_t w_t y_t / Σ_t w_t, with the
-        value weights w, where y are the teacher's probabilities, over the candidates for which all
-        of them were logged properly. In a dataset without any of these, y are the user labels,
-        weighted by label weight. 0 for an item that training tells nothing of.
+      value: n / (n + 10) times the mean over the n training requests that tell of it of
+        Σ_t w_t y_t / Σ_t w_t, with the value weights w, where y are the teacher's probabilities,
+        over the candidates for which all of them were logged properly. In a dataset without any of
+        these, y are the user labels, weighted by label weight, of which n is then the sum. 0 for an
+        item that training tells nothing of. Of a count like `shown` nothing needs smoothing.
       seed: of `random`.
     """
 
@@ -78,9 +85,11 @@ def train_statistics(dataset: Dataset, value_weights: Sequence[float], seed: int
         item_id = request.item_id[: len(value)][known]
         np.add.at(judged, item_id, 1)
         np.add.at(of_teacher, item_id, value[known])
-    value = _share(of_teacher, judged) if judged.any() else _share(of_labels, shown)
+    told, number = (of_teacher, judged) if judged.any() else (of_labels, shown)
+    value = told / (number + _FOR_NOTHING)
+    most = shown.max()
     return Statistics(
-        shown=jnp.asarray(_share(shown, shown.max(keepdims=True)), jnp.float32),
+        shown=jnp.asarray(shown / most if most else shown, jnp.float32),
         value=jnp.asarray(value, jnp.float32),
         seed=jnp.int32(seed),
     )
@@ -91,10 +100,6 @@ def _train_requests(dataset: Dataset) -> Iterator[Request]:
     for start in range(0, len(records), _CHUNK):
         numbers = range(start, min(start + _CHUNK, len(records)))
         yield from map(decode, records.__getitems__(numbers))  # type: ignore[attr-defined]
-
-
-def _share(numerator: np.ndarray, denominator: np.ndarray) -> Float[np.ndarray, "items"]:
-    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)
 
 
 def oracle(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R N T"]:

@@ -66,9 +66,9 @@ def test_the_statistics_are_those_of_one_candidate_after_the_other(version, tmp_
     items = range(SPEC.num_items)
     most = max(shown.values())
     if version:
-        value = [np.mean(said[item]) if said[item] else 0 for item in items]
+        value = [np.sum(said[item]) / (10 + len(said[item])) for item in items]
     else:
-        value = [weighted[item] / shown[item] if shown[item] else 0 for item in items]
+        value = [weighted[item] / (10 + shown[item]) for item in items]
 
     found = train_statistics(dataset, WEIGHTS, seed=5)
     np.testing.assert_allclose(found.shown, [shown[item] / most for item in items], rtol=1e-5)
