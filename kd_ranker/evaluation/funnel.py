@@ -102,6 +102,43 @@ def funnel_curves(
     )
 
 
+def top_values(
+    value: Float[Array, "R N"],
+    true_value: Float[Array, "R N"],
+    candidate_mask: Bool[Array, "R N"],
+    shown: int,
+) -> tuple[Float[Array, "R"], Float[Array, "R"], Float[Array, "R"]]:
+    """The value of a ranker's own top m: promised, true, and the most that any m have.
+
+    Args:
+      value: what the ranker sorts by; a candidate for which it is NaN is not chosen, and a request
+        in which all are NaN counts for nothing.
+      true_value: of each candidate, non-negative; NaN where the dataset does not know it.
+      candidate_mask: False on padding, which is not chosen.
+      shown: m; fewer are chosen where there are fewer.
+
+    Returns:
+      Σ value and Σ true value over the m candidates of highest value, and Σ true value over the m
+      of highest true value; each is at least 0, or NaN where the truth is not known.
+    """
+
+    def top(of: Float[Array, "R N"]) -> tuple[Float[Array, "R m"], Int[Array, "R m"]]:
+        there = candidate_mask & ~jnp.isnan(of)
+        return lax.top_k(jnp.where(there, of, -jnp.inf), min(shown, of.shape[1]))
+
+    promised, chosen = top(value)
+    found = jnp.take_along_axis(true_value, chosen, axis=1)
+    best, _ = top(true_value)
+    unknown = jnp.any(candidate_mask & jnp.isnan(true_value), axis=1)
+    is_chosen = jnp.isfinite(promised)
+
+    def summed(of: Float[Array, "R m"], which: Bool[Array, "R m"]) -> Float[Array, "R"]:
+        return jnp.where(unknown, jnp.nan, jnp.sum(of, axis=1, where=which))
+
+    counts = jnp.isfinite(best) & jnp.any(is_chosen, axis=1, keepdims=True)
+    return summed(promised, is_chosen), summed(found, is_chosen), summed(best, counts)
+
+
 def _curves_of_request(
     student_value: Float[Array, "N"],
     teacher_value: Float[Array, "N"],

@@ -173,6 +173,12 @@ def _teacher_tau(ranked: Ranked) -> Sums:
     return {"teacher_tau": tau, "teacher_tau_requests": counts.astype(tau.dtype)}
 
 
+def _own_top(ranked: Ranked) -> Sums:
+    true_value = funnel.value(ranked.evaluation_batch.true_probability, ranked.value_weights)
+    promised, found, best = funnel.top_values(ranked.value, true_value, ranked.mask, ranked.shown)
+    return {"top_promised": promised, "top_true": found, "top_best": best}
+
+
 def _unseen_users(ranked: Ranked) -> Sums:
     request_mask = ranked.evaluation_batch.request_mask
     return {
@@ -447,6 +453,30 @@ METRICS: dict[str, Metric] = {
             ends=_captured("value_captured"),
             main=(1, "each"),
             summary="each",
+        ),
+        Metric(
+            name="regret",
+            formula="1 − Σ true value of the ranker's own top m, out of all retrieved, over Σ true "
+            "value of the m that are truly best; empty where the dataset does not know it",
+            title="regret",
+            digits=4,
+            better="lower",
+            sums=(_own_top,),
+            ends=lambda sums, _: 1 - ratio(sums["top_true"], sums["top_best"]),
+            summary="each",
+        ),
+        Metric(
+            name="top_calibration",
+            formula="Σ value that the ranker gives its own top m over Σ their true value: above 1, "
+            "it promises too much where it chooses; empty where the dataset does not know it",
+            title="calibration of the top",
+            digits=3,
+            better="one",
+            sums=(_own_top,),
+            ends=lambda sums, _: ratio(sums["top_promised"], sums["top_true"]),
+            probabilities_of=("ranker",),
+            summary="each",
+            short="top calib.",
         ),
         Metric(
             name="flops_per_candidate",

@@ -165,5 +165,6 @@ def test_the_terminals_columns_and_titles():
     columns = metrics.summary_columns(("a", "b"), 200)
     assert [metrics.title_of(column, short=True) for column in columns] == [
         "AUC a", "AUC b", "calib. a", "KL a", "alignment", "survival@200", "value@200",
-        "true value@200", "hits@200 a", "end hits@200 a", "passed for 99%", "cost ratio", "saving",
+        "true value@200", "hits@200 a", "end hits@200 a", "passed for 99%", "regret",
+        "top calib.", "cost ratio", "saving",
     ]  # fmt: skip

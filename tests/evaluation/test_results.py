@@ -25,6 +25,7 @@ def test_the_columns_are_the_contracts_in_its_order():
         "end_to_end_hit_rate@10/watch", "end_to_end_hit_rate@10/like",
         "end_to_end_hit_rate@50/watch", "end_to_end_hit_rate@50/like",
         "teacher_ndcg", "teacher_tau", "passed_for_99", "passed_for_99.5",
+        "regret", "top_calibration",
         "flops_per_candidate", "cost_ratio", "funnel_cost_saving", "unseen_users", "unseen_items",
         "non_finite_step", "member",
     ]  # fmt: skip

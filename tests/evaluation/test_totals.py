@@ -81,9 +81,15 @@ def test_row_of_one_small_request_by_hand() -> None:
         "teacher_tau": (1 - 5) / 6,
         "passed_for_50": 3,
         "passed_for_99": 4,
+        # Of a, b, c, which it values at 2.1, two are good; so are three of all.
+        "regret": 1 / 3,
+        "top_calibration": 2.1 / 2,
     }
     for name, number in expected.items():
         np.testing.assert_allclose(row[name], number, rtol=1e-5, atol=1e-6, err_msg=name)
+    of_teacher = case.teacher_row([1])
+    assert of_teacher["regret"] == pytest.approx(1 / 3)
+    assert of_teacher["top_calibration"] == pytest.approx(1.5 / 2)
 
 
 def test_row_has_the_columns_of_the_results_in_their_order() -> None:
@@ -124,6 +130,8 @@ def test_row_has_the_columns_of_the_results_in_their_order() -> None:
         "teacher_tau",
         "passed_for_50",
         "passed_for_99",
+        "regret",
+        "top_calibration",
         "unseen_users",
         "unseen_items",
     ]
@@ -193,6 +201,29 @@ def test_captured_value_is_the_ratio_of_sums_and_survival_the_mean() -> None:
     row = totals.summarise(case.sums(shown=1), case.teacher_sums(), TASKS, ReportAt([1]))
     np.testing.assert_allclose(row["survival@1"], 0.5)
     np.testing.assert_allclose(row["value_captured@1"], (0.1 + 0.09) / (0.9 + 0.09), rtol=1e-6)
+
+
+def test_regret_is_that_of_the_top_which_the_ranker_alone_would_show() -> None:
+    case = random_case()
+    case.stage[:, ::4] = Stage.PADDING
+    case.student[:, 1] = 0.99
+    case.student[1:, 1] = np.nan  # not known, so never chosen
+    case.true[:, 2] = np.array([0.98, 0.98])
+    case.teacher_weight[:, ::3, 0] = 0
+    of_student = [np.zeros(3), case.student, case.stage > 0]
+    known = (case.stage > 0) & (case.teacher_weight > 0).all(axis=-1)
+    of_teacher = [np.zeros(3), case.teacher, known]
+    for sums, probability, chosen in (of_student, of_teacher):
+        for value, truth, there, may in zip(
+            probability @ VALUES, case.true @ VALUES, case.stage > 0, chosen, strict=True
+        ):
+            places = [place for place in np.flatnonzero(may) if value[place] == value[place]]
+            top = sorted(places, key=lambda place: -value[place])[:SHOWN]
+            sums += [value[top].sum(), truth[top].sum(), np.sort(truth[there])[-SHOWN:].sum()]
+    for row, (sums, *_) in ((case.row([]), of_student), (case.teacher_row([]), of_teacher)):
+        promised, found, best = sums
+        assert row["regret"] == pytest.approx(1 - found / best, rel=1e-4)
+        assert row["top_calibration"] == pytest.approx(promised / found, rel=1e-4)
 
 
 def test_recall_of_the_shown_pools_requests_and_leaves_out_those_shown_whole_or_not_at_all() -> (
@@ -386,6 +417,7 @@ def test_of_a_teachers_positions_only_the_order_is_measured() -> None:
         *("alignment_ratio", "alignment_ratio_bce"),
     }
     foretold = {f"{name}/{task}" for name in ("user_bce", "user_calibration") for task in TASKS}
+    foretold.add("top_calibration")
     assert empty_of(case.row([SHOWN], "rank")) == against_teacher
     assert empty_of(case.teacher_row([SHOWN], "rank")) == against_teacher | foretold
     row, of_order = case.row([SHOWN]), case.row([SHOWN], "rank")
@@ -415,7 +447,7 @@ def test_true_value_is_nan_where_the_dataset_does_not_know_it() -> None:
     case = random_case()
     case.true[:] = np.nan
     row = case.row([10])
-    assert np.isnan(row["true_value_captured@10"])
+    assert np.isnan([row["true_value_captured@10"], row["regret"], row["top_calibration"]]).all()
     assert np.isfinite(row["value_captured@10"])
     assert np.isnan(totals.curves(case.sums(), TASKS)["true_value_captured"]).all()
 

@@ -182,6 +182,7 @@ def _each(row: dict, curve: pd.DataFrame, requests: int) -> Each:
         "shown_teacher_bce": spread(of_tasks("teacher_bce")),
         "shown_teacher_kl": spread(of_tasks("teacher_kl")),
         **{f"teacher_{name}{end}": weight for name in ("ndcg", "tau") for end in ("", "_requests")},
+        **{f"top_{name}": np.nan * weight for name in ("promised", "true", "best")},
         "unseen_users": 0 * weight, "requests": weight, "unseen_items": 0 * weight,
         "candidates": weight, "funnel_requests": weight,
     }  # fmt: skip
