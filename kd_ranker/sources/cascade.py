@@ -50,6 +50,8 @@ from kd_ranker.sources.time_features import DAY, hour_features, weekday
 
 TASKS = ("watch", "like", "share")
 
+# Of the constants here and in the draws below, docs/concepts.md ("Its constants") has the reasons.
+
 # The production final ranker sorts by the sum of its task probabilities with these weights.
 PRODUCTION_VALUE_WEIGHTS = np.array([1.0, 2.0, 4.0], np.float32)
 
