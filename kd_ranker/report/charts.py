@@ -14,7 +14,7 @@ import vl_convert
 
 from kd_ranker.evaluation.metrics import METRICS, title_of
 from kd_ranker.report.figures import REFERENCE, Figure, ticks, window
-from kd_ranker.report.style import GREY, UNDISTILLED, colours, dash, glyph, mark, theme
+from kd_ranker.report.style import GREY, MUTED, UNDISTILLED, colours, dash, glyph, mark, theme
 
 Spec = dict[str, Any]
 
@@ -298,7 +298,7 @@ def _frontier(data: pd.DataFrame, hover: bool) -> list[Spec]:
 
 def _muted(data: pd.DataFrame, x: Spec, y: Spec) -> list[Spec]:
     """Lines to compare with, each with its name where it begins."""
-    place = {"x": x, "y": y, "color": {"value": GREY}}
+    place = {"x": x, "y": y, "color": {"value": MUTED}}
     lines = [
         {"data": {"values": _records(of)}, "mark": {"type": "line", "style": "muted", "clip": True},
          "encoding": place}
@@ -382,7 +382,7 @@ def _saving(data: pd.DataFrame, hover: bool) -> list[Spec]:
             "at",
             title,
             scale={"zero": False, "nice": False},
-            axis={"values": values, "format": "~g"},
+            axis={"values": values, "labelExpr": "datum.value"},
         )
         layers = [
             _reference({"y": y | {"field": "none"}}, [{"none": 0.0}]),

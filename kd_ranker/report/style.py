@@ -9,6 +9,8 @@ from typing import Any
 _KNOWN = {"none": "#7f7f7f", "aux": "#d55e00", "shared": "#0072b2"}
 _OTHERS = ("#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 GREY = "#808080"
+# Lighter than the mode none.
+MUTED = "#a9a9a9"
 # Takes the place of a serving choice where a colour is not the mode's.
 UNDISTILLED = "undistilled"
 
