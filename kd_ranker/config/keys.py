@@ -170,7 +170,7 @@ _ALL = (
             element=float, tuned=True),
         Key("temperature", 1.0, "softens student and teacher in a loss", POSITIVE,
             column="temperature", tuned=True),
-        Key("top_k", 10, "losses topk, dftopk: so many of a request's candidates in the batch",
+        Key("top_k", 10, "losses topk, dftopk, rank_distil: so many of a request's in the batch",
             POSITIVE, tuned=True),
         Key("affine", True, "mode shared: a learned scale and offset between the two labels"),
         Key("serve", "user", "mode aux: the heads that rank (user, teacher, blend)",

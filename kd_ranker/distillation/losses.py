@@ -14,6 +14,7 @@ a task and a request, a candidate is *known* if its weight is greater than 0.
     softmax            compares the distributions that p and z give over a request
     listmle            asks how likely z makes the teacher's order of a request
     ranknet, lambda    compare the order of each two candidates of a request
+    rank_distil        the same, of two of which one is among the first k
     approx_ndcg        compares the whole order of a request, by a smooth NDCG
     topk, dftopk       compare who is among the first k of a request
 
@@ -440,6 +441,53 @@ def lambda_rank(
     return _pairwise(logits, probability, weight, numbers, changes_of_ndcg)
 
 
+def rank_distil(
+    logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
+    """RankNet's pairs of which one is among the teacher's first k, in nats (RankDistil).
+
+    Reddi et al. (AISTATS 2021) keep the order of the teacher's first k, and these above all others,
+    whose order says nothing of what is shown. Here that is `ranknet` over the pairs of known
+    candidates of a request in which the higher one is among the first k, as `topk` has them:
+
+        numerator = Σ w_i w_j · τ log(1 + exp(−(z_i − z_j) / τ)),   denominator = Σ w_i w_j,
+        over p_i > p_j, y_i = 1
+
+    The paper's losses with a margin, or of a likelihood of orders, and its draws of the others from
+    a whole corpus are not here. Where the batch holds no more than k of a request, it is `ranknet`.
+    Temperature and memory are as there.
+
+    Args:
+      logits: z, any real number; anything where the weight is 0.
+      probability: p, of which the order within a request is used; anything where the weight is 0.
+      weight: ≥ 0.
+      numbers: τ and k.
+
+    Returns:
+      Numerator and denominator, each of shape [tasks].
+
+    Example:
+      The first of three stands one above the second and one below the third, which are no pair:
+      log(1 + e⁻¹) + log(1 + e).
+
+      >>> import jax.numpy as jnp
+      >>> numerator, denominator = rank_distil(
+      ...     logits=jnp.array([[[1.0], [0.0], [2.0], [jnp.nan]]]),
+      ...     probability=jnp.array([[[0.9], [0.3], [0.2], [jnp.nan]]]),
+      ...     weight=jnp.array([[[1.0], [1.0], [1.0], [0.0]]]),
+      ...     numbers=LossNumbers(temperature=1.0, top_k=1.0),
+      ... )
+      >>> f"{numerator[0]:.4f} {denominator[0]:.4f}"
+      '1.6265 2.0000'
+    """
+
+    def of_the_first(logits: _List, probability: _List, known: _Known) -> _Pairs:
+        first, _ = _first_k(probability[None, :, None], known[None, :, None], numbers.top_k)
+        return jnp.repeat(first.ravel(), len(logits)).astype(logits.dtype)
+
+    return _pairwise(logits, probability, weight, numbers, of_the_first)
+
+
 def approx_ndcg(
     logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
 ) -> Totals:
@@ -713,6 +761,7 @@ LOSSES: dict[str, Loss] = {
     "listmle": listmle,
     "ranknet": ranknet,
     "lambda": lambda_rank,
+    "rank_distil": rank_distil,
     "approx_ndcg": approx_ndcg,
     "topk": topk,
     "dftopk": dftopk,
@@ -722,4 +771,4 @@ LOSSES: dict[str, Loss] = {
 NEEDS_PROBABILITIES = {"bce", "mse_logit", "mse_margin"}
 
 # The losses whose memory goes with `pairs_held`.
-PAIRWISE = {"ranknet", "lambda", "approx_ndcg"}
+PAIRWISE = {"ranknet", "lambda", "rank_distil", "approx_ndcg"}

@@ -32,7 +32,7 @@ from kd_ranker.distillation.teacher_signal import probability_of_rank
 SHAPE = (3, 6, 2)
 COMPARING = sorted(LOSSES.keys() - {"bce", "mse_logit"})
 # A pair has the weights of both its candidates.
-OF_PAIRS = {"mse_margin", "ranknet", "lambda"}
+OF_PAIRS = {"mse_margin", "ranknet", "lambda", "rank_distil"}
 
 over_losses = pytest.mark.parametrize("name", LOSSES)
 
@@ -283,6 +283,14 @@ def test_lambda_weighs_a_pair_by_what_swapping_it_does_to_scikit_learns_ndcg(see
         return abs(ndcg_score([p], [z]) - ndcg_score([p], [swapped]))
 
     assert_is_restated("lambda", pairs_restated(change_of_ndcg), seed, temperature)
+
+
+@pytest.mark.parametrize("top_k", [1.0, 2.0, 6.0])
+def test_rank_distil_is_a_loop_over_the_pairs_below_each_of_the_first(top_k):
+    def is_first(z, p, i, j):
+        return float((p > p[i]).sum() < top_k)
+
+    assert_is_restated("rank_distil", pairs_restated(is_first), 3, 0.5, top_k)
 
 
 @over_cases
