@@ -165,7 +165,7 @@ def test_where_sizes_are_swept_a_colour_is_a_size_and_a_dash_a_student_that_does
 def test_targets_and_costs_are_told_in_percent_as_they_are(files):
     root = ElementTree.fromstring(files["saving"]["svg"])
     texts = {text.text for text in root.iter(f"{SVG}text")}
-    assert {"95", "99", "99.9", "1", "5", "10", "50%"} <= texts
+    assert {"95", "99", "99.9", "1", "5", "10", "25%"} <= texts
 
 
 def test_what_ranks_without_a_model_is_named_and_in_no_legend(drawn, files):
