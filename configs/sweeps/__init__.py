@@ -4,20 +4,17 @@ from ml_collections import ConfigDict
 
 
 def with_ways(
-    config: ConfigDict,
-    rates: tuple[float, ...],
-    weights: tuple[float, ...] = (1.0,),
-    seeds: tuple[int, ...] = (0, 1, 2),
+    config: ConfigDict, rates: tuple[float, ...], weights: tuple[float, ...] = (1.0,)
 ) -> ConfigDict:
     """No distillation, and every way of distilling: two modes, and losses of three kinds.
 
     One loss meets the teacher's probabilities, one its order, one who is at the top. All ways are
-    tuned alike, over `rates` and `weights`. Each of `seeds` is a whole repeat.
+    tuned alike, over `rates` and `weights`, in three whole repeats.
     """
     config.sweep.modes = ("none", "aux", "shared")
     config.sweep.axes.distill.loss = ("bce", "softmax", "topk")
     config.sweep.weights = weights
     config.sweep.axes.optimizer.learning_rate = rates
-    config.sweep.seeds = seeds
+    config.sweep.seeds = (0, 1, 2)
     config.sweep.whole_repeats = True
     return config
