@@ -218,6 +218,13 @@ _ALL = (
         Key("student.request", 0.0, "of a request, beside its candidates", NOT_NEGATIVE),
         influences="report",
     ),
+    section(
+        "teacher",
+        Key("log_weight", 0.0,
+            "in its training, on the teacher probabilities of the dataset's log, beside the users'"
+            " labels; 0: labels alone", NOT_NEGATIVE),
+        influences="teacher",
+    ),
     _model(
         "teacher", "teacher", "no",
         Key("name", "final_ranker", "the architecture", TEACHERS),

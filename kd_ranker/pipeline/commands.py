@@ -89,6 +89,7 @@ def train_teacher(config: ConfigDict, workdir: Path) -> list[Row]:
     checks.validate(config)
     with hold(workdir):
         dataset = teachers.dataset_of(config)
+        supervision.check_log(config, dataset)
         ranker, step = runs.fit_teacher(config, dataset, workdir)
         teacher = own_reference(config, dataset, ranker, step)
         # Beside the oracle, where the truth is known: how much a final ranker leaves to be had.

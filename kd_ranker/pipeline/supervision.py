@@ -1,4 +1,4 @@
-"""Checks of what students are to learn from, before anything long begins."""
+"""Checks of what students, and teachers, are to learn from, before anything long begins."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
@@ -74,6 +74,16 @@ def check_signals(config: ConfigDict, dataset: Dataset, members: Collection[Conf
         raise UserError(
             f"the signal stage says nothing: all candidates of a request of {config.data.name} "
             "came equally far; choose teacher.signal=logged, or distill.mode=none"
+        )
+
+
+def check_log(config: ConfigDict, dataset: Dataset) -> None:
+    """Raises UserError for a teacher that is to learn from probabilities that no log holds."""
+    spec, weight = dataset.spec, config.teacher.log_weight
+    if weight and (not spec.teacher_version or spec.teacher_signal == "rank"):
+        raise UserError(
+            f"teacher.log_weight={weight:g} needs teacher probabilities, which the log of "
+            f"{config.data.name} does not hold; leave it at 0"
         )
 
 

@@ -110,10 +110,19 @@ def _student_group(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> Grou
 
 
 def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
-    """The teacher of `config` as a group of one; it learns from user labels alone."""
+    """The teacher of `config` as a group of one.
+
+    It learns from user labels, and with `teacher.log_weight` from the logged probabilities of the
+    ranker before it as well, which meet the same logits.
+    """
     model, init = teacher_model(config, spec)
-    recipe = _recipe(model, MODES["none"], (), config.teacher)
-    numbers = stack_members([_numbers(1.0, 0.0, (), DEFAULT_NUMBERS, 0.0, config.teacher)])
+    mode, log_weight = MODES["none"], config.teacher.log_weight
+    terms = (Term("bce", "logged"),) if log_weight else ()
+    if terms:
+        mode = mode._replace(teacher_logits=mode.user_logits)
+    recipe = _recipe(model, mode, terms, config.teacher)
+    numbers = _numbers(1.0, log_weight, (1.0,), DEFAULT_NUMBERS, 0.0, config.teacher)
+    numbers = stack_members([numbers])
     return Group(recipe, ("",), numbers, _init(recipe, init, [config], spec))
 
 

@@ -1,4 +1,4 @@
-"""What a student may learn from which log; `test_commands` has the rest."""
+"""What students and teachers may learn from which log; `test_commands` has the rest."""
 
 import dataclasses
 import itertools
@@ -156,3 +156,15 @@ def test_a_teacher_that_a_log_lacks_is_no_signal(log):
         check_all(config)
     check_all(config_with(teacher__source="live"))
     check_all(config_with(teacher__source="logged", distill__loss="topk", teacher__signal="stage"))
+
+
+def test_a_final_ranker_learns_from_a_log_only_if_that_holds_probabilities():
+    config = cascade.get_config("small")
+    config.teacher.log_weight = 1.0
+    spec = dataclasses.replace(SPEC, teacher_version="v1")
+    supervision.check_log(config, SimpleNamespace(spec=spec))
+    for change in ({"teacher_signal": "rank"}, {"teacher_version": ""}):
+        dataset = SimpleNamespace(spec=dataclasses.replace(spec, **change))
+        with pytest.raises(UserError, match=r"teacher\.log_weight=1 needs teacher probabilities"):
+            supervision.check_log(config, dataset)
+        supervision.check_log(cascade.get_config("small"), dataset)

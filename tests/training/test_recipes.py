@@ -83,6 +83,17 @@ def test_a_teacher_in_training_needs_labels_and_histories_alone():
     assert recipes.needs([group], None) == (Stage.SHOWN, None, True)
 
 
+def test_a_teacher_that_hears_the_log_needs_it_and_meets_it_with_what_it_serves():
+    config = cascade.get_config("small")
+    config.teacher.log_weight = 2.0
+    group = recipes.teacher_group(config, SPEC)
+    assert group.recipe.terms == (("bce", "logged"),)
+    assert recipes.needs([group], None) == (Stage.SHOWN, Stage.RETRIEVED, True)
+    assert (group.numbers.user_weight, group.numbers.distill_weight) == (1, 2)
+    mode, logits = group.recipe.mode, np.zeros((2, 3, 3))
+    assert mode.teacher_logits(logits, {}) is mode.user_logits(logits, {}) is logits
+
+
 def names_of_groups(**members):
     groups = recipes.student_groups(
         {name: config_of(**changes) for name, changes in members.items()}, SPEC
