@@ -1,5 +1,7 @@
 """Measuring trained rankers: from their parameters to the rows of a run's tables."""
 
+import functools
+import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,11 +28,11 @@ from kd_ranker.evaluation.references import (
 )
 from kd_ranker.evaluation.results import Row
 from kd_ranker.evaluation.totals import Each
-from kd_ranker.models.model import Init, Model, Parameters, build_model
+from kd_ranker.models.model import Model, Parameters, build_model
 from kd_ranker.models.student import STUDENTS
+from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests.records import Dataset
-from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
 
@@ -313,20 +315,32 @@ def _student_flops(config: ConfigDict, spec: FeatureSpec) -> dict[str, float]:
     mode = MODES[config.distill.mode]
     heads = mode.heads_per_task * len(spec.tasks)
     read = {name: cost.heads_read(served, heads) for name, served in mode.serve.items()}
+    return {
+        name: _flops_of_described(
+            "student", config.student.to_json(), spec, number, config.funnel.retrieved
+        )
+        for name, number in read.items()
+    }
 
-    def with_heads(number: int) -> float:
-        model, init = build_model(STUDENTS[config.student.name], spec, number, config.student)
-        return _flops_per_candidate(config, spec, model, _shapes(init))
 
-    flops = {number: with_heads(number) for number in set(read.values())}
-    return {name: flops[number] for name, number in read.items()}
+# A sweep asks for the same ones on each split and in each cohort, and the answer takes compiling.
+@functools.lru_cache(maxsize=256)
+def _flops_of_described(
+    role: str, section: str, spec: FeatureSpec, heads: int, retrieved: int
+) -> float:
+    """`_flops_per_candidate` of the model that a section of a config, as JSON, describes."""
+    config = ConfigDict(json.loads(section))
+    module = {"student": STUDENTS, "teacher": TEACHERS}[role][config.name]
+    model, init = build_model(module, spec, heads, config)
+    # Parameters without slots, by their shapes alone, which is all that a cost depends on.
+    shapes = jax.eval_shape(lambda: init(jax.random.key(0), 0))
+    return _flops_per_candidate(model, shapes, spec, retrieved)
 
 
 def _flops_per_candidate(
-    config: ConfigDict, spec: FeatureSpec, model: Model, parameters: Parameters
+    model: Model, parameters: Parameters, spec: FeatureSpec, retrieved: int
 ) -> float:
-    """FLOPs of the compiled model on one request of `funnel.retrieved`, over their number."""
-    retrieved = config.funnel.retrieved
+    """FLOPs of the compiled model on one request of so many candidates, over their number."""
     items = abstract_items(spec)
     serve = make_serve(model, MODES["none"])
 
@@ -342,17 +356,13 @@ def teacher_flops(config: ConfigDict, spec: FeatureSpec, teacher: Teacher | None
     Of one from elsewhere, None, they are `config.teacher.flops_per_candidate`; if that is 0, those
     of the model that `config.teacher` describes.
     """
+    retrieved = config.funnel.retrieved
     if teacher:
-        return _flops_per_candidate(config, spec, teacher.model, teacher.parameters)
+        return _flops_per_candidate(teacher.model, teacher.parameters, spec, retrieved)
     if config.teacher.flops_per_candidate:
         return float(config.teacher.flops_per_candidate)
-    model, init = recipes.teacher_model(config, spec)
-    return _flops_per_candidate(config, spec, model, _shapes(init))
-
-
-def _shapes(init: Init) -> Parameters:
-    """Parameters without slots, by their shapes alone, which is all that a cost depends on."""
-    return jax.eval_shape(lambda: init(jax.random.key(0), 0))
+    section = config.teacher.to_json()
+    return _flops_of_described("teacher", section, spec, len(spec.tasks), retrieved)
 
 
 def write_measured(config: ConfigDict, workdir: Path, *splits: Measured) -> None:
