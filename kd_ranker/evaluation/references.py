@@ -130,7 +130,7 @@ def static_list(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, 
 
 
 def _of_items(numbers: Float[Array, "items"], batch: EvaluationBatch) -> Float[Array, "R N T"]:
-    of_candidates = features_of_items(numbers[:, None], batch.batch.item_id, numbers.dtype)
+    of_candidates = features_of_items(numbers[:, None], batch.batch.item_id, 1, numbers.dtype)
     return _for_all_tasks(of_candidates[..., 0], batch)
 
 

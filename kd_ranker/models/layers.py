@@ -73,25 +73,30 @@ class ItemEncoder(nnx.Module):
 
 
 def features_of_items(
-    item_features: Float[Array, "items F"], item_id: Int[Array, "..."], dtype: Any
-) -> Float[Array, "... F"]:
-    """The features of each item, in the given dtype; zeros for an id that the matrix lacks."""
-    return _of_items(item_features, item_id, 0).astype(dtype)
+    item_features: Float[Array, "items F"], item_id: Int[Array, "..."], columns: int, dtype: Any
+) -> Float[Array, "... columns"]:
+    """The first features of each item, in the given dtype; zeros for an id that the matrix lacks.
+
+    They are cut after they are read: to cut the matrix would be work of its size at every step.
+    """
+    return _of_items(item_features, item_id, columns, 0).astype(dtype)
 
 
 def categories_of_items(
     item_category: Int[Array, "items I"], item_id: Int[Array, "..."]
 ) -> Int[Array, "... I"]:
     """The category ids of each item; -1 for an id that the matrix lacks."""
-    return _of_items(item_category, item_id, -1)
+    return _of_items(item_category, item_id, item_category.shape[1], -1)
 
 
 def _of_items(
-    known: Num[Array, "items W"], item_id: Int[Array, "..."], missing: int
-) -> Num[Array, "... W"]:
-    # A negative index would count from the end.
-    row = jnp.where(item_id < 0, known.shape[0], item_id)
-    return jnp.asarray(known).at[row].get(mode="fill", fill_value=missing)
+    known: Num[Array, "items W"], item_id: Int[Array, "..."], columns: int, missing: int
+) -> Num[Array, "... columns"]:
+    """The first columns of the row of each id, or `missing`."""
+    is_known = (item_id >= 0) & (item_id < known.shape[0])
+    row = jnp.where(is_known, item_id, 0)
+    read = jnp.asarray(known).at[row].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return jnp.where(is_known[..., None], read[..., :columns], missing)
 
 
 def category_shares(
@@ -169,14 +174,14 @@ def event_rows(
 
 
 def candidate_inputs(
-    batch: CandidateBatch, item_features: Float[Array, "items F"]
-) -> Float[Array, "R N F+X"]:
+    batch: CandidateBatch, items: Items, columns: int
+) -> Float[Array, "R N columns+X"]:
     """The inputs of each candidate besides its row: its item's features and its own in the request.
 
-    An early ranker passes the columns that it can afford.
+    Of the former there are the first `columns`, those that a ranker can afford.
     """
     features = batch.candidate_features
-    own = features_of_items(item_features, batch.item_id, features.dtype)
+    own = features_of_items(items.features, batch.item_id, columns, features.dtype)
     return jnp.concatenate([own, features], axis=-1)
 
 
@@ -213,8 +218,8 @@ class HistoryMean(nnx.Module):
     def __call__(self, batch: CandidateBatch, rows: Rows, items: Items) -> Float[Array, "R D"]:
         """The mean of each request's history."""
         of_event = batch.history_features
-        cheap = items.features[:, : self.spec.cheap_item_features]
-        own = features_of_items(cheap, batch.history_id, of_event.dtype)
+        cheap = self.spec.cheap_item_features
+        own = features_of_items(items.features, batch.history_id, cheap, of_event.dtype)
         mask = batch.history_mask[..., None]
         number = jnp.maximum(jnp.sum(mask, axis=1), 1)
 

@@ -108,7 +108,7 @@ class MultiInterest(nnx.Module):
         products = self.item.products(
             jnp.concatenate([users, direct], axis=1),
             candidate_rows(batch, rows, items, self.spec),
-            candidate_inputs(batch, items.features[:, : self.spec.cheap_item_features]),
+            candidate_inputs(batch, items, self.spec.cheap_item_features),
         )
         match, direct = jnp.split(products, [self.interests], axis=1)
         # Divide the softmax by its sum last, and take the few interests and heads one by one: a
@@ -164,7 +164,7 @@ class TwoTower(nnx.Module):
         products = self.item.products(
             users.reshape(users.shape[0], -1, width) / jnp.sqrt(width),
             candidate_rows(batch, rows, items, self.spec),
-            candidate_inputs(batch, items.features[:, : self.spec.cheap_item_features]),
+            candidate_inputs(batch, items, self.spec.cheap_item_features),
         )
         return products.swapaxes(1, 2) + self.offset[...]
 

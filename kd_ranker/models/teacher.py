@@ -131,10 +131,11 @@ class FinalRanker(nnx.Module):
     ) -> Float[Array, "R N heads"]:
         """The logits of every candidate."""
         of_event = batch.history_features
-        own = features_of_items(items.features, batch.history_id, of_event.dtype)
+        every = self.spec.item_features
+        own = features_of_items(items.features, batch.history_id, every, of_event.dtype)
         event_inputs = jnp.concatenate([own, of_event], axis=-1)
         events = self.event(event_rows(batch, rows, items, self.spec), event_inputs)
-        inputs = candidate_inputs(batch, items.features)
+        inputs = candidate_inputs(batch, items, every)
         item = self.item(candidate_rows(batch, rows, items, self.spec), inputs)
         attended, matches = self.attention(events, item, batch.history_mask)
 
