@@ -177,7 +177,8 @@ def was_trained(
     """By lookup name, True for each id that has a row of its own which training has updated."""
     trained = {}
     for name, lookup in spec.lookups.items():
-        updates = tables[lookup.table][_rows(spec, lookup, batch, items), spec.width]
+        row = _rows(spec, lookup, batch, items)
+        updates = _read(tables[lookup.table], row, spec.width + 1)[..., spec.width]
         known = is_known(spec.tables[lookup.table], lookup.ids(batch, items))
         trained[name] = known & (updates > 0)
     return trained
@@ -186,12 +187,11 @@ def was_trained(
 def _read(
     table: Float[Array, "rows W"], row: Int[Array, "..."], columns: int
 ) -> Float[Array, "... columns"]:
-    """The first columns of each row, without a copy of a narrower table."""
+    """The first columns of each row, which is in range.
 
-    def read_one(row: Int[Array, ""]) -> Float[Array, "columns"]:
-        return jax.lax.dynamic_slice(table, (row, 0), (1, columns))[0]
-
-    return jax.vmap(read_one)(row.reshape(-1)).reshape(*row.shape, columns)
+    Rows are read whole and cut afterwards: a TPU reads parts of rows one by one, in a loop.
+    """
+    return table.at[row].get(mode="promise_in_bounds", wrap_negative_indices=False)[..., :columns]
 
 
 def _rows(

@@ -94,9 +94,11 @@ def _update_rows(
     # moments of old: else mode none would depend on how many such candidates fill a batch.
     touched = jnp.any(summed != 0, axis=1) & occurrences.stands & may_change
     place = jnp.where(touched, occurrences.row + first_row, tables.shape[0])
-    return tables.at[place].set(
-        jnp.concatenate([new, count + 1, slots], axis=1), mode="drop", unique_indices=True
+    # A GPU would read the old rows within the scatter, and copy the whole table to be able to.
+    place, new_rows = jax.lax.optimization_barrier(
+        (place, jnp.concatenate([new, count + 1, slots], axis=1))
     )
+    return tables.at[place].set(new_rows, mode="drop", unique_indices=True)
 
 
 def update_tables(
