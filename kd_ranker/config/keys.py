@@ -252,7 +252,8 @@ _ALL = (
     ),
     section(
         "parallel",
-        Key("mapping", "pmap", "how a step is spread over devices", MAPPINGS),
+        Key("mapping", "auto", "of a step over devices; auto: shard_map on TPUs, pmap elsewhere",
+            MAPPINGS),
         Key("devices", 0, "devices to use; 0 takes all", NOT_NEGATIVE),
         influences="nothing",
     ),

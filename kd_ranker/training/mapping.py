@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 AXIS = "devices"
+_TABLES = "tables"  # the field of `Parameters` that holds them
 
 
 def join_over_devices(arrays: Any, axis: int) -> Any:
@@ -29,8 +31,9 @@ class DeviceMap(NamedTuple):
       shard: a host batch [requests, ...] -> the same, its requests split over the devices.
       map_batches: function(data, batch) -> its compiled, mapped version, where the data is
         replicated, and batch and result are [requests, ...], split over the devices.
-      map_step: step(state, batch, hyperparameters, frozen) -> its compiled, mapped version; the
-        state's buffers are donated.
+      map_step: step(states, batch, hyperparameters, frozen), and the states by their shapes -> its
+        compiled, mapped version; the buffers of the states are donated. Without their shapes, the
+        states come back as XLA likes to lay them out.
       unreplicate: the inverse of `replicate`: the same pytree on one device.
     """
 
@@ -38,7 +41,7 @@ class DeviceMap(NamedTuple):
     create: Callable[[Callable[[], Any]], Any]
     shard: Callable[[Any], Any]
     map_batches: Callable[[Callable], Callable]
-    map_step: Callable[[Callable], Callable]
+    map_step: Callable[..., Callable]
     unreplicate: Callable[[Any], Any]
 
 
@@ -74,7 +77,7 @@ def pmap(devices: Sequence[jax.Device]) -> DeviceMap:
         create=create,
         shard=shard,
         map_batches=lambda function: jax.pmap(function, axis_name=AXIS, devices=devices),
-        map_step=lambda step: jax.pmap(
+        map_step=lambda step, states=None: jax.pmap(
             step, axis_name=AXIS, in_axes=(0, 0, None, 0), donate_argnums=0, devices=devices
         ),
         unreplicate=lambda tree: jax.tree.map(lambda array: array.addressable_data(0)[0], tree),
@@ -82,16 +85,33 @@ def pmap(devices: Sequence[jax.Device]) -> DeviceMap:
 
 
 def shard_map(devices: Sequence[jax.Device]) -> DeviceMap:
-    """Maps by `jax.shard_map` over a mesh of one axis: arrays keep their global shapes."""
+    """Maps by `jax.shard_map` over a mesh of one axis: arrays keep their global shapes.
+
+    On a TPU it lays tables out row by row. Left alone, XLA would lay them out column by column
+    there, and copy them whole in each step, to read rows and to write them.
+    """
     mesh = Mesh(np.array(devices), (AXIS,))
     everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
+    whole = NamedSharding(mesh, everywhere)
+    by_rows = devices[0].platform == "tpu"
+
+    def places(tree: Any) -> Any:
+        """The place and the layout of each array that all devices have."""
+
+        def place(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding | Format:
+            of_tables = any(getattr(part, "name", None) == _TABLES for part in path)
+            if not (by_rows and of_tables):
+                return whole
+            return Format(Layout(tuple(range(leaf.ndim))), whole)
+
+        return jax.tree_util.tree_map_with_path(place, tree)
 
     def map_batches(function: Callable) -> Callable:
         return jax.jit(
             jax.shard_map(function, mesh=mesh, in_specs=(everywhere, split), out_specs=split)
         )
 
-    def map_step(step: Callable) -> Callable:
+    def map_step(step: Callable, states: Any = None) -> Callable:
         # The step sums over the axis itself; the replication checker would add sums of its own.
         mapped = jax.shard_map(
             step,
@@ -100,23 +120,29 @@ def shard_map(devices: Sequence[jax.Device]) -> DeviceMap:
             out_specs=everywhere,
             check_vma=False,
         )
-        return jax.jit(mapped, donate_argnums=0)
+        return jax.jit(mapped, donate_argnums=0, out_shardings=(places(states), whole))
 
-    def put(tree: Any, spec: PartitionSpec) -> Any:
-        return jax.device_put(tree, NamedSharding(mesh, spec))
+    def create(make: Callable[[], Any]) -> Any:
+        return jax.jit(make, out_shardings=places(jax.eval_shape(make)))()
 
     return DeviceMap(
         # A step donates its state, which must not share memory with arrays of the caller.
-        replicate=lambda tree: put(jax.tree.map(jnp.copy, tree), everywhere),
-        create=lambda make: jax.jit(make, out_shardings=NamedSharding(mesh, everywhere))(),
-        shard=lambda batch: put(batch, split),
+        replicate=lambda tree: jax.device_put(jax.tree.map(jnp.copy, tree), places(tree)),
+        create=create,
+        shard=lambda batch: jax.device_put(batch, NamedSharding(mesh, split)),
         map_batches=map_batches,
         map_step=map_step,
         unreplicate=lambda tree: jax.tree.map(lambda array: array.addressable_data(0), tree),
     )
 
 
+def auto(devices: Sequence[jax.Device]) -> DeviceMap:
+    """`shard_map` on TPUs, for how it lays tables out there, and `pmap` elsewhere."""
+    return shard_map(devices) if devices[0].platform == "tpu" else pmap(devices)
+
+
 MAPPINGS: dict[str, Callable[[Sequence[jax.Device]], DeviceMap]] = {
+    "auto": auto,
     "pmap": pmap,
     "shard_map": shard_map,
 }

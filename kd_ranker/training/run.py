@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from kd_ranker.batches.cutting import on_packed
 from kd_ranker.batches.training import TrainingBatches
 from kd_ranker.training.mapping import DeviceMap
@@ -56,7 +58,9 @@ def make_run(
       devices: the mapping over devices.
     """
     step = on_packed(make_step([group.recipe for group in groups], teacher))
-    return Run(tuple(groups), batches, devices.replicate(frozen), devices, devices.map_step(step))
+    states = tuple(jax.eval_shape(group.init) for group in groups)
+    mapped = devices.map_step(step, states)
+    return Run(tuple(groups), batches, devices.replicate(frozen), devices, mapped)
 
 
 def initial_states(run: Run) -> States:

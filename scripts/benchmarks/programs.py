@@ -46,7 +46,8 @@ class Program:
 
         frozen = Frozen(jax.tree.map(jnp.asarray, items), teacher.parameters if teacher else None)
         run = make_run(groups, live, itertools.repeat(self.batch), frozen, devices)
-        self.run = run._replace(step=devices.map_step(of_either))
+        states = tuple(jax.eval_shape(group.init) for group in groups)
+        self.run = run._replace(step=devices.map_step(of_either, states))
         self.states = initial_states(self.run)
         arguments = (self.states, self.batch, self.run.numbers, self.run.frozen)
         compiled = self.run.step.lower(*arguments).compile()
