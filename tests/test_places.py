@@ -172,7 +172,7 @@ request = next(read_requests(dataset, "train"))
 assert_fresh(request.freshness, request.item_id, request.item_id >= 0)
 sizes = BatchConfig(4, 120, 0.5, 1.0, seed=0)
 made = [training_batches(dataset, sizes, resident=resident) for resident in (True, False)]
-batches = [unpack(next(iter(of))) for of in made]
+batches = [unpack(*next(iter(of))) for of in made]
 batches += [next(evaluation_batches(dataset, "test", requests=2, candidates=120)).batch]
 for batch in batches:
     assert_fresh(*map(np.asarray, (batch.freshness, batch.item_id, batch.candidate_mask)))

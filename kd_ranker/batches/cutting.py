@@ -1,13 +1,13 @@
-"""From what was drawn to a batch in one array, and from that to the batch.
+"""From what was drawn to the batches of some steps in one array, and from that to each of them.
 
-    Draw ─gather→ Draw ─join→ PackedBatch ─unpack→ CandidateBatch
+    Draw ─gather→ Draw ─join→ PackedBatches ─unpack→ CandidateBatch
 
-The first two steps make the batches of many train steps at once, the last goes before the train
-step, in one program with it. All run on NumPy arrays on the host and, compiled, on a device that
+The first two make the batches of many train steps at once, the last goes before each train step,
+in one program with it. All run on NumPy arrays on the host and, compiled, on a device that
 holds the data.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -37,14 +37,21 @@ class Layout(NamedTuple):
         return (of_request, candidates * of_candidate, labelled * of_label, candidates, labelled)
 
 
-@flax.struct.dataclass
-class PackedBatch:
-    """A training batch as it reaches the train step: one array, 32 bits a number.
+class Span(NamedTuple):
+    """Steps in a row among those that were made together; `stop` is the first one left out."""
 
-    A step that is handed one array starts sooner than one with an array a field.
+    start: int
+    stop: int
+
+
+@flax.struct.dataclass
+class PackedBatches:
+    """The training batches of some steps in a row, in one array, 32 bits a number.
+
+    A program that is handed one array starts sooner than one with an array a field or a step.
     """
 
-    rows: Int[Array, "R W"]
+    rows: Int[Array, "R steps W"]
     layout: Layout = flax.struct.field(pytree_node=False)
 
 
@@ -70,8 +77,8 @@ def gather(data: Parts, draw: Draw) -> Draw:
     return draw._replace(rows=Parts(*map(read, data, draw.rows)))
 
 
-def pack_batches(draw: Draw, layout: Layout) -> list[PackedBatch]:
-    """The batch of each step, where the axis of the steps follows that of the requests.
+def pack_batches(draw: Draw, layout: Layout) -> PackedBatches:
+    """The batches of the steps whose axis follows that of the requests.
 
     Args:
       draw: as `gather` returns it.
@@ -80,33 +87,24 @@ def pack_batches(draw: Draw, layout: Layout) -> list[PackedBatch]:
     xp = draw.stage.__array_namespace__()  # type: ignore[attr-defined]
     parts: Any = (*draw.rows, draw.stage.astype(np.int32), as_bits(draw.factor))
     flat = [part.reshape(*part.shape[:2], -1) for part in parts]
-    rows = xp.concatenate(flat, axis=2)
-    return [PackedBatch(rows[:, step], layout) for step in range(rows.shape[1])]
+    return PackedBatches(xp.concatenate(flat, axis=2), layout)
 
 
-def unpack(batch: PackedBatch) -> CandidateBatch:
-    """The batch as the models know it."""
-    ends = np.cumsum([0, *batch.layout.widths])
+def unpack(batches: PackedBatches, step: int | Int[Array, ""]) -> CandidateBatch:
+    """The batch of a step, counted from 0, as the models know it."""
+    of_step = batches.rows[:, step]
+    ends = np.cumsum([0, *batches.layout.widths])
     requests, candidates, labels, stage, factor = (
-        batch.rows[:, start:end] for start, end in pairwise(ends)
+        of_step[:, start:end] for start, end in pairwise(ends)
     )
-    slots = batch.layout.slots
+    slots = batches.layout.slots
     rows = Parts(
         requests=requests,
         candidates=candidates.reshape(len(candidates), slots.candidates, -1),
         labels=labels.reshape(len(labels), slots.labelled, -1),
     )
     draw = Draw(rows, stage.astype(np.int8), as_floats(factor))
-    return CandidateBatch(**fields_of(draw, batch.layout))
-
-
-def on_packed(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The step(states, batch, …) that takes a `PackedBatch`, of one that takes the batch itself."""
-
-    def step_on_packed(states: Any, batch: PackedBatch, *others: Any) -> Any:
-        return step(states, unpack(batch), *others)
-
-    return step_on_packed
+    return CandidateBatch(**fields_of(draw, batches.layout))
 
 
 def fields_of(draw: Draw, layout: Layout) -> dict[str, Any]:

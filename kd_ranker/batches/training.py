@@ -6,7 +6,6 @@ them on the devices, those of many steps in one pass. Else each batch is read an
 
 import dataclasses
 import functools
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -26,7 +25,7 @@ from kd_ranker.batches.columns import (
     joined,
     only_counting,
 )
-from kd_ranker.batches.cutting import Layout, PackedBatch
+from kd_ranker.batches.cutting import Layout, PackedBatches, Span
 from kd_ranker.batches.sampling import Slots
 from kd_ranker.errors import UserError
 from kd_ranker.requests.records import Dataset, read_split
@@ -136,7 +135,7 @@ class _Chance(NamedTuple):
 class _Maker(NamedTuple):
     """A function that makes the batches of a few steps, their number, and the passes ahead."""
 
-    make: Callable[[_Chance], list[PackedBatch]]
+    make: Callable[[_Chance], PackedBatches]
     steps: int
     ahead: int
 
@@ -144,40 +143,54 @@ class _Maker(NamedTuple):
 class TrainingBatches(grain.IterDataset):
     """An endless dataset of batches; its position is the number of them that were handed out.
 
+    Each is the packed batches of a few steps and the number of its own among them.
+
     What is made ahead does not count, nor how many are made at a time: a run that started with the
     requests in memory may go on without that.
     """
 
-    def __init__(self, passes_from: Callable[[int], Iterator[list[PackedBatch]]], steps: int):
+    def __init__(self, passes_from: Callable[[int], Iterator[PackedBatches]], steps: int):
         """Takes a number -> the passes from that one on; each has the batches of `steps` steps."""
         super().__init__()
         self._passes_from, self._steps = passes_from, steps
 
-    def __iter__(self) -> grain.DatasetIterator:
-        return _BatchIterator(self._passes_from, self._steps)
+    def __iter__(self) -> "BatchIterator":
+        return BatchIterator(self._passes_from, self._steps)
 
 
-class _BatchIterator(grain.DatasetIterator):
-    def __init__(self, passes_from: Callable[[int], Iterator[list[PackedBatch]]], steps: int):
+class BatchIterator(grain.DatasetIterator):
+    """An iterator over `TrainingBatches` that hands out one batch, or several in a row."""
+
+    def __init__(self, passes_from: Callable[[int], Iterator[PackedBatches]], steps: int):
         super().__init__()
         self._passes_from, self._steps = passes_from, steps
+        self._made: PackedBatches | None = None
         self.set_state({"taken": 0})
 
-    def __next__(self) -> PackedBatch:
-        if not self._made:
-            self._made.extend(next(self._passes))
-        self._taken += 1
-        return self._made.popleft()
+    def __next__(self) -> tuple[PackedBatches, int]:
+        batches, span = self.take(1)
+        return batches, span.start
+
+    def take(self, most: int) -> tuple[PackedBatches, Span]:
+        """The next batches, at least one and at most so many, and where they are among others."""
+        if self._made is None:
+            self._made = next(self._passes)
+        made, start = self._made, self._taken % self._steps
+        stop = min(start + most, self._steps)
+        if stop == self._steps:
+            self._made = None
+        self._taken += stop - start
+        return made, Span(start, stop)
 
     def get_state(self) -> dict[str, int]:
+        """The position, as `set_state` takes it."""
         return {"taken": self._taken}
 
     def set_state(self, state: dict[str, int]) -> None:
-        number, of_pass = divmod(state["taken"], self._steps)
-        self._passes, self._taken = self._passes_from(number), number * self._steps
-        self._made: deque[PackedBatch] = deque()
-        for _ in range(of_pass):
-            next(self)
+        """Moves to a position; nothing is made before the next batch is asked for."""
+        self._taken = state["taken"]
+        self._passes = self._passes_from(self._taken // self._steps)
+        self._made = None
 
 
 def training_batches(
@@ -189,7 +202,7 @@ def training_batches(
     copies: int = 1,
     resident: bool | None = None,
 ) -> TrainingBatches:
-    """An endless dataset of training batches, each a `PackedBatch` on the devices.
+    """An endless dataset of training batches, packed, on the devices.
 
     Each epoch has its own draw of candidates. The batches are the same whether the requests stay in
     memory or not, but for slots that nothing fills. They follow from `batch`, `needs`, `share` and
@@ -219,12 +232,12 @@ def training_batches(
     else:
         maker = _from_disk(dataset, batch, needs, devices)
 
-    def make(number: int) -> list[PackedBatch]:
+    def make(number: int) -> PackedBatches:
         block, at = divmod(number * maker.steps, BLOCK)
         of_block = chance(block)
         return maker.make(_Chance(*(part[:, at : at + maker.steps] for part in of_block)))
 
-    def passes_from(number: int) -> Iterator[list[PackedBatch]]:
+    def passes_from(number: int) -> Iterator[PackedBatches]:
         passes = grain.MapDataset.range(number, _ENDLESS).map(make).to_iter_dataset(_AS_ASKED)
         return iter(
             grain.experimental.ThreadPrefetchIterDataset(passes, prefetch_buffer_size=maker.ahead)
@@ -314,7 +327,7 @@ def _in_memory(
 
 def _cut_on_devices(
     rows: Parts, layout: Layout, requests: int, devices: Devices
-) -> tuple[Callable[[sampling.Starts], list[PackedBatch]], int]:
+) -> tuple[Callable[[sampling.Starts], PackedBatches], int]:
     """Builds the maker that cuts the batches of a few steps in a row on the devices.
 
     Args:
@@ -332,7 +345,7 @@ def _cut_on_devices(
     gather = devices.map_batches(cutting.gather)
     join = devices.map_batches(lambda _, drawn: cutting.pack_batches(drawn, layout))
 
-    def cut(starts: sampling.Starts) -> list[PackedBatch]:
+    def cut(starts: sampling.Starts) -> PackedBatches:
         return join((), gather(on_devices, choose((), devices.shard(starts))))
 
     return cut, steps
@@ -344,13 +357,11 @@ def _from_disk(dataset: Dataset, batch: BatchConfig, needs: Needs, devices: Devi
     # What the requests of a batch need differs from batch to batch, as shapes must not.
     slots = Slots(*(batch.candidates,) * 3)
 
-    def make(chance: _Chance) -> list[PackedBatch]:
+    def make(chance: _Chance) -> PackedBatches:
         columns, positives = in_sampling_order(read(chance.request[:, 0].tolist()))
         kinds, _ = _kinds(columns, positives, batch, needs)
         starts = sampling.draw(np.arange(len(columns))[:, None], chance.start, kinds)
         drawn = cutting.gather(columns.rows, sampling.chosen(starts, slots))
-        return [
-            devices.shard(of) for of in cutting.pack_batches(drawn, Layout(columns.spans, slots))
-        ]
+        return devices.shard(cutting.pack_batches(drawn, Layout(columns.spans, slots)))
 
     return _Maker(make, steps=1, ahead=_READ_AHEAD)

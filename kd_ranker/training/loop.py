@@ -1,8 +1,8 @@
-"""The training loop: next batch, one step, and now and then a line, an evaluation, a checkpoint."""
+"""The training loop: some steps, and then a line, an evaluation, a checkpoint."""
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from kd_ranker.errors import UserError
 from kd_ranker.training import checkpoints
 from kd_ranker.training.checkpoints import Identity
-from kd_ranker.training.run import Run, initial_states, take_step
+from kd_ranker.training.run import Run, initial_states, take_steps
 from kd_ranker.training.state import States, steps_of_members
 from kd_ranker.training.step import Losses
 from kd_ranker.training.workdir import MetricsWriter
@@ -60,13 +60,16 @@ def fit(
         states = run.devices.replicate(states) if start else initial_states(run)
         diverged, best = _diverged_members(run, states), ""
         with contextlib.closing(MetricsWriter(workdir, start)) as writer:
-            for step in range(start + 1, run.steps + 1):
-                training = {name for name, last in lengths.items() if step <= last}
+            step = start
+            while step < run.steps:
+                training = {name for name, last in lengths.items() if step < last}
                 if training <= diverged.keys():
-                    skip_steps(bar, run.steps - step + 1)
+                    skip_steps(bar, run.steps - step)
                     break
-                states, losses = take_step(run, states, next(batches))
-                bar.update()
+                packed, span = batches.take(_next_stop(step, lengths.values(), train) - step)
+                states, losses = take_steps(run, states, packed, span)
+                step += span.stop - span.start
+                bar.update(span.stop - span.start)
                 due, scalars = _due_after(step, run.steps, train), {}
                 if due.saving:
                     states = _mark_diverged(run, states)
@@ -82,6 +85,13 @@ def fit(
                 if due.saving:
                     checkpoints.save(manager, step, on_host(states), batches, identity)
     return jax.tree.map(np.asarray, on_host(states))
+
+
+def _next_stop(step: int, lengths: Iterable[float], train: ConfigDict) -> int:
+    """The first step after `step` that a chore may follow, or that is the last of a member."""
+    every = (train.log_every, train.checkpoint_every, train.eval_every)
+    chores = [(step // steps + 1) * steps for steps in every if steps]
+    return min(*chores, *(int(last) for last in lengths if last > step))
 
 
 class _Due(NamedTuple):

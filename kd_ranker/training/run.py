@@ -1,16 +1,16 @@
 """A run: the members that one program trains, their batches and devices, ready to take steps."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
-from kd_ranker.batches.cutting import on_packed
+from kd_ranker.batches.cutting import PackedBatches, Span
 from kd_ranker.batches.training import TrainingBatches
 from kd_ranker.training.mapping import DeviceMap
 from kd_ranker.training.recipes import Group
 from kd_ranker.training.state import Frozen, Hyperparameters, LiveTeacher, States
-from kd_ranker.training.step import Losses, make_step
+from kd_ranker.training.step import Losses, in_turn, make_step
 
 
 class Run(NamedTuple):
@@ -21,14 +21,14 @@ class Run(NamedTuple):
       batches: endless, on the devices already.
       frozen: the arrays that the step reads and does not change, on all devices already.
       devices: the mapping over devices.
-      step: the mapped step.
+      take: the mapped `step.in_turn`.
     """
 
     groups: tuple[Group, ...]
     batches: TrainingBatches
     frozen: Frozen
     devices: DeviceMap
-    step: Callable[..., tuple[States, tuple[Losses, ...]]]
+    take: Callable[..., tuple[States, tuple[Losses, ...]]]
 
     @property
     def numbers(self) -> tuple[Hyperparameters, ...]:
@@ -57,9 +57,9 @@ def make_run(
       frozen: the arrays that the step reads and does not change, on the host or on one device.
       devices: the mapping over devices.
     """
-    step = on_packed(make_step([group.recipe for group in groups], teacher))
+    steps = in_turn(make_step([group.recipe for group in groups], teacher))
     states = tuple(jax.eval_shape(group.init) for group in groups)
-    mapped = devices.map_step(step, states)
+    mapped = devices.map_step(steps, states)
     return Run(tuple(groups), batches, devices.replicate(frozen), devices, mapped)
 
 
@@ -68,9 +68,11 @@ def initial_states(run: Run) -> States:
     return run.devices.create(lambda: tuple(group.init() for group in run.groups))
 
 
-def take_step(run: Run, states: States, batch: Any) -> tuple[States, tuple[Losses, ...]]:
-    """The states after a step on a batch, and the losses; the states that are given are donated.
+def take_steps(
+    run: Run, states: States, batches: PackedBatches, span: Span
+) -> tuple[States, tuple[Losses, ...]]:
+    """The states after some steps, and the last one's losses; the given states are donated.
 
     All of them are on the devices, and may not be ready yet.
     """
-    return run.step(states, batch, run.numbers, run.frozen)
+    return run.take(states, batches, (span, run.numbers), run.frozen)

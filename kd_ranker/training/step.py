@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kd_ranker.batch import CandidateBatch, Items, Stage
+from kd_ranker.batches.cutting import PackedBatches, Span, unpack
 from kd_ranker.distillation.losses import LOSSES, bce
 from kd_ranker.distillation.modes import Transform
 from kd_ranker.distillation.teacher_signal import SIGNALS, Heard
@@ -74,6 +75,36 @@ def make_step(recipes: Sequence[Recipe], teacher: LiveTeacher | None = None) -> 
         return tuple(state for state, _ in trained), tuple(losses for _, losses in trained)
 
     return step
+
+
+def in_turn(step: Step) -> Callable[..., tuple[States, tuple[Losses, ...]]]:
+    """Builds the function that takes a step of `make_step` on each of several batches in turn.
+
+    A step is many small operations. In one program they follow each other without the host, and one
+    program does for any number of steps.
+
+    Returns:
+      steps(states, packed batches, (span, hyperparameters), frozen) -> (states, losses): those
+      after the last of the steps `span` (a `Span`, at least one step), which are bit by bit as if
+      each had been taken by itself.
+    """
+
+    def steps(
+        states: Sequence[TrainState],
+        batches: PackedBatches,
+        same_on_all: tuple[Span, Sequence[Hyperparameters]],
+        frozen: Frozen,
+    ) -> tuple[States, tuple[Losses, ...]]:
+        span, hyperparameters = same_on_all
+
+        def take(at: Any, before: tuple[States, Any]) -> tuple[States, tuple[Losses, ...]]:
+            return step(before[0], unpack(batches, at), hyperparameters, frozen)
+
+        _, losses = jax.eval_shape(take, 0, (tuple(states), None))
+        no_losses = jax.tree.map(jnp.zeros_like, losses)
+        return jax.lax.fori_loop(*span, take, (tuple(states), no_losses))
+
+    return steps
 
 
 def with_live_teacher(

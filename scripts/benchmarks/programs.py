@@ -1,6 +1,5 @@
 """The project's own train step, ready to be timed: as `experiments.train` builds it."""
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,53 +9,52 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import CandidateBatch, FeatureSpec, Items
 from kd_ranker.batches import training
-from kd_ranker.batches.cutting import PackedBatch, unpack
+from kd_ranker.batches.cutting import PackedBatches, Span, unpack
 from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training import recipes
 from kd_ranker.training.mapping import MAPPINGS
-from kd_ranker.training.run import initial_states, make_run, take_step
+from kd_ranker.training.run import initial_states, make_run, take_steps
 from kd_ranker.training.state import Frozen, LiveTeacher
 from kd_ranker.training.step import make_step
 
 
 class Program:
-    """A run of students over one resident batch, with the state that its steps work on."""
+    """A run of students, with a resident batch and the state that its steps work on."""
 
     def __init__(
         self,
         members: Mapping[str, ConfigDict],
         spec: FeatureSpec,
         items: Items,
-        batch: CandidateBatch | PackedBatch,
+        batch: CandidateBatch,
         teacher: Teacher | None = None,
     ):
-        """Compiles the step of the members, for batches like `batch`."""
+        """Compiles a single step of the members, for batches like `batch`."""
         config = next(iter(members.values()))
         stage = recipes.TEACHER_STAGES[config.teacher.stage]
         devices = MAPPINGS["shard_map"](jax.devices()[:1])
         self.batch = devices.shard(batch)
         groups = recipes.student_groups(members, spec)
         live = LiveTeacher(teacher.model, stage) if teacher else None
-        step = make_step([group.recipe for group in groups], live)
-
-        def of_either(states: Any, batch: Any, *others: Any) -> Any:
-            whole = unpack(batch) if isinstance(batch, PackedBatch) else batch
-            return step(states, whole, *others)
-
         frozen = Frozen(jax.tree.map(jnp.asarray, items), teacher.parameters if teacher else None)
-        run = make_run(groups, live, itertools.repeat(self.batch), frozen, devices)
-        states = tuple(jax.eval_shape(group.init) for group in groups)
-        self.run = run._replace(step=devices.map_step(of_either, states))
+        self.run = make_run(groups, live, None, frozen, devices)
         self.states = initial_states(self.run)
+        step = make_step([group.recipe for group in groups], live)
+        self.take_one = devices.map_step(step, jax.eval_shape(lambda: self.states))
         arguments = (self.states, self.batch, self.run.numbers, self.run.frozen)
-        compiled = self.run.step.lower(*arguments).compile()
+        compiled = self.take_one.lower(*arguments).compile()
         self.flops = float(compiled.cost_analysis()["flops"])
 
     def start(self, batch: Any) -> Any:
         """Starts a step on a batch that is on the device; the losses may not be ready yet."""
         # Through the jitted function, as the training loop does.
-        self.states, losses = take_step(self.run, self.states, batch)
+        self.states, losses = self.take_one(self.states, batch, self.run.numbers, self.run.frozen)
+        return losses
+
+    def start_steps(self, batches: PackedBatches, span: Span) -> Any:
+        """Starts some steps on packed batches, in one call, as the training loop does."""
+        self.states, losses = take_steps(self.run, self.states, batches, span)
         return losses
 
     def step(self) -> None:
@@ -75,7 +73,7 @@ def first_batch(config: ConfigDict, dataset: Dataset) -> CandidateBatch:
     """The first training batch of `config` on the host, for steps with a live teacher or logs."""
     needs = training.Needs(recipes.TEACHER_STAGES[config.teacher.stage])
     batches = training_batches(config, dataset, needs, resident=True)
-    return jax.device_get(jax.jit(unpack)(next(iter(batches))))
+    return jax.device_get(jax.jit(unpack)(*next(iter(batches))))
 
 
 def training_batches(

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from kd_ranker.batch import Stage
+from kd_ranker.batch import CandidateBatch, Stage
 from kd_ranker.batches import cutting, sampling
 from kd_ranker.batches.columns import Columns, in_sampling_order
-from kd_ranker.batches.cutting import Layout, PackedBatch
+from kd_ranker.batches.cutting import Layout, PackedBatches
 from kd_ranker.batches.sampling import Slots
 
 
@@ -30,7 +30,12 @@ def starts_of(kinds: np.ndarray, rows: np.ndarray, seed: int = 0) -> np.ndarray:
     return sampling.draw(rows, start, kinds)
 
 
-def packed(columns: Columns, starts: np.ndarray, slots: Slots) -> list[PackedBatch]:
-    """The batch of each step."""
+def packed(columns: Columns, starts: np.ndarray, slots: Slots) -> PackedBatches:
+    """The batches of all steps."""
     drawn = cutting.gather(columns.rows, sampling.chosen(starts, slots))
     return cutting.pack_batches(drawn, Layout(columns.spans, slots))
+
+
+def unpacked(batches: PackedBatches) -> list[CandidateBatch]:
+    """The batch of each step by itself."""
+    return [cutting.unpack(batches, step) for step in range(batches.rows.shape[1])]

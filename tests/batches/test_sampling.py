@@ -20,7 +20,7 @@ from kd_ranker.batches.columns import (
 )
 from kd_ranker.batches.cutting import Layout, unpack
 from kd_ranker.batches.sampling import Slots
-from tests.batches.packing_by_hand import packed, prepared, starts_of
+from tests.batches.packing_by_hand import packed, prepared, starts_of, unpacked
 from tests.random_batches import SPEC
 from tests.requests.random_requests import random_request
 
@@ -61,8 +61,8 @@ def cut(requests, candidates, negative_rate=1.0, seed=0, passed_share=0.5, rows=
     columns = requests if isinstance(requests, Columns) else columns_of(requests, V1)
     data, kinds, slots = prepared(columns, candidates, negative_rate, passed_share)
     starts = starts_of(kinds, (np.arange(len(columns)) if rows is None else rows)[:, None], seed)
-    few = dataclasses.asdict(unpack(packed(data, starts, slots)[0]))
-    batch = dataclasses.asdict(unpack(packed(data, starts, Slots(*(candidates,) * 3))[0]))
+    few = dataclasses.asdict(unpack(packed(data, starts, slots), 0))
+    batch = dataclasses.asdict(unpack(packed(data, starts, Slots(*(candidates,) * 3)), 0))
     # With the fewest slots that do, a batch is the same but for zeros at the end.
     for name, array in batch.items():
         width = few[name].shape[1:2]
@@ -114,7 +114,7 @@ def test_over_all_offsets_each_of_a_kind_is_drawn_equally_often(candidates, nega
             start = np.zeros((1, 1, sampling.KINDS))
             start[..., kind] = (offset + 0.5) / number
             of_offset = sampling.draw(np.zeros((1, 1), int), start, kinds)
-            drawn = unpack(packed(data, of_offset, slots)[0])
+            drawn = unpack(packed(data, of_offset, slots), 0)
             items = drawn.item_id[0][drawn.stage[0] > 0].tolist()
             assert len(set(items)) == len(items) == min(candidates, 40)
             for item in items[starts[kind] : ends[kind]]:
@@ -160,8 +160,8 @@ def test_a_device_cuts_the_batch_that_the_host_cuts():
     layout = Layout(data.spans, slots)
     batches = cutting.pack_batches(parts, layout)
     assert_same(batches, jax.jit(functools.partial(cutting.pack_batches, layout=layout))(on_device))
-    for batch in batches:
-        assert_same(unpack(batch), jax.jit(unpack)(batch))
+    for step, batch in enumerate(unpacked(batches)):
+        assert_same(batch, jax.jit(unpack)(batches, step))
 
 
 def assert_same(one, other):
@@ -197,7 +197,7 @@ def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logg
     def batch_of(columns, stage):
         data, kinds, slots = prepared(columns, 12, 0.5, stage=stage)
         starts = starts_of(kinds, np.arange(len(requests))[:, None], 3)
-        return unpack(packed(data, starts, slots)[0])
+        return unpack(packed(data, starts, slots), 0)
 
     everything, counting = batch_of(whole, Stage.RETRIEVED), batch_of(columns, stage)
     assert counting.item_id.shape[1] <= everything.item_id.shape[1]

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +42,7 @@ class Whole:
         return self
 
     def __next__(self):
-        return unpack(jax.device_get(next(self.iterator)))
+        return unpack(*jax.device_get(next(self.iterator)))
 
     def get_state(self):
         return self.iterator.get_state()
@@ -100,6 +101,21 @@ def test_an_iterator_goes_on_where_its_state_was_taken(dataset, before, resident
         np.testing.assert_array_equal(one.item_id, other.item_id)
 
 
+@pytest.mark.parametrize("resident", [True, False])
+def test_batches_taken_several_at_a_time_are_those_taken_one_by_one(dataset, resident):
+    number = training.BLOCK + 20
+    expected = take(batches(dataset, resident=resident), number)
+    iterator, taken = batches(dataset, resident=resident).iterator, []
+    for most in itertools.cycle([1, 25, 3, training.BLOCK]):
+        if len(taken) >= number:
+            break
+        packed, span = iterator.take(most)
+        assert 1 <= span.stop - span.start <= most
+        taken += [unpack(jax.device_get(packed), step) for step in range(*span)]
+        assert iterator.get_state() == {"taken": len(taken)}
+    assert_same(expected, taken[:number])
+
+
 @pytest.mark.parametrize(
     ("stage", "logged"),
     [(Stage.RETRIEVED, Stage.RETRIEVED), (Stage.PASSED, None), (Stage.SHOWN, None)],
@@ -144,9 +160,10 @@ def test_several_devices_make_the_batches_that_one_makes(dataset, mapping):
     several = MAPPINGS[mapping](jax.devices()[:2])
     made = training_batches(dataset, OPTIONS, devices=several, resident=True)
     for one, batch in zip(take(batches(dataset, resident=True), number), iter(made), strict=False):
-        assert len(batch.rows.sharding.device_set) == 2
-        rows = np.asarray(batch.rows).reshape(4, -1)
-        assert_same(one, unpack(dataclasses.replace(batch, rows=rows)))
+        packed, step = batch
+        assert len(packed.rows.sharding.device_set) == 2
+        rows = np.asarray(packed.rows).reshape(4, training.BLOCK, -1)
+        assert_same(one, unpack(dataclasses.replace(packed, rows=rows), step))
 
 
 def test_large_batches_are_made_in_several_passes(dataset, monkeypatch):

@@ -202,7 +202,7 @@ def test_logged_records_carry_the_teachers_version_and_no_other_counts(world):
 
     def weights(of):
         made = training_batches(of, BatchConfig(8, 32, 0.5, 1.0, seed=0), resident=False)
-        return np.asarray(unpack(next(iter(made))).teacher_weight)
+        return np.asarray(unpack(*next(iter(made))).teacher_weight)
 
     other = dataclasses.replace(dataset.spec, teacher_version="of-another-teacher")
     assert (weights(dataset) == 1).all()

@@ -943,7 +943,7 @@ def test_the_configs_build_a_dataset_and_its_batches(tmp_path: Path, config: Con
     dataset = teachers.dataset_of(config)
     config_of_batch = BatchConfig(**config.batch)._replace(requests=4, seed=0)
     made = training_batches(dataset, config_of_batch, resident=False)
-    batch = unpack(jax.device_get(next(iter(made))))
+    batch = unpack(*jax.device_get(next(iter(made))))
     # A tenth of the 500, each of which stands for ten more.
     positive = batch.user_label.any(axis=2)
     negative = (batch.label_weight > 0) & ~positive

@@ -661,7 +661,7 @@ def test_training_batches_hold_stages_and_positions_in_the_order_of_time(prepare
     dataset = teachers.dataset_of(config())
     config_of_batch = BatchConfig(8, 8, 0.5, 1.0, seed=0, order="time")
     made = training_batches(dataset, config_of_batch, resident=False)
-    batch = unpack(next(iter(made)))
+    batch = unpack(*next(iter(made)))
     stage = np.asarray(batch.stage)
     assert set(np.unique(stage)) <= {s.value for s in Stage}
     assert (stage == Stage.SHOWN).any()

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import pytest
 
 from kd_ranker.batch import Stage
 from kd_ranker.batches.columns import columns_of, only_counting
-from kd_ranker.batches.cutting import PackedBatch, on_packed, unpack
+from kd_ranker.batches.cutting import Span
 from kd_ranker.batches.sampling import Slots
 from kd_ranker.distillation.losses import LOSSES, LossNumbers
 from kd_ranker.distillation.modes import MODES
@@ -31,8 +32,8 @@ from kd_ranker.training.state import (
     select_member,
     stack_members,
 )
-from kd_ranker.training.step import make_step, with_live_teacher
-from tests.batches.packing_by_hand import packed, prepared, starts_of
+from kd_ranker.training.step import in_turn, make_step, with_live_teacher
+from tests.batches.packing_by_hand import packed, prepared, starts_of, unpacked
 from tests.random_batches import (
     CATEGORY_SPEC,
     SPEC,
@@ -74,13 +75,12 @@ def recipe_of(mode, optimizer, spec, student=MultiInterest):
 PROGRAMS = {}
 
 
-def program_of(recipes, teacher, mapping, devices, is_packed):
+def program_of(recipes, teacher, mapping, devices):
     """One mapped step for all tests that want it: it compiles once for each number of members."""
-    key = (*map(id, recipes), id(teacher), mapping, devices, is_packed)
+    key = (*map(id, recipes), id(teacher), mapping, devices)
     if key not in PROGRAMS:
         spread = MAPPINGS[mapping](jax.devices()[:devices])
-        step = make_step(recipes, teacher)
-        PROGRAMS[key] = spread, spread.map_step(on_packed(step) if is_packed else step)
+        PROGRAMS[key] = spread, spread.map_step(make_step(recipes, teacher))
     return PROGRAMS[key]
 
 
@@ -140,8 +140,7 @@ def run_groups(
     teacher, frozen = world_of(spec)
     if not live:
         teacher, frozen = None, frozen.replace(teacher=None)
-    is_packed = isinstance(batches[0], PackedBatch)
-    spread, step = program_of(tuple(recipes), teacher, mapping, devices, is_packed)
+    spread, step = program_of(tuple(recipes), teacher, mapping, devices)
     states, frozen = spread.replicate(tuple(states)), spread.replicate(frozen)
     for batch in batches:
         states, losses = step(states, spread.shard(batch), tuple(numbers), frozen)
@@ -195,25 +194,50 @@ def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(modes, s
             assert_close(one.transform, other.transform, 1e-5)
 
 
-def sample_of(requests, negative_rate, stage=Stage.RETRIEVED, logged=Stage.RETRIEVED):
-    """Arguments of `packing_by_hand.packed`: batches of two steps, eight requests each."""
+def sample_of(requests, negative_rate, stage=Stage.RETRIEVED, logged=Stage.RETRIEVED, steps=2):
+    """Arguments of `packing_by_hand.packed`: batches of some steps, eight requests each."""
     spec = dataclasses.replace(SPEC, teacher_version="v1")
     columns = only_counting(columns_of(requests, spec, logged), stage)
     data, kinds, slots = prepared(columns, 12, negative_rate, stage=stage)
-    rows = np.random.default_rng(0).integers(0, len(requests), (8, 2))
+    rows = np.random.default_rng(0).integers(0, len(requests), (8, steps))
     return data, starts_of(kinds, rows), slots
 
 
 @pytest.mark.parametrize(("mapping", "devices"), [("pmap", 1), ("pmap", 8), ("shard_map", 2)])
-def test_a_step_on_a_packed_batch_is_that_on_the_batch_itself(mapping, devices):
+def test_steps_in_one_call_are_those_on_the_batches_themselves(mapping, devices):
+    """However the steps are cut into calls, to the last bit, and none of them compiles anew."""
     requests = [random_request(seed) for seed in range(20)]
     requests += [random_request(20, 0, 0, 3), random_request(21, 1, 1, 1)]
-    batches = packed(*sample_of(requests, 0.6))
+    steps = 4
+    batches = packed(*sample_of(requests, 0.6, steps=steps))
     recipe, state = make_recipe()
-    expected, _ = run(recipe, state, [unpack(batch) for batch in batches], live=False)
-    found, _ = run(recipe, state, batches, mapping=mapping, devices=devices, live=False)
-    assert_close(expected.parameters, found.parameters, 1e-5)
+    expected, expected_losses = run(recipe, state, unpacked(batches), live=False)
     assert (expected.parameters.tables["item"] != state.parameters.tables["item"][0]).any()
+
+    spread = MAPPINGS[mapping](jax.devices()[:devices])
+    traces = []
+
+    def counted(*arguments):
+        traces.append(1)
+        return in_turn(make_step([recipe]))(*arguments)
+
+    take = spread.map_step(counted)
+    numbers = (stack_members([hyperparameters()]),)
+    on_devices = spread.shard(batches), spread.replicate(FROZEN.replace(teacher=None))
+
+    def after(stops):
+        states = spread.replicate((state,))
+        for span in itertools.starmap(Span, itertools.pairwise((0, *stops, steps))):
+            states, losses = take(states, on_devices[0], (span, numbers), on_devices[1])
+        return jax.tree.map(np.asarray, spread.unreplicate((states, losses)))
+
+    one_by_one = (found,), (losses,) = after([1, 2, 3])
+    assert_close(alone(found).parameters, expected.parameters, 1e-5)
+    assert_close(select_member(losses, 0), expected_losses, 1e-5)
+    for cuts in range(3):
+        for stops in itertools.combinations([1, 2, 3], cuts):
+            jax.tree.map(np.testing.assert_array_equal, after(stops), one_by_one)
+    assert len(traces) == 1
 
 
 @pytest.mark.parametrize(
@@ -232,7 +256,7 @@ def test_a_step_leaves_out_what_cannot_count(modes, live):
     everything = *sample_of(requests, 0.6)[:2], Slots(12, 12, 12)
 
     def after(data, starts, slots):
-        batches = [unpack(batch) for batch in packed(data, starts, slots)]
+        batches = unpacked(packed(data, starts, slots))
         assert (batches[0].item_id.shape[1], batches[0].labelled, batches[0].judged) == slots
         return run_groups(recipes, states, batches, numbers, live=live)
 
@@ -248,7 +272,7 @@ def test_a_step_leaves_out_what_cannot_count(modes, live):
 def test_groups_of_several_modes_take_what_each_can_use():
     """`none` beside `shared` on the same batches, against each of the two alone."""
     requests = [random_request(seed) for seed in range(8)]
-    batches = packed(*sample_of(requests, 0.6, Stage.SHOWN))
+    batches = unpacked(packed(*sample_of(requests, 0.6, Stage.SHOWN)))
     made = [make_recipe(mode) for mode in ("none", "shared")]
     numbers = [stack_members([hyperparameters()])] * 2
     together, _ = run_groups(*zip(*made, strict=True), batches, numbers, live=False)
@@ -425,8 +449,7 @@ def test_stages_are_heard_of_candidates_of_which_the_teacher_does_not_speak():
     requests = [random_request(seed) for seed in range(8)]
     recipe, state = make_recipe("shared", "sgd")
     recipe = recipe._replace(terms=(Term("listmle", "stage"),))
-    whole, _ = packed(*sample_of(requests, 0.6))
-    few = unpack(whole)
+    few, _ = unpacked(packed(*sample_of(requests, 0.6)))
     assert few.judged < few.item_id.shape[1]
     _, losses = run(recipe, state, [few], live=False)
     _, fewer_losses = run(recipe, state, [few.first(few.judged)], live=False)
@@ -551,7 +574,7 @@ def test_unshown_negatives_are_all_that_a_batch_holds():
     assert slots.labelled < slots.candidates == 12
     results = []
     for wanted in (slots, Slots(12, 12, 12)):
-        batches = [unpack(batch) for batch in packed(data, starts, wanted)]
+        batches = unpacked(packed(data, starts, wanted))
         numbers = hyperparameters(unshown_weight=0.5)
         results.append(run(recipe, state, batches, numbers, live=False))
     # Shown candidates whose labels were not drawn are no negatives.

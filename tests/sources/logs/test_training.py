@@ -55,7 +55,7 @@ def test_batches_hold_the_category_ids_of_the_log(config):
     dataset = storage.open_dataset(directory.parent.name, config.data.dir, made_by="")
     spec = dataset.spec
     made = training_batches(dataset, BatchConfig(8, 12, 0.5, 1.0, seed=0), resident=False)
-    batch = unpack(next(iter(made)))
+    batch = unpack(*next(iter(made)))
     assert batch.request_category.shape == (8, 1 + 2)
     assert batch.candidate_category.shape == (8, 12, 1)
     assert dataset.item_category.shape == (spec.num_items, 1 + 3)
