@@ -36,6 +36,7 @@ from kd_ranker.training.state import (
 )
 from kd_ranker.training.update import Gradients, update_group
 
+_LOSSES = ("loss", "user_loss", "distill_loss")
 Losses = dict[str, Float[Array, "members"]]
 Step = Callable[
     [Sequence[TrainState], CandidateBatch, Sequence[Hyperparameters], Frozen],
@@ -97,11 +98,13 @@ def in_turn(step: Step) -> Callable[..., tuple[States, tuple[Losses, ...]]]:
     ) -> tuple[States, tuple[Losses, ...]]:
         span, hyperparameters = same_on_all
 
-        def take(at: Any, before: tuple[States, Any]) -> tuple[States, tuple[Losses, ...]]:
+        def take(
+            at: Any, before: tuple[States, tuple[Losses, ...]]
+        ) -> tuple[States, tuple[Losses, ...]]:
             return step(before[0], unpack(batches, at), hyperparameters, frozen)
 
-        _, losses = jax.eval_shape(take, 0, (tuple(states), None))
-        no_losses = jax.tree.map(jnp.zeros_like, losses)
+        of_members = [jnp.zeros(state.non_finite_step.shape) for state in states]
+        no_losses = tuple(dict.fromkeys(_LOSSES, zeros) for zeros in of_members)
         return jax.lax.fori_loop(*span, take, (tuple(states), no_losses))
 
     return steps
@@ -196,7 +199,7 @@ def _losses(
         totals = LOSSES[term.loss](seen, probability, weight, numbers.loss)
         distill_loss += factor * _mean_over_devices(*totals)
     loss = numbers.user_weight * user_loss + numbers.distill_weight * distill_loss
-    return loss, {"loss": loss, "user_loss": user_loss, "distill_loss": distill_loss}
+    return loss, dict(zip(_LOSSES, (loss, user_loss, distill_loss), strict=True))
 
 
 def _with_unshown_negatives(batch: CandidateBatch, weight: Float[Array, ""]) -> CandidateBatch:
