@@ -1,15 +1,24 @@
 """The answer of a study in a sentence, and how far it can be trusted."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from kd_ranker.evaluation.metrics import TARGET, title_of
 from kd_ranker.evaluation.saving import CRITERION
-from kd_ranker.report.choices import best_distilled, best_of_sizes, cheapest, users_measures
+from kd_ranker.report.choices import (
+    best_distilled,
+    best_of_sizes,
+    cheapest,
+    users_curves,
+    users_measures,
+)
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import Interval
 from kd_ranker.report.study import Study
 from kd_ranker.report.tables import number
+
+_GOAL = f"{100 * TARGET:g}% of the final value"
 
 
 class Answer(NamedTuple):
@@ -47,7 +56,7 @@ def answer(study: Study, estimates: Estimates) -> Answer:
 
 def _saving(estimates: Estimates, chosen: str, undistilled: str, gap: Interval) -> str:
     before, after = (estimates.of(name, CRITERION).mean for name in (undistilled, chosen))
-    goal = f"for {100 * TARGET:g}% of the final value"
+    goal = f"for {_GOAL}"
     if math.isnan(gap.mean):
         return (
             f"no repeat has both “{chosen}” and “{undistilled}”, so nothing can be said about what "
@@ -76,20 +85,34 @@ def _saving(estimates: Estimates, chosen: str, undistilled: str, gap: Interval) 
 
 
 def _users(study: Study, estimates: Estimates, chosen: str) -> str:
-    """The change of what users have when as many are passed with either student."""
+    """The change of what users have: when as many are passed, and when what is saved is saved."""
     assert study.baseline is not None
-    changes = []
-    for measure in users_measures(study):
-        gap = estimates.gap(chosen, study.baseline, measure)
-        before, after = (estimates.of(name, measure).mean for name in (study.baseline, chosen))
-        if math.isnan(gap.mean):
-            continue
-        verdict = "falls" if gap.high < 0 else "rises" if gap.low > 0 else "shows no difference"
-        moves = f"from {number(before, 3)} to {number(after, 3)}"
-        changes.append(f"the {title_of(measure)} {verdict}, {moves}{_interval(gap, 3)}")
-    if not changes:
+    pair = (study.baseline, chosen)
+    as_many = [
+        _change(measure, [estimates.of(name, measure) for name in pair], gap)
+        for measure in users_measures(study)
+        if not math.isnan((gap := estimates.gap(chosen, study.baseline, measure)).mean)
+    ]
+    if not as_many:
         return "How much users have of it was not measured."
-    return f"By what users would have: {'; '.join(changes)}."
+    told = f"By what users would have: {'; '.join(as_many)}."
+    saved = [
+        _change(curve, [estimates.at_target(name, TARGET, curve) for name in pair], gap)
+        for curve in users_curves(study)
+        if not math.isnan(
+            (gap := estimates.gap_at_target(chosen, study.baseline, TARGET, curve)).mean
+        )
+    ]
+    if not saved:
+        return told
+    return f"{told} Where each passes as many as it needs for {_GOAL}, {'; '.join(saved)}."
+
+
+def _change(measure: str, pair: Sequence[Interval], gap: Interval) -> str:
+    """A measure without distillation and with it, and the difference."""
+    verdict = "falls" if gap.high < 0 else "rises" if gap.low > 0 else "shows no difference"
+    before, after = (number(of.mean, 3) for of in pair)
+    return f"the {title_of(measure)} {verdict}, from {before} to {after}{_interval(gap, 3)}"
 
 
 def _sizes(study: Study, estimates: Estimates) -> str:

@@ -29,7 +29,7 @@ from kd_ranker.report.bootstrap import (
     request_counts,
     resampled_sums,
 )
-from kd_ranker.report.intervals import CONFIDENCE, NOTHING, Interval, interval
+from kd_ranker.report.intervals import CONFIDENCE, Interval, interval
 from kd_ranker.report.study import Study
 
 DRAWS = 500
@@ -120,17 +120,25 @@ class Estimates:
           target: as in `saving`.
           curve: a column of `curves.csv`; nothing is known of it without the requests.
         """
+        return _interval(self._at_target(setting, target, curve))
+
+    def gap_at_target(self, setting: str, other: str, target: float, curve: str) -> Interval:
+        """The paired difference `setting` − `other` of what `at_target` has of each."""
+        pair = (self._at_target(name, target, curve) for name in (setting, other))
+        return _interval(_combined(np.subtract, *pair))
+
+    def _at_target(self, setting: str, target: float, curve: str) -> Measured:
         passed = self._passed(setting, target)
         known = self._drawn_of(setting, passed.repeats)
         if not known or not len(passed.drawn):
-            return NOTHING
+            return _NOWHERE
         needed = np.concatenate([passed.each[None], passed.drawn])
         each = [
             [np.interp(k, of.ks, values) for k, values in zip(ks, of.curves[curve], strict=True)]
             for of, ks in zip(known, needed.T, strict=True)
         ]
         numbers = np.array(each).T
-        return _interval(passed._replace(each=numbers[0], drawn=numbers[1:]))
+        return passed._replace(each=numbers[0], drawn=numbers[1:])
 
     def share_of_whole(self, setting: str, passed: Any) -> Any:
         """The same when so many are passed, a number or an array; NaN without a teacher's cost."""

@@ -1,6 +1,8 @@
+import numpy as np
 import pytest
 
 from kd_ranker.report.answer import answer
+from kd_ranker.report.choices import best_distilled
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from tests.report import sweeps
@@ -64,6 +66,22 @@ def test_where_requests_were_kept_the_answer_says_that_intervals_cover_them(tmp_
     for seeds, told in covered.items():
         (study,) = read_studies([sweeps.write_sweep(tmp_path / str(len(seeds)), seeds=seeds)])
         assert f"Intervals cover {told}" in answer(study, Estimates(study)).caveats[1]
+
+
+def test_what_users_have_when_the_saving_is_made_is_said_too(tmp_path):
+    """Not only at one k for both: who passes fewer may show users less."""
+    (study,) = read_studies([sweeps.write_sweep(tmp_path)])
+    estimates = Estimates(study)
+    chosen, undistilled = best_distilled(study), study.baseline
+    before, after = (
+        estimates.at_target(name, 0.99, "true_value_captured").mean
+        for name in (undistilled, chosen)
+    )
+    gap = estimates.gap_at_target(chosen, undistilled, 0.99, "true_value_captured")
+    np.testing.assert_allclose(gap.mean, after - before, atol=1e-12)
+    told = answer(study, estimates).sentence.partition(" Where each passes as many as it needs ")[2]
+    assert f"from {before:.3f} to {after:.3f}" in told
+    assert ("falls" in told, "rises" in told) == (gap.high < 0, gap.low > 0)
 
 
 def test_an_interval_that_includes_0_shows_no_saving(tmp_path):
