@@ -9,12 +9,11 @@ def with_ways(
     """No distillation, and every way of distilling: two modes, and losses of three kinds.
 
     One loss meets the teacher's probabilities, one its order, one who is at the top. All ways are
-    tuned alike, over `rates` and `weights`, in three whole repeats.
+    tuned alike, over `rates` and `weights`, with three seeds.
     """
     config.sweep.modes = ("none", "aux", "shared")
     config.sweep.axes.distill.loss = ("bce", "softmax", "topk")
     config.sweep.weights = weights
     config.sweep.axes.optimizer.learning_rate = rates
     config.sweep.seeds = (0, 1, 2)
-    config.sweep.whole_repeats = True
     return config

@@ -25,6 +25,7 @@ def get_config(variant: str = "") -> ConfigDict:
         config.teacher.source = "logged"
     if variant == "paper":
         config.sweep.axes.train.steps = (1000, 2000)
+        config.sweep.whole_repeats = True
         return sweeps.with_ways(config, rates=(1e-2, 2e-2, 4e-2), weights=(0.3, 1.0, 3.0))
     if variant == "live":
         return sweeps.with_ways(config, rates=(1e-2, 4e-2), weights=(0.3, 1.0, 3.0))

@@ -12,5 +12,6 @@ def get_config(variant: str = "") -> ConfigDict:
     config = movielens.get_config()
     if variant == "paper":
         config.sweep.axes.train.steps = (1500, 4000)
+        config.sweep.whole_repeats = True
         return sweeps.with_ways(config, rates=(3e-3, 1e-2), weights=(0.3, 1.0))
     return sweeps.with_ways(config, rates=(3e-3, 1e-2))
