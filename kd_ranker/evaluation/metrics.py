@@ -475,8 +475,6 @@ METRICS: dict[str, Metric] = {
             sums=(_own_top,),
             ends=lambda sums, _: ratio(sums["top_promised"], sums["top_true"]),
             probabilities_of=("ranker",),
-            summary="each",
-            short="top calib.",
         ),
         Metric(
             name="flops_per_candidate",

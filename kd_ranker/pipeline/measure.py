@@ -169,9 +169,6 @@ def measure(
     row |= {"seed": teacher.seed, "step": teacher.step}
     row = results.with_cost(row, flops_of_teacher, flops_of_teacher)
     _add(measured, config, dataset, row, of_teacher, None, teacher.signal)
-    if teacher.signal == "rank":
-        # Positions order the candidates, and foretell nothing.
-        measured.calibration.clear()
     for group, of_group in zip(students, of_groups, strict=False):
         first = members[group.names[0]]
         flops = _student_flops(first, dataset.spec) if costs else {}
@@ -288,7 +285,8 @@ def _add(
     measured.curves.extend(
         who | {"k": k} | {name: float(curve[k - 1]) for name, curve in curves.items()} for k in ks
     )
-    if order_alone:
+    # Positions order the candidates, as some references do, and foretell nothing.
+    if order_alone or (row["role"] == "teacher" and signal == "rank"):
         return
     table = totals.calibration_table(sums)
     measured.calibration.extend(
