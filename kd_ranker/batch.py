@@ -216,7 +216,7 @@ FIELDS = (
     Field("teacher_weight", "scored", np.float32, None),
     Field("teacher_weight", "scored", None, np.float32, _tasks),
     Field("teacher_version", "request", str, None),
-    Field("true_probability", "known", np.float32, None, _tasks),
+    Field("true_probability", "known", np.float32, None, _tasks, np.nan),
 )
 """All fields of a request."""
 

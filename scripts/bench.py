@@ -5,6 +5,7 @@
     train_step   a train step against a plain PyTorch student (needs the extra `torch`)
     table_size   a train step at ten million table rows against one at a hundred thousand
     pipeline     train steps with the loader against steps on a resident batch
+    from_disk    train steps with batches from files against batches from memory
     scoring      one request of 2,000 candidates, the student against the teacher
     sweep        16 members as one sweep against as many runs of `experiments.train`
     layout       ways of updating the tables of a population within one program
@@ -28,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 
-NAMES = ("train_step", "table_size", "pipeline", "scoring", "sweep", "layout")
+NAMES = ("train_step", "table_size", "pipeline", "from_disk", "scoring", "sweep", "layout")
 # As scripts/run.sh sets it: memory in pages of 2 MiB. With small ones, a step over a large table
 # waits for where its rows lie as well as for the rows.
 HUGE_PAGES = "glibc.malloc.hugetlb=1"

@@ -16,18 +16,26 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
-from kd_ranker.batch import IN_BATCH, CandidateBatch
-from kd_ranker.batches import packing, sampling
-from kd_ranker.batches.columns import Columns, Parts
-from kd_ranker.batches.packing import as_bits, as_floats
+from kd_ranker.batch import IN_BATCH, CandidateBatch, Stage
+from kd_ranker.batches import sampling
 from kd_ranker.batches.sampling import Draw, Slots
+from kd_ranker.requests import packing
+from kd_ranker.requests.columns import Columns, Parts
+from kd_ranker.requests.packing import as_bits, as_floats
 
 
 class Layout(NamedTuple):
-    """The places of the fields in a packed batch; nothing of it is traced."""
+    """The places of the fields in a packed batch; nothing of it is traced.
+
+    Attributes:
+      spans: of a row of each part.
+      slots: of a request.
+      logged: what the teacher says counts for candidates that came so far in the funnel.
+    """
 
     spans: Parts[packing.Spans]
     slots: Slots
+    logged: Stage = Stage.RETRIEVED
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -62,7 +70,7 @@ def gather(data: Parts, draw: Draw) -> Draw:
     numbers, XLA on a CPU would do that anew for each number that it reads.
 
     Args:
-      data: `Columns.rows`, on the host or on a device.
+      data: `Columns.values`, on the host or on a device.
       draw: which rows of these.
 
     Returns:
@@ -75,6 +83,26 @@ def gather(data: Parts, draw: Draw) -> Draw:
         return rows[which]
 
     return draw._replace(rows=Parts(*map(read, data, draw.rows)))
+
+
+def read(columns: Columns, draw: Draw) -> Draw:
+    """Reads the rows that a draw means where they lie, in memory or in a file, on the host.
+
+    Args:
+      columns: the requests.
+      draw: whose rows are those `sampling.within` each request.
+
+    Returns:
+      The draw, as `gather` returns it.
+    """
+    requests = np.asarray(draw.rows.requests)
+    own = columns.requests
+    rows: Any = Parts(
+        own.values[own.first[requests]],
+        columns.candidates.at(requests, np.asarray(draw.rows.candidates) - 1),
+        columns.labels.at(requests, np.asarray(draw.rows.labels) - 1),
+    )
+    return draw._replace(rows=rows)
 
 
 def pack_batches(draw: Draw, layout: Layout) -> PackedBatches:
@@ -120,6 +148,8 @@ def fields_of(draw: Draw, layout: Layout) -> dict[str, Any]:
         probability = xp.full(shape, xp.nan, np.float32)
     # What stands for nothing is NaN, as is what was not logged properly.
     proper = ~xp.isnan(probability)
+    if layout.logged > Stage.RETRIEVED:
+        proper &= (draw.stage >= layout.logged)[:, : layout.slots.judged, None]
     worked_out = {
         "stage": draw.stage,
         "label_weight": draw.factor * fields["label_weight"],
@@ -130,21 +160,25 @@ def fields_of(draw: Draw, layout: Layout) -> dict[str, Any]:
     return {field.name: xp.asarray(fields[field.name], field.dtype) for field in IN_BATCH}
 
 
-def all_fields(columns: Columns, places: Int[np.ndarray, "R N"]) -> dict[str, Any]:
-    """The fields of `CandidateBatch` of all requests, on the host, with all that is known of them.
+def all_fields(
+    columns: Columns, requests: Int[np.ndarray, "R"], places: Int[np.ndarray, "R N"]
+) -> dict[str, Any]:
+    """The fields of `CandidateBatch` of some requests, on the host, with all that is known of them.
 
     Args:
       columns: the requests.
+      requests: which of them.
       places: which candidates of each, in the order of the batch; -1 for none.
     """
-    requests: Any = np.arange(len(columns))
     factors: Any = (places >= 0).astype(np.float32)
-    draw = sampling.rows_of(requests, places, factors, sampling.bounds_of(columns))  # type: ignore[arg-type]
+    counts = columns.counts.of(requests)
+    draw = sampling.rows_of(requests, places, factors, sampling.within(counts))  # type: ignore[arg-type]
     layout = Layout(columns.spans, Slots(*(places.shape[1],) * 3))
-    return fields_of(gather(columns.rows, draw), layout)
+    return fields_of(read(columns, draw), layout)
 
 
 def full_fields(columns: Columns, candidates: int) -> dict[str, Any]:
     """All candidates of all requests in their stored order, filled up to `candidates`."""
     index = np.arange(candidates)
-    return all_fields(columns, np.where(index < columns.num_candidates[:, None], index, -1))
+    places = np.where(index < columns.kept[:, None], index, -1)
+    return all_fields(columns, np.arange(len(columns)), places)

@@ -1,18 +1,19 @@
 """Batches for evaluation: one pass over a split."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Int
 
-from kd_ranker.batch import CandidateBatch, EvaluationBatch, FeatureSpec, Request
+from kd_ranker.batch import CandidateBatch, EvaluationBatch
 from kd_ranker.batches import cutting
-from kd_ranker.batches.columns import columns_of
 from kd_ranker.errors import UserError
-from kd_ranker.requests.records import Dataset, read_split
+from kd_ranker.requests import packing
+from kd_ranker.requests.columns import Columns
+from kd_ranker.requests.records import Dataset
 
 
 def evaluation_batches(
@@ -30,12 +31,14 @@ def evaluation_batches(
     Raises:
       UserError: a request has more candidates than `candidates`.
     """
-    records, decode = read_split(dataset, split, with_true_probability=True)
-    total = _num_evaluation_requests(records, limit)
+    columns = dataset.columns[split]
+    total = _num_evaluation_requests(columns, limit)
     for start in range(0, total, requests):
         present = min(requests, total - start)
-        rows = [decode(records[start + offset % present]) for offset in range(requests)]
-        fields, true_probability = _evaluation_fields(rows, dataset.spec, candidates)
+        numbers = start + np.arange(requests) % present
+        ahead = np.arange(start + present, min(start + present + requests, total))
+        columns.expect(ahead, columns.kept[ahead])
+        fields, true_probability = _evaluation_fields(columns, numbers, candidates)
         yield EvaluationBatch(
             batch=CandidateBatch(**fields),
             true_probability=jnp.asarray(true_probability),
@@ -45,31 +48,29 @@ def evaluation_batches(
 
 def num_evaluation_batches(dataset: Dataset, split: str, *, requests: int, limit: int = 0) -> int:
     """The number of batches that `evaluation_batches` yields."""
-    records, _ = read_split(dataset, split, with_true_probability=True)
-    return math.ceil(_num_evaluation_requests(records, limit) / requests)
+    return math.ceil(_num_evaluation_requests(dataset.columns[split], limit) / requests)
 
 
-def _num_evaluation_requests(records: Sequence[bytes], limit: int) -> int:
-    return min(limit, len(records)) if limit else len(records)
+def _num_evaluation_requests(columns: Columns, limit: int) -> int:
+    return min(limit, len(columns)) if limit else len(columns)
 
 
 def _evaluation_fields(
-    requests: Sequence[Request], spec: FeatureSpec, candidates: int
+    columns: Columns, requests: Int[np.ndarray, "R"], candidates: int
 ) -> tuple[dict[str, Any], Float32[np.ndarray, "R N T"]]:
-    true_probability = np.full((len(requests), candidates, len(spec.tasks)), np.nan, np.float32)
+    counts = columns.counts.of(requests)
     places = np.full((len(requests), candidates), -1)
-    for row, request in enumerate(requests):
-        number = len(request.item_id)
+    for row, (request_id, number) in enumerate(zip(*counts[:2], strict=True)):
         if number > candidates:
             raise UserError(
                 f"funnel.retrieved={candidates} is less than the {number} candidates of request "
-                f"{request.request_id}"
+                f"{request_id}"
             )
         # Stored in funnel order: a ranker that cannot tell two candidates apart must not get the
         # one that the logged policy preferred for free. Item ids tell of popularity in some
         # datasets, so ties fall by a fixed permutation.
-        order = np.random.default_rng(request.request_id).permutation(number)
-        places[row, :number] = order
-        if len(request.true_probability):
-            true_probability[row, :number] = request.true_probability[order]
-    return cutting.all_fields(columns_of(requests, spec), places), true_probability
+        places[row, :number] = np.random.default_rng(request_id).permutation(number)
+    known = np.where(counts.known[:, None] > 0, places, -1)
+    truth = packing.unpack_rows(columns.truth.at(requests, known), columns.truth.spans)  # type: ignore[arg-type]
+    true_probability: Any = truth["true_probability"]
+    return cutting.all_fields(columns, requests, places), true_probability

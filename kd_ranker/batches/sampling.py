@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int8
 
 from kd_ranker.batch import Stage
-from kd_ranker.batches.columns import Columns, Parts, passed_of, what_counts
+from kd_ranker.requests.columns import Columns, Counts, Parts, what_counts
 
 # The kinds of candidates that a batch holds, in the order in which it holds them.
 POSITIVES, NEGATIVES, OTHERS, REST = range(KINDS := 4)
@@ -54,8 +54,8 @@ class Draw(NamedTuple):
     """The rows that batches hold: of R requests, for each of a few steps.
 
     Attributes:
-      rows: which rows of `Columns`, [*R], [*R, N] and [*R, labelled], 0 where there is nothing; or
-        these rows themselves, see `cutting.gather`.
+      rows: which rows of `Columns.parts`, [*R], [*R, N] and [*R, labelled], 0 where there is
+        nothing; or these rows themselves, see `cutting.gather`.
       stage: how far each candidate came.
       factor: on the weight of each label; 0 for what is not to be learned from.
     """
@@ -66,19 +66,25 @@ class Draw(NamedTuple):
 
 
 def bounds_of(columns: Columns) -> Bounds:
-    """The row ranges of all requests."""
-    starts = (columns.candidate_start[:-1], columns.label_start[:-1])
-    return Bounds(*starts, passed_of(columns), columns.num_shown)
+    """The row ranges of all requests, in memory."""
+    first = (columns.candidates.first, columns.labels.first)
+    return Bounds(*first, columns.counts.passed, columns.counts.shown)
+
+
+def within(counts: Counts) -> Bounds:
+    """The row ranges where rows are counted from 1 within each request, wherever they lie."""
+    one = np.ones_like(counts.shown)
+    return Bounds(one, one, counts.passed, counts.shown)
 
 
 def kinds_of(
-    columns: Columns,
-    positives: Int[np.ndarray, "n"],
+    counts: Counts,
+    bounds: Bounds,
     stage: Stage,
     candidates: int,
     passed_share: float,
     negative_rate: float,
-) -> tuple[Int[np.ndarray, "n columns"], Slots]:
+) -> tuple[Int[np.ndarray, "*n columns"], Slots]:
     """Decides how many candidates of each kind a batch holds of each request.
 
     The kinds are those that were shown and have a positive label; those that were shown and have
@@ -93,8 +99,8 @@ def kinds_of(
     there.
 
     Args:
-      columns: the requests of `only_counting`, as `in_sampling_order` puts them.
-      positives: how many candidates of each have a positive label.
+      counts: of requests whose candidates stand as `in_sampling_order` puts them.
+      bounds: of the same requests.
       stage: what came so far in the funnel counts.
       candidates: `config.batch.candidates`, the most to hold.
       passed_share: the share of the slots left after the shown that the passed fill.
@@ -105,8 +111,7 @@ def kinds_of(
       holds, and its `Bounds`, side by side, so that what is known of a request is one read and one
       transfer. And how many slots a batch needs for any of the requests.
     """
-    retrieved, bounds = columns.num_retrieved, bounds_of(columns)
-    passed, shown = bounds.passed, bounds.shown
+    retrieved, passed, shown, positives = counts.retrieved, *bounds[-2:], counts.positives
     negatives = shown - positives
     kept_positives, kept_negatives = _labelled_numbers(
         positives, negatives, negative_rate, candidates
@@ -116,26 +121,26 @@ def kinds_of(
     slots = np.minimum(candidates - labelled, others + rest)
     from_others = np.minimum(np.rint(passed_share * slots).astype(np.int64), others)
     from_others = np.maximum(from_others, slots - rest)
-    passed_count, rest_counts = what_counts(columns, stage)
+    passed_count, rest_counts = what_counts(counts, stage)
     wanted_others = np.where(passed_count, from_others, 0)
     wanted_rest = np.where(rest_counts, slots - from_others, 0)
     numbers = (positives, negatives, others, rest)
     wanted = (kept_positives, kept_negatives, wanted_others, wanted_rest)
-    kinds = np.stack((*numbers, *wanted, *bounds), axis=1).astype(np.int32)
+    kinds = np.stack((*numbers, *wanted, *bounds), axis=-1).astype(np.int32)
     judged = labelled + wanted_others
     total = judged + wanted_rest
-    if (columns.num_scored > passed).any():
+    if (counts.scored > passed).any():
         judged = total
     most = [max(int(numbers.max()), 1) for numbers in (total, labelled, judged)]
     return kinds, Slots(*most)
 
 
 def _labelled_numbers(
-    positives: Int[np.ndarray, "n"],
-    negatives: Int[np.ndarray, "n"],
+    positives: Int[np.ndarray, "*n"],
+    negatives: Int[np.ndarray, "*n"],
     negative_rate: float,
     slots: int,
-) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+) -> tuple[Int[np.ndarray, "*n"], Int[np.ndarray, "*n"]]:
     """The numbers of positive and negative candidates that a batch keeps with their labels."""
     wanted = np.rint(negative_rate * negatives).astype(np.int64)
     wanted = np.minimum(np.maximum(wanted, 1), negatives)
@@ -153,14 +158,14 @@ def _labelled_numbers(
 def draw(
     request: Int[np.ndarray, "R steps"],
     start: Float[np.ndarray, "R steps kinds"],
-    kinds: Int[np.ndarray, "n columns"],
+    kinds: Int[np.ndarray, "R steps columns"],
 ) -> Starts:
     """The random offsets of the batches of a few steps, from uniform numbers.
 
     Args:
       request: which of the requests, for each of the steps.
       start: uniform in [0, 1).
-      kinds: of all requests, see `kinds_of`.
+      kinds: of these requests, see `kinds_of`.
 
     Returns:
       int32: what `kinds` says of these requests; which they are; and the place at which the sample
@@ -168,11 +173,10 @@ def draw(
       uniform one on draws each place with the same probability, and none twice: systematic sampling
       (Madow and Madow, 1944).
     """
-    of_request = kinds[request]
-    number = of_request[..., :KINDS]
+    number = kinds[..., :KINDS]
     # A product with a number next to 1 may be rounded up.
     offset = np.minimum((start * number).astype(np.int32), np.maximum(number - 1, 0))
-    columns = (of_request, request[..., None], offset)
+    columns = (kinds, request[..., None], offset)
     return np.concatenate(columns, axis=-1, dtype=np.int32)  # type: ignore[return-value]
 
 

@@ -1,12 +1,12 @@
 """Endless training batches, made in a thread of their own ahead of the steps that take them.
 
-The requests are read and decoded once, where memory can hold them: then the batches are cut from
-them on the devices, those of many steps in one pass. Else each batch is read and cut on the host.
+The batches of many steps are cut in one pass: on the devices from what lies there, where their
+memory can hold what counts of all requests; else on the host from what lies in files, while the
+disk is told what the next pass will read. They are the same batches.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import grain
@@ -17,18 +17,17 @@ from jaxtyping import Float, Int
 
 from kd_ranker.batch import Stage
 from kd_ranker.batches import cutting, sampling
-from kd_ranker.batches.columns import (
-    Columns,
-    Parts,
-    columns_of,
-    in_sampling_order,
-    joined,
-    only_counting,
-)
 from kd_ranker.batches.cutting import Layout, PackedBatches, Span
 from kd_ranker.batches.sampling import Slots
 from kd_ranker.errors import UserError
-from kd_ranker.requests.records import Dataset, read_split
+from kd_ranker.requests.columns import (
+    Columns,
+    Counts,
+    counting,
+    needed,
+    only_counting,
+)
+from kd_ranker.requests.records import Dataset
 
 # How an epoch reads the requests: each in an order of its own, or as they are stored, by time.
 ORDERS = ("shuffled", "time")
@@ -41,12 +40,13 @@ _ENDLESS = 2**31  # to anyone who counts steps
 
 # The most bytes of the batches that are made at a time, in one pass over the data.
 _PASS = 2**26
-# How many batches are made ahead where each is read from disk.
-_READ_AHEAD = 4
+# How many passes are made ahead where they are read from files.
+_READ_AHEAD = 2
 
 # How much of the memory that is free the requests of the training split may take.
 _SHARE_OF_MEMORY = 0.25
-_CHUNK = 512
+# Requests whose samples are planned at a time.
+_CHUNK = 2**16
 
 
 class BatchConfig(NamedTuple):
@@ -132,11 +132,17 @@ class _Chance(NamedTuple):
     start: Float[np.ndarray, "R steps kinds"]
 
 
-class _Maker(NamedTuple):
-    """A function that makes the batches of a few steps, their number, and the passes ahead."""
+class _Cutter(NamedTuple):
+    """What cuts the batches of some steps in a row.
 
-    make: Callable[[_Chance], PackedBatches]
-    steps: int
+    Attributes:
+      draw: their chance -> which candidates they hold; the disk is told, where it has to read them.
+      cut: what was drawn -> the batches, on the devices.
+      ahead: how many passes are made ahead.
+    """
+
+    draw: Callable[[_Chance], sampling.Starts]
+    cut: Callable[[sampling.Starts], PackedBatches]
     ahead: int
 
 
@@ -205,8 +211,8 @@ def training_batches(
     """An endless dataset of training batches, packed, on the devices.
 
     Each epoch has its own draw of candidates. The batches are the same whether the requests stay in
-    memory or not, but for slots that nothing fills. They follow from `batch`, `needs`, `share` and
-    the position (`get_state`, `set_state`) alone.
+    memory or not. They follow from `batch`, `needs`, `share` and the position (`get_state`,
+    `set_state`) alone.
 
     Args:
       dataset: the dataset; its split `train` is read, without true probabilities.
@@ -215,35 +221,41 @@ def training_batches(
       share: which of the requests are this process's.
       devices: what puts and makes batches on the devices.
       copies: how many times the memory of this machine will hold the data.
-      resident: whether the data stays in memory; None decides by its size.
+      resident: whether the data lies on the devices; None decides by its size.
 
     Raises:
       UserError: the split has fewer requests than processes.
     """
-    number = dataset.builder.info.splits["train"].num_examples
-    if number < share.processes:
+    columns = needed(dataset.columns["train"], needs.logged, needs.history)
+    if len(columns) < share.processes:
         raise UserError(
-            f"{dataset.directory} has {number} training requests for {share.processes} processes"
+            f"{dataset.directory} has {len(columns)} training requests for {share.processes} "
+            "processes"
         )
     batch = batch._replace(requests=batch.requests // share.processes)
-    chance = _chance(number, batch, share)
-    if resident or (resident is None and _fits(dataset, copies)):
-        maker = _in_memory(dataset, number, batch, needs, devices)
-    else:
-        maker = _from_disk(dataset, batch, needs, devices)
+    if resident is None:
+        resident = _fits(columns, needs.stage, copies)
+    steps, cutter = (_in_memory if resident else _in_files)(columns, batch, needs, devices)
+    chance = _chance(len(columns), batch, share)
+
+    @functools.lru_cache(maxsize=2)
+    def drawn(number: int) -> sampling.Starts:
+        block, at = divmod(number * steps, BLOCK)
+        return cutter.draw(_Chance(*(part[:, at : at + steps] for part in chance(block))))
 
     def make(number: int) -> PackedBatches:
-        block, at = divmod(number * maker.steps, BLOCK)
-        of_block = chance(block)
-        return maker.make(_Chance(*(part[:, at : at + maker.steps] for part in of_block)))
+        starts = drawn(number)
+        if not resident:
+            drawn(number + 1)  # which the disk may fetch while this one is cut
+        return cutter.cut(starts)
 
     def passes_from(number: int) -> Iterator[PackedBatches]:
         passes = grain.MapDataset.range(number, _ENDLESS).map(make).to_iter_dataset(_AS_ASKED)
         return iter(
-            grain.experimental.ThreadPrefetchIterDataset(passes, prefetch_buffer_size=maker.ahead)
+            grain.experimental.ThreadPrefetchIterDataset(passes, prefetch_buffer_size=cutter.ahead)
         )
 
-    return TrainingBatches(passes_from, maker.steps)
+    return TrainingBatches(passes_from, steps)
 
 
 def _chance(requests: int, batch: BatchConfig, share: Share) -> Callable[[int], _Chance]:
@@ -279,89 +291,81 @@ def _order(requests: int, batch: BatchConfig) -> Callable[[int], Int[np.ndarray,
     return of_epoch
 
 
-def _reader(dataset: Dataset, needs: Needs) -> Callable[[Sequence[int]], Columns]:
-    """Builds the function that reads requests of the split `train` by their numbers."""
-    records, decode = read_split(dataset, "train", with_true_probability=False)
-    spec = dataset.spec if needs.history else dataclasses.replace(dataset.spec, history_length=0)
-
-    def read(numbers: Sequence[int]) -> Columns:
-        # All at once, which the record files answer in parallel.
-        found = records.__getitems__(list(numbers))  # type: ignore[attr-defined]
-        requests = [decode(record) for record in found]
-        return only_counting(columns_of(requests, spec, needs.logged), needs.stage)
-
-    return read
-
-
-def _fits(dataset: Dataset, copies: int) -> bool:
-    """Tests if the requests of the split `train` fit in memory, so many times over."""
-    records, _ = read_split(dataset, "train", with_true_probability=False)
-    # Decoded requests are about as large as their records.
-    sizes = [len(records[index]) for index in range(0, len(records), len(records) // 16 + 1)]
+def _fits(columns: Columns, stage: Stage, copies: int) -> bool:
+    """Tests if what counts of the requests fits in memory, so many times, and in a device's own."""
+    number = int(counting(columns.counts, stage).sum())
+    numbers = (len(columns), number, int(columns.counts.shown.sum()))
+    widths = (values.shape[1] for values in columns.values)
+    size = sum(4 * rows * width for rows, width in zip(numbers, widths, strict=True))
+    of_device = jax.local_devices()[0].memory_stats() or {}
+    room = of_device.get("bytes_limit", float("inf")) - of_device.get("bytes_in_use", 0)
     free = psutil.virtual_memory().available
-    return copies * float(np.mean(sizes)) * len(records) <= _SHARE_OF_MEMORY * free
+    return copies * size <= _SHARE_OF_MEMORY * free and size <= _SHARE_OF_MEMORY * room
+
+
+def _steps(batch: BatchConfig, layout: Layout) -> int:
+    """The number of steps whose batches are made in one pass."""
+    steps = BLOCK
+    while steps > 1 and 4 * batch.requests * sum(layout.widths) * steps > _PASS:
+        steps //= 2
+    return steps
 
 
 def _kinds(
-    columns: Columns, positives: Int[np.ndarray, "n"], batch: BatchConfig, needs: Needs
-) -> tuple[Int[np.ndarray, "n columns"], Slots]:
+    counts: Counts, bounds: sampling.Bounds, batch: BatchConfig, stage: Stage
+) -> tuple[Int[np.ndarray, "*n columns"], Slots]:
     return sampling.kinds_of(
-        *(columns, positives, needs.stage, batch.candidates),
-        *(batch.passed_share, batch.negative_rate),
+        counts, bounds, stage, batch.candidates, batch.passed_share, batch.negative_rate
     )
 
 
 def _in_memory(
-    dataset: Dataset, number: int, batch: BatchConfig, needs: Needs, devices: Devices
-) -> _Maker:
-    """Reads all requests and lays them on the devices, which cut the batches from them."""
-    read = _reader(dataset, needs)
-    chunks = (range(at, min(at + _CHUNK, number)) for at in range(0, number, _CHUNK))
-    columns, positives = in_sampling_order(joined([read(chunk) for chunk in chunks]))
-    kinds, slots = _kinds(columns, positives, batch, needs)
-    layout = Layout(columns.spans, slots)
-    cut, steps = _cut_on_devices(columns.rows, layout, batch.requests, devices)
-    # This does not hold the data of the host, which need not stay there.
-    return _Maker(lambda chance: cut(sampling.draw(*chance, kinds)), steps, ahead=1)
-
-
-def _cut_on_devices(
-    rows: Parts, layout: Layout, requests: int, devices: Devices
-) -> tuple[Callable[[sampling.Starts], PackedBatches], int]:
-    """Builds the maker that cuts the batches of a few steps in a row on the devices.
-
-    Args:
-      rows: those of the requests' columns, on the host.
-      layout: of a batch.
-      requests: of a batch, over the devices of this process.
-      devices: where to cut them.
-    """
-    steps = BLOCK
-    while steps > 1 and 4 * requests * sum(layout.widths) * steps > _PASS:
-        steps //= 2
-    on_devices = devices.replicate(rows)
+    columns: Columns, batch: BatchConfig, needs: Needs, devices: Devices
+) -> tuple[int, _Cutter]:
+    """Lays what counts of the requests on the devices, which cut the batches from it."""
+    columns.expect(np.arange(len(columns)), counting(columns.counts, needs.stage))
+    columns = only_counting(columns, needs.stage)
+    kinds, slots = _kinds(columns.counts, sampling.bounds_of(columns), batch, needs.stage)
+    layout = Layout(columns.spans, slots, needs.logged or Stage.RETRIEVED)
+    on_devices = devices.replicate(columns.values)
     # Three programs, each of which reads what the one before has written, see `cutting.gather`.
-    choose = devices.map_batches(lambda _, starts: sampling.chosen(starts, layout.slots))
+    choose = devices.map_batches(lambda _, starts: sampling.chosen(starts, slots))
     gather = devices.map_batches(cutting.gather)
     join = devices.map_batches(lambda _, drawn: cutting.pack_batches(drawn, layout))
+
+    # Neither holds the data of the host, which need not stay there.
+    def draw(chance: _Chance) -> sampling.Starts:
+        return sampling.draw(*chance, kinds[chance.request])
 
     def cut(starts: sampling.Starts) -> PackedBatches:
         return join((), gather(on_devices, choose((), devices.shard(starts))))
 
-    return cut, steps
+    return _steps(batch, layout), _Cutter(draw, cut, ahead=1)
 
 
-def _from_disk(dataset: Dataset, batch: BatchConfig, needs: Needs, devices: Devices) -> _Maker:
-    """Reads the requests of one batch at a time and cuts it from them on the host."""
-    read = _reader(dataset, needs)
-    # What the requests of a batch need differs from batch to batch, as shapes must not.
-    slots = Slots(*(batch.candidates,) * 3)
+def _in_files(
+    columns: Columns, batch: BatchConfig, needs: Needs, devices: Devices
+) -> tuple[int, _Cutter]:
+    """Reads what the batches hold, no more, from the files, and lays them on the devices."""
 
-    def make(chance: _Chance) -> PackedBatches:
-        columns, positives = in_sampling_order(read(chance.request[:, 0].tolist()))
-        kinds, _ = _kinds(columns, positives, batch, needs)
-        starts = sampling.draw(np.arange(len(columns))[:, None], chance.start, kinds)
-        drawn = cutting.gather(columns.rows, sampling.chosen(starts, slots))
-        return devices.shard(cutting.pack_batches(drawn, Layout(columns.spans, slots)))
+    def kinds_of(requests: Any) -> tuple[Int[np.ndarray, "*n columns"], Slots]:
+        counts = columns.counts.of(requests)
+        return _kinds(counts, sampling.within(counts), batch, needs.stage)
 
-    return _Maker(make, steps=1, ahead=_READ_AHEAD)
+    chunks = (slice(at, at + _CHUNK) for at in range(0, len(columns), _CHUNK))
+    slots = Slots(*np.max([kinds_of(chunk)[1] for chunk in chunks], axis=0).tolist())
+    layout = Layout(columns.spans, slots, needs.logged or Stage.RETRIEVED)
+    # On a device of this process, compiled: in NumPy it would take longer than all the rest.
+    choose = jax.jit(functools.partial(sampling.chosen, slots=slots))
+
+    def draw(chance: _Chance) -> sampling.Starts:
+        kinds, _ = kinds_of(chance.request)
+        requests = chance.request.ravel()
+        columns.expect(requests, counting(columns.counts.of(requests), needs.stage))
+        return sampling.draw(*chance, kinds)
+
+    def cut(starts: sampling.Starts) -> PackedBatches:
+        drawn = jax.device_get(choose(starts))
+        return devices.shard(cutting.pack_batches(cutting.read(columns, drawn), layout))
+
+    return _steps(batch, layout), _Cutter(draw, cut, _READ_AHEAD)

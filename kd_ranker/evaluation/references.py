@@ -17,7 +17,7 @@ Of the numbers that `ORDER_ALONE` serve only the order means something; those of
 probabilities.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import flax.struct
 import jax
@@ -25,16 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kd_ranker.batch import EvaluationBatch, Items, Request
-from kd_ranker.batches.columns import proper_probability
+from kd_ranker.batch import EvaluationBatch, Items
 from kd_ranker.evaluation import metrics
 from kd_ranker.evaluation.evaluate import Ranker, Served
 from kd_ranker.models.layers import features_of_items
-from kd_ranker.requests.records import Dataset, read_split
+from kd_ranker.requests.columns import slices
+from kd_ranker.requests.records import Dataset
 from kd_ranker.training.state import stack_members
-
-# Requests that are read at once, which the record files answer in parallel.
-_CHUNK = 512
 
 # So many times more, and for nothing, is an item taken to have been told of. So none tops a list
 # for one lucky impression. Towards the mean of all items in place of 0, those that were never shown
@@ -76,15 +73,19 @@ def train_statistics(dataset: Dataset, value_weights: Sequence[float], seed: int
     """
     weights = np.asarray(value_weights, np.float64) / np.sum(value_weights)
     shown, of_labels, judged, of_teacher = np.zeros((4, dataset.spec.num_items))
-    for request in _train_requests(dataset):
-        item_id, weight = request.item_id[: len(request.user_label)], request.label_weight
-        np.add.at(shown, item_id, weight)
-        np.add.at(of_labels, item_id, weight * (request.user_label @ weights))
-        value = proper_probability(request, dataset.spec.teacher_version) @ weights
+    columns = dataset.columns["train"]
+    for some in slices(columns.kept):
+        of = columns.counts.of(some)
+        item_id = columns.candidates.fields(some, of.shown)["item_id"]
+        of_user = columns.labels.fields(some, of.shown)
+        np.add.at(shown, item_id, of_user["label_weight"])
+        value = of_user["label_weight"] * (of_user["user_label"] @ weights)
+        np.add.at(of_labels, item_id, value)
+        scored = columns.candidates.fields(some, of.scored)
+        value = scored["teacher_probability"] @ weights
         known = ~np.isnan(value)
-        item_id = request.item_id[: len(value)][known]
-        np.add.at(judged, item_id, 1)
-        np.add.at(of_teacher, item_id, value[known])
+        np.add.at(judged, scored["item_id"][known], 1)
+        np.add.at(of_teacher, scored["item_id"][known], value[known])
     told, number = (of_teacher, judged) if judged.any() else (of_labels, shown)
     value = told / (number + _FOR_NOTHING)
     most = shown.max()
@@ -93,13 +94,6 @@ def train_statistics(dataset: Dataset, value_weights: Sequence[float], seed: int
         value=jnp.asarray(value, jnp.float32),
         seed=jnp.int32(seed),
     )
-
-
-def _train_requests(dataset: Dataset) -> Iterator[Request]:
-    records, decode = read_split(dataset, "train", with_true_probability=False)
-    for start in range(0, len(records), _CHUNK):
-        numbers = range(start, min(start + _CHUNK, len(records)))
-        yield from map(decode, records.__getitems__(numbers))  # type: ignore[attr-defined]
 
 
 def oracle(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R N T"]:

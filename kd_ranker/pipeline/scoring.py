@@ -14,11 +14,11 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import CandidateBatch, Stage
 from kd_ranker.batches import cutting
-from kd_ranker.batches.columns import columns_of
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline.teachers import Teacher, dataset_of, load_teacher
 from kd_ranker.requests import storage
+from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import Dataset, read_split
 from kd_ranker.requests.request import Request
 from kd_ranker.training.recipes import TEACHER_STAGES
@@ -54,7 +54,7 @@ def scored_requests(
     stage = TEACHER_STAGES[config.teacher.stage] if split == "train" else Stage.RETRIEVED
     ranker, items = teacher.ranker, jax.device_put(dataset.items)
     size = config.evaluation.requests
-    records, decode = read_split(dataset, split, with_true_probability=True)
+    records, decode = read_split(dataset, split)
     stop = len(records) if stop is None else stop
     for first in range(start, stop, size):
         chunk = [decode(records[number]) for number in range(first, min(first + size, stop))]

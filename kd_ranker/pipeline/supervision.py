@@ -1,15 +1,14 @@
 """Checks of what students, and teachers, are to learn from, before anything long begins."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import Request, Stage
-from kd_ranker.batches.columns import proper_probability
 from kd_ranker.distillation.losses import LOSSES, NEEDS_PROBABILITIES
 from kd_ranker.errors import UserError
-from kd_ranker.requests.records import Dataset, read_split
+from kd_ranker.requests.columns import Columns, Counts
+from kd_ranker.requests.records import Dataset
 from kd_ranker.training import recipes
 
 _STAGES_ARE_NONE = {"stage": "stages are an order"}
@@ -64,13 +63,13 @@ def check_signals(config: ConfigDict, dataset: Dataset, members: Collection[Conf
     from_log = config.teacher.source == "logged" and "logged" in signals
     if from_log and dataset.spec.teacher_signal == "rank":
         check_students(members, {"logged": f"the log of {config.data.name} holds its positions"})
-    if from_log and not any(map(_teacher_speaks(dataset), _some_requests(dataset))):
+    if from_log and not _teacher_speaks(dataset.columns["train"]):
         raise UserError(
             f"the signal logged says nothing: no training request of {config.data.name} holds "
             "a proper number of its teacher; look at the columns and the version that data.* "
             "names, or choose distill.mode=none"
         )
-    if "stage" in signals and not any(map(_came_differently_far, _some_requests(dataset))):
+    if "stage" in signals and not _came_differently_far(dataset.columns["train"].counts):
         raise UserError(
             f"the signal stage says nothing: all candidates of a request of {config.data.name} "
             "came equally far; choose teacher.signal=logged, or distill.mode=none"
@@ -87,18 +86,13 @@ def check_log(config: ConfigDict, dataset: Dataset) -> None:
         )
 
 
-def _some_requests(dataset: Dataset) -> Iterator[Request]:
-    """Training requests from all over the log, a thousand or two at most."""
-    records, decode = read_split(dataset, "train", with_true_probability=False)
-    for place in range(0, len(records), max(1, len(records) // 1000)):
-        yield decode(records[place])
+def _teacher_speaks(columns: Columns) -> bool:
+    """Tests if there is a proper probability, in some thousand requests from all over the log."""
+    some = np.arange(0, len(columns), max(1, len(columns) // 1000))
+    scored = columns.candidates.fields(some, columns.counts.scored[some])
+    return not np.isnan(scored["teacher_probability"]).all()
 
 
-def _teacher_speaks(dataset: Dataset) -> Callable[[Request], bool]:
-    version = dataset.spec.teacher_version
-    return lambda request: not np.isnan(proper_probability(request, version)).all()
-
-
-def _came_differently_far(request: Request) -> bool:
-    reached = (request.num_reached(stage) for stage in (Stage.SHOWN, Stage.PASSED))
-    return any(0 < number < len(request.item_id) for number in reached)
+def _came_differently_far(counts: Counts) -> bool:
+    reached = np.stack([counts.shown, counts.passed])
+    return bool(((reached > 0) & (reached < counts.retrieved)).any())

@@ -12,18 +12,29 @@ import tensorflow_datasets as tfds
 from jaxtyping import Float32, Int32
 
 from kd_ranker.batch import STORED, FeatureSpec, Field, Items, Request
+from kd_ranker.requests.columns import Columns
 from kd_ranker.requests.request import SPLITS
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A built dataset, opened for reading."""
+    """A built dataset, opened for reading.
+
+    Attributes:
+      directory: its folder.
+      spec: the sizes of its features.
+      item_features: what is known of each item.
+      item_category: the category ids of each item.
+      builder: what TFDS reads its records with, which hold all that was logged.
+      columns: split -> what batches are cut from, in files.
+    """
 
     directory: Path
     spec: FeatureSpec
     item_features: Float32[np.ndarray, "items F"]
     item_category: Int32[np.ndarray, "items I"]
     builder: tfds.core.DatasetBuilder
+    columns: Mapping[str, Columns] = dataclasses.field(repr=False)
 
     @property
     def identity(self) -> str:
@@ -84,32 +95,20 @@ def to_record(request: Request, tasks: Sequence[str]) -> dict[str, Any]:
 
 
 def from_record(record: Mapping[str, Any], tasks: Sequence[str]) -> Request:
-    """The inverse of `to_record`, for a record as TFDS returns it.
-
-    Without `true_probability` in the record (training does not read it) there are none, [0, T].
-    """
+    """The inverse of `to_record`, for a record as TFDS returns it."""
     fields = dict(record)
     probability = np.stack([fields.pop(teacher_column(task)) for task in tasks], axis=-1)
     version = fields.pop("teacher_version")
-    none_known = np.zeros((0, len(tasks)), np.float32)
     return Request(
-        **{"true_probability": none_known} | fields,
+        **fields,
         teacher_probability=probability,
         teacher_version=version.decode() if isinstance(version, bytes) else version,
     )
 
 
-def read_split(
-    dataset: Dataset, split: str, with_true_probability: bool
-) -> tuple[Sequence[bytes], Callable[[bytes], Request]]:
+def read_split(dataset: Dataset, split: str) -> tuple[Sequence[bytes], Callable[[bytes], Request]]:
     """A random-access source of the stored bytes of a split, and what decodes them to requests."""
     features = record_features(dataset.spec)
-    if not with_true_probability:
-        # What training must not see is not even read from disk.
-        hidden = [field.name for field in STORED if field.of == "known"]
-        features = tfds.features.FeaturesDict(
-            {name: feature for name, feature in features.items() if name not in hidden}
-        )
     records = dataset.builder.as_data_source(
         split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )
@@ -122,6 +121,6 @@ def read_split(
 
 def read_requests(dataset: Dataset, split: str) -> Iterator[Request]:
     """The requests of a split in stored order, with all that is stored."""
-    records, decode = read_split(dataset, split, with_true_probability=True)
+    records, decode = read_split(dataset, split)
     for index in range(len(records)):
         yield decode(records[index])

@@ -4,6 +4,7 @@ A built dataset is `data.dir/requests/<name>/<version>`, which TFDS opens, with 
 `request.SPLITS`, and beside the records
 
     feature_spec.json   the sizes of its features (`FeatureSpec`)
+    rows-SPLIT.bin      what batches are cut from, and counts-SPLIT.npy: see `row_files`
     items.npy           float32 [num_items, F], what is known of each item, stored once
     item_category.npy   int32 [num_items, I], the category ids of each item
 
@@ -15,6 +16,7 @@ The shards of equal requests are equal, byte for byte.
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -29,14 +31,17 @@ from tqdm import tqdm
 
 from kd_ranker.batch import STORED, FeatureSpec, Request
 from kd_ranker.errors import UserError
+from kd_ranker.requests import row_files
 from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import Dataset, record_features, to_record
 from kd_ranker.requests.request import SPLITS, Source
 
-FORMAT_VERSION = "1.2.0"
+FORMAT_VERSION = "1.3.0"
 SPEC_FILE = "feature_spec.json"
 _NAME, _FORMAT = "requests", "array_record"
 _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
+# Requests that are packed at a time.
+_CHUNK = 256
 # What the name of a folder or of a shard starts with that is being written.
 _UNFINISHED = ".unfinished-"
 # The folders of builds that were killed; those of earlier releases had another name.
@@ -141,7 +146,8 @@ def _write_records(source: Source, folder: Path) -> None:
         shards = source.shards(split) if source.shards else [_whole_split(source, split)]
         paths[split] = _paths_of(split, len(shards), kept)
         calls += [
-            (path, shard, source.spec) for path, shard in zip(paths[split], shards, strict=True)
+            (path, shard, source.spec, split)
+            for path, shard in zip(paths[split], shards, strict=True)
         ]
     missing = _missing(calls, kept) if source.resume else calls
     if source.shards is None:
@@ -154,8 +160,14 @@ def _write_records(source: Source, folder: Path) -> None:
     for split, expected in source.num_requests.items():
         if (found := sum(lengths[split])) != expected:
             raise RuntimeError(f"{expected} requests in split {split!r}, {found} written")
+    for split in SPLITS:
+        row_files.join(paths[split], folder, split, source.spec)
     if source.resume:
         paths = {split: [_linked(path, folder) for path in paths[split]] for split in SPLITS}
+    else:
+        for path in itertools.chain.from_iterable(paths.values()):
+            for part in row_files.parts_of(path):
+                part.unlink()
     tfds.folder_dataset.write_metadata(
         data_dir=folder,
         features=record_features(source.spec),
@@ -203,24 +215,48 @@ def _missing(calls: Sequence[tuple], kept: Path) -> list[tuple]:
     return missing
 
 
-def write_shard(path: Path, requests: Callable[[], Iterator[Request]], spec: FeatureSpec) -> None:
-    """Writes requests to a file, which is whole or absent; it knows their number itself."""
+def write_shard(
+    path: Path, requests: Callable[[], Iterator[Request]], spec: FeatureSpec, split: str
+) -> None:
+    """Writes requests to a file, which is whole or absent, and their rows beside it.
+
+    It knows their number itself.
+    """
     features = record_features(spec)
     serializer = tfds.core.ExampleSerializer(features.get_serialized_info())
-    temporary = path.with_name(f"{_UNFINISHED}{path.name}.{os.getpid()}")
+    parts = (path, *row_files.parts_of(path))
+    temporary = [part.with_name(f"{_UNFINISHED}{part.name}.{os.getpid()}") for part in parts]
+    records, rows, counts = temporary
     try:
         # A record a group: they are read one by one.
-        with contextlib.closing(ArrayRecordWriter(str(temporary), "group_size:1")) as writer:
-            for request in requests():
-                _check_ids(request, spec)
-                record = features.encode_example(to_record(request, spec.tasks))
-                example = serializer.get_tf_example(record)
-                # Else the order of its fields differs from process to process.
-                writer.write(example.SerializeToString(deterministic=True))
-        _flush(temporary)
-        temporary.replace(path)
+        with (
+            contextlib.closing(ArrayRecordWriter(str(records), "group_size:1")) as writer,
+            rows.open("wb") as rows_file,
+            counts.open("wb") as counts_file,
+        ):
+            written = 0
+            for chunk in _chunks(requests(), _CHUNK):
+                for request in chunk:
+                    _check_ids(request, spec)
+                    record = features.encode_example(to_record(request, spec.tasks))
+                    example = serializer.get_tf_example(record)
+                    # Else the order of its fields differs from process to process.
+                    writer.write(example.SerializeToString(deterministic=True))
+                numbers, where = row_files.flat(chunk, spec, split, written)
+                written += len(numbers)
+                numbers.tofile(rows_file)
+                where.tofile(counts_file)
+        # The records last: where they are, all is.
+        for part, finished in reversed([*zip(temporary, parts, strict=True)]):
+            _flush(part)
+            part.replace(finished)
     finally:
-        temporary.unlink(missing_ok=True)
+        for part in temporary:
+            part.unlink(missing_ok=True)
+
+
+def _chunks(requests: Iterator[Request], size: int) -> Iterator[list[Request]]:
+    return iter(lambda: list(itertools.islice(requests, size)), [])
 
 
 def _num_records(path: Path) -> int:
@@ -292,10 +328,28 @@ def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:
                 f"reads {FORMAT_VERSION}, with a validation split; make it anew with: {made_by}"
             )
         raise UserError(f"no dataset at {directory}; make it with: {made_by}")
+    try:
+        return _opened(directory)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"the dataset at {directory} is damaged ({error}); remove that folder and make it anew "
+            f"with: {made_by}"
+        ) from error
+
+
+def _opened(directory: Path) -> Dataset:
+    spec = FeatureSpec.from_json((directory / SPEC_FILE).read_text())
+    builder = tfds.builder_from_directory(directory)
+    for split in SPLITS:
+        files = _paths_of(split, builder.info.splits[split].num_shards, directory)
+        found = sum(path.stat().st_size for path in files)
+        if found != (expected := builder.info.splits[split].num_bytes):
+            raise ValueError(f"the records of {split} have {found} bytes of {expected}")
     return Dataset(
         directory=directory,
-        spec=FeatureSpec.from_json((directory / SPEC_FILE).read_text()),
+        spec=spec,
         item_features=np.load(directory / _ITEMS_FILE),
         item_category=np.load(directory / _CATEGORY_FILE),
-        builder=tfds.builder_from_directory(directory),
+        builder=builder,
+        columns={split: row_files.open_columns(directory, spec, split) for split in SPLITS},
     )

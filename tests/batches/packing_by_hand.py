@@ -4,9 +4,9 @@ import numpy as np
 
 from kd_ranker.batch import CandidateBatch, Stage
 from kd_ranker.batches import cutting, sampling
-from kd_ranker.batches.columns import Columns, in_sampling_order
 from kd_ranker.batches.cutting import Layout, PackedBatches
 from kd_ranker.batches.sampling import Slots
+from kd_ranker.requests.columns import Columns, in_sampling_order
 
 
 def prepared(
@@ -17,9 +17,10 @@ def prepared(
     stage: Stage = Stage.RETRIEVED,
 ) -> tuple[Columns, np.ndarray, Slots]:
     """What batches are cut from, the kinds of candidates, and the fewest slots that do."""
-    columns, positives = in_sampling_order(columns)
+    columns = in_sampling_order(columns)
     kinds, slots = sampling.kinds_of(
-        columns, positives, stage, candidates, passed_share, negative_rate
+        *(columns.counts, sampling.bounds_of(columns), stage),
+        *(candidates, passed_share, negative_rate),
     )
     return columns, kinds, slots
 
@@ -27,13 +28,15 @@ def prepared(
 def starts_of(kinds: np.ndarray, rows: np.ndarray, seed: int = 0) -> np.ndarray:
     """What is random about batches of the requests `rows` [requests, steps]."""
     start = np.random.default_rng(seed).random((*rows.shape, sampling.KINDS))
-    return sampling.draw(rows, start, kinds)
+    return sampling.draw(rows, start, kinds[rows])
 
 
-def packed(columns: Columns, starts: np.ndarray, slots: Slots) -> PackedBatches:
+def packed(
+    columns: Columns, starts: np.ndarray, slots: Slots, logged: Stage = Stage.RETRIEVED
+) -> PackedBatches:
     """The batches of all steps."""
-    drawn = cutting.gather(columns.rows, sampling.chosen(starts, slots))
-    return cutting.pack_batches(drawn, Layout(columns.spans, slots))
+    drawn = cutting.gather(columns.values, sampling.chosen(starts, slots))
+    return cutting.pack_batches(drawn, Layout(columns.spans, slots, logged))
 
 
 def unpacked(batches: PackedBatches) -> list[CandidateBatch]:

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from kd_ranker.batches import packing
+from kd_ranker.requests import packing
 
 ARRAYS = {
     "id": np.arange(5, dtype=np.int64),

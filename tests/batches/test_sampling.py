@@ -8,18 +8,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_ranker.batch import Stage
-from kd_ranker.batches import cutting, packing, sampling
-from kd_ranker.batches.columns import (
+from kd_ranker.batches import cutting, sampling
+from kd_ranker.batches.cutting import Layout, unpack
+from kd_ranker.batches.sampling import Slots
+from kd_ranker.requests import packing
+from kd_ranker.requests.columns import (
     Columns,
     columns_of,
     in_sampling_order,
-    joined,
+    needed,
     only_counting,
     proper_probability,
     spread_order,
 )
-from kd_ranker.batches.cutting import Layout, unpack
-from kd_ranker.batches.sampling import Slots
 from tests.batches.packing_by_hand import packed, prepared, starts_of, unpacked
 from tests.random_batches import SPEC
 from tests.requests.random_requests import random_request
@@ -113,7 +114,7 @@ def test_over_all_offsets_each_of_a_kind_is_drawn_equally_often(candidates, nega
         for offset in range(number):
             start = np.zeros((1, 1, sampling.KINDS))
             start[..., kind] = (offset + 0.5) / number
-            of_offset = sampling.draw(np.zeros((1, 1), int), start, kinds)
+            of_offset = sampling.draw(np.zeros((1, 1), int), start, kinds[None])
             drawn = unpack(packed(data, of_offset, slots), 0)
             items = drawn.item_id[0][drawn.stage[0] > 0].tolist()
             assert len(set(items)) == len(items) == min(candidates, 40)
@@ -126,22 +127,22 @@ def test_over_all_offsets_each_of_a_kind_is_drawn_equally_often(candidates, nega
 
 def test_the_sampling_order_moves_whole_candidates():
     requests = [random_request(0), random_request(1, shown=6, passed=6, retrieved=9)]
-    columns, positives = in_sampling_order(columns_of(requests, V1))
-    fields = packing.unpack_rows(columns.rows.candidates, columns.spans.candidates)
-    labels = packing.unpack_rows(columns.rows.labels, columns.spans.labels)
+    columns = in_sampling_order(columns_of(requests, V1))
+    fields = packing.unpack_rows(columns.candidates.values, columns.candidates.spans)
+    labels = packing.unpack_rows(columns.labels.values, columns.labels.spans)
     for index, request in enumerate(requests):
         shown, passed = len(request.user_label), request.num_passed
-        start = columns.candidate_start[index]
+        start = columns.candidates.first[index]
         items = fields["item_id"][start : start + len(request.item_id)]
         for stage in (slice(shown), slice(shown, passed), slice(passed, None)):
             assert set(items[stage]) == set(request.item_id[stage])
         place = {int(item): at for at, item in enumerate(request.item_id)}
         was = np.array([place[int(item)] for item in items])
-        label = labels["user_label"][columns.label_start[index] :][:shown]
+        label = labels["user_label"][columns.labels.first[index] :][:shown]
         np.testing.assert_array_equal(label, request.user_label[was[:shown]])
         positive = request.user_label[was[:shown]].any(axis=1)
-        assert positives[index] == positive.sum()
-        assert positive[: positives[index]].all()
+        assert columns.counts.positives[index] == positive.sum()
+        assert positive[: positive.sum()].all()
         probability = fields["teacher_probability"][start:][:passed]
         np.testing.assert_array_equal(probability, request.teacher_probability[was[:passed]])
 
@@ -154,8 +155,8 @@ def test_a_device_cuts_the_batch_that_the_host_cuts():
     draw = sampling.chosen(starts, slots)
     on_device = jax.jit(functools.partial(sampling.chosen, slots=slots))(starts)
     assert_same(draw, on_device)
-    parts = cutting.gather(data.rows, draw)
-    on_device = jax.jit(cutting.gather)(*jax.device_put((data.rows, on_device)))
+    parts = cutting.gather(data.values, draw)
+    on_device = jax.jit(cutting.gather)(*jax.device_put((data.values, on_device)))
     assert_same(parts, on_device)
     layout = Layout(data.spans, slots)
     batches = cutting.pack_batches(parts, layout)
@@ -192,14 +193,15 @@ def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logg
     number = {"passed": 9, "retrieved": 20, "nothing": 0}[scored]
     requests[2] = scored_by_the_teacher(requests[2], number)
     whole = columns_of(requests, V1)
-    columns = only_counting(columns_of(requests, V1, logged), stage)
+    columns = only_counting(needed(whole, logged, history=True), stage)
 
-    def batch_of(columns, stage):
+    def batch_of(columns, stage, logged=Stage.RETRIEVED):
         data, kinds, slots = prepared(columns, 12, 0.5, stage=stage)
         starts = starts_of(kinds, np.arange(len(requests))[:, None], 3)
-        return unpack(packed(data, starts, slots), 0)
+        return unpack(packed(data, starts, slots, logged), 0)
 
-    everything, counting = batch_of(whole, Stage.RETRIEVED), batch_of(columns, stage)
+    everything = batch_of(whole, Stage.RETRIEVED)
+    counting = batch_of(columns, stage, logged or Stage.RETRIEVED)
     assert counting.item_id.shape[1] <= everything.item_id.shape[1]
     for row, (all_of, left) in enumerate(zip(as_rows(everything), as_rows(counting), strict=True)):
         for item, fields in all_of.items():
@@ -218,9 +220,9 @@ def test_what_cannot_count_is_left_out_and_the_rest_is_drawn_as_ever(stage, logg
                     np.testing.assert_array_equal(value, all_of[item][name])
     if stage == Stage.SHOWN and logged in (None, Stage.SHOWN):
         assert counting.item_id.shape[1] == counting.labelled == 4
-        assert columns.num_candidates.tolist() == [len(of.user_label) for of in requests]
+        assert columns.kept.tolist() == [len(of.user_label) for of in requests]
     if stage == Stage.RETRIEVED:
-        np.testing.assert_array_equal(columns.num_candidates, whole.num_candidates)
+        np.testing.assert_array_equal(columns.kept, whole.kept)
 
 
 def scored_by_the_teacher(request, number):
@@ -282,9 +284,8 @@ def test_a_batch_holds_each_request_as_alone():
         random_request(2, shown=7, passed=7, retrieved=7, version="v0"),
         random_request(3, shown=1, passed=1, retrieved=1),
     ]
-    parts = [columns_of(requests[:1], V1), columns_of(requests[1:], V1)]
-    together = cutting.full_fields(joined(parts), 20)
-    drawn = cut(joined(parts), 20, rows=np.array([2, 0, 1, 3, 1]))
+    together = cutting.full_fields(columns_of(requests, V1), 20)
+    drawn = cut(requests, 20, rows=np.array([2, 0, 1, 3, 1]))
     for place, index in enumerate([2, 0, 1, 3, 1]):
         alone = cutting.full_fields(columns_of([requests[index]], V1), 20)
         for name, array in alone.items():

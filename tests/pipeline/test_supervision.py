@@ -10,18 +10,11 @@ import pytest
 from configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands, supervision
+from kd_ranker.requests.columns import columns_of
 from tests.random_batches import SPEC
 from tests.requests.random_requests import random_source
 
 REQUESTS = list(itertools.islice(random_source().requests("train"), 3))
-
-
-@pytest.fixture(autouse=True)
-def log(monkeypatch):
-    """The training requests that are looked at, which a test may change."""
-    requests = list(REQUESTS)
-    monkeypatch.setattr(supervision, "_some_requests", lambda dataset: iter(requests))
-    return requests
 
 
 def config_with(**changes):
@@ -31,11 +24,12 @@ def config_with(**changes):
     return config
 
 
-def check_all(config, *members, signal="probability"):
+def check_all(config, *members, signal="probability", log=REQUESTS):
     members = members or (config,)
     supervision.check_students(members)
     spec = dataclasses.replace(SPEC, teacher_signal=signal, teacher_version="v1")
-    supervision.check_signals(config, SimpleNamespace(spec=spec), members)
+    dataset = SimpleNamespace(spec=spec, columns={"train": columns_of(log, spec)})
+    supervision.check_signals(config, dataset, members)
 
 
 def check(*modes, source="logged", signal="rank", loss="bce", learns_from="logged"):
@@ -130,32 +124,33 @@ def shown(request, of_all):
 
 
 @pytest.mark.parametrize("of_all", [True, False])
-def test_stages_that_a_log_lacks_are_no_signal(log, of_all):
+def test_stages_that_a_log_lacks_are_no_signal(of_all):
     config = config_with(distill__terms=("bce", "topk:stage"))
     check_all(config)
-    log[:] = [shown(request, of_all) for request in log]
+    log = [shown(request, of_all) for request in REQUESTS]
     with pytest.raises(UserError, match="the signal stage says nothing: all candidates of a"):
-        check_all(config)
-    check_all(config_with(distill__loss="bce"))
-    check_all(config_with(distill__mode="none", teacher__signal="stage"))
-    log.append(REQUESTS[0])
-    check_all(config)
+        check_all(config, log=log)
+    check_all(config_with(distill__loss="bce"), log=log)
+    check_all(config_with(distill__mode="none", teacher__signal="stage"), log=log)
+    check_all(config, log=[*log, REQUESTS[0]])
 
 
-def test_a_teacher_that_a_log_lacks_is_no_signal(log):
+def test_a_teacher_that_a_log_lacks_is_no_signal():
     config = config_with(teacher__source="logged")
     check_all(config)
-    log[:] = [
-        dataclasses.replace(log[0], teacher_version="v0"),
-        dataclasses.replace(log[1], teacher_weight=np.zeros_like(log[1].teacher_weight)),
+    older, unwritten, wrong = REQUESTS
+    log = [
+        dataclasses.replace(older, teacher_version="v0"),
+        dataclasses.replace(unwritten, teacher_weight=np.zeros_like(unwritten.teacher_weight)),
         dataclasses.replace(
-            log[2], teacher_probability=np.full_like(log[2].teacher_probability, 1.5)
+            wrong, teacher_probability=np.full_like(wrong.teacher_probability, 1.5)
         ),
     ]
     with pytest.raises(UserError, match="the signal logged says nothing: no training request"):
-        check_all(config)
-    check_all(config_with(teacher__source="live"))
-    check_all(config_with(teacher__source="logged", distill__loss="topk", teacher__signal="stage"))
+        check_all(config, log=log)
+    check_all(config_with(teacher__source="live"), log=log)
+    stage = {"distill__loss": "topk", "teacher__signal": "stage"}
+    check_all(config_with(teacher__source="logged", **stage), log=log)
 
 
 def test_a_final_ranker_learns_from_a_log_only_if_that_holds_probabilities():

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import Category
 from kd_ranker.errors import UserError
-from kd_ranker.requests import storage
+from kd_ranker.requests import row_files, storage
 from kd_ranker.requests.pool import open_pool, run_here
 from kd_ranker.requests.request import SPLITS
 from tests import small
@@ -217,7 +217,8 @@ def test_a_shard_that_is_written_in_part_is_not_taken(tmp_path, whole):
 
     with pytest.raises(Killed):
         storage.build(dataclasses.replace(source, shards=breaking), "small", str(tmp_path))
-    (finished,) = kept.iterdir()
+    finished, *beside = sorted(kept.iterdir())
+    assert beside == [*row_files.parts_of(finished)][::-1]
     # What a process leaves that could not even clean up.
     (kept / f".unfinished-{finished.name.replace('00000', '00001')}.17").write_bytes(b"half")
     read.clear()
@@ -291,7 +292,7 @@ def bytes_of(directory):
 # written the first file, if it is told so.
 _BUILDING = """
 import os, signal, sys
-from kd_ranker.requests import storage
+from kd_ranker.requests import row_files, storage
 from tests.requests.test_storage import build_in_shards
 from tests import small
 from tests.requests.random_requests import random_source
@@ -343,7 +344,8 @@ def test_a_dataset_is_the_same_bytes_at_every_build(tmp_path, processes):
     else:
         here = storage.build(random_source(), "small", str(tmp_path / "here"))
     assert bytes_of(here) == there
-    assert len(there) == 5 + (5 if processes else 3)
+    # What TFDS wants, sizes and items; two files a split of rows; records.
+    assert len(there) == 5 + 2 * 3 + (5 if processes else 3)
 
 
 def test_the_next_build_removes_what_a_killed_one_has_left(tmp_path, whole):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from kd_ranker.batch import Stage
-from kd_ranker.batches.columns import columns_of, only_counting
 from kd_ranker.batches.cutting import Span
 from kd_ranker.batches.sampling import Slots
 from kd_ranker.distillation.losses import LOSSES, LossNumbers
@@ -19,6 +18,7 @@ from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.models.model import apply_model, build_model, score
 from kd_ranker.models.student import MultiInterest, TwoTower
 from kd_ranker.models.teacher import FinalRanker
+from kd_ranker.requests.columns import columns_of, needed, only_counting
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
 from kd_ranker.training.state import (
@@ -197,7 +197,7 @@ def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(modes, s
 def sample_of(requests, negative_rate, stage=Stage.RETRIEVED, logged=Stage.RETRIEVED, steps=2):
     """Arguments of `packing_by_hand.packed`: batches of some steps, eight requests each."""
     spec = dataclasses.replace(SPEC, teacher_version="v1")
-    columns = only_counting(columns_of(requests, spec, logged), stage)
+    columns = only_counting(needed(columns_of(requests, spec), logged, history=True), stage)
     data, kinds, slots = prepared(columns, 12, negative_rate, stage=stage)
     rows = np.random.default_rng(0).integers(0, len(requests), (8, steps))
     return data, starts_of(kinds, rows), slots

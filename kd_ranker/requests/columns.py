@@ -1,0 +1,421 @@
+"""Many requests as a few arrays, from which a batch is cut without a loop over its requests."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import pairwise
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+
+from kd_ranker.batch import FIELDS, FeatureSpec, Field, Owner, Request, Stage
+from kd_ranker.requests import packing
+
+Of = TypeVar("Of")
+
+# Rows that are copied at a time: what it takes to say which they are stays small.
+_ROWS = 2**20
+
+
+class Parts(NamedTuple, Generic[Of]):
+    """The three that a batch is put together of, each of which is read at once.
+
+    Attributes:
+      requests: of requests themselves, histories included.
+      candidates: of their candidates, with what the teacher says of them.
+      labels: of their candidates that were shown, what users did.
+    """
+
+    requests: Of
+    candidates: Of
+    labels: Of
+
+
+class Counts(NamedTuple):
+    """The numbers of requests that say how to read and to sample them; int64, an entry a request.
+
+    Attributes:
+      request_id: as it is stored.
+      retrieved: how many candidates there are.
+      passed: how many of them, the first ones, were passed, the shown ones included.
+      shown: how many of these, the first ones, were shown.
+      scored: how many candidates, the first ones, the teacher has scored.
+      positives: how many candidates have a positive label.
+      known: how many candidates have true probabilities: all or none.
+    """
+
+    request_id: Int[np.ndarray, "*n"]
+    retrieved: Int[np.ndarray, "*n"]
+    passed: Int[np.ndarray, "*n"]
+    shown: Int[np.ndarray, "*n"]
+    scored: Int[np.ndarray, "*n"]
+    positives: Int[np.ndarray, "*n"]
+    known: Int[np.ndarray, "*n"]
+
+    def of(self, requests: Any) -> "Counts":
+        """Those of some of the requests."""
+        return Counts(*(numbers[requests] for numbers in self))
+
+
+class Rows(NamedTuple):
+    """What is known of one kind of entries, those of a request one after the other.
+
+    Attributes:
+      values: int32 [rows, W], 32 bits a number.
+      spans: which of the W numbers are of which field.
+      first: the row of each request's first entry.
+      stride: the rows from one entry of a request to its next.
+      nothing: the row that stands for none.
+    """
+
+    values: Int[np.ndarray, "rows W"]
+    spans: packing.Spans
+    first: Int[np.ndarray, "n"]
+    stride: int = 1
+    nothing: int = 0
+
+    def at(
+        self, requests: Int[np.ndarray, "*R"], places: Int[np.ndarray, "*R N"]
+    ) -> Int[np.ndarray, "*R N W"]:
+        """The rows at places in the entries of requests; at places below 0, that of none."""
+        rows = self.first[requests][..., None] + places.astype(np.int64) * self.stride
+        return self.values[np.where(places < 0, self.nothing, rows)]
+
+    def firsts(
+        self, requests: slice | Int[np.ndarray, "R"], numbers: Int[np.ndarray, "R"]
+    ) -> Int[np.ndarray, "sum W"]:
+        """The rows of the first entries of requests, so many of each, one request after another."""
+        return self.values[runs(self.first[requests], numbers, self.stride)]
+
+    def fields(
+        self, requests: slice | Int[np.ndarray, "R"], numbers: Int[np.ndarray, "R"]
+    ) -> dict[str, Shaped[np.ndarray, "sum ..."]]:
+        """`firsts` by the names of fields."""
+        rows: Any = self.firsts(requests, numbers)
+        fields: Any = packing.unpack_rows(rows, self.spans)
+        return fields
+
+    def prefixes(self, numbers: Int[np.ndarray, "n"]) -> "Rows":
+        """The first entries of each request, so many, side by side in memory."""
+        ends = 1 + np.cumsum(numbers)
+        first = ends - numbers
+        values = np.empty((1 + int(numbers.sum()), self.values.shape[1]), np.int32)
+        values[0] = self.values[self.nothing]
+        for some in slices(numbers):
+            values[first[some][0] : ends[some][-1]] = self.firsts(some, numbers[some])
+        return Rows(values, self.spans, first)
+
+    def without(self, fields: Collection[str]) -> "Rows":
+        """The same without some fields, which stand last in a row."""
+        spans = tuple(span for span in self.spans if span.name not in fields)
+        return self._replace(values=self.values[:, : spans[-1].columns.stop], spans=spans)
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """Requests side by side, on the host, in memory or in a file (see `row_files`); n of them.
+
+    Candidates stand in funnel order, so labels are known for a prefix of them, see `Request`. They
+    may be a prefix of all that were retrieved, see `only_counting`.
+
+    Attributes:
+      requests: what is known of requests themselves, histories included; an entry each.
+      candidates: of their candidates, with what the teacher says of them.
+      labels: of their candidates that were shown, what users did.
+      truth: of their candidates, the true probabilities, where they are known.
+      counts: their numbers.
+      kept: how many candidates of each are here, the first ones.
+      expect: says which requests are read soon, and how many candidates of each, for a file to
+        fetch them meanwhile.
+    """
+
+    requests: Rows
+    candidates: Rows
+    labels: Rows
+    truth: Rows
+    counts: Counts
+    kept: Int[np.ndarray, "n"]
+    expect: Callable[[Int[np.ndarray, "R"], Int[np.ndarray, "R"]], None] = lambda *_: None
+
+    def __len__(self) -> int:
+        """The number of requests."""
+        return len(self.kept)
+
+    @property
+    def parts(self) -> Parts[Rows]:
+        """All of it that a model may see."""
+        return Parts(self.requests, self.candidates, self.labels)
+
+    @property
+    def values(self) -> Parts[Int[np.ndarray, "rows W"]]:
+        """The rows themselves."""
+        return Parts(*(part.values for part in self.parts))
+
+    @property
+    def spans(self) -> Parts[packing.Spans]:
+        """Which numbers of a row are of which field."""
+        return Parts(*(part.spans for part in self.parts))
+
+
+def _packed_fields(*owners: Owner) -> tuple[Field, ...]:
+    # A batch has the stage and the teacher's weight besides, which need no place of their own.
+    return tuple(
+        field
+        for owner in owners
+        for field in FIELDS
+        if field.of == owner and (field.dtype or owner == "known")
+        if field.name not in ("stage", "teacher_weight")
+    )
+
+
+# Histories, and what a teacher says, are last in a row: not all need them, see `needed`.
+_OF_REQUEST = _packed_fields("request", "event")
+_OF_CANDIDATE = _packed_fields("candidate", "scored")
+_OF_LABEL = _packed_fields("shown")
+_OF_TRUTH = _packed_fields("known")
+
+
+def columns_of(requests: Sequence[Request], spec: FeatureSpec) -> Columns:
+    """The columns of some requests, in memory; of none, the rows that stand for none are there."""
+    counts = _counts_of(requests)
+
+    def side_by_side(fields: Sequence[Field]) -> dict[str, Shaped[np.ndarray, "n ..."]]:
+        return {field.name: _side_by_side(field, requests, spec) for field in fields}
+
+    def rows(fields: Sequence[Field], numbers: Int[np.ndarray, "n"]) -> Rows:
+        nothing = {field.name: field.nothing for field in fields}
+        packed = packing.pack(side_by_side(fields), nothing)
+        return Rows(*packed, 1 + np.cumsum(numbers) - numbers)
+
+    return Columns(
+        requests=Rows(*packing.pack(side_by_side(_OF_REQUEST)), np.arange(len(requests))),
+        candidates=rows(_OF_CANDIDATE, counts.retrieved),
+        labels=rows(_OF_LABEL, counts.shown),
+        truth=rows(_OF_TRUTH, counts.known),
+        counts=counts,
+        kept=counts.retrieved,
+    )
+
+
+def _counts_of(requests: Sequence[Request]) -> Counts:
+    def of_each(count: Callable[[Request], int]) -> Int[np.ndarray, "n"]:
+        return np.array([count(request) for request in requests], np.int64)
+
+    return Counts(
+        request_id=of_each(lambda request: request.request_id),
+        retrieved=of_each(lambda request: len(request.item_id)),
+        passed=of_each(lambda request: request.num_reached(Stage.PASSED)),
+        shown=of_each(lambda request: len(request.user_label)),
+        scored=of_each(lambda request: len(request.teacher_probability)),
+        positives=of_each(lambda request: int(request.user_label.any(axis=1).sum())),
+        known=of_each(lambda request: len(request.true_probability)),
+    )
+
+
+def _side_by_side(
+    field: Field, requests: Sequence[Request], spec: FeatureSpec
+) -> Shaped[np.ndarray, "n ..."]:
+    """A field of all requests: an entry a request, with a padded history, or one a candidate."""
+    if not requests:
+        events = (spec.history_length,) if field.of == "event" else ()
+        return np.zeros((0, *events, *field.shape(spec)), field.stored or field.dtype)
+    values = [_value(field, request, spec) for request in requests]
+    if field.of == "event":
+        length = spec.history_length
+        recent = (value[max(len(value) - length, 0) :] for value in values)
+        return np.stack([_filled(value, length, field.nothing) for value in recent])
+    if field.of == "scored":
+        number = (len(request.item_id) for request in requests)
+        values = [_filled(*of, field.nothing) for of in zip(values, number, strict=True)]
+    return np.stack(values) if field.of == "request" else np.concatenate(values)
+
+
+def _value(field: Field, request: Request, spec: FeatureSpec) -> Shaped[np.ndarray, "..."]:
+    """The value of a field, stored or worked out; an array of width 0 where there is none."""
+    if field.name == "history_mask":
+        return np.ones(len(request.history_id), np.bool_)
+    if field.name == "teacher_probability":
+        return proper_probability(request, spec.teacher_version)
+    value = getattr(request, field.name)
+    if value is None:
+        number = {"request": (), "event": request.history_id.shape}
+        return np.zeros((*number.get(field.of, request.item_id.shape), 0), field.stored)
+    return np.asarray(value)
+
+
+def _filled(
+    values: Shaped[np.ndarray, "few ..."], length: int, nothing: float
+) -> Shaped[np.ndarray, "length ..."]:
+    filled = np.full((length, *values.shape[1:]), nothing, values.dtype)
+    filled[: len(values)] = values
+    return filled
+
+
+def proper_probability(request: Request, version: str) -> Float[np.ndarray, "A T"]:
+    """The teacher's probabilities, NaN where they were not logged properly.
+
+    Proper is what the log says was written, by the right model version, as a number in [0, 1].
+    """
+    probability = request.teacher_probability
+    if not version or request.teacher_version != version:
+        return np.full_like(probability, np.nan)
+    # A comparison with NaN is False, so NaN needs no test of its own.
+    in_range = (probability >= 0) & (probability <= 1)
+    written = (request.teacher_weight > 0)[:, None]
+    return np.where(in_range & written, probability, np.float32(np.nan))
+
+
+def needed(columns: Columns, logged: Stage | None, history: bool) -> Columns:
+    """The same requests with what is needed of them.
+
+    Args:
+      columns: the requests, with all that is known of them.
+      logged: what the teacher has scored counts for candidates that came so far in the funnel; with
+        None it counts for none, and its probabilities are left out. Those that do not count still
+        stand beside their candidates: `cutting` leaves them out.
+      history: whether histories are; if not, they have the length 0.
+    """
+    counts = columns.counts
+    if logged is None:
+        counts = counts._replace(scored=np.zeros_like(counts.scored))
+    elif logged > Stage.RETRIEVED:
+        reached = counts.shown if logged == Stage.SHOWN else counts.passed
+        counts = counts._replace(scored=np.minimum(counts.scored, reached))
+    columns = dataclasses.replace(columns, counts=counts)
+    if logged is None:
+        says = [field.name for field in _packed_fields("scored")]
+        columns = dataclasses.replace(columns, candidates=columns.candidates.without(says))
+    if not history:
+        columns = dataclasses.replace(columns, requests=_without_events(columns.requests))
+    return columns
+
+
+def _without_events(rows: Rows) -> Rows:
+    """The same, with histories of length 0."""
+    events = [field.name for field in _packed_fields("event")]
+    own = rows.without(events)
+    none = (
+        span._replace(start=own.values.shape[1], shape=(0, *span.shape[1:]))
+        for span in rows.spans
+        if span.name in events
+    )
+    return own._replace(spans=(*own.spans, *none))
+
+
+def only_counting(columns: Columns, stage: Stage) -> Columns:
+    """The same requests in memory, without the candidates that cannot count in training.
+
+    Those that were shown always count, for they may have labels. Whether the others that were
+    passed count is decided for all of a request at once, and so for the rest.
+
+    Args:
+      columns: the requests, with all their candidates.
+      stage: what came so far in the funnel counts.
+    """
+    kept = counting(columns.counts, stage)
+    return dataclasses.replace(
+        columns,
+        requests=columns.requests._replace(
+            values=columns.requests.values[columns.requests.first], first=np.arange(len(columns))
+        ),
+        candidates=columns.candidates.prefixes(kept),
+        labels=columns.labels.prefixes(columns.counts.shown),
+        kept=kept,
+    )
+
+
+def counting(counts: Counts, stage: Stage) -> Int[np.ndarray, "n"]:
+    """The number of candidates that can count in training, the first ones; see `only_counting`."""
+    passed_count, rest_counts = what_counts(counts, stage)
+    number = np.where(passed_count, counts.passed, counts.shown)
+    return np.where(rest_counts, counts.retrieved, number)
+
+
+def what_counts(
+    counts: Counts, stage: Stage
+) -> tuple[Bool[np.ndarray, "*n"], Bool[np.ndarray, "*n"]]:
+    """Tests for each request of `only_counting` if its passed candidates count, and if the rest do.
+
+    Those that were shown count as passed, beside what they count for by their labels. A teacher
+    that has scored none but the shown makes no other passed one count.
+    """
+    beyond_shown = counts.scored >= np.minimum(counts.shown + 1, counts.passed)
+    return (
+        ((counts.scored > 0) & beyond_shown) | (stage <= Stage.PASSED),
+        (counts.scored > counts.passed) | (stage <= Stage.RETRIEVED),
+    )
+
+
+# The golden ratio's fractional part.
+_GOLDEN = (5**0.5 - 1) / 2
+
+
+@functools.lru_cache(maxsize=4096)
+def spread_order(number: int) -> Int[np.ndarray, "number"]:
+    """An order of n places in which every run, wherever it begins, is spread evenly over all.
+
+    The j-th is the rank of j · φ mod 1 among those of all n, with the golden ratio φ: any run of a
+    Kronecker sequence is spread so (Sós, 1958, the three-distance theorem).
+
+    >>> spread_order(8).tolist()
+    [0, 5, 2, 7, 4, 1, 6, 3]
+    """
+    return np.argsort(np.argsort(np.arange(number) * _GOLDEN % 1.0))
+
+
+def in_sampling_order(columns: Columns) -> Columns:
+    """The same requests, their candidates in an order from which runs are good samples.
+
+    Candidates with a positive label come first, then the others that were shown, then the others
+    that were passed, then the rest; each of these four in `spread_order`. Truth stays as it is.
+    """
+    counts, shown = columns.counts, columns.counts.shown
+    request = np.repeat(np.arange(len(columns)), shown)
+    positive = columns.labels.fields(slice(None), shown)["user_label"].any(axis=1)
+    # Of the shown: positives, then negatives, as they stood.
+    start = np.cumsum(shown) - shown
+    by_label = np.argsort(2 * request + ~positive, kind="stable") - start[request]
+
+    def order_of(index: int) -> Int[np.ndarray, "N"]:
+        """The places of a request's candidates in the new order."""
+        bounds = (counts.positives, shown, counts.passed, columns.kept)
+        ends = [0, *(min(int(of[index]), int(columns.kept[index])) for of in bounds)]
+        order = np.concatenate([at + spread_order(to - at) for at, to in pairwise(ends)])
+        first = slice(start[index], start[index] + shown[index])
+        order[: shown[index]] = by_label[first][order[: shown[index]]]
+        return order
+
+    orders = [order_of(index) for index in range(len(columns))]
+
+    def moved(rows: Rows, numbers: Int[np.ndarray, "n"]) -> Rows:
+        """The rows in the new order; labels are of a prefix of the candidates."""
+        places = [order[:number] for order, number in zip(orders, numbers, strict=True)]
+        first = 1 + np.cumsum(numbers) - numbers
+        which = [at + rows.stride * place for at, place in zip(rows.first, places, strict=True)]
+        return Rows(rows.values[np.concatenate([[rows.nothing], *which])], rows.spans, first)
+
+    return dataclasses.replace(
+        columns,
+        candidates=moved(columns.candidates, columns.kept),
+        labels=moved(columns.labels, shown),
+    )
+
+
+def runs(
+    first: Int[np.ndarray, "n"], numbers: Int[np.ndarray, "n"], stride: int = 1
+) -> Int[np.ndarray, "sum"]:
+    """Whole numbers that begin at each `first` and go on by `stride`, so many of each.
+
+    >>> runs(np.array([5, 90]), np.array([3, 2])).tolist()
+    [5, 6, 7, 90, 91]
+    """
+    start = np.cumsum(numbers) - numbers
+    return np.repeat(first - stride * start, numbers) + stride * np.arange(int(numbers.sum()))
+
+
+def slices(numbers: Int[np.ndarray, "n"]) -> Iterator[slice]:
+    """Requests in a row, so many that they have some `_ROWS` entries together."""
+    block = np.cumsum(numbers) // _ROWS
+    ends = [*(np.flatnonzero(np.diff(block)) + 1).tolist(), len(numbers)]
+    return (slice(*of) for of in pairwise([0, *ends]))

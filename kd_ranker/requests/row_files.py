@@ -1,0 +1,157 @@
+"""The rows of a split in a file, to be read where they lie: in any order, few at a time.
+
+Beside the records of a split, which hold all that was logged, lie what batches are cut from,
+
+    rows-SPLIT.bin    int32, packed: the rows that stand for no label, no candidate and no truth;
+                      then, of each request, its own row, its labels, its candidates, its truth
+    counts-SPLIT.npy  int64 [n, 11]: the place of each of the four in that file, and `Counts`
+
+A request lies in one piece, what counts in every training first, so reading it is one access to the
+disk. The candidates of training requests stand in sampling order, and their truth is left out; all
+others are as they are stored.
+"""
+
+import dataclasses
+import mmap
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int, Int32, Int64
+from numpy.lib.stride_tricks import sliding_window_view
+
+from kd_ranker.batch import FeatureSpec, Request
+from kd_ranker.requests.columns import Columns, Counts, Rows, columns_of, in_sampling_order, runs
+
+_TRAIN = "train"
+# Bytes between two ranges that are fetched as one.
+_GAP = 2**16
+
+
+class _First(NamedTuple):
+    """The places of what a file holds of each request: numbers before them."""
+
+    requests: Int[np.ndarray, "n"]
+    labels: Int[np.ndarray, "n"]
+    candidates: Int[np.ndarray, "n"]
+    truth: Int[np.ndarray, "n"]
+
+
+PLACES = len(_First._fields)
+"""How many of the columns of counts are places in the rows."""
+
+
+def paths(folder: Path, split: str) -> tuple[Path, Path]:
+    """The files of a split: its rows, and where they are."""
+    return folder / f"rows-{split}.bin", folder / f"counts-{split}.npy"
+
+
+def parts_of(shard: Path) -> tuple[Path, Path]:
+    """The files of a shard, until `join` makes those of the split of them."""
+    return shard.with_name(f"{shard.name}.rows"), shard.with_name(f"{shard.name}.counts")
+
+
+def flat(
+    requests: Sequence[Request], spec: FeatureSpec, split: str, before: int
+) -> tuple[Int32[np.ndarray, "numbers"], Int64[np.ndarray, "n columns"]]:
+    """The contents of both files for some requests, at least one, after numbers of others."""
+    columns = columns_of(requests, spec)
+    if split == _TRAIN:
+        known = np.zeros_like(columns.counts.known)
+        columns = dataclasses.replace(
+            in_sampling_order(columns), counts=columns.counts._replace(known=known)
+        )
+    counts = columns.counts
+    parts = (columns.requests, columns.labels, columns.candidates, columns.truth)
+    numbers = (np.ones_like(counts.known), counts.shown, counts.retrieved, counts.known)
+    widths = [part.values.shape[1] for part in parts]
+    sizes = np.stack(numbers, axis=1) * widths
+    ends = np.cumsum(sizes).reshape(sizes.shape)
+    first = ends - sizes
+    whole = np.empty(ends[-1, -1], np.int32)
+    for part, of_each, to, width in zip(parts, numbers, first.T, widths, strict=True):
+        if of_each.any():
+            window = sliding_window_view(whole, width, writeable=True)
+            window[runs(to, of_each, width)] = part.values[runs(part.first, of_each, part.stride)]
+    return whole, np.concatenate([first + before, np.stack(counts, axis=1)], axis=1)
+
+
+def _nothing(spec: FeatureSpec) -> list[Rows]:
+    """The rows that stand for none, in the order in which they begin a file."""
+    none = columns_of([], spec)
+    return [none.labels, none.candidates, none.truth]
+
+
+def join(shards: Sequence[Path], folder: Path, split: str, spec: FeatureSpec) -> None:
+    """Makes the files of a split of those of its shards, whose own stay."""
+    rows_path, counts_path = paths(folder, split)
+    nothing = np.concatenate([rows.values[0] for rows in _nothing(spec)])
+    counts, before = [], len(nothing)
+    with rows_path.open("wb") as file:
+        file.write(nothing.tobytes())
+        for rows, count in map(parts_of, shards):
+            with rows.open("rb") as part:
+                shutil.copyfileobj(part, file, 2**24)
+            of_shard = np.fromfile(count, np.int64).reshape(-1, PLACES + len(Counts._fields))
+            of_shard[:, :PLACES] += before
+            counts.append(of_shard)
+            before += rows.stat().st_size // 4
+    np.save(counts_path, np.concatenate(counts))
+
+
+def open_columns(folder: Path, spec: FeatureSpec, split: str) -> Columns:
+    """The requests of a split, in their files.
+
+    Raises:
+      ValueError: the files are not whole.
+    """
+    rows_path, counts_path = paths(folder, split)
+    numbers = np.asarray(np.load(counts_path, mmap_mode="r"))
+    first, counts = _First(*numbers.T[:PLACES]), Counts(*numbers.T[PLACES:])
+    file = rows_path.open("rb")
+    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    # A read far from the last one must not bring what lies behind it.
+    mapped.madvise(mmap.MADV_RANDOM)
+    values = np.frombuffer(mapped, np.int32)
+    none = columns_of([], spec)
+    places = np.cumsum([0, *(rows.values.shape[1] for rows in _nothing(spec))]).tolist()
+
+    def rows(like: Rows, first: Int[np.ndarray, "n"], nothing: int = 0) -> Rows:
+        width = like.values.shape[1]
+        return Rows(sliding_window_view(values, width), like.spans, first, width, nothing)
+
+    columns = Columns(
+        requests=rows(none.requests, first.requests),
+        labels=rows(none.labels, first.labels, places[0]),
+        candidates=rows(none.candidates, first.candidates, places[1]),
+        truth=rows(none.truth, first.truth, places[2]),
+        counts=counts,
+        kept=counts.retrieved,
+        expect=_fetching(file, first, none.candidates.values.shape[1]),
+    )
+    end = int(first.truth[-1] + counts.known[-1] * columns.truth.stride)
+    if end != len(values):
+        raise ValueError(f"{rows_path.name} has {len(values)} numbers of {end}")
+    return columns
+
+
+def _fetching(
+    file: Any, first: _First, width: int
+) -> Callable[[Int[np.ndarray, "R"], Int[np.ndarray, "R"]], None]:
+    """Builds `Columns.expect`: the disk reads many pieces at once, while other work goes on."""
+    if not hasattr(os, "posix_fadvise"):
+        return lambda *_: None
+
+    def expect(requests: Int[np.ndarray, "R"], candidates: Int[np.ndarray, "R"]) -> None:
+        begin = 4 * first.requests[requests]
+        end = 4 * (first.candidates[requests] + candidates * width)
+        gap = begin[1:] - end[:-1]
+        apart = (gap < 0) | (gap > _GAP)
+        begins, ends = begin[:1].tolist() + begin[1:][apart].tolist(), end[:-1][apart].tolist()
+        for start, stop in zip(begins, ends + end[-1:].tolist(), strict=True):
+            os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    return expect

@@ -1,0 +1,158 @@
+import dataclasses
+import functools
+import itertools
+import os
+
+import numpy as np
+import pytest
+
+from kd_ranker.errors import UserError
+from kd_ranker.requests import packing, row_files, storage
+from kd_ranker.requests.columns import proper_probability
+from kd_ranker.requests.records import read_requests
+from kd_ranker.requests.request import SPLITS
+from tests.requests.random_requests import random_request, random_source
+
+SIZES = [(4, 9, 20), (0, 0, 3), (1, 1, 1), (5, 5, 7), (3, 8, 8)]
+
+
+def ragged_source(shards=None):
+    """Requests of several sizes, one without a candidate that was shown, in so many shards."""
+
+    def requests(split, start=0, stop=None):
+        first = 10 * SPLITS.index(split)
+        for index, size in itertools.islice(enumerate(SIZES), start, stop):
+            request = random_request(first + index, *size, version=f"v{1 + index // 3}")
+            if split != "train" and index != 1:
+                truth = np.random.default_rng(index).random((size[2], 3), dtype=np.float32)
+                request = dataclasses.replace(request, true_probability=truth)
+            yield request
+
+    def parts(split):
+        return [
+            functools.partial(requests, split, at, at + len(SIZES) // shards + 1)
+            for at in range(0, len(SIZES), len(SIZES) // shards + 1)
+        ]
+
+    return dataclasses.replace(
+        random_source(),
+        requests=requests,
+        num_requests=dict.fromkeys(SPLITS, len(SIZES)),
+        shards=parts if shards else None,
+    )
+
+
+def opened(source, folder):
+    storage.build(source, "rows", str(folder))
+    return storage.open_dataset("rows", str(folder), made_by="some command")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    return opened(ragged_source(), tmp_path_factory.mktemp("data"))
+
+
+def fields(rows, index, number):
+    read = rows.at(np.array([index]), np.arange(number)[None])
+    return {name: value[0] for name, value in packing.unpack_rows(read, rows.spans).items()}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_the_rows_of_a_request_say_what_its_record_says(dataset, split):
+    columns = dataset.columns[split]
+    assert len(columns) == len(SIZES)
+    for index, request in enumerate(read_requests(dataset, split)):
+        shown, passed, retrieved = SIZES[index]
+        counts = columns.counts.of(index)
+        known = 0 if split == "train" else len(request.true_probability)
+        positives = request.user_label.any(axis=1).sum()
+        assert counts == (request.request_id, retrieved, passed, shown, passed, positives, known)
+        of_candidates = fields(columns.candidates, index, retrieved)
+        order = [request.item_id.tolist().index(item) for item in of_candidates["item_id"]]
+        if split != "train":
+            assert order == list(range(retrieved))
+        else:  # positives first; every stage stays where it was
+            assert request.user_label[order[:positives]].any(axis=1).all()
+            for start, stop in itertools.pairwise((0, shown, passed, retrieved)):
+                assert sorted(order[start:stop]) == list(range(start, stop))
+        np.testing.assert_array_equal(
+            of_candidates["candidate_features"], request.candidate_features[order]
+        )
+        of_teacher = np.full((retrieved, 3), np.nan, np.float32)
+        of_teacher[:passed] = proper_probability(request, "v1")
+        np.testing.assert_array_equal(of_candidates["teacher_probability"], of_teacher[order])
+        of_labels = fields(columns.labels, index, shown)
+        np.testing.assert_array_equal(of_labels["user_label"], request.user_label[order[:shown]])
+        np.testing.assert_array_equal(of_labels["label_weight"], np.ones(shown))
+        own = fields(columns.requests, index, 1)
+        np.testing.assert_array_equal(own["user_features"][0], request.user_features)
+        events = min(len(request.history_id), dataset.spec.history_length)
+        assert own["history_mask"].sum() == events
+        np.testing.assert_array_equal(
+            own["history_id"][0, :events], request.history_id[len(request.history_id) - events :]
+        )
+        truth = fields(columns.truth, index, known)["true_probability"]
+        np.testing.assert_array_equal(truth, request.true_probability[:known])
+
+
+@pytest.mark.parametrize("part", ["candidates", "labels", "truth"])
+def test_a_place_of_none_is_what_stands_for_none(dataset, part):
+    rows = getattr(dataset.columns["test"], part)
+    nothing = packing.unpack_rows(rows.at(np.array([0, 3]), np.full((2, 2), -1)), rows.spans)
+    for name, values in nothing.items():
+        assert np.isnan(values).all() if "probability" in name else not values.any()
+
+
+@pytest.mark.parametrize("shards", [1, 2, 5])
+def test_shards_make_the_files_of_one_pass(dataset, tmp_path, shards):
+    other = opened(ragged_source(shards), tmp_path)
+    for split in SPLITS:
+        for one, joined in zip(
+            row_files.paths(dataset.directory, split),
+            row_files.paths(other.directory, split),
+            strict=True,
+        ):
+            assert one.read_bytes() == joined.read_bytes()
+    assert not [*other.directory.glob("*.rows")]
+
+
+def test_the_disk_is_told_of_neighbours_as_one(dataset, monkeypatch):
+    told = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda file, *of: told.append(of[:2]))
+    columns = dataset.columns["train"]
+    first, width = 4 * columns.requests.first, 4 * columns.candidates.stride
+    columns.expect(np.arange(5), columns.kept)
+    last = 4 * columns.candidates.first[4] + 8 * width
+    assert told == [(first[0], last - first[0])]
+    told.clear()
+    # One after the other, and one that lies before it.
+    columns.expect(np.array([3, 0]), np.array([2, 4]))
+    ends = 4 * columns.candidates.first[[3, 0]] + np.array([2, 4]) * width
+    assert told == [(first[3], ends[0] - first[3]), (first[0], ends[1] - first[0])]
+    told.clear()
+    columns.expect(np.arange(0), np.arange(0))
+    assert not told
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["rows-test.bin", "counts-train.npy", "items.npy", "requests-test.array_record-00000-of-00001"],
+)
+@pytest.mark.parametrize("change", ["cut", "gone", "longer"])
+def test_a_file_that_is_not_whole_is_named_with_the_command_that_makes_it_anew(
+    tmp_path, name, change
+):
+    directory = storage.build(random_source(), "rows", str(tmp_path))
+    content = (directory / name).read_bytes()
+    if change == "gone":
+        (directory / name).unlink()
+    else:
+        (directory / name).write_bytes(content[:-5] if change == "cut" else content + bytes(8))
+    if change == "longer" and name.endswith(".npy"):
+        return  # NumPy reads what the header says, which is whole
+    with pytest.raises(UserError) as caught:
+        storage.open_dataset("rows", str(tmp_path), made_by="some command")
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(directory) in message
+    assert message.endswith("make it anew with: some command")
