@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Lint, types, tests; stops at the first that fails. Arguments go to pytest:
+# Lint, then types beside tests, as one core would wait while the other checks them; fails if any
+# does. Arguments go to pytest:
 #
 #   ./scripts/test.sh
 #   ./scripts/test.sh -n 8                     # with more workers
@@ -19,7 +20,11 @@ step() {
 
 step ruff format --check .
 step ruff check .
-step mypy
 echo "test: lint-imports" >&2
 .venv/bin/lint-imports --no-logo
+echo "test: mypy" >&2
+"$python" -m mypy &
+types=$!
+trap 'kill "$types" 2>/dev/null || true' EXIT
 step pytest -n 2 "$@"
+wait "$types"
