@@ -17,6 +17,7 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.distillation.teacher_signal import SIGNALS
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.sources.registry import SOURCES
+from kd_ranker.training.mapping import first_devices, shares
 
 
 def validate(config: ConfigDict) -> None:
@@ -239,16 +240,39 @@ def _check_devices(config: ConfigDict) -> None:
         raise UserError(
             f"parallel.devices={config.parallel.devices}, but there are {available}; 0 takes all"
         )
-    devices = config.parallel.devices or available
-    batches = {
-        "batch.requests": (config.batch.requests,),
-        "sweep.axes.batch.requests": config.sweep.axes.batch.requests,
-        "teacher.batch.requests": (config.teacher.batch.requests,),
-    }
-    for name, sizes in batches.items():
-        for requests in sizes:
-            if requests % devices:
-                raise UserError(
-                    f"{name}={requests} cannot be shared by {devices} devices; take a multiple of "
-                    f"{devices}, or set parallel.devices"
-                )
+    devices, members = len(first_devices(config.parallel.devices)), config.parallel.members
+    if members and devices % members:
+        fitting = [number for number in range(1, devices + 1) if devices % number == 0]
+        raise UserError(
+            f"parallel.members={members} does not divide the {devices} devices; take one of "
+            f"{', '.join(map(str, fitting))}, or 0"
+        )
+    if members > 1 and config.parallel.mapping == "pmap":
+        raise UserError(
+            f"parallel.mapping='pmap' spreads no members, and parallel.members={members}; take "
+            "'shard_map' or 'auto'"
+        )
+    _check_requests("teacher.batch.requests", config.teacher.batch.requests, devices)
+    # Without a word on members, a sweep's own are spread so that the requests fit.
+    if members or config.parallel.mapping == "pmap":
+        for requests in config.sweep.axes.batch.requests or (config.batch.requests,):
+            _check_requests("batch.requests", requests, devices, max(members, 1))
+
+
+def check_alone(config: ConfigDict) -> None:
+    """Raises UserError if the devices cannot share the batches of a student that trains alone."""
+    devices = len(first_devices(config.parallel.devices))
+    _check_requests("batch.requests", config.batch.requests, devices)
+
+
+def _check_requests(name: str, requests: int, devices: int, members: int = 1) -> None:
+    sharing = devices // members
+    if requests % sharing == 0:
+        return
+    spread = f" with parallel.members={members}" if members > 1 else ""
+    fitting = ", ".join(map(str, shares(devices, requests)))
+    remedy = f"parallel.members of {fitting}" if members > 1 else "set parallel.devices"
+    raise UserError(
+        f"{name}={requests} cannot be shared by {devices} devices{spread}; take a multiple of "
+        f"{sharing}, or {remedy}"
+    )

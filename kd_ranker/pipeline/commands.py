@@ -162,6 +162,7 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
       well.
     """
     checks.validate(config)
+    checks.check_alone(config)
     members = {"": config}
     supervision.check_students(members.values())
     with hold(workdir):

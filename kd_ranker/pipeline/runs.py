@@ -27,7 +27,7 @@ from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.loop import Evaluate, fit, scalar_name
-from kd_ranker.training.mapping import MAPPINGS, DeviceMap
+from kd_ranker.training.mapping import MAPPINGS, DeviceMap, first_devices, members_axis
 from kd_ranker.training.recipes import TEACHER_STAGES, Group
 from kd_ranker.training.run import Run, make_run
 from kd_ranker.training.state import (
@@ -39,13 +39,23 @@ from kd_ranker.training.state import (
 )
 
 
-def _devices(config: ConfigDict) -> list[jax.Device]:
-    return jax.devices()[: config.parallel.devices or None]
+def device_mapping(config: ConfigDict, sizes: Sequence[int], requests: int) -> DeviceMap:
+    """The mapping of `config.parallel` over its devices.
 
-
-def device_mapping(config: ConfigDict) -> DeviceMap:
-    """The mapping of `config.parallel` over its devices."""
-    return MAPPINGS[config.parallel.mapping](_devices(config))
+    Args:
+      config: the config.
+      sizes: the number of members of each group.
+      requests: of a batch.
+    """
+    parallel = config.parallel
+    devices = first_devices(parallel.devices)
+    if parallel.mapping == "pmap":
+        members = 1
+    elif parallel.members and sum(sizes) > 1:
+        members = parallel.members
+    else:
+        members = members_axis(len(devices), sizes, requests)
+    return MAPPINGS[parallel.mapping](devices, members)
 
 
 def batches_of_run(
@@ -66,7 +76,8 @@ def batches_of_run(
         Share(jax.process_index(), jax.process_count()),
         devices=mapping,
         # Devices that are the host's own hold the data in its memory as well.
-        copies=1 + sum(device.platform == "cpu" for device in _devices(config)),
+        copies=1
+        + sum(device.platform == "cpu" for device in first_devices(config.parallel.devices)),
     )
 
 
@@ -217,7 +228,8 @@ def prepare_run(
     live: Teacher | None,
 ) -> Run:
     """The run of these groups on the batches of `section`: `config`, or `config.teacher`."""
-    mapping = device_mapping(config)
+    sizes = [len(group.names) for group in groups]
+    mapping = device_mapping(config, sizes, section.batch.requests)
     stage = TEACHER_STAGES[config.teacher.stage]
     teacher = LiveTeacher(live.model, stage) if live else None
     needs = recipes.needs(groups, teacher, stage)

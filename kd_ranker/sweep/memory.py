@@ -1,7 +1,7 @@
-"""The number of members that share a program: as many as fit the memory of a device."""
+"""The number of members that share a program: as many as fit the memory of the devices."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,7 @@ from kd_ranker.batch import FeatureSpec, Items, abstract_items, empty_batch
 from kd_ranker.distillation.losses import PAIRWISE, pairs_held
 from kd_ranker.embedding.lookup import gather_rows
 from kd_ranker.training import recipes
+from kd_ranker.training.mapping import first_devices
 
 # What XLA was seen to keep of a member beside its state, in arrays of the size of its gathered
 # rows: `tests/sweep/test_memory.py` holds the estimate against the compiled program.
@@ -22,13 +23,32 @@ _PAIR_ARRAYS = 6
 _SHARE_OF_MEMORY = 0.5
 
 
-def cohort_size(config: ConfigDict, members: Iterable[ConfigDict], spec: FeatureSpec) -> int:
+class CohortSize(NamedTuple):
+    """The size of a cohort, in blocks of members of one group, of which each device holds one.
+
+    Attributes:
+      blocks: the most blocks of a cohort.
+      members: the most members of a block: the number of devices that they are spread over.
+    """
+
+    blocks: int
+    members: int = 1
+
+
+def cohort_size(config: ConfigDict, members: Iterable[ConfigDict], spec: FeatureSpec) -> CohortSize:
     """The number of members that train together: `sweep.group_size`, or what memory allows."""
     if config.sweep.group_size:
-        return config.sweep.group_size
+        return CohortSize(config.sweep.group_size)
     one_a_group = {recipes.shared_part(member): member for member in members}
     largest = max(member_bytes(member, spec) for member in one_a_group.values())
-    return max(1, int(_SHARE_OF_MEMORY * free_memory(config) / largest))
+    fit = max(1, int(_SHARE_OF_MEMORY * free_memory(config) / largest))
+    parallel = config.parallel
+    spread = (
+        1
+        if parallel.mapping == "pmap"
+        else parallel.members or len(first_devices(parallel.devices))
+    )
+    return CohortSize(fit, spread)
 
 
 def member_bytes(config: ConfigDict, spec: FeatureSpec) -> int:
@@ -63,4 +83,4 @@ def free_memory(config: ConfigDict) -> int:
     statistics = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
-    return psutil.virtual_memory().available // (config.parallel.devices or jax.device_count())
+    return psutil.virtual_memory().available // len(first_devices(config.parallel.devices))

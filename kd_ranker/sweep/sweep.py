@@ -22,7 +22,9 @@ from kd_ranker.errors import UserError
 from kd_ranker.evaluation import kept, results
 from kd_ranker.evaluation.cost import FLOPS, Costs, costs_of
 from kd_ranker.sweep.members import sweep_members
+from kd_ranker.sweep.memory import CohortSize
 from kd_ranker.training.checkpoints import Identity
+from kd_ranker.training.recipes import shared_part
 from kd_ranker.training.workdir import write_atomically
 
 FILE, FOLDER = "cohorts.json", "cohorts"
@@ -68,13 +70,13 @@ class Sweep:
         """True if all members are trained and measured, and their results joined."""
         return not self._unplaced() and is_measured(self.workdir, self._identity())
 
-    def planned(self, size: int, version: Callable[[ConfigDict], str]) -> "Sweep":
+    def planned(self, size: CohortSize, version: Callable[[ConfigDict], str]) -> "Sweep":
         """The sweep with a place in a cohort for every member, written to its workdir.
 
         The cohorts that are there stay as they are.
 
         Args:
-          size: the most members of a cohort, at least 1.
+          size: of a cohort, at most.
           version: of the teacher of a member; "" for the dataset's own logs.
 
         Raises:
@@ -164,15 +166,30 @@ def _read_plan(workdir: Path) -> tuple[list[str], list[list[str]]]:
     return [], []
 
 
-def _new_cohorts(members: Cohort, size: int) -> list[list[str]]:
+def _new_cohorts(members: Cohort, size: CohortSize) -> list[list[str]]:
     """Cohorts of members on the same batches, of sizes as equal as can be and at most `size`."""
     cohorts = []
     for _, sharing in itertools.groupby(members, key=lambda name: _batches_of(members[name])):
-        names = list(sharing)
+        blocks = _blocks({name: members[name] for name in sharing}, size.members)
         # Of equal sizes, so that no cohort pays for a teacher pass alone.
-        number = -(-len(names) // size)
-        cohorts += [names[index::number] for index in range(number)]
+        number = -(-len(blocks) // size.blocks)
+        parts = [blocks[index::number] for index in range(number)]
+        cohorts += [list(itertools.chain.from_iterable(part)) for part in parts]
     return cohorts
+
+
+def _blocks(members: Cohort, size: int) -> list[list[str]]:
+    """The members in blocks of at most so many, all of one group, which one program can train."""
+    if size == 1:
+        return [[name] for name in members]
+    groups: dict[str, list[str]] = {}
+    for name, member in members.items():
+        groups.setdefault(shared_part(member), []).append(name)
+    return [
+        names[start : start + size]
+        for names in groups.values()
+        for start in range(0, len(names), size)
+    ]
 
 
 def _batches_of(member: ConfigDict) -> list[object]:

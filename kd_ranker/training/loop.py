@@ -17,7 +17,7 @@ from tqdm import tqdm
 from kd_ranker.errors import UserError
 from kd_ranker.training import checkpoints
 from kd_ranker.training.checkpoints import Identity
-from kd_ranker.training.run import Run, initial_states, take_steps
+from kd_ranker.training.run import Run, initial_states, on_host, take_steps
 from kd_ranker.training.state import States, steps_of_members
 from kd_ranker.training.step import Losses
 from kd_ranker.training.workdir import MetricsWriter
@@ -49,7 +49,6 @@ def fit(
       UserError: the loss of a single run stopped being finite, or the checkpoints in `workdir` have
         another identity.
     """
-    on_host = run.devices.unreplicate
     lengths = _by_name(run, [numbers.steps for numbers in run.numbers])
     batches = iter(run.batches)
     with checkpoints.open_manager(workdir) as manager:
@@ -57,7 +56,7 @@ def fit(
         skip_steps(bar, start)
         if start >= run.steps:
             return states
-        states = run.devices.replicate(states) if start else initial_states(run)
+        states = run.devices.place(states) if start else initial_states(run)
         diverged, best = _diverged_members(run, states), ""
         with contextlib.closing(MetricsWriter(workdir, start)) as writer:
             step = start
@@ -77,14 +76,14 @@ def fit(
                     diverged = _report(_diverged_members(run, states), before=diverged)
                     scalars = _scalars(run, states, losses, training - diverged.keys())
                 if due.evaluation:
-                    measured, best = evaluate(on_host(states))
+                    measured, best = evaluate(on_host(run, states))
                     scalars |= measured
                 if scalars:
                     writer.write(step, scalars)
                     bar.set_postfix_str(_progress(run, scalars, diverged, best))
                 if due.saving:
-                    checkpoints.save(manager, step, on_host(states), batches, identity)
-    return jax.tree.map(np.asarray, on_host(states))
+                    checkpoints.save(manager, step, on_host(run, states), batches, identity)
+    return jax.tree.map(np.asarray, on_host(run, states))
 
 
 def _next_stop(step: int, lengths: Iterable[float], train: ConfigDict) -> int:
@@ -145,7 +144,7 @@ def _by_name(run: Run, of_groups: Sequence[Shaped[Array, "members"]]) -> dict[st
 def _diverged_members(run: Run, states: States) -> dict[str, int]:
     """The members whose loss stopped being finite, with the step at which it did."""
     # Not of the whole states, which would be copied.
-    at = run.devices.unreplicate([state.non_finite_step for state in states])
+    at = on_host(run, [state.non_finite_step for state in states])
     return {name: int(step) for name, step in _by_name(run, at).items() if step}
 
 
@@ -155,7 +154,7 @@ def _mark_diverged(run: Run, states: States) -> States:
     The loss that it leads to would tell at the next step, but there may be none.
     """
     marked, any_new = [], False
-    for state, numbers in zip(run.devices.unreplicate(states), run.numbers, strict=True):
+    for state, numbers in zip(on_host(run, states), run.numbers, strict=True):
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state.parameters)]
         finite = [np.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
         new = (np.asarray(state.non_finite_step) == 0) & ~np.all(finite, axis=0)
@@ -163,7 +162,7 @@ def _mark_diverged(run: Run, states: States) -> States:
         steps = jnp.where(new, steps_of_members(state, numbers), state.non_finite_step)
         marked.append(dataclasses.replace(state, non_finite_step=steps))
     # The states on the devices are put there anew only if they have to be.
-    return run.devices.replicate(tuple(marked)) if any_new else states
+    return run.devices.place(tuple(marked)) if any_new else states
 
 
 def _report(diverged: dict[str, int], before: dict[str, int]) -> dict[str, int]:
@@ -183,15 +182,14 @@ def _scalars(
     run: Run, states: States, losses: Sequence[Losses], members: Collection[str]
 ) -> dict[str, float]:
     """The losses of some members, and the unknown ids that training has met so far."""
-    on_host = run.devices.unreplicate
     scalars = {
         scalar_name(scalar, name): value
-        for group, of_group in zip(run.groups, on_host(losses), strict=True)
+        for group, of_group in zip(run.groups, on_host(run, losses), strict=True)
         for scalar, of_members in of_group.items()
         for name, value in zip(group.names, np.asarray(of_members).tolist(), strict=True)
         if name in members
     }
-    return scalars | _unknown_ids(on_host([state.unknown_ids for state in states]))
+    return scalars | _unknown_ids(on_host(run, [state.unknown_ids for state in states]))
 
 
 def _unknown_ids(groups: Sequence[dict[str, Int[Array, ""]]]) -> dict[str, float]:

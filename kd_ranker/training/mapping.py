@@ -1,5 +1,11 @@
-"""The same step on one device or many: by `pmap` or by `shard_map`."""
+"""The same step on one device or many: by `pmap` or by `shard_map`.
 
+Devices are a mesh of two axes. Along `MEMBERS` each has members of its own, which need nothing of
+each other; along `AXIS` they share the requests of a batch, and exchange what is summed over them.
+A step knows the second axis alone. A mapping knows both.
+"""
+
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,9 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
 
-AXIS = "devices"
+from kd_ranker.training.state import HAS_MEMBERS, States
+
+AXIS, MEMBERS = "requests", "members"
 _TABLES = "tables"  # the field of `Parameters` that holds them
+
+
+def first_devices(number: int) -> list[jax.Device]:
+    """So many of the devices that JAX sees, the first ones; 0 takes all."""
+    return jax.devices()[: number or None]
 
 
 def join_over_devices(arrays: Any, axis: int) -> Any:
@@ -21,12 +35,76 @@ def join_over_devices(arrays: Any, axis: int) -> Any:
     return jax.lax.all_gather(arrays, AXIS, axis=axis, tiled=True)
 
 
+def in_parts(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
+    """`function(batch)`, of which each of the devices that hold the same batch does a part.
+
+    Args:
+      function: from [requests, ...] to [requests, ...], each request by itself.
+      batch: the same on the `parts` devices along `MEMBERS`. If they cannot share its requests
+        evenly, each does all of it.
+      parts: the size of that axis; with 1, there need not be one.
+    """
+    requests = jax.tree.leaves(batch)[0].shape[0]
+    if parts == 1 or requests % parts:
+        return function(batch)
+    size = requests // parts
+    start = jax.lax.axis_index(MEMBERS) * size
+    part = jax.tree.map(lambda of: jax.lax.dynamic_slice_in_dim(of, start, size), batch)
+    return jax.lax.all_gather(function(part), MEMBERS, axis=0, tiled=True)
+
+
+def shared_evenly(number: int, parts: int) -> Int[np.ndarray, "filled"]:
+    """The places of so many members, the last one again until the parts have equally many.
+
+    >>> shared_evenly(number=5, parts=4).tolist()
+    [0, 1, 2, 3, 4, 4, 4, 4]
+    """
+    return np.minimum(np.arange(-(-number // parts) * parts), number - 1)
+
+
+def members_axis(devices: int, sizes: Sequence[int], requests: int) -> int:
+    """The number of devices to spread members over, where the config does not say.
+
+    It is the least one with which a device holds as few members as it can: those save most, as
+    they need no traffic and no smaller batches. The devices that are left share the requests.
+
+    Args:
+      devices: their number.
+      sizes: the number of members of each group. A device holds as many of each as any other does.
+      requests: of a batch; one that the devices left over cannot share leaves fewer of them over.
+
+    >>> members_axis(devices=8, sizes=[16], requests=32)
+    8
+    >>> members_axis(devices=8, sizes=[1, 4, 4], requests=32)
+    4
+    """
+
+    def held(axis: int) -> int:
+        return sum(-(-size // axis) for size in sizes)
+
+    return next(axis for axis in shares(devices, requests) if held(axis) == held(devices))
+
+
+def shares(devices: int, requests: int) -> list[int]:
+    """The sizes of `MEMBERS` with which the devices can share a batch of so many requests.
+
+    >>> shares(devices=8, requests=6)
+    [4, 8]
+    """
+    axes = [axis for axis in range(1, devices + 1) if devices % axis == 0]
+    return [axis for axis in axes if requests % (devices // axis) == 0]
+
+
 class DeviceMap(NamedTuple):
     """A way to spread a step, its states and its batches over devices.
 
     Attributes:
+      members: the number of devices that members are spread over; of the others each has the same.
+        The numbers of members that a step is given are multiples of it.
       replicate: a pytree on the host or one device -> the same on all devices.
-      create: a pure function without arguments -> the pytree that it returns, made on all devices
+      place: states on the host, or one device -> the same on the devices; where their members are
+        not a multiple of `members`, the last one again, see `shared_evenly`.
+      create: a pure function without arguments -> the states that it returns, made on all devices
         and nowhere else, so that a large one is held once.
       shard: a host batch [requests, ...] -> the same, its requests split over the devices.
       map_batches: function(data, batch) -> its compiled, mapped version, where the data is
@@ -34,19 +112,24 @@ class DeviceMap(NamedTuple):
       map_step: step(states, batch, hyperparameters, frozen), and the states by their shapes -> its
         compiled, mapped version; the buffers of the states are donated. Without their shapes, the
         states come back as XLA likes to lay them out.
-      unreplicate: the inverse of `replicate`: the same pytree on one device.
+      unreplicate: the inverse of `replicate` and `place`: the same pytree on one device, or on the
+        host where members are spread over several. With a number, so many members, the first ones.
     """
 
+    members: int
     replicate: Callable[[Any], Any]
-    create: Callable[[Callable[[], Any]], Any]
+    place: Callable[[States], States]
+    create: Callable[[Callable[[], States]], States]
     shard: Callable[[Any], Any]
     map_batches: Callable[[Callable], Callable]
     map_step: Callable[..., Callable]
-    unreplicate: Callable[[Any], Any]
+    unreplicate: Callable[..., Any]
 
 
-def pmap(devices: Sequence[jax.Device]) -> DeviceMap:
-    """Maps by `jax.pmap`: every array carries a leading axis of devices."""
+def pmap(devices: Sequence[jax.Device], members: int = 1) -> DeviceMap:
+    """Maps by `jax.pmap`: every array carries a leading axis of devices, which share requests."""
+    if members != 1:
+        raise ValueError(f"pmap has one axis, of requests, and none for {members} parts of members")
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
 
     def put(tree: Any) -> Any:
@@ -58,7 +141,7 @@ def pmap(devices: Sequence[jax.Device]) -> DeviceMap:
             jax.tree.map(lambda array: np.broadcast_to(array, (len(devices), *array.shape)), tree)
         )
 
-    def create(make: Callable[[], Any]) -> Any:
+    def create(make: Callable[[], States]) -> States:
         def made_for_each() -> Any:
             return jax.tree.map(
                 lambda array: jnp.broadcast_to(array, (len(devices), *array.shape)), make()
@@ -73,75 +156,130 @@ def pmap(devices: Sequence[jax.Device]) -> DeviceMap:
         return put(jax.tree.map(split, batch))
 
     return DeviceMap(
+        members=1,
         replicate=replicate,
+        place=replicate,
         create=create,
         shard=shard,
         map_batches=lambda function: jax.pmap(function, axis_name=AXIS, devices=devices),
         map_step=lambda step, states=None: jax.pmap(
             step, axis_name=AXIS, in_axes=(0, 0, None, 0), donate_argnums=0, devices=devices
         ),
-        unreplicate=lambda tree: jax.tree.map(lambda array: array.addressable_data(0)[0], tree),
+        unreplicate=lambda tree, number=None: jax.tree.map(
+            lambda array: array.addressable_data(0)[0], tree
+        ),
     )
 
 
-def shard_map(devices: Sequence[jax.Device]) -> DeviceMap:
-    """Maps by `jax.shard_map` over a mesh of one axis: arrays keep their global shapes.
+def shard_map(devices: Sequence[jax.Device], members: int = 1) -> DeviceMap:
+    """Maps by `jax.shard_map` over a mesh of both axes: arrays keep their global shapes.
 
     On a TPU it lays tables out row by row. Left alone, XLA would lay them out column by column
     there, and copy them whole in each step, to read rows and to write them.
+
+    Args:
+      devices: those to use.
+      members: the number of them to spread members over, a divisor of theirs.
     """
-    mesh = Mesh(np.array(devices), (AXIS,))
+    mesh = Mesh(np.array(devices).reshape(members, -1), (MEMBERS, AXIS))
     everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
-    whole = NamedSharding(mesh, everywhere)
+    of_members = PartitionSpec(MEMBERS) if members > 1 else everywhere
     by_rows = devices[0].platform == "tpu"
 
-    def places(tree: Any) -> Any:
-        """The place and the layout of each array that all devices have."""
+    def specs(states: States) -> States:
+        """The way in which each array of the states is split."""
+        each = tuple(jax.tree.broadcast(HAS_MEMBERS, state) for state in states)
+        return jax.tree.map(lambda has_members: of_members if has_members else everywhere, each)
 
-        def place(path: jax.tree_util.KeyPath, leaf: Any) -> NamedSharding | Format:
+    def places(tree: Any, specs: Any) -> Any:
+        """The place and the layout of each array that is split in this way."""
+
+        def place(
+            path: jax.tree_util.KeyPath, leaf: Any, spec: PartitionSpec
+        ) -> NamedSharding | Format:
+            sharding = NamedSharding(mesh, spec)
             of_tables = any(getattr(part, "name", None) == _TABLES for part in path)
             if not (by_rows and of_tables):
-                return whole
-            return Format(Layout(tuple(range(leaf.ndim))), whole)
+                return sharding
+            return Format(Layout(tuple(range(leaf.ndim))), sharding)
 
-        return jax.tree_util.tree_map_with_path(place, tree)
+        return jax.tree_util.tree_map_with_path(place, tree, specs)
+
+    def replicate(tree: Any) -> Any:
+        # A step donates its state, which must not share memory with arrays of the caller.
+        copied = jax.tree.map(jnp.copy, tree)
+        return jax.device_put(copied, places(tree, jax.tree.map(lambda _: everywhere, tree)))
+
+    def place(states: States) -> States:
+        if members == 1:
+            return replicate(states)
+        of_states = specs(states)
+
+        # On the host, as no device need hold them all.
+        def filled(leaf: Any, spec: PartitionSpec) -> np.ndarray:
+            of = np.asarray(leaf)
+            return of[shared_evenly(len(of), members)] if spec == of_members else of.copy()
+
+        evenly = jax.tree.map(filled, states, of_states)
+        return jax.device_put(evenly, places(evenly, of_states))
+
+    def create(make: Callable[[], States]) -> States:
+        shapes = jax.eval_shape(make)
+        return jax.jit(make, out_shardings=places(shapes, specs(shapes)))()
 
     def map_batches(function: Callable) -> Callable:
         return jax.jit(
             jax.shard_map(function, mesh=mesh, in_specs=(everywhere, split), out_specs=split)
         )
 
-    def map_step(step: Callable, states: Any = None) -> Callable:
-        # The step sums over the axis itself; the replication checker would add sums of its own.
-        mapped = jax.shard_map(
-            step,
-            mesh=mesh,
-            in_specs=(everywhere, split, everywhere, everywhere),
-            out_specs=everywhere,
-            check_vma=False,
-        )
-        return jax.jit(mapped, donate_argnums=0, out_shardings=(places(states), whole))
+    def map_step(step: Callable, states: States | None = None) -> Callable:
+        @functools.wraps(step)
+        def mapped(states: States, batch: Any, numbers: Any, frozen: Any) -> Any:
+            of_states = specs(states)
+            # Beside those of members there may be numbers that concern the whole step.
+            of_numbers = jax.tree.map(
+                lambda array: of_members if jnp.ndim(array) else everywhere, numbers
+            )
+            # The step sums over the axis itself; the replication checker would add sums of its own.
+            return jax.shard_map(
+                step,
+                mesh=mesh,
+                in_specs=(of_states, split, of_numbers, everywhere),
+                out_specs=(of_states, of_members),
+                check_vma=False,
+            )(states, batch, numbers, frozen)
 
-    def create(make: Callable[[], Any]) -> Any:
-        return jax.jit(make, out_shardings=places(jax.eval_shape(make)))()
+        laid_out = None if states is None else places(states, specs(states))
+        of_losses = NamedSharding(mesh, of_members)
+        return jax.jit(mapped, donate_argnums=0, out_shardings=(laid_out, of_losses))
+
+    def unreplicate(tree: Any, number: int | None = None) -> Any:
+        def on_one(array: jax.Array) -> Any:
+            if array.is_fully_replicated:
+                return array.addressable_data(0)
+            return np.asarray(array)[:number]
+
+        return jax.tree.map(on_one, tree)
 
     return DeviceMap(
-        # A step donates its state, which must not share memory with arrays of the caller.
-        replicate=lambda tree: jax.device_put(jax.tree.map(jnp.copy, tree), places(tree)),
+        members=members,
+        replicate=replicate,
+        place=place,
         create=create,
         shard=lambda batch: jax.device_put(batch, NamedSharding(mesh, split)),
         map_batches=map_batches,
         map_step=map_step,
-        unreplicate=lambda tree: jax.tree.map(lambda array: array.addressable_data(0), tree),
+        unreplicate=unreplicate,
     )
 
 
-def auto(devices: Sequence[jax.Device]) -> DeviceMap:
-    """`shard_map` on TPUs, for how it lays tables out there, and `pmap` elsewhere."""
-    return shard_map(devices) if devices[0].platform == "tpu" else pmap(devices)
+def auto(devices: Sequence[jax.Device], members: int = 1) -> DeviceMap:
+    """`shard_map` on TPUs, for how it lays tables out there, and for members; else `pmap`."""
+    on_tpu = devices[0].platform == "tpu"
+    return shard_map(devices, members) if on_tpu or members > 1 else pmap(devices)
 
 
-MAPPINGS: dict[str, Callable[[Sequence[jax.Device]], DeviceMap]] = {
+MAPPINGS: dict[str, Callable[..., DeviceMap]] = {
     "auto": auto,
     "pmap": pmap,
     "shard_map": shard_map,

@@ -7,6 +7,8 @@ from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec, Stage
@@ -53,13 +55,21 @@ class Group(NamedTuple):
       recipe: their common part.
       names: a name a member, for messages and metrics; a single run's is "".
       numbers: the numbers in which they differ.
-      init: a pure function that makes their state before the first step.
+      init: a pure function that makes their state before the first step, or that of the members
+        at some places.
     """
 
     recipe: Recipe
     names: tuple[str, ...]
     numbers: Hyperparameters
-    init: Callable[[], TrainState]
+    init: Callable[..., TrainState]
+
+    def at(self, places: Int[np.ndarray, "n"]) -> "Group":
+        """The numbers and the state of the members at these places; the names are not theirs."""
+        return self._replace(
+            numbers=jax.tree.map(lambda of: of[places], self.numbers),
+            init=functools.partial(self.init, places),
+        )
 
 
 def student_model(config: ConfigDict, spec: FeatureSpec) -> tuple[Model, Init]:
@@ -216,14 +226,14 @@ def _recipe(model: Model, mode: Mode, terms: tuple[Term, ...], trainee: ConfigDi
 
 def _init(
     recipe: Recipe, init: Init, configs: Sequence[ConfigDict], spec: FeatureSpec
-) -> Callable[[], TrainState]:
+) -> Callable[..., TrainState]:
     keys = jnp.stack([jax.random.key(config.seed) for config in configs])
 
-    def init_group() -> TrainState:
+    def init_group(places: Int[np.ndarray, "n"] | None = None) -> TrainState:
         slots = recipe.row_optimizer.slots(recipe.model.embedding.width)
         return init_state(
             recipe,
-            jax.vmap(lambda key: init(key, slots))(keys),
+            jax.vmap(lambda key: init(key, slots))(keys if places is None else keys[places]),
             len(spec.tasks),
             configs[0].distill.affine,
         )

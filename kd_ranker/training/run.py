@@ -1,13 +1,13 @@
 """A run: the members that one program trains, their batches and devices, ready to take steps."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
 from kd_ranker.batches.cutting import PackedBatches, Span
 from kd_ranker.batches.training import TrainingBatches
-from kd_ranker.training.mapping import DeviceMap
+from kd_ranker.training.mapping import DeviceMap, shared_evenly
 from kd_ranker.training.recipes import Group
 from kd_ranker.training.state import Frozen, Hyperparameters, LiveTeacher, States
 from kd_ranker.training.step import Losses, in_turn, make_step
@@ -18,6 +18,7 @@ class Run(NamedTuple):
 
     Attributes:
       groups: the members to train, all in one program.
+      filled: the same with so many members that the devices share them evenly.
       batches: endless, on the devices already.
       frozen: the arrays that the step reads and does not change, on all devices already.
       devices: the mapping over devices.
@@ -25,6 +26,7 @@ class Run(NamedTuple):
     """
 
     groups: tuple[Group, ...]
+    filled: tuple[Group, ...]
     batches: TrainingBatches
     frozen: Frozen
     devices: DeviceMap
@@ -57,15 +59,22 @@ def make_run(
       frozen: the arrays that the step reads and does not change, on the host or on one device.
       devices: the mapping over devices.
     """
-    steps = in_turn(make_step([group.recipe for group in groups], teacher))
-    states = tuple(jax.eval_shape(group.init) for group in groups)
-    mapped = devices.map_step(steps, states)
-    return Run(tuple(groups), batches, devices.replicate(frozen), devices, mapped)
+    filled = tuple(_filled(group, devices.members) for group in groups)
+    step = make_step([group.recipe for group in groups], teacher, devices.members)
+    states = tuple(jax.eval_shape(group.init) for group in filled)
+    mapped = devices.map_step(in_turn(step), states)
+    return Run(tuple(groups), filled, batches, devices.replicate(frozen), devices, mapped)
+
+
+def _filled(group: Group, parts: int) -> Group:
+    """The group with its last member again until so many parts have equally many."""
+    places = shared_evenly(len(group.names), parts)
+    return group if len(places) == len(group.names) else group.at(places)
 
 
 def initial_states(run: Run) -> States:
     """The states before the first step, made on all devices."""
-    return run.devices.create(lambda: tuple(group.init() for group in run.groups))
+    return run.devices.create(lambda: tuple(group.init() for group in run.filled))
 
 
 def take_steps(
@@ -75,4 +84,13 @@ def take_steps(
 
     All of them are on the devices, and may not be ready yet.
     """
-    return run.take(states, batches, (span, run.numbers), run.frozen)
+    numbers = tuple(group.numbers for group in run.filled)
+    return run.take(states, batches, (span, numbers), run.frozen)
+
+
+def on_host(run: Run, of_groups: Sequence[Any]) -> tuple[Any, ...]:
+    """A pytree of each group, as the devices hold it -> those of its own members, on one device."""
+    return tuple(
+        run.devices.unreplicate(of_group, len(group.names))
+        for group, of_group in zip(run.groups, of_groups, strict=True)
+    )

@@ -4,6 +4,7 @@ The members of a group differ in numbers alone: weights, rates, the seed that dr
 Their arrays are stacked, with a leading axis of members.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -119,6 +120,13 @@ class TrainState:
     unknown_ids: dict[str, Int[Array, ""]]
     owners: dict[str, Int[Array, "rows"]]
 
+
+_SHARED_BY_MEMBERS = ("step", "unknown_ids", "owners")
+_has_members: dict[str, Any] = {
+    field.name: field.name not in _SHARED_BY_MEMBERS for field in dataclasses.fields(TrainState)
+}
+HAS_MEMBERS = TrainState(**_has_members)
+"""True for the parts of a state that have an axis of members; a prefix of every state."""
 
 States = tuple[TrainState, ...]
 """The states of a population, one a group."""

@@ -25,7 +25,7 @@ from kd_ranker.distillation.modes import Transform
 from kd_ranker.distillation.teacher_signal import SIGNALS, Heard
 from kd_ranker.embedding.lookup import Rows, embeddings, gather_rows
 from kd_ranker.models.model import Parameters, apply_model, score
-from kd_ranker.training.mapping import AXIS
+from kd_ranker.training.mapping import AXIS, in_parts
 from kd_ranker.training.state import (
     Frozen,
     Hyperparameters,
@@ -44,17 +44,23 @@ Step = Callable[
 ]
 
 
-def make_step(recipes: Sequence[Recipe], teacher: LiveTeacher | None = None) -> Step:
+def make_step(
+    recipes: Sequence[Recipe], teacher: LiveTeacher | None = None, sharing: int = 1
+) -> Step:
     """Builds the function that one device runs under a mapped axis named `AXIS`.
 
     The batch holds this device's requests; the states are the same on all devices before and after.
     Losses are weighted means over what counts on all devices (entries, or as the loss has it pairs
     or requests), and then over tasks: numerators and denominators are summed over the axis first
     and divided afterwards, so the same global batch gives the same update on any number of devices.
+    Devices along the axis of members hold other members and the same requests, and a member knows
+    nothing of them.
 
     Args:
       recipes: one a group; all of them learn from the same batches.
       teacher: the live teacher; None where probabilities come with the batch.
+      sharing: the number of devices that hold the same requests, `DeviceMap.members`. They share
+        the teacher's pass, and only its probabilities travel.
 
     Returns:
       step(states, batch, hyperparameters, frozen) -> (states, losses), all but the batch and
@@ -68,7 +74,7 @@ def make_step(recipes: Sequence[Recipe], teacher: LiveTeacher | None = None) -> 
         hyperparameters: Sequence[Hyperparameters],
         frozen: Frozen,
     ) -> tuple[States, tuple[Losses, ...]]:
-        whole = with_live_teacher(teacher, batch, frozen)
+        whole = with_live_teacher(teacher, batch, frozen, sharing)
         trained = [
             _train_group(recipe, state, whole, numbers, frozen.items)
             for recipe, state, numbers in zip(recipes, states, hyperparameters, strict=True)
@@ -111,15 +117,19 @@ def in_turn(step: Step) -> Callable[..., tuple[States, tuple[Losses, ...]]]:
 
 
 def with_live_teacher(
-    teacher: LiveTeacher | None, batch: CandidateBatch, frozen: Frozen
+    teacher: LiveTeacher | None, batch: CandidateBatch, frozen: Frozen, sharing: int = 1
 ) -> CandidateBatch:
-    """The batch with the teacher's own probabilities in place of the logged ones."""
+    """The batch with the teacher's own probabilities in place of the logged ones.
+
+    See `make_step` for the arguments.
+    """
     if teacher is None:
         return batch
-    assert frozen.teacher is not None, "a live teacher needs its parameters"
+    parameters, items = frozen.teacher, frozen.items
+    assert parameters is not None, "a live teacher needs its parameters"
     # Scoring is most of such a step, so only candidates that may meet the teacher are scored.
     meets = batch.first(batch.judged) if teacher.stage >= Stage.PASSED else batch
-    logits = score(teacher.model, frozen.teacher, meets, frozen.items)
+    logits = in_parts(lambda part: score(teacher.model, parameters, part, items), meets, sharing)
     scored = meets.stage >= teacher.stage
     return dataclasses.replace(
         batch,

@@ -32,6 +32,16 @@ def test_top_k_may_take_in_all_candidates_where_nothing_looks_at_it():
     checks.validate(config_with(distill__loss="topk", distill__top_k=31))
 
 
+def test_a_batch_is_shared_by_all_devices_where_a_student_trains_alone():
+    """In a sweep they may share its members instead."""
+    config = config_with(batch__requests=6, parallel__members=4)
+    checks.validate(config)
+    with pytest.raises(UserError, match="=6 cannot be shared by 8 devices; take a mult"):
+        checks.check_alone(config)
+    config.parallel.devices = 3
+    checks.check_alone(config)
+
+
 @pytest.mark.parametrize("variant", ["", "paper", "live", "sizes", "small"])
 def test_the_sweeps_of_the_cascade_are_valid(variant):
     checks.validate(cascade_sweep.get_config(variant))
@@ -98,7 +108,27 @@ def test_the_kuairand_configs_are_valid(variant):
         ({"value_weights": (0.0, 0.0, 0.0)}, "value_weights"),
         ({"value_weights": (1.0, -1.0, 1.0)}, "value_weights"),
         ({"value_weights": ("a", "b", "c")}, "value_weights holds 'a'; it takes numbers"),
-        ({"batch__requests": 8, "parallel__devices": 3}, "batch.requests=8 cannot be shared by 3"),
+        (
+            {"parallel__members": 3},
+            "parallel.members=3 does not divide the 8 devices; take one of 1, 2, 4, 8, or 0",
+        ),
+        (
+            {"parallel__members": 2, "batch__requests": 6},
+            "batch.requests=6 cannot be shared by 8 devices with parallel.members=2; take a "
+            "multiple of 4, or parallel.members of 4, 8",
+        ),
+        (
+            {"parallel__members": 2, "sweep__axes__batch__requests": (8, 6)},
+            "batch.requests=6 cannot be shared by 8 devices with parallel.members=2",
+        ),
+        (
+            {"parallel__members": 2, "parallel__mapping": "pmap"},
+            "parallel.mapping='pmap' spreads no members, and parallel.members=2; take 'shard_map'",
+        ),
+        (
+            {"parallel__mapping": "pmap", "batch__requests": 9},
+            "batch.requests=9 cannot be shared by 8 devices; take a multiple of 8, or set parallel",
+        ),
         ({"teacher__batch__requests": 9}, "teacher.batch.requests=9 cannot be shared by 8 devices"),
         ({"parallel__devices": 99}, "parallel.devices=99, but there are 8; 0 takes all"),
         ({"train__steps": 0}, "train.steps=0 must be greater than 0"),

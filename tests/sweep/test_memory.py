@@ -15,8 +15,9 @@ from tests.random_batches import CATEGORY_SPEC, SPEC, random_items
 def test_the_config_says_how_many_train_together_or_else_the_memory_does(monkeypatch):
     config = cascade.get_config("small")
     config.sweep.group_size = 3
-    assert memory.cohort_size(config, [config], SPEC) == 3
+    assert memory.cohort_size(config, [config], SPEC) == (3, 1)
     config.sweep.group_size = 0
+    config.parallel.devices = 1
     wide = config.copy_and_resolve_references()
     wide.distill.mode = "aux"
     one = memory.member_bytes(wide, SPEC)
@@ -26,10 +27,31 @@ def test_the_config_says_how_many_train_together_or_else_the_memory_does(monkeyp
     with_pairs = memory.member_bytes(pairwise, SPEC)
     assert with_pairs > one
     monkeypatch.setattr(memory, "free_memory", lambda _: 8 * with_pairs)
-    assert memory.cohort_size(config, [pairwise, wide, config], SPEC) == 4
+    assert memory.cohort_size(config, [pairwise, wide, config], SPEC) == (4, 1)
     for free, fit in ((0, 1), (one, 1), (20 * one, 10), (20.5 * one, 10)):
         monkeypatch.setattr(memory, "free_memory", lambda _, free=free: free)
-        assert memory.cohort_size(config, [config, wide], SPEC) == fit
+        assert memory.cohort_size(config, [config, wide], SPEC) == (fit, 1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "spread"),
+    [
+        ({}, 8),
+        ({"devices": 2}, 2),
+        ({"members": 4}, 4),
+        ({"mapping": "shard_map"}, 8),
+        ({"mapping": "pmap"}, 1),
+    ],
+    ids=str,
+)
+def test_a_cohort_has_as_many_members_as_fit_each_device_that_they_are_spread_over(
+    monkeypatch, changes, spread
+):
+    config = cascade.get_config("small")
+    one = memory.member_bytes(config, SPEC)
+    monkeypatch.setattr(memory, "free_memory", lambda _: 6 * one)
+    config.parallel.update(changes)
+    assert memory.cohort_size(config, [config], SPEC) == (3, spread)
 
 
 def test_free_memory_is_that_of_the_machine_on_a_cpu():

@@ -1,3 +1,4 @@
+import collections
 import dataclasses
 
 import pytest
@@ -9,7 +10,9 @@ from kd_ranker.config import schema
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.sweep.members import common, sweep_members
+from kd_ranker.sweep.memory import CohortSize
 from kd_ranker.sweep.sweep import open_sweep
+from kd_ranker.training.recipes import shared_part
 
 
 def config_of(data_seeds=(), **sweep):
@@ -28,7 +31,9 @@ def test_every_member_is_in_one_cohort_of_its_order_and_none_is_too_large(
     tmp_path_factory, size, seeds, data_seeds
 ):
     config = config_of(range(data_seeds), seeds=tuple(range(seeds)))
-    sweep = open_sweep(config, tmp_path_factory.mktemp("sweep")).planned(size, under(""))
+    sweep = open_sweep(config, tmp_path_factory.mktemp("sweep")).planned(
+        CohortSize(size), under("")
+    )
     assert sorted(name for cohort in sweep.plan for name in cohort) == sorted(sweep.members)
     for cohort in sweep.cohorts:
         assert len({member.batch.seed for member in cohort.values()}) == 1
@@ -43,9 +48,25 @@ def test_every_member_is_in_one_cohort_of_its_order_and_none_is_too_large(
         assert len(sizes) == -(-3 * seeds // size)
 
 
+@given(blocks=st.integers(1, 4), devices=st.integers(2, 8), seeds=st.integers(1, 9))
+def test_a_device_holds_no_more_members_of_a_cohort_than_fit(
+    tmp_path_factory, blocks, devices, seeds
+):
+    """Three groups, of one member a seed, each spread over all devices."""
+    config = config_of(seeds=tuple(range(seeds)))
+    size = CohortSize(blocks, devices)
+    sweep = open_sweep(config, tmp_path_factory.mktemp("sweep")).planned(size, under(""))
+    assert sorted(name for cohort in sweep.plan for name in cohort) == sorted(sweep.members)
+    for cohort in sweep.cohorts:
+        groups = collections.Counter(map(shared_part, cohort.values()))
+        assert sum(-(-number // devices) for number in groups.values()) <= blocks
+    # No more cohorts than that takes.
+    assert len(sweep.plan) == -(-3 * -(-seeds // devices) // blocks)
+
+
 def test_what_is_added_leaves_the_cohorts_that_are_there_alone(tmp_path):
-    before = open_sweep(config_of(weights=(1.0,)), tmp_path).planned(2, under(""))
-    after = open_sweep(config_of(weights=(1.0, 3.0)), tmp_path).planned(8, under(""))
+    before = open_sweep(config_of(weights=(1.0,)), tmp_path).planned(CohortSize(2), under(""))
+    after = open_sweep(config_of(weights=(1.0, 3.0)), tmp_path).planned(CohortSize(8), under(""))
     assert after.plan[: len(before.plan)] == before.plan
     assert after.plan[len(before.plan) :] == [["aux-weight3.0-seed0", "shared-weight3.0-seed0"]]
 
@@ -53,18 +74,20 @@ def test_what_is_added_leaves_the_cohorts_that_are_there_alone(tmp_path):
 def test_a_plan_is_read_as_it_was_written_and_belongs_to_its_teacher(tmp_path):
     fresh = open_sweep(config_of(), tmp_path)
     assert (fresh.plan, fresh.teachers, fresh.is_complete()) == ([], [], False)
-    planned = fresh.planned(2, under("first"))
+    planned = fresh.planned(CohortSize(2), under("first"))
     again = open_sweep(config_of(), tmp_path)
     assert dataclasses.replace(again, members={}) == dataclasses.replace(planned, members={})
-    assert again.planned(5, under("first")).plan == planned.plan
+    assert again.planned(CohortSize(5), under("first")).plan == planned.plan
     with pytest.raises(UserError, match="under the teacher first, and now it is second"):
-        again.planned(2, under("second"))
+        again.planned(CohortSize(2), under("second"))
 
 
 def test_whole_repeats_are_cohorts_of_their_own_teachers(tmp_path):
     config = config_of(seeds=(0, 7), whole_repeats=True)
     config.teacher.workdir = "runs/teacher"
-    sweep = open_sweep(config, tmp_path).planned(9, lambda member: member.teacher.workdir)
+    sweep = open_sweep(config, tmp_path).planned(
+        CohortSize(9), lambda member: member.teacher.workdir
+    )
     assert sweep.teachers == ["runs/teacher/seed0", "runs/teacher/seed7"]
     for seed, cohort in zip((0, 7), sweep.cohorts, strict=True):
         assert len(cohort) == 3
@@ -92,10 +115,10 @@ def test_what_a_cohort_has_in_common_lacks_the_keys_in_which_its_members_may_dif
 
 def test_an_axis_that_a_sweep_is_extended_by_is_known_of_those_that_it_had(tmp_path):
     """Else a setting would be two: one of the repeats before, and one of those after."""
-    open_sweep(config_of(modes=("shared",)), tmp_path).planned(8, under(""))
+    open_sweep(config_of(modes=("shared",)), tmp_path).planned(CohortSize(8), under(""))
     config = config_of(modes=("shared",), seeds=(0, 1))
     config.sweep.axes.distill.affine = (True, False)
-    sweep = open_sweep(config, tmp_path).planned(8, under(""))
+    sweep = open_sweep(config, tmp_path).planned(CohortSize(8), under(""))
     assert list(map(len, sweep.plan)) == [1, 3]
     passed = {True: 20.0, False: 30.0}
     told = {"split": "validation", "role": "student", "serve": "user", "non_finite_step": None}

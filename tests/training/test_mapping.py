@@ -1,0 +1,157 @@
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from configs import cascade
+from kd_ranker.batch import Stage
+from kd_ranker.batches.columns import columns_of, only_counting
+from kd_ranker.batches.cutting import PackedBatches, Span
+from kd_ranker.models.teacher import FinalRanker
+from kd_ranker.training import recipes
+from kd_ranker.training.mapping import MAPPINGS, members_axis, shares
+from kd_ranker.training.run import initial_states, make_run, on_host, take_steps
+from kd_ranker.training.state import HAS_MEMBERS, Frozen, LiveTeacher
+from tests.batches.packing_by_hand import packed, prepared, starts_of
+from tests.random_batches import SPEC, TEACHER, make_model, random_items
+from tests.requests.random_requests import random_request
+
+REQUESTS, STEPS = 8, 6
+
+
+def config_of(mode, seed, weight=1.0):
+    config = cascade.get_config("small")
+    config.student.update({"width": 8, "interests": 2, "hidden": (16,)})
+    config.distill.update({"mode": mode, "weight": weight})
+    config.seed = seed
+    # Some members end before the others.
+    config.train.steps = STEPS - seed % 2
+    return config
+
+
+# Three groups, of one member, of three and of five: no number of devices beyond one divides them.
+MEMBERS = {
+    "none": config_of("none", 0),
+    **{f"aux-{seed}": config_of("aux", seed) for seed in range(3)},
+    **{f"shared-{seed}": config_of("shared", seed, 1.0 + seed) for seed in range(5)},
+}
+
+
+@functools.cache
+def batches() -> PackedBatches:
+    columns = only_counting(
+        columns_of([random_request(seed) for seed in range(20)], SPEC, None), Stage.RETRIEVED
+    )
+    data, kinds, slots = prepared(columns, 12)
+    rows = np.random.default_rng(0).integers(0, 20, (REQUESTS, STEPS))
+    return packed(data, starts_of(kinds, rows), slots)
+
+
+@functools.cache
+def run_of(mapping, devices, members):
+    """A run of all members under a live teacher, and its states after all steps."""
+    model, parameters = make_model(FinalRanker, len(SPEC.tasks), TEACHER, seed=1)
+    run = make_run(
+        recipes.student_groups(MEMBERS, SPEC),
+        LiveTeacher(model, Stage.RETRIEVED),
+        None,
+        Frozen(random_items(), parameters),
+        MAPPINGS[mapping](jax.devices()[:devices], members),
+    )
+    return run, *trained(run, initial_states(run), 0, STEPS)
+
+
+def trained(run, states, start, stop):
+    """On the host, the states after these steps, and the losses of the last one."""
+    on_devices = run.devices.shard(batches())
+    states, losses = take_steps(run, states, on_devices, Span(start, stop))
+    return jax.tree.map(np.asarray, (on_host(run, states), on_host(run, losses)))
+
+
+def assert_same(states, others, atol):
+    """All but what means nothing between steps."""
+    for one, other in zip(states, others, strict=True):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=0),
+            one.replace(owners={}),
+            other.replace(owners={}),
+        )
+
+
+# Where the devices share no requests, a member does what it does on one device. But the compiler
+# gives products of other numbers of members, and of a part of the teacher's requests, other code,
+# which adds up in another order.
+@pytest.mark.parametrize(
+    ("mapping", "devices", "members"),
+    [("auto", 8, 8), ("shard_map", 8, 4), ("auto", 2, 2), ("shard_map", 2, 1)],
+    ids=["8x1", "4x2", "2x1", "1x2"],
+)
+def test_members_on_devices_of_their_own_are_as_all_on_one(mapping, devices, members):
+    _, expected, expected_losses = run_of("auto", 1, 1)
+    run, states, losses = run_of(mapping, devices, members)
+    assert [len(state.non_finite_step) for state in states] == [1, 3, 5]
+    assert_same(states, expected, atol=1e-5)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5),
+        losses,
+        expected_losses,
+    )
+    # They learned, and not the same.
+    (start,) = (group.init().parameters.tables["item"] for group in run.groups[2:])
+    table = states[2].parameters.tables["item"]
+    assert (np.abs(table - start).max(axis=(1, 2)) > 1e-2).all()
+    assert len({member.tobytes() for member in table}) == len(table)
+
+
+def test_a_run_goes_on_on_another_mesh_as_if_it_had_been_on_it():
+    """What is saved, on the host, is the same on any mesh."""
+    _, expected, _ = run_of("auto", 1, 1)
+    for before, after in (((2, 2), (8, 4)), ((8, 4), (1, 1))):
+        first, second = (run_of("auto", *mesh)[0] for mesh in (before, after))
+        half, _ = trained(first, initial_states(first), 0, 3)
+        again = second.devices.place(half)
+        assert_same(on_host(second, again), half, atol=0)
+        states, _ = trained(second, again, 3, STEPS)
+        assert_same(states, expected, atol=1e-5)
+
+
+def test_a_device_holds_its_own_members_alone_and_they_exchange_nothing():
+    run, *_ = run_of("auto", 8, 8)
+    states = initial_states(run)
+    for state in states:
+        for has_members, leaf in zip(
+            jax.tree.leaves(jax.tree.broadcast(HAS_MEMBERS, state)),
+            jax.tree.leaves(state),
+            strict=True,
+        ):
+            local = leaf.addressable_data(3)
+            assert local.shape == ((1, *leaf.shape[1:]) if has_members else leaf.shape)
+    numbers = tuple(group.numbers for group in run.filled)
+    arguments = states, run.devices.shard(batches()), (Span(0, 1), numbers), run.frozen
+    text = run.take.lower(*arguments).compile().as_text()
+    # Those of a group of devices, and not of each with itself.
+    exchanges = [line for line in text.splitlines() if "replica_groups={{0,1" in line]
+    # Only what the teacher has said: [requests, candidates, tasks].
+    assert [line.split(" = ")[1].split("{")[0] for line in exchanges] == ["f32[8,12,3]"]
+
+
+def test_the_axis_of_members_is_the_least_with_which_a_device_holds_as_few_as_it_can():
+    for devices in (1, 2, 6, 8):
+        for sizes in ([1], [3], [8], [2, 8, 8], [1, 1, 1], [16, 9]):
+            held = {
+                axis: sum(-(-size // axis) for size in sizes)
+                for axis in range(1, devices + 1)
+                if devices % axis == 0
+            }
+            axis = members_axis(devices, sizes, requests=24)
+            assert held[axis] == min(held.values())
+            assert all(held[less] > held[axis] for less in held if less < axis)
+    # A batch that seven devices cannot share leaves none of them over.
+    assert members_axis(7, [3], requests=24) == 7
+    assert shares(64, 32) == [2, 4, 8, 16, 32, 64]
+
+
+def test_pmap_has_no_axis_for_members():
+    with pytest.raises(ValueError, match="none for 2 parts of members"):
+        MAPPINGS["pmap"](jax.devices(), 2)
