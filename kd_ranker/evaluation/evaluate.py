@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from kd_ranker.batch import CandidateBatch, EvaluationBatch, Items
@@ -16,6 +17,7 @@ from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions
 from kd_ranker.evaluation.ranked import Ranked, ranked, ranked_by_teacher
 from kd_ranker.evaluation.totals import Each, add, each_request, request_sums
 from kd_ranker.models.model import Model, Parameters, score
+from kd_ranker.training.mapping import MEMBERS, shared_evenly
 
 Probability = Float[Array, "R N T"]
 Met = dict[str, Bool[Array, "..."]]
@@ -113,7 +115,7 @@ def _of_teacher(
     return _summed(batch, asked)
 
 
-@functools.partial(jax.jit, static_argnames=("serve", "sees_truth", "serves", "asked"))
+@functools.partial(jax.jit, static_argnames=("serve", "sees_truth", "serves", "asked", "mesh"))
 def _of_group(
     serve: Serve,
     parameters: Any,
@@ -125,23 +127,69 @@ def _of_group(
     items: Items,
     value_weights: Float[Array, "T"],
     asked: _Asked,
+    mesh: Mesh | None,
 ) -> dict[str, Summed]:
-    """By serve name, what one batch adds for each member of a group."""
-    seen = evaluation_batch if sees_truth else evaluation_batch.batch
+    """By serve name, what one batch adds for each member of a group, which a mesh may share."""
 
-    def of_member(parameters: Any) -> dict[str, Summed]:
-        served = serve(parameters, seen, items)
+    def of_members(
+        parameters: Any, reference: Any, items: Items, value_weights: Float[Array, "T"]
+    ) -> dict[str, Summed]:
+        probability, weight, whole = reference
+        seen = whole if sees_truth else whole.batch
 
-        def of_serve(name: str) -> Summed:
-            batch = ranked(
-                *(served.probability[name], teacher_probability, teacher_weight, evaluation_batch),
-                *(value_weights, asked.shown, asked.labelled, served.met),
-            )
-            return _summed(batch, asked)
+        def of_member(parameters: Any) -> dict[str, Summed]:
+            served = serve(parameters, seen, items)
 
-        return {name: of_serve(name) for name in serves or served.probability}
+            def of_serve(name: str) -> Summed:
+                batch = ranked(
+                    *(served.probability[name], probability, weight, whole),
+                    *(value_weights, asked.shown, asked.labelled, served.met),
+                )
+                return _summed(batch, asked)
 
-    return jax.vmap(of_member)(parameters)
+            return {name: of_serve(name) for name in serves or served.probability}
+
+        return jax.vmap(of_member)(parameters)
+
+    if mesh:
+        each, everywhere = PartitionSpec(MEMBERS), PartitionSpec()
+        of_members = jax.shard_map(
+            of_members,
+            mesh=mesh,
+            in_specs=(each, everywhere, everywhere, everywhere),
+            out_specs=each,
+            check_vma=False,
+        )
+    reference = teacher_probability, teacher_weight, evaluation_batch
+    return of_members(parameters, reference, items, value_weights)
+
+
+class _Group(NamedTuple):
+    """A group on its devices, the items, and the mesh of several devices; None with one."""
+
+    ranker: Ranker
+    items: Items
+    mesh: Mesh | None
+
+
+def _on_devices(ranker: Ranker, items: Items, devices: Sequence[jax.Device]) -> _Group:
+    """The group with its members spread over devices, the last one again in what is left over."""
+    members = len(jax.tree.leaves(ranker.parameters)[0])
+    of_each = -(-members // max(len(devices), 1))
+    used = devices[: -(-members // of_each)]
+    if len(used) <= 1:
+        return _Group(ranker._replace(parameters=jax.device_put(ranker.parameters)), items, None)
+    mesh = Mesh(np.array(used), (MEMBERS,))
+    places = shared_evenly(members, len(used))
+    # On the host, as no device need hold them all.
+    filled = jax.tree.map(lambda leaf: np.asarray(leaf)[places], ranker.parameters)
+    spread = jax.device_put(filled, NamedSharding(mesh, PartitionSpec(MEMBERS)))
+    return _Group(ranker._replace(parameters=spread), _everywhere(items, mesh), mesh)
+
+
+def _everywhere(tree: Any, mesh: Mesh | None) -> Any:
+    """A pytree on all devices of a mesh; as it is without one."""
+    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec())) if mesh else tree
 
 
 def evaluate(
@@ -154,6 +202,7 @@ def evaluate(
     *,
     serves: Sequence[tuple[str, ...] | None] | None = None,
     ks: Sequence[int] = (),
+    devices: Sequence[jax.Device] = (),
 ) -> tuple[Summed, list[dict[str, Summed]]]:
     """Measures all rankers on the same requests, each read and scored by the teacher once.
 
@@ -166,16 +215,17 @@ def evaluate(
       shown: `config.funnel.shown`.
       serves: the serve names to measure of each group; None takes all.
       ks: the values of k at which the curves of each request are kept; none keeps no request.
+      devices: those to spread the members of a group over; none takes the default one.
 
     Returns:
       What is summed for the teacher, and for each group by serve name, with a leading axis of
-      members.
+      members, and maybe of some that are the last one again.
     """
     weights = jnp.asarray(value_weights, jnp.float32)
     items = jax.device_put(items)
-    groups = [group._replace(parameters=jax.device_put(group.parameters)) for group in groups]
+    on_devices = [_on_devices(group, items, devices) for group in groups]
     of_teacher = _Total(axis=0)
-    of_groups: list[dict[str, _Total]] = [{} for _ in groups]
+    of_groups: list[dict[str, _Total]] = [{} for _ in on_devices]
     for evaluation_batch in batches:
         asked = _Asked(shown, _number_labelled(evaluation_batch), sum_functions(), tuple(ks))
         evaluation_batch = jax.device_put(evaluation_batch)
@@ -190,9 +240,10 @@ def evaluate(
         reference = (probability, weight.astype(jnp.float32), evaluation_batch)
         present = int(evaluation_batch.request_mask.sum())
         of_teacher.add(_of_teacher(*reference, met, weights, asked), present)
-        for index, (group, total) in enumerate(zip(groups, of_groups, strict=True)):
-            names = serves[index] if serves else None
-            served = _of_group(*group, names, *reference, items, weights, asked)
+        for index, (group, total) in enumerate(zip(on_devices, of_groups, strict=True)):
+            names, mesh = serves[index] if serves else None, group.mesh
+            shared = *_everywhere(reference, mesh), group.items, _everywhere(weights, mesh)
+            served = _of_group(*group.ranker, names, *shared, asked, mesh)
             for name, summed in served.items():
                 total.setdefault(name, _Total(axis=1)).add(summed, present)
     if not of_teacher.sums:

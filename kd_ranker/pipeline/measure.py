@@ -34,6 +34,7 @@ from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training import workdir as workdirs
+from kd_ranker.training.mapping import first_devices
 from kd_ranker.training.state import select_member
 
 _NOT_COUNTED = float("nan")
@@ -224,6 +225,7 @@ def _summed(
         config.funnel.shown,
         serves=[names for _, names in groups],
         ks=kept_ks(config) if split == "test" else (),
+        devices=first_devices(config.parallel.devices),
     )
 
 

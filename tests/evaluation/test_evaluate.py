@@ -77,6 +77,24 @@ def test_the_members_of_a_group_are_measured_as_each_alone():
     assert not np.allclose(*group["user"]["user_bce"][:2])
 
 
+@pytest.mark.parametrize("devices", [2, 8])
+def test_devices_share_the_members_of_a_group_and_change_nothing(devices):
+    """Members that they cannot share evenly, beside a group of one, and each request's own sums."""
+    groups, ks = [make_students("aux", (3, 4, 5)), STUDENTS["none"]], (1, 2)
+    with_each = [*BATCHES[:1], evaluation_batch(random_batch(2, spec=SPEC), present=5)]
+    arguments = LIVE, groups, with_each, ITEMS, WEIGHTS, SHOWN
+    teacher, alone = evaluate(*arguments, ks=ks)
+    same_teacher, spread = evaluate(*arguments, ks=ks, devices=jax.devices()[:devices])
+    jax.tree.map(np.testing.assert_array_equal, same_teacher, teacher)
+    for one, other, members in zip(alone, spread, (3, 1), strict=True):
+        for name, of in other.items():
+            cut = jax.tree.map(lambda leaf, members=members: leaf[:members], of)
+            # The compiler adds up in another order where there are fewer members side by side.
+            jax.tree.map(
+                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), cut, one[name]
+            )
+
+
 def test_a_live_teacher_measures_as_the_same_probabilities_logged_for_all():
     def logged(evaluated):
         batch = evaluated.batch

@@ -647,6 +647,35 @@ def test_a_population_that_does_not_fit_is_split_and_ends_the_same(world, swept,
     )
 
 
+def test_a_sweep_on_several_devices_ends_the_same_and_goes_on_on_fewer(world, swept, tmp_path):
+    """Two groups of two members, on four devices: a mesh of two by two."""
+    keys = ["split", "member", "serve"]
+    sweep = {**SWEEP, "train__eval_every": 10, "sweep__weights": (1.0,)}
+    config = world.config(**sweep, parallel__devices=4)
+    saved = checkpoints.save
+
+    class Killed(Exception):
+        pass
+
+    def killed_after_the_first(manager, step, state, *rest):
+        saved(manager, step, state, *rest)
+        assert [len(of_group.non_finite_step) for of_group in state] == [2, 2]
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "save", killed_after_the_first)
+        with pytest.raises(Killed):
+            commands.sweep(config, tmp_path)
+    config.parallel.update({"devices": 2, "members": 2})
+    commands.sweep(config, tmp_path)
+    spread, whole = (table(workdir).set_index(keys) for workdir in (tmp_path, swept))
+    assert sorted(spread.index) == sorted(whole.index)
+    numbers = whole.select_dtypes("number").columns
+    np.testing.assert_allclose(
+        spread.loc[whole.index, numbers], whole[numbers], rtol=2e-3, atol=1e-6, equal_nan=True
+    )
+
+
 def test_a_member_that_diverges_is_marked_and_the_others_go_on(world, tmp_path, caplog):
     axes = {
         "sweep__modes": ("none", "shared"),
