@@ -133,7 +133,7 @@ class _Chance(NamedTuple):
 
 
 class _Cutter(NamedTuple):
-    """What cuts the batches of some steps in a row.
+    """A cutter of the batches of some steps in a row.
 
     Attributes:
       draw: their chance -> which candidates they hold; the disk is told, where it has to read them.

@@ -54,12 +54,12 @@ class Counts(NamedTuple):
     known: Int[np.ndarray, "*n"]
 
     def of(self, requests: Any) -> "Counts":
-        """Those of some of the requests."""
+        """The numbers of some of the requests."""
         return Counts(*(numbers[requests] for numbers in self))
 
 
 class Rows(NamedTuple):
-    """What is known of one kind of entries, those of a request one after the other.
+    """The rows of one kind of entries, those of a request one after the other.
 
     Attributes:
       values: int32 [rows, W], 32 bits a number.
@@ -154,7 +154,7 @@ class Columns:
 
     @property
     def spans(self) -> Parts[packing.Spans]:
-        """Which numbers of a row are of which field."""
+        """The place of each field in a row."""
         return Parts(*(part.spans for part in self.parts))
 
 

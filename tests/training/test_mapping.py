@@ -3,10 +3,10 @@ import functools
 import jax
 import numpy as np
 import pytest
+from kd_ranker.batches.columns import columns_of, only_counting
 
 from configs import cascade
 from kd_ranker.batch import Stage
-from kd_ranker.batches.columns import columns_of, only_counting
 from kd_ranker.batches.cutting import PackedBatches, Span
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.training import recipes
