@@ -64,8 +64,9 @@ def _model(name: str, influences: Influence, sweep: Sweep, *own: Key) -> tuple[K
         Key("item_rows", 0, "hash item ids into so many rows; 0: a row each", NOT_NEGATIVE),
         Key("category_rows", 0, "hash all category ids into so many rows; 0: a row each",
             NOT_NEGATIVE),
-        Key("compute_dtype", "float32", "of the arithmetic; parameters stay float32",
-            COMPUTE_DTYPES),
+        Key("compute_dtype", "float32",
+            "of the arithmetic; fast_float32: float32 but for matrix products, which are as exact "
+            "as a device likes; parameters stay float32", COMPUTE_DTYPES),
         influences=influences,
         sweep=sweep,
     )  # fmt: skip

@@ -22,7 +22,27 @@ from kd_ranker.embedding.lookup import (
     init_table,
 )
 
-COMPUTE_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+class Arithmetic(NamedTuple):
+    """The arithmetic of a model.
+
+    Attributes:
+      dtype: of its arrays within; parameters, tables and logits are float32 whatever it is.
+      precision: of its matrix products and of those in its gradients, one that
+        `jax.default_matmul_precision` takes. A device's default is less than float32 on TPUs and on
+        newer GPUs, and nothing else on CPUs.
+    """
+
+    dtype: Any
+    precision: str
+
+
+COMPUTE_DTYPES = {
+    "float32": Arithmetic(jnp.float32, "highest"),
+    "fast_float32": Arithmetic(jnp.float32, "default"),
+    "bfloat16": Arithmetic(jnp.bfloat16, "default"),
+}
+"""By `compute_dtype`, the arithmetic that it stands for."""
 
 
 class ModuleClass(Protocol):
@@ -52,13 +72,13 @@ class Model(NamedTuple):
     Attributes:
       graph: the module's definition.
       embedding: its tables and lookups.
-      dtype: of its arithmetic; parameters, tables and logits are float32 whatever it is.
+      arithmetic: the way in which it computes.
       reads_history: True if it needs the histories of a batch.
     """
 
     graph: nnx.GraphDef
     embedding: EmbeddingSpec
-    dtype: Any
+    arithmetic: Arithmetic
     reads_history: bool = True
 
 
@@ -142,18 +162,18 @@ def apply_model(
     items: Items,
 ) -> Float[Array, "R N heads"]:
     """The logits of a batch whose rows are gathered; differentiable in `dense` and `embedded`."""
+    dtype, precision = model.arithmetic
 
     def cast(tree: Any) -> Any:
         return jax.tree.map(
-            lambda leaf: (
-                leaf.astype(model.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
-            ),
+            lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
             tree,
         )
 
     module = nnx.merge(model.graph, cast(dense))
     # The item features are cast when they are looked up, not all of them at every step.
-    return module(cast(batch), cast(embedded), items).astype(jnp.float32)
+    with jax.default_matmul_precision(precision):
+        return module(cast(batch), cast(embedded), items).astype(jnp.float32)
 
 
 def score(

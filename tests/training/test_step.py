@@ -15,7 +15,7 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.distillation.teacher_signal import SIGNALS
 from kd_ranker.embedding.lookup import gather_rows, rows_of_ids
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
-from kd_ranker.models.model import apply_model, build_model, score
+from kd_ranker.models.model import COMPUTE_DTYPES, apply_model, build_model, score
 from kd_ranker.models.student import MultiInterest, TwoTower
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.requests.columns import columns_of, needed, only_counting
@@ -877,3 +877,21 @@ def test_bfloat16_computes_coarsely_and_keeps_float32():
     products = [line for line in text.splitlines() if "dot_general" in line]
     assert products
     assert all("bf16" in line for line in products)
+
+
+@pytest.mark.parametrize("name", COMPUTE_DTYPES)
+def test_float32_asks_every_device_for_float32_in_products_and_their_gradients(name):
+    """A device takes less by default, which a CPU does not show."""
+    student, teacher = (config.copy_and_resolve_references() for config in (STUDENT, TEACHER))
+    student.compute_dtype = teacher.compute_dtype = name
+    recipe, state = make_recipe("shared")
+    model, _ = build_model(MultiInterest, SPEC, TASKS, student)
+    live, _ = build_model(FinalRanker, SPEC, TASKS, teacher)
+    step = make_step([recipe._replace(model=model)], LIVE._replace(model=live))
+    numbers = (stack_members([hyperparameters()]),)
+    mapped = MAPPINGS["shard_map"](jax.devices()[:1]).map_step(step)
+    text = mapped.lower((state,), random_batch(0), numbers, FROZEN).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) > 20
+    exact = ["precision = [HIGHEST, HIGHEST]" in line for line in products]
+    assert exact == [name == "float32"] * len(products)
