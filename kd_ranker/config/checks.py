@@ -34,6 +34,7 @@ def validate(config: ConfigDict) -> None:
     _check_tasks(config)
     _check_funnel(config)
     _check_costs(config)
+    _check_platforms()
     _check_devices(config)
 
 
@@ -232,6 +233,16 @@ def _check_costs(config: ConfigDict) -> None:
             f"costs.student.candidate={student.candidate} is of one student, and {sizes[0]} has "
             "several; leave it 0, which takes each one's FLOPs in the teacher's unit"
         )
+
+
+def _check_platforms() -> None:
+    try:
+        jax.local_devices(backend="cpu")
+    except RuntimeError as error:
+        raise UserError(
+            "JAX_PLATFORMS leaves out the CPU, whose compiler counts all FLOPs; add it, as in "
+            "JAX_PLATFORMS=cuda,cpu"
+        ) from error
 
 
 def _check_devices(config: ConfigDict) -> None:

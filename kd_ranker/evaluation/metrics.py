@@ -478,8 +478,8 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             name="flops_per_candidate",
-            formula="FLOPs of the compiled model on one request of N retrieved, over N; heads that "
-            "`serve` does not read are not served, and not counted",
+            formula="FLOPs of the model as compiled for a CPU, wherever it runs, on a request of "
+            "N retrieved, over N; heads that `serve` does not read are not served, and not counted",
             title="FLOPs",
             digits=4,
             better="lower",

@@ -1,3 +1,4 @@
+import jax
 import pytest
 
 from configs import cascade, kuairand, movielens, movielens_1m, movielens_32m, parquet, recflow
@@ -40,6 +41,15 @@ def test_a_batch_is_shared_by_all_devices_where_a_student_trains_alone():
         checks.check_alone(config)
     config.parallel.devices = 3
     checks.check_alone(config)
+
+
+def test_a_machine_that_hides_its_cpu_is_told_before_anything_long(monkeypatch):
+    def hidden(backend):
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    monkeypatch.setattr(jax, "local_devices", hidden)
+    with pytest.raises(UserError, match="JAX_PLATFORMS leaves out the CPU"):
+        checks.validate(config_with())
 
 
 @pytest.mark.parametrize("variant", ["", "paper", "live", "sizes", "small"])

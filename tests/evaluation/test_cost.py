@@ -25,6 +25,24 @@ def test_flops_of_a_large_product_of_arrays_in_a_pytree() -> None:
     assert counted == pytest.approx(2 * 100 * (64 * 128 + 128 * 32), rel=0.01)
 
 
+def test_flops_are_of_a_program_for_one_cpu_wherever_the_arrays_lie(monkeypatch) -> None:
+    """Neither where they lie nor what a step runs on by default has a say."""
+    asked = []
+    compiled = jax.stages.Lowered.compile
+
+    def spied(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        asked.append(program := compiled(lowered))
+        return program
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", spied)
+    left, right = (jax.device_put(jnp.ones((8, 8)), jax.devices()[at]) for at in (2, 3))
+    with jax.default_device(jax.devices()[1]):
+        assert cost.flops(lambda a, b: a @ b, left, right) == 2 * 8 * 8 * 8
+    (program,) = asked
+    places, _ = program.input_shardings
+    assert {device for place in places for device in place.device_set} == {jax.devices("cpu")[0]}
+
+
 def test_no_flops_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(UserError, match="reports no FLOPs"):
         cost.flops(lambda a: a[0], jnp.ones(3))
