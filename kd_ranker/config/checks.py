@@ -258,11 +258,13 @@ def _check_devices(config: ConfigDict) -> None:
             f"parallel.members={members} does not divide the {devices} devices; take one of "
             f"{', '.join(map(str, fitting))}, or 0"
         )
-    if members > 1 and config.parallel.mapping == "pmap":
-        raise UserError(
-            f"parallel.mapping='pmap' spreads no members, and parallel.members={members}; take "
-            "'shard_map' or 'auto'"
-        )
+    wanted = {"members": members > 1, "deterministic": config.parallel.deterministic}
+    for key in (key for key, is_wanted in wanted.items() if is_wanted):
+        if config.parallel.mapping == "pmap":
+            raise UserError(
+                f"parallel.mapping='pmap' cannot do parallel.{key}={config.parallel[key]}; take "
+                "'auto' or 'shard_map'"
+            )
     _check_requests("teacher.batch.requests", config.teacher.batch.requests, devices)
     # Without a word on members, a sweep's own are spread so that the requests fit.
     if members or config.parallel.mapping == "pmap":

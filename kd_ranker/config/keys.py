@@ -254,12 +254,14 @@ _ALL = (
     section(
         "parallel",
         Key("mapping", "auto",
-            "of a step over devices; auto: shard_map on TPUs and for members, pmap elsewhere",
+            "of a step over devices; auto: shard_map on TPUs and for what pmap cannot, else pmap",
             MAPPINGS),
         Key("devices", 0, "devices to use; 0 takes all", NOT_NEGATIVE),
         Key("members", 0,
             "of these, the number to spread a sweep's members over, while the others share the "
             "requests; 0: by their numbers", NOT_NEGATIVE),
+        Key("deterministic", False,
+            "on GPUs, the same bits each time that a step is taken, which costs sorts"),
         influences="nothing",
     ),
     section(

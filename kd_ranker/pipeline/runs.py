@@ -55,7 +55,7 @@ def device_mapping(config: ConfigDict, sizes: Sequence[int], requests: int) -> D
         members = parallel.members
     else:
         members = members_axis(len(devices), sizes, requests)
-    return MAPPINGS[parallel.mapping](devices, members)
+    return MAPPINGS[parallel.mapping](devices, members, parallel.deterministic)
 
 
 def batches_of_run(

@@ -126,10 +126,12 @@ class DeviceMap(NamedTuple):
     unreplicate: Callable[..., Any]
 
 
-def pmap(devices: Sequence[jax.Device], members: int = 1) -> DeviceMap:
+def pmap(devices: Sequence[jax.Device], members: int = 1, deterministic: bool = False) -> DeviceMap:
     """Maps by `jax.pmap`: every array carries a leading axis of devices, which share requests."""
     if members != 1:
         raise ValueError(f"pmap has one axis, of requests, and none for {members} parts of members")
+    if deterministic and _on_gpu(devices):
+        raise ValueError("pmap takes no options for the compiler, such as for deterministic sums")
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
 
     def put(tree: Any) -> Any:
@@ -171,7 +173,9 @@ def pmap(devices: Sequence[jax.Device], members: int = 1) -> DeviceMap:
     )
 
 
-def shard_map(devices: Sequence[jax.Device], members: int = 1) -> DeviceMap:
+def shard_map(
+    devices: Sequence[jax.Device], members: int = 1, deterministic: bool = False
+) -> DeviceMap:
     """Maps by `jax.shard_map` over a mesh of both axes: arrays keep their global shapes.
 
     On a TPU it lays tables out row by row. Left alone, XLA would lay them out column by column
@@ -180,11 +184,14 @@ def shard_map(devices: Sequence[jax.Device], members: int = 1) -> DeviceMap:
     Args:
       devices: those to use.
       members: the number of them to spread members over, a divisor of theirs.
+      deterministic: on GPUs, whether a step gives the same bits each time. Its sums over equal ids,
+        which threads add to as they come, are then made in an order of their own, with sorts.
     """
     mesh = Mesh(np.array(devices).reshape(members, -1), (MEMBERS, AXIS))
     everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
     of_members = PartitionSpec(MEMBERS) if members > 1 else everywhere
     by_rows = devices[0].platform == "tpu"
+    options = {"xla_gpu_deterministic_ops": True} if deterministic and _on_gpu(devices) else None
 
     def specs(states: States) -> States:
         """The way in which each array of the states is split."""
@@ -251,7 +258,12 @@ def shard_map(devices: Sequence[jax.Device], members: int = 1) -> DeviceMap:
 
         laid_out = None if states is None else places(states, specs(states))
         of_losses = NamedSharding(mesh, of_members)
-        return jax.jit(mapped, donate_argnums=0, out_shardings=(laid_out, of_losses))
+        return jax.jit(
+            mapped,
+            donate_argnums=0,
+            out_shardings=(laid_out, of_losses),
+            compiler_options=options,
+        )
 
     def unreplicate(tree: Any, number: int | None = None) -> Any:
         def on_one(array: jax.Array) -> Any:
@@ -273,10 +285,16 @@ def shard_map(devices: Sequence[jax.Device], members: int = 1) -> DeviceMap:
     )
 
 
-def auto(devices: Sequence[jax.Device], members: int = 1) -> DeviceMap:
-    """`shard_map` on TPUs, for how it lays tables out there, and for members; else `pmap`."""
-    on_tpu = devices[0].platform == "tpu"
-    return shard_map(devices, members) if on_tpu or members > 1 else pmap(devices)
+def auto(devices: Sequence[jax.Device], members: int = 1, deterministic: bool = False) -> DeviceMap:
+    """`shard_map` on TPUs, for how it lays tables out, and for what `pmap` cannot do; or that."""
+    needs_mesh = members > 1 or (deterministic and _on_gpu(devices))
+    if needs_mesh or devices[0].platform == "tpu":
+        return shard_map(devices, members, deterministic)
+    return pmap(devices)
+
+
+def _on_gpu(devices: Sequence[jax.Device]) -> bool:
+    return devices[0].platform == "gpu"
 
 
 MAPPINGS: dict[str, Callable[..., DeviceMap]] = {

@@ -133,7 +133,11 @@ def test_the_kuairand_configs_are_valid(variant):
         ),
         (
             {"parallel__members": 2, "parallel__mapping": "pmap"},
-            "parallel.mapping='pmap' spreads no members, and parallel.members=2; take 'shard_map'",
+            "parallel.mapping='pmap' cannot do parallel.members=2; take 'auto' or 'shard_map'",
+        ),
+        (
+            {"parallel__deterministic": True, "parallel__mapping": "pmap"},
+            "parallel.mapping='pmap' cannot do parallel.deterministic=True; take 'auto'",
         ),
         (
             {"parallel__mapping": "pmap", "batch__requests": 9},

@@ -1,6 +1,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from kd_ranker.batches.columns import columns_of, only_counting
@@ -9,7 +10,7 @@ from configs import cascade
 from kd_ranker.batch import Stage
 from kd_ranker.batches.cutting import PackedBatches, Span
 from kd_ranker.models.teacher import FinalRanker
-from kd_ranker.training import recipes
+from kd_ranker.training import mapping, recipes
 from kd_ranker.training.mapping import MAPPINGS, members_axis, shares
 from kd_ranker.training.run import initial_states, make_run, on_host, take_steps
 from kd_ranker.training.state import HAS_MEMBERS, Frozen, LiveTeacher
@@ -150,6 +151,27 @@ def test_the_axis_of_members_is_the_least_with_which_a_device_holds_as_few_as_it
     # A batch that seven devices cannot share leaves none of them over.
     assert members_axis(7, [3], requests=24) == 7
     assert shares(64, 32) == [2, 4, 8, 16, 32, 64]
+
+
+def test_a_deterministic_step_asks_the_compiler_of_gpus_for_it(monkeypatch):
+    """Which XLA's compiler for CPUs takes as well, and has no use for."""
+    options = []
+    jit = jax.jit
+
+    def spied(*arguments, **how):
+        options.append(how.get("compiler_options"))
+        return jit(*arguments, **how)
+
+    monkeypatch.setattr(jax, "jit", spied)
+    for on_gpu, expected in ((False, None), (True, {"xla_gpu_deterministic_ops": True})):
+        monkeypatch.setattr(mapping, "_on_gpu", lambda _, on_gpu=on_gpu: on_gpu)
+        spread = MAPPINGS["shard_map"](jax.devices()[:1], deterministic=True)
+        double = spread.map_step(lambda states, *_: (states, jnp.ones(())))
+        double((), (), (), ())
+        assert options.pop() == expected
+    with pytest.raises(ValueError, match="takes no options"):
+        MAPPINGS["pmap"](jax.devices(), deterministic=True)
+    assert MAPPINGS["auto"](jax.devices()[:1], deterministic=True).members == 1
 
 
 def test_pmap_has_no_axis_for_members():
