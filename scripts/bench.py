@@ -8,6 +8,7 @@
     from_disk    train steps with batches from files against batches from memory
     scoring      one request of 2,000 candidates, the student against the teacher
     sweep        16 members as one sweep against as many runs of `experiments.train`
+    device       all of these, and more: the first command on a device that was never measured
     layout       ways of updating the tables of a population within one program
 
 `docs/benchmarks.md` holds what they measured and what bounds it. `--profile` keeps a trace of the
@@ -29,7 +30,16 @@ sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 
-NAMES = ("train_step", "table_size", "pipeline", "from_disk", "scoring", "sweep", "layout")
+NAMES = (
+    "train_step",
+    "table_size",
+    "pipeline",
+    "from_disk",
+    "scoring",
+    "sweep",
+    "layout",
+    "device",
+)
 # As scripts/run.sh sets it: memory in pages of 2 MiB. With small ones, a step over a large table
 # waits for where its rows lie as well as for the rows.
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
@@ -46,6 +56,7 @@ def main() -> None:
     parser.add_argument("--profile", help="a folder for a trace by jax.profiler")
     parser.add_argument("--members", type=int, default=16, help="sweep and layout: how many")
     parser.add_argument("--steps", type=int, help="sweep: instead of the config's train.steps")
+    parser.add_argument("--benchmarks", nargs="+", choices=NAMES[:-1], help="device: these alone")
     arguments = parser.parse_args()
     if os.environ.setdefault("GLIBC_TUNABLES", HUGE_PAGES) == HUGE_PAGES and not started_with_it():
         os.execv(sys.executable, [sys.executable, *sys.argv])

@@ -29,11 +29,12 @@ class Program:
         items: Items,
         batch: CandidateBatch,
         teacher: Teacher | None = None,
+        deterministic: bool = False,
     ):
         """Compiles a single step of the members, for batches like `batch`."""
         config = next(iter(members.values()))
         stage = recipes.TEACHER_STAGES[config.teacher.stage]
-        devices = MAPPINGS["shard_map"](jax.devices()[:1])
+        devices = MAPPINGS["shard_map"](jax.devices()[:1], deterministic=deterministic)
         self.batch = devices.shard(batch)
         groups = recipes.student_groups(members, spec)
         live = LiveTeacher(teacher.model, stage) if teacher else None
