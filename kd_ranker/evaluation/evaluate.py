@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from kd_ranker.batch import CandidateBatch, EvaluationBatch, Items
-from kd_ranker.distillation.modes import Mode
+from kd_ranker.distillation.modes import Mode, ToProbability
 from kd_ranker.embedding.lookup import was_trained
 from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions
 from kd_ranker.evaluation.ranked import Ranked, ranked, ranked_by_teacher
@@ -59,12 +59,19 @@ class Ranker(NamedTuple):
 
 
 def make_serve(model: Model, mode: Mode) -> Serve:
-    """Compiles what a model says of a batch: (parameters, batch, items) -> `Served`."""
+    """Compiles what a model says of a batch: (parameters, batch, items) -> `Served`.
 
+    Equal models get the same function, so that each measurement finds the programs of those before.
+    """
+    return _make_serve(model, tuple(mode.serve.items()))
+
+
+@functools.lru_cache(maxsize=64)
+def _make_serve(model: Model, probabilities: tuple[tuple[str, ToProbability], ...]) -> Serve:
     def serve(parameters: Parameters, batch: CandidateBatch, items: Items) -> Served:
         logits = score(model, parameters, batch, items)
         return Served(
-            {name: probability(logits) for name, probability in mode.serve.items()},
+            {name: probability(logits) for name, probability in probabilities},
             was_trained(model.embedding, parameters.tables, batch, items),
         )
 

@@ -8,6 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict
 from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
@@ -120,7 +121,8 @@ def build_model(
         )
         if any(lookup.table == name for lookup in lookups.values())
     }
-    embedding = EmbeddingSpec(config.width, tables, lookups)
+    # Frozen, so that models can be compared: equal ones share compiled programs.
+    embedding = EmbeddingSpec(config.width, FrozenDict(tables), FrozenDict(lookups))
 
     def dense_of(key: PRNGKeyArray) -> tuple[nnx.GraphDef, Any]:
         return nnx.split(module(spec, heads, config, rngs=nnx.Rngs(params=key)), nnx.Param)
