@@ -4,21 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kd_ranker.batches.columns import columns_of, only_counting
 
 from configs import cascade
 from kd_ranker.batch import Stage
-from kd_ranker.batches.cutting import PackedBatches, Span
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.training import mapping, recipes
 from kd_ranker.training.mapping import MAPPINGS, members_axis, shares
-from kd_ranker.training.run import initial_states, make_run, on_host, take_steps
+from kd_ranker.training.run import initial_states, make_run, on_host
 from kd_ranker.training.state import HAS_MEMBERS, Frozen, LiveTeacher
-from tests.batches.packing_by_hand import packed, prepared, starts_of
-from tests.random_batches import SPEC, TEACHER, make_model, random_items
-from tests.requests.random_requests import random_request
+from kd_ranker.training.step import make_step
+from tests.random_batches import SPEC, TEACHER, make_model, random_batch, random_items
 
-REQUESTS, STEPS = 8, 6
+STEPS = 6
+BATCHES = [random_batch(seed, requests=8, candidates=5) for seed in range(STEPS)]
 
 
 def config_of(mode, seed, weight=1.0):
@@ -40,33 +38,31 @@ MEMBERS = {
 
 
 @functools.cache
-def batches() -> PackedBatches:
-    columns = only_counting(
-        columns_of([random_request(seed) for seed in range(20)], SPEC, None), Stage.RETRIEVED
-    )
-    data, kinds, slots = prepared(columns, 12)
-    rows = np.random.default_rng(0).integers(0, 20, (REQUESTS, STEPS))
-    return packed(data, starts_of(kinds, rows), slots)
-
-
-@functools.cache
 def run_of(mapping, devices, members):
     """A run of all members under a live teacher, and its states after all steps."""
     model, parameters = make_model(FinalRanker, len(SPEC.tasks), TEACHER, seed=1)
+    teacher = LiveTeacher(model, Stage.RETRIEVED)
     run = make_run(
         recipes.student_groups(MEMBERS, SPEC),
-        LiveTeacher(model, Stage.RETRIEVED),
+        teacher,
         None,
         Frozen(random_items(), parameters),
         MAPPINGS[mapping](jax.devices()[:devices], members),
     )
+    step = make_step([group.recipe for group in run.groups], teacher, run.devices.members)
+    # A step on a batch by itself.
+    run = run._replace(take=run.devices.map_step(step, jax.eval_shape(lambda: initial_states(run))))
     return run, *trained(run, initial_states(run), 0, STEPS)
+
+
+def numbers_of(run):
+    return tuple(group.numbers for group in run.filled)
 
 
 def trained(run, states, start, stop):
     """On the host, the states after these steps, and the losses of the last one."""
-    on_devices = run.devices.shard(batches())
-    states, losses = take_steps(run, states, on_devices, Span(start, stop))
+    for batch in BATCHES[start:stop]:
+        states, losses = run.take(states, run.devices.shard(batch), numbers_of(run), run.frozen)
     return jax.tree.map(np.asarray, (on_host(run, states), on_host(run, losses)))
 
 
@@ -128,13 +124,12 @@ def test_a_device_holds_its_own_members_alone_and_they_exchange_nothing():
         ):
             local = leaf.addressable_data(3)
             assert local.shape == ((1, *leaf.shape[1:]) if has_members else leaf.shape)
-    numbers = tuple(group.numbers for group in run.filled)
-    arguments = states, run.devices.shard(batches()), (Span(0, 1), numbers), run.frozen
+    arguments = states, run.devices.shard(BATCHES[0]), numbers_of(run), run.frozen
     text = run.take.lower(*arguments).compile().as_text()
     # Those of a group of devices, and not of each with itself.
     exchanges = [line for line in text.splitlines() if "replica_groups={{0,1" in line]
     # Only what the teacher has said: [requests, candidates, tasks].
-    assert [line.split(" = ")[1].split("{")[0] for line in exchanges] == ["f32[8,12,3]"]
+    assert [line.split(" = ")[1].split("{")[0] for line in exchanges] == ["f32[8,5,3]"]
 
 
 def test_the_axis_of_members_is_the_least_with_which_a_device_holds_as_few_as_it_can():
