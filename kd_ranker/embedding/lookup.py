@@ -7,8 +7,8 @@ A table is one array [rows, W]. A row of it holds side by side all that training
 
     embedding (D) | number of its updates (1) | slots of the optimiser (W - D - 1)
 
-so that it is fetched from memory once a step and written back once. The last row is reserved for
-ids that have none of their own.
+so that it is fetched from memory once a step and written back once. The row behind those of the ids
+is reserved for ids that have none of their own.
 """
 
 from collections.abc import Callable, Mapping
@@ -23,6 +23,9 @@ from kd_ranker.batch import CandidateBatch, Items
 Tables = dict[str, Float[Array, "rows W"]]
 Rows = dict[str, Float[Array, "... W"]]
 
+# A TPU lays rows out so many at a time. Where they fill that up, the tables of several members side
+# by side are one long table, without a copy.
+_ROWS_TOGETHER = 8
 # The rows that are drawn at a time, so that a large table needs no memory beside its own.
 _BLOCK = 1 << 16
 
@@ -55,8 +58,8 @@ class TableSpec(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """The length of the table."""
-        return self.size + 1
+        """The length of the table; nothing uses what is behind the reserved row."""
+        return -(-(self.size + 1) // _ROWS_TOGETHER) * _ROWS_TOGETHER
 
 
 class EmbeddingSpec(NamedTuple):
@@ -160,15 +163,19 @@ def gather_to_serve(
     served = {}
     trained = was_trained(spec, tables, batch, items)
     for name, lookup in spec.lookups.items():
-        table = tables[lookup.table]
-        row = jnp.where(trained[name], _rows(spec, lookup, batch, items), table.shape[0] - 1)
-        served[name] = _read(table, row, spec.width)
+        reserved = spec.tables[lookup.table].size
+        row = jnp.where(trained[name], _rows(spec, lookup, batch, items), reserved)
+        served[name] = _read(tables[lookup.table], row, spec.width)
     return served
 
 
-def without_slots(spec: EmbeddingSpec, tables: Tables) -> Tables:
-    """The tables as far as serving needs them, [rows, D + 1]."""
-    return {name: table[:, : spec.width + 1] for name, table in tables.items()}
+def without_slots(spec: EmbeddingSpec, tables: Tables, lanes: int = 1) -> Tables:
+    """The tables as far as serving needs them, [rows, D + 1].
+
+    Where a device lays out whole `lanes` of numbers, slots stay in what it would only pad.
+    """
+    columns = -(-(spec.width + 1) // lanes) * lanes
+    return {name: table[:, :columns] for name, table in tables.items()}
 
 
 def was_trained(

@@ -135,10 +135,11 @@ def test_a_fresh_table_is_normal_but_for_its_reserved_row(monkeypatch, size):
     # Several blocks, the last of which reaches back.
     monkeypatch.setattr("kd_ranker.embedding.lookup._BLOCK", 7)
     table = np.asarray(init_table(TableSpec(size, False), 50, 3, 0.5, jax.random.key(0)))
-    assert table.shape == (size + 1, 54)
+    # Rows are a multiple of 8, behind those of the ids and the reserved one.
+    assert table.shape == ({1: 8, 5: 8, 100: 104}[size], 54)
     assert (table[:, 50:] == 0).all()
-    assert (table[-1] == 0).all()
-    drawn = table[:-1, :50]
+    assert (table[size:] == 0).all()
+    drawn = table[:size, :50]
     assert len(np.unique(drawn, axis=0)) == size
     np.testing.assert_allclose(drawn.std(), 0.5, rtol=4 / np.sqrt(2 * drawn.size))
     np.testing.assert_allclose(drawn.mean(), 0, atol=4 * 0.5 / np.sqrt(drawn.size))
@@ -152,7 +153,10 @@ def test_rows_that_training_never_met_are_served_by_the_reserved_one():
         "category": np.arange(0, CATEGORY_SPEC.num_categories, 3),
     }
     tables = {
-        name: table.at[trained[name], WIDTH].set(3.0).at[-1, :WIDTH].set(9.0)
+        name: table.at[trained[name], WIDTH]
+        .set(3.0)
+        .at[EMBEDDING.tables[name].size, :WIDTH]
+        .set(9.0)
         for name, table in tables.items()
     }
     # One that is far out of range.
@@ -166,6 +170,8 @@ def test_rows_that_training_never_met_are_served_by_the_reserved_one():
         assert (np.asarray(served[name])[~met] == 9).all()
     slim = without_slots(EMBEDDING, tables)
     assert {table.shape[1] for table in slim.values()} == {WIDTH + 1}
+    wider = without_slots(EMBEDDING, tables, lanes=WIDTH + 2)
+    assert {table.shape[1] for table in wider.values()} == {WIDTH + 2}
     jax.tree.map(
         np.testing.assert_array_equal, gather_to_serve(EMBEDDING, slim, batch, ITEMS), served
     )

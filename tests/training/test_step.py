@@ -789,8 +789,9 @@ def test_ids_out_of_range_train_the_reserved_row_and_are_counted(devices, spec):
     assert after.unknown_ids == unknown
     width, before = STUDENT.width, alone(state).parameters.tables
     for name, table in after.parameters.tables.items():
-        assert 1 <= table[-1, width] <= 2
-        assert (table[-1, :width] != 0).any()
+        reserved = recipe.model.embedding.tables[name].size
+        assert 1 <= table[reserved, width] <= 2
+        assert (table[reserved, :width] != 0).any()
         # Nothing is clamped: a row at either end changes only if its own id occurs.
         of_items = np.concatenate([batch.item_id[batch.stage > 0] for batch in batches])
         met = {
@@ -802,24 +803,24 @@ def test_ids_out_of_range_train_the_reserved_row_and_are_counted(devices, spec):
                 + [batch.candidate_category[batch.stage > 0].ravel() for batch in batches]
             ),
         }[name]
-        for row in set(range(len(table) - 1)) - set(met.tolist()):
+        for row in set(range(len(table))) - {reserved, *met.tolist()}:
             np.testing.assert_array_equal(table[row], before[name][row])
 
 
 def test_devices_exchange_ids_and_rows_and_nothing_of_a_tables_size():
-    spec = CATEGORY_SPEC
+    # No other array has as many rows as one of these tables.
+    spec = dataclasses.replace(CATEGORY_SPEC, num_users=990)
     recipe, state = make_recipe("shared", "adam", spec=spec)
     teacher, frozen = world_of(spec)
     spread = MAPPINGS["shard_map"](jax.devices()[:2])
     numbers = (stack_members([hyperparameters()]),)
     step = spread.map_step(make_step([recipe], teacher))
-    batch = random_batch(0, requests=8, candidates=5, spec=spec)
+    batch = random_batch(0, requests=8, candidates=9, spec=spec)
     text = step.lower((state,), batch, numbers, frozen).compile()
     lines = text.as_text().splitlines()
     exchanges = [line for line in lines if " all-gather(" in line or " all-reduce(" in line]
     assert exchanges
-    sizes = {"user": spec.num_users, "item": spec.num_items, "category": spec.num_categories}
-    for rows in (sizes[name] + 1 for name in state.parameters.tables):
+    for rows in (table.rows for table in recipe.model.embedding.tables.values()):
         assert any(f",{rows}," in line for line in lines)  # the table itself
         assert not any(f",{rows}," in line or f"[{rows}," in line for line in exchanges)
         # A gradient would have the table's rows and an embedding's width.
@@ -835,7 +836,7 @@ def test_hashed_tables_train_under_both_mappings():
     parameters = jax.jit(lambda: stack_members([init(jax.random.key(0), 0)]))()
     state = init_state(recipe, parameters, TASKS, True)
     assert {name: table.shape[1] for name, table in parameters.tables.items()} == {
-        "user": 6, "item": 8, "category": 101
+        "user": 8, "item": 8, "category": 104
     }  # fmt: skip
     batch = random_batch(0, spec=spec)
     batch.item_id[0, 0] = batch.request_category[0, 0] = 10**9
@@ -845,7 +846,7 @@ def test_hashed_tables_train_under_both_mappings():
     assert_close(one.parameters, other.parameters, 1e-6)
     assert one.unknown_ids == {"user": 0, "item": 0, "category": 0}
     for name in ("item", "category"):
-        assert (one.parameters.tables[name][-1] == 0).all()
+        assert (one.parameters.tables[name][model.embedding.tables[name].size :] == 0).all()
     # What only fills up has a hash as well, of a row that it must not train.
     table = model.embedding.tables["category"]
     row_of_filler = int(rows_of_ids(table, jnp.array(-1)))
