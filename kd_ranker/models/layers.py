@@ -96,7 +96,10 @@ def _of_items(
     is_known = (item_id >= 0) & (item_id < known.shape[0])
     row = jnp.where(is_known, item_id, 0)
     read = jnp.asarray(known).at[row].get(mode="promise_in_bounds", wrap_negative_indices=False)
-    return jnp.where(is_known[..., None], read[..., :columns], missing)
+    # A product with 1 keeps the read apart from what follows: a TPU, whose matrix products take
+    # bfloat16, would convert all of the matrix before it reads a few rows of it.
+    there = is_known[..., None]
+    return jnp.where(there, read[..., :columns] * there.astype(known.dtype), missing)
 
 
 def category_shares(
