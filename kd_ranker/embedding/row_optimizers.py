@@ -197,3 +197,28 @@ correction counts a row's own updates, not the steps of the run. For a row that 
 it is Adam itself."""
 
 ROW_OPTIMIZERS: dict[str, RowOptimizer] = {"adagrad": adagrad, "adam": adam, "sgd": sgd}
+
+TPU_LANES = 128
+"""The numbers that a TPU lays out together: it pads each row to whole ones of these."""
+
+
+def tpu_row(width: int, optimizer: RowOptimizer) -> tuple[int, int]:
+    """The numbers of a row of training's tables, and those that a TPU has room for in its place.
+
+    >>> tpu_row(64, adam)
+    (193, 256)
+    """
+    numbers = width + 1 + optimizer.slots(width)
+    return numbers, -(-numbers // TPU_LANES) * TPU_LANES
+
+
+def tpu_widths(width: int, optimizer: RowOptimizer) -> list[int]:
+    """The widths on either side of `width` of which no larger one takes as much of a TPU's memory.
+
+    >>> tpu_widths(64, adam), tpu_widths(32, adam), tpu_widths(64, adagrad)
+    ([42, 85], [42], [126])
+    """
+    near = range(1, width + TPU_LANES)
+    best = [at for at in near if tpu_row(at, optimizer)[1] < tpu_row(at + 1, optimizer)[1]]
+    below, above = [at for at in best if at <= width], [at for at in best if at > width]
+    return below[-1:] + above[:1]

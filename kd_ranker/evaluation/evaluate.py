@@ -17,7 +17,7 @@ from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions
 from kd_ranker.evaluation.ranked import Ranked, ranked, ranked_by_teacher
 from kd_ranker.evaluation.totals import Each, add, each_request, request_sums
 from kd_ranker.models.model import Model, Parameters, score
-from kd_ranker.training.mapping import MEMBERS, shared_evenly
+from kd_ranker.training.mapping import MEMBERS, places, put, shared_evenly
 
 Probability = Float[Array, "R N T"]
 Met = dict[str, Bool[Array, "..."]]
@@ -185,12 +185,13 @@ def _on_devices(ranker: Ranker, items: Items, devices: Sequence[jax.Device]) -> 
     of_each = -(-members // max(len(devices), 1))
     used = devices[: -(-members // of_each)]
     if len(used) <= 1:
-        return _Group(ranker._replace(parameters=jax.device_put(ranker.parameters)), items, None)
+        return _Group(ranker._replace(parameters=put(ranker.parameters)), items, None)
     mesh = Mesh(np.array(used), (MEMBERS,))
-    places = shared_evenly(members, len(used))
+    evenly = shared_evenly(members, len(used))
     # On the host, as no device need hold them all.
-    filled = jax.tree.map(lambda leaf: np.asarray(leaf)[places], ranker.parameters)
-    spread = jax.device_put(filled, NamedSharding(mesh, PartitionSpec(MEMBERS)))
+    filled = jax.tree.map(lambda leaf: np.asarray(leaf)[evenly], ranker.parameters)
+    split = NamedSharding(mesh, PartitionSpec(MEMBERS))
+    spread = jax.device_put(filled, places(filled, split))
     return _Group(ranker._replace(parameters=spread), _everywhere(items, mesh), mesh)
 
 
@@ -260,6 +261,27 @@ def evaluate(
     ]
 
 
+def lower_for_group(
+    group: Ranker, batch: EvaluationBatch, items: Items, tasks: int, shown: int
+) -> jax.stages.Lowered:
+    """The program of `evaluate` for a group, which a logged teacher judges, lowered, not compiled.
+
+    Args:
+      group: its parameters may be abstract, as may `batch` and `items`; where these lie is where
+        the program is for.
+      batch: of the size of those to come.
+      items: what is known of the items.
+      tasks: T.
+      shown: `config.funnel.shown`, of which all are labelled.
+    """
+    candidates = batch.batch
+    judged = (candidates.teacher_probability, candidates.teacher_weight)
+    weights = jax.ShapeDtypeStruct((tasks,), jnp.float32)
+    labelled = _bound_of_labelled(shown, candidates.labelled)
+    asked = _Asked(shown, labelled, sum_functions(), ())
+    return _of_group.lower(*group, None, *judged, batch, items, weights, asked, None)
+
+
 class _Total:
     """The sums of the batches so far, on the host."""
 
@@ -281,7 +303,11 @@ class _Total:
 
 
 def _number_labelled(evaluation_batch: EvaluationBatch) -> int:
-    """A bound on the labelled candidates of a request: a power of 2, so that few are compiled."""
+    """A bound on the labelled candidates of a request."""
     label_weight = np.asarray(evaluation_batch.batch.label_weight)
-    most = int((label_weight > 0).sum(axis=1).max())
-    return min(max(_FEW_LABELS, 1 << (most - 1).bit_length() if most else 0), label_weight.shape[1])
+    return _bound_of_labelled(int((label_weight > 0).sum(axis=1).max()), label_weight.shape[1])
+
+
+def _bound_of_labelled(most: int, candidates: int) -> int:
+    """A bound on a number of candidates: a power of 2, so that few programs are compiled."""
+    return min(max(_FEW_LABELS, 1 << (most - 1).bit_length() if most else 0), candidates)

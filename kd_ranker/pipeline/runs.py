@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -29,7 +30,7 @@ from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.loop import Evaluate, fit, scalar_name
 from kd_ranker.training.mapping import MAPPINGS, DeviceMap, first_devices, members_axis
 from kd_ranker.training.recipes import TEACHER_STAGES, Group
-from kd_ranker.training.run import Run, make_run
+from kd_ranker.training.run import Run, abstract_states, make_run, padding_of
 from kd_ranker.training.state import (
     Frozen,
     LiveTeacher,
@@ -39,16 +40,22 @@ from kd_ranker.training.state import (
 )
 
 
-def device_mapping(config: ConfigDict, sizes: Sequence[int], requests: int) -> DeviceMap:
+def device_mapping(
+    config: ConfigDict,
+    sizes: Sequence[int],
+    requests: int,
+    devices: Sequence[jax.Device] | None = None,
+) -> DeviceMap:
     """The mapping of `config.parallel` over its devices.
 
     Args:
       config: the config.
       sizes: the number of members of each group.
       requests: of a batch.
+      devices: the devices; None takes those that the config asks for.
     """
     parallel = config.parallel
-    devices = first_devices(parallel.devices)
+    devices = first_devices(parallel.devices) if devices is None else devices
     if parallel.mapping == "pmap":
         members = 1
     elif parallel.members and sum(sizes) > 1:
@@ -164,7 +171,7 @@ def trained_students(
     They are those of the newest checkpoint that can be read; none at step 0 if there is none.
     """
     groups = recipes.student_groups(members, dataset.spec)
-    abstract = tuple(jax.eval_shape(group.init) for group in groups)
+    abstract = abstract_states(groups)
     with checkpoints.open_manager(workdir) as manager:
         states, step = checkpoints.restore(manager, abstract, None, whose)
     return (_students_of(groups)(states) if step else []), step
@@ -230,6 +237,9 @@ def prepare_run(
     """The run of these groups on the batches of `section`: `config`, or `config.teacher`."""
     sizes = [len(group.names) for group in groups]
     mapping = device_mapping(config, sizes, section.batch.requests)
+    if jax.devices()[0].platform == "tpu":
+        for line in padding_of(groups):
+            logging.warning("%s", line)
     stage = TEACHER_STAGES[config.teacher.stage]
     teacher = LiveTeacher(live.model, stage) if live else None
     needs = recipes.needs(groups, teacher, stage)

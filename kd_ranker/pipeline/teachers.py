@@ -14,6 +14,7 @@ from kd_ranker.config import identity
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.lookup import without_slots
+from kd_ranker.embedding.row_optimizers import TPU_LANES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.models.model import Model, Parameters
@@ -21,6 +22,7 @@ from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
+from kd_ranker.training.mapping import put
 from kd_ranker.training.state import select_member
 
 _SAME_FLAGS = "with the same --config flags"
@@ -146,8 +148,10 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
     for leaf in jax.tree.leaves(state.parameters):
         digest.update(np.ascontiguousarray(leaf).tobytes())
     learned = select_member(state.parameters, 0)
-    tables = without_slots(group.recipe.model.embedding, learned.tables)
-    parameters = jax.device_put(learned.replace(tables=tables))
+    # A TPU would copy narrow rows to read them, and saves no memory with these.
+    lanes = TPU_LANES if jax.default_backend() == "tpu" else 1
+    tables = without_slots(group.recipe.model.embedding, learned.tables, lanes)
+    parameters = put(learned.replace(tables=tables))
     return Teacher(
         model=group.recipe.model,
         parameters=parameters,

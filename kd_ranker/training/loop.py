@@ -17,7 +17,7 @@ from tqdm import tqdm
 from kd_ranker.errors import UserError
 from kd_ranker.training import checkpoints
 from kd_ranker.training.checkpoints import Identity
-from kd_ranker.training.run import Run, initial_states, on_host, take_steps
+from kd_ranker.training.run import Run, abstract_states, initial_states, on_host, take_steps
 from kd_ranker.training.state import States, steps_of_members
 from kd_ranker.training.step import Losses
 from kd_ranker.training.workdir import MetricsWriter
@@ -52,7 +52,7 @@ def fit(
     lengths = _by_name(run, [numbers.steps for numbers in run.numbers])
     batches = iter(run.batches)
     with checkpoints.open_manager(workdir) as manager:
-        states, start = checkpoints.restore(manager, _abstract_states(run), batches, identity)
+        states, start = checkpoints.restore(manager, abstract_states(run.groups), batches, identity)
         skip_steps(bar, start)
         if start >= run.steps:
             return states
@@ -126,10 +126,6 @@ def skip_steps(bar: tqdm, steps: int) -> None:
 def scalar_name(scalar: str, member: str) -> str:
     """The name of a member's scalar in `metrics.jsonl`: `loss/<member>`, `loss` in a single run."""
     return f"{scalar}/{member}" if member else scalar
-
-
-def _abstract_states(run: Run) -> States:
-    return tuple(jax.eval_shape(group.init) for group in run.groups)
 
 
 def _by_name(run: Run, of_groups: Sequence[Shaped[Array, "members"]]) -> dict[str, float]:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental.layout import Format, Layout, with_layout_constraint
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Int
 
 from kd_ranker.training.state import HAS_MEMBERS, States
@@ -33,6 +33,70 @@ def join_over_devices(arrays: Any, axis: int) -> Any:
     if jax.lax.axis_size(AXIS) == 1:
         return arrays
     return jax.lax.all_gather(arrays, AXIS, axis=axis, tiled=True)
+
+
+def is_of_tables(path: jax.tree_util.KeyPath) -> bool:
+    """Tests if a leaf of a pytree is an embedding table."""
+    return any(getattr(part, "name", None) == _TABLES for part in path)
+
+
+def places(tree: Any, sharding: Sharding | None = None, shardings: Any = None) -> Any:
+    """The place and the layout of each array of a pytree: on a TPU, tables lie row by row.
+
+    Left alone, XLA would lay them out column by column there, and copy them whole in each program
+    that reads or writes rows.
+
+    Args:
+      tree: arrays, there or abstract.
+      sharding: that of all of them; or
+      shardings: one each.
+    """
+
+    def place(path: jax.tree_util.KeyPath, leaf: Any, sharding: Sharding) -> Sharding | Format:
+        devices: set[Any] = sharding.device_set
+        if next(iter(devices)).platform != "tpu" or not is_of_tables(path):
+            return sharding
+        return Format(Layout(tuple(range(leaf.ndim))), sharding)
+
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: sharding, tree)
+    return jax.tree_util.tree_map_with_path(place, tree, shardings)
+
+
+def by_rows(tree: Any) -> Any:
+    """The same pytree, within a program: on a TPU its tables lie row by row there, too.
+
+    In a loop XLA would choose anew, and copy them on the way in.
+    """
+
+    def laid_out(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
+        if not is_of_tables(path):
+            return leaf
+        layout = Layout(tuple(range(leaf.ndim)))
+        return jax.lax.platform_dependent(
+            leaf,
+            tpu=lambda table: with_layout_constraint(table, layout),
+            default=lambda table: table,
+        )
+
+    return jax.tree_util.tree_map_with_path(laid_out, tree)
+
+
+def put(tree: Any) -> Any:
+    """A pytree on the default device, for programs of that one alone."""
+    (device, *_) = jax.local_devices()
+    if device.platform != "tpu":
+        return jax.device_put(tree)
+    return jax.device_put(tree, places(tree, SingleDeviceSharding(device)))
+
+
+def abstract(tree: Any, of_places: Any) -> Any:
+    """The arrays of a pytree, there or abstract, by shape, type and place alone."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        tree,
+        of_places,
+    )
 
 
 def in_parts(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
@@ -114,6 +178,10 @@ class DeviceMap(NamedTuple):
         states come back as XLA likes to lay them out.
       unreplicate: the inverse of `replicate` and `place`: the same pytree on one device, or on the
         host where members are spread over several. With a number, so many members, the first ones.
+      abstract_replicate: a pytree by its shapes -> what `replicate` would make of it, by shapes and
+        places.
+      abstract_place: the same of states that `create` would make.
+      abstract_shard: the same of `shard`.
     """
 
     members: int
@@ -124,6 +192,9 @@ class DeviceMap(NamedTuple):
     map_batches: Callable[[Callable], Callable]
     map_step: Callable[..., Callable]
     unreplicate: Callable[..., Any]
+    abstract_replicate: Callable[[Any], Any]
+    abstract_place: Callable[[States], States]
+    abstract_shard: Callable[[Any], Any]
 
 
 def pmap(devices: Sequence[jax.Device], members: int = 1, deterministic: bool = False) -> DeviceMap:
@@ -134,35 +205,33 @@ def pmap(devices: Sequence[jax.Device], members: int = 1, deterministic: bool = 
         raise ValueError("pmap takes no options for the compiler, such as for deterministic sums")
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
 
-    def put(tree: Any) -> Any:
+    def put_all(tree: Any) -> Any:
         # A step donates its state, which must not share memory with arrays of the caller.
         return jax.device_put(tree, sharding, may_alias=False)
 
     def replicate(tree: Any) -> Any:
-        return put(
+        return put_all(
             jax.tree.map(lambda array: np.broadcast_to(array, (len(devices), *array.shape)), tree)
         )
 
     def create(make: Callable[[], States]) -> States:
-        def made_for_each() -> Any:
-            return jax.tree.map(
-                lambda array: jnp.broadcast_to(array, (len(devices), *array.shape)), make()
-            )
+        return jax.jit(lambda: jax.tree.map(stack, make()), out_shardings=sharding)()
 
-        return jax.jit(made_for_each, out_shardings=sharding)()
+    def stack(array: Any) -> Any:
+        return jnp.broadcast_to(array, (len(devices), *array.shape))
 
-    def shard(batch: Any) -> Any:
-        def split(array: Any) -> Any:
-            return array.reshape(len(devices), array.shape[0] // len(devices), *array.shape[1:])
+    def split(array: Any) -> Any:
+        return array.reshape(len(devices), array.shape[0] // len(devices), *array.shape[1:])
 
-        return put(jax.tree.map(split, batch))
+    def shapes(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        return functools.partial(jax.eval_shape, functools.partial(jax.tree.map, function))
 
     return DeviceMap(
         members=1,
         replicate=replicate,
         place=replicate,
         create=create,
-        shard=shard,
+        shard=lambda batch: put_all(jax.tree.map(split, batch)),
         map_batches=lambda function: jax.pmap(function, axis_name=AXIS, devices=devices),
         map_step=lambda step, states=None: jax.pmap(
             step, axis_name=AXIS, in_axes=(0, 0, None, 0), donate_argnums=0, devices=devices
@@ -170,6 +239,9 @@ def pmap(devices: Sequence[jax.Device], members: int = 1, deterministic: bool = 
         unreplicate=lambda tree, number=None: jax.tree.map(
             lambda array: array.addressable_data(0)[0], tree
         ),
+        abstract_replicate=shapes(stack),
+        abstract_place=shapes(stack),
+        abstract_shard=shapes(split),
     )
 
 
@@ -178,8 +250,7 @@ def shard_map(
 ) -> DeviceMap:
     """Maps by `jax.shard_map` over a mesh of both axes: arrays keep their global shapes.
 
-    On a TPU it lays tables out row by row. Left alone, XLA would lay them out column by column
-    there, and copy them whole in each step, to read rows and to write them.
+    On a TPU it lays tables out row by row, see `places`.
 
     Args:
       devices: those to use.
@@ -190,32 +261,23 @@ def shard_map(
     mesh = Mesh(np.array(devices).reshape(members, -1), (MEMBERS, AXIS))
     everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
     of_members = PartitionSpec(MEMBERS) if members > 1 else everywhere
-    by_rows = devices[0].platform == "tpu"
+    whole, in_parts = NamedSharding(mesh, everywhere), NamedSharding(mesh, split)
     options = {"xla_gpu_deterministic_ops": True} if deterministic and _on_gpu(devices) else None
 
-    def specs(states: States) -> States:
+    def specs(states: States) -> Any:
         """The way in which each array of the states is split."""
         each = tuple(jax.tree.broadcast(HAS_MEMBERS, state) for state in states)
         return jax.tree.map(lambda has_members: of_members if has_members else everywhere, each)
 
-    def places(tree: Any, specs: Any) -> Any:
-        """The place and the layout of each array that is split in this way."""
-
-        def place(
-            path: jax.tree_util.KeyPath, leaf: Any, spec: PartitionSpec
-        ) -> NamedSharding | Format:
-            sharding = NamedSharding(mesh, spec)
-            of_tables = any(getattr(part, "name", None) == _TABLES for part in path)
-            if not (by_rows and of_tables):
-                return sharding
-            return Format(Layout(tuple(range(leaf.ndim))), sharding)
-
-        return jax.tree_util.tree_map_with_path(place, tree, specs)
+    def places_of(states: States) -> Any:
+        """The place and the layout of each array of the states."""
+        split_so = jax.tree.map(functools.partial(NamedSharding, mesh), specs(states))
+        return places(states, shardings=split_so)
 
     def replicate(tree: Any) -> Any:
         # A step donates its state, which must not share memory with arrays of the caller.
         copied = jax.tree.map(jnp.copy, tree)
-        return jax.device_put(copied, places(tree, jax.tree.map(lambda _: everywhere, tree)))
+        return jax.device_put(copied, places(tree, whole))
 
     def place(states: States) -> States:
         if members == 1:
@@ -228,11 +290,11 @@ def shard_map(
             return of[shared_evenly(len(of), members)] if spec == of_members else of.copy()
 
         evenly = jax.tree.map(filled, states, of_states)
-        return jax.device_put(evenly, places(evenly, of_states))
+        return jax.device_put(evenly, places_of(evenly))
 
     def create(make: Callable[[], States]) -> States:
         shapes = jax.eval_shape(make)
-        return jax.jit(make, out_shardings=places(shapes, specs(shapes)))()
+        return jax.jit(make, out_shardings=places_of(shapes))()
 
     def map_batches(function: Callable) -> Callable:
         return jax.jit(
@@ -256,7 +318,7 @@ def shard_map(
                 check_vma=False,
             )(states, batch, numbers, frozen)
 
-        laid_out = None if states is None else places(states, specs(states))
+        laid_out = None if states is None else places_of(states)
         of_losses = NamedSharding(mesh, of_members)
         return jax.jit(
             mapped,
@@ -278,10 +340,13 @@ def shard_map(
         replicate=replicate,
         place=place,
         create=create,
-        shard=lambda batch: jax.device_put(batch, NamedSharding(mesh, split)),
+        shard=lambda batch: jax.device_put(batch, in_parts),
         map_batches=map_batches,
         map_step=map_step,
         unreplicate=unreplicate,
+        abstract_replicate=lambda tree: abstract(tree, places(tree, whole)),
+        abstract_place=lambda states: abstract(states, places_of(states)),
+        abstract_shard=lambda batch: abstract(batch, places(batch, in_parts)),
     )
 
 

@@ -7,10 +7,14 @@ import jax
 
 from kd_ranker.batches.cutting import PackedBatches, Span
 from kd_ranker.batches.training import TrainingBatches
+from kd_ranker.embedding.row_optimizers import tpu_row, tpu_widths
 from kd_ranker.training.mapping import DeviceMap, shared_evenly
 from kd_ranker.training.recipes import Group
 from kd_ranker.training.state import Frozen, Hyperparameters, LiveTeacher, States
 from kd_ranker.training.step import Losses, in_turn, make_step
+
+# The share of a row that may be padding without a word about it.
+_LITTLE_PADDING = 0.05
 
 
 class Run(NamedTuple):
@@ -59,17 +63,46 @@ def make_run(
       frozen: the arrays that the step reads and does not change, on the host or on one device.
       devices: the mapping over devices.
     """
-    filled = tuple(_filled(group, devices.members) for group in groups)
-    step = make_step([group.recipe for group in groups], teacher, devices.members)
-    states = tuple(jax.eval_shape(group.init) for group in filled)
-    mapped = devices.map_step(in_turn(step), states)
+    filled = filled_for(groups, devices)
+    mapped = map_steps(filled, teacher, devices)
     return Run(tuple(groups), filled, batches, devices.replicate(frozen), devices, mapped)
 
 
-def _filled(group: Group, parts: int) -> Group:
-    """The group with its last member again until so many parts have equally many."""
-    places = shared_evenly(len(group.names), parts)
-    return group if len(places) == len(group.names) else group.at(places)
+def filled_for(groups: Sequence[Group], devices: DeviceMap) -> tuple[Group, ...]:
+    """The groups with their last member again until the devices share them evenly."""
+
+    def filled(group: Group) -> Group:
+        places = shared_evenly(len(group.names), devices.members)
+        return group if len(places) == len(group.names) else group.at(places)
+
+    return tuple(map(filled, groups))
+
+
+def map_steps(groups: Sequence[Group], teacher: LiveTeacher | None, devices: DeviceMap) -> Any:
+    """The mapped `step.in_turn` of groups that the devices share evenly."""
+    step = make_step([group.recipe for group in groups], teacher, devices.members)
+    return devices.map_step(in_turn(step), abstract_states(groups))
+
+
+def abstract_states(groups: Sequence[Group]) -> States:
+    """The states before the first step, by shapes and types alone."""
+    return tuple(jax.eval_shape(group.init) for group in groups)
+
+
+def padding_of(groups: Sequence[Group]) -> list[str]:
+    """A line for each width of embeddings of which a TPU's memory would hold much padding."""
+    lines = {}
+    for group in groups:
+        width, optimizer = group.recipe.model.embedding.width, group.recipe.row_optimizer
+        numbers, room = tpu_row(width, optimizer)
+        if numbers < (1 - _LITTLE_PADDING) * room:
+            better = " or ".join(map(str, tpu_widths(width, optimizer)))
+            lines[width] = (
+                f"embeddings of {width} have rows of {numbers} numbers with the optimiser's, for "
+                f"which a TPU lays out {room}, {1 - numbers / room:.0%} for nothing; a width of "
+                f"{better} wastes hardly any"
+            )
+    return list(lines.values())
 
 
 def initial_states(run: Run) -> States:

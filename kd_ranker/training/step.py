@@ -25,7 +25,7 @@ from kd_ranker.distillation.modes import Transform
 from kd_ranker.distillation.teacher_signal import SIGNALS, Heard
 from kd_ranker.embedding.lookup import Rows, embeddings, gather_rows
 from kd_ranker.models.model import Parameters, apply_model, score
-from kd_ranker.training.mapping import AXIS, in_parts
+from kd_ranker.training.mapping import AXIS, by_rows, in_parts
 from kd_ranker.training.state import (
     Frozen,
     Hyperparameters,
@@ -74,6 +74,7 @@ def make_step(
         hyperparameters: Sequence[Hyperparameters],
         frozen: Frozen,
     ) -> tuple[States, tuple[Losses, ...]]:
+        states, frozen = by_rows(states), by_rows(frozen)
         whole = with_live_teacher(teacher, batch, frozen, sharing)
         trained = [
             _train_group(recipe, state, whole, numbers, frozen.items)
