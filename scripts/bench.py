@@ -8,8 +8,9 @@
     from_disk    train steps with batches from files against batches from memory
     scoring      one request of 2,000 candidates, the student against the teacher
     sweep        16 members as one sweep against as many runs of `experiments.train`
-    device       all of these, and more: the first command on a device that was never measured
     layout       ways of updating the tables of a population within one program
+    compilers    the project's programs, compiled for TPUs and H100s that are not here
+    device       those that measure, and more: the first command on a device never measured
 
 `docs/benchmarks.md` holds what they measured and what bounds it. `--profile` keeps a trace of the
 measurement for TensorBoard or Perfetto.
@@ -38,6 +39,7 @@ NAMES = (
     "scoring",
     "sweep",
     "layout",
+    "compilers",
     "device",
 )
 # As scripts/run.sh sets it: memory in pages of 2 MiB. With small ones, a step over a large table

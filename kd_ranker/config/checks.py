@@ -17,11 +17,16 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.distillation.teacher_signal import SIGNALS
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.sources.registry import SOURCES
-from kd_ranker.training.mapping import first_devices, shares
+from kd_ranker.training.mapping import shares
 
 
-def validate(config: ConfigDict) -> None:
-    """Raises UserError on the first fault in a config."""
+def validate(config: ConfigDict, devices: int | None = None) -> None:
+    """Raises UserError on the first fault in a config.
+
+    Args:
+      config: the config.
+      devices: how many there are; None asks JAX.
+    """
     check_choice("data.name", config.data.name, SOURCES)
     keys = keys_of(config.data.name)
     for name in _leaves(config, keys):
@@ -35,7 +40,7 @@ def validate(config: ConfigDict) -> None:
     _check_funnel(config)
     _check_costs(config)
     _check_platforms()
-    _check_devices(config)
+    _check_devices(config, jax.device_count() if devices is None else devices)
 
 
 def check_key(config: ConfigDict, name: str) -> None:
@@ -245,13 +250,12 @@ def _check_platforms() -> None:
         ) from error
 
 
-def _check_devices(config: ConfigDict) -> None:
-    available = jax.device_count()
+def _check_devices(config: ConfigDict, available: int) -> None:
     if config.parallel.devices > available:
         raise UserError(
             f"parallel.devices={config.parallel.devices}, but there are {available}; 0 takes all"
         )
-    devices, members = len(first_devices(config.parallel.devices)), config.parallel.members
+    devices, members = config.parallel.devices or available, config.parallel.members
     if members and devices % members:
         fitting = [number for number in range(1, devices + 1) if devices % number == 0]
         raise UserError(
@@ -272,9 +276,12 @@ def _check_devices(config: ConfigDict) -> None:
             _check_requests("batch.requests", requests, devices, max(members, 1))
 
 
-def check_alone(config: ConfigDict) -> None:
-    """Raises UserError if the devices cannot share the batches of a student that trains alone."""
-    devices = len(first_devices(config.parallel.devices))
+def check_alone(config: ConfigDict, devices: int | None = None) -> None:
+    """Raises UserError if the devices cannot share the batches of a student that trains alone.
+
+    See `validate` for the arguments.
+    """
+    devices = config.parallel.devices or devices or jax.device_count()
     _check_requests("batch.requests", config.batch.requests, devices)
 
 

@@ -30,6 +30,7 @@ class SourceEntry(NamedTuple):
       open_scored_log: (config.data, tasks, config.funnel, the dataset's folder, the name of its
         scored copy) -> functions that write the raw files back with a teacher's columns, or
         UserError; None: the raw files cannot be written back.
+      simulated: True if there are no raw files, so that opening it takes no time.
     """
 
     tasks: Sequence[str] | None
@@ -39,6 +40,7 @@ class SourceEntry(NamedTuple):
     open_scored_log: (
         Callable[[ConfigDict, Sequence[str], ConfigDict, Path, str], ScoredLog] | None
     ) = None
+    simulated: bool = False
 
     def tasks_of(self, data: ConfigDict) -> Sequence[str]:
         """The tasks that have labels."""
@@ -46,7 +48,7 @@ class SourceEntry(NamedTuple):
 
 
 SOURCES: dict[str, SourceEntry] = {
-    "cascade": SourceEntry(cascade.TASKS, cascade.open_source),
+    "cascade": SourceEntry(cascade.TASKS, cascade.open_source, simulated=True),
     "movielens_100k": SourceEntry(movielens.TASKS, movielens.open_source),
     "recflow": SourceEntry(recflow.TASKS, recflow.open_source),
     **{

@@ -1,0 +1,123 @@
+"""The compilers of TPU and H100 on the project's own programs, for devices that are not here.
+
+Nothing is timed. `large` is ten million items and a million users, 256 requests of 256 candidates,
+embeddings of 64 with Adam; where a chip's memory does not hold that beside a live teacher, of 42.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from configs import cascade
+from kd_ranker.pipeline import ahead, topologies
+from kd_ranker.pipeline.ahead import Finding, Sizes
+
+USERS, ITEMS, WIDTH, BATCH = 1_000_000, 10_000_000, 64, 256
+MEMBERS = 16
+
+
+class Case(NamedTuple):
+    """A program and the devices that it is compiled for.
+
+    Attributes:
+      topology: one of `topologies.names`.
+      program: one of `ahead.PROGRAMS`.
+      mode: of the student, or of all members.
+      source: `teacher.source`.
+      large: whether the sizes are those above, or the cascade's own.
+      width: of the embeddings, where it is large.
+    """
+
+    topology: str
+    program: str = "train"
+    mode: str = "shared"
+    source: str = "logged"
+    large: bool = True
+    width: int = WIDTH
+
+    @property
+    def name(self) -> str:
+        """A name for people."""
+        size = f"large{self.width}" if self.large else "cascade"
+        return "-".join((self.topology, size, self.program, self.mode, self.source))
+
+
+_WAYS = (
+    ("none", "logged"),
+    ("aux", "logged"),
+    ("shared", "logged"),
+    ("aux", "live"),
+    ("shared", "live"),
+)
+_ONE_CHIP, _ONE_CARD = "v5e:1x1", "h100:1"
+
+CASES = (
+    # A v5e holds student and live teacher of 42, not of 64.
+    *(
+        Case(topology, mode=mode, source=source, width=WIDTH if source == "logged" else 42)
+        for topology in (_ONE_CHIP, "v5e:4x4")
+        for mode, source in _WAYS
+    ),
+    Case("v5e:2x2"),
+    Case("v5p:2x2x1"),
+    Case("v5p:2x2x1", source="live"),
+    *(
+        Case(topology, mode=mode, source=source)
+        for topology in (_ONE_CARD, "h100:8")
+        for mode, source in _WAYS
+    ),
+    *(
+        Case(topology, program, source="live", large=program not in ("sweep", "evaluate_sweep"))
+        for topology in (_ONE_CHIP, _ONE_CARD)
+        for program in ("train_teacher", "evaluate", "score", "sweep", "evaluate_sweep")
+    ),
+)
+"""All that is compiled."""
+
+
+def config_of(case: Case) -> ConfigDict:
+    """The config of a case."""
+    config = cascade.get_config()
+    config.distill.mode, config.teacher.source = case.mode, case.source
+    config.sweep.modes, config.sweep.seeds = (case.mode,), tuple(range(MEMBERS))
+    if case.large:
+        for batch in (config.batch, config.teacher.batch):
+            batch.requests = BATCH
+        config.batch.candidates = BATCH
+        config.student.width = config.teacher.width = case.width
+    return config
+
+
+def sizes_of(case: Case, folder: Path) -> Sizes:
+    """The sizes of a case's dataset; `folder` gets a sample of it."""
+    config = config_of(case)
+    # Not a dataset that was built: its own requests are as good.
+    config.data.dir = str(folder / "none")
+    return ahead.sizes_of(config, folder, *((USERS, ITEMS) if case.large else ()))
+
+
+def find(case: Case) -> Finding:
+    """Compiles a case."""
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = sizes_of(case, Path(folder))
+        return ahead.compile_program(
+            case.program, config_of(case), sizes, topologies.open_topology(case.topology)
+        )
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Compiles all cases whose compiler is installed, and prints the table."""
+    findings = {}
+    for case in CASES:
+        if missing := topologies.missing_packages(case.topology):
+            print(f"{case.name}: left out, without {missing}", file=sys.stderr)
+            continue
+        findings[case.name] = find(case)
+        print(ahead.findings_table([findings[case.name]]), file=sys.stderr, flush=True)
+    table = ahead.findings_table(list(findings.values()), "github")
+    print(table, file=sys.stderr)
+    return {"programs": {name: ahead.as_json(finding) for name, finding in findings.items()}}

@@ -1,0 +1,101 @@
+"""Compiling ahead of time, on the CPU in place of devices that are not here.
+
+`tests/compilers` has the compilers of TPU and GPU.
+"""
+
+import jax
+import numpy as np
+import pytest
+
+from configs import cascade
+from kd_ranker.errors import UserError
+from kd_ranker.pipeline import ahead, compiled, topologies
+from kd_ranker.training.mapping import MAPPINGS
+from tests import small
+
+
+def host(devices: int, memory: int = 10**9) -> topologies.Topology:
+    chip = topologies.CHIPS["v5e"]._replace(memory=memory)
+    return topologies.Topology("host", chip, tuple(jax.devices("cpu")[:devices]), {})
+
+
+def config_of(tmp_path, **changes):
+    config = cascade.get_config("small")
+    config.data.dir = str(tmp_path / "none")
+    config.update_from_flattened_dict({"teacher.source": "logged", **changes})
+    return config
+
+
+@pytest.mark.parametrize("mapping", ["pmap", "shard_map"])
+def test_a_program_is_compiled_for_shapes_alone(tmp_path, mapping):
+    config = config_of(tmp_path, **{"parallel.mapping": mapping, "student.width": 5})
+    sizes = ahead.sizes_of(config, tmp_path, users=1000, items=50_000)
+    found = ahead.compile_program("train", config, sizes, host(2))
+    # With Adam, 5 numbers, their 10 slots and the count; a row more for what is unknown, in eights.
+    assert found.tables == 4 * 16 * (1008 + 50_008)
+    assert found.fits
+    assert found.compiled.arguments > found.tables
+    assert found.compiled.collectives
+    assert 0 < found.compiled.exchanged < found.tables
+    half = config_of(tmp_path, **{"batch.requests": config.batch.requests // 2})
+    half.student.width = 5
+    alone = ahead.compile_program("train", half, sizes, host(1))
+    assert alone.flops == found.flops  # of a device's share
+    assert not ahead.compile_program("train", half, sizes, host(1, memory=10**6)).fits
+
+
+def test_abstract_arrays_are_as_the_real_ones():
+    tree = {"a": np.ones((4, 3), np.float32), "b": np.arange(4)}
+    for mapping in (MAPPINGS["pmap"], MAPPINGS["shard_map"]):
+        devices = mapping(jax.devices()[:2])
+        for real, abstract in (
+            (devices.replicate(tree), devices.abstract_replicate(tree)),
+            (devices.shard(tree), devices.abstract_shard(tree)),
+        ):
+            assert jax.tree.map(lambda leaf: leaf.shape, real) == jax.tree.map(
+                lambda leaf: leaf.shape, abstract
+            )
+
+
+def test_what_does_not_exist_is_named_with_what_does():
+    finished = small.run(
+        "scripts/compile_for.py", "--config=configs/cascade.py", "--topology=v5e:3x3"
+    )
+    assert finished.returncode == 2
+    (line,) = finished.stderr.splitlines()
+    assert "v5e:3x3" in line
+    assert "v5e:4x4" in line
+    assert "h100:8" in line
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(tmp_path):
+    config = config_of(tmp_path, **{"batch.requests": 6})
+    sizes = ahead.sizes_of(config, tmp_path)
+    with pytest.raises(UserError, match=r"batch.requests=6 cannot be shared by 4 devices"):
+        ahead.compile_program("train", config, sizes, host(4))
+
+
+def test_a_dataset_that_is_not_there_is_asked_for(tmp_path):
+    config = config_of(tmp_path)
+    config.data.name = "movielens_1m"
+    with pytest.raises(UserError, match="prepare_data"):
+        ahead.sizes_of(config, tmp_path)
+
+
+def test_cycles_count_as_often_as_a_loop_turns():
+    text = """
+%body (t: (s32[])) -> (s32[]) {
+  %g = f32[4] fusion(%t), metadata={op_name="jit(f)/while/body/gather"}, x={"estimated_cycles":"10"}
+}
+
+%until (t: (s32[])) -> pred[] {
+  %n = s32[]{:T(128)} constant(16)
+  ROOT %l = pred[] compare(%i, %n), direction=LT
+}
+
+ENTRY %main (p: f32[4]) -> f32[4] {
+  %w = (s32[]) while(%p), condition=%until, body=%body, metadata={op_name="jit(f)/while"}
+  %d = f32[4] fusion(%w), metadata={op_name="jit(f)/dot_general"}, x={"estimated_cycles":"7"}
+}
+"""
+    assert compiled.cycles_by_kind(text) == {"rows": 160, "products": 7}
