@@ -125,6 +125,7 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
             f"data.features has {len(histories)} of kind 'history' "
             f"({', '.join(feature.name for feature in histories)}); there is room for one"
         )
+    _check_leaks(data, features)
     columns = {name: column for name, column in data.columns.items() if column}
     return LogLayout(
         path=str(data.path),
@@ -176,6 +177,26 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
             f"data.validation_share={data.validation_share} and data.test_share={data.test_share} "
             "leave no requests for training; lower one of them"
         )
+
+
+def _check_leaks(data: ConfigDict, features: Sequence[Feature]) -> None:
+    """Refuses features that hold the answer, or what came of a request."""
+    answers = {
+        column: f"{section}.{name}"
+        for section, names in (
+            ("columns", [name for name in OPTIONAL if data.columns.get(name)]),
+            ("teacher", data.teacher),
+            ("labels", data.labels),
+        )
+        for name in names
+        if (column := data[section][name])
+    }
+    for feature in features:
+        if use := answers.get(feature.column):
+            raise UserError(
+                f"data.features.{feature.name} reads column {feature.column!r}, which is that of "
+                f"data.{use}: known only after the request; leave it out of data.features"
+            )
 
 
 def _read_stages(stages: ConfigDict) -> dict[str, int]:

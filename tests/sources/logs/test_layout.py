@@ -42,6 +42,12 @@ def layout_of(config):
         ({"features__age": feature("user", "dense", length=2)}, "kind 'dense' holds one value"),
         ({"validation_share": 0.9}, "data.validation_share=0.9 and data.test_share=0.1 leave no"),
         ({"features__tags": feature("item", "bag", length=0)}, "length=0 must be at least 1"),
+        ({"features__watch": feature("candidate", "dense")}, "'watch', which is that of data.labels.watch"),
+        ({"features__p": feature("candidate", "dense", column="teacher_probability_like")}, "data.teacher.like"),
+        ({"features__place": feature("candidate", "dense", column="position")}, "data.columns.position"),
+        ({"features__far": feature("candidate", "category", column="stage")}, "data.columns.stage"),
+        ({"columns__label_weight": "age"}, "data.features.age reads column 'age', which is that of"),
+        ({"columns__teacher_weight": "score"}, "leave it out of data.features"),
     ],
 )  # fmt: skip
 def test_each_fault_is_one_line_that_says_what_to_change(changes, message):
@@ -49,6 +55,11 @@ def test_each_fault_is_one_line_that_says_what_to_change(changes, message):
         layout_of(config_with(**changes))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_id_may_be_a_feature():
+    config = config_with(features__who=feature("user", "category", column="user_id"))
+    assert layout_of(config).features[-1].column == "user_id"
 
 
 def test_the_config_is_valid_and_its_tasks_are_those_of_its_labels():
