@@ -10,12 +10,17 @@ there are only
 * NumPy's arrays and scalars of bool, integers and floats, by protocol 3 or 4;
 * `collections.defaultdict`, which becomes a plain dict.
 
-This keeps a file from running code. It does not keep one from being large.
+Before anything is built, a pass over the instructions bounds what they would build: places in the
+memo, which are memory whether used or not; the depth, as a hash in C goes down without counting;
+and what is taken from the memo again, which can double every few bytes. So time and memory follow
+the size of the file.
 """
 
 import math
+import mmap
 import pickle
-from collections.abc import Callable, Collection
+import pickletools
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,6 +34,16 @@ Name = tuple[str, str]  # module, name
 _DTYPES = ("b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8")
 _PLAIN_TYPES = ("bool", "int", "float", "str", "list", "tuple", "dict")
 _BYTE_ORDERS = ("<", ">", "|", "=")
+
+# The most containers around a value.
+_DEEPEST = 100
+# Values that may be taken from the memo again: so many, and so many more an instruction.
+_SHARED, _SHARED_EACH = 1_000_000, 100
+# Instructions that put what lies above into what lies below.
+_GROWING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
+_EMPTY = {"LIST", "DICT", "EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"}
+_PUTTING = {"PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"}
+_GETTING = {"GET", "BINGET", "LONG_BINGET"}
 
 
 class _Refused(UserError):
@@ -54,6 +69,9 @@ def load(path: Path, mentioned: Collection[Name] = ()) -> Any:
         raise UserError(f"{path} does not exist")
     with path.open("rb") as file:
         try:
+            # Of a file, a read of many bytes would take the memory for all that it asks for.
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+                _check_bounds(whole)
             return _Unpickler(file, mentioned).load()
         except _Refused as refused:
             raise UserError(f"{path} was not read: {refused}") from None
@@ -61,6 +79,85 @@ def load(path: Path, mentioned: Collection[Name] = ()) -> Any:
         except Exception as error:
             text = " ".join(str(error).split())
             raise UserError(f"{path} is no pickle that can be read: {text}") from error
+
+
+class _Node:
+    """A value that would be built: how many it is, how deep they lie, and if two may hold it."""
+
+    __slots__ = ("depth", "shared", "size")
+
+    def __init__(self, parts: Collection["_Node"] = (), shared: bool = False):
+        self.size, self.depth, self.shared = 1, 0, shared
+        if parts:
+            self.take_in(parts)
+
+    def take_in(self, parts: Collection["_Node"]) -> None:
+        """Makes it hold others; what is held elsewhere already would grow there unseen."""
+        if self.shared:
+            raise _Refused("it changes what it has used before")
+        for part in parts:
+            self.size += part.size
+            self.depth = max(self.depth, part.depth + 1)
+        if self.depth > _DEEPEST:
+            raise _Refused(f"it nests more than {_DEEPEST} containers")
+
+
+_MARK, _SINGLE = _Node(shared=True), _Node(shared=True)
+
+
+def _check_bounds(whole: mmap.mmap) -> None:
+    """Refuses a pickle that would take far more memory or time than its bytes.
+
+    It goes through the instructions as the reader does, with a node in place of each value.
+    """
+    stack: list[_Node] = []
+    memo: dict[int, _Node] = {}
+    shared = 0
+    program: Iterable[tuple[Any, Any, Any]] = pickletools.genops(whole)  # type: ignore[arg-type]
+    for number, (opcode, argument, _) in enumerate(program):
+        name, before, after = opcode.name, opcode.stack_before, opcode.stack_after
+        if name in _PUTTING:
+            place = len(memo) if argument is None else int(argument)
+            # Python 2 counted from 1.
+            if not 0 <= place <= len(memo) + 1:
+                raise _Refused(f"it has place {place} of its memo in use, after {len(memo)} others")
+            memo[place] = stack[-1]
+        elif name in _GETTING or name == "DUP":
+            again = memo[int(argument)] if name in _GETTING else stack[-1]
+            again.shared = True
+            shared += again.size
+            if shared > _SHARED + _SHARED_EACH * number:
+                raise _Refused(
+                    "it is small and builds very much, of the same parts again and again"
+                )
+            stack.append(again)
+        elif name == "MARK":
+            stack.append(_MARK)
+        elif name == "FRAME" and argument > len(whole):
+            raise _Refused(f"it has a part of {argument} bytes, and {len(whole)} in all")
+        elif before or after:
+            taken = _taken(stack, before, name)
+            if name in _GROWING:
+                taken[0].take_in(taken[1:])
+                stack.append(taken[0])
+            elif after:
+                stack.append(_Node(taken) if taken or name in _EMPTY else _SINGLE)
+
+
+def _taken(stack: list[_Node], before: Sequence[Any], name: str) -> list[_Node]:
+    """Takes from the stack what an instruction does: some values, all above a mark, or both."""
+    above: list[_Node] = []
+    number = len(before)
+    if pickletools.markobject in before or (name == "POP" and stack[-1] is _MARK):
+        while (node := stack.pop()) is not _MARK:
+            above.append(node)
+        number = before.index(pickletools.markobject) if name != "POP" else 0
+    start = len(stack) - number
+    if start < 0:
+        raise _Refused("it takes what it has not made")
+    taken = [*stack[start:], *above]
+    del stack[start:]
+    return taken
 
 
 class _Unpickler(pickle.Unpickler):

@@ -6,6 +6,7 @@ import os
 import pickle
 import pickletools
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -253,6 +254,53 @@ def test_noise_is_plain_data_or_refused(tmp_path_factory, noise):
         load(path)
     except UserError as error:
         assert "\n" not in str(error)  # noqa: PT017
+
+
+# As small as they are, each would take a reader gigabytes, or ages; the numbers are such that a
+# reader without bounds still comes to an end.
+DOUBLED = b"".join(b"q%ch%c\x86" % (number, number) for number in range(22))
+FROM_THE_TOP = b"]q\x00" + b"".join(
+    b"h%c]q%ca0h%ch%ca0" % (number, number + 1, number, number + 1) for number in range(22)
+)
+
+
+@pytest.mark.parametrize(
+    ("program", "why"),
+    [
+        (b"Nr\xff\xff\xff\x02.", "place 50331647 of its memo"),
+        (b"Np9999999\n.", "place 9999999 of its memo"),
+        (b"Np-1\n.", "place -1 of its memo"),
+        (b"}])" + DOUBLED + b"aNs.", "of the same parts again and again"),
+        (b"})" + DOUBLED + b"Ns.", "of the same parts again and again"),
+        (b"}N" + b"2\x86" * 22 + b"Ns.", "of the same parts again and again"),  # DUP
+        (b"cnumpy\ndtype\n)" + DOUBLED + b"\x85R.", "of the same parts again and again"),
+        (FROM_THE_TOP + b"h\x00.", "it changes what it has used before"),
+        (b"]q\x00h\x00a.", "it changes what it has used before"),  # holds itself
+        (b"})" + b"\x85" * 200 + b"Ns.", "more than 100 containers"),
+        (b"]" * 200 + b"a" * 199 + b".", "more than 100 containers"),
+        (b"\x80\x04\x95\xff\xff\xff\x0f\x00\x00\x00\x00N.", "a part of 268435455 bytes"),
+        (b"\x80\x04\x8e\xff\xff\xff\x0f\x00\x00\x00\x00N.", "no pickle that can be read"),
+        (b"(NaN.", "it changes what it has used before"),  # into a mark
+        (b"\x86.", "it takes what it has not made"),
+        (b"h\x00.", "no pickle that can be read"),
+    ],
+)
+def test_what_would_take_more_memory_or_time_than_its_bytes_is_refused(tmp_path, program, why):
+    path = tmp_path / "bomb.pkl"
+    path.write_bytes(program)
+    tracemalloc.start()
+    try:
+        assert why in refusal_of(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_honest_data_share_is_no_bomb(tmp_path, protocol):
+    row = [1, "a"]
+    data = {"rows": [row] * 1000, "again": [[row, row]] * 10, "deep": ((((((), ()),),),),)}
+    assert load(written(tmp_path / "shared.pkl", data, protocol)) == data
 
 
 def test_a_file_that_is_missing_or_cut_short_is_said_to_be(tmp_path):
