@@ -151,8 +151,10 @@ def _output_names(log: Log) -> list[str]:
     Raises:
       UserError: two files would get the same one.
     """
-    common = posixpath.commonpath([posixpath.dirname(file) for file in log.files])
-    names = [posixpath.relpath(file, common) if common else file for file in log.files]
+    # From the root no name leads further up, whatever .. an archive has in it.
+    rooted = [posixpath.normpath("/" + file.lstrip("/")) for file in log.files]
+    common = posixpath.commonpath(map(posixpath.dirname, rooted))
+    names = [posixpath.relpath(file, common) for file in rooted]
     names = [name if name.endswith(files.SUFFIXES) else name + files.SUFFIXES[0] for name in names]
     if again := {name for name in names if names.count(name) > 1}:
         raise UserError(f"two files of {log.url} would both be written to {min(again)}; rename one")

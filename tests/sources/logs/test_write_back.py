@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -444,6 +445,21 @@ def test_a_log_of_another_file_system_is_written_to_this_machine(tmp_path):
     one, other = (commands.log_teacher(of).log.directory for of in (config, elsewhere))
     for name in ("part-0.parquet", "part-1.parquet", "part-2.parquet"):
         assert (other / name).read_bytes() == (one / name).read_bytes()
+
+
+def test_no_name_in_an_archive_leads_out_of_the_folder_that_is_written_to(tmp_path):
+    log = write_log(tmp_path / "log", make_rows(3, requests=40), files=3)
+    names = ("../../evil.parquet", "a/../../../b.parquet", "etc/c.parquet")
+    with zipfile.ZipFile(tmp_path / "log.zip", "w") as archive:
+        for part, name in zip(sorted(log.iterdir()), names, strict=True):
+            archive.writestr(name, part.read_bytes())
+    config = faulty_logs.config(f"zip://**::{tmp_path}/log.zip", tmp_path / "data" / "sets")
+    commands.prepare_data(config)
+    before = {*tmp_path.rglob("*.parquet")}
+    directory = commands.log_teacher(config).log.directory
+    written = {*tmp_path.rglob("*.parquet")} - before
+    names = {"evil.parquet", "b.parquet", "etc/c.parquet"}
+    assert written == {directory / name for name in names}
 
 
 def test_log_teacher_prints_where_both_lie(tmp_path, capsys):
