@@ -1,6 +1,7 @@
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs import files
@@ -81,6 +82,7 @@ def test_a_column_of_another_type_says_what_it_is_and_what_it_should_be(
     tmp_path, log, section, name, column, message
 ):
     config = faulty_logs.config(log, tmp_path)
+    config.data.features = ConfigDict()  # which some of these are
     config.data[section][name] = column
     assert message in fault_of(config)
 
