@@ -63,6 +63,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.split = "time"  # or request, user: by hash
     config.data.validation_share = 0.1  # with split "time", the requests before the test ones
     config.data.test_share = 0.1
+    # Findings that make no dataset unless they are named: rejected, one_label, few_positives, …
+    config.data.allow = ()
     config.data.strict = False  # True: what is wrong with a row ends the build
     config.data.processes = 1
     config.data.infer = False

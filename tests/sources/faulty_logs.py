@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from configs import parquet
 from kd_ranker.config.features import feature
 from kd_ranker.requests.request import SPLITS, Request, Source
+from kd_ranker.sources.logs.layout import ALLOWABLE
 
 TASKS = ("watch", "like")
 RETRIEVED = 12
@@ -38,6 +39,7 @@ def config(path: Path | str, directory: Path | str, **changes: Any) -> ConfigDic
     result.data.columns.teacher_version = "version"
     result.data.columns.label_weight = "weight"
     result.data.teacher_version = "v1"
+    result.data.allow = ALLOWABLE  # they are small, and their clock starts in 1970
     result.data.features = ConfigDict(
         dict(
             age=feature("user", "dense"),

@@ -15,6 +15,7 @@ from kd_ranker.sources.logs.encode import Encoding, feature_counts, feature_mome
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import STAGES, LogLayout
 from kd_ranker.sources.logs.log_statistics import Statistics
+from kd_ranker.sources.logs.looks import probability_hint
 from kd_ranker.sources.logs.named_columns import array_of
 from kd_ranker.sources.logs.partition import FAULTS, Partitioned
 from kd_ranker.sources.logs.plan import Cutoffs
@@ -75,7 +76,7 @@ def make_data_report(
             "rows_earlier_than_the_one_before": scan.steps_back,
             "share": scan.steps_back / max(scan.rows, 1),
         },
-        "columns": _columns(layout, partitioned),
+        "columns": _columns(log, layout, partitioned),
         "remarks": [],
     }
     if statistics is not None and encoding is not None:
@@ -91,7 +92,7 @@ def make_data_report(
     return report
 
 
-def _columns(layout: LogLayout, partitioned: Sequence[Partitioned]) -> list[dict]:
+def _columns(log: Log, layout: LogLayout, partitioned: Sequence[Partitioned]) -> list[dict]:
     """Missing and bad values of each column that the config names."""
     totals: dict[str, np.ndarray] = {}
     for part in partitioned:
@@ -101,12 +102,18 @@ def _columns(layout: LogLayout, partitioned: Sequence[Partitioned]) -> list[dict
     for section in ("labels", "teacher"):
         column_of |= {f"{section}.{task}": c for task, c in getattr(layout, section).items()}
     column_of |= {f"features.{feature.name}": feature.column for feature in layout.features}
-    return [
+    columns: list[dict[str, Any]] = [
         {"key": f"data.{name}", "column": column_of[name]}
         | {fault: int(number) for fault, number in zip(FAULTS, totals[name], strict=True)}
         for name in column_of
         if name in totals
     ]
+    for column in columns:
+        is_probability = column["key"].startswith("data.teacher.")
+        is_probability &= layout.teacher_signal == "probability"
+        if is_probability and 2 * column["out_of_range"] > column["values"] - column["missing"]:
+            column["hint"] = probability_hint(log, column["column"])
+    return columns
 
 
 def _requests(layout: LogLayout, statistics: Statistics, cutoffs: Cutoffs | None) -> dict:
@@ -289,7 +296,12 @@ def remarks(report: Report) -> list[str]:
             f"({share:.2%}) were rejected: {reasons}."
         )
     for column in report["columns"]:
-        if column["out_of_range"] and not column["key"].startswith("data.labels"):
+        if hint := column.get("hint"):
+            sentences.append(
+                f"{column['key']}: {column['out_of_range']:,} values of column "
+                f"{column['column']!r} are not in [0, 1], {hint}."
+            )
+        elif column["out_of_range"] and not column["key"].startswith("data.labels"):
             sentences.append(
                 f"{column['key']}: {column['out_of_range']:,} values of column "
                 f"{column['column']!r} are none that it can hold."

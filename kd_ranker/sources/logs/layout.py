@@ -13,6 +13,8 @@ TIME_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000}
 OWNERS = ("user", "context", "item", "candidate")
 FEATURE_KINDS = ("dense", "category", "bag", "history")
 STAGES = ("retrieved", "passed", "shown")
+# Findings that make no dataset unless `data.allow` names them, see `findings`.
+ALLOWABLE = ("few_positives", "one_label", "rejected", "teacher_coverage", "times")
 # Columns that a log may lack, and those that it must have.
 OPTIONAL = ("stage", "position", "label_weight", "teacher_version", "teacher_weight")
 REQUIRED = ("request", "time", "user", "item")
@@ -59,6 +61,7 @@ class LogLayout:
       validation_share: of the requests.
       test_share: of the requests.
       seed: of the splits by hash.
+      allow: some of `ALLOWABLE`.
       strict: True if a fault of a row ends the build.
       processes: how many to work with.
       bucket_rows: the most rows of a bucket, half of `data.rows_in_memory`.
@@ -82,6 +85,7 @@ class LogLayout:
     validation_share: float
     test_share: float
     seed: int
+    allow: tuple[str, ...]
     strict: bool
     processes: int
     bucket_rows: int
@@ -144,6 +148,7 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
         validation_share=float(data.validation_share),
         test_share=float(data.test_share),
         seed=int(data.seed),
+        allow=tuple(data.allow),
         strict=bool(data.strict),
         processes=int(data.processes),
         bucket_rows=int(data.rows_in_memory) // 2,

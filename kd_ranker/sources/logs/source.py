@@ -18,7 +18,16 @@ from ml_collections import ConfigDict
 from kd_ranker.errors import UserError
 from kd_ranker.requests.pool import Runner, open_pool
 from kd_ranker.requests.request import SPLITS, Request, Source
-from kd_ranker.sources.logs import assemble, candidate_rows, files, log_statistics, partition, scan
+from kd_ranker.sources.logs import (
+    assemble,
+    candidate_rows,
+    files,
+    findings,
+    log_statistics,
+    looks,
+    partition,
+    scan,
+)
 from kd_ranker.sources.logs.assemble import AssembledBucket
 from kd_ranker.sources.logs.data_report import PAGE, Report, make_data_report, write_data_report
 from kd_ranker.sources.logs.encode import (
@@ -28,6 +37,7 @@ from kd_ranker.sources.logs.encode import (
     save_encoding,
 )
 from kd_ranker.sources.logs.files import Log
+from kd_ranker.sources.logs.findings import Finding
 from kd_ranker.sources.logs.layout import LogLayout, read_layout
 from kd_ranker.sources.logs.log_statistics import Statistics
 from kd_ranker.sources.logs.named_columns import SortedRun
@@ -82,7 +92,8 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
 
     Raises:
       UserError: the config or the log's columns are at fault, nothing is left to train or to test
-        on, or with `data.strict` any row is at fault.
+        on, something tells against the log that `data.allow` does not name, or with `data.strict`
+        any row is at fault.
     """
     layout = read_layout(data, tasks, funnel)
     log = files.open_log(layout)
@@ -131,6 +142,7 @@ def _read(log: Log, layout: LogLayout, work: Path, run: Runner) -> PreparedLog:
             raise UserError(
                 f"data.split='time', but the requests of {layout.path} have less than three "
                 "different times, one a split; split by 'request' or 'user'"
+                f"{looks.time_hint(log, layout)}"
             )
     save_plan(plan_buckets(whole.times, layout), work / "plan")
     # The times are on disk now.
@@ -190,7 +202,12 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog, work: Path) -> Sourc
         read.statistics,
         encoding,
     )
-    if why := _unusable(layout, read, report):
+    found = findings.find(report, functools.partial(looks.time_hint, log, layout))
+    report["allowed"] = [finding._asdict() for finding in found if finding.name in layout.allow]
+    for name, text in found:
+        verdict = "Allowed" if name in layout.allow else "Refused"
+        report["remarks"].append(f"{verdict}, {name}: {text}.")
+    if why := _unusable(layout, read, report, found):
         raise _refuse(log, layout, read, report, why)
     assert encoding is not None
     assert read.statistics is not None
@@ -226,10 +243,13 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog, work: Path) -> Sourc
     )
 
 
-def _unusable(layout: LogLayout, read: PreparedLog, report: Report) -> str:
+def _unusable(
+    layout: LogLayout, read: PreparedLog, report: Report, found: Sequence[Finding]
+) -> str:
     """A reason for making no dataset of a log, "" if there is none."""
     if read.statistics is None:
-        return "not one row of the log can be used"
+        times = "".join(f"; {finding.text}" for finding in found if finding.name == "times")
+        return f"not one row of the log can be used{times}"
     for split in SPLITS:
         if not read.num_requests(split):
             return (
@@ -238,7 +258,7 @@ def _unusable(layout: LogLayout, read: PreparedLog, report: Report) -> str:
             )
     if layout.strict and (faults := _faults(report)):
         return f"data.strict=True, and the log has faults: {faults}"
-    return ""
+    return findings.refusal(found, layout.allow)
 
 
 def _faults(report: Report) -> str:

@@ -1,0 +1,124 @@
+"""Findings that make a log unfit to learn from or to measure on, unless `data.allow` names them."""
+
+from collections.abc import Callable, Collection, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from kd_ranker.errors import UserError
+from kd_ranker.sources.logs.data_report import Report
+from kd_ranker.sources.logs.looks import EARLIEST, LATEST
+
+# Of the candidates, beyond which something is wrong with the log or with the config.
+_MOST_REJECTED = 0.1
+# Of what was passed in the test, below which a teacher's opinion of it is not known.
+_LEAST_COVERED = 0.5
+# In test or validation: fewer say nothing of a difference between rankers.
+_LEAST_POSITIVES = 100
+_MEASURED = ("validation", "test")
+
+
+class Finding(NamedTuple):
+    """One of `layout.ALLOWABLE`, and what was found, in words and numbers."""
+
+    name: str
+    text: str
+
+
+def find(report: Report, time_hint: Callable[[], str] = lambda: "") -> list[Finding]:
+    """Finds what a data report tells against its log.
+
+    Args:
+      report: the report.
+      time_hint: asked where the times are out of bounds; the words that it adds.
+    """
+    texts = {
+        "rejected": _rejected(report["candidates"]),
+        "times": _times(report),
+        "one_label": _one_label(report.get("labels")),
+        "few_positives": _few_positives(report.get("labels")),
+        "teacher_coverage": _teacher_coverage(report),
+    }
+    if texts["times"]:
+        texts["times"] += time_hint()
+    return [Finding(name, text) for name, text in texts.items() if text]
+
+
+def check_allowed(report: Report, allow: Collection[str], where: str) -> None:
+    """Raises UserError for what tells against the log of a dataset and is not allowed."""
+    if why := refusal(find(report), allow):
+        raise UserError(f"{where}: {why}")
+
+
+def refusal(found: Sequence[Finding], allow: Collection[str]) -> str:
+    """A reason for making no dataset, with the flag that makes it all the same; "" for none."""
+    refused = [finding for finding in found if finding.name not in allow]
+    if not refused:
+        return ""
+    told = "; ".join(f"{name}: {text}" for name, text in refused)
+    names = tuple(sorted({*allow, *(finding.name for finding in refused)}))
+    return f'{told}; if that is as it should be, add --config.data.allow="{names}"'
+
+
+def _rejected(candidates: dict) -> str:
+    rejected, number = candidates["rejected"], candidates["in_the_log"]
+    if rejected <= _MOST_REJECTED * number:
+        return ""
+    return f"{rejected:,} of {number:,} candidates ({rejected / number:.1%}) are rejected"
+
+
+def _times(report: Report) -> str:
+    for column in report["columns"]:
+        if column["key"] == "data.columns.time":
+            bad, number = column["out_of_range"], column["values"]
+            if bad > _MOST_REJECTED * number:
+                return f"{bad:,} of {number:,} values of column {column['column']!r} are no times"
+    if "requests" not in report:
+        return ""
+    dates = [
+        np.datetime64(of_split[end])
+        for of_split in (report["requests"][split] for split in ("train", *_MEASURED))
+        for end in ("first", "last")
+        if of_split[end]
+    ]
+    if min(dates) >= EARLIEST and max(dates) < LATEST:
+        return ""
+    first, last = (str(date)[:-9] for date in (min(dates), max(dates)))
+    return f"they lie between {first} and {last}"
+
+
+def _one_label(labels: dict | None) -> str:
+    told = []
+    for task, entry in labels["tasks"].items() if labels else ():
+        for split in ("train", *_MEASURED):
+            rate = entry[split]["rate"]
+            if rate is None:
+                told.append(f"no label of {task} in {split}")
+            elif rate in (0, 1):
+                told.append(f"every label of {task} in {split} is {rate:.0f}")
+    return ", ".join(told)
+
+
+def _few_positives(labels: dict | None) -> str:
+    few = []
+    for task, entry in labels["tasks"].items() if labels else ():
+        numbers = {split: entry[split]["positives"] for split in _MEASURED}
+        told = [f"{n:,} in {split}" for split, n in numbers.items() if n < _LEAST_POSITIVES]
+        if told:
+            few.append(f"{task} has {' and '.join(told)}")
+    return f"positives below {_LEAST_POSITIVES}: {', '.join(few)}" if few else ""
+
+
+def _teacher_coverage(report: Report) -> str:
+    if "teacher" not in report:
+        return ""
+    (stages,) = (of for of in report["stages"] if of["split"] == "test")
+    told = []
+    for task, entry in report["teacher"]["tasks"].items():
+        shares = entry["coverage"]["test"]
+        # What was shown was passed as well.
+        number = stages["passed"] + stages["shown"]
+        covered = sum((shares[of] or 0) * stages[of] for of in ("passed", "shown"))
+        if covered < _LEAST_COVERED * number:
+            told.append(f"that of {task} covers {covered / number:.1%} of what was passed in test")
+    return ", ".join(told)
