@@ -23,6 +23,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     print(f"dataset: {directory}")
     if (directory / PAGE).exists():
         print(f"data report: {directory / PAGE}")
+    print("\n".join(commands.data_lines(config)))
 
 
 if __name__ == "__main__":

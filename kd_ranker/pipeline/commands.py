@@ -18,7 +18,9 @@ from kd_ranker.config import checks, schema
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.evaluation import references, results
 from kd_ranker.evaluation.results import Row
+from kd_ranker.pipeline import data_lines as of_data
 from kd_ranker.pipeline import runs, scoring, supervision, teachers
+from kd_ranker.pipeline.data_lines import read_data_report
 from kd_ranker.pipeline.measure import (
     Students,
     measure,
@@ -33,6 +35,7 @@ from kd_ranker.requests.lock import hold
 from kd_ranker.requests.pool import open_pool
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, Source
+from kd_ranker.sources.logs import findings
 from kd_ranker.sources.logs.guess.first_config import FirstConfig, write_first_config
 from kd_ranker.sources.logs.write_back import Scored
 from kd_ranker.sources.registry import SOURCES
@@ -54,7 +57,7 @@ def prepare_data(config: ConfigDict) -> Path:
 
     Raises:
       UserError: the config or the raw files are at fault, or a dataset is there already that was
-        made of other raw files.
+        made of other raw files, or of a log with faults that the config does not allow.
     """
     checks.validate(config)
     name = dataset_name(config)
@@ -66,9 +69,21 @@ def prepare_data(config: ConfigDict) -> Path:
             source = entry.open_source(config.data, config.tasks, config.funnel)
             with contextlib.closing(source):
                 storage.write(source, directory)
-    elif entry.check_unchanged:
-        entry.check_unchanged(config.data, directory)
+    else:
+        if entry.check_unchanged:
+            entry.check_unchanged(config.data, directory)
+        if report := read_data_report(directory):
+            findings.check_allowed(report, config.data.allow, str(directory))
     return directory
+
+
+def data_lines(config: ConfigDict) -> list[str]:
+    """The lines that tell of the config's dataset: its log's remarks, and the epochs of training.
+
+    Raises:
+      UserError: the dataset was not built.
+    """
+    return of_data.data_lines(config, teachers.dataset_of(config))
 
 
 def first_config(config: ConfigDict, folder: Path) -> FirstConfig:
@@ -329,7 +344,7 @@ def run(config: ConfigDict, workdir: Path, say: Callable[[str], None] = lambda _
       config: that of the sweep. Where a teacher is trained, it is in `teacher.workdir`, or if that
         is empty below `workdir`; with `sweep.whole_repeats` there is one for each seed.
       workdir: the folder to write below.
-      say: is told the name of each step as it begins.
+      say: is told the name of each step as it begins, and the lines on the dataset.
     """
     checks.validate(config)
     supervision.check_students(sweep_members(config).values())
@@ -338,6 +353,8 @@ def run(config: ConfigDict, workdir: Path, say: Callable[[str], None] = lambda _
     teacher, students = None, workdir / "sweep"
     say("prepare_data")
     prepare_data(config)
+    for line in data_lines(config):
+        say(line)
     if not logged or config.teacher.workdir:
         teacher = Path(config.teacher.workdir or workdir / "teacher")
         config.teacher.workdir = str(teacher)

@@ -70,19 +70,54 @@ def test_a_dataset_goes_by_another_name_only_where_its_contents_would_differ(con
         other.data.update(changes)
         return dataset_name(other)
 
-    assert name() == name(processes=4, rows_in_memory=5000, infer=True, dir="elsewhere")
+    assert name() == name(processes=4, rows_in_memory=5000, infer=True, dir="elsewhere", allow=())
     assert name() != name(strict=True)
     assert name() != name(split="user")
     assert name() != name(features={"age": {"length": 2}})
 
 
-def test_prepare_data_prints_where_dataset_and_report_lie(config, capsys):
-    prepare_data.main(config, Path())
+def test_prepare_data_prints_what_was_found_whether_it_builds_the_dataset_or_finds_it(
+    config, tmp_path, capsys
+):
+    new = config.copy_and_resolve_references()
+    new.data.dir = str(tmp_path)
+    prepare_data.main(new, Path())
+    told = capsys.readouterr().out
+    prepare_data.main(new, Path())
+    assert capsys.readouterr().out == told
+    directory = commands.prepare_data(new)
+    report = json.loads((directory / "data_report.json").read_text())
+    candidates, requests = report["candidates"], report["requests"]["train"]["requests"]
+    reasons = {name: of["candidates"] for name, of in candidates["by_reason"].items()}
+    rejected = sum(reasons.values())
+    assert rejected == candidates["rejected"] > 0
+    where, page, counts, *remarks, epochs = told.splitlines()
+    assert where == f"dataset: {directory}"
+    assert page == f"data report: {directory / 'data_report.html'}"
+    assert counts == (
+        f"candidates: {candidates['in_the_log']} in the log = "
+        f"{candidates['in_the_log'] - rejected} used + {rejected} rejected "
+        f"({', '.join(f'{name} {number}' for name, number in reasons.items())})"
+    )
+    assert remarks == [f"remark: {remark}" for remark in report["remarks"]]
+    assert len(remarks) > 5
+    assert epochs == (
+        f"epochs: {6 * 8 / requests:.3g} in train.steps=6, of {requests} training requests, "
+        "8 a step"
+    )
+
+
+def test_a_dataset_that_is_there_needs_its_faults_allowed_too(config):
     directory = commands.prepare_data(config)
-    assert capsys.readouterr().out.splitlines() == [
-        f"dataset: {directory}",
-        f"data report: {directory / 'data_report.html'}",
-    ]
+    other = config.copy_and_resolve_references()
+    other.data.allow = ("rejected", "times")
+    with pytest.raises(
+        UserError, match=r": few_positives: .*'few_positives', 'rejected', 'times'"
+    ) as e:
+        commands.prepare_data(other)
+    assert str(e.value).startswith(str(directory))
+    # Training is another matter: the dataset is there.
+    assert commands.data_lines(other)
 
 
 def test_a_build_that_fails_leaves_no_half_dataset(config, monkeypatch):
