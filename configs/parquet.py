@@ -18,6 +18,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.value_weights = (1.0, 2.0)  # one a task
 
     config.data.path = ""  # file, directory, glob, or a URL of these that fsspec can open
+    config.data.title = ""  # what the report calls the log
     config.data.rows = "candidate"  # a row a candidate; or request: a row a request, with lists
     # What the log has -> its column; "" is what it lacks. The first four it must have.
     config.data.columns = ConfigDict(

@@ -351,6 +351,7 @@ _RECFLOW = _of_source(
 )  # fmt: skip
 
 _LOG = _of_source(
+    Key("title", "", "name of the log in the report; \"\": parquet", influences="nothing"),
     Key("rows", "candidate", "one row a candidate, or one a request with lists", layout.ROWS),
     Key("columns", ConfigDict(), "column by role; request, time, user and item it must have"),
     Key("stages", ConfigDict(), "text of the stage column by stage"),

@@ -35,7 +35,7 @@ class Study(NamedTuple):
     """The results of one or more sweeps of one dataset.
 
     Attributes:
-      dataset: its name.
+      dataset: its name: `data.title` of an own log, or `data.name`.
       tasks: the tasks in the order of the config.
       passed: k, the number of candidates that the config passes.
       retrieved: N, the number that it retrieves.
@@ -82,18 +82,28 @@ class Study(NamedTuple):
     missing: dict[str, list[str]]
     kept: list[tuple[int, Kept]]
 
+    @property
+    def file_name(self) -> str:
+        """Its name in the names of files, and of places in the page."""
+        return re.sub(r"[^\w.-]", "_", self.dataset)
+
 
 def read_studies(workdirs: Sequence[Path]) -> list[Study]:
     """Reads sweeps and joins those of the same dataset, in the order in which they are named.
 
     Raises:
       UserError: a folder is no sweep's; two sweeps of a dataset hold the same member, or differ in
-        more than in members and random seeds.
+        more than in members and random seeds; or two titles are the same in the name of a file.
     """
     by_dataset: dict[str, list[Path]] = {}
     for workdir in workdirs:
-        by_dataset.setdefault(_checked_config(workdir).data.name, []).append(workdir)
-    return [_study(dataset, folders) for dataset, folders in by_dataset.items()]
+        data = _checked_config(workdir).data
+        by_dataset.setdefault(data.get("title") or data.name, []).append(workdir)
+    studies = [_study(dataset, folders) for dataset, folders in by_dataset.items()]
+    names = ["claims", *(study.file_name for study in studies)]
+    if again := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"two tables would both be called {min(again)}; choose another data.title")
+    return studies
 
 
 def _checked_config(workdir: Path) -> ConfigDict:

@@ -1,6 +1,5 @@
 """Writes a report: tables, figures and the page."""
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -55,7 +54,7 @@ def write_report(workdirs: Sequence[Path], output: Path) -> list[str]:
 
 
 def _write_study(study: Study, estimates: Estimates, tested: pd.DataFrame, output: Path) -> Section:
-    name = re.sub(r"[^\w.-]", "_", study.dataset)
+    name = study.file_name
     numbers = comparison(study, estimates)
     tables: dict[str, Table | None] = {
         name: main_table(study, numbers),

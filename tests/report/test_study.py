@@ -163,6 +163,30 @@ def test_frozen_members_are_set_apart(tmp_path):
     assert not set(frozen) & set(study.rows["member"])
 
 
+def titled(workdir, title, **options):
+    """A sweep of an own log, which may have a title."""
+    sweeps.write_sweep(workdir, dataset="parquet", **options)
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"]["title"] = title
+    (workdir / "config.json").write_text(json.dumps(config))
+    return workdir
+
+
+def test_own_logs_go_by_their_titles(tmp_path):
+    names = {"a": "May: feed", "b": "", "c": "June / feed", "d": "May: feed"}
+    workdirs = [
+        titled(tmp_path / folder, title, seeds=(number,))
+        for number, (folder, title) in enumerate(names.items())
+    ]
+    studies = read_studies(workdirs)
+    assert [study.dataset for study in studies] == ["May: feed", "parquet", "June / feed"]
+    assert [study.rows["repeat"].nunique() for study in studies] == [2, 1, 1]
+    for other in ("June   feed", "claims"):
+        clash = titled(tmp_path / other.strip(), other)
+        with pytest.raises(UserError, match="two tables would both be called"):
+            read_studies([*workdirs, clash])
+
+
 def test_sweeps_of_a_dataset_are_joined_and_those_of_another_are_not(tmp_path):
     studies = read_studies(
         [
