@@ -127,22 +127,36 @@ def is_known(table: TableSpec, ids: Int[Array, "..."]) -> Bool[Array, "..."]:
 
 
 def gather_rows(
-    spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch, items: Items, *, whole_rows: bool
+    spec: EmbeddingSpec,
+    tables: Tables,
+    batch: CandidateBatch,
+    items: Items,
+    *,
+    whole_rows: bool,
+    member: Int[Array, ""] | None = None,
 ) -> Rows:
     """The rows that a batch needs.
+
+    Args:
+      spec: the lookups.
+      tables: of one model; or with `member`, of all members of a group.
+      batch: what is looked up.
+      items: what is known of the items.
+      whole_rows: whether to keep what training keeps beside the embeddings.
+      member: whose rows to read. A `vmap` over the tables would ask a TPU for another layout.
 
     Returns:
       Lookup name -> float32 [*shape of the ids, W], or [*shape of the ids, D] of the embeddings
       alone if not `whole_rows`.
     """
-    return {
-        name: _read(
-            tables[lookup.table],
-            _rows(spec, lookup, batch, items),
-            tables[lookup.table].shape[1] if whole_rows else spec.width,
-        )
-        for name, lookup in spec.lookups.items()
-    }
+    gathered = {}
+    for name, lookup in spec.lookups.items():
+        table, row = tables[lookup.table], _rows(spec, lookup, batch, items)
+        if member is not None:
+            row = row + member * table.shape[1]
+            table = table.reshape(-1, table.shape[2])
+        gathered[name] = _read(table, row, table.shape[1] if whole_rows else spec.width)
+    return gathered
 
 
 def embeddings(spec: EmbeddingSpec, rows: Rows) -> Rows:

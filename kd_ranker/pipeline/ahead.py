@@ -66,12 +66,14 @@ class Program(NamedTuple):
     Attributes:
       lowered: the program.
       tables: bytes of its embedding tables, on a device.
-      sizes: the numbers of entries of arrays with an entry a row of a table: none may be copied.
+      sizes: the numbers of entries of its tables, all members' together and each one's.
+      others: those of the other arrays with an entry an item, or a row of a table.
     """
 
     lowered: jax.stages.Lowered
     tables: int
     sizes: frozenset[int]
+    others: frozenset[int]
 
 
 class Finding(NamedTuple):
@@ -301,17 +303,12 @@ def _program(lowered: jax.stages.Lowered, *held: Any) -> Program:
     tables = [leaf for path, leaf in leaves if is_of_tables(path)]
     items = [leaf for path, leaf in leaves if _is_of_items(path)]
     rows = {table.shape[-2] for table in tables} | {leaf.shape[0] for leaf in items}
-    # All members' together, and those of one.
-    shapes = [
-        shape
-        for _, leaf in leaves
-        for shape in (leaf.shape, leaf.shape[1:])
-        if rows.intersection(shape)
-    ]
+    others = [leaf.size for path, leaf in leaves if not is_of_tables(path) and rows & {*leaf.shape}]
     return Program(
         lowered,
         sum(table.size * table.dtype.itemsize for table in tables),
-        frozenset(math.prod(shape) for shape in shapes if math.prod(shape)),
+        frozenset(size for table in tables for size in (table.size, math.prod(table.shape[-2:]))),
+        frozenset(size for size in others if size),
     )
 
 
@@ -347,7 +344,9 @@ def compile_program(name: str, config: ConfigDict, sizes: Sizes, topology: Topol
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
         return found._replace(refused=str(error).splitlines()[0])
-    return found._replace(compiled=compiled.read(made, program.sizes), text=made.as_text())
+    return found._replace(
+        compiled=compiled.read(made, program.sizes, program.others), text=made.as_text()
+    )
 
 
 def _share(config: ConfigDict, devices: int) -> ConfigDict:

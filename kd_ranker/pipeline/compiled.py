@@ -47,7 +47,7 @@ class Compiled(NamedTuple):
       total: bytes in all; a result in the place of an argument counts once.
       cycles: those of a step by kind of operation, as far as the compiler has a number for them;
         empty where it has none.
-      copies: operations that copy, transpose or convert an array of one of the sizes asked for.
+      copies: operations that copy, transpose or convert an array that was asked for.
       loops: loops that the compiler made of an operation, which has one entry a turn.
       collectives: the arrays that devices exchange.
     """
@@ -66,12 +66,15 @@ class Compiled(NamedTuple):
         return sum(collective.array.bytes for collective in self.collectives)
 
 
-def read(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Compiled:
+def read(
+    compiled: jax.stages.Compiled, tables: Collection[int], others: Collection[int] = ()
+) -> Compiled:
     """Reads a program.
 
     Args:
       compiled: the program.
-      sizes: numbers of entries; arrays that have so many are not to be copied.
+      tables: the numbers of entries of arrays that are not to be copied.
+      others: of some that may be copied to where a small one is at hand: the memory on the chip.
     """
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
@@ -82,7 +85,7 @@ def read(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Compiled:
         temporary=temporary,
         total=arguments + temporary + results,
         cycles=cycles_by_kind(text),
-        copies=tuple(copies(text, sizes)),
+        copies=(*copies(text, tables), *copies(text, others, but_on_chip=True)),
         loops=tuple(loops(text)),
         collectives=tuple(collectives(text)),
     )
@@ -136,10 +139,11 @@ def _turns(condition: Collection[str]) -> int:
     return int(bounds[0]) if compared and len(bounds) == 1 else 1
 
 
-def copies(text: str, sizes: Collection[int]) -> Iterator[str]:
+def copies(text: str, sizes: Collection[int], but_on_chip: bool = False) -> Iterator[str]:
     """The operations of a program that copy arrays with one of these numbers of entries.
 
-    Not counted is what a TPU brings into the memory on its chip, S(1), for as long as it is used.
+    Not counted is what a TPU moves as it is between its memory and that on the chip, S(1); with
+    `but_on_chip`, nor what it lays out anew there.
 
     >>> list(copies("  %c.1 = f32[8,3]{0,1} copy(%p), metadata={}", {24}))
     ['copy f32[8,3]']
@@ -148,7 +152,8 @@ def copies(text: str, sizes: Collection[int]) -> Iterator[str]:
     """
     for operation, returned, arrays in _operations(text, _COPIES):
         for array in arrays[:1]:
-            if array.size in sizes and _ON_CHIP not in returned:
+            free = _ON_CHIP in returned and (but_on_chip or operation == "copy-start")
+            if array.size in sizes and not free:
                 yield f"{operation} {array.dtype}[{','.join(map(str, array.shape))}]"
 
 

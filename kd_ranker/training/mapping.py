@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.layout import Format, Layout, with_layout_constraint
+from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Int
 
@@ -61,25 +61,6 @@ def places(tree: Any, sharding: Sharding | None = None, shardings: Any = None) -
     if shardings is None:
         shardings = jax.tree.map(lambda _: sharding, tree)
     return jax.tree_util.tree_map_with_path(place, tree, shardings)
-
-
-def by_rows(tree: Any) -> Any:
-    """The same pytree, within a program: on a TPU its tables lie row by row there, too.
-
-    In a loop XLA would choose anew, and copy them on the way in.
-    """
-
-    def laid_out(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
-        if not is_of_tables(path):
-            return leaf
-        layout = Layout(tuple(range(leaf.ndim)))
-        return jax.lax.platform_dependent(
-            leaf,
-            tpu=lambda table: with_layout_constraint(table, layout),
-            default=lambda table: table,
-        )
-
-    return jax.tree_util.tree_map_with_path(laid_out, tree)
 
 
 def put(tree: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kd_ranker.batch import CandidateBatch, Items, Stage
 from kd_ranker.batches.cutting import PackedBatches, Span, unpack
@@ -24,8 +24,8 @@ from kd_ranker.distillation.losses import LOSSES, bce
 from kd_ranker.distillation.modes import Transform
 from kd_ranker.distillation.teacher_signal import SIGNALS, Heard
 from kd_ranker.embedding.lookup import Rows, embeddings, gather_rows
-from kd_ranker.models.model import Parameters, apply_model, score
-from kd_ranker.training.mapping import AXIS, by_rows, in_parts
+from kd_ranker.models.model import apply_model, score
+from kd_ranker.training.mapping import AXIS, in_parts
 from kd_ranker.training.state import (
     Frozen,
     Hyperparameters,
@@ -74,7 +74,6 @@ def make_step(
         hyperparameters: Sequence[Hyperparameters],
         frozen: Frozen,
     ) -> tuple[States, tuple[Losses, ...]]:
-        states, frozen = by_rows(states), by_rows(frozen)
         whole = with_live_teacher(teacher, batch, frozen, sharing)
         trained = [
             _train_group(recipe, state, whole, numbers, frozen.items)
@@ -156,17 +155,22 @@ def _train_group(
     # members would not stay in a cache, and each device gathers rows of its own.
     reuses_rows = len(state.non_finite_step) == 1 and jax.lax.axis_size(AXIS) == 1
 
+    tables = state.parameters.tables
+
     def of_member(
-        parameters: Parameters, transform: Transform, numbers: Hyperparameters
+        member: Int[Array, ""], dense: Any, transform: Transform, numbers: Hyperparameters
     ) -> tuple[Gradients, dict[str, Float[Array, ""]], Rows]:
-        rows = gather_rows(spec, parameters.tables, batch, items, whole_rows=reuses_rows)
+        rows = gather_rows(spec, tables, batch, items, whole_rows=reuses_rows, member=member)
         embedded = embeddings(spec, rows)
         gradients, losses = jax.grad(_losses, argnums=(0, 1, 2), has_aux=True)(
-            parameters.dense, transform, embedded, recipe, numbers, batch, heard, items
+            dense, transform, embedded, recipe, numbers, batch, heard, items
         )
         return Gradients(*gradients), losses, rows
 
-    gradients, losses, rows = jax.vmap(of_member)(state.parameters, state.transform, numbers)
+    members = jnp.arange(len(state.non_finite_step))
+    gradients, losses, rows = jax.vmap(of_member)(
+        members, state.parameters.dense, state.transform, numbers
+    )
     dense, transform = gradients.dense, gradients.transform
     (dense, transform), losses = jax.lax.psum(((dense, transform), losses), AXIS)
     after = update_group(

@@ -35,7 +35,9 @@ def test_a_program_moves_nothing_of_a_tables_size(case, tmp_path):
     assert not found.compiled.copies
     assert not found.compiled.loops
     if case.large:
-        assert found.compiled.temporary < 0.05 * found.tables
+        # Of its 32,000 candidates, a batch that is scored needs more for each than one to train on.
+        share = 0.1 if case.program == "score" else 0.05
+        assert found.compiled.temporary < share * found.tables
     strangers = [
         collective
         for collective in found.compiled.collectives
