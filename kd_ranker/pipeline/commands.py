@@ -20,7 +20,7 @@ from kd_ranker.evaluation import references, results
 from kd_ranker.evaluation.results import Row
 from kd_ranker.pipeline import data_lines as of_data
 from kd_ranker.pipeline import runs, scoring, supervision, teachers
-from kd_ranker.pipeline.data_lines import read_data_report
+from kd_ranker.pipeline.data_lines import keep_data_report
 from kd_ranker.pipeline.measure import (
     Students,
     measure,
@@ -36,6 +36,7 @@ from kd_ranker.requests.pool import open_pool
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.sources.logs import findings
+from kd_ranker.sources.logs.data_report import read_data_report
 from kd_ranker.sources.logs.guess.first_config import FirstConfig, write_first_config
 from kd_ranker.sources.logs.write_back import Scored
 from kd_ranker.sources.registry import SOURCES
@@ -185,6 +186,7 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
         shared = common(members)
         supervision.check_signals(config, dataset, members.values())
         workdirs.claim(workdir, "train", config, without=schema.without_influence("student"))
+        keep_data_report(config, workdir)
         with runs.progress_bar(workdir.name, config.train.steps) as bar:
             students = runs.fit_students(shared, dataset, teacher, members, workdir, bar)
         known = reference(shared, dataset, teacher)
@@ -213,6 +215,7 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
 
 def _sweep(config: ConfigDict, workdir: Path) -> bool:
     workdirs.check(workdir, "sweep", config, without=_free_of_a_sweep(config.sweep.extend))
+    keep_data_report(config, workdir)
     sweep = open_sweep(config, workdir)
     if sweep.is_complete():
         return False

@@ -1,13 +1,15 @@
 """Lines for the terminal on a dataset: what was found in a log, and how long training is on it."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from kd_ranker.config.identity import dataset_name
+from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
-from kd_ranker.sources.logs.data_report import JSON_FILE, Report
+from kd_ranker.sources.logs.data_report import JSON_FILE, Report, read_data_report
+from kd_ranker.training.workdir import write_atomically
 
 
 def data_lines(config: ConfigDict, dataset: Dataset) -> list[str]:
@@ -17,10 +19,11 @@ def data_lines(config: ConfigDict, dataset: Dataset) -> list[str]:
     return [*of_log, *_epochs(config, dataset.builder.info.splits["train"].num_examples)]
 
 
-def read_data_report(directory: Path) -> Report | None:
-    """The data report of a dataset; None where it was not made from an own log."""
-    path = directory / JSON_FILE
-    return json.loads(path.read_text()) if path.exists() else None
+def keep_data_report(config: ConfigDict, workdir: Path) -> None:
+    """Copies the data report of an own log to a workdir, for the report on what trains there."""
+    path = storage.directory_of(dataset_name(config), config.data.dir) / JSON_FILE
+    if path.exists():
+        write_atomically(workdir / JSON_FILE, path.read_bytes())
 
 
 def _of_log(report: Report) -> Iterator[str]:

@@ -22,10 +22,22 @@ _GOAL = f"{100 * TARGET:g}% of the final value"
 
 
 class Answer(NamedTuple):
-    """One sentence, and the lines that qualify it."""
+    """One sentence, and the lines that qualify it.
+
+    Attributes:
+      sentence: the answer.
+      caveats: how it was come by.
+      warning: faults of the data that were allowed; "" where there are none.
+    """
 
     sentence: str
     caveats: list[str]
+    warning: str = ""
+
+    @property
+    def told(self) -> str:
+        """The sentence, and the warning on a line of its own."""
+        return "\n".join(filter(None, (self.sentence, self.warning)))
 
 
 def answer(study: Study, estimates: Estimates) -> Answer:
@@ -36,6 +48,9 @@ def answer(study: Study, estimates: Estimates) -> Answer:
     value is the teacher's own opinion.
     """
     chosen, undistilled = best_distilled(study), study.baseline
+    warning = ""
+    if study.allowed:
+        warning = f"{study.dataset}: data.allow let pass {'; '.join(study.allowed)}."
     if undistilled is None or chosen is None:
         lacking = "mode none to compare with" if undistilled is None else "a mode that distils"
         return Answer(
@@ -43,6 +58,7 @@ def answer(study: Study, estimates: Estimates) -> Answer:
             f"measured student of {lacking}; run a sweep whose sweep.modes hold none and another "
             "mode.",
             [],
+            warning,
         )
     gap = estimates.gap(chosen, undistilled, CRITERION)
     parts = [
@@ -51,7 +67,7 @@ def answer(study: Study, estimates: Estimates) -> Answer:
         _sizes(study, estimates),
     ]
     sentence = " ".join(part for part in parts if part)
-    return Answer(f"{study.dataset}: {sentence}", _caveats(study, gap))
+    return Answer(f"{study.dataset}: {sentence}", _caveats(study, gap), warning)
 
 
 def _saving(estimates: Estimates, chosen: str, undistilled: str, gap: Interval) -> str:

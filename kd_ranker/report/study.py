@@ -17,6 +17,8 @@ from kd_ranker.evaluation.kept import Kept
 from kd_ranker.evaluation.metrics import METRICS, ReportAt, result_columns
 from kd_ranker.evaluation.results import REPEAT
 from kd_ranker.evaluation.saving import baseline, best_of_ways, of_split, with_savings
+from kd_ranker.sources.logs.data_report import read_data_report
+from kd_ranker.sources.logs.findings import find
 from kd_ranker.sweep.sweep import FOLDER, TEST
 from kd_ranker.training.workdir import (
     CONFIG_FILE,
@@ -54,6 +56,7 @@ class Study(NamedTuple):
       varying: the columns of a setting that differ, beside mode, serving choice and weight.
       calibration: `calibration.csv` with `source`; empty where there is none.
       losses: the columns source, member, step, kind (`user_loss`, `distill_loss`), loss.
+      allowed: what `data.allow` let pass of an own log's faults, in words.
       configs: the text of each sweep's config by its folder.
       environments: what each sweep ran with by its folder; one that was not recorded is missing.
       missing: for a kind of file, which folders do not hold it.
@@ -77,6 +80,7 @@ class Study(NamedTuple):
     varying: list[str]
     calibration: pd.DataFrame
     losses: pd.DataFrame
+    allowed: list[str]
     configs: dict[str, str]
     environments: dict[str, dict]
     missing: dict[str, list[str]]
@@ -170,11 +174,19 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         varying=_varying(students),
         calibration=calibration,
         losses=losses,
+        allowed=_allowed(workdirs),
         configs={name: as_json(config) for name, config in configs.items()},
         environments=_environments(workdirs),
         missing={"calibration": no_calibration, "losses": no_losses, "requests": no_requests},
         kept=of_requests,
     )
+
+
+def _allowed(workdirs: Sequence[Path]) -> list[str]:
+    """Faults of the log that sweeps learned from: there is a dataset, so they were allowed."""
+    reports = [read_data_report(workdir) for workdir in workdirs]
+    found = [f"{name}: {text}" for report in reports if report for name, text in find(report)]
+    return list(dict.fromkeys(found))
 
 
 def _environments(workdirs: Sequence[Path]) -> dict[str, dict]:

@@ -37,7 +37,7 @@ def write_report(workdirs: Sequence[Path], output: Path) -> list[str]:
       output: a folder.
 
     Returns:
-      The answer to each dataset, a sentence.
+      The answer to each dataset: a sentence, and a line on what was allowed of its faults.
     """
     estimates = [Estimates(study) for study in read_studies(workdirs)]
     of_claims = [claims(of.study, of) for of in estimates]
@@ -50,7 +50,7 @@ def write_report(workdirs: Sequence[Path], output: Path) -> list[str]:
         output / TABLES / "claims.md", "\n".join(markdown(section.claims) for section in sections)
     )
     write_atomically(output / PAGE, page(sections))
-    return [section.answer.sentence for section in sections]
+    return [section.answer.told for section in sections]
 
 
 def _write_study(study: Study, estimates: Estimates, tested: pd.DataFrame, output: Path) -> Section:

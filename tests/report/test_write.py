@@ -1,4 +1,5 @@
 import csv
+import json
 import re
 from pathlib import Path
 
@@ -210,6 +211,25 @@ def test_cells_that_are_not_known_are_empty(tmp_path):
 def test_a_dataset_without_true_values(tmp_path):
     sentence, _ = report(sweeps.write_sweep(tmp_path, "movielens_100k", true_values=False))
     assert sentence.startswith("movielens_100k: ")
+
+
+@pytest.mark.usefixtures("quick")
+def test_what_data_allow_let_pass_stands_below_the_answer(tmp_path):
+    told = {"candidates": {"in_the_log": 50, "rejected": 20}, "columns": []}
+    parts = [tmp_path / "one", tmp_path / "two"]
+    for seed, part in enumerate(parts):
+        sweeps.write_sweep(part, seeds=(seed,))
+        (part / "data_report.json").write_text(json.dumps(told))
+    (sentence,), page = commands.report(parts, tmp_path)
+    answer, warning = sentence.splitlines()
+    assert "final ranker needs" in answer
+    assert warning == (
+        "cascade: data.allow let pass rejected: 20 of 50 candidates (40.0%) are rejected."
+    )
+    assert f'<p class="caveat warning">{warning}</p>' in page.read_text()
+    (parts[0] / "data_report.json").write_text("{")
+    with pytest.raises(UserError, match=r"one/data_report.json is damaged"):
+        commands.report(parts, tmp_path)
 
 
 @pytest.mark.usefixtures("quick")

@@ -10,6 +10,7 @@ import jinja2
 import numpy as np
 from jaxtyping import Int64
 
+from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.encode import Encoding, feature_counts, feature_moments
 from kd_ranker.sources.logs.files import Log
@@ -407,6 +408,23 @@ def write_data_report(report: Report, folder: Path) -> None:
     """Writes `data_report.json` and `data_report.html`."""
     (folder / JSON_FILE).write_text(json.dumps(report, indent=2, allow_nan=False))
     (folder / PAGE).write_text(data_report_page(report))
+
+
+def read_data_report(folder: Path) -> Report | None:
+    """Reads what `write_data_report` wrote to a folder; None where there is none.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    path = folder / JSON_FILE
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path} is damaged ({error}); make the dataset anew, or copy it from there"
+        ) from error
 
 
 def data_report_page(report: Report) -> str:

@@ -48,6 +48,9 @@ def test_a_student_follows_a_logged_teacher_without_any_model_of_it(config, tmp_
         assert math.isfinite(row["teacher_kl/watch"])
     table = results.read_csv(tmp_path / "student" / results.FILE)
     assert set(table["dataset"]) == {"parquet"}
+    # For the report, which may be made where the dataset is not.
+    told = (tmp_path / "student" / "data_report.json").read_bytes()
+    assert told == (directory / "data_report.json").read_bytes()
 
 
 def test_batches_hold_the_category_ids_of_the_log(config):
