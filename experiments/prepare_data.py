@@ -19,7 +19,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
         print(f"edit it, first of all the {written.num_checks} lines below CHECK; then")
         print("\n".join(f"    {command}" for command in written.next_commands))
         return
-    directory = commands.prepare_data(config)
+    directory = commands.prepare_data(config, thorough=True)
     print(f"dataset: {directory}")
     if (directory / PAGE).exists():
         print(f"data report: {directory / PAGE}")

@@ -50,15 +50,21 @@ from kd_ranker.training.loop import skip_steps
 MEASURED_SPLITS = ("validation", "test")
 
 
-def prepare_data(config: ConfigDict) -> Path:
+def prepare_data(config: ConfigDict, thorough: bool = False) -> Path:
     """Builds the dataset of `config.data`; one that is there already is left alone.
+
+    Args:
+      config: the config.
+      thorough: whether to check all bytes of one that is there, which takes a while where these are
+        many gigabytes.
 
     Returns:
       The dataset's folder.
 
     Raises:
-      UserError: the config or the raw files are at fault, or a dataset is there already that was
-        made of other raw files, or of a log with faults that the config does not allow.
+      UserError: the config or the raw files are at fault, or a dataset is there already that is
+        damaged, or was made of other raw files, or of a log with faults that the config does not
+        allow.
     """
     checks.validate(config)
     name = dataset_name(config)
@@ -71,6 +77,7 @@ def prepare_data(config: ConfigDict) -> Path:
             with contextlib.closing(source):
                 storage.write(source, directory)
     else:
+        storage.check_whole(directory, teachers.PREPARE_DATA, thorough)
         if entry.check_unchanged:
             entry.check_unchanged(config.data, directory)
         if report := read_data_report(directory):

@@ -54,10 +54,10 @@ def scored_requests(
     stage = TEACHER_STAGES[config.teacher.stage] if split == "train" else Stage.RETRIEVED
     ranker, items = teacher.ranker, jax.device_put(dataset.items)
     size = config.evaluation.requests
-    records, decode = read_split(dataset, split)
-    stop = len(records) if stop is None else stop
+    number_of_requests, read = read_split(dataset, split)
+    stop = number_of_requests if stop is None else stop
     for first in range(start, stop, size):
-        chunk = [decode(records[number]) for number in range(first, min(first + size, stop))]
+        chunk = [read(place) for place in range(first, min(first + size, stop))]
         # A last chunk of another size would compile once more.
         filled = chunk + [chunk[-1]] * (size - len(chunk))
         fields = cutting.full_fields(columns_of(filled, dataset.spec), config.funnel.retrieved)

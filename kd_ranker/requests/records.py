@@ -1,5 +1,6 @@
 """A request as a record, and a built dataset, whose records are read back."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -12,6 +13,7 @@ import tensorflow_datasets as tfds
 from jaxtyping import Float32, Int32
 
 from kd_ranker.batch import STORED, FeatureSpec, Field, Items, Request
+from kd_ranker.errors import UserError
 from kd_ranker.requests.columns import Columns
 from kd_ranker.requests.request import SPLITS
 
@@ -22,6 +24,7 @@ class Dataset:
 
     Attributes:
       directory: its folder.
+      made_by: the command that makes it, for messages.
       spec: the sizes of its features.
       item_features: what is known of each item.
       item_category: the category ids of each item.
@@ -30,6 +33,7 @@ class Dataset:
     """
 
     directory: Path
+    made_by: str
     spec: FeatureSpec
     item_features: Float32[np.ndarray, "items F"]
     item_category: Int32[np.ndarray, "items I"]
@@ -106,21 +110,53 @@ def from_record(record: Mapping[str, Any], tasks: Sequence[str]) -> Request:
     )
 
 
-def read_split(dataset: Dataset, split: str) -> tuple[Sequence[bytes], Callable[[bytes], Request]]:
-    """A random-access source of the stored bytes of a split, and what decodes them to requests."""
+@contextlib.contextmanager
+def damage(directory: Path, made_by: str, file: str = "") -> Iterator[None]:
+    """Turns what reading a dataset's damaged files raises into a UserError with the remedy.
+
+    Args:
+      directory: of the dataset.
+      made_by: the command that makes it.
+      file: the one that is read, if the errors do not say.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    # A RuntimeError comes from the checksums within files of records.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+        why = f"{file}: {error}" if file else error
+        raise UserError(
+            f"the dataset at {directory} is damaged ({why}); remove that folder and make it anew "
+            f"with: {made_by}"
+        ) from error
+
+
+def read_split(dataset: Dataset, split: str) -> tuple[int, Callable[[int], Request]]:
+    """The number of requests of a split, and what reads one of them by its place.
+
+    That raises a UserError for a damaged record.
+    """
     features = record_features(dataset.spec)
     records = dataset.builder.as_data_source(
         split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
     )
 
-    def decode(record: bytes) -> Request:
-        return from_record(features.deserialize_example_np(record), dataset.spec.tasks)
+    info = dataset.builder.info.splits[split]
+    files = [path.name for path in map(Path, info.filepaths)]
+    ends = np.cumsum(info.shard_lengths)
 
-    return records, decode
+    def read(place: int) -> Request:
+        file = files[np.searchsorted(ends, place, side="right")]
+        with damage(dataset.directory, dataset.made_by, file):
+            record = features.deserialize_example_np(records[place])
+        return from_record(record, dataset.spec.tasks)
+
+    return len(records), read
 
 
 def read_requests(dataset: Dataset, split: str) -> Iterator[Request]:
     """The requests of a split in stored order, with all that is stored."""
-    records, decode = read_split(dataset, split)
-    for index in range(len(records)):
-        yield decode(records[index])
+    number, read = read_split(dataset, split)
+    for place in range(number):
+        yield read(place)

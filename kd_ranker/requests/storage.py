@@ -7,6 +7,7 @@ A built dataset is `data.dir/requests/<name>/<version>`, which TFDS opens, with 
     rows-SPLIT.bin      what batches are cut from, and counts-SPLIT.npy: see `row_files`
     items.npy           float32 [num_items, F], what is known of each item, stored once
     item_category.npy   int32 [num_items, I], the category ids of each item
+    checksums.json      of all these files, see `checksums`
 
 and what else its source puts there. It is written to a temporary folder that is renamed at the end,
 so a dataset is whole or absent; what a build that was killed has left, the next one removes. Of a
@@ -31,9 +32,9 @@ from tqdm import tqdm
 
 from kd_ranker.batch import STORED, FeatureSpec, Request
 from kd_ranker.errors import UserError
-from kd_ranker.requests import row_files
+from kd_ranker.requests import checksums, row_files
 from kd_ranker.requests.lock import hold
-from kd_ranker.requests.records import Dataset, record_features, to_record
+from kd_ranker.requests.records import Dataset, damage, record_features, to_record
 from kd_ranker.requests.request import SPLITS, Source
 
 FORMAT_VERSION = "1.3.0"
@@ -97,8 +98,10 @@ def write(source: Source, directory: Path) -> None:
         try:
             _write_items(source, unfinished)
             _write_records(source, unfinished)
+            needed = {*unfinished.rglob("*")}
             if source.write_beside:
                 source.write_beside(unfinished)
+            checksums.write(unfinished, beside={*unfinished.rglob("*")} - needed)
             for path in (*unfinished.rglob("*"), unfinished):
                 _flush(path)
             unfinished.rename(directory)
@@ -318,35 +321,42 @@ def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:
       made_by: the command that makes the dataset, for the message if there is none.
 
     Raises:
-      UserError: there is no such dataset, or only one of an older format.
+      UserError: there is no such dataset, or only one of an older format, or it is damaged.
     """
     directory = directory_of(name, data_dir)
-    if not (directory / SPEC_FILE).exists():
+    if not directory.exists():
         if older := sorted(path.parent.name for path in directory.parent.glob(f"*/{SPEC_FILE}")):
             raise UserError(
                 f"the dataset at {directory.parent} has the format {older[-1]} and this release "
                 f"reads {FORMAT_VERSION}, with a validation split; make it anew with: {made_by}"
             )
         raise UserError(f"no dataset at {directory}; make it with: {made_by}")
-    try:
-        return _opened(directory)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"the dataset at {directory} is damaged ({error}); remove that folder and make it anew "
-            f"with: {made_by}"
-        ) from error
+    with damage(directory, made_by):
+        checksums.check(directory)
+        return _opened(directory, made_by)
 
 
-def _opened(directory: Path) -> Dataset:
+def check_whole(directory: Path, made_by: str, thorough: bool = False) -> None:
+    """Checks all files of a dataset, those beside the requests as well, as far as they are there.
+
+    Args:
+      directory: of the dataset.
+      made_by: the command that makes it, for the message.
+      thorough: whether to read all of them, rather than what is small or has changed.
+
+    Raises:
+      UserError: one is damaged.
+    """
+    with damage(directory, made_by):
+        checksums.check(directory, beside=True, thorough=thorough)
+
+
+def _opened(directory: Path, made_by: str) -> Dataset:
     spec = FeatureSpec.from_json((directory / SPEC_FILE).read_text())
     builder = tfds.builder_from_directory(directory)
-    for split in SPLITS:
-        files = _paths_of(split, builder.info.splits[split].num_shards, directory)
-        found = sum(path.stat().st_size for path in files)
-        if found != (expected := builder.info.splits[split].num_bytes):
-            raise ValueError(f"the records of {split} have {found} bytes of {expected}")
     return Dataset(
         directory=directory,
+        made_by=made_by,
         spec=spec,
         item_features=np.load(directory / _ITEMS_FILE),
         item_category=np.load(directory / _CATEGORY_FILE),

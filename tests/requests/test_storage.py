@@ -344,8 +344,8 @@ def test_a_dataset_is_the_same_bytes_at_every_build(tmp_path, processes):
     else:
         here = storage.build(random_source(), "small", str(tmp_path / "here"))
     assert bytes_of(here) == there
-    # What TFDS wants, sizes and items; two files a split of rows; records.
-    assert len(there) == 5 + 2 * 3 + (5 if processes else 3)
+    # What TFDS wants, sizes, items and checksums; two files a split of rows; records.
+    assert len(there) == 6 + 2 * 3 + (5 if processes else 3)
 
 
 def test_the_next_build_removes_what_a_killed_one_has_left(tmp_path, whole):

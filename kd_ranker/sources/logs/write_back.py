@@ -33,7 +33,7 @@ from kd_ranker.batch import FeatureSpec
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
 from kd_ranker.requests.pool import open_pool
-from kd_ranker.requests.records import record_features, teacher_column
+from kd_ranker.requests.records import damage, record_features, teacher_column
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs import candidate_rows, files
 from kd_ranker.sources.logs.files import Log, Part
@@ -103,9 +103,10 @@ def open_scored_log(
       name: of the dataset's scored copy, see `storage.dataset_name`.
 
     Raises:
-      UserError: the log is gone, or is not what the dataset was built of, or the copy or the scored
-        log are there and were made of an older one.
+      UserError: the dataset is damaged, the log is gone or not what the dataset was built of, or
+        the copy or the scored log are there and were made of an older one.
     """
+    storage.check_whole(directory, "python -m experiments.prepare_data")
     check_unchanged(data, directory)
     layout = read_layout(data, tasks, funnel)
     log = files.open_log(layout)
@@ -129,6 +130,7 @@ def open_scored_log(
         (folder / MANIFEST).write_text(made_of)
 
     def write() -> Scored:
+        storage.check_whole(copy, "python -m experiments.log_teacher")
         _start_folder(output, made_of)
         columns = _added_columns(log, layout)
         _write_missing(log, layout, directory, copy, columns, [output / name for name in names])
@@ -320,7 +322,9 @@ def _read_scores(
     scores: dict[str, list[np.ndarray]] = {task: [] for task in spec.tasks}
     last = min(first + number, len(records))
     for start in range(first, last, _REQUESTS):
-        for record in records.__getitems__(list(range(start, min(start + _REQUESTS, last)))):
+        with damage(copy, "python -m experiments.log_teacher"):
+            chunk = records.__getitems__(list(range(start, min(start + _REQUESTS, last))))
+        for record in chunk:
             request = features.deserialize_example_np(record)
             request_id.append(request["request_id"])
             candidates.append(len(request["item_id"]))

@@ -22,7 +22,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.evaluation.evaluate import Ranker, Served
 from kd_ranker.pipeline import commands, scoring, teachers
 from kd_ranker.pipeline.teachers import Teacher
-from kd_ranker.requests import storage
+from kd_ranker.requests import checksums, storage
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs import write_back
@@ -409,6 +409,8 @@ def test_a_copy_of_other_requests_is_refused(tmp_path):
     rows = dataset.directory / "candidate_rows" / "train-00000.parquet"
     table = pq.read_table(rows)
     pq.write_table(table.slice(1), rows)
+    assert "is damaged (candidate_rows/train-00000.parquet has" in fault_of(config)
+    checksums.write(dataset.directory)
     assert "holds other requests" in fault_of(config)
     assert not [*log.rglob("*.parquet")]
 
