@@ -77,7 +77,7 @@ class Program(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """What became of a program.
+    """The outcome of compiling a program.
 
     Attributes:
       name: one of `PROGRAMS`.

@@ -122,7 +122,7 @@ _KINDS = {
 def _kind(line: str) -> str:
     named = re.search(r'op_name="([^"]*)"', line)
     operation = named[1].rpartition("/")[2] if named else ""
-    return next((kind for kind, names in _KINDS.items() if operation in names), "other")
+    return next((kind for kind, names in _KINDS.items() if operation in names), "all else")
 
 
 def _computations(text: str) -> Iterator[tuple[str, list[str]]]:

@@ -50,14 +50,16 @@ def test_a_program_moves_nothing_of_a_tables_size(case, tmp_path):
 def is_expected(case, config, sizes, array) -> bool:
     """Whether an array is one of ids, their mask, row gradients, dense gradients or losses."""
     assert case.program == "train", "the others here run on one device"
+    devices = topologies.open_topology(case.topology).devices
     requests, candidates = config.batch.requests, config.batch.candidates
     (state,) = abstract_states(recipes.student_groups({"": config}, sizes.spec))
-    dense = {math.prod(leaf.shape) for leaf in jax.tree.leaves(state.parameters.dense)}
+    # Gradients of dense parameters may travel as one, with the losses and the transform.
+    dense = sum(leaf.size for leaf in jax.tree.leaves(state.parameters.dense))
+    few = 4 * len(sizes.spec.tasks)
     of_each = 1 if array.dtype in ("s32", "pred", "u32") else config.student.width
-    whole, rest = divmod(array.size, requests * of_each)
-    of_rows = not rest and 1 <= whole <= candidates
-    few = array.size <= 2 * len(sizes.spec.tasks)
-    return of_rows or few or array.size in dense
+    of_a_device = requests // len(devices) * of_each
+    of_rows = array.size % of_a_device == 0 and array.size <= requests * candidates * of_each
+    return of_rows or array.size <= dense + few
 
 
 def compile_there(topology, function, *shapes):
@@ -84,15 +86,6 @@ def test_what_is_looked_for_is_found_where_it_is():
     shape, number = (1_000_001, 193), 4096
     assert compile_there(topology, partly, shape, (number,)).loops
     assert compile_there(topology, written, shape, (number,), (number, 193)).copies
-
-
-def test_a_card_copies_a_table_that_is_read_within_its_own_scatter():
-    topology = opened("h100:1")
-
-    def fused(table, ids):
-        return table.at[ids].set(table[ids] * 0.5)
-
-    assert compile_there(topology, fused, (1_000_001, 193), (4096,)).temporary > 7e8
 
 
 def test_every_topology_can_be_opened():
