@@ -16,7 +16,7 @@ from kd_ranker.sources.logs.encode import Encoding, feature_counts, feature_mome
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import STAGES, LogLayout
 from kd_ranker.sources.logs.log_statistics import Statistics
-from kd_ranker.sources.logs.looks import probability_hint
+from kd_ranker.sources.logs.looks import label_hint, probability_hint
 from kd_ranker.sources.logs.named_columns import array_of
 from kd_ranker.sources.logs.partition import FAULTS, Partitioned
 from kd_ranker.sources.logs.plan import Cutoffs
@@ -110,10 +110,13 @@ def _columns(log: Log, layout: LogLayout, partitioned: Sequence[Partitioned]) ->
         if name in totals
     ]
     for column in columns:
+        bad, number = column["out_of_range"], column["values"] - column["missing"]
         is_probability = column["key"].startswith("data.teacher.")
         is_probability &= layout.teacher_signal == "probability"
-        if is_probability and 2 * column["out_of_range"] > column["values"] - column["missing"]:
+        if is_probability and 2 * bad > number:
             column["hint"] = probability_hint(log, column["column"])
+        elif bad and column["key"].startswith("data.labels."):
+            column["hint"] = label_hint(log, column["column"])
     return columns
 
 
@@ -298,9 +301,10 @@ def remarks(report: Report) -> list[str]:
         )
     for column in report["columns"]:
         if hint := column.get("hint"):
+            lie = "in [0, 1]" if column["key"].startswith("data.teacher") else "0 or 1"
             sentences.append(
                 f"{column['key']}: {column['out_of_range']:,} values of column "
-                f"{column['column']!r} are not in [0, 1], {hint}."
+                f"{column['column']!r} are not {lie}, but {hint}."
             )
         elif column["out_of_range"] and not column["key"].startswith("data.labels"):
             sentences.append(

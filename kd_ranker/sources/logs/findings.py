@@ -1,6 +1,6 @@
 """Findings that make a log unfit to learn from or to measure on, unless `data.allow` names them."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +35,7 @@ def find(report: Report, time_hint: Callable[[], str] = lambda: "") -> list[Find
     texts = {
         "rejected": _rejected(report["candidates"]),
         "times": _times(report),
-        "one_label": _one_label(report.get("labels")),
+        "one_label": _one_label(report.get("labels"), _hints(report, "labels")),
         "few_positives": _few_positives(report.get("labels")),
         "teacher_coverage": _teacher_coverage(report),
     }
@@ -58,6 +58,16 @@ def refusal(found: Sequence[Finding], allow: Collection[str]) -> str:
     told = "; ".join(f"{name}: {text}" for name, text in refused)
     names = tuple(sorted({*allow, *(finding.name for finding in refused)}))
     return f'{told}; if that is as it should be, add --config.data.allow="{names}"'
+
+
+def _hints(report: Report, section: str) -> dict[str, str]:
+    """Task -> in brackets, what is known of the values of its column that it cannot hold."""
+    prefix = f"data.{section}."
+    return {
+        column["key"].removeprefix(prefix): f" (its column holds {column['hint']})"
+        for column in report["columns"]
+        if column["key"].startswith(prefix) and column.get("hint")
+    }
 
 
 def _rejected(candidates: dict) -> str:
@@ -87,15 +97,18 @@ def _times(report: Report) -> str:
     return f"they lie between {first} and {last}"
 
 
-def _one_label(labels: dict | None) -> str:
+def _one_label(labels: dict | None, hints: Mapping[str, str]) -> str:
     told = []
     for task, entry in labels["tasks"].items() if labels else ():
+        of_task = []
         for split in ("train", *_MEASURED):
             rate = entry[split]["rate"]
             if rate is None:
-                told.append(f"no label of {task} in {split}")
+                of_task.append(f"no label of {task} in {split}")
             elif rate in (0, 1):
-                told.append(f"every label of {task} in {split} is {rate:.0f}")
+                of_task.append(f"every label of {task} in {split} is {rate:.0f}")
+        if of_task:
+            told.append(f"{', '.join(of_task)}{hints.get(task, '')}")
     return ", ".join(told)
 
 
@@ -112,6 +125,7 @@ def _few_positives(labels: dict | None) -> str:
 def _teacher_coverage(report: Report) -> str:
     if "teacher" not in report:
         return ""
+    hints = _hints(report, "teacher")
     (stages,) = (of for of in report["stages"] if of["split"] == "test")
     told = []
     for task, entry in report["teacher"]["tasks"].items():
@@ -120,5 +134,8 @@ def _teacher_coverage(report: Report) -> str:
         number = stages["passed"] + stages["shown"]
         covered = sum((shares[of] or 0) * stages[of] for of in ("passed", "shown"))
         if covered < _LEAST_COVERED * number:
-            told.append(f"that of {task} covers {covered / number:.1%} of what was passed in test")
+            share = f"{covered / number:.1%}"
+            told.append(
+                f"that of {task} covers {share} of what was passed in test{hints.get(task, '')}"
+            )
     return ", ".join(told)

@@ -41,10 +41,17 @@ def probability_hint(log: Log, column: str) -> str:
     if not len(numbers):
         return ""
     low, high = numbers.min(), numbers.max()
-    told = f"such as {low:.4g} to {high:.4g}"
+    told = f"{low:.4g} to {high:.4g}"
     if low < 0:
         return f"{told}: logits? then take their sigmoid"
     return f"{told}: percentages? then divide by 100" if high <= 100 else told
+
+
+def label_hint(log: Log, column: str) -> str:
+    """The number that a column of labels holds most, 0 and 1 apart, in words."""
+    numbers = _some_numbers(log, column)
+    others, times = np.unique(numbers[(numbers != 0) & (numbers != 1)], return_counts=True)
+    return f"{others[times.argmax()]:.4g}, say" if len(others) else ""
 
 
 def _some_numbers(log: Log, column: str) -> Float64[np.ndarray, "n"]:
