@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Float32, Int32
+from tensorflow_datasets.proto import tf_example_pb2
 
 from kd_ranker.batch import STORED, FeatureSpec, Field, Items, Request
 from kd_ranker.errors import UserError
@@ -84,22 +85,34 @@ def record_features(spec: FeatureSpec) -> tfds.features.FeaturesDict:
     return tfds.features.FeaturesDict(features)
 
 
-def to_record(request: Request, tasks: Sequence[str]) -> dict[str, Any]:
-    """A request as the builder stores it."""
-    record = {
-        field.name: value
-        for field in dataclasses.fields(request)
-        if (value := getattr(request, field.name)) is not None
-    }
-    probability = record.pop("teacher_probability")
-    return record | {
-        teacher_column(task): np.ascontiguousarray(probability[:, index])
-        for index, task in enumerate(tasks)
-    }
+def serialized(request: Request, spec: FeatureSpec) -> bytes:
+    """The bytes of a stored request: those that TFDS writes for `record_features`.
+
+    The proto is filled here, which takes a tenth of the time that TFDS' encoder takes.
+    """
+    example = tf_example_pb2.Example()
+    features = example.features.feature
+    for field in STORED:
+        value = getattr(request, field.name)
+        if value is None or 0 in field.shape(spec):
+            continue
+        if field.name == "teacher_probability":
+            for index, task in enumerate(spec.tasks):
+                column = np.ascontiguousarray(value[:, index], field.stored)
+                features[teacher_column(task)].bytes_list.value.append(column.tobytes())
+        elif field.stored is str:
+            features[field.name].bytes_list.value.append(value.encode())
+        elif field.of == "request" and not field.width:
+            features[field.name].int64_list.value.append(int(value))
+        else:
+            array = np.ascontiguousarray(value, field.stored)
+            features[field.name].bytes_list.value.append(array.tobytes())
+    # Else the order of its fields differs from process to process.
+    return example.SerializeToString(deterministic=True)
 
 
 def from_record(record: Mapping[str, Any], tasks: Sequence[str]) -> Request:
-    """The inverse of `to_record`, for a record as TFDS returns it."""
+    """The request of a record, as TFDS returns it."""
     fields = dict(record)
     probability = np.stack([fields.pop(teacher_column(task)) for task in tasks], axis=-1)
     version = fields.pop("teacher_version")

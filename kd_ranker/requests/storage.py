@@ -27,14 +27,14 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 from tqdm import tqdm
 
 from kd_ranker.batch import STORED, FeatureSpec, Request
 from kd_ranker.errors import UserError
 from kd_ranker.requests import checksums, row_files
 from kd_ranker.requests.lock import hold
-from kd_ranker.requests.records import Dataset, damage, record_features, to_record
+from kd_ranker.requests.records import Dataset, damage, record_features, serialized
 from kd_ranker.requests.request import SPLITS, Source
 
 FORMAT_VERSION = "1.3.0"
@@ -225,8 +225,6 @@ def write_shard(
 
     It knows their number itself.
     """
-    features = record_features(spec)
-    serializer = tfds.core.ExampleSerializer(features.get_serialized_info())
     parts = (path, *row_files.parts_of(path))
     temporary = [part.with_name(f"{_UNFINISHED}{part.name}.{os.getpid()}") for part in parts]
     records, rows, counts = temporary
@@ -239,12 +237,9 @@ def write_shard(
         ):
             written = 0
             for chunk in _chunks(requests(), _CHUNK):
+                _check_ids(chunk, spec)
                 for request in chunk:
-                    _check_ids(request, spec)
-                    record = features.encode_example(to_record(request, spec.tasks))
-                    example = serializer.get_tf_example(record)
-                    # Else the order of its fields differs from process to process.
-                    writer.write(example.SerializeToString(deterministic=True))
+                    writer.write(serialized(request, spec))
                 numbers, where = row_files.flat(chunk, spec, split, written)
                 written += len(numbers)
                 numbers.tofile(rows_file)
@@ -298,18 +293,24 @@ def _check_widths(spec: FeatureSpec) -> None:
             )
 
 
-def _check_ids(request: Request, spec: FeatureSpec) -> None:
+def _check_ids(requests: Sequence[Request], spec: FeatureSpec) -> None:
     """Raises UserError for an id out of range: a lookup on a device could not complain."""
     for field in STORED:
-        value = getattr(request, field.name)
-        if field.ids is None or value is None:
+        if field.ids is None or getattr(requests[0], field.name) is None:
             continue
-        ids, least, size = np.asarray(value), int(field.nothing), field.ids(spec)
-        if ids.size and not (ids.min() >= least and ids.max() < size):
+        least, size = int(field.nothing), field.ids(spec)
+        values = [np.ravel(getattr(request, field.name)) for request in requests]
+        if not _lie_in(np.concatenate(values), least, size):
+            place = next(i for i, ids in enumerate(values) if not _lie_in(ids, least, size))
+            ids = values[place]
             raise UserError(
-                f"request {request.request_id}: {field.name} must lie in [{least}, {size}), "
-                f"found {ids.min()} to {ids.max()}"
+                f"request {requests[place].request_id}: {field.name} must lie in "
+                f"[{least}, {size}), found {ids.min()} to {ids.max()}"
             )
+
+
+def _lie_in(ids: Int[np.ndarray, "n"], least: int, size: int) -> bool:
+    return not ids.size or bool(ids.min() >= least and ids.max() < size)
 
 
 def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:
