@@ -69,7 +69,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.strict = False  # True: what is wrong with a row ends the build
     config.data.processes = 1
     config.data.infer = False
-    config.data.rows_in_memory = 2_000_000  # the most candidates that a process holds at a time
+    config.data.memory = 4.0  # GiB for reading the log, which may be larger
 
     config.funnel.retrieved = 200  # the most candidates of a request; more are rejected
     config.funnel.passed = 50

@@ -6,6 +6,7 @@
     table_size   a train step at ten million table rows against one at a hundred thousand
     pipeline     train steps with the loader against steps on a resident batch
     from_disk    train steps with batches from files against batches from memory
+    log_build    a dataset of a log of `make_log.py` against plain DuckDB on the same threads
     scoring      one request of 2,000 candidates, the student against the teacher
     sweep        16 members as one sweep against as many runs of `experiments.train`
     layout       ways of updating the tables of a population within one program
@@ -36,6 +37,7 @@ NAMES = (
     "table_size",
     "pipeline",
     "from_disk",
+    "log_build",
     "scoring",
     "sweep",
     "layout",
@@ -58,6 +60,7 @@ def main() -> None:
     parser.add_argument("--profile", help="a folder for a trace by jax.profiler")
     parser.add_argument("--members", type=int, default=16, help="sweep and layout: how many")
     parser.add_argument("--steps", type=int, help="sweep: instead of the config's train.steps")
+    parser.add_argument("--rows", type=int, default=4_000_000, help="log_build: of the log")
     parser.add_argument("--benchmarks", nargs="+", choices=NAMES[:-1], help="device: these alone")
     arguments = parser.parse_args()
     if os.environ.setdefault("GLIBC_TUNABLES", HUGE_PAGES) == HUGE_PAGES and not started_with_it():

@@ -17,7 +17,6 @@ from kd_ranker.config.key import (
     Influence,
     Key,
     Sweep,
-    at_least,
     section,
 )
 from kd_ranker.distillation.losses import LOSSES
@@ -126,8 +125,8 @@ _ALL = (
         Key("dir", "datasets", "folder of built datasets", influences="nothing"),
         Key("seed", 0, "of the dataset itself, apart from what is trained on it", NOT_NEGATIVE),
         Key("history_length", 20, "events of a user's history", POSITIVE),
-        Key("processes", 1, "processes that read logs, and score and write datasets", POSITIVE,
-            influences="nothing"),
+        Key("processes", 1, "processes that score and write datasets, threads that read a log",
+            POSITIVE, influences="nothing"),
         influences="dataset",
     ),
     section(
@@ -369,8 +368,8 @@ _LOG = _of_source(
     Key("strict", False, "end the build at the first row at fault"),
     Key("infer", False, "write a first config for the log in place of the dataset",
         influences="nothing"),
-    Key("rows_in_memory", 2_000_000, "the most candidates that a process holds at a time",
-        at_least(1000), influences="nothing"),
+    Key("memory", 4.0, "GiB that the engine which reads the log holds in memory; more goes to disk",
+        POSITIVE, influences="nothing"),
 )  # fmt: skip
 
 DATA_KEYS: dict[str, dict[str, Key]] = {

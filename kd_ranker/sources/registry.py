@@ -57,6 +57,7 @@ SOURCES: dict[str, SourceEntry] = {
     "parquet": SourceEntry(
         None,
         parquet.open_source,
+        version=2,
         check_unchanged=parquet.check_unchanged,
         open_scored_log=write_back.open_scored_log,
     ),

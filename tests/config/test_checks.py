@@ -226,7 +226,7 @@ def test_each_fault_is_one_line_that_says_what_to_change(changes, message):
         (parquet, {"test_share": 1.0}, "data.test_share=1.0 must lie between 0 and 1"),
         (parquet, {"validation_share": 0.0}, "data.validation_share=0.0 must lie between 0 and 1"),
         (parquet, {"processes": 0}, "data.processes=0 must be greater than 0"),
-        (parquet, {"rows_in_memory": 10}, "data.rows_in_memory=10 must be at least 1000"),
+        (parquet, {"memory": 0.0}, "data.memory=0.0 must be greater than 0"),
     ],
 )  # fmt: skip
 def test_a_fault_of_a_source_is_one_line_before_it_is_opened(module, changes, message):

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from configs import parquet
 from kd_ranker.config.features import feature
 from kd_ranker.requests.request import SPLITS, Request, Source
-from kd_ranker.sources.logs.layout import ALLOWABLE
+from kd_ranker.sources.logs.layout import ALLOWABLE, LogLayout, read_layout
 
 TASKS = ("watch", "like")
 RETRIEVED = 12
@@ -56,12 +56,17 @@ def config(path: Path | str, directory: Path | str, **changes: Any) -> ConfigDic
         )
     )
     result.data.validation_share, result.data.test_share = 0.1, 0.3
-    result.data.rows_in_memory = 1000
+    result.data.memory = 0.5
     result.funnel.retrieved, result.funnel.passed, result.funnel.shown = RETRIEVED, 6, 3
     result.funnel.report_at = (3, 6)
     for key, value in changes.items():
         result.data[key] = value
     return result
+
+
+def layout(of: ConfigDict) -> LogLayout:
+    """The layout of a config of `config`."""
+    return read_layout(of.data, of.tasks, of.funnel)
 
 
 def open_source(of: ConfigDict) -> Source:

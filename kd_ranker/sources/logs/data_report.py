@@ -2,9 +2,10 @@
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -12,17 +13,12 @@ from jaxtyping import Int64
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources.logs.encode import Encoding, feature_counts, feature_moments
 from kd_ranker.sources.logs.files import Log
-from kd_ranker.sources.logs.layout import STAGES, LogLayout
-from kd_ranker.sources.logs.log_statistics import Statistics
+from kd_ranker.sources.logs.grouped import Cutoffs
+from kd_ranker.sources.logs.layout import STAGES, Feature, LogLayout
 from kd_ranker.sources.logs.looks import label_hint, probability_hint
-from kd_ranker.sources.logs.named_columns import array_of
-from kd_ranker.sources.logs.partition import FAULTS, Partitioned
-from kd_ranker.sources.logs.plan import Cutoffs
 from kd_ranker.sources.logs.reasons import MEANING, Reason
-from kd_ranker.sources.logs.scan import Scan
-from kd_ranker.sources.searching import look_up
+from kd_ranker.sources.logs.statistics import NO_MOMENTS, Moments, Statistics
 
 JSON_FILE, PAGE = "data_report.json", "data_report.html"
 Report = dict[str, Any]
@@ -32,40 +28,53 @@ _CALIBRATION_TOLERANCE = 0.1
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 
-def make_data_report(
-    log: Log,
-    layout: LogLayout,
-    scan: Scan,
-    cutoffs: Cutoffs | None,
-    partitioned: Sequence[Partitioned],
-    counts: Int64[np.ndarray, "reasons"],
-    statistics: Statistics | None,
-    encoding: Encoding | None,
-) -> Report:
-    """Makes the report, of values that JSON can hold.
+class Found(NamedTuple):
+    """All that was counted in a log.
 
-    Args:
-      log: the log.
-      layout: of the log.
-      scan: of all its parts.
-      cutoffs: the times at which splits begin, with a split by time.
-      partitioned: of all its parts.
+    Attributes:
+      rows: of the log.
+      entries: its candidates; a row without any counts as one.
+      steps_back: how many rows have an earlier time than the row before.
       counts: how many candidates each reason has cost.
-      statistics: of all buckets; None if nothing is left.
-      encoding: made of these; None likewise.
+      faults: name in the config, such as `features.age` -> `FAULTS`.
+      other_version: how many candidates have teacher values of a version that does not count.
+      cutoffs: the times at which splits begin, with a split by time.
+      statistics: of what is used; None if nothing is left. The rest is empty then.
+      moments: dense feature -> its moments in training.
+      values: categorical feature -> `numbered.counts_of_values`.
+      varying: feature -> how many requests, or items, have several values of it.
+      ids: `numbered.counts_of_ids` and `counts_of_history`.
     """
+
+    rows: int
+    entries: int
+    steps_back: int
+    counts: Int64[np.ndarray, "reasons"]
+    faults: Mapping[str, Mapping[str, int]]
+    other_version: int
+    cutoffs: Cutoffs | None
+    statistics: Statistics | None = None
+    moments: Mapping[str, Moments] = MappingProxyType({})
+    values: Mapping[str, Mapping[str, int]] = MappingProxyType({})
+    varying: Mapping[str, int] = MappingProxyType({})
+    ids: Mapping[str, int] = MappingProxyType({})
+
+
+def make_data_report(log: Log, layout: LogLayout, found: Found) -> Report:
+    """Makes the report of what was found in a log, of values that JSON can hold."""
+    counts, statistics = found.counts, found.statistics
     rejected = int(counts.sum())
     report: Report = {
         "log": {
             "path": layout.path,
             "files": len(log.files),
             "bytes": sum(log.sizes),
-            "rows": scan.rows,
+            "rows": found.rows,
             "row_is_a": "request" if layout.by_request else "candidate",
         },
         "candidates": {
-            "in_the_log": scan.entries,
-            "used": scan.entries - rejected,
+            "in_the_log": found.entries,
+            "used": found.entries - rejected,
             "rejected": rejected,
             "by_reason": {
                 reason.name.lower(): {"candidates": int(counts[reason]), "meaning": MEANING[reason]}
@@ -74,40 +83,35 @@ def make_data_report(
             },
         },
         "time_order": {
-            "rows_earlier_than_the_one_before": scan.steps_back,
-            "share": scan.steps_back / max(scan.rows, 1),
+            "rows_earlier_than_the_one_before": found.steps_back,
+            "share": found.steps_back / max(found.rows, 1),
         },
-        "columns": _columns(log, layout, partitioned),
+        "columns": _columns(log, layout, found.faults),
         "remarks": [],
     }
-    if statistics is not None and encoding is not None:
+    if statistics is not None:
         report |= {
-            "requests": _requests(layout, statistics, cutoffs),
+            "requests": _requests(layout, statistics, found.cutoffs),
             "stages": _stages(statistics),
             "labels": _labels(layout, statistics),
-            "teacher": _teacher(layout, statistics, partitioned),
-            "features": _features(layout, statistics, encoding),
-            "ids": _ids(layout, statistics, encoding),
+            "teacher": _teacher(layout, statistics, found.other_version),
+            "features": [_feature(feature, found) for feature in layout.features],
+            "ids": dict(found.ids),
         }
     report["remarks"] = remarks(report)
     return report
 
 
-def _columns(log: Log, layout: LogLayout, partitioned: Sequence[Partitioned]) -> list[dict]:
+def _columns(log: Log, layout: LogLayout, faults: Mapping[str, Mapping[str, int]]) -> list[dict]:
     """Missing and bad values of each column that the config names."""
-    totals: dict[str, np.ndarray] = {}
-    for part in partitioned:
-        for name, numbers in part.faults.items():
-            totals[name] = totals.get(name, 0) + numbers
     column_of = {f"columns.{name}": column for name, column in layout.columns.items()}
     for section in ("labels", "teacher"):
         column_of |= {f"{section}.{task}": c for task, c in getattr(layout, section).items()}
     column_of |= {f"features.{feature.name}": feature.column for feature in layout.features}
     columns: list[dict[str, Any]] = [
-        {"key": f"data.{name}", "column": column_of[name]}
-        | {fault: int(number) for fault, number in zip(FAULTS, totals[name], strict=True)}
+        {"key": f"data.{name}", "column": column_of[name], **faults[name]}
         for name in column_of
-        if name in totals
+        if name in faults
     ]
     for column in columns:
         bad, number = column["out_of_range"], column["values"] - column["missing"]
@@ -193,7 +197,7 @@ def _labels(layout: LogLayout, statistics: Statistics) -> dict:
     }
 
 
-def _teacher(layout: LogLayout, statistics: Statistics, partitioned: Sequence[Partitioned]) -> dict:
+def _teacher(layout: LogLayout, statistics: Statistics, other_version: int) -> dict:
     if not layout.scored_tasks:
         return {"signal": layout.teacher_signal, "tasks": {}, "other_version": 0}
     totals = statistics.totals
@@ -226,64 +230,28 @@ def _teacher(layout: LogLayout, statistics: Statistics, partitioned: Sequence[Pa
     return {
         "signal": layout.teacher_signal,
         "version": layout.teacher_version,
-        "other_version": sum(part.other_version for part in partitioned),
+        "other_version": other_version,
         "tasks": by_task,
     }
 
 
-def _features(layout: LogLayout, statistics: Statistics, encoding: Encoding) -> list[dict]:
-    features = []
-    for feature in layout.features:
-        entry: dict[str, Any] = {"name": feature.name, "of": feature.of, "kind": feature.kind}
-        if feature.kind == "dense":
-            moments = feature_moments(feature, statistics)
-            if moments.number:
-                entry |= {
-                    "mean": moments.mean,
-                    "deviation": moments.deviation,
-                    "low": moments.low,
-                    "high": moments.high,
-                }
-        elif feature.kind in ("category", "bag") and not feature.hashed:
-            counts = feature_counts(feature, statistics)
-            vocabulary = encoding.vocabularies[f"feature:{feature.name}"]
-            kept = look_up(vocabulary.key, counts.key)[1]
-            not_in_train = counts.total - counts.train
-            entry |= {
-                "values_in_train": int((counts.train > 0).sum()),
-                "values_kept": len(vocabulary.key),
-                "share_kept_in_train": _ratio(counts.train[kept].sum(), counts.train.sum()),
-                "share_kept_elsewhere": _ratio(not_in_train[kept].sum(), not_in_train.sum()),
-            }
-        if feature.of == "item":
-            entry["items_with_several_values"] = int(
-                (array_of(statistics.items, f"varies:{feature.name}") > 0).sum()
-            )
-        elif f"varying/{feature.name}" in statistics.totals:
-            entry["requests_with_several_values"] = int(
-                statistics.totals[f"varying/{feature.name}"]
-            )
-        features.append(entry)
-    return features
-
-
-def _ids(layout: LogLayout, statistics: Statistics, encoding: Encoding) -> dict:
-    users = statistics.counts["user"]
-    train = array_of(statistics.items, "train")
-    result = {
-        "users": len(users.key),
-        "users_not_in_train": int((users.train == 0).sum()),
-        "items": len(train),
-        "items_not_in_train": int((train == 0).sum()),
-    }
-    if layout.history is not None:
-        history = statistics.counts["history"]
-        known = look_up(encoding.vocabularies["item"].key, history.key)[1]
-        result |= {
-            "history_events": int(history.total.sum()),
-            "history_events_of_unknown_items": int(history.total[~known].sum()),
+def _feature(feature: Feature, found: Found) -> dict[str, Any]:
+    entry: dict[str, Any] = {"name": feature.name, "of": feature.of, "kind": feature.kind}
+    moments = found.moments.get(feature.name, NO_MOMENTS)
+    if moments.number:
+        names = ("mean", "deviation", "low", "high")
+        entry |= {name: getattr(moments, name) for name in names}
+    if values := found.values.get(feature.name):
+        entry |= {
+            "values_in_train": values["values_in_train"],
+            "values_kept": values["values_kept"],
+            "share_kept_in_train": _ratio(values["train_kept"], values["train"]),
+            "share_kept_elsewhere": _ratio(values["elsewhere_kept"], values["elsewhere"]),
         }
-    return result
+    if feature.name in found.varying:
+        owner = "items" if feature.of == "item" else "requests"
+        entry[f"{owner}_with_several_values"] = found.varying[feature.name]
+    return entry
 
 
 def remarks(report: Report) -> list[str]:

@@ -1,89 +1,72 @@
-"""The last pass: the keys and numbers of a bucket as ids and features, a `Request` at a time."""
+"""The last pass: ids and numbers of a piece as features, a `Request` at a time."""
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 from jaxtyping import Float32, Int, Int32, Int64
 
-from kd_ranker.batch import Category, FeatureSpec
-from kd_ranker.requests.request import SPLITS, Request
+from kd_ranker.batch import Category, FeatureSpec, Stage
+from kd_ranker.distillation.teacher_signal import probability_of_rank
+from kd_ranker.requests.request import Request
 from kd_ranker.sources.logs.layout import Feature, LogLayout
-from kd_ranker.sources.logs.log_statistics import Moments, Statistics, moments_of
-from kd_ranker.sources.logs.merging import Counts
-from kd_ranker.sources.logs.named_columns import (
-    ColumnValues,
-    NamedColumns,
-    Ragged,
-    array_of,
-    num_rows,
-    read_columns,
-    starts_of,
-)
-from kd_ranker.sources.logs.value_keys import MISSING, mixed
-from kd_ranker.sources.logs.values import compacted
-from kd_ranker.sources.searching import look_up
+from kd_ranker.sources.logs.ordered import Piece, read_piece
+from kd_ranker.sources.logs.statistics import Moments, floats_of
+from kd_ranker.sources.logs.value_hashes import hashes_of
 
 # The version that the probabilities get where every one counts.
 ANY_VERSION = "any"
-
-
-class Vocabulary(NamedTuple):
-    """Keys and their numbers: `number[i]` is that of `key[i]`; the keys are sorted."""
-
-    key: Int64[np.ndarray, "known"]
-    number: Int32[np.ndarray, "known"]
+ITEM = "item"
 
 
 class Encoding(NamedTuple):
-    """The rules by which keys and numbers become ids and features.
+    """The rules by which values and numbers become ids and features.
 
     Attributes:
       spec: the sizes that follow.
-      vocabularies: `user`, `item`, or `feature:<name>` of a categorical feature that is not hashed
-        -> its vocabulary. Users and items count from 0, values of a feature from 1.
+      values: categorical feature that is not hashed, or `item` -> its values in the order of ids.
       scales: dense feature -> the number subtracted, the divisor, and the value for a missing one.
     """
 
     spec: FeatureSpec
-    vocabularies: dict[str, Vocabulary]
+    values: dict[str, pd.Index]
     scales: dict[str, tuple[float, float, float]]
 
 
-def make_encoding(layout: LogLayout, statistics: Statistics) -> Encoding:
-    """Settles ids and scales, from the training requests.
+def make_encoding(
+    layout: LogLayout, users: int, values: dict[str, pa.Array], moments: Mapping[str, Moments]
+) -> Encoding:
+    """Settles scales and sizes.
 
-    Users and items get an id each, those of training requests first, the most frequent before the
-    others, and then those that no training request has: so these keep their features, and are
-    told from each other where ids are hashed. A model that looks ids up has no trained row for
-    them and serves its reserved one. Of a categorical feature the `size` most frequent values of
-    training requests are kept; those of an item count as often as it is a candidate.
+    Args:
+      layout: of the log.
+      users: how many users there are.
+      values: see `Encoding`.
+      moments: dense feature -> its moments in training.
     """
-    item_counts = counts_of_items(statistics.items)
-    vocabularies = {
-        "user": _numbered(statistics.counts["user"]),
-        "item": _numbered(item_counts),
-    }
     scales, categories = {}, []
     for feature in layout.features:
         if feature.kind == "dense":
-            scales[feature.name] = _scale(feature, feature_moments(feature, statistics))
+            scales[feature.name] = _scale(feature, moments[feature.name])
         elif feature.kind in ("category", "bag"):
-            size = feature.size
-            if not feature.hashed:
-                vocabulary = _most_frequent(feature_counts(feature, statistics), size)
-                vocabularies[f"feature:{feature.name}"] = vocabulary
-                size = len(vocabulary.key)
+            size = feature.size if feature.hashed else len(values[feature.name])
             owner = "request" if feature.of_request else feature.of
             categories.append(Category(feature.name, owner, size + 1, feature.length))
-    return Encoding(_spec(layout, vocabularies, categories), vocabularies, scales)
+    spec = _spec(layout, users, len(values[ITEM]), categories)
+    return Encoding(spec, {name: _index(of) for name, of in values.items()}, scales)
 
 
-def _spec(
-    layout: LogLayout, vocabularies: Mapping[str, Vocabulary], categories: Sequence[Category]
-) -> FeatureSpec:
+def _index(values: pa.Array) -> pd.Index:
+    return pd.Index(values.to_numpy(zero_copy_only=False))
+
+
+def _spec(layout: LogLayout, users: int, items: int, categories: Sequence[Category]) -> FeatureSpec:
     def width(*owners: str) -> int:
         return max(1, len(layout.of(*owners, kind="dense")))
 
@@ -92,8 +75,8 @@ def _spec(
     return FeatureSpec(
         dataset="parquet",
         tasks=layout.tasks,
-        num_users=len(vocabularies["user"].key),
-        num_items=len(vocabularies["item"].key),
+        num_users=users,
+        num_items=items,
         user_features=width("user"),
         context_features=width("context"),
         candidate_features=width("candidate"),
@@ -105,60 +88,6 @@ def _spec(
         categories=tuple(categories),
         teacher_signal=layout.teacher_signal,
     )
-
-
-def counts_of_items(items: NamedColumns) -> Counts:
-    """The number of times that each item is a candidate."""
-    return Counts(*(array_of(items, name) for name in ("item", "train", "total")))
-
-
-def feature_moments(feature: Feature, statistics: Statistics) -> Moments:
-    """The moments of a dense feature: over items that training has, or over training requests."""
-    if feature.of != "item":
-        return statistics.moments[feature.name]
-    values = array_of(statistics.items, f"feature:{feature.name}")
-    return moments_of(values[array_of(statistics.items, "train") > 0])
-
-
-def feature_counts(feature: Feature, statistics: Statistics) -> Counts:
-    """The counts of the values of a categorical feature that is not hashed."""
-    name = f"feature:{feature.name}"
-    if feature.of != "item":
-        return statistics.counts[name]
-    return item_category_counts(statistics.items[name], counts_of_items(statistics.items))
-
-
-def item_category_counts(column: ColumnValues, items: Counts) -> Counts:
-    """The number of candidates that have each value of a feature of items."""
-    if isinstance(column, Ragged):
-        key, lengths = column.values, column.lengths
-    else:
-        lengths = (column != MISSING).astype(np.int64)
-        key = column[column != MISSING]
-    keys, index = np.unique(key, return_inverse=True)
-    train, total = (
-        np.bincount(index, weights=np.repeat(number, lengths), minlength=len(keys))
-        for number in (items.train, items.total)
-    )
-    return Counts(keys, train.astype(np.int64), total.astype(np.int64))
-
-
-def _numbered(counts: Counts) -> Vocabulary:
-    not_in_train = np.where(counts.train > 0, 0, counts.total)
-    return _vocabulary(counts.key, np.lexsort((counts.key, -not_in_train, -counts.train)), 0)
-
-
-def _most_frequent(counts: Counts, size: int) -> Vocabulary:
-    order = np.lexsort((counts.key, -counts.train))
-    return _vocabulary(counts.key, order[: min(size, int((counts.train > 0).sum()))], 1)
-
-
-def _vocabulary(
-    key: Int64[np.ndarray, "n"], order: Int[np.ndarray, "known"], first: int
-) -> Vocabulary:
-    """The keys at the places `order`, numbered in that order."""
-    by_key = np.argsort(key[order])
-    return Vocabulary(key[order][by_key], (first + by_key).astype(np.int32))
 
 
 def _scale(feature: Feature, moments: Moments) -> tuple[float, float, float]:
@@ -176,78 +105,71 @@ def save_encoding(encoding: Encoding, folder: Path) -> None:
     """Writes an encoding for `load_encoding`."""
     folder.mkdir()
     (folder / "spec.json").write_text(encoding.spec.to_json())
-    (folder / "rest.json").write_text(json.dumps([encoding.scales, [*encoding.vocabularies]]))
-    for index, vocabulary in enumerate(encoding.vocabularies.values()):
-        np.save(folder / f"{index}-key.npy", vocabulary.key)
-        np.save(folder / f"{index}-number.npy", vocabulary.number)
+    (folder / "rest.json").write_text(json.dumps([encoding.scales, [*encoding.values]]))
+    for index, values in enumerate(encoding.values.values()):
+        pq.write_table(pa.table({"value": pa.array(values)}), folder / f"{index}.parquet")
 
 
+@functools.lru_cache(maxsize=1)
 def load_encoding(folder: Path) -> Encoding:
-    """The inverse of `save_encoding`; processes share the memory of the vocabularies."""
+    """The inverse of `save_encoding`, once a process."""
     scales, names = json.loads((folder / "rest.json").read_text())
-    vocabularies = {
-        name: Vocabulary(
-            np.load(folder / f"{index}-key.npy", mmap_mode="r"),
-            np.load(folder / f"{index}-number.npy", mmap_mode="r"),
-        )
+    values = {
+        name: _index(pq.read_table(folder / f"{index}.parquet")["value"].combine_chunks())
         for index, name in enumerate(names)
     }
-    spec = FeatureSpec.from_json((folder / "spec.json").read_text())
-    return Encoding(spec, vocabularies, scales)
+    return Encoding(FeatureSpec.from_json((folder / "spec.json").read_text()), values, scales)
 
 
 def item_matrix(
-    layout: LogLayout, encoding: Encoding, items: NamedColumns
+    layout: LogLayout, encoding: Encoding, items: pa.Table
 ) -> tuple[Float32[np.ndarray, "items F"], Int32[np.ndarray, "items I"]]:
     """The features of each item: dense ones, cheap before costly, and category ids."""
-    place, known = look_up(encoding.vocabularies["item"].key, array_of(items, "item"))
-    assert known.all()
-    order = np.empty(len(place), np.int64)
-    order[encoding.vocabularies["item"].number[place]] = np.arange(len(place))
     cheap = [feature for feature in layout.of("item", kind="dense") if feature.cheap]
     costly = [feature for feature in layout.of("item", kind="dense") if not feature.cheap]
     features = np.concatenate(
         [_dense(encoding, cheap, items), *([_dense(encoding, costly, items)] if costly else [])],
         axis=1,
     )
-    return features[order], _categories(layout, encoding, items, "item")[order]
+    return features, _categories(layout, encoding, items, "item")
 
 
-def encode_requests(
-    layout: LogLayout, requests_path: str, candidates_path: str, encoding_folder: str, split: str
-) -> Iterator[Request]:
-    """The requests of a split that lie in a bucket, in the order of time."""
-    encoding = load_encoding(Path(encoding_folder))
-    requests, candidates = read_columns(Path(requests_path)), read_columns(Path(candidates_path))
+def encode_requests(layout: LogLayout, folder: Path, piece: Piece) -> Iterator[Request]:
+    """The requests of a piece of the files in a folder, with the encoding that lies there."""
+    encoding = load_encoding(folder / "encoding")
+    requests, candidates = read_piece(folder, piece)
     spec, tasks = encoding.spec, layout.tasks
-    user_id = _ids(encoding.vocabularies["user"], array_of(requests, "user"))
-    item_id = _ids(encoding.vocabularies["item"], array_of(candidates, "item"))
+    user_id = requests["user_id"].to_numpy().astype(np.int32)
+    item_id = candidates["item_id"].to_numpy().astype(np.int32)
     user_features = _dense(encoding, layout.of("user", kind="dense"), requests)
     context = _dense(encoding, layout.of("context", kind="dense"), requests)
     candidate_features = _dense(encoding, layout.of("candidate", kind="dense"), candidates)
     request_category = _categories(layout, encoding, requests, "user", "context")
     candidate_category = _categories(layout, encoding, candidates, "candidate")
     history_start, history_id = _history(layout, encoding, requests)
-    label = np.stack([array_of(candidates, f"label:{task}") for task in tasks], axis=1)
+    owner = candidates["number"].to_numpy() - piece.requests[0]
+    stage = candidates["stage"].to_numpy()
+    teacher_weight = floats_of(candidates, "teacher_weight").astype(np.float32)
+    label_weight = floats_of(candidates, "label_weight").astype(np.float32)
+    label = np.stack([candidates[f"label:{task}"].to_numpy() for task in tasks], axis=1)
     label = np.maximum(label, 0).astype(np.uint8)
-    unknown = np.full(num_rows(candidates), np.nan, np.float32)
-    probability = np.stack(
-        [np.asarray(candidates.get(f"teacher:{task}", unknown)) for task in tasks], axis=1
-    ).astype(np.float32)
-    label_weight = np.asarray(candidates["label_weight"], np.float32)
-    teacher_weight = np.asarray(candidates["teacher_weight"], np.float32)
-    start = starts_of(array_of(requests, "candidates"))
-    # As Python's own numbers, which are quicker to take one by one.
-    request, time, shown, passed, scored = (
-        array_of(requests, name).tolist()
-        for name in ("request", "time", "shown", "passed", "scored")
-    )
+    scored = {task: floats_of(candidates, f"teacher:{task}") for task in layout.scored_tasks}
+    counts = _stage_counts(owner, stage, scored, requests.num_rows)
+    if layout.teacher_signal == "rank":
+        scored = {task: _ranks(of, teacher_weight, owner) for task, of in scored.items()}
+    unknown = np.full(len(owner), np.nan)
+    probability = np.stack([scored.get(task, unknown) for task in tasks], axis=1)
+    probability = probability.astype(np.float32)
+    request_id = request_ids(requests).tolist()
+    time = requests["time"].to_numpy().tolist()
+    start = np.concatenate([[0], np.cumsum(counts["candidates"])]).tolist()
+    shown, passed, judged = (counts[name].tolist() for name in ("shown", "passed", "scored"))
     no_truth = np.zeros((0, len(tasks)), np.float32)
-    for index in np.flatnonzero(array_of(requests, "split") == SPLITS.index(split)).tolist():
-        first, end = int(start[index]), int(start[index + 1])
+    for index in range(requests.num_rows):
+        first, end = start[index], start[index + 1]
         history = history_id[history_start[index] : history_start[index + 1]]
         yield Request(
-            request_id=request[index] & (2**63 - 1),
+            request_id=request_id[index],
             time=time[index],
             user_id=int(user_id[index]),
             user_features=user_features[index],
@@ -259,8 +181,8 @@ def encode_requests(
             num_passed=passed[index],
             user_label=label[first : first + shown[index]],
             label_weight=label_weight[first : first + shown[index]],
-            teacher_probability=probability[first : first + scored[index]],
-            teacher_weight=teacher_weight[first : first + scored[index]],
+            teacher_probability=probability[first : first + judged[index]],
+            teacher_weight=teacher_weight[first : first + judged[index]],
             teacher_version=spec.teacher_version,
             true_probability=no_truth,
             request_category=request_category[index] if request_category.shape[1] else None,
@@ -270,35 +192,79 @@ def encode_requests(
         )
 
 
-def _ids(vocabulary: Vocabulary, key: Int64[np.ndarray, "n"]) -> Int32[np.ndarray, "n"]:
-    place, known = look_up(vocabulary.key, key)
-    assert known.all()
-    return np.asarray(vocabulary.number)[place]
+def request_ids(requests: pa.Table) -> Int64[np.ndarray, "n"]:
+    """The ids of requests as whole numbers: their own without the sign, or the places of texts."""
+    ids = requests["request"]
+    if pa.types.is_integer(ids.type):
+        own = ids.combine_chunks().to_numpy(zero_copy_only=False)
+        return (own.view(np.uint64) & np.uint64(2**63 - 1)).astype(np.int64)
+    return requests["number"].to_numpy()
+
+
+def _stage_counts(
+    owner: Int[np.ndarray, "n"],
+    stage: Int[np.ndarray, "n"],
+    scored: Mapping[str, np.ndarray],
+    requests: int,
+) -> dict[str, Int64[np.ndarray, "requests"]]:
+    """Numbers of candidates of each request: of each stage, and with a logged teacher."""
+
+    def count(chosen: np.ndarray) -> Int64[np.ndarray, "requests"]:
+        return np.bincount(owner[chosen], minlength=requests).astype(np.int64)
+
+    counts = {
+        "candidates": count(stage >= Stage.RETRIEVED),
+        "passed": count(stage >= Stage.PASSED),
+        "shown": count(stage >= Stage.SHOWN),
+    }
+    if not scored:
+        return counts | {"scored": np.zeros(requests, np.int64)}
+    written = np.any([~np.isnan(of) for of in scored.values()], axis=0)
+    beyond = count(written & (stage < Stage.PASSED)) > 0
+    return counts | {"scored": np.where(beyond, counts["candidates"], counts["passed"])}
+
+
+def _ranks(
+    position: np.ndarray, weight: Float32[np.ndarray, "n"], owner: Int[np.ndarray, "n"]
+) -> Float32[np.ndarray, "n"]:
+    """Positions as numbers in (0, 1), by the number of the request's candidates before."""
+    proper = np.flatnonzero((position >= 0) & np.isfinite(position) & (weight > 0))
+    result = np.full(len(position), np.nan, np.float32)
+    order = proper[np.lexsort((position[proper], owner[proper]))]
+    request, place = owner[order], position[order]
+    # Runs of the same position share the mean of their places.
+    starts = np.append(True, (request[1:] != request[:-1]) | (place[1:] != place[:-1]))
+    run = np.cumsum(starts[: len(order)]) - 1
+    begin = np.searchsorted(request, request)
+    within = np.arange(len(order)) - begin
+    mean = np.bincount(run, weights=within) / np.maximum(np.bincount(run), 1)
+    result[order] = probability_of_rank(mean[run])
+    return result
 
 
 def _history(
-    layout: LogLayout, encoding: Encoding, requests: NamedColumns
+    layout: LogLayout, encoding: Encoding, requests: pa.Table
 ) -> tuple[Int64[np.ndarray, "n+1"], Int32[np.ndarray, "all"]]:
     """The start of each request's history, and the ids of all histories; unknown items left out."""
     if layout.history is None:
-        return np.zeros(num_rows(requests) + 1, np.int64), np.zeros(0, np.int32)
-    column = requests[f"feature:{layout.history.name}"]
-    assert isinstance(column, Ragged)
-    place, known = look_up(encoding.vocabularies["item"].key, column.values)
-    ids = np.asarray(encoding.vocabularies["item"].number)[place[known]]
-    return compacted(column.lengths, known), ids
+        return np.zeros(requests.num_rows + 1, np.int64), np.zeros(0, np.int32)
+    start, values = _lists(requests, layout.history)
+    ids = _places(encoding.values[ITEM], values)
+    known = ids >= 0
+    kept = np.concatenate([[0], np.cumsum(known)])
+    return kept[start], ids[known].astype(np.int32)
 
 
 def _dense(
-    encoding: Encoding, features: list[Feature], table: NamedColumns
+    encoding: Encoding, features: list[Feature], table: pa.Table
 ) -> Float32[np.ndarray, "n F"]:
     """Dense features side by side; one column of zeros if there are none."""
     if not features:
-        return np.zeros((num_rows(table), 1), np.float32)
-    matrix = np.empty((num_rows(table), len(features)), np.float32)
+        return np.zeros((table.num_rows, 1), np.float32)
+    matrix = np.empty((table.num_rows, len(features)), np.float32)
     for index, feature in enumerate(features):
         mean, scale, missing = encoding.scales[feature.name]
-        number = np.asarray(table[f"feature:{feature.name}"], np.float64)
+        number = floats_of(table, f"feature:{feature.name}")
         with np.errstate(over="ignore"):
             scaled = ((number - mean) / scale).astype(np.float32)
         matrix[:, index] = np.where(np.isfinite(scaled), scaled, np.float32(missing))
@@ -306,38 +272,45 @@ def _dense(
 
 
 def _categories(
-    layout: LogLayout, encoding: Encoding, table: NamedColumns, *owners: str
+    layout: LogLayout, encoding: Encoding, table: pa.Table, *owners: str
 ) -> Int32[np.ndarray, "n K"]:
     """Category ids side by side, in the order of the features; -1 fills bags up."""
-    starts = dict(
-        zip(
-            (category.name for category in encoding.spec.categories),
-            encoding.spec.category_starts,
-            strict=True,
-        )
-    )
-    columns = [np.zeros((num_rows(table), 0), np.int32)]
+    names = (category.name for category in encoding.spec.categories)
+    starts = dict(zip(names, encoding.spec.category_starts, strict=True))
+    columns = [np.zeros((table.num_rows, 0), np.int32)]
     for feature in layout.categories(*owners):
-        column = table[f"feature:{feature.name}"]
-        if isinstance(column, Ragged):
-            ids = np.full((num_rows(table), feature.length), -1, np.int32)
-            row = np.repeat(np.arange(num_rows(table)), column.lengths)
-            place = np.arange(len(column.values)) - np.repeat(column.start[:-1], column.lengths)
-            ids[row, place] = starts[feature.name] + _numbers(encoding, feature, column.values)
+        if feature.kind == "bag":
+            start, values = _lists(table, feature)
+            ids = np.full((table.num_rows, feature.length), -1, np.int32)
+            lengths = np.diff(start)
+            row = np.repeat(np.arange(table.num_rows), lengths)
+            place = np.arange(len(values)) - np.repeat(start[:-1], lengths)
+            ids[row, place] = starts[feature.name] + _numbers(encoding, feature, values)
         else:
-            ids = (starts[feature.name] + _numbers(encoding, feature, column))[:, None]
+            values = table[f"feature:{feature.name}"].combine_chunks()
+            ids = (starts[feature.name] + _numbers(encoding, feature, values))[:, None]
         columns.append(ids.astype(np.int32))
     return np.concatenate(columns, axis=1)
 
 
-def _numbers(
-    encoding: Encoding, feature: Feature, key: Int64[np.ndarray, "n"]
-) -> Int64[np.ndarray, "n"]:
+def _lists(table: pa.Table, feature: Feature) -> tuple[Int64[np.ndarray, "n+1"], pa.Array]:
+    """The start of each row's list, and the values of all, one after the other."""
+    column = table[f"feature:{feature.name}"].combine_chunks()
+    lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), column.flatten()
+
+
+def _numbers(encoding: Encoding, feature: Feature, values: pa.Array) -> Int64[np.ndarray, "n"]:
     """The number of each value within its feature; 0 for a missing, rare or unheard-of one."""
-    if feature.hashed:
-        bucket = 1 + (mixed(key) % np.uint64(feature.size)).astype(np.int64)
-        return np.where(key == MISSING, 0, bucket)
-    vocabulary = encoding.vocabularies[f"feature:{feature.name}"]
-    place, known = look_up(vocabulary.key, key)
-    number = np.append(np.asarray(vocabulary.number), 0)
-    return np.where(known, number[place], 0)
+    if not feature.hashed:
+        return 1 + _places(encoding.values[feature.name], values)
+    bucket = 1 + (hashes_of(values) % np.uint64(feature.size)).astype(np.int64)
+    return np.where(values.is_null().to_numpy(zero_copy_only=False), 0, bucket)
+
+
+def _places(known: pd.Index, values: pa.Array) -> Int64[np.ndarray, "n"]:
+    """The place of each value among those that are known, -1 if it is not."""
+    encoded = values.dictionary_encode()
+    distinct = encoded.dictionary.to_numpy(zero_copy_only=False)
+    places = np.append(known.get_indexer(distinct) if len(distinct) else [], -1).astype(np.int64)
+    return places[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]

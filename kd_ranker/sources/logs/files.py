@@ -333,19 +333,6 @@ def is_list(type_: pa.DataType) -> bool:
     )
 
 
-def chunks_of(parts: Sequence[Part], entries: int) -> list[list[Part]]:
-    """Parts in their order, in chunks of at most so many entries, or of a single part."""
-    chunks: list[list[Part]] = []
-    held = 0
-    for part in parts:
-        if not chunks or held + part.entries > entries:
-            chunks.append([])
-            held = 0
-        chunks[-1].append(part)
-        held += part.entries
-    return chunks
-
-
 def read_parts(
     log: Log,
     parts: Iterable[Part],

@@ -64,7 +64,7 @@ class LogLayout:
       allow: some of `ALLOWABLE`.
       strict: True if a fault of a row ends the build.
       processes: how many to work with.
-      bucket_rows: the most rows of a bucket, half of `data.rows_in_memory`.
+      memory: GiB that the engine holds at most.
       retrieved: the most candidates of a request.
       history_length: of the history feature; without one, `data.history_length`.
     """
@@ -88,7 +88,7 @@ class LogLayout:
     allow: tuple[str, ...]
     strict: bool
     processes: int
-    bucket_rows: int
+    memory: float
     retrieved: int
     history_length: int
 
@@ -151,7 +151,7 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
         allow=tuple(data.allow),
         strict=bool(data.strict),
         processes=int(data.processes),
-        bucket_rows=int(data.rows_in_memory) // 2,
+        memory=float(data.memory),
         retrieved=int(funnel.retrieved),
         history_length=histories[0].length if histories else int(data.history_length),
     )

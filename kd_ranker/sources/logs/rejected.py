@@ -1,23 +1,26 @@
 """Writes the rejected rows of a log as they stand there, with the reason."""
 
-from collections.abc import Iterator, Sequence
+import contextlib
 from pathlib import Path
 
+import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kd_ranker.sources.logs import files
+from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import LogLayout
-from kd_ranker.sources.logs.named_columns import starts_of
-from kd_ranker.sources.logs.reasons import Reason, Rejected
-from kd_ranker.sources.logs.values import lists_of, take_values
+from kd_ranker.sources.logs.lists import lists_of, starts_of, take_values
+from kd_ranker.sources.logs.reasons import Reason
 
 REJECTED_FOLDER = "rejected"
 
 
-def write_rejected(log: Log, layout: LogLayout, paths: Sequence[str], folder: Path) -> int:
+def write_rejected(
+    engine: Engine, log: Log, layout: LogLayout, rejected: ir.Table, folder: Path
+) -> int:
     """Writes the rows that were rejected, read once more from the log.
 
     A file of the log that has any gets a `rejected-<its number>.parquet` with all of its columns
@@ -25,74 +28,53 @@ def write_rejected(log: Log, layout: LogLayout, paths: Sequence[str], folder: Pa
     and only some of its candidates are rejected, each of these is a row whose lists hold it alone.
 
     Args:
+      engine: what has read the log.
       log: the log.
       layout: of the log.
-      paths: of records that `reasons.save_rejected` wrote.
+      rejected: see `Grouped`.
       folder: to write to; made if there is anything to write.
 
     Returns:
       How many candidates these are.
     """
-    saved = [records for path in paths if len(records := np.load(path, mmap_mode="r"))]
     listed = {wanted.column for wanted in files.wanted_columns(layout) if wanted.per_candidate}
-    written = 0
-    for file in range(len(log.files)):
-        of_file = [
-            np.asarray(records[slice(*np.searchsorted(records["file"], [file, file + 1]))])
-            for records in saved
-        ]
-        if not any(map(len, of_file)):
-            continue
-        records = np.concatenate(of_file)
-        records = records[np.lexsort([records["place"], records["row"]])]
+    of_files = engine.fetch(rejected.group_by("file").agg(entries=rejected.entries.sum()))
+    for file in sorted(of_files["file"].to_pylist()):
         folder.mkdir(exist_ok=True)
-        _write_file(log, file, records, listed, folder / f"rejected-{file:05d}.parquet")
-        written += int(records["entries"].sum())
-    return written
+        records = rejected.filter(rejected.file == file).select(
+            **{_OF[name]: rejected[name] for name in _OF}
+        )
+        rows = engine.read_file(log, file, _OF["row"]).join(records, _OF["row"])
+        ordered = rows.order_by(_OF["row"], _OF["place"])
+        schema = files.read_schema(log, file)
+        path, writer = folder / f"rejected-{file:05d}.parquet", None
+        with contextlib.ExitStack() as stack:
+            for batch in engine.stream(ordered):
+                table = _with_reasons(batch, schema, log.files[file], listed)
+                writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
+                writer.write_table(table)
+    return sum(map(int, of_files["entries"].to_pylist()))
 
 
-def _write_file(log: Log, file: int, records: Rejected, listed: set[str], path: Path) -> None:
-    writer = None
-    try:
-        for row, batch in _batches(log, file, records):
-            first, end = np.searchsorted(records["row"], [row, row + batch.num_rows])
-            if first == end:
-                continue
-            table = _with_reasons(batch, records[first:end], row, log.files[file], listed)
-            writer = writer or pq.ParquetWriter(path, table.schema)
-            writer.write_table(table)
-    finally:
-        if writer:
-            writer.close()
-
-
-def _batches(log: Log, file: int, records: Rejected) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """The number of the first row and the batch, for all batches of the parts with records."""
-    for part in log.parts:
-        if part.file != file:
-            continue
-        first, end = np.searchsorted(records["row"], [part.first_row, part.first_row + part.rows])
-        if first < end:
-            for _, row, batch in files.read_parts(log, [part], None):
-                yield row, batch
+# What is known of a rejected row, by names that no column of a log has.
+_OF = {name: f"__{name}" for name in ("row", "place", "reason")}
 
 
 def _with_reasons(
-    batch: pa.RecordBatch, records: Rejected, first_row: int, file: str, listed: set[str]
+    batch: pa.RecordBatch, schema: pa.Schema, file: str, listed: set[str]
 ) -> pa.Table:
-    rows = records["row"] - first_row
+    row, place, reason = (batch.column(_OF[name]).to_numpy() for name in _OF)
     columns = {}
-    for name in batch.schema.names:
-        array = batch.column(name)
-        if name in listed and files.is_list(array.type) and (records["place"] >= 0).any():
-            columns[name] = _cut(array, rows, records["place"])
-        else:
-            columns[name] = array.take(pa.array(rows))
+    for field in schema:
+        array = batch.column(field.name).cast(field.type)
+        if field.name in listed and files.is_list(array.type) and (place >= 0).any():
+            array = _cut(array, place)
+        columns[field.name] = array
     texts = pa.array([reason.name.lower() if reason else "" for reason in [0, *Reason]])
     for name, column in (
-        ("reason", texts.take(pa.array(records["reason"]))),
-        ("file", pa.array([file] * len(records), pa.string())),
-        ("row", pa.array(records["row"])),
+        ("reason", texts.take(pa.array(reason))),
+        ("file", pa.array([file] * len(row), pa.string())),
+        ("row", pa.array(row)),
     ):
         # The log may have a column of that name.
         while name in columns:
@@ -101,13 +83,13 @@ def _with_reasons(
     return pa.table(columns)
 
 
-def _cut(array: pa.Array, rows: np.ndarray, place: np.ndarray) -> pa.Array:
-    """The lists of some rows: whole where `place` is -1, else the value at that place alone."""
+def _cut(array: pa.Array, place: np.ndarray) -> pa.Array:
+    """The lists: whole where `place` is -1, else the value at that place alone."""
     start, length, valid, inner = lists_of(array)
     whole = place < 0
-    first = start[rows] + np.where(whole, 0, place)
-    number = np.where(valid[rows], np.where(whole, length[rows], 1), 0)
+    first = start + np.where(whole, 0, place)
+    number = np.where(valid, np.where(whole, length, 1), 0)
     ends = starts_of(number)
     places = np.repeat(first - ends[:-1], number) + np.arange(ends[-1])
-    offsets = pa.array(ends, mask=np.append(~valid[rows], False))
+    offsets = pa.array(ends, mask=np.append(~valid, False))
     return pa.LargeListArray.from_arrays(offsets, take_values(inner, places)).cast(array.type)

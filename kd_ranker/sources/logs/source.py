@@ -16,36 +16,43 @@ from jaxtyping import Int64
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
-from kd_ranker.requests.pool import Runner, open_pool
+from kd_ranker.requests.pool import open_pool
 from kd_ranker.requests.request import SPLITS, Request, Source
-from kd_ranker.sources.logs import (
-    assemble,
-    candidate_rows,
-    files,
-    findings,
-    log_statistics,
-    looks,
-    partition,
-    scan,
+from kd_ranker.sources.logs import files, findings, looks, scan, typed
+from kd_ranker.sources.logs import grouped as grouped_
+from kd_ranker.sources.logs.candidate_rows import write_candidate_rows
+from kd_ranker.sources.logs.data_report import (
+    PAGE,
+    Found,
+    Report,
+    make_data_report,
+    write_data_report,
 )
-from kd_ranker.sources.logs.assemble import AssembledBucket
-from kd_ranker.sources.logs.data_report import PAGE, Report, make_data_report, write_data_report
 from kd_ranker.sources.logs.encode import (
+    ITEM,
     encode_requests,
     item_matrix,
     make_encoding,
     save_encoding,
 )
+from kd_ranker.sources.logs.engine import Engine, open_engine
+from kd_ranker.sources.logs.faults import count_faults
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.findings import Finding
+from kd_ranker.sources.logs.grouped import Grouped
 from kd_ranker.sources.logs.layout import LogLayout, read_layout
-from kd_ranker.sources.logs.log_statistics import Statistics
-from kd_ranker.sources.logs.named_columns import SortedRun
-from kd_ranker.sources.logs.partition import Partitioned
-from kd_ranker.sources.logs.plan import Cutoffs, plan_buckets, save_plan, time_cutoffs
+from kd_ranker.sources.logs.numbered import (
+    Numbered,
+    counts_of_history,
+    counts_of_ids,
+    counts_of_values,
+    number,
+)
+from kd_ranker.sources.logs.ordered import Piece, write_ordered
 from kd_ranker.sources.logs.reasons import Reason
 from kd_ranker.sources.logs.rejected import REJECTED_FOLDER, write_rejected
-from kd_ranker.sources.logs.scan import Scan
+from kd_ranker.sources.logs.statistics import Moments, add_up, floats_of, moments_of
+from kd_ranker.sources.logs.varying import count_varying
 from kd_ranker.sources.logs.vocabulary import VOCABULARIES_FOLDER, write_vocabularies
 
 MANIFEST = "log.json"
@@ -54,41 +61,39 @@ REFUSED = "refused_log"
 
 
 class PreparedLog(NamedTuple):
-    """A log, read up to the point where only requests are left to be written."""
+    """A log, read up to the point where only requests are left to be written.
 
-    scan: Scan
-    cutoffs: Cutoffs | None
-    partitioned: list[Partitioned]
-    assembled: list[AssembledBucket]
-    statistics: Statistics | None
-    counts: Int64[np.ndarray, "reasons"]
+    Attributes:
+      engine: what has read it.
+      grouped: its rows as requests.
+      found: what was counted.
+      pieces: the pieces in which requests and candidates lie in the engine's folder.
+      numbered: what has ids; None if nothing is left.
+    """
 
-    @property
-    def rejected(self) -> list[str]:
-        """Paths of the records of all rejected rows."""
-        return [
-            *(part.rejected for part in self.partitioned),
-            *(bucket.rejected for bucket in self.assembled),
-        ]
+    engine: Engine
+    grouped: Grouped
+    found: Found
+    pieces: list[Piece]
+    numbered: Numbered | None
 
-    def buckets(self, split: str) -> list[AssembledBucket]:
-        """The buckets that have requests of a split, in the order of time."""
-        return [bucket for bucket in self.assembled if bucket.num_requests[split]]
+    def shards(self, split: str) -> list[Piece]:
+        """The pieces of a split, in the order of time."""
+        return [piece for piece in self.pieces if piece.split == split]
 
     def num_requests(self, split: str) -> int:
         """The number of requests of a split."""
-        return sum(bucket.num_requests[split] for bucket in self.assembled)
+        return sum(stop - start for _, (start, stop), _ in self.shards(split))
 
 
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
     """Opens a log of Parquet files as a source; `configs/parquet.py` explains `data`.
 
-    The log is read twice, a batch at a time, and its rows are brought into order in a folder below
-    `data.dir`, which `Source.close` removes. Each process holds `data.rows_in_memory` rows at most,
-    and the vocabularies are held once.
+    The engine reads the log, with the memory that `data.memory` gives it, and brings its rows into
+    order in a folder below `data.dir`, which `Source.close` removes.
 
     Returns:
-      The source; each split comes in the order of time, then of request ids (of texts, their hash).
+      The source; each split comes in the order of time, then of request ids.
 
     Raises:
       UserError: the config or the log's columns are at fault, nothing is left to train or to test
@@ -101,8 +106,9 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     with contextlib.ExitStack() as stack:
         work = Path(tempfile.mkdtemp(prefix=".parquet-", dir=layout.directory))
         stack.callback(shutil.rmtree, work)
+        engine = stack.enter_context(open_engine(layout, work))
         run = stack.enter_context(open_pool(layout.processes))
-        source = _source(log, layout, _read(log, layout, work, run), work)
+        source = _source(log, layout, _read(log, layout, engine))
         # From here on, all of it is the source's to close.
         return dataclasses.replace(source, run=run, close=stack.pop_all().close)
 
@@ -125,83 +131,73 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
         )
 
 
-def _read(log: Log, layout: LogLayout, work: Path, run: Runner) -> PreparedLog:
+def _read(log: Log, layout: LogLayout, engine: Engine) -> PreparedLog:
     """All passes but the last."""
-    chunks = files.chunks_of(log.parts, layout.bucket_rows)
-    calls: list[tuple] = [(log, layout, parts) for parts in chunks]
-    times = scan.time_merger()
-    scans = []
-    for scanned in run(scan.scan_parts, calls, "reading times"):
-        times.add(scanned.times)
-        scans.append(scanned._replace(times=scan.NO_TIMES))
-    whole = scan.merge_scans(scans, times)
-    cutoffs = None
-    if layout.split == "time" and len(whole.times.time):
-        cutoffs = time_cutoffs(whole.times.time, layout.validation_share, layout.test_share)
-        if cutoffs is None:
-            raise UserError(
-                f"data.split='time', but the requests of {layout.path} have less than three "
-                "different times, one a split; split by 'request' or 'user'"
-                f"{looks.time_hint(log, layout)}"
-            )
-    save_plan(plan_buckets(whole.times, layout), work / "plan")
-    # The times are on disk now.
-    whole = whole._replace(times=scan.NO_TIMES)
-    del times
-
-    calls = [
-        (log, layout, work / "plan", parts, work, f"{index:06d}")
-        for index, parts in enumerate(chunks)
-    ]
-    partitioned = list(run(partition.partition_parts, calls, "sorting rows"))
-    candidates = _by_bucket(itertools.chain.from_iterable(part.candidates for part in partitioned))
-    requests = _by_bucket(itertools.chain.from_iterable(part.requests for part in partitioned))
-    assembled: list[AssembledBucket] = []
-    calls = [
-        (layout, cutoffs, candidates[bucket], requests[bucket], work, f"{bucket:06d}")
-        for bucket in sorted(candidates)
-    ]
-
-    def pieces() -> Iterator[Statistics]:
-        for bucket in run(assemble.assemble_bucket, calls, "making requests"):
-            yield bucket.statistics
-            assembled.append(bucket._replace(statistics=None))
-
-    total = log_statistics.add_up_buckets(pieces()) if calls else None
-    for part in partitioned:
-        for a_run in (*part.candidates, *part.requests):
-            Path(a_run.path).unlink()
-    none = np.zeros(max(Reason) + 1, np.int64)
-    counts = sum((part.counts for part in (*partitioned, *assembled)), none)
-    used = sum(bucket.used for bucket in assembled)
-    if whole.entries != used + counts.sum():
-        raise RuntimeError(
-            f"{whole.entries} candidates in the log, {used} used, {counts.sum()} rejected"
+    rows = engine.read(log)
+    unfolded, without_any = typed.unfold(rows, layout)
+    grouped = grouped_.group(engine, layout, typed.typed(unfolded, layout), without_any)
+    if layout.split == "time" and grouped.cutoffs is None and engine.count(grouped.requests):
+        raise UserError(
+            f"data.split='time', but the requests of {layout.path} have less than three "
+            "different times, one a split; split by 'request' or 'user'"
+            f"{looks.time_hint(log, layout)}"
         )
-    return PreparedLog(whole, cutoffs, partitioned, assembled, total, counts)
-
-
-def _by_bucket(runs: Iterator[SortedRun]) -> dict[int, list[tuple[str, int]]]:
-    """Bucket -> the places of its rows, in the order of the log."""
-    places: dict[int, list[tuple[str, int]]] = {}
-    for run in runs:
-        for bucket, index in run.buckets.items():
-            places.setdefault(bucket, []).append((run.path, index))
-    return places
-
-
-def _source(log: Log, layout: LogLayout, read: PreparedLog, work: Path) -> Source:
-    encoding = make_encoding(layout, read.statistics) if read.statistics else None
-    report = make_data_report(
-        log,
-        layout,
-        read.scan,
-        read.cutoffs,
-        read.partitioned,
-        read.counts,
-        read.statistics,
-        encoding,
+    scanned = scan.scan(engine, layout, rows)
+    faults, other_version = count_faults(engine, layout, rows, unfolded)
+    counts = _by_reason(engine, grouped)
+    found = Found(
+        *scanned,
+        counts=counts,
+        faults=faults,
+        other_version=other_version,
+        cutoffs=grouped.cutoffs,
     )
+    used = engine.count(grouped.candidates)
+    if found.entries != used + counts.sum():
+        raise RuntimeError(
+            f"{found.entries} candidates in the log, {used} used, {counts.sum()} rejected"
+        )
+    if not used:
+        return PreparedLog(engine, grouped, found, [], None)
+    numbered = number(engine, layout, rows, unfolded, grouped)
+    pieces = write_ordered(engine, layout, grouped, numbered)
+    statistics = add_up(layout, engine.folder, pieces)
+    return PreparedLog(
+        engine,
+        grouped,
+        found._replace(
+            statistics=statistics,
+            moments=statistics.moments | _moments_of_items(engine, layout, numbered),
+            values={name: counts_of_values(engine, of) for name, of in numbered.values.items()},
+            varying=count_varying(engine, layout, rows, unfolded, grouped),
+            ids=counts_of_ids(engine, numbered) | counts_of_history(engine, layout, numbered),
+        ),
+        pieces,
+        numbered,
+    )
+
+
+def _by_reason(engine: Engine, grouped: Grouped) -> Int64[np.ndarray, "reasons"]:
+    """The number of candidates that each reason has cost; index 0 is no reason."""
+    rejected = grouped.rejected
+    counted = engine.fetch(rejected.group_by("reason").agg(entries=rejected.entries.sum()))
+    counts = np.zeros(max(Reason) + 1, np.int64)
+    counts[counted["reason"].to_numpy()] = list(map(int, counted["entries"].to_pylist()))
+    return counts
+
+
+def _moments_of_items(engine: Engine, layout: LogLayout, numbered: Numbered) -> dict[str, Moments]:
+    """The moments of the dense features of items that training has."""
+    names = {of.name: f"feature:{of.name}" for of in layout.of("item", kind="dense")}
+    if not names:
+        return {}
+    items = numbered.items.filter(numbered.items.train > 0).order_by("id")
+    table = engine.fetch(items.select(*names.values()))
+    return {name: moments_of(floats_of(table, column)) for name, column in names.items()}
+
+
+def _source(log: Log, layout: LogLayout, read: PreparedLog) -> Source:
+    report = make_data_report(log, layout, read.found)
     found = findings.find(report, functools.partial(looks.time_hint, log, layout))
     report["allowed"] = [finding._asdict() for finding in found if finding.name in layout.allow]
     for name, text in found:
@@ -209,27 +205,29 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog, work: Path) -> Sourc
         report["remarks"].append(f"{verdict}, {name}: {text}.")
     if why := _unusable(layout, read, report, found):
         raise _refuse(log, layout, read, report, why)
-    assert encoding is not None
-    assert read.statistics is not None
-    folder = work / "encoding"
-    save_encoding(encoding, folder)
-    item_features, item_category = item_matrix(layout, encoding, read.statistics.items)
+    engine, numbered = read.engine, read.numbered
+    assert numbered is not None
+    items = engine.fetch(numbered.items.order_by("id"))
+    values = {ITEM: items["value"].combine_chunks()}
+    for name, table in numbered.values.items():
+        known = table.filter(table.id.notnull()).order_by("id").select("value")
+        values[name] = engine.fetch(known)["value"].combine_chunks()
+    users = engine.count(numbered.users)
+    encoding = make_encoding(layout, users, values, read.found.moments)
+    save_encoding(encoding, engine.folder / "encoding")
+    item_features, item_category = item_matrix(layout, encoding, items)
 
     def shards(split: str) -> list[Callable[[], Iterator[Request]]]:
         return [
-            functools.partial(
-                encode_requests, layout, bucket.requests, bucket.candidates, str(folder), split
-            )
-            for bucket in read.buckets(split)
+            functools.partial(encode_requests, layout, engine.folder, piece)
+            for piece in read.shards(split)
         ]
 
     def write_beside(directory: Path) -> None:
         _write_report(log, layout, read, report, directory)
-        texts = [part.texts for part in read.partitioned]
-        write_vocabularies(encoding, texts, directory / VOCABULARIES_FOLDER)
+        write_vocabularies(engine, numbered, encoding.spec, directory / VOCABULARIES_FOLDER)
         for split in SPLITS:
-            paths = [bucket.candidate_rows[split] for bucket in read.buckets(split)]
-            candidate_rows.move_candidate_rows(paths, split, directory)
+            write_candidate_rows(engine.folder, read.shards(split), directory)
         (directory / MANIFEST).write_text(json.dumps(log.manifest, indent=2))
 
     return Source(
@@ -247,7 +245,7 @@ def _unusable(
     layout: LogLayout, read: PreparedLog, report: Report, found: Sequence[Finding]
 ) -> str:
     """A reason for making no dataset of a log, "" if there is none."""
-    if read.statistics is None:
+    if read.numbered is None:
         times = "".join(f"; {finding.text}" for finding in found if finding.name == "times")
         return f"not one row of the log can be used{times}"
     for split in SPLITS:
@@ -293,6 +291,8 @@ def _write_report(
 ) -> None:
     """Writes the report and the rejected rows."""
     write_data_report(report, directory)
-    written = write_rejected(log, layout, read.rejected, directory / REJECTED_FOLDER)
-    if written != read.counts.sum():
-        raise RuntimeError(f"{read.counts.sum()} candidates rejected, {written} written")
+    written = write_rejected(
+        read.engine, log, layout, read.grouped.rejected, directory / REJECTED_FOLDER
+    )
+    if written != (rejected := read.found.counts.sum()):
+        raise RuntimeError(f"{rejected} candidates rejected, {written} written")

@@ -3,11 +3,11 @@
 The probabilities are those of the dataset's scored copy. Rows are not scored by themselves: a
 candidate's probability depends on other rows of the log too (its request's user and time, its
 item's last features). The copy's candidates are traced back to their rows by the places that were
-kept when the dataset was built, see `candidate_rows`: they are sorted by file and row on disk, and
+kept when the dataset was built, see `candidate_rows`: the engine sorts them by file and row, and
 then each file of the log is read once more and written with its columns added.
 
-Memory, in each process: the scores of half of `data.rows_in_memory` candidates, or of one row group
-of the log if that has more, at about 100 bytes each, and one batch of the log with all columns.
+Memory, in each process: the scores of one row group of the log, and one batch of it with all
+columns; and what `data.memory` gives to the engine.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import os
 import posixpath
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,44 +26,31 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
-from jaxtyping import Bool, Float32, Int, Int32, Int64
+from jaxtyping import Bool, Float32, Int64
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
+from kd_ranker.requests.columns import runs
 from kd_ranker.requests.pool import open_pool
 from kd_ranker.requests.records import damage, record_features, teacher_column
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs import candidate_rows, files
-from kd_ranker.sources.logs.files import Log, Part
+from kd_ranker.sources.logs.engine import open_engine
+from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import LogLayout, read_layout
-from kd_ranker.sources.logs.named_columns import (
-    NamedColumns,
-    SortedRun,
-    array_of,
-    num_rows,
-    places_of,
-    read_runs,
-    starts_of,
-    take_rows,
-    write_run,
-)
+from kd_ranker.sources.logs.lists import lists_of, starts_of
 from kd_ranker.sources.logs.source import MANIFEST, check_unchanged
-from kd_ranker.sources.logs.values import lists_of
 
 # Folder below `data.dir` for scored logs.
 SCORED_FOLDER = "scored"
 VERSION_COLUMN = "teacher_version"
 # Ends the names of the columns, if the log has one of these names already.
 SUFFIX = "_scored"
-# A file's number and a row's in one whole number, which sorts as the two do.
-_ROWS_BITS = 40
+_UNSORTED = "unsorted"
 # Requests that are read from the copy at a time.
 _REQUESTS = 512
-
-# Parts of a file that are written one after the other, and the runs with the scores of their rows.
-Chunk = tuple[Sequence[Part], Sequence[tuple[str, int]]]
 
 
 class Scored(NamedTuple):
@@ -183,27 +170,13 @@ def _write_missing(
     missing = [file for file, path in enumerate(outputs) if not path.exists()]
     if not missing:
         return
-    chunks = [
-        chunk
-        for file in missing
-        for chunk in files.chunks_of(
-            [part for part in log.parts if part.file == file], layout.bucket_rows
-        )
-    ]
     spec = FeatureSpec.from_json((copy / storage.SPEC_FILE).read_text())
     splits = tfds.builder_from_directory(directory).info.splits
     with contextlib.ExitStack() as stack:
         work = Path(tempfile.mkdtemp(prefix=".scored-", dir=layout.directory))
         stack.callback(shutil.rmtree, work)
         run = stack.enter_context(open_pool(layout.processes))
-        sort = functools.partial(
-            sort_scores,
-            spec,
-            copy,
-            np.array(missing),
-            np.array([_key(chunk[0].file, chunk[0].first_row) for chunk in chunks], np.int64),
-            work,
-        )
+        (work / _UNSORTED).mkdir()
         calls: list[tuple] = []
         for split in SPLITS:
             lengths = splits[split].shard_lengths
@@ -212,54 +185,34 @@ def _write_missing(
                 (split, first, number, candidate_rows.path_of(directory, split, shard))
                 for shard, (first, number) in enumerate(zip(firsts, lengths, strict=False))
             ]
-        places: list[list[tuple[str, int]]] = [[] for _ in chunks]
-        for sorted_run in run(sort, calls, "sorting scores"):
-            for chunk, batch in sorted_run.buckets.items():
-                places[chunk].append((sorted_run.path, batch))
-        chunks_of_file: dict[int, list[Chunk]] = {file: [] for file in missing}
-        for parts, runs in zip(chunks, places, strict=True):
-            chunks_of_file[parts[0].file].append((parts, runs))
-        write = functools.partial(write_file, log, layout, columns, spec.teacher_version)
-        calls = [
-            (file, chunks_of_file[file], work / f"{file:06d}.parquet", outputs[file])
-            for file in missing
-        ]
+        find = functools.partial(write_scores, spec, copy, work / _UNSORTED)
+        for _ in run(find, calls, "reading scores"):
+            pass
+        with open_engine(layout, work) as engine:
+            scores = engine.backend.read_parquet(str(work / _UNSORTED / "*.parquet"))
+            wanted = scores.filter(scores.file.isin(missing))
+            path = engine.write(wanted.order_by("file", "row", "place"), "sorted")
+        write = functools.partial(write_file, log, layout, columns, spec.teacher_version, path)
+        calls = [(file, work / f"{file:06d}.parquet", outputs[file]) for file in missing]
         for _ in run(write, calls, "writing the scored log"):
             pass
 
 
-def _key(file: int | Int32[np.ndarray, "n"], row: int | Int64[np.ndarray, "n"]) -> np.ndarray:
-    """Files and rows as whole numbers that sort as they do."""
-    return np.asarray(file, np.int64) << _ROWS_BITS | np.asarray(row, np.int64)
+def write_scores(
+    spec: FeatureSpec, copy: Path, folder: Path, split: str, first: int, number: int, rows: Path
+) -> None:
+    """Writes the scores of some requests, with the places of their candidates in the log.
 
-
-def sort_scores(
-    spec: FeatureSpec,
-    copy: Path,
-    files_wanted: Int[np.ndarray, "wanted"],
-    chunk_starts: Int64[np.ndarray, "chunks"],
-    folder: Path,
-    split: str,
-    first: int,
-    number: int,
-    rows: Path,
-) -> SortedRun:
-    """Sorts the scores of some requests by the places of their candidates in the log.
+    A row a scored candidate: `file`, `row`, `place` and `teacher:<task>`.
 
     Args:
       spec: of the scored copy.
       copy: its folder.
-      files_wanted: the files whose scores are wanted, by their numbers.
-      chunk_starts: `_key` of the first row of each chunk of these files, in their order.
       folder: to write to.
       split: of the requests.
       first: the number of the first request in that split.
       number: how many they are.
       rows: the file with the places of their candidates.
-
-    Returns:
-      A run whose buckets are the numbers of chunks, none if there are no scores; a row a scored
-      candidate with `row`, `place` and `teacher:<task>`.
 
     Raises:
       UserError: the copy holds other requests.
@@ -274,18 +227,10 @@ def sort_scores(
             f"{copy} holds other requests than the dataset that it was made of holds now; remove "
             "that folder and run this again"
         )
-    chosen = places_of(starts_of(copied.candidates)[:-1], copied.scored)
-    table: NamedColumns = {
-        name: stored[name].to_numpy()[chosen] for name in ("file", "row", "place")
-    }
-    table |= {f"teacher:{task}": score for task, score in copied.scores.items()}
-    table = take_rows(table, np.flatnonzero(np.isin(array_of(table, "file"), files_wanted)))
-    if not num_rows(table):
-        return SortedRun("", {})
-    key = _key(array_of(table, "file"), array_of(table, "row"))
-    del table["file"]
-    chunk = np.searchsorted(chunk_starts, key, side="right") - 1
-    return write_run(folder / f"scores-{split}-{first:012d}.arrow", table, chunk)
+    chosen = pa.array(runs(starts_of(copied.candidates)[:-1], copied.scored))
+    columns = {name: stored[name].take(chosen) for name in ("file", "row", "place")}
+    columns |= {f"teacher:{task}": pa.array(score) for task, score in copied.scores.items()}
+    pq.write_table(pa.table(columns), folder / f"{split}-{first:012d}.parquet")
 
 
 class _CopiedScores(NamedTuple):
@@ -344,8 +289,8 @@ def write_file(
     layout: LogLayout,
     columns: Sequence[str],
     version: str,
+    scores: Path,
     file: int,
-    chunks: Sequence[Chunk],
     temporary: Path,
     output: Path,
 ) -> None:
@@ -356,8 +301,8 @@ def write_file(
       layout: of the log.
       columns: the names of the columns to add: one a task, and that of the version.
       version: of the teacher.
+      scores: the file of `write_scores`, sorted.
       file: the number of the file in the log.
-      chunks: all its parts, in their order.
       temporary: the path to write it to.
       output: the path to move it to once it is whole.
 
@@ -370,33 +315,34 @@ def write_file(
         schema = schema.append(pa.field(column, type_))
     schema = schema.append(pa.field(columns[-1], pa.string()))
     with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-        for parts, places in chunks:
-            scores = _by_row(places) if places else None
-            for _, row, batch in files.read_parts(log, parts, None):
-                added = _columns_of(layout, version, scores, row, batch)
+        for part in log.parts:
+            if part.file != file:
+                continue
+            end = part.first_row + part.rows
+            # They are sorted, so that the bounds of row groups say which of them to read.
+            of_part = pq.read_table(
+                scores,
+                filters=[("file", "=", file), ("row", ">=", part.first_row), ("row", "<", end)],
+                use_threads=False,
+            )
+            found = {name: of_part[name].to_numpy() for name in of_part.column_names}
+            for _, row, batch in files.read_parts(log, [part], None):
+                added = _columns_of(layout, version, found, row, batch)
                 writer.write_batch(pa.record_batch([*batch.columns, *added], schema))
     output.parent.mkdir(parents=True, exist_ok=True)
     os.replace(temporary, output)
 
 
-def _by_row(places: Sequence[tuple[str, int]]) -> NamedColumns:
-    table = read_runs(places)
-    return take_rows(table, np.argsort(array_of(table, "row"), kind="stable"))
-
-
 def _columns_of(
     layout: LogLayout,
     version: str,
-    scores: NamedColumns | None,
+    scores: Mapping[str, np.ndarray],
     first_row: int,
     batch: pa.RecordBatch,
 ) -> list[pa.Array]:
     """The columns to add to a batch; `scores` are sorted by their rows."""
-    chosen, row = slice(0, 0), np.zeros(0, np.int64)
-    if scores is not None:
-        all_rows = array_of(scores, "row")
-        chosen = slice(*np.searchsorted(all_rows, [first_row, first_row + batch.num_rows]))
-        row = all_rows[chosen] - first_row
+    chosen = slice(*np.searchsorted(scores["row"], [first_row, first_row + batch.num_rows]))
+    row = scores["row"][chosen] - first_row
     added, places, number = [], row, batch.num_rows
     offsets = None
     if layout.by_request:
@@ -405,13 +351,11 @@ def _columns_of(
         ends = starts_of(length)
         offsets = pa.array(ends.astype(np.int32), mask=np.append(~valid, False))
         number = int(ends[-1])
-        if scores is not None:
-            places = ends[row] + array_of(scores, "place")[chosen]
+        places = ends[row] + scores["place"][chosen]
     for task in layout.tasks:
         probability, unknown = np.zeros(number, np.float32), np.ones(number, bool)
-        if scores is not None:
-            probability[places] = array_of(scores, f"teacher:{task}")[chosen]
-            unknown[places] = False
+        probability[places] = scores[f"teacher:{task}"][chosen]
+        unknown[places] = False
         array = pa.array(probability, mask=unknown)
         added.append(array if offsets is None else pa.ListArray.from_arrays(offsets, array))
     return [*added, _version_of(version, np.isin(np.arange(batch.num_rows), row))]

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs import files
-from kd_ranker.sources.logs.files import Part, chunks_of, manifest_differences
+from kd_ranker.sources.logs.files import manifest_differences
 from kd_ranker.sources.logs.layout import read_layout
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import make_rows, write_log
@@ -147,12 +147,6 @@ def test_parts_count_the_candidates_of_lists(tmp_path):
         sum(numbers[start : start + 7]) for start in range(0, 30, 7)
     ]
     assert [part.first_row for part in found.parts] == [0, 7, 14, 21, 28]
-
-
-def test_chunks_hold_as_much_as_they_may_and_at_least_a_part():
-    parts = [Part(0, index, 0, 1, entries) for index, entries in enumerate((3, 4, 9, 2, 2, 2))]
-    chunks = chunks_of(parts, 7)
-    assert [[part.entries for part in chunk] for chunk in chunks] == [[3, 4], [9], [2, 2, 2]]
 
 
 def test_differences_between_manifests_are_counted():

@@ -217,7 +217,7 @@ def test_whatever_is_wrong_with_a_log_each_row_is_used_or_rejected_with_its_reas
 @pytest.mark.parametrize("texts", [False, True])
 def test_both_layouts_any_order_and_any_number_of_files_and_buckets_give_the_same(tmp_path, texts):
     rows = make_rows(1, requests=70, texts=texts)
-    whole = read_rows(rows, tmp_path, name="whole", config={"rows_in_memory": 10**6})
+    whole = read_rows(rows, tmp_path, name="whole", config={"memory": 1.0})
     for name, by_request, options in (
         ("bounded", False, {}),
         ("request", True, {}),
@@ -289,16 +289,6 @@ def test_lists_that_are_missing_empty_or_of_another_length_are_told_apart(tmp_pa
     assert np.isnan(first.teacher_probability[:, 0]).all()
     assert not np.isnan(first.teacher_probability[:, 1]).any()
     assert second.label_weight.tolist() == [0, 0, 0]
-
-
-def test_a_request_that_would_break_the_bound_on_memory_is_rejected_whole(tmp_path):
-    rows = make_rows(6)
-    giant = make_rows(7, requests=90)
-    for row in giant:
-        row.of_request |= {"request_id": 77, "time": 1_000_000}
-    log = read_rows(rows + giant, tmp_path)
-    assert log.counts == {"request_too_large": sum(len(row.candidates) for row in giant)}
-    assert sum(map(len, log.requests.values())) == len(rows)
 
 
 def test_stages_without_a_column_follow_from_what_is_there(tmp_path):

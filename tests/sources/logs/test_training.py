@@ -74,7 +74,7 @@ def test_a_dataset_goes_by_another_name_only_where_its_contents_would_differ(con
         return dataset_name(other)
 
     assert name() == name(
-        processes=4, rows_in_memory=5000, infer=True, dir="elsewhere", allow=(), title="May"
+        processes=4, memory=2.0, infer=True, dir="elsewhere", allow=(), title="May"
     )
     assert name() != name(strict=True)
     assert name() != name(split="user")

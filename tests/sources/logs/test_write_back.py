@@ -1,6 +1,5 @@
 """A log that is written back with the columns of a teacher that was trained on its dataset."""
 
-import dataclasses
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests import checksums, storage
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources.logs import write_back
+from kd_ranker.sources.logs import ordered, write_back
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import TASKS, make_rows, write_log
 
@@ -322,7 +321,7 @@ def test_a_second_run_reads_nothing_and_writes_nothing(tmp_path, monkeypatch):
     def broken(*arguments):
         raise AssertionError("it works again")
 
-    for name in ("sort_scores", "write_file"):
+    for name in ("write_scores", "write_file"):
         monkeypatch.setattr(write_back, name, broken)
     assert commands.log_teacher(config) == logged
 
@@ -338,23 +337,8 @@ def test_several_processes_change_nothing(tmp_path):
     assert contents(directory) == whole
 
 
-def test_a_part_that_is_smaller_than_a_file_changes_nothing(tmp_path, monkeypatch):
-    config = make_config(tmp_path)
-    directory = commands.log_teacher(config).log.directory
-    whole = contents(directory)
-    for file in directory.glob("*.parquet"):
-        file.unlink()
-    read = write_back.read_layout
-    monkeypatch.setattr(
-        write_back,
-        "read_layout",
-        lambda *arguments: dataclasses.replace(read(*arguments), bucket_rows=20),
-    )
-    commands.log_teacher(config)
-    assert contents(directory) == whole
-
-
-def test_files_are_completed_that_have_no_row_of_some_parts_of_the_dataset(tmp_path):
+def test_files_are_completed_that_have_no_row_of_some_parts_of_the_dataset(tmp_path, monkeypatch):
+    monkeypatch.setattr(ordered, "PIECE", 200)
     log = write_log(tmp_path / "log", make_rows(3, requests=400), files=3)
     config = faulty_logs.config(log, tmp_path / "datasets")
     directory = commands.prepare_data(config)

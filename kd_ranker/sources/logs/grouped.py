@@ -1,0 +1,213 @@
+"""Rows of a log as requests: whose they are, when, in which split, and their candidates in order.
+
+The order of the log's rows decides one thing: the first of two rows of an item counts.
+"""
+
+from typing import NamedTuple
+
+import ibis
+import ibis.expr.types as ir
+import numpy as np
+from ibis import _
+from jaxtyping import Int64
+
+from kd_ranker.requests.request import SPLITS
+from kd_ranker.sources.logs.engine import Engine
+from kd_ranker.sources.logs.layout import LogLayout
+from kd_ranker.sources.logs.reasons import Reason
+
+# Above every row of a file: `at` is the place of a row in the log.
+_ROWS_OF_A_FILE = 2**40
+
+
+class Cutoffs(NamedTuple):
+    """The earliest times of a validation and of a test request."""
+
+    validation: int
+    test: int
+
+
+class Grouped(NamedTuple):
+    """The rows of a log as requests, and those that are left out.
+
+    Attributes:
+      requests: a row a request: `request`, `number` (from 0, by split, time and id), `split` (its
+        place in `SPLITS`), `time`, `user`, `moved` (whether its rows have several times), `users`
+        (how many they have), and `file` and `row` of its first row.
+      candidates: a row a candidate that is used: the columns of `typed`, and `number`, `at` (the
+        request's time) and `split`.
+      rejected: `file`, `row`, `place`, `entries` and `reason` of the others.
+      cutoffs: with a split by time.
+    """
+
+    requests: ir.Table
+    candidates: ir.Table
+    rejected: ir.Table
+    cutoffs: Cutoffs | None
+
+
+def group(
+    engine: Engine, layout: LogLayout, rows: ir.Table, without_any: ir.Table | None
+) -> Grouped:
+    """Makes requests of the rows of `typed`; `without_any` are those that `unfold` rejects."""
+    rows = engine.keep("rows", rows)
+    times = rows.filter(rows.request.notnull() & rows.time.notnull())
+    times = times.group_by("request").agg(at=times.time.min())
+    good = rows.filter(rows.reason == 0)
+    by_user = good.group_by("request", "user").agg(
+        rows=_.count(), first=(_.file * _ROWS_OF_A_FILE + _.row).min(), last_time=_.time.max(),
+        first_time=_.time.min(),
+    )  # fmt: skip
+    most = ibis.row_number().over(group_by="request", order_by=[ibis.desc("rows"), "user"])
+    by_user = by_user.mutate(place=most)
+    requests = by_user.group_by("request").agg(
+        user=_.user.max(where=_.place == 0),
+        first=_.first.max(where=_.place == 0),
+        users=_.count(),
+        first_time=_.first_time.max(where=_.place == 0),
+        last_time=_.last_time.max(where=_.place == 0),
+    )
+    requests = engine.keep("times", requests.join(times, "request"))
+    # Those that lose all of their rows count as well: a fault must not move the others.
+    cutoffs = _cutoffs(engine, layout, times) if layout.split == "time" else None
+    requests = requests.mutate(split=_split(layout, requests, cutoffs))
+    number = ibis.row_number().over(order_by=["split", "at", "request"])
+    moved = (requests.first_time != requests.at) | (requests.last_time != requests.at)
+    requests = engine.keep(
+        "requests",
+        requests.select(
+            "request",
+            "user",
+            "users",
+            "split",
+            time=requests["at"],
+            moved=moved,
+            number=number,
+            file=requests["first"] // _ROWS_OF_A_FILE,
+            row=requests["first"] % _ROWS_OF_A_FILE,
+        ),
+    )
+    owner = requests.select("request", "number", "split", owner="user", at="time")
+    joined = good.join(owner, "request")
+    own = joined.filter(joined.user == joined.owner).drop("request", "owner", "user", "reason")
+    rejected = [
+        _rejected(rows.filter(rows.reason > 0)),
+        _rejected(joined.filter(joined.user != joined.owner), Reason.SEVERAL_USERS),
+    ]
+    if without_any is not None:
+        rejected.append(_rejected(without_any.mutate(place=ibis.literal(-1, "int64"))))
+    used, twice = _once(engine, layout, own)
+    used, beyond = _at_most(engine, layout, used)
+    rejected += [*twice, *beyond]
+    return Grouped(
+        requests,
+        engine.keep("candidates", used),
+        engine.keep("rejected", ibis.union(*rejected)),
+        cutoffs,
+    )
+
+
+def _rejected(rows: ir.Table, reason: Reason | None = None) -> ir.Table:
+    """The rows as records of what is rejected; `reason` is that of all of them."""
+    why = rows.reason if reason is None else ibis.literal(int(reason))
+    entries = rows.entries if "entries" in rows.columns else ibis.literal(1)
+    return rows.select(
+        *("file", "row", "place"), entries=entries.cast("int64"), reason=why.cast("int8")
+    )
+
+
+_PLACE = ("file", "row", "place")
+
+
+def _once(engine: Engine, layout: LogLayout, rows: ir.Table) -> tuple[ir.Table, list[ir.Table]]:
+    """The rows with each item once a request, on which all its positive labels count."""
+    again = rows.group_by("number", "item").agg(times=_.count()).filter(_.times > 1)
+    again = engine.keep("again", again)
+    if not engine.count(again):
+        return rows, []
+    turn = ibis.row_number().over(group_by=["number", "item"], order_by=_PLACE)
+    several = engine.keep("several", rows.semi_join(again, ["number", "item"]).mutate(turn=turn))
+    labels = [f"label:{task}" for task in layout.labels]
+    joint = several.group_by("number", "item").agg(
+        **{f"joint {name}": several[name].max() for name in labels}
+    )
+    twice = several.filter(several.turn > 0)
+    once = rows.anti_join(twice, _PLACE).left_join(joint, ["number", "item"])
+    merged = {name: ibis.greatest(once[name], once[f"joint {name}"]) for name in labels}
+    merged = {name: ibis.coalesce(value, once[name]) for name, value in merged.items()}
+    return once.mutate(**merged).select(rows.columns), [_rejected(twice, Reason.DUPLICATE_ITEM)]
+
+
+def _at_most(engine: Engine, layout: LogLayout, rows: ir.Table) -> tuple[ir.Table, list[ir.Table]]:
+    """The first candidates of each request in funnel order, `layout.retrieved` at most."""
+    large = rows.group_by("number").agg(size=_.count()).filter(_.size > layout.retrieved)
+    large = engine.keep("large", large)
+    if not engine.count(large):
+        return rows, []
+    place = ibis.row_number().over(group_by="number", order_by=funnel_order(rows))
+    ranked = rows.semi_join(large, "number").mutate(rank=place)
+    beyond = engine.keep("beyond", ranked.filter(_.rank >= layout.retrieved))
+    return rows.anti_join(beyond, _PLACE), [_rejected(beyond, Reason.BEYOND_RETRIEVED)]
+
+
+def funnel_order(rows: ir.Table) -> list[ir.Value]:
+    """The order of a request's candidates: by stage, position, and then the item's id."""
+    position = ibis.coalesce(rows.position, float("inf"))
+    return [ibis.desc(rows.stage), position, rows.item]
+
+
+def _split(layout: LogLayout, requests: ir.Table, cutoffs: Cutoffs | None) -> ir.IntegerValue:
+    """The place in `SPLITS` of the split of each request."""
+    train, validation, test = (ibis.literal(SPLITS.index(of), "int8") for of in SPLITS)
+    if layout.split == "time":
+        # Without cutoffs there are no requests.
+        first = cutoffs or Cutoffs(0, 0)
+        return ibis.cases(
+            (requests["at"] >= first.test, test),
+            (requests["at"] >= first.validation, validation),
+            else_=train,
+        )
+    text = requests[layout.split].cast("string")
+    digest = (ibis.literal(f"{layout.seed} ") + text).hexdigest("md5")
+    # The test's share comes first, so that it does not depend on the validation's.
+    return ibis.cases(
+        (digest < _share(layout.test_share), test),
+        (digest < _share(layout.test_share + layout.validation_share), validation),
+        else_=train,
+    )
+
+
+def _share(share: float) -> str:
+    """The text below which such a share of all digests lies."""
+    return f"{int(share * 2**52):013x}"
+
+
+def _cutoffs(engine: Engine, layout: LogLayout, times: ir.Table) -> Cutoffs | None:
+    time = engine.fetch(times.select("at"))["at"].to_numpy()
+    return time_cutoffs(time, layout.validation_share, layout.test_share) if len(time) else None
+
+
+def time_cutoffs(
+    time: Int64[np.ndarray, "n"], validation_share: float, test_share: float
+) -> Cutoffs | None:
+    """The times that end training and validation; None if there are less than three seconds.
+
+    The test begins with the first of the last `test_share` requests, the validation with the first
+    of the last `validation_share` + `test_share`. Requests of the same second stand on the same
+    side, so the shares are met as nearly as seconds allow, and each split has at least a second.
+
+    >>> time_cutoffs(np.array([5, 1, 2, 3, 4]), 0.2, 0.4)
+    Cutoffs(validation=3, test=4)
+    """
+    ordered = np.sort(time)
+    seconds = np.unique(ordered)
+    if len(seconds) < len(SPLITS):
+        return None
+
+    def first_of_last(share: float) -> int:
+        return int(ordered[min(len(ordered) - 1, len(ordered) - round(share * len(ordered)))])
+
+    test = max(first_of_last(test_share), int(seconds[2]))
+    last_before = int(seconds[np.searchsorted(seconds, test) - 1])
+    validation = max(first_of_last(validation_share + test_share), int(seconds[1]))
+    return Cutoffs(min(validation, last_before), test)

@@ -1,0 +1,177 @@
+"""Sums over requests in their last order: moments of numbers, and further totals for the report.
+
+A piece is added up after the other, in their order, so no bit of a sum depends on who adds up.
+Moments are those of training requests alone, and rejected rows count nowhere.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float64, Int, Int64, Num
+
+from kd_ranker.batch import Stage
+from kd_ranker.requests.request import SPLITS
+from kd_ranker.sources.logs.layout import LogLayout
+from kd_ranker.sources.logs.ordered import Piece, read_piece
+
+# How finely the teacher's probabilities are compared with labels.
+TEACHER_BINS = 20
+
+
+class Moments(NamedTuple):
+    """Moments of the numbers of training requests, missing ones left out."""
+
+    number: int
+    mean: float
+    squares: float  # Σ (x − mean)²
+    low: float
+    high: float
+
+    @property
+    def deviation(self) -> float:
+        """The standard deviation, √(squares / number)."""
+        return float(np.sqrt(self.squares / self.number)) if self.number else 0.0
+
+
+NO_MOMENTS = Moments(0, 0.0, 0.0, float("inf"), float("-inf"))
+
+
+class Statistics(NamedTuple):
+    """Sums over all pieces.
+
+    Attributes:
+      moments: dense feature of user, context and candidates -> its moments.
+      totals: further numbers.
+      first: the earliest time in each split.
+      last: the latest.
+    """
+
+    moments: dict[str, Moments]
+    totals: dict[str, Num[np.ndarray, "..."]]
+    first: Int64[np.ndarray, "splits"]
+    last: Int64[np.ndarray, "splits"]
+
+
+def add_up(layout: LogLayout, folder: Path, pieces: list[Piece]) -> Statistics:
+    """Adds up the pieces of the files in a folder, in their order."""
+    moments: dict[str, Moments] = {}
+    totals: dict[str, np.ndarray] = {}
+    latest = np.iinfo(np.int64)
+    first, last = (np.full(len(SPLITS), of, np.int64) for of in (latest.max, latest.min))
+    for piece in pieces:
+        requests, candidates = read_piece(folder, piece)
+        split = SPLITS.index(piece.split)
+        time = requests["time"].to_numpy()
+        first[split], last[split] = min(first[split], time.min()), max(last[split], time.max())
+        if piece.split == "train":
+            for feature in layout.of("user", "context", "candidate", kind="dense"):
+                table = requests if feature.of_request else candidates
+                numbers = moments_of(floats_of(table, f"feature:{feature.name}"))
+                moments[feature.name] = merge_moments(
+                    moments.get(feature.name, NO_MOMENTS), numbers
+                )
+        for name, total in _totals(layout, piece, requests, candidates).items():
+            totals[name] = totals.get(name, 0) + total
+    return Statistics(moments, totals, first, last)
+
+
+def floats_of(table: pa.Table, name: str) -> Float64[np.ndarray, "n"]:
+    """A column of numbers, NaN where there is none."""
+    column = table[name].combine_chunks().cast(pa.float64()).fill_null(float("nan"))
+    return column.to_numpy(zero_copy_only=False)
+
+
+def moments_of(number: Num[np.ndarray, "n"]) -> Moments:
+    """The moments of the numbers that are not NaN."""
+    number = number[~np.isnan(number)].astype(np.float64)
+    if not len(number):
+        return NO_MOMENTS
+    mean = float(number.mean())
+    squares = float(np.square(number - mean).sum())
+    return Moments(len(number), mean, squares, float(number.min()), float(number.max()))
+
+
+def merge_moments(one: Moments, other: Moments) -> Moments:
+    """The moments of both (Chan, Golub and LeVeque, 1979)."""
+    if not (one.number and other.number):
+        return one if one.number else other
+    number = one.number + other.number
+    distance = other.mean - one.mean
+    return Moments(
+        number,
+        one.mean + distance * other.number / number,
+        one.squares + other.squares + distance**2 * one.number * other.number / number,
+        min(one.low, other.low),
+        max(one.high, other.high),
+    )
+
+
+def _totals(
+    layout: LogLayout, piece: Piece, requests: pa.Table, candidates: pa.Table
+) -> dict[str, np.ndarray]:
+    split = SPLITS.index(piece.split)
+
+    def of_split(total: Any) -> Num[np.ndarray, "splits ..."]:
+        each = np.zeros((len(SPLITS), *np.shape(total)), np.asarray(total).dtype)
+        each[split] = total
+        return each
+
+    stage = candidates["stage"].to_numpy()
+    weight = floats_of(candidates, "label_weight")
+    shown = stage == Stage.SHOWN
+    labelled = shown & (weight > 0)
+    labels = np.stack([candidates[f"label:{task}"].to_numpy() for task in layout.tasks], axis=1)
+    owner = candidates["number"].to_numpy() - piece.requests[0]
+    size, with_shown = (
+        np.bincount(owner, weights=of, minlength=requests.num_rows) for of in (None, shown)
+    )
+    stages = stage[:, None] == np.array([*Stage][1:])
+    scored = np.stack(
+        [
+            floats_of(candidates, f"teacher:{task}")
+            if task in layout.scored_tasks
+            else np.full(len(stage), np.nan)
+            for task in layout.tasks
+        ],
+        axis=1,
+    )
+    counts = floats_of(candidates, "teacher_weight") > 0
+    with np.errstate(invalid="ignore"):
+        proper = (scored >= 0) & (scored <= 1) & counts[:, None]
+    return {
+        "requests": of_split(requests.num_rows),
+        "candidates": of_split(len(stage)),
+        "stages": of_split(stages.sum(axis=0)),
+        "without_shown": of_split((with_shown == 0).sum()),
+        "several_times": requests["moved"].to_numpy(zero_copy_only=False).sum(),
+        "several_users": (requests["users"].to_numpy() > 1).sum(),
+        "candidates_a_request": np.bincount(size, minlength=layout.retrieved + 1),
+        "labelled": of_split(labelled.sum()),
+        "positives": of_split((labelled[:, None] & (labels > 0)).sum(axis=0)),
+        "label_weight": of_split((weight * labelled).sum()),
+        "weighted_positives": of_split(((weight * labelled)[:, None] * (labels > 0)).sum(axis=0)),
+        "positives_not_shown": ((labels > 0) & ~shown[:, None]).sum(axis=0),
+        "teacher_proper": of_split((proper[:, :, None] & stages[:, None, :]).sum(axis=0)),
+        "calibration": _calibration(scored, proper & labelled[:, None], labels, weight),
+    }
+
+
+def _calibration(
+    probability: Float64[np.ndarray, "n T"],
+    chosen: Bool[np.ndarray, "n T"],
+    label: Int[np.ndarray, "n T"],
+    weight: Float64[np.ndarray, "n"],
+) -> Float64[np.ndarray, "T bins 3"]:
+    """Σ w, Σ w p and Σ w y by bins of the probability p, for labels y of weight w."""
+    sums = np.zeros((probability.shape[1], TEACHER_BINS, 3))
+    for task in range(probability.shape[1]):
+        rows = np.flatnonzero(chosen[:, task])
+        p = probability[rows, task].astype(np.float64)
+        place = np.minimum((p * TEACHER_BINS).astype(int), TEACHER_BINS - 1)
+        for index, value in enumerate((1.0, p, label[rows, task])):
+            sums[task, :, index] = np.bincount(
+                place, weights=weight[rows] * value, minlength=TEACHER_BINS
+            )
+    return sums

@@ -1,0 +1,231 @@
+"""The rows of a log as the config names them: a row a candidate, each value of its type or none.
+
+A candidate has `file`, `row` and `place` (where it was in the log; -1 for the place where a row is
+a candidate), `request`, `user` and `item` (ids), `time` (seconds), `stage` (0: none that the config
+names), `position`, `label:<task>` (-1: none, -2: no label), `label_weight`, `teacher:<task>`,
+`teacher_weight`, and of each feature the value as the log has it.
+"""
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from functools import reduce
+
+import ibis
+import ibis.expr.datatypes as dt
+import ibis.expr.types as ir
+import numpy as np
+
+from kd_ranker.batch import Stage
+from kd_ranker.sources.logs import files
+from kd_ranker.sources.logs.layout import Feature, LogLayout
+from kd_ranker.sources.logs.reasons import Reason
+
+# Beyond it, a number has no place in 32 bits.
+LARGEST = float(np.finfo(np.float32).max)
+# Beyond these, a float is not the whole number that was meant.
+_EXACT = {dt.Float32: 2.0**24, dt.Float64: 2.0**53, dt.Float16: 2.0**11}
+# Seconds since 1970 that NumPy and TFDS hold alike, some 30,000 years.
+_LATEST = 10**12
+
+
+def id_of(value: ir.Value) -> ir.Value:
+    """An id, or none: whole numbers, truth values and texts are ids; "" is none."""
+    kind = value.type()
+    if kind.is_string():
+        return value.nullif("")
+    if kind.is_binary():
+        return value.cast("string").nullif("")
+    if kind.is_boolean():
+        return value.cast("int64")
+    if kind.is_floating():
+        whole = (value.abs() <= _EXACT[type(kind)]) & (value.floor() == value)
+        return ibis.ifelse(whole, value, None).cast("int64")
+    return value if kind == dt.uint64 else value.cast("int64")
+
+
+def number_of(value: ir.Value) -> ir.FloatingValue:
+    """A number, or none: NaN is none."""
+    if value.type().is_null():
+        return ibis.null("float64")
+    if value.type().is_boolean():
+        value = value.cast("int8")
+    number = value.cast("float64")
+    return ibis.ifelse(number.isnan(), None, number) if value.type().is_floating() else number
+
+
+def seconds_of(value: ir.Value, units_per_second: int) -> ir.IntegerValue:
+    """Seconds since 1970 (UTC), rounded down, or none."""
+    kind = value.type()
+    if kind.is_date() or kind.is_timestamp():
+        seconds = value.cast("timestamp").truncate("s").epoch_seconds().cast("int64")
+    elif kind.is_integer():
+        # Not by way of floats, which would move nanoseconds.
+        units = value.cast("int64")
+        left = (units % units_per_second + units_per_second) % units_per_second
+        seconds = ((units - left) / units_per_second).cast("int64")
+    else:
+        number = number_of(value) / units_per_second
+        seconds = ibis.ifelse(number.abs() <= _LATEST, number, None).floor().cast("int64")
+    return ibis.ifelse(seconds.abs() <= _LATEST, seconds, None)
+
+
+def code_of(value: ir.Value, codes: Mapping[str, int]) -> ir.IntegerValue:
+    """The code of a text, a whole number or a truth value; 0 for one without a code."""
+    if value.type().is_boolean():
+        value = ibis.ifelse(value, "True", "False")
+    text = value.cast("string")
+    return ibis.cases(*((text == of, code) for of, code in codes.items()), else_=0).cast("int8")
+
+
+def features_of(table: ir.Table, features: Sequence[Feature]) -> dict[str, ir.Value]:
+    """`feature:<name>` -> the value: a number, an id, or a list of ids, cut to its length."""
+    return {f"feature:{of.name}": _feature(of, table[of.column]) for of in features}
+
+
+def _feature(feature: Feature, value: ir.Value) -> ir.Value:
+    if feature.kind == "dense":
+        number = number_of(value)
+        return ibis.ifelse(number.abs() <= LARGEST, number, None)
+    if feature.kind == "category":
+        return id_of(value)
+    ids = value.map(id_of).filter(lambda each: each.notnull())
+    # The most recent events stand last in a history; a bag has no order, so its first will do.
+    return ids[-feature.length :] if feature.kind == "history" else ids[: feature.length]
+
+
+def _any(conditions: Iterable[ir.BooleanValue]) -> ir.BooleanValue:
+    """True where any holds; what is unknown does not."""
+    return reduce(operator.or_, (of.fill_null(False) for of in conditions), ibis.literal(False))
+
+
+def unfold(log: ir.Table, layout: LogLayout) -> tuple[ir.Table, ir.Table | None]:
+    """The columns of a log that the config names, a row a candidate, and the rows without any.
+
+    Returns:
+      The candidates: `file`, `row`, `place`, and columns by their names in the log. And `file`,
+      `row`, `entries` and `reason` of rows whose candidates cannot be told; None where each row is
+      a candidate.
+    """
+    wanted = files.wanted_columns(layout)
+    names = list(dict.fromkeys(of.column for of in wanted))
+    if not layout.by_request:
+        return log.select("file", "row", *names, place=ibis.literal(-1, "int64")), None
+    item = layout.columns["item"]
+    candidates = {of.column for of in wanted if of.per_candidate and of.column != item}
+    listed = [name for name in names if name in candidates and log[name].type().is_array()]
+    length = ibis.coalesce(log[item].length(), 0)
+    reason = ibis.cases(
+        (length == 0, int(Reason.NO_CANDIDATES)),
+        (_any(log[name].length() != length for name in listed), int(Reason.LISTS_DIFFER)),
+        else_=0,
+    )
+    rows = log.select("file", "row", *names, entries=length, reason=reason.cast("int8"))
+    bad = rows.filter(rows.reason > 0)
+    bad = bad.select("file", "row", "reason", entries=ibis.greatest(bad.entries, 1))
+    good = rows.filter(rows.reason == 0)
+    # A list that is missing is one of missing values, which a shorter list is filled up with.
+    empty = {name: ibis.literal([], type=good[name].type()) for name in listed}
+    lists = [good[item], *(good[name].fill_null(empty[name]) for name in listed)]
+    each = ibis.range(good.entries).zip(*lists).unnest()
+    scalars = [name for name in names if name not in (item, *listed)]
+    unfolded = good.select("file", "row", *scalars, each=each)
+    fields = enumerate(("place", item, *listed), 1)
+    values = {name: unfolded.each[f"f{number}"] for number, name in fields}
+    return unfolded.mutate(**values).drop("each"), bad
+
+
+def typed(unfolded: ir.Table, layout: LogLayout) -> ir.Table:
+    """The candidates of `unfold`, each value of its type, and the `reason` of those to reject."""
+    of = {name: unfolded[column] for name, column in layout.columns.items()}
+    labels = {f"label:{task}": _label(unfolded[column]) for task, column in layout.labels.items()}
+    teacher = {
+        f"teacher:{task}": number_of(unfolded[layout.teacher[task]]) for task in layout.scored_tasks
+    }
+    position = _within(number_of(of["position"]), 0) if "position" in of else ibis.null("float64")
+    rows = unfolded.select(
+        *("file", "row", "place"),
+        **features_of(unfolded, layout.of("candidate")),
+        request=id_of(of["request"]),
+        user=id_of(of["user"]),
+        item=id_of(of["item"]),
+        time=seconds_of(of["time"], layout.units_per_second),
+        position=position.cast("float32"),
+        **labels,
+        **{name: _in_32_bits(value) for name, value in teacher.items()},
+        label_weight=_label_weight(layout, of, labels),
+        teacher_weight=_teacher_weight(layout, of, teacher.values()),
+        stage=_stage(layout, of, position, labels.values(), teacher.values()),
+    )
+    faults = {
+        Reason.MISSING_REQUEST: rows.request.isnull(),
+        Reason.MISSING_TIME: rows.time.isnull(),
+        Reason.MISSING_USER: rows.user.isnull(),
+        Reason.MISSING_ITEM: rows.item.isnull(),
+        Reason.UNKNOWN_STAGE: rows.stage == 0,
+        Reason.BAD_LABEL: _any(rows[name] < -1 for name in labels),
+    }
+    cases = ((fault, int(reason)) for reason, fault in sorted(faults.items()))
+    return rows.mutate(reason=ibis.cases(*cases, else_=0).cast("int8"))
+
+
+def _within(number: ir.FloatingValue, low: float) -> ir.FloatingValue:
+    """A number if it lies in [low, the largest of 32 bits], else none."""
+    return ibis.ifelse((number >= low) & (number <= LARGEST), number, None)
+
+
+def _label(value: ir.Value) -> ir.IntegerValue:
+    number = number_of(value)
+    label = ibis.cases((number.isnull(), -1), (number == 0, 0), (number == 1, 1), else_=-2)
+    return label.cast("int8")
+
+
+def _stage(
+    layout: LogLayout,
+    of: Mapping[str, ir.Value],
+    position: ir.FloatingValue,
+    labels: Iterable[ir.IntegerValue],
+    teacher: Iterable[ir.FloatingValue],
+) -> ir.IntegerValue:
+    if "stage" in of:
+        return ibis.coalesce(code_of(of["stage"], layout.stages), 0).cast("int8")
+    shown = position.notnull() | _any(label != -1 for label in labels)
+    passed = _any(value.notnull() for value in teacher)
+    stage = ibis.cases(
+        (shown, int(Stage.SHOWN)), (passed, int(Stage.PASSED)), else_=int(Stage.RETRIEVED)
+    )
+    return stage.cast("int8")
+
+
+def _label_weight(
+    layout: LogLayout, of: Mapping[str, ir.Value], labels: Mapping[str, ir.IntegerValue]
+) -> ir.FloatingValue:
+    """1 where the log names none; 0 where it names nonsense, or lacks a label."""
+    weight: ir.Value = ibis.literal(1.0)
+    if "label_weight" in of:
+        number = number_of(of["label_weight"])
+        weight = ibis.ifelse(number.isnull(), 1.0, ibis.coalesce(_within(number, 0), 0.0))
+    lacks = _any(label < 0 for label in labels.values())
+    return ibis.ifelse(lacks, 0.0, weight).cast("float32")
+
+
+def _teacher_weight(
+    layout: LogLayout, of: Mapping[str, ir.Value], teacher: Iterable[ir.FloatingValue]
+) -> ir.FloatingValue:
+    """1 or as the log says; 0 for nonsense, and for another version than the one that counts."""
+    weight: ir.Value = ibis.literal(1.0)
+    if "teacher_weight" in of:
+        weight = ibis.coalesce(_within(number_of(of["teacher_weight"]), 0), 0.0)
+    if layout.teacher_version and "teacher_version" in of and layout.teacher:
+        weight = ibis.ifelse(is_other_version(layout, of["teacher_version"]), 0.0, weight)
+    return weight.cast("float32")
+
+
+def is_other_version(layout: LogLayout, version: ir.Value) -> ir.BooleanValue:
+    """True for a version of the teacher that does not count."""
+    return (code_of(version, {layout.teacher_version: 1}) != 1).fill_null(True)
+
+
+def _in_32_bits(number: ir.FloatingValue) -> ir.FloatingValue:
+    """A number in half the memory; one too large for it is infinite there."""
+    infinite = ibis.ifelse(number > 0, float("inf"), float("-inf"))
+    return ibis.ifelse(number.abs() > LARGEST, infinite, number).cast("float32")
