@@ -16,6 +16,8 @@ from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.reasons import Reason
 
+# Seconds between the first and the last row of a request.
+_LONGEST = 3600
 # Above every row of a file: `at` is the place of a row in the log.
 _ROWS_OF_A_FILE = 2**40
 
@@ -52,8 +54,14 @@ def group(
     """Makes requests of the rows of `typed`; `without_any` are those that `unfold` rejects."""
     rows = engine.keep("rows", rows)
     times = rows.filter(rows.request.notnull() & rows.time.notnull())
-    times = times.group_by("request").agg(at=times.time.min())
+    times = times.group_by("request").agg(at=times.time.min(), last=times.time.max())
+    # Ids that begin again in another month, say: neither time nor labels are of one request.
+    apart = engine.keep("apart", times.filter(times["last"] - times["at"] > _LONGEST))
     good = rows.filter(rows.reason == 0)
+    too_long = []
+    if engine.count(apart):
+        too_long = [_rejected(good.semi_join(apart, "request"), Reason.SEVERAL_HOURS)]
+        good = good.anti_join(apart, "request")
     by_user = good.group_by("request", "user").agg(
         rows=_.count(), first=(_.file * _ROWS_OF_A_FILE + _.row).min(), last_time=_.time.max(),
         first_time=_.time.min(),
@@ -92,6 +100,7 @@ def group(
     own = joined.filter(joined.user == joined.owner).drop("request", "owner", "user", "reason")
     rejected = [
         _rejected(rows.filter(rows.reason > 0)),
+        *too_long,
         _rejected(joined.filter(joined.user != joined.owner), Reason.SEVERAL_USERS),
     ]
     if without_any is not None:

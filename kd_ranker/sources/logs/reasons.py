@@ -14,9 +14,10 @@ class Reason(enum.IntEnum):
     MISSING_ITEM = 6
     UNKNOWN_STAGE = 7
     BAD_LABEL = 8
-    SEVERAL_USERS = 9
-    DUPLICATE_ITEM = 10
-    BEYOND_RETRIEVED = 11
+    SEVERAL_HOURS = 9
+    SEVERAL_USERS = 10
+    DUPLICATE_ITEM = 11
+    BEYOND_RETRIEVED = 12
 
 
 MEANING = {
@@ -28,6 +29,7 @@ MEANING = {
     Reason.MISSING_ITEM: "the item's id is missing or is no id",
     Reason.UNKNOWN_STAGE: "the stage is missing or is none of data.stages",
     Reason.BAD_LABEL: "a label is neither 0 nor 1",
+    Reason.SEVERAL_HOURS: "the rows of its request lie more than an hour apart: one id of two",
     Reason.SEVERAL_USERS: "its request is another user's, by most of its rows",
     Reason.DUPLICATE_ITEM: "the request has the item in a row before, where its positives count",
     Reason.BEYOND_RETRIEVED: "its request has more candidates than funnel.retrieved",

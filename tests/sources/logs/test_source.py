@@ -291,6 +291,20 @@ def test_lists_that_are_missing_empty_or_of_another_length_are_told_apart(tmp_pa
     assert second.label_weight.tolist() == [0, 0, 0]
 
 
+def test_a_request_id_that_comes_again_a_month_later_is_no_request(tmp_path):
+    rows = make_rows(6)
+    again = Row(rows[3].of_request | {"time": 1_000_000 + 30 * 86400}, rows[4].candidates)
+    log = read_rows([*rows, again], tmp_path)
+    apart = len(rows[3].candidates) + len(again.candidates)
+    assert log.counts == {"several_hours": apart}
+    assert sum(map(len, log.requests.values())) == len(rows) - 1
+    within = Row(rows[3].of_request | {"time": rows[3].of_request["time"] + 3600}, [])
+    within.candidates = [dict(rows[3].candidates[0], item_id=999)]
+    log = read_rows([*rows, within], tmp_path, name="within")
+    assert log.report["requests"]["several_times"] == 1
+    assert "several_hours" not in log.counts
+
+
 def test_stages_without_a_column_follow_from_what_is_there(tmp_path):
     rows = make_rows(8)
     with_stages = read_rows(rows, tmp_path, name="with")
