@@ -3,8 +3,8 @@
 Plain DuckDB rejects the same rows, finds each request's time and user, its first features, the last
 features of items and the ids of users and items, and writes candidates in the order of requests and
 of the funnel to a Parquet file: `PLAIN`. It counts no faults and no values, which the project's
-report does, as it writes records, packed rows and vocabularies. Each side runs in a process of its own, whose peak of memory is
-reported. Both find the same numbers of requests and of candidates.
+report does, and writes no records, packed rows and vocabularies. Each side runs in a process of its
+own, whose peak of memory is reported. Both find the same numbers of requests and of candidates.
 """
 
 import argparse
