@@ -16,6 +16,7 @@ from kd_ranker.batch import Category, FeatureSpec, Stage
 from kd_ranker.distillation.teacher_signal import probability_of_rank
 from kd_ranker.requests.request import Request
 from kd_ranker.sources.logs.layout import Feature, LogLayout
+from kd_ranker.sources.logs.lists import starts_of
 from kd_ranker.sources.logs.ordered import Piece, read_piece
 from kd_ranker.sources.logs.statistics import Moments, floats_of
 from kd_ranker.sources.logs.value_hashes import hashes_of
@@ -162,7 +163,7 @@ def encode_requests(layout: LogLayout, folder: Path, piece: Piece) -> Iterator[R
     probability = probability.astype(np.float32)
     request_id = request_ids(requests).tolist()
     time = requests["time"].to_numpy().tolist()
-    start = np.concatenate([[0], np.cumsum(counts["candidates"])]).tolist()
+    start = starts_of(counts["candidates"]).tolist()
     shown, passed, judged = (counts[name].tolist() for name in ("shown", "passed", "scored"))
     no_truth = np.zeros((0, len(tasks)), np.float32)
     for index in range(requests.num_rows):
@@ -251,8 +252,7 @@ def _history(
     start, values = _lists(requests, layout.history)
     ids = _places(encoding.values[ITEM], values)
     known = ids >= 0
-    kept = np.concatenate([[0], np.cumsum(known)])
-    return kept[start], ids[known].astype(np.int32)
+    return starts_of(known)[start], ids[known].astype(np.int32)
 
 
 def _dense(
@@ -297,7 +297,7 @@ def _lists(table: pa.Table, feature: Feature) -> tuple[Int64[np.ndarray, "n+1"],
     """The start of each row's list, and the values of all, one after the other."""
     column = table[f"feature:{feature.name}"].combine_chunks()
     lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]), column.flatten()
+    return starts_of(lengths), column.flatten()
 
 
 def _numbers(encoding: Encoding, feature: Feature, values: pa.Array) -> Int64[np.ndarray, "n"]:

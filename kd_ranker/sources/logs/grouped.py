@@ -62,39 +62,9 @@ def group(
     if engine.count(apart):
         too_long = [_rejected(good.semi_join(apart, "request"), Reason.SEVERAL_HOURS)]
         good = good.anti_join(apart, "request")
-    by_user = good.group_by("request", "user").agg(
-        rows=_.count(), first=(_.file * _ROWS_OF_A_FILE + _.row).min(), last_time=_.time.max(),
-        first_time=_.time.min(),
-    )  # fmt: skip
-    most = ibis.row_number().over(group_by="request", order_by=[ibis.desc("rows"), "user"])
-    by_user = by_user.mutate(place=most)
-    requests = by_user.group_by("request").agg(
-        user=_.user.max(where=_.place == 0),
-        first=_.first.max(where=_.place == 0),
-        users=_.count(),
-        first_time=_.first_time.max(where=_.place == 0),
-        last_time=_.last_time.max(where=_.place == 0),
-    )
-    requests = engine.keep("times", requests.join(times, "request"))
     # Those that lose all of their rows count as well: a fault must not move the others.
     cutoffs = _cutoffs(engine, layout, times) if layout.split == "time" else None
-    requests = requests.mutate(split=_split(layout, requests, cutoffs))
-    number = ibis.row_number().over(order_by=["split", "at", "request"])
-    moved = (requests.first_time != requests.at) | (requests.last_time != requests.at)
-    requests = engine.keep(
-        "requests",
-        requests.select(
-            "request",
-            "user",
-            "users",
-            "split",
-            time=requests["at"],
-            moved=moved,
-            number=number,
-            file=requests["first"] // _ROWS_OF_A_FILE,
-            row=requests["first"] % _ROWS_OF_A_FILE,
-        ),
-    )
+    requests = _requests(engine, layout, good, times, cutoffs)
     owner = requests.select("request", "number", "split", owner="user", at="time")
     joined = good.join(owner, "request")
     own = joined.filter(joined.user == joined.owner).drop("request", "owner", "user", "reason")
@@ -113,6 +83,43 @@ def group(
         engine.keep("candidates", used),
         engine.keep("rejected", ibis.union(*rejected)),
         cutoffs,
+    )
+
+
+def _requests(
+    engine: Engine, layout: LogLayout, good: ir.Table, times: ir.Table, cutoffs: Cutoffs | None
+) -> ir.Table:
+    """The requests of `Grouped`: each is of the user of most of its rows, or of the least id."""
+    by_user = good.group_by("request", "user").agg(
+        rows=_.count(), first=(_.file * _ROWS_OF_A_FILE + _.row).min(), last_time=_.time.max(),
+        first_time=_.time.min(),
+    )  # fmt: skip
+    most = ibis.row_number().over(group_by="request", order_by=[ibis.desc("rows"), "user"])
+    by_user = by_user.mutate(place=most)
+    requests = by_user.group_by("request").agg(
+        user=_.user.max(where=_.place == 0),
+        first=_.first.max(where=_.place == 0),
+        users=_.count(),
+        first_time=_.first_time.max(where=_.place == 0),
+        last_time=_.last_time.max(where=_.place == 0),
+    )
+    requests = engine.keep("times", requests.join(times, "request"))
+    requests = requests.mutate(split=_split(layout, requests, cutoffs))
+    number = ibis.row_number().over(order_by=["split", "at", "request"])
+    moved = (requests.first_time != requests.at) | (requests.last_time != requests.at)
+    return engine.keep(
+        "requests",
+        requests.select(
+            "request",
+            "user",
+            "users",
+            "split",
+            time=requests["at"],
+            moved=moved,
+            number=number,
+            file=requests["first"] // _ROWS_OF_A_FILE,
+            row=requests["first"] % _ROWS_OF_A_FILE,
+        ),
     )
 
 

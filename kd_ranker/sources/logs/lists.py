@@ -2,10 +2,10 @@
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Int, Int64
+from jaxtyping import Bool, Int, Int64, Shaped
 
 
-def starts_of(lengths: Int[np.ndarray, "n"]) -> Int64[np.ndarray, "n+1"]:
+def starts_of(lengths: Shaped[np.ndarray, "n"]) -> Int64[np.ndarray, "n+1"]:
     """The place where each of several lists begins, laid end to end, and where the last one ends.
 
     >>> starts_of(np.array([2, 0, 3])).tolist()

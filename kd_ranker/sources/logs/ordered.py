@@ -15,6 +15,7 @@ from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.logs.grouped import Grouped, funnel_order
 from kd_ranker.sources.logs.layout import LogLayout
+from kd_ranker.sources.logs.lists import starts_of
 from kd_ranker.sources.logs.numbered import Numbered
 
 REQUESTS, CANDIDATES = "requests", "candidates"
@@ -54,7 +55,7 @@ def write_ordered(
 
 def _pieces(split: Int[np.ndarray, "n"], size: Int64[np.ndarray, "n"]) -> list[Piece]:
     """Pieces of some `PIECE` candidates; requests stand in the order of splits."""
-    ends = np.concatenate([[0], np.cumsum(size)])
+    ends = starts_of(size)
     # A piece ends with a split, or where it would have grown too large.
     block = ends[:-1] // PIECE
     starts = np.flatnonzero(np.diff(split, prepend=-1) | np.diff(block, prepend=-1)).tolist()
