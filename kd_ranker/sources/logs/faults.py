@@ -1,5 +1,7 @@
 """Counts of values that are missing, or none that their columns can hold: a pass over the log."""
 
+from collections.abc import Sequence
+
 import ibis
 import ibis.expr.types as ir
 
@@ -19,6 +21,10 @@ FAULTS = ("values", "missing", "out_of_range", "cut_off")
 OTHER_VERSION = "other_version"
 
 
+Counts = dict[str, ir.Value]
+"""Of a column: the numbers of `FAULTS` that it can have."""
+
+
 def count_faults(
     engine: Engine, layout: LogLayout, log: ir.Table, unfolded: ir.Table
 ) -> tuple[dict[str, dict[str, int]], int]:
@@ -26,79 +32,107 @@ def count_faults(
 
     The latter are candidates with values of a teacher that does not count.
     """
-    asked: dict[str, dict[str, ir.Value]] = {"log": {}, "unfolded": {}}
+    of_candidates = _of_candidates(layout, unfolded)
+    found = _worked_out(engine, log, _of_requests(layout, log))
+    found |= _worked_out(engine, unfolded, of_candidates | _of_versions(layout, unfolded))
+    other_version = found.pop(OTHER_VERSION, {OTHER_VERSION: 0})[OTHER_VERSION]
+    faults = {name: {of: counts.get(of, 0) for of in FAULTS} for name, counts in found.items()}
+    return faults, other_version
 
-    def ask(
-        of: str, name: str, value: ir.Value, known: ir.Value, bad: ir.BooleanValue | None = None
-    ) -> None:
-        """Counts values that are missing, and those that are there and none that it can hold."""
-        missing = known.isnull() if bad is None else known.isnull() & ~bad
-        numbers = {"values": value.isnull().count(), "missing": missing.sum()}
-        if bad is not None:
-            numbers["out_of_range"] = bad.sum()
-        asked[of] |= {f"{name}/{fault}": number for fault, number in numbers.items()}
 
-    def ask_ids(of: str, name: str, value: ir.Value) -> None:
-        known = id_of(value)
-        floats = value.type().is_floating()
-        bad = known.isnull() & value.notnull() & ~value.isnan() if floats else None
-        ask(of, name, value, known, bad)
+def _worked_out(
+    engine: Engine, table: ir.Table, asked: dict[str, Counts]
+) -> dict[str, dict[str, int]]:
+    """The counts of all columns, from one pass over a table."""
+    flat = {(name, fault): of for name, counts in asked.items() for fault, of in counts.items()}
+    (row,) = engine.fetch(table.agg(**{"/".join(key): of for key, of in flat.items()})).to_pylist()
+    found: dict[str, dict[str, int]] = {name: {} for name in asked}
+    for name, fault in flat:
+        found[name][fault] = int(row[f"{name}/{fault}"] or 0)
+    return found
 
-    def ask_numbers(of: str, name: str, value: ir.Value, low: float, high: float) -> None:
-        number = number_of(value)
-        ask(of, name, value, number, ((number < low) | (number > high)).fill_null(False))
 
+def _of_requests(layout: LogLayout, log: ir.Table) -> dict[str, Counts]:
+    """The columns that have a value a row of the log."""
     columns = layout.columns
-    for use in ("request", "user"):
-        ask_ids("log", f"columns.{use}", log[columns[use]])
-    seconds = seconds_of(log[columns["time"]], layout.units_per_second)
     time = log[columns["time"]]
-    ask("log", "columns.time", time, time, seconds.isnull() & time.notnull())
-    ask_ids("unfolded", "columns.item", unfolded[columns["item"]])
-    if "stage" in columns:
-        stage = unfolded[columns["stage"]]
-        ask("unfolded", "columns.stage", stage, stage, code_of(stage, layout.stages) == 0)
+    seconds = seconds_of(time, layout.units_per_second)
+    return {
+        "columns.request": _ids(log[columns["request"]]),
+        "columns.user": _ids(log[columns["user"]]),
+        "columns.time": _counts(time, time, seconds.isnull() & time.notnull()),
+        **_of_features(layout.of("user", "context"), log),
+    }
+
+
+def _of_candidates(layout: LogLayout, unfolded: ir.Table) -> dict[str, Counts]:
+    """The columns that have a value a candidate."""
+    of = {use: unfolded[column] for use, column in layout.columns.items()}
+    asked = {"columns.item": _ids(of["item"])}
+    if "stage" in of:
+        unknown = code_of(of["stage"], layout.stages) == 0
+        asked["columns.stage"] = _counts(of["stage"], of["stage"], unknown)
     for use in ("position", "label_weight", "teacher_weight"):
-        if use in columns:
-            ask_numbers("unfolded", f"columns.{use}", unfolded[columns[use]], 0, LARGEST)
+        if use in of:
+            asked[f"columns.{use}"] = _numbers(of[use], 0, LARGEST)
     for task, name in layout.labels.items():
         number = number_of(unfolded[name])
-        bad = ((number != 0) & (number != 1)).fill_null(False)
-        ask("unfolded", f"labels.{task}", unfolded[name], number, bad)
+        asked[f"labels.{task}"] = _counts(unfolded[name], number, ~number.isin((0, 1)))
     highest = 1.0 if layout.teacher_signal == "probability" else LARGEST
     for task in layout.scored_tasks:
-        ask_numbers("unfolded", f"teacher.{task}", unfolded[layout.teacher[task]], 0, highest)
-    for feature in layout.features:
-        of, table = ("log", log) if feature.of_request else ("unfolded", unfolded)
-        name, value = f"features.{feature.name}", table[feature.column]
+        asked[f"teacher.{task}"] = _numbers(unfolded[layout.teacher[task]], 0, highest)
+    return asked | _of_features(layout.of("item", "candidate"), unfolded)
+
+
+def _of_features(features: Sequence[Feature], table: ir.Table) -> dict[str, Counts]:
+    counts = {}
+    for feature in features:
+        value = table[feature.column]
         if feature.kind == "dense":
-            ask_numbers(of, name, value, -LARGEST, LARGEST)
-        elif feature.kind == "category":
-            ask_ids(of, name, value)
+            of = _numbers(value, -LARGEST, LARGEST)
         else:
-            asked[of] |= _of_lists(feature, name, value)
-    if "teacher_version" in columns and layout.teacher_version and layout.teacher:
-        written = [number_of(unfolded[layout.teacher[task]]).notnull() for task in layout.teacher]
-        other = is_other_version(layout, unfolded[columns["teacher_version"]])
-        asked["unfolded"][OTHER_VERSION] = (other & ibis.or_(*written)).sum()
-    found: dict[str, int] = {}
-    for of, table in (("log", log), ("unfolded", unfolded)):
-        if asked[of]:
-            (row,) = engine.fetch(table.agg(**asked[of])).to_pylist()
-            found |= {name: int(number or 0) for name, number in row.items()}
-    other_version = found.pop(OTHER_VERSION, 0)
-    names = dict.fromkeys(name.rpartition("/")[0] for name in found)
-    return {
-        name: {fault: found.get(f"{name}/{fault}", 0) for fault in FAULTS} for name in names
-    }, other_version
+            of = _ids(value) if feature.kind == "category" else _lists(value, feature.length)
+        counts[f"features.{feature.name}"] = of
+    return counts
 
 
-def _of_lists(feature: Feature, name: str, lists: ir.ArrayValue) -> dict[str, ir.Value]:
+def _of_versions(layout: LogLayout, unfolded: ir.Table) -> dict[str, Counts]:
+    """The candidates with values of another teacher than the one that counts."""
+    column = layout.columns.get("teacher_version")
+    if not (column and layout.teacher_version and layout.teacher):
+        return {}
+    written = [number_of(unfolded[name]).notnull() for name in layout.teacher.values()]
+    other = is_other_version(layout, unfolded[column]) & ibis.or_(*written)
+    return {OTHER_VERSION: {OTHER_VERSION: other.sum()}}
+
+
+def _counts(value: ir.Value, known: ir.Value, bad: ir.BooleanValue | None = None) -> Counts:
+    """Counts values that are missing, and those that are there and none that a column can hold."""
+    if bad is None:
+        return {"values": value.isnull().count(), "missing": known.isnull().sum()}
+    bad = bad.fill_null(False)
+    missing = (known.isnull() & ~bad).sum()
+    return {"values": value.isnull().count(), "missing": missing, "out_of_range": bad.sum()}
+
+
+def _ids(value: ir.Value) -> Counts:
+    known = id_of(value)
+    if not value.type().is_floating():
+        return _counts(value, known)
+    return _counts(value, known, known.isnull() & value.notnull() & ~value.isnan())
+
+
+def _numbers(value: ir.Value, low: float, high: float) -> Counts:
+    number = number_of(value)
+    return _counts(value, number, (number < low) | (number > high))
+
+
+def _lists(lists: ir.ArrayValue, length: int) -> Counts:
     known = lists.map(id_of).filter(lambda value: value.notnull())
     kept = ibis.coalesce(known.length(), 0)
     return {
-        f"{name}/values": lists.isnull().count(),
-        f"{name}/missing": (kept == 0).sum(),
-        f"{name}/out_of_range": (ibis.coalesce(lists.length(), 0) - kept).sum(),
-        f"{name}/cut_off": ibis.greatest(kept - feature.length, 0).sum(),
+        "values": lists.isnull().count(),
+        "missing": (kept == 0).sum(),
+        "out_of_range": (ibis.coalesce(lists.length(), 0) - kept).sum(),
+        "cut_off": ibis.greatest(kept - length, 0).sum(),
     }
