@@ -245,14 +245,9 @@ def shard_map(
     whole, in_parts = NamedSharding(mesh, everywhere), NamedSharding(mesh, split)
     options = {"xla_gpu_deterministic_ops": True} if deterministic and _on_gpu(devices) else None
 
-    def specs(states: States) -> Any:
-        """The way in which each array of the states is split."""
-        each = tuple(jax.tree.broadcast(HAS_MEMBERS, state) for state in states)
-        return jax.tree.map(lambda has_members: of_members if has_members else everywhere, each)
-
     def places_of(states: States) -> Any:
         """The place and the layout of each array of the states."""
-        split_so = jax.tree.map(functools.partial(NamedSharding, mesh), specs(states))
+        split_so = jax.tree.map(functools.partial(NamedSharding, mesh), _specs(states, of_members))
         return places(states, shardings=split_so)
 
     def replicate(tree: Any) -> Any:
@@ -263,14 +258,13 @@ def shard_map(
     def place(states: States) -> States:
         if members == 1:
             return replicate(states)
-        of_states = specs(states)
 
         # On the host, as no device need hold them all.
         def filled(leaf: Any, spec: PartitionSpec) -> np.ndarray:
             of = np.asarray(leaf)
             return of[shared_evenly(len(of), members)] if spec == of_members else of.copy()
 
-        evenly = jax.tree.map(filled, states, of_states)
+        evenly = jax.tree.map(filled, states, _specs(states, of_members))
         return jax.device_put(evenly, places_of(evenly))
 
     def create(make: Callable[[], States]) -> States:
@@ -283,38 +277,14 @@ def shard_map(
         )
 
     def map_step(step: Callable, states: States | None = None) -> Callable:
-        @functools.wraps(step)
-        def mapped(states: States, batch: Any, numbers: Any, frozen: Any) -> Any:
-            of_states = specs(states)
-            # Beside those of members there may be numbers that concern the whole step.
-            of_numbers = jax.tree.map(
-                lambda array: of_members if jnp.ndim(array) else everywhere, numbers
-            )
-            # The step sums over the axis itself; the replication checker would add sums of its own.
-            return jax.shard_map(
-                step,
-                mesh=mesh,
-                in_specs=(of_states, split, of_numbers, everywhere),
-                out_specs=(of_states, of_members),
-                check_vma=False,
-            )(states, batch, numbers, frozen)
-
         laid_out = None if states is None else places_of(states)
         of_losses = NamedSharding(mesh, of_members)
         return jax.jit(
-            mapped,
+            _over_mesh(step, mesh, of_members),
             donate_argnums=0,
             out_shardings=(laid_out, of_losses),
             compiler_options=options,
         )
-
-    def unreplicate(tree: Any, number: int | None = None) -> Any:
-        def on_one(array: jax.Array) -> Any:
-            if array.is_fully_replicated:
-                return array.addressable_data(0)
-            return np.asarray(array)[:number]
-
-        return jax.tree.map(on_one, tree)
 
     return DeviceMap(
         members=members,
@@ -324,11 +294,50 @@ def shard_map(
         shard=lambda batch: jax.device_put(batch, in_parts),
         map_batches=map_batches,
         map_step=map_step,
-        unreplicate=unreplicate,
+        unreplicate=_first_of_all,
         abstract_replicate=lambda tree: abstract(tree, places(tree, whole)),
         abstract_place=lambda states: abstract(states, places_of(states)),
         abstract_shard=lambda batch: abstract(batch, places(batch, in_parts)),
     )
+
+
+def _specs(states: States, of_members: PartitionSpec) -> Any:
+    """The way in which each array of the states is split."""
+    each = tuple(jax.tree.broadcast(HAS_MEMBERS, state) for state in states)
+    return jax.tree.map(lambda has: of_members if has else PartitionSpec(), each)
+
+
+def _over_mesh(step: Callable, mesh: Mesh, of_members: PartitionSpec) -> Callable:
+    """The step on all devices, each with its members and its requests."""
+
+    @functools.wraps(step)
+    def mapped(states: States, batch: Any, numbers: Any, frozen: Any) -> Any:
+        of_states = _specs(states, of_members)
+        # Beside those of members there may be numbers that concern the whole step.
+        of_numbers = jax.tree.map(
+            lambda array: of_members if jnp.ndim(array) else PartitionSpec(), numbers
+        )
+        # The step sums over the axis itself; the replication checker would add sums of its own.
+        return jax.shard_map(
+            step,
+            mesh=mesh,
+            in_specs=(of_states, PartitionSpec(AXIS), of_numbers, PartitionSpec()),
+            out_specs=(of_states, of_members),
+            check_vma=False,
+        )(states, batch, numbers, frozen)
+
+    return mapped
+
+
+def _first_of_all(tree: Any, number: int | None = None) -> Any:
+    """A pytree on one device; on the host, of the first members, where devices have their own."""
+
+    def on_one(array: jax.Array) -> Any:
+        return (
+            array.addressable_data(0) if array.is_fully_replicated else np.asarray(array)[:number]
+        )
+
+    return jax.tree.map(on_one, tree)
 
 
 def auto(devices: Sequence[jax.Device], members: int = 1, deterministic: bool = False) -> DeviceMap:
