@@ -15,6 +15,7 @@ from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.reasons import Reason
+from kd_ranker.sources.logs.typed import weight_of_labels
 
 # Seconds between the first and the last row of a request.
 _LONGEST = 3600
@@ -76,6 +77,8 @@ def group(
     if without_any is not None:
         rejected.append(_rejected(without_any.mutate(place=ibis.literal(-1, "int64"))))
     used, twice = _once(engine, layout, own)
+    # Only now: of two rows of an item each may have the label that the other lacks.
+    used = used.mutate(label_weight=weight_of_labels(used, layout))
     used, beyond = _at_most(engine, layout, used)
     rejected += [*twice, *beyond]
     return Grouped(
@@ -136,21 +139,26 @@ _PLACE = ("file", "row", "place")
 
 
 def _once(engine: Engine, layout: LogLayout, rows: ir.Table) -> tuple[ir.Table, list[ir.Table]]:
-    """The rows with each item once a request, on which all its positive labels count."""
+    """The rows with each item once a request, on which all its positive labels count.
+
+    It came as far as any of its rows says, to the best position of any, with the largest weight.
+    """
     again = rows.group_by("number", "item").agg(times=_.count()).filter(_.times > 1)
     again = engine.keep("again", again)
     if not engine.count(again):
         return rows, []
     turn = ibis.row_number().over(group_by=["number", "item"], order_by=_PLACE)
     several = engine.keep("several", rows.semi_join(again, ["number", "item"]).mutate(turn=turn))
-    labels = [f"label:{task}" for task in layout.labels]
+    most = [*(f"label:{task}" for task in layout.labels), "label_weight", "stage"]
     joint = several.group_by("number", "item").agg(
-        **{f"joint {name}": several[name].max() for name in labels}
+        **{f"joint {name}": several[name].max() for name in most},
+        **{"joint position": several.position.min()},
     )
     twice = several.filter(several.turn > 0)
     once = rows.anti_join(twice, _PLACE).left_join(joint, ["number", "item"])
-    merged = {name: ibis.greatest(once[name], once[f"joint {name}"]) for name in labels}
-    merged = {name: ibis.coalesce(value, once[name]) for name, value in merged.items()}
+    merged = {
+        name: ibis.coalesce(once[f"joint {name}"], once[name]) for name in (*most, "position")
+    }
     return once.mutate(**merged).select(rows.columns), [_rejected(twice, Reason.DUPLICATE_ITEM)]
 
 

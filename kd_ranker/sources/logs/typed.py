@@ -152,7 +152,7 @@ def typed(unfolded: ir.Table, layout: LogLayout) -> ir.Table:
         position=position.cast("float32"),
         **labels,
         **{name: _in_32_bits(value) for name, value in teacher.items()},
-        label_weight=_label_weight(layout, of, labels),
+        label_weight=_label_weight(of),
         teacher_weight=_teacher_weight(layout, of, teacher.values()),
         stage=_stage(layout, of, position, labels.values(), teacher.values()),
     )
@@ -196,16 +196,19 @@ def _stage(
     return stage.cast("int8")
 
 
-def _label_weight(
-    layout: LogLayout, of: Mapping[str, ir.Value], labels: Mapping[str, ir.IntegerValue]
-) -> ir.FloatingValue:
-    """1 where the log names none; 0 where it names nonsense, or lacks a label."""
+def _label_weight(of: Mapping[str, ir.Value]) -> ir.FloatingValue:
+    """1 where the log names none; 0 where it names nonsense."""
     weight: ir.Value = ibis.literal(1.0)
     if "label_weight" in of:
         number = number_of(of["label_weight"])
         weight = ibis.ifelse(number.isnull(), 1.0, ibis.coalesce(_within(number, 0), 0.0))
-    lacks = _any(label < 0 for label in labels.values())
-    return ibis.ifelse(lacks, 0.0, weight).cast("float32")
+    return weight.cast("float32")
+
+
+def weight_of_labels(rows: ir.Table, layout: LogLayout) -> ir.FloatingValue:
+    """The label weight of rows of `typed`; 0 where a label is lacking."""
+    lacks = _any(rows[f"label:{task}"] < 0 for task in layout.labels)
+    return ibis.ifelse(lacks, 0.0, rows.label_weight).cast("float32")
 
 
 def _teacher_weight(

@@ -291,6 +291,30 @@ def test_lists_that_are_missing_empty_or_of_another_length_are_told_apart(tmp_pa
     assert second.label_weight.tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("by_request", [False, True])
+def test_an_item_that_a_request_has_twice_has_the_positive_labels_of_both_rows(
+    tmp_path, by_request
+):
+    """An impression, and further down the click on it, which may say nothing of another task."""
+    rows = make_rows(32)
+    first = rows[0].candidates[0]
+    # Each lacks a label that the other has.
+    first |= {"watch": None, "like": 1, "score": 5.0, "weight": 2.0}
+    rows[0].candidates.append(dict(first, watch=1, like=None, score=9.0, weight=3.0))
+    log = read_rows(rows, tmp_path, by_request)
+    assert log.counts == {"duplicate_item": 1}
+    request = log.requests["train"][0]
+    place = [log.vocabularies["item"][i] for i in request.item_id].index(first["item_id"])
+    assert request.user_label[place].tolist() == [1, 1]
+    assert request.label_weight[place] == 3.0
+    once = read_rows(
+        [Row(rows[0].of_request, rows[0].candidates[:-1]), *rows[1:]], tmp_path, name="once"
+    )
+    np.testing.assert_array_equal(
+        request.candidate_features, once.requests["train"][0].candidate_features
+    )
+
+
 def test_a_request_id_that_comes_again_a_month_later_is_no_request(tmp_path):
     rows = make_rows(6)
     again = Row(rows[3].of_request | {"time": 1_000_000 + 30 * 86400}, rows[4].candidates)
