@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int, Shaped
 
 from kd_ranker.batch import FIELDS, FeatureSpec, Field, Owner, Request, Stage
 from kd_ranker.requests import packing
+from kd_ranker.requests.block import Block, block_of
+from kd_ranker.requests.ragged import runs, starts_of
 
 Of = TypeVar("Of")
 
@@ -178,10 +180,15 @@ _OF_TRUTH = _packed_fields("known")
 
 def columns_of(requests: Sequence[Request], spec: FeatureSpec) -> Columns:
     """The columns of some requests, in memory; of none, the rows that stand for none are there."""
-    counts = _counts_of(requests)
+    return columns_of_block(block_of(requests, spec), spec)
+
+
+def columns_of_block(block: Block, spec: FeatureSpec) -> Columns:
+    """The columns of a block, in memory."""
+    counts = _counts_of(block)
 
     def side_by_side(fields: Sequence[Field]) -> dict[str, Shaped[np.ndarray, "n ..."]]:
-        return {field.name: _side_by_side(field, requests, spec) for field in fields}
+        return {field.name: _side_by_side(field, block, spec) for field in fields}
 
     def rows(fields: Sequence[Field], numbers: Int[np.ndarray, "n"]) -> Rows:
         nothing = {field.name: field.nothing for field in fields}
@@ -189,7 +196,7 @@ def columns_of(requests: Sequence[Request], spec: FeatureSpec) -> Columns:
         return Rows(*packed, 1 + np.cumsum(numbers) - numbers)
 
     return Columns(
-        requests=Rows(*packing.pack(side_by_side(_OF_REQUEST)), np.arange(len(requests))),
+        requests=Rows(*packing.pack(side_by_side(_OF_REQUEST)), np.arange(len(counts.known))),
         candidates=rows(_OF_CANDIDATE, counts.retrieved),
         labels=rows(_OF_LABEL, counts.shown),
         truth=rows(_OF_TRUTH, counts.known),
@@ -198,72 +205,63 @@ def columns_of(requests: Sequence[Request], spec: FeatureSpec) -> Columns:
     )
 
 
-def _counts_of(requests: Sequence[Request]) -> Counts:
-    def of_each(count: Callable[[Request], int]) -> Int[np.ndarray, "n"]:
-        return np.array([count(request) for request in requests], np.int64)
-
+def _counts_of(block: Block) -> Counts:
+    retrieved, shown = block.numbers["candidate"], block.numbers["shown"]
+    positive = block.values["user_label"].any(axis=1)
+    owner = np.repeat(np.arange(len(shown)), shown)
     return Counts(
-        request_id=of_each(lambda request: request.request_id),
-        retrieved=of_each(lambda request: len(request.item_id)),
-        passed=of_each(lambda request: request.num_reached(Stage.PASSED)),
-        shown=of_each(lambda request: len(request.user_label)),
-        scored=of_each(lambda request: len(request.teacher_probability)),
-        positives=of_each(lambda request: int(request.user_label.any(axis=1).sum())),
-        known=of_each(lambda request: len(request.true_probability)),
+        request_id=block.values["request_id"],
+        retrieved=retrieved,
+        # As `Request.num_reached` says.
+        passed=np.minimum(np.maximum(block.values["num_passed"], shown), retrieved),
+        shown=shown,
+        scored=block.numbers["scored"],
+        positives=np.bincount(owner[positive], minlength=len(shown)),
+        known=block.numbers["known"],
     )
 
 
-def _side_by_side(
-    field: Field, requests: Sequence[Request], spec: FeatureSpec
-) -> Shaped[np.ndarray, "n ..."]:
+def _side_by_side(field: Field, block: Block, spec: FeatureSpec) -> Shaped[np.ndarray, "n ..."]:
     """A field of all requests: an entry a request, with a padded history, or one a candidate."""
-    if not requests:
-        events = (spec.history_length,) if field.of == "event" else ()
-        return np.zeros((0, *events, *field.shape(spec)), field.stored or field.dtype)
-    values = [_value(field, request, spec) for request in requests]
+    numbers = block.numbers[field.of]
     if field.of == "event":
-        length = spec.history_length
-        recent = (value[max(len(value) - length, 0) :] for value in values)
-        return np.stack([_filled(value, length, field.nothing) for value in recent])
-    if field.of == "scored":
-        number = (len(request.item_id) for request in requests)
-        values = [_filled(*of, field.nothing) for of in zip(values, number, strict=True)]
-    return np.stack(values) if field.of == "request" else np.concatenate(values)
-
-
-def _value(field: Field, request: Request, spec: FeatureSpec) -> Shaped[np.ndarray, "..."]:
-    """The value of a field, stored or worked out; an array of width 0 where there is none."""
-    if field.name == "history_mask":
-        return np.ones(len(request.history_id), np.bool_)
+        return _recent(field, block, spec.history_length)
+    values = block.values[field.name]
+    if field.of != "scored":
+        return values
     if field.name == "teacher_probability":
-        return proper_probability(request, spec.teacher_version)
-    value = getattr(request, field.name)
-    if value is None:
-        number = {"request": (), "event": request.history_id.shape}
-        return np.zeros((*number.get(field.of, request.item_id.shape), 0), field.stored)
-    return np.asarray(value)
-
-
-def _filled(
-    values: Shaped[np.ndarray, "few ..."], length: int, nothing: float
-) -> Shaped[np.ndarray, "length ..."]:
-    filled = np.full((length, *values.shape[1:]), nothing, values.dtype)
-    filled[: len(values)] = values
+        values = proper_probability(block, spec.teacher_version)
+    candidates = block.numbers["candidate"]
+    filled = np.full((candidates.sum(), *values.shape[1:]), field.nothing, values.dtype)
+    filled[runs(starts_of(candidates)[:-1], numbers)] = values
     return filled
 
 
-def proper_probability(request: Request, version: str) -> Float[np.ndarray, "A T"]:
+def _recent(field: Field, block: Block, length: int) -> Shaped[np.ndarray, "n H ..."]:
+    """A field of the last events of each request, filled up at the end."""
+    numbers = block.numbers["event"]
+    if field.name == "history_mask":
+        values = np.ones(numbers.sum(), np.bool_)
+    else:
+        values = block.values[field.name]
+    kept = np.minimum(numbers, length)
+    last = values[runs(starts_of(numbers)[1:] - kept, kept)]
+    filled = np.full((len(numbers) * length, *values.shape[1:]), field.nothing, values.dtype)
+    filled[runs(np.arange(len(numbers)) * length, kept)] = last
+    return filled.reshape(len(numbers), length, *values.shape[1:])
+
+
+def proper_probability(block: Block, version: str) -> Float[np.ndarray, "A T"]:
     """The teacher's probabilities, NaN where they were not logged properly.
 
     Proper is what the log says was written, by the right model version, as a number in [0, 1].
     """
-    probability = request.teacher_probability
-    if not version or request.teacher_version != version:
-        return np.full_like(probability, np.nan)
+    probability = block.values["teacher_probability"]
+    right = (block.values["teacher_version"] == version) & bool(version)
+    written = np.repeat(right, block.numbers["scored"]) & (block.values["teacher_weight"] > 0)
     # A comparison with NaN is False, so NaN needs no test of its own.
     in_range = (probability >= 0) & (probability <= 1)
-    written = (request.teacher_weight > 0)[:, None]
-    return np.where(in_range & written, probability, np.float32(np.nan))
+    return np.where(in_range & written[:, None], probability, np.float32(np.nan))
 
 
 def needed(columns: Columns, logged: Stage | None, history: bool) -> Columns:
@@ -373,45 +371,35 @@ def in_sampling_order(columns: Columns) -> Columns:
     counts, shown = columns.counts, columns.counts.shown
     request = np.repeat(np.arange(len(columns)), shown)
     positive = columns.labels.fields(slice(None), shown)["user_label"].any(axis=1)
-    # Of the shown: positives, then negatives, as they stood.
-    start = np.cumsum(shown) - shown
+    # The four one after the other: how many a request has, and where each begins in it.
+    bounds = np.stack([counts.positives, shown, counts.passed, columns.kept], axis=1)
+    ends = np.minimum(bounds, columns.kept[:, None])
+    sizes = np.diff(ends, axis=1, prepend=0)
+    order = np.repeat((ends - sizes).ravel(), sizes.ravel()) + _spread_orders(sizes.ravel())
+    # The first two stand mixed, as they were shown.
+    start = starts_of(shown)[:-1]
     by_label = np.argsort(2 * request + ~positive, kind="stable") - start[request]
+    of_shown = runs(starts_of(columns.kept)[:-1], shown)
+    order[of_shown] = by_label[start[request] + order[of_shown]]
 
-    def order_of(index: int) -> Int[np.ndarray, "N"]:
-        """The places of a request's candidates in the new order."""
-        bounds = (counts.positives, shown, counts.passed, columns.kept)
-        ends = [0, *(min(int(of[index]), int(columns.kept[index])) for of in bounds)]
-        order = np.concatenate([at + spread_order(to - at) for at, to in pairwise(ends)])
-        first = slice(start[index], start[index] + shown[index])
-        order[: shown[index]] = by_label[first][order[: shown[index]]]
-        return order
-
-    orders = [order_of(index) for index in range(len(columns))]
-
-    def moved(rows: Rows, numbers: Int[np.ndarray, "n"]) -> Rows:
+    def moved(rows: Rows, numbers: Int[np.ndarray, "n"], order: Int[np.ndarray, "sum"]) -> Rows:
         """The rows in the new order; labels are of a prefix of the candidates."""
-        places = [order[:number] for order, number in zip(orders, numbers, strict=True)]
-        first = 1 + np.cumsum(numbers) - numbers
-        which = [at + rows.stride * place for at, place in zip(rows.first, places, strict=True)]
-        return Rows(rows.values[np.concatenate([[rows.nothing], *which])], rows.spans, first)
+        which = np.repeat(rows.first, numbers) + rows.stride * order
+        first = 1 + starts_of(numbers)[:-1]
+        return Rows(rows.values[np.append(rows.nothing, which)], rows.spans, first)
 
     return dataclasses.replace(
         columns,
-        candidates=moved(columns.candidates, columns.kept),
-        labels=moved(columns.labels, shown),
+        candidates=moved(columns.candidates, columns.kept, order),
+        labels=moved(columns.labels, shown, order[of_shown]),
     )
 
 
-def runs(
-    first: Int[np.ndarray, "n"], numbers: Int[np.ndarray, "n"], stride: int = 1
-) -> Int[np.ndarray, "sum"]:
-    """Whole numbers that begin at each `first` and go on by `stride`, so many of each.
-
-    >>> runs(np.array([5, 90]), np.array([3, 2])).tolist()
-    [5, 6, 7, 90, 91]
-    """
-    start = np.cumsum(numbers) - numbers
-    return np.repeat(first - stride * start, numbers) + stride * np.arange(int(numbers.sum()))
+def _spread_orders(sizes: Int[np.ndarray, "n"]) -> Int[np.ndarray, "sum"]:
+    """`spread_order` of each number of places, one after the other."""
+    distinct, which = np.unique(sizes, return_inverse=True)
+    orders = np.concatenate([spread_order(size) for size in distinct.tolist()])
+    return orders[runs(starts_of(distinct)[:-1][which], sizes)]
 
 
 def slices(numbers: Int[np.ndarray, "n"]) -> Iterator[slice]:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from kd_ranker.batch import FeatureSpec, Request
+from kd_ranker.requests.block import Block
 from kd_ranker.requests.pool import Runner, run_here
 
 SPLITS = ("train", "validation", "test")
@@ -16,6 +17,9 @@ SPLITS = ("train", "validation", "test")
 Models learn from the first, settings are chosen on the second, and the third is read once, for what
 is reported.
 """
+
+Shard = Callable[[], Iterator[Request] | Iterator[Block]]
+"""Yields requests of a split, one by one or side by side; can be pickled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +32,8 @@ class Source:
       requests: split (one of `SPLITS`) -> its requests, the same ones at every call.
       num_requests: split -> how many requests `requests` yields, for progress bars.
       item_category: the category ids of each item, -1 where there is none; None without any.
-      shards: split -> functions that yield its requests part by part, none of them empty; each
-        becomes a file of the dataset, and they can be pickled. None: `requests` alone.
+      shards: split -> its requests part by part, none of them empty; each becomes a file of the
+        dataset. None: `requests` alone.
       run: what writes shards, see `pool.open_pool`.
       resume: a folder that keeps finished shards until the dataset is whole, for a later run to go
         on with. All that decides what they hold must decide its name, and its parent folder is of
@@ -43,7 +47,7 @@ class Source:
     requests: Callable[[str], Iterator[Request]]
     num_requests: dict[str, int]
     item_category: Int32[np.ndarray, "items I"] | None = None
-    shards: Callable[[str], Sequence[Callable[[], Iterator[Request]]]] | None = None
+    shards: Callable[[str], Sequence[Shard]] | None = None
     run: Runner = run_here
     resume: Path | None = None
     write_beside: Callable[[Path], None] | None = None

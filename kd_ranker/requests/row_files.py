@@ -23,8 +23,17 @@ import numpy as np
 from jaxtyping import Int, Int32, Int64
 from numpy.lib.stride_tricks import sliding_window_view
 
-from kd_ranker.batch import FeatureSpec, Request
-from kd_ranker.requests.columns import Columns, Counts, Rows, columns_of, in_sampling_order, runs
+from kd_ranker.batch import FeatureSpec
+from kd_ranker.requests.block import Block
+from kd_ranker.requests.columns import (
+    Columns,
+    Counts,
+    Rows,
+    columns_of,
+    columns_of_block,
+    in_sampling_order,
+)
+from kd_ranker.requests.ragged import runs
 
 _TRAIN = "train"
 # Bytes between two ranges that are fetched as one.
@@ -55,10 +64,10 @@ def parts_of(shard: Path) -> tuple[Path, Path]:
 
 
 def flat(
-    requests: Sequence[Request], spec: FeatureSpec, split: str, before: int
+    block: Block, spec: FeatureSpec, split: str, before: int
 ) -> tuple[Int32[np.ndarray, "numbers"], Int64[np.ndarray, "n columns"]]:
     """The contents of both files for some requests, at least one, after numbers of others."""
-    columns = columns_of(requests, spec)
+    columns = columns_of_block(block, spec)
     if split == _TRAIN:
         known = np.zeros_like(columns.counts.known)
         columns = dataclasses.replace(

@@ -27,22 +27,21 @@ import numpy as np
 import tensorflow_datasets as tfds
 from absl import logging
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from jaxtyping import Int, Int32
+from jaxtyping import Int32
 from tqdm import tqdm
 
 from kd_ranker.batch import STORED, FeatureSpec, Request
 from kd_ranker.errors import UserError
 from kd_ranker.requests import checksums, row_files
+from kd_ranker.requests.block import Block, blocks_of
 from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import Dataset, damage, record_features, serialized
-from kd_ranker.requests.request import SPLITS, Source
+from kd_ranker.requests.request import SPLITS, Shard, Source
 
 FORMAT_VERSION = "1.3.0"
 SPEC_FILE = "feature_spec.json"
 _NAME, _FORMAT = "requests", "array_record"
 _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
-# Requests that are packed at a time.
-_CHUNK = 256
 # What the name of a folder or of a shard starts with that is being written.
 _UNFINISHED = ".unfinished-"
 # The folders of builds that were killed; those of earlier releases had another name.
@@ -218,9 +217,7 @@ def _missing(calls: Sequence[tuple], kept: Path) -> list[tuple]:
     return missing
 
 
-def write_shard(
-    path: Path, requests: Callable[[], Iterator[Request]], spec: FeatureSpec, split: str
-) -> None:
+def write_shard(path: Path, requests: Shard, spec: FeatureSpec, split: str) -> None:
     """Writes requests to a file, which is whole or absent, and their rows beside it.
 
     It knows their number itself.
@@ -236,11 +233,11 @@ def write_shard(
             counts.open("wb") as counts_file,
         ):
             written = 0
-            for chunk in _chunks(requests(), _CHUNK):
-                _check_ids(chunk, spec)
-                for request in chunk:
-                    writer.write(serialized(request, spec))
-                numbers, where = row_files.flat(chunk, spec, split, written)
+            for block in blocks_of(requests(), spec):
+                _check_ids(block, spec)
+                for record in serialized(block, spec):
+                    writer.write(record)
+                numbers, where = row_files.flat(block, spec, split, written)
                 written += len(numbers)
                 numbers.tofile(rows_file)
                 where.tofile(counts_file)
@@ -251,10 +248,6 @@ def write_shard(
     finally:
         for part in temporary:
             part.unlink(missing_ok=True)
-
-
-def _chunks(requests: Iterator[Request], size: int) -> Iterator[list[Request]]:
-    return iter(lambda: list(itertools.islice(requests, size)), [])
 
 
 def _num_records(path: Path) -> int:
@@ -293,24 +286,22 @@ def _check_widths(spec: FeatureSpec) -> None:
             )
 
 
-def _check_ids(requests: Sequence[Request], spec: FeatureSpec) -> None:
+def _check_ids(block: Block, spec: FeatureSpec) -> None:
     """Raises UserError for an id out of range: a lookup on a device could not complain."""
     for field in STORED:
-        if field.ids is None or getattr(requests[0], field.name) is None:
+        values = block.values[field.name]
+        if field.ids is None or not values.size:
             continue
         least, size = int(field.nothing), field.ids(spec)
-        values = [np.ravel(getattr(request, field.name)) for request in requests]
-        if not _lie_in(np.concatenate(values), least, size):
-            place = next(i for i, ids in enumerate(values) if not _lie_in(ids, least, size))
-            ids = values[place]
+        if values.min() < least or values.max() >= size:
+            wrong = ((values < least) | (values >= size)).reshape(len(values), -1).any(axis=1)
+            ends = np.cumsum(block.numbers[field.of])
+            place = np.searchsorted(ends, np.flatnonzero(wrong)[0], side="right")
+            ids = values[ends[place] - block.numbers[field.of][place] : ends[place]]
             raise UserError(
-                f"request {requests[place].request_id}: {field.name} must lie in "
+                f"request {block.values['request_id'][place]}: {field.name} must lie in "
                 f"[{least}, {size}), found {ids.min()} to {ids.max()}"
             )
-
-
-def _lie_in(ids: Int[np.ndarray, "n"], least: int, size: int) -> bool:
-    return not ids.size or bool(ids.min() >= least and ids.max() < size)
 
 
 def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:

@@ -12,6 +12,7 @@ from kd_ranker.batches import cutting, sampling
 from kd_ranker.batches.cutting import Layout, unpack
 from kd_ranker.batches.sampling import Slots
 from kd_ranker.requests import packing
+from kd_ranker.requests.block import block_of
 from kd_ranker.requests.columns import (
     Columns,
     columns_of,
@@ -49,7 +50,7 @@ def test_only_properly_logged_probabilities_count(probability, weight, version, 
         teacher_weight=np.array([weight], np.float32),
     )
     others = float(weight == 1 and version == "v1")
-    found = proper_probability(request, "v1")
+    found = proper_probability(block_of([request], SPEC), "v1")
     np.testing.assert_array_equal(~np.isnan(found), [[others, expected, others]])
     # What is proper is as it was logged.
     np.testing.assert_array_equal(

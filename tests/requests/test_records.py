@@ -6,6 +6,7 @@ import tensorflow_datasets as tfds
 
 from kd_ranker.batch import Category
 from kd_ranker.requests import storage
+from kd_ranker.requests.block import block_of
 from kd_ranker.requests.records import read_requests, record_features, serialized, teacher_column
 from kd_ranker.requests.request import SPLITS
 from tests.requests.random_requests import random_request, random_source
@@ -38,4 +39,6 @@ def test_the_bytes_of_a_record_are_those_that_tfds_writes(categories):
     known = {name: record[name] for name in features}
     serializer = tfds.core.ExampleSerializer(features.get_serialized_info())
     example = serializer.get_tf_example(features.encode_example(known))
-    assert serialized(request, spec) == example.SerializeToString(deterministic=True)
+    assert [*serialized(block_of([request], spec), spec)] == [
+        example.SerializeToString(deterministic=True)
+    ]

@@ -8,6 +8,7 @@ import pytest
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests import packing, row_files, storage
+from kd_ranker.requests.block import block_of
 from kd_ranker.requests.columns import proper_probability
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
@@ -79,7 +80,7 @@ def test_the_rows_of_a_request_say_what_its_record_says(dataset, split):
             of_candidates["candidate_features"], request.candidate_features[order]
         )
         of_teacher = np.full((retrieved, 3), np.nan, np.float32)
-        of_teacher[:passed] = proper_probability(request, "v1")
+        of_teacher[:passed] = proper_probability(block_of([request], dataset.spec), "v1")
         np.testing.assert_array_equal(of_candidates["teacher_probability"], of_teacher[order])
         of_labels = fields(columns.labels, index, shown)
         np.testing.assert_array_equal(of_labels["user_label"], request.user_label[order[:shown]])

@@ -12,11 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float32, Int, Int32, Int64
 
-from kd_ranker.batch import Category, FeatureSpec, Stage
+from kd_ranker.batch import Category, FeatureSpec, Owner, Stage
 from kd_ranker.distillation.teacher_signal import probability_of_rank
-from kd_ranker.requests.request import Request
+from kd_ranker.requests.block import Block
+from kd_ranker.requests.ragged import runs, starts_of
 from kd_ranker.sources.logs.layout import Feature, LogLayout
-from kd_ranker.sources.logs.lists import starts_of
 from kd_ranker.sources.logs.ordered import Piece, read_piece
 from kd_ranker.sources.logs.statistics import Moments, floats_of
 from kd_ranker.sources.logs.value_hashes import hashes_of
@@ -135,62 +135,55 @@ def item_matrix(
     return features, _categories(layout, encoding, items, "item")
 
 
-def encode_requests(layout: LogLayout, folder: Path, piece: Piece) -> Iterator[Request]:
+def encode_requests(layout: LogLayout, folder: Path, piece: Piece) -> Iterator[Block]:
     """The requests of a piece of the files in a folder, with the encoding that lies there."""
     encoding = load_encoding(folder / "encoding")
     requests, candidates = read_piece(folder, piece)
     spec, tasks = encoding.spec, layout.tasks
-    user_id = requests["user_id"].to_numpy().astype(np.int32)
-    item_id = candidates["item_id"].to_numpy().astype(np.int32)
-    user_features = _dense(encoding, layout.of("user", kind="dense"), requests)
-    context = _dense(encoding, layout.of("context", kind="dense"), requests)
-    candidate_features = _dense(encoding, layout.of("candidate", kind="dense"), candidates)
-    request_category = _categories(layout, encoding, requests, "user", "context")
-    candidate_category = _categories(layout, encoding, candidates, "candidate")
-    history_start, history_id = _history(layout, encoding, requests)
+    number = requests.num_rows
     owner = candidates["number"].to_numpy() - piece.requests[0]
     stage = candidates["stage"].to_numpy()
     teacher_weight = floats_of(candidates, "teacher_weight").astype(np.float32)
-    label_weight = floats_of(candidates, "label_weight").astype(np.float32)
     label = np.stack([candidates[f"label:{task}"].to_numpy() for task in tasks], axis=1)
-    label = np.maximum(label, 0).astype(np.uint8)
     scored = {task: floats_of(candidates, f"teacher:{task}") for task in layout.scored_tasks}
-    counts = _stage_counts(owner, stage, scored, requests.num_rows)
+    counts = _stage_counts(owner, stage, scored, number)
     if layout.teacher_signal == "rank":
         scored = {task: _ranks(of, teacher_weight, owner) for task, of in scored.items()}
     unknown = np.full(len(owner), np.nan)
     probability = np.stack([scored.get(task, unknown) for task in tasks], axis=1)
-    probability = probability.astype(np.float32)
-    request_id = request_ids(requests).tolist()
-    time = requests["time"].to_numpy().tolist()
-    start = starts_of(counts["candidates"]).tolist()
-    shown, passed, judged = (counts[name].tolist() for name in ("shown", "passed", "scored"))
-    no_truth = np.zeros((0, len(tasks)), np.float32)
-    for index in range(requests.num_rows):
-        first, end = start[index], start[index + 1]
-        history = history_id[history_start[index] : history_start[index + 1]]
-        yield Request(
-            request_id=request_id[index],
-            time=time[index],
-            user_id=int(user_id[index]),
-            user_features=user_features[index],
-            context=context[index],
-            history_id=history,
-            history_features=np.ones((len(history), 1), np.float32),
-            item_id=item_id[first:end],
-            candidate_features=candidate_features[first:end],
-            num_passed=passed[index],
-            user_label=label[first : first + shown[index]],
-            label_weight=label_weight[first : first + shown[index]],
-            teacher_probability=probability[first : first + judged[index]],
-            teacher_weight=teacher_weight[first : first + judged[index]],
-            teacher_version=spec.teacher_version,
-            true_probability=no_truth,
-            request_category=request_category[index] if request_category.shape[1] else None,
-            candidate_category=(
-                candidate_category[first:end] if candidate_category.shape[1] else None
-            ),
-        )
+    history = _history(layout, encoding, requests)
+    numbers: dict[Owner, Int64[np.ndarray, "n"]] = {
+        "request": np.ones(number, np.int64),
+        "event": np.diff(history.start),
+        "candidate": counts["candidates"],
+        "shown": counts["shown"],
+        "scored": counts["scored"],
+        "known": np.zeros(number, np.int64),
+    }
+    # Both are of the first candidates of each request.
+    first = starts_of(counts["candidates"])[:-1]
+    shown, judged = (runs(first, numbers[of]) for of in ("shown", "scored"))
+    values = {
+        "request_id": request_ids(requests),
+        "time": requests["time"].to_numpy(),
+        "user_id": requests["user_id"].to_numpy().astype(np.int32),
+        "user_features": _dense(encoding, layout.of("user", kind="dense"), requests),
+        "context": _dense(encoding, layout.of("context", kind="dense"), requests),
+        "request_category": _categories(layout, encoding, requests, "user", "context"),
+        "history_id": history.item_id,
+        "history_features": np.ones((len(history.item_id), 1), np.float32),
+        "item_id": candidates["item_id"].to_numpy().astype(np.int32),
+        "candidate_features": _dense(encoding, layout.of("candidate", kind="dense"), candidates),
+        "candidate_category": _categories(layout, encoding, candidates, "candidate"),
+        "num_passed": counts["passed"],
+        "user_label": np.maximum(label[shown], 0).astype(np.uint8),
+        "label_weight": floats_of(candidates, "label_weight").astype(np.float32)[shown],
+        "teacher_probability": probability[judged].astype(np.float32),
+        "teacher_weight": teacher_weight[judged],
+        "teacher_version": np.full(number, spec.teacher_version, object),
+        "true_probability": np.zeros((0, len(tasks)), np.float32),
+    }
+    yield Block(values, numbers)
 
 
 def request_ids(requests: pa.Table) -> Int64[np.ndarray, "n"]:
@@ -243,16 +236,20 @@ def _ranks(
     return result
 
 
-def _history(
-    layout: LogLayout, encoding: Encoding, requests: pa.Table
-) -> tuple[Int64[np.ndarray, "n+1"], Int32[np.ndarray, "all"]]:
-    """The start of each request's history, and the ids of all histories; unknown items left out."""
+class _Histories(NamedTuple):
+    """The start of each request's history, and the items of all; unknown ones are left out."""
+
+    start: Int64[np.ndarray, "n+1"]
+    item_id: Int32[np.ndarray, "all"]
+
+
+def _history(layout: LogLayout, encoding: Encoding, requests: pa.Table) -> _Histories:
     if layout.history is None:
-        return np.zeros(requests.num_rows + 1, np.int64), np.zeros(0, np.int32)
+        return _Histories(np.zeros(requests.num_rows + 1, np.int64), np.zeros(0, np.int32))
     start, values = _lists(requests, layout.history)
     ids = _places(encoding.values[ITEM], values)
     known = ids >= 0
-    return starts_of(known)[start], ids[known].astype(np.int32)
+    return _Histories(starts_of(known)[start], ids[known].astype(np.int32))
 
 
 def _dense(

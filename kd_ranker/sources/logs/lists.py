@@ -2,16 +2,7 @@
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Int, Int64, Shaped
-
-
-def starts_of(lengths: Shaped[np.ndarray, "n"]) -> Int64[np.ndarray, "n+1"]:
-    """The place where each of several lists begins, laid end to end, and where the last one ends.
-
-    >>> starts_of(np.array([2, 0, 3])).tolist()
-    [0, 2, 2, 5]
-    """
-    return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+from jaxtyping import Bool, Int, Int64
 
 
 def lists_of(

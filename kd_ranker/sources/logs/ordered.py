@@ -11,11 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int, Int64
 
+from kd_ranker.requests.ragged import starts_of
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.logs.grouped import Grouped, funnel_order
 from kd_ranker.sources.logs.layout import LogLayout
-from kd_ranker.sources.logs.lists import starts_of
 from kd_ranker.sources.logs.numbered import Numbered
 
 REQUESTS, CANDIDATES = "requests", "candidates"

@@ -8,11 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from kd_ranker.requests.ragged import starts_of
 from kd_ranker.sources.logs import files
 from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import LogLayout
-from kd_ranker.sources.logs.lists import lists_of, starts_of, take_values
+from kd_ranker.sources.logs.lists import lists_of, take_values
 from kd_ranker.sources.logs.reasons import Reason
 
 REJECTED_FOLDER = "rejected"

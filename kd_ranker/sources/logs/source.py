@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import shutil
 import tempfile
@@ -16,8 +15,9 @@ from jaxtyping import Int64
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
+from kd_ranker.requests.block import Block
 from kd_ranker.requests.pool import open_pool
-from kd_ranker.requests.request import SPLITS, Request, Source
+from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.sources.logs import files, findings, looks, scan, typed
 from kd_ranker.sources.logs import grouped as grouped_
 from kd_ranker.sources.logs.candidate_rows import write_candidate_rows
@@ -217,7 +217,7 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog) -> Source:
     save_encoding(encoding, engine.folder / "encoding")
     item_features, item_category = item_matrix(layout, encoding, items)
 
-    def shards(split: str) -> list[Callable[[], Iterator[Request]]]:
+    def shards(split: str) -> list[Callable[[], Iterator[Block]]]:
         return [
             functools.partial(encode_requests, layout, engine.folder, piece)
             for piece in read.shards(split)
@@ -233,7 +233,9 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog) -> Source:
     return Source(
         spec=encoding.spec,
         item_features=item_features,
-        requests=lambda split: itertools.chain.from_iterable(shard() for shard in shards(split)),
+        requests=lambda split: (
+            request for shard in shards(split) for block in shard() for request in block.requests()
+        ),
         num_requests={split: read.num_requests(split) for split in SPLITS},
         item_category=item_category,
         shards=shards,

@@ -32,15 +32,15 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
-from kd_ranker.requests.columns import runs
 from kd_ranker.requests.pool import open_pool
+from kd_ranker.requests.ragged import runs, starts_of
 from kd_ranker.requests.records import damage, record_features, teacher_column
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs import candidate_rows, files
 from kd_ranker.sources.logs.engine import open_engine
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import LogLayout, read_layout
-from kd_ranker.sources.logs.lists import lists_of, starts_of
+from kd_ranker.sources.logs.lists import lists_of
 from kd_ranker.sources.logs.source import MANIFEST, check_unchanged
 
 # Folder below `data.dir` for scored logs.
