@@ -1,4 +1,4 @@
-"""The same function on many arguments, in this process or in several."""
+"""The same function on many arguments, in this process, in threads of it, or in several."""
 
 import contextlib
 import multiprocessing
@@ -6,7 +6,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
 from tqdm import tqdm
@@ -31,16 +31,35 @@ def open_pool(processes: int) -> Iterator[Runner]:
         yield run_here
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        processes, mp_context=context, initializer=_end_with_parent
-    ) as executor:
+    with _running(
+        ProcessPoolExecutor(processes, mp_context=context, initializer=_end_with_parent)
+    ) as run:
+        yield run
 
-        def run(function: Callable, calls: Sequence[tuple], description: str) -> Iterator[Any]:
-            waiting = deque(executor.submit(function, *arguments) for arguments in calls)
-            # One by one, so that a result is not held longer than it is used.
-            results = (waiting.popleft().result() for _ in calls)
-            return _with_bar(results, len(calls), description)
 
+@contextlib.contextmanager
+def open_threads(threads: int) -> Iterator[Runner]:
+    """Gives what runs a function in so many threads of this process, with a bar.
+
+    For functions that leave most of their work to what does without Python's lock: threads are
+    there at once, and share what they read.
+    """
+    if threads == 1:
+        yield run_here
+        return
+    with _running(ThreadPoolExecutor(threads)) as run:
+        yield run
+
+
+@contextlib.contextmanager
+def _running(executor: Executor) -> Iterator[Runner]:
+    def run(function: Callable, calls: Sequence[tuple], description: str) -> Iterator[Any]:
+        waiting = deque(executor.submit(function, *arguments) for arguments in calls)
+        # One by one, so that a result is not held longer than it is used.
+        results = (waiting.popleft().result() for _ in calls)
+        return _with_bar(results, len(calls), description)
+
+    with executor:
         try:
             yield run
         except BaseException:

@@ -42,6 +42,9 @@ FORMAT_VERSION = "1.3.0"
 SPEC_FILE = "feature_spec.json"
 _NAME, _FORMAT = "requests", "array_record"
 _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
+# A record a group, as they are read one by one; a fifth larger than with zstd, in a quarter of the
+# time, which is as long as all else takes that is done to a record.
+_RECORDS = "group_size:1,snappy"
 # What the name of a folder or of a shard starts with that is being written.
 _UNFINISHED = ".unfinished-"
 # The folders of builds that were killed; those of earlier releases had another name.
@@ -226,9 +229,8 @@ def write_shard(path: Path, requests: Shard, spec: FeatureSpec, split: str) -> N
     temporary = [part.with_name(f"{_UNFINISHED}{part.name}.{os.getpid()}") for part in parts]
     records, rows, counts = temporary
     try:
-        # A record a group: they are read one by one.
         with (
-            contextlib.closing(ArrayRecordWriter(str(records), "group_size:1")) as writer,
+            contextlib.closing(ArrayRecordWriter(str(records), _RECORDS)) as writer,
             rows.open("wb") as rows_file,
             counts.open("wb") as counts_file,
         ):

@@ -6,7 +6,6 @@ file) and `place` (in the row's lists; -1 where a row is a candidate). One to fo
 candidate.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,25 +17,23 @@ from kd_ranker.sources.logs.ordered import Piece, read_piece
 ROWS_FOLDER = "candidate_rows"
 
 
-def write_candidate_rows(folder: Path, pieces: Sequence[Piece], directory: Path) -> None:
-    """Writes the places of the candidates of the pieces of one split, which are its shards."""
-    (directory / ROWS_FOLDER).mkdir(exist_ok=True)
-    for index, piece in enumerate(pieces):
-        requests, candidates = read_piece(folder, piece, ["number", "file", "row", "place"])
-        owner = candidates["number"].to_numpy() - piece.requests[0]
-        columns = {
-            "request_id": pa.array(request_ids(requests)[owner]),
-            "file": candidates["file"].cast(pa.int32()),
-            "row": candidates["row"],
-            "place": candidates["place"].cast(pa.int32()),
-        }
-        pq.write_table(
-            pa.table(columns),
-            path_of(directory, piece.split, index),
-            compression="zstd",
-            use_dictionary=["request_id", "file", "place"],
-            column_encoding={"row": "DELTA_BINARY_PACKED"},
-        )
+def write_candidate_rows(folder: Path, piece: Piece, path: Path) -> None:
+    """Writes the places of the candidates of a piece, which is a shard of the dataset."""
+    requests, candidates = read_piece(folder, piece, ["number", "file", "row", "place"])
+    owner = candidates["number"].to_numpy() - piece.requests[0]
+    columns = {
+        "request_id": pa.array(request_ids(requests)[owner]),
+        "file": candidates["file"].cast(pa.int32()),
+        "row": candidates["row"],
+        "place": candidates["place"].cast(pa.int32()),
+    }
+    pq.write_table(
+        pa.table(columns),
+        path,
+        compression="zstd",
+        use_dictionary=["request_id", "file", "place"],
+        column_encoding={"row": "DELTA_BINARY_PACKED"},
+    )
 
 
 def path_of(directory: Path, split: str, shard: int) -> Path:

@@ -19,8 +19,8 @@ from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import LogLayout
 
 _FILE, _ROW = "__file", "file_row_number"
-# Rows of a group in a file that `write` makes: they are read again a group at a time.
-_ROW_GROUP = 2**16
+# Rows that the engine hands over at a time.
+_ROWS = 2**16
 
 
 class Engine(NamedTuple):
@@ -80,10 +80,10 @@ class Engine(NamedTuple):
 
     def stream(self, table: ir.Table) -> pa.RecordBatchReader:
         """A table in its order, some rows at a time."""
-        return self.backend.con.sql(str(ibis.to_sql(table))).to_arrow_reader(_ROW_GROUP)
+        return self.backend.con.sql(str(ibis.to_sql(table))).to_arrow_reader(_ROWS)
 
     def write(self, table: ir.Table, name: str) -> Path:
-        """Writes a table, in its order, to a Parquet file."""
+        """Writes a table, in its order, to a Parquet file of the folder."""
         path, batches = self.folder / f"{name}.parquet", self.stream(table)
         with pq.ParquetWriter(path, batches.schema, compression="lz4") as writer:
             for batch in batches:

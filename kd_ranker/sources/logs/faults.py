@@ -1,18 +1,25 @@
-"""Counts of values that are missing, or none that their columns can hold: a pass over the log."""
+"""Counts of values that are missing, or none that their columns can hold.
 
-from collections.abc import Sequence
+A feature of an item is counted once an item, one of a user or the context once a request, as it is
+used; all else once a row of the log, or once a candidate.
+"""
+
+import operator
+from collections.abc import Callable, Sequence
 
 import ibis
 import ibis.expr.types as ir
 
 from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.logs.layout import Feature, LogLayout
+from kd_ranker.sources.logs.numbered import Numbered
 from kd_ranker.sources.logs.typed import (
     LARGEST,
     code_of,
     id_of,
     is_other_version,
     number_of,
+    raw_name,
     seconds_of,
 )
 
@@ -26,15 +33,34 @@ Counts = dict[str, ir.Value]
 
 
 def count_faults(
-    engine: Engine, layout: LogLayout, log: ir.Table, unfolded: ir.Table
+    engine: Engine,
+    layout: LogLayout,
+    log: ir.Table,
+    unfolded: ir.Table,
+    numbered: Numbered | None,
 ) -> tuple[dict[str, dict[str, int]], int]:
     """The faults by the names of columns in the config, and how many are of another version.
 
     The latter are candidates with values of a teacher that does not count.
+
+    Args:
+      engine: what has read the log.
+      layout: of the log.
+      log: its rows.
+      unfolded: its candidates.
+      numbered: its items and requests; None if none are used: their features are not counted.
     """
-    of_candidates = _of_candidates(layout, unfolded)
-    found = _worked_out(engine, log, _of_requests(layout, log))
-    found |= _worked_out(engine, unfolded, of_candidates | _of_versions(layout, unfolded))
+    of_rows, of_candidates = _of_rows(layout, log), _of_candidates(layout, unfolded)
+    if layout.by_request:
+        found = _worked_out(engine, log, of_rows)
+        found |= _worked_out(engine, unfolded, of_candidates)
+    else:
+        # One pass for both: they are the same rows.
+        found = _worked_out(engine, unfolded, _of_rows(layout, unfolded) | of_candidates)
+    for table, owners in (
+        ((numbered.items, ("item",)), (numbered.requests, ("user", "context"))) if numbered else ()
+    ):
+        found |= _worked_out(engine, table, _of_features(layout.of(*owners), table, raw_name))
     other_version = found.pop(OTHER_VERSION, {OTHER_VERSION: 0})[OTHER_VERSION]
     faults = {name: {of: counts.get(of, 0) for of in FAULTS} for name, counts in found.items()}
     return faults, other_version
@@ -44,6 +70,8 @@ def _worked_out(
     engine: Engine, table: ir.Table, asked: dict[str, Counts]
 ) -> dict[str, dict[str, int]]:
     """The counts of all columns, from one pass over a table."""
+    if not asked:
+        return {}
     flat = {(name, fault): of for name, counts in asked.items() for fault, of in counts.items()}
     (row,) = engine.fetch(table.agg(**{"/".join(key): of for key, of in flat.items()})).to_pylist()
     found: dict[str, dict[str, int]] = {name: {} for name in asked}
@@ -52,7 +80,7 @@ def _worked_out(
     return found
 
 
-def _of_requests(layout: LogLayout, log: ir.Table) -> dict[str, Counts]:
+def _of_rows(layout: LogLayout, log: ir.Table) -> dict[str, Counts]:
     """The columns that have a value a row of the log."""
     columns = layout.columns
     time = log[columns["time"]]
@@ -61,7 +89,6 @@ def _of_requests(layout: LogLayout, log: ir.Table) -> dict[str, Counts]:
         "columns.request": _ids(log[columns["request"]]),
         "columns.user": _ids(log[columns["user"]]),
         "columns.time": _counts(time, time, seconds.isnull() & time.notnull()),
-        **_of_features(layout.of("user", "context"), log),
     }
 
 
@@ -81,13 +108,16 @@ def _of_candidates(layout: LogLayout, unfolded: ir.Table) -> dict[str, Counts]:
     highest = 1.0 if layout.teacher_signal == "probability" else LARGEST
     for task in layout.scored_tasks:
         asked[f"teacher.{task}"] = _numbers(unfolded[layout.teacher[task]], 0, highest)
-    return asked | _of_features(layout.of("item", "candidate"), unfolded)
+    asked |= _of_features(layout.of("candidate"), unfolded, operator.attrgetter("column"))
+    return asked | _of_versions(layout, unfolded)
 
 
-def _of_features(features: Sequence[Feature], table: ir.Table) -> dict[str, Counts]:
+def _of_features(
+    features: Sequence[Feature], table: ir.Table, column: Callable[[Feature], str]
+) -> dict[str, Counts]:
     counts = {}
     for feature in features:
-        value = table[feature.column]
+        value = table[column(feature)]
         if feature.kind == "dense":
             of = _numbers(value, -LARGEST, LARGEST)
         else:

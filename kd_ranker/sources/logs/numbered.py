@@ -1,5 +1,6 @@
 """Ids of users, items and values: whole numbers, the most frequent in training first."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import ibis
@@ -10,7 +11,7 @@ from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.logs.grouped import Grouped
 from kd_ranker.sources.logs.layout import Feature, LogLayout
-from kd_ranker.sources.logs.typed import features_of
+from kd_ranker.sources.logs.typed import features_of, raw_name
 
 _TRAIN = SPLITS.index("train")
 _PLACE = ("file", "row", "place")
@@ -21,8 +22,8 @@ class Numbered(NamedTuple):
 
     Attributes:
       users: `value`, `id`, `train` and `total`: in how many requests of training, and of all.
-      items: the same in candidates, and the features of each as the log has them in its last row.
-      requests: a row a request: those of `Grouped`, with features as they are in its first row.
+      items: the same in candidates, and the features of each, of its last row.
+      requests: a row a request: those of `Grouped`, with its features, of its first row.
       values: categorical feature that is not hashed -> `value`, `id`, `train` and `total`. The ids
         count from 1, and rare values have none.
     """
@@ -49,11 +50,11 @@ def number(
     items = _with_ids(_counted(grouped.candidates, "item", last=last))
     items = items.mutate(**{name: items["last"][name] for name in _PLACE}).drop("last")
     if layout.of("item"):
-        features = features_of(unfolded, layout.of("item"))
-        items = items.join(unfolded.select(*_PLACE, **features), _PLACE)
+        items = _with_features(items, unfolded, layout.of("item"), _PLACE)
     items = engine.keep("items", items)
-    first = log.select("file", "row", **features_of(log, layout.of("user", "context")))
-    requests = engine.keep("request_rows", grouped.requests.join(first, ["file", "row"]))
+    features = layout.of("user", "context")
+    requests = _with_features(grouped.requests, log, features, ("file", "row"))
+    requests = engine.keep("request_rows", requests)
     tables = {"item": items, "candidate": grouped.candidates}
     values: dict[str, ir.Table] = {}
     for feature in layout.features:
@@ -66,6 +67,16 @@ def number(
                 counted.mutate(id=ibis.ifelse(known, kept + 1, None)),
             )
     return Numbered(users, items, requests, values)
+
+
+def _with_features(
+    rows: ir.Table, log: ir.Table, features: Sequence[Feature], place: Sequence[str]
+) -> ir.Table:
+    """The rows with features as the log has them at their place, as `raw:<name>`, and typed."""
+    raw = {raw_name(feature): log[feature.column] for feature in features}
+    # Typed behind the join: lists of all rows would take longer than all else.
+    joined = rows.join(log.select(*place, **raw), place)
+    return joined.mutate(**features_of(joined, features, raw_name))
 
 
 def _counted(table: ir.Table, name: str, **more: ir.Value) -> ir.Table:

@@ -1,14 +1,14 @@
-"""Requests and candidates in their last order, in two Parquet files that are read in pieces."""
+"""Requests and candidates in their last order, in two files that are read in pieces."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import ibis
+import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Int, Int64
 
 from kd_ranker.requests.ragged import starts_of
@@ -24,11 +24,19 @@ PIECE = 2**18
 
 
 class Piece(NamedTuple):
-    """Requests in a row, of one split: the numbers of their rows in both files, [start, stop)."""
+    """Requests in a row, of one split.
 
+    Attributes:
+      index: the number of the piece, from 0.
+      split: one of `SPLITS`.
+      requests: the numbers of its requests, [start, stop).
+      candidates: how many these have.
+    """
+
+    index: int
     split: str
     requests: tuple[int, int]
-    candidates: tuple[int, int]
+    candidates: int
 
 
 def write_ordered(
@@ -39,18 +47,27 @@ def write_ordered(
     A request has `user_id` and what `Numbered.requests` says. A candidate has `number` (of its
     request), `item_id` and what `typed` says but for times and what only brings it into order.
     """
+    sizes = engine.fetch(
+        grouped.candidates.group_by("number", "split").agg(size=ibis._.count()).order_by("number")
+    )
+    pieces = _pieces(*(sizes[name].to_numpy() for name in ("split", "size")))
     user_id = numbered.users.select(user="value", user_id="id")
-    requests = numbered.requests.join(user_id, "user").drop("user")
-    engine.write(requests.order_by("number"), REQUESTS)
+    requests = numbered.requests.join(user_id, "user").order_by("number")
+    raw = {name for name in requests.columns if name.startswith("raw:")}
+    lengths = [piece.requests[1] - piece.requests[0] for piece in pieces]
+    _write(engine, _without(requests, {"user"} | raw), REQUESTS, lengths)
     item_id = numbered.items.select(item="value", item_id="id")
     candidates = grouped.candidates.join(item_id, "item")
     candidates = candidates.order_by("number", *funnel_order(candidates))
     unused = {"item", "position", "time", "at", "split"}
-    engine.write(candidates.select(*(set(candidates.columns) - unused)), CANDIDATES)
-    sizes = engine.fetch(
-        grouped.candidates.group_by("number", "split").agg(size=ibis._.count()).order_by("number")
-    )
-    return _pieces(*(sizes[name].to_numpy() for name in ("split", "size")))
+    lengths = [piece.candidates for piece in pieces]
+    _write(engine, _without(candidates, unused), CANDIDATES, lengths)
+    return pieces
+
+
+def _without(table: ir.Table, columns: Collection[str]) -> ir.Table:
+    """A table in its order without some columns."""
+    return table.select(*(name for name in table.columns if name not in columns))
 
 
 def _pieces(split: Int[np.ndarray, "n"], size: Int64[np.ndarray, "n"]) -> list[Piece]:
@@ -60,9 +77,33 @@ def _pieces(split: Int[np.ndarray, "n"], size: Int64[np.ndarray, "n"]) -> list[P
     block = ends[:-1] // PIECE
     starts = np.flatnonzero(np.diff(split, prepend=-1) | np.diff(block, prepend=-1)).tolist()
     return [
-        Piece(SPLITS[split[first]], (first, last), (int(ends[first]), int(ends[last])))
-        for first, last in itertools.pairwise([*starts, len(split)])
+        Piece(index, SPLITS[split[first]], (first, last), int(ends[last] - ends[first]))
+        for index, (first, last) in enumerate(itertools.pairwise([*starts, len(split)]))
     ]
+
+
+def _write(engine: Engine, table: ir.Table, name: str, lengths: Sequence[int]) -> None:
+    """Writes a table in its order, a batch a piece; `lengths` are the rows of each."""
+    batches = engine.stream(table)
+    # Arrow's own format: what is read again and again takes a tenth of Parquet's time.
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    path = str(_path(engine.folder, name))
+    with pa.ipc.new_file(path, batches.schema, options=options) as writer:
+        for rows in _cut(batches, lengths):
+            writer.write_table(rows)
+
+
+def _cut(batches: Iterator[pa.RecordBatch], lengths: Sequence[int]) -> Iterator[pa.Table]:
+    """The rows of some batches, so many at a time, each in one piece."""
+    rest = next(batches)
+    for length in lengths:
+        parts, missing = [], length
+        while missing:
+            rest = rest if rest.num_rows else next(batches)
+            parts.append(rest.slice(0, missing))
+            missing -= parts[-1].num_rows
+            rest = rest.slice(parts[-1].num_rows)
+        yield pa.Table.from_batches(parts).combine_chunks()
 
 
 def read_piece(
@@ -70,17 +111,19 @@ def read_piece(
 ) -> tuple[pa.Table, pa.Table]:
     """The requests and the candidates of a piece, of these the given columns."""
     return (
-        _rows(folder / f"{REQUESTS}.parquet", *piece.requests, None),
-        _rows(folder / f"{CANDIDATES}.parquet", *piece.candidates, columns),
+        _read(_path(folder, REQUESTS), piece.index, None),
+        _read(_path(folder, CANDIDATES), piece.index, columns),
     )
 
 
-def _rows(path: Path, start: int, stop: int, columns: Sequence[str] | None) -> pa.Table:
-    with pq.ParquetFile(path) as file:
-        groups = range(file.metadata.num_row_groups)
-        ends = np.cumsum([0, *(file.metadata.row_group(group).num_rows for group in groups)])
-        first, last = np.searchsorted(ends, [start, stop], side="right") - 1
-        read = file.read_row_groups(
-            list(range(first, min(last + 1, len(ends) - 1))), columns=columns, use_threads=False
-        )
-    return read.slice(start - ends[first], stop - start).combine_chunks()
+def _read(path: Path, index: int, columns: Sequence[str] | None) -> pa.Table:
+    with pa.memory_map(str(path)) as file:
+        names = pa.ipc.open_file(file).schema.names
+        fields = [names.index(name) for name in columns or names]
+        options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
+        batch = pa.ipc.open_file(file, options=options).get_batch(index)
+    return pa.Table.from_batches([batch])
+
+
+def _path(folder: Path, name: str) -> Path:
+    return folder / f"{name}.arrow"

@@ -16,11 +16,11 @@ from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.block import Block
-from kd_ranker.requests.pool import open_pool
+from kd_ranker.requests.pool import Runner, open_threads
 from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.sources.logs import files, findings, looks, scan, typed
 from kd_ranker.sources.logs import grouped as grouped_
-from kd_ranker.sources.logs.candidate_rows import write_candidate_rows
+from kd_ranker.sources.logs.candidate_rows import ROWS_FOLDER, path_of, write_candidate_rows
 from kd_ranker.sources.logs.data_report import (
     PAGE,
     Found,
@@ -83,7 +83,8 @@ class PreparedLog(NamedTuple):
 
     def num_requests(self, split: str) -> int:
         """The number of requests of a split."""
-        return sum(stop - start for _, (start, stop), _ in self.shards(split))
+        spans = (piece.requests for piece in self.shards(split))
+        return sum(stop - start for start, stop in spans)
 
 
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
@@ -107,10 +108,10 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         work = Path(tempfile.mkdtemp(prefix=".parquet-", dir=layout.directory))
         stack.callback(shutil.rmtree, work)
         engine = stack.enter_context(open_engine(layout, work))
-        run = stack.enter_context(open_pool(layout.processes))
-        source = _source(log, layout, _read(log, layout, engine))
+        run = stack.enter_context(open_threads(layout.processes))
+        source = _source(log, layout, _read(log, layout, engine, run), run)
         # From here on, all of it is the source's to close.
-        return dataclasses.replace(source, run=run, close=stack.pop_all().close)
+        return dataclasses.replace(source, close=stack.pop_all().close)
 
 
 def check_unchanged(data: ConfigDict, directory: Path) -> None:
@@ -131,7 +132,7 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
         )
 
 
-def _read(log: Log, layout: LogLayout, engine: Engine) -> PreparedLog:
+def _read(log: Log, layout: LogLayout, engine: Engine, run: Runner) -> PreparedLog:
     """All passes but the last."""
     rows = engine.read(log)
     unfolded, without_any = typed.unfold(rows, layout)
@@ -143,8 +144,10 @@ def _read(log: Log, layout: LogLayout, engine: Engine) -> PreparedLog:
             f"{looks.time_hint(log, layout)}"
         )
     scanned = scan.scan(engine, layout, rows)
-    faults, other_version = count_faults(engine, layout, rows, unfolded)
     counts = _by_reason(engine, grouped)
+    used = engine.count(grouped.candidates)
+    numbered = number(engine, layout, rows, unfolded, grouped) if used else None
+    faults, other_version = count_faults(engine, layout, rows, unfolded, numbered)
     found = Found(
         *scanned,
         counts=counts,
@@ -152,16 +155,14 @@ def _read(log: Log, layout: LogLayout, engine: Engine) -> PreparedLog:
         other_version=other_version,
         cutoffs=grouped.cutoffs,
     )
-    used = engine.count(grouped.candidates)
     if found.entries != used + counts.sum():
         raise RuntimeError(
             f"{found.entries} candidates in the log, {used} used, {counts.sum()} rejected"
         )
-    if not used:
+    if numbered is None:
         return PreparedLog(engine, grouped, found, [], None)
-    numbered = number(engine, layout, rows, unfolded, grouped)
     pieces = write_ordered(engine, layout, grouped, numbered)
-    statistics = add_up(layout, engine.folder, pieces)
+    statistics = add_up(layout, engine.folder, pieces, run)
     return PreparedLog(
         engine,
         grouped,
@@ -196,7 +197,7 @@ def _moments_of_items(engine: Engine, layout: LogLayout, numbered: Numbered) -> 
     return {name: moments_of(floats_of(table, column)) for name, column in names.items()}
 
 
-def _source(log: Log, layout: LogLayout, read: PreparedLog) -> Source:
+def _source(log: Log, layout: LogLayout, read: PreparedLog, run: Runner) -> Source:
     report = make_data_report(log, layout, read.found)
     found = findings.find(report, functools.partial(looks.time_hint, log, layout))
     report["allowed"] = [finding._asdict() for finding in found if finding.name in layout.allow]
@@ -226,8 +227,14 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog) -> Source:
     def write_beside(directory: Path) -> None:
         _write_report(log, layout, read, report, directory)
         write_vocabularies(engine, numbered, encoding.spec, directory / VOCABULARIES_FOLDER)
-        for split in SPLITS:
-            write_candidate_rows(engine.folder, read.shards(split), directory)
+        (directory / ROWS_FOLDER).mkdir()
+        rows = [
+            (engine.folder, piece, path_of(directory, split, shard))
+            for split in SPLITS
+            for shard, piece in enumerate(read.shards(split))
+        ]
+        for _ in run(write_candidate_rows, rows, "writing places"):
+            pass
         (directory / MANIFEST).write_text(json.dumps(log.manifest, indent=2))
 
     return Source(
@@ -239,6 +246,7 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog) -> Source:
         num_requests={split: read.num_requests(split) for split in SPLITS},
         item_category=item_category,
         shards=shards,
+        run=run,
         write_beside=write_beside,
     )
 

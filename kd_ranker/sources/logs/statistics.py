@@ -4,6 +4,8 @@ A piece is added up after the other, in their order, so no bit of a sum depends 
 Moments are those of training requests alone, and rejected rows count nowhere.
 """
 
+import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Float64, Int, Int64, Num
 
 from kd_ranker.batch import Stage
+from kd_ranker.requests.pool import Runner
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.ordered import Piece, read_piece
@@ -54,26 +57,34 @@ class Statistics(NamedTuple):
     last: Int64[np.ndarray, "splits"]
 
 
-def add_up(layout: LogLayout, folder: Path, pieces: list[Piece]) -> Statistics:
+def add_up(layout: LogLayout, folder: Path, pieces: Sequence[Piece], run: Runner) -> Statistics:
     """Adds up the pieces of the files in a folder, in their order."""
-    moments: dict[str, Moments] = {}
-    totals: dict[str, np.ndarray] = {}
+    calls = [(layout, folder, piece) for piece in pieces]
+    return functools.reduce(_both, run(_sums_of, calls, "adding up"))
+
+
+def _sums_of(layout: LogLayout, folder: Path, piece: Piece) -> Statistics:
+    """The sums over one piece."""
+    requests, candidates = read_piece(folder, piece)
+    moments = {}
+    if piece.split == "train":
+        for feature in layout.of("user", "context", "candidate", kind="dense"):
+            table = requests if feature.of_request else candidates
+            moments[feature.name] = moments_of(floats_of(table, f"feature:{feature.name}"))
+    split, time = SPLITS.index(piece.split), requests["time"].to_numpy()
     latest = np.iinfo(np.int64)
     first, last = (np.full(len(SPLITS), of, np.int64) for of in (latest.max, latest.min))
-    for piece in pieces:
-        requests, candidates = read_piece(folder, piece)
-        split = SPLITS.index(piece.split)
-        time = requests["time"].to_numpy()
-        first[split], last[split] = min(first[split], time.min()), max(last[split], time.max())
-        if piece.split == "train":
-            for feature in layout.of("user", "context", "candidate", kind="dense"):
-                table = requests if feature.of_request else candidates
-                numbers = moments_of(floats_of(table, f"feature:{feature.name}"))
-                moments[feature.name] = merge_moments(
-                    moments.get(feature.name, NO_MOMENTS), numbers
-                )
-        for name, total in _totals(layout, piece, requests, candidates).items():
-            totals[name] = totals.get(name, 0) + total
+    first[split], last[split] = time.min(), time.max()
+    return Statistics(moments, _totals(layout, piece, requests, candidates), first, last)
+
+
+def _both(one: Statistics, other: Statistics) -> Statistics:
+    moments = one.moments | {
+        name: merge_moments(one.moments.get(name, NO_MOMENTS), of)
+        for name, of in other.moments.items()
+    }
+    totals = {name: total + other.totals[name] for name, total in one.totals.items()}
+    first, last = np.minimum(one.first, other.first), np.maximum(one.last, other.last)
     return Statistics(moments, totals, first, last)
 
 

@@ -7,7 +7,7 @@ names), `position`, `label:<task>` (-1: none, -2: no label), `label_weight`, `te
 """
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import reduce
 
 import ibis
@@ -77,9 +77,24 @@ def code_of(value: ir.Value, codes: Mapping[str, int]) -> ir.IntegerValue:
     return ibis.cases(*((text == of, code) for of, code in codes.items()), else_=0).cast("int8")
 
 
-def features_of(table: ir.Table, features: Sequence[Feature]) -> dict[str, ir.Value]:
-    """`feature:<name>` -> the value: a number, an id, or a list of ids, cut to its length."""
-    return {f"feature:{of.name}": _feature(of, table[of.column]) for of in features}
+def features_of(
+    table: ir.Table,
+    features: Sequence[Feature],
+    column: Callable[[Feature], str] = operator.attrgetter("column"),
+) -> dict[str, ir.Value]:
+    """`feature:<name>` -> the value: a number, an id, or a list of ids, cut to its length.
+
+    Args:
+      table: holds the features as the log has them.
+      features: which.
+      column: gives the name of a feature's column in the table; by default that of the log.
+    """
+    return {f"feature:{of.name}": _feature(of, table[column(of)]) for of in features}
+
+
+def raw_name(feature: Feature) -> str:
+    """The name of a column for a feature as the log has it, beside what has names of its own."""
+    return f"raw:{feature.name}"
 
 
 def _feature(feature: Feature, value: ir.Value) -> ir.Value:
