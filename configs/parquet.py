@@ -70,6 +70,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.processes = 1
     config.data.infer = False
     config.data.memory = 4.0  # GiB for reading the log, which may be larger
+    config.data.engine = "duckdb"  # or spark, for a log that outgrows this machine
+    config.data.spark_master = "local[*]"
+    config.data.spark_options = ()  # such as "spark.executor.memory=8g"
 
     config.funnel.retrieved = 200  # the most candidates of a request; more are rejected
     config.funnel.passed = 50

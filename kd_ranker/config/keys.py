@@ -370,6 +370,12 @@ _LOG = _of_source(
         influences="nothing"),
     Key("memory", 4.0, "GiB that the engine which reads the log holds in memory; more goes to disk",
         POSITIVE, influences="nothing"),
+    Key("engine", "duckdb", "what reads the log: in this process, or for one that outgrows it",
+        layout.ENGINES, influences="nothing"),
+    Key("spark_master", "local[*]", "where Spark works, as `spark://host:7077`",
+        influences="nothing"),
+    Key("spark_options", (), "settings of Spark's session, as `spark.executor.memory=8g`",
+        element=str, influences="nothing"),
 )  # fmt: skip
 
 DATA_KEYS: dict[str, dict[str, Key]] = {

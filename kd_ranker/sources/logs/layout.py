@@ -11,6 +11,7 @@ ROWS = ("candidate", "request")
 SPLIT_BY = ("time", "request", "user")
 TIME_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000}
 OWNERS = ("user", "context", "item", "candidate")
+ENGINES = ("duckdb", "spark")
 FEATURE_KINDS = ("dense", "category", "bag", "history")
 STAGES = ("retrieved", "passed", "shown")
 # Findings that make no dataset unless `data.allow` names them, see `findings`.
@@ -65,6 +66,9 @@ class LogLayout:
       strict: True if a fault of a row ends the build.
       processes: how many to work with.
       memory: GiB that the engine holds at most.
+      engine: one of `ENGINES`.
+      spark_master: where Spark works.
+      spark_options: settings of its session, by name.
       retrieved: the most candidates of a request.
       history_length: of the history feature; without one, `data.history_length`.
     """
@@ -89,6 +93,9 @@ class LogLayout:
     strict: bool
     processes: int
     memory: float
+    engine: str
+    spark_master: str
+    spark_options: dict[str, str]
     retrieved: int
     history_length: int
 
@@ -152,6 +159,9 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
         strict=bool(data.strict),
         processes=int(data.processes),
         memory=float(data.memory),
+        engine=data.engine,
+        spark_master=data.spark_master,
+        spark_options=_read_options(data.spark_options),
         retrieved=int(funnel.retrieved),
         history_length=histories[0].length if histories else int(data.history_length),
     )
@@ -213,6 +223,13 @@ def _read_stages(stages: ConfigDict) -> dict[str, int]:
     if "shown" not in stages or not stages.shown:
         raise UserError("data.stages.shown is empty; say what the stage column holds there")
     return texts
+
+
+def _read_options(options: Sequence[str]) -> dict[str, str]:
+    for option in options:
+        if "=" not in option:
+            raise UserError(f"data.spark_options has {option!r}, which is no name=value")
+    return dict(option.split("=", 1) for option in options)
 
 
 def _read_feature(name: str, value: ConfigDict) -> Feature:

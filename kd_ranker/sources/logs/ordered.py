@@ -27,13 +27,13 @@ class Piece(NamedTuple):
     """Requests in a row, of one split.
 
     Attributes:
-      index: the number of the piece, from 0.
+      batch: the number of the piece, from 0.
       split: one of `SPLITS`.
       requests: the numbers of its requests, [start, stop).
       candidates: how many these have.
     """
 
-    index: int
+    batch: int
     split: str
     requests: tuple[int, int]
     candidates: int
@@ -111,18 +111,18 @@ def read_piece(
 ) -> tuple[pa.Table, pa.Table]:
     """The requests and the candidates of a piece, of these the given columns."""
     return (
-        _read(_path(folder, REQUESTS), piece.index, None),
-        _read(_path(folder, CANDIDATES), piece.index, columns),
+        _read(_path(folder, REQUESTS), piece.batch, None),
+        _read(_path(folder, CANDIDATES), piece.batch, columns),
     )
 
 
-def _read(path: Path, index: int, columns: Sequence[str] | None) -> pa.Table:
+def _read(path: Path, batch: int, columns: Sequence[str] | None) -> pa.Table:
     with pa.memory_map(str(path)) as file:
         names = pa.ipc.open_file(file).schema.names
         fields = [names.index(name) for name in columns or names]
         options = pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False)
-        batch = pa.ipc.open_file(file, options=options).get_batch(index)
-    return pa.Table.from_batches([batch])
+        rows = pa.ipc.open_file(file, options=options).get_batch(batch)
+    return pa.Table.from_batches([rows])
 
 
 def _path(folder: Path, name: str) -> Path:

@@ -35,7 +35,8 @@ from kd_ranker.sources.logs.encode import (
     make_encoding,
     save_encoding,
 )
-from kd_ranker.sources.logs.engine import Engine, open_engine
+from kd_ranker.sources.logs.engine import Engine
+from kd_ranker.sources.logs.engines import open_engine
 from kd_ranker.sources.logs.faults import count_faults
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.findings import Finding

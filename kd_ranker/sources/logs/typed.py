@@ -40,7 +40,8 @@ def id_of(value: ir.Value) -> ir.Value:
     if kind.is_floating():
         whole = (value.abs() <= _EXACT[type(kind)]) & (value.floor() == value)
         return ibis.ifelse(whole, value, None).cast("int64")
-    return value if kind == dt.uint64 else value.cast("int64")
+    # As which Spark reads numbers of 64 bits without a sign.
+    return value if kind == dt.uint64 or kind.is_decimal() else value.cast("int64")
 
 
 def number_of(value: ir.Value) -> ir.FloatingValue:

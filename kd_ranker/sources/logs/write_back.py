@@ -37,7 +37,7 @@ from kd_ranker.requests.ragged import runs, starts_of
 from kd_ranker.requests.records import damage, record_features, teacher_column
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs import candidate_rows, files
-from kd_ranker.sources.logs.engine import open_engine
+from kd_ranker.sources.logs.duckdb_engine import open_duckdb
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import LogLayout, read_layout
 from kd_ranker.sources.logs.lists import lists_of
@@ -188,10 +188,14 @@ def _write_missing(
         find = functools.partial(write_scores, spec, copy, work / _UNSORTED)
         for _ in run(find, calls, "reading scores"):
             pass
-        with open_engine(layout, work) as engine:
+        path = work / "sorted.parquet"
+        with open_duckdb(layout.memory, layout.processes, work) as engine:
             scores = engine.backend.read_parquet(str(work / _UNSORTED / "*.parquet"))
-            wanted = scores.filter(scores.file.isin(missing))
-            path = engine.write(wanted.order_by("file", "row", "place"), "sorted")
+            wanted = scores.filter(scores.file.isin(missing)).order_by("file", "row", "place")
+            batches = engine.stream(wanted)
+            with pq.ParquetWriter(path, batches.schema, compression="lz4") as writer:
+                for batch in batches:
+                    writer.write_batch(batch)
         write = functools.partial(write_file, log, layout, columns, spec.teacher_version, path)
         calls = [(file, work / f"{file:06d}.parquet", outputs[file]) for file in missing]
         for _ in run(write, calls, "writing the scored log"):

@@ -10,7 +10,7 @@ import pytest
 
 from kd_ranker.sources.logs import typed
 from kd_ranker.sources.logs.encode import _places
-from kd_ranker.sources.logs.engine import open_engine
+from kd_ranker.sources.logs.engines import open_engine
 from tests.sources import faulty_logs
 
 

@@ -1,0 +1,88 @@
+"""DuckDB as engine, in this process."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import ibis
+import ibis.expr.types as ir
+import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
+
+from kd_ranker.sources.logs.engine import FILE, ROWS_AT_A_TIME, Engine
+from kd_ranker.sources.logs.files import Log
+
+
+class DuckDb(Engine):
+    """A connection to DuckDB, which spills to disk what does not fit in memory."""
+
+    def keep(self, name: str, table: ir.Table) -> ir.Table:
+        """The same table, worked out once and for all."""
+        kept: ir.Table = self.backend.create_table(name, table, temp=True)
+        return kept
+
+    def fetch(self, table: ir.Table) -> pa.Table:
+        """A table that fits in memory."""
+        return self.backend.con.sql(str(ibis.to_sql(table))).to_arrow_table()
+
+    def stream(self, table: ir.Table) -> pa.RecordBatchReader:
+        """A table in its order, some rows at a time."""
+        return self.backend.con.sql(str(ibis.to_sql(table))).to_arrow_reader(ROWS_AT_A_TIME)
+
+    def put(self, name: str, rows: pa.Table) -> ir.Table:
+        """A table of rows that are here."""
+        self.backend.con.register(name, rows)
+        put: ir.Table = self.backend.table(name)
+        return put
+
+    def rows_of(self, log: Log, files: list[int]) -> ir.Table:
+        """All rows of some files of a log, with the columns `FILE` and `ROW`."""
+        names = self.names_of(log)
+        rows: ir.Table = self.backend.read_parquet(
+            [names[file] for file in files],
+            filename=FILE,
+            file_row_number=True,
+            union_by_name=True,
+            hive_partitioning=False,
+        )
+        return rows
+
+    def names_of(self, log: Log) -> list[str]:
+        """The files of a log as `FILE` names them."""
+        system, _ = fsspec.core.url_to_fs(log.url)
+        if isinstance(system, LocalFileSystem):
+            return list(log.files)
+        try:
+            system.modified(log.files[0])
+        except NotImplementedError:
+            # An archive, say, which the engine cannot read from.
+            copies = [self.folder / f"copied-{number}" for number in range(len(log.files))]
+            if not copies[-1].exists():
+                system.get(list(log.files), [str(copy) for copy in copies])
+            return [str(copy) for copy in copies]
+        names = [system.protocol] if isinstance(system.protocol, str) else system.protocol
+        if not {*names} & {*self.backend.con.list_filesystems()}:
+            self.backend.con.register_filesystem(system)
+        return [system.unstrip_protocol(path) for path in log.files]
+
+
+@contextlib.contextmanager
+def open_duckdb(memory: float, threads: int, folder: Path) -> Iterator[Engine]:
+    """Opens DuckDB.
+
+    Args:
+      memory: GiB that it holds at most.
+      threads: how many it works with.
+      folder: for what does not fit in memory.
+    """
+    backend = ibis.duckdb.connect(
+        memory_limit=f"{memory * 1024:.0f}MiB",
+        threads=threads,
+        temp_directory=str(folder / "spilled"),
+        preserve_insertion_order=False,
+    )
+    try:
+        yield DuckDb(backend, folder)
+    finally:
+        backend.disconnect()

@@ -1,0 +1,27 @@
+"""The choice of an engine."""
+
+import contextlib
+from pathlib import Path
+
+from kd_ranker.errors import UserError
+from kd_ranker.sources.logs.duckdb_engine import open_duckdb
+from kd_ranker.sources.logs.engine import Engine
+from kd_ranker.sources.logs.layout import LogLayout
+
+
+def open_engine(layout: LogLayout, folder: Path) -> contextlib.AbstractContextManager[Engine]:
+    """Opens the engine that the config names; the folder is for what does not fit in memory.
+
+    Raises:
+      UserError: the engine is not installed, or does not start.
+    """
+    if layout.engine == "duckdb":
+        return open_duckdb(layout.memory, layout.processes, folder)
+    try:
+        from kd_ranker.sources.logs.spark_engine import open_spark
+    except ImportError as error:
+        raise UserError(
+            f"data.engine={layout.engine!r} needs the package pyspark ({error}); "
+            "pip install 'kd_ranker[spark]'"
+        ) from error
+    return open_spark(layout.spark_master, layout.spark_options, folder.resolve())

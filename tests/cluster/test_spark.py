@@ -1,0 +1,75 @@
+"""The same dataset of a log by Spark and by DuckDB, file by file."""
+
+import shutil
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kd_ranker.errors import UserError
+from kd_ranker.pipeline import commands
+from tests.sources import faulty_logs
+from tests.sources.faulty_logs import make_rows, write_log
+
+needs_spark = pytest.mark.skipif(
+    not shutil.which("java"), reason="there is no Java; scripts/test_cluster.sh says what it takes"
+)
+# As many tasks as there are workers: a small log in 200 would take minutes.
+SPARK = dict(
+    engine="spark",
+    spark_master="local[2]",
+    spark_options=("spark.sql.shuffle.partitions=2", "spark.driver.memory=2g"),
+)
+
+
+def files(directory):
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def make_ids_large(log):
+    """Makes user ids of 64 bits that no number with a sign holds."""
+    for path in log.iterdir():
+        table = pq.read_table(path)
+        column = table.schema.get_field_index("user_id")
+        ids = table["user_id"].combine_chunks()
+        large = np.uint64(2**64 - 1) - ids.fill_null(0).to_numpy().astype(np.uint64)
+        missing = ids.is_null().to_numpy(zero_copy_only=False)
+        pq.write_table(table.set_column(column, "user_id", pa.array(large, mask=missing)), path)
+
+
+@needs_spark
+@pytest.mark.parametrize(
+    ("by_request", "texts", "split"), [(False, False, "time"), (True, True, "user")]
+)
+def test_spark_and_duckdb_make_the_same_dataset(tmp_path, by_request, texts, split):
+    pytest.importorskip("pyspark", reason="pyspark is not installed; see scripts/test_cluster.sh")
+    rows = make_rows(31, requests=60, faults=0.05, texts=texts)
+    log = write_log(tmp_path / "my log", rows, by_request, shuffle=1, files=3)
+    if not texts:
+        make_ids_large(log)
+    changes = dict(split=split, rows="request" if by_request else "candidate")
+    by_duckdb, by_spark = (
+        commands.prepare_data(faulty_logs.config(log, tmp_path / str(index), **changes, **engine))
+        for index, engine in enumerate(({}, SPARK))
+    )
+    expected, found = files(by_duckdb), files(by_spark)
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if found[name] != expected[name]] == []
+
+
+def test_without_spark_one_line_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "kd_ranker.sources.logs.spark_engine", None)
+    log = write_log(tmp_path / "log", make_rows(1))
+    with pytest.raises(UserError, match=r"data.engine='spark' needs the package pyspark .*spark"):
+        commands.prepare_data(faulty_logs.config(log, tmp_path, **SPARK))
+
+
+def test_a_setting_without_a_value_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"data\.spark_options has 'a', which is no name=value"):
+        faulty_logs.layout(faulty_logs.config("log", tmp_path, spark_options=("a",)))
