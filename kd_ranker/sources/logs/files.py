@@ -155,20 +155,30 @@ def open_log(layout: LogLayout) -> Log:
     parts: list[Part] = []
     names: set[str] = set()
 
-    def footer(file: str) -> tuple[pa.Schema, pq.FileMetaData]:
-        with _opened(system, file) as parquet:
-            return parquet.schema_arrow, parquet.metadata
-
-    with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
-        for index, (schema, metadata) in enumerate(pool.map(footer, files)):
-            _check_schema(files[index], schema, wanted, families)
-            parts += _parts(index, metadata, layout)
-            names.update(schema.names)
+    for index, (schema, metadata) in enumerate(read_footers(system, files)):
+        _check_schema(files[index], schema, wanted, families)
+        parts += _parts(index, metadata, layout)
+        names.update(schema.names)
     _check_history(layout, families)
     if not sum(part.rows for part in parts):
         raise UserError(f"data.path={layout.path}: {_count(len(files), 'file')} without any row")
     columns = tuple(sorted(names))
     return Log(layout.path, tuple(files), tuple(sizes), tuple(changed), tuple(parts), columns)
+
+
+def read_footers(system: Any, files: Sequence[str]) -> Iterator[tuple[pa.Schema, pq.FileMetaData]]:
+    """Yields the columns and the footer of each file.
+
+    Raises:
+      UserError: one is no Parquet file.
+    """
+
+    def footer(file: str) -> tuple[pa.Schema, pq.FileMetaData]:
+        with _opened(system, file) as parquet:
+            return parquet.schema_arrow, parquet.metadata
+
+    with ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
+        yield from pool.map(footer, files)
 
 
 def find_files(url: str) -> tuple[Any, list[str], list[int], list[str]]:
@@ -262,7 +272,7 @@ def _check_schema(
                 f"{file} has two columns {column.column!r} ({column.key}); rename one of them"
             )
         type_ = schema.field(column.column).type
-        depth, family = _family(type_)
+        depth, family = family_of(type_)
         takes, words = _TAKES[column.use]
         if family == _NULL:
             continue
@@ -295,7 +305,7 @@ def _check_history(layout: LogLayout, families: dict[str, tuple[str, str]]) -> N
         )
 
 
-def _family(type_: pa.DataType) -> tuple[int, str]:
+def family_of(type_: pa.DataType) -> tuple[int, str]:
     """The number of lists around the values of a type, and the family of these."""
     depth = 0
     while is_list(type_) or pa.types.is_dictionary(type_):
