@@ -1,139 +1,38 @@
-"""Judgements by the names of columns: the roles in a log that each may have."""
+"""Judgements by the names of columns: the roles in a log that each may have.
 
+The names and the words that they are made of stand in `names.json`.
+"""
+
+import json
 import keyword
 import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
-# Names that a column of each role goes by; the first is the template's. They match however they
-# are written: `request_id`, `requestId`, `REQUESTID`, `request_ids`.
-SYNONYMS: dict[str, tuple[str, ...]] = {
-    "request": (
-        "request_id", "request", "req_id", "req", "rid", "query_id", "qid", "impression_id",
-        "slate_id", "list_id", "page_id", "page_view_id", "pageview_id", "feed_id", "search_id",
-        "auction_id", "trace_id", "session_request_id", "request_uuid", "session_id",
-    ),
-    "user": (
-        "user_id", "user", "uid", "member_id", "account_id", "customer_id", "visitor_id",
-        "viewer_id", "reader_id", "listener_id", "profile_id", "user_uuid", "user_key", "device_id",
-    ),
-    "item": (
-        "item_id", "item", "iid", "video_id", "vid", "photo_id", "pid", "product_id", "doc_id",
-        "document_id", "post_id", "article_id", "news_id", "ad_id", "creative_id", "content_id",
-        "movie_id", "track_id", "song_id", "note_id", "job_id", "listing_id", "sku", "asin",
-        "candidate_id", "candidate", "target_id", "entity_id", "item_uuid", "item_key", "goods_id",
-    ),
-    "time": (
-        "time", "timestamp", "ts", "request_time", "request_timestamp", "request_ts", "time_ms",
-        "time_s", "time_us", "timestamp_ms", "event_time", "event_timestamp", "event_ts",
-        "datetime", "date_time", "server_time", "log_time", "requested_at", "created_at", "date",
-    ),
-    "stage": ("stage", "funnel_stage", "funnel", "funnel_level", "status", "state", "stage_name"),
-    "position": (
-        "position", "pos", "display_position", "shown_position", "show_position", "slot",
-        "slot_position", "impression_position", "display_rank", "rank", "item_position",
-        "rank_position", "feed_position",
-    ),
-    "label_weight": (
-        "label_weight", "sample_weight", "importance_weight", "example_weight", "ips_weight",
-        "inverse_propensity", "weight",
-    ),
-    "teacher_version": (
-        "teacher_version", "model_version", "ranker_version", "final_ranker_version",
-        "teacher_model", "teacher_model_version", "ranking_model", "ranking_model_version",
-        "ranker", "model_id", "model_name",
-    ),
-    "teacher_weight": ("teacher_weight", "teacher_valid", "teacher_logged", "teacher_mask"),
-}  # fmt: skip
-
+# The words themselves, by what they are for.
+_WORDS: dict[str, Any] = json.loads((Path(__file__).parent / "names.json").read_text())
+# Role -> the names that a column of it goes by, the first of which is the template's. They match
+# however they are written: `request_id`, `requestId`, `REQUESTID`, `request_ids`.
+SYNONYMS: dict[str, list[str]] = _WORDS["roles"]
 # Columns that say of each candidate only whether it was shown.
-SHOWN_NAMES = (
-    "shown", "is_shown", "was_shown", "exposed", "is_exposed", "exposure", "is_exposure",
-    "impressed", "impression", "is_impression", "displayed", "is_displayed", "served", "is_show",
-    "show",
-)  # fmt: skip
-
+SHOWN_NAMES: list[str] = _WORDS["shown"]
 # Names of the values of a stage column, from the widest stage to the narrowest.
-STAGE_WORDS: dict[str, tuple[str, ...]] = {
-    "retrieved": ("retrieved", "retrieval", "recall", "recalled", "candidate", "matched", "match"),
-    "passed": (
-        "passed", "pass", "prerank", "preranked", "preranking", "early", "early_rank",
-        "early_ranked", "coarse", "coarse_ranked", "rank", "ranked", "ranking", "scored", "rerank",
-        "reranked", "kept",
-    ),
-    "shown": (
-        "shown", "show", "displayed", "display", "exposed", "exposure", "impression", "impressed",
-        "served", "delivered", "viewed", "realshow",
-    ),
-}  # fmt: skip
+STAGE_WORDS: dict[str, list[str]] = _WORDS["stages"]
+KNOWN_TASKS = frozenset(_WORDS["tasks"])
+UNWANTED = frozenset(_WORDS["unwanted"])
 
-KNOWN_TASKS = frozenset((
-    "click", "like", "share", "watch", "long_view", "long_watch", "view", "effective_view",
-    "valid_view", "valid_play", "play", "purchase", "buy", "order", "pay", "cart", "add_to_cart",
-    "add_cart", "follow", "subscribe", "comment", "reply", "save", "favorite", "favourite",
-    "collect", "bookmark", "install", "download", "conversion", "convert", "forward", "repost",
-    "retweet", "finish", "complete", "engage", "engagement", "upvote", "apply", "contact",
-    "profile_enter", "enter_profile", "listen", "read", "open", "skip", "dislike", "hide",
-    "report", "block", "downvote", "not_interested", "unfollow", "hate",
-))  # fmt: skip
-UNWANTED = frozenset((
-    "skip", "dislike", "hide", "report", "block", "downvote", "not_interested", "unfollow", "hate",
-))  # fmt: skip
-
-_LABEL_AFFIXES = frozenset(
-    ("is", "has", "did", "was", "label", "y", "flag", "event", "target", "action")
-)
-_TEACHER_WORDS = frozenset(("teacher", "final", "ranker"))
-_OUTPUT_WORDS = frozenset(
-    ("probability", "prob", "proba", "score", "pred", "predicted", "prediction", "p", "model")
-)
-_PREDICTIONS = frozenset(("logit", "pred", "predicted", "prediction", "prob", "probability"))
-_RANK_WORDS = frozenset(("rank", "ranking", "position", "order"))
+_LABEL_AFFIXES, _HISTORIES = frozenset(_WORDS["label_affixes"]), frozenset(_WORDS["histories"])
+_TEACHER_WORDS, _OUTPUT_WORDS = frozenset(_WORDS["teacher"]), frozenset(_WORDS["outputs"])
+_PREDICTIONS, _RANK_WORDS = frozenset(_WORDS["predictions"]), frozenset(_WORDS["ranks"])
 # Rates that models predict are called after themselves: pctr is the probability of a click.
-_RATES = {
-    "ctr": ("click",),
-    "cvr": ("conversion", "convert", "purchase", "buy", "order"),
-    "ltr": ("like",),
-    "wtr": ("follow", "watch"),
-    "ftr": ("forward",),
-    "lvtr": ("long_view",),
-}
-
-_AFTERWARDS = frozenset(
-    ("dwell", "stay", "completion", "feedback", "outcome", "reward", "gmv", "revenue", "rating")
-)
-_USE = frozenset(("watch", "watched", "play", "played", "view", "viewed", "read", "listen"))
-_AMOUNT = frozenset(
-    ("time", "duration", "ratio", "second", "sec", "ms", "percent", "pct", "rate", "length")
-)
-
-_QUANTITIES = frozenset((
-    "count", "cnt", "num", "number", "n", "total", "sum", "price", "cost", "amount", "age",
-    "length", "duration", "second", "sec", "ms", "day", "year", "month", "score", "rate", "ratio",
-    "ctr", "view", "size", "width", "height", "weight", "distance", "popularity", "quality",
-    "follower", "fan", "level", "rank", "avg", "mean", "log",
-))  # fmt: skip
-_IDENTIFIERS = frozenset((
-    "id", "uuid", "key", "code", "hash", "category", "cat", "type", "genre", "tag", "topic",
-    "brand", "author", "country", "city", "region", "zip", "zipcode", "language", "lang", "channel",
-    "device", "os", "platform", "gender", "segment", "cluster", "bucket", "sku", "tab", "index",
-    "idx", "no",
-))  # fmt: skip
-_HISTORIES = frozenset(
-    ("history", "hist", "recent", "last", "seq", "sequence", "behavior", "behaviour", "past")
-)
-_OWNERS: dict[str, frozenset[str]] = {
-    "user": frozenset(("user", "member", "viewer", "visitor", "customer", "account", "u")),
-    "item": frozenset((
-        "item", "video", "photo", "product", "doc", "document", "post", "article", "news", "ad",
-        "content", "movie", "track", "song", "author", "creator", "seller", "i",
-    )),
-    "context": frozenset((
-        "request", "context", "hour", "weekday", "dow", "device", "os", "platform", "network",
-        "session", "page", "query", "surface", "tab", "app", "browser", "c",
-    )),
-}  # fmt: skip
+_RATES: dict[str, list[str]] = _WORDS["rates"]
+_AFTERWARDS, _USE = frozenset(_WORDS["afterwards"]), frozenset(_WORDS["uses"])
+_AMOUNT, _QUANTITIES = frozenset(_WORDS["amounts"]), frozenset(_WORDS["quantities"])
+_IDENTIFIERS = frozenset(_WORDS["identifiers"])
+_OWNERS: dict[str, list[str]] = _WORDS["owners"]
 
 
 def tokens_of(name: str) -> tuple[str, ...]:
@@ -220,7 +119,7 @@ def is_output_of_model(name: str) -> bool:
         _stem(word) in KNOWN_TASKS for word in words
     )
     is_output = bool(words & (_TEACHER_WORDS | _PREDICTIONS)) or is_scored_task
-    return is_output or _rate_tasks(name) != ()
+    return is_output or bool(_rate_tasks(name))
 
 
 def is_score(name: str) -> bool:
@@ -228,9 +127,9 @@ def is_score(name: str) -> bool:
     return bool(set(tokens_of(name)) & (_OUTPUT_WORDS | _RANK_WORDS))
 
 
-def _rate_tasks(name: str) -> tuple[str, ...]:
+def _rate_tasks(name: str) -> Sequence[str]:
     joined = _joined(name)
-    return next((tasks for rate, tasks in _RATES.items() if joined.endswith(f"p{rate}")), ())
+    return next((tasks for rate, tasks in _RATES.items() if joined.endswith(f"p{rate}")), [])
 
 
 def teacher_match(name: str, task: str, is_rank: bool = False) -> int:
