@@ -16,6 +16,7 @@ from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.grouped import Cutoffs
 from kd_ranker.sources.logs.layout import STAGES, Feature, LogLayout
+from kd_ranker.sources.logs.leaks import remarks_of
 from kd_ranker.sources.logs.looks import label_hint, probability_hint
 from kd_ranker.sources.logs.reasons import MEANING, Reason
 from kd_ranker.sources.logs.statistics import NO_MOMENTS, Moments, Statistics
@@ -44,6 +45,7 @@ class Found(NamedTuple):
       values: categorical feature -> `numbered.counts_of_values`.
       varying: feature -> how many requests, or items, have several values of it.
       ids: `numbered.counts_of_ids` and `counts_of_history`.
+      tells: feature -> `leaks.tell_tales`.
     """
 
     rows: int
@@ -58,6 +60,7 @@ class Found(NamedTuple):
     values: Mapping[str, Mapping[str, int]] = MappingProxyType({})
     varying: Mapping[str, int] = MappingProxyType({})
     ids: Mapping[str, int] = MappingProxyType({})
+    tells: Mapping[str, Mapping[str, float]] = MappingProxyType({})
 
 
 def make_data_report(log: Log, layout: LogLayout, found: Found) -> Report:
@@ -251,6 +254,8 @@ def _feature(feature: Feature, found: Found) -> dict[str, Any]:
     if feature.name in found.varying:
         owner = "items" if feature.of == "item" else "requests"
         entry[f"{owner}_with_several_values"] = found.varying[feature.name]
+    if tells := found.tells.get(feature.name):
+        entry["tells"] = dict(tells)
     return entry
 
 
@@ -368,6 +373,7 @@ def _remarks_on_features(features: list[dict], ids: dict) -> list[str]:
                 f"Feature {feature['name']!r} varies within {number:,} requests; that of the first "
                 "row counts."
             )
+        sentences += remarks_of(feature.get("tells", {}), feature["name"])
     if unknown := ids.get("history_events_of_unknown_items"):
         sentences.append(
             f"{unknown:,} of {ids['history_events']:,} events of histories are of items that are "

@@ -42,6 +42,7 @@ from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.findings import Finding
 from kd_ranker.sources.logs.grouped import Grouped
 from kd_ranker.sources.logs.layout import LogLayout, read_layout
+from kd_ranker.sources.logs.leaks import tell_tales
 from kd_ranker.sources.logs.numbered import (
     Numbered,
     counts_of_history,
@@ -173,6 +174,7 @@ def _read(log: Log, layout: LogLayout, engine: Engine, run: Runner) -> PreparedL
             values={name: counts_of_values(engine, of) for name, of in numbered.values.items()},
             varying=count_varying(engine, layout, rows, unfolded, grouped),
             ids=counts_of_ids(engine, numbered) | counts_of_history(engine, layout, numbered),
+            tells=tell_tales(engine, layout, grouped, numbered),
         ),
         pieces,
         numbered,

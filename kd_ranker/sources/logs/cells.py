@@ -1,0 +1,26 @@
+"""A table as cells, a row a value: what is asked of one column is asked so of all at once."""
+
+from collections.abc import Sequence
+
+import ibis
+import ibis.expr.types as ir
+
+from kd_ranker.sources.logs.typed import number_of
+
+
+def cells_of(table: ir.Table, names: Sequence[str], *keys: str) -> ir.Table:
+    """The values of some columns, one below the other; missing ones are left out.
+
+    A cell has `keys`, `column` (the place of its column in `names`), `code` (a hash of the value of
+    64 bits, the same for equal values of a type) and `number` (the value; none where it is no
+    number).
+    """
+    parts = []
+    for place, name in enumerate(names):
+        known = table.filter(table[name].notnull())
+        value = known[name]
+        is_number = value.type().is_numeric() or value.type().is_boolean()
+        number = number_of(value) if is_number else ibis.null("float64")
+        column = ibis.literal(place, "int16")
+        parts.append(known.select(*keys, column=column, code=value.hash(), number=number))
+    return ibis.union(*parts)

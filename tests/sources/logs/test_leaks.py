@@ -1,0 +1,90 @@
+"""Features that tell nearly alone what a ranker is to foretell."""
+
+import json
+import re
+
+import ibis
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import sklearn.metrics
+
+from kd_ranker.config.features import feature
+from kd_ranker.sources.logs import leaks
+from kd_ranker.sources.logs.engine import Engine
+from tests.sources import faulty_logs
+from tests.sources.logs.test_findings import write_small_log
+
+
+def told(folder, columns, *answers):
+    pq.write_table(pa.table(columns), folder / "rows.parquet")
+    engine = Engine(ibis.duckdb.connect(), folder)
+    rows = engine.backend.read_parquet(folder / "rows.parquet")
+    names = [name for name in columns if name not in answers]
+    return leaks.shares_told(engine, rows, names, answers)
+
+
+def test_the_share_told_is_the_mutual_information_over_the_entropy(tmp_path):
+    rng = np.random.default_rng(0)
+    p, number = rng.random(4000), 4000
+    yes = rng.random(number) < p
+    few = np.where(rng.random(number) < 0.7, yes, rng.integers(5, size=number))
+    columns = {
+        "few": few,
+        "many": p,
+        "texts": [f"value {i % 7}" if y else None for i, y in enumerate(yes)],
+        "noise": rng.random(number),
+        "ids": [str(i) for i in range(number)],
+        "yes": yes.astype(np.int8),
+    }
+    found = told(tmp_path, columns, "yes")
+    base = yes.mean()
+    entropy = -(base * np.log(base) + (1 - base) * np.log(1 - base))
+
+    def expected(bins):
+        bias = (len(np.unique(bins)) - 1) / (2 * number)
+        return (sklearn.metrics.mutual_info_score(bins, yes) - bias) / entropy
+
+    assert found["few"]["yes"] == pytest.approx(expected(few))
+    # 20 bins of equal numbers of rows.
+    assert found["many"]["yes"] == pytest.approx(expected(np.argsort(np.argsort(p)) // 200))
+    # A value is missing where the answer is no.
+    assert found["texts"]["yes"] > 0.99
+    assert found["noise"] == {"yes": 0.0}
+    # Each text is met once: of that, nothing is known.
+    assert found["ids"] == {}
+
+
+def test_a_single_yes_proves_nothing(tmp_path):
+    rng = np.random.default_rng(0)
+    yes = np.arange(3000) == 7
+    columns = {"same": yes.astype(int), "noise": rng.random(3000), "yes": yes.astype(np.int8)}
+    assert told(tmp_path, columns, "yes") == {"same": {"yes": 0.0}, "noise": {"yes": 0.0}}
+
+
+def test_the_data_report_remarks_on_features_that_tell_a_label_or_what_was_shown(tmp_path):
+    log = write_small_log(tmp_path / "log")
+    table = pq.read_table(log / "part-0.parquet")
+    watch, noise = table["watch"].to_pylist(), np.random.default_rng(0).random(table.num_rows)
+    shown = np.array([stage == "shown" for stage in table["stage"].to_pylist()])
+    table = table.append_column(
+        "echo", pa.array([2.0 * (y or 0) + n for y, n in zip(watch, noise, strict=True)])
+    )
+    table = table.append_column("dwell", pa.array(noise, mask=~shown))
+    pq.write_table(table, log / "part-0.parquet")
+    config = faulty_logs.config(log, tmp_path / "data", allow=("few_positives",))
+    config.data.features.echo = feature("candidate", "dense")
+    config.data.features.dwell = feature("candidate", "dense")
+    source = faulty_logs.open_source(config)
+    source.write_beside(tmp_path)
+    source.close()
+    report = json.loads((tmp_path / "data_report.json").read_text())
+    tells = {of["name"]: of["tells"] for of in report["features"] if "tells" in of}
+    assert {name: list(of) for name, of in tells.items()} == {
+        "echo": ["label of watch"],
+        "dwell": ["shown"],
+    }
+    remarks = " ".join(report["remarks"])
+    assert re.search(r"Feature 'echo' tells \d+% of the uncertainty of the label of watch", remarks)
+    assert re.search(r"'dwell' tells \d+% of the uncertainty which candidates were shown", remarks)
