@@ -12,14 +12,14 @@ import sklearn.metrics
 
 from kd_ranker.config.features import feature
 from kd_ranker.sources.logs import leaks
-from kd_ranker.sources.logs.engine import Engine
+from kd_ranker.sources.logs.duckdb_engine import DuckDb
 from tests.sources import faulty_logs
 from tests.sources.logs.test_findings import write_small_log
 
 
 def told(folder, columns, *answers):
     pq.write_table(pa.table(columns), folder / "rows.parquet")
-    engine = Engine(ibis.duckdb.connect(), folder)
+    engine = DuckDb(ibis.duckdb.connect(), folder)
     rows = engine.backend.read_parquet(folder / "rows.parquet")
     names = [name for name in columns if name not in answers]
     return leaks.shares_told(engine, rows, names, answers)
