@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests what runs on several machines, here on several workers of one: Spark, which reads a log. It
 # comes into .venv-cluster, beside the pinned dependencies; Java 17 has to be there (Debian's
-# default-jre-headless, which this installs where it may). 1.5 GB. Arguments go to pytest:
+# default-jre-headless, which this installs where it may). 2 GB. Arguments go to pytest:
 #
 #   ./scripts/test_cluster.sh
 #   PYTHON=python3.13 ./scripts/test_cluster.sh -k duckdb

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from kd_ranker.config import defaults
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import commands, launch
@@ -71,6 +72,15 @@ def test_good_config_flags_pass(monkeypatch):
     config, others = launch.read_config_flag(["train", CONFIG, "--workdir=somewhere", *good])
     assert config.data.name == "cascade"
     assert others == ["train", "--workdir=somewhere", *good]
+
+
+def test_a_home_folder_is_found_in_the_paths_of_a_config(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    config = defaults.get_config("parquet")
+    config.data.dir, config.data.path, config.teacher.workdir = "~/sets", "~/log/*.pq", "runs/~"
+    launch.with_home(config)
+    assert (config.data.dir, config.data.path) == ("/home/ann/sets", "/home/ann/log/*.pq")
+    assert config.teacher.workdir == "runs/~"
 
 
 def test_a_config_file_is_run_once(world, tmp_path):

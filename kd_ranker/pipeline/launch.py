@@ -3,6 +3,7 @@
 It alone reads flags, and only for the entry points: the library itself knows none.
 """
 
+import os
 import re
 import runpy
 import sys
@@ -37,7 +38,11 @@ def launch(command: Callable[[ConfigDict, Path], None], needs_workdir: bool = Tr
             raise UserError(f"{rest[1]!r} is not a flag; flags look like --name=value")
         return rest
 
-    _start(parse, lambda _: command(flags.FLAGS["config"].value, Path(workdir.value or ".")))
+    def run(_: list[str]) -> None:
+        config = with_home(flags.FLAGS["config"].value)
+        command(config, Path(workdir.value or ".").expanduser())
+
+    _start(parse, run)
 
 
 def launch_on_workdirs(command: Callable[[list[Path], Path], None]) -> None:
@@ -56,10 +61,17 @@ def launch_on_workdirs(command: Callable[[list[Path], Path], None]) -> None:
         return rest
 
     def run(arguments: list[str]) -> None:
-        workdir = Path(str(output.value))
-        command([Path(argument) for argument in arguments[1:]] or [workdir], workdir)
+        workdir, *others = (Path(path).expanduser() for path in (output.value, *arguments[1:]))
+        command(others or [workdir], workdir)
 
     _start(parse, run)
+
+
+def with_home(config: ConfigDict) -> ConfigDict:
+    """Puts the home folder in place of ~ in the paths of a config: no shell does so behind a =."""
+    for section, name in (("data", "dir"), ("data", "path"), ("teacher", "workdir")):
+        config[section][name] = os.path.expanduser(config[section][name])
+    return config
 
 
 def _start(parse: Callable[[list[str]], list[str]], run: Callable[[list[str]], None]) -> None:

@@ -110,7 +110,7 @@ def _columns(log: Log, layout: LogLayout, faults: Mapping[str, Mapping[str, int]
     column_of = {f"columns.{name}": column for name, column in layout.columns.items()}
     for section in ("labels", "teacher"):
         column_of |= {f"{section}.{task}": c for task, c in getattr(layout, section).items()}
-    column_of |= {f"features.{feature.name}": feature.column for feature in layout.features}
+    column_of |= {f"features.{feature.key}": feature.column for feature in layout.features}
     columns: list[dict[str, Any]] = [
         {"key": f"data.{name}", "column": column_of[name], **faults[name]}
         for name in column_of

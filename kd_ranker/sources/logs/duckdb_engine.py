@@ -4,12 +4,14 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import duckdb
 import fsspec
 import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
+from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.engine import FILE, ROWS_AT_A_TIME, Engine
 from kd_ranker.sources.logs.files import Log
 
@@ -75,6 +77,9 @@ def open_duckdb(memory: float, threads: int, folder: Path) -> Iterator[Engine]:
       memory: GiB that it holds at most.
       threads: how many it works with.
       folder: for what does not fit in memory.
+
+    Raises:
+      UserError: what runs meanwhile takes too much memory, or finds that a file cannot be read.
     """
     backend = ibis.duckdb.connect(
         memory_limit=f"{memory * 1024:.0f}MiB",
@@ -84,5 +89,11 @@ def open_duckdb(memory: float, threads: int, folder: Path) -> Iterator[Engine]:
     )
     try:
         yield DuckDb(backend, folder)
+    except duckdb.OutOfMemoryException as error:
+        raise UserError(
+            f"reading the log takes more than data.memory={memory:g} GiB: {error}"
+        ) from error
+    except (duckdb.IOException, duckdb.InvalidInputException) as error:
+        raise UserError(f"the log cannot be read: {error}") from error
     finally:
         backend.disconnect()

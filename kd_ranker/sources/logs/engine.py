@@ -57,8 +57,10 @@ class Engine(abc.ABC):
     def read(self, log: Log) -> ir.Table:
         """All rows of a log, with `file` (the file's number) and `row` (in it, from 0)."""
         rows, names = self.rows_of(log, [*range(len(log.files))]), self.names_of(log)
-        files = self.put("files", pa.table({FILE: names, "file": range(len(names))}))
-        rows = rows.join(files, FILE)
+        files = pa.table({FILE: names, "file": range(len(names))})
+        for field, column in zip(log.given.schema, log.given.columns, strict=True):
+            files = files.append_column(field, column)
+        rows = rows.join(self.put("files", files), FILE)
         return rows.mutate(row=rows[ROW].cast("int64")).drop(FILE, ROW)
 
     def read_file(self, log: Log, file: int, row: str) -> ir.Table:

@@ -118,11 +118,13 @@ def _of_features(
     counts = {}
     for feature in features:
         value = table[column(feature)]
-        if feature.kind == "dense":
+        if feature.place is not None:
+            of = _vectors(value, feature.length)
+        elif feature.kind == "dense":
             of = _numbers(value, -LARGEST, LARGEST)
         else:
             of = _ids(value) if feature.kind == "category" else _lists(value, feature.length)
-        counts[f"features.{feature.name}"] = of
+        counts[f"features.{feature.key}"] = of
     return counts
 
 
@@ -155,6 +157,10 @@ def _ids(value: ir.Value) -> Counts:
 def _numbers(value: ir.Value, low: float, high: float) -> Counts:
     number = number_of(value)
     return _counts(value, number, (number < low) | (number > high))
+
+
+def _vectors(vectors: ir.ArrayValue, length: int) -> Counts:
+    return _counts(vectors, vectors, vectors.length() != length)
 
 
 def _lists(lists: ir.ArrayValue, length: int) -> Counts:

@@ -4,16 +4,20 @@ import contextlib
 import dataclasses
 import difflib
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from absl import logging
 from fsspec.implementations.local import LocalFileSystem
 
 from kd_ranker.errors import UserError
+from kd_ranker.sources.logs import page_checksums
 from kd_ranker.sources.logs.layout import OPTIONAL, LogLayout
 
 SUFFIXES = (".parquet", ".pq")
@@ -23,6 +27,9 @@ _FOOTERS_AT_A_TIME = 16
 BATCH_ENTRIES = 1 << 17
 # The names by which different stores tell that a file was written anew.
 _CHANGED = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag")
+
+# What stands for none in the name of a folder.
+_NONE = "__HIVE_DEFAULT_PARTITION__"
 
 _INTEGER, _FLOAT, _DECIMAL, _BOOLEAN = "integer", "float", "decimal", "boolean"
 _TEXT, _TIME, _NULL, _OTHER = "text", "time", "null", "other"
@@ -86,6 +93,7 @@ class Log:
       changed: text that differs once a file is written anew.
       parts: their row groups, in the order of the files.
       names: of all columns that any of them has, sorted.
+      given: columns that the names of folders give, a row a file: `date=2024-05-01/` one of dates.
     """
 
     url: str
@@ -94,6 +102,7 @@ class Log:
     changed: tuple[str, ...]
     parts: tuple[Part, ...]
     names: tuple[str, ...]
+    given: pa.Table
 
     @property
     def manifest(self) -> dict[str, list]:
@@ -133,11 +142,12 @@ def wanted_columns(layout: LogLayout) -> list[Wanted]:
         for task, column in getattr(layout, section).items():
             wanted.append(Wanted(f"data.{section}.{task}", column, "number", listed, listed, True))
     for feature in layout.features:
-        depth = (0 if feature.of_request else listed) + (feature.kind in ("bag", "history"))
-        key = f"data.features.{feature.name}"
+        lists = feature.kind in ("bag", "history") or feature.place is not None
+        depth = (0 if feature.of_request else listed) + lists
+        key = f"data.features.{feature.key}"
         use = _USE_OF_KIND[feature.kind]
         wanted.append(Wanted(key, feature.column, use, depth, depth, not feature.of_request))
-    return wanted
+    return list(dict.fromkeys(wanted))
 
 
 def open_log(layout: LogLayout) -> Log:
@@ -154,16 +164,24 @@ def open_log(layout: LogLayout) -> Log:
     families: dict[str, tuple[str, str]] = {}
     parts: list[Part] = []
     names: set[str] = set()
+    given = _given(files)
 
     for index, (schema, metadata) in enumerate(read_footers(system, files)):
-        _check_schema(files[index], schema, wanted, families)
+        _check_schema(files[index], _with_given(schema, given), wanted, families)
         parts += _parts(index, metadata, layout)
         names.update(schema.names)
     _check_history(layout, families)
     if not sum(part.rows for part in parts):
         raise UserError(f"data.path={layout.path}: {_count(len(files), 'file')} without any row")
-    columns = tuple(sorted(names))
-    return Log(layout.path, tuple(files), tuple(sizes), tuple(changed), tuple(parts), columns)
+    # What a file says of itself counts.
+    given = given.drop_columns([name for name in given.column_names if name in names])
+    url, columns = url_of(layout.path), tuple(sorted(names))
+    return Log(url, tuple(files), tuple(sizes), tuple(changed), tuple(parts), columns, given)
+
+
+def url_of(path: str) -> str:
+    """The first of the paths that `data.path` names; the others lie on the same file system."""
+    return path.split(",")[0]
 
 
 def read_footers(system: Any, files: Sequence[str]) -> Iterator[tuple[pa.Schema, pq.FileMetaData]]:
@@ -181,47 +199,94 @@ def read_footers(system: Any, files: Sequence[str]) -> Iterator[tuple[pa.Schema,
         yield from pool.map(footer, files)
 
 
-def find_files(url: str) -> tuple[Any, list[str], list[int], list[str]]:
-    """Finds the Parquet files that `url` names.
+def find_files(path: str) -> tuple[Any, list[str], list[int], list[str]]:
+    """Finds the Parquet files that `data.path` names: one or several URLs, with commas between.
 
     Returns:
       The file system, and of each file path, size, and text that differs once it is written anew.
 
     Raises:
-      UserError: there is none.
+      UserError: there is none, or they lie on several file systems.
     """
     try:
-        system, path = fsspec.core.url_to_fs(url)
-        if any(character in path for character in "*?["):
-            paths = [file for file in system.glob(path) if system.isfile(file)]
-            if not paths:
-                raise UserError(f"data.path={url} matches no file")
-        elif system.isdir(path):
-            paths = _in_directory(url, system.find(path))
-        elif system.isfile(path):
-            paths = [path]
-        else:
-            raise UserError(f"data.path={url} does not exist; give a file, a directory or a glob")
-        files = sorted(paths)
+        places = [(url, *fsspec.core.url_to_fs(url)) for url in path.split(",")]
+        system = places[0][1]
+        if any(type(other) is not type(system) for _, other, _ in places):
+            raise UserError(f"data.path={path} names several file systems; give those of one")
+        files = sorted({file for place in places for file in _files_at(*place)})
         infos = [system.info(file) for file in files]
     except UserError:
         raise
     # Stores raise errors of many kinds: an unknown protocol, a missing package, refused access.
     except Exception as error:
-        raise UserError(f"data.path={url} cannot be read: {error}") from error
+        raise UserError(f"data.path={path} cannot be read: {error}") from error
     changed = ["; ".join(str(info[key]) for key in _CHANGED if info.get(key)) for info in infos]
     return system, files, [int(info["size"] or 0) for info in infos], changed
 
 
-def _in_directory(url: str, paths: Sequence[str]) -> list[str]:
-    """The Parquet files of a directory; those that begin with _ or . are a writer's own."""
-    names = [(file, file.rpartition("/")[2]) for file in paths]
-    visible = [(file, name) for file, name in names if not name.startswith(("_", "."))]
-    files = [file for file, name in visible if name.endswith(SUFFIXES)]
+def _files_at(url: str, system: Any, path: str) -> list[str]:
+    """The files that a URL names, which is at this path of a file system."""
+    if any(character in path for character in "*?["):
+        paths = [file for file in system.glob(path) if system.isfile(file)]
+        if not paths:
+            raise UserError(f"data.path={url} matches no file")
+        return paths
+    if system.isdir(path):
+        return _in_directory(url, path, system.find(path))
+    if system.isfile(path):
+        return [path]
+    raise UserError(f"data.path={url} does not exist; give a file, a directory or a glob")
+
+
+def _in_directory(url: str, folder: str, paths: Sequence[str]) -> list[str]:
+    """The Parquet files of a directory.
+
+    Those whose names, or whose folders', begin with _ or . are a writer's own: what it has not
+    finished, or what it says of the others.
+    """
+    below = {file: file.removeprefix(folder).strip("/").split("/") for file in paths}
+    if any("_delta_log" in names for names in below.values()):
+        logging.warning(
+            "%s is a Delta table: all files that lie there are read, of earlier versions too; if "
+            "there are several, write the one that is meant to a folder of its own",
+            url,
+        )
+    visible = [
+        file
+        for file, names in below.items()
+        if not any(name.startswith(("_", ".")) and "=" not in name for name in names)
+    ]
+    files = [file for file in visible if file.endswith(SUFFIXES)]
     if not files:
-        others = f"; it holds {visible[0][1]}, say" if visible else "; it is empty"
+        others = f"; it holds {below[visible[0]][-1]}, say" if visible else "; it is empty"
         raise UserError(f"data.path={url} holds no file that ends in {SUFFIXES[0]}{others}")
     return files
+
+
+def _given(files: Sequence[str]) -> pa.Table:
+    """The columns that the names of folders give, as Hive has them: `name=value/`."""
+    folders = [dict(re.findall(r"([^/=]+)=([^/]*)(?=/)", file)) for file in files]
+    names = list(dict.fromkeys(name for folder in folders for name in folder))
+    columns = {}
+    for name in names:
+        texts = [unquote(folder.get(name, _NONE)) for folder in folders]
+        columns[name] = _typed_texts([None if text == _NONE else text for text in texts])
+    # A table has as many rows as its first column, even where there is no other.
+    return pa.table({"": range(len(files)), **columns}).drop_columns([""])
+
+
+def _typed_texts(texts: Sequence[str | None]) -> pa.Array:
+    """Texts as whole numbers or dates, if they are."""
+    array = pa.array(texts, pa.string())
+    for type_, pattern in ((pa.int64(), r"-?\d{1,18}"), (pa.date32(), r"\d{4}-\d\d-\d\d")):
+        if all(text is None or re.fullmatch(pattern, text) for text in texts):
+            return array.cast(type_)
+    return array
+
+
+def _with_given(schema: pa.Schema, given: pa.Table) -> pa.Schema:
+    """The columns of a file, and those that folders give."""
+    return pa.schema([*schema, *(of for of in given.schema if of.name not in schema.names)])
 
 
 @contextlib.contextmanager
@@ -278,9 +343,10 @@ def _check_schema(
             continue
         if not column.least_depth <= depth <= column.depth or family not in takes:
             lists = "".join("lists of " for _ in range(column.depth))
+            nested = "; flatten it: make each of its fields a column" if _is_nested(type_) else ""
             raise UserError(
                 f"{file}: column {column.column!r} ({column.key}) is {type_}; it takes "
-                f"{lists}{words}"
+                f"{lists}{words}{nested}"
             )
         if column.use == "id":
             # Numbers and texts are not the same id, however they look.
@@ -332,6 +398,12 @@ def family_of(type_: pa.DataType) -> tuple[int, str]:
     return depth, _OTHER
 
 
+def _is_nested(type_: pa.DataType) -> bool:
+    while is_list(type_):
+        type_ = type_.value_type
+    return pa.types.is_struct(type_) or pa.types.is_map(type_)
+
+
 def is_list(type_: pa.DataType) -> bool:
     """True if the values of a type are lists, however these are laid out."""
     return (
@@ -341,6 +413,23 @@ def is_list(type_: pa.DataType) -> bool:
         or pa.types.is_list_view(type_)
         or pa.types.is_large_list_view(type_)
     )
+
+
+def check_pages(log: Log, columns: Collection[str], threads: int) -> None:
+    """Checks what the files say of the pages of some columns, see `page_checksums`.
+
+    Raises:
+      UserError: a page is damaged.
+    """
+    system, _ = fsspec.core.url_to_fs(log.url)
+
+    def check(file: str) -> None:
+        with _opened(system, file) as parquet, system.open(file, "rb") as raw:
+            page_checksums.check_pages(parquet, raw, file, columns)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(check, log.files):
+            pass
 
 
 def read_parts(

@@ -34,6 +34,12 @@ class Feature:
     length: int
     standardise: bool
     cheap: bool
+    place: int | None = None  # in the vectors of its column, of which each number is a feature
+
+    @property
+    def key(self) -> str:
+        """The name in `config.data.features`."""
+        return self.name if self.place is None else self.name.rpartition("[")[0]
 
     @property
     def of_request(self) -> bool:
@@ -129,7 +135,11 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
       UserError: a key holds a value that it cannot hold.
     """
     _check(data, tasks)
-    features = tuple(_read_feature(name, value) for name, value in data.features.items())
+    features = tuple(
+        feature
+        for name, value in data.features.items()
+        for feature in _numbers_of(_read_feature(name, value))
+    )
     histories = [feature for feature in features if feature.kind == "history"]
     if len(histories) > 1:
         raise UserError(
@@ -225,6 +235,16 @@ def _read_stages(stages: ConfigDict) -> dict[str, int]:
     return texts
 
 
+def _numbers_of(feature: Feature) -> list[Feature]:
+    """The numbers of a dense vector, each a feature; of others the feature itself."""
+    if feature.kind != "dense" or feature.length == 1:
+        return [feature]
+    return [
+        dataclasses.replace(feature, name=f"{feature.name}[{place}]", place=place)
+        for place in range(feature.length)
+    ]
+
+
 def _read_options(options: Sequence[str]) -> dict[str, str]:
     for option in options:
         if "=" not in option:
@@ -234,7 +254,8 @@ def _read_options(options: Sequence[str]) -> dict[str, str]:
 
 def _read_feature(name: str, value: ConfigDict) -> Feature:
     key = f"data.features.{name}"
-    known = [field.name for field in dataclasses.fields(Feature) if field.name != "name"]
+    names = (field.name for field in dataclasses.fields(Feature))
+    known = [name for name in names if name not in ("name", "place")]
     if not isinstance(value, ConfigDict) or set(value) != set(known):
         raise UserError(f"{key} must be made by kd_ranker.config.features.feature")
     check_choice(f"{key}.of", value.of, OWNERS)
@@ -244,7 +265,7 @@ def _read_feature(name: str, value: ConfigDict) -> Feature:
     for number in ("size", "length"):
         if value[number] < 1:
             raise UserError(f"{key}.{number}={value[number]} must be at least 1")
-    if value.kind in ("dense", "category") and value.length != 1:
+    if value.kind == "category" and value.length != 1:
         raise UserError(f"{key}.length={value.length}: kind {value.kind!r} holds one value")
     fields = {field: value[field] for field in known} | {"column": value.column or name}
     return Feature(name=name, **fields)

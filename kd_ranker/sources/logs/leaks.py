@@ -35,7 +35,11 @@ def tell_tales(
 
     Goes over some 100,000 candidates of whole requests.
     """
-    features = {of.name: f"feature:{of.name}" for of in layout.of(*OWNERS) if of.kind in _KINDS}
+    features = {
+        of.name: f"feature:{of.name}"
+        for of in layout.of(*OWNERS)
+        if of.kind in _KINDS and of.place is None
+    }
     every = -(-engine.count(grouped.candidates) // _SOME)
     rows = grouped.candidates.filter(grouped.candidates.number % every == 0)
     shown = rows.stage == int(Stage.SHOWN)

@@ -57,6 +57,8 @@ def label_hint(log: Log, column: str) -> str:
 def _some_numbers(log: Log, column: str) -> Float64[np.ndarray, "n"]:
     """The first numbers of a column that are there and finite; none if it holds something else."""
     found, number = [np.zeros(0)], 0
+    if column not in log.names:  # one that folders give
+        return found[0]
     for _, _, batch in files.read_parts(log, log.parts, [column], _SOME):
         array = batch.column(0)
         while files.is_list(array.type):

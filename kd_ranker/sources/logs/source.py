@@ -136,6 +136,8 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
 
 def _read(log: Log, layout: LogLayout, engine: Engine, run: Runner) -> PreparedLog:
     """All passes but the last."""
+    if layout.engine == "duckdb":  # Spark looks itself
+        files.check_pages(log, {of.column for of in files.wanted_columns(layout)}, layout.processes)
     rows = engine.read(log)
     unfolded, without_any = typed.unfold(rows, layout)
     grouped = grouped_.group(engine, layout, typed.typed(unfolded, layout), without_any)

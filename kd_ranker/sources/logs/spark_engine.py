@@ -13,7 +13,7 @@ import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.parquet as pq
 from ibis.backends.pyspark.datatypes import PySparkSchema
-from pyspark.errors import PySparkRuntimeError
+from pyspark.errors import PySparkException, PySparkRuntimeError
 from pyspark.sql import SparkSession
 
 from kd_ranker.errors import UserError
@@ -116,7 +116,7 @@ def open_spark(master: str, options: Mapping[str, Any], folder: Path) -> Iterato
       folder: for what is handed over; workers write to it.
 
     Raises:
-      UserError: Java is not installed, or the master does not answer.
+      UserError: Java is not installed, the master does not answer, or what runs meanwhile fails.
     """
     builder = SparkSession.builder.master(master).appName("kd_ranker")
     for name, value in {**_SETTINGS, **options}.items():
@@ -127,6 +127,8 @@ def open_spark(master: str, options: Mapping[str, Any], folder: Path) -> Iterato
         raise UserError(f"Spark does not start, which needs Java 17: {error}") from error
     try:
         yield Spark(ibis.pyspark.connect(session), folder)
+    except PySparkException as error:
+        raise UserError(f"the log cannot be read by Spark: {str(error)[:500]}") from error
     finally:
         session.stop()
 

@@ -94,12 +94,14 @@ def features_of(
 
 
 def raw_name(feature: Feature) -> str:
-    """The name of a column for a feature as the log has it, beside what has names of its own."""
-    return f"raw:{feature.name}"
+    """The name of a feature's column of the log beside what has names of its own."""
+    return f"raw:{feature.column}"
 
 
 def _feature(feature: Feature, value: ir.Value) -> ir.Value:
     if feature.kind == "dense":
+        if feature.place is not None:
+            value = ibis.ifelse(value.length() == feature.length, value[feature.place], None)
         number = number_of(value)
         return ibis.ifelse(number.abs() <= LARGEST, number, None)
     if feature.kind == "category":

@@ -41,7 +41,8 @@ def _count(
         return {}
     keys = [name for name in rows.columns if not name.startswith("raw:")]
     # Most have one value of all features: the hash of these says so at a look at each row.
-    whole = ibis.struct({feature.name: rows[raw_name(feature)] for feature in features}).hash()
+    names = dict.fromkeys(map(raw_name, features))
+    whole = ibis.struct({name: rows[name] for name in names}).hash()
     some = rows.group_by(keys).agg(low=whole.min(), high=whole.max())
     some = some.filter(some.low != some.high).select(keys)
     some = engine.keep(

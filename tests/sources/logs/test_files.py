@@ -1,12 +1,17 @@
+import datetime
+
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
 
+from kd_ranker.config.features import feature
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs import files
 from kd_ranker.sources.logs.files import manifest_differences
 from kd_ranker.sources.logs.layout import read_layout
+from kd_ranker.sources.logs.page_checksums import check_pages
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import make_rows, write_log
 
@@ -54,6 +59,95 @@ def test_a_directory_is_read_in_the_order_of_names_without_what_writers_leave(tm
     config = faulty_logs.config(log, tmp_path)
     found = files.open_log(read_layout(config.data, config.tasks, config.funnel))
     assert [file.removeprefix(f"{log}/") for file in found.files] == ["a.parquet", "deep/b.parquet"]
+
+
+def test_what_a_writer_keeps_below_a_log_is_not_of_it(tmp_path, log, caplog):
+    for folder in ("_temporary/0", ".tmp", "_delta_log", "_date=1"):
+        (log / folder).mkdir(parents=True)
+        pq.write_table(pq.read_table(log / "part-0.parquet"), log / folder / "part.parquet")
+    config = faulty_logs.config(log, tmp_path)
+    found = files.open_log(read_layout(config.data, config.tasks, config.funnel))
+    names = [file.removeprefix(f"{log}/") for file in found.files]
+    assert names == ["_date=1/part.parquet", "part-0.parquet"]
+    assert "is a Delta table: all files that lie there are read" in caplog.text
+
+
+def test_several_paths_are_one_log(tmp_path, log):
+    more = write_log(tmp_path / "more", make_rows(1), files=2)
+    config = faulty_logs.config(f"{log}/part-0.parquet,{more}/*,{more}", tmp_path)
+    found = files.open_log(read_layout(config.data, config.tasks, config.funnel))
+    assert [file.removeprefix(f"{tmp_path}/") for file in found.files] == [
+        "log/part-0.parquet",
+        "more/part-0.parquet",
+        "more/part-1.parquet",
+    ]
+    config = faulty_logs.config(f"{log},memory://log", tmp_path)
+    assert "names several file systems; give those of one" in fault_of(config)
+
+
+def test_a_home_folder_is_found(tmp_path, log, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = faulty_logs.config("~/log", tmp_path)
+    found = files.open_log(read_layout(config.data, config.tasks, config.funnel))
+    assert found.files == (str(log / "part-0.parquet"),)
+
+
+def test_folders_of_one_name_and_many_values_give_a_column(tmp_path):
+    log = tmp_path / "log"
+    for date, hour, country in (("2024-05-01", 7, "n%20z"), ("2024-05-02", 23, files._NONE)):
+        folder = log / f"date={date}" / f"hour={hour}" / f"where={country}"
+        write_log(folder, make_rows(hour))
+    config = faulty_logs.config(log, tmp_path)
+    config.data.features.where = feature("context", "category")
+    found = files.open_log(read_layout(config.data, config.tasks, config.funnel))
+    # The files have an hour of their own.
+    assert found.given.to_pydict() == {
+        "date": [datetime.date(2024, 5, 1), datetime.date(2024, 5, 2)],
+        "where": ["n z", None],
+    }
+
+
+def test_a_nested_column_says_how_to_name_what_it_holds(tmp_path, log):
+    table = pq.read_table(log / "part-0.parquet")
+    nested = pa.array([{"years": 3}] * len(table))
+    pq.write_table(table.append_column("person", nested), log / "part-0.parquet")
+    config = faulty_logs.config(log, tmp_path)
+    config.data.features.age.column = "person"
+    message = fault_of(config)
+    assert "is struct<years: int64>; it takes numbers; flatten it: make each of its" in message
+
+
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+@pytest.mark.parametrize("compression", ["none", "zstd"])
+def test_a_page_that_is_not_what_its_checksum_says_is_named(tmp_path, version, compression):
+    generator = np.random.default_rng(0)
+    columns = {
+        "kind": generator.choice(["a", "b", None], 4000),
+        "number": generator.random(4000),
+        "tags": [[f"t{n}"] * (n % 4) for n in range(4000)],
+    }
+    path = tmp_path / "log.parquet"
+    options = dict(compression=compression, data_page_version=version, data_page_size=4096)
+    table = pa.table(columns)
+    pq.write_table(table, path, write_page_checksum=True, row_group_size=1500, **options)
+
+    def check(path, columns):
+        with pq.ParquetFile(path) as parquet, path.open("rb") as file:
+            check_pages(parquet, file, path.name, columns)
+
+    check(path, list(columns))
+    metadata = pq.ParquetFile(path).metadata
+    chunk = metadata.row_group(1).column(1)
+    content = bytearray(path.read_bytes())
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    content[start + chunk.total_compressed_size - 5] ^= 1
+    damaged = tmp_path / "damaged.parquet"
+    damaged.write_bytes(content)
+    with pytest.raises(UserError, match=r"damaged.parquet is damaged: .* 'number' in row group 1"):
+        check(damaged, list(columns))
+    check(damaged, ["kind", "tags"])
+    pq.write_table(table, path, **options)  # without checksums
+    check(path, list(columns))
 
 
 def test_missing_columns_are_named_with_their_keys_and_a_hint(tmp_path, log):

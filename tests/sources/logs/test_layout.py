@@ -39,7 +39,7 @@ def layout_of(config):
         ({"features__age": feature("user", "text")}, "data.features.age.kind='text' does not"),
         ({"features__age": feature("item", "history")}, "a history is one of: user, context"),
         ({"features__age": feature("user", "history")}, "has 2 of kind 'history' (age, recent)"),
-        ({"features__age": feature("user", "dense", length=2)}, "kind 'dense' holds one value"),
+        ({"features__age": feature("user", "category", length=2)}, "'category' holds one value"),
         ({"validation_share": 0.9}, "data.validation_share=0.9 and data.test_share=0.1 leave no"),
         ({"features__tags": feature("item", "bag", length=0)}, "length=0 must be at least 1"),
         ({"features__watch": feature("candidate", "dense")}, "is that of data.labels.watch"),

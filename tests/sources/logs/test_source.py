@@ -10,8 +10,10 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec
+from kd_ranker.config.features import feature
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands, teachers
 from kd_ranker.requests.records import read_requests
@@ -693,3 +695,72 @@ def test_rows_of_a_request_that_lie_apart_come_together(tmp_path):
     for by_request in (False, True):
         log = read_rows(apart, tmp_path, by_request, name=f"apart-{by_request}", files=2)
         assert same(log.requests, together.requests)
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_a_vector_is_as_many_dense_features(tmp_path, fixed):
+    log = write_log(tmp_path / "log", make_rows(3), files=2)
+    generator, vectors = np.random.default_rng(0), {}
+    for path in log.iterdir():
+        table = pq.read_table(path)
+        for item in table["item_id"].to_pylist():
+            vectors.setdefault(item, generator.normal(item, 2, 3).astype(np.float32).tolist())
+        rows = [vectors[item] for item in table["item_id"].to_pylist()]
+        kind = pa.list_(pa.float32(), 3) if fixed else pa.list_(pa.float32())
+        pq.write_table(table.append_column("embedding", pa.array(rows, kind)), path)
+    config = faulty_logs.config(log, tmp_path)
+    config.data.features = ConfigDict(
+        dict(
+            embedding=feature("item", "dense", length=3),
+            again=feature("candidate", "dense", "embedding", length=3, standardise=False),
+            short=feature("candidate", "dense", "embedding", length=2),
+        )
+    )
+    found = read(config, tmp_path / "beside")
+    value = found.vocabularies["item"]
+    for request in itertools.chain(*found.requests.values()):
+        expected = [vectors[value[item]] for item in request.item_id.tolist()]
+        np.testing.assert_array_equal(request.candidate_features[:, :3], expected)
+        # It is of another length than its column.
+        assert not request.candidate_features[:, 3:].any()
+    known = {item for request in found.requests["train"] for item in request.item_id.tolist()}
+    of_train = np.array([vectors[value[item]] for item in sorted(known)])
+    expected = (of_train - of_train.mean(axis=0)) / of_train.std(axis=0)
+    np.testing.assert_allclose(found.item_features[sorted(known)], expected, rtol=1e-4, atol=1e-4)
+    columns = {column["key"]: column for column in found.report["columns"]}
+    assert columns["data.features.embedding"]["out_of_range"] == 0
+    assert (
+        columns["data.features.short"]["out_of_range"] == found.report["candidates"]["in_the_log"]
+    )
+
+
+def test_columns_of_folders_are_features_like_others(tmp_path):
+    folders = {}
+    for number, country in enumerate(("nz", "at")):
+        folder = tmp_path / "log" / f"where={country}"
+        write_log(folder, make_rows(number))
+        for path in folder.iterdir():
+            table = pq.read_table(path)
+            ids = pa.array([1000 * number + request for request in table["request_id"].to_pylist()])
+            pq.write_table(table.set_column(0, "request_id", ids), path)
+            folders |= dict.fromkeys(ids.to_pylist(), country)
+    config = faulty_logs.config(tmp_path / "log", tmp_path)
+    config.data.features = ConfigDict(dict(where=feature("context", "category")))
+    found = read(config, tmp_path / "beside")
+    value = found.vocabularies["feature-where"]
+    for request in itertools.chain(*found.requests.values()):
+        assert value[int(request.request_category[0])] == folders[request.request_id]
+
+
+def test_a_file_that_is_damaged_within_is_one_line(tmp_path):
+    log = write_log(tmp_path / "log", make_rows(3))
+    path = log / "part-0.parquet"
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    content = bytearray(path.read_bytes())
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    content[start + 30 : start + chunk.total_compressed_size] = bytes(
+        chunk.total_compressed_size - 30
+    )
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="the log cannot be read"):
+        faulty_logs.open_source(faulty_logs.config(log, tmp_path))
