@@ -61,7 +61,7 @@ def launch_on_workdirs(command: Callable[[list[Path], Path], None]) -> None:
         return rest
 
     def run(arguments: list[str]) -> None:
-        workdir, *others = (Path(path).expanduser() for path in (output.value, *arguments[1:]))
+        workdir, *others = (Path(str(of)).expanduser() for of in (output.value, *arguments[1:]))
         command(others or [workdir], workdir)
 
     _start(parse, run)
