@@ -100,7 +100,7 @@ def first_config(config: ConfigDict, folder: Path) -> FirstConfig:
     Returns:
       The file, below `folder`, and what to run next.
     """
-    return write_first_config(config.data, folder)
+    return write_first_config(config, folder)
 
 
 def train_teacher(config: ConfigDict, workdir: Path) -> list[Row]:

@@ -15,12 +15,20 @@ def cells_of(table: ir.Table, names: Sequence[str], *keys: str) -> ir.Table:
     64 bits, the same for equal values of a type) and `number` (the value; none where it is no
     number).
     """
-    parts = []
-    for place, name in enumerate(names):
-        known = table.filter(table[name].notnull())
-        value = known[name]
-        is_number = value.type().is_numeric() or value.type().is_boolean()
-        number = number_of(value) if is_number else ibis.null("float64")
-        column = ibis.literal(place, "int16")
-        parts.append(known.select(*keys, column=column, code=value.hash(), number=number))
-    return ibis.union(*parts)
+    return ibis.union(*(_cells(table, name, place, keys) for place, name in enumerate(names)))
+
+
+def elements_of(table: ir.Table, names: Sequence[str], *keys: str) -> ir.Table:
+    """The elements of some columns of lists, as the values of `cells_of`."""
+    lists = [table.select(*keys, **{name: table[name].unnest()}) for name in names]
+    parts = zip(lists, names, strict=True)
+    return ibis.union(*(_cells(of, name, place, keys) for place, (of, name) in enumerate(parts)))
+
+
+def _cells(table: ir.Table, name: str, place: int, keys: Sequence[str]) -> ir.Table:
+    known = table.filter(table[name].notnull())
+    value = known[name]
+    is_number = value.type().is_numeric() or value.type().is_boolean()
+    number = number_of(value) if is_number else ibis.null("float64")
+    column = ibis.literal(place, "int16")
+    return known.select(*keys, column=column, code=value.hash(), number=number)

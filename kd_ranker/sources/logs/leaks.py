@@ -40,6 +40,8 @@ def tell_tales(
         for of in layout.of(*OWNERS)
         if of.kind in _KINDS and of.place is None
     }
+    if not features:
+        return {}
     every = -(-engine.count(grouped.candidates) // _SOME)
     rows = grouped.candidates.filter(grouped.candidates.number % every == 0)
     shown = rows.stage == int(Stage.SHOWN)
@@ -56,7 +58,8 @@ def tell_tales(
         there = [column for column in lacking if column in table.columns]
         rows = rows.join(table.select(key, *there), key)
     rows = engine.keep("some_candidates", rows.select(*features.values(), *answers))
-    told = shares_told(engine, rows, list(features.values()), list(answers))
+    cells = cells_of(rows, list(features.values()), *answers)
+    told = shares_told(engine, rows, cells, list(features.values()), list(answers))
     limit = {name: TELLS_SHOWN if name == SHOWN else TELLS_LABEL for name in answers}
     return {
         name: {answer: share for answer, share in told[column].items() if share >= limit[answer]}
@@ -65,7 +68,11 @@ def tell_tales(
 
 
 def shares_told(
-    engine: Engine, rows: ir.Table, names: Sequence[str], answers: Sequence[str]
+    engine: Engine,
+    rows: ir.Table,
+    cells: ir.Table,
+    names: Sequence[str],
+    answers: Sequence[str],
 ) -> dict[str, dict[str, float]]:
     """Column -> answer -> the share of its uncertainty that the column tells, as `share_told`.
 
@@ -74,13 +81,11 @@ def shares_told(
 
     Args:
       engine: what the rows are on.
-      rows: of the columns.
-      names: of those that may tell something.
+      rows: of the answers.
+      cells: of the columns that may tell something, with the answers beside each; see `cells`.
+      names: of these columns, in the order of their places.
       answers: columns of 1, 0, and none where there is no answer.
     """
-    if not names:
-        return {}
-    cells = cells_of(rows, names, *answers)
     sums = _sums(cells, answers)
     values = cells.group_by("column", "code").agg(rows=_.count(), number=_.number.min(), **sums)
     of_column = ibis.window(group_by="column")

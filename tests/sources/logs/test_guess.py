@@ -9,12 +9,12 @@ from typing import Any
 from unittest import mock
 
 import fsspec
+import ibis
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import sklearn.metrics
 import tensorflow_datasets as tfds
 from absl import flags
 from hypothesis import HealthCheck, given, settings
@@ -26,7 +26,8 @@ from kd_ranker.config import checks
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands, launch
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources.logs.guess import column, evidence, first_config, sample
+from kd_ranker.sources.logs.engine import Engine
+from kd_ranker.sources.logs.guess import facts, first_config, funnel, rules, sample
 from kd_ranker.sources.registry import SOURCES, SourceEntry
 from tests import small
 from tests.sources import planted_logs as logs
@@ -654,26 +655,32 @@ def test_the_entry_point_says_where_the_file_is_and_what_to_run_next(columns, tm
     assert load(tmp_path / "feed.py").data.columns.item == "item_id"
 
 
+def sampled(log: sample.Footers, folder: Path) -> tuple[Engine, sample.Sample]:
+    engine = Engine(ibis.duckdb.connect(threads=1), folder)
+    return engine, sample.read_sample(engine, log)
+
+
 def test_a_sample_is_bounded_and_spread(columns, tmp_path):
     path = logs.write(logs.table_of(columns), tmp_path / "feed", row_group_size=900)
-    log = sample.read_footers(str(path))
-    read = sample.read_sample(log, max_rows=3000)
-    assert 2000 < read.num_rows <= 3000
+    log = sample.open_log(str(path))
+    with mock.patch.object(sample, "MAX_ROWS", 3000):
+        engine, read = sampled(log, tmp_path)
+    met = engine.fetch(read.table)["request_id"].to_numpy()
+    assert 2000 < read.file_rows == len(met) <= 3000
     requests = np.array(columns["request_id"])
-    met = read.columns["request_id"].values.to_numpy()
     # From the first request to the last row group.
     assert met.min() == requests[0]
     assert met.max() > requests[-900]
-    few_cells = sample.read_sample(log, max_cells=60_000)
-    assert few_cells.num_rows * len(log.types) < 90_000
-    with mock.patch.multiple(sample, MAX_BYTES=500_000, _BATCH_CELLS=2000):
-        assert sample.read_sample(log).num_rows < 0.5 * log.num_rows
+    with mock.patch.object(sample, "MAX_CELLS", 60_000):
+        assert sampled(log, tmp_path)[1].file_rows * len(log.types) < 90_000
+    with mock.patch.object(sample, "MAX_BYTES", 500_000):
+        assert sampled(log, tmp_path)[1].file_rows < 0.5 * log.num_rows
 
 
 def test_requests_that_a_sample_cuts_off_do_not_count_for_the_funnel(columns, tmp_path):
     path = logs.write(logs.table_of(columns), tmp_path / "feed", row_group_size=1000)
     # Some 80 rows of a row group: hardly more than one whole request, and two parts of others.
-    with mock.patch.object(sample.read_sample, "__defaults__", (2000, 10**9)):
+    with mock.patch.object(sample, "MAX_ROWS", 2000):
         text, config = infer(tmp_path, path=str(path))
     assert re.search(r"Guessed from (1,9\d\d|2,000) of 24,000 rows", text)
     funnel = config.funnel
@@ -691,13 +698,13 @@ def test_rows_in_any_order(columns, tmp_path):
 
 def test_more_requests_are_read_to_tell_users_from_contexts(columns, tmp_path):
     path = logs.write(logs.table_of(columns), tmp_path / "feed")
-    log = sample.read_footers(str(path))
+    log = sample.open_log(str(path))
     names = ["user_id", "age", "country", "hour"]
-    read = sample.sample_requests(log, "request_id", names)
+    engine = Engine(ibis.duckdb.connect(threads=1), tmp_path)
+    found = engine.fetch(sample.read_requests(engine, log, "request_id", names)).to_pandas()
+    found = found.set_index("request_id").sort_index()[names]
     frame = pd.DataFrame({name: columns[name] for name in ("request_id", *names)})
     expected = frame.drop_duplicates("request_id").set_index("request_id").sort_index()
-    values = {name: np.array(each.values.to_pylist())[each.code] for name, each in read.items()}
-    found = pd.DataFrame(values).set_index("request_id").sort_index()
     pd.testing.assert_frame_equal(found, expected, check_dtype=False)
 
 
@@ -774,10 +781,11 @@ def array_of(rng: np.random.Generator, of: pa.DataType, number: int, distinct: i
 def test_any_table_gives_a_config_or_one_line(table, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any")
     pq.write_table(table, folder / "feed.parquet", row_group_size=25)
-    log = sample.read_footers(str(folder / "feed.parquet"))
+    config = parquet.get_config()
+    log = sample.open_log(str(folder / "feed.parquet"))
     text, message = "", ""
     try:
-        text = first_config.config_text("feed", log, {})
+        text = first_config.config_text("feed", log, config)
     except UserError as error:
         message = str(error)
     if message:
@@ -791,74 +799,131 @@ def test_any_table_gives_a_config_or_one_line(table, tmp_path_factory):
     assert used <= set(table.column_names)
 
 
-codes = st.lists(st.integers(-1, 4), min_size=1, max_size=40)
+def cells(columns: dict[str, Any], folder: Path) -> facts.Cells:
+    """The cells of columns of whole numbers; -1 is none."""
+    arrays = {name: pa.array(x, mask=np.array(x) < 0) for name, x in columns.items()}
+    place = pa.array(range(len(next(iter(columns.values())))))
+    pq.write_table(pa.table(arrays | {sample.AT: place}), folder / "cells.parquet")
+    engine = Engine(ibis.duckdb.connect(threads=1), folder)
+    table = engine.backend.read_parquet(folder / "cells.parquet")
+    return facts.make_cells(engine, table, "cells")
 
 
-@given(codes, st.integers(0, 2**32))
-def test_agreement_is_one_minus_differing_over_expected(code, seed):
-    code = np.array(code, np.int32)
-    group = np.random.default_rng(seed).integers(-1, 4, size=len(code)).astype(np.int32)
-    found = evidence.agreement(code, group)
-    frame = pd.DataFrame({"code": code, "group": group})
-    frame = frame[(frame.code >= 0) & (frame.group >= 0)]
-    first = frame.groupby("group").code.transform("first")
-    later = frame.groupby("group").cumcount() > 0
-    chance = float((frame.code.value_counts(normalize=True) ** 2).sum()) if len(frame) else 0.0
-    expected = int(later.sum()) * (1 - chance)
-    assert found.owners == int((frame.groupby("group").size() > 1).sum())
-    assert found.expected == pytest.approx(expected)
-    if expected > 1e-9:
-        assert found.kappa == pytest.approx(1 - ((frame.code != first) & later).sum() / expected)
+def test_agreement_is_one_minus_differing_over_expected(tmp_path):
+    rng = np.random.default_rng(0)
+    owner = rng.integers(-1, 40, size=300)
+    of_owner = np.where(rng.random(300) < 0.1, rng.integers(-1, 4, size=300), owner % 5)
+    columns = {"owner": owner, "same": of_owner, "any": rng.integers(-1, 3, size=300)}
+    of = cells(columns, tmp_path)
+    found = of.within(of.owners("owner"))["owner"]
+    for name in ("same", "any"):
+        frame = pd.DataFrame({"value": columns[name], "owner": owner})
+        chance = float((frame[frame.value >= 0].value.value_counts(normalize=True) ** 2).sum())
+        groups = frame[(frame.value >= 0) & (frame.owner >= 0)].groupby("owner").value
+        differing = sum(len(group) - group.value_counts().max() for _, group in groups)
+        expected = sum(len(group) - 1 for _, group in groups) * (1 - chance)
+        assert found[name].owners == sum(len(group) > 1 for _, group in groups)
+        assert found[name].expected == pytest.approx(expected)
+        assert found[name].kappa == pytest.approx(1 - differing / expected)
+        distinct = sum(group.nunique() for _, group in groups)
+        assert found[name].repeats == pytest.approx(
+            1 - distinct / sum(map(len, dict(list(groups)).values()))
+        )
 
 
-def test_a_rare_label_does_not_belong_to_its_item():
+def test_a_rare_label_does_not_belong_to_its_item(tmp_path):
     """It is the same nearly wherever the item is; so it is anywhere."""
     rng = np.random.default_rng(0)
-    item = rng.integers(1000, size=20_000).astype(np.int32)
-    label = (rng.random(20_000) < 0.01).astype(np.int32)
-    assert not evidence.agreement(label, item).is_constant
-    flag = (rng.random(1000) < 0.01).astype(np.int32)[item]
-    assert evidence.agreement(flag, item).is_constant
+    item = rng.integers(1000, size=20_000)
+    label = (rng.random(20_000) < 0.01).astype(int)
+    flag = (rng.random(1000) < 0.01).astype(int)[item]
+    of = cells({"item": item, "label": label, "flag": flag}, tmp_path)
+    found = of.within(of.owners("item"))["item"]
+    assert not found["label"].is_constant
+    assert found["flag"].is_constant
 
 
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=30), st.integers(0, 2**32))
-def test_permutations_are_counted_group_by_group(sizes, seed):
-    rng = np.random.default_rng(seed)
-    numbers, groups, good = [], [], []
-    for group, size in enumerate(sizes):
-        values = rng.permutation(size).astype(float) + rng.integers(2)
-        if size > 1 and rng.random() < 0.5:
-            values[0] += rng.choice([0.5, 7.0])
-        numbers += [*values, np.nan]
-        groups += [group] * (size + 1)
-        if size > 1:
-            good.append(
-                sorted(values) in ([*map(float, range(size))], [*map(float, range(1, size + 1))])
-            )
-    order = rng.permutation(len(numbers))
-    share = evidence.permutation_share(np.array(numbers)[order], np.array(groups, np.int32)[order])
-    assert share == pytest.approx(np.mean(good) if good else 0.0)
+def test_permutations_are_counted_group_by_group(tmp_path):
+    numbers = [[0, 1, 2], [2, 1, 3], [1, 2, 4], [0, 0, 1], [2, 3], [5], [1, 0]]
+    owner = [group for group, of in enumerate(numbers) for _ in of]
+    order = np.random.default_rng(0).permutation(len(owner))
+    columns = {"owner": np.array(owner)[order], "number": np.concatenate(numbers)[order]}
+    of = cells(columns, tmp_path)
+    # Of the six groups of two or more, the first, the second and the last count from 0 or 1.
+    assert of.within(of.owners("owner"))["owner"]["number"].counting == 3 / 6
 
 
-def test_information_and_skill_are_those_of_scikit_learn():
+def test_a_few_rows_prove_nothing():
+    # 0.3 ^ 9 is below 0.001 / 20, and 0.3 ^ 8 is not.
+    assert rules.is_no_chance(9, 0.3, tests=20)
+    assert not rules.is_no_chance(8, 0.3, tests=20)
+
+
+def open_bandit(has_request: bool) -> dict[str, Any]:
+    """Columns like those of raw Open Bandit: a row an impression, and 80 sparse counts."""
     rng = np.random.default_rng(0)
-    p = rng.random(4000)
-    y = rng.random(4000) < p
-    bins = evidence.binned(p, np.arange(4000, dtype=np.int32), 4000)
-    assert bins is not None
-    base = y.mean()
-    entropy = -(base * np.log(base) + (1 - base) * np.log(1 - base))
-    expected = sklearn.metrics.mutual_info_score(bins, y) - (len(np.unique(bins)) - 1) / 8000
-    assert evidence.information(bins, y) == pytest.approx(expected / entropy)
-    loss = sklearn.metrics.log_loss(y, p)
-    assert evidence.skill(p, y) == pytest.approx(1 - loss / entropy, abs=1e-4)
-    # No information is close to 0, however many bins there are to find some in.
-    assert evidence.information(rng.integers(50, size=4000), y) < 0.01
+    rows, items, groups = 9_000, 34, 240
+    page = np.repeat(np.arange(rows // 3), 3)
+    group = rng.integers(groups, size=rows // 3)[page]
+    time = logs.START * 10**6 + 20_000_000 * page + rng.integers(3_000_000, size=rows)
+    columns: dict[str, Any] = {
+        "timestamp": pa.array(time, pa.timestamp("us", "UTC")),
+        "item_id": np.concatenate([rng.choice(items, 3, replace=False) for _ in range(rows // 3)]),
+        "position": np.concatenate([rng.permutation(3) + 1 for _ in range(rows // 3)]),
+        "click": (rng.random(rows) < 0.004).astype(int),
+        "propensity_score": np.exp(-3.5 + 0.2 * rng.normal(size=rows)),
+    }
+    for number, values in enumerate((4, 6, 10, 10)):
+        hashes = np.array([f"{rng.integers(2**62):032x}" for _ in range(values)])
+        columns[f"user_feature_{number}"] = hashes[rng.integers(values, size=groups)[group]]
+    for number in range(80):
+        counts = rng.poisson(1.0, size=rows) * (rng.random(rows) < rng.choice([3e-4, 0.01, 0.05]))
+        columns[f"user-item_affinity_{number}"] = counts.astype(float)
+    return {"request_id": page} | columns if has_request else columns
 
 
-@given(st.lists(st.one_of(st.none(), st.lists(st.integers(0, 2), max_size=3)), max_size=30))
-def test_equal_lists_have_equal_codes(lists):
-    code, values = column.encode(pa.chunked_array([pa.array(lists, pa.list_(pa.int64()))]))
-    assert [None if c < 0 else values[int(c)].as_py() for c in code] == lists
-    known = [tuple(each) for each in lists if each is not None]
-    assert len(values) == len(set(known))
+@pytest.mark.parametrize("has_request", [True, False])
+def test_names_outdo_sparse_counts_that_coincide(tmp_path, has_request):
+    """Of 80 columns that are nearly always 0, some are 1 where one position was, say."""
+    columns = open_bandit(has_request)
+    text, config = infer(tmp_path, logs.table_of(columns))
+    data = config.data
+    found = data.columns.to_dict()
+    expected = dict.fromkeys(found, "") | {
+        "request": "request_id" if has_request else "",
+        "item": "item_id",
+        "time": "timestamp",
+        "position": "position",
+    }
+    # No column of the log holds users: what comes nearest to it is to be checked, if anything.
+    expected["user"] = found["user"]
+    assert found == expected
+    assert check_of(text, "data.columns.user")
+    assert data.labels.to_dict() == {"click": "click"}
+    assert data.teacher.to_dict() == {}
+    features = features_of(config)
+    affinities = {name for name in features if name.startswith("user_item_affinity_")}
+    assert len(affinities) == sum(np.any(columns[name]) for name in columns if "affinity" in name)
+    assert "was each of them shown?" in check_of(text, "data.columns.stage")
+    assert bool(check_of(text, "data.columns.request")) is not has_request
+    # Positions say how many a page has.
+    if has_request:
+        assert config.funnel.shown == 3
+    assert check_of(text, "config.funnel.shown")
+
+
+def test_pages_of_two(columns, tmp_path):
+    """Positions of 0 and 1 are no label."""
+    two = [position if position in (0, 1) else None for position in columns["position"]]
+    stage = np.where([each is None for each in two], "passed", "shown")
+    _, config = infer(tmp_path, logs.table_of(columns | {"position": two, "stage": stage}))
+    assert config.data.columns.position == "position"
+    assert "position" not in config.data.labels
+
+
+def test_steps_suit_the_size_of_the_log(columns, tmp_path):
+    with mock.patch.object(funnel, "_LEAST_STEPS", 1):
+        _, config = infer(tmp_path, logs.table_of(columns))
+    # Ten passes over 320 training requests, 32 or 128 a step.
+    assert (config.batch.requests, config.teacher.batch.requests) == (32, 128)
+    assert (config.train.steps, config.teacher.train.steps) == (100, 30)

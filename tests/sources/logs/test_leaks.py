@@ -12,6 +12,7 @@ import sklearn.metrics
 
 from kd_ranker.config.features import feature
 from kd_ranker.sources.logs import leaks
+from kd_ranker.sources.logs.cells import cells_of
 from kd_ranker.sources.logs.duckdb_engine import DuckDb
 from tests.sources import faulty_logs
 from tests.sources.logs.test_findings import write_small_log
@@ -22,7 +23,8 @@ def told(folder, columns, *answers):
     engine = DuckDb(ibis.duckdb.connect(), folder)
     rows = engine.backend.read_parquet(folder / "rows.parquet")
     names = [name for name in columns if name not in answers]
-    return leaks.shares_told(engine, rows, names, answers)
+    cells = cells_of(rows, names, *answers)
+    return leaks.shares_told(engine, rows, cells, names, answers)
 
 
 def test_the_share_told_is_the_mutual_information_over_the_entropy(tmp_path):

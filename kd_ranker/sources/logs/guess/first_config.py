@@ -1,24 +1,55 @@
 """Writes a first config for a log, to edit: a Python file with each guess and its reason."""
 
+import difflib
 import keyword
 import re
+import tempfile
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs.guess import ids, names, roles, sample
-from kd_ranker.sources.logs.guess.feature_guesses import DEFAULT_SIZE, FeatureGuess, find_features
-from kd_ranker.sources.logs.guess.funnel_sizes import FunnelSizes, Size, find_funnel_sizes
-from kd_ranker.sources.logs.guess.ids import Guess
-from kd_ranker.sources.logs.guess.roles import Roles
+from kd_ranker.sources.logs.duckdb_engine import open_duckdb
+from kd_ranker.sources.logs.guess import names
+from kd_ranker.sources.logs.guess.features import FeatureGuess, find_features
+from kd_ranker.sources.logs.guess.funnel import find_sizes
+from kd_ranker.sources.logs.guess.ids import find_ids
+from kd_ranker.sources.logs.guess.roles import Roles, find_roles
+from kd_ranker.sources.logs.guess.rules import Guess, counted
+from kd_ranker.sources.logs.guess.sample import (
+    REQUEST_ROWS,
+    Footers,
+    Sample,
+    open_log,
+    read_sample,
+)
 
 CHECK = "CHECK: "
 _INDENT = " " * 4
 _WIDTH = 100  # of a line, as `ruff format` is set here
+_LONGEST = "config.teacher.batch.candidates"  # of all keys but those of features
+_TEMPLATE = '''"""A first config for the log {name}, to edit: what its columns seem to be, and why.
+
+Guessed from {read} in {files}.
+What is doubtful stands below CHECK, with what else it may be.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import parquet
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The template, with what was guessed of this log."""
+    config = parquet.get_config(variant)
+    data = config.data
+{body}
+
+    return config
+'''
 
 
 class FirstConfig(NamedTuple):
@@ -35,30 +66,29 @@ class FirstConfig(NamedTuple):
     next_commands: tuple[str, ...]
 
 
-def write_first_config(data: ConfigDict, folder: Path) -> FirstConfig:
-    """Reads a part of the log at `data.path` and writes a config for it into `folder`.
+def write_first_config(config: ConfigDict, folder: Path) -> FirstConfig:
+    """Reads a part of the log at `config.data.path` and writes a config for it into `folder`.
 
-    Columns that `data.columns` names other than the template does are taken as given.
+    Columns that `config.data.columns` names other than the template does are taken as given.
 
     Raises:
       UserError: the file is there already, the log cannot be read, or requests or items cannot be
         told.
     """
-    log = sample.read_footers(str(data.path))
-    name = name_of_log(log.path)
+    footers = open_log(str(config.data.path))
+    name = name_of_log(footers.log.url)
     path = folder / f"{name}.py"
     if path.exists():
         raise UserError(f"{path} exists already; move it away, or give another --workdir")
-    named = ids.columns_named_by_user(data.columns.to_dict(), log)
-    text = config_text(name, log, named)
+    text = config_text(name, footers, config)
     folder.mkdir(parents=True, exist_ok=True)
     with path.open("x") as file:
         file.write(text)
-    config, runs = f"--config={path}", f"runs/{name}"
-    train = f"python -m experiments.train_teacher {config} --workdir={runs}/teacher"
+    flag, runs = f"--config={path}", f"runs/{name}"
+    train = f"python -m experiments.train_teacher {flag} --workdir={runs}/teacher"
     if 'config.teacher.source = "logged"' in text:
-        train = f"python -m experiments.train {config} --workdir={runs}/student"
-    commands = (f"python -m experiments.prepare_data {config}", train)
+        train = f"python -m experiments.train {flag} --workdir={runs}/student"
+    commands = (f"python -m experiments.prepare_data {flag}", train)
     return FirstConfig(path, text.count(CHECK), commands)
 
 
@@ -79,190 +109,178 @@ def name_of_log(path: str) -> str:
     return f"c_{name}" if name[0].isdigit() else name
 
 
-def config_text(name: str, log: sample.LogFooters, named: Mapping[str, str]) -> str:
-    """The config of a log, as Python."""
-    read = sample.read_sample(log)
-    facts, guesses = ids.find_facts(log, read, named)
-    guessed = roles.find_roles(facts, guesses, named)
-    features = find_features(facts, guessed)
-    funnel = find_funnel_sizes(facts, guessed)
-    what = "rows, a candidate each," if read.rows == sample.CANDIDATE_ROWS else "requests"
-    files = ids.counted(len(log.files), "file")
-    head = [
-        f'"""A first config for the log {name!r}, to edit: what its columns seem to be, and why.',
-        "",
-        f"Guessed from {read.file_rows:,} of {log.num_rows:,} {what} in {files}.",
-        "What is doubtful stands below CHECK, with what else it may be.",
-        '"""',
-        "",
-        "from ml_collections import ConfigDict",
-        "",
-        "from configs import parquet",
-        "",
-        "",
-        'def get_config(variant: str = "") -> ConfigDict:',
-        '    """The template, with what was guessed of this log."""',
-        "    config = parquet.get_config(variant)",
-        "    data = config.data",
-    ]
+def _named_by_user(columns: Mapping[str, str], footers: Footers) -> dict[str, str]:
+    """The columns that a user has named, by role: those unlike the template's.
+
+    Raises:
+      UserError: the log has no such column.
+    """
+    named = {role: of for role, of in columns.items() if of and of != names.SYNONYMS[role][0]}
+    for role, column in named.items():
+        if column not in footers.types:
+            close = difflib.get_close_matches(column, footers.types, n=1, cutoff=0.6)
+            hint = f"did you mean {close[0]!r}? " if close else ""
+            raise UserError(
+                f"data.columns.{role}={column!r} is no column of {footers.log.url}; {hint}it has: "
+                f"{footers.type_names()}"
+            )
+    return named
+
+
+def config_text(name: str, footers: Footers, config: ConfigDict) -> str:
+    """The config of a log, as Python, on top of the template `config`."""
+    named = _named_by_user(config.data.columns.to_dict(), footers)
+    data = config.data
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        open_duckdb(data.memory, data.processes, Path(folder)) as engine,
+    ):
+        read = read_sample(engine, footers)
+        ids = find_ids(engine, footers, read, named)
+        roles = find_roles(ids, named)
+        features = find_features(ids, roles)
+        sizes = find_sizes(ids, roles, config)
+    what = "requests" if read.rows == REQUEST_ROWS else "rows, a candidate each,"
     sections = [
-        _log_section(log, read, guessed),
-        _columns_section(guessed),
-        _tasks_section(guessed),
-        _teacher_section(guessed),
-        _features_section(features),
-        _left_out_section(features),
-        _funnel_section(funnel),
+        _log_lines(footers, read, roles),
+        _columns_lines(roles),
+        _tasks_lines(roles),
+        _teacher_lines(roles),
+        _features_lines(features),
+        _left_out_lines(features),
+        [_line(key, _code(of.number), of.why, of.check) for key, of in sizes.items()],
     ]
-    body = []
-    for section in sections:
-        body += [*section, ""] if section else []
-    return "\n".join([*head, *body, f"{_INDENT}return config", ""])
-
-
-def _log_section(log: sample.LogFooters, read: sample.Sample, guessed: Roles) -> list[str]:
-    files = ids.counted(len(log.files), "file")
-    split = '"time"' if guessed.columns["time"].column else '"request"'
-    share = (
-        f"the last {0.1:.0%} for the test, those before for validation"
-        if split == '"time"'
-        else "no time is known"
+    return _TEMPLATE.format(
+        name=repr(name),
+        read=f"{read.file_rows:,} of {footers.num_rows:,} {what}",
+        files=counted(len(footers.log.files), "file"),
+        body="\n\n".join("\n".join(lines) for lines in sections if lines),
     )
+
+
+def _log_lines(footers: Footers, read: Sample, roles: Roles) -> list[str]:
+    files = counted(len(footers.log.files), "file")
+    timed = bool(roles.columns["time"].column)
+    share = "the last 10% for the test, those before for validation"
     return [
-        *_line("data.path", quoted(log.path), f"{files}, {log.num_rows:,} rows"),
-        *_line("data.rows", quoted(read.rows), read.why_rows, read.check_rows),
-        *_line("data.split", split, share),
+        _line("data.path", quoted(footers.log.url), f"{files}, {footers.num_rows:,} rows"),
+        _line("data.rows", quoted(read.rows), read.why_rows, read.check_rows),
+        _line("data.split", *(('"time"', share) if timed else ('"request"', "no time is known"))),
     ]
 
 
-def _columns_section(guessed: Roles) -> list[str]:
-    lines = []
-    for role in guessed.columns:
-        lines += _guess(f"data.columns.{role}", guessed.columns[role])
-    unit = guessed.time_unit
-    lines += _line("data.time_unit", quoted(unit.column), unit.why, unit.check)
-    if guessed.columns["stage"].column:
-        why, check = guessed.stages_guess.why, guessed.stages_guess.check
-        for stage, text in guessed.stages.items():
-            lines += _line(f"data.stages.{stage}", quoted(text), why, check)
-            why = check = ""
+def _columns_lines(roles: Roles) -> list[str]:
+    lines = [_guess(f"data.columns.{role}", guess) for role, guess in roles.columns.items()]
+    lines.append(_guess("data.time_unit", roles.time_unit))
+    if roles.columns["stage"].column:
+        _, *reasons = roles.stages_guess
+        for stage, text in roles.stages.items():
+            lines.append(_line(f"data.stages.{stage}", quoted(text), *reasons))
+            reasons = []
     return lines
 
 
-def _tasks_section(guessed: Roles) -> list[str]:
-    tasks = list(guessed.labels)
-    lines = _line("data.labels", "ConfigDict()", "task: its column")
-    for task in tasks:
-        lines += _guess(f"data.labels.{task}", guessed.labels[task])
-    check = "" if tasks else "no column looks like a label, 0 or 1: name one, data.labels.TASK"
-    lines += _line("config.tasks", tuple_text(map(quoted, tasks)), "", check)
-    weights = ["0.0" if task in names.UNWANTED else "1.0" for task in tasks]
-    check = "what each task is worth to the feed"
-    if "0.0" in weights:
-        check += "; nothing, for what users do to be rid of an item"
-    return lines + _line("config.value_weights", tuple_text(weights), "", check if tasks else "")
+def _tasks_lines(roles: Roles) -> list[str]:
+    tasks = list(roles.labels)
+    weights = tuple(0.0 if names.is_unwanted(task) else 1.0 for task in tasks)
+    worth = "what each task is worth to the feed" * bool(tasks)
+    worth += "; nothing, for what users do to be rid of an item" * (0.0 in weights)
+    none = "no column looks like a label, 0 or 1: name one, data.labels.TASK" * (not tasks)
+    return [
+        _line("data.labels", "ConfigDict()", "task: its column"),
+        *(_guess(f"data.labels.{task}", guess) for task, guess in roles.labels.items()),
+        _line("config.tasks", _code(tuple(tasks)), "", none),
+        _line("config.value_weights", _code(weights), "", worth),
+    ]
 
 
-def _teacher_section(guessed: Roles) -> list[str]:
-    why = "task: its column" if guessed.teacher else "no column looks like a teacher's"
-    lines = _line("data.teacher", "ConfigDict()", why)
-    for task, guess in guessed.teacher.items():
-        lines += _guess(f"data.teacher.{task}", guess)
-    if not guessed.teacher:
-        return lines + _line("config.teacher.source", '"live"', "a teacher is to be trained first")
+def _teacher_lines(roles: Roles) -> list[str]:
+    if not roles.teacher:
+        return [
+            _line("data.teacher", "ConfigDict()", "no column looks like a teacher's"),
+            _line("config.teacher.source", '"live"', "a teacher is to be trained first"),
+        ]
     what = {"probability": "these columns hold probabilities", "rank": "they hold positions"}
-    signal = guessed.teacher_signal
-    lines += _line("data.teacher_signal", quoted(signal), what[signal])
-    lines += _guess("data.teacher_version", guessed.teacher_version)
-    return lines + _line("config.teacher.source", '"logged"', "or live: one that is trained here")
+    return [
+        _line("data.teacher", "ConfigDict()", "task: its column"),
+        *(_guess(f"data.teacher.{task}", guess) for task, guess in roles.teacher.items()),
+        _line("data.teacher_signal", quoted(roles.teacher_signal), what[roles.teacher_signal]),
+        _guess("data.teacher_version", roles.teacher_version),
+        _line("config.teacher.source", '"logged"', "or live: one that is trained here"),
+    ]
 
 
-def _features_section(features: Sequence[FeatureGuess]) -> list[str]:
-    lines = _line("data.features", "ConfigDict()", "what rankers may read")
+def _features_lines(features: Sequence[FeatureGuess]) -> list[str]:
+    lines = [_line("data.features", "ConfigDict()", "what rankers may read")]
     for feature in features:
         if not feature.left_out:
-            lines += _line(_key(feature), _feature_code(feature), feature.why, feature.check)
+            key = f"data.features.{feature.name}"
+            code = _call("parquet.feature(", _arguments(feature), key=key)
+            lines.append(_line(key, code, feature.why, feature.check))
     return lines
 
 
-def _left_out_section(features: Sequence[FeatureGuess]) -> list[str]:
-    left_out = [feature for feature in features if feature.left_out]
-    lines = [f"{_INDENT}# Left out, and why."] if left_out else []
-    for feature in left_out:
-        guess = f"# {_key(feature)} = {_feature_call(feature)}" if feature.kind else ""
-        guess = guess or f"# {_key(feature)}, of column {feature.column!r}"
-        lines += [*_comment(feature.left_out), f"{_INDENT}{guess}"]
-    return lines
-
-
-def _key(feature: FeatureGuess) -> str:
-    return f"data.features.{feature.name}"
+def _left_out_lines(features: Sequence[FeatureGuess]) -> list[str]:
+    lines = []
+    for feature in features:
+        if feature.left_out:
+            guess = f", of column {feature.column!r}"
+            if feature.arguments:
+                guess = f" = parquet.feature({', '.join(_arguments(feature))})"
+            lines += _comment(feature.left_out)
+            lines.append(f"{_INDENT}# data.features.{feature.name}{guess}")
+    return [f"{_INDENT}# Left out, and why.", *lines] if lines else []
 
 
 def _arguments(feature: FeatureGuess) -> list[str]:
-    arguments = [quoted(feature.of), quoted(feature.kind)]
+    (_, of), (_, kind), *rest = feature.arguments.items()
     if feature.column != feature.name:
-        arguments.append(f"column={quoted(feature.column)}")
-    if feature.hashed:
-        arguments.append("hashed=True")
-    if feature.size != DEFAULT_SIZE:
-        arguments.append(f"size={feature.size:_}")
-    if feature.length != 1:
-        arguments.append(f"length={feature.length}")
-    return arguments
+        rest.insert(0, ("column", feature.column))
+    return [_code(of), _code(kind), *(f"{key}={_code(value)}" for key, value in rest)]
 
 
-def _feature_call(feature: FeatureGuess) -> str:
-    return f"parquet.feature({', '.join(_arguments(feature))})"
-
-
-def _feature_code(feature: FeatureGuess) -> str:
-    code = _feature_call(feature)
-    if len(f"{_INDENT}{_key(feature)} = {code}") <= _WIDTH:
-        return code
-    return _exploded("parquet.feature(", _arguments(feature))
-
-
-def _funnel_section(funnel: FunnelSizes) -> list[str]:
-    return [
-        *_size("config.funnel.retrieved", funnel.retrieved),
-        *_size("config.funnel.passed", funnel.passed),
-        *_size("config.funnel.shown", funnel.shown),
-        *_line("config.funnel.report_at", tuple_text(map(str, funnel.report_at)), ""),
-        *_size("config.batch.candidates", funnel.candidates),
-        *_size("config.teacher.batch.candidates", funnel.teacher_candidates),
-    ]
-
-
-def _guess(key: str, guess: Guess) -> list[str]:
+def _guess(key: str, guess: Guess) -> str:
     return _line(key, quoted(guess.column), guess.why, guess.check)
 
 
-def _size(key: str, size: Size) -> list[str]:
-    return _line(key, str(size.number), size.why, size.check)
-
-
-def _line(key: str, code: str, why: str, check: str = "") -> list[str]:
+def _line(key: str, code: str, why: str = "", check: str = "") -> str:
     """An assignment, its reason beside it or above it, and above both what to check."""
     line = f"{_INDENT}{key} = {code}"
     if len(line) > _WIDTH and "\n" not in code and len(code) + 2 * len(_INDENT) <= _WIDTH:
         line = f"{_INDENT}{key} = (\n{2 * _INDENT}{code}\n{_INDENT})"
-    above = _comment(f"{CHECK}{check}") if check else []
+    above = _comment(f"{CHECK}{check}")
     beside = f"{line}  # {why}"
     if why and "\n" not in line and len(beside) <= _WIDTH:
-        return [*above, beside]
-    return [*(_comment(why) if why else []), *above, line]
+        return "\n".join([*(above if check else []), beside])
+    return "\n".join([*_comment(why), *(above if check else []), line])
 
 
 def _comment(text: str) -> list[str]:
-    return textwrap.wrap(
-        text,
-        _WIDTH,
-        initial_indent=f"{_INDENT}# ",
-        subsequent_indent=f"{_INDENT}# ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    hash_ = f"{_INDENT}# "
+    return textwrap.wrap(text, _WIDTH, initial_indent=hash_, subsequent_indent=hash_,
+                         break_long_words=False, break_on_hyphens=False)  # fmt: skip
+
+
+def _code(value: Any) -> str:
+    """A value as Python, in the lines that `ruff format` would make of it.
+
+    >>> _code(1), _code(100_000), _code(("a",)), _code(())
+    ('1', '100_000', '("a",)', '()')
+    """
+    if isinstance(value, str):
+        return quoted(value)
+    if isinstance(value, tuple):
+        return _call("(", [_code(each) for each in value], ",)" if len(value) == 1 else ")")
+    is_long = isinstance(value, int) and value >= 10_000
+    return f"{value:_}" if is_long else repr(value)
+
+
+def _call(opening: str, arguments: Sequence[str], closing: str = ")", key: str = _LONGEST) -> str:
+    """A call, or a tuple, in one line where that leaves room for a key, else a line each."""
+    one = f"{opening}{', '.join(arguments)}{closing}"
+    if len(f"{_INDENT}{key} = {one}") <= _WIDTH:
+        return one
+    return "\n".join([opening, *(f"{2 * _INDENT}{each}," for each in arguments), f"{_INDENT})"])
 
 
 def quoted(text: str) -> str:
@@ -271,31 +289,8 @@ def quoted(text: str) -> str:
     >>> print(quoted("a"), quoted('say "a"'), quoted("it's"))
     "a" 'say "a"' "it's"
     """
-    quote = "'" if text.count('"') > text.count("'") else '"'
-    # The escapes of repr are needed in any quotes; the quotes themselves are put in afterwards.
-    inner = repr(text.replace('"', "").replace("'", ""))[1:-1]
-    if '"' not in text and "'" not in text:
-        return f'"{inner}"'
-    parts = re.split("([\"'])", text)
-    escaped = [
-        (f"\\{part}" if part == quote else part) if part in ("'", '"') else repr(part)[1:-1]
-        for part in parts
-    ]
-    return f"{quote}{''.join(escaped)}{quote}"
-
-
-def tuple_text(elements: Iterable[str]) -> str:
-    """A tuple as Python, in one line where that leaves room for a key.
-
-    >>> tuple_text(["1"]), tuple_text([])
-    ('(1,)', '()')
-    """
-    elements = list(elements)
-    one = f"({', '.join(elements)}{',' * (len(elements) == 1)})"
-    longest_key = len("config.teacher.batch.candidates") + len(_INDENT)
-    return one if len(one) + longest_key <= _WIDTH else _exploded("(", elements)
-
-
-def _exploded(opening: str, elements: Sequence[str]) -> str:
-    lines = [f"{2 * _INDENT}{element}," for element in elements]
-    return "\n".join([opening, *lines, f"{_INDENT})"])
+    if text.count('"') > text.count("'"):
+        return repr(text)
+    # After a single quote, repr puts double ones around what has none of these.
+    parts = (repr(f"'{part}")[2:-1] for part in text.split('"'))
+    return '"' + '\\"'.join(parts) + '"'

@@ -69,6 +69,27 @@ def match(name: str, synonyms: Sequence[str]) -> int:
     return int(any(len(ending) > 1 and words[-len(ending) :] == ending for ending in endings))
 
 
+def role_of(name: str) -> str:
+    """The role whose name a column has; "" for none."""
+    return next((role for role in SYNONYMS if match(name, SYNONYMS[role]) == 2), "")
+
+
+def is_unwanted(task: str) -> bool:
+    """True for what users do to be rid of an item."""
+    return task in _WORDS["unwanted"]
+
+
+def place_of(name: str, role: str) -> int:
+    """The place of a name among those of a role; their number if it is none of them."""
+    matches = [match(name, [synonym]) == 2 for synonym in SYNONYMS[role]]
+    return matches.index(True) if True in matches else len(matches)
+
+
+def is_shown(name: str) -> bool:
+    """True for the name of a column that says of each candidate only whether it was shown."""
+    return match(name, SHOWN_NAMES) == 2
+
+
 def stage_of_value(value: str) -> str | None:
     """The stage that a value of a stage column names, if it does.
 
@@ -122,9 +143,17 @@ def is_output_of_model(name: str) -> bool:
     return is_output or bool(_rate_tasks(name))
 
 
-def is_score(name: str) -> bool:
-    """True for the name of some model's output, whichever it is."""
-    return bool(set(tokens_of(name)) & (_OUTPUT_WORDS | _RANK_WORDS))
+def has_word(name: str, *groups: str) -> bool:
+    """True if a name has a word of a group: "histories", "outputs", "ranks" and the like.
+
+    Of "identifiers", which say that values are names even if they are numbers, it is the last word.
+    """
+    words = tokens_of(name)
+    return any(
+        word in _WORDS[group]
+        for group in groups
+        for word in (words[-1:] if group == "identifiers" else words)
+    )
 
 
 def _rate_tasks(name: str) -> Sequence[str]:
@@ -166,21 +195,6 @@ def is_known_afterwards(name: str) -> bool:
     words = set(tokens_of(name))
     glued = any(_joined(name) == f"{use}{amount}" for use in _USE for amount in _AMOUNT)
     return bool(words & _AFTERWARDS) or bool(words & _USE and words & _AMOUNT) or glued
-
-
-def is_quantity(name: str) -> bool:
-    """True if a name says that values are amounts."""
-    return bool(set(tokens_of(name)) & _QUANTITIES) and not is_identifier(name)
-
-
-def is_identifier(name: str) -> bool:
-    """True if a name says that values are names, even if they are numbers."""
-    return bool(set(tokens_of(name)[-1:]) & _IDENTIFIERS)
-
-
-def is_history(name: str) -> bool:
-    """True if a name says that a list holds earlier events of a user."""
-    return bool(set(tokens_of(name)) & _HISTORIES)
 
 
 def owner_of(name: str) -> str | None:

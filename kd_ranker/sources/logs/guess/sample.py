@@ -1,64 +1,71 @@
-"""A bounded sample of a log, as columns over its candidates, whatever the layout of its rows.
+"""A bounded part of a log, which the engine reads, as candidates whatever the layout of rows."""
 
-Of every column the sample holds the distinct values and, for each row, the *code* of its value:
-rows have equal codes where they hold equal values, and -1 where they hold none. Dependences between
-columns can be counted on codes alone, for strings and lists as for numbers.
-"""
+import dataclasses
+import functools
+import operator
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
-
+import ibis
+import ibis.expr.datatypes as dt
+import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
-from jaxtyping import Int32, Int64
+from ibis import _
 
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs.files import find_files, is_list
+from kd_ranker.sources.logs.cells import cells_of, elements_of
+from kd_ranker.sources.logs.engine import Engine
+from kd_ranker.sources.logs.files import Log, family_of, find_files, read_footers
 from kd_ranker.sources.logs.guess import names
-from kd_ranker.sources.logs.guess.column import Column, encode, kind_of
+from kd_ranker.sources.logs.typed import number_of
 
 MAX_ROWS = 300_000  # candidates in a sample
 MAX_CELLS = 12_000_000  # values read for it, elements of lists included
-MAX_BYTES = 400_000_000  # of these values
-MAX_CHUNKS = 24  # row groups read for it
+MAX_BYTES = 400_000_000  # of these, as they lie in the files
+PIECES = 24  # of successive rows that it is made of
 MAX_REQUESTS = 100_000  # requests in a second sample, of a row a request
-_MAX_REQUEST_CELLS = 48_000_000  # values read for that
-_BATCH_CELLS = 100_000
-_READ_AHEAD = 1 << 20  # bytes
+MAX_REQUEST_CELLS = 48_000_000  # values read for that
 
+# Columns of its own that a sample has: no log has such names.
+AT, ROW = " at", " row"  # the place of a candidate in the sample, and of its row
+_SOME_ROWS = 2000
 CANDIDATE_ROWS, REQUEST_ROWS = "candidate", "request"
 
 
-class FileFooter(NamedTuple):
-    """One file of a log, without its data."""
-
-    system: Any
-    path: str
-    types: dict[str, pa.DataType]
-    rows: tuple[int, ...]  # of each row group
-
-
-class LogFooters(NamedTuple):
+class Footers(NamedTuple):
     """A log, without its data.
 
     Attributes:
-      path: as the config gives it.
-      files: those that have rows.
-      types: of every column of any file; null where files disagree so far that none holds all.
-      num_rows: in all files.
+      log: those of its files that have rows.
+      metadata: the footer of each.
+      types: of each column, in each file that has it.
     """
 
-    path: str
-    files: list[FileFooter]
-    types: dict[str, pa.DataType]
-    num_rows: int
+    log: Log
+    metadata: tuple[pq.FileMetaData, ...]
+    types: dict[str, list[pa.DataType]]
 
-    def missing(self, name: str) -> int:
-        """The number of files that lack a column."""
-        return sum(name not in file.types for file in self.files)
+    @property
+    def num_rows(self) -> int:
+        """The number of rows in all files."""
+        return sum(metadata.num_rows for metadata in self.metadata)
+
+    def type_names(self) -> str:
+        """The columns for a message: `user_id (int64), item_id (string)`."""
+        return ", ".join(f"{name} ({types[0]})" for name, types in self.types.items())
+
+    def why_unread(self, name: str) -> str:
+        """The reason for not reading a column, as its types tell it; "" for none."""
+        lacking, types = len(self.metadata) - len(self.types[name]), self.types[name]
+        families = {family_of(of) for of in types} - {(0, "null")}
+        numbers = {"integer", "float", "decimal", "boolean"}
+        if len({(depth, "number" if of in numbers else of) for depth, of in families}) > 1:
+            return f"files disagree on its type: {', '.join(sorted({str(of) for of in types}))}"
+        if not families:
+            return "never known"
+        return f"missing in {lacking} of {len(self.metadata)} files" if lacking else ""
 
 
 class Sample(NamedTuple):
@@ -66,34 +73,24 @@ class Sample(NamedTuple):
 
     Attributes:
       rows: content of a row of the files, `CANDIDATE_ROWS` or `REQUEST_ROWS`.
-      why_rows: the reason for that.
-      check_rows: a doubt about it; "" if it is sure.
-      columns: by name. A row is one candidate.
-      of_request: names of columns of which the files hold one value a request; only in the layout
-        of a row a request.
-      request: the row of the files that a candidate comes from, in that layout; else all -1.
-      edge: rows beside which the log goes on, so that their request may be incomplete.
+      why_rows, check_rows: the reason for that, and a doubt about it; "" if it is sure.
+      table: the columns, with `AT` and `ROW`. A row is one candidate.
+      requests: the columns of which the files hold one value a request, with a row of the files a
+        row; None where a row is a candidate.
+      edges: places beside which the log goes on, so that their request may be incomplete.
       file_rows: the number of rows of the files.
-      unread: column that cannot be read -> the reason.
     """
 
     rows: str
     why_rows: str
     check_rows: str
-    columns: dict[str, Column]
-    of_request: frozenset[str]
-    request: Int32[np.ndarray, "rows"]
-    edge: Int64[np.ndarray, "_"]
+    table: ir.Table
+    requests: ir.Table | None
+    edges: list[int]
     file_rows: int
-    unread: dict[str, str]
-
-    @property
-    def num_rows(self) -> int:
-        """The number of candidates."""
-        return len(self.request)
 
 
-def read_footers(path: str) -> LogFooters:
+def open_log(path: str) -> Footers:
     """Reads the footers of the files that `path` means.
 
     Raises:
@@ -104,213 +101,138 @@ def read_footers(path: str) -> LogFooters:
             "data.path is empty; give a Parquet file, a directory or a glob of them, with "
             "--config.data.path=…"
         )
-    system, paths, *_ = find_files(path)
-    files = []
-    for file in paths:
-        try:
-            parquet = _opened(system, file)
-            schema, metadata = parquet.schema_arrow, parquet.metadata
-        except (pa.ArrowException, OSError, EOFError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{file} cannot be read as Parquet: {reason}") from error
+    system, files, sizes, changed = find_files(path)
+    types: dict[str, list[pa.DataType]] = {}
+    whole, footers = [], []
+    for place, (schema, metadata) in enumerate(read_footers(system, files)):
         for name in schema.names:
             if schema.names.count(name) > 1:
-                raise UserError(f"{file} has two columns {name!r}; rename one of them")
-        rows = tuple(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups))
-        types = dict(zip(schema.names, map(_plain_type, schema.types), strict=True))
-        files.append(FileFooter(system, file, types, rows))
-    num_rows = sum(sum(each.rows) for each in files)
-    if not num_rows:
+                raise UserError(f"{files[place]} has two columns {name!r}; rename one of them")
+        if metadata.num_rows:
+            whole.append((files[place], sizes[place], changed[place]))
+            footers.append(metadata)
+            for field in schema:
+                types.setdefault(field.name, []).append(field.type)
+    if not whole:
         raise UserError(f"data.path={path}: its {len(files)} Parquet files have no rows")
-    files = [each for each in files if sum(each.rows)]
-    return LogFooters(path, files, _common_types(files), num_rows)
+    files, sizes, changed = map(list, zip(*whole, strict=True))
+    log = Log(path, tuple(files), tuple(sizes), tuple(changed), (), tuple(sorted(types)))
+    return Footers(log, tuple(footers), types)
 
 
-def _opened(system: Any, path: str) -> pq.ParquetFile:
-    source = path if isinstance(system, LocalFileSystem) else system.open(path, "rb")
-    # Without a buffer, a whole column of a row group is read at once.
-    return pq.ParquetFile(source, buffer_size=_READ_AHEAD)
+def _rows_within(footers: Footers, rows: float, values: float, size: float) -> int:
+    """The most rows whose number, values and bytes lie within bounds, on average."""
+    groups = [of.row_group(place) for of in footers.metadata for place in range(of.num_row_groups)]
+    held = sum(of.column(place).num_values for of in groups for place in range(of.num_columns))
+    held_bytes = sum(group.total_byte_size for group in groups)
+    share = min(values / max(held, 1), size / max(held_bytes, 1))
+    return max(1, int(min(rows, share * footers.num_rows)))
 
 
-def _plain_type(of: pa.DataType) -> pa.DataType:
-    """The type of the values, however they are stored."""
-    if pa.types.is_dictionary(of):
-        return _plain_type(of.value_type)
-    if pa.types.is_large_string(of) or pa.types.is_string_view(of):
-        return pa.string()
-    if pa.types.is_large_binary(of) or pa.types.is_fixed_size_binary(of):
-        return pa.binary()
-    if pa.types.is_float16(of):
-        return pa.float32()
-    if is_list(of):
-        return pa.list_(_plain_type(of.value_type))
-    return of
+def _read(
+    engine: Engine, footers: Footers, columns: Iterable[str], rows: int, name: str
+) -> tuple[ir.Table, list[int]]:
+    """So many rows of a log, in pieces at even distances, kept under a name.
 
-
-def _common_types(files: Sequence[FileFooter]) -> dict[str, pa.DataType]:
-    types: dict[str, pa.DataType] = {}
-    differing = set()
-    for file in files:
-        for name, of in file.types.items():
-            common = _common_type(types.get(name, of), of)
-            if common is None:
-                differing.add(name)
-            types[name] = of if common is None else common
-    return types | dict.fromkeys(differing, pa.null())
-
-
-def _common_type(one: pa.DataType, other: pa.DataType) -> pa.DataType | None:
-    """A type that holds the values of both; None if there is none."""
-    if one.equals(other):
-        return one
-    try:
-        fields = [pa.schema([("", of)]) for of in (one, other)]
-        return pa.unify_schemas(fields, promote_options="permissive").field(0).type
-    except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return None
-
-
-class _Chunk(NamedTuple):
-    """Successive rows from the beginning of a row group."""
-
-    table: pa.Table
-    follows: bool  # the chunk before it, without a gap
-    is_first: bool  # it begins where its file begins
-    is_last: bool  # it ends where its file ends
-
-
-def read_sample(log: LogFooters, max_rows: int = MAX_ROWS, max_cells: int = MAX_CELLS) -> Sample:
-    """Reads row groups spread over the log, of each as many rows as its share of the bounds."""
-    unread = _unreadable(log)
-    wanted = [name for name in log.types if name not in unread]
-    chunks = list(_read_chunks(log, wanted, max_rows, max_cells))
-    table = pa.concat_tables([chunk.table for chunk in chunks])
-    edge = _edges(chunks)
-    aligned, why, check = _find_aligned(table)
-    rows = REQUEST_ROWS if aligned else CANDIDATE_ROWS
-    if aligned:
-        columns, request = _exploded(table, aligned, max_rows, unread)
-        file_rows = int(request.max()) + 1
-        # Each of its rows holds a whole request.
-        edge = np.zeros(0, np.int64)
-    else:
-        columns, file_rows = _encoded(table, unread), table.num_rows
-        request = np.full(table.num_rows, -1, np.int32)
-    of_request = frozenset(columns) - frozenset(aligned) if aligned else frozenset[str]()
-    return Sample(rows, why, check, columns, of_request, request, edge, file_rows, unread)
-
-
-def _unreadable(log: LogFooters) -> dict[str, str]:
-    reasons = {}
-    for name, of in log.types.items():
-        kinds = sorted({str(file.types[name]) for file in log.files if name in file.types})
-        if pa.types.is_null(of):
-            differ = f"files disagree on its type: {', '.join(kinds)}"
-            reasons[name] = "never known" if kinds == ["null"] else differ
-        elif not kind_of(of):
-            reasons[name] = f"its type {of} is no number, string, time or list; flatten it first"
-    return reasons
-
-
-def _spread_row_groups(log: LogFooters) -> list[tuple[FileFooter, int]]:
-    """At most MAX_CHUNKS row groups at even distances, in the order of the log."""
-    row_groups = [
-        (file, row_group) for file in log.files for row_group, rows in enumerate(file.rows) if rows
+    Returns:
+      The columns whose types are known here, with `AT`; and the places beside which the log has
+      rows that the table lacks.
+    """
+    pieces = min(PIECES, rows) if rows < footers.num_rows else 1
+    size = min(rows, footers.num_rows) // pieces
+    starts = np.linspace(0, footers.num_rows - size, pieces).astype(int).tolist()
+    ends = np.cumsum([metadata.num_rows for metadata in footers.metadata]).tolist()
+    ranges = [
+        (file, max(start - first, 0), min(start + size, end) - first)
+        for file, (first, end) in enumerate(zip([0, *ends], ends, strict=False))
+        for start in starts
+        if start < end and start + size > first
     ]
-    places = np.unique(
-        np.linspace(0, len(row_groups) - 1, min(MAX_CHUNKS, len(row_groups))).round()
+    files = sorted({file for file, *_rows in ranges})
+    log = dataclasses.replace(footers.log, files=tuple(footers.log.files[of] for of in files))
+    table = engine.read(log)
+    within = [(table.row >= start) & (table.row < stop) for _file, start, stop in ranges]
+    of_file = [table.file == files.index(file) for file, *_rows in ranges]
+    # The engine skips row groups by the first condition, which asks of no other table.
+    table = table.filter(functools.reduce(operator.or_, within)).filter(
+        functools.reduce(operator.or_, map(operator.and_, within, of_file))
     )
-    return [row_groups[int(place)] for place in places]
+    there = [of for of in columns if of in table.columns and kind_of(table[of].type())]
+    place = ibis.row_number().over(order_by=["file", "row"])
+    table = table.select(**{AT: place}, **{of: _plain(table[of]) for of in there})
+    apart = [each for each in range(1, pieces) if starts[each] > starts[each - 1] + size]
+    return engine.keep(name, table), [at for each in apart for at in (each * size - 1, each * size)]
 
 
-def _read_chunks(
-    log: LogFooters, wanted: Sequence[str], max_rows: int, max_cells: int
-) -> Iterator[_Chunk]:
-    schema = pa.schema([(name, log.types[name]) for name in wanted])
-    row_groups, bytes_left = _spread_row_groups(log), MAX_BYTES
-    before: tuple[FileFooter, int] | None = None
-    for index, (file, row_group) in enumerate(row_groups):
-        # The share that small row groups leave goes to those that follow.
-        left = len(row_groups) - index
-        parquet, present, cells = _open_row_group(file, row_group, wanted)
-        rows = min(
-            file.rows[row_group], max(1, min(max_rows // left, int(max_cells / cells) // left))
-        )
-        batches, read, held = [], 0, 0
-        for batch in _batches(parquet, row_group, present, cells, rows):
-            batches.append(_conformed(batch.slice(0, rows - read), schema))
-            read += len(batches[-1])
-            held += batches[-1].nbytes
-            if read >= rows or held >= bytes_left // left:
-                break
-        max_rows, max_cells = max_rows - read, max_cells - int(read * cells)
-        bytes_left -= held
-        ends_row_group = read == file.rows[row_group]
-        yield _Chunk(
-            table=pa.concat_tables(batches),
-            follows=before == (file, row_group),
-            is_first=row_group == 0,
-            is_last=ends_row_group and row_group == len(file.rows) - 1,
-        )
-        before = (file, row_group + 1) if ends_row_group else None
+def kind_of(of: dt.DataType) -> str:
+    """The kind of a type: bool, integer, float, string, time or list; "" for all others."""
+    tests = {
+        "bool": of.is_boolean(),
+        "integer": of.is_integer(),
+        "float": of.is_floating() or of.is_decimal(),
+        "string": of.is_string() or of.is_binary(),
+        "time": of.is_timestamp() or of.is_date(),
+        "list": of.is_array() and bool(kind_of(of.value_type)),
+    }
+    return next((kind for kind, is_so in tests.items() if is_so), "")
 
 
-def _open_row_group(
-    file: FileFooter, row_group: int, wanted: Sequence[str]
-) -> tuple[pq.ParquetFile, list[str], float]:
-    """A file, those of the columns that it has, and how many of their values a row holds."""
-    parquet = _opened(file.system, file.path)
-    present = [name for name in wanted if name in file.types]
-    metadata = parquet.metadata.row_group(row_group)
-    chunks = [metadata.column(i) for i in range(metadata.num_columns)]
-    cells = sum(
-        chunk.num_values
-        for chunk in chunks
-        if any(f"{chunk.path_in_schema}.".startswith(f"{name}.") for name in present)
-    )
-    return parquet, present, max(cells / metadata.num_rows, 1.0)
+def element_kind(table: ir.Table, name: str) -> str:
+    """The kind of the elements of a column of lists; "" for a column of none."""
+    of = table[name].type()
+    return kind_of(of.value_type) if of.is_array() else ""
 
 
-def _batches(
-    parquet: pq.ParquetFile, row_group: int, columns: list[str], cells: float, rows: int
-) -> Iterator[pa.RecordBatch]:
-    size = max(1, min(rows, int(_BATCH_CELLS / cells)))
-    return parquet.iter_batches(batch_size=size, row_groups=[row_group], columns=columns)
+def _plain(value: ir.Value) -> ir.Value:
+    """A value of the widest type of its kind; NaN, which is how some writers say null, is none."""
+    kind = value.type()
+    if kind.is_array():
+        return value.cast(dt.Array(_plain(ibis.null(kind.value_type)).type()))
+    if kind.is_floating() or kind.is_decimal():
+        return number_of(value)
+    if kind.is_integer() and kind != dt.uint64:
+        return value.cast("int64")
+    return value.cast("string") if kind.is_binary() else value
 
 
-def _conformed(batch: pa.RecordBatch, schema: pa.Schema) -> pa.Table:
-    """A table of the schema's columns: cast to its types, null where the file lacks a column."""
-    arrays = []
-    for field in schema:
-        place = batch.schema.get_field_index(field.name)
-        if place < 0:
-            arrays.append(pa.nulls(len(batch), field.type))
-            continue
-        array = batch.column(place)
-        arrays.append(array if array.type.equals(field.type) else _cast(array, field.type))
-    return pa.Table.from_arrays(arrays, schema=schema)
+def read_sample(engine: Engine, footers: Footers) -> Sample:
+    """Reads row groups spread over the log, of each as many rows as its share of the bounds."""
+    wanted = [name for name in footers.types if not footers.why_unread(name)]
+    rows = _rows_within(footers, MAX_ROWS, MAX_CELLS, MAX_BYTES)
+    table, edges = _read(engine, footers, wanted, rows, "sampled rows")
+    aligned, why, check = _find_aligned(engine, table)
+    number = engine.count(table)
+    if aligned:
+        table, requests = _unfolded(engine, table, aligned)
+        return Sample(REQUEST_ROWS, why, check, table, requests, [], number)
+    table = table.mutate(**{ROW: table[AT]})
+    return Sample(CANDIDATE_ROWS, why, check, table, None, edges, number)
 
 
-def _cast(array: pa.Array, of: pa.DataType) -> pa.Array:
-    if pa.types.is_dictionary(array.type):
-        array = array.dictionary_decode()
-    return array.cast(of, safe=False)
+def read_requests(
+    engine: Engine, footers: Footers, request: str, of_request: Iterable[str]
+) -> ir.Table:
+    """Rows that hold columns of requests, of as many requests as its bounds allow, a row each.
+
+    Args:
+      engine: to read with.
+      footers: of the log.
+      request: the column that tells requests apart; "" where each row is one.
+      of_request: columns that hold the same for all candidates of a request.
+    """
+    wanted = {*of_request, request} - {""}
+    rows = MAX_REQUEST_CELLS // len(wanted) if request else MAX_REQUESTS
+    table, _edges = _read(engine, footers, sorted(wanted), rows, "more rows")
+    return first_rows(table, request).order_by(AT).limit(MAX_REQUESTS) if request else table
 
 
-def _edges(chunks: Sequence[_Chunk]) -> Int64[np.ndarray, "_"]:
-    """Rows beside which the log has rows that the sample lacks."""
-    edges, end = [], 0
-    for index, chunk in enumerate(chunks):
-        start, end = end, end + chunk.table.num_rows
-        if not chunk.is_first and not chunk.follows:
-            edges.append(start)
-        is_followed = index + 1 < len(chunks) and chunks[index + 1].follows
-        if not chunk.is_last and not is_followed:
-            edges.append(end - 1)
-    return np.array(edges, np.int64)
+def first_rows(table: ir.Table, owner: str) -> ir.Table:
+    """The first row of each owner."""
+    first = table.filter(table[owner].notnull()).group_by(owner).agg(**{AT: table[AT].min()})
+    return table.semi_join(first, AT)
 
 
-def _find_aligned(table: pa.Table) -> tuple[list[str], str, str]:
+def _find_aligned(engine: Engine, table: ir.Table) -> tuple[list[str], str, str]:
     """Finds the columns whose lists hold a value a candidate.
 
     Lists of a row a request are as long as each other in every row, one of them names items and so
@@ -320,164 +242,84 @@ def _find_aligned(table: pa.Table) -> tuple[list[str], str, str]:
     Returns:
       The columns, none where a row is a candidate; the reason, and a doubt.
     """
-    lengths = {
-        name: pc.fill_null(pc.list_value_length(table[name]), -1).to_numpy()
-        for name in table.column_names
-        if is_list(table.schema.field(name).type)
-    }
-    families: list[list[str]] = []
-    for name, length in lengths.items():
-        if (length >= 0).mean() < 0.5 or np.median(length) < 2:
-            continue
-        for family in families:
-            other = lengths[family[0]]
-            if np.array_equal(*(each[(length >= 0) & (other >= 0)] for each in (length, other))):
-                family.append(name)
-                break
-        else:
-            families.append([name])
-    plain = "its columns hold one value each"
-    if lengths:
-        plain = "its lists differ in length within a row"
-    families = [family for family in families if len(family) > 1 and _ids_of(table, family)]
-    if not families:
-        return [], plain, ""
-    family = max(families, key=lambda family: _suits_candidates(table, family))
-    item = _ids_of(table, family)
-    code = encode(table[item])[0]
-    if len(np.unique(code)) < 0.8 * len(code):
+    lists = [name for name in table.columns if element_kind(table, name)]
+    if not lists:
+        return [], "its columns hold one value each", ""
+    lengths = engine.fetch(table.select(**{name: table[name].length() for name in lists}))
+    length = {name: lengths[name].fill_null(-1).to_numpy() for name in lists}
+    facts = _facts_of_lists(engine, table, lists)
+
+    def match(name: str) -> int:
+        return names.match(name, names.SYNONYMS["item"])
+
+    likely = []
+    for item in lists:
+        is_long = (length[item] >= 0).mean() >= 0.5 and np.median(length[item]) >= 2
+        may_be_ids = element_kind(table, item) in ("integer", "string") and is_long
+        # A row of zeros and ones has long ones twice.
+        if may_be_ids and facts[item]["once"] >= 0.98:
+            family = [of for of in lists if _are_as_long(length[item], length[of])]
+            has_labels = any(facts[of]["is_binary"] for of in family)
+            fit = (max(map(match, family)), has_labels, len(family), match(item))
+            likely += [(fit, item, family)] if len(family) > 1 else []
+    if not likely:
+        return [], "its lists differ in length within a row", ""
+    _fit, item, family = max(likely)
+    if facts[item]["different"] < 0.8:
         return [], f"lists repeat from row to row, those of {item!r} for one", ""
-    has_item = any(
-        names.match(name, names.SYNONYMS["item"]) == 2
-        for name in table.column_names
-        if name not in lengths
-    )
-    named = any(
-        names.match(name, names.SYNONYMS["item"])
-        or (names.task_of_label(name)[1] and _holds_only_binary(table[name]))
-        for name in family
-    )
-    if has_item and not named:
+    labels = [of for of in family if names.task_of_label(of)[1] and facts[of]["is_binary"]]
+    is_named = bool(labels) or any(map(match, family))
+    if not is_named and any(match(of) == 2 for of in table.columns if of not in lists):
         return [], "it has a column of items that is no list", ""
     why = f"the lists of {len(family)} columns are equally long within each row"
-    check = '"candidate", if these lists are histories' if not named else ""
-    return family, why, check
+    return family, why, '"candidate", if these lists are histories' * (not is_named)
 
 
-def _suits_candidates(table: pa.Table, family: Sequence[str]) -> tuple[int, bool, int]:
-    """Sorting key of columns of lists: a name like that of items, labels, their number."""
-    items = max(names.match(name, names.SYNONYMS["item"]) for name in family)
-    return items, any(_holds_only_binary(table[name]) for name in family), len(family)
+def _are_as_long(one: np.ndarray, other: np.ndarray) -> bool:
+    both = (one >= 0) & (other >= 0)
+    return bool(both.any()) and np.array_equal(one[both], other[both])
 
 
-def _holds_only_binary(chunked: pa.ChunkedArray) -> bool:
-    """True if lists hold nothing but zeros and ones, or truth values."""
-    kind = kind_of(chunked.type.value_type)
-    if kind not in ("integer", "float"):
-        return kind == "bool"
-    numbers = chunked.slice(0, 2000).combine_chunks().flatten().cast(pa.float64())
-    return set(pc.unique(numbers).to_pylist()) - {None} == {0.0, 1.0}
+def _facts_of_lists(engine: Engine, table: ir.Table, lists: Sequence[str]) -> dict[str, dict]:
+    """Of each column of lists: the shares that are "different" ones, and of elements met "once".
+
+    "is_binary" is True for lists that hold zeros and ones and nothing else.
+    """
+    values = cells_of(table, lists).group_by("column")
+    values = values.agg(rows=_.count(), values=_.code.nunique())
+    each = elements_of(table.filter(table[AT] < _SOME_ROWS), lists, AT)
+    each = each.group_by("column", AT, "code").agg(times=_.count(), number=_.number.min())
+    elements = each.group_by("column").agg(
+        elements=_.times.sum(),
+        distinct=_.count(),
+        zeros=_.times.sum(where=_.number == 0),
+        ones=_.times.sum(where=_.number == 1),
+    )
+    found = {name: {"different": 0.0, "once": 0.0, "is_binary": False} for name in lists}
+    for row in engine.fetch(values.join(elements, "column")).to_pylist():
+        ones, zeros = row["ones"] or 0, row["zeros"] or 0
+        found[lists[row["column"]]] = {
+            "different": row["values"] / row["rows"],
+            "once": row["distinct"] / row["elements"],
+            "is_binary": bool(ones and zeros and ones + zeros == row["elements"]),
+        }
+    return found
 
 
-def _ids_of(table: pa.Table, family: Sequence[str]) -> str:
-    """The first of the columns whose lists hold nothing twice, and no fractions; "" if none."""
-    by_name = sorted(family, key=lambda name: -names.match(name, names.SYNONYMS["item"]))
-    for name in by_name:
-        if kind_of(table.schema.field(name).type.value_type) not in ("integer", "string"):
-            continue
-        array = table[name].slice(0, 2000).combine_chunks()
-        element = encode(pa.chunked_array([array.flatten()]))[0]
-        row = np.repeat(np.arange(len(array)), pc.fill_null(pc.list_value_length(array), 0))
-        known = element >= 0
-        key = row[known] * (int(element.max(initial=0)) + 1) + element[known]
-        # A row of zeros and ones has long ones twice.
-        if len(key) and len(np.unique(key)) >= 0.98 * len(key):
-            return name
-    return ""
-
-
-def _exploded(
-    table: pa.Table, aligned: Sequence[str], max_rows: int, unread: dict[str, str]
-) -> tuple[dict[str, Column], Int32[np.ndarray, "rows"]]:
-    """Columns over candidates, and the row of each, from a table of a row a request."""
-    lengths = np.max(
-        [pc.fill_null(pc.list_value_length(table[name]), 0).to_numpy() for name in aligned], axis=0
+def _unfolded(engine: Engine, table: ir.Table, aligned: Sequence[str]) -> tuple[ir.Table, ir.Table]:
+    """Candidates, with their rows in `ROW`, and the other columns of these rows."""
+    table = table.mutate(
+        **{ROW: ibis.greatest(*(ibis.coalesce(table[of].length(), 0) for of in aligned))}
     )
     # Rows with too many candidates together are thinned at even distances.
-    kept = np.arange(0, table.num_rows, max(1, -(-int(lengths.sum()) // max_rows)))
-    table, lengths = table.take(pa.array(kept)), lengths[kept]
-    row = np.repeat(np.arange(len(lengths), dtype=np.int32), lengths)
-    columns = {
-        name: column.taken(row)
-        for name, column in _encoded(table.drop_columns(list(aligned)), unread).items()
-    }
-    flat = {}
-    within = np.arange(len(row)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    for name in aligned:
-        array = table[name].combine_chunks()
-        own = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-        place = np.repeat(np.cumsum(own) - own, lengths) + within
-        flat[name] = array.flatten().take(pa.array(place, mask=np.repeat(own == 0, lengths)))
-    columns |= _encoded(pa.table(flat), unread)
-    return {name: columns[name] for name in table.column_names if name in columns}, row
-
-
-def _encoded(table: pa.Table, unread: dict[str, str]) -> dict[str, Column]:
-    """Columns of a table; lists whose elements cannot be read are added to `unread`."""
-    columns = {}
-    for name in table.column_names:
-        of = table.schema.field(name).type
-        kind = kind_of(of)
-        element = kind_of(of.value_type) if kind == "list" else kind
-        if element in ("", "list"):
-            unread[name] = f"its type {of} is no number, string, time or list of these"
-            continue
-        columns[name] = Column(name, kind, *encode(table[name]))
-    return columns
-
-
-def sample_requests(log: LogFooters, request: str, of_request: Sequence[str]) -> dict[str, Column]:
-    """Columns over requests, more of them than a sample of candidates holds.
-
-    Args:
-      log: the log.
-      request: the column that tells requests apart; "" where each row is one.
-      of_request: columns that hold the same for all candidates of a request.
-
-    Returns:
-      The columns, `request` included; a row is one request.
-    """
-    wanted = list(dict.fromkeys([request, *of_request] if request else of_request))
-    schema = pa.schema([(name, log.types[name]) for name in wanted])
-    row_groups = _spread_row_groups(log)
-    cells_left, rows_left, tables = _MAX_REQUEST_CELLS, MAX_REQUESTS, []
-    for index, (file, row_group) in enumerate(row_groups):
-        left = len(row_groups) - index
-        parquet, present, cells = _open_row_group(file, row_group, wanted)
-        if not present or (request and request not in present):
-            continue
-        rows = max(1, min(file.rows[row_group], int(cells_left / cells) // left))
-        read = kept = 0
-        for batch in _batches(parquet, row_group, present, cells, rows):
-            table = _firsts(_conformed(batch, schema), request)
-            tables.append(table.slice(0, rows_left // left - kept))
-            read, kept = read + len(batch), kept + len(tables[-1])
-            if read >= rows or kept >= rows_left // left:
-                break
-        cells_left, rows_left = cells_left - int(read * cells), rows_left - kept
-    return _encoded(_firsts(pa.concat_tables(tables), request), {}) if tables else {}
-
-
-def _firsts(table: pa.Table, request: str) -> pa.Table:
-    """The first row of each request."""
-    if not request:
-        return table
-    code, _ = encode(table[request])
-    known, first = np.unique(code, return_index=True)
-    return table.take(pa.array(np.sort(first[known >= 0])))
-
-
-def type_names(log: LogFooters, among: Mapping[str, Any] | None = None) -> str:
-    """The columns of a log for a message: `user_id (int64), item_id (string)`."""
-    shown = [name for name in log.types if among is None or name in among]
-    return ", ".join(f"{name} ({log.types[name]})" for name in shown)
+    (whole,) = engine.fetch(table.agg(candidates=table[ROW].sum())).to_pylist()
+    table = table.filter(table[AT] % -(-int(whole["candidates"] or 1) // MAX_ROWS) == 0)
+    # A list that is missing is one of missing values, which a shorter list is filled up with.
+    lists = [table[name].fill_null(ibis.literal([], type=table[name].type())) for name in aligned]
+    of_request = [name for name in table.columns if name not in (AT, ROW, *aligned)]
+    each = ibis.range(table[ROW]).zip(*lists).unnest()
+    unfolded = table.select(*of_request, **{ROW: table[AT]}, each=each)
+    values = {name: unfolded.each[f"f{place}"] for place, name in enumerate(aligned, 2)}
+    place = ibis.row_number().over(order_by=[unfolded[ROW], unfolded.each["f1"]])
+    candidates = unfolded.select(*of_request, ROW, **{AT: place}, **values)
+    return engine.keep("candidates of rows", candidates), table.select(AT, *of_request)
