@@ -164,7 +164,7 @@ def open_log(layout: LogLayout) -> Log:
     families: dict[str, tuple[str, str]] = {}
     parts: list[Part] = []
     names: set[str] = set()
-    given = _given(files)
+    given = given_by_folders(files)
 
     for index, (schema, metadata) in enumerate(read_footers(system, files)):
         _check_schema(files[index], _with_given(schema, given), wanted, families)
@@ -263,7 +263,7 @@ def _in_directory(url: str, folder: str, paths: Sequence[str]) -> list[str]:
     return files
 
 
-def _given(files: Sequence[str]) -> pa.Table:
+def given_by_folders(files: Sequence[str]) -> pa.Table:
     """The columns that the names of folders give, as Hive has them: `name=value/`."""
     folders = [dict(re.findall(r"([^/=]+)=([^/]*)(?=/)", file)) for file in files]
     names = list(dict.fromkeys(name for folder in folders for name in folder))

@@ -26,7 +26,7 @@ from kd_ranker.config import checks
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands, launch
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources.logs.engine import Engine
+from kd_ranker.sources.logs.duckdb_engine import DuckDb
 from kd_ranker.sources.logs.guess import facts, first_config, funnel, rules, sample
 from kd_ranker.sources.registry import SOURCES, SourceEntry
 from tests import small
@@ -655,8 +655,8 @@ def test_the_entry_point_says_where_the_file_is_and_what_to_run_next(columns, tm
     assert load(tmp_path / "feed.py").data.columns.item == "item_id"
 
 
-def sampled(log: sample.Footers, folder: Path) -> tuple[Engine, sample.Sample]:
-    engine = Engine(ibis.duckdb.connect(threads=1), folder)
+def sampled(log: sample.Footers, folder: Path) -> tuple[DuckDb, sample.Sample]:
+    engine = DuckDb(ibis.duckdb.connect(threads=1), folder)
     return engine, sample.read_sample(engine, log)
 
 
@@ -700,7 +700,7 @@ def test_more_requests_are_read_to_tell_users_from_contexts(columns, tmp_path):
     path = logs.write(logs.table_of(columns), tmp_path / "feed")
     log = sample.open_log(str(path))
     names = ["user_id", "age", "country", "hour"]
-    engine = Engine(ibis.duckdb.connect(threads=1), tmp_path)
+    engine = DuckDb(ibis.duckdb.connect(threads=1), tmp_path)
     found = engine.fetch(sample.read_requests(engine, log, "request_id", names)).to_pandas()
     found = found.set_index("request_id").sort_index()[names]
     frame = pd.DataFrame({name: columns[name] for name in ("request_id", *names)})
@@ -804,7 +804,7 @@ def cells(columns: dict[str, Any], folder: Path) -> facts.Cells:
     arrays = {name: pa.array(x, mask=np.array(x) < 0) for name, x in columns.items()}
     place = pa.array(range(len(next(iter(columns.values())))))
     pq.write_table(pa.table(arrays | {sample.AT: place}), folder / "cells.parquet")
-    engine = Engine(ibis.duckdb.connect(threads=1), folder)
+    engine = DuckDb(ibis.duckdb.connect(threads=1), folder)
     table = engine.backend.read_parquet(folder / "cells.parquet")
     return facts.make_cells(engine, table, "cells")
 

@@ -17,7 +17,14 @@ from ibis import _
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.cells import cells_of, elements_of
 from kd_ranker.sources.logs.engine import Engine
-from kd_ranker.sources.logs.files import Log, family_of, find_files, read_footers
+from kd_ranker.sources.logs.files import (
+    Log,
+    family_of,
+    find_files,
+    given_by_folders,
+    read_footers,
+    url_of,
+)
 from kd_ranker.sources.logs.guess import names
 from kd_ranker.sources.logs.typed import number_of
 
@@ -116,7 +123,11 @@ def open_log(path: str) -> Footers:
     if not whole:
         raise UserError(f"data.path={path}: its {len(files)} Parquet files have no rows")
     files, sizes, changed = map(list, zip(*whole, strict=True))
-    log = Log(path, tuple(files), tuple(sizes), tuple(changed), (), tuple(sorted(types)))
+    given = given_by_folders(files)
+    for field in given.schema:
+        types.setdefault(field.name, []).append(field.type)
+    names = tuple(sorted(types))
+    log = Log(url_of(path), tuple(files), tuple(sizes), tuple(changed), (), names, given)
     return Footers(log, tuple(footers), types)
 
 
@@ -149,7 +160,11 @@ def _read(
         if start < end and start + size > first
     ]
     files = sorted({file for file, *_rows in ranges})
-    log = dataclasses.replace(footers.log, files=tuple(footers.log.files[of] for of in files))
+    log = dataclasses.replace(
+        footers.log,
+        files=tuple(footers.log.files[of] for of in files),
+        given=footers.log.given.take(files),
+    )
     table = engine.read(log)
     within = [(table.row >= start) & (table.row < stop) for _file, start, stop in ranges]
     of_file = [table.file == files.index(file) for file, *_rows in ranges]
