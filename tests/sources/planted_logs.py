@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-REQUESTS, CANDIDATES, PASSED, SHOWN = 400, 60, 20, 8
+REQUESTS, CANDIDATES, PASSED, SHOWN = 200, 60, 20, 8
 USERS, ITEMS = 80, 500
 START = 1_700_000_000  # seconds since 1970
 TASKS = {"click": -0.5, "like": -2.0}  # logit of the base rate

@@ -19,7 +19,7 @@ from kd_ranker.sources.logs.guess.facts import (
     find_lists,
     make_cells,
 )
-from kd_ranker.sources.logs.guess.rules import Guess, best
+from kd_ranker.sources.logs.guess.rules import ROLES, Guess, best
 from kd_ranker.sources.logs.guess.sample import (
     AT,
     ROW,
@@ -205,9 +205,12 @@ def _item(
         return {"listed": next(of_it, "")}
 
     of_candidate = {name: f for name, f in facts.items() if not f.of_request}
-    template = names.SYNONYMS["item"][0]
-    once = [of for of, f in of_candidate.items() if f.in_request.repeats <= 0.02 or of == template]
-    guess = _best_owner("item", cells, of_candidate, named, once, more)
+    likely = [
+        name
+        for name, f in of_candidate.items()
+        if ROLES["item"].may_be(f.but(match=names.match(name, names.SYNONYMS["item"])))
+    ]
+    guess = _best_owner("item", cells, of_candidate, named, likely, more)
     if not guess.column:
         raise UserError(
             f"no column of {footers.log.url} looks like the id of items, of which no two "
