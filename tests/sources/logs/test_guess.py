@@ -707,7 +707,8 @@ def test_more_requests_are_read_to_tell_users_from_contexts(columns, tmp_path):
     log = sample.open_log(str(path))
     names = ["user_id", "age", "country", "hour"]
     engine = DuckDb(ibis.duckdb.connect(threads=1), tmp_path)
-    found = engine.fetch(sample.read_requests(engine, log, "request_id", names)).to_pandas()
+    read = engine.keep("read", sample.read_requests(engine, log, "request_id", names))
+    found = engine.fetch(read).to_pandas()
     found = found.set_index("request_id").sort_index()[names]
     frame = pd.DataFrame({name: columns[name] for name in ("request_id", *names)})
     expected = frame.drop_duplicates("request_id").set_index("request_id").sort_index()

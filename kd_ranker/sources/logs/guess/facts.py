@@ -6,6 +6,8 @@ the request, the user or the item that it belongs to, as the code of that column
 
 import dataclasses
 import decimal
+import re
+from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -68,7 +70,7 @@ UNKNOWN = Within()
 
 
 class Where(NamedTuple):
-    """How often a column is known where something holds (inside), and elsewhere (outside).
+    """Counts of a column where something holds (inside), and elsewhere (outside).
 
     `ones` count the value 1, and `usual` the value that is the most frequent one outside.
     """
@@ -125,7 +127,8 @@ class Fact:
       words_mean: True if its values are words for stages.
       labelled: True if labels are known, or 1, for one value of it alone.
       shown, passed: where candidates were shown, or passed; None if the log does not tell.
-      tests, series: how many columns may be labels, and are called like it but for a number.
+      series: how many columns are called like it but for a number, itself among them.
+      tests: how many columns may be labels.
       foretold: a score that foretells it.
       of, owners: whom it belongs to, and how many of these there are.
       told: label, or "shown" -> the share of its uncertainty that the column tells.
@@ -339,10 +342,14 @@ def make_cells(engine: Engine, table: ir.Table, name: str) -> Cells:
         **{of: times.sum(where=condition) for of, condition in conditions.items()},
     )
     found = Cells(engine, cells, columns)
+    alike = Counter(_series(of) for of in columns)
     for row in found.named(facts):
         counted = {key: value for key, value in row.items() if value is not None}
         fact = columns[counted.pop("column")]
-        columns[fact.name] = fact.but(**counted | {"same": row["same"] / row["known"] ** 2})
+        columns[fact.name] = fact.but(
+            **counted
+            | {"same": row["same"] / row["known"] ** 2, "series": alike[_series(fact.name)]}
+        )
     texts = [of for of, fact in columns.items() if fact.kind == "string" and fact.known]
     asked: dict[str, ir.Value] = {}
     for of in texts:
@@ -353,6 +360,10 @@ def make_cells(engine: Engine, table: ir.Table, name: str) -> Cells:
     for of in texts:
         columns[of] = columns[of].but(words=row[f"words {of}"], digits=bool(row[f"digits {of}"]))
     return found
+
+
+def _series(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
 
 
 class Lists(NamedTuple):
@@ -370,7 +381,7 @@ class Lists(NamedTuple):
 
 
 def find_lists(cells: Cells, table: ir.Table, among: Collection[str]) -> dict[str, Lists]:
-    """What some columns of lists hold; those that hold no element are left out.
+    """Counts what some columns of lists hold; those that hold no element are left out.
 
     Args:
       cells: those with whose values elements are compared.

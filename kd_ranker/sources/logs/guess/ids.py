@@ -230,6 +230,5 @@ def _requests(
     is_part = of_request and footers.num_rows > sample.file_rows
     if is_part and engine.count(table) < _ENOUGH_REQUESTS:
         # Of few requests, hardly two are of the same user.
-        more = read_requests(engine, footers, request, of_request)
-        table = more if engine.count(more) > engine.count(table) else table
+        table = read_requests(engine, footers, request, of_request)
     return engine.keep("requests", table.select(AT, *sorted(of_request)))

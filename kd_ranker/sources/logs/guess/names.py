@@ -198,12 +198,13 @@ def is_known_afterwards(name: str) -> bool:
 
 
 def owner_of(name: str) -> str | None:
-    """The owner that a name tells: user, item or context, by its first such word."""
-    for word in tokens_of(name):
-        for owner, words in _OWNERS.items():
-            if word in words:
-                return owner
-    return None
+    """The owner that a name tells: user, item or context, by its first such word.
+
+    >>> owner_of("user_age"), owner_of("authorAge"), owner_of("user-item_affinity")
+    ('user', 'item', None)
+    """
+    told = [owner for word in tokens_of(name) for owner in _OWNERS if word in _OWNERS[owner]]
+    return told[0] if told and not {"user", "item"} <= {*told} else None
 
 
 def identifier(name: str) -> str:

@@ -1,7 +1,6 @@
 """Roles of the columns of a log: time, stage, position, labels, the values of a teacher."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -339,12 +338,10 @@ def _labels(
     binary: Sequence[Fact], skills: Mapping[tuple[str, str], float], left_out: dict[str, str]
 ) -> dict[str, Guess]:
     """Task -> its column, the most frequent first."""
-    series = Counter(re.sub(r"\d+", "#", f.name) for f in binary)
     foretold = {label: score for (label, score), skill in skills.items() if skill > _FORETELLS}
     looked = [
         f.but(
             match=2 * names.task_of_label(f.name)[1],
-            series=series[re.sub(r"\d+", "#", f.name)],
             tests=len(binary),
             foretold=foretold.get(f.name, ""),
         )

@@ -57,7 +57,7 @@ class Role(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """What speaks for a role, or for a verdict on a feature, or against it.
+    """One reason for a role or for a verdict on a feature, or against it.
 
     Attributes:
       role: the role or verdict.
@@ -186,7 +186,7 @@ RULES = (
     Rule("label", 3, _is_one_of_shown, "1 only where shown"),
     Rule("label", 3, lambda f: f.foretold, "{f.foretold!r} foretells it"),
     Rule("label", -2, lambda f: is_just_shown(f) and not f.match),
-    Rule("label", -9, lambda f: f.shown and f.shown.is_one_anywhere),
+    Rule("label", -9, lambda f: f.shown and f.shown.is_one_anywhere and not _is_of_shown(f)),
     Rule("label", -9, _is_series),
 )  # fmt: skip
 
@@ -249,6 +249,8 @@ FEATURE_RULES = (
     Rule("dense", 0, lambda f: names.has_word(f.name, "quantities"),
          "{f.distinct:,} numbers, an amount by its name"),
     Rule("dense", 0, lambda f: f.kind == "float" and f.is_binary(0.01), "0 or 1"),
+    Rule("dense", 0, lambda f: f.kind == "float" and f.series >= _SERIES,
+         "numbers, one of {f.series} columns of a vector by their names"),
     Rule("category", 0, lambda f: f.distinct <= _FEW_NUMBERS, "{f.distinct:,} whole numbers"),
     Rule("category", 0, lambda f: max(-f.low, f.high) >= _LARGE,
          "{f.distinct:,} whole numbers, as long as ids are", "or 'dense', if amounts"),

@@ -35,6 +35,8 @@ PIECES = 24  # of successive rows that it is made of
 MAX_REQUESTS = 100_000  # requests in a second sample, of a row a request
 MAX_REQUEST_CELLS = 48_000_000  # values read for that
 
+# Above every row of a file.
+_ROWS_OF_A_FILE = 2**40
 # Columns of its own that a sample has: no log has such names.
 AT, ROW = " at", " row"  # the place of a candidate in the sample, and of its row
 _SOME_ROWS = 2000
@@ -141,13 +143,13 @@ def _rows_within(footers: Footers, rows: float, values: float, size: float) -> i
 
 
 def _read(
-    engine: Engine, footers: Footers, columns: Iterable[str], rows: int, name: str
+    engine: Engine, footers: Footers, columns: Iterable[str], rows: int
 ) -> tuple[ir.Table, list[int]]:
-    """So many rows of a log, in pieces at even distances, kept under a name.
+    """So many rows of a log, in pieces at even distances.
 
     Returns:
-      The columns whose types are known here, with `AT`; and the places beside which the log has
-      rows that the table lacks.
+      The columns whose types are known here, with their place in the log as `AT`; and the places
+      among them beside which the log has rows that the table lacks.
     """
     pieces = min(PIECES, rows) if rows < footers.num_rows else 1
     size = min(rows, footers.num_rows) // pieces
@@ -173,10 +175,11 @@ def _read(
         functools.reduce(operator.or_, map(operator.and_, within, of_file))
     )
     there = [of for of in columns if of in table.columns and kind_of(table[of].type())]
-    place = ibis.row_number().over(order_by=["file", "row"])
-    table = table.select(**{AT: place}, **{of: _plain(table[of]) for of in there})
+    table = table.select(
+        **{AT: table.file * _ROWS_OF_A_FILE + table.row}, **{of: _plain(table[of]) for of in there}
+    )
     apart = [each for each in range(1, pieces) if starts[each] > starts[each - 1] + size]
-    return engine.keep(name, table), [at for each in apart for at in (each * size - 1, each * size)]
+    return table, [at for each in apart for at in (each * size - 1, each * size)]
 
 
 def kind_of(of: dt.DataType) -> str:
@@ -214,7 +217,9 @@ def read_sample(engine: Engine, footers: Footers) -> Sample:
     """Reads row groups spread over the log, of each as many rows as its share of the bounds."""
     wanted = [name for name in footers.types if not footers.why_unread(name)]
     rows = _rows_within(footers, MAX_ROWS, MAX_CELLS, MAX_BYTES)
-    table, edges = _read(engine, footers, wanted, rows, "sampled rows")
+    table, edges = _read(engine, footers, wanted, rows)
+    place = ibis.row_number().over(order_by=AT)
+    table = engine.keep("sampled rows", table.mutate(**{AT: place}))
     aligned, why, check = _find_aligned(engine, table)
     number = engine.count(table)
     if aligned:
@@ -237,14 +242,14 @@ def read_requests(
     """
     wanted = {*of_request, request} - {""}
     rows = MAX_REQUEST_CELLS // len(wanted) if request else MAX_REQUESTS
-    table, _edges = _read(engine, footers, sorted(wanted), rows, "more rows")
-    return first_rows(table, request).order_by(AT).limit(MAX_REQUESTS) if request else table
+    table, _edges = _read(engine, footers, sorted(wanted), rows)
+    return first_rows(table, request, MAX_REQUESTS) if request else table
 
 
-def first_rows(table: ir.Table, owner: str) -> ir.Table:
-    """The first row of each owner."""
+def first_rows(table: ir.Table, owner: str, most: int | None = None) -> ir.Table:
+    """The first row of each owner, or of some of them."""
     first = table.filter(table[owner].notnull()).group_by(owner).agg(**{AT: table[AT].min()})
-    return table.semi_join(first, AT)
+    return table.semi_join(first.order_by(AT).limit(most) if most else first, AT)
 
 
 def _find_aligned(engine: Engine, table: ir.Table) -> tuple[list[str], str, str]:
