@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -52,3 +53,18 @@ class Source:
     resume: Path | None = None
     write_beside: Callable[[Path], None] | None = None
     close: Callable[[], None] = lambda: None
+
+
+def without_teacher(tasks: int) -> dict[str, Any]:
+    """The fields of a request of which no teacher speaks, nor any truth.
+
+    >>> without_teacher(3)["teacher_probability"].shape
+    (0, 3)
+    """
+    none = np.zeros((0, tasks), np.float32)
+    return {
+        "teacher_probability": none,
+        "teacher_weight": none[:, 0],
+        "teacher_version": "",
+        "true_probability": none,
+    }

@@ -37,10 +37,11 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.errors import UserError, check_choice, check_tasks
-from kd_ranker.requests.request import SPLITS, Request, Source
+from kd_ranker.requests.request import SPLITS, Request, Source, without_teacher
 from kd_ranker.sources.download import fetch
 from kd_ranker.sources.movielens_files import PUBLISHED, MovieLens, read_movielens
-from kd_ranker.sources.time_features import DAY, hour_features, weekday_features
+from kd_ranker.sources.tallies import Tally
+from kd_ranker.sources.time_features import DAY, moment_features
 
 # The lowest rating, in stars, that counts as the action; any rating is at least half a star.
 LOWEST_RATING = {"watch": 0.5, "like": 4, "share": 5}
@@ -88,28 +89,19 @@ class RatingBlocks:
         return len(self.user)
 
 
-@dataclasses.dataclass(frozen=True)
-class RatingLog:
-    """All users' ratings in the order of time."""
-
-    item: Int[np.ndarray, "n"]
-    rating: Float32[np.ndarray, "n"]
-    time: Int64[np.ndarray, "n"]
-
-
 class _Prepared(NamedTuple):
     """All that the requests of the splits are made of.
 
     Attributes:
+      everyone: the set.
       movielens: the set, with the users that are kept.
-      log: the ratings of all users.
       timelines: user -> timeline.
       blocks: split -> its blocks.
       fixed_user_features: see `_fixed_user_features`.
     """
 
+    everyone: MovieLens
     movielens: MovieLens
-    log: RatingLog
     timelines: dict[int, Timeline]
     blocks: dict[str, RatingBlocks]
     fixed_user_features: Float32[np.ndarray, "users _"]
@@ -143,15 +135,14 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
 def _prepare(data: ConfigDict, funnel: ConfigDict) -> _Prepared:
     """Reads the files and cuts the ratings into blocks."""
     name, negatives = str(data.name), int(data.get("negatives", 0))
-    movielens = read_movielens(name, data.path or fetch(PUBLISHED[name].archive, data.dir))
-    num_items = len(movielens.genres)
+    everyone = read_movielens(name, data.path or fetch(PUBLISHED[name].archive, data.dir))
+    num_items = len(everyone.genres)
     if not negatives and funnel.retrieved < num_items:
         raise UserError(
             f"funnel.retrieved={funnel.retrieved} is less than the {num_items} films of the "
             "catalogue, all of which are candidates"
         )
-    log = rating_log(movielens)
-    movielens = with_fewer_users(movielens, int(data.get("max_users", 0)), int(data.seed))
+    movielens = with_fewer_users(everyone, int(data.get("max_users", 0)), int(data.seed))
     timelines = _timelines(movielens, data)
     if negatives:
         _check_candidates(timelines, negatives, int(funnel.retrieved))
@@ -162,7 +153,7 @@ def _prepare(data: ConfigDict, funnel: ConfigDict) -> _Prepared:
             "has ratings for two requests before the test ones; lower data.ratings_per_request or "
             "data.test_share"
         )
-    return _Prepared(movielens, log, timelines, blocks, _fixed_user_features(movielens))
+    return _Prepared(everyone, movielens, timelines, blocks, _fixed_user_features(movielens))
 
 
 def _spec(prepared: _Prepared, data: ConfigDict, tasks: Sequence[str]) -> FeatureSpec:
@@ -194,13 +185,16 @@ def _requests(
     stars = np.array(movielens.stars, np.float32)
     lowest = np.array([LOWEST_RATING[task] for task in tasks])
     negatives = int(data.get("negatives", 0))
-    counted, count, total = 0, np.zeros(num_items, np.int64), np.zeros(num_items)
+    everyone = prepared.everyone
+    ratings = Tally(
+        everyone.time, everyone.item, lambda rows: [1, everyone.rating[rows]], (2, num_items)
+    )
     for request_id in range(len(blocks)):
         user, block = int(blocks.user[request_id]), int(blocks.block[request_id])
         timeline = prepared.timelines[user]
         start, end = int(timeline.start[block]), timeline.end(block)
         time = int(timeline.time[start])
-        counted = add_ratings(prepared.log, counted, time, count, total)
+        count, total = ratings.until(time)
         events = slice(max(0, start - int(data.history_length)), start)
         others, weight = not_rated(
             timeline.item[:end], num_items, negatives, (int(data.seed), user, block)
@@ -223,10 +217,7 @@ def _requests(
             num_passed=len(item_id),
             user_label=(rating[:, None] >= lowest).astype(np.uint8),
             label_weight=np.where(rating > 0, 1, weight).astype(np.float32),
-            teacher_probability=np.zeros((0, len(tasks)), np.float32),
-            teacher_weight=np.zeros(0, np.float32),
-            teacher_version="",
-            true_probability=np.zeros((0, len(tasks)), np.float32),
+            **without_teacher(len(tasks)),
         )
 
 
@@ -382,14 +373,8 @@ def context_features(
       [sin and cos of the hour; weekday, one-hot from Monday; log(1 + days since the last rating),
       0 if there is none; 1 if there is none; log(1 + position) / 2].
     """
-    pause = np.log1p((time - earlier[-1]) / DAY) if len(earlier) else 0.0
-    return np.concatenate(
-        [
-            hour_features(time),
-            weekday_features(time),
-            [pause, float(len(earlier) == 0), np.log1p(position) / 2],
-        ]
-    ).astype(np.float32)
+    pause = np.log1p((time - earlier[-1]) / DAY) if len(earlier) else np.nan
+    return np.append(moment_features(time, pause), np.log1p(position) / 2).astype(np.float32)
 
 
 def history_features(
@@ -410,38 +395,6 @@ def item_features(movielens: MovieLens) -> Float32[np.ndarray, "items F"]:
     return np.concatenate(
         [movielens.genres, decades[:, None], unknown[:, None]], axis=1, dtype=np.float32
     )
-
-
-def rating_log(movielens: MovieLens) -> RatingLog:
-    """Arranges the ratings by time."""
-    order = np.argsort(movielens.time, kind="stable")
-    return RatingLog(movielens.item[order], movielens.rating[order], movielens.time[order])
-
-
-def add_ratings(
-    log: RatingLog,
-    start: int,
-    time: int,
-    count: Int64[np.ndarray, "items"],
-    total: Float64[np.ndarray, "items"],
-) -> int:
-    """Adds the log's ratings from place `start` on, strictly before `time`, to those of the items.
-
-    Args:
-      log: the ratings.
-      start: how many of them were added before.
-      time: in seconds since 1970, UTC.
-      count: how many ratings each item has; changed in place.
-      total: their sums, in stars; changed in place.
-
-    Returns:
-      How many are added by now. Requests come in the order of time, so all of a split take one pass
-      over the log.
-    """
-    end = int(np.searchsorted(log.time, time))
-    np.add.at(count, log.item[start:end], 1)
-    np.add.at(total, log.item[start:end], log.rating[start:end])
-    return end
 
 
 def item_statistics(

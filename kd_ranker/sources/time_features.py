@@ -29,3 +29,16 @@ def weekday(time: int | Int[np.ndarray, "*n"]) -> Int[np.ndarray, "*n"]:
 def weekday_features(time: int | Int[np.ndarray, "*n"]) -> Float64[np.ndarray, "*n 7"]:
     """Day of the week, one-hot from Monday."""
     return np.eye(7)[weekday(time)]
+
+
+def moment_features(
+    time: int | Int[np.ndarray, "*n"], pause: float | Float64[np.ndarray, "*n"]
+) -> Float64[np.ndarray, "*n 11"]:
+    """[sin and cos of the hour; weekday, one-hot from Monday; `pause`; 1 if that is unknown].
+
+    Args:
+      time: of the moment.
+      pause: a feature of the time since the last event; NaN where there is none, which becomes 0.
+    """
+    last = np.stack([np.nan_to_num(pause), np.isnan(pause)], axis=-1)
+    return np.concatenate([hour_features(time), weekday_features(time), last], axis=-1)

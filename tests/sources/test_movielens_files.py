@@ -57,9 +57,9 @@ FILES = [
 def check_1m(files: MovieLens) -> None:
     # Users 7, 8, 30 and movies 2, 9, 12 are 0, 1, 2.
     assert files.user.tolist() == [2, 1, 1]
-    assert files.item.tolist() == [0, 2, 0]
-    assert files.rating.tolist() == [5.0, 1.0, 4.0]
-    assert files.time.tolist() == [978300760, 978302109, 978301968]
+    assert files.item.tolist() == [0, 0, 2]
+    assert files.rating.tolist() == [5.0, 4.0, 1.0]
+    assert files.time.tolist() == [978300760, 978301968, 978302109]
     assert files.stars == WHOLE_STARS
     assert files.num_users == 3
     assert files.age.tolist() == [56, 25, 1]
@@ -77,10 +77,11 @@ def check_1m(files: MovieLens) -> None:
 
 def check_32m(files: MovieLens) -> None:
     # Users 3, 5, 200948 are 0, 1, 2; movies 1, 8, 9, 40, 292757 are 0 to 4.
-    assert files.user.tolist() == [1, 1, 2, 0]
-    assert files.item.tolist() == [4, 0, 3, 0]
-    assert files.rating.tolist() == [0.5, 4.5, 4.0, 3.5]
-    assert files.time.tolist() == [789652009, 789652009, 1697160000, 1000000000]
+    # In the order of time, and then of lines.
+    assert files.user.tolist() == [1, 1, 0, 2]
+    assert files.item.tolist() == [4, 0, 0, 3]
+    assert files.rating.tolist() == [0.5, 4.5, 3.5, 4.0]
+    assert files.time.tolist() == [789652009, 789652009, 1000000000, 1697160000]
     assert files.stars == HALF_STARS
     assert files.num_users == 3
     assert files.age is files.is_female is files.occupation is None
@@ -136,12 +137,8 @@ def test_the_year_ends_a_title(tmp_path: Path, title: str, year: int) -> None:
     assert movielens_files.read_movielens("movielens_32m", tmp_path).release_year.tolist() == [year]
 
 
-@pytest.mark.parametrize("block_bytes", [200, 16 * 2**20])
 @pytest.mark.parametrize("name", WRITE)
-def test_ratings_are_those_that_pandas_reads(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, block_bytes: int
-) -> None:
-    monkeypatch.setattr(movielens_files, "_BLOCK_BYTES", block_bytes)
+def test_ratings_are_those_that_pandas_reads(tmp_path: Path, name: str) -> None:
     movies = movielens_layouts.plain_movies(40)
     stars = movielens_files.WHOLE_STARS if name == "movielens_1m" else movielens_files.HALF_STARS
     ratings = movielens_layouts.random_ratings(0, users=30, items=40, ratings=700, stars=stars)
@@ -153,6 +150,7 @@ def test_ratings_are_those_that_pandas_reads(
     else:
         movielens_layouts.write_32m(tmp_path, ratings, movies)
         frame = pd.read_csv(tmp_path / "ratings.csv", names=columns, skiprows=1)
+    frame = frame.sort_values("time", kind="stable")
     files = movielens_files.read_movielens(name, tmp_path)
     np.testing.assert_array_equal(3 * files.user + 1, frame.user)
     np.testing.assert_array_equal(3 * files.item + 1, frame.movie)
@@ -163,47 +161,47 @@ def test_ratings_are_those_that_pandas_reads(
 BAD_LINES = [
     ("ratings.dat", "30::2::5", r"3 fields separated by '::', expected 4"),
     ("ratings.dat", "30,2,5,978300760", r"1 fields separated by '::', expected 4"),
-    ("ratings.dat", "", r"userId '' cannot be read"),
+    ("ratings.dat", "", r"is empty"),
     ("ratings.dat", "30:2::5::978300760", r"3 fields"),
-    ("ratings.dat", "30::2.5::5::978300760", r"movieId '2.5' cannot be read as int32"),
-    ("ratings.dat", "30::9::five::978300760", r"rating 'five' cannot be read"),
-    ("ratings.dat", "30::9::3.5::978300760", r"rating 3.5 is none of 1, 2, 3, 4, 5"),
-    ("ratings.dat", "30::9::0::978300760", r"rating 0 is none of"),
-    ("ratings.dat", "30::9::5::-1", r"timestamp -1 is outside 0 to 4294967295"),
+    ("ratings.dat", "30::2.5::5::978300760", r"movie '2.5' is not a whole number"),
+    ("ratings.dat", "30::9::five::978300760", r"rating 'five' is not one of 1, 2, 3, 4, 5"),
+    ("ratings.dat", "30::9::3.5::978300760", r"rating '3.5' is not one of 1, 2, 3, 4, 5"),
+    ("ratings.dat", "30::9::0::978300760", r"rating '0' is not one of"),
+    ("ratings.dat", "30::9::5::-1", r"time '-1' is not a whole number from 0 to 4294967295"),
     ("ratings.dat", "31::9::5::978300760", r"user 31 is not in users.dat"),
     ("ratings.dat", "1::9::5::978300760", r"user 1 is not in users.dat"),
     ("ratings.dat", "30::10::5::978300760", r"movie 10 is not in movies.dat"),
     ("ratings.dat", "30::2::4::5", r"a rating of movie 2 by user 30 .* in .*ratings.dat, line 1"),
     ("users.dat", "7::M::56::0", r"4 fields"),
-    ("users.dat", "7::X::56::0::1", r"gender 'X' is not F or M"),
+    ("users.dat", "7::X::56::0::1", r"gender 'X' is not one of F, M"),
     ("users.dat", "7::M::old::0::1", r"age 'old' is not a whole number"),
-    ("users.dat", "7::M::56::21::1", r"occupation 21 is outside 0 to 20"),
+    ("users.dat", "7::M::56::21::1", r"occupation '21' is not a whole number from 0 to 20"),
     ("users.dat", "30::M::56::0::1", r"user 30 was given before, in .*users.dat, line 1"),
-    ("users.dat", "0::M::56::0::1", r"user id 0 is outside 1"),
+    ("users.dat", "0::M::56::0::1", r"user '0' is not a whole number from 1"),
     ("movies.dat", "2::Heat (1980)", r"2 fields"),
-    ("movies.dat", "two::Heat (1980)::Action", r"movie id 'two' is not a whole number"),
+    ("movies.dat", "two::Heat (1980)::Action", r"movie 'two' is not a whole number"),
     ("movies.dat", "12::Heat (1980)::Action", r"movie 12 was given before"),
-    ("movies.dat", "2::Heat (1980)::", r"genres '' holds an empty name"),
+    ("movies.dat", "2::Heat (1980)::", r"genres '' is not a text"),
     ("movies.dat", "2::Heat (1980)::Action||War", r"genres .* holds an empty name"),
     ("ratings.csv", "5,1,4.5", r"3 fields separated by ',', expected 4"),
     ("ratings.csv", "5::1::4.5::1", r"1 fields separated by ','"),
-    ("ratings.csv", "", r"userId '' cannot be read as int32"),
-    ("ratings.csv", "5,one,4.5,789652009", r"movieId 'one' cannot be read as int32"),
-    ("ratings.csv", "5,1,,789652009", r"rating '' cannot be read as float"),
-    ("ratings.csv", "5,1,4.5,1995-01-09", r"timestamp '1995-01-09' cannot be read as int64"),
-    ("ratings.csv", "5,1,4.5,99999999999", r"timestamp 99999999999 is outside"),
-    ("ratings.csv", "5,1,4.2,789652009", r"rating 4.2 is none of 0.5, 1, 1.5, 2, 2.5"),
-    ("ratings.csv", "5,1,nan,789652009", r"rating nan is none of"),
-    ("ratings.csv", "5,1,5.5,789652009", r"rating 5.5 is none of"),
+    ("ratings.csv", "", r"is empty"),
+    ("ratings.csv", "5,one,4.5,789652009", r"movieId 'one' is not a whole number"),
+    ("ratings.csv", "5,1,,789652009", r"rating '' is not one of"),
+    ("ratings.csv", "5,1,4.5,1995-01-09", r"timestamp '1995-01-09' is not a whole number"),
+    ("ratings.csv", "5,1,4.5,99999999999", r"timestamp '99999999999' is not a whole number from 0"),
+    ("ratings.csv", "5,1,4.2,789652009", r"rating '4.2' is not one of 0.5, 1, 1.5, 2, 2.5"),
+    ("ratings.csv", "5,1,nan,789652009", r"rating 'nan' is not one of"),
+    ("ratings.csv", "5,1,5.5,789652009", r"rating '5.5' is not one of"),
     ("ratings.csv", "5,2,4.5,789652009", r"movie 2 is not in movies.csv"),
     ("ratings.csv", "5,999999999,4.5,789652009", r"movie 999999999 is not in movies.csv"),
     ("ratings.csv", "5,292757,2,9", r"a rating of movie 292757 by user 5 .*ratings.csv, line 2"),
     ("movies.csv", "40,Without", r"2 fields separated by ',', expected 3"),
     ("movies.csv", "40,Series, The,Drama", r"4 fields"),
-    ("movies.csv", "x,Without a year,Drama", r"movie id 'x' is not a whole number"),
+    ("movies.csv", "x,Without a year,Drama", r"movieId 'x' is not a whole number"),
     ("movies.csv", "1,Without a year,Drama", r"movie 1 was given before, in .*movies.csv, line 2"),
-    ("movies.csv", "40,Without a year,", r"genres '' holds an empty name"),
-    ("movies.csv", '40,"Without" a year,Drama', r"',' expected after '\"'"),
+    ("movies.csv", "40,Without a year,", r"genres '' is not a text"),
+    ("movies.csv", '40,"Without" a year,Drama', r"Value with unterminated quote"),
 ]
 
 
@@ -231,15 +229,12 @@ def test_malformed_lines_are_named(tmp_path: Path, file: str, line: str, problem
     ("line", "problem"),
     [
         ("1,2", "2 fields"),
-        ("1,x,3,4", "movieId 'x' cannot be read"),
-        ("", "userId '' cannot be read"),
-        ("1,4,3.3,4", "rating 3.3 is none of"),
+        ("1,x,3,4", "movieId 'x' is not a whole number"),
+        ("", "is empty"),
+        ("1,4,3.3,4", "rating '3.3' is not one of"),
     ],
 )
-def test_a_damaged_line_far_into_a_file_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str, problem: str
-) -> None:
-    monkeypatch.setattr(movielens_files, "_BLOCK_BYTES", 200)
+def test_a_damaged_line_far_into_a_file_is_named(tmp_path: Path, line: str, problem: str) -> None:
     ratings = movielens_layouts.random_ratings(1, 30, 40, 700, HALF_STARS)
     movielens_layouts.write_32m(tmp_path, ratings, movielens_layouts.plain_movies(40))
     lines = (tmp_path / "ratings.csv").read_text().split("\n")
@@ -264,7 +259,7 @@ def test_missing_and_empty_files_are_named(tmp_path: Path, name: str, file: str)
 def test_a_file_without_rows_is_named(tmp_path: Path, file: str) -> None:
     path = write_32m(tmp_path) / file
     path.write_text(path.read_text().split("\n")[0] + "\n")
-    with pytest.raises(UserError, match=rf"{file} holds no"):
+    with pytest.raises(UserError, match=rf"{file} has no rows"):
         movielens_files.read_movielens("movielens_32m", tmp_path)
 
 
@@ -282,7 +277,7 @@ def test_another_header_is_shown(tmp_path: Path, file: str, header: str) -> None
     lines = path.read_text().split("\n")
     path.write_text("\n".join([header, *lines[1:]]))
     with pytest.raises(
-        UserError, match=rf"{file}, line 1: found '{header}', expected '[^,]*Id,"
+        UserError, match=rf"{file} lacks the column [a-zA-Z, ]*; it has: {header}$"
     ) as error:
         movielens_files.read_movielens("movielens_32m", tmp_path)
     assert "\n" not in str(error.value)
@@ -291,7 +286,7 @@ def test_another_header_is_shown(tmp_path: Path, file: str, header: str) -> None
 def test_titles_in_another_encoding_are_refused(tmp_path: Path) -> None:
     path = write_32m(tmp_path) / "movies.csv"
     path.write_bytes(path.read_text("utf-8").encode("iso-8859-1", "replace"))
-    with pytest.raises(UserError, match=r"movies.csv is not in UTF-8"):
+    with pytest.raises(UserError, match=r"movies.csv, line 3: is not in UTF-8"):
         movielens_files.read_movielens("movielens_32m", tmp_path)
 
 
