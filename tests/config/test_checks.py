@@ -1,7 +1,16 @@
 import jax
 import pytest
 
-from configs import cascade, kuairand, movielens, movielens_1m, movielens_32m, parquet, recflow
+from configs import (
+    cascade,
+    ebnerd,
+    kuairand,
+    movielens,
+    movielens_1m,
+    movielens_32m,
+    parquet,
+    recflow,
+)
 from configs.sweeps import cascade as cascade_sweep
 from kd_ranker.config import checks
 from kd_ranker.distillation.losses import LOSSES
@@ -23,7 +32,9 @@ def fault_of(config):
     return message
 
 
-@pytest.mark.parametrize("config", [cascade.get_config(), cascade.get_config("small")])
+@pytest.mark.parametrize(
+    "config", [cascade.get_config(), cascade.get_config("small"), ebnerd.get_config()]
+)
 def test_the_configs_are_valid(config):
     checks.validate(config)
 

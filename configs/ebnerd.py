@@ -1,0 +1,46 @@
+"""EB-NeRD, news of Ekstra Bladet, from the log that `scripts/ebnerd_log.py` makes of its files."""
+
+from ml_collections import ConfigDict
+
+from configs import parquet
+from kd_ranker.config.features import feature
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """Give `--config.data.path`, the log; see `docs/datasets.md`."""
+    config = parquet.get_config(variant)
+    config.tasks, config.value_weights = ("click", "read"), (1.0, 1.0)
+    config.data.title = "EB-NeRD"
+    config.data.rows = "request"
+    # All articles of an impression were shown, in an order that the publishers have shuffled.
+    config.data.columns = ConfigDict(
+        dict(request="impression_id", time="impression_time", user="user_id", item="item")
+    )
+    config.data.labels = ConfigDict(dict(click="click", read="read"))
+    config.data.teacher = ConfigDict()
+    config.data.features = ConfigDict(
+        dict(
+            subscriber=feature("user", "category", "is_subscriber"),
+            logged_in=feature("user", "category", "is_sso_user"),
+            gender=feature("user", "category"),
+            postcode=feature("user", "category"),
+            age=feature("user", "dense"),
+            recent=feature("user", "history", length=50),
+            device=feature("context", "category", "device_type"),
+            front_page=feature("context", "category"),
+            category=feature("item", "category"),
+            kind=feature("item", "category", "article_type"),
+            premium=feature("item", "category"),
+            topics=feature("item", "bag", length=4),
+            sentiment=feature("item", "dense", "sentiment_score"),
+            hours_old=feature("candidate", "dense"),
+        )
+    )
+    # Some five of a hundred impressions have more articles than that.
+    config.funnel.retrieved = 100
+    config.funnel.passed = 5
+    config.funnel.shown = 1
+    config.funnel.report_at = (1, 3, 5, 10)
+    config.batch.candidates = 32
+    config.teacher.source = "live"
+    return config
