@@ -9,7 +9,8 @@ import ibis
 import ibis.expr.types as ir
 import numpy as np
 
-from kd_ranker.sources.logs.engine import Engine, open_duckdb
+from kd_ranker.sources.logs.duckdb_engine import open_duckdb
+from kd_ranker.sources.logs.engine import Engine
 
 # GiB that the engine holds before it goes on on disk.
 _MEMORY = 4.0
