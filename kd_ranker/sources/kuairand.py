@@ -46,7 +46,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import Category, FeatureSpec
 from kd_ranker.errors import UserError, check_choice, check_tasks
-from kd_ranker.requests.request import SPLITS, Request, Source
+from kd_ranker.requests.request import SPLITS, Request, Source, without_teacher
 from kd_ranker.sources import kuairand_files
 from kd_ranker.sources.kuairand_files import (
     BEIJING,
@@ -55,7 +55,8 @@ from kd_ranker.sources.kuairand_files import (
     Impressions,
     KuaiRand,
 )
-from kd_ranker.sources.time_features import DAY, hour_features, weekday_features
+from kd_ranker.sources.tallies import Rows, Tally
+from kd_ranker.sources.time_features import DAY, moment_features
 
 TASKS = tuple(COLUMN_OF_TASK)
 VARIANT_OF_NAME = {f"kuairand_{variant}": variant for variant in kuairand_files.VARIANTS}
@@ -81,7 +82,6 @@ ITEM_FEATURES = 6
 # What a split adds to the seed of the draw of its requests.
 _SEED_OF_SPLIT = {"train": 0, "test": 1, "validation": 2}
 _ROUNDS = 8
-_CHUNK = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +148,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         seed=int(data.seed),
         author_rows=int(data.author_rows),
         music_rows=int(data.music_rows),
+        directory=str(data.get("dir", "")),
     )
     categories = _categories(files)
     item_category, user_category, tab_category = _category_ids(files, categories)
@@ -208,16 +209,17 @@ def _requests(
     log, blocks = prepared.log, prepared.blocks[split]
     bits = np.array([TASKS.index(task) for task in tasks], np.uint8)
     num_users, num_items = len(prepared.user_features), len(prepared.upload_time)
-    tallies = tallies_before(log, prepared.by_time, blocks.time, num_users, num_items)
-    for request_id, (user_tally, item_tally, earlier) in enumerate(tallies):
+    of_users = _tally(prepared, log.user, TASKS, num_users)
+    of_items = _tally(prepared, log.item, CANDIDATE_TASKS, num_items)
+    for request_id, time in enumerate(blocks.time.tolist()):
+        user_tally, item_tally = of_users.until(time), of_items.until(time)
         rows = blocks.rows[blocks.start[request_id] : blocks.start[request_id + 1]]
         user, tab = int(log.user[rows[0]]), int(log.tab[rows[0]])
-        time = int(blocks.time[request_id])
         shown, signals = merged(log.item[rows], log.signals[rows])
         # Seeded so that the draw depends on no other request and on nothing that comes later.
         generator = np.random.default_rng([int(data.seed), user, time, tab + 1])
         negatives = draw_negatives(
-            log, prepared.by_time[:earlier], shown, int(data.negatives), generator
+            log, prepared.by_time[: of_items.done], shown, int(data.negatives), generator
         )
         candidates = np.concatenate([shown, negatives])
         last, events = _history(prepared, user, time, int(data.history_length))
@@ -238,10 +240,7 @@ def _requests(
             num_passed=len(shown),
             user_label=signals[:, None] >> bits & np.uint8(1),
             label_weight=np.ones(len(shown), np.float32),
-            teacher_probability=np.zeros((0, len(tasks)), np.float32),
-            teacher_weight=np.zeros(0, np.float32),
-            teacher_version="",
-            true_probability=np.zeros((0, len(tasks)), np.float32),
+            **without_teacher(len(tasks)),
             request_category=np.append(prepared.user_category[user], prepared.tab_category[tab]),
         )
 
@@ -342,38 +341,18 @@ def draw_negatives(
     return np.sort(drawn[:number])
 
 
-def tallies_before(
-    log: Impressions,
-    by_time: Int[np.ndarray, "n"],
-    times: Int32[np.ndarray, "m"],
-    num_users: int,
-    num_items: int,
-) -> Iterator[tuple[Int32[np.ndarray, "_ users"], Int32[np.ndarray, "_ items"], int]]:
-    """Counts what happened strictly before each of `times`.
+def _tally(
+    prepared: _Prepared, ids: Int32[np.ndarray, "n"], tasks: Sequence[str], size: int
+) -> Tally:
+    """Impressions of each id in row 0, then on how many of them each of the tasks was done."""
+    bits = [TASKS.index(task) for task in tasks]
 
-    Args:
-      log: all impressions.
-      by_time: their places in the order of time.
-      times: ascending.
-      num_users: the length of the first tally.
-      num_items: of the second.
+    def values(rows: Rows) -> list[int | np.ndarray]:
+        signals = prepared.log.signals[rows]
+        return [1, *(signals >> np.uint8(bit) & np.uint8(1) for bit in bits)]
 
-    Yields:
-      For each time, the tallies of users and of items: impressions in row 0, then of how many of
-      them each of TASKS, or of CANDIDATE_TASKS, was done. They are the same arrays each time, and
-      change when the next is asked for. Last, the number of impressions that were counted.
-    """
-    user_tally = np.zeros((1 + len(TASKS), num_users), np.int32)
-    item_tally = np.zeros((1 + len(CANDIDATE_TASKS), num_items), np.int32)
-    done = 0
-    for end in np.searchsorted(log.time[by_time], times).tolist():
-        for start in range(done, end, _CHUNK):
-            rows = by_time[start : min(end, start + _CHUNK)]
-            signals = log.signals[rows]
-            _count(user_tally, log.user[rows], signals, TASKS)
-            _count(item_tally, log.item[rows], signals, CANDIDATE_TASKS)
-        done = end
-        yield user_tally, item_tally, end
+    shape = (1 + len(tasks), size)
+    return Tally(prepared.log.time, ids, values, shape, np.int32, prepared.by_time)
 
 
 def lift(
@@ -393,7 +372,7 @@ def lift(
 def rates(
     tally: Int[np.ndarray, "1+K"], prior: Float[np.ndarray, "K"]
 ) -> Float32[np.ndarray, "1+K"]:
-    """[log(1 + impressions) / 5, `lift` of each action] of a tally, see `tallies_before`."""
+    """[log(1 + impressions) / 5, `lift` of each action] of a tally, see `_tally`."""
     return np.append(np.log1p(tally[:1]) / 5, lift(tally[1:], tally[0], prior)).astype(np.float32)
 
 
@@ -408,11 +387,8 @@ def context_features(time: int, last: int | None) -> Float32[np.ndarray, "C"]:
       [sin and cos of the hour in Beijing; weekday there, one-hot from Monday; log(1 + hours since
       `last`) / 3, 0 if there is none; 1 if there is none].
     """
-    local = time + BEIJING
-    pause = 0.0 if last is None else np.log1p((time - last) / 3600) / 3
-    return np.concatenate(
-        [hour_features(local), weekday_features(local), [pause, last is None]], dtype=np.float32
-    )
+    pause = np.nan if last is None else np.log1p((time - last) / 3600) / 3
+    return moment_features(time + BEIJING, pause).astype(np.float32)
 
 
 def history_features(
@@ -471,19 +447,6 @@ def _log_days(
 def _place_type(log: Impressions) -> type[np.int32] | type[np.int64]:
     """The type of places in the log: 32 bits if they suffice, since there is one a row."""
     return np.int32 if len(log.user) < 2**31 else np.int64
-
-
-def _count(
-    tally: Int32[np.ndarray, "_ size"],
-    ids: Int32[np.ndarray, "n"],
-    signals: UInt8[np.ndarray, "n"],
-    tasks: Sequence[str],
-) -> None:
-    # A Python integer would take NumPy's slow path.
-    one = np.int32(1)
-    np.add.at(tally[0], ids, one)
-    for row, task in enumerate(tasks, start=1):
-        np.add.at(tally[row], ids[signals >> TASKS.index(task) & 1 == 1], one)
 
 
 def _blocks(

@@ -1,4 +1,4 @@
-"""The files of KuaiRand as arrays, read as a stream.
+"""The files of KuaiRand as arrays.
 
 C. Gao, S. Li, Y. Zhang, J. Chen, B. Li, W. Lei, P. Jiang and X. He, "KuaiRand: An Unbiased
 Sequential Recommendation Dataset with Randomly Exposed Videos", CIKM 2022. There are three
@@ -6,25 +6,28 @@ variants: the whole (27K), what a thousand of its users saw (1K), and the part o
 speaks of the 7,583 videos that were shown at random (Pure). The parts of their names that tell them
 apart are `VARIANTS`.
 
-A file is read block by block, and of a block only the columns that are used stay, in narrow types:
-14 bytes an impression. Ids are replaced by consecutive ones of those that occur in the logs.
+The engine reads and sorts the logs, and what does not fit in its memory lies on disk. Of them, 14
+bytes an impression come into memory. Ids are replaced by consecutive ones of those that occur in
+the logs.
 """
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ibis
+import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.csv
 from jaxtyping import Bool, Float32, Float64, Int8, Int32, Int64, UInt8
-from tqdm import tqdm
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources.hashing import hash_into
+from kd_ranker.sources.logs.engine import Engine
+from kd_ranker.sources.tables import numbered, open_tables
+from kd_ranker.sources.texts import Field, column_names, read_text
 
 VARIANTS = {"pure": "KuaiRand-Pure", "1k": "KuaiRand-1K", "27k": "KuaiRand-27K"}
 ARCHIVE = "https://zenodo.org/records/10439422"
@@ -53,20 +56,20 @@ _STEMS = (*_STANDARD, _RANDOM, _USERS, _VIDEOS)
 # The number of parts of the files that the publishers have split.
 _PARTS = {(stem, "27k"): 2 for stem in _STANDARD}
 
-_LOG_TYPES = {
-    "user_id": pa.int32(),
-    "video_id": pa.int32(),
-    "time_ms": pa.int64(),
-    **{column: pa.int8() for column in COLUMN_OF_TASK.values()},
-    "is_rand": pa.int8(),
-    "tab": pa.int8(),
+# A table over all ids is made to replace them; the largest published one is 32,038,724.
+_ID = Field("whole", 0, (1 << 28) - 1)
+_NUMBER, _TEXT = Field("number", optional=True), Field(optional=True)
+# An empty cell says that nothing was done.
+_DONE = Field("whole", 0, 1, optional=True)
+_LOG = {
+    "user_id": _ID,
+    "video_id": _ID,
+    # Milliseconds since 1970.
+    "time_ms": Field("whole", 1000, 2**31 * 1000 - 1),
+    **dict.fromkeys((*COLUMN_OF_TASK.values(), "is_rand"), _DONE),
+    "tab": Field("whole", 0, 127, optional=True),
 }
-_USER_NUMBERS = (
-    "follow_user_num",
-    "fans_user_num",
-    "friend_user_num",
-    "register_days",
-)
+_USER_NUMBERS = ("follow_user_num", "fans_user_num", "friend_user_num", "register_days")
 _USER_FLAGS = ("is_lowactive_period", "is_live_streamer", "is_video_author")
 USER_CATEGORIES = (
     "user_active_degree",
@@ -77,24 +80,19 @@ USER_CATEGORIES = (
     *(f"onehot_feat{number}" for number in range(18)),
 )
 # Codes are read as text, since some columns write 4 and others 4.0.
-_USER_TYPES = {
-    "user_id": pa.int32(),
-    **{column: pa.float64() for column in (*_USER_NUMBERS, *_USER_FLAGS)},
-    **{column: pa.string() for column in USER_CATEGORIES},
+_USER = {
+    "user_id": _ID,
+    **dict.fromkeys((*_USER_NUMBERS, *_USER_FLAGS), _NUMBER),
+    **dict.fromkeys(USER_CATEGORIES, _TEXT),
 }
 VIDEO_CATEGORIES = ("video_type", "upload_type", "music_type")
-_VIDEO_TYPES = {
-    "video_id": pa.int32(),
-    "upload_dt": pa.string(),
-    **{column: pa.float64() for column in ("video_duration", "server_width", "server_height")},
+_VIDEO_NUMBERS = ("video_duration", "server_width", "server_height", "author_id", "music_id")
+_VIDEO = {
+    "video_id": _ID,
     # As floats, since whole numbers may be written as 4.0; they are exact up to 2⁵³.
-    **{column: pa.float64() for column in ("author_id", "music_id")},
-    **{column: pa.string() for column in (*VIDEO_CATEGORIES, "tag")},
+    **dict.fromkeys(_VIDEO_NUMBERS, _NUMBER),
+    **dict.fromkeys(("upload_dt", *VIDEO_CATEGORIES, "tag"), _TEXT),
 }
-
-_BLOCK_BYTES = 1 << 24
-# A table over all ids is made to replace them; the largest published one is 32,038,724.
-_MOST_IDS = 1 << 28
 
 
 class Files(NamedTuple):
@@ -182,6 +180,7 @@ def read_kuairand(
     seed: int = 0,
     author_rows: int,
     music_rows: int,
+    directory: str = "",
 ) -> KuaiRand:
     """Reads the logs, and the features of the users and videos that occur in them.
 
@@ -192,20 +191,32 @@ def read_kuairand(
       seed: of that draw.
       author_rows: rows that authors are hashed into.
       music_rows: rows that music is hashed into.
+      directory: see `open_tables`.
 
     Raises:
       UserError: a file is missing, lacks a column or any row, or holds text that cannot be read.
         Names of files, columns and the absence of rows are checked before anything is read.
     """
     files = find_variant_files(path, variant)
-    table = pa.Table.from_batches([b for file in files.users for b in _blocks(file, _USER_TYPES)])
-    kept = _sample(_ids(files.users[0], table, "user_id"), max_users, seed) if max_users else None
-    log, user_ids, video_ids = read_log(files.logs, kept)
-    return KuaiRand(
-        log,
-        _users_of(files.users[0], table, user_ids),
-        read_videos(files.videos, video_ids, author_rows, music_rows),
-    )
+    with open_tables(directory) as engine:
+        users = _rows(engine, files.users, _USER)
+        log = _typed_log(_rows(engine, files.logs, _LOG))
+        if max_users:
+            ids = np.unique(engine.fetch(users.select("user_id"))["user_id"].to_numpy())
+            size = min(max_users, len(ids))
+            kept = np.random.default_rng(seed).choice(ids.astype(np.int64), size, replace=False)
+            log = log.semi_join(ibis.memtable({"user_id": kept}), "user_id")
+        user_ids = engine.keep("user_ids", numbered(log.select("user_id").distinct(), "user_id"))
+        video_ids = engine.keep(
+            "video_ids", numbered(log.select("video_id").distinct(), "video_id")
+        )
+        return KuaiRand(
+            _impressions(engine, log, user_ids, video_ids),
+            _users(engine, users, user_ids),
+            _videos(
+                engine, _rows(engine, files.videos, _VIDEO), video_ids, author_rows, music_rows
+            ),
+        )
 
 
 def find_variant_files(path: str | Path, variant: str) -> Files:
@@ -217,80 +228,107 @@ def find_variant_files(path: str | Path, variant: str) -> Files:
     directory = _directory(Path(path), variant)
     parts = {stem: _parts(directory, stem, variant) for stem in _STEMS}
     logs = tuple(file for stem in (*_STANDARD, _RANDOM) for file in parts[stem])
-    for files, types in ((logs, _LOG_TYPES), (parts[_USERS], _USER_TYPES)):
-        _check_columns(files, types)
-    _check_columns(parts[_VIDEOS], _VIDEO_TYPES)
+    for files, fields in ((logs, _LOG), (parts[_USERS], _USER), (parts[_VIDEOS], _VIDEO)):
+        for file in files:
+            column_names(file, fields)
+            with file.open("rb") as lines:
+                lines.readline()
+                if not lines.readline().strip():
+                    raise UserError(f"{file} has no rows; unpack the archive of {ARCHIVE} again")
     return Files(logs, parts[_USERS], parts[_VIDEOS])
 
 
-def read_log(
-    files: Sequence[Path], kept: Int64[np.ndarray, "k"] | None
-) -> tuple[Impressions, Int64[np.ndarray, "users"], Int64[np.ndarray, "items"]]:
-    """The impressions of some files in one log.
+def _rows(engine: Engine, files: Sequence[Path], fields: Mapping[str, Field]) -> ir.Table:
+    """The rows of some files, with `file` and `line`, where they stand."""
+    tables = [read_text(engine, file, fields).rows for file in files]
+    return ibis.union(*(table.mutate(file=number) for number, table in enumerate(tables)))
 
-    Args:
-      files: the standard log's and the random log's.
-      kept: the ids of the users to keep; None keeps all.
 
-    Returns:
-      The log, and the files' ids of its users and items, ascending.
-    """
-    is_kept = np.zeros(0, bool)
-    if kept is not None:
-        is_kept = np.zeros(int(kept.max(initial=0)) + 1, bool)
-        is_kept[kept] = True
-    chunks: dict[str, list[Any]] = {field.name: [] for field in dataclasses.fields(Impressions)}
-    for file in files:
-        for block in _blocks(file, _LOG_TYPES):
-            columns = _impressions(file, block)
-            if kept is not None:
-                user = columns["user"]
-                inside = user < len(is_kept)
-                inside[inside] = is_kept[user[inside]]
-                columns = {name: column[inside] for name, column in columns.items()}
-            for name, column in columns.items():
-                chunks[name].append(column)
-    # One column after the other, so that little is held twice.
-    columns = {name: np.concatenate(chunks.pop(name)) for name in list(chunks)}
-    columns["user"], user_ids = _consecutive(columns["user"])
-    columns["item"], video_ids = _consecutive(columns["item"])
-    order = np.lexsort([columns["time"], columns["user"]])
-    return (
-        Impressions(**{name: columns.pop(name)[order] for name in list(columns)}),
-        user_ids,
-        video_ids,
+def _typed_log(rows: ir.Table) -> ir.Table:
+    """The rows with `time`, `signals` and `tab`, as `Impressions` has them."""
+    flags = (*COLUMN_OF_TASK.values(), "is_rand")
+    done = [ibis.coalesce(rows[flag], 0).cast("int32") << bit for bit, flag in enumerate(flags)]
+    return rows.select(
+        *("user_id", "video_id", "file", "line"),
+        time=(rows.time_ms // 1000).cast("int32"),
+        signals=sum(done[1:], done[0]).cast("uint8"),
+        tab=ibis.coalesce(rows.tab, -1).cast("int8"),
     )
 
 
-def read_videos(
-    files: Sequence[Path], video_ids: Int64[np.ndarray, "items"], author_rows: int, music_rows: int
+def _impressions(
+    engine: Engine, log: ir.Table, user_ids: ir.Table, video_ids: ir.Table
+) -> Impressions:
+    """The log with consecutive ids, in its order."""
+    placed = log.join(user_ids.select("user_id", user=user_ids.id.cast("int32")), "user_id")
+    placed = placed.join(video_ids.select("video_id", item=video_ids.id.cast("int32")), "video_id")
+    placed = placed.order_by("user", "time", "file", "line")
+    names = [field.name for field in dataclasses.fields(Impressions)]
+    columns = engine.fetch(placed.select(*names))
+    return Impressions(**{name: columns[name].to_numpy() for name in names})
+
+
+def _users(engine: Engine, rows: ir.Table, user_ids: ir.Table) -> Users:
+    """The users that occur; the last row of each counts."""
+    table = engine.fetch(
+        rows.left_join(user_ids.select("user_id", "id"), "user_id").order_by("file", "line")
+    )
+    numbers, flags = (np.stack([_floats(table, name) for name in names], axis=1)
+                      for names in (_USER_NUMBERS, _USER_FLAGS))  # fmt: skip
+    # A code other than 1, such as -124, is not a yes.
+    features = np.concatenate([np.log1p(np.maximum(np.nan_to_num(numbers), 0)) / 5, flags == 1], 1)
+    codes, sizes = zip(*(_codes(table[name]) for name in USER_CATEGORIES), strict=True)
+    occurs, place = _occurring(table)
+    users = Users(
+        np.zeros((engine.count(user_ids), features.shape[1]), np.float32),
+        np.full((engine.count(user_ids), len(codes)), NO_CATEGORY, np.int32),
+        sizes,
+    )
+    users.features[place] = features[occurs]
+    users.category[place] = np.stack(codes, axis=1)[occurs]
+    return users
+
+
+def _videos(
+    engine: Engine, rows: ir.Table, video_ids: ir.Table, author_rows: int, music_rows: int
 ) -> Videos:
-    """Reads the videos `video_ids`, which ascend, from some files; the last row counts."""
-    items = len(video_ids)
-    place = np.full(int(video_ids.max(initial=-1)) + 1, -1, np.int32)
-    place[video_ids] = np.arange(items, dtype=np.int32)
-    seconds, shape = np.full((2, items), np.nan, np.float32)
-    upload_time = np.full(items, NO_TIME, np.int32)
-    category = np.full((items, 2 + len(VIDEO_CATEGORIES) + TAGS), NO_CATEGORY, np.int32)
-    vocabularies: dict[str, dict[str, int]] = {name: {} for name in (*VIDEO_CATEGORIES, "tag")}
-    for file in files:
-        for whole in _blocks(file, _VIDEO_TYPES):
-            ids = _ids(file, whole, "video_id")
-            known = ids < len(place)
-            known[known] = place[ids[known]] >= 0
-            block = whole.filter(pa.array(known))
-            at = place[ids[known]]
-            seconds[at] = _positive(_numbers(block, "video_duration")) / 1000
-            height = _positive(_numbers(block, "server_height"))
-            shape[at] = np.log(height / _positive(_numbers(block, "server_width")))
-            upload_time[at] = _midnights(block["upload_dt"])
-            category[at, 0] = hash_rows(_numbers(block, "author_id"), author_rows)
-            category[at, 1] = hash_rows(_numbers(block, "music_id"), music_rows)
-            for index, name in enumerate(VIDEO_CATEGORIES, start=2):
-                category[at, index] = _codes(block[name], vocabularies[name])
-            category[at, -TAGS:] = _bags(block["tag"], vocabularies["tag"])
-    sizes = [author_rows, music_rows, *map(len, vocabularies.values())]
-    return Videos(seconds, shape, upload_time, category, tuple(max(size, 1) for size in sizes))
+    """The videos that occur; the last row of each counts."""
+    # When the day begins in Beijing; none for what is no date like 2022-04-10.
+    uploaded = rows.upload_dt.try_cast("timestamp").epoch_seconds().cast("int64") - BEIJING
+    uploaded = ibis.ifelse((uploaded > 0) & (uploaded < 2**31), uploaded, NO_TIME)
+    rows = rows.mutate(uploaded=ibis.coalesce(uploaded, NO_TIME))
+    table = engine.fetch(
+        rows.join(video_ids.select("video_id", "id"), "video_id").order_by("file", "line")
+    )
+    _, place = _occurring(table)
+    coded = [_codes(table[name]) for name in VIDEO_CATEGORIES]
+    tags, number_of_tags = _bags(table["tag"])
+    duration, width, height, author, music = (_floats(table, name) for name in _VIDEO_NUMBERS)
+    items = engine.count(video_ids)
+    videos = Videos(
+        seconds=np.full(items, np.nan, np.float32),
+        shape=np.full(items, np.nan, np.float32),
+        upload_time=np.full(items, NO_TIME, np.int32),
+        category=np.full((items, 2 + len(coded) + TAGS), NO_CATEGORY, np.int32),
+        sizes=(
+            max(author_rows, 1),
+            max(music_rows, 1),
+            *(size for _, size in coded),
+            number_of_tags,
+        ),
+    )
+    videos.seconds[place] = _positive(duration) / 1000
+    videos.shape[place] = np.log(_positive(height) / _positive(width))
+    videos.upload_time[place] = table["uploaded"].to_numpy()
+    hashed = [hash_rows(author, author_rows), hash_rows(music, music_rows)]
+    videos.category[place] = np.column_stack([*hashed, *(codes for codes, _ in coded), tags])
+    return videos
+
+
+def _occurring(table: pa.Table) -> tuple[Bool[np.ndarray, "rows"], Int64[np.ndarray, "known"]]:
+    """True for each row whose `id` is known, and these ids."""
+    ids = _floats(table, "id")
+    return ~np.isnan(ids), ids[~np.isnan(ids)].astype(np.int64)
 
 
 def hash_rows(ids: Float64[np.ndarray, "n"], rows: int) -> Int32[np.ndarray, "n"]:
@@ -353,149 +391,35 @@ def _parts(directory: Path, stem: str, variant: str) -> tuple[Path, ...]:
     return tuple(numbers[number] for number in sorted(numbers))
 
 
-def _check_columns(files: Sequence[Path], types: Mapping[str, Any]) -> None:
-    for file in files:
-        # A byte order mark is not part of the first name.
-        with file.open(encoding="utf-8-sig", errors="replace") as lines:
-            columns = lines.readline().strip().split(",")
-            has_row = bool(lines.readline().strip())
-        if missing := [column for column in types if column not in columns]:
-            raise UserError(
-                f"{file} lacks the column {', '.join(missing)}; it has: {', '.join(columns)}"
-            )
-        if not has_row:
-            raise UserError(f"{file} has no rows; unpack the archive of {ARCHIVE} again")
-
-
-def _blocks(file: Path, types: Mapping[str, Any]) -> Iterator[Any]:
-    """The columns that `types` names, block by block."""
-    try:
-        blocks = pyarrow.csv.open_csv(
-            file,
-            read_options=pyarrow.csv.ReadOptions(block_size=_BLOCK_BYTES),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types=types, include_columns=list(types), strings_can_be_null=True
-            ),
-        )
-        yield from tqdm(blocks, desc=f"reading {file.name}", unit="block", disable=None)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{file}: {str(error).splitlines()[0]}") from error
-
-
-def _impressions(file: Path, block: Any) -> dict[str, Any]:
-    """The fields of `Impressions` of one block, with the file's ids."""
-    if block["time_ms"].null_count:
-        raise UserError(f"{file}: time_ms is empty in some row")
-    time = block["time_ms"].to_numpy() // 1000
-    if len(time) and not (time.min() > 0 and time.max() < 2**31):
-        raise UserError(f"{file}: time_ms must be milliseconds since 1970, found {time.min()}000")
-    signals = np.zeros(len(time), np.uint8)
-    for bit, column in enumerate((*COLUMN_OF_TASK.values(), "is_rand")):
-        # An empty cell says that nothing was done.
-        done = block[column].fill_null(0).to_numpy()
-        if not np.isin(done, (0, 1)).all():
-            raise UserError(f"{file}: {column} must be 0 or 1, found {done.min()} to {done.max()}")
-        signals |= done.astype(np.uint8) << np.uint8(bit)
-    tab = block["tab"].fill_null(-1).to_numpy()
-    if tab.min(initial=0) < -1:
-        raise UserError(f"{file}: tab must not be negative, found {tab.min()}")
-    return {
-        "user": _ids(file, block, "user_id"),
-        "item": _ids(file, block, "video_id"),
-        "time": time.astype(np.int32),
-        "signals": signals,
-        "tab": tab,
-    }
-
-
-def _ids(file: Path, block: Any, column: str) -> Int32[np.ndarray, "n"]:
-    if block[column].null_count:
-        raise UserError(f"{file}: {column} is empty in some row")
-    ids = block[column].to_numpy()
-    if len(ids) and not (ids.min() >= 0 and ids.max() < _MOST_IDS):
-        raise UserError(
-            f"{file}: {column} must lie in [0, {_MOST_IDS}), found {ids.min()} to {ids.max()}"
-        )
-    return ids
-
-
-def _consecutive(
-    ids: Int32[np.ndarray, "n"],
-) -> tuple[Int32[np.ndarray, "n"], Int64[np.ndarray, "different"]]:
-    """Ids replaced by their places among those that occur, and these, ascending."""
-    occurs = np.zeros(int(ids.max(initial=-1)) + 1, bool)
-    occurs[ids] = True
-    # Counted, not sorted: there are far fewer ids than rows.
-    place = np.cumsum(occurs, dtype=np.int32) - 1
-    return place[ids], np.flatnonzero(occurs)
-
-
-def _sample(ids: Int32[np.ndarray, "n"], number: int, seed: int) -> Int64[np.ndarray, "k"]:
-    """`number` of the ids, or all if there are fewer; their order in the file does not count."""
-    different = np.unique(ids).astype(np.int64)
-    size = min(number, len(different))
-    return np.random.default_rng(seed).choice(different, size, replace=False)
-
-
-def _users_of(file: Path, table: Any, user_ids: Int64[np.ndarray, "users"]) -> Users:
-    """Looks the users `user_ids` up in a table; the last row counts."""
-    ids = _ids(file, table, "user_id")
-    row = np.full(max(int(ids.max(initial=-1)), int(user_ids.max(initial=-1))) + 1, -1)
-    row[ids] = np.arange(len(ids))
-    rows = row[user_ids]
-    known = (rows >= 0)[:, None]
-    numbers = np.stack([_numbers(table, column) for column in _USER_NUMBERS], axis=1)
-    flags = np.stack([_numbers(table, column) for column in _USER_FLAGS], axis=1)
-    # A code other than 1, such as -124, is not a yes.
-    features = np.concatenate([np.log1p(np.maximum(np.nan_to_num(numbers), 0)) / 5, flags == 1], 1)
-    vocabularies: list[dict[str, int]] = [{} for _ in USER_CATEGORIES]
-    category = np.stack(
-        [
-            _codes(pa.concat_arrays(table[column].chunks), vocabulary)
-            for column, vocabulary in zip(USER_CATEGORIES, vocabularies, strict=True)
-        ],
-        axis=1,
-    )
-    return Users(
-        np.where(known, features[rows], 0).astype(np.float32),
-        np.where(known, category[rows], NO_CATEGORY),
-        tuple(max(len(vocabulary), 1) for vocabulary in vocabularies),
-    )
-
-
-def _numbers(block: Any, column: str) -> Float64[np.ndarray, "n"]:
+def _floats(table: pa.Table, column: str) -> Float64[np.ndarray, "n"]:
     """The column's numbers, NaN for an empty cell."""
-    return pc.fill_null(block[column], float("nan")).to_numpy()
+    return table[column].cast(pa.float64()).fill_null(float("nan")).to_numpy()
 
 
 def _positive(numbers: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "n"]:
     return np.where(numbers > 0, numbers, np.nan)
 
 
-def _midnights(dates: Any) -> Int32[np.ndarray, "n"]:
-    """When each date, like 2022-04-10, begins in Beijing; NO_TIME for what is no date."""
-    parsed = pc.strptime(dates, format="%Y-%m-%d", unit="s", error_is_null=True)
-    seconds = parsed.cast(pa.int64()).fill_null(-1).to_numpy()
-    known = (seconds > BEIJING) & (seconds < 2**31)
-    return np.where(known, seconds - BEIJING, NO_TIME).astype(np.int32)
+def _codes(texts: Any) -> tuple[Int32[np.ndarray, "n"], int]:
+    """The place of each text among those that occur, in their order, and the number of these."""
+    encoded = texts.combine_chunks().dictionary_encode()
+    codes = encoded.indices.fill_null(NO_CATEGORY).to_numpy(zero_copy_only=False)
+    return codes, max(len(encoded.dictionary), 1)
 
 
-def _codes(texts: Any, vocabulary: dict[str, int]) -> Int32[np.ndarray, "n"]:
-    """The place of each text in the vocabulary, which grows by those that are new to it."""
-    encoded = texts.dictionary_encode()
-    code = [vocabulary.setdefault(text, len(vocabulary)) for text in encoded.dictionary.to_pylist()]
-    # An empty text has the place behind the last.
-    places = encoded.indices.fill_null(len(code)).to_numpy()
-    return np.array([*code, NO_CATEGORY], np.int32)[places]
+def _bags(texts: Any) -> tuple[Int32[np.ndarray, "n TAGS"], int]:
+    """The places of the tags in each text, like `12,65`, and the number of tags.
 
-
-def _bags(texts: Any, vocabulary: dict[str, int]) -> Int32[np.ndarray, "n TAGS"]:
-    """The places of the tags in each text, like `12,65`; those behind the last are NO_CATEGORY."""
-    encoded = texts.dictionary_encode()
+    Those behind the last are NO_CATEGORY.
+    """
+    encoded = texts.combine_chunks().dictionary_encode()
+    vocabulary: dict[str, int] = {}
     rows = []
     for text in encoded.dictionary.to_pylist():
         tags = list(dict.fromkeys(tag.strip() for tag in text.split(",") if tag.strip()))[:TAGS]
         codes = [vocabulary.setdefault(tag, len(vocabulary)) for tag in tags]
         rows.append(codes + [NO_CATEGORY] * (TAGS - len(codes)))
-    places = encoded.indices.fill_null(len(rows)).to_numpy()
-    return np.array([*rows, [NO_CATEGORY] * TAGS], np.int32)[places]
+    # An empty text has the place behind the last.
+    places = encoded.indices.fill_null(len(rows)).to_numpy(zero_copy_only=False)
+    bags = np.array([*rows, [NO_CATEGORY] * TAGS], np.int32)[places]
+    return bags, max(len(vocabulary), 1)

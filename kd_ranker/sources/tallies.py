@@ -40,13 +40,12 @@ class Tally:
         """
         self.sums: Num[np.ndarray, "sums ids"] = np.zeros(shape, dtype)
         self.done = 0
-        self._ids, self._values, self._order = ids, values, order
-        self._time = time if order is None else time[order]
+        self._time, self._ids, self._values, self._order = time, ids, values, order
 
     def until(self, time: int) -> Num[np.ndarray, "sums ids"]:
         """The sums of what happened strictly before `time`, which is no earlier than the last."""
         # A number looked for in a column has its type, or NumPy would convert the column each time.
-        end = int(np.searchsorted(self._time, self._time.dtype.type(time)))
+        end = int(np.searchsorted(self._time, self._time.dtype.type(time), sorter=self._order))
         for start in range(self.done, end, _CHUNK):
             rows: Rows = slice(start, min(end, start + _CHUNK))
             if self._order is not None:

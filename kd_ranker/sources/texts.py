@@ -34,22 +34,26 @@ class Field(NamedTuple):
     among: tuple[float | str, ...] = ()
     optional: bool = False
 
-    def read(self, text: ir.StringValue) -> tuple[ir.Value, ir.BooleanValue]:
-        """The value of a text, and True where it is not allowed."""
-        if self.kind == "text":
-            value, is_good = text, text.notnull()
-        elif self.kind == "whole":
-            value = text.try_cast("int64")
+    def read(self, text: ir.StringValue) -> tuple[ir.Value, ir.BooleanValue | None]:
+        """The value of a text, and True where it is not allowed; None if any is."""
+        if self.kind == "whole":
+            # The narrowest, since a log may have hundreds of millions of rows.
+            bits = next((bits for bits in (8, 32) if self.most < 2 ** (bits - 1)), 64)
+            value = text.try_cast(f"int{bits}")
             is_good = value.cast("string") == text
-        else:
+        elif self.kind == "number":
             value = text.try_cast("float64")
             is_good = ~value.isnan()
-        if self.kind != "text" and not math.isinf(self.least):
+        else:
+            value, is_good = text, text.notnull()
+        if not math.isinf(self.least):
             is_good &= value >= self.least
-        if self.kind != "text" and not math.isinf(self.most):
+        if not math.isinf(self.most):
             is_good &= value <= self.most
         if self.among:
             is_good &= value.isin(self.among)
+        elif self.kind == "text" and self.optional:
+            return value, None
         is_bad = ~is_good.fill_null(False)
         return value, is_bad & text.notnull() if self.optional else is_bad
 
@@ -113,9 +117,9 @@ def read_text(
         rejects_table=f"rejects_{plain}", rejects_scan=f"scans_{plain}",
     )  # fmt: skip
     read = {name: field.read(raw[name]) for name, field in fields.items()}
-    fault = ibis.cases(
-        *((is_bad, place) for place, (_, is_bad) in enumerate(read.values())), else_=-1
-    )
+    checks = [(is_bad, place) for place, (_, is_bad) in enumerate(read.values())]
+    checks = [(is_bad, place) for is_bad, place in checks if is_bad is not None]
+    fault = ibis.cases(*checks, else_=-1) if checks else ibis.literal(-1)
     line = ibis.row_number() + (1 + header)
     typed = {name: value for name, (value, _) in read.items()}
     rows = engine.keep(f"text_{plain}", raw.select(line=line, fault=fault.cast("int8"), **typed))

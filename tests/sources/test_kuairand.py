@@ -17,7 +17,7 @@ from configs import kuairand as config_of_kuairand
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands
 from kd_ranker.requests.request import SPLITS, Request, Source
-from kd_ranker.sources import kuairand
+from kd_ranker.sources import kuairand, kuairand_files
 from kd_ranker.sources.kuairand_files import (
     COLUMN_OF_TASK,
     RANDOM_BIT,
@@ -28,8 +28,18 @@ from kd_ranker.sources.registry import SOURCES
 from tests.sources import kuairand_files as layout
 from tests.sources.kuairand_files import APRIL_8, APRIL_22, BEIJING, RANDOM, STANDARD_1, STANDARD_2
 from tests.sources.kuairand_files import impression as row_of
+from tests.sources.remembered import remembered
 
 TASKS = kuairand.TASKS
+
+
+@pytest.fixture(autouse=True, scope="module")
+def files_are_read_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kuairand_files, "read_kuairand", remembered(kuairand_files.read_kuairand))
+        yield
+
+
 DAY = 86400
 APRIL_29 = APRIL_22 + 7 * DAY
 FUNNEL = ConfigDict({"retrieved": 1000})

@@ -136,15 +136,6 @@ def test_parts_hold_what_the_whole_holds(tmp_path: Path) -> None:
             np.testing.assert_array_equal(left, right)
 
 
-def test_blocks_of_any_size_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = layout.write(tmp_path, layout.random_rows(2))
-    whole = read(path)
-    monkeypatch.setattr(kuairand_files, "_BLOCK_BYTES", 600)
-    for one, other in zip(dataclasses.astuple(whole), dataclasses.astuple(read(path)), strict=True):
-        for left, right in zip(one, other, strict=True):
-            np.testing.assert_array_equal(left, right)
-
-
 def test_random_logs_against_the_csv_module(tmp_path: Path) -> None:
     path = layout.write(tmp_path, layout.random_rows(3))
     lines = []
@@ -175,18 +166,16 @@ def test_a_sample_of_users_is_seeded_and_drops_the_rows_of_all_others(tmp_path: 
     path = layout.write(tmp_path, layout.random_rows(4))
     everything = read(path)
     samples = set()
-    for seed in range(8):
+    for seed in (0, 1, 2, 3, 0):
         some = read(path, max_users=2, seed=seed)
         assert len(some.users.features) == 2
-        again = read(path, max_users=2, seed=seed)
-        np.testing.assert_array_equal(some.log.time, again.log.time)
         samples.add(tuple(some.log.time.tolist()))
         # Each of the two has all the rows that it had.
         times = [tuple(everything.log.time[everything.log.user == user]) for user in range(6)]
         assert all(tuple(some.log.time[some.log.user == user]) in times for user in range(2))
         # The categories keep their sizes, which are of the whole file.
         assert some.users.sizes == everything.users.sizes
-    assert len(samples) > 2
+    assert 2 < len(samples) < 5, "the same seed draws the same users"
     # Four are in the user features, and asking for more keeps all of those.
     assert len(read(path, max_users=100).users.features) == 4
 
@@ -268,7 +257,7 @@ def test_a_file_without_rows_is_named(tmp_path: Path, stem: str, text: str) -> N
     path = layout.write(tmp_path, few_rows())
     file = path / "data" / f"{stem}_pure.csv"
     file.write_text(text.replace("header", layout.HEADERS[stem]))
-    assert fault_of(path).startswith(f"{file} {'has no rows' if text else 'lacks the column'}")
+    assert fault_of(path).startswith(f"{file} {'has no rows' if text else 'is empty'}")
 
 
 def test_faults_of_files_are_found_before_any_is_read(
@@ -280,7 +269,7 @@ def test_faults_of_files_are_found_before_any_is_read(
     def read_nothing(*arguments: object) -> None:
         raise AssertionError("a file was read")
 
-    monkeypatch.setattr(kuairand_files, "_blocks", read_nothing)
+    monkeypatch.setattr(kuairand_files, "read_text", read_nothing)
     assert "has no rows" in fault_of(path)
 
 
@@ -301,20 +290,20 @@ def test_a_folder_without_files_is_named(tmp_path: Path, name: str) -> None:
 
 
 BAD_CELLS = [
-    (STANDARD_1, {"user_id": "x"}, "invalid value 'x'"),
-    (STANDARD_1, {"user_id": ""}, "user_id is empty in some row"),
-    (STANDARD_1, {"user_id": "-1"}, "user_id must lie in [0, 268435456), found -1 to"),
-    (STANDARD_2, {"video_id": "400000000"}, "video_id must lie in [0, 268435456)"),
-    (STANDARD_2, {"time_ms": ""}, "time_ms is empty"),
-    (RANDOM, {"time_ms": "1650485801301000"}, "time_ms must be milliseconds since 1970"),
-    (RANDOM, {"time_ms": "0"}, "time_ms must be milliseconds since 1970"),
-    (STANDARD_1, {"long_view": "2"}, "long_view must be 0 or 1, found 0 to 2"),
-    (STANDARD_1, {"is_rand": "-1"}, "is_rand must be 0 or 1"),
-    (STANDARD_1, {"tab": "-3"}, "tab must not be negative, found -3"),
-    ("user_features", {"user_id": ""}, "user_id is empty"),
-    ("user_features", {"fans_user_num": "many"}, "invalid value 'many'"),
-    ("video_features_basic", {"video_id": "-4"}, "video_id must lie in [0, 268435456)"),
-    ("video_features_basic", {"video_duration": "long"}, "invalid value 'long'"),
+    (STANDARD_1, {"user_id": "x"}, "user_id 'x' is not a whole number from 0 to 268435455"),
+    (STANDARD_1, {"user_id": ""}, "user_id '' is not a whole number"),
+    (STANDARD_1, {"user_id": "-1"}, "user_id '-1' is not a whole number from 0"),
+    (STANDARD_2, {"video_id": "400000000"}, "video_id '400000000' is not a whole number from"),
+    (STANDARD_2, {"time_ms": ""}, "time_ms '' is not a whole number"),
+    (RANDOM, {"time_ms": "1650485801301000"}, "is not a whole number from 1000 to 2147483647999"),
+    (RANDOM, {"time_ms": "0"}, "time_ms '0' is not a whole number from 1000"),
+    (STANDARD_1, {"long_view": "2"}, "long_view '2' is not a whole number from 0 to 1"),
+    (STANDARD_1, {"is_rand": "-1"}, "is_rand '-1' is not a whole number from 0 to 1"),
+    (STANDARD_1, {"tab": "-3"}, "tab '-3' is not a whole number from 0 to 127"),
+    ("user_features", {"user_id": ""}, "user_id '' is not"),
+    ("user_features", {"fans_user_num": "many"}, "fans_user_num 'many' is not a number"),
+    ("video_features_basic", {"video_id": "-4"}, "video_id '-4' is not a whole number"),
+    ("video_features_basic", {"video_duration": "long"}, "video_duration 'long' is not a number"),
 ]
 
 
@@ -328,7 +317,7 @@ def test_what_cannot_be_read_is_named_with_its_file(
     rows[stem][0] = ",".join(quoted)
     path = layout.write(tmp_path, rows)
     fault = fault_of(path)
-    assert fault.startswith(f"{path}/data/{stem}_pure.csv: ")
+    assert fault.startswith(f"{path}/data/{stem}_pure.csv, line 2: ")
     assert problem in fault
 
 
@@ -336,7 +325,9 @@ def test_a_line_with_too_few_cells_is_named_with_its_file(tmp_path: Path) -> Non
     rows = few_rows()
     rows[RANDOM].append("1,2,3")
     path = layout.write(tmp_path, rows)
-    assert fault_of(path).startswith(f"{path}/data/{RANDOM}_pure.csv: CSV parse error")
+    assert fault_of(path) == (
+        f"{path}/data/{RANDOM}_pure.csv, line 3: 3 fields separated by ',', expected 19"
+    )
 
 
 def test_empty_cells_of_a_log_say_that_nothing_was_done(tmp_path: Path) -> None:

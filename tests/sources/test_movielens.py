@@ -1,6 +1,7 @@
 """Tests of MovieLens as a source, on small files and, where at hand, on the real ones of 100K."""
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -21,6 +22,7 @@ from kd_ranker.sources import movielens, movielens_files
 from kd_ranker.sources.movielens_files import HALF_STARS, WHOLE_STARS
 from tests.sources import movielens_layouts
 from tests.sources.movielens_layouts import Movie, User
+from tests.sources.remembered import remembered
 
 TASKS = movielens.TASKS
 REAL_FILES = Path(__file__).resolve().parents[3] / "shared" / "data" / "ml-100k"
@@ -29,6 +31,15 @@ needs_real_files = pytest.mark.skipif(
 )
 
 NUM_ITEMS = 9
+
+
+@pytest.fixture(autouse=True, scope="module")
+def files_are_read_once() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(movielens, "read_movielens", remembered(movielens.read_movielens))
+        yield
+
+
 FILES = {
     "u.genre": "unknown|0\nAction|1\nDrama|2\n\n",
     "u.occupation": "artist\nwriter\n",
@@ -253,10 +264,8 @@ def test_the_cuts_between_train_validation_and_test(
     assert cuts == expected
 
 
-def test_only_the_first_requests_that_are_held_out_are_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read_once(monkeypatch, write_files(tmp_path))
+def test_only_the_first_requests_that_are_held_out_are_kept(tmp_path: Path) -> None:
+    write_files(tmp_path)
     kept = list(open_small(tmp_path, test_requests_per_user=1).requests("test"))
     assert [request.time for request in kept] == [200]
     none = {"train": 4, "validation": 0, "test": 0}
@@ -295,28 +304,15 @@ def test_shares_that_leave_no_validation_or_no_training_are_one_line(tmp_path: P
         open_small(tmp_path / "absent", validation_share=0.6)
 
 
-def read_once(
-    monkeypatch: pytest.MonkeyPatch, directory: Path, name: str = "movielens_100k"
-) -> None:
-    """Has sources that only differ in their settings share the files."""
-    files = movielens_files.read_movielens(name, directory)
-    monkeypatch.setattr(movielens, "read_movielens", lambda *_: files)
-
-
-def test_the_order_within_a_second_is_random_but_repeatable(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_order_within_a_second_is_random_but_repeatable(tmp_path: Path) -> None:
     def history(seed: int) -> tuple[int, ...]:
         request = next(open_small(tmp_path, history_length=5, seed=seed).requests("test"))
         return tuple(request.history_id.tolist())
 
     write_files(tmp_path)
-    read_once(monkeypatch, tmp_path)
     orders = {seed: history(seed) for seed in range(20)}
     assert len(set(orders.values())) > 3
-    monkeypatch.undo()
     write_files(tmp_path, data="\n".join(reversed(FILES["u.data"].strip().split("\n"))))
-    read_once(monkeypatch, tmp_path)
     assert {seed: history(seed) for seed in range(20)} == orders
 
 
@@ -798,10 +794,8 @@ def test_sampled_candidates_are_some_of_the_whole_catalogues(tmp_path: Path, see
     assert len(draws) == len(sampled), "each request has a draw of its own"
 
 
-def test_weighted_sums_keep_their_expectation(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read_once(monkeypatch, write_random_32m(tmp_path), "movielens_32m")
+def test_weighted_sums_keep_their_expectation(tmp_path: Path) -> None:
+    write_random_32m(tmp_path)
     whole = all_requests(open_larger("movielens_32m", tmp_path))
     score = np.random.default_rng(0).random(300)  # as it were, a ranker's loss of each item
     exact = np.array([request.label_weight @ score[request.item_id] for request in whole])
@@ -913,10 +907,8 @@ def test_fewer_users_make_the_same_requests_as_among_all(tmp_path: Path) -> None
     assert len(requests) == sum(source.num_requests.values())
 
 
-def test_users_are_drawn_by_the_seed_among_those_who_rated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read_once(monkeypatch, write_files(tmp_path))
+def test_users_are_drawn_by_the_seed_among_those_who_rated(tmp_path: Path) -> None:
+    write_files(tmp_path)
     assert open_small(tmp_path, max_users=2).spec.num_users == 3, "user 3 never rates"
     drawn = {
         next(open_small(tmp_path, max_users=1, seed=seed).requests("train")).time
