@@ -4,12 +4,12 @@ Q. Liu, K. Zheng, R. Huang et al., "RecFlow: An Industrial Full Flow Recommendat
 2025. `docs/recflow.md` says how to get the files, what is known of their layout, and how near this
 comes to the published experiments. `recflow_files` reads them.
 
-A day of the log may be larger than memory. It is never held whole: its record batches are read one
-by one, to find out which requests there are, then to list the videos, and then, for some requests
-at a time, to make them.
+A day of the log may be larger than memory. The engine goes through it, first for its requests and
+the videos, then to put the rows of the chosen ones into order, of which some requests at a time
+become requests here.
 
 A request has all rows that the log holds of it as candidates: those that were shown, then those
-that the rank stage scored, by their position there, then the others, see `positions`. Or, with
+that the rank stage scored, by their position there, then the others, see `with_positions`. Or, with
 `data.of_each_stage`, it has so many of each of `GRADES`, which then say how far they came. A
 position is stored as `probability_of_rank` of it, the same for every task, with teacher weight 1;
 candidates without one have weight 0.
@@ -25,13 +25,19 @@ Categories: gender, province and age group of the request; author (hashed), both
   category and type of upload of the item.
 """
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import ibis
+import ibis.expr.types as ir
 import numpy as np
-from jaxtyping import Bool, Float32, Int32, Int64, UInt8
+import pyarrow as pa
+from ibis import _
+from ibis.util import gen_name
+from jaxtyping import Float32, Int32, Int64
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -40,17 +46,18 @@ from kd_ranker.distillation.teacher_signal import probability_of_rank
 from kd_ranker.errors import UserError, check_choice, check_tasks
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources.hashing import hash_into
+from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.recflow_files import (
     SEQUENCE_COLUMNS,
     Day,
-    NamedArrays,
     date_of,
     find_days,
-    read_batches,
     read_sequences,
+    read_stages,
+    reading,
 )
-from kd_ranker.sources.searching import look_up
-from kd_ranker.sources.time_features import DAY, hour_features, weekday_features
+from kd_ranker.sources.tables import numbered, open_tables, put
+from kd_ranker.sources.time_features import DAY, moment_features
 
 # Task -> the column that says whether the user did it.
 LABELS = {
@@ -91,60 +98,60 @@ _REQUEST_STARTS = tuple(
     itertools.accumulate([_VALUES[name] + 2 for name in _OF_REQUEST[:-1]], initial=0)
 )
 
-_KEYS = ("request_id", "request_timestamp", "user_id")
 _ITEM_COLUMNS = ("video_id", "author_id", *_OF_ITEM, "duration")
-_ROW_COLUMNS = (
-    *_KEYS,
-    *_OF_REQUEST,
-    *("video_id", "upload_timestamp", "realshow", *dict.fromkeys((*RANKED, *GRADES)), "rank_index"),
-    *LABELS.values(),
+_FLAGS = tuple(dict.fromkeys((*RANKED, *GRADES)))
+_COLUMNS = (
+    *("request_id", "request_timestamp", "user_id", *_OF_REQUEST, *_ITEM_COLUMNS),
+    *("upload_timestamp", "realshow", *_FLAGS, "rank_index", *LABELS.values()),
 )
+# What a request's candidates are made of.
+_KEPT = (*_OF_REQUEST, "video_id", "upload_timestamp", "realshow", *LABELS.values())
 
 USER_FEATURES, CONTEXT_FEATURES, HISTORY_FEATURES = 1, 11, 3
 ITEM_FEATURES, CANDIDATE_FEATURES = 2, 2
 
-# The number of rows that are held at a time, of the log or of lists made of it.
+# The number of candidates that are held at a time.
 ROWS_AT_ONCE = 1 << 22
-
-_LAST = np.iinfo(np.int64).max
 
 WholeNumbers = Int64[np.ndarray, "rows"]
 
 
 class DayPlan(NamedTuple):
-    """The chosen requests of a day, n of them in the order of time, and the places of their rows.
+    """The chosen requests of a day, n of them in the order of time.
 
     Attributes:
       request_id: as in the files.
       time: in milliseconds.
       user_id: as in the files.
-      rows: the number of rows of each.
-      ascending: their ids again, in ascending order.
-      by_id: their places in this order.
-      first: for each record batch of the log, the first request that it has a row of; n if none.
-      last: the last one; -1 if none.
+      size: the number of rows of each.
+      rows: all rows of theirs, with `request`, the place of their request here.
+      views: the effective views before them, as published, with `request` as well.
     """
 
     request_id: Int64[np.ndarray, "n"]
     time: Int64[np.ndarray, "n"]
     user_id: Int64[np.ndarray, "n"]
-    rows: Int64[np.ndarray, "n"]
-    ascending: Int64[np.ndarray, "n"]
-    by_id: Int64[np.ndarray, "n"]
-    first: Int64[np.ndarray, "batches"]
-    last: Int64[np.ndarray, "batches"]
+    size: Int64[np.ndarray, "n"]
+    rows: ir.Table
+    views: ir.Table
 
 
-class Catalogue(NamedTuple):
-    """The users of the chosen requests, and the videos of their candidates and histories.
+class _Prepared(NamedTuple):
+    """All that the requests of the splits are made of.
 
-    A user's or a video's place is its id here.
+    Attributes:
+      engine: holds all tables.
+      owner: closes the engine, at the latest when nobody holds it any more.
+      plans: split -> day -> its requests.
+      items: `video_id` and `id` of each video.
+      users: the users of the chosen requests, ascending; their places are their ids.
     """
 
-    user_id: Int64[np.ndarray, "users"]  # ascending
-    video_id: Int64[np.ndarray, "items"]  # ascending
-    category: Int32[np.ndarray, "items 4"]
-    features: Float32[np.ndarray, "items F"]
+    engine: Engine
+    owner: contextlib.ExitStack
+    plans: Mapping[str, Mapping[Day, DayPlan]]
+    items: ir.Table
+    users: Int64[np.ndarray, "users"]
 
 
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
@@ -163,13 +170,37 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     """
     _check(data, tasks)
     days = find_days(data)
-    plans = _plans([day for split in SPLITS for day in days[split]], data, funnel)
-    catalogue = _catalogue(plans, int(data.authors))
-    spec = FeatureSpec(
+    with contextlib.ExitStack() as stack:
+        engine = stack.enter_context(open_tables(str(data.dir)))
+        plans = {split: _plans(engine, days[split], data, funnel) for split in SPLITS}
+        every = [plan for of_days in plans.values() for plan in of_days.values()]
+        videos = engine.keep("videos", _videos(every))
+        features, category = _catalogue(engine, videos, int(data.authors))
+        users = np.unique(np.concatenate([plan.user_id for plan in every]))
+        items = videos.select("video_id", "id")
+        # From here on, the engine is the source's to close.
+        prepared = _Prepared(engine, stack.pop_all(), plans, items, users)
+    spec = _spec(data, tasks, len(users), len(features))
+    starts = np.array(spec.category_starts[len(_OF_REQUEST) :], np.int32)
+    return Source(
+        spec,
+        features,
+        functools.partial(_requests, prepared, data, tuple(tasks)),
+        {
+            split: sum(len(plan.request_id) for plan in of_days.values())
+            for split, of_days in plans.items()
+        },
+        np.where(category < 0, -1, category + starts),
+        close=prepared.owner.close,
+    )
+
+
+def _spec(data: ConfigDict, tasks: Sequence[str], num_users: int, num_items: int) -> FeatureSpec:
+    return FeatureSpec(
         dataset="recflow",
         tasks=tuple(tasks),
-        num_users=len(catalogue.user_id),
-        num_items=len(catalogue.video_id),
+        num_users=num_users,
+        num_items=num_items,
         user_features=USER_FEATURES,
         context_features=CONTEXT_FEATURES,
         candidate_features=CANDIDATE_FEATURES,
@@ -181,36 +212,19 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         categories=categories(int(data.authors)),
         teacher_signal="rank",
     )
-    starts = spec.category_starts[len(_OF_REQUEST) :]
-    item_category = catalogue.category + np.array(starts, np.int32)
-    item_category[catalogue.category < 0] = -1
-    plans_of_split = {split: {day: plans[day] for day in days[split]} for split in SPLITS}
-    return Source(
-        spec,
-        catalogue.features,
-        functools.partial(
-            _requests,
-            plans_of_split,
-            catalogue,
-            tuple(tasks),
-            int(data.history_length),
-            int(data.of_each_stage),
-        ),
-        {
-            split: sum(len(plan.request_id) for plan in plans_of_split[split].values())
-            for split in SPLITS
-        },
-        item_category,
-    )
 
 
-def _plans(days: Sequence[Day], data: ConfigDict, funnel: ConfigDict) -> dict[Day, DayPlan]:
+def _plans(
+    engine: Engine, days: Sequence[Day], data: ConfigDict, funnel: ConfigDict
+) -> dict[Day, DayPlan]:
     """Looks through the log; raises UserError where the funnel cannot hold a request."""
-    bar = tqdm(days, "looking through the log", unit="day", disable=None)
+    plans = {}
     of_each = int(data.of_each_stage)
-    plans = {day: plan_day(day, int(data.max_requests_per_day), data.seed, of_each) for day in bar}
-    for day, plan in plans.items():
-        most = min(int(plan.rows.max()), len(GRADES) * of_each or _LAST)
+    for day in tqdm(days, "looking through the log", unit="day", disable=None):
+        with reading(day):
+            plans[day] = plan_day(engine, day, int(data.max_requests_per_day), data.seed, of_each)
+        largest = int(plans[day].size.max())
+        most = min(largest, len(GRADES) * of_each) if of_each else largest
         if most > funnel.retrieved:
             raise UserError(
                 f"funnel.retrieved={funnel.retrieved} is less than the {most} candidates of a "
@@ -220,28 +234,45 @@ def _plans(days: Sequence[Day], data: ConfigDict, funnel: ConfigDict) -> dict[Da
 
 
 def _requests(
-    plans: Mapping[str, Mapping[Day, DayPlan]],
-    catalogue: Catalogue,
-    tasks: Sequence[str],
-    history_length: int,
-    of_each: int,
-    split: str,
+    prepared: _Prepared, data: ConfigDict, tasks: Sequence[str], split: str
 ) -> Iterator[Request]:
     """The requests of a split, day by day."""
     check_choice("split", split, SPLITS)
-    for day, plan in plans[split].items():
-        sequences = read_sequences(day, plan.request_id)
-        for first, end in _portions(plan):
-            yield from _requests_of(
-                plan,
-                first,
-                end,
-                rows=candidates_of(_rows(day, plan, first, end), of_each),
-                events=events_of(plan, sequences, first, end),
-                catalogue=catalogue,
-                tasks=tasks,
-                history_length=history_length,
+    engine = prepared.engine
+    order = ["request", "request_timestamp", "place"]
+    for day, plan in prepared.plans[split].items():
+        of_items = plan.rows.join(prepared.items, "video_id")
+        rows = candidates_of(of_items, int(data.of_each_stage)).order_by(_FUNNEL_ORDER)
+        views = plan.views.join(prepared.items, "video_id").order_by(order)
+        # Split by split, more than one reader may be at the same day.
+        names = [gen_name("candidates"), gen_name("views")]
+        with reading(day):
+            rows, views = (engine.keep(*of) for of in zip(names, (rows, views), strict=True))
+        for first, end in _portions(plan.size):
+            candidates, events = (
+                engine.fetch(table.filter(_.request.between(first, end - 1)).order_by(by))
+                for table, by in ((rows, _FUNNEL_ORDER), (views, order))
             )
+            of_portion = slice(first, end)
+            yield from _requests_of(
+                plan._replace(**{name: getattr(plan, name)[of_portion] for name in _OF_PLAN}),
+                _arrays(candidates, first),
+                _arrays(events, first),
+                np.searchsorted(prepared.users, plan.user_id[of_portion]),
+                tasks,
+                int(data.history_length),
+            )
+        for name in names:
+            engine.backend.con.execute(f'DROP TABLE "{name}"')
+
+
+_OF_PLAN = ("request_id", "time", "user_id", "size")
+
+
+def _arrays(table: pa.Table, first: int) -> dict[str, np.ndarray]:
+    """The columns of a table, with `request` counted from `first`."""
+    columns = {name: table[name].to_numpy() for name in table.column_names}
+    return columns | {"request": columns["request"] - first}
 
 
 def categories(authors: int) -> tuple[Category, ...]:
@@ -253,82 +284,82 @@ def categories(authors: int) -> tuple[Category, ...]:
     )
 
 
-def plan_day(day: Day, max_requests: int, seed: int, of_each: int) -> DayPlan:
+def plan_day(engine: Engine, day: Day, max_requests: int, seed: int, of_each: int) -> DayPlan:
     """Looks through a day's log for its requests, and draws `max_requests` of them if not 0.
 
     With `of_each`, rows outside `GRADES` are none, and requests without others neither.
     """
-
-    def parts() -> Iterator[NamedArrays]:
-        for _, table in read_batches(day.stages, (*_KEYS, *(GRADES if of_each else ()))):
-            is_row = grades_of(table) < len(GRADES) if of_each else np.ones_like(table["user_id"])
-            table = {name: table[name] for name in _KEYS}
-            yield _by_request(table | {"rows": is_row.astype(np.int64)})
-
-    requests = _folded(parts(), _by_request)
-    chosen = np.flatnonzero(requests["rows"] if requests else [])
-    if not len(chosen):
+    rows = read_stages(engine, day, _COLUMNS)
+    is_row = grade_of(rows) < len(GRADES) if of_each else ibis.literal(True)
+    requests = rows.filter(is_row).group_by("request_id").agg(size=_.count())
+    times = rows.group_by("request_id").agg(time=_.request_timestamp.min(), user=_.user_id.min())
+    found = engine.fetch(requests.join(times, "request_id").order_by("request_id"))
+    if not len(found):
         which = f" of {', '.join(GRADES)}" if of_each else ""
         raise UserError(f"{day.stages} has no rows{which}")
+    request_id, time, user_id, size = (
+        found[name].to_numpy() for name in ("request_id", "time", "user", "size")
+    )
+    chosen = np.arange(len(found))
     if 0 < max_requests < len(chosen):
         generator = np.random.default_rng([seed, date_of(day.name).toordinal()])
         chosen = generator.choice(chosen, max_requests, replace=False)
-    time = requests["request_timestamp"]
-    chosen = chosen[np.lexsort([requests["request_id"][chosen], time[chosen]])]
-    request_id = requests["request_id"][chosen]
-    by_id = np.argsort(request_id)
-    plan = DayPlan(
-        request_id=request_id,
-        time=time[chosen],
-        user_id=requests["user_id"][chosen],
-        rows=requests["rows"][chosen],
-        ascending=request_id[by_id],
-        by_id=by_id,
-        first=np.zeros(0, np.int64),
-        last=np.zeros(0, np.int64),
+    chosen = chosen[np.lexsort([request_id[chosen], time[chosen]])]
+    places = {"request_id": request_id[chosen], "request": np.arange(len(chosen))}
+    return DayPlan(
+        request_id[chosen],
+        time[chosen],
+        user_id[chosen],
+        size[chosen],
+        rows.join(put(engine, f"requests {day.name}", pa.table(places)), "request_id"),
+        _views(engine, day, request_id[chosen], time[chosen]),
     )
-    first, last = [], []
-    for _, table in read_batches(day.stages, ("request_id",)):
-        place = request_places(plan, table["request_id"])
-        place = place[place >= 0]
-        first.append(place.min(initial=len(chosen)))
-        last.append(place.max(initial=-1))
-    return plan._replace(first=np.array(first), last=np.array(last))
 
 
-def request_places(plan: DayPlan, request_id: WholeNumbers) -> WholeNumbers:
-    """The place in the plan of the request of each row; -1 if it was not chosen."""
-    place, known = look_up(plan.ascending, request_id)
-    return np.where(known, plan.by_id[place], -1)
+def _views(
+    engine: Engine, day: Day, request_id: Int64[np.ndarray, "n"], time: Int64[np.ndarray, "n"]
+) -> ir.Table:
+    """The effective views before each of some requests, with `request`, its place, and `place`.
+
+    Empty places of the published sequences are left out, and so are views that were not strictly
+    before the request.
+    """
+    sequences = read_sequences(day, request_id)
+    lengths = [len(sequence) for sequence in sequences.values()]
+    columns = dict(zip(SEQUENCE_COLUMNS, np.concatenate([*sequences.values()]).T, strict=True))
+    request = np.repeat(np.fromiter(sequences, np.int64), lengths)
+    viewed = columns["request_timestamp"]
+    real = (viewed > 0) & (viewed < time[request]) & (columns["video_id"] >= 0)
+    columns |= {"request": request, "place": np.arange(len(request))}
+    kept = {name: column[real] for name, column in columns.items()}
+    return put(engine, f"sequences {day.name}", pa.table(kept))
 
 
-def stages_of(rows: NamedArrays) -> Int64[np.ndarray, "rows"]:
-    """The furthest stage that the flags of each row tell.
+def _stage_of(rows: ir.Table) -> ir.IntegerValue:
+    """The furthest stage that the flags of a row tell.
 
     `realshow` → SHOWN; `rank_pos`, `rank_neg`, `rerank_pos` or `rerank_neg`, all of which the rank
     stage has scored → PASSED; the others, among them `coarse_neg` and `prerank_neg` → RETRIEVED.
     """
-    ranked = np.any([rows[name] == 1 for name in RANKED], axis=0)
-    stage = np.where(ranked, Stage.PASSED, Stage.RETRIEVED)
-    return np.where(rows["realshow"] == 1, Stage.SHOWN, stage).astype(np.int64)
+    is_ranked = ibis.or_(*(rows[name] == 1 for name in RANKED))
+    return ibis.cases(
+        (rows.realshow == 1, Stage.SHOWN.value),
+        (is_ranked, Stage.PASSED.value),
+        else_=Stage.RETRIEVED.value,
+    )
 
 
-def grades_of(rows: NamedArrays) -> Int64[np.ndarray, "rows"]:
-    """The place in `GRADES` of the first flag that each row has; their number if it has none."""
-    flags = [rows[name] == 1 for name in GRADES]
-    return np.select(flags, [*range(len(GRADES))], len(GRADES)).astype(np.int64)
+def grade_of(rows: ir.Table) -> ir.IntegerValue:
+    """The place in `GRADES` of the first flag that a row has; their number if it has none."""
+    flags = ((rows[name] == 1, place) for place, name in enumerate(GRADES))
+    return ibis.cases(*flags, else_=len(GRADES))
 
 
-def positions(
-    request: WholeNumbers,
-    rank_index: WholeNumbers,
-    is_ranked: Bool[np.ndarray, "rows"],
-    is_top: Bool[np.ndarray, "rows"],
-) -> WholeNumbers:
-    """The final ranker's position of each candidate in its request, without gaps; -1 for none.
+def with_positions(rows: ir.Table) -> ir.Table:
+    """The rows with `position`, the final ranker's of each candidate in its request, without gaps.
 
     The smallest index of a request becomes 0, wherever the files begin to count, and each further
-    one the next number; equal ones share a position.
+    one the next number; equal ones share a position. A candidate without one has none.
 
     It is not documented what the files write where no position was logged, so an index counts only
     if it can be one: it is not negative, the rank stage scored the candidate, and unless the
@@ -336,85 +367,52 @@ def positions(
     before it.
 
     Args:
-      request: the request of each candidate, in [0, n).
-      rank_index: as in the files, -1 where missing.
-      is_ranked: True if the rank stage scored the candidate.
-      is_top: True if its `rank_pos` is set.
-
-    >>> positions(np.zeros(5, int), np.array([7, 3, 4, 0, -1]), np.ones(5, bool), np.arange(5) == 1)
-    array([ 2,  0,  1, -1, -1])
+      rows: have `request`, `rank_index`, -1 where missing, `stage`, and `rank_pos`, 1 if it is set.
     """
-    possible = is_ranked & (rank_index >= 0)
-    best = np.full(request.max(initial=-1) + 1, _LAST)
-    np.minimum.at(best, request[possible & is_top], rank_index[possible & is_top])
-    known = possible & (best[request] < _LAST) & (is_top | (rank_index > best[request]))
-    ordered = np.flatnonzero(known)
-    ordered = ordered[np.lexsort([rank_index[ordered], request[ordered]])]
-    index = rank_index[ordered]
-    begins = np.diff(request[ordered], prepend=-1) != 0
-    count = np.cumsum(begins | (np.diff(index, prepend=-1) != 0))
-    result = np.full(len(request), -1)
-    # The count where the candidate's request begins is taken off.
-    result[ordered] = count - np.maximum.accumulate(np.where(begins, count, 0))
-    return result
+    rows = rows.mutate(possible=(rows.stage >= Stage.PASSED.value) & (rows.rank_index >= 0))
+    best = rows.rank_index.min(where=rows.possible & (rows.rank_pos == 1)).over(group_by="request")
+    rows = rows.mutate(best=best)
+    known = rows.possible & ((rows.rank_pos == 1) | (rows.rank_index > rows.best))
+    rows = rows.mutate(known=(known & rows.best.notnull()).fill_null(False))
+    rank = ibis.dense_rank().over(group_by=["request", "known"], order_by="rank_index")
+    placed = rows.mutate(position=ibis.ifelse(rows.known, rank, None))
+    return placed.drop("possible", "best", "known")
 
 
-def candidates_of(rows: NamedArrays, of_each: int) -> NamedArrays:
-    """The rows with `stage` and `position`, requests one after the other, each in funnel order.
+# Stands behind all positions.
+_NO_POSITION = 2**40
+_FUNNEL_ORDER = ("request", "grade", ibis.coalesce(_.position, _NO_POSITION), "video_id")
 
-    A video that a request has several rows of keeps the one that came furthest. Within a stage,
-    those with a position come first, by it, and then the others by their video's id.
+
+def candidates_of(rows: ir.Table, of_each: int) -> ir.Table:
+    """The candidates of requests, with `grade`, `stage` and `position`.
+
+    A video that a request has several rows of keeps the one that came furthest, then that with the
+    best index, then that with more labels. Within a stage, those with a position come first, by it,
+    and then the others by their video's id.
 
     Args:
       rows: rows of the log, with `request`, the number of the request of each.
-      of_each: 0 takes all rows, and their stages are `stages_of`. Otherwise there are the first so
+      of_each: 0 takes all rows, and their stages are `_stage_of`. Otherwise there are the first so
         many of each of `GRADES`, whose stage is that of the grade.
     """
-    stages = [*GRADES.values()] if of_each else [Stage.SHOWN, Stage.PASSED, Stage.RETRIEVED]
-    grade = grades_of(rows) if of_each else Stage.SHOWN - stages_of(rows)
-    rows = _taken(rows | {"grade": grade}, np.flatnonzero(grade < len(stages)))
-    index = np.where(rows["rank_index"] < 0, _LAST, rows["rank_index"])
-    rows = _taken(rows, np.lexsort([index, rows["grade"], rows["video_id"], rows["request"]]))
-    rows = _taken(rows, np.flatnonzero(_begins(rows["request"]) | _begins(rows["video_id"])))
-    rows["stage"] = np.array(stages)[rows["grade"]]
-    is_ranked = rows["stage"] >= Stage.PASSED
-    position = positions(rows["request"], rows["rank_index"], is_ranked, rows["rank_pos"] == 1)
-    last = np.where(position < 0, _LAST, position)
-    order = np.lexsort([rows["video_id"], last, rows["grade"], rows["request"]])
-    rows = _taken(rows | {"position": position}, order)
-    start = np.flatnonzero(_begins(rows["request"]) | _begins(rows["grade"]))
-    place = np.arange(len(order)) - np.repeat(start, np.diff(start, append=len(order)))
-    return _taken(rows, np.flatnonzero(place < (of_each or _LAST)))
-
-
-def _taken(rows: NamedArrays, places: WholeNumbers) -> NamedArrays:
-    return {name: column[places] for name, column in rows.items()}
-
-
-def _begins(values: WholeNumbers) -> Bool[np.ndarray, "rows"]:
-    """True where a value differs from the one before it, and at the first."""
-    begins = np.ones(len(values), bool)
-    begins[1:] = np.diff(values) != 0
-    return begins
-
-
-def events_of(plan: DayPlan, sequences: dict[int, np.ndarray], first: int, end: int) -> NamedArrays:
-    """The effective views before each of the requests [first, end), in the order of time.
-
-    Returns:
-      The `SEQUENCE_COLUMNS`, and `request`, counted from `first`. Empty places of the published
-      sequences are left out, and so are views that were not strictly before the request.
-    """
-    none = np.zeros((0, len(SEQUENCE_COLUMNS)), np.int64)
-    chosen = [sequences.get(place, none) for place in range(first, end)]
-    request = np.repeat(np.arange(end - first), [len(sequence) for sequence in chosen])
-    columns = np.concatenate(chosen).T
-    events: NamedArrays = dict(zip(SEQUENCE_COLUMNS, columns, strict=True)) | {"request": request}
-    time = events["request_timestamp"]
-    real = (time > 0) & (time < plan.time[first:end][request]) & (events["video_id"] >= 0)
-    kept = np.flatnonzero(real)
-    kept = kept[np.lexsort([time[kept], request[kept]])]
-    return {name: column[kept] for name, column in events.items()}
+    if of_each:
+        rows = rows.mutate(grade=grade_of(rows)).filter(_.grade < len(GRADES))
+        stages = enumerate(GRADES.values())
+        rows = rows.mutate(
+            stage=ibis.cases(*((rows.grade == place, stage.value) for place, stage in stages))
+        )
+    else:
+        rows = rows.mutate(stage=_stage_of(rows))
+        rows = rows.mutate(grade=Stage.SHOWN.value - rows.stage)
+    order = ["grade", _.rank_index < 0, "rank_index"]
+    order += [ibis.desc(name) for name in (*_KEPT, "rank_pos")]
+    turn = ibis.row_number().over(group_by=["request", "video_id"], order_by=order)
+    rows = with_positions(rows.mutate(turn=turn).filter(_.turn == 0))
+    if of_each:
+        place = ibis.row_number().over(group_by=["request", "grade"], order_by=_FUNNEL_ORDER[2:])
+        rows = rows.mutate(place=place).filter(_.place < of_each)
+    return rows.select("request", "id", "grade", "stage", "position", *_KEPT)
 
 
 def item_features(duration: WholeNumbers) -> Float32[np.ndarray, "rows 2"]:
@@ -448,24 +446,17 @@ def context_features(
       [sin and cos of the hour; weekday, one-hot from Monday; log(1 + days since the last effective
       view), 0 if there is none; 1 if there is none].
     """
-    seconds = time // 1000
-    pause = np.where(last < 0, 0, time - last) / (1000 * DAY)
-    return np.concatenate(
-        [
-            hour_features(seconds),
-            weekday_features(seconds),
-            np.stack([np.log1p(pause), last < 0], axis=1),
-        ],
-        axis=1,
-        dtype=np.float32,
-    )
+    pause = np.where(last < 0, np.nan, np.log1p(np.maximum(time - last, 0) / (1000 * DAY)))
+    return moment_features(time // 1000, pause).astype(np.float32)
 
 
-def history_features(events: NamedArrays, time: WholeNumbers) -> Float32[np.ndarray, "rows 3"]:
+def history_features(
+    events: Mapping[str, np.ndarray], time: WholeNumbers
+) -> Float32[np.ndarray, "rows 3"]:
     """[log(1 + days since the view); log(1 + duration in seconds); share watched, at most 2].
 
     Args:
-      events: see `events_of`; times watched and durations are in milliseconds.
+      events: see `_views`; times watched and durations are in milliseconds.
       time: of the request that each event precedes, in milliseconds.
     """
     duration = np.maximum(events["duration"], 0)
@@ -478,115 +469,57 @@ def _features(*columns: Any) -> Float32[np.ndarray, "rows columns"]:
     return np.stack(columns, axis=-1).astype(np.float32)
 
 
-class _Candidates(NamedTuple):
-    """Candidates, one request after the other; those of request i begin at start[i]."""
-
-    start: Int64[np.ndarray, "requests+1"]
-    stage: Int64[np.ndarray, "n"]
-    item_id: Int32[np.ndarray, "n"]
-    features: Float32[np.ndarray, "n X"]
-    label: UInt8[np.ndarray, "n T"]
-    label_weight: Float32[np.ndarray, "n"]
-    probability: Float32[np.ndarray, "n T"]
-    weight: Float32[np.ndarray, "n"]
-    request_category: Int32[np.ndarray, "requests K"]
-
-
-class _Views(NamedTuple):
-    """Effective views before requests; those before request i begin at start[i]."""
-
-    start: Int64[np.ndarray, "requests+1"]
-    item_id: Int32[np.ndarray, "events"]
-    features: Float32[np.ndarray, "events E"]
-    user_features: Float32[np.ndarray, "requests U"]
-    context: Float32[np.ndarray, "requests C"]
-
-
 def _requests_of(
     plan: DayPlan,
-    first: int,
-    end: int,
-    *,
-    rows: NamedArrays,
-    events: NamedArrays,
-    catalogue: Catalogue,
+    rows: Mapping[str, np.ndarray],
+    events: Mapping[str, np.ndarray],
+    user_id: Int64[np.ndarray, "n"],
     tasks: Sequence[str],
     history_length: int,
 ) -> Iterator[Request]:
-    """The requests [first, end) of a plan, from the rows of `candidates_of` and all events."""
-    time = plan.time[first:end]
-    candidates = _encoded_candidates(rows, time, catalogue, tasks)
-    views = _encoded_views(events, time, catalogue)
-    user_id = np.searchsorted(catalogue.user_id, plan.user_id[first:end])
-    for request in range(end - first):
-        own = slice(candidates.start[request], candidates.start[request + 1])
-        shown = int((candidates.stage[own] == Stage.SHOWN).sum())
-        passed = int((candidates.stage[own] >= Stage.PASSED).sum())
-        logged = slice(own.start, own.start + passed)
-        until = views.start[request + 1]
-        latest = slice(max(views.start[request], until - history_length), until)
-        yield Request(
-            request_id=int(plan.request_id[first + request]),
-            time=int(time[request] // 1000),
-            user_id=int(user_id[request]),
-            user_features=views.user_features[request],
-            context=views.context[request],
-            history_id=views.item_id[latest],
-            history_features=views.features[latest],
-            item_id=candidates.item_id[own],
-            candidate_features=candidates.features[own],
-            num_passed=passed,
-            user_label=candidates.label[own][:shown],
-            label_weight=candidates.label_weight[own][:shown],
-            teacher_probability=candidates.probability[logged],
-            teacher_weight=candidates.weight[logged],
-            teacher_version=TEACHER_VERSION,
-            true_probability=np.zeros((0, len(tasks)), np.float32),
-            request_category=candidates.request_category[request],
-        )
-
-
-def _encoded_candidates(
-    candidates: NamedArrays,
-    time: Int64[np.ndarray, "requests"],
-    catalogue: Catalogue,
-    tasks: Sequence[str],
-) -> _Candidates:
-    """Ids, features and labels of the candidates of requests that were made at some times."""
-    start = np.searchsorted(candidates["request"], np.arange(len(time) + 1))
-    item_id, _ = _item_ids(catalogue, candidates["video_id"])
-    label = np.stack([candidates[LABELS[task]] == 1 for task in tasks], axis=1)
-    known = candidates["position"] >= 0
-    probability = np.where(known, probability_of_rank(candidates["position"]), np.nan)
-    values = [_places_of_values(name, candidates[name][start[:-1]]) for name in _OF_REQUEST]
-    return _Candidates(
-        start=start,
-        stage=candidates["stage"],
-        item_id=item_id,
-        features=candidate_features(candidates["upload_timestamp"], time[candidates["request"]]),
-        label=label.astype(np.uint8),
-        label_weight=(candidates["realshow"] == 1).astype(np.float32),
-        probability=np.tile(probability[:, None].astype(np.float32), len(tasks)),
-        weight=known.astype(np.float32),
-        request_category=(np.stack(values, axis=1) + _REQUEST_STARTS).astype(np.int32),
-    )
-
-
-def _encoded_views(
-    events: NamedArrays, time: Int64[np.ndarray, "requests"], catalogue: Catalogue
-) -> _Views:
-    """Ids and features of the views before requests that were made at some times."""
-    number = np.bincount(events["request"], minlength=len(time))
+    """The requests of a plan, from the rows of `candidates_of` and all views."""
+    time = plan.time
+    number = np.arange(len(time) + 1)
+    start, view_start = (np.searchsorted(of["request"], number) for of in (rows, events))
+    label = np.stack([rows[LABELS[task]] == 1 for task in tasks], axis=1).astype(np.uint8)
+    label_weight = (rows["realshow"] == 1).astype(np.float32)
+    # NaN where there is none.
+    probability = probability_of_rank(rows["position"].astype(np.float64)).astype(np.float32)
+    probability = np.tile(probability[:, None], len(tasks))
+    features = candidate_features(rows["upload_timestamp"], time[rows["request"]])
+    values = [_places_of_values(name, rows[name][start[:-1]]) for name in _OF_REQUEST]
+    category = (np.stack(values, axis=1) + _REQUEST_STARTS).astype(np.int32)
     last = np.full(len(time), -1)
     last[events["request"]] = events["request_timestamp"]  # of several, the latest stands last
-    item_id, is_known = _item_ids(catalogue, events["video_id"])
-    return _Views(
-        start=np.searchsorted(events["request"][is_known], np.arange(len(time) + 1)),
-        item_id=item_id[is_known],
-        features=history_features(events, time[events["request"]])[is_known],
-        user_features=_features(np.log1p(number) / np.log1p(50)),
-        context=context_features(time, last),
-    )
+    context = context_features(time, last)
+    of_user = _features(np.log1p(np.diff(view_start)) / np.log1p(50))
+    of_view = history_features(events, time[events["request"]])
+    for request in range(len(time)):
+        own = slice(start[request], start[request + 1])
+        shown = int((rows["stage"][own] == Stage.SHOWN).sum())
+        passed = int((rows["stage"][own] >= Stage.PASSED).sum())
+        logged = slice(own.start, own.start + passed)
+        until = view_start[request + 1]
+        latest = slice(max(view_start[request], until - history_length), until)
+        yield Request(
+            request_id=int(plan.request_id[request]),
+            time=int(time[request] // 1000),
+            user_id=int(user_id[request]),
+            user_features=of_user[request],
+            context=context[request],
+            history_id=events["id"][latest].astype(np.int32),
+            history_features=of_view[latest],
+            item_id=rows["id"][own].astype(np.int32),
+            candidate_features=features[own],
+            num_passed=passed,
+            user_label=label[own][:shown],
+            label_weight=label_weight[own][:shown],
+            teacher_probability=probability[logged],
+            teacher_weight=(~np.isnan(probability[logged, 0])).astype(np.float32),
+            teacher_version=TEACHER_VERSION,
+            true_probability=np.zeros((0, len(tasks)), np.float32),
+            request_category=category[request],
+        )
 
 
 def _places_of_values(name: str, values: WholeNumbers) -> WholeNumbers:
@@ -594,119 +527,42 @@ def _places_of_values(name: str, values: WholeNumbers) -> WholeNumbers:
     return np.where((values >= 0) & (values <= _VALUES[name]), values + 1, 0)
 
 
-def _item_ids(
-    catalogue: Catalogue, video_id: WholeNumbers
-) -> tuple[Int32[np.ndarray, "rows"], Bool[np.ndarray, "rows"]]:
-    """The item id of each video, and True if it has one."""
-    # In ascending order, searches that follow one another end nearby, in memory that is at hand.
-    order = np.argsort(video_id)
-    place, known = np.empty(len(video_id), np.int32), np.empty(len(video_id), bool)
-    place[order], known[order] = look_up(catalogue.video_id, video_id[order])
-    return place, known
+def _videos(plans: Sequence[DayPlan]) -> ir.Table:
+    """All videos of candidates and views by their ids, with `id`, the place of each.
+
+    Of a video whose rows differ, the largest value of each column counts, so that what is known
+    stands before what is not.
+    """
+    tables = [table for plan in plans for table in (plan.rows, plan.views)]
+    rows = ibis.union(*(
+        table.group_by("video_id").agg(**{name: table[name].max() for name in _ITEM_COLUMNS[1:]})
+        for table in tables
+    ))  # fmt: skip
+    videos = rows.group_by("video_id").agg(**{name: rows[name].max() for name in _ITEM_COLUMNS[1:]})
+    return numbered(videos, "video_id")
 
 
-def _catalogue(plans: dict[Day, DayPlan], authors: int) -> Catalogue:
-    """All users, and all videos as the first row has them, candidates before views."""
-
-    def parts() -> Iterator[NamedArrays]:
-        days = tqdm(plans.items(), "listing the videos", unit="day", disable=None)
-        for day, plan in days:
-            touched = np.flatnonzero(plan.last >= 0)
-            for _, table in read_batches(day.stages, ("request_id", *_ITEM_COLUMNS), touched):
-                chosen = request_places(plan, table["request_id"]) >= 0
-                yield _items({name: column[chosen] for name, column in table.items()}, authors)
-            sequences = read_sequences(day, plan.request_id)
-            for first, end in _portions(plan):
-                yield _items(events_of(plan, sequences, first, end), authors)
-
-    videos = _folded(parts(), lambda table: _first_of_each(table, "video_id"))
-    users = np.unique(np.concatenate([plan.user_id for plan in plans.values()]))
-    return Catalogue(users, **videos)
+def _catalogue(
+    engine: Engine, videos: ir.Table, authors: int
+) -> tuple[Float32[np.ndarray, "items F"], Int32[np.ndarray, "items 4"]]:
+    """Features of the videos, and their places in their categories; -1 for an unknown author."""
+    found = engine.fetch(videos.order_by("id"))
+    author = found["author_id"].to_numpy()
+    places = [np.where(author < 0, -1, hash_into(author, authors))]
+    places += [_places_of_values(name, found[name].to_numpy()) for name in _OF_ITEM]
+    return item_features(found["duration"].to_numpy()), np.stack(places, axis=1).astype(np.int32)
 
 
-def _items(rows: NamedArrays, authors: int) -> NamedArrays:
-    """The videos in the rows: ids, places in their categories, and features."""
-    rows = _first_of_each({name: rows[name] for name in _ITEM_COLUMNS}, "video_id")
-    author = hash_into(rows["author_id"], authors)
-    places = [np.where(rows["author_id"] < 0, -1, author)]
-    places += [_places_of_values(name, rows[name]) for name in _OF_ITEM]
-    return {
-        "video_id": rows["video_id"],
-        "category": np.stack(places, axis=1).astype(np.int32),
-        "features": item_features(rows["duration"]),
-    }
-
-
-def _portions(plan: DayPlan) -> Iterator[tuple[int, int]]:
+def _portions(size: Int64[np.ndarray, "n"]) -> Iterator[tuple[int, int]]:
     """Ranges of consecutive requests with at most `ROWS_AT_ONCE` rows, or one request."""
-    ends = np.cumsum(plan.rows)
+    ends = np.cumsum(size)
     first = 0
     while first < len(ends):
-        before = ends[first] - plan.rows[first]
+        before = ends[first] - size[first]
         end = int(np.searchsorted(ends, before + ROWS_AT_ONCE, side="right"))
         end = max(end, first + 1)
         yield first, end
         first = end
-
-
-def _rows(day: Day, plan: DayPlan, first: int, end: int) -> NamedArrays:
-    """All rows of the requests [first, end), with `request`, counted from `first`."""
-    touched = np.flatnonzero((plan.first < end) & (plan.last >= first))
-    parts = []
-    for _, table in read_batches(day.stages, _ROW_COLUMNS, touched):
-        place = request_places(plan, table["request_id"])
-        kept = (place >= first) & (place < end)
-        part = {name: column[kept] for name, column in table.items()}
-        parts.append(part | {"request": place[kept] - first})
-    return _end_to_end(parts)
-
-
-def _by_request(rows: NamedArrays) -> NamedArrays:
-    """One row for each request: its time, its user, and the number of its rows."""
-    order = np.argsort(rows["request_id"], kind="stable")
-    request_id = rows["request_id"][order]
-    start = np.flatnonzero(_begins(request_id))
-    return {
-        "request_id": request_id[start],
-        "request_timestamp": np.minimum.reduceat(rows["request_timestamp"][order], start),
-        "user_id": rows["user_id"][order][start],
-        "rows": np.add.reduceat(rows["rows"][order], start),
-    }
-
-
-def _first_of_each(table: NamedArrays, key: str) -> NamedArrays:
-    """The first row of each value of a column, in ascending order of it."""
-    _, first = np.unique(table[key], return_index=True)
-    return {name: column[first] for name, column in table.items()}
-
-
-def _folded(
-    parts: Iterable[NamedArrays], fold: Callable[[NamedArrays], NamedArrays]
-) -> NamedArrays:
-    """`fold` of all parts end to end, though they are never held all at once.
-
-    It is applied whenever the waiting parts have outgrown the folded ones, so `fold` must give the
-    same for parts of which some were folded before. Parts without rows are left out.
-
-    Returns:
-      {} if no part has a row.
-    """
-    held: list[NamedArrays] = []
-    size, waiting = 0, 0
-    for part in parts:
-        rows = len(next(iter(part.values())))
-        if not rows:
-            continue
-        held.append(part)
-        waiting += rows
-        if waiting > max(size, ROWS_AT_ONCE):
-            held = [fold(_end_to_end(held))]
-            size, waiting = len(next(iter(held[0].values()))), 0
-    return fold(_end_to_end(held)) if held else {}
-
-
-def _end_to_end(parts: Sequence[NamedArrays]) -> NamedArrays:
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _check(data: ConfigDict, tasks: Sequence[str]) -> None:

@@ -1,24 +1,29 @@
 """The files of RecFlow, a day each: the log of its stages, and the views before its requests.
 
 `docs/recflow.md` says where they come from and what is known of their layout. The Feather files are
-read record batch by record batch, the pickles by a reader that runs nothing in them, see
-`restricted_pickle`.
+read by the engine, the pickles by a reader that runs nothing in them, see `restricted_pickle`.
 """
 
+import contextlib
 import datetime
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import duckdb
+import ibis
+import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int, Int64
+from jaxtyping import Int64
 from ml_collections import ConfigDict
-from pyarrow import ipc
+from pyarrow import dataset, ipc
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources import restricted_pickle
+from kd_ranker.sources.logs.engine import Engine
+from kd_ranker.sources.tables import put
 
 STAGES_FOLDER, SEQUENCES_FOLDER = "all_stage", "seq_effective_50_dict"
 SEQUENCE_COLUMNS = (
@@ -31,8 +36,6 @@ _MENTIONED = [
     for module in ("utils", "__main__")
     for name in ("defaultdict_tuple", "defaultdict_str")
 ]
-
-NamedArrays = dict[str, np.ndarray]  # columns of one length
 
 
 class Day(NamedTuple):
@@ -91,45 +94,47 @@ def date_of(name: object) -> datetime.date:
     return date
 
 
-def read_batches(
-    path: Path, columns: Sequence[str], numbers: Iterable[int] | None = None
-) -> Iterator[tuple[int, NamedArrays]]:
-    """Yields the record batches of a Feather file as whole numbers; -1 where there is none.
+def read_stages(engine: Engine, day: Day, columns: Sequence[str]) -> ir.Table:
+    """Columns of a Feather file as whole numbers; -1 where there is none.
 
     Args:
-      path: the file. It is mapped into memory, and other columns are not read.
+      engine: what is to read it; nothing is read before it is asked for rows.
+      day: the day.
       columns: the columns to read. Some published files have a blank before a name.
-      numbers: which record batches to read; None for all.
-
-    Yields:
-      The number of the record batch, and its columns.
 
     Raises:
       UserError: it is no such file, or lacks a column, or has one that holds no numbers.
     """
+    path = day.stages
     try:
         with pa.memory_map(str(path)) as file:
-            names = [name.strip() for name in ipc.open_file(file).schema.names]
-            if missing := [name for name in columns if name not in names]:
-                raise UserError(
-                    f"{path} has no column {', '.join(missing)}; it has: {', '.join(names)}"
-                )
-            wanted = sorted(names.index(name) for name in columns)
-            reader = ipc.open_file(file, options=ipc.IpcReadOptions(included_fields=wanted))
-            for number in range(reader.num_record_batches) if numbers is None else numbers:
-                batch = reader.get_batch(int(number))
-                yield (
-                    int(number),
-                    {
-                        names[place]: _whole_numbers(column, f"{path}: column {names[place]}")
-                        for place, column in zip(wanted, batch.columns, strict=True)
-                    },
-                )
+            schema = ipc.open_file(file).schema
     except (OSError, pa.ArrowException) as error:
-        text = " ".join(str(error).split())
-        raise UserError(
-            f"{path} is no Feather file (version 2) that can be read: {text}"
-        ) from error
+        raise _unreadable(path, error) from error
+    types = {field.name.strip(): field.type for field in schema}
+    if missing := [name for name in columns if name not in types]:
+        raise UserError(f"{path} has no column {', '.join(missing)}; it has: {', '.join(types)}")
+    for name in columns:
+        kind = types[name]
+        if not (pa.types.is_boolean(kind) or pa.types.is_integer(kind) or _is_floating(kind)):
+            raise UserError(f"{path}: column {name} holds {kind}, expected whole numbers")
+    rows = put(engine, f"stages {day.name}", dataset.dataset(path, format="ipc"))
+    written = {name.strip(): name for name in schema.names}
+    return rows.select(**{name: _whole_number(rows[written[name]]) for name in columns})
+
+
+@contextlib.contextmanager
+def reading(day: Day) -> Iterator[None]:
+    """Names the file that the engine cannot read in one line."""
+    try:
+        yield
+    except duckdb.Error as error:
+        raise _unreadable(day.stages, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    text = " ".join(str(error).split())
+    return UserError(f"{path} is no Feather file (version 2) that can be read: {text}")
 
 
 def read_sequences(
@@ -167,18 +172,16 @@ def read_sequences(
     return sequences
 
 
-def _whole_numbers(column: pa.Array, place: str) -> Int[np.ndarray, "rows"]:
-    """A column as int64, -1 where nothing or no finite number stands."""
-    if pa.types.is_boolean(column.type) or pa.types.is_integer(column.type):
-        numbers = column.cast(pa.int64())
-        if column.null_count:
-            numbers = numbers.fill_null(-1)
-        return numbers.to_numpy(zero_copy_only=False)
-    if pa.types.is_floating(column.type):
-        # pandas makes floats of whole numbers where some are missing.
-        values = column.to_numpy(zero_copy_only=False)
-        return np.where(np.isfinite(values), values, -1).astype(np.int64)
-    raise UserError(f"{place} holds {column.type}, expected whole numbers")
+def _is_floating(kind: pa.DataType) -> bool:
+    # pandas makes floats of whole numbers where some are missing.
+    return bool(pa.types.is_floating(kind))
+
+
+def _whole_number(value: ir.Value) -> ir.IntegerValue:
+    """A value as int64, -1 where nothing or no finite number stands."""
+    if value.type().is_floating():
+        value = ibis.ifelse(value.isnan() | value.isinf(), -1, value)
+    return ibis.coalesce(value.cast("int64"), -1)
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 import ibis
 import ibis.expr.types as ir
 import numpy as np
+import pyarrow as pa
+from pyarrow import dataset
 
 from kd_ranker.sources.logs.duckdb_engine import open_duckdb
 from kd_ranker.sources.logs.engine import Engine
@@ -41,3 +43,10 @@ def numbered(table: ir.Table, key: str) -> ir.Table:
 def fetch_columns(engine: Engine, table: ir.Table) -> list[np.ndarray]:
     """The columns of a table without gaps, in its order."""
     return [column.to_numpy() for column in engine.fetch(table).columns]
+
+
+def put(engine: Engine, name: str, rows: pa.Table | dataset.Dataset) -> ir.Table:
+    """Rows that are here, or in files that pyarrow reads, as a table of the engine."""
+    engine.backend.con.register(name, rows)
+    table: ir.Table = engine.backend.table(name)
+    return table

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
@@ -25,6 +26,7 @@ from kd_ranker.pipeline import commands, measure, teachers
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources import recflow, recflow_files
+from kd_ranker.sources.tables import open_tables, put
 from tests.sources.recflow_files import (
     DAYS,
     NOON,
@@ -297,6 +299,27 @@ def test_authors_are_hashed_alike(written):
 # Positions.
 
 
+@pytest.fixture(scope="module")
+def engine():
+    with open_tables() as opened:
+        yield opened
+
+
+def positions_of(engine, request, index, is_ranked, is_top):
+    """The position of each candidate, -1 for none."""
+    number = len(request)
+    columns = {
+        "request": request,
+        "rank_index": index,
+        "stage": np.where(is_ranked, Stage.PASSED, Stage.RETRIEVED),
+        "rank_pos": np.asarray(is_top, int),
+        "number": np.arange(number),
+    }
+    rows = put(engine, "candidates", pa.table(columns))
+    found = engine.fetch(recflow.with_positions(rows).order_by("number"))["position"]
+    return found.fill_null(-1).to_numpy()
+
+
 @st.composite
 def ranked_candidates(draw):
     number = draw(st.integers(0, 12))
@@ -311,10 +334,11 @@ def ranked_candidates(draw):
     )
 
 
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(ranked_candidates())
-def test_positions_match_brute_force(candidates):
+def test_positions_match_brute_force(engine, candidates):
     request, index, is_ranked, is_top = candidates
-    found = recflow.positions(*candidates)
+    found = positions_of(engine, *candidates)
     for place in range(len(request)):
         here = [other for other in range(len(request)) if request[other] == request[place]]
         tops = [index[o] for o in here if is_ranked[o] and is_top[o] and index[o] >= 0]
@@ -331,24 +355,24 @@ def test_positions_match_brute_force(candidates):
         assert found[place] == expected
 
 
-def test_where_the_files_begin_to_count_makes_no_difference():
+def test_where_the_files_begin_to_count_makes_no_difference(engine):
     generator = np.random.default_rng(0)
     request = np.repeat(np.arange(5), 10)
     index = generator.permuted(np.tile(np.arange(10), (5, 1)), axis=1).ravel()
     top = index < 3
-    from_zero = recflow.positions(request, index, np.ones(50, bool), top)
+    from_zero = positions_of(engine, request, index, np.ones(50, bool), top)
     np.testing.assert_array_equal(from_zero, index)
     np.testing.assert_array_equal(
-        recflow.positions(request, index + 1, np.ones(50, bool), top), from_zero
+        positions_of(engine, request, index + 1, np.ones(50, bool), top), from_zero
     )
 
 
 @pytest.mark.parametrize("nothing", [0, -1])
 @pytest.mark.parametrize("base", [0, 1])
-def test_what_stands_where_no_position_was_logged_is_none(nothing, base):
+def test_what_stands_where_no_position_was_logged_is_none(engine, nothing, base):
     top = np.arange(20) < 10
     index = np.where(top, np.arange(20) + base, nothing)
-    found = recflow.positions(np.zeros(20, int), index, np.ones(20, bool), top)
+    found = positions_of(engine, np.zeros(20, int), index, np.ones(20, bool), top)
     np.testing.assert_array_equal(found, np.where(top, np.arange(20), -1))
 
 
@@ -464,18 +488,19 @@ def test_sequences_that_would_run_code_are_refused(tmp_path):
 
 def test_a_draw_takes_whole_requests_and_keeps_their_order(written):
     root, _ = written
-    everything = {r.request_id: r for s in SPLITS for r in open_small(root).requests(s)}
+    whole = open_small(root)
+    everything = {r.request_id: r for s in SPLITS for r in whole.requests(s)}
     source = open_small(root, max_requests_per_day=5)
     assert source.num_requests == {"train": 10, "validation": 5, "test": 5}
     drawn = list(source.requests("train"))
     assert [r.request_id for r in drawn] == [r.request_id for r in source.requests("train")]
     assert [r.time for r in drawn] == sorted(r.time for r in drawn)
-    assert source.spec.num_items < open_small(root).spec.num_items
+    assert source.spec.num_items < whole.spec.num_items
     for request in drawn:
-        whole = everything[request.request_id]
-        np.testing.assert_array_equal(request.user_label, whole.user_label)
-        np.testing.assert_allclose(request.candidate_features, whole.candidate_features)
-        assert len(request.item_id) == len(whole.item_id)
+        same = everything[request.request_id]
+        np.testing.assert_array_equal(request.user_label, same.user_label)
+        np.testing.assert_allclose(request.candidate_features, same.candidate_features)
+        assert len(request.item_id) == len(same.item_id)
     again = open_small(root, max_requests_per_day=5, seed=1).requests("train")
     assert {r.request_id for r in drawn} != {r.request_id for r in again}
 
