@@ -15,13 +15,16 @@ from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.engine import FILE, ROWS_AT_A_TIME, Engine
 from kd_ranker.sources.logs.files import Log
 
+# Of a candidate in all tables that are kept at a time, about.
+_BYTES_A_CANDIDATE = 300
+
 
 class DuckDb(Engine):
     """A connection to DuckDB, which spills to disk what does not fit in memory."""
 
     def keep(self, name: str, table: ir.Table) -> ir.Table:
         """The same table, worked out once and for all."""
-        kept: ir.Table = self.backend.create_table(name, table, temp=True)
+        kept: ir.Table = self.backend.create_table(name, table)
         return kept
 
     def fetch(self, table: ir.Table) -> pa.Table:
@@ -70,22 +73,29 @@ class DuckDb(Engine):
 
 
 @contextlib.contextmanager
-def open_duckdb(memory: float, threads: int, folder: Path) -> Iterator[Engine]:
+def open_duckdb(memory: float, threads: int, folder: Path, candidates: int = 0) -> Iterator[Engine]:
     """Opens DuckDB.
 
     Args:
       memory: GiB that it holds at most.
       threads: how many it works with.
       folder: for what does not fit in memory.
+      candidates: about how many it is to keep.
 
     Raises:
       UserError: what runs meanwhile takes too much memory, or finds that a file cannot be read.
     """
+    # A database in a file is compressed. That takes longer than to keep tables in memory, but half
+    # as long as to spill them.
+    fits = candidates * _BYTES_A_CANDIDATE <= memory * 2**30
     backend = ibis.duckdb.connect(
+        ":memory:" if fits else folder / "tables.duckdb",
         memory_limit=f"{memory * 1024:.0f}MiB",
         threads=threads,
         temp_directory=str(folder / "spilled"),
         preserve_insertion_order=False,
+        # Nobody opens that file again, so its log need not be worked off.
+        wal_autocheckpoint="1TB",
     )
     try:
         yield DuckDb(backend, folder)

@@ -9,14 +9,21 @@ from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.logs.layout import LogLayout
 
 
-def open_engine(layout: LogLayout, folder: Path) -> contextlib.AbstractContextManager[Engine]:
-    """Opens the engine that the config names; the folder is for what does not fit in memory.
+def open_engine(
+    layout: LogLayout, folder: Path, candidates: int
+) -> contextlib.AbstractContextManager[Engine]:
+    """Opens the engine that the config names.
+
+    Args:
+      layout: of the log.
+      folder: for what does not fit in memory.
+      candidates: about how many the log has.
 
     Raises:
       UserError: the engine is not installed, or does not start.
     """
     if layout.engine == "duckdb":
-        return open_duckdb(layout.memory, layout.processes, folder)
+        return open_duckdb(layout.memory, layout.processes, folder, candidates)
     try:
         from kd_ranker.sources.logs.spark_engine import open_spark
     except ImportError as error:

@@ -109,7 +109,8 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     with contextlib.ExitStack() as stack:
         work = Path(tempfile.mkdtemp(prefix=".parquet-", dir=layout.directory))
         stack.callback(shutil.rmtree, work)
-        engine = stack.enter_context(open_engine(layout, work))
+        candidates = sum(part.entries for part in log.parts)
+        engine = stack.enter_context(open_engine(layout, work, candidates))
         run = stack.enter_context(open_threads(layout.processes))
         source = _source(log, layout, _read(log, layout, engine, run), run)
         # From here on, all of it is the source's to close.

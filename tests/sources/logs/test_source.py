@@ -18,6 +18,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands, teachers
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS, Request
+from kd_ranker.sources.logs import duckdb_engine
 from kd_ranker.sources.logs.source import REFUSED, check_unchanged
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import TASKS, Restated, Row, make_rows, restate, same, write_log
@@ -620,6 +621,17 @@ def test_processes_change_nothing(tmp_path):
     requests = faulty_logs.all_requests(source)
     source.close()
     assert same(requests, datasets[0][0])
+
+
+def test_tables_that_outgrow_memory_change_nothing(tmp_path, monkeypatch):
+    log = write_log(tmp_path / "log", make_rows(25, faults=0.05), files=2)
+    config = faulty_logs.config(log, tmp_path)
+    within = read(config, tmp_path / "within")
+    monkeypatch.setattr(duckdb_engine, "_BYTES_A_CANDIDATE", 2**30)
+    source = faulty_logs.open_source(config)
+    assert [*tmp_path.glob(".parquet-*/tables.duckdb")]
+    assert same(faulty_logs.all_requests(source), within.requests)
+    source.close()
 
 
 def test_a_log_that_has_changed_is_not_taken_for_the_one_before(tmp_path):

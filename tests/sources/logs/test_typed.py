@@ -17,7 +17,7 @@ from tests.sources import faulty_logs
 @pytest.fixture(scope="module")
 def engine(tmp_path_factory):
     layout = faulty_logs.layout(faulty_logs.config("log", "datasets"))
-    with open_engine(layout, tmp_path_factory.mktemp("engine")) as opened:
+    with open_engine(layout, tmp_path_factory.mktemp("engine"), 0) as opened:
         yield opened
 
 
