@@ -823,18 +823,18 @@ def test_agreement_is_one_minus_differing_over_expected(tmp_path):
     of_owner = np.where(rng.random(300) < 0.1, rng.integers(-1, 4, size=300), owner % 5)
     columns = {"owner": owner, "same": of_owner, "any": rng.integers(-1, 3, size=300)}
     of = cells(columns, tmp_path)
-    found = of.within(of.owners("owner"))["owner"]
+    found = of.within(of.owners("owner")).loc["owner"]
     for name in ("same", "any"):
         frame = pd.DataFrame({"value": columns[name], "owner": owner})
         chance = float((frame[frame.value >= 0].value.value_counts(normalize=True) ** 2).sum())
         groups = frame[(frame.value >= 0) & (frame.owner >= 0)].groupby("owner").value
         differing = sum(len(group) - group.value_counts().max() for _, group in groups)
         expected = sum(len(group) - 1 for _, group in groups) * (1 - chance)
-        assert found[name].owners == sum(len(group) > 1 for _, group in groups)
-        assert found[name].expected == pytest.approx(expected)
-        assert found[name].kappa == pytest.approx(1 - differing / expected)
+        assert found.owners[name] == sum(len(group) > 1 for _, group in groups)
+        assert found.expected[name] == pytest.approx(expected)
+        assert found.kappa[name] == pytest.approx(1 - differing / expected)
         distinct = sum(group.nunique() for _, group in groups)
-        assert found[name].repeats == pytest.approx(
+        assert found.repeats[name] == pytest.approx(
             1 - distinct / sum(map(len, dict(list(groups)).values()))
         )
 
@@ -846,9 +846,9 @@ def test_a_rare_label_does_not_belong_to_its_item(tmp_path):
     label = (rng.random(20_000) < 0.01).astype(int)
     flag = (rng.random(1000) < 0.01).astype(int)[item]
     of = cells({"item": item, "label": label, "flag": flag}, tmp_path)
-    found = of.within(of.owners("item"))["item"]
-    assert not found["label"].is_constant
-    assert found["flag"].is_constant
+    found = of.within(of.owners("item")).constant["item"]
+    assert not found["label"]
+    assert found["flag"]
 
 
 def test_permutations_are_counted_group_by_group(tmp_path):
@@ -858,7 +858,7 @@ def test_permutations_are_counted_group_by_group(tmp_path):
     columns = {"owner": np.array(owner)[order], "number": np.concatenate(numbers)[order]}
     of = cells(columns, tmp_path)
     # Of the six groups of two or more, the first, the second and the last count from 0 or 1.
-    assert of.within(of.owners("owner"))["owner"]["number"].counting == 3 / 6
+    assert of.within(of.owners("owner")).counting["owner", "number"] == 3 / 6
 
 
 def test_a_few_rows_prove_nothing():

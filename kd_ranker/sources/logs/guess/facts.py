@@ -1,22 +1,22 @@
-"""Facts on the columns of a sample, which the engine counts: what a column is, and depends on.
+"""Tables of facts on the columns of a sample, which the engine counts: a row a column.
 
 Each question is asked of the cells of all columns at once, see `cells`. The owner of a candidate is
 the request, the user or the item that it belongs to, as the code of that column's value.
 """
 
-import dataclasses
-import decimal
 import re
-from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import ibis
 import ibis.expr.types as ir
+import numpy as np
+import pandas as pd
 from ibis import _
 
 from kd_ranker.sources.logs.cells import cells_of, elements_of
 from kd_ranker.sources.logs.engine import Engine
+from kd_ranker.sources.logs.guess import names
 from kd_ranker.sources.logs.guess.sample import AT, element_kind, kind_of
 from kd_ranker.sources.logs.layout import TIME_UNITS
 
@@ -29,234 +29,69 @@ NEARLY_ALWAYS = 0.98
 _MOST_PAIRS = 24_000_000
 
 
-class Within(NamedTuple):
-    """The extent to which a column is the same in all rows of an owner.
-
-    Attributes:
-      owners: owners with two values or more, null aside.
-      expected: how many values chance would have differ from that of most rows of their owner:
-        (1 − Σ p²) of all but one of each owner, with p the share of a value in the sample.
-      differing: how many do.
-      repeats: the share of values that an owner has more than once, counted after their first.
-      counting: the share of `owners` whose values are 0 to n − 1, or 1 to n, in some order.
-    """
-
-    owners: int = 0
-    expected: float = 0.0
-    differing: int = 0
-    repeats: float = 0.0
-    counting: float = 0.0
-
-    @property
-    def kappa(self) -> float:
-        """1 − differing / expected: 1 for a constant, 0 for what does not care about owners.
-
-        It is Cohen's kappa (1960), of each value and that of most rows of its owner.
-        """
-        return 1 - self.differing / self.expected if self.expected > 0 else 0.0
-
-    @property
-    def is_known(self) -> bool:
-        """True if there was occasion to differ."""
-        return self.expected >= _ENOUGH_EXPECTED
-
-    @property
-    def is_constant(self) -> bool:
-        """True if the column is constant within each owner, and might not have been."""
-        return self.is_known and self.kappa >= NEARLY_ALWAYS
-
-
-UNKNOWN = Within()
-
-
-class Where(NamedTuple):
-    """Counts of a column where something holds (inside), and elsewhere (outside).
-
-    `ones` count the value 1, and `usual` the value that is the most frequent one outside.
-    """
-
-    rows_inside: int
-    rows_outside: int
-    inside: int = 0
-    outside: int = 0
-    ones_inside: int = 0
-    ones_outside: int = 0
-    usual_inside: int = 0
-    usual_outside: int = 0
-
-    @property
-    def is_known_inside_alone(self) -> bool:
-        """True if it is known nearly only inside, and often there."""
-        is_alone = self.rows_outside > 0 and self.outside <= 0.01 * self.rows_outside
-        return is_alone and 0 < 0.5 * self.rows_inside <= self.inside
-
-    @property
-    def is_nothing_outside(self) -> bool:
-        """True if one value stands for "nothing" outside, and often not inside."""
-        is_usual = self.outside >= 1000 and self.usual_outside >= 0.999 * self.outside
-        return is_usual and 0 < 0.2 * self.inside <= self.inside - self.usual_inside
-
-    @property
-    def is_one_anywhere(self) -> bool:
-        """True if it is about as often 1 outside: nobody can click on what is not shown."""
-        rates = self.ones_inside / max(self.inside, 1), self.ones_outside / max(self.outside, 1)
-        return self.outside > 0 and rates[1] >= 0.2 * rates[0]
-
-
-@dataclasses.dataclass(frozen=True)
-class Fact:
-    """All that is known of a column; what is not known yet has its default.
-
-    Attributes:
-      name, kind, element: its name, see `sample.kind_of`, and the kind of the elements of lists.
-      rows, known, distinct: of the table; of them, with a value; different values.
-      same: the chance that two values, drawn at random, are the same one: Σ p².
-      alone: values whose rows lie side by side.
-      low, high: the least and the largest number; 0 without any.
-      zeros, ones, inside, whole: how many numbers are 0, are 1, are in [0, 1], are whole.
-      s, ms, us: how many are days of this century, in this unit since 1970.
-      places: Σ of the places of known rows, to tell columns that are known in the same rows.
-      words, digits: of texts, the mean number of words; True if all are numbers.
-      match: `names.match` of its name for the role in question.
-      of_request: True if it is the same for all candidates of a request.
-      in_request, in_item, in_user: its agreement within these owners.
-      follows: other columns that are constant within each of its values.
-      time: one of them that may be a time.
-      apart: True if another column never repeats within a value of it.
-      listed: a column of lists of its values.
-      words_mean: True if its values are words for stages.
-      labelled: True if labels are known, or 1, for one value of it alone.
-      shown, passed: where candidates were shown, or passed; None if the log does not tell.
-      series: how many columns are called like it but for a number, itself among them.
-      tests: how many columns may be labels.
-      foretold: a score that foretells it.
-      of, owners: whom it belongs to, and how many of these there are.
-      told: label, or "shown" -> the share of its uncertainty that the column tells.
-      against: a reason against a column of requests as a feature.
-    """
-
-    name: str
-    kind: str
-    element: str
-    rows: int
-    known: int = 0
-    distinct: int = 0
-    same: float = 1.0
-    alone: int = 0
-    low: float = 0.0
-    high: float = 0.0
-    zeros: int = 0
-    ones: int = 0
-    inside: int = 0
-    whole: int = 0
-    s: int = 0
-    ms: int = 0
-    us: int = 0
-    places: int = 0
-    words: float = 0.0
-    digits: bool = False
-    match: int = 0
-    of_request: bool = False
-    in_request: Within = UNKNOWN
-    in_item: Within = UNKNOWN
-    in_user: Within = UNKNOWN
-    follows: tuple[str, ...] = ()
-    time: str = ""
-    apart: bool = False
-    listed: str = ""
-    words_mean: bool = False
-    labelled: bool = False
-    shown: Where | None = None
-    passed: Where | None = None
-    tests: int = 1
-    series: int = 1
-    foretold: str = ""
-    of: str = ""
-    owners: int = 0
-    told: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    against: str = ""
-
-    def but(self, **changes: Any) -> "Fact":
-        """The same column with more that is known of it."""
-        return dataclasses.replace(self, **changes)
-
-    @property
-    def is_number(self) -> bool:
-        """True for numbers and truth values."""
-        return self.kind in ("bool", "integer", "float")
-
-    @property
-    def is_whole(self) -> bool:
-        """True if the values are whole numbers, or floats as pandas makes of these beside nulls."""
-        return self.is_number and 0 < self.known == self.whole
-
-    def is_binary(self, nonsense: float = 0.0) -> bool:
-        """True if values are 0 and 1, or truth values, but for a share of nonsense."""
-        right = self.zeros + self.ones
-        return self.is_number and right > 0 and right >= (1 - nonsense) * self.known
-
-    @property
-    def time_unit(self) -> str:
-        """The unit in which numbers count from 1970 to a day of this century; "" if in none."""
-        units = [unit for unit in TIME_UNITS if getattr(self, unit) >= 0.98 * self.known]
-        return units[0] if units and self.is_whole and self.kind != "bool" else ""
-
-    @property
-    def may_be_time(self) -> bool:
-        """True if it holds times: by its type, or as numbers of this century's days."""
-        return self.kind == "time" or bool(self.time_unit)
-
-    @property
-    def may_be_id(self) -> bool:
-        """True for whole numbers and texts."""
-        is_number = self.is_whole and self.kind != "bool"
-        return self.known > 0 and (is_number or self.kind == "string")
-
-    @property
-    def size(self) -> float:
-        """Rows a value."""
-        return self.known / max(self.distinct, 1)
+# A `pandas.DataFrame`, of whose columns no type checker knows.
+Table = Any
+# Facts on lists, beside those that stand below the names of columns.
+ELEMENTS, ZERO_ONE = " elements", " zero_one"
 
 
 class Cells(NamedTuple):
-    """The cells of a table, and what each of its columns is, in the order of their places."""
+    """The cells of a table, and the facts on its columns, which stand in the order of their places.
+
+    Attributes:
+      engine: what the cells are on.
+      table: see `cells.cells_of`.
+      facts: of each column by itself: `kind` and `element` (see `sample.kind_of`); `rows` of the
+        table, `known` ones, `distinct` values; `same`, the chance that two values are the same one,
+        Σ p²; `alone`, values whose rows lie side by side; the least number, `low`, and the largest;
+        how many numbers are `zeros`, `ones`, `inside` [0, 1], `whole`, or days of this century in
+        `s`, `ms` or `us` since 1970; `places`, the sum of those of known rows; of texts, the mean
+        number of `words`, and `digits` if all are numbers. What follows from these is worked out in
+        `_with_conclusions`.
+    """
 
     engine: Engine
     table: ir.Table
-    columns: dict[str, Fact]
+    facts: Table
+
+    def fetch(self, found: ir.Table, *keys: str) -> Table:
+        """A table by some of its columns, places of columns that become the names of these."""
+        # Sums of whole numbers come in 128 bits, which pandas takes for objects.
+        rows = self.engine.fetch(found).to_pandas().astype(float)
+        for key in keys:
+            rows[key] = self.facts.index[rows[key].astype(int)]
+        return rows.set_index(list(keys))
 
     def owners(self, *names: str) -> ir.Table:
         """`AT`, `by` (the place of one of these columns) and `owner`, the code of its value."""
-        places = [place for place, name in enumerate(self.columns) if name in names]
+        places = np.flatnonzero(self.facts.index.isin(names)).tolist()
         cells = self.table.filter(self.table.column.isin(places))
         return cells.select(AT, by=cells.column, owner=cells.code)
 
     def thin(self, owners: int) -> "Cells":
         """Some slices of the rows, for the agreement of all columns within so many owners."""
-        rows = max(fact.rows for fact in self.columns.values())
-        slices = -(-rows * len(self.columns) * owners // _MOST_PAIRS)
+        rows = int(self.facts.rows.max())
+        slices = -(-rows * len(self.facts) * owners // _MOST_PAIRS)
         size = -(-rows // (12 * slices))
         return self._replace(table=self.table.filter((self.table[AT] // size) % slices == 0))
 
-    def named(self, found: ir.Table) -> list[dict]:
-        """The rows of a table, with the names of columns for their places."""
-        names = list(self.columns)
-        rows = self.engine.fetch(found).to_pylist()
-        # Sums of whole numbers come in 128 bits, which are decimals here.
-        rows = [
-            {key: int(x) if isinstance(x, decimal.Decimal) else x for key, x in row.items()}
-            for row in rows
-        ]
-        return [
-            row | {key: names[row[key]] for key in ("column", "by", "other") if key in row}
-            for row in rows
-        ]
-
-    def within(self, owners: ir.Table) -> dict[str, dict[str, Within]]:
-        """Measures how far each column is constant within each owner of `owners`, by `by`.
+    def within(self, owners: ir.Table, columns: pd.Index | None = None) -> Table:
+        """Measures how far each column is the same in all rows of an owner.
 
         A column that mostly holds the same value agrees within any owner, so agreement counts only
         as far as it exceeds that of rows drawn at random.
+
+        Args:
+          owners: see `owners`.
+          columns: those to tell of, None for all; nothing is known of what these cells lack.
+
+        Returns:
+          By `by` of the owners and the column: `owners` that have two values or more; `expected`,
+          how many values chance would have differ from that of most rows of their owner, (1 − Σ p²)
+          of all but one of each owner; `kappa`, 1 − differing / expected (Cohen, 1960); `told`, if
+          there was occasion to differ; `constant`, if it hardly ever does; `repeats`, the share of
+          values that an owner has more than once; and `counting`, the share of owners whose values
+          are 0 to n − 1, or 1 to n, in some order.
         """
         each = self.table.join(owners, AT).group_by("by", "column", "owner", "code")
         each = each.agg(times=_.count(), number=_.number.min())
@@ -277,20 +112,39 @@ class Cells(NamedTuple):
             kinds=each.kinds.sum(),
             counting=(counts & each.low.isin((0.0, 1.0))).sum(),
         )
-        result: dict[str, dict[str, Within]] = {}
-        for row in self.named(found):
-            of_owner = result.setdefault(row["by"], dict.fromkeys(self.columns, UNKNOWN))
-            of_owner[row["column"]] = Within(
-                owners=row["owners"],
-                expected=row["later"] * (1 - self.columns[row["column"]].same),
-                differing=row["differing"],
-                repeats=1 - row["kinds"] / row["rows"],
-                counting=(row["counting"] or 0) / max(row["owners"], 1),
-            )
-        return result
+        t = self.fetch(found, "by", "column")
+        by = t.index.get_level_values("by").unique()
+        columns = self.facts.index if columns is None else columns
+        t = t.reindex(pd.MultiIndex.from_product([by, columns])).fillna(0)
+        expected = t.later * (
+            1 - self.facts.same.reindex(columns).reindex(t.index, level=1)
+        ).fillna(0)
+        kappa = (1 - t.differing / expected.where(expected > 0)).fillna(0)
+        told = expected >= _ENOUGH_EXPECTED
+        return pd.DataFrame(
+            {
+                "owners": t.owners.astype(int),
+                "expected": expected,
+                "kappa": kappa,
+                "told": told,
+                "constant": told & (kappa >= NEARLY_ALWAYS),
+                "repeats": (1 - t.kinds / t.rows.where(t.rows > 0)).fillna(0),
+                "counting": t.counting / t.owners.clip(lower=1),
+            }
+        )
 
-    def where(self, flags: ir.Table) -> dict[str, Where]:
-        """Counts each column where `is_so` holds of `flags`, which has each `AT`, and elsewhere."""
+    def where(self, flags: ir.Table | None) -> Table:
+        """Counts each column where `is_so` holds of `flags`, which has each `AT`, and elsewhere.
+
+        Returns:
+          All is 0 or false without flags.
+          `rows_inside` and `rows_outside`; how many of them are known, `inside` and `outside`, and
+          1, `ones_inside` and `ones_outside`; `alone`, if it is known nearly only inside, and often
+          there; `nothing`, if one value stands for "nothing" outside, and often not inside;
+          `anywhere`, if it is about as often 1 outside.
+        """
+        if flags is None:
+            flags = self.table.filter(False).select(AT, is_so=ibis.literal(True))
         each = self.table.join(flags, AT)
         inside = each.is_so.cast("int64")
         values = each.group_by("column", "code").agg(
@@ -305,23 +159,26 @@ class Cells(NamedTuple):
             usual_inside=usual["inside"],
             usual_outside=usual["outside"],
         )
+        t = self.fetch(found, "column").reindex(self.facts.index).fillna(0).astype(int)
         (rows,) = self.engine.fetch(flags.agg(all=_.count(), inside=_.is_so.sum())).to_pylist()
-        rows_inside = int(rows["inside"] or 0)
-        nothing = Where(rows_inside, rows["all"] - rows_inside)
-        counted = {row.pop("column"): row for row in self.named(found)}
-        return {
-            name: nothing._replace(**{side: n or 0 for side, n in counted.get(name, {}).items()})
-            for name in self.columns
-        }
+        t["rows_inside"] = int(rows["inside"] or 0)
+        t["rows_outside"] = rows["all"] - t.rows_inside
+        t["alone"] = (t.rows_outside > 0) & (t.outside <= 0.01 * t.rows_outside)
+        t["alone"] &= (t.inside > 0) & (t.inside >= 0.5 * t.rows_inside)
+        t["nothing"] = (t.outside >= 1000) & (t.usual_outside >= 0.999 * t.outside)
+        t["nothing"] &= (t.inside > 0) & (t.inside - t.usual_inside >= 0.2 * t.inside)
+        rates = t.ones_inside / t.inside.clip(lower=1), t.ones_outside / t.outside.clip(lower=1)
+        t["anywhere"] = (t.outside > 0) & (rates[1] >= 0.2 * rates[0])
+        return t
 
 
 def make_cells(engine: Engine, table: ir.Table, name: str) -> Cells:
     """The cells of a table with `AT`, kept under a name, and what each column is by itself."""
     kinds = {of: kind_of(table[of].type()) for of in table.columns if not of.startswith(" ")}
     kinds = {of: kind for of, kind in kinds.items() if kind and element_kind(table, of) != "list"}
-    cells, rows = engine.keep(name, cells_of(table, list(kinds), AT)), engine.count(table)
-    columns = {of: Fact(of, kind, element_kind(table, of), rows) for of, kind in kinds.items()}
-    values = cells.group_by("column", "code").agg(
+    facts = pd.DataFrame({"kind": kinds, "element": {of: element_kind(table, of) for of in kinds}})
+    cells = Cells(engine, engine.keep(name, cells_of(table, list(kinds), AT)), facts)
+    values = cells.table.group_by("column", "code").agg(
         rows=_.count(), number=_.number.min(), places=_[AT].sum(), span=_[AT].max() - _[AT].min()
     )
     number, times = values.number, values.rows
@@ -331,7 +188,8 @@ def make_cells(engine: Engine, table: ir.Table, name: str) -> Cells:
         "inside": number.between(0, 1),
         "whole": (number.abs() < 2.0**53) & (number == number.floor()),
     } | {unit: number.between(_EARLIEST * by, _LATEST * by) for unit, by in TIME_UNITS.items()}
-    facts = values.group_by("column").agg(
+    counts = {of: times.sum(where=condition) for of, condition in conditions.items()}
+    found = values.group_by("column").agg(
         known=times.sum(),
         distinct=values.count(),
         same=(times.cast("float64") * times).sum(),
@@ -339,73 +197,77 @@ def make_cells(engine: Engine, table: ir.Table, name: str) -> Cells:
         low=number.min(),
         high=number.max(),
         places=values.places.sum(),
-        **{of: times.sum(where=condition) for of, condition in conditions.items()},
+        **counts,
     )
-    found = Cells(engine, cells, columns)
-    alike = Counter(_series(of) for of in columns)
-    for row in found.named(facts):
-        counted = {key: value for key, value in row.items() if value is not None}
-        fact = columns[counted.pop("column")]
-        columns[fact.name] = fact.but(
-            **counted
-            | {"same": row["same"] / row["known"] ** 2, "series": alike[_series(fact.name)]}
-        )
-    texts = [of for of, fact in columns.items() if fact.kind == "string" and fact.known]
-    asked: dict[str, ir.Value] = {}
-    for of in texts:
+    t = facts.join(cells.fetch(found, "column").reindex(facts.index).fillna(0))
+    whole = ["known", "distinct", "alone", *counts]
+    t[whole] = t[whole].astype(int)
+    t["same"] = (t.same / t.known.where(t.known > 0) ** 2).fillna(1)
+    asked: dict[str, ir.Value] = {"rows": table.count()}
+    for of in t.index[(t.kind == "string") & (t.known > 0)]:
         spaces = table[of].length() - table[of].replace(" ", "").length()
         is_number = table[of].re_search(r"^\s*-?\d+(\.\d+)?\s*$")
         asked |= {f"words {of}": spaces.mean() + 1, f"digits {of}": is_number.cast("int8").min()}
-    (row,) = engine.fetch(table.agg(rows=_.count(), **asked)).to_pylist()
-    for of in texts:
-        columns[of] = columns[of].but(words=row[f"words {of}"], digits=bool(row[f"digits {of}"]))
-    return found
+    (row,) = engine.fetch(table.agg(**asked)).to_pylist()
+    t["rows"] = row["rows"]
+    t["words"] = [float(row.get(f"words {of}") or 0) for of in t.index]
+    t["digits"] = [bool(row.get(f"digits {of}")) for of in t.index]
+    return cells._replace(facts=_with_conclusions(t))
 
 
-def _series(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
+def _with_conclusions(t: Table) -> Table:
+    """Facts with what follows from them, and from names.
 
-
-class Lists(NamedTuple):
-    """A column of lists.
-
-    Attributes:
-      distinct: different elements.
-      listed: other column -> the share of the elements that are values of it.
-      is_binary: True if elements are 0 and 1 alone.
+    `is_number`; `is_whole` for whole numbers, or floats as pandas makes of these beside nulls;
+    `unit`, in which they count days since 1970; `is_time` and `is_id`, if they may be such;
+    `nonsense`, the share that is neither 0 nor 1, and `is_binary` without; `per_value`, the rows of
+    a value on average; `side_by_side`, if the rows of nearly all values are; `role`, if the name is
+    just that of one; `series`, how many columns are called alike but for a number.
     """
+    t["is_number"] = t.kind.isin(["bool", "integer", "float"])
+    t["is_whole"] = t.is_number & (t.known > 0) & (t.known == t.whole)
+    is_count = t.is_whole & (t.kind != "bool")
+    of_unit = t[list(TIME_UNITS)].ge(0.98 * t.known, axis=0)
+    t["unit"] = of_unit.idxmax(axis=1).where(of_unit.any(axis=1) & is_count, "")
+    t["is_time"] = (t.kind == "time") | (t.unit != "")
+    t["is_id"] = is_count | ((t.kind == "string") & (t.known > 0))
+    right = (t.zeros + t.ones).where(t.is_number, 0)
+    t["nonsense"] = (1 - right / t.known.where(right > 0)).fillna(1)
+    t["is_binary"] = t.nonsense == 0
+    t["per_value"] = t.known / t.distinct.clip(lower=1)
+    t["side_by_side"] = t.alone >= 0.9 * t.distinct
+    t["role"] = [names.role_of(of) for of in t.index]
+    alike = pd.Series([re.sub(r"\d+", "#", of) for of in t.index], t.index)
+    t["series"] = alike.map(alike.value_counts())
+    return t
 
-    distinct: int
-    listed: dict[str, float]
-    is_binary: bool
 
-
-def find_lists(cells: Cells, table: ir.Table, among: Collection[str]) -> dict[str, Lists]:
+def find_lists(cells: Cells, table: ir.Table, among: Collection[str]) -> Table:
     """Counts what some columns of lists hold; those that hold no element are left out.
 
     Args:
       cells: those with whose values elements are compared.
       table: of the lists.
       among: columns of the table; of these, those of lists are read.
+
+    Returns:
+      By column: how many different `ELEMENTS` its lists hold; `ZERO_ONE`, if these are 0 and 1
+      alone; and below the name of each other column, the share of elements that are values of that.
     """
-    names = [name for name in cells.columns if name in among and element_kind(table, name)]
-    if not names:
-        return {}
-    elements = elements_of(table, names)
-    counts = elements.group_by("column", "code").agg(times=_.count(), number=_.number.min())
+    lists = [of for of in cells.facts.index if of in among and element_kind(table, of)]
+    if not lists:
+        return pd.DataFrame(columns=[ELEMENTS, ZERO_ONE])
+    counts = elements_of(table, lists).group_by("column", "code")
+    counts = counts.agg(times=_.count(), number=_.number.min())
     facts = counts.group_by("column").agg(
-        distinct=_.count(),
         times=_.times.sum(),
-        binary=_.number.isin((0.0, 1.0)).sum(),
+        **{ELEMENTS: _.count(), ZERO_ONE: _.number.isin((0.0, 1.0)).sum() == _.count()},
     )
     values = cells.table.select(other="column", code="code").distinct()
     shared = counts.join(values, "code").group_by("column", "other").agg(times=_.times.sum())
-    found = {names[row["column"]]: row for row in cells.engine.fetch(facts).to_pylist()}
-    listed: dict[str, dict[str, float]] = {name: {} for name in found}
-    for row in cells.engine.fetch(shared).to_pylist():
-        name, other = names[row["column"]], list(cells.columns)[row["other"]]
-        listed[name][other] = float(row["times"]) / float(found[name]["times"])
-    return {
-        name: Lists(row["distinct"], listed[name], row["binary"] == row["distinct"])
-        for name, row in found.items()
-    }
+    t, of_others = (cells.engine.fetch(of).to_pandas().astype(float) for of in (facts, shared))
+    t = t.set_index("column")
+    listed = of_others.pivot(index="column", columns="other", values="times").div(t.times, axis=0)
+    listed.columns = cells.facts.index[listed.columns.astype(int)]
+    t = t.drop(columns="times").join(listed).fillna(0)
+    return t.set_axis([lists[int(place)] for place in t.index])

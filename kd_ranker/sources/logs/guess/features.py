@@ -13,8 +13,8 @@ from ibis import _
 
 from kd_ranker.sources.logs.cells import elements_of
 from kd_ranker.sources.logs.guess import names
-from kd_ranker.sources.logs.guess.facts import Fact
-from kd_ranker.sources.logs.guess.ids import Ids
+from kd_ranker.sources.logs.guess.facts import ELEMENTS, ZERO_ONE
+from kd_ranker.sources.logs.guess.ids import Log
 from kd_ranker.sources.logs.guess.roles import Roles
 from kd_ranker.sources.logs.guess.rules import first
 from kd_ranker.sources.logs.guess.sample import AT
@@ -45,102 +45,105 @@ class FeatureGuess(NamedTuple):
     left_out: str = ""
 
 
-def find_features(ids: Ids, roles: Roles) -> list[FeatureGuess]:
+def find_features(log: Log, roles: Roles) -> list[FeatureGuess]:
     """A feature, or why there is none, for each column without a role, in the log's order."""
-    free = [name for name in ids.footers.types if name not in roles.used()]
-    unusable = {name: why for name in free if (why := _why_unusable(ids, roles, name))}
-    usable = [name for name in free if name not in unusable]
-    told = _told(ids, roles, [name for name in usable if not roles.facts[name].of_request])
-    against = _against(ids, roles, [name for name in usable if roles.facts[name].of_request])
-    passed = ids.cells.where(roles.passed) if roles.passed is not None else {}
+    free = [name for name in log.footers.types if name not in roles.used()]
+    rows = {f.Index: f for f in roles.facts.itertuples()}
+    unusable = {name: _why_unusable(log, roles, name, rows.get(name)) for name in free}
+    usable = [name for name in free if not unusable[name]]
+    of_request = roles.facts.of_request.reindex(usable).astype(bool)
+    told = _told(log, roles, list(of_request.index[~of_request]))
+    against = _against(log, roles, list(of_request.index[of_request]))
+    facts = roles.facts.join(log.cells.where(roles.passed).add_prefix("passed_"))
+    # Of requests, more are known than are in the sample.
+    facts.loc[of_request.index[of_request], log.requests.facts.columns] = log.requests.facts
+    looked = facts.assign(
+        told=[told.get(name, {}) for name in facts.index],
+        against=[against.get(name, "") for name in facts.index],
+        of="",
+        owners=0,
+    )
+    rows = {f.Index: f for f in looked.itertuples()}
     features: list[FeatureGuess] = []
     for column in free:
         name = names.identifier(column)
         while name in {feature.name for feature in features}:
             name += "_"
-        if column in unusable:
+        if unusable[column]:
             features.append(FeatureGuess(name, column, left_out=unusable[column]))
             continue
-        f = roles.facts[column].but(
-            passed=passed.get(column), told=told.get(column, {}), against=against.get(column, "")
-        )
-        features.append(_feature(ids, name, f))
+        features.append(_feature(log, name, rows[column]))
     return _with_one_history(features)
 
 
-def _feature(ids: Ids, name: str, f: Fact) -> FeatureGuess:
-    of, why, check = _owner_of(ids, f)
-    cells = ids.requests if f.of_request else ids.cells
-    owner = cells.columns.get(ids.columns[of].column) if of in ("user", "item") else None
-    # Of requests, more are known than are in the sample.
-    view = cells.columns[f.name]
-    owners = owner.distinct if owner else view.known
-    known = {
-        of: getattr(f, of) for of in ("in_request", "in_item", "shown", "passed", "told", "against")
-    }
-    f = view.but(of_request=f.of_request, of=of, owners=owners, **known)
+def _feature(log: Log, name: str, f: Any) -> FeatureGuess:
+    of, why, check = _owner_of(log, f)
+    cells = log.requests if f.of_request else log.cells
+    owner = log.columns[of].column if of in ("user", "item") else ""
+    owners = cells.facts.distinct.get(owner, f.known)
+    f = f._replace(of=of, owners=owners)
     kind, kind_why, kind_check = first(f, "dense", "category")
     leak, doubt = first(f, "left out"), first(f, "doubt")
     if leak.column:
         kind = "bag" if f.kind == "list" else kind
-        return FeatureGuess(name, f.name, {"of": of, "kind": kind}, left_out=leak.why)
+        return FeatureGuess(name, f.Index, {"of": of, "kind": kind}, left_out=leak.why)
     check = "; ".join(filter(None, (check, doubt.why if doubt.column else "", kind_check)))
     if f.kind == "list":
-        return _of_lists(ids, name, f, why, check)
+        return _of_lists(log, name, f, why, check)
     arguments = {"of": of, "kind": kind, **(_sized(f.distinct) if kind == "category" else {})}
-    return FeatureGuess(name, f.name, arguments, f"{why}; {kind_why}", check)
+    return FeatureGuess(name, f.Index, arguments, f"{why}; {kind_why}", check)
 
 
-def _why_unusable(ids: Ids, roles: Roles, name: str) -> str:
+def _why_unusable(log: Log, roles: Roles, name: str, f: Any) -> str:
     """The reason for which a column cannot be read, whatever it says; "" if it can."""
-    if why := ids.footers.why_unread(name):
+    if why := log.footers.why_unread(name):
         return why
-    if name not in roles.facts:
-        of = ids.footers.types[name][0]
+    if f is None:
+        of = log.footers.types[name][0]
         return f"its type {of} is no number, string, time or list of these; flatten it first"
-    f = roles.facts[name]
     missing = " or missing" * (f.known < f.rows)
     reasons = (
         (name in roles.left_out, roles.left_out.get(name, "")),
         (names.is_shown(name), "says whether a candidate was shown"),
         (not f.known, "never known"),
-        (f.distinct == 1, f"always {_some_value(ids, f) if f.distinct == 1 else ''}{missing}"),
-        (ids.sample.requests is not None and not f.of_request and f.in_request.is_constant,
+        (f.distinct == 1, f"always {_some_value(log, f) if f.distinct == 1 else ''}{missing}"),
+        (log.sample.requests is not None and not f.of_request and f.request_constant,
          "lists of the same for all candidates of a request; give it once a request"),
-        (f.may_be_time, "a time; what matters of it, an hour or an age, needs a column of its own"),
+        (f.is_time, "a time; what matters of it, an hour or an age, needs a column of its own"),
         (f.element in ("float", "time", "bool"),
          "lists of numbers; a vector needs a column for each of them"),
-        (f.kind == "list" and name not in ids.lists, "its lists are empty"),
+        (f.kind == "list" and name not in log.lists.index, "its lists are empty"),
     )  # fmt: skip
     return next((why for holds, why in reasons if holds), "")
 
 
-def _some_value(ids: Ids, f: Fact) -> str:
-    table = ids.sample.table
-    known = table.filter(table[f.name].notnull()).select(f.name).limit(1)
-    value = ids.cells.engine.fetch(known)[f.name][0].as_py()
+def _some_value(log: Log, f: Any) -> str:
+    table = log.sample.table
+    known = table.filter(table[f.Index].notnull()).select(f.Index).limit(1)
+    value = log.cells.engine.fetch(known)[f.Index][0].as_py()
     return "a list" if f.kind == "list" else reprlib.repr(str(value))
 
 
-def _owner_of(ids: Ids, f: Fact) -> tuple[str, str, str]:
+def _owner_of(log: Log, f: Any) -> tuple[str, str, str]:
     """The owner of a column, the reason, and a doubt about it."""
-    said = names.owner_of(f.name)
-    if not ids.columns["request"].column and said in ("user", "context"):
+    said = names.owner_of(f.Index)
+    if not log.columns["request"].column and said in ("user", "context"):
         return said, "its name", "or 'candidate': no requests are told"
     if f.of_request:
-        owner, other, within, of = "user", "context", f.in_user, "user"
+        owner, other, of, owners = "user", "context", "user", f.user_owners
         place, apart = "constant within a request", ", not within a user"
-        many = f"{within.owners:,} users with several requests"
-        if not ids.columns["user"].column:
+        is_constant, is_told, kappa = f.user_constant, f.user_told, f.user_kappa
+        many = f"{owners:,} users with several requests"
+        if not log.columns["user"].column:
             return "user", place, "or 'context': no user is told"
     else:
-        owner, other, within, of = "item", "candidate", f.in_item, "candidate"
+        owner, other, of, owners = "item", "candidate", "candidate", f.item_owners
         place, apart = "differs within a request", " and within an item"
-        many = f"{within.owners:,} items met more than once"
-    if within.is_constant:
-        each = "each of" if within.kappa == 1 else "nearly all of"
-        return owner, f"constant within {each} {many}", ""
-    if within.is_known:
+        is_constant, is_told, kappa = f.item_constant, f.item_told, f.item_kappa
+        many = f"{owners:,} items met more than once"
+    if is_constant:
+        return owner, f"constant within {'each' if kappa == 1 else 'nearly all'} of {many}", ""
+    if is_told:
         return other, place + apart, ""
     of = said if said in (owner, other) else of
     than = other if of == owner else owner
@@ -154,39 +157,39 @@ def _sized(values: int) -> dict[str, int | bool]:
     return sized | (large if values > _DEFAULT_SIZE // 2 else {})
 
 
-def _of_lists(ids: Ids, name: str, f: Fact, why: str, check: str) -> FeatureGuess:
+def _of_lists(log: Log, name: str, f: Any, why: str, check: str) -> FeatureGuess:
     """The feature of a column of lists: a history if most of their elements are items, or a bag."""
-    lists, item = ids.lists[f.name], ids.facts[ids.columns["item"].column]
-    share = lists.listed.get(item.name, 0.0)
-    named = f.of_request and names.has_word(f.name, "histories")
+    lists, item = log.lists.loc[f.Index], log.columns["item"].column
+    share, elements = lists.get(item, 0.0), int(lists[ELEMENTS])
+    named = f.of_request and names.has_word(f.Index, "histories")
     # Small numbers of any meaning are item ids, too; a history is of more than a few of them.
-    is_varied = f.of_request and lists.distinct >= max(20, 0.05 * item.distinct)
+    is_varied = f.of_request and elements >= max(20, 0.05 * log.facts.distinct[item])
     if share >= 0.05 if named else share >= 0.5 and is_varied:
-        length = _length(ids, f.name, 0.9)
+        length = _length(log, f.Index, 0.9)
         why = f"{share:.0%} of its ids are items of the sample"
         why += f"; 90% of the lists have at most {length}"
         check = "" if named and share >= 0.5 else "or 'bag', if these are not items"
         arguments: dict[str, Any] = {"of": "user", "kind": "history", "length": length}
-        return FeatureGuess(name, f.name, arguments, why, check)
-    length = _length(ids, f.name, 0.95)
-    why += f"; lists of {lists.distinct:,} values, 95% of at most {length}"
+        return FeatureGuess(name, f.Index, arguments, why, check)
+    length = _length(log, f.Index, 0.95)
+    why += f"; lists of {elements:,} values, 95% of at most {length}"
     no_history = f"only {share:.0%} are items: no history" * named
     check = "; ".join(filter(None, (check, no_history)))
-    arguments = {"of": f.of, "kind": "bag", **_sized(lists.distinct), "length": length}
-    return FeatureGuess(name, f.name, arguments, why, check)
+    arguments = {"of": f.of, "kind": "bag", **_sized(elements), "length": length}
+    return FeatureGuess(name, f.Index, arguments, why, check)
 
 
-def _length(ids: Ids, name: str, quantile: float) -> int:
+def _length(log: Log, name: str, quantile: float) -> int:
     """The length that this share of the different lists of a column have at most."""
-    lists = ids.sample.table.select(name).distinct()
-    lengths = ids.cells.engine.fetch(lists.select(length=lists[name].length()))["length"]
+    lists = log.sample.table.select(name).distinct()
+    lengths = log.cells.engine.fetch(lists.select(length=lists[name].length()))["length"]
     longest = np.quantile(lengths.drop_null().to_numpy(), quantile, method="higher")
     return int(np.clip(longest, 1, _MAX_LENGTH))
 
 
-def _told(ids: Ids, roles: Roles, columns: Sequence[str]) -> dict[str, dict[str, float]]:
+def _told(log: Log, roles: Roles, columns: Sequence[str]) -> dict[str, dict[str, float]]:
     """Column -> label, or "shown" -> the share that it tells, as `leaks.shares_told`."""
-    table, shown = ids.sample.table, ibis.literal(1.0)
+    table, shown = log.sample.table, ibis.literal(1.0)
     answers: dict[str, ir.Value] = {}
     if roles.shown is not None:
         table = table.join(roles.shown, AT)
@@ -197,49 +200,49 @@ def _told(ids: Ids, roles: Roles, columns: Sequence[str]) -> dict[str, dict[str,
         answers[f" {task}"] = ibis.ifelse(is_label, label, None)
     if not answers or not columns:
         return {}
-    rows, cells = table.select(AT, **answers), ids.cells
-    places = [place for place, name in enumerate(cells.columns) if name in columns]
+    rows, cells = table.select(AT, **answers), log.cells
+    places = log.facts.index.get_indexer(columns).tolist()
     of_columns = cells.table.filter(cells.table.column.isin(places)).join(rows, AT)
-    told = shares_told(cells.engine, rows, of_columns, list(cells.columns), list(answers))
+    told = shares_told(cells.engine, rows, of_columns, list(cells.facts.index), list(answers))
     return {name: {of[1:]: share for of, share in each.items()} for name, each in told.items()}
 
 
-def _against(ids: Ids, roles: Roles, columns: Sequence[str]) -> dict[str, str]:
+def _against(log: Log, roles: Roles, columns: Sequence[str]) -> dict[str, str]:
     """Column of requests -> a reason against it: it lists candidates, or counts labels."""
     reasons: dict[str, str] = {}
-    lists = [name for name in columns if name in ids.lists]
-    for name, (own, others) in _shares_of_candidates(ids, lists).items() if lists else ():
-        is_number = roles.facts[name].element == "integer"
-        if ids.sample.requests is not None and is_number and ids.lists[name].is_binary:
+    lists = [name for name in columns if name in log.lists.index]
+    for name, (own, others) in _shares_of_candidates(log, lists).items() if lists else ():
+        is_number = log.facts.element[name] == "integer"
+        if log.sample.requests is not None and is_number and log.lists[ZERO_ONE][name]:
             why = "CHECK: labels? 0 and 1, in lists of another length than those of the items"
             reasons[name] = why
         # Small catalogues are in any request.
         elif own - others >= 0.3 * (1 - others) and own > 0:
             reasons[name] = f"{own:.0%} of what it lists are candidates of the same request"
-    numbers = [name for name in columns if roles.facts[name].is_number]
-    return reasons | (_counts_of_labels(ids, roles, numbers) if numbers and roles.labels else {})
+    numbers = [name for name in columns if log.facts.is_number[name]]
+    return reasons | (_counts_of_labels(log, roles, numbers) if numbers and roles.labels else {})
 
 
-def _shares_of_candidates(ids: Ids, names_: Sequence[str]) -> dict[str, tuple[float, float]]:
+def _shares_of_candidates(log: Log, names_: Sequence[str]) -> dict[str, tuple[float, float]]:
     """Column of lists -> the shares that are among the request's own candidates, and another's."""
-    first_ = ids.owner.group_by("owner").agg(**{AT: ids.owner[AT].min()})
+    first_ = log.owner.group_by("owner").agg(**{AT: log.owner[AT].min()})
     first_ = first_.mutate(other=first_.owner.lag().over(order_by=AT))
-    lists = ids.sample.table.semi_join(first_, AT)
+    lists = log.sample.table.semi_join(first_, AT)
     elements = elements_of(lists, names_, AT).join(first_, AT).drop(AT)
-    items = ids.cells.owners(ids.columns["item"].column).select(AT, code="owner")
-    candidates = items.join(ids.owner, AT).select("code", "owner").distinct()
+    items = log.cells.owners(log.columns["item"].column).select(AT, code="owner")
+    candidates = items.join(log.owner, AT).select("code", "owner").distinct()
     own = candidates.mutate(is_own=True)
     others = candidates.rename(other="owner").mutate(is_other=True)
     found = elements.left_join(own, ["code", "owner"]).drop("code_right", "owner_right")
     found = found.left_join(others, ["code", "other"]).group_by("column")
     shares = found.agg(own=_.is_own.count() / _.count(), others=_.is_other.count() / _.count())
-    rows = ids.cells.engine.fetch(shares).to_pylist()
+    rows = log.cells.engine.fetch(shares).to_pylist()
     return {names_[row["column"]]: (row["own"], row["others"]) for row in rows}
 
 
-def _counts_of_labels(ids: Ids, roles: Roles, columns: Sequence[str]) -> dict[str, str]:
+def _counts_of_labels(log: Log, roles: Roles, columns: Sequence[str]) -> dict[str, str]:
     """Column of requests -> the reason, for numbers that go with how often a label is 1."""
-    table = ids.sample.table.join(ids.owner, AT)
+    table = log.sample.table.join(log.owner, AT)
     ones = {of: (table[x.column].cast("float64") == 1).sum() for of, x in roles.labels.items()}
     numbers = {f"{name} ": table[name].cast("float64").min() for name in columns}
     each = table.group_by("owner").agg(**numbers, **{f" {task}": of for task, of in ones.items()})
@@ -247,7 +250,7 @@ def _counts_of_labels(ids: Ids, roles: Roles, columns: Sequence[str]) -> dict[st
     for name in columns:
         for task in ones:
             asked[f"{name} {task}"] = each[f"{name} "].corr(each[f" {task}"], how="pop")
-    (row,) = ids.cells.engine.fetch(each.agg(**asked)).to_pylist()
+    (row,) = log.cells.engine.fetch(each.agg(**asked)).to_pylist()
     return {
         name: f"goes with the number of {task!r} in the request: known only afterwards"
         for name in columns

@@ -136,10 +136,10 @@ def config_text(name: str, footers: Footers, config: ConfigDict) -> str:
         open_duckdb(data.memory, data.processes, Path(folder)) as engine,
     ):
         read = read_sample(engine, footers)
-        ids = find_ids(engine, footers, read, named)
-        roles = find_roles(ids, named)
-        features = find_features(ids, roles)
-        sizes = find_sizes(ids, roles, config)
+        log = find_ids(engine, footers, read, named)
+        roles = find_roles(log, named)
+        features = find_features(log, roles)
+        sizes = find_sizes(log, roles, config)
     what = "requests" if read.rows == REQUEST_ROWS else "rows, a candidate each,"
     sections = [
         _log_lines(footers, read, roles),
@@ -172,12 +172,7 @@ def _log_lines(footers: Footers, read: Sample, roles: Roles) -> list[str]:
 def _columns_lines(roles: Roles) -> list[str]:
     lines = [_guess(f"data.columns.{role}", guess) for role, guess in roles.columns.items()]
     lines.append(_guess("data.time_unit", roles.time_unit))
-    if roles.columns["stage"].column:
-        _, *reasons = roles.stages_guess
-        for stage, text in roles.stages.items():
-            lines.append(_line(f"data.stages.{stage}", quoted(text), *reasons))
-            reasons = []
-    return lines
+    return lines + [_guess(f"data.stages.{stage}", of) for stage, of in roles.stages.items()]
 
 
 def _tasks_lines(roles: Roles) -> list[str]:

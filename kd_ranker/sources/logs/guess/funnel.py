@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
-from kd_ranker.sources.logs.guess.ids import Ids
+from kd_ranker.sources.logs.guess.ids import Log
 from kd_ranker.sources.logs.guess.roles import Roles, any_known
 from kd_ranker.sources.logs.guess.sample import AT
 
@@ -26,9 +26,9 @@ class Size(NamedTuple):
     check: str = ""
 
 
-def find_sizes(ids: Ids, roles: Roles, template: ConfigDict) -> dict[str, Size]:
+def find_sizes(log: Log, roles: Roles, template: ConfigDict) -> dict[str, Size]:
     """Key of the config -> its size, from the requests that the sample holds whole."""
-    counts, doubt = _counts(ids, roles)
+    counts, doubt = _counts(log, roles)
     most, number = int(counts["all"].max()), len(counts)
     retrieved = Size(most, f"the most of {number:,} requests", doubt)
     if counts["all"].min() < most:
@@ -66,18 +66,18 @@ def find_sizes(ids: Ids, roles: Roles, template: ConfigDict) -> dict[str, Size]:
             Size(most, "all that are retrieved") if room >= most else candidates
         ),
         "config.teacher.batch.candidates": of_teacher,
-        "config.train.steps": _steps(ids, template, float(counts["all"].mean())),
-        "config.teacher.train.steps": _steps(ids, template.teacher, float(counts["all"].mean())),
+        "config.train.steps": _steps(log, template, float(counts["all"].mean())),
+        "config.teacher.train.steps": _steps(log, template.teacher, float(counts["all"].mean())),
     }
 
 
-def _counts(ids: Ids, roles: Roles) -> tuple[pd.DataFrame, str]:
+def _counts(log: Log, roles: Roles) -> tuple[pd.DataFrame, str]:
     """Candidates of each request that the sample holds from end to end, and a doubt about these.
 
     Beside "all" it has how many are "shown", "passed" and "scored", where the log tells; and the
     highest and the lowest "position".
     """
-    rows = ids.sample.table.join(ids.owner, AT)
+    rows = log.sample.table.join(log.owner, AT)
     told = (("shown", roles.shown), ("passed", roles.passed))
     flags = {name: flag for name, flag in told if flag is not None}
     for name, flag in flags.items():
@@ -90,15 +90,15 @@ def _counts(ids: Ids, roles: Roles) -> tuple[pd.DataFrame, str]:
     if position := roles.columns["position"].column:
         asked |= {"highest": rows[position].max(), "lowest": rows[position].min()}
     each = rows.group_by("owner").agg(**asked).drop("owner")
-    counts = ids.cells.engine.fetch(each).to_pandas().astype(float)
-    edges = ids.sample.edges
+    counts = log.cells.engine.fetch(each).to_pandas().astype(float)
+    edges = log.sample.edges
     if edges and (counts["last"] - counts["first"] + 1 != counts["all"]).mean() > 0.1:
         return counts, "the rows of a request lie scattered, and the sample may lack some"
     cut = np.isin(counts["first"], edges) | np.isin(counts["last"], edges)
     whole = counts[~cut]
     if not len(whole):
         return counts, "the sample holds no request from end to end"
-    return whole, "" if ids.columns["request"].column else "no requests are told"
+    return whole, "" if log.columns["request"].column else "no requests are told"
 
 
 def _shown(counts: pd.DataFrame, roles: Roles, most: int) -> Size:
@@ -120,10 +120,10 @@ def _median(counts: "pd.Series[int]", what: str) -> Size:
     return Size(max(1, int(counts.median())), why)
 
 
-def _steps(ids: Ids, of: ConfigDict, candidates: float) -> Size:
+def _steps(log: Log, of: ConfigDict, candidates: float) -> Size:
     """Ten passes over the training requests, within bounds."""
-    rows = ids.footers.num_rows
-    requests = 0.8 * (rows if ids.sample.requests is not None else rows / candidates)
+    rows = log.footers.num_rows
+    requests = 0.8 * (rows if log.sample.requests is not None else rows / candidates)
     a_pass = max(1, math.ceil(requests / of.batch.requests))
     steps = max(_LEAST_STEPS, min(_PASSES * a_pass, max(_MOST_STEPS, a_pass)))
     passes = steps * of.batch.requests / requests

@@ -3,6 +3,7 @@
 The names and the words that they are made of stand in `names.json`.
 """
 
+import functools
 import json
 import keyword
 import re
@@ -35,6 +36,7 @@ _IDENTIFIERS = frozenset(_WORDS["identifiers"])
 _OWNERS: dict[str, list[str]] = _WORDS["owners"]
 
 
+@functools.cache
 def tokens_of(name: str) -> tuple[str, ...]:
     """The words of a name, in lower case and the singular.
 

@@ -2,15 +2,16 @@
 
 A role goes to the column of the highest score: that of its name, and the sum of the weights of the
 rules that hold. Columns that score nearly as high, and a score too low to be sure, are a doubt.
-Other rules are lists, of which the first that holds counts.
+Other rules are lists, of which the first that holds counts. Each asks of `f`, a row of the table of
+`facts`, with what else is known by then.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from kd_ranker.sources.logs.guess import names
-from kd_ranker.sources.logs.guess.facts import Fact
+from kd_ranker.sources.logs.guess.facts import Table
 from kd_ranker.sources.logs.leaks import SHOWN, TELLS_LABEL, TELLS_SHOWN
 
 # Of chance, beyond which what is seen proves nothing.
@@ -53,7 +54,7 @@ class Role(NamedTuple):
     by_name: float
     least: float
     sure: float
-    may_be: Callable[[Fact], object]
+    may_be: Callable[[Any], object]
 
 
 class Rule(NamedTuple):
@@ -69,78 +70,67 @@ class Rule(NamedTuple):
 
     role: str
     weight: float
-    holds: Callable[[Fact], object]
+    holds: Callable[[Any], object]
     why: str = ""
     check: str = ""
 
 
-def _may_be_item(f: Fact) -> bool:
-    is_once = f.in_request.repeats <= 0.02 and f.known >= 0.98 * f.rows
-    is_position = f.match < 2 and f.in_request.counting > 0.9
-    is_once |= f.name == names.SYNONYMS["item"][0]
-    return f.may_be_id and not f.of_request and is_once and not is_position
+def _may_be_item(f: Any) -> bool:
+    is_once = f.request_repeats <= 0.02 and f.known >= 0.98 * f.rows
+    is_position = f.match < 2 and f.request_counting > 0.9
+    is_once |= f.Index == names.SYNONYMS["item"][0]
+    return f.is_id and not f.of_request and is_once and not is_position
 
 
-def _may_be_stage(f: Fact) -> bool:
-    if f.is_binary():
-        return names.is_shown(f.name)
+def _may_be_stage(f: Any) -> bool:
+    if f.is_binary:
+        return names.is_shown(f.Index)
     is_few = f.kind in ("bool", "integer", "string") and 2 <= f.distinct <= 8
     is_told = f.words_mean or f.labelled or f.match > 0
-    return is_few and is_told and names.role_of(f.name) in ("", "stage")
+    return is_few and is_told and f.role in ("", "stage")
 
 
-def _may_be_position(f: Fact) -> bool:
-    is_count = (
-        f.is_whole and f.kind != "bool" and not f.is_binary() and f.in_request.counting >= 0.5
-    )
-    is_another = names.teacher_match(f.name, "", is_rank=True) or names.role_of(f.name)
+def _may_be_position(f: Any) -> bool:
+    is_count = f.is_whole and f.kind != "bool" and not f.is_binary and f.request_counting >= 0.5
+    is_another = names.teacher_match(f.Index, "", is_rank=True) or f.role
     return f.is_whole and (f.match == 2 or (is_count and (f.match > 0 or not is_another)))
 
 
-def _may_be_weight(f: Fact) -> bool:
-    return f.match == 2 and f.is_number and f.low >= 0 and not f.in_item.is_constant
+def _may_be_weight(f: Any) -> bool:
+    return f.match == 2 and f.is_number and f.low >= 0 and not f.item_constant
 
 
-def _may_be_version(f: Fact) -> bool:
+def _may_be_version(f: Any) -> bool:
     # That of an item or a user is one of something else, of a phone, say.
-    is_owned = f.in_item.is_constant or (f.of_request and f.in_user.is_constant)
+    is_owned = f.item_constant or (f.of_request and f.user_constant)
     is_few = f.kind in ("bool", "integer", "string") and f.distinct <= 100
     return f.match == 2 and is_few and not is_owned
 
 
-def _is_one_of_shown(f: Fact) -> bool:
+def _is_one_of_shown(f: Any) -> bool:
     """True if a column is 1 only where a candidate was shown, and by no chance."""
-    if f.shown is None or f.shown.rows_outside < 1000 or f.shown.ones_outside:
+    if f.shown_rows_outside < 1000 or f.shown_ones_outside:
         return False
-    share = f.shown.rows_inside / (f.shown.rows_inside + f.shown.rows_outside)
-    return is_no_chance(f.shown.ones_inside, share, f.tests)
+    share = f.shown_rows_inside / (f.shown_rows_inside + f.shown_rows_outside)
+    return is_no_chance(f.shown_ones_inside, share, f.tests)
 
 
-def _is_of_shown(f: Fact) -> bool:
-    return f.shown is not None and f.shown.is_known_inside_alone
-
-
-def is_just_shown(f: Fact) -> bool:
+def is_just_shown(f: Any) -> bool:
     """True if a column is known everywhere, and 1 just where a candidate was shown."""
-    if f.shown is None or f.known < f.rows:
-        return False
-    return f.shown.ones_inside >= 0.99 * max(f.shown.rows_inside + f.shown.ones_outside, 1)
-
-
-def _is_series(f: Fact) -> bool:
-    return f.series >= _SERIES and not (f.match or _is_of_shown(f) or _is_one_of_shown(f))
+    either = max(f.shown_rows_inside + f.shown_ones_outside, 1)
+    return f.known == f.rows and f.shown_ones_inside >= 0.99 * either
 
 
 ROLES = {
     "request": Role(2, 2, 4, lambda f: f.match == 2 or (
-        f.distinct >= 2 and f.size >= 1.5 and f.apart)),
-    "request of rows": Role(2, 0, 2, lambda f: f.may_be_id and (
+        f.distinct >= 2 and f.per_value >= 1.5 and f.apart)),
+    "request of rows": Role(2, 0, 2, lambda f: f.is_id and (
         f.rows == f.known <= f.distinct / 0.98)),
     "item": Role(2, 1, 2, _may_be_item),
-    "user": Role(2, 2, 3, lambda f: f.may_be_id and not f.may_be_time and (
+    "user": Role(2, 2, 3, lambda f: f.is_id and not f.is_time and (
         f.distinct >= 2 and (f.match or f.follows))),
     "time": Role(1.5, 3, 4, lambda f: f.kind in ("integer", "float", "time") and (
-        f.distinct >= 2 and (f.match or f.may_be_time))),
+        f.distinct >= 2 and (f.match or f.is_time))),
     "stage": Role(1.5, 2, 2, _may_be_stage),
     "position": Role(2, 4, 4, _may_be_position),
     "label": Role(1.5, 3, 3, lambda f: True),
@@ -152,60 +142,61 @@ ROLES = {
 
 RULES = (
     Rule("request", 0, lambda f: True,
-         "groups of about {f.size:,.0f} rows, which share {follows}"),
+         "groups of about {f.per_value:,.0f} rows, which share {f.n_follows}"),
     Rule("request", 3, lambda f: f.time, "{f.time!r} among them"),
-    Rule("request", 1, lambda f: f.alone >= 0.9 * f.distinct),
+    Rule("request", 1, lambda f: f.side_by_side),
     Rule("request", 1, lambda f: f.follows),
-    Rule("request", -1, lambda f: f.may_be_time),
+    Rule("request", -1, lambda f: f.is_time),
     Rule("request of rows", 2, lambda f: True, "different in each of {f.rows:,} rows"),
-    Rule("request of rows", -2, lambda f: f.may_be_time),
-    Rule("item", 0, lambda f: not f.in_request.repeats, "never twice in a request"),
-    Rule("item", 0, lambda f: f.in_request.repeats,
-         "never twice in a request, but for {f.in_request.repeats:.1%}"),
+    Rule("request of rows", -2, lambda f: f.is_time),
+    Rule("item", 0, lambda f: not f.request_repeats, "never twice in a request"),
+    Rule("item", 0, lambda f: f.request_repeats,
+         "never twice in a request, but for {f.request_repeats:.1%}"),
     Rule("item", 0, lambda f: True, "{f.distinct:,} values in {f.known:,} rows"),
-    Rule("item", 1, lambda f: min(len(f.follows), 3), "it fixes {follows}"),
+    Rule("item", 1, lambda f: min(f.follows, 3), "it fixes {f.n_follows}"),
     Rule("item", 1, lambda f: f.listed, "{f.listed!r} lists such values"),
     Rule("item", -1, lambda f: f.match < 2 and f.distinct > 0.95 * f.known),
-    Rule("item", -2, lambda f: f.may_be_time or f.words > 1.5),
+    Rule("item", -2, lambda f: f.is_time or f.words > 1.5),
     Rule("user", 0, lambda f: True, "{f.distinct:,} values in {f.known:,} requests"),
-    Rule("user", 1, lambda f: min(len(f.follows), 3), "it fixes {follows}"),
+    Rule("user", 1, lambda f: min(f.follows, 3), "it fixes {f.n_follows}"),
     Rule("user", 1, lambda f: f.distinct >= max(10, 0.02 * f.known)),
-    Rule("time", 2, lambda f: f.may_be_time, "dates of this century"),
+    Rule("time", 2, lambda f: f.is_time, "dates of this century"),
     Rule("time", 2, lambda f: f.of_request, "constant within a request"),
     # A time of an item or a user is when these came to be.
-    Rule("time", -2, lambda f: f.in_item.is_constant and not f.of_request),
-    Rule("time", -2, lambda f: f.in_user.is_constant and f.of_request),
+    Rule("time", -2, lambda f: f.item_constant and not f.of_request),
+    Rule("time", -2, lambda f: f.user_constant and f.of_request),
     Rule("stage", 0, lambda f: True, "{f.distinct} values, which differ within a request"),
-    Rule("stage", 3, lambda f: f.words_mean or f.is_binary()),
+    Rule("stage", 3, lambda f: f.words_mean or f.is_binary),
     Rule("stage", 2, lambda f: f.labelled),
-    Rule("position", 0, lambda f: f.in_request.owners,
-         "counts from 0 or 1 in {f.in_request.counting:.0%} of requests"),
-    Rule("position", 2, lambda f: f.in_request.counting > 0.9),
-    Rule("position", 2, _is_of_shown, "known where shown"),
-    Rule("label", 3, _is_of_shown, "known only where shown"),
+    Rule("position", 0, lambda f: f.request_owners,
+         "counts from 0 or 1 in {f.request_counting:.0%} of requests"),
+    Rule("position", 2, lambda f: f.request_counting > 0.9),
+    Rule("position", 2, lambda f: f.shown_alone, "known where shown"),
+    Rule("label", 3, lambda f: f.shown_alone, "known only where shown"),
     Rule("label", 3, _is_one_of_shown, "1 only where shown"),
     Rule("label", 3, lambda f: f.foretold, "{f.foretold!r} foretells it"),
     Rule("label", -2, lambda f: is_just_shown(f) and not f.match),
-    Rule("label", -9, lambda f: f.shown and f.shown.is_one_anywhere and not _is_of_shown(f)),
-    Rule("label", -9, _is_series),
+    Rule("label", -9, lambda f: f.shown_anywhere and not f.shown_alone),
+    Rule("label", -9, lambda f: f.series >= _SERIES and not (
+        f.match or f.shown_alone or _is_one_of_shown(f))),
 )  # fmt: skip
 
 
-def _most_told(f: Fact) -> float:
+def _most_told(f: Any) -> float:
     return max((share for of, share in f.told.items() if of != SHOWN), default=0.0)
 
 
-def _is_afterwards(f: Fact) -> bool:
-    return f.of == "candidate" and names.is_known_afterwards(f.name)
+def _is_afterwards(f: Any) -> bool:
+    return f.of == "candidate" and names.is_known_afterwards(f.Index)
 
 
-def _is_called_a_label(f: Fact) -> bool:
-    return f.of == "candidate" and f.kind != "list" and names.task_of_label(f.name)[1]
+def _is_called_a_label(f: Any) -> bool:
+    return f.of == "candidate" and f.kind != "list" and names.task_of_label(f.Index)[1]
 
 
-def _is_name_of_its_own(f: Fact) -> bool:
+def _is_name_of_its_own(f: Any) -> bool:
     """True if nearly every owner has a value of its own: another id, a title, free text."""
-    is_long = names.has_word(f.name, "identifiers") or max(-f.low, f.high) >= _LARGE
+    is_long = names.has_word(f.Index, "identifiers") or max(-f.low, f.high) >= _LARGE
     may_be = f.kind == "string" or (f.is_number and is_long)
     is_each = f.owners >= 50 and f.distinct >= 0.95 * f.owners
     return (f.kind == "string" and f.words > 6) or (may_be and is_each)
@@ -213,11 +204,11 @@ def _is_name_of_its_own(f: Fact) -> bool:
 
 FEATURE_RULES = (
     Rule("left out", 0, lambda f: f.against, "{f.against}"),
-    Rule("left out", 0, _is_of_shown,
+    Rule("left out", 0, lambda f: f.shown_alone,
          "missing where a candidate was not shown: known only afterwards"),
-    Rule("left out", 0, lambda f: f.passed and f.passed.is_known_inside_alone,
+    Rule("left out", 0, lambda f: f.passed_alone,
          "missing where a candidate was not passed: too late for an early ranker"),
-    Rule("left out", 0, lambda f: f.shown and f.shown.is_nothing_outside,
+    Rule("left out", 0, lambda f: f.shown_nothing,
          "nearly always the same where a candidate was not shown, and not elsewhere"),
     Rule("left out", 0, lambda f: f.told.get(SHOWN, 0) >= TELLS_SHOWN,
          "tells which candidates were shown: {shown:.0%} of that uncertainty"),
@@ -226,7 +217,7 @@ FEATURE_RULES = (
          "tells too much of {most!r} to be known before: {told:.0%} of its uncertainty"),
     Rule("left out", 0, lambda f: _is_afterwards(f) and not f.told,
          "CHECK: known only afterwards? a label, of 0 and 1, may be made of it"),
-    Rule("left out", 0, lambda f: _is_called_a_label(f) and not f.is_binary(),
+    Rule("left out", 0, lambda f: _is_called_a_label(f) and f.nonsense,
          "CHECK: called like a label, but not 0 or 1"),
     Rule("left out", 0, _is_name_of_its_own, "{f.distinct:,} values for {owners}: an id or text"),
     Rule("doubt", 0, _is_called_a_label,
@@ -237,18 +228,18 @@ FEATURE_RULES = (
     Rule("doubt", 0, lambda f: _most_told(f) >= _SUSPECT,
          "tells {told:.0%} of the uncertainty of {most!r}: is it known before?"),
     Rule("doubt", 0, _is_afterwards, "known only afterwards?"),
-    Rule("doubt", 0, lambda f: f.of == "candidate" and names.has_word(f.name, "outputs", "ranks"),
+    Rule("doubt", 0, lambda f: f.of == "candidate" and names.has_word(f.Index, "outputs", "ranks"),
          "whose score? is it known to an early ranker?"),
     Rule("category", 0, lambda f: f.kind == "string" and f.digits and f.distinct > _FEW_NUMBERS,
          "{f.distinct:,} texts", "all are numbers: a column of numbers would have an order"),
     Rule("category", 0, lambda f: f.kind == "string", "{f.distinct:,} texts"),
     Rule("category", 0, lambda f: f.kind == "bool", "{f.distinct:,} truth values"),
     Rule("dense", 0, lambda f: not f.is_whole, "numbers with fractions"),
-    Rule("category", 0, lambda f: names.has_word(f.name, "identifiers"),
+    Rule("category", 0, lambda f: names.has_word(f.Index, "identifiers"),
          "{f.distinct:,} numbers, names by its name"),
-    Rule("dense", 0, lambda f: names.has_word(f.name, "quantities"),
+    Rule("dense", 0, lambda f: names.has_word(f.Index, "quantities"),
          "{f.distinct:,} numbers, an amount by its name"),
-    Rule("dense", 0, lambda f: f.kind == "float" and f.is_binary(0.01), "0 or 1"),
+    Rule("dense", 0, lambda f: f.kind == "float" and f.nonsense <= 0.01, "0 or 1"),
     Rule("dense", 0, lambda f: f.kind == "float" and f.series >= _SERIES,
          "numbers, one of {f.series} columns of a vector by their names"),
     Rule("category", 0, lambda f: f.distinct <= _FEW_NUMBERS, "{f.distinct:,} whole numbers"),
@@ -259,7 +250,7 @@ FEATURE_RULES = (
 )  # fmt: skip
 
 
-def first(f: Fact, *verdicts: str) -> Guess:
+def first(f: Any, *verdicts: str) -> Guess:
     """The first of `FEATURE_RULES` with one of these verdicts that holds; `NONE` if none does."""
     rule = next((of for of in FEATURE_RULES if of.role in verdicts and of.holds(f)), None)
     if rule is None:
@@ -270,20 +261,19 @@ def first(f: Fact, *verdicts: str) -> Guess:
     return Guess(rule.role, rule.why.format(f=f, **words), rule.check)
 
 
-def score_of(role: str, f: Fact) -> tuple[float, str]:
+def score_of(role: str, f: Any) -> tuple[float, str]:
     """The score of a column for a role, and the reasons in words."""
     score, reasons = ROLES[role].by_name * f.match, ["its name"] * bool(f.match)
-    follows = counted(len(f.follows), "other column")
     for rule in RULES:
         if rule.role == role and (held := rule.holds(f)):
             score += rule.weight * (held if isinstance(held, int) else 1)
-            reasons += [rule.why.format(f=f, follows=follows)] if rule.why else []
+            reasons += [rule.why.format(f=f)] if rule.why else []
     return score, "; ".join(reasons)
 
 
 def best(
     role: str,
-    facts: Iterable[Fact],
+    facts: Table,
     named: Mapping[str, str],
     same: Callable[[str, str], bool] = lambda one, other: False,
 ) -> Guess:
@@ -291,7 +281,7 @@ def best(
 
     Args:
       role: one of `ROLES`.
-      facts: of the columns that may have it.
+      facts: on the columns that may have it.
       named: role -> the column that the user has named.
       same: True for two columns that come to the same.
     """
@@ -299,19 +289,23 @@ def best(
     if key in named:
         return Guess(named[key], "named by you")
     of, fits = ROLES[role], []
-    for f in facts:
-        f = f.but(match=names.match(f.name, names.SYNONYMS[key]))
+    for f in with_matches(facts, key).itertuples():
         score, why = score_of(role, f)
         if of.may_be(f) and score >= of.least:
             # Of equal scores, the more values the better; of names, the first.
-            tie = -f.distinct if of.sure else names.place_of(f.name, key)
-            fits.append((-score, tie, f.name, why))
+            tie = -f.distinct if of.sure else names.place_of(f.Index, key)
+            fits.append((-score, tie, f.Index, why))
     if not fits:
         return NONE
     (score, _, column, why), *others = sorted(fits)
     close = [other for low, _, other, _ in others if low <= score + 1 and not same(column, other)]
     check = f"or {', '.join(map(repr, close[:3]))}" if close else ""
     return Guess(column, why, check or "little speaks for it" * (-score < of.sure))
+
+
+def with_matches(facts: Table, role: str) -> Table:
+    """The same with `match`, `names.match` of each name for a role."""
+    return facts.assign(match=[names.match(of, names.SYNONYMS[role]) for of in facts.index])
 
 
 def counted(number: int, noun: str) -> str:
