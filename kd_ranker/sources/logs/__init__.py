@@ -1,11 +1,11 @@
 """A user's own log in Parquet files as a source: `data.name = "parquet"`.
 
 In the order in which a log goes through them: `layout` reads the config, `files` finds the log and
-checks its columns, `scan` finds the time of each request, `plan` cuts the requests into buckets in
-the order of time, `partition` brings the rows of each bucket together on disk, `assemble` makes
-requests of a bucket's rows and finds faults among them, `log_statistics` adds up training requests,
-`encode` turns a bucket into `Request`s, `candidate_rows` keeps the row of each of their candidates,
-`rejected` and `data_report` write down faults and figures of the log, and `source` has them work
-together. `write_back` writes a log back with the columns of a teacher that was trained on
-its dataset. `guess` writes a first config for a log from a part of it.
+checks its columns, and `engines` opens DuckDB or Spark, on which all passes run: `typed` gives each
+value its type, `grouped` makes requests of rows, `numbered` settles ids, `ordered` writes both in
+their last order. `faults`, `varying`, `scan` and `leaks` count what the report says, `statistics`
+adds up, `encode` turns a piece into requests as they are stored, and `source` has them work
+together. `rejected`, `vocabulary`, `candidate_rows` and `data_report` write what lies beside the
+dataset, and `findings` says what speaks against making one. `write_back` writes a log back with the
+columns of a teacher that was trained on its dataset. `guess` writes a first config for a log.
 """
