@@ -1,6 +1,7 @@
 """DuckDB as engine, in this process."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,16 +25,19 @@ class DuckDb(Engine):
 
     def keep(self, name: str, table: ir.Table) -> ir.Table:
         """The same table, worked out once and for all."""
-        kept: ir.Table = self.backend.create_table(name, table)
+        with _told():
+            kept: ir.Table = self.backend.create_table(name, table)
         return kept
 
     def fetch(self, table: ir.Table) -> pa.Table:
         """A table that fits in memory."""
-        return self.backend.con.sql(str(ibis.to_sql(table))).to_arrow_table()
+        with _told():
+            return self.backend.con.sql(str(ibis.to_sql(table))).to_arrow_table()
 
     def stream(self, table: ir.Table) -> pa.RecordBatchReader:
         """A table in its order, some rows at a time."""
-        return self.backend.con.sql(str(ibis.to_sql(table))).to_arrow_reader(ROWS_AT_A_TIME)
+        with _told():
+            return self.backend.con.sql(str(ibis.to_sql(table))).to_arrow_reader(ROWS_AT_A_TIME)
 
     def put(self, name: str, rows: pa.Table) -> ir.Table:
         """A table of rows that are here."""
@@ -45,7 +49,8 @@ class DuckDb(Engine):
         """All rows of some files of a log, with the columns `FILE` and `ROW`."""
         names = self.names_of(log)
         rows: ir.Table = self.backend.read_parquet(
-            [names[file] for file in files],
+            # A name is a pattern to DuckDB.
+            [re.sub(r"[*?\[]", r"[\g<0>]", names[file]) for file in files],
             filename=FILE,
             file_row_number=True,
             union_by_name=True,
@@ -73,6 +78,22 @@ class DuckDb(Engine):
 
 
 @contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """Turns what the engine raises of a log, not of a mistake here, into a UserError."""
+    try:
+        yield
+    except duckdb.OutOfMemoryException as error:
+        raise UserError(f"reading takes more than data.memory allows: {error}") from error
+    except (
+        duckdb.IOException,
+        duckdb.InvalidInputException,
+        duckdb.ConversionException,
+        duckdb.OutOfRangeException,
+    ) as error:
+        raise UserError(f"the log cannot be read: {error}") from error
+
+
+@contextlib.contextmanager
 def open_duckdb(memory: float, threads: int, folder: Path, candidates: int = 0) -> Iterator[Engine]:
     """Opens DuckDB.
 
@@ -81,9 +102,6 @@ def open_duckdb(memory: float, threads: int, folder: Path, candidates: int = 0) 
       threads: how many it works with.
       folder: for what does not fit in memory.
       candidates: about how many it is to keep.
-
-    Raises:
-      UserError: what runs meanwhile takes too much memory, or finds that a file cannot be read.
     """
     # A database in a file is compressed. That takes longer than to keep tables in memory, but half
     # as long as to spill them.
@@ -99,11 +117,5 @@ def open_duckdb(memory: float, threads: int, folder: Path, candidates: int = 0) 
     )
     try:
         yield DuckDb(backend, folder)
-    except duckdb.OutOfMemoryException as error:
-        raise UserError(
-            f"reading the log takes more than data.memory={memory:g} GiB: {error}"
-        ) from error
-    except (duckdb.IOException, duckdb.InvalidInputException) as error:
-        raise UserError(f"the log cannot be read: {error}") from error
     finally:
         backend.disconnect()

@@ -54,12 +54,17 @@ class Engine(abc.ABC):
         """The number of rows."""
         return int(self.fetch(table.agg(number=table.count()))["number"][0].as_py())
 
-    def read(self, log: Log) -> ir.Table:
-        """All rows of a log, with `file` (the file's number) and `row` (in it, from 0)."""
+    def read(self, log: Log, prefix: str = "") -> ir.Table:
+        """All rows of a log, with `file` (the file's number) and `row` (in it, from 0).
+
+        Its own columns have the prefix before their names.
+        """
         rows, names = self.rows_of(log, [*range(len(log.files))]), self.names_of(log)
         files = pa.table({FILE: names, "file": range(len(names))})
-        for field, column in zip(log.given.schema, log.given.columns, strict=True):
-            files = files.append_column(field, column)
+        for name, column in zip(log.given.column_names, log.given.columns, strict=True):
+            files = files.append_column(prefix + name, column)
+        own = {prefix + name: name for name in rows.columns if name not in (FILE, ROW)}
+        rows = rows.rename(own) if prefix else rows
         rows = rows.join(self.put("files", files), FILE)
         return rows.mutate(row=rows[ROW].cast("int64")).drop(FILE, ROW)
 

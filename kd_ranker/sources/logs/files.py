@@ -1,11 +1,12 @@
 """The files of a log: finding them, checking their columns, and reading them part by part."""
 
+import collections
 import contextlib
 import dataclasses
 import difflib
 import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -31,7 +32,11 @@ _CHANGED = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag")
 # What stands for none in the name of a folder.
 _NONE = "__HIVE_DEFAULT_PARTITION__"
 
+# Names of columns that engines make themselves.
+_OF_ENGINES = ("file_row_number", "__file")
+
 _INTEGER, _FLOAT, _DECIMAL, _BOOLEAN = "integer", "float", "decimal", "boolean"
+_UNSIGNED = "uint64"
 _TEXT, _TIME, _NULL, _OTHER = "text", "time", "null", "other"
 # Use of a column -> types that its values may have, and these in words.
 _TAKES = {
@@ -164,15 +169,19 @@ def open_log(layout: LogLayout) -> Log:
     families: dict[str, tuple[str, str]] = {}
     parts: list[Part] = []
     names: set[str] = set()
+    having: collections.Counter[str] = collections.Counter()
     given = given_by_folders(files)
 
     for index, (schema, metadata) in enumerate(read_footers(system, files)):
         _check_schema(files[index], _with_given(schema, given), wanted, families)
         parts += _parts(index, metadata, layout)
         names.update(schema.names)
+        having.update(schema.names)
     _check_history(layout, families)
+    _check_known(wanted, families)
     if not sum(part.rows for part in parts):
         raise UserError(f"data.path={layout.path}: {_count(len(files), 'file')} without any row")
+    _check_given(given, wanted, names, having)
     # What a file says of itself counts.
     given = given.drop_columns([name for name in given.column_names if name in names])
     url, columns = url_of(layout.path), tuple(sorted(names))
@@ -209,9 +218,13 @@ def find_files(path: str) -> tuple[Any, list[str], list[int], list[str]]:
       UserError: there is none, or they lie on several file systems.
     """
     try:
-        places = [(url, *fsspec.core.url_to_fs(url)) for url in path.split(",")]
+        urls = path.split(",")
+        if not all(map(str.strip, urls)):
+            raise UserError(f"data.path={path} has a comma without a path on either side of it")
+        places = [(url, *fsspec.core.url_to_fs(url)) for url in urls]
         system = places[0][1]
-        if any(type(other) is not type(system) for _, other, _ in places):
+        # Of one kind there may be several: two hosts, two archives.
+        if any(other is not system for _, other, _ in places):
             raise UserError(f"data.path={path} names several file systems; give those of one")
         files = sorted({file for place in places for file in _files_at(*place)})
         infos = [system.info(file) for file in files]
@@ -222,6 +235,15 @@ def find_files(path: str) -> tuple[Any, list[str], list[int], list[str]]:
         raise UserError(f"data.path={path} cannot be read: {error}") from error
     changed = ["; ".join(str(info[key]) for key in _CHANGED if info.get(key)) for info in infos]
     return system, files, [int(info["size"] or 0) for info in infos], changed
+
+
+def is_there(path: str) -> bool:
+    """True if any of the paths that `data.path` names holds a log."""
+    for url in path.split(","):
+        with contextlib.suppress(UserError):
+            find_files(url)
+            return True
+    return False
 
 
 def _files_at(url: str, system: Any, path: str) -> list[str]:
@@ -280,7 +302,8 @@ def _typed_texts(texts: Sequence[str | None]) -> pa.Array:
     array = pa.array(texts, pa.string())
     for type_, pattern in ((pa.int64(), r"-?\d{1,18}"), (pa.date32(), r"\d{4}-\d\d-\d\d")):
         if all(text is None or re.fullmatch(pattern, text) for text in texts):
-            return array.cast(type_)
+            with contextlib.suppress(pa.ArrowInvalid):  # a day that no month has
+                return array.cast(type_)
     return array
 
 
@@ -311,7 +334,7 @@ def _parts(index: int, metadata: pq.FileMetaData, layout: LogLayout) -> list[Par
         # A list of items counts as many values as it has, and an empty one counts 1.
         item = layout.columns["item"]
         paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
-        place = next(place for place, path in enumerate(paths) if path.split(".")[0] == item)
+        place = next(place for place, path in enumerate(paths) if f"{path}.".startswith(f"{item}."))
         entries = [row_group.column(place).num_values for row_group in row_groups]
     firsts = itertools.accumulate(rows, initial=0)
     return [
@@ -321,10 +344,25 @@ def _parts(index: int, metadata: pq.FileMetaData, layout: LogLayout) -> list[Par
     ]
 
 
+def _check_names(file: str, names: Sequence[str]) -> None:
+    """Refuses names that the engine could not tell apart."""
+    seen: dict[str, str] = {}
+    for name in names:
+        if name.lower() in _OF_ENGINES:
+            raise UserError(
+                f"{file} has a column {name!r}, a name that the engine needs; rename it"
+            )
+        if (other := seen.setdefault(name.lower(), name)) != name:
+            raise UserError(
+                f"{file} has columns {other!r} and {name!r}, which differ in case alone; rename one"
+            )
+
+
 def _check_schema(
     file: str, schema: pa.Schema, wanted: Sequence[Wanted], families: dict[str, tuple[str, str]]
 ) -> None:
     """Checks one file; `families` has the family of each column in the files before, and a file."""
+    _check_names(file, schema.names)
     missing = [column for column in wanted if column.column not in schema.names]
     if missing:
         named = ", ".join(f"{column.column!r} ({column.key})" for column in missing)
@@ -349,8 +387,9 @@ def _check_schema(
                 f"{lists}{words}{nested}"
             )
         if column.use == "id":
-            # Numbers and texts are not the same id, however they look.
-            family = _TEXT if family == _TEXT else _INTEGER
+            # Numbers and texts are not the same id, however they look; and no engine has a type of
+            # whole numbers for both kinds of 64 bits.
+            family = _id_family(type_, family)
             before, where = families.setdefault(column.column, (family, file))
             if family != before:
                 raise UserError(
@@ -359,11 +398,38 @@ def _check_schema(
                 )
 
 
+def _check_known(wanted: Sequence[Wanted], families: dict[str, tuple[str, str]]) -> None:
+    """Refuses lists of which no file knows a type: there is nothing in them."""
+    for column in wanted:
+        if column.depth and column.use == "id" and column.column not in families:
+            raise UserError(
+                f"column {column.column!r} ({column.key}) holds nothing in any file; leave "
+                "it out of the config"
+            )
+
+
+def _check_given(
+    given: pa.Table, wanted: Sequence[Wanted], names: Collection[str], having: Mapping[str, int]
+) -> None:
+    """Refuses a column that some files have and others have from their folders."""
+    for column in wanted:
+        name = column.column
+        if name in given.column_names and name in names and having[name] < given.num_rows:
+            raise UserError(
+                f"column {name!r} ({column.key}) is in {_count(having[name], 'file')} of "
+                f"{given.num_rows}, and others have it from the names of folders; write it to all"
+            )
+
+
 def _check_history(layout: LogLayout, families: dict[str, tuple[str, str]]) -> None:
     if layout.history is None:
         return
     item, column = layout.columns["item"], layout.history.column
-    if {item, column} <= families.keys() and families[item][0] != families[column][0]:
+    if (
+        {item, column} <= families.keys()
+        and _TEXT in (kinds := {families[item][0], families[column][0]})
+        and len(kinds) > 1
+    ):
         raise UserError(
             f"column {column!r} (data.features.{layout.history.name}) holds {families[column][0]} "
             f"ids, and {item!r} (data.columns.item) {families[item][0]} ids; a history holds item "
@@ -396,6 +462,14 @@ def family_of(type_: pa.DataType) -> tuple[int, str]:
         if any(test(type_) for test in tests):
             return depth, family
     return depth, _OTHER
+
+
+def _id_family(type_: pa.DataType, family: str) -> str:
+    while is_list(type_) or pa.types.is_dictionary(type_):
+        type_ = type_.value_type
+    if pa.types.is_uint64(type_):
+        return _UNSIGNED
+    return _TEXT if family == _TEXT else _INTEGER
 
 
 def _is_nested(type_: pa.DataType) -> bool:

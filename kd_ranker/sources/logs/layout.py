@@ -122,6 +122,23 @@ class LogLayout:
         """The history, if the log has one."""
         return next((feature for feature in self.features if feature.kind == "history"), None)
 
+    def with_prefix(self, prefix: str) -> "LogLayout":
+        """The layout of the log with a prefix before the names of all columns."""
+
+        def named(columns: dict[str, str]) -> dict[str, str]:
+            return {use: prefix + column for use, column in columns.items()}
+
+        return dataclasses.replace(
+            self,
+            columns=named(self.columns),
+            labels=named(self.labels),
+            teacher=named(self.teacher),
+            features=tuple(
+                dataclasses.replace(feature, column=prefix + feature.column)
+                for feature in self.features
+            ),
+        )
+
     @property
     def scored_tasks(self) -> tuple[str, ...]:
         """The tasks with a teacher column, in the order of the tasks."""

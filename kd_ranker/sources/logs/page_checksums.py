@@ -15,6 +15,10 @@ from kd_ranker.errors import UserError
 # (parquet-format, parquet.thrift: PageHeader).
 _TRUE, _FALSE, _BYTE, _DOUBLE, _BINARY, _LIST, _SET, _STRUCT = 1, 2, 3, 7, 8, 9, 10, 12
 _COMPRESSED_SIZE, _CHECKSUM = 3, 4
+_DAMAGED = (
+    "{} is damaged: a page of column {!r} in row group {} is not what its checksum says; fetch or "
+    "write the file again"
+)
 
 
 class _Bytes:
@@ -66,23 +70,25 @@ def check_pages(
     for group in range(metadata.num_row_groups):
         for index in range(metadata.num_columns):
             chunk = metadata.row_group(group).column(index)
-            column = chunk.path_in_schema.split(".")[0]
-            if column not in columns:
+            # Within lists, a path goes on behind the name, which may have dots of its own.
+            path = f"{chunk.path_in_schema}."
+            column = next((name for name in columns if path.startswith(f"{name}.")), None)
+            if column is None:
                 continue
             start = chunk.dictionary_page_offset or chunk.data_page_offset
             file.seek(start)
             content = _Bytes(file.read(chunk.total_compressed_size))
             while content.place < len(content.content):
-                header = _read_header(content)
+                try:
+                    header = _read_header(content)
+                except (IndexError, KeyError, RecursionError) as error:
+                    raise UserError(_DAMAGED.format(name, column, group)) from error
                 if header.checksum is None:
                     return  # a writer leaves them all, or none
                 page = content.content[content.place : content.place + header.size]
                 content.place += header.size
                 if zlib.crc32(page) != header.checksum & 0xFFFFFFFF:
-                    raise UserError(
-                        f"{name} is damaged: a page of column {column!r} in row group {group} "
-                        "is not what its checksum says; fetch or write the file again"
-                    )
+                    raise UserError(_DAMAGED.format(name, column, group))
 
 
 def _read_header(content: _Bytes) -> _Header:

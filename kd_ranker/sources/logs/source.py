@@ -32,6 +32,7 @@ from kd_ranker.sources.logs.encode import (
     ITEM,
     encode_requests,
     item_matrix,
+    load_encoding,
     make_encoding,
     save_encoding,
 )
@@ -60,6 +61,8 @@ from kd_ranker.sources.logs.vocabulary import VOCABULARIES_FOLDER, write_vocabul
 MANIFEST = "log.json"
 # Folder below `data.dir` for the report of a log of which no dataset was built.
 REFUSED = "refused_log"
+# Before the names of the log's columns on the engine.
+_PREFIX = "log:"
 
 
 class PreparedLog(NamedTuple):
@@ -125,8 +128,10 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
     """
     try:
         _, *columns = files.find_files(data.path)
-    except UserError:
-        return
+    except UserError as error:
+        if not files.is_there(data.path):
+            return
+        raise UserError(f"the log that {directory} was made of has changed: {error}") from error
     now = {name: [size, changed] for name, size, changed in zip(*columns, strict=True)}
     if how := files.manifest_differences(json.loads((directory / MANIFEST).read_text()), now):
         raise UserError(
@@ -139,20 +144,21 @@ def _read(log: Log, layout: LogLayout, engine: Engine, run: Runner) -> PreparedL
     """All passes but the last."""
     if layout.engine == "duckdb":  # Spark looks itself
         files.check_pages(log, {of.column for of in files.wanted_columns(layout)}, layout.processes)
-    rows = engine.read(log)
-    unfolded, without_any = typed.unfold(rows, layout)
-    grouped = grouped_.group(engine, layout, typed.typed(unfolded, layout), without_any)
+    # So that no column of the log has the name of one that is made here.
+    rows, own = engine.read(log, _PREFIX), layout.with_prefix(_PREFIX)
+    unfolded, without_any = typed.unfold(rows, own)
+    grouped = grouped_.group(engine, layout, typed.typed(unfolded, own), without_any)
     if layout.split == "time" and grouped.cutoffs is None and engine.count(grouped.requests):
         raise UserError(
             f"data.split='time', but the requests of {layout.path} have less than three "
             "different times, one a split; split by 'request' or 'user'"
             f"{looks.time_hint(log, layout)}"
         )
-    scanned = scan.scan(engine, layout, rows)
+    scanned = scan.scan(engine, own, rows)
     counts = _by_reason(engine, grouped)
     used = engine.count(grouped.candidates)
-    numbered = number(engine, layout, rows, unfolded, grouped) if used else None
-    faults, other_version = count_faults(engine, layout, rows, unfolded, numbered)
+    numbered = number(engine, own, rows, unfolded, grouped) if used else None
+    faults, other_version = count_faults(engine, own, rows, unfolded, numbered)
     found = Found(
         *scanned,
         counts=counts,
@@ -160,6 +166,10 @@ def _read(log: Log, layout: LogLayout, engine: Engine, run: Runner) -> PreparedL
         other_version=other_version,
         cutoffs=grouped.cutoffs,
     )
+    if found.rows != sum(part.rows for part in log.parts):
+        raise RuntimeError(
+            f"{sum(part.rows for part in log.parts)} rows in files, {found.rows} read"
+        )
     if found.entries != used + counts.sum():
         raise RuntimeError(
             f"{found.entries} candidates in the log, {used} used, {counts.sum()} rejected"
@@ -175,7 +185,7 @@ def _read(log: Log, layout: LogLayout, engine: Engine, run: Runner) -> PreparedL
             statistics=statistics,
             moments=statistics.moments | _moments_of_items(engine, layout, numbered),
             values={name: counts_of_values(engine, of) for name, of in numbered.values.items()},
-            varying=count_varying(engine, layout, rows, unfolded, grouped),
+            varying=count_varying(engine, own, rows, unfolded, grouped),
             ids=counts_of_ids(engine, numbered) | counts_of_history(engine, layout, numbered),
             tells=tell_tales(engine, layout, grouped, numbered),
         ),
@@ -222,6 +232,7 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog, run: Runner) -> Sour
     users = engine.count(numbered.users)
     encoding = make_encoding(layout, users, values, read.found.moments)
     save_encoding(encoding, engine.folder / "encoding")
+    load_encoding(engine.folder / "encoding")  # once, before threads ask for it
     item_features, item_category = item_matrix(layout, encoding, items)
 
     def shards(split: str) -> list[Callable[[], Iterator[Block]]]:

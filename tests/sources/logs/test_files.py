@@ -1,4 +1,5 @@
 import datetime
+import zipfile
 
 import numpy as np
 import pyarrow as pa
@@ -83,6 +84,58 @@ def test_several_paths_are_one_log(tmp_path, log):
     ]
     config = faulty_logs.config(f"{log},memory://log", tmp_path)
     assert "names several file systems; give those of one" in fault_of(config)
+
+
+def test_two_archives_are_two_file_systems(tmp_path, log):
+    for name in ("a.zip", "b.zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.write(log / "part-0.parquet", "part-0.parquet")
+    urls = ",".join(f"zip://part-0.parquet::{tmp_path / name}" for name in ("a.zip", "b.zip"))
+    assert "names several file systems" in fault_of(faulty_logs.config(urls, tmp_path))
+    assert "a comma without a path" in fault_of(faulty_logs.config(f"{log},", tmp_path))
+
+
+def test_names_that_the_engine_cannot_tell_apart_are_refused(tmp_path, log):
+    table = pq.read_table(log / "part-0.parquet")
+    for name, message in (
+        ("AGE", "has columns 'age' and 'AGE', which differ in case alone; rename one"),
+        ("File_Row_Number", "has a column 'File_Row_Number', a name that the engine needs"),
+    ):
+        pq.write_table(table.append_column(name, table["age"]), log / "part-0.parquet")
+        assert message in fault_of(faulty_logs.config(log, tmp_path))
+
+
+def test_ids_with_a_sign_and_without_are_no_one_type(tmp_path, log):
+    table = pq.read_table(log / "part-0.parquet")
+    place = table.schema.get_field_index("author")
+    unsigned = table.set_column(place, "author", table["author"].cast(pa.uint64()))
+    pq.write_table(unsigned, log / "part-1.parquet")
+    message = fault_of(faulty_logs.config(log, tmp_path))
+    assert "(data.features.author) holds integer ids in" in message
+    assert "uint64 ids in" in message
+
+
+def test_a_list_of_nothing_is_refused(tmp_path, log):
+    table = pq.read_table(log / "part-0.parquet")
+    place = table.schema.get_field_index("tags")
+    pq.write_table(table.set_column(place, "tags", pa.nulls(len(table))), log / "part-0.parquet")
+    message = fault_of(faulty_logs.config(log, tmp_path))
+    assert "column 'tags' (data.features.tags) holds nothing in any file; leave it out" in message
+
+
+def test_a_column_that_some_files_have_from_their_folders_is_refused(tmp_path):
+    log = tmp_path / "log"
+    write_log(log / "age=1", make_rows(0))
+    write_log(log / "age=2", make_rows(1))
+    path = log / "age=1" / "part-0.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["age"]), path)
+    assert "column 'age' (data.features.age) is in 1 file of 2, and others have it from" in (
+        fault_of(faulty_logs.config(log, tmp_path))
+    )
+
+
+def test_a_day_that_no_month_has_is_a_text():
+    assert files.given_by_folders(["d=2024-02-30/a"])["d"].to_pylist() == ["2024-02-30"]
 
 
 def test_a_home_folder_is_found(tmp_path, log, monkeypatch):

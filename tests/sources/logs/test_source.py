@@ -1,6 +1,7 @@
 import collections
 import itertools
 import json
+import shutil
 from typing import NamedTuple
 
 import numpy as np
@@ -776,3 +777,41 @@ def test_a_file_that_is_damaged_within_is_one_line(tmp_path):
     path.write_bytes(content)
     with pytest.raises(UserError, match="the log cannot be read"):
         faulty_logs.open_source(faulty_logs.config(log, tmp_path))
+
+
+def test_columns_may_have_the_names_that_are_used_here(tmp_path):
+    rows = make_rows(3, faults=0.05)
+    plain = write_log(tmp_path / "plain", rows, files=2)
+    expected = read(faulty_logs.config(plain, tmp_path), tmp_path / "of plain")
+    log = write_log(tmp_path / "log", rows, files=2)
+    for path in log.iterdir():
+        table = pq.read_table(path).rename_columns({"position": "place", "age": "row"})
+        for name in ("FILE", "reason", "entries", "each", "request", "number"):
+            table = table.append_column(name, pa.array([7] * len(table)))
+        pq.write_table(table, path)
+    config = faulty_logs.config(log, tmp_path)
+    config.data.columns.position, config.data.features.age.column = "place", "row"
+    found = read(config, tmp_path / "of log")
+    assert same(found.requests, expected.requests)
+    assert found.counts == expected.counts
+
+
+def test_a_name_of_a_file_is_no_pattern(tmp_path):
+    log = write_log(tmp_path / "log", make_rows(3))
+    (log / "part-0.parquet").rename(log / "p[1].parquet")
+    write_log(tmp_path / "more", make_rows(4))
+    (tmp_path / "more" / "part-0.parquet").rename(log / "p1.parquet")
+    report = read(faulty_logs.config(log, tmp_path), tmp_path / "beside").report
+    number = sum(pq.read_metadata(path).num_rows for path in log.iterdir())
+    assert report["candidates"]["in_the_log"] == number
+
+
+def test_a_log_of_which_one_path_is_gone_has_changed(tmp_path):
+    one, two = (write_log(tmp_path / name, make_rows(25)) for name in ("one", "two"))
+    config = faulty_logs.config(f"{one},{two}", tmp_path)
+    directory = commands.prepare_data(config)
+    shutil.rmtree(two)
+    with pytest.raises(UserError, match=r"has changed: data.path=.*two does not exist"):
+        check_unchanged(config.data, directory)
+    shutil.rmtree(one)
+    check_unchanged(config.data, directory)
