@@ -211,15 +211,17 @@ def _requests(
     num_users, num_items = len(prepared.user_features), len(prepared.upload_time)
     of_users = _tally(prepared, log.user, TASKS, num_users)
     of_items = _tally(prepared, log.item, CANDIDATE_TASKS, num_items)
+    earlier = np.searchsorted(log.time[prepared.by_time], blocks.time)
     for request_id, time in enumerate(blocks.time.tolist()):
-        user_tally, item_tally = of_users.until(time), of_items.until(time)
+        before = int(earlier[request_id])
+        user_tally, item_tally = of_users.of_first(before), of_items.of_first(before)
         rows = blocks.rows[blocks.start[request_id] : blocks.start[request_id + 1]]
         user, tab = int(log.user[rows[0]]), int(log.tab[rows[0]])
         shown, signals = merged(log.item[rows], log.signals[rows])
         # Seeded so that the draw depends on no other request and on nothing that comes later.
         generator = np.random.default_rng([int(data.seed), user, time, tab + 1])
         negatives = draw_negatives(
-            log, prepared.by_time[: of_items.done], shown, int(data.negatives), generator
+            log, prepared.by_time[:before], shown, int(data.negatives), generator
         )
         candidates = np.concatenate([shown, negatives])
         last, events = _history(prepared, user, time, int(data.history_length))
@@ -352,7 +354,7 @@ def _tally(
         return [1, *(signals >> np.uint8(bit) & np.uint8(1) for bit in bits)]
 
     shape = (1 + len(tasks), size)
-    return Tally(prepared.log.time, ids, values, shape, np.int32, prepared.by_time)
+    return Tally(ids, values, shape, np.int32, prepared.by_time)
 
 
 def lift(

@@ -186,15 +186,13 @@ def _requests(
     lowest = np.array([LOWEST_RATING[task] for task in tasks])
     negatives = int(data.get("negatives", 0))
     everyone = prepared.everyone
-    ratings = Tally(
-        everyone.time, everyone.item, lambda rows: [1, everyone.rating[rows]], (2, num_items)
-    )
+    ratings = Tally(everyone.item, lambda rows: [1, everyone.rating[rows]], (2, num_items))
     for request_id in range(len(blocks)):
         user, block = int(blocks.user[request_id]), int(blocks.block[request_id])
         timeline = prepared.timelines[user]
         start, end = int(timeline.start[block]), timeline.end(block)
         time = int(timeline.time[start])
-        count, total = ratings.until(time)
+        count, total = ratings.of_first(int(np.searchsorted(everyone.time, time)))
         events = slice(max(0, start - int(data.history_length)), start)
         others, weight = not_rated(
             timeline.item[:end], num_items, negatives, (int(data.seed), user, block)

@@ -12,7 +12,7 @@ Rows = slice | Int[np.ndarray, "n"]
 
 
 class Tally:
-    """Sums over the events strictly before a time, which moves on.
+    """Sums over the first events, in the order of time, more and more of them.
 
     Attributes:
       sums: [sums, ids], those so far.
@@ -21,7 +21,6 @@ class Tally:
 
     def __init__(
         self,
-        time: Int[np.ndarray, "n"],
         ids: Int[np.ndarray, "n"],
         values: Callable[[Rows], Sequence[int | Num[np.ndarray, "rows"]]],
         shape: tuple[int, int],
@@ -31,7 +30,6 @@ class Tally:
         """Starts before the first event.
 
         Args:
-          time: of each event.
           ids: what each event is of, in [0, `shape[1]`).
           values: gives for some events what each of the sums grows by.
           shape: the number of sums, and of ids.
@@ -40,12 +38,10 @@ class Tally:
         """
         self.sums: Num[np.ndarray, "sums ids"] = np.zeros(shape, dtype)
         self.done = 0
-        self._time, self._ids, self._values, self._order = time, ids, values, order
+        self._ids, self._values, self._order = ids, values, order
 
-    def until(self, time: int) -> Num[np.ndarray, "sums ids"]:
-        """The sums of what happened strictly before `time`, which is no earlier than the last."""
-        # A number looked for in a column has its type, or NumPy would convert the column each time.
-        end = int(np.searchsorted(self._time, self._time.dtype.type(time), sorter=self._order))
+    def of_first(self, end: int) -> Num[np.ndarray, "sums ids"]:
+        """The sums over the first `end` events, which are no fewer than the last time."""
         for start in range(self.done, end, _CHUNK):
             rows: Rows = slice(start, min(end, start + _CHUNK))
             if self._order is not None:
@@ -54,5 +50,5 @@ class Tally:
             for row, value in zip(self.sums, self._values(rows), strict=True):
                 # A Python integer would take NumPy's slow path.
                 np.add.at(row, ids, np.asarray(value, row.dtype))
-        self.done = max(self.done, end)
+        self.done = end
         return self.sums

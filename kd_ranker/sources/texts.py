@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ibis
 import ibis.expr.types as ir
@@ -34,28 +34,32 @@ class Field(NamedTuple):
     among: tuple[float | str, ...] = ()
     optional: bool = False
 
-    def read(self, text: ir.StringValue) -> tuple[ir.Value, ir.BooleanValue | None]:
-        """The value of a text, and True where it is not allowed; None if any is."""
+    def sql(self, name: str) -> tuple[str, str]:
+        """The value of a column of texts, and a condition that holds where it is not allowed."""
+        text = _quoted(name)
+        value, checks = text, []
         if self.kind == "whole":
             # The narrowest, since a log may have hundreds of millions of rows.
             bits = next((bits for bits in (8, 32) if self.most < 2 ** (bits - 1)), 64)
-            value = text.try_cast(f"int{bits}")
-            is_good = value.cast("string") == text
+            value = f"try_cast({text} AS INT{bits // 8})"
+            checks.append(f"{value}::VARCHAR = {text}")
         elif self.kind == "number":
-            value = text.try_cast("float64")
-            is_good = ~value.isnan()
-        else:
-            value, is_good = text, text.notnull()
+            value = f"try_cast({text} AS DOUBLE)"
+            checks.append(f"NOT isnan({value})")
         if not math.isinf(self.least):
-            is_good &= value >= self.least
+            checks.append(f"{value} >= {_plain(self.least)}")
         if not math.isinf(self.most):
-            is_good &= value <= self.most
+            checks.append(f"{value} <= {_plain(self.most)}")
         if self.among:
-            is_good &= value.isin(self.among)
-        elif self.kind == "text" and self.optional:
-            return value, None
-        is_bad = ~is_good.fill_null(False)
-        return value, is_bad & text.notnull() if self.optional else is_bad
+            allowed = ", ".join(
+                f"'{of}'" if isinstance(of, str) else _plain(of) for of in self.among
+            )
+            checks.append(f"{value} IN ({allowed})")
+        good = " AND ".join(checks) or "true"
+        empty = f"{text} IS NULL"
+        return value, f"NOT coalesce({good}, false) AND NOT {empty}" if self.optional else (
+            f"{empty} OR NOT coalesce({good}, false)"
+        )
 
     def __str__(self) -> str:
         """A description of them."""
@@ -64,6 +68,11 @@ class Field(NamedTuple):
         kind = {"text": "a text", "whole": "a whole number", "number": "a number"}[self.kind]
         least = "" if math.isinf(self.least) else f" from {_plain(self.least)}"
         return kind + least + ("" if math.isinf(self.most) else f" to {_plain(self.most)}")
+
+
+def _quoted(name: str) -> str:
+    """A name as SQL takes it."""
+    return '"' + name.replace('"', '""') + '"'
 
 
 def _plain(value: float | str) -> str:
@@ -110,39 +119,40 @@ def read_text(
         source.write_text(path.read_text(encoding), "utf-8", newline="\n")
     # The engine wants a plain name for its list of what it rejects.
     plain = re.sub(r"\W", "_", path.name)
-    raw = engine.backend.read_csv(
-        str(source), auto_detect=False, header=bool(header), delim=separator,
-        quote='"' if is_csv else "", escape='"' if is_csv else "", nullstr="",
-        columns=dict.fromkeys(names, "VARCHAR"), store_rejects=True, rejects_limit=1000,
-        rejects_table=f"rejects_{plain}", rejects_scan=f"scans_{plain}",
-    )  # fmt: skip
-    read = {name: field.read(raw[name]) for name, field in fields.items()}
-    checks = [(is_bad, place) for place, (_, is_bad) in enumerate(read.values())]
-    checks = [(is_bad, place) for is_bad, place in checks if is_bad is not None]
-    fault = ibis.cases(*checks, else_=-1) if checks else ibis.literal(-1)
-    line = ibis.row_number() + (1 + header)
-    typed = {name: value for name, (value, _) in read.items()}
-    rows = engine.keep(f"text_{plain}", raw.select(line=line, fault=fault.cast("int8"), **typed))
-    (found,) = engine.fetch(
-        rows.agg(number=rows.count(), line=rows.line.min(where=rows.fault >= 0))
-    ).to_pylist()
+    run = engine.backend.con.execute
+    columns = ", ".join(
+        f"'{name}': 'VARCHAR'" for name in (name.replace("'", "''") for name in names)
+    )
+    quote = '"' if is_csv else ""
+    # Ibis has no word for rejects, nor would another engine know them.
+    raw = f"""(SELECT *, row_number() OVER () + {header} AS line FROM read_csv(
+        '{str(source).replace("'", "''")}', auto_detect = false, header = {bool(header)},
+        delim = '{separator}', quote = '{quote}', escape = '{quote}', nullstr = '',
+        columns = {{{columns}}}, store_rejects = true, rejects_limit = 1000,
+        rejects_table = 'rejects_{plain}', rejects_scan = 'scans_{plain}'))"""
+    read = {name: field.sql(name) for name, field in fields.items()}
+    faults = " ".join(f"WHEN {bad} THEN {place}" for place, (_, bad) in enumerate(read.values()))
+    values = ", ".join(f"{value} AS {_quoted(name)}" for name, (value, _) in read.items())
+    run(
+        f"CREATE TEMP TABLE text_{plain} AS "
+        f"SELECT line, CASE {faults} END::INT1 AS fault, {values} FROM {raw}"
+    )
+    ((number, line, place),) = run(
+        f"SELECT count(*), min(line) FILTER (fault >= 0), arg_min(fault, line) FROM text_{plain}"
+    ).fetchall()
     with source.open("rb") as file:
         ends = sum(block.count(b"\n") for block in iter(lambda: file.read(_BLOCK_BYTES), b""))
-    if found["number"] < ends - header:
-        rejects = engine.backend.table(f"rejects_{plain}")
-        _check_rejects(engine, path, rejects, separator, len(names))
+    if number < ends - header:
+        rejects = engine.backend.table(f"rejects_{plain}").order_by("line", "column_idx").limit(1)
+        _check_rejects(path, engine.fetch(rejects).to_pylist(), separator, len(names))
         _check_lost(path, source, is_csv)
-    if found["line"] is not None:
-        texts = raw.mutate(line=line).filter(lambda row: row.line == found["line"])
-        (row,) = engine.fetch(texts).to_pylist()
-        (place,) = engine.fetch(rows.filter(rows.line == found["line"]))["fault"].to_pylist()
+    if line is not None:
         name = list(fields)[place]
-        raise UserError(
-            f"{path}, line {found['line']}: {name} {row[name] or ''!r} is not {fields[name]}"
-        )
-    if not found["number"]:
+        ((text,),) = run(f"SELECT {_quoted(name)} FROM {raw} WHERE line = {line}").fetchall()
+        raise UserError(f"{path}, line {line}: {name} {text or ''!r} is not {fields[name]}")
+    if not number:
         raise UserError(f"{path} has no rows")
-    return Text(path, rows.drop("fault"))
+    return Text(path, engine.backend.table(f"text_{plain}").drop("fault"))
 
 
 def column_names(path: Path, wanted: Sequence[str] | Mapping[str, Field]) -> list[str]:
@@ -159,10 +169,10 @@ def column_names(path: Path, wanted: Sequence[str] | Mapping[str, Field]) -> lis
 
 
 def _check_rejects(
-    engine: Engine, path: Path, rejects: ir.Table, separator: str, expected: int
+    path: Path, rejects: list[dict[str, Any]], separator: str, expected: int
 ) -> None:
     """Raises UserError for the first line that the engine has not read."""
-    for found in engine.fetch(rejects.order_by("line", "column_idx").limit(1)).to_pylist():
+    for found in rejects:
         problem = found["error_message"]
         if "COLUMNS" in found["error_type"]:
             fields = found["csv_line"].strip("\n").count(separator) + 1
@@ -185,28 +195,32 @@ def _check_lost(path: Path, source: Path, is_csv: bool) -> None:
                 raise UserError(f"{path}, line {number}: a quotation mark is not closed")
 
 
-def refuse(engine: Engine, text: Text, wrong: ir.Table, problem: str) -> None:
-    """Raises UserError for the first line of some rows, if there are any.
+def refuse(engine: Engine, text: Text, condition: str, problem: str, more: str = "") -> None:
+    """Raises UserError for the first line of which a condition holds, if there is one.
 
     Args:
       engine: holds the rows.
-      text: the file.
-      wrong: the rows, with `line` and whatever `problem` mentions.
+      text: the file, whose rows are `these` in SQL.
+      condition: in SQL.
       problem: a template for the values of the row, such as `user {user} is unknown`.
+      more: what joins the rows to others.
     """
-    for row in engine.fetch(wrong.order_by("line").limit(1)).to_pylist():
+    rows = ibis.to_sql(text.rows)
+    wrong = f"WITH these AS ({rows}) FROM these {more} WHERE {condition} ORDER BY line LIMIT 1"
+    for row in engine.backend.con.sql(wrong).to_arrow_table().to_pylist():
         raise UserError(f"{text.path}, line {row['line']}: {problem.format(**row)}")
 
 
 def check_once(engine: Engine, text: Text, keys: Sequence[str], what: str) -> None:
     """Raises UserError where a row has the same `keys` as one before; `what` names it by them."""
+    by = ", ".join(map(_quoted, keys))
     # Most files have none, and to count takes less than to sort.
-    several = text.rows.group_by(list(keys)).having(ibis._.count() > 1).agg(first=ibis._.line.min())
-    again = text.rows.inner_join(several, list(keys)).filter(ibis._.line > ibis._.first)
-    refuse(engine, text, again, f"{what} was given before, in {text.path.name}, line {{first}}")
+    several = f"SELECT {by}, min(line) AS first FROM these GROUP BY {by} HAVING count(*) > 1"
+    problem = f"{what} was given before, in {text.path.name}, line {{first}}"
+    refuse(engine, text, "line > first", problem, f"JOIN ({several}) USING ({by})")
 
 
 def check_known(engine: Engine, text: Text, key: str, known: Text, what: str) -> None:
     """Raises UserError for a row whose `key` is not among those of another file."""
-    unknown = text.rows.anti_join(known.rows, key)
-    refuse(engine, text, unknown, f"{what} is not in {known.path.name}")
+    others = f"ANTI JOIN ({ibis.to_sql(known.rows.select(key))}) USING ({_quoted(key)})"
+    refuse(engine, text, "true", f"{what} is not in {known.path.name}", others)

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -869,16 +868,7 @@ def small_config(path: Path, root: Path, variant: str = "", **changes: object) -
     return config
 
 
-@pytest.fixture
-def quick_compilation() -> Iterator[None]:
-    """To optimise programs that run for three steps takes longer than running them."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compilation")
 def test_from_the_files_to_the_results_of_a_distilled_student(tmp_path: Path) -> None:
     path = layout.write(tmp_path / "KuaiRand-Pure", layout.random_rows(16))
     config = small_config(path, tmp_path)

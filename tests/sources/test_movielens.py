@@ -353,7 +353,7 @@ BAD_LINES = [
     ("item", "2|Heat|1995-01-01|||0|1|0", "release date '1995-01-01' is not like"),
     ("item", "2|Heat|01-Mai-1995|||0|1|0", "release date '01-Mai-1995' is not like"),
     ("item", "2|Heat|01-Jan-1995|||0|2|0", "flag of genre Action '2' is not one of 0, 1"),
-    ("genre", "Action|7", "genre number 7 is not 1"),
+    ("genre", "Action|7", "genre number 7 does not count from 0 by lines"),
     ("genre", "Action", "1 fields"),
     ("occupation", "artist", "occupation 'artist' was given before"),
 ]
