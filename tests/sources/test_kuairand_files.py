@@ -20,10 +20,13 @@ from tests.sources.kuairand_files import (
     STANDARD_2,
     impression,
 )
+from tests.sources.remembered import remembered
+
+read_kuairand = remembered(kuairand_files.read_kuairand)
 
 
 def read(path: Path, variant: str = "pure", **changes: int) -> kuairand_files.KuaiRand:
-    return kuairand_files.read_kuairand(
+    return read_kuairand(
         path, variant, **{"author_rows": 50, "music_rows": 60, "seed": 0} | changes
     )
 

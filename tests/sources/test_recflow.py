@@ -247,11 +247,21 @@ def written(tmp_path_factory):
     return root, write_random(root)
 
 
+@pytest.fixture(scope="module")
+def small(written):
+    """The source of those files as most tests open it."""
+    source = open_small(written[0])
+    yield source
+    source.close()
+
+
 @pytest.mark.parametrize("rows_at_once", [1, 40, 10**6])
-def test_every_field_of_every_request_follows_from_its_rows(written, monkeypatch, rows_at_once):
-    root, days = written
+def test_every_field_of_every_request_follows_from_its_rows(
+    written, small, monkeypatch, rows_at_once
+):
+    _, days = written
     monkeypatch.setattr(recflow, "ROWS_AT_ONCE", rows_at_once)
-    source = open_small(root)
+    source = small
     users = sorted({row["user_id"] for rows, _ in days.values() for row in rows})
     seen = {row["video_id"] for rows, _ in days.values() for row in rows}
     events = [np.stack([*sequences.values()]).reshape(-1, 10) for _, sequences in days.values()]
@@ -290,10 +300,9 @@ def test_every_field_of_every_request_follows_from_its_rows(written, monkeypatch
         ]
 
 
-def test_authors_are_hashed_alike(written):
-    root, _ = written
-    first, again = open_small(root), open_small(root)
-    np.testing.assert_array_equal(first.item_category, again.item_category)
+def test_authors_are_hashed_alike(written, small):
+    again = open_small(written[0])
+    np.testing.assert_array_equal(small.item_category, again.item_category)
 
 
 # Positions.
@@ -395,8 +404,8 @@ def test_labels_of_what_was_not_shown_are_not_there(tmp_path):
     assert request.user_label.shape == (2, 1)
 
 
-def test_floats_nulls_and_blanks_in_names_are_read(written, tmp_path):
-    root, days = written
+def test_floats_nulls_and_blanks_in_names_are_read(written, small, tmp_path):
+    _, days = written
     for day, (rows, sequences) in days.items():
         index = np.array([row["rank_index"] for row in rows])
         two = np.array([row["category_level_two"] for row in rows])
@@ -407,7 +416,7 @@ def test_floats_nulls_and_blanks_in_names_are_read(written, tmp_path):
             **{" category_level_two": two.astype(np.int16)},
         )  # fmt: skip
         write_sequences(tmp_path, day, sequences)
-    left, right = open_small(root), open_small(tmp_path)
+    left, right = small, open_small(tmp_path)
     for split in SPLITS:
         for one, other in zip(left.requests(split), right.requests(split), strict=True):
             assert_same(one, other)
@@ -486,16 +495,15 @@ def test_sequences_that_would_run_code_are_refused(tmp_path):
 # Days and draws.
 
 
-def test_a_draw_takes_whole_requests_and_keeps_their_order(written):
+def test_a_draw_takes_whole_requests_and_keeps_their_order(written, small):
     root, _ = written
-    whole = open_small(root)
-    everything = {r.request_id: r for s in SPLITS for r in whole.requests(s)}
+    everything = {r.request_id: r for s in SPLITS for r in small.requests(s)}
     source = open_small(root, max_requests_per_day=5)
     assert source.num_requests == {"train": 10, "validation": 5, "test": 5}
     drawn = list(source.requests("train"))
     assert [r.request_id for r in drawn] == [r.request_id for r in source.requests("train")]
     assert [r.time for r in drawn] == sorted(r.time for r in drawn)
-    assert source.spec.num_items < whole.spec.num_items
+    assert source.spec.num_items < small.spec.num_items
     for request in drawn:
         same = everything[request.request_id]
         np.testing.assert_array_equal(request.user_label, same.user_label)
