@@ -388,8 +388,8 @@ def candidates_of(rows: ir.Table, of_each: int) -> ir.Table:
     """The candidates of requests, with `grade`, `stage` and `position`.
 
     A video that a request has several rows of keeps the one that came furthest, then that with the
-    best index, then that with more labels. Within a stage, those with a position come first, by it,
-    and then the others by their video's id.
+    best index, then that with the first label that the other lacks. Within a stage, those with a
+    position come first, by it, and then the others by their video's id.
 
     Args:
       rows: rows of the log, with `request`, the number of the request of each.
