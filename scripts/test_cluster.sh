@@ -16,17 +16,8 @@ if ! command -v java >/dev/null; then
   apt-get install --quiet --yes default-jre-headless
 fi
 
-venv=.venv-cluster
-stamp=$venv/.setup-stamp # checksum of what was installed; there only after a success
-want=$({ printf '%s\n' "$PWD" && cat pyproject.toml constraints.txt constraints-cluster.txt; } | cksum)
-if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$want" ]; then
-  echo "test_cluster: installing into $venv" >&2
-  rm -rf "$venv"
-  "${PYTHON:-python3}" -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    -c constraints.txt -c constraints-cluster.txt -e '.[dev,spark]'
-  echo "$want" >"$stamp"
-fi
+. scripts/venv.sh
+make_venv .venv-cluster "${PYTHON:-python3}" constraints-cluster.txt dev,spark
 
 export JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
-exec "$venv/bin/python" -m pytest -n 0 tests/cluster "$@"
+exec .venv-cluster/bin/python -m pytest -n 0 tests/cluster "$@"

@@ -10,21 +10,14 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 venv=.venv-compilers
-stamp=$venv/.setup-stamp # checksum of what was installed; there only after a success
-want=$({ printf '%s\n' "$PWD" && cat pyproject.toml constraints.txt constraints-compilers.txt; } | cksum)
-if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$want" ]; then
-  python=${PYTHON:-python3.11}
-  "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || {
-    echo "test_compilers: '$python' is no Python 3.11; name one: PYTHON=/path/to/python $0" >&2
-    exit 1
-  }
-  echo "test_compilers: installing into $venv" >&2
-  rm -rf "$venv"
-  "$python" -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    -c constraints.txt -r constraints-compilers.txt -e '.[dev]'
-  echo "$want" >"$stamp"
+python=${PYTHON:-python3.11}
+if [ ! -d "$venv" ] && ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null; then
+  echo "test_compilers: '$python' is no Python 3.11; name one: PYTHON=/path/to/python $0" >&2
+  exit 1
 fi
+. scripts/venv.sh
+make_venv "$venv" "$python" constraints-compilers.txt dev -r constraints-compilers.txt
+
 if [ "${1:-}" = --setup ]; then
   exit 0
 fi

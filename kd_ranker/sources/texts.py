@@ -119,17 +119,7 @@ def read_text(
         source.write_text(path.read_text(encoding), "utf-8", newline="\n")
     # The engine wants a plain name for its list of what it rejects.
     plain = re.sub(r"\W", "_", path.name)
-    run = engine.backend.con.execute
-    columns = ", ".join(
-        f"'{name}': 'VARCHAR'" for name in (name.replace("'", "''") for name in names)
-    )
-    quote = '"' if is_csv else ""
-    # Ibis has no word for rejects, nor would another engine know them.
-    raw = f"""(SELECT *, row_number() OVER () + {header} AS line FROM read_csv(
-        '{str(source).replace("'", "''")}', auto_detect = false, header = {bool(header)},
-        delim = '{separator}', quote = '{quote}', escape = '{quote}', nullstr = '',
-        columns = {{{columns}}}, store_rejects = true, rejects_limit = 1000,
-        rejects_table = 'rejects_{plain}', rejects_scan = 'scans_{plain}'))"""
+    run, raw = engine.backend.con.execute, _lines_of(source, plain, names, separator, header)
     read = {name: field.sql(name) for name, field in fields.items()}
     faults = " ".join(f"WHEN {bad} THEN {place}" for place, (_, bad) in enumerate(read.values()))
     values = ", ".join(f"{value} AS {_quoted(name)}" for name, (value, _) in read.items())
@@ -153,6 +143,23 @@ def read_text(
     if not number:
         raise UserError(f"{path} has no rows")
     return Text(path, engine.backend.table(f"text_{plain}").drop("fault"))
+
+
+def _lines_of(source: Path, plain: str, names: Sequence[str], separator: str, header: int) -> str:
+    """The lines of a file as SQL: texts by these names, and `line`; rejects by a plain name."""
+    columns = ", ".join(f"'{_escaped(name)}': 'VARCHAR'" for name in names)
+    quote = '"' if separator == "," else ""
+    # Ibis has no word for rejects, nor would another engine know them.
+    return f"""(SELECT *, row_number() OVER () + {header} AS line FROM read_csv(
+        '{_escaped(str(source))}', auto_detect = false, header = {bool(header)},
+        delim = '{separator}', quote = '{quote}', escape = '{quote}', nullstr = '',
+        columns = {{{columns}}}, store_rejects = true, rejects_limit = 1000,
+        rejects_table = 'rejects_{plain}', rejects_scan = 'scans_{plain}'))"""
+
+
+def _escaped(text: str) -> str:
+    """A text as it stands between single quotation marks in SQL."""
+    return text.replace("'", "''")
 
 
 def column_names(path: Path, wanted: Sequence[str] | Mapping[str, Field]) -> list[str]:

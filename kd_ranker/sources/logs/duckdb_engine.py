@@ -29,6 +29,11 @@ class DuckDb(Engine):
             kept: ir.Table = self.backend.create_table(name, table)
         return kept
 
+    def view(self, name: str, table: ir.Table) -> ir.Table:
+        """The same table under a name, worked out where it is asked for."""
+        view: ir.Table = self.backend.create_view(name, table)
+        return view
+
     def fetch(self, table: ir.Table) -> pa.Table:
         """A table that fits in memory."""
         with _told():

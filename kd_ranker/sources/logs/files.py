@@ -168,23 +168,21 @@ def open_log(layout: LogLayout) -> Log:
     wanted = wanted_columns(layout)
     families: dict[str, tuple[str, str]] = {}
     parts: list[Part] = []
-    names: set[str] = set()
-    having: collections.Counter[str] = collections.Counter()
+    files_with: collections.Counter[str] = collections.Counter()
     given = given_by_folders(files)
 
     for index, (schema, metadata) in enumerate(read_footers(system, files)):
         _check_schema(files[index], _with_given(schema, given), wanted, families)
         parts += _parts(index, metadata, layout)
-        names.update(schema.names)
-        having.update(schema.names)
+        files_with.update(schema.names)
     _check_history(layout, families)
     _check_known(wanted, families)
     if not sum(part.rows for part in parts):
         raise UserError(f"data.path={layout.path}: {_count(len(files), 'file')} without any row")
-    _check_given(given, wanted, names, having)
+    _check_given(given, wanted, files_with)
     # What a file says of itself counts.
-    given = given.drop_columns([name for name in given.column_names if name in names])
-    url, columns = url_of(layout.path), tuple(sorted(names))
+    given = given.drop_columns([name for name in given.column_names if name in files_with])
+    url, columns = url_of(layout.path), tuple(sorted(files_with))
     return Log(url, tuple(files), tuple(sizes), tuple(changed), tuple(parts), columns, given)
 
 
@@ -408,15 +406,13 @@ def _check_known(wanted: Sequence[Wanted], families: dict[str, tuple[str, str]])
             )
 
 
-def _check_given(
-    given: pa.Table, wanted: Sequence[Wanted], names: Collection[str], having: Mapping[str, int]
-) -> None:
+def _check_given(given: pa.Table, wanted: Sequence[Wanted], files_with: Mapping[str, int]) -> None:
     """Refuses a column that some files have and others have from their folders."""
     for column in wanted:
-        name = column.column
-        if name in given.column_names and name in names and having[name] < given.num_rows:
+        name, number = column.column, files_with.get(column.column, 0)
+        if name in given.column_names and 0 < number < given.num_rows:
             raise UserError(
-                f"column {name!r} ({column.key}) is in {_count(having[name], 'file')} of "
+                f"column {name!r} ({column.key}) is in {_count(number, 'file')} of "
                 f"{given.num_rows}, and others have it from the names of folders; write it to all"
             )
 
@@ -425,14 +421,13 @@ def _check_history(layout: LogLayout, families: dict[str, tuple[str, str]]) -> N
     if layout.history is None:
         return
     item, column = layout.columns["item"], layout.history.column
-    if (
-        {item, column} <= families.keys()
-        and _TEXT in (kinds := {families[item][0], families[column][0]})
-        and len(kinds) > 1
-    ):
+    if not {item, column} <= families.keys():
+        return
+    kinds = [families[name][0] for name in (item, column)]
+    if (kinds[0] == _TEXT) != (kinds[1] == _TEXT):
         raise UserError(
-            f"column {column!r} (data.features.{layout.history.name}) holds {families[column][0]} "
-            f"ids, and {item!r} (data.columns.item) {families[item][0]} ids; a history holds item "
+            f"column {column!r} (data.features.{layout.history.name}) holds {kinds[1]} "
+            f"ids, and {item!r} (data.columns.item) {kinds[0]} ids; a history holds item "
             "ids"
         )
 

@@ -69,6 +69,7 @@ def group(
     owner = requests.select("request", "number", "split", owner="user", at="time")
     joined = good.join(owner, "request")
     own = joined.filter(joined.user == joined.owner).drop("request", "owner", "user", "reason")
+    own = engine.view("own", own)
     rejected = [
         _rejected(rows.filter(rows.reason > 0)),
         *too_long,

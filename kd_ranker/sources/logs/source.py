@@ -145,8 +145,9 @@ def _read(log: Log, layout: LogLayout, engine: Engine, run: Runner) -> PreparedL
     if layout.engine == "duckdb":  # Spark looks itself
         files.check_pages(log, {of.column for of in files.wanted_columns(layout)}, layout.processes)
     # So that no column of the log has the name of one that is made here.
-    rows, own = engine.read(log, _PREFIX), layout.with_prefix(_PREFIX)
+    rows, own = engine.view("log", engine.read(log, _PREFIX)), layout.with_prefix(_PREFIX)
     unfolded, without_any = typed.unfold(rows, own)
+    unfolded = engine.view("unfolded", unfolded)
     grouped = grouped_.group(engine, layout, typed.typed(unfolded, own), without_any)
     if layout.split == "time" and grouped.cutoffs is None and engine.count(grouped.requests):
         raise UserError(

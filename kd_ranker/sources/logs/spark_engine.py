@@ -35,6 +35,12 @@ class Spark(Engine):
         kept: ir.Table = self.backend.table(name)
         return kept
 
+    def view(self, name: str, table: ir.Table) -> ir.Table:
+        """The same table under a name, worked out where it is asked for."""
+        self._frame(table).createOrReplaceTempView(name)
+        view: ir.Table = self.backend.table(name)
+        return view
+
     def fetch(self, table: ir.Table) -> pa.Table:
         """A table that fits in memory."""
         return self._frame(table).toArrow().cast(_schema(table))
@@ -118,6 +124,8 @@ def open_spark(master: str, options: Mapping[str, Any], folder: Path) -> Iterato
     Raises:
       UserError: Java is not installed, the master does not answer, or what runs meanwhile fails.
     """
+    # One that the caller has goes on afterwards.
+    is_own = SparkSession.getActiveSession() is None
     builder = SparkSession.builder.master(master).appName("kd_ranker")
     for name, value in {**_SETTINGS, **options}.items():
         builder = builder.config(name, value)
@@ -130,7 +138,8 @@ def open_spark(master: str, options: Mapping[str, Any], folder: Path) -> Iterato
     except PySparkException as error:
         raise UserError(f"the log cannot be read by Spark: {str(error)[:500]}") from error
     finally:
-        session.stop()
+        if is_own:
+            session.stop()
 
 
 _SETTINGS = {
