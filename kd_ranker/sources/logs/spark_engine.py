@@ -29,9 +29,12 @@ class Spark(Engine):
 
     def keep(self, name: str, table: ir.Table) -> ir.Table:
         """The same table, worked out once."""
+        # Not by `persist`: a plan names in full what all it reads was made of, and so in the end
+        # plans outgrew the driver's memory.
+        path = (self.folder / f"kept-{name}").as_uri()
         # Some of its columns are narrower than Ibis takes them for.
-        frame = self._frame(table).to(PySparkSchema.from_ibis(table.schema())).persist()
-        frame.createOrReplaceTempView(name)
+        self._frame(table).to(PySparkSchema.from_ibis(table.schema())).write.parquet(path)
+        self.backend._session.read.parquet(path).createOrReplaceTempView(name)
         kept: ir.Table = self.backend.table(name)
         return kept
 
