@@ -205,7 +205,8 @@ def read_kuairand(
             ids = np.unique(engine.fetch(users.select("user_id"))["user_id"].to_numpy())
             size = min(max_users, len(ids))
             kept = np.random.default_rng(seed).choice(ids.astype(np.int64), size, replace=False)
-            log = log.semi_join(ibis.memtable({"user_id": kept}), "user_id")
+            kept_users = engine.put("kept_users", pa.table({"user_id": kept}))
+            log = log.semi_join(kept_users, "user_id")
         user_ids = engine.keep("user_ids", numbered(log.select("user_id").distinct(), "user_id"))
         video_ids = engine.keep(
             "video_ids", numbered(log.select("video_id").distinct(), "video_id")

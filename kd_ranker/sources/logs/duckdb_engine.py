@@ -11,6 +11,7 @@ import ibis
 import ibis.expr.types as ir
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
+from ibis.backends.sql.datatypes import DuckDBType
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.engine import FILE, ROWS_AT_A_TIME, Engine
@@ -25,24 +26,28 @@ class DuckDb(Engine):
 
     def keep(self, name: str, table: ir.Table) -> ir.Table:
         """The same table, worked out once and for all."""
+        columns = (f"{_quoted(of)} {_type(type_)}" for of, type_ in table.schema().items())
         with _told():
-            kept: ir.Table = self.backend.create_table(name, table)
+            self.backend.con.execute(f"CREATE TABLE {_quoted(name)} ({', '.join(columns)})")
+            self.backend.con.execute(f"INSERT INTO {_quoted(name)} {self._sql(table)}")
+        kept: ir.Table = self.backend.table(name)
         return kept
 
     def view(self, name: str, table: ir.Table) -> ir.Table:
         """The same table under a name, worked out where it is asked for."""
-        view: ir.Table = self.backend.create_view(name, table)
+        self.backend.con.execute(f"CREATE VIEW {_quoted(name)} AS {self._sql(table)}")
+        view: ir.Table = self.backend.table(name)
         return view
 
     def fetch(self, table: ir.Table) -> pa.Table:
         """A table that fits in memory."""
         with _told():
-            return self.backend.con.sql(str(ibis.to_sql(table))).to_arrow_table()
+            return self.backend.con.sql(self._sql(table)).to_arrow_table()
 
     def stream(self, table: ir.Table) -> pa.RecordBatchReader:
         """A table in its order, some rows at a time."""
         with _told():
-            return self.backend.con.sql(str(ibis.to_sql(table))).to_arrow_reader(ROWS_AT_A_TIME)
+            return self.backend.con.sql(self._sql(table)).to_arrow_reader(ROWS_AT_A_TIME)
 
     def put(self, name: str, rows: pa.Table) -> ir.Table:
         """A table of rows that are here."""
@@ -81,6 +86,17 @@ class DuckDb(Engine):
             self.backend.con.register_filesystem(system)
         return [system.unstrip_protocol(path) for path in log.files]
 
+    def _sql(self, table: ir.Table) -> str:
+        sql: str = self.backend.compile(table)
+        return sql
+
+
+_type = DuckDBType.to_string
+
+
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
 
 @contextlib.contextmanager
 def _told() -> Iterator[None]:
@@ -115,11 +131,11 @@ def open_duckdb(memory: float, threads: int, folder: Path, candidates: int = 0) 
         ":memory:" if fits else folder / "tables.duckdb",
         memory_limit=f"{memory * 1024:.0f}MiB",
         threads=threads,
-        temp_directory=str(folder / "spilled"),
         preserve_insertion_order=False,
         # Nobody opens that file again, so its log need not be worked off.
         wal_autocheckpoint="1TB",
     )
+    backend.con.execute("SET temp_directory = ?", [str(folder / "spilled")])
     try:
         yield DuckDb(backend, folder)
     finally:
