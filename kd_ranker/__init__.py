@@ -1,1 +1,78 @@
-"""Distil a final ranker into an early ranker, and measure what that saves in the funnel."""
+"""Distil a final ranker into an early ranker, and measure what that saves in the funnel.
+
+`__all__` is what may be relied on; the rest of the package may change. For example:
+
+    import kd_ranker as kd
+
+    config = kd.configs.cascade("small")
+    kd.prepare(config)
+    teacher = kd.train_teacher(config, "runs/teacher")
+    students = kd.sweep(config, "runs/sweep", teacher=teacher, weights=(0.3, 1, 3))
+    kd.report(students)
+"""
+
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kd_ranker import configs
+    from kd_ranker.batch import FeatureSpec
+    from kd_ranker.errors import UserError
+    from kd_ranker.pipeline.public import (
+        Prepared,
+        Report,
+        Trained,
+        log_teacher,
+        prepare,
+        report,
+        run,
+        sweep,
+        train,
+        train_teacher,
+    )
+
+__all__ = [
+    "FeatureSpec",
+    "Prepared",
+    "Report",
+    "Trained",
+    "UserError",
+    "configs",
+    "log_teacher",
+    "prepare",
+    "report",
+    "run",
+    "sweep",
+    "train",
+    "train_teacher",
+]
+
+_ELSEWHERE = {"FeatureSpec": "kd_ranker.batch", "UserError": "kd_ranker.errors"}
+
+
+class _Face(types.ModuleType):
+    """This package as a module, whose names load when they are first used.
+
+    All of them would take seconds, and each module of the package loads this one.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "configs":
+            return importlib.import_module("kd_ranker.configs")
+        module = importlib.import_module(_ELSEWHERE.get(name, "kd_ranker.pipeline.public"))
+        return getattr(module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Python would name a room of that name here, once it is loaded: `sweep`, say.
+        if name not in __all__:
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return [*__all__, *self.__dict__]
+
+
+sys.modules[__name__].__class__ = _Face

@@ -17,7 +17,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
-from configs import cascade
+from kd_ranker.configs import cascade
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import commands
 
@@ -43,7 +43,7 @@ class World(NamedTuple):
 
     def config(self, **changes) -> ConfigDict:
         """The small cascade's config; `train__steps=3` changes `train.steps`."""
-        config = cascade.get_config("small")
+        config = cascade("small")
         config.update_from_flattened_dict(self.changes(**changes))
         return config
 

@@ -2,27 +2,30 @@
 
 import importlib
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from configs import cascade, kuairand, movielens, movielens_32m, parquet, recflow
-from kd_ranker.config import defaults
+from kd_ranker.config import checks, defaults
 from kd_ranker.config.keys import DATA_KEYS
+from kd_ranker.configs import cascade, kuairand, movielens, movielens_32m, parquet, recflow
 from kd_ranker.distillation.losses import LOSSES, NEEDS_PROBABILITIES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation.metrics import METRICS
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
+from kd_ranker.pipeline import launch
 from kd_ranker.sources.registry import SOURCES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = (defaults, cascade, kuairand, movielens, movielens_32m, parquet, recflow)
-CONFIGS = [module.get_config() for module in MODULES]
+FILES = (cascade, kuairand, movielens, movielens_32m, parquet, recflow)
+CONFIGS = [get_config() for get_config in (defaults.get_config, *FILES)]
 
 over_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
@@ -95,6 +98,20 @@ def test_python_blocks_run_in_order(page, registries, tmp_path, monkeypatch):
     for line, block in python_blocks(page):
         # The empty lines make a traceback name the line of the page.
         exec(compile("\n" * line + block, str(page), "exec"), names)
+
+
+def test_the_config_file_that_registers_a_loss_is_one(registries, tmp_path):
+    text = (ROOT / "docs/extending.md").read_text()
+    file = tmp_path / "my_loss.py"
+    file.write_text(
+        textwrap.dedent(re.search(r"^( {4}import jax.*?)^[^ \n]", text, re.M | re.S)[1])
+    )
+    config, _ = launch.read_config_flag(["train", f"--config={file}:small"])
+    checks.validate(config)
+    assert config.distill.loss in LOSSES
+    logits = probability = jnp.full((1, 2, 1), 0.5)
+    weight = jnp.ones((1, 2, 1))
+    assert LOSSES[config.distill.loss](logits, probability, weight)[1] == 0
 
 
 @over_pages

@@ -68,7 +68,7 @@ def test_a_loss_with_a_swept_number_of_its_own_touches_two_files(tmp_path):
         """
 import jax
 import numpy as np
-from configs import cascade
+from kd_ranker.configs import cascade
 from kd_ranker.config import checks
 from kd_ranker.config.page import keys_page
 from kd_ranker.evaluation import results
@@ -79,7 +79,7 @@ from kd_ranker.training.state import Frozen
 from kd_ranker.training.step import make_step
 from tests.random_batches import SPEC, random_batch, random_items
 
-config = cascade.get_config("small")
+config = cascade("small")
 config.parallel.devices = 1
 config.distill.loss, config.sweep.modes = "margin", ("shared",)
 config.sweep.axes.distill.margin = (0.5, 2.0)
@@ -149,7 +149,7 @@ def test_an_input_field_of_a_candidate_touches_two_files(tmp_path):
         folder,
         """
 import numpy as np
-from configs import cascade
+from kd_ranker.configs import cascade
 from kd_ranker.batch import empty_batch
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.evaluation import evaluation_batches
@@ -157,7 +157,7 @@ from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.pipeline import commands, teachers
 from kd_ranker.requests.records import read_requests
 
-config = cascade.get_config("small")
+config = cascade("small")
 config.data.dir = "datasets"
 config.data.train_requests = 16
 config.data.validation_requests = config.data.test_requests = 4

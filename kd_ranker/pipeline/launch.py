@@ -3,6 +3,7 @@
 It alone reads flags, and only for the entry points: the library itself knows none.
 """
 
+import argparse
 import os
 import re
 import runpy
@@ -14,10 +15,14 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
+import kd_ranker.configs
 from kd_ranker.config import checks
 from kd_ranker.errors import UserError
+from kd_ranker.pipeline import options
 
 BAD_INPUT = 2
+
+_HELP = ("--help", "-h", "--helpfull", "--helpshort")
 
 # Of a path that the command line gives; an OSError's own message names the path.
 _BAD_PATH = (FileExistsError, NotADirectoryError, PermissionError)
@@ -42,7 +47,12 @@ def launch(command: Callable[[ConfigDict, Path], None], needs_workdir: bool = Tr
         config = with_home(flags.FLAGS["config"].value)
         command(config, Path(workdir.value or ".").expanduser())
 
-    _start(parse, run)
+    def describe(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
+        asks_of_one = any(argument.startswith("--config") for argument in arguments)
+        config = read_config_flag(arguments)[0] if asks_of_one else None
+        options.describe(parser, _docstring(command), config)
+
+    _start(parse, run, describe)
 
 
 def launch_on_workdirs(command: Callable[[list[Path], Path], None]) -> None:
@@ -64,7 +74,14 @@ def launch_on_workdirs(command: Callable[[list[Path], Path], None]) -> None:
         workdir, *others = (Path(str(of)).expanduser() for of in (output.value, *arguments[1:]))
         command(others or [workdir], workdir)
 
-    _start(parse, run)
+    def describe(parser: argparse.ArgumentParser, _: list[str]) -> None:
+        options.describe_on_workdirs(parser, _docstring(command))
+
+    _start(parse, run, describe)
+
+
+def _docstring(command: Callable[..., None]) -> str:
+    return sys.modules[command.__module__].__doc__ or ""
 
 
 def with_home(config: ConfigDict) -> ConfigDict:
@@ -74,9 +91,19 @@ def with_home(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def _start(parse: Callable[[list[str]], list[str]], run: Callable[[list[str]], None]) -> None:
+def _start(
+    parse: Callable[[list[str]], list[str]],
+    run: Callable[[list[str]], None],
+    describe: Callable[[argparse.ArgumentParser, list[str]], None],
+) -> None:
     def parse_or_fail(arguments: list[str]) -> list[str]:
+        others = [argument for argument in arguments if argument not in _HELP]
         try:
+            if others != arguments:
+                parser = argparse.ArgumentParser(_name_of(arguments[0]), add_help=False)
+                describe(parser, others)
+                parser.print_help()
+                sys.exit()
             return parse(arguments)
         # Whatever the setting of a key raises is about the command line.
         except Exception as error:
@@ -90,6 +117,12 @@ def _start(parse: Callable[[list[str]], list[str]], run: Callable[[list[str]], N
             fail(error)
 
     app.run(main, flags_parser=parse_or_fail)
+
+
+def _name_of(program: str) -> str:
+    """The way to call an entry point, from `sys.argv[0]`: a file where `python -m` runs it."""
+    path = Path(program)
+    return f"python -m experiments.{path.stem}" if path.suffix == ".py" else program
 
 
 def read_config_flag(arguments: Sequence[str]) -> tuple[ConfigDict, list[str]]:
@@ -113,7 +146,7 @@ def read_config_flag(arguments: Sequence[str]) -> tuple[ConfigDict, list[str]]:
         raise UserError("--config is missing; give --config=configs/cascade.py, say")
     file, *variant = early.config.split(":", 1)
     if not Path(file).is_file():
-        raise UserError(f"--config={early.config}: there is no file {file}")
+        file = _file_of_package(file, early.config)
     try:
         config = runpy.run_path(file)["get_config"](*variant)
     except Exception as error:
@@ -123,6 +156,19 @@ def read_config_flag(arguments: Sequence[str]) -> tuple[ConfigDict, list[str]]:
         if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
             checks.check_key(config, override[1])
     return config, others
+
+
+def _file_of_package(name: str, given: str) -> str:
+    """The file of the package's config `cascade`, `sweeps/cascade` or `configs/cascade.py`."""
+    folder = Path(kd_ranker.configs.__file__).parent
+    file = folder / f"{name.removeprefix('configs/').removesuffix('.py')}.py"
+    if not file.is_file() or file.name == "__init__.py":
+        known = sorted(of.stem for of in folder.glob("*.py") if of.stem != "__init__")
+        raise UserError(
+            f"--config={given}: there is no file {name}, and the package's configs are: "
+            f"{', '.join(known)}"
+        )
+    return str(file)
 
 
 def fail(error: Exception) -> NoReturn:

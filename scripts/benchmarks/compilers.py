@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from configs import cascade
+from kd_ranker.configs import cascade
 from kd_ranker.pipeline import ahead, topologies
 from kd_ranker.pipeline.ahead import Finding, Sizes
 
@@ -81,7 +81,7 @@ CASES = (
 
 def config_of(case: Case) -> ConfigDict:
     """The config of a case."""
-    config = cascade.get_config()
+    config = cascade()
     config.distill.mode, config.teacher.source = case.mode, case.source
     config.sweep.modes, config.sweep.seeds = (case.mode,), tuple(range(MEMBERS))
     if case.large:

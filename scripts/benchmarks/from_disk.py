@@ -22,9 +22,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import cascade
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.training import BLOCK, BatchIterator
+from kd_ranker.configs import cascade
 from kd_ranker.pipeline import commands, teachers
 from kd_ranker.requests import row_files
 from kd_ranker.requests.records import Dataset
@@ -40,7 +40,7 @@ TURNS, BLOCKS = 12, 8
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times the three in turns; the ratios are those of the times of a step."""
     del arguments
-    config = cascade.get_config()
+    config = cascade()
     config.teacher.source = "logged"
     config.funnel.retrieved = 400
     config.data.train_requests = WRITTEN

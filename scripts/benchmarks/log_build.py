@@ -20,7 +20,7 @@ from typing import Any
 
 import duckdb
 
-from configs import parquet
+from kd_ranker.configs import parquet
 from kd_ranker.pipeline import commands, teachers
 from kd_ranker.requests.request import SPLITS
 
@@ -126,7 +126,7 @@ def plain(log: str, threads: int, folder: str) -> tuple[int, int]:
 
 def ours(log: str, threads: int, folder: str) -> tuple[int, int]:
     """`prepare_data`, whole; how many requests and candidates the dataset has."""
-    config = parquet.get_config()
+    config = parquet()
     config.data.path, config.data.dir = log, folder
     config.data.processes, config.data.memory = threads, MEMORY
     commands.prepare_data(config)

@@ -19,9 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from configs import cascade
 from kd_ranker.batches.cutting import Span, unpack
 from kd_ranker.batches.training import BLOCK
+from kd_ranker.configs import cascade
 from kd_ranker.pipeline import commands, teachers
 from kd_ranker.training.mapping import MAPPINGS
 from scripts.benchmarks import measuring
@@ -33,7 +33,7 @@ BAR, STEPS, TURNS = 0.9, 2 * BLOCK, 30
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times both in turn; `ratio` is that of steps a second."""
     del arguments
-    config = cascade.get_config()
+    config = cascade()
     config.teacher.source = "logged"
     with tempfile.TemporaryDirectory() as folder:
         config.data.dir = folder

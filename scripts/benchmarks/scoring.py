@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from configs import cascade
 from kd_ranker.batch import Items, empty_batch
+from kd_ranker.configs import cascade
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import cost
 from kd_ranker.evaluation.evaluate import make_serve
@@ -26,7 +26,7 @@ BAR_FLOPS, BAR_WALL, CALLS = 0.05, 0.10, 400
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Times both in turn; the ratios are those of the student over the teacher."""
     del arguments
-    config = cascade.get_config()
+    config = cascade()
     spec = open_source(config.data, config.tasks, config.funnel).spec
     generator = np.random.default_rng(0)
     batch = empty_batch(spec, 1, config.funnel.retrieved)

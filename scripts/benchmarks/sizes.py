@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 from ml_collections import ConfigDict
 
-from configs import cascade
 from kd_ranker.batch import CandidateBatch, FeatureSpec, Items, Stage, empty_batch
+from kd_ranker.configs import cascade
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Sizes:
 
     def config(self) -> ConfigDict:
         """A student of these sizes, in mode shared, Adam everywhere."""
-        config = cascade.get_config()
+        config = cascade()
         config.distill.mode = "shared"
         config.student.width = self.width
         config.student.interests = self.interests

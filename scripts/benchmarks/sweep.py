@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from configs import cascade
+from kd_ranker.configs import cascade
 from kd_ranker.pipeline import teachers
 from scripts.benchmarks import measuring
 from scripts.benchmarks.programs import Program, first_batch
@@ -26,7 +26,7 @@ BAR = 0.25
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Wall time of one sweep over that of its members trained one by one."""
-    config = cascade.get_config()
+    config = cascade()
     weights = np.geomspace(0.1, 10, arguments.members).round(3).tolist()
     with tempfile.TemporaryDirectory() as folder:
         flags = [f"--config.data.dir={folder}/datasets"]

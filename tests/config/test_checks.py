@@ -1,7 +1,8 @@
 import jax
 import pytest
 
-from configs import (
+from kd_ranker.config import checks
+from kd_ranker.configs import (
     cascade,
     ebnerd,
     kuairand,
@@ -11,15 +12,14 @@ from configs import (
     parquet,
     recflow,
 )
-from configs.sweeps import cascade as cascade_sweep
-from kd_ranker.config import checks
+from kd_ranker.configs.sweeps import cascade as cascade_sweep
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.errors import UserError
 from kd_ranker.sources.registry import SOURCES
 
 
 def config_with(**changes):
-    config = cascade.get_config("small")
+    config = cascade("small")
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return config
 
@@ -32,9 +32,7 @@ def fault_of(config):
     return message
 
 
-@pytest.mark.parametrize(
-    "config", [cascade.get_config(), cascade.get_config("small"), ebnerd.get_config()]
-)
+@pytest.mark.parametrize("config", [cascade(), cascade("small"), ebnerd()])
 def test_the_configs_are_valid(config):
     checks.validate(config)
 
@@ -65,27 +63,27 @@ def test_a_machine_that_hides_its_cpu_is_told_before_anything_long(monkeypatch):
 
 @pytest.mark.parametrize("variant", ["", "paper", "live", "sizes", "small"])
 def test_the_sweeps_of_the_cascade_are_valid(variant):
-    checks.validate(cascade_sweep.get_config(variant))
+    checks.validate(cascade_sweep(variant))
 
 
 @pytest.mark.parametrize("config", [movielens, movielens_1m, movielens_32m])
 def test_the_movielens_configs_are_valid_on_as_many_devices_as_share_their_batch(config):
-    checks.validate(config.get_config())
+    checks.validate(config())
 
 
 def test_each_movielens_config_names_its_set():
-    names = [config.get_config().data.name for config in (movielens, movielens_1m, movielens_32m)]
+    names = [config().data.name for config in (movielens, movielens_1m, movielens_32m)]
     assert names == ["movielens_100k", "movielens_1m", "movielens_32m"]
 
 
 @pytest.mark.parametrize("variant", ["", "small", "lcron"])
 def test_the_recflow_configs_are_valid(variant):
-    checks.validate(recflow.get_config(variant))
+    checks.validate(recflow(variant))
 
 
 @pytest.mark.parametrize("variant", ["", "1k", "27k"])
 def test_the_kuairand_configs_are_valid(variant):
-    checks.validate(kuairand.get_config(variant))
+    checks.validate(kuairand(variant))
 
 
 @pytest.mark.parametrize(
@@ -201,7 +199,7 @@ def test_each_fault_is_one_line_that_says_what_to_change(changes, message):
 
 
 @pytest.mark.parametrize(
-    ("module", "changes", "message"),
+    ("get_config", "changes", "message"),
     [
         (cascade, {"exploration": 1.5}, "data.exploration=1.5 must lie in [0, 1]"),
         (cascade, {"fault_nan": -0.1}, "data.fault_nan=-0.1 must lie in [0, 1]"),
@@ -240,14 +238,14 @@ def test_each_fault_is_one_line_that_says_what_to_change(changes, message):
         (parquet, {"memory": 0.0}, "data.memory=0.0 must be greater than 0"),
     ],
 )  # fmt: skip
-def test_a_fault_of_a_source_is_one_line_before_it_is_opened(module, changes, message):
-    config = module.get_config()
+def test_a_fault_of_a_source_is_one_line_before_it_is_opened(get_config, changes, message):
+    config = get_config()
     config.data.update(changes)
     assert message in fault_of(config)
 
 
 def test_a_key_that_a_config_file_misspells_is_refused():
-    config = cascade.get_config()
+    config = cascade()
     config.distill.wieght = 3.0
     assert "'distill.wieght' does not exist; did you mean 'distill.weight'?" in fault_of(config)
 
@@ -276,7 +274,7 @@ def test_a_key_that_exists_is_fine(key):
     checks.check_key(config_with(), key)
 
 
-@pytest.mark.parametrize(("module", "known"), [(cascade, ":small"), (movielens, "none")])
-def test_an_unknown_variant_names_those_that_exist(module, known):
+@pytest.mark.parametrize(("get_config", "known"), [(cascade, ":small"), (movielens, "none")])
+def test_an_unknown_variant_names_those_that_exist(get_config, known):
     with pytest.raises(UserError, match=f"no variant :huge; the variants are: {known}"):
-        module.get_config("huge")
+        get_config("huge")

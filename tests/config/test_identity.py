@@ -1,14 +1,14 @@
 """Datasets, teachers and students by all that makes them."""
 
-from configs import cascade
 from kd_ranker.config import identity
 from kd_ranker.config.identity import dataset_name
+from kd_ranker.configs import cascade
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.checkpoints import differences
 
 
 def name(teacher="", **changes):
-    config = cascade.get_config("small")
+    config = cascade("small")
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return dataset_name(config, teacher)
 
@@ -27,7 +27,7 @@ def test_a_scored_copy_is_named_after_its_teacher_and_the_stage_that_was_scored(
 
 
 def config_with(**changes):
-    config = cascade.get_config("small")
+    config = cascade("small")
     config.update_from_flattened_dict(
         {key.replace("__", "."): value for key, value in changes.items()}
     )

@@ -3,7 +3,7 @@ import math
 import pandas as pd
 import pytest
 
-from configs import cascade
+from kd_ranker.configs import cascade
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.cost import FLOPS, Costs
 from kd_ranker.evaluation.metrics import ReportAt
@@ -48,7 +48,7 @@ def test_unknown_numbers_are_empty_and_the_others_keep_their_form(tmp_path):
 
 
 def test_a_row_tells_the_loss_with_what_it_learns_from():
-    config = cascade.get_config("small")
+    config = cascade("small")
     config.distill.mode, config.distill.loss = "aux", "softmax"
     assert results.made_of(config)["distill_loss"] == "softmax"
     config.teacher.signal = "stage"

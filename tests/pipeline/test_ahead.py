@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import cascade
+from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import ahead, compiled, topologies
 from kd_ranker.training.mapping import MAPPINGS
@@ -20,7 +20,7 @@ def host(devices: int, memory: int = 10**9) -> topologies.Topology:
 
 
 def config_of(tmp_path, **changes):
-    config = cascade.get_config("small")
+    config = cascade("small")
     config.data.dir = str(tmp_path / "none")
     config.update_from_flattened_dict({"teacher.source": "logged", **changes})
     return config

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from configs import cascade
+from kd_ranker.configs import cascade
 from kd_ranker.pipeline import scoring
 
 
 @pytest.mark.parametrize("requests", [1, 1023, 1024, 1025, 1024 * 256, 1024 * 256 + 1, 10**8])
 def test_shards_cover_a_split_in_whole_batches_and_are_not_many(requests):
-    config = cascade.get_config("small")
+    config = cascade("small")
     splits = {"train": SimpleNamespace(num_examples=requests)}
     dataset = SimpleNamespace(builder=SimpleNamespace(info=SimpleNamespace(splits=splits)))
     teacher = SimpleNamespace(version="v1")

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from configs import cascade
+from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands, supervision
 from kd_ranker.requests.columns import columns_of
@@ -18,7 +18,7 @@ REQUESTS = list(itertools.islice(random_source().requests("train"), 3))
 
 
 def config_with(**changes):
-    config = cascade.get_config("small")
+    config = cascade("small")
     config.distill.mode = "aux"
     config.update_from_flattened_dict({k.replace("__", "."): v for k, v in changes.items()})
     return config
@@ -154,7 +154,7 @@ def test_a_teacher_that_a_log_lacks_is_no_signal():
 
 
 def test_a_final_ranker_learns_from_a_log_only_if_that_holds_probabilities():
-    config = cascade.get_config("small")
+    config = cascade("small")
     config.teacher.log_weight = 1.0
     spec = dataclasses.replace(SPEC, teacher_version="v1")
     supervision.check_log(config, SimpleNamespace(spec=spec))
@@ -162,4 +162,4 @@ def test_a_final_ranker_learns_from_a_log_only_if_that_holds_probabilities():
         dataset = SimpleNamespace(spec=dataclasses.replace(spec, **change))
         with pytest.raises(UserError, match=r"teacher\.log_weight=1 needs teacher probabilities"):
             supervision.check_log(config, dataset)
-        supervision.check_log(cascade.get_config("small"), dataset)
+        supervision.check_log(cascade("small"), dataset)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from configs import cascade
+from kd_ranker.configs import cascade
 from kd_ranker.evaluation import kept, results
 from kd_ranker.evaluation.metrics import ReportAt
 from kd_ranker.evaluation.totals import Each
@@ -57,7 +57,7 @@ def write_sweep(
       without: names of files to leave out.
       changes: to the config, by dotted key.
     """
-    config = cascade.get_config()
+    config = cascade()
     config.data.name = dataset
     config.sweep.modes, config.sweep.weights, config.sweep.seeds = modes, weights, seeds
     config.funnel.retrieved = retrieved
@@ -365,7 +365,7 @@ def write_rows(
         line["teacher_bce/watch"] = line["teacher_kl/watch"] + 0.4
         line.setdefault("member", f"{mode}-weight{line['distill_weight']}-seed{line['seed']}")
         full.append(line)
-    config = cascade.get_config()
+    config = cascade()
     config.data.name, config.tasks = "d", ("watch",)
     config.funnel.retrieved, config.funnel.passed = retrieved, passed
     workdir.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
-from configs import parquet
 from kd_ranker.config.features import feature
+from kd_ranker.configs import parquet
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources.logs.layout import ALLOWABLE, LogLayout, read_layout
 
@@ -33,7 +33,7 @@ class Row:
 
 def config(path: Path | str, directory: Path | str, **changes: Any) -> ConfigDict:
     """A config for logs of `make_rows`; `split="user"` changes `data.split`."""
-    result = parquet.get_config()
+    result = parquet()
     result.tasks, result.value_weights = TASKS, (1.0, 2.0)
     result.data.path, result.data.dir = str(path), str(directory)
     result.data.columns.teacher_version = "version"

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import cascade as configs
+from kd_ranker.configs import cascade as configs
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS, Request
 from kd_ranker.sources import cascade
@@ -364,7 +364,7 @@ def test_an_unknown_split_is_refused() -> None:
 
 
 def test_what_no_feature_shows_costs_more_the_more_it_is(capsys: pytest.CaptureFixture) -> None:
-    config = configs.get_config("small")
+    config = configs("small")
     config.data.validation_requests = 30
     script = runpy.run_path("scripts/cascade_regret.py")
     script["main"](config, Path())

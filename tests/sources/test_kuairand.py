@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from configs import kuairand as config_of_kuairand
+from kd_ranker.configs import kuairand as config_of_kuairand
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands
 from kd_ranker.requests.request import SPLITS, Request, Source
@@ -847,7 +847,7 @@ def test_the_hours_are_those_of_beijing() -> None:
 
 
 def small_config(path: Path, root: Path, variant: str = "", **changes: object) -> ConfigDict:
-    config = config_of_kuairand.get_config(variant)
+    config = config_of_kuairand(variant)
     few = {"steps": 3, "log_every": 1, "checkpoint_every": 3, "eval_every": 0}
     small = {"width": 4, "item_rows": 0}
     config.update(
@@ -899,4 +899,4 @@ def test_a_dataset_of_every_variant_is_built(tmp_path: Path, variant: str) -> No
 
 def test_the_configs_variants_are_named() -> None:
     with pytest.raises(UserError, match="the variants are: :pure, :1k, :27k"):
-        config_of_kuairand.get_config("2k")
+        config_of_kuairand("2k")

@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from configs import movielens_1m, movielens_32m
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.evaluation import evaluation_batches
 from kd_ranker.batches.training import BatchConfig, training_batches
+from kd_ranker.configs import movielens_1m, movielens_32m
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands, teachers
 from kd_ranker.requests.request import SPLITS, Request, Source
@@ -941,7 +941,7 @@ def test_without_a_path_the_sets_own_archive_is_fetched(
         open_larger(name, tmp_path, path="", dir="somewhere")
 
 
-@pytest.mark.parametrize("config", [movielens_1m.get_config(), movielens_32m.get_config()])
+@pytest.mark.parametrize("config", [movielens_1m(), movielens_32m()])
 def test_the_configs_build_a_dataset_and_its_batches(tmp_path: Path, config: ConfigDict) -> None:
     users = [User(3 * user + 1, "F", 25, 3) for user in range(40)]
     movies = movielens_layouts.plain_movies(900)

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
-from configs import recflow as config_file
 from kd_ranker.batch import Stage
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.evaluation import evaluation_batches
 from kd_ranker.batches.training import BatchConfig, training_batches
+from kd_ranker.configs import recflow as config_file
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Ranker, Served, evaluate
@@ -624,7 +624,7 @@ def prepared(tmp_path_factory):
     write_random(root / "RecFlow", requests=16)
 
     def config(**changes):
-        config = config_file.get_config("small")
+        config = config_file("small")
         config.update_from_flattened_dict(
             {
                 "data.path": str(root / "RecFlow"), "data.dir": str(root / "datasets"),
@@ -713,7 +713,7 @@ def graded(tmp_path_factory):
     """The config `:lcron` on files of eight requests a day, and the rows of each request."""
     root = tmp_path_factory.mktemp("graded")
     written = write_random(root / "RecFlow", 8, chunk=50, request_rows=graded_request)
-    config = config_file.get_config("lcron")
+    config = config_file("lcron")
     config.update_from_flattened_dict(
         {
             "data.path": str(root / "RecFlow"), "data.dir": str(root / "datasets"),

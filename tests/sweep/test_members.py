@@ -2,15 +2,15 @@ import json
 
 import pytest
 
-from configs import cascade
 from kd_ranker.config import checks, schema
+from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.sweep.members import sweep_members
 
 
 def config_of(axes=(), **sweep):
     """A config with `sweep.NAME=value`, and axes by the names of their keys."""
-    config = cascade.get_config("small")
+    config = cascade("small")
     config.sweep.update(sweep)
     for key, values in dict(axes).items():
         section, _, last = f"sweep.axes.{key}".rpartition(".")

@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import cascade
 from kd_ranker.batch import empty_batch
+from kd_ranker.configs import cascade
 from kd_ranker.sweep import memory
 from kd_ranker.training import recipes
 from kd_ranker.training.mapping import MAPPINGS
@@ -13,7 +13,7 @@ from tests.random_batches import CATEGORY_SPEC, SPEC, random_items
 
 
 def test_the_config_says_how_many_train_together_or_else_the_memory_does(monkeypatch):
-    config = cascade.get_config("small")
+    config = cascade("small")
     config.sweep.group_size = 3
     assert memory.cohort_size(config, [config], SPEC) == (3, 1)
     config.sweep.group_size = 0
@@ -47,7 +47,7 @@ def test_the_config_says_how_many_train_together_or_else_the_memory_does(monkeyp
 def test_a_cohort_has_as_many_members_as_fit_each_device_that_they_are_spread_over(
     monkeypatch, changes, spread
 ):
-    config = cascade.get_config("small")
+    config = cascade("small")
     one = memory.member_bytes(config, SPEC)
     monkeypatch.setattr(memory, "free_memory", lambda _: 6 * one)
     config.parallel.update(changes)
@@ -55,7 +55,7 @@ def test_a_cohort_has_as_many_members_as_fit_each_device_that_they_are_spread_ov
 
 
 def test_free_memory_is_that_of_the_machine_on_a_cpu():
-    config = cascade.get_config("small")
+    config = cascade("small")
     config.parallel.devices = 1
     whole = memory.free_memory(config)
     assert 10**6 < whole < 10**13
@@ -75,7 +75,7 @@ def test_free_memory_is_that_of_the_machine_on_a_cpu():
 )
 def test_the_estimate_of_a_members_memory_covers_the_compiled_program(mode, loss, spec):
     """Against XLA's own account, at sizes where the arrays matter and not the overhead."""
-    config = cascade.get_config("small")
+    config = cascade("small")
     config.distill.update({"mode": mode, "loss": loss})
     config.student.update({"width": 32, "interests": 4, "hidden": (64,)})
     config.batch.update({"requests": 32, "candidates": 128})

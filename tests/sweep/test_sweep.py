@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from configs import cascade
 from kd_ranker.config import schema
+from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.sweep.members import common, sweep_members
@@ -16,7 +16,7 @@ from kd_ranker.training.recipes import shared_part
 
 
 def config_of(data_seeds=(), **sweep):
-    config = cascade.get_config("small")
+    config = cascade("small")
     config.sweep.update(sweep)
     config.sweep.axes.batch.seed = tuple(data_seeds)
     return config

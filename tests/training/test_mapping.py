@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import cascade
 from kd_ranker.batch import Stage
+from kd_ranker.configs import cascade
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.training import mapping, recipes
 from kd_ranker.training.mapping import MAPPINGS, members_axis, shares
@@ -21,7 +21,7 @@ BATCHES = [random_batch(seed, requests=8, candidates=5) for seed in range(STEPS)
 
 
 def config_of(mode, seed, weight=1.0):
-    config = cascade.get_config("small")
+    config = cascade("small")
     config.student.update({"width": 8, "interests": 2, "hidden": (16,)})
     config.distill.update({"mode": mode, "weight": weight})
     config.seed = seed

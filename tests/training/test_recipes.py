@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from configs import cascade
 from kd_ranker.batch import Stage
+from kd_ranker.configs import cascade
 from kd_ranker.training import recipes
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.state import Frozen, LiveTeacher, select_member
@@ -13,7 +13,7 @@ from tests.random_batches import SPEC, random_batch, random_items
 
 def config_of(**changes):
     """The small cascade's config; `train__steps=3` changes `train.steps`."""
-    config = cascade.get_config("small")
+    config = cascade("small")
     config.student.update({"width": 8, "interests": 2, "hidden": (16,)})
     config.update_from_flattened_dict(
         {key.replace("__", "."): value for key, value in changes.items()}
@@ -35,7 +35,7 @@ def config_of(**changes):
 def test_a_batch_needs_what_some_member_has_a_use_for(modes, teacher, expected):
     members = {}
     for mode in modes:
-        members[mode] = cascade.get_config("small")
+        members[mode] = cascade("small")
         members[mode].distill.mode = mode
     groups = recipes.student_groups(members, SPEC)
     model, _ = recipes.teacher_model(next(iter(members.values())), SPEC)
@@ -79,12 +79,12 @@ def test_a_student_that_pools_the_history_needs_it():
 
 
 def test_a_teacher_in_training_needs_labels_and_histories_alone():
-    group = recipes.teacher_group(cascade.get_config("small"), SPEC)
+    group = recipes.teacher_group(cascade("small"), SPEC)
     assert recipes.needs([group], None) == (Stage.SHOWN, None, True)
 
 
 def test_a_teacher_that_hears_the_log_needs_it_and_meets_it_with_what_it_serves():
-    config = cascade.get_config("small")
+    config = cascade("small")
     config.teacher.log_weight = 2.0
     group = recipes.teacher_group(config, SPEC)
     assert group.recipe.terms == (("bce", "logged"),)

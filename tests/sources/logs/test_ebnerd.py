@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from configs import ebnerd
+from kd_ranker.configs import ebnerd
 from kd_ranker.requests.request import SPLITS
 from tests.sources import ebnerd_files, faulty_logs
 
@@ -71,7 +71,7 @@ def test_nothing_that_is_known_afterwards_is_in_the_log(made):
 
 def test_the_config_makes_a_dataset_of_it(made, tmp_path):
     files, log = made
-    config = ebnerd.get_config()
+    config = ebnerd()
     config.data.path, config.data.dir = str(log), str(tmp_path)
     config.data.allow = ("few_positives",)
     source = faulty_logs.open_source(config)

@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
 
-from configs import parquet
 from kd_ranker.config import checks
+from kd_ranker.configs import parquet
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands, launch
 from kd_ranker.requests.request import SPLITS
@@ -69,7 +69,7 @@ def infer(folder: Path, table: pa.Table | None = None, **data: Any) -> tuple[str
     """The text of the config that is written for a log, and the config that it loads as."""
     if table is not None:
         data["path"] = str(logs.write(table, folder / "feed"))
-    template = parquet.get_config()
+    template = parquet()
     for key, value in data.items():
         template.data.update_from_flattened_dict({key.replace("__", "."): value})
     written = commands.first_config(template, folder / "configs")
@@ -789,7 +789,7 @@ def array_of(rng: np.random.Generator, of: pa.DataType, number: int, distinct: i
 def test_any_table_gives_a_config_or_one_line(table, tmp_path_factory):
     folder = tmp_path_factory.mktemp("any")
     pq.write_table(table, folder / "feed.parquet", row_group_size=25)
-    config = parquet.get_config()
+    config = parquet()
     log = sample.open_log(str(folder / "feed.parquet"))
     text, message = "", ""
     try:

@@ -1,14 +1,14 @@
 import pytest
 
-from configs import parquet
 from kd_ranker.config import checks
 from kd_ranker.config.features import feature
+from kd_ranker.configs import parquet
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.layout import read_layout
 
 
 def config_with(**changes):
-    config = parquet.get_config()
+    config = parquet()
     config.data.path = "somewhere"
     for key, value in changes.items():
         *sections, name = key.split("__")

@@ -39,12 +39,12 @@ What is doubtful stands below CHECK, with what else it may be.
 
 from ml_collections import ConfigDict
 
-from configs import parquet
+from kd_ranker import configs
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The template, with what was guessed of this log."""
-    config = parquet.get_config(variant)
+    config = configs.parquet(variant)
     data = config.data
 {body}
 
@@ -103,8 +103,7 @@ def name_of_log(path: str) -> str:
     parts = [part for part in re.split(r"[/\\]+", path) if part and not re.search(r"[*?\[]", part)]
     stem = re.sub(r"\.(parquet|pq)$", "", parts[-1]) if parts else ""
     name = re.sub(r"\W+", "_", stem, flags=re.ASCII).strip("_").lower() or "log"
-    # A file of this name beside the configs would hide the template.
-    if keyword.iskeyword(name) or name in ("parquet", "defaults"):
+    if keyword.iskeyword(name):
         return f"{name}_log"
     return f"c_{name}" if name[0].isdigit() else name
 
@@ -210,7 +209,7 @@ def _features_lines(features: Sequence[FeatureGuess]) -> list[str]:
     for feature in features:
         if not feature.left_out:
             key = f"data.features.{feature.name}"
-            code = _call("parquet.feature(", _arguments(feature), key=key)
+            code = _call("configs.feature(", _arguments(feature), key=key)
             lines.append(_line(key, code, feature.why, feature.check))
     return lines
 
@@ -221,7 +220,7 @@ def _left_out_lines(features: Sequence[FeatureGuess]) -> list[str]:
         if feature.left_out:
             guess = f", of column {feature.column!r}"
             if feature.arguments:
-                guess = f" = parquet.feature({', '.join(_arguments(feature))})"
+                guess = f" = configs.feature({', '.join(_arguments(feature))})"
             lines += _comment(feature.left_out)
             lines.append(f"{_INDENT}# data.features.{feature.name}{guess}")
     return [f"{_INDENT}# Left out, and why.", *lines] if lines else []

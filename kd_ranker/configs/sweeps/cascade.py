@@ -1,4 +1,4 @@
-"""What distilling from the log saves in the built-in cascade.
+"""Sweep for the saving of distilling from the log in the built-in cascade.
 
 The students learn from what the production final ranker said of what it was passed, faults of the
 log included, and are measured against that ranker: the method's own setting.
@@ -6,8 +6,9 @@ log included, and are measured against that ranker: the method's own setting.
 
 from ml_collections import ConfigDict
 
-from configs import cascade, sweeps
 from kd_ranker.config import defaults
+from kd_ranker.configs.cascade import get_config as cascade
+from kd_ranker.configs.sweeps.ways import with_ways
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -18,7 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
     of several widths, with the loss that suits them best.
     """
     defaults.check_variant(variant, "paper", "live", "sizes", "small")
-    config = cascade.get_config("small" if variant == "small" else "")
+    config = cascade("small" if variant == "small" else "")
     if variant == "live":
         _train_a_ranker(config)
     else:
@@ -26,20 +27,20 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "paper":
         config.sweep.axes.train.steps = (1000, 2000)
         config.sweep.whole_repeats = True
-        return sweeps.with_ways(config, rates=(1e-2, 2e-2, 4e-2), weights=(0.3, 1.0, 3.0))
+        return with_ways(config, rates=(1e-2, 2e-2, 4e-2), weights=(0.3, 1.0, 3.0))
     if variant == "live":
-        return sweeps.with_ways(config, rates=(1e-2, 4e-2), weights=(0.3, 1.0, 3.0))
+        return with_ways(config, rates=(1e-2, 4e-2), weights=(0.3, 1.0, 3.0))
     if variant == "sizes":
-        sweeps.with_ways(config, rates=(1e-2, 4e-2), weights=(0.3,))
+        with_ways(config, rates=(1e-2, 4e-2), weights=(0.3,))
         config.sweep.axes.distill.loss = ("softmax",)
         config.sweep.axes.student.width = (8, 32, 128)
         return config
     # At one weight, which suits the losses of an order best, of those of `:paper`, on validation.
-    return sweeps.with_ways(config, rates=(1e-2, 4e-2), weights=(0.3,))
+    return with_ways(config, rates=(1e-2, 4e-2), weights=(0.3,))
 
 
 def _train_a_ranker(config: ConfigDict) -> None:
-    """What brings a ranker nearer to the one that filled the log: docs/results.md has how near."""
+    """Brings a ranker nearer to the one that filled the log: docs/results.md has how near."""
     config.data.train_requests = 48000  # 60 labels an item, and not 15
     config.data.history_length = 50  # to know the user's interests, which the profile hardly shows
     config.teacher.optimizer.weight_decay = 0.3

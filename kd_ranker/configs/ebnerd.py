@@ -2,13 +2,13 @@
 
 from ml_collections import ConfigDict
 
-from configs import parquet
 from kd_ranker.config.features import feature
+from kd_ranker.configs.parquet import get_config as parquet
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """Give `--config.data.path`, the log; see `docs/datasets.md`."""
-    config = parquet.get_config(variant)
+    config = parquet(variant)
     config.tasks, config.value_weights = ("click", "read"), (1.0, 1.0)
     config.data.title = "EB-NeRD"
     config.data.rows = "request"

@@ -1,6 +1,12 @@
-"""Builds the dataset of requests for `config.data`.
+r"""Builds the dataset of requests for `config.data`.
 
 With `config.data.infer`, it writes a first config for a log in place of it.
+
+For example:
+
+    python -m experiments.prepare_data --config=configs/cascade.py
+    python -m experiments.prepare_data --config=configs/parquet.py \
+        --config.data.path=log/ --config.data.infer
 """
 
 from pathlib import Path
@@ -26,5 +32,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
     print("\n".join(commands.data_lines(config)))
 
 
-if __name__ == "__main__":
+def start() -> None:
     launch(main, needs_workdir=False)
+
+
+if __name__ == "__main__":
+    start()

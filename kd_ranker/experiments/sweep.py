@@ -1,4 +1,9 @@
-"""Trains the students of config.sweep."""
+"""Trains the students of config.sweep.
+
+For example:
+
+    python -m experiments.sweep --config=configs/sweeps/cascade.py --workdir=runs/sweep
+"""
 
 from pathlib import Path
 
@@ -15,5 +20,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
     print(results_text(workdir, config.funnel.passed))
 
 
-if __name__ == "__main__":
+def start() -> None:
     launch(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -1,4 +1,9 @@
-"""Writes tables, figures and report.html from the workdirs of one or more sweeps."""
+"""Writes tables, figures and report.html from the workdirs of one or more sweeps.
+
+For example:
+
+    python -m experiments.report --workdir=runs/report runs/sweep runs/another_sweep
+"""
 
 from pathlib import Path
 
@@ -12,5 +17,9 @@ def main(workdirs: list[Path], output: Path) -> None:
     print(f"report: {page}")
 
 
-if __name__ == "__main__":
+def start() -> None:
     launch_on_workdirs(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -1,4 +1,10 @@
-"""Trains one student."""
+r"""Trains one student.
+
+For example:
+
+    python -m experiments.train --config=configs/cascade.py --workdir=runs/student \
+        --config.teacher.source=logged --config.distill.mode=shared
+"""
 
 from pathlib import Path
 
@@ -14,5 +20,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
     print(results_text(workdir, config.funnel.passed))
 
 
-if __name__ == "__main__":
+def start() -> None:
     launch(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -1,4 +1,9 @@
-"""Does the main job: the dataset, the teacher where the log has none, a sweep, the report."""
+"""Does the main job: the dataset, the teacher where the log has none, a sweep, the report.
+
+For example:
+
+    python -m experiments.run --config=configs/sweeps/cascade.py --workdir=runs/cascade
+"""
 
 import sys
 from pathlib import Path
@@ -19,5 +24,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
     print(f"  report    {made.page}")
 
 
-if __name__ == "__main__":
+def start() -> None:
     launch(main)
+
+
+if __name__ == "__main__":
+    start()

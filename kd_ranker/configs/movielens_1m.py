@@ -2,12 +2,12 @@
 
 from ml_collections import ConfigDict
 
-from configs import movielens
+from kd_ranker.configs.movielens import get_config as movielens
 
 
 def get_config(variant: str = "", source: str = "movielens_1m") -> ConfigDict:
     """The default setting; give `--config.data.path`, or leave it empty to download."""
-    config = movielens.get_config(variant, source)
+    config = movielens(variant, source)
     config.data.negatives = 500  # candidates drawn from what the user had not rated; 0 takes all
     config.data.max_users = 0  # users, drawn at random, who make requests; 0 takes all
     config.funnel.retrieved = 1000  # holds the negatives and what is rated in one request

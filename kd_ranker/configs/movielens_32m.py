@@ -2,12 +2,12 @@
 
 from ml_collections import ConfigDict
 
-from configs import movielens_1m
+from kd_ranker.configs.movielens_1m import get_config as movielens_1m
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """The default setting; give `--config.data.path`, or leave it empty to download."""
-    config = movielens_1m.get_config(variant, "movielens_32m")
+    config = movielens_1m(variant, "movielens_32m")
     config.data.ratings_per_request = 16
     config.data.max_users = 10_000  # of 200,948; 0 takes all, for twenty times the disk and time
     for batch in (config.batch, config.teacher.batch):

@@ -1,4 +1,9 @@
-"""Trains the final ranker."""
+"""Trains the final ranker.
+
+For example:
+
+    python -m experiments.train_teacher --config=configs/cascade.py --workdir=runs/teacher
+"""
 
 from pathlib import Path
 
@@ -14,5 +19,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
     print(results_text(workdir, config.funnel.passed))
 
 
-if __name__ == "__main__":
+def start() -> None:
     launch(main)
+
+
+if __name__ == "__main__":
+    start()

@@ -1,7 +1,12 @@
-"""Writes a copy of the dataset with the probabilities of the teacher in config.teacher.workdir.
+r"""Writes a copy of the dataset with the probabilities of the teacher in config.teacher.workdir.
 
 With `data.name = "parquet"`, the log is written back with the teacher's columns added, too. A run
 that was killed goes on where it stopped.
+
+For example:
+
+    python -m experiments.log_teacher --config=configs/cascade.py \
+        --config.teacher.workdir=runs/teacher
 """
 
 from pathlib import Path
@@ -21,5 +26,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
         print(f"its new columns: {', '.join(logged.log.columns)}")
 
 
-if __name__ == "__main__":
+def start() -> None:
     launch(main, needs_workdir=False)
+
+
+if __name__ == "__main__":
+    start()

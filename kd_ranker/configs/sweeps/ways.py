@@ -1,4 +1,4 @@
-"""Sweeps to start from, one file a dataset."""
+"""Ways of distilling that a sweep compares."""
 
 from ml_collections import ConfigDict
 

@@ -1,0 +1,29 @@
+"""Configs of experiments, each a function from the name of a variant to a `ConfigDict`.
+
+`configs.cascade("small")` is what `--config=configs/cascade.py:small` is on a command line. Here
+the functions have the names of their files; the file of one is still imported by its whole name.
+"""
+
+from kd_ranker.config.features import feature
+from kd_ranker.configs import sweeps
+from kd_ranker.configs.cascade import get_config as cascade
+from kd_ranker.configs.ebnerd import get_config as ebnerd
+from kd_ranker.configs.kuairand import get_config as kuairand
+from kd_ranker.configs.movielens import get_config as movielens
+from kd_ranker.configs.movielens_1m import get_config as movielens_1m
+from kd_ranker.configs.movielens_32m import get_config as movielens_32m
+from kd_ranker.configs.parquet import get_config as parquet
+from kd_ranker.configs.recflow import get_config as recflow
+
+__all__ = [
+    "cascade",
+    "ebnerd",
+    "feature",
+    "kuairand",
+    "movielens",
+    "movielens_1m",
+    "movielens_32m",
+    "parquet",
+    "recflow",
+    "sweeps",
+]

@@ -1,0 +1,1 @@
+"""The entry points: flags in, one library call, and what it found as text."""

@@ -1,0 +1,202 @@
+"""The public face of the package, `import kd_ranker as kd`, for notebooks and programs.
+
+Each function does the work of the entry point of its name, and gives an object that shows itself.
+"""
+
+import html
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from absl import logging
+from ml_collections import ConfigDict
+
+from kd_ranker.config import checks, schema
+from kd_ranker.evaluation import results
+from kd_ranker.pipeline import commands
+from kd_ranker.pipeline.launch import with_home
+from kd_ranker.report.tables import results_text
+from kd_ranker.training.workdir import read_config
+
+Folder = str | PathLike[str]
+
+
+class Prepared(NamedTuple):
+    """A dataset on disk.
+
+    Attributes:
+      directory: its folder.
+      lines: what there is to know of it: of an own log, candidates used and rejected, remarks;
+        epochs of training.
+    """
+
+    directory: Path
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return "\n".join([f"dataset: {self.directory}", *self.lines])
+
+    def _repr_html_(self) -> str:
+        return _as_html(str(self))
+
+
+class Trained(NamedTuple):
+    """The rankers that a run has trained: a teacher, a student, or the students of a sweep.
+
+    Attributes:
+      workdir: the folder of the run.
+    """
+
+    workdir: Path
+
+    @property
+    def results(self) -> pd.DataFrame:
+        """Its `results.csv`: a row a ranker, serving choice and split; see docs/concepts.md."""
+        return results.read_csv(self.workdir / results.FILE)
+
+    def __str__(self) -> str:
+        return results_text(self.workdir, read_config(self.workdir).funnel.passed)
+
+    def _repr_html_(self) -> str:
+        return _as_html(str(self))
+
+
+class Report(NamedTuple):
+    """A report on disk, which a notebook shows.
+
+    Attributes:
+      answers: a sentence a dataset on what distillation saves.
+      page: its page, with all figures and tables.
+    """
+
+    answers: tuple[str, ...]
+    page: Path
+
+    def __str__(self) -> str:
+        return "\n".join([*self.answers, f"report: {self.page}"])
+
+    def _repr_html_(self) -> str:
+        # A page of its own, so that its styles stay within it.
+        page = html.escape(self.page.read_text(), quote=True)
+        return f'<iframe srcdoc="{page}" width="100%" height="800" style="border: 0"></iframe>'
+
+
+def _as_html(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+def prepare(config: ConfigDict) -> Prepared:
+    """Builds the dataset of `config.data`; one that is there already is checked and left alone.
+
+    Raises:
+      UserError: the config or the raw files are at fault.
+    """
+    config = _own(config)
+    directory = commands.prepare_data(config)
+    lines = tuple(commands.data_lines(config))
+    for line in lines:
+        if line.startswith("remark:"):
+            logging.warning("%s", line)
+    return Prepared(directory, lines)
+
+
+def train_teacher(config: ConfigDict, workdir: Folder) -> Trained:
+    """Trains the final ranker of `config.teacher` on user labels and measures it.
+
+    Raises:
+      UserError: the config is at fault, its dataset was not prepared, or the folder holds another
+        run.
+    """
+    commands.train_teacher(_own(config), Path(workdir))
+    return Trained(Path(workdir))
+
+
+def log_teacher(config: ConfigDict, teacher: Trained | Folder) -> commands.Logged:
+    """Scores the dataset with a teacher and writes it back with the teacher's probabilities."""
+    return commands.log_teacher(_own(config, teacher))
+
+
+def train(config: ConfigDict, workdir: Folder, teacher: Trained | Folder | None = None) -> Trained:
+    """Trains one student and measures it.
+
+    Args:
+      config: with the way of distilling in `config.distill`.
+      workdir: the folder of the run; one that was killed goes on where it stopped.
+      teacher: a teacher, or the folder of its run; None for that of `config.teacher.workdir`.
+
+    Raises:
+      UserError: the config is at fault, dataset or teacher are missing, or the folder holds another
+        run.
+    """
+    commands.train(_own(config, teacher), Path(workdir))
+    return Trained(Path(workdir))
+
+
+def sweep(
+    config: ConfigDict,
+    workdir: Folder,
+    teacher: Trained | Folder | None = None,
+    modes: Sequence[str] | None = None,
+    weights: Sequence[float] | None = None,
+    seeds: Sequence[int] | None = None,
+    axes: Mapping[str, Sequence[Any]] | None = None,
+) -> Trained:
+    """Trains a student for each combination of what is swept, and measures all of them.
+
+    Args:
+      config: what all students have in common, and what to sweep where the arguments are None.
+      workdir: the folder of the run; one that was killed goes on where it stopped.
+      teacher: a teacher, or the folder of its run; None for that of `config.teacher.workdir`.
+      modes: values of `distill.mode`.
+      weights: values of `distill.weight`.
+      seeds: values of `seed`.
+      axes: values of any other key that a sweep may vary, by its name:
+        `{"distill.loss": ("bce", "topk")}`.
+
+    Raises:
+      UserError: as for `train`, or an axis is none.
+    """
+    config = _own(config, teacher)
+    named = {"distill.mode": modes, "distill.weight": weights, "seed": seeds, **(axes or {})}
+    for key, values in named.items():
+        if values is not None:
+            axis = schema.axis_of(key)
+            checks.check_key(config, axis)
+            schema.set_value(config, axis, values)
+    commands.sweep(config, Path(workdir))
+    return Trained(Path(workdir))
+
+
+def report(*sweeps: Trained | Folder, output: Folder | None = None) -> Report:
+    """Writes tables, figures and a page of what sweeps have found.
+
+    Args:
+      *sweeps: these, or the folders of their runs.
+      output: the folder to write to; None for that of the first sweep.
+
+    Raises:
+      UserError: a sweep is missing or not complete, or two are too different for one report.
+    """
+    workdirs = [_folder(sweep) for sweep in sweeps]
+    answers, page = commands.report(workdirs, Path(output) if output else workdirs[0])
+    return Report(tuple(answers), page)
+
+
+def run(config: ConfigDict, workdir: Folder) -> Report:
+    """Does the main job: the dataset, a teacher where the log has none, a sweep, the report."""
+    made = commands.run(_own(config), Path(workdir))
+    return Report(tuple(made.answers), made.page)
+
+
+def _own(config: ConfigDict, teacher: Trained | Folder | None = None) -> ConfigDict:
+    """A copy of a config, so that nobody's is changed, with a teacher."""
+    own = with_home(config.copy_and_resolve_references())
+    if teacher is not None:
+        own.teacher.workdir = str(_folder(teacher))
+    return own
+
+
+def _folder(of: Trained | Folder) -> Path:
+    return of.workdir if isinstance(of, Trained) else Path(of)

@@ -1,0 +1,103 @@
+"""`import kd_ranker as kd`: the names that outsiders use."""
+
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+import kd_ranker as kd
+from tests import small
+
+SMALL = {"train.steps": 4, "train.eval_every": 0, "train.checkpoint_every": 4}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small.open_world(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def students(world, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("public") / "sweep"
+    config = world.config(**{key.replace(".", "__"): value for key, value in SMALL.items()})
+    config.teacher.workdir = ""
+    before = config.to_json()
+    swept = kd.sweep(
+        config,
+        workdir,
+        teacher=world.teacher,
+        modes=("none", "aux"),
+        weights=(0.3, 1),
+        axes={"distill.loss": ["topk"]},
+    )
+    assert config.to_json() == before
+    return swept
+
+
+def test_all_names_are_there_and_no_others():
+    assert {name for name in kd.__all__ if not hasattr(kd, name)} == set()
+    assert {*kd.__all__} <= {*dir(kd)}
+    with pytest.raises(AttributeError, match="has no attribute 'trane'"):
+        kd.trane  # noqa: B018
+    assert all(getattr(kd, name).__doc__ for name in kd.__all__)
+
+
+def test_a_name_is_the_function_whatever_was_imported_before():
+    program = """
+import kd_ranker.sweep.members, kd_ranker.report.write
+import kd_ranker as kd
+assert callable(kd.sweep) and callable(kd.report), (kd.sweep, kd.report)
+from kd_ranker.sweep.members import sweep_members
+from kd_ranker import configs
+assert kd.configs is configs
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_to_import_the_package_takes_nothing_along():
+    program = "import sys, kd_ranker; assert not {'jax', 'pandas'} & {*sys.modules}"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+
+
+def test_a_sweep_has_a_row_for_each_combination(students):
+    table = students.results
+    assert isinstance(table, pd.DataFrame)
+    trained = table[(table.role == "student") & (table.split == "validation")]
+    found = {*zip(trained["mode"], trained.distill_weight, strict=True)}
+    assert found == {("none", 0.0), ("aux", 0.3), ("aux", 1.0)}
+    assert {*trained[trained["mode"] == "aux"].distill_loss} == {"topk"}
+    assert str(students.workdir) in str(students)
+    assert "<pre>" in students._repr_html_()
+
+
+def test_a_report_shows_its_page_within_a_notebook(students, tmp_path):
+    report = kd.report(students, output=tmp_path)
+    assert report.page.parent == tmp_path
+    shown = report._repr_html_()
+    assert shown.startswith("<iframe srcdoc=")
+    # Its own quotes and tags do not end the frame.
+    assert shown.count('"') == 2 * 4
+    assert shown.count("<") == 2
+    assert report.answers[0] in str(report)
+
+
+def test_prepare_tells_of_the_dataset(world):
+    prepared = kd.prepare(world.config())
+    assert str(prepared).startswith(f"dataset: {prepared.directory}")
+    assert any(line.startswith("epochs: ") for line in prepared.lines)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modes": ("twice",)}, "twice"),
+        ({"axes": {"train.stepz": (1,)}}, "train.stepz"),
+        ({"axes": {"data.name": ("cascade",)}}, "data.name"),
+        ({"teacher": "nowhere"}, "no teacher at nowhere"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_is_written(world, tmp_path, change, message):
+    arguments = {"teacher": world.teacher, **change}
+    with pytest.raises(kd.UserError, match=message):
+        kd.sweep(world.config(), tmp_path / "sweep", **arguments)
