@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kd_ranker import configs
-    from kd_ranker.batch import FeatureSpec
+    from kd_ranker.batch import Category, FeatureSpec, Request
+    from kd_ranker.distillation import losses, modes
     from kd_ranker.errors import UserError
     from kd_ranker.pipeline.public import (
+        Dataset,
         Prepared,
         Report,
         Trained,
@@ -34,13 +36,18 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "Category",
+    "Dataset",
     "FeatureSpec",
     "Prepared",
     "Report",
+    "Request",
     "Trained",
     "UserError",
     "configs",
     "log_teacher",
+    "losses",
+    "modes",
     "prepare",
     "report",
     "run",
@@ -49,7 +56,17 @@ __all__ = [
     "train_teacher",
 ]
 
-_ELSEWHERE = {"FeatureSpec": "kd_ranker.batch", "UserError": "kd_ranker.errors"}
+_MODULES = {
+    "configs": "kd_ranker.configs",
+    "losses": "kd_ranker.distillation.losses",
+    "modes": "kd_ranker.distillation.modes",
+}
+_ELSEWHERE = {
+    "Category": "kd_ranker.batch",
+    "FeatureSpec": "kd_ranker.batch",
+    "Request": "kd_ranker.batch",
+    "UserError": "kd_ranker.errors",
+}
 
 
 class _Face(types.ModuleType):
@@ -61,8 +78,8 @@ class _Face(types.ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        if name == "configs":
-            return importlib.import_module("kd_ranker.configs")
+        if name in _MODULES:
+            return importlib.import_module(_MODULES[name])
         module = importlib.import_module(_ELSEWHERE.get(name, "kd_ranker.pipeline.public"))
         return getattr(module, name)
 

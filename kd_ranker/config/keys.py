@@ -26,7 +26,7 @@ from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.models.model import COMPUTE_DTYPES
 from kd_ranker.models.student import HISTORIES, STUDENTS
 from kd_ranker.models.teacher import TEACHERS
-from kd_ranker.sources import kuairand
+from kd_ranker.sources import given, kuairand
 from kd_ranker.sources.logs import layout
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.training.mapping import MAPPINGS
@@ -378,6 +378,8 @@ _LOG = _of_source(
         element=str, influences="nothing"),
 )  # fmt: skip
 
+_GIVEN = _of_source(Key("labels", ConfigDict(), "the tasks of the requests, each by its name"))
+
 DATA_KEYS: dict[str, dict[str, Key]] = {
     "cascade": _CASCADE,
     "movielens_100k": _RATINGS,
@@ -386,5 +388,6 @@ DATA_KEYS: dict[str, dict[str, Key]] = {
     **dict.fromkeys(kuairand.VARIANT_OF_NAME, _KUAIRAND),
     "recflow": _RECFLOW,
     "parquet": _LOG,
+    given.NAME: _GIVEN,
 }
 """By `data.name`, the keys of `config.data` that this source has beside those of all."""

@@ -3,24 +3,100 @@
 Each function does the work of the entry point of its name, and gives an object that shows itself.
 """
 
+import dataclasses
 import html
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from absl import logging
 from ml_collections import ConfigDict
 
-from kd_ranker.config import checks, schema
+from kd_ranker.batch import FeatureSpec
+from kd_ranker.config import checks, defaults, schema
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import commands
 from kd_ranker.pipeline.launch import with_home
 from kd_ranker.report.tables import results_text
+from kd_ranker.sources import given
 from kd_ranker.training.workdir import read_config
 
 Folder = str | PathLike[str]
+
+
+class Dataset(NamedTuple):
+    """Requests that a program has handed over, as a dataset.
+
+    Attributes:
+      directory: the folder that keeps them.
+      config: a config for them, to change and to `prepare`.
+    """
+
+    directory: Path
+    config: ConfigDict
+
+    @classmethod
+    def from_requests(
+        cls,
+        requests: Iterable[Any] | Mapping[str, Iterable[Any]],
+        spec: FeatureSpec,
+        item_features: Any = None,
+        item_category: Any = None,
+        config: ConfigDict | None = None,
+        directory: Folder = "datasets",
+        validation_share: float = 0.1,
+        test_share: float = 0.1,
+    ) -> "Dataset":
+        """Makes a dataset of requests in memory.
+
+        Args:
+          requests: each a mapping from names of fields, or a `kd.Request`; or a DataFrame of these
+            fields, a row a request. `given.request_of` says what may be left out. They are split by
+            time; or by a mapping, from train, validation and test to theirs.
+          spec: the sizes of their features; each width but those of categories is at least 1.
+          item_features: float32 [num_items, F]; None: zeros.
+          item_category: int32 [num_items, I], the category ids of each item; None: there are none.
+          config: rankers, training and funnel to start from; None: the defaults, and a funnel of
+            the sizes that the requests have.
+          directory: the folder of datasets.
+          validation_share: share of the requests before those of the test.
+          test_share: share of the last requests.
+
+        Raises:
+          UserError: a field is none, is missing, has another shape than `spec` says or an id out of
+            range, or a split is left without requests.
+        """
+        spec = dataclasses.replace(spec, dataset=given.NAME)
+        splits = dict(requests) if isinstance(requests, Mapping) else {"": requests}
+        numbers = itertools.count()
+        made = {
+            split: [given.request_of(each, next(numbers), spec) for each in _each(of_split)]
+            for split, of_split in splits.items()
+        }
+        if "" in made:
+            made = given.splits_of(made[""], validation_share, test_share)
+        shape = (spec.num_items, spec.item_features)
+        features = np.zeros(shape) if item_features is None else item_features
+        category = None if item_category is None else np.asarray(item_category, np.int32)
+        path = given.keep(made, spec, np.asarray(features, np.float32), category, str(directory))
+        own = defaults.get_config(given.NAME)
+        if config is None:
+            own.funnel.update(given.funnel_of(itertools.chain(*made.values())))
+        else:
+            own.update({name: of for name, of in config.items() if name != "data"})
+        own.data.path, own.data.dir = str(path), str(directory)
+        own.data.labels = {task: task for task in spec.tasks}
+        if tuple(own.tasks) != spec.tasks:
+            own.tasks, own.value_weights = spec.tasks, (1.0,) * len(spec.tasks)
+        return cls(path, own)
+
+
+def _each(requests: Any) -> Iterable[Any]:
+    return requests.to_dict("records") if isinstance(requests, pd.DataFrame) else requests
 
 
 class Prepared(NamedTuple):

@@ -318,12 +318,22 @@ def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:
       UserError: there is no such dataset, or only one of an older format, or it is damaged.
     """
     directory = directory_of(name, data_dir)
-    if not directory.exists():
-        if older := sorted(path.parent.name for path in directory.parent.glob(f"*/{SPEC_FILE}")):
-            raise UserError(
-                f"the dataset at {directory.parent} has the format {older[-1]} and this release "
-                f"reads {FORMAT_VERSION}, with a validation split; make it anew with: {made_by}"
-            )
+    older = sorted(path.parent.name for path in directory.parent.glob(f"*/{SPEC_FILE}"))
+    if older and not directory.exists():
+        raise UserError(
+            f"the dataset at {directory.parent} has the format {older[-1]} and this release reads "
+            f"{FORMAT_VERSION}, with a validation split; make it anew with: {made_by}"
+        )
+    return open_at(directory, made_by)
+
+
+def open_at(directory: Path, made_by: str) -> Dataset:
+    """Opens the dataset in a folder.
+
+    Raises:
+      UserError: there is none, or it is damaged.
+    """
+    if not (directory / SPEC_FILE).exists():
         raise UserError(f"no dataset at {directory}; make it with: {made_by}")
     with damage(directory, made_by):
         checksums.check(directory)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from kd_ranker.requests.request import Source
-from kd_ranker.sources import cascade, kuairand, movielens, recflow
+from kd_ranker.sources import cascade, given, kuairand, movielens, recflow
 from kd_ranker.sources.logs import source as parquet
 from kd_ranker.sources.logs import write_back
 from kd_ranker.sources.logs.write_back import ScoredLog
@@ -63,4 +63,5 @@ SOURCES: dict[str, SourceEntry] = {
     ),
     "movielens_1m": SourceEntry(movielens.TASKS, movielens.open_source),
     "movielens_32m": SourceEntry(movielens.TASKS, movielens.open_source),
+    given.NAME: SourceEntry(None, given.open_source),
 }

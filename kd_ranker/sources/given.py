@@ -1,0 +1,200 @@
+"""Requests that a program hands over, kept on disk, as a source.
+
+`keep` writes them as a dataset of their own, which `data.path` then names. `open_source` reads that
+again, for the dataset of a config.
+"""
+
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int32
+from ml_collections import ConfigDict
+
+from kd_ranker.batch import STORED, FeatureSpec, Field, Owner, Request
+from kd_ranker.errors import UserError
+from kd_ranker.requests import storage
+from kd_ranker.requests.block import block_of
+from kd_ranker.requests.records import read_requests
+from kd_ranker.requests.request import SPLITS, Source
+
+NAME = "requests"
+MADE_BY = "kd.Dataset.from_requests"
+
+# The field that says how many entries of an owner a request has.
+_COUNTED_BY: dict[Owner, str] = {
+    "event": "history_id",
+    "candidate": "item_id",
+    "shown": "user_label",
+    "scored": "teacher_probability",
+    "known": "true_probability",
+}
+_NEEDED = ("user_id", "item_id", "user_label")
+
+
+def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
+    """Opens requests that were handed over as a source.
+
+    Raises:
+      UserError: they are not where `data.path` says, or other tasks are asked for, or a request has
+        more candidates than the funnel retrieves.
+    """
+    dataset = storage.open_at(Path(data.path), MADE_BY)
+    if tuple(tasks) != dataset.spec.tasks:
+        raise UserError(
+            f"tasks={tuple(tasks)}, and the requests at {data.path} have {dataset.spec.tasks}, in "
+            "that order"
+        )
+    most = max(int(dataset.columns[split].counts.retrieved.max()) for split in SPLITS)
+    if most > funnel.retrieved:
+        raise UserError(
+            f"funnel.retrieved={funnel.retrieved}, and a request at {data.path} has {most} "
+            "candidates"
+        )
+    return Source(
+        spec=dataset.spec,
+        item_features=dataset.item_features,
+        item_category=dataset.item_category,
+        requests=functools.partial(read_requests, dataset),
+        num_requests={split: dataset.builder.info.splits[split].num_examples for split in SPLITS},
+    )
+
+
+def keep(
+    requests: Mapping[str, Sequence[Request]],
+    spec: FeatureSpec,
+    item_features: Float32[np.ndarray, "items F"],
+    item_category: Int32[np.ndarray, "items I"] | None,
+    directory: str,
+) -> Path:
+    """Writes requests to disk, under a name that their content decides.
+
+    Args:
+      requests: split -> its requests.
+      spec: the sizes of their features.
+      item_features: of each item.
+      item_category: the category ids of each item, -1 where there is none.
+      directory: the folder of datasets, `data.dir`.
+
+    Returns:
+      Their folder, for `data.path`.
+
+    Raises:
+      UserError: a split has none, or an id is out of range.
+    """
+    digest = hashlib.sha256(spec.to_json().encode())
+    for array in (item_features, item_category):
+        digest.update(b"" if array is None else array.tobytes())
+    for split in SPLITS:
+        block = block_of(requests.get(split, ()), spec)
+        for values in (*block.values.values(), *block.numbers.values()):
+            is_text = values.dtype == object
+            digest.update(repr(values.tolist()).encode() if is_text else values.tobytes())
+    source = Source(
+        spec=spec,
+        item_features=item_features,
+        item_category=item_category,
+        requests=lambda split: iter(requests[split]),
+        num_requests={split: len(of_split) for split, of_split in requests.items()},
+    )
+    return storage.build(source, f"given-{digest.hexdigest()[:8]}", directory)
+
+
+def splits_of(
+    requests: Iterable[Request], validation_share: float, test_share: float
+) -> dict[str, list[Request]]:
+    """Splits requests by time: the last ones are for the test, those before for the validation.
+
+    Requests of one time stay together, in the later of two splits.
+    """
+    ordered = sorted(requests, key=lambda request: (request.time, request.request_id))
+    times = [request.time for request in ordered]
+    places = (round(len(times) * (1 - of)) for of in (validation_share + test_share, test_share))
+    cuts = [int(np.searchsorted(times, times[at])) if at < len(times) else at for at in places]
+    ends = itertools.pairwise((0, *cuts, len(ordered)))
+    return {split: ordered[start:end] for split, (start, end) in zip(SPLITS, ends, strict=True)}
+
+
+def funnel_of(requests: Iterable[Request]) -> dict[str, Any]:
+    """A funnel of the sizes that requests have; it passes half of it where all were passed."""
+    sizes = [
+        (len(request.item_id), request.num_passed, len(request.user_label)) for request in requests
+    ]
+    retrieved, passed, shown = map(max, zip(*sizes, strict=True))
+    if passed == retrieved:
+        passed = max(shown, retrieved // 2)
+    report_at = tuple(sorted({shown, passed, retrieved}))
+    return dict(retrieved=retrieved, passed=passed, shown=shown, report_at=report_at)
+
+
+def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpec) -> Request:
+    """A request from its fields by name, of which most may be left out.
+
+    Left out, `request_id` and `time` are its place, all candidates were passed, labels and the
+    teacher's probabilities weigh 1, the teacher's version is the one that counts, and features are
+    0; there are no events, no teacher's probabilities and no true ones.
+
+    Args:
+      fields: these, arrays as anything that NumPy makes arrays of; or a request, which is checked.
+      place: its place among all requests.
+      spec: the sizes of its features.
+
+    Raises:
+      UserError: a field is none, is missing, or has another shape than `Request` says.
+    """
+    given: dict[str, Any] = dict(vars(fields) if isinstance(fields, Request) else fields)
+    who = f"request {given.get('request_id', place)}"
+    known = {field.name for field in STORED}
+    if wrong := sorted({*given} - known):
+        raise UserError(f"{who}: {wrong[0]!r} is no field of a request: {', '.join(sorted(known))}")
+    if lacking := [name for name in _NEEDED if name not in given]:
+        raise UserError(f"{who} lacks {lacking[0]}")
+    first: dict[str, Any] = {
+        "request_id": place,
+        "time": place,
+        "teacher_version": spec.teacher_version,
+        "num_passed": len(given["item_id"]),
+    }
+    given = first | given
+    numbers = {
+        owner: len(given[name]) if given.get(name) is not None else 0
+        for owner, name in _COUNTED_BY.items()
+    }
+    values = {field.name: _value(field, given, numbers, spec, who) for field in STORED}
+    request = Request(**values)
+    shown, passed, all_ = len(request.user_label), request.num_passed, len(request.item_id)
+    if not 0 < shown <= passed <= all_:
+        raise UserError(
+            f"{who}: {shown} labels, num_passed={passed} and {all_} items; the shown stand first "
+            "among the passed, and these among all, so 0 < labels ≤ num_passed ≤ items"
+        )
+    return request
+
+
+def _value(
+    field: Field,
+    given: Mapping[str, Any],
+    numbers: Mapping[Owner, int],
+    spec: FeatureSpec,
+    who: str,
+) -> Any:
+    shape = field.shape(spec)
+    if field.of != "request":
+        shape = (numbers[field.of], *shape)
+    value = given.get(field.name)
+    if value is None:
+        weighs = field.name.endswith("_weight")
+        return np.full(shape, 1 if weighs else max(field.nothing, -1), field.stored)
+    if not shape and field.of == "request":
+        return field.stored(value) if field.stored is str else int(value)
+    try:
+        array = np.asarray(value, field.stored)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{who}: {field.name}: {error}") from error
+    if array.shape != shape:
+        raise UserError(f"{who}: {field.name} has the shape {array.shape}, and should have {shape}")
+    return array

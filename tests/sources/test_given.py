@@ -1,0 +1,174 @@
+"""Requests that a program hands over."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import kd_ranker as kd
+from kd_ranker.batch import STORED
+from kd_ranker.pipeline import teachers
+from kd_ranker.requests.records import read_requests
+from kd_ranker.sources import given
+
+SPEC = kd.FeatureSpec(
+    dataset="mine",
+    tasks=("click", "buy"),
+    num_users=20,
+    num_items=30,
+    user_features=2,
+    context_features=1,
+    candidate_features=1,
+    item_features=2,
+    cheap_item_features=1,
+    history_length=3,
+    history_features=1,
+    teacher_version="v1",
+    categories=(kd.Category("shelf", of="candidate", size=4),),
+)
+
+
+def mappings(number=20, seed=0):
+    """Requests of all sizes, with all that a request may have."""
+    draw = np.random.default_rng(seed)
+    for index in range(number):
+        shown = int(draw.integers(1, 4))
+        passed = shown + int(draw.integers(0, 3))
+        retrieved = passed + int(draw.integers(0, 3))
+        events = int(draw.integers(0, 5))
+        yield dict(
+            request_id=100 + index,
+            time=int(draw.integers(1000)),
+            user_id=int(draw.integers(20)),
+            user_features=draw.random(2).astype(np.float32),
+            context=draw.random(1).astype(np.float32),
+            history_id=draw.integers(0, 30, events).astype(np.int32),
+            history_features=draw.random((events, 1)).astype(np.float32),
+            item_id=draw.permutation(30)[:retrieved].astype(np.int32),
+            candidate_features=draw.random((retrieved, 1)).astype(np.float32),
+            candidate_category=draw.integers(-1, 4, (retrieved, 1)).astype(np.int32),
+            num_passed=passed,
+            user_label=draw.integers(0, 2, (shown, 2)).astype(np.uint8),
+            label_weight=draw.random(shown).astype(np.float32),
+            teacher_probability=draw.random((passed, 2)).astype(np.float32),
+            teacher_weight=draw.integers(0, 2, passed).astype(np.float32),
+            teacher_version="v1" if index % 3 else "v0",
+        )
+
+
+def read(config):
+    dataset = teachers.dataset_of(config)
+    return {
+        split: {request.request_id: request for request in read_requests(dataset, split)}
+        for split in given.SPLITS
+    }
+
+
+def test_what_was_handed_over_is_what_is_read(tmp_path):
+    made = [*mappings()]
+    dataset = kd.Dataset.from_requests(made, SPEC, directory=tmp_path)
+    kd.prepare(dataset.config)
+    found = read(dataset.config)
+    together = {
+        number: request for of_split in found.values() for number, request in of_split.items()
+    }
+    assert len(together) == len(made)
+    for each in made:
+        for name, value in each.items():
+            np.testing.assert_array_equal(getattr(together[each["request_id"]], name), value, name)
+    # By time: no request of a split is earlier than one of the split before.
+    times = [[request.time for request in found[split].values()] for split in given.SPLITS]
+    assert max(times[0]) < min(times[1]) <= max(times[1]) < min(times[2])
+    assert list(map(len, times)) == [16, 2, 2]
+
+
+def test_a_frame_and_requests_are_the_same_dataset_and_other_content_is_another(tmp_path):
+    made = [*mappings()]
+    requests = [given.request_of(each, 0, SPEC) for each in made]
+    frame = pd.DataFrame(made)
+    first, *same = (
+        kd.Dataset.from_requests(of, SPEC, directory=tmp_path) for of in (made, requests, frame)
+    )
+    assert {of.directory for of in same} == {first.directory}
+    made[3]["user_label"] = 1 - made[3]["user_label"]
+    changed = kd.Dataset.from_requests(made, SPEC, directory=tmp_path)
+    items = kd.Dataset.from_requests(requests, SPEC, np.ones((30, 2)), directory=tmp_path)
+    assert len({first.directory, changed.directory, items.directory}) == 3
+
+
+def test_splits_may_be_given(tmp_path):
+    made = [*mappings()]
+    splits = {"train": made[5:], "validation": made[:2], "test": made[2:5]}
+    config = kd.Dataset.from_requests(splits, SPEC, directory=tmp_path).config
+    kd.prepare(config)
+    found = read(config)
+    assert {split: {*of_split} for split, of_split in found.items()} == {
+        split: {each["request_id"] for each in of_split} for split, of_split in splits.items()
+    }
+
+
+def test_what_is_left_out_is_nothing_and_labels_weigh_1():
+    spec = dataclasses.replace(SPEC, categories=())
+    request = given.request_of(
+        {"user_id": 3, "item_id": [4, 5, 6], "user_label": [[1, 0]]}, 7, spec
+    )
+    assert (request.request_id, request.time, request.num_passed) == (7, 7, 3)
+    assert request.label_weight.tolist() == [1]
+    assert request.teacher_probability.shape == request.true_probability.shape == (0, 2)
+    assert request.teacher_version == "v1"
+    assert request.candidate_features.tolist() == [[0], [0], [0]]
+    assert request.user_features.tolist() == [0, 0]
+    scored = {"user_id": 3, "item_id": [4], "user_label": [[1, 0]]}
+    scored["teacher_probability"] = [[0.5, np.nan]]
+    assert given.request_of(scored, 0, spec).teacher_weight.tolist() == [1]
+    assert {field.name for field in STORED} == {*vars(request)}
+
+
+def test_the_funnel_is_that_of_the_requests():
+    sizes = [dict(user_id=0, item_id=[*range(n)], user_label=[[0, 0]] * 2) for n in (4, 9)]
+    requests = [given.request_of(each, 0, SPEC) for each in sizes]
+    assert given.funnel_of(requests) == dict(retrieved=9, passed=4, shown=2, report_at=(2, 4, 9))
+    some = [dataclasses.replace(request, num_passed=3) for request in requests]
+    assert given.funnel_of(some)["passed"] == 3
+
+
+GOOD = dict(user_id=1, item_id=[1, 2], user_label=[[1, 0]])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"item_id": None}, "request 0 lacks item_id"),
+        ({"label": 1}, "request 0: 'label' is no field of a request: candidate_category, "),
+        ({"user_label": [1]}, r"user_label has the shape \(1,\), and should have \(1, 2\)"),
+        ({"user_label": [[1, 0]] * 3}, "3 labels, num_passed=2 and 2 items; the shown stand first"),
+        ({"num_passed": 3}, "1 labels, num_passed=3 and 2 items"),
+        ({"user_label": np.zeros((0, 2))}, "0 labels, num_passed=2"),
+        ({"context": "x"}, "request 0: context: could not convert"),
+        ({"item_id": [1, 30], "request_id": 9}, r"request 9: item_id must lie in \[0, 30\)"),
+        ({"teacher_weight": [1.0]}, r"teacher_weight has the shape \(1,\), and should have \(0,\)"),
+    ],
+)  # fmt: skip
+def test_a_fault_is_one_line_that_names_the_request(tmp_path, change, message):
+    bad = {name: value for name, value in (GOOD | change).items() if value is not None}
+    with pytest.raises(kd.UserError, match=message):
+        kd.Dataset.from_requests([bad] + [GOOD] * 9, SPEC, directory=tmp_path)
+
+
+def test_too_few_requests_are_refused(tmp_path):
+    for few in ([], [GOOD]):
+        with pytest.raises(kd.UserError, match="yields no requests for its split"):
+            kd.Dataset.from_requests(few, SPEC, directory=tmp_path)
+
+
+def test_other_tasks_and_a_smaller_funnel_are_refused(tmp_path):
+    config = kd.Dataset.from_requests(mappings(), SPEC, directory=tmp_path).config
+    config.tasks, config.value_weights = ("buy",), (1.0,)
+    with pytest.raises(kd.UserError, match="have \\('click', 'buy'\\), in that order"):
+        kd.prepare(config)
+    config.tasks, config.value_weights = SPEC.tasks, (1.0, 1.0)
+    most = config.funnel.retrieved
+    config.funnel.update(retrieved=most - 1, report_at=(1, 2))
+    with pytest.raises(kd.UserError, match=rf"retrieved={most - 1}, and a request .* has {most} "):
+        kd.prepare(config)
