@@ -13,8 +13,8 @@
 # # A loss of your own
 #
 # A loss is a function from logits, the teacher's probabilities and their weights, each
-# [requests, candidates, tasks], to a weighted sum and the sum of the weights, a number a task. Where
-# a weight is 0 the probability may be anything, NaN included.
+# [requests, candidates, tasks], to a weighted sum and the sum of the weights, a number a task.
+# Where a weight is 0 the probability may be anything, NaN included.
 #
 # This one follows the teacher only where it is sure, which may suit a teacher that is not.
 

@@ -47,8 +47,8 @@ log.to_parquet("log.parquet")
 log.head()
 
 # %% [markdown]
-# The config names the columns. `kd-ranker prepare --config=parquet --config.data.infer` with the path
-# of a log writes a first one, with what it guesses and why.
+# The config names the columns. `kd-ranker prepare --config=parquet --config.data.infer` with
+# the path of a log writes a first one, with what it guesses and why.
 
 # %%
 config = kd.configs.parquet()
