@@ -54,9 +54,11 @@ class Dataset(NamedTuple):
         """Makes a dataset of requests in memory.
 
         Args:
-          requests: each a mapping from names of fields, or a `kd.Request`; or a DataFrame of these
-            fields, a row a request. `given.request_of` says what may be left out. They are split by
-            time; or by a mapping, from train, validation and test to theirs.
+          requests: each a mapping from the fields of `kd.Request`, or that itself; or a DataFrame
+            of these fields, a row a request. All but `user_id`, `item_id` and `user_label` may be
+            left out: then all candidates were passed, labels weigh 1, and there is nothing of the
+            rest. They are split by time; or by a mapping, from train, validation and test to
+            theirs.
           spec: the sizes of their features; each width but those of categories is at least 1.
           item_features: float32 [num_items, F]; None: zeros.
           item_category: int32 [num_items, I], the category ids of each item; None: there are none.
