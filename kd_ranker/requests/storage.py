@@ -333,7 +333,7 @@ def open_at(directory: Path, made_by: str) -> Dataset:
     Raises:
       UserError: there is none, or it is damaged.
     """
-    if not (directory / SPEC_FILE).exists():
+    if not directory.exists():
         raise UserError(f"no dataset at {directory}; make it with: {made_by}")
     with damage(directory, made_by):
         checksums.check(directory)
