@@ -14,6 +14,8 @@ from kd_ranker.training.workdir import as_json, values_by_key
 
 # The dataset and the teacher have words of their own in an identity.
 _NAMED_APART = ("data", "teacher.workdir")
+# In place of a teacher's version.
+OF_THE_LOGS = "of the logs"
 
 
 def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
@@ -62,7 +64,7 @@ def of_students(members: Mapping[str, ConfigDict], dataset: str, teacher: str) -
       teacher: the version of the teacher that they are trained and measured under; "" where the
         dataset's own logs stand in.
     """
-    return {**of_members(members), "dataset": dataset, "teacher": teacher or "of the logs"}
+    return {**of_members(members), "dataset": dataset, "teacher": teacher or OF_THE_LOGS}
 
 
 def _digest(configs: Sequence[ConfigDict], made: Influence) -> str:

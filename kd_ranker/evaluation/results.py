@@ -125,6 +125,26 @@ def chosen(frame: pd.DataFrame) -> dict[str, list[str]]:
     return {str(name): list(of["serve"]) for name, of in rows.groupby("member", sort=False)}
 
 
+def best_member(frame: pd.DataFrame, member: str = "") -> tuple[str, str] | None:
+    """The member to take for all others, and its serving choice: both as validation has them.
+
+    It is of the best setting, see `saving.best`, and of that the best repeat.
+
+    Args:
+      frame: `results.csv` with the rows of validation.
+      member: the one to take; "" asks for the best.
+
+    Returns:
+      None if no such member is measured.
+    """
+    students = with_labels(frame[(frame["role"] == "student") & frame["non_finite_step"].isna()])
+    rows = saving.of_split(students, "validation")
+    rows = rows[rows["member"] == member] if member else rows
+    setting = saving.best(rows, list(rows["setting"].unique()))
+    rows = rows[rows["setting"] == setting].sort_values(saving.CRITERION, kind="stable")
+    return (str(rows["member"].iloc[0]), str(rows["serve"].iloc[0])) if len(rows) else None
+
+
 def fill_savings(frame: pd.DataFrame, retrieved: int, costs: Costs = FLOPS) -> pd.DataFrame:
     """Fills `funnel_cost_saving` in, see `saving.with_savings`.
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "train",
     "sweep": "sweep",
     "report": "report",
+    "score": "score",
 }
 """The module of each entry point, by the name of its command."""
 
@@ -59,6 +60,9 @@ def _describe(parser: argparse.ArgumentParser, module: str, text: str) -> None:
 
     if module == "report":
         options.describe_on_workdirs(parser, text)
+    elif module == "score":
+        flags_of = importlib.import_module(f"kd_ranker.experiments.{module}").FLAGS
+        options.describe_on_run(parser, text, flags_of)
     else:
         options.describe(parser, text)
 

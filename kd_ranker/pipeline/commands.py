@@ -4,7 +4,6 @@ A command holds the workdir that it writes to for as long as it runs, and a seco
 """
 
 import contextlib
-import dataclasses
 import functools
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -16,10 +15,11 @@ from tqdm import tqdm
 
 from kd_ranker.config import checks, schema
 from kd_ranker.config.identity import dataset_name
+from kd_ranker.errors import UserError
 from kd_ranker.evaluation import references, results
 from kd_ranker.evaluation.results import Row
 from kd_ranker.pipeline import data_lines as of_data
-from kd_ranker.pipeline import runs, scoring, supervision, teachers
+from kd_ranker.pipeline import runs, scoring, supervision, teachers, trained
 from kd_ranker.pipeline.data_lines import keep_data_report
 from kd_ranker.pipeline.measure import (
     Students,
@@ -35,9 +35,11 @@ from kd_ranker.requests.lock import hold
 from kd_ranker.requests.pool import open_pool
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, Source
-from kd_ranker.sources.logs import findings
+from kd_ranker.serving.score import score_log
+from kd_ranker.sources.logs import findings, unseen
 from kd_ranker.sources.logs.data_report import read_data_report
 from kd_ranker.sources.logs.guess.first_config import FirstConfig, write_first_config
+from kd_ranker.sources.logs.layout import read_layout
 from kd_ranker.sources.logs.write_back import Scored
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.sweep.members import common, repeats, sweep_members
@@ -161,9 +163,7 @@ def log_teacher(config: ConfigDict) -> Logged:
     processes = config.data.processes
     with open_pool(processes) as run:
         source = Source(
-            spec=dataclasses.replace(
-                dataset.spec, teacher_version=teacher.version, teacher_signal="probability"
-            ),
+            spec=teachers.spec_of_scored(dataset.spec, teacher.version),
             item_features=dataset.item_features,
             item_category=dataset.item_category,
             requests=functools.partial(scoring.scored_requests, config, dataset, teacher),
@@ -175,6 +175,49 @@ def log_teacher(config: ConfigDict) -> Logged:
         )
         directory = storage.build(source, name, config.data.dir)
     return Logged(directory, log.write() if log else None)
+
+
+def score(
+    config: ConfigDict, workdir: Path, member: str = "", output: Path | None = None
+) -> tuple[Scored, list[str]]:
+    """Writes the log at `config.data.path` with the scores of the ranker in a workdir.
+
+    That log is read in the terms of the one that was trained on; what is known only after a request
+    is not. A run that was killed goes on where it stopped.
+
+    Args:
+      config: that of the run with another `data.path`, or one of the same features and tasks.
+      workdir: of a teacher, a student or a sweep.
+      member: of a sweep; "" takes the best one on validation.
+      output: the folder to write to; None takes one below `config.data.dir`.
+
+    Returns:
+      Where the result lies, and lines on who has scored what.
+
+    Raises:
+      UserError: the workdir holds no such ranker, finished and trained on a log, its dataset is
+        gone, or the log lacks what it was trained on.
+    """
+    run = trained.config_of(workdir)
+    for name in (run.data.name, config.data.name):
+        if name != "parquet":
+            raise UserError(
+                f"{workdir} and the config have to be of a log (data.name='parquet'), and one is "
+                f"of {name}; experiments.log_teacher scores the requests of every dataset"
+            )
+    # One device scores, whatever devices have trained.
+    devices = config.parallel.devices or config.parallel.members or 1
+    checks.validate(config, devices)
+    layout, settled_layout = (read_layout(of.data, of.tasks, of.funnel) for of in (config, run))
+    log, layout = unseen.open_unseen(layout, settled_layout)
+    open_again = functools.partial(trained.opened, workdir, str(config.data.dir), member)
+    ranker = trained.open_trained(*open_again.args)
+    dataset = ranker.dataset
+    settled = unseen.settled_by(settled_layout, dataset.spec, dataset.directory)
+    weights, requests = tuple(config.value_weights), config.evaluation.requests
+    scored, read = score_log(log, layout, settled, ranker, open_again, weights, requests, output)
+    told = f"ranker: {ranker.name}, by its probabilities {ranker.serve!r}"
+    return scored, [told, *of_data.score_lines(read)]
 
 
 def train(config: ConfigDict, workdir: Path) -> list[Row]:

@@ -1,6 +1,6 @@
-"""Lines for the terminal on a dataset: what was found in a log, and how long training is on it."""
+"""Lines for the terminal on data: what was found in a log, and how long training is on it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -9,6 +9,7 @@ from kd_ranker.config.identity import dataset_name
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
 from kd_ranker.sources.logs.data_report import JSON_FILE, Report, read_data_report
+from kd_ranker.sources.logs.unseen import Unseen
 from kd_ranker.training.workdir import write_atomically
 
 
@@ -28,15 +29,29 @@ def keep_data_report(config: ConfigDict, workdir: Path) -> None:
 
 def _of_log(report: Report) -> Iterator[str]:
     candidates = report["candidates"]
-    rejected = ", ".join(
-        f"{name} {entry['candidates']:,}" for name, entry in candidates["by_reason"].items()
-    )
-    yield (
-        f"candidates: {candidates['in_the_log']:,} in the log = {candidates['used']:,} used + "
-        f"{candidates['rejected']:,} rejected{f' ({rejected})' if rejected else ''}"
-    )
+    reasons = {name: entry["candidates"] for name, entry in candidates["by_reason"].items()}
+    yield _candidates(candidates["used"], "used", reasons)
     for remark in report["remarks"]:
         yield f"remark: {remark}"
+
+
+def score_lines(read: Unseen) -> list[str]:
+    """The lines on a log that was scored: its candidates, and which training did not know."""
+    new = (
+        f"{number:,} candidates ({number / read.used:.1%}) by their {name}"
+        for name, number in read.new.items()
+    )
+    candidates = _candidates(read.used, "scored", read.rejected)
+    return [candidates, f"unknown to training: {', '.join(new)}"]
+
+
+def _candidates(used: int, how: str, by_reason: Mapping[str, int]) -> str:
+    rejected = sum(by_reason.values())
+    reasons = ", ".join(f"{name} {number:,}" for name, number in by_reason.items())
+    return (
+        f"candidates: {used + rejected:,} in the log = {used:,} {how} + {rejected:,} rejected"
+        f"{f' ({reasons})' if reasons else ''}"
+    )
 
 
 def _epochs(config: ConfigDict, requests: int) -> Iterator[str]:

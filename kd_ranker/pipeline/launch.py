@@ -19,6 +19,7 @@ import kd_ranker.configs
 from kd_ranker.config import checks
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import options
+from kd_ranker.pipeline.trained import config_of
 
 BAD_INPUT = 2
 
@@ -33,14 +34,9 @@ def launch(command: Callable[[ConfigDict, Path], None], needs_workdir: bool = Tr
     workdir = flags.DEFINE_string("workdir", None, "The folder that the run owns.")
 
     def parse(arguments: list[str]) -> list[str]:
-        config, others = read_config_flag(arguments)
-        # Overrides are flags of their own, each of the type of its key.
-        config_flags.DEFINE_config_dict("config", config, sys_argv=others)
-        rest = flags.FLAGS(others)
+        rest = _parse(arguments)
         if needs_workdir and not workdir.value:
             raise UserError("--workdir is missing; give a folder for what the run leaves")
-        if len(rest) > 1:
-            raise UserError(f"{rest[1]!r} is not a flag; flags look like --name=value")
         return rest
 
     def run(_: list[str]) -> None:
@@ -51,6 +47,36 @@ def launch(command: Callable[[ConfigDict, Path], None], needs_workdir: bool = Tr
         asks_of_one = any(argument.startswith("--config") for argument in arguments)
         config = read_config_flag(arguments)[0] if asks_of_one else None
         options.describe(parser, _docstring(command), config)
+
+    _start(parse, run, describe)
+
+
+def launch_on_run(command: Callable[..., None], **flags_of: tuple[str, str]) -> None:
+    """The same for a command on a finished run, whose config stands in for `--config`.
+
+    Args:
+      command: called with the config, the workdir, and by name the texts of all further flags.
+      **flags_of: further flags by name, each with its value if it is not given, and its help.
+    """
+    workdir = flags.DEFINE_string("workdir", None, options.RUN)
+    others = {name: flags.DEFINE_string(name, *of) for name, of in flags_of.items()}
+
+    def parse(arguments: list[str]) -> list[str]:
+        early = flags.FlagValues()
+        early.set_gnu_getopt(True)
+        flags.DEFINE_string("workdir", None, "", flag_values=early)
+        early(arguments, known_only=True)
+        if not early.workdir:
+            raise UserError("--workdir is missing; give the folder of a run that is finished")
+        return _parse(arguments, lambda: config_of(Path(early.workdir).expanduser()))
+
+    def run(_: list[str]) -> None:
+        config = with_home(flags.FLAGS["config"].value)
+        texts = {name: other.value for name, other in others.items()}
+        command(config, Path(str(workdir.value)).expanduser(), **texts)
+
+    def describe(parser: argparse.ArgumentParser, _: list[str]) -> None:
+        options.describe_on_run(parser, _docstring(command), flags_of)
 
     _start(parse, run, describe)
 
@@ -91,6 +117,17 @@ def with_home(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def _parse(arguments: list[str], default: Callable[[], ConfigDict] | None = None) -> list[str]:
+    """Parses `--config` with its overrides, and all other flags."""
+    config, others = read_config_flag(arguments, default)
+    # Overrides are flags of their own, each of the type of its key.
+    config_flags.DEFINE_config_dict("config", config, sys_argv=others)
+    rest = flags.FLAGS(others)
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is not a flag; flags look like --name=value")
+    return rest
+
+
 def _start(
     parse: Callable[[list[str]], list[str]],
     run: Callable[[list[str]], None],
@@ -125,11 +162,14 @@ def _name_of(program: str) -> str:
     return f"python -m experiments.{path.stem}" if path.suffix == ".py" else program
 
 
-def read_config_flag(arguments: Sequence[str]) -> tuple[ConfigDict, list[str]]:
+def read_config_flag(
+    arguments: Sequence[str], default: Callable[[], ConfigDict] | None = None
+) -> tuple[ConfigDict, list[str]]:
     """Loads the config file that `--config` names, before its overrides are parsed.
 
     Args:
       arguments: the command line.
+      default: gives the config where it names none; None asks for one.
 
     Returns:
       The config, and the arguments without `--config`.
@@ -142,20 +182,27 @@ def read_config_flag(arguments: Sequence[str]) -> tuple[ConfigDict, list[str]]:
     early.set_gnu_getopt(True)
     flags.DEFINE_string("config", None, "", flag_values=early)
     others = early(arguments, known_only=True)
-    if early.config is None:
+    if early.config is not None:
+        config = _load_config(early.config)
+    elif default:
+        config = default()
+    else:
         raise UserError("--config is missing; give --config=configs/cascade.py, say")
-    file, *variant = early.config.split(":", 1)
-    if not Path(file).is_file():
-        file = _file_of_package(file, early.config)
-    try:
-        config = runpy.run_path(file)["get_config"](*variant)
-    except Exception as error:
-        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        raise UserError(f"--config={early.config} does not load: {reason}") from error
     for argument in others:
         if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
             checks.check_key(config, override[1])
     return config, others
+
+
+def _load_config(named: str) -> ConfigDict:
+    file, *variant = named.split(":", 1)
+    if not Path(file).is_file():
+        file = _file_of_package(file, named)
+    try:
+        return runpy.run_path(file)["get_config"](*variant)
+    except Exception as error:
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"--config={named} does not load: {reason}") from error
 
 
 def _file_of_package(name: str, given: str) -> str:

@@ -6,7 +6,7 @@ parsed by nothing: absl reads the flags, see `launch`.
 
 import argparse
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ml_collections import ConfigDict
 
@@ -16,6 +16,7 @@ from kd_ranker.config.keys import DATA_KEYS, KEYS
 
 CONFIG = "a config file, or the name of one that comes with the package, such as cascade"
 WORKDIR = "the folder that the run owns"
+RUN = "the folder of a run that is finished, whose config counts where none is given"
 WORKDIRS = "the folder to write to; it is read, too, where no WORKDIR is named"
 
 
@@ -42,6 +43,23 @@ def describe(parser: argparse.ArgumentParser, text: str, config: ConfigDict | No
             group.add_argument(
                 f"--config.{key.name}", metavar=shown, help=key.help.replace("%", "%%")
             )
+
+
+def describe_on_run(
+    parser: argparse.ArgumentParser, text: str, flags_of: Mapping[str, tuple[str, str]]
+) -> None:
+    """The same of an entry point that goes on with a finished run and its config.
+
+    Args:
+      parser: likewise.
+      text: likewise.
+      flags_of: its further flags by name, each with its value if it is not given, and its help.
+    """
+    names = " ".join(f"[--{name}=…]" for name in flags_of)
+    _describe(parser, text, f"--workdir=FOLDER {names} [--config.KEY=VALUE ...]")
+    parser.add_argument("--workdir", metavar="FOLDER", help=RUN)
+    for name, (_, told) in flags_of.items():
+        parser.add_argument(f"--{name}", help=told.replace("%", "%%"))
 
 
 def describe_on_workdirs(parser: argparse.ArgumentParser, text: str) -> None:

@@ -12,15 +12,14 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import CandidateBatch, Stage
-from kd_ranker.batches import cutting
+from kd_ranker.batch import Stage
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline.teachers import Teacher, dataset_of, load_teacher
 from kd_ranker.requests import storage
-from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import Dataset, read_split
 from kd_ranker.requests.request import Request
+from kd_ranker.serving.score import probabilities
 from kd_ranker.training.recipes import TEACHER_STAGES
 
 # Batches that a shard of a scored copy has, unless a split then had more than so many shards: who
@@ -56,22 +55,17 @@ def scored_requests(
     size = config.evaluation.requests
     number_of_requests, read = read_split(dataset, split)
     stop = number_of_requests if stop is None else stop
-    for first in range(start, stop, size):
-        chunk = [read(place) for place in range(first, min(first + size, stop))]
-        # A last chunk of another size would compile once more.
-        filled = chunk + [chunk[-1]] * (size - len(chunk))
-        fields = cutting.full_fields(columns_of(filled, dataset.spec), config.funnel.retrieved)
-        batch = CandidateBatch(**fields)
-        served = ranker.serve(ranker.parameters, batch, items)
-        (probability,) = served.probability.values()
-        for request, scored in zip(chunk, np.asarray(probability), strict=False):
-            number = request.num_reached(stage)
-            yield dataclasses.replace(
-                request,
-                teacher_probability=scored[:number],
-                teacher_weight=np.ones(number, np.float32),
-                teacher_version=teacher.version,
-            )
+    requests = map(read, range(start, stop))
+    for request, scored in probabilities(
+        *(ranker, "user", requests, items, dataset.spec, size, config.funnel.retrieved)
+    ):
+        number = request.num_reached(stage)
+        yield dataclasses.replace(
+            request,
+            teacher_probability=scored[:number],
+            teacher_weight=np.ones(number, np.float32),
+            teacher_version=teacher.version,
+        )
 
 
 def scoring_shards(

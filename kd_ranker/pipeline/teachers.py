@@ -1,5 +1,6 @@
 """The datasets and the trained teachers that the other commands ask for."""
 
+import dataclasses
 import functools
 import hashlib
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from kd_ranker.batch import FeatureSpec
 from kd_ranker.config import identity
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.distillation.modes import MODES
@@ -67,6 +69,11 @@ def dataset_of(config: ConfigDict, teacher_version: str = "") -> Dataset:
         config.data.dir,
         made_by=LOG_TEACHER if teacher_version else PREPARE_DATA,
     )
+
+
+def spec_of_scored(spec: FeatureSpec, teacher_version: str) -> FeatureSpec:
+    """The spec of the copy that a teacher has scored."""
+    return dataclasses.replace(spec, teacher_version=teacher_version, teacher_signal="probability")
 
 
 def teacher_and_dataset(config: ConfigDict) -> tuple[Teacher | None, Dataset]:
@@ -144,9 +151,6 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
             f"the teacher at {workdir} holds numbers that are not finite; train another one, with "
             "a smaller learning rate"
         )
-    digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(state.parameters):
-        digest.update(np.ascontiguousarray(leaf).tobytes())
     learned = select_member(state.parameters, 0)
     # A TPU would copy narrow rows to read them, and saves no memory with these.
     lanes = TPU_LANES if jax.default_backend() == "tpu" else 1
@@ -156,7 +160,15 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
         model=group.recipe.model,
         parameters=parameters,
         ranker=Ranker(make_serve(group.recipe.model, MODES["none"]), parameters),
-        version=digest.hexdigest()[:12],
+        version=digest_of(state.parameters),
         seed=trained.seed,
         step=step,
     )
+
+
+def digest_of(parameters: Parameters) -> str:
+    """A name for exact weights: twelve hex digits."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(parameters):
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()[:12]

@@ -160,6 +160,20 @@ def restore(
     return state, 0
 
 
+def recorded_identity(workdir: Path) -> Identity:
+    """The identity that a workdir's newest checkpoint was saved with; {} if none can be read.
+
+    It is for what of an identity cannot be known otherwise: `restore` compares the rest.
+    """
+    with open_manager(workdir) as manager:
+        for step in sorted(manager.all_steps(), reverse=True):
+            args = ocp.args.Composite(checksum=ocp.args.JsonRestore())
+            # Any kind of error may come of a damaged one, which `restore` reports.
+            with contextlib.suppress(Exception):
+                return manager.restore(step, args=args).checksum["identity"]
+    return {}
+
+
 def _check_owner(
     directory: Path, record: Mapping[str, Any], sizes: str, identity: Identity
 ) -> None:

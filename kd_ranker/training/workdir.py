@@ -6,6 +6,7 @@ import platform
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
 import tensorboardX
@@ -62,7 +63,7 @@ def check(workdir: Path, command: str, config: ConfigDict, without: Sequence[str
                 "back, or use another --workdir"
             )
         return
-    owner = _owner(workdir)
+    owner = owner_of(workdir)
     if owner not in (None, command):
         raise UserError(f"{workdir} belongs to a run of {owner}; use another --workdir")
     there, here = (values_by_key(text, without) for text in (path.read_text(), as_json(config)))
@@ -87,7 +88,8 @@ def claim(workdir: Path, command: str, config: ConfigDict, without: Sequence[str
     write_config(workdir, command, config)
 
 
-def _owner(workdir: Path) -> str | None:
+def owner_of(workdir: Path) -> str | None:
+    """The entry point whose run a workdir holds; None where it does not say."""
     path = workdir / ENVIRONMENT_FILE
     return json.loads(path.read_text()).get("command") if path.exists() else None
 
@@ -114,7 +116,14 @@ def as_json(config: ConfigDict) -> str:
 
 def read_config(workdir: Path) -> ConfigDict:
     """The config that a run in `workdir` was started with."""
-    return ConfigDict(json.loads((workdir / CONFIG_FILE).read_text()))
+    return ConfigDict(_with_tuples(json.loads((workdir / CONFIG_FILE).read_text())))
+
+
+def _with_tuples(value: Any) -> Any:
+    """Puts tuples in place of the lists of JSON: no flag could set these."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(of) for key, of in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 class MetricsWriter:

@@ -253,6 +253,32 @@ def test_the_members_of_the_chosen_settings_with_the_serving_choices_to_read():
     assert results.chosen(equals) == results.chosen(equals[::-1])
 
 
+def test_the_best_member_is_the_best_repeat_of_the_setting_that_is_best_on_average():
+    def of(mode, seed, passed, serve="user"):
+        return row("student", mode, seed, passed, 10.0, serve=serve, member=f"{mode}-seed{seed}")
+
+    frame = pd.DataFrame(
+        [
+            row("teacher", None, 0, 10.0, 200.0, member="teacher"),
+            of("none", 0, 100.0),
+            of("none", 1, 300.0),
+            *(of("aux", seed, 140.0 + seed, "user") for seed in (0, 1)),
+            *(of("aux", seed, 131.0 - seed, "blend") for seed in (0, 1)),
+            of("shared", 0, math.nan),
+        ]
+    )
+    assert results.best_member(frame) == ("aux-seed1", "blend")
+    assert results.best_member(frame, "aux-seed0") == ("aux-seed0", "blend")
+    assert results.best_member(frame, "none-seed1") == ("none-seed1", "user")
+    # It was never measured, or it diverged.
+    assert results.best_member(frame, "shared-seed0") is None
+    frame.loc[frame["member"] == "none-seed0", "non_finite_step"] = 7.0
+    assert results.best_member(frame, "none-seed0") is None
+    # Whatever the test says.
+    test = pd.DataFrame([of("none", 0, 1.0) | {"split": "test"}])
+    assert results.best_member(pd.concat([frame, test])) == ("aux-seed1", "blend")
+
+
 def test_cost_is_told_beside_the_teachers():
     told = results.with_cost({"mode": "none"}, 10.0, 200.0)
     assert told == {"mode": "none", "flops_per_candidate": 10.0, "cost_ratio": 0.05}

@@ -54,16 +54,18 @@ def make_encoding(
     scales, categories = {}, []
     for feature in layout.features:
         if feature.kind == "dense":
-            scales[feature.name] = _scale(feature, moments[feature.name])
+            of = moments[feature.name]
+            scales[feature.name] = scale_of(feature, of.mean, of.deviation)
         elif feature.kind in ("category", "bag"):
             size = feature.size if feature.hashed else len(values[feature.name])
             owner = "request" if feature.of_request else feature.of
             categories.append(Category(feature.name, owner, size + 1, feature.length))
     spec = _spec(layout, users, len(values[ITEM]), categories)
-    return Encoding(spec, {name: _index(of) for name, of in values.items()}, scales)
+    return Encoding(spec, {name: index_of(of) for name, of in values.items()}, scales)
 
 
-def _index(values: pa.Array) -> pd.Index:
+def index_of(values: pa.Array) -> pd.Index:
+    """Values to look others up among."""
     return pd.Index(values.to_numpy(zero_copy_only=False))
 
 
@@ -91,10 +93,10 @@ def _spec(layout: LogLayout, users: int, items: int, categories: Sequence[Catego
     )
 
 
-def _scale(feature: Feature, moments: Moments) -> tuple[float, float, float]:
+def scale_of(feature: Feature, mean: float, deviation: float) -> tuple[float, float, float]:
+    """The scale of a dense feature, see `Encoding`, from its moments in training."""
     # In 32 bits, so that the order in which the moments were added up leaves no trace.
-    mean = float(np.float32(moments.mean))
-    deviation = float(np.float32(moments.deviation))
+    mean, deviation = float(np.float32(mean)), float(np.float32(deviation))
     if not feature.standardise:
         return 0.0, 1.0, mean
     # Of rounding alone, a column of one value may have a deviation just above 0.
@@ -116,7 +118,7 @@ def load_encoding(folder: Path) -> Encoding:
     """The inverse of `save_encoding`, once a process."""
     scales, names = json.loads((folder / "rest.json").read_text())
     values = {
-        name: _index(pq.read_table(folder / f"{index}.parquet")["value"].combine_chunks())
+        name: index_of(pq.read_table(folder / f"{index}.parquet")["value"].combine_chunks())
         for index, name in enumerate(names)
     }
     return Encoding(FeatureSpec.from_json((folder / "spec.json").read_text()), values, scales)

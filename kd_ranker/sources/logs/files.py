@@ -124,10 +124,11 @@ def wanted_columns(layout: LogLayout) -> list[Wanted]:
     columns = layout.columns
     wanted = [
         Wanted("data.columns.request", columns["request"], "id"),
-        Wanted("data.columns.time", columns["time"], "time"),
         Wanted("data.columns.user", columns["user"], "id"),
         Wanted("data.columns.item", columns["item"], "id", listed, listed, True),
     ]
+    if "time" in columns:  # a log that is only to be scored may lack it
+        wanted.insert(1, Wanted("data.columns.time", columns["time"], "time"))
     uses = {"stage": "text", "teacher_version": "text"}
     # Other columns may be the same for all candidates of a request, and then need no list.
     least = {"stage": listed, "position": listed}

@@ -90,6 +90,15 @@ def group(
     )
 
 
+def counts_by_reason(engine: Engine, grouped: Grouped) -> Int64[np.ndarray, "reasons"]:
+    """The number of candidates that each reason has cost; index 0 is no reason."""
+    rejected = grouped.rejected
+    counted = engine.fetch(rejected.group_by("reason").agg(entries=rejected.entries.sum()))
+    counts = np.zeros(max(Reason) + 1, np.int64)
+    counts[counted["reason"].to_numpy()] = list(map(int, counted["entries"].to_pylist()))
+    return counts
+
+
 def _requests(
     engine: Engine, layout: LogLayout, good: ir.Table, times: ir.Table, cutoffs: Cutoffs | None
 ) -> ir.Table:
@@ -184,6 +193,8 @@ def funnel_order(rows: ir.Table) -> list[ir.Value]:
 def _split(layout: LogLayout, requests: ir.Table, cutoffs: Cutoffs | None) -> ir.IntegerValue:
     """The place in `SPLITS` of the split of each request."""
     train, validation, test = (ibis.literal(SPLITS.index(of), "int8") for of in SPLITS)
+    if not layout.split:
+        return test
     if layout.split == "time":
         # Without cutoffs there are no requests.
         first = cutoffs or Cutoffs(0, 0)

@@ -64,7 +64,7 @@ class LogLayout:
       teacher_signal: one of `TEACHER_SIGNALS`.
       units_per_second: of an integer time column.
       features: the features, in the config's order.
-      split: one of `SPLIT_BY`.
+      split: one of `SPLIT_BY`; "" has all requests in the test.
       validation_share: of the requests.
       test_share: of the requests.
       seed: of the splits by hash.
@@ -137,6 +137,14 @@ class LogLayout:
                 dataclasses.replace(feature, column=prefix + feature.column)
                 for feature in self.features
             ),
+        )
+
+    def to_score(self, has_time: bool) -> "LogLayout":
+        """The layout of a log to score: ids and features, and the time if it has one."""
+        uses = REQUIRED if has_time else (use for use in REQUIRED if use != "time")
+        columns = {use: self.columns[use] for use in uses}
+        return dataclasses.replace(
+            self, columns=columns, stages={}, labels={}, teacher={}, teacher_version="", split=""
         )
 
     @property

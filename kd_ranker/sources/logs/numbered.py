@@ -1,10 +1,11 @@
 """Ids of users, items and values: whole numbers, the most frequent in training first."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import ibis
 import ibis.expr.types as ir
+import pyarrow as pa
 from ibis import _
 
 from kd_ranker.requests.request import SPLITS
@@ -35,7 +36,12 @@ class Numbered(NamedTuple):
 
 
 def number(
-    engine: Engine, layout: LogLayout, log: ir.Table, unfolded: ir.Table, grouped: Grouped
+    engine: Engine,
+    layout: LogLayout,
+    log: ir.Table,
+    unfolded: ir.Table,
+    grouped: Grouped,
+    known: Mapping[str, pa.Table] | None = None,
 ) -> Numbered:
     """Settles ids, from the training requests.
 
@@ -44,10 +50,20 @@ def number(
     told from each other where ids are hashed. A model that looks ids up has no trained row for
     them and serves its reserved one. Of a categorical feature the `size` most frequent values of
     training requests are kept; those of an item count as often as it is a candidate.
+
+    With `known`, the `value` and `id` of each `user` and `item` of an earlier log, these keep their
+    ids, the others get those that follow, in the order of their values, and no values are counted.
     """
-    users = engine.keep("users", _with_ids(_counted(grouped.requests, "user")))
+
+    def with_ids(counted: ir.Table, name: str) -> ir.Table:
+        if known is None:
+            return _with_ids(counted)
+        table = engine.put(f"known_{name}", known[name].rename_columns(["value", "known"]))
+        return _with_known_ids(counted, table, len(known[name]))
+
+    users = engine.keep("users", with_ids(_counted(grouped.requests, "user"), "user"))
     last = ibis.struct({name: grouped.candidates[name] for name in ("at", *_PLACE)}).max()
-    items = _with_ids(_counted(grouped.candidates, "item", last=last))
+    items = with_ids(_counted(grouped.candidates, "item", last=last), "item")
     items = items.mutate(**{name: items["last"][name] for name in _PLACE}).drop("last")
     if layout.of("item"):
         items = _with_features(items, unfolded, layout.of("item"), _PLACE)
@@ -57,7 +73,7 @@ def number(
     requests = engine.keep("request_rows", requests)
     tables = {"item": items, "candidate": grouped.candidates}
     values: dict[str, ir.Table] = {}
-    for feature in layout.features:
+    for feature in layout.features if known is None else ():
         if feature.kind in ("category", "bag") and not feature.hashed:
             counted = _values(feature, tables.get(feature.of, requests))
             kept = ibis.row_number().over(order_by=[ibis.desc("train"), "value"])
@@ -89,6 +105,13 @@ def _with_ids(counted: ir.Table) -> ir.Table:
     elsewhere = ibis.ifelse(counted.train > 0, 0, counted.total)
     order = [ibis.desc(counted.train), ibis.desc(elsewhere), counted.value]
     return counted.mutate(id=ibis.row_number().over(order_by=order))
+
+
+def _with_known_ids(counted: ir.Table, known: ir.Table, size: int) -> ir.Table:
+    """The same with the ids of those that are known, below `size`, and new ones for the others."""
+    joined = counted.left_join(known, "value").drop("value_right")
+    new = ibis.row_number().over(group_by=joined.known.isnull(), order_by=joined.value)
+    return joined.mutate(id=ibis.coalesce(joined.known.cast("int64"), size + new)).drop("known")
 
 
 def _values(feature: Feature, table: ir.Table) -> ir.Table:

@@ -10,8 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from jaxtyping import Int64
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
@@ -52,7 +50,6 @@ from kd_ranker.sources.logs.numbered import (
     number,
 )
 from kd_ranker.sources.logs.ordered import Piece, write_ordered
-from kd_ranker.sources.logs.reasons import Reason
 from kd_ranker.sources.logs.rejected import REJECTED_FOLDER, write_rejected
 from kd_ranker.sources.logs.statistics import Moments, add_up, floats_of, moments_of
 from kd_ranker.sources.logs.varying import count_varying
@@ -61,8 +58,6 @@ from kd_ranker.sources.logs.vocabulary import VOCABULARIES_FOLDER, write_vocabul
 MANIFEST = "log.json"
 # Folder below `data.dir` for the report of a log of which no dataset was built.
 REFUSED = "refused_log"
-# Before the names of the log's columns on the engine.
-_PREFIX = "log:"
 
 
 class PreparedLog(NamedTuple):
@@ -142,12 +137,7 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
 
 def _read(log: Log, layout: LogLayout, engine: Engine, run: Runner) -> PreparedLog:
     """All passes but the last."""
-    if layout.engine == "duckdb":  # Spark looks itself
-        files.check_pages(log, {of.column for of in files.wanted_columns(layout)}, layout.processes)
-    # So that no column of the log has the name of one that is made here.
-    rows, own = engine.view("log", engine.read(log, _PREFIX)), layout.with_prefix(_PREFIX)
-    unfolded, without_any = typed.unfold(rows, own)
-    unfolded = engine.view("unfolded", unfolded)
+    own, rows, unfolded, without_any = typed.open_rows(engine, log, layout)
     grouped = grouped_.group(engine, layout, typed.typed(unfolded, own), without_any)
     if layout.split == "time" and grouped.cutoffs is None and engine.count(grouped.requests):
         raise UserError(
@@ -156,7 +146,7 @@ def _read(log: Log, layout: LogLayout, engine: Engine, run: Runner) -> PreparedL
             f"{looks.time_hint(log, layout)}"
         )
     scanned = scan.scan(engine, own, rows)
-    counts = _by_reason(engine, grouped)
+    counts = grouped_.counts_by_reason(engine, grouped)
     used = engine.count(grouped.candidates)
     numbered = number(engine, own, rows, unfolded, grouped) if used else None
     faults, other_version = count_faults(engine, own, rows, unfolded, numbered)
@@ -193,15 +183,6 @@ def _read(log: Log, layout: LogLayout, engine: Engine, run: Runner) -> PreparedL
         pieces,
         numbered,
     )
-
-
-def _by_reason(engine: Engine, grouped: Grouped) -> Int64[np.ndarray, "reasons"]:
-    """The number of candidates that each reason has cost; index 0 is no reason."""
-    rejected = grouped.rejected
-    counted = engine.fetch(rejected.group_by("reason").agg(entries=rejected.entries.sum()))
-    counts = np.zeros(max(Reason) + 1, np.int64)
-    counts[counted["reason"].to_numpy()] = list(map(int, counted["entries"].to_pylist()))
-    return counts
 
 
 def _moments_of_items(engine: Engine, layout: LogLayout, numbered: Numbered) -> dict[str, Moments]:

@@ -17,9 +17,13 @@ import numpy as np
 
 from kd_ranker.batch import Stage
 from kd_ranker.sources.logs import files
+from kd_ranker.sources.logs.engine import Engine
+from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import Feature, LogLayout
 from kd_ranker.sources.logs.reasons import Reason
 
+# Before the names of the log's columns on the engine.
+PREFIX = "log:"
 # Beyond it, a number has no place in 32 bits.
 LARGEST = float(np.finfo(np.float32).max)
 # Beyond these, a float is not the whole number that was meant.
@@ -116,6 +120,22 @@ def _any(conditions: Iterable[ir.BooleanValue]) -> ir.BooleanValue:
     return reduce(operator.or_, (of.fill_null(False) for of in conditions), ibis.literal(False))
 
 
+def open_rows(
+    engine: Engine, log: Log, layout: LogLayout
+) -> tuple[LogLayout, ir.Table, ir.Table, ir.Table | None]:
+    """The layout with the names of columns on the engine, all rows of a log, and `unfold` of these.
+
+    Raises:
+      UserError: a file is damaged.
+    """
+    if layout.engine == "duckdb":  # Spark looks itself
+        files.check_pages(log, {of.column for of in files.wanted_columns(layout)}, layout.processes)
+    # So that no column of the log has the name of one that is made here.
+    rows, own = engine.view("log", engine.read(log, PREFIX)), layout.with_prefix(PREFIX)
+    unfolded, without_any = unfold(rows, own)
+    return own, rows, engine.view("unfolded", unfolded), without_any
+
+
 def unfold(log: ir.Table, layout: LogLayout) -> tuple[ir.Table, ir.Table | None]:
     """The columns of a log that the config names, a row a candidate, and the rows without any.
 
@@ -155,7 +175,13 @@ def unfold(log: ir.Table, layout: LogLayout) -> tuple[ir.Table, ir.Table | None]
 def typed(unfolded: ir.Table, layout: LogLayout) -> ir.Table:
     """The candidates of `unfold`, each value of its type, and the `reason` of those to reject."""
     of = {name: unfolded[column] for name, column in layout.columns.items()}
-    labels = {f"label:{task}": _label(unfolded[column]) for task, column in layout.labels.items()}
+    labels = {
+        f"label:{task}": _label(unfolded[layout.labels[task]])
+        if task in layout.labels
+        else ibis.literal(-1, "int8")
+        for task in layout.tasks
+    }
+    time = seconds_of(of["time"], layout.units_per_second) if "time" in of else ibis.literal(0)
     teacher = {
         f"teacher:{task}": number_of(unfolded[layout.teacher[task]]) for task in layout.scored_tasks
     }
@@ -166,7 +192,7 @@ def typed(unfolded: ir.Table, layout: LogLayout) -> ir.Table:
         request=id_of(of["request"]),
         user=id_of(of["user"]),
         item=id_of(of["item"]),
-        time=seconds_of(of["time"], layout.units_per_second),
+        time=time.cast("int64"),
         position=position.cast("float32"),
         **labels,
         **{name: _in_32_bits(value) for name, value in teacher.items()},

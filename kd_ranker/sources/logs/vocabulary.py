@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kd_ranker.batch import FeatureSpec
+from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.logs.numbered import Numbered
 
@@ -26,5 +28,26 @@ def write_vocabularies(engine: Engine, numbered: Numbered, spec: FeatureSpec, fo
     for name, (table, start) in tables.items():
         known = table.filter(table.id.notnull()).order_by("id")
         ids = (known.id + start).cast("int32")
-        file = "".join(c if c.isalnum() or c in "_.-" else "-" for c in name)
-        pq.write_table(engine.fetch(known.select("value", id=ids)), folder / f"{file}.parquet")
+        pq.write_table(engine.fetch(known.select("value", id=ids)), _path(folder, name))
+
+
+def read_vocabulary(directory: Path, name: str) -> pa.Table:
+    """The `value` and `id` of `user`, `item` or `feature:<name>`, by id, beside a dataset.
+
+    Raises:
+      UserError: it is gone.
+    """
+    path = _path(directory / VOCABULARIES_FOLDER, name)
+    if not path.exists():
+        raise UserError(
+            f"{path}, which says what was given which id, is gone; put it back, or remove "
+            f"{directory} and make it anew with: python -m experiments.prepare_data"
+        )
+    # Not by way of a path alone, which pyarrow takes for a dataset.
+    with pq.ParquetFile(path) as parquet:
+        return parquet.read()
+
+
+def _path(folder: Path, name: str) -> Path:
+    file = "".join(c if c.isalnum() or c in "_.-" else "-" for c in name)
+    return folder / f"{file}.parquet"

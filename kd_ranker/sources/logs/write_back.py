@@ -1,4 +1,7 @@
-"""A log written back with the probabilities of a teacher that was trained on its dataset.
+"""A log written back with what a ranker says of its candidates.
+
+That is the teacher which was trained on the log's dataset, or, by `write_files` alone, whoever has
+scored the candidates of a log of which there is no dataset. Of the first:
 
 The probabilities are those of the dataset's scored copy. Rows are not scored by themselves: a
 candidate's probability depends on other rows of the log too (its request's user and time, its
@@ -32,7 +35,7 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
-from kd_ranker.requests.pool import open_pool
+from kd_ranker.requests.pool import Runner, open_pool
 from kd_ranker.requests.ragged import runs, starts_of
 from kd_ranker.requests.records import damage, record_features, teacher_column
 from kd_ranker.requests.request import SPLITS
@@ -49,16 +52,18 @@ VERSION_COLUMN = "teacher_version"
 # Ends the names of the columns, if the log has one of these names already.
 SUFFIX = "_scored"
 _UNSORTED = "unsorted"
+# The columns of scores that say where their candidate is, and by which they are sorted.
+PLACE = ("file", "row", "place")
 # Requests that are read from the copy at a time.
 _REQUESTS = 512
 
 
 class Scored(NamedTuple):
-    """A log with a teacher's columns.
+    """A log with a ranker's columns.
 
     Attributes:
       directory: of the log.
-      columns: the names of the columns that were added: one a task, and that of the version.
+      columns: the names of the columns that were added: one a score, and that of the version.
     """
 
     directory: Path
@@ -111,7 +116,7 @@ def open_scored_log(
                 f"{folder} was made of the log as it was before; remove that folder and run this "
                 "again"
             )
-    names = _output_names(log)
+    paths = output_paths(log, output)
 
     def write_beside(folder: Path) -> None:
         (folder / MANIFEST).write_text(made_of)
@@ -119,23 +124,24 @@ def open_scored_log(
     def write() -> Scored:
         storage.check_whole(copy, "python -m experiments.log_teacher")
         _start_folder(output, made_of)
-        columns = _added_columns(log, layout)
-        _write_missing(log, layout, directory, copy, columns, [output / name for name in names])
+        columns = added_columns(log, (*map(teacher_column, layout.tasks), VERSION_COLUMN))
+        _write_missing(log, layout, directory, copy, columns, paths)
         return Scored(output, columns)
 
     return ScoredLog(write_beside, write)
 
 
-def _added_columns(log: Log, layout: LogLayout) -> tuple[str, ...]:
+def added_columns(log: Log, columns: tuple[str, ...]) -> tuple[str, ...]:
     """The names of the columns to add, the same ones in all files; none is in the log already."""
-    columns = (*map(teacher_column, layout.tasks), VERSION_COLUMN)
     while set(columns) & set(log.names):
         columns = tuple(column + SUFFIX for column in columns)
     return columns
 
 
-def _output_names(log: Log) -> list[str]:
-    """The path of each file below the folder that all have in common; ends in `.parquet` or `.pq`.
+def output_paths(log: Log, output: Path) -> list[Path]:
+    """The path to write each file to, below `output` as it is below what all have in common.
+
+    It ends in `.parquet` or `.pq`.
 
     Raises:
       UserError: two files would get the same one.
@@ -147,7 +153,7 @@ def _output_names(log: Log) -> list[str]:
     names = [name if name.endswith(files.SUFFIXES) else name + files.SUFFIXES[0] for name in names]
     if again := {name for name in names if names.count(name) > 1}:
         raise UserError(f"two files of {log.url} would both be written to {min(again)}; rename one")
-    return names
+    return [output / name for name in names]
 
 
 def _start_folder(output: Path, made_of: str) -> None:
@@ -167,8 +173,7 @@ def _write_missing(
     outputs: Sequence[Path],
 ) -> None:
     """Writes those of the files that are not there yet."""
-    missing = [file for file, path in enumerate(outputs) if not path.exists()]
-    if not missing:
+    if all(path.exists() for path in outputs):
         return
     spec = FeatureSpec.from_json((copy / storage.SPEC_FILE).read_text())
     splits = tfds.builder_from_directory(directory).info.splits
@@ -188,18 +193,50 @@ def _write_missing(
         find = functools.partial(write_scores, spec, copy, work / _UNSORTED)
         for _ in run(find, calls, "reading scores"):
             pass
-        path = work / "sorted.parquet"
-        with open_duckdb(layout.memory, layout.processes, work) as engine:
-            scores = engine.backend.read_parquet(str(work / _UNSORTED / "*.parquet"))
-            wanted = scores.filter(scores.file.isin(missing)).order_by("file", "row", "place")
-            batches = engine.stream(wanted)
-            with pq.ParquetWriter(path, batches.schema, compression="lz4") as writer:
-                for batch in batches:
-                    writer.write_batch(batch)
-        write = functools.partial(write_file, log, layout, columns, spec.teacher_version, path)
-        calls = [(file, work / f"{file:06d}.parquet", outputs[file]) for file in missing]
-        for _ in run(write, calls, "writing the scored log"):
-            pass
+        write_files(
+            log, layout, columns, spec.teacher_version, work / _UNSORTED, work, outputs, run
+        )
+
+
+def write_files(
+    log: Log,
+    layout: LogLayout,
+    columns: Sequence[str],
+    version: str,
+    scores: Path,
+    work: Path,
+    outputs: Sequence[Path],
+    run: Runner,
+) -> None:
+    """Writes those of the files of a log that are not there yet, with columns added.
+
+    Args:
+      log: the log.
+      layout: of the log.
+      columns: the names of the columns to add: one a score, in their order, and that of the
+        version.
+      version: of what has scored.
+      scores: a folder of files as `write_scores` writes them, with the scores of all files.
+      work: a folder for what is not whole yet.
+      outputs: the path of each file.
+      run: what writes them.
+
+    Raises:
+      UserError: a file of the log cannot be read.
+    """
+    missing = [file for file, path in enumerate(outputs) if not path.exists()]
+    path = work / "sorted.parquet"
+    with open_duckdb(layout.memory, layout.processes, work) as engine:
+        unsorted = engine.backend.read_parquet(str(scores / "*.parquet"))
+        wanted = unsorted.filter(unsorted.file.isin(missing)).order_by(*PLACE)
+        batches = engine.stream(wanted)
+        with pq.ParquetWriter(path, batches.schema, compression="lz4") as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+    write = functools.partial(write_file, log, layout, columns, version, path)
+    calls = [(file, work / f"{file:06d}.parquet", outputs[file]) for file in missing]
+    for _ in run(write, calls, "writing the scored log"):
+        pass
 
 
 def write_scores(
@@ -207,7 +244,7 @@ def write_scores(
 ) -> None:
     """Writes the scores of some requests, with the places of their candidates in the log.
 
-    A row a scored candidate: `file`, `row`, `place` and `teacher:<task>`.
+    A row a scored candidate: `file`, `row`, `place`, and its scores, here one a task.
 
     Args:
       spec: of the scored copy.
@@ -232,8 +269,8 @@ def write_scores(
             "that folder and run this again"
         )
     chosen = pa.array(runs(starts_of(copied.candidates)[:-1], copied.scored))
-    columns = {name: stored[name].take(chosen) for name in ("file", "row", "place")}
-    columns |= {f"teacher:{task}": pa.array(score) for task, score in copied.scores.items()}
+    columns = {name: stored[name].take(chosen) for name in PLACE}
+    columns |= {teacher_column(task): pa.array(score) for task, score in copied.scores.items()}
     pq.write_table(pa.table(columns), folder / f"{split}-{first:012d}.parquet")
 
 
@@ -298,14 +335,14 @@ def write_file(
     temporary: Path,
     output: Path,
 ) -> None:
-    """Writes a file of the log with a teacher's columns added.
+    """Writes a file of the log with columns added.
 
     Args:
       log: the log.
       layout: of the log.
-      columns: the names of the columns to add: one a task, and that of the version.
-      version: of the teacher.
-      scores: the file of `write_scores`, sorted.
+      columns: the names of the columns to add: one a score, and that of the version.
+      version: of what has scored.
+      scores: the files of `write_scores` as one, sorted.
       file: the number of the file in the log.
       temporary: the path to write it to.
       output: the path to move it to once it is whole.
@@ -356,11 +393,11 @@ def _columns_of(
         offsets = pa.array(ends.astype(np.int32), mask=np.append(~valid, False))
         number = int(ends[-1])
         places = ends[row] + scores["place"][chosen]
-    for task in layout.tasks:
-        probability, unknown = np.zeros(number, np.float32), np.ones(number, bool)
-        probability[places] = scores[f"teacher:{task}"][chosen]
+    for name in (name for name in scores if name not in PLACE):
+        score, unknown = np.zeros(number, np.float32), np.ones(number, bool)
+        score[places] = scores[name][chosen]
         unknown[places] = False
-        array = pa.array(probability, mask=unknown)
+        array = pa.array(score, mask=unknown)
         added.append(array if offsets is None else pa.ListArray.from_arrays(offsets, array))
     return [*added, _version_of(version, np.isin(np.arange(batch.num_rows), row))]
 

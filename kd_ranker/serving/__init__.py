@@ -1,0 +1,1 @@
+"""Trained rankers at work: logs that they score."""

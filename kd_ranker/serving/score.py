@@ -1,0 +1,255 @@
+"""Probabilities and values of a trained ranker, and a log that is written with them.
+
+The work on a log goes on where it stopped. What is finished waits in a hidden folder below that of
+the result, whose name holds a hash over all that decides the numbers: first the log as requests,
+then the scores of a piece of these after the other, then whole files of the log.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Float32
+
+from kd_ranker.batch import CandidateBatch, FeatureSpec, Items, Request
+from kd_ranker.batches import cutting
+from kd_ranker.errors import UserError
+from kd_ranker.evaluation import funnel
+from kd_ranker.evaluation.evaluate import Ranker
+from kd_ranker.requests.columns import columns_of
+from kd_ranker.requests.lock import FILE as LOCK
+from kd_ranker.requests.lock import hold
+from kd_ranker.requests.pool import open_pool
+from kd_ranker.requests.records import Dataset
+from kd_ranker.sources.logs import unseen, write_back
+from kd_ranker.sources.logs.encode import encode_requests
+from kd_ranker.sources.logs.files import Log
+from kd_ranker.sources.logs.layout import LogLayout
+from kd_ranker.sources.logs.ordered import Piece, read_piece
+from kd_ranker.sources.logs.unseen import Settled, Unseen
+from kd_ranker.sources.logs.write_back import Scored
+from kd_ranker.training.workdir import write_atomically
+
+FILE = "scores.json"
+"""Beside a scored log once all of it is there: who has scored it, and what was counted."""
+
+_WORK, _READ, _SCORES = ".scoring-", "read", "scores"
+
+
+class TrainedRanker(NamedTuple):
+    """A ranker that a run has left.
+
+    Attributes:
+      name: what the run calls it, for people.
+      role: `teacher` or `student`.
+      ranker: how it ranks.
+      serve: which of its probabilities it ranks by.
+      version: a name for its exact weights.
+      dataset: the one whose terms it knows: ids, means, deviations.
+    """
+
+    name: str
+    role: str
+    ranker: Ranker
+    serve: str
+    version: str
+    dataset: Dataset
+
+
+def probabilities(
+    ranker: Ranker,
+    serve: str,
+    requests: Iterable[Request],
+    items: Items,
+    spec: FeatureSpec,
+    size: int,
+    candidates: int,
+) -> Iterator[tuple[Request, Float32[np.ndarray, "N T"]]]:
+    """Requests with the probabilities of all their candidates, in the order of these.
+
+    Args:
+      ranker: the ranker.
+      serve: which of its probabilities to take.
+      requests: the requests.
+      items: what is known of the items.
+      spec: the sizes of their features.
+      size: how many requests are scored at a time.
+      candidates: the most that any request has.
+    """
+    requests = iter(requests)
+    while chunk := [*itertools.islice(requests, size)]:
+        # A last chunk of another size would compile once more.
+        filled = chunk + [chunk[-1]] * (size - len(chunk))
+        batch = CandidateBatch(**cutting.full_fields(columns_of(filled, spec), candidates))
+        served = ranker.serve(ranker.parameters, batch, items)
+        of_each = np.asarray(served.probability[serve])
+        for request, probability in zip(chunk, of_each, strict=False):
+            yield request, probability[: len(request.item_id)]
+
+
+def score_log(
+    log: Log,
+    layout: LogLayout,
+    settled: Settled,
+    trained: TrainedRanker,
+    again: Callable[[], TrainedRanker],
+    value_weights: Sequence[float],
+    requests: int,
+    output: Path | None,
+) -> tuple[Scored, Unseen]:
+    """Writes a log with the probabilities and the value of a ranker beside each candidate.
+
+    Args:
+      log: the log, of `open_unseen`.
+      layout: what is read of it, likewise.
+      settled: the terms of the ranker's dataset.
+      trained: the ranker.
+      again: opens the same one in another process; can be pickled.
+      value_weights: a weight a task.
+      requests: how many are scored at a time.
+      output: the folder to write to; None takes one below `data.dir`, named after all of these.
+
+    Returns:
+      Where the log lies, and what was read of it.
+
+    Raises:
+      UserError: the log cannot be read or not one row of it used, or the folder lies in the log,
+        holds something else or is another process's.
+    """
+    dataset, tasks = trained.dataset, trained.dataset.spec.tasks
+    made_of = [
+        *(trained.version, trained.role, trained.serve, dataset.identity, value_weights, requests),
+        *(log.manifest, repr(layout.features), layout.columns, layout.by_request),
+        *(layout.units_per_second, layout.retrieved),
+        [metadata.version(package) for package in ("kd_ranker", "jax")],
+    ]
+    digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
+    name = f"{dataset.directory.parent.name}-{trained.role}-{trained.version}-{digest}"
+    output = output or Path(layout.directory) / write_back.SCORED_FOLDER / name
+    if output.resolve().is_relative_to(Path(layout.path).resolve()):
+        raise UserError(
+            f"{output} lies in the log, of which it would be a part; give another --out"
+        )
+    says = (*(f"probability_{task}" for task in tasks), "value", "version")
+    columns = write_back.added_columns(log, tuple(f"{trained.role}_{of}" for of in says))
+    scored, paths = Scored(output, columns), write_back.output_paths(log, output)
+    work = output / f"{_WORK}{digest}"
+    with hold(output):
+        if _is_finished(output, work, digest):
+            return scored, Unseen(*json.loads((output / FILE).read_text())["read"])
+        read = _read(log, layout, settled, dataset.items, work)
+        score = (
+            functools.partial(_score_piece, trained)
+            if layout.processes == 1
+            else functools.partial(_score_elsewhere, again, trained.version)
+        )
+        score = functools.partial(score, layout, value_weights, requests, read.largest, work)
+        pieces = [(piece,) for piece in read.pieces if not _path(work, piece).exists()]
+        with open_pool(layout.processes) as run:
+            for _ in run(score, pieces, "scoring"):
+                pass
+            write_back.write_files(
+                log, layout, columns, trained.version, work / _SCORES, work, paths, run
+            )
+        told = {
+            "ranker": trained.name,
+            "serve": trained.serve,
+            "version": trained.version,
+            "columns": columns,
+            "log": log.manifest,
+            "read": read._replace(pieces=[]),
+            "made_of": digest,
+        }
+        write_atomically(output / FILE, json.dumps(told, indent=2))
+        shutil.rmtree(work)
+    return scored, read
+
+
+def _is_finished(output: Path, work: Path, digest: str) -> bool:
+    """True for a folder that holds what is to be made; one that holds something else is refused."""
+    finished = (output / FILE).exists()
+    if finished and json.loads((output / FILE).read_text())["made_of"] == digest:
+        shutil.rmtree(work, ignore_errors=True)  # which a run may have left that was killed
+        return True
+    if finished or not (work.exists() or {path.name for path in output.iterdir()} <= {LOCK}):
+        raise UserError(
+            f"{output} holds something else than the scores of this log by this ranker; give "
+            "another folder with --out"
+        )
+    return False
+
+
+def _read(log: Log, layout: LogLayout, settled: Settled, items: Items, work: Path) -> Unseen:
+    """The log as requests, which are read if they have not been."""
+    folder, unfinished = work / _READ, work / f"{_READ}-unfinished"
+    if not folder.exists():
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        try:
+            unseen.read_unseen(log, layout, settled, items, unfinished)
+        except UserError:
+            shutil.rmtree(work)
+            raise
+        unfinished.rename(folder)
+        (work / _SCORES).mkdir()
+    return unseen.load_unseen(folder)
+
+
+def _score_piece(
+    trained: TrainedRanker,
+    layout: LogLayout,
+    value_weights: Sequence[float],
+    size: int,
+    largest: int,
+    work: Path,
+    piece: Piece,
+) -> None:
+    """Writes the scores of a piece of a log with the places of its candidates, for `write_files`.
+
+    See `score_log`; `largest` is the most candidates that a request has.
+    """
+    folder, spec = work / _READ, trained.dataset.spec
+    blocks = encode_requests(layout, folder, piece)
+    requests = itertools.chain.from_iterable(block.requests() for block in blocks)
+    scored = probabilities(
+        trained.ranker, trained.serve, requests, _items(folder), spec, size, largest
+    )
+    probability = np.concatenate([of_request for _, of_request in scored])
+    value = funnel.value(jnp.asarray(probability), jnp.asarray(value_weights))
+    _, candidates = read_piece(folder, piece, write_back.PLACE)
+    scores = [*probability.T, np.asarray(value)]
+    columns = {name: candidates[name] for name in write_back.PLACE}
+    columns |= {f"score {number}": pa.array(of) for number, of in enumerate(scores)}
+    path = _path(work, piece)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(pa.table(columns), temporary)
+    temporary.replace(path)
+
+
+def _score_elsewhere(again: Callable[[], TrainedRanker], version: str, *arguments: Any) -> None:
+    """`_score_piece` for another process than the one that has opened the ranker."""
+    trained = again()
+    if trained.version != version:
+        raise UserError(f"{trained.name} has changed while it scored; run this again")
+    _score_piece(trained, *arguments)
+
+
+@functools.lru_cache(maxsize=1)
+def _items(folder: Path) -> Items:
+    return jax.device_put(unseen.load_items(folder))
+
+
+def _path(work: Path, piece: Piece) -> Path:
+    return work / _SCORES / f"{piece.batch:06d}.parquet"

@@ -1,0 +1,252 @@
+"""A log that no dataset is made of, read to be scored: in the terms of a dataset that there is.
+
+Ids, vocabularies, means and deviations are those of the dataset, which stand beside it. Of the log
+come the requests, their candidates and the features of all of these; nothing that is known only
+after a request is read.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import ibis.expr.types as ir
+import numpy as np
+import pyarrow as pa
+
+from kd_ranker.batch import FeatureSpec, Items
+from kd_ranker.errors import UserError
+from kd_ranker.sources.logs import files, grouped, numbered, typed
+from kd_ranker.sources.logs.data_report import JSON_FILE, read_data_report
+from kd_ranker.sources.logs.encode import (
+    ITEM,
+    Encoding,
+    index_of,
+    item_matrix,
+    save_encoding,
+    scale_of,
+)
+from kd_ranker.sources.logs.engine import Engine
+from kd_ranker.sources.logs.engines import open_engine
+from kd_ranker.sources.logs.files import Log
+from kd_ranker.sources.logs.grouped import Grouped
+from kd_ranker.sources.logs.layout import LogLayout
+from kd_ranker.sources.logs.numbered import Numbered
+from kd_ranker.sources.logs.ordered import Piece, write_ordered
+from kd_ranker.sources.logs.reasons import Reason
+from kd_ranker.sources.logs.vocabulary import read_vocabulary
+
+USER = "user"
+_ITEM_FEATURES, _ITEM_CATEGORY, _READ = "item_features.npy", "item_category.npy", "read.json"
+_KINDS = ("whole numbers", "texts")
+
+
+class Settled(NamedTuple):
+    """The terms of a dataset that was made of a log.
+
+    Attributes:
+      encoding: the rules by which values become ids and features.
+      vocabularies: the `value` and `id` of what has ids, see `read_vocabulary`.
+      trained: how many of the first ids of `user` and of `item` training requests have.
+    """
+
+    encoding: Encoding
+    vocabularies: Mapping[str, pa.Table]
+    trained: Mapping[str, int]
+
+
+class Unseen(NamedTuple):
+    """A log that was read, but for the rows, which lie in a folder.
+
+    Attributes:
+      pieces: the pieces in which its requests and candidates lie.
+      largest: the most candidates that a request has.
+      used: how many candidates there are.
+      rejected: reason -> how many candidates it has cost; they lie in no piece.
+      new: `user` and `item` -> how many candidates are of one that no training request has.
+    """
+
+    pieces: list[Piece]
+    largest: int
+    used: int
+    rejected: dict[str, int]
+    new: dict[str, int]
+
+
+def open_unseen(layout: LogLayout, trained: LogLayout) -> tuple[Log, LogLayout]:
+    """Finds a log to score and checks that it has what rankers were trained on; footers only.
+
+    Args:
+      layout: of the log.
+      trained: of the one that the rankers' dataset was made of.
+
+    Returns:
+      The log, and the layout with what is read of it.
+
+    Raises:
+      UserError: the layouts have other features or tasks, or the log lacks a column, or one is of
+        another type than its use admits.
+    """
+    _check_same(layout, trained)
+    time = layout.columns["time"]
+    log = files.open_log(to_score := layout.to_score(has_time=False))
+    if time in (*log.names, *log.given.column_names):
+        log = files.open_log(to_score := layout.to_score(has_time=True))
+    return log, to_score
+
+
+def _check_same(layout: LogLayout, trained: LogLayout) -> None:
+    """Refuses a layout of other features or tasks; each column may have another name."""
+
+    def of(layout: LogLayout) -> dict[str, object]:
+        fields = {
+            f"data.features.{feature.key}": vars(feature) | {"column": ""}
+            for feature in layout.features
+        }
+        return fields | {"tasks": layout.tasks, "data.history_length": layout.history_length}
+
+    here, there = of(layout), of(trained)
+    if differing := [key for key in here | there if here.get(key) != there.get(key)]:
+        raise UserError(
+            f"the config reads a log in another way than the dataset that was trained on: "
+            f"{', '.join(differing)}; leave --config out, which takes the config of training"
+        )
+
+
+def settled_by(layout: LogLayout, spec: FeatureSpec, directory: Path) -> Settled:
+    """The terms of the dataset in `directory`.
+
+    Args:
+      layout: of its log.
+      spec: its sizes.
+      directory: its folder.
+
+    Raises:
+      UserError: what lies beside the dataset is gone.
+    """
+    report = read_data_report(directory)
+    if report is None:
+        raise UserError(
+            f"{directory / JSON_FILE}, which holds the means and deviations of training, is gone; "
+            f"put it back, or remove {directory} and make it anew with: python -m "
+            "experiments.prepare_data"
+        )
+    of = {feature["name"]: feature for feature in report["features"]}
+    scales = {
+        feature.name: scale_of(
+            feature, of[feature.name].get("mean", 0.0), of[feature.name].get("deviation", 0.0)
+        )
+        for feature in layout.features
+        if feature.kind == "dense"
+    }
+    names = [
+        feature.name
+        for feature in layout.features
+        if feature.kind in ("category", "bag") and not feature.hashed
+    ]
+    file_of = {name: f"feature:{name}" for name in names} | {ITEM: ITEM}
+    vocabularies = {of: read_vocabulary(directory, of) for of in (USER, *file_of.values())}
+    values = {
+        name: index_of(vocabularies[of]["value"].combine_chunks()) for name, of in file_of.items()
+    }
+    ids = report["ids"]
+    trained = {name: ids[f"{name}s"] - ids[f"{name}s_not_in_train"] for name in (USER, ITEM)}
+    return Settled(Encoding(spec, values, scales), vocabularies, trained)
+
+
+def read_unseen(
+    log: Log,
+    layout: LogLayout,
+    settled: Settled,
+    items: Items,
+    folder: Path,
+) -> None:
+    """Reads a log into a folder that is there, for `load_unseen`, `load_items` and encode_requests.
+
+    Args:
+      log: the log.
+      layout: with what is read of it, see `open_unseen`.
+      settled: the terms to read it in.
+      items: features and category ids of the items of the dataset; those of items that are
+        candidates in the log take their places, and new ones follow.
+      folder: to write to.
+
+    Raises:
+      UserError: the log cannot be read, holds ids of another type than training, or not one row of
+        it can be used.
+    """
+    candidates = sum(part.entries for part in log.parts)
+    with open_engine(layout, folder, candidates) as engine:
+        own, rows, unfolded, without_any = typed.open_rows(engine, log, layout)
+        _check_types(own, settled, unfolded)
+        of = grouped.group(engine, layout, typed.typed(unfolded, own), without_any)
+        counts = grouped.counts_by_reason(engine, of)
+        rejected = {why.name.lower(): int(counts[why]) for why in Reason if counts[why]}
+        if not engine.count(of.candidates):
+            raise UserError(f"{layout.path}: not one row of the log can be used: {rejected}")
+        ids = numbered.number(engine, own, rows, unfolded, of, settled.vocabularies)
+        pieces = write_ordered(engine, layout, of, ids)
+        save_encoding(settled.encoding, folder / "encoding")
+        table = engine.fetch(ids.items.order_by("id"))
+        matrices = item_matrix(layout, settled.encoding, table)
+        places = table["id"].to_numpy()
+        known_items = (np.asarray(items.features), np.asarray(items.category))
+        both = zip((_ITEM_FEATURES, _ITEM_CATEGORY), known_items, matrices, strict=True)
+        for file, known, own_of in both:
+            whole = np.zeros((max(len(known), places.max() + 1), known.shape[1]), known.dtype)
+            whole[: len(known)] = known
+            whole[places] = own_of
+            np.save(folder / file, whole)
+        sizes = of.candidates.group_by("number").agg(size=of.candidates.count())
+        found = Unseen(
+            pieces,
+            largest=int(engine.fetch(sizes.agg(most=sizes["size"].max()))["most"][0].as_py()),
+            used=sum(piece.candidates for piece in pieces),
+            rejected=rejected,
+            new=_new(engine, of, ids, settled.trained),
+        )
+    (folder / _READ).write_text(json.dumps(found))
+
+
+def load_unseen(folder: Path) -> Unseen:
+    """Loads what `read_unseen` has read into a folder."""
+    pieces, *rest = json.loads((folder / _READ).read_text())
+    return Unseen([Piece(batch, split, tuple(of), n) for batch, split, of, n in pieces], *rest)
+
+
+def load_items(folder: Path) -> Items:
+    """The items of the dataset and of the log that `read_unseen` has read into a folder."""
+    return Items(*(np.load(folder / file) for file in (_ITEM_FEATURES, _ITEM_CATEGORY)))
+
+
+def _check_types(layout: LogLayout, settled: Settled, unfolded: ir.Table) -> None:
+    """Refuses texts where training had whole numbers, and the other way round: none would match."""
+    names = {f"data.columns.{name}": name for name in (USER, ITEM)}
+    for of in layout.features:
+        name = ITEM if of.kind == "history" else f"feature:{of.name}"
+        names[f"data.features.{of.key}"] = name
+    for column in files.wanted_columns(layout):
+        known = settled.vocabularies.get(names.get(column.key, ""))
+        kind = unfolded[column.column].type()
+        while kind.is_array():
+            kind = kind.value_type
+        if known is None or kind.is_null():
+            continue
+        here, there = kind.is_string() or kind.is_binary(), pa.types.is_string(known["value"].type)
+        if here != there:
+            name = column.column.removeprefix(typed.PREFIX)
+            raise UserError(
+                f"column {name!r} ({column.key}) holds {_KINDS[here]}, and in training it held "
+                f"{_KINDS[there]}; give it the type that it had"
+            )
+
+
+def _new(engine: Engine, of: Grouped, ids: Numbered, trained: Mapping[str, int]) -> dict[str, int]:
+    """`Unseen.new`."""
+    users = ids.users.filter(ids.users.id >= trained[USER]).select(user="value")
+    items = ids.items.filter(ids.items.id >= trained[ITEM]).select(item="value")
+    requests = of.requests.semi_join(users, "user")
+    return {
+        USER: engine.count(of.candidates.semi_join(requests, "number")),
+        ITEM: engine.count(of.candidates.semi_join(items, "item")),
+    }
