@@ -8,6 +8,7 @@
     from_disk    train steps with batches from files against batches from memory
     log_build    a dataset of a log of `make_log.py` against plain DuckDB on the same threads
     scoring      one request of 2,000 candidates, the student against the teacher
+    serving      the same by exported programs (needs the extra `onnx`)
     sweep        16 members as one sweep against as many runs of `experiments.train`
     layout       ways of updating the tables of a population within one program
     compilers    the project's programs, compiled for TPUs and H100s that are not here
@@ -39,6 +40,7 @@ NAMES = (
     "from_disk",
     "log_build",
     "scoring",
+    "serving",
     "sweep",
     "layout",
     "compilers",

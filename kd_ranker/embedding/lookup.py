@@ -117,8 +117,9 @@ def rows_of_ids(table: TableSpec, ids: Int[Array, "..."]) -> Int[Array, "..."]:
     bits = ids.astype(jnp.uint32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
-    bits = bits ^ (bits >> 16)
-    return (bits % jnp.uint32(table.size)).astype(ids.dtype)
+    bits, size = bits ^ (bits >> 16), jnp.uint32(table.size)
+    # bits % size, for which ONNX's converter knows no shapes that are symbols.
+    return (bits - bits // size * size).astype(ids.dtype)
 
 
 def is_known(table: TableSpec, ids: Int[Array, "..."]) -> Bool[Array, "..."]:

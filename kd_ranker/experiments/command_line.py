@@ -22,6 +22,7 @@ COMMANDS = {
     "sweep": "sweep",
     "report": "report",
     "score": "score",
+    "export": "export",
 }
 """The module of each entry point, by the name of its command."""
 
@@ -60,9 +61,9 @@ def _describe(parser: argparse.ArgumentParser, module: str, text: str) -> None:
 
     if module == "report":
         options.describe_on_workdirs(parser, text)
-    elif module == "score":
-        flags_of = importlib.import_module(f"kd_ranker.experiments.{module}").FLAGS
-        options.describe_on_run(parser, text, flags_of)
+    elif module in ("score", "export"):
+        of = importlib.import_module(f"kd_ranker.experiments.{module}")
+        options.describe_on_run(parser, text, of.TAKES_CONFIG, of.FLAGS)
     else:
         options.describe(parser, text)
 

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from kd_ranker.pipeline import commands
 from kd_ranker.pipeline.launch import launch_on_run
 
+TAKES_CONFIG = True
 FLAGS = {
     "member": ("", "the student of a sweep; without it, the best one on validation"),
     "out": ("", "the folder to write to; without it, one below config.data.dir"),
@@ -32,7 +33,7 @@ def main(config: ConfigDict, workdir: Path, member: str, out: str) -> None:
 
 
 def start() -> None:
-    launch_on_run(main, **FLAGS)
+    launch_on_run(main, TAKES_CONFIG, **FLAGS)
 
 
 if __name__ == "__main__":

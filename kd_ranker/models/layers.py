@@ -65,11 +65,18 @@ class ItemEncoder(nnx.Module):
         of a request and not its many candidates.
         """
         weights, bias = weights_of(self.features)
-        return (
-            jnp.einsum("rqd,rnd->rqn", queries, row)
-            + jnp.einsum("rqf,rnf->rqn", queries @ weights.T, features)
-            + (queries @ bias)[..., None]
-        )
+        return linear_products(queries, row, weights, features) + (queries @ bias)[..., None]
+
+
+def linear_products(
+    queries: Float[Array, "R Q D"],
+    row: Float[Array, "R N D"],
+    weights: Float[Array, "F D"],
+    features: Float[Array, "R N F"],
+) -> Float[Array, "R Q N"]:
+    """The products q · (row + W features) as q · row + (qᵀ W) · features."""
+    of_features = jnp.einsum("rqf,rnf->rqn", queries @ weights.T, features)
+    return jnp.einsum("rqd,rnd->rqn", queries, row) + of_features
 
 
 def features_of_items(

@@ -164,18 +164,32 @@ def apply_model(
     items: Items,
 ) -> Float[Array, "R N heads"]:
     """The logits of a batch whose rows are gathered; differentiable in `dense` and `embedded`."""
-    dtype, precision = model.arithmetic
-
-    def cast(tree: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf,
-            tree,
-        )
-
-    module = nnx.merge(model.graph, cast(dense))
     # The item features are cast when they are looked up, not all of them at every step.
+    return apply_part(
+        *(model, dense, lambda module, batch, rows: module(batch, rows, items)),
+        *(batch, embedded),
+    )
+
+
+def apply_part(model: Model, dense: Any, part: Callable[..., Any], *arrays: Any) -> Any:
+    """The results of `part(module, *arrays)` in the model's arithmetic, as float32.
+
+    Args:
+      model: the model.
+      dense: its dense parameters.
+      part: a function of the module and the arrays, cast as the model computes.
+      *arrays: pytrees.
+    """
+    dtype, precision = model.arithmetic
+    module = nnx.merge(model.graph, _cast(dense, dtype))
     with jax.default_matmul_precision(precision):
-        return module(cast(batch), cast(embedded), items).astype(jnp.float32)
+        return _cast(part(module, *_cast(arrays, dtype)), jnp.float32)
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree
+    )
 
 
 def score(

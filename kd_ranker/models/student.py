@@ -5,6 +5,7 @@ the lines that carry an axis N are paid for by each candidate.
 """
 
 import functools
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from kd_ranker.models.layers import (
 )
 from kd_ranker.models.lookups import HISTORY_LOOKUPS, LOOKUPS
 from kd_ranker.models.model import ModuleClass
+
+Users = dict[str, Float[Array, "R ..."]]
 
 HISTORIES = ("none", "mean")
 """The ways in which a student may read the user's history, by `config.student.history`."""
@@ -57,6 +60,44 @@ def _user_inputs(
     if history is None:
         return inputs
     return jnp.concatenate([inputs, history(batch, rows, items)], axis=-1)
+
+
+@runtime_checkable
+class InParts(Protocol):
+    """A student that meets a candidate in the dot products of its embedding with a few queries.
+
+    It can be served in parts: `users` once a request, embeddings by `item` once an item, and
+    `logits` of their products. Such a module is called like any other; `_scored_in_parts` is the
+    whole of the call.
+
+    Attributes:
+      spec: the sizes of the features.
+      item: the encoder of items and candidates, of the cheap features of the item and then the
+        candidate's own.
+    """
+
+    spec: FeatureSpec
+    item: ItemEncoder
+
+    def users(self, batch: CandidateBatch, rows: Rows, items: Items) -> Users:
+        """The arrays [R, ...] that depend on the request alone: `queries` [R, Q, D] and others."""
+        ...
+
+    def logits(self, users: Users, products: Float[Array, "R Q N"]) -> Float[Array, "R N heads"]:
+        """The logits, of those arrays and the products of `queries` with the candidates."""
+        ...
+
+
+def _scored_in_parts(
+    module: InParts, batch: CandidateBatch, rows: Rows, items: Items
+) -> Float[Array, "R N heads"]:
+    users = module.users(batch, rows, items)
+    products = module.item.products(
+        users["queries"],
+        candidate_rows(batch, rows, items, module.spec),
+        candidate_inputs(batch, items, module.spec.cheap_item_features),
+    )
+    return module.logits(users, products)
 
 
 class MultiInterest(nnx.Module):
@@ -96,20 +137,24 @@ class MultiInterest(nnx.Module):
         self, batch: CandidateBatch, rows: Rows, items: Items
     ) -> Float[Array, "R N heads"]:
         """The logits of every candidate."""
-        # Fused by hand, for what XLA's own way takes on a CPU: docs/benchmarks.md has the times.
+        return _scored_in_parts(self, batch, rows, items)
+
+    # Fused by hand, for what XLA's own way takes on a CPU: docs/benchmarks.md has the times.
+    def users(self, batch: CandidateBatch, rows: Rows, items: Items) -> Users:
+        """The queries [u, V_v + V_s u], and each interest's share of the logits, V_c u."""
         users = self.user(_user_inputs(batch, rows, items, self.spec, self.history))
         users = users.reshape(users.shape[0], self.interests, -1)
         # Split V into the parts that multiply c, v and s. As s is linear in v, and c in the weights
         # of the interests, V meets the request's few user embeddings and not its many candidates.
         width = users.shape[-1]
-        weights, offset = weights_of(self.heads)
+        weights, _ = weights_of(self.heads)
         combine, direct, matched = jnp.split(weights, [width, 2 * width])
         direct = direct.T + jnp.einsum("eh,red->rhd", matched, users)
-        products = self.item.products(
-            jnp.concatenate([users, direct], axis=1),
-            candidate_rows(batch, rows, items, self.spec),
-            candidate_inputs(batch, items, self.spec.cheap_item_features),
-        )
+        return {"queries": jnp.concatenate([users, direct], axis=1), "combined": users @ combine}
+
+    def logits(self, users: Users, products: Float[Array, "R Q N"]) -> Float[Array, "R N heads"]:
+        """The logits, of the products [s, V_v v + V_s s]."""
+        _, offset = weights_of(self.heads)
         match, direct = jnp.split(products, [self.interests], axis=1)
         # Divide the softmax by its sum last, and take the few interests and heads one by one: a
         # reduction over so short an axis costs a CPU more than all the arithmetic here.
@@ -117,7 +162,7 @@ class MultiInterest(nnx.Module):
         highest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, of_interest))
         share = [jnp.exp(match - highest) for match in of_interest]
         scale = 1 / functools.reduce(jnp.add, share)
-        combined = jnp.einsum("reh,ren->rhn", users @ combine, jnp.stack(share, axis=1))
+        combined = jnp.einsum("reh,ren->rhn", users["combined"], jnp.stack(share, axis=1))
         return jnp.stack(
             [
                 scale * combined[:, head] + direct[:, head] + offset[head]
@@ -159,13 +204,17 @@ class TwoTower(nnx.Module):
         self, batch: CandidateBatch, rows: Rows, items: Items
     ) -> Float[Array, "R N heads"]:
         """The logits of every candidate."""
+        return _scored_in_parts(self, batch, rows, items)
+
+    def users(self, batch: CandidateBatch, rows: Rows, items: Items) -> Users:
+        """The queries u / sqrt(D)."""
         users = self.user(_user_inputs(batch, rows, items, self.spec, self.history))
-        width = rows["item"].shape[-1]
-        products = self.item.products(
-            users.reshape(users.shape[0], -1, width) / jnp.sqrt(width),
-            candidate_rows(batch, rows, items, self.spec),
-            candidate_inputs(batch, items, self.spec.cheap_item_features),
-        )
+        width = rows["user"].shape[-1]
+        return {"queries": users.reshape(users.shape[0], -1, width) / jnp.sqrt(width)}
+
+    def logits(self, users: Users, products: Float[Array, "R Q N"]) -> Float[Array, "R N heads"]:
+        """The logits, of the products u · v / sqrt(D)."""
+        del users
         return products.swapaxes(1, 2) + self.offset[...]
 
 

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from kd_ranker.config import checks, schema
 from kd_ranker.config.identity import dataset_name
-from kd_ranker.errors import UserError
+from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import references, results
 from kd_ranker.evaluation.results import Row
 from kd_ranker.pipeline import data_lines as of_data
-from kd_ranker.pipeline import runs, scoring, supervision, teachers, trained
+from kd_ranker.pipeline import exporting, runs, scoring, supervision, teachers, trained
 from kd_ranker.pipeline.data_lines import keep_data_report
 from kd_ranker.pipeline.measure import (
     Students,
@@ -35,7 +35,11 @@ from kd_ranker.requests.lock import hold
 from kd_ranker.requests.pool import open_pool
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, Source
+from kd_ranker.serving.formats import FORMATS
+from kd_ranker.serving.programs import make_programs
 from kd_ranker.serving.score import score_log
+from kd_ranker.serving.tables import ITEM_TYPES
+from kd_ranker.serving.write import program_files, write_export
 from kd_ranker.sources.logs import findings, unseen
 from kd_ranker.sources.logs.data_report import read_data_report
 from kd_ranker.sources.logs.guess.first_config import FirstConfig, write_first_config
@@ -369,6 +373,38 @@ def report(sweeps: Sequence[Path], output: Path) -> tuple[list[str], Path]:
     """
     with hold(output):
         return write.write_report(sweeps, output), output / write.PAGE
+
+
+def export(
+    workdir: Path, folder: Path, member: str = "", serve: str = "", items: str = "float32",
+    formats: Sequence[str] = tuple(FORMATS),
+) -> None:  # fmt: skip
+    """Writes the ranker of a finished run as a folder that a server can use without this project.
+
+    Args:
+      workdir: of `train`, `sweep` or `train_teacher`; only read.
+      folder: the folder to write; it must not exist.
+      member: the student's name in a sweep.
+      serve: its serving choice; "" is that of its config.
+      items: the type of item embeddings, one of `serving.tables.ITEM_TYPES`.
+      formats: those of the programs, some of `serving.formats.FORMATS`.
+
+    Raises:
+      UserError: there is no such ranker, the folder exists, or a format lacks an operation.
+    """
+    check_choice("--items", items, ITEM_TYPES)
+    for name in formats:
+        check_choice("--formats", name, FORMATS)
+    if folder.exists():
+        raise UserError(f"{folder} exists; name a folder that does not as --out")
+    finished = exporting.find(workdir, member, serve)
+    exporting.check_choices(finished, items, formats)
+    exported = make_programs(finished.trained, items)
+    # Before what takes long, since a format may lack an operation.
+    files = program_files(exported, formats)
+    about = exporting.about(finished, workdir, exported, items) | {"formats": list(formats)}
+    batch, beside = exporting.example(finished), exporting.beside(finished)
+    write_export(exported, finished.trained, files, batch, about, beside, folder)
 
 
 class Made(NamedTuple):

@@ -51,11 +51,15 @@ def launch(command: Callable[[ConfigDict, Path], None], needs_workdir: bool = Tr
     _start(parse, run, describe)
 
 
-def launch_on_run(command: Callable[..., None], **flags_of: tuple[str, str]) -> None:
+def launch_on_run(
+    command: Callable[..., None], takes_config: bool, **flags_of: tuple[str, str]
+) -> None:
     """The same for a command on a finished run, whose config stands in for `--config`.
 
     Args:
-      command: called with the config, the workdir, and by name the texts of all further flags.
+      command: called with the config if it takes one, the workdir, and by name the texts of all
+        further flags.
+      takes_config: True if keys of the config may be set.
       **flags_of: further flags by name, each with its value if it is not given, and its help.
     """
     workdir = flags.DEFINE_string("workdir", None, options.RUN)
@@ -68,15 +72,17 @@ def launch_on_run(command: Callable[..., None], **flags_of: tuple[str, str]) -> 
         early(arguments, known_only=True)
         if not early.workdir:
             raise UserError("--workdir is missing; give the folder of a run that is finished")
-        return _parse(arguments, lambda: config_of(Path(early.workdir).expanduser()))
+        if takes_config:
+            return _parse(arguments, lambda: config_of(Path(early.workdir).expanduser()))
+        return _only_flags(flags.FLAGS(arguments))
 
     def run(_: list[str]) -> None:
-        config = with_home(flags.FLAGS["config"].value)
+        config = [with_home(flags.FLAGS["config"].value)] if takes_config else []
         texts = {name: other.value for name, other in others.items()}
-        command(config, Path(str(workdir.value)).expanduser(), **texts)
+        command(*config, Path(str(workdir.value)).expanduser(), **texts)
 
     def describe(parser: argparse.ArgumentParser, _: list[str]) -> None:
-        options.describe_on_run(parser, _docstring(command), flags_of)
+        options.describe_on_run(parser, _docstring(command), takes_config, flags_of)
 
     _start(parse, run, describe)
 
@@ -122,7 +128,10 @@ def _parse(arguments: list[str], default: Callable[[], ConfigDict] | None = None
     config, others = read_config_flag(arguments, default)
     # Overrides are flags of their own, each of the type of its key.
     config_flags.DEFINE_config_dict("config", config, sys_argv=others)
-    rest = flags.FLAGS(others)
+    return _only_flags(flags.FLAGS(others))
+
+
+def _only_flags(rest: list[str]) -> list[str]:
     if len(rest) > 1:
         raise UserError(f"{rest[1]!r} is not a flag; flags look like --name=value")
     return rest

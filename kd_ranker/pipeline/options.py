@@ -46,17 +46,22 @@ def describe(parser: argparse.ArgumentParser, text: str, config: ConfigDict | No
 
 
 def describe_on_run(
-    parser: argparse.ArgumentParser, text: str, flags_of: Mapping[str, tuple[str, str]]
+    parser: argparse.ArgumentParser,
+    text: str,
+    takes_config: bool,
+    flags_of: Mapping[str, tuple[str, str]],
 ) -> None:
     """The same of an entry point that goes on with a finished run and its config.
 
     Args:
       parser: likewise.
       text: likewise.
+      takes_config: True if keys of the config may be set.
       flags_of: its further flags by name, each with its value if it is not given, and its help.
     """
     names = " ".join(f"[--{name}=…]" for name in flags_of)
-    _describe(parser, text, f"--workdir=FOLDER {names} [--config.KEY=VALUE ...]")
+    keys = " [--config.KEY=VALUE ...]" * takes_config
+    _describe(parser, text, f"--workdir=FOLDER {names}{keys}")
     parser.add_argument("--workdir", metavar="FOLDER", help=RUN)
     for name, (_, told) in flags_of.items():
         parser.add_argument(f"--{name}", help=told.replace("%", "%%"))

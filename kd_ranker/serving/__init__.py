@@ -1,1 +1,1 @@
-"""Trained rankers at work: logs that they score."""
+"""Trained rankers at work: logs that they score, and programs and tables for a server."""

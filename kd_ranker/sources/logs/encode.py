@@ -4,7 +4,7 @@ import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -122,6 +122,68 @@ def load_encoding(folder: Path) -> Encoding:
         for index, name in enumerate(names)
     }
     return Encoding(FeatureSpec.from_json((folder / "spec.json").read_text()), values, scales)
+
+
+def transforms(layout: LogLayout, encoding: Encoding) -> dict[str, Any]:
+    """The way from raw columns to the fields of a request, for those who serve without this code.
+
+    Returns:
+      What JSON holds: the formula of dense features, and by field its columns in their order; the
+      formula of hashes, and by field its categorical features in theirs.
+    """
+    cheap_first = sorted(layout.of("item", kind="dense"), key=lambda feature: not feature.cheap)
+    dense = {
+        "user_features": layout.of("user", kind="dense"),
+        "context": layout.of("context", kind="dense"),
+        "candidate_features": layout.of("candidate", kind="dense"),
+        "item_features": cheap_first,
+    }
+    categories = {
+        "request_category": layout.categories("user", "context"),
+        "candidate_category": layout.categories("candidate"),
+        "item_category": layout.categories("item"),
+    }
+    names = (category.name for category in encoding.spec.categories)
+    starts = dict(zip(names, encoding.spec.category_starts, strict=True))
+
+    def scaled(feature: Feature) -> dict[str, Any]:
+        mean, scale, missing = encoding.scales[feature.name]
+        numbers = {"mean": mean, "scale": scale, "missing": missing}
+        return {"column": feature.column, "place": feature.place, **numbers}
+
+    def numbered(feature: Feature) -> dict[str, Any]:
+        kept = {name: getattr(feature, name) for name in ("name", "column", "kind", "length")}
+        size = {"buckets": feature.size if feature.hashed else None}
+        return {**kept, **size, "first_id": starts[feature.name]}
+
+    history = layout.history
+    return {
+        "dense_formula": _DENSE_FORMULA,
+        "dense": {field: [scaled(of) for of in features] for field, features in dense.items()},
+        "category_formula": _CATEGORY_FORMULA,
+        "categories": {
+            field: [numbered(of) for of in features] for field, features in categories.items()
+        },
+        "history": {"column": history.column, "length": layout.history_length} if history else {},
+        "history_formula": _HISTORY_FORMULA,
+    }
+
+
+_DENSE_FORMULA = (
+    "(x - mean) / scale as float32, and `missing` where that is not finite or x is missing; x is "
+    "the entry `place` of a vector's column; a field without columns is one 0"
+)
+_CATEGORY_FORMULA = (
+    "without buckets the `id` of the value in vocabularies/feature-<name>.parquet, first_id for a "
+    "value that is missing there; with buckets first_id + 1 + hash % buckets, first_id for a "
+    "missing one, where hash is splitmix64 of a whole number's 64 bits, or of those that "
+    "pandas.util.hash_array(texts, categorize=False) makes of a text; a bag takes the first "
+    "`length` values, and -1 fills up"
+)
+_HISTORY_FORMULA = (
+    "the last `length` values of the column, those without an id in vocabularies/item.parquet left "
+    "out, then filled up at the end with history_mask false; history_features are 1"
+)
 
 
 def item_matrix(

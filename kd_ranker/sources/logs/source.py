@@ -33,6 +33,7 @@ from kd_ranker.sources.logs.encode import (
     load_encoding,
     make_encoding,
     save_encoding,
+    transforms,
 )
 from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.logs.engines import open_engine
@@ -56,6 +57,8 @@ from kd_ranker.sources.logs.varying import count_varying
 from kd_ranker.sources.logs.vocabulary import VOCABULARIES_FOLDER, write_vocabularies
 
 MANIFEST = "log.json"
+# Beside a dataset: how raw columns become its fields, see `encode.transforms`.
+TRANSFORMS = "transforms.json"
 # Folder below `data.dir` for the report of a log of which no dataset was built.
 REFUSED = "refused_log"
 
@@ -226,6 +229,8 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog, run: Runner) -> Sour
     def write_beside(directory: Path) -> None:
         _write_report(log, layout, read, report, directory)
         write_vocabularies(engine, numbered, encoding.spec, directory / VOCABULARIES_FOLDER)
+        told = transforms(layout, encoding)
+        (directory / TRANSFORMS).write_text(json.dumps(told, indent=2))
         (directory / ROWS_FOLDER).mkdir()
         rows = [
             (engine.folder, piece, path_of(directory, split, shard))

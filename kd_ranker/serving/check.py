@@ -1,0 +1,127 @@
+"""Runs the programs of this folder on `example.npz` and compares with what that expects.
+
+    python check.py [onnx|jax]
+
+It needs NumPy, and ONNX Runtime or JAX, and nothing else. `read_tables`, `open_programs` and `rank`
+are a server in small. It ends with 1 if a number differs by more than the tolerance.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, Any]
+Programs = Mapping[str, Callable[[Arrays], Arrays]]
+
+TOLERANCE = 1e-5
+_NUMPY_TYPES = {"F32": np.float32, "I32": np.int32, "I8": np.int8, "BF16": np.uint16}
+_ONNX_BFLOAT16 = 16
+
+
+def read_tables(folder: Path) -> Arrays:
+    """The tables by name; those of bfloat16 come as the whole numbers of the same bits."""
+    with (folder / "tables.safetensors").open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    content = np.memmap(folder / "tables.safetensors", mode="r", offset=8 + length)
+    tables = {}
+    for name, of in header.items():
+        start, end = of["data_offsets"]
+        tables[name] = content[start:end].view(_NUMPY_TYPES[of["dtype"]]).reshape(of["shape"])
+    return tables
+
+
+def open_programs(folder: Path, runtime: str) -> Programs:
+    """The programs by name, each a function from arrays by name to arrays by name.
+
+    Of what it is given, each reads what `export.json` says.
+
+    Args:
+      folder: of the export.
+      runtime: "onnx" or "jax".
+    """
+    described = json.loads((folder / "export.json").read_text())["programs"]
+    open_program = {"onnx": _open_onnx, "jax": _open_jax}[runtime]
+    return {name: open_program(folder / f"{name}.{runtime}", of) for name, of in described.items()}
+
+
+def _open_onnx(path: Path, described: Mapping[str, Any]) -> Callable[[Arrays], Arrays]:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    types = {of.name: of.type for of in session.get_inputs()}
+    value = onnxruntime.OrtValue
+
+    def given(name: str, array: Any) -> Any:
+        if types[name] == "tensor(bfloat16)":
+            return value.ortvalue_from_numpy_with_onnx_type(np.asarray(array), _ONNX_BFLOAT16)
+        return value.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+    def run(arrays: Arrays) -> Arrays:
+        inputs = {name: given(name, arrays[name]) for name in types}
+        outputs = list(described["outputs"])
+        results = session.run_with_ort_values(outputs, inputs)
+        return {name: of.numpy() for name, of in zip(outputs, results, strict=True)}
+
+    return run
+
+
+def _open_jax(path: Path, described: Mapping[str, Any]) -> Callable[[Arrays], Arrays]:
+    import jax
+
+    call = jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
+
+    def given(name: str, of: Mapping[str, Any], arrays: Arrays) -> Any:
+        array = np.asarray(arrays[name])
+        return array.view(jax.numpy.bfloat16) if of["dtype"] == "bfloat16" else array
+
+    def run(arrays: Arrays) -> Arrays:
+        inputs = {name: given(name, of, arrays) for name, of in described["inputs"].items()}
+        return {name: np.asarray(of) for name, of in call(inputs).items()}
+
+    return run
+
+
+def rank(programs: Programs, arrays: Arrays) -> Arrays:
+    """The probabilities and values of the candidates of requests.
+
+    Args:
+      programs: the programs.
+      arrays: the tables, and the fields of the requests.
+    """
+    for name in ("rank",) if "rank" in programs else ("user", "score"):
+        arrays = arrays | programs[name](arrays)
+    return {name: arrays[name] for name in ("probability", "value")}
+
+
+def largest_differences(folder: Path, runtime: str) -> dict[str, float]:
+    """By result, how far the example's is from what it is expected to be."""
+    programs, tables = open_programs(folder, runtime), read_tables(folder)
+    with np.load(folder / "example.npz") as example:
+        inputs = {name[3:]: example[name] for name in example if name.startswith("in.")}
+        expected = {name[4:]: example[name] for name in example if name.startswith("out.")}
+    found = rank(programs, tables | inputs)
+    if "item" in programs:
+        items = {name[5:]: array for name, array in inputs.items() if name.startswith("item.")}
+        found |= programs["item"](tables | items)
+    return {name: float(np.abs(found[name] - of).max()) for name, of in expected.items()}
+
+
+def main(arguments: list[str]) -> int:
+    """Checks the export beside this file; returns the exit code."""
+    folder = Path(__file__).resolve().parent
+    wrong = 0
+    for runtime in arguments or json.loads((folder / "export.json").read_text())["formats"]:
+        for name, difference in largest_differences(folder, runtime).items():
+            verdict = "ok" if difference <= TOLERANCE else "WRONG"
+            wrong += verdict != "ok"
+            sys.stdout.write(f"{runtime} {name}: largest difference {difference:.1e}, {verdict}\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

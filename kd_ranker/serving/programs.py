@@ -1,0 +1,381 @@
+"""A trained ranker as programs: functions of named arrays, which formats write down.
+
+A program takes all that it reads by name: fields of a request, as in `batch.FIELDS`, results of the
+program before it, and tables. Those lie beside the programs, so that they can be large, and that
+items can come without another export.
+
+A student that falls into parts (`models.student.InParts`) becomes three programs:
+
+    user    once a request: its queries, from the user, the context and the history
+    item    once an item, offline: its embedding
+    score   the queries against the embeddings of the candidates
+
+Any other ranker becomes one, `rank`, of the whole request.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import export
+from jaxtyping import Array, Float, Int
+
+from kd_ranker.batch import IN_BATCH, CandidateBatch, FeatureSpec, Field, Items
+from kd_ranker.distillation.modes import ToProbability
+from kd_ranker.embedding.lookup import Rows, gather_rows, rows_of_ids
+from kd_ranker.evaluation.funnel import value
+from kd_ranker.models.layers import linear_products, plus_category_means, weights_of
+from kd_ranker.models.model import Model, Parameters, apply_model, apply_part
+from kd_ranker.models.student import InParts
+from kd_ranker.serving import tables
+from kd_ranker.serving.tables import ITEM_EMBEDDING, ITEM_SCALE, ITEM_TYPES, Tables
+
+Arrays = Mapping[str, Any]
+Function = Callable[[Arrays], dict[str, Any]]
+
+
+class Described(NamedTuple):
+    """The type of an array; a size that is a name may differ from call to call."""
+
+    shape: tuple[int | str, ...]
+    dtype: np.dtype
+
+
+class Program(NamedTuple):
+    """One program of an export.
+
+    Attributes:
+      name: of its files.
+      function: from arrays by name to arrays by name.
+      inputs: the arrays that it takes.
+      outputs: the arrays that it returns.
+    """
+
+    name: str
+    function: Function
+    inputs: dict[str, Described]
+    outputs: dict[str, Described]
+
+
+class Servable(NamedTuple):
+    """A ranker to be served.
+
+    Attributes:
+      model: its fixed part.
+      parameters: what it learned, of one model.
+      spec: the sizes of the dataset that it was trained on.
+      items: what is known of the items there.
+      probability: from its logits to the probabilities that it serves, see `Mode.serve`.
+      value_weights: a weight a task.
+    """
+
+    model: Model
+    parameters: Parameters
+    spec: FeatureSpec
+    items: Items
+    probability: ToProbability
+    value_weights: Sequence[float]
+
+    @property
+    def seen(self) -> FeatureSpec:
+        """The sizes of what the model reads."""
+        reads = self.model.reads_history
+        return self.spec if reads else dataclasses.replace(self.spec, history_length=0)
+
+
+class Exported(NamedTuple):
+    """A ranker as programs, in the order in which a server runs them, and the tables they read."""
+
+    programs: list[Program]
+    tables: Tables
+
+
+def make_programs(trained: Servable, item_type: str) -> Exported:
+    """The programs of a ranker.
+
+    Args:
+      trained: the ranker.
+      item_type: one of `tables.ITEM_TYPES`, for the embeddings of a ranker in parts.
+    """
+    held = tables.served(trained.model.embedding, trained.parameters.tables)
+    if not falls_into_parts(trained):
+        held |= _item_tables(trained, trained.spec.item_features)
+        offered = _fields(trained.seen, "request", "event", "candidate") | _described(held)
+        programs = [_program("rank", _rank(trained), offered)]
+    else:
+        held |= _item_tables(trained, trained.spec.cheap_item_features)
+        embedding = _item_embeddings(trained, held)
+        held |= ITEM_TYPES[item_type].pack(embedding)
+        offered = _fields(trained.seen, "request", "event") | _described(held)
+        user = _program("user", _user(trained), offered)
+        item = _program("item", _item(trained), _one_item(trained.spec) | _described(held))
+        offered = user.outputs | _fields(trained.seen, "candidate") | _described(held)
+        score = _program("score", _score(trained, item_type, tuple(user.outputs)), offered)
+        programs = [user, item, score]
+    read = {name for program in programs for name in program.inputs}
+    return Exported(programs, {name: table for name, table in held.items() if name in read})
+
+
+def falls_into_parts(trained: Servable) -> bool:
+    """True if a ranker becomes three programs, not one."""
+    module = nnx.merge(trained.model.graph, trained.parameters.dense)
+    return isinstance(module, InParts)
+
+
+def call(programs: Sequence[Program], arrays: Arrays) -> dict[str, Any]:
+    """The results of all programs of a request; `arrays` holds its fields and the tables."""
+    known = dict(arrays)
+    for program in programs:
+        if program.name != "item":
+            known |= program.function({name: known[name] for name in program.inputs})
+    return {name: known[name] for name in programs[-1].outputs}
+
+
+def abstract(inputs: Mapping[str, Described]) -> dict[str, Any]:
+    """The inputs of a program by types alone, with symbols for the sizes that have names."""
+    scope = export.SymbolicScope()
+
+    def of(described: Described) -> Any:
+        shape = ", ".join(map(str, described.shape))
+        return jax.ShapeDtypeStruct(export.symbolic_shape(shape, scope=scope), described.dtype)
+
+    return {name: of(described) for name, described in inputs.items()}
+
+
+class _Recorded(dict[str, Any]):
+    """Arrays by name that remember which of them were read."""
+
+    def __init__(self, arrays: Arrays):
+        super().__init__(arrays)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(name)
+        return super().__getitem__(name)
+
+
+def _program(name: str, function: Function, offered: Mapping[str, Described]) -> Program:
+    """The program that takes what its function reads of what it is offered."""
+    read: set[str] = set()
+
+    def recorded(arrays: dict[str, Any]) -> dict[str, Any]:
+        own = _Recorded(arrays)
+        result = function(own)
+        read.update(own.read)
+        return result
+
+    outputs = {
+        result: Described(tuple(_size(size) for size in of.shape), np.dtype(of.dtype))
+        for result, of in jax.eval_shape(recorded, abstract(offered)).items()
+    }
+    inputs = {given: described for given, described in offered.items() if given in read}
+    return Program(name, function, inputs, outputs)
+
+
+def _size(size: Any) -> int | str:
+    return int(size) if isinstance(size, int) else str(size)
+
+
+def _there(described: Mapping[str, Described]) -> dict[str, Described]:
+    """The arrays that are not empty: formats know no others."""
+    return {name: of for name, of in described.items() if 0 not in of.shape}
+
+
+def _fields(spec: FeatureSpec, *owners: str) -> dict[str, Described]:
+    """The fields of a request that belong to these owners, as a ranker gets them."""
+    sizes: dict[str, tuple[int | str, ...]] = {
+        "request": ("requests",),
+        "event": ("requests", spec.history_length),
+        "candidate": ("requests", "candidates"),
+    }
+    return _there(
+        {
+            field.name: Described((*sizes[field.of], *field.shape(spec)), np.dtype(field.dtype))
+            for field in IN_BATCH
+            # How far a candidate came is for those who measure.
+            if field.of in owners and field.name != "stage"
+        }
+    )
+
+
+def _one_item(spec: FeatureSpec) -> dict[str, Described]:
+    """The inputs of the encoder of items."""
+    return _there(
+        {
+            "item_id": Described(("items",), np.dtype(np.int32)),
+            "features": Described(("items", spec.cheap_item_features), np.dtype(np.float32)),
+            "category": Described(("items", spec.category_width("item")), np.dtype(np.int32)),
+        }
+    )
+
+
+def _described(held: Tables) -> dict[str, Described]:
+    """The types of tables; those of embeddings may have more rows, of new items."""
+    grows = (ITEM_EMBEDDING, ITEM_SCALE)
+    return _there(
+        {
+            name: Described(
+                ("rows", *table.shape[1:]) if name in grows else table.shape, table.dtype
+            )
+            for name, table in held.items()
+        }
+    )
+
+
+def _item_tables(trained: Servable, features: int) -> Tables:
+    """The categories of the items, and the first of their features."""
+    known = {
+        "item_features": np.asarray(trained.items.features)[:, :features],
+        "item_category": np.asarray(trained.items.category),
+    }
+    return {name: table for name, table in known.items() if table.size}
+
+
+def _batch_and_items(spec: FeatureSpec, arrays: Arrays) -> tuple[CandidateBatch, Items]:
+    """The arrays as models know them; what is not among them is empty, or dead code."""
+    requests = arrays["user_id"].shape[0]
+    candidates = arrays["item_id"].shape[1] if "item_id" in arrays else 0
+    sizes = {"request": (requests,), "event": (requests, spec.history_length)}
+
+    def field_of(field: Field) -> Any:
+        number = sizes.get(field.of, (requests, candidates))
+        return _or_zeros(arrays, field.name, (*number, *field.shape(spec)), field.dtype)
+
+    batch = CandidateBatch(**{field.name: field_of(field) for field in IN_BATCH})
+    if not candidates and not spec.history_length:
+        arrays = {}  # no id of an item is read
+    size = spec.num_items
+    return batch, Items(
+        _or_zeros(arrays, "item_features", (size, spec.cheap_item_features), jnp.float32),
+        _or_zeros(arrays, "item_category", (size, spec.category_width("item")), jnp.int32),
+    )
+
+
+def _or_zeros(arrays: Arrays, name: str, shape: tuple[Any, ...], dtype: Any) -> Any:
+    return arrays[name] if name in arrays else jnp.zeros(shape, dtype)
+
+
+def _rows(trained: Servable, arrays: Arrays, batch: CandidateBatch, items: Items) -> Rows:
+    """The rows that a batch needs."""
+    embedding = trained.model.embedding
+    used = {
+        name: lookup
+        for name, lookup in embedding.lookups.items()
+        if lookup.ids(batch, items).size != 0
+    }
+    names = {lookup.table for lookup in used.values()}
+    held = {name: jnp.asarray(arrays[tables.name_of(name)]) for name in names}
+    spec = embedding._replace(lookups=used)
+    return gather_rows(spec, held, batch, items, whole_rows=False)
+
+
+def _rows_of(trained: Servable, table: str, ids: Int[Array, "..."], arrays: Arrays) -> Any:
+    row = rows_of_ids(trained.model.embedding.tables[table], ids)
+    return jnp.asarray(arrays[tables.name_of(table)]).at[row].get(mode="promise_in_bounds")
+
+
+def _answer(trained: Servable, logits: Float[Array, "R N heads"]) -> dict[str, Any]:
+    probability = trained.probability(logits)
+    weights = jnp.asarray(trained.value_weights, jnp.float32)
+    return {"probability": probability, "value": value(probability, weights)}
+
+
+def _rank(trained: Servable) -> Function:
+    def rank(arrays: Arrays) -> dict[str, Any]:
+        batch, items = _batch_and_items(trained.seen, arrays)
+        rows = _rows(trained, arrays, batch, items)
+        logits = apply_model(trained.model, trained.parameters.dense, rows, batch, items)
+        return _answer(trained, logits)
+
+    return rank
+
+
+def _part(trained: Servable, part: Callable[..., Any], *arrays: Any) -> Any:
+    return apply_part(trained.model, trained.parameters.dense, part, *arrays)
+
+
+def _user(trained: Servable) -> Function:
+    def user(arrays: Arrays) -> dict[str, Any]:
+        batch, items = _batch_and_items(trained.seen, arrays)
+        rows = _rows(trained, arrays, batch, items)
+        return _part(trained, lambda module, *of: module.users(*of, items), batch, rows)
+
+    return user
+
+
+def _plus_categories(
+    trained: Servable, row: Float[Array, "... D"], of: str, name: str, arrays: Arrays
+) -> Float[Array, "... D"]:
+    """A row plus the mean rows of the categories of an item or a candidate, if these have any."""
+    lengths = trained.spec.category_lengths(of)
+    if not lengths:
+        return row
+    rows = _rows_of(trained, "category", arrays[name], arrays)
+    return plus_category_means(row, rows, arrays[name], lengths)
+
+
+def _item(trained: Servable) -> Function:
+    def item(arrays: Arrays) -> dict[str, Any]:
+        row = _rows_of(trained, "item", arrays["item_id"], arrays)
+        row = _plus_categories(trained, row, "item", "category", arrays)
+        cheap = trained.spec.cheap_item_features
+        features = _or_zeros(arrays, "features", (*row.shape[:-1], cheap), jnp.float32)
+        return {"item_embedding": _part(trained, _embedding, row, features)}
+
+    return item
+
+
+def _embedding(
+    module: Any, row: Float[Array, "items D"], features: Float[Array, "items F"]
+) -> Float[Array, "items D"]:
+    """The embedding of items, by the encoder of candidates, whose own features are 0 here."""
+    own = jnp.zeros((*row.shape[:-1], module.spec.candidate_features), features.dtype)
+    return module.item(row, jnp.concatenate([features, own], axis=-1))
+
+
+def inputs_of_items(trained: Servable, ids: Int[np.ndarray, "items"]) -> dict[str, np.ndarray]:
+    """The inputs of the program `item` for items of the dataset, without tables."""
+    cheap = trained.spec.cheap_item_features
+    known = {
+        "item_id": ids,
+        "features": np.asarray(trained.items.features)[ids, :cheap],
+        "category": np.asarray(trained.items.category)[ids],
+    }
+    return {name: known[name] for name in _one_item(trained.spec)}
+
+
+def _item_embeddings(trained: Servable, held: Tables) -> Any:
+    """The embeddings of all items, and of one that nothing is known of."""
+    item = jax.jit(_item(trained))
+    rows = {name: table for name, table in held.items() if name.endswith("_table")}
+
+    def embed(ids: Any) -> Any:
+        return item(inputs_of_items(trained, ids) | rows)["item_embedding"]
+
+    reserved = held[tables.name_of("item")][-1:]
+    nothing = jnp.zeros((1, trained.spec.cheap_item_features))
+    (unknown,) = _part(trained, _embedding, reserved, nothing)
+    return tables.item_embeddings(embed, unknown, trained.spec.num_items)
+
+
+def _score(trained: Servable, item_type: str, of_user: Sequence[str]) -> Function:
+    spec, unpack = trained.spec, ITEM_TYPES[item_type].unpack
+
+    def logits(module: Any, users: Any, row: Any, features: Any) -> Float[Array, "R N heads"]:
+        weights, _ = weights_of(module.item.features)
+        own = weights[spec.cheap_item_features :]
+        return module.logits(users, linear_products(users["queries"], row, own, features))
+
+    def score(arrays: Arrays) -> dict[str, Any]:
+        row = unpack(arrays, tables.row_of_item(arrays["item_id"], arrays[ITEM_EMBEDDING].shape[0]))
+        row = _plus_categories(trained, row, "candidate", "candidate_category", arrays)
+        shape = (*row.shape[:-1], spec.candidate_features)
+        features = _or_zeros(arrays, "candidate_features", shape, jnp.float32)
+        users = {name: arrays[name] for name in of_user}
+        return _answer(trained, _part(trained, logits, users, row, features))
+
+    return score

@@ -1,0 +1,127 @@
+"""The tables that an export's programs read: rows of ids, and an embedding an item.
+
+Untrained ids are served with the reserved row, which is written into their own rows here, so that a
+program only has to find the row of an id.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int
+
+from kd_ranker.embedding.lookup import EmbeddingSpec
+from kd_ranker.embedding.lookup import Tables as TrainedTables
+
+Tables = dict[str, np.ndarray]
+
+ITEM_EMBEDDING, ITEM_SCALE = "item_embedding", "item_scale"
+
+# The items whose embeddings are worked out at a time.
+_BLOCK = 1 << 16
+
+
+def name_of(table: str) -> str:
+    """The name of one of `EmbeddingSpec.tables` in an export."""
+    return f"{table}_table"
+
+
+def served(spec: EmbeddingSpec, trained: TrainedTables) -> Tables:
+    """The rows that the ids of each table are served with, float32 [size + 1, D].
+
+    The last row is the reserved one.
+    """
+    tables = {}
+    for name, table in spec.tables.items():
+        rows = np.asarray(trained[name])[: table.size + 1]
+        updates, reserved = rows[:, spec.width], rows[table.size, : spec.width]
+        own = np.where(updates[:, None] > 0, rows[:, : spec.width], reserved)
+        own[table.size] = reserved
+        tables[name_of(name)] = own
+    return tables
+
+
+class ItemType(NamedTuple):
+    """A way of keeping item embeddings.
+
+    Attributes:
+      pack: float32 [rows, D] -> what is kept of them, by name.
+      unpack: (what is kept, row numbers [R, N]) -> the embeddings, float32 [R, N, D].
+    """
+
+    pack: Callable[[Float32[np.ndarray, "rows D"]], Tables]
+    unpack: Callable[[Mapping[str, Any], Int[Array, "R N"]], Float[Array, "R N D"]]
+
+
+def _read(arrays: Mapping[str, Any], name: str, row: Int[Array, "R N"]) -> Any:
+    read = jnp.asarray(arrays[name]).at[row].get(mode="promise_in_bounds")
+    return read.astype(jnp.float32)
+
+
+def _with_scales(embedding: Float32[np.ndarray, "rows D"]) -> Tables:
+    """Whole numbers in [-127, 127] and a factor a row: the largest entry of each is kept."""
+    scale = np.abs(embedding).max(axis=1) / 127
+    whole = np.round(embedding / np.where(scale > 0, scale, 1)[:, None])
+    return {ITEM_EMBEDDING: whole.astype(np.int8), ITEM_SCALE: scale.astype(np.float32)}
+
+
+def _plain(arrays: Mapping[str, Any], row: Int[Array, "R N"]) -> Float[Array, "R N D"]:
+    return _read(arrays, ITEM_EMBEDDING, row)
+
+
+ITEM_TYPES: dict[str, ItemType] = {
+    "float32": ItemType(lambda embedding: {ITEM_EMBEDDING: embedding}, _plain),
+    "bfloat16": ItemType(
+        lambda embedding: {ITEM_EMBEDDING: embedding.astype(jnp.bfloat16)}, _plain
+    ),
+    "int8": ItemType(
+        _with_scales,
+        lambda arrays, row: _plain(arrays, row) * _read(arrays, ITEM_SCALE, row)[..., None],
+    ),
+}
+"""The types in which an export can keep item embeddings."""
+
+
+def item_embeddings(
+    embed: Callable[[Int[np.ndarray, "items"]], Float[Array, "items D"]],
+    unknown: Float[Array, "D"],
+    items: int,
+) -> Float32[np.ndarray, "items+1 D"]:
+    """The embedding of each item, a block at a time, and behind them that of all others.
+
+    Args:
+      embed: from item ids to embeddings.
+      unknown: the last row.
+      items: how many there are.
+    """
+    blocks = [
+        np.asarray(embed(np.arange(first, min(first + _BLOCK, items), dtype=np.int32)))
+        for first in range(0, items, _BLOCK)
+    ]
+    return np.concatenate([*blocks, np.asarray(unknown)[None]])
+
+
+def row_of_item(ids: Int[Array, "R N"], rows: int) -> Int[Array, "R N"]:
+    """The row of each item in `item_embeddings`: its id, or the last one for an id beyond."""
+    return jnp.where((ids >= 0) & (ids < rows - 1), ids, rows - 1)
+
+
+_NAMES_OF_TYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "I8", "int32": "I32"}
+
+
+def write_safetensors(tables: Tables, path: Path) -> None:
+    """Writes tables as a safetensors file: a header's length, the header as JSON, the bytes."""
+    header, end = {}, 0
+    for name, table in tables.items():
+        start, end = end, end + table.nbytes
+        kind = _NAMES_OF_TYPES[table.dtype.name]
+        header[name] = {"dtype": kind, "shape": table.shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for table in tables.values():
+            np.ascontiguousarray(table).tofile(file)

@@ -1,0 +1,160 @@
+"""The folder of an export: programs, tables, a description, an example, and a check of it."""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jinja2
+import numpy as np
+
+from kd_ranker.batch import IN_BATCH, CandidateBatch
+from kd_ranker.evaluation import cost
+from kd_ranker.serving import check, tables
+from kd_ranker.serving.formats import FORMATS
+from kd_ranker.serving.programs import (
+    Exported,
+    Program,
+    Servable,
+    call,
+    inputs_of_items,
+)
+from kd_ranker.sources.logs.source import TRANSFORMS
+from kd_ranker.sources.logs.vocabulary import VOCABULARIES_FOLDER
+
+DESCRIPTION, README, CHECK, TABLES, EXAMPLE = (
+    "export.json",
+    "README.md",
+    "check.py",
+    "tables.safetensors",
+    "example.npz",
+)
+_EXAMPLE_ITEMS = 32
+
+
+def program_files(exported: Exported, formats: Sequence[str]) -> dict[str, bytes]:
+    """The programs in these formats, some of `formats.FORMATS`, by the names of their files."""
+    return {
+        f"{program.name}.{name}": FORMATS[name](program)
+        for program in exported.programs
+        for name in formats
+    }
+
+
+def write_export(
+    exported: Exported,
+    trained: Servable,
+    files: Mapping[str, bytes],
+    batch: CandidateBatch,
+    about: Mapping[str, Any],
+    beside: Path,
+    folder: Path,
+) -> None:
+    """Writes the folder, whole or not at all.
+
+    Args:
+      exported: what to write.
+      trained: the ranker that it was made of.
+      files: those of `program_files`.
+      batch: the requests of the example.
+      about: what else `export.json` and the README say.
+      beside: the folder with the vocabularies and transforms of a log; there may be none.
+      folder: where to write; it does not exist.
+    """
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        for name, content in files.items():
+            (temporary / name).write_bytes(content)
+        tables.write_safetensors(exported.tables, temporary / TABLES)
+        np.savez(temporary / EXAMPLE, **_example(exported, trained, batch))
+        shutil.copy(check.__file__, temporary / CHECK)
+        if (beside / VOCABULARIES_FOLDER).exists():
+            shutil.copytree(beside / VOCABULARIES_FOLDER, temporary / VOCABULARIES_FOLDER)
+        if (beside / TRANSFORMS).exists():
+            shutil.copy(beside / TRANSFORMS, temporary / TRANSFORMS)
+        described = _description(exported, trained, batch.item_id.shape[1], about)
+        for name in (VOCABULARIES_FOLDER, TRANSFORMS):
+            described[name.removesuffix(".json")] = (temporary / name).exists()
+        (temporary / DESCRIPTION).write_text(json.dumps(described, indent=2))
+        (temporary / README).write_text(_readme(described))
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _example(exported: Exported, trained: Servable, batch: CandidateBatch) -> dict[str, Any]:
+    """Inputs of requests and of items under `in.`, and their results under `out.`."""
+    needed = {name for program in exported.programs for name in program.inputs}
+    inputs = {
+        field.name: np.asarray(getattr(batch, field.name))
+        for field in IN_BATCH
+        if field.name in needed
+    }
+    found = jax.jit(lambda arrays: call(exported.programs, arrays))(inputs | exported.tables)
+    for program in exported.programs:
+        if program.name == "item":
+            ids = np.arange(min(_EXAMPLE_ITEMS, trained.spec.num_items), dtype=np.int32)
+            items = inputs_of_items(trained, ids)
+            found |= jax.jit(program.function)(exported.tables | items)
+            inputs |= {f"item.{name}": array for name, array in items.items()}
+    named = {f"in.{name}": array for name, array in inputs.items()}
+    return named | {f"out.{name}": np.asarray(array) for name, array in found.items()}
+
+
+def _description(
+    exported: Exported, trained: Servable, candidates: int, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    embedding = trained.model.embedding
+    return {
+        **about,
+        "tasks": list(trained.spec.tasks),
+        "value_weights": list(trained.value_weights),
+        "programs": {
+            program.name: {
+                "inputs": _types(program.inputs),
+                "outputs": _types(program.outputs),
+                "flops": _flops(program, candidates),
+            }
+            for program in exported.programs
+        },
+        "flops_of": {"requests": 1, "candidates": candidates, "items": 1},
+        "tables": _types(exported.tables),
+        "hashed_tables": [
+            tables.name_of(name) for name, of in embedding.tables.items() if of.hashed
+        ],
+        "features": json.loads(trained.spec.to_json()),
+    }
+
+
+def _types(described: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: {"shape": list(of.shape), "dtype": of.dtype.name} for name, of in described.items()
+    }
+
+
+def _flops(program: Program, candidates: int) -> float:
+    """FLOPs of one call: of one request with so many candidates, or of one item."""
+    sizes: dict[int | str, int] = {"requests": 1, "items": 1, "candidates": candidates, "rows": 1}
+    inputs = {
+        name: jax.ShapeDtypeStruct(
+            [of if isinstance(of, int) else sizes[of] for of in described.shape], described.dtype
+        )
+        for name, described in program.inputs.items()
+    }
+    return cost.flops(program.function, inputs)
+
+
+def _readme(described: Mapping[str, Any]) -> str:
+    templates = jinja2.Environment(
+        loader=jinja2.PackageLoader("kd_ranker.serving"),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    measures = dict.fromkeys(name for of in described["results"].values() for name in of)
+    return templates.get_template(README).render(described, measures=list(measures))

@@ -1,0 +1,171 @@
+"""One request of 2,000 candidates, as servers would have the default student score it.
+
+From ids and features to the probabilities that rank: by the project's own compiled scoring, by the
+exported programs as JAX and as ONNX, and by plain NumPy with BLAS; and the teacher, by the first.
+"""
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import onnxruntime
+from jax import export
+
+from kd_ranker.batch import IN_BATCH, CandidateBatch, FeatureSpec, Items, empty_batch
+from kd_ranker.configs import cascade
+from kd_ranker.distillation.modes import MODES
+from kd_ranker.evaluation.evaluate import make_serve
+from kd_ranker.models.model import Model, Parameters
+from kd_ranker.serving import formats
+from kd_ranker.serving.programs import Exported, Servable, make_programs
+from kd_ranker.sources.cascade import open_source
+from kd_ranker.training import recipes
+from scripts.benchmarks.scoring import percentiles
+
+BAR_OWN, BAR_TEACHER = 1.2, 0.10
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Times each in turn, twice; the ratios are of the better p50 of each."""
+    del arguments
+    config = cascade()
+    spec = open_source(config.data, config.tasks, config.funnel).spec
+    batch, items = request(spec, config.funnel.retrieved)
+    student, teacher = (
+        trained(*make(config, spec)) for make in (recipes.student_model, recipes.teacher_model)
+    )
+    of_student = Servable(
+        *student, spec, items, MODES["none"].serve["user"], tuple(config.value_weights)
+    )
+    exported = make_programs(of_student, "float32")
+    fields = {field.name: np.asarray(getattr(batch, field.name)) for field in IN_BATCH}
+    arrays = fields | exported.tables
+    ways = {
+        "own": own_scoring(*student, batch, items),
+        "jax": in_turn(exported, as_jax, jax.device_put(arrays)),
+        "onnx": in_turn(exported, as_onnx, arrays),
+        "numpy": numpy_scoring(student[1], spec, arrays),
+        "teacher": own_scoring(*teacher, batch, items),
+    }
+    expected = np.asarray(ways["own"]())
+    differences = {
+        name: float(np.abs(np.asarray(way()) - expected).max())
+        for name, way in ways.items()
+        if name != "teacher"
+    }
+    turns = [{name: percentiles(way) for name, way in ways.items()} for _ in range(2)]
+    best = {name: min((turn[name] for turn in turns), key=lambda of: of["p50"]) for name in ways}
+    ratio_own = best["onnx"]["p50"] / best["own"]["p50"]
+    ratio_teacher = best["onnx"]["p50"] / best["teacher"]["p50"]
+    return {
+        "ratio_own": ratio_own,
+        "ratio_teacher": ratio_teacher,
+        "bar": {"ratio_own": BAR_OWN, "ratio_teacher": BAR_TEACHER},
+        "passed": bool(ratio_own <= BAR_OWN and ratio_teacher <= BAR_TEACHER),
+        "ms": best,
+        "largest difference": differences,
+        "candidates": config.funnel.retrieved,
+        "onnxruntime": onnxruntime.__version__,
+    }
+
+
+def request(spec: FeatureSpec, candidates: int) -> tuple[CandidateBatch, Items]:
+    """A request, and the items that it is about, on the host."""
+    generator = np.random.default_rng(0)
+
+    def ids(*shape: int) -> np.ndarray:
+        return generator.integers(0, spec.num_items, shape).astype(np.int32)
+
+    def normal(*shape: int) -> np.ndarray:
+        return generator.normal(size=shape).astype(np.float32)
+
+    batch = empty_batch(spec, 1, candidates)
+    batch = batch.replace(
+        user_features=normal(1, spec.user_features),
+        context=normal(1, spec.context_features),
+        item_id=ids(1, candidates),
+        candidate_features=normal(1, candidates, spec.candidate_features),
+        history_id=ids(1, spec.history_length),
+        history_mask=np.ones_like(batch.history_mask),
+        stage=np.ones_like(batch.stage),
+    )
+    features = normal(spec.num_items, spec.item_features)
+    return batch, Items(features, np.zeros((spec.num_items, 0), np.int32))
+
+
+def trained(model: Model, init: Callable) -> tuple[Model, Parameters]:
+    """A model as if training had met every id."""
+    parameters = jax.jit(lambda: init(jax.random.key(0), 0))()
+    width = model.embedding.width
+    met = {name: table.at[:, width].set(1) for name, table in parameters.tables.items()}
+    return model, parameters.replace(tables=met)
+
+
+def own_scoring(
+    model: Model, parameters: Parameters, batch: CandidateBatch, items: Items
+) -> Callable[[], Any]:
+    """The way in which the project scores a batch, from what is on the device."""
+    serve = make_serve(model, MODES["none"])
+    probability = jax.jit(lambda *arguments: serve(*arguments).probability["user"])
+    on_device = jax.device_put((parameters, batch, items))
+    return lambda: jax.block_until_ready(probability(*on_device))
+
+
+def as_jax(program: Any) -> Callable[[dict], dict]:
+    """A program that was written down and read again."""
+    return jax.jit(export.deserialize(bytearray(formats.to_jax(program))).call)
+
+
+def as_onnx(program: Any) -> Callable[[dict], dict]:
+    """The same in ONNX Runtime, on one thread: so little work is not worth waking another for."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(formats.to_onnx(program), options)
+    names = list(program.outputs)
+    return lambda arrays: dict(zip(names, session.run(names, arrays), strict=True))
+
+
+def in_turn(exported: Exported, opened: Callable, arrays: dict[str, Any]) -> Callable[[], Any]:
+    """`user`, then `score`, as a server calls them."""
+    user, _, score = exported.programs
+    run_user, run_score = opened(user), opened(score)
+
+    def call() -> Any:
+        of_user = run_user({name: arrays[name] for name in user.inputs})
+        known = arrays | of_user
+        answer = run_score({name: known[name] for name in score.inputs})
+        return jax.block_until_ready(answer["probability"])
+
+    return call
+
+
+def numpy_scoring(parameters: Parameters, spec: FeatureSpec, arrays: dict) -> Callable[[], Any]:
+    """The plain formulas of `MultiInterest` for one request."""
+
+    def layer(of: Any) -> tuple[np.ndarray, np.ndarray]:
+        return np.asarray(of["kernel"][...]), np.asarray(of["bias"][...])
+
+    dense = parameters.dense
+    layers = [layer(dense["user"]["layers"][index]) for index in range(2)]
+    own = layer(dense["item"]["features"])[0][spec.cheap_item_features :]
+    heads, offset = layer(dense["heads"])
+    width = own.shape[1]
+
+    def call() -> np.ndarray:
+        row = arrays["user_table"][arrays["user_id"][0]]
+        inputs = np.concatenate([row, arrays["user_features"][0], arrays["context"][0]])
+        (first, bias), (last, last_bias) = layers
+        hidden = np.maximum(inputs @ first + bias, 0)
+        users = (hidden @ last + last_bias).reshape(-1, width)
+        item = arrays["item_embedding"][arrays["item_id"][0]]
+        item = item + arrays["candidate_features"][0] @ own
+        match = item @ users.T
+        share = np.exp(match - match.max(axis=1, keepdims=True))
+        combined = (share / share.sum(axis=1, keepdims=True)) @ users
+        logits = combined @ heads[:width] + item @ heads[width : 2 * width]
+        logits += match @ heads[2 * width :] + offset
+        return 1 / (1 + np.exp(-logits))[None]
+
+    return call

@@ -1,0 +1,262 @@
+"""Exports of the small cascade's rankers, used by a process that does not know this project."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from kd_ranker.batch import IN_BATCH
+from kd_ranker.batches.evaluation import evaluation_batches
+from kd_ranker.errors import UserError
+from kd_ranker.evaluation import results
+from kd_ranker.pipeline import commands, exporting, runs, teachers
+from kd_ranker.requests.records import Dataset
+from kd_ranker.serving import formats
+from kd_ranker.training import workdir as workdirs
+from kd_ranker.training.state import select_member
+from tests import small
+
+SERVE = "blend"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small.open_world(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def trained(world):
+    """The workdir of a student of mode `aux`; see `test_commands.trained`."""
+    config = world.config(distill__mode="aux")
+    return world.made("aux", lambda folder: commands.train(config, folder))
+
+
+def written(folder, workdir, **options):
+    """An export in all formats that can be written here."""
+    there = tuple(formats.FORMATS)
+    try:
+        import jax2onnx  # noqa: F401
+    except ImportError:
+        there = ("jax",)
+    commands.export(workdir, folder, formats=there, **options)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    return written(tmp_path_factory.mktemp("exported") / "student", trained, serve=SERVE)
+
+
+@pytest.fixture(scope="module")
+def exported_teacher(world, tmp_path_factory):
+    return written(tmp_path_factory.mktemp("exported") / "teacher", world.teacher)
+
+
+# A server: it has the folder, the fields of requests, and nothing of this project.
+_SERVER = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import numpy as np
+from pathlib import Path
+import check
+folder, runtime = Path(sys.argv[1]), sys.argv[2]
+fields = dict(np.load(sys.argv[3]))
+programs = check.open_programs(folder, runtime)
+np.savez(sys.argv[4], **check.rank(programs, check.read_tables(folder) | fields))
+assert not [name for name in sys.modules if name.startswith(("kd_ranker", "flax"))]
+"""
+
+
+def served(folder, runtime, fields, tmp_path):
+    if runtime == "onnx":
+        pytest.importorskip("onnxruntime", reason="see scripts/test_onnx.sh")
+    np.savez(tmp_path / "fields.npz", **fields)
+    files = [str(tmp_path / name) for name in ("fields.npz", "answers.npz")]
+    program = [sys.executable, "-c", _SERVER, str(folder), runtime, *files]
+    finished = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    with np.load(tmp_path / "answers.npz") as answers:
+        return answers["probability"], answers["value"]
+
+
+def evaluated(ranker, name, dataset, config):
+    """All requests of the test split as a batch, and the probabilities that are measured."""
+    batch = next(
+        iter(evaluation_batches(dataset, "test", requests=12, candidates=config.funnel.retrieved))
+    ).batch
+    served = ranker.serve(ranker.parameters, batch, dataset.items)
+    return batch, np.asarray(served.probability[name])
+
+
+def the_student(workdir):
+    config = workdirs.read_config(workdir)
+    teacher, dataset = teachers.teacher_and_dataset(config)
+    members = {"": config}
+    whose = runs.students_identity(members, dataset, teacher)
+    (students,), _ = runs.trained_students(dataset, members, workdir, whose)
+    ranker = students.ranker._replace(parameters=select_member(students.ranker.parameters, 0))
+    return ranker, dataset, config
+
+
+def assert_same(answers, batch, expected, value_weights):
+    probability, value = answers
+    mask = np.asarray(batch.candidate_mask)
+    np.testing.assert_allclose(probability[mask], expected[mask], atol=1e-5)
+    # The order is the same, up to candidates that are as good as tied.
+    value_expected = expected @ np.array(value_weights, np.float32)
+    for own, of, there in zip(value, value_expected, mask, strict=True):
+        in_order = of[there][np.argsort(-own[there], kind="stable")]
+        assert (np.diff(in_order) < 1e-5).all()
+        assert np.ptp(of[there]) > 1e-3
+
+
+@pytest.mark.parametrize("runtime", formats.FORMATS)
+def test_a_student_is_served_as_it_was_evaluated(exported, trained, tmp_path, runtime):
+    ranker, dataset, config = the_student(trained)
+    batch, expected = evaluated(ranker, SERVE, dataset, config)
+    fields = {field.name: np.asarray(getattr(batch, field.name)) for field in IN_BATCH}
+    answers = served(exported, runtime, fields, tmp_path)
+    assert_same(answers, batch, expected, config.value_weights)
+
+
+@pytest.mark.parametrize("runtime", formats.FORMATS)
+def test_a_teacher_is_served_as_it_was_evaluated(world, exported_teacher, tmp_path, runtime):
+    config = world.config()
+    dataset = teachers.dataset_of(config)
+    ranker = teachers.load_teacher(config, dataset).ranker
+    batch, expected = evaluated(ranker, "user", dataset, config)
+    fields = {field.name: np.asarray(getattr(batch, field.name)) for field in IN_BATCH}
+    answers = served(exported_teacher, runtime, fields, tmp_path)
+    assert_same(answers, batch, expected, config.value_weights)
+
+
+def test_the_folder_tells_what_it_holds(exported, trained):
+    described = json.loads((exported / "export.json").read_text())
+    text = (exported / "README.md").read_text()
+    assert (described["mode"], described["serve"]) == ("aux", "blend")
+    assert described["difference"] < 1e-5
+    table = results.read_csv(trained / results.FILE)
+    row = table[(table["split"] == "test") & (table["serve"] == "blend")].iloc[0]
+    assert described["results"]["test"]["survival@30"] == row["survival@30"]
+    assert "| survival@30 |" in text
+    assert described["run"]["dataset"] == described["dataset"]
+    assert described["programs"]["score"]["flops"] > described["programs"]["user"]["flops"] > 1e3
+    for name in described["programs"]:
+        assert all((exported / f"{name}.{ending}").exists() for ending in described["formats"])
+        assert f"### {name}" in text
+    assert f"of {described['flops_of']['candidates']} candidates" in text
+
+
+def run_check(folder, *arguments):
+    """From elsewhere, as a user would."""
+    program = [sys.executable, str(folder / "check.py"), *arguments]
+    return subprocess.run(program, cwd="/", capture_output=True, text=True, timeout=120)
+
+
+def test_the_check_finds_a_number_that_is_wrong(exported, tmp_path):
+    shutil.copytree(exported, folder := tmp_path / "export")
+    assert run_check(folder).returncode == 0
+    with np.load(folder / "example.npz") as example:
+        changed = dict(example)
+    changed["out.value"][0, 0] += 1e-3
+    np.savez(folder / "example.npz", **changed)
+    finished = run_check(folder, "jax")
+    assert finished.returncode == 1
+    assert "jax value: largest difference 1.0e-03, WRONG" in finished.stdout
+    assert "jax probability: largest difference 0.0e+00, ok" in finished.stdout
+
+
+@pytest.mark.parametrize("items", ["bfloat16", "int8"])
+def test_fewer_bits_are_checked_and_their_cost_is_told(trained, tmp_path, items):
+    folder = written(tmp_path / "export", trained, items=items)
+    finished = run_check(folder)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    described = json.loads((folder / "export.json").read_text())
+    cost = described["items"]["cost"]
+    assert set(cost) == {"float32", items}
+    # The programs with all bits are measured anew, as the run was.
+    recorded = described["results"]["test"]
+    for name, number in cost["float32"].items():
+        assert number == pytest.approx(recorded[name], abs=1e-5)
+        assert abs(cost[items][name] - number) < 0.1
+    assert f"Item embeddings are kept as {items}." in (folder / "README.md").read_text()
+
+
+def test_a_member_of_a_sweep_is_exported_by_its_name(world, tmp_path):
+    changes = {"sweep__modes": ("none", "aux"), "sweep__seeds": (0, 1), "train__eval_every": 0}
+    swept = world.made("swept", lambda folder: commands.sweep(world.config(**changes), folder))
+    name = "aux-weight1.0-seed1"
+    commands.export(swept, tmp_path / "out", name, "teacher", formats=("jax",))
+    described = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert described["difference"] < 1e-5
+    table = results.read_csv(swept / results.FILE)
+    rows = table[(table["member"] == name) & (table["serve"] == "teacher")]
+    (row,) = rows[rows["split"] == "validation"].to_dict("records")
+    assert described["results"]["validation"]["regret"] == row["regret"]
+    finds_fault(
+        "--member='aux' does not exist; choose one of: aux-weight1.0-seed0, aux-weight1.0-seed1",
+        *(swept, tmp_path / "none", "aux"),
+    )
+
+
+def finds_fault(message, *arguments, **options):
+    with pytest.raises(UserError, match=message) as caught:
+        commands.export(*arguments, formats=("jax",), **options)
+    assert "\n" not in str(caught.value)
+    folder = arguments[1]
+    assert not [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}")]
+
+
+def test_bad_input_is_told_in_a_line_and_leaves_nothing(world, trained, tmp_path):
+    out = tmp_path / "out"
+    finds_fault("nowhere holds no run", tmp_path / "nowhere", out)
+    finds_fault("holds one ranker, not 'aux'; leave --member out", trained, out, "aux")
+    finds_fault(
+        "--serve='best' does not exist; choose one of: blend, teac", trained, out, "", "best"
+    )
+    finds_fault("--items='int4' does not exist", trained, out, items="int4")
+    with pytest.raises(
+        UserError, match="--formats='tflite' does not exist; choose one of: jax, on"
+    ):
+        commands.export(trained, out, formats=("tflite",))
+    finished = exporting.find(trained, "", "")
+    finished.config.student.compute_dtype = "bfloat16"
+    exporting.check_choices(finished, "int8", ("jax",))
+    with pytest.raises(UserError, match="compute_dtype='bfloat16': the converter to ONNX"):
+        exporting.check_choices(finished, "int8", ("jax", "onnx"))
+    message = "--items='int8': this teacher is one program, which has no item embeddings"
+    finds_fault(message, world.teacher, out, items="int8")
+    shutil.copytree(trained, unfinished := tmp_path / "unfinished")
+    (unfinished / results.FILE).unlink()
+    finds_fault("is not finished; go on with: python -m experiments.train", unfinished, out)
+    assert not out.exists()
+    out.mkdir()
+    finds_fault("out exists; name a folder that does not", trained, out)
+    assert not list(out.iterdir())
+
+
+def test_a_dataset_of_another_fingerprint_is_refused(trained, tmp_path, monkeypatch):
+    other = property(lambda dataset: f"{dataset.directory.parent.name}/00000000")
+    monkeypatch.setattr(Dataset, "identity", other)
+    finds_fault("belongs to another run: dataset .*/00000000 now", trained, tmp_path / "out")
+
+
+def test_an_operation_that_a_format_lacks_leaves_nothing(trained, tmp_path, monkeypatch):
+    def fail(program):
+        raise UserError("no such operation")
+
+    monkeypatch.setitem(formats.FORMATS, "jax", fail)
+    finds_fault("no such operation", trained, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_ends_with_2_and_a_line(trained, tmp_path):
+    flags = [f"--workdir={trained}", f"--out={tmp_path / 'out'}", "--member=aux"]
+    finished = small.run("-m", "experiments.export", *flags)
+    assert finished.returncode == 2
+    (line,) = (line for line in finished.stderr.splitlines() if "error" in line)
+    assert line == f"error: {trained} holds one ranker, not 'aux'; leave --member out"
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,235 @@
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import export
+
+from kd_ranker.batch import IN_BATCH
+from kd_ranker.distillation.modes import MODES
+from kd_ranker.errors import UserError
+from kd_ranker.models.model import score
+from kd_ranker.models.student import STUDENTS, MultiInterest
+from kd_ranker.models.teacher import TEACHERS
+from kd_ranker.serving import formats, programs, tables
+from tests.random_batches import (
+    SPECS,
+    STUDENT,
+    TEACHER,
+    make_model,
+    random_batch,
+    random_items,
+)
+
+WEIGHTS = (1.0, 2.0, 4.0)
+BLEND = MODES["aux"].serve["blend"]
+
+# A ranker, what of its config is not the default, and the features of the dataset.
+CASES = {
+    "two_tower": ("two_tower", {}, "plain"),
+    "two_tower, history": ("two_tower", {"history": "mean"}, "categories"),
+    "multi_interest": ("multi_interest", {}, "categories"),
+    "multi_interest, history": ("multi_interest", {"history": "mean"}, "plain"),
+    "multi_interest, hashed": (
+        "multi_interest",
+        {"history": "mean", "user_rows": 7, "item_rows": 11, "category_rows": 9},
+        "categories",
+    ),
+    "final_ranker": ("final_ranker", {}, "plain"),
+    "final_ranker, categories": ("final_ranker", {"user_rows": 7}, "categories"),
+}
+over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def trained_ranker(name, changes, spec_name):
+    """A ranker of which training has met all ids but every third row's."""
+    config = (STUDENT if name in STUDENTS else TEACHER).copy_and_resolve_references()
+    config.update(changes)
+    spec = SPECS[spec_name]
+    model, parameters = make_model({**STUDENTS, **TEACHERS}[name], 6, config, 0, spec)
+    met = {name: table.at[::3, config.width].set(0) for name, table in parameters.tables.items()}
+    items = random_items(0, spec)
+    return programs.Servable(model, parameters.replace(tables=met), spec, items, BLEND, WEIGHTS)
+
+
+def batch_of(trained, requests=3, candidates=20, beyond=True):
+    """A batch, which holds ids that no table has a row of."""
+    batch = random_batch(0, requests, candidates, trained.spec)
+    hashed = any(table.hashed for table in trained.model.embedding.tables.values())
+    if beyond and not hashed:
+        users, ids = batch.user_id.copy(), batch.item_id.copy()
+        users[0], ids[0, 0], ids[-1, -1] = 30, 50, -1
+        batch = batch.replace(user_id=users, item_id=ids)
+    return batch
+
+
+def arrays_of(batch):
+    return {field.name: np.asarray(getattr(batch, field.name)) for field in IN_BATCH}
+
+
+def expected(trained, batch):
+    def answer(parameters, batch, items):
+        return BLEND(score(trained.model, parameters, batch, items))
+
+    return np.asarray(jax.jit(answer)(trained.parameters, batch, trained.items))
+
+
+def run_all(exported, arrays, open_program):
+    known = dict(arrays) | exported.tables
+    for program in exported.programs:
+        if program.name != "item":
+            run = open_program(program)
+            known |= run({name: known[name] for name in program.inputs})
+    return np.asarray(known["probability"]), np.asarray(known["value"])
+
+
+def as_jax(program):
+    """What `jax.export.deserialize` makes of its bytes."""
+    return export.deserialize(bytearray(formats.to_jax(program))).call
+
+
+def as_onnx(program):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="see scripts/test_onnx.sh")
+    session = onnxruntime.InferenceSession(formats.to_onnx(program))
+
+    def run(arrays):
+        results = session.run(list(program.outputs), arrays)
+        return dict(zip(program.outputs, results, strict=True))
+
+    return run
+
+
+open_formats = pytest.mark.parametrize("open_program", [as_jax, as_onnx])
+
+
+@open_formats
+@over_cases
+def test_programs_say_what_the_ranker_says(case, open_program):
+    if open_program is as_onnx:
+        pytest.importorskip("jax2onnx", reason="see scripts/test_onnx.sh")
+    trained = trained_ranker(*case)
+    exported = programs.make_programs(trained, "float32")
+    # Once for all, as a server opens them once.
+    opened = {program.name: open_program(program) for program in exported.programs}
+    for requests, candidates in ((3, 20), (1, 1), (2, 7)):
+        batch = batch_of(trained, requests, candidates, beyond=candidates > 1)
+        found, value = run_all(exported, arrays_of(batch), lambda of: opened[of.name])
+        np.testing.assert_allclose(found, expected(trained, batch), atol=1e-6)
+        np.testing.assert_allclose(value, found @ np.array(WEIGHTS), rtol=1e-5)
+
+
+def test_students_fall_into_parts_and_teachers_do_not():
+    for case in CASES.values():
+        names = [of.name for of in programs.make_programs(trained_ranker(*case), "int8").programs]
+        assert names == (["user", "item", "score"] if case[0] in STUDENTS else ["rank"])
+
+
+def test_a_student_that_does_not_fall_into_parts_is_exported_whole():
+    class Whole(MultiInterest):
+        users = None
+
+    trained = trained_ranker("multi_interest", {}, "categories")
+    model, parameters = make_model(Whole, 6, STUDENT, 0, trained.spec)
+    assert not programs.falls_into_parts(trained._replace(model=model, parameters=parameters))
+
+
+def test_what_depends_on_the_request_is_no_input_of_items_and_costs_a_candidate_nothing():
+    trained = trained_ranker("multi_interest", {"history": "mean"}, "categories")
+    user, item, score = programs.make_programs(trained, "float32").programs
+    assert {name for name, of in user.inputs.items() if "candidates" in of.shape} == set()
+    assert {of.shape[0] for name, of in item.inputs.items() if "table" not in name} == {"items"}
+    assert {"user_id", "user_features", "context", "history_id"}.isdisjoint(score.inputs)
+    # Labels and stages are of those who measure.
+    assert {"stage", "user_label", "teacher_probability"}.isdisjoint(user.inputs | score.inputs)
+
+
+def test_a_student_without_history_takes_none():
+    trained = trained_ranker("two_tower", {}, "categories")
+    user = programs.make_programs(trained, "float32").programs[0]
+    assert not [name for name in user.inputs if name.startswith(("history", "item"))]
+
+
+@open_formats
+def test_a_new_item_has_the_embedding_of_its_program(open_program):
+    """Its row goes before the last one, which stays that of unknown items."""
+    trained = trained_ranker("multi_interest", {}, "categories")
+    exported = programs.make_programs(trained, "float32")
+    _, item, score = exported.programs
+    held = exported.tables
+    known = programs.inputs_of_items(trained, np.array([4, 9], np.int32))
+    embedding = np.asarray(
+        open_program(item)(known | {n: held[n] for n in item.inputs if n in held})["item_embedding"]
+    )
+    np.testing.assert_allclose(embedding, held["item_embedding"][[4, 9]], atol=1e-6)
+    batch = batch_of(trained, beyond=False)
+    batch.item_id[0, :2] = 4, 70  # the latter is unknown
+    same = batch.replace(item_id=batch.item_id.copy())
+    same.item_id[0, 0] = 50  # the first new one
+    grown = np.insert(held["item_embedding"], 50, embedding[0], axis=0)
+    now = exported._replace(tables=held | {"item_embedding": grown})
+    opened = {of.name: open_program(of) for of in (exported.programs[0], score)}
+    before, _ = run_all(exported, arrays_of(batch), lambda of: opened[of.name])
+    after, _ = run_all(now, arrays_of(same), lambda of: opened[of.name])
+    np.testing.assert_allclose(before, after, atol=1e-6)
+
+
+@pytest.mark.parametrize("item_type", tables.ITEM_TYPES)
+def test_embeddings_of_fewer_bits_are_nearly_the_same(item_type):
+    trained = trained_ranker("multi_interest", {}, "categories")
+    whole = programs.make_programs(trained, "float32").tables["item_embedding"]
+    held = programs.make_programs(trained, item_type).tables
+    assert held["item_embedding"].dtype.name == item_type
+    rows = jnp.arange(len(whole))[None]
+    (read,) = np.asarray(tables.ITEM_TYPES[item_type].unpack(held, rows))
+    bound = {
+        "float32": 0 * whole,
+        "bfloat16": np.abs(whole) * 2**-8,
+        "int8": np.abs(whole).max(axis=1, keepdims=True) / 127 / 2,
+    }[item_type]
+    assert (np.abs(read - whole) <= bound * 1.0001).all()
+    # And no better than so few bits can be.
+    assert (item_type == "float32") == (read == whole).all()
+
+
+@pytest.mark.parametrize("item_type", ["bfloat16", "int8"])
+def test_programs_of_fewer_bits_say_the_same_in_jax(item_type):
+    trained = trained_ranker("two_tower", {}, "categories")
+    exported = programs.make_programs(trained, item_type)
+    batch = batch_of(trained)
+    found, _ = run_all(exported, arrays_of(batch), as_jax)
+    np.testing.assert_allclose(found, expected(trained, batch), atol=5e-3)
+
+
+def test_what_onnx_lacks_is_named():
+    pytest.importorskip("jax2onnx", reason="see scripts/test_onnx.sh")
+
+    def lacking(arrays):
+        shape = jax.ShapeDtypeStruct(arrays["x"].shape, arrays["x"].dtype)
+        return {"y": jax.pure_callback(lambda x: x, shape, arrays["x"])}
+
+    described = programs.Described(("requests", 3), np.dtype(np.float32))
+    program = programs.Program("user", lacking, {"x": described}, {"y": described})
+    with pytest.raises(UserError, match=r"program 'user' cannot .* 'pure_callback'; name"):
+        formats.to_onnx(program)
+
+
+def test_without_the_converter_its_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax2onnx", None)
+    described = programs.Described(("requests",), np.dtype(np.float32))
+    program = programs.Program("user", dict, {"x": described}, {"x": described})
+    with pytest.raises(UserError, match="ONNX needs the extra `onnx`"):
+        formats.to_onnx(program)
+
+
+def test_the_converter_leaves_jax_as_it_was():
+    """It puts functions of its own in the place of JAX's while it works."""
+    pytest.importorskip("jax2onnx", reason="see scripts/test_onnx.sh")
+    trained = trained_ranker("final_ranker", {}, "categories")
+    batch = batch_of(trained)
+    before = expected(trained, batch)
+    (program,) = programs.make_programs(trained, "float32").programs
+    formats.to_onnx(program)
+    jax.clear_caches()
+    assert (expected(trained, batch) == before).all()
+    assert not jax.config.jax_enable_x64
