@@ -21,6 +21,7 @@ from kd_ranker.config import checks, defaults, schema
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import commands
 from kd_ranker.pipeline.launch import with_home
+from kd_ranker.pipeline.trained import config_of
 from kd_ranker.report.tables import results_text
 from kd_ranker.sources import given
 from kd_ranker.training.workdir import read_config
@@ -260,6 +261,62 @@ def report(*sweeps: Trained | Folder, output: Folder | None = None) -> Report:
     workdirs = [_folder(sweep) for sweep in sweeps]
     answers, page = commands.report(workdirs, Path(output) if output else workdirs[0])
     return Report(tuple(answers), page)
+
+
+def score(
+    ranker: Trained | Folder,
+    path: Folder,
+    output: Folder | None = None,
+    member: str = "",
+    config: ConfigDict | None = None,
+) -> Path:
+    """Writes a log that training never saw with the scores of a ranker that was trained on one.
+
+    Args:
+      ranker: a teacher, a student or a sweep, or the folder of its run.
+      path: of the log.
+      output: the folder to write to; None takes one below `config.data.dir`.
+      member: the student of a sweep; "" takes the best one on validation.
+      config: how to read the log; None reads it as that of the run.
+
+    Returns:
+      The folder of the log with its new columns.
+
+    Raises:
+      UserError: the run holds no such ranker, or the log lacks what that was trained on.
+    """
+    workdir = _folder(ranker)
+    own = _own(config or config_of(workdir))
+    own.data.path = str(path)
+    scored, lines = commands.score(own, workdir, member, Path(output) if output else None)
+    for line in lines:
+        logging.info("%s", line)
+    return scored.directory
+
+
+def export(
+    ranker: Trained | Folder,
+    output: Folder,
+    member: str = "",
+    serve: str = "",
+    items: str = "float32",
+    formats: Sequence[str] = ("jax", "onnx"),
+) -> Path:
+    """Writes a ranker as a folder that a server can use without this package.
+
+    Args:
+      ranker: a teacher, a student or a sweep, or the folder of its run.
+      output: the folder to write; it must not exist.
+      member: the student of a sweep.
+      serve: its serving choice; "" is that of its config.
+      items: the type of item embeddings: float32, bfloat16 or int8.
+      formats: of the programs.
+
+    Raises:
+      UserError: the run holds no such ranker, the folder exists, or a format lacks an operation.
+    """
+    commands.export(_folder(ranker), Path(output), member, serve, items, formats)
+    return Path(output)
 
 
 def run(config: ConfigDict, workdir: Folder) -> Report:

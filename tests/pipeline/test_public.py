@@ -82,6 +82,13 @@ def test_a_report_shows_its_page_within_a_notebook(students, tmp_path):
     assert report.answers[0] in str(report)
 
 
+def test_a_student_is_exported_and_one_of_no_log_scores_none(students, tmp_path):
+    folder = kd.export(students, tmp_path / "served", member="none-seed0", formats=("jax",))
+    assert (folder / "score.jax").exists()
+    with pytest.raises(kd.UserError, match=r"of a log .*, and one is of cascade"):
+        kd.score(students, "log.parquet")
+
+
 def test_prepare_tells_of_the_dataset(world):
     prepared = kd.prepare(world.config())
     assert str(prepared).startswith(f"dataset: {prepared.directory}")
