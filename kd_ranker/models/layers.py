@@ -75,8 +75,9 @@ def linear_products(
     features: Float[Array, "R N F"],
 ) -> Float[Array, "R Q N"]:
     """The products q · (row + W features) as q · row + (qᵀ W) · features."""
-    of_features = jnp.einsum("rqf,rnf->rqn", queries @ weights.T, features)
-    return jnp.einsum("rqd,rnd->rqn", queries, row) + of_features
+    return jnp.einsum("rqd,rnd->rqn", queries, row) + jnp.einsum(
+        "rqf,rnf->rqn", queries @ weights.T, features
+    )
 
 
 def features_of_items(
