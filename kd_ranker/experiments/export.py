@@ -14,8 +14,8 @@ from kd_ranker.pipeline.launch import launch_on_run
 TAKES_CONFIG = False
 FLAGS = {
     "out": ("", "the folder to write; it must not exist"),
-    "member": ("", "the student's name in a sweep's results.csv; not needed elsewhere"),
-    "serve": ("", "the serving choice; without it, the member's own distill.serve"),
+    "member": ("", "the student of a sweep; without it, the best one on validation"),
+    "serve": ("", "the serving choice; without it, distill.serve, or of a sweep the best"),
     "items": ("float32", "the type of item embeddings: float32, bfloat16 or int8"),
     "formats": ("jax,onnx", "the formats of the programs, with commas: jax, onnx"),
 }
@@ -25,7 +25,7 @@ def main(workdir: Path, out: str, member: str, serve: str, items: str, formats: 
     if not out:
         raise UserError("--out is missing; give a folder to write, which must not exist")
     folder = Path(out).expanduser()
-    commands.export(workdir, folder, member, serve, items, tuple(formats.split(",")))
+    print(commands.export(workdir, folder, member, serve, items, tuple(formats.split(","))))
     print(f"export: {folder}")
     print(f"check it with: python {folder / 'check.py'}")
 

@@ -214,14 +214,13 @@ def score(
     checks.validate(config, devices)
     layout, settled_layout = (read_layout(of.data, of.tasks, of.funnel) for of in (config, run))
     log, layout = unseen.open_unseen(layout, settled_layout)
-    open_again = functools.partial(trained.opened, workdir, str(config.data.dir), member)
-    ranker = trained.open_trained(*open_again.args)
+    open_again = functools.partial(trained.ranker_again, workdir, str(config.data.dir), member)
+    ranker = trained.ranker_of(*open_again.args)
     dataset = ranker.dataset
     settled = unseen.settled_by(settled_layout, dataset.spec, dataset.directory)
     weights, requests = tuple(config.value_weights), config.evaluation.requests
     scored, read = score_log(log, layout, settled, ranker, open_again, weights, requests, output)
-    told = f"ranker: {ranker.name}, by its probabilities {ranker.serve!r}"
-    return scored, [told, *of_data.score_lines(read)]
+    return scored, [trained.told(ranker.name, ranker.serve), *of_data.score_lines(read)]
 
 
 def train(config: ConfigDict, workdir: Path) -> list[Row]:
@@ -378,16 +377,19 @@ def report(sweeps: Sequence[Path], output: Path) -> tuple[list[str], Path]:
 def export(
     workdir: Path, folder: Path, member: str = "", serve: str = "", items: str = "float32",
     formats: Sequence[str] = tuple(FORMATS),
-) -> None:  # fmt: skip
+) -> str:  # fmt: skip
     """Writes the ranker of a finished run as a folder that a server can use without this project.
 
     Args:
       workdir: of `train`, `sweep` or `train_teacher`; only read.
       folder: the folder to write; it must not exist.
-      member: the student's name in a sweep.
-      serve: its serving choice; "" is that of its config.
+      member: the student's name in a sweep; "" takes the best one on validation.
+      serve: its serving choice; "" is that of its config, of a sweep the best.
       items: the type of item embeddings, one of `serving.tables.ITEM_TYPES`.
       formats: those of the programs, some of `serving.formats.FORMATS`.
+
+    Returns:
+      A line on the ranker.
 
     Raises:
       UserError: there is no such ranker, the folder exists, or a format lacks an operation.
@@ -397,14 +399,16 @@ def export(
         check_choice("--formats", name, FORMATS)
     if folder.exists():
         raise UserError(f"{folder} exists; name a folder that does not as --out")
-    finished = exporting.find(workdir, member, serve)
+    finished = trained.open_finished(workdir, member, serve)
     exporting.check_choices(finished, items, formats)
-    exported = make_programs(finished.trained, items)
+    servable = exporting.servable(finished)
+    exported = make_programs(servable, items)
     # Before what takes long, since a format may lack an operation.
     files = program_files(exported, formats)
     about = exporting.about(finished, workdir, exported, items) | {"formats": list(formats)}
-    batch, beside = exporting.example(finished), exporting.beside(finished)
-    write_export(exported, finished.trained, files, batch, about, beside, folder)
+    batch, beside = exporting.example(finished), finished.dataset.directory
+    write_export(exported, servable, files, batch, about, beside, folder)
+    return trained.told(finished.title, finished.serve)
 
 
 class Made(NamedTuple):

@@ -307,8 +307,8 @@ def export(
     Args:
       ranker: a teacher, a student or a sweep, or the folder of its run.
       output: the folder to write; it must not exist.
-      member: the student of a sweep.
-      serve: its serving choice; "" is that of its config.
+      member: the student of a sweep; "" takes the best one on validation.
+      serve: its serving choice; "" is that of its config, of a sweep the best.
       items: the type of item embeddings: float32, bfloat16 or int8.
       formats: of the programs.
 

@@ -3,26 +3,62 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
 from kd_ranker.config import identity
 from kd_ranker.config.identity import dataset_name
-from kd_ranker.distillation.modes import MODES
-from kd_ranker.errors import UserError
+from kd_ranker.distillation.modes import MODES, Mode
+from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.evaluate import Ranker
+from kd_ranker.evaluation.evaluate import Ranker, make_serve
+from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import runs, teachers
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
 from kd_ranker.serving.score import TrainedRanker
 from kd_ranker.sweep.sweep import Cohort, open_sweep
-from kd_ranker.training import checkpoints
+from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
+from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.mapping import put
 from kd_ranker.training.state import select_member
 
 _RUNS = ("train_teacher", "train", "sweep")
+
+
+class Finished(NamedTuple):
+    """A ranker that a finished run has left.
+
+    Attributes:
+      title: what it is, for people.
+      role: "teacher" or "student".
+      member: its name in a sweep; "" elsewhere.
+      config: its own.
+      serve: which of its probabilities it ranks by.
+      model: its fixed part.
+      parameters: what it learned, on a device.
+      version: a name for its exact weights.
+      dataset: the one whose terms it knows.
+      whose: the identity of its checkpoint.
+    """
+
+    title: str
+    role: str
+    member: str
+    config: ConfigDict
+    serve: str
+    model: Model
+    parameters: Parameters
+    version: str
+    dataset: Dataset
+    whose: Identity
+
+    @property
+    def mode(self) -> Mode:
+        """The way in which it met its labels; a teacher has met those of users alone."""
+        return MODES[self.config.distill.mode if self.role == "student" else "none"]
 
 
 def config_of(workdir: Path) -> ConfigDict:
@@ -39,50 +75,82 @@ def config_of(workdir: Path) -> ConfigDict:
     return workdirs.read_config(workdir)
 
 
-# For processes that score one piece after the other.
 @functools.lru_cache(maxsize=1)
-def opened(workdir: Path, data_dir: str, member: str) -> TrainedRanker:
-    """`open_trained`, once a process."""
-    return open_trained(workdir, data_dir, member)
+def ranker_again(workdir: Path, data_dir: str, member: str) -> TrainedRanker:
+    """`ranker_of`, once a process, for those that score one piece after the other."""
+    return ranker_of(workdir, data_dir, member)
 
 
-def open_trained(workdir: Path, data_dir: str, member: str = "") -> TrainedRanker:
+def ranker_of(workdir: Path, data_dir: str, member: str) -> TrainedRanker:
+    """The ranker that a run has left, as scoring sees it; see `open_finished`."""
+    found = open_finished(workdir, member, data_dir=data_dir)
+    ranker = Ranker(make_serve(found.model, found.mode), found.parameters)
+    return TrainedRanker(found.title, found.role, ranker, found.serve, found.version, found.dataset)
+
+
+def open_finished(workdir: Path, member: str = "", serve: str = "", data_dir: str = "") -> Finished:
     """The ranker that the run in a workdir has left.
 
     A student needs no teacher any more: that need not be there.
 
     Args:
       workdir: of a teacher, a student or a sweep.
-      data_dir: where its dataset lies.
       member: of a sweep; "" takes the best one, see `results.best_member`.
+      serve: its serving choice; "" takes that of its config, of a sweep the best.
+      data_dir: where its dataset lies; "" looks where its config says.
 
     Raises:
       UserError: there is no run or it is not finished, its dataset is not there or another one than
-        was trained on, or there is no such member.
+        was trained on, or there is no such member or serving choice.
     """
     config = config_of(workdir)
-    config.data.dir = data_dir
-    dataset = teachers.dataset_of(config)
+    config.data.dir = data_dir or config.data.dir
     command = workdirs.owner_of(workdir)
+    if command not in _RUNS:
+        raise UserError(f"{workdir} is of experiments.{command}; name one of {', '.join(_RUNS)}")
     if member and command != "sweep":
         raise UserError(f"{workdir} holds one ranker, and no {member!r}; leave --member out")
+    dataset = teachers.dataset_of(config)
     if command == "train_teacher":
-        config.teacher.workdir = str(workdir)
-        teacher = teachers.load_teacher(config, dataset)
-        name = f"the teacher at {workdir}"
-        return TrainedRanker(name, "teacher", teacher.ranker, "user", teacher.version, dataset)
-    if command == "train":
-        # A mode without a choice does not look at the key.
-        serves = MODES[config.distill.mode].serve
-        serve = config.distill.serve if len(serves) > 1 else next(iter(serves))
-        name = f"the student at {workdir}"
-        return _student(name, serve, "", {"": config}, config, dataset, workdir)
-    if command == "sweep":
-        return _member(member, config, dataset, workdir)
-    raise UserError(f"{workdir} is of experiments.{command}; name one of {', '.join(_RUNS)}")
+        found = _teacher(config, serve, dataset, workdir)
+    elif command == "train":
+        found = _student(f"the student at {workdir}", serve, "", {"": config}, dataset, workdir)
+    else:
+        found = _member(member, serve, config, dataset, workdir)
+    if not (workdir / results.FILE).exists():
+        raise UserError(
+            f"{found.title} is trained, but its run is not finished; finish it with: python -m "
+            f"experiments.{command}, with the flags that it was started with"
+        )
+    return found
 
 
-def _member(member: str, config: ConfigDict, dataset: Dataset, workdir: Path) -> TrainedRanker:
+def told(title: str, serve: str) -> str:
+    """The line on a ranker for the terminal."""
+    return f"ranker: {title}, by its probabilities {serve!r}"
+
+
+def _teacher(config: ConfigDict, serve: str, dataset: Dataset, workdir: Path) -> Finished:
+    check_choice("--serve", serve or "user", MODES["none"].serve)
+    config.teacher.workdir = str(workdir)
+    teacher = teachers.load_teacher(config, dataset)
+    return Finished(
+        title=f"the teacher at {workdir}",
+        role="teacher",
+        member="",
+        config=config,
+        serve="user",
+        model=teacher.model,
+        parameters=teacher.parameters,
+        version=teacher.version,
+        dataset=dataset,
+        whose={**identity.of_teacher(config, dataset.identity), "version": teacher.version},
+    )
+
+
+def _member(
+    member: str, serve: str, config: ConfigDict, dataset: Dataset, workdir: Path
+) -> Finished:
     sweep = open_sweep(config, workdir)
     if member and member not in sweep.members:
         raise UserError(
@@ -100,23 +168,23 @@ def _member(member: str, config: ConfigDict, dataset: Dataset, workdir: Path) ->
             f"validation; name one with --member: {', '.join(sweep.members)}"
         )
     # One that is named may be of no use, but is what is asked for.
-    name, serve = best or (member, sweep.members[member].distill.serve)
+    name, best_serve = best or (member, "")
     (index,) = (index for index, names in enumerate(sweep.plan) if name in names)
     how = "--member" if member else f"the best of {len(sweep.members)} on validation"
     title = f"member {name} of the sweep at {workdir} ({how})"
-    return _student(title, serve, name, sweep.cohorts[index], config, dataset, sweep.folders[index])
+    folder = sweep.folders[index]
+    return _student(title, serve or best_serve, name, sweep.cohorts[index], dataset, folder)
 
 
 def _student(
-    title: str,
-    serve: str,
-    name: str,
-    members: Cohort,
-    config: ConfigDict,
-    dataset: Dataset,
-    folder: Path,
-) -> TrainedRanker:
+    title: str, serve: str, name: str, members: Cohort, dataset: Dataset, folder: Path
+) -> Finished:
     """The student `name` of those that were trained together in a folder."""
+    config = members[name]
+    serves = MODES[config.distill.mode].serve
+    # A mode without a choice does not look at the key.
+    serve = serve or (config.distill.serve if len(serves) > 1 else next(iter(serves)))
+    check_choice("--serve", serve, serves)
     trained_under = checkpoints.recorded_identity(folder).get("teacher", "")
     version = "" if trained_under == identity.OF_THE_LOGS else trained_under
     trained_on = _trained_on(config, dataset, version)
@@ -132,13 +200,18 @@ def _student(
     if group.non_finite_step[0]:
         raise UserError(f"{title} stopped being finite at step {group.non_finite_step[0]}")
     parameters = select_member(group.ranker.parameters, 0)
-    return TrainedRanker(
-        name=title,
+    model, _ = recipes.student_model(config, dataset.spec)
+    return Finished(
+        title=title,
         role="student",
-        ranker=Ranker(group.ranker.serve, put(parameters)),
+        member=name,
+        config=config,
         serve=serve,
+        model=model,
+        parameters=put(parameters),
         version=teachers.digest_of(parameters),
         dataset=dataset,
+        whose=whose,
     )
 
 

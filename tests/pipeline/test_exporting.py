@@ -13,6 +13,7 @@ from kd_ranker.batches.evaluation import evaluation_batches
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import commands, exporting, runs, teachers
+from kd_ranker.pipeline.trained import open_finished
 from kd_ranker.requests.records import Dataset
 from kd_ranker.serving import formats
 from kd_ranker.training import workdir as workdirs
@@ -197,7 +198,7 @@ def test_a_member_of_a_sweep_is_exported_by_its_name(world, tmp_path):
     (row,) = rows[rows["split"] == "validation"].to_dict("records")
     assert described["results"]["validation"]["regret"] == row["regret"]
     finds_fault(
-        "--member='aux' does not exist; choose one of: aux-weight1.0-seed0, aux-weight1.0-seed1",
+        "has no member 'aux'; it has: none-seed0, aux-weight1.0-seed0, none-seed1, aux-weight1",
         *(swept, tmp_path / "none", "aux"),
     )
 
@@ -212,8 +213,8 @@ def finds_fault(message, *arguments, **options):
 
 def test_bad_input_is_told_in_a_line_and_leaves_nothing(world, trained, tmp_path):
     out = tmp_path / "out"
-    finds_fault("nowhere holds no run", tmp_path / "nowhere", out)
-    finds_fault("holds one ranker, not 'aux'; leave --member out", trained, out, "aux")
+    finds_fault("no run at .*nowhere: it holds no config.json", tmp_path / "nowhere", out)
+    finds_fault("holds one ranker, and no 'aux'; leave --member out", trained, out, "aux")
     finds_fault(
         "--serve='best' does not exist; choose one of: blend, teac", trained, out, "", "best"
     )
@@ -222,7 +223,7 @@ def test_bad_input_is_told_in_a_line_and_leaves_nothing(world, trained, tmp_path
         UserError, match="--formats='tflite' does not exist; choose one of: jax, on"
     ):
         commands.export(trained, out, formats=("tflite",))
-    finished = exporting.find(trained, "", "")
+    finished = open_finished(trained)
     finished.config.student.compute_dtype = "bfloat16"
     exporting.check_choices(finished, "int8", ("jax",))
     with pytest.raises(UserError, match="compute_dtype='bfloat16': the converter to ONNX"):
@@ -231,7 +232,7 @@ def test_bad_input_is_told_in_a_line_and_leaves_nothing(world, trained, tmp_path
     finds_fault(message, world.teacher, out, items="int8")
     shutil.copytree(trained, unfinished := tmp_path / "unfinished")
     (unfinished / results.FILE).unlink()
-    finds_fault("is not finished; go on with: python -m experiments.train", unfinished, out)
+    finds_fault("is not finished; finish it with: python -m experiments.train", unfinished, out)
     assert not out.exists()
     out.mkdir()
     finds_fault("out exists; name a folder that does not", trained, out)
@@ -258,5 +259,5 @@ def test_the_command_ends_with_2_and_a_line(trained, tmp_path):
     finished = small.run("-m", "experiments.export", *flags)
     assert finished.returncode == 2
     (line,) = (line for line in finished.stderr.splitlines() if "error" in line)
-    assert line == f"error: {trained} holds one ranker, not 'aux'; leave --member out"
+    assert line == f"error: {trained} holds one ranker, and no 'aux'; leave --member out"
     assert not list(tmp_path.iterdir())
