@@ -22,6 +22,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int8, Int32, UInt8
 
+from kd_ranker.deal import WHOLE, Deal
 from kd_ranker.errors import check_choice
 
 
@@ -320,10 +321,14 @@ class CandidateBatch:
 
 @flax.struct.dataclass
 class Items:
-    """The features and categories of each item, one row an item id."""
+    """The features and categories of each item, one row an item id.
+
+    Rows may be dealt to devices; each then holds its own.
+    """
 
     features: Float[Array, "items F"]
     category: Int[Array, "items I"]  # category ids; -1 fills up
+    deal: Deal = flax.struct.field(pytree_node=False, default=WHOLE)
 
 
 @flax.struct.dataclass

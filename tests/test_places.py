@@ -91,7 +91,7 @@ assert group.numbers.loss.margin.tolist() == [0.5, 2.0]
 mapping = MAPPINGS["shard_map"](jax.devices()[:1])
 step = mapping.map_step(make_step([group.recipe]))
 frozen = mapping.replicate(Frozen(random_items(), None))
-_, losses = step(mapping.create(lambda: (group.init(),)), mapping.shard(random_batch(0)),
+_, losses = step(mapping.create(lambda deal: (group.init(),)), mapping.shard(random_batch(0)),
                  (group.numbers,), frozen)
 one, other = np.asarray(losses[0]["distill_loss"]).ravel()
 assert other > one > 0

@@ -262,11 +262,15 @@ def _check_devices(config: ConfigDict, available: int) -> None:
             f"parallel.members={members} does not divide the {devices} devices; take one of "
             f"{', '.join(map(str, fitting))}, or 0"
         )
-    wanted = {"members": members > 1, "deterministic": config.parallel.deterministic}
+    wanted = {
+        "members": members > 1,
+        "deterministic": config.parallel.deterministic,
+        "tables": config.parallel.tables == "sharded",
+    }
     for key in (key for key, is_wanted in wanted.items() if is_wanted):
         if config.parallel.mapping == "pmap":
             raise UserError(
-                f"parallel.mapping='pmap' cannot do parallel.{key}={config.parallel[key]}; take "
+                f"parallel.mapping='pmap' cannot do parallel.{key}={config.parallel[key]!r}; take "
                 "'auto' or 'shard_map'"
             )
     _check_requests("teacher.batch.requests", config.teacher.batch.requests, devices)

@@ -29,7 +29,7 @@ from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.sources import given, kuairand
 from kd_ranker.sources.logs import layout
 from kd_ranker.sources.registry import SOURCES
-from kd_ranker.training.mapping import MAPPINGS
+from kd_ranker.training.mapping import MAPPINGS, TABLES
 from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
 from kd_ranker.training.recipes import TEACHER_STAGES
 
@@ -259,6 +259,9 @@ _ALL = (
         Key("members", 0,
             "of these, the number to spread a sweep's members over, while the others share the "
             "requests; 0: by their numbers", NOT_NEGATIVE),
+        Key("tables", "replicated",
+            "replicated: each device holds all tables and items; sharded: of those that share "
+            "requests, each holds a share of the rows", TABLES),
         Key("deterministic", False,
             "on GPUs, the same bits each time that a step is taken, which costs sorts"),
         influences="nothing",

@@ -12,13 +12,14 @@ is reserved for ids that have none of their own.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from kd_ranker.batch import CandidateBatch, Items
+from kd_ranker.deal import WHOLE, Deal, read, share
 
 Tables = dict[str, Float[Array, "rows W"]]
 Rows = dict[str, Float[Array, "... W"]]
@@ -69,15 +70,17 @@ class EmbeddingSpec(NamedTuple):
       width: D.
       tables: by name.
       lookups: by name.
+      deal: the way in which the rows of the tables are dealt to devices.
     """
 
     width: int
     tables: Mapping[str, TableSpec]
     lookups: Mapping[str, Lookup]
+    deal: Deal = WHOLE
 
 
 def init_table(
-    table: TableSpec, width: int, slots: int, scale: float, key: PRNGKeyArray
+    table: TableSpec, width: int, slots: int, scale: float, key: PRNGKeyArray, deal: Deal = WHOLE
 ) -> Float[Array, "rows W"]:
     """A table of normal embeddings that were never updated; that of the reserved row is 0.
 
@@ -87,19 +90,26 @@ def init_table(
       slots: the number of values that the optimiser keeps beside it, all 0 at first.
       scale: standard deviation of the entries.
       key: all randomness comes from it.
+      deal: the way in which the rows are dealt; several devices each make their own, of the same
+        bits, within a function that is mapped over them.
 
     Returns:
-      float32 [rows, D + 1 + slots].
+      float32 [rows, D + 1 + slots], the rows of this device.
     """
-    block = min(_BLOCK, table.size)
+    block, length = min(_BLOCK, table.size), share(table.rows, deal.devices)
 
     def draw(index: Int[Array, ""], rows: Float[Array, "rows W"]) -> Float[Array, "rows W"]:
         drawn = scale * jax.random.normal(jax.random.fold_in(key, index), (block, width))
         # The last block reaches back over the one before it.
         start = jnp.minimum(index * block, table.size - block)
-        return jax.lax.dynamic_update_slice(rows, drawn, (start, 0))
+        if deal.devices == 1:
+            return jax.lax.dynamic_update_slice(rows, drawn, (start, 0))
+        row = start + jnp.arange(block)
+        mine = row % deal.devices == jax.lax.axis_index(deal.axis)
+        place = jnp.where(mine, row // deal.devices, length)
+        return rows.at[place, :width].set(drawn, mode="drop", unique_indices=True)
 
-    rows = jnp.zeros((table.rows, width + 1 + slots))
+    rows = jnp.zeros((length, width + 1 + slots))
     return jax.lax.fori_loop(0, -(-table.size // block), draw, rows)
 
 
@@ -153,10 +163,12 @@ def gather_rows(
     gathered = {}
     for name, lookup in spec.lookups.items():
         table, row = tables[lookup.table], _rows(spec, lookup, batch, items)
+        first: Any = 0
         if member is not None:
-            row = row + member * table.shape[1]
+            first = member * table.shape[1]
             table = table.reshape(-1, table.shape[2])
-        gathered[name] = _read(table, row, table.shape[1] if whole_rows else spec.width)
+        columns = table.shape[1] if whole_rows else spec.width
+        gathered[name] = read(spec.deal, table, row, columns, first)
     return gathered
 
 
@@ -180,7 +192,7 @@ def gather_to_serve(
     for name, lookup in spec.lookups.items():
         reserved = spec.tables[lookup.table].size
         row = jnp.where(trained[name], _rows(spec, lookup, batch, items), reserved)
-        served[name] = _read(tables[lookup.table], row, spec.width)
+        served[name] = read(spec.deal, tables[lookup.table], row, spec.width)
     return served
 
 
@@ -200,20 +212,10 @@ def was_trained(
     trained = {}
     for name, lookup in spec.lookups.items():
         row = _rows(spec, lookup, batch, items)
-        updates = _read(tables[lookup.table], row, spec.width + 1)[..., spec.width]
+        updates = read(spec.deal, tables[lookup.table], row, spec.width + 1)[..., spec.width]
         known = is_known(spec.tables[lookup.table], lookup.ids(batch, items))
         trained[name] = known & (updates > 0)
     return trained
-
-
-def _read(
-    table: Float[Array, "rows W"], row: Int[Array, "..."], columns: int
-) -> Float[Array, "... columns"]:
-    """The first columns of each row, which is in range.
-
-    Rows are read whole and cut afterwards: a TPU reads parts of rows one by one, in a loop.
-    """
-    return table.at[row].get(mode="promise_in_bounds", wrap_negative_indices=False)[..., :columns]
 
 
 def _rows(

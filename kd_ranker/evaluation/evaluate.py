@@ -17,7 +17,8 @@ from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions
 from kd_ranker.evaluation.ranked import Ranked, ranked, ranked_by_teacher
 from kd_ranker.evaluation.totals import Each, add, each_request, request_sums
 from kd_ranker.models.model import Model, Parameters, score
-from kd_ranker.training.mapping import MEMBERS, places, put, shared_evenly
+from kd_ranker.training.mapping import MEMBERS, places, put, put_by_rows, shared_evenly
+from kd_ranker.training.state import Frozen
 
 Probability = Float[Array, "R N T"]
 Met = dict[str, Bool[Array, "..."]]
@@ -172,7 +173,7 @@ def _of_group(
 
 
 class _Group(NamedTuple):
-    """A group on its devices, the items, and the mesh of several devices; None with one."""
+    """A group on its devices, the items, and the mesh of devices with members of their own."""
 
     ranker: Ranker
     items: Items
@@ -211,6 +212,7 @@ def evaluate(
     serves: Sequence[tuple[str, ...] | None] | None = None,
     ks: Sequence[int] = (),
     devices: Sequence[jax.Device] = (),
+    sharded: bool = False,
 ) -> tuple[Summed, list[dict[str, Summed]]]:
     """Measures all rankers on the same requests, each read and scored by the teacher once.
 
@@ -224,25 +226,33 @@ def evaluate(
       serves: the serve names to measure of each group; None takes all.
       ks: the values of k at which the curves of each request are kept; none keeps no request.
       devices: those to spread the members of a group over; none takes the default one.
+      sharded: whether to spread the rows of tables and items over them, in place of members.
 
     Returns:
       What is summed for the teacher, and for each group by serve name, with a leading axis of
       members, and maybe of some that are the last one again.
     """
-    weights = jnp.asarray(value_weights, jnp.float32)
-    items = jax.device_put(items)
-    on_devices = [_on_devices(group, items, devices) for group in groups]
+    by_rows = sharded and len(devices) > 1
+    to_devices = functools.partial(put_by_rows, devices=devices) if by_rows else jax.device_put
+    held = to_devices(Frozen(items, teacher.parameters if teacher else None))
+    weights = to_devices(jnp.asarray(value_weights, jnp.float32))
+    on_devices = [
+        _Group(group._replace(parameters=to_devices(group.parameters)), held.items, None)
+        if by_rows
+        else _on_devices(group, held.items, devices)
+        for group in groups
+    ]
     of_teacher = _Total(axis=0)
     of_groups: list[dict[str, _Total]] = [{} for _ in on_devices]
     for evaluation_batch in batches:
         asked = _Asked(shown, _number_labelled(evaluation_batch), sum_functions(), tuple(ks))
-        evaluation_batch = jax.device_put(evaluation_batch)
+        evaluation_batch = to_devices(evaluation_batch)
         batch = evaluation_batch.batch
         if teacher is None:
             probability, weight = batch.teacher_probability, batch.teacher_weight
             met = None
         else:
-            served_by_teacher = teacher.serve(teacher.parameters, batch, items)
+            served_by_teacher = teacher.serve(held.teacher, batch, held.items)
             (probability,), met = served_by_teacher.probability.values(), served_by_teacher.met
             weight = jnp.broadcast_to(batch.candidate_mask[..., None], probability.shape)
         reference = (probability, weight.astype(jnp.float32), evaluation_batch)

@@ -10,6 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
 from kd_ranker.batch import CandidateBatch, FeatureSpec, Items
+from kd_ranker.deal import WHOLE, Deal, read
 from kd_ranker.embedding.lookup import Rows
 
 
@@ -81,33 +82,40 @@ def linear_products(
 
 
 def features_of_items(
-    item_features: Float[Array, "items F"], item_id: Int[Array, "..."], columns: int, dtype: Any
+    item_features: Float[Array, "items F"],
+    item_id: Int[Array, "..."],
+    columns: int,
+    dtype: Any,
+    deal: Deal = WHOLE,
 ) -> Float[Array, "... columns"]:
     """The first features of each item, in the given dtype; zeros for an id that the matrix lacks.
 
     They are cut after they are read: to cut the matrix would be work of its size at every step.
     """
-    return _of_items(item_features, item_id, columns, 0).astype(dtype)
+    return _of_items(item_features, item_id, columns, 0, deal).astype(dtype)
 
 
 def categories_of_items(
-    item_category: Int[Array, "items I"], item_id: Int[Array, "..."]
+    item_category: Int[Array, "items I"], item_id: Int[Array, "..."], deal: Deal = WHOLE
 ) -> Int[Array, "... I"]:
     """The category ids of each item; -1 for an id that the matrix lacks."""
-    return _of_items(item_category, item_id, item_category.shape[1], -1)
+    return _of_items(item_category, item_id, item_category.shape[1], -1, deal)
 
 
 def _of_items(
-    known: Num[Array, "items W"], item_id: Int[Array, "..."], columns: int, missing: int
+    known: Num[Array, "items W"],
+    item_id: Int[Array, "..."],
+    columns: int,
+    missing: int,
+    deal: Deal,
 ) -> Num[Array, "... columns"]:
     """The first columns of the row of each id, or `missing`."""
-    is_known = (item_id >= 0) & (item_id < known.shape[0])
-    row = jnp.where(is_known, item_id, 0)
-    read = jnp.asarray(known).at[row].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    is_known = (item_id >= 0) & (item_id < known.shape[0] * deal.devices)
+    row = read(deal, jnp.asarray(known), jnp.where(is_known, item_id, 0), columns)
     # A product with 1 keeps the read apart from what follows: a TPU, whose matrix products take
     # bfloat16, would convert all of the matrix before it reads a few rows of it.
     there = is_known[..., None]
-    return jnp.where(there, read[..., :columns] * there.astype(known.dtype), missing)
+    return jnp.where(there, row * there.astype(known.dtype), missing)
 
 
 def category_shares(
@@ -162,7 +170,7 @@ def candidate_rows(
     """
     row = rows["item"]
     if of_item := spec.category_lengths("item"):
-        category = categories_of_items(items.category, batch.item_id)
+        category = categories_of_items(items.category, batch.item_id, items.deal)
         row = plus_category_means(row, rows["item_category"], category, of_item)
     if own := spec.category_lengths("candidate"):
         category = batch.candidate_category
@@ -179,7 +187,7 @@ def event_rows(
     """
     row = rows["history"]
     if of_item := spec.category_lengths("item"):
-        category = categories_of_items(items.category, batch.history_id)
+        category = categories_of_items(items.category, batch.history_id, items.deal)
         row = plus_category_means(row, rows["history_category"], category, of_item)
     return row
 
@@ -192,7 +200,8 @@ def candidate_inputs(
     Of the former there are the first `columns`, those that a ranker can afford.
     """
     features = batch.candidate_features
-    own = features_of_items(items.features, batch.item_id, columns, features.dtype)
+    dtype = features.dtype
+    own = features_of_items(items.features, batch.item_id, columns, dtype, items.deal)
     return jnp.concatenate([own, features], axis=-1)
 
 
@@ -230,7 +239,8 @@ class HistoryMean(nnx.Module):
         """The mean of each request's history."""
         of_event = batch.history_features
         cheap = self.spec.cheap_item_features
-        own = features_of_items(items.features, batch.history_id, cheap, of_event.dtype)
+        dtype = of_event.dtype
+        own = features_of_items(items.features, batch.history_id, cheap, dtype, items.deal)
         mask = batch.history_mask[..., None]
         number = jnp.maximum(jnp.sum(mask, axis=1), 1)
 

@@ -45,7 +45,8 @@ LOOKUPS = {
         lambda batch, items: batch.candidate_category, _every_candidate
     ),
     "item_category": _categories(
-        lambda batch, items: categories_of_items(items.category, batch.item_id), _every_candidate
+        lambda batch, items: categories_of_items(items.category, batch.item_id, items.deal),
+        _every_candidate,
     ),
 }
 """The lookups that every ranker can afford: the first two in a dataset without categories."""
@@ -53,7 +54,8 @@ LOOKUPS = {
 HISTORY_LOOKUPS = {
     "history": Lookup("item", lambda batch, items: batch.history_id, _every_event),
     "history_category": _categories(
-        lambda batch, items: categories_of_items(items.category, batch.history_id), _every_event
+        lambda batch, items: categories_of_items(items.category, batch.history_id, items.deal),
+        _every_event,
     ),
 }
 """The items of the user's history, from the tables of the candidates."""

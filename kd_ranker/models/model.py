@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import CandidateBatch, FeatureSpec, Items, abstract_items, empty_batch
+from kd_ranker.deal import WHOLE, Deal
 from kd_ranker.embedding.lookup import (
     EmbeddingSpec,
     Lookup,
@@ -83,6 +84,11 @@ class Model(NamedTuple):
     reads_history: bool = True
 
 
+def with_deal(model: Model, deal: Deal) -> Model:
+    """The same model, the rows of whose tables are dealt so."""
+    return model._replace(embedding=model.embedding._replace(deal=deal))
+
+
 @flax.struct.dataclass
 class Parameters:
     """The learned part of a model: dense parameters (a pytree) and embedding tables."""
@@ -91,7 +97,12 @@ class Parameters:
     tables: Tables
 
 
-Init = Callable[[PRNGKeyArray, int], Parameters]
+class Init(Protocol):
+    """A pure function that makes initial parameters."""
+
+    def __call__(self, key: PRNGKeyArray, slots: int, deal: Deal = ..., /) -> Parameters:
+        """Makes them; see `build_model`, and `init_table` for tables that are dealt."""
+        ...
 
 
 def build_model(
@@ -127,14 +138,14 @@ def build_model(
     def dense_of(key: PRNGKeyArray) -> tuple[nnx.GraphDef, Any]:
         return nnx.split(module(spec, heads, config, rngs=nnx.Rngs(params=key)), nnx.Param)
 
-    def init(key: PRNGKeyArray, slots: int) -> Parameters:
+    def init(key: PRNGKeyArray, slots: int, deal: Deal = WHOLE) -> Parameters:
         dense_key, table_key = jax.random.split(key)
         _, dense = dense_of(dense_key)
         keys = jax.random.split(table_key, len(tables))
         return Parameters(
             dense,
             {
-                name: init_table(table, config.width, slots, config.table_scale, key)
+                name: init_table(table, config.width, slots, config.table_scale, key, deal)
                 for (name, table), key in zip(tables.items(), keys, strict=True)
             },
         )

@@ -132,7 +132,8 @@ class FinalRanker(nnx.Module):
         """The logits of every candidate."""
         of_event = batch.history_features
         every = self.spec.item_features
-        own = features_of_items(items.features, batch.history_id, every, of_event.dtype)
+        dtype = of_event.dtype
+        own = features_of_items(items.features, batch.history_id, every, dtype, items.deal)
         event_inputs = jnp.concatenate([own, of_event], axis=-1)
         events = self.event(event_rows(batch, rows, items, self.spec), event_inputs)
         inputs = candidate_inputs(batch, items, every)

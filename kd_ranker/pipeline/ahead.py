@@ -23,6 +23,7 @@ from kd_ranker.batches.cutting import Span
 from kd_ranker.batches.training import Needs
 from kd_ranker.config import checks
 from kd_ranker.config.identity import dataset_name
+from kd_ranker.deal import WHOLE
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.lookup import without_slots
 from kd_ranker.embedding.row_optimizers import TPU_LANES
@@ -232,13 +233,16 @@ def _steps(
     frozen = Frozen(items=abstract_items(sizes.spec), teacher=learned)
     one = jnp.int32(0)
     numbers: Any = (Span(one, one), tuple(group.numbers for group in groups))  # type: ignore[arg-type]
+    placed, held = mapping.abstract_place(states), mapping.abstract_hold(frozen)
     lowered = map_steps(groups, teacher, mapping).lower(
-        mapping.abstract_place(states),
+        placed,
         mapping.abstract_shard(_batches(config, sizes, section.batch, needs)),
         _shapes(numbers),
-        mapping.abstract_replicate(frozen),
+        held,
     )
-    return _program(lowered, states, frozen)
+    if mapping.members == 1 and mapping.deal == WHOLE:
+        return _program(lowered, states, frozen)
+    return _program(lowered, *(jax.tree.map(_of_a_device, tree) for tree in (placed, held)))
 
 
 def _batches(config: ConfigDict, sizes: Sizes, batch: ConfigDict, needs: Needs) -> Any:
@@ -246,6 +250,12 @@ def _batches(config: ConfigDict, sizes: Sizes, batch: ConfigDict, needs: Needs) 
     here = shard_map(jax.devices("cpu")[:1])
     made, _ = iter(runs.batches_of_run(config, sizes.sample, batch, here, needs)).take(1)
     return _shapes(made)
+
+
+def _of_a_device(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """The part of an array that one of its devices holds, by its shape."""
+    assert leaf.sharding is not None
+    return jax.ShapeDtypeStruct(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
 
 
 def _shapes(tree: Any) -> Any:

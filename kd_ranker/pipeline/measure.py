@@ -226,6 +226,7 @@ def _summed(
         serves=[names for _, names in groups],
         ks=kept_ks(config) if split == "test" else (),
         devices=first_devices(config.parallel.devices),
+        sharded=config.parallel.tables == "sharded",
     )
 
 

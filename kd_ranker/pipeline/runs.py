@@ -56,13 +56,15 @@ def device_mapping(
     """
     parallel = config.parallel
     devices = first_devices(parallel.devices) if devices is None else devices
-    if parallel.mapping == "pmap":
+    sharded = parallel.tables == "sharded"
+    # Members on devices of their own would leave fewer to deal rows to.
+    if parallel.mapping == "pmap" or (sharded and not parallel.members):
         members = 1
     elif parallel.members and sum(sizes) > 1:
         members = parallel.members
     else:
         members = members_axis(len(devices), sizes, requests)
-    return MAPPINGS[parallel.mapping](devices, members, parallel.deterministic)
+    return MAPPINGS[parallel.mapping](devices, members, parallel.deterministic, sharded)
 
 
 def batches_of_run(

@@ -43,12 +43,10 @@ def cohort_size(config: ConfigDict, members: Iterable[ConfigDict], spec: Feature
     largest = max(member_bytes(member, spec) for member in one_a_group.values())
     fit = max(1, int(_SHARE_OF_MEMORY * free_memory(config) / largest))
     parallel = config.parallel
-    spread = (
-        1
-        if parallel.mapping == "pmap"
-        else parallel.members or len(first_devices(parallel.devices))
-    )
-    return CohortSize(fit, spread)
+    # Where devices share all members, be it by `pmap` or because they share the tables' rows.
+    share_members = parallel.mapping == "pmap" or parallel.tables == "sharded"
+    devices = 1 if share_members else len(first_devices(parallel.devices))
+    return CohortSize(fit, parallel.members or devices)
 
 
 def member_bytes(config: ConfigDict, spec: FeatureSpec) -> int:
@@ -71,7 +69,17 @@ def member_bytes(config: ConfigDict, spec: FeatureSpec) -> int:
         return state, gather_rows(embedding, tables, batch, items, whole_rows=False)
 
     state, rows = jax.eval_shape(state_and_rows, abstract_items(spec))
-    return 3 * _bytes(state) + _WORKING_ARRAYS * _bytes(rows) + _PAIR_ARRAYS * 4 * pairs
+    held = _bytes(state) - (1 - 1 / _devices_of_rows(config)) * _bytes(
+        (state.parameters.tables, state.owners)
+    )
+    return int(3 * held) + _WORKING_ARRAYS * _bytes(rows) + _PAIR_ARRAYS * 4 * pairs
+
+
+def _devices_of_rows(config: ConfigDict) -> int:
+    """The number of devices that share the rows of a table."""
+    if config.parallel.tables != "sharded":
+        return 1
+    return len(first_devices(config.parallel.devices)) // (config.parallel.members or 1)
 
 
 def _bytes(tree: Any) -> int:

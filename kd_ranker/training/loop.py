@@ -17,7 +17,14 @@ from tqdm import tqdm
 from kd_ranker.errors import UserError
 from kd_ranker.training import checkpoints
 from kd_ranker.training.checkpoints import Identity
-from kd_ranker.training.run import Run, abstract_states, initial_states, on_host, take_steps
+from kd_ranker.training.run import (
+    Run,
+    abstract_states,
+    initial_states,
+    on_host,
+    states_on_host,
+    take_steps,
+)
 from kd_ranker.training.state import States, steps_of_members
 from kd_ranker.training.step import Losses
 from kd_ranker.training.workdir import MetricsWriter
@@ -76,14 +83,14 @@ def fit(
                     diverged = _report(_diverged_members(run, states), before=diverged)
                     scalars = _scalars(run, states, losses, training - diverged.keys())
                 if due.evaluation:
-                    measured, best = evaluate(on_host(run, states))
+                    measured, best = evaluate(states_on_host(run, states))
                     scalars |= measured
                 if scalars:
                     writer.write(step, scalars)
                     bar.set_postfix_str(_progress(run, scalars, diverged, best))
                 if due.saving:
-                    checkpoints.save(manager, step, on_host(run, states), batches, identity)
-    return jax.tree.map(np.asarray, on_host(run, states))
+                    checkpoints.save(manager, step, states_on_host(run, states), batches, identity)
+    return jax.tree.map(np.asarray, states_on_host(run, states))
 
 
 def _next_stop(step: int, lengths: Iterable[float], train: ConfigDict) -> int:
@@ -150,7 +157,7 @@ def _mark_diverged(run: Run, states: States) -> States:
     The loss that it leads to would tell at the next step, but there may be none.
     """
     marked, any_new = [], False
-    for state, numbers in zip(on_host(run, states), run.numbers, strict=True):
+    for state, numbers in zip(states_on_host(run, states), run.numbers, strict=True):
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state.parameters)]
         finite = [np.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
         new = (np.asarray(state.non_finite_step) == 0) & ~np.all(finite, axis=0)

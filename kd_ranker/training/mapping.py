@@ -5,6 +5,7 @@ each other; along `AXIS` they share the requests of a batch, and exchange what i
 A step knows the second axis alone. A mapping knows both.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -16,10 +17,13 @@ from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Int
 
-from kd_ranker.training.state import HAS_MEMBERS, States
+from kd_ranker.deal import WHOLE, Deal, dealt, gathered, share
+from kd_ranker.training.state import HAS_MEMBERS, Frozen, States
 
 AXIS, MEMBERS = "requests", "members"
 _TABLES = "tables"  # the field of `Parameters` that holds them
+# The fields with a row for each id, which comes first but for the members of tables.
+_ROWS = {_TABLES, "owners", "items"}
 
 
 def first_devices(number: int) -> list[jax.Device]:
@@ -37,7 +41,23 @@ def join_over_devices(arrays: Any, axis: int) -> Any:
 
 def is_of_tables(path: jax.tree_util.KeyPath) -> bool:
     """Tests if a leaf of a pytree is an embedding table."""
-    return any(getattr(part, "name", None) == _TABLES for part in path)
+    return _TABLES in _names(path)
+
+
+def _names(path: jax.tree_util.KeyPath) -> set[str | None]:
+    return {getattr(part, "name", None) for part in path}
+
+
+def _filler(path: jax.tree_util.KeyPath) -> int:
+    """The value of rows that are of no id: -1 for categories, of which there is none."""
+    return -1 if "category" in _names(path) else 0
+
+
+def _axis_of_rows(path: jax.tree_util.KeyPath, leaf: Any) -> int | None:
+    """The axis of the rows that may be dealt to devices."""
+    if not _names(path) & _ROWS:
+        return None
+    return leaf.ndim - 2 if is_of_tables(path) else 0
 
 
 def places(tree: Any, sharding: Sharding | None = None, shardings: Any = None) -> Any:
@@ -69,6 +89,28 @@ def put(tree: Any) -> Any:
     if device.platform != "tpu":
         return jax.device_put(tree)
     return jax.device_put(tree, places(tree, SingleDeviceSharding(device)))
+
+
+def put_by_rows(tree: Any, devices: Sequence[jax.Device]) -> Any:
+    """A pytree of the host on several devices: a range of all rows each, and all else the same.
+
+    It is for programs that XLA itself splits over the devices, which see the arrays as whole ones.
+    There may be empty rows behind the others.
+    """
+    mesh = Mesh(np.array(devices), (AXIS,))
+
+    def filled(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
+        axis = _axis_of_rows(path, leaf)
+        if axis is None:
+            return leaf
+        widths = [(0, 0)] * leaf.ndim
+        widths[axis] = (0, -leaf.shape[axis] % len(devices))
+        return np.pad(np.asarray(leaf), widths, constant_values=_filler(path))
+
+    evenly = jax.tree_util.tree_map_with_path(filled, tree)
+    specs = _specs(1, Deal(len(devices), AXIS), evenly)
+    shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
+    return jax.device_put(evenly, places(evenly, shardings=shardings))
 
 
 def abstract(tree: Any, of_places: Any) -> Any:
@@ -146,11 +188,13 @@ class DeviceMap(NamedTuple):
     Attributes:
       members: the number of devices that members are spread over; of the others each has the same.
         The numbers of members that a step is given are multiples of it.
+      deal: the way in which the rows of tables and items are dealt to those that share requests.
       replicate: a pytree on the host or one device -> the same on all devices.
       place: states on the host, or one device -> the same on the devices; where their members are
         not a multiple of `members`, the last one again, see `shared_evenly`.
-      create: a pure function without arguments -> the states that it returns, made on all devices
-        and nowhere else, so that a large one is held once.
+      hold: what a step only reads, on the host -> the same on the devices.
+      create: a pure function of a deal -> the states that it returns, made on all devices and
+        nowhere else, so that a large one is held once. See `Group.init` for the deal.
       shard: a host batch [requests, ...] -> the same, its requests split over the devices.
       map_batches: function(data, batch) -> its compiled, mapped version, where the data is
         replicated, and batch and result are [requests, ...], split over the devices.
@@ -158,30 +202,39 @@ class DeviceMap(NamedTuple):
         compiled, mapped version; the buffers of the states are donated. Without their shapes, the
         states come back as XLA likes to lay them out.
       unreplicate: the inverse of `replicate` and `place`: the same pytree on one device, or on the
-        host where members are spread over several. With a number, so many members, the first ones.
-      abstract_replicate: a pytree by its shapes -> what `replicate` would make of it, by shapes and
-        places.
+        host where devices have members or rows of their own; rows that were added stay behind the
+        others. With a number, so many members, the first ones.
+      abstract_hold: the same by its shapes -> what `hold` would make of it, by shapes and places.
       abstract_place: the same of states that `create` would make.
       abstract_shard: the same of `shard`.
     """
 
     members: int
+    deal: Deal
     replicate: Callable[[Any], Any]
     place: Callable[[States], States]
-    create: Callable[[Callable[[], States]], States]
+    hold: Callable[[Frozen], Frozen]
+    create: Callable[[Callable[[Deal], States]], States]
     shard: Callable[[Any], Any]
     map_batches: Callable[[Callable], Callable]
     map_step: Callable[..., Callable]
     unreplicate: Callable[..., Any]
-    abstract_replicate: Callable[[Any], Any]
+    abstract_hold: Callable[[Frozen], Frozen]
     abstract_place: Callable[[States], States]
     abstract_shard: Callable[[Any], Any]
 
 
-def pmap(devices: Sequence[jax.Device], members: int = 1, deterministic: bool = False) -> DeviceMap:
+def pmap(
+    devices: Sequence[jax.Device],
+    members: int = 1,
+    deterministic: bool = False,
+    sharded: bool = False,
+) -> DeviceMap:
     """Maps by `jax.pmap`: every array carries a leading axis of devices, which share requests."""
     if members != 1:
         raise ValueError(f"pmap has one axis, of requests, and none for {members} parts of members")
+    if sharded:
+        raise ValueError("pmap has the same tables on all devices")
     if deterministic and _on_gpu(devices):
         raise ValueError("pmap takes no options for the compiler, such as for deterministic sums")
     sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
@@ -195,8 +248,8 @@ def pmap(devices: Sequence[jax.Device], members: int = 1, deterministic: bool = 
             jax.tree.map(lambda array: np.broadcast_to(array, (len(devices), *array.shape)), tree)
         )
 
-    def create(make: Callable[[], States]) -> States:
-        return jax.jit(lambda: jax.tree.map(stack, make()), out_shardings=sharding)()
+    def create(make: Callable[[Deal], States]) -> States:
+        return jax.jit(lambda: jax.tree.map(stack, make(WHOLE)), out_shardings=sharding)()
 
     def stack(array: Any) -> Any:
         return jnp.broadcast_to(array, (len(devices), *array.shape))
@@ -209,8 +262,10 @@ def pmap(devices: Sequence[jax.Device], members: int = 1, deterministic: bool = 
 
     return DeviceMap(
         members=1,
+        deal=WHOLE,
         replicate=replicate,
         place=replicate,
+        hold=replicate,
         create=create,
         shard=lambda batch: put_all(jax.tree.map(split, batch)),
         map_batches=lambda function: jax.pmap(function, axis_name=AXIS, devices=devices),
@@ -220,14 +275,17 @@ def pmap(devices: Sequence[jax.Device], members: int = 1, deterministic: bool = 
         unreplicate=lambda tree, number=None: jax.tree.map(
             lambda array: array.addressable_data(0)[0], tree
         ),
-        abstract_replicate=shapes(stack),
+        abstract_hold=shapes(stack),
         abstract_place=shapes(stack),
         abstract_shard=shapes(split),
     )
 
 
 def shard_map(
-    devices: Sequence[jax.Device], members: int = 1, deterministic: bool = False
+    devices: Sequence[jax.Device],
+    members: int = 1,
+    deterministic: bool = False,
+    sharded: bool = False,
 ) -> DeviceMap:
     """Maps by `jax.shard_map` over a mesh of both axes: arrays keep their global shapes.
 
@@ -238,119 +296,195 @@ def shard_map(
       members: the number of them to spread members over, a divisor of theirs.
       deterministic: on GPUs, whether a step gives the same bits each time. Its sums over equal ids,
         which threads add to as they come, are then made in an order of their own, with sorts.
+      sharded: whether to deal the rows of tables and items to the devices that share requests.
     """
     mesh = Mesh(np.array(devices).reshape(members, -1), (MEMBERS, AXIS))
-    everywhere, split = PartitionSpec(), PartitionSpec(AXIS)
-    of_members = PartitionSpec(MEMBERS) if members > 1 else everywhere
-    whole, in_parts = NamedSharding(mesh, everywhere), NamedSharding(mesh, split)
+    sharing = len(devices) // members
+    deal = Deal(sharing, AXIS) if sharded and sharing > 1 else WHOLE
+    whole, in_parts = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (AXIS,)))
     options = {"xla_gpu_deterministic_ops": True} if deterministic and _on_gpu(devices) else None
+    specs = functools.partial(_specs, members, deal)
+
+    def shardings(tree: Any, has_members: Any = False) -> Any:
+        return jax.tree.map(functools.partial(NamedSharding, mesh), specs(tree, has_members))
 
     def places_of(states: States) -> Any:
         """The place and the layout of each array of the states."""
-        split_so = jax.tree.map(functools.partial(NamedSharding, mesh), _specs(states, of_members))
-        return places(states, shardings=split_so)
+        return places(states, shardings=shardings(states, _has_members(states)))
 
     def replicate(tree: Any) -> Any:
         # A step donates its state, which must not share memory with arrays of the caller.
         copied = jax.tree.map(jnp.copy, tree)
         return jax.device_put(copied, places(tree, whole))
 
+    def hold(frozen: Frozen) -> Frozen:
+        if deal == WHOLE:
+            return replicate(frozen)
+        held = _marked(_dealt(frozen, deal), deal)
+        return jax.device_put(held, places(held, shardings=shardings(held)))
+
     def place(states: States) -> States:
-        if members == 1:
+        if members == 1 and deal == WHOLE:
             return replicate(states)
 
         # On the host, as no device need hold them all.
-        def filled(leaf: Any, spec: PartitionSpec) -> np.ndarray:
+        def filled(leaf: Any, has: bool) -> np.ndarray:
             of = np.asarray(leaf)
-            return of[shared_evenly(len(of), members)] if spec == of_members else of.copy()
+            return of[shared_evenly(len(of), members)] if has and members > 1 else of.copy()
 
-        evenly = jax.tree.map(filled, states, _specs(states, of_members))
+        evenly = _dealt(jax.tree.map(filled, states, _has_members(states)), deal)
         return jax.device_put(evenly, places_of(evenly))
 
-    def create(make: Callable[[], States]) -> States:
-        shapes = jax.eval_shape(make)
-        return jax.jit(make, out_shardings=places_of(shapes))()
+    def create(make: Callable[[Deal], States]) -> States:
+        shapes = jax.eval_shape(lambda: make(WHOLE))
+        if deal != WHOLE:
+            # Each device makes its own rows; its members are left to XLA.
+            make = jax.shard_map(
+                functools.partial(make, deal),
+                mesh=mesh,
+                in_specs=(),
+                out_specs=_specs(1, deal, shapes, False),
+                axis_names={AXIS},
+                check_vma=False,
+            )
+            return jax.jit(make, out_shardings=places_of(shapes))()
+        return jax.jit(lambda: make(WHOLE), out_shardings=places_of(shapes))()
 
     def map_batches(function: Callable) -> Callable:
+        in_specs = PartitionSpec(), PartitionSpec(AXIS)
         return jax.jit(
-            jax.shard_map(function, mesh=mesh, in_specs=(everywhere, split), out_specs=split)
+            jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(AXIS))
         )
 
     def map_step(step: Callable, states: States | None = None) -> Callable:
         laid_out = None if states is None else places_of(states)
-        of_losses = NamedSharding(mesh, of_members)
+        of_members = PartitionSpec(MEMBERS) if members > 1 else PartitionSpec()
+
+        @functools.wraps(step)
+        def mapped(states: States, batch: Any, numbers: Any, frozen: Frozen) -> Any:
+            of_states = specs(states, _has_members(states))
+            # Beside those of members there may be numbers that concern the whole step.
+            of_numbers = jax.tree.map(
+                lambda array: of_members if jnp.ndim(array) else PartitionSpec(), numbers
+            )
+            # The step sums over the axis itself; the replication checker would add sums of its own.
+            return jax.shard_map(
+                step,
+                mesh=mesh,
+                in_specs=(of_states, PartitionSpec(AXIS), of_numbers, specs(frozen)),
+                out_specs=(of_states, of_members),
+                check_vma=False,
+            )(states, batch, numbers, frozen)
+
         return jax.jit(
-            _over_mesh(step, mesh, of_members),
+            mapped,
             donate_argnums=0,
-            out_shardings=(laid_out, of_losses),
+            out_shardings=(laid_out, NamedSharding(mesh, of_members)),
             compiler_options=options,
         )
 
+    def unreplicate(tree: Any, number: int | None = None) -> Any:
+        def on_one(array: Any) -> Any:
+            if array.is_fully_replicated:
+                return array.addressable_data(0)
+            host, axes = np.asarray(array), tuple(array.sharding.spec)
+            host = gathered(host, axes.index(AXIS), deal.devices) if AXIS in axes else host
+            return host[:number] if MEMBERS in axes else host
+
+        return jax.tree.map(on_one, tree)
+
+    def abstract_hold(frozen: Frozen) -> Frozen:
+        held = _marked(_dealt_shapes(frozen, deal), deal)
+        return abstract(held, places(held, shardings=shardings(held)))
+
+    def abstract_place(states: States) -> States:
+        placed = _dealt_shapes(states, deal)
+        return abstract(placed, places_of(placed))
+
     return DeviceMap(
         members=members,
+        deal=deal,
         replicate=replicate,
         place=place,
+        hold=hold,
         create=create,
         shard=lambda batch: jax.device_put(batch, in_parts),
         map_batches=map_batches,
         map_step=map_step,
-        unreplicate=_first_of_all,
-        abstract_replicate=lambda tree: abstract(tree, places(tree, whole)),
-        abstract_place=lambda states: abstract(states, places_of(states)),
+        unreplicate=unreplicate,
+        abstract_hold=abstract_hold,
+        abstract_place=abstract_place,
         abstract_shard=lambda batch: abstract(batch, places(batch, in_parts)),
     )
 
 
-def _specs(states: States, of_members: PartitionSpec) -> Any:
-    """The way in which each array of the states is split."""
-    each = tuple(jax.tree.broadcast(HAS_MEMBERS, state) for state in states)
-    return jax.tree.map(lambda has: of_members if has else PartitionSpec(), each)
+def _has_members(states: States) -> Any:
+    """True for each array of the states that has an axis of members."""
+    return tuple(jax.tree.broadcast(HAS_MEMBERS, state) for state in states)
 
 
-def _over_mesh(step: Callable, mesh: Mesh, of_members: PartitionSpec) -> Callable:
-    """The step on all devices, each with its members and its requests."""
+def _specs(members: int, deal: Deal, tree: Any, has_members: Any = False) -> Any:
+    """The way in which each array is split: its members, if it has them, and its dealt rows."""
 
-    @functools.wraps(step)
-    def mapped(states: States, batch: Any, numbers: Any, frozen: Any) -> Any:
-        of_states = _specs(states, of_members)
-        # Beside those of members there may be numbers that concern the whole step.
-        of_numbers = jax.tree.map(
-            lambda array: of_members if jnp.ndim(array) else PartitionSpec(), numbers
-        )
-        # The step sums over the axis itself; the replication checker would add sums of its own.
-        return jax.shard_map(
-            step,
-            mesh=mesh,
-            in_specs=(of_states, PartitionSpec(AXIS), of_numbers, PartitionSpec()),
-            out_specs=(of_states, of_members),
-            check_vma=False,
-        )(states, batch, numbers, frozen)
+    def spec(path: jax.tree_util.KeyPath, leaf: Any, has: bool) -> PartitionSpec:
+        axes: list[str | None] = [MEMBERS] if has and members > 1 else []
+        rows = _axis_of_rows(path, leaf)
+        if deal != WHOLE and rows is not None:
+            axes += [None] * (rows - len(axes)) + [AXIS]
+        return PartitionSpec(*axes)
 
-    return mapped
+    has_members = jax.tree.map(lambda _: False, tree) if has_members is False else has_members
+    return jax.tree_util.tree_map_with_path(spec, tree, has_members)
 
 
-def _first_of_all(tree: Any, number: int | None = None) -> Any:
-    """A pytree on one device; on the host, of the first members, where devices have their own."""
+def _dealt(tree: Any, deal: Deal) -> Any:
+    """Arrays of the host with their rows in the order of the devices."""
 
-    def on_one(array: jax.Array) -> Any:
-        return (
-            array.addressable_data(0) if array.is_fully_replicated else np.asarray(array)[:number]
-        )
+    def of(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
+        axis = _axis_of_rows(path, leaf)
+        if deal == WHOLE or axis is None:
+            return leaf
+        return dealt(leaf, axis, deal.devices, _filler(path))
 
-    return jax.tree.map(on_one, tree)
+    return jax.tree_util.tree_map_with_path(of, tree)
 
 
-def auto(devices: Sequence[jax.Device], members: int = 1, deterministic: bool = False) -> DeviceMap:
+def _dealt_shapes(tree: Any, deal: Deal) -> Any:
+    """The shapes of what `_dealt` would make."""
+
+    def of(path: jax.tree_util.KeyPath, leaf: Any) -> jax.ShapeDtypeStruct:
+        shape, axis = list(leaf.shape), _axis_of_rows(path, leaf)
+        if axis is not None:
+            shape[axis] = deal.devices * share(shape[axis], deal.devices)
+        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def _marked(frozen: Frozen, deal: Deal) -> Frozen:
+    """The same, whose items tell how they are dealt."""
+    return dataclasses.replace(frozen, items=dataclasses.replace(frozen.items, deal=deal))
+
+
+def auto(
+    devices: Sequence[jax.Device],
+    members: int = 1,
+    deterministic: bool = False,
+    sharded: bool = False,
+) -> DeviceMap:
     """`shard_map` on TPUs, for how it lays tables out, and for what `pmap` cannot do; or that."""
-    needs_mesh = members > 1 or (deterministic and _on_gpu(devices))
+    needs_mesh = members > 1 or sharded or (deterministic and _on_gpu(devices))
     if needs_mesh or devices[0].platform == "tpu":
-        return shard_map(devices, members, deterministic)
+        return shard_map(devices, members, deterministic, sharded)
     return pmap(devices)
 
 
 def _on_gpu(devices: Sequence[jax.Device]) -> bool:
     return devices[0].platform == "gpu"
 
+
+TABLES = ("replicated", "sharded")
+"""The ways in which devices may hold tables and items, by `config.parallel.tables`."""
 
 MAPPINGS: dict[str, Callable[..., DeviceMap]] = {
     "auto": auto,

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec, Stage
 from kd_ranker.batches.training import Needs
+from kd_ranker.deal import WHOLE, Deal
 from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LossNumbers
 from kd_ranker.distillation.modes import MODES, Mode
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
@@ -56,7 +57,7 @@ class Group(NamedTuple):
       names: a name a member, for messages and metrics; a single run's is "".
       numbers: the numbers in which they differ.
       init: a pure function that makes their state before the first step, or that of the members
-        at some places.
+        at some places; with a `deal`, the rows of one device.
     """
 
     recipe: Recipe
@@ -229,11 +230,11 @@ def _init(
 ) -> Callable[..., TrainState]:
     keys = jnp.stack([jax.random.key(config.seed) for config in configs])
 
-    def init_group(places: Int[np.ndarray, "n"] | None = None) -> TrainState:
+    def init_group(places: Int[np.ndarray, "n"] | None = None, deal: Deal = WHOLE) -> TrainState:
         slots = recipe.row_optimizer.slots(recipe.model.embedding.width)
         return init_state(
             recipe,
-            jax.vmap(lambda key: init(key, slots))(keys if places is None else keys[places]),
+            jax.vmap(lambda key: init(key, slots, deal))(keys if places is None else keys[places]),
             len(spec.tasks),
             configs[0].distill.affine,
         )

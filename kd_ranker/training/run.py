@@ -8,10 +8,11 @@ import jax
 from kd_ranker.batches.cutting import PackedBatches, Span
 from kd_ranker.batches.training import TrainingBatches
 from kd_ranker.embedding.row_optimizers import tpu_row, tpu_widths
+from kd_ranker.models.model import with_deal
 from kd_ranker.training.mapping import DeviceMap, shared_evenly
 from kd_ranker.training.recipes import Group
 from kd_ranker.training.state import Frozen, Hyperparameters, LiveTeacher, States
-from kd_ranker.training.step import Losses, in_turn, make_step
+from kd_ranker.training.step import Losses, Step, in_turn, make_step
 
 # The share of a row that may be padding without a word about it.
 _LITTLE_PADDING = 0.05
@@ -65,7 +66,7 @@ def make_run(
     """
     filled = filled_for(groups, devices)
     mapped = map_steps(filled, teacher, devices)
-    return Run(tuple(groups), filled, batches, devices.replicate(frozen), devices, mapped)
+    return Run(tuple(groups), filled, batches, devices.hold(frozen), devices, mapped)
 
 
 def filled_for(groups: Sequence[Group], devices: DeviceMap) -> tuple[Group, ...]:
@@ -80,8 +81,18 @@ def filled_for(groups: Sequence[Group], devices: DeviceMap) -> tuple[Group, ...]
 
 def map_steps(groups: Sequence[Group], teacher: LiveTeacher | None, devices: DeviceMap) -> Any:
     """The mapped `step.in_turn` of groups that the devices share evenly."""
-    step = make_step([group.recipe for group in groups], teacher, devices.members)
+    step = step_for(groups, teacher, devices)
     return devices.map_step(in_turn(step), abstract_states(groups))
+
+
+def step_for(groups: Sequence[Group], teacher: LiveTeacher | None, devices: DeviceMap) -> Step:
+    """The step of groups by `make_step`, for devices that may hold a share of the rows each."""
+
+    def dealt(of: Any) -> Any:
+        return of._replace(model=with_deal(of.model, devices.deal))
+
+    recipes = [dealt(group.recipe) for group in groups]
+    return make_step(recipes, teacher and dealt(teacher), devices.members)
 
 
 def abstract_states(groups: Sequence[Group]) -> States:
@@ -107,7 +118,7 @@ def padding_of(groups: Sequence[Group]) -> list[str]:
 
 def initial_states(run: Run) -> States:
     """The states before the first step, made on all devices."""
-    return run.devices.create(lambda: tuple(group.init() for group in run.filled))
+    return run.devices.create(lambda deal: tuple(group.init(deal=deal) for group in run.filled))
 
 
 def take_steps(
@@ -119,6 +130,16 @@ def take_steps(
     """
     numbers = tuple(group.numbers for group in run.filled)
     return run.take(states, batches, (span, numbers), run.frozen)
+
+
+def states_on_host(run: Run, states: States) -> States:
+    """The states of the run's own members, on the host or one device, as `Group.init` has them."""
+
+    def own(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:
+        return leaf if leaf.shape == like.shape else leaf[tuple(map(slice, like.shape))]
+
+    # Rows that fill up the shares of devices are of no one.
+    return jax.tree.map(own, on_host(run, states), abstract_states(run.groups))
 
 
 def on_host(run: Run, of_groups: Sequence[Any]) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from kd_ranker.batch import CandidateBatch, Items
+from kd_ranker.deal import with_own
 from kd_ranker.distillation.modes import Transform
 from kd_ranker.embedding.lookup import (
     Rows,
@@ -146,15 +147,28 @@ def _update_table(
     ids, mask = ids_of_table(spec, batch, items, name)
     unknown = jax.lax.psum(jnp.sum(mask & ~is_known(table, ids), dtype=jnp.int32), AXIS)
     ids, mask = join_over_devices((ids, mask), axis=0)
-    occurrences, owner = find_occurrences(rows_of_ids(table, ids), mask, state.owners[name])
-    updated = update_tables(
-        recipe.row_optimizer,
-        state.parameters.tables[name],
-        occurrences,
-        join_over_devices(rows_of_table(spec, gradients, name), axis=1),
-        rates.table_learning_rate,
-        rates.table_weight_decay,
-        may_change,
-        rows_of_table(spec, gathered, name)[0] if gathered else None,
-    )
+
+    def update(
+        before: tuple[Float[Array, "members rows W"], Int[Array, "rows"]],
+        row: Int[Array, "m"],
+        mask: Bool[Array, "m"],
+        gradients: Float[Array, "members m D"],
+    ) -> tuple[Float[Array, "members rows W"], Int[Array, "rows"]]:
+        tables, owner = before
+        occurrences, owner = find_occurrences(row, mask, owner)
+        updated = update_tables(
+            recipe.row_optimizer,
+            tables,
+            occurrences,
+            gradients,
+            rates.table_learning_rate,
+            rates.table_weight_decay,
+            may_change,
+            rows_of_table(spec, gathered, name)[0] if gathered else None,
+        )
+        return updated, owner
+
+    of_ids = join_over_devices(rows_of_table(spec, gradients, name), axis=1)
+    before, row = (state.parameters.tables[name], state.owners[name]), rows_of_ids(table, ids)
+    updated, owner = with_own(spec.deal, update, before, row, mask, of_ids)
     return updated, owner, state.unknown_ids[name] + unknown

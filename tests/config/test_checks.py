@@ -145,6 +145,10 @@ def test_the_kuairand_configs_are_valid(variant):
             "parallel.mapping='pmap' cannot do parallel.members=2; take 'auto' or 'shard_map'",
         ),
         (
+            {"parallel__tables": "sharded", "parallel__mapping": "pmap"},
+            "parallel.mapping='pmap' cannot do parallel.tables='sharded'; take 'auto'",
+        ),
+        (
             {"parallel__deterministic": True, "parallel__mapping": "pmap"},
             "parallel.mapping='pmap' cannot do parallel.deterministic=True; take 'auto'",
         ),

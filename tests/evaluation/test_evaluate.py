@@ -95,6 +95,15 @@ def test_devices_share_the_members_of_a_group_and_change_nothing(devices):
             )
 
 
+@pytest.mark.parametrize("devices", [2, 3])
+def test_rows_on_several_devices_change_nothing(devices):
+    groups, ks = [make_students("aux", (3, 4, 5)), STUDENTS["none"]], (1, 2)
+    arguments = LIVE, groups, BATCHES[:1], ITEMS, WEIGHTS, SHOWN
+    alone = evaluate(*arguments, ks=ks)
+    spread = evaluate(*arguments, ks=ks, devices=jax.devices()[:devices], sharded=True)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), spread, alone)
+
+
 def test_a_live_teacher_measures_as_the_same_probabilities_logged_for_all():
     def logged(evaluated):
         batch = evaluated.batch

@@ -11,7 +11,9 @@ from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import ahead, compiled, topologies
 from kd_ranker.training.mapping import MAPPINGS
+from kd_ranker.training.state import Frozen
 from tests import small
+from tests.random_batches import random_items
 
 
 def host(devices: int, memory: int = 10**9) -> topologies.Topology:
@@ -46,15 +48,31 @@ def test_a_program_is_compiled_for_shapes_alone(tmp_path, mapping):
 
 def test_abstract_arrays_are_as_the_real_ones():
     tree = {"a": np.ones((4, 3), np.float32), "b": np.arange(4)}
-    for mapping in (MAPPINGS["pmap"], MAPPINGS["shard_map"]):
-        devices = mapping(jax.devices()[:2])
+    frozen = Frozen(random_items(), None)
+    for mapping in ("pmap", "shard_map", "sharded"):
+        devices = MAPPINGS["auto" if mapping == "sharded" else mapping](
+            jax.devices()[:2], sharded=mapping == "sharded"
+        )
         for real, abstract in (
-            (devices.replicate(tree), devices.abstract_replicate(tree)),
+            (devices.hold(frozen), devices.abstract_hold(frozen)),
             (devices.shard(tree), devices.abstract_shard(tree)),
         ):
             assert jax.tree.map(lambda leaf: leaf.shape, real) == jax.tree.map(
                 lambda leaf: leaf.shape, abstract
             )
+
+
+def test_sharded_tables_take_a_share_of_the_memory(tmp_path):
+    found = {}
+    for tables in ("replicated", "sharded"):
+        config = config_of(tmp_path, **{"parallel.tables": tables, "parallel.mapping": "shard_map"})
+        sizes = ahead.sizes_of(config, tmp_path, items=100_000)
+        found[tables] = ahead.compile_program("train", config, sizes, host(4))
+    whole, share = found["replicated"], found["sharded"]
+    assert share.tables < 0.26 * whole.tables
+    # Of what the compiler counts, nothing but a share is the table's: none is copied.
+    assert share.compiled.total < 0.3 * whole.compiled.total
+    assert not share.compiled.copies
 
 
 def test_what_does_not_exist_is_named_with_what_does():

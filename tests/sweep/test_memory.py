@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -52,6 +54,16 @@ def test_a_cohort_has_as_many_members_as_fit_each_device_that_they_are_spread_ov
     monkeypatch.setattr(memory, "free_memory", lambda _: 6 * one)
     config.parallel.update(changes)
     assert memory.cohort_size(config, [config], SPEC) == (3, spread)
+
+
+def test_a_device_holds_its_share_of_a_members_tables(monkeypatch):
+    config = cascade("small")
+    config.parallel.devices = 4
+    spec = dataclasses.replace(SPEC, num_items=100_000)
+    whole = memory.member_bytes(config, spec)
+    config.parallel.tables = "sharded"
+    assert memory.member_bytes(config, spec) == pytest.approx(whole / 4, rel=0.1)
+    assert memory.cohort_size(config, [config], spec).members == 1
 
 
 def test_free_memory_is_that_of_the_machine_on_a_cpu():

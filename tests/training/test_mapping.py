@@ -11,9 +11,14 @@ from kd_ranker.configs import cascade
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.training import mapping, recipes
 from kd_ranker.training.mapping import MAPPINGS, members_axis, shares
-from kd_ranker.training.run import initial_states, make_run, on_host
+from kd_ranker.training.run import (
+    initial_states,
+    make_run,
+    on_host,
+    states_on_host,
+    step_for,
+)
 from kd_ranker.training.state import HAS_MEMBERS, Frozen, LiveTeacher
-from kd_ranker.training.step import make_step
 from tests.random_batches import SPEC, TEACHER, make_model, random_batch, random_items
 
 STEPS = 6
@@ -39,7 +44,7 @@ MEMBERS = {
 
 
 @functools.cache
-def run_of(mapping, devices, members):
+def run_of(mapping, devices, members, sharded=False):
     """A run of all members under a live teacher, and its states after all steps."""
     model, parameters = make_model(FinalRanker, len(SPEC.tasks), TEACHER, seed=1)
     teacher = LiveTeacher(model, Stage.RETRIEVED)
@@ -48,9 +53,9 @@ def run_of(mapping, devices, members):
         teacher,
         None,
         Frozen(random_items(), parameters),
-        MAPPINGS[mapping](jax.devices()[:devices], members),
+        MAPPINGS[mapping](jax.devices()[:devices], members, sharded=sharded),
     )
-    step = make_step([group.recipe for group in run.groups], teacher, run.devices.members)
+    step = step_for(run.groups, teacher, run.devices)
     # A step on a batch by itself.
     run = run._replace(take=run.devices.map_step(step, jax.eval_shape(lambda: initial_states(run))))
     return run, *trained(run, initial_states(run), 0, STEPS)
@@ -64,7 +69,7 @@ def trained(run, states, start, stop):
     """On the host, the states after these steps, and the losses of the last one."""
     for batch in BATCHES[start:stop]:
         states, losses = run.take(states, run.devices.shard(batch), numbers_of(run), run.frozen)
-    return jax.tree.map(np.asarray, (on_host(run, states), on_host(run, losses)))
+    return jax.tree.map(np.asarray, (states_on_host(run, states), on_host(run, losses)))
 
 
 def assert_same(states, others, atol):
@@ -105,11 +110,12 @@ def test_members_on_devices_of_their_own_are_as_all_on_one(mapping, devices, mem
 def test_a_run_goes_on_on_another_mesh_as_if_it_had_been_on_it():
     """What is saved, on the host, is the same on any mesh."""
     _, expected, _ = run_of("auto", 1, 1)
-    for before, after in (((2, 2), (8, 4)), ((8, 4), (1, 1))):
+    meshes = ((2, 2), (8, 4)), ((8, 4), (1, 1)), ((4, 1, True), (2, 1)), ((2, 2), (8, 2, True))
+    for before, after in meshes:
         first, second = (run_of("auto", *mesh)[0] for mesh in (before, after))
         half, _ = trained(first, initial_states(first), 0, 3)
         again = second.devices.place(half)
-        assert_same(on_host(second, again), half, atol=0)
+        assert_same(states_on_host(second, again), half, atol=0)
         states, _ = trained(second, again, 3, STEPS)
         assert_same(states, expected, atol=1e-5)
 
@@ -174,3 +180,18 @@ def test_a_deterministic_step_asks_the_compiler_of_gpus_for_it(monkeypatch):
 def test_pmap_has_no_axis_for_members():
     with pytest.raises(ValueError, match="none for 2 parts of members"):
         MAPPINGS["pmap"](jax.devices(), 2)
+
+
+# The compiler may add up in another order where rows come from elsewhere.
+@pytest.mark.parametrize(
+    ("devices", "members"), [(2, 1), (4, 1), (8, 2)], ids=["1x2", "1x4", "2x4"]
+)
+def test_dealt_rows_give_the_same_as_whole_tables(devices, members):
+    _, expected, expected_losses = run_of("shard_map", devices, members)
+    _, states, losses = run_of("auto", devices, members, sharded=True)
+    assert_same(states, expected, atol=1e-6)
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6),
+        losses,
+        expected_losses,
+    )

@@ -185,7 +185,7 @@ def last_states(members, batches):
     groups = recipes.student_groups(members, SPEC)
     devices = MAPPINGS["shard_map"](jax.devices()[:1])
     step = devices.map_step(make_step([group.recipe for group in groups]))
-    states = devices.create(lambda: tuple(group.init() for group in groups))
+    states = devices.create(lambda deal: tuple(group.init() for group in groups))
     frozen = devices.replicate(Frozen(random_items(), None))
     for batch in batches:
         numbers = tuple(group.numbers for group in groups)

@@ -1,0 +1,182 @@
+"""Rows dealt to devices like cards: row r to device r mod n, of n devices.
+
+So devices have equally many of any range of rows, and hot ones are spread where they have numbers
+side by side. A device reads and changes its own rows alone. Ids travel to all devices, rows to the
+device that asked for them.
+
+    row r is at place r // n of device r mod n, and place p of device d has row p · n + d
+
+A device expects about M / n of M ids to be its own, and has room for twice as many. If there are
+more, it goes through all M, which takes longer and gives the same.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, Num
+
+_State = TypeVar("_State")
+
+# As many rows as a TPU lays out together, see `lookup.TableSpec.rows`.
+_ROWS_TOGETHER = 8
+# A device's room for ids of its own, over the number that it expects.
+_ROOM = 2
+
+
+class Deal(NamedTuple):
+    """A way to deal rows.
+
+    Attributes:
+      devices: n; 1 has all of them on each device.
+      axis: the mapped axis of the devices.
+    """
+
+    devices: int = 1
+    axis: str = ""
+
+
+WHOLE = Deal()
+"""All rows on each device."""
+
+
+def share(rows: int, devices: int) -> int:
+    """The number of a device's places for so many rows; those behind the last row are empty.
+
+    >>> share(100, devices=4), share(100, devices=1)
+    (32, 100)
+    """
+    return rows if devices == 1 else -(-rows // (devices * _ROWS_TOGETHER)) * _ROWS_TOGETHER
+
+
+def dealt(array: Any, axis: int, devices: int, filler: Any = 0) -> np.ndarray:
+    """All rows of a host's array, ordered by device; those that fill up shares are `filler`.
+
+    >>> dealt(np.arange(10), 0, devices=2).tolist()
+    [0, 2, 4, 6, 8, 0, 0, 0, 1, 3, 5, 7, 9, 0, 0, 0]
+    """
+    host, length = np.asarray(array), share(array.shape[axis], devices)
+    shape = list(host.shape)
+    shape[axis] = devices * length
+    out = np.full(shape, filler, host.dtype)
+    for device in range(devices):
+        rows = host[(slice(None),) * axis + (slice(device, None, devices),)]
+        places = slice(device * length, device * length + rows.shape[axis])
+        out[(slice(None),) * axis + (places,)] = rows
+    return out
+
+
+def gathered(array: Any, axis: int, devices: int) -> np.ndarray:
+    """The inverse of `dealt`, but for the rows that fill up, which are behind the others."""
+    host = np.asarray(array)
+    by_device = host.reshape(*host.shape[:axis], devices, -1, *host.shape[axis + 1 :])
+    return np.ascontiguousarray(by_device.swapaxes(axis, axis + 1)).reshape(host.shape)
+
+
+def read(
+    deal: Deal,
+    places: Num[Array, "places W"],
+    row: Int[Array, "..."],
+    columns: int,
+    first: Any = 0,
+) -> Num[Array, "... columns"]:
+    """The first columns of the rows that this device asks for.
+
+    Rows are read whole and cut afterwards: a TPU reads parts of rows one by one, in a loop.
+
+    Args:
+      deal: the way in which the rows are dealt. With several devices this is within a function
+        that is mapped over them.
+      places: this device's share.
+      row: in range.
+      columns: how many of them.
+      first: the place of row 0 on each device.
+    """
+    if deal.devices == 1:
+        return _take(places, row + first)[..., :columns]
+    asked = jax.lax.all_gather(row.reshape(-1), deal.axis, tiled=True)
+    mine, place = asked % deal.devices == jax.lax.axis_index(deal.axis), asked // deal.devices
+
+    def some(none: Num[Array, "M columns"], order: Int[Array, "room"]) -> Num[Array, "M columns"]:
+        found = _take(places, _at(place, order) + first)[:, :columns]
+        return none.at[order].set(found, mode="drop", unique_indices=True)
+
+    def every(none: Num[Array, "M columns"]) -> Num[Array, "M columns"]:
+        found = _take(places, jnp.where(mine, place, 0) + first)[:, :columns]
+        return jnp.where(mine[:, None], found, none)
+
+    none = jnp.zeros((asked.shape[0], columns), places.dtype)
+    found = _in_the_room(deal, mine, none, some, every)
+    # One device has the row, and the others add 0.
+    own = jax.lax.psum_scatter(found, deal.axis, scatter_dimension=0, tiled=True)
+    return own.reshape(*row.shape, *own.shape[1:])
+
+
+def with_own(
+    deal: Deal,
+    function: Callable[
+        [_State, Int[Array, "m"], Bool[Array, "m"], Num[Array, "k m W"]],
+        _State,
+    ],
+    state: _State,
+    row: Int[Array, "M"],
+    mask: Bool[Array, "M"],
+    values: Num[Array, "k M W"],
+) -> _State:
+    """`function(state, place, mask, values)` of the rows of this device's share, in their order.
+
+    Args:
+      deal: the way in which the rows are dealt.
+      function: one whose result does not depend on what is masked.
+      state: what it changes, in place if it can.
+      row: in range, the same on all devices, as is what follows.
+      mask: False for a row to ignore.
+      values: of each row.
+    """
+    if deal.devices == 1:
+        return function(state, row, mask, values)
+    mine = mask & (row % deal.devices == jax.lax.axis_index(deal.axis))
+    place = row // deal.devices
+
+    def some(state: _State, order: Int[Array, "room"]) -> _State:
+        of_each = values.at[:, order].get(mode="fill", fill_value=0)
+        return function(state, _at(place, order), order < row.shape[0], of_each)
+
+    def every(state: _State) -> _State:
+        return function(state, place, mine, values)
+
+    return _in_the_room(deal, mine, state, some, every)
+
+
+def _in_the_room(
+    deal: Deal,
+    mine: Bool[Array, "M"],
+    state: _State,
+    some: Callable[[_State, Int[Array, "room"]], _State],
+    every: Callable[[_State], _State],
+) -> _State:
+    """`some` of the places among the M that are mine, M for none; `every` if they are too many."""
+    number = mine.shape[0]
+    room = _ROOM * -(-number // deal.devices)
+    if room >= number:
+        return every(state)
+
+    def ordered(_: Any, state: _State) -> _State:
+        (order,) = jnp.nonzero(mine, size=room, fill_value=number)
+        return some(state, order)
+
+    # Loops of one trip or none: XLA would copy the tables that a condition changes.
+    fits = (jnp.sum(mine) <= room).astype(jnp.int32)
+    state = jax.lax.fori_loop(0, fits, ordered, state)
+    return jax.lax.fori_loop(0, 1 - fits, lambda _, state: every(state), state)
+
+
+def _at(place: Int[Array, "M"], order: Int[Array, "room"]) -> Int[Array, "room"]:
+    """The places of some of the M; 0 for none."""
+    return place.at[order].get(mode="fill", fill_value=0)
+
+
+def _take(rows: Num[Array, "rows W"], row: Int[Array, "..."]) -> Num[Array, "... W"]:
+    return rows.at[row].get(mode="promise_in_bounds", wrap_negative_indices=False)

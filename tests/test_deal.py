@@ -1,0 +1,105 @@
+"""Rows that are dealt to devices, against the same rows in one array."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, PartitionSpec
+
+from kd_ranker import deal as deals
+from kd_ranker.deal import Deal, dealt, gathered, read, share, with_own
+
+ROWS, COLUMNS, IDS = 37, 3, 24
+TABLE = np.arange(ROWS * COLUMNS, dtype=np.float32).reshape(ROWS, COLUMNS) + 1
+# The rows that devices ask for: of all, of one device alone, and one row.
+ASKED = {
+    "any": np.random.default_rng(0).integers(0, ROWS, IDS),
+    "one device's": np.arange(IDS) % 4 * 4,
+    "one row": np.full(IDS, ROWS - 1),
+}
+
+
+def mapped(devices, function, *specs):
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("d",))
+    return jax.jit(
+        jax.shard_map(
+            functools.partial(function, Deal(devices, "d")),
+            mesh=mesh,
+            in_specs=tuple(PartitionSpec("d") if spec else PartitionSpec() for spec in specs),
+            out_specs=PartitionSpec("d"),
+            check_vma=False,
+        )
+    )
+
+
+@given(
+    rows=st.integers(1, 100),
+    devices=st.integers(1, 9),
+    axis=st.integers(0, 1),
+)
+@settings(max_examples=50, deadline=None)
+def test_dealt_rows_come_back_in_their_order(rows, devices, axis):
+    array = np.arange(2 * rows).reshape((2, rows) if axis else (rows, 2))
+    there = dealt(array, axis, devices, filler=-1)
+    assert there.shape[axis] == devices * share(rows, devices)
+    shares = np.split(there, devices, axis)
+    for row in range(rows):
+        held = np.take(shares[row % devices], row // devices, axis)
+        np.testing.assert_array_equal(held, np.take(array, row, axis))
+    back = gathered(there, axis, devices)
+    np.testing.assert_array_equal(np.take(back, range(rows), axis), array)
+    assert (np.take(back, range(rows, back.shape[axis]), axis) == -1).all()
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("devices", [1, 2, 3, 4, 8])
+def test_each_device_reads_the_rows_that_it_asks_for(devices, asked):
+    row = ASKED[asked].reshape(IDS // 2, 2)
+    rows = row[: len(row) // devices * devices]
+
+    def function(deal, places, row):
+        return read(deal, places, row, columns=2)
+
+    found = mapped(devices, function, True, True)(dealt(TABLE, 0, devices), jnp.asarray(rows))
+    np.testing.assert_array_equal(found, TABLE[rows][..., :2])
+
+
+@pytest.mark.parametrize("asked", ASKED)
+@pytest.mark.parametrize("devices", [1, 2, 3, 4, 8])
+def test_each_device_changes_its_own_rows_alone(devices, asked):
+    row = ASKED[asked]
+    mask = np.arange(IDS) % 5 > 0
+    values = np.random.default_rng(1).normal(size=(2, IDS, COLUMNS)).astype(np.float32)
+    tables = np.stack([TABLE, -TABLE])
+
+    def function(deal, tables, row, mask, values):
+        def add(tables, place, mask, values):
+            return tables.at[:, place].add(jnp.where(mask[:, None], values, 0))
+
+        return with_own(deal, add, tables[0], row, mask, values)[None]
+
+    shares = np.stack(np.split(dealt(tables, 1, devices), devices, 1))
+    changed = mapped(devices, function, True, False, False, False)(shares, row, mask, values)
+    changed = gathered(np.concatenate(list(changed), axis=1), 1, devices)[:, :ROWS]
+    expected = tables.copy()
+    np.add.at(expected, (slice(None), row[mask]), values[:, mask])
+    np.testing.assert_allclose(changed, expected, rtol=1e-6)
+
+
+def test_as_few_ids_as_expected_are_gone_through(monkeypatch):
+    """With more than there is room for, all are; by the number of rows that are read."""
+    taken = []
+    take = deals._take
+    monkeypatch.setattr(
+        deals, "_take", lambda rows, row: (taken.append(row.size), take(rows, row))[1]
+    )
+
+    def function(deal, places, row):
+        return read(deal, places, row, columns=1)
+
+    mapped(8, function, True, True).lower(dealt(TABLE, 0, 8), jnp.asarray(ASKED["any"]))
+    assert sorted({*taken}) == [2 * IDS // 8, IDS]
