@@ -11,7 +11,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 from absl import logging
 from ml_collections import ConfigDict
@@ -23,7 +22,7 @@ from kd_ranker.pipeline import commands
 from kd_ranker.pipeline.launch import with_home
 from kd_ranker.pipeline.trained import config_of
 from kd_ranker.report.tables import results_text
-from kd_ranker.sources import given
+from kd_ranker.sources import given, given_rows
 from kd_ranker.training.workdir import read_config
 
 Folder = str | PathLike[str]
@@ -51,15 +50,16 @@ class Dataset(NamedTuple):
         directory: Folder = "datasets",
         validation_share: float = 0.1,
         test_share: float = 0.1,
+        columns: given_rows.Columns | None = None,
     ) -> "Dataset":
         """Makes a dataset of requests in memory.
 
         Args:
           requests: each a mapping from the fields of `kd.Request`, or that itself; or a DataFrame
-            of these fields, a row a request. All but `user_id`, `item_id` and `user_label` may be
-            left out: then all candidates were passed, labels weigh 1, and there is nothing of the
-            rest. They are split by time; or by a mapping, from train, validation and test to
-            theirs.
+            of these fields, a row a request; or, with `columns`, one of a row a candidate. All but
+            `user_id`, `item_id` and `user_label` may be left out: then all candidates were passed,
+            labels weigh 1, and there is nothing of the rest. They are split by time; or by a
+            mapping, from train, validation and test to theirs.
           spec: the sizes of their features; each width but those of categories is at least 1.
           item_features: float32 [num_items, F]; None: zeros.
           item_category: int32 [num_items, I], the category ids of each item; None: there are none.
@@ -68,24 +68,35 @@ class Dataset(NamedTuple):
           directory: the folder of datasets.
           validation_share: share of the requests before those of the test.
           test_share: share of the last requests.
+          columns: where a row is a candidate, the columns of the DataFrame: field -> the one that
+            holds it, or those whose numbers stand side by side, `{"request_id": "session",
+            "user_label": ["click", "buy"], …}`. Of the fields of `kd.Request`, `request_id`,
+            `user_id`, `item_id` and `user_label` are needed; `stage` (`shown`, `passed` or
+            `retrieved`) stands for `num_passed`, and without it rows with a label were shown and
+            all others passed; `item_features` and `item_category` may be among them. What belongs
+            to the request, or to the item, is the same in all of its rows.
 
         Raises:
           UserError: a field is none, is missing, has another shape than `spec` says or an id out of
-            range, or a split is left without requests.
+            range, or a split is left without requests; rows of a request differ in what belongs to
+            it.
         """
         spec = dataclasses.replace(spec, dataset=given.NAME)
         splits = dict(requests) if isinstance(requests, Mapping) else {"": requests}
+        if columns is not None:
+            items = given_rows.items_of(splits.values(), columns, spec)
+            item_features = items.get("item_features", item_features)
+            item_category = items.get("item_category", item_category)
         numbers = itertools.count()
         made = {
-            split: [given.request_of(each, next(numbers), spec) for each in _each(of_split)]
+            split: [
+                given.request_of(each, next(numbers), spec) for each in _each(of_split, columns)
+            ]
             for split, of_split in splits.items()
         }
         if "" in made:
             made = given.splits_of(made[""], validation_share, test_share)
-        shape = (spec.num_items, spec.item_features)
-        features = np.zeros(shape) if item_features is None else item_features
-        category = None if item_category is None else np.asarray(item_category, np.int32)
-        path = given.keep(made, spec, np.asarray(features, np.float32), category, str(directory))
+        path = given.keep(made, spec, item_features, item_category, str(directory))
         own = defaults.get_config(given.NAME)
         if config is None:
             own.funnel.update(given.funnel_of(itertools.chain(*made.values())))
@@ -98,7 +109,9 @@ class Dataset(NamedTuple):
         return cls(path, own)
 
 
-def _each(requests: Any) -> Iterable[Any]:
+def _each(requests: Any, columns: given_rows.Columns | None) -> Iterable[Any]:
+    if columns is not None:
+        return given_rows.requests_of(requests, columns)
     return requests.to_dict("records") if isinstance(requests, pd.DataFrame) else requests
 
 

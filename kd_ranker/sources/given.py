@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int32
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import STORED, FeatureSpec, Field, Owner, Request
@@ -67,8 +66,8 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
 def keep(
     requests: Mapping[str, Sequence[Request]],
     spec: FeatureSpec,
-    item_features: Float32[np.ndarray, "items F"],
-    item_category: Int32[np.ndarray, "items I"] | None,
+    item_features: Any,
+    item_category: Any,
     directory: str,
 ) -> Path:
     """Writes requests to disk, under a name that their content decides.
@@ -76,18 +75,29 @@ def keep(
     Args:
       requests: split -> its requests.
       spec: the sizes of their features.
-      item_features: of each item.
-      item_category: the category ids of each item, -1 where there is none.
+      item_features: float32 [num_items, F], of each item; None: zeros.
+      item_category: int32 [num_items, I], the category ids of each item, -1 where there is none;
+        None: there are none.
       directory: the folder of datasets, `data.dir`.
 
     Returns:
       Their folder, for `data.path`.
 
     Raises:
-      UserError: a split has none, or an id is out of range.
+      UserError: a split has none, an id is out of range, or what is known of items has another
+        shape.
     """
+    shape = (spec.num_items, spec.item_features)
+    features = np.zeros(shape) if item_features is None else item_features
+    features = _array(features, np.float32, shape, "item_features")
+    category = item_category
+    if category is not None:
+        shape = (spec.num_items, spec.category_width("item"))
+        category = _array(category, np.int32, shape, "item_category")
+        if ((category < -1) | (category >= spec.num_categories)).any():
+            raise UserError(f"item_category must lie in [-1, {spec.num_categories})")
     digest = hashlib.sha256(spec.to_json().encode())
-    for array in (item_features, item_category):
+    for array in (features, category):
         digest.update(b"" if array is None else array.tobytes())
     for split in SPLITS:
         block = block_of(requests.get(split, ()), spec)
@@ -96,8 +106,8 @@ def keep(
             digest.update(repr(values.tolist()).encode() if is_text else values.tobytes())
     source = Source(
         spec=spec,
-        item_features=item_features,
-        item_category=item_category,
+        item_features=features,
+        item_category=category,
         requests=lambda split: iter(requests[split]),
         num_requests={split: len(of_split) for split, of_split in requests.items()},
     )
@@ -157,13 +167,10 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
         "request_id": place,
         "time": place,
         "teacher_version": spec.teacher_version,
-        "num_passed": len(given["item_id"]),
+        "num_passed": _length(given["item_id"]),
     }
     given = first | given
-    numbers = {
-        owner: len(given[name]) if given.get(name) is not None else 0
-        for owner, name in _COUNTED_BY.items()
-    }
+    numbers = {owner: _length(given.get(name)) for owner, name in _COUNTED_BY.items()}
     values = {field.name: _value(field, given, numbers, spec, who) for field in STORED}
     request = Request(**values)
     shown, passed, all_ = len(request.user_label), request.num_passed, len(request.item_id)
@@ -172,7 +179,13 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
             f"{who}: {shown} labels, num_passed={passed} and {all_} items; the shown stand first "
             "among the passed, and these among all, so 0 < labels ≤ num_passed ≤ items"
         )
+    if (request.user_label > 1).any():
+        raise UserError(f"{who}: user_label holds {request.user_label.max()}; labels are 0 or 1")
     return request
+
+
+def _length(value: Any) -> int:
+    return len(value) if hasattr(value, "__len__") else 0
 
 
 def _value(
@@ -189,12 +202,35 @@ def _value(
     if value is None:
         weighs = field.name.endswith("_weight")
         return np.full(shape, 1 if weighs else max(field.nothing, -1), field.stored)
-    if not shape and field.of == "request":
-        return field.stored(value) if field.stored is str else int(value)
+    if field.stored is str:
+        return str(value)
+    array = _array(value, field.stored, shape, f"{who}: {field.name}", np.isnan(field.nothing))
+    return array if shape or field.of != "request" else int(array)
+
+
+def _array(
+    value: Any, dtype: Any, shape: tuple[int, ...], what: str, takes_any: bool = False
+) -> np.ndarray:
+    """An array of what a person has given, unless some of it would be lost or is not finite.
+
+    Args:
+      value: anything that NumPy makes arrays of.
+      dtype: of the array.
+      shape: that it should have.
+      what: a name for people.
+      takes_any: if NaN and infinite numbers are fine.
+    """
     try:
-        array = np.asarray(value, field.stored)
+        given = np.asarray(value)
+        with np.errstate(invalid="ignore"):  # of NaN as a whole number, which is refused below
+            array = given.astype(dtype)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{who}: {field.name}: {error}") from error
+        raise UserError(f"{what}: {error}") from error
     if array.shape != shape:
-        raise UserError(f"{who}: {field.name} has the shape {array.shape}, and should have {shape}")
+        raise UserError(f"{what} has the shape {array.shape}, and should have {shape}")
+    is_whole = np.issubdtype(dtype, np.integer)
+    wrong = array != given if is_whole else ~np.isfinite(array)
+    if wrong.any() and not takes_any:
+        kind = "whole" if is_whole else "finite"
+        raise UserError(f"{what} holds {given[wrong][0]}, and takes {kind} numbers")
     return array
