@@ -22,7 +22,7 @@ from kd_ranker.serving.programs import (
     call,
     inputs_of_items,
 )
-from kd_ranker.sources.logs.source import TRANSFORMS
+from kd_ranker.sources.logs.encode import TRANSFORMS
 from kd_ranker.sources.logs.vocabulary import VOCABULARIES_FOLDER
 
 DESCRIPTION, README, CHECK, TABLES, EXAMPLE = (

@@ -1,6 +1,7 @@
 """A log that training has never seen, scored by what was trained on another one."""
 
 import copy
+import json
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from kd_ranker.evaluation import results
 from kd_ranker.pipeline import commands, runs, teachers
 from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import read_requests
-from kd_ranker.serving import score
+from kd_ranker.serving import check, score
 from kd_ranker.sources.logs import ordered, unseen
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import workdir as workdirs
@@ -27,6 +28,7 @@ from kd_ranker.training.state import select_member
 from tests import small
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import TASKS, Row, make_rows, write_log
+from tests.sources.log_server import Server
 
 REQUESTS, TESTED = 60, 18
 FEATURES = ["age", "country", "hour", "recent", "spots", "author", "duration", "quality", "tags"]
@@ -188,6 +190,33 @@ def test_a_held_out_log_has_the_students_scores_of_the_dataset(world, tmp_path, 
     assert scored.columns == (
         *(f"student_probability_{task}" for task in TASKS), "student_value", "student_version",
     )  # fmt: skip
+
+
+def test_an_export_says_of_raw_rows_what_scoring_and_evaluation_say(world, tmp_path):
+    """A server that knows the folder alone makes the inputs from the columns of the log."""
+    workdir, folder = world.folder / "student", tmp_path / "export"
+    commands.export(workdir, folder, formats=("jax",))
+    server, programs = Server(folder), check.open_programs(folder, "jax")
+    described = json.loads((folder / "export.json").read_text())
+    fields = server.fields([(row.of_request, row.candidates) for row in world.tested])
+    expected = dict(
+        described["programs"]["user"]["inputs"], **described["programs"]["score"]["inputs"]
+    )
+    sizes = {"requests": TESTED, "candidates": faulty_logs.RETRIEVED}
+    for name in {*fields} & {*expected}:
+        assert fields[name].dtype == expected[name]["dtype"], name
+        shape = [sizes.get(size, size) for size in expected[name]["shape"]]
+        assert [*fields[name].shape] == shape, name
+    answers = check.rank(programs, check.read_tables(folder) | fields)
+    found = {}
+    for place, row in enumerate(world.tested):
+        for number, candidate in enumerate(row.candidates):
+            of = [*answers["probability"][place, number], answers["value"][place, number]]
+            found[row.of_request["request_id"], candidate["item_id"]] = of
+    assert_close(found, served(world, *student_of(world, workdir), "blend"))
+    config = config_for(world, "student", write_raw(tmp_path / "log", world.tested))
+    scored, _ = commands.score(config, workdir, output=tmp_path / "out")
+    assert_close(found, scores_in(scored.directory, scored.columns[:-1]))
 
 
 def test_new_users_and_items_get_the_reserved_row_and_are_counted(world, tmp_path):
@@ -472,6 +501,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(world, tmp_path):
     assert (
         "column 'country' (data.features.country) holds whole numbers, and in training it held "
         "texts" in fault_of(config, workdir, **out)
+    )
+    # Hashed, there is no vocabulary, and each value would get some row.
+    spots = pa.array([[0, 1]] * len(table))
+    pq.write_table(table.drop_columns(["spots"]).append_column("spots", spots), file)
+    assert fault_of(config, workdir, **out) == (
+        "column 'spots' (data.features.spots) holds whole numbers, and in training it held texts; "
+        "give it the type that it had"
     )
     pq.write_table(table.slice(0, 1).set_column(3, "item_id", pa.array([None], pa.string())), file)
     assert "not one row of the log can be used" in fault_of(config, workdir, **out)

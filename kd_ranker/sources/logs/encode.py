@@ -24,6 +24,8 @@ from kd_ranker.sources.logs.value_hashes import hashes_of
 # The version that the probabilities get where every one counts.
 ANY_VERSION = "any"
 ITEM = "item"
+# Beside a dataset: how raw columns become its fields, see `transforms`.
+TRANSFORMS = "transforms.json"
 
 
 class Encoding(NamedTuple):
@@ -124,8 +126,13 @@ def load_encoding(folder: Path) -> Encoding:
     return Encoding(FeatureSpec.from_json((folder / "spec.json").read_text()), values, scales)
 
 
-def transforms(layout: LogLayout, encoding: Encoding) -> dict[str, Any]:
+def transforms(layout: LogLayout, encoding: Encoding, hashed: Mapping[str, str]) -> dict[str, Any]:
     """The way from raw columns to the fields of a request, for those who serve without this code.
+
+    Args:
+      layout: of the log.
+      encoding: its rules.
+      hashed: feature whose values are hashed -> what these are, `typed.kind_of`.
 
     Returns:
       What JSON holds: the formula of dense features, and by field its columns in their order; the
@@ -149,11 +156,14 @@ def transforms(layout: LogLayout, encoding: Encoding) -> dict[str, Any]:
     def scaled(feature: Feature) -> dict[str, Any]:
         mean, scale, missing = encoding.scales[feature.name]
         numbers = {"mean": mean, "scale": scale, "missing": missing}
-        return {"column": feature.column, "place": feature.place, **numbers}
+        place = {"place": feature.place, "length": feature.length}
+        return {"column": feature.column, **place, **numbers}
 
     def numbered(feature: Feature) -> dict[str, Any]:
         kept = {name: getattr(feature, name) for name in ("name", "column", "kind", "length")}
-        size = {"buckets": feature.size if feature.hashed else None}
+        size: dict[str, Any] = {"buckets": None}
+        if feature.hashed:
+            size = {"buckets": feature.size, "values": hashed[feature.name]}
         return {**kept, **size, "first_id": starts[feature.name]}
 
     history = layout.history
@@ -170,19 +180,22 @@ def transforms(layout: LogLayout, encoding: Encoding) -> dict[str, Any]:
 
 
 _DENSE_FORMULA = (
-    "(x - mean) / scale as float32, and `missing` where that is not finite or x is missing; x is "
-    "the entry `place` of a vector's column; a field without columns is one 0"
+    "(x - mean) / scale as float32, and `missing` where that is not finite, or x is missing or "
+    "beyond float32; x is the entry `place` of a vector's column, missing where the vector has not "
+    "`length` of them; a field without columns is one 0"
 )
 _CATEGORY_FORMULA = (
     "without buckets the `id` of the value in vocabularies/feature-<name>.parquet, first_id for a "
     "value that is missing there; with buckets first_id + 1 + hash % buckets, first_id for a "
     "missing one, where hash is splitmix64 of a whole number's 64 bits, or of those that "
-    "pandas.util.hash_array(texts, categorize=False) makes of a text; a bag takes the first "
-    "`length` values, and -1 fills up"
+    "pandas.util.hash_array(texts, categorize=False) makes of a text, and `values` says which of "
+    "the two they are; a bag takes the first `length` values that are not missing, and -1 fills "
+    "up; an empty text is a missing value, and so is a number that is not whole; true is 1, false 0"
 )
 _HISTORY_FORMULA = (
-    "the last `length` values of the column, those without an id in vocabularies/item.parquet left "
-    "out, then filled up at the end with history_mask false; history_features are 1"
+    "the last `length` values of the column that are not missing, those without an id in "
+    "vocabularies/item.parquet left out, then filled up at the end with history_mask false; "
+    "history_features are 1"
 )
 
 

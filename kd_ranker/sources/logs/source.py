@@ -6,8 +6,9 @@ import functools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from ml_collections import ConfigDict
@@ -28,6 +29,7 @@ from kd_ranker.sources.logs.data_report import (
 )
 from kd_ranker.sources.logs.encode import (
     ITEM,
+    TRANSFORMS,
     encode_requests,
     item_matrix,
     load_encoding,
@@ -57,8 +59,6 @@ from kd_ranker.sources.logs.varying import count_varying
 from kd_ranker.sources.logs.vocabulary import VOCABULARIES_FOLDER, write_vocabularies
 
 MANIFEST = "log.json"
-# Beside a dataset: how raw columns become its fields, see `encode.transforms`.
-TRANSFORMS = "transforms.json"
 # Folder below `data.dir` for the report of a log of which no dataset was built.
 REFUSED = "refused_log"
 
@@ -72,6 +72,7 @@ class PreparedLog(NamedTuple):
       found: what was counted.
       pieces: the pieces in which requests and candidates lie in the engine's folder.
       numbered: what has ids; None if nothing is left.
+      hashed: feature whose values are hashed -> what these are, see `typed.kind_of`.
     """
 
     engine: Engine
@@ -79,6 +80,7 @@ class PreparedLog(NamedTuple):
     found: Found
     pieces: list[Piece]
     numbered: Numbered | None
+    hashed: Mapping[str, str] = MappingProxyType({})
 
     def shards(self, split: str) -> list[Piece]:
         """The pieces of a split, in the order of time."""
@@ -185,6 +187,7 @@ def _read(log: Log, layout: LogLayout, engine: Engine, run: Runner) -> PreparedL
         ),
         pieces,
         numbered,
+        {of.name: typed.kind_of(unfolded[of.column].type()) for of in own.features if of.hashed},
     )
 
 
@@ -229,7 +232,7 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog, run: Runner) -> Sour
     def write_beside(directory: Path) -> None:
         _write_report(log, layout, read, report, directory)
         write_vocabularies(engine, numbered, encoding.spec, directory / VOCABULARIES_FOLDER)
-        told = transforms(layout, encoding)
+        told = transforms(layout, encoding, read.hashed)
         (directory / TRANSFORMS).write_text(json.dumps(told, indent=2))
         (directory / ROWS_FOLDER).mkdir()
         rows = [

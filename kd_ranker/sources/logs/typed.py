@@ -28,6 +28,8 @@ PREFIX = "log:"
 LARGEST = float(np.finfo(np.float32).max)
 # Beyond these, a float is not the whole number that was meant.
 _EXACT = {dt.Float32: 2.0**24, dt.Float64: 2.0**53, dt.Float16: 2.0**11}
+# What ids and categories may be, in words.
+NUMBERS, TEXTS = "whole numbers", "texts"
 # Seconds since 1970 that NumPy and TFDS hold alike, some 30,000 years.
 _LATEST = 10**12
 
@@ -46,6 +48,15 @@ def id_of(value: ir.Value) -> ir.Value:
         return ibis.ifelse(whole, value, None).cast("int64")
     # As which Spark reads numbers of 64 bits without a sign.
     return value if kind == dt.uint64 or kind.is_decimal() else value.cast("int64")
+
+
+def kind_of(type_: dt.DataType) -> str:
+    """A name for the ids that a type, or lists of it, hold: `NUMBERS`, `TEXTS`, "" if unknown."""
+    while type_.is_array():
+        type_ = type_.value_type
+    if type_.is_null():
+        return ""
+    return TEXTS if type_.is_string() or type_.is_binary() else NUMBERS
 
 
 def number_of(value: ir.Value) -> ir.FloatingValue:

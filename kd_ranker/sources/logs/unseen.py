@@ -5,11 +5,13 @@ come the requests, their candidates and the features of all of these; nothing th
 after a request is read.
 """
 
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
@@ -20,6 +22,7 @@ from kd_ranker.sources.logs import files, grouped, numbered, typed
 from kd_ranker.sources.logs.data_report import JSON_FILE, read_data_report
 from kd_ranker.sources.logs.encode import (
     ITEM,
+    TRANSFORMS,
     Encoding,
     index_of,
     item_matrix,
@@ -38,7 +41,6 @@ from kd_ranker.sources.logs.vocabulary import read_vocabulary
 
 USER = "user"
 _ITEM_FEATURES, _ITEM_CATEGORY, _READ = "item_features.npy", "item_category.npy", "read.json"
-_KINDS = ("whole numbers", "texts")
 
 
 class Settled(NamedTuple):
@@ -47,11 +49,14 @@ class Settled(NamedTuple):
     Attributes:
       encoding: the rules by which values become ids and features.
       vocabularies: the `value` and `id` of what has ids, see `read_vocabulary`.
+      kinds: key of the config that names a column of ids or categories -> `typed.kind_of` its
+        values; "" where that is not known.
       trained: how many of the first ids of `user` and of `item` training requests have.
     """
 
     encoding: Encoding
     vocabularies: Mapping[str, pa.Table]
+    kinds: Mapping[str, str]
     trained: Mapping[str, int]
 
 
@@ -151,7 +156,28 @@ def settled_by(layout: LogLayout, spec: FeatureSpec, directory: Path) -> Settled
     }
     ids = report["ids"]
     trained = {name: ids[f"{name}s"] - ids[f"{name}s_not_in_train"] for name in (USER, ITEM)}
-    return Settled(Encoding(spec, values, scales), vocabularies, trained)
+    kinds = _kinds(layout, vocabularies, directory)
+    return Settled(Encoding(spec, values, scales), vocabularies, kinds, trained)
+
+
+def _kinds(
+    layout: LogLayout, vocabularies: Mapping[str, pa.Table], directory: Path
+) -> dict[str, str]:
+    """`Settled.kinds`; what is hashed has no vocabulary, and older datasets do not tell of it."""
+    kind_of = {
+        name: typed.kind_of(dt.DataType.from_pyarrow(of["value"].type))
+        for name, of in vocabularies.items()
+    }
+    if (path := directory / TRANSFORMS).exists():
+        told = json.loads(path.read_text())["categories"].values()
+        kind_of |= {
+            f"feature:{of['name']}": of["values"] for of in itertools.chain(*told) if "values" in of
+        }
+    kinds = {f"data.columns.{name}": kind_of[name] for name in (USER, ITEM)}
+    for of in layout.features:
+        name = ITEM if of.kind == "history" else f"feature:{of.name}"
+        kinds[f"data.features.{of.key}"] = kind_of.get(name, "")
+    return kinds
 
 
 def read_unseen(
@@ -221,23 +247,14 @@ def load_items(folder: Path) -> Items:
 
 def _check_types(layout: LogLayout, settled: Settled, unfolded: ir.Table) -> None:
     """Refuses texts where training had whole numbers, and the other way round: none would match."""
-    names = {f"data.columns.{name}": name for name in (USER, ITEM)}
-    for of in layout.features:
-        name = ITEM if of.kind == "history" else f"feature:{of.name}"
-        names[f"data.features.{of.key}"] = name
     for column in files.wanted_columns(layout):
-        known = settled.vocabularies.get(names.get(column.key, ""))
-        kind = unfolded[column.column].type()
-        while kind.is_array():
-            kind = kind.value_type
-        if known is None or kind.is_null():
-            continue
-        here, there = kind.is_string() or kind.is_binary(), pa.types.is_string(known["value"].type)
-        if here != there:
+        here = typed.kind_of(unfolded[column.column].type())
+        there = settled.kinds.get(column.key, "")
+        if here and there and here != there:
             name = column.column.removeprefix(typed.PREFIX)
             raise UserError(
-                f"column {name!r} ({column.key}) holds {_KINDS[here]}, and in training it held "
-                f"{_KINDS[there]}; give it the type that it had"
+                f"column {name!r} ({column.key}) holds {here}, and in training it held {there}; "
+                "give it the type that it had"
             )
 
 

@@ -1,69 +1,11 @@
 """A server's way from the raw columns of a log to the fields of a request, as two files tell it."""
 
-import json
-
 import numpy as np
-import pandas as pd
 import pytest
 
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import make_rows, write_log
-
-MASK = 2**64 - 1
-
-
-def splitmix64(bits):
-    bits = (bits + 0x9E3779B97F4A7C15) & MASK
-    bits = ((bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9) & MASK
-    bits = ((bits ^ (bits >> 27)) * 0x94D049BB133111EB) & MASK
-    return bits ^ (bits >> 31)
-
-
-def hash_of(value):
-    if isinstance(value, str):
-        value = int(pd.util.hash_array(np.array([value], object), categorize=False)[0])
-    return splitmix64(value & MASK)
-
-
-class Server:
-    """It knows the files beside a dataset, and nothing of the project."""
-
-    def __init__(self, folder):
-        self.told = json.loads((folder / "transforms.json").read_text())
-        self.ids = {}
-        for path in (folder / "vocabularies").iterdir():
-            table = pd.read_parquet(path)
-            self.ids[path.stem] = dict(zip(table["value"], table["id"], strict=True))
-
-    def dense(self, field, raw):
-        numbers = []
-        for of in self.told["dense"][field]:
-            x = raw[of["column"]]
-            x = np.nan if x is None else x
-            scaled = np.float32((x - of["mean"]) / of["scale"])
-            numbers.append(scaled if np.isfinite(scaled) else of["missing"])
-        return numbers or [0]
-
-    def categories(self, field, raw):
-        ids = []
-        for of in self.told["categories"][field]:
-            value = raw[of["column"]]
-            values = (value or [])[: of["length"]] if of["kind"] == "bag" else [value]
-            own = [self.id_of(of, value) for value in values]
-            ids += own + [-1] * (of["length"] - len(own))
-        return ids
-
-    def id_of(self, of, value):
-        if value is None:
-            return of["first_id"]
-        if of["buckets"]:
-            return of["first_id"] + 1 + hash_of(value) % of["buckets"]
-        return self.ids[f"feature-{of['name']}"].get(value, of["first_id"])
-
-    def history(self, raw):
-        of = self.told["history"]
-        last = (raw[of["column"]] or [])[-of["length"] :]
-        return [self.ids["item"][item] for item in last if item in self.ids["item"]]
+from tests.sources.log_server import Server
 
 
 @pytest.mark.parametrize("texts", [False, True])
@@ -74,6 +16,9 @@ def test_a_server_makes_the_fields_that_models_were_trained_on(tmp_path, texts):
     ):
         row.of_request[name] = value
     rows[-4].candidates[0]["score"] = np.nan
+    rows[-5].of_request["spots"] = [None, "s1", "", "s2", "s3"]
+    rows[-6].of_request["country"] = ""
+    rows[-7].of_request["recent"] = [None, *rows[-7].of_request["recent"], None]
     of = faulty_logs.config(write_log(tmp_path / "log", rows), tmp_path / "datasets")
     source = faulty_logs.open_source(of)
     (tmp_path / "beside").mkdir()
