@@ -10,6 +10,7 @@ import datetime
 import hashlib
 import json
 import os
+import shutil
 import socket
 import time
 import uuid
@@ -35,15 +36,14 @@ def hold(folder: Path) -> Iterator[None]:
     Raises:
       UserError: another process holds it, which is alive as far as can be told.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     record = _own_record()
-    try:
+    made = _make(folder, record)
+    if not made:
         _take(folder / FILE, record)
-        try:
-            yield
-        finally:
-            _drop(folder / FILE, record)
+    try:
+        yield
     finally:
+        _drop(folder / FILE, record)
         with contextlib.suppress(OSError):  # something lies in it
             for path in made:
                 path.rmdir()
@@ -54,6 +54,32 @@ def _own_record() -> str:
     since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     who = {"pid": pid, "host": socket.gethostname(), "since": since}
     return json.dumps(who | {"machine": _machine(), "process": _process(pid)})
+
+
+def _make(folder: Path, record: str) -> list[Path]:
+    """Makes a folder that holds a lock with `record`, and those above it, unless it is there.
+
+    It appears with its lock, so that of all who try at once the one that made it has it: another
+    one would not know that it is to be removed again.
+
+    Returns:
+      The folders that were made, the lowest first; none if another process was faster.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    if not missing:
+        return []
+    highest = missing[-1]
+    temporary = highest.with_name(f"{FILE}.{uuid.uuid4().hex}")
+    lowest = temporary / folder.relative_to(highest)
+    try:
+        temporary.mkdir()
+        lowest.mkdir(parents=True, exist_ok=True)
+        (lowest / FILE).write_text(record)
+        os.rename(temporary, highest)
+    except OSError:  # it is there by now, or what was above it is gone
+        shutil.rmtree(temporary, ignore_errors=True)
+        return []
+    return missing
 
 
 def _take(path: Path, record: str) -> None:

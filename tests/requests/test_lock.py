@@ -257,7 +257,25 @@ def test_of_many_that_make_a_folder_one_gets_it_and_it_is_gone_with_the_last(tmp
         assert answers.count("held") == 1, answers
         for racer in racers:
             racer.let_go()
-        assert not folder.exists()
+        assert not list(tmp_path.iterdir())
+
+
+def test_one_that_is_slow_to_make_a_folder_leaves_it_to_the_faster_one(
+    tmp_path, holders, monkeypatch
+):
+    (other,) = holders(1)
+    folder, rename = tmp_path / "a" / "b", os.rename
+
+    def slow_rename(*paths):
+        other.take(folder)
+        assert other.answer() == "held"
+        rename(*paths)
+
+    monkeypatch.setattr(os, "rename", slow_rename)
+    assert f"is held by process {other.process.pid} " in fault_of(folder)
+    assert [path.name for path in folder.iterdir()] == [lock.FILE]
+    other.let_go()
+    assert not list(tmp_path.iterdir())
 
 
 def test_folders_that_were_made_go_again_if_they_stay_empty(tmp_path):
