@@ -129,13 +129,7 @@ def score_log(
         holds something else or is another process's.
     """
     dataset, tasks = trained.dataset, trained.dataset.spec.tasks
-    made_of = [
-        *(trained.version, trained.role, trained.serve, dataset.identity, value_weights, requests),
-        *(log.manifest, repr(layout.features), layout.columns, layout.by_request),
-        *(layout.units_per_second, layout.retrieved),
-        [metadata.version(package) for package in ("kd_ranker", "jax")],
-    ]
-    digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
+    digest = _digest(log, layout, trained, value_weights, requests)
     name = f"{dataset.directory.parent.name}-{trained.role}-{trained.version}-{digest}"
     output = output or Path(layout.directory) / write_back.SCORED_FOLDER / name
     if output.resolve().is_relative_to(Path(layout.path).resolve()):
@@ -175,6 +169,23 @@ def score_log(
         write_atomically(output / FILE, json.dumps(told, indent=2))
         shutil.rmtree(work)
     return scored, read
+
+
+def _digest(
+    log: Log,
+    layout: LogLayout,
+    trained: TrainedRanker,
+    value_weights: Sequence[float],
+    requests: int,
+) -> str:
+    """A hash over all that decides the numbers; see `score_log`."""
+    made_of = [
+        *(trained.version, trained.role, trained.serve, trained.dataset.identity),
+        *(value_weights, requests, log.manifest, repr(layout.features), layout.columns),
+        *(layout.by_request, layout.units_per_second, layout.retrieved),
+        [metadata.version(package) for package in ("kd_ranker", "jax")],
+    ]
+    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
 
 
 def _is_finished(output: Path, work: Path, digest: str) -> bool:
