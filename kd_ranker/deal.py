@@ -42,10 +42,10 @@ WHOLE = Deal()
 """All rows on each device."""
 
 
-def share(rows: int, devices: int) -> int:
+def length_of_share(rows: int, devices: int) -> int:
     """The number of a device's places for so many rows; those behind the last row are empty.
 
-    >>> share(100, devices=4), share(100, devices=1)
+    >>> length_of_share(100, devices=4), length_of_share(100, devices=1)
     (32, 100)
     """
     return rows if devices == 1 else -(-rows // (devices * _ROWS_TOGETHER)) * _ROWS_TOGETHER
@@ -57,7 +57,7 @@ def dealt(array: Any, axis: int, devices: int, filler: Any = 0) -> np.ndarray:
     >>> dealt(np.arange(10), 0, devices=2).tolist()
     [0, 2, 4, 6, 8, 0, 0, 0, 1, 3, 5, 7, 9, 0, 0, 0]
     """
-    host, length = np.asarray(array), share(array.shape[axis], devices)
+    host, length = np.asarray(array), length_of_share(array.shape[axis], devices)
     shape = list(host.shape)
     shape[axis] = devices * length
     out = np.full(shape, filler, host.dtype)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
 from kd_ranker import deal as deals
-from kd_ranker.deal import Deal, dealt, gathered, read, share, with_own
+from kd_ranker.deal import Deal, dealt, gathered, length_of_share, read, with_own
 
 ROWS, COLUMNS, IDS = 37, 3, 24
 TABLE = np.arange(ROWS * COLUMNS, dtype=np.float32).reshape(ROWS, COLUMNS) + 1
@@ -45,7 +45,7 @@ def mapped(devices, function, *specs):
 def test_dealt_rows_come_back_in_their_order(rows, devices, axis):
     array = np.arange(2 * rows).reshape((2, rows) if axis else (rows, 2))
     there = dealt(array, axis, devices, filler=-1)
-    assert there.shape[axis] == devices * share(rows, devices)
+    assert there.shape[axis] == devices * length_of_share(rows, devices)
     shares = np.split(there, devices, axis)
     for row in range(rows):
         held = np.take(shares[row % devices], row // devices, axis)

@@ -86,10 +86,10 @@ class Needs(NamedTuple):
 
 
 class Share(NamedTuple):
-    """This process among those that share the work, and their number."""
+    """The part of each batch that this process makes, of so many parts; others may make it too."""
 
-    process: int
-    processes: int
+    part: int
+    parts: int
 
 
 ALL = Needs()
@@ -211,37 +211,38 @@ def training_batches(
     """An endless dataset of training batches, packed, on the devices.
 
     Each epoch has its own draw of candidates. The batches are the same whether the requests stay in
-    memory or not. They follow from `batch`, `needs`, `share` and the position (`get_state`,
-    `set_state`) alone.
+    memory or not. They follow from `batch`, `needs` and the position (`get_state`, `set_state`)
+    alone: a share of them has the requests and the draws that it has where one process makes all.
 
     Args:
       dataset: the dataset; its split `train` is read, without true probabilities.
       batch: what the config says.
       needs: what the batches must hold.
-      share: which of the requests are this process's.
+      share: which of the requests of a batch this process makes.
       devices: what puts and makes batches on the devices.
       copies: how many times the memory of this machine will hold the data.
       resident: whether the data lies on the devices; None decides by its size.
 
     Raises:
-      UserError: the split has fewer requests than processes.
+      UserError: the split has fewer requests than there are parts of a batch.
     """
     columns = needed(dataset.columns["train"], needs.logged, needs.history)
-    if len(columns) < share.processes:
+    if len(columns) < share.parts:
         raise UserError(
-            f"{dataset.directory} has {len(columns)} training requests for {share.processes} "
-            "processes"
+            f"{dataset.directory} has {len(columns)} training requests for {share.parts} processes"
         )
-    batch = batch._replace(requests=batch.requests // share.processes)
+    chance = _chance(len(columns), batch)
+    batch = batch._replace(requests=batch.requests // share.parts)
+    own = slice(share.part * batch.requests, (share.part + 1) * batch.requests)
     if resident is None:
-        resident = _fits(columns, needs.stage, copies)
+        # Of several processes, each reads its own requests: none need hold them all.
+        resident = share.parts == 1 and _fits(columns, needs.stage, copies)
     steps, cutter = (_in_memory if resident else _in_files)(columns, batch, needs, devices)
-    chance = _chance(len(columns), batch, share)
 
     @functools.lru_cache(maxsize=2)
     def drawn(number: int) -> sampling.Starts:
         block, at = divmod(number * steps, BLOCK)
-        return cutter.draw(_Chance(*(part[:, at : at + steps] for part in chance(block))))
+        return cutter.draw(_Chance(*(of[own, at : at + steps] for of in chance(block))))
 
     def make(number: int) -> PackedBatches:
         starts = drawn(number)
@@ -258,15 +259,14 @@ def training_batches(
     return TrainingBatches(passes_from, steps)
 
 
-def _chance(requests: int, batch: BatchConfig, share: Share) -> Callable[[int], _Chance]:
+def _chance(requests: int, batch: BatchConfig) -> Callable[[int], _Chance]:
     """The random numbers of a block of steps, by the block's number."""
     order = _order(requests, batch)
 
     def draw(block: int, generator: np.random.Generator) -> _Chance:
-        # This process's places in the endless sequence of epochs, whose remainders are left out.
-        of_process, of_block = requests // share.processes, batch.requests * BLOCK
-        epochs, places = np.divmod(np.arange(block * of_block, (block + 1) * of_block), of_process)
-        places = places * share.processes + share.process
+        # Places in the endless sequence of epochs.
+        of_block = batch.requests * BLOCK
+        epochs, places = np.divmod(np.arange(block * of_block, (block + 1) * of_block), requests)
         numbers = np.concatenate(
             [order(int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
         )

@@ -251,6 +251,11 @@ def _check_platforms() -> None:
 
 
 def _check_devices(config: ConfigDict, available: int) -> None:
+    if config.parallel.processes and config.parallel.devices:
+        raise UserError(
+            f"parallel.devices={config.parallel.devices} with parallel.processes: these use all of "
+            "their devices; set it to 0"
+        )
     if config.parallel.devices > available:
         raise UserError(
             f"parallel.devices={config.parallel.devices}, but there are {available}; 0 takes all"
@@ -266,6 +271,7 @@ def _check_devices(config: ConfigDict, available: int) -> None:
         "members": members > 1,
         "deterministic": config.parallel.deterministic,
         "tables": config.parallel.tables == "sharded",
+        "processes": config.parallel.processes,
     }
     for key in (key for key, is_wanted in wanted.items() if is_wanted):
         if config.parallel.mapping == "pmap":

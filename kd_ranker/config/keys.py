@@ -262,6 +262,8 @@ _ALL = (
         Key("tables", "replicated",
             "replicated: each device holds all tables and items; sharded: of those that share "
             "requests, each holds a share of the rows", TABLES),
+        Key("processes", False,
+            "several processes train as one; Slurm, Open MPI, a pod or variables say which"),
         Key("deterministic", False,
             "on GPUs, the same bits each time that a step is taken, which costs sorts"),
         influences="nothing",

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from kd_ranker.batch import CandidateBatch, Items
-from kd_ranker.deal import WHOLE, Deal, read, share
+from kd_ranker.deal import WHOLE, Deal, length_of_share, read
 
 Tables = dict[str, Float[Array, "rows W"]]
 Rows = dict[str, Float[Array, "... W"]]
@@ -96,7 +96,7 @@ def init_table(
     Returns:
       float32 [rows, D + 1 + slots], the rows of this device.
     """
-    block, length = min(_BLOCK, table.size), share(table.rows, deal.devices)
+    block, length = min(_BLOCK, table.size), length_of_share(table.rows, deal.devices)
 
     def draw(index: Int[Array, ""], rows: Float[Array, "rows W"]) -> Float[Array, "rows W"]:
         drawn = scale * jax.random.normal(jax.random.fold_in(key, index), (block, width))

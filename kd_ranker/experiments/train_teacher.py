@@ -20,7 +20,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
 
 def start() -> None:
-    launch(main)
+    launch(main, as_one=True)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ from kd_ranker.sweep.memory import cohort_size
 from kd_ranker.sweep.sweep import TEST, Cohort, is_measured, mark_measured, open_sweep
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import skip_steps
+from kd_ranker.training.processes import first_holds, on_first
 
 # What is chosen is chosen on the first; the second is read for what is reported.
 MEASURED_SPLITS = ("validation", "test")
@@ -116,7 +117,7 @@ def train_teacher(config: ConfigDict, workdir: Path) -> list[Row]:
       Its row of `results.csv` on the test split; that has the references as well.
     """
     checks.validate(config)
-    with hold(workdir):
+    with first_holds(workdir, hold(workdir)):
         dataset = teachers.dataset_of(config)
         supervision.check_log(config, dataset)
         ranker, step = runs.fit_teacher(config, dataset, workdir)
@@ -234,7 +235,7 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
     checks.check_alone(config)
     members = {"": config}
     supervision.check_students(members.values())
-    with hold(workdir):
+    with first_holds(workdir, hold(workdir)):
         teacher, dataset = teachers.teacher_and_dataset(config)
         shared = common(members)
         supervision.check_signals(config, dataset, members.values())
@@ -262,7 +263,7 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
     """
     checks.validate(config)
     supervision.check_students(sweep_members(config).values())
-    with hold(workdir):
+    with first_holds(workdir, hold(workdir)):
         return _sweep(config, workdir)
 
 
@@ -275,7 +276,8 @@ def _sweep(config: ConfigDict, workdir: Path) -> bool:
     open_teacher = teachers.opener(config)
     _, dataset = open_teacher(next(iter(sweep.members.values())))
     supervision.check_signals(config, dataset, sweep.members.values())
-    size = cohort_size(config, sweep.members.values(), dataset.spec)
+    # By the memory that is free: of several processes, one decides.
+    size = on_first(lambda: cohort_size(config, sweep.members.values(), dataset.spec))
     # A workdir with cohorts has a config; that of an extension counts once its cohorts are known.
     if not sweep.plan:
         workdirs.write_config(workdir, "sweep", config)

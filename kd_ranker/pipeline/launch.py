@@ -4,6 +4,7 @@ It alone reads flags, and only for the entry points: the library itself knows no
 """
 
 import argparse
+import hashlib
 import os
 import re
 import runpy
@@ -20,6 +21,7 @@ from kd_ranker.config import checks
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import options
 from kd_ranker.pipeline.trained import config_of
+from kd_ranker.training import processes
 
 BAD_INPUT = 2
 
@@ -29,8 +31,13 @@ _HELP = ("--help", "-h", "--helpfull", "--helpshort")
 _BAD_PATH = (FileExistsError, NotADirectoryError, PermissionError)
 
 
-def launch(command: Callable[[ConfigDict, Path], None], needs_workdir: bool = True) -> None:
-    """Parses `--config` and `--workdir`, runs `command`, and exits with 2 on bad input."""
+def launch(
+    command: Callable[[ConfigDict, Path], None], needs_workdir: bool = True, as_one: bool = False
+) -> None:
+    """Parses `--config` and `--workdir`, runs `command`, and exits with 2 on bad input.
+
+    `as_one` says that several processes may run it as one, see `training.processes`.
+    """
     workdir = flags.DEFINE_string("workdir", None, "The folder that the run owns.")
 
     def parse(arguments: list[str]) -> list[str]:
@@ -41,6 +48,10 @@ def launch(command: Callable[[ConfigDict, Path], None], needs_workdir: bool = Tr
 
     def run(_: list[str]) -> None:
         config = with_home(flags.FLAGS["config"].value)
+        if config.parallel.processes:
+            if not as_one:
+                raise UserError("this command is of one process; leave parallel.processes out")
+            _join_processes(config)
         command(config, Path(workdir.value or ".").expanduser())
 
     def describe(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
@@ -110,6 +121,24 @@ def launch_on_workdirs(command: Callable[[list[Path], Path], None]) -> None:
         options.describe_on_workdirs(parser, _docstring(command))
 
     _start(parse, run, describe)
+
+
+def _join_processes(config: ConfigDict) -> None:
+    """Joins the processes of a run, of which the first alone speaks."""
+    processes.start()
+    processes.check_same("config", config.to_json(sort_keys=True))
+    processes.check_same("code", _digest_of_code())
+    if not processes.is_first():
+        logging.set_verbosity(logging.ERROR)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+def _digest_of_code() -> str:
+    """A digest of the package's files."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(kd_ranker.__path__[0]).rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _docstring(command: Callable[..., None]) -> str:
@@ -228,6 +257,18 @@ def _file_of_package(name: str, given: str) -> str:
 
 
 def fail(error: Exception) -> NoReturn:
-    """Prints an error as one line and exits."""
-    sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    """Prints an error as one line and exits.
+
+    Of several processes that meet the same one, the first prints it.
+    """
+    line = f"{' '.join(str(error).split())}\n"
+    if processes.is_first():
+        sys.stderr.write(f"error: {line}")
+    alone = not processes.ends_with_all()
+    if alone and not processes.is_first():
+        sys.stderr.write(f"error of process {processes.index()}: {line}")
+    if processes.are_several():
+        # Those that are not here would be waited for.
+        sys.stderr.flush()
+        os._exit(BAD_INPUT)
     sys.exit(BAD_INPUT)

@@ -34,7 +34,7 @@ from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.mapping import first_devices
+from kd_ranker.training.mapping import first_devices, own_devices
 from kd_ranker.training.state import select_member
 
 _NOT_COUNTED = float("nan")
@@ -216,6 +216,7 @@ def _summed(
     if bar:
         total = num_evaluation_batches(dataset, split, requests=requests, limit=limit)
         batches = tqdm(batches, split, total, leave=False, unit="batch", disable=None)
+    sharded = config.parallel.tables == "sharded"
     return evaluate(
         teacher,
         [ranker for ranker, _ in groups],
@@ -225,8 +226,8 @@ def _summed(
         config.funnel.shown,
         serves=[names for _, names in groups],
         ks=kept_ks(config) if split == "test" else (),
-        devices=first_devices(config.parallel.devices),
-        sharded=config.parallel.tables == "sharded",
+        devices=(first_devices if sharded else own_devices)(config.parallel.devices),
+        sharded=sharded,
     )
 
 

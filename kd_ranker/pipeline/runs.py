@@ -13,7 +13,6 @@ from tqdm import tqdm
 from kd_ranker.batches.training import (
     BatchConfig,
     Needs,
-    Share,
     TrainingBatches,
     training_batches,
 )
@@ -28,7 +27,8 @@ from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.loop import Evaluate, fit, scalar_name
-from kd_ranker.training.mapping import MAPPINGS, DeviceMap, first_devices, members_axis
+from kd_ranker.training.mapping import MAPPINGS, DeviceMap, first_devices, members_axis, own_devices
+from kd_ranker.training.processes import check_same, is_first
 from kd_ranker.training.recipes import TEACHER_STAGES, Group
 from kd_ranker.training.run import Run, abstract_states, make_run, padding_of
 from kd_ranker.training.state import (
@@ -82,17 +82,17 @@ def batches_of_run(
         dataset,
         BatchConfig(**batch),
         needs,
-        Share(jax.process_index(), jax.process_count()),
+        mapping.share,
         devices=mapping,
         # Devices that are the host's own hold the data in its memory as well.
-        copies=1
-        + sum(device.platform == "cpu" for device in first_devices(config.parallel.devices)),
+        copies=1 + sum(device.platform == "cpu" for device in own_devices(config.parallel.devices)),
     )
 
 
 def progress_bar(name: str, steps: int) -> tqdm:
     """The one bar of a run; absent where the output is no terminal."""
-    return tqdm(total=steps, desc=name, unit="step", disable=None, dynamic_ncols=True)
+    hidden = None if is_first() else True
+    return tqdm(total=steps, desc=name, unit="step", disable=hidden, dynamic_ncols=True)
 
 
 def fit_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> tuple[Ranker, int]:
@@ -237,6 +237,7 @@ def prepare_run(
     live: Teacher | None,
 ) -> Run:
     """The run of these groups on the batches of `section`: `config`, or `config.teacher`."""
+    check_same("dataset", dataset.identity)
     sizes = [len(group.names) for group in groups]
     mapping = device_mapping(config, sizes, section.batch.requests)
     if jax.devices()[0].platform == "tpu":

@@ -12,7 +12,7 @@ from kd_ranker.batch import FeatureSpec, Items, abstract_items, empty_batch
 from kd_ranker.distillation.losses import PAIRWISE, pairs_held
 from kd_ranker.embedding.lookup import gather_rows
 from kd_ranker.training import recipes
-from kd_ranker.training.mapping import first_devices
+from kd_ranker.training.mapping import first_devices, own_devices
 
 # What XLA was seen to keep of a member beside its state, in arrays of the size of its gathered
 # rows: `tests/sweep/test_memory.py` holds the estimate against the compiled program.
@@ -88,7 +88,7 @@ def _bytes(tree: Any) -> int:
 
 def free_memory(config: ConfigDict) -> int:
     """Bytes that a device has free; several host devices share those of the machine."""
-    statistics = jax.devices()[0].memory_stats() or {}
+    statistics = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in statistics:
         return statistics["bytes_limit"] - statistics.get("bytes_in_use", 0)
-    return psutil.virtual_memory().available // len(first_devices(config.parallel.devices))
+    return psutil.virtual_memory().available // len(own_devices(config.parallel.devices))

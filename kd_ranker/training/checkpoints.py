@@ -7,6 +7,7 @@ it is used. A whole one that belongs to another run is left where it is, and nev
 """
 
 import contextlib
+import functools
 import json
 import textwrap
 import zlib
@@ -21,6 +22,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from kd_ranker.errors import UserError
+from kd_ranker.training.processes import on_first
 from kd_ranker.training.workdir import write_atomically
 
 # The names of members, and digests of all that made them: of configs, dataset, teacher.
@@ -43,11 +45,15 @@ def open_manager(workdir: Path) -> Iterator[ocp.CheckpointManager]:
 def _seal(manager: ocp.CheckpointManager) -> None:
     """Waits until all checkpoints are whole, and adds the checksums of their files."""
     manager.wait_until_finished()
-    if jax.process_index() == 0:
-        for step in manager.all_steps():
-            directory = Path(manager.directory) / str(step)
-            if not (directory / _SEAL).exists():
-                write_atomically(directory / _SEAL, json.dumps(_file_checksums(directory)))
+    for step in on_first(lambda: _unsealed(manager)):
+        directory = Path(manager.directory) / str(step)
+        checksums = on_first(functools.partial(_file_checksums, directory))
+        write_atomically(directory / _SEAL, json.dumps(checksums))
+
+
+def _unsealed(manager: ocp.CheckpointManager) -> list[int]:
+    folder = Path(manager.directory)
+    return [step for step in manager.all_steps() if not (folder / str(step) / _SEAL).exists()]
 
 
 def _file_checksums(directory: Path) -> dict[str, int]:
@@ -58,23 +64,26 @@ def _file_checksums(directory: Path) -> dict[str, int]:
     }
 
 
-def _check_seal(directory: Path) -> None:
-    """Raises ValueError if a file is not as it was written.
+def _fault_of(directory: Path) -> str:
+    """The fault of the files of a checkpoint; "" if they are as they were written.
 
     Orbax would find out as well, but not without printing pages of traces.
     """
     seal = directory / _SEAL
     if not seal.exists():
         # Killed after the checkpoint was whole and before it was sealed, or its files are gone.
-        if not any(directory.iterdir()):
-            raise ValueError("its folder is empty")
-        return
+        return "" if any(directory.iterdir()) else "its folder is empty"
     found = _file_checksums(directory)
-    for name, crc32 in json.loads(seal.read_text()).items():
+    try:
+        expected = json.loads(seal.read_text()).items()
+    except ValueError as error:
+        return f"its file {_SEAL} is damaged: {error}"
+    for name, crc32 in expected:
         if name not in found:
-            raise ValueError(f"its file {name} is missing")
+            return f"its file {name} is missing"
         if found[name] != crc32:
-            raise ValueError(f"its file {name} is not as it was written")
+            return f"its file {name} is not as it was written"
+    return ""
 
 
 def checksum(state: Any) -> int:
@@ -105,13 +114,12 @@ def save(
         "crc32": checksum(host_state),
         "sizes": _sizes(host_state),
         "identity": dict(identity),
+        "batches": batches.get_state() if batches is not None else None,
     }
     items = {
         "state": ocp.args.StandardSave(host_state),
         "checksum": ocp.args.JsonSave(record),
     }
-    if batches is not None:
-        items["batches"] = grain.checkpoint.CheckpointSave(batches)
     manager.save(step, args=ocp.args.Composite(**items))
 
 
@@ -132,30 +140,32 @@ def restore(
     Raises:
       UserError: the checkpoints are whole, and of another model or another run.
     """
-    # A checkpoint that turns out to be damaged may have moved the iterator before it failed.
-    position = batches.get_state() if batches is not None else None
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     for step in sorted(manager.all_steps(), reverse=True):
         directory = Path(manager.directory) / str(step)
-        items: dict[str, Any] = {"state": ocp.args.StandardRestore(abstract)}
-        if batches is not None:
-            items["batches"] = grain.checkpoint.CheckpointRestore(batches)
         try:
-            _check_seal(directory)
+            if fault := on_first(functools.partial(_fault_of, directory)):
+                raise ValueError(fault)
             # Before the rest, which cannot be read if it is another's.
             checks = ocp.args.Composite(checksum=ocp.args.JsonRestore())
             record = manager.restore(step, args=checks).checksum
             _check_owner(directory, record, _sizes(state), identity)
-            restored = manager.restore(step, args=ocp.args.Composite(**items))
+            if batches is not None and "batches" not in record:
+                raise UserError(
+                    f"{directory} is of an older release, from which no run can go on; use another "
+                    f"--workdir, or remove {directory.parent} to train anew"
+                )
+            items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            restored = manager.restore(step, args=items)
             if record["crc32"] != checksum(restored.state):
                 raise ValueError("its contents do not match its checksum")
         except UserError:
             raise
         except Exception as error:
             _set_aside(manager, step, error)
-            if batches is not None:
-                batches.set_state(position)
             continue
+        if batches is not None:
+            batches.set_state(record["batches"])
         return restored.state, step
     return state, 0
 
@@ -214,12 +224,17 @@ def _shown(there: str, here: str) -> str:
 def _set_aside(manager: ocp.CheckpointManager, step: int, error: Exception) -> None:
     """Moves a damaged checkpoint away, so that its step can be saved again and nothing is lost."""
     source = Path(manager.directory) / str(step)
-    aside = Path(manager.directory).parent / DAMAGED_FOLDER
-    aside.mkdir(exist_ok=True)
-    target = aside / str(step)
-    while target.exists():
-        target = target.with_name(target.name + "_again")
-    source.rename(target)
+
+    def move() -> Path:
+        aside = Path(manager.directory).parent / DAMAGED_FOLDER
+        aside.mkdir(exist_ok=True)
+        target = aside / str(step)
+        while target.exists():
+            target = target.with_name(target.name + "_again")
+        source.rename(target)
+        return target
+
+    target = on_first(move)
     manager.reload()
     # What lies below the storage reports its whole configuration along with the fault.
     reason = textwrap.shorten(str(error) or type(error).__name__, 200)

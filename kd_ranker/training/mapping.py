@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 from jaxtyping import Int
 
-from kd_ranker.deal import WHOLE, Deal, dealt, gathered, share
+from kd_ranker.batches.training import ALONE, Share
+from kd_ranker.deal import WHOLE, Deal, dealt, gathered, length_of_share
 from kd_ranker.training.state import HAS_MEMBERS, Frozen, States
 
 AXIS, MEMBERS = "requests", "members"
@@ -83,6 +85,40 @@ def places(tree: Any, sharding: Sharding | None = None, shardings: Any = None) -
     return jax.tree_util.tree_map_with_path(place, tree, shardings)
 
 
+def own_devices(number: int) -> list[jax.Device]:
+    """The devices of this process among `first_devices`."""
+    return [
+        device for device in first_devices(number) if device.process_index == jax.process_index()
+    ]
+
+
+def _on_devices(tree: Any, of_places: Any) -> Any:
+    """A pytree of the host, the same in all processes, on the devices of all."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, of_places)
+
+    # JAX itself would have the processes compare all that they put there.
+    def on_devices(leaf: Any, place: Any) -> jax.Array:
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, place, host.__getitem__)
+
+    return jax.tree.map(on_devices, tree, of_places)
+
+
+def _on_this_host(array: jax.Array) -> Any:
+    """An array that devices hold in parts, those of other processes included."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
+
+
+def _own_share(mesh: Mesh) -> Share:
+    """The part of a batch whose requests the devices of this process hold."""
+    own = [[device.process_index == jax.process_index() for device in row] for row in mesh.devices]
+    held, all_parts = np.flatnonzero(np.any(own, axis=0)), len(own[0])
+    return Share(int(held[0]) // held.size, all_parts // held.size)
+
+
 def put(tree: Any) -> Any:
     """A pytree on the default device, for programs of that one alone."""
     (device, *_) = jax.local_devices()
@@ -110,7 +146,7 @@ def put_by_rows(tree: Any, devices: Sequence[jax.Device]) -> Any:
     evenly = jax.tree_util.tree_map_with_path(filled, tree)
     specs = _specs(1, Deal(len(devices), AXIS), evenly)
     shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
-    return jax.device_put(evenly, places(evenly, shardings=shardings))
+    return _on_devices(evenly, places(evenly, shardings=shardings))
 
 
 def abstract(tree: Any, of_places: Any) -> Any:
@@ -189,13 +225,15 @@ class DeviceMap(NamedTuple):
       members: the number of devices that members are spread over; of the others each has the same.
         The numbers of members that a step is given are multiples of it.
       deal: the way in which the rows of tables and items are dealt to those that share requests.
+      share: the part of each batch that this process makes, for its devices.
       replicate: a pytree on the host or one device -> the same on all devices.
       place: states on the host, or one device -> the same on the devices; where their members are
         not a multiple of `members`, the last one again, see `shared_evenly`.
       hold: what a step only reads, on the host -> the same on the devices.
       create: a pure function of a deal -> the states that it returns, made on all devices and
         nowhere else, so that a large one is held once. See `Group.init` for the deal.
-      shard: a host batch [requests, ...] -> the same, its requests split over the devices.
+      shard: this process's part of a batch, [requests, ...] -> the batch, its requests split over
+        the devices.
       map_batches: function(data, batch) -> its compiled, mapped version, where the data is
         replicated, and batch and result are [requests, ...], split over the devices.
       map_step: step(states, batch, hyperparameters, frozen), and the states by their shapes -> its
@@ -211,6 +249,7 @@ class DeviceMap(NamedTuple):
 
     members: int
     deal: Deal
+    share: Share
     replicate: Callable[[Any], Any]
     place: Callable[[States], States]
     hold: Callable[[Frozen], Frozen]
@@ -263,6 +302,7 @@ def pmap(
     return DeviceMap(
         members=1,
         deal=WHOLE,
+        share=ALONE,
         replicate=replicate,
         place=replicate,
         hold=replicate,
@@ -299,7 +339,7 @@ def shard_map(
       sharded: whether to deal the rows of tables and items to the devices that share requests.
     """
     mesh = Mesh(np.array(devices).reshape(members, -1), (MEMBERS, AXIS))
-    sharing = len(devices) // members
+    sharing, share = len(devices) // members, _own_share(mesh)
     deal = Deal(sharing, AXIS) if sharded and sharing > 1 else WHOLE
     whole, in_parts = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (AXIS,)))
     options = {"xla_gpu_deterministic_ops": True} if deterministic and _on_gpu(devices) else None
@@ -315,13 +355,13 @@ def shard_map(
     def replicate(tree: Any) -> Any:
         # A step donates its state, which must not share memory with arrays of the caller.
         copied = jax.tree.map(jnp.copy, tree)
-        return jax.device_put(copied, places(tree, whole))
+        return _on_devices(copied, places(tree, whole))
 
     def hold(frozen: Frozen) -> Frozen:
         if deal == WHOLE:
             return replicate(frozen)
         held = _marked(_dealt(frozen, deal), deal)
-        return jax.device_put(held, places(held, shardings=shardings(held)))
+        return _on_devices(held, places(held, shardings=shardings(held)))
 
     def place(states: States) -> States:
         if members == 1 and deal == WHOLE:
@@ -333,7 +373,7 @@ def shard_map(
             return of[shared_evenly(len(of), members)] if has and members > 1 else of.copy()
 
         evenly = _dealt(jax.tree.map(filled, states, _has_members(states)), deal)
-        return jax.device_put(evenly, places_of(evenly))
+        return _on_devices(evenly, places_of(evenly))
 
     def create(make: Callable[[Deal], States]) -> States:
         shapes = jax.eval_shape(lambda: make(WHOLE))
@@ -349,6 +389,16 @@ def shard_map(
             )
             return jax.jit(make, out_shardings=places_of(shapes))()
         return jax.jit(lambda: make(WHOLE), out_shardings=places_of(shapes))()
+
+    def shard(batch: Any) -> Any:
+        if share == ALONE:
+            return _on_devices(batch, jax.tree.map(lambda _: in_parts, batch))
+
+        def whole_of(part: Any) -> jax.Array:
+            shape = (len(part) * share.parts, *part.shape[1:])
+            return jax.make_array_from_process_local_data(in_parts, np.asarray(part), shape)
+
+        return jax.tree.map(whole_of, batch)
 
     def map_batches(function: Callable) -> Callable:
         in_specs = PartitionSpec(), PartitionSpec(AXIS)
@@ -387,7 +437,7 @@ def shard_map(
         def on_one(array: Any) -> Any:
             if array.is_fully_replicated:
                 return array.addressable_data(0)
-            host, axes = np.asarray(array), tuple(array.sharding.spec)
+            host, axes = _on_this_host(array), tuple(array.sharding.spec)
             host = gathered(host, axes.index(AXIS), deal.devices) if AXIS in axes else host
             return host[:number] if MEMBERS in axes else host
 
@@ -404,11 +454,12 @@ def shard_map(
     return DeviceMap(
         members=members,
         deal=deal,
+        share=share,
         replicate=replicate,
         place=place,
         hold=hold,
         create=create,
-        shard=lambda batch: jax.device_put(batch, in_parts),
+        shard=shard,
         map_batches=map_batches,
         map_step=map_step,
         unreplicate=unreplicate,
@@ -455,7 +506,7 @@ def _dealt_shapes(tree: Any, deal: Deal) -> Any:
     def of(path: jax.tree_util.KeyPath, leaf: Any) -> jax.ShapeDtypeStruct:
         shape, axis = list(leaf.shape), _axis_of_rows(path, leaf)
         if axis is not None:
-            shape[axis] = deal.devices * share(shape[axis], deal.devices)
+            shape[axis] = deal.devices * length_of_share(shape[axis], deal.devices)
         return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(of, tree)
@@ -473,7 +524,9 @@ def auto(
     sharded: bool = False,
 ) -> DeviceMap:
     """`shard_map` on TPUs, for how it lays tables out, and for what `pmap` cannot do; or that."""
-    needs_mesh = members > 1 or sharded or (deterministic and _on_gpu(devices))
+    needs_mesh = (
+        members > 1 or sharded or jax.process_count() > 1 or (deterministic and _on_gpu(devices))
+    )
     if needs_mesh or devices[0].platform == "tpu":
         return shard_map(devices, members, deterministic, sharded)
     return pmap(devices)

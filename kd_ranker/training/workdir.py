@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
+from kd_ranker.training.processes import is_first, on_first
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
@@ -21,7 +22,14 @@ _PACKAGES = ("kd_ranker", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", 
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file so that it is whole or absent, whenever the process dies; text as UTF-8."""
+    """Writes a file so that it is whole or absent, whenever the process dies; text as UTF-8.
+
+    Of several processes that train as one, the first writes it, and then all go on.
+    """
+    on_first(lambda: _write(path, content))
+
+
+def _write(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     temporary.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -140,10 +148,14 @@ class MetricsWriter:
         whole = (line for line in lines if line.endswith("}"))
         kept = (f"{line}\n" for line in whole if json.loads(line)["step"] <= start)
         write_atomically(self._path, "".join(kept))
-        self._events = tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1)
+        self._events = (
+            tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1) if is_first() else None
+        )
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Appends one line with the scalars of a step, in one write."""
+        """Appends one line with the scalars of a step, in one write; process 0 does so for all."""
+        if self._events is None:
+            return
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **scalars}) + "\n")
         for name, value in scalars.items():
@@ -151,4 +163,5 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Flushes and closes the event file."""
-        self._events.close()
+        if self._events is not None:
+            self._events.close()

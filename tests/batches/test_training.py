@@ -205,6 +205,15 @@ def test_processes_share_the_requests_of_an_epoch(dataset):
     np.testing.assert_array_equal(np.sort(np.concatenate(seen), axis=0), np.sort(stored, axis=0))
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+def test_the_parts_of_a_batch_are_the_batch_that_one_process_makes(dataset, parts):
+    whole = take(iter(batches(dataset)), 5)
+    shares = [take(iter(batches(dataset, share=Share(part, parts))), 5) for part in range(parts)]
+    for batch, *of_parts in zip(whole, *shares, strict=True):
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *of_parts)
+        jax.tree.map(np.testing.assert_array_equal, joined, batch)
+
+
 def test_training_never_sees_the_true_probabilities(tmp_path):
     """Not by its fields, and not in any other way: other truths give the same batches."""
     assert not any("true" in field.name for field in dataclasses.fields(CandidateBatch))

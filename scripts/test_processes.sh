@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Tests several processes that train as one, with real ones on this machine: 2 and 4 of them, killed
+# and gone on with by others. The suite has the shortest. Arguments go to pytest:
+#
+#   ./scripts/test_processes.sh
+#   ./scripts/test_processes.sh -k sweep
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+./scripts/setup.sh
+
+export KD_RANKER_PROCESSES=all JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
+exec .venv/bin/python -m pytest -n 0 tests/training/test_processes.py "$@"

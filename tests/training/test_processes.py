@@ -1,0 +1,212 @@
+"""Several processes that train as one, against one process with as many devices.
+
+They are real processes on this machine. Those that take long are left out, unless the environment
+says KD_RANKER_PROCESSES=all, as `scripts/test_processes.sh` does.
+"""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pandas as pd
+import pytest
+
+from kd_ranker.evaluation import results
+from kd_ranker.pipeline import commands
+from kd_ranker.pipeline.trained import open_finished
+from kd_ranker.requests.lock import hold
+from tests import small
+
+long = pytest.mark.skipif(
+    os.environ.get("KD_RANKER_PROCESSES") != "all",
+    reason="takes long; ./scripts/test_processes.sh has it",
+)
+CHANGES = {
+    "parallel__devices": 0,
+    "parallel__mapping": "shard_map",
+    "train__steps": 30,
+    "train__checkpoint_every": 10,
+    "train__log_every": 10,
+    "train__eval_every": 0,
+    "distill__mode": "shared",
+    "teacher__source": "live",
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small.open_world(tmp_path_factory)
+
+
+def together(number, devices, *arguments, of_last=(), program=("-m",)):
+    """Runs an entry point by so many processes with so many devices each; they have ended."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = [arguments] * (number - 1) + [(*arguments, *of_last)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, *program, *of_process, "--config.parallel.processes=True"],
+            cwd=small.ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ
+            | {
+                "JAX_COORDINATOR_ADDRESS": address,
+                "JAX_NUM_PROCESSES": str(number),
+                "JAX_PROCESS_ID": str(index),
+                "XLA_FLAGS": re.sub(
+                    r"(device_count)=\d+", rf"\1={devices}", os.environ["XLA_FLAGS"]
+                ),
+            },
+        )
+        for index, of_process in enumerate(flags)
+    ]
+    try:
+        return [(*process.communicate(timeout=280), process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def flags(world, workdir, **changes):
+    return world.flags(workdir, **(CHANGES | changes))
+
+
+def alone(world):
+    """A student that one process has trained on 4 devices."""
+    changes = CHANGES | {"parallel__devices": 4}
+    return world.made("alone", lambda folder: commands.train(world.config(**changes), folder))
+
+
+def assert_same_student(workdir, world):
+    expected, found = (open_finished(of).parameters for of in (alone(world), workdir))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=0), found, expected)
+    assert_same_results(workdir, alone(world))
+
+
+def assert_same_results(workdir, other):
+    tables = [pd.read_csv(of / results.FILE) for of in (workdir, other)]
+    pd.testing.assert_frame_equal(*tables, rtol=1e-3, atol=1e-3)
+
+
+def of_first(ended):
+    """What the first process wrote; all have ended well, and the others have nothing to say."""
+    for _, error, code in ended:
+        assert code == 0, error
+        assert "Error" not in error
+    # Gloo, by which CPUs exchange, speaks past Python.
+    first, *others = [re.sub(r"(?m)^\[Gloo\].*\n", "", out) for out, *_ in ended]
+    assert not any(others)
+    return first
+
+
+@pytest.mark.parametrize(
+    ("number", "devices", "tables"),
+    [
+        (2, 2, "sharded"),
+        pytest.param(2, 2, "replicated", marks=long),
+        pytest.param(4, 1, "replicated", marks=long),
+        pytest.param(4, 1, "sharded", marks=long),
+    ],
+)
+def test_processes_train_the_student_that_one_does(world, tmp_path, number, devices, tables):
+    workdir = tmp_path / "run"
+    given = flags(world, workdir, parallel__tables=tables)
+    out = of_first(together(number, devices, "experiments.train", *given))
+    assert "results:" in out
+    assert_same_student(workdir, world)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == len((alone(world) / "metrics.jsonl").read_text().splitlines())
+    assert not [path for path in workdir.iterdir() if path.name.startswith(".")]
+
+
+@long
+@pytest.mark.parametrize(("number", "devices"), [(2, 2), (4, 1)])
+def test_processes_have_members_of_their_own_in_a_sweep(world, tmp_path, number, devices):
+    changes = {"sweep__modes": ("none", "aux"), "sweep__seeds": (0, 1), "teacher__source": "live"}
+    at_once = world.config(**(CHANGES | changes | {"parallel__devices": 4}))
+    expected = world.made("swept", lambda folder: commands.sweep(at_once, folder))
+    workdir = tmp_path / "sweep"
+    of_first(together(number, devices, "experiments.sweep", *flags(world, workdir, **changes)))
+    assert_same_results(workdir, expected)
+
+
+@long
+@pytest.mark.parametrize(
+    ("before", "after"), [((4, 1), (1, 2)), ((4, 1), (1, 8)), ((2, 2), (4, 1)), ((1, 4), (2, 1))]
+)
+def test_a_run_goes_on_with_other_processes(world, tmp_path, before, after):
+    workdir = tmp_path / "run"
+    program = ("-c", small._INTERRUPTED)
+    killed = ["experiments.train", "logging", "run", "20", str(int(signal.SIGKILL))]
+    ended = together(*before, *killed, *flags(world, workdir), program=program)
+    assert {code for *_, code in ended} == {-9}
+    assert (workdir / "checkpoints" / "10").is_dir()
+    of_first(together(*after, "experiments.train", *flags(world, workdir)))
+    assert not (workdir / "damaged_checkpoints").exists()
+    assert_same_student(workdir, world)
+
+
+def assert_one_line(ended, line):
+    """All processes have ended with 2, and the first with this line alone."""
+    assert [code for *_, code in ended] == [2] * len(ended)
+    said = [error for _, errors, _ in ended for error in errors.splitlines() if "rror" in error]
+    assert len(said) == 1, said
+    assert line in said[0]
+    assert said[0] in ended[0][1]
+
+
+def test_processes_that_differ_are_told_by_the_first(world, tmp_path):
+    given = flags(world, tmp_path / "run")
+    ended = together(2, 1, "experiments.train", *given, of_last=["--config.seed=7"])
+    assert_one_line(ended, "error: process 1 has another config than process 0; start all alike")
+    assert not list(tmp_path.iterdir())
+
+
+@long
+def test_a_workdir_has_to_be_shared(world, tmp_path):
+    elsewhere = [f"--workdir={tmp_path / 'other'}"]
+    given = flags(world, tmp_path / "run")
+    ended = together(2, 1, "experiments.train", *given, of_last=elsewhere)
+    assert_one_line(ended, "error: process 1 does not see what process 0 writes to")
+    assert not list(tmp_path.iterdir())
+
+
+@long
+def test_a_workdir_that_another_run_holds_is_refused(world, tmp_path):
+    with hold(tmp_path / "run"):
+        ended = together(2, 1, "experiments.train", *flags(world, tmp_path / "run"))
+    assert_one_line(ended, f"by process {os.getpid()}")
+
+
+@long
+@pytest.mark.parametrize(
+    ("module", "changes", "line"),
+    [
+        ("experiments.train", {"batch__requests": 3}, "batch.requests=3 cannot be shared by 2 dev"),
+        ("experiments.train", {"parallel__devices": 2}, "with parallel.processes: these use all"),
+        ("experiments.train", {"parallel__mapping": "pmap"}, "'pmap' cannot do parallel.processes"),
+        ("experiments.train", {"teacher__workdir": "nowhere"}, "no teacher at nowhere"),
+        ("experiments.log_teacher", {}, "this command is of one process"),
+    ],
+    ids=lambda of: "" if isinstance(of, str) else str(of),
+)
+def test_bad_input_is_told_once(world, tmp_path, module, changes, line):
+    ended = together(2, 1, module, *flags(world, tmp_path / "run", **changes))
+    assert_one_line(ended, line)
+    assert not list(tmp_path.iterdir())
+
+
+@long
+def test_without_a_word_on_the_processes_there_is_a_line(world, tmp_path):
+    given = flags(world, tmp_path / "run")
+    finished = small.run("-m", "experiments.train", *given, "--config.parallel.processes=True")
+    assert finished.returncode == 2
+    assert "error: parallel.processes=True, and neither Slurm, Open MPI nor" in finished.stderr
