@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jinja2
 import numpy as np
 
 from kd_ranker.batch import IN_BATCH, CandidateBatch
@@ -24,6 +23,7 @@ from kd_ranker.serving.programs import (
 )
 from kd_ranker.sources.logs.encode import TRANSFORMS
 from kd_ranker.sources.logs.vocabulary import VOCABULARIES_FOLDER
+from kd_ranker.templates import templates_of
 
 DESCRIPTION, README, CHECK, TABLES, EXAMPLE = (
     "export.json",
@@ -149,12 +149,6 @@ def _flops(program: Program, candidates: int) -> float:
 
 
 def _readme(described: Mapping[str, Any]) -> str:
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("kd_ranker.serving"),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
     measures = dict.fromkeys(name for of in described["results"].values() for name in of)
-    return templates.get_template(README).render(described, measures=list(measures))
+    template = templates_of("kd_ranker.serving").get_template(README)
+    return template.render(described, measures=list(measures))

@@ -7,7 +7,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jinja2
 import numpy as np
 from jaxtyping import Int64
 
@@ -20,6 +19,7 @@ from kd_ranker.sources.logs.leaks import remarks_of
 from kd_ranker.sources.logs.looks import label_hint, probability_hint
 from kd_ranker.sources.logs.reasons import MEANING, Reason
 from kd_ranker.sources.logs.statistics import NO_MOMENTS, Moments, Statistics
+from kd_ranker.templates import templates_of
 
 JSON_FILE, PAGE = "data_report.json", "data_report.html"
 Report = dict[str, Any]
@@ -407,13 +407,7 @@ def read_data_report(folder: Path) -> Report | None:
 
 def data_report_page(report: Report) -> str:
     """The page's HTML, which needs no other file."""
-    templates = jinja2.Environment(
-        loader=jinja2.PackageLoader("kd_ranker.sources.logs"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    templates = templates_of("kd_ranker.sources.logs")
     templates.filters["number"] = _number
     templates.filters["percent"] = lambda share: "" if share is None else f"{share:.1%}"
     return templates.get_template("data_report.html").render(report=report, splits=SPLITS)
