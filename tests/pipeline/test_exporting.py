@@ -5,11 +5,13 @@ import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
 from kd_ranker.batch import IN_BATCH
 from kd_ranker.batches.evaluation import evaluation_batches
+from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import commands, exporting, runs, teachers
@@ -65,8 +67,12 @@ from pathlib import Path
 import check
 folder, runtime = Path(sys.argv[1]), sys.argv[2]
 fields = dict(np.load(sys.argv[3]))
-programs = check.open_programs(folder, runtime)
-np.savez(sys.argv[4], **check.rank(programs, check.read_tables(folder) | fields))
+programs, tables = check.open_programs(folder, runtime), check.read_tables(folder)
+few = [
+    check.rank(programs, tables | {name: of[at : at + 4] for name, of in fields.items()})
+    for at in range(0, len(fields["user_id"]), 4)
+]
+np.savez(sys.argv[4], **{name: np.concatenate([of[name] for of in few]) for name in few[0]})
 assert not [name for name in sys.modules if name.startswith(("kd_ranker", "flax"))]
 """
 
@@ -77,7 +83,7 @@ def served(folder, runtime, fields, tmp_path):
     np.savez(tmp_path / "fields.npz", **fields)
     files = [str(tmp_path / name) for name in ("fields.npz", "answers.npz")]
     program = [sys.executable, "-c", _SERVER, str(folder), runtime, *files]
-    finished = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert finished.returncode == 0, finished.stderr
     with np.load(tmp_path / "answers.npz") as answers:
         return answers["probability"], answers["value"]
@@ -85,11 +91,13 @@ def served(folder, runtime, fields, tmp_path):
 
 def evaluated(ranker, name, dataset, config):
     """All requests of the test split as a batch, and the probabilities that are measured."""
-    batch = next(
-        iter(evaluation_batches(dataset, "test", requests=12, candidates=config.funnel.retrieved))
-    ).batch
-    served = ranker.serve(ranker.parameters, batch, dataset.items)
-    return batch, np.asarray(served.probability[name])
+    serve = jax.jit(ranker.serve)
+    batches, probabilities = [], []
+    for few in evaluation_batches(dataset, "test", requests=4, candidates=config.funnel.retrieved):
+        served = serve(ranker.parameters, few.batch, dataset.items)
+        batches.append(few.batch)
+        probabilities.append(served.probability[name])
+    return jax.tree.map(lambda *of: np.concatenate(of), *batches), np.concatenate(probabilities)
 
 
 def the_student(workdir):
@@ -108,19 +116,33 @@ def assert_same(answers, batch, expected, value_weights):
     np.testing.assert_allclose(probability[mask], expected[mask], atol=1e-5)
     # The order is the same, up to candidates that are as good as tied.
     value_expected = expected @ np.array(value_weights, np.float32)
+    steps = []
     for own, of, there in zip(value, value_expected, mask, strict=True):
         in_order = of[there][np.argsort(-own[there], kind="stable")]
-        assert (np.diff(in_order) < 1e-5).all()
+        steps.append(np.diff(in_order))
         assert np.ptp(of[there]) > 1e-3
+    up = np.concatenate(steps)
+    assert (up < 1e-5).all()
+    largest = np.abs(probability - expected)[mask].max()
+    print(
+        f"{len(mask)} requests, {mask.sum()} candidates: probabilities differ by {largest:.1e} at "
+        f"most; {(up > 0).sum()} neighbours are in another order, by {max(up.max(), 0):.1e} at most"
+    )
+
+
+def assert_served_as_evaluated(export, workdir, serve, runtime, tmp_path):
+    ranker, dataset, config = the_student(workdir)
+    batch, expected = evaluated(ranker, serve, dataset, config)
+    fields = {field.name: np.asarray(getattr(batch, field.name)) for field in IN_BATCH}
+    answers = served(export, runtime, fields, tmp_path)
+    assert_same(answers, batch, expected, config.value_weights)
+    return batch
 
 
 @pytest.mark.parametrize("runtime", formats.FORMATS)
 def test_a_student_is_served_as_it_was_evaluated(exported, trained, tmp_path, runtime):
-    ranker, dataset, config = the_student(trained)
-    batch, expected = evaluated(ranker, SERVE, dataset, config)
-    fields = {field.name: np.asarray(getattr(batch, field.name)) for field in IN_BATCH}
-    answers = served(exported, runtime, fields, tmp_path)
-    assert_same(answers, batch, expected, config.value_weights)
+    batch = assert_served_as_evaluated(exported, trained, SERVE, runtime, tmp_path)
+    assert batch.item_id.shape == (12, 100)
 
 
 @pytest.mark.parametrize("runtime", formats.FORMATS)
@@ -132,6 +154,31 @@ def test_a_teacher_is_served_as_it_was_evaluated(world, exported_teacher, tmp_pa
     fields = {field.name: np.asarray(getattr(batch, field.name)) for field in IN_BATCH}
     answers = served(exported_teacher, runtime, fields, tmp_path)
     assert_same(answers, batch, expected, config.value_weights)
+
+
+@pytest.fixture(scope="module")
+def of_full_size(tmp_path_factory):
+    """A student of the cascade at its own size, with 1,000 requests to test: workdir and export."""
+    pytest.importorskip("jax2onnx", reason="see scripts/test_onnx.sh")
+    folder = tmp_path_factory.mktemp("full_size")
+    config = cascade()
+    config.data.update(train_requests=2000, validation_requests=50, test_requests=1000)
+    config.data.dir = str(folder / "datasets")
+    config.parallel.devices = 1
+    config.train.update(steps=200, eval_every=0)
+    config.teacher.source = "logged"
+    commands.prepare_data(config)
+    commands.train(config, folder / "run")
+    return folder / "run", written(folder / "export", folder / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("runtime", formats.FORMATS)
+def test_a_thousand_requests_are_served_as_they_were_evaluated(of_full_size, tmp_path, runtime):
+    """`scripts/test_onnx.sh -k thousand -rP` prints how far they differ."""
+    workdir, export = of_full_size
+    batch = assert_served_as_evaluated(export, workdir, "user", runtime, tmp_path)
+    assert batch.item_id.shape == (1000, 2000)
 
 
 def test_the_folder_tells_what_it_holds(exported, trained):
