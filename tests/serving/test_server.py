@@ -1,0 +1,312 @@
+"""The server of `examples/serve`, over HTTP."""
+
+import asyncio
+import contextlib
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from kd_ranker.batch import IN_BATCH
+from kd_ranker.pipeline import commands, teachers
+from kd_ranker.serving import programs, write
+from tests import small
+from tests.pipeline.test_exporting import evaluated, the_student
+from tests.serving.test_programs import batch_of, trained_ranker
+from tests.serving.test_write import ABOUT
+
+for _name in ("fastapi", "httpx", "jax2onnx", "onnxruntime", "uvicorn"):
+    pytest.importorskip(_name, reason="see scripts/test_onnx.sh")
+import httpx  # noqa: E402
+
+SERVE = small.ROOT / "examples" / "serve"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small.open_world(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def trained(world):
+    """The workdir of a student of mode `aux`; see `test_commands.trained`."""
+    config = world.config(distill__mode="aux")
+    return world.made("aux", lambda folder: commands.train(config, folder))
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported") / "student"
+    commands.export(trained, folder, serve="blend", formats=("onnx",))
+    return folder
+
+
+@contextlib.contextmanager
+def serving(export, *flags):
+    """The address of a server in a process of its own, which runs elsewhere."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = [sys.executable, str(SERVE / "server.py"), str(export), f"--port={port}", *flags]
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(program, cwd="/", stderr=subprocess.PIPE, text=True) as process:
+        try:
+            for _ in range(300):
+                assert process.poll() is None, process.stderr.read()
+                with contextlib.suppress(httpx.TransportError):
+                    httpx.get(f"{url}/health")
+                    break
+                time.sleep(0.1)
+            yield url
+        finally:
+            process.terminate()
+            process.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def server(exported):
+    with serving(exported) as url:
+        yield url
+
+
+def requests_of(arrays, masks):
+    """The requests of a batch as JSON would say them, without the candidates that are not there."""
+    of_candidate = {field.name for field in IN_BATCH if field.of == "candidate"}
+    return [
+        {
+            name: (array[row][mask] if name in of_candidate else array[row]).tolist()
+            for name, array in arrays.items()
+        }
+        for row, mask in enumerate(masks)
+    ]
+
+
+def example_of(export):
+    with np.load(export / "example.npz") as example:
+        inputs = {name: array for name, array in example.items() if name.startswith("in.")}
+        results = example["out.probability"], example["out.value"]
+    arrays = {name[3:]: of for name, of in inputs.items() if not name.startswith("in.item.")}
+    return arrays, results
+
+
+def assert_ranked(answer, items, probability, value):
+    """The answer has each candidate with its probabilities, by falling value."""
+    assert sorted(answer["item_id"]) == sorted(items)
+    assert (np.diff(answer["value"]) <= 0).all()
+    found = np.stack([*answer["probability"].values()], axis=-1)
+    # An item may be a candidate more than once: the values tell which is which.
+    order, same = (
+        np.lexsort((-value, items)),
+        np.lexsort((-np.array(answer["value"]), answer["item_id"])),
+    )
+    np.testing.assert_allclose(np.array(answer["value"])[same], value[order], atol=1e-5)
+    np.testing.assert_allclose(found[same], probability[order], atol=1e-5)
+
+
+async def post_all(url, requests):
+    """The answers of requests that are all sent at once."""
+    async with httpx.AsyncClient(base_url=url, timeout=60) as session:
+        answers = await asyncio.gather(*(session.post("/rank", json=each) for each in requests))
+    assert [answer.status_code for answer in answers] == [200] * len(requests)
+    return [answer.json() for answer in answers]
+
+
+def test_requests_at_once_to_two_processes_are_answered_as_evaluated(exported, trained):
+    ranker, dataset, config = the_student(trained)
+    batch, expected = evaluated(ranker, "blend", dataset, config)
+    mask = np.asarray(batch.candidate_mask).copy()
+    mask[1, 1:], mask[2, 7:] = False, False  # one candidate, and a few
+    with serving(exported, "--workers=2") as url:
+        fields = httpx.get(f"{url}/health").json()["fields"]
+        arrays = {name: np.asarray(getattr(batch, name)) for name in fields}
+        answers = asyncio.run(post_all(url, requests_of(arrays, mask)))
+    value = expected @ np.array(config.value_weights, np.float32)
+    for row, answer in enumerate(answers):
+        there = mask[row]
+        items = arrays["item_id"][row, there]
+        assert_ranked(answer, items, expected[row, there], value[row, there])
+        assert list(answer["probability"]) == list(config.tasks)
+
+
+def test_a_teacher_is_served_as_it_was_evaluated(world, tmp_path):
+    commands.export(world.teacher, folder := tmp_path / "teacher", formats=("onnx",))
+    config = world.config()
+    dataset = teachers.dataset_of(config)
+    ranker = teachers.load_teacher(config, dataset).ranker
+    batch, expected = evaluated(ranker, "user", dataset, config)
+    arrays, _ = example_of(folder)
+    arrays = {name: np.asarray(getattr(batch, name)) for name in arrays}
+    mask = np.asarray(batch.candidate_mask)
+    with serving(folder) as url:
+        answers = asyncio.run(post_all(url, requests_of(arrays, mask)[:4]))
+    value = expected @ np.array(config.value_weights, np.float32)
+    for row, answer in enumerate(answers):
+        there = mask[row]
+        items = arrays["item_id"][row, there]
+        assert_ranked(answer, items, expected[row, there], value[row, there])
+
+
+@pytest.mark.parametrize("item_type", ["bfloat16", "int8"])
+def test_unknown_ids_histories_and_categories_are_served_as_in_the_example(tmp_path, item_type):
+    changes = {"history": "mean", "user_rows": 7 if item_type == "int8" else 0}
+    trained = trained_ranker("multi_interest", changes, "categories")
+    exported = programs.make_programs(trained, item_type)
+    batch = batch_of(trained, beyond=False)
+    batch.user_id[0], batch.item_id[0, 0], batch.history_id[0, 0] = -1, -1, -1
+    files = write.program_files(exported, ["onnx"])
+    about = ABOUT | {"formats": ["onnx"]}
+    write.write_export(exported, trained, files, batch, about, tmp_path, tmp_path / "out")
+    arrays, (probability, value) = example_of(tmp_path / "out")
+    assert {"history_mask", "request_category", "candidate_category"} <= set(arrays)
+    requests = requests_of(arrays, np.ones_like(batch.item_id, bool))
+    with serving(tmp_path / "out") as url:
+        answers = asyncio.run(post_all(url, requests))
+    for answer, items, *expected in zip(answers, batch.item_id, probability, value, strict=True):
+        assert_ranked(answer, items, *expected)
+
+
+def test_only_as_many_as_are_to_pass_are_answered(server, exported):
+    arrays, _ = example_of(exported)
+    (request, *_) = requests_of(arrays, np.ones_like(arrays["item_id"], bool))
+    whole, best = (
+        httpx.post(f"{server}/rank", json=request, params=params).json()
+        for params in ({}, {"passed": 3})
+    )
+    assert best["item_id"] == whole["item_id"][:3]
+    assert best["probability"]["like"] == whole["probability"]["like"][:3]
+
+
+CANDIDATES = "item_id: a list of 1 to 2000 candidates expected"
+FINITE = "candidate_features: finite numbers expected"
+ITEMS = "item_id: ids from -1 to 299 expected"
+# What is changed in a good request, None for a field left out, and what is said of it.
+BAD = {
+    "missing": ({"context": None, "item_id": None}, "missing: context, item_id"),
+    "short": ({"context": [0] * 7}, "context: shape [8] expected, found [7]"),
+    "no list": ({"context": 1}, "context: shape [8] expected, found []"),
+    "a row too many": (
+        {"candidate_features": [[0]] * 3},
+        "candidate_features: shape [2, 1] expected, found [3, 1]",
+    ),
+    "ragged": (
+        {"candidate_features": [[0], []]},
+        "candidate_features: lists of different lengths",
+    ),
+    "text": ({"user_id": "7"}, "user_id: something in it is no int32"),
+    "a fraction": ({"item_id": [1, 1.5]}, "item_id: something in it is no int32"),
+    "null": ({"context": [0] * 7 + [None]}, "context: something in it is no float32"),
+    "an object": ({"context": {"hour": 1}}, "context: something in it is no float32"),
+    "true": ({"user_id": True}, "user_id: something in it is no int32"),
+    "NaN": ({"candidate_features": [[0], [float("nan")]]}, FINITE),
+    "infinite": ({"candidate_features": [[0], [float("inf")]]}, FINITE),
+    "beyond float32": ({"candidate_features": [[0], [1e39]]}, FINITE),
+    "a user outside": ({"user_id": 50}, "user_id: ids from -1 to 49 expected"),
+    "an item outside": ({"item_id": [0, 300]}, ITEMS),
+    "an item below": ({"item_id": [0, -2]}, ITEMS),
+    "beyond int32": ({"item_id": [0, 2**40]}, ITEMS),
+    "beyond int64": ({"item_id": [0, 2**70]}, "item_id: something in it is no int32"),
+    "no candidates": ({"item_id": []}, CANDIDATES),
+    "no list of candidates": ({"item_id": 5}, CANDIDATES),
+    "too many candidates": ({"item_id": [0] * 2001}, CANDIDATES),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+def test_a_bad_request_is_told_in_a_line(server, change, message):
+    good = {
+        "user_id": 7,
+        "user_features": [0.5] * 12,
+        "context": [0] * 8,
+        "item_id": [3, 299],
+        "candidate_features": [[0.5], [1]],
+    }
+    bad = {name: of for name, of in (good | change).items() if of is not None}
+    for request, status in ((bad, 422), (good, 200)):
+        headers = {"content-type": "application/json"}
+        answer = httpx.post(f"{server}/rank", content=json.dumps(request), headers=headers)
+        assert answer.status_code == status, answer.text
+        if status == 422:
+            assert answer.json() == {"detail": message}
+
+
+@pytest.mark.parametrize(
+    ("body", "place"), [("{", "body"), ("[1]", "body"), ("", "body"), ("NaN", "body")]
+)
+def test_what_is_no_object_is_told_in_a_line(server, body, place):
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{server}/rank", content=body, headers=headers)
+    assert answer.status_code == 422
+    assert re.fullmatch(rf"{place}[^\n]*: [^\n]+", answer.json()["detail"])
+
+
+def test_more_bytes_than_any_request_needs_are_not_read(server):
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{server}/rank", content=b" " * ((16 << 20) + 1), headers=headers)
+    assert answer.status_code == 413
+
+
+def test_the_load_test_counts_answers_and_errors(server, exported, tmp_path):
+    program = [sys.executable, str(SERVE / "load_test.py"), str(exported), f"--url={server}"]
+    for flags, loop in (([], "closed"), (["--rate=200"], "open")):
+        flags = [*flags, "--requests=40", "--seconds=20", "--clients=3"]
+        finished = subprocess.run([*program, *flags], capture_output=True, text=True, timeout=60)
+        assert finished.returncode == 0, finished.stdout + finished.stderr
+        numbers = r"p50 [\d.]+ ms, p99 [\d.]+ ms, [\d.]+ requests a second"
+        line = rf"{loop}-loop, 3 clients: {numbers}, 0 errors of 40 requests\n"
+        assert re.fullmatch(line, finished.stdout)
+    # Requests that another ranker's server refuses.
+    shutil.copytree(exported, other := tmp_path / "other")
+    with np.load(other / "example.npz") as example:
+        np.savez(other / "example.npz", **(dict(example) | {"in.context": np.zeros((4, 1))}))
+    program[2] = str(other)
+    finished = subprocess.run(
+        [*program, "--requests=5"], capture_output=True, text=True, timeout=60
+    )
+    assert finished.returncode == 1
+    assert "5 errors of 5 requests; status 422: 5" in finished.stdout
+
+
+def test_a_load_test_ends_when_its_time_is_over(server, exported):
+    program = [sys.executable, str(SERVE / "load_test.py"), str(exported), f"--url={server}"]
+    start = time.perf_counter()
+    finished = subprocess.run(
+        [*program, "--seconds=0.5"], capture_output=True, text=True, timeout=60
+    )
+    assert finished.returncode == 0, finished.stdout
+    assert 0.5 < time.perf_counter() - start < 20
+
+
+_ALONE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import server
+server.open_ranker(server.Path(sys.argv[2]))
+assert not [name for name in sys.modules if name.startswith(("kd_ranker", "jax", "flax"))]
+"""
+
+
+def test_the_server_needs_nothing_of_this_project(exported, tmp_path):
+    program = [sys.executable, "-c", _ALONE, str(SERVE), str(exported)]
+    finished = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_a_folder_that_cannot_be_served_is_told_in_a_line(exported, tmp_path):
+    shutil.copytree(exported, other := tmp_path / "other")
+    described = json.loads((other / "export.json").read_text())
+    (other / "export.json").write_text(json.dumps(described | {"formats": ["jax"]}))
+    messages = {
+        tmp_path / "none": "No such file or directory: .*none/export.json'",
+        other: "no ONNX",
+    }
+    for folder, message in messages.items():
+        program = [sys.executable, str(SERVE / "server.py"), str(folder)]
+        finished = subprocess.run(program, capture_output=True, text=True, timeout=60)
+        assert finished.returncode == 2
+        assert re.search(rf"error: .*{message}", finished.stderr.splitlines()[-1])
