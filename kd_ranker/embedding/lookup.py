@@ -128,8 +128,8 @@ def rows_of_ids(table: TableSpec, ids: Int[Array, "..."]) -> Int[Array, "..."]:
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
     bits, size = bits ^ (bits >> 16), jnp.uint32(table.size)
-    # bits % size, for which ONNX's converter knows no shapes that are symbols.
-    return (bits - bits // size * size).astype(ids.dtype)
+    # bits % size, of the operations that ONNX's converter knows.
+    return (bits - jax.lax.div(bits, size) * size).astype(ids.dtype)
 
 
 def is_known(table: TableSpec, ids: Int[Array, "..."]) -> Bool[Array, "..."]:

@@ -15,7 +15,7 @@ import pytest
 
 from kd_ranker.batch import IN_BATCH
 from kd_ranker.pipeline import commands, teachers
-from kd_ranker.serving import programs, write
+from kd_ranker.serving import check, programs, tables, write
 from tests import small
 from tests.pipeline.test_exporting import evaluated, the_student
 from tests.serving.test_programs import batch_of, trained_ranker
@@ -26,6 +26,14 @@ for _name in ("fastapi", "httpx", "jax2onnx", "onnxruntime", "uvicorn"):
 import httpx  # noqa: E402
 
 SERVE = small.ROOT / "examples" / "serve"
+# A request for the small cascade's student.
+GOOD = {
+    "user_id": 7,
+    "user_features": [0.5] * 12,
+    "context": [0] * 8,
+    "item_id": [3, 299],
+    "candidate_features": [[0.5], [1]],
+}
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +179,24 @@ def test_unknown_ids_histories_and_categories_are_served_as_in_the_example(tmp_p
         assert_ranked(answer, items, *expected)
 
 
+def test_an_item_that_came_after_the_export_is_ranked(exported, tmp_path):
+    shutil.copytree(exported, grown := tmp_path / "grown")
+    held = check.read_tables(exported)
+    embedding = held["item_embedding"]
+    embedding = np.insert(embedding, len(embedding) - 1, embedding[4], axis=0)
+    tables.write_safetensors(held | {"item_embedding": embedding}, grown / "tables.safetensors")
+    with serving(grown) as url:
+        known, unknown = (
+            httpx.post(
+                f"{url}/rank", json=GOOD | {"item_id": ids, "candidate_features": [[0], [0]]}
+            )
+            for ids in ([4, 300], [4, 301])
+        )
+    assert known.json()["item_id"] == [4, 300]
+    assert len({*known.json()["value"]}) == 1
+    assert unknown.json() == {"detail": "item_id: ids from -1 to 300 expected"}
+
+
 def test_only_as_many_as_are_to_pass_are_answered(server, exported):
     arrays, _ = example_of(exported)
     (request, *_) = requests_of(arrays, np.ones_like(arrays["item_id"], bool))
@@ -219,15 +245,8 @@ BAD = {
 
 @pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
 def test_a_bad_request_is_told_in_a_line(server, change, message):
-    good = {
-        "user_id": 7,
-        "user_features": [0.5] * 12,
-        "context": [0] * 8,
-        "item_id": [3, 299],
-        "candidate_features": [[0.5], [1]],
-    }
-    bad = {name: of for name, of in (good | change).items() if of is not None}
-    for request, status in ((bad, 422), (good, 200)):
+    bad = {name: of for name, of in (GOOD | change).items() if of is not None}
+    for request, status in ((bad, 422), (GOOD, 200)):
         headers = {"content-type": "application/json"}
         answer = httpx.post(f"{server}/rank", content=json.dumps(request), headers=headers)
         assert answer.status_code == status, answer.text
