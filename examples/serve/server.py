@@ -7,6 +7,7 @@ candidates, the best first. All that is needed is in the folder; kd_ranker is no
 """
 
 import argparse
+import gc
 import json
 import os
 from pathlib import Path
@@ -163,6 +164,7 @@ def make_app() -> FastAPI:
     """The application that serves the export at `EXPORT`."""
     ranker = open_ranker(Path(os.environ["EXPORT"]))
     tasks = ranker.described["tasks"]
+    gc.freeze()  # what is here by now is not gone through again when a request's lists are
     app = FastAPI(title="kd_ranker", max_body_size=MOST_BYTES)
 
     @app.exception_handler(RequestValidationError)
