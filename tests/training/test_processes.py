@@ -188,25 +188,31 @@ def test_a_workdir_that_another_run_holds_is_refused(world, tmp_path):
 
 @long
 @pytest.mark.parametrize(
-    ("module", "changes", "line"),
+    ("changes", "line"),
     [
-        ("experiments.train", {"batch__requests": 3}, "batch.requests=3 cannot be shared by 2 dev"),
-        ("experiments.train", {"parallel__devices": 2}, "with parallel.processes: these use all"),
-        ("experiments.train", {"parallel__mapping": "pmap"}, "'pmap' cannot do parallel.processes"),
-        ("experiments.train", {"teacher__workdir": "nowhere"}, "no teacher at nowhere"),
-        ("experiments.log_teacher", {}, "this command is of one process"),
+        ({"batch__requests": 3}, "batch.requests=3 cannot be shared by 2 dev"),
+        ({"parallel__devices": 2}, "with parallel.processes: these use all"),
+        ({"parallel__mapping": "pmap"}, "'pmap' cannot do parallel.processes"),
+        ({"teacher__workdir": "nowhere"}, "no teacher at nowhere"),
     ],
     ids=lambda of: "" if isinstance(of, str) else str(of),
 )
-def test_bad_input_is_told_once(world, tmp_path, module, changes, line):
-    ended = together(2, 1, module, *flags(world, tmp_path / "run", **changes))
+def test_bad_input_is_told_once(world, tmp_path, changes, line):
+    ended = together(2, 1, "experiments.train", *flags(world, tmp_path / "run", **changes))
     assert_one_line(ended, line)
     assert not list(tmp_path.iterdir())
 
 
 @long
-def test_without_a_word_on_the_processes_there_is_a_line(world, tmp_path):
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("train", "parallel.processes=True, and neither Slurm, Open MPI nor a pod says"),
+        ("log_teacher", "this command is of one process; leave parallel.processes out"),
+    ],
+)
+def test_a_process_that_is_alone_is_told_so(world, tmp_path, module, line):
     given = flags(world, tmp_path / "run")
-    finished = small.run("-m", "experiments.train", *given, "--config.parallel.processes=True")
+    finished = small.run("-m", f"experiments.{module}", *given, "--config.parallel.processes=True")
     assert finished.returncode == 2
-    assert "error: parallel.processes=True, and neither Slurm, Open MPI nor" in finished.stderr
+    assert f"error: {line}" in finished.stderr
