@@ -22,6 +22,9 @@ _State = TypeVar("_State")
 
 # As many rows as a TPU lays out together, see `lookup.TableSpec.rows`.
 _ROWS_TOGETHER = 8
+RARELY = "more_ids_than_room"
+"""The scope of what a program does in the rare case alone."""
+
 # A device's room for ids of its own, over the number that it expects.
 _ROOM = 2
 
@@ -170,7 +173,8 @@ def _in_the_room(
     # Loops of one trip or none: XLA would copy the tables that a condition changes.
     fits = (jnp.sum(mine) <= room).astype(jnp.int32)
     state = jax.lax.fori_loop(0, fits, ordered, state)
-    return jax.lax.fori_loop(0, 1 - fits, lambda _, state: every(state), state)
+    with jax.named_scope(RARELY):
+        return jax.lax.fori_loop(0, 1 - fits, lambda _, state: every(state), state)
 
 
 def _at(place: Int[Array, "M"], order: Int[Array, "room"]) -> Int[Array, "room"]:

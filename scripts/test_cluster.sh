@@ -9,10 +9,10 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if ! command -v java >/dev/null; then
-  [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null || {
+  if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
     echo "test_cluster: there is no Java; install version 17 or newer" >&2
     exit 1
-  }
+  fi
   apt-get install --quiet --yes default-jre-headless
 fi
 

@@ -13,7 +13,8 @@ trap 'rm -rf "$work"' EXIT
   cat "$work/build.log" >&2
   exit 1
 }
-echo "test_wheel: built $(cd "$work/dist" && ls | tr '\n' ' ')" >&2
+built=("$work"/dist/*)
+echo "test_wheel: built ${built[*]##*/}" >&2
 "${PYTHON:-python3}" -m venv "$work/venv"
 "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check \
   -c constraints.txt "$work"/dist/*.whl
@@ -27,6 +28,7 @@ kd-ranker prepare --config=sweeps/cascade:small
 kd-ranker sweep --help --config=cascade >help.txt
 grep -q -- --config.train.steps help.txt
 # Each in a folder of its own, two at a time.
+# shellcheck disable=SC2016 # the inner shell expands it
 for example in "$root"/examples/*.py; do
   name=$(basename "$example" .py)
   mkdir "$name"

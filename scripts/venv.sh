@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by scripts that test in an environment of their own.
 
 # make_venv FOLDER PYTHON CONSTRAINTS EXTRAS [PIP_ARGUMENT ...]: makes the environment with the pinned

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from kd_ranker.deal import RARELY
+
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _ON_CHIP = "S(1)"
 _COPIES = ("copy", "copy-start", "transpose", "convert")
@@ -95,7 +97,8 @@ def cycles_by_kind(text: str) -> dict[str, int]:
     """The cycles that a TPU's compiler expects of a program's operations, by `_KINDS`.
 
     The body of a loop counts as often as it is run, where the compiler knows that, and else once:
-    so it is with the loop over steps. Operations without a number count for nothing.
+    so it is with the loop over steps. Operations without a number count for nothing, and so does
+    what is done `RARELY`.
     """
     bodies = dict(_computations(text))
     total: dict[str, int] = {}
@@ -103,7 +106,8 @@ def cycles_by_kind(text: str) -> dict[str, int]:
     def add(name: str, times: int) -> None:
         for line in bodies.get(name, ()):
             if inner := re.search(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line):
-                add(inner[2], times * _turns(bodies.get(inner[1], ())))
+                turns = 0 if RARELY in line else _turns(bodies.get(inner[1], ()))
+                add(inner[2], times * turns)
             elif number := re.search(r'"estimated_cycles":"?(\d+)', line):
                 kind = _kind(line)
                 total[kind] = total.get(kind, 0) + times * int(number[1])

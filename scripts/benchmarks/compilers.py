@@ -30,6 +30,7 @@ class Case(NamedTuple):
       source: `teacher.source`.
       large: whether the sizes are those above, or the cascade's own.
       width: of the embeddings, where it is large.
+      tables: `parallel.tables`.
     """
 
     topology: str
@@ -38,12 +39,14 @@ class Case(NamedTuple):
     source: str = "logged"
     large: bool = True
     width: int = WIDTH
+    tables: str = "replicated"
 
     @property
     def name(self) -> str:
         """A name for people."""
         size = f"large{self.width}" if self.large else "cascade"
-        return "-".join((self.topology, size, self.program, self.mode, self.source))
+        sharded = (self.tables,) if self.tables != "replicated" else ()
+        return "-".join((self.topology, size, self.program, self.mode, self.source, *sharded))
 
 
 _WAYS = (
@@ -70,6 +73,8 @@ CASES = (
         for topology in (_ONE_CARD, "h100:8")
         for mode, source in _WAYS
     ),
+    *(Case(topology, tables="sharded") for topology in ("v5e:2x2", "v5e:4x4", "h100:8")),
+    Case("v5e:4x4", source="live", tables="sharded"),
     *(
         Case(topology, program, source="live", large=program not in ("sweep", "evaluate_sweep"))
         for topology in (_ONE_CHIP, _ONE_CARD)
@@ -83,6 +88,7 @@ def config_of(case: Case) -> ConfigDict:
     """The config of a case."""
     config = cascade()
     config.distill.mode, config.teacher.source = case.mode, case.source
+    config.parallel.tables = case.tables
     config.sweep.modes, config.sweep.seeds = (case.mode,), tuple(range(MEMBERS))
     if case.large:
         for batch in (config.batch, config.teacher.batch):

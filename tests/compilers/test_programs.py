@@ -56,10 +56,15 @@ def is_expected(case, config, sizes, array) -> bool:
     # Gradients of dense parameters may travel as one, with the losses and the transform.
     dense = sum(leaf.size for leaf in jax.tree.leaves(state.parameters.dense))
     few = 4 * len(sizes.spec.tasks)
-    of_each = 1 if array.dtype in ("s32", "pred", "u32") else config.student.width
-    of_a_device = requests // len(devices) * of_each
-    of_rows = array.size % of_a_device == 0 and array.size <= requests * candidates * of_each
-    return of_rows or array.size <= dense + few
+    widths = [1] if array.dtype in ("s32", "pred", "u32") else [config.student.width]
+    if case.tables == "sharded":  # rows of items, as the student and the teacher read them
+        widths += [sizes.spec.cheap_item_features, sizes.spec.item_features]
+    of_rows = [
+        array.size % (requests // len(devices) * width) == 0
+        and array.size <= requests * candidates * width
+        for width in widths
+    ]
+    return any(of_rows) or array.size <= dense + few
 
 
 def compile_there(topology, function, *shapes):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kd_ranker.configs import cascade
+from kd_ranker.deal import RARELY
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import ahead, compiled, topologies
 from kd_ranker.training.mapping import MAPPINGS
@@ -113,7 +114,9 @@ def test_cycles_count_as_often_as_a_loop_turns():
 
 ENTRY %main (p: f32[4]) -> f32[4] {
   %w = (s32[]) while(%p), condition=%until, body=%body, metadata={op_name="jit(f)/while"}
-  %d = f32[4] fusion(%w), metadata={op_name="jit(f)/dot_general"}, x={"estimated_cycles":"7"}
+  %r = (s32[]) while(%w), condition=%until, body=%body, metadata={op_name="jit(f)/RARELY/while"}
+  %d = f32[4] fusion(%r), metadata={op_name="jit(f)/dot_general"}, x={"estimated_cycles":"7"}
 }
 """
+    text = text.replace("RARELY", RARELY)
     assert compiled.cycles_by_kind(text) == {"rows": 160, "products": 7}

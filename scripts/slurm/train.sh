@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Trains on several nodes as one, a process a node, with all of its devices:
+#
+#   sbatch --nodes=4 --gpus-per-node=8 scripts/slurm/train.sh sweep \
+#       --config=configs/sweeps/cascade.py --workdir=/shared/runs/weights
+#
+# The first argument is train, train_teacher or sweep; the rest are its flags. The checkout, its
+# environment, the datasets and the workdir have to lie where all nodes see them. A job that is
+# stopped and queued again goes on from its last checkpoint.
+#SBATCH --job-name=kd_ranker
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+set -euo pipefail
+
+case ${1:-} in
+  train | train_teacher | sweep) ;;
+  *)
+    echo "train.sh: the first argument is train, train_teacher or sweep, not '${1:-}'" >&2
+    exit 2
+    ;;
+esac
+# Slurm runs a copy of this file; it starts it where it was submitted.
+cd "${SLURM_SUBMIT_DIR:-.}"
+if [ ! -x .venv/bin/python ]; then
+  echo "train.sh: there is no .venv in $PWD; submit from the checkout, after ./scripts/setup.sh" >&2
+  exit 2
+fi
+export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
+# A process that fails ends the others, which would wait for it.
+exec srun --kill-on-bad-exit=1 .venv/bin/python -m "experiments.$1" "${@:2}" \
+  --config.parallel.processes=True
