@@ -34,6 +34,7 @@ from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
 from kd_ranker.training.recipes import TEACHER_STAGES
 
 TEACHER_SOURCES = ("live", "logged")
+LAUNCHERS = ("local", "ray")
 
 
 def _batch(
@@ -116,6 +117,9 @@ _ALL = (
         Key("value_weights", (1.0, 2.0, 4.0),
             "one a task: a ranker sorts by the weighted sum of probabilities",
             influences="report"),
+        Key("launcher", "local",
+            "where a sweep's cohorts train: one after the other here, or on a cluster of Ray",
+            LAUNCHERS, influences="nothing"),
         influences="dataset",
     ),
     section(
@@ -266,6 +270,14 @@ _ALL = (
             "several processes train as one; Slurm, Open MPI, a pod or variables say which"),
         Key("deterministic", False,
             "on GPUs, the same bits each time that a step is taken, which costs sorts"),
+        influences="nothing",
+    ),
+    section(
+        "ray",
+        Key("address", "auto", "of the cluster; auto: that of this machine"),
+        Key("cpus", 1, "CPU cores of a cohort", NOT_NEGATIVE),
+        Key("gpus", 0, "GPUs of a cohort", NOT_NEGATIVE),
+        Key("retries", 3, "times that a cohort may lose its machine", NOT_NEGATIVE),
         influences="nothing",
     ),
     section(

@@ -6,10 +6,12 @@ A command holds the workdir that it writes to for as long as it runs, and a seco
 import contextlib
 import functools
 import json
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -18,8 +20,8 @@ from kd_ranker.config.identity import dataset_name
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import references, results
 from kd_ranker.evaluation.results import Row
+from kd_ranker.pipeline import cluster, exporting, runs, scoring, supervision, teachers, trained
 from kd_ranker.pipeline import data_lines as of_data
-from kd_ranker.pipeline import exporting, runs, scoring, supervision, teachers, trained
 from kd_ranker.pipeline.data_lines import keep_data_report
 from kd_ranker.pipeline.measure import (
     Students,
@@ -48,7 +50,7 @@ from kd_ranker.sources.logs.write_back import Scored
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.sweep.members import common, repeats, sweep_members
 from kd_ranker.sweep.memory import cohort_size
-from kd_ranker.sweep.sweep import TEST, Cohort, is_measured, mark_measured, open_sweep
+from kd_ranker.sweep.sweep import TEST, Cohort, Sweep, is_measured, mark_measured, open_sweep
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import skip_steps
 from kd_ranker.training.processes import first_holds, on_first
@@ -284,6 +286,8 @@ def _sweep(config: ConfigDict, workdir: Path) -> bool:
     sweep = sweep.planned(size, lambda member: teachers.version_of(open_teacher(member)[0]))
     workdirs.write_config(workdir, "sweep", config)
     shared = [common(cohort) for cohort in sweep.cohorts]
+    if config.launcher == "ray":
+        _train_elsewhere(config, sweep, open_teacher)
     with runs.progress_bar(workdir.name, sum(each.train.steps for each in shared)) as bar:
         for cohort, folder, each in zip(sweep.cohorts, sweep.folders, shared, strict=True):
             _train_cohort(each, *open_teacher(each), cohort, folder, bar)
@@ -299,6 +303,40 @@ def _sweep(config: ConfigDict, workdir: Path) -> bool:
             _test_cohort(each, *open_teacher(each), cohort, folder, chosen, with_references)
     sweep.join(config.funnel.retrieved, tested)
     return True
+
+
+def _train_elsewhere(config: ConfigDict, sweep: Sweep, open_teacher: teachers.Opener) -> None:
+    """Trains the cohorts that are not done on a cluster, a task each."""
+    left = []
+    for number, (cohort, folder) in enumerate(zip(sweep.cohorts, sweep.folders, strict=True)):
+        teacher, dataset = open_teacher(common(cohort))
+        if not is_measured(folder, runs.students_identity(cohort, dataset, teacher)):
+            left.append(number)
+    if len(sweep.plan) == 1:
+        logging.warning(
+            "the sweep is one cohort, so one task; sweep.group_size says how many members one has"
+        )
+    here = Path.cwd(), sweep.workdir.absolute()
+    cluster.run_tasks(config.ray, functools.partial(train_cohort, *here), left, "cohort")
+
+
+def train_cohort(here: Path, workdir: Path, number: int) -> None:
+    """Trains one cohort of a sweep that is planned, and measures it; for a process of its own.
+
+    Nothing but the sweep's own process, which holds the workdir, may call it.
+
+    Args:
+      here: the folder in which the sweep was started, from which its paths may go.
+      workdir: the sweep's.
+      number: of the cohort.
+    """
+    os.chdir(here)
+    config = workdirs.read_config(workdir)
+    sweep = open_sweep(config, workdir)
+    shared = common(sweep.cohorts[number])
+    teacher, dataset = teachers.opener(config)(shared)
+    with runs.progress_bar(workdir.name, shared.train.steps) as bar:
+        _train_cohort(shared, teacher, dataset, sweep.cohorts[number], sweep.folders[number], bar)
 
 
 def _train_cohort(

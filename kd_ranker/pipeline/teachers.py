@@ -99,7 +99,10 @@ def teacher_and_dataset(config: ConfigDict) -> tuple[Teacher | None, Dataset]:
     return None, dataset
 
 
-def opener(config: ConfigDict) -> Callable[[ConfigDict], tuple[Teacher | None, Dataset]]:
+Opener = Callable[[ConfigDict], tuple[Teacher | None, Dataset]]
+
+
+def opener(config: ConfigDict) -> Opener:
     """The function from a config in which `teacher.workdir` may differ to `teacher_and_dataset`.
 
     What it opened last stays open, so those of one teacher should follow each other.
