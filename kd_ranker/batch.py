@@ -346,14 +346,20 @@ class EvaluationBatch:
 
 def empty_batch(spec: FeatureSpec, requests: int, candidates: int) -> CandidateBatch:
     """A batch of zeros, on the host: what programs are compiled for before there is any data."""
+    abstract = abstract_batch(spec, requests, candidates)
+    return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+
+
+def abstract_batch(spec: FeatureSpec, requests: int, candidates: int) -> CandidateBatch:
+    """A batch by shapes and types alone, which needs no memory."""
     entries = {"request": (), "event": (spec.history_length,)}
 
     # A batch is made on the host and typed for the device, where it is used.
-    def zeros(field: Field) -> Any:
+    def abstract(field: Field) -> Any:
         number = entries.get(field.of, (candidates,))
-        return np.zeros((requests, *number, *field.shape(spec)), field.dtype)
+        return jax.ShapeDtypeStruct((requests, *number, *field.shape(spec)), field.dtype)
 
-    return CandidateBatch(**{field.name: zeros(field) for field in IN_BATCH})
+    return CandidateBatch(**{field.name: abstract(field) for field in IN_BATCH})
 
 
 def abstract_items(spec: FeatureSpec) -> Items:

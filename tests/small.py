@@ -111,10 +111,12 @@ import os, runpy, sys
 from kd_ranker.training import checkpoints, workdir
 module, moment, name, at, signal = sys.argv[1:6]
 write, save, write_file = workdir.MetricsWriter.write, checkpoints.save, workdir.write_atomically
-written = 0
+written, interrupted = 0, False
 
 def interrupt_at(step):
-    if step >= int(at):
+    global interrupted
+    if step >= int(at) and not interrupted:
+        interrupted = True
         os.kill(os.getpid(), int(signal))
 
 def interrupted_write(self, step, scalars):
@@ -146,9 +148,15 @@ def run_and_kill(module: str, moment: str, name: str, at: int, flags: list[str])
 
     A moment is "logging" or "saving" the step `at`, or "writing" the file with that number.
     """
-    kill = str(int(signal.SIGKILL))
-    finished = run("-c", _INTERRUPTED, module, moment, name, str(at), kill, *flags)
+    finished = run_and_signal(signal.SIGKILL, module, moment, name, at, flags)
     assert finished.returncode == -9, finished.stderr
+
+
+def run_and_signal(
+    number: int, module: str, moment: str, name: str, at: int, flags: list[str]
+) -> subprocess.CompletedProcess:
+    """Runs an entry point, which gets a signal where `run_and_kill` would kill it."""
+    return run("-c", _INTERRUPTED, module, moment, name, str(at), str(int(number)), *flags)
 
 
 @contextlib.contextmanager

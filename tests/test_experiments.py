@@ -165,6 +165,30 @@ def test_a_killed_run_ends_as_if_it_had_never_been_killed(world, tmp_path, caplo
 
 
 @pytest.mark.slow
+def test_a_run_that_is_asked_to_end_saves_its_last_step_and_goes_on_from_it(world, tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    rarely = {"train__log_every": 1, "train__checkpoint_every": 100, "train__eval_every": 5}
+    commands.train(world.config(**rarely), whole)
+    for number, code, step in (
+        (signal.SIGTERM, 143, 4), (signal.SIGINT, 130, 10), (signal.SIGHUP, 129, 17),
+    ):  # fmt: skip
+        finished = small.run_and_signal(
+            *(number, "experiments.train", "logging", "stopped", step),
+            world.flags(stopped, **rarely),
+        )
+        assert finished.returncode == code
+        (line,) = finished.stderr.splitlines()
+        assert line.startswith(f"stopped by {signal.Signals(number).name}; ")
+        last = max(int(path.name) for path in (stopped / "checkpoints").iterdir())
+        # The signal may reach the main thread a step later.
+        assert step <= last <= step + 1
+        assert not list(stopped.glob(".*"))
+    commands.train(world.config(**rarely), stopped)
+    for name in (results.FILE, "metrics.jsonl"):
+        assert (stopped / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.slow
 def test_a_killed_teacher_is_unfinished_and_can_be_finished(world, tmp_path):
     teacher = tmp_path / "teacher"
     flags = world.flags(teacher, teacher__workdir="")

@@ -3,6 +3,7 @@
 import difflib
 import itertools
 import math
+import os
 from collections.abc import Collection, Iterator
 from typing import Any
 
@@ -241,6 +242,15 @@ def _check_costs(config: ConfigDict) -> None:
 
 
 def _check_platforms() -> None:
+    try:
+        jax.devices()
+    # JAX asserts that there is a device, where it knows none of the kind.
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition(" (set ")[0] or "there is no such device that JAX can use"
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        raise UserError(
+            f"JAX_PLATFORMS={asked}: {reason}; leave it unset, or set JAX_PLATFORMS=cpu"
+        ) from error
     try:
         jax.local_devices(backend="cpu")
     except RuntimeError as error:

@@ -13,6 +13,8 @@ import importlib
 import sys
 from pathlib import Path
 
+from kd_ranker.pipeline import signals
+
 COMMANDS = {
     "run": "run",
     "prepare": "prepare_data",
@@ -30,6 +32,7 @@ COMMANDS = {
 def main() -> None:
     name, *rest = arguments = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
+        signals.end_when_asked()
         sys.argv = [f"kd-ranker {name}", *rest]
         importlib.import_module(f"kd_ranker.experiments.{COMMANDS[name]}").start()
     else:

@@ -12,7 +12,7 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import CandidateBatch, FeatureSpec, Items, abstract_items, empty_batch
+from kd_ranker.batch import CandidateBatch, FeatureSpec, Items, abstract_batch, abstract_items
 from kd_ranker.deal import WHOLE, Deal
 from kd_ranker.embedding.lookup import (
     EmbeddingSpec,
@@ -163,7 +163,7 @@ def _reads_history(module: ModuleClass, config: ConfigDict) -> bool:
 
 def _finds_ids(lookup: Lookup, spec: FeatureSpec) -> bool:
     """True if a dataset has any of the ids that a lookup asks for."""
-    ids = jax.eval_shape(lookup.ids, empty_batch(spec, 1, 1), abstract_items(spec))
+    ids = jax.eval_shape(lookup.ids, abstract_batch(spec, 1, 1), abstract_items(spec))
     return ids.size > 0
 
 

@@ -15,10 +15,11 @@ from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from kd_ranker.config import checks, schema
+from kd_ranker.config import checks, identity, schema
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import references, results
+from kd_ranker.evaluation.measured import is_measured
 from kd_ranker.evaluation.results import Row
 from kd_ranker.pipeline import cluster, exporting, runs, scoring, supervision, teachers, trained
 from kd_ranker.pipeline import data_lines as of_data
@@ -49,11 +50,12 @@ from kd_ranker.sources.logs.layout import read_layout
 from kd_ranker.sources.logs.write_back import Scored
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.sweep.members import common, repeats, sweep_members
-from kd_ranker.sweep.memory import cohort_size
-from kd_ranker.sweep.sweep import TEST, Cohort, Sweep, is_measured, mark_measured, open_sweep
+from kd_ranker.sweep.memory import check_memory, cohort_size
+from kd_ranker.sweep.sweep import TEST, Cohort, Sweep, open_sweep
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import skip_steps
 from kd_ranker.training.processes import first_holds, on_first
+from kd_ranker.training.recipes import student_groups
 
 # What is chosen is chosen on the first; the second is read for what is reported.
 MEASURED_SPLITS = ("validation", "test")
@@ -130,7 +132,8 @@ def train_teacher(config: ConfigDict, workdir: Path) -> list[Row]:
             measure(config, dataset, split, teacher, {}, [], statistics=statistics)
             for split in MEASURED_SPLITS
         ]
-        write_measured(config, workdir, *measured)
+        whose = identity.of_teacher(config, dataset.identity)
+        write_measured(config, workdir, whose, *measured)
     return measured[-1].rows[:1]
 
 
@@ -249,7 +252,8 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
         measured = [
             measure(shared, dataset, split, known, members, students) for split in MEASURED_SPLITS
         ]
-        write_measured(config, workdir, *measured)
+        whose = runs.students_identity(members, dataset, teacher)
+        write_measured(config, workdir, whose, *measured)
     return [row for row in measured[-1].rows if row["role"] == "student"]
 
 
@@ -286,6 +290,8 @@ def _sweep(config: ConfigDict, workdir: Path) -> bool:
     sweep = sweep.planned(size, lambda member: teachers.version_of(open_teacher(member)[0]))
     workdirs.write_config(workdir, "sweep", config)
     shared = [common(cohort) for cohort in sweep.cohorts]
+    for cohort, each in zip(sweep.cohorts, shared, strict=True):
+        check_memory(each, student_groups(cohort, dataset.spec), each.batch, dataset.spec)
     if config.launcher == "ray":
         _train_elsewhere(config, sweep, open_teacher)
     with runs.progress_bar(workdir.name, sum(each.train.steps for each in shared)) as bar:
@@ -350,8 +356,8 @@ def _train_cohort(
         return
     students = runs.fit_students(config, dataset, teacher, cohort, folder, bar)
     known = reference(config, dataset, teacher)
-    write_measured(config, folder, measure(config, dataset, "validation", known, cohort, students))
-    mark_measured(folder, whose)
+    measured = measure(config, dataset, "validation", known, cohort, students)
+    write_measured(config, folder, whose, measured)
 
 
 def _test_cohort(
@@ -376,8 +382,7 @@ def _test_cohort(
         *(config, dataset, "test", known, cohort), [of for of in students if of.names],
         serves=serves, statistics=statistics,
     )  # fmt: skip
-    write_measured(config, folder / TEST, measured)
-    mark_measured(folder / TEST, tested)
+    write_measured(config, folder / TEST, tested, measured)
 
 
 def _students_again(

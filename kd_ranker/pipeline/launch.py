@@ -19,7 +19,7 @@ from ml_collections import ConfigDict, config_flags
 import kd_ranker.configs
 from kd_ranker.config import checks
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import options
+from kd_ranker.pipeline import faults, options, signals
 from kd_ranker.pipeline.trained import config_of
 from kd_ranker.training import processes
 
@@ -186,12 +186,23 @@ def _start(
 
     def main(arguments: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
+        faults.report_once()
         try:
             run(arguments)
         except (UserError, *_BAD_PATH) as error:
             fail(error)
+        except Exception as error:
+            if fault := faults.fault_of(error):
+                fail(UserError(fault))
+            raise
 
-    app.run(main, flags_parser=parse_or_fail)
+    signals.stop_when_asked()
+    try:
+        app.run(main, flags_parser=parse_or_fail)
+    except signals.Stopped as stopped:
+        signals.exit_after(stopped)
+    finally:
+        signals.end_when_asked()
 
 
 def _name_of(program: str) -> str:

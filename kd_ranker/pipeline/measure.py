@@ -18,6 +18,7 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import cost, kept, results, totals
 from kd_ranker.evaluation.evaluate import Ranker, Summed, evaluate, make_serve
 from kd_ranker.evaluation.kept import Kept
+from kd_ranker.evaluation.measured import write_tables
 from kd_ranker.evaluation.metrics import METRICS, TARGET, ReportAt, result_columns
 from kd_ranker.evaluation.references import (
     ORDER_ALONE,
@@ -33,7 +34,7 @@ from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests.records import Dataset
-from kd_ranker.training import workdir as workdirs
+from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.mapping import first_devices, own_devices
 from kd_ranker.training.state import select_member
 
@@ -367,12 +368,13 @@ def teacher_flops(config: ConfigDict, spec: FeatureSpec, teacher: Teacher | None
     return _flops_of_described("teacher", section, spec, len(spec.tasks), retrieved)
 
 
-def write_measured(config: ConfigDict, workdir: Path, *splits: Measured) -> None:
-    """Writes the tables of a run, each whole or not at all, `results.csv` last.
+def write_measured(config: ConfigDict, workdir: Path, whose: Identity, *splits: Measured) -> None:
+    """Writes the tables of a run, `results.csv` last; see `measured.write_tables`.
 
     Args:
       config: what the members have in common.
       workdir: the folder to write to.
+      whose: the identity of the rankers.
       *splits: what was measured on each split; curves and calibration are those of the last.
     """
     names = results.columns(config.tasks, report_at(config), results.swept_columns(config))
@@ -386,6 +388,5 @@ def write_measured(config: ConfigDict, workdir: Path, *splits: Measured) -> None
             measured.calibration, results.CALIBRATION_COLUMNS
         )
     files[results.FILE] = results.to_csv(measured.rows, names)
-    for file, content in files.items():
-        workdirs.write_atomically(workdir / file, content)
+    write_tables(workdir, files, whose)
     logging.info("wrote %s", workdir / results.FILE)

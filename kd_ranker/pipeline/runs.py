@@ -23,6 +23,7 @@ from kd_ranker.evaluation.results import Row
 from kd_ranker.pipeline.measure import Students, measure, own_reference, reference
 from kd_ranker.pipeline.teachers import Teacher, version_of
 from kd_ranker.requests.records import Dataset
+from kd_ranker.sweep.memory import check_memory
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.checkpoints import Identity
@@ -238,6 +239,7 @@ def prepare_run(
 ) -> Run:
     """The run of these groups on the batches of `section`: `config`, or `config.teacher`."""
     check_same("dataset", dataset.identity)
+    check_memory(config, groups, section.batch, dataset.spec)
     sizes = [len(group.names) for group in groups]
     mapping = device_mapping(config, sizes, section.batch.requests)
     if jax.devices()[0].platform == "tpu":

@@ -13,6 +13,7 @@ from kd_ranker.distillation.modes import MODES, Mode
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
+from kd_ranker.evaluation.measured import check_whole
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import runs, teachers
 from kd_ranker.requests import storage
@@ -122,6 +123,7 @@ def open_finished(workdir: Path, member: str = "", serve: str = "", data_dir: st
             f"{found.title} is trained, but its run is not finished; finish it with: python -m "
             f"experiments.{command}, with the flags that it was started with"
         )
+    check_whole(workdir)
     return found
 
 

@@ -14,6 +14,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.evaluation import kept, results
 from kd_ranker.evaluation.cost import Costs, costs_of
 from kd_ranker.evaluation.kept import Kept
+from kd_ranker.evaluation.measured import check_whole
 from kd_ranker.evaluation.metrics import METRICS, ReportAt, result_columns
 from kd_ranker.evaluation.results import REPEAT
 from kd_ranker.evaluation.saving import baseline, best_of_ways, of_split, with_savings
@@ -24,8 +25,11 @@ from kd_ranker.training.workdir import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
     METRICS_FILE,
+    REMOVE_ENVIRONMENT,
     as_json,
     read_config,
+    read_json,
+    read_metrics,
     values_by_key,
 )
 
@@ -116,6 +120,8 @@ def _checked_config(workdir: Path) -> ConfigDict:
     for name in (results.FILE, CONFIG_FILE):
         if not (workdir / name).is_file():
             raise UserError(f"{workdir} holds no {name}; {_make(workdir)}")
+    for folder in (workdir, *sorted(workdir.glob(f"{FOLDER}/*/{TEST}"))):
+        check_whole(folder)
     return read_config(workdir)
 
 
@@ -191,7 +197,7 @@ def _allowed(workdirs: Sequence[Path]) -> list[str]:
 
 def _environments(workdirs: Sequence[Path]) -> dict[str, dict]:
     return {
-        str(workdir): json.loads((workdir / ENVIRONMENT_FILE).read_text())
+        str(workdir): read_json(workdir / ENVIRONMENT_FILE, REMOVE_ENVIRONMENT)
         for workdir in workdirs
         if (workdir / ENVIRONMENT_FILE).is_file()
     }
@@ -400,11 +406,7 @@ def _losses(workdirs: list[Path]) -> tuple[pd.DataFrame, list[str]]:
         if not paths:
             missing.append(f"{workdir} holds no {FOLDER}/*/{METRICS_FILE}")
         for path in paths:
-            for line in path.read_text().splitlines():
-                # The last line of a killed run may be cut short.
-                if not line.endswith("}"):
-                    continue
-                scalars = json.loads(line)
+            for scalars in read_metrics(path):
                 for key, value in scalars.items():
                     if match := re.fullmatch(r"(user_loss|distill_loss)(?:/(.+))?", key):
                         kind, member = match.groups(default="")

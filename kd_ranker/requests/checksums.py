@@ -11,7 +11,7 @@ import contextlib
 import json
 import os
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -77,6 +77,11 @@ def check(folder: Path, beside: bool = False, thorough: bool = False) -> None:
         # A file of others keeps its time, and the next check is as long.
         with contextlib.suppress(OSError):
             os.utime(folder / FILE, ns=(newest, newest))
+
+
+def of_files(paths: Iterable[Path]) -> str:
+    """The CRC-32 of each of some files, as text."""
+    return " ".join(str(_crc(path)) for path in paths)
 
 
 def _crc(path: Path) -> int:

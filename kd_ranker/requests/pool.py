@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,13 +63,21 @@ def _running(executor: Executor) -> Iterator[Runner]:
     with executor:
         try:
             yield run
-        except BaseException:
+        except BaseException as error:
             executor.shutdown(wait=False, cancel_futures=True)
+            if not isinstance(error, Exception):
+                # This process is to end, and would wait for what they do.
+                for process in multiprocessing.active_children():
+                    process.terminate()
             raise
 
 
 def _end_with_parent() -> None:
-    """Ends this process when its parent has died: it would wait for the next call for ever."""
+    """Ends this process when its parent has died: it would wait for the next call for ever.
+
+    A terminal sends an interruption to both, and the parent alone has something to say to it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

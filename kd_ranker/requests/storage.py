@@ -151,7 +151,7 @@ def _write_records(source: Source, folder: Path) -> None:
         shards = source.shards(split) if source.shards else [_whole_split(source, split)]
         paths[split] = _paths_of(split, len(shards), kept)
         calls += [
-            (path, shard, source.spec, split)
+            (path, shard, source.spec, split, source.resume is not None)
             for path, shard in zip(paths[split], shards, strict=True)
         ]
     missing = _missing(calls, kept) if source.resume else calls
@@ -214,16 +214,30 @@ def _missing(calls: Sequence[tuple], kept: Path) -> list[tuple]:
     kept.mkdir(parents=True, exist_ok=True)
     for unfinished in kept.glob(f"{_UNFINISHED}*"):
         unfinished.unlink(missing_ok=True)
-    missing = [call for call in calls if not call[0].exists()]
+    missing = [call for call in calls if not _is_whole(call[0])]
     if found := len(calls) - len(missing):
         logging.warning("%d of %d shards were found finished in %s", found, len(calls), kept)
     return missing
 
 
-def write_shard(path: Path, requests: Shard, spec: FeatureSpec, split: str) -> None:
+def _is_whole(shard: Path) -> bool:
+    """Tests if a kept shard is there, as it was written."""
+    try:
+        return _sums(shard).read_text() == checksums.of_files((shard, *row_files.parts_of(shard)))
+    except FileNotFoundError:
+        return False
+
+
+def _sums(shard: Path) -> Path:
+    return shard.with_name(f"{shard.name}.sums")
+
+
+def write_shard(
+    path: Path, requests: Shard, spec: FeatureSpec, split: str, is_kept: bool = False
+) -> None:
     """Writes requests to a file, which is whole or absent, and their rows beside it.
 
-    It knows their number itself.
+    It knows their number itself. One that `is_kept` for a later build has checksums as well.
     """
     parts = (path, *row_files.parts_of(path))
     temporary = [part.with_name(f"{_UNFINISHED}{part.name}.{os.getpid()}") for part in parts]
@@ -241,12 +255,15 @@ def write_shard(path: Path, requests: Shard, spec: FeatureSpec, split: str) -> N
                     writer.write(record)
                 numbers, where = row_files.flat(block, spec, split, written)
                 written += len(numbers)
-                numbers.tofile(rows_file)
-                where.tofile(counts_file)
+                # `tofile` would not say why it fails.
+                rows_file.write(np.ascontiguousarray(numbers).data)
+                counts_file.write(np.ascontiguousarray(where).data)
         # The records last: where they are, all is.
         for part, finished in reversed([*zip(temporary, parts, strict=True)]):
             _flush(part)
             part.replace(finished)
+        if is_kept:
+            _sums(path).write_text(checksums.of_files(parts))
     finally:
         for part in temporary:
             part.unlink(missing_ok=True)

@@ -1,18 +1,19 @@
 """The number of members that share a program: as many as fit the memory of the devices."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import psutil
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import FeatureSpec, Items, abstract_items, empty_batch
+from kd_ranker.batch import CandidateBatch, FeatureSpec, Items, abstract_batch, abstract_items
 from kd_ranker.distillation.losses import PAIRWISE, pairs_held
 from kd_ranker.embedding.lookup import gather_rows
+from kd_ranker.errors import UserError
 from kd_ranker.training import recipes
 from kd_ranker.training.mapping import first_devices, own_devices
+from kd_ranker.training.recipes import Group
 
 # What XLA was seen to keep of a member beside its state, in arrays of the size of its gathered
 # rows: `tests/sweep/test_memory.py` holds the estimate against the compiled program.
@@ -42,11 +43,15 @@ def cohort_size(config: ConfigDict, members: Iterable[ConfigDict], spec: Feature
     one_a_group = {recipes.shared_part(member): member for member in members}
     largest = max(member_bytes(member, spec) for member in one_a_group.values())
     fit = max(1, int(_SHARE_OF_MEMORY * free_memory(config) / largest))
+    return CohortSize(fit, _devices_of_members(config))
+
+
+def _devices_of_members(config: ConfigDict) -> int:
+    """The number of devices that members may be spread over."""
     parallel = config.parallel
     # Where devices share all members, be it by `pmap` or because they share the tables' rows.
     share_members = parallel.mapping == "pmap" or parallel.tables == "sharded"
-    devices = 1 if share_members else len(first_devices(parallel.devices))
-    return CohortSize(fit, parallel.members or devices)
+    return parallel.members or (1 if share_members else len(first_devices(parallel.devices)))
 
 
 def member_bytes(config: ConfigDict, spec: FeatureSpec) -> int:
@@ -59,20 +64,59 @@ def member_bytes(config: ConfigDict, spec: FeatureSpec) -> int:
     requests, candidates = config.batch.requests, config.batch.candidates
     pairwise = sum(term.loss in PAIRWISE for term in recipes.terms_of(config))
     pairs = pairwise * pairs_held(requests, candidates, len(spec.tasks))
+    (group,) = recipes.student_groups({"": config}, spec)
+    held, rows = _state_and_rows(config, group, config.batch, spec)
+    return int(3 * held) + _WORKING_ARRAYS * rows + _PAIR_ARRAYS * 4 * pairs
 
-    def state_and_rows(items: Items) -> Any:
-        (group,) = recipes.student_groups({"": config}, spec)
-        batch = jax.tree.map(jnp.asarray, empty_batch(spec, requests, candidates))
+
+def check_memory(
+    config: ConfigDict, groups: Sequence[Group], batch: ConfigDict, spec: FeatureSpec
+) -> None:
+    """Checks that a device has the memory that training needs at the least.
+
+    That is the state of the members that it trains, and the rows that one of a group gathers for
+    its share of a batch.
+
+    Args:
+      config: the config.
+      groups: the members that train together.
+      batch: `config.batch` or `config.teacher.batch`.
+      spec: of the dataset.
+
+    Raises:
+      UserError: it has not, or there is no array of such a size.
+    """
+    remedy = "lower the widths of the model or batch.requests, or train fewer members at once"
+    devices = len(first_devices(config.parallel.devices))
+    try:
+        found = [_state_and_rows(config, group, batch, spec) for group in groups]
+    except (OverflowError, ValueError, TypeError) as error:
+        fault = f"a model or a batch has a size that cannot be had: {error}"
+        raise UserError(f"{fault}; {remedy}") from error
+    states, rows = (sum(of) for of in zip(*found, strict=True))
+    needed = int(states / _devices_of_members(config) + rows / devices)
+    if needed > (free := free_memory(config)):
+        raise UserError(
+            f"training needs {needed / 1e9:,.1f} GB of a device at the least, and "
+            f"{free / 1e9:,.1f} GB are free; {remedy}"
+        )
+
+
+def _state_and_rows(
+    config: ConfigDict, group: Group, batch: ConfigDict, spec: FeatureSpec
+) -> tuple[float, int]:
+    """Bytes of the state of a group on a device, and of what a member gathers for a batch."""
+
+    def made(batch: CandidateBatch, items: Items) -> Any:
         state = group.init()
         tables = {name: table[0] for name, table in state.parameters.tables.items()}
         embedding = group.recipe.model.embedding
         return state, gather_rows(embedding, tables, batch, items, whole_rows=False)
 
-    state, rows = jax.eval_shape(state_and_rows, abstract_items(spec))
-    held = _bytes(state) - (1 - 1 / _devices_of_rows(config)) * _bytes(
-        (state.parameters.tables, state.owners)
-    )
-    return int(3 * held) + _WORKING_ARRAYS * _bytes(rows) + _PAIR_ARRAYS * 4 * pairs
+    abstract = abstract_batch(spec, batch.requests, batch.candidates)
+    state, rows = jax.eval_shape(made, abstract, abstract_items(spec))
+    shared = _bytes((state.parameters.tables, state.owners))
+    return _bytes(state) - (1 - 1 / _devices_of_rows(config)) * shared, _bytes(rows)
 
 
 def _devices_of_rows(config: ConfigDict) -> int:

@@ -8,8 +8,6 @@ machine even, goes on with it, and one that is extended adds to it.
 
 import dataclasses
 import itertools
-import json
-import zlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
@@ -19,17 +17,17 @@ from ml_collections import ConfigDict
 from kd_ranker.config import identity
 from kd_ranker.config.schema import sweepable, value_of
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import kept, results
+from kd_ranker.evaluation import results
 from kd_ranker.evaluation.cost import FLOPS, Costs, costs_of
+from kd_ranker.evaluation.measured import is_measured, is_whole, write_tables
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.sweep.memory import CohortSize
 from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.recipes import shared_part
-from kd_ranker.training.workdir import write_atomically
+from kd_ranker.training.workdir import read_json, with_checksum, write_atomically
 
 FILE, FOLDER = "cohorts.json", "cohorts"
 TEST = "test"  # the folder in that of a cohort with the tables of its chosen members on test
-MEASURED_FILE = "measured.json"  # beside the tables of results
 
 Cohort = Mapping[str, ConfigDict]  # members by name
 
@@ -67,8 +65,15 @@ class Sweep:
         return [self.workdir / FOLDER / str(index) for index in range(len(self.plan))]
 
     def is_complete(self) -> bool:
-        """True if all members are trained and measured, and their results joined."""
-        return not self._unplaced() and is_measured(self.workdir, self._identity())
+        """True if all members are trained and measured, and their results joined.
+
+        A table that is not as it was written does not count, nor does what it was joined to.
+        """
+        joined = not self._unplaced() and is_measured(self.workdir, self._identity())
+        if not (joined and all(map(is_whole, self.folders))):
+            return False
+        tested = self.with_any(results.chosen(self.validation()))
+        return all(is_whole(folder / TEST) for folder in tested)
 
     def planned(self, size: CohortSize, version: Callable[[ConfigDict], str]) -> "Sweep":
         """The sweep with a place in a cohort for every member, written to its workdir.
@@ -90,8 +95,9 @@ class Sweep:
                     f"{self.workdir} holds a sweep under the teacher {begun or 'of the logs'}, "
                     f"and now it is {now or 'that of the logs'}; use another --workdir"
                 )
-        content = {"teachers": teachers, "cohorts": plan}
-        write_atomically(self.workdir / FILE, json.dumps(content, indent=2))
+        write_atomically(
+            self.workdir / FILE, with_checksum({"teachers": teachers, "cohorts": plan})
+        )
         return dataclasses.replace(self, plan=plan, teachers=teachers)
 
     def with_any(self, names: Collection[str]) -> list[Path]:
@@ -109,9 +115,7 @@ class Sweep:
         tables = results.join(
             self.folders, [folder / TEST for folder in tested], retrieved, self.members, self.costs
         )
-        for file, text in tables.items():
-            write_atomically(self.workdir / file, text)
-        mark_measured(self.workdir, self._identity())
+        write_tables(self.workdir, tables, self._identity())
 
     def validation(self) -> pd.DataFrame:
         """The rows of all members on validation."""
@@ -153,11 +157,12 @@ def _read_plan(workdir: Path) -> tuple[list[str], list[list[str]]]:
     """The teachers' versions and the cohorts of a sweep; none of one that was not begun."""
     path, folder = workdir / FILE, workdir / FOLDER
     if path.exists():
+        remedy = "put back what was written, or use another --workdir"
+        plan = read_json(path, remedy)
         try:
-            plan = json.loads(path.read_text())
             return plan["teachers"], plan["cohorts"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged: {error}; use another --workdir") from error
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged: {error}; {remedy}") from error
     if folder.exists():
         raise UserError(
             f"{folder} holds students, and {FILE}, which says who they are, is gone; put that "
@@ -195,23 +200,3 @@ def _blocks(members: Cohort, size: int) -> list[list[str]]:
 def _batches_of(member: ConfigDict) -> list[object]:
     """The values of the keys that the members of a cohort have in common."""
     return [value_of(member, key.name) for key in sweepable() if key.sweep == "cohorts"]
-
-
-def mark_measured(folder: Path, whose: Identity) -> None:
-    """Writes down whose the tables of results in a folder are, and their checksums."""
-    write_atomically(folder / MEASURED_FILE, json.dumps(_mark(folder, whose), indent=2))
-
-
-def is_measured(folder: Path, whose: Identity) -> bool:
-    """True if the tables of results in a folder are there, as they were written, and of `whose`."""
-    try:
-        return json.loads((folder / MEASURED_FILE).read_text()) == _mark(folder, whose)
-    except (OSError, ValueError):  # missing, or cut short
-        return False
-
-
-def _mark(folder: Path, whose: Identity) -> dict[str, dict]:
-    files = (results.CURVES_FILE, results.CALIBRATION_FILE, kept.FILE, kept.CURVES_FILE)
-    there = [results.FILE, *(file for file in files if (folder / file).exists())]
-    checksums = {file: zlib.crc32((folder / file).read_bytes()) for file in there}
-    return {"identity": dict(whose), "files": checksums}

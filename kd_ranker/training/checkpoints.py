@@ -9,6 +9,7 @@ it is used. A whole one that belongs to another run is left where it is, and nev
 import contextlib
 import functools
 import json
+import shutil
 import textwrap
 import zlib
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,8 @@ Identity = Mapping[str, str]
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged_checkpoints"
 _SEAL = "files.json"  # beside a checkpoint's own files: the CRC-32 of each
 _KEEP = 3
+# What a checkpoint takes on a disk: at most as much more than its state, and so many bytes.
+_MORE_THAN_STATE, _BESIDE_STATE = 1.1, 2**18
 
 
 @contextlib.contextmanager
@@ -99,6 +102,21 @@ def _sizes(state: Any) -> str:
     return " ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(state))
 
 
+def check_room(workdir: Path, state: Any) -> None:
+    """Raises UserError unless the disk has room for one more checkpoint of a state.
+
+    A disk may be full all the same by the time that it is written.
+    """
+    leaves = jax.tree.leaves(state)
+    needed = int(_MORE_THAN_STATE * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
+    needed, free = needed + _BESIDE_STATE, shutil.disk_usage(workdir).free
+    if free < needed:
+        raise UserError(
+            f"the disk of {workdir} has {free / 1e6:,.1f} MB free, and the next checkpoint needs "
+            f"{needed / 1e6:,.1f} MB; free some, and the same command goes on from what is saved"
+        )
+
+
 def save(
     manager: ocp.CheckpointManager,
     step: int,
@@ -108,6 +126,7 @@ def save(
 ) -> None:
     """Starts saving; `state` may be donated as soon as this returns."""
     _seal(manager)
+    check_room(Path(manager.directory), state)
     # On CPU the host may share the device's buffer, which the next step donates; so copy.
     host_state = jax.tree.map(lambda leaf: np.array(leaf), state)
     record = {

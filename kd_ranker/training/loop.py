@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Int, Shaped
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -17,6 +19,7 @@ from tqdm import tqdm
 from kd_ranker.errors import UserError
 from kd_ranker.training import checkpoints
 from kd_ranker.training.checkpoints import Identity
+from kd_ranker.training.interruption import until_interrupted
 from kd_ranker.training.run import (
     Run,
     abstract_states,
@@ -31,6 +34,9 @@ from kd_ranker.training.workdir import MetricsWriter
 
 Evaluate = Callable[[States], tuple[dict[str, float], str]]
 
+# Seconds that the steps of one call may take: between two calls it is seen if training is to end.
+_LONGEST_CALL = 2.0
+
 
 def fit(
     run: Run, train: ConfigDict, workdir: Path, identity: Identity, evaluate: Evaluate, bar: tqdm
@@ -38,7 +44,8 @@ def fit(
     """Trains until the last member is done, from the newest checkpoint in `workdir` if any.
 
     A member whose loss stops being finite is frozen and reported, and the others go on; where none
-    is left, the run ends early.
+    is left, the run ends early. An exception that interrupts the wait for it, as KeyboardInterrupt,
+    is raised once a checkpoint of the last step is whole.
 
     Args:
       run: the members, their batches and devices.
@@ -53,9 +60,24 @@ def fit(
       The state of each group after the last step, on the host.
 
     Raises:
-      UserError: the loss of a single run stopped being finite, or the checkpoints in `workdir` have
-        another identity.
+      UserError: the loss of a single run stopped being finite, the checkpoints in `workdir` have
+        another identity, or the disk has no room for the next one.
     """
+    return until_interrupted(
+        lambda stop: _fit(run, train, workdir, identity, evaluate, bar, stop),
+    )
+
+
+def _fit(
+    run: Run,
+    train: ConfigDict,
+    workdir: Path,
+    identity: Identity,
+    evaluate: Evaluate,
+    bar: tqdm,
+    stop: Callable[[], bool],
+) -> States:
+    """`fit`, which ends with a checkpoint soon after `stop` says so."""
     lengths = _by_name(run, [numbers.steps for numbers in run.numbers])
     batches = iter(run.batches)
     with checkpoints.open_manager(workdir) as manager:
@@ -63,24 +85,32 @@ def fit(
         skip_steps(bar, start)
         if start >= run.steps:
             return states
+        checkpoints.check_room(workdir, abstract_states(run.groups))
         states = run.devices.place(states) if start else initial_states(run)
         diverged, best = _diverged_members(run, states), ""
         with contextlib.closing(MetricsWriter(workdir, start)) as writer:
-            step = start
-            while step < run.steps:
+            step, most, stopping = start, 1, 0.0
+            while step < run.steps and not stopping:
                 training = {name for name, last in lengths.items() if step < last}
                 if training <= diverged.keys():
                     skip_steps(bar, run.steps - step)
                     break
-                packed, span = batches.take(_next_stop(step, lengths.values(), train) - step)
+                wanted, since = _next_stop(step, lengths.values(), train) - step, time.monotonic()
+                packed, span = batches.take(min(wanted, most))
                 states, losses = take_steps(run, states, packed, span)
+                if most < wanted:
+                    jax.block_until_ready(losses)
+                    most = _next_most(most, _agreed(time.monotonic() - since))
                 step += span.stop - span.start
                 bar.update(span.stop - span.start)
-                due, scalars = _due_after(step, run.steps, train), {}
-                if due.saving:
+                due, scalars, stopping = _due_after(step, run.steps, train), {}, _agreed(stop())
+                saving = due.saving or stopping
+                if saving:
                     states = _mark_diverged(run, states)
-                if due.logging:
+                # A state is looked at before it is saved: a run could not go on from a NaN.
+                if due.logging or saving:
                     diverged = _report(_diverged_members(run, states), before=diverged)
+                if due.logging:
                     scalars = _scalars(run, states, losses, training - diverged.keys())
                 if due.evaluation:
                     measured, best = evaluate(states_on_host(run, states))
@@ -88,8 +118,10 @@ def fit(
                 if scalars:
                     writer.write(step, scalars)
                     bar.set_postfix_str(_progress(run, scalars, diverged, best))
-                if due.saving:
+                if saving:
                     checkpoints.save(manager, step, states_on_host(run, states), batches, identity)
+    if stopping and not stop():
+        raise UserError(f"another process has ended this run after step {step}; start all anew")
     return jax.tree.map(np.asarray, states_on_host(run, states))
 
 
@@ -98,6 +130,20 @@ def _next_stop(step: int, lengths: Iterable[float], train: ConfigDict) -> int:
     every = (train.log_every, train.checkpoint_every, train.eval_every)
     chores = [(step // steps + 1) * steps for steps in every if steps]
     return min(*chores, *(int(last) for last in lengths if last > step))
+
+
+def _next_most(most: int, seconds: float) -> int:
+    """The most steps of the next call, after one of at most `most` that took so many seconds."""
+    if seconds > _LONGEST_CALL:
+        return max(1, most // 2)
+    return 2 * most if seconds < _LONGEST_CALL / 2 else most
+
+
+def _agreed(number: float) -> float:
+    """The largest of the numbers of all processes, which have to take the same steps."""
+    if jax.process_count() == 1:
+        return number
+    return float(multihost_utils.process_allgather(np.float32(number)).max())
 
 
 class _Due(NamedTuple):
@@ -111,7 +157,6 @@ def _due_after(step: int, steps: int, train: ConfigDict) -> _Due:
     last = step == steps
     saving = last or step % train.checkpoint_every == 0
     return _Due(
-        # A state is looked at before it is saved: a run could not go on from a NaN.
         logging=saving or step % train.log_every == 0,
         # The last states are measured in full once the run is over.
         evaluation=not last and train.eval_every and step % train.eval_every == 0,

@@ -36,6 +36,8 @@ def start() -> None:
     Raises:
       UserError: nothing says so, or process 0 cannot be reached.
     """
+    # It would take the signals that ask a command to end; `loop.fit` agrees on these by itself.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(initialization_timeout=_SECONDS_TO_START, **_from_variables())
     except ValueError as error:

@@ -3,13 +3,15 @@
 import json
 import os
 import platform
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
 import tensorboardX
+from absl import logging
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 
@@ -18,6 +20,9 @@ from kd_ranker.training.processes import is_first, on_first
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
+_CRC32 = "crc32"  # of all else in a JSON object, as its last key
+_AGAIN = "start the command that made it again, with its flags, which writes it anew"
+REMOVE_ENVIRONMENT = "remove it: it only tells what the run was started with"
 _PACKAGES = ("kd_ranker", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
@@ -32,8 +37,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def _write(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def values_by_key(text: str, without: Sequence[str] = ()) -> dict[str, object]:
@@ -74,7 +82,13 @@ def check(workdir: Path, command: str, config: ConfigDict, without: Sequence[str
     owner = owner_of(workdir)
     if owner not in (None, command):
         raise UserError(f"{workdir} belongs to a run of {owner}; use another --workdir")
-    there, here = (values_by_key(text, without) for text in (path.read_text(), as_json(config)))
+    try:
+        text = _config_text(workdir)
+    except UserError as error:
+        # Whose the checkpoints and the tables are, these say themselves.
+        logging.warning("%s", str(error).replace(_AGAIN, "it is written anew"))
+        return
+    there, here = (values_by_key(of, without) for of in (text, as_json(config)))
     differing = [
         f"{key} ({there.get(key)!r} there, {here.get(key)!r} now)"
         for key in sorted(there.keys() | here.keys())
@@ -98,8 +112,56 @@ def claim(workdir: Path, command: str, config: ConfigDict, without: Sequence[str
 
 def owner_of(workdir: Path) -> str | None:
     """The entry point whose run a workdir holds; None where it does not say."""
+    return _environment(workdir).get("command")
+
+
+def _environment(workdir: Path) -> dict[str, Any]:
     path = workdir / ENVIRONMENT_FILE
-    return json.loads(path.read_text()).get("command") if path.exists() else None
+    return read_json(path, REMOVE_ENVIRONMENT) if path.exists() else {}
+
+
+def _config_text(workdir: Path) -> str:
+    """The text of `config.json`; UserError unless it is as it was written."""
+    path = workdir / CONFIG_FILE
+    # An older release has written down no sum.
+    expected = _environment(workdir).get("config_crc32")
+    content = path.read_bytes()
+    if expected is None:
+        _parsed(content, path, _AGAIN)
+    elif zlib.crc32(content) != expected:
+        raise UserError(f"{path} is not as it was written; {_AGAIN}")
+    return content.decode()
+
+
+def with_checksum(content: Mapping[str, Any]) -> str:
+    """The text of a JSON file that `read_json` can tell from a damaged one."""
+    return json.dumps({**content, _CRC32: _crc32(content)}, indent=2)
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """The content of a JSON file, whether or not it was written `with_checksum`.
+
+    Raises:
+      UserError: it is damaged; the message ends with `remedy`.
+    """
+    content = _parsed(path.read_bytes(), path, remedy)
+    if content.pop(_CRC32, None) not in (None, _crc32(content)):
+        raise UserError(f"{path} is not as it was written; {remedy}")
+    return content
+
+
+def _parsed(content: bytes, path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(content)
+        if not isinstance(parsed, dict):
+            raise ValueError("it is no JSON object")
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}; {remedy}") from error
+    return parsed
+
+
+def _crc32(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content).encode())
 
 
 def write_config(workdir: Path, command: str, config: ConfigDict) -> None:
@@ -111,10 +173,11 @@ def write_config(workdir: Path, command: str, config: ConfigDict) -> None:
         "system": platform.platform(),
         "devices": f"{len(devices)} × {devices[0].device_kind}",
         "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "config_crc32": zlib.crc32(as_json(config).encode()),
     }
     # In this order: `check` takes the second without the first for a config that was removed.
     write_atomically(workdir / CONFIG_FILE, as_json(config))
-    write_atomically(workdir / ENVIRONMENT_FILE, json.dumps(environment, indent=2))
+    write_atomically(workdir / ENVIRONMENT_FILE, with_checksum(environment))
 
 
 def as_json(config: ConfigDict) -> str:
@@ -123,8 +186,12 @@ def as_json(config: ConfigDict) -> str:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config that a run in `workdir` was started with."""
-    return ConfigDict(_with_tuples(json.loads((workdir / CONFIG_FILE).read_text())))
+    """The config that a run in `workdir` was started with.
+
+    Raises:
+      UserError: the file is damaged.
+    """
+    return ConfigDict(_with_tuples(json.loads(_config_text(workdir))))
 
 
 def _with_tuples(value: Any) -> Any:
@@ -132,6 +199,33 @@ def _with_tuples(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _with_tuples(of) for key, of in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The scalars of each line of a `metrics.jsonl`, with its `step`.
+
+    The last line may be cut short, where a run was killed; of others that are damaged it warns.
+    """
+    scalars, damaged = [], []
+    lines = path.read_text(errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            of_line = json.loads(line)
+            # An older release has written down no sum.
+            if of_line.pop(_CRC32, None) not in (None, _crc32(of_line)):
+                raise ValueError("the sum of the line is another")
+            int(of_line["step"])
+            scalars.append(of_line)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            if number < len(lines) or line.endswith("}"):
+                damaged.append(str(number))
+    if damaged:
+        logging.warning("%s: left out the damaged lines %s", path, ", ".join(damaged))
+    return scalars
+
+
+def _line(scalars: Mapping[str, float]) -> str:
+    return json.dumps({**scalars, _CRC32: _crc32(scalars)}) + "\n"
 
 
 class MetricsWriter:
@@ -143,10 +237,8 @@ class MetricsWriter:
     def __init__(self, workdir: Path, start: int):
         """Opens both files for a run that resumes after step `start`."""
         self._path = workdir / METRICS_FILE
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        # The last line of a killed run may be cut short.
-        whole = (line for line in lines if line.endswith("}"))
-        kept = (f"{line}\n" for line in whole if json.loads(line)["step"] <= start)
+        lines = read_metrics(self._path) if self._path.exists() else []
+        kept = (_line(scalars) for scalars in lines if scalars["step"] <= start)
         write_atomically(self._path, "".join(kept))
         self._events = (
             tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1) if is_first() else None
@@ -157,7 +249,7 @@ class MetricsWriter:
         if self._events is None:
             return
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
+            file.write(_line({"step": step, **scalars}))
         for name, value in scalars.items():
             self._events.add_scalar(name, value, step)
 

@@ -61,6 +61,17 @@ def test_a_machine_that_hides_its_cpu_is_told_before_anything_long(monkeypatch):
         checks.validate(config_with())
 
 
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("no tpu (set JAX_PLATFORMS='')")])
+def test_a_platform_that_is_not_there_is_one_line(monkeypatch, error):
+    def none():
+        raise error
+
+    monkeypatch.setattr(jax, "devices", none)
+    fault = fault_of(config_with())
+    assert fault.startswith("JAX_PLATFORMS=")
+    assert fault.endswith("; leave it unset, or set JAX_PLATFORMS=cpu")
+
+
 @pytest.mark.parametrize("variant", ["", "paper", "live", "sizes", "small"])
 def test_the_sweeps_of_the_cascade_are_valid(variant):
     checks.validate(cascade_sweep(variant))

@@ -14,6 +14,7 @@ from kd_ranker.config.identity import dataset_name
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import kept, results
+from kd_ranker.evaluation.measured import mark_measured
 from kd_ranker.evaluation.metrics import TARGET, ReportAt
 from kd_ranker.evaluation.references import REFERENCES
 from kd_ranker.pipeline import commands, measure, runs, scoring, teachers
@@ -23,7 +24,6 @@ from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sweep.members import sweep_members
-from kd_ranker.sweep.sweep import mark_measured
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
@@ -822,8 +822,9 @@ def test_a_whole_repeat_has_a_teacher_and_an_order_of_its_own(world, tmp_path):
 def test_a_sweep_under_another_teacher_is_refused(world, swept, tmp_path):
     workdir = tmp_path / "other_teacher"
     shutil.copytree(swept, workdir)
-    plan = json.loads((workdir / "cohorts.json").read_text())
-    (workdir / "cohorts.json").write_text(json.dumps(plan | {"teachers": ["elsewhere"]}))
+    plan = json.loads((workdir / "cohorts.json").read_text()) | {"teachers": ["elsewhere"]}
+    del plan["crc32"]
+    (workdir / "cohorts.json").write_text(json.dumps(plan))
     (workdir / results.FILE).unlink()
     fault = fault_of(commands.sweep, world.config(**SWEEP), workdir)
     assert "under the teacher elsewhere" in fault
@@ -891,11 +892,42 @@ def test_a_cohort_whose_results_were_not_marked_is_measured_again(world, swept, 
         assert (workdir / name).read_bytes() == (swept / name).read_bytes()
 
 
+@pytest.mark.parametrize("of", ["", "cohorts/0", "cohorts/0/test"])
+def test_a_changed_table_of_a_finished_sweep_is_told_and_made_again(world, swept, tmp_path, of):
+    workdir = tmp_path / "changed"
+    shutil.copytree(swept, workdir)
+    path = workdir / of / results.FILE
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"0.", b"1.", 1))
+    if of != "cohorts/0":  # of which a report reads nothing
+        fault = fault_of(commands.report, [workdir], tmp_path / "report")
+        assert f"{path} is not as it was written; start the command that made it again" in fault
+    assert commands.sweep(world.config(**SWEEP), workdir)
+    assert path.read_bytes() == content
+    assert not commands.sweep(world.config(**SWEEP), workdir)
+
+
+def test_a_sweep_whose_plan_is_not_as_it_was_written_is_told(world, swept, tmp_path):
+    workdir = tmp_path / "plan"
+    shutil.copytree(swept, workdir)
+    path = workdir / "cohorts.json"
+    text = path.read_text()
+    for damaged in (text[:30], text.replace("seed0", "seed1", 1)):
+        path.write_text(damaged)
+        fault = fault_of(commands.sweep, world.config(**SWEEP), workdir)
+        assert f"{path} is " in fault
+        assert fault.endswith("; put back what was written, or use another --workdir")
+
+
 def test_a_teacher_of_another_config_than_lies_beside_it_is_refused(world, tmp_path):
     teacher = tmp_path / "teacher"
     shutil.copytree(world.teacher, teacher)
     config = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps(config | {"seed": 5}))
+    fault = fault_of(commands.train, world.config(teacher__workdir=str(teacher)), tmp_path / "w")
+    assert f"{teacher / 'config.json'} is not as it was written; start the command" in fault
+    # As of a release that has not written down its sum.
+    (teacher / "environment.json").unlink()
     fault = fault_of(commands.train, world.config(teacher__workdir=str(teacher)), tmp_path / "w")
     assert "20 belongs to another run: config (" in fault
 

@@ -380,3 +380,10 @@ def test_what_no_feature_shows_costs_more_the_more_it_is(capsys: pytest.CaptureF
         ideal = np.sort(value)[-config.funnel.shown :].sum()
         lost, best = lost + ideal - value[chosen].sum(), best + ideal
     assert regret["production"] == pytest.approx(lost / best, abs=1e-4)
+
+
+def test_a_world_that_no_memory_holds_is_refused_before_it_is_made():
+    funnel = ConfigDict({"retrieved": 100, "passed": 30, "shown": 10})
+    for size in ("num_users", "num_items"):
+        with pytest.raises(UserError, match=rf"{size}=1000000000000.* GB of memory at the least"):
+            cascade.open_source(make_data(**{size: 10**12}), cascade.TASKS, funnel)

@@ -243,3 +243,14 @@ def test_what_is_saved_outlives_the_buffers_that_the_next_step_takes(tmp_path):
         blank = {"table": np.zeros_like(state_of(1)["table"])}
         restored, _ = checkpoints.restore(manager, blank, None, OURS)
     np.testing.assert_array_equal(restored["table"], state_of(1)["table"])
+
+
+def test_a_disk_without_room_for_the_next_checkpoint_is_told_with_what_it_needs(
+    tmp_path, monkeypatch
+):
+    state = {"table": jax.ShapeDtypeStruct((1000, 1000), np.float32)}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 0, 4_000_000))
+    with pytest.raises(UserError, match=r"has 4.0 MB free, and the next .* needs 4.7 MB; free so"):
+        checkpoints.check_room(tmp_path, state)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 0, 5_000_000))
+    checkpoints.check_room(tmp_path, state)

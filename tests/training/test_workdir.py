@@ -1,5 +1,3 @@
-import json
-
 import pytest
 from ml_collections import ConfigDict
 
@@ -46,8 +44,7 @@ def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path):
     writer = MetricsWriter(tmp_path, 2)
     writer.write(3, {"loss": 9.0})
     writer.close()
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    assert lines == [
+    assert workdirs.read_metrics(file) == [
         {"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 9.0},
     ]  # fmt: skip
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) >= 1
@@ -78,3 +75,63 @@ def test_a_run_whose_config_was_removed_is_not_taken_for_one_of_another_config(t
     with pytest.raises(UserError, match=r"config.json, which says of what, is gone; put that back"):
         workdirs.claim(tmp_path, "train", config_with(seed=1))
     assert not (tmp_path / workdirs.CONFIG_FILE).exists()
+
+
+@pytest.mark.parametrize("place", [0, 1, 3])
+def test_a_damaged_line_of_metrics_is_left_out_and_told_unless_it_was_cut(tmp_path, place, caplog):
+    writer = MetricsWriter(tmp_path, 0)
+    for step in (1, 2, 3, 4):
+        writer.write(step, {"loss": step / 2})
+    writer.close()
+    file = tmp_path / workdirs.METRICS_FILE
+    lines = file.read_text().splitlines()
+    for damaged in (lines[place].replace("0", "9", 1), lines[place][:-1], "\x00" * 30, "[1]"):
+        caplog.clear()
+        file.write_text("\n".join([*lines[:place], damaged, *lines[place + 1 :]]))
+        if "0" in lines[place] or damaged != lines[place]:
+            found = [scalars["step"] for scalars in workdirs.read_metrics(file)]
+            assert found == [step for step in (1, 2, 3, 4) if step != place + 1]
+            was_cut = place == 3 and not damaged.endswith("}")
+            assert (f"damaged lines {place + 1}" in caplog.text) != was_cut
+    # Those of an older release have no sum.
+    file.write_text('{"step": 1, "loss": 2.0}\n')
+    assert workdirs.read_metrics(file) == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_config_that_is_not_as_it_was_written_is_told_and_written_anew(tmp_path, caplog):
+    workdirs.claim(tmp_path, "train", config_with())
+    path = tmp_path / workdirs.CONFIG_FILE
+    text = path.read_text()
+    for damaged in (text[:20], text.replace("3", "4"), "\x00"):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=r"config.json is not as it was written; start the com"):
+            workdirs.read_config(tmp_path)
+        caplog.clear()
+        workdirs.claim(tmp_path, "train", config_with())
+        assert f"{path} is not as it was written; it is written anew" in caplog.text
+        assert path.read_text() == text
+    # One of an older release, beside which no sum lies.
+    (tmp_path / workdirs.ENVIRONMENT_FILE).unlink()
+    assert workdirs.read_config(tmp_path) == config_with()
+    path.write_text(text[:20])
+    with pytest.raises(UserError, match=r"config.json is damaged: .*; start the command"):
+        workdirs.read_config(tmp_path)
+
+
+def test_a_damaged_environment_is_told_with_what_to_do(tmp_path):
+    workdirs.claim(tmp_path, "train", config_with())
+    path = tmp_path / workdirs.ENVIRONMENT_FILE
+    for damaged in (path.read_text()[:30], path.read_text().replace("train", "brain"), "[]"):
+        path.write_text(damaged)
+        with pytest.raises(UserError, match=r"environment.json is .*; remove it: it only tells"):
+            workdirs.claim(tmp_path, "train", config_with())
+    path.unlink()
+    workdirs.claim(tmp_path, "train", config_with())
+    assert workdirs.owner_of(tmp_path) == "train"
+
+
+def test_a_file_that_could_not_be_written_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        workdirs.write_atomically(tmp_path / "file", "text")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,76 @@
+"""A short form of `scripts/fault_test.py`; that itself does as many rounds as one likes."""
+
+import importlib.util
+import random
+
+import pytest
+
+from tests.small import ROOT, run
+
+_SPEC = importlib.util.spec_from_file_location("fault_test", ROOT / "scripts" / "fault_test.py")
+fault_test = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(fault_test)
+
+
+@pytest.fixture
+def job(tmp_path):
+    folder = tmp_path / "job"
+    folder.mkdir()
+    made = fault_test.Round(None, folder, random.Random(0))
+    made.attempts = 1
+    return made
+
+
+def test_damage_is_of_any_kind_and_is_put_back_once_a_line_names_it(job):
+    files = [job.folder / name for name in ("a.csv", "b.json", "c.npy")]
+    for file in files:
+        file.write_text("some text")
+    for _ in files:
+        job.damage(0)
+    assert sorted(job.damaged) == files
+    assert all(not file.exists() or file.read_bytes() != b"some text" for file in files)
+    for file in files:
+        job.put_back(2, [f"error: {file} is not as it was written"])
+        assert file.read_text() == "some text"
+    assert not job.damaged
+
+
+@pytest.mark.parametrize(
+    ("code", "lines"),
+    [(1, ["error: a.csv"]), (2, ["error: a.csv", "and more"]), (2, ["error: something else"])],
+)
+def test_what_does_not_fit_the_damage_is_a_failure(job, code, lines):
+    (job.folder / "a.csv").write_text("some text")
+    job.damage(0)
+    with pytest.raises(fault_test.Fault):
+        job.put_back(code, lines)
+
+
+def test_a_traceback_is_a_failure_whatever_the_exit_code(tmp_path):
+    class Ended:
+        exitcode = 0
+
+        def join(self, seconds):
+            pass
+
+    errors = tmp_path / "errors"
+    errors.write_text("W1 a warning\nrun: sweep\nerror: one line\n")
+    assert fault_test.Attempt(Ended(), errors).end() == (0, ["error: one line"])
+    errors.write_text("Traceback (most recent call last):\n")
+    with pytest.raises(fault_test.Fault):
+        fault_test.Attempt(Ended(), errors).end()
+
+
+def test_another_byte_or_a_missing_file_is_a_difference():
+    fault_test._compare({"a": b"1"}, {"a": b"1", "b": b"2"})
+    for found in ({"a": b"2"}, {}):
+        with pytest.raises(fault_test.Fault, match="other results than undisturbed: a"):
+            fault_test._compare({"a": b"1"}, found)
+
+
+@pytest.mark.slow
+def test_two_rounds_end_with_the_same_results(tmp_path):
+    flags = ["--rounds", "2", "--seed", "3", "--minutes", "3", "--folder", str(tmp_path)]
+    finished = run("scripts/fault_test.py", *flags)
+    assert finished.returncode == 0, finished.stderr
+    assert "rounds, no difference, no traceback" in finished.stdout
