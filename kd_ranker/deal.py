@@ -82,10 +82,10 @@ def read(
     deal: Deal,
     places: Num[Array, "places W"],
     row: Int[Array, "..."],
-    columns: int,
+    columns: slice,
     first: Any = 0,
 ) -> Num[Array, "... columns"]:
-    """The first columns of the rows that this device asks for.
+    """Columns of the rows that this device asks for; no others travel.
 
     Rows are read whole and cut afterwards: a TPU reads parts of rows one by one, in a loop.
 
@@ -94,23 +94,24 @@ def read(
         that is mapped over them.
       places: this device's share.
       row: in range.
-      columns: how many of them.
+      columns: a range of them.
       first: the place of row 0 on each device.
     """
     if deal.devices == 1:
-        return _take(places, row + first)[..., :columns]
+        return _take(places, row + first)[..., columns]
     asked = jax.lax.all_gather(row.reshape(-1), deal.axis, tiled=True)
     mine, place = asked % deal.devices == jax.lax.axis_index(deal.axis), asked // deal.devices
 
     def some(none: Num[Array, "M columns"], order: Int[Array, "room"]) -> Num[Array, "M columns"]:
-        found = _take(places, _at(place, order) + first)[:, :columns]
+        found = _take(places, _at(place, order) + first)[:, columns]
         return none.at[order].set(found, mode="drop", unique_indices=True)
 
     def every(none: Num[Array, "M columns"]) -> Num[Array, "M columns"]:
-        found = _take(places, jnp.where(mine, place, 0) + first)[:, :columns]
+        found = _take(places, jnp.where(mine, place, 0) + first)[:, columns]
         return jnp.where(mine[:, None], found, none)
 
-    none = jnp.zeros((asked.shape[0], columns), places.dtype)
+    number = len(range(*columns.indices(places.shape[1])))
+    none = jnp.zeros((asked.shape[0], number), places.dtype)
     found = _in_the_room(deal, mine, none, some, every)
     # One device has the row, and the others add 0.
     own = jax.lax.psum_scatter(found, deal.axis, scatter_dimension=0, tiled=True)

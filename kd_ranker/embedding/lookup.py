@@ -167,7 +167,7 @@ def gather_rows(
         if member is not None:
             first = member * table.shape[1]
             table = table.reshape(-1, table.shape[2])
-        columns = table.shape[1] if whole_rows else spec.width
+        columns = slice(None if whole_rows else spec.width)
         gathered[name] = read(spec.deal, table, row, columns, first)
     return gathered
 
@@ -192,7 +192,7 @@ def gather_to_serve(
     for name, lookup in spec.lookups.items():
         reserved = spec.tables[lookup.table].size
         row = jnp.where(trained[name], _rows(spec, lookup, batch, items), reserved)
-        served[name] = read(spec.deal, tables[lookup.table], row, spec.width)
+        served[name] = read(spec.deal, tables[lookup.table], row, slice(spec.width))
     return served
 
 
@@ -212,7 +212,8 @@ def was_trained(
     trained = {}
     for name, lookup in spec.lookups.items():
         row = _rows(spec, lookup, batch, items)
-        updates = read(spec.deal, tables[lookup.table], row, spec.width + 1)[..., spec.width]
+        count = slice(spec.width, spec.width + 1)
+        updates = read(spec.deal, tables[lookup.table], row, count)[..., 0]
         known = is_known(spec.tables[lookup.table], lookup.ids(batch, items))
         trained[name] = known & (updates > 0)
     return trained

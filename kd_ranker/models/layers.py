@@ -111,7 +111,7 @@ def _of_items(
 ) -> Num[Array, "... columns"]:
     """The first columns of the row of each id, or `missing`."""
     is_known = (item_id >= 0) & (item_id < known.shape[0] * deal.devices)
-    row = read(deal, jnp.asarray(known), jnp.where(is_known, item_id, 0), columns)
+    row = read(deal, jnp.asarray(known), jnp.where(is_known, item_id, 0), slice(columns))
     # A product with 1 keeps the read apart from what follows: a TPU, whose matrix products take
     # bfloat16, would convert all of the matrix before it reads a few rows of it.
     there = is_known[..., None]

@@ -60,7 +60,6 @@ def test_a_sweep_whose_node_is_lost_ends_as_one_that_ran_here(world, cluster, tm
         if not (workdir / results.FILE).exists():
             started.remove_node(nodes[0], allow_graceful=False)
             lost.set()
-        started.add_node(num_cpus=1)
 
     killer = threading.Thread(target=lose_a_node, daemon=True)
     killer.start()

@@ -60,7 +60,7 @@ def is_expected(case, config, sizes, array) -> bool:
     few = 4 * len(sizes.spec.tasks)
     widths = [1] if array.dtype in ("s32", "pred", "u32") else [config.student.width]
     if case.tables == "sharded":  # rows of items, as the student and the teacher read them
-        widths += [sizes.spec.cheap_item_features, sizes.spec.item_features]
+        widths += [1, sizes.spec.cheap_item_features, sizes.spec.item_features]
     of_rows = [
         array.size % (requests // len(devices) * width) == 0
         and array.size <= requests * candidates * width
