@@ -267,22 +267,22 @@ def run_rounds(rounds: int, seed: int, minutes: float, folder: Path) -> int:
     context = multiprocessing.get_context("forkserver")
     # Imported once; what a process does begins with a fork.
     context.set_forkserver_preload(["kd_ranker.pipeline.commands", "kd_ranker.pipeline.launch"])
-    workplace, until = folder / "job", time.monotonic() + 60 * minutes
-    with _clean(workplace, 64):
-        Round(context, workplace, random.Random(0)).finish()
-        expected = results_of(workplace)
-    with _clean(workplace, 64):
+    chain_folder, until = folder / "job", time.monotonic() + 60 * minutes
+    with _clean(chain_folder, 64):
+        Round(context, chain_folder, random.Random(0)).finish()
+        expected = results_of(chain_folder)
+    with _clean(chain_folder, 64):
         since = time.monotonic()
-        Round(context, workplace, random.Random(0)).finish()
+        Round(context, chain_folder, random.Random(0)).finish()
         seconds = time.monotonic() - since
-        _compare(expected, results_of(workplace))
+        _compare(expected, results_of(chain_folder))
     print(f"undisturbed: {len(expected)} results in {seconds:.1f} s", flush=True)
     for number in range(rounds):
         if time.monotonic() > until:
             return number
         chance, since = random.Random(f"{seed} {number}"), time.monotonic()
-        with _clean(workplace, 64):
-            of_round = Round(context, workplace, chance)
+        with _clean(chain_folder, 64):
+            of_round = Round(context, chain_folder, chance)
             try:
                 for fault in chance.choices(FAULTS, k=chance.randint(1, 3)):
                     fault(of_round, seconds)
@@ -292,7 +292,7 @@ def run_rounds(rounds: int, seed: int, minutes: float, folder: Path) -> int:
                 lost = ("metrics.jsonl", "losses") if without else ()
                 _compare(
                     {name: of for name, of in expected.items() if not any(p in name for p in lost)},
-                    results_of(workplace, lost),
+                    results_of(chain_folder, lost),
                 )
             except Fault as fault:
                 text = "; ".join(of_round.told)
