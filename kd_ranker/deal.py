@@ -20,11 +20,11 @@ from jaxtyping import Array, Bool, Int, Num
 
 _State = TypeVar("_State")
 
-# As many rows as a TPU lays out together, see `lookup.TableSpec.rows`.
-_ROWS_TOGETHER = 8
 RARELY = "more_ids_than_room"
 """The scope of what a program does in the rare case alone."""
 
+# As many rows as a TPU lays out together, see `lookup.TableSpec.rows`.
+_ROWS_TOGETHER = 8
 # A device's room for ids of its own, over the number that it expects.
 _ROOM = 2
 

@@ -23,6 +23,7 @@ from kd_ranker.pipeline import commands
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "--config=configs/cascade.py:small"
+SWEEP = {"sweep__modes": ("none", "aux"), "sweep__seeds": (0, 1), "train__eval_every": 0}
 
 
 class World(NamedTuple):
@@ -59,6 +60,16 @@ class World(NamedTuple):
             if not (folder / results.FILE).exists():
                 make(folder)
         return folder
+
+    def student(self, mode: str) -> Path:
+        """The workdir of a student of that mode; a test runs commands on a copy alone."""
+        config = self.config(distill__mode=mode)
+        return self.made(mode, lambda folder: commands.train(config, folder))
+
+    def sweep(self) -> Path:
+        """The workdir of the sweep of `SWEEP`."""
+        config = self.config(**SWEEP)
+        return self.made("swept", lambda folder: commands.sweep(config, folder))
 
     @contextlib.contextmanager
     def locked(self, name: str) -> Iterator[None]:

@@ -17,7 +17,8 @@ from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions
 from kd_ranker.evaluation.ranked import Ranked, ranked, ranked_by_teacher
 from kd_ranker.evaluation.totals import Each, add, each_request, request_sums
 from kd_ranker.models.model import Model, Parameters, score
-from kd_ranker.training.mapping import MEMBERS, places, put, put_by_rows, shared_evenly
+from kd_ranker.training.mapping import shared_evenly
+from kd_ranker.training.placing import MEMBERS, places, put, put_by_rows
 from kd_ranker.training.state import Frozen
 
 Probability = Float[Array, "R N T"]

@@ -40,7 +40,8 @@ from kd_ranker.sources.registry import SOURCES
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.mapping import abstract, is_of_tables, places, shard_map
+from kd_ranker.training.mapping import shard_map
+from kd_ranker.training.placing import abstract, is_of_tables, places
 from kd_ranker.training.recipes import TEACHER_STAGES, Group
 from kd_ranker.training.run import abstract_states, filled_for, map_steps, padding_of
 from kd_ranker.training.state import Frozen, LiveTeacher, select_member

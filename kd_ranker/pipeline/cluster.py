@@ -1,7 +1,9 @@
 """Tasks on the machines of a cluster of Ray, an optional package."""
 
 import importlib
+import signal
 import socket
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -61,6 +63,7 @@ def _open(address: str) -> Any:
         ray = importlib.import_module("ray")
     except ImportError as error:
         raise UserError("launcher='ray' needs the package ray: install the extra `ray`") from error
+    handler = signal.getsignal(signal.SIGTERM)
     try:
         _knock(address)
         ray.init(address=address, log_to_driver=False, configure_logging=False)
@@ -69,6 +72,8 @@ def _open(address: str) -> Any:
             f"no cluster of Ray at ray.address={address!r}; start one with `ray start --head`, and "
             "name it, or leave 'auto' on one of its machines"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, handler)  # which Ray has taken
     return ray
 
 

@@ -35,7 +35,7 @@ from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training.checkpoints import Identity
-from kd_ranker.training.mapping import first_devices, own_devices
+from kd_ranker.training.placing import first_devices, own_devices
 from kd_ranker.training.state import select_member
 
 _NOT_COUNTED = float("nan")

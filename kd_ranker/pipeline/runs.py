@@ -28,7 +28,8 @@ from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.loop import Evaluate, fit, scalar_name
-from kd_ranker.training.mapping import MAPPINGS, DeviceMap, first_devices, members_axis, own_devices
+from kd_ranker.training.mapping import MAPPINGS, DeviceMap, members_axis
+from kd_ranker.training.placing import first_devices, own_devices
 from kd_ranker.training.processes import check_same, is_first
 from kd_ranker.training.recipes import TEACHER_STAGES, Group
 from kd_ranker.training.run import Run, abstract_states, make_run, padding_of

@@ -24,7 +24,7 @@ from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.mapping import put
+from kd_ranker.training.placing import put
 from kd_ranker.training.state import select_member
 
 _SAME_FLAGS = "with the same --config flags"

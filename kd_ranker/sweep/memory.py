@@ -12,7 +12,7 @@ from kd_ranker.distillation.losses import PAIRWISE, pairs_held
 from kd_ranker.embedding.lookup import gather_rows
 from kd_ranker.errors import UserError
 from kd_ranker.training import recipes
-from kd_ranker.training.mapping import first_devices, own_devices
+from kd_ranker.training.placing import first_devices, own_devices
 from kd_ranker.training.recipes import Group
 
 # What XLA was seen to keep of a member beside its state, in arrays of the size of its gathered

@@ -13,24 +13,23 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.experimental.layout import Format, Layout
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
 from kd_ranker.batches.training import ALONE, Share
-from kd_ranker.deal import WHOLE, Deal, dealt, gathered, length_of_share
+from kd_ranker.deal import WHOLE, Deal, gathered
+from kd_ranker.training.placing import (
+    AXIS,
+    MEMBERS,
+    abstract,
+    dealt_rows,
+    dealt_shapes,
+    fetch,
+    places,
+    put_on,
+    specs_of,
+)
 from kd_ranker.training.state import HAS_MEMBERS, Frozen, States
-
-AXIS, MEMBERS = "requests", "members"
-_TABLES = "tables"  # the field of `Parameters` that holds them
-# The fields with a row for each id, which comes first but for the members of tables.
-_ROWS = {_TABLES, "owners", "items"}
-
-
-def first_devices(number: int) -> list[jax.Device]:
-    """So many of the devices that JAX sees, the first ones; 0 takes all."""
-    return jax.devices()[: number or None]
 
 
 def join_over_devices(arrays: Any, axis: int) -> Any:
@@ -39,123 +38,6 @@ def join_over_devices(arrays: Any, axis: int) -> Any:
     if jax.lax.axis_size(AXIS) == 1:
         return arrays
     return jax.lax.all_gather(arrays, AXIS, axis=axis, tiled=True)
-
-
-def is_of_tables(path: jax.tree_util.KeyPath) -> bool:
-    """Tests if a leaf of a pytree is an embedding table."""
-    return _TABLES in _names(path)
-
-
-def _names(path: jax.tree_util.KeyPath) -> set[str | None]:
-    return {getattr(part, "name", None) for part in path}
-
-
-def _filler(path: jax.tree_util.KeyPath) -> int:
-    """The value of rows that are of no id: -1 for categories, of which there is none."""
-    return -1 if "category" in _names(path) else 0
-
-
-def _axis_of_rows(path: jax.tree_util.KeyPath, leaf: Any) -> int | None:
-    """The axis of the rows that may be dealt to devices."""
-    if not _names(path) & _ROWS:
-        return None
-    return leaf.ndim - 2 if is_of_tables(path) else 0
-
-
-def places(tree: Any, sharding: Sharding | None = None, shardings: Any = None) -> Any:
-    """The place and the layout of each array of a pytree: on a TPU, tables lie row by row.
-
-    Left alone, XLA would lay them out column by column there, and copy them whole in each program
-    that reads or writes rows.
-
-    Args:
-      tree: arrays, there or abstract.
-      sharding: that of all of them; or
-      shardings: one each.
-    """
-
-    def place(path: jax.tree_util.KeyPath, leaf: Any, sharding: Sharding) -> Sharding | Format:
-        devices: set[Any] = sharding.device_set
-        if next(iter(devices)).platform != "tpu" or not is_of_tables(path):
-            return sharding
-        return Format(Layout(tuple(range(leaf.ndim))), sharding)
-
-    if shardings is None:
-        shardings = jax.tree.map(lambda _: sharding, tree)
-    return jax.tree_util.tree_map_with_path(place, tree, shardings)
-
-
-def own_devices(number: int) -> list[jax.Device]:
-    """The devices of this process among `first_devices`."""
-    return [
-        device for device in first_devices(number) if device.process_index == jax.process_index()
-    ]
-
-
-def _on_devices(tree: Any, of_places: Any) -> Any:
-    """A pytree of the host, the same in all processes, on the devices of all."""
-    if jax.process_count() == 1:
-        return jax.device_put(tree, of_places)
-
-    # JAX itself would have the processes compare all that they put there.
-    def on_devices(leaf: Any, place: Any) -> jax.Array:
-        host = np.asarray(leaf)
-        return jax.make_array_from_callback(host.shape, place, host.__getitem__)
-
-    return jax.tree.map(on_devices, tree, of_places)
-
-
-def _on_this_host(array: jax.Array) -> Any:
-    """An array that devices hold in parts, those of other processes included."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return multihost_utils.process_allgather(array, tiled=True)
-
-
-def _own_share(mesh: Mesh) -> Share:
-    """The part of a batch whose requests the devices of this process hold."""
-    own = [[device.process_index == jax.process_index() for device in row] for row in mesh.devices]
-    held, all_parts = np.flatnonzero(np.any(own, axis=0)), len(own[0])
-    return Share(int(held[0]) // held.size, all_parts // held.size)
-
-
-def put(tree: Any) -> Any:
-    """A pytree on the default device, for programs of that one alone."""
-    (device, *_) = jax.local_devices()
-    if device.platform != "tpu":
-        return jax.device_put(tree)
-    return jax.device_put(tree, places(tree, SingleDeviceSharding(device)))
-
-
-def put_by_rows(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """A pytree of the host on several devices: a range of all rows each, and all else the same.
-
-    It is for programs that XLA itself splits over the devices, which see the arrays as whole ones.
-    There may be empty rows behind the others.
-    """
-    mesh = Mesh(np.array(devices), (AXIS,))
-
-    def filled(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
-        axis = _axis_of_rows(path, leaf)
-        if axis is None:
-            return leaf
-        widths = [(0, 0)] * leaf.ndim
-        widths[axis] = (0, -leaf.shape[axis] % len(devices))
-        return np.pad(np.asarray(leaf), widths, constant_values=_filler(path))
-
-    evenly = jax.tree_util.tree_map_with_path(filled, tree)
-    specs = _specs(1, Deal(len(devices), AXIS), evenly)
-    shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
-    return _on_devices(evenly, places(evenly, shardings=shardings))
-
-
-def abstract(tree: Any, of_places: Any) -> Any:
-    """The arrays of a pytree, there or abstract, by shape, type and place alone."""
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        tree,
-        of_places,
-    )
 
 
 def in_parts(function: Callable[[Any], Any], batch: Any, parts: int) -> Any:
@@ -321,6 +203,39 @@ def pmap(
     )
 
 
+class _Spread(NamedTuple):
+    """A mesh, and how arrays lie on it.
+
+    Attributes:
+      mesh: of the axes `MEMBERS` and `AXIS`.
+      members: the size of the first.
+      deal: the way in which rows are dealt along the second.
+      share: the part of each batch that this process makes.
+    """
+
+    mesh: Mesh
+    members: int
+    deal: Deal
+    share: Share
+
+    def sharding(self, *axes: str) -> NamedSharding:
+        """The sharding of an array whose first axes are split so."""
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    def specs(self, tree: Any, has_members: Any = False) -> Any:
+        """The way in which each array is split."""
+        return specs_of(self.members, self.deal, tree, has_members)
+
+    def places(self, tree: Any, has_members: Any = False) -> Any:
+        """The place and the layout of each array."""
+        shardings = functools.partial(NamedSharding, self.mesh)
+        return places(tree, shardings=jax.tree.map(shardings, self.specs(tree, has_members)))
+
+    def places_of(self, states: States) -> Any:
+        """The same of states."""
+        return self.places(states, _has_members(states))
+
+
 def shard_map(
     devices: Sequence[jax.Device],
     members: int = 1,
@@ -339,177 +254,157 @@ def shard_map(
       sharded: whether to deal the rows of tables and items to the devices that share requests.
     """
     mesh = Mesh(np.array(devices).reshape(members, -1), (MEMBERS, AXIS))
-    sharing, share = len(devices) // members, _own_share(mesh)
+    sharing = len(devices) // members
     deal = Deal(sharing, AXIS) if sharded and sharing > 1 else WHOLE
-    whole, in_parts = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (AXIS,)))
+    spread = _Spread(mesh, members, deal, _own_share(mesh))
     options = {"xla_gpu_deterministic_ops": True} if deterministic and _on_gpu(devices) else None
-    specs = functools.partial(_specs, members, deal)
 
-    def shardings(tree: Any, has_members: Any = False) -> Any:
-        return jax.tree.map(functools.partial(NamedSharding, mesh), specs(tree, has_members))
-
-    def places_of(states: States) -> Any:
-        """The place and the layout of each array of the states."""
-        return places(states, shardings=shardings(states, _has_members(states)))
-
-    def replicate(tree: Any) -> Any:
-        # A step donates its state, which must not share memory with arrays of the caller.
-        copied = jax.tree.map(jnp.copy, tree)
-        return _on_devices(copied, places(tree, whole))
-
-    def hold(frozen: Frozen) -> Frozen:
-        if deal == WHOLE:
-            return replicate(frozen)
-        held = _marked(_dealt(frozen, deal), deal)
-        return _on_devices(held, places(held, shardings=shardings(held)))
-
-    def place(states: States) -> States:
-        if members == 1 and deal == WHOLE:
-            return replicate(states)
-
-        # On the host, as no device need hold them all.
-        def filled(leaf: Any, has: bool) -> np.ndarray:
-            of = np.asarray(leaf)
-            return of[shared_evenly(len(of), members)] if has and members > 1 else of.copy()
-
-        evenly = _dealt(jax.tree.map(filled, states, _has_members(states)), deal)
-        return _on_devices(evenly, places_of(evenly))
-
-    def create(make: Callable[[Deal], States]) -> States:
-        shapes = jax.eval_shape(lambda: make(WHOLE))
-        if deal != WHOLE:
-            # Each device makes its own rows; its members are left to XLA.
-            make = jax.shard_map(
-                functools.partial(make, deal),
-                mesh=mesh,
-                in_specs=(),
-                out_specs=_specs(1, deal, shapes, False),
-                axis_names={AXIS},
-                check_vma=False,
-            )
-            return jax.jit(make, out_shardings=places_of(shapes))()
-        return jax.jit(lambda: make(WHOLE), out_shardings=places_of(shapes))()
-
-    def shard(batch: Any) -> Any:
-        if share == ALONE:
-            return _on_devices(batch, jax.tree.map(lambda _: in_parts, batch))
-
-        def whole_of(part: Any) -> jax.Array:
-            shape = (len(part) * share.parts, *part.shape[1:])
-            return jax.make_array_from_process_local_data(in_parts, np.asarray(part), shape)
-
-        return jax.tree.map(whole_of, batch)
-
-    def map_batches(function: Callable) -> Callable:
-        in_specs = PartitionSpec(), PartitionSpec(AXIS)
-        return jax.jit(
-            jax.shard_map(function, mesh=mesh, in_specs=in_specs, out_specs=PartitionSpec(AXIS))
-        )
-
-    def map_step(step: Callable, states: States | None = None) -> Callable:
-        laid_out = None if states is None else places_of(states)
-        of_members = PartitionSpec(MEMBERS) if members > 1 else PartitionSpec()
-
-        @functools.wraps(step)
-        def mapped(states: States, batch: Any, numbers: Any, frozen: Frozen) -> Any:
-            of_states = specs(states, _has_members(states))
-            # Beside those of members there may be numbers that concern the whole step.
-            of_numbers = jax.tree.map(
-                lambda array: of_members if jnp.ndim(array) else PartitionSpec(), numbers
-            )
-            # The step sums over the axis itself; the replication checker would add sums of its own.
-            return jax.shard_map(
-                step,
-                mesh=mesh,
-                in_specs=(of_states, PartitionSpec(AXIS), of_numbers, specs(frozen)),
-                out_specs=(of_states, of_members),
-                check_vma=False,
-            )(states, batch, numbers, frozen)
-
-        return jax.jit(
-            mapped,
-            donate_argnums=0,
-            out_shardings=(laid_out, NamedSharding(mesh, of_members)),
-            compiler_options=options,
-        )
-
-    def unreplicate(tree: Any, number: int | None = None) -> Any:
-        def on_one(array: Any) -> Any:
-            if array.is_fully_replicated:
-                return array.addressable_data(0)
-            host, axes = _on_this_host(array), tuple(array.sharding.spec)
-            host = gathered(host, axes.index(AXIS), deal.devices) if AXIS in axes else host
-            return host[:number] if MEMBERS in axes else host
-
-        return jax.tree.map(on_one, tree)
-
-    def abstract_hold(frozen: Frozen) -> Frozen:
-        held = _marked(_dealt_shapes(frozen, deal), deal)
-        return abstract(held, places(held, shardings=shardings(held)))
-
-    def abstract_place(states: States) -> States:
-        placed = _dealt_shapes(states, deal)
-        return abstract(placed, places_of(placed))
+    def on_mesh(function: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(function, spread)
 
     return DeviceMap(
         members=members,
         deal=deal,
-        share=share,
-        replicate=replicate,
-        place=place,
-        hold=hold,
-        create=create,
-        shard=shard,
-        map_batches=map_batches,
-        map_step=map_step,
-        unreplicate=unreplicate,
-        abstract_hold=abstract_hold,
-        abstract_place=abstract_place,
-        abstract_shard=lambda batch: abstract(batch, places(batch, in_parts)),
+        share=spread.share,
+        replicate=on_mesh(_replicate),
+        place=on_mesh(_place),
+        hold=on_mesh(_hold),
+        create=on_mesh(_create),
+        shard=on_mesh(_shard),
+        map_batches=on_mesh(_map_batches),
+        map_step=functools.partial(on_mesh(_map_step), options),
+        unreplicate=on_mesh(_unreplicate),
+        abstract_hold=on_mesh(_abstract_hold),
+        abstract_place=on_mesh(_abstract_place),
+        abstract_shard=lambda batch: abstract(batch, places(batch, spread.sharding(AXIS))),
     )
+
+
+def _own_share(mesh: Mesh) -> Share:
+    """The part of a batch whose requests the devices of this process hold."""
+    own = [[device.process_index == jax.process_index() for device in row] for row in mesh.devices]
+    held, all_parts = np.flatnonzero(np.any(own, axis=0)), len(own[0])
+    return Share(int(held[0]) // held.size, all_parts // held.size)
+
+
+def _replicate(spread: _Spread, tree: Any) -> Any:
+    # A step donates its state, which must not share memory with arrays of the caller.
+    copied = jax.tree.map(jnp.copy, tree)
+    return put_on(copied, places(tree, spread.sharding()))
+
+
+def _hold(spread: _Spread, frozen: Frozen) -> Frozen:
+    if spread.deal == WHOLE:
+        return _replicate(spread, frozen)
+    held = _marked(dealt_rows(frozen, spread.deal), spread.deal)
+    return put_on(held, spread.places(held))
+
+
+def _place(spread: _Spread, states: States) -> States:
+    members = spread.members
+    if members == 1 and spread.deal == WHOLE:
+        return _replicate(spread, states)
+
+    # On the host, as no device need hold them all.
+    def filled(leaf: Any, has: bool) -> np.ndarray:
+        of = np.asarray(leaf)
+        return of[shared_evenly(len(of), members)] if has and members > 1 else of.copy()
+
+    evenly = dealt_rows(jax.tree.map(filled, states, _has_members(states)), spread.deal)
+    return put_on(evenly, spread.places_of(evenly))
+
+
+def _create(spread: _Spread, make: Callable[[Deal], States]) -> States:
+    shapes = jax.eval_shape(lambda: make(WHOLE))
+    own = functools.partial(make, spread.deal)
+    if spread.deal != WHOLE:
+        # Each device makes its own rows; its members are left to XLA.
+        own = jax.shard_map(
+            own,
+            mesh=spread.mesh,
+            in_specs=(),
+            out_specs=specs_of(1, spread.deal, shapes),
+            axis_names={AXIS},
+            check_vma=False,
+        )
+    return jax.jit(own, out_shardings=spread.places_of(shapes))()
+
+
+def _shard(spread: _Spread, batch: Any) -> Any:
+    split, parts = spread.sharding(AXIS), spread.share.parts
+    if parts == 1:
+        return put_on(batch, jax.tree.map(lambda _: split, batch))
+
+    def whole_of(part: Any) -> jax.Array:
+        shape = (len(part) * parts, *part.shape[1:])
+        return jax.make_array_from_process_local_data(split, np.asarray(part), shape)
+
+    return jax.tree.map(whole_of, batch)
+
+
+def _map_batches(spread: _Spread, function: Callable) -> Callable:
+    whole, split = PartitionSpec(), PartitionSpec(AXIS)
+    mapped = jax.shard_map(function, mesh=spread.mesh, in_specs=(whole, split), out_specs=split)
+    return jax.jit(mapped)
+
+
+def _map_step(
+    spread: _Spread,
+    options: dict[str, Any] | None,
+    step: Callable,
+    states: States | None = None,
+) -> Callable:
+    laid_out = None if states is None else spread.places_of(states)
+    of_members = PartitionSpec(MEMBERS) if spread.members > 1 else PartitionSpec()
+
+    @functools.wraps(step)
+    def mapped(states: States, batch: Any, numbers: Any, frozen: Frozen) -> Any:
+        of_states = spread.specs(states, _has_members(states))
+        # Beside those of members there may be numbers that concern the whole step.
+        of_numbers = jax.tree.map(
+            lambda array: of_members if jnp.ndim(array) else PartitionSpec(), numbers
+        )
+        # The step sums over the axis itself; the replication checker would add sums of its own.
+        return jax.shard_map(
+            step,
+            mesh=spread.mesh,
+            in_specs=(of_states, PartitionSpec(AXIS), of_numbers, spread.specs(frozen)),
+            out_specs=(of_states, of_members),
+            check_vma=False,
+        )(states, batch, numbers, frozen)
+
+    return jax.jit(
+        mapped,
+        donate_argnums=0,
+        out_shardings=(laid_out, NamedSharding(spread.mesh, of_members)),
+        compiler_options=options,
+    )
+
+
+def _unreplicate(spread: _Spread, tree: Any, number: int | None = None) -> Any:
+    def on_one(array: Any) -> Any:
+        if array.is_fully_replicated:
+            return array.addressable_data(0)
+        host, axes = fetch(array), tuple(array.sharding.spec)
+        host = gathered(host, axes.index(AXIS), spread.deal.devices) if AXIS in axes else host
+        return host[:number] if MEMBERS in axes else host
+
+    return jax.tree.map(on_one, tree)
+
+
+def _abstract_hold(spread: _Spread, frozen: Frozen) -> Frozen:
+    held = _marked(dealt_shapes(frozen, spread.deal), spread.deal)
+    return abstract(held, spread.places(held))
+
+
+def _abstract_place(spread: _Spread, states: States) -> States:
+    placed = dealt_shapes(states, spread.deal)
+    return abstract(placed, spread.places_of(placed))
 
 
 def _has_members(states: States) -> Any:
     """True for each array of the states that has an axis of members."""
     return tuple(jax.tree.broadcast(HAS_MEMBERS, state) for state in states)
-
-
-def _specs(members: int, deal: Deal, tree: Any, has_members: Any = False) -> Any:
-    """The way in which each array is split: its members, if it has them, and its dealt rows."""
-
-    def spec(path: jax.tree_util.KeyPath, leaf: Any, has: bool) -> PartitionSpec:
-        axes: list[str | None] = [MEMBERS] if has and members > 1 else []
-        rows = _axis_of_rows(path, leaf)
-        if deal != WHOLE and rows is not None:
-            axes += [None] * (rows - len(axes)) + [AXIS]
-        return PartitionSpec(*axes)
-
-    has_members = jax.tree.map(lambda _: False, tree) if has_members is False else has_members
-    return jax.tree_util.tree_map_with_path(spec, tree, has_members)
-
-
-def _dealt(tree: Any, deal: Deal) -> Any:
-    """Arrays of the host with their rows in the order of the devices."""
-
-    def of(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
-        axis = _axis_of_rows(path, leaf)
-        if deal == WHOLE or axis is None:
-            return leaf
-        return dealt(leaf, axis, deal.devices, _filler(path))
-
-    return jax.tree_util.tree_map_with_path(of, tree)
-
-
-def _dealt_shapes(tree: Any, deal: Deal) -> Any:
-    """The shapes of what `_dealt` would make."""
-
-    def of(path: jax.tree_util.KeyPath, leaf: Any) -> jax.ShapeDtypeStruct:
-        shape, axis = list(leaf.shape), _axis_of_rows(path, leaf)
-        if axis is not None:
-            shape[axis] = deal.devices * length_of_share(shape[axis], deal.devices)
-        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(of, tree)
 
 
 def _marked(frozen: Frozen, deal: Deal) -> Frozen:

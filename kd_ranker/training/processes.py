@@ -108,7 +108,7 @@ def first_holds(folder: Path, hold: contextlib.AbstractContextManager) -> Iterat
       UserError: another run holds it, or the processes do not share it.
     """
     with contextlib.ExitStack() as stack:
-        on_first(lambda: stack.enter_context(hold) and None)
+        on_first(lambda: stack.enter_context(hold))
         _check_shared(folder)
         yield
 

@@ -25,7 +25,8 @@ from kd_ranker.distillation.modes import Transform
 from kd_ranker.distillation.teacher_signal import SIGNALS, Heard
 from kd_ranker.embedding.lookup import Rows, embeddings, gather_rows
 from kd_ranker.models.model import apply_model, score
-from kd_ranker.training.mapping import AXIS, in_parts
+from kd_ranker.training.mapping import in_parts
+from kd_ranker.training.placing import AXIS
 from kd_ranker.training.state import (
     Frozen,
     Hyperparameters,

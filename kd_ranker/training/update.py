@@ -20,7 +20,8 @@ from kd_ranker.embedding.lookup import (
 )
 from kd_ranker.embedding.row_optimizers import find_occurrences, update_tables
 from kd_ranker.models.model import Parameters
-from kd_ranker.training.mapping import AXIS, join_over_devices
+from kd_ranker.training.mapping import join_over_devices
+from kd_ranker.training.placing import AXIS
 from kd_ranker.training.state import Hyperparameters, OptimizerNumbers, Recipe, TrainState
 
 

@@ -28,9 +28,9 @@ from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
 from tests import small
+from tests.small import SWEEP
 
 # As many steps as elsewhere: the schedule is compiled in, and what is compiled is shared.
-SWEEP = {"sweep__modes": ("none", "aux"), "sweep__seeds": (0, 1), "train__eval_every": 0}
 TABLES = (results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE)
 
 
@@ -42,12 +42,7 @@ def world(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(world):
     """mode -> the workdir of a student; a test changes, and runs commands on, a copy alone."""
-
-    def workdir(mode):
-        config = world.config(distill__mode=mode)
-        return world.made(mode, lambda folder: commands.train(config, folder))
-
-    return workdir
+    return world.student
 
 
 def table(workdir):
@@ -334,7 +329,7 @@ def test_a_process_that_finds_another_teacher_does_not_score_with_it(apart):
 
 @pytest.fixture(scope="module")
 def swept(world):
-    return world.made("swept", lambda folder: commands.sweep(world.config(**SWEEP), folder))
+    return world.sweep()
 
 
 def chosen_by_hand(workdir):

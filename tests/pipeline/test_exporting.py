@@ -32,9 +32,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(world):
-    """The workdir of a student of mode `aux`; see `test_commands.trained`."""
-    config = world.config(distill__mode="aux")
-    return world.made("aux", lambda folder: commands.train(config, folder))
+    return world.student("aux")
 
 
 def written(folder, workdir, **options):
@@ -234,8 +232,7 @@ def test_fewer_bits_are_checked_and_their_cost_is_told(trained, tmp_path, items)
 
 
 def test_a_member_of_a_sweep_is_exported_by_its_name(world, tmp_path):
-    changes = {"sweep__modes": ("none", "aux"), "sweep__seeds": (0, 1), "train__eval_every": 0}
-    swept = world.made("swept", lambda folder: commands.sweep(world.config(**changes), folder))
+    swept = world.sweep()
     name = "aux-weight1.0-seed1"
     commands.export(swept, tmp_path / "out", name, "teacher", formats=("jax",))
     described = json.loads((tmp_path / "out" / "export.json").read_text())

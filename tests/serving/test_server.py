@@ -43,9 +43,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(world):
-    """The workdir of a student of mode `aux`; see `test_commands.trained`."""
-    config = world.config(distill__mode="aux")
-    return world.made("aux", lambda folder: commands.train(config, folder))
+    return world.student("aux")
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,7 @@ def test_processes_train_the_student_that_one_does(world, tmp_path, number, devi
 def test_processes_have_members_of_their_own_in_a_sweep(world, tmp_path, number, devices):
     changes = {"sweep__modes": ("none", "aux"), "sweep__seeds": (0, 1), "teacher__source": "live"}
     at_once = world.config(**(CHANGES | changes | {"parallel__devices": 4}))
-    expected = world.made("swept", lambda folder: commands.sweep(at_once, folder))
+    expected = world.made("swept_alone", lambda folder: commands.sweep(at_once, folder))
     workdir = tmp_path / "sweep"
     of_first(together(number, devices, "experiments.sweep", *flags(world, workdir, **changes)))
     assert_same_results(workdir, expected)
