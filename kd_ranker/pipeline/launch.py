@@ -125,7 +125,7 @@ def launch_on_workdirs(command: Callable[[list[Path], Path], None]) -> None:
 
 def _join_processes(config: ConfigDict) -> None:
     """Joins the processes of a run, of which the first alone speaks."""
-    processes.start()
+    processes.start(give_up=_end)
     processes.check_same("config", config.to_json(sort_keys=True))
     processes.check_same("code", _digest_of_code())
     if not processes.is_first():
@@ -279,7 +279,13 @@ def fail(error: Exception) -> NoReturn:
     if alone and not processes.is_first():
         sys.stderr.write(f"error of process {processes.index()}: {line}")
     if processes.are_several():
-        # Those that are not here would be waited for.
-        sys.stderr.flush()
-        os._exit(BAD_INPUT)
+        _end()
     sys.exit(BAD_INPUT)
+
+
+def _end(error: UserError | None = None) -> NoReturn:
+    """Ends the process at once, waiting for no other; of several that is all that ends it."""
+    if error:
+        sys.stderr.write(f"error: {error}\n")
+    sys.stderr.flush()
+    os._exit(BAD_INPUT)

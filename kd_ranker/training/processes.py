@@ -8,6 +8,8 @@ decides, and writes all files. The others do as it says, and are silent.
 import contextlib
 import os
 import pickle
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,31 +28,40 @@ _Result = TypeVar("_Result")
 _SECONDS_TO_START, _SECONDS_TO_END = 120, 10
 
 
-def start() -> None:
+def start(give_up: Callable[[UserError], object]) -> None:
     """Joins the processes of a run, before JAX has looked for devices.
 
     Their number, this one's place among them and the address of process 0 come from Slurm, Open
     MPI, Kubernetes or a pod of TPUs, or else from the variables JAX_COORDINATOR_ADDRESS (host and
     port), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
+    Args:
+      give_up: ends this process, with what is wrong; called in a thread of its own where the others
+        have not come in time, as JAX would wait on, and then end it with pages of a trace.
+
     Raises:
-      UserError: nothing says so, or process 0 cannot be reached.
+      UserError: nothing says who they are.
     """
     # It would take the signals that ask a command to end; `loop.fit` agrees on these by itself.
     jax.config.update("jax_enable_preemption_service", False)
+    late = UserError(
+        f"not all processes were there within {_SECONDS_TO_START} seconds, or process 0 could not "
+        "be reached; start them together, and see that its address is that of its host"
+    )
+    timer = threading.Timer(_SECONDS_TO_START, give_up, [late])
+    timer.start()
     try:
-        jax.distributed.initialize(initialization_timeout=_SECONDS_TO_START, **_from_variables())
+        jax.distributed.initialize(
+            initialization_timeout=2 * _SECONDS_TO_START, **_from_variables()
+        )
     except ValueError as error:
         raise UserError(
             "parallel.processes=True, and neither Slurm, Open MPI nor a pod says of how many; set "
             "JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each "
             f"({error})"
         ) from error
-    except RuntimeError as error:
-        raise UserError(
-            f"process 0 could not be reached within {_SECONDS_TO_START} seconds, or not all "
-            f"processes came: {str(error).splitlines()[0]}"
-        ) from error
+    finally:
+        timer.cancel()
 
 
 def index() -> int:
@@ -151,6 +162,9 @@ def ends_with_all() -> bool:
         client.wait_at_barrier("kd_ranker ends", 1000 * _SECONDS_TO_END)
     except jax.errors.JaxRuntimeError:
         return False
+    if is_first():
+        # The barrier is here, and the others have to hear of it.
+        time.sleep(1)
     return True
 
 

@@ -43,11 +43,15 @@ def world(tmp_path_factory):
     return small.open_world(tmp_path_factory)
 
 
-def together(number, devices, *arguments, of_last=(), program=("-m",)):
-    """Runs an entry point by so many processes with so many devices each; they have ended."""
+def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
+        return free.getsockname()[1]
+
+
+def together(number, devices, *arguments, of_last=(), program=("-m",)):
+    """Runs an entry point by so many processes with so many devices each; they have ended."""
+    address = f"localhost:{free_port()}"
     flags = [arguments] * (number - 1) + [(*arguments, *of_last)]
     processes = [
         subprocess.Popen(
@@ -201,6 +205,45 @@ def test_bad_input_is_told_once(world, tmp_path, changes, line):
     ended = together(2, 1, "experiments.train", *flags(world, tmp_path / "run", **changes))
     assert_one_line(ended, line)
     assert not list(tmp_path.iterdir())
+
+
+_IMPATIENT = """
+import runpy, sys
+from kd_ranker.training import processes
+processes._SECONDS_TO_START = 3
+sys.argv = sys.argv[1:]
+runpy.run_module(sys.argv[0], run_name="__main__")
+"""
+
+
+@long
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_whose_others_do_not_come_says_so(world, tmp_path, monkeypatch, index):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    if index == 0:
+        monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", f"localhost:{free_port()}")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", str(index))
+    given = flags(world, tmp_path / "run", parallel__processes=True)
+    finished = small.run("-c", _IMPATIENT, "experiments.train", *given)
+    assert finished.returncode == 2
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith("error: not all processes were there within 3 seconds, or process 0")
+
+
+@long
+def test_processes_that_are_asked_to_end_save_and_go_on(world, tmp_path):
+    workdir = tmp_path / "run"
+    program = ("-c", small._INTERRUPTED)
+    # At step 10, so after the few steps of the next call.
+    stopped = ["experiments.train", "logging", "run", "10", str(int(signal.SIGTERM))]
+    given = flags(world, workdir, train__checkpoint_every=30)
+    ended = together(2, 2, *stopped, *given, program=program)
+    assert {code for *_, code in ended} == {143}, ended
+    (saved,) = (workdir / "checkpoints").iterdir()
+    assert 10 < int(saved.name) < CHANGES["train__steps"]
+    of_first(together(1, 4, "experiments.train", *given))
+    assert_same_student(workdir, world)
 
 
 @long
