@@ -10,6 +10,8 @@
 #SBATCH --job-name=kd_ranker
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
+# So long before its time is over, for a checkpoint.
+#SBATCH --signal=TERM@120
 set -euo pipefail
 
 case ${1:-} in
