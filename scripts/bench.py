@@ -6,6 +6,7 @@
     table_size   a train step at ten million table rows against one at a hundred thousand
     pipeline     train steps with the loader against steps on a resident batch
     from_disk    train steps with batches from files against batches from memory
+    checkpoint   the time that a training waits for a checkpoint against that until it is whole
     log_build    a dataset of a log of `make_log.py` against plain DuckDB on the same threads
     scoring      one request of 2,000 candidates, the student against the teacher
     serving      the same by exported programs (needs the extra `onnx`)
@@ -38,6 +39,7 @@ NAMES = (
     "table_size",
     "pipeline",
     "from_disk",
+    "checkpoint",
     "log_build",
     "scoring",
     "serving",

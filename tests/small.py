@@ -135,9 +135,9 @@ def interrupted_write(self, step, scalars):
     if moment == "logging" and self._path.parent.name == name:
         interrupt_at(step)
 
-def interrupted_save(manager, step, *rest):
-    save(manager, step, *rest)
-    if moment == "saving" and manager.directory.parent.name == name:
+def interrupted_save(saved, step, *rest):
+    save(saved, step, *rest)
+    if moment == "saving" and saved.folder(step).parent.parent.name == name:
         interrupt_at(step)
 
 def interrupted_write_file(path, content):

@@ -176,8 +176,8 @@ def trained_students(
     """
     groups = recipes.student_groups(members, dataset.spec)
     abstract = abstract_states(groups)
-    with checkpoints.open_manager(workdir) as manager:
-        states, step = checkpoints.restore(manager, abstract, None, whose)
+    with checkpoints.open_in(workdir) as saved:
+        states, step = checkpoints.restore(saved, abstract, None, whose)
     return (_students_of(groups)(states) if step else []), step
 
 

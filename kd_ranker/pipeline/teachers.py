@@ -139,10 +139,10 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
             f"on {here} for {', '.join(config.tasks)}; make one with: {TRAIN_TEACHER}"
         )
     group = recipes.teacher_group(trained, dataset.spec)
-    with checkpoints.open_manager(workdir) as manager:
+    with checkpoints.open_in(workdir) as saved:
         abstract = (jax.eval_shape(group.init),)
         (state,), step = checkpoints.restore(
-            manager, abstract, None, identity.of_teacher(trained, dataset.identity)
+            saved, abstract, None, identity.of_teacher(trained, dataset.identity)
         )
     if step < trained.teacher.train.steps:
         raise UserError(

@@ -1,18 +1,21 @@
 """Orbax checkpoints of a run: its state, whose that is, a checksum, and the loader's position.
 
-A checkpoint is written beside the training, renamed when it is whole, and sealed: the checksums of
-its files are added. One whose files are not as they were written, that cannot be read back, or
-whose checksum is not that of its contents, is reported and moved out of the way, and the one before
-it is used. A whole one that belongs to another run is left where it is, and never used.
+A checkpoint is written by a thread of its own, from a copy of the state on the host, while the
+training goes on. It is renamed when it is whole, and sealed: the checksums of its files are added.
+One whose files are not as they were written, that cannot be read back, or whose checksum is not
+that of its contents, is reported and moved out of the way, and the one before it is used. A whole
+one that belongs to another run is left where it is, and never used.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import shutil
 import textwrap
 import zlib
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +26,8 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from kd_ranker.errors import UserError
-from kd_ranker.training.processes import on_first
-from kd_ranker.training.workdir import write_atomically
+from kd_ranker.training.processes import index, is_first, on_first
+from kd_ranker.training.workdir import write_whole
 
 # The names of members, and digests of all that made them: of configs, dataset, teacher.
 Identity = Mapping[str, str]
@@ -36,22 +39,58 @@ _KEEP = 3
 _MORE_THAN_STATE, _BESIDE_STATE = 1.1, 2**18
 
 
+@dataclasses.dataclass
+class Checkpoints:
+    """The checkpoints of a workdir, and the writing of the next one.
+
+    Attributes:
+      manager: Orbax's, which this process shares with no other.
+      thread: writes one checkpoint after the other.
+      writing: the one that may not be whole yet.
+    """
+
+    manager: ocp.CheckpointManager
+    thread: ThreadPoolExecutor
+    writing: Future[None] | None = None
+
+    def folder(self, step: int) -> Path:
+        """The folder of the checkpoint of a step."""
+        return Path(self.manager.directory) / str(step)
+
+    def wait(self) -> None:
+        """Waits until all of them are whole, and raises what has kept one from being written."""
+        writing, self.writing = self.writing, None
+        on_first(lambda: None if writing is None else writing.result())
+
+
 @contextlib.contextmanager
-def open_manager(workdir: Path) -> Iterator[ocp.CheckpointManager]:
-    """The manager of a workdir's checkpoints; on leaving, all of them are whole and sealed."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=_KEEP, enable_async_checkpointing=True)
-    with ocp.CheckpointManager((workdir / FOLDER).absolute(), options=options) as manager:
-        yield manager
-        _seal(manager)
+def open_in(workdir: Path) -> Iterator[Checkpoints]:
+    """The checkpoints of a workdir; on leaving, all of them are whole and sealed."""
+    folder, mine = (workdir / FOLDER).absolute(), index()
+    on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=_KEEP,
+        create=False,
+        enable_async_checkpointing=False,
+        # Of several processes the first writes. Orbax would have all wait for each other by what
+        # their devices compute, in which a thread must not get between the steps.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+            primary_host=mine, active_processes={mine}, barrier_sync_key_prefix=str(mine)
+        ),
+    )
+    manager = ocp.CheckpointManager(folder, options=options)
+    with manager, ThreadPoolExecutor(1, thread_name_prefix="checkpoints") as thread:
+        checkpoints = Checkpoints(manager, thread)
+        yield checkpoints
+        checkpoints.wait()
+        on_first(lambda: _seal(manager))
 
 
 def _seal(manager: ocp.CheckpointManager) -> None:
-    """Waits until all checkpoints are whole, and adds the checksums of their files."""
-    manager.wait_until_finished()
-    for step in on_first(lambda: _unsealed(manager)):
+    """Adds to all checkpoints without them the checksums of their files."""
+    for step in _unsealed(manager):
         directory = Path(manager.directory) / str(step)
-        checksums = on_first(functools.partial(_file_checksums, directory))
-        write_atomically(directory / _SEAL, json.dumps(checksums))
+        write_whole(directory / _SEAL, json.dumps(_file_checksums(directory)))
 
 
 def _unsealed(manager: ocp.CheckpointManager) -> list[int]:
@@ -93,7 +132,7 @@ def checksum(state: Any) -> int:
     """A CRC-32 over the bytes of all leaves, in the order of the tree."""
     total = 0
     for leaf in jax.tree.leaves(state):
-        total = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), total)
+        total = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, total)
     return total
 
 
@@ -118,32 +157,48 @@ def check_room(workdir: Path, state: Any) -> None:
 
 
 def save(
-    manager: ocp.CheckpointManager,
+    checkpoints: Checkpoints,
     step: int,
     state: Any,
     batches: grain.DatasetIterator | None,
     identity: Identity,
 ) -> None:
-    """Starts saving; `state` may be donated as soon as this returns."""
-    _seal(manager)
-    check_room(Path(manager.directory), state)
+    """Starts saving, once the checkpoint before is whole.
+
+    As soon as this returns, `state` may be donated: what is written is a copy of it, which takes up
+    the host's memory until then.
+
+    Raises:
+      UserError: the disk has no room for it.
+      OSError: the one before could not be written.
+    """
+    checkpoints.wait()
+    check_room(Path(checkpoints.manager.directory), state)
+    if not is_first():
+        return
     # On CPU the host may share the device's buffer, which the next step donates; so copy.
-    host_state = jax.tree.map(lambda leaf: np.array(leaf), state)
+    host_state = jax.tree.map(np.array, jax.device_get(state))
     record = {
-        "crc32": checksum(host_state),
         "sizes": _sizes(host_state),
         "identity": dict(identity),
         "batches": batches.get_state() if batches is not None else None,
     }
+    checkpoints.writing = checkpoints.thread.submit(
+        _write, checkpoints.manager, step, host_state, record
+    )
+
+
+def _write(manager: ocp.CheckpointManager, step: int, state: Any, record: dict[str, Any]) -> None:
     items = {
-        "state": ocp.args.StandardSave(host_state),
-        "checksum": ocp.args.JsonSave(record),
+        "state": ocp.args.StandardSave(state),
+        "checksum": ocp.args.JsonSave(record | {"crc32": checksum(state)}),
     }
     manager.save(step, args=ocp.args.Composite(**items))
+    _seal(manager)
 
 
 def restore(
-    manager: ocp.CheckpointManager,
+    checkpoints: Checkpoints,
     state: Any,
     batches: grain.DatasetIterator | None,
     identity: Identity,
@@ -151,7 +206,7 @@ def restore(
     """The newest state that can be read, and its step; `state` as given and 0 if there is none.
 
     Args:
-      manager: the workdir's manager.
+      checkpoints: those of the workdir.
       state: a state of the same shapes, or what `jax.eval_shape` says of one.
       batches: the iterator to move to the position that was saved; None leaves it out.
       identity: what the checkpoints must have been saved with.
@@ -159,9 +214,9 @@ def restore(
     Raises:
       UserError: the checkpoints are whole, and of another model or another run.
     """
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    abstract, manager = jax.tree.map(ocp.utils.to_shape_dtype_struct, state), checkpoints.manager
     for step in sorted(manager.all_steps(), reverse=True):
-        directory = Path(manager.directory) / str(step)
+        directory = checkpoints.folder(step)
         try:
             if fault := on_first(functools.partial(_fault_of, directory)):
                 raise ValueError(fault)
@@ -181,7 +236,7 @@ def restore(
         except UserError:
             raise
         except Exception as error:
-            _set_aside(manager, step, error)
+            _set_aside(checkpoints, step, error)
             continue
         if batches is not None:
             batches.set_state(record["batches"])
@@ -194,12 +249,12 @@ def recorded_identity(workdir: Path) -> Identity:
 
     It is for what of an identity cannot be known otherwise: `restore` compares the rest.
     """
-    with open_manager(workdir) as manager:
-        for step in sorted(manager.all_steps(), reverse=True):
+    with open_in(workdir) as checkpoints:
+        for step in sorted(checkpoints.manager.all_steps(), reverse=True):
             args = ocp.args.Composite(checksum=ocp.args.JsonRestore())
             # Any kind of error may come of a damaged one, which `restore` reports.
             with contextlib.suppress(Exception):
-                return manager.restore(step, args=args).checksum["identity"]
+                return checkpoints.manager.restore(step, args=args).checksum["identity"]
     return {}
 
 
@@ -240,12 +295,12 @@ def _shown(there: str, here: str) -> str:
     return f"{more or 'no other'} there, {others_more or 'no other'} now"
 
 
-def _set_aside(manager: ocp.CheckpointManager, step: int, error: Exception) -> None:
+def _set_aside(checkpoints: Checkpoints, step: int, error: Exception) -> None:
     """Moves a damaged checkpoint away, so that its step can be saved again and nothing is lost."""
-    source = Path(manager.directory) / str(step)
+    manager, source = checkpoints.manager, checkpoints.folder(step)
 
     def move() -> Path:
-        aside = Path(manager.directory).parent / DAMAGED_FOLDER
+        aside = source.parent.parent / DAMAGED_FOLDER
         aside.mkdir(exist_ok=True)
         target = aside / str(step)
         while target.exists():

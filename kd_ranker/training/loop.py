@@ -80,8 +80,8 @@ def _fit(
     """`fit`, which ends with a checkpoint soon after `stop` says so."""
     lengths = _by_name(run, [numbers.steps for numbers in run.numbers])
     batches = iter(run.batches)
-    with checkpoints.open_manager(workdir) as manager:
-        states, start = checkpoints.restore(manager, abstract_states(run.groups), batches, identity)
+    with checkpoints.open_in(workdir) as saved:
+        states, start = checkpoints.restore(saved, abstract_states(run.groups), batches, identity)
         skip_steps(bar, start)
         if start >= run.steps:
             return states
@@ -104,9 +104,9 @@ def _fit(
                 step += span.stop - span.start
                 bar.update(span.stop - span.start)
                 due, scalars, stopping = _due_after(step, run.steps, train), {}, _agreed(stop())
-                saving = due.saving or stopping
+                saving, whole = due.saving or stopping, states
                 if saving:
-                    states = _mark_diverged(run, states)
+                    states, whole = _mark_diverged(run, states)
                 # A state is looked at before it is saved: a run could not go on from a NaN.
                 if due.logging or saving:
                     diverged = _report(_diverged_members(run, states), before=diverged)
@@ -119,7 +119,7 @@ def _fit(
                     writer.write(step, scalars)
                     bar.set_postfix_str(_progress(run, scalars, diverged, best))
                 if saving:
-                    checkpoints.save(manager, step, states_on_host(run, states), batches, identity)
+                    checkpoints.save(saved, step, whole, batches, identity)
     if stopping and not stop():
         raise UserError(f"another process has ended this run after step {step}; start all anew")
     return jax.tree.map(np.asarray, states_on_host(run, states))
@@ -196,10 +196,13 @@ def _diverged_members(run: Run, states: States) -> dict[str, int]:
     return {name: int(step) for name, step in _by_name(run, at).items() if step}
 
 
-def _mark_diverged(run: Run, states: States) -> States:
+def _mark_diverged(run: Run, states: States) -> tuple[States, States]:
     """Marks the members that their last update left without finite parameters.
 
     The loss that it leads to would tell at the next step, but there may be none.
+
+    Returns:
+      The states on the devices, and those of the run's own members on the host.
     """
     marked, any_new = [], False
     for state, numbers in zip(states_on_host(run, states), run.numbers, strict=True):
@@ -210,7 +213,7 @@ def _mark_diverged(run: Run, states: States) -> States:
         steps = jnp.where(new, steps_of_members(state, numbers), state.non_finite_step)
         marked.append(dataclasses.replace(state, non_finite_step=steps))
     # The states on the devices are put there anew only if they have to be.
-    return run.devices.place(tuple(marked)) if any_new else states
+    return run.devices.place(tuple(marked)) if any_new else states, tuple(marked)
 
 
 def _report(diverged: dict[str, int], before: dict[str, int]) -> dict[str, int]:

@@ -31,10 +31,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     Of several processes that train as one, the first writes it, and then all go on.
     """
-    on_first(lambda: _write(path, content))
+    on_first(lambda: write_whole(path, content))
 
 
-def _write(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes) -> None:
+    """`write_atomically` by this process, whatever the others do."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

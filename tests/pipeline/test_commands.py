@@ -64,8 +64,8 @@ def student_parameters(workdir):
     teacher, dataset = teachers.teacher_and_dataset(config)
     (group,) = recipes.student_groups({"": config}, dataset.spec)
     whose = runs.students_identity({"": config}, dataset, teacher)
-    with checkpoints.open_manager(workdir) as manager:
-        (state,), step = checkpoints.restore(manager, (jax.eval_shape(group.init),), None, whose)
+    with checkpoints.open_in(workdir) as saved:
+        (state,), step = checkpoints.restore(saved, (jax.eval_shape(group.init),), None, whose)
     assert step == config.train.steps
     return select_member(state.parameters, 0)
 
@@ -652,8 +652,8 @@ def test_a_sweep_on_several_devices_ends_the_same_and_goes_on_on_fewer(world, sw
     class Killed(Exception):
         pass
 
-    def killed_after_the_first(manager, step, state, *rest):
-        saved(manager, step, state, *rest)
+    def killed_after_the_first(of, step, state, *rest):
+        saved(of, step, state, *rest)
         assert [len(of_group.non_finite_step) for of_group in state] == [2, 2]
         raise Killed
 

@@ -1,6 +1,9 @@
+import contextlib
+import errno
 import json
 import logging
 import shutil
+import threading
 
 import grain
 import jax
@@ -25,19 +28,19 @@ def numbers():
 
 def restore(workdir, iterator=None, identity=OURS):
     """What a run in `workdir` would start from."""
-    with checkpoints.open_manager(workdir) as manager:
+    with checkpoints.open_in(workdir) as saved:
         blank = jax.tree.map(np.zeros_like, state_of(0))
-        return checkpoints.restore(manager, blank, iterator, identity)
+        return checkpoints.restore(saved, blank, iterator, identity)
 
 
 @pytest.fixture
 def workdir(tmp_path):
     iterator = numbers()
-    with checkpoints.open_manager(tmp_path) as manager:
+    with checkpoints.open_in(tmp_path) as saved:
         for step in range(1, STEPS[-1] + 1):
             next(iterator)
             if step in STEPS:
-                checkpoints.save(manager, step, state_of(step), iterator, OURS)
+                checkpoints.save(saved, step, state_of(step), iterator, OURS)
     return tmp_path
 
 
@@ -131,10 +134,10 @@ def test_a_damaged_checkpoint_is_reported_set_aside_and_passed_over(
 def test_the_step_of_a_damaged_checkpoint_can_be_saved_and_be_damaged_again(workdir):
     for _ in range(2):
         flip(workdir, 6)
-        with checkpoints.open_manager(workdir) as manager:
-            _, step = checkpoints.restore(manager, state_of(0), None, OURS)
+        with checkpoints.open_in(workdir) as saved:
+            _, step = checkpoints.restore(saved, state_of(0), None, OURS)
             assert step == 4
-            checkpoints.save(manager, 6, state_of(6), None, OURS)
+            checkpoints.save(saved, 6, state_of(6), None, OURS)
         assert restore(workdir)[1] == 6
     assert {path.name for path in (workdir / checkpoints.DAMAGED_FOLDER).iterdir()} == {
         "6", "6_again",
@@ -163,10 +166,10 @@ def test_a_checkpoint_of_another_model_is_an_error_and_stays_where_it_is(workdir
         "more": np.zeros(2),
     }
     with (
-        checkpoints.open_manager(workdir) as manager,
+        checkpoints.open_in(workdir) as saved,
         pytest.raises(UserError, match="holds a model of other sizes"),
     ):
-        checkpoints.restore(manager, other, None, OURS)
+        checkpoints.restore(saved, other, None, OURS)
     assert restore(workdir)[1] == 6
     assert not (workdir / checkpoints.DAMAGED_FOLDER).exists()
 
@@ -219,15 +222,15 @@ def test_a_run_killed_before_its_checkpoint_was_sealed_can_use_it(workdir):
 
 
 def test_only_the_last_few_are_kept(workdir):
-    with checkpoints.open_manager(workdir) as manager:
-        checkpoints.save(manager, 8, state_of(8), None, OURS)
+    with checkpoints.open_in(workdir) as saved:
+        checkpoints.save(saved, 8, state_of(8), None, OURS)
     assert {path.name for path in (workdir / checkpoints.FOLDER).iterdir()} == {"4", "6", "8"}
 
 
 def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
     state = state_of(1)
-    with checkpoints.open_manager(tmp_path) as manager:
-        checkpoints.save(manager, 1, state, None, OURS)
+    with checkpoints.open_in(tmp_path) as saved:
+        checkpoints.save(saved, 1, state, None, OURS)
         state["table"][:] = -1.0
     np.testing.assert_array_equal(restore(tmp_path)[0]["table"], state_of(1)["table"])
 
@@ -235,13 +238,13 @@ def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
 def test_what_is_saved_outlives_the_buffers_that_the_next_step_takes(tmp_path):
     add = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
     state = jax.device_put({"table": state_of(1)["table"]})
-    with checkpoints.open_manager(tmp_path) as manager:
-        checkpoints.save(manager, 1, state, None, OURS)
+    with checkpoints.open_in(tmp_path) as saved:
+        checkpoints.save(saved, 1, state, None, OURS)
         for _ in range(5):
             state = add(state)
-    with checkpoints.open_manager(tmp_path) as manager:
+    with checkpoints.open_in(tmp_path) as saved:
         blank = {"table": np.zeros_like(state_of(1)["table"])}
-        restored, _ = checkpoints.restore(manager, blank, None, OURS)
+        restored, _ = checkpoints.restore(saved, blank, None, OURS)
     np.testing.assert_array_equal(restored["table"], state_of(1)["table"])
 
 
@@ -254,3 +257,49 @@ def test_a_disk_without_room_for_the_next_checkpoint_is_told_with_what_it_needs(
         checkpoints.check_room(tmp_path, state)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 0, 5_000_000))
     checkpoints.check_room(tmp_path, state)
+
+
+def test_a_run_goes_on_while_its_checkpoint_is_written_and_waits_with_the_next(
+    tmp_path, monkeypatch
+):
+    let_it, events = threading.Event(), []
+    whole = checkpoints.Checkpoints.wait
+
+    def wait(saved):
+        let_it.set()
+        whole(saved)
+        events.append("whole")
+
+    with checkpoints.open_in(tmp_path) as saved:
+        write = saved.manager.save
+        monkeypatch.setattr(
+            saved.manager, "save", lambda *of, **by: let_it.wait() and write(*of, **by)
+        )
+        checkpoints.save(saved, 1, state_of(1), None, OURS)
+        assert not folder(tmp_path, 1).exists()
+        monkeypatch.setattr(checkpoints.Checkpoints, "wait", wait)
+        checkpoints.save(saved, 2, state_of(2), None, OURS)
+        assert events == ["whole"]
+        assert (folder(tmp_path, 1) / "files.json").exists()
+    assert restore(tmp_path)[1] == 2
+
+
+def test_what_kept_a_checkpoint_from_being_written_is_raised_and_the_one_before_stays(
+    workdir, monkeypatch
+):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def save(step):
+        checkpoints.save(saved, step, state_of(step), None, OURS)
+
+    with contextlib.ExitStack() as stack:
+        saved = stack.enter_context(checkpoints.open_in(workdir))
+        monkeypatch.setattr(saved.manager, "save", full)
+        save(8)
+        with pytest.raises(OSError, match="No space left"):
+            save(10)
+        save(12)
+        with pytest.raises(OSError, match="No space left"):
+            stack.close()
+    assert restore(workdir)[1] == 6
