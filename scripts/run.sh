@@ -41,7 +41,7 @@ if [ -z "$workdir" ]; then
   case $config in *:*) name=$name-${config#*:} ;; esac
   workdir=runs/${name//[^A-Za-z0-9._-]/_}
 fi
-case $workdir in /*) ;; *) workdir=$root/$workdir ;; esac
+case $workdir in /* | *://*) ;; *) workdir=$root/$workdir ;; esac
 
 ./scripts/setup.sh
 # Memory in pages of 2 MiB, where glibc allocates it: large tables' rows are found faster.

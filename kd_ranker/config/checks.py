@@ -29,6 +29,11 @@ def validate(config: ConfigDict, devices: int | None = None) -> None:
       devices: how many there are; None asks JAX.
     """
     check_choice("data.name", config.data.name, SOURCES)
+    if "://" in config.data.dir:
+        raise UserError(
+            f"data.dir={config.data.dir}: datasets lie in a folder of this machine, on a disk or "
+            "mounted; name one"
+        )
     keys = keys_of(config.data.name)
     for name in _leaves(config, keys):
         if name not in keys:

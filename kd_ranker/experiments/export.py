@@ -5,11 +5,10 @@
     python -m experiments.export --workdir=runs/sweep --member=none-seed0 --out=served
 """
 
-from pathlib import Path
-
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands
 from kd_ranker.pipeline.launch import launch_on_run
+from kd_ranker.pipeline.remote import Place, local_folder
 
 TAKES_CONFIG = False
 FLAGS = {
@@ -21,10 +20,10 @@ FLAGS = {
 }
 
 
-def main(workdir: Path, out: str, member: str, serve: str, items: str, formats: str) -> None:
+def main(workdir: Place, out: str, member: str, serve: str, items: str, formats: str) -> None:
     if not out:
         raise UserError("--out is missing; give a folder to write, which must not exist")
-    folder = Path(out).expanduser()
+    folder = local_folder("--out", out)
     print(commands.export(workdir, folder, member, serve, items, tuple(formats.split(","))))
     print(f"export: {folder}")
     print(f"check it with: python {folder / 'check.py'}")

@@ -9,15 +9,14 @@ For example:
         --config.teacher.workdir=runs/teacher
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from kd_ranker.pipeline import commands
 from kd_ranker.pipeline.launch import launch
+from kd_ranker.pipeline.remote import Place
 
 
-def main(config: ConfigDict, workdir: Path) -> None:
+def main(config: ConfigDict, workdir: Place) -> None:
     del workdir
     logged = commands.log_teacher(config)
     print(f"dataset: {logged.dataset}")

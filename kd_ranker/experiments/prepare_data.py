@@ -9,16 +9,15 @@ For example:
         --config.data.path=log/ --config.data.infer
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from kd_ranker.pipeline import commands
 from kd_ranker.pipeline.launch import launch
+from kd_ranker.pipeline.remote import Place
 from kd_ranker.sources.logs.data_report import PAGE
 
 
-def main(config: ConfigDict, workdir: Path) -> None:
+def main(config: ConfigDict, workdir: Place) -> None:
     if config.data.get("infer"):
         written = commands.first_config(config, workdir)
         print(f"config: {written.path}")

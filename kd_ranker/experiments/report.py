@@ -5,13 +5,12 @@ For example:
     python -m experiments.report --workdir=runs/report runs/sweep runs/another_sweep
 """
 
-from pathlib import Path
-
 from kd_ranker.pipeline import commands
 from kd_ranker.pipeline.launch import launch_on_workdirs
+from kd_ranker.pipeline.remote import Place
 
 
-def main(workdirs: list[Path], output: Path) -> None:
+def main(workdirs: list[Place], output: Place) -> None:
     answers, page = commands.report(workdirs, output)
     print("\n".join(answers))
     print(f"report: {page}")

@@ -6,18 +6,17 @@ For example:
 """
 
 import sys
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from kd_ranker.pipeline import commands
 from kd_ranker.pipeline.launch import launch
-from kd_ranker.report.tables import results_text
+from kd_ranker.pipeline.remote import Place
 
 
-def main(config: ConfigDict, workdir: Path) -> None:
+def main(config: ConfigDict, workdir: Place) -> None:
     made = commands.run(config, workdir, say=lambda step: print(f"run: {step}", file=sys.stderr))
-    print(results_text(made.students, config.funnel.passed))
+    print(commands.results_text(made.students))
     print("\n".join(["", *made.answers, "", "run: done. What was made:"]))
     print(f"  teacher   {made.teacher or 'none: the log has its own'}")
     print(f"  students  {made.students}")

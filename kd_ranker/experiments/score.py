@@ -10,12 +10,11 @@ For example:
         --out=scored
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from kd_ranker.pipeline import commands
 from kd_ranker.pipeline.launch import launch_on_run
+from kd_ranker.pipeline.remote import Place, local_folder
 
 TAKES_CONFIG = True
 FLAGS = {
@@ -24,8 +23,8 @@ FLAGS = {
 }
 
 
-def main(config: ConfigDict, workdir: Path, member: str, out: str) -> None:
-    folder = Path(out).expanduser() if out else None
+def main(config: ConfigDict, workdir: Place, member: str, out: str) -> None:
+    folder = local_folder("--out", out) if out else None
     scored, lines = commands.score(config, workdir, member, folder)
     print("\n".join(lines))
     print(f"scored log: {scored.directory}")

@@ -5,19 +5,17 @@ For example:
     python -m experiments.sweep --config=configs/sweeps/cascade.py --workdir=runs/sweep
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from kd_ranker.pipeline import commands
 from kd_ranker.pipeline.launch import launch
-from kd_ranker.report.tables import results_text
+from kd_ranker.pipeline.remote import Place
 
 
-def main(config: ConfigDict, workdir: Path) -> None:
+def main(config: ConfigDict, workdir: Place) -> None:
     if not commands.sweep(config, workdir):
         print(f"the sweep in {workdir} is complete; there is nothing to do")
-    print(results_text(workdir, config.funnel.passed))
+    print(commands.results_text(workdir))
 
 
 def start() -> None:

@@ -6,18 +6,16 @@ For example:
         --config.teacher.source=logged --config.distill.mode=shared
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from kd_ranker.pipeline import commands
 from kd_ranker.pipeline.launch import launch
-from kd_ranker.report.tables import results_text
+from kd_ranker.pipeline.remote import Place
 
 
-def main(config: ConfigDict, workdir: Path) -> None:
+def main(config: ConfigDict, workdir: Place) -> None:
     commands.train(config, workdir)
-    print(results_text(workdir, config.funnel.passed))
+    print(commands.results_text(workdir))
 
 
 def start() -> None:

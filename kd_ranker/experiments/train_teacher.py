@@ -5,18 +5,16 @@ For example:
     python -m experiments.train_teacher --config=configs/cascade.py --workdir=runs/teacher
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
 from kd_ranker.pipeline import commands
 from kd_ranker.pipeline.launch import launch
-from kd_ranker.report.tables import results_text
+from kd_ranker.pipeline.remote import Place
 
 
-def main(config: ConfigDict, workdir: Path) -> None:
+def main(config: ConfigDict, workdir: Place) -> None:
     commands.train_teacher(config, workdir)
-    print(results_text(workdir, config.funnel.passed))
+    print(commands.results_text(workdir))
 
 
 def start() -> None:

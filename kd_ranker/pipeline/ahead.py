@@ -32,6 +32,7 @@ from kd_ranker.evaluation.evaluate import Ranker, lower_for_group, make_serve
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import compiled, runs, teachers
 from kd_ranker.pipeline.compiled import Compiled
+from kd_ranker.pipeline.remote import fetched, place_of
 from kd_ranker.pipeline.topologies import Topology
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset, read_requests
@@ -293,9 +294,10 @@ def _on(device: jax.Device, *trees: Any) -> list[Any]:
 
 def _teacher(config: ConfigDict, spec: FeatureSpec, device: jax.Device) -> tuple[Model, Parameters]:
     """The teacher by its shapes: that of `teacher.workdir`, if it is there, or of `config`."""
-    workdir = Path(config.teacher.workdir)
-    if config.teacher.workdir and (workdir / workdirs.CONFIG_FILE).exists():
-        config = workdirs.read_config(workdir)
+    if config.teacher.workdir:
+        with fetched(place_of(config.teacher.workdir), with_checkpoints=False) as workdir:
+            if (workdir / workdirs.CONFIG_FILE).exists():
+                config = workdirs.read_config(workdir)
     group = recipes.teacher_group(config, spec)
     model, (state,) = group.recipe.model, abstract_states([group])
     lanes = TPU_LANES if device.platform == "tpu" else 1

@@ -1,6 +1,7 @@
 """The work of the entry points: one function each, from a config and a workdir to files.
 
 A command holds the workdir that it writes to for as long as it runs, and a second one is refused.
+A workdir is a folder or a URL, see `remote`.
 """
 
 import contextlib
@@ -31,10 +32,10 @@ from kd_ranker.pipeline.measure import (
     reference,
     write_measured,
 )
+from kd_ranker.pipeline.remote import Place, below, fetched, local_folder, owned, place_of
 from kd_ranker.pipeline.teachers import Teacher
-from kd_ranker.report import write
+from kd_ranker.report import tables, write
 from kd_ranker.requests import storage
-from kd_ranker.requests.lock import hold
 from kd_ranker.requests.pool import open_pool
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, Source
@@ -54,7 +55,7 @@ from kd_ranker.sweep.memory import check_memory, cohort_size
 from kd_ranker.sweep.sweep import TEST, Cohort, Sweep, open_sweep
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import skip_steps
-from kd_ranker.training.processes import first_holds, on_first
+from kd_ranker.training.processes import on_first
 from kd_ranker.training.recipes import student_groups
 
 # What is chosen is chosen on the first; the second is read for what is reported.
@@ -105,26 +106,26 @@ def data_lines(config: ConfigDict) -> list[str]:
     return of_data.data_lines(config, teachers.dataset_of(config))
 
 
-def first_config(config: ConfigDict, folder: Path) -> FirstConfig:
+def first_config(config: ConfigDict, folder: Place) -> FirstConfig:
     """Writes a config to edit for the log at `config.data.path`, with what it guessed and why.
 
     Returns:
       The file, below `folder`, and what to run next.
     """
-    return write_first_config(config, folder)
+    return write_first_config(config, local_folder("--workdir", folder))
 
 
-def train_teacher(config: ConfigDict, workdir: Path) -> list[Row]:
+def train_teacher(config: ConfigDict, workdir: Place) -> list[Row]:
     """Trains the final ranker on user labels and measures it.
 
     Returns:
       Its row of `results.csv` on the test split; that has the references as well.
     """
     checks.validate(config)
-    with first_holds(workdir, hold(workdir)):
+    with owned(workdir) as folder:
         dataset = teachers.dataset_of(config)
         supervision.check_log(config, dataset)
-        ranker, step = runs.fit_teacher(config, dataset, workdir)
+        ranker, step = runs.fit_teacher(config, dataset, folder)
         teacher = own_reference(config, dataset, ranker, step)
         # Beside the oracle, where the truth is known: how much a final ranker leaves to be had.
         statistics = references.train_statistics(dataset, config.value_weights, seed=0)
@@ -133,8 +134,16 @@ def train_teacher(config: ConfigDict, workdir: Path) -> list[Row]:
             for split in MEASURED_SPLITS
         ]
         whose = identity.of_teacher(config, dataset.identity)
-        write_measured(config, workdir, whose, *measured)
+        write_measured(config, folder, whose, *measured)
     return measured[-1].rows[:1]
+
+
+def results_text(workdir: Place) -> str:
+    """The table of a run's results as text, and where they lie."""
+    with fetched(workdir, with_checkpoints=False) as folder:
+        passed = workdirs.read_config(folder).funnel.passed
+        text = tables.results_text(folder, passed)
+    return text.replace(str(folder), str(workdir))
 
 
 class Logged(NamedTuple):
@@ -188,7 +197,7 @@ def log_teacher(config: ConfigDict) -> Logged:
 
 
 def score(
-    config: ConfigDict, workdir: Path, member: str = "", output: Path | None = None
+    config: ConfigDict, workdir: Place, member: str = "", output: Path | None = None
 ) -> tuple[Scored, list[str]]:
     """Writes the log at `config.data.path` with the scores of the ranker in a workdir.
 
@@ -208,28 +217,32 @@ def score(
       UserError: the workdir holds no such ranker, finished and trained on a log, its dataset is
         gone, or the log lacks what it was trained on.
     """
-    run = trained.config_of(workdir)
-    for name in (run.data.name, config.data.name):
-        if name != "parquet":
-            raise UserError(
-                f"{workdir} and the config have to be of a log (data.name='parquet'), and one is "
-                f"of {name}; experiments.log_teacher scores the requests of every dataset"
-            )
-    # One device scores, whatever devices have trained.
-    devices = config.parallel.devices or config.parallel.members or 1
-    checks.validate(config, devices)
-    layout, settled_layout = (read_layout(of.data, of.tasks, of.funnel) for of in (config, run))
-    log, layout = unseen.open_unseen(layout, settled_layout)
-    open_again = functools.partial(trained.ranker_again, workdir, str(config.data.dir), member)
-    ranker = trained.ranker_of(*open_again.args)
-    dataset = ranker.dataset
-    settled = unseen.settled_by(settled_layout, dataset.spec, dataset.directory)
-    weights, requests = tuple(config.value_weights), config.evaluation.requests
-    scored, read = score_log(log, layout, settled, ranker, open_again, weights, requests, output)
+    with fetched(workdir) as folder:
+        run = trained.config_of(folder)
+        for name in (run.data.name, config.data.name):
+            if name != "parquet":
+                raise UserError(
+                    f"{workdir} and the config have to be of a log (data.name='parquet'), and one "
+                    f"is of {name}; experiments.log_teacher scores the requests of every dataset"
+                )
+        # One device scores, whatever devices have trained.
+        devices = config.parallel.devices or config.parallel.members or 1
+        checks.validate(config, devices)
+        layout, settled_layout = (read_layout(of.data, of.tasks, of.funnel) for of in (config, run))
+        log, layout = unseen.open_unseen(layout, settled_layout)
+        open_again = functools.partial(trained.ranker_again, folder, str(config.data.dir), member)
+        ranker = trained.ranker_of(*open_again.args)
+        ranker = ranker._replace(name=ranker.name.replace(str(folder), str(workdir)))
+        dataset = ranker.dataset
+        settled = unseen.settled_by(settled_layout, dataset.spec, dataset.directory)
+        weights, requests = tuple(config.value_weights), config.evaluation.requests
+        scored, read = score_log(
+            log, layout, settled, ranker, open_again, weights, requests, output
+        )
     return scored, [trained.told(ranker.name, ranker.serve), *of_data.score_lines(read)]
 
 
-def train(config: ConfigDict, workdir: Path) -> list[Row]:
+def train(config: ConfigDict, workdir: Place) -> list[Row]:
     """Trains one student and measures it.
 
     Returns:
@@ -240,24 +253,24 @@ def train(config: ConfigDict, workdir: Path) -> list[Row]:
     checks.check_alone(config)
     members = {"": config}
     supervision.check_students(members.values())
-    with first_holds(workdir, hold(workdir)):
+    with owned(workdir) as folder:
         teacher, dataset = teachers.teacher_and_dataset(config)
         shared = common(members)
         supervision.check_signals(config, dataset, members.values())
-        workdirs.claim(workdir, "train", config, without=schema.without_influence("student"))
-        keep_data_report(config, workdir)
-        with runs.progress_bar(workdir.name, config.train.steps) as bar:
-            students = runs.fit_students(shared, dataset, teacher, members, workdir, bar)
+        workdirs.claim(folder, "train", config, without=schema.without_influence("student"))
+        keep_data_report(config, folder)
+        with runs.progress_bar(folder.name, config.train.steps) as bar:
+            students = runs.fit_students(shared, dataset, teacher, members, folder, bar)
         known = reference(shared, dataset, teacher)
         measured = [
             measure(shared, dataset, split, known, members, students) for split in MEASURED_SPLITS
         ]
         whose = runs.students_identity(members, dataset, teacher)
-        write_measured(config, workdir, whose, *measured)
+        write_measured(config, folder, whose, *measured)
     return [row for row in measured[-1].rows if row["role"] == "student"]
 
 
-def sweep(config: ConfigDict, workdir: Path) -> bool:
+def sweep(config: ConfigDict, workdir: Place) -> bool:
     """Trains the students of `config.sweep`, cohort by cohort, and joins their results.
 
     A sweep that was killed goes on where it stopped. One whose config has changed is refused; with
@@ -269,8 +282,10 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
     """
     checks.validate(config)
     supervision.check_students(sweep_members(config).values())
-    with first_holds(workdir, hold(workdir)):
-        return _sweep(config, workdir)
+    if config.launcher == "ray":
+        local_folder("--workdir", workdir, "is written by all machines of launcher='ray'")
+    with owned(workdir) as folder:
+        return _sweep(config, folder)
 
 
 def _sweep(config: ConfigDict, workdir: Path) -> bool:
@@ -405,7 +420,7 @@ def _free_of_a_sweep(extends: bool) -> list[str]:
     return ["costs", *(name for name in free if extends or name not in axes)]
 
 
-def report(sweeps: Sequence[Path], output: Path) -> tuple[list[str], Path]:
+def report(sweeps: Sequence[Place], output: Place) -> tuple[list[str], Place]:
     """Writes tables, figures and a page of what sweeps have found.
 
     Args:
@@ -415,12 +430,19 @@ def report(sweeps: Sequence[Path], output: Path) -> tuple[list[str], Path]:
     Returns:
       A sentence a dataset on what distillation saves, and the page.
     """
-    with hold(output):
-        return write.write_report(sweeps, output), output / write.PAGE
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(owned(output, with_checkpoints=False))
+        folders = [
+            folder if sweep == output else stack.enter_context(fetched(sweep, False))
+            for sweep in sweeps
+        ]
+        names = {str(of): str(sweep) for of, sweep in zip(folders, sweeps, strict=True)}
+        answers = write.write_report(folders, folder, names)
+    return answers, below(output, write.PAGE)
 
 
 def export(
-    workdir: Path, folder: Path, member: str = "", serve: str = "", items: str = "float32",
+    workdir: Place, folder: Path, member: str = "", serve: str = "", items: str = "float32",
     formats: Sequence[str] = tuple(FORMATS),
 ) -> str:  # fmt: skip
     """Writes the ranker of a finished run as a folder that a server can use without this project.
@@ -444,16 +466,17 @@ def export(
         check_choice("--formats", name, FORMATS)
     if folder.exists():
         raise UserError(f"{folder} exists; name a folder that does not as --out")
-    finished = trained.open_finished(workdir, member, serve)
-    exporting.check_choices(finished, items, formats)
-    servable = exporting.servable(finished)
-    exported = make_programs(servable, items)
-    # Before what takes long, since a format may lack an operation.
-    files = program_files(exported, formats)
-    about = exporting.about(finished, workdir, exported, items) | {"formats": list(formats)}
-    batch, beside = exporting.example(finished), finished.dataset.directory
-    write_export(exported, servable, files, batch, about, beside, folder)
-    return trained.told(finished.title, finished.serve)
+    with fetched(workdir) as run:
+        finished = trained.open_finished(run, member, serve)
+        exporting.check_choices(finished, items, formats)
+        servable = exporting.servable(finished)
+        exported = make_programs(servable, items)
+        # Before what takes long, since a format may lack an operation.
+        files = program_files(exported, formats)
+        about = exporting.about(finished, run, exported, items) | {"formats": list(formats)}
+        batch, beside = exporting.example(finished), finished.dataset.directory
+        write_export(exported, servable, files, batch, about, beside, folder)
+    return trained.told(finished.title.replace(str(run), str(workdir)), finished.serve)
 
 
 class Made(NamedTuple):
@@ -466,13 +489,13 @@ class Made(NamedTuple):
       page: of the report.
     """
 
-    teacher: Path | None
-    students: Path
+    teacher: Place | None
+    students: Place
     answers: list[str]
-    page: Path
+    page: Place
 
 
-def run(config: ConfigDict, workdir: Path, say: Callable[[str], None] = lambda _: None) -> Made:
+def run(config: ConfigDict, workdir: Place, say: Callable[[str], None] = lambda _: None) -> Made:
     """Does the main job: the dataset, a teacher, a sweep under that teacher, the report.
 
     No teacher is trained where the students learn from the dataset's own log: with
@@ -488,22 +511,22 @@ def run(config: ConfigDict, workdir: Path, say: Callable[[str], None] = lambda _
     supervision.check_students(sweep_members(config).values())
     config = config.copy_and_resolve_references()
     logged = config.teacher.source == "logged"
-    teacher, students = None, workdir / "sweep"
+    teacher, students = None, below(workdir, "sweep")
     say("prepare_data")
     prepare_data(config)
     for line in data_lines(config):
         say(line)
     if not logged or config.teacher.workdir:
-        teacher = Path(config.teacher.workdir or workdir / "teacher")
+        teacher = place_of(config.teacher.workdir or below(workdir, "teacher"))
         config.teacher.workdir = str(teacher)
         for repeat in repeats(config):
             say("train_teacher")
-            train_teacher(repeat, Path(repeat.teacher.workdir))
+            train_teacher(repeat, place_of(repeat.teacher.workdir))
             if logged:
                 say("log_teacher")
                 log_teacher(repeat)
     say("sweep")
     sweep(config, students)
     say("report")
-    answers, page = report([students], workdir / "report")
+    answers, page = report([students], below(workdir, "report"))
     return Made(teacher, students, answers, page)

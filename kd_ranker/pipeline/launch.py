@@ -20,6 +20,7 @@ import kd_ranker.configs
 from kd_ranker.config import checks
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import faults, options, signals
+from kd_ranker.pipeline.remote import Place, place_of
 from kd_ranker.pipeline.trained import config_of
 from kd_ranker.training import processes
 
@@ -32,7 +33,7 @@ _BAD_PATH = (FileExistsError, NotADirectoryError, PermissionError)
 
 
 def launch(
-    command: Callable[[ConfigDict, Path], None], needs_workdir: bool = True, as_one: bool = False
+    command: Callable[[ConfigDict, Place], None], needs_workdir: bool = True, as_one: bool = False
 ) -> None:
     """Parses `--config` and `--workdir`, runs `command`, and exits with 2 on bad input.
 
@@ -52,7 +53,7 @@ def launch(
             if not as_one:
                 raise UserError("this command is of one process; leave parallel.processes out")
             _join_processes(config)
-        command(config, Path(workdir.value or ".").expanduser())
+        command(config, place_of(workdir.value or "."))
 
     def describe(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
         asks_of_one = any(argument.startswith("--config") for argument in arguments)
@@ -84,13 +85,13 @@ def launch_on_run(
         if not early.workdir:
             raise UserError("--workdir is missing; give the folder of a run that is finished")
         if takes_config:
-            return _parse(arguments, lambda: config_of(Path(early.workdir).expanduser()))
+            return _parse(arguments, lambda: config_of(place_of(early.workdir)))
         return _only_flags(flags.FLAGS(arguments))
 
     def run(_: list[str]) -> None:
         config = [with_home(flags.FLAGS["config"].value)] if takes_config else []
         texts = {name: other.value for name, other in others.items()}
-        command(*config, Path(str(workdir.value)).expanduser(), **texts)
+        command(*config, place_of(str(workdir.value)), **texts)
 
     def describe(parser: argparse.ArgumentParser, _: list[str]) -> None:
         options.describe_on_run(parser, _docstring(command), takes_config, flags_of)
@@ -98,7 +99,7 @@ def launch_on_run(
     _start(parse, run, describe)
 
 
-def launch_on_workdirs(command: Callable[[list[Path], Path], None]) -> None:
+def launch_on_workdirs(command: Callable[[list[Place], Place], None]) -> None:
     """The same for a command on workdirs that are there: `--workdir=OUTPUT [WORKDIR ...]`.
 
     Without any, `--workdir` itself is read.
@@ -114,7 +115,7 @@ def launch_on_workdirs(command: Callable[[list[Path], Path], None]) -> None:
         return rest
 
     def run(arguments: list[str]) -> None:
-        workdir, *others = (Path(str(of)).expanduser() for of in (output.value, *arguments[1:]))
+        workdir, *others = (place_of(str(of)) for of in (output.value, *arguments[1:]))
         command(others or [workdir], workdir)
 
     def describe(parser: argparse.ArgumentParser, _: list[str]) -> None:

@@ -11,6 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fsspec
 import pandas as pd
 from absl import logging
 from ml_collections import ConfigDict
@@ -20,10 +21,9 @@ from kd_ranker.config import checks, defaults, schema
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import commands
 from kd_ranker.pipeline.launch import with_home
+from kd_ranker.pipeline.remote import Place, fetched, local_folder, place_of
 from kd_ranker.pipeline.trained import config_of
-from kd_ranker.report.tables import results_text
 from kd_ranker.sources import given, given_rows
-from kd_ranker.training.workdir import read_config
 
 Folder = str | PathLike[str]
 
@@ -138,18 +138,19 @@ class Trained(NamedTuple):
     """The rankers that a run has trained: a teacher, a student, or the students of a sweep.
 
     Attributes:
-      workdir: the folder of the run.
+      workdir: the folder of the run, or its URL.
     """
 
-    workdir: Path
+    workdir: Place
 
     @property
     def results(self) -> pd.DataFrame:
         """Its `results.csv`: a row a ranker, serving choice and split; see docs/concepts.md."""
-        return results.read_csv(self.workdir / results.FILE)
+        with fetched(self.workdir, with_checkpoints=False) as folder:
+            return results.read_csv(folder / results.FILE)
 
     def __str__(self) -> str:
-        return results_text(self.workdir, read_config(self.workdir).funnel.passed)
+        return commands.results_text(self.workdir)
 
     def _repr_html_(self) -> str:
         return _as_html(str(self))
@@ -164,14 +165,15 @@ class Report(NamedTuple):
     """
 
     answers: tuple[str, ...]
-    page: Path
+    page: Place
 
     def __str__(self) -> str:
         return "\n".join([*self.answers, f"report: {self.page}"])
 
     def _repr_html_(self) -> str:
         # A page of its own, so that its styles stay within it.
-        page = html.escape(self.page.read_text(), quote=True)
+        with fsspec.open(str(self.page), "rt", encoding="utf-8") as file:
+            page = html.escape(file.read(), quote=True)
         return f'<iframe srcdoc="{page}" width="100%" height="800" style="border: 0"></iframe>'
 
 
@@ -201,8 +203,9 @@ def train_teacher(config: ConfigDict, workdir: Folder) -> Trained:
       UserError: the config is at fault, its dataset was not prepared, or the folder holds another
         run.
     """
-    commands.train_teacher(_own(config), Path(workdir))
-    return Trained(Path(workdir))
+    place = place_of(workdir)
+    commands.train_teacher(_own(config), place)
+    return Trained(place)
 
 
 def log_teacher(config: ConfigDict, teacher: Trained | Folder) -> commands.Logged:
@@ -222,8 +225,9 @@ def train(config: ConfigDict, workdir: Folder, teacher: Trained | Folder | None 
       UserError: the config is at fault, dataset or teacher are missing, or the folder holds another
         run.
     """
-    commands.train(_own(config, teacher), Path(workdir))
-    return Trained(Path(workdir))
+    place = place_of(workdir)
+    commands.train(_own(config, teacher), place)
+    return Trained(place)
 
 
 def sweep(
@@ -257,8 +261,9 @@ def sweep(
             axis = schema.axis_of(key)
             checks.check_key(config, axis)
             schema.set_value(config, axis, values)
-    commands.sweep(config, Path(workdir))
-    return Trained(Path(workdir))
+    place = place_of(workdir)
+    commands.sweep(config, place)
+    return Trained(place)
 
 
 def report(*sweeps: Trained | Folder, output: Folder | None = None) -> Report:
@@ -272,7 +277,7 @@ def report(*sweeps: Trained | Folder, output: Folder | None = None) -> Report:
       UserError: a sweep is missing or not complete, or two are too different for one report.
     """
     workdirs = [_folder(sweep) for sweep in sweeps]
-    answers, page = commands.report(workdirs, Path(output) if output else workdirs[0])
+    answers, page = commands.report(workdirs, place_of(output) if output else workdirs[0])
     return Report(tuple(answers), page)
 
 
@@ -301,7 +306,8 @@ def score(
     workdir = _folder(ranker)
     own = _own(config or config_of(workdir))
     own.data.path = str(path)
-    scored, lines = commands.score(own, workdir, member, Path(output) if output else None)
+    folder = local_folder("output", output) if output else None
+    scored, lines = commands.score(own, workdir, member, folder)
     for line in lines:
         logging.info("%s", line)
     return scored.directory
@@ -328,13 +334,14 @@ def export(
     Raises:
       UserError: the run holds no such ranker, the folder exists, or a format lacks an operation.
     """
-    commands.export(_folder(ranker), Path(output), member, serve, items, formats)
-    return Path(output)
+    folder = local_folder("output", output)
+    commands.export(_folder(ranker), folder, member, serve, items, formats)
+    return folder
 
 
 def run(config: ConfigDict, workdir: Folder) -> Report:
     """Does the main job: the dataset, a teacher where the log has none, a sweep, the report."""
-    made = commands.run(_own(config), Path(workdir))
+    made = commands.run(_own(config), place_of(workdir))
     return Report(tuple(made.answers), made.page)
 
 
@@ -346,5 +353,5 @@ def _own(config: ConfigDict, teacher: Trained | Folder | None = None) -> ConfigD
     return own
 
 
-def _folder(of: Trained | Folder) -> Path:
-    return of.workdir if isinstance(of, Trained) else Path(of)
+def _folder(of: Trained | Folder) -> Place:
+    return of.workdir if isinstance(of, Trained) else place_of(of)

@@ -20,6 +20,7 @@ from kd_ranker.embedding.row_optimizers import TPU_LANES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.models.model import Model, Parameters
+from kd_ranker.pipeline.remote import fetched, place_of
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training import checkpoints, recipes
@@ -128,7 +129,11 @@ def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
         raise UserError(
             f"teacher.workdir is empty; make a teacher with: {TRAIN_TEACHER}, and name its workdir"
         )
-    workdir = Path(config.teacher.workdir)
+    with fetched(place_of(config.teacher.workdir)) as workdir:
+        return _load_teacher(config, dataset, workdir)
+
+
+def _load_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> Teacher:
     if not (workdir / workdirs.CONFIG_FILE).exists():
         raise UserError(f"no teacher at {workdir}; make it with: {TRAIN_TEACHER}")
     trained = workdirs.read_config(workdir)

@@ -16,6 +16,7 @@ from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.measured import check_whole
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import runs, teachers
+from kd_ranker.pipeline.remote import Place, fetched
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
 from kd_ranker.serving.score import TrainedRanker
@@ -62,18 +63,19 @@ class Finished(NamedTuple):
         return MODES[self.config.distill.mode if self.role == "student" else "none"]
 
 
-def config_of(workdir: Path) -> ConfigDict:
+def config_of(workdir: Place) -> ConfigDict:
     """The config of the run in a workdir.
 
     Raises:
       UserError: there is no run.
     """
-    if not (workdir / workdirs.CONFIG_FILE).exists():
-        raise UserError(
-            f"no run at {workdir}: it holds no {workdirs.CONFIG_FILE}; name the --workdir of "
-            f"experiments.{', .'.join(_RUNS)}"
-        )
-    return workdirs.read_config(workdir)
+    with fetched(workdir, with_checkpoints=False) as folder:
+        if not (folder / workdirs.CONFIG_FILE).exists():
+            raise UserError(
+                f"no run at {workdir}: it holds no {workdirs.CONFIG_FILE}; name the --workdir of "
+                f"experiments.{', .'.join(_RUNS)}"
+            )
+        return workdirs.read_config(folder)
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,9 +1,10 @@
 """Writes a report: tables, figures and the page."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
+from markupsafe import escape
 
 from kd_ranker.report import charts
 from kd_ranker.report.answer import answer
@@ -29,12 +30,15 @@ from kd_ranker.training.workdir import write_atomically
 PAGE, TABLES, FIGURES = "report.html", "tables", "figures"
 
 
-def write_report(workdirs: Sequence[Path], output: Path) -> list[str]:
+def write_report(
+    workdirs: Sequence[Path], output: Path, names: Mapping[str, str] | None = None
+) -> list[str]:
     """Writes `report.html`, `tables/` and `figures/` below `output`.
 
     Args:
       workdirs: of sweeps; those of the same dataset are joined.
       output: a folder.
+      names: what the page calls the workdirs, by their paths; None calls them by these.
 
     Returns:
       The answer to each dataset: a sentence, and a line on what was allowed of its faults.
@@ -49,7 +53,10 @@ def write_report(workdirs: Sequence[Path], output: Path) -> list[str]:
     write_atomically(
         output / TABLES / "claims.md", "\n".join(markdown(section.claims) for section in sections)
     )
-    write_atomically(output / PAGE, page(sections))
+    html = page(sections)
+    for path, name in (names or {}).items():
+        html = html.replace(path, escape(name))
+    write_atomically(output / PAGE, html)
     return [section.answer.told for section in sections]
 
 

@@ -14,8 +14,9 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -36,7 +37,7 @@ def hold(folder: Path) -> Iterator[None]:
     Raises:
       UserError: another process holds it, which is alive as far as can be told.
     """
-    record = _own_record()
+    record = json.dumps(own_record())
     made = _make(folder, record)
     if not made:
         _take(folder / FILE, record)
@@ -49,11 +50,24 @@ def hold(folder: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def _own_record() -> str:
+def own_record() -> dict[str, Any]:
+    """The record of this process: who it is, and since when it holds what it holds, from now on."""
     pid = os.getpid()
     since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
-    who = {"pid": pid, "host": socket.gethostname(), "since": since}
-    return json.dumps(who | {"machine": _machine(), "process": _process(pid)})
+    record = {"pid": pid, "host": socket.gethostname(), "since": since}
+    return record | {"machine": _machine(), "process": _process(pid)}
+
+
+def who(record: Mapping[str, Any]) -> str:
+    """The process that left a record, in words."""
+    return f"process {record['pid']} on {record['host']} since {record['since']}"
+
+
+def is_alive(record: Mapping[str, Any]) -> bool | None:
+    """True if the process that left a record is there; None if it is not to be seen from here."""
+    if record["machine"] != _machine():
+        return None
+    return _process(record["pid"]) in (record["process"], _UNSEEN)
 
 
 def _make(folder: Path, record: str) -> list[Path]:
@@ -152,14 +166,15 @@ def _check_dead(path: Path, text: str) -> None:
         record = json.loads(text)
     except ValueError:  # it died while it wrote
         return
-    who = f"process {record['pid']} on {record['host']} since {record['since']}"
-    if record["machine"] != _machine():
+    held = f"{path.parent} is held by {who(record)}"
+    alive = is_alive(record)
+    if alive is None:
         raise UserError(
-            f"{path.parent} is held by {who}, which cannot be looked for from here; wait for its "
-            f"end, or, if it has ended, remove {path}"
+            f"{held}, which cannot be looked for from here; wait for its end, or, if it has ended, "
+            f"remove {path}"
         )
-    if _process(record["pid"]) in (record["process"], _UNSEEN):
-        raise UserError(f"{path.parent} is held by {who}; wait for its end")
+    if alive:
+        raise UserError(f"{held}; wait for its end")
 
 
 def _machine() -> str:

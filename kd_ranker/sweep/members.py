@@ -1,8 +1,8 @@
 """The members of a sweep: every combination of the values of its axes."""
 
 import itertools
+import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -83,7 +83,7 @@ def whole_repeat(config: ConfigDict, seed: int) -> ConfigDict:
     repeat = config.copy_and_resolve_references()
     repeat.seed = repeat.batch.seed = repeat.teacher.batch.seed = seed
     if repeat.teacher.workdir:
-        repeat.teacher.workdir = str(Path(repeat.teacher.workdir) / f"seed{seed}")
+        repeat.teacher.workdir = os.path.join(repeat.teacher.workdir, f"seed{seed}")
     return repeat
 
 

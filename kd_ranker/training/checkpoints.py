@@ -33,7 +33,7 @@ from kd_ranker.training.workdir import write_whole
 Identity = Mapping[str, str]
 
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged_checkpoints"
-_SEAL = "files.json"  # beside a checkpoint's own files: the CRC-32 of each
+SEAL = "files.json"  # beside a checkpoint's own files: the CRC-32 of each
 _KEEP = 3
 # What a checkpoint takes on a disk: at most as much more than its state, and so many bytes.
 _MORE_THAN_STATE, _BESIDE_STATE = 1.1, 2**18
@@ -90,19 +90,19 @@ def _seal(manager: ocp.CheckpointManager) -> None:
     """Adds to all checkpoints without them the checksums of their files."""
     for step in _unsealed(manager):
         directory = Path(manager.directory) / str(step)
-        write_whole(directory / _SEAL, json.dumps(_file_checksums(directory)))
+        write_whole(directory / SEAL, json.dumps(_file_checksums(directory)))
 
 
 def _unsealed(manager: ocp.CheckpointManager) -> list[int]:
     folder = Path(manager.directory)
-    return [step for step in manager.all_steps() if not (folder / str(step) / _SEAL).exists()]
+    return [step for step in manager.all_steps() if not (folder / str(step) / SEAL).exists()]
 
 
 def _file_checksums(directory: Path) -> dict[str, int]:
     return {
         path.relative_to(directory).as_posix(): zlib.crc32(path.read_bytes())
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != _SEAL
+        if path.is_file() and path.name != SEAL
     }
 
 
@@ -111,7 +111,7 @@ def _fault_of(directory: Path) -> str:
 
     Orbax would find out as well, but not without printing pages of traces.
     """
-    seal = directory / _SEAL
+    seal = directory / SEAL
     if not seal.exists():
         # Killed after the checkpoint was whole and before it was sealed, or its files are gone.
         return "" if any(directory.iterdir()) else "its folder is empty"
@@ -119,7 +119,7 @@ def _fault_of(directory: Path) -> str:
     try:
         expected = json.loads(seal.read_text()).items()
     except ValueError as error:
-        return f"its file {_SEAL} is damaged: {error}"
+        return f"its file {SEAL} is damaged: {error}"
     for name, crc32 in expected:
         if name not in found:
             return f"its file {name} is missing"

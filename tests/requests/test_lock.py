@@ -90,7 +90,7 @@ def fault_of(folder):
 def leave(folder, **changes):
     """Leaves a lock as this process would, had it died, but for `changes`."""
     folder.mkdir(exist_ok=True)
-    record = json.dumps(json.loads(lock._own_record()) | changes)
+    record = json.dumps(lock.own_record() | changes)
     (folder / lock.FILE).write_text(record)
     return record
 
