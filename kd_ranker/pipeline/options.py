@@ -15,9 +15,9 @@ from kd_ranker.config.key import Key
 from kd_ranker.config.keys import DATA_KEYS, KEYS
 
 CONFIG = "a config file, or the name of one that comes with the package, such as cascade"
-WORKDIR = "the folder that the run owns"
-RUN = "the folder of a run that is finished, whose config counts where none is given"
-WORKDIRS = "the folder to write to; it is read, too, where no WORKDIR is named"
+WORKDIR = "the folder that the run owns, or its URL, as gs://bucket/run"
+RUN = "the folder or URL of a run that is finished, whose config counts where none is given"
+WORKDIRS = "the folder, or URL, to write to; it is read, too, where no WORKDIR is named"
 
 
 def describe(parser: argparse.ArgumentParser, text: str, config: ConfigDict | None = None) -> None:

@@ -213,7 +213,7 @@ def _seal_of(name: str) -> str:
 
 
 def _parts(here: Mapping[str, _Version], there: Mapping[str, _Version | None]) -> list[list[str]]:
-    """What has changed, in the order in which it is sent: files, and those of whole checkpoints.
+    """The changed files, those of a checkpoint together, in the order in which they are sent.
 
     That is the order in which they were last written. What grows by lines is sent before the
     checkpoints beside it: a run that goes on from one leaves out the lines that came later, but
