@@ -36,6 +36,8 @@ _SIZES = {
     "calibration": (104, 104),
     "training": (147, 104),
 }
+# The width of an axis with its labels and title.
+_AXIS = 36
 # Panels side by side; all of them if it does not say.
 _BESIDE = {"saving": 1, "hit_rates": 3}
 _PAGE_HEIGHT = {"pareto": 460, "frontier": 460, "hit_rates": 300}
@@ -54,7 +56,9 @@ def files(figure: Figure) -> dict[str, bytes]:
     spec["config"]["background"] = "white"
     names = list(figure.data["line"].unique())
     beside = min(len(panels), _BESIDE.get(figure.name, len(panels)))
-    spec["config"]["legend"]["columns"] = _legend_columns(names, (width + 36) * beside - 36)
+    # A single panel is as wide with its axis as others are without.
+    plots = width - _AXIS if len(panels) == 1 else (width + _AXIS) * beside - _AXIS
+    spec["config"]["legend"]["columns"] = _legend_columns(names, plots)
     if len(panels) == 1:
         spec |= panels[0] | {"autosize": {"type": "fit", "contains": "padding"}}
     else:
