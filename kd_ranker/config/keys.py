@@ -35,6 +35,7 @@ from kd_ranker.training.recipes import TEACHER_STAGES
 
 TEACHER_SOURCES = ("live", "logged")
 LAUNCHERS = ("local", "ray")
+PLAN, JOIN = "plan", "join"  # the parts of a sweep beside its cohorts
 
 
 def _batch(
@@ -291,6 +292,8 @@ _ALL = (
             "a seed of seeds is that of the data's order as well, and of a teacher of its own",
             influences="student", may_differ=True),
         Key("extend", False, "add the members that a finished sweep does not have yet"),
+        Key("part", "", "of a sweep of several runs: plan settles the cohorts, a number trains one "
+            "of them, join measures and joins all"),
         influences="nothing",
     ),
 )  # fmt: skip

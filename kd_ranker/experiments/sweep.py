@@ -17,7 +17,8 @@ from kd_ranker.report.tables import results_text
 def main(config: ConfigDict, workdir: Path) -> None:
     if not commands.sweep(config, workdir):
         print(f"the sweep in {workdir} is complete; there is nothing to do")
-    print(results_text(workdir, config.funnel.passed))
+    lines = commands.sweep_lines(config, workdir)
+    print("\n".join(lines or [results_text(workdir, config.funnel.passed)]))
 
 
 def start() -> None:

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from kd_ranker.config import checks, identity, schema
 from kd_ranker.config.identity import dataset_name
+from kd_ranker.config.keys import JOIN, PLAN
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import references, results
 from kd_ranker.evaluation.measured import is_measured
@@ -262,21 +263,53 @@ def sweep(config: ConfigDict, workdir: Path) -> bool:
 
     A sweep that was killed goes on where it stopped. One whose config has changed is refused; with
     `config.sweep.extend`, `config.sweep` may name more members than the sweep has so far, and only
-    those are trained.
+    those are trained. With `config.sweep.part` it does that part alone.
 
     Returns:
       True if there was anything to do; False for a sweep that is complete.
+
+    Raises:
+      UserError: beside what is wrong with the config or another run, there is no such cohort, or
+        one that is to be joined was not trained.
     """
     checks.validate(config)
     supervision.check_students(sweep_members(config).values())
+    if config.sweep.part.isdecimal():
+        return _sweep_cohort(config, workdir, int(config.sweep.part))
     with first_holds(workdir, hold(workdir)):
         return _sweep(config, workdir)
 
 
+def sweep_lines(config: ConfigDict, workdir: Path) -> list[str]:
+    """The lines that tell of the part of a sweep that was done; none of one that was joined."""
+    part, cohorts = config.sweep.part, open_sweep(config, workdir).plan
+    if part == PLAN:
+        return [f"cohorts: {len(cohorts)}", f"numbers: 0-{len(cohorts) - 1}"]
+    return [f"cohort {part} of {len(cohorts)} is trained"] if part.isdecimal() else []
+
+
+def _sweep_cohort(config: ConfigDict, workdir: Path, number: int) -> bool:
+    """Trains one cohort of a sweep that is planned, and holds its folder alone."""
+    workdirs.check(workdir, "sweep", config, without=_free_of_a_sweep(config.sweep.extend))
+    sweep = open_sweep(config, workdir)
+    sweep.check_planned()
+    if number >= len(sweep.plan):
+        raise UserError(
+            f"sweep.part={number}, and the sweep in {workdir} has {len(sweep.plan)} cohorts, "
+            f"numbered from 0 to {len(sweep.plan) - 1}"
+        )
+    folder = sweep.folders[number]
+    with first_holds(folder, hold(folder)):
+        return _train_alone(config, sweep, number)
+
+
 def _sweep(config: ConfigDict, workdir: Path) -> bool:
     workdirs.check(workdir, "sweep", config, without=_free_of_a_sweep(config.sweep.extend))
-    keep_data_report(config, workdir)
+    part = config.sweep.part
     sweep = open_sweep(config, workdir)
+    if part == JOIN:
+        sweep.check_planned()
+    keep_data_report(config, workdir)
     if sweep.is_complete():
         return False
     open_teacher = teachers.opener(config)
@@ -289,14 +322,41 @@ def _sweep(config: ConfigDict, workdir: Path) -> bool:
         workdirs.write_config(workdir, "sweep", config)
     sweep = sweep.planned(size, lambda member: teachers.version_of(open_teacher(member)[0]))
     workdirs.write_config(workdir, "sweep", config)
+    if part == PLAN:
+        return True
+    with _held_by_first(sweep.folders):
+        if part == JOIN:
+            _check_trained(sweep, open_teacher)
+        else:
+            _train_cohorts(config, sweep, open_teacher)
+        _test_and_join(config, sweep, open_teacher)
+    return True
+
+
+@contextlib.contextmanager
+def _held_by_first(folders: Sequence[Path]) -> Iterator[None]:
+    """Holds folders below one that is held: other runs may hold one of them without that."""
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            on_first(functools.partial(stack.enter_context, hold(folder)))
+        yield
+
+
+def _train_cohorts(config: ConfigDict, sweep: Sweep, open_teacher: teachers.Opener) -> None:
+    """Trains the cohorts one after the other, or on a cluster."""
+    spec = open_teacher(next(iter(sweep.members.values())))[1].spec
     shared = [common(cohort) for cohort in sweep.cohorts]
     for cohort, each in zip(sweep.cohorts, shared, strict=True):
-        check_memory(each, student_groups(cohort, dataset.spec), each.batch, dataset.spec)
+        check_memory(each, student_groups(cohort, spec), each.batch, spec)
     if config.launcher == "ray":
         _train_elsewhere(config, sweep, open_teacher)
-    with runs.progress_bar(workdir.name, sum(each.train.steps for each in shared)) as bar:
+    with runs.progress_bar(sweep.workdir.name, sum(each.train.steps for each in shared)) as bar:
         for cohort, folder, each in zip(sweep.cohorts, sweep.folders, shared, strict=True):
             _train_cohort(each, *open_teacher(each), cohort, folder, bar)
+
+
+def _test_and_join(config: ConfigDict, sweep: Sweep, open_teacher: teachers.Opener) -> None:
+    """Measures on test what validation chose, and writes the tables of the whole sweep."""
     chosen = results.chosen(sweep.validation())
     tested = sweep.with_any(chosen)
     referred: set[str] = set()
@@ -305,19 +365,33 @@ def _sweep(config: ConfigDict, workdir: Path) -> bool:
             # Once a teacher, since it is the final ranker of theirs as well.
             with_references = sweep.teachers[index] not in referred
             referred.add(sweep.teachers[index])
-            each = shared[index]
+            each = common(cohort)
             _test_cohort(each, *open_teacher(each), cohort, folder, chosen, with_references)
     sweep.join(config.funnel.retrieved, tested)
-    return True
 
 
-def _train_elsewhere(config: ConfigDict, sweep: Sweep, open_teacher: teachers.Opener) -> None:
-    """Trains the cohorts that are not done on a cluster, a task each."""
+def _untrained(sweep: Sweep, open_teacher: teachers.Opener) -> list[int]:
+    """The numbers of the cohorts that are not trained and measured on validation."""
     left = []
     for number, (cohort, folder) in enumerate(zip(sweep.cohorts, sweep.folders, strict=True)):
         teacher, dataset = open_teacher(common(cohort))
         if not is_measured(folder, runs.students_identity(cohort, dataset, teacher)):
             left.append(number)
+    return left
+
+
+def _check_trained(sweep: Sweep, open_teacher: teachers.Opener) -> None:
+    """Raises UserError unless all cohorts are there to be joined."""
+    if left := _untrained(sweep, open_teacher):
+        raise UserError(
+            f"{sweep.workdir} lacks {len(left)} of its {len(sweep.plan)} cohorts: "
+            f"{', '.join(map(str, left))}; train each by its number, as sweep.part={left[0]}"
+        )
+
+
+def _train_elsewhere(config: ConfigDict, sweep: Sweep, open_teacher: teachers.Opener) -> None:
+    """Trains the cohorts that are not done on a cluster, a task each."""
+    left = _untrained(sweep, open_teacher)
     if len(sweep.plan) == 1:
         logging.warning(
             "the sweep is one cohort, so one task; sweep.group_size says how many members one has"
@@ -338,26 +412,34 @@ def train_cohort(here: Path, workdir: Path, number: int) -> None:
     """
     os.chdir(here)
     config = workdirs.read_config(workdir)
-    sweep = open_sweep(config, workdir)
-    shared = common(sweep.cohorts[number])
+    _train_alone(config, open_sweep(config, workdir), number)
+
+
+def _train_alone(config: ConfigDict, sweep: Sweep, number: int) -> bool:
+    """Trains one cohort, whose folder is held; False if that is done."""
+    cohort, folder = sweep.cohorts[number], sweep.folders[number]
+    shared = common(cohort)
     teacher, dataset = teachers.opener(config)(shared)
-    with runs.progress_bar(workdir.name, shared.train.steps) as bar:
-        _train_cohort(shared, teacher, dataset, sweep.cohorts[number], sweep.folders[number], bar)
+    sweep.check_teacher(number, teachers.version_of(teacher))
+    supervision.check_signals(config, dataset, cohort.values())
+    with runs.progress_bar(sweep.workdir.name, shared.train.steps) as bar:
+        return _train_cohort(shared, teacher, dataset, cohort, folder, bar)
 
 
 def _train_cohort(
     config: ConfigDict, teacher: Teacher | None, dataset: Dataset, cohort: Cohort, folder: Path,
     bar: tqdm,
-) -> None:  # fmt: skip
-    """Trains the members of a cohort and measures them on validation, if that is not done."""
+) -> bool:  # fmt: skip
+    """Trains the members of a cohort and measures them on validation; False if that is done."""
     whose = runs.students_identity(cohort, dataset, teacher)
     if is_measured(folder, whose):
         skip_steps(bar, config.train.steps)
-        return
+        return False
     students = runs.fit_students(config, dataset, teacher, cohort, folder, bar)
     known = reference(config, dataset, teacher)
     measured = measure(config, dataset, "validation", known, cohort, students)
     write_measured(config, folder, whose, measured)
+    return True
 
 
 def _test_cohort(

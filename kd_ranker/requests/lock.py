@@ -53,7 +53,8 @@ def _own_record() -> str:
     pid = os.getpid()
     since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     who = {"pid": pid, "host": socket.gethostname(), "since": since}
-    return json.dumps(who | {"machine": _machine(), "process": _process(pid)})
+    of = {"machine": _machine(), "process": _process(pid), "start_of_job": _start_of_job()}
+    return json.dumps(who | of)
 
 
 def _make(folder: Path, record: str) -> list[Path]:
@@ -152,6 +153,8 @@ def _check_dead(path: Path, text: str) -> None:
         record = json.loads(text)
     except ValueError:  # it died while it wrote
         return
+    if _was_started_again(record.get("start_of_job")):
+        return
     who = f"process {record['pid']} on {record['host']} since {record['since']}"
     if record["machine"] != _machine():
         raise UserError(
@@ -160,6 +163,24 @@ def _check_dead(path: Path, text: str) -> None:
         )
     if _process(record["pid"]) in (record["process"], _UNSEEN):
         raise UserError(f"{path.parent} is held by {who}; wait for its end")
+
+
+def _start_of_job() -> tuple[str, int] | None:
+    """The job of Slurm that this process is of, and how often it was started again."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return None
+    cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    return f"{cluster} {os.environ['SLURM_JOB_ID']}", restarts
+
+
+def _was_started_again(found: list | None) -> bool:
+    """True if a record's job is this one before it was started again, maybe for a lost machine.
+
+    Slurm has ended what it was before it starts it.
+    """
+    own = _start_of_job()
+    return bool(found and own and found[0] == own[0] and found[1] < own[1])
 
 
 def _machine() -> str:

@@ -21,6 +21,7 @@ from kd_ranker.pipeline import commands, measure, runs, scoring, teachers
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from kd_ranker.requests.columns import columns_of
+from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sweep.members import sweep_members
@@ -640,6 +641,71 @@ def test_a_population_that_does_not_fit_is_split_and_ends_the_same(world, swept,
     np.testing.assert_allclose(
         split.loc[whole.index, numbers], whole[numbers], rtol=2e-3, atol=1e-6, equal_nan=True
     )
+
+
+PARTS = {
+    "sweep__modes": ("none", "aux"),
+    "sweep__group_size": 1,
+    "train__steps": 4,
+    "train__eval_every": 0,
+}
+
+
+def part_of(world, workdir, part):
+    return commands.sweep(world.config(**PARTS, sweep__part=part), workdir)
+
+
+def test_a_sweep_in_parts_is_the_one_that_ran_at_once(world, tmp_path):
+    """Each part as a job of its own would do it, and in any order."""
+    whole, workdir = tmp_path / "whole", tmp_path / "parts"
+    commands.sweep(world.config(**PARTS), whole)
+    unplanned = f"{workdir} has no cohort for 2 of the sweep's 2 members; settle"
+    for part in ("0", "join"):
+        assert fault_of(part_of, world, workdir, part).startswith(unplanned)
+    assert not workdir.exists()
+    assert part_of(world, workdir, "plan")
+    planned = world.config(**PARTS, sweep__part="plan")
+    assert commands.sweep_lines(planned, workdir) == ["cohorts: 2", "numbers: 0-1"]
+    assert not (workdir / "cohorts").exists()
+    fault = fault_of(part_of, world, workdir, "2")
+    assert fault.endswith(f"the sweep in {workdir} has 2 cohorts, numbered from 0 to 1")
+    longer = world.config(**PARTS | {"train__steps": 5}, sweep__part="0")
+    fault = fault_of(commands.sweep, longer, workdir)
+    assert "train.steps (4 there, 5 now)" in fault
+    assert part_of(world, workdir, "1")
+    assert not part_of(world, workdir, "1")
+    fault = fault_of(part_of, world, workdir, "join")
+    assert (
+        fault == f"{workdir} lacks 1 of its 2 cohorts: 0; train each by its number, as sweep.part=0"
+    )
+    assert not (workdir / results.FILE).exists()
+    assert part_of(world, workdir, "0")
+    assert part_of(world, workdir, "join")
+    for file in (results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE):
+        assert (workdir / file).read_bytes() == (whole / file).read_bytes()
+    for part in ("plan", "join", ""):
+        assert not part_of(world, workdir, part)
+
+
+def test_a_cohort_that_trains_holds_itself_alone(world, tmp_path):
+    part_of(world, tmp_path, "plan")
+    cohorts = [tmp_path / "cohorts" / number for number in ("0", "1")]
+    with hold(cohorts[0]):
+        assert part_of(world, tmp_path, "1")
+        for part in ("0", "", "join"):
+            assert fault_of(part_of, world, tmp_path, part).startswith(f"{cohorts[0]} is held by")
+    with hold(tmp_path):
+        assert fault_of(part_of, world, tmp_path, "join").startswith(f"{tmp_path} is held by")
+        assert part_of(world, tmp_path, "0")
+    assert not list(tmp_path.rglob(".lock"))
+
+
+def test_a_cohort_is_not_trained_under_another_teacher_than_was_planned(
+    world, tmp_path, monkeypatch
+):
+    part_of(world, tmp_path, "plan")
+    monkeypatch.setattr(commands.teachers, "version_of", lambda teacher: "another")
+    assert "and now it is another; use another --workdir" in fault_of(part_of, world, tmp_path, "0")
 
 
 def test_a_sweep_on_several_devices_ends_the_same_and_goes_on_on_fewer(world, swept, tmp_path):
