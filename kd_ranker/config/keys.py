@@ -119,8 +119,11 @@ _ALL = (
             "one a task: a ranker sorts by the weighted sum of probabilities",
             influences="report"),
         Key("launcher", "local",
-            "where a sweep's cohorts train: one after the other here, or on a cluster of Ray",
-            LAUNCHERS, influences="nothing"),
+            "where a sweep's cohorts train, and log_teacher and score compute: here, or on a "
+            "cluster of Ray", LAUNCHERS, influences="nothing"),
+        Key("registered_by", "",
+            "a file of Python that other processes run first, for what it registers; set to the "
+            "file of --config, if that is not one of the package", influences="nothing"),
         influences="dataset",
     ),
     section(
@@ -276,9 +279,9 @@ _ALL = (
     section(
         "ray",
         Key("address", "auto", "of the cluster; auto: that of this machine"),
-        Key("cpus", 1, "CPU cores of a cohort", NOT_NEGATIVE),
-        Key("gpus", 0, "GPUs of a cohort", NOT_NEGATIVE),
-        Key("retries", 3, "times that a cohort may lose its machine", NOT_NEGATIVE),
+        Key("cpus", 1, "CPU cores of a task", NOT_NEGATIVE),
+        Key("gpus", 0, "GPUs of a task", NOT_NEGATIVE),
+        Key("retries", 3, "times that a task may lose its machine", NOT_NEGATIVE),
         influences="nothing",
     ),
     section(

@@ -6,7 +6,6 @@ A command holds the workdir that it writes to for as long as it runs, and a seco
 import contextlib
 import functools
 import json
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +35,7 @@ from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.report import write
 from kd_ranker.requests import storage
 from kd_ranker.requests.lock import hold
-from kd_ranker.requests.pool import open_pool
+from kd_ranker.requests.pool import Runner, open_pool
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.serving.formats import FORMATS
@@ -171,21 +170,34 @@ def log_teacher(config: ConfigDict) -> Logged:
             config.data, config.tasks, config.funnel, dataset.directory, name
         )
     splits = dataset.builder.info.splits
-    processes = config.data.processes
-    with open_pool(processes) as run:
+    with _open_runner(config) as run:
         source = Source(
             spec=teachers.spec_of_scored(dataset.spec, teacher.version),
             item_features=dataset.item_features,
             item_category=dataset.item_category,
             requests=functools.partial(scoring.scored_requests, config, dataset, teacher),
             num_requests={split: splits[split].num_examples for split in SPLITS},
-            shards=functools.partial(scoring.scoring_shards, config, dataset, teacher, processes),
+            shards=functools.partial(
+                scoring.scoring_shards, config, dataset, teacher, _runs_elsewhere(config)
+            ),
             run=run,
             resume=scoring.scoring_folder(config, dataset, teacher),
             write_beside=log.write_beside if log else None,
         )
         directory = storage.build(source, name, config.data.dir)
     return Logged(directory, log.write() if log else None)
+
+
+def _runs_elsewhere(config: ConfigDict) -> bool:
+    """True if the runner of `_open_runner` calls functions in other processes than this one."""
+    return config.launcher == "ray" or config.data.processes > 1
+
+
+def _open_runner(config: ConfigDict) -> contextlib.AbstractContextManager[Runner]:
+    """Opens what scores: a cluster, or `data.processes` of this machine."""
+    if config.launcher == "ray":
+        return cluster.open_cluster(config)
+    return open_pool(config.data.processes)
 
 
 def score(
@@ -226,7 +238,11 @@ def score(
     dataset = ranker.dataset
     settled = unseen.settled_by(settled_layout, dataset.spec, dataset.directory)
     weights, requests = tuple(config.value_weights), config.evaluation.requests
-    scored, read = score_log(log, layout, settled, ranker, open_again, weights, requests, output)
+    again = open_again if _runs_elsewhere(config) else None
+    runner = _open_runner(config)
+    scored, read = score_log(
+        *(log, layout, settled, ranker, again, runner), weights, requests, output
+    )
     return scored, [trained.told(ranker.name, ranker.serve), *of_data.score_lines(read)]
 
 
@@ -396,23 +412,24 @@ def _train_elsewhere(config: ConfigDict, sweep: Sweep, open_teacher: teachers.Op
         logging.warning(
             "the sweep is one cohort, so one task; sweep.group_size says how many members one has"
         )
-    here = Path.cwd(), sweep.workdir.absolute()
-    cluster.run_tasks(config.ray, functools.partial(train_cohort, *here), left, "cohort")
+    with cluster.open_cluster(config) as run:
+        for _ in run(train_cohort, [(sweep.workdir, number) for number in left], "cohorts"):
+            pass
 
 
-def train_cohort(here: Path, workdir: Path, number: int) -> None:
+def train_cohort(workdir: Path, number: int) -> None:
     """Trains one cohort of a sweep that is planned, and measures it; for a process of its own.
 
     Nothing but the sweep's own process, which holds the workdir, may call it.
 
-    Args:
-      here: the folder in which the sweep was started, from which its paths may go.
-      workdir: the sweep's.
-      number: of the cohort.
+    Raises:
+      UserError: as `sweep`, with the number of the cohort.
     """
-    os.chdir(here)
     config = workdirs.read_config(workdir)
-    _train_alone(config, open_sweep(config, workdir), number)
+    try:
+        _train_alone(config, open_sweep(config, workdir), number)
+    except UserError as error:
+        raise UserError(f"cohort {number}: {error}") from error
 
 
 def _train_alone(config: ConfigDict, sweep: Sweep, number: int) -> bool:

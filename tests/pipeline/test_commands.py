@@ -2,6 +2,7 @@ import dataclasses
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -29,6 +30,7 @@ from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
 from tests import small
+from tests.one_machine import OneMachine
 from tests.small import SWEEP
 
 # As many steps as elsewhere: the schedule is compiled in, and what is compiled is shared.
@@ -255,6 +257,20 @@ def test_scoring_in_shards_and_processes_gives_the_bytes_of_one_pass(apart, monk
     assert len(loaded) == 2
 
 
+def test_a_cluster_scores_the_bytes_of_this_process(apart, monkeypatch):
+    directory = commands.log_teacher(apart).dataset
+    here = record_files(directory)
+    shutil.rmtree(directory)
+    scoring._opened.cache_clear()
+    machine = OneMachine()
+    monkeypatch.setattr(commands.cluster, "_open", lambda address: machine)
+    monkeypatch.chdir(Path.cwd())
+    apart.launcher = "ray"
+    assert commands.log_teacher(apart).dataset == directory
+    assert record_files(directory) == here
+    assert len(machine.called) == 6
+
+
 # A real SIGKILL, when so many shards of the scored copy are whole.
 _DYING = """
 import os, runpy, signal, sys
@@ -321,6 +337,12 @@ def test_kept_shards_are_of_the_same_batches_dataset_and_teacher(apart):
     record = next(dataset.directory.glob("*array_record*"))
     record.write_bytes(record.read_bytes())
     assert folder() != before
+
+
+def test_a_process_that_scores_runs_the_file_that_registers(apart, tmp_path):
+    apart.registered_by = str(tmp_path / "mine.py")
+    with pytest.raises(UserError, match=r"mine\.py, which registers what the config names"):
+        scoring.scored_elsewhere(apart.to_json(), "v1", "train", 0, 16)
 
 
 def test_a_process_that_finds_another_teacher_does_not_score_with_it(apart):
@@ -705,7 +727,9 @@ def test_a_cohort_is_not_trained_under_another_teacher_than_was_planned(
 ):
     part_of(world, tmp_path, "plan")
     monkeypatch.setattr(commands.teachers, "version_of", lambda teacher: "another")
-    assert "and now it is another; use another --workdir" in fault_of(part_of, world, tmp_path, "0")
+    fault = fault_of(part_of, world, tmp_path, "0")
+    assert fault.endswith("and now it is another; use another --workdir")
+    assert fault_of(commands.train_cohort, tmp_path, 0) == f"cohort 0: {fault}"
 
 
 def test_a_sweep_on_several_devices_ends_the_same_and_goes_on_on_fewer(world, swept, tmp_path):
