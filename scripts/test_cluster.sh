@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Tests what runs on several machines, here on one: Spark, which reads a log, and Ray, which trains. They
+# Tests what runs on several machines, here on one: Spark, which reads a log, and Ray, which trains and scores. They
 # come into .venv-cluster, beside the pinned dependencies; Java 17 has to be there (Debian's
 # default-jre-headless, which this installs where it may). 2 GB. Arguments go to pytest:
 #
