@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from kd_ranker.config.key import FINITE, Bound, Key
-from kd_ranker.config.keys import KEYS
+from kd_ranker.config.keys import JOIN, KEYS, PLAN
 from kd_ranker.config.schema import NAMED_AXES, axis_of, keys_of, sweepable, value_of
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.distillation.modes import MODES
@@ -41,6 +41,7 @@ def validate(config: ConfigDict, devices: int | None = None) -> None:
     for key in keys.values():
         _check_value(key, value_of(config, key.name))
     _check_axes(config)
+    _check_part(config)
     _check_distillation(config)
     _check_tasks(config)
     _check_funnel(config)
@@ -139,6 +140,19 @@ def _check_axes(config: ConfigDict) -> None:
         raise UserError(
             "sweep.axes.optimizer.learning_rate scales the tables' rate along, and "
             "optimizer.learning_rate is 0"
+        )
+
+
+def _check_part(config: ConfigDict) -> None:
+    part = config.sweep.part
+    if part not in ("", PLAN, JOIN) and not (part.isascii() and part.isdecimal()):
+        raise UserError(
+            f"sweep.part={part!r} must be {PLAN}, the number of a cohort, {JOIN}, or empty for all"
+        )
+    if part and config.launcher != "local":
+        raise UserError(
+            f"sweep.part={part} with launcher={config.launcher!r}, which does all parts by itself; "
+            "leave one out"
         )
 
 

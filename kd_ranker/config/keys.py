@@ -35,6 +35,7 @@ from kd_ranker.training.recipes import TEACHER_STAGES
 
 TEACHER_SOURCES = ("live", "logged")
 LAUNCHERS = ("local", "ray")
+PLAN, JOIN = "plan", "join"  # the parts of a sweep beside its cohorts
 
 
 def _batch(
@@ -118,8 +119,11 @@ _ALL = (
             "one a task: a ranker sorts by the weighted sum of probabilities",
             influences="report"),
         Key("launcher", "local",
-            "where a sweep's cohorts train: one after the other here, or on a cluster of Ray",
-            LAUNCHERS, influences="nothing"),
+            "where a sweep's cohorts train, and log_teacher and score compute: here, or on a "
+            "cluster of Ray", LAUNCHERS, influences="nothing"),
+        Key("registered_by", "",
+            "a file of Python that other processes run first, for what it registers; set to the "
+            "file of --config, if that is not one of the package", influences="nothing"),
         influences="dataset",
     ),
     section(
@@ -275,9 +279,9 @@ _ALL = (
     section(
         "ray",
         Key("address", "auto", "of the cluster; auto: that of this machine"),
-        Key("cpus", 1, "CPU cores of a cohort", NOT_NEGATIVE),
-        Key("gpus", 0, "GPUs of a cohort", NOT_NEGATIVE),
-        Key("retries", 3, "times that a cohort may lose its machine", NOT_NEGATIVE),
+        Key("cpus", 1, "CPU cores of a task", NOT_NEGATIVE),
+        Key("gpus", 0, "GPUs of a task", NOT_NEGATIVE),
+        Key("retries", 3, "times that a task may lose its machine", NOT_NEGATIVE),
         influences="nothing",
     ),
     section(
@@ -291,6 +295,8 @@ _ALL = (
             "a seed of seeds is that of the data's order as well, and of a teacher of its own",
             influences="student", may_differ=True),
         Key("extend", False, "add the members that a finished sweep does not have yet"),
+        Key("part", "", "of a sweep of several runs: plan settles the cohorts, a number trains one "
+            "of them, join measures and joins all"),
         influences="nothing",
     ),
 )  # fmt: skip

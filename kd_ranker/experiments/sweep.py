@@ -15,7 +15,7 @@ from kd_ranker.pipeline.remote import Place
 def main(config: ConfigDict, workdir: Place) -> None:
     if not commands.sweep(config, workdir):
         print(f"the sweep in {workdir} is complete; there is nothing to do")
-    print(commands.results_text(workdir))
+    print("\n".join(commands.sweep_lines(config, workdir)))
 
 
 def start() -> None:

@@ -5,6 +5,7 @@ ever made. So a config can be tried on a pod of TPUs, or on H100s, before either
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -149,18 +150,17 @@ def _head(config: ConfigDict) -> tuple[FeatureSpec, list[Request]]:
 
 def _train(config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Device]) -> Program:
     """The steps of `experiments.train`."""
-    return _steps(config, sizes, config, _student(config, sizes.spec), devices)
+    return _steps(config, sizes, trained_by("train", config, sizes.spec), devices)
 
 
 def _sweep(config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Device]) -> Program:
     """The steps of a cohort of `experiments.sweep`."""
-    return _steps(config, sizes, config, _cohort(config, sizes.spec), devices)
+    return _steps(config, sizes, trained_by("sweep", config, sizes.spec), devices)
 
 
 def _train_teacher(config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Device]) -> Program:
     """The steps of `experiments.train_teacher`."""
-    group = recipes.teacher_group(config, sizes.spec)
-    return _steps(config, sizes, config.teacher, [group], devices, hears=False)
+    return _steps(config, sizes, trained_by("train_teacher", config, sizes.spec), devices)
 
 
 def _evaluate(config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Device]) -> Program:
@@ -175,7 +175,7 @@ def _evaluate_sweep(config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Devi
 
 def _score(config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Device]) -> Program:
     """A batch that the teacher scores, for `experiments.log_teacher` or to be measured against."""
-    model, learned = _teacher(config, sizes.spec, devices[0])
+    model, learned = _teacher(config, sizes.spec, devices[0].platform)
     parameters, items, batch = _on(
         devices[0], learned, abstract_items(sizes.spec), _seen(config, sizes.spec).batch
     )
@@ -196,6 +196,30 @@ PROGRAMS: dict[str, Callable[[ConfigDict, Sizes, Sequence[jax.Device]], Program]
 TRAINING = ("train", "sweep", "train_teacher")
 
 
+class Trained(NamedTuple):
+    """The training of a program.
+
+    Attributes:
+      section: of the config with its batches and steps: the config itself, or `config.teacher`.
+      groups: the groups that train.
+      teacher: the live teacher whom they hear, and its parameters by their shapes, for the platform
+        of a device; None where they hear none.
+    """
+
+    section: ConfigDict
+    groups: Sequence[Group]
+    teacher: Callable[[str], tuple[Model, Parameters]] | None
+
+
+def trained_by(name: str, config: ConfigDict, spec: FeatureSpec) -> Trained:
+    """The training of one of `TRAINING`."""
+    if name == "train_teacher":
+        return Trained(config.teacher, [recipes.teacher_group(config, spec)], None)
+    groups = _student(config, spec) if name == "train" else _cohort(config, spec)
+    hears = config.teacher.source == "live" and "logged" in recipes.signals_of(groups)
+    return Trained(config, groups, functools.partial(_teacher, config, spec) if hears else None)
+
+
 def programs_of(config: ConfigDict) -> list[str]:
     """The programs that a single student needs, and its teacher, where one is trained here."""
     trains_one = config.teacher.source == "live" or bool(config.teacher.workdir)
@@ -214,21 +238,17 @@ def _cohort(config: ConfigDict, spec: FeatureSpec) -> list[Group]:
 
 
 def _steps(
-    config: ConfigDict,
-    sizes: Sizes,
-    section: ConfigDict,
-    groups: Sequence[Group],
-    devices: Sequence[jax.Device],
-    hears: bool = True,
+    config: ConfigDict, sizes: Sizes, trained: Trained, devices: Sequence[jax.Device]
 ) -> Program:
-    """The steps of groups on the batches of `section`: `config`, or `config.teacher`."""
+    """The steps of groups on their batches."""
+    section, groups = trained.section, trained.groups
     sizes_of_groups = [len(group.names) for group in groups]
     mapping = runs.device_mapping(config, sizes_of_groups, section.batch.requests, devices)
     groups = filled_for(groups, mapping)
     stage = TEACHER_STAGES[config.teacher.stage]
     teacher, learned = None, None
-    if hears and config.teacher.source == "live" and "logged" in recipes.signals_of(groups):
-        model, learned = _teacher(config, sizes.spec, devices[0])
+    if trained.teacher:
+        model, learned = trained.teacher(devices[0].platform)
         teacher = LiveTeacher(model, stage)
     needs = recipes.needs(groups, teacher, stage)
     states = abstract_states(groups)
@@ -292,7 +312,7 @@ def _on(device: jax.Device, *trees: Any) -> list[Any]:
     return [abstract(tree, places(tree, SingleDeviceSharding(device))) for tree in trees]
 
 
-def _teacher(config: ConfigDict, spec: FeatureSpec, device: jax.Device) -> tuple[Model, Parameters]:
+def _teacher(config: ConfigDict, spec: FeatureSpec, platform: str) -> tuple[Model, Parameters]:
     """The teacher by its shapes: that of `teacher.workdir`, if it is there, or of `config`."""
     if config.teacher.workdir:
         with fetched(place_of(config.teacher.workdir), with_checkpoints=False) as workdir:
@@ -300,7 +320,7 @@ def _teacher(config: ConfigDict, spec: FeatureSpec, device: jax.Device) -> tuple
                 config = workdirs.read_config(workdir)
     group = recipes.teacher_group(config, spec)
     model, (state,) = group.recipe.model, abstract_states([group])
-    lanes = TPU_LANES if device.platform == "tpu" else 1
+    lanes = TPU_LANES if platform == "tpu" else 1
 
     def served(parameters: Parameters) -> Parameters:
         learned = select_member(parameters, 0)

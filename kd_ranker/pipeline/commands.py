@@ -7,8 +7,7 @@ A workdir is a folder or a URL, see `remote`.
 import contextlib
 import functools
 import json
-import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from kd_ranker.config import checks, identity, schema
 from kd_ranker.config.identity import dataset_name
+from kd_ranker.config.keys import JOIN, PLAN
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import references, results
 from kd_ranker.evaluation.measured import is_measured
@@ -36,7 +36,8 @@ from kd_ranker.pipeline.remote import Place, below, fetched, local_folder, owned
 from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.report import tables, write
 from kd_ranker.requests import storage
-from kd_ranker.requests.pool import open_pool
+from kd_ranker.requests.lock import hold
+from kd_ranker.requests.pool import Runner, open_pool
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.serving.formats import FORMATS
@@ -179,21 +180,34 @@ def log_teacher(config: ConfigDict) -> Logged:
             config.data, config.tasks, config.funnel, dataset.directory, name
         )
     splits = dataset.builder.info.splits
-    processes = config.data.processes
-    with open_pool(processes) as run:
+    with _open_runner(config) as run:
         source = Source(
             spec=teachers.spec_of_scored(dataset.spec, teacher.version),
             item_features=dataset.item_features,
             item_category=dataset.item_category,
             requests=functools.partial(scoring.scored_requests, config, dataset, teacher),
             num_requests={split: splits[split].num_examples for split in SPLITS},
-            shards=functools.partial(scoring.scoring_shards, config, dataset, teacher, processes),
+            shards=functools.partial(
+                scoring.scoring_shards, config, dataset, teacher, _runs_elsewhere(config)
+            ),
             run=run,
             resume=scoring.scoring_folder(config, dataset, teacher),
             write_beside=log.write_beside if log else None,
         )
         directory = storage.build(source, name, config.data.dir)
     return Logged(directory, log.write() if log else None)
+
+
+def _runs_elsewhere(config: ConfigDict) -> bool:
+    """True if the runner of `_open_runner` calls functions in other processes than this one."""
+    return config.launcher == "ray" or config.data.processes > 1
+
+
+def _open_runner(config: ConfigDict) -> contextlib.AbstractContextManager[Runner]:
+    """Opens what scores: a cluster, or `data.processes` of this machine."""
+    if config.launcher == "ray":
+        return cluster.open_cluster(config)
+    return open_pool(config.data.processes)
 
 
 def score(
@@ -217,6 +231,8 @@ def score(
       UserError: the workdir holds no such ranker, finished and trained on a log, its dataset is
         gone, or the log lacks what it was trained on.
     """
+    if config.launcher == "ray":
+        workdir = local_folder("--workdir", workdir, "is read by all machines of launcher='ray'")
     with fetched(workdir) as folder:
         run = trained.config_of(folder)
         for name in (run.data.name, config.data.name):
@@ -236,8 +252,10 @@ def score(
         dataset = ranker.dataset
         settled = unseen.settled_by(settled_layout, dataset.spec, dataset.directory)
         weights, requests = tuple(config.value_weights), config.evaluation.requests
+        again = open_again if _runs_elsewhere(config) else None
+        runner = _open_runner(config)
         scored, read = score_log(
-            log, layout, settled, ranker, open_again, weights, requests, output
+            *(log, layout, settled, ranker, again, runner), weights, requests, output
         )
     return scored, [trained.told(ranker.name, ranker.serve), *of_data.score_lines(read)]
 
@@ -275,23 +293,57 @@ def sweep(config: ConfigDict, workdir: Place) -> bool:
 
     A sweep that was killed goes on where it stopped. One whose config has changed is refused; with
     `config.sweep.extend`, `config.sweep` may name more members than the sweep has so far, and only
-    those are trained.
+    those are trained. With `config.sweep.part` it does that part alone.
 
     Returns:
       True if there was anything to do; False for a sweep that is complete.
+
+    Raises:
+      UserError: beside what is wrong with the config or another run, there is no such cohort, or
+        one that is to be joined was not trained.
     """
     checks.validate(config)
     supervision.check_students(sweep_members(config).values())
-    if config.launcher == "ray":
-        local_folder("--workdir", workdir, "is written by all machines of launcher='ray'")
+    if config.launcher == "ray" or config.sweep.part:
+        workdir = local_folder("--workdir", workdir, "is shared by all that train cohorts")
+        if config.sweep.part.isdecimal():
+            return _sweep_cohort(config, workdir, int(config.sweep.part))
     with owned(workdir) as folder:
         return _sweep(config, folder)
 
 
+def sweep_lines(config: ConfigDict, workdir: Place) -> list[str]:
+    """The lines on a sweep, or on the part of it, that was done."""
+    part = config.sweep.part
+    if part in ("", JOIN):
+        return [results_text(workdir)]
+    cohorts = len(open_sweep(config, Path(workdir)).plan)
+    if part == PLAN:
+        return [f"cohorts: {cohorts}", f"numbers: 0-{cohorts - 1}"]
+    return [f"cohort {part} of {cohorts} is trained"]
+
+
+def _sweep_cohort(config: ConfigDict, workdir: Path, number: int) -> bool:
+    """Trains one cohort of a sweep that is planned, and holds its folder alone."""
+    workdirs.check(workdir, "sweep", config, without=_free_of_a_sweep(config.sweep.extend))
+    sweep = open_sweep(config, workdir)
+    sweep.check_planned()
+    if number >= len(sweep.plan):
+        raise UserError(
+            f"sweep.part={number}, and the sweep in {workdir} has {len(sweep.plan)} cohorts, "
+            f"numbered from 0 to {len(sweep.plan) - 1}"
+        )
+    with owned(sweep.folders[number]):
+        return _train_alone(config, sweep, number)
+
+
 def _sweep(config: ConfigDict, workdir: Path) -> bool:
     workdirs.check(workdir, "sweep", config, without=_free_of_a_sweep(config.sweep.extend))
-    keep_data_report(config, workdir)
+    part = config.sweep.part
     sweep = open_sweep(config, workdir)
+    if part == JOIN:
+        sweep.check_planned()
+    keep_data_report(config, workdir)
     if sweep.is_complete():
         return False
     open_teacher = teachers.opener(config)
@@ -304,14 +356,41 @@ def _sweep(config: ConfigDict, workdir: Path) -> bool:
         workdirs.write_config(workdir, "sweep", config)
     sweep = sweep.planned(size, lambda member: teachers.version_of(open_teacher(member)[0]))
     workdirs.write_config(workdir, "sweep", config)
+    if part == PLAN:
+        return True
+    with _held_by_first(sweep.folders):
+        if part == JOIN:
+            _check_trained(sweep, open_teacher)
+        else:
+            _train_cohorts(config, sweep, open_teacher)
+        _test_and_join(config, sweep, open_teacher)
+    return True
+
+
+@contextlib.contextmanager
+def _held_by_first(folders: Sequence[Path]) -> Iterator[None]:
+    """Holds folders below one that is held: other runs may hold one of them without that."""
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            on_first(functools.partial(stack.enter_context, hold(folder)))
+        yield
+
+
+def _train_cohorts(config: ConfigDict, sweep: Sweep, open_teacher: teachers.Opener) -> None:
+    """Trains the cohorts one after the other, or on a cluster."""
+    spec = open_teacher(next(iter(sweep.members.values())))[1].spec
     shared = [common(cohort) for cohort in sweep.cohorts]
     for cohort, each in zip(sweep.cohorts, shared, strict=True):
-        check_memory(each, student_groups(cohort, dataset.spec), each.batch, dataset.spec)
+        check_memory(each, student_groups(cohort, spec), each.batch, spec)
     if config.launcher == "ray":
         _train_elsewhere(config, sweep, open_teacher)
-    with runs.progress_bar(workdir.name, sum(each.train.steps for each in shared)) as bar:
+    with runs.progress_bar(sweep.workdir.name, sum(each.train.steps for each in shared)) as bar:
         for cohort, folder, each in zip(sweep.cohorts, sweep.folders, shared, strict=True):
             _train_cohort(each, *open_teacher(each), cohort, folder, bar)
+
+
+def _test_and_join(config: ConfigDict, sweep: Sweep, open_teacher: teachers.Opener) -> None:
+    """Measures on test what validation chose, and writes the tables of the whole sweep."""
     chosen = results.chosen(sweep.validation())
     tested = sweep.with_any(chosen)
     referred: set[str] = set()
@@ -320,59 +399,82 @@ def _sweep(config: ConfigDict, workdir: Path) -> bool:
             # Once a teacher, since it is the final ranker of theirs as well.
             with_references = sweep.teachers[index] not in referred
             referred.add(sweep.teachers[index])
-            each = shared[index]
+            each = common(cohort)
             _test_cohort(each, *open_teacher(each), cohort, folder, chosen, with_references)
     sweep.join(config.funnel.retrieved, tested)
-    return True
 
 
-def _train_elsewhere(config: ConfigDict, sweep: Sweep, open_teacher: teachers.Opener) -> None:
-    """Trains the cohorts that are not done on a cluster, a task each."""
+def _untrained(sweep: Sweep, open_teacher: teachers.Opener) -> list[int]:
+    """The numbers of the cohorts that are not trained and measured on validation."""
     left = []
     for number, (cohort, folder) in enumerate(zip(sweep.cohorts, sweep.folders, strict=True)):
         teacher, dataset = open_teacher(common(cohort))
         if not is_measured(folder, runs.students_identity(cohort, dataset, teacher)):
             left.append(number)
+    return left
+
+
+def _check_trained(sweep: Sweep, open_teacher: teachers.Opener) -> None:
+    """Raises UserError unless all cohorts are there to be joined."""
+    if left := _untrained(sweep, open_teacher):
+        raise UserError(
+            f"{sweep.workdir} lacks {len(left)} of its {len(sweep.plan)} cohorts: "
+            f"{', '.join(map(str, left))}; train each by its number, as sweep.part={left[0]}"
+        )
+
+
+def _train_elsewhere(config: ConfigDict, sweep: Sweep, open_teacher: teachers.Opener) -> None:
+    """Trains the cohorts that are not done on a cluster, a task each."""
+    left = _untrained(sweep, open_teacher)
     if len(sweep.plan) == 1:
         logging.warning(
             "the sweep is one cohort, so one task; sweep.group_size says how many members one has"
         )
-    here = Path.cwd(), sweep.workdir.absolute()
-    cluster.run_tasks(config.ray, functools.partial(train_cohort, *here), left, "cohort")
+    with cluster.open_cluster(config) as run:
+        for _ in run(train_cohort, [(sweep.workdir, number) for number in left], "cohorts"):
+            pass
 
 
-def train_cohort(here: Path, workdir: Path, number: int) -> None:
+def train_cohort(workdir: Path, number: int) -> None:
     """Trains one cohort of a sweep that is planned, and measures it; for a process of its own.
 
     Nothing but the sweep's own process, which holds the workdir, may call it.
 
-    Args:
-      here: the folder in which the sweep was started, from which its paths may go.
-      workdir: the sweep's.
-      number: of the cohort.
+    Raises:
+      UserError: as `sweep`, with the number of the cohort.
     """
-    os.chdir(here)
     config = workdirs.read_config(workdir)
-    sweep = open_sweep(config, workdir)
-    shared = common(sweep.cohorts[number])
+    try:
+        _train_alone(config, open_sweep(config, workdir), number)
+    except UserError as error:
+        raise UserError(f"cohort {number}: {error}") from error
+
+
+def _train_alone(config: ConfigDict, sweep: Sweep, number: int) -> bool:
+    """Trains one cohort, whose folder is held; False if that is done."""
+    cohort, folder = sweep.cohorts[number], sweep.folders[number]
+    shared = common(cohort)
     teacher, dataset = teachers.opener(config)(shared)
-    with runs.progress_bar(workdir.name, shared.train.steps) as bar:
-        _train_cohort(shared, teacher, dataset, sweep.cohorts[number], sweep.folders[number], bar)
+    sweep.check_teacher(number, teachers.version_of(teacher))
+    supervision.check_signals(config, dataset, cohort.values())
+    with runs.progress_bar(sweep.workdir.name, shared.train.steps) as bar:
+        return _train_cohort(shared, teacher, dataset, cohort, folder, bar)
 
 
 def _train_cohort(
     config: ConfigDict, teacher: Teacher | None, dataset: Dataset, cohort: Cohort, folder: Path,
     bar: tqdm,
-) -> None:  # fmt: skip
-    """Trains the members of a cohort and measures them on validation, if that is not done."""
+) -> bool:  # fmt: skip
+    """Trains the members of a cohort and measures them on validation; False if that is done."""
     whose = runs.students_identity(cohort, dataset, teacher)
     if is_measured(folder, whose):
         skip_steps(bar, config.train.steps)
-        return
+        return False
     students = runs.fit_students(config, dataset, teacher, cohort, folder, bar)
     known = reference(config, dataset, teacher)
     measured = measure(config, dataset, "validation", known, cohort, students)
     write_measured(config, folder, whose, measured)
+    return True
 
 
 def _test_cohort(

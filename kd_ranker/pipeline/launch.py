@@ -249,10 +249,15 @@ def _load_config(named: str) -> ConfigDict:
     if not Path(file).is_file():
         file = _file_of_package(file, named)
     try:
-        return runpy.run_path(file)["get_config"](*variant)
+        config = runpy.run_path(file)["get_config"](*variant)
     except Exception as error:
         reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         raise UserError(f"--config={named} does not load: {reason}") from error
+    path = Path(file).resolve()
+    if not path.is_relative_to(Path(kd_ranker.configs.__path__[0]).resolve()):
+        # Other processes that work on it have not read the command line.
+        config.registered_by = str(path)
+    return config
 
 
 def _file_of_package(name: str, given: str) -> str:

@@ -58,15 +58,22 @@ def device_mapping(
     """
     parallel = config.parallel
     devices = first_devices(parallel.devices) if devices is None else devices
+    members = devices_of_members(config, sizes, requests, len(devices))
     sharded = parallel.tables == "sharded"
-    # Members on devices of their own would leave fewer to deal rows to.
-    if parallel.mapping == "pmap" or (sharded and not parallel.members):
-        members = 1
-    elif parallel.members and sum(sizes) > 1:
-        members = parallel.members
-    else:
-        members = members_axis(len(devices), sizes, requests)
     return MAPPINGS[parallel.mapping](devices, members, parallel.deterministic, sharded)
+
+
+def devices_of_members(
+    config: ConfigDict, sizes: Sequence[int], requests: int, devices: int
+) -> int:
+    """The number of so many devices to spread members over; see `device_mapping`."""
+    parallel = config.parallel
+    # Members on devices of their own would leave fewer to deal rows to.
+    if parallel.mapping == "pmap" or (parallel.tables == "sharded" and not parallel.members):
+        return 1
+    if parallel.members and sum(sizes) > 1:
+        return parallel.members
+    return members_axis(devices, sizes, requests)
 
 
 def batches_of_run(

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import Stage
 from kd_ranker.config.identity import dataset_name
+from kd_ranker.config.registered import register
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline.teachers import Teacher, dataset_of, load_teacher
 from kd_ranker.requests import storage
@@ -69,21 +70,21 @@ def scored_requests(
 
 
 def scoring_shards(
-    config: ConfigDict, dataset: Dataset, teacher: Teacher, processes: int, split: str
+    config: ConfigDict, dataset: Dataset, teacher: Teacher, is_elsewhere: bool, split: str
 ) -> list[Callable[[], Iterator[Request]]]:
     """`scored_requests` in parts, for `Source.shards`.
 
-    How they are cut depends on the dataset and on `config.evaluation.requests` alone. With several
-    processes, each opens the dataset and loads the teacher itself.
+    How they are cut depends on the dataset and on `config.evaluation.requests` alone. Those
+    that are scored elsewhere, in other processes, open the dataset and load the teacher there.
     """
     number = dataset.builder.info.splits[split].num_examples
     batch = config.evaluation.requests
     # Whole batches, so that the numbers are those of one pass, to the last bit.
     size = batch * max(_BATCHES, -(-number // (batch * _MOST_SHARDS)))
     score: Callable[..., Iterator[Request]] = (
-        functools.partial(scored_requests, config, dataset, teacher)
-        if processes == 1
-        else functools.partial(scored_elsewhere, config.to_json(), teacher.version)
+        functools.partial(scored_elsewhere, config.to_json(), teacher.version)
+        if is_elsewhere
+        else functools.partial(scored_requests, config, dataset, teacher)
     )
     return [
         functools.partial(score, split, start, min(start + size, number))
@@ -117,6 +118,7 @@ def scored_elsewhere(
 @functools.lru_cache(maxsize=1)
 def _opened(config: str) -> tuple[ConfigDict, Dataset, Teacher]:
     opened = ConfigDict(json.loads(config))
+    register(opened.registered_by)
     dataset = dataset_of(opened)
     return opened, dataset, load_teacher(opened, dataset)
 

@@ -112,6 +112,20 @@ def names() -> list[str]:
     return [f"{name}:{shape}" for name, chip in CHIPS.items() for shape in chip.shapes]
 
 
+def platform_of(name: str) -> str:
+    """The platform of a topology's devices, as JAX calls it."""
+    return "gpu" if name.startswith("h100") else "tpu"
+
+
+def chips_of(name: str) -> int:
+    """The number of devices of a topology.
+
+    >>> chips_of("v5e:4x4")
+    16
+    """
+    return math.prod(map(int, name.partition(":")[2].split("x")))
+
+
 def missing_packages(topology: str) -> str:
     """The packages that a topology's compiler needs and that are not installed; "" if none are."""
     needed = (

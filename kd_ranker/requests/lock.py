@@ -55,7 +55,8 @@ def own_record() -> dict[str, Any]:
     pid = os.getpid()
     since = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
     record = {"pid": pid, "host": socket.gethostname(), "since": since}
-    return record | {"machine": _machine(), "process": _process(pid)}
+    of = {"machine": _machine(), "process": _process(pid), "start_of_job": _start_of_job()}
+    return record | of
 
 
 def who(record: Mapping[str, Any]) -> str:
@@ -65,6 +66,8 @@ def who(record: Mapping[str, Any]) -> str:
 
 def is_alive(record: Mapping[str, Any]) -> bool | None:
     """True if the process that left a record is there; None if it is not to be seen from here."""
+    if _was_started_again(record.get("start_of_job")):
+        return False
     if record["machine"] != _machine():
         return None
     return _process(record["pid"]) in (record["process"], _UNSEEN)
@@ -175,6 +178,24 @@ def _check_dead(path: Path, text: str) -> None:
         )
     if alive:
         raise UserError(f"{held}; wait for its end")
+
+
+def _start_of_job() -> tuple[str, int] | None:
+    """The job of Slurm that this process is of, and how often it was started again."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return None
+    cluster = os.environ.get("SLURM_CLUSTER_NAME", "")
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", 0))
+    return f"{cluster} {os.environ['SLURM_JOB_ID']}", restarts
+
+
+def _was_started_again(found: list | None) -> bool:
+    """True if a record's job is this one before it was started again, maybe for a lost machine.
+
+    Slurm has ended what it was before it starts it.
+    """
+    own = _start_of_job()
+    return bool(found and own and found[0] == own[0] and found[1] < own[1])
 
 
 def _machine() -> str:

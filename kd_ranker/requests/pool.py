@@ -18,7 +18,7 @@ Runner = Callable[[Callable, Sequence[tuple], str], Iterator[Any]]
 
 def run_here(function: Callable, calls: Sequence[tuple], description: str) -> Iterator[Any]:
     """Calls a function in this process, one call after the other, each when its result is asked."""
-    return _with_bar((function(*arguments) for arguments in calls), len(calls), description)
+    return with_bar((function(*arguments) for arguments in calls), len(calls), description)
 
 
 @contextlib.contextmanager
@@ -58,7 +58,7 @@ def _running(executor: Executor) -> Iterator[Runner]:
         waiting = deque(executor.submit(function, *arguments) for arguments in calls)
         # One by one, so that a result is not held longer than it is used.
         results = (waiting.popleft().result() for _ in calls)
-        return _with_bar(results, len(calls), description)
+        return with_bar(results, len(calls), description)
 
     with executor:
         try:
@@ -88,5 +88,6 @@ def _end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _with_bar(results: Iterable[Any], number: int, description: str) -> Iterator[Any]:
+def with_bar(results: Iterable[Any], number: int, description: str) -> Iterator[Any]:
+    """The results of so many calls, with a bar, which is absent where there is no terminal."""
     return iter(tqdm(results, description, number, leave=False, unit="part", disable=None))

@@ -5,6 +5,7 @@ the result, whose name holds a hash over all that decides the numbers: first the
 then the scores of a piece of these after the other, then whole files of the log.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -31,7 +32,7 @@ from kd_ranker.evaluation.evaluate import Ranker
 from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.lock import FILE as LOCK
 from kd_ranker.requests.lock import hold
-from kd_ranker.requests.pool import open_pool
+from kd_ranker.requests.pool import Runner
 from kd_ranker.requests.records import Dataset
 from kd_ranker.sources.logs import unseen, write_back
 from kd_ranker.sources.logs.encode import encode_requests
@@ -104,7 +105,8 @@ def score_log(
     layout: LogLayout,
     settled: Settled,
     trained: TrainedRanker,
-    again: Callable[[], TrainedRanker],
+    again: Callable[[], TrainedRanker] | None,
+    runner: contextlib.AbstractContextManager[Runner],
     value_weights: Sequence[float],
     requests: int,
     output: Path | None,
@@ -116,7 +118,9 @@ def score_log(
       layout: what is read of it, likewise.
       settled: the terms of the ranker's dataset.
       trained: the ranker.
-      again: opens the same one in another process; can be pickled.
+      again: opens the same one in another process, can be pickled; None where `runner` is of this
+        process.
+      runner: gives what scores, for as long as it is entered.
       value_weights: a weight a task.
       requests: how many are scored at a time.
       output: the folder to write to; None takes one below `data.dir`, named after all of these.
@@ -143,15 +147,15 @@ def score_log(
     with hold(output):
         if _is_finished(output, work, digest):
             return scored, Unseen(*json.loads((output / FILE).read_text())["read"])
-        read = _read(log, layout, settled, dataset.items, work)
-        score = (
-            functools.partial(_score_piece, trained)
-            if layout.processes == 1
-            else functools.partial(_score_elsewhere, again, trained.version)
-        )
-        score = functools.partial(score, layout, value_weights, requests, read.largest, work)
-        pieces = [(piece,) for piece in read.pieces if not _path(work, piece).exists()]
-        with open_pool(layout.processes) as run:
+        with runner as run:
+            read = _read(log, layout, settled, dataset.items, work)
+            score = (
+                functools.partial(_score_elsewhere, again, trained.version)
+                if again
+                else functools.partial(_score_piece, trained)
+            )
+            score = functools.partial(score, layout, value_weights, requests, read.largest, work)
+            pieces = [(piece,) for piece in read.pieces if not _path(work, piece).exists()]
             for _ in run(score, pieces, "scoring"):
                 pass
             write_back.write_files(

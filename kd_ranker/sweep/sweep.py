@@ -89,16 +89,29 @@ class Sweep:
         """
         plan = [*self.plan, *_new_cohorts(self._unplaced(), size)]
         teachers = [version(self.members[names[0]]) for names in plan]
-        for begun, now in zip(self.teachers, teachers, strict=False):
-            if begun != now:
-                raise UserError(
-                    f"{self.workdir} holds a sweep under the teacher {begun or 'of the logs'}, "
-                    f"and now it is {now or 'that of the logs'}; use another --workdir"
-                )
+        for number in range(len(self.plan)):
+            self.check_teacher(number, teachers[number])
         write_atomically(
             self.workdir / FILE, with_checksum({"teachers": teachers, "cohorts": plan})
         )
         return dataclasses.replace(self, plan=plan, teachers=teachers)
+
+    def check_planned(self) -> None:
+        """Raises UserError unless all members have a place in a cohort."""
+        if unplaced := self._unplaced():
+            raise UserError(
+                f"{self.workdir} has no cohort for {len(unplaced)} of the sweep's "
+                f"{len(self.members)} members; settle the cohorts by the same command with "
+                "--config.sweep.part=plan"
+            )
+
+    def check_teacher(self, number: int, version: str) -> None:
+        """Raises UserError if a cohort was begun with another teacher than this version."""
+        if (begun := self.teachers[number]) != version:
+            raise UserError(
+                f"{self.workdir} holds a sweep under the teacher {begun or 'of the logs'}, "
+                f"and now it is {version or 'that of the logs'}; use another --workdir"
+            )
 
     def with_any(self, names: Collection[str]) -> list[Path]:
         """The folders of the cohorts with any of these members; the first one if none has."""

@@ -18,6 +18,7 @@ from jaxtyping import Int
 
 from kd_ranker.batches.training import ALONE, Share
 from kd_ranker.deal import WHOLE, Deal, gathered
+from kd_ranker.errors import UserError
 from kd_ranker.training.placing import (
     AXIS,
     MEMBERS,
@@ -233,7 +234,7 @@ class _Spread(NamedTuple):
 
     def places_of(self, states: States) -> Any:
         """The same of states."""
-        return self.places(states, _has_members(states))
+        return self.places(states, having_members(states))
 
 
 def shard_map(
@@ -282,9 +283,37 @@ def shard_map(
 
 def _own_share(mesh: Mesh) -> Share:
     """The part of a batch whose requests the devices of this process hold."""
-    own = [[device.process_index == jax.process_index() for device in row] for row in mesh.devices]
-    held, all_parts = np.flatnonzero(np.any(own, axis=0)), len(own[0])
-    return Share(int(held[0]) // held.size, all_parts // held.size)
+    process_of = np.vectorize(lambda device: device.process_index)(mesh.devices)
+    return share_of(process_of, jax.process_index())
+
+
+def share_of(process_of: Int[np.ndarray, "members sharing"], process: int) -> Share:
+    """The part of a batch whose requests the devices of a process hold.
+
+    Args:
+      process_of: the process of each device of a mesh.
+      process: the number of one.
+
+    Raises:
+      UserError: the devices of any process hold no run of parts that begins at a multiple of its
+        length.
+
+    >>> share_of(np.array([[0, 0, 1, 1]]), process=1)
+    Share(part=1, parts=2)
+    """
+    return {int(one): _run_of(process_of, int(one)) for one in np.unique(process_of)}[process]
+
+
+def _run_of(process_of: Int[np.ndarray, "members sharing"], process: int) -> Share:
+    held, parts = np.flatnonzero(np.any(process_of == process, axis=0)), process_of.shape[1]
+    start, length = int(held[0]), len(held)
+    if held[-1] - start + 1 != length or start % length or parts % length:
+        raise UserError(
+            f"process {process} has devices for the parts {', '.join(map(str, held))} of the "
+            f"{parts} of each batch, which are no run of its own; take another "
+            "parallel.members, or as many devices for each process"
+        )
+    return Share(start // length, parts // length)
 
 
 def _replicate(spread: _Spread, tree: Any) -> Any:
@@ -310,7 +339,7 @@ def _place(spread: _Spread, states: States) -> States:
         of = np.asarray(leaf)
         return of[shared_evenly(len(of), members)] if has and members > 1 else of.copy()
 
-    evenly = dealt_rows(jax.tree.map(filled, states, _has_members(states)), spread.deal)
+    evenly = dealt_rows(jax.tree.map(filled, states, having_members(states)), spread.deal)
     return put_on(evenly, spread.places_of(evenly))
 
 
@@ -359,7 +388,7 @@ def _map_step(
 
     @functools.wraps(step)
     def mapped(states: States, batch: Any, numbers: Any, frozen: Frozen) -> Any:
-        of_states = spread.specs(states, _has_members(states))
+        of_states = spread.specs(states, having_members(states))
         # Beside those of members there may be numbers that concern the whole step.
         of_numbers = jax.tree.map(
             lambda array: of_members if jnp.ndim(array) else PartitionSpec(), numbers
@@ -402,7 +431,7 @@ def _abstract_place(spread: _Spread, states: States) -> States:
     return abstract(placed, spread.places_of(placed))
 
 
-def _has_members(states: States) -> Any:
+def having_members(states: States) -> Any:
     """True for each array of the states that has an axis of members."""
     return tuple(jax.tree.broadcast(HAS_MEMBERS, state) for state in states)
 

@@ -21,8 +21,12 @@ _ROWS = {_TABLES, "owners", "items"}
 
 
 def first_devices(number: int) -> list[jax.Device]:
-    """So many of the devices that JAX sees, the first ones; 0 takes all."""
-    return jax.devices()[: number or None]
+    """So many of the devices that JAX sees, the first ones; 0 takes all.
+
+    Those of a process lie beside each other, as a pod of TPUs need not number them.
+    """
+    devices = sorted(jax.devices(), key=lambda device: device.process_index)
+    return devices[: number or None]
 
 
 def is_of_tables(path: jax.tree_util.KeyPath) -> bool:

@@ -6,7 +6,8 @@
 #
 # The first argument is train, train_teacher or sweep; the rest are its flags. The checkout, its
 # environment, the datasets and the workdir have to lie where all nodes see them. A job that is
-# stopped and queued again goes on from its last checkpoint.
+# stopped and queued again goes on from its last checkpoint. A task of a job array trains the cohort
+# of a sweep that has its number; sweep_array.sh submits such an array.
 #SBATCH --job-name=kd_ranker
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
@@ -30,4 +31,4 @@ fi
 export TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
 # A process that fails ends the others, which would wait for it.
 exec srun --kill-on-bad-exit=1 .venv/bin/python -m "experiments.$1" "${@:2}" \
-  --config.parallel.processes=True
+  --config.parallel.processes=True ${SLURM_ARRAY_TASK_ID:+"--config.sweep.part=$SLURM_ARRAY_TASK_ID"}

@@ -1,5 +1,7 @@
-"""A sweep whose cohorts train on a cluster of two nodes, against the same sweep here."""
+"""Commands on a cluster of two nodes, against the same ones here."""
 
+import json
+import shutil
 import threading
 import time
 
@@ -7,9 +9,11 @@ import pytest
 
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import commands
+from kd_ranker.pipeline import commands, scoring, teachers
+from kd_ranker.sources.logs import ordered
 from kd_ranker.sweep.sweep import FOLDER
 from tests import small
+from tests.serving import test_score
 
 ray = pytest.importorskip("ray", reason="ray is not installed; scripts/test_cluster.sh does it")
 from ray.cluster_utils import Cluster  # noqa: E402
@@ -69,6 +73,89 @@ def test_a_sweep_whose_node_is_lost_ends_as_one_that_ran_here(world, cluster, tm
     for table in TABLES:
         assert (workdir / table).read_bytes() == (expected / table).read_bytes(), table
     assert not list(workdir.glob(f"{FOLDER}/*/damaged_checkpoints"))
+
+
+def contents(folder, pattern):
+    return {path.name: path.read_bytes() for path in folder.glob(pattern)}
+
+
+def test_a_teacher_logs_the_bytes_that_it_logs_here_though_a_node_is_lost(
+    world, cluster, tmp_path, monkeypatch
+):
+    dataset = teachers.dataset_of(world.config())
+    copied = tmp_path / "requests" / dataset.directory.parent.name
+    shutil.copytree(dataset.directory.parent, copied)
+    monkeypatch.setattr(scoring, "_BATCHES", 1)  # six shards
+    config = world.config(data__dir=str(tmp_path))
+    directory = commands.log_teacher(config).dataset
+    expected = contents(directory, "*array_record*")
+    shutil.rmtree(directory)
+    started, nodes = cluster
+    lost = threading.Event()
+
+    def lose_a_node():
+        """Once a shard is written; the others are not, since each machine has first to load JAX."""
+        while not list(tmp_path.glob(".scoring-*/*/*.sums")):
+            time.sleep(0.01)
+        started.remove_node(nodes[0], allow_graceful=False)
+        lost.set()
+
+    threading.Thread(target=lose_a_node, daemon=True).start()
+    on_ray = config_of(world, started, data__dir=str(tmp_path))
+    assert commands.log_teacher(on_ray).dataset == directory
+    assert lost.wait(timeout=60)
+    assert contents(directory, "*array_record*") == expected
+    assert not list(tmp_path.glob(".scoring-*"))
+
+
+def test_a_log_gets_the_scores_that_it_gets_here(cluster, tmp_path, monkeypatch):
+    monkeypatch.setattr(ordered, "PIECE", 40)
+    world = test_score.make_world(tmp_path / "score")
+    log = test_score.write_raw(tmp_path / "log", world.tested, files=2)
+    config = test_score.config_for(world, "student", log)
+    workdir = world.folder / "student"
+    expected, _ = commands.score(config, workdir, output=tmp_path / "here")
+    config.launcher, config.ray.address = "ray", cluster[0].address
+    found, _ = commands.score(config, workdir, output=tmp_path / "there")
+    assert len(contents(expected.directory, "*.parquet")) == 2
+    for pattern in ("*.parquet", "scores.json"):
+        assert contents(found.directory, pattern) == contents(expected.directory, pattern)
+
+
+MY_LOSS = """
+import jax.numpy as jnp
+
+from kd_ranker import configs
+from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LOSSES, bce
+
+def bce_of_the_sure(logits, probability, weight, numbers=DEFAULT_NUMBERS):
+    is_sure = jnp.abs(probability - 0.5) > 0.4
+    return bce(logits, probability, weight * is_sure, numbers)
+
+LOSSES["bce_of_the_sure"] = bce_of_the_sure
+
+def get_config(variant=""):
+    config = configs.cascade("small")
+    config.distill.loss = "bce_of_the_sure"
+    config.update_from_flattened_dict(CHANGES)
+    return config
+"""
+
+
+def test_a_loss_of_a_config_file_is_known_on_the_machines(world, cluster, tmp_path):
+    changes = world.changes(**CHANGES | {"train__steps": 10})
+    file = tmp_path / "my_loss.py"
+    file.write_text(MY_LOSS.replace("CHANGES", repr(changes)))
+    on_ray = ["--config.launcher=ray", f"--config.ray.address={cluster[0].address}"]
+    for workdir, flags in ((tmp_path / "here", []), (tmp_path / "there", on_ray)):
+        ended = small.run(
+            "-m", "experiments.sweep", f"--config={file}", f"--workdir={workdir}", *flags
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert "bce_of_the_sure" in (workdir / "results.csv").read_text()
+    assert json.loads((workdir / "config.json").read_text())["registered_by"] == str(file)
+    for table in TABLES:
+        assert (tmp_path / "here" / table).read_bytes() == (workdir / table).read_bytes()
 
 
 def test_resources_that_no_machine_has_are_a_line(world, cluster, tmp_path):

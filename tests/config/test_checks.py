@@ -37,6 +37,23 @@ def test_the_configs_are_valid(config):
     checks.validate(config)
 
 
+@pytest.mark.parametrize("part", ["", "plan", "join", "0", "12"])
+def test_a_part_of_a_sweep_is_named_or_a_number(part):
+    checks.validate(config_with(sweep__part=part))
+
+
+@pytest.mark.parametrize("part", ["-1", "1.5", "all", "²"])
+def test_another_part_of_a_sweep_is_refused(part):
+    assert fault_of(config_with(sweep__part=part)) == (
+        f"sweep.part={part!r} must be plan, the number of a cohort, join, or empty for all"
+    )
+
+
+def test_a_launcher_that_does_all_parts_takes_no_part():
+    fault = fault_of(config_with(sweep__part="plan", launcher="ray"))
+    assert fault.startswith("sweep.part=plan with launcher='ray'")
+
+
 def test_top_k_may_take_in_all_candidates_where_nothing_looks_at_it():
     checks.validate(config_with(distill__loss="ranknet", distill__top_k=32))
     checks.validate(config_with(distill__loss="topk", distill__top_k=31))

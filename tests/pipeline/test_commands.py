@@ -2,6 +2,7 @@ import dataclasses
 import json
 import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,6 +22,7 @@ from kd_ranker.pipeline import commands, measure, runs, scoring, teachers
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from kd_ranker.requests.columns import columns_of
+from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sweep.members import sweep_members
@@ -28,6 +30,7 @@ from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
 from tests import small
+from tests.one_machine import OneMachine
 from tests.small import SWEEP
 
 # As many steps as elsewhere: the schedule is compiled in, and what is compiled is shared.
@@ -254,6 +257,20 @@ def test_scoring_in_shards_and_processes_gives_the_bytes_of_one_pass(apart, monk
     assert len(loaded) == 2
 
 
+def test_a_cluster_scores_the_bytes_of_this_process(apart, monkeypatch):
+    directory = commands.log_teacher(apart).dataset
+    here = record_files(directory)
+    shutil.rmtree(directory)
+    scoring._opened.cache_clear()
+    machine = OneMachine()
+    monkeypatch.setattr(commands.cluster, "_open", lambda address: machine)
+    monkeypatch.chdir(Path.cwd())
+    apart.launcher = "ray"
+    assert commands.log_teacher(apart).dataset == directory
+    assert record_files(directory) == here
+    assert len(machine.called) == 6
+
+
 # A real SIGKILL, when so many shards of the scored copy are whole.
 _DYING = """
 import os, runpy, signal, sys
@@ -320,6 +337,12 @@ def test_kept_shards_are_of_the_same_batches_dataset_and_teacher(apart):
     record = next(dataset.directory.glob("*array_record*"))
     record.write_bytes(record.read_bytes())
     assert folder() != before
+
+
+def test_a_process_that_scores_runs_the_file_that_registers(apart, tmp_path):
+    apart.registered_by = str(tmp_path / "mine.py")
+    with pytest.raises(UserError, match=r"mine\.py, which registers what the config names"):
+        scoring.scored_elsewhere(apart.to_json(), "v1", "train", 0, 16)
 
 
 def test_a_process_that_finds_another_teacher_does_not_score_with_it(apart):
@@ -500,9 +523,15 @@ def test_a_sweep_of_another_config_is_refused_with_the_keys(world, swept, tmp_pa
 def test_costs_of_ones_own_change_savings_alone_and_train_nothing(world, swept, tmp_path):
     workdir = copy_of(swept, tmp_path)
     costs = {"costs__teacher__candidate": 2.0, "costs__student__candidate": 0.5}
-    cohorts = {path: path.stat().st_mtime_ns for path in workdir.glob("cohorts/**/*")}
+
+    def written():
+        """The time of each file; folders have another after they were held."""
+        files = (path for path in workdir.glob("cohorts/**/*") if path.is_file())
+        return {path: path.stat().st_mtime_ns for path in files}
+
+    cohorts = written()
     assert commands.sweep(world.config(**SWEEP, **costs), workdir)
-    assert {path: path.stat().st_mtime_ns for path in workdir.glob("cohorts/**/*")} == cohorts
+    assert written() == cohorts
     before, after = table(swept), table(workdir)
     column = "funnel_cost_saving"
     pd.testing.assert_frame_equal(before.drop(columns=column), after.drop(columns=column))
@@ -640,6 +669,73 @@ def test_a_population_that_does_not_fit_is_split_and_ends_the_same(world, swept,
     np.testing.assert_allclose(
         split.loc[whole.index, numbers], whole[numbers], rtol=2e-3, atol=1e-6, equal_nan=True
     )
+
+
+PARTS = {
+    "sweep__modes": ("none", "aux"),
+    "sweep__group_size": 1,
+    "train__steps": 4,
+    "train__eval_every": 0,
+}
+
+
+def part_of(world, workdir, part):
+    return commands.sweep(world.config(**PARTS, sweep__part=part), workdir)
+
+
+def test_a_sweep_in_parts_is_the_one_that_ran_at_once(world, tmp_path):
+    """Each part as a job of its own would do it, and in any order."""
+    whole, workdir = tmp_path / "whole", tmp_path / "parts"
+    commands.sweep(world.config(**PARTS), whole)
+    unplanned = f"{workdir} has no cohort for 2 of the sweep's 2 members; settle"
+    for part in ("0", "join"):
+        assert fault_of(part_of, world, workdir, part).startswith(unplanned)
+    assert not workdir.exists()
+    assert part_of(world, workdir, "plan")
+    planned = world.config(**PARTS, sweep__part="plan")
+    assert commands.sweep_lines(planned, workdir) == ["cohorts: 2", "numbers: 0-1"]
+    assert not (workdir / "cohorts").exists()
+    fault = fault_of(part_of, world, workdir, "2")
+    assert fault.endswith(f"the sweep in {workdir} has 2 cohorts, numbered from 0 to 1")
+    longer = world.config(**PARTS | {"train__steps": 5}, sweep__part="0")
+    fault = fault_of(commands.sweep, longer, workdir)
+    assert "train.steps (4 there, 5 now)" in fault
+    assert part_of(world, workdir, "1")
+    assert not part_of(world, workdir, "1")
+    fault = fault_of(part_of, world, workdir, "join")
+    assert (
+        fault == f"{workdir} lacks 1 of its 2 cohorts: 0; train each by its number, as sweep.part=0"
+    )
+    assert not (workdir / results.FILE).exists()
+    assert part_of(world, workdir, "0")
+    assert part_of(world, workdir, "join")
+    for file in (results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE):
+        assert (workdir / file).read_bytes() == (whole / file).read_bytes()
+    for part in ("plan", "join", ""):
+        assert not part_of(world, workdir, part)
+
+
+def test_a_cohort_that_trains_holds_itself_alone(world, tmp_path):
+    part_of(world, tmp_path, "plan")
+    cohorts = [tmp_path / "cohorts" / number for number in ("0", "1")]
+    with hold(cohorts[0]):
+        assert part_of(world, tmp_path, "1")
+        for part in ("0", "", "join"):
+            assert fault_of(part_of, world, tmp_path, part).startswith(f"{cohorts[0]} is held by")
+    with hold(tmp_path):
+        assert fault_of(part_of, world, tmp_path, "join").startswith(f"{tmp_path} is held by")
+        assert part_of(world, tmp_path, "0")
+    assert not list(tmp_path.rglob(".lock"))
+
+
+def test_a_cohort_is_not_trained_under_another_teacher_than_was_planned(
+    world, tmp_path, monkeypatch
+):
+    part_of(world, tmp_path, "plan")
+    monkeypatch.setattr(commands.teachers, "version_of", lambda teacher: "another")
+    fault = fault_of(part_of, world, tmp_path, "0")
+    assert fault.endswith("and now it is another; use another --workdir")
+    assert fault_of(commands.train_cohort, tmp_path, 0) == f"cohort 0: {fault}"
 
 
 def test_a_sweep_on_several_devices_ends_the_same_and_goes_on_on_fewer(world, swept, tmp_path):

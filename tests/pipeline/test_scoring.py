@@ -17,9 +17,9 @@ def test_shards_cover_a_split_in_whole_batches_and_are_not_many(requests):
     one, several = (
         [
             shard.args[-3:]
-            for shard in scoring.scoring_shards(config, dataset, teacher, processes, "train")
+            for shard in scoring.scoring_shards(config, dataset, teacher, is_elsewhere, "train")
         ]
-        for processes in (1, 8)
+        for is_elsewhere in (False, True)
     )
     assert one == several
     names, starts, stops = zip(*one, strict=True)

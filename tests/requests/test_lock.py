@@ -114,6 +114,21 @@ def test_a_second_process_is_refused_with_who_holds_it_until_that_lets_go(tmp_pa
     assert held(tmp_path)
 
 
+def test_a_job_of_slurm_takes_what_it_held_on_a_machine_that_was_lost(tmp_path, monkeypatch):
+    elsewhere = {"machine": "another", "start_of_job": ["one 7", 0]}
+    leave(tmp_path, **elsewhere)
+    monkeypatch.setenv("SLURM_CLUSTER_NAME", "one")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    assert "cannot be looked for from here" in fault_of(tmp_path)  # the same start: it may live
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert held(tmp_path)
+    leave(tmp_path, **elsewhere)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert "cannot be looked for from here" in fault_of(tmp_path)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert "cannot be looked for from here" in fault_of(tmp_path)
+
+
 def test_a_process_that_died_holds_nothing_even_while_it_still_has_its_id(tmp_path, holders):
     (other,) = holders(1)
     other.take(tmp_path)

@@ -26,6 +26,7 @@ from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
 from tests import small
+from tests.one_machine import OneMachine
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import TASKS, Row, make_rows, write_log
 from tests.sources.log_server import Server
@@ -383,6 +384,15 @@ def test_a_run_that_was_killed_goes_on_and_several_processes_change_nothing(
     several.data.processes = 2
     commands.score(several, workdir, output=tmp_path / "several")
     assert contents(tmp_path / "several") == whole
+
+    machine = OneMachine()
+    monkeypatch.setattr(commands.cluster, "_open", lambda address: machine)
+    monkeypatch.chdir(Path.cwd())
+    config.launcher = "ray"
+    commands.score(config, workdir, output=tmp_path / "cluster")
+    assert contents(tmp_path / "cluster") == whole
+    # Pieces, and then files.
+    assert len(machine.called) == len(scored + later) + 2
 
 
 def test_a_second_run_reads_nothing_and_says_the_same(world, tmp_path, monkeypatch):
