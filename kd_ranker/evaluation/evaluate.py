@@ -15,7 +15,7 @@ from kd_ranker.distillation.modes import Mode, ToProbability
 from kd_ranker.embedding.lookup import was_trained
 from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions
 from kd_ranker.evaluation.ranked import Ranked, ranked, ranked_by_teacher
-from kd_ranker.evaluation.totals import Each, add, each_request, request_sums
+from kd_ranker.evaluation.totals import Each, Summed, add, summed
 from kd_ranker.models.model import Model, Parameters, score
 from kd_ranker.training.mapping import shared_evenly
 from kd_ranker.training.placing import MEMBERS, places, put, put_by_rows
@@ -80,19 +80,6 @@ def _make_serve(model: Model, probabilities: tuple[tuple[str, ToProbability], ..
     return jax.jit(serve)
 
 
-class Summed(NamedTuple):
-    """The sums of a pass for a ranker.
-
-    Attributes:
-      sums: over all requests.
-      each: of each request; empty unless that is asked for. For the members of a group both have a
-        leading axis of these.
-    """
-
-    sums: Sums
-    each: Each
-
-
 class _Asked(NamedTuple):
     """The questions to a pass; nothing of them is traced."""
 
@@ -103,8 +90,7 @@ class _Asked(NamedTuple):
 
 
 def _summed(batch: Ranked, asked: _Asked) -> Summed:
-    each = each_request(batch, asked.functions, asked.ks) if asked.ks else Each({}, {})
-    return Summed(request_sums(batch, asked.functions), each)
+    return summed(batch, asked.functions, asked.ks)
 
 
 @functools.partial(jax.jit, static_argnames="asked")
@@ -148,15 +134,21 @@ def _of_group(
 
         def of_member(parameters: Any) -> dict[str, Summed]:
             served = serve(parameters, seen, items)
+            names = serves or tuple(served.probability)
 
-            def of_serve(name: str) -> Summed:
+            def of_serve(own: Probability) -> Summed:
                 batch = ranked(
-                    *(served.probability[name], probability, weight, whole),
-                    *(value_weights, asked.shown, asked.labelled, served.met),
+                    *(own, probability, weight, whole, value_weights),
+                    *(asked.shown, asked.labelled, served.met),
                 )
                 return _summed(batch, asked)
 
-            return {name: of_serve(name) for name in serves or served.probability}
+            # One body for all of them, which is compiled once.
+            of_all = jax.lax.map(of_serve, jnp.stack([served.probability[name] for name in names]))
+            return {
+                name: jax.tree.map(lambda of: of[index], of_all)  # noqa: B023
+                for index, name in enumerate(names)
+            }
 
         return jax.vmap(of_member)(parameters)
 
@@ -212,6 +204,7 @@ def evaluate(
     *,
     serves: Sequence[tuple[str, ...] | None] | None = None,
     ks: Sequence[int] = (),
+    keep: bool = False,
     devices: Sequence[jax.Device] = (),
     sharded: bool = False,
 ) -> tuple[Summed, list[dict[str, Summed]]]:
@@ -225,7 +218,8 @@ def evaluate(
       value_weights: a weight a task.
       shown: `config.funnel.shown`.
       serves: the serve names to measure of each group; None takes all.
-      ks: the values of k at which the curves of each request are kept; none keeps no request.
+      ks: the values of k at which the curves of each request are cut.
+      keep: whether to keep what each request adds. The program is the same.
       devices: those to spread the members of a group over; none takes the default one.
       sharded: whether to spread the rows of tables and items over them, in place of members.
 
@@ -243,7 +237,7 @@ def evaluate(
         else _on_devices(group, held.items, devices)
         for group in groups
     ]
-    of_teacher = _Total(axis=0)
+    of_teacher = _Total(axis=0, keep=keep)
     of_groups: list[dict[str, _Total]] = [{} for _ in on_devices]
     for evaluation_batch in batches:
         asked = _Asked(shown, _number_labelled(evaluation_batch), sum_functions(), tuple(ks))
@@ -263,8 +257,8 @@ def evaluate(
             names, mesh = serves[index] if serves else None, group.mesh
             shared = *_everywhere(reference, mesh), group.items, _everywhere(weights, mesh)
             served = _of_group(*group.ranker, names, *shared, asked, mesh)
-            for name, summed in served.items():
-                total.setdefault(name, _Total(axis=1)).add(summed, present)
+            for name, more in served.items():
+                total.setdefault(name, _Total(axis=1, keep=keep)).add(more, present)
     if not of_teacher.sums:
         raise ValueError("there are no evaluation requests")
     return of_teacher.whole(), [
@@ -296,20 +290,23 @@ def lower_for_group(
 class _Total:
     """The sums of the batches so far, on the host."""
 
-    def __init__(self, axis: int):
-        """Takes the axis of requests."""
-        self._axis, self._each = axis, list[Each]()
+    def __init__(self, axis: int, keep: bool):
+        """Takes the axis of requests, and whether to keep what each adds."""
+        self._axis, self._keep, self._each = axis, keep, list[Each]()
         self.sums: Sums | None = None
 
     def add(self, more: Summed, present: int) -> None:
         """Adds a batch, of which the first `present` requests count."""
         self.sums = add(self.sums, more.sums)
+        if not self._keep:
+            return
         counting = (slice(None),) * self._axis + (slice(present),)
         self._each.append(jax.tree.map(lambda of: np.asarray(of)[counting], more.each))
 
     def whole(self) -> Summed:
         """All batches."""
-        each = jax.tree.map(lambda *of: np.concatenate(of, self._axis), *self._each)
+        kept = self._each or [Each({}, {})]
+        each = jax.tree.map(lambda *of: np.concatenate(of, self._axis), *kept)
         return Summed(self.sums or {}, each)
 
 

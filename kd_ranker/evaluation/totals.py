@@ -3,7 +3,7 @@
     total = None
     for evaluation_batch in batches:
         batch = ranked(student_probability, ..., evaluation_batch, ...)
-        total = add(total, request_sums(batch, sum_functions()))
+        total = add(total, summed(batch, sum_functions(), ks).sums)
     row = summarise(total, total_of_teacher, tasks, report_at)
 
 Axes: `R` requests, `N` candidates, `K` values of k, `T` tasks, `B` bins of predicted probability.
@@ -21,22 +21,8 @@ from kd_ranker.evaluation.metrics import METRICS, ReportAt, SumFunction, Sums, r
 from kd_ranker.evaluation.ranked import Ranked
 
 
-def request_sums(batch: Ranked, functions: Sequence[SumFunction]) -> Sums:
-    """The sums over the requests of one batch by name, with those of `calibration_table`; pure.
-
-    Args:
-      batch: the batch.
-      functions: those of the metrics, see `metrics.sum_functions`.
-
-    Raises:
-      ValueError: two functions sum different things under one name.
-    """
-    sums = {name: of.sum(axis=0) for name, of in _of_each(batch, functions).items()}
-    return _joined(sums, _bins(batch))
-
-
 class Each(NamedTuple):
-    """The terms of `request_sums`, one a request; the bins of the calibration are left out.
+    """The terms of the sums, one a request; the bins of the calibration are left out.
 
     Attributes:
       alone: arrays [R, ...] without an axis of k.
@@ -47,41 +33,42 @@ class Each(NamedTuple):
     curves: Sums
 
 
-def each_request(batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int]) -> Each:
-    """The terms of `request_sums` of one batch, one a request; pure.
+class Summed(NamedTuple):
+    """The sums of a batch, or of a pass, for a ranker.
+
+    Attributes:
+      sums: over all requests by name, with those of `calibration_table`.
+      each: of each request. For the members of a group both have a leading axis of these.
+    """
+
+    sums: Sums
+    each: Each
+
+
+def summed(batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int]) -> Summed:
+    """The sums over the requests of one batch, and their terms; pure.
 
     Args:
       batch: the batch.
       functions: those of the metrics, see `metrics.sum_functions`.
-      ks: at least 1; the curves over k are cut to these. One beyond the number of candidates means
-        all of them, which is the denominator of a captured share.
+      ks: at least 1; the curves over k of each request are cut to these. One beyond the number of
+        candidates means all of them, which is the denominator of a captured share.
 
     Raises:
       ValueError: two functions sum different things under one name.
     """
-    over_k = [of for of in functions if metrics.sums_curves(of)]
-    sums = _of_each(batch, over_k)
-    curves = {
-        name: array[:, np.minimum(ks, array.shape[1]) - 1]
-        for name, array in sums.items()
-        if array.ndim > 1
-    }
-    others = _of_each(batch, [of for of in functions if of not in over_k])
-    alone = {name: array for name, array in sums.items() if array.ndim == 1}
-    return Each(_joined(others, alone), curves)
-
-
-def _of_each(batch: Ranked, functions: Sequence[SumFunction]) -> Sums:
-    sums: Sums = {}
+    bins, kept = _bins(batch), np.asarray(ks, int)
+    alone: Sums = {}
+    curves: Sums = {}
     for function in functions:
-        sums = _joined(sums, function(batch))
-    return sums
-
-
-def _joined(sums: Sums, more: Sums) -> Sums:
-    if twice := sums.keys() & more.keys():
-        raise ValueError(f"two sums of the metrics are named {', '.join(sorted(twice))}")
-    return sums | more
+        for name, array in function(batch).items():
+            if name in bins | alone | curves:
+                raise ValueError(f"two sums of the metrics are named {name}")
+            over_k = array.ndim > 1 and metrics.sums_curves(function)
+            (curves if over_k else alone)[name] = array
+    sums = {name: array.sum(axis=0) for name, array in (alone | curves).items()}
+    cut = {name: array[:, np.minimum(kept, array.shape[1]) - 1] for name, array in curves.items()}
+    return Summed(sums | bins, Each(alone, cut))
 
 
 def _bins(batch: Ranked) -> Sums:

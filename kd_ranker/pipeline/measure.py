@@ -16,7 +16,7 @@ from kd_ranker.batch import FeatureSpec, abstract_items, empty_batch
 from kd_ranker.batches.evaluation import evaluation_batches, num_evaluation_batches
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import cost, kept, results, totals
-from kd_ranker.evaluation.evaluate import Ranker, Summed, evaluate, make_serve
+from kd_ranker.evaluation.evaluate import Ranker, evaluate, make_serve
 from kd_ranker.evaluation.kept import Kept
 from kd_ranker.evaluation.measured import write_tables
 from kd_ranker.evaluation.metrics import METRICS, TARGET, ReportAt, result_columns
@@ -28,7 +28,7 @@ from kd_ranker.evaluation.references import (
     reference_ranker,
 )
 from kd_ranker.evaluation.results import Row
-from kd_ranker.evaluation.totals import Each
+from kd_ranker.evaluation.totals import Each, Summed
 from kd_ranker.models.model import Model, Parameters, build_model
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
@@ -226,7 +226,8 @@ def _summed(
         config.value_weights,
         config.funnel.shown,
         serves=[names for _, names in groups],
-        ks=kept_ks(config) if split == "test" else (),
+        ks=kept_ks(config),
+        keep=split == "test",
         devices=(first_devices if sharded else own_devices)(config.parallel.devices),
         sharded=sharded,
     )

@@ -13,7 +13,7 @@ from kd_ranker.batch import CandidateBatch, EvaluationBatch, Stage
 from kd_ranker.evaluation import totals
 from kd_ranker.evaluation.metrics import ReportAt, SumFunction, Sums, sum_functions
 from kd_ranker.evaluation.ranked import ranked, ranked_by_teacher
-from kd_ranker.evaluation.totals import Each
+from kd_ranker.evaluation.totals import Each, Summed
 
 TASKS = ("watch", "like")
 VALUE_WEIGHTS = jnp.array([1.0, 2.0])
@@ -21,19 +21,14 @@ SHOWN = 3
 TARGETS = (0.5, 0.99)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 6, 7))
-def request_sums(functions: tuple[SumFunction, ...], *arguments: Any) -> Sums:
-    return totals.request_sums(ranked(*arguments), functions)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 7, 8))
-def each_request(functions: tuple[SumFunction, ...], ks: tuple[int, ...], *arguments: Any) -> Each:
-    return totals.each_request(ranked(*arguments), functions, ks)
+def summed(functions: tuple[SumFunction, ...], ks: tuple[int, ...], *arguments: Any) -> Summed:
+    return totals.summed(ranked(*arguments), functions, ks)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5, 6))
-def teacher_request_sums(functions: tuple[SumFunction, ...], *arguments: Any) -> Sums:
-    return totals.request_sums(ranked_by_teacher(*arguments), functions)
+def teacher_sums(functions: tuple[SumFunction, ...], *arguments: Any) -> Sums:
+    return totals.summed(ranked_by_teacher(*arguments), functions, ()).sums
 
 
 @dataclasses.dataclass
@@ -50,10 +45,10 @@ class Case:
     request_mask: np.ndarray
 
     def sums(self, shown: int = SHOWN) -> Sums:
-        return totals.add(None, request_sums(sum_functions(), *self.arguments(shown)))
+        return totals.add(None, summed(sum_functions(), (), *self.arguments(shown)).sums)
 
     def sums_of_each(self, ks: tuple[int, ...]) -> Each:
-        return each_request(sum_functions(), ks, *self.arguments(SHOWN))
+        return summed(sum_functions(), ks, *self.arguments(SHOWN)).each
 
     def arguments(self, shown: int) -> tuple[Any, ...]:
         return (
@@ -67,7 +62,7 @@ class Case:
         )
 
     def teacher_sums(self) -> Sums:
-        sums = teacher_request_sums(
+        sums = teacher_sums(
             sum_functions(),
             jnp.asarray(self.teacher),
             jnp.asarray(self.teacher_weight),

@@ -83,8 +83,8 @@ def test_devices_share_the_members_of_a_group_and_change_nothing(devices):
     groups, ks = [make_students("aux", (3, 4, 5)), STUDENTS["none"]], (1, 2)
     with_each = [*BATCHES[:1], evaluation_batch(random_batch(2, spec=SPEC), present=5)]
     arguments = LIVE, groups, with_each, ITEMS, WEIGHTS, SHOWN
-    teacher, alone = evaluate(*arguments, ks=ks)
-    same_teacher, spread = evaluate(*arguments, ks=ks, devices=jax.devices()[:devices])
+    teacher, alone = evaluate(*arguments, ks=ks, keep=True)
+    same_teacher, spread = evaluate(*arguments, ks=ks, keep=True, devices=jax.devices()[:devices])
     jax.tree.map(np.testing.assert_array_equal, same_teacher, teacher)
     for one, other, members in zip(alone, spread, (3, 1), strict=True):
         for name, of in other.items():
@@ -99,8 +99,8 @@ def test_devices_share_the_members_of_a_group_and_change_nothing(devices):
 def test_rows_on_several_devices_change_nothing(devices):
     groups, ks = [make_students("aux", (3, 4, 5)), STUDENTS["none"]], (1, 2)
     arguments = LIVE, groups, BATCHES[:1], ITEMS, WEIGHTS, SHOWN
-    alone = evaluate(*arguments, ks=ks)
-    spread = evaluate(*arguments, ks=ks, devices=jax.devices()[:devices], sharded=True)
+    alone = evaluate(*arguments, ks=ks, keep=True)
+    spread = evaluate(*arguments, ks=ks, keep=True, devices=jax.devices()[:devices], sharded=True)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), spread, alone)
 
 
@@ -163,7 +163,7 @@ def test_the_sums_of_each_request_add_up_to_the_sums_and_leave_out_what_fills_up
     batches = [BATCHES[0], evaluation_batch(random_batch(3, spec=SPEC), present=3)]
     present = len(BATCHES[0].request_mask) + 3
     students = [make_students("shared", (3, 4))]
-    of_teacher, (group,) = evaluate(LIVE, students, batches, ITEMS, WEIGHTS, SHOWN, ks=ks)
+    of_teacher, (group,) = evaluate(LIVE, students, batches, ITEMS, WEIGHTS, SHOWN, ks=ks, keep=True)
     for (sums, each), axis in ((of_teacher, 0), (group["user"], 1)):
         whole = {name: of for name, of in sums.items() if not name.startswith("bin_")}
         kept = each.alone | each.curves
@@ -171,7 +171,7 @@ def test_the_sums_of_each_request_add_up_to_the_sums_and_leave_out_what_fills_up
         assert each.curves.keys() >= {"survival", "value_captured", "positives_kept"}
         assert_same(whole, {name: of.sum(axis=axis) for name, of in kept.items()})
     # The requests stand in the order in which they were read.
-    _, (last,) = evaluate(LIVE, students, batches[1:], ITEMS, WEIGHTS, SHOWN, ks=ks)
+    _, (last,) = evaluate(LIVE, students, batches[1:], ITEMS, WEIGHTS, SHOWN, ks=ks, keep=True)
     for name, of in last["user"].each.alone.items():
         np.testing.assert_array_equal(of, group["user"].each.alone[name][:, -3:], err_msg=name)
 
