@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from kd_ranker.configs import cascade
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import commands
+from tests import forked
 
 ROOT = Path(__file__).parent.parent
 CONFIG = "--config=configs/cascade.py:small"
@@ -109,7 +110,12 @@ def _share_compiled_programs(folder: Path) -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    """Runs `python` with `arguments` at the root of the repository."""
+    """Runs `python` with `arguments` at the root of the repository.
+
+    A module or a program starts with the package imported already, see `forked`.
+    """
+    if arguments[0] in ("-m", "-c"):
+        return forked.run(*arguments)
     return subprocess.run(
         [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
@@ -118,11 +124,12 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 # A real signal at an exact moment: when a run logs a step, has begun to save one, or has written so
 # many files of its own to a folder.
 _INTERRUPTED = """
-import os, runpy, sys
+import os, runpy, signal as signals, sys
 from kd_ranker.training import checkpoints, workdir
 module, moment, name, at, signal = sys.argv[1:6]
 write, save, write_file = workdir.MetricsWriter.write, checkpoints.save, workdir.write_atomically
 written, interrupted = 0, False
+signals.signal(signals.SIGHUP, signals.SIG_DFL)  # which these tests may have been told to ignore
 
 def interrupt_at(step):
     global interrupted

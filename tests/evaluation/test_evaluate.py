@@ -163,7 +163,9 @@ def test_the_sums_of_each_request_add_up_to_the_sums_and_leave_out_what_fills_up
     batches = [BATCHES[0], evaluation_batch(random_batch(3, spec=SPEC), present=3)]
     present = len(BATCHES[0].request_mask) + 3
     students = [make_students("shared", (3, 4))]
-    of_teacher, (group,) = evaluate(LIVE, students, batches, ITEMS, WEIGHTS, SHOWN, ks=ks, keep=True)
+    of_teacher, (group,) = evaluate(
+        LIVE, students, batches, ITEMS, WEIGHTS, SHOWN, ks=ks, keep=True
+    )
     for (sums, each), axis in ((of_teacher, 0), (group["user"], 1)):
         whole = {name: of for name, of in sums.items() if not name.startswith("bin_")}
         kept = each.alone | each.curves

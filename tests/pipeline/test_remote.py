@@ -422,9 +422,7 @@ def test_a_url_that_is_of_no_use_is_a_line(world, tmp_path, monkeypatch):
         commands.train(config, "nope://a/b")
     with pytest.raises(UserError, match=r"^absent://a/b: a package for absent:// is missing; inst"):
         commands.train(config, "absent://a/b")
-    with pytest.raises(
-        UserError, match=rf"^--workdir={URL}: it is written by all machines of laun"
-    ):
+    with pytest.raises(UserError, match=rf"^--workdir={URL}: it is shared by all that train coho"):
         commands.sweep(of_ray, URL)
     with pytest.raises(UserError, match=r"^no teacher at memory://absent; make it with: python"):
         commands.train(world.config(teacher__workdir="memory://absent"), URL)
