@@ -24,10 +24,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 # A program runs a few times in a test, on little data: LLVM's optimisations would take longer than
 # they save, and so would a fusion's way through MLIR (releases of XLA that know no other way pass
-# over that option). XLA's own optimisations, which make the program, stay. XLA_FLAGS overrides any.
+# over that option), and to cut a program for threads that other workers need. XLA's own
+# optimisations, which make the program, stay. XLA_FLAGS overrides any.
 _FLAGS = {
     "--xla_force_host_platform_device_count": DEVICES,
     "--xla_backend_optimization_level": 0,
+    "--xla_cpu_parallel_codegen_split_count": 1,
     "--xla_backend_extra_options": "xla_cpu_disable_new_fusion_emitters",
 }
 _given = os.environ.get("XLA_FLAGS", "")
