@@ -155,7 +155,9 @@ def interrupted_write_file(path, content):
     write_file(path, content)
 
 workdir.MetricsWriter.write, checkpoints.save = interrupted_write, interrupted_save
-workdir.write_atomically = interrupted_write_file
+for imported in list(sys.modules.values()):
+    if getattr(imported, "write_atomically", None) is write_file:
+        imported.write_atomically = interrupted_write_file
 sys.argv = [module, *sys.argv[6:]]
 runpy.run_module(module, run_name="__main__")
 """

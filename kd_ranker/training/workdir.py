@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import time
 import zlib
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import tensorboardX
 from absl import logging
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from kd_ranker.errors import UserError
 from kd_ranker.training.processes import is_first, on_first
@@ -241,9 +244,13 @@ class MetricsWriter:
         lines = read_metrics(self._path) if self._path.exists() else []
         kept = (_line(scalars) for scalars in lines if scalars["step"] <= start)
         write_atomically(self._path, "".join(kept))
-        self._events = (
-            tensorboardX.SummaryWriter(str(workdir), purge_step=start + 1) if is_first() else None
-        )
+        # Without the thread of a `SummaryWriter`: on a full disk that would die with a trace, and
+        # its queue would fill up.
+        self._events = EventsWriter(str(workdir / "events")) if is_first() else None
+        if self._events is not None:
+            # What another one wrote from this step on is not shown.
+            session = SessionLog(status=SessionLog.START)
+            self._events.write_event(Event(step=start + 1, session_log=session))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Appends one line with the scalars of a step, in one write; process 0 does so for all."""
@@ -252,7 +259,9 @@ class MetricsWriter:
         with self._path.open("a") as file:
             file.write(_line({"step": step, **scalars}))
         for name, value in scalars.items():
-            self._events.add_scalar(name, value, step)
+            event = Event(step=step, wall_time=time.time(), summary=scalar(name, value))
+            self._events.write_event(event)
+        self._events.flush()
 
     def close(self) -> None:
         """Flushes and closes the event file."""

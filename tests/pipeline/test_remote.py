@@ -184,7 +184,7 @@ def test_a_command_that_is_asked_to_end_sends_its_last_checkpoint(world, tmp_pat
     assert line.startswith("stopped by SIGTERM")
     names = contents(url)
     step = max(int(name.split("/")[1]) for name in names if name.endswith("files.json"))
-    assert 10 <= step < 20
+    assert 10 <= step <= 20  # a call of the steps that are left may have begun
     assert lock.FILE not in names
     finished = small.run("-m", "experiments.train", *flags)
     assert finished.returncode == 0, finished.stderr

@@ -1,5 +1,10 @@
+import contextlib
+import struct
+import threading
+
 import pytest
 from ml_collections import ConfigDict
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from kd_ranker.errors import UserError
 from kd_ranker.training import workdir as workdirs
@@ -48,6 +53,31 @@ def test_a_resumed_run_takes_back_what_came_after_its_checkpoint(tmp_path):
         {"step": 1, "loss": 0.5}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 9.0},
     ]  # fmt: skip
     assert len(list(tmp_path.glob("events.out.tfevents.*"))) >= 1
+
+
+def events_of(path):
+    """The events of a file of TFRecords, without their checksums."""
+    content, events = path.read_bytes(), []
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        events.append(Event.FromString(content[12 : 12 + length]))
+        content = content[16 + length :]
+    return events
+
+
+def test_tensorboard_is_told_as_it_goes_and_by_no_thread(tmp_path):
+    threads = threading.active_count()
+    with contextlib.closing(MetricsWriter(tmp_path, 4)) as writer:
+        writer.write(5, {"loss": 0.5, "unknown_ids/item": 3.0})
+        (path,) = tmp_path.glob("events.out.tfevents.*")
+        first, session, *told = events_of(path)
+        assert threading.active_count() == threads
+    assert first.file_version == "brain.Event:2"
+    # It hides what a killed run wrote from here on.
+    assert (session.step, session.session_log.status) == (5, SessionLog.START)
+    values = [of.summary.value[0] for of in told]
+    assert [of.step for of in told] == [5, 5]
+    assert [(of.tag, of.simple_value) for of in values] == [("loss", 0.5), ("unknown_ids/item", 3)]
 
 
 def test_what_does_not_matter_to_a_run_may_change(tmp_path):
