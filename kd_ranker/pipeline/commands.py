@@ -173,6 +173,8 @@ def log_teacher(config: ConfigDict) -> Logged:
     dataset = teachers.dataset_of(config)
     teacher = teachers.load_teacher(config, dataset)
     name = dataset_name(config, teacher.version)
+    if (there := storage.directory_of(name, config.data.dir)).exists():
+        storage.check_whole(there, teachers.LOG_TEACHER)
     entry, log = SOURCES[config.data.name], None
     if entry.open_scored_log:
         # Before the long work, as it may find fault with the log.

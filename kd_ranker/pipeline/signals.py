@@ -15,11 +15,14 @@ _NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
 _ASK_TO_END = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
-class Stopped(BaseException):
-    """A signal has asked this process to end. What is open is put away on its way up."""
+class Stopped(SystemExit):
+    """A signal has asked this process to end. What is open is put away on its way up.
+
+    Of all exceptions, a loop of asyncio, which may run when the signal comes, lets few pass.
+    """
 
     def __init__(self, number: int):
-        super().__init__(number)
+        super().__init__(_code(number))
         self.number = number
 
 

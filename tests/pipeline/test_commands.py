@@ -312,6 +312,10 @@ def test_scoring_that_was_killed_goes_on_with_the_shards_that_are_missing(
     assert record_files(directory) == whole
     assert not [*tmp_path.glob(".scoring-*")]
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]
+    # A copy that is there is left alone, and not without a look.
+    assert commands.log_teacher(apart).dataset == directory
+    (directory / "item_category.npy").unlink()
+    assert f"the dataset at {directory} is damaged" in fault_of(commands.log_teacher, apart)
 
 
 def test_kept_shards_are_of_the_same_batches_dataset_and_teacher(apart):
