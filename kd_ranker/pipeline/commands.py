@@ -173,14 +173,14 @@ def log_teacher(config: ConfigDict) -> Logged:
     dataset = teachers.dataset_of(config)
     teacher = teachers.load_teacher(config, dataset)
     name = dataset_name(config, teacher.version)
-    if (there := storage.directory_of(name, config.data.dir)).exists():
-        storage.check_whole(there, teachers.LOG_TEACHER)
     entry, log = SOURCES[config.data.name], None
     if entry.open_scored_log:
         # Before the long work, as it may find fault with the log.
         log = entry.open_scored_log(
             config.data, config.tasks, config.funnel, dataset.directory, name
         )
+    if (there := storage.directory_of(name, config.data.dir)).exists():
+        storage.check_whole(there, teachers.LOG_TEACHER)
     splits = dataset.builder.info.splits
     with _open_runner(config) as run:
         source = Source(
