@@ -14,7 +14,7 @@ from kd_ranker.batch import CandidateBatch, EvaluationBatch, Items
 from kd_ranker.distillation.modes import Mode, ToProbability
 from kd_ranker.embedding.lookup import was_trained
 from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions
-from kd_ranker.evaluation.ranked import Ranked, ranked, ranked_by_teacher
+from kd_ranker.evaluation.ranked import ranked, ranked_by_teacher
 from kd_ranker.evaluation.totals import Each, Summed, add, summed
 from kd_ranker.models.model import Model, Parameters, score
 from kd_ranker.training.mapping import shared_evenly
@@ -89,10 +89,6 @@ class _Asked(NamedTuple):
     ks: tuple[int, ...]
 
 
-def _summed(batch: Ranked, asked: _Asked) -> Summed:
-    return summed(batch, asked.functions, asked.ks)
-
-
 @functools.partial(jax.jit, static_argnames="asked")
 def _of_teacher(
     teacher_probability: Probability,
@@ -107,7 +103,7 @@ def _of_teacher(
         *(teacher_probability, teacher_weight, evaluation_batch, value_weights),
         *(asked.shown, asked.labelled, met),
     )
-    return _summed(batch, asked)
+    return summed(batch, asked.functions, asked.ks)
 
 
 @functools.partial(jax.jit, static_argnames=("serve", "sees_truth", "serves", "asked", "mesh"))
@@ -141,7 +137,7 @@ def _of_group(
                     *(own, probability, weight, whole, value_weights),
                     *(asked.shown, asked.labelled, served.met),
                 )
-                return _summed(batch, asked)
+                return summed(batch, asked.functions, asked.ks)
 
             # One body for all of them, which is compiled once.
             of_all = jax.lax.map(of_serve, jnp.stack([served.probability[name] for name in names]))
@@ -242,15 +238,8 @@ def evaluate(
     for evaluation_batch in batches:
         asked = _Asked(shown, _number_labelled(evaluation_batch), sum_functions(), tuple(ks))
         evaluation_batch = to_devices(evaluation_batch)
-        batch = evaluation_batch.batch
-        if teacher is None:
-            probability, weight = batch.teacher_probability, batch.teacher_weight
-            met = None
-        else:
-            served_by_teacher = teacher.serve(held.teacher, batch, held.items)
-            (probability,), met = served_by_teacher.probability.values(), served_by_teacher.met
-            weight = jnp.broadcast_to(batch.candidate_mask[..., None], probability.shape)
-        reference = (probability, weight.astype(jnp.float32), evaluation_batch)
+        judged, met = _judged(teacher, held, evaluation_batch.batch)
+        reference = *judged, evaluation_batch
         present = int(evaluation_batch.request_mask.sum())
         of_teacher.add(_of_teacher(*reference, met, weights, asked), present)
         for index, (group, total) in enumerate(zip(on_devices, of_groups, strict=True)):
@@ -264,6 +253,18 @@ def evaluate(
     return of_teacher.whole(), [
         {name: of.whole() for name, of in total.items()} for total in of_groups
     ]
+
+
+def _judged(
+    teacher: Ranker | None, held: Frozen, batch: CandidateBatch
+) -> tuple[tuple[Probability, Probability], Met | None]:
+    """The teacher's probabilities with their weights, and which ids it has met in training."""
+    if teacher is None:
+        return (batch.teacher_probability, batch.teacher_weight.astype(jnp.float32)), None
+    served = teacher.serve(held.teacher, batch, held.items)
+    (probability,) = served.probability.values()
+    weight = jnp.broadcast_to(batch.candidate_mask[..., None], probability.shape)
+    return (probability, weight.astype(jnp.float32)), served.met
 
 
 def lower_for_group(

@@ -41,12 +41,13 @@ from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.ordered import Piece, read_piece
 from kd_ranker.sources.logs.unseen import Settled, Unseen
 from kd_ranker.sources.logs.write_back import Scored
-from kd_ranker.training.workdir import write_atomically
+from kd_ranker.training.workdir import read_json, with_checksum, write_atomically
 
 FILE = "scores.json"
 """Beside a scored log once all of it is there: who has scored it, and what was counted."""
 
 _WORK, _READ, _SCORES = ".scoring-", "read", "scores"
+_REMOVE = "remove that folder, and run this again"
 
 
 class TrainedRanker(NamedTuple):
@@ -134,27 +135,19 @@ def score_log(
     """
     dataset, tasks = trained.dataset, trained.dataset.spec.tasks
     digest = _digest(log, layout, trained, value_weights, requests)
-    name = f"{dataset.directory.parent.name}-{trained.role}-{trained.version}-{digest}"
-    output = output or Path(layout.directory) / write_back.SCORED_FOLDER / name
-    if output.resolve().is_relative_to(Path(layout.path).resolve()):
-        raise UserError(
-            f"{output} lies in the log, of which it would be a part; give another --out"
-        )
+    output = _checked_output(output or _usual_output(layout, trained, digest), layout)
     says = (*(f"probability_{task}" for task in tasks), "value", "version")
     columns = write_back.added_columns(log, tuple(f"{trained.role}_{of}" for of in says))
     scored, paths = Scored(output, columns), write_back.output_paths(log, output)
     work = output / f"{_WORK}{digest}"
     with hold(output):
         if _is_finished(output, work, digest):
-            return scored, Unseen(*json.loads((output / FILE).read_text())["read"])
+            return scored, Unseen(*read_json(output / FILE, _REMOVE)["read"])
         with runner as run:
             read = _read(log, layout, settled, dataset.items, work)
-            score = (
-                functools.partial(_score_elsewhere, again, trained.version)
-                if again
-                else functools.partial(_score_piece, trained)
+            score = functools.partial(
+                _scorer(trained, again), layout, value_weights, requests, read.largest, work
             )
-            score = functools.partial(score, layout, value_weights, requests, read.largest, work)
             pieces = [(piece,) for piece in read.pieces if not _path(work, piece).exists()]
             for _ in run(score, pieces, "scoring"):
                 pass
@@ -170,9 +163,24 @@ def score_log(
             "read": read._replace(pieces=[]),
             "made_of": digest,
         }
-        write_atomically(output / FILE, json.dumps(told, indent=2))
+        write_atomically(output / FILE, with_checksum(told))
         shutil.rmtree(work)
     return scored, read
+
+
+def _usual_output(layout: LogLayout, trained: TrainedRanker, digest: str) -> Path:
+    dataset = trained.dataset.directory.parent.name
+    name = f"{dataset}-{trained.role}-{trained.version}-{digest}"
+    return Path(layout.directory) / write_back.SCORED_FOLDER / name
+
+
+def _checked_output(output: Path, layout: LogLayout) -> Path:
+    """The folder to write to; UserError if it lies in the log."""
+    if output.resolve().is_relative_to(Path(layout.path).resolve()):
+        raise UserError(
+            f"{output} lies in the log, of which it would be a part; give another --out"
+        )
+    return output
 
 
 def _digest(
@@ -195,7 +203,7 @@ def _digest(
 def _is_finished(output: Path, work: Path, digest: str) -> bool:
     """True for a folder that holds what is to be made; one that holds something else is refused."""
     finished = (output / FILE).exists()
-    if finished and json.loads((output / FILE).read_text())["made_of"] == digest:
+    if finished and read_json(output / FILE, _REMOVE)["made_of"] == digest:
         shutil.rmtree(work, ignore_errors=True)  # which a run may have left that was killed
         return True
     if finished or not (work.exists() or {path.name for path in output.iterdir()} <= {LOCK}):
@@ -220,6 +228,15 @@ def _read(log: Log, layout: LogLayout, settled: Settled, items: Items, work: Pat
         unfinished.rename(folder)
         (work / _SCORES).mkdir()
     return unseen.load_unseen(folder)
+
+
+def _scorer(
+    trained: TrainedRanker, again: Callable[[], TrainedRanker] | None
+) -> Callable[..., None]:
+    """`_score_piece` by a ranker, for this process, or for others that open it again."""
+    if again:
+        return functools.partial(_score_elsewhere, again, trained.version)
+    return functools.partial(_score_piece, trained)
 
 
 def _score_piece(

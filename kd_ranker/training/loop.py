@@ -104,22 +104,25 @@ def _fit(
                 step += span.stop - span.start
                 bar.update(span.stop - span.start)
                 due, scalars, stopping = _due_after(step, run.steps, train), {}, _agreed(stop())
-                saving, whole = due.saving or stopping, states
+                saving = due.saving or stopping
+                whole = states_on_host(run, states) if saving or due.evaluation else ()
                 if saving:
-                    states, whole = _mark_diverged(run, states)
+                    states, whole = _mark_diverged(run, states, whole)
                 # A state is looked at before it is saved: a run could not go on from a NaN.
                 if due.logging or saving:
                     diverged = _report(_diverged_members(run, states), before=diverged)
                 if due.logging:
                     scalars = _scalars(run, states, losses, training - diverged.keys())
                 if due.evaluation:
-                    measured, best = evaluate(states_on_host(run, states))
+                    measured, best = evaluate(whole)
                     scalars |= measured
                 if scalars:
                     writer.write(step, scalars)
                     bar.set_postfix_str(_progress(run, scalars, diverged, best))
                 if saving:
                     checkpoints.save(saved, step, whole, batches, identity)
+                # It may be a copy of whole tables, for which the next steps need no room.
+                del whole
     if stopping and not stop():
         raise UserError(f"another process has ended this run after step {step}; start all anew")
     return jax.tree.map(np.asarray, states_on_host(run, states))
@@ -196,16 +199,21 @@ def _diverged_members(run: Run, states: States) -> dict[str, int]:
     return {name: int(step) for name, step in _by_name(run, at).items() if step}
 
 
-def _mark_diverged(run: Run, states: States) -> tuple[States, States]:
+def _mark_diverged(run: Run, states: States, whole: States) -> tuple[States, States]:
     """Marks the members that their last update left without finite parameters.
 
     The loss that it leads to would tell at the next step, but there may be none.
 
+    Args:
+      run: the run.
+      states: its states on the devices.
+      whole: the same, of `states_on_host`.
+
     Returns:
-      The states on the devices, and those of the run's own members on the host.
+      Both, marked.
     """
     marked, any_new = [], False
-    for state, numbers in zip(states_on_host(run, states), run.numbers, strict=True):
+    for state, numbers in zip(whole, run.numbers, strict=True):
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(state.parameters)]
         finite = [np.isfinite(leaf).all(axis=tuple(range(1, leaf.ndim))) for leaf in leaves]
         new = (np.asarray(state.non_finite_step) == 0) & ~np.all(finite, axis=0)
