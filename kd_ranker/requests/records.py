@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -13,7 +14,6 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Float32, Int32, Shaped
-from tensorflow_datasets.proto import tf_example_pb2
 
 from kd_ranker.batch import STORED, FeatureSpec, Field, Items, Request
 from kd_ranker.errors import UserError
@@ -92,32 +92,62 @@ def record_features(spec: FeatureSpec) -> tfds.features.FeaturesDict:
 def serialized(block: Block, spec: FeatureSpec) -> Iterator[bytes]:
     """The bytes of stored requests, one by one: those that TFDS writes for `record_features`.
 
-    The protos are filled here, which takes a tenth of the time that TFDS' encoder takes.
+    They are a `tf.train.Example`, whose wire format is written here, a column at a time: that takes
+    a twentieth of the time that TFDS' encoder takes.
     """
-    columns: dict[str, list[Any]] = {}
+    columns: dict[str, tuple[int, list[bytes]]] = {}
     for field in STORED:
         if 0 in field.shape(spec):
             continue
+        values = block.values[field.name]
         if field.name == "teacher_probability":
             for index, task in enumerate(spec.tasks):
-                of_task = block.values[field.name][:, index]
-                columns[teacher_column(task)] = _bytes_of_each(block, field, of_task)
+                of_task = _bytes_of_each(block, field, values[:, index])
+                columns[teacher_column(task)] = _BYTES_LIST, of_task
         elif field.stored is str:
-            columns[field.name] = [value.encode() for value in block.values[field.name]]
+            columns[field.name] = _BYTES_LIST, [value.encode() for value in values]
         elif field.of == "request" and not field.width:
-            columns[field.name] = block.values[field.name].tolist()
+            columns[field.name] = _INT64_LIST, [_varint(value) for value in values.tolist()]
         else:
-            columns[field.name] = _bytes_of_each(block, field, block.values[field.name])
-    for values in zip(*columns.values(), strict=True):
-        example = tf_example_pb2.Example()
-        features = example.features.feature
-        for name, value in zip(columns, values, strict=True):
-            kind = (
-                features[name].bytes_list if isinstance(value, bytes) else features[name].int64_list
-            )
-            kind.value.append(value)
-        # Else the order of its fields differs from process to process.
-        yield example.SerializeToString(deterministic=True)
+            columns[field.name] = _BYTES_LIST, _bytes_of_each(block, field, values)
+    parts: list[list[bytes]] = []
+    # In the order of names, as protobuf writes a map deterministically.
+    for name, (kind, contents) in sorted(columns.items()):
+        parts += [[_head(name, kind, len(content)) for content in contents], contents]
+    for record in map(b"".join, zip(*parts, strict=True)):
+        yield _key(1, len(record)) + record
+
+
+# The fields of `tf.train.Feature`.
+_BYTES_LIST, _INT64_LIST = 1, 3
+
+
+@functools.lru_cache(maxsize=2**14)
+def _head(name: str, kind: int, length: int) -> bytes:
+    """The bytes before the one value of a feature in an example, which has so many itself.
+
+    A message within another is a key, its length and its content: `feature` of the map, in it the
+    name and the feature, in that the list of its kind, and in that the value.
+    """
+    inner = _key(1, length)
+    inner = _key(kind, len(inner) + length) + inner
+    inner = _key(1, len(name)) + name.encode() + _key(2, len(inner) + length) + inner
+    return _key(1, len(inner) + length) + inner
+
+
+def _key(number: int, length: int) -> bytes:
+    """The key of a field whose content has a length, and that length."""
+    return bytes((number << 3 | 2,)) + _varint(length)
+
+
+def _varint(number: int) -> bytes:
+    """A whole number of 64 bits, seven in a byte, the last ones first."""
+    left, encoded = number & (2**64 - 1), bytearray()
+    while left > 0x7F:
+        encoded.append(left & 0x7F | 0x80)
+        left >>= 7
+    encoded.append(left)
+    return bytes(encoded)
 
 
 def _bytes_of_each(

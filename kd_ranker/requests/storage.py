@@ -21,6 +21,7 @@ import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -104,8 +105,9 @@ def write(source: Source, directory: Path) -> None:
             if source.write_beside:
                 source.write_beside(unfinished)
             checksums.write(unfinished, beside={*unfinished.rglob("*")} - needed)
-            for path in (*unfinished.rglob("*"), unfinished):
-                _flush(path)
+            with ThreadPoolExecutor() as threads:  # a disk takes many files almost as one
+                for _ in threads.map(_flush, [*unfinished.rglob("*"), unfinished]):
+                    pass
             unfinished.rename(directory)
             _flush(directory.parent)
         finally:
@@ -260,7 +262,8 @@ def write_shard(
                 counts_file.write(np.ascontiguousarray(where).data)
         # The records last: where they are, all is.
         for part, finished in reversed([*zip(temporary, parts, strict=True)]):
-            _flush(part)
+            if is_kept:  # else all of the dataset is flushed at once
+                _flush(part)
             part.replace(finished)
         if is_kept:
             _sums(path).write_text(checksums.of_files(parts))

@@ -31,7 +31,9 @@ def test_the_bytes_of_a_record_are_those_that_tfds_writes(categories):
     if categories:
         spec = dataclasses.replace(spec, categories=(Category("kind", "candidate", 9, length=2),))
         ids = np.arange(40, dtype=np.int32).reshape(20, 2) % 9
-        request = dataclasses.replace(request, candidate_category=ids)
+        # Whole numbers of one byte, and of as many as there can be.
+        numbers = {"request_id": 2**63 - 1, "time": -1, "user_id": 127}
+        request = dataclasses.replace(request, candidate_category=ids, **numbers)
     features = record_features(spec)
     record = {field.name: getattr(request, field.name) for field in dataclasses.fields(request)}
     probability = record.pop("teacher_probability")
