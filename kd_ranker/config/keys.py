@@ -122,8 +122,9 @@ _ALL = (
             "where a sweep's cohorts train, and log_teacher and score compute: here, or on a "
             "cluster of Ray", LAUNCHERS, influences="nothing"),
         Key("registered_by", "",
-            "a file of Python that other processes run first, for what it registers; set to the "
-            "file of --config, if that is not one of the package", influences="nothing"),
+            "a file of Python that other processes, and commands on the finished run, run first, "
+            "for what it registers; set to the file of --config, if that is not one of the "
+            "package", influences="nothing"),
         influences="dataset",
     ),
     section(

@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.config import identity
 from kd_ranker.config.identity import dataset_name
+from kd_ranker.config.registered import register
 from kd_ranker.distillation.modes import MODES, Mode
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
@@ -64,10 +65,10 @@ class Finished(NamedTuple):
 
 
 def config_of(workdir: Place) -> ConfigDict:
-    """The config of the run in a workdir.
+    """The config of the run in a workdir, once what it names is registered.
 
     Raises:
-      UserError: there is no run.
+      UserError: there is no run, or the file that registered a part of it is gone.
     """
     with fetched(workdir, with_checkpoints=False) as folder:
         if not (folder / workdirs.CONFIG_FILE).exists():
@@ -75,7 +76,9 @@ def config_of(workdir: Place) -> ConfigDict:
                 f"no run at {workdir}: it holds no {workdirs.CONFIG_FILE}; name the --workdir of "
                 f"experiments.{', .'.join(_RUNS)}"
             )
-        return workdirs.read_config(folder)
+        config = workdirs.read_config(folder)
+    register(config.get("registered_by", ""))
+    return config
 
 
 @functools.lru_cache(maxsize=1)

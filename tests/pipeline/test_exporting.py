@@ -11,9 +11,11 @@ import pytest
 
 from kd_ranker.batch import IN_BATCH
 from kd_ranker.batches.evaluation import evaluation_batches
+from kd_ranker.config.registered import register
 from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
+from kd_ranker.models.student import STUDENTS
 from kd_ranker.pipeline import commands, exporting, runs, teachers
 from kd_ranker.pipeline.trained import open_finished
 from kd_ranker.requests.records import Dataset
@@ -54,6 +56,32 @@ def exported(trained, tmp_path_factory):
 @pytest.fixture(scope="module")
 def exported_teacher(world, tmp_path_factory):
     return written(tmp_path_factory.mktemp("exported") / "teacher", world.teacher)
+
+
+MY_STUDENT = """
+from kd_ranker.models.student import STUDENTS, TwoTower
+
+STUDENTS["of_mine"] = TwoTower
+"""
+
+
+def test_a_run_whose_config_file_registers_its_student_is_opened_again(
+    world, tmp_path, monkeypatch
+):
+    file = tmp_path / "mine.py"
+    file.write_text(MY_STUDENT)
+    register(str(file))
+    changes = {"student__name": "of_mine", "registered_by": str(file), "train__steps": 2}
+    config = world.config(distill__mode="none", **changes)
+    commands.train(config, tmp_path / "run")
+    # A later command has not read that config file.
+    monkeypatch.delitem(STUDENTS, "of_mine")
+    register.cache_clear()
+    assert open_finished(tmp_path / "run").config.student.name == "of_mine"
+    file.unlink()
+    register.cache_clear()
+    with pytest.raises(UserError, match=r"mine\.py, which registers what the config names"):
+        open_finished(tmp_path / "run")
 
 
 # A server: it has the folder, the fields of requests, and nothing of this project.
