@@ -11,12 +11,14 @@ nothing that is only on its way.
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import shutil
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from logging import LogRecord
 from pathlib import Path
@@ -37,6 +39,8 @@ Place = Path | str
 
 # Seconds between two pushes, and how long the last one is tried for.
 _EVERY, _AT_LAST = 5.0, 60.0
+# What the name of a mirror's folder below the one for temporary files starts with.
+_MIRROR = "kd_ranker-mirror-"
 # The name of a file in the folder of a checkpoint: that folder, its parent, the step.
 _OF_CHECKPOINT = re.compile(rf"(((?:.*/)?){checkpoints.FOLDER}/([^/]*))/.*")
 
@@ -237,7 +241,8 @@ def _parts(here: Mapping[str, _Version], there: Mapping[str, _Version | None]) -
 @contextlib.contextmanager
 def _mirror(store: Store) -> Iterator[_Mirror]:
     """An empty mirror, which goes away at the end; messages name the URL in its place."""
-    above = Path(tempfile.mkdtemp(prefix="kd_ranker-"))
+    _remove_abandoned()
+    above = Path(tempfile.gettempdir(), f"{_MIRROR}{uuid.uuid4().hex}")
     mirror = _Mirror(store, above / store.url.rpartition("/")[2])
 
     def named(text: str) -> str:
@@ -249,15 +254,27 @@ def _mirror(store: Store) -> Iterator[_Mirror]:
 
     log = logging.get_absl_logger()
     log.addFilter(rename)
-    try:
-        mirror.folder.mkdir()
-        yield mirror
-    except UserError as error:
-        raise UserError(named(str(error))) from error
-    finally:
-        log.removeFilter(rename)
-        if not mirror.fault:
-            shutil.rmtree(above, ignore_errors=True)
+    with lock.hold(above):
+        above.chmod(0o700)
+        try:
+            mirror.folder.mkdir()
+            yield mirror
+        except UserError as error:
+            raise UserError(named(str(error))) from error
+        finally:
+            log.removeFilter(rename)
+            if not mirror.fault:
+                shutil.rmtree(above, ignore_errors=True)
+
+
+def _remove_abandoned() -> None:
+    """Removes the mirrors of processes that were killed here: they may hold many checkpoints."""
+    for file in Path(tempfile.gettempdir()).glob(f"{_MIRROR}*/{lock.FILE}"):
+        # Others do the same, and what another user has left is not ours.
+        with contextlib.suppress(OSError, ValueError, UserError):
+            if lock.is_alive(json.loads(file.read_text())) is False:
+                with lock.hold(file.parent):
+                    shutil.rmtree(file.parent)
 
 
 @contextlib.contextmanager

@@ -402,6 +402,23 @@ def test_what_cannot_be_sent_at_the_end_stays_here_and_a_line_says_where(
     assert contents(URL) == {"a": b"a"}
 
 
+def test_a_mirror_that_a_killed_process_has_left_is_removed():
+    above, dead = Path(tempfile.gettempdir()), lock.own_record() | {"process": "ended"}
+    for name, record in (
+        *(("dead", json.dumps(dead)), ("alive", json.dumps(lock.own_record()))),
+        *(("elsewhere", json.dumps(dead | {"machine": "another"})), ("cut", '{"pid": 1')),
+    ):
+        write(above, f"kd_ranker-mirror-{name}/run/checkpoints/4/state")
+        write(above, f"kd_ranker-mirror-{name}/.lock", record)
+    write(above, "kd_ranker-mirror-unsent/run/results.csv")  # a line has named it
+    with remote.owned(URL) as folder:
+        (own,) = set(mirrors()) & set(folder.parents)
+        kept = {path.name.rpartition("-")[2] for path in mirrors() if path != own}
+        assert kept == {"alive", "cut", "elsewhere", "unsent"}
+        assert own.stat().st_mode & 0o77 == 0
+    assert own not in mirrors()
+
+
 def test_messages_name_the_url_and_not_its_mirror(caplog):
     def tell(folder):
         logging.getLogger("absl").warning("%s is damaged", folder / "checkpoints" / "4")
