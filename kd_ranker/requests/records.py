@@ -129,9 +129,9 @@ def _head(name: str, kind: int, length: int) -> bytes:
     A message within another is a key, its length and its content: `feature` of the map, in it the
     name and the feature, in that the list of its kind, and in that the value.
     """
-    inner = _key(1, length)
+    inner, encoded = _key(1, length), name.encode()
     inner = _key(kind, len(inner) + length) + inner
-    inner = _key(1, len(name)) + name.encode() + _key(2, len(inner) + length) + inner
+    inner = _key(1, len(encoded)) + encoded + _key(2, len(inner) + length) + inner
     return _key(1, len(inner) + length) + inner
 
 
