@@ -95,7 +95,8 @@ def fetched(place: Place, with_checkpoints: bool = True) -> Iterator[Path]:
 def owned(place: Place, with_checkpoints: bool = True) -> Iterator[Path]:
     """The folder of a run that this process alone may write to, as long as this lasts.
 
-    What could not be sent in the end stays in the mirror, and a line says where that is.
+    What could not be sent in the end stays in the mirror, and a line says where that is. So does
+    all where the lock has vanished, as with its bucket.
 
     Raises:
       UserError: another process holds the place or has taken it over, it cannot be reached, or
@@ -287,7 +288,7 @@ def _pushing(mirror: _Mirror, claim: Claim) -> Iterator[None]:
         finally:
             until_interrupted(lambda _: _push_the_rest(mirror, claim))
     except BaseException:
-        if mirror.fault:
+        if mirror.fault and not claim.lost:  # that line is what is raised
             logging.warning("%s", mirror.fault)
         raise
     if mirror.fault:
@@ -322,6 +323,13 @@ def _push_the_rest(mirror: _Mirror, claim: Claim) -> None:
         try:
             return mirror.push(claim.check)
         except Exception as error:
+            if claim.gone:
+                # There may be no other copy.
+                mirror.fault = (
+                    f"{claim.lost}; what it has made lies in {mirror.folder}: copy that there, and "
+                    "the same command goes on from it"
+                )
+                raise UserError(mirror.fault) from error
             if claim.lost:
                 raise
             if time.monotonic() + wait > last:

@@ -5,11 +5,11 @@ written anew every few seconds as a sign of life. One without it for some minute
 is one whose process was here and has ended.
 """
 
-import _thread
 import contextlib
 import dataclasses
 import hashlib
 import json
+import signal
 import textwrap
 import threading
 import time
@@ -111,21 +111,29 @@ class Claim:
       record: who holds it.
       seen: when it was last known to be of this process, in seconds.
       lost: who has taken it over, if anyone has, as a line.
+      gone: whether it is lost, and to nobody that can be seen.
     """
 
     store: Store
     record: dict[str, Any]
     seen: float = 0.0
     lost: str = ""
+    gone: bool = False
 
     def renew(self) -> None:
         """Gives a sign of life; raises UserError if another process has taken the lock over."""
         found = _read(self.store, lock.FILE)
         if found is None or found["id"] != self.record["id"]:
-            who = f"by {lock.who(found)}" if found else "and is free by now"
+            self.gone = found is None
+            how = (
+                f"was taken over by {lock.who(found)}, as nothing was heard of this process for "
+                f"{SILENCE:g} seconds"
+                if found
+                else "has lost the lock of this process: what lay there was removed, or another "
+                "one has taken it over and ended"
+            )
             self.lost = (
-                f"{self.store.url} was taken over {who}, as nothing was heard of this process for "
-                f"{SILENCE:g} seconds; it ends, and has written nothing there since"
+                f"{self.store.url} {how}; this one ends, and has written nothing there since"
             )
             raise UserError(self.lost)
         _write(self.store, lock.FILE, self.record)
@@ -145,7 +153,17 @@ class Claim:
             with contextlib.suppress(Exception):
                 self.renew()
         if self.lost and not stop.is_set():
-            _thread.interrupt_main()
+            _interrupt_main()
+
+
+def _interrupt_main() -> None:
+    """Interrupts the main thread, even where it waits for another one."""
+    # What runs in the background of a shell ignores the first of them.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if callable(signal.getsignal(number)):
+            # `_thread.interrupt_main` would be heard of once that wait is over.
+            signal.pthread_kill(threading.main_thread().ident or 0, number)
+            return
 
 
 @contextlib.contextmanager

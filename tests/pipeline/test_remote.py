@@ -21,6 +21,7 @@ from kd_ranker.evaluation import results
 from kd_ranker.pipeline import commands, public, remote, stores
 from kd_ranker.requests import lock
 from kd_ranker.sweep.members import whole_repeat
+from kd_ranker.training.interruption import until_interrupted
 from tests import small
 from tests.small import SWEEP
 
@@ -357,6 +358,55 @@ def test_who_has_lost_the_url_ends_and_writes_nothing_more(writes):
     assert contents(URL)["a"] == b"of the other"
     assert json.loads(contents(URL)[lock.FILE])["id"] == "other"
     assert not mirrors()
+
+
+@pytest.mark.parametrize("ignored", [signal.SIGUSR1, signal.SIGINT])
+def test_who_has_lost_the_url_ends_although_its_main_thread_waits_for_another(ignored):
+    """As it does in a training; a shell has what it starts in the background ignore SIGINT."""
+    started, ended = [], []
+
+    def train(stop):
+        put({lock.FILE: record()})
+        started.append(time.monotonic())
+        assert eventually(stop)
+        ended.append(time.monotonic())
+
+    handlers = {signal.SIGTERM: signal.default_int_handler, ignored: signal.SIG_IGN}
+    before = {number: signal.signal(number, of) for number, of in handlers.items()}
+    try:
+        with pytest.raises(UserError, match="was taken over by process 7"), remote.owned(URL):
+            until_interrupted(train)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert ended[0] - started[0] < 2
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_a_url_whose_files_are_gone_does_not_take_the_mirror_with_it(late, monkeypatch, caplog):
+    """As where a bucket is removed: nobody else has what the run has made."""
+
+    def lose(folder):
+        put({})
+        write(folder, "results.csv")
+        if late:  # known at the end alone
+            monkeypatch.setattr(MemoryFileSystem, "pipe_file", refuse)
+        assert late or eventually(lambda: False)
+
+    def refuse(*_, **__):
+        raise FileNotFoundError("no such bucket")
+
+    if late:
+        monkeypatch.setattr(stores, "BEAT", 100)
+        monkeypatch.setattr(stores, "SILENCE", 0.0)
+    with pytest.raises(UserError) as caught, remote.owned(URL) as folder:
+        lose(folder)
+    assert str(caught.value).startswith(
+        f"{URL} has lost the lock of this process: what lay there was removed, or another one"
+    )
+    assert f"what it has made lies in {folder}: copy that there" in str(caught.value)
+    assert [path.name for path in folder.iterdir()] == ["results.csv"]
+    assert not [record for record in caplog.records if "lies in" in record.getMessage()]
 
 
 def failing(monkeypatch, times):
