@@ -180,6 +180,8 @@ class _Mirror:
             self.store.remove(last)
             self.there.pop(last, None)
             self.store.make_parents(files)
+            # Should it be gone here before all are sent, those that were are removed again.
+            self.there |= dict.fromkeys(files)
             self.store.system.put(*reversed(self._both(files)))
         # Whole as it is now: some files grow.
         self.store.write(last, (self.folder / last).read_bytes())

@@ -4,6 +4,7 @@ import itertools
 import json
 import logging
 import re
+import shutil
 import signal
 import tempfile
 import threading
@@ -244,6 +245,24 @@ def test_a_checkpoint_that_is_written_anew_is_without_a_seal_meanwhile(monkeypat
     assert seals == [False]
     assert contents(URL)["checkpoints/4/state"] == b"another"
     assert contents(URL).keys() == {"checkpoints/4/state", SEAL.format(4)}
+
+
+def test_what_was_sent_of_a_checkpoint_that_is_removed_meanwhile_is_removed(monkeypatch):
+    send, sent = MemoryFileSystem.put, []
+
+    def send_half(system, here, there):
+        send(system, here[:1], there[:1])
+        sent.append(contents(URL).keys())
+        shutil.rmtree(Path(here[0]).parent)
+        raise FileNotFoundError(here[1])
+
+    monkeypatch.setattr(MemoryFileSystem, "put", send_half)
+    with remote.owned(URL) as folder:
+        write(folder, "checkpoints/4/other")
+        checkpoint(folder, 4)
+        assert eventually(lambda: sent)
+    assert sent[0] & {"checkpoints/4/other", "checkpoints/4/state"}
+    assert not contents(URL)
 
 
 def test_files_are_sent_in_the_order_in_which_they_were_last_written():
