@@ -233,8 +233,8 @@ def restore(
             restored = manager.restore(step, args=items)
             if record["crc32"] != checksum(restored.state):
                 raise ValueError("its contents do not match its checksum")
-        except UserError:
-            raise
+        except (UserError, MemoryError, PermissionError):
+            raise  # which says nothing of the checkpoint
         except Exception as error:
             _set_aside(checkpoints, step, error)
             continue

@@ -144,6 +144,19 @@ def test_the_step_of_a_damaged_checkpoint_can_be_saved_and_be_damaged_again(work
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("fault", [MemoryError("no more is free"), PermissionError("denied")])
+def test_a_fault_of_the_machine_is_none_of_its_checkpoints(workdir, monkeypatch, fault):
+    def fail(_):
+        raise fault
+
+    with monkeypatch.context() as failing:
+        failing.setattr(checkpoints, "checksum", fail)
+        with pytest.raises(type(fault)):
+            restore(workdir)
+    assert not (workdir / checkpoints.DAMAGED_FOLDER).exists()
+    assert restore(workdir)[1] == 6
+
+
 def test_when_all_are_damaged_the_run_starts_over_and_nothing_is_lost(workdir, caplog):
     # These fail late: after the loader's position was restored.
     for step in STEPS:
