@@ -156,6 +156,19 @@ def check_room(workdir: Path, state: Any) -> None:
         )
 
 
+def remove_unfinished(checkpoints: Checkpoints) -> None:
+    """Removes what killed runs have left half-written, which may be of a step that none comes by.
+
+    For the one process alone that writes there.
+    """
+
+    def remove() -> None:
+        for left in Path(checkpoints.manager.directory).glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+            shutil.rmtree(left)
+
+    on_first(remove)
+
+
 def save(
     checkpoints: Checkpoints,
     step: int,

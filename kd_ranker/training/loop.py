@@ -81,6 +81,7 @@ def _fit(
     lengths = _by_name(run, [numbers.steps for numbers in run.numbers])
     batches = iter(run.batches)
     with checkpoints.open_in(workdir) as saved:
+        checkpoints.remove_unfinished(saved)
         states, start = checkpoints.restore(saved, abstract_states(run.groups), batches, identity)
         skip_steps(bar, start)
         if start >= run.steps:

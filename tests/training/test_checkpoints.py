@@ -157,6 +157,16 @@ def test_a_fault_of_the_machine_is_none_of_its_checkpoints(workdir, monkeypatch,
     assert restore(workdir)[1] == 6
 
 
+def test_what_a_killed_run_has_left_half_written_is_removed(workdir):
+    left = folder(workdir, "5.orbax-checkpoint-tmp") / "state"
+    left.mkdir(parents=True)
+    assert restore(workdir)[1] == 6
+    assert left.exists()  # who only reads may do so beside the one that writes
+    with checkpoints.open_in(workdir) as saved:
+        checkpoints.remove_unfinished(saved)
+    assert {path.name for path in (workdir / checkpoints.FOLDER).iterdir()} == {"2", "4", "6"}
+
+
 def test_when_all_are_damaged_the_run_starts_over_and_nothing_is_lost(workdir, caplog):
     # These fail late: after the loader's position was restored.
     for step in STEPS:
