@@ -148,7 +148,7 @@ def check_room(workdir: Path, state: Any) -> None:
     """
     leaves = jax.tree.leaves(state)
     needed = int(_MORE_THAN_STATE * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
-    needed, free = needed + _BESIDE_STATE, shutil.disk_usage(workdir).free
+    needed, free = needed + _BESIDE_STATE, on_first(lambda: shutil.disk_usage(workdir).free)
     if free < needed:
         raise UserError(
             f"the disk of {workdir} has {free / 1e6:,.1f} MB free, and the next checkpoint needs "
@@ -228,7 +228,8 @@ def restore(
       UserError: the checkpoints are whole, and of another model or another run.
     """
     abstract, manager = jax.tree.map(ocp.utils.to_shape_dtype_struct, state), checkpoints.manager
-    for step in sorted(manager.all_steps(), reverse=True):
+    # Another host may have an older list of the folder at hand.
+    for step in on_first(lambda: sorted(manager.all_steps(), reverse=True)):
         directory = checkpoints.folder(step)
         try:
             if fault := on_first(functools.partial(_fault_of, directory)):

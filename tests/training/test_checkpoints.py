@@ -157,6 +157,21 @@ def test_a_fault_of_the_machine_is_none_of_its_checkpoints(workdir, monkeypatch,
     assert restore(workdir)[1] == 6
 
 
+def test_of_several_processes_the_first_says_which_checkpoint_all_go_on_from(workdir, monkeypatch):
+    """Another one may see an older list of the folder, as a mounted one is cached."""
+    with checkpoints.open_in(workdir) as saved:
+        of_first = saved.manager.all_steps
+
+        def on_first(function):
+            with monkeypatch.context() as first:
+                first.setattr(saved.manager, "all_steps", of_first)
+                return function()
+
+        monkeypatch.setattr(checkpoints, "on_first", on_first)
+        monkeypatch.setattr(saved.manager, "all_steps", lambda: [2, 4])
+        assert checkpoints.restore(saved, state_of(0), None, OURS)[1] == 6
+
+
 def test_what_a_killed_run_has_left_half_written_is_removed(workdir):
     left = folder(workdir, "5.orbax-checkpoint-tmp") / "state"
     left.mkdir(parents=True)
