@@ -1,5 +1,6 @@
 """The rankers that finished runs have left, whatever command they are of."""
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from kd_ranker.config import identity
+from kd_ranker.config import checks, identity
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.config.registered import register
 from kd_ranker.distillation.modes import MODES, Mode
@@ -68,7 +69,7 @@ def config_of(workdir: Place) -> ConfigDict:
     """The config of the run in a workdir, once what it names is registered.
 
     Raises:
-      UserError: there is no run, or the file that registered a part of it is gone.
+      UserError: there is no run, or the file that registered a part of it is gone and missed.
     """
     with fetched(workdir, with_checkpoints=False) as folder:
         if not (folder / workdirs.CONFIG_FILE).exists():
@@ -77,8 +78,22 @@ def config_of(workdir: Place) -> ConfigDict:
                 f"experiments.{', .'.join(_RUNS)}"
             )
         config = workdirs.read_config(folder)
-    register(config.get("registered_by", ""))
+    _register_for(config)
     return config
+
+
+def _register_for(config: ConfigDict) -> None:
+    """Runs the file that may have registered what a config names.
+
+    Most config files register nothing, and a run is read after them, and on other machines.
+    """
+    file = config.get("registered_by", "")
+    if file and not Path(file).is_file():
+        devices = config.parallel.devices or config.parallel.members or 1
+        with contextlib.suppress(UserError):
+            checks.validate(config, devices)
+            return  # all that it names is known
+    register(file)
 
 
 @functools.lru_cache(maxsize=1)

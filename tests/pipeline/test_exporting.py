@@ -79,9 +79,18 @@ def test_a_run_whose_config_file_registers_its_student_is_opened_again(
     register.cache_clear()
     assert open_finished(tmp_path / "run").config.student.name == "of_mine"
     file.unlink()
+    del STUDENTS["of_mine"]
     register.cache_clear()
     with pytest.raises(UserError, match=r"mine\.py, which registers what the config names"):
         open_finished(tmp_path / "run")
+
+
+def test_a_run_is_opened_without_its_config_file_where_that_has_registered_nothing(world, tmp_path):
+    run = shutil.copytree(world.student("none"), tmp_path / "run")
+    config = workdirs.read_config(run)
+    config.registered_by = str(tmp_path / "of_another_machine.py")
+    workdirs.write_config(run, "train", config)
+    assert open_finished(run).config.registered_by == config.registered_by
 
 
 # A server: it has the folder, the fields of requests, and nothing of this project.
