@@ -229,6 +229,9 @@ def _drop(store: Store, name: str, record: Mapping[str, Any]) -> None:
 
 def _create(store: Store, name: str, record: Mapping[str, Any]) -> bool:
     """Writes a record unless there is one, and says whether it did."""
+    # The mode decides between two that come at once; some stores take no notice of it.
+    if _read(store, name) is not None:
+        return False
     try:
         _write(store, name, record, "create")
     except FileExistsError:

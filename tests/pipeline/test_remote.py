@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import os
 import re
 import shutil
 import signal
@@ -311,6 +312,19 @@ def test_a_second_process_is_refused_with_who_holds_the_url():
         # Of a run that is only read, nobody asks who writes it.
         with remote.fetched(URL) as folder:
             assert not list(folder.iterdir())
+    assert not contents(URL)
+
+
+def test_a_store_that_writes_over_what_is_there_lets_no_second_process_in(monkeypatch):
+    """As that of Azure does, whatever mode it is asked for."""
+    write_ = MemoryFileSystem.pipe_file
+    monkeypatch.setattr(
+        MemoryFileSystem, "pipe_file", lambda of, path, value, **_: write_(of, path, value)
+    )
+    with remote.owned(URL):
+        with pytest.raises(UserError, match=f"{URL} is held by process"), remote.owned(URL):
+            pass
+        assert json.loads(contents(URL)[lock.FILE])["pid"] == os.getpid()
     assert not contents(URL)
 
 
