@@ -13,7 +13,8 @@ from kd_ranker.pipeline.remote import Place
 
 
 def main(config: ConfigDict, workdir: Place) -> None:
-    if not commands.sweep(config, workdir):
+    # Of the others, the number of a cohort says nothing.
+    if not commands.sweep(config, workdir) and not config.sweep.part.isdecimal():
         print(f"the sweep in {workdir} is complete; there is nothing to do")
     print("\n".join(commands.sweep_lines(config, workdir)))
 

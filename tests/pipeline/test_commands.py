@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments import sweep as sweep_command
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.config.identity import dataset_name
@@ -687,7 +688,7 @@ def part_of(world, workdir, part):
     return commands.sweep(world.config(**PARTS, sweep__part=part), workdir)
 
 
-def test_a_sweep_in_parts_is_the_one_that_ran_at_once(world, tmp_path):
+def test_a_sweep_in_parts_is_the_one_that_ran_at_once(world, tmp_path, capsys):
     """Each part as a job of its own would do it, and in any order."""
     whole, workdir = tmp_path / "whole", tmp_path / "parts"
     commands.sweep(world.config(**PARTS), whole)
@@ -706,6 +707,8 @@ def test_a_sweep_in_parts_is_the_one_that_ran_at_once(world, tmp_path):
     assert "train.steps (4 there, 5 now)" in fault
     assert part_of(world, workdir, "1")
     assert not part_of(world, workdir, "1")
+    sweep_command.main(world.config(**PARTS, sweep__part="1"), workdir)
+    assert capsys.readouterr().out == "cohort 1 of 2 is trained\n"  # and the sweep is not complete
     fault = fault_of(part_of, world, workdir, "join")
     assert (
         fault == f"{workdir} lacks 1 of its 2 cohorts: 0; train each by its number, as sweep.part=0"
