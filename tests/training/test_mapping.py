@@ -44,21 +44,43 @@ MEMBERS = {
 
 
 @functools.cache
-def run_of(mapping, devices, members, sharded=False):
-    """A run of all members under a live teacher, and its states after all steps."""
+def world():
+    """The live teacher of all runs, and what their steps read along with it."""
     model, parameters = make_model(FinalRanker, len(SPEC.tasks), TEACHER, seed=1)
-    teacher = LiveTeacher(model, Stage.RETRIEVED)
+    return LiveTeacher(model, Stage.RETRIEVED), Frozen(random_items(), parameters)
+
+
+@functools.cache
+def made(mapping, devices, members, sharded=False):
+    """A run of all members."""
+    teacher, frozen = world()
     run = make_run(
         recipes.student_groups(MEMBERS, SPEC),
         teacher,
         None,
-        Frozen(random_items(), parameters),
+        frozen,
         MAPPINGS[mapping](jax.devices()[:devices], members, sharded=sharded),
     )
     step = step_for(run.groups, teacher, run.devices)
     # A step on a batch by itself.
-    run = run._replace(take=run.devices.map_step(step, jax.eval_shape(lambda: initial_states(run))))
-    return run, *trained(run, initial_states(run), 0, STEPS)
+    return run._replace(
+        take=run.devices.map_step(step, jax.eval_shape(lambda: initial_states(run)))
+    )
+
+
+@functools.cache
+def ended(*how):
+    """The states of such a run after all steps, and the last one's losses."""
+    run = made(*how)
+    return trained(run, initial_states(run), 0, STEPS)
+
+
+@functools.cache
+def stopped(*how):
+    """Its states after half of the steps."""
+    run = made(*how)
+    states, _ = trained(run, initial_states(run), 0, STEPS // 2)
+    return states
 
 
 def numbers_of(run):
@@ -91,8 +113,8 @@ def assert_same(states, others, atol):
     ids=["8x1", "4x2", "2x1", "1x2"],
 )
 def test_members_on_devices_of_their_own_are_as_all_on_one(mapping, devices, members):
-    _, expected, expected_losses = run_of("auto", 1, 1)
-    run, states, losses = run_of(mapping, devices, members)
+    expected, expected_losses = ended("auto", 1, 1)
+    states, losses = ended(mapping, devices, members)
     assert [len(state.non_finite_step) for state in states] == [1, 3, 5]
     assert_same(states, expected, atol=1e-5)
     jax.tree.map(
@@ -101,7 +123,8 @@ def test_members_on_devices_of_their_own_are_as_all_on_one(mapping, devices, mem
         expected_losses,
     )
     # They learned, and not the same.
-    (start,) = (group.init().parameters.tables["item"] for group in run.groups[2:])
+    groups = made(mapping, devices, members).groups
+    (start,) = (group.init().parameters.tables["item"] for group in groups[2:])
     table = states[2].parameters.tables["item"]
     assert (np.abs(table - start).max(axis=(1, 2)) > 1e-2).all()
     assert len({member.tobytes() for member in table}) == len(table)
@@ -109,19 +132,18 @@ def test_members_on_devices_of_their_own_are_as_all_on_one(mapping, devices, mem
 
 def test_a_run_goes_on_on_another_mesh_as_if_it_had_been_on_it():
     """What is saved, on the host, is the same on any mesh."""
-    _, expected, _ = run_of("auto", 1, 1)
+    expected, _ = ended("auto", 1, 1)
     meshes = ((2, 2), (8, 4)), ((8, 4), (1, 1)), ((4, 1, True), (2, 1)), ((2, 2), (8, 2, True))
     for before, after in meshes:
-        first, second = (run_of("auto", *mesh)[0] for mesh in (before, after))
-        half, _ = trained(first, initial_states(first), 0, 3)
+        half, second = stopped("auto", *before), made("auto", *after)
         again = second.devices.place(half)
         assert_same(states_on_host(second, again), half, atol=0)
-        states, _ = trained(second, again, 3, STEPS)
+        states, _ = trained(second, again, STEPS // 2, STEPS)
         assert_same(states, expected, atol=1e-5)
 
 
 def test_a_device_holds_its_own_members_alone_and_they_exchange_nothing():
-    run, *_ = run_of("auto", 8, 8)
+    run = made("auto", 8, 8)
     states = initial_states(run)
     for state in states:
         for has_members, leaf in zip(
@@ -187,8 +209,8 @@ def test_pmap_has_no_axis_for_members():
     ("devices", "members"), [(2, 1), (4, 1), (8, 2)], ids=["1x2", "1x4", "2x4"]
 )
 def test_dealt_rows_give_the_same_as_whole_tables(devices, members):
-    _, expected, expected_losses = run_of("shard_map", devices, members)
-    _, states, losses = run_of("auto", devices, members, sharded=True)
+    expected, expected_losses = ended("shard_map", devices, members)
+    states, losses = ended("auto", devices, members, True)
     assert_same(states, expected, atol=1e-6)
     jax.tree.map(
         lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6),

@@ -93,15 +93,18 @@ def make_recipe(mode="shared", optimizer="adam", seeds=(0,), spec=SPEC, student=
 @functools.cache
 def state_of(mode, optimizer, spec, student, seeds):
     recipe = recipe_of(mode, optimizer, spec, student)
-    heads = MODES[mode].heads_per_task * TASKS
-    _, init = build_model(student, spec, heads, STUDENT)
     slots = recipe.row_optimizer.slots(STUDENT.width)
+    draw = program_of_init(student, spec, MODES[mode].heads_per_task * TASKS, slots)
+    members = jax.tree.map(lambda *of: np.stack(of), *(draw(jax.random.key(of)) for of in seeds))
+    # In one program, not one an array.
+    return jax.jit(lambda parameters: init_state(recipe, parameters, TASKS, True))(members)
 
-    def state():
-        parameters = [init(jax.random.key(seed), slots) for seed in seeds]
-        return init_state(recipe, stack_members(parameters), TASKS, True)
 
-    return jax.jit(state)()  # in one program, not one an array
+@functools.cache
+def program_of_init(student, spec, heads, slots):
+    """Parameters by a key: what is drawn takes as long to compile as a step does."""
+    _, init = build_model(student, spec, heads, STUDENT)
+    return jax.jit(lambda key: init(key, slots))
 
 
 def hyperparameters(**changes):
