@@ -4,7 +4,8 @@ A checkpoint is written by a thread of its own, from a copy of the state on the 
 training goes on. It is renamed when it is whole, and sealed: the checksums of its files are added.
 One whose files are not as they were written, that cannot be read back, or whose checksum is not
 that of its contents, is reported and moved out of the way, and the one before it is used. A whole
-one that belongs to another run is left where it is, and never used.
+one that belongs to another run is left where it is, and never used; so is one whose files are as
+they were written, and that what is installed now cannot read.
 """
 
 import contextlib
@@ -27,7 +28,7 @@ from absl import logging
 
 from kd_ranker.errors import UserError
 from kd_ranker.training.processes import index, is_first, on_first
-from kd_ranker.training.workdir import write_whole
+from kd_ranker.training.workdir import ENVIRONMENT_FILE, write_whole
 
 # The names of members, and digests of all that made them: of configs, dataset, teacher.
 Identity = Mapping[str, str]
@@ -210,6 +211,10 @@ def _write(manager: ocp.CheckpointManager, step: int, state: Any, record: dict[s
     _seal(manager)
 
 
+class _DamagedError(ValueError):
+    """A checkpoint is not what was written."""
+
+
 def restore(
     checkpoints: Checkpoints,
     state: Any,
@@ -225,7 +230,8 @@ def restore(
       identity: what the checkpoints must have been saved with.
 
     Raises:
-      UserError: the checkpoints are whole, and of another model or another run.
+      UserError: the checkpoints are whole, and of another model or another run, or not to be read
+        by what is installed.
     """
     abstract, manager = jax.tree.map(ocp.utils.to_shape_dtype_struct, state), checkpoints.manager
     # Another host may have an older list of the folder at hand.
@@ -233,7 +239,7 @@ def restore(
         directory = checkpoints.folder(step)
         try:
             if fault := on_first(functools.partial(_fault_of, directory)):
-                raise ValueError(fault)
+                raise _DamagedError(fault)
             # Before the rest, which cannot be read if it is another's.
             checks = ocp.args.Composite(checksum=ocp.args.JsonRestore())
             record = manager.restore(step, args=checks).checksum
@@ -246,10 +252,16 @@ def restore(
             items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             restored = manager.restore(step, args=items)
             if record["crc32"] != checksum(restored.state):
-                raise ValueError("its contents do not match its checksum")
+                raise _DamagedError("its contents do not match its checksum")
         except (UserError, MemoryError, PermissionError):
             raise  # which says nothing of the checkpoint
         except Exception as error:
+            if on_first((directory / SEAL).exists) and not isinstance(error, _DamagedError):
+                raise UserError(
+                    f"{directory} is as it was written, and cannot be read back "
+                    f"({_reason(error)}); install the packages that {ENVIRONMENT_FILE} names, or "
+                    f"remove {directory.parent} to train anew"
+                ) from error
             _set_aside(checkpoints, step, error)
             continue
         if batches is not None:
@@ -309,6 +321,11 @@ def _shown(there: str, here: str) -> str:
     return f"{more or 'no other'} there, {others_more or 'no other'} now"
 
 
+def _reason(error: Exception) -> str:
+    # What lies below the storage reports its whole configuration along with the fault.
+    return textwrap.shorten(str(error) or type(error).__name__, 200)
+
+
 def _set_aside(checkpoints: Checkpoints, step: int, error: Exception) -> None:
     """Moves a damaged checkpoint away, so that its step can be saved again and nothing is lost."""
     manager, source = checkpoints.manager, checkpoints.folder(step)
@@ -324,12 +341,10 @@ def _set_aside(checkpoints: Checkpoints, step: int, error: Exception) -> None:
 
     target = on_first(move)
     manager.reload()
-    # What lies below the storage reports its whole configuration along with the fault.
-    reason = textwrap.shorten(str(error) or type(error).__name__, 200)
     logging.warning(
         "checkpoint %s is damaged (%s); it lies in %s now, and the run goes on from %s",
         source,
-        reason,
+        _reason(error),
         target,
         f"step {left[-1]}" if (left := sorted(manager.all_steps())) else "its start",
     )

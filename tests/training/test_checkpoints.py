@@ -157,6 +157,26 @@ def test_a_fault_of_the_machine_is_none_of_its_checkpoints(workdir, monkeypatch,
     assert restore(workdir)[1] == 6
 
 
+def test_checkpoints_that_another_release_wrote_are_no_damaged_ones(workdir, monkeypatch):
+    """Each of them would be moved away in its turn, and the run begin anew."""
+    with checkpoints.open_in(workdir) as saved:
+        load = saved.manager.restore
+
+        def of_another_release(step, args):
+            if "state" in args:
+                raise KeyError("a format that is not known")
+            return load(step, args=args)
+
+        monkeypatch.setattr(saved.manager, "restore", of_another_release)
+        with pytest.raises(UserError, match=r"6 is as it was written, and cannot be .*'a format"):
+            checkpoints.restore(saved, state_of(0), None, OURS)
+        # Without its checksums, nobody knows.
+        (folder(workdir, 6) / "files.json").unlink()
+        with pytest.raises(UserError, match="4 is as it was written"):
+            checkpoints.restore(saved, state_of(0), None, OURS)
+    assert [path.name for path in (workdir / checkpoints.DAMAGED_FOLDER).iterdir()] == ["6"]
+
+
 def test_of_several_processes_the_first_says_which_checkpoint_all_go_on_from(workdir, monkeypatch):
     """Another one may see an older list of the folder, as a mounted one is cached."""
     with checkpoints.open_in(workdir) as saved:
