@@ -25,8 +25,9 @@ from kd_ranker.requests import lock
 from kd_ranker.training.processes import are_several
 
 # Seconds between two signs of life of who holds a folder, and after how many without one it counts
-# as dead.
-BEAT, SILENCE = 10.0, 120.0
+# as dead. One that is silent by its clock, which may not be this machine's, is watched for some of
+# the first all the same.
+BEAT, SILENCE, _BEATS_TO_WATCH = 10.0, 120.0, 3
 
 
 class Store(NamedTuple):
@@ -185,7 +186,7 @@ def held(store: Store) -> Iterator[Claim]:
 def _take(store: Store, name: str, record: Mapping[str, Any]) -> None:
     """Makes an object that holds `record`; of all that try at once, one alone does not raise."""
     watched: dict[str, Any] | None = None
-    last = time.monotonic() + SILENCE
+    since = time.monotonic()
     while not _create(store, name, record):
         found = _read(store, name)
         if found is None:  # dropped meanwhile
@@ -195,12 +196,13 @@ def _take(store: Store, name: str, record: Mapping[str, Any]) -> None:
         alive = lock.is_alive(found)
         if alive or (watched and found != watched):
             raise UserError(f"{store.url} is held by {lock.who(found)}; wait for its end")
-        if alive is None and time.monotonic() < last and not _is_old(found):
+        patience = min(SILENCE, _BEATS_TO_WATCH * BEAT) if _is_old(found) else SILENCE
+        if alive is None and time.monotonic() < since + patience:
             if watched is None:
                 logging.warning(
                     "%s is held by %s, which cannot be looked for from here; it is taken over "
                     "unless there is a sign of life within %g seconds",
-                    *(store.url, lock.who(found), SILENCE),
+                    *(store.url, lock.who(found), patience),
                 )
             watched = found
             time.sleep(BEAT / 4)

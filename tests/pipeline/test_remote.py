@@ -328,14 +328,16 @@ def test_a_store_that_writes_over_what_is_there_lets_no_second_process_in(monkey
     assert not contents(URL)
 
 
-def test_a_holder_elsewhere_that_gives_signs_of_life_is_not_taken_over(caplog):
+@pytest.mark.parametrize("slow", [0, 300])
+def test_a_holder_elsewhere_that_gives_signs_of_life_is_not_taken_over(slow, caplog):
+    """Its clock may be slow by more than a holder may be silent."""
     stop = threading.Event()
 
     def live():
         while not stop.wait(0.02):
-            put({lock.FILE: record()})
+            put({lock.FILE: record(renewed=time.time() - slow)})
 
-    put({lock.FILE: record()})
+    put({lock.FILE: record(renewed=time.time() - slow)})
     thread = threading.Thread(target=live)
     thread.start()
     try:
