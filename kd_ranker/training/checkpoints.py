@@ -88,15 +88,14 @@ def open_in(workdir: Path) -> Iterator[Checkpoints]:
 
 
 def _seal(manager: ocp.CheckpointManager) -> None:
-    """Adds to all checkpoints without them the checksums of their files."""
-    for step in _unsealed(manager):
-        directory = Path(manager.directory) / str(step)
+    """Adds to new checkpoints the checksums of their files.
+
+    An older one without them is the rest of one that was being removed.
+    """
+    folders = [Path(manager.directory, str(step)) for step in sorted(manager.all_steps())]
+    while folders and not (folders[-1] / SEAL).exists():
+        directory = folders.pop()
         write_whole(directory / SEAL, json.dumps(_file_checksums(directory)))
-
-
-def _unsealed(manager: ocp.CheckpointManager) -> list[int]:
-    folder = Path(manager.directory)
-    return [step for step in manager.all_steps() if not (folder / str(step) / SEAL).exists()]
 
 
 def _file_checksums(directory: Path) -> dict[str, int]:

@@ -279,6 +279,16 @@ def test_a_run_killed_before_its_checkpoint_was_sealed_can_use_it(workdir):
     assert restore(workdir)[1] == 6
 
 
+def test_the_rest_of_a_checkpoint_that_was_being_removed_is_never_taken_for_a_whole_one(workdir):
+    (folder(workdir, 2) / "files.json").unlink()
+    delete_a_file(workdir, 2)
+    assert restore(workdir)[1] == 6
+    for step in (4, 6):
+        truncate(workdir, step)
+    assert restore(workdir)[1] == 0
+    assert len([*(workdir / checkpoints.DAMAGED_FOLDER).iterdir()]) == 3
+
+
 def test_only_the_last_few_are_kept(workdir):
     with checkpoints.open_in(workdir) as saved:
         checkpoints.save(saved, 8, state_of(8), None, OURS)
