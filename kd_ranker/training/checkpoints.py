@@ -27,7 +27,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from kd_ranker.errors import UserError
-from kd_ranker.training.processes import index, is_first, on_first
+from kd_ranker.training.processes import first_without, index, is_first, on_first
 from kd_ranker.training.workdir import ENVIRONMENT_FILE, write_whole
 
 # The names of members, and digests of all that made them: of configs, dataset, teacher.
@@ -232,41 +232,71 @@ def restore(
       UserError: the checkpoints are whole, and of another model or another run, or not to be read
         by what is installed.
     """
-    abstract, manager = jax.tree.map(ocp.utils.to_shape_dtype_struct, state), checkpoints.manager
     # Another host may have an older list of the folder at hand.
-    for step in on_first(lambda: sorted(manager.all_steps(), reverse=True)):
-        directory = checkpoints.folder(step)
+    for step in on_first(lambda: sorted(checkpoints.manager.all_steps(), reverse=True)):
+        directory, read, fault = checkpoints.folder(step), None, None
         try:
-            if fault := on_first(functools.partial(_fault_of, directory)):
-                raise _DamagedError(fault)
-            # Before the rest, which cannot be read if it is another's.
-            checks = ocp.args.Composite(checksum=ocp.args.JsonRestore())
-            record = manager.restore(step, args=checks).checksum
-            _check_owner(directory, record, _sizes(state), identity)
-            if batches is not None and "batches" not in record:
-                raise UserError(
-                    f"{directory} is of an older release, from which no run can go on; use another "
-                    f"--workdir, or remove {directory.parent} to train anew"
-                )
-            items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            restored = manager.restore(step, args=items)
-            if record["crc32"] != checksum(restored.state):
-                raise _DamagedError("its contents do not match its checksum")
+            read = _read(checkpoints, step, state, identity)
         except (UserError, MemoryError, PermissionError):
             raise  # which says nothing of the checkpoint
         except Exception as error:
-            if on_first((directory / SEAL).exists) and not isinstance(error, _DamagedError):
-                raise UserError(
-                    f"{directory} is as it was written, and cannot be read back "
-                    f"({_reason(error)}); install the packages that {ENVIRONMENT_FILE} names, or "
-                    f"remove {directory.parent} to train anew"
-                ) from error
-            _set_aside(checkpoints, step, error)
-            continue
-        if batches is not None:
-            batches.set_state(record["batches"])
-        return restored.state, step
+            fault = error
+        _check_alike(directory, fault)
+        if fault:
+            _reject(checkpoints, step, fault)
+        elif read:
+            restored, record = read
+            if batches is not None:
+                if "batches" not in record:
+                    raise UserError(
+                        f"{directory} is of an older release, from which no run can go on; use "
+                        f"another --workdir, or remove {directory.parent} to train anew"
+                    )
+                batches.set_state(record["batches"])
+            return restored, step
     return state, 0
+
+
+def _read(
+    checkpoints: Checkpoints, step: int, state: Any, identity: Identity
+) -> tuple[Any, Mapping[str, Any]]:
+    """The state of a checkpoint, and its record; raises what keeps it from being used."""
+    directory, manager = checkpoints.folder(step), checkpoints.manager
+    if fault := on_first(functools.partial(_fault_of, directory)):
+        raise _DamagedError(fault)
+    # Before the rest, which cannot be read if it is another's.
+    checks = ocp.args.Composite(checksum=ocp.args.JsonRestore())
+    record = manager.restore(step, args=checks).checksum
+    _check_owner(directory, record, _sizes(state), identity)
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+    restored = manager.restore(step, args=items).state
+    if record["crc32"] != checksum(restored):
+        raise _DamagedError("its contents do not match its checksum")
+    return restored, record
+
+
+def _check_alike(directory: Path, fault: Exception | None) -> None:
+    """Raises UserError where some of several processes have read a checkpoint, and others not."""
+    without = first_without(fault is None)
+    if without is not None and first_without(fault is not None) is not None:
+        why = f" ({_reason(fault)})" if fault else ""
+        raise UserError(
+            f"process {without} cannot read {directory}, and another one can{why}; see that all "
+            "see the same files"
+        )
+
+
+def _reject(checkpoints: Checkpoints, step: int, fault: Exception) -> None:
+    """Sets a damaged checkpoint aside; raises UserError for one that is as it was written."""
+    directory = checkpoints.folder(step)
+    if on_first((directory / SEAL).exists) and not isinstance(fault, _DamagedError):
+        raise UserError(
+            f"{directory} is as it was written, and cannot be read back ({_reason(fault)}); "
+            f"install the packages that {ENVIRONMENT_FILE} names, or remove {directory.parent} "
+            "to train anew"
+        ) from fault
+    _set_aside(checkpoints, step, fault)
 
 
 def recorded_identity(workdir: Path) -> Identity:

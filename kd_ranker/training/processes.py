@@ -129,7 +129,7 @@ def _check_shared(folder: Path) -> None:
         return
     token = folder / f".shared.{on_first(lambda: uuid.uuid4().hex)}"
     on_first(token.touch)
-    without = _first_without(token.exists())
+    without = first_without(token.exists())
     on_first(token.unlink)
     if without is not None:
         raise UserError(
@@ -138,8 +138,10 @@ def _check_shared(folder: Path) -> None:
         )
 
 
-def _first_without(holds: bool) -> int | None:
+def first_without(holds: bool) -> int | None:
     """The first process for which something does not hold, told to all; None if there is none."""
+    if not are_several():
+        return None if holds else 0
     of_all = multihost_utils.process_allgather(np.array(holds))
     return None if of_all.all() else int(np.argmin(of_all))
 
@@ -148,7 +150,7 @@ def check_same(what: str, text: str) -> None:
     """Raises UserError on all processes if one has another text than process 0; `what` names it."""
     if not are_several():
         return
-    other = _first_without(on_first(lambda: text) == text)
+    other = first_without(on_first(lambda: text) == text)
     if other is not None:
         raise UserError(f"process {other} has another {what} than process 0; start all alike")
 

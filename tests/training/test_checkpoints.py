@@ -192,6 +192,25 @@ def test_of_several_processes_the_first_says_which_checkpoint_all_go_on_from(wor
         assert checkpoints.restore(saved, state_of(0), None, OURS)[1] == 6
 
 
+@pytest.mark.parametrize("here", [True, False])
+def test_a_checkpoint_that_one_of_several_processes_cannot_read_is_left_and_told(
+    workdir, monkeypatch, here
+):
+    def fail(_):
+        raise OSError("no such device")
+
+    # Process 1 cannot, whichever this one is.
+    monkeypatch.setattr(checkpoints, "first_without", lambda holds: 0 if holds == here else 1)
+    if here:
+        monkeypatch.setattr(checkpoints, "checksum", fail)
+    with pytest.raises(
+        UserError, match=r"process \d cannot read .*/6, and another one can"
+    ) as told:
+        restore(workdir)
+    assert ("no such device" in str(told.value)) == here
+    assert not (workdir / checkpoints.DAMAGED_FOLDER).exists()
+
+
 def test_what_a_killed_run_has_left_half_written_is_removed(workdir):
     left = folder(workdir, "5.orbax-checkpoint-tmp") / "state"
     left.mkdir(parents=True)
