@@ -9,6 +9,7 @@ import gc
 import itertools
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 settings.register_profile("same", derandomize=True)
 settings.register_profile("random", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+# What a shell starts in the background ignores SIGINT, and so would all commands of the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # To trace a program, and to put a query together, makes objects by the million, few of them garbage
 # that reference counts leave behind. Python would look for that after every 700 of them, and again
