@@ -68,6 +68,7 @@ STUDENTS["of_mine"] = TwoTower
 def test_a_run_whose_config_file_registers_its_student_is_opened_again(
     world, tmp_path, monkeypatch
 ):
+    monkeypatch.setitem(STUDENTS, "of_mine", None)  # removed when the test ends
     file = tmp_path / "mine.py"
     file.write_text(MY_STUDENT)
     register(str(file))
@@ -75,7 +76,7 @@ def test_a_run_whose_config_file_registers_its_student_is_opened_again(
     config = world.config(distill__mode="none", **changes)
     commands.train(config, tmp_path / "run")
     # A later command has not read that config file.
-    monkeypatch.delitem(STUDENTS, "of_mine")
+    del STUDENTS["of_mine"]
     register.cache_clear()
     assert open_finished(tmp_path / "run").config.student.name == "of_mine"
     file.unlink()
