@@ -236,7 +236,7 @@ def restore(
     for step in on_first(lambda: sorted(checkpoints.manager.all_steps(), reverse=True)):
         directory, read, fault = checkpoints.folder(step), None, None
         try:
-            read = _read(checkpoints, step, state, identity)
+            read = _read(checkpoints, step, state, identity, goes_on=batches is not None)
         except (UserError, MemoryError, PermissionError):
             raise  # which says nothing of the checkpoint
         except Exception as error:
@@ -247,18 +247,13 @@ def restore(
         elif read:
             restored, record = read
             if batches is not None:
-                if "batches" not in record:
-                    raise UserError(
-                        f"{directory} is of an older release, from which no run can go on; use "
-                        f"another --workdir, or remove {directory.parent} to train anew"
-                    )
                 batches.set_state(record["batches"])
             return restored, step
     return state, 0
 
 
 def _read(
-    checkpoints: Checkpoints, step: int, state: Any, identity: Identity
+    checkpoints: Checkpoints, step: int, state: Any, identity: Identity, *, goes_on: bool
 ) -> tuple[Any, Mapping[str, Any]]:
     """The state of a checkpoint, and its record; raises what keeps it from being used."""
     directory, manager = checkpoints.folder(step), checkpoints.manager
@@ -268,6 +263,11 @@ def _read(
     checks = ocp.args.Composite(checksum=ocp.args.JsonRestore())
     record = manager.restore(step, args=checks).checksum
     _check_owner(directory, record, _sizes(state), identity)
+    if goes_on and "batches" not in record:
+        raise UserError(
+            f"{directory} is of an older release, from which no run can go on; use another "
+            f"--workdir, or remove {directory.parent} to train anew"
+        )
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
     restored = manager.restore(step, args=items).state

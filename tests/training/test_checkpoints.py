@@ -308,6 +308,22 @@ def test_the_rest_of_a_checkpoint_that_was_being_removed_is_never_taken_for_a_wh
     assert len([*(workdir / checkpoints.DAMAGED_FOLDER).iterdir()]) == 3
 
 
+def test_a_checkpoint_without_a_position_is_of_an_older_release_whatever_its_state(
+    tmp_path, monkeypatch
+):
+    record = {"sizes": checkpoints._sizes(state_of(2)), "identity": dict(OURS)}
+    with checkpoints.open_in(tmp_path) as saved:
+        checkpoints._write(saved.manager, 2, state_of(2), record)
+    assert restore(tmp_path)[1] == 2
+
+    def fail(_):
+        raise ValueError("a state that nobody knows any more")
+
+    monkeypatch.setattr(checkpoints, "checksum", fail)
+    with pytest.raises(UserError, match="2 is of an older release, from which no run can go on"):
+        restore(tmp_path, iterator=numbers())
+
+
 def test_only_the_last_few_are_kept(workdir):
     with checkpoints.open_in(workdir) as saved:
         checkpoints.save(saved, 8, state_of(8), None, OURS)
