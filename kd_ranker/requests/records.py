@@ -135,6 +135,7 @@ def _head(name: str, kind: int, length: int) -> bytes:
     return _key(1, len(inner) + length) + inner
 
 
+@functools.lru_cache(maxsize=2**14)
 def _key(number: int, length: int) -> bytes:
     """The key of a field whose content has a length, and that length."""
     return bytes((number << 3 | 2,)) + _varint(length)

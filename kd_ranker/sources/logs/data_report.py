@@ -35,12 +35,12 @@ class Found(NamedTuple):
     Attributes:
       rows: of the log.
       entries: its candidates; a row without any counts as one.
-      steps_back: how many rows have an earlier time than the row before.
       counts: how many candidates each reason has cost.
       faults: name in the config, such as `features.age` -> `FAULTS`.
       other_version: how many candidates have teacher values of a version that does not count.
       cutoffs: the times at which splits begin, with a split by time.
       statistics: of what is used; None if nothing is left. The rest is empty then.
+      steps_back: how many requests begin in the log behind one of a later time.
       moments: dense feature -> its moments in training.
       values: categorical feature -> `numbered.counts_of_values`.
       varying: feature -> how many requests, or items, have several values of it.
@@ -50,12 +50,12 @@ class Found(NamedTuple):
 
     rows: int
     entries: int
-    steps_back: int
     counts: Int64[np.ndarray, "reasons"]
     faults: Mapping[str, Mapping[str, int]]
     other_version: int
     cutoffs: Cutoffs | None
     statistics: Statistics | None = None
+    steps_back: int = 0
     moments: Mapping[str, Moments] = MappingProxyType({})
     values: Mapping[str, Mapping[str, int]] = MappingProxyType({})
     varying: Mapping[str, int] = MappingProxyType({})
@@ -85,16 +85,12 @@ def make_data_report(log: Log, layout: LogLayout, found: Found) -> Report:
                 if counts[reason]
             },
         },
-        "time_order": {
-            "rows_earlier_than_the_one_before": found.steps_back,
-            "share": found.steps_back / max(found.rows, 1),
-        },
         "columns": _columns(log, layout, found.faults),
         "remarks": [],
     }
     if statistics is not None:
         report |= {
-            "requests": _requests(layout, statistics, found.cutoffs),
+            "requests": _requests(layout, statistics, found),
             "stages": _stages(statistics),
             "labels": _labels(layout, statistics),
             "teacher": _teacher(layout, statistics, found.other_version),
@@ -127,8 +123,8 @@ def _columns(log: Log, layout: LogLayout, faults: Mapping[str, Mapping[str, int]
     return columns
 
 
-def _requests(layout: LogLayout, statistics: Statistics, cutoffs: Cutoffs | None) -> dict:
-    totals = statistics.totals
+def _requests(layout: LogLayout, statistics: Statistics, found: Found) -> dict:
+    totals, cutoffs = statistics.totals, found.cutoffs
     number = totals["candidates_a_request"]
     result: dict[str, Any] = {
         "split_by": layout.split,
@@ -137,6 +133,7 @@ def _requests(layout: LogLayout, statistics: Statistics, cutoffs: Cutoffs | None
         else None,
         "several_times": int(totals["several_times"]),
         "several_users": int(totals["several_users"]),
+        "earlier_than_the_one_before": found.steps_back,
         "candidates_a_request": {
             "mean": float((number * np.arange(len(number))).sum() / number.sum()),
             "quantiles": {

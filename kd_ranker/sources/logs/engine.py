@@ -1,6 +1,7 @@
 """The engine that the passes over a log run on, which are said in Ibis alone."""
 
 import abc
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,13 @@ class Engine(abc.ABC):
         """The number of rows."""
         return int(self.fetch(table.agg(number=table.count()))["number"][0].as_py())
 
-    def read(self, log: Log, prefix: str = "") -> ir.Table:
+    def read(self, log: Log, prefix: str = "", only: Sequence[int] | None = None) -> ir.Table:
         """All rows of a log, with `file` (the file's number) and `row` (in it, from 0).
 
-        Its own columns have the prefix before their names.
+        Its own columns have the prefix before their names. `only` these files are read.
         """
-        rows, names = self.rows_of(log, [*range(len(log.files))]), self.names_of(log)
+        files_read = [*range(len(log.files))] if only is None else [*only]
+        rows, names = self.rows_of(log, files_read), self.names_of(log)
         files = pa.table({FILE: names, "file": range(len(names))})
         for name, column in zip(log.given.column_names, log.given.columns, strict=True):
             files = files.append_column(prefix + name, column)
@@ -74,7 +76,3 @@ class Engine(abc.ABC):
         rows = rows.rename(own) if prefix else rows
         rows = rows.join(self.put("files", files), FILE)
         return rows.mutate(row=rows[ROW].cast("int64")).drop(FILE, ROW)
-
-    def read_file(self, log: Log, file: int, row: str) -> ir.Table:
-        """All rows of a file of a log, with their numbers in it as a column of this name."""
-        return self.rows_of(log, [file]).drop(FILE).rename({row: ROW})

@@ -56,6 +56,7 @@ def group(
     rows = engine.keep("rows", rows)
     times = rows.filter(rows.request.notnull() & rows.time.notnull())
     times = times.group_by("request").agg(at=times.time.min(), last=times.time.max())
+    times = engine.keep("times", times)
     # Ids that begin again in another month, say: neither time nor labels are of one request.
     apart = engine.keep("apart", times.filter(times["last"] - times["at"] > _LONGEST))
     good = rows.filter(rows.reason == 0)
@@ -66,28 +67,21 @@ def group(
     # Those that lose all of their rows count as well: a fault must not move the others.
     cutoffs = _cutoffs(engine, layout, times) if layout.split == "time" else None
     requests = _requests(engine, layout, good, times, cutoffs)
-    owner = requests.select("request", "number", "split", owner="user", at="time")
-    joined = good.join(owner, "request")
-    own = joined.filter(joined.user == joined.owner).drop("request", "owner", "user", "reason")
-    own = engine.view("own", own)
+    owners = requests.select("request", "number", "split", "users", owner="user", at="time")
+    shared = good.join(owners.filter(owners.users > 1), "request")
     rejected = [
         _rejected(rows.filter(rows.reason > 0)),
         *too_long,
-        _rejected(joined.filter(joined.user != joined.owner), Reason.SEVERAL_USERS),
+        _rejected(shared.filter(shared.user != shared.owner), Reason.SEVERAL_USERS),
     ]
     if without_any is not None:
         rejected.append(_rejected(without_any.mutate(place=ibis.literal(-1, "int64"))))
-    used, twice = _once(engine, layout, own)
+    used, twice = _once(engine, layout, good, owners)
     # Only now: of two rows of an item each may have the label that the other lacks.
     used = used.mutate(label_weight=weight_of_labels(used, layout))
-    used, beyond = _at_most(engine, layout, used)
+    used, beyond = _at_most(engine, layout, engine.keep("candidates", used))
     rejected += [*twice, *beyond]
-    return Grouped(
-        requests,
-        engine.keep("candidates", used),
-        engine.keep("rejected", ibis.union(*rejected)),
-        cutoffs,
-    )
+    return Grouped(requests, used, engine.keep("rejected", ibis.union(*rejected)), cutoffs)
 
 
 def counts_by_reason(engine: Engine, grouped: Grouped) -> Int64[np.ndarray, "reasons"]:
@@ -97,6 +91,13 @@ def counts_by_reason(engine: Engine, grouped: Grouped) -> Int64[np.ndarray, "rea
     counts = np.zeros(max(Reason) + 1, np.int64)
     counts[counted["reason"].to_numpy()] = list(map(int, counted["entries"].to_pylist()))
     return counts
+
+
+def count_steps_back(engine: Engine, requests: ir.Table) -> int:
+    """The number of requests that begin in the log behind one of a later time."""
+    before = requests.time.lag().over(order_by=["file", "row"])
+    steps = requests.mutate(before=before)
+    return engine.count(steps.filter(steps.time < steps.before))
 
 
 def _requests(
@@ -116,7 +117,7 @@ def _requests(
         first_time=_.first_time.max(where=_.place == 0),
         last_time=_.last_time.max(where=_.place == 0),
     )
-    requests = engine.keep("times", requests.join(times, "request"))
+    requests = engine.keep("users_of_requests", requests.join(times, "request"))
     requests = requests.mutate(split=_split(layout, requests, cutoffs))
     number = ibis.row_number().over(order_by=["split", "at", "request"])
     moved = (requests.first_time != requests.at) | (requests.last_time != requests.at)
@@ -148,28 +149,43 @@ def _rejected(rows: ir.Table, reason: Reason | None = None) -> ir.Table:
 _PLACE = ("file", "row", "place")
 
 
-def _once(engine: Engine, layout: LogLayout, rows: ir.Table) -> tuple[ir.Table, list[ir.Table]]:
-    """The rows with each item once a request, on which all its positive labels count.
+def _of_owners(rows: ir.Table, owners: ir.Table) -> ir.Table:
+    """The rows of each request's own user, with what `owners` says of the request."""
+    joined = rows.join(owners, "request")
+    joined = joined.filter(joined.user == joined.owner)
+    return joined.drop("request", "users", "owner", "user", "reason")
+
+
+def _once(
+    engine: Engine, layout: LogLayout, good: ir.Table, owners: ir.Table
+) -> tuple[ir.Table, list[ir.Table]]:
+    """The rows of owners with each item once a request, on which all its positive labels count.
 
     It came as far as any of its rows says, to the best position of any, with the largest weight.
     """
-    again = rows.group_by("number", "item").agg(times=_.count()).filter(_.times > 1)
+    rows = _of_owners(good, owners)
+    # Of any user: to join all rows with their requests takes longer than to look at some in vain.
+    again = good.group_by("request", "item").agg(times=_.count()).filter(_.times > 1)
     again = engine.keep("again", again)
     if not engine.count(again):
         return rows, []
     turn = ibis.row_number().over(group_by=["number", "item"], order_by=_PLACE)
-    several = engine.keep("several", rows.semi_join(again, ["number", "item"]).mutate(turn=turn))
+    several = _of_owners(good.semi_join(again, ["request", "item"]), owners)
+    several = engine.keep("several", several.mutate(turn=turn))
     most = [*(f"label:{task}" for task in layout.labels), "label_weight", "stage"]
     joint = several.group_by("number", "item").agg(
         **{f"joint {name}": several[name].max() for name in most},
         **{"joint position": several.position.min()},
     )
-    twice = several.filter(several.turn > 0)
-    once = rows.anti_join(twice, _PLACE).left_join(joint, ["number", "item"])
-    merged = {
+    merged = [f"joint {name}" for name in (*most, "position")]
+    known = several.join(joint, ["number", "item"]).select(*_PLACE, "turn", *merged)
+    once = rows.left_join(known, _PLACE, rname="several {name}")
+    once = once.filter(ibis.coalesce(once.turn, 0) == 0)
+    values = {
         name: ibis.coalesce(once[f"joint {name}"], once[name]) for name in (*most, "position")
     }
-    return once.mutate(**merged).select(rows.columns), [_rejected(twice, Reason.DUPLICATE_ITEM)]
+    twice = _rejected(several.filter(several.turn > 0), Reason.DUPLICATE_ITEM)
+    return once.mutate(**values).select(rows.columns), [twice]
 
 
 def _at_most(engine: Engine, layout: LogLayout, rows: ir.Table) -> tuple[ir.Table, list[ir.Table]]:
@@ -181,7 +197,8 @@ def _at_most(engine: Engine, layout: LogLayout, rows: ir.Table) -> tuple[ir.Tabl
     place = ibis.row_number().over(group_by="number", order_by=funnel_order(rows))
     ranked = rows.semi_join(large, "number").mutate(rank=place)
     beyond = engine.keep("beyond", ranked.filter(_.rank >= layout.retrieved))
-    return rows.anti_join(beyond, _PLACE), [_rejected(beyond, Reason.BEYOND_RETRIEVED)]
+    few = engine.keep("first_candidates", rows.anti_join(beyond, _PLACE))
+    return few, [_rejected(beyond, Reason.BEYOND_RETRIEVED)]
 
 
 def funnel_order(rows: ir.Table) -> list[ir.Value]:

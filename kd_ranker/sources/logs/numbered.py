@@ -62,9 +62,8 @@ def number(
         return _with_known_ids(counted, table, len(known[name]))
 
     users = engine.keep("users", with_ids(_counted(grouped.requests, "user"), "user"))
-    last = ibis.struct({name: grouped.candidates[name] for name in ("at", *_PLACE)}).max()
-    items = with_ids(_counted(grouped.candidates, "item", last=last), "item")
-    items = items.mutate(**{name: items["last"][name] for name in _PLACE}).drop("last")
+    items = _counted(grouped.candidates, "item", at=grouped.candidates["at"].max())
+    items = with_ids(_with_last_place(items, grouped.candidates), "item")
     if layout.of("item"):
         items = _with_features(items, unfolded, layout.of("item"), _PLACE)
     items = engine.keep("items", items)
@@ -93,6 +92,16 @@ def _with_features(
     # Typed behind the join: lists of all rows would take longer than all else.
     joined = rows.join(log.select(*place, **raw), place)
     return joined.mutate(**features_of(joined, features, raw_name))
+
+
+def _with_last_place(items: ir.Table, candidates: ir.Table) -> ir.Table:
+    """The items with the place of the last row of each, where they have the time of that."""
+    # Times first: the places of all rows would take much longer to compare.
+    of_last = candidates.join(items, [candidates.item == items.value, "at"])
+    place = ibis.struct({name: of_last[name] for name in _PLACE}).max()
+    places = of_last.group_by("value").agg(place=place)
+    items = items.join(places, "value")
+    return items.mutate(**{name: items.place[name] for name in _PLACE}).drop("at")
 
 
 def _counted(table: ir.Table, name: str, **more: ir.Value) -> ir.Table:

@@ -85,10 +85,10 @@ def _pieces(split: Int[np.ndarray, "n"], size: Int64[np.ndarray, "n"]) -> list[P
 def _write(engine: Engine, table: ir.Table, name: str, lengths: Sequence[int]) -> None:
     """Writes a table in its order, a batch a piece; `lengths` are the rows of each."""
     batches = engine.stream(table)
-    # Arrow's own format: what is read again and again takes a tenth of Parquet's time.
-    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    # Arrow's own format: what is read again and again takes a tenth of Parquet's time. To pack it as
+    # well would take another fifth of that of writing.
     path = str(_path(engine.folder, name))
-    with pa.ipc.new_file(path, batches.schema, options=options) as writer:
+    with pa.ipc.new_file(path, batches.schema) as writer:
         for rows in _cut(batches, lengths):
             writer.write_table(rows)
 

@@ -1,6 +1,9 @@
 """Writes the rejected rows of a log as they stand there, with the reason."""
 
+import collections
 import contextlib
+import itertools
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import ibis.expr.types as ir
@@ -15,6 +18,7 @@ from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.lists import lists_of, take_values
 from kd_ranker.sources.logs.reasons import Reason
+from kd_ranker.sources.logs.typed import PREFIX
 
 REJECTED_FOLDER = "rejected"
 
@@ -40,34 +44,44 @@ def write_rejected(
     """
     listed = {wanted.column for wanted in files.wanted_columns(layout) if wanted.per_candidate}
     of_files = engine.fetch(rejected.group_by("file").agg(entries=rejected.entries.sum()))
+    # Each file as it is: a column may be of another type elsewhere.
+    alike = collections.defaultdict(list)
     for file in sorted(of_files["file"].to_pylist()):
         folder.mkdir(exist_ok=True)
-        records = rejected.filter(rejected.file == file).select(
-            **{_OF[name]: rejected[name] for name in _OF}
-        )
-        rows = engine.read_file(log, file, _OF["row"]).join(records, _OF["row"])
-        ordered = rows.order_by(_OF["row"], _OF["place"])
-        schema = files.read_schema(log, file)
-        path, writer = folder / f"rejected-{file:05d}.parquet", None
-        with contextlib.ExitStack() as stack:
-            for batch in engine.stream(ordered):
-                table = _with_reasons(batch, schema, log.files[file], listed)
-                writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
-                writer.write_table(table)
+        alike[files.read_schema(log, file).remove_metadata()].append(file)
+    for schema, numbers in alike.items():
+        rows = engine.read(log, PREFIX, numbers).join(rejected, ["file", "row"])
+        batches = engine.stream(rows.order_by("file", "row", "place"))
+        for file, parts in itertools.groupby(_by_file(batches), _file_of):
+            path, writer = folder / f"rejected-{file:05d}.parquet", None
+            with contextlib.ExitStack() as stack:
+                for part in parts:
+                    table = _with_reasons(part, schema, log.files[file], listed)
+                    writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
+                    writer.write_table(table)
     return sum(map(int, of_files["entries"].to_pylist()))
 
 
-# What is known of a rejected row, by names that no column of a log has.
-_OF = {name: f"__{name}" for name in ("row", "place", "reason")}
+def _by_file(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """The batches, cut where another file begins."""
+    for batch in batches:
+        begins = np.flatnonzero(np.diff(batch["file"].to_numpy())) + 1
+        for start, stop in itertools.pairwise([0, *begins, batch.num_rows]):
+            yield batch.slice(start, stop - start)
+
+
+def _file_of(batch: pa.RecordBatch) -> int:
+    number: int = batch["file"][0].as_py()
+    return number
 
 
 def _with_reasons(
     batch: pa.RecordBatch, schema: pa.Schema, file: str, listed: set[str]
 ) -> pa.Table:
-    row, place, reason = (batch.column(_OF[name]).to_numpy() for name in _OF)
+    row, place, reason = (batch[name].to_numpy() for name in ("row", "place", "reason"))
     columns = {}
     for field in schema:
-        array = batch.column(field.name).cast(field.type)
+        array = batch[PREFIX + field.name].cast(field.type)
         if field.name in listed and files.is_list(array.type) and (place >= 0).any():
             array = _cut(array, place)
         columns[field.name] = array

@@ -179,6 +179,7 @@ def _read(log: Log, layout: LogLayout, engine: Engine, run: Runner) -> PreparedL
         grouped,
         found._replace(
             statistics=statistics,
+            steps_back=grouped_.count_steps_back(engine, grouped.requests),
             moments=statistics.moments | _moments_of_items(engine, layout, numbered),
             values={name: counts_of_values(engine, of) for name, of in numbered.values.items()},
             varying=count_varying(engine, own, rows, unfolded, grouped),

@@ -574,7 +574,7 @@ def test_time_order_is_reported(tmp_path):
     rows = make_rows(23, requests=10)
     rows[4], rows[5] = rows[5], rows[4]
     log = read_rows(rows, tmp_path, by_request=True, files=3, row_group=2)
-    assert log.report["time_order"]["rows_earlier_than_the_one_before"] == 1
+    assert log.report["requests"]["earlier_than_the_one_before"] == 1
 
 
 @pytest.mark.parametrize(
