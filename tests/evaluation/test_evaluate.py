@@ -77,7 +77,7 @@ def test_the_members_of_a_group_are_measured_as_each_alone():
     assert not np.allclose(*group["user"]["user_bce"][:2])
 
 
-@pytest.mark.parametrize("devices", [2, 8])
+@pytest.mark.parametrize("devices", [2, pytest.param(8, marks=pytest.mark.long)])
 def test_devices_share_the_members_of_a_group_and_change_nothing(devices):
     """Members that they cannot share evenly, beside a group of one, and each request's own sums."""
     groups, ks = [make_students("aux", (3, 4, 5)), STUDENTS["none"]], (1, 2)
@@ -95,7 +95,7 @@ def test_devices_share_the_members_of_a_group_and_change_nothing(devices):
             )
 
 
-@pytest.mark.parametrize("devices", [2, 3])
+@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_rows_on_several_devices_change_nothing(devices):
     groups, ks = [make_students("aux", (3, 4, 5)), STUDENTS["none"]], (1, 2)
     arguments = LIVE, groups, BATCHES[:1], ITEMS, WEIGHTS, SHOWN

@@ -167,7 +167,7 @@ def log_teacher(world):
         return commands.log_teacher(world.config()).dataset
 
 
-@pytest.mark.parametrize("mode", ["aux", "shared"])
+@pytest.mark.parametrize("mode", [pytest.param("aux", marks=pytest.mark.long), "shared"])
 def test_a_logged_teacher_gives_the_student_of_the_live_one(world, tmp_path, mode):
     log_teacher(world)
     # Adam would take the sign of a gradient that is zero but for rounding for a direction.
@@ -1030,7 +1030,7 @@ def test_a_teacher_of_another_config_than_lies_beside_it_is_refused(world, tmp_p
     assert "20 belongs to another run: config (" in fault
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_sweep_ends_as_if_it_had_never_been_killed(world, tmp_path):
     """Killed while it saves, in its second cohort, and in the test of the first."""
     axes = {**SWEEP, "sweep__group_size": 3, "train__checkpoint_every": 5, "train__log_every": 5}

@@ -21,6 +21,8 @@ from kd_ranker.training.run import (
 from kd_ranker.training.state import HAS_MEMBERS, Frozen, LiveTeacher
 from tests.random_batches import SPEC, TEACHER, make_model, random_batch, random_items
 
+long = pytest.mark.long
+
 STEPS = 6
 BATCHES = [random_batch(seed, requests=8, candidates=5) for seed in range(STEPS)]
 
@@ -109,8 +111,12 @@ def assert_same(states, others, atol):
 # which adds up in another order.
 @pytest.mark.parametrize(
     ("mapping", "devices", "members"),
-    [("auto", 8, 8), ("shard_map", 8, 4), ("auto", 2, 2), ("shard_map", 2, 1)],
-    ids=["8x1", "4x2", "2x1", "1x2"],
+    [
+        pytest.param("auto", 8, 8, id="8x1"),
+        pytest.param("shard_map", 8, 4, id="4x2"),
+        pytest.param("auto", 2, 2, id="2x1", marks=long),
+        pytest.param("shard_map", 2, 1, id="1x2", marks=long),
+    ],
 )
 def test_members_on_devices_of_their_own_are_as_all_on_one(mapping, devices, members):
     expected, expected_losses = ended("auto", 1, 1)
@@ -130,16 +136,24 @@ def test_members_on_devices_of_their_own_are_as_all_on_one(mapping, devices, mem
     assert len({member.tobytes() for member in table}) == len(table)
 
 
-def test_a_run_goes_on_on_another_mesh_as_if_it_had_been_on_it():
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((8, 4), (1, 1)),
+        ((8, 4), (8, 2, True)),
+        pytest.param((2, 2), (8, 4), marks=long),
+        pytest.param((4, 1, True), (2, 1), marks=long),
+    ],
+    ids=str,
+)
+def test_a_run_goes_on_on_another_mesh_as_if_it_had_been_on_it(before, after):
     """What is saved, on the host, is the same on any mesh."""
     expected, _ = ended("auto", 1, 1)
-    meshes = ((2, 2), (8, 4)), ((8, 4), (1, 1)), ((4, 1, True), (2, 1)), ((2, 2), (8, 2, True))
-    for before, after in meshes:
-        half, second = stopped("auto", *before), made("auto", *after)
-        again = second.devices.place(half)
-        assert_same(states_on_host(second, again), half, atol=0)
-        states, _ = trained(second, again, STEPS // 2, STEPS)
-        assert_same(states, expected, atol=1e-5)
+    half, second = stopped("auto", *before), made("auto", *after)
+    again = second.devices.place(half)
+    assert_same(states_on_host(second, again), half, atol=0)
+    states, _ = trained(second, again, STEPS // 2, STEPS)
+    assert_same(states, expected, atol=1e-5)
 
 
 def test_a_device_holds_its_own_members_alone_and_they_exchange_nothing():
@@ -206,7 +220,12 @@ def test_pmap_has_no_axis_for_members():
 
 # The compiler may add up in another order where rows come from elsewhere.
 @pytest.mark.parametrize(
-    ("devices", "members"), [(2, 1), (4, 1), (8, 2)], ids=["1x2", "1x4", "2x4"]
+    ("devices", "members"),
+    [
+        pytest.param(2, 1, id="1x2", marks=long),
+        pytest.param(4, 1, id="1x4", marks=long),
+        pytest.param(8, 2, id="2x4"),
+    ],
 )
 def test_dealt_rows_give_the_same_as_whole_tables(devices, members):
     expected, expected_losses = ended("shard_map", devices, members)

@@ -1,7 +1,6 @@
 """Several processes that train as one, against one process with as many devices.
 
-They are real processes on this machine. Those that take long are left out, unless the environment
-says KD_RANKER_PROCESSES=all, as `scripts/test_processes.sh` does.
+They are real processes on this machine. `scripts/test_processes.sh` has those that take long too.
 """
 
 import os
@@ -22,10 +21,7 @@ from kd_ranker.pipeline.trained import open_finished
 from kd_ranker.requests.lock import hold
 from tests import small
 
-long = pytest.mark.skipif(
-    os.environ.get("KD_RANKER_PROCESSES") != "all",
-    reason="takes long; ./scripts/test_processes.sh has it",
-)
+long = pytest.mark.long
 CHANGES = {
     "parallel__devices": 0,
     "parallel__mapping": "shard_map",

@@ -85,8 +85,8 @@ def _pieces(split: Int[np.ndarray, "n"], size: Int64[np.ndarray, "n"]) -> list[P
 def _write(engine: Engine, table: ir.Table, name: str, lengths: Sequence[int]) -> None:
     """Writes a table in its order, a batch a piece; `lengths` are the rows of each."""
     batches = engine.stream(table)
-    # Arrow's own format: what is read again and again takes a tenth of Parquet's time. To pack it as
-    # well would take another fifth of that of writing.
+    # Arrow's own format: what is read again and again takes a tenth of Parquet's time. To compress
+    # it would add a fifth to the time of writing.
     path = str(_path(engine.folder, name))
     with pa.ipc.new_file(path, batches.schema) as writer:
         for rows in _cut(batches, lengths):
