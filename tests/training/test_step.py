@@ -167,6 +167,7 @@ def assert_close(one, other, atol):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=0), one, other)
 
 
+long = pytest.mark.long
 # The categories once: every mode reads them in the same way.
 MODES_AND_SPECS = [*((mode, SPEC) for mode in MODES), ("shared", CATEGORY_SPEC)]
 over_modes_and_specs = pytest.mark.parametrize(
@@ -175,19 +176,21 @@ over_modes_and_specs = pytest.mark.parametrize(
 
 
 @pytest.mark.parametrize(
-    ("modes", "spec"),
-    [(tuple(MODES), SPEC), (("shared",), CATEGORY_SPEC)],
-    ids=["all-modes", "shared-categories"],
+    ("modes", "spec", "spreads"),
+    [
+        pytest.param(MODES, SPEC, [("pmap", 8), ("shard_map", 2)], id="all-modes"),
+        pytest.param(MODES, SPEC, [("pmap", 2), ("shard_map", 8)], id="further", marks=long),
+        pytest.param(["shared"], CATEGORY_SPEC, [("pmap", 2), ("shard_map", 8)], id="categories"),
+    ],
 )
-def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(modes, spec):
+def test_the_same_global_batch_gives_the_same_parameters_on_any_devices(modes, spec, spreads):
     """A group a mode, in one program for a number of devices."""
     recipes, states = zip(*(make_recipe(mode, spec=spec) for mode in modes), strict=True)
     numbers = [stack_members([hyperparameters()])] * len(modes)
     # Weights differ from request to request, so a mean of the devices' means would be wrong.
     batches = [random_batch(seed, requests=16, spec=spec) for seed in range(20)]
     reference, losses = run_groups(recipes, states, batches, numbers, spec=spec)
-    spreads = [("pmap", 2), ("pmap", 8), ("shard_map", 2), ("shard_map", 8)]
-    for mapping, devices in spreads if spec is SPEC else spreads[::3]:
+    for mapping, devices in spreads:
         others, other_losses = run_groups(
             recipes, states, batches, numbers, mapping=mapping, devices=devices, spec=spec
         )
