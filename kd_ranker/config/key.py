@@ -35,11 +35,6 @@ BELOW_ONE = Bound("must lie in [0, 1)", "[0, 1)", lambda number: 0 <= number < 1
 INSIDE_ONE = Bound("must lie between 0 and 1", "(0, 1)", lambda number: 0 < number < 1)
 
 
-def at_least(least: int) -> Bound:
-    """The bound of a whole number that has a least value."""
-    return Bound(f"must be at least {least}", f"≥ {least}", lambda number: number >= least)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Key:
     """One config key; all else that is known of it derives from these fields.

@@ -52,16 +52,6 @@ def probability_of_rank(rank: Numbers) -> Numbers:
     return 1 / (2 + rank)
 
 
-def rank_of_probability(probability: Numbers) -> Numbers:
-    """The inverse of `probability_of_rank`, up to rounding.
-
-    Example:
-      >>> rank_of_probability(probability_of_rank(3.0))
-      3.0
-    """
-    return 1 / probability - 2
-
-
 def probability_of_stage(stage: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
     """The pseudo-probability of how far a candidate came.
 

@@ -23,7 +23,6 @@ SHOWN_NAMES: list[str] = _WORDS["shown"]
 # Names of the values of a stage column, from the widest stage to the narrowest.
 STAGE_WORDS: dict[str, list[str]] = _WORDS["stages"]
 KNOWN_TASKS = frozenset(_WORDS["tasks"])
-UNWANTED = frozenset(_WORDS["unwanted"])
 
 _LABEL_AFFIXES, _HISTORIES = frozenset(_WORDS["label_affixes"]), frozenset(_WORDS["histories"])
 _TEACHER_WORDS, _OUTPUT_WORDS = frozenset(_WORDS["teacher"]), frozenset(_WORDS["outputs"])
