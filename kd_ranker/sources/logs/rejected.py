@@ -64,7 +64,7 @@ def write_rejected(
 
 def _by_file(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
     """The batches, cut where another file begins."""
-    for batch in batches:
+    for batch in filter(len, batches):
         begins = np.flatnonzero(np.diff(batch["file"].to_numpy())) + 1
         for start, stop in itertools.pairwise([0, *begins, batch.num_rows]):
             yield batch.slice(start, stop - start)
@@ -81,7 +81,7 @@ def _with_reasons(
     row, place, reason = (batch[name].to_numpy() for name in ("row", "place", "reason"))
     columns = {}
     for field in schema:
-        array = batch[PREFIX + field.name].cast(field.type)
+        array = _as_in_the_log(batch[PREFIX + field.name], field.type)
         if field.name in listed and files.is_list(array.type) and (place >= 0).any():
             array = _cut(array, place)
         columns[field.name] = array
@@ -96,6 +96,14 @@ def _with_reasons(
             name += "_"
         columns[name] = column
     return pa.table(columns)
+
+
+def _as_in_the_log(array: pa.Array, type_: pa.DataType) -> pa.Array:
+    """The array in the type that the log has, or as the engine gives what it cannot turn back."""
+    try:
+        return array.cast(type_)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # a UUID is a text to DuckDB
+        return array
 
 
 def _cut(array: pa.Array, place: np.ndarray) -> pa.Array:

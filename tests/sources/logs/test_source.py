@@ -2,6 +2,7 @@ import collections
 import itertools
 import json
 import shutil
+import uuid
 from typing import NamedTuple
 
 import numpy as np
@@ -256,6 +257,25 @@ def test_rejected_rows_stand_as_they_do_in_the_log_with_file_and_row(tmp_path):
         pd.testing.assert_frame_equal(
             rejected[original.columns].reset_index(drop=True), original, check_dtype=False
         )
+
+
+def test_rejected_rows_have_the_columns_of_their_own_file(tmp_path):
+    """Also of a type that the engine does not give back: a UUID is a text to it."""
+    folder = write_log(tmp_path / "log", make_rows(3, requests=40, faults=0.05), files=3)
+    traced, numbered, _ = sorted(folder.glob("*.parquet"))
+    for file, name, type_ in ((traced, "trace", pa.uuid()), (numbered, "number", pa.int32())):
+        table = pq.read_table(file)
+        values = [uuid.UUID(int=row) if file == traced else row for row in range(len(table))]
+        pq.write_table(table.append_column(name, pa.array(values, type_)), file)
+    of = faulty_logs.config(folder, tmp_path / "datasets", rows="candidate")
+    log = read(of, tmp_path / "beside")
+    files = sorted((tmp_path / "beside" / "rejected").glob("*.parquet"))
+    one, other, last = (pd.read_parquet(file) for file in files)
+    assert one["trace"].tolist() == [str(uuid.UUID(int=row)) for row in one["row"]]
+    assert other["number"].tolist() == other["row"].tolist()
+    assert other["number"].dtype == np.int32
+    assert not {"trace", "number"} & {*last}
+    assert len(one) + len(other) + len(last) == len(log.rejected)
 
 
 def test_rejected_candidates_of_a_row_of_lists_are_rows_whose_lists_hold_them_alone(tmp_path):

@@ -54,6 +54,11 @@ def test_ids_of_whole_numbers_are_the_numbers(values, array, expected):
     assert values(typed.id_of, array) == expected
 
 
+def test_nan_beside_small_numbers_is_no_id(values):
+    """Of which the file says that all of them are small, and the engine believes it."""
+    assert values(typed.id_of, pa.array([5.0, np.nan, 2.5])) == [5, None, None]
+
+
 @pytest.mark.parametrize(
     "type_",
     [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],

@@ -182,11 +182,13 @@ def make_cells(engine: Engine, table: ir.Table, name: str) -> Cells:
         rows=_.count(), number=_.number.min(), places=_[AT].sum(), span=_[AT].max() - _[AT].min()
     )
     number, times = values.number, values.rows
+    # The floor of a number beyond these is out of the engine's range.
+    exact = ibis.ifelse(number.abs() < 2.0**53, number, None)
     conditions = {
         "zeros": number == 0,
         "ones": number == 1,
         "inside": number.between(0, 1),
-        "whole": (number.abs() < 2.0**53) & (number == number.floor()),
+        "whole": exact == exact.floor(),
     } | {unit: number.between(_EARLIEST * by, _LATEST * by) for unit, by in TIME_UNITS.items()}
     counts = {of: times.sum(where=condition) for of, condition in conditions.items()}
     found = values.group_by("column").agg(
