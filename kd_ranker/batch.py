@@ -22,7 +22,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Int8, Int32, UInt8
 
-from kd_ranker.deal import WHOLE, Deal
 from kd_ranker.errors import check_choice
 
 
@@ -317,6 +316,22 @@ class CandidateBatch:
         return dataclasses.replace(
             self, **{name: getattr(self, name)[:, :candidates] for name in of_candidates}
         )
+
+
+class Deal(NamedTuple):
+    """A way to deal rows to devices, see `embedding.deal`.
+
+    Attributes:
+      devices: n; 1 has all of them on each device.
+      axis: the mapped axis of the devices.
+    """
+
+    devices: int = 1
+    axis: str = ""
+
+
+WHOLE = Deal()
+"""All rows on each device."""
 
 
 @flax.struct.dataclass

@@ -8,6 +8,11 @@ import sys
 from tests.small import ROOT
 
 
+def test_beside_the_rooms_lie_three_files_alone():
+    files = {path.name for path in (ROOT / "kd_ranker").iterdir() if path.is_file()}
+    assert files == {"__init__.py", "batch.py", "errors.py"}
+
+
 def changed_copy(folder, changes):
     """A copy of the package and the configs with texts replaced: file -> (old, new) pairs."""
     for name in ("kd_ranker", "configs", "tests"):

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from kd_ranker.batch import CandidateBatch, Items
-from kd_ranker.deal import WHOLE, Deal, length_of_share, read
+from kd_ranker.batch import WHOLE, CandidateBatch, Deal, Items
+from kd_ranker.embedding.deal import length_of_share, read
 
 Tables = dict[str, Float[Array, "rows W"]]
 Rows = dict[str, Float[Array, "... W"]]

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
-from kd_ranker.batch import CandidateBatch, FeatureSpec, Items
-from kd_ranker.deal import WHOLE, Deal, read
+from kd_ranker.batch import WHOLE, CandidateBatch, Deal, FeatureSpec, Items
+from kd_ranker.embedding.deal import read
 from kd_ranker.embedding.lookup import Rows
 
 

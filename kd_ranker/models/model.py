@@ -12,8 +12,15 @@ from flax.core import FrozenDict
 from jaxtyping import Array, Float, PRNGKeyArray
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import CandidateBatch, FeatureSpec, Items, abstract_batch, abstract_items
-from kd_ranker.deal import WHOLE, Deal
+from kd_ranker.batch import (
+    WHOLE,
+    CandidateBatch,
+    Deal,
+    FeatureSpec,
+    Items,
+    abstract_batch,
+    abstract_items,
+)
 from kd_ranker.embedding.lookup import (
     EmbeddingSpec,
     Lookup,

@@ -19,12 +19,18 @@ from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
-from kd_ranker.batch import EvaluationBatch, FeatureSpec, Request, abstract_items, empty_batch
+from kd_ranker.batch import (
+    WHOLE,
+    EvaluationBatch,
+    FeatureSpec,
+    Request,
+    abstract_items,
+    empty_batch,
+)
 from kd_ranker.batches.cutting import Span
 from kd_ranker.batches.training import Needs
 from kd_ranker.config import checks
 from kd_ranker.config.identity import dataset_name
-from kd_ranker.deal import WHOLE
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.lookup import without_slots
 from kd_ranker.embedding.row_optimizers import TPU_LANES

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kd_ranker.deal import RARELY
+from kd_ranker.embedding.deal import RARELY
 
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _ON_CHIP = "S(1)"

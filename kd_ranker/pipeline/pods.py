@@ -12,10 +12,9 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
-from kd_ranker.batch import abstract_items
+from kd_ranker.batch import WHOLE, Deal, abstract_items
 from kd_ranker.batches.training import Share
 from kd_ranker.config import checks
-from kd_ranker.deal import WHOLE, Deal
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.pipeline import ahead, runs, topologies
 from kd_ranker.training.mapping import having_members, share_of, shared_evenly

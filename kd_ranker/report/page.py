@@ -11,7 +11,7 @@ from kd_ranker.report.charts import page_panels
 from kd_ranker.report.figures import Figure
 from kd_ranker.report.study import Study
 from kd_ranker.report.tables import Table
-from kd_ranker.templates import templates_of
+from kd_ranker.requests.templates import templates_of
 
 # What page.js needs of the bundle.
 _GLOBALS = "window.vegaEmbed = vegaEmbed;"

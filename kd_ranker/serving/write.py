@@ -12,6 +12,7 @@ import numpy as np
 
 from kd_ranker.batch import IN_BATCH, CandidateBatch
 from kd_ranker.evaluation import cost
+from kd_ranker.requests.templates import templates_of
 from kd_ranker.serving import check, tables
 from kd_ranker.serving.formats import FORMATS
 from kd_ranker.serving.programs import (
@@ -23,7 +24,6 @@ from kd_ranker.serving.programs import (
 )
 from kd_ranker.sources.logs.encode import TRANSFORMS
 from kd_ranker.sources.logs.vocabulary import VOCABULARIES_FOLDER
-from kd_ranker.templates import templates_of
 
 DESCRIPTION, README, CHECK, TABLES, EXAMPLE = (
     "export.json",

@@ -16,8 +16,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
+from kd_ranker.batch import WHOLE, Deal
 from kd_ranker.batches.training import ALONE, Share
-from kd_ranker.deal import WHOLE, Deal, gathered
+from kd_ranker.embedding.deal import gathered
 from kd_ranker.errors import UserError
 from kd_ranker.training.placing import (
     AXIS,

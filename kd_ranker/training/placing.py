@@ -10,7 +10,8 @@ from jax.experimental import multihost_utils
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from kd_ranker.deal import WHOLE, Deal, dealt, length_of_share
+from kd_ranker.batch import WHOLE, Deal
+from kd_ranker.embedding.deal import dealt, length_of_share
 
 AXIS, MEMBERS = "requests", "members"
 """The axes of a mesh: devices that share the requests of a batch, and those with own members."""

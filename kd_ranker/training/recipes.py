@@ -11,9 +11,8 @@ import numpy as np
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import FeatureSpec, Stage
+from kd_ranker.batch import WHOLE, Deal, FeatureSpec, Stage
 from kd_ranker.batches.training import Needs
-from kd_ranker.deal import WHOLE, Deal
 from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LossNumbers
 from kd_ranker.distillation.modes import MODES, Mode
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS

@@ -9,8 +9,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from kd_ranker.batch import CandidateBatch, Items
-from kd_ranker.deal import with_own
 from kd_ranker.distillation.modes import Transform
+from kd_ranker.embedding.deal import with_own
 from kd_ranker.embedding.lookup import (
     Rows,
     ids_of_table,

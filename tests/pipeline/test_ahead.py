@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kd_ranker.configs import cascade
-from kd_ranker.deal import RARELY
+from kd_ranker.embedding.deal import RARELY
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import ahead, compiled, topologies
 from kd_ranker.training.mapping import MAPPINGS

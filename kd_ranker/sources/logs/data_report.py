@@ -12,6 +12,7 @@ from jaxtyping import Int64
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
+from kd_ranker.requests.templates import templates_of
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.grouped import Cutoffs
 from kd_ranker.sources.logs.layout import STAGES, Feature, LogLayout
@@ -19,7 +20,6 @@ from kd_ranker.sources.logs.leaks import remarks_of
 from kd_ranker.sources.logs.looks import label_hint, probability_hint
 from kd_ranker.sources.logs.reasons import MEANING, Reason
 from kd_ranker.sources.logs.statistics import NO_MOMENTS, Moments, Statistics
-from kd_ranker.templates import templates_of
 
 JSON_FILE, PAGE = "data_report.json", "data_report.html"
 Report = dict[str, Any]

@@ -11,12 +11,14 @@ more, it goes through all M, which takes longer and gives the same.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Num
+
+from kd_ranker.batch import Deal
 
 _State = TypeVar("_State")
 
@@ -27,22 +29,6 @@ RARELY = "more_ids_than_room"
 _ROWS_TOGETHER = 8
 # A device's room for ids of its own, over the number that it expects.
 _ROOM = 2
-
-
-class Deal(NamedTuple):
-    """A way to deal rows.
-
-    Attributes:
-      devices: n; 1 has all of them on each device.
-      axis: the mapped axis of the devices.
-    """
-
-    devices: int = 1
-    axis: str = ""
-
-
-WHOLE = Deal()
-"""All rows on each device."""
 
 
 def length_of_share(rows: int, devices: int) -> int:

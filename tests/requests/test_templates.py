@@ -1,7 +1,7 @@
 import jinja2
 import pytest
 
-from kd_ranker.templates import templates_of
+from kd_ranker.requests.templates import templates_of
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import Mesh, PartitionSpec
 
-from kd_ranker import deal as deals
-from kd_ranker.deal import Deal, dealt, gathered, length_of_share, read, with_own
+from kd_ranker.batch import Deal
+from kd_ranker.embedding import deal as deals
+from kd_ranker.embedding.deal import dealt, gathered, length_of_share, read, with_own
 
 ROWS, COLUMNS, IDS = 37, 3, 24
 TABLE = np.arange(ROWS * COLUMNS, dtype=np.float32).reshape(ROWS, COLUMNS) + 1
