@@ -143,6 +143,7 @@ def test_members_on_devices_of_their_own_are_as_all_on_one(mapping, devices, mem
         ((8, 4), (8, 2, True)),
         pytest.param((2, 2), (8, 4), marks=long),
         pytest.param((4, 1, True), (2, 1), marks=long),
+        pytest.param((2, 2), (8, 2, True), marks=long),
     ],
     ids=str,
 )

@@ -179,7 +179,7 @@ def _once(
     )
     merged = [f"joint {name}" for name in (*most, "position")]
     known = several.join(joint, ["number", "item"]).select(*_PLACE, "turn", *merged)
-    once = rows.left_join(known, _PLACE, rname="several {name}")
+    once = rows.left_join(known, _PLACE)
     once = once.filter(ibis.coalesce(once.turn, 0) == 0)
     values = {
         name: ibis.coalesce(once[f"joint {name}"], once[name]) for name in (*most, "position")

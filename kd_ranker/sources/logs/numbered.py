@@ -95,7 +95,7 @@ def _with_features(
 
 
 def _with_last_place(items: ir.Table, candidates: ir.Table) -> ir.Table:
-    """The items with the place of the last row of each, where they have the time of that."""
+    """The items with the place of the last row of each, which has the time `at`."""
     # Times first: the places of all rows would take much longer to compare.
     of_last = candidates.join(items, [candidates.item == items.value, "at"])
     place = ibis.struct({name: of_last[name] for name in _PLACE}).max()
