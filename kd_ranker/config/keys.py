@@ -313,7 +313,8 @@ def _of_source(*keys: Key) -> dict[str, Key]:
 _CASCADE = _of_source(
     Key("num_users", 4000, "users", POSITIVE),
     Key("num_items", 8000, "items", POSITIVE),
-    Key("num_topics", 8, "topics of items, and of users' tastes", POSITIVE),
+    Key("num_topics", 8, "topics of items, and of users' interests", POSITIVE),
+    Key("taste", 0.0, "weight of personal taste, beyond interests and session", NOT_NEGATIVE),
     Key("train_requests", 12000, "requests of the training split", NOT_NEGATIVE),
     Key("validation_requests", 500, "requests of the validation split", POSITIVE),
     Key("test_requests", 500, "requests of the test split", NOT_NEGATIVE),

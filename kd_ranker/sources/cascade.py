@@ -14,6 +14,9 @@ Everything is drawn from one seeded generative model, in which letters stand for
 * The true logit of a task is a weighted sum of the terms of `logit_terms`; three of those are
   functions of the history: fatigue with a topic, the session's mood, and relief of fatigue where
   the moment suits the topic.
+* Users also differ in taste: an item has a style, a user a taste for styles, and their match adds
+  to the logits with the weight `data.taste`. Without it (0), a list of items that ignores the user
+  ranks nearly as well as a model: docs/concepts.md measures this.
 * A noisy retrieval brings candidates, a linear policy that knows no history passes some of them,
   and a production final ranker (the true logits with small errors) picks the shown ones, but for a
   share of the slots that is filled at random. The noise of the first two has the deviations
@@ -23,11 +26,12 @@ Everything is drawn from one seeded generative model, in which letters stand for
   order tells nothing else.
 
 Widths and order of the features:
-  user: the noisy interests, log of the activity, noisy generosity, two numbers that tell nothing.
+  user: the noisy interests, log of the activity, noisy generosity, two uninformative numbers, the
+    noisy taste.
   context: sin and cos of the hour, weekend, wifi, mobile network, phone, tablet, television.
   history: completed, liked, log(1 + age in minutes) / 4.
   item: category (one-hot), noisy popularity, a number that tells nothing; then the costly ones, the
-    noisy topic mixture and part of the quality.
+    noisy topic mixture, part of the quality, the noisy style.
   candidate: `standardised_age`.
 
 The shape of the funnel follows Covington, Adams and Sargin, "Deep Neural Networks for YouTube
@@ -77,6 +81,9 @@ TERM_WEIGHTS = np.array(
     np.float32,
 )
 INTERCEPTS = np.array([-5.6, -7.1, -7.7], np.float32)
+# Weights of the match of taste and style in the logits of `TASKS`; `data.taste` scales the match.
+TASTE_WEIGHTS = np.array([1.0, 0.9, 0.8], np.float32)
+TASTE_SIZE = 16
 
 FATIGUE_HOURS = 0.5  # events fade from fatigue within the session
 FATIGUE_HALF = 2.0  # recent events of a topic at which fatigue reaches one half
@@ -85,7 +92,7 @@ MOOD_HOURS = 12.0
 START = 1_704_067_200  # 2024-01-01 00:00 UTC, a Monday
 # The first day of each split, counted from START, and how many it has.
 DAYS = {"train": (0, 7), "validation": (7, 1), "test": (8, 2)}
-# What a split adds to the seeds of its requests; 0 is the world's.
+# What a split adds to the seeds of its requests; 0 is the world's, 4 that of tastes and styles.
 _SEED_OF_SPLIT = {"train": 1, "test": 2, "validation": 3}
 UPLOAD_DAYS = 60
 HISTORY_DAYS = 2  # no event is older, and every item was uploaded before the first event
@@ -119,6 +126,11 @@ class World:
     history_distribution: Float64[np.ndarray, "K items"]
     teacher_item_error: Float32[np.ndarray, "items tasks"]
     teacher_user_error: Float32[np.ndarray, "users tasks"]
+    # Each has deviation 1, the taste `data.taste`; D is 0 if that is 0.
+    taste: Float32[np.ndarray, "users D"]
+    style: Float32[np.ndarray, "items D"]
+    policy_taste: Float32[np.ndarray, "users D"]
+    policy_style: Float32[np.ndarray, "items D"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,12 +193,20 @@ def make_world(data: ConfigDict) -> World:
     population = _draw_users(rng, users, topics, int(data.history_length))
     catalogue = _draw_items(rng, items, topics)
     mixture, popularity = catalogue["topics"], catalogue["popularity"]
+    tastes = _draw_tastes(data)
+    population["user_features"] = np.concatenate(
+        [population["user_features"], tastes.pop("user_features")], axis=1
+    )
+    catalogue["item_features"] = np.concatenate(
+        [catalogue["item_features"], tastes.pop("item_features")], axis=1
+    )
     event_weight = mixture.T.astype(np.float64) ** 2 * np.exp(0.5 * popularity)
     event_cumulative = event_weight.cumsum(axis=1)
     event_cumulative /= event_cumulative[:, -1:]
     return World(
         **population,
         **catalogue,
+        **tastes,
         moment_taste=_normal(rng, CONTEXT_FEATURES, topics),
         history_distribution=event_cumulative + np.arange(topics)[:, None],
         teacher_item_error=_normal(rng, items, len(TASKS), scale=0.2),
@@ -265,6 +285,31 @@ def _draw_items(rng: np.random.Generator, items: int, topics: int) -> dict[str, 
         "item_features": features.astype(np.float32),
         "cheap_item_features": sum(columns.shape[1] for columns in cheap_features),
     }
+
+
+def _draw_tastes(data: ConfigDict) -> dict[str, Any]:
+    """The fields of `World` about taste, and what profiles and costly item features add of it."""
+    rng = np.random.default_rng([data.seed, 4])
+    size = TASTE_SIZE if data.taste else 0
+    taste, style = _normal(rng, data.num_users, size), _normal(rng, data.num_items, size)
+    # The policy knows a taste from the profile, and a style from what users did with the item.
+    seen_taste = (taste + 0.5 * _normal(rng, *taste.shape)) / 1.25**0.5
+    seen_style = (style + _normal(rng, *style.shape)) / 2**0.5
+    return {
+        "taste": data.taste * taste,
+        "style": style,
+        "policy_taste": data.taste * seen_taste,
+        "policy_style": seen_style,
+        "user_features": seen_taste,
+        "item_features": style + 0.05 * _normal(rng, *style.shape),
+    }
+
+
+def taste_match(
+    taste: Float[np.ndarray, "D"], style: Float[np.ndarray, "N D"]
+) -> Float[np.ndarray, "N"]:
+    """Return taste · style / √D of each of N items; 0 where D is 0."""
+    return style @ taste / max(len(taste), 1) ** 0.5
 
 
 def topic_fatigue(
@@ -460,6 +505,7 @@ def _draw_candidates(
         age,
     )
     logits = true_logits(terms, world.generosity[user])
+    logits += taste_match(world.taste[user], world.style[item])[:, None] * TASTE_WEIGHTS
     noise = 0.15 * rng.standard_normal(logits.shape, np.float32)
     error = world.teacher_item_error[item] + world.teacher_user_error[user]
     probability = sigmoid(logits + error + noise)
@@ -515,6 +561,7 @@ def draw_history(rng: np.random.Generator, world: World, user: int) -> History:
 
     appetite = rng.normal(0, 2, num_topics)[topic]
     appetite += interests[topic] + 0.5 * world.quality[item]
+    appetite += taste_match(world.taste[user], world.style[item])
     completed = rng.random(size) < sigmoid(appetite)
     liked = completed & (rng.random(size) < 0.2)
     return History(item, completed, liked, age_hours.astype(np.float32))
@@ -543,12 +590,13 @@ def _policy_score(
     age: Float32[np.ndarray, "N"],
     noise: float,
 ) -> Float32[np.ndarray, "N"]:
-    """The logging policy: linear in noisy views of interest, popularity and freshness."""
+    """The logging policy: linear in noisy views of interest, popularity, freshness and taste."""
     num_topics = world.topics.shape[1]
     interests = world.user_features[user, :num_topics] / num_topics**0.5
     category = world.item_features[item, :num_topics]
     popularity = world.item_features[item, num_topics]
     score = 2 * category @ interests + 0.4 * popularity - 0.2 * age
+    score += taste_match(world.policy_taste[user], world.policy_style[item])
     return score + np.float32(noise) * rng.standard_normal(len(item), np.float32)
 
 

@@ -306,7 +306,9 @@ def test_a_key_that_exists_is_fine(key):
     checks.check_key(config_with(), key)
 
 
-@pytest.mark.parametrize(("get_config", "known"), [(cascade, ":small"), (movielens, "none")])
+@pytest.mark.parametrize(
+    ("get_config", "known"), [(cascade, ":items, :small"), (movielens, "none")]
+)
 def test_an_unknown_variant_names_those_that_exist(get_config, known):
     with pytest.raises(UserError, match=f"no variant :huge; the variants are: {known}"):
         get_config("huge")

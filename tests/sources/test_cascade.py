@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.configs import cascade as configs
 from kd_ranker.errors import UserError
+from kd_ranker.evaluation.personal import item_share
 from kd_ranker.requests.request import SPLITS, Request
 from kd_ranker.sources import cascade
 
@@ -24,6 +25,7 @@ def make_data(**changes: float) -> ConfigDict:
         "num_users": 60,
         "num_items": 400,
         "num_topics": 8,
+        "taste": 0.0,
         "history_length": 12,
         "train_requests": 60,
         "validation_requests": 20,
@@ -387,3 +389,46 @@ def test_a_world_that_no_memory_holds_is_refused_before_it_is_made():
     for size in ("num_users", "num_items"):
         with pytest.raises(UserError, match=rf"{size}=1000000000000.* GB of memory at the least"):
             cascade.open_source(make_data(**{size: 10**12}), cascade.TASKS, funnel)
+
+
+def test_taste_adds_to_the_logits_and_to_nothing_else_of_the_world() -> None:
+    without, tasted = cascade.make_world(make_data()), cascade.make_world(make_data(taste=1.5))
+    for name in ("interests", "topics", "quality", "upload_time", "teacher_item_error"):
+        np.testing.assert_array_equal(getattr(without, name), getattr(tasted, name))
+    assert without.taste.shape == (60, 0)
+    np.testing.assert_allclose(tasted.taste.std(), 1.5, rtol=0.1)
+    # The profile shows a user's taste, the policy a weaker view of the match.
+    seen = tasted.user_features[:, -cascade.TASTE_SIZE :]
+    assert 0.85 < np.corrcoef(seen.ravel(), tasted.taste.ravel())[0, 1] < 0.93
+    match, by_policy = tasted.style @ tasted.taste.T, tasted.policy_style @ tasted.policy_taste.T
+    assert 0.55 < np.corrcoef(match.ravel(), by_policy.ravel())[0, 1] < 0.7
+
+
+def test_true_logits_hold_the_match_of_taste_and_style(monkeypatch: pytest.MonkeyPatch) -> None:
+    before: list[np.ndarray] = []
+    keep: Callable[..., np.ndarray] = cascade.true_logits
+
+    def spy(terms: np.ndarray, generosity: np.ndarray) -> np.ndarray:
+        logits = keep(terms, generosity)
+        before.append(logits.copy())
+        return logits
+
+    monkeypatch.setattr(cascade, "true_logits", spy)
+    # Without slots to fill, candidates keep the order in which the logits were taken.
+    monkeypatch.setattr(cascade, "_shown_first", lambda rng, value, *_: np.arange(len(value)))
+    world = cascade.make_world(make_data(taste=2.0))
+    for request, logits in zip(draw("test", taste=2.0), before, strict=True):
+        match = world.style[request.item_id] @ world.taste[request.user_id] / 16**0.5
+        expected = logits + np.outer(match, [1.0, 0.9, 0.8])
+        np.testing.assert_allclose(request.true_probability, cascade.sigmoid(expected), rtol=1e-4)
+
+
+def test_the_item_explains_less_where_taste_counts_more() -> None:
+    def share(taste: float) -> float:
+        requests = draw("test", taste=taste, test_requests=200)
+        items = [request.item_id for request in requests]
+        values = np.concatenate([request.true_probability.sum(axis=1) for request in requests])
+        numbers = np.repeat(np.arange(len(items)), list(map(len, items)))
+        return item_share(numbers, np.concatenate(items), values)
+
+    assert share(3.0) < 0.7 * share(0.0)

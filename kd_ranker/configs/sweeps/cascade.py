@@ -18,8 +18,8 @@ def get_config(variant: str = "") -> ConfigDict:
     an upper bound, on a dataset of its own that is large enough to train one. `:sizes` has students
     of several widths, with the loss that suits them best.
     """
-    defaults.check_variant(variant, "paper", "live", "sizes", "small")
-    config = cascade("small" if variant == "small" else "")
+    defaults.check_variant(variant, "items", "paper", "live", "sizes", "small")
+    config = cascade(variant if variant in ("items", "small") else "")
     if variant == "live":
         _train_a_ranker(config)
     else:

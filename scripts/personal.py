@@ -1,0 +1,68 @@
+"""Print how personal data are: the variance within a request that the item alone explains.
+
+    python scripts/personal.py datasets/requests/cascade-0123abcd/1.3.0
+    python scripts/personal.py movies-judgments.tsv.gz --columns=0,2,3
+    python scripts/personal.py ml-100k/u.data --columns=0,1,2
+
+A folder is a built dataset: its test requests give the share for the true value, for the value of
+the logged final ranker, and for user labels, with the value weights of `--weights`. Any other path
+is a file of tab-separated values with numbers in its last column: request, item, value.
+"""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kd_ranker.evaluation.personal import item_share
+from kd_ranker.requests import storage
+
+LIMIT = 500  # requests of a dataset
+
+
+def main() -> None:
+    """Prints a line per kind of value."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("path", type=Path, help="a dataset's folder, or a file")
+    parser.add_argument("--columns", default="0,1,2", help="request, item and value in a file")
+    parser.add_argument("--weights", default="1,2,4", help="value weights, one per task")
+    flags = parser.parse_args()
+    if flags.path.is_dir():
+        weights = np.array([float(weight) for weight in flags.weights.split(",")])
+        shares = dict(_of_dataset(flags.path, weights))
+    else:
+        columns = [int(column) for column in flags.columns.split(",")]
+        table = pd.read_csv(flags.path, sep="\t", header=None, dtype=str)[columns]
+        value = pd.to_numeric(table[columns[2]], errors="coerce")
+        table = table[value.notna()]
+        ids = (table[column].to_numpy() for column in columns[:2])
+        shares = {"labels": item_share(*ids, value.dropna().to_numpy())}
+    for name, share in shares.items():
+        print(f"{name:12} {share:.3f}")
+
+
+def _of_dataset(folder: Path, weights: np.ndarray) -> Iterator[tuple[str, float]]:
+    columns = storage.open_at(folder, "prepare_data").columns["test"]
+    some = slice(0, LIMIT)
+    counts = columns.counts.of(some)
+    candidates = columns.candidates.fields(some, counts.retrieved)
+    request = np.repeat(np.arange(len(counts.retrieved)), counts.retrieved)
+    if counts.known.all():
+        assert columns.truth is not None
+        truth = columns.truth.fields(some, counts.retrieved)["true_probability"]
+        yield "truth", item_share(request, candidates["item_id"], truth @ weights)
+    logged = candidates["teacher_probability"] @ weights
+    scored = np.isfinite(logged)
+    if scored.any():
+        share = item_share(request[scored], candidates["item_id"][scored], logged[scored])
+        yield "final ranker", share
+    shown = columns.candidates.fields(some, counts.shown)["item_id"]
+    label = columns.labels.fields(some, counts.shown)["user_label"] @ weights
+    of_shown = np.repeat(np.arange(len(counts.shown)), counts.shown)
+    yield "labels", item_share(of_shown, shown, label.astype(float))
+
+
+if __name__ == "__main__":
+    main()
