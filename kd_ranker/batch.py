@@ -138,8 +138,9 @@ Owner = Literal["request", "event", "candidate", "shown", "scored", "known"]
 """What a field is known of, which says how many entries of it a request has.
 
 The request itself: one. Each event of its history; each of its candidates; each of those that were
-shown; each of those that the teacher has scored; each candidate where the truth is known, and none
-elsewhere. Shown and scored candidates are the first ones.
+shown; each of those that the teacher has scored. Known are facts for the evaluation only: each
+candidate has them in a request that has any of them, and none elsewhere. Shown and scored
+candidates are the first ones.
 """
 
 
@@ -217,6 +218,8 @@ FIELDS = (
     Field("teacher_weight", "scored", None, np.float32, _tasks),
     Field("teacher_version", "request", str, None),
     Field("true_probability", "known", np.float32, None, _tasks, np.nan),
+    Field("incumbent", "known", np.float32, None, nothing=np.nan),
+    Field("propensity", "known", np.float32, None, nothing=np.nan),
 )
 """All fields of a request."""
 
@@ -236,6 +239,9 @@ class Request:
     and a teacher that scored only what was passed has logged a prefix of length P (A below: S ≤ P,
     and A is 0, S, P or N). Nothing here but labels, teacher probabilities and true probabilities
     may stem from after `time`.
+
+    The last three fields are for the evaluation only, where K is N. In training requests, and where
+    a dataset knows none of the three, K is 0. NaN is an unknown value.
     """
 
     request_id: int
@@ -253,10 +259,13 @@ class Request:
     teacher_probability: Float32[np.ndarray, "A T"]  # as logged: NaN and nonsense included
     teacher_weight: Float32[np.ndarray, "A"]  # 0 where the log says that nothing was written
     teacher_version: str  # of the model that wrote `teacher_probability`
-    true_probability: Float32[np.ndarray, "N T"]  # [0, T] in training requests and where unknown
+    true_probability: Float32[np.ndarray, "K T"]
     # Category ids, see above; None in a dataset without such features.
     request_category: Int32[np.ndarray, "K"] | None = None
     candidate_category: Int32[np.ndarray, "N L"] | None = None
+    # None: unknown.
+    incumbent: Float32[np.ndarray, "K"] | None = None  # score of today's early ranker
+    propensity: Float32[np.ndarray, "K"] | None = None  # see `EvaluationBatch`
 
     def num_reached(self, stage: Stage) -> int:
         """The number of candidates that came at least so far in the funnel: the first ones."""
@@ -348,14 +357,21 @@ class Items:
 
 @flax.struct.dataclass
 class EvaluationBatch:
-    """A batch for evaluation, with what only the evaluation may see.
+    """A batch for evaluation, with facts that only the evaluation may see.
 
-    `true_probability` is NaN where the dataset does not know it; `request_mask` is False on the
-    requests that only fill up the last batch.
+    Attributes:
+      batch: the requests.
+      true_probability: in [0, 1]; NaN where unknown.
+      incumbent: score of the early ranker that filled the log, higher first; NaN where unknown.
+      propensity: probability in (0, 1] with which the log showed a candidate that it showed; NaN on
+        the others, and where unknown.
+      request_mask: False on requests that only fill up the last batch.
     """
 
     batch: CandidateBatch
     true_probability: Float[Array, "R N T"]
+    incumbent: Float[Array, "R N"]
+    propensity: Float[Array, "R N"]
     request_mask: Bool[Array, "R"]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Int
 
 from kd_ranker.batch import CandidateBatch, EvaluationBatch
 from kd_ranker.batches import cutting
@@ -38,10 +38,13 @@ def evaluation_batches(
         numbers = start + np.arange(requests) % present
         ahead = np.arange(start + present, min(start + present + requests, total))
         columns.expect(ahead, columns.kept[ahead])
-        fields, true_probability = _evaluation_fields(columns, numbers, candidates)
+        places = _places(columns, numbers, candidates)
+        known = np.where(columns.counts.known[numbers, None] > 0, places, -1)
+        rows: Any = columns.known.at(numbers, known)
+        facts = packing.unpack_rows(rows, columns.known.spans)
         yield EvaluationBatch(
-            batch=CandidateBatch(**fields),
-            true_probability=jnp.asarray(true_probability),
+            batch=CandidateBatch(**cutting.all_fields(columns, numbers, places)),
+            **{name: jnp.asarray(fact) for name, fact in facts.items()},
             request_mask=jnp.arange(requests) < present,
         )
 
@@ -55,9 +58,10 @@ def _num_evaluation_requests(columns: Columns, limit: int) -> int:
     return min(limit, len(columns)) if limit else len(columns)
 
 
-def _evaluation_fields(
+def _places(
     columns: Columns, requests: Int[np.ndarray, "R"], candidates: int
-) -> tuple[dict[str, Any], Float32[np.ndarray, "R N T"]]:
+) -> Int[np.ndarray, "R N"]:
+    """The stored place of each candidate of a batch; -1 fills up."""
     counts = columns.counts.of(requests)
     places = np.full((len(requests), candidates), -1)
     for row, (request_id, number) in enumerate(zip(*counts[:2], strict=True)):
@@ -70,7 +74,4 @@ def _evaluation_fields(
         # one that the logged policy preferred for free. Item ids tell of popularity in some
         # datasets, so ties fall by a fixed permutation.
         places[row, :number] = np.random.default_rng(request_id).permutation(number)
-    known = np.where(counts.known[:, None] > 0, places, -1)
-    truth = packing.unpack_rows(columns.truth.at(requests, known), columns.truth.spans)  # type: ignore[arg-type]
-    true_probability: Any = truth["true_probability"]
-    return cutting.all_fields(columns, requests, places), true_probability
+    return places

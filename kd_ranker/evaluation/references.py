@@ -1,6 +1,8 @@
 """References: rankers without a model, against which a trained one has to earn its place.
 
     oracle        sorts by the true value, where the dataset knows it
+    incumbent     sorts by the score of the early ranker that filled the log, where the dataset
+                  knows it
     random        sorts at random
     popularity    sorts by how often training has shown an item
     static_list   sorts by the mean value of an item in training, whoever the user is, less where
@@ -10,7 +12,10 @@ All of them are one `Ranker`, measured by `evaluate.evaluate` like a group of st
 name each:
 
     statistics = train_statistics(dataset, config.value_weights, seed=0)
-    _, [*of_students, sums] = evaluate(teacher, [*students, reference_ranker([statistics])], ...)
+    names = known_references(dataset.columns["test"])
+    _, [*of_students, sums] = evaluate(
+        teacher, [*students, reference_ranker([statistics])], ..., serves=[..., names]
+    )
     row = only_order(totals.summarise(select_member(sums["popularity"], 0), ...))
 
 Of the numbers that `ORDER_ALONE` serve only the order means something; those of the oracle are
@@ -29,7 +34,7 @@ from kd_ranker.batch import EvaluationBatch, Items
 from kd_ranker.evaluation import metrics
 from kd_ranker.evaluation.evaluate import Ranker, Served
 from kd_ranker.models.layers import features_of_items
-from kd_ranker.requests.columns import slices
+from kd_ranker.requests.columns import Columns, slices
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training.state import stack_members
 
@@ -102,6 +107,17 @@ def oracle(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R N 
     return batch.true_probability
 
 
+def incumbent(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R N T"]:
+    """The share of the request's places that have a lower score; the least for an unknown score.
+
+    Only the order of scores means something. Shares are exact in float32, whatever the scores.
+    """
+    del statistics
+    score = jnp.where(jnp.isnan(batch.incumbent), -jnp.inf, batch.incumbent)
+    lower = jax.vmap(lambda of: jnp.searchsorted(jnp.sort(of), of))(score)
+    return _for_all_tasks(lower / score.shape[1], batch)
+
+
 def random(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R N T"]:
     """Uniform numbers, which follow from the seed, the user and the candidates alone."""
     key = jax.random.key(statistics.seed)
@@ -135,14 +151,28 @@ def _for_all_tasks(value: Float[Array, "R N"], batch: EvaluationBatch) -> Float[
 
 REFERENCES: dict[str, Reference] = {
     "oracle": oracle,
+    "incumbent": incumbent,
     "random": random,
     "popularity": popularity,
     "static_list": static_list,
 }
 """By name."""
 
-ORDER_ALONE = ("random", "popularity", "static_list")
+ORDER_ALONE = ("incumbent", "random", "popularity", "static_list")
 """The references whose numbers are no probabilities."""
+
+# Requests that suffice to find out what a dataset knows.
+_SOME = 1000
+
+
+def known_references(columns: Columns) -> tuple[str, ...]:
+    """The names of the references that have what they sort by, in some requests of a split."""
+    some = np.arange(0, len(columns), max(1, len(columns) // _SOME))
+    facts = columns.known.fields(some, columns.counts.known[some])
+    needed = {"oracle": "true_probability", "incumbent": "incumbent"}
+    return tuple(
+        name for name in REFERENCES if name not in needed or not np.isnan(facts[needed[name]]).all()
+    )
 
 
 def _serve(statistics: Statistics, batch: EvaluationBatch, items: Items) -> Served:

@@ -308,9 +308,9 @@ def _seen(config: ConfigDict, spec: FeatureSpec) -> EvaluationBatch:
     """A batch of the evaluation."""
     requests, candidates = config.evaluation.requests, config.funnel.retrieved
     batch: Any = empty_batch(spec, requests, candidates)
-    true_probability: Any = np.zeros((requests, candidates, len(spec.tasks)), np.float32)
+    truth: Any = np.zeros((requests, candidates, len(spec.tasks)), np.float32)
     present: Any = np.zeros(requests, bool)
-    return EvaluationBatch(batch, true_probability, present)
+    return EvaluationBatch(batch, truth, truth[..., 0], truth[..., 0], present)
 
 
 def _on(device: jax.Device, *trees: Any) -> list[Any]:

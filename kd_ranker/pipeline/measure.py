@@ -22,8 +22,8 @@ from kd_ranker.evaluation.measured import write_tables
 from kd_ranker.evaluation.metrics import METRICS, TARGET, ReportAt, result_columns
 from kd_ranker.evaluation.references import (
     ORDER_ALONE,
-    REFERENCES,
     Statistics,
+    known_references,
     only_order,
     reference_ranker,
 )
@@ -162,8 +162,9 @@ def measure(
         (group.ranker, _serve_names(group, members, serves) if serves else None)
         for group in students
     ]
+    referred = known_references(dataset.columns[split]) if statistics is not None else ()
     if statistics is not None:
-        groups.append((reference_ranker([statistics]), None))
+        groups.append((reference_ranker([statistics]), referred))
     of_teacher, of_groups = _summed(config, dataset, split, teacher.ranker, groups, limit, costs)
     flops_of_teacher = teacher.flops() if costs else _NOT_COUNTED
     measured = Measured([], [], [], {})
@@ -184,7 +185,7 @@ def measure(
                     continue
                 summed = select_member(of_group[serve], index)
                 _add(measured, config, dataset, row, summed, of_teacher, teacher.signal)
-    for name in REFERENCES if statistics is not None else ():
+    for name in referred:
         row = _named_row(config, split, "reference", name) | {"seed": teacher.seed}
         summed = select_member(of_groups[-1][name], 0)
         _add(measured, config, dataset, row, summed, of_teacher, teacher.signal)

@@ -67,7 +67,7 @@ def _joined(
     values = [getattr(request, field.name) for request in requests]
     if not requests or values[0] is None:
         number = sum(map(_NUMBERS[field.of], requests))
-        return np.zeros((number, *field.shape(spec)), dtype)
+        return np.full((number, *field.shape(spec)), field.nothing, dtype)
     if field.of == "request":
         return np.array(values, dtype)
     return np.concatenate(values)

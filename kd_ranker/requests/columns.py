@@ -44,7 +44,7 @@ class Counts(NamedTuple):
       shown: how many of these, the first ones, were shown.
       scored: how many candidates, the first ones, the teacher has scored.
       positives: how many candidates have a positive label.
-      known: how many candidates have true probabilities: all or none.
+      known: how many candidates have facts for the evaluation: all or none.
     """
 
     request_id: Int[np.ndarray, "*n"]
@@ -125,7 +125,7 @@ class Columns:
       requests: what is known of requests themselves, histories included; an entry each.
       candidates: of their candidates, with what the teacher says of them.
       labels: of their candidates that were shown, what users did.
-      truth: of their candidates, the true probabilities, where they are known.
+      known: of their candidates, the facts for the evaluation, where there are any.
       counts: their numbers.
       kept: how many candidates of each are here, the first ones.
       expect: says which requests are read soon, and how many candidates of each, for a file to
@@ -135,7 +135,7 @@ class Columns:
     requests: Rows
     candidates: Rows
     labels: Rows
-    truth: Rows
+    known: Rows
     counts: Counts
     kept: Int[np.ndarray, "n"]
     expect: Callable[[Int[np.ndarray, "R"], Int[np.ndarray, "R"]], None] = lambda *_: None
@@ -175,7 +175,7 @@ def _packed_fields(*owners: Owner) -> tuple[Field, ...]:
 _OF_REQUEST = _packed_fields("request", "event")
 _OF_CANDIDATE = _packed_fields("candidate", "scored")
 _OF_LABEL = _packed_fields("shown")
-_OF_TRUTH = _packed_fields("known")
+_OF_KNOWN = _packed_fields("known")
 
 
 def columns_of(requests: Sequence[Request], spec: FeatureSpec) -> Columns:
@@ -199,7 +199,7 @@ def columns_of_block(block: Block, spec: FeatureSpec) -> Columns:
         requests=Rows(*packing.pack(side_by_side(_OF_REQUEST)), np.arange(len(counts.known))),
         candidates=rows(_OF_CANDIDATE, counts.retrieved),
         labels=rows(_OF_LABEL, counts.shown),
-        truth=rows(_OF_TRUTH, counts.known),
+        known=rows(_OF_KNOWN, counts.known),
         counts=counts,
         kept=counts.retrieved,
     )
@@ -366,7 +366,8 @@ def in_sampling_order(columns: Columns) -> Columns:
     """The same requests, their candidates in an order from which runs are good samples.
 
     Candidates with a positive label come first, then the others that were shown, then the others
-    that were passed, then the rest; each of these four in `spread_order`. Truth stays as it is.
+    that were passed, then the rest; each of these four in `spread_order`. Facts for the evaluation
+    stay as they are.
     """
     counts, shown = columns.counts, columns.counts.shown
     request = np.repeat(np.arange(len(columns)), shown)

@@ -56,7 +56,7 @@ class Source:
 
 
 def without_teacher(tasks: int) -> dict[str, Any]:
-    """The fields of a request of which no teacher speaks, nor any truth.
+    """The fields of a request without a teacher's values and without a truth.
 
     >>> without_teacher(3)["teacher_probability"].shape
     (0, 3)

@@ -2,13 +2,14 @@
 
 Beside the records of a split, which hold all that was logged, lie what batches are cut from,
 
-    rows-SPLIT.bin    int32, packed: the rows that stand for no label, no candidate and no truth;
-                      then, of each request, its own row, its labels, its candidates, its truth
+    rows-SPLIT.bin    int32, packed: the rows that stand for no label, no candidate and no facts for
+                      the evaluation; then, of each request, its own row, its labels, its
+                      candidates and their facts for the evaluation
     counts-SPLIT.npy  int64 [n, 11]: the place of each of the four in that file, and `Counts`
 
 A request lies in one piece, what counts in every training first, so reading it is one access to the
-disk. The candidates of training requests stand in sampling order, and their truth is left out; all
-others are as they are stored.
+disk. The candidates of training requests are in sampling order, without facts for the evaluation;
+all others are as they are stored.
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ class _First(NamedTuple):
     requests: Int[np.ndarray, "n"]
     labels: Int[np.ndarray, "n"]
     candidates: Int[np.ndarray, "n"]
-    truth: Int[np.ndarray, "n"]
+    known: Int[np.ndarray, "n"]
 
 
 PLACES = len(_First._fields)
@@ -74,7 +75,7 @@ def flat(
             in_sampling_order(columns), counts=columns.counts._replace(known=known)
         )
     counts = columns.counts
-    parts = (columns.requests, columns.labels, columns.candidates, columns.truth)
+    parts = (columns.requests, columns.labels, columns.candidates, columns.known)
     numbers = (np.ones_like(counts.known), counts.shown, counts.retrieved, counts.known)
     widths = [part.values.shape[1] for part in parts]
     sizes = np.stack(numbers, axis=1) * widths
@@ -91,7 +92,7 @@ def flat(
 def _nothing(spec: FeatureSpec) -> list[Rows]:
     """The rows that stand for none, in the order in which they begin a file."""
     none = columns_of([], spec)
-    return [none.labels, none.candidates, none.truth]
+    return [none.labels, none.candidates, none.known]
 
 
 def join(shards: Sequence[Path], folder: Path, split: str, spec: FeatureSpec) -> None:
@@ -136,12 +137,12 @@ def open_columns(folder: Path, spec: FeatureSpec, split: str) -> Columns:
         requests=rows(none.requests, first.requests),
         labels=rows(none.labels, first.labels, places[0]),
         candidates=rows(none.candidates, first.candidates, places[1]),
-        truth=rows(none.truth, first.truth, places[2]),
+        known=rows(none.known, first.known, places[2]),
         counts=counts,
         kept=counts.retrieved,
         expect=_fetching(file, first, none.candidates.values.shape[1]),
     )
-    end = int(first.truth[-1] + counts.known[-1] * columns.truth.stride)
+    end = int(first.known[-1] + counts.known[-1] * columns.known.stride)
     if end != len(values):
         raise ValueError(f"{rows_path.name} has {len(values)} numbers of {end}")
     return columns

@@ -39,7 +39,7 @@ from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import Dataset, damage, record_features, serialized
 from kd_ranker.requests.request import SPLITS, Shard, Source
 
-FORMAT_VERSION = "1.3.0"
+FORMAT_VERSION = "1.4.0"
 SPEC_FILE = "feature_spec.json"
 _NAME, _FORMAT = "requests", "array_record"
 _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
@@ -342,7 +342,7 @@ def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:
     if older and not directory.exists():
         raise UserError(
             f"the dataset at {directory.parent} has the format {older[-1]} and this release reads "
-            f"{FORMAT_VERSION}, with a validation split; make it anew with: {made_by}"
+            f"{FORMAT_VERSION}; rebuild it with: {made_by}"
         )
     return open_at(directory, made_by)
 

@@ -40,11 +40,13 @@ follow Zhou et al., "Deep Interest Network for Click-Through Rate Prediction", K
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
+import scipy.stats
 from jaxtyping import Bool, Float, Float32, Float64, Int, Int64
 from ml_collections import ConfigDict
 
@@ -436,8 +438,9 @@ def _draw_request(
     label = luck < truth[: funnel.shown]
     probability = candidates.teacher_probability[:, columns]
     version, weight = TEACHER_VERSION, np.ones(funnel.retrieved, np.float32)
+    known = funnel.retrieved
     if split == "train":
-        truth, probability = truth[:0], probability[: funnel.passed]
+        known, probability = 0, probability[: funnel.passed]
         if rng.random() < data.fault_version:
             version = OLD_TEACHER_VERSION
             old = _old_teacher_probability(rng, candidates.terms[: funnel.passed])
@@ -463,7 +466,9 @@ def _draw_request(
         teacher_probability=probability,
         teacher_weight=weight,
         teacher_version=version,
-        true_probability=truth,
+        true_probability=truth[:known],
+        incumbent=candidates.policy[:known],
+        propensity=candidates.propensity[:known],
     )
 
 
@@ -475,6 +480,8 @@ class _Candidates(NamedTuple):
     terms: Float32[np.ndarray, "N terms"]  # see `logit_terms`
     logits: Float32[np.ndarray, "N tasks"]  # the true ones
     teacher_probability: Float32[np.ndarray, "N tasks"]  # of the production final ranker
+    policy: Float32[np.ndarray, "N"]  # scores of the early ranker
+    propensity: Float32[np.ndarray, "N"]  # of the shown, given the passed; NaN on the others
 
 
 def _draw_candidates(
@@ -492,7 +499,7 @@ def _draw_candidates(
     age = standardised_age(time, world.upload_time[item])
     policy = _policy_score(rng, world, user, item, age, data.policy_noise)
     order = _highest_first(rng, policy, funnel.passed)
-    item, age = item[order], age[order]
+    item, age, policy = item[order], age[order], policy[order]
 
     event_topics = world.topics[history.item_id]
     terms = logit_terms(
@@ -510,14 +517,16 @@ def _draw_candidates(
     error = world.teacher_item_error[item] + world.teacher_user_error[user]
     probability = sigmoid(logits + error + noise)
 
-    order = _shown_first(
-        rng,
-        probability[: funnel.passed] @ PRODUCTION_VALUE_WEIGHTS,
-        funnel.shown,
-        data.exploration,
-    )
+    value = probability[: funnel.passed] @ PRODUCTION_VALUE_WEIGHTS
+    order = _shown_first(rng, value, funnel.shown, data.exploration)
+    rank = (-value).argsort(kind="stable").argsort()[order[: funnel.shown]]
+    propensity = np.full(funnel.retrieved, np.nan, np.float32)
+    propensity[: funnel.shown] = shown_probability(funnel.passed, funnel.shown, data.exploration)[
+        rank
+    ]
     order = np.concatenate([order, np.arange(funnel.passed, funnel.retrieved)])
-    return _Candidates(item[order], age[order], terms[order], logits[order], probability[order])
+    by_candidate = (item, age, terms, logits, probability, policy)
+    return _Candidates(*(of[order] for of in by_candidate), propensity)
 
 
 def _draw_time(rng: np.random.Generator, split: str, index: int, num_requests: int) -> int:
@@ -620,6 +629,30 @@ def _shown_first(
     # As the rest is shuffled, its first places are a random sample of it.
     order = _highest_first(rng, value, shown - explored)
     return np.concatenate([rng.permutation(order[:shown]), order[shown:]])
+
+
+@functools.lru_cache(maxsize=16)
+def shown_probability(passed: int, shown: int, exploration: float) -> Float64[np.ndarray, "passed"]:
+    """The probability that `_shown_first` shows each candidate.
+
+    Let e slots be filled at random, with e = min(Binomial(shown, exploration), passed − shown). The
+    shown − e candidates of highest value are shown. Each of the other passed − shown + e has a slot
+    with probability e / (passed − shown + e). The result is the mean over e.
+
+    Args:
+      passed: number of candidates.
+      shown: number of slots, at most `passed`.
+      exploration: probability that a slot is filled at random, in [0, 1].
+
+    Returns:
+      Probabilities in [0, 1], the candidate of highest value first.
+    """
+    slots = np.arange(shown + 1)
+    explored = np.minimum(slots, passed - shown)
+    others = passed - shown + explored
+    at_random = explored / np.maximum(others, 1)
+    is_best = np.arange(passed)[:, None] < shown - explored
+    return np.where(is_best, 1, at_random) @ scipy.stats.binom.pmf(slots, shown, exploration)
 
 
 def _old_teacher_probability(

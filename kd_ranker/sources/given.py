@@ -24,13 +24,13 @@ from kd_ranker.requests.request import SPLITS, Source
 NAME = "requests"
 MADE_BY = "kd.Dataset.from_requests"
 
-# The field that says how many entries of an owner a request has.
-_COUNTED_BY: dict[Owner, str] = {
-    "event": "history_id",
-    "candidate": "item_id",
-    "shown": "user_label",
-    "scored": "teacher_probability",
-    "known": "true_probability",
+# The fields that give the number of entries of an owner: the first one that a request has.
+_COUNTED_BY: dict[Owner, tuple[str, ...]] = {
+    "event": ("history_id",),
+    "candidate": ("item_id",),
+    "shown": ("user_label",),
+    "scored": ("teacher_probability",),
+    "known": ("true_probability", "incumbent", "propensity"),
 }
 _NEEDED = ("user_id", "item_id", "user_label")
 
@@ -146,7 +146,7 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
 
     Left out, `request_id` and `time` are its place, all candidates were passed, labels and the
     teacher's probabilities weigh 1, the teacher's version is the one that counts, and features are
-    0; there are no events, no teacher's probabilities and no true ones.
+    0; there are no events, no teacher's probabilities and no facts for the evaluation.
 
     Args:
       fields: these, arrays as anything that NumPy makes arrays of; or a request, which is checked.
@@ -170,7 +170,10 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
         "num_passed": _length(given["item_id"]),
     }
     given = first | given
-    numbers = {owner: _length(given.get(name)) for owner, name in _COUNTED_BY.items()}
+    numbers = {
+        owner: next(filter(None, (_length(given.get(name)) for name in names)), 0)
+        for owner, names in _COUNTED_BY.items()
+    }
     values = {field.name: _value(field, given, numbers, spec, who) for field in STORED}
     request = Request(**values)
     shown, passed, all_ = len(request.user_label), request.num_passed, len(request.item_id)
@@ -181,6 +184,9 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
         )
     if (request.user_label > 1).any():
         raise UserError(f"{who}: user_label holds {request.user_label.max()}; labels are 0 or 1")
+    propensity = values["propensity"][:shown]
+    if (wrong := (propensity <= 0) | (propensity > 1)).any():
+        raise UserError(f"{who}: propensity is {propensity[wrong][0]:g}; it must be in (0, 1]")
     return request
 
 

@@ -117,7 +117,7 @@ def _request(values: Mapping[str, np.ndarray], stage: Int8[np.ndarray, "N"]) -> 
         "candidate": every,
         "shown": shown,
         "scored": every if has_any("teacher_probability", passed) else passed,
-        "known": every if has_any("true_probability", 0) else 0,
+        "known": every * any(has_any(name, 0) for name, of in _FIELDS.items() if of.of == "known"),
     }
     fields: dict[str, Any] = {"num_passed": passed}
     for name, of in values.items():

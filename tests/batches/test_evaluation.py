@@ -30,10 +30,10 @@ def test_evaluation_reads_every_candidate_once_and_masks_what_fills_up(dataset):
         # In an order that does not follow the logged funnel, for ties.
         batch, order = evaluation.batch, np.random.default_rng(request.request_id).permutation(20)
         np.testing.assert_array_equal(batch.item_id[index, :20], request.item_id[order])
-        np.testing.assert_array_equal(
-            evaluation.true_probability[index, :20], request.true_probability[order]
-        )
-        assert np.isnan(evaluation.true_probability[index, 20:]).all()
+        for name in ("true_probability", "incumbent", "propensity"):
+            fact = getattr(evaluation, name)[index]
+            np.testing.assert_array_equal(fact[:20], getattr(request, name)[order])
+            assert np.isnan(fact[20:]).all()
         assert (batch.stage[index, 20:] == 0).all()
         np.testing.assert_array_equal(
             batch.label_weight[index, :20] > 0, np.isin(request.item_id[order], request.item_id[:4])

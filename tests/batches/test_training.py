@@ -214,16 +214,20 @@ def test_the_parts_of_a_batch_are_the_batch_that_one_process_makes(dataset, part
         jax.tree.map(np.testing.assert_array_equal, joined, batch)
 
 
-def test_training_never_sees_the_true_probabilities(tmp_path):
-    """Not by its fields, and not in any other way: other truths give the same batches."""
-    assert not any("true" in field.name for field in dataclasses.fields(CandidateBatch))
+def test_training_never_sees_facts_for_the_evaluation(tmp_path):
+    """Not by its fields, and not in any other way: other facts give the same batches."""
+    facts = {"true_probability", "incumbent", "propensity"}
+    assert facts.isdisjoint(field.name for field in dataclasses.fields(CandidateBatch))
     source = random_source()
 
     def with_truth(value):
         def requests(split):
             for request in source.requests(split):
+                fact = np.full(20, value, np.float32)
                 truth = np.full((20, 3), value, np.float32)
-                yield dataclasses.replace(request, true_probability=truth)
+                yield dataclasses.replace(
+                    request, **dict.fromkeys(facts, fact) | {"true_probability": truth}
+                )
 
         return dataclasses.replace(source, requests=requests)
 

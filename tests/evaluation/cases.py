@@ -100,7 +100,9 @@ class Case:
             teacher_probability=jnp.full(self.teacher.shape, jnp.nan),
             teacher_weight=jnp.full(self.teacher.shape, jnp.nan),
         )
-        return EvaluationBatch(batch, jnp.asarray(self.true), jnp.asarray(self.request_mask))
+        truth = jnp.asarray(self.true)
+        unknown = jnp.full(truth.shape[:2], jnp.nan)
+        return EvaluationBatch(batch, truth, unknown, unknown, jnp.asarray(self.request_mask))
 
     def of_requests(self, which: slice) -> "Case":
         return Case(**{name: array[which] for name, array in vars(self).items()})

@@ -32,7 +32,7 @@ def evaluation_batch(batch, present=None):
     requests, candidates = batch.item_id.shape
     truth = np.random.default_rng(1).random((requests, candidates, TASKS), dtype=np.float32)
     mask = np.arange(requests) < (requests if present is None else present)
-    return EvaluationBatch(batch=batch, true_probability=truth, request_mask=mask)
+    return EvaluationBatch(batch, truth, truth[..., 0], truth[..., 1], mask)
 
 
 BATCHES = [evaluation_batch(random_batch(seed, spec=SPEC)) for seed in (1, 2)]

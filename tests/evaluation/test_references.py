@@ -12,6 +12,7 @@ from kd_ranker.evaluation.references import (
     ORDER_ALONE,
     REFERENCES,
     Statistics,
+    known_references,
     only_order,
     reference_ranker,
     train_statistics,
@@ -87,7 +88,11 @@ def evaluation_batch(seed, known=True):
     batch = random_batch(seed, requests=4, candidates=12)
     truth = np.random.default_rng(seed).random((4, 12, 3), dtype=np.float32)
     truth = truth if known else np.full_like(truth, np.nan)
-    return EvaluationBatch(batch=batch, true_probability=truth, request_mask=np.arange(4) < 3)
+    # Scores of any size, some equal, some unknown.
+    score = 1e30 * np.random.default_rng(seed).integers(-3, 4, (4, 12)).astype(np.float32)
+    score[:, 2:4] = np.nan
+    unknown = np.full_like(score, np.nan)
+    return EvaluationBatch(batch, truth, score, unknown, request_mask=np.arange(4) < 3)
 
 
 def measured(batches, seeds=(0,)):
@@ -108,6 +113,7 @@ def test_references_are_measured_as_the_order_that_they_stand_for():
     assert set(sums) == set(REFERENCES) == {"oracle", *ORDER_ALONE}
     values = {
         "oracle": lambda batch: batch.true_probability @ np.array(WEIGHTS),
+        "incumbent": lambda batch: np.nan_to_num(batch.incumbent, nan=-1e38),
         "popularity": lambda batch: statistics().shown[batch.batch.item_id],
         "static_list": lambda batch: statistics().value[batch.batch.item_id],
     }
@@ -141,6 +147,22 @@ def test_the_oracle_loses_no_true_value_and_knows_nothing_where_there_is_no_trut
     assert np.isnan(measured([evaluation_batch(1, known=False)])[1]["oracle"]["survival"]).all()
 
 
+@pytest.mark.parametrize("unknown", [(), ("incumbent",), ("incumbent", "true_probability")])
+def test_a_dataset_has_the_references_that_it_can_give(unknown, tmp_path):
+    source = random_source()
+
+    def requests(split):
+        for request in source.requests(split):
+            nothing = {name: np.full_like(getattr(request, name), np.nan) for name in unknown}
+            yield dataclasses.replace(request, **nothing)
+
+    storage.build(dataclasses.replace(source, requests=requests), "some", str(tmp_path))
+    columns = storage.open_dataset("some", str(tmp_path), made_by="").columns
+    absent = {"incumbent" in unknown and "incumbent", "true_probability" in unknown and "oracle"}
+    assert known_references(columns["test"]) == tuple(n for n in REFERENCES if n not in absent)
+    assert known_references(columns["train"]) == ("random", "popularity", "static_list")
+
+
 def test_random_orders_follow_from_seed_and_request_and_not_from_the_batch():
     one, other = evaluation_batch(1), evaluation_batch(1)
     backwards = other.replace(
@@ -151,6 +173,7 @@ def test_random_orders_follow_from_seed_and_request_and_not_from_the_batch():
             }
         ),
         true_probability=other.true_probability[::-1],
+        incumbent=other.incumbent[::-1],
         request_mask=other.request_mask[::-1],
     )
     _, sums = measured([one], seeds=(0, 1))

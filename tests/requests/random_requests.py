@@ -35,11 +35,26 @@ def random_request(
         teacher_weight=np.ones(passed, np.float32),
         teacher_version=version,
         true_probability=np.zeros((0, tasks), np.float32),
+        incumbent=np.zeros(0, np.float32),
+        propensity=np.zeros(0, np.float32),
+    )
+
+
+def with_facts(request: Request, seed: int) -> Request:
+    """The request with facts for the evaluation; of half of the shown the propensity is unknown."""
+    generator, number = np.random.default_rng(seed), len(request.item_id)
+    propensity = np.full(number, np.nan, np.float32)
+    propensity[: len(request.user_label) : 2] = 0.25
+    return dataclasses.replace(
+        request,
+        true_probability=generator.random((number, len(SPEC.tasks)), dtype=np.float32),
+        incumbent=generator.normal(size=number).astype(np.float32),
+        propensity=propensity,
     )
 
 
 def random_source(train: int = 12, validation: int = 3, test: int = 5) -> Source:
-    """A source for `SPEC`; the requests that models are measured on know the true probabilities."""
+    """A source for `SPEC`, with facts for the evaluation in the requests of that."""
     num_requests = {"train": train, "validation": validation, "test": test}
 
     def requests(split):
@@ -47,8 +62,7 @@ def random_source(train: int = 12, validation: int = 3, test: int = 5) -> Source
         for index in range(num_requests[split]):
             request = random_request(first + index)
             if split != "train":
-                truth = np.random.default_rng(index).random((20, len(SPEC.tasks)), dtype=np.float32)
-                request = dataclasses.replace(request, true_probability=truth)
+                request = with_facts(request, index)
             yield request
 
     return Source(

@@ -12,7 +12,7 @@ from kd_ranker.requests.block import block_of
 from kd_ranker.requests.columns import proper_probability
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
-from tests.requests.random_requests import random_request, random_source
+from tests.requests.random_requests import random_request, random_source, with_facts
 
 SIZES = [(4, 9, 20), (0, 0, 3), (1, 1, 1), (5, 5, 7), (3, 8, 8)]
 
@@ -25,8 +25,7 @@ def ragged_source(shards=None):
         for index, size in itertools.islice(enumerate(SIZES), start, stop):
             request = random_request(first + index, *size, version=f"v{1 + index // 3}")
             if split != "train" and index != 1:
-                truth = np.random.default_rng(index).random((size[2], 3), dtype=np.float32)
-                request = dataclasses.replace(request, true_probability=truth)
+                request = with_facts(request, index)
             yield request
 
     def parts(split):
@@ -92,16 +91,17 @@ def test_the_rows_of_a_request_say_what_its_record_says(dataset, split):
         np.testing.assert_array_equal(
             own["history_id"][0, :events], request.history_id[len(request.history_id) - events :]
         )
-        truth = fields(columns.truth, index, known)["true_probability"]
-        np.testing.assert_array_equal(truth, request.true_probability[:known])
+        for name, fact in fields(columns.known, index, known).items():
+            np.testing.assert_array_equal(fact, getattr(request, name)[:known])
 
 
-@pytest.mark.parametrize("part", ["candidates", "labels", "truth"])
+@pytest.mark.parametrize("part", ["candidates", "labels", "known"])
 def test_a_place_of_none_is_what_stands_for_none(dataset, part):
     rows = getattr(dataset.columns["test"], part)
     nothing = packing.unpack_rows(rows.at(np.array([0, 3]), np.full((2, 2), -1)), rows.spans)
     for name, values in nothing.items():
-        assert np.isnan(values).all() if "probability" in name else not values.any()
+        is_nan = name in ("teacher_probability", "true_probability", "incumbent", "propensity")
+        assert np.isnan(values).all() if is_nan else not values.any()
 
 
 @pytest.mark.parametrize("shards", [1, 2, 5])

@@ -82,6 +82,8 @@ def test_shapes_and_dtypes_follow_the_spec() -> None:
                 "teacher_probability": (np.float32, (logged, 3)),
                 "teacher_weight": (np.float32, (logged,)),
                 "true_probability": (np.float32, (known, 3)),
+                "incumbent": (np.float32, (known,)),
+                "propensity": (np.float32, (known,)),
             }
             for name, (dtype, shape) in expected.items():
                 value = getattr(request, name)
@@ -152,6 +154,39 @@ def test_nothing_is_used_before_it_was_uploaded() -> None:
         assert np.all(np.diff(age) <= 0), "the most recent event stands last"
         assert np.all(request.time - age > world.upload_time[request.history_id])
         assert np.all(request.time > world.upload_time[request.item_id])
+
+
+def test_the_incumbent_is_the_policy_that_has_passed_the_candidates() -> None:
+    for request in [*draw("validation"), *draw("test")]:
+        assert request.incumbent[30:].min() < request.incumbent[30:].max()
+        assert request.incumbent[:30].min() >= request.incumbent[30:].max()
+
+
+@pytest.mark.parametrize(
+    ("passed", "shown", "exploration"),
+    [(12, 5, 0.3), (6, 5, 0.9), (5, 5, 0.5), (9, 4, 0), (9, 4, 1)],
+)
+def test_propensities_are_the_frequencies_of_being_shown(passed, shown, exploration) -> None:
+    rng, draws = np.random.default_rng(0), 20_000
+    value = rng.permutation(passed).astype(np.float32)
+    times = np.zeros(passed)
+    for _ in range(draws):
+        times[cascade._shown_first(rng, value, shown, exploration)[:shown]] += 1
+    expected = cascade.shown_probability(passed, shown, exploration)
+    assert expected.sum() == pytest.approx(shown)
+    deviation = np.sqrt((expected * (1 - expected)).clip(min=0) / draws)
+    by_rank = times[np.argsort(-value)] / draws
+    assert np.all(np.abs(by_rank - expected) <= 4 * deviation + 1e-9)
+
+
+def test_a_propensity_is_of_a_shown_candidate_at_its_place_among_the_passed() -> None:
+    # What the log has of the teacher in the test is what the production ranker sorted by.
+    expected = cascade.shown_probability(30, 5, 0.2).astype(np.float32)
+    for request in draw("test"):
+        value = request.teacher_probability[:30] @ cascade.PRODUCTION_VALUE_WEIGHTS
+        rank = [int((value > own).sum()) for own in value[:5]]
+        np.testing.assert_array_equal(request.propensity[:5], expected[rank])
+        assert np.isnan(request.propensity[5:]).all()
 
 
 def test_labels_follow_the_true_probabilities() -> None:

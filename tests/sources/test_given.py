@@ -123,6 +123,21 @@ def test_what_is_left_out_is_nothing_and_labels_weigh_1():
     scored["teacher_probability"] = [[0.5, np.nan]]
     assert given.request_of(scored, 0, spec).teacher_weight.tolist() == [1]
     assert {field.name for field in STORED} == {*vars(request)}
+    ordered = {"user_id": 3, "item_id": [4, 5], "user_label": [[1, 0]], "incumbent": [2, np.nan]}
+    request = given.request_of(ordered, 0, spec)
+    np.testing.assert_array_equal(request.incumbent, [2, np.nan])
+    assert np.isnan(request.true_probability).tolist() == [[True, True]] * 2
+    assert np.isnan(request.propensity).all()
+
+
+@pytest.mark.parametrize("propensity", [0, -0.5, 1.5])
+def test_a_propensity_of_a_shown_candidate_is_a_probability_above_0(propensity):
+    fields = {"user_id": 3, "item_id": [4, 5], "user_label": [[1, 0]]}
+    given.request_of(fields | {"propensity": [1, propensity]}, 0, SPEC)
+    with pytest.raises(
+        kd.UserError, match=rf"request 0: propensity is {propensity}; it must be in"
+    ):
+        given.request_of(fields | {"propensity": [propensity, 1]}, 0, SPEC)
 
 
 def test_the_funnel_is_that_of_the_requests():
