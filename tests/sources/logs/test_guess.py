@@ -1,6 +1,7 @@
 """First configs for logs whose every column was planted."""
 
 import itertools
+import json
 import re
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from ml_collections import ConfigDict, config_flags
 
 from kd_ranker.config import checks
 from kd_ranker.configs import parquet
+from kd_ranker.distillation.losses import NEEDS_PROBABILITIES
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands, launch
 from kd_ranker.requests.request import SPLITS
@@ -331,6 +333,29 @@ def test_positions_of_a_teacher(columns, tmp_path):
     assert config.data.teacher.to_dict() == {"click": "final_rank"}
     assert "another task" in check_of(text, "data.teacher.click")
     assert config.data.columns.position == "position"
+
+
+def test_a_log_of_fifty_positions_is_inferred_prepared_and_trained(columns, tmp_path):
+    absent = [f"teacher_probability_{task}" for task in logs.TASKS]
+    columns = without(columns, "dwell", "label_weight", "teacher_version", *absent)
+    rng, passed = np.random.default_rng(0), 50
+    rank = np.concatenate([rng.permutation(logs.CANDIDATES) for _ in range(logs.REQUESTS)])
+    shown = rank < logs.SHOWN
+    columns["stage"] = np.select([shown, rank < passed], ["shown", "passed"], "retrieved")
+    for task in logs.TASKS:
+        columns[task] = np.where(shown, rng.integers(2, size=len(rank)), np.nan)
+    columns["position"] = np.where(shown, rank, np.nan)
+    columns["final_rank"] = np.where(rank < passed, 1.0 + rank, np.nan)
+    _, config = infer(tmp_path, logs.table_of(columns))
+    assert config.data.teacher.to_dict() == {"click": "final_rank"}
+    assert config.distill.loss not in NEEDS_PROBABILITIES
+    config.data.dir, config.data.allow = str(tmp_path / "datasets"), ("few_positives",)
+    directory = Path(commands.prepare_data(config))
+    report = json.loads((directory / "data_report.json").read_text())
+    coverage = report["teacher"]["tasks"]["click"]["coverage"]["test"]
+    assert coverage == {"retrieved": 0.0, "passed": 1.0, "shown": 1.0}
+    config.train.steps, config.train.log_every = 2, 1
+    commands.train(config, str(tmp_path / "student"))
 
 
 def test_names_that_mislead(columns, tmp_path):
