@@ -132,6 +132,8 @@ def open_duckdb(memory: float, threads: int, folder: Path, candidates: int = 0) 
         memory_limit=f"{memory * 1024:.0f}MiB",
         threads=threads,
         preserve_insertion_order=False,
+        # It drops conditions that a Parquet file's bounds imply, and these bounds ignore NaN.
+        disabled_optimizers="statistics_propagation",
         # Nobody opens that file again, so its log need not be worked off.
         wal_autocheckpoint="1TB",
     )

@@ -335,6 +335,21 @@ def test_positions_of_a_teacher(columns, tmp_path):
     assert config.data.columns.position == "position"
 
 
+@pytest.mark.parametrize("rows", ["candidate", "request"])
+def test_nan_is_missing_whatever_the_layout(columns, tmp_path, rows):
+    """Some writers know no null in a column of numbers."""
+    unknown = ("position", "dwell", *logs.TASKS, *(f"teacher_probability_{t}" for t in logs.TASKS))
+    with_nan = {name: np.array(columns[name], float) for name in unknown}
+    assert all(np.isnan(values).any() for values in with_nan.values())
+    text, config = infer(tmp_path, logs.table_of(columns | with_nan, rows))
+    data = config.data
+    assert data.labels.to_dict() == {"click": "click", "like": "like"}
+    assert data.teacher.to_dict() == {t: f"teacher_probability_{t}" for t in logs.TASKS}
+    assert data.columns.position == "position"
+    assert features_of(config).keys() - {"teacher_version"} == FEATURES.keys()
+    assert "missing where a candidate was not shown" in left_out(text)["dwell"]
+
+
 def test_a_log_of_fifty_positions_is_inferred_prepared_and_trained(columns, tmp_path):
     absent = [f"teacher_probability_{task}" for task in logs.TASKS]
     columns = without(columns, "dwell", "label_weight", "teacher_version", *absent)
