@@ -606,6 +606,37 @@ def test_names_that_python_and_ruff_stumble_over(columns, tmp_path):
     assert_formatted(tmp_path / "configs/feed.py")
 
 
+@pytest.mark.parametrize(
+    ("click", "like"), [("点击", "购买"), ("geöffnet", "Größe"), ("is_?!", "was ?!"), ("कि", "कु")]
+)
+def test_names_of_any_script_are_kept_apart(columns, tmp_path, click, like):
+    """Two labels, their teachers, and two features whose names differ in one letter or mark."""
+    columns = dict(columns)
+    new = {"click": click, "like": like, "country": f"{click} 1", "device": f"{like} 1"}
+    new |= {f"teacher_probability_{task}": f"p_{new[task]}" for task in logs.TASKS}
+    columns |= {name: columns.pop(old) for old, name in new.items()}
+    _, config = infer(tmp_path, logs.table_of(columns))
+    labels, teacher = config.data.labels.to_dict(), config.data.teacher.to_dict()
+    assert sorted(labels.values()) == sorted([click, like])
+    assert {labels[task]: of for task, of in teacher.items()} == {
+        click: f"p_{click}",
+        like: f"p_{like}",
+    }
+    assert config.tasks == tuple(labels)
+    if click.isidentifier():
+        assert {*labels} == {click.lower(), like.lower()}
+    read = {each.column or name for name, each in config.data.features.items()}
+    assert {f"{click} 1", f"{like} 1"} <= read
+    config.data.dir, config.data.allow = str(tmp_path / "datasets"), ("few_positives",)
+    directory = Path(commands.prepare_data(config))
+    report = json.loads((directory / "data_report.json").read_text())
+    assert {*report["labels"]["tasks"]} == {*labels}
+    for name, each in config.data.features.items():
+        if each.column in (f"{click} 1", f"{like} 1"):
+            kept = pq.read_table(directory / f"vocabularies/feature-{name}.parquet")["value"]
+            assert {*kept.to_pylist()} == {*columns[each.column]}
+
+
 def test_files_that_differ(columns, tmp_path):
     table = logs.table_of(columns)
     half = table.num_rows // 2

@@ -66,9 +66,8 @@ def find_features(log: Log, roles: Roles) -> list[FeatureGuess]:
     rows = {f.Index: f for f in looked.itertuples()}
     features: list[FeatureGuess] = []
     for column in free:
-        name = names.identifier(column)
-        while name in {feature.name for feature in features}:
-            name += "_"
+        taken = {feature.name for feature in features}
+        name = names.unused(names.identifier(column), taken)
         if unusable[column]:
             features.append(FeatureGuess(name, column, left_out=unusable[column]))
             continue
