@@ -317,6 +317,22 @@ def test_what_ranked_the_candidates_is_kept_to_be_checked(columns, tmp_path):
     assert "tells which candidates were shown" in left_out(text)["certain"]
 
 
+def test_what_has_the_order_of_the_teacher_is_left_out(columns, tmp_path):
+    score = np.random.default_rng(0).random(len(columns["stage"]))
+    clicks = np.where(
+        columns["stage"] == "shown", np.random.default_rng(1).random() < score, np.nan
+    )
+    changed = {
+        "click": clicks,
+        "teacher_probability_click": score,
+        "z": np.log(score / (1 - score)),
+    }
+    text, config = infer(tmp_path, logs.table_of(columns | changed))
+    assert config.data.teacher.click == "teacher_probability_click"
+    assert "ordered like 'teacher_probability_click', rank corr" in left_out(text)["z"]
+    assert "retrieval_score_7d" in features_of(config)
+
+
 def test_stages_beyond_three_are_to_be_checked(columns, tmp_path):
     stage = np.where(np.arange(len(columns["stage"])) % 60 == 59, "lost", columns["stage"])
     text, config = infer(tmp_path, logs.table_of(columns | {"stage": stage}))

@@ -18,7 +18,7 @@ from kd_ranker.sources.logs.guess.ids import Log
 from kd_ranker.sources.logs.guess.roles import Roles
 from kd_ranker.sources.logs.guess.rules import first
 from kd_ranker.sources.logs.guess.sample import AT
-from kd_ranker.sources.logs.leaks import SHOWN, shares_told
+from kd_ranker.sources.logs.leaks import SHOWN, copies_of_teachers, shares_told
 
 _DEFAULT_SIZE = 100_000  # of `feature`
 _HASHED_FROM = 10_000  # values in the sample
@@ -54,6 +54,7 @@ def find_features(log: Log, roles: Roles) -> list[FeatureGuess]:
     of_request = roles.facts.of_request.reindex(usable).astype(bool)
     told = _told(log, roles, list(of_request.index[~of_request]))
     against = _against(log, roles, list(of_request.index[of_request]))
+    against |= _like_teachers(log, roles, list(of_request.index[~of_request]))
     facts = roles.facts.join(log.cells.where(roles.passed).add_prefix("passed_"))
     # Of requests, more are known than are in the sample.
     facts.loc[of_request.index[of_request], log.requests.facts.columns] = log.requests.facts
@@ -220,6 +221,19 @@ def _against(log: Log, roles: Roles, columns: Sequence[str]) -> dict[str, str]:
             reasons[name] = f"{own:.0%} of what it lists are candidates of the same request"
     numbers = [name for name in columns if log.facts.is_number[name]]
     return reasons | (_counts_of_labels(log, roles, numbers) if numbers and roles.labels else {})
+
+
+def _like_teachers(log: Log, roles: Roles, columns: Sequence[str]) -> dict[str, str]:
+    """Column of candidates -> the reason against it, for numbers in the order of a teacher's."""
+    rows = log.sample.table.join(log.owner.rename(**{" request": "owner"}), AT)
+    teachers = {guess.column: guess.column for guess in roles.teacher.values()}
+    numbers = [name for name in columns if log.facts.is_number[name]]
+    copies = copies_of_teachers(log.cells.engine, rows, " request", numbers, teachers)
+    return {
+        name: f"CHECK: the teacher's score? ordered like {teacher!r}, rank correlation {share:.2f}"
+        for name, of in copies.items()
+        for teacher, share in of.items()
+    }
 
 
 def _shares_of_candidates(log: Log, names_: Sequence[str]) -> dict[str, tuple[float, float]]:
