@@ -1016,6 +1016,29 @@ def test_pages_of_two(columns, tmp_path):
     assert "position" not in config.data.labels
 
 
+def test_a_request_far_larger_than_the_rest_is_a_remark(columns, tmp_path):
+    place = np.arange(len(columns["stage"]))
+    kept = (columns["stage"] == "shown") | (place % logs.CANDIDATES < 2)
+    text, config = infer(tmp_path, logs.table_of(columns).filter(pa.array(kept)))
+    assert "the largest request" not in check_of(text, "config.funnel.retrieved")
+    kept |= place < logs.CANDIDATES  # the whole of the first request
+    sizes = np.sort(np.bincount(place[kept] // logs.CANDIDATES))
+    hint = (
+        f"largest request has {logs.CANDIDATES} candidates; the median is {sizes[99]}, the 99.9% "
+        f"quantile {sizes[198]}: if it is an error, set config.funnel.retrieved={sizes[198]}, "
+    )
+    (tmp_path / "configs/feed.py").unlink()
+    text, config = infer(tmp_path, logs.table_of(columns).filter(pa.array(kept)))
+    assert f"the {hint}" in check_of(text, "config.funnel.retrieved")
+    assert config.funnel.retrieved == logs.CANDIDATES
+    config.data.dir, config.data.allow = str(tmp_path / "datasets"), ("few_positives",)
+    report = json.loads((Path(commands.prepare_data(config)) / "data_report.json").read_text())
+    assert [remark for remark in report["remarks"] if remark.startswith(f"The {hint}")]
+    of_each = report["requests"]["candidates_a_request"]["quantiles"]
+    levels = [float(q) for q in of_each]
+    assert [*of_each.values()] == np.quantile(sizes, levels, method="lower").tolist()
+
+
 def test_steps_suit_the_size_of_the_log(columns, tmp_path):
     with mock.patch.object(funnel, "_LEAST_STEPS", 1):
         _, config = infer(tmp_path, logs.table_of(core(columns)))

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from kd_ranker.sources.logs.guess.ids import Log
 from kd_ranker.sources.logs.guess.roles import Roles, any_known
 from kd_ranker.sources.logs.guess.sample import AT
+from kd_ranker.sources.logs.looks import size_hint
 
 _LEAST_CANDIDATES = 32
 _SHOWN_OF_ALL = 10
@@ -33,8 +34,9 @@ def find_sizes(log: Log, roles: Roles, template: ConfigDict) -> dict[str, Size]:
     retrieved = Size(most, f"the most of {number:,} requests", doubt)
     if counts["all"].min() < most:
         why = f"the most of {number:,} requests; {counts['all'].median():,.0f} at the median"
-        check = "the sample may lack larger requests, which would lose candidates"
-        retrieved = Size(most, why, doubt or check)
+        check = doubt or "the sample may lack larger requests, which would lose candidates"
+        far = size_hint(*counts["all"].quantile([0.5, 0.999, 1], "lower"))
+        retrieved = Size(most, why, "; ".join(filter(None, (far, check))))
     shown = _shown(counts, roles, most)
     top = shown.number
     assert isinstance(top, int)
