@@ -1,10 +1,12 @@
 """First configs for logs whose every column was planted."""
 
+import dataclasses
 import itertools
 import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -779,6 +781,26 @@ def test_requests_that_a_sample_cuts_off_do_not_count_for_the_funnel(columns, tm
     funnel = config.funnel
     sizes = (funnel.retrieved, funnel.passed, funnel.shown)
     assert sizes == (logs.CANDIDATES, logs.PASSED, logs.SHOWN)
+
+
+def test_a_column_may_be_called_owner(columns, tmp_path):
+    _, config = infer(tmp_path, logs.table_of(columns | {"owner": columns["author_id"]}))
+    assert "owner" in config.data.features
+    funnel = config.funnel
+    sizes = (funnel.retrieved, funnel.passed, funnel.shown)
+    assert sizes == (logs.CANDIDATES, logs.PASSED, logs.SHOWN)
+
+
+def test_files_of_an_archive_are_not_taken_for_those_read_before(columns, tmp_path):
+    files = sorted(logs.write(logs.table_of(core(columns)), tmp_path / "feed").iterdir())
+    with zipfile.ZipFile(tmp_path / "feed.zip", "w") as archive:
+        for file in files:
+            archive.write(file, file.name)
+    log = sample.open_log(f"zip://*.parquet::{tmp_path / 'feed.zip'}").log
+    engine = DuckDb(ibis.duckdb.connect(threads=1), tmp_path)
+    for name, file in zip(log.files, files, strict=True):
+        rows = engine.fetch(engine.rows_of(dataclasses.replace(log, files=(name,)), [0]))
+        assert rows["item_id"].equals(pq.read_table(file)["item_id"])
 
 
 def test_rows_in_any_order(columns, tmp_path):

@@ -14,7 +14,7 @@ from ibis import _
 from kd_ranker.sources.logs.cells import elements_of
 from kd_ranker.sources.logs.guess import names
 from kd_ranker.sources.logs.guess.facts import ELEMENTS, ZERO_ONE
-from kd_ranker.sources.logs.guess.ids import Log
+from kd_ranker.sources.logs.guess.ids import OWNER, Log
 from kd_ranker.sources.logs.guess.roles import Roles
 from kd_ranker.sources.logs.guess.rules import first
 from kd_ranker.sources.logs.guess.sample import AT
@@ -225,10 +225,9 @@ def _against(log: Log, roles: Roles, columns: Sequence[str]) -> dict[str, str]:
 
 def _like_teachers(log: Log, roles: Roles, columns: Sequence[str]) -> dict[str, str]:
     """Column of candidates -> the reason against it, for numbers in the order of a teacher's."""
-    rows = log.sample.table.join(log.owner.rename(**{" request": "owner"}), AT)
     teachers = {guess.column: guess.column for guess in roles.teacher.values()}
     numbers = [name for name in columns if log.facts.is_number[name]]
-    copies = copies_of_teachers(log.cells.engine, rows, " request", numbers, teachers)
+    copies = copies_of_teachers(log.cells.engine, log.candidates(), OWNER, numbers, teachers)
     return {
         name: f"CHECK: the teacher's score? ordered like {teacher!r}, rank correlation {share:.2f}"
         for name, of in copies.items()
@@ -255,10 +254,10 @@ def _shares_of_candidates(log: Log, names_: Sequence[str]) -> dict[str, tuple[fl
 
 def _counts_of_labels(log: Log, roles: Roles, columns: Sequence[str]) -> dict[str, str]:
     """Column of requests -> the reason, for numbers that go with how often a label is 1."""
-    table = log.sample.table.join(log.owner, AT)
+    table = log.candidates()
     ones = {of: (table[x.column].cast("float64") == 1).sum() for of, x in roles.labels.items()}
     numbers = {f"{name} ": table[name].cast("float64").min() for name in columns}
-    each = table.group_by("owner").agg(**numbers, **{f" {task}": of for task, of in ones.items()})
+    each = table.group_by(OWNER).agg(**numbers, **{f" {task}": of for task, of in ones.items()})
     asked: dict[str, ir.Value] = {name: each[f"{name} "].count() for name in columns}
     for name in columns:
         for task in ones:

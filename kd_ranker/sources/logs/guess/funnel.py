@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
-from kd_ranker.sources.logs.guess.ids import Log
+from kd_ranker.sources.logs.guess.ids import OWNER, Log
 from kd_ranker.sources.logs.guess.roles import Roles, any_known
 from kd_ranker.sources.logs.guess.sample import AT
 from kd_ranker.sources.logs.looks import size_hint
@@ -79,7 +79,7 @@ def _counts(log: Log, roles: Roles) -> tuple[pd.DataFrame, str]:
     Beside "all" it has how many are "shown", "passed" and "scored", where the log tells; and the
     highest and the lowest "position".
     """
-    rows = log.sample.table.join(log.owner, AT)
+    rows = log.candidates()
     told = (("shown", roles.shown), ("passed", roles.passed))
     flags = {name: flag for name, flag in told if flag is not None}
     for name, flag in flags.items():
@@ -91,7 +91,7 @@ def _counts(log: Log, roles: Roles) -> tuple[pd.DataFrame, str]:
         asked["scored"] = scored.cast("int64").sum()
     if position := roles.columns["position"].column:
         asked |= {"highest": rows[position].max(), "lowest": rows[position].min()}
-    each = rows.group_by("owner").agg(**asked).drop("owner")
+    each = rows.group_by(OWNER).agg(**asked).drop(OWNER)
     counts = log.cells.engine.fetch(each).to_pandas().astype(float)
     edges = log.sample.edges
     if edges and (counts["last"] - counts["first"] + 1 != counts["all"]).mean() > 0.1:
