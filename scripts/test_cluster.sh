@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Tests what runs on several machines, here on one: Spark, which reads a log, Ray, which trains and scores, and a
-# server of S3, which keeps workdirs. They come into .venv-cluster, beside the pinned dependencies; Java 17
-# has to be there (Debian's default-jre-headless, which this installs where it may). 2 GB. Arguments go to
+# server of S3, which keeps workdirs and logs. They come into .venv-cluster, beside the pinned dependencies;
+# Java 17 has to be there (Debian's default-jre-headless, which this installs where it may). 2 GB. Arguments go to
 # pytest:
 #
 #   ./scripts/test_cluster.sh

@@ -12,11 +12,7 @@ from kd_ranker.evaluation import results
 from kd_ranker.pipeline import commands, remote
 from tests import small
 
-pytest.importorskip("s3fs", reason="s3fs is not installed; scripts/test_cluster.sh does it")
-moto = pytest.importorskip(
-    "moto.server", reason="moto is not installed; scripts/test_cluster.sh does it"
-)
-import boto3  # noqa: E402
+pytest.importorskip("s3fs", reason="s3fs is missing; scripts/test_cluster.sh installs it")
 
 CHANGES = {"distill__mode": "aux", "train__log_every": 1, "train__checkpoint_every": 4}
 URL = "s3://bucket/runs/student"
@@ -37,25 +33,6 @@ runpy.run_module(sys.argv[0], run_name="__main__")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return small.open_world(tmp_path_factory)
-
-
-@pytest.fixture
-def store(monkeypatch):
-    """The file system of a server with an empty bucket, which processes find by the environment."""
-    server = moto.ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    variables = {
-        "AWS_ENDPOINT_URL": "http://{}:{}".format(*server.get_host_and_port()),
-        "AWS_ACCESS_KEY_ID": "of the test",
-        "AWS_SECRET_ACCESS_KEY": "of the test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
-    boto3.client("s3").create_bucket(Bucket="bucket")
-    yield fsspec.filesystem("s3", use_listings_cache=False)
-    server.stop()
 
 
 def names(store):

@@ -17,7 +17,7 @@ from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.grouped import Cutoffs
 from kd_ranker.sources.logs.layout import STAGES, Feature, LogLayout
 from kd_ranker.sources.logs.leaks import remarks_of
-from kd_ranker.sources.logs.looks import label_hint, probability_hint
+from kd_ranker.sources.logs.looks import label_hint, probability_hint, size_hint
 from kd_ranker.sources.logs.reasons import MEANING, Reason
 from kd_ranker.sources.logs.statistics import NO_MOMENTS, Moments, Statistics
 
@@ -26,7 +26,7 @@ Report = dict[str, Any]
 
 # Beyond it, a teacher's probabilities are so far from the labels that the report says so.
 _CALIBRATION_TOLERANCE = 0.1
-_QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+_QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
 
 
 class Found(NamedTuple):
@@ -136,12 +136,7 @@ def _requests(layout: LogLayout, statistics: Statistics, found: Found) -> dict:
         "earlier_than_the_one_before": found.steps_back,
         "candidates_a_request": {
             "mean": float((number * np.arange(len(number))).sum() / number.sum()),
-            "quantiles": {
-                f"{q:g}": int(np.searchsorted(np.cumsum(number), q * number.sum()))
-                if q
-                else int(np.flatnonzero(number)[0])
-                for q in _QUANTILES
-            },
+            "quantiles": {f"{q:g}": _quantile(number, q) for q in _QUANTILES},
             "histogram": _histogram(number),
         },
     }
@@ -155,6 +150,11 @@ def _requests(layout: LogLayout, statistics: Statistics, found: Found) -> dict:
             "last": _date(int(statistics.last[index])) if some else None,
         }
     return result
+
+
+def _quantile(number: Int64[np.ndarray, "n"], q: float) -> int:
+    """The quantile of sizes, `number[s]` of them s; the lower one where it is between two."""
+    return int(np.searchsorted(np.cumsum(number), int(q * (number.sum() - 1)) + 1))
 
 
 def _histogram(number: Int64[np.ndarray, "n"]) -> list[dict]:
@@ -298,6 +298,9 @@ def _remarks_on_requests(requests: dict) -> list[str]:
         for split in SPLITS
         if (without := requests[split]["without_a_shown_candidate"])
     ]
+    sizes = requests["candidates_a_request"]["quantiles"]
+    if hint := size_hint(sizes["0.5"], sizes["0.999"], sizes["1"]):
+        sentences.append(f"{hint[0].upper()}{hint[1:]}.")
     if requests["several_times"]:
         sentences.append(
             f"The rows of {requests['several_times']:,} requests have several times; the earliest "

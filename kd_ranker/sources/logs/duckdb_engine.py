@@ -1,6 +1,7 @@
 """DuckDB as engine, in this process."""
 
 import contextlib
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,15 +59,18 @@ class DuckDb(Engine):
     def rows_of(self, log: Log, files: list[int]) -> ir.Table:
         """All rows of some files of a log, with the columns `FILE` and `ROW`."""
         names = self.names_of(log)
-        rows: ir.Table = self.backend.read_parquet(
-            # A name is a pattern to DuckDB.
-            [re.sub(r"[*?\[]", r"[\g<0>]", names[file]) for file in files],
-            filename=FILE,
-            file_row_number=True,
-            union_by_name=True,
-            hive_partitioning=False,
-        )
-        return rows
+        # A name is a pattern to DuckDB.
+        paths = [re.sub(r"[*?\[]", r"[\g<0>]", names[file]) for file in files]
+        # Ibis' read_parquet would download an extension for s3:// and http://.
+        rows = ibis.util.gen_name("rows")
+        with _told():
+            self.backend.con.execute(
+                f"CREATE VIEW {rows} AS FROM read_parquet([{', '.join(map(_literal, paths))}], "
+                f"filename = '{FILE}', file_row_number = true, union_by_name = true, "
+                "hive_partitioning = false)"
+            )
+        view: ir.Table = self.backend.table(rows)
+        return view
 
     def names_of(self, log: Log) -> list[str]:
         """The files of a log as `FILE` names them."""
@@ -76,10 +80,11 @@ class DuckDb(Engine):
         try:
             system.modified(log.files[0])
         except NotImplementedError:
-            # An archive, say, which the engine cannot read from.
-            copies = [self.folder / f"copied-{number}" for number in range(len(log.files))]
-            if not copies[-1].exists():
-                system.get(list(log.files), [str(copy) for copy in copies])
+            # The engine cannot read from such a system, for example an archive or a web server.
+            digests = [hashlib.sha256(file.encode()).hexdigest() for file in log.files]
+            copies = {self.folder / of: file for of, file in zip(digests, log.files, strict=True)}
+            if missing := [copy for copy in copies if not copy.exists()]:
+                system.get([copies[copy] for copy in missing], [str(copy) for copy in missing])
             return [str(copy) for copy in copies]
         names = [system.protocol] if isinstance(system.protocol, str) else system.protocol
         if not {*names} & {*self.backend.con.list_filesystems()}:
@@ -96,6 +101,10 @@ _type = DuckDBType.to_string
 
 def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
+
+
+def _literal(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
 
 
 @contextlib.contextmanager
@@ -132,6 +141,8 @@ def open_duckdb(memory: float, threads: int, folder: Path, candidates: int = 0) 
         memory_limit=f"{memory * 1024:.0f}MiB",
         threads=threads,
         preserve_insertion_order=False,
+        # It drops conditions that a Parquet file's bounds imply, and these bounds ignore NaN.
+        disabled_optimizers="statistics_propagation",
         # Nobody opens that file again, so its log need not be worked off.
         wal_autocheckpoint="1TB",
     )

@@ -11,10 +11,9 @@ import ibis
 import ibis.expr.types as ir
 
 from kd_ranker.sources.logs.engine import Engine
-from kd_ranker.sources.logs.layout import Feature, LogLayout
+from kd_ranker.sources.logs.layout import LARGEST, Feature, LogLayout
 from kd_ranker.sources.logs.numbered import Numbered
 from kd_ranker.sources.logs.typed import (
-    LARGEST,
     code_of,
     id_of,
     is_other_version,
@@ -105,9 +104,9 @@ def _of_candidates(layout: LogLayout, unfolded: ir.Table) -> dict[str, Counts]:
     for task, name in layout.labels.items():
         number = number_of(unfolded[name])
         asked[f"labels.{task}"] = _counts(unfolded[name], number, ~number.isin((0, 1)))
-    highest = 1.0 if layout.teacher_signal == "probability" else LARGEST
     for task in layout.scored_tasks:
-        asked[f"teacher.{task}"] = _numbers(unfolded[layout.teacher[task]], 0, highest)
+        teacher = unfolded[layout.teacher[task]]
+        asked[f"teacher.{task}"] = _numbers(teacher, 0, layout.highest_teacher_value)
     asked |= _of_features(layout.of("candidate"), unfolded, operator.attrgetter("column"))
     return asked | _of_versions(layout, unfolded)
 

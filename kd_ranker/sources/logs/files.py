@@ -323,6 +323,11 @@ def _opened(system: Any, file: str) -> Iterator[pq.ParquetFile]:
                 yield parquet
     except (pa.ArrowException, OSError, EOFError) as error:
         raise UserError(f"{file} cannot be read as Parquet: {error}") from error
+    except ValueError as error:
+        raise UserError(
+            f"{file} cannot be read in parts; download the log, or use a server that supports "
+            f"range requests: {error}"
+        ) from error
 
 
 def _parts(index: int, metadata: pq.FileMetaData, layout: LogLayout) -> list[Part]:

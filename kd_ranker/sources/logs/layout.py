@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError, check_choice
@@ -19,6 +20,8 @@ ALLOWABLE = ("few_positives", "one_label", "rejected", "teacher_coverage", "time
 # Columns that a log may lack, and those that it must have.
 OPTIONAL = ("stage", "position", "label_weight", "teacher_version", "teacher_weight")
 REQUIRED = ("request", "time", "user", "item")
+# A number beyond it cannot be stored in 32 bits.
+LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,6 +149,11 @@ class LogLayout:
         return dataclasses.replace(
             self, columns=columns, stages={}, labels={}, teacher={}, teacher_version="", split=""
         )
+
+    @property
+    def highest_teacher_value(self) -> float:
+        """The upper bound of a teacher's proper values, probabilities or positions; 0 is lowest."""
+        return 1.0 if self.teacher_signal == "probability" else LARGEST
 
     @property
     def scored_tasks(self) -> tuple[str, ...]:

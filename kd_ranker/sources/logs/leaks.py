@@ -15,11 +15,14 @@ from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.logs.grouped import Grouped
 from kd_ranker.sources.logs.layout import OWNERS, LogLayout
 from kd_ranker.sources.logs.numbered import Numbered
+from kd_ranker.sources.logs.typed import number_of
 
 SHOWN = "shown"
 # Shares of the uncertainty of what was shown, and of a label, that no honest feature tells. What
 # ranked the candidates may be known before, and tells much of what was shown.
 TELLS_SHOWN, TELLS_LABEL = 0.9, 0.5
+# Least rank correlation of a copy of a teacher's score. Scores of earlier stages agree less.
+_COPIES_TEACHER = 0.95
 # Candidates that are enough to see it.
 _SOME = 100_000
 _KINDS = ("dense", "category")
@@ -32,6 +35,8 @@ def tell_tales(
     engine: Engine, layout: LogLayout, grouped: Grouped, numbered: Numbered
 ) -> dict[str, dict[str, float]]:
     """Feature -> label, or "shown", of which it tells too much -> the share that it tells.
+
+    A feature in the order of a teacher's score has that teacher, with the rank correlation.
 
     Goes over some 100,000 candidates of whole requests.
     """
@@ -57,14 +62,51 @@ def tell_tales(
     ):
         there = [column for column in lacking if column in table.columns]
         rows = rows.join(table.select(key, *there), key)
-    rows = engine.keep("some_candidates", rows.select(*features.values(), *answers))
+    teachers = {f"teacher of {task}": f"teacher:{task}" for task in layout.scored_tasks}
+    kept = (*features.values(), *answers, "number", *teachers.values())
+    rows = engine.keep("some_candidates", rows.select(*kept))
     cells = cells_of(rows, list(features.values()), *answers)
     told = shares_told(engine, rows, cells, list(features.values()), list(answers))
     limit = {name: TELLS_SHOWN if name == SHOWN else TELLS_LABEL for name in answers}
+    dense = [f"feature:{of.name}" for of in layout.of(*OWNERS, kind="dense") if of.place is None]
+    copies = copies_of_teachers(engine, rows, "number", dense, teachers)
     return {
         name: {answer: share for answer, share in told[column].items() if share >= limit[answer]}
+        | copies.get(column, {})
         for name, column in features.items()
     }
+
+
+def copies_of_teachers(
+    engine: Engine,
+    rows: ir.Table,
+    request: str,
+    columns: Sequence[str],
+    teachers: Mapping[str, str],
+) -> dict[str, dict[str, float]]:
+    """Column -> teacher whose score has the same order -> Spearman's correlation within requests.
+
+    Args:
+      engine: the engine of the rows.
+      rows: candidates; they are fetched.
+      request: the column that is the same in all candidates of a request.
+      columns: columns of numbers.
+      teachers: name -> column of scores, null where a candidate was not scored.
+    """
+    if not columns or not teachers:
+        return {}
+    numbers = {name: number_of(rows[name]) for name in (*columns, *teachers.values())}
+    table = engine.fetch(rows.select(rows[request], **numbers)).to_pandas()
+    copies: dict[str, dict[str, float]] = {}
+    for teacher, score in teachers.items():
+        scored = table[table[score].notna()]
+        ranks = scored.groupby(request).rank()
+        ranks -= ranks.groupby(scored[request]).transform("mean")
+        enough = ranks.columns[ranks.notna().sum() >= _LEAST_ANSWERS]
+        found = ranks[enough.intersection(columns)].corrwith(ranks[score]).abs()
+        for column, correlation in found[found >= _COPIES_TEACHER].items():
+            copies.setdefault(str(column), {})[teacher] = float(correlation)
+    return copies
 
 
 def shares_told(
@@ -154,9 +196,12 @@ def share_told(all_: Float64[np.ndarray, "bins"], yes: Float64[np.ndarray, "bins
 
 def remarks_of(told: Mapping[str, float], feature: str) -> list[str]:
     """A sentence on each answer that a feature tells too much of."""
-    return [
-        f"Feature {feature!r} tells {share:.0%} of the uncertainty "
-        + ("which candidates were shown" if name == SHOWN else f"of the {name}")
-        + ": is it known before they are ranked?"
-        for name, share in told.items()
-    ]
+    sentences = []
+    for name, share in told.items():
+        what = f"tells {share:.0%} of the uncertainty of the {name}"
+        if name == SHOWN:
+            what = f"tells {share:.0%} of the uncertainty which candidates were shown"
+        elif name.startswith("teacher"):
+            what = f"orders candidates like the {name} (rank correlation {share:.2f})"
+        sentences.append(f"Feature {feature!r} {what}: is it known before they are ranked?")
+    return sentences

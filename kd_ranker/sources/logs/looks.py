@@ -12,6 +12,8 @@ from kd_ranker.sources.logs.layout import TIME_UNITS, LogLayout
 EARLIEST, LATEST = (np.datetime64(f"{year}-01-01", "s") for year in (1990, 2100))
 # Numbers that are enough to tell.
 _SOME = 1000
+# Times the median, beyond which the largest request is a remark.
+_FAR = 5
 _NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds"}
 
 
@@ -71,3 +73,20 @@ def _some_numbers(log: Log, column: str) -> Float64[np.ndarray, "n"]:
         if number >= _SOME:
             break
     return np.concatenate(found)
+
+
+def size_hint(median: float, high: float, most: float) -> str:
+    """A remark on the candidates of requests if the largest is far from the rest, else "".
+
+    Args:
+      median: the median of their numbers.
+      high: the 99.9% quantile.
+      most: the largest number.
+    """
+    if most <= _FAR * median:
+        return ""
+    return (
+        f"the largest request has {most:,.0f} candidates; the median is {median:,.0f}, the 99.9% "
+        f"quantile {high:,.0f}: if it is an error, set config.funnel.retrieved={high:.0f}, which "
+        "rejects the candidates beyond"
+    )

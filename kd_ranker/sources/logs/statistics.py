@@ -149,7 +149,7 @@ def _totals(
         for task in layout.tasks
     ]
     with np.errstate(invalid="ignore"):
-        proper = [(of >= 0) & (of <= 1) & counts for of in scored]
+        proper = [(of >= 0) & (of <= layout.highest_teacher_value) & counts for of in scored]
     number = np.count_nonzero
     return {
         "requests": of_split(requests.num_rows),
@@ -182,7 +182,7 @@ def _calibration(
 ) -> Float64[np.ndarray, "bins 3"]:
     """Σ w, Σ w p and Σ w y by bins of the probability p, for labels y of weight w."""
     p, w = probability[chosen], weight[chosen]
-    place = np.minimum((p * TEACHER_BINS).astype(int), TEACHER_BINS - 1)
+    place = np.minimum(p * TEACHER_BINS, TEACHER_BINS - 1).astype(int)
     sums = [
         np.bincount(place, weights=w * value, minlength=TEACHER_BINS)
         for value in (1.0, p, label[chosen])

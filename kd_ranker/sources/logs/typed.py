@@ -13,19 +13,16 @@ from functools import reduce
 import ibis
 import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
-import numpy as np
 
 from kd_ranker.batch import Stage
 from kd_ranker.sources.logs import files
 from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.logs.files import Log
-from kd_ranker.sources.logs.layout import Feature, LogLayout
+from kd_ranker.sources.logs.layout import LARGEST, Feature, LogLayout
 from kd_ranker.sources.logs.reasons import Reason
 
 # Before the names of the log's columns on the engine.
 PREFIX = "log:"
-# Beyond it, a number has no place in 32 bits.
-LARGEST = float(np.finfo(np.float32).max)
 # Beyond these, a float is not the whole number that was meant.
 _EXACT = {dt.Float32: 2.0**24, dt.Float64: 2.0**53, dt.Float16: 2.0**11}
 # What ids and categories may be, in words.
@@ -44,9 +41,7 @@ def id_of(value: ir.Value) -> ir.Value:
     if kind.is_boolean():
         return value.cast("int64")
     if kind.is_floating():
-        # DuckDB's `floor` fails on what no whole number can hold. NaN is looked for by itself: the
-        # bounds that a file names leave it out, and DuckDB leaves out what holds within them.
-        value = ibis.ifelse(value.isnan(), None, value)
+        # DuckDB's `floor` fails on NaN, which it sorts above all numbers, and on large numbers.
         value = ibis.ifelse(value.abs() <= _EXACT[type(kind)], value, None)
         return ibis.ifelse(value.floor() == value, value, None).cast("int64")
     # As which Spark reads numbers of 64 bits without a sign.

@@ -49,5 +49,5 @@ def read_vocabulary(directory: Path, name: str) -> pa.Table:
 
 
 def _path(folder: Path, name: str) -> Path:
-    file = "".join(c if c.isalnum() or c in "_.-" else "-" for c in name)
+    file = "".join(c if f"a{c}".isidentifier() or c in ".-" else "-" for c in name)
     return folder / f"{file}.parquet"

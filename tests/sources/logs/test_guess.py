@@ -1,9 +1,12 @@
 """First configs for logs whose every column was planted."""
 
+import dataclasses
 import itertools
+import json
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 from kd_ranker.config import checks
 from kd_ranker.configs import parquet
+from kd_ranker.distillation.losses import NEEDS_PROBABILITIES
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands, launch
 from kd_ranker.requests.request import SPLITS
@@ -315,6 +319,22 @@ def test_what_ranked_the_candidates_is_kept_to_be_checked(columns, tmp_path):
     assert "tells which candidates were shown" in left_out(text)["certain"]
 
 
+def test_what_has_the_order_of_the_teacher_is_left_out(columns, tmp_path):
+    score = np.random.default_rng(0).random(len(columns["stage"]))
+    clicks = np.where(
+        columns["stage"] == "shown", np.random.default_rng(1).random() < score, np.nan
+    )
+    changed = {
+        "click": clicks,
+        "teacher_probability_click": score,
+        "z": np.log(score / (1 - score)),
+    }
+    text, config = infer(tmp_path, logs.table_of(columns | changed))
+    assert config.data.teacher.click == "teacher_probability_click"
+    assert "ordered like 'teacher_probability_click', rank corr" in left_out(text)["z"]
+    assert "retrieval_score_7d" in features_of(config)
+
+
 def test_stages_beyond_three_are_to_be_checked(columns, tmp_path):
     stage = np.where(np.arange(len(columns["stage"])) % 60 == 59, "lost", columns["stage"])
     text, config = infer(tmp_path, logs.table_of(columns | {"stage": stage}))
@@ -331,6 +351,44 @@ def test_positions_of_a_teacher(columns, tmp_path):
     assert config.data.teacher.to_dict() == {"click": "final_rank"}
     assert "another task" in check_of(text, "data.teacher.click")
     assert config.data.columns.position == "position"
+
+
+@pytest.mark.parametrize("rows", ["candidate", "request"])
+def test_nan_is_missing_whatever_the_layout(columns, tmp_path, rows):
+    """Some writers know no null in a column of numbers."""
+    unknown = ("position", "dwell", *logs.TASKS, *(f"teacher_probability_{t}" for t in logs.TASKS))
+    with_nan = {name: np.array(columns[name], float) for name in unknown}
+    assert all(np.isnan(values).any() for values in with_nan.values())
+    text, config = infer(tmp_path, logs.table_of(columns | with_nan, rows))
+    data = config.data
+    assert data.labels.to_dict() == {"click": "click", "like": "like"}
+    assert data.teacher.to_dict() == {t: f"teacher_probability_{t}" for t in logs.TASKS}
+    assert data.columns.position == "position"
+    assert features_of(config).keys() - {"teacher_version"} == FEATURES.keys()
+    assert "missing where a candidate was not shown" in left_out(text)["dwell"]
+
+
+def test_a_log_of_fifty_positions_is_inferred_prepared_and_trained(columns, tmp_path):
+    absent = [f"teacher_probability_{task}" for task in logs.TASKS]
+    columns = without(columns, "dwell", "label_weight", "teacher_version", *absent)
+    rng, passed = np.random.default_rng(0), 50
+    rank = np.concatenate([rng.permutation(logs.CANDIDATES) for _ in range(logs.REQUESTS)])
+    shown = rank < logs.SHOWN
+    columns["stage"] = np.select([shown, rank < passed], ["shown", "passed"], "retrieved")
+    for task in logs.TASKS:
+        columns[task] = np.where(shown, rng.integers(2, size=len(rank)), np.nan)
+    columns["position"] = np.where(shown, rank, np.nan)
+    columns["final_rank"] = np.where(rank < passed, 1.0 + rank, np.nan)
+    _, config = infer(tmp_path, logs.table_of(columns))
+    assert config.data.teacher.to_dict() == {"click": "final_rank"}
+    assert config.distill.loss not in NEEDS_PROBABILITIES
+    config.data.dir, config.data.allow = str(tmp_path / "datasets"), ("few_positives",)
+    directory = Path(commands.prepare_data(config))
+    report = json.loads((directory / "data_report.json").read_text())
+    coverage = report["teacher"]["tasks"]["click"]["coverage"]["test"]
+    assert coverage == {"retrieved": 0.0, "passed": 1.0, "shown": 1.0}
+    config.train.steps, config.train.log_every = 2, 1
+    commands.train(config, str(tmp_path / "student"))
 
 
 def test_names_that_mislead(columns, tmp_path):
@@ -566,6 +624,37 @@ def test_names_that_python_and_ruff_stumble_over(columns, tmp_path):
     assert_formatted(tmp_path / "configs/feed.py")
 
 
+@pytest.mark.parametrize(
+    ("click", "like"), [("点击", "购买"), ("geöffnet", "Größe"), ("is_?!", "was ?!"), ("कि", "कु")]
+)
+def test_names_of_any_script_are_kept_apart(columns, tmp_path, click, like):
+    """Two labels, their teachers, and two features whose names differ in one letter or mark."""
+    columns = dict(columns)
+    new = {"click": click, "like": like, "country": f"{click} 1", "device": f"{like} 1"}
+    new |= {f"teacher_probability_{task}": f"p_{new[task]}" for task in logs.TASKS}
+    columns |= {name: columns.pop(old) for old, name in new.items()}
+    _, config = infer(tmp_path, logs.table_of(columns))
+    labels, teacher = config.data.labels.to_dict(), config.data.teacher.to_dict()
+    assert sorted(labels.values()) == sorted([click, like])
+    assert {labels[task]: of for task, of in teacher.items()} == {
+        click: f"p_{click}",
+        like: f"p_{like}",
+    }
+    assert config.tasks == tuple(labels)
+    if click.isidentifier():
+        assert {*labels} == {click.lower(), like.lower()}
+    read = {each.column or name for name, each in config.data.features.items()}
+    assert {f"{click} 1", f"{like} 1"} <= read
+    config.data.dir, config.data.allow = str(tmp_path / "datasets"), ("few_positives",)
+    directory = Path(commands.prepare_data(config))
+    report = json.loads((directory / "data_report.json").read_text())
+    assert {*report["labels"]["tasks"]} == {*labels}
+    for name, each in config.data.features.items():
+        if each.column in (f"{click} 1", f"{like} 1"):
+            kept = pq.read_table(directory / f"vocabularies/feature-{name}.parquet")["value"]
+            assert {*kept.to_pylist()} == {*columns[each.column]}
+
+
 def test_files_that_differ(columns, tmp_path):
     table = logs.table_of(columns)
     half = table.num_rows // 2
@@ -692,6 +781,26 @@ def test_requests_that_a_sample_cuts_off_do_not_count_for_the_funnel(columns, tm
     funnel = config.funnel
     sizes = (funnel.retrieved, funnel.passed, funnel.shown)
     assert sizes == (logs.CANDIDATES, logs.PASSED, logs.SHOWN)
+
+
+def test_a_column_may_be_called_owner(columns, tmp_path):
+    _, config = infer(tmp_path, logs.table_of(columns | {"owner": columns["author_id"]}))
+    assert "owner" in config.data.features
+    funnel = config.funnel
+    sizes = (funnel.retrieved, funnel.passed, funnel.shown)
+    assert sizes == (logs.CANDIDATES, logs.PASSED, logs.SHOWN)
+
+
+def test_files_of_an_archive_are_not_taken_for_those_read_before(columns, tmp_path):
+    files = sorted(logs.write(logs.table_of(core(columns)), tmp_path / "feed").iterdir())
+    with zipfile.ZipFile(tmp_path / "feed.zip", "w") as archive:
+        for file in files:
+            archive.write(file, file.name)
+    log = sample.open_log(f"zip://*.parquet::{tmp_path / 'feed.zip'}").log
+    engine = DuckDb(ibis.duckdb.connect(threads=1), tmp_path)
+    for name, file in zip(log.files, files, strict=True):
+        rows = engine.fetch(engine.rows_of(dataclasses.replace(log, files=(name,)), [0]))
+        assert rows["item_id"].equals(pq.read_table(file)["item_id"])
 
 
 def test_rows_in_any_order(columns, tmp_path):
@@ -927,6 +1036,29 @@ def test_pages_of_two(columns, tmp_path):
     _, config = infer(tmp_path, logs.table_of(columns | {"position": two, "stage": stage}))
     assert config.data.columns.position == "position"
     assert "position" not in config.data.labels
+
+
+def test_a_request_far_larger_than_the_rest_is_a_remark(columns, tmp_path):
+    place = np.arange(len(columns["stage"]))
+    kept = (columns["stage"] == "shown") | (place % logs.CANDIDATES < 2)
+    text, config = infer(tmp_path, logs.table_of(columns).filter(pa.array(kept)))
+    assert "the largest request" not in check_of(text, "config.funnel.retrieved")
+    kept |= place < logs.CANDIDATES  # the whole of the first request
+    sizes = np.sort(np.bincount(place[kept] // logs.CANDIDATES))
+    hint = (
+        f"largest request has {logs.CANDIDATES} candidates; the median is {sizes[99]}, the 99.9% "
+        f"quantile {sizes[198]}: if it is an error, set config.funnel.retrieved={sizes[198]}, "
+    )
+    (tmp_path / "configs/feed.py").unlink()
+    text, config = infer(tmp_path, logs.table_of(columns).filter(pa.array(kept)))
+    assert f"the {hint}" in check_of(text, "config.funnel.retrieved")
+    assert config.funnel.retrieved == logs.CANDIDATES
+    config.data.dir, config.data.allow = str(tmp_path / "datasets"), ("few_positives",)
+    report = json.loads((Path(commands.prepare_data(config)) / "data_report.json").read_text())
+    assert [remark for remark in report["remarks"] if remark.startswith(f"The {hint}")]
+    of_each = report["requests"]["candidates_a_request"]["quantiles"]
+    levels = [float(q) for q in of_each]
+    assert [*of_each.values()] == np.quantile(sizes, levels, method="lower").tolist()
 
 
 def test_steps_suit_the_size_of_the_log(columns, tmp_path):

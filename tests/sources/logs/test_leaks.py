@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy.stats
 import sklearn.metrics
 
 from kd_ranker.config.features import feature
@@ -65,6 +66,43 @@ def test_a_single_yes_proves_nothing(tmp_path):
     assert told(tmp_path, columns, "yes") == {"same": {"yes": 0.0}, "noise": {"yes": 0.0}}
 
 
+def test_copies_of_a_teacher_are_those_of_the_same_order_within_requests(tmp_path):
+    rng = np.random.default_rng(0)
+    request = np.repeat(np.arange(200), 10)
+    score = rng.random(2000)
+    noisy = {f"noise {of}": score + of * rng.normal(size=2000) for of in (0.02, 0.1, 0.4)}
+    columns = {
+        "request": request,
+        "score": np.where(np.arange(2000) % 3, score, np.nan),
+        "logit": np.log(score / (1 - score)),
+        "position": -np.round(score, 2),
+        "other request": score[::-1],
+        "constant": request,
+        "sparse": np.where(np.arange(2000) < 29, score, np.nan),
+        **noisy,
+        "of request": score + 100 * request,
+    }
+    engine = DuckDb(ibis.duckdb.connect(), tmp_path)
+    rows = engine.put("rows", pa.table(columns))
+    names = [name for name in columns if name not in ("request", "score")]
+    found = leaks.copies_of_teachers(engine, rows, "request", names, {"teacher": "score"})
+
+    def expected(values):
+        """Pearson's correlation of ranks less their mean, over all requests."""
+        pairs = []
+        for number in range(200):
+            of = (request == number) & ~np.isnan(columns["score"])
+            ranks = [scipy.stats.rankdata(numbers[of]) for numbers in (values, score)]
+            pairs.append([each - each.mean() for each in ranks])
+        return abs(np.corrcoef(*np.concatenate(pairs, axis=1))[0, 1])
+
+    assert [expected(values) > 0.95 for values in noisy.values()] == [True, False, False]
+    assert found == {
+        name: {"teacher": pytest.approx(expected(columns[name]))}
+        for name in ("logit", "position", "noise 0.02", "of request")
+    }
+
+
 def test_the_data_report_remarks_on_features_that_tell_a_label_or_what_was_shown(tmp_path):
     log = write_small_log(tmp_path / "log")
     table = pq.read_table(log / "part-0.parquet")
@@ -74,10 +112,13 @@ def test_the_data_report_remarks_on_features_that_tell_a_label_or_what_was_shown
         "echo", pa.array([2.0 * (y or 0) + n for y, n in zip(watch, noise, strict=True)])
     )
     table = table.append_column("dwell", pa.array(noise, mask=~shown))
+    teacher = [None if p is None else p**3 for p in table["teacher_probability_like"].to_pylist()]
+    table = table.append_column("cubed", pa.array(teacher))
     pq.write_table(table, log / "part-0.parquet")
     config = faulty_logs.config(log, tmp_path / "data", allow=("few_positives",))
     config.data.features.echo = feature("candidate", "dense")
     config.data.features.dwell = feature("candidate", "dense")
+    config.data.features.cubed = feature("candidate", "dense")
     source = faulty_logs.open_source(config)
     source.write_beside(tmp_path)
     source.close()
@@ -86,7 +127,11 @@ def test_the_data_report_remarks_on_features_that_tell_a_label_or_what_was_shown
     assert {name: list(of) for name, of in tells.items()} == {
         "echo": ["label of watch"],
         "dwell": ["shown"],
+        "cubed": ["teacher of like"],
     }
     remarks = " ".join(report["remarks"])
     assert re.search(r"Feature 'echo' tells \d+% of the uncertainty of the label of watch", remarks)
     assert re.search(r"'dwell' tells \d+% of the uncertainty which candidates were shown", remarks)
+    assert (
+        "'cubed' orders candidates like the teacher of like (rank correlation 1.00): is" in remarks
+    )

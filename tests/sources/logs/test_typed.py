@@ -54,9 +54,12 @@ def test_ids_of_whole_numbers_are_the_numbers(values, array, expected):
     assert values(typed.id_of, array) == expected
 
 
-def test_nan_beside_small_numbers_is_no_id(values):
-    """Of which the file says that all of them are small, and the engine believes it."""
-    assert values(typed.id_of, pa.array([5.0, np.nan, 2.5])) == [5, None, None]
+@pytest.mark.parametrize("type_", [pa.float32(), pa.float64()])
+def test_nan_is_missing_in_a_column_without_nulls(values, type_):
+    """The bounds in the footer ignore NaN, and the engine must not conclude that there is none."""
+    array = pa.array([5.0, np.nan, 2.5], type_)
+    assert values(typed.id_of, array) == [5, None, None]
+    assert values(typed.number_of, array) == [5.0, None, 2.5]
 
 
 @pytest.mark.parametrize(

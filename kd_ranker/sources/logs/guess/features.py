@@ -14,11 +14,11 @@ from ibis import _
 from kd_ranker.sources.logs.cells import elements_of
 from kd_ranker.sources.logs.guess import names
 from kd_ranker.sources.logs.guess.facts import ELEMENTS, ZERO_ONE
-from kd_ranker.sources.logs.guess.ids import Log
+from kd_ranker.sources.logs.guess.ids import OWNER, Log
 from kd_ranker.sources.logs.guess.roles import Roles
 from kd_ranker.sources.logs.guess.rules import first
 from kd_ranker.sources.logs.guess.sample import AT
-from kd_ranker.sources.logs.leaks import SHOWN, shares_told
+from kd_ranker.sources.logs.leaks import SHOWN, copies_of_teachers, shares_told
 
 _DEFAULT_SIZE = 100_000  # of `feature`
 _HASHED_FROM = 10_000  # values in the sample
@@ -54,6 +54,7 @@ def find_features(log: Log, roles: Roles) -> list[FeatureGuess]:
     of_request = roles.facts.of_request.reindex(usable).astype(bool)
     told = _told(log, roles, list(of_request.index[~of_request]))
     against = _against(log, roles, list(of_request.index[of_request]))
+    against |= _like_teachers(log, roles, list(of_request.index[~of_request]))
     facts = roles.facts.join(log.cells.where(roles.passed).add_prefix("passed_"))
     # Of requests, more are known than are in the sample.
     facts.loc[of_request.index[of_request], log.requests.facts.columns] = log.requests.facts
@@ -66,9 +67,8 @@ def find_features(log: Log, roles: Roles) -> list[FeatureGuess]:
     rows = {f.Index: f for f in looked.itertuples()}
     features: list[FeatureGuess] = []
     for column in free:
-        name = names.identifier(column)
-        while name in {feature.name for feature in features}:
-            name += "_"
+        taken = {feature.name for feature in features}
+        name = names.unused(names.identifier(column), taken)
         if unusable[column]:
             features.append(FeatureGuess(name, column, left_out=unusable[column]))
             continue
@@ -223,6 +223,18 @@ def _against(log: Log, roles: Roles, columns: Sequence[str]) -> dict[str, str]:
     return reasons | (_counts_of_labels(log, roles, numbers) if numbers and roles.labels else {})
 
 
+def _like_teachers(log: Log, roles: Roles, columns: Sequence[str]) -> dict[str, str]:
+    """Column of candidates -> the reason against it, for numbers in the order of a teacher's."""
+    teachers = {guess.column: guess.column for guess in roles.teacher.values()}
+    numbers = [name for name in columns if log.facts.is_number[name]]
+    copies = copies_of_teachers(log.cells.engine, log.candidates(), OWNER, numbers, teachers)
+    return {
+        name: f"CHECK: the teacher's score? ordered like {teacher!r}, rank correlation {share:.2f}"
+        for name, of in copies.items()
+        for teacher, share in of.items()
+    }
+
+
 def _shares_of_candidates(log: Log, names_: Sequence[str]) -> dict[str, tuple[float, float]]:
     """Column of lists -> the shares that are among the request's own candidates, and another's."""
     first_ = log.owner.group_by("owner").agg(**{AT: log.owner[AT].min()})
@@ -242,10 +254,10 @@ def _shares_of_candidates(log: Log, names_: Sequence[str]) -> dict[str, tuple[fl
 
 def _counts_of_labels(log: Log, roles: Roles, columns: Sequence[str]) -> dict[str, str]:
     """Column of requests -> the reason, for numbers that go with how often a label is 1."""
-    table = log.sample.table.join(log.owner, AT)
+    table = log.candidates()
     ones = {of: (table[x.column].cast("float64") == 1).sum() for of, x in roles.labels.items()}
     numbers = {f"{name} ": table[name].cast("float64").min() for name in columns}
-    each = table.group_by("owner").agg(**numbers, **{f" {task}": of for task, of in ones.items()})
+    each = table.group_by(OWNER).agg(**numbers, **{f" {task}": of for task, of in ones.items()})
     asked: dict[str, ir.Value] = {name: each[f"{name} "].count() for name in columns}
     for name in columns:
         for task in ones:

@@ -194,11 +194,14 @@ def _teacher_lines(roles: Roles) -> list[str]:
             _line("data.teacher", "ConfigDict()", "no column looks like a teacher's"),
             _line("config.teacher.source", '"live"', "a teacher is to be trained first"),
         ]
-    what = {"probability": "these columns hold probabilities", "rank": "they hold positions"}
+    is_rank = roles.teacher_signal == "rank"
+    what = "these columns hold positions" if is_rank else "these columns hold probabilities"
+    loss = _line("config.distill.loss", '"softmax"', "positions are an order: no probabilities")
     return [
         _line("data.teacher", "ConfigDict()", "task: its column"),
         *(_guess(f"data.teacher.{task}", guess) for task, guess in roles.teacher.items()),
-        _line("data.teacher_signal", quoted(roles.teacher_signal), what[roles.teacher_signal]),
+        _line("data.teacher_signal", quoted(roles.teacher_signal), what),
+        *([loss] if is_rank else []),
         _guess("data.teacher_version", roles.teacher_version),
         _line("config.teacher.source", '"logged"', "or live: one that is trained here"),
     ]

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
-from kd_ranker.sources.logs.guess.ids import Log
+from kd_ranker.sources.logs.guess.ids import OWNER, Log
 from kd_ranker.sources.logs.guess.roles import Roles, any_known
 from kd_ranker.sources.logs.guess.sample import AT
+from kd_ranker.sources.logs.looks import size_hint
 
 _LEAST_CANDIDATES = 32
 _SHOWN_OF_ALL = 10
@@ -33,8 +34,9 @@ def find_sizes(log: Log, roles: Roles, template: ConfigDict) -> dict[str, Size]:
     retrieved = Size(most, f"the most of {number:,} requests", doubt)
     if counts["all"].min() < most:
         why = f"the most of {number:,} requests; {counts['all'].median():,.0f} at the median"
-        check = "the sample may lack larger requests, which would lose candidates"
-        retrieved = Size(most, why, doubt or check)
+        check = doubt or "the sample may lack larger requests, which would lose candidates"
+        far = size_hint(*counts["all"].quantile([0.5, 0.999, 1], "lower"))
+        retrieved = Size(most, why, "; ".join(filter(None, (far, check))))
     shown = _shown(counts, roles, most)
     top = shown.number
     assert isinstance(top, int)
@@ -77,7 +79,7 @@ def _counts(log: Log, roles: Roles) -> tuple[pd.DataFrame, str]:
     Beside "all" it has how many are "shown", "passed" and "scored", where the log tells; and the
     highest and the lowest "position".
     """
-    rows = log.sample.table.join(log.owner, AT)
+    rows = log.candidates()
     told = (("shown", roles.shown), ("passed", roles.passed))
     flags = {name: flag for name, flag in told if flag is not None}
     for name, flag in flags.items():
@@ -89,7 +91,7 @@ def _counts(log: Log, roles: Roles) -> tuple[pd.DataFrame, str]:
         asked["scored"] = scored.cast("int64").sum()
     if position := roles.columns["position"].column:
         asked |= {"highest": rows[position].max(), "lowest": rows[position].min()}
-    each = rows.group_by("owner").agg(**asked).drop("owner")
+    each = rows.group_by(OWNER).agg(**asked).drop(OWNER)
     counts = log.cells.engine.fetch(each).to_pandas().astype(float)
     edges = log.sample.edges
     if edges and (counts["last"] - counts["first"] + 1 != counts["all"]).mean() > 0.1:

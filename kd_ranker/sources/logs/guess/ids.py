@@ -21,6 +21,8 @@ from kd_ranker.sources.logs.guess.sample import (
     read_requests,
 )
 
+# The request of a candidate: no log has a column of this name.
+OWNER = " owner"
 # Requests that suffice to tell features of users; with fewer, more are read.
 _ENOUGH_REQUESTS = 5_000
 _MOST_OWNERS = 12
@@ -52,6 +54,10 @@ class Log:
     lists: Table
     columns: dict[str, Guess]
     owner: ir.Table
+
+    def candidates(self) -> ir.Table:
+        """The candidates of the sample, with the request of each as `OWNER`."""
+        return self.sample.table.join(self.owner.rename({OWNER: "owner"}), AT)
 
 
 def find_ids(engine: Engine, footers: Footers, sample: Sample, named: Mapping[str, str]) -> Log:

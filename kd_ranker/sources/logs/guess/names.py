@@ -4,10 +4,12 @@ The names and the words that they are made of stand in `names.json`.
 """
 
 import functools
+import itertools
 import json
 import keyword
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,14 @@ def tokens_of(name: str) -> tuple[str, ...]:
     (('last', 'item', 'id'), ('item', 'view', '7d'))
     """
     spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", name)
-    return tuple(_singular(word) for word in re.split(r"[\W_]+", spaced.lower()) if word)
+    words = re.split("[ _]+", _legal(spaced).lower())
+    return tuple(_singular(word) for word in words if word)
+
+
+def _legal(name: str) -> str:
+    """A name as Python normalizes it, with spaces for characters that no identifier has."""
+    normal = unicodedata.normalize("NFKC", name)
+    return "".join(of if f"a{of}".isidentifier() else " " for of in normal)
 
 
 def _singular(word: str) -> str:
@@ -209,13 +218,25 @@ def owner_of(name: str) -> str | None:
 
 
 def identifier(name: str) -> str:
-    """`name` as a key of a config: ASCII letters, digits and underscores.
+    """`name` as a key of a config: letters and digits of any script, and underscores.
 
     >>> identifier("item.views (7d)"), identifier("7d"), identifier("items"), identifier("class")
     ('item_views_7d', 'c_7d', 'items_', 'class_')
+    >>> identifier("点击"), identifier("Größe (cm²)"), identifier("?")
+    ('点击', 'Größe_cm2', 'column')
     """
-    text = re.sub(r"\W+", "_", name, flags=re.ASCII).strip("_") or "column"
-    if text[0].isdigit():
+    text = re.sub(" +", "_", _legal(name)).strip("_") or "column"
+    if not text.isidentifier():
         text = f"c_{text}"
     # A key that is a method's name could not be reached with a dot.
     return f"{text}_" if keyword.iskeyword(text) or hasattr(ConfigDict, text) else text
+
+
+def unused(name: str, taken: Collection[str]) -> str:
+    """`name`, or with the first number from 2 that makes it differ from those taken.
+
+    >>> unused("click", ()), unused("click", ("click", "click_2"))
+    ('click', 'click_3')
+    """
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return next(of for of in itertools.chain([name], numbered) if of not in taken)

@@ -346,7 +346,8 @@ def _labels(
             task = names.task_of_label(f.Index)[0]
             rate = f"0 or 1, {f.ones / max(f.known, 1):.1%} of them 1"
             guess = Guess(f.Index, "; ".join(filter(None, (why, rate))), check)
-            guesses[names.identifier(f.Index) if task in guesses else task] = guess
+            task = names.identifier(f.Index) if task in guesses else task
+            guesses[names.unused(task, guesses)] = guess
     return guesses, left_out
 
 

@@ -205,7 +205,8 @@ def _plain(value: ir.Value) -> ir.Value:
     """A value of the widest type of its kind; NaN, which is how some writers say null, is none."""
     kind = value.type()
     if kind.is_array():
-        return value.cast(dt.Array(_plain(ibis.null(kind.value_type)).type()))
+        value = value.cast(dt.Array(_plain(ibis.null(kind.value_type)).type()))
+        return value.map(number_of) if value.type().value_type.is_floating() else value
     if kind.is_floating() or kind.is_decimal():
         return number_of(value)
     if kind.is_integer() and kind != dt.uint64:
