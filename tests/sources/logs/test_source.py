@@ -557,14 +557,21 @@ def test_the_report_counts_what_is_in_a_column(tmp_path):
     rows[1].candidates[0] |= {"teacher_probability_watch": np.nan, "watch": None}
     rows[2].candidates[0]["duration"] = 5.0
     rows[3].candidates = [c for c in rows[3].candidates if c["stage"] != "shown"]
+    for candidate in rows[4].candidates:
+        candidate["weight"] = 0.0
     log = read_rows(rows, tmp_path, by_request=True)
     columns = {column["key"]: column for column in log.report["columns"]}
     age = columns["data.features.age"]
     assert (age["values"], age["missing"], age["out_of_range"]) == (30, 1, 1)
     assert columns["data.teacher.watch"]["out_of_range"] == 1
     assert columns["data.features.score"]["missing"] == 1
-    assert log.report["labels"]["shown"]["train"] == 1 + log.report["labels"]["labelled"]["train"]
-    assert log.report["requests"]["train"]["without_a_shown_candidate"] == 1
+    assert (
+        log.report["labels"]["shown"]["train"] == 1 + 3 + log.report["labels"]["labelled"]["train"]
+    )
+    assert log.report["requests"]["train"]["without_a_label"] == 2
+    number = log.report["requests"]["train"]["requests"]
+    remark = f"2 of {number} train requests ({2 / number:.1%}) have no label."
+    assert remark in log.report["remarks"]
     varying = {of["name"]: of.get("items_with_several_values") for of in log.report["features"]}
     assert varying["duration"] == 1
     assert varying["author"] == 0
