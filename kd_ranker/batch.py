@@ -240,8 +240,8 @@ class Request:
     and A is 0, S, P or N). Nothing here but labels, teacher probabilities and true probabilities
     may stem from after `time`.
 
-    The last three fields are for the evaluation only, where K is N. In training requests, and where
-    a dataset knows none of the three, K is 0. NaN is an unknown value.
+    True probabilities, incumbent and propensity are for the evaluation only: V is N there. In
+    training requests, and where a dataset knows none of the three, V is 0. NaN is an unknown value.
     """
 
     request_id: int
@@ -259,13 +259,13 @@ class Request:
     teacher_probability: Float32[np.ndarray, "A T"]  # as logged: NaN and nonsense included
     teacher_weight: Float32[np.ndarray, "A"]  # 0 where the log says that nothing was written
     teacher_version: str  # of the model that wrote `teacher_probability`
-    true_probability: Float32[np.ndarray, "K T"]
+    true_probability: Float32[np.ndarray, "V T"]
     # Category ids, see above; None in a dataset without such features.
     request_category: Int32[np.ndarray, "K"] | None = None
     candidate_category: Int32[np.ndarray, "N L"] | None = None
     # None: unknown.
-    incumbent: Float32[np.ndarray, "K"] | None = None  # score of today's early ranker
-    propensity: Float32[np.ndarray, "K"] | None = None  # see `EvaluationBatch`
+    incumbent: Float32[np.ndarray, "V"] | None = None  # score of today's early ranker
+    propensity: Float32[np.ndarray, "V"] | None = None  # see `EvaluationBatch`
 
     def num_reached(self, stage: Stage) -> int:
         """The number of candidates that came at least so far in the funnel: the first ones."""

@@ -36,7 +36,7 @@ ON_DISK = {
     "candidate": ("N",),
     "shown": ("S",),
     "scored": ("A",),
-    "known": ("N",),
+    "known": ("V",),
 }
 IN_A_STEP = {
     "request": (),

@@ -20,7 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.path = ""  # file, directory, glob, or a URL of these that fsspec can open
     config.data.title = ""  # what the report calls the log
     config.data.rows = "candidate"  # a row a candidate; or request: a row a request, with lists
-    # What the log has -> its column; "" is what it lacks. The first four it must have.
+    # What the log has -> its column; "" is what it lacks. Of the first four, only user may be "".
     config.data.columns = ConfigDict(
         dict(
             request="request_id",
@@ -32,6 +32,8 @@ def get_config(variant: str = "") -> ConfigDict:
             label_weight="",  # 1 / the rate at which such candidates were kept
             teacher_version="teacher_version",
             teacher_weight="",  # 0 where the teacher's values do not count
+            incumbent="",  # score of the early ranker that runs today, higher first
+            propensity="",  # probability with which a shown candidate was shown: random slots
         )
     )
     # What the stage column says of how far a candidate came; whole numbers as text. Without such a
@@ -45,6 +47,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     config.data.teacher_version = ""  # the only one that counts; "" takes every version there is
     config.data.teacher_signal = "probability"  # or rank: the teacher columns hold positions
+    config.data.incumbent_signal = "score"  # or rank: the incumbent's column holds positions
     config.data.time_unit = "s"  # of a column of numbers: s, ms, us; timestamps say it themselves
     config.data.features = ConfigDict(
         dict(

@@ -126,6 +126,7 @@ def train_teacher(config: ConfigDict, workdir: Place) -> list[Row]:
     with owned(workdir) as folder:
         dataset = teachers.dataset_of(config)
         supervision.check_log(config, dataset)
+        supervision.check_labels(config, dataset)
         ranker, step = runs.fit_teacher(config, dataset, folder)
         teacher = own_reference(config, dataset, ranker, step)
         # Beside the oracle, where the truth is known: how much a final ranker leaves to be had.
@@ -277,6 +278,7 @@ def train(config: ConfigDict, workdir: Place) -> list[Row]:
         teacher, dataset = teachers.teacher_and_dataset(config)
         shared = common(members)
         supervision.check_signals(config, dataset, members.values())
+        supervision.check_labels(config, dataset)
         workdirs.claim(folder, "train", config, without=schema.without_influence("student"))
         keep_data_report(config, folder)
         with runs.progress_bar(folder.name, config.train.steps) as bar:
@@ -351,6 +353,7 @@ def _sweep(config: ConfigDict, workdir: Path) -> bool:
     open_teacher = teachers.opener(config)
     _, dataset = open_teacher(next(iter(sweep.members.values())))
     supervision.check_signals(config, dataset, sweep.members.values())
+    supervision.check_labels(config, dataset)
     # By the memory that is free: of several processes, one decides.
     size = on_first(lambda: cohort_size(config, sweep.members.values(), dataset.spec))
     # A workdir with cohorts has a config; that of an extension counts once its cohorts are known.

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.distillation.losses import LOSSES, NEEDS_PROBABILITIES
 from kd_ranker.errors import UserError
-from kd_ranker.requests.columns import Columns, Counts
+from kd_ranker.requests.columns import Columns, Counts, slices
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training import recipes
 
@@ -56,10 +56,20 @@ def check_signals(config: ConfigDict, dataset: Dataset, members: Collection[Conf
       members: the configs of the students to train.
 
     Raises:
-      UserError: a loss takes probabilities where the log holds positions; or there is no teacher in
-        the log, or there are no stages, and a student learns from them.
+      UserError: a loss takes probabilities where the log holds positions; or the log has no
+        teacher, no stages or no candidate of a `teacher.stage`, and a student learns from them.
     """
     signals = {term.signal for member in members for term in recipes.terms_of(member)}
+    counts = dataset.columns["train"].counts
+    of_stage = {"shown": counts.shown, "passed": counts.passed - counts.shown}
+    for member in members:
+        stage = member.teacher.stage
+        from_teacher = any(term.signal == "logged" for term in recipes.terms_of(member))
+        if from_teacher and stage in of_stage and not of_stage[stage].any():
+            raise UserError(
+                f"teacher.stage={stage}: in the training requests of {config.data.name}, no "
+                f"candidate has {stage} as its furthest stage; choose another one"
+            )
     from_log = config.teacher.source == "logged" and "logged" in signals
     if from_log and dataset.spec.teacher_signal == "rank":
         check_students(members, {"logged": f"the log of {config.data.name} holds its positions"})
@@ -69,11 +79,23 @@ def check_signals(config: ConfigDict, dataset: Dataset, members: Collection[Conf
             "a proper number of its teacher; look at the columns and the version that data.* "
             "names, or choose distill.mode=none"
         )
-    if "stage" in signals and not _came_differently_far(dataset.columns["train"].counts):
+    if "stage" in signals and not _came_differently_far(counts):
         raise UserError(
             f"the signal stage says nothing: all candidates of a request of {config.data.name} "
             "came equally far; choose teacher.signal=logged, or distill.mode=none"
         )
+
+
+def check_labels(config: ConfigDict, dataset: Dataset) -> None:
+    """Raises UserError for a split without any user label."""
+    for split, columns in dataset.columns.items():
+        shown, labels = columns.counts.shown, columns.labels
+        weights = (labels.fields(of, shown[of])["label_weight"] for of in slices(shown))
+        if not any((weight > 0).any() for weight in weights):
+            raise UserError(
+                f"no {split} request of {config.data.name} has a user label; give labels of a "
+                "positive weight to shown candidates"
+            )
 
 
 def check_log(config: ConfigDict, dataset: Dataset) -> None:

@@ -519,14 +519,15 @@ def _draw_candidates(
 
     value = probability[: funnel.passed] @ PRODUCTION_VALUE_WEIGHTS
     order = _shown_first(rng, value, funnel.shown, data.exploration)
-    rank = (-value).argsort(kind="stable").argsort()[order[: funnel.shown]]
+    rank = (-value).argsort().argsort()[order[: funnel.shown]]
+    chance = shown_probability(int(funnel.passed), int(funnel.shown), float(data.exploration))
     propensity = np.full(funnel.retrieved, np.nan, np.float32)
-    propensity[: funnel.shown] = shown_probability(funnel.passed, funnel.shown, data.exploration)[
-        rank
-    ]
+    propensity[: funnel.shown] = chance[rank]
     order = np.concatenate([order, np.arange(funnel.passed, funnel.retrieved)])
-    by_candidate = (item, age, terms, logits, probability, policy)
-    return _Candidates(*(of[order] for of in by_candidate), propensity)
+    return _Candidates(
+        *(item[order], age[order], terms[order], logits[order], probability[order], policy[order]),
+        propensity,
+    )
 
 
 def _draw_time(rng: np.random.Generator, split: str, index: int, num_requests: int) -> int:

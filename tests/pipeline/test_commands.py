@@ -373,9 +373,9 @@ def chosen_by_hand(workdir):
 def test_a_sweep_has_one_row_a_model_and_serve_choice_on_validation(world, swept):
     frame, config = table(swept), world.config()
     assert list(frame.columns) == results.columns(config.tasks, measure.report_at(config))
-    roles = ["teacher"] + ["student"] * 8 + ["teacher"] + ["student"] * 4 + ["reference"] * 4
+    roles = ["teacher"] + ["student"] * 8 + ["teacher"] + ["student"] * 4 + ["reference"] * 5
     assert frame["role"].tolist() == roles
-    assert frame["split"].tolist() == ["validation"] * 9 + ["test"] * 9
+    assert frame["split"].tolist() == ["validation"] * 9 + ["test"] * 10
     teachers_steps = frame.loc[frame["role"] == "teacher", "step"]
     assert teachers_steps.tolist() == [config.teacher.train.steps] * 2
     students = rows_of(swept, "validation")

@@ -11,6 +11,7 @@ from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import commands, supervision
 from kd_ranker.requests.columns import columns_of
+from kd_ranker.requests.request import SPLITS
 from tests.random_batches import SPEC
 from tests.requests.random_requests import random_source
 
@@ -133,6 +134,48 @@ def test_stages_that_a_log_lacks_are_no_signal(of_all):
     check_all(config_with(distill__loss="bce"), log=log)
     check_all(config_with(distill__mode="none", teacher__signal="stage"), log=log)
     check_all(config, log=[*log, REQUESTS[0]])
+
+
+@pytest.mark.parametrize("source", ["live", "logged"])
+def test_a_teacher_needs_candidates_of_its_stage(source):
+    def passed_are_shown(request):
+        return dataclasses.replace(request, num_passed=len(request.user_label))
+
+    log = [passed_are_shown(request) for request in REQUESTS]
+    passed = config_with(teacher__stage="passed", teacher__source=source)
+    check_all(passed)
+    check_all(passed, log=[*log, REQUESTS[0]])
+    with pytest.raises(
+        UserError, match=r"^teacher\.stage=passed: in the training .* has passed as"
+    ):
+        check_all(passed, log=log)
+    of_shown = config_with(teacher__stage="shown", teacher__source=source)
+    nothing_shown = [shown(request, of_all=False) for request in REQUESTS]
+    with pytest.raises(UserError, match=r"^teacher\.stage=shown: "):
+        check_all(of_shown, log=nothing_shown)
+    # Neither mode none nor stages need a teacher.
+    check_all(config_with(teacher__stage="passed", distill__mode="none"), log=log)
+    stages = config_with(teacher__stage="passed", distill__loss="topk", teacher__signal="stage")
+    check_all(stages, log=log)
+    check_all(config_with(teacher__stage="retrieved", teacher__source=source), log=log)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_each_split_needs_a_label(split):
+    def dataset_of(weight, requests=REQUESTS):
+        without = [
+            dataclasses.replace(of, label_weight=np.full_like(of.label_weight, weight))
+            for of in requests
+        ]
+        columns = dict.fromkeys(SPLITS, columns_of(REQUESTS, SPEC))
+        return SimpleNamespace(columns=columns | {split: columns_of(without, SPEC)})
+
+    config = cascade("small")
+    supervision.check_labels(config, dataset_of(0.5))
+    nothing_shown = [shown(request, of_all=False) for request in REQUESTS]
+    for dataset in (dataset_of(0), dataset_of(1, nothing_shown)):
+        with pytest.raises(UserError, match=f"^no {split} request of cascade has a user label; "):
+            supervision.check_labels(config, dataset)
 
 
 def test_a_teacher_that_a_log_lacks_is_no_signal():

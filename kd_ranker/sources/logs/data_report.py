@@ -145,7 +145,7 @@ def _requests(layout: LogLayout, statistics: Statistics, found: Found) -> dict:
         result[split] = {
             "requests": int(totals["requests"][index]),
             "candidates": int(totals["candidates"][index]),
-            "without_a_shown_candidate": int(totals["without_shown"][index]),
+            "without_a_label": int(totals["without_label"][index]),
             "first": _date(int(statistics.first[index])) if some else None,
             "last": _date(int(statistics.last[index])) if some else None,
         }
@@ -293,10 +293,10 @@ def remarks(report: Report) -> list[str]:
 
 def _remarks_on_requests(requests: dict) -> list[str]:
     sentences = [
-        f"{without:,} of {requests[split]['requests']:,} {split} requests have no shown candidate: "
-        "they teach by the teacher alone."
+        f"{without:,} of {(number := requests[split]['requests']):,} {split} requests "
+        f"({without / number:.1%}) have no label."
         for split in SPLITS
-        if (without := requests[split]["without_a_shown_candidate"])
+        if (without := requests[split]["without_a_label"])
     ]
     sizes = requests["candidates_a_request"]["quantiles"]
     if hint := size_hint(sizes["0.5"], sizes["0.999"], sizes["1"]):

@@ -226,17 +226,25 @@ def encode_requests(layout: LogLayout, folder: Path, piece: Piece) -> Iterator[B
     counts = _stage_counts(owner, stage, scored, number)
     if layout.teacher_signal == "rank":
         scored = {task: _ranks(of, teacher_weight, owner) for task, of in scored.items()}
-    unknown = np.full(len(owner), np.nan)
-    probability = np.stack([scored.get(task, unknown) for task in tasks], axis=1)
+    unscored = np.full(len(owner), np.nan)
+    probability = np.stack([scored.get(task, unscored) for task in tasks], axis=1)
     history = _history(layout, encoding, requests)
+    facts = {
+        name: floats_of(candidates, name).astype(np.float32)
+        for name in ("incumbent", "propensity")
+        if name in candidates.column_names and piece.split != "train"
+    }
+    if "propensity" in facts:
+        facts["propensity"][stage < Stage.SHOWN] = np.nan
     numbers: dict[Owner, Int64[np.ndarray, "n"]] = {
         "request": np.ones(number, np.int64),
         "event": np.diff(history.start),
         "candidate": counts["candidates"],
         "shown": counts["shown"],
         "scored": counts["scored"],
-        "known": np.zeros(number, np.int64),
+        "known": counts["candidates"] if facts else np.zeros(number, np.int64),
     }
+    unknown = np.full(numbers["known"].sum(), np.nan, np.float32)
     # Both are of the first candidates of each request.
     first = starts_of(counts["candidates"])[:-1]
     shown, judged = (runs(first, numbers[of]) for of in ("shown", "scored"))
@@ -258,7 +266,8 @@ def encode_requests(layout: LogLayout, folder: Path, piece: Piece) -> Iterator[B
         "teacher_probability": probability[judged].astype(np.float32),
         "teacher_weight": teacher_weight[judged],
         "teacher_version": np.full(number, spec.teacher_version, object),
-        "true_probability": np.zeros((0, len(tasks)), np.float32),
+        "true_probability": np.stack([unknown] * len(tasks), axis=1),
+        **{name: facts.get(name, unknown) for name in ("incumbent", "propensity")},
     }
     yield Block(values, numbers)
 

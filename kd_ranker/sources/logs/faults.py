@@ -84,9 +84,9 @@ def _of_rows(layout: LogLayout, log: ir.Table) -> dict[str, Counts]:
     columns = layout.columns
     time = log[columns["time"]]
     seconds = seconds_of(time, layout.units_per_second)
+    ids = {of: _ids(log[columns[of]]) for of in ("request", "user") if of in columns}
     return {
-        "columns.request": _ids(log[columns["request"]]),
-        "columns.user": _ids(log[columns["user"]]),
+        **{f"columns.{of}": counts for of, counts in ids.items()},
         "columns.time": _counts(time, time, seconds.isnull() & time.notnull()),
     }
 
@@ -98,9 +98,13 @@ def _of_candidates(layout: LogLayout, unfolded: ir.Table) -> dict[str, Counts]:
     if "stage" in of:
         unknown = code_of(of["stage"], layout.stages) == 0
         asked["columns.stage"] = _counts(of["stage"], of["stage"], unknown)
-    for use in ("position", "label_weight", "teacher_weight"):
+    ranges = dict.fromkeys(("position", "label_weight", "teacher_weight"), (0.0, LARGEST))
+    ranges["incumbent"] = (0.0 if layout.incumbent_signal == "rank" else -LARGEST, LARGEST)
+    # Only those of shown candidates are read, and source.py judges them.
+    ranges["propensity"] = (-LARGEST, LARGEST)
+    for use, (low, high) in ranges.items():
         if use in of:
-            asked[f"columns.{use}"] = _numbers(of[use], 0, LARGEST)
+            asked[f"columns.{use}"] = _numbers(of[use], low, high)
     for task, name in layout.labels.items():
         number = number_of(unfolded[name])
         asked[f"labels.{task}"] = _counts(unfolded[name], number, ~number.isin((0, 1)))

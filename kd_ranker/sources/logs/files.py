@@ -124,14 +124,16 @@ def wanted_columns(layout: LogLayout) -> list[Wanted]:
     columns = layout.columns
     wanted = [
         Wanted("data.columns.request", columns["request"], "id"),
-        Wanted("data.columns.user", columns["user"], "id"),
+        *(
+            Wanted(f"data.columns.{name}", columns[name], use)
+            for name, use in (("time", "time"), ("user", "id"))
+            if name in columns
+        ),
         Wanted("data.columns.item", columns["item"], "id", listed, listed, True),
     ]
-    if "time" in columns:  # a log that is only to be scored may lack it
-        wanted.insert(1, Wanted("data.columns.time", columns["time"], "time"))
     uses = {"stage": "text", "teacher_version": "text"}
     # Other columns may be the same for all candidates of a request, and then need no list.
-    least = {"stage": listed, "position": listed}
+    least = dict.fromkeys(("stage", "position", "incumbent"), listed)
     wanted += [
         Wanted(
             f"data.columns.{name}",

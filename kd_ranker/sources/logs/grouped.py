@@ -161,7 +161,8 @@ def _once(
 ) -> tuple[ir.Table, list[ir.Table]]:
     """The rows of owners with each item once a request, on which all its positive labels count.
 
-    It came as far as any of its rows says, to the best position of any, with the largest weight.
+    It came as far as any of its rows says, to the best position of any, with the largest weight,
+    incumbent and propensity.
     """
     rows = _of_owners(good, owners)
     # Of any user: to join all rows with their requests takes longer than to look at some in vain.
@@ -172,7 +173,8 @@ def _once(
     turn = ibis.row_number().over(group_by=["number", "item"], order_by=_PLACE)
     several = _of_owners(good.semi_join(again, ["request", "item"]), owners)
     several = engine.keep("several", several.mutate(turn=turn))
-    most = [*(f"label:{task}" for task in layout.labels), "label_weight", "stage"]
+    facts = [name for name in ("incumbent", "propensity") if name in rows.columns]
+    most = [*(f"label:{task}" for task in layout.labels), "label_weight", "stage", *facts]
     joint = several.group_by("number", "item").agg(
         **{f"joint {name}": several[name].max() for name in most},
         **{"joint position": several.position.min()},

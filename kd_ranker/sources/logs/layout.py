@@ -17,9 +17,14 @@ FEATURE_KINDS = ("dense", "category", "bag", "history")
 STAGES = ("retrieved", "passed", "shown")
 # Findings that make no dataset unless `data.allow` names them, see `findings`.
 ALLOWABLE = ("few_positives", "one_label", "rejected", "teacher_coverage", "times")
-# Columns that a log may lack, and those that it must have.
-OPTIONAL = ("stage", "position", "label_weight", "teacher_version", "teacher_weight")
-REQUIRED = ("request", "time", "user", "item")
+INCUMBENT_SIGNALS = ("score", "rank")
+# Columns of ids and times, which a log must have; only that of users may be "".
+IDENTIFYING = ("request", "time", "user", "item")
+# Columns that a log may lack, with a value per candidate.
+OPTIONAL = (
+    *("stage", "position", "label_weight", "teacher_version", "teacher_weight"),
+    *("incumbent", "propensity"),
+)
 # A number beyond it cannot be stored in 32 bits.
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -65,6 +70,7 @@ class LogLayout:
       tasks: the tasks to keep, in the order of every T axis.
       teacher_version: the only version that counts; "" takes every one.
       teacher_signal: one of `TEACHER_SIGNALS`.
+      incumbent_signal: one of `INCUMBENT_SIGNALS`.
       units_per_second: of an integer time column.
       features: the features, in the config's order.
       split: one of `SPLIT_BY`; "" has all requests in the test.
@@ -92,6 +98,7 @@ class LogLayout:
     tasks: tuple[str, ...]
     teacher_version: str
     teacher_signal: str
+    incumbent_signal: str
     units_per_second: int
     features: tuple[Feature, ...]
     split: str
@@ -144,8 +151,11 @@ class LogLayout:
 
     def to_score(self, has_time: bool) -> "LogLayout":
         """The layout of a log to score: ids and features, and the time if it has one."""
-        uses = REQUIRED if has_time else (use for use in REQUIRED if use != "time")
-        columns = {use: self.columns[use] for use in uses}
+        columns = {
+            use: column
+            for use, column in self.columns.items()
+            if use in IDENTIFYING and (has_time or use != "time")
+        }
         return dataclasses.replace(
             self, columns=columns, stages={}, labels={}, teacher={}, teacher_version="", split=""
         )
@@ -192,6 +202,7 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
         tasks=tuple(tasks),
         teacher_version=str(data.teacher_version),
         teacher_signal=data.teacher_signal,
+        incumbent_signal=data.incumbent_signal,
         units_per_second=TIME_UNITS[data.time_unit],
         features=features,
         split=data.split,
@@ -221,9 +232,11 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
             if not isinstance(value, str):
                 raise UserError(f"data.{key}.{name}={value!r} must be a text")
     for name in data.columns:
-        check_choice("data.columns", name, (*REQUIRED, *OPTIONAL))
-    for name in REQUIRED:
-        if not data.columns.get(name):
+        check_choice("data.columns", name, (*IDENTIFYING, *OPTIONAL))
+    if data.split == "user" and not data.columns.get("user"):
+        raise UserError("data.split='user' needs data.columns.user; split by 'time' or 'request'")
+    for name in IDENTIFYING:
+        if name != "user" and not data.columns.get(name):
             raise UserError(f"data.columns.{name} is empty; name the column that holds it")
     for task in tasks:
         if not data.labels.get(task):
@@ -242,7 +255,8 @@ def _check_leaks(data: ConfigDict, features: Sequence[Feature]) -> None:
     answers = {
         column: f"{section}.{name}"
         for section, names in (
-            ("columns", [name for name in OPTIONAL if data.columns.get(name)]),
+            # An early ranker may read what the one of today says.
+            ("columns", [of for of in OPTIONAL if of != "incumbent" and data.columns.get(of)]),
             ("teacher", data.teacher),
             ("labels", data.labels),
         )

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from kd_ranker.batch import Stage
 from kd_ranker.errors import UserError
 from kd_ranker.requests.block import Block
 from kd_ranker.requests.pool import Runner, open_threads
@@ -272,9 +273,26 @@ def _unusable(
                 f"no request is left for the split {split!r}, with data.validation_share="
                 f"{layout.validation_share} and data.test_share={layout.test_share}"
             )
+    if "propensity" in layout.columns and (why := _bad_propensity(layout, read)):
+        return why
     if layout.strict and (faults := _faults(report)):
         return f"data.strict=True, and the log has faults: {faults}"
     return findings.refusal(found, layout.allow)
+
+
+def _bad_propensity(layout: LogLayout, read: PreparedLog) -> str:
+    """Propensities of shown candidates that are none, with an example; "" if there are none."""
+    of = read.grouped.candidates
+    shown = of.filter(of.stage == int(Stage.SHOWN), of.propensity.notnull())
+    bad = shown.filter((shown.propensity <= 0) | (shown.propensity > 1))
+    (row,) = read.engine.fetch(bad.agg(number=bad.count(), least=bad.propensity.min())).to_pylist()
+    if not row["number"]:
+        return ""
+    return (
+        f"data.columns.propensity: {row['number']:,} of {read.engine.count(shown):,} values of "
+        f"column {layout.columns['propensity']!r} on shown candidates are not in (0, 1], such as "
+        f"{row['least']:g}"
+    )
 
 
 def _faults(report: Report) -> str:

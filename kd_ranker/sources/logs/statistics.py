@@ -138,8 +138,8 @@ def _totals(
     positive = [label > 0 for label in labels]
     stages = [stage == of for of in [*Stage][1:]]
     owner = candidates["number"].to_numpy() - piece.requests[0]
-    size, with_shown = (
-        np.bincount(owner, weights=of, minlength=requests.num_rows) for of in (None, shown)
+    size, labels_of_request = (
+        np.bincount(owner, weights=of, minlength=requests.num_rows) for of in (None, labelled)
     )
     counts = floats_of(candidates, "teacher_weight") > 0
     scored = [
@@ -155,7 +155,7 @@ def _totals(
         "requests": of_split(requests.num_rows),
         "candidates": of_split(len(stage)),
         "stages": of_split([number(of) for of in stages]),
-        "without_shown": of_split(number(with_shown == 0)),
+        "without_label": of_split(number(labels_of_request == 0)),
         "several_times": requests["moved"].to_numpy(zero_copy_only=False).sum(),
         "several_users": (requests["users"].to_numpy() > 1).sum(),
         "candidates_a_request": np.bincount(size, minlength=layout.retrieved + 1),

@@ -3,7 +3,8 @@
 A candidate has `file`, `row` and `place` (where it was in the log; -1 for the place where a row is
 a candidate), `request`, `user` and `item` (ids), `time` (seconds), `stage` (0: none that the config
 names), `position`, `label:<task>` (-1: none, -2: no label), `label_weight`, `teacher:<task>`,
-`teacher_weight`, and of each feature the value as the log has it.
+`teacher_weight`, and of each feature the value as the log has it. Where the log has them, it also
+has `incumbent` (a score, higher first) and `propensity` (any number).
 """
 
 import operator
@@ -199,7 +200,8 @@ def typed(unfolded: ir.Table, layout: LogLayout) -> ir.Table:
         *("file", "row", "place"),
         **features_of(unfolded, layout.of("candidate")),
         request=id_of(of["request"]),
-        user=id_of(of["user"]),
+        # Without users, all requests are of one.
+        user=id_of(of["user"]) if "user" in of else ibis.literal(0, "int64"),
         item=id_of(of["item"]),
         time=time.cast("int64"),
         position=position.cast("float32"),
@@ -208,6 +210,7 @@ def typed(unfolded: ir.Table, layout: LogLayout) -> ir.Table:
         label_weight=_label_weight(of),
         teacher_weight=_teacher_weight(layout, of, teacher.values()),
         stage=_stage(layout, of, position, labels.values(), teacher.values()),
+        **_facts(layout, of),
     )
     faults = {
         Reason.MISSING_REQUEST: rows.request.isnull(),
@@ -247,6 +250,19 @@ def _stage(
         (shown, int(Stage.SHOWN)), (passed, int(Stage.PASSED)), else_=int(Stage.RETRIEVED)
     )
     return stage.cast("int8")
+
+
+def _facts(layout: LogLayout, of: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
+    """The columns for the evaluation that the log has."""
+    facts: dict[str, ir.Value] = {}
+    if "incumbent" in of:
+        number = number_of(of["incumbent"])
+        by_rank = layout.incumbent_signal == "rank"
+        number = -_within(number, 0) if by_rank else _within(number, -LARGEST)
+        facts["incumbent"] = number.cast("float32")
+    if "propensity" in of:
+        facts["propensity"] = _in_32_bits(number_of(of["propensity"]))
+    return facts
 
 
 def _label_weight(of: Mapping[str, ir.Value]) -> ir.FloatingValue:

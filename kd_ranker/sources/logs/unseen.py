@@ -108,7 +108,11 @@ def _check_same(layout: LogLayout, trained: LogLayout) -> None:
             f"data.features.{feature.key}": vars(feature) | {"column": ""}
             for feature in layout.features
         }
-        return fields | {"tasks": layout.tasks, "data.history_length": layout.history_length}
+        return fields | {
+            "tasks": layout.tasks,
+            "data.history_length": layout.history_length,
+            "data.columns.user": "user" in layout.columns,
+        }
 
     here, there = of(layout), of(trained)
     if differing := [key for key in here | there if here.get(key) != there.get(key)]:

@@ -16,9 +16,10 @@ def count_varying(
 ) -> dict[str, int]:
     """Feature -> how many requests, or items, have several values of it."""
     of_requests = [of for of in layout.of("user", "context") if of.kind in ("dense", "category")]
-    ids = {name: id_of(log[layout.columns[name]]) for name in ("request", "user")}
+    keys = [name for name in ("request", "user") if name in layout.columns]
+    ids = {name: id_of(log[layout.columns[name]]) for name in keys}
     rows = log.select(**ids, **_raw(log, of_requests))
-    owners = grouped.requests.select("request", "user")
+    owners = grouped.requests.select(keys)
     of_items = layout.of("item")
     item = id_of(unfolded[layout.columns["item"]])
     items = unfolded.select(item=item, **_raw(unfolded, of_items))

@@ -165,6 +165,8 @@ def test_it_finds_what_was_planted(columns, tmp_path, rows):
         "label_weight": "label_weight",
         "teacher_version": "teacher_version",
         "teacher_weight": "",
+        "incumbent": "",
+        "propensity": "",
     }
     assert data.time_unit == "s"
     assert data.stages.to_dict() == {
@@ -428,6 +430,8 @@ def test_names_that_mislead(columns, tmp_path):
         "label_weight": "label_weight",
         "teacher_version": "teacher_version",
         "teacher_weight": "",
+        "incumbent": "",
+        "propensity": "",
     }
     assert set(config.data.labels) == set(logs.TASKS)
     assert set(config.data.teacher) == set(logs.TASKS)
@@ -441,6 +445,27 @@ def test_names_that_mislead(columns, tmp_path):
     assert features["share_price"] == ("candidate", "dense")
     assert features["user"] == ("context", "category")
     assert features["rank"][0] == "item"
+
+
+def test_a_search_log_needs_no_users(columns, tmp_path):
+    of_users = {"user_id", "age", "country", "recent_items", "interests", "item_count"}
+    columns = {name: of for name, of in columns.items() if name not in of_users}
+    columns["query_id"] = columns.pop("request_id")
+    text, config = infer(tmp_path, logs.table_of(columns))
+    assert (config.data.columns.request, config.data.columns.user) == ("query_id", "")
+    assert not check_of(text, "data.columns.user")
+    features = features_of(config)
+    assert features["hour"][0] == features["device"][0] == "context"
+    assert not check_of(text, "data.features.device")
+
+
+def test_an_incumbent_and_propensities_are_found_by_their_names(columns, tmp_path):
+    columns = dict(columns)
+    columns["prerank_score"] = columns.pop("retrieval_score_7d")
+    columns["propensity"] = [None if each is None else 0.25 for each in columns["position"]]
+    _, config = infer(tmp_path, logs.table_of(columns))
+    assert config.data.columns.incumbent == "prerank_score"
+    assert config.data.columns.propensity == "propensity"
 
 
 def test_the_time_of_a_request_is_not_that_of_its_items(columns, tmp_path):
@@ -502,6 +527,8 @@ def test_values_alone_say_most_of_it(columns, tmp_path, rows):
         "label_weight": "",
         "teacher_version": "",
         "teacher_weight": "",
+        "incumbent": "",
+        "propensity": "",
     }
     assert data.rows == rows
     assert data.stages.to_dict() == {"retrieved": "12", "passed": "7", "shown": "31"}
@@ -1011,11 +1038,12 @@ def test_names_outdo_sparse_counts_that_coincide(tmp_path, has_request):
         "item": "item_id",
         "time": "timestamp",
         "position": "position",
+        "propensity": "propensity_score",
     }
     # No column of the log holds users: what comes nearest to it is to be checked, if anything.
     expected["user"] = found["user"]
     assert found == expected
-    assert check_of(text, "data.columns.user")
+    assert bool(check_of(text, "data.columns.user")) is (not has_request or found["user"] != "")
     assert data.labels.to_dict() == {"click": "click"}
     assert data.teacher.to_dict() == {}
     features = features_of(config)

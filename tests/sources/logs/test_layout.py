@@ -27,7 +27,8 @@ def layout_of(config):
     ("changes", "message"),
     [
         ({"path": ""}, "data.path is empty; give a Parquet file, a directory or a glob"),
-        ({"columns__user": ""}, "data.columns.user is empty; name the column"),
+        ({"columns__item": ""}, "data.columns.item is empty; name the column"),
+        ({"columns__user": "", "split": "user"}, "data.split='user' needs data.columns.user; spl"),
         ({"columns__usr": "user"}, "data.columns='usr' does not exist"),
         ({"labels__watch": ""}, "data.labels.watch is empty"),
         ({"teacher__share": "score"}, "data.teacher='share' does not exist; choose one of: like"),
@@ -47,6 +48,7 @@ def layout_of(config):
         ({"features__place": feature("item", "dense", "position")}, "of data.columns.position"),
         ({"features__far": feature("item", "category", "stage")}, "of data.columns.stage"),
         ({"columns__label_weight": "age"}, "data.features.age reads column 'age', which is that"),
+        ({"columns__propensity": "score"}, "is that of data.columns.propensity"),
         ({"columns__teacher_weight": "score"}, "leave it out of data.features"),
     ],
 )  # fmt: skip
@@ -55,6 +57,11 @@ def test_each_fault_is_one_line_that_says_what_to_change(changes, message):
         layout_of(config_with(**changes))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_incumbents_score_may_be_a_feature():
+    layout = layout_of(config_with(columns__incumbent="score"))
+    assert "score" in {feature.column for feature in layout.features}
 
 
 def test_an_id_may_be_a_feature():

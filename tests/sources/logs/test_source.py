@@ -411,6 +411,81 @@ def test_teacher_ranks_become_numbers_that_fall_with_them(tmp_path):
     assert "calibration" not in log.report["teacher"]["tasks"]["watch"]
 
 
+def columns_with(**changes):
+    """The columns of `faulty_logs.config`, with changes."""
+    columns = faulty_logs.config("", "").data.columns
+    columns.update(changes)
+    return columns
+
+
+@pytest.mark.parametrize("by_request", [True, False])
+@pytest.mark.parametrize("signal", ["score", "rank"])
+def test_the_incumbent_and_propensities_are_kept_for_the_evaluation(tmp_path, by_request, signal):
+    rows = make_rows(40)
+    for row in rows:
+        for place, candidate in enumerate(row.candidates):
+            candidate["weight"] = 0.3 * (1 + place)  # above 1 where not shown
+    rows[-1].candidates[0] |= {"score": np.nan, "weight": None}
+    rows[-1].candidates[1] |= {"score": None}
+    rows[-1].candidates[2] |= {"score": np.inf}
+    columns = columns_with(label_weight="", incumbent="score", propensity="weight")
+    changes = {"columns": columns, "incumbent_signal": signal}
+    log = read_rows(rows, tmp_path, by_request, changes)
+    logged = {
+        (row.of_request["request_id"], candidate["item_id"]): candidate
+        for row in rows
+        for candidate in row.candidates
+    }
+
+    def score(candidate):
+        number = candidate["score"]
+        if number is None or not np.isfinite(number) or (signal == "rank" and number < 0):
+            return np.nan
+        return -number if signal == "rank" else number
+
+    def propensity(candidate):
+        number = candidate["weight"]
+        return np.nan if number is None or candidate["stage"] != "shown" else number
+
+    for split in ("validation", "test"):
+        for request in log.requests[split]:
+            items = [log.vocabularies["item"][item] for item in request.item_id]
+            candidates = [logged[request.request_id, item] for item in items]
+            for found, fact in ((request.incumbent, score), (request.propensity, propensity)):
+                assert found.dtype == np.float32
+                np.testing.assert_allclose(found, [*map(fact, candidates)], rtol=1e-6)
+            assert np.isnan(request.true_probability).all()
+    for request in log.requests["train"]:
+        assert len(request.incumbent) == len(request.propensity) == 0
+
+
+def test_a_propensity_that_is_none_is_refused_with_its_number_and_an_example(tmp_path):
+    rows = make_rows(41)
+    for row in rows:
+        for place, candidate in enumerate(row.candidates):
+            candidate["weight"] = 0.5 if place < 3 else 0.0
+    columns = columns_with(label_weight="", propensity="weight")
+    read_rows(rows, tmp_path, config={"columns": columns})
+    rows[0].candidates[0]["weight"] = rows[1].candidates[1]["weight"] = 1.5
+    shown = sum(candidate["stage"] == "shown" for row in rows for candidate in row.candidates)
+    fault = rf"data\.columns\.propensity: 2 of {shown} values of column 'weight' on .* as 1\.5; see"
+    with pytest.raises(UserError, match=fault):
+        read_rows(rows, tmp_path, config={"columns": columns}, name="bad")
+
+
+@pytest.mark.parametrize("by_request", [True, False])
+def test_a_log_without_users_has_one(tmp_path, by_request):
+    rows = make_rows(42)
+    log = read_rows(rows, tmp_path, by_request, {"columns": columns_with(user="")})
+    assert log.spec.num_users == 1
+    of_one = make_rows(42)
+    for row in of_one:
+        row.of_request["user_id"] = 7
+    other = read_rows(of_one, tmp_path, by_request, name="one")
+    assert same(log.requests, other.requests)
+    assert log.counts == other.counts
+
+
 def test_without_a_teacher_or_features_there_are_columns_of_zeros(tmp_path):
     columns = faulty_logs.config("", "").data.columns
     columns.teacher_version = ""
@@ -557,14 +632,21 @@ def test_the_report_counts_what_is_in_a_column(tmp_path):
     rows[1].candidates[0] |= {"teacher_probability_watch": np.nan, "watch": None}
     rows[2].candidates[0]["duration"] = 5.0
     rows[3].candidates = [c for c in rows[3].candidates if c["stage"] != "shown"]
+    for candidate in rows[4].candidates:
+        candidate["weight"] = 0.0
     log = read_rows(rows, tmp_path, by_request=True)
     columns = {column["key"]: column for column in log.report["columns"]}
     age = columns["data.features.age"]
     assert (age["values"], age["missing"], age["out_of_range"]) == (30, 1, 1)
     assert columns["data.teacher.watch"]["out_of_range"] == 1
     assert columns["data.features.score"]["missing"] == 1
-    assert log.report["labels"]["shown"]["train"] == 1 + log.report["labels"]["labelled"]["train"]
-    assert log.report["requests"]["train"]["without_a_shown_candidate"] == 1
+    assert (
+        log.report["labels"]["shown"]["train"] == 1 + 3 + log.report["labels"]["labelled"]["train"]
+    )
+    assert log.report["requests"]["train"]["without_a_label"] == 2
+    number = log.report["requests"]["train"]["requests"]
+    remark = f"2 of {number} train requests ({2 / number:.1%}) have no label."
+    assert remark in log.report["remarks"]
     varying = {of["name"]: of.get("items_with_several_values") for of in log.report["features"]}
     assert varying["duration"] == 1
     assert varying["author"] == 0

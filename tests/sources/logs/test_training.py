@@ -53,6 +53,19 @@ def test_a_student_follows_a_logged_teacher_without_any_model_of_it(config, tmp_
     assert told == (directory / "data_report.json").read_bytes()
 
 
+def test_a_log_without_users_trains_a_student_and_is_scored_by_it(config, tmp_path):
+    search = config.copy_and_resolve_references()
+    search.data.columns.update(user="", incumbent="score")
+    search.distill.mode = "aux"
+    commands.prepare_data(search)
+    rows = commands.train(search, tmp_path / "student")
+    assert all(math.isfinite(row["user_bce/watch"]) for row in rows)
+    scored, _ = commands.score(search, tmp_path / "student", output=tmp_path / "scored")
+    assert scored.directory == tmp_path / "scored"
+    with pytest.raises(UserError, match=r"reads a log in another way .*: data\.columns\.user; "):
+        commands.score(config, tmp_path / "student", output=tmp_path / "other")
+
+
 def test_batches_hold_the_category_ids_of_the_log(config):
     directory = commands.prepare_data(config)
     dataset = storage.open_dataset(directory.parent.name, config.data.dir, made_by="")

@@ -135,7 +135,7 @@ def _owner_of(log: Log, f: Any) -> tuple[str, str, str]:
         is_constant, is_told, kappa = f.user_constant, f.user_told, f.user_kappa
         many = f"{owners:,} users with several requests"
         if not log.columns["user"].column:
-            return "user", place, "or 'context': no user is told"
+            return "user" if said == "user" else "context", f"{place}; the log has no users", ""
     else:
         owner, other, of, owners = "item", "candidate", "candidate", f.item_owners
         place, apart = "differs within a request", " and within an item"

@@ -102,7 +102,9 @@ def find_ids(engine: Engine, footers: Footers, sample: Sample, named: Mapping[st
     if user.column:
         of_user = requests.within(requests.owners(user.column), facts.index).droplevel(0)
     else:
-        user = Guess("", "no column looks like the id of users", "name the column")
+        # A search log has queries, and may have no users.
+        check = "" if request.column else "name the column"
+        user = Guess("", "no column looks like the id of users", check)
     facts = facts.join(of_item.add_prefix("item_")).join(of_user.add_prefix("user_"))
     columns = {"request": request, "user": user, "item": item}
     return Log(footers, sample, cells, requests, facts, lists, columns, owner)

@@ -98,7 +98,8 @@ def find_roles(log: Log, named: Mapping[str, str]) -> Roles:
         columns["stage"] = columns["stage"]._replace(check=check)
     rest = facts.loc[[name for name in left.index if name not in of_labels]]
     teacher, signal, outputs = _teacher(rest, labels, skills)
-    for role in ("position", "label_weight", "teacher_version", "teacher_weight"):
+    by_name = ("label_weight", "teacher_version", "teacher_weight", "incumbent", "propensity")
+    for role in ("position", *by_name):
         used = [of.column for of in (*columns.values(), *labels.values(), *teacher.values())]
         among = facts.loc[left.index] if role == "position" else facts
         is_asked = bool(teacher) or not role.startswith("teacher")

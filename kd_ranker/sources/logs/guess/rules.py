@@ -138,6 +138,8 @@ ROLES = {
     "label_weight": Role(1, 2, 0, _may_be_weight),
     "teacher_weight": Role(1, 2, 0, _may_be_weight),
     "teacher_version": Role(1, 2, 0, _may_be_version),
+    "incumbent": Role(1, 2, 0, lambda f: f.match == 2 and f.is_number),
+    "propensity": Role(1, 2, 0, _may_be_weight),
 }  # fmt: skip
 
 RULES = (
