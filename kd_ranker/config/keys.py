@@ -19,7 +19,7 @@ from kd_ranker.config.key import (
     Sweep,
     section,
 )
-from kd_ranker.distillation.losses import LOSSES
+from kd_ranker.distillation.losses import LOSSES, USER_LOSSES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.distillation.teacher_signal import SIGNALS
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
@@ -195,6 +195,7 @@ _ALL = (
     _train("train", "student", "members"),
     section(
         "train",
+        Key("user_loss", "bce", "on user labels; bce+softmax: the sum of both", USER_LOSSES),
         Key("unshown_weight", 0.0,
             "label weight of a candidate not shown, as a negative of every task; 0: it is none",
             NOT_NEGATIVE, label="unshown"),

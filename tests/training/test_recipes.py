@@ -174,6 +174,7 @@ def test_a_student_without_a_teacher_learns_from_users_whatever_the_weight_of_th
         {"optimizer__schedule": "constant"},
         {"optimizer__warmup_steps": 1},
         {"train__unshown_weight": 0.5},
+        {"train__user_loss": "softmax"},
     ],
 )
 def test_members_that_differ_in_anything_else_are_groups_of_their_own(change):
