@@ -17,6 +17,7 @@ from kd_ranker.config.key import (
     Influence,
     Key,
     Sweep,
+    TermNames,
     section,
 )
 from kd_ranker.distillation.losses import LOSSES, USER_LOSSES
@@ -168,13 +169,14 @@ _ALL = (
         "distill",
         Key("mode", "shared", "how the student meets user labels and teacher labels", MODES,
             column="mode"),
-        Key("loss", "bce", "against the teacher; the sizes of losses differ", LOSSES,
+        Key("loss", "bce", "against the teacher: \"loss\", which learns from teacher.signal, or "
+            "\"loss:signal\"; the sizes of losses differ", TermNames(LOSSES, SIGNALS),
             column="distill_loss"),
         Key("weight", 1.0, "λ in user loss + λ · distillation loss", NOT_NEGATIVE,
             column="distill_weight", tuned=True),
         Key("user_weight", 1.0, "on the user loss; 0: learn from the teacher alone", NOT_NEGATIVE),
         Key("terms", (), "losses at once, each \"loss\" or \"loss:signal\"; () takes distill.loss",
-            element=str, column="distill_loss"),
+            TermNames(LOSSES, SIGNALS), element=str, column="distill_loss"),
         Key("term_weights", (), "on the terms, one each; () weighs all by 1", NOT_NEGATIVE,
             element=float, tuned=True),
         Key("temperature", 1.0, "softens student and teacher in a loss", POSITIVE,
@@ -198,7 +200,7 @@ _ALL = (
         Key("user_loss", "bce", "on user labels; bce+softmax: the sum of both", USER_LOSSES),
         Key("unshown_weight", 0.0,
             "label weight of a candidate not shown, as a negative of every task; 0: it is none",
-            NOT_NEGATIVE, label="unshown"),
+            NOT_NEGATIVE, label="unshown", tuned=True, switch=True),
         influences="student",
         sweep="members",
     ),

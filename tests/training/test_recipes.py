@@ -134,6 +134,8 @@ def test_terms_take_the_signal_that_they_name_or_else_the_configs():
         assert [float(weight[0]) for weight in group.numbers.term_weights] == [1.0] * len(expected)
     config.teacher.signal = "stage"
     assert [term.signal for term in recipes.terms_of(config)] == ["stage", "stage", "logged"]
+    config.distill.terms, config.distill.loss = (), "topk:logged"
+    assert recipes.terms_of(config) == (("topk", "logged"),)
     config.distill.mode = "none"
     assert recipes.terms_of(config) == ()
 
