@@ -4,7 +4,7 @@ import difflib
 import itertools
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.config.key import FINITE, Bound, Key, TermNames
 from kd_ranker.config.keys import JOIN, KEYS, PLAN
-from kd_ranker.config.schema import NAMED_AXES, axis_of, keys_of, sweepable, value_of
+from kd_ranker.config.schema import NAMED_AXES, axis_of, keys_of, sweepable, value_of, ways
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.sources.registry import SOURCES
@@ -36,7 +36,17 @@ def validate(config: ConfigDict, devices: int | None = None) -> None:
     for name in _leaves(config, keys):
         if name not in keys:
             raise UserError(f"config key {name!r} does not exist; {_hint(config, name)}")
-    for key in keys.values():
+    _check_values(config, keys.values(), devices)
+    for text, way in ways(config).items():
+        try:
+            _check_values(way, keys.values(), devices)
+        except UserError as error:
+            raise UserError(f"sweep.ways={text!r}: {error}") from error
+
+
+def _check_values(config: ConfigDict, keys: Iterable[Key], devices: int | None) -> None:
+    """Checks all but the ways of a sweep."""
+    for key in keys:
         _check_value(key, value_of(config, key.name))
     _check_axes(config)
     _check_part(config)

@@ -293,6 +293,9 @@ _ALL = (
         Key("modes", ("none", "aux", "shared"), "the values of distill.mode", MODES),
         Key("weights", (1.0,), "the values of distill.weight", NOT_NEGATIVE),
         Key("seeds", (0,), "the values of seed", NOT_NEGATIVE),
+        Key("ways", (), "texts like \"distill.mode=aux distill.loss=bce,topk\": each trains the "
+            "members of the sweep with these values in place of its own; () trains the sweep as it "
+            "is", element=str),
         Key("group_size", 0, "members that train in one program; 0: as many as memory allows",
             NOT_NEGATIVE),
         Key("whole_repeats", False,
