@@ -4,18 +4,16 @@ import difflib
 import itertools
 import math
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import jax
 from ml_collections import ConfigDict
 
-from kd_ranker.config.key import FINITE, Bound, Key
+from kd_ranker.config.key import FINITE, Bound, Key, TermNames
 from kd_ranker.config.keys import JOIN, KEYS, PLAN
-from kd_ranker.config.schema import NAMED_AXES, axis_of, keys_of, sweepable, value_of
-from kd_ranker.distillation.losses import LOSSES
+from kd_ranker.config.schema import NAMED_AXES, axis_of, keys_of, sweepable, value_of, ways
 from kd_ranker.distillation.modes import MODES
-from kd_ranker.distillation.teacher_signal import SIGNALS
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.training.mapping import shares
@@ -38,7 +36,17 @@ def validate(config: ConfigDict, devices: int | None = None) -> None:
     for name in _leaves(config, keys):
         if name not in keys:
             raise UserError(f"config key {name!r} does not exist; {_hint(config, name)}")
-    for key in keys.values():
+    _check_values(config, keys.values(), devices)
+    for text, way in ways(config).items():
+        try:
+            _check_values(way, keys.values(), devices)
+        except UserError as error:
+            raise UserError(f"sweep.ways={text!r}: {error}") from error
+
+
+def _check_values(config: ConfigDict, keys: Iterable[Key], devices: int | None) -> None:
+    """Checks all but the ways of a sweep."""
+    for key in keys:
         _check_value(key, value_of(config, key.name))
     _check_axes(config)
     _check_part(config)
@@ -115,7 +123,9 @@ def _check_element(key: Key, holder: str, element: Any, wanted: type) -> None:
 
 def _check_allowed(key: Key, found: str, value: Any, joint: str) -> None:
     if isinstance(value, str):
-        if key.allowed is not None and not isinstance(key.allowed, Bound):
+        if isinstance(key.allowed, TermNames):
+            key.allowed.check(key.name, value)
+        elif key.allowed is not None and not isinstance(key.allowed, Bound):
             check_choice(key.name, value, key.allowed)
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         for bound in (FINITE, key.allowed):
@@ -162,8 +172,10 @@ def _check_distillation(config: ConfigDict) -> None:
         check_choice("distill.serve", config.distill.serve, serves)
     _check_terms(config)
     axes = config.sweep.axes
-    terms = itertools.chain(config.distill.terms, *axes.distill.terms)
-    losses = {config.distill.loss, *axes.distill.loss, *(text.partition(":")[0] for text in terms)}
+    texts = itertools.chain(
+        [config.distill.loss], axes.distill.loss, config.distill.terms, *axes.distill.terms
+    )
+    losses = {text.partition(":")[0] for text in texts}
     sizes = axes.batch.candidates or (config.batch.candidates,)
     for top_k in axes.distill.top_k or (config.distill.top_k,):
         if losses & {"topk", "dftopk"} and top_k >= min(sizes):
@@ -185,20 +197,21 @@ def _check_terms(config: ConfigDict) -> None:
                 f"{max(len(terms), 1)} of distill.terms={tuple(terms)}; give one a term"
             )
     for terms in choices:
-        for text in terms:
-            loss, colon, signal = text.partition(":")
-            check_choice("distill.terms", loss, LOSSES)
-            if colon:
-                check_choice(f"distill.terms={text!r}: signal", signal, SIGNALS)
         if len(set(terms)) < len(terms):
             raise UserError(f"distill.terms={tuple(terms)} names a term twice")
-        silent = axes.teacher.signal and all(":" in text for text in terms)
-        if terms and (axes.distill.loss or silent):
-            key = "distill.loss" if axes.distill.loss else "teacher.signal"
+        if terms and axes.distill.loss:
             raise UserError(
-                f"sweep.axes.{key} changes nothing of distill.terms={tuple(terms)}; vary "
+                f"sweep.axes.distill.loss changes nothing of distill.terms={tuple(terms)}; vary "
                 "sweep.axes.distill.terms"
             )
+        name = "distill.terms" if terms else "distill.loss"
+        losses = axes.distill.loss or (distill.loss,)
+        for texts in [terms] if terms else [(loss,) for loss in losses]:
+            if axes.teacher.signal and all(":" in text for text in texts):
+                raise UserError(
+                    f"sweep.axes.teacher.signal changes nothing of {name}={tuple(texts)}; vary "
+                    f"sweep.axes.{name}"
+                )
 
 
 def _check_tasks(config: ConfigDict) -> None:

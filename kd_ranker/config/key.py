@@ -5,6 +5,8 @@ import math
 from collections.abc import Callable, Collection
 from typing import Any, Literal, NamedTuple
 
+from kd_ranker.errors import check_choice
+
 # The first thing in the chain that a key changes, and with it all that follows; `report` is how
 # trained rankers are measured, and `nothing` is no number at all.
 Influence = Literal["dataset", "teacher", "student", "report", "nothing"]
@@ -25,6 +27,25 @@ class Bound(NamedTuple):
     text: str
     range: str
     holds: Callable[[Any], bool]
+
+
+class TermNames(NamedTuple):
+    """The names in a text "loss" or "loss:signal".
+
+    Attributes:
+      losses: the names of losses.
+      signals: the names of signals.
+    """
+
+    losses: Collection[str]
+    signals: Collection[str]
+
+    def check(self, name: str, text: str) -> None:
+        """Raises UserError unless a value `text` of the key `name` has such names."""
+        loss, colon, signal = text.partition(":")
+        check_choice(name, loss, self.losses)
+        if colon:
+            check_choice(f"{name}={text!r}: signal", signal, self.signals)
 
 
 FINITE = Bound("must be a finite number", "finite", math.isfinite)
@@ -54,6 +75,7 @@ class Key:
         One without has a column under its own name where it is swept.
       tuned: True if its values are tried to find the best one, which validation chooses; the values
         of the others make different students, or different ways to teach them, which are compared.
+      switch: True if 0 turns something off: 0 and the other values make different ways.
       may_differ: True if sweeps that differ in it make one report all the same; those that differ
         in what a sweep varies, or in what influences nothing, do anyway.
     """
@@ -61,13 +83,14 @@ class Key:
     name: str
     default: Any
     help: str
-    allowed: Bound | Collection[str] | None = None
+    allowed: Bound | TermNames | Collection[str] | None = None
     influences: Influence | None = None
     sweep: Sweep | None = None
     element: type | None = None
     label: str = ""
     column: str = ""
     tuned: bool = False
+    switch: bool = False
     may_differ: bool = False
 
     @property

@@ -17,9 +17,10 @@ from kd_ranker.config.key import (
     Influence,
     Key,
     Sweep,
+    TermNames,
     section,
 )
-from kd_ranker.distillation.losses import LOSSES
+from kd_ranker.distillation.losses import LOSSES, USER_LOSSES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.distillation.teacher_signal import SIGNALS
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
@@ -168,13 +169,14 @@ _ALL = (
         "distill",
         Key("mode", "shared", "how the student meets user labels and teacher labels", MODES,
             column="mode"),
-        Key("loss", "bce", "against the teacher; the sizes of losses differ", LOSSES,
+        Key("loss", "bce", "against the teacher: \"loss\", which learns from teacher.signal, or "
+            "\"loss:signal\"; the sizes of losses differ", TermNames(LOSSES, SIGNALS),
             column="distill_loss"),
         Key("weight", 1.0, "λ in user loss + λ · distillation loss", NOT_NEGATIVE,
             column="distill_weight", tuned=True),
         Key("user_weight", 1.0, "on the user loss; 0: learn from the teacher alone", NOT_NEGATIVE),
         Key("terms", (), "losses at once, each \"loss\" or \"loss:signal\"; () takes distill.loss",
-            element=str, column="distill_loss"),
+            TermNames(LOSSES, SIGNALS), element=str, column="distill_loss"),
         Key("term_weights", (), "on the terms, one each; () weighs all by 1", NOT_NEGATIVE,
             element=float, tuned=True),
         Key("temperature", 1.0, "softens student and teacher in a loss", POSITIVE,
@@ -195,9 +197,10 @@ _ALL = (
     _train("train", "student", "members"),
     section(
         "train",
+        Key("user_loss", "bce", "on user labels; bce+softmax: the sum of both", USER_LOSSES),
         Key("unshown_weight", 0.0,
             "label weight of a candidate not shown, as a negative of every task; 0: it is none",
-            NOT_NEGATIVE, label="unshown"),
+            NOT_NEGATIVE, label="unshown", tuned=True, switch=True),
         influences="student",
         sweep="members",
     ),
@@ -290,6 +293,9 @@ _ALL = (
         Key("modes", ("none", "aux", "shared"), "the values of distill.mode", MODES),
         Key("weights", (1.0,), "the values of distill.weight", NOT_NEGATIVE),
         Key("seeds", (0,), "the values of seed", NOT_NEGATIVE),
+        Key("ways", (), "texts like \"distill.mode=aux distill.loss=bce,topk\": each trains the "
+            "members of the sweep with these values in place of its own; () trains the sweep as it "
+            "is", element=str),
         Key("group_size", 0, "members that train in one program; 0: as many as memory allows",
             NOT_NEGATIVE),
         Key("whole_repeats", False,

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from ml_collections import ConfigDict
 
-from kd_ranker.config.key import Bound, Key
+from kd_ranker.config.key import Bound, Key, TermNames
 from kd_ranker.config.keys import DATA_KEYS, KEYS
 
 _HEAD = """\
@@ -17,7 +17,8 @@ of it. *Sweep* says that a sweep may try several values, as in
 `--config.sweep.axes.distill.loss="('bce', 'topk')"`: among the members of one program, or among
 cohorts, which are trained one after the other. `distill.mode`, `distill.weight` and `seed` have
 axes under other names: `sweep.modes`, `sweep.weights`, `sweep.seeds`. A key that is *tuned* has its
-best value chosen on validation for each combination of the others, and only that is read on test.
+best value chosen on validation for each combination of the others, and only that is read on test. A
+*switch* is off at 0, and has its best value chosen among the others.
 
 `scripts/make_docs.py` writes this page from `kd_ranker/config/keys.py`.
 """
@@ -48,7 +49,8 @@ def _part(title: str, keys: Iterable[Key]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for key in keys:
-        sweep = "" if key.sweep == "no" else f"{key.sweep}, tuned" if key.tuned else key.sweep
+        sweep = f"{key.sweep}{', tuned' * key.tuned}{', switch' * key.switch}"
+        sweep = "" if key.sweep == "no" else sweep
         cells = (f"`{key.name}`", _default(key), key.help, _takes(key), key.influences, sweep)
         lines.append("| " + " | ".join(str(cell) for cell in cells) + " |")
     return "\n".join([*lines, ""])
@@ -64,4 +66,7 @@ def _default(key: Key) -> str:
 def _takes(key: Key) -> str:
     if isinstance(key.allowed, Bound):
         return key.allowed.range
+    if isinstance(key.allowed, TermNames):
+        losses, signals = (", ".join(sorted(names)) for names in key.allowed)
+        return f"losses {losses}; signals {signals}"
     return ", ".join(sorted(key.allowed)) if key.allowed is not None else ""

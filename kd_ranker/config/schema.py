@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.config.key import Influence, Key
 from kd_ranker.config.keys import DATA_KEYS, KEYS
+from kd_ranker.errors import UserError
 
 # In the order of the chain: what changes a dataset changes all that is made of it.
 INFLUENCES: tuple[Influence, ...] = ("dataset", "teacher", "student", "report", "nothing")
@@ -69,10 +70,61 @@ def _axis_key(key: Key) -> Key:
     )
 
 
+def ways(config: ConfigDict) -> dict[str, ConfigDict]:
+    """The sweeps that together make the sweep of a config, by the texts of `sweep.ways`.
+
+    A way is a copy of the config in which the values that the text assigns replace axes. Without
+    `sweep.ways` the config itself is the only way, under the text "".
+
+    Raises:
+      UserError: a text is not a list of assignments to different keys that a sweep may vary.
+    """
+    return {text: _way(config, text) for text in config.sweep.ways} or {"": config}
+
+
+def _way(config: ConfigDict, text: str) -> ConfigDict:
+    way, known = config.copy_and_resolve_references(), {key.name: key for key in sweepable()}
+    way.sweep.ways = ()
+    assigned: set[str] = set()
+    for assignment in text.split():
+        name, equals, values = assignment.partition("=")
+        if not equals:
+            raise UserError(f"sweep.ways={text!r}: write {assignment!r} as KEY=VALUE,VALUE")
+        if name not in known:
+            raise UserError(
+                f"sweep.ways={text!r}: no sweep varies {name!r}; docs/config.md lists the keys"
+            )
+        if name in assigned:
+            raise UserError(f"sweep.ways={text!r} assigns {name} twice; join the values by commas")
+        assigned.add(name)
+        parsed = tuple(_parsed(known[name], value) for value in values.split(","))
+        set_value(way, axis_of(name), parsed)
+    return way
+
+
+def _parsed(key: Key, text: str) -> Any:
+    """The value of a key in a way; a tuple is written like 64x32, or one of names like a+b."""
+    if not isinstance(key.default, tuple):
+        return _element(key.type, text)
+    parts = text.split("+" if key.type is str else "x") if text else []
+    return tuple(_element(key.type, part) for part in parts)
+
+
+def _element(wanted: type, text: str) -> Any:
+    """The value in a text, or the text itself where that is not possible: checks refuse it."""
+    try:
+        return {"True": True, "False": False}[text] if wanted is bool else wanted(text)
+    except (KeyError, ValueError):
+        return text
+
+
 def axes(config: ConfigDict) -> dict[Key, tuple]:
-    """The swept keys of a config with their values."""
-    values = {key: tuple(value_of(config, axis_of(key.name))) for key in sweepable()}
-    return {key: of_axis for key, of_axis in values.items() if of_axis}
+    """The swept keys of a config with their values, those of all ways together."""
+    union: dict[Key, dict] = {key: {} for key in sweepable()}
+    for way in ways(config).values():
+        for key, values in union.items():
+            values.update(dict.fromkeys(value_of(way, axis_of(key.name))))
+    return {key: tuple(values) for key, values in union.items() if values}
 
 
 def value_of(config: ConfigDict, name: str) -> Any:

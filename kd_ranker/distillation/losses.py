@@ -22,6 +22,8 @@ The first three need probabilities (`NEEDS_PROBABILITIES`). For the others posit
 `teacher_signal` turns into pseudo-probabilities. All but the first two compare the candidates of a
 request; one with nothing to compare adds nothing to numerator or denominator.
 
+User labels take the losses of `USER_LOSSES`, which have the same form.
+
 An entry of weight 0 may hold anything, NaN included, and contributes exactly nothing to the loss
 and to its gradient; so the candidates that fill up a batch change nothing.
 
@@ -264,21 +266,75 @@ def softmax(
     temperature = numbers.temperature
     known, logits, probability = _only_known(logits, probability, weight)
     teacher = jax.nn.softmax(_teacher_logit(probability) / temperature, axis=1, where=known)
+    numerator, denominator = _listwise(logits / temperature, teacher, weight, known)
+    return temperature**2 * numerator, denominator
+
+
+def user_softmax(
+    logits: Logits, label: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
+) -> Totals:
+    """Listwise cross entropy of the positive user labels of a request, in nats.
+
+    ListNet's loss with top one probabilities (Cao et al., ICML 2007, section 4), with the labels y
+    in place of a distribution. With the softmax over the labelled candidates j of the request,
+    those of weight w > 0,
+
+        numerator = Σ_requests Σ_i −w_i y_i log softmax_j(z_j)_i,
+        denominator = Σ_requests Σ_i w_i y_i
+
+    over the requests with at least two labelled candidates. With weights of 1 the loss is a mean
+    over positives. The weight of a negative does not matter, unless it is 0. A request without
+    positives adds exactly nothing.
+
+    The loss does not change if a constant is added to all logits of a request, so σ(z) is no
+    probability. Adding `bce` restores that scale; Bai et al. (CIKM 2023, arXiv 2211.01494) discuss
+    such sums.
+
+    Args:
+      logits: z, any real number; anything where the weight is 0.
+      label: y, 0 or 1; anything where the weight is 0.
+      weight: ≥ 0.
+      numbers: not used.
+
+    Returns:
+      Numerator and denominator, each of shape [tasks].
+
+    Example:
+      Two labelled candidates with equal logits: the positive one costs its weight times log 2.
+
+      >>> import jax.numpy as jnp
+      >>> numerator, denominator = user_softmax(
+      ...     logits=jnp.array([[[1.0], [1.0], [jnp.nan]]]),
+      ...     label=jnp.array([[[1.0], [0.0], [jnp.nan]]]),
+      ...     weight=jnp.array([[[2.0], [1.0], [0.0]]]),
+      ... )
+      >>> f"{numerator[0]:.4f} {denominator[0]:.4f}"
+      '1.3863 2.0000'
+    """
+    del numbers
+    known, logits, label = _only_known(logits, label, weight)
+    return _listwise(logits, jnp.where(known, label, 0.0), weight, known)
+
+
+def _listwise(
+    logits: Logits, target: Logits, weight: Logits, known: Bool[Array, "R N T"]
+) -> Totals:
+    """Sums of −w · target · log softmax(z) and of w · target over requests with two known."""
     comparable = jnp.sum(known, axis=1) > 1  # [R, T]
 
     def of_requests(array: Array) -> Array:
         return jnp.swapaxes(array, 1, 2)  # rax looks at the last axis
 
     values = rax.softmax_loss(
-        of_requests(logits) / temperature,
-        of_requests(teacher),
+        of_requests(logits),
+        of_requests(target),
         where=of_requests(known),
         weights=of_requests(weight),
         reduce_fn=None,
     )
-    total = jnp.sum(weight * teacher, axis=1)
+    total = jnp.sum(weight * target, axis=1)
     return (
-        temperature**2 * jnp.sum(jnp.where(comparable, values, 0.0), axis=0),
+        jnp.sum(jnp.where(comparable, values, 0.0), axis=0),
         jnp.sum(jnp.where(comparable, total, 0.0), axis=0),
     )
 
@@ -766,6 +822,13 @@ LOSSES: dict[str, Loss] = {
     "topk": topk,
     "dftopk": dftopk,
 }
+
+USER_LOSSES: dict[str, tuple[Loss, ...]] = {
+    "bce": (bce,),
+    "softmax": (user_softmax,),
+    "bce+softmax": (bce, user_softmax),
+}
+"""The losses on user labels, by `train.user_loss`: several are summed, each a mean by itself."""
 
 # The losses that take p for a probability. For the others an order will do.
 NEEDS_PROBABILITIES = {"bce", "mse_logit", "mse_margin"}

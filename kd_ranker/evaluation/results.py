@@ -58,10 +58,16 @@ def setting_columns(table: pd.DataFrame) -> list[str]:
     return [*SETTING, *(str(column) for column in table if column in swept)]
 
 
-def way_columns(table: pd.DataFrame) -> list[str]:
-    """The columns of a setting that are not tuned: those of the ways to teach a student."""
-    tuned = {key.title for key in schema.setting_keys() if key.tuned}
-    return [column for column in setting_columns(table) if column not in {*tuned, "serve"}]
+def ways(table: pd.DataFrame) -> pd.DataFrame:
+    """The way of each student: the columns of its setting that are not tuned.
+
+    A switch has "" where it is on, and None where it is off.
+    """
+    keys = schema.setting_keys()
+    tuned = {key.title for key in keys if key.tuned and not key.switch}
+    of_ways = table[[name for name in setting_columns(table) if name not in {*tuned, "serve"}]]
+    switches = of_ways.columns.intersection([key.title for key in keys if key.switch])
+    return of_ways.assign(**{name: (of_ways[name] > 0).map({True: ""}) for name in switches})
 
 
 def made_of(config: ConfigDict) -> Row:
@@ -106,9 +112,10 @@ def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
     """
     setting = setting_columns(rows)
     rows = rows.sort_values([*setting, *REPEAT], kind="stable", na_position="first")
+    telling = {"setting": rows[setting], "way": ways(rows), "repeat": rows[list(REPEAT)]}
     labels = {
-        label: rows.groupby(list(keys), dropna=False).ngroup().astype(str)
-        for label, keys in (("setting", setting), ("way", way_columns(rows)), ("repeat", REPEAT))
+        label: table.groupby(list(table), dropna=False).ngroup().astype(str)
+        for label, table in telling.items()
     }
     return rows.assign(**labels)
 

@@ -522,7 +522,7 @@ def _students_again(
 def _free_of_a_sweep(extends: bool) -> list[str]:
     """The keys in which a sweep may differ from the one that its workdir holds."""
     free = schema.without_influence("report")
-    axes = {schema.axis_of(key.name) for key in schema.sweepable()}
+    axes = {"sweep.ways", *(schema.axis_of(key.name) for key in schema.sweepable())}
     # Costs change no more than how its results are joined.
     return ["costs", *(name for name in free if extends or name not in axes)]
 

@@ -49,7 +49,7 @@ class Study(NamedTuple):
       scored: candidates of a training request that a live teacher scores; 0 where it is logged.
       rows: rows of `results.csv` of both splits, students of finite loss only, with `setting` (a
         label that is unique for `results.setting_columns`), `way` (the same for
-        `results.way_columns`), `repeat` (the same for `results.REPEAT`), `source` (which sweep)
+        `results.ways`), `repeat` (the same for `results.REPEAT`), `source` (which sweep)
         and, under their names, the means over tasks of metrics that are `averaged`.
       chosen: the setting that validation chose for each way, of those that were read on test.
       baseline: the one without distillation; None if there is none.
@@ -299,14 +299,15 @@ def _with_keys(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
     rows = _ordered(rows)
     students = rows[rows["role"] == "student"]
     varying = _varying(students)
-    ways = [column for column in varying if column in results.way_columns(students)]
+    ways = results.ways(students)
+    telling = [column for column in varying if column in ways]
     choices = students.groupby("mode")["serve"].nunique()
     of_students = rows["role"] == "student"
     rows["setting"] = rows["way"] = rows["member"].where(~of_students, "")
     rows.loc[of_students, "setting"] = [
         _label(row, varying, choices[row["mode"]] > 1) for _, row in students.iterrows()
     ]
-    rows.loc[of_students, "way"] = [_way(row, ways) for _, row in students.iterrows()]
+    rows.loc[of_students, "way"] = [_way(row, telling) for _, row in ways.iterrows()]
     rows["repeat"] = [
         f"{seed:g}/{data_seed:g}"
         for seed, data_seed in zip(rows["seed"], rows["data_seed"], strict=True)
@@ -347,7 +348,9 @@ def _way(row: pd.Series, columns: list[str]) -> str:
 def told(row: pd.Series, columns: Sequence[str]) -> list[str]:
     """The values of a row for people, each with its name; those that it has."""
     return [
-        f"{key_title(column)} {text_of(row[column])}" for column in columns if pd.notna(row[column])
+        f"{key_title(column)} {text_of(row[column])}".rstrip()
+        for column in columns
+        if pd.notna(row[column])
     ]
 
 

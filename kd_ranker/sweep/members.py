@@ -1,8 +1,8 @@
-"""The members of a sweep: every combination of the values of its axes."""
+"""The members of a sweep: of each way, every combination of the values of its axes."""
 
 import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -13,30 +13,38 @@ from kd_ranker.distillation.modes import MODES
 
 
 def sweep_members(config: ConfigDict) -> dict[str, ConfigDict]:
-    """The configs of a sweep's members by name, those that share their batches side by side.
+    """The configs of a sweep's members by name, way by way.
 
-    An axis is `sweep.modes`, `sweep.weights`, `sweep.seeds`, or `sweep.axes.KEY` of any other key
-    that a sweep may vary. One without values takes the config's own. A mode without a distillation
-    loss has nothing to weigh, so it occurs once for all that is swept of `distill`. Where the
-    learning rate is swept and the tables' is not, that keeps its ratio to it.
+    Each way of `sweep.ways` has all combinations of its axes. An axis is `sweep.modes`,
+    `sweep.weights`, `sweep.seeds`, or `sweep.axes.KEY` of any other key that a sweep may vary. One
+    without values takes the config's own. A mode without a distillation loss has nothing to weigh,
+    so it occurs once for all that is swept of `distill`. Where the learning rate is swept and the
+    tables' is not, that keeps its ratio to it.
 
     With `sweep.whole_repeats` each has the config of its `whole_repeat`.
 
     A name says the mode, the weight and the seed, and of the rest what differs from the config's
     own, so that a sweep that grows keeps the names of those it has.
     """
-    axes = schema.axes(config)
-    keys = sorted(axes, key=_place)
     members: dict[str, ConfigDict] = {}
+    swept = schema.axes(config)
+    for way in schema.ways(config).values():
+        for chosen in _combinations(schema.axes(way)):
+            member = _member(config, chosen)
+            members.setdefault(_name(config, member, swept), member)
+    return members
+
+
+def _combinations(axes: Mapping[Key, tuple]) -> Iterator[dict[str, Any]]:
+    """The values of each member, by key; without those that its mode does not read."""
+    keys = sorted(axes, key=_place)
     for values in itertools.product(*(axes[key] for key in keys)):
         chosen = {key.name: value for key, value in zip(keys, values, strict=True)}
         if not _distils(chosen["distill.mode"]):
             read = {key.name for key in keys if not key.of_distillation}
             chosen = {name: value for name, value in chosen.items() if name in read}
             chosen["distill.weight"] = 0.0
-        member = _member(config, chosen)
-        members.setdefault(_name(config, member, axes), member)
-    return members
+        yield chosen
 
 
 def _place(key: Key) -> int:
@@ -70,7 +78,8 @@ def repeats(config: ConfigDict) -> list[ConfigDict]:
     """The configs of the teachers that a sweep asks for: one, or one a whole repeat."""
     if not config.sweep.whole_repeats:
         return [config]
-    return [whole_repeat(config, seed) for seed in config.sweep.seeds or (config.seed,)]
+    seeds = {key.name: values for key, values in schema.axes(config).items()}["seed"]
+    return [whole_repeat(config, seed) for seed in seeds]
 
 
 def whole_repeat(config: ConfigDict, seed: int) -> ConfigDict:

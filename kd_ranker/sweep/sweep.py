@@ -186,9 +186,12 @@ def _read_plan(workdir: Path) -> tuple[list[str], list[list[str]]]:
 
 def _new_cohorts(members: Cohort, size: CohortSize) -> list[list[str]]:
     """Cohorts of members on the same batches, of sizes as equal as can be and at most `size`."""
+    sharing: dict[str, dict[str, ConfigDict]] = {}
+    for name, member in members.items():
+        sharing.setdefault(repr(_batches_of(member)), {})[name] = member
     cohorts = []
-    for _, sharing in itertools.groupby(members, key=lambda name: _batches_of(members[name])):
-        blocks = _blocks({name: members[name] for name in sharing}, size.members)
+    for of_batches in sharing.values():
+        blocks = _blocks(of_batches, size.members)
         # Of equal sizes, so that no cohort pays for a teacher pass alone.
         number = -(-len(blocks) // size.blocks)
         parts = [blocks[index::number] for index in range(number)]

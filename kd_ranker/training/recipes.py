@@ -114,7 +114,9 @@ def _student_group(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> Grou
     config = configs[0]
     model, init = student_model(config, spec)
     recipe = _recipe(model, MODES[config.distill.mode], terms_of(config), config)
-    recipe = recipe._replace(unshown_are_negatives=_unshown_are_negatives(config))
+    recipe = recipe._replace(
+        user_loss=config.train.user_loss, unshown_are_negatives=_unshown_are_negatives(config)
+    )
     numbers = stack_members([_student_numbers(config) for config in configs])
     return Group(recipe, tuple(members), numbers, _init(recipe, init, configs, spec))
 

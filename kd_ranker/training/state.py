@@ -45,6 +45,7 @@ class Recipe(NamedTuple):
       schedule: (step, counted from 1; the members' numbers of steps) -> the factors of their peak
         learning rates.
       unshown_are_negatives: whether candidates that were not shown meet user labels of 0.
+      user_loss: one of `losses.USER_LOSSES`.
     """
 
     model: Model
@@ -54,6 +55,7 @@ class Recipe(NamedTuple):
     row_optimizer: RowOptimizer
     schedule: Callable[[Int[Array, ""], Float[Array, "members"]], Float[Array, "members"]]
     unshown_are_negatives: bool = False
+    user_loss: str = "bce"
 
 
 class OptimizerNumbers(NamedTuple):

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from kd_ranker.batch import CandidateBatch, Items, Stage
 from kd_ranker.batches.cutting import PackedBatches, Span, unpack
-from kd_ranker.distillation.losses import LOSSES, bce
+from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LOSSES, USER_LOSSES
 from kd_ranker.distillation.modes import Transform
 from kd_ranker.distillation.teacher_signal import SIGNALS, Heard
 from kd_ranker.embedding.lookup import Rows, embeddings, gather_rows
@@ -204,7 +204,10 @@ def _losses(
         batch = _with_unshown_negatives(batch, numbers.unshown_weight)
     user_logits = mode.user_logits(logits[:, : batch.labelled], transform)
     label_weight = jnp.broadcast_to(batch.label_weight[..., None], user_logits.shape)
-    user_loss = _mean_over_devices(*bce(user_logits, batch.user_label, label_weight))
+    user_loss = jnp.zeros(())
+    for user in USER_LOSSES[recipe.user_loss]:
+        totals = user(user_logits, batch.user_label, label_weight, DEFAULT_NUMBERS)
+        user_loss += _mean_over_devices(*totals)
     distill_loss = jnp.zeros(())
     # A mode without a teacher has a weight and no term.
     for term, (probability, weight), factor in zip(

@@ -3,7 +3,7 @@
 import pytest
 
 from kd_ranker.config import schema
-from kd_ranker.config.key import Bound
+from kd_ranker.config.key import Bound, TermNames
 from kd_ranker.config.keys import DATA_KEYS, KEYS
 from kd_ranker.distillation import losses
 
@@ -20,6 +20,8 @@ def test_a_default_is_allowed_and_an_influence_known(key):
     for value in values:
         if isinstance(key.allowed, Bound):
             assert key.allowed.holds(value)
+        elif isinstance(key.allowed, TermNames):
+            key.allowed.check(key.name, value)
         elif key.allowed is not None and value:
             assert value in key.allowed
 

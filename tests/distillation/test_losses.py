@@ -21,20 +21,24 @@ from kd_ranker.distillation.losses import (
     LOSSES,
     NEEDS_PROBABILITIES,
     PAIRWISE,
+    USER_LOSSES,
     LossNumbers,
     bce,
     lambda_rank,
     pairs_held,
     ranknet,
+    user_softmax,
 )
 from kd_ranker.distillation.teacher_signal import probability_of_rank
 
 SHAPE = (3, 6, 2)
-COMPARING = sorted(LOSSES.keys() - {"bce", "mse_logit"})
+# The property tests give the losses on user labels soft labels too.
+ALL = LOSSES | {"user_softmax": user_softmax}
+COMPARING = sorted(ALL.keys() - {"bce", "mse_logit"})
 # A pair has the weights of both its candidates.
 OF_PAIRS = {"mse_margin", "ranknet", "lambda", "rank_distil"}
 
-over_losses = pytest.mark.parametrize("name", LOSSES)
+over_losses = pytest.mark.parametrize("name", ALL)
 
 
 def random_entries(seed):
@@ -51,7 +55,7 @@ def compiled(name):
     """A loss, and the gradient of the sum of its numerators, compiled once for each shape."""
 
     def numerator_of(logits, probability, weight, numbers):
-        numerator, denominator = LOSSES[name](logits, probability, weight, numbers)
+        numerator, denominator = ALL[name](logits, probability, weight, numbers)
         return jnp.sum(numerator), (numerator, denominator)
 
     @jax.jit
@@ -215,6 +219,30 @@ def test_softmax_of_positions_teaches_zipfs_law():
     )  # fmt: skip
     zipf = 1 / (1 + rank) / (1 + 1 / 2 + 1 / 3 + 1 / 4)
     np.testing.assert_allclose(gradient[0, :, 0], 1 / 4 - zipf, rtol=1e-5)
+
+
+@over_cases
+def test_user_softmax_is_the_formula_at_any_temperature(seed, temperature):
+    def restate(z, y, w, _):
+        if len(z) < 2:
+            return 0.0, 0.0, 0.0
+        s = log_softmax(z)
+        gradient = (w * y).sum() * np.exp(s) - w * y
+        return -(w * y * s).sum(), (w * y).sum(), gradient
+
+    assert_is_restated("user_softmax", restate, seed, temperature)
+
+
+def test_user_softmax_of_hand_worked_requests():
+    """Two positives of five; a request without positives and one with one label add nothing."""
+    logits = np.log([[1, 2, 5], [1, 2, 5], [1, 2, 5]])[..., None].astype(np.float32)
+    label = np.array([[1, 1, 0], [0, 0, 0], [1, 0, 0]], np.float32)[..., None]
+    weight = np.array([[1, 3, 0.5], [1, 1, 1], [1, 0, 0]], np.float32)[..., None]
+    (numerator, denominator), gradient = compiled("user_softmax")(logits, label, weight)
+    np.testing.assert_allclose(numerator, np.log(8) + 3 * np.log(4), rtol=1e-6)
+    np.testing.assert_array_equal(denominator, 4)
+    np.testing.assert_array_equal(gradient[1:], 0)
+    np.testing.assert_allclose(gradient[0, :, 0], [4 / 8 - 1, 4 * 2 / 8 - 3, 4 * 5 / 8], rtol=1e-6)
 
 
 @over_cases
@@ -590,7 +618,7 @@ def test_members_with_numbers_of_their_own_are_each_as_if_alone(name):
     logits, probability, weight = random_entries(11)
     members = np.stack([logits, 2 * logits, logits - 1])
     numbers = LossNumbers(jnp.array([1.0, 2.0, 0.5]), jnp.array([1.0, 2.0, 3.0]))
-    together = jax.jit(jax.vmap(lambda z, numbers: LOSSES[name](z, probability, weight, numbers)))(
+    together = jax.jit(jax.vmap(lambda z, numbers: ALL[name](z, probability, weight, numbers)))(
         members, numbers
     )
     for index, own in enumerate(members):
@@ -602,5 +630,6 @@ def test_members_with_numbers_of_their_own_are_each_as_if_alone(name):
 
 def test_declarations_name_losses_and_numbers_are_those_of_the_config():
     assert LOSSES.keys() >= NEEDS_PROBABILITIES | PAIRWISE
+    assert list(USER_LOSSES) == ["bce", "softmax", "bce+softmax"]
     config = defaults.get_config()
     assert {name: config.distill[name] for name in LossNumbers._fields} == DEFAULT_NUMBERS._asdict()

@@ -59,6 +59,9 @@ def test_a_row_tells_the_loss_with_what_it_learns_from():
     assert results.made_of(config)["distill_loss"] is None
     config.sweep.axes.teacher.signal = ("logged", "stage")
     assert results.swept_columns(config) == []
+    config.distill.mode, config.distill.loss, config.distill.terms = "aux", "topk:stage", ()
+    config.teacher.signal = "logged"
+    assert results.made_of(config)["distill_loss"] == "topk:stage"
 
 
 def row(role, mode, seed, passed, flops, **more):
@@ -205,13 +208,32 @@ def test_a_setting_is_all_but_seeds_a_way_all_that_is_not_tuned_and_a_repeat_the
     assert way[:9] == [way[0]] * 9
     assert len(set(way)) == 1 + len(another_way)
     assert frame["repeat"].nunique() == 3
-    assert results.way_columns(frame) == ["mode", "distill_loss", "student.width"]
+    assert list(results.ways(frame)) == ["mode", "distill_loss", "student.width"]
 
 
-def test_weights_that_are_no_way_of_tuning_make_ways_of_their_own():
+def test_a_weight_that_is_not_tuned_makes_ways_and_a_switch_makes_two():
     first = row("student", "shared", 0, 1.0, 10.0)
-    for column in ("distill.user_weight", "train.unshown_weight"):
-        assert labelled(first | {column: 0.0}, first | {column: 1.0})["way"].nunique() == 2
+    for column, expected in (("distill.user_weight", 3), ("train.unshown_weight", 2)):
+        frame = labelled(*(first | {column: weight} for weight in (0.0, 0.1, 0.3)))
+        assert frame["setting"].nunique() == 3
+        assert frame["way"].nunique() == expected
+    assert list(frame["way"]) != [frame["way"].iloc[0]] * 3
+    assert frame["way"].iloc[1] == frame["way"].iloc[2]
+
+
+def test_each_side_of_a_switch_is_tuned_over_its_own_values():
+    """The lowest number of passed candidates wins within a way, not between ways."""
+    passed = {0.0: 30.0, 0.1: 25.0, 0.3: 20.0}
+    frame = results.with_labels(
+        pd.DataFrame(
+            [
+                row("student", "none", 0, number, 10.0, split="validation")
+                | {"train.unshown_weight": weight, "member": f"none-unshown{weight}"}
+                for weight, number in passed.items()
+            ]
+        )
+    )
+    assert set(results.chosen(frame)) == {"none-unshown0.0", "none-unshown0.3"}
 
 
 def test_the_members_of_the_chosen_settings_with_the_serving_choices_to_read():

@@ -548,7 +548,11 @@ def test_costs_of_ones_own_change_savings_alone_and_train_nothing(world, swept, 
     assert not commands.sweep(world.config(**SWEEP, **costs), workdir)
 
 
-MORE = SWEEP | {"sweep__weights": (1.0, 4.0), "sweep__extend": True}
+# One more way: the mode none does not read the weight.
+MORE = SWEEP | {
+    "sweep__ways": ("distill.mode=none,aux", "distill.mode=aux distill.weight=4.0"),
+    "sweep__extend": True,
+}
 
 
 def with_results_on_validation(workdir, change):

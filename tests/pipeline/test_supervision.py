@@ -58,6 +58,13 @@ def test_each_of_several_terms_is_held_against_its_own_signal():
         check_all(config_with(distill__terms=("softmax", "bce:stage")))
 
 
+def test_a_loss_is_held_against_the_signal_that_it_names():
+    check_all(config_with(distill__loss="topk:stage"), signal="rank")
+    check_all(config_with(distill__loss="bce:logged", teacher__signal="stage"))
+    with pytest.raises(UserError, match=r"distill\.loss=bce needs .* stages are an order"):
+        check_all(config_with(distill__loss="bce:stage"))
+
+
 @pytest.mark.parametrize("source", ["live", "logged"])
 @pytest.mark.parametrize("loss", sorted(supervision.NEEDS_PROBABILITIES))
 def test_a_loss_that_needs_probabilities_is_refused_where_stages_are_the_signal(source, loss):

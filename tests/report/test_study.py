@@ -98,6 +98,15 @@ def test_a_setting_that_was_not_read_on_test_is_not_chosen(tmp_path):
     assert study.chosen == {"none": "none", "shared": "shared, weight 1"}
 
 
+def test_a_switch_that_is_on_is_a_way_tuned_over_its_own_values(tmp_path):
+    rows = [
+        {"mode": "none", "passed": passed, "train.unshown_weight": weight, "member": f"at{weight}"}
+        for weight, passed in ((0.0, 30), (0.1, 25), (0.3, 20))
+    ]
+    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
+    assert study.chosen == {"none": "none, unshown 0", "none, unshown": "none, unshown 0.3"}
+
+
 def test_results_of_an_older_release_are_told_as_such(tmp_path):
     """Each column that reading asks for by its name is known to be one that may be missing."""
     whole = results.read_csv(sweeps.write_sweep(tmp_path) / results.FILE)

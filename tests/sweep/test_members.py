@@ -5,7 +5,8 @@ import pytest
 from kd_ranker.config import checks, schema
 from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
-from kd_ranker.sweep.members import sweep_members
+from kd_ranker.evaluation import results
+from kd_ranker.sweep.members import repeats, sweep_members
 
 
 def config_of(axes=(), **sweep):
@@ -108,6 +109,8 @@ def test_any_key_that_a_sweep_may_vary_is_an_axis():
 
 def another(key, own):
     """A second value of a key."""
+    if key.name == "distill.loss":
+        return "topk:stage"
     if key.name == "distill.terms":
         return ("ranknet", "softmax:stage")
     if isinstance(own, bool):
@@ -194,3 +197,104 @@ def test_bad_axes_are_one_line(sweep, message):
     with pytest.raises(UserError) as caught:
         checks.validate(config_of(**sweep))
     assert message in str(caught.value)
+
+
+WAYS = (
+    "distill.mode=none",
+    "distill.mode=none train.unshown_weight=0.1,0.3",
+    "distill.mode=none train.user_loss=bce+softmax",
+    "distill.mode=aux distill.loss=topk:stage",
+    "distill.mode=aux,shared distill.loss=bce,topk",
+)
+
+
+def test_ways_are_the_union_of_their_products():
+    config = config_of(
+        ways=WAYS, seeds=(0, 1), weights=(0.5, 1.0), axes={"optimizer.learning_rate": (0.01, 0.02)}
+    )
+    config.optimizer.learning_rate = 0.01
+    checks.validate(config)
+    members = sweep_members(config)
+    first = [
+        name.removesuffix("-seed0")
+        for name, member in members.items()
+        if member.seed == 0 and member.optimizer.learning_rate == 0.01
+    ]
+    assert first == [
+        "none",
+        "none-unshown0.1",
+        "none-unshown0.3",
+        "none-user_lossbce+softmax",
+        "aux-topk:stage-weight0.5",
+        "aux-topk:stage-weight1.0",
+        *(
+            f"{mode}-{loss}weight{weight}"
+            for mode in ("aux", "shared")
+            for loss in ("", "topk-")
+            for weight in (0.5, 1.0)
+        ),
+    ]
+    assert len(members) == len(first) * 2 * 2
+    swept = {key.name for key in schema.axes(config)}
+    assert {"train.unshown_weight", "train.user_loss", "distill.loss"} <= swept
+    assert results.swept_columns(config) == ["train.user_loss", "train.unshown_weight"]
+
+
+def test_a_sweep_that_grows_by_a_way_keeps_its_members():
+    before = sweep_members(config_of(ways=WAYS[:1]))
+    after = sweep_members(config_of(ways=WAYS))
+    assert [name for name in after if name in before] == list(before)
+    for name, member in before.items():
+        same, other = after[name].to_dict(), member.to_dict()
+        del same["sweep"], other["sweep"]
+        assert same == other
+
+
+def test_values_of_ways_have_the_types_of_their_keys():
+    text = (
+        "distill.mode=aux student.hidden=64,32x16 distill.terms=topk:stage+softmax "
+        "distill.affine=False train.steps=7 distill.weight=2 seed=3,4"
+    )
+    config = config_of(ways=(text,))
+    checks.validate(config)
+    members = list(sweep_members(config).values())
+    assert [member.student.hidden for member in members] == [(64,), (32, 16)] * 2
+    assert [member.seed for member in members] == [3, 3, 4, 4]
+    for member in members:
+        distill = member.distill
+        assert distill.terms == ("topk:stage", "softmax")
+        assert (distill.affine, member.train.steps, distill.weight) == (False, 7, 2.0)
+    config.sweep.whole_repeats = True
+    assert [repeat.seed for repeat in repeats(config)] == [3, 4]
+
+
+@pytest.mark.parametrize(
+    ("way", "message"),
+    [
+        ("distil.mode=none", "sweep.ways='distil.mode=none': no sweep varies 'distil.mode'"),
+        ("data.seed=1", "no sweep varies 'data.seed'"),
+        ("none", "write 'none' as KEY=VALUE,VALUE"),
+        ("train.steps=5 train.steps=6", "assigns train.steps twice"),
+        ("train.steps=5,5", "sweep.axes.train.steps=(5, 5) names a value twice"),
+        ("train.steps=5.0", "sweep.axes.train.steps holds '5.0'; it takes whole numbers"),
+        ("train.steps=", "sweep.axes.train.steps holds ''; it takes whole numbers"),
+        ("train.unshown_weight=-1", "sweep.axes.train.unshown_weight holds -1.0, which must not"),
+        ("distill.weight=inf", "sweep.weights holds inf, which must be a finite number"),
+        ("distill.mode=all", "sweep.modes='all' does not exist"),
+        ("train.user_loss=hinge", "sweep.axes.train.user_loss='hinge' does not exist"),
+        ("distill.loss=topk:far", "sweep.axes.distill.loss='topk:far': signal='far' does not"),
+        ("distill.affine=yes", "sweep.axes.distill.affine holds 'yes'; it takes truth values"),
+        ("student.hidden=8xa", "sweep.axes.student.hidden holds 'a'; it takes whole numbers"),
+        ("distill.loss=topk distill.top_k=99", "distill.top_k=99 takes in all batch.candidates"),
+        (
+            "distill.loss=bce,topk:stage teacher.signal=logged,stage",
+            "sweep.axes.teacher.signal changes nothing of distill.loss=('topk:stage',)",
+        ),
+    ],
+)
+def test_a_bad_way_is_one_line_that_quotes_it(way, message):
+    with pytest.raises(UserError) as caught:
+        checks.validate(config_of(ways=("distill.mode=none", way)))
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"sweep.ways={way!r}")
+    assert "\n" not in str(caught.value)

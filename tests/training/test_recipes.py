@@ -134,6 +134,8 @@ def test_terms_take_the_signal_that_they_name_or_else_the_configs():
         assert [float(weight[0]) for weight in group.numbers.term_weights] == [1.0] * len(expected)
     config.teacher.signal = "stage"
     assert [term.signal for term in recipes.terms_of(config)] == ["stage", "stage", "logged"]
+    config.distill.terms, config.distill.loss = (), "topk:logged"
+    assert recipes.terms_of(config) == (("topk", "logged"),)
     config.distill.mode = "none"
     assert recipes.terms_of(config) == ()
 
@@ -174,6 +176,7 @@ def test_a_student_without_a_teacher_learns_from_users_whatever_the_weight_of_th
         {"optimizer__schedule": "constant"},
         {"optimizer__warmup_steps": 1},
         {"train__unshown_weight": 0.5},
+        {"train__user_loss": "softmax"},
     ],
 )
 def test_members_that_differ_in_anything_else_are_groups_of_their_own(change):
