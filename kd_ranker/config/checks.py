@@ -42,6 +42,7 @@ def validate(config: ConfigDict, devices: int | None = None) -> None:
             _check_values(way, keys.values(), devices)
         except UserError as error:
             raise UserError(f"sweep.ways={text!r}: {error}") from error
+    _check_replaced(config)
 
 
 def _check_values(config: ConfigDict, keys: Iterable[Key], devices: int | None) -> None:
@@ -151,6 +152,19 @@ def _check_axes(config: ConfigDict) -> None:
             "sweep.axes.optimizer.learning_rate scales the tables' rate along, and "
             "optimizer.learning_rate is 0"
         )
+
+
+def _check_replaced(config: ConfigDict) -> None:
+    keys, of_ways = keys_of(""), ways(config).values()
+    for key in sweepable():
+        axis = axis_of(key.name)
+        values = tuple(value_of(config, axis))
+        used = any(tuple(value_of(way, axis)) == values for way in of_ways)
+        if not used and values != keys[axis].default:
+            raise UserError(
+                f"{axis}={values} has no effect, since each of sweep.ways assigns {key.name}; "
+                "change those, or set sweep.ways=()"
+            )
 
 
 def _check_part(config: ConfigDict) -> None:

@@ -298,3 +298,12 @@ def test_a_bad_way_is_one_line_that_quotes_it(way, message):
     assert message in str(caught.value)
     assert str(caught.value).startswith(f"sweep.ways={way!r}")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sweep", [{"modes": ("shared",)}, {"axes": {"train.steps": (5, 6)}}])
+def test_an_axis_that_all_ways_replace_is_refused(sweep):
+    ways = ("distill.mode=none train.steps=7", "distill.mode=aux train.steps=8")
+    checks.validate(config_of(ways=ways))
+    with pytest.raises(UserError, match=r"has no effect, since each of sweep\.ways assigns"):
+        checks.validate(config_of(ways=ways, **sweep))
+    checks.validate(config_of(ways=(*ways, "train.unshown_weight=0.1"), modes=("shared",)))
