@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kd_ranker.batch import Category, FeatureSpec, Request
     from kd_ranker.distillation import losses, modes
     from kd_ranker.errors import UserError
+    from kd_ranker.evaluation.interleaving import interleave, requests_needed
     from kd_ranker.pipeline.public import (
         Dataset,
         Prepared,
@@ -48,11 +49,13 @@ __all__ = [
     "UserError",
     "configs",
     "export",
+    "interleave",
     "log_teacher",
     "losses",
     "modes",
     "prepare",
     "report",
+    "requests_needed",
     "run",
     "score",
     "sweep",
@@ -70,6 +73,8 @@ _ELSEWHERE = {
     "FeatureSpec": "kd_ranker.batch",
     "Request": "kd_ranker.batch",
     "UserError": "kd_ranker.errors",
+    "interleave": "kd_ranker.evaluation.interleaving",
+    "requests_needed": "kd_ranker.evaluation.interleaving",
 }
 
 

@@ -115,26 +115,21 @@ def combined(function: Callable[..., Any], *settings: Measured) -> Measured:
 def crossed_interval(setting: Measured, confidence: float = CONFIDENCE) -> Interval:
     """The mean over the repeats that have the measure, and an interval over requests and repeats.
 
-    mean ± √h, where h is the larger of t_N² · V and t_N² · max(V − C, 0) + t_R² · S, with
+    mean ± (t_N · B + t_R · S) / √(B + S), with two parts of the variance of the mean,
 
-        V = N/(N−1) · Var_b(mean_r drawn[b, r])           requests, for these repeats
-        C = N/(N−1) · mean_b(Var_r(drawn[b, r] − mean_b drawn[·, r])) / R
-                                                          the part of V that repeats do not share
-        S = Var_r(each[r]) / R                            repeats, and C with them
+        B = N/(N−1) · mean of Cov_b(drawn[b, r], drawn[b, s]) over r ≠ s    requests, at least 0
+        S = Var_r(each[r]) / R                    repeats, and pairs of a repeat and a request
 
-    and t_N, t_R points of Student's distribution with N − 1 and R − 1 degrees of freedom. For
-    normal, independent parts the coverage is at least the confidence, whatever their sizes: each
-    estimated variance is multiplied by the t² of its own degrees of freedom, and the distribution
-    function of χ² with one degree is concave (Banerjee, Sankhyā 1960). One t for the sum, with
-    Satterthwaite's degrees of freedom (Biometrics 1946), covers less where repeats are few, and so
-    does drawing repeats anew as well (the pigeonhole bootstrap: Owen, Ann. Appl. Stat. 2007), which
-    cannot show more spread than the few repeats have. No bootstrap gives the variance of crossed
-    data exactly (McCullagh, Bernoulli 2000). The interval of one repeat is ± t_N · √V and covers
-    the requests alone.
+    and t_N, t_R the points of Student's distribution (Biometrika 1908) with N − 1 and R − 1
+    degrees of freedom. B + S is an unbiased estimate of the variance if B > 0. Its factor is the
+    mean of both points, weighted by the parts (Cochran, Biometrics 1964). One point with
+    Satterthwaite's degrees of freedom (Biometrics 1946) covers less where repeats are few.
+    `docs/report.md` has the measured coverage. The interval of one repeat is ± t_N · √V with
+    V = N/(N−1) · Var_b(drawn[b]), and covers the requests only.
 
     Returns:
-      `low` and `high` are NaN where there is one request, no repeat that has the measure, or no
-      measure in more than one draw of twenty: then how far it could go is not known.
+      `low` and `high` are NaN if there is one request or no repeat with the measure. They are also
+      NaN if more than one draw of twenty lacks the measure.
     """
     known = np.isfinite(setting.each)
     each, drawn = setting.each[known], setting.drawn[:, known]
@@ -146,31 +141,25 @@ def crossed_interval(setting: Measured, confidence: float = CONFIDENCE) -> Inter
     whole = np.isfinite(drawn).all(axis=1)
     if requests < 2 or whole.mean() < 1 - _UNKNOWN_DRAWS:
         return Interval(mean, nan, nan, n, "nothing")
-    square = _square_of_half(each, drawn[whole], requests, confidence)
-    half = float(np.sqrt(square))
+    half = _half(each, drawn[whole], requests, confidence)
     return Interval(mean, mean - half, mean + half, n, "both" if n > 1 else "requests")
 
 
-def _square_of_half(
+def _half(
     each: Float[np.ndarray, "R"], drawn: Float[np.ndarray, "B R"], requests: int, confidence: float
 ) -> float:
-    """The h of `crossed_interval`."""
+    """The half-width of `crossed_interval`."""
     repeats = len(each)
-
-    def t_squared(degrees: int) -> float:
-        return float(stats.t.ppf((1 + confidence) / 2, degrees) ** 2)
-
     # A variance over draws has N in place of N − 1.
-    unbiased = requests / (requests - 1)
-    over_requests = unbiased * drawn.mean(axis=1).var(ddof=1)
-    alone = t_squared(requests - 1) * over_requests
+    covariance = np.cov(drawn, rowvar=False).reshape(repeats, repeats) * requests / (requests - 1)
+    t_requests = stats.t.ppf((1 + confidence) / 2, requests - 1)
     if repeats == 1:
-        return float(alone)
-    own = (drawn - drawn.mean(axis=0)).var(axis=1, ddof=1).mean()
-    shared = max(over_requests - unbiased * own / repeats, 0.0)
-    over_repeats = each.var(ddof=1) / repeats
-    both = t_squared(requests - 1) * shared + t_squared(repeats - 1) * over_repeats
-    return float(max(alone, both))
+        return float(t_requests * np.sqrt(covariance.item()))
+    t_repeats = stats.t.ppf((1 + confidence) / 2, repeats - 1)
+    of_requests = max(covariance[~np.eye(repeats, dtype=bool)].mean(), 0.0)
+    of_repeats = each.var(ddof=1) / repeats
+    total = of_requests + of_repeats
+    return float((t_requests * of_requests + t_repeats * of_repeats) / np.sqrt(total or 1.0))
 
 
 def passed_for(

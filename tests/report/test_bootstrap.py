@@ -53,18 +53,18 @@ def test_each_draw_has_as_many_requests_as_there_are_and_depends_on_the_seed_alo
 
 
 def test_an_interval_worked_by_hand():
-    # N = 3, so N/(N − 1) = 1.5. Both repeats move alike: V = 1.5 · 1, C = 0, S = 2 / 2.
+    # N = 3, so N/(N − 1) = 1.5. Both repeats move alike: B = 1.5 · 1, S = 2 / 2.
     alike = Measured((0, 1), np.array([1.0, 3]), np.array([[0.0, 2], [2, 4], [1, 3]]), 3)
-    half = math.sqrt(4.30265**2 * 1.5 + 12.7062**2 * 1)
+    half = (4.30265 * 1.5 + 12.7062 * 1) / math.sqrt(2.5)
     assert crossed_interval(alike)[:4] == pytest.approx((2, 2 - half, 2 + half, 2), rel=1e-5)
-    # They move against each other: V = 0, and S holds all that there is.
+    # They move against each other: B = 0, and S contains all of the variance.
     apart = alike._replace(drawn=np.array([[0.0, 4], [2, 2], [1, 3]]))
     assert crossed_interval(apart).high == pytest.approx(2 + 12.7062, rel=1e-5)
-    # Repeats that happen to agree, though draws part them: V = 1.5 · 0.75, and no less is said.
+    # Repeats that happen to agree: Cov = 0.5, so B = 0.75, and S = 0.
     agree = Measured((0, 1), np.array([2.0, 2]), np.array([[0.0, 1], [2, 2], [1, 3]]), 3)
-    assert crossed_interval(agree).high == pytest.approx(2 + 4.30265 * 1.125**0.5, rel=1e-5)
+    assert crossed_interval(agree).high == pytest.approx(2 + 4.30265 * 0.75**0.5, rel=1e-5)
     # At 90%, with the points of that.
-    half = math.sqrt(2.91999**2 * 1.5 + 6.31375**2 * 1)
+    half = (2.91999 * 1.5 + 6.31375 * 1) / math.sqrt(2.5)
     assert crossed_interval(alike, 0.9).high == pytest.approx(2 + half, rel=1e-5)
 
 
@@ -80,10 +80,9 @@ def test_the_interval_is_that_of_a_two_way_analysis_of_variance():
     of_both = (residual**2).sum() / ((repeats - 1) * (requests - 1))
     # E(mean square of requests) = R · Var(b) + Var(c), of repeats N · Var(a) + Var(c).
     shared = (columns.var(ddof=1) * repeats - of_both) / (repeats * requests)
-    half = math.sqrt(
-        stats.t.ppf(0.975, requests - 1) ** 2 * shared
-        + stats.t.ppf(0.975, repeats - 1) ** 2 * rows.var(ddof=1) / repeats
-    )
+    parts = np.array([shared, rows.var(ddof=1) / repeats])
+    points = stats.t.ppf(0.975, [requests - 1, repeats - 1])
+    half = points @ parts / math.sqrt(parts.sum())
     found = crossed_interval(ours)
     assert shared > 0
     assert found.mean == pytest.approx(values.mean())

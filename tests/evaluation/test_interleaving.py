@@ -1,0 +1,153 @@
+"""Team drafts against the rules of the draft, and plans against simulated tests."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+import kd_ranker as kd
+
+IDS = st.integers(0, 12)
+LISTS = st.lists(IDS, max_size=10)
+SEEDS = st.integers(0, 2**32)
+
+
+def picks(mixed, side):
+    """The items that one side picked, in order."""
+    return [item for item, by in zip(mixed.items, mixed.sides, strict=True) if by == side]
+
+
+def is_in_order_of(items, ranking):
+    """True if `items` is a subsequence of `ranking`."""
+    rest = iter(ranking)
+    return all(item in rest for item in items)
+
+
+@given(LISTS, LISTS, SEEDS)
+def test_a_mixed_list_has_each_item_once_and_keeps_the_order_of_each_side(one, other, seed):
+    mixed = kd.interleave(one, other, seed)
+    assert sorted(mixed.items) == sorted({*one, *other})
+    assert mixed.shared == [item in one and item in other for item in mixed.items]
+    assert is_in_order_of(picks(mixed, "a"), one)
+    assert is_in_order_of(picks(mixed, "b"), other)
+    assert mixed == kd.interleave(one, other, seed)
+
+
+@given(LISTS, LISTS, SEEDS)
+def test_both_sides_pick_once_in_each_round_while_both_have_items(one, other, seed):
+    mixed = kd.interleave(one, other, seed)
+    for start in range(0, len(mixed.items), 2):
+        taken = {*mixed.items[:start]}
+        # With two free items, the other side's pick leaves one.
+        if min(len({*one} - taken), len({*other} - taken)) >= 2:
+            assert {*mixed.sides[start : start + 2]} == {"a", "b"}
+
+
+@given(LISTS, LISTS, SEEDS)
+def test_each_pick_is_the_first_free_item_of_its_side(one, other, seed):
+    mixed = kd.interleave(one, other, seed)
+    for at, (item, side) in enumerate(zip(mixed.items, mixed.sides, strict=True)):
+        taken = mixed.items[:at]
+        assert item == next(x for x in (one if side == "a" else other) if x not in taken)
+
+
+@given(st.lists(IDS, min_size=1, max_size=6, unique=True), LISTS, LISTS, SEEDS)
+def test_a_common_prefix_stays_in_front(prefix, one, other, seed):
+    assert kd.interleave(prefix + one, prefix + other, seed).items[: len(prefix)] == prefix
+
+
+def test_an_empty_list_leaves_the_other():
+    assert kd.interleave([], [3, 1, 3], 0) == ([3, 1], ["b", "b"], [False, False])
+    assert kd.interleave([], [], 0) == ([], [], [])
+
+
+def test_items_may_be_strings_or_numbers_of_numpy():
+    mixed = kd.interleave(np.array([5, 7]), [5, 8], seed=(3, 17))
+    assert sorted(mixed.items) == [5, 7, 8]
+    assert mixed.credit(np.array([5, 7, 7])) == (1, 0)
+    assert kd.interleave(["x"], np.array(["x", "y"]), 1).credit(["y"]) == (0, 1)
+
+
+def test_of_identical_lists_each_side_picks_each_item_half_of_the_time():
+    sides = [kd.interleave("pqrst", "pqrst", seed).sides for seed in range(2000)]
+    of_a = np.mean([[side == "a" for side in each] for each in sides], axis=0)
+    np.testing.assert_allclose(of_a, 0.5, atol=4 * 0.5 / 2000**0.5)
+    assert kd.interleave("pqrst", "pqrst", 0).credit("pqrst") == (0, 0)
+
+
+@given(LISTS, LISTS, st.sets(IDS), SEEDS)
+def test_the_credits_differ_as_the_clicks_on_the_two_lists(one, other, liked, seed):
+    mixed = kd.interleave(one, other, seed)
+    a, b = mixed.credit(liked & {*mixed.items})
+    assert a - b == len(liked & {*one}) - len(liked & {*other})
+
+
+def test_a_click_on_an_item_that_was_not_shown_is_refused():
+    with pytest.raises(kd.UserError, match="clicked item 9 is not in the list"):
+        kd.interleave([1, 2], [2, 3], 0).credit([1, 9])
+
+
+def clicks(generator, requests):
+    """Clicks on the lists of two funnels in each request, by Bernoulli draws.
+
+    Nine of ten shown items are shared. In 40% of requests the tenth differs, and that of b is
+    clicked more often. Users differ in how often they click.
+    """
+    user = generator.beta(4, 16, requests)
+    shared = generator.binomial(9, user)
+    differs = generator.random(requests) < 0.4
+    tenth = generator.random((2, requests)) < np.stack([0.5 * user, 2 * user])
+    tenth[1] = np.where(differs, tenth[1], tenth[0])
+    return shared + tenth
+
+
+def test_the_planned_numbers_have_a_power_of_80_percent():
+    generator = np.random.default_rng(0)
+    pilot_a, pilot_b = clicks(generator, 100_000)
+    # Users click on 0.2 of the items: a has 9.5 · 0.2 clicks, and b gains 0.4 · 1.5 · 0.2.
+    needed = kd.requests_needed(pilot_a, pilot_b, effect=0.12 / 1.9)
+    assert needed.ab > 20 * needed.interleaved
+
+    def found(draw, tests=1500):
+        """The share of tests that see a difference."""
+        return np.mean([draw() < 0.05 for _ in range(tests)])
+
+    def ab():
+        arms = (clicks(generator, needed.ab // 2)[side] for side in (0, 1))
+        return stats.ttest_ind(*arms).pvalue
+
+    def interleaved():
+        a, b = clicks(generator, needed.interleaved)
+        return stats.ttest_1samp(a - b, 0).pvalue
+
+    for power in (found(ab), found(interleaved)):
+        assert power == pytest.approx(0.8, abs=0.04)
+
+
+def test_a_plan_worked_by_hand():
+    # Var(a) = Var(b) = 1, Var(a − b) = 4, mean 2; z = 1.95996 + 0.84162, so z² = 7.84888.
+    a, b = np.array([1.0, 2, 3]), np.array([3.0, 2, 1])
+    assert kd.requests_needed(a, b, effect=0.5) == (32, 32)
+    assert kd.requests_needed(a, b) == (1_962_220, 1_962_220)
+    # Half as far apart: a quarter of the requests.
+    assert kd.requests_needed(a, a + np.array([-0.5, 0, 0.5]) * 2, 0.5).interleaved == 8
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "effect", "message"),
+    [
+        ([1, 2], [1, 2, 3], 0.1, r"shapes \(2,\) and \(3,\); give one number per request"),
+        ([1], [2], 0.1, "2 or more requests"),
+        ([1, 2], [2, 1], 0, "effect=0 of a mean value_a of 1.5 is no positive change"),
+        ([1, 2], [2, 1], np.nan, "give a positive effect"),
+        ([0, 0], [2, 1], 0.1, "a positive mean"),
+        ([1, 2], [np.nan, 1], 0.1, "finite values"),
+        ([np.inf, 2], [2, 1], 0.1, "finite values"),
+        ([1, 2], [1, 2], 0.1, "give requests that differ"),
+    ],
+)
+def test_values_without_a_plan_are_refused_in_one_line(a, b, effect, message):
+    with pytest.raises(kd.UserError, match=message) as raised:
+        kd.requests_needed(np.array(a), np.array(b), effect)
+    assert "\n" not in str(raised.value)
