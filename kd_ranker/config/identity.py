@@ -12,7 +12,7 @@ from kd_ranker.sources.registry import SOURCES
 from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.workdir import as_json, values_by_key
 
-# The dataset and the teacher have words of their own in an identity.
+# The dataset and the teacher have parts of their own in an identity.
 _NAMED_APART = ("data", "teacher.workdir")
 # In place of a teacher's version.
 OF_THE_LOGS = "of the logs"
@@ -44,9 +44,9 @@ def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
     return f"{name}-teacher-{scored_by}" if teacher_version else name
 
 
-def of_teacher(config: ConfigDict, dataset: str) -> Identity:
+def of_teacher(config: ConfigDict, dataset: Identity) -> Identity:
     """The identity of the teacher of `config` on the dataset of this identity."""
-    return {"config": _digest([config], "teacher"), "dataset": dataset}
+    return {"config": _digest([config], "teacher"), **dataset}
 
 
 def of_members(members: Mapping[str, ConfigDict]) -> Identity:
@@ -55,16 +55,16 @@ def of_members(members: Mapping[str, ConfigDict]) -> Identity:
     return {"members": names, "config": _digest(list(members.values()), "student")}
 
 
-def of_students(members: Mapping[str, ConfigDict], dataset: str, teacher: str) -> Identity:
+def of_students(members: Mapping[str, ConfigDict], dataset: Identity, teacher: str) -> Identity:
     """The identity of students, by name.
 
     Args:
       members: their configs, in the order in which they are trained.
-      dataset: the identity of the dataset.
+      dataset: the identity of the dataset, or of the scored copy, that they learn from.
       teacher: the version of the teacher that they are trained and measured under; "" where the
         dataset's own logs stand in.
     """
-    return {**of_members(members), "dataset": dataset, "teacher": teacher or OF_THE_LOGS}
+    return {**of_members(members), **dataset, "teacher": teacher or OF_THE_LOGS}
 
 
 def _digest(configs: Sequence[ConfigDict], made: Influence) -> str:

@@ -5,6 +5,7 @@ A workdir is a folder or a URL, see `remote`.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ from kd_ranker.sources.logs.write_back import Scored
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.sweep.members import common, repeats, sweep_members
 from kd_ranker.sweep.memory import check_memory, cohort_size
-from kd_ranker.sweep.sweep import TEST, Cohort, Sweep, open_sweep
+from kd_ranker.sweep.sweep import TEST, Cohort, Sweep, open_sweep, read_plan
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.loop import skip_steps
 from kd_ranker.training.processes import on_first
@@ -91,8 +92,7 @@ def prepare_data(config: ConfigDict, thorough: bool = False) -> Path:
                 storage.write(source, directory)
     else:
         storage.check_whole(directory, teachers.PREPARE_DATA, thorough)
-        if entry.check_unchanged:
-            entry.check_unchanged(config.data, directory)
+        entry.check_unchanged(config.data, directory)
         if report := read_data_report(directory):
             findings.check_allowed(report, config.data.allow, str(directory))
     return directory
@@ -124,7 +124,7 @@ def train_teacher(config: ConfigDict, workdir: Place) -> list[Row]:
     """
     checks.validate(config)
     with owned(workdir) as folder:
-        dataset = teachers.dataset_of(config)
+        dataset = teachers.current_dataset(config)
         supervision.check_log(config, dataset)
         supervision.check_labels(config, dataset)
         ranker, step = runs.fit_teacher(config, dataset, folder)
@@ -185,7 +185,9 @@ def log_teacher(config: ConfigDict) -> Logged:
     splits = dataset.builder.info.splits
     with _open_runner(config) as run:
         source = Source(
-            spec=teachers.spec_of_scored(dataset.spec, teacher.version),
+            spec=dataclasses.replace(
+                dataset.spec, teacher_version=teacher.version, teacher_signal="probability"
+            ),
             item_features=dataset.item_features,
             item_category=dataset.item_category,
             requests=functools.partial(scoring.scored_requests, config, dataset, teacher),
@@ -275,11 +277,12 @@ def train(config: ConfigDict, workdir: Place) -> list[Row]:
     members = {"": config}
     supervision.check_students(members.values())
     with owned(workdir) as folder:
-        teacher, dataset = teachers.teacher_and_dataset(config)
+        teacher, dataset = teachers.teacher_and_dataset(config, teachers.current_dataset(config))
         shared = common(members)
         supervision.check_signals(config, dataset, members.values())
         supervision.check_labels(config, dataset)
-        workdirs.claim(folder, "train", config, without=schema.without_influence("student"))
+        free = schema.without_influence("student")
+        workdirs.claim(folder, "train", config, dataset.identity, without=free)
         keep_data_report(config, folder)
         with runs.progress_bar(folder.name, config.train.steps) as bar:
             students = runs.fit_students(shared, dataset, teacher, members, folder, bar)
@@ -321,7 +324,7 @@ def sweep_lines(config: ConfigDict, workdir: Place) -> list[str]:
     part = config.sweep.part
     if part in ("", JOIN):
         return [results_text(workdir)]
-    cohorts = len(open_sweep(config, Path(workdir)).plan)
+    cohorts = len(read_plan(Path(workdir))[1])
     if part == PLAN:
         return [f"cohorts: {cohorts}", f"numbers: 0-{cohorts - 1}"]
     return [f"cohort {part} of {cohorts} is trained"]
@@ -329,8 +332,8 @@ def sweep_lines(config: ConfigDict, workdir: Place) -> list[str]:
 
 def _sweep_cohort(config: ConfigDict, workdir: Path, number: int) -> bool:
     """Trains one cohort of a sweep that is planned, and holds its folder alone."""
-    workdirs.check(workdir, "sweep", config, without=_free_of_a_sweep(config.sweep.extend))
-    sweep = open_sweep(config, workdir)
+    dataset = _dataset_of_sweep(config, workdir)
+    sweep = open_sweep(config, workdir, dataset.identity)
     sweep.check_planned()
     if number >= len(sweep.plan):
         raise UserError(
@@ -338,19 +341,32 @@ def _sweep_cohort(config: ConfigDict, workdir: Path, number: int) -> bool:
             f"numbered from 0 to {len(sweep.plan) - 1}"
         )
     with owned(sweep.folders[number]):
-        return _train_alone(config, sweep, number)
+        return _train_alone(config, dataset, sweep, number)
+
+
+def _dataset_of_sweep(config: ConfigDict, workdir: Path) -> Dataset:
+    """Opens the dataset of a sweep.
+
+    Raises:
+      UserError: it was not built, or its raw files have changed since, or the workdir holds a run
+        of another command, config or dataset.
+    """
+    dataset = teachers.current_dataset(config)
+    free = _free_of_a_sweep(config.sweep.extend)
+    workdirs.check(workdir, "sweep", config, dataset.identity, without=free)
+    return dataset
 
 
 def _sweep(config: ConfigDict, workdir: Path) -> bool:
-    workdirs.check(workdir, "sweep", config, without=_free_of_a_sweep(config.sweep.extend))
+    dataset = _dataset_of_sweep(config, workdir)
     part = config.sweep.part
-    sweep = open_sweep(config, workdir)
+    sweep = open_sweep(config, workdir, dataset.identity)
     if part == JOIN:
         sweep.check_planned()
     keep_data_report(config, workdir)
     if sweep.is_complete():
         return False
-    open_teacher = teachers.opener(config)
+    open_teacher = teachers.opener(config, dataset)
     _, dataset = open_teacher(next(iter(sweep.members.values())))
     supervision.check_signals(config, dataset, sweep.members.values())
     supervision.check_labels(config, dataset)
@@ -358,9 +374,9 @@ def _sweep(config: ConfigDict, workdir: Path) -> bool:
     size = on_first(lambda: cohort_size(config, sweep.members.values(), dataset.spec))
     # A workdir with cohorts has a config; that of an extension counts once its cohorts are known.
     if not sweep.plan:
-        workdirs.write_config(workdir, "sweep", config)
+        workdirs.write_config(workdir, "sweep", config, dataset.identity)
     sweep = sweep.planned(size, lambda member: teachers.version_of(open_teacher(member)[0]))
-    workdirs.write_config(workdir, "sweep", config)
+    workdirs.write_config(workdir, "sweep", config, dataset.identity)
     if part == PLAN:
         return True
     with _held_by_first(sweep.folders):
@@ -450,16 +466,17 @@ def train_cohort(workdir: Path, number: int) -> None:
     """
     config = workdirs.read_config(workdir)
     try:
-        _train_alone(config, open_sweep(config, workdir), number)
+        dataset = teachers.dataset_of(config)
+        _train_alone(config, dataset, open_sweep(config, workdir, dataset.identity), number)
     except UserError as error:
         raise UserError(f"cohort {number}: {error}") from error
 
 
-def _train_alone(config: ConfigDict, sweep: Sweep, number: int) -> bool:
+def _train_alone(config: ConfigDict, dataset: Dataset, sweep: Sweep, number: int) -> bool:
     """Trains one cohort, whose folder is held; False if that is done."""
     cohort, folder = sweep.cohorts[number], sweep.folders[number]
     shared = common(cohort)
-    teacher, dataset = teachers.opener(config)(shared)
+    teacher, dataset = teachers.opener(config, dataset)(shared)
     sweep.check_teacher(number, teachers.version_of(teacher))
     supervision.check_signals(config, dataset, cohort.values())
     with runs.progress_bar(sweep.workdir.name, shared.train.steps) as bar:

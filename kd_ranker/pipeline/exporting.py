@@ -80,7 +80,7 @@ def about(finished: Finished, workdir: Path, exported: Exported, items: str) -> 
         "member": finished.member,
         "mode": finished.config.distill.mode if finished.role == "student" else "",
         "serve": finished.serve,
-        "dataset": finished.dataset.identity,
+        "dataset": finished.dataset.identity["dataset"],
         "run": dict(finished.whose),
         "versions": {name: _version(name) for name in packages if _version(name)},
         "results": _results(finished, workdir),
@@ -144,7 +144,7 @@ def _cost_of_items(finished: Finished, exported: Exported, items: str) -> dict[s
     whole = make_programs(servable(finished), "float32")
     names, config = ("float32", items), finished.config
     # What a student's measures are about.
-    teacher, dataset = teachers.teacher_and_dataset(config)
+    teacher, dataset = teachers.teacher_and_dataset(config, finished.dataset)
     known = reference(config, dataset, teacher)
     students = [
         Students((name,), _as_ranker(of, finished.serve), (0,), (0,))

@@ -106,7 +106,8 @@ def progress_bar(name: str, steps: int) -> tqdm:
 
 def fit_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> tuple[Ranker, int]:
     """Trains the teacher of `config` on user labels; returns it and its last step."""
-    workdirs.claim(workdir, "train_teacher", config, without=schema.without_influence("teacher"))
+    free = schema.without_influence("teacher")
+    workdirs.claim(workdir, "train_teacher", config, dataset.identity, without=free)
     group = recipes.teacher_group(config, dataset.spec)
     serve = make_serve(group.recipe.model, group.recipe.mode)
     section = config.teacher
@@ -246,7 +247,7 @@ def prepare_run(
     live: Teacher | None,
 ) -> Run:
     """The run of these groups on the batches of `section`: `config`, or `config.teacher`."""
-    check_same("dataset", dataset.identity)
+    check_same("dataset", str(dataset.identity))
     check_memory(config, groups, section.batch, dataset.spec)
     sizes = [len(group.names) for group in groups]
     mapping = device_mapping(config, sizes, section.batch.requests)

@@ -17,7 +17,7 @@ from kd_ranker.config.identity import dataset_name
 from kd_ranker.config.registered import register
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline.teachers import Teacher, dataset_of, load_teacher
-from kd_ranker.requests import storage
+from kd_ranker.requests import checksums, storage
 from kd_ranker.requests.records import Dataset, read_split
 from kd_ranker.requests.request import Request
 from kd_ranker.serving.score import probabilities
@@ -126,16 +126,13 @@ def _opened(config: str) -> tuple[ConfigDict, Dataset, Teacher]:
 def scoring_folder(config: ConfigDict, dataset: Dataset, teacher: Teacher) -> Path:
     """The folder that keeps the shards of a scored copy until it is whole, for `Source.resume`.
 
-    Its name holds a hash over what decides their bytes: how they are cut, the files of the dataset
-    (of which one that was made anew has younger ones), and the releases of what scores and writes.
+    Its name holds a digest of all that decides their bytes: how they are cut, the files of the
+    dataset, and the releases that score and write.
     """
     made_of: Sequence[object] = (
         storage.FORMAT_VERSION,
         (config.evaluation.requests, _BATCHES, _MOST_SHARDS),
-        sorted(
-            (path.name, path.stat().st_size, path.stat().st_mtime_ns)
-            for path in dataset.directory.iterdir()
-        ),
+        (dataset.directory / checksums.FILE).read_text(),
         [metadata.version(package) for package in ("kd_ranker", "jax")],
     )
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]

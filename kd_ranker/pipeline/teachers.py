@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import FeatureSpec
 from kd_ranker.config import identity
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.distillation.modes import MODES
@@ -23,6 +22,7 @@ from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline.remote import fetched, place_of
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
+from kd_ranker.sources.registry import SOURCES
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.placing import put
@@ -72,26 +72,41 @@ def dataset_of(config: ConfigDict, teacher_version: str = "") -> Dataset:
     )
 
 
-def spec_of_scored(spec: FeatureSpec, teacher_version: str) -> FeatureSpec:
-    """The spec of the copy that a teacher has scored."""
-    return dataclasses.replace(spec, teacher_version=teacher_version, teacher_signal="probability")
+def current_dataset(config: ConfigDict) -> Dataset:
+    """Opens the config's dataset for training.
+
+    Raises:
+      UserError: it was not built, or its raw files have changed since.
+    """
+    dataset = dataset_of(config)
+    SOURCES[config.data.name].check_unchanged(config.data, dataset.directory)
+    return dataset
 
 
-def teacher_and_dataset(config: ConfigDict) -> tuple[Teacher | None, Dataset]:
+def teacher_and_dataset(
+    config: ConfigDict, dataset: Dataset | None = None
+) -> tuple[Teacher | None, Dataset]:
     """The teacher that a student follows, and the dataset that it learns from.
 
     With `teacher.source = "logged"` the probabilities come with the dataset: from the teacher in
     `teacher.workdir`, or, if that is empty, from the dataset's own logs, and then there is no
     teacher to return.
 
+    Args:
+      config: the config.
+      dataset: its dataset, if that is open.
+
     Raises:
       UserError: the teacher or the dataset is missing, or the dataset holds no probabilities.
     """
-    dataset = dataset_of(config)
+    dataset = dataset or dataset_of(config)
     if config.teacher.source == "live" or config.teacher.workdir:
         teacher = load_teacher(config, dataset)
-        logged = config.teacher.source == "logged"
-        return teacher, dataset_of(config, teacher.version) if logged else dataset
+        if config.teacher.source == "live":
+            return teacher, dataset
+        copy = dataset_of(config, teacher.version)
+        scored = {**dataset.identity, "scored": copy.identity["dataset"]}
+        return teacher, dataclasses.replace(copy, identity=scored)
     if not dataset.spec.teacher_version:
         raise UserError(
             f"{config.data.name} holds no teacher probabilities; name a teacher in teacher.workdir "
@@ -103,17 +118,17 @@ def teacher_and_dataset(config: ConfigDict) -> tuple[Teacher | None, Dataset]:
 Opener = Callable[[ConfigDict], tuple[Teacher | None, Dataset]]
 
 
-def opener(config: ConfigDict) -> Opener:
+def opener(config: ConfigDict, dataset: Dataset) -> Opener:
     """The function from a config in which `teacher.workdir` may differ to `teacher_and_dataset`.
 
-    What it opened last stays open, so those of one teacher should follow each other.
+    The last teacher stays open, so those of one teacher should follow each other.
     """
 
     @functools.lru_cache(maxsize=1)
     def of_workdir(workdir: str) -> tuple[Teacher | None, Dataset]:
         own = config.copy_and_resolve_references()
         own.teacher.workdir = workdir
-        return teacher_and_dataset(own)
+        return teacher_and_dataset(own, dataset)
 
     return lambda other: of_workdir(other.teacher.workdir)
 
@@ -143,6 +158,7 @@ def _load_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> Teache
             f"the teacher at {workdir} was trained on {there} for {', '.join(trained.tasks)}, not "
             f"on {here} for {', '.join(config.tasks)}; make one with: {TRAIN_TEACHER}"
         )
+    workdirs.check_dataset(workdir, dataset.identity)
     group = recipes.teacher_group(trained, dataset.spec)
     with checkpoints.open_in(workdir) as saved:
         abstract = (jax.eval_shape(group.init),)

@@ -1,7 +1,6 @@
 """The rankers that finished runs have left, whatever command they are of."""
 
 import contextlib
-import dataclasses
 import functools
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +8,6 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from kd_ranker.config import checks, identity
-from kd_ranker.config.identity import dataset_name
 from kd_ranker.config.registered import register
 from kd_ranker.distillation.modes import MODES, Mode
 from kd_ranker.errors import UserError, check_choice
@@ -19,7 +17,6 @@ from kd_ranker.evaluation.measured import check_whole
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import runs, teachers
 from kd_ranker.pipeline.remote import Place, fetched
-from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
 from kd_ranker.serving.score import TrainedRanker
 from kd_ranker.sweep.sweep import Cohort, open_sweep
@@ -132,6 +129,7 @@ def open_finished(workdir: Path, member: str = "", serve: str = "", data_dir: st
     if member and command != "sweep":
         raise UserError(f"{workdir} holds one ranker, and no {member!r}; leave --member out")
     dataset = teachers.dataset_of(config)
+    workdirs.check_dataset(workdir, dataset.identity)
     if command == "train_teacher":
         found = _teacher(config, serve, dataset, workdir)
     elif command == "train":
@@ -173,7 +171,7 @@ def _teacher(config: ConfigDict, serve: str, dataset: Dataset, workdir: Path) ->
 def _member(
     member: str, serve: str, config: ConfigDict, dataset: Dataset, workdir: Path
 ) -> Finished:
-    sweep = open_sweep(config, workdir)
+    sweep = open_sweep(config, workdir, dataset.identity)
     if member and member not in sweep.members:
         raise UserError(
             f"the sweep at {workdir} has no member {member!r}; it has: {', '.join(sweep.members)}"
@@ -207,11 +205,13 @@ def _student(
     # A mode without a choice does not look at the key.
     serve = serve or (config.distill.serve if len(serves) > 1 else next(iter(serves)))
     check_choice("--serve", serve, serves)
-    trained_under = checkpoints.recorded_identity(folder).get("teacher", "")
-    version = "" if trained_under == identity.OF_THE_LOGS else trained_under
-    trained_on = _trained_on(config, dataset, version)
-    whose = identity.of_students(members, trained_on.identity, version)
-    groups, step = runs.trained_students(trained_on, members, folder, whose)
+    # The teacher and the copy that it scored need not exist: their parts are taken as recorded.
+    whose = {
+        **checkpoints.recorded_identity(folder),
+        **identity.of_members(members),
+        **dataset.identity,
+    }
+    groups, step = runs.trained_students(dataset, members, folder, whose)
     steps = max(member.train.steps for member in members.values())
     if step < steps:
         raise UserError(
@@ -235,12 +235,3 @@ def _student(
         dataset=dataset,
         whose=whose,
     )
-
-
-def _trained_on(config: ConfigDict, dataset: Dataset, version: str) -> Dataset:
-    """The dataset under the name of the copy that students learned from, if they did from one."""
-    if not (config.teacher.source == "logged" and config.teacher.workdir):
-        return dataset
-    directory = storage.directory_of(dataset_name(config, version), config.data.dir)
-    spec = teachers.spec_of_scored(dataset.spec, version)
-    return dataclasses.replace(dataset, directory=directory, spec=spec)

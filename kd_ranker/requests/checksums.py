@@ -8,6 +8,7 @@ as on a failing disk, a thorough check finds.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import zlib
@@ -77,6 +78,21 @@ def check(folder: Path, beside: bool = False, thorough: bool = False) -> None:
         # A file of others keeps its time, and the next check is as long.
         with contextlib.suppress(OSError):
             os.utime(folder / FILE, ns=(newest, newest))
+
+
+def fingerprint(folder: Path, files: Iterable[str]) -> str:
+    """Return twelve hex digits of a digest of some files that `checksums.json` lists.
+
+    Args:
+      folder: of a dataset.
+      files: their names relative to the folder, in a fixed order.
+
+    Raises:
+      KeyError: `checksums.json` does not list one of them.
+    """
+    needed = json.loads((folder / FILE).read_text())["needed"]
+    listed = [[name, *needed[name]] for name in files]
+    return hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:12]
 
 
 def of_files(paths: Iterable[Path]) -> str:

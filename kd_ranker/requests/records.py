@@ -3,9 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +18,6 @@ from kd_ranker.errors import UserError
 from kd_ranker.requests.block import Block
 from kd_ranker.requests.columns import Columns
 from kd_ranker.requests.ragged import starts_of
-from kd_ranker.requests.request import SPLITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +26,8 @@ class Dataset:
 
     Attributes:
       directory: its folder.
+      identity: `dataset`, its name and the fingerprint of its content; of a copy that a teacher has
+        scored, those of the dataset that was scored, and under `scored` those of the copy.
       made_by: the command that makes it, for messages.
       spec: the sizes of its features.
       item_features: what is known of each item.
@@ -38,20 +37,13 @@ class Dataset:
     """
 
     directory: Path
+    identity: Mapping[str, str]
     made_by: str
     spec: FeatureSpec
     item_features: Float32[np.ndarray, "items F"]
     item_category: Int32[np.ndarray, "items I"]
     builder: tfds.core.DatasetBuilder
     columns: Mapping[str, Columns] = dataclasses.field(repr=False)
-
-    @property
-    def identity(self) -> str:
-        """Its name, and a digest of its sizes, which tell most of what was built anew apart."""
-        splits = self.builder.info.splits
-        sizes = [self.spec.to_json(), [splits[split].num_examples for split in SPLITS]]
-        digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()[:8]
-        return f"{self.directory.parent.name}/{digest}"
 
     @property
     def items(self) -> Items:

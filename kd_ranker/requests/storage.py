@@ -7,7 +7,8 @@ A built dataset is `data.dir/requests/<name>/<version>`, which TFDS opens, with 
     rows-SPLIT.bin      what batches are cut from, and counts-SPLIT.npy: see `row_files`
     items.npy           float32 [num_items, F], what is known of each item, stored once
     item_category.npy   int32 [num_items, I], the category ids of each item
-    checksums.json      of all these files, see `checksums`
+    checksums.json      of all these files, see `checksums`; the fingerprint of a dataset is a
+                        digest of those of the files above
 
 and what else its source puts there. It is written to a temporary folder that is renamed at the end,
 so a dataset is whole or absent; what a build that was killed has left, the next one removes. Of a
@@ -375,11 +376,21 @@ def check_whole(directory: Path, made_by: str, thorough: bool = False) -> None:
         checksums.check(directory, beside=True, thorough=thorough)
 
 
+def _fingerprint(directory: Path) -> str:
+    """Return the digest of what a dataset holds.
+
+    Records hold the same requests as rows, in shards that depend on the machine.
+    """
+    rows = (path.name for split in SPLITS for path in row_files.paths(directory, split))
+    return checksums.fingerprint(directory, (SPEC_FILE, _ITEMS_FILE, _CATEGORY_FILE, *rows))
+
+
 def _opened(directory: Path, made_by: str) -> Dataset:
     spec = FeatureSpec.from_json((directory / SPEC_FILE).read_text())
     builder = tfds.builder_from_directory(directory)
     return Dataset(
         directory=directory,
+        identity={"dataset": f"{directory.parent.name}/{_fingerprint(directory)}"},
         made_by=made_by,
         spec=spec,
         item_features=np.load(directory / _ITEMS_FILE),

@@ -192,7 +192,7 @@ def _digest(
 ) -> str:
     """A hash over all that decides the numbers; see `score_log`."""
     made_of = [
-        *(trained.version, trained.role, trained.serve, trained.dataset.identity),
+        *(trained.version, trained.role, trained.serve, trained.dataset.identity["dataset"]),
         *(value_weights, requests, log.manifest, repr(layout.features), layout.columns),
         *(layout.by_request, layout.units_per_second, layout.retrieved),
         [metadata.version(package) for package in ("kd_ranker", "jax")],

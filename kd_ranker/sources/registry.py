@@ -25,8 +25,8 @@ class SourceEntry(NamedTuple):
       open_source: (config.data, tasks, config.funnel) -> the source.
       version: raised whenever the source's code yields other requests for the same config, so that
         datasets of the older code are not taken for its own.
-      check_unchanged: (config.data, a dataset's folder) -> None, or UserError where that was made
-        of other raw files than there are now; None does not look.
+      check_unchanged: (config.data, a dataset's folder) -> None, or UserError where the raw files
+        have changed since that was made; the default does not look.
       open_scored_log: (config.data, tasks, config.funnel, the dataset's folder, the name of its
         scored copy) -> functions that write the raw files back with a teacher's columns, or
         UserError; None: the raw files cannot be written back.
@@ -36,7 +36,7 @@ class SourceEntry(NamedTuple):
     tasks: Sequence[str] | None
     open_source: Callable[[ConfigDict, Sequence[str], ConfigDict], Source]
     version: int = 1
-    check_unchanged: Callable[[ConfigDict, Path], None] | None = None
+    check_unchanged: Callable[[ConfigDict, Path], None] = lambda data, directory: None
     open_scored_log: (
         Callable[[ConfigDict, Sequence[str], ConfigDict, Path, str], ScoredLog] | None
     ) = None

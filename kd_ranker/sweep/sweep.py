@@ -42,12 +42,14 @@ class Sweep:
       plan: the names of each cohort's members, in the order of training; a sweep that was not
         begun, or that is to grow, lacks some.
       teachers: the version of the teacher of each cohort of the plan.
+      dataset: the identity of its dataset.
     """
 
     workdir: Path
     members: Mapping[str, ConfigDict]
     plan: Sequence[Sequence[str]]
     teachers: Sequence[str]
+    dataset: Identity
 
     @property
     def cohorts(self) -> list[Cohort]:
@@ -139,34 +141,35 @@ class Sweep:
         return {name: member for name, member in self.members.items() if name not in placed}
 
     def _identity(self) -> Identity:
-        """The identity of the joined results; dataset and teacher are in that of each cohort.
+        """The identity of the joined results; the teacher is in that of each cohort.
 
-        With other costs they are joined anew, and nothing is trained or measured again.
+        Other costs only join them again: nothing is trained or measured again.
         """
         names = itertools.chain.from_iterable(self.plan)
-        whose = identity.of_members({name: self.members[name] for name in names})
+        members = {name: self.members[name] for name in names}
+        whose = {**identity.of_members(members), **self.dataset}
         return whose if self.costs == FLOPS else {**whose, "costs": str(tuple(self.costs))}
 
 
-def open_sweep(config: ConfigDict, workdir: Path) -> Sweep:
-    """The sweep of `config`, as far as `workdir` has it.
+def open_sweep(config: ConfigDict, workdir: Path, dataset: Identity) -> Sweep:
+    """The sweep of `config` on the dataset of this identity, as far as `workdir` has it.
 
     Raises:
       UserError: the workdir's list of cohorts is damaged or gone, or has a member that the config
         does not name.
     """
     members = sweep_members(config)
-    teachers, plan = _read_plan(workdir)
+    teachers, plan = read_plan(workdir)
     missing = [name for name in itertools.chain.from_iterable(plan) if name not in members]
     if missing:
         raise UserError(
             f"{workdir} holds a sweep with {missing[0]}, which config.sweep does not name; "
             "sweep.extend adds members, so name those that are there as well"
         )
-    return Sweep(workdir, members, plan, teachers)
+    return Sweep(workdir, members, plan, teachers, dataset)
 
 
-def _read_plan(workdir: Path) -> tuple[list[str], list[list[str]]]:
+def read_plan(workdir: Path) -> tuple[list[str], list[list[str]]]:
     """The teachers' versions and the cohorts of a sweep; none of one that was not begun."""
     path, folder = workdir / FILE, workdir / FOLDER
     if path.exists():

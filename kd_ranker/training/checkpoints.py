@@ -28,10 +28,7 @@ from absl import logging
 
 from kd_ranker.errors import UserError
 from kd_ranker.training.processes import first_without, index, is_first, on_first
-from kd_ranker.training.workdir import ENVIRONMENT_FILE, write_whole
-
-# The names of members, and digests of all that made them: of configs, dataset, teacher.
-Identity = Mapping[str, str]
+from kd_ranker.training.workdir import ENVIRONMENT_FILE, Identity, write_whole
 
 FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged_checkpoints"
 SEAL = "files.json"  # beside a checkpoint's own files: the CRC-32 of each

@@ -21,6 +21,9 @@ from tensorboardX.summary import scalar
 from kd_ranker.errors import UserError
 from kd_ranker.training.processes import is_first, on_first
 
+# The names of members, and digests of all that made them: of configs, dataset, teacher.
+Identity = Mapping[str, str]
+
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
 _CRC32 = "crc32"  # of all else in a JSON object, as its last key
@@ -62,18 +65,21 @@ def values_by_key(text: str, without: Sequence[str] = ()) -> dict[str, object]:
     }
 
 
-def check(workdir: Path, command: str, config: ConfigDict, without: Sequence[str] = ()) -> None:
-    """Checks that `workdir` is free or holds a run of this command and config.
+def check(
+    workdir: Path, command: str, config: ConfigDict, dataset: Identity, without: Sequence[str] = ()
+) -> None:
+    """Checks that `workdir` is free or holds a run of this command, config and dataset.
 
     Args:
       workdir: the folder of the run.
       command: the entry point that it belongs to.
       config: its config.
+      dataset: the identity of its dataset.
       without: keys, or sections, that do not matter to the run and may differ.
 
     Raises:
-      UserError: the workdir belongs to another command, or to another config; then the message
-        names the keys that differ. Or what it holds has lost the config that it was made by.
+      UserError: the workdir belongs to another command, config or dataset, and the message names
+        the difference; or it has lost its config.
     """
     path = workdir / CONFIG_FILE
     if not path.exists():
@@ -89,9 +95,9 @@ def check(workdir: Path, command: str, config: ConfigDict, without: Sequence[str
     try:
         text = _config_text(workdir)
     except UserError as error:
-        # Whose the checkpoints and the tables are, these say themselves.
+        # Checkpoints and tables have identities of their own.
         logging.warning("%s", str(error).replace(_AGAIN, "it is written anew"))
-        return
+        text = as_json(config)
     there, here = (values_by_key(of, without) for of in (text, as_json(config)))
     differing = [
         f"{key} ({there.get(key)!r} there, {here.get(key)!r} now)"
@@ -103,15 +109,33 @@ def check(workdir: Path, command: str, config: ConfigDict, without: Sequence[str
             f"{workdir} holds a run of another config; use another --workdir or set back: "
             + ", ".join(differing)
         )
+    check_dataset(workdir, dataset)
 
 
-def claim(workdir: Path, command: str, config: ConfigDict, without: Sequence[str] = ()) -> None:
-    """Makes `workdir` this run's own: `check`, and `write_config`.
+def check_dataset(workdir: Path, dataset: Identity) -> None:
+    """Checks that the run in `workdir` is one on the dataset of this identity.
 
-    The config is written anew, as it may differ in keys that matter to what is measured alone.
+    Raises:
+      UserError: it is one on another dataset, or on other content under the same name.
     """
-    check(workdir, command, config, without)
-    write_config(workdir, command, config)
+    here = dataset["dataset"]
+    there = _environment(workdir).get("dataset", here)
+    if there != here:
+        raise UserError(
+            f"{workdir} holds a run on the dataset {there}, and data.dir holds {here}, which has "
+            "other content; name the data.dir of the first one, or use another --workdir"
+        )
+
+
+def claim(
+    workdir: Path, command: str, config: ConfigDict, dataset: Identity, without: Sequence[str] = ()
+) -> None:
+    """Claims `workdir` for this run: `check`, and `write_config`.
+
+    Replaces the config, which may differ in keys that only matter to what is measured.
+    """
+    check(workdir, command, config, dataset, without)
+    write_config(workdir, command, config, dataset)
 
 
 def owner_of(workdir: Path) -> str | None:
@@ -168,11 +192,12 @@ def _crc32(content: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(content).encode())
 
 
-def write_config(workdir: Path, command: str, config: ConfigDict) -> None:
-    """Writes `config.json`, and beside it what the run was started with: `environment.json`."""
+def write_config(workdir: Path, command: str, config: ConfigDict, dataset: Identity) -> None:
+    """Writes `config.json`, and in `environment.json` what the run was started with."""
     devices = jax.devices()
     environment = {
         "command": command,
+        "dataset": dataset["dataset"],
         "python": platform.python_version(),
         "system": platform.platform(),
         "devices": f"{len(devices)} × {devices[0].device_kind}",

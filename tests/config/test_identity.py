@@ -35,11 +35,11 @@ def config_with(**changes):
 
 
 def of_student(dataset="d", teacher="t", name="a", **changes):
-    return identity.of_students({name: config_with(**changes)}, dataset, teacher)
+    return identity.of_students({name: config_with(**changes)}, {"dataset": dataset}, teacher)
 
 
 def of_teacher(dataset="d", **changes):
-    return identity.of_teacher(config_with(**changes), dataset)
+    return identity.of_teacher(config_with(**changes), {"dataset": dataset})
 
 
 def test_what_a_student_is_made_of_makes_another_one():
@@ -89,7 +89,7 @@ def test_the_order_of_members_is_part_of_what_they_are():
 
 def test_a_config_that_was_written_and_read_is_the_same(tmp_path):
     config = config_with()
-    workdirs.write_config(tmp_path, "train", config)
+    workdirs.write_config(tmp_path, "train", config, {"dataset": "d"})
     read = workdirs.read_config(tmp_path)
     assert identity.of_members({"": read}) == identity.of_members({"": config})
 

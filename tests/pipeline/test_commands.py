@@ -22,6 +22,7 @@ from kd_ranker.evaluation.references import REFERENCES
 from kd_ranker.pipeline import commands, measure, runs, scoring, teachers
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
+from kd_ranker.requests import checksums
 from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import read_requests
@@ -338,9 +339,12 @@ def test_kept_shards_are_of_the_same_batches_dataset_and_teacher(apart):
     assert folder(teacher__stage="passed") != before
     other = teacher._replace(version="another")
     assert scoring.scoring_folder(apart, dataset, other) != before
-    # Made anew, it may hold something else.
+    # The content decides, not the time.
     record = next(dataset.directory.glob("*array_record*"))
     record.write_bytes(record.read_bytes())
+    assert folder() == before
+    record.write_bytes(record.read_bytes()[::-1])
+    checksums.write(dataset.directory)
     assert folder() != before
 
 

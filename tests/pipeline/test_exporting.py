@@ -18,7 +18,7 @@ from kd_ranker.evaluation import results
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.pipeline import commands, exporting, runs, teachers
 from kd_ranker.pipeline.trained import open_finished
-from kd_ranker.requests.records import Dataset
+from kd_ranker.requests import checksums
 from kd_ranker.serving import formats
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
@@ -90,7 +90,7 @@ def test_a_run_is_opened_without_its_config_file_where_that_has_registered_nothi
     run = shutil.copytree(world.student("none"), tmp_path / "run")
     config = workdirs.read_config(run)
     config.registered_by = str(tmp_path / "of_another_machine.py")
-    workdirs.write_config(run, "train", config)
+    workdirs.write_config(run, "train", config, teachers.dataset_of(config).identity)
     assert open_finished(run).config.registered_by == config.registered_by
 
 
@@ -322,9 +322,13 @@ def test_bad_input_is_told_in_a_line_and_leaves_nothing(world, trained, tmp_path
 
 
 def test_a_dataset_of_another_fingerprint_is_refused(trained, tmp_path, monkeypatch):
-    other = property(lambda dataset: f"{dataset.directory.parent.name}/00000000")
-    monkeypatch.setattr(Dataset, "identity", other)
-    finds_fault("belongs to another run: dataset .*/00000000 now", trained, tmp_path / "out")
+    monkeypatch.setattr(checksums, "fingerprint", lambda folder, files: "000000000000")
+    message = "holds a run on the dataset .*, and data.dir holds .*/000000000000, which has other"
+    finds_fault(message, trained, tmp_path / "out")
+    # The checkpoints know their dataset too.
+    run = shutil.copytree(trained, tmp_path / "run")
+    (run / workdirs.ENVIRONMENT_FILE).write_text('{"command": "train"}')
+    finds_fault("belongs to another run: dataset .*/000000000000 now", run, tmp_path / "out")
 
 
 def test_an_operation_that_a_format_lacks_leaves_nothing(trained, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import re
 import signal
 
 import numpy as np
@@ -102,13 +103,37 @@ def test_building_again_leaves_the_dataset_alone(tmp_path):
     assert before == {path: os.stat(path).st_mtime_ns for path in directory.iterdir()}
 
 
-def test_a_dataset_that_was_built_anew_with_more_requests_is_another(tmp_path):
-    def identity(folder, train):
-        storage.build(random_source(train=train), "small", str(tmp_path / folder))
+def with_one_label_changed(source):
+    def requests(split):
+        for request in source.requests(split):
+            if split == "train" and request.request_id == 0:
+                label = request.user_label.copy()
+                label[0, 0] = 1 - label[0, 0]
+                request = dataclasses.replace(request, user_label=label)
+            yield request
+
+    return dataclasses.replace(source, requests=requests)
+
+
+def test_the_identity_of_a_dataset_follows_its_content(tmp_path):
+    def identity(folder, source):
+        storage.build(source, "small", str(tmp_path / folder))
         return storage.open_dataset("small", str(tmp_path / folder), "some command").identity
 
-    assert identity("a", 12) == identity("b", 12)
-    assert identity("c", 13) != identity("a", 12)
+    whole = identity("whole", random_source())
+    assert re.fullmatch(r"small/[0-9a-f]{12}", whole["dataset"])
+    assert identity("again", random_source()) == whole
+    # Shards depend on the machine.
+    sharded, _ = source_of_shards()
+    assert identity("sharded", dataclasses.replace(sharded, run=run_here)) == whole
+    items = random_source().item_features + 1
+    others = [
+        random_source(train=13),
+        with_one_label_changed(random_source()),
+        dataclasses.replace(random_source(), item_features=items),
+    ]
+    found = [identity(str(number), source)["dataset"] for number, source in enumerate(others)]
+    assert len({whole["dataset"], *found}) == 4
 
 
 class Killed(BaseException):

@@ -557,7 +557,7 @@ def test_a_run_that_is_not_finished_does_not_score(world, tmp_path):
 
 def test_what_was_trained_on_no_log_scores_none(tmp_path):
     config = cascade("small")
-    workdirs.write_config(tmp_path, "train", config)
+    workdirs.write_config(tmp_path, "train", config, {"dataset": "d"})
     assert "and one is of cascade; experiments.log_teacher" in fault_of(config, tmp_path)
 
 

@@ -10,6 +10,8 @@ from kd_ranker.errors import UserError
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.workdir import MetricsWriter
 
+DATASET = {"dataset": "small/0123456789ab"}
+
 
 def config_with(**changes):
     return ConfigDict({"seed": 0, "sizes": (1, 2), "train": {"steps": 3}} | changes)
@@ -17,11 +19,11 @@ def config_with(**changes):
 
 def test_a_workdir_is_claimed_by_one_config(tmp_path):
     workdir = tmp_path / "a" / "b"
-    workdirs.claim(workdir, "train", config_with())
-    workdirs.claim(workdir, "train", config_with())
+    workdirs.claim(workdir, "train", config_with(), DATASET)
+    workdirs.claim(workdir, "train", config_with(), DATASET)
     assert workdirs.read_config(workdir).train.steps == 3
     with pytest.raises(UserError) as caught:
-        workdirs.claim(workdir, "train", config_with(train={"steps": 4}, extra=1))
+        workdirs.claim(workdir, "train", config_with(train={"steps": 4}, extra=1), DATASET)
     assert "another --workdir" in str(caught.value)
     assert "train.steps (3 there, 4 now)" in str(caught.value)
     assert "extra (None there, 1 now)" in str(caught.value)
@@ -81,29 +83,47 @@ def test_tensorboard_is_told_as_it_goes_and_by_no_thread(tmp_path):
 
 
 def test_what_does_not_matter_to_a_run_may_change(tmp_path):
-    workdirs.claim(tmp_path, "train", config_with(trainer=1))
+    workdirs.claim(tmp_path, "train", config_with(trainer=1), DATASET)
     workdirs.claim(
-        tmp_path, "train", config_with(train={"steps": 4}, trainer=1), without=("train",)
+        tmp_path, "train", config_with(train={"steps": 4}, trainer=1), DATASET, without=("train",)
     )
     # A section is left out whole, and not what merely begins with its name.
     with pytest.raises(UserError, match=r"trainer \(1 there, 2 now\)"):
-        workdirs.claim(tmp_path, "train", config_with(trainer=2), without=("train",))
+        workdirs.claim(tmp_path, "train", config_with(trainer=2), DATASET, without=("train",))
 
 
 def test_a_workdir_of_another_command_is_refused(tmp_path):
-    workdirs.claim(tmp_path, "sweep", config_with())
+    workdirs.claim(tmp_path, "sweep", config_with(), DATASET)
     with pytest.raises(UserError, match="belongs to a run of sweep; use another --workdir"):
-        workdirs.claim(tmp_path, "train", config_with())
+        workdirs.claim(tmp_path, "train", config_with(), DATASET)
+
+
+def test_a_workdir_of_another_dataset_is_refused(tmp_path):
+    workdirs.claim(tmp_path, "train", config_with(), DATASET)
+    other = {"dataset": "small/ba9876543210"}
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for damage in (False, True):
+        if damage:
+            (tmp_path / workdirs.CONFIG_FILE).write_text("{")
+        with pytest.raises(UserError) as caught:
+            workdirs.claim(tmp_path, "train", config_with(), other)
+        assert str(caught.value) == (
+            f"{tmp_path} holds a run on the dataset small/0123456789ab, and data.dir holds "
+            "small/ba9876543210, which has other content; name the data.dir of the first one, or "
+            "use another --workdir"
+        )
+    workdirs.claim(tmp_path, "train", config_with(), DATASET)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 @pytest.mark.parametrize("left", [workdirs.ENVIRONMENT_FILE, workdirs.METRICS_FILE])
 def test_a_run_whose_config_was_removed_is_not_taken_for_one_of_another_config(tmp_path, left):
-    workdirs.claim(tmp_path, "train", config_with())
+    workdirs.claim(tmp_path, "train", config_with(), DATASET)
     (tmp_path / workdirs.ENVIRONMENT_FILE).unlink()
     (tmp_path / left).touch()
     (tmp_path / workdirs.CONFIG_FILE).unlink()
     with pytest.raises(UserError, match=r"config.json, which says of what, is gone; put that back"):
-        workdirs.claim(tmp_path, "train", config_with(seed=1))
+        workdirs.claim(tmp_path, "train", config_with(seed=1), DATASET)
     assert not (tmp_path / workdirs.CONFIG_FILE).exists()
 
 
@@ -129,7 +149,7 @@ def test_a_damaged_line_of_metrics_is_left_out_and_told_unless_it_was_cut(tmp_pa
 
 
 def test_a_config_that_is_not_as_it_was_written_is_told_and_written_anew(tmp_path, caplog):
-    workdirs.claim(tmp_path, "train", config_with())
+    workdirs.claim(tmp_path, "train", config_with(), DATASET)
     path = tmp_path / workdirs.CONFIG_FILE
     text = path.read_text()
     for damaged in (text[:20], text.replace("3", "4"), "\x00"):
@@ -137,7 +157,7 @@ def test_a_config_that_is_not_as_it_was_written_is_told_and_written_anew(tmp_pat
         with pytest.raises(UserError, match=r"config.json is not as it was written; start the com"):
             workdirs.read_config(tmp_path)
         caplog.clear()
-        workdirs.claim(tmp_path, "train", config_with())
+        workdirs.claim(tmp_path, "train", config_with(), DATASET)
         assert f"{path} is not as it was written; it is written anew" in caplog.text
         assert path.read_text() == text
     # One of an older release, beside which no sum lies.
@@ -149,14 +169,14 @@ def test_a_config_that_is_not_as_it_was_written_is_told_and_written_anew(tmp_pat
 
 
 def test_a_damaged_environment_is_told_with_what_to_do(tmp_path):
-    workdirs.claim(tmp_path, "train", config_with())
+    workdirs.claim(tmp_path, "train", config_with(), DATASET)
     path = tmp_path / workdirs.ENVIRONMENT_FILE
     for damaged in (path.read_text()[:30], path.read_text().replace("train", "brain"), "[]"):
         path.write_text(damaged)
         with pytest.raises(UserError, match=r"environment.json is .*; remove it: it only tells"):
-            workdirs.claim(tmp_path, "train", config_with())
+            workdirs.claim(tmp_path, "train", config_with(), DATASET)
     path.unlink()
-    workdirs.claim(tmp_path, "train", config_with())
+    workdirs.claim(tmp_path, "train", config_with(), DATASET)
     assert workdirs.owner_of(tmp_path) == "train"
 
 

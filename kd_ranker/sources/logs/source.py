@@ -133,11 +133,17 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
         if not files.is_there(data.path):
             return
         raise UserError(f"the log that {directory} was made of has changed: {error}") from error
+    if not (directory / MANIFEST).exists():
+        raise UserError(
+            f"{directory / MANIFEST}, the list of files that this dataset was made of, is gone; "
+            "restore it, or remove that folder and make it again with: python -m "
+            "experiments.prepare_data"
+        )
     now = {name: [size, changed] for name, size, changed in zip(*columns, strict=True)}
     if how := files.manifest_differences(json.loads((directory / MANIFEST).read_text()), now):
         raise UserError(
-            f"the log at {data.path} has changed since {directory} was made of it ({how}); remove "
-            "that folder to make it anew, or let data.path name what it was"
+            f"the log at {data.path} has changed since {directory} was made of it ({how}); give "
+            "another data.dir to make a dataset of it as it is now, or restore its files"
         )
 
 

@@ -1,0 +1,187 @@
+"""A log that changes under its dataset, and the runs on the dataset before."""
+
+import os
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kd_ranker.errors import UserError
+from kd_ranker.evaluation import results
+from kd_ranker.pipeline import commands, teachers
+from kd_ranker.training import workdir as workdirs
+from tests.sources import faulty_logs
+from tests.sources.faulty_logs import make_rows, write_log
+
+RUNS = ("train_teacher", "train", "sweep")
+
+
+def make_config(log, folder):
+    config = faulty_logs.config(log, folder)
+    config.parallel.devices = 1
+    config.batch.requests, config.batch.candidates = 8, 12
+    config.train.update(steps=2, log_every=2, checkpoint_every=2, eval_every=0)
+    config.student.update(width=4, interests=2, hidden=(8,))
+    config.teacher.update(width=4, attention_hidden=4, experts=2, expert_hidden=4, cross_layers=1)
+    config.teacher.train.update(steps=2, log_every=2, checkpoint_every=2, eval_every=0)
+    config.evaluation.requests = 8
+    config.distill.mode = "aux"
+    config.sweep.update(modes=("none", "aux"), weights=(1.0,), seeds=(0,))
+    return config
+
+
+def with_another_seed(config):
+    extended = config.copy_and_resolve_references()
+    extended.sweep.update(seeds=(0, 1), extend=True)
+    return extended
+
+
+def elsewhere(config, folder):
+    moved = config.copy_and_resolve_references()
+    moved.data.dir = str(folder)
+    return moved
+
+
+def fault_of(function, *arguments):
+    with pytest.raises(UserError) as caught:
+        function(*arguments)
+    return str(caught.value)
+
+
+def files_of(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def grow(log, folder):
+    (write_log(folder / "more", make_rows(1)) / "part-0.parquet").rename(log / "part-9.parquet")
+
+
+def mend_labels(log):
+    """Reverses the labels of each file; sizes and numbers of rows stay."""
+    for path in log.iterdir():
+        table, before = pq.read_table(path), path.stat()
+        for name in ("watch", "like"):
+            column = table.column_names.index(name)
+            reversed_ = table[name].take(pa.array(range(len(table))[::-1]))
+            table = table.set_column(column, table.schema.field(name), reversed_)
+        pq.write_table(table, path)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 10**9))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The folder of a log, its dataset, and a run of each kind on that."""
+    folder = tmp_path_factory.mktemp("before")
+    log = write_log(folder / "log", make_rows(0, requests=60), files=2)
+    config = make_config(log, folder / "datasets")
+    commands.prepare_data(config)
+    for name in RUNS:
+        getattr(commands, name)(config, folder / name)
+    return folder
+
+
+@pytest.fixture
+def world(made, tmp_path_factory):
+    """The same at the same path, for one test to change: the path is a part of the config."""
+    kept = shutil.copytree(made, tmp_path_factory.mktemp("kept") / "before")
+    log = made / "log"
+    yield make_config(log, made / "datasets")
+    shutil.rmtree(made)
+    shutil.copytree(kept, made)
+
+
+@pytest.mark.parametrize("change", [grow, lambda log, _: mend_labels(log)], ids=["grown", "mended"])
+def test_nothing_trains_on_the_dataset_of_a_log_that_has_changed(world, made, tmp_path, change):
+    change(made / "log", tmp_path)
+    before = files_of(made)
+    told = fault_of(commands.prepare_data, world)
+    directory = teachers.dataset_of(world).directory
+    assert f"has changed since {directory} was made of it (" in told
+    assert told.endswith(
+        "; give another data.dir to make a dataset of it as it is now, or restore its files"
+    )
+    for name in RUNS:
+        for workdir in (made / name, tmp_path / name):
+            assert fault_of(getattr(commands, name), world, workdir) == told
+    assert fault_of(commands.sweep, with_another_seed(world), made / "sweep") == told
+    part = with_another_seed(world)
+    part.sweep.part = "0"
+    assert fault_of(commands.sweep, part, made / "sweep") == told
+    assert fault_of(commands.run, world, tmp_path / "run") == told
+    assert files_of(made) == before
+    assert not [*tmp_path.rglob("checkpoints")]
+
+
+def test_runs_on_a_dataset_whose_list_of_files_is_gone_name_it(world, made):
+    manifest = teachers.dataset_of(world).directory / "log.json"
+    manifest.unlink()
+    told = fault_of(commands.train, world, made / "train")
+    assert told.startswith(f"{manifest}, the list of files that this dataset was made of, is gone")
+
+
+def test_a_dataset_with_mended_labels_is_not_that_of_the_runs_before(world, made, tmp_path):
+    old = teachers.dataset_of(world)
+    mend_labels(made / "log")
+    shutil.rmtree(old.directory)
+    commands.prepare_data(world)
+    new = teachers.dataset_of(world)
+    # The name and all sizes are equal.
+    assert new.directory == old.directory
+    assert new.spec == old.spec
+    assert (
+        new.columns["train"].counts.retrieved.sum() == old.columns["train"].counts.retrieved.sum()
+    )
+    there, here = (of.identity["dataset"] for of in (old, new))
+    before = files_of(made)
+
+    def told(workdir):
+        return (
+            f"{workdir} holds a run on the dataset {there}, and data.dir holds {here}, which has "
+            "other content; name the data.dir of the first one, or use another --workdir"
+        )
+
+    for name in RUNS:
+        workdir = made / name
+        assert fault_of(getattr(commands, name), world, workdir) == told(workdir)
+        assert fault_of(commands.export, workdir, tmp_path / "out") == told(workdir)
+        assert fault_of(commands.score, world, workdir) == told(workdir)
+    extended = with_another_seed(world)
+    assert fault_of(commands.sweep, extended, made / "sweep") == told(made / "sweep")
+    extended.sweep.part = "0"
+    assert fault_of(commands.sweep, extended, made / "sweep") == told(made / "sweep")
+    live = world.copy_and_resolve_references()
+    live.teacher.update(source="live", workdir=str(made / "train_teacher"))
+    assert fault_of(commands.train, live, tmp_path / "live") == told(made / "train_teacher")
+    assert files_of(made) == before
+    # Checkpoints and tables know their dataset too.
+    for name in RUNS:
+        (made / name / workdirs.ENVIRONMENT_FILE).unlink()
+        fault = fault_of(getattr(commands, name), world, made / name)
+        assert f"belongs to another run: dataset ({there} there, {here} now)" in fault
+
+
+def test_students_of_the_dataset_before_are_of_use_beside_the_new_one(world, made, tmp_path):
+    old = teachers.dataset_of(world)
+    before = files_of(made / "sweep")
+    grow(made / "log", tmp_path)
+    new = elsewhere(world, tmp_path / "datasets")
+    commands.prepare_data(new)
+    assert teachers.dataset_of(new).identity != old.identity
+    commands.train(new, tmp_path / "train")
+    for name in RUNS:
+        commands.export(made / name, tmp_path / f"{name} exported", formats=("jax",))
+        # The log as it is now, new rows included.
+        scored, _ = commands.score(world, made / name, output=tmp_path / f"{name} scored")
+        assert len([*scored.directory.glob("*.parquet")]) == 3
+    told = fault_of(commands.sweep, with_another_seed(new), made / "sweep")
+    assert f"sweep holds a run on the dataset {old.identity['dataset']}, and data.dir" in told
+    assert files_of(made / "sweep") == before
+    # A rebuild of the same log gives the same dataset.
+    (made / "log" / "part-9.parquet").unlink()
+    again = elsewhere(world, tmp_path / "again")
+    again.data.processes = 1
+    commands.prepare_data(again)
+    assert teachers.dataset_of(again).identity == old.identity
+    assert commands.sweep(with_another_seed(again), made / "sweep")
+    assert set(results.read_csv(made / "sweep" / results.FILE)["seed"].dropna()) == {0, 1}
