@@ -49,9 +49,8 @@ def _of_dataset(folder: Path, weights: np.ndarray) -> Iterator[tuple[str, float]
     counts = columns.counts.of(some)
     candidates = columns.candidates.fields(some, counts.retrieved)
     request = np.repeat(np.arange(len(counts.retrieved)), counts.retrieved)
-    if counts.known.all():
-        assert columns.truth is not None
-        truth = columns.truth.fields(some, counts.retrieved)["true_probability"]
+    truth = columns.known.fields(some, counts.known)["true_probability"]
+    if len(truth) and not np.isnan(truth).any():
         yield "truth", item_share(request, candidates["item_id"], truth @ weights)
     logged = candidates["teacher_probability"] @ weights
     scored = np.isfinite(logged)

@@ -197,10 +197,11 @@ _ALL = (
     _train("train", "student", "members"),
     section(
         "train",
-        Key("user_loss", "bce", "on user labels; bce+softmax: the sum of both", USER_LOSSES),
+        Key("user_loss", "bce", "on user labels; bce+softmax: the sum of both", USER_LOSSES,
+            column="user_loss"),
         Key("unshown_weight", 0.0,
             "label weight of a candidate not shown, as a negative of every task; 0: it is none",
-            NOT_NEGATIVE, label="unshown", tuned=True, switch=True),
+            NOT_NEGATIVE, label="unshown", column="unshown_weight", tuned=True, switch=True),
         influences="student",
         sweep="members",
     ),
@@ -228,6 +229,13 @@ _ALL = (
         Key("student.candidate", 0.0,
             "of a candidate; 0: as much less than the teacher's as its FLOPs are", NOT_NEGATIVE),
         Key("student.request", 0.0, "of a request, beside its candidates", NOT_NEGATIVE),
+        influences="report",
+    ),
+    section(
+        "report",
+        Key("margin", 0.002,
+            "loss of users, as a share of what they have, that counts as none in choosing a way",
+            NOT_NEGATIVE, may_differ=True),
         influences="report",
     ),
     section(

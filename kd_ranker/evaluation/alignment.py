@@ -68,8 +68,9 @@ def alignment_ratio(
     student_user_bce: Float[np.ndarray, "T *more"],
     teacher_user_bce: Float[np.ndarray, "T *more"],
     distance: Float[np.ndarray, "T *more"],
+    known: Bool[np.ndarray, "T *more"],
 ) -> Float[np.ndarray, "*more"]:
-    """(user BCE of the student - user BCE of the teacher) / distance, averaged over tasks.
+    """(user BCE of the student - user BCE of the teacher) / distance, averaged over known tasks.
 
     The distance is that of the student from the teacher, its `teacher_kl` or its `teacher_bce`. All
     in nats and on the same items: the share of their disagreement that costs on users. Near 0, a
@@ -78,7 +79,9 @@ def alignment_ratio(
     distance is 0 to rounding (`NO_DISTANCE`), as of an exact copy, and where it is not known.
     """
     there = np.where(distance > NO_DISTANCE, distance, np.nan)
-    return np.mean((student_user_bce - teacher_user_bce) / there, axis=0)
+    ratio = (student_user_bce - teacher_user_bce) / there
+    tasks = known.sum(axis=0)
+    return np.where(known, ratio, 0.0).sum(axis=0) / np.where(tasks > 0, tasks, np.nan)
 
 
 def teacher_ndcg(

@@ -1,15 +1,18 @@
 """The cost of a model per candidate in FLOPs, and of a funnel per request in any unit."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
+
+Numbers = TypeVar("Numbers", float, np.ndarray)
 
 
 def flops(function: Callable[..., Any], *arguments: Any) -> float:
@@ -94,22 +97,22 @@ def costs_of(config: ConfigDict) -> Costs:
 
 
 def funnel_cost(
-    retrieved: float,
-    passed: float,
+    candidates: float,
+    scored: Numbers,
     student_flops: float,
     teacher_flops: float,
     costs: Costs = FLOPS,
-) -> float:
-    """The cost of one request: retrieved · student + passed · teacher, and what a request costs.
+) -> Numbers:
+    """The mean cost of a request: candidates · student + scored · teacher, and its fixed part.
 
     Args:
-      retrieved: candidates that the student ranks.
-      passed: candidates that the teacher ranks; the cost is NaN if this is.
+      candidates: mean candidates of a request, which the student ranks.
+      scored: mean candidates that the teacher ranks: min(k, those of the request) if k are passed.
       student_flops: FLOPs a candidate.
       teacher_flops: the same of the teacher.
       costs: what takes the place of FLOPs.
 
-    >>> funnel_cost(retrieved=2000, passed=200, student_flops=10.0, teacher_flops=200.0)
+    >>> funnel_cost(candidates=2000, scored=200, student_flops=10.0, teacher_flops=200.0)
     60000.0
     >>> funnel_cost(2000, 200, 10.0, 200.0, Costs(teacher=3.0, teacher_request=100.0))
     1000.0
@@ -117,23 +120,23 @@ def funnel_cost(
     teacher = costs.teacher or teacher_flops
     student = costs.student or student_flops * (teacher / teacher_flops)
     of_requests = costs.student_request + costs.teacher_request
-    return of_requests + retrieved * student + passed * teacher
+    return of_requests + candidates * student + scored * teacher
 
 
-def whole_cost(retrieved: float, teacher_flops: float, costs: Costs = FLOPS) -> float:
+def whole_cost(candidates: float, teacher_flops: float, costs: Costs = FLOPS) -> float:
     """The cost of one request whose retrieved candidates all reach the teacher, without a student.
 
-    >>> whole_cost(retrieved=2000, teacher_flops=200.0)
+    >>> whole_cost(candidates=2000, teacher_flops=200.0)
     400000.0
     """
-    return costs.teacher_request + retrieved * (costs.teacher or teacher_flops)
+    return costs.teacher_request + candidates * (costs.teacher or teacher_flops)
 
 
-def funnel_cost_saving(cost: float, baseline_cost: float) -> float:
+def funnel_cost_saving(cost: Numbers, baseline_cost: Numbers) -> Numbers:
     """1 - cost / baseline cost: the share of the baseline's compute that is saved, at most 1.
 
     The costs are `funnel_cost` of this student and of the baseline in the same repeat, each at its
-    own `passed_for_99`; see `saving.baseline`. Negative where this student costs more.
+    own `passed_for_99`; see `saving.baselines`. Negative where this student costs more.
 
     >>> funnel_cost_saving(cost=45_000.0, baseline_cost=60_000.0)
     0.25

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from kd_ranker.batch import CandidateBatch, EvaluationBatch, Items
+from kd_ranker.batch import CandidateBatch, EvaluationBatch, Items, Stage
 from kd_ranker.distillation.modes import Mode, ToProbability
 from kd_ranker.embedding.lookup import was_trained
 from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions
@@ -24,7 +24,7 @@ from kd_ranker.training.state import Frozen
 Probability = Float[Array, "R N T"]
 Met = dict[str, Bool[Array, "..."]]
 
-_FEW_LABELS = 16
+_FEW = 16
 
 
 class Served(NamedTuple):
@@ -85,6 +85,7 @@ class _Asked(NamedTuple):
 
     shown: int
     labelled: int
+    passed: int
     functions: tuple[SumFunction, ...]
     ks: tuple[int, ...]
 
@@ -101,7 +102,7 @@ def _of_teacher(
     """The sums of one batch for the teacher."""
     batch = ranked_by_teacher(
         *(teacher_probability, teacher_weight, evaluation_batch, value_weights),
-        *(asked.shown, asked.labelled, met),
+        *(asked.shown, asked.labelled, asked.passed, met),
     )
     return summed(batch, asked.functions, asked.ks)
 
@@ -135,7 +136,7 @@ def _of_group(
             def of_serve(own: Probability) -> Summed:
                 batch = ranked(
                     *(own, probability, weight, whole, value_weights),
-                    *(asked.shown, asked.labelled, served.met),
+                    *(asked.shown, asked.labelled, asked.passed, served.met),
                 )
                 return summed(batch, asked.functions, asked.ks)
 
@@ -236,7 +237,8 @@ def evaluate(
     of_teacher = _Total(axis=0, keep=keep)
     of_groups: list[dict[str, _Total]] = [{} for _ in on_devices]
     for evaluation_batch in batches:
-        asked = _Asked(shown, _number_labelled(evaluation_batch), sum_functions(), tuple(ks))
+        bounds = _bounds(evaluation_batch)
+        asked = _Asked(shown, *bounds, sum_functions(), tuple(ks))
         evaluation_batch = to_devices(evaluation_batch)
         judged, met = _judged(teacher, held, evaluation_batch.batch)
         reference = *judged, evaluation_batch
@@ -283,8 +285,8 @@ def lower_for_group(
     candidates = batch.batch
     judged = (candidates.teacher_probability, candidates.teacher_weight)
     weights = jax.ShapeDtypeStruct((tasks,), jnp.float32)
-    labelled = _bound_of_labelled(shown, candidates.labelled)
-    asked = _Asked(shown, labelled, sum_functions(), ())
+    labelled = _bound(shown, candidates.labelled)
+    asked = _Asked(shown, labelled, candidates.stage.shape[1], sum_functions(), ())
     return _of_group.lower(*group, None, *judged, batch, items, weights, asked, None)
 
 
@@ -311,12 +313,16 @@ class _Total:
         return Summed(self.sums or {}, each)
 
 
-def _number_labelled(evaluation_batch: EvaluationBatch) -> int:
-    """A bound on the labelled candidates of a request."""
-    label_weight = np.asarray(evaluation_batch.batch.label_weight)
-    return _bound_of_labelled(int((label_weight > 0).sum(axis=1).max()), label_weight.shape[1])
+def _bounds(evaluation_batch: EvaluationBatch) -> tuple[int, int]:
+    """Bounds on the candidates of a request that have a label, and that were passed."""
+    batch = evaluation_batch.batch
+    labelled, stage = np.asarray(batch.label_weight) > 0, np.asarray(batch.stage)
+    return (
+        _bound(int(labelled.sum(axis=1).max()), labelled.shape[1]),
+        _bound(int((stage >= Stage.PASSED).sum(axis=1).max()), stage.shape[1]),
+    )
 
 
-def _bound_of_labelled(most: int, candidates: int) -> int:
+def _bound(most: int, candidates: int) -> int:
     """A bound on a number of candidates: a power of 2, so that few programs are compiled."""
-    return min(max(_FEW_LABELS, 1 << (most - 1).bit_length() if most else 0), candidates)
+    return min(max(_FEW, 1 << (most - 1).bit_length() if most else 0), candidates)

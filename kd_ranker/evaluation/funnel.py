@@ -25,8 +25,8 @@ class FunnelCurves:
       value_captured: summed teacher value of the m items shown when the teacher ranks only the
         student's top k. Its last entry is the same when the teacher ranks all retrieved, and so
         the denominator of the design's `value_captured@k`.
-      true_value_captured: summed true value of the same items; its last entry is again the
-        denominator. NaN where the true values are not known.
+      true_value_captured: summed true value of the same items, with the columns of `true_value`;
+        its last entry is again the denominator. NaN where the true values are not known.
       shown_kept: how many of the candidates that the logged funnel has shown the student's top k
         keeps; 0 where that funnel has shown all of them or none, which tells no student from
         another.
@@ -43,7 +43,7 @@ class FunnelCurves:
 
     survival: Float[Array, "R N"]
     value_captured: Float[Array, "R N"]
-    true_value_captured: Float[Array, "R N"]
+    true_value_captured: Float[Array, "R N ..."]
     shown_kept: Float[Array, "R N"]
     positives_kept: Float[Array, "R N T"]
     positives_shown: Float[Array, "R N T"]
@@ -57,10 +57,12 @@ def value(
 ) -> Float[Array, "*shape"]:
     """The sum that a ranker sorts by: Σ over tasks of weight · probability, weights ≥ 0.
 
+    A task of weight 0 may hold anything, NaN included.
+
     A product and a sum, not a matrix product: accelerators may round the inputs of the latter to
     fewer bits, which would make ties out of candidates that differ.
     """
-    return (probability * value_weights).sum(axis=-1)
+    return jnp.where(value_weights > 0, probability * value_weights, 0.0).sum(axis=-1)
 
 
 def funnel_curves(
@@ -68,7 +70,7 @@ def funnel_curves(
     teacher_value: Float[Array, "R N"],
     candidate_mask: Bool[Array, "R N"],
     shown: int,
-    true_value: Float[Array, "R N"] | None = None,
+    true_value: Float[Array, "R N ..."] | None = None,
     was_shown: Bool[Array, "R N"] | None = None,
     positive: Bool[Array, "R N T"] | None = None,
 ) -> FunnelCurves:
@@ -83,7 +85,8 @@ def funnel_curves(
       candidate_mask: False on padding, which is ranked behind all and never chosen.
       shown: m, the number of items shown, at least 1. Fewer are shown where k, or the number of
         candidates that the teacher knows, is smaller.
-      true_value: the true value of each candidate, or None where the dataset does not know it.
+      true_value: the true value of each candidate, or several values of it that are to be summed
+        alike; None where the dataset does not know it.
       was_shown: whether the logged funnel has shown it; None if that is not asked for.
       positive: whether it is known that the user did it, for each task; None if that is not asked
         for.
@@ -143,7 +146,7 @@ def _curves_of_request(
     student_value: Float[Array, "N"],
     teacher_value: Float[Array, "N"],
     candidate_mask: Bool[Array, "N"],
-    true_value: Float[Array, "N"],
+    true_value: Float[Array, "N ..."],
     was_shown: Bool[Array, "N"],
     positive: Bool[Array, "N T"],
     shown: int,

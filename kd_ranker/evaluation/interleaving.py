@@ -142,9 +142,18 @@ def requests_needed(
         )
     if (a == b).all():
         raise UserError("value_a equals value_b in every request; give requests that differ")
-    z = stats.norm.ppf(1 - _LEVEL / 2) + stats.norm.ppf(_POWER)
-    scale = (z / change) ** 2
     return RequestsNeeded(
-        math.ceil(2 * scale * (a.var(ddof=1) + b.var(ddof=1))),
-        math.ceil(scale * (a - b).var(ddof=1)),
+        number_needed(2 * (a.var(ddof=1) + b.var(ddof=1)), change),
+        number_needed((a - b).var(ddof=1), change),
     )
+
+
+def number_needed(variance: float, change: float) -> int:
+    """Return ⌈z² · variance / change²⌉: requests with which a mean shows a change.
+
+    Args:
+      variance: of one request's number.
+      change: of the mean, not 0; detected at 5% (two-sided) with a power of 80%.
+    """
+    z = stats.norm.ppf(1 - _LEVEL / 2) + stats.norm.ppf(_POWER)
+    return math.ceil((z / change) ** 2 * variance)

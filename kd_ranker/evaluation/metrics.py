@@ -58,8 +58,9 @@ class Metric(NamedTuple):
         [R, N, ...]. Metrics share a function by naming the same one; it is called once a batch.
       ends: from the sums of a pass over all requests, and those of the teacher on the same, to its
         numbers, NaN where there is nothing to measure: an array [N] (index `k - 1` belongs to k),
-        [T] or [N, T], or one number. With a number for each target it is the curve [N] of which
-        the first k at or above each target is reported. Sums may have one more axis, the last, of
+        [T] or [N, T], or one number. With a number for each target it is a curve [N]: the first k
+        at or above the target is reported, or of a pair of curves the second one at that k. Sums
+        may have one more axis, the last, of
         draws of the requests, which the numbers then have too: reduce over the axes named here
         alone. None where the column is not measured on requests but filled in by `results`.
       probabilities_of: whose numbers it takes for probabilities, and not for an order alone. Where
@@ -131,7 +132,8 @@ def _on_shown(ranked: Ranked) -> Sums:
     """The student, the teacher and the users on the same items: shown, and known to the teacher."""
     student, teacher, weight = ranked.judged
     label = ranked.labels[1]
-    user_bce, _ = label_metrics.user_bce_sums(student, label, weight[..., 0])
+    # The same cross entropy, with weights per task.
+    user_bce, _ = alignment.teacher_bce_sums(student, label, weight)
     teacher_bce, weights = alignment.teacher_bce_sums(student, teacher, weight)
     return {
         "shown_user_bce": user_bce,
@@ -151,7 +153,24 @@ def _value_captured(ranked: Ranked) -> Sums:
 
 
 def _true_value_captured(ranked: Ranked) -> Sums:
-    return {"true_value_captured": ranked.curves.true_value_captured}
+    truth, by_propensity = jnp.moveaxis(ranked.curves.true_value_captured, -1, 0)
+    return {"true_value_captured": truth, "ips_user_value": by_propensity}
+
+
+def _covered(ranked: Ranked) -> Sums:
+    shown = ranked.curves.positives_shown
+    return {
+        "covered_user_value": ranked.covered_user_value,
+        "passed_shown": shown[..., -2],
+        "all_shown": shown[..., -1],
+    }
+
+
+def _scored(ranked: Ranked) -> Sums:
+    """Candidates that the teacher scores if k are passed: all of a request with fewer."""
+    candidates = ranked.mask.sum(axis=1, keepdims=True)
+    k = jnp.arange(1, ranked.mask.shape[1] + 1)
+    return {"scored": jnp.minimum(k, candidates).astype(jnp.float32)}
 
 
 def _shown_kept(ranked: Ranked) -> Sums:
@@ -160,7 +179,8 @@ def _shown_kept(ranked: Ranked) -> Sums:
 
 def _positives(ranked: Ranked) -> Sums:
     curves = ranked.curves
-    return {"positives_kept": curves.positives_kept, "positives_shown": curves.positives_shown}
+    kept, shown = (of[..., :-2] for of in (curves.positives_kept, curves.positives_shown))
+    return {"positives_kept": kept, "positives_shown": shown}
 
 
 def _teacher_ndcg(ranked: Ranked) -> Sums:
@@ -217,6 +237,7 @@ def _alignment(sums: Sums, teacher: Sums, distance: str) -> Float[np.ndarray, "*
         _shown_mean(sums, "user_bce"),
         _shown_mean(teacher, "user_bce"),
         _shown_mean(sums, distance),
+        np.asarray(sums["shown_weight"]) > 0,
     )
 
 
@@ -224,9 +245,35 @@ def _hit_rate(sums: Sums, name: str) -> Float[np.ndarray, "N T"]:
     return ratio(sums[name], sums["positives_kept"][-1])
 
 
-def _captured(name: str) -> Callable[[Sums, Sums], Float[np.ndarray, "N"]]:
+def _end_to_end(sums: Sums) -> Float[np.ndarray, "N T"]:
+    rate = _hit_rate(sums, "positives_shown")
+    # Where the teacher knows no request, it shows no item: the rate is unknown, and not 0.
+    return np.where(np.asarray(sums["funnel_requests"]) > 0, rate, np.nan)
+
+
+Curve = Callable[[Sums, Sums], Float[np.ndarray, "N"]]
+
+
+def _captured(name: str) -> Curve:
     """Ends a captured curve, which is summed under `name`."""
     return lambda sums, _: funnel.captured_share(np.asarray(sums[name]))
+
+
+def _coverage(sums: Sums, _: Sums) -> Float[np.ndarray, "N"]:
+    return ratio(sums["passed_shown"], sums["all_shown"])
+
+
+def _mean(name: str) -> Curve:
+    """Ends a curve that is summed under `name` as its mean over requests."""
+    return lambda sums, _: ratio(sums[name], sums["requests"])
+
+
+def _at_target(curve: Curve) -> Callable[[Sums, Sums], tuple[Any, Any]]:
+    """Ends a curve at the k of `passed_for`."""
+    return lambda sums, teacher: (
+        _captured("value_captured")(sums, teacher),
+        curve(sums, teacher),
+    )
 
 
 # In the order of the columns of `results.csv`.
@@ -415,11 +462,46 @@ METRICS: dict[str, Metric] = {
             digits=3,
             better="higher",
             per=("k", "task"),
-            sums=(_positives,),
-            ends=lambda sums, _: _hit_rate(sums, "positives_shown"),
+            sums=(_positives, _survival),
+            ends=lambda sums, _: _end_to_end(sums),
             main=(8, "first"),
             summary="first",
             short="end hits",
+        ),
+        Metric(
+            name="covered_user_value",
+            formula="of a funnel of the candidates that the logged funnel passed: Σ value of the "
+            "user labels of the m items shown if the teacher ranks the student's first ⌈k · c / n⌉ "
+            "of these c, of n retrieved, over Σ of the same if it ranks all c",
+            title="users' value (covered)",
+            digits=4,
+            better="higher",
+            per=("k",),
+            sums=(_covered,),
+            ends=_captured("covered_user_value"),
+        ),
+        Metric(
+            name="coverage",
+            formula="Σ items shown that the logged funnel passed, over Σ items shown: only these "
+            "could get a label",
+            title="coverage",
+            digits=3,
+            better=None,
+            per=("k",),
+            sums=(_covered,),
+            ends=_coverage,
+        ),
+        Metric(
+            name="ips_user_value",
+            formula="Σ value of the user labels of the items shown, each over its propensity, over "
+            "Σ of the same if all retrieved are passed (Horvitz and Thompson 1952); empty without "
+            "propensities. Unbiased only if the log could show every item",
+            title="users' value (IPS)",
+            digits=4,
+            better="higher",
+            per=("k",),
+            sums=(_true_value_captured,),
+            ends=_captured("ips_user_value"),
         ),
         Metric(
             name="teacher_ndcg",
@@ -453,6 +535,37 @@ METRICS: dict[str, Metric] = {
             ends=_captured("value_captured"),
             main=(1, "each"),
             summary="each",
+        ),
+        Metric(
+            name="scored_for",
+            formula="mean candidates of a request that the teacher scores at `passed_for`: min(k, "
+            "candidates of the request)",
+            title="scored for",
+            digits=1,
+            better="lower",
+            per=("target",),
+            sums=(_value_captured, _scored, _unseen_users),
+            ends=_at_target(_mean("scored")),
+        ),
+        Metric(
+            name="true_value_for",
+            formula="`true_value_captured` at `passed_for`: where the saving is taken",
+            title="true value for",
+            digits=4,
+            better="higher",
+            per=("target",),
+            sums=(_value_captured, _true_value_captured),
+            ends=_at_target(_captured("true_value_captured")),
+        ),
+        Metric(
+            name="candidates",
+            formula="mean candidates of a request",
+            title="candidates",
+            digits=1,
+            better=None,
+            sums=(_unseen_items, _unseen_users),
+            ends=lambda sums, _: ratio(sums["candidates"], sums["requests"]),
+            compared=False,
         ),
         Metric(
             name="regret",
@@ -495,15 +608,30 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             name="funnel_cost_saving",
-            formula="1 − cost / cost of mode `none` in the same repeat, where cost = N · student "
-            "FLOPs + `passed_for_99` · teacher FLOPs, or in the unit of `costs`; of several "
-            "settings of mode `none`, the one with the lowest mean `passed_for_99`; filled in for "
-            "a whole sweep, empty where it has no such student",
+            formula="1 − cost / cost of the best ranker that needs no scores of the final ranker, "
+            "in the same repeat, where cost = `candidates` · student FLOPs + `scored_for_99` · "
+            "teacher FLOPs, or in the unit of `costs`; the best of students, lists and the "
+            "incumbent, by mean `passed_for_99` on validation; filled in for a whole sweep",
             title="saving",
             digits=3,
             better="higher",
             main=(2, "each"),
             summary="each",
+        ),
+        Metric(
+            name="saving_over_none",
+            formula="the same against the best setting of plain mode `none`",
+            title="saving over none",
+            digits=3,
+            better="higher",
+        ),
+        Metric(
+            name="saving_over_incumbent",
+            formula="the same against the early ranker that filled the log, whose own cost is "
+            "taken as 0; empty where the log does not name it",
+            title="saving over the incumbent",
+            digits=3,
+            better="higher",
         ),
         Metric(
             name="unseen_users",
@@ -540,7 +668,9 @@ def sums_curves(function: SumFunction) -> bool:
 
     Of what it returns, arrays of more than one axis are curves, [R, N, ...].
     """
-    return any("k" in metric.per and function in metric.sums for metric in METRICS.values())
+    return any(
+        function in metric.sums and {"k", "target"} & {*metric.per} for metric in METRICS.values()
+    )
 
 
 def result_columns(metric: Metric, tasks: Sequence[str], report_at: ReportAt) -> list[str]:
@@ -633,12 +763,22 @@ def numbers(metric: Metric, ended: Any, report_at: ReportAt) -> Float[np.ndarray
       ended: the result of its `ends`.
       report_at: the points to report.
     """
-    array = np.asarray(ended, np.float64)
     if "target" in metric.per:
-        return np.array([funnel.passed_for(array, target) for target in report_at.targets])
+        captured, *other = ended if isinstance(ended, tuple) else (ended,)
+        passed = np.array([funnel.passed_for(captured, target) for target in report_at.targets])
+        return _at(other[0], passed) if other else passed
+    array = np.asarray(ended, np.float64)
     if "k" in metric.per:
         array = array[[min(k, len(array)) - 1 for k in report_at.ks]]
     return array.reshape(-1, *array.shape[len(metric.per) :])
+
+
+def _at(
+    curve: Float[np.ndarray, "N *draws"], k: Float[np.ndarray, "targets *draws"]
+) -> Float[np.ndarray, "targets *draws"]:
+    """The values of a curve at each k; NaN where k is."""
+    index = np.where(np.isnan(k), 1, k).astype(int) - 1
+    return np.where(np.isnan(k), np.nan, np.take_along_axis(np.asarray(curve), index, axis=0))
 
 
 def is_measurable(metric: Metric, of_teacher: bool, signal: str) -> bool:

@@ -32,6 +32,7 @@ class Ranked:
       value_weights: what a ranker sorts by, see `funnel.value`.
       shown: number of items shown.
       labelled: L, at least as many as a request has candidates with a label.
+      passed: at least as many as a request has candidates that the logged funnel passed.
       met: whether training met the ids of the ranker's lookups, by name; empty if nobody knows.
     """
 
@@ -44,6 +45,7 @@ class Ranked:
     value_weights: Float[Array, "T"]
     shown: int
     labelled: int
+    passed: int
     met: Mapping[str, Bool[Array, "..."]]
 
     @property
@@ -69,16 +71,15 @@ class Ranked:
     ) -> tuple[Float[Array, "R L T"], Float[Array, "R L T"], Float[Array, "R L T"]]:
         """Ranker's and teacher's probability, and weight, of the candidates that have a label.
 
-        The weight is that of the label, and 0 where the teacher does not know every task: on these
-        items the ranker and the teacher can be held against users and against each other.
+        The weight is that of the label, and 0 where the teacher's value is not known, or its
+        probability: on these items all three can be compared.
         """
-        known = jnp.all(self._of_labelled(self.teacher_weight) > 0, axis=-1)
+        known = self._of_labelled((self.teacher_weight > 0) & self._teacher_knows[..., None])
         probability, _, label_weight = self.labels
-        weight = jnp.where(known, label_weight, 0.0)
         return (
             probability,
             self._of_labelled(self.teacher_probability),
-            jnp.broadcast_to(weight[..., None], probability.shape),
+            jnp.where(known, label_weight[..., None], 0.0),
         )
 
     def _of_labelled(self, values: Float[Array, "R N ..."]) -> Float[Array, "R L ..."]:
@@ -99,27 +100,75 @@ class Ranked:
 
     @functools.cached_property
     def teacher_value(self) -> Float[Array, "R N"]:
-        """The teacher's value of each candidate; NaN where it does not know every task."""
-        known = jnp.all(self.teacher_weight > 0, axis=-1)
+        """The teacher's value of each candidate; NaN where it is not known."""
         value = funnel.value(self.teacher_probability, self.value_weights)
-        return jnp.where(known, value, jnp.nan)
+        return jnp.where(self._teacher_knows, value, jnp.nan)
+
+    @functools.cached_property
+    def _teacher_knows(self) -> Bool[Array, "R N"]:
+        return knows_value(self.teacher_weight, self.value_weights)
+
+    @functools.cached_property
+    def user_value(self) -> Float[Array, "R N"]:
+        """The value of each candidate's user labels; 0 where it has none."""
+        has_label = (self.label_weight > 0)[..., None] & (self.batch.user_label > 0.5)
+        return funnel.value(has_label.astype(jnp.float32), self.value_weights)
+
+    @functools.cached_property
+    def was_passed(self) -> Bool[Array, "R N"]:
+        """True for candidates that the logged funnel passed: only they could get a label."""
+        return self.mask & (self.batch.stage >= Stage.PASSED)
 
     @functools.cached_property
     def curves(self) -> funnel.FunnelCurves:
         """The funnel's curves of each request.
 
         Every candidate is retrieved; one whose teacher value is not known is never chosen by the
-        teacher.
+        teacher. The true values of the curves have two columns: the true value, and the value of
+        user labels over the propensity of the label. The positives have two more columns than
+        tasks: `was_passed`, and every candidate.
         """
+        truth = funnel.value(self.evaluation_batch.true_probability, self.value_weights)
+        weighted = self.user_value / self.evaluation_batch.propensity
+        # A slot that was not filled at random has no propensity, and no weight.
+        weighted = jnp.where((self.label_weight > 0) & ~jnp.isnan(weighted), weighted, 0.0)
+        positive = (self.label_weight > 0)[..., None] & (self.batch.user_label > 0.5)
+        more = jnp.stack([self.was_passed, self.mask], axis=-1)
         return funnel.funnel_curves(
             student_value=self.value,
             teacher_value=self.teacher_value,
             candidate_mask=self.mask,
             shown=self.shown,
-            true_value=funnel.value(self.evaluation_batch.true_probability, self.value_weights),
+            true_value=jnp.stack([truth, weighted], axis=-1),
             was_shown=self.mask & (self.batch.stage == Stage.SHOWN),
-            positive=(self.label_weight > 0)[..., None] & (self.batch.user_label > 0.5),
+            positive=jnp.concatenate([positive, more], axis=-1),
         )
+
+    @functools.cached_property
+    def covered_user_value(self) -> Float[Array, "R N"]:
+        """Summed `user_value` of the items shown by a funnel of the candidates that were passed.
+
+        Of a request's n candidates, the logged funnel passed c. Index k − 1 belongs to the funnel
+        whose student passes its first ⌈k · c / n⌉ of these c, and whose teacher shows m of them.
+        """
+        places = jnp.argsort(~self.was_passed, axis=1, stable=True)[:, : self.passed]
+        value, teacher_value, mask, user_value = (
+            jnp.take_along_axis(of, places, axis=1)
+            for of in (self.value, self.teacher_value, self.was_passed, self.user_value)
+        )
+        curves = funnel.funnel_curves(value, teacher_value, mask, self.shown, true_value=user_value)
+        passed, candidates = (of.sum(axis=1)[:, None] for of in (self.was_passed, self.mask))
+        k = jnp.arange(1, self.mask.shape[1] + 1)
+        of_passed = -(-k * passed // jnp.maximum(candidates, 1))
+        index = jnp.clip(of_passed, 1, jnp.maximum(passed, 1)) - 1
+        return jnp.take_along_axis(curves.true_value_captured, index, axis=1)
+
+
+def knows_value(
+    teacher_weight: Float[Array, "R N T"], value_weights: Float[Array, "T"]
+) -> Bool[Array, "R N"]:
+    """True where the teacher's probability of every task that counts in the value is known."""
+    return jnp.all((teacher_weight > 0) | (value_weights == 0), axis=-1)
 
 
 def ranked(
@@ -130,6 +179,7 @@ def ranked(
     value_weights: Float[Array, "T"],
     shown: int,
     labelled: int,
+    passed: int,
     met: Mapping[str, Bool[Array, "..."]] | None = None,
 ) -> Ranked:
     """A batch under a ranker and the teacher, cleared of what does not count.
@@ -150,6 +200,7 @@ def ranked(
         value_weights=value_weights,
         shown=shown,
         labelled=labelled,
+        passed=passed,
         met=met or {},
     )
 
@@ -161,6 +212,7 @@ def ranked_by_teacher(
     value_weights: Float[Array, "T"],
     shown: int,
     labelled: int,
+    passed: int,
     met: Mapping[str, Bool[Array, "..."]] | None = None,
 ) -> Ranked:
     """A batch under the teacher itself, which is judged only where its probabilities are known.
@@ -168,7 +220,7 @@ def ranked_by_teacher(
     With a live teacher that is everywhere, and this equals `ranked` with the teacher as the
     student. Logs may have holes; a shown candidate in one has no teacher probability to judge.
     """
-    known = jnp.all(teacher_weight > 0, axis=-1)
+    known = knows_value(teacher_weight, value_weights)
     batch = evaluation_batch.batch
     batch = dataclasses.replace(batch, label_weight=jnp.where(known, batch.label_weight, 0.0))
     return ranked(
@@ -180,5 +232,6 @@ def ranked_by_teacher(
         value_weights,
         shown,
         labelled,
+        passed,
         met,
     )

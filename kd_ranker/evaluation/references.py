@@ -5,20 +5,24 @@
                   knows it
     random        sorts at random
     popularity    sorts by how often training has shown an item
-    static_list   sorts by the mean value of an item in training, whoever the user is, less where
-                  training tells little of it
+    show_rate     sorts by the share of the requests that passed an item in which it was shown
+    pass_rate     sorts by the share of the requests that retrieved an item in which it was passed
+    top_rate      sorts by the share of the requests in which the logged final ranker scored an item
+                  in which it came among the first `shown`
+    static_list   sorts by the mean value of an item in training
 
-All of them are one `Ranker`, measured by `evaluate.evaluate` like a group of students, with a serve
-name each:
+The last five are lists of items that ignore the user; `NEED_SCORES` names those that need the final
+ranker's scores or order. All references are one `Ranker`, measured by `evaluate.evaluate` like a
+group of students, with a serve name each:
 
-    statistics = train_statistics(dataset, config.value_weights, seed=0)
-    names = known_references(dataset.columns["test"])
+    statistics = train_statistics(dataset, config.value_weights, config.funnel.shown, seed=0)
+    names = known_references([dataset.columns["test"]], statistics)
     _, [*of_students, sums] = evaluate(
         teacher, [*students, reference_ranker([statistics])], ..., serves=[..., names]
     )
     row = only_order(totals.summarise(select_member(sums["popularity"], 0), ...))
 
-Of the numbers that `ORDER_ALONE` serve only the order means something; those of the oracle are
+Of the numbers that `NO_PROBABILITIES` serve only the order means something; those of the oracle are
 probabilities.
 """
 
@@ -28,7 +32,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kd_ranker.batch import EvaluationBatch, Items
 from kd_ranker.evaluation import metrics
@@ -38,29 +42,32 @@ from kd_ranker.requests.columns import Columns, slices
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training.state import stack_members
 
-# So many times more, and for nothing, is an item taken to have been told of. So none tops a list
-# for one lucky impression. Towards the mean of all items in place of 0, those that were never shown
-# would stand above those that were and pleased less than most; a funnel did not show them, though.
-_FOR_NOTHING = 10
+# Failures added to each item's count, so that no item tops a list after one lucky impression.
+# Shrinking towards the mean instead of 0 would put items that were never shown above most others.
+_PRIOR_FAILURES = 10
 
 
 @flax.struct.dataclass
 class Statistics:
-    """The knowledge of references: numbers of each item in [0, 1] from the training split, float32.
+    """Numbers of each item from the training split, in [0, 1], float32.
+
+    A rate is n / (m + 10) of an item that had the chance m times and came through n times.
 
     Attributes:
-      shown: how often it was shown, over the same of the item that was shown most. An impression
-        counts by its label weight, so a sampled negative stands for those that were left out.
-      value: n / (n + 10) times the mean over the n training requests that tell of it of
-        Σ_t w_t y_t / Σ_t w_t, with the value weights w, where y are the teacher's probabilities,
-        over the candidates for which all of them were logged properly. In a dataset without any of
-        these, y are the user labels, weighted by label weight, of which n is then the sum. 0 for an
-        item that training tells nothing of. Of a count like `shown` nothing needs smoothing.
+      lists: the numbers that lists of items sort by, by the name of the reference.
+        `popularity` is the summed label weight of an item's impressions, over the same of the item
+        with the largest sum, so a sampled negative stands for those that were left out.
+        `show_rate` counts requests that passed the item; where the log passed no other item than it
+        showed, requests that retrieved it. `pass_rate` counts requests that retrieved it.
+        `top_rate` counts requests in which every task of the item was logged properly, and those of
+        them in which its value was among the `shown` largest. `static_list` is n / (n + 10) times
+        the mean of Σ_t w_t p_t / Σ_t w_t over the same requests. In a dataset without such
+        requests, `top_rate` is absent, and `static_list` takes user labels, weighted by label
+        weight.
       seed: of `random`.
     """
 
-    shown: Float[Array, "items"]
-    value: Float[Array, "items"]
+    lists: dict[str, Float[Array, "items"]]
     seed: Int[Array, ""]
 
 
@@ -68,37 +75,67 @@ Reference = Callable[[Statistics, EvaluationBatch], Float[Array, "R N T"]]
 """From the statistics and a batch to what a reference ranks by: in [0, 1], or NaN if unknown."""
 
 
-def train_statistics(dataset: Dataset, value_weights: Sequence[float], seed: int) -> Statistics:
+def train_statistics(
+    dataset: Dataset, value_weights: Sequence[float], top: int, seed: int
+) -> Statistics:
     """The statistics of a dataset, from one pass over its training requests.
 
     Args:
       dataset: the dataset; true probabilities are not read.
       value_weights: a weight a task, not all 0.
+      top: how many candidates the final ranker shows, for `top_rate`.
       seed: of the reference `random`.
     """
     weights = np.asarray(value_weights, np.float64) / np.sum(value_weights)
-    shown, of_labels, judged, of_teacher = np.zeros((4, dataset.spec.num_items))
+    counted = weights > 0
+    labelled, liked, shown, passed, retrieved, scored, first, value = np.zeros(
+        (8, dataset.spec.num_items)
+    )
     columns = dataset.columns["train"]
     for some in slices(columns.kept):
         of = columns.counts.of(some)
+        for total, number in ((shown, of.shown), (passed, of.passed), (retrieved, of.retrieved)):
+            item_id = columns.candidates.fields(some, number)["item_id"]
+            total += np.bincount(item_id, minlength=len(total))
         item_id = columns.candidates.fields(some, of.shown)["item_id"]
         of_user = columns.labels.fields(some, of.shown)
-        np.add.at(shown, item_id, of_user["label_weight"])
-        value = of_user["label_weight"] * (of_user["user_label"] @ weights)
-        np.add.at(of_labels, item_id, value)
-        scored = columns.candidates.fields(some, of.scored)
-        value = scored["teacher_probability"] @ weights
-        known = ~np.isnan(value)
-        np.add.at(judged, scored["item_id"][known], 1)
-        np.add.at(of_teacher, scored["item_id"][known], value[known])
-    told, number = (of_teacher, judged) if judged.any() else (of_labels, shown)
-    value = told / (number + _FOR_NOTHING)
-    most = shown.max()
+        np.add.at(labelled, item_id, of_user["label_weight"])
+        np.add.at(liked, item_id, of_user["label_weight"] * (of_user["user_label"] @ weights))
+        logged = columns.candidates.fields(some, of.scored)
+        each = logged["teacher_probability"][:, counted] @ weights[counted]
+        known = ~np.isnan(each)
+        np.add.at(scored, logged["item_id"][known], 1)
+        np.add.at(value, logged["item_id"][known], each[known])
+        np.add.at(first, logged["item_id"][_is_first(each, of.scored, top)], 1)
+    rates = {
+        "show_rate": _rate(shown, passed if (passed > shown).any() else retrieved),
+        "pass_rate": _rate(passed, retrieved),
+        "static_list": _rate(liked, labelled),
+    }
+    if scored.any():
+        rates |= {"top_rate": _rate(first, scored), "static_list": _rate(value, scored)}
+    lists = {"popularity": labelled / (labelled.max() or 1), **rates}
     return Statistics(
-        shown=jnp.asarray(shown / most if most else shown, jnp.float32),
-        value=jnp.asarray(value, jnp.float32),
+        lists={name: jnp.asarray(of, jnp.float32) for name, of in lists.items()},
         seed=jnp.int32(seed),
     )
+
+
+def _rate(
+    through: Float[np.ndarray, "items"], had_the_chance: Float[np.ndarray, "items"]
+) -> Float[np.ndarray, "items"]:
+    return through / (had_the_chance + _PRIOR_FAILURES)
+
+
+def _is_first(
+    value: Float[np.ndarray, "sum"], numbers: Int[np.ndarray, "R"], top: int
+) -> Bool[np.ndarray, "sum"]:
+    """True for the `top` largest known values of each request; of equal ones, the first logged."""
+    request = np.repeat(np.arange(len(numbers)), numbers)
+    order = np.lexsort((-value, request))  # NaN last
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order)) - np.repeat(numbers.cumsum() - numbers, numbers)
+    return (place < top) & ~np.isnan(value)
 
 
 def oracle(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R N T"]:
@@ -129,14 +166,9 @@ def random(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R N 
     return _for_all_tasks(jax.vmap(of_request)(batch.batch.user_id, batch.batch.item_id), batch)
 
 
-def popularity(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R N T"]:
-    """`Statistics.shown` of each candidate."""
-    return _of_items(statistics.shown, batch)
-
-
-def static_list(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R N T"]:
-    """`Statistics.value` of each candidate."""
-    return _of_items(statistics.value, batch)
+def _list(name: str) -> Reference:
+    """The reference that sorts by `Statistics.lists[name]`."""
+    return lambda statistics, batch: _of_items(statistics.lists[name], batch)
 
 
 def _of_items(numbers: Float[Array, "items"], batch: EvaluationBatch) -> Float[Array, "R N T"]:
@@ -149,35 +181,58 @@ def _for_all_tasks(value: Float[Array, "R N"], batch: EvaluationBatch) -> Float[
     return jnp.broadcast_to(value[..., None], batch.true_probability.shape)
 
 
+LISTS = ("popularity", "show_rate", "pass_rate", "top_rate", "static_list")
+"""The references that are lists of items, the same for every user."""
+
 REFERENCES: dict[str, Reference] = {
     "oracle": oracle,
     "incumbent": incumbent,
     "random": random,
-    "popularity": popularity,
-    "static_list": static_list,
+    **{name: _list(name) for name in LISTS},
 }
 """By name."""
 
-ORDER_ALONE = ("incumbent", "random", "popularity", "static_list")
-"""The references whose numbers are no probabilities."""
+NEED_SCORES = ("top_rate", "static_list")
+"""The lists that need the final ranker's scores or its order."""
 
-# Requests that suffice to find out what a dataset knows.
-_SOME = 1000
+NO_RANKERS = ("oracle", "random")
+"""The references that no funnel could use, or would."""
+
+NO_PROBABILITIES = ("incumbent", "random", *LISTS)
+"""The references whose numbers mean an order only."""
+
+# Requests that suffice to find out what a dataset knows, and the share of candidates that must be
+# known: a ranker that orders the others at random would look worse than it is.
+_SOME, _NEARLY_ALL = 1000, 0.9
 
 
-def known_references(columns: Columns) -> tuple[str, ...]:
-    """The names of the references that have what they sort by, in some requests of a split."""
-    some = np.arange(0, len(columns), max(1, len(columns) // _SOME))
-    facts = columns.known.fields(some, columns.counts.known[some])
+def known_references(splits: Sequence[Columns], statistics: Statistics) -> tuple[str, ...]:
+    """The names of the references whose input is known in nearly all candidates of all splits."""
     needed = {"oracle": "true_probability", "incumbent": "incumbent"}
-    return tuple(
-        name for name in REFERENCES if name not in needed or not np.isnan(facts[needed[name]]).all()
-    )
+    known = {
+        name
+        for name, field in needed.items()
+        if min(_known_share(columns, field) for columns in splits) > _NEARLY_ALL
+    }
+    return tuple(name for name in REFERENCES if name in {"random", *known, *statistics.lists})
+
+
+def _known_share(columns: Columns, field: str) -> float:
+    """The share of candidates with a number in a field, in some requests of a split."""
+    some = np.arange(0, len(columns), max(1, len(columns) // _SOME))
+    number = columns.counts.retrieved[some].sum()
+    facts = columns.known.fields(some, columns.counts.known[some])[field]
+    unknown = np.isnan(facts).any(axis=tuple(range(1, facts.ndim)))
+    return float((~unknown).sum() / max(number, 1))
 
 
 def _serve(statistics: Statistics, batch: EvaluationBatch, items: Items) -> Served:
     del items
-    served = {name: reference(statistics, batch) for name, reference in REFERENCES.items()}
+    served = {
+        name: reference(statistics, batch)
+        for name, reference in REFERENCES.items()
+        if name not in LISTS or name in statistics.lists
+    }
     return Served(served, met={})
 
 
@@ -191,7 +246,7 @@ def reference_ranker(members: Sequence[Statistics]) -> Ranker:
 
 
 def only_order(row: Mapping[str, float]) -> dict[str, float]:
-    """The measured columns of a reference of `ORDER_ALONE`.
+    """The measured columns of a reference of `NO_PROBABILITIES`.
 
     Args:
       row: the columns of `totals.summarise`.

@@ -27,7 +27,10 @@ REPEAT = tuple(key.column for key in schema.repeat_keys())
 KEYS = ("dataset", "split", "role", *_ALWAYS, "serve", *REPEAT, "step")
 _LAST = ("non_finite_step", "member")
 # The columns that every table has, whatever its tasks and the points of its curves.
-ALWAYS = (*KEYS, *_LAST, saving.CRITERION, "flops_per_candidate")
+ALWAYS = (
+    *(*KEYS, *_LAST, saving.CRITERION, saving.SCORED),
+    *("candidates", "flops_per_candidate"),
+)
 # What makes a setting, in the order in which tables show it; see `setting_columns`.
 SETTING = tuple(dict.fromkeys(("mode", "serve", "distill_weight", *_ALWAYS)))
 # What tells rows of one table apart. The teacher and the references are in those of every run.
@@ -106,10 +109,12 @@ def with_cost(row: Row, flops_per_candidate: float, teacher_flops: float) -> Row
 
 
 def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
-    """Students with the labels `setting`, `way` and `repeat`, in the order of their settings.
+    """Students and references with the labels `setting`, `way` and `repeat`, in a fixed order.
 
-    Of equal settings the first in this order is chosen, whatever the order of the file.
+    Of equal settings the first in this order is chosen, whatever the order of the file. A reference
+    has no seeds: it is repeated in each repeat of the students, see `in_each_repeat`.
     """
+    rows = in_each_repeat(rows)
     setting = setting_columns(rows)
     rows = rows.sort_values([*setting, *REPEAT], kind="stable", na_position="first")
     telling = {"setting": rows[setting], "way": ways(rows), "repeat": rows[list(REPEAT)]}
@@ -117,7 +122,27 @@ def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
         label: table.groupby(list(table), dropna=False).ngroup().astype(str)
         for label, table in telling.items()
     }
-    return rows.assign(**labels)
+    rows = rows.assign(**labels)
+    reference = rows["role"] == "reference"
+    for label in ("setting", "way"):
+        rows[label] = rows[label].where(~reference, rows["member"])
+    return rows
+
+
+def in_each_repeat(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows, with those of teachers and references once per repeat of the students.
+
+    If there are several teachers, each and the references measured under it count for the repeats
+    of its own seed.
+    """
+    students, others = rows[rows["role"] == "student"], rows[rows["role"] != "student"]
+    repeats = students[[*REPEAT]].drop_duplicates()
+    if others["seed"].nunique() > 1:
+        each = others.drop(columns="data_seed").merge(repeats, on="seed")
+    else:
+        each = others.drop(columns=[*REPEAT]).merge(repeats, how="cross")
+    # In this order, a student is preferred to an equal reference.
+    return pd.concat([students, each.reindex(columns=rows.columns)], ignore_index=True)
 
 
 def chosen(frame: pd.DataFrame) -> dict[str, list[str]]:
@@ -126,10 +151,14 @@ def chosen(frame: pd.DataFrame) -> dict[str, list[str]]:
     Args:
       frame: `results.csv` with the rows of validation.
     """
-    students = with_labels(frame[(frame["role"] == "student") & frame["non_finite_step"].isna()])
+    students = _finite_students(frame)
     best = set(saving.best_of_ways(students).values())
     rows = saving.of_split(students[students["setting"].isin(best)], "validation")
     return {str(name): list(of["serve"]) for name, of in rows.groupby("member", sort=False)}
+
+
+def _finite_students(frame: pd.DataFrame) -> pd.DataFrame:
+    return with_labels(frame[(frame["role"] == "student") & frame["non_finite_step"].isna()])
 
 
 def best_member(frame: pd.DataFrame, member: str = "") -> tuple[str, str] | None:
@@ -144,7 +173,7 @@ def best_member(frame: pd.DataFrame, member: str = "") -> tuple[str, str] | None
     Returns:
       None if no such member is measured.
     """
-    students = with_labels(frame[(frame["role"] == "student") & frame["non_finite_step"].isna()])
+    students = _finite_students(frame)
     rows = saving.of_split(students, "validation")
     rows = rows[rows["member"] == member] if member else rows
     setting = saving.best(rows, list(rows["setting"].unique()))
@@ -152,20 +181,18 @@ def best_member(frame: pd.DataFrame, member: str = "") -> tuple[str, str] | None
     return (str(rows["member"].iloc[0]), str(rows["serve"].iloc[0])) if len(rows) else None
 
 
-def fill_savings(frame: pd.DataFrame, retrieved: int, costs: Costs = FLOPS) -> pd.DataFrame:
-    """Fills `funnel_cost_saving` in, see `saving.with_savings`.
+def fill_savings(frame: pd.DataFrame, costs: Costs = FLOPS) -> pd.DataFrame:
+    """Fills the columns `saving.SAVINGS` of students in.
 
     Args:
       frame: `results.csv` of one dataset, with the teacher; see `read_csv`.
-      retrieved: `config.funnel.retrieved`.
       costs: what takes the place of FLOPs.
     """
     teacher_flops = frame.loc[frame["role"] == "teacher", "flops_per_candidate"].iloc[0]
-    students = with_labels(frame[frame["role"] == "student"])
-    saved = saving.with_savings(
-        students, saving.baseline(students), teacher_flops, retrieved, costs
-    )
-    return frame.assign(funnel_cost_saving=saved["funnel_cost_saving"])
+    ranked = with_labels(frame.assign(place=frame.index)[frame["role"] != "teacher"])
+    saved = saving.with_savings(ranked, saving.baselines(ranked), teacher_flops, costs)
+    saved = saved[saved["role"] == "student"].set_index("place")
+    return frame.assign(**{column: saved[column] for column in saving.SAVINGS})
 
 
 def to_csv(rows: Sequence[Mapping[str, object]], names: Sequence[str]) -> str:
@@ -198,28 +225,25 @@ def read_joined(folders: Sequence[Path], members: Mapping[str, ConfigDict]) -> p
 def join(
     validation: Sequence[Path],
     test: Sequence[Path],
-    retrieved: int,
     members: Mapping[str, ConfigDict],
     costs: Costs = FLOPS,
 ) -> dict[str, str]:
     """The tables of several runs as one: file name -> text.
 
     A teacher, which every run under it has measured, is kept once a split; of several teachers, the
-    curves and the calibration are those of the first. `funnel_cost_saving` is filled in, and what
+    curves and the calibration are those of the first. Savings are filled in, and what
     was not swept when a run was measured; everything else is as it was written.
 
     Args:
       validation: folders of the runs, with all members as validation has them.
       test: folders of those that validation chose, with them as the test has them.
-      retrieved: `config.funnel.retrieved`.
       members: the configs of all members by name.
       costs: what takes the place of FLOPs.
     """
-    joined = pd.concat([_joined(FILE, validation), _joined(FILE, test)], ignore_index=True)
-    joined = _with_own_values(joined, members)
-    filled = fill_savings(read_csv(io.StringIO(_text(joined))), retrieved, costs)
-    savings = filled["funnel_cost_saving"].map(_cell, na_action="ignore")
-    joined = joined.assign(funnel_cost_saving=savings)
+    joined = _with_own_values(_joined(FILE, [*validation, *test]), members)
+    filled = fill_savings(read_csv(io.StringIO(_text(joined))), costs)
+    for column in saving.SAVINGS:
+        joined[column] = filled[column].map(_cell, na_action="ignore")
     curves = {file: _text(_joined(file, test)) for file in (CURVES_FILE, CALIBRATION_FILE)}
     return {**curves, FILE: _text(joined)}
 

@@ -1,20 +1,29 @@
-"""The choice of settings on validation, the baseline, and what a funnel saves against it.
+"""The choice of settings on validation, the baselines, and what a funnel saves against them.
 
-Rows are students of `results.csv` with three more columns: `setting`, a label of all that makes a
-student but its seeds; `way`, the same without what is tuned; and `repeat`, one of the seeds.
+Rows are students and references of `results.csv` with three more columns: `setting`, a label of all
+that makes a student except its seeds, or the name of a reference; `way`, the same without tuned
+keys; and `repeat`, one of the seeds.
 
-Whatever is chosen is chosen on the rows of the split `validation`, so that those of `test` are of
-requests which no choice has seen.
+All choices are made on rows of the split `validation`. No choice sees the requests of `test`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from kd_ranker.evaluation.cost import FLOPS, Costs, funnel_cost, funnel_cost_saving
+from kd_ranker.evaluation.references import NEED_SCORES, NO_RANKERS
 
-# By which settings are chosen: the smaller mean over repeats.
+# The smaller mean over repeats is chosen.
 CRITERION = "passed_for_99"
+# The mean number of candidates that the final ranker scores then: its part of the cost.
+SCORED = "scored_for_99"
+# The values with which mode `none` is plain: it learns from the labels of what was shown.
+PLAIN = {"unshown_weight": 0.0, "user_loss": "bce"}
+# The savings, each against a baseline of its own; see `baselines`.
+SAVINGS = ("funnel_cost_saving", "saving_over_none", "saving_over_incumbent")
 
 
 def of_split(rows: pd.DataFrame, split: str) -> pd.DataFrame:
@@ -34,11 +43,6 @@ def by_repeat(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
     table = rows.pivot(index="repeat", columns="setting", values=measure)
     # In the order of the file, not of the alphabet.
     return table.reindex(columns=rows["setting"].unique()).astype(float)
-
-
-def settings_of(rows: pd.DataFrame, distilled: bool) -> list[str]:
-    """The settings that distil, or those that do not."""
-    return list(rows.loc[(rows["mode"] != "none") == distilled, "setting"].unique())
 
 
 def best(rows: pd.DataFrame, settings: Sequence[str]) -> str | None:
@@ -75,47 +79,92 @@ def best_of(table: pd.DataFrame) -> str | None:
     return str(table.loc[:, repeats == repeats.max()].mean().idxmin())
 
 
-def baseline(rows: pd.DataFrame) -> str | None:
-    """The setting of mode `none` that all others are compared with; None if there is none.
+def needs_scores(rows: pd.DataFrame) -> pd.Series:
+    """True for rows of students and references that need the final ranker's scores or its order.
 
-    Of several (learning rates, say) it is the best, so that distillation has to beat what can be
-    had without it.
+    A student needs none in mode `none`, or if all its distillation terms learn from the stage.
     """
-    return best(rows, settings_of(rows, distilled=False))
+
+    def of_terms(losses: object) -> bool:
+        return any(not term.endswith(":stage") for term in str(losses).split("+"))
+
+    distilled = (rows["role"] == "student") & rows["distill_loss"].notna()
+    by_terms = rows["distill_loss"].map(of_terms).astype(bool)
+    return (distilled & by_terms) | rows["member"].isin(NEED_SCORES)
+
+
+def baselines(rows: pd.DataFrame) -> dict[str, str]:
+    """The baseline of each saving: column of `results.csv` -> the setting, if it is measured.
+
+    `funnel_cost_saving` is against the best of all that needs no scores of the final ranker:
+    students, lists of items, and the incumbent. `saving_over_none` is against the best setting of
+    plain mode `none`, and `saving_over_incumbent` against the early ranker that filled the log.
+
+    Args:
+      rows: students and references of both splits. A reference that one of them lacks is none.
+    """
+    splits = rows.groupby("setting")["split"].transform("nunique")
+    rows = rows[(rows["role"] == "student") | (splits == rows["split"].nunique())]
+    plain = (rows["role"] == "student") & (rows["mode"] == "none")
+    for key, value in PLAIN.items():
+        if key in rows:
+            plain &= rows[key].isin([value])
+    without = ~needs_scores(rows) & ~rows["member"].isin(NO_RANKERS)
+    pools = {
+        "funnel_cost_saving": without,
+        "saving_over_none": plain,
+        "saving_over_incumbent": rows["member"] == "incumbent",
+    }
+    found = {column: _best_ranker(rows, rows[pool]) for column, pool in pools.items()}
+    return {column: setting for column, setting in found.items() if setting is not None}
+
+
+def _best_ranker(rows: pd.DataFrame, pool: pd.DataFrame) -> str | None:
+    """The best student or reference of a pool, as in `best`, in the repeats that both have.
+
+    A reference has every repeat, even one in which all students of the pool diverged.
+    """
+    students, references = (
+        list(pool.loc[pool["role"] == role, "setting"].unique())
+        for role in ("student", "reference")
+    )
+    table = by_repeat(of_split(rows, "validation"), CRITERION)
+    named = [*filter(None, [best(rows, students)]), *references]
+    return best_of(table[named].dropna(axis="columns", how="all").dropna())
 
 
 def with_savings(
-    students: pd.DataFrame,
-    undistilled: str | None,
-    teacher_flops: float,
-    retrieved: int,
-    costs: Costs = FLOPS,
+    rows: pd.DataFrame, against: Mapping[str, str], teacher_flops: float, costs: Costs = FLOPS
 ) -> pd.DataFrame:
-    """The students with `funnel_cost`, and `funnel_cost_saving` against the baseline.
+    """The rows with `funnel_cost`, the mean cost of a request at `CRITERION`, and `SAVINGS`.
 
-    The first is that of a request at `CRITERION`. The second is NaN where the baseline was not
-    measured on the same split and repeat.
+    A saving is NaN where its baseline was not measured on the same split and repeat.
 
     Args:
-      students: rows.
-      undistilled: the setting that is the baseline; None if there is none.
+      rows: students and references, with labels.
+      against: of `baselines`.
       teacher_flops: FLOPs a candidate of the teacher.
-      retrieved: `config.funnel.retrieved`.
       costs: what takes the place of FLOPs.
     """
-    each = [
-        funnel_cost(retrieved, passed, flops, teacher_flops, costs)
-        for passed, flops in zip(students[CRITERION], students["flops_per_candidate"], strict=True)
-    ]
-    baselines = students["setting"] == undistilled
-    where = list(zip(students["split"], students["repeat"], strict=True))
-    of_baseline = {
-        at: cost
-        for at, cost, is_baseline in zip(where, each, baselines, strict=True)
-        if is_baseline
-    }
-    savings = [
-        funnel_cost_saving(cost, of_baseline.get(at, float("nan")))
-        for at, cost in zip(where, each, strict=True)
-    ]
-    return students.assign(funnel_cost=each, funnel_cost_saving=savings)
+    cost = [_cost(row, teacher_flops, costs) for row in rows.to_dict("records")]
+    rows = rows.assign(funnel_cost=np.array(cost, float))
+    for column in SAVINGS:
+        of_baseline = rows[rows["setting"] == against.get(column)]
+        known = of_baseline.set_index(["split", "repeat"])["funnel_cost"]
+        at = pd.MultiIndex.from_frame(rows[["split", "repeat"]])
+        rows[column] = funnel_cost_saving(
+            rows["funnel_cost"].to_numpy(), known.reindex(at).to_numpy(float)
+        )
+    return rows
+
+
+def _cost(row: Mapping[Any, Any], teacher_flops: float, costs: Costs) -> float:
+    flops, costs = student_cost(row, costs)
+    return funnel_cost(row["candidates"], row[SCORED], flops, teacher_flops, costs)
+
+
+def student_cost(row: Mapping[Any, Any], costs: Costs) -> tuple[float, Costs]:
+    """FLOPs a candidate of a row's ranker, and the costs with it; a reference costs nothing."""
+    if row["role"] == "reference":
+        return 0.0, costs._replace(student=0.0, student_request=0.0)
+    return float(row["flops_per_candidate"]), costs

@@ -130,7 +130,9 @@ def train_teacher(config: ConfigDict, workdir: Place) -> list[Row]:
         ranker, step = runs.fit_teacher(config, dataset, folder)
         teacher = own_reference(config, dataset, ranker, step)
         # Beside the oracle, where the truth is known: how much a final ranker leaves to be had.
-        statistics = references.train_statistics(dataset, config.value_weights, seed=0)
+        statistics = references.train_statistics(
+            dataset, config.value_weights, config.funnel.shown, seed=0
+        )
         measured = [
             measure(config, dataset, split, teacher, {}, [], statistics=statistics)
             for split in MEASURED_SPLITS
@@ -422,7 +424,7 @@ def _test_and_join(config: ConfigDict, sweep: Sweep, open_teacher: teachers.Open
             referred.add(sweep.teachers[index])
             each = common(cohort)
             _test_cohort(each, *open_teacher(each), cohort, folder, chosen, with_references)
-    sweep.join(config.funnel.retrieved, tested)
+    sweep.join(tested)
 
 
 def _untrained(sweep: Sweep, open_teacher: teachers.Opener) -> list[int]:
@@ -512,16 +514,21 @@ def _test_cohort(
     groups = _students_again(config, dataset, teacher, cohort, folder) if serves else []
     students = [group.only(serves) for group in groups]
     known = reference(config, dataset, teacher)
-    statistics = (
-        references.train_statistics(dataset, config.value_weights, seed=0)
-        if with_references
-        else None
-    )
-    measured = measure(
+    statistics = None
+    measured = []
+    if with_references:
+        statistics = references.train_statistics(
+            dataset, config.value_weights, config.funnel.shown, seed=0
+        )
+        # Validation chooses among the references too.
+        measured.append(
+            measure(config, dataset, "validation", known, {}, [], statistics=statistics)
+        )
+    of_test = measure(
         *(config, dataset, "test", known, cohort), [of for of in students if of.names],
         serves=serves, statistics=statistics,
     )  # fmt: skip
-    write_measured(config, folder / TEST, tested, measured)
+    write_measured(config, folder / TEST, tested, *measured, of_test)
 
 
 def _students_again(
@@ -540,8 +547,8 @@ def _free_of_a_sweep(extends: bool) -> list[str]:
     """The keys in which a sweep may differ from the one that its workdir holds."""
     free = schema.without_influence("report")
     axes = {"sweep.ways", *(schema.axis_of(key.name) for key in schema.sweepable())}
-    # Costs change no more than how its results are joined.
-    return ["costs", *(name for name in free if extends or name not in axes)]
+    # Both change no more than how its results are joined and reported.
+    return ["costs", "report", *(name for name in free if extends or name not in axes)]
 
 
 def report(sweeps: Sequence[Place], output: Place) -> tuple[list[str], Place]:

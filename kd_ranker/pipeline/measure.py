@@ -21,7 +21,7 @@ from kd_ranker.evaluation.kept import Kept
 from kd_ranker.evaluation.measured import write_tables
 from kd_ranker.evaluation.metrics import METRICS, TARGET, ReportAt, result_columns
 from kd_ranker.evaluation.references import (
-    ORDER_ALONE,
+    NO_PROBABILITIES,
     Statistics,
     known_references,
     only_order,
@@ -162,8 +162,10 @@ def measure(
         (group.ranker, _serve_names(group, members, serves) if serves else None)
         for group in students
     ]
-    referred = known_references(dataset.columns[split]) if statistics is not None else ()
+    referred: tuple[str, ...] = ()
     if statistics is not None:
+        splits = [dataset.columns[name] for name in ("validation", "test")]
+        referred = known_references([of for of in splits if len(of)], statistics)
         groups.append((reference_ranker([statistics]), referred))
     of_teacher, of_groups = _summed(config, dataset, split, teacher.ranker, groups, limit, costs)
     flops_of_teacher = teacher.flops() if costs else _NOT_COUNTED
@@ -277,7 +279,7 @@ def _add(
     tasks, sums = dataset.spec.tasks, summed.sums
     teacher_sums = of_teacher.sums if of_teacher else None
     numbers = totals.summarise(sums, teacher_sums, tasks, report_at(config), signal)
-    order_alone = row["member"] in ORDER_ALONE
+    order_alone = row["member"] in NO_PROBABILITIES
     if order_alone:
         numbers = only_order(numbers)
     measured.rows.append(row | numbers)

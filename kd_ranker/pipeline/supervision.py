@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
+from jaxtyping import Bool
 from ml_collections import ConfigDict
 
 from kd_ranker.distillation.losses import LOSSES, NEEDS_PROBABILITIES
@@ -73,11 +74,23 @@ def check_signals(config: ConfigDict, dataset: Dataset, members: Collection[Conf
     from_log = config.teacher.source == "logged" and "logged" in signals
     if from_log and dataset.spec.teacher_signal == "rank":
         check_students(members, {"logged": f"the log of {config.data.name} holds its positions"})
-    if from_log and not _teacher_speaks(dataset.columns["train"]):
+    known = _is_logged(dataset.columns["train"])
+    if from_log and not known.any():
         raise UserError(
             f"the signal logged says nothing: no training request of {config.data.name} holds "
             "a proper number of its teacher; look at the columns and the version that data.* "
             "names, or choose distill.mode=none"
+        )
+    missing = [
+        f"{task} the weight {weight:g}"
+        for task, weight, there in zip(config.tasks, config.value_weights, known, strict=True)
+        if weight and not there
+    ]
+    if config.teacher.source == "logged" and known.any() and missing:
+        raise UserError(
+            f"value_weights gives {', '.join(missing)}, and no training request of "
+            f"{config.data.name} holds a proper number of the teacher for it, so the teacher's "
+            "value is unknown everywhere; set that weight to 0, or leave the task out of tasks"
         )
     if "stage" in signals and not _came_differently_far(counts):
         raise UserError(
@@ -108,11 +121,11 @@ def check_log(config: ConfigDict, dataset: Dataset) -> None:
         )
 
 
-def _teacher_speaks(columns: Columns) -> bool:
-    """Tests if there is a proper probability, in some thousand requests from all over the log."""
+def _is_logged(columns: Columns) -> Bool[np.ndarray, "T"]:
+    """True for tasks with a proper probability, in about 1,000 requests from all over the log."""
     some = np.arange(0, len(columns), max(1, len(columns) // 1000))
     scored = columns.candidates.fields(some, columns.counts.scored[some])
-    return not np.isnan(scored["teacher_probability"]).all()
+    return ~np.isnan(scored["teacher_probability"]).all(axis=0)
 
 
 def _came_differently_far(counts: Counts) -> bool:

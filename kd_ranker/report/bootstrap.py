@@ -158,8 +158,10 @@ def _half(
     t_repeats = stats.t.ppf((1 + confidence) / 2, repeats - 1)
     of_requests = max(covariance[~np.eye(repeats, dtype=bool)].mean(), 0.0)
     of_repeats = each.var(ddof=1) / repeats
-    total = of_requests + of_repeats
-    return float((t_requests * of_requests + t_repeats * of_repeats) / np.sqrt(total or 1.0))
+    if (total := of_requests + of_repeats) == 0:
+        # Repeats that agree exactly tell nothing of each other: the requests remain.
+        return float(t_requests * np.sqrt(max(covariance.mean(), 0.0)))
+    return float((t_requests * of_requests + t_repeats * of_repeats) / np.sqrt(total))
 
 
 def passed_for(

@@ -5,6 +5,7 @@ and fonts are the theme's, of which paper and page have one each.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -26,7 +27,9 @@ _DPI = 300
 # In points; a column of a two-column page is 3.5 inches wide. A figure of several panels gets what
 # is left for its axes.
 _SIZES = {
+    "waterfall": (252, 90),
     "frontier": (252, 209),
+    "plane": (252, 209),
     "pareto": (252, 209),
     "value_captured": (252, 180),
     "true_value_captured": (252, 180),
@@ -36,11 +39,15 @@ _SIZES = {
     "calibration": (104, 104),
     "training": (147, 104),
 }
+# Of the steps of the waterfall, the last one with the final ranker's scores.
+_WATERFALL = [MUTED, "#7f7f7f", "#56b4e9", "#d55e00"]
+# The height of a row of the legend, and the rows for which heights are made.
+_ROW, _USUAL_ROWS = 11, 3
 # The width of an axis with its labels and title.
 _AXIS = 36
 # Panels side by side; all of them if it does not say.
 _BESIDE = {"saving": 1, "hit_rates": 3}
-_PAGE_HEIGHT = {"pareto": 460, "frontier": 460, "hit_rates": 300}
+_PAGE_HEIGHT = {"waterfall": 220, "pareto": 460, "frontier": 460, "plane": 460, "hit_rates": 300}
 _USUAL_PAGE_HEIGHT = 400
 
 
@@ -58,7 +65,12 @@ def files(figure: Figure) -> dict[str, bytes]:
     beside = min(len(panels), _BESIDE.get(figure.name, len(panels)))
     # A single panel is as wide with its axis as others are without.
     plots = width - _AXIS if len(panels) == 1 else (width + _AXIS) * beside - _AXIS
-    spec["config"]["legend"]["columns"] = _legend_columns(names, plots)
+    columns = _legend_columns(names, plots)
+    spec["config"]["legend"]["columns"] = columns
+    # A legend of many rows takes no room from the plot.
+    rows = math.ceil(len(names) / columns)
+    for panel in panels:
+        panel["height"] = height + _ROW * max(0, rows - _USUAL_ROWS) * (len(panels) == 1)
     if len(panels) == 1:
         spec |= panels[0] | {"autosize": {"type": "fit", "contains": "padding"}}
     else:
@@ -270,6 +282,41 @@ def _pareto(data: pd.DataFrame, hover: bool) -> list[Spec]:
     return [_panel(data, layers, data, marked=True)]
 
 
+def _waterfall(data: pd.DataFrame, hover: bool) -> list[Spec]:
+    y = {
+        "field": "line", "type": "nominal", "title": None, "sort": data["line"].tolist(),
+        "axis": {"labelLimit": 0},
+    }  # fmt: skip
+    x = _number("mean", "candidates to pass for 99% of the final value", scale={"zero": True})
+    place = {"x": x, "y": y, "color": _of_line(data["line"], _WATERFALL[-len(data) :])}
+    place["color"]["legend"] = None
+    tooltip = [_name("setting", "setting"), _told("mean", "candidates", 0)]
+    ends = {"x": x | {"field": "low"}, "x2": {"field": "high"}, "y": y}
+    layers = [
+        {"mark": {"type": "bar"}, "encoding": place | {"tooltip": tooltip}},
+        {"mark": {"type": "rule", "style": "interval"}, "encoding": ends},
+        {"mark": {"type": "text", "style": "needed"},
+         "encoding": {"x": x | {"field": "end"}, "y": y, "text": _number("mean", format=".0f")}},
+    ]  # fmt: skip
+    shown = data.assign(end=data[["mean", "high"]].max(axis=1))
+    return [{"data": {"values": _records(shown)}, "layer": layers}]
+
+
+def _plane(data: pd.DataFrame, hover: bool) -> list[Spec]:
+    titles = {"saving": "saving", "users": "change for users"}
+    axis = {"tickCount": 6, "format": "~%"}
+    x, y = (_number(name, title, axis=axis) for name, title in titles.items())
+    y["axis"] = axis | {"format": "+.2~%"}
+    layers = [_reference({"y": y | {"field": "margin"}}, _records(data[:1]))]
+    for channel, place in (("x", x), ("y", y)):
+        ends = {channel: place | {"field": f"{place['field']}_low"}}
+        ends[f"{channel}2"] = {"field": f"{place['field']}_high"}
+        layers.append(_layer("rule", {"x": x, "y": y} | ends, "interval", opacity=0.45))
+    tooltip = [_name("setting", "setting"), *(_told(name, title) for name, title in titles.items())]
+    layers.append(_points({"x": x, "y": y}, tooltip))
+    return [_panel(data, layers, data, marked=True)]
+
+
 def _frontier(data: pd.DataFrame, hover: bool) -> list[Spec]:
     students, references = data[data["mode"] != REFERENCE], data[data["mode"] == REFERENCE]
     if students["size"].nunique() > 1:
@@ -336,16 +383,18 @@ def _crossings(data: pd.DataFrame, x: Spec, y: Spec, form: str) -> list[Spec]:
 
 
 def _value_captured(data: pd.DataFrame, hover: bool) -> list[Spec]:
-    left, right, low = window(data)
+    students = data[data["mode"] != REFERENCE]
+    left, right, low = window(students)
     x, y, layers = _over_k(data, "value captured at k", [left, right], [low, 1.005], hover)
-    layers += _crossings(data, x | {"field": "passed_for_99"}, y, ".0f")
-    return [_panel(data, layers, data)]
+    layers += _crossings(students, x | {"field": "passed_for_99"}, y, ".0f")
+    return [_panel(students, layers, students)]
 
 
 def _survival(data: pd.DataFrame, hover: bool) -> list[Spec]:
     last = float(data["k"].max())
     _, _, layers = _over_k(data, "survival at k", [1, last], [0, 1.02], hover)
-    return [_panel(data, layers, data)]
+    students = data[data["mode"] != REFERENCE]
+    return [_panel(students, layers, students)]
 
 
 def _true_value_captured(data: pd.DataFrame, hover: bool) -> list[Spec]:
@@ -356,7 +405,8 @@ def _true_value_captured(data: pd.DataFrame, hover: bool) -> list[Spec]:
     ks = [float(seen["k"].min()), last]
     _, y, layers = _over_k(data, "true value captured at k", ks, values, hover)
     layers.append(_reference({"y": y | {"field": "all"}}, [{"all": 1.0}]))
-    return [_panel(data, layers, data)]
+    students = data[data["mode"] != REFERENCE]
+    return [_panel(students, layers, students)]
 
 
 def _hit_rates(data: pd.DataFrame, hover: bool) -> list[Spec]:
@@ -399,7 +449,10 @@ def _saving(data: pd.DataFrame, hover: bool) -> list[Spec]:
 def _over_k(
     data: pd.DataFrame, title: str, ks: list[float], values: list[float], hover: bool
 ) -> tuple[Spec, Spec, list[Spec]]:
-    """The axes of k and of a value, each over its range, and a line with a band a setting."""
+    """The axes of k and of a value, each over its range, and a line with a band per setting.
+
+    References are muted.
+    """
     x = _number(
         "k",
         "candidates passed, k",
@@ -407,7 +460,12 @@ def _over_k(
         axis={"values": ticks(1, float(data["k"].max())), "format": "d"},
     )
     y = _number("mean", title, scale={"domain": values, "nice": False}, axis={"tickCount": 6})
-    return x, y, _banded(data, x, y, [_number("k", "k")], hover)
+    students, references = data[data["mode"] != REFERENCE], data[data["mode"] == REFERENCE]
+    inside = references[
+        references["k"].between(ks[0], ks[1]) & references["mean"].between(values[0], values[1])
+    ]
+    layers = [*_muted(inside, x, y), *_banded(students, x, y, [_number("k", "k")], hover)]
+    return x, y, layers
 
 
 def _banded(data: pd.DataFrame, x: Spec, y: Spec, told: list[Spec], hover: bool) -> list[Spec]:
@@ -465,7 +523,9 @@ def _training(data: pd.DataFrame, hover: bool) -> list[Spec]:
 
 
 _DRAWERS: dict[str, Callable[[pd.DataFrame, bool], list[Spec]]] = {
+    "waterfall": _waterfall,
     "frontier": _frontier,
+    "plane": _plane,
     "saving": _saving,
     "hit_rates": _hit_rates,
     "pareto": _pareto,

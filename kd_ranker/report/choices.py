@@ -1,30 +1,71 @@
-"""The settings that the answer and the figures speak of, and what users have of them."""
+"""The settings that the answer and the figures describe, and their measures for users."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import pandas as pd
 
+from kd_ranker.evaluation.metrics import METRICS, TARGET, ReportAt, result_columns
 from kd_ranker.evaluation.saving import best, best_of, by_repeat, of_split
+from kd_ranker.report.estimates import Estimates
+from kd_ranker.report.intervals import Interval, difference
 from kd_ranker.report.study import Study, told
 
+# Below this coverage a log cannot say what users have: there, the sign of the estimate was wrong in
+# about half of the pairs of ways whose true difference is known (docs/report.md has the table).
+COVERED = 0.35
 
-def best_distilled(study: Study) -> str | None:
-    """The best setting of all ways that distil, chosen on validation; None if there is none."""
-    distilled = study.tested.loc[study.tested["mode"] != "none", "setting"]
-    return best(study.rows, list(distilled.unique())) if len(distilled) else None
+
+def best_with_scores(study: Study) -> str | None:
+    """The cheapest setting that learns from the final ranker's scores, chosen on validation.
+
+    Settings with `users_loss` above −`report.margin` for sure come first; if there is none, all
+    take part.
+
+    Returns:
+      None if no such setting is measured.
+    """
+    learned = study.tested[study.tested["needs_scores"]]
+    settings = [str(setting) for setting in learned["setting"].unique()]
+    kept = [setting for setting in settings if keeps_users(study, setting)] or settings
+    return cheapest(study, kept) or best(study.rows, kept)
+
+
+def keeps_users(study: Study, setting: str) -> bool:
+    """True if the interval of `users_change` lies above −`report.margin`, or there is none."""
+    change = users_change(study, setting)
+    return change is None or change.low > -study.margin
+
+
+def users_change(study: Study, setting: str) -> Interval | None:
+    """The change for users against the best ranker without scores, on validation.
+
+    The paired difference in the measure of `users_at_target`, with a 95% interval over repeats.
+
+    Returns:
+      None if the truth is not known, or no ranker without scores is measured.
+    """
+    measures = users_at_target(study)
+    if study.baseline is None or not measures:
+        return None
+    rows = of_split(pd.concat([study.rows, study.references]), "validation")
+    table = by_repeat(rows[rows["setting"].isin([setting, study.baseline])], measures[0])
+    return difference(table, setting, study.baseline)
 
 
 def best_of_sizes(study: Study) -> pd.DataFrame:
-    """The best undistilled and the best distilled setting of each size of the student.
+    """The best setting of each size of the student, without scores and with them.
 
-    Chosen on validation: a row a setting of those on test, and `size`, which tells what of
-    `student.*` a sweep has varied; "" where it has not.
+    Chosen on validation: a row per setting of those on test, and `size`, the values of `student.*`
+    that a sweep has varied; "" if it has not.
     """
     columns = [column for column in study.varying if column.startswith("student.")]
     settings = study.tested.drop_duplicates("setting")
     sizes = [", ".join(told(row, columns)) for _, row in settings.iterrows()]
-    settings = settings.assign(size=sizes, distilled=settings["mode"] != "none")
+    settings = settings.assign(size=sizes)
     chosen = {
         best(study.rows, list(of["setting"]))
-        for _, of in settings.groupby(["size", "distilled"], sort=False)
+        for _, of in settings.groupby(["size", "needs_scores"], sort=False)
     }
     return settings[settings["setting"].isin(chosen)]
 
@@ -33,25 +74,43 @@ def cheapest(study: Study, settings: list[str]) -> str | None:
     """The setting whose funnel costs least at `saving.CRITERION`, on validation.
 
     Returns:
-      None if none is measured, or what the teacher costs is not known.
+      None if none is measured, or the teacher's cost is unknown.
     """
     return best_of(by_repeat(of_split(study.rows, "validation"), "funnel_cost")[settings])
 
 
-def users_measures(study: Study) -> list[str]:
-    """The columns that tell what users have of what is passed: nothing of them is the teacher's.
+def users_measure(study: Study) -> str:
+    """The column that measures what users have if `funnel.passed` are passed.
 
-    The true value where it is known; else, for each task, the share of what users did that is shown
-    in the end.
+    The true value where it is known; else the value of user labels that a funnel keeps of the
+    candidates that the logged funnel passed, which can have labels.
+    """
+    name = "true_value_captured" if knows_truth(study) else "covered_user_value"
+    return f"{name}@{study.passed}"
+
+
+def coverage(study: Study, estimates: Estimates, settings: Sequence[str]) -> float:
+    """The least coverage of settings at `funnel.passed`, in [0, 1]; 1 where the truth is known.
+
+    NaN for the incumbent without a truth: among the candidates that it has passed itself, its
+    scores differ little, so its covered value is far too low.
     """
     if knows_truth(study):
-        return [f"true_value_captured@{study.passed}"]
-    return [f"end_to_end_hit_rate@{study.passed}/{task}" for task in study.tasks]
+        return 1.0
+    if study.incumbent in settings:
+        return float("nan")
+    column = f"coverage@{study.passed}"
+    return float(np.min([estimates.of(setting, column).mean for setting in settings]))
 
 
-def users_curves(study: Study) -> list[str]:
-    """The same as columns of `curves.csv`."""
-    return [measure.replace(f"@{study.passed}", "") for measure in users_measures(study)]
+def users_at_target(study: Study) -> list[str]:
+    """The columns of the same where each funnel passes as many as it needs for `TARGET`.
+
+    Labels of a log cannot tell two funnels that pass different numbers, so only the truth can.
+    """
+    if not knows_truth(study):
+        return []
+    return result_columns(METRICS["true_value_for"], (), ReportAt((), (TARGET,)))
 
 
 def knows_truth(study: Study) -> bool:

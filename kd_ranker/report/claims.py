@@ -2,39 +2,48 @@
 
 A claim is about one number. It *holds* if the whole 95% interval of that number lies on the claimed
 side of the threshold, *does not hold* if the whole interval lies on the other side, and is
-*undecided* if the interval includes the threshold or there is too little for one. It is *not
-measured* if the study lacks what it takes. A difference that is sure to be too small to matter is
-*equivalent*, see `intervals.verdict`.
+*undecided* if the interval includes the threshold or there is too little data for one. It is *not
+measured* if the study lacks the numbers.
 
 Numbers are of the test split, at the setting that validation chose for each way (see
-`saving.best_of_ways`), as that setting is served, but for claim (c), which compares all weights.
+`saving.best_of_ways`), with its serving choice; claim (c) compares all settings. Differences are
+paired, and against the best on validation of the ranker without scores of the final ranker and the
+lists of items that need them. A student that costs
+more than `EARLY` of the final ranker per candidate is no early ranker, and no claim holds for it.
+So no claim holds for a list of items, for an exact copy of the teacher, or for a useless student.
 """
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from kd_ranker.evaluation.metrics import TARGET
-from kd_ranker.evaluation.results import setting_columns
+from kd_ranker.evaluation.references import NEED_SCORES
+from kd_ranker.evaluation.results import TEACHER, setting_columns
 from kd_ranker.evaluation.saving import CRITERION, best, by_repeat, of_split
 from kd_ranker.report import intervals
-from kd_ranker.report.choices import users_measures
+from kd_ranker.report.choices import (
+    COVERED,
+    coverage,
+    knows_truth,
+    users_at_target,
+    users_measure,
+)
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import EQUIVALENCE_CONFIDENCE, NOTHING, Interval, interval
 from kd_ranker.report.study import Study
 
 MISALIGNED_BELOW = 0.25
-# A fall of what users have that is no fall: a share of what they would have if all were passed.
-USERS_MARGIN = 0.002
-# Differences in KL within this share of the baseline's are none.
-KL_MARGIN = 0.1
+# The most that an early ranker may cost per candidate, over the final ranker: the method's figure.
+EARLY = 0.05
+# A difference of mean tau that counts as none.
+TAU_MARGIN = 0.01
 # Of whom the teacher speaks in training.
 REGIME = "teacher.stage"
-# Two counts of FLOPs closer than this are one: results.csv holds seven digits.
-_SAME_COST = 1e-5
 
+Side = Literal["below", "above"]
 Verdict = Literal["holds", "does not hold", "equivalent", "undecided", "not measured"]
 Line = dict[str, object]
 
@@ -43,8 +52,40 @@ COLUMNS = (
     *("mean", "low", "high", "n", "threshold", "verdict", "remark"),
 )
 
+RULES = {
+    "a": "alignment ratio of plain mode none against 1/4, on shown items that the teacher knows: "
+    "user BCE of the student less that of the teacher, over the teacher KL; and as the method's "
+    "post has it, over the cross entropy. Both must predict users better than chance",
+    "b": "Kendall's tau to the teacher's order less that of the best without scores, or list, "
+    "paired",
+    "c": "tau of shared less that of aux, paired, all else equal, averaged over all settings",
+    "d": "the saving in the funnel's cost against the same, with the student's cost",
+    "e": "survival, and passed for 99%, less those of the same, paired",
+    "f": "what users have less what they have with the same, paired, with as many "
+    "passed, and with as many as each needs for 99%; only if fewer need passing",
+    "g": "passed for 99% less that of the same, paired, at the best setting of each "
+    "way that learns from scores, and of each regime (of whom the teacher speaks in training) if "
+    "there are several",
+}
 
-def verdict(mean: Interval, side: Literal["below", "above"], threshold: float) -> Verdict:
+
+class _Change(NamedTuple):
+    """A claim about a change that each mode makes.
+
+    Attributes:
+      claim: a key of `RULES`.
+      statement: with a place for the mode.
+      measure: a column of `results.csv`; a saving is a change already.
+      side: on which the change lies.
+    """
+
+    claim: str
+    statement: str
+    measure: str
+    side: Side
+
+
+def verdict(mean: Interval, side: Side, threshold: float) -> Verdict:
     """The verdict on a claimed side of a threshold.
 
     >>> verdict(Interval(0.2, 0.18, 0.22, 3), "below", 0.25)
@@ -61,216 +102,194 @@ def verdict(mean: Interval, side: Literal["below", "above"], threshold: float) -
 
 
 def claims(study: Study, estimates: Estimates) -> pd.DataFrame:
-    """Every claim on one study: `COLUMNS`, one row a number."""
-    tests: list[Callable[[Study, Estimates], list[Line]]] = [
-        misaligned, closer, shared_closer, serving_cost,
-        survival, fewer_passed, users_keep, fewer_by_way,
+    """Every claim on one study: `COLUMNS`, one row per number."""
+    tests: list[Callable[[Study, Estimates], Iterator[Line]]] = [
+        misaligned, changes, shared_closer, users_keep, fewer_by_way,
     ]  # fmt: skip
     lines = [line for test in tests for line in test(study, estimates)]
-    frame = pd.DataFrame(lines, columns=list(COLUMNS))
-    return frame.assign(dataset=study.dataset)
+    frame = pd.DataFrame(lines, columns=list(COLUMNS)).sort_values("claim", kind="stable")
+    return frame.assign(dataset=study.dataset).reset_index(drop=True)
 
 
-def misaligned(study: Study, estimates: Estimates) -> list[Line]:
-    """(a) Without distillation the student predicts users almost like the teacher, yet not it.
+def misaligned(study: Study, estimates: Estimates) -> Iterator[Line]:
+    """(a) Plain mode `none` predicts users almost like the teacher, and does not follow it.
 
-    The number is `alignment_ratio` of the baseline, and the claim that it is below 1/4. A student
-    that agrees with the teacher has none, and of one that predicts users better than the teacher it
-    is not said. `alignment_ratio_bce` is the number of the method's post.
+    The number is `alignment_ratio` on the shown items, and the claim that it is below 1/4. It is
+    undefined for a student that agrees with the teacher. Below 0, the student predicts users better
+    than the teacher, which is no misalignment of a good student.
     """
     statement = (
         "Without distillation the student predicts users nearly as well as the teacher, and not "
         "the teacher (alignment ratio below 1/4)"
     )
-    lines = []
     for measure in ("alignment_ratio", "alignment_ratio_bce"):
-        if study.baseline is None:
-            lines.append(_not_measured("a", statement, measure, "there is no student of mode none"))
+        if study.plain is None:
+            yield _not_measured("a", statement, measure, "there is no student of mode none")
             continue
-        mean = estimates.of(study.baseline, measure)
-        line = _line("a", statement, study.baseline, measure, mean, "below", MISALIGNED_BELOW)
+        mean = estimates.of(study.plain, measure)
+        line = _line("a", statement, study.plain, measure, mean, "below", MISALIGNED_BELOW)
         if mean.n == 0:
             line["remark"] = "undefined: the student agrees with the teacher on the shown items"
-        if mean.high < 0:
+        elif by_chance := _no_better_than_chance(study, estimates):
+            line |= {"verdict": "does not hold", "remark": by_chance}
+        elif mean.high < 0:
             line["verdict"] = "does not hold"
             line["remark"] = "below 0: the student predicts users better than this teacher does"
-        lines.append(line)
-    return lines
+        yield line
 
 
-def closer(study: Study, estimates: Estimates) -> list[Line]:
-    """(b) `aux` and `shared` each bring the student closer to the teacher.
+def _no_better_than_chance(study: Study, estimates: Estimates) -> str:
+    """A remark if mode `none` or the teacher predicts some task by chance; "" if neither does."""
+    for name in (str(study.plain), TEACHER):
+        for task in study.tasks:
+            area = estimates.of(name, f"user_auc/{task}")
+            if area.low <= 0.5:
+                return f"AUC {task} of {name} includes 0.5: it predicts users by chance"
+    return ""
 
-    The number is the paired difference of `teacher_kl` to the baseline.
-    """
-    statement = "Mode {mode} brings what the student serves closer to the teacher"
-    return _of_modes(study, estimates, "b", "teacher_kl", "below", statement)
+
+def changes(study: Study, estimates: Estimates) -> Iterator[Line]:
+    """(b), (d), (e) The changes that the best setting of each mode with scores makes."""
+    passed, goal = study.passed, f"{100 * TARGET:g}% of the final value"
+    rival = _rival(study)
+    for change in (
+        _Change("b", "Mode {mode} brings the order nearer to the teacher's",
+                "teacher_tau", "above"),
+        _Change("d", "Mode {mode} saves cost at " + goal, "funnel_cost_saving", "above"),
+        _Change("e", f"Mode {{mode}} lets more of the teacher's own top survive at {passed} passed",
+                f"survival@{passed}", "above"),
+        _Change("e", "With mode {mode} fewer candidates need passing for " + goal,
+                CRITERION, "below"),
+    ):  # fmt: skip
+        for mode in ("aux", "shared"):
+            statement = change.statement.format(mode=mode)
+            chosen = _best_of_mode(study, mode)
+            if rival is None or chosen is None:
+                why = _lacking(study, mode)
+                yield _not_measured(change.claim, statement, change.measure, why)
+                continue
+            mean = _change(estimates, chosen, rival, change.measure)
+            line = _line(change.claim, statement, chosen, change.measure, mean, change.side, 0.0)
+            yield _only_early(_ratio(study, estimates, chosen), line)
 
 
-def shared_closer(study: Study, estimates: Estimates) -> list[Line]:
-    """(c) `shared` comes closer to the teacher than `aux`, with its user or its teacher heads.
+def shared_closer(study: Study, estimates: Estimates) -> Iterator[Line]:
+    """(c) `shared` comes closer to the teacher's order than `aux`, with either of its heads.
 
-    The number is `teacher_kl` of `shared` less that of `aux` in the same repeat and with the same
-    loss, weight and whatever else varies, averaged over these within a repeat, so that nothing is
-    chosen. It is read on validation, where all of them are measured.
+    The number is `teacher_tau` of `shared` less that of `aux` in the same repeat and with the same
+    loss, weight and other keys, averaged over these within a repeat, so that nothing is chosen. It
+    is read on validation, where all of them are measured.
     """
     rows = of_split(study.rows, "validation")
-    lines = []
     for heads in ("user", "teacher"):
         statement = f"Mode shared comes closer to the teacher than mode aux with its {heads} heads"
-        pairs = _same_but_for_mode(rows, heads)
+        pairs = _same_except_mode(rows, heads)
         if not pairs:
             why = "there are no students of mode shared and mode aux that differ in nothing else"
-            lines.append(_not_measured("c", statement, "teacher_kl", why))
+            yield _not_measured("c", statement, "teacher_tau", why)
             continue
-        table = by_repeat(rows, "teacher_kl")
+        table = by_repeat(rows, "teacher_tau")
         gaps = pd.DataFrame({shared: table[shared] - table[aux] for shared, aux in pairs})
-        # Only repeats that have every weight: the mean of one that lacks some is of other weights.
+        # Only repeats that have every setting: the mean of another one is of other settings.
         whole = gaps.dropna().mean(axis="columns").to_numpy()
         where = f"mean over {len(pairs)} settings, on validation"
-        line = _line("c", statement, where, "teacher_kl", interval(whole), "below", 0.0)
-        if study.baseline is not None:
-            margin = KL_MARGIN * float(table[study.baseline].mean())
-            if _equivalent(interval(whole), interval(whole, EQUIVALENCE_CONFIDENCE), margin):
-                line["verdict"] = "equivalent"
-                line["remark"] = f"within ±{margin:.2g}, a tenth of what mode none has"
-        lines.append(line)
-    return lines
+        line = _line("c", statement, where, "teacher_tau", interval(whole), "above", 0.0)
+        narrower = interval(whole, EQUIVALENCE_CONFIDENCE)
+        if intervals.verdict(interval(whole), narrower, TAU_MARGIN) == "equivalent":
+            line |= {"verdict": "equivalent", "remark": f"within ±{TAU_MARGIN:g}"}
+        elif line["verdict"] == "holds" and (table[list(gaps)].mean() <= 0).any():
+            line |= {"verdict": "does not hold", "remark": "a student of mode shared has no order"}
+        yield _only_early(float(by_repeat(rows, "cost_ratio")[list(gaps)].max().max()), line)
 
 
-def serving_cost(study: Study, estimates: Estimates) -> list[Line]:
-    """(d) Distillation adds no serving cost.
+def users_keep(study: Study, estimates: Estimates) -> Iterator[Line]:
+    """(f) Users have no less, with as many passed, and where the saving is taken.
 
-    The number is `flops_per_candidate` of what is served over the baseline's, less 1. The count is
-    no matter of chance, so no interval is needed; a difference below 0.001% is none.
+    The numbers are the paired differences of `users_measure` and `users_at_target`. Of true values,
+    the claim holds if users have more, or surely lose less than `report.margin`. An estimate from
+    labels has a sign and no size: the claim holds if it is above 0. It never holds if no saving is
+    shown, since a ranker that changes nothing costs users nothing.
     """
-    lines = []
-    measure = "flops_per_candidate"
+    rival = _rival(study)
+    margin = study.margin if knows_truth(study) else 0.0
+    statement = "With mode {mode} fewer need passing and users have no less"
     for mode in ("aux", "shared"):
-        statement = f"Mode {mode} adds no serving cost"
         chosen = _best_of_mode(study, mode)
-        if study.baseline is None or chosen is None:
-            lines.append(_not_measured("d", statement, measure, _lacking(study, mode)))
-            continue
-        more = estimates.relative_gap(chosen, study.baseline, measure)
-        mean = more._replace(low=float("nan"), high=float("nan"))
-        line = _line("d", statement, chosen, measure, mean, "below", 0.0)
-        line["verdict"] = "holds" if more.mean <= _SAME_COST else "does not hold"
-        line["remark"] = "relative to mode none; heads that are not served are not counted"
-        lines.append(line)
-    return lines
-
-
-def survival(study: Study, estimates: Estimates) -> list[Line]:
-    """(e) Distillation raises the share of the teacher's own top that is passed.
-
-    The number is the paired difference of survival at `funnel.passed` to the baseline.
-    """
-    statement = "Mode {mode} lets more of the teacher's own top survive at " + (
-        f"{study.passed} passed"
-    )
-    return _of_modes(study, estimates, "e", f"survival@{study.passed}", "above", statement)
-
-
-def fewer_passed(study: Study, estimates: Estimates) -> list[Line]:
-    """(e) ... so fewer candidates need passing at the same final value.
-
-    The number is the paired difference of `passed_for_99` to the baseline.
-    """
-    statement = "With mode {mode} fewer candidates need passing for " + (
-        f"{100 * TARGET:g}% of the final value"
-    )
-    return _of_modes(study, estimates, "e", CRITERION, "below", statement)
-
-
-def users_keep(study: Study, estimates: Estimates) -> list[Line]:
-    """(f) Users have no less: at what is passed, topline does not fall.
-
-    The number is the paired difference of the true value captured to the baseline, or where that is
-    not known of each task's `end_to_end_hit_rate`, at `funnel.passed`. The claim holds if it rises,
-    or if it is sure to fall by less than `USERS_MARGIN`.
-    """
-    lines = []
-    for mode in ("aux", "shared"):
-        statement = f"With mode {mode} users have no less at {study.passed} passed"
-        chosen = _best_of_mode(study, mode)
-        for measure in users_measures(study):
-            if study.baseline is None or chosen is None:
-                lines.append(_not_measured("f", statement, measure, _lacking(study, mode)))
+        for measure in (users_measure(study), *users_at_target(study)):
+            told = statement.format(mode=mode)
+            if rival is None or chosen is None:
+                yield _not_measured("f", told, measure, _lacking(study, mode))
                 continue
-            gap = estimates.gap(chosen, study.baseline, measure)
-            narrower = estimates.gap(chosen, study.baseline, measure, EQUIVALENCE_CONFIDENCE)
-            found = intervals.verdict(gap, narrower, USERS_MARGIN)
-            line = _line("f", statement, chosen, measure, gap, "above", -USERS_MARGIN)
-            if gap.n:
-                line["verdict"] = {
-                    "higher": "holds",
-                    "equivalent": "holds",
-                    "lower": "does not hold",
-                    "undecided": "undecided",
-                }[found]
-                line["remark"] = f"{found}, with a margin of {USERS_MARGIN:g}"
-            lines.append(line)
-    return lines
+            covered = coverage(study, estimates, [chosen, rival])
+            if not covered >= COVERED:
+                yield _not_measured("f", told, measure, "the log cannot say: too little coverage")
+                continue
+            gap = estimates.gap(chosen, rival, measure)
+            line = _line("f", told, chosen, measure, gap, "above", -margin)
+            fewer = verdict(_change(estimates, chosen, rival, CRITERION), "below", 0.0)
+            if line["verdict"] == "holds" and fewer != "holds":
+                line |= {"verdict": fewer, "remark": "no saving is shown"}
+            yield _only_early(_ratio(study, estimates, chosen), line)
 
 
-def fewer_by_way(study: Study, estimates: Estimates) -> list[Line]:
-    """(g) The ways in which distillation lets fewer candidates be passed: by loss, by regime.
+def fewer_by_way(study: Study, estimates: Estimates) -> Iterator[Line]:
+    """(g) The ways with scores that let fewer candidates be passed: by loss, by regime."""
+    rival = _rival(study)
+    if rival is None:
+        return
+    learned = study.tested[study.tested["needs_scores"]]
+    named = {way: setting for way, setting in study.chosen.items()
+             if setting in set(learned["setting"])}  # fmt: skip
+    statements = {f"Fewer need passing with {way}": setting for way, setting in named.items()}
+    if REGIME in learned and learned[REGIME].nunique() > 1:
+        for regime, of_regime in learned.groupby(REGIME, sort=False):
+            statement = f"Fewer need passing where the teacher scores the {regime} in training"
+            if (chosen := best(study.rows, list(of_regime["setting"].unique()))) is not None:
+                statements[statement] = chosen
+    for statement, setting in statements.items():
+        gap = _change(estimates, setting, rival, CRITERION)
+        line = _line("g", statement, setting, CRITERION, gap, "below", 0.0)
+        yield _only_early(_ratio(study, estimates, setting), line)
 
-    The number is the paired difference of `passed_for_99` to the baseline, of each way's best.
-    """
+
+def _rival(study: Study) -> str | None:
+    """The best on validation of the baseline and the lists that need scores; None without one."""
     if study.baseline is None:
-        return []
-    modes = study.tested.drop_duplicates("setting").set_index("setting")["mode"]
-    lines = []
-    for way, chosen in study.chosen.items():
-        if chosen in modes and modes[chosen] != "none":
-            gap = estimates.gap(chosen, study.baseline, CRITERION)
-            statement = f"Fewer need passing with {way}"
-            lines.append(_line("g", statement, chosen, CRITERION, gap, "below", 0.0))
-    return [*lines, *_by_regime(study, estimates, study.baseline)]
+        return None
+    rows = pd.concat([study.rows, study.references])
+    known = set(of_split(study.references, "validation")["setting"])
+    return best(rows, [study.baseline, *(name for name in NEED_SCORES if name in known)])
 
 
-def _by_regime(study: Study, estimates: Estimates, undistilled: str) -> list[Line]:
-    """The same of the best way of each regime, where there are several."""
-    distilled = study.tested[study.tested["mode"] != "none"]
-    if REGIME not in distilled or distilled[REGIME].nunique() < 2:
-        return []
-    lines = []
-    for regime, of_regime in distilled.groupby(REGIME, sort=False):
-        chosen = best(study.rows, list(of_regime["setting"].unique()))
-        if chosen is not None:
-            gap = estimates.gap(chosen, undistilled, CRITERION)
-            statement = f"Fewer need passing where the teacher speaks of the {regime} in training"
-            line = _line("g", statement, chosen, CRITERION, gap, "below", 0.0)
-            if not study.scored:
-                line["remark"] = "; ".join(filter(None, [str(line["remark"]), "as far as its log"]))
-            lines.append(line)
-    return lines
+def _change(estimates: Estimates, setting: str, rival: str, measure: str) -> Interval:
+    """The paired difference of a measure to the rival; of a saving, what is saved over it."""
+    if measure == "funnel_cost_saving":
+        return estimates.saving_over(setting, rival)
+    return estimates.gap(setting, rival, measure)
 
 
-RULES = {
-    "a": "alignment ratio of mode none against 1/4, with the KL on the shown items below the line, "
-    "and as the method's post has it with the cross entropy",
-    "b": "teacher KL (mean over tasks) less that of mode none, paired",
-    "c": "teacher KL of shared less that of aux, paired, all else equal, averaged over all weights",
-    "d": "FLOPs a candidate of what is served over those of mode none, less 1; counted, so without "
-    "an interval",
-    "e": "survival, and passed for 99%, less those of mode none, paired",
-    "f": "true value captured, or the share of what users did that is shown in the end, less that "
-    "of mode none, paired",
-    "g": "passed for 99% less that of mode none, paired, at the best setting of each way, and of "
-    "each regime (of whom the teacher speaks in training) where there are several",
-}
+def _ratio(study: Study, estimates: Estimates, setting: str) -> float:
+    """The cost of a candidate, over the final ranker's, in the units of `costs` where given."""
+    if study.costs.teacher and study.costs.student:
+        return study.costs.student / study.costs.teacher
+    return estimates.of(setting, "cost_ratio").mean
+
+
+def _only_early(ratio: float, line: Line) -> Line:
+    """The line, which does not hold at a cost ratio above `EARLY`, in whole percent."""
+    if line["verdict"] == "holds" and round(ratio, 2) > EARLY:
+        remark = f"no early ranker: it costs {100 * ratio:.0f}% of the final ranker per candidate"
+        return line | {"verdict": "does not hold", "remark": remark}
+    return line
 
 
 def _best_of_mode(study: Study, mode: str) -> str | None:
-    """The best of a mode's chosen settings, by validation."""
-    of_mode = study.tested.loc[study.tested["mode"] == mode, "setting"]
-    return best(study.rows, list(of_mode.unique())) if len(of_mode) else None
+    """The best of a mode's chosen settings that learn from scores, by validation."""
+    rows = study.tested[(study.tested["mode"] == mode) & study.tested["needs_scores"]]
+    return best(study.rows, list(rows["setting"].unique())) if len(rows) else None
 
 
-def _same_but_for_mode(rows: pd.DataFrame, heads: str) -> list[tuple[str, str]]:
+def _same_except_mode(rows: pd.DataFrame, heads: str) -> list[tuple[str, str]]:
     """The pairs of settings of shared, and of aux with these heads, that differ in nothing else."""
     keys = [key for key in setting_columns(rows) if key not in ("mode", "serve")]
     settings = rows.drop_duplicates("setting")
@@ -280,48 +299,19 @@ def _same_but_for_mode(rows: pd.DataFrame, heads: str) -> list[tuple[str, str]]:
     return list(zip(joined["setting"], joined["setting_other"], strict=True))
 
 
-def _of_modes(
-    study: Study,
-    estimates: Estimates,
-    claim: str,
-    measure: str,
-    side: Literal["below", "above"],
-    statement: str,
-) -> list[Line]:
-    """A line for `aux` and one for `shared`; `statement` has a place for the mode."""
-    lines = []
-    for mode in ("aux", "shared"):
-        told = statement.format(mode=mode)
-        chosen = _best_of_mode(study, mode)
-        if study.baseline is None or chosen is None:
-            lines.append(_not_measured(claim, told, measure, _lacking(study, mode)))
-            continue
-        gap = estimates.gap(chosen, study.baseline, measure)
-        lines.append(_line(claim, told, chosen, measure, gap, side, 0.0))
-    return lines
-
-
-def _equivalent(gap: Interval, narrower: Interval, margin: float) -> bool:
-    return intervals.verdict(gap, narrower, margin) == "equivalent"
-
-
 def _lacking(study: Study, mode: str) -> str:
-    missing = "none" if study.baseline is None else mode
-    return f"there is no measured student of mode {missing}"
+    if study.baseline is None:
+        return "there is no measured ranker without scores"
+    return f"there is no measured student of mode {mode} that learns from scores"
 
 
 def _line(
-    claim: str,
-    statement: str,
-    setting: str,
-    measure: str,
-    mean: Interval,
-    side: Literal["below", "above"],
+    claim: str, statement: str, setting: str, measure: str, mean: Interval, side: Side,
     threshold: float,
-) -> Line:
+) -> Line:  # fmt: skip
     remark = ""
     if mean.n == 0:
-        remark = "no repeat has what it takes"
+        remark = "no repeat has the numbers"
     elif np.isnan(mean.low):
         remark = "one repeat gives no interval"
     return {
@@ -340,5 +330,4 @@ def _line(
 
 
 def _not_measured(claim: str, statement: str, measure: str, why: str) -> Line:
-    line = _line(claim, statement, "", measure, NOTHING, "below", np.nan)
-    return line | {"remark": why}
+    return _line(claim, statement, "", measure, NOTHING, "below", np.nan) | {"remark": why}

@@ -8,7 +8,7 @@ count of FLOPs), and studies without the requests' own numbers, have intervals o
 import contextlib
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +17,18 @@ from jaxtyping import Float, Int
 
 from kd_ranker.evaluation import metrics
 from kd_ranker.evaluation.cost import funnel_cost, funnel_cost_saving, whole_cost
+from kd_ranker.evaluation.interleaving import RequestsNeeded, number_needed
 from kd_ranker.evaluation.kept import Kept
-from kd_ranker.evaluation.metrics import METRICS, ReportAt, Sums, curve_columns, result_columns
+from kd_ranker.evaluation.metrics import (
+    METRICS,
+    ReportAt,
+    Sums,
+    curve_columns,
+    ratio,
+    result_columns,
+)
 from kd_ranker.evaluation.results import TEACHER
+from kd_ranker.evaluation.saving import SAVINGS, of_split, student_cost
 from kd_ranker.evaluation.totals import Each
 from kd_ranker.report.bootstrap import (
     Measured,
@@ -33,7 +42,6 @@ from kd_ranker.report.intervals import CONFIDENCE, Interval, interval
 from kd_ranker.report.study import Study
 
 DRAWS = 500
-_SAVING = "funnel_cost_saving"
 _NOWHERE = Measured((), np.zeros(0), np.zeros((0, 0)), 0)
 
 
@@ -60,19 +68,24 @@ class Estimates:
     def __init__(self, study: Study):
         """Takes the study, which is not changed."""
         self.study = study
-        self.baseline = study.baseline
         self.targets = _points(study).targets
-        self._read = pd.concat([study.tested, study.references])
+        references = of_split(study.references, "test")
+        self._read = pd.concat([study.tested, references, study.teachers])
         self._rows = {
             str(setting): rows.set_index("repeat")
             for setting, rows in self._read.groupby("setting", sort=False)
         }
 
+    @property
+    def settings(self) -> Collection[str]:
+        """The names that other methods take."""
+        return self._rows.keys()
+
     def of(self, setting: str, measure: str, confidence: float = CONFIDENCE) -> Interval:
         """The mean of a measure over the repeats of a chosen setting.
 
         Args:
-          setting: one of `study.chosen`.
+          setting: one of `study.chosen`, a reference, or "teacher".
           measure: a column of `results.csv`, or the mean over tasks of one.
           confidence: of the interval.
         """
@@ -90,61 +103,95 @@ class Estimates:
         pair = (self._measured(name, measure) for name in (setting, other))
         return _interval(_combined(lambda a, b: a / b - 1, *pair))
 
-    def saving(self, setting: str, target: float, student_cost: float | None = None) -> Interval:
-        """The share of the baseline's compute that a setting saves at a target.
+    def saving(
+        self,
+        setting: str,
+        target: float,
+        flops_ratio: float | None = None,
+        column: str = "funnel_cost_saving",
+    ) -> Interval:
+        """The share of a baseline's cost that a setting saves at a target.
 
         Args:
-          setting: one of `study.chosen`.
+          setting: one of `study.chosen`, or a reference.
           target: the share of the final value to keep; of one that is none of `targets` nothing is
             known without the requests.
-          student_cost: cost of a candidate for the student, over the teacher's; None takes what
-            the models cost.
+          flops_ratio: cost of a candidate for a student, over the teacher's; None takes that of
+            the models.
+          column: which baseline, one of `saving.SAVINGS`.
         """
-        return _interval(self._saving(setting, target, student_cost))
+        return _interval(self._saving(setting, target, column, flops_ratio))
+
+    def saving_over(self, setting: str, other: str) -> Interval:
+        """The share of another ranker's cost that a setting saves, each at `TARGET`."""
+        pair = (self._cost(name, metrics.TARGET) for name in (setting, other))
+        return _interval(_combined(funnel_cost_saving, *pair))
 
     def cost_share(self, setting: str, target: float) -> Interval:
-        """The cost of a request at a target, over that of the teacher alone on all retrieved.
+        """The cost of a request at a target, over that of the teacher alone on all candidates.
 
         Args:
           setting: one of `study.chosen`, or a reference, which costs nothing.
           target: as in `saving`.
         """
-        passed = self._passed(setting, target)
-        return _interval(_combined(lambda k: self.share_of_whole(setting, k), passed))
+        return _interval(
+            _combined(
+                lambda cost, candidates: cost / self._whole(candidates),
+                self._cost(setting, target),
+                self._measured(setting, "candidates"),
+            )
+        )
 
-    def at_target(self, setting: str, target: float, curve: str) -> Interval:
-        """The value of a curve where as many are passed as a target takes.
+    def cost_curve(self, setting: str) -> Float[np.ndarray, "K"]:
+        """The same if k candidates are passed, at the k of `curve`; NaN without a teacher's cost.
 
         Args:
-          setting: one of `study.chosen`.
-          target: as in `saving`.
-          curve: a column of `curves.csv`; nothing is known of it without the requests.
+          setting: one of `study.chosen`, or a reference, whose requests are known.
         """
-        return _interval(self._at_target(setting, target, curve))
+        scored = self.curve(setting, "scored")["mean"].to_numpy()
+        candidates = self.of(setting, "candidates").mean
+        flops, costs = student_cost(self._rows[setting].iloc[0].to_dict(), self.study.costs)
+        cost = funnel_cost(candidates, scored, flops, self._teacher_flops, costs)
+        return np.asarray(cost / self._whole(candidates))
 
-    def gap_at_target(self, setting: str, other: str, target: float, curve: str) -> Interval:
-        """The paired difference `setting` − `other` of what `at_target` has of each."""
-        pair = (self._at_target(name, target, curve) for name in (setting, other))
-        return _interval(_combined(np.subtract, *pair))
+    def _whole(self, candidates: Any) -> Any:
+        return whole_cost(candidates, self._teacher_flops, self.study.costs)
 
-    def _at_target(self, setting: str, target: float, curve: str) -> Measured:
-        passed = self._passed(setting, target)
-        known = self._drawn_of(setting, passed.repeats)
-        if not known or not len(passed.drawn):
-            return _NOWHERE
-        needed = np.concatenate([passed.each[None], passed.drawn])
-        each = [
-            [np.interp(k, of.ks, values) for k, values in zip(ks, of.curves[curve], strict=True)]
-            for of, ks in zip(known, needed.T, strict=True)
-        ]
-        numbers = np.array(each).T
-        return passed._replace(each=numbers[0], drawn=numbers[1:])
+    def live_test(self, setting: str, other: str, effect: float) -> RequestsNeeded | None:
+        """The requests that a live test of two funnels needs, each at `funnel.passed`.
 
-    def share_of_whole(self, setting: str, passed: Any) -> Any:
-        """The same when so many are passed, a number or an array; NaN without a teacher's cost."""
-        study = self.study
-        return self._cost(setting, passed) / whole_cost(
-            study.retrieved, self._teacher_flops, study.costs
+        The value V of the labels of a logged list, over the test requests, has the mean and the
+        variance of an arm of an A/B test. Two lists that keep the shares s and s' of the teacher's
+        own top m differ by at most d = 2 m min((1 − s) + (1 − s'), 1) items. The credit of an
+        interleaved test then has a variance of at most d · (Var V / m + (mean V / m)²), if labels
+        of different items are independent.
+
+        Args:
+          setting: one of `study.chosen`, or a reference.
+          other: another one.
+          effect: relative change of V to detect.
+
+        Returns:
+          None where the test requests or their labels are not known.
+        """
+        # The teacher's own row counts only labels of candidates that it has scored.
+        rankers = (each for _, kept in self.study.kept for who, each in kept.each.items()
+                   if who[0] != TEACHER)  # fmt: skip
+        each = next(rankers, None)
+        if each is None:
+            return None
+        positives = each.curves["positives_kept"][:, -1]
+        value = np.asarray(positives @ np.asarray(self.study.value_weights))
+        column, shown = f"survival@{self.study.passed}", self.study.shown
+        missed = min(1.0, sum(1 - self.of(name, column).mean for name in (setting, other)))
+        if not (value.mean() > 0 and missed > 0):
+            return None
+        mean, variance = float(value.mean()), float(value.var(ddof=1))
+        second = variance / shown + (mean / shown) ** 2
+        change = effect * mean
+        return RequestsNeeded(
+            number_needed(4 * variance, change),
+            number_needed(2 * shown * missed * second, change),
         )
 
     def curve(self, setting: str, name: str) -> pd.DataFrame:
@@ -167,9 +214,9 @@ class Estimates:
         return pd.DataFrame(lines, columns=["k", "mean", "low", "high"])
 
     def _measured(self, setting: str, measure: str) -> Measured:
-        if measure == _SAVING:
-            return self._saving(setting, metrics.TARGET, None)
-        rows = self._rows[setting]
+        if measure in SAVINGS:
+            return self._saving(setting, metrics.TARGET, measure)
+        rows = self._rows.get(setting, pd.DataFrame())
         if measure not in rows:
             return _NOWHERE
         values = rows[measure].dropna().astype(float)
@@ -179,40 +226,38 @@ class Estimates:
         numbers = np.stack([of.measures[measure] for of in known], axis=1)
         return Measured(tuple(values.index), values.to_numpy(), numbers, known[0].requests)
 
-    def _saving(self, setting: str, target: float, student_cost: float | None) -> Measured:
-        if self.baseline is None:
+    def _saving(
+        self, setting: str, target: float, column: str, flops_ratio: float | None = None
+    ) -> Measured:
+        against = self.study.baselines.get(column)
+        if against is None:
             return _NOWHERE
-        pair = (setting, self.baseline)
+        pair = (self._cost(name, target, flops_ratio) for name in (setting, against))
+        return _combined(funnel_cost_saving, *pair)
+
+    def _cost(self, setting: str, target: float, flops_ratio: float | None = None) -> Measured:
+        """The mean cost of a request at a target."""
+        row, of_teacher = self._rows[setting].iloc[0].to_dict(), self._teacher_flops
+        flops, costs = student_cost(row, self.study.costs)
+        if flops_ratio is not None and row["role"] != "reference":
+            flops, costs = flops_ratio * of_teacher, costs._replace(student=0.0)
         return _combined(
-            lambda *passed: funnel_cost_saving(
-                *(self._cost(name, k, student_cost) for name, k in zip(pair, passed, strict=True))
-            ),
-            *(self._passed(name, target) for name in pair),
+            lambda candidates, scored: funnel_cost(candidates, scored, flops, of_teacher, costs),
+            self._measured(setting, "candidates"),
+            self._scored(setting, target),
         )
 
-    def _passed(self, setting: str, target: float) -> Measured:
-        """The candidates to pass for a target: as measured, else between the kept k."""
-        (column,) = result_columns(METRICS["passed_for"], (), ReportAt((), (target,)))
+    def _scored(self, setting: str, target: float) -> Measured:
+        """The candidates that the teacher scores at a target: as measured, else between known k."""
+        (column,) = result_columns(METRICS["scored_for"], (), ReportAt((), (target,)))
         if column in self.study.rows:
             return self._measured(setting, column)
         repeats = tuple(self._rows[setting].index)
         known = self._drawn_of(setting, repeats)
         if not known:
             return _NOWHERE
-        needed = [passed_for(of.curves["value_captured"], of.ks, target) for of in known]
-        numbers = np.stack(needed, axis=1)
+        numbers = np.stack([_scored_for(of, target) for of in known], axis=1)
         return Measured(repeats, numbers[0], numbers[1:], known[0].requests)
-
-    def _cost(self, setting: str, passed: Any, student_cost: float | None = None) -> Any:
-        """The cost of a request when so many are passed."""
-        costs, of_teacher = self.study.costs, self._teacher_flops
-        row = self._rows[setting].iloc[0]
-        flops = float(row["flops_per_candidate"])
-        if row["role"] == "reference":
-            flops, costs = 0.0, costs._replace(student=0.0, student_request=0.0)
-        elif student_cost is not None:
-            flops, costs = student_cost * of_teacher, costs._replace(student=0.0)
-        return funnel_cost(self.study.retrieved, passed, flops, of_teacher, costs)
 
     @property
     def _teacher_flops(self) -> float:
@@ -229,22 +274,29 @@ class Estimates:
     def _drawn(self) -> dict[tuple[str, str], _Drawn]:
         """By setting and repeat, without those of which no requests were kept."""
         study, points = self.study, _points(self.study)
-        found = {}
+        found: dict[tuple[str, str], _Drawn] = {}
         for source, kept in study.kept:
             rows = self._read[self._read["source"] == source]
+            members = {member for member, _ in kept.each}
+            seeds = rows.loc[(rows["role"] == "student") & rows["member"].isin(members), "seed"]
             teacher = kept.each[TEACHER, "user"]
             counts = request_counts(len(teacher.alone["funnel_requests"]), DRAWS)
             of_teacher = _resampled(kept, teacher, counts, study.retrieved)
-            for row in rows.to_dict("records"):
-                each = kept.each.get((row["member"], row["serve"]))
-                if each is not None:
-                    sums = _resampled(kept, each, counts, study.retrieved)
-                    found[row["setting"], row["repeat"]] = _Drawn(
-                        _numbers(sums, of_teacher, study, points),
-                        _curves(each, sums, kept.ks, study.tasks),
-                        kept.ks,
-                        counts.shape[1],
-                    )
+            for (member, serve), each in kept.each.items():
+                named = rows[(rows["member"] == member) & (rows["serve"] == serve)]
+                if study.num_teachers > 1:
+                    # Teachers and references have one name under all teachers.
+                    named = named[named["seed"].isin(seeds)]
+                if named.empty:
+                    continue
+                sums = _resampled(kept, each, counts, study.retrieved)
+                drawn = _Drawn(
+                    _numbers(sums, of_teacher, study, points),
+                    _curves(each, sums, kept.ks, study.tasks),
+                    kept.ks,
+                    counts.shape[1],
+                )
+                found |= dict.fromkeys(zip(named["setting"], named["repeat"], strict=True), drawn)
         return found
 
 
@@ -307,8 +359,21 @@ def _numbers(
         numbers = metrics.numbers(metric, metric.ends(sums, of_teacher), points)
         found |= zip(columns, numbers, strict=True)
         if metric.averaged:
-            found[metric.name] = numbers.mean(axis=0)
+            found[metric.name] = _mean_of_known(numbers)
     return found
+
+
+def _mean_of_known(numbers: Float[np.ndarray, "T B"]) -> Float[np.ndarray, "B"]:
+    """The mean over tasks that have a number; NaN where none has."""
+    known = ~np.isnan(numbers)
+    return ratio(np.where(known, numbers, 0.0).sum(axis=0), known.sum(axis=0))
+
+
+def _scored_for(of: _Drawn, target: float) -> Float[np.ndarray, "1+B"]:
+    """The candidates scored at a target, on the test requests and in each draw of them."""
+    needed = passed_for(of.curves["value_captured"], of.ks, target)
+    each = zip(needed, of.curves["scored"], strict=True)
+    return np.array([np.interp(k, of.ks, scored) for k, scored in each])
 
 
 def _curves(
@@ -322,7 +387,7 @@ def _curves(
 
     joined: Sums = {name: with_draws(of, sums[name]) for name, of in each.alone.items()}
     joined |= {name: with_draws(of, sums[name][ks - 1]) for name, of in each.curves.items()}
-    found: dict[str, np.ndarray] = {}
+    found: dict[str, np.ndarray] = {"scored": ratio(joined["scored"], joined["requests"]).T}
     for metric in METRICS.values():
         columns = curve_columns(metric, tasks)
         if not columns or metric.ends is None:

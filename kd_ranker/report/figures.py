@@ -12,7 +12,7 @@ import pandas as pd
 from kd_ranker.evaluation.metrics import TARGET
 from kd_ranker.evaluation.results import setting_columns
 from kd_ranker.evaluation.saving import by_repeat, of_split
-from kd_ranker.report.choices import best_of_sizes, knows_truth
+from kd_ranker.report.choices import best_of_sizes, best_with_scores, knows_truth, users_at_target
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import interval
 from kd_ranker.report.study import Study
@@ -46,9 +46,84 @@ class Figure(NamedTuple):
 def figures(study: Study, estimates: Estimates) -> list[Figure]:
     """The figures of a study in their order."""
     makers: list[Callable[[Study, Estimates], Figure]] = [
-        frontier, value_captured, users_value, saving, survival, pareto, calibration, training,
+        waterfall, frontier, plane, value_captured, users_value, saving, survival, pareto,
+        calibration, training,
     ]  # fmt: skip
     return [make(study, estimates) for make in makers]
+
+
+def waterfall(study: Study, estimates: Estimates) -> Figure:
+    """The candidates to pass today, without the final ranker's scores, and with them.
+
+    Columns: mode, line (the step), setting, and `mean`, `low` and `high` of `passed_for_99`.
+    """
+    steps = {
+        "today's early ranker": study.incumbent,
+        "mode none": study.plain,
+        "best without scores": study.baseline,
+        "best with scores": best_with_scores(study),
+    }
+    lines = []
+    for step, setting in steps.items():
+        if setting is not None:
+            found = estimates.of(setting, "passed_for_99")
+            mode = {"mode none": "none", "best with scores": "aux"}.get(step, REFERENCE)
+            lines.append(
+                {"mode": mode, "line": step, "setting": setting, "mean": found.mean,
+                 "low": found.low, "high": found.high}
+            )  # fmt: skip
+    columns = ["mode", "line", "setting", "mean", "low", "high"]
+    data = pd.DataFrame(lines, columns=columns).dropna(subset=["mean"]).reset_index(drop=True)
+    return Figure(
+        "waterfall",
+        "Candidates to pass, step by step",
+        "Candidates per request that have to be passed for 99% of the final value, on the test "
+        "split: with the early ranker that filled the log, with a student of plain mode none, with "
+        "the best ranker that needs no scores of the final ranker, and with the best student that "
+        "learns from them. Bars are 95% intervals.",
+        data,
+        "" if len(data) else "nothing is measured",
+    )
+
+
+def plane(study: Study, estimates: Estimates) -> Figure:
+    """The saving against the change for users, a mark per way, against the best without scores.
+
+    Columns: mode, serve, line, setting, and for `saving` and `users` the mean with `_low` and
+    `_high`. `users` is the relative change of the first of `users_at_target`.
+    """
+    ends = ("", "_low", "_high")
+    columns = [
+        "mode",
+        "serve",
+        "line",
+        "setting",
+        *(of + end for of in ("saving", "users") for end in ends),
+    ]
+    lines = []
+    measures = users_at_target(study)
+    compared = study.tested[study.tested["setting"] != study.baseline]
+    for first in compared.drop_duplicates("setting").to_dict("records") if measures else ():
+        line = {name: first[name] for name in ("mode", "serve", "setting")} | {"line": first["way"]}
+        found = {
+            "saving": estimates.of(first["setting"], "funnel_cost_saving"),
+            "users": estimates.relative_gap(first["setting"], str(study.baseline), measures[0]),
+        }
+        for name, of in found.items():
+            line |= dict(zip([name + end for end in ends], of[:3], strict=True))
+        lines.append(line)
+    data = pd.DataFrame(lines, columns=columns).dropna(subset=["saving", "users"])
+    return Figure(
+        "plane",
+        "Saving against the change for users",
+        f"Each way against {study.baseline}, the best ranker without the final ranker's scores, on "
+        "the test split, with as many passed as each needs for 99% of the final value: the share "
+        f"of the funnel's cost, {study.costs.unit}, that is saved, and the relative change of what "
+        f"users have. The dashed line is the margin of {100 * study.margin:g}%. Bars are 95% "
+        "intervals.",
+        data.reset_index(drop=True).assign(margin=-study.margin),
+        "" if len(data) else "the change for users is not known",
+    )
 
 
 def frontier(study: Study, estimates: Estimates) -> Figure:
@@ -60,13 +135,14 @@ def frontier(study: Study, estimates: Estimates) -> Figure:
     along a line.
     """
     settings = best_of_sizes(study)
-    references = study.references.drop_duplicates("setting").assign(mode=REFERENCE, size="")
+    references = of_split(study.references, "test").drop_duplicates("setting")
+    references = references.assign(mode=REFERENCE, size="")
     data = _curves_of(pd.concat([settings, references]), estimates, "value_captured", ("size",))
     if (data["mode"] == REFERENCE).all():
         data = data[:0]
     lines = [
         of.assign(
-            cost=estimates.share_of_whole(str(setting), of["k"].to_numpy()),
+            cost=estimates.cost_curve(str(setting)),
             cost_for_99=estimates.cost_share(str(setting), TARGET).mean,
         )
         for setting, of in data.groupby("setting", sort=False)
@@ -80,7 +156,7 @@ def frontier(study: Study, estimates: Estimates) -> Figure:
         "Cost of the funnel against final quality",
         f"The best undistilled and the best distilled student{sizes}, as more candidates are "
         f"passed, on the test split: what a request costs, {study.costs.unit}, as a share of what "
-        f"it costs if the final ranker ranks all {study.retrieved}, and the share of the final "
+        "it costs if the final ranker ranks all candidates, and the share of the final "
         "value that is kept. Further left at the same height is cheaper at the same quality. The "
         "dashed line is 99%, and marked is what it costs. Grey are rankers without a model, which "
         "count as free. Bands are 95% intervals.",
@@ -96,7 +172,7 @@ def saving(study: Study, estimates: Estimates) -> Figure:
     and `high` of the share that is saved.
     """
     settings = study.tested.drop_duplicates("setting")
-    distilled = settings[settings["mode"] != "none"] if study.baseline else settings[:0]
+    distilled = settings[settings["setting"] != study.baseline] if study.baseline else settings[:0]
     places = [("target", target, target, None) for target in _TARGETS]
     places += [("student's cost", cost, TARGET, cost) for cost in _COSTS]
     lines = []
@@ -247,7 +323,13 @@ def survival(study: Study, estimates: Estimates) -> Figure:
 
 
 def _over_k(study: Study, estimates: Estimates, measure: str, title: str, caption: str) -> Figure:
-    data = _curves_of(study.tested.drop_duplicates("setting"), estimates, measure)
+    settings = study.tested.drop_duplicates("setting")
+    known = of_split(study.references, "test").drop_duplicates("setting")
+    known = known[known["setting"].isin([study.incumbent, study.baseline])]
+    data = _curves_of(pd.concat([settings, known.assign(mode=REFERENCE)]), estimates, measure)
+    if (data["mode"] == REFERENCE).all():
+        data = data[:0]
+    caption += " Grey are the early ranker that filled the log, and a list if none needs fewer."
     return Figure(measure, title, caption, data, _absence(study, "requests", data))
 
 

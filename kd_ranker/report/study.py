@@ -17,7 +17,14 @@ from kd_ranker.evaluation.kept import Kept
 from kd_ranker.evaluation.measured import check_whole
 from kd_ranker.evaluation.metrics import METRICS, ReportAt, result_columns
 from kd_ranker.evaluation.results import REPEAT
-from kd_ranker.evaluation.saving import baseline, best_of_ways, of_split, with_savings
+from kd_ranker.evaluation.saving import (
+    PLAIN,
+    baselines,
+    best_of_ways,
+    needs_scores,
+    of_split,
+    with_savings,
+)
 from kd_ranker.sources.logs.data_report import read_data_report
 from kd_ranker.sources.logs.findings import find
 from kd_ranker.sweep.sweep import FOLDER, TEST
@@ -43,6 +50,8 @@ class Study(NamedTuple):
     Attributes:
       dataset: its name: `data.title` of an own log, or `data.name`.
       tasks: the tasks in the order of the config.
+      value_weights: one per task.
+      shown: m, the number of candidates that the config shows.
       passed: k, the number of candidates that the config passes.
       retrieved: N, the number that it retrieves.
       costs: what takes the place of FLOPs in what is saved.
@@ -52,10 +61,13 @@ class Study(NamedTuple):
         `results.ways`), `repeat` (the same for `results.REPEAT`), `source` (which sweep)
         and, under their names, the means over tasks of metrics that are `averaged`.
       chosen: the setting that validation chose for each way, of those that were read on test.
-      baseline: the one without distillation; None if there is none.
+      baselines: the setting or reference that each saving is counted against, see
+        `saving.baselines`; without those that are not measured.
       tested: the rows of the chosen settings on the test split.
-      teachers: the teachers' rows on the test split, with the same columns.
-      references: the same of what ranks without a model.
+      teachers: the teachers' rows on the test split, one per repeat of the students.
+      num_teachers: the number of teachers, which differ in their seeds; 0 if none was read.
+      references: the same of rankers without a model, on both splits.
+      margin: a loss of users that counts as none, see `report.margin`.
       frozen: the rows of members whose loss stopped being finite.
       varying: the columns of a setting that differ, beside mode, serving choice and weight.
       calibration: `calibration.csv` with `source`; empty where there is none.
@@ -70,16 +82,20 @@ class Study(NamedTuple):
 
     dataset: str
     tasks: list[str]
+    value_weights: list[float]
+    shown: int
     passed: int
     retrieved: int
     costs: Costs
     scored: int
     rows: pd.DataFrame
     chosen: dict[str, str]
-    baseline: str | None
+    baselines: dict[str, str]
     tested: pd.DataFrame
     teachers: pd.DataFrame
+    num_teachers: int
     references: pd.DataFrame
+    margin: float
     frozen: pd.DataFrame
     varying: list[str]
     calibration: pd.DataFrame
@@ -89,6 +105,21 @@ class Study(NamedTuple):
     environments: dict[str, dict]
     missing: dict[str, list[str]]
     kept: list[tuple[int, Kept]]
+
+    @property
+    def baseline(self) -> str | None:
+        """The best that needs no scores of the final ranker; None if nothing is measured."""
+        return self.baselines.get("funnel_cost_saving")
+
+    @property
+    def plain(self) -> str | None:
+        """The best setting of plain mode `none`; None if there is none."""
+        return self.baselines.get("saving_over_none")
+
+    @property
+    def incumbent(self) -> str | None:
+        """The early ranker that filled the log; None if the log does not name it."""
+        return self.baselines.get("saving_over_incumbent")
 
     @property
     def file_name(self) -> str:
@@ -138,7 +169,8 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         _read_results(workdir).assign(source=source) for source, workdir in enumerate(workdirs)
     ]
     tables = _with_own_values(tables, [configs[str(workdir)] for workdir in workdirs])
-    rows = _with_keys(pd.concat(tables, ignore_index=True), list(first.tasks))
+    joined = pd.concat(tables, ignore_index=True)
+    rows = _with_keys(joined, list(first.tasks))
     students, teachers, references = (
         rows[rows["role"] == role] for role in ("student", "teacher", "reference")
     )
@@ -152,30 +184,29 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     losses, no_losses = _losses(workdirs)
     of_requests, no_requests = _kept(workdirs)
     chosen = _chosen(healthy)
-    undistilled = baseline(healthy[healthy["setting"].isin(list(chosen.values()))])
-    if len(teachers):
-        teacher_flops = float(teachers["flops_per_candidate"].mean())
-        retrieved, costs = int(first.funnel.retrieved), costs_of(first)
-        healthy = with_savings(healthy, undistilled, teacher_flops, retrieved, costs)
+    compared = healthy["setting"].isin(list(chosen.values()))
+    against = baselines(pd.concat([healthy[compared], references]))
+    teacher_flops, costs = float(teachers["flops_per_candidate"].mean()), costs_of(first)
+    ranked = with_savings(pd.concat([healthy, references]), against, teacher_flops, costs)
+    healthy, references = (ranked[ranked["role"] == of] for of in ("student", "reference"))
     tested = of_split(healthy, "test")
-    # Sweeps under the same teacher each have its row, and those of references.
-    teachers, references = (
-        of_split(of, "test").drop_duplicates(of.columns.difference(["source"]))
-        for of in (teachers, references)
-    )
     return Study(
         dataset=dataset,
         tasks=list(first.tasks),
+        value_weights=[float(weight) for weight in first.value_weights],
+        shown=int(first.funnel.shown),
         passed=int(first.funnel.passed),
         retrieved=int(first.funnel.retrieved),
-        costs=costs_of(first),
+        costs=costs,
         scored=int(first.batch.candidates) if first.teacher.source == "live" else 0,
         rows=healthy,
         chosen=chosen,
-        baseline=undistilled,
+        baselines=against,
         tested=tested[tested["setting"].isin(list(chosen.values()))],
-        teachers=teachers.reindex(columns=healthy.columns),
-        references=references.reindex(columns=healthy.columns),
+        teachers=of_split(teachers, "test").reindex(columns=healthy.columns),
+        num_teachers=joined.loc[joined["role"] == "teacher", "seed"].nunique(dropna=False),
+        references=references,
+        margin=float(first.report.margin),
         frozen=frozen.drop_duplicates(["source", "member"]),
         varying=_varying(students),
         calibration=calibration,
@@ -289,14 +320,18 @@ def _with_own_values(
 
 def _with_keys(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
     """The rows with every key column, `setting`, `repeat`, and the means over tasks."""
-    rows = rows.copy()
     # A single run's only member has no name.
-    rows["member"] = rows["member"].astype(object).fillna("")
+    rows = rows.assign(member=rows["member"].astype(object).fillna(""))
+    # A sweep's teachers and references count for its own students, and once per repeat.
+    rows = pd.concat([results.in_each_repeat(of) for _, of in rows.groupby("source")])
+    once = ["split", "role", "member", "serve", *REPEAT]
+    rows = rows[(rows["role"] == "student") | ~rows.duplicated(once)].reset_index(drop=True)
     for metric in METRICS.values():
         if metric.averaged:
             columns = result_columns(metric, tasks, ReportAt())
-            rows[metric.name] = rows.reindex(columns=columns).mean(axis=1, skipna=False)
-    rows = _ordered(rows)
+            # A task that the teacher lacks has no number.
+            rows[metric.name] = rows.reindex(columns=columns).mean(axis=1)
+    rows = _ordered(rows.assign(needs_scores=needs_scores(rows)))
     students = rows[rows["role"] == "student"]
     varying = _varying(students)
     ways = results.ways(students)
@@ -346,11 +381,11 @@ def _way(row: pd.Series, columns: list[str]) -> str:
 
 
 def told(row: pd.Series, columns: Sequence[str]) -> list[str]:
-    """The values of a row for people, each with its name; those that it has."""
+    """The values of a row for people, each with its name; without unknown and `PLAIN` ones."""
     return [
         f"{key_title(column)} {text_of(row[column])}".rstrip()
         for column in columns
-        if pd.notna(row[column])
+        if pd.notna(row[column]) and row[column] != PLAIN.get(column)
     ]
 
 

@@ -7,7 +7,11 @@ from typing import Any
 # After Okabe and Ito's palette, which stays apart for colour-blind eyes (jfly.uni-koeln.de, 2008).
 # None of these needs a white or a black page to be seen.
 _KNOWN = {"none": "#7f7f7f", "aux": "#d55e00", "shared": "#0072b2"}
-_OTHERS = ("#009e73", "#cc79a7", "#56b4e9", "#e69f00")
+# The last four are of Tol's muted palette (personal.sron.nl/~pault, 2021).
+_OTHERS = (
+    *("#009e73", "#cc79a7", "#56b4e9", "#e69f00"),
+    *("#332288", "#999933", "#882255", "#44aa99"),
+)
 GREY = "#808080"
 # Lighter than the mode none.
 MUTED = "#a9a9a9"

@@ -1,6 +1,6 @@
 """Tables of results for people."""
 
-from collections.abc import Sequence
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,8 +10,9 @@ from tabulate import tabulate
 
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import TARGET, metric_of, summary_columns, title_of
-from kd_ranker.evaluation.saving import CRITERION, of_split
-from kd_ranker.report.choices import users_curves, users_measures
+from kd_ranker.evaluation.references import NO_RANKERS
+from kd_ranker.evaluation.saving import CRITERION, SAVINGS, of_split
+from kd_ranker.report.choices import users_at_target, users_measure
 from kd_ranker.report.claims import RULES
 from kd_ranker.report.comparison import important_columns
 from kd_ranker.report.estimates import Estimates
@@ -106,48 +107,48 @@ class Table(NamedTuple):
     notes: list[str]
 
 
-def main_table(study: Study, numbers: pd.DataFrame) -> Table:
-    """The chosen setting of each way on the measures that matter, read on the test split.
+def main_table(study: Study, estimates: Estimates, numbers: pd.DataFrame) -> Table:
+    """The chosen setting of each way on the main measures, read on the test split.
 
-    The teacher and the references, which are not trained here, come first.
+    With the teacher and the references, sorted by how many have to be passed.
 
     Args:
-      study: what was read.
+      study: the study.
+      estimates: its estimates.
       numbers: its `comparison`.
     """
     measures = important_columns(study)
-    lines = [
-        _reference_line(study, name, of, measures)
-        for table, named in ((study.teachers, "role"), (study.references, "member"))
-        for name, of in table.groupby(named, sort=False)
-    ]
-    for _, of_setting in numbers.groupby("setting", sort=False):
-        by_measure = {line["measure"]: line for line in of_setting.to_dict("records")}
-        cells = []
-        for measure in measures:
-            line = by_measure[measure]
-            mean = Interval(line["mean"], line["low"], line["high"], line["n"])
-            cells.append(_number(mean, _digits(measure), best=line["best"]))
-        repeats = int(of_setting["n"].max())
-        keys = _key_cells(study, of_setting.iloc[0])
-        lines.append([*keys, Cell(str(repeats), value=repeats), *cells])
-    columns = [*_key_titles(study), "repeats", *map(title_of, measures)]
-    return Table(f"{study.dataset}: the best of each way, on test", columns, lines, _notes(study))
+    best = set(numbers.loc[numbers["best"], ["setting", "measure"]].itertuples(index=False))
+    rows = pd.concat([study.teachers, of_split(study.references, "test"), study.tested])
+    lines = []
+    for setting, of_setting in rows.groupby("setting", sort=False):
+        means = {measure: estimates.of(str(setting), measure) for measure in measures}
+        cells = [
+            _number(mean, _digits(measure), best=(setting, measure) in best)
+            for measure, mean in means.items()
+        ]
+        first, repeats = of_setting.iloc[0], max(mean.n for mean in means.values())
+        keys = [*_key_cells(study, first), _scores_cell(first), Cell(str(repeats), value=repeats)]
+        lines.append((estimates.of(str(setting), CRITERION).mean, [*keys, *cells]))
+    # The fewest passed first: a list of items that beats a model stands above it.
+    lines.sort(key=lambda line: (math.isnan(line[0]), line[0]))
+    columns = [*_key_titles(study), "scores", "repeats", *map(title_of, measures)]
+    title = f"{study.dataset}: the best of each way, on test"
+    return Table(title, columns, [cells for _, cells in lines], _notes(study))
 
 
-def _reference_line(
-    study: Study, name: object, rows: pd.DataFrame, measures: Sequence[str]
-) -> list[Cell]:
-    cells = [_number(interval(rows[of].to_numpy(float)), _digits(of)) for of in measures]
-    keys = [Cell(str(name), value=str(name)), *[Cell("")] * (len(_key_titles(study)) - 1)]
-    return [*keys, Cell(str(len(rows)), value=len(rows)), *cells]
+def _scores_cell(row: pd.Series) -> Cell:
+    """The cell that marks whether a ranker needs the final ranker's scores."""
+    if row["role"] == "teacher" or row["member"] in NO_RANKERS:
+        return Cell("")
+    return Cell("yes" if row["needs_scores"] else "no")
 
 
 def difference_table(study: Study, numbers: pd.DataFrame) -> Table | None:
     """The changes against the baseline, on the measures that matter; None without a baseline."""
     undistilled = study.baseline
     # A saving is a difference to the baseline already.
-    measures = [column for column in important_columns(study) if column != "funnel_cost_saving"]
+    measures = [column for column in important_columns(study) if column not in SAVINGS]
     compared = numbers[numbers["setting"] != undistilled]
     if undistilled is None or compared.empty:
         return None
@@ -175,14 +176,15 @@ def difference_table(study: Study, numbers: pd.DataFrame) -> Table | None:
 def saving_table(study: Study, estimates: Estimates) -> Table | None:
     """The saving at every target, and with students of other costs; None without a baseline.
 
-    A line a chosen way that distils and a cost of its student, a column a target.
+    A line per chosen way and cost of its student, a column per target.
     """
     if study.baseline is None:
         return None
     settings = study.tested.drop_duplicates("setting")
+    settings = settings[settings["setting"] != study.baseline]
     costs = {None: "as measured"} | {share: f"{100 * share:g}%" for share in STUDENT_COSTS}
     lines = []
-    for setting in settings.loc[settings["mode"] != "none", "setting"]:
+    for setting in settings["setting"]:
         for cost, told in costs.items():
             savings = [
                 _number(estimates.saving(setting, target, cost), 3) for target in estimates.targets
@@ -207,7 +209,7 @@ def cost_table(study: Study, estimates: Estimates) -> Table | None:
     """
     if not len(study.teachers):
         return None
-    users = users_curves(study)
+    users = users_at_target(study)
     of_teacher = float(study.teachers["flops_per_candidate"].mean())
     costs = study.costs
     alone = [Cell("teacher alone", value="teacher alone"), Cell("")]
@@ -222,13 +224,13 @@ def cost_table(study: Study, estimates: Estimates) -> Table | None:
                 _number(estimates.of(setting, CRITERION), 0),
                 _flops(flops),
                 _number(percent, 1),
-                *(_number(estimates.at_target(setting, TARGET, of), 4) for of in users),
+                *(_number(estimates.of(setting, measure), 4) for measure in users),
             ]
         )
     notes = [
         f"The funnel's cost is that of a request which passes as many as keep {100 * TARGET:g}% of "
         f"the final value, {costs.unit}, as a share of what the final ranker alone costs on all "
-        f"{study.retrieved} retrieved; beside it what users have then. ± is half the 95% interval."
+        "candidates; the last columns are what users have then. ± is half the 95% interval."
     ]
     if study.scored:
         notes.append(_training_cost(study, of_teacher))
@@ -257,8 +259,7 @@ def _training_cost(study: Study, of_teacher: float) -> str:
 def tuning_table(study: Study) -> Table:
     """Every setting on validation by the criterion, with the one that was chosen of each way."""
     rows = of_split(study.rows, "validation")
-    users = users_measures(study)
-    measures = [CRITERION, f"value_captured@{study.passed}", *users]
+    measures = [CRITERION, f"value_captured@{study.passed}", users_measure(study)]
     lines = []
     for setting, of_setting in rows.groupby("setting", sort=False):
         cells = [_number(interval(of_setting[of].to_numpy(float)), _digits(of)) for of in measures]
@@ -327,7 +328,10 @@ def _key_titles(study: Study) -> list[str]:
 
 
 def _key_cells(study: Study, keys: pd.Series) -> list[Cell]:
-    """The cells that say which setting it is."""
+    """The cells that name a setting, or a ranker that is no student."""
+    if keys.get("role", "student") != "student":
+        name = str(keys["setting"])
+        return [Cell(name, value=name), *[Cell("")] * (len(_key_titles(study)) - 1)]
     mode, serves = str(keys["mode"]), str(keys["serve"])
     weight = float(keys["distill_weight"])
     cells = [
@@ -372,7 +376,8 @@ def _notes(study: Study) -> list[str]:
         "setting that did best on validation. ± is half the 95% interval, over test requests and "
         "repeats where what each request adds was kept. Teacher KL is the mean over tasks. Saving "
         f"is the share of the funnel's cost, {study.costs.unit}, that is saved against the best "
-        "setting of mode none; cost ratio is of FLOPs.",
+        "ranker that needs no scores of the final ranker; cost ratio is of FLOPs. Scores: whether "
+        "it needs the final ranker's scores or order.",
         "Bold: the best mean of the column, where the 95% interval of its paired difference to "
         "every other setting excludes 0. Nothing is bold where that cannot be said. The winner "
         "needs no further correction for the number of settings (Hung and Fithian 2019), but each "

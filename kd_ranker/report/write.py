@@ -64,7 +64,7 @@ def _write_study(study: Study, estimates: Estimates, tested: pd.DataFrame, outpu
     name = study.file_name
     numbers = comparison(study, estimates)
     tables: dict[str, Table | None] = {
-        name: main_table(study, numbers),
+        name: main_table(study, estimates, numbers),
         f"{name}-difference": difference_table(study, numbers),
         f"{name}-saving": saving_table(study, estimates),
         f"{name}-cost": cost_table(study, estimates),

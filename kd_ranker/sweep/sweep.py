@@ -120,15 +120,14 @@ class Sweep:
         cohorts = zip(self.plan, self.folders, strict=True)
         return [folder for of, folder in cohorts if set(of) & set(names)] or self.folders[:1]
 
-    def join(self, retrieved: int, tested: Sequence[Path]) -> None:
+    def join(self, tested: Sequence[Path]) -> None:
         """Writes the tables of the whole sweep from those of its cohorts.
 
         Args:
-          retrieved: `config.funnel.retrieved`.
           tested: the folders of the cohorts whose members were measured on the test split.
         """
         tables = results.join(
-            self.folders, [folder / TEST for folder in tested], retrieved, self.members, self.costs
+            self.folders, [folder / TEST for folder in tested], self.members, self.costs
         )
         write_tables(self.workdir, tables, self._identity())
 

@@ -16,17 +16,17 @@ from kd_ranker.evaluation.ranked import ranked, ranked_by_teacher
 from kd_ranker.evaluation.totals import Each, Summed
 
 TASKS = ("watch", "like")
-VALUE_WEIGHTS = jnp.array([1.0, 2.0])
+VALUE_WEIGHTS = np.array([1.0, 2.0])
 SHOWN = 3
 TARGETS = (0.5, 0.99)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 7, 8))
+@functools.partial(jax.jit, static_argnums=(0, 1, 7, 8, 9))
 def summed(functions: tuple[SumFunction, ...], ks: tuple[int, ...], *arguments: Any) -> Summed:
     return totals.summed(ranked(*arguments), functions, ks)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 5, 6))
+@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
 def teacher_sums(functions: tuple[SumFunction, ...], *arguments: Any) -> Sums:
     return totals.summed(ranked_by_teacher(*arguments), functions, ()).sums
 
@@ -43,6 +43,8 @@ class Case:
     label_weight: np.ndarray
     true: np.ndarray
     request_mask: np.ndarray
+    propensity: np.ndarray
+    value_weights: np.ndarray = dataclasses.field(default_factory=VALUE_WEIGHTS.copy)
 
     def sums(self, shown: int = SHOWN) -> Sums:
         return totals.add(None, summed(sum_functions(), (), *self.arguments(shown)).sums)
@@ -56,8 +58,9 @@ class Case:
             jnp.asarray(self.teacher),
             jnp.asarray(self.teacher_weight),
             self.evaluation_batch(),
-            VALUE_WEIGHTS,
+            jnp.asarray(self.value_weights, jnp.float32),
             shown,
+            self.stage.shape[1],
             self.stage.shape[1],
         )
 
@@ -67,8 +70,9 @@ class Case:
             jnp.asarray(self.teacher),
             jnp.asarray(self.teacher_weight),
             self.evaluation_batch(),
-            VALUE_WEIGHTS,
+            jnp.asarray(self.value_weights, jnp.float32),
             SHOWN,
+            self.stage.shape[1],
             self.stage.shape[1],
         )
         return totals.add(None, sums)
@@ -102,10 +106,17 @@ class Case:
         )
         truth = jnp.asarray(self.true)
         unknown = jnp.full(truth.shape[:2], jnp.nan)
-        return EvaluationBatch(batch, truth, unknown, unknown, jnp.asarray(self.request_mask))
+        return EvaluationBatch(
+            batch, truth, unknown, jnp.asarray(self.propensity), jnp.asarray(self.request_mask)
+        )
 
     def of_requests(self, which: slice) -> "Case":
-        return Case(**{name: array[which] for name, array in vars(self).items()})
+        return Case(
+            **{
+                name: array if name == "value_weights" else array[which]
+                for name, array in vars(self).items()
+            }
+        )
 
 
 def random_case(seed: int = 0, requests: int = 6, candidates: int = 40) -> Case:
@@ -122,4 +133,7 @@ def random_case(seed: int = 0, requests: int = 6, candidates: int = 40) -> Case:
         label_weight=label_weight.astype(np.float32),
         true=generator.uniform(size=entries).astype(np.float32),
         request_mask=np.ones(requests, bool),
+        propensity=np.where(
+            stage == Stage.SHOWN, generator.uniform(0.2, 1, entries[:2]), np.nan
+        ).astype(np.float32),
     )

@@ -95,16 +95,25 @@ def test_nan_of_weight_zero_contributes_exactly_nothing() -> None:
 def test_alignment_ratio_by_hand() -> None:
     # (0.5 - 0.4) / 0.4 = 1/4 and (0.3 - 0.3) / 0.2 = 0; their mean is 1/8.
     ratio = alignment.alignment_ratio(
-        np.array([0.5, 0.3]), np.array([0.4, 0.3]), np.array([0.4, 0.2])
+        np.array([0.5, 0.3]), np.array([0.4, 0.3]), np.array([0.4, 0.2]), np.array([True, True])
     )
     np.testing.assert_allclose(ratio, 0.125)
+    # A task that the teacher did not score is left out.
+    ratio = alignment.alignment_ratio(
+        np.array([0.5, 0.3]),
+        np.array([0.4, np.nan]),
+        np.array([0.4, np.nan]),
+        np.array([True, False]),
+    )
+    np.testing.assert_allclose(ratio, 0.25)
 
 
 def test_alignment_ratio_is_undefined_without_a_distance_and_below_0_of_a_better_student() -> None:
     student, teacher = np.array([0.5, 0.3]), np.array([0.4, 0.4])
     for distance in ([0.1, 0.0], [0.1, 1e-7], [0.1, -1e-7], [0.1, np.nan]):
-        assert np.isnan(alignment.alignment_ratio(student, teacher, np.array(distance)))
-    assert alignment.alignment_ratio(student[1:], teacher[1:], np.array([0.1])) < 0
+        known = np.ones(2, bool)
+        assert np.isnan(alignment.alignment_ratio(student, teacher, np.array(distance), known))
+    assert alignment.alignment_ratio(student[1:], teacher[1:], np.array([0.1]), known[1:]) < 0
 
 
 def orders(

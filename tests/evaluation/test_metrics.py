@@ -96,11 +96,12 @@ def test_a_metric_that_is_put_into_the_table_is_in_every_file_and_table(tmp_path
     )
     sweeps.change(workdir, measured)
     (study,) = read_studies([workdir])
-    numbers = comparison(study, Estimates(study))
+    estimates = Estimates(study)
+    numbers = comparison(study, estimates)
     of_mrr = numbers[numbers["measure"] == "top_item_mrr"].set_index("setting")
     assert of_mrr["best"].to_dict() == {"none": False, "shared, weight 1": True}
     assert of_mrr.loc["shared, weight 1", "difference"] == pytest.approx(0.4)
-    table = main_table(study, numbers)
+    table = main_table(study, estimates, numbers)
     assert {"MRR", "kept rate@200 watch"} <= set(table.columns)
     of_none = next(line for line in table.lines if line[0].text == "none")
     assert of_none[table.columns.index("MRR")].text == "0.205"

@@ -18,6 +18,27 @@ def test_the_share_is_that_of_the_variances_drawn() -> None:
     assert abs(item_share(request, item.ravel(), value.ravel()) - expected) < 0.02
 
 
+def test_small_requests_do_not_hide_what_items_explain() -> None:
+    """A request's mean of two takes half of the item's own effect with it."""
+    rng = np.random.default_rng(2)
+    effect = rng.normal(0, 1, 50)
+    item = np.stack([rng.permutation(50)[:2] for _ in range(20_000)]).ravel()
+    request = np.repeat(np.arange(20_000), 2)
+    assert abs(item_share(request, item, effect[item]) - 1) < 0.02
+    noise = rng.normal(0, 1, len(item))
+    expected = effect.var() / (effect.var() + 1)
+    assert abs(item_share(request, item, effect[item] + noise) - expected) < 0.02
+
+
+def test_few_items_do_not_inflate_it() -> None:
+    """The others of a request tell its item where there are few."""
+    rng = np.random.default_rng(3)
+    effect = np.array([-1.0, 0.0, 1.0])
+    item = np.stack([rng.permutation(3)[:2] for _ in range(20_000)]).ravel()
+    request = np.repeat(np.arange(20_000), 2)
+    assert abs(item_share(request, item, effect[item]) - 1) < 0.02
+
+
 def test_it_is_not_inflated_where_items_are_rare() -> None:
     rng = np.random.default_rng(1)
     request, item = np.repeat(np.arange(2000), 10), rng.integers(0, 8000, 20_000)

@@ -9,7 +9,8 @@ from kd_ranker.evaluation import totals
 from kd_ranker.evaluation.evaluate import evaluate
 from kd_ranker.evaluation.metrics import ReportAt
 from kd_ranker.evaluation.references import (
-    ORDER_ALONE,
+    LISTS,
+    NO_PROBABILITIES,
     REFERENCES,
     Statistics,
     known_references,
@@ -49,39 +50,68 @@ def faulty_source(version):
 
 
 @pytest.mark.parametrize("version", ["v1", ""], ids=["logged", "labels-alone"])
-def test_the_statistics_are_those_of_one_candidate_after_the_other(version, tmp_path):
+def test_the_lists_are_those_of_one_candidate_after_the_other(version, tmp_path):
     storage.build(faulty_source(version), "faulty", str(tmp_path))
     dataset = storage.open_dataset("faulty", str(tmp_path), made_by="")
-    shown, weighted, said = defaultdict(float), defaultdict(float), defaultdict(list)
+    labelled, weighted, said = defaultdict(float), defaultdict(float), defaultdict(list)
+    retrieved, passed, shown, first = (defaultdict(int) for _ in range(4))
     for request in read_requests(dataset, "train"):
+        values = {}
         for place, item in enumerate(request.item_id.tolist()):
+            retrieved[item] += 1
+            passed[item] += place < request.num_passed
+            shown[item] += place < len(request.label_weight)
             if place < len(request.label_weight):
-                shown[item] += request.label_weight[place]
+                labelled[item] += request.label_weight[place]
                 liked = sum(w * y for w, y in zip(WEIGHTS, request.user_label[place], strict=True))
                 weighted[item] += request.label_weight[place] * liked / 7
             if place < len(request.teacher_weight):
                 p = request.teacher_probability[place].tolist()
                 proper = request.teacher_weight[place] > 0 and all(0 <= q <= 1 for q in p)
                 if proper and request.teacher_version == "v1":
-                    said[item].append(sum(w * q for w, q in zip(WEIGHTS, p, strict=True)) / 7)
+                    value = sum(w * q for w, q in zip(WEIGHTS, p, strict=True)) / 7
+                    said[item].append(value)
+                    values[place] = value
+        for place in sorted(values, key=lambda place: -values[place])[:SHOWN]:
+            first[request.item_id.tolist()[place]] += 1
     items = range(SPEC.num_items)
-    most = max(shown.values())
+    expected = {
+        "popularity": [labelled[item] / max(labelled.values()) for item in items],
+        "show_rate": [shown[item] / (10 + passed[item]) for item in items],
+        "pass_rate": [passed[item] / (10 + retrieved[item]) for item in items],
+        "static_list": [weighted[item] / (10 + labelled[item]) for item in items],
+    }
     if version:
-        value = [np.sum(said[item]) / (10 + len(said[item])) for item in items]
-    else:
-        value = [weighted[item] / (10 + shown[item]) for item in items]
+        expected["static_list"] = [np.sum(said[item]) / (10 + len(said[item])) for item in items]
+        expected["top_rate"] = [first[item] / (10 + len(said[item])) for item in items]
+        assert max(first.values()) > 1
 
-    found = train_statistics(dataset, WEIGHTS, seed=5)
-    np.testing.assert_allclose(found.shown, [shown[item] / most for item in items], rtol=1e-5)
-    np.testing.assert_allclose(found.value, value, rtol=1e-5)
-    assert 0 in value
+    found = train_statistics(dataset, WEIGHTS, SHOWN, seed=5)
+    assert found.lists.keys() == expected.keys()
+    for name, numbers in expected.items():
+        np.testing.assert_allclose(found.lists[name], numbers, rtol=1e-5, err_msg=name)
+    assert 0 in expected["static_list"]
     assert int(found.seed) == 5
+
+
+def test_where_all_passed_are_shown_the_rate_is_of_the_retrieved(tmp_path):
+    source = random_source(train=20)
+
+    def requests(split):
+        for request in source.requests(split):
+            yield dataclasses.replace(request, num_passed=len(request.label_weight))
+
+    storage.build(dataclasses.replace(source, requests=requests), "shown", str(tmp_path))
+    dataset = storage.open_dataset("shown", str(tmp_path), made_by="")
+    lists = train_statistics(dataset, WEIGHTS, SHOWN, seed=0).lists
+    np.testing.assert_array_equal(lists["show_rate"], lists["pass_rate"])
+    assert len(np.unique(lists["show_rate"])) > 3
 
 
 def statistics(seed=0):
     generator = np.random.default_rng(0)
-    shown, value = generator.random((2, SPEC.num_items), dtype=np.float32)
-    return Statistics(shown=shown, value=value, seed=np.int32(seed))
+    numbers = generator.random((len(LISTS), SPEC.num_items), dtype=np.float32)
+    return Statistics(lists=dict(zip(LISTS, numbers, strict=True)), seed=np.int32(seed))
 
 
 def evaluation_batch(seed, known=True):
@@ -110,13 +140,14 @@ def test_references_are_measured_as_the_order_that_they_stand_for():
     """The top k of each, request by request, against the logged teacher's top."""
     batches = [evaluation_batch(seed) for seed in (1, 2)]
     _, sums = measured(batches)
-    assert set(sums) == set(REFERENCES) == {"oracle", *ORDER_ALONE}
+    assert set(sums) == set(REFERENCES) == {"oracle", *NO_PROBABILITIES}
     values = {
         "oracle": lambda batch: batch.true_probability @ np.array(WEIGHTS),
         "incumbent": lambda batch: np.nan_to_num(batch.incumbent, nan=-1e38),
-        "popularity": lambda batch: statistics().shown[batch.batch.item_id],
-        "static_list": lambda batch: statistics().value[batch.batch.item_id],
     }
+    for list_name in LISTS:
+        numbers = statistics().lists[list_name]
+        values[list_name] = lambda batch, numbers=numbers: numbers[batch.batch.item_id]
     for name, value_of in values.items():
         kept, counts = np.zeros(12), 0
         for batch in batches:
@@ -157,10 +188,39 @@ def test_a_dataset_has_the_references_that_it_can_give(unknown, tmp_path):
             yield dataclasses.replace(request, **nothing)
 
     storage.build(dataclasses.replace(source, requests=requests), "some", str(tmp_path))
-    columns = storage.open_dataset("some", str(tmp_path), made_by="").columns
+    dataset = storage.open_dataset("some", str(tmp_path), made_by="")
+    columns, known = dataset.columns, train_statistics(dataset, WEIGHTS, SHOWN, seed=0)
     absent = {"incumbent" in unknown and "incumbent", "true_probability" in unknown and "oracle"}
-    assert known_references(columns["test"]) == tuple(n for n in REFERENCES if n not in absent)
-    assert known_references(columns["train"]) == ("random", "popularity", "static_list")
+    there = tuple(name for name in REFERENCES if name not in absent)
+    assert known_references([columns["test"]], known) == there
+    assert known_references([columns["train"]], known) == ("random", *LISTS)
+    del known.lists["top_rate"]
+    assert "top_rate" not in known_references([columns["test"]], known)
+
+
+@pytest.mark.parametrize(("unknown", "known"), [(0.0, True), (0.05, True), (0.2, False)])
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_a_reference_has_to_know_nearly_all_candidates_of_both_splits(
+    unknown, known, split, tmp_path
+):
+    """One that orders the others at random would look worse than it is."""
+    source = random_source()
+
+    def requests(of_split):
+        for index, request in enumerate(source.requests(of_split)):
+            score = request.incumbent.copy()
+            if of_split == split:
+                hidden = np.random.default_rng(index).random(len(score)) < unknown
+                score[hidden] = np.nan
+            yield dataclasses.replace(request, incumbent=score)
+
+    storage.build(dataclasses.replace(source, requests=requests), "some", str(tmp_path))
+    dataset = storage.open_dataset("some", str(tmp_path), made_by="")
+    columns = [dataset.columns[name] for name in ("validation", "test")]
+    statistics = train_statistics(dataset, WEIGHTS, SHOWN, seed=0)
+    found = known_references(columns, statistics)
+    assert "oracle" in found
+    assert ("incumbent" in found) == known
 
 
 def test_random_orders_follow_from_seed_and_request_and_not_from_the_batch():

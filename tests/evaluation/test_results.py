@@ -14,7 +14,7 @@ TASKS = ("watch", "like")
 def test_the_columns_are_the_contracts_in_its_order():
     assert results.columns(TASKS, ReportAt((10, 50), (0.99, 0.995))) == [
         "dataset", "split", "role", "mode", "distill_loss", "distill_weight", "temperature",
-        "learning_rate", "serve", "seed", "data_seed", "step",
+        "learning_rate", "user_loss", "unshown_weight", "serve", "seed", "data_seed", "step",
         "user_bce/watch", "user_bce/like", "user_auc/watch", "user_auc/like",
         "user_calibration/watch", "user_calibration/like", "teacher_bce/watch", "teacher_bce/like",
         "teacher_kl/watch", "teacher_kl/like", "teacher_kl_shown/watch", "teacher_kl_shown/like",
@@ -24,9 +24,13 @@ def test_the_columns_are_the_contracts_in_its_order():
         "hit_rate@10/watch", "hit_rate@10/like", "hit_rate@50/watch", "hit_rate@50/like",
         "end_to_end_hit_rate@10/watch", "end_to_end_hit_rate@10/like",
         "end_to_end_hit_rate@50/watch", "end_to_end_hit_rate@50/like",
+        *(f"{name}@{k}" for name in ("covered_user_value", "coverage", "ips_user_value")
+          for k in (10, 50)),
         "teacher_ndcg", "teacher_tau", "passed_for_99", "passed_for_99.5",
-        "regret", "top_calibration",
-        "flops_per_candidate", "cost_ratio", "funnel_cost_saving", "unseen_users", "unseen_items",
+        "scored_for_99", "scored_for_99.5", "true_value_for_99",
+        "true_value_for_99.5", "candidates", "regret", "top_calibration",
+        "flops_per_candidate", "cost_ratio", "funnel_cost_saving", "saving_over_none",
+        "saving_over_incumbent", "unseen_users", "unseen_items",
         "non_finite_step", "member",
     ]  # fmt: skip
 
@@ -64,6 +68,19 @@ def test_a_row_tells_the_loss_with_what_it_learns_from():
     assert results.made_of(config)["distill_loss"] == "topk:stage"
 
 
+@pytest.mark.parametrize("mode", ["none", "shared"])
+def test_a_row_tells_the_loss_on_user_labels_whether_swept_or_not(mode):
+    config = cascade("small")
+    config.distill.mode = mode
+    assert {"user_loss": "bce", "unshown_weight": 0.0}.items() <= results.made_of(config).items()
+    config.train.user_loss, config.train.unshown_weight = "softmax", 0.3
+    told = {"user_loss": "softmax", "unshown_weight": 0.3}
+    assert told.items() <= results.made_of(config).items()
+    config.sweep.axes.train.unshown_weight = (0.0, 0.3)
+    assert results.swept_columns(config) == []
+    assert told.keys() <= {*results.ALWAYS}
+
+
 def row(role, mode, seed, passed, flops, **more):
     distilled = mode not in (None, "", "none")
     return {
@@ -71,13 +88,15 @@ def row(role, mode, seed, passed, flops, **more):
         "passed_for_99": passed, "non_finite_step": None, "member": f"{mode}-seed{seed}",
         "flops_per_candidate": flops, "learning_rate": 0.01, "data_seed": 0, "serve": "user",
         "distill_loss": "bce" if distilled else None, "distill_weight": float(distilled),
-        "temperature": 1.0 if distilled else None, **more,
+        "temperature": 1.0 if distilled else None, "candidates": 2000.0,
+        "user_loss": "bce" if mode else None, "unshown_weight": 0.0 if mode else None,
+        "scored_for_99": passed, **more,
     }  # fmt: skip
 
 
 def savings_of(*rows, costs=FLOPS):
     frame = pd.DataFrame([row("teacher", None, 0, 10.0, 200.0), *rows])
-    return results.fill_savings(frame, 2000, costs)["funnel_cost_saving"].tolist()[1:]
+    return results.fill_savings(frame, costs)["funnel_cost_saving"].tolist()[1:]
 
 
 def test_savings_of_a_case_worked_by_hand():
@@ -110,6 +129,41 @@ def test_savings_in_a_unit_of_ones_own_are_of_what_candidates_and_requests_cost(
         costs=Costs(teacher=10.0, teacher_request=300.0, student_request=200.0),
     )
     assert savings == pytest.approx([0.0, 0.2])
+
+
+def test_the_final_ranker_scores_no_more_than_a_request_has():
+    # 11 candidates on average: 11 · 10 + 8 · 200 = 1,710 and 11 · 10 + 6 · 200 = 1,310, however
+    # many of the largest request are passed.
+    savings = savings_of(
+        row("student", "none", 0, 90.0, 10.0, candidates=11.0, scored_for_99=8.0),
+        row("student", "shared", 0, 30.0, 10.0, candidates=11.0, scored_for_99=6.0),
+    )
+    assert savings == pytest.approx([0, 1 - 1310 / 1710])
+
+
+def test_a_list_that_needs_no_scores_is_the_baseline_in_each_repeat_and_costs_nothing():
+    frame = [row("teacher", None, 0, 10.0, 200.0)]
+    frame += [row("reference", None, 0, 100.0, math.nan, member="show_rate", data_seed=None)]
+    frame += [row("student", "none", 0, 300.0, 10.0), row("student", "none", 1, 300.0, 10.0)]
+    frame += [row("student", "shared", 0, 80.0, 10.0), row("student", "shared", 1, 60.0, 10.0)]
+    saved = results.fill_savings(pd.DataFrame(frame))
+    # 100 · 200 = 20,000 without a student; 20,000 + 80 · 200 and 20,000 + 60 · 200 with it.
+    assert saved["funnel_cost_saving"].tolist()[4:] == pytest.approx([1 - 36 / 20, 1 - 32 / 20])
+    assert saved["saving_over_none"].tolist()[4:] == pytest.approx([1 - 36 / 80, 1 - 32 / 80])
+    assert saved["saving_over_incumbent"].isna().all()
+    assert math.isnan(saved["funnel_cost_saving"][1])
+
+
+def test_of_several_teachers_each_judges_the_references_of_its_own_seed():
+    frame = [row("teacher", None, seed, 10.0, 200.0) for seed in (0, 1)]
+    for seed, passed in ((0, 100.0), (1, 200.0)):
+        frame.append(
+            row("reference", None, seed, passed, math.nan, member="show_rate", data_seed=None)
+        )
+        frame.append(row("student", "none", seed, 300.0, 10.0))
+        frame.append(row("student", "shared", seed, 100.0, 10.0))
+    saved = results.fill_savings(pd.DataFrame(frame))["funnel_cost_saving"]
+    assert [saved[4], saved[7]] == pytest.approx([1 - 40 / 20, 1 - 40 / 40])
 
 
 def test_of_several_undistilled_students_the_best_on_average_is_the_baseline():
@@ -175,11 +229,14 @@ def test_runs_are_joined_as_they_were_written(tmp_path):
         write_tables(folder / "test", [on_test, *rows], columns)
         for folder, rows in zip(validation, tested, strict=True)
     ]
-    joined = results.join(validation, test, 2000, {})
+    joined = results.join(validation, test, {})
     expected = [teacher, *runs[0], *runs[1], on_test, *tested[0], *tested[1]]
     savings = [math.nan, 0.0, 0.25, -0.2, math.nan, 0.0, math.nan, 0.25]
     assert joined[results.FILE] == results.to_csv(
-        [row | {"funnel_cost_saving": s} for row, s in zip(expected, savings, strict=True)],
+        [
+            row | {"funnel_cost_saving": s, "saving_over_none": s}
+            for row, s in zip(expected, savings, strict=True)
+        ],
         columns,
     )
     # The other tables are those of the test split.
@@ -200,7 +257,10 @@ def test_a_setting_is_all_but_seeds_a_way_all_that_is_not_tuned_and_a_repeat_the
         {"distill_weight": 3.0}, {"temperature": 2.0}, {"learning_rate": 0.1}, {"train.steps": 9},
         {"serve": "other"},
     ]  # fmt: skip
-    another_way = [{"mode": "aux"}, {"distill_loss": "topk"}, {"student.width": 16}]
+    another_way = [
+        {"mode": "aux"}, {"distill_loss": "topk"}, {"student.width": 16}, {"user_loss": "softmax"},
+        {"unshown_weight": 0.1},
+    ]  # fmt: skip
     frame = labelled(first, *(first | of for of in (*same_setting, *same_way, *another_way)))
     setting, way = (frame[name].tolist() for name in ("setting", "way"))
     assert setting[:4] == [setting[0]] * 4
@@ -208,12 +268,14 @@ def test_a_setting_is_all_but_seeds_a_way_all_that_is_not_tuned_and_a_repeat_the
     assert way[:9] == [way[0]] * 9
     assert len(set(way)) == 1 + len(another_way)
     assert frame["repeat"].nunique() == 3
-    assert list(results.ways(frame)) == ["mode", "distill_loss", "student.width"]
+    assert list(results.ways(frame)) == [
+        "mode", "distill_loss", "user_loss", "unshown_weight", "student.width",
+    ]  # fmt: skip
 
 
 def test_a_weight_that_is_not_tuned_makes_ways_and_a_switch_makes_two():
     first = row("student", "shared", 0, 1.0, 10.0)
-    for column, expected in (("distill.user_weight", 3), ("train.unshown_weight", 2)):
+    for column, expected in (("distill.user_weight", 3), ("unshown_weight", 2)):
         frame = labelled(*(first | {column: weight} for weight in (0.0, 0.1, 0.3)))
         assert frame["setting"].nunique() == 3
         assert frame["way"].nunique() == expected
@@ -228,7 +290,7 @@ def test_each_side_of_a_switch_is_tuned_over_its_own_values():
         pd.DataFrame(
             [
                 row("student", "none", 0, number, 10.0, split="validation")
-                | {"train.unshown_weight": weight, "member": f"none-unshown{weight}"}
+                | {"unshown_weight": weight, "member": f"none-unshown{weight}"}
                 for weight, number in passed.items()
             ]
         )

@@ -12,7 +12,9 @@ def rows_of(passed_by_setting, split="validation"):
     """Rows of settings (way, name) -> `passed_for_99` by repeat; None leaves one out."""
     lines = [
         {"split": split, "way": way, "setting": f"{way} {name}", "repeat": str(repeat),
-         "mode": way.split()[0], saving.CRITERION: passed}
+         "mode": way.split()[0], "role": "student", "member": f"{way} {name}",
+         "distill_loss": None if way.startswith("none") else way.split()[-1],
+         saving.CRITERION: passed}
         for (way, name), by_repeat in passed_by_setting.items()
         for repeat, passed in enumerate(by_repeat)
         if passed is not None
@@ -54,8 +56,9 @@ def test_of_each_way_the_setting_that_needs_the_fewest_on_validation_is_chosen()
     }
     assert saving.best_of_ways(rows) == chosen
     assert list(saving.best_of_ways(rows)) == list(chosen)
-    assert saving.baseline(rows) == "none fast"
-    assert saving.best(rows, saving.settings_of(rows, distilled=True)) == "shared bce weight 3"
+    assert saving.baselines(rows) == dict.fromkeys(
+        ("funnel_cost_saving", "saving_over_none"), "none fast"
+    )
 
 
 def test_validation_alone_decides_whatever_test_says():
@@ -65,7 +68,7 @@ def test_validation_alone_decides_whatever_test_says():
         test = rows_of({("none", "a"): on_test, ("aux", "b"): on_test}, split="test")
         rows = pd.concat([test, validation, test.assign(repeat="7")], ignore_index=True)
         assert saving.best_of_ways(rows) == {"none": "none b", "aux": "aux a"}
-        assert saving.baseline(rows) == "none b"
+        assert saving.baselines(rows)["funnel_cost_saving"] == "none b"
 
 
 @pytest.mark.parametrize("lacks", [None, NAN])
@@ -90,6 +93,79 @@ def test_a_way_without_a_number_on_validation_has_no_choice():
     rows = rows_of({("none", "a"): [NAN, NAN], ("aux", "a"): [300, 310]})
     test = rows_of({("none", "a"): [300, 300], ("shared", "a"): [1, 1]}, split="test")
     assert saving.best_of_ways(pd.concat([rows, test])) == {"aux": "aux a"}
-    assert saving.baseline(pd.concat([rows, test])) is None
+    assert saving.baselines(pd.concat([rows, test])) == {}
     assert saving.best_of_ways(test) == {}
     assert saving.best(rows, []) is None
+
+
+def test_each_saving_has_the_baseline_that_it_names():
+    rows = rows_of(
+        {
+            ("none", "plain"): [300, 310],
+            ("none", "unshown"): [200, 210],
+            ("none", "list loss"): [100, 110],
+            ("aux topk:stage", "a"): [150, 160],
+            ("aux softmax:stage+topk:stage", "a"): [140, 150],
+            ("aux topk:stage+bce", "a"): [20, 20],  # one term needs scores
+            ("aux topk", "a"): [30, 30],
+        }
+    )
+    by_name = rows["setting"].str
+    rows["unshown_weight"] = by_name.endswith("unshown") * 0.1
+    rows["user_loss"] = by_name.endswith("list loss").map({True: "softmax", False: "bce"})
+    names = ("oracle", "random", "incumbent", "popularity", "show_rate", "top_rate", "static_list")
+    numbers = (10, 50, 400, 180, 145, 40, 45)
+    references = pd.concat(
+        [
+            rows_of({("list", name): [number, number]}).assign(
+                role="reference", member=name, setting=name
+            )
+            for name, number in zip(names, numbers, strict=True)
+        ]
+    )
+    whole = pd.concat([rows, references], ignore_index=True)
+    assert saving.baselines(whole) == {
+        "funnel_cost_saving": "none list loss",
+        "saving_over_none": "none plain",
+        "saving_over_incumbent": "incumbent",
+    }
+    without = whole[whole["setting"] != "none list loss"]
+    # 145, as the mean of the two terms.
+    assert saving.baselines(without)["funnel_cost_saving"] == "aux softmax:stage+topk:stage a"
+    lists = without[~without["setting"].str.contains("stage a")]
+    assert saving.baselines(lists)["funnel_cost_saving"] == "show_rate"
+
+
+@pytest.mark.parametrize("lacking", ["validation", "test"])
+def test_a_reference_that_one_split_lacks_is_no_baseline(lacking):
+    """A saving against it would be unknown on that split."""
+    students = {("none", "a"): [300, 310], ("aux topk", "a"): [200, 210]}
+    rows = pd.concat([rows_of(students, split) for split in ("validation", "test")])
+    of_list = rows.iloc[:0]
+    for split in {"validation", "test"} - {lacking}:
+        of_list = rows_of({("list", "incumbent"): [100, 100]}, split).assign(
+            role="reference", member="incumbent", setting="incumbent"
+        )
+    whole = pd.concat([rows, of_list], ignore_index=True)
+    assert saving.baselines(whole) == dict.fromkeys(
+        ("funnel_cost_saving", "saving_over_none"), "none a"
+    )
+    both = pd.concat([whole, of_list.assign(split=lacking)], ignore_index=True)
+    assert saving.baselines(both)["funnel_cost_saving"] == "incumbent"
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"), [(305, "none a"), (295, "show_rate"), (NAN, "none a")]
+)
+def test_a_list_and_a_student_that_diverged_once_are_compared_in_the_repeats_of_both(
+    number, expected
+):
+    """Else any list, which has every repeat, would be the baseline of a sweep that lost one."""
+    students = rows_of({("none", "a"): [300, None], ("aux topk", "a"): [200, 200]})
+    of_list = rows_of({("list", "show_rate"): [number, 1]}).assign(
+        role="reference", member="show_rate", setting="show_rate"
+    )
+    if math.isnan(number):
+        of_list[saving.CRITERION] = NAN
+    rows = pd.concat([students, of_list], ignore_index=True)
+    assert saving.baselines(rows)["funnel_cost_saving"] == expected

@@ -1,6 +1,7 @@
 """The one pass: sums of batches, and the row of results that they make."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,7 @@ def test_row_of_one_small_request_by_hand() -> None:
         label_weight=np.array([[0.0, 1.0, 3.0, 0.0]], np.float32),
         true=entries([1, 0, 1, 1]),
         request_mask=np.ones(1, bool),
+        propensity=np.full((1, 4), np.nan, np.float32),
     )
     row = case.row([1, 3, 99])
     expected = {
@@ -81,6 +83,11 @@ def test_row_of_one_small_request_by_hand() -> None:
         "teacher_tau": (1 - 5) / 6,
         "passed_for_50": 3,
         "passed_for_99": 4,
+        "scored_for_50": 3,
+        "scored_for_99": 4,
+        # Of the three shown from the first three, and of those from all.
+        "true_value_for_50": 1.0,
+        "candidates": 4,
         # Of a, b, c, which it values at 2.1, two are good; so are three of all.
         "regret": 1 / 3,
         "top_calibration": 2.1 / 2,
@@ -126,10 +133,17 @@ def test_row_has_the_columns_of_the_results_in_their_order() -> None:
         "end_to_end_hit_rate@10/like",
         "end_to_end_hit_rate@20/watch",
         "end_to_end_hit_rate@20/like",
+        *(f"{name}@{k}" for name in ("covered_user_value", "coverage") for k in (10, 20)),
+        *(f"ips_user_value@{k}" for k in (10, 20)),
         "teacher_ndcg",
         "teacher_tau",
         "passed_for_50",
         "passed_for_99",
+        "scored_for_50",
+        "scored_for_99",
+        "true_value_for_50",
+        "true_value_for_99",
+        "candidates",
         "regret",
         "top_calibration",
         "unseen_users",
@@ -358,10 +372,14 @@ def test_padding_changes_nothing() -> None:
         label_weight=padded(case.label_weight, 1),
         true=padded(case.true, np.nan),
         request_mask=case.request_mask,
+        propensity=padded(case.propensity, np.nan),
     ).sums()
+    # At the same k, the same share of the passed: padding is no candidate.
+    longer["covered_user_value"] = longer["covered_user_value"][:40]
     for name in (
         *("survival", "value_captured", "true_value_captured", "shown_kept"),
-        *("positives_kept", "positives_shown"),
+        *("positives_kept", "positives_shown", "scored", "passed_shown", "all_shown"),
+        "ips_user_value",
     ):
         curve = longer[name]
         np.testing.assert_array_equal(curve[40:], np.broadcast_to(curve[39], curve[40:].shape))
@@ -456,6 +474,7 @@ def test_a_diverged_student_gives_nan_and_no_numbers() -> None:
     case = random_case()
     case.student[:] = np.nan
     row = case.row([10])
+    assert row.pop("candidates") == 40
     assert np.isnan(list(row.values())).all()
 
 
@@ -479,3 +498,119 @@ def test_sums_are_the_same_to_the_last_bit_when_repeated() -> None:
     case = random_case()
     for left, right in zip(*map(jax.tree.leaves, (case.sums(), case.sums())), strict=True):
         np.testing.assert_array_equal(left, right)
+
+
+def test_a_task_of_weight_0_that_the_teacher_lacks_changes_no_other_number() -> None:
+    whole = random_case(seed=3)
+    whole.value_weights = np.array([1.0, 0.0])
+    lacking = dataclasses.replace(
+        whole,
+        teacher=np.where([True, False], whole.teacher, np.nan).astype(np.float32),
+        teacher_weight=np.where([True, False], whole.teacher_weight, 0.0).astype(np.float32),
+    )
+    row, expected = lacking.row([10, 20]), whole.row([10, 20])
+    teacher, of_teacher = lacking.teacher_row([10, 20]), whole.teacher_row([10, 20])
+    for name in expected:
+        if name.startswith("alignment"):
+            continue  # a mean over tasks
+        if name.startswith("teacher_") and name.endswith("/like"):
+            assert np.isnan(row[name]), name
+        else:
+            np.testing.assert_equal(row[name], expected[name], err_msg=name)
+        if not name.endswith("/like"):
+            np.testing.assert_equal(teacher[name], of_teacher[name], err_msg=name)
+    assert np.isfinite(row["alignment_ratio"])
+    assert np.isnan(teacher["user_auc/like"])
+
+
+def test_a_teacher_that_knows_nothing_shows_nothing_known() -> None:
+    case = random_case()
+    case.teacher_weight = np.zeros_like(case.teacher_weight)
+    row = case.row([10])
+    assert np.isfinite(row["hit_rate@10/watch"])
+    for name in ("end_to_end_hit_rate@10/watch", "survival@10", "value_captured@10"):
+        assert np.isnan(row[name]), name
+
+
+def test_the_teacher_scores_no_more_than_a_request_has() -> None:
+    case = random_case(requests=3, candidates=12)
+    for request, size in enumerate((2, 5, 12)):
+        case.stage[request, size:] = Stage.PADDING
+    row = case.row([4])
+    assert row["candidates"] == pytest.approx((2 + 5 + 12) / 3)
+    for target in ("50", "99"):
+        k = row[f"passed_for_{target}"]
+        expected = (min(k, 2) + min(k, 5) + min(k, 12)) / 3
+        assert row[f"scored_for_{target}"] == pytest.approx(expected)
+    # A request that fills up a batch counts for nothing.
+    case.request_mask[1] = False
+    row = case.row([4])
+    k = row["passed_for_99"]
+    assert row["scored_for_99"] == pytest.approx((min(k, 2) + min(k, 12)) / 2)
+
+
+def shown_by_funnel(case: Case, request: int, among: list[int], passed: int) -> list[int]:
+    """The places that the teacher shows if the student passes so many of some candidates."""
+    student, teacher = (of[request] @ case.value_weights for of in (case.student, case.teacher))
+    best = sorted(among, key=lambda place: -student[place])[:passed]
+    return sorted(best, key=lambda place: -teacher[place])[:SHOWN]
+
+
+def test_users_measures_are_those_of_one_funnel_after_the_other() -> None:
+    case = random_case(seed=5, candidates=30)
+    case.stage[0, 20:] = Stage.PADDING
+    case.stage[1] = np.where(case.stage[1] == Stage.PASSED, Stage.RETRIEVED, case.stage[1])
+    case.label_weight *= case.stage == Stage.SHOWN
+    case.request_mask[5] = False
+    ks = [1, 4, 12, 30]
+    row = case.row(ks)
+    value = (case.label * case.value_weights).sum(axis=2) * (case.label_weight > 0)
+    found = {}
+    for k in ks:
+        every = passed_shown = of_labels = by_propensity = 0.0
+        for request in range(5):
+            there = [place for place in range(30) if case.stage[request, place] > 0]
+            passed = [place for place in there if case.stage[request, place] >= Stage.PASSED]
+            shown = shown_by_funnel(case, request, there, k)
+            every += len(shown)
+            passed_shown += len(set(shown) & set(passed))
+            by_propensity += sum(
+                value[request, place] / case.propensity[request, place]
+                for place in shown
+                if case.label_weight[request, place] > 0
+            )
+            some = math.ceil(min(k, len(there)) * len(passed) / len(there))
+            of_passed = shown_by_funnel(case, request, passed, some)
+            of_labels += sum(value[request, place] for place in of_passed)
+        found[k] = {"covered": of_labels, "ips": by_propensity}
+        assert row[f"coverage@{k}"] == pytest.approx(passed_shown / every)
+    for name, of in (("covered_user_value", "covered"), ("ips_user_value", "ips")):
+        for k in ks:
+            expected = found[k][of] / found[30][of]
+            assert row[f"{name}@{k}"] == pytest.approx(expected, rel=1e-5), (name, k)
+
+
+def test_a_label_without_a_propensity_has_no_weight() -> None:
+    """As if it were negative: a slot that was not filled at random."""
+    ks = [1, 4, 12, 40]
+    case = random_case(seed=3)
+    some = np.random.default_rng(0).random(case.stage.shape) < 0.5
+    positive = (case.label_weight > 0) & (case.label @ case.value_weights > 0)
+    assert (positive & some).any()
+    assert (positive & ~some).any()
+    without, negative = (
+        dataclasses.replace(case, **{name: getattr(case, name).copy()})
+        for name in ("propensity", "label")
+    )
+    without.propensity[some] = np.nan
+    negative.label[some] = 0
+    for k in ks:
+        name = f"ips_user_value@{k}"
+        assert without.row(ks)[name] == pytest.approx(negative.row(ks)[name], rel=1e-6)
+    assert without.row(ks)["ips_user_value@4"] != pytest.approx(case.row(ks)["ips_user_value@4"])
+
+
+def test_without_propensities_nothing_is_weighted_by_them() -> None:
+    case = random_case()
+    case.propensity[:] = np.nan
+    assert np.isnan(case.row([SHOWN])[f"ips_user_value@{SHOWN}"])

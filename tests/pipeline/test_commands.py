@@ -19,6 +19,7 @@ from kd_ranker.evaluation import kept, results
 from kd_ranker.evaluation.measured import mark_measured
 from kd_ranker.evaluation.metrics import TARGET, ReportAt
 from kd_ranker.evaluation.references import REFERENCES
+from kd_ranker.evaluation.saving import SAVINGS
 from kd_ranker.pipeline import commands, measure, runs, scoring, teachers
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
@@ -377,9 +378,11 @@ def chosen_by_hand(workdir):
 def test_a_sweep_has_one_row_a_model_and_serve_choice_on_validation(world, swept):
     frame, config = table(swept), world.config()
     assert list(frame.columns) == results.columns(config.tasks, measure.report_at(config))
-    roles = ["teacher"] + ["student"] * 8 + ["teacher"] + ["student"] * 4 + ["reference"] * 5
-    assert frame["role"].tolist() == roles
-    assert frame["split"].tolist() == ["validation"] * 9 + ["test"] * 10
+    referred = ["reference"] * len(REFERENCES)
+    of_splits = [["teacher", *["student"] * number, *referred] for number in (8, 4)]
+    assert frame["role"].tolist() == [role for of in of_splits for role in of]
+    splits = zip(("validation", "test"), of_splits, strict=True)
+    assert frame["split"].tolist() == [split for split, of in splits for _ in of]
     teachers_steps = frame.loc[frame["role"] == "teacher", "step"]
     assert teachers_steps.tolist() == [config.teacher.train.steps] * 2
     students = rows_of(swept, "validation")
@@ -396,7 +399,7 @@ def test_a_sweep_has_one_row_a_model_and_serve_choice_on_validation(world, swept
 def test_a_saving_is_against_the_baseline_of_the_same_split_and_seed(world, swept, split):
     students, config = rows_of(swept, split), world.config()
     (teacher_flops,) = rows_of(swept, split, "teacher")["flops_per_candidate"]
-    assert (students.loc[students["mode"] == "none", "funnel_cost_saving"] == 0).all()
+    assert (students.loc[students["mode"] == "none", "saving_over_none"] == 0).all()
     cost = (
         config.funnel.retrieved * students["flops_per_candidate"]
         + students["passed_for_99"] * teacher_flops
@@ -404,7 +407,15 @@ def test_a_saving_is_against_the_baseline_of_the_same_split_and_seed(world, swep
     for _, of_seed in students.groupby("seed"):
         assert of_seed["mode"].iloc[0] == "none"
         saving = 1 - cost[of_seed.index] / cost[of_seed.index[0]]
-        np.testing.assert_allclose(of_seed["funnel_cost_saving"], saving, atol=1e-5)
+        np.testing.assert_allclose(of_seed["saving_over_none"], saving, atol=1e-5)
+    # The best without scores is a list here, which costs nothing itself.
+    references = rows_of(swept, "validation", "reference").set_index("member")["passed_for_99"]
+    without = references[["incumbent", "popularity", "show_rate", "pass_rate"]]
+    of_none = rows_of(swept, "validation").query("mode == 'none'")["passed_for_99"]
+    assert without.min() < of_none.mean()
+    on_test = rows_of(swept, split, "reference").set_index("member")["passed_for_99"]
+    saving = 1 - cost / (on_test[without.idxmin()] * teacher_flops)
+    np.testing.assert_allclose(students["funnel_cost_saving"], saving, atol=1e-5)
 
 
 def test_heads_that_do_not_rank_are_not_charged(swept):
@@ -445,13 +456,13 @@ def test_the_test_is_read_by_chosen_settings_alone_as_each_member_measures_on_it
 REFERENCE_NAMES = {(name, "user") for name in REFERENCES}
 
 
-def test_references_are_measured_on_the_test_as_what_they_know_allows(swept):
-    assert not len(rows_of(swept, "validation", "reference"))
-    references = rows_of(swept, "test", "reference").set_index("member")
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_references_are_measured_as_what_they_know_allows(swept, split):
+    references = rows_of(swept, split, "reference").set_index("member")
     assert list(references.index) == list(REFERENCES)
     assert references["passed_for_99"].between(10, 100).all()
     assert set(references["seed"]) == {0}  # of the teacher by whom they are measured
-    for column in ("mode", "data_seed", "step", "flops_per_candidate", "funnel_cost_saving"):
+    for column in ("mode", "data_seed", "step", "flops_per_candidate", *SAVINGS):
         assert references[column].isna().all(), column
     # Whoever only orders foretells nothing.
     foretold = references["user_bce/watch"].notna()
@@ -459,7 +470,7 @@ def test_references_are_measured_on_the_test_as_what_they_know_allows(swept):
     calibrated = results.read_csv(swept / results.CALIBRATION_FILE)["member"]
     assert {name for name in REFERENCES if name in set(calibrated)} == {"oracle"}
     # It knows the truth.
-    students = rows_of(swept, "test")
+    students = rows_of(swept, split)
     name = "true_value_captured@30"
     assert references.loc["oracle", name] >= students[name].max()
 
@@ -469,9 +480,10 @@ def test_a_sweep_without_a_teacher_to_run_knows_neither_its_seed_nor_its_step(wo
     config.update(sweep={"modes": ("none",), "seeds": (0,)})
     commands.sweep(config, tmp_path)
     rows = (tmp_path / results.FILE).read_text().splitlines()[1:]
-    for teacher_row, student_row, split in ((*rows[:2], "validation"), (*rows[2:4], "test")):
-        assert teacher_row.startswith(f"cascade,{split},teacher,,,,,,user,,,,")
-        assert student_row.startswith(f"cascade,{split},student,none,,0,,0.01,user,0,0,20,")
+    of_test = [row for row in rows if row.startswith("cascade,test")]
+    for teacher_row, student_row, split in ((*rows[:2], "validation"), (*of_test[:2], "test")):
+        assert teacher_row.startswith(f"cascade,{split},teacher,,,,,,,,user,,,,")
+        assert student_row.startswith(f"cascade,{split},student,none,,0,,0.01,bce,0,user,0,0,20,")
 
 
 def test_a_member_of_a_sweep_is_the_student_that_train_makes(world, swept, trained):
@@ -483,7 +495,7 @@ def test_a_member_of_a_sweep_is_the_student_that_train_makes(world, swept, train
         of_sweep = frame[(frame["mode"] == mode) & (frame["seed"] == 0)].set_index(keys)
         assert len(of_sweep) > len(MODES[mode].serve)
         compared = alone.select_dtypes("number").columns
-        compared = compared.difference(["funnel_cost_saving", "member"])
+        compared = compared.difference([*SAVINGS, "member"])
         np.testing.assert_allclose(
             of_sweep[compared].astype(float), alone.loc[of_sweep.index, compared],
             rtol=2e-3, atol=1e-6,
@@ -542,13 +554,13 @@ def test_costs_of_ones_own_change_savings_alone_and_train_nothing(world, swept, 
     assert commands.sweep(world.config(**SWEEP, **costs), workdir)
     assert written() == cohorts
     before, after = table(swept), table(workdir)
-    column = "funnel_cost_saving"
-    pd.testing.assert_frame_equal(before.drop(columns=column), after.drop(columns=column))
+    columns = list(SAVINGS)
+    pd.testing.assert_frame_equal(before.drop(columns=columns), after.drop(columns=columns))
     rows = rows_of(workdir, "validation")
     cost = 0.5 * world.config().funnel.retrieved + 2.0 * rows["passed_for_99"]
     for _, of_seed in rows.groupby("seed"):
         saving = 1 - cost[of_seed.index] / cost[of_seed.index[0]]
-        np.testing.assert_allclose(of_seed[column], saving, atol=1e-5)
+        np.testing.assert_allclose(of_seed["saving_over_none"], saving, atol=1e-5)
     assert not commands.sweep(world.config(**SWEEP, **costs), workdir)
 
 
@@ -591,7 +603,7 @@ def test_a_sweep_that_is_extended_trains_the_new_members_alone(world, swept, ext
     assert sorted(path.name for path in (extended / "cohorts").iterdir()) == ["0", "1"]
     old, new = (rows_of(workdir, "validation") for workdir in (swept, extended))
     assert set(new["member"]) - set(old["member"]) == {f"aux-weight4.0-seed{s}" for s in (0, 1)}
-    compared = old.columns.difference(["passed_for_99", "funnel_cost_saving"])
+    compared = old.columns.difference(["passed_for_99", *SAVINGS])
     assert (
         new[: len(old)]
         .reset_index(drop=True)[compared]
@@ -824,10 +836,11 @@ def test_a_sweep_of_which_all_diverge_has_the_teacher_and_references_on_the_test
     config = world.config(**axes, train__log_every=1)
     assert commands.sweep(config, tmp_path)
     frame = table(tmp_path)
-    expected = ["teacher", "student", "teacher", *["reference"] * len(REFERENCES)]
-    assert frame["role"].tolist() == expected
-    assert frame["split"].tolist() == ["validation"] * 2 + ["test"] * (1 + len(REFERENCES))
-    assert frame["funnel_cost_saving"].isna().all()
+    referred = ["reference"] * len(REFERENCES)
+    assert frame["role"].tolist() == ["teacher", "student", *referred, "teacher", *referred]
+    counts = frame["split"].value_counts().to_dict()
+    assert counts == {"validation": 2 + len(REFERENCES), "test": 1 + len(REFERENCES)}
+    assert frame[list(SAVINGS)].isna().all(axis=None)
     assert not commands.sweep(config, tmp_path)
 
 
@@ -887,7 +900,7 @@ def test_orders_of_data_are_cohorts_that_pair_with_their_own_baseline(world, tmp
         students = rows_of(tmp_path, split)
         assert students["data_seed"].tolist() == [0, 0, 5, 5]
         none = students[students["mode"] == "none"]
-        assert (none["funnel_cost_saving"] == 0).all()
+        assert (none["saving_over_none"] == 0).all()
         # Another order is another student.
         assert none["user_bce/watch"].nunique() == 2
     # One batch after another: a cohort an order, and each has its part of the test.

@@ -213,3 +213,19 @@ def test_a_final_ranker_learns_from_a_log_only_if_that_holds_probabilities():
         with pytest.raises(UserError, match=r"teacher\.log_weight=1 needs teacher probabilities"):
             supervision.check_log(config, dataset)
         supervision.check_log(cascade("small"), dataset)
+
+
+def test_a_task_that_counts_in_the_value_must_have_been_scored():
+    lacking = [
+        dataclasses.replace(
+            request,
+            teacher_probability=np.where([True, False, True], request.teacher_probability, np.nan),
+        )
+        for request in REQUESTS
+    ]
+    check_all(config_with(value_weights=(1.0, 0.0, 4.0), teacher__source="logged"), log=lacking)
+    weighted = config_with(value_weights=(1.0, 2.0, 4.0), teacher__source="logged")
+    with pytest.raises(UserError, match="value_weights gives like the weight 2, and no training"):
+        check_all(weighted, log=lacking)
+    weighted.teacher.source = "live"
+    check_all(weighted, log=lacking)

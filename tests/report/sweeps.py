@@ -20,7 +20,10 @@ REPORT_AT = (10, 50, 100, 200, 400)
 TARGETS = (0.95, 0.99)
 SPLITS = ("validation", "test")
 WEIGHTS = (0.1, 0.3, 1.0, 3.0, 10.0)
-REFERENCES = ("oracle", "random")
+REFERENCES = ("oracle", "incumbent", "random", "show_rate")
+TEACHER_FLOPS = 200.0
+# The share of the shown items that the logged funnel passed, of every ranker at every k.
+COVERAGE = 0.8
 CURVES = ("survival", "value_captured", "true_value_captured")
 
 OF_REQUESTS = tuple(f"cohorts/0/test/{name}" for name in (kept.FILE, kept.CURVES_FILE))
@@ -63,7 +66,9 @@ def write_sweep(
     config.funnel.retrieved = retrieved
     config.update_from_flattened_dict(changes or {})
     workdir.mkdir(parents=True, exist_ok=True)
-    unknown = {} if true_values else {f"true_value_captured@{k}": math.nan for k in REPORT_AT}
+    of_truth = [f"true_value_captured@{k}" for k in REPORT_AT]
+    of_truth += ["true_value_for_95", "true_value_for_99"]
+    unknown = {} if true_values else dict.fromkeys(of_truth, math.nan)
     columns = results.columns(TASKS, ReportAt(REPORT_AT, TARGETS))
     teacher = _teacher(dataset, retrieved) | unknown
     rows, losses = {("teacher", "user"): teacher}, {}
@@ -77,7 +82,11 @@ def write_sweep(
             losses[member] = _losses(mode, weight, seed)
     chosen = results.chosen(pd.DataFrame(list(rows.values())).reindex(columns=columns))
     tested = {("teacher", "user"): teacher | {"split": "test"}}
-    tested |= {(name, "user"): _reference(dataset, name) | unknown for name in REFERENCES}
+    tested |= {
+        (name, "user"): _reference(dataset, name, retrieved) | unknown for name in REFERENCES
+    }
+    for name in REFERENCES:
+        rows[name, "user"] = _reference(dataset, name, retrieved, "validation") | unknown
     curves, bins, each = [], [], {}
     for member, serve in [who for who in rows if who[1] in chosen.get(who[0], ())]:
         keys = (rows[member, serve][name] for name in ("mode", "distill_weight", "serve", "seed"))
@@ -89,7 +98,11 @@ def write_sweep(
         bins.append(_bins(member, serve, tested[member, serve]["seed"]))
         each[member, serve] = _each(tested[member, serve], curve, requests)
     every = [*rows.values(), *tested.values()]
-    every = [row | {"funnel_cost_saving": _saving(row, every, retrieved)} for row in every]
+    savings = [_saving(row, every, retrieved) for row in every]
+    every = [
+        row | {"funnel_cost_saving": saving, "saving_over_none": saving}
+        for row, saving in zip(every, savings, strict=True)
+    ]
     files = {
         "config.json": config.to_json(indent=2, sort_keys=True),
         "environment.json": json.dumps(
@@ -132,8 +145,9 @@ def change(workdir: Path, change_rows) -> Path:
 def _teacher(dataset: str, retrieved: int) -> dict:
     return {
         "dataset": dataset, "split": "validation", "role": "teacher", "serve": "user", "seed": 0,
-        "data_seed": 0, "step": 1500, "member": "teacher", "passed_for_95": 9.0,
-        "passed_for_99": 10.0, "flops_per_candidate": 150_000.0, "cost_ratio": 1.0,
+        "step": 1500, "member": "teacher", "passed_for_95": 9.0,
+        "passed_for_99": 10.0, "scored_for_95": 9.0, "scored_for_99": 10.0,
+        "candidates": float(retrieved), "flops_per_candidate": 150_000.0, "cost_ratio": 1.0,
         "alignment_ratio": math.nan,
         **{f"user_bce/{task}": 0.60 - 0.15 * i for i, task in enumerate(TASKS)},
         **{f"user_auc/{task}": 0.74 - 0.03 * i for i, task in enumerate(TASKS)},
@@ -143,15 +157,21 @@ def _teacher(dataset: str, retrieved: int) -> dict:
         **{f"survival@{k}": 1.0 for k in REPORT_AT},
         **{f"value_captured@{k}": 1.0 for k in REPORT_AT},
         **{f"true_value_captured@{k}": 1.0 for k in REPORT_AT},
+        "true_value_for_95": 1.0, "true_value_for_99": 1.0,
     }  # fmt: skip
 
 
-def _reference(dataset: str, name: str) -> dict:
+def _reference(dataset: str, name: str, retrieved: int, split: str = "test") -> dict:
+    passed = {"oracle": 9.0, "random": 1900.0, "incumbent": 1500.0, "show_rate": 900.0}[name]
     return {
-        "dataset": dataset, "split": "test", "role": "reference", "member": name, "serve": "user",
-        "seed": 0, "data_seed": 0, "passed_for_99": 9.0 if name == "oracle" else 1900.0,
+        "dataset": dataset, "split": split, "role": "reference", "member": name, "serve": "user",
+        "seed": 0, "passed_for_99": passed, "scored_for_99": passed,
+        "candidates": float(retrieved),
         **{f"survival@{k}": 0.5 for k in REPORT_AT},
         **{f"true_value_captured@{k}": 1.1 for k in REPORT_AT},
+        **{f"covered_user_value@{k}": (k / retrieved) ** 0.1 for k in REPORT_AT},
+        **{f"coverage@{k}": COVERAGE for k in REPORT_AT},
+        "true_value_for_95": 1.0, "true_value_for_99": 1.0,
     }  # fmt: skip
 
 
@@ -184,10 +204,17 @@ def _each(row: dict, curve: pd.DataFrame, requests: int) -> Each:
         **{f"teacher_{name}{end}": weight for name in ("ndcg", "tau") for end in ("", "_requests")},
         **{f"top_{name}": np.nan * weight for name in ("promised", "true", "best")},
         "unseen_users": 0 * weight, "requests": weight, "unseen_items": 0 * weight,
-        "candidates": weight, "funnel_requests": weight,
+        "candidates": weight * row["candidates"], "funnel_requests": weight,
     }  # fmt: skip
     curves = {name: spread(curve[name].to_numpy()) for name in CURVES}
+    curves["scored"] = np.multiply.outer(weight, curve["k"].to_numpy())
     curves["shown_kept"] = curves["survival"]
+    curves["covered_user_value"] = curves["value_captured"]
+    curves["all_shown"] = np.multiply.outer(weight, np.ones(len(curve)))
+    curves |= {
+        "passed_shown": COVERAGE * curves["all_shown"],
+        "ips_user_value": np.nan * curves["all_shown"],
+    }
     tasks = np.ones(len(TASKS))
     curves |= {
         f"positives_{name}": np.multiply.outer(curves["survival"], tasks)
@@ -218,16 +245,20 @@ def _student(
     value = 1 - np.exp(-np.log(100.0) * (k / passed) ** 0.55)
     value /= value[-1]
     survival = np.minimum(1.0, 1 - np.exp(-1.52 * (k / (passed / 450 * 200)) ** 0.6))
-    needed = float(np.flatnonzero(value >= 0.99)[0] + 1)
+    needed = {target: float(np.flatnonzero(value >= target / 100)[0] + 1) for target in (95, 99)}
     row = {
         "dataset": dataset, "split": split, "role": "student", "mode": mode, "serve": serve,
         "seed": seed, "data_seed": 0, "step": 1500,
         "distill_loss": None if mode == "none" else "bce",
         "distill_weight": weight, "temperature": math.nan if mode == "none" else 1.0,
-        "learning_rate": 0.002,
+        "learning_rate": 0.002, "user_loss": "bce", "unshown_weight": 0.0,
         "alignment_ratio": 0.2 - 0.02 * strength + own.normal(0, 0.004),
-        "passed_for_95": float(np.flatnonzero(value >= 0.95)[0] + 1),
-        "passed_for_99": needed,
+        **{f"passed_for_{target}": passes for target, passes in needed.items()},
+        **{f"scored_for_{target}": passes for target, passes in needed.items()},
+        # The curve of the true value ends at 1.02.
+        **{f"true_value_for_{target}": (value[int(passes) - 1] + 0.02) / 1.02
+           for target, passes in needed.items()},
+        "candidates": float(retrieved),
         "flops_per_candidate": 900.0 if mode == "aux" else 800.0,
         "cost_ratio": (900.0 if mode == "aux" else 800.0) / 150_000.0,
     }  # fmt: skip
@@ -245,6 +276,8 @@ def _student(
         row[f"survival@{at}"] = float(survival[at - 1]) if at <= retrieved else math.nan
         row[f"value_captured@{at}"] = float(value[at - 1]) if at <= retrieved else math.nan
         row[f"true_value_captured@{at}"] = row[f"value_captured@{at}"] + 0.02
+        row[f"covered_user_value@{at}"] = row[f"value_captured@{at}"]
+        row[f"coverage@{at}"] = COVERAGE
     at = np.array(kept.kept_ks(retrieved, REPORT_AT))
     curve = pd.DataFrame(
         {
@@ -284,7 +317,8 @@ def _frozen(row: dict) -> dict:
         "distill_loss",
         "member",
     )
-    known += ("distill_weight", "temperature", "learning_rate", "flops_per_candidate", "cost_ratio")
+    known += ("distill_weight", "temperature", "learning_rate", "user_loss", "unshown_weight")
+    known += ("flops_per_candidate", "cost_ratio")
     return {name: row[name] for name in known} | {"step": 1500, "non_finite_step": 700}
 
 
@@ -335,12 +369,16 @@ def write_rows(
 
     A row says what matters, the rest has a default: `{"mode": "aux", "seed": 1, "kl": 0.2}`. It
     stands for both splits unless it says for which; `{"test": {"kl": 0.3}}` is what differs there.
-    Short names: `kl`, `survival`, `weight`, `passed`, `flops`, `alignment`, `true_value`.
+    Short names: `kl`, `tau`, `survival`, `weight`, `passed`, `flops`, `alignment`, `true_value` and
+    `true_value_for` (where 99% is kept), `coverage` and `covered` (the covered value of labels).
+    Costs and candidates follow unless they are given.
     """
     short = {
         "kl": "teacher_kl/watch", "survival": f"survival@{passed}", "weight": "distill_weight",
         "passed": "passed_for_99", "flops": "flops_per_candidate", "alignment": "alignment_ratio",
-        "true_value": f"true_value_captured@{passed}",
+        "true_value": f"true_value_captured@{passed}", "tau": "teacher_tau",
+        "true_value_for": "true_value_for_99", "coverage": f"coverage@{passed}",
+        "covered": f"covered_user_value@{passed}",
     }  # fmt: skip
     full = []
     on_splits = [
@@ -357,12 +395,16 @@ def write_rows(
             "distill_weight": 0.0 if mode == "none" else 1.0, "non_finite_step": None,
             "distill_loss": None if mode == "none" else "bce", "learning_rate": 0.002,
             "temperature": None if mode == "none" else 1.0, "user_bce/watch": 0.5,
+            "user_loss": "bce" if mode else None, "unshown_weight": 0.0 if mode else None,
             "teacher_kl/watch": 0.1, "passed_for_99": 100.0, "flops_per_candidate": 10.0,
+            "candidates": float(retrieved),
         }  # fmt: skip
         line = default | {
             short.get(name, name): value for name, value in row.items() if name != "test"
         }
         line["teacher_bce/watch"] = line["teacher_kl/watch"] + 0.4
+        line.setdefault("scored_for_99", np.minimum(line["passed_for_99"], line["candidates"]))
+        line.setdefault("cost_ratio", line["flops_per_candidate"] / TEACHER_FLOPS)
         line.setdefault("member", f"{mode}-weight{line['distill_weight']}-seed{line['seed']}")
         full.append(line)
     config = cascade()
@@ -376,5 +418,13 @@ def write_rows(
 
 def teacher_row() -> dict:
     """The teacher's row for `write_rows`: 200 FLOPs a candidate."""
-    return {"role": "teacher", "mode": None, "distill_loss": None, "kl": 0.0, "flops": 200.0,
-            "passed": 10.0, "temperature": None, "member": "teacher"}  # fmt: skip
+    return {"role": "teacher", "mode": None, "distill_loss": None, "kl": 0.0,
+            "flops": TEACHER_FLOPS, "passed": 10.0, "temperature": None, "tau": 1.0,
+            "user_auc/watch": 0.8, "member": "teacher"}  # fmt: skip
+
+
+def reference_row(name: str, passed: float, **more: object) -> dict:
+    """The row of a reference for `write_rows`, in every repeat of the students."""
+    return {"role": "reference", "mode": None, "distill_loss": None, "weight": None,
+            "temperature": None, "learning_rate": None, "flops": math.nan,
+            "member": name, "passed": passed, **more}  # fmt: skip

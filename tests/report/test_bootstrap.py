@@ -244,3 +244,14 @@ def test_passed_for_is_unknown_where_there_is_nothing_to_capture():
 def test_a_curve_at_other_ks_is_refused():
     with pytest.raises(ValueError, match="a curve of 3 values at 4 values of k"):
         passed_for(np.ones(3), np.array([1, 2, 3, 4]), 0.99)
+
+
+def test_repeats_that_agree_exactly_leave_the_variance_of_the_requests() -> None:
+    generator = np.random.default_rng(0)
+    one = generator.normal(100, 1, 400)
+    # The draws of the two repeats vary against each other, and their mean less.
+    drawn = np.stack([one, 200 - 0.5 * one - 50], axis=1)
+    found = crossed_interval(Measured((0, 1), np.full(2, 100.0), drawn, 1000))
+    half = stats.t.ppf(0.975, 999) * np.sqrt(drawn.mean(axis=1).var(ddof=1) * 1000 / 999)
+    np.testing.assert_allclose(found.high - found.mean, half, rtol=1e-9)
+    assert half > 0

@@ -5,6 +5,7 @@ import json
 import re
 from xml.etree import ElementTree
 
+import numpy as np
 import pandas as pd
 import pytest
 import vl_convert
@@ -16,7 +17,16 @@ from kd_ranker.report.style import colours
 from tests.report import sweeps
 
 NAMES = [
-    *("frontier", "value_captured", "true_value_captured", "saving", "survival", "pareto"),
+    *(
+        "waterfall",
+        "frontier",
+        "plane",
+        "value_captured",
+        "true_value_captured",
+        "saving",
+        "survival",
+        "pareto",
+    ),
     *("calibration", "training"),
 ]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -107,13 +117,14 @@ def test_files_and_page_are_drawn_from_the_same_numbers(drawn):
     values = panel["data"]["values"]
     for column in ("user_bce", "user_bce_low", "teacher_bce_high"):
         assert [value[column] for value in values] == pytest.approx(list(data[column]))
-    assert [len(panels_of(drawn[name])) for name in NAMES] == [1, 1, 1, 2, 1, 1, 3, 2]
+    assert [len(panels_of(drawn[name])) for name in NAMES] == [1, 1, 1, 1, 1, 2, 1, 1, 3, 2]
 
 
 def test_a_modes_colour_is_the_same_everywhere(drawn):
     found = {}
-    for figure in drawn.values():
-        for panel in panels_of(figure):
+    for name, figure in drawn.items():
+        # Its bars are steps and no modes.
+        for panel in panels_of(figure) if name != "waterfall" else ():
             scale = panel["layer"][0]["encoding"]["color"]["scale"]
             for line, colour in zip(scale["domain"], scale["range"], strict=True):
                 found.setdefault(re.split("[ ,]", line)[0], set()).add(colour)
@@ -175,6 +186,48 @@ def test_what_ranks_without_a_model_is_named_and_in_no_legend(drawn, files):
     assert set(sweeps.REFERENCES) <= set(texts)
     (panel,) = panels_of(drawn["frontier"])
     assert panel["layer"][0]["encoding"]["color"]["scale"]["domain"] == ["none", "aux"]
+
+
+@pytest.mark.parametrize("name", ["value_captured", "true_value_captured", "survival"])
+def test_todays_early_ranker_is_named_over_k_and_in_no_legend(drawn, files, name):
+    texts = [text.text for text in ElementTree.fromstring(files[name]["svg"]).iter(f"{SVG}text")]
+    assert texts.count("incumbent") == 1
+    for panel in panels_of(drawn[name]):
+        scale = panel["layer"][0]["encoding"]["color"]["scale"]
+        assert scale["domain"] == ["none", "aux", "shared"]
+
+
+def test_the_waterfall_has_a_bar_a_step_with_its_number(drawn, files):
+    data = drawn["waterfall"].data
+    root = ElementTree.fromstring(files["waterfall"]["svg"])
+    texts = [text.text for text in root.iter(f"{SVG}text")]
+    # From the top down, each with its own colour.
+    assert [text for text in texts if text in set(data["line"])] == list(data["line"])
+    assert {f"{number:.0f}" for number in data["mean"]} <= set(texts)
+    bars = [
+        path
+        for group in root.iter(f"{SVG}g")
+        if "mark-rect role-mark" in group.get("class", "")
+        for path in group
+    ]
+    # A bar's path begins with its corner and goes on by its width.
+    widths = [float(re.search(r"h([\d.]+)", bar.get("d"))[1]) for bar in bars]
+    assert np.array(widths) / widths[0] == pytest.approx(
+        (data["mean"] / data["mean"][0]).to_numpy(), abs=0.01
+    )
+    assert len({bar.get("fill") for bar in bars}) == len(data) == 4
+
+
+def test_the_plane_has_its_margin_and_a_mark_a_way(drawn):
+    data = drawn["plane"].data
+    (panel,) = panels_of(drawn["plane"])
+    _, margin, *_, points = panel["layer"]
+    assert [value["margin"] for value in margin["data"]["values"]] == [data["margin"][0]]
+    assert points["encoding"]["x"]["field"] == "saving"
+    assert points["encoding"]["y"]["field"] == "users"
+    for column in ("saving", "users_low", "users_high"):
+        drawn_values = [value[column] for value in panel["data"]["values"]]
+        assert drawn_values == pytest.approx(list(data[column]))
 
 
 def test_a_name_cannot_end_the_script_that_holds_it(drawn):

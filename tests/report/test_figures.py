@@ -1,8 +1,9 @@
 import numpy as np
+import pandas as pd
 import pytest
 
 from kd_ranker.report import figures
-from kd_ranker.report.choices import best_of_sizes, cheapest
+from kd_ranker.report.choices import best_of_sizes, best_with_scores, cheapest
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from tests.report import sweeps
@@ -46,7 +47,9 @@ def test_the_pareto_front_has_a_line_a_way_and_a_point_a_weight_of_it(estimates)
 )
 def test_the_curves_are_means_of_what_was_chosen_of_each_way_on_test(estimates, make, measure):
     data = drawn(make, estimates).data
-    assert list(data["line"].unique()) == ["none", "aux", "shared"]
+    # Today's early ranker is muted.
+    assert list(data["line"].unique()) == ["none", "aux", "shared", "incumbent"]
+    assert set(data.loc[data["mode"] == figures.REFERENCE, "line"]) == {"incumbent"}
     at = data[(data["line"] == "shared") & (data["k"] == 200)].iloc[0]
     rows = estimates.study.tested
     rows = rows[rows["way"] == "shared"]
@@ -59,6 +62,69 @@ def test_the_curves_are_means_of_what_was_chosen_of_each_way_on_test(estimates, 
     # A k that one member alone holds is no mean.
     assert data.groupby("line")["k"].nunique().nunique() == 1
     assert data["k"].max() == 2000
+
+
+def test_a_list_is_drawn_over_k_if_no_student_without_scores_needs_fewer(tmp_path):
+    def needs_fewer(frame):
+        list_rows = frame["member"] == "show_rate"
+        return frame.assign(passed_for_99=frame["passed_for_99"].where(~list_rows, 100.0))
+
+    folder = sweeps.change(sweeps.write_sweep(tmp_path, seeds=(0, 1)), needs_fewer)
+    (study,) = read_studies([folder])
+    assert study.baseline == "show_rate"
+    data = figures.value_captured(study, Estimates(study)).data
+    assert set(data.loc[data["mode"] == figures.REFERENCE, "line"]) == {"incumbent", "show_rate"}
+
+
+def test_the_waterfall_goes_from_today_to_the_best_with_scores(estimates):
+    data = drawn(figures.waterfall, estimates).data
+    steps = {
+        "today's early ranker": "incumbent", "mode none": "none", "best without scores": "none",
+        "best with scores": best_with_scores(estimates.study),
+    }  # fmt: skip
+    assert dict(zip(data["line"], data["setting"], strict=True)) == steps
+    rows = pd.concat([estimates.study.tested, estimates.study.references])
+    on_test = rows[rows["split"] == "test"].groupby("setting")["passed_for_99"].mean()
+    assert list(data["mean"]) == pytest.approx([on_test[setting] for setting in steps.values()])
+    assert data["mean"].iloc[0] == 1500
+    assert data["mean"].is_monotonic_decreasing
+    assert (data["low"] < data["mean"]).iloc[1:].all()
+    assert (data["mean"] < data["high"]).iloc[1:].all()
+
+
+def test_the_waterfall_leaves_out_the_steps_that_a_log_does_not_know(tmp_path):
+    rows = [
+        {"mode": mode, "seed": seed, "passed": passed}
+        for mode, passed in (("none", 400), ("shared", 300)) for seed in (0, 1)
+    ]  # fmt: skip
+    (study,) = read_studies([sweeps.write_rows(tmp_path, [sweeps.teacher_row(), *rows])])
+    data = figures.waterfall(study, Estimates(study)).data
+    assert dict(zip(data["line"], data["mean"], strict=True)) == {
+        "mode none": 400, "best without scores": 400, "best with scores": 300,
+    }  # fmt: skip
+
+
+def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(estimates):
+    study = estimates.study
+    data = drawn(figures.plane, estimates).data
+    assert study.baseline == "none"
+    assert list(data["line"]) == ["aux", "shared"]
+    users = study.tested.pivot(index="repeat", columns="setting", values="true_value_for_99")
+    savings = study.tested.groupby("setting")["funnel_cost_saving"].mean()
+    for mark in data.to_dict("records"):
+        change = (users[mark["setting"]] / users["none"] - 1).mean()
+        assert mark["users"] == pytest.approx(change, abs=1e-6)
+        assert mark["saving"] == pytest.approx(savings[mark["setting"]], abs=1e-6)
+        assert mark["users_low"] < mark["users"] < mark["users_high"]
+        assert mark["saving_low"] < mark["saving"] < mark["saving_high"]
+        assert mark["margin"] == -study.margin
+
+
+def test_without_the_truth_there_is_no_plane(tmp_path):
+    (study,) = read_studies([sweeps.write_sweep(tmp_path, true_values=False, seeds=(0, 1))])
+    figure = figures.plane(study, Estimates(study))
+    assert figure.data.empty
+    assert figure.absent == "the change for users is not known"
 
 
 def test_the_frontier_has_the_best_with_and_without_distillation_at_their_cost(estimates):

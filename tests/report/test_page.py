@@ -15,8 +15,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 from kd_ranker.pipeline import commands
 from tests.report import sweeps
 
-FIGURES = 8
-PANELS = 12  # three of them are calibration, two are training, two are savings
+FIGURES = 10
+PANELS = 14  # three of them are calibration, two are training, two are savings
 
 
 @pytest.fixture(scope="module")

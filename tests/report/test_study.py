@@ -6,6 +6,7 @@ import pytest
 
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import kept, results
+from kd_ranker.evaluation.saving import SAVINGS
 from kd_ranker.report.study import read_studies
 from tests.report import sweeps
 
@@ -22,8 +23,13 @@ def test_members_settings_and_repeats(tmp_path):
     # The weight and the serving choice are tuned, so that each mode is a way.
     assert list(study.chosen) == list(study.rows["way"].unique()) == ["none", "aux", "shared"]
     assert study.baseline == study.chosen["none"] == "none"
-    assert len(study.teachers) == 1
-    assert list(study.references["member"]) == list(sweeps.REFERENCES)
+    # A teacher and references have no repeats themselves: they are repeated in each.
+    assert study.num_teachers == 1
+    assert list(study.teachers["repeat"]) == ["0/0", "1/0", "2/0"]
+    references = study.references.groupby(["split", "repeat"])["member"]
+    assert len(references) == 2 * 3
+    assert all(sorted(of) == sorted(sweeps.REFERENCES) for _, of in references)
+    assert (study.references["setting"] == study.references["member"]).all()
     assert study.varying == []
     assert study.missing == {"calibration": [], "losses": [], "requests": []}
     # The line that was cut short is not read.
@@ -37,7 +43,7 @@ def test_what_was_chosen_is_read_on_the_test_split_alone(tmp_path):
     assert set(study.tested["setting"]) == set(study.chosen.values())
     assert len(study.tested) == len(on_test) == 3 * 3
     assert set(study.tested["split"]) == {"test"}
-    assert set(study.teachers["split"]) == set(study.references["split"]) == {"test"}
+    assert set(study.teachers["split"]) == {"test"}
     # Each request, of the teacher and of those.
     ((_, of_requests),) = study.kept
     whose = set(zip(on_test["member"], on_test["serve"], strict=True))
@@ -100,11 +106,14 @@ def test_a_setting_that_was_not_read_on_test_is_not_chosen(tmp_path):
 
 def test_a_switch_that_is_on_is_a_way_tuned_over_its_own_values(tmp_path):
     rows = [
-        {"mode": "none", "passed": passed, "train.unshown_weight": weight, "member": f"at{weight}"}
+        {"mode": "none", "passed": passed, "unshown_weight": weight, "member": f"at{weight}"}
         for weight, passed in ((0.0, 30), (0.1, 25), (0.3, 20))
     ]
     (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
-    assert study.chosen == {"none": "none, unshown 0", "none, unshown": "none, unshown 0.3"}
+    assert study.chosen == {
+        "none": "none", "none, unshown weight": "none, unshown weight 0.3",
+    }  # fmt: skip
+    assert (study.baseline, study.plain) == ("none, unshown weight 0.3", "none")
 
 
 def test_results_of_an_older_release_are_told_as_such(tmp_path):
@@ -206,18 +215,80 @@ def test_sweeps_of_a_dataset_are_joined_and_those_of_another_are_not(tmp_path):
     )
     assert [study.dataset for study in studies] == ["cascade", "movielens_100k"]
     assert studies[0].rows["repeat"].nunique() == 4
-    # The same teacher, whose row is in both.
-    assert len(studies[0].teachers) == 1
+    # The same teacher is in both.
+    assert studies[0].num_teachers == 1
+    assert len(studies[0].teachers) == 4
     assert list(studies[0].configs) == [str(tmp_path / "a"), str(tmp_path / "b")]
 
 
 def test_data_seeds_make_repeats_too(tmp_path):
     other = sweeps.change(
         sweeps.write_sweep(tmp_path / "b"),
-        lambda frame: frame.assign(data_seed=1),
+        lambda frame: frame.assign(data_seed=(frame["role"] == "student").map({True: 1})),
     )
     (study,) = read_studies([sweeps.write_sweep(tmp_path / "a"), other])
     assert study.rows["repeat"].nunique() == 6
+    assert study.teachers["repeat"].nunique() == len(study.teachers) == 6
+
+
+def test_of_several_teachers_each_counts_for_the_repeats_of_its_own_seed(tmp_path):
+    rows = [
+        row | {"seed": seed}
+        for seed in (0, 1)
+        for row in (
+            sweeps.teacher_row() | {"flops": 200.0 + seed},
+            sweeps.reference_row("show_rate", 500 + seed),
+            *({"mode": "none", "data_seed": data_seed, "member": f"{seed}{data_seed}",
+               "passed": 400} for data_seed in (0, 1)),
+        )
+    ]  # fmt: skip
+    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
+    assert study.num_teachers == 2
+    of_repeats = study.teachers.set_index("repeat")["flops_per_candidate"].to_dict()
+    assert of_repeats == {"0/0": 200, "0/1": 200, "1/0": 201, "1/1": 201}
+    on_test = study.references[study.references["split"] == "test"]
+    passed = on_test.set_index("repeat")["passed_for_99"].to_dict()
+    assert passed == {"0/0": 500, "0/1": 500, "1/0": 501, "1/1": 501}
+
+
+def test_joined_sweeps_under_different_teachers_pair_references_by_their_own_sweep(tmp_path):
+    """Also where both name their teacher's seed 0 and the students' seeds differ from it."""
+
+    def of_sweep(seeds, flops, passed):
+        return [
+            sweeps.teacher_row() | {"flops": flops},
+            sweeps.reference_row("show_rate", passed),
+            *({"mode": "none", "seed": seed, "passed": 700} for seed in seeds),
+        ]
+
+    a = sweeps.write_rows(tmp_path / "a", of_sweep((1, 2), 200.0, 500))
+    b = sweeps.write_rows(tmp_path / "b", of_sweep((3,), 300.0, 600))
+    (study,) = read_studies([a, b])
+    for table, column, expected in (
+        (study.teachers, "flops_per_candidate", {"1/0": 200, "2/0": 200, "3/0": 300}),
+        (study.references, "passed_for_99", {"1/0": 500, "2/0": 500, "3/0": 600}),
+    ):
+        on_test = table[table["split"] == "test"]
+        assert on_test.set_index("repeat")[column].to_dict() == expected
+        assert on_test.set_index("repeat")["source"].to_dict() == {"1/0": 0, "2/0": 0, "3/0": 1}
+
+
+def test_each_saving_has_its_baseline(tmp_path):
+    rows = [
+        sweeps.teacher_row(),
+        sweeps.reference_row("incumbent", 500),
+        sweeps.reference_row("show_rate", 250),
+        # The order of the final ranker's scores, and those that no funnel could use.
+        *(sweeps.reference_row(name, 20) for name in ("top_rate", "oracle", "random")),
+        {"mode": "none", "passed": 300},
+        {"mode": "shared", "passed": 125},
+    ]
+    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
+    assert (study.baseline, study.plain, study.incumbent) == ("show_rate", "none", "incumbent")
+    (shared,) = study.tested[study.tested["mode"] == "shared"].to_dict("records")
+    # 2000 · 10 + 125 · 200 = 45,000 FLOPs, against 50,000, 80,000 and 100,000.
+    savings = [shared[column] for column in SAVINGS]
+    assert savings == pytest.approx([0.1, 1 - 45 / 80, 0.55])
 
 
 def one_line(workdirs):

@@ -142,22 +142,58 @@ def column(table, title):
 
 
 def test_the_main_table_has_teacher_references_and_the_best_of_each_way_on_test(study):
-    numbers = comparison(study, Estimates(study))
-    table = tables.main_table(study, numbers)
+    estimates = Estimates(study)
+    numbers = comparison(study, estimates)
+    table = tables.main_table(study, estimates, numbers)
     assert [cell.text for cell in column(table, "mode")] == [
-        "teacher", *sweeps.REFERENCES, "none", "aux", "shared",
+        "oracle", "teacher", "aux", "shared", "none", "show_rate", "incumbent", "random",
     ]  # fmt: skip
-    assert [cell.text for cell in column(table, "passed for 99%")][:3] == ["10", "9", "1900"]
-    # What was not measured of a reference is empty.
-    assert column(table, "AUC watch")[1] == ("", "", "", False)
+    passed = column(table, "passed for 99%")
+    assert [passed[at].text for at in (0, 1, 5, 6, 7)] == ["9", "10", "900", "1500", "1900"]
+    # A measure that is unknown for a reference is empty.
+    assert column(table, "AUC watch")[0] == ("", "", "", False)
     on_test = study.tested.loc[study.tested["mode"] == "aux", "passed_for_99"]
-    assert column(table, "passed for 99%")[4].value == pytest.approx(on_test.mean())
+    assert passed[2].value == pytest.approx(on_test.mean())
     differences = tables.difference_table(study, numbers)
     assert [cell.text for cell in column(differences, "mode")] == ["aux", "shared"]
     of_none = study.tested.loc[study.tested["mode"] == "none", "passed_for_99"]
     found = column(differences, "passed for 99%")[0]
     assert found.value == pytest.approx(on_test.mean() - of_none.mean())
     assert found.text.startswith("−")
+
+
+def test_rows_are_sorted_by_passed_for_99_and_those_that_need_scores_are_marked(tmp_path):
+    passed = {"oracle": 5, "top_rate": 320, "show_rate": 350, "incumbent": 380, "random": 1900}
+    rows = [
+        sweeps.teacher_row(),
+        {"mode": "none", "passed": 400},
+        {"mode": "shared", "passed": 300},
+        {"mode": "aux", "distill_loss": "topk:stage", "passed": 340},
+        *(sweeps.reference_row(name, at) for name, at in passed.items()),
+        # Unknown numbers are last.
+        sweeps.reference_row("popularity", np.nan),
+    ]
+    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
+    estimates = Estimates(study)
+    table = tables.main_table(study, estimates, comparison(study, estimates))
+    cells_of = ("mode", "scores", "passed for 99%")
+    found = [tuple(cell.text for cell in line) for line in zip(
+        *(column(table, title) for title in cells_of), strict=True)]  # fmt: skip
+    assert found == [
+        ("oracle", "", "5"), ("teacher", "", "10"), ("shared", "yes", "300"),
+        ("top_rate", "yes", "320"), ("aux", "no", "340"), ("show_rate", "no", "350"),
+        ("incumbent", "no", "380"), ("none", "no", "400"), ("random", "", "1900"),
+        ("popularity", "no", ""),
+    ]  # fmt: skip
+
+
+def test_the_main_table_is_made_where_nothing_reaches_99_percent(tmp_path):
+    rows = [sweeps.teacher_row() | {"passed": np.nan}, {"mode": "none", "passed": np.nan},
+            {"mode": "shared", "passed": np.nan}]  # fmt: skip
+    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
+    estimates = Estimates(study)
+    table = tables.main_table(study, estimates, comparison(study, estimates))
+    assert [cell.text for cell in column(table, "mode")] == ["teacher"]
 
 
 def test_the_tuning_table_has_all_that_was_tried_and_says_what_was_chosen(study):
@@ -210,7 +246,9 @@ def test_the_cost_table_has_what_99_percent_takes_and_what_users_have_then(study
     assert cost[3].value == pytest.approx(100 * (passed / 2000 + 800 / 150_000))
     assert column(table, "FLOPs a candidate")[0].text == "150,000"
     # Its true value is all but the same curve: 0.02 more of what is 1.02 in the end.
-    assert column(table, "true value")[3].value == pytest.approx((0.99 + 0.02) / 1.02, abs=1e-3)
+    assert column(table, "true value for 99%")[3].value == pytest.approx(
+        (0.99 + 0.02) / 1.02, abs=1e-3
+    )
     assert len(table.notes) == 2
     # 128 candidates of 150,000 FLOPs, and three times that of 900.
     assert "scores 128 candidates of each request" in table.notes[1]
@@ -240,7 +278,9 @@ def test_costs_of_ones_own_are_what_is_counted(tmp_path):
 
 
 def test_without_a_baseline_there_is_neither_difference_nor_saving(tmp_path):
-    (study,) = read_studies([sweeps.write_sweep(tmp_path, modes=("aux", "shared"))])
+    sweeps.write_sweep(tmp_path, modes=("aux", "shared"))
+    sweeps.change(tmp_path, lambda frame: frame[frame["role"] != "reference"])
+    (study,) = read_studies([tmp_path])
     estimates = Estimates(study)
     assert tables.saving_table(study, estimates) is None
     assert tables.difference_table(study, comparison(study, estimates)) is None

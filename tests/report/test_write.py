@@ -15,7 +15,8 @@ from tests import small
 from tests.report import sweeps
 
 FIGURES = [
-    *("frontier", "value_captured", "true_value_captured", "saving", "survival", "pareto"),
+    *("waterfall", "frontier", "plane"),
+    *("value_captured", "true_value_captured", "saving", "survival", "pareto"),
     *("calibration", "training"),
 ]
 TABLES = ["cascade", *(f"cascade-{name}" for name in ("difference", "saving", "cost", "tuning"))]
@@ -127,7 +128,8 @@ def test_markdown_is_whole(tmp_path):
 def test_one_seed_without_its_requests_has_no_intervals(tmp_path):
     sweeps.write_sweep(tmp_path, seeds=(0,), without=sweeps.OF_REQUESTS)
     sentence, page = report(tmp_path)
-    assert "too little data to say anything of chance" in sentence
+    assert "without an interval" in sentence
+    assert "95%" not in sentence
     assert "±" not in (tmp_path / "tables" / "cascade.tex").read_text().replace("± is half", "")
     assert '<span class="error">' not in page
     assert "<strong>" not in page
@@ -136,7 +138,7 @@ def test_one_seed_without_its_requests_has_no_intervals(tmp_path):
 @pytest.mark.usefixtures("quick")
 def test_only_mode_none(tmp_path):
     sentence, page = report(sweeps.write_sweep(tmp_path, modes=("none",)))
-    assert "no measured student of a mode that distils" in sentence
+    assert "no measured student that learns from them" in sentence
     assert not (tmp_path / "tables" / "cascade-difference.md").exists()
     assert "not measured" in page
 
@@ -153,10 +155,11 @@ def test_a_single_run_has_one_member_without_a_name(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(metrics.replace("/shared-weight1.0-seed0", ""))
     (tmp_path / "cohorts" / "0" / "metrics.jsonl").unlink()
     sentence, page = report(tmp_path)
-    assert "no measured student of mode none" in sentence
+    assert "no measured student that needs none of them" in sentence
     assert "run a sweep" in sentence
-    # What each request adds is kept of sweeps alone, which know the teacher as well.
-    assert page.count("Left out") == 5
+    # What each request adds is kept of sweeps alone, which know the teacher as well; and there is
+    # no ranker without scores to compare users with.
+    assert page.count("Left out") == 6
     assert (tmp_path / "figures" / "cascade-training.svg").exists()
 
 
@@ -164,7 +167,7 @@ def test_a_single_run_has_one_member_without_a_name(tmp_path):
 def test_results_alone_are_reported_without_their_figures(tmp_path):
     without = ("calibration.csv", "cohorts/0/metrics.jsonl", "environment.json")
     _, page = report(sweeps.write_sweep(tmp_path, without=(*without, *sweeps.OF_REQUESTS)))
-    # All but user against teacher BCE, and what is saved at the targets of the tables.
+    # All but user against teacher BCE, and what the tables have at their targets.
     assert page.count("Left out:") == 6
     assert "holds no environment.json" in page
 
@@ -180,7 +183,7 @@ def test_members_that_are_all_frozen(tmp_path):
         ),
     )
     sentence, page = report(tmp_path)
-    assert "nothing can be said" in sentence
+    assert "passed_for_99 is unknown for every student" in sentence
     for name in names:
         assert f"{name} (step 9)" in page
 
@@ -202,7 +205,8 @@ def test_cells_that_are_not_known_are_empty(tmp_path):
         lambda frame: frame.assign(alignment_ratio=None, passed_for_99=None),
     )
     sentence, page = report(tmp_path)
-    assert "nothing can be said" in sentence
+    assert "passed_for_99 is unknown for every student" in sentence
+    assert "check data.teacher and value_weights" in sentence
     assert "nan" not in (tmp_path / "tables" / "cascade.md").read_text().lower()
     assert not re.search(r">\s*nan\b", page, re.IGNORECASE)
 
@@ -235,7 +239,7 @@ def test_what_data_allow_let_pass_stands_below_the_answer(tmp_path):
 @pytest.mark.usefixtures("quick")
 def test_a_saving_that_is_not_there_is_not_told(tmp_path):
     sentence, _ = report(sweeps.write_sweep(tmp_path, gain=-0.3))
-    assert "distillation saves nothing here" in sentence
+    assert "The scores save nothing here" in sentence
 
 
 @pytest.mark.slow

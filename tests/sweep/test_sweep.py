@@ -69,13 +69,13 @@ def test_a_device_holds_no_more_members_of_a_cohort_than_fit(
 def test_ways_on_the_same_batches_share_a_cohort(tmp_path):
     ways = ("distill.mode=none", "distill.mode=aux distill.loss=topk:stage")
     config = config_of((0, 1), ways=ways)
-    sweep = open_sweep(config, tmp_path).planned(CohortSize(9), under(""))
+    sweep = open_sweep(config, tmp_path, DATASET).planned(CohortSize(9), under(""))
     assert sweep.plan == [
         ["none-seed0", "aux-topk:stage-weight1.0-seed0"],
         ["none-seed0-data1", "aux-topk:stage-weight1.0-seed0-data1"],
     ]
     config = config_of((0, 1), ways=(*ways, "distill.mode=shared"))
-    grown = open_sweep(config, tmp_path).planned(CohortSize(9), under(""))
+    grown = open_sweep(config, tmp_path, DATASET).planned(CohortSize(9), under(""))
     assert grown.plan[:2] == sweep.plan
     assert grown.plan[2:] == [["shared-weight1.0-seed0"], ["shared-weight1.0-seed0-data1"]]
 

@@ -27,12 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "paper":
         config.sweep.axes.train.steps = (1000, 2000)
         config.sweep.whole_repeats = True
-        return with_ways(
-            config,
-            rates=(1e-2, 2e-2, 4e-2),
-            weights=(0.3, 1.0, 3.0),
-            unshown=(0.03, 0.1, 0.3),
-        )
+        return with_ways(config, rates=(1e-2, 4e-2), weights=(0.3, 1.0), unshown=(0.1, 0.3))
     if variant == "live":
         return with_ways(config, rates=(1e-2, 4e-2), weights=(0.3, 1.0, 3.0))
     if variant == "sizes":

@@ -8,11 +8,14 @@ from kd_ranker.configs.sweeps.ways import with_ways
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """`configs/movielens.py`; `:paper` tunes more, longer runs at lower rates included."""
+    """`configs/movielens.py`; `:paper` tunes more, longer runs at lower rates included.
+
+    All films have a label, rated or not, so there are no stages.
+    """
     defaults.check_variant(variant, "paper")
     config = movielens()
     if variant == "paper":
         config.sweep.axes.train.steps = (1500, 4000)
         config.sweep.whole_repeats = True
-        return with_ways(config, rates=(3e-3, 1e-2), weights=(0.3, 1.0), unshown=(0.03, 0.1, 0.3))
-    return with_ways(config, rates=(3e-3, 1e-2))
+        return with_ways(config, rates=(3e-3, 1e-2), weights=(0.3, 1.0), stages=False)
+    return with_ways(config, rates=(3e-3, 1e-2), stages=False)

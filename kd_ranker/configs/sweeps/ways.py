@@ -7,31 +7,45 @@ def with_ways(
     config: ConfigDict,
     rates: tuple[float, ...],
     weights: tuple[float, ...] = (1.0,),
-    unshown: tuple[float, ...] = (0.1, 0.3),
+    unshown: tuple[float, ...] = (0.1,),
     losses: tuple[str, ...] = ("bce", "softmax", "topk"),
+    stages: bool = True,
 ) -> ConfigDict:
-    """The ways without the final ranker's scores, then two modes that distill from them.
+    """The ways without the final ranker's scores, then two modes that learn from them.
 
-    The first learn from user labels, from candidates that were not shown, from a list loss on user
-    labels, and from how far a candidate came. All have the same `rates` and three seeds, and those
+    The first are plain mode `none`; the same with candidates that were not shown as negatives, with
+    a list loss on user labels, and two losses on how far a candidate came. All have the same
+    `rates` and three seeds. All except plain `none` have negatives of the same weights, and those
     that distill have the same `weights`.
 
     Args:
       config: the config of one student; changed in place.
       rates: values of `optimizer.learning_rate`.
       weights: values of `distill.weight`.
-      unshown: values of `train.unshown_weight` for its way.
-      losses: values of `distill.loss` from the scores; by default one takes the probabilities, one
-        their order, and one who is at the top.
+      unshown: values of `train.unshown_weight`; mode `none` also tries three times the last one.
+      losses: values of `distill.loss` from the scores in mode `aux`; by default one takes the
+        probabilities, one their order, and one who is at the top.
+      stages: whether the log holds candidates that were not shown. Without, they cannot be
+        negatives, and there are no stages to learn from.
     """
+    negatives = f" train.unshown_weight={_joined(unshown)}" if stages else ""
+    more = f"train.unshown_weight={_joined((*unshown, round(3 * unshown[-1], 6)))}"
+    of_stages = (
+        f"distill.mode=none {more}",
+        f"distill.mode=aux{negatives} distill.loss=softmax:stage,topk:stage",
+    )
     config.sweep.ways = (
         "distill.mode=none",
-        f"distill.mode=none train.unshown_weight={','.join(map(str, unshown))}",
-        "distill.mode=none train.user_loss=bce+softmax",
-        "distill.mode=aux distill.loss=topk:stage",
-        f"distill.mode=aux,shared distill.loss={','.join(losses)}",
+        f"distill.mode=none{negatives} train.user_loss=bce+softmax",
+        *(of_stages if stages else ()),
+        f"distill.mode=aux{negatives} distill.loss={_joined(losses)}",
+        f"distill.mode=shared{negatives} distill.loss=softmax",
     )
     config.sweep.weights = weights
     config.sweep.axes.optimizer.learning_rate = rates
     config.sweep.seeds = (0, 1, 2)
     return config
+
+
+def _joined(values: tuple[float | str, ...]) -> str:
+    return ",".join(map(str, values))
