@@ -383,6 +383,8 @@ def test_a_log_of_fifty_positions_is_inferred_prepared_and_trained(columns, tmp_
     columns["final_rank"] = np.where(rank < passed, 1.0 + rank, np.nan)
     _, config = infer(tmp_path, logs.table_of(columns))
     assert config.data.teacher.to_dict() == {"click": "final_rank"}
+    # The teacher has scored no other task, so its value cannot count one.
+    assert dict(zip(config.tasks, config.value_weights, strict=True)) == {"click": 1.0, "like": 0.0}
     assert config.distill.loss not in NEEDS_PROBABILITIES
     config.data.dir, config.data.allow = str(tmp_path / "datasets"), ("few_positives",)
     directory = Path(commands.prepare_data(config))

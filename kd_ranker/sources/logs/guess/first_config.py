@@ -176,9 +176,12 @@ def _columns_lines(roles: Roles) -> list[str]:
 
 def _tasks_lines(roles: Roles) -> list[str]:
     tasks = list(roles.labels)
-    weights = tuple(0.0 if names.is_unwanted(task) else 1.0 for task in tasks)
+    unwanted = {task for task in tasks if names.is_unwanted(task)}
+    unscored = {task for task in tasks if roles.teacher and task not in roles.teacher}
+    weights = tuple(0.0 if task in unwanted | unscored else 1.0 for task in tasks)
     worth = "what each task is worth to the feed" * bool(tasks)
-    worth += "; nothing, for what users do to be rid of an item" * (0.0 in weights)
+    worth += "; nothing, for what users do to be rid of an item" * bool(unwanted)
+    worth += "; nothing, for tasks that the log's teacher has not scored" * bool(unscored)
     none = "no column looks like a label, 0 or 1: name one, data.labels.TASK" * (not tasks)
     return [
         _line("data.labels", "ConfigDict()", "task: its column"),
