@@ -20,7 +20,7 @@ import jax
 ROOT = Path(__file__).parent.parent
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(["kd_ranker.pipeline.commands", "kd_ranker.pipeline.launch"])
-_SECONDS = 300
+_SECONDS = 1500
 # What a process of its own would read of the environment, and a fork has read already.
 _SETTINGS = (
     "jax_compilation_cache_dir",
