@@ -1,7 +1,9 @@
 """One pass over the evaluation requests that measures the teacher and any number of students."""
 
+import collections
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -235,26 +237,47 @@ def evaluate(
         for group in groups
     ]
     of_teacher = _Total(axis=0, keep=keep)
-    of_groups: list[dict[str, _Total]] = [{} for _ in on_devices]
-    for evaluation_batch in batches:
-        bounds = _bounds(evaluation_batch)
-        asked = _Asked(shown, *bounds, sum_functions(), tuple(ks))
-        evaluation_batch = to_devices(evaluation_batch)
-        judged, met = _judged(teacher, held, evaluation_batch.batch)
-        reference = *judged, evaluation_batch
-        present = int(evaluation_batch.request_mask.sum())
-        of_teacher.add(_of_teacher(*reference, met, weights, asked), present)
-        for index, (group, total) in enumerate(zip(on_devices, of_groups, strict=True)):
-            names, mesh = serves[index] if serves else None, group.mesh
-            shared = *_everywhere(reference, mesh), group.items, _everywhere(weights, mesh)
-            served = _of_group(*group.ranker, names, *shared, asked, mesh)
-            for name, more in served.items():
-                total.setdefault(name, _Total(axis=1, keep=keep)).add(more, present)
+    of_groups: list[dict[str, _Total]] = [
+        collections.defaultdict(lambda: _Total(axis=1, keep=keep)) for _ in groups
+    ]
+    names = serves or [None] * len(groups)
+    # One device runs the programs of several threads at once; several keep one order of programs.
+    threads = 1 if len(devices) > 1 else max(len(groups), 1)
+    with ThreadPoolExecutor(threads) as pool:
+        for evaluation_batch in batches:
+            bounds = _bounds(evaluation_batch)
+            asked = _Asked(shown, *bounds, sum_functions(), tuple(ks))
+            evaluation_batch = to_devices(evaluation_batch)
+            judged, met = _judged(teacher, held, evaluation_batch.batch)
+            reference = *judged, evaluation_batch
+            present = int(evaluation_batch.request_mask.sum())
+            add_group = functools.partial(
+                _add_group, reference=reference, weights=weights, asked=asked, present=present
+            )
+            of_batch = pool.map(add_group, on_devices, names, of_groups)
+            of_teacher.add(_of_teacher(*reference, met, weights, asked), present)
+            collections.deque(of_batch, maxlen=0)  # raises what a thread has raised
     if not of_teacher.sums:
         raise ValueError("there are no evaluation requests")
     return of_teacher.whole(), [
         {name: of.whole() for name, of in total.items()} for total in of_groups
     ]
+
+
+def _add_group(
+    group: _Group,
+    serves: tuple[str, ...] | None,
+    totals: Mapping[str, "_Total"],
+    reference: tuple[Probability, Probability, EvaluationBatch],
+    weights: Float[Array, "T"],
+    asked: _Asked,
+    present: int,
+) -> None:
+    """Adds what one batch adds for a group to its totals by serve name."""
+    mesh = group.mesh
+    shared = *_everywhere(reference, mesh), group.items, _everywhere(weights, mesh)
+    for name, more in _of_group(*group.ranker, serves, *shared, asked, mesh).items():
+        totals[name].add(more, present)
 
 
 def _judged(

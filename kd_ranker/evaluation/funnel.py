@@ -142,6 +142,24 @@ def top_values(
     return summed(promised, is_chosen), summed(found, is_chosen), summed(best, counts)
 
 
+def ascending(values: Float[Array, "N"]) -> Int[Array, "N"]:
+    """Return `jnp.argsort(values)` of float32 values, three times as fast on CPU.
+
+    XLA sorts a single unsigned operand on CPU much faster than a key with its index. So the bits of
+    a value, whose order as numbers is that of the values, are sorted in two halves, the low one
+    first (a radix sort), each with the place of its candidate in the other half of a word.
+    """
+    if values.size > 1 << 16:
+        return jnp.argsort(values)
+    # Adding 0 turns −0 into 0; every NaN comes last.
+    bits = lax.bitcast_convert_type(jnp.where(jnp.isnan(values), jnp.nan, values + 0.0), jnp.uint32)
+    bits = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+    place = jnp.arange(values.size, dtype=jnp.uint32)
+    low = (jnp.sort(bits << 16 | place) & 0xFFFF).astype(jnp.int32)
+    high = (jnp.sort(bits[low] >> 16 << 16 | place) & 0xFFFF).astype(jnp.int32)
+    return low[high]
+
+
 def _curves_of_request(
     student_value: Float[Array, "N"],
     teacher_value: Float[Array, "N"],
@@ -154,12 +172,12 @@ def _curves_of_request(
     known = candidate_mask & ~jnp.isnan(teacher_value)
     # The teacher's order: place 0 is its favourite. Those that it cannot choose come last, and are
     # worth 0 below, so that whether one of them fills an empty slot makes no difference.
-    by_teacher = jnp.argsort(jnp.where(known, -teacher_value, jnp.inf))
+    by_teacher = ascending(jnp.where(known, -teacher_value, jnp.inf))
     place = jnp.zeros_like(by_teacher).at[by_teacher].set(jnp.arange(by_teacher.size))
     # What has no value comes behind all that has one, and before the padding.
     last = jnp.finfo(student_value.dtype).max
     key = jnp.where(jnp.isnan(student_value), last, -student_value)
-    by_student = jnp.argsort(jnp.where(candidate_mask, key, jnp.inf))
+    by_student = ascending(jnp.where(candidate_mask, key, jnp.inf))
     arriving = place[by_student]  # places in the teacher's order, as the student lets them pass
 
     own_top = jnp.minimum(shown, known.sum())

@@ -195,3 +195,12 @@ def test_captured_share_and_passed_for_a_target() -> None:
     assert [funnel.passed_for(share, target) for target in (0.3, 0.98, 0.99, 0.991)] == [1, 2, 3, 4]
     assert np.isnan(funnel.passed_for(np.full(4, np.nan), 0.99))
     assert np.isnan(funnel.captured_share(np.zeros(3))).all()
+
+
+@pytest.mark.parametrize("size", [1, 7, 2000, 1 << 16])
+def test_ascending_sorts_as_numpy_does_stably(size):
+    rng = np.random.default_rng(size)
+    values = rng.normal(size=size).astype(np.float32)
+    special = rng.choice(np.array([np.inf, -np.inf, np.nan, -np.nan, 0.0, -0.0], np.float32), size)
+    for of in (values, values.round(), np.where(rng.random(size) < 0.5, special, values)):
+        np.testing.assert_array_equal(funnel.ascending(of), np.argsort(of, kind="stable"))
