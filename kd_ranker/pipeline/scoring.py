@@ -17,7 +17,7 @@ from kd_ranker.config.identity import dataset_name
 from kd_ranker.config.registered import register
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline.teachers import Teacher, dataset_of, load_teacher
-from kd_ranker.requests import checksums, storage
+from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset, read_split
 from kd_ranker.requests.request import Request
 from kd_ranker.serving.score import probabilities
@@ -132,7 +132,7 @@ def scoring_folder(config: ConfigDict, dataset: Dataset, teacher: Teacher) -> Pa
     made_of: Sequence[object] = (
         storage.FORMAT_VERSION,
         (config.evaluation.requests, _BATCHES, _MOST_SHARDS),
-        (dataset.directory / checksums.FILE).read_text(),
+        dataset.identity["dataset"],
         [metadata.version(package) for package in ("kd_ranker", "jax")],
     )
     digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]

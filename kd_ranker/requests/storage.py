@@ -7,8 +7,8 @@ A built dataset is `data.dir/requests/<name>/<version>`, which TFDS opens, with 
     rows-SPLIT.bin      what batches are cut from, and counts-SPLIT.npy: see `row_files`
     items.npy           float32 [num_items, F], what is known of each item, stored once
     item_category.npy   int32 [num_items, I], the category ids of each item
-    checksums.json      of all these files, see `checksums`; the fingerprint of a dataset is a
-                        digest of those of the files above
+    manifest.json       sizes and digests of all these files, see `manifest`; the fingerprint of a
+                        dataset is a digest of those of the files above
 
 and what else its source puts there. It is written to a temporary folder that is renamed at the end,
 so a dataset is whole or absent; what a build that was killed has left, the next one removes. Of a
@@ -32,15 +32,16 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from jaxtyping import Int32
 from tqdm import tqdm
 
+from kd_ranker import manifest
 from kd_ranker.batch import STORED, FeatureSpec, Request
 from kd_ranker.errors import UserError
-from kd_ranker.requests import checksums, row_files
+from kd_ranker.requests import row_files
 from kd_ranker.requests.block import Block, blocks_of
 from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import Dataset, damage, record_features, serialized
 from kd_ranker.requests.request import SPLITS, Shard, Source
 
-FORMAT_VERSION = "1.4.0"
+FORMAT_VERSION = "1.5.0"
 SPEC_FILE = "feature_spec.json"
 _NAME, _FORMAT = "requests", "array_record"
 _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
@@ -105,7 +106,12 @@ def write(source: Source, directory: Path) -> None:
             needed = {*unfinished.rglob("*")}
             if source.write_beside:
                 source.write_beside(unfinished)
-            checksums.write(unfinished, beside={*unfinished.rglob("*")} - needed)
+            removable = [path for path in unfinished.rglob("*") if path not in needed]
+            manifest.write(
+                unfinished,
+                {"dataset": directory.parent.name},
+                removable=[path.relative_to(unfinished).as_posix() for path in removable],
+            )
             with ThreadPoolExecutor() as threads:  # a disk takes many files almost as one
                 for _ in threads.map(_flush, [*unfinished.rglob("*"), unfinished]):
                     pass
@@ -217,22 +223,10 @@ def _missing(calls: Sequence[tuple], kept: Path) -> list[tuple]:
     kept.mkdir(parents=True, exist_ok=True)
     for unfinished in kept.glob(f"{_UNFINISHED}*"):
         unfinished.unlink(missing_ok=True)
-    missing = [call for call in calls if not _is_whole(call[0])]
+    missing = [call for call in calls if not call[0].exists()]
     if found := len(calls) - len(missing):
         logging.warning("%d of %d shards were found finished in %s", found, len(calls), kept)
     return missing
-
-
-def _is_whole(shard: Path) -> bool:
-    """Tests if a kept shard is there, as it was written."""
-    try:
-        return _sums(shard).read_text() == checksums.of_files((shard, *row_files.parts_of(shard)))
-    except FileNotFoundError:
-        return False
-
-
-def _sums(shard: Path) -> Path:
-    return shard.with_name(f"{shard.name}.sums")
 
 
 def write_shard(
@@ -240,7 +234,7 @@ def write_shard(
 ) -> None:
     """Writes requests to a file, which is whole or absent, and their rows beside it.
 
-    It knows their number itself. One that `is_kept` for a later build has checksums as well.
+    It knows their number itself. One that `is_kept` for a later build is flushed to disk.
     """
     parts = (path, *row_files.parts_of(path))
     temporary = [part.with_name(f"{_UNFINISHED}{part.name}.{os.getpid()}") for part in parts]
@@ -266,8 +260,6 @@ def write_shard(
             if is_kept:  # else all of the dataset is flushed at once
                 _flush(part)
             part.replace(finished)
-        if is_kept:
-            _sums(path).write_text(checksums.of_files(parts))
     finally:
         for part in temporary:
             part.unlink(missing_ok=True)
@@ -356,33 +348,38 @@ def open_at(directory: Path, made_by: str) -> Dataset:
     """
     if not directory.exists():
         raise UserError(f"no dataset at {directory}; make it with: {made_by}")
+    check_whole(directory, made_by)
     with damage(directory, made_by):
-        checksums.check(directory)
         return _opened(directory, made_by)
 
 
 def check_whole(directory: Path, made_by: str, thorough: bool = False) -> None:
-    """Checks all files of a dataset, those beside the requests as well, as far as they are there.
+    """Check all files of a dataset against its manifest.
 
     Args:
       directory: of the dataset.
       made_by: the command that makes it, for the message.
-      thorough: whether to read all of them, rather than what is small or has changed.
+      thorough: whether to read large files too.
 
     Raises:
-      UserError: one is damaged.
+      UserError: a file is damaged, or the folder holds another dataset.
     """
-    with damage(directory, made_by):
-        checksums.check(directory, beside=True, thorough=thorough)
+    made_of = {"dataset": directory.parent.name}
+    manifest.check(directory, _remedy(directory, made_by), made_of, thorough)
 
 
-def _fingerprint(directory: Path) -> str:
-    """Return the digest of what a dataset holds.
+def _remedy(directory: Path, made_by: str) -> str:
+    return f"remove the folder {directory} and make it again with: {made_by}"
+
+
+def _fingerprint(directory: Path, made_by: str) -> str:
+    """Return the fingerprint of a dataset's content.
 
     Records hold the same requests as rows, in shards that depend on the machine.
     """
-    rows = (path.name for split in SPLITS for path in row_files.paths(directory, split))
-    return checksums.fingerprint(directory, (SPEC_FILE, _ITEMS_FILE, _CATEGORY_FILE, *rows))
+    rows = [path.name for split in SPLITS for path in row_files.paths(directory, split)]
+    files = [SPEC_FILE, _ITEMS_FILE, _CATEGORY_FILE, *rows]
+    return manifest.fingerprint(directory, files, _remedy(directory, made_by))
 
 
 def _opened(directory: Path, made_by: str) -> Dataset:
@@ -390,7 +387,7 @@ def _opened(directory: Path, made_by: str) -> Dataset:
     builder = tfds.builder_from_directory(directory)
     return Dataset(
         directory=directory,
-        identity={"dataset": f"{directory.parent.name}/{_fingerprint(directory)}"},
+        identity={"dataset": f"{directory.parent.name}/{_fingerprint(directory, made_by)}"},
         made_by=made_by,
         spec=spec,
         item_features=np.load(directory / _ITEMS_FILE),

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+from kd_ranker import manifest
 from kd_ranker.batch import IN_BATCH
 from kd_ranker.batches.evaluation import evaluation_batches
 from kd_ranker.config.registered import register
@@ -18,7 +19,6 @@ from kd_ranker.evaluation import results
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.pipeline import commands, exporting, runs, teachers
 from kd_ranker.pipeline.trained import open_finished
-from kd_ranker.requests import checksums
 from kd_ranker.serving import formats
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
@@ -322,7 +322,7 @@ def test_bad_input_is_told_in_a_line_and_leaves_nothing(world, trained, tmp_path
 
 
 def test_a_dataset_of_another_fingerprint_is_refused(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(checksums, "fingerprint", lambda folder, files: "000000000000")
+    monkeypatch.setattr(manifest, "fingerprint", lambda *_: "000000000000")
     message = "holds a run on the dataset .*, and data.dir holds .*/000000000000, which has other"
     finds_fault(message, trained, tmp_path / "out")
     # The checkpoints know their dataset too.

@@ -6,7 +6,6 @@ import os
 import numpy as np
 import pytest
 
-from kd_ranker.errors import UserError
 from kd_ranker.requests import packing, row_files, storage
 from kd_ranker.requests.block import block_of
 from kd_ranker.requests.columns import proper_probability
@@ -133,25 +132,3 @@ def test_the_disk_is_told_of_neighbours_as_one(dataset, monkeypatch):
     told.clear()
     columns.expect(np.arange(0), np.arange(0))
     assert not told
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["rows-test.bin", "counts-train.npy", "items.npy", "requests-test.array_record-00000-of-00001"],
-)
-@pytest.mark.parametrize("change", ["cut", "gone", "longer"])
-def test_a_file_that_is_not_whole_is_named_with_the_command_that_makes_it_anew(
-    tmp_path, name, change
-):
-    directory = storage.build(random_source(), "rows", str(tmp_path))
-    content = (directory / name).read_bytes()
-    if change == "gone":
-        (directory / name).unlink()
-    else:
-        (directory / name).write_bytes(content[:-5] if change == "cut" else content + bytes(8))
-    with pytest.raises(UserError) as caught:
-        storage.open_dataset("rows", str(tmp_path), made_by="some command")
-    message = str(caught.value)
-    assert "\n" not in message
-    assert str(directory) in message
-    assert message.endswith("make it anew with: some command")

@@ -243,33 +243,12 @@ def test_a_shard_that_is_written_in_part_is_not_taken(tmp_path, whole):
     with pytest.raises(Killed):
         storage.build(dataclasses.replace(source, shards=breaking), "small", str(tmp_path))
     finished, *beside = sorted(kept.iterdir())
-    sums = finished.with_name(f"{finished.name}.sums")
-    assert beside == [*[*row_files.parts_of(finished)][::-1], sums]
+    assert beside == [*row_files.parts_of(finished)][::-1]
     # What a process leaves that could not even clean up.
     (kept / f".unfinished-{finished.name.replace('00000', '00001')}.17").write_bytes(b"half")
     read.clear()
     directory = storage.build(source, "small", str(tmp_path))
     assert read[0] == ("train", 4)
-    assert records(directory) == whole
-
-
-@pytest.mark.parametrize("part", [0, 1, 2])
-@pytest.mark.parametrize("how", ["cut", "changed", "removed"])
-def test_a_kept_shard_that_was_damaged_is_written_anew(tmp_path, whole, part, how):
-    kept = tmp_path / ".kept" / "a"
-    source, read = source_of_shards(kept)
-    build_and_die(source, tmp_path, 2)
-    shard = min(kept.glob("*.array_record-00000-of-00003"))
-    file = (shard, *row_files.parts_of(shard))[part]
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content[:-4] if how == "cut" else content)
-    if how == "removed":
-        file.unlink()
-    read.clear()
-    directory = storage.build(source, "small", str(tmp_path))
-    assert ("train", 0) in read
-    assert ("train", 4) not in read
     assert records(directory) == whole
 
 

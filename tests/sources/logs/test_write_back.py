@@ -16,12 +16,13 @@ import pytest
 from ml_collections import ConfigDict
 
 from experiments import log_teacher
+from kd_ranker import manifest
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.evaluate import Ranker, Served
 from kd_ranker.pipeline import commands, scoring, teachers
 from kd_ranker.pipeline.teachers import Teacher
-from kd_ranker.requests import checksums, storage
+from kd_ranker.requests import storage
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs import ordered, write_back
@@ -393,8 +394,8 @@ def test_a_copy_of_other_requests_is_refused(tmp_path):
     rows = dataset.directory / "candidate_rows" / "train-00000.parquet"
     table = pq.read_table(rows)
     pq.write_table(table.slice(1), rows)
-    assert "is damaged (candidate_rows/train-00000.parquet has" in fault_of(config)
-    checksums.write(dataset.directory)
+    assert "candidate_rows/train-00000.parquet has changed" in fault_of(config)
+    manifest.write(dataset.directory, {"dataset": dataset.directory.parent.name})
     assert "holds other requests" in fault_of(config)
     assert not [*log.rglob("*.parquet")]
 

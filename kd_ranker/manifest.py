@@ -1,0 +1,178 @@
+"""`manifest.json`: what a finished folder was made of, and the size and SHA-256 of each file.
+
+It is written last: a folder without one is not finished. Every folder that a later command depends
+on has one: datasets, runs, cohorts, exports and scored logs. "Is this the same content?" has one
+answer everywhere, a fingerprint:
+
+    dataset     of the bytes of its files
+    teacher     of its parameters
+    run         of its config, its dataset and its teacher, the entries of `made_of`
+
+Example:
+    write(folder, made_of={"config": digest(config), "dataset": fingerprint(dataset_folder)})
+    check(folder, remedy="make it again with: …", made_of=…)  # when the folder is opened
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from kd_ranker.errors import UserError
+
+FILE = "manifest.json"
+# Files of at most this many bytes are read at every check, larger ones at a thorough one.
+_SMALL = 2**24
+
+MadeOf = Mapping[str, str]
+"""Names of what a folder depends on, such as "config" and "dataset", with a fingerprint each."""
+
+
+def digest(value: Any) -> str:
+    """Return twelve hex digits of the SHA-256 of a value as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write(
+    folder: Path,
+    made_of: MadeOf,
+    files: Iterable[str] | None = None,
+    removable: Collection[str] = (),
+) -> None:
+    """Write the manifest of a finished folder.
+
+    Args:
+      folder: with all its files in place.
+      made_of: fingerprints of what they depend on.
+      files: names relative to the folder; None takes all files below it.
+      removable: those of them that a user may delete.
+    """
+    if files is None:
+        paths = (path for path in folder.rglob("*") if path.is_file() and path.name != FILE)
+        files = (path.relative_to(folder).as_posix() for path in paths)
+    names = sorted(files)
+    content = {
+        "made_of": dict(made_of),
+        "files": dict(zip(names, _entries(folder, names), strict=True)),
+        "removable": sorted(removable),
+    }
+    temporary = folder / f".{FILE}"
+    temporary.write_text(json.dumps(content, indent=2))
+    temporary.replace(folder / FILE)
+
+
+def read(folder: Path, remedy: str) -> dict[str, Any]:
+    """Return the content of a folder's manifest, without comparing it with the files.
+
+    Raises:
+      UserError: there is none, or it is damaged; the message ends with `remedy`.
+    """
+    path = folder / FILE
+    try:
+        content = json.loads(path.read_bytes())
+        for section, kind in (("made_of", dict), ("files", dict), ("removable", list)):
+            if not isinstance(content[section], kind):
+                raise ValueError(f"{section!r} is not a {kind.__name__}")
+    except OSError as error:
+        raise UserError(f"{folder} has no {FILE}, so it is not finished; {remedy}") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); {remedy}") from error
+    return content
+
+
+def check(
+    folder: Path, remedy: str, made_of: MadeOf | None = None, thorough: bool = False
+) -> MadeOf:
+    """Check the files of a folder against its manifest.
+
+    Args:
+      folder: the folder.
+      remedy: the end of every message: the command that makes the folder again.
+      made_of: what the folder has to depend on; None accepts anything.
+      thorough: whether to read large files too; their sizes are always compared.
+
+    Returns:
+      What the folder depends on.
+
+    Raises:
+      UserError: the manifest is missing, a file is missing or has changed, or the folder depends on
+        something else. The message names the file, or the difference.
+    """
+    manifest = read(folder, remedy)
+    if made_of is not None and (differing := differences(manifest["made_of"], made_of)):
+        raise UserError(f"{folder} was made of something else: {differing}; {remedy}")
+    if changed := _changed(folder, manifest, thorough):
+        raise UserError(f"{folder / changed}; {remedy}")
+    return manifest["made_of"]
+
+
+def is_made_of(folder: Path, made_of: MadeOf) -> bool:
+    """Test whether a folder is finished, unchanged and depends on exactly these fingerprints."""
+    try:
+        check(folder, "", made_of)
+    except UserError:
+        return False
+    return True
+
+
+def differences(there: MadeOf, here: MadeOf) -> str:
+    """Return the entries in which two folders' dependencies differ, as text; "" if none does."""
+    return ", ".join(
+        f"{name} ({there.get(name)} there, {here.get(name)} now)"
+        for name in sorted(there.keys() | here.keys())
+        if there.get(name) != here.get(name)
+    )
+
+
+def fingerprint(folder: Path, files: Collection[str], remedy: str) -> str:
+    """Return twelve hex digits that stand for the content of some files of a finished folder.
+
+    Args:
+      folder: with a manifest.
+      files: names relative to the folder.
+      remedy: as in `check`.
+
+    Raises:
+      UserError: the manifest is missing, damaged, or does not list one of the files.
+    """
+    listed = read(folder, remedy)["files"]
+    if missing := sorted(set(files) - listed.keys()):
+        raise UserError(f"{folder / FILE} does not list {missing[0]}; {remedy}")
+    return digest({name: listed[name] for name in files})
+
+
+def _changed(folder: Path, manifest: Mapping[str, Any], thorough: bool) -> str:
+    """Return the first file that is missing or has changed, with the reason; "" if none has."""
+    to_read = []
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            if name in manifest["removable"]:
+                continue
+            return f"{name} is missing"
+        try:
+            size, _ = entry
+        except (TypeError, ValueError):
+            return f"{FILE} is damaged"
+        if path.stat().st_size != size:
+            return f"{name} has changed: it has {path.stat().st_size:,} bytes of {size:,}"
+        if thorough or size <= _SMALL:
+            to_read.append(name)
+    for name, found in zip(to_read, _entries(folder, to_read), strict=True):
+        if found != manifest["files"][name]:
+            return f"{name} has changed"
+    return ""
+
+
+def _entries(folder: Path, names: Collection[str]) -> list[list[Any]]:
+    """Return the size in bytes and the SHA-256 of each file."""
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(_entry, (folder / name for name in names)))
+
+
+def _entry(path: Path) -> list[Any]:
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return [path.stat().st_size, sha256]

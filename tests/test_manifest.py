@@ -1,0 +1,147 @@
+"""A finished folder that is not what was written, or not what is asked for, does not pass."""
+
+import json
+import shutil
+
+import pytest
+
+from kd_ranker import manifest
+from kd_ranker.errors import UserError
+from kd_ranker.requests import storage
+from kd_ranker.requests.records import read_requests
+from tests.requests.random_requests import random_source
+
+REMEDY = "make it again with: some command"
+MADE_OF = {"config": "0123", "dataset": "abc"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "rejected").mkdir()
+    for name in ("a.json", "b.bin", "rejected/rows"):
+        (tmp_path / name).write_bytes(name.encode() * 50)
+    manifest.write(tmp_path, MADE_OF, removable=["rejected/rows"])
+    return tmp_path
+
+
+def fault_of(folder, *arguments, **options):
+    with pytest.raises(UserError) as caught:
+        manifest.check(folder, REMEDY, *arguments, **options)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert str(folder) in message
+    assert message.endswith(f"; {REMEDY}")
+    return message
+
+
+def test_an_unchanged_folder_passes(folder):
+    assert manifest.check(folder, REMEDY, MADE_OF, thorough=True) == MADE_OF
+    assert manifest.is_made_of(folder, MADE_OF)
+
+
+@pytest.mark.parametrize("name", ["a.json", "b.bin", "rejected/rows"])
+def test_every_change_of_a_file_is_found_and_named(folder, name):
+    path = folder / name
+    content = path.read_bytes()
+    flipped = bytes([content[0] ^ 1]) + content[1:]
+    for other in (flipped, content[:-1], content + b"\0", b""):
+        path.write_bytes(other)
+        assert f"{name} has changed" in fault_of(folder)
+        assert not manifest.is_made_of(folder, MADE_OF)
+    path.write_bytes(content)
+    manifest.check(folder, REMEDY)
+
+
+def test_a_file_must_be_there_unless_it_may_be_removed(folder):
+    (folder / "rejected" / "rows").unlink()
+    manifest.check(folder, REMEDY)
+    (folder / "b.bin").unlink()
+    assert "b.bin is missing" in fault_of(folder)
+
+
+def test_only_a_thorough_check_reads_a_large_file(folder, monkeypatch):
+    monkeypatch.setattr(manifest, "_SMALL", 100)
+    content = (folder / "b.bin").read_bytes()
+    (folder / "b.bin").write_bytes(content[::-1])
+    manifest.check(folder, REMEDY)
+    assert "b.bin has changed" in fault_of(folder, thorough=True)
+    (folder / "b.bin").write_bytes(content + b"x")
+    assert "b.bin has changed" in fault_of(folder)
+
+
+def test_another_dependency_is_named(folder):
+    fault = fault_of(folder, MADE_OF | {"dataset": "xyz", "teacher": "t"})
+    assert "dataset (abc there, xyz now)" in fault
+    assert "teacher (None there, t now)" in fault
+    assert "config" not in fault
+    assert not manifest.is_made_of(folder, {"config": "0123"})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("", "[]", "{}", "5", "[" * 10_000),
+        '{"made_of": 1, "files": {}, "removable": []}',
+        '{"made_of": {}, "files": {"a.json": 3}, "removable": []}',
+    ],
+)
+def test_a_damaged_manifest_is_one_line(folder, content):
+    (folder / manifest.FILE).write_text(content)
+    assert manifest.FILE in fault_of(folder)
+
+
+def test_a_folder_without_a_manifest_is_not_finished(folder):
+    (folder / manifest.FILE).unlink()
+    assert "is not finished" in fault_of(folder)
+
+
+def test_a_fingerprint_is_of_the_content_of_the_named_files(folder, tmp_path_factory):
+    before = manifest.fingerprint(folder, ["a.json", "b.bin"], REMEDY)
+    moved = shutil.copytree(folder, tmp_path_factory.mktemp("other") / "copy")
+    assert manifest.fingerprint(moved, ["b.bin", "a.json"], REMEDY) == before
+    (moved / "rejected" / "rows").write_bytes(b"other rows")
+    manifest.write(moved, {})
+    assert manifest.fingerprint(moved, ["a.json", "b.bin"], REMEDY) == before
+    (moved / "b.bin").write_bytes(b"other")
+    manifest.write(moved, {})
+    assert manifest.fingerprint(moved, ["a.json", "b.bin"], REMEDY) != before
+    with pytest.raises(UserError, match=r"does not list c.bin; make it again"):
+        manifest.fingerprint(moved, ["c.bin"], REMEDY)
+
+
+MADE_BY = "some command"
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return storage.build(random_source(), "small", str(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture
+def dataset(built, tmp_path):
+    return shutil.copytree(built, storage.directory_of("small", str(tmp_path)))
+
+
+def fault_of_dataset(directory, name="small"):
+    with pytest.raises(UserError, match=f"make it again with: {MADE_BY}$") as caught:
+        storage.open_dataset(name, str(directory.parents[2]), MADE_BY)
+    return str(caught.value)
+
+
+def test_each_file_of_a_dataset_counts(dataset):
+    files = json.loads((dataset / manifest.FILE).read_text())["files"]
+    assert files.keys() == {path.name for path in dataset.iterdir()} - {manifest.FILE}
+    for name in files:
+        content = (dataset / name).read_bytes()
+        (dataset / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        assert name in fault_of_dataset(dataset)
+        (dataset / name).write_bytes(content)
+    opened = storage.open_dataset("small", str(dataset.parents[2]), MADE_BY)
+    assert len([*read_requests(opened, "train")]) == 12
+
+
+def test_a_dataset_under_the_name_of_another_is_refused(dataset):
+    other = storage.directory_of("other", str(dataset.parents[2]))
+    other.parent.mkdir()
+    other.symlink_to(dataset)
+    assert "dataset (small there, other now)" in fault_of_dataset(dataset, "other")
