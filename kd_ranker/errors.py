@@ -1,10 +1,10 @@
-"""The one exception for what a user can mend: printed as one line, with exit code 2."""
+"""The one exception for bad input: printed as one line, with exit code 2."""
 
 from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
-    """Bad input. The message is one line that names what was wrong and what to change."""
+    """Bad input. The message is one line that names the fault and the change that mends it."""
 
 
 def check_choice(key: str, value: object, choices: Iterable[str]) -> None:

@@ -27,7 +27,7 @@ FILE = "manifest.json"
 _SMALL = 2**24
 
 MadeOf = Mapping[str, str]
-"""Names of what a folder depends on, such as "config" and "dataset", with a fingerprint each."""
+"""Fingerprints of the dependencies of a folder by name, such as "config" and "dataset"."""
 
 
 def digest(value: Any) -> str:
@@ -45,7 +45,7 @@ def write(
 
     Args:
       folder: with all its files in place.
-      made_of: fingerprints of what they depend on.
+      made_of: fingerprints of its dependencies.
       files: names relative to the folder; None takes all files below it.
       removable: those of them that a user may delete.
     """
@@ -67,7 +67,7 @@ def read(folder: Path, remedy: str) -> dict[str, Any]:
     """Return the content of a folder's manifest, without comparing it with the files.
 
     Raises:
-      UserError: there is none, or it is damaged; the message ends with `remedy`.
+      UserError: it is missing or damaged; the message ends with `remedy`.
     """
     path = folder / FILE
     try:
@@ -90,11 +90,11 @@ def check(
     Args:
       folder: the folder.
       remedy: the end of every message: the command that makes the folder again.
-      made_of: what the folder has to depend on; None accepts anything.
+      made_of: the expected dependencies; None accepts any.
       thorough: whether to read large files too; their sizes are always compared.
 
     Returns:
-      What the folder depends on.
+      The fingerprints of its dependencies.
 
     Raises:
       UserError: the manifest is missing, a file is missing or has changed, or the folder depends on
@@ -102,7 +102,7 @@ def check(
     """
     manifest = read(folder, remedy)
     if made_of is not None and (differing := differences(manifest["made_of"], made_of)):
-        raise UserError(f"{folder} was made of something else: {differing}; {remedy}")
+        raise UserError(f"{folder} has other contents: {differing}; {remedy}")
     if changed := _changed(folder, manifest, thorough):
         raise UserError(f"{folder / changed}; {remedy}")
     return manifest["made_of"]
@@ -118,7 +118,7 @@ def is_made_of(folder: Path, made_of: MadeOf) -> bool:
 
 
 def differences(there: MadeOf, here: MadeOf) -> str:
-    """Return the entries in which two folders' dependencies differ, as text; "" if none does."""
+    """Return the entries in which two folders' dependencies differ, as text; "" if all agree."""
     return ", ".join(
         f"{name} ({there.get(name)} there, {here.get(name)} now)"
         for name in sorted(there.keys() | here.keys())
@@ -127,7 +127,7 @@ def differences(there: MadeOf, here: MadeOf) -> str:
 
 
 def fingerprint(folder: Path, files: Collection[str], remedy: str) -> str:
-    """Return twelve hex digits that stand for the content of some files of a finished folder.
+    """Return twelve hex digits that identify the content of some files of a finished folder.
 
     Args:
       folder: with a manifest.
@@ -144,7 +144,7 @@ def fingerprint(folder: Path, files: Collection[str], remedy: str) -> str:
 
 
 def _changed(folder: Path, manifest: Mapping[str, Any], thorough: bool) -> str:
-    """Return the first file that is missing or has changed, with the reason; "" if none has."""
+    """Return the first file that is missing or has changed, with the reason; "" without changes."""
     to_read = []
     for name, entry in manifest["files"].items():
         path = folder / name

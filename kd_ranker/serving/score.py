@@ -41,7 +41,7 @@ from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.ordered import Piece, read_piece
 from kd_ranker.sources.logs.unseen import Settled, Unseen
 from kd_ranker.sources.logs.write_back import Scored
-from kd_ranker.training.workdir import read_json, with_checksum, write_atomically
+from kd_ranker.training.workdir import read_json, write_atomically
 
 FILE = "scores.json"
 """Beside a scored log once all of it is there: who has scored it, and what was counted."""
@@ -163,7 +163,7 @@ def score_log(
             "read": read._replace(pieces=[]),
             "made_of": digest,
         }
-        write_atomically(output / FILE, with_checksum(told))
+        write_atomically(output / FILE, json.dumps(told, indent=2))
         shutil.rmtree(work)
     return scored, read
 

@@ -8,12 +8,14 @@ machine even, goes on with it, and one that is extended adds to it.
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 from ml_collections import ConfigDict
 
+from kd_ranker import manifest
 from kd_ranker.config import identity
 from kd_ranker.config.schema import sweepable, value_of
 from kd_ranker.errors import UserError
@@ -24,7 +26,7 @@ from kd_ranker.sweep.members import sweep_members
 from kd_ranker.sweep.memory import CohortSize
 from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.recipes import shared_part
-from kd_ranker.training.workdir import read_json, with_checksum, write_atomically
+from kd_ranker.training.workdir import read_json, write_atomically
 
 FILE, FOLDER = "cohorts.json", "cohorts"
 TEST = "test"  # the folder in that of a cohort with the tables of its chosen members on test
@@ -93,9 +95,8 @@ class Sweep:
         teachers = [version(self.members[names[0]]) for names in plan]
         for number in range(len(self.plan)):
             self.check_teacher(number, teachers[number])
-        write_atomically(
-            self.workdir / FILE, with_checksum({"teachers": teachers, "cohorts": plan})
-        )
+        content = json.dumps({"teachers": teachers, "cohorts": plan}, indent=2)
+        write_atomically(self.workdir / FILE, content)
         return dataclasses.replace(self, plan=plan, teachers=teachers)
 
     def check_planned(self) -> None:
@@ -129,7 +130,9 @@ class Sweep:
         tables = results.join(
             self.folders, [folder / TEST for folder in tested], self.members, self.costs
         )
-        write_tables(self.workdir, tables, self._identity())
+        joined = [*self.folders, *(folder / TEST for folder in tested)]
+        parts = [(folder / manifest.FILE).relative_to(self.workdir).as_posix() for folder in joined]
+        write_tables(self.workdir, tables, self._identity(), [FILE, *parts])
 
     def validation(self) -> pd.DataFrame:
         """The rows of all members on validation."""

@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import time
-import zlib
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +25,6 @@ Identity = Mapping[str, str]
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
-_CRC32 = "crc32"  # of all else in a JSON object, as its last key
 _AGAIN = "start the command that made it again, with its flags, which writes it anew"
 REMOVE_ENVIRONMENT = "remove it: it only tells what the run was started with"
 _PACKAGES = ("kd_ranker", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
@@ -149,47 +147,30 @@ def _environment(workdir: Path) -> dict[str, Any]:
 
 
 def _config_text(workdir: Path) -> str:
-    """The text of `config.json`; UserError unless it is as it was written."""
+    """Return the text of `config.json`; UserError unless it is a JSON object."""
     path = workdir / CONFIG_FILE
-    # An older release has written down no sum.
-    expected = _environment(workdir).get("config_crc32")
     content = path.read_bytes()
-    if expected is None:
-        _parsed(content, path, _AGAIN)
-    elif zlib.crc32(content) != expected:
-        raise UserError(f"{path} is not as it was written; {_AGAIN}")
+    _parsed(content, path, _AGAIN)
     return content.decode()
 
 
-def with_checksum(content: Mapping[str, Any]) -> str:
-    """The text of a JSON file that `read_json` can tell from a damaged one."""
-    return json.dumps({**content, _CRC32: _crc32(content)}, indent=2)
-
-
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """The content of a JSON file, whether or not it was written `with_checksum`.
+    """Return the content of a JSON file that holds an object.
 
     Raises:
       UserError: it is damaged; the message ends with `remedy`.
     """
-    content = _parsed(path.read_bytes(), path, remedy)
-    if content.pop(_CRC32, None) not in (None, _crc32(content)):
-        raise UserError(f"{path} is not as it was written; {remedy}")
-    return content
+    return _parsed(path.read_bytes(), path, remedy)
 
 
 def _parsed(content: bytes, path: Path, remedy: str) -> dict[str, Any]:
     try:
         parsed = json.loads(content)
         if not isinstance(parsed, dict):
-            raise ValueError("it is no JSON object")
-    except ValueError as error:
+            raise ValueError("it is not a JSON object")
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}; {remedy}") from error
     return parsed
-
-
-def _crc32(content: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content).encode())
 
 
 def write_config(workdir: Path, command: str, config: ConfigDict, dataset: Identity) -> None:
@@ -202,11 +183,10 @@ def write_config(workdir: Path, command: str, config: ConfigDict, dataset: Ident
         "system": platform.platform(),
         "devices": f"{len(devices)} × {devices[0].device_kind}",
         "packages": {name: metadata.version(name) for name in _PACKAGES},
-        "config_crc32": zlib.crc32(as_json(config).encode()),
     }
     # In this order: `check` takes the second without the first for a config that was removed.
     write_atomically(workdir / CONFIG_FILE, as_json(config))
-    write_atomically(workdir / ENVIRONMENT_FILE, with_checksum(environment))
+    write_atomically(workdir / ENVIRONMENT_FILE, json.dumps(environment, indent=2))
 
 
 def as_json(config: ConfigDict) -> str:
@@ -240,9 +220,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     for number, line in enumerate(lines, start=1):
         try:
             of_line = json.loads(line)
-            # An older release has written down no sum.
-            if of_line.pop(_CRC32, None) not in (None, _crc32(of_line)):
-                raise ValueError("the sum of the line is another")
             int(of_line["step"])
             scalars.append(of_line)
         except (ValueError, KeyError, TypeError, AttributeError):
@@ -254,7 +231,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
 
 
 def _line(scalars: Mapping[str, float]) -> str:
-    return json.dumps({**scalars, _CRC32: _crc32(scalars)}) + "\n"
+    return json.dumps(scalars) + "\n"
 
 
 class MetricsWriter:

@@ -17,7 +17,6 @@ from kd_ranker.config.identity import dataset_name
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import kept, results
-from kd_ranker.evaluation.measured import mark_measured
 from kd_ranker.evaluation.metrics import TARGET, ReportAt
 from kd_ranker.evaluation.references import REFERENCES
 from kd_ranker.evaluation.saving import SAVINGS
@@ -577,9 +576,9 @@ def with_results_on_validation(workdir, change):
     frame = results.read_csv(cohort / results.FILE)
     change(frame)
     frame.to_csv(cohort / results.FILE, index=False)
-    whose = json.loads((cohort / "measured.json").read_text())["identity"]
-    mark_measured(cohort, whose)
-    (workdir / "measured.json").unlink()
+    written = json.loads((cohort / manifest.FILE).read_text())
+    manifest.write(cohort, written["made_of"], written["files"])
+    (workdir / manifest.FILE).unlink()
 
 
 @pytest.fixture(scope="module")
@@ -674,7 +673,7 @@ def test_students_whose_checkpoint_is_lost_before_the_test_are_made_again(
     workdir = copy_of(swept, tmp_path)
     cohort = workdir / "cohorts" / "0"
     shutil.rmtree(cohort / "test")
-    (workdir / "measured.json").unlink()
+    (workdir / manifest.FILE).unlink()
     if lost == "gone":
         shutil.rmtree(cohort / "checkpoints")
     else:
@@ -859,7 +858,7 @@ def test_an_extension_that_died_before_its_results_were_joined_is_not_complete(
     world, swept, extended, tmp_path
 ):
     workdir = copy_of(extended, tmp_path)
-    for name in (*TABLES, "measured.json"):
+    for name in (*TABLES, manifest.FILE):
         shutil.copy(swept / name, workdir / name)
     before = files_of(workdir / "cohorts")
     assert commands.sweep(world.config(**MORE), workdir)
@@ -942,7 +941,6 @@ def test_a_sweep_under_another_teacher_is_refused(world, swept, tmp_path):
     workdir = tmp_path / "other_teacher"
     shutil.copytree(swept, workdir)
     plan = json.loads((workdir / "cohorts.json").read_text()) | {"teachers": ["elsewhere"]}
-    del plan["crc32"]
     (workdir / "cohorts.json").write_text(json.dumps(plan))
     (workdir / results.FILE).unlink()
     fault = fault_of(commands.sweep, world.config(**SWEEP), workdir)
@@ -998,15 +996,15 @@ def test_a_cohort_whose_results_were_not_marked_is_measured_again(world, swept, 
     workdir = tmp_path / "unmarked"
     shutil.copytree(swept, workdir)
     cohort = workdir / "cohorts" / "0"
-    (workdir / "measured.json").unlink()
+    (workdir / manifest.FILE).unlink()
     for folder in (cohort, cohort / "test"):
-        (folder / "measured.json").unlink()
+        (folder / manifest.FILE).unlink()
         results_of_another = (folder / results.FILE).read_bytes().replace(b"0.", b"1.")
         (folder / results.FILE).write_bytes(results_of_another)
     assert commands.sweep(world.config(**SWEEP), workdir)
     for name in (
         results.FILE,
-        *(f"{of}measured.json" for of in ("", "cohorts/0/", "cohorts/0/test/")),
+        *(f"{of}{manifest.FILE}" for of in ("", "cohorts/0/", "cohorts/0/test/")),
     ):
         assert (workdir / name).read_bytes() == (swept / name).read_bytes()
 
@@ -1020,7 +1018,7 @@ def test_a_changed_table_of_a_finished_sweep_is_told_and_made_again(world, swept
     path.write_bytes(content.replace(b"0.", b"1.", 1))
     if of != "cohorts/0":  # of which a report reads nothing
         fault = fault_of(commands.report, [workdir], tmp_path / "report")
-        assert f"{path} is not as it was written; start the command that made it again" in fault
+        assert f"{path} has changed; start the command that made it again" in fault
     assert commands.sweep(world.config(**SWEEP), workdir)
     assert path.read_bytes() == content
     assert not commands.sweep(world.config(**SWEEP), workdir)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
 
+from kd_ranker import manifest
 from kd_ranker.batch import CandidateBatch, Items
 from kd_ranker.batches.cutting import full_fields
 from kd_ranker.configs import cascade
@@ -546,7 +547,7 @@ def test_a_run_that_is_not_finished_does_not_score(world, tmp_path):
     log = write_raw(tmp_path / "log", world.tested)
     copied = tmp_path / "sweep"
     shutil.copytree(world.folder / "sweep", copied)
-    (copied / "measured.json").unlink()
+    (copied / manifest.FILE).unlink()
     assert "is not finished" in fault_of(config_for(world, "sweep", log), copied)
     copied = tmp_path / "student"
     shutil.copytree(world.folder / "student", copied)
