@@ -135,43 +135,33 @@ def test_a_damaged_line_of_metrics_is_left_out_and_told_unless_it_was_cut(tmp_pa
     writer.close()
     file = tmp_path / workdirs.METRICS_FILE
     lines = file.read_text().splitlines()
-    for damaged in (lines[place].replace("0", "9", 1), lines[place][:-1], "\x00" * 30, "[1]"):
+    for damaged in (lines[place][:-1], "\x00" * 30, "[1]"):
         caplog.clear()
         file.write_text("\n".join([*lines[:place], damaged, *lines[place + 1 :]]))
-        if "0" in lines[place] or damaged != lines[place]:
-            found = [scalars["step"] for scalars in workdirs.read_metrics(file)]
-            assert found == [step for step in (1, 2, 3, 4) if step != place + 1]
-            was_cut = place == 3 and not damaged.endswith("}")
-            assert (f"damaged lines {place + 1}" in caplog.text) != was_cut
-    # Those of an older release have no sum.
-    file.write_text('{"step": 1, "loss": 2.0}\n')
-    assert workdirs.read_metrics(file) == [{"step": 1, "loss": 2.0}]
+        found = [scalars["step"] for scalars in workdirs.read_metrics(file)]
+        assert found == [step for step in (1, 2, 3, 4) if step != place + 1]
+        assert (f"damaged lines {place + 1}" in caplog.text) == (place != 3)
 
 
 def test_a_config_that_is_not_as_it_was_written_is_told_and_written_anew(tmp_path, caplog):
     workdirs.claim(tmp_path, "train", config_with(), DATASET)
     path = tmp_path / workdirs.CONFIG_FILE
     text = path.read_text()
-    for damaged in (text[:20], text.replace("3", "4"), "\x00"):
+    for damaged in (text[:20], "\x00"):
         path.write_text(damaged)
-        with pytest.raises(UserError, match=r"config.json is not as it was written; start the com"):
+        with pytest.raises(UserError, match=r"config.json is damaged: .*; start the command"):
             workdirs.read_config(tmp_path)
         caplog.clear()
         workdirs.claim(tmp_path, "train", config_with(), DATASET)
-        assert f"{path} is not as it was written; it is written anew" in caplog.text
+        assert f"{path} is damaged" in caplog.text
+        assert "it is written anew" in caplog.text
         assert path.read_text() == text
-    # One of an older release, beside which no sum lies.
-    (tmp_path / workdirs.ENVIRONMENT_FILE).unlink()
-    assert workdirs.read_config(tmp_path) == config_with()
-    path.write_text(text[:20])
-    with pytest.raises(UserError, match=r"config.json is damaged: .*; start the command"):
-        workdirs.read_config(tmp_path)
 
 
 def test_a_damaged_environment_is_told_with_what_to_do(tmp_path):
     workdirs.claim(tmp_path, "train", config_with(), DATASET)
     path = tmp_path / workdirs.ENVIRONMENT_FILE
-    for damaged in (path.read_text()[:30], path.read_text().replace("train", "brain"), "[]"):
+    for damaged in (path.read_text()[:30], "[]"):
         path.write_text(damaged)
         with pytest.raises(UserError, match=r"environment.json is .*; remove it: it only tells"):
             workdirs.claim(tmp_path, "train", config_with(), DATASET)
