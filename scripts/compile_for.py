@@ -1,15 +1,11 @@
-"""Compiles the programs of a config for TPUs or H100s that are not here, and says what they take.
+"""Compile the programs of a config for TPUs or H100s that are not here, and print their needs.
 
     python scripts/compile_for.py --config=configs/cascade.py --topology=v5e:4x4
 
-With --dry_run, what each host of a pod would hold and do, without compilers:
-
-    python scripts/compile_for.py --config=configs/cascade.py --topology=v5e:4x4 --dry_run
-
-It prints a line a program: whether a device's memory holds it, bytes a device, FLOPs, and what
-limits it. Nothing is run, and no data but the dataset's sizes and first requests is read. But for
---dry_run it needs the compilers, which `./scripts/test_compilers.sh --setup` puts into
-`.venv-compilers`; see `docs/accelerators.md`.
+It prints one line per program: whether a device's memory holds it, bytes per device, FLOPs, and
+what limits it. It runs nothing and reads only the sizes and the first requests of the dataset.
+`./scripts/test_compilers.sh --setup` installs the compilers into `.venv-compilers`; see
+`docs/accelerators.md`.
 """
 
 import json
@@ -28,7 +24,7 @@ from absl import flags  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from kd_ranker.errors import UserError  # noqa: E402
-from kd_ranker.pipeline import ahead, pods, topologies  # noqa: E402
+from kd_ranker.pipeline import ahead, topologies  # noqa: E402
 from kd_ranker.pipeline.launch import launch  # noqa: E402
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, f"One of: {', '.join(topologies.names())}.")
@@ -41,42 +37,18 @@ _JSON = flags.DEFINE_string("json", None, "A file for what was found.")
 _HLO = flags.DEFINE_string("hlo", None, "A folder for the text of the optimised programs.")
 
 
-_DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Tell what each host of the devices would do, and compile nothing."
-)
-_HOSTS = flags.DEFINE_integer(
-    "hosts",
-    0,
-    "With --dry_run, the number of hosts; without it, one for four TPUs, or one of cards.",
-)
-
-
 def main(config: ConfigDict, workdir: Path) -> None:
-    """Compiles what the flags name, or tells what hosts would do."""
+    """Compile the programs that the flags name."""
     del workdir
     if not _TOPOLOGY.value:
-        raise UserError(f"--topology is missing; give one of: {', '.join(topologies.names())}")
-    topology = None if _DRY_RUN.value else topologies.open_topology(_TOPOLOGY.value)
+        raise UserError(f"--topology is required; give one of: {', '.join(topologies.names())}")
+    topology = topologies.open_topology(_TOPOLOGY.value)
     with tempfile.TemporaryDirectory() as folder:
         sizes = ahead.sizes_of(config, Path(folder), _USERS.value, _ITEMS.value)
-        if topology is None:
-            _tell_of_hosts(config, sizes)
-        else:
-            _compile(config, sizes, topology)
-
-
-def _tell_of_hosts(config: ConfigDict, sizes: ahead.Sizes) -> None:
-    of_config = [flag for flag in sys.argv[1:] if flag.startswith("--config")]
-    for name in _PROGRAMS.value or ["train"]:
-        planned = pods.plan(name, config, sizes, _TOPOLOGY.value, _HOSTS.value)
-        print("\n".join(pods.lines(planned, of_config)))
-
-
-def _compile(config: ConfigDict, sizes: ahead.Sizes, topology: topologies.Topology) -> None:
-    findings = []
-    for name in _PROGRAMS.value or ahead.programs_of(config):
-        print(f"compile_for: {name}", file=sys.stderr)
-        findings.append(ahead.compile_program(name, config, sizes, topology))
+        findings = []
+        for name in _PROGRAMS.value or ahead.programs_of(config):
+            print(f"compile_for: {name}", file=sys.stderr)
+            findings.append(ahead.compile_program(name, config, sizes, topology))
     print("\n".join([ahead.findings_table(findings), *ahead.advice(config, sizes, topology)]))
     if _JSON.value:
         found = {finding.name: ahead.as_json(finding) for finding in findings}

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import SingleDeviceSharding
 
 from kd_ranker.configs import cascade
-from kd_ranker.pipeline import ahead, compiled, pods, topologies
+from kd_ranker.pipeline import ahead, compiled, topologies
 from kd_ranker.training import recipes
 from kd_ranker.training.run import abstract_states
 from scripts.benchmarks import compilers
@@ -48,16 +48,6 @@ def test_a_program_moves_nothing_of_a_tables_size(case, tmp_path):
     ]
     assert not strangers
     assert bool(found.compiled.collectives) == (found.devices > 1)
-
-
-@pytest.mark.parametrize("name", ["v5e:2x2", "v5e:4x4", "v6e:4x8", "v5p:2x2x4"])
-def test_a_dry_run_gives_each_host_the_chips_that_its_compiler_gives_it(name, tmp_path):
-    config = cascade("small")
-    config.data.dir = str(tmp_path / "none")
-    config.batch.requests = config.teacher.batch.requests = 64
-    planned = pods.plan("train", config, ahead.sizes_of(config, tmp_path), name)
-    processes = [device.process_index for device in opened(name).devices]
-    assert planned.mesh.ravel().tolist() == processes == sorted(processes)
 
 
 def is_expected(case, config, sizes, array) -> bool:
