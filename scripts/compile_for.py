@@ -23,13 +23,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 from absl import flags  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
+from kd_ranker.ahead import programs, topologies  # noqa: E402
 from kd_ranker.errors import UserError  # noqa: E402
-from kd_ranker.pipeline import ahead, topologies  # noqa: E402
 from kd_ranker.pipeline.launch import launch  # noqa: E402
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, f"One of: {', '.join(topologies.names())}.")
 _PROGRAMS = flags.DEFINE_list(
-    "programs", None, f"Some of: {', '.join(ahead.PROGRAMS)}; without it, those of a single run."
+    "programs", None, f"Some of: {', '.join(programs.PROGRAMS)}; without it, those of a single run."
 )
 _USERS = flags.DEFINE_integer("users", None, "In place of the dataset's number of users.")
 _ITEMS = flags.DEFINE_integer("items", None, "In place of the dataset's number of items.")
@@ -44,14 +44,14 @@ def main(config: ConfigDict, workdir: Path) -> None:
         raise UserError(f"--topology is required; give one of: {', '.join(topologies.names())}")
     topology = topologies.open_topology(_TOPOLOGY.value)
     with tempfile.TemporaryDirectory() as folder:
-        sizes = ahead.sizes_of(config, Path(folder), _USERS.value, _ITEMS.value)
+        sizes = programs.sizes_of(config, Path(folder), _USERS.value, _ITEMS.value)
         findings = []
-        for name in _PROGRAMS.value or ahead.programs_of(config):
+        for name in _PROGRAMS.value or programs.programs_of(config):
             print(f"compile_for: {name}", file=sys.stderr)
-            findings.append(ahead.compile_program(name, config, sizes, topology))
-    print("\n".join([ahead.findings_table(findings), *ahead.advice(config, sizes, topology)]))
+            findings.append(programs.compile_program(name, config, sizes, topology))
+    print("\n".join([programs.findings_table(findings), *programs.advice(config, sizes, topology)]))
     if _JSON.value:
-        found = {finding.name: ahead.as_json(finding) for finding in findings}
+        found = {finding.name: programs.as_json(finding) for finding in findings}
         Path(_JSON.value).write_text(json.dumps(found, indent=2) + "\n")
     if _HLO.value:
         Path(_HLO.value).mkdir(parents=True, exist_ok=True)

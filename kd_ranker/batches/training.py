@@ -102,7 +102,7 @@ ALONE = Share(0, 1)
 class Devices(Protocol):
     """The way of batches to the devices; `training.mapping` has some."""
 
-    def replicate(self, tree: Any, /) -> Any:
+    def place(self, tree: Any, /) -> Any:
         """A pytree of the host -> the same on all devices."""
         ...
 
@@ -111,12 +111,12 @@ class Devices(Protocol):
         ...
 
     def map_batches(self, function: Callable[[Any, Any], Any], /) -> Callable[[Any, Any], Any]:
-        """A function of what is replicated and what is split -> the same, compiled."""
+        """A function of what `place` and `shard` return -> the same, compiled."""
         ...
 
 
 class _DefaultDevice(NamedTuple):
-    replicate: Callable[[Any], Any]
+    place: Callable[[Any], Any]
     shard: Callable[[Any], Any]
     map_batches: Callable[[Callable[[Any, Any], Any]], Callable[[Any, Any], Any]]
 
@@ -327,7 +327,7 @@ def _in_memory(
     columns = only_counting(columns, needs.stage)
     kinds, slots = _kinds(columns.counts, sampling.bounds_of(columns), batch, needs.stage)
     layout = Layout(columns.spans, slots, needs.logged or Stage.RETRIEVED)
-    on_devices = devices.replicate(columns.values)
+    on_devices = devices.place(columns.values)
     # Three programs, each of which reads what the one before has written, see `cutting.gather`.
     choose = devices.map_batches(lambda _, starts: sampling.chosen(starts, slots))
     gather = devices.map_batches(cutting.gather)

@@ -1,4 +1,4 @@
-"""The places of arrays: on which devices they lie, in which layout, and by which of their rows."""
+"""Placement of arrays: their devices, their layout, and the rows that each device holds."""
 
 import functools
 from collections.abc import Sequence
@@ -6,33 +6,44 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from kd_ranker.batch import WHOLE, Deal
 from kd_ranker.embedding.deal import dealt, length_of_share
+from kd_ranker.training.state import MEMBERS_FIRST
 
 AXIS, MEMBERS = "requests", "members"
-"""The axes of a mesh: devices that share the requests of a batch, and those with own members."""
+"""The axes of a mesh: devices that share the requests of a batch, and those with other members."""
 
 _TABLES = "tables"  # the field of `Parameters` that holds them
-# The fields with a row for each id, which comes first but for the members of tables.
+# Fields with one row per id. Rows are the first axis, after the members of tables.
 _ROWS = {_TABLES, "owners", "items"}
 
 
 def first_devices(number: int) -> list[jax.Device]:
-    """So many of the devices that JAX sees, the first ones; 0 takes all.
+    """Return the first `number` devices that JAX sees, or all for 0, grouped by process.
 
-    Those of a process lie beside each other, as a pod of TPUs need not number them.
+    A pod of TPUs may number its chips in another order.
     """
     devices = sorted(jax.devices(), key=lambda device: device.process_index)
     return devices[: number or None]
 
 
+def own_devices(number: int) -> list[jax.Device]:
+    """Return the devices of this process among `first_devices`."""
+    own = jax.process_index()
+    return [device for device in first_devices(number) if device.process_index == own]
+
+
 def is_of_tables(path: jax.tree_util.KeyPath) -> bool:
-    """Tests if a leaf of a pytree is an embedding table."""
+    """Test if a leaf of a pytree is an embedding table."""
     return _TABLES in _names(path)
+
+
+def has_members(path: jax.tree_util.KeyPath) -> bool:
+    """Test if a leaf of a pytree is an array of a state that has a leading axis of members."""
+    return bool(_names(path) & MEMBERS_FIRST)
 
 
 def _names(path: jax.tree_util.KeyPath) -> set[str | None]:
@@ -40,27 +51,65 @@ def _names(path: jax.tree_util.KeyPath) -> set[str | None]:
 
 
 def _filler(path: jax.tree_util.KeyPath) -> int:
-    """The value of rows that are of no id: -1 for categories, of which there is none."""
+    """Fill value for padding rows: -1 in category columns, 0 elsewhere."""
     return -1 if "category" in _names(path) else 0
 
 
 def _axis_of_rows(path: jax.tree_util.KeyPath, leaf: Any) -> int | None:
-    """The axis of the rows that may be dealt to devices."""
+    """The axis of the rows that may be dealt to devices; None if the leaf has no such rows."""
     if not _names(path) & _ROWS:
         return None
     return leaf.ndim - 2 if is_of_tables(path) else 0
 
 
-def places(tree: Any, sharding: Sharding | None = None, shardings: Any = None) -> Any:
-    """The place and the layout of each array of a pytree: on a TPU, tables lie row by row.
+def specs_of(members: int, deal: Deal, tree: Any) -> Any:
+    """Return the partition of each array: its members, if it has them, and its dealt rows.
 
-    Left alone, XLA would lay them out column by column there, and copy them whole in each program
-    that reads or writes rows.
+    Both follow from the names of the fields that hold it.
 
     Args:
-      tree: arrays, there or abstract.
-      sharding: that of all of them; or
-      shardings: one each.
+      members: the size of the axis `MEMBERS`.
+      deal: how rows are dealt along `AXIS`.
+      tree: arrays, concrete or abstract.
+    """
+
+    def spec(path: jax.tree_util.KeyPath, leaf: Any) -> PartitionSpec:
+        axes: list[str | None] = [MEMBERS] if members > 1 and has_members(path) else []
+        rows = _axis_of_rows(path, leaf)
+        if deal != WHOLE and rows is not None:
+            axes += [None] * (rows - len(axes)) + [AXIS]
+        return PartitionSpec(*axes)
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def dealt_rows(tree: Any, deal: Deal) -> Any:
+    """Copy arrays, with their rows in the order of the devices; see `embedding.deal`.
+
+    Of abstract arrays, the result is abstract.
+    """
+
+    def of(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
+        axis = None if deal == WHOLE else _axis_of_rows(path, leaf)
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            shape = list(leaf.shape)
+            if axis is not None:
+                shape[axis] = deal.devices * length_of_share(shape[axis], deal.devices)
+            return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
+        return leaf.copy() if axis is None else dealt(leaf, axis, deal.devices, _filler(path))
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def places(tree: Any, shardings: Any) -> Any:
+    """Return the device placement of each array; on a TPU, tables are stored row by row.
+
+    By default XLA stores them column by column there. Each program that reads or writes rows would
+    then copy whole tables.
+
+    Args:
+      tree: arrays, concrete or abstract.
+      shardings: one `Sharding` for all, or a pytree with one for each.
     """
 
     def place(path: jax.tree_util.KeyPath, leaf: Any, sharding: Sharding) -> Sharding | Format:
@@ -69,24 +118,26 @@ def places(tree: Any, sharding: Sharding | None = None, shardings: Any = None) -
             return sharding
         return Format(Layout(tuple(range(leaf.ndim))), sharding)
 
-    if shardings is None:
-        shardings = jax.tree.map(lambda _: sharding, tree)
+    if isinstance(shardings, Sharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
     return jax.tree_util.tree_map_with_path(place, tree, shardings)
 
 
-def own_devices(number: int) -> list[jax.Device]:
-    """The devices of this process among `first_devices`."""
-    return [
-        device for device in first_devices(number) if device.process_index == jax.process_index()
-    ]
-
-
 def put_on(tree: Any, of_places: Any) -> Any:
-    """A pytree of the host, the same in all processes, on the devices of all."""
+    """Put a pytree of the host, the same in all processes, on the devices of all.
+
+    Abstract arrays stay abstract and get their placement.
+    """
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
+        return jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            tree,
+            of_places,
+        )
     if jax.process_count() == 1:
         return jax.device_put(tree, of_places)
 
-    # JAX itself would have the processes compare all that they put there.
+    # With `device_put`, JAX would compare the values of all processes.
     def on_devices(leaf: Any, place: Any) -> jax.Array:
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, place, host.__getitem__)
@@ -94,26 +145,17 @@ def put_on(tree: Any, of_places: Any) -> Any:
     return jax.tree.map(on_devices, tree, of_places)
 
 
-def fetch(array: jax.Array) -> Any:
-    """An array that devices hold in parts, those of other processes included."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return multihost_utils.process_allgather(array, tiled=True)
-
-
 def put(tree: Any) -> Any:
-    """A pytree on the default device, for programs of that one alone."""
+    """Put a pytree on the default device, for programs of one device."""
     (device, *_) = jax.local_devices()
-    if device.platform != "tpu":
-        return jax.device_put(tree)
     return jax.device_put(tree, places(tree, SingleDeviceSharding(device)))
 
 
 def put_by_rows(tree: Any, devices: Sequence[jax.Device]) -> Any:
-    """A pytree of the host on several devices: a range of all rows each, and all else the same.
+    """Put a pytree of the host on devices: a range of all rows on each, and all else on all.
 
-    It is for programs that XLA itself splits over the devices, which see the arrays as whole ones.
-    There may be empty rows behind the others.
+    XLA itself splits programs on such arrays over the devices. Rows of padding may follow the
+    others.
     """
     mesh = Mesh(np.array(devices), (AXIS,))
 
@@ -127,52 +169,6 @@ def put_by_rows(tree: Any, devices: Sequence[jax.Device]) -> Any:
 
     evenly = jax.tree_util.tree_map_with_path(filled, tree)
     specs = specs_of(1, Deal(len(devices), AXIS), evenly)
-    shardings = jax.tree.map(functools.partial(NamedSharding, mesh), specs)
-    return put_on(evenly, places(evenly, shardings=shardings))
-
-
-def abstract(tree: Any, of_places: Any) -> Any:
-    """The arrays of a pytree, there or abstract, by shape, type and place alone."""
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        tree,
-        of_places,
+    return put_on(
+        evenly, places(evenly, jax.tree.map(functools.partial(NamedSharding, mesh), specs))
     )
-
-
-def specs_of(members: int, deal: Deal, tree: Any, has_members: Any = False) -> Any:
-    """The way in which each array is split: its members, if it has them, and its dealt rows."""
-
-    def spec(path: jax.tree_util.KeyPath, leaf: Any, has: bool) -> PartitionSpec:
-        axes: list[str | None] = [MEMBERS] if has and members > 1 else []
-        rows = _axis_of_rows(path, leaf)
-        if deal != WHOLE and rows is not None:
-            axes += [None] * (rows - len(axes)) + [AXIS]
-        return PartitionSpec(*axes)
-
-    has_members = jax.tree.map(lambda _: False, tree) if has_members is False else has_members
-    return jax.tree_util.tree_map_with_path(spec, tree, has_members)
-
-
-def dealt_rows(tree: Any, deal: Deal) -> Any:
-    """Arrays of the host with their rows in the order of the devices."""
-
-    def of(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
-        axis = _axis_of_rows(path, leaf)
-        if deal == WHOLE or axis is None:
-            return leaf
-        return dealt(leaf, axis, deal.devices, _filler(path))
-
-    return jax.tree_util.tree_map_with_path(of, tree)
-
-
-def dealt_shapes(tree: Any, deal: Deal) -> Any:
-    """The shapes of what `dealt_rows` would make."""
-
-    def of(path: jax.tree_util.KeyPath, leaf: Any) -> jax.ShapeDtypeStruct:
-        shape, axis = list(leaf.shape), _axis_of_rows(path, leaf)
-        if axis is not None:
-            shape[axis] = deal.devices * length_of_share(shape[axis], deal.devices)
-        return jax.ShapeDtypeStruct(tuple(shape), leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(of, tree)

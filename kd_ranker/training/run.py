@@ -65,8 +65,14 @@ def make_run(
       devices: the mapping over devices.
     """
     filled = filled_for(groups, devices)
-    mapped = map_steps(filled, teacher, devices)
-    return Run(tuple(groups), filled, batches, devices.hold(frozen), devices, mapped)
+    mapped, held = map_steps(filled, teacher, devices), hold(frozen, devices)
+    return Run(tuple(groups), filled, batches, held, devices, mapped)
+
+
+def hold(frozen: Frozen, devices: DeviceMap) -> Frozen:
+    """Place the arrays that a step only reads; their items record how their rows are dealt."""
+    held = devices.place(frozen)
+    return held.replace(items=held.items.replace(deal=devices.deal))
 
 
 def filled_for(groups: Sequence[Group], devices: DeviceMap) -> tuple[Group, ...]:

@@ -123,12 +123,10 @@ class TrainState:
     owners: dict[str, Int[Array, "rows"]]
 
 
-_SHARED_BY_MEMBERS = ("step", "unknown_ids", "owners")
-_has_members: dict[str, Any] = {
-    field.name: field.name not in _SHARED_BY_MEMBERS for field in dataclasses.fields(TrainState)
+MEMBERS_FIRST = {field.name for field in dataclasses.fields(TrainState)} - {
+    *("step", "unknown_ids", "owners")
 }
-HAS_MEMBERS = TrainState(**_has_members)
-"""True for the parts of a state that have an axis of members; a prefix of every state."""
+"""The fields of a state whose arrays have a leading axis of members."""
 
 States = tuple[TrainState, ...]
 """The states of a population, one a group."""

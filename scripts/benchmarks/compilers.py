@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from kd_ranker.ahead import programs, topologies
+from kd_ranker.ahead.programs import Finding, Sizes
 from kd_ranker.configs import cascade
-from kd_ranker.pipeline import ahead, topologies
-from kd_ranker.pipeline.ahead import Finding, Sizes
 
 USERS, ITEMS, WIDTH, BATCH = 1_000_000, 10_000_000, 64, 256
 MEMBERS = 16
@@ -25,7 +25,7 @@ class Case(NamedTuple):
 
     Attributes:
       topology: one of `topologies.names`.
-      program: one of `ahead.PROGRAMS`.
+      program: one of `programs.PROGRAMS`.
       mode: of the student, or of all members.
       source: `teacher.source`.
       large: whether the sizes are those above, or the cascade's own.
@@ -103,14 +103,14 @@ def sizes_of(case: Case, folder: Path) -> Sizes:
     config = config_of(case)
     # Not a dataset that was built: its own requests are as good.
     config.data.dir = str(folder / "none")
-    return ahead.sizes_of(config, folder, *((USERS, ITEMS) if case.large else ()))
+    return programs.sizes_of(config, folder, *((USERS, ITEMS) if case.large else ()))
 
 
 def find(case: Case) -> Finding:
     """Compiles a case."""
     with tempfile.TemporaryDirectory() as folder:
         sizes = sizes_of(case, Path(folder))
-        return ahead.compile_program(
+        return programs.compile_program(
             case.program, config_of(case), sizes, topologies.open_topology(case.topology)
         )
 
@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"{case.name}: left out, without {missing}", file=sys.stderr)
             continue
         findings[case.name] = find(case)
-        print(ahead.findings_table([findings[case.name]]), file=sys.stderr, flush=True)
-    table = ahead.findings_table(list(findings.values()), "github")
+        print(programs.findings_table([findings[case.name]]), file=sys.stderr, flush=True)
+    table = programs.findings_table(list(findings.values()), "github")
     print(table, file=sys.stderr)
-    return {"programs": {name: ahead.as_json(finding) for name, finding in findings.items()}}
+    return {"programs": {name: programs.as_json(finding) for name, finding in findings.items()}}

@@ -168,7 +168,7 @@ def test_large_batches_are_made_in_several_passes(dataset, monkeypatch):
     passes = []
 
     class Devices(NamedTuple):
-        replicate: Any
+        place: Any
         shard: Any
         map_batches: Any
 

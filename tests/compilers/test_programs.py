@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from kd_ranker.configs import cascade
-from kd_ranker.pipeline import ahead, compiled, topologies
+from kd_ranker.ahead import hlo, programs, topologies
 from kd_ranker.training import recipes
 from kd_ranker.training.run import abstract_states
 from scripts.benchmarks import compilers
@@ -31,8 +30,8 @@ def opened(topology: str) -> topologies.Topology:
 def test_a_program_moves_nothing_of_a_tables_size(case, tmp_path):
     topology = opened(case.topology)
     config, sizes = compilers.config_of(case), compilers.sizes_of(case, tmp_path)
-    found = ahead.compile_program(case.program, config, sizes, topology)
-    assert found.fits, ahead.findings_table([found])
+    found = programs.compile_program(case.program, config, sizes, topology)
+    assert found.fits, programs.findings_table([found])
     assert not found.compiled.copies
     assert not found.compiled.loops
     if case.large:
@@ -44,7 +43,7 @@ def test_a_program_moves_nothing_of_a_tables_size(case, tmp_path):
     strangers = [
         collective
         for collective in found.compiled.collectives
-        if not is_expected(case, config, sizes, collective.array)
+        if not is_expected(case, config, sizes, collective)
     ]
     assert not strangers
     assert bool(found.compiled.collectives) == (found.devices > 1)
@@ -78,7 +77,7 @@ def compile_there(topology, function, *shapes):
         for shape, dtype in zip(shapes, (jnp.float32, jnp.int32, jnp.float32), strict=False)
     ]
     made = jax.jit(function, donate_argnums=0).lower(*arguments)
-    return compiled.read(made.compile(dict(topology.options)), {math.prod(shapes[0])})
+    return hlo.read(made.compile(dict(topology.options)), {math.prod(shapes[0])})
 
 
 def test_what_is_looked_for_is_found_where_it_is():
@@ -109,7 +108,7 @@ def test_a_config_that_does_not_fit_says_so(tmp_path):
     topology = opened("v5e:1x1")
     case = Case("v5e:1x1", source="live")
     config, sizes = compilers.config_of(case), compilers.sizes_of(case, tmp_path)
-    found = ahead.compile_program("train", config, sizes, topology)
+    found = programs.compile_program("train", config, sizes, topology)
     assert not found.fits
-    assert "HBM" in ahead.limit_of(found)
-    assert " NO " in ahead.findings_table([found])
+    assert "HBM" in programs.limit_of(found)
+    assert " NO " in programs.findings_table([found])

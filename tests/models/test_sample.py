@@ -194,10 +194,10 @@ def test_logits_loss_and_gradients_are_those_of_the_sample(mode):
     device = MAPPINGS["shard_map"](jax.devices()[:1])
     step = device.map_step(make_step([recipe]))
     (after,), (losses,) = step(
-        device.replicate((state,)),
+        device.place((state,)),
         device.shard(BATCH),
         (numbers,),
-        device.replicate(Frozen(ITEMS_OF_SPEC, None)),
+        device.place(Frozen(ITEMS_OF_SPEC, None)),
     )
     # The project's losses are means over rows and over tasks, the sample's are sums.
     summed = ROWS * TASKS

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import re
 
@@ -8,17 +9,20 @@ import pytest
 
 from kd_ranker.batch import Stage
 from kd_ranker.configs import cascade
+from kd_ranker.errors import UserError
 from kd_ranker.models.teacher import FinalRanker
-from kd_ranker.training import mapping, recipes
-from kd_ranker.training.mapping import MAPPINGS, members_axis, shares
+from kd_ranker.training import recipes
+from kd_ranker.training.mapping import MAPPINGS, members_axis, share_of, shares
+from kd_ranker.training.placing import first_devices
 from kd_ranker.training.run import (
+    hold,
     initial_states,
     make_run,
     on_host,
     states_on_host,
     step_for,
 )
-from kd_ranker.training.state import HAS_MEMBERS, Frozen, LiveTeacher
+from kd_ranker.training.state import Frozen, LiveTeacher
 from tests.random_batches import SPEC, TEACHER, make_model, random_batch, random_items
 
 long = pytest.mark.long
@@ -161,13 +165,11 @@ def test_a_device_holds_its_own_members_alone_and_they_exchange_nothing():
     run = made("auto", 8, 8)
     states = initial_states(run)
     for state in states:
-        for has_members, leaf in zip(
-            jax.tree.leaves(jax.tree.broadcast(HAS_MEMBERS, state)),
-            jax.tree.leaves(state),
-            strict=True,
-        ):
-            local = leaf.addressable_data(3)
-            assert local.shape == ((1, *leaf.shape[1:]) if has_members else leaf.shape)
+        for name in (field.name for field in dataclasses.fields(state)):
+            for leaf in jax.tree.leaves(getattr(state, name)):
+                members = () if name in ("step", "unknown_ids", "owners") else (1,)
+                expected = members + leaf.shape[len(members) :]
+                assert leaf.addressable_data(3).shape == expected
     arguments = states, run.devices.shard(BATCHES[0]), numbers_of(run), run.frozen
     text = run.take.lower(*arguments).compile().as_text()
     # Those of a group of devices, and not of each with itself; releases of XLA write them so or so.
@@ -193,30 +195,73 @@ def test_the_axis_of_members_is_the_least_with_which_a_device_holds_as_few_as_it
     assert shares(64, 32) == [2, 4, 8, 16, 32, 64]
 
 
-def test_a_deterministic_step_asks_the_compiler_of_gpus_for_it(monkeypatch):
-    """Which XLA's compiler for CPUs takes as well, and has no use for."""
-    options = []
-    jit = jax.jit
+class Device:
+    """As much of a device as the arithmetic of a mesh reads."""
 
-    def spied(*arguments, **how):
-        options.append(how.get("compiler_options"))
-        return jit(*arguments, **how)
-
-    monkeypatch.setattr(jax, "jit", spied)
-    for on_gpu, expected in ((False, None), (True, {"xla_gpu_deterministic_ops": True})):
-        monkeypatch.setattr(mapping, "_on_gpu", lambda _, on_gpu=on_gpu: on_gpu)
-        spread = MAPPINGS["shard_map"](jax.devices()[:1], deterministic=True)
-        double = spread.map_step(lambda states, *_: (states, jnp.ones(())))
-        double((), (), (), ())
-        assert options.pop() == expected
-    with pytest.raises(ValueError, match="takes no options"):
-        MAPPINGS["pmap"](jax.devices(), deterministic=True)
-    assert MAPPINGS["auto"](jax.devices()[:1], deterministic=True).members == 1
+    def __init__(self, number=0, process_index=0, platform="gpu"):
+        self.number, self.process_index, self.platform = number, process_index, platform
 
 
-def test_pmap_has_no_axis_for_members():
-    with pytest.raises(ValueError, match="none for 2 parts of members"):
-        MAPPINGS["pmap"](jax.devices(), 2)
+def test_auto_is_pmap_where_that_suffices():
+    cpu, gpu, tpu = ([Device(platform=name)] for name in ("cpu", "gpu", "tpu"))
+    auto, pmap = MAPPINGS["auto"], MAPPINGS["pmap"]
+    assert auto(gpu).by_pmap
+    assert auto(cpu, deterministic=True).by_pmap
+    assert not auto(tpu).by_pmap
+    assert auto(gpu, deterministic=True).options == {"xla_gpu_deterministic_ops": True}
+    assert auto(cpu * 2, members=2).members == 2
+    for needs in ({"members": 2}, {"deterministic": True}, {"sharded": True}):
+        assert not auto(gpu * 2, **needs).by_pmap
+        with pytest.raises(ValueError, match="pmap has no axis of members"):
+            pmap(gpu * 2, **needs)
+
+
+def test_options_for_the_compiler_reach_it():
+    devices = MAPPINGS["shard_map"](jax.devices()[:1])
+    devices = dataclasses.replace(devices, options={"xla_no_such_option": True})
+    step = devices.map_step(lambda states, *_: (states, jnp.ones(())))
+    with pytest.raises(RuntimeError, match="xla_no_such_option"):
+        step((), (), (), ())
+
+
+def test_a_process_makes_the_requests_of_its_own_devices():
+    of_hosts = np.array([[0, 0, 1, 1], [2, 2, 3, 3]])
+    assert [share_of(of_hosts, host) for host in range(4)] == [(0, 2), (1, 2), (0, 2), (1, 2)]
+    assert share_of(np.array([[0, 0], [0, 0], [1, 1]]), 1) == (0, 1)
+    for mesh in (
+        [[0, 0, 1, 1, 0, 0, 1, 1]],  # the order of chips in a pod of TPUs
+        [[0, 0, 0, 0, 1, 1], [1, 1, 2, 2, 2, 2]],
+        [[0, 1, 1, 1]],
+    ):
+        for process in (0, 1):  # every process gets the error
+            with pytest.raises(UserError, match="not one aligned range"):
+                share_of(np.array(mesh), process)
+
+
+def test_devices_are_in_the_order_of_their_processes(monkeypatch):
+    chips = [Device(*chip) for chip in enumerate((0, 0, 1, 1, 0, 0, 1, 1))]
+    monkeypatch.setattr(jax, "devices", lambda: chips)
+    assert [chip.number for chip in first_devices(0)] == [0, 1, 4, 5, 2, 3, 6, 7]
+    assert [chip.number for chip in first_devices(3)] == [0, 1, 4]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_abstract_arrays_are_placed_as_the_real_ones(sharded):
+    devices = MAPPINGS["shard_map"](jax.devices()[:4], 2, sharded=sharded)
+    frozen = Frozen(random_items(), None)
+    (group, *_) = recipes.student_groups({"none": MEMBERS["none"]}, SPEC)
+    states = (group.at(np.array([0, 0])).init(),)
+    for place, tree in (
+        (devices.place, states),
+        (functools.partial(hold, devices=devices), frozen),
+        (devices.shard, BATCHES[0]),
+    ):
+        found = place(jax.eval_shape(lambda tree=tree: tree))
+        assert jax.tree.map(placement, found) == jax.tree.map(placement, place(tree))
+
+
+def placement(leaf):
+    return leaf.shape, leaf.dtype, leaf.sharding
 
 
 # The compiler may add up in another order where rows come from elsewhere.

@@ -189,7 +189,7 @@ def last_states(members, batches):
     devices = MAPPINGS["shard_map"](jax.devices()[:1])
     step = devices.map_step(make_step([group.recipe for group in groups]))
     states = devices.create(lambda deal: tuple(group.init() for group in groups))
-    frozen = devices.replicate(Frozen(random_items(), None))
+    frozen = devices.place(Frozen(random_items(), None))
     for batch in batches:
         numbers = tuple(group.numbers for group in groups)
         states, _ = step(states, devices.shard(batch), numbers, frozen)

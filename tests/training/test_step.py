@@ -145,7 +145,7 @@ def run_groups(
     if not live:
         teacher, frozen = None, frozen.replace(teacher=None)
     spread, step = program_of(tuple(recipes), teacher, mapping, devices)
-    states, frozen = spread.replicate(tuple(states)), spread.replicate(frozen)
+    states, frozen = spread.place(tuple(states)), spread.place(frozen)
     for batch in batches:
         states, losses = step(states, spread.shard(batch), tuple(numbers), frozen)
     return jax.tree.map(np.asarray, spread.unreplicate((states, losses)))
@@ -230,10 +230,10 @@ def test_steps_in_one_call_are_those_on_the_batches_themselves(mapping, devices)
 
     take = spread.map_step(counted)
     numbers = (stack_members([hyperparameters()]),)
-    on_devices = spread.shard(batches), spread.replicate(FROZEN.replace(teacher=None))
+    on_devices = spread.shard(batches), spread.place(FROZEN.replace(teacher=None))
 
     def after(stops):
-        states = spread.replicate((state,))
+        states = spread.place((state,))
         for span in itertools.starmap(Span, itertools.pairwise((0, *stops, steps))):
             states, losses = take(states, on_devices[0], (span, numbers), on_devices[1])
         return jax.tree.map(np.asarray, spread.unreplicate((states, losses)))
@@ -634,7 +634,7 @@ def test_numbers_are_traced_so_a_sweep_compiles_once():
 
     spread = MAPPINGS["pmap"](jax.devices()[:1])
     mapped = spread.map_step(counted)
-    frozen = spread.replicate(FROZEN)
+    frozen = spread.place(FROZEN)
     losses = []
     for weight, rate, temperature, top_k in [
         (0.0, 0.1, 1.0, 1), (1.0, 0.01, 2.0, 2), (5.0, 0.0, 0.5, 3)
@@ -642,9 +642,9 @@ def test_numbers_are_traced_so_a_sweep_compiles_once():
         numbers = hyperparameters(
             distill_weight=weight, learning_rate=rate, temperature=temperature, top_k=top_k
         )
-        states, batch = spread.replicate((state,)), spread.shard(random_batch(0))
+        states, batch = spread.place((state,)), spread.shard(random_batch(0))
         _, (loss,) = mapped(states, batch, (stack_members([numbers]),), frozen)
-        losses.append(float(loss["loss"][0, 0]))
+        losses.append(float(loss["loss"][0]))
     assert len(traces) == 1
     assert len(set(losses)) == 3
 

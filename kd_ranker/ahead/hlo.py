@@ -1,0 +1,184 @@
+"""Facts about a compiled program: its memory, and the operations in its text (HLO)."""
+
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from kd_ranker.embedding.deal import RARELY
+
+_SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
+_ON_CHIP = "S(1)"  # the memory space in a TPU's layouts
+_COPIES = ("copy", "copy-start", "transpose", "convert")
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+class Result(NamedTuple):
+    """An array that an operation returns."""
+
+    operation: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """The number of its entries."""
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Its bytes without padding."""
+        bits = re.sub(r"^\D+", "", self.dtype)
+        return self.size * (int(bits) // 8 if bits else 1)
+
+
+class Compiled(NamedTuple):
+    """Facts about a compiled program, for one device.
+
+    Attributes:
+      arguments: bytes of its arguments in their layouts.
+      temporary: bytes that it needs besides arguments and results.
+      total: bytes in all; a result in the place of an argument counts once.
+      cycles: the compiler's estimates by kind of operation; empty where it has none.
+      copies: operations that copy, transpose or convert one of the given arrays.
+      loops: loops that the compiler made of an operation, with one entry per iteration.
+      collectives: the arrays that devices exchange.
+    """
+
+    arguments: int
+    temporary: int
+    total: int
+    cycles: Mapping[str, int]
+    copies: tuple[str, ...]
+    loops: tuple[str, ...]
+    collectives: tuple[Result, ...]
+
+    @property
+    def exchanged(self) -> int:
+        """Bytes of the arrays that devices exchange."""
+        return sum(array.bytes for array in self.collectives)
+
+
+def read(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Compiled:
+    """Read a program.
+
+    Args:
+      compiled: the program.
+      sizes: the numbers of entries of the arrays whose copies count; see `copies`.
+    """
+    memory: Any = compiled.memory_analysis()
+    text = compiled.as_text() or ""
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    return Compiled(
+        arguments=arguments,
+        temporary=temporary,
+        total=arguments + temporary + results,
+        cycles=cycles_by_kind(text),
+        copies=tuple(copies(text, sizes)),
+        loops=tuple(loops(text)),
+        collectives=tuple(collectives(text)),
+    )
+
+
+_KINDS = {
+    "rows": ("gather", "scatter", "scatter-add"),
+    "products": ("dot_general",),
+    "exchange": ("all_gather", "psum", "psum_invariant"),
+}
+
+
+def cycles_by_kind(text: str) -> dict[str, int]:
+    """Sum the cycles that a TPU's compiler expects of a program's operations, by `_KINDS`.
+
+    The body of a loop counts once per iteration where their number is known, else once. The loop
+    over steps counts once. Operations without an estimate count 0, as do those done `RARELY`.
+    """
+    pattern = r"^(ENTRY )?%?([\w.-]+) \([^\n]*\{\n(.*?)^\}"
+    bodies = {
+        entry.strip() or name: body.splitlines()
+        for entry, name, body in re.findall(pattern, text, re.MULTILINE | re.DOTALL)
+    }
+    total: dict[str, int] = {}
+
+    def add(name: str, times: int) -> None:
+        for line in bodies.get(name, ()):
+            if inner := re.search(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line):
+                turns = 0 if RARELY in line else _turns(bodies.get(inner[1], ()))
+                add(inner[2], times * turns)
+            elif number := re.search(r'"estimated_cycles":"?(\d+)', line):
+                last = _op_name(line).rpartition("/")[2]
+                kind = next((kind for kind, of in _KINDS.items() if last in of), "all else")
+                total[kind] = total.get(kind, 0) + times * int(number[1])
+
+    add("ENTRY", 1)
+    return total
+
+
+def _turns(condition: Collection[str]) -> int:
+    """The iterations of a loop that counts from 0 to a constant; 1 of any other."""
+    compared = any("direction=LT" in line for line in condition)
+    bounds = re.findall(r" s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
+    return int(bounds[0]) if compared and len(bounds) == 1 else 1
+
+
+def _op_name(line: str) -> str:
+    named = re.search(r'op_name="([^"]*)"', line)
+    return named[1] if named else ""
+
+
+def copies(text: str, sizes: Collection[int]) -> Iterator[str]:
+    """Find the operations that copy arrays with one of these numbers of entries.
+
+    Copies into a TPU's memory on the chip, S(1), do not count: only small arrays fit there.
+
+    >>> list(copies("  %c.1 = f32[8,3]{0,1} copy(%p), metadata={}", {24}))
+    ['copy f32[8,3]']
+    >>> list(copies("  %c.1 = f32[8,3]{0,1:S(1)} copy(%p), metadata={}", {24}))
+    []
+    """
+    for line, (array, *_) in _operations(text, _COPIES):
+        if array.size in sizes and _ON_CHIP not in line:
+            yield f"{array.operation} {array.dtype}[{','.join(map(str, array.shape))}]"
+
+
+def loops(text: str) -> Iterator[str]:
+    """Find the loops of a program that no loop of the source stands behind.
+
+    A compiler without a better way to read or write scattered rows does it in a loop, one row per
+    iteration. The loop keeps the name of the operation.
+
+    >>> list(loops('%w = (s32[]) while(%t), body=%b, metadata={op_name="jit(f)/gather"}'))
+    ['jit(f)/gather']
+    >>> list(loops('%w = (s32[]) while(%t), body=%b, metadata={op_name="jit(f)/while"}'))
+    []
+    """
+    for line in re.findall(r"^.* while\(.*$", text, re.MULTILINE):
+        name = _op_name(line) or "a loop without a name"
+        if name.rpartition("/")[2] != "while":
+            yield name
+
+
+def collectives(text: str) -> Iterator[Result]:
+    """Find the arrays that the devices of a program exchange or reduce.
+
+    >>> list(collectives("%r = (f32[3]{0}, s32[2,2]{1,0}) all-reduce(%a, %b)"))[1]
+    Result(operation='all-reduce', dtype='s32', shape=(2, 2))
+    """
+    started = tuple(f"{name}-start" for name in _COLLECTIVES)
+    for _, arrays in _operations(text, _COLLECTIVES + started):
+        for array in arrays:
+            yield array._replace(operation=array.operation.removesuffix("-start"))
+
+
+def _operations(text: str, names: Collection[str]) -> Iterator[tuple[str, list[Result]]]:
+    """Each operation of one of these names: the text and the arrays of its result."""
+    pattern = rf"^[^=\n]* = ([^\n]*?) ({'|'.join(sorted(names, key=len, reverse=True))})\("
+    for returned, operation in re.findall(pattern, text, re.MULTILINE):
+        arrays = [
+            Result(operation, dtype, tuple(int(size) for size in shape.split(",") if size))
+            for dtype, shape in _SHAPE.findall(returned)
+        ]
+        yield returned, arrays

@@ -1,0 +1,362 @@
+"""The programs of a config, compiled for devices that are not here.
+
+They are the programs of a run, lowered for shapes in place of arrays: no table is ever made.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+from ml_collections import ConfigDict
+from tabulate import tabulate
+
+from kd_ranker.ahead import hlo
+from kd_ranker.ahead.hlo import Compiled
+from kd_ranker.ahead.topologies import Topology
+from kd_ranker.batch import EvaluationBatch, FeatureSpec, abstract_items, empty_batch
+from kd_ranker.batches.cutting import Span
+from kd_ranker.config import checks
+from kd_ranker.config.identity import dataset_name
+from kd_ranker.distillation.modes import MODES
+from kd_ranker.embedding.lookup import without_slots
+from kd_ranker.embedding.row_optimizers import TPU_LANES
+from kd_ranker.errors import check_choice
+from kd_ranker.evaluation.evaluate import Ranker, lower_for_group, make_serve
+from kd_ranker.models.model import Model, Parameters
+from kd_ranker.pipeline import runs, teachers
+from kd_ranker.requests import storage
+from kd_ranker.requests.records import Dataset, read_requests
+from kd_ranker.requests.request import SPLITS, Source
+from kd_ranker.sources.registry import SOURCES
+from kd_ranker.sweep.members import sweep_members
+from kd_ranker.training import recipes, workdir
+from kd_ranker.training.mapping import MAPPINGS
+from kd_ranker.training.placing import is_of_tables, places, put_on
+from kd_ranker.training.recipes import TEACHER_STAGES, Group
+from kd_ranker.training.run import abstract_states, filled_for, hold, map_steps, padding_of
+from kd_ranker.training.state import Frozen, LiveTeacher, select_member
+
+# Requests of the sample dataset.
+_SAMPLE = 32
+
+
+class Sizes(NamedTuple):
+    """The sizes that a config's programs are compiled for.
+
+    Attributes:
+      spec: of the features.
+      sample: a small dataset of the same requests; it determines how batches are packed.
+    """
+
+    spec: FeatureSpec
+    sample: Dataset
+
+
+class Program(NamedTuple):
+    """A lowered program, and the arrays that it is handed besides batches, as one device has them.
+
+    Attributes:
+      lowered: the program.
+      tables: bytes of the embedding tables, without padding of the layout.
+      sizes: the numbers of entries of tables, of one member's table, and of other arrays with an
+        entry per item or per row of a table.
+    """
+
+    lowered: jax.stages.Lowered
+    tables: int
+    sizes: frozenset[int]
+
+
+class Finding(NamedTuple):
+    """The outcome of compiling a program.
+
+    Attributes:
+      name: one of `PROGRAMS`.
+      topology: the devices.
+      devices: how many of them the program runs on.
+      tables: see `Program`.
+      flops: FLOPs of one step or batch on one device, as XLA counts before optimizing.
+      compiled: facts about the program; None if it does not fit.
+      refused: the compiler's message if it does not fit, else "".
+      text: of the optimized program; None if it does not fit.
+    """
+
+    name: str
+    topology: Topology
+    devices: int
+    tables: int
+    flops: float
+    compiled: Compiled | None = None
+    refused: str = ""
+    text: str | None = None
+
+    @property
+    def fits(self) -> bool:
+        """Test if a device's memory holds it."""
+        return self.compiled is not None and self.compiled.total <= self.topology.memory
+
+
+def sizes_of(
+    config: ConfigDict, folder: Path, users: int | None = None, items: int | None = None
+) -> Sizes:
+    """Return the sizes of a config's dataset, which must exist unless it is simulated.
+
+    Args:
+      config: names the dataset.
+      folder: for a sample of the dataset.
+      users: replaces the number of users.
+      items: replaces the number of items.
+
+    Raises:
+      UserError: the dataset does not exist.
+    """
+    entry = SOURCES[config.data.name]
+    exists = storage.directory_of(dataset_name(config), config.data.dir).exists()
+    if entry.simulated and not exists:
+        source = entry.open_source(config.data, config.tasks, config.funnel)
+        spec, requests = source.spec, source.requests("train")
+    else:
+        dataset = teachers.dataset_of(config)
+        spec, requests = dataset.spec, read_requests(dataset, "train")
+    first = list(itertools.islice(requests, _SAMPLE))
+    few = Source(
+        spec=spec,
+        item_features=np.zeros((1, spec.item_features), np.float32),
+        item_category=np.zeros((1, spec.category_width("item")), np.int32),
+        requests=lambda _: iter(first),
+        num_requests=dict.fromkeys(SPLITS, len(first)),
+    )
+    storage.build(few, "sample", str(folder))
+    sample = storage.open_dataset("sample", str(folder), made_by=teachers.PREPARE_DATA)
+    users, items = users or spec.num_users, items or spec.num_items
+    return Sizes(dataclasses.replace(spec, num_users=users, num_items=items), sample)
+
+
+def _groups(name: str, config: ConfigDict, spec: FeatureSpec) -> list[Group]:
+    """The groups that a program trains or measures; of a sweep, its first cohort at most."""
+    if name == "train_teacher":
+        return [recipes.teacher_group(config, spec)]
+    if "sweep" not in name:
+        return recipes.student_groups({"": config}, spec)
+    cohort = itertools.islice(sweep_members(config).items(), config.sweep.group_size or None)
+    return recipes.student_groups(dict(cohort), spec)
+
+
+def _steps(name: str, config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Device]) -> Program:
+    """The steps of `experiments.NAME`, spread over all devices."""
+    section = config.teacher if name == "train_teacher" else config
+    groups = _groups(name, config, sizes.spec)
+    numbers = [len(group.names) for group in groups]
+    mapping = runs.device_mapping(config, numbers, section.batch.requests, devices)
+    filled = filled_for(groups, mapping)
+    stage = TEACHER_STAGES[config.teacher.stage]
+    teacher, learned = None, None
+    is_live = name != "train_teacher" and config.teacher.source == "live"
+    if is_live and "logged" in recipes.signals_of(filled):
+        model, learned = _teacher(config, sizes.spec, devices[0].platform)
+        teacher = LiveTeacher(model, stage)
+    here = MAPPINGS["shard_map"](jax.devices("cpu")[:1])
+    needs = recipes.needs(filled, teacher, stage)
+    batches = runs.batches_of_run(config, sizes.sample, section.batch, here, needs)
+    packed, _ = iter(batches).take(1)
+    one: Any = jnp.int32(0)
+    states = mapping.place(abstract_states(filled))
+    frozen = hold(Frozen(abstract_items(sizes.spec), learned), mapping)
+    same_on_all = (Span(one, one), tuple(group.numbers for group in filled))
+    arguments = states, mapping.shard(_shapes(packed)), _shapes(same_on_all), frozen
+    return _program(map_steps(filled, teacher, mapping).lower(*arguments), states, frozen)
+
+
+def _shapes(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def _evaluate(
+    name: str, config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Device]
+) -> Program:
+    """A batch on which a student, or the first group of a cohort, is measured, on one device."""
+    groups, spec = _groups(name, config, sizes.spec), sizes.spec
+    recipe, (state, *_) = groups[0].recipe, abstract_states(groups)
+    held = state.parameters, abstract_items(spec), _evaluation_batch(config, spec)
+    parameters, items, batch = _on(devices[0], *held)
+    ranker = Ranker(make_serve(recipe.model, recipe.mode), parameters)
+    lowered = lower_for_group(ranker, batch, items, len(spec.tasks), config.funnel.shown)
+    return _program(lowered, parameters, items)
+
+
+def _score(name: str, config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Device]) -> Program:
+    """A batch that the teacher scores, on one device."""
+    del name
+    model, learned = _teacher(config, sizes.spec, devices[0].platform)
+    batch = _evaluation_batch(config, sizes.spec).batch
+    parameters, items, batch = _on(devices[0], learned, abstract_items(sizes.spec), batch)
+    serve: Any = make_serve(model, MODES["none"])
+    return _program(serve.lower(parameters, batch, items), parameters, items)
+
+
+PROGRAMS: dict[str, Callable[[str, ConfigDict, Sizes, Sequence[jax.Device]], Program]] = {
+    "train": _steps,
+    "sweep": _steps,
+    "train_teacher": _steps,
+    "evaluate": _evaluate,
+    "evaluate_sweep": _evaluate,
+    "score": _score,
+}
+"""The programs of a config, by name."""
+
+
+def programs_of(config: ConfigDict) -> list[str]:
+    """Return the programs of a single student and of its teacher, if that is trained here."""
+    trains_one = config.teacher.source == "live" or bool(config.teacher.workdir)
+    return ["train", "evaluate", *(("train_teacher", "score") if trains_one else ())]
+
+
+def _evaluation_batch(config: ConfigDict, spec: FeatureSpec) -> EvaluationBatch:
+    requests, candidates = config.evaluation.requests, config.funnel.retrieved
+    batch: Any = empty_batch(spec, requests, candidates)
+    truth: Any = np.zeros((requests, candidates, len(spec.tasks)), np.float32)
+    present: Any = np.zeros(requests, bool)
+    return EvaluationBatch(batch, truth, truth[..., 0], truth[..., 0], present)
+
+
+def _on(device: jax.Device, *trees: Any) -> list[Any]:
+    """Abstract pytrees, placed on one device."""
+    return [put_on(_shapes(tree), places(tree, SingleDeviceSharding(device))) for tree in trees]
+
+
+def _teacher(config: ConfigDict, spec: FeatureSpec, platform: str) -> tuple[Model, Parameters]:
+    """The abstract teacher of `teacher.workdir` if that exists, else of `config`."""
+    folder = Path(config.teacher.workdir)
+    if config.teacher.workdir and (folder / workdir.CONFIG_FILE).exists():
+        config = workdir.read_config(folder)
+    group = recipes.teacher_group(config, spec)
+    model, (state,) = group.recipe.model, abstract_states([group])
+    lanes = TPU_LANES if platform == "tpu" else 1
+
+    def served(parameters: Parameters) -> Parameters:
+        learned = select_member(parameters, 0)
+        return learned.replace(tables=without_slots(model.embedding, learned.tables, lanes))
+
+    return model, jax.eval_shape(served, state.parameters)
+
+
+def _program(lowered: jax.stages.Lowered, *held: Any) -> Program:
+    """The program that is handed these placed pytrees and batches."""
+    tables, others = list[Any](), list[Any]()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(held):
+        shape = leaf.sharding.shard_shape(leaf.shape)
+        (tables if is_of_tables(path) else others).append((path, shape, leaf.dtype))
+    rows = {shape[-2] for _, shape, _ in tables}
+    rows |= {
+        shape[0]
+        for path, shape, _ in others
+        if getattr(path[-1], "name", None) in ("features", "category")
+    }
+    sizes = {math.prod(of) for _, shape, _ in tables for of in (shape, shape[-2:])}
+    sizes |= {math.prod(shape) for _, shape, _ in others if rows & {*shape}}
+    nbytes = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in tables)
+    return Program(lowered, nbytes, frozenset(sizes - {0}))
+
+
+def compile_program(name: str, config: ConfigDict, sizes: Sizes, topology: Topology) -> Finding:
+    """Compile a program for the devices of a topology.
+
+    Args:
+      name: one of `PROGRAMS`.
+      config: that of the experiment; the first `parallel.devices` of the topology take part.
+      sizes: of its dataset.
+      topology: the devices.
+
+    Raises:
+      UserError: there is no such program, or the devices cannot share its batches.
+    """
+    check_choice("program", name, PROGRAMS)
+    checks.validate(config, len(topology.devices))
+    if name == "train":
+        checks.check_alone(config, len(topology.devices))
+    build = PROGRAMS[name]
+    number = (config.parallel.devices or len(topology.devices)) if build is _steps else 1
+    config = config.copy_and_resolve_references()
+    # Of this, JAX makes `pmap` as well, which takes no abstract arrays.
+    config.parallel.mapping = "shard_map"
+    program = build(name, config, sizes, topology.devices[:number])
+    # For one device's share, on a CPU, so that devices can be compared.
+    for batch in (config.batch, config.teacher.batch):
+        batch.requests //= number
+    counted: Any = build(name, config, sizes, jax.devices("cpu")[:1]).lowered.cost_analysis()
+    found = Finding(name, topology, number, program.tables, counted["flops"])
+    try:
+        made = program.lowered.compile(dict(topology.options))
+    except jax.errors.JaxRuntimeError as error:
+        if not str(error).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        return found._replace(refused=str(error).splitlines()[0])
+    return found._replace(compiled=hlo.read(made, program.sizes), text=made.as_text())
+
+
+def limit_of(finding: Finding) -> str:
+    """Describe what limits a program: memory, or the kind of operation with the most cycles."""
+    found = finding.compiled
+    if found is None:
+        return finding.refused
+    if not finding.fits:
+        return "memory, for the tables" if 2 * finding.tables > found.total else "memory"
+    if not found.cycles:
+        return "unknown"
+    total = sum(found.cycles.values())
+    kind, largest = max(found.cycles.items(), key=lambda item: item[1])
+    return f"{kind}, {largest / total:.0%} of {total / 1e6:.2g} M cycles"
+
+
+def advice(config: ConfigDict, sizes: Sizes, topology: Topology) -> list[str]:
+    """Return lines on better embedding widths for these devices."""
+    if topology.devices[0].platform != "tpu":
+        return []
+    names = ("train", "train_teacher")
+    return padding_of([group for name in names for group in _groups(name, config, sizes.spec)])
+
+
+def as_json(finding: Finding) -> dict[str, Any]:
+    """Return a finding without the program's text, for a file."""
+    topology, found = finding.topology, finding.compiled
+    names = ("devices", "fits", "refused", "tables", "flops")
+    return {
+        "topology": topology.name,
+        "memory": topology.memory,
+        **{name: getattr(finding, name) for name in names},
+        **(found._asdict() | {"exchanged": found.exchanged} if found else {}),
+    }
+
+
+def findings_table(findings: Sequence[Finding], style: str = "simple") -> str:
+    """Format findings as a table, one line each, with MiB per device."""
+    lines = [_line(finding) for finding in findings]
+    return tabulate(lines, headers="keys", tablefmt=style, disable_numparse=True)
+
+
+def _line(finding: Finding) -> dict[str, str]:
+    found, memory = finding.compiled, finding.topology.memory
+
+    def mib(number: int) -> str:
+        return f"{number / 2**20:,.0f}"
+
+    return {
+        "program": finding.name,
+        "devices": f"{finding.devices} of {finding.topology.name}",
+        "fits": "yes" if finding.fits else "NO",
+        "in all": f"{mib(found.total)} of {mib(memory)}" if found else f"> {mib(memory)}",
+        "tables": mib(finding.tables),
+        "temporary": mib(found.temporary) if found else "",
+        "copies": str(len(found.copies)) if found else "",
+        "row loops": str(len(found.loops)) if found else "",
+        "exchanged": mib(found.exchanged) if found else "",
+        "GFLOP": f"{finding.flops / 1e9:.3g}",
+        "limit": limit_of(finding),
+    }

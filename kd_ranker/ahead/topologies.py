@@ -1,0 +1,155 @@
+"""Accelerators that exist only for the compiler.
+
+A program lowered for such devices goes through the real compiler and can be read, but not run.
+`scripts/test_compilers.sh` installs the compilers of TPUs and H100s.
+"""
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+
+from kd_ranker.errors import UserError, check_choice
+
+_GIB = 2**30
+_FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")
+
+
+class Chip(NamedTuple):
+    """Figures of a chip.
+
+    Attributes:
+      memory: bytes that its compiler lets a program have, a little less than the data sheet's.
+      shapes: the available arrangements of chips.
+    """
+
+    memory: int
+    shapes: tuple[str, ...]
+
+
+CHIPS: dict[str, Chip] = {
+    "v5e": Chip(int(15.75 * _GIB), _FLAT),
+    "v6e": Chip(int(31.25 * _GIB), _FLAT),
+    "v5p": Chip(int(95.74 * _GIB), _CUBES),
+    "h100": Chip(84_942_979_072, ("1", "2", "4", "8")),
+}
+"""Chips by name. Of an H100, the SXM card, and the cards of one host."""
+
+# The description of a card that XLA asks for. Its names for the numbers are those of CUDA's device
+# properties, for compute capability 9.0; see NVIDIA's Hopper tuning guide.
+_H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 1 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+# Libtpu reads these when it is loaded: there is no metadata server, and no TPU to lock.
+_NO_TPU_HOST = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+class Topology(NamedTuple):
+    """Devices for the compiler only.
+
+    Attributes:
+      name: for example "v5e:4x4".
+      memory: bytes that a program may use on one device.
+      devices: to lower programs for; a v5p has one per chip, as JAX sees it.
+      options: for `jax.stages.Lowered.compile`.
+    """
+
+    name: str
+    memory: int
+    devices: tuple[jax.Device, ...]
+    options: Mapping[str, Any]
+
+
+def names() -> list[str]:
+    """Return the names of all topologies."""
+    return [f"{name}:{shape}" for name, chip in CHIPS.items() for shape in chip.shapes]
+
+
+def missing_packages(topology: str) -> str:
+    """Return the packages that a topology's compiler needs and that are not installed."""
+    needed = {"libtpu": "libtpu"}
+    if topology.startswith("h100"):
+        needed = {
+            "jax_plugins.xla_cuda12": "jax-cuda12-plugin",
+            "nvidia.cuda_nvcc": "nvidia-cuda-nvcc-cu12",
+        }
+    return ", ".join(package for module, package in needed.items() if not _is_installed(module))
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # of its parent package
+        return False
+
+
+def open_topology(name: str) -> Topology:
+    """Return the devices of a topology, one of `names`.
+
+    Raises:
+      UserError: there is no such topology, or its compiler is not installed.
+    """
+    check_choice("topology", name, names())
+    if missing := missing_packages(name):
+        setup = "./scripts/test_compilers.sh --setup"
+        raise UserError(f"topology={name} needs the packages {missing}; install them with: {setup}")
+    kind, _, shape = name.partition(":")
+    describe = _h100s if kind == "h100" else _tpus
+    described, options = describe(kind, shape)
+    return Topology(name, CHIPS[kind].memory, tuple(described.devices), options)
+
+
+def _tpus(kind: str, shape: str) -> tuple[Any, dict[str, Any]]:
+    for variable, value in _NO_TPU_HOST.items():
+        os.environ.setdefault(variable, value)
+    rows, columns, *depth = map(int, shape.split("x"))
+    described = topologies.get_topology_desc(
+        platform="tpu",
+        topology_name=f"{kind}:{rows}x{columns}x{depth[0] if depth else 1}",
+        chips_per_host_bounds=(min(rows, 2), min(columns, 2), 1),
+    )
+    return described, {}
+
+
+def _h100s(kind: str, shape: str) -> tuple[Any, dict[str, Any]]:
+    described = topologies.get_topology_desc(
+        platform="cuda", topology_name=kind, target_config=_H100, topology=f"1x1x{shape}"
+    )
+    found = importlib.util.find_spec("nvidia.cuda_nvcc")
+    assert found is not None
+    (toolkit, *_) = found.submodule_search_locations or [""]
+    # No card is there to time kernels on.
+    options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+    return described, options | {"xla_gpu_cuda_data_dir": toolkit}
