@@ -12,7 +12,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kd_ranker.embedding.adam import ADAM
+
+class Adam(NamedTuple):
+    """Adam's constants (Kingma and Ba, 2015), under the names that optax gives them."""
+
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+
+
+ADAM = Adam()
+"""The constants for embedding rows and dense parameters."""
 
 
 class RowOptimizer(NamedTuple):

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from kd_ranker.embedding.adam import ADAM
+from kd_ranker.embedding.row_optimizers import ADAM
 
 # Directions without a learning rate: the step scales them, so that the rate stays a traced value.
 OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {

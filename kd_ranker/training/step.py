@@ -4,38 +4,49 @@
 
 The distillation loss is a weighted sum of terms, each a loss and the signal that it learns from.
 
-A population is a sequence of groups, and a group is one or more members that differ in numbers
-alone (`state`). One step reads one batch, has the live teacher score it once, and updates every
-member of every group. A single run is a population of one. The numbers in which members differ are
-traced, so a step compiles once however many values are tried.
+A population is a sequence of groups. A group is one or more members that differ only in numbers
+(`state`). One step reads one batch, has the live teacher score it once, and updates every member of
+every group. A single run is a population of one. The numbers in which members differ are traced, so
+a step compiles once for all their values.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import optax
+from jaxtyping import Array, Bool, Float, Int
 
 from kd_ranker.batch import CandidateBatch, Items, Stage
 from kd_ranker.batches.cutting import PackedBatches, Span, unpack
 from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LOSSES, USER_LOSSES
 from kd_ranker.distillation.modes import Transform
 from kd_ranker.distillation.teacher_signal import SIGNALS, Heard
-from kd_ranker.embedding.lookup import Rows, embeddings, gather_rows
-from kd_ranker.models.model import apply_model, score
-from kd_ranker.training.mapping import in_parts
+from kd_ranker.embedding.deal import with_own
+from kd_ranker.embedding.lookup import (
+    Rows,
+    embeddings,
+    gather_rows,
+    ids_of_table,
+    is_known,
+    rows_of_ids,
+    rows_of_table,
+)
+from kd_ranker.embedding.row_optimizers import find_occurrences, update_tables
+from kd_ranker.models.model import Parameters, apply_model, score
+from kd_ranker.training.mapping import in_parts, join_over_devices
 from kd_ranker.training.placing import AXIS
 from kd_ranker.training.state import (
     Frozen,
     Hyperparameters,
     LiveTeacher,
+    OptimizerNumbers,
     Recipe,
     States,
     TrainState,
 )
-from kd_ranker.training.update import Gradients, update_group
 
 _LOSSES = ("loss", "user_loss", "distill_loss")
 Losses = dict[str, Float[Array, "members"]]
@@ -48,24 +59,23 @@ Step = Callable[
 def make_step(
     recipes: Sequence[Recipe], teacher: LiveTeacher | None = None, sharing: int = 1
 ) -> Step:
-    """Builds the function that one device runs under a mapped axis named `AXIS`.
+    """Build the function that one device runs under a mapped axis named `AXIS`.
 
-    The batch holds this device's requests; the states are the same on all devices before and after.
-    Losses are weighted means over what counts on all devices (entries, or as the loss has it pairs
-    or requests), and then over tasks: numerators and denominators are summed over the axis first
-    and divided afterwards, so the same global batch gives the same update on any number of devices.
-    Devices along the axis of members hold other members and the same requests, and a member knows
-    nothing of them.
+    The batch holds this device's requests. The states are the same on all devices before and after.
+    Losses are weighted means over the valid entries, pairs or requests of all devices, and then
+    over tasks. Numerators and denominators are summed over the axis before they are divided, so the
+    same global batch gives the same update on any number of devices. Devices along the axis of
+    members train other members on the same requests, independently.
 
     Args:
-      recipes: one a group; all of them learn from the same batches.
+      recipes: one per group; all of them learn from the same batches.
       teacher: the live teacher; None where probabilities come with the batch.
       sharing: the number of devices that hold the same requests, `DeviceMap.members`. They share
-        the teacher's pass, and only its probabilities travel.
+        the teacher's pass and exchange only its probabilities.
 
     Returns:
-      step(states, batch, hyperparameters, frozen) -> (states, losses), all but the batch and
-      `frozen` one a group. `losses` holds `loss`, `user_loss` and `distill_loss`, equal on all
+      step(states, batch, hyperparameters, frozen) -> (states, losses). States, hyperparameters and
+      losses are one per group. `losses` holds `loss`, `user_loss` and `distill_loss`, equal on all
       devices.
     """
 
@@ -75,9 +85,9 @@ def make_step(
         hyperparameters: Sequence[Hyperparameters],
         frozen: Frozen,
     ) -> tuple[States, tuple[Losses, ...]]:
-        whole = with_live_teacher(teacher, batch, frozen, sharing)
+        scored = with_live_teacher(teacher, batch, frozen, sharing)
         trained = [
-            _train_group(recipe, state, whole, numbers, frozen.items)
+            _train_group(recipe, state, scored, numbers, frozen.items)
             for recipe, state, numbers in zip(recipes, states, hyperparameters, strict=True)
         ]
         return tuple(state for state, _ in trained), tuple(losses for _, losses in trained)
@@ -86,15 +96,15 @@ def make_step(
 
 
 def in_turn(step: Step) -> Callable[..., tuple[States, tuple[Losses, ...]]]:
-    """Builds the function that takes a step of `make_step` on each of several batches in turn.
+    """Build the function that takes a step of `make_step` on each of a range of batches.
 
-    A step is many small operations. In one program they follow each other without the host, and one
-    program does for any number of steps.
+    A step is many small operations. In one program they run without the host in between, and one
+    program serves any number of steps.
 
     Returns:
-      steps(states, packed batches, (span, hyperparameters), frozen) -> (states, losses): those
-      after the last of the steps `span` (a `Span`, at least one step), which are bit by bit as if
-      each had been taken by itself.
+      steps(states, packed batches, (span, hyperparameters), frozen) -> (states, losses) after the
+      last of the steps `span` (a `Span`, at least one step). They have the same bits as with one
+      call per step.
     """
 
     def steps(
@@ -120,7 +130,7 @@ def in_turn(step: Step) -> Callable[..., tuple[States, tuple[Losses, ...]]]:
 def with_live_teacher(
     teacher: LiveTeacher | None, batch: CandidateBatch, frozen: Frozen, sharing: int = 1
 ) -> CandidateBatch:
-    """The batch with the teacher's own probabilities in place of the logged ones.
+    """Replace a batch's logged probabilities by those of the live teacher.
 
     See `make_step` for the arguments.
     """
@@ -128,15 +138,29 @@ def with_live_teacher(
         return batch
     parameters, items = frozen.teacher, frozen.items
     assert parameters is not None, "a live teacher needs its parameters"
-    # Scoring is most of such a step, so only candidates that may meet the teacher are scored.
-    meets = batch.first(batch.judged) if teacher.stage >= Stage.PASSED else batch
-    logits = in_parts(lambda part: score(teacher.model, parameters, part, items), meets, sharing)
-    scored = meets.stage >= teacher.stage
+    # Scoring is the largest part of such a step: only candidates of its stage are scored.
+    judged = batch.first(batch.judged) if teacher.stage >= Stage.PASSED else batch
+    logits = in_parts(lambda part: score(teacher.model, parameters, part, items), judged, sharing)
+    weight = (judged.stage >= teacher.stage)[..., None]
     return dataclasses.replace(
         batch,
         teacher_probability=jax.lax.stop_gradient(jax.nn.sigmoid(logits)),
-        teacher_weight=jnp.broadcast_to(scored[..., None], logits.shape).astype(jnp.float32),
+        teacher_weight=jnp.broadcast_to(weight, logits.shape).astype(jnp.float32),
     )
+
+
+class _Gradients(NamedTuple):
+    """The gradients of a group's members, stacked.
+
+    Attributes:
+      dense: of the dense parameters, summed over devices.
+      transform: of the mode's own parameters, summed over devices.
+      rows: of the embeddings that this device has looked up, by lookup name.
+    """
+
+    dense: Any
+    transform: Transform
+    rows: Rows
 
 
 def _train_group(
@@ -147,26 +171,24 @@ def _train_group(
     items: Items,
 ) -> tuple[TrainState, Losses]:
     """One step of all members of a group."""
-    heard = [SIGNALS[term.signal](batch) for term in recipe.terms]
+    signals = [SIGNALS[term.signal](batch) for term in recipe.terms]
     if not recipe.unshown_are_negatives:
-        # Candidates that meet neither a label nor a signal would only cost time.
-        batch = batch.first(max([batch.labelled, *(weight.shape[1] for _, weight in heard)]))
-    spec = recipe.model.embedding
-    # With one member on one device, reuse the gathered rows for the update. Those of several
-    # members would not stay in a cache, and each device gathers rows of its own.
+        # Candidates without a label or a signal would only cost time.
+        batch = batch.first(max([batch.labelled, *(weight.shape[1] for _, weight in signals)]))
+    spec, tables = recipe.model.embedding, state.parameters.tables
+    # With one member on one device, reuse the gathered rows for the update. Those of many members
+    # would not stay in a cache, and each device gathers other rows.
     reuses_rows = len(state.non_finite_step) == 1 and jax.lax.axis_size(AXIS) == 1
-
-    tables = state.parameters.tables
 
     def of_member(
         member: Int[Array, ""], dense: Any, transform: Transform, numbers: Hyperparameters
-    ) -> tuple[Gradients, dict[str, Float[Array, ""]], Rows]:
+    ) -> tuple[_Gradients, dict[str, Float[Array, ""]], Rows]:
         rows = gather_rows(spec, tables, batch, items, whole_rows=reuses_rows, member=member)
         embedded = embeddings(spec, rows)
         gradients, losses = jax.grad(_losses, argnums=(0, 1, 2), has_aux=True)(
-            dense, transform, embedded, recipe, numbers, batch, heard, items
+            dense, transform, embedded, recipe, numbers, batch, signals, items
         )
-        return Gradients(*gradients), losses, rows
+        return _Gradients(*gradients), losses, rows
 
     members = jnp.arange(len(state.non_finite_step))
     gradients, losses, rows = jax.vmap(of_member)(
@@ -174,13 +196,13 @@ def _train_group(
     )
     dense, transform = gradients.dense, gradients.transform
     (dense, transform), losses = jax.lax.psum(((dense, transform), losses), AXIS)
-    after = update_group(
+    after = _update_group(
         recipe,
         state,
         batch,
         items,
         numbers,
-        Gradients(dense, transform, gradients.rows),
+        _Gradients(dense, transform, gradients.rows),
         jnp.isfinite(losses["loss"]),
         rows if reuses_rows else None,
     )
@@ -194,7 +216,7 @@ def _losses(
     recipe: Recipe,
     numbers: Hyperparameters,
     batch: CandidateBatch,
-    heard: Sequence[Heard],
+    signals: Sequence[Heard],
     items: Items,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """This device's share of a member's losses."""
@@ -211,20 +233,20 @@ def _losses(
     distill_loss = jnp.zeros(())
     # A mode without a teacher has a weight and no term.
     for term, (probability, weight), factor in zip(
-        recipe.terms, heard, numbers.term_weights, strict=False
+        recipe.terms, signals, numbers.term_weights, strict=False
     ):
         assert mode.teacher_logits is not None, "a mode without a teacher has no terms"
-        seen = mode.teacher_logits(logits[:, : weight.shape[1]], transform)
-        totals = LOSSES[term.loss](seen, probability, weight, numbers.loss)
+        teacher_logits = mode.teacher_logits(logits[:, : weight.shape[1]], transform)
+        totals = LOSSES[term.loss](teacher_logits, probability, weight, numbers.loss)
         distill_loss += factor * _mean_over_devices(*totals)
     loss = numbers.user_weight * user_loss + numbers.distill_weight * distill_loss
     return loss, dict(zip(_LOSSES, (loss, user_loss, distill_loss), strict=True))
 
 
 def _with_unshown_negatives(batch: CandidateBatch, weight: Float[Array, ""]) -> CandidateBatch:
-    """The batch with a user label of 0 and this weight for each candidate that was not shown."""
+    """Set a user label of 0 with this weight for each candidate that was not shown."""
     unshown = batch.candidate_mask & (batch.stage < Stage.SHOWN)
-    # Who stands behind the first `labelled` was not shown, or its labels were not drawn.
+    # Candidates after the first `labelled` were not shown, or their labels were not drawn.
     behind = (0, unshown.shape[1] - batch.labelled)
     label = jnp.pad(batch.user_label, ((0, 0), behind, (0, 0)))
     return dataclasses.replace(
@@ -240,3 +262,138 @@ def _mean_over_devices(
     """This device's share of the global mean: the shares of all devices add up to it."""
     total = jax.lax.psum(denominator, AXIS)
     return jnp.mean(numerator / jnp.where(total > 0, total, 1.0))
+
+
+def _update_group(
+    recipe: Recipe,
+    state: TrainState,
+    batch: CandidateBatch,
+    items: Items,
+    numbers: Hyperparameters,
+    gradients: _Gradients,
+    finite: Bool[Array, "members"],
+    gathered: Rows | None,
+) -> TrainState:
+    """The state after one step.
+
+    Args:
+      recipe: the group's recipe.
+      state: the state before the step.
+      batch: the batch of the gradients.
+      items: the features and categories of each item.
+      numbers: the members' numbers.
+      gradients: the members' gradients.
+      finite: False for a member whose loss is not finite; it is frozen from this step on.
+      gathered: the whole rows of the tables that the batch looks up, [1, ...]; None reads them.
+    """
+    # Counted from 1: a factor of 0 at the first step would waste a batch.
+    step = state.step + 1
+    takes_part = (state.non_finite_step == 0) & (step <= numbers.steps)
+    may_change = takes_part & finite
+    non_finite_step = jnp.where(takes_part & ~finite, step, state.non_finite_step)
+    factor = recipe.schedule(step, numbers.steps)
+    rates = numbers.optimizer._replace(
+        learning_rate=factor * numbers.optimizer.learning_rate,
+        table_learning_rate=factor * numbers.optimizer.table_learning_rate,
+    )
+    dense, transform, optimizer_state = _update_dense(
+        recipe.optimizer, state, gradients, rates, may_change
+    )
+    tables, owners, unknown_ids = {}, {}, {}
+    for name in state.parameters.tables:
+        tables[name], owners[name], unknown_ids[name] = _update_table(
+            name, recipe, state, batch, items, gradients.rows, gathered, rates, may_change
+        )
+    return dataclasses.replace(
+        state,
+        step=step,
+        parameters=Parameters(dense, tables),
+        transform=transform,
+        optimizer_state=optimizer_state,
+        non_finite_step=non_finite_step,
+        unknown_ids=unknown_ids,
+        owners=owners,
+    )
+
+
+def _update_dense(
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    gradients: _Gradients,
+    rates: OptimizerNumbers,
+    may_change: Bool[Array, "members"],
+) -> tuple[Any, Transform, optax.OptState]:
+    """Dense parameters, transform and optimizer state after a step; only the first decay."""
+
+    def update_member(
+        old: tuple[Any, Transform],
+        gradients: tuple[Any, Transform],
+        optimizer_state: optax.OptState,
+        rate: Float[Array, ""],
+        decay: Float[Array, ""],
+        may_change: Bool[Array, ""],
+    ) -> tuple[Any, Transform, optax.OptState]:
+        direction, new_state = optimizer.update(gradients, optimizer_state, old)
+        dense, transform = jax.tree.map(lambda value, step: value - rate * step, old, direction)
+        dense = jax.tree.map(lambda new, old: new - rate * decay * old, dense, old[0])
+        return jax.tree.map(
+            lambda new, old: jnp.where(may_change, new, old),
+            (dense, transform, new_state),
+            (*old, optimizer_state),
+        )
+
+    return jax.vmap(update_member)(
+        (state.parameters.dense, state.transform),
+        (gradients.dense, gradients.transform),
+        state.optimizer_state,
+        rates.learning_rate,
+        rates.weight_decay,
+        may_change,
+    )
+
+
+def _update_table(
+    name: str,
+    recipe: Recipe,
+    state: TrainState,
+    batch: CandidateBatch,
+    items: Items,
+    gradients: Rows,
+    gathered: Rows | None,
+    rates: OptimizerNumbers,
+    may_change: Bool[Array, "members"],
+) -> tuple[Float[Array, "members rows W"], Int[Array, "rows"], Int[Array, ""]]:
+    """A table, its owners and its number of unknown ids after a step.
+
+    Devices exchange ids and the gradients of their rows, never an array of a table's size.
+    """
+    spec = recipe.model.embedding
+    table = spec.tables[name]
+    ids, mask = ids_of_table(spec, batch, items, name)
+    unknown = jax.lax.psum(jnp.sum(mask & ~is_known(table, ids), dtype=jnp.int32), AXIS)
+    ids, mask = join_over_devices((ids, mask), axis=0)
+
+    def update(
+        before: tuple[Float[Array, "members rows W"], Int[Array, "rows"]],
+        row: Int[Array, "m"],
+        mask: Bool[Array, "m"],
+        gradients: Float[Array, "members m D"],
+    ) -> tuple[Float[Array, "members rows W"], Int[Array, "rows"]]:
+        tables, owner = before
+        occurrences, owner = find_occurrences(row, mask, owner)
+        updated = update_tables(
+            recipe.row_optimizer,
+            tables,
+            occurrences,
+            gradients,
+            rates.table_learning_rate,
+            rates.table_weight_decay,
+            may_change,
+            rows_of_table(spec, gathered, name)[0] if gathered else None,
+        )
+        return updated, owner
+
+    of_ids = join_over_devices(rows_of_table(spec, gradients, name), axis=1)
+    before, row = (state.parameters.tables[name], state.owners[name]), rows_of_ids(table, ids)
+    updated, owner = with_own(spec.deal, update, before, row, mask, of_ids)
+    return updated, owner, state.unknown_ids[name] + unknown

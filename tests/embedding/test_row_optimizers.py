@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_ranker.embedding.adam import ADAM
 from kd_ranker.embedding.row_optimizers import (
     ADAGRAD_EPSILON,
+    ADAM,
     ROW_OPTIMIZERS,
     find_occurrences,
     update_tables,
