@@ -23,7 +23,7 @@ from kd_ranker.evaluation.results import Row
 from kd_ranker.pipeline.measure import Students, measure, own_reference, reference
 from kd_ranker.pipeline.teachers import Teacher, version_of
 from kd_ranker.requests.records import Dataset
-from kd_ranker.sweep.memory import check_memory
+from kd_ranker.sweep.memory import check_memory, exhaustion_reported
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.checkpoints import Identity
@@ -235,8 +235,9 @@ def _fit(
     bar: tqdm,
 ) -> States:
     """`fit` with what `section` (`config`, or `config.teacher`) says of batches and steps."""
-    run = prepare_run(config, dataset, section, groups, live)
-    return fit(run, section.train, workdir, whose, progress, bar)
+    with exhaustion_reported():
+        run = prepare_run(config, dataset, section, groups, live)
+        return fit(run, section.train, workdir, whose, progress, bar)
 
 
 def prepare_run(
