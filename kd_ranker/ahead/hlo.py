@@ -11,16 +11,24 @@ from kd_ranker.embedding.deal import RARELY
 
 _SHAPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _ON_CHIP = "S(1)"  # the memory space in a TPU's layouts
-_COPIES = ("copy", "copy-start", "transpose", "convert")
+_COPIES = ("copy", "transpose", "convert")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 class Result(NamedTuple):
-    """An array that an operation returns."""
+    """An array that an operation returns.
+
+    Attributes:
+      operation: its name in HLO, without "-start".
+      dtype: in HLO, for example "f32".
+      shape: of the array.
+      on_chip: whether the operation moves data to or from a TPU's memory on the chip.
+    """
 
     operation: str
     dtype: str
     shape: tuple[int, ...]
+    on_chip: bool
 
     @property
     def size(self) -> int:
@@ -66,21 +74,40 @@ def read(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Compiled:
 
     Args:
       compiled: the program.
-      sizes: the numbers of entries of the arrays whose copies count; see `copies`.
+      sizes: the numbers of entries of the arrays whose copies count. Copies into a TPU's memory on
+        the chip do not: only small arrays fit there.
     """
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
-    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    arrays = list(results(text))
+    copies = [of for of in arrays if of.operation in _COPIES and of.size in sizes]
+    returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     return Compiled(
         arguments=arguments,
         temporary=temporary,
-        total=arguments + temporary + results,
+        total=arguments + temporary + returned,
         cycles=cycles_by_kind(text),
-        copies=tuple(copies(text, sizes)),
+        copies=tuple(f"{of.operation} {of.dtype}{[*of.shape]}" for of in copies if not of.on_chip),
         loops=tuple(loops(text)),
-        collectives=tuple(collectives(text)),
+        collectives=tuple(of for of in arrays if of.operation in _COLLECTIVES),
     )
+
+
+def results(text: str) -> Iterator[Result]:
+    """Find the arrays that a program copies, and those that devices exchange or reduce.
+
+    >>> next(results("  %c.1 = f32[8,3]{0,1} copy(%p), metadata={}"))
+    Result(operation='copy', dtype='f32', shape=(8, 3), on_chip=False)
+    >>> list(results("%r = (f32[3]{0}, s32[2,2]{1,0}) all-reduce-start(%a, %b)"))[1][:3]
+    ('all-reduce', 's32', (2, 2))
+    """
+    names = "|".join(_COPIES + _COLLECTIVES)
+    pattern = rf"^[^=\n]* = ([^\n]*?) ({names})(?:-start)?\("
+    for returned, operation in re.findall(pattern, text, re.MULTILINE):
+        for dtype, sizes in _SHAPE.findall(returned):
+            shape = tuple(int(size) for size in sizes.split(",") if size)
+            yield Result(operation, dtype, shape, _ON_CHIP in returned)
 
 
 _KINDS = {
@@ -129,21 +156,6 @@ def _op_name(line: str) -> str:
     return named[1] if named else ""
 
 
-def copies(text: str, sizes: Collection[int]) -> Iterator[str]:
-    """Find the operations that copy arrays with one of these numbers of entries.
-
-    Copies into a TPU's memory on the chip, S(1), do not count: only small arrays fit there.
-
-    >>> list(copies("  %c.1 = f32[8,3]{0,1} copy(%p), metadata={}", {24}))
-    ['copy f32[8,3]']
-    >>> list(copies("  %c.1 = f32[8,3]{0,1:S(1)} copy(%p), metadata={}", {24}))
-    []
-    """
-    for line, (array, *_) in _operations(text, _COPIES):
-        if array.size in sizes and _ON_CHIP not in line:
-            yield f"{array.operation} {array.dtype}[{','.join(map(str, array.shape))}]"
-
-
 def loops(text: str) -> Iterator[str]:
     """Find the loops of a program that no loop of the source stands behind.
 
@@ -159,26 +171,3 @@ def loops(text: str) -> Iterator[str]:
         name = _op_name(line) or "a loop without a name"
         if name.rpartition("/")[2] != "while":
             yield name
-
-
-def collectives(text: str) -> Iterator[Result]:
-    """Find the arrays that the devices of a program exchange or reduce.
-
-    >>> list(collectives("%r = (f32[3]{0}, s32[2,2]{1,0}) all-reduce(%a, %b)"))[1]
-    Result(operation='all-reduce', dtype='s32', shape=(2, 2))
-    """
-    started = tuple(f"{name}-start" for name in _COLLECTIVES)
-    for _, arrays in _operations(text, _COLLECTIVES + started):
-        for array in arrays:
-            yield array._replace(operation=array.operation.removesuffix("-start"))
-
-
-def _operations(text: str, names: Collection[str]) -> Iterator[tuple[str, list[Result]]]:
-    """Each operation of one of these names: the text and the arrays of its result."""
-    pattern = rf"^[^=\n]* = ([^\n]*?) ({'|'.join(sorted(names, key=len, reverse=True))})\("
-    for returned, operation in re.findall(pattern, text, re.MULTILINE):
-        arrays = [
-            Result(operation, dtype, tuple(int(size) for size in shape.split(",") if size))
-            for dtype, shape in _SHAPE.findall(returned)
-        ]
-        yield returned, arrays

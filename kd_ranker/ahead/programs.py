@@ -38,7 +38,7 @@ from kd_ranker.sources.registry import SOURCES
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import recipes, workdir
 from kd_ranker.training.mapping import MAPPINGS
-from kd_ranker.training.placing import is_of_tables, places, put_on
+from kd_ranker.training.placing import is_of_tables, names_of, places, put_on
 from kd_ranker.training.recipes import TEACHER_STAGES, Group
 from kd_ranker.training.run import abstract_states, filled_for, hold, map_steps, padding_of
 from kd_ranker.training.state import Frozen, LiveTeacher, select_member
@@ -59,19 +59,8 @@ class Sizes(NamedTuple):
     sample: Dataset
 
 
-class Program(NamedTuple):
-    """A lowered program, and the arrays that it is handed besides batches, as one device has them.
-
-    Attributes:
-      lowered: the program.
-      tables: bytes of the embedding tables, without padding of the layout.
-      sizes: the numbers of entries of tables, of one member's table, and of other arrays with an
-        entry per item or per row of a table.
-    """
-
-    lowered: jax.stages.Lowered
-    tables: int
-    sizes: frozenset[int]
+# A lowered program, and the placed pytrees that it is handed besides batches.
+_Lowered = tuple[jax.stages.Lowered, Any]
 
 
 class Finding(NamedTuple):
@@ -81,7 +70,7 @@ class Finding(NamedTuple):
       name: one of `PROGRAMS`.
       topology: the devices.
       devices: how many of them the program runs on.
-      tables: see `Program`.
+      tables: bytes of the embedding tables on one device, without padding of the layout.
       flops: FLOPs of one step or batch on one device, as XLA counts before optimizing.
       compiled: facts about the program; None if it does not fit.
       refused: the compiler's message if it does not fit, else "".
@@ -149,7 +138,7 @@ def _groups(name: str, config: ConfigDict, spec: FeatureSpec) -> list[Group]:
     return recipes.student_groups(dict(cohort), spec)
 
 
-def _steps(name: str, config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Device]) -> Program:
+def _steps(name: str, config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Device]) -> _Lowered:
     """The steps of `experiments.NAME`, spread over all devices."""
     section = config.teacher if name == "train_teacher" else config
     groups = _groups(name, config, sizes.spec)
@@ -171,7 +160,7 @@ def _steps(name: str, config: ConfigDict, sizes: Sizes, devices: Sequence[jax.De
     frozen = hold(Frozen(abstract_items(sizes.spec), learned), mapping)
     same_on_all = (Span(one, one), tuple(group.numbers for group in filled))
     arguments = states, mapping.shard(_shapes(packed)), _shapes(same_on_all), frozen
-    return _program(map_steps(filled, teacher, mapping).lower(*arguments), states, frozen)
+    return map_steps(filled, teacher, mapping).lower(*arguments), (states, frozen)
 
 
 def _shapes(tree: Any) -> Any:
@@ -180,7 +169,7 @@ def _shapes(tree: Any) -> Any:
 
 def _evaluate(
     name: str, config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Device]
-) -> Program:
+) -> _Lowered:
     """A batch on which a student, or the first group of a cohort, is measured, on one device."""
     groups, spec = _groups(name, config, sizes.spec), sizes.spec
     recipe, (state, *_) = groups[0].recipe, abstract_states(groups)
@@ -188,20 +177,20 @@ def _evaluate(
     parameters, items, batch = _on(devices[0], *held)
     ranker = Ranker(make_serve(recipe.model, recipe.mode), parameters)
     lowered = lower_for_group(ranker, batch, items, len(spec.tasks), config.funnel.shown)
-    return _program(lowered, parameters, items)
+    return lowered, (parameters, items)
 
 
-def _score(name: str, config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Device]) -> Program:
+def _score(name: str, config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Device]) -> _Lowered:
     """A batch that the teacher scores, on one device."""
     del name
     model, learned = _teacher(config, sizes.spec, devices[0].platform)
     batch = _evaluation_batch(config, sizes.spec).batch
     parameters, items, batch = _on(devices[0], learned, abstract_items(sizes.spec), batch)
     serve: Any = make_serve(model, MODES["none"])
-    return _program(serve.lower(parameters, batch, items), parameters, items)
+    return serve.lower(parameters, batch, items), (parameters, items)
 
 
-PROGRAMS: dict[str, Callable[[str, ConfigDict, Sizes, Sequence[jax.Device]], Program]] = {
+PROGRAMS: dict[str, Callable[[str, ConfigDict, Sizes, Sequence[jax.Device]], _Lowered]] = {
     "train": _steps,
     "sweep": _steps,
     "train_teacher": _steps,
@@ -247,22 +236,21 @@ def _teacher(config: ConfigDict, spec: FeatureSpec, platform: str) -> tuple[Mode
     return model, jax.eval_shape(served, state.parameters)
 
 
-def _program(lowered: jax.stages.Lowered, *held: Any) -> Program:
-    """The program that is handed these placed pytrees and batches."""
+def _tables_and_sizes(held: Any) -> tuple[int, set[int]]:
+    """Bytes of the tables of one device, and the numbers of entries of arrays not to be copied.
+
+    Those are tables, one member's table, and other arrays with an entry per item or row of a table.
+    """
     tables, others = list[Any](), list[Any]()
     for path, leaf in jax.tree_util.tree_leaves_with_path(held):
         shape = leaf.sharding.shard_shape(leaf.shape)
         (tables if is_of_tables(path) else others).append((path, shape, leaf.dtype))
-    rows = {shape[-2] for _, shape, _ in tables}
-    rows |= {
-        shape[0]
-        for path, shape, _ in others
-        if getattr(path[-1], "name", None) in ("features", "category")
+    rows = {shape[-2] for _, shape, _ in tables} | {
+        shape[0] for path, shape, _ in others if names_of(path) & {"features", "category"}
     }
     sizes = {math.prod(of) for _, shape, _ in tables for of in (shape, shape[-2:])}
     sizes |= {math.prod(shape) for _, shape, _ in others if rows & {*shape}}
-    nbytes = sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in tables)
-    return Program(lowered, nbytes, frozenset(sizes - {0}))
+    return sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in tables), sizes - {0}
 
 
 def compile_program(name: str, config: ConfigDict, sizes: Sizes, topology: Topology) -> Finding:
@@ -286,19 +274,21 @@ def compile_program(name: str, config: ConfigDict, sizes: Sizes, topology: Topol
     config = config.copy_and_resolve_references()
     # Of this, JAX makes `pmap` as well, which takes no abstract arrays.
     config.parallel.mapping = "shard_map"
-    program = build(name, config, sizes, topology.devices[:number])
+    lowered, held = build(name, config, sizes, topology.devices[:number])
+    tables, entries = _tables_and_sizes(held)
     # For one device's share, on a CPU, so that devices can be compared.
     for batch in (config.batch, config.teacher.batch):
         batch.requests //= number
-    counted: Any = build(name, config, sizes, jax.devices("cpu")[:1]).lowered.cost_analysis()
-    found = Finding(name, topology, number, program.tables, counted["flops"])
+    on_cpu, _ = build(name, config, sizes, jax.devices("cpu")[:1])
+    counted: Any = on_cpu.cost_analysis()
+    found = Finding(name, topology, number, tables, counted["flops"])
     try:
-        made = program.lowered.compile(dict(topology.options))
+        made = lowered.compile(dict(topology.options))
     except jax.errors.JaxRuntimeError as error:
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
         return found._replace(refused=str(error).splitlines()[0])
-    return found._replace(compiled=hlo.read(made, program.sizes), text=made.as_text())
+    return found._replace(compiled=hlo.read(made, entries), text=made.as_text())
 
 
 def limit_of(finding: Finding) -> str:

@@ -38,26 +38,27 @@ def own_devices(number: int) -> list[jax.Device]:
 
 def is_of_tables(path: jax.tree_util.KeyPath) -> bool:
     """Test if a leaf of a pytree is an embedding table."""
-    return _TABLES in _names(path)
+    return _TABLES in names_of(path)
 
 
 def has_members(path: jax.tree_util.KeyPath) -> bool:
     """Test if a leaf of a pytree is an array of a state that has a leading axis of members."""
-    return bool(_names(path) & MEMBERS_FIRST)
+    return bool(names_of(path) & MEMBERS_FIRST)
 
 
-def _names(path: jax.tree_util.KeyPath) -> set[str | None]:
+def names_of(path: jax.tree_util.KeyPath) -> set[str | None]:
+    """Return the names of the fields that lead to a leaf of a pytree."""
     return {getattr(part, "name", None) for part in path}
 
 
 def _filler(path: jax.tree_util.KeyPath) -> int:
     """Fill value for padding rows: -1 in category columns, 0 elsewhere."""
-    return -1 if "category" in _names(path) else 0
+    return -1 if "category" in names_of(path) else 0
 
 
 def _axis_of_rows(path: jax.tree_util.KeyPath, leaf: Any) -> int | None:
     """The axis of the rows that may be dealt to devices; None if the leaf has no such rows."""
-    if not _names(path) & _ROWS:
+    if not names_of(path) & _ROWS:
         return None
     return leaf.ndim - 2 if is_of_tables(path) else 0
 
