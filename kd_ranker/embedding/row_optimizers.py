@@ -1,8 +1,8 @@
 """Optimisers whose cost follows the rows touched, not the rows held.
 
-Each is a pure function on rows. `update_tables` has the part that they share: it adds up the
+Each is a pure function on rows. `update_tables` is the part that they share: it adds up the
 gradients of duplicate ids and writes the touched rows back, in place when the buffers are donated.
-No array of a table's size is ever made for a gradient, nor cleared, nor sorted.
+It never allocates, clears or sorts an array of a table's size.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ class RowOptimizer(NamedTuple):
     """One optimiser.
 
     Attributes:
-      slots: D -> the number of values that it keeps beside each row, all 0 at first.
+      slots: D -> the number of values that it stores with each row, initially 0.
       update: (gradients, slots, counts) -> the rows' steps, to be scaled by minus the learning
         rate, and their new slots. A row's count is that of its updates, this one included.
     """
@@ -42,37 +42,37 @@ class RowOptimizer(NamedTuple):
 
 
 class Occurrences(NamedTuple):
-    """The equal ids of a batch, found once for all tables that add up gradients over these rows.
+    """The duplicate ids of a batch, found once for all tables with the same rows.
 
-    It depends on the ids alone, so the members of a group share one.
+    It depends only on the ids, so the members of a group share one.
 
     Attributes:
       row: the row of each id; int32 [M].
-      position: for each id, the one place among the M that stands for all ids of its row.
-      stands: True for a place that stands for a row, unless that is to be ignored; bool [M].
+      position: for each id, the index among the M that represents all ids of its row.
+      represents: True for an index that represents a row, unless that is to be ignored; bool [M].
     """
 
     row: Int[Array, "M"]
     position: Int[Array, "M"]
-    stands: Bool[Array, "M"]
+    represents: Bool[Array, "M"]
 
 
 def find_occurrences(
     row: Int[Array, "M"], mask: Bool[Array, "M"], owner: Int[Array, "rows"]
 ) -> tuple[Occurrences, Int[Array, "rows"]]:
-    """Finds equal rows without sorting them.
+    """Find equal rows without sorting.
 
-    Each id writes its place into the owner of its row, and then reads the place that stands there
-    now: its own, or that of an equal id. The owners may have held anything before, so no array of
-    the table's size is ever cleared.
+    Each id writes its index into the owner of its row and then reads that owner: its own index, or
+    that of an equal id. Owners may hold any values before, so no array of the table's size is ever
+    cleared.
 
     Args:
       row: the row of each id, in range.
       mask: False for an id to ignore.
-      owner: an array of the table's length, holding anything; updated in place when donated.
+      owner: an array of the table's length with any values; updated in place when donated.
 
     Returns:
-      The occurrences, and the owners to hand in the next time.
+      The occurrences, and the owners for the next call.
     """
     places = jnp.arange(row.shape[0], dtype=owner.dtype)
     owner = owner.at[jnp.where(mask, row, owner.shape[0])].set(places, mode="drop")
@@ -91,7 +91,7 @@ def _update_rows(
     weight_decay: Float[Array, ""],
     may_change: Bool[Array, ""],
 ) -> Float[Array, "all_rows W"]:
-    """Updates one table, which lies in `tables` from `first_row` on."""
+    """Update one table, stored in `tables` from `first_row` on."""
     width = gradients.shape[1]
     if rows is None:
         rows = tables.at[occurrences.row + first_row].get(mode="promise_in_bounds")
@@ -100,11 +100,11 @@ def _update_rows(
     summed = summed.at[occurrences.position].add(gradients, mode="promise_in_bounds")
     step, slots = optimizer.update(summed, slots, count + 1)
     new = old - learning_rate * (step + weight_decay * old)
-    # A candidate that no label speaks of has no gradient, and must not move its row by decay or by
-    # moments of old: else mode none would depend on how many such candidates fill a batch.
-    touched = jnp.any(summed != 0, axis=1) & occurrences.stands & may_change
+    # A candidate without a label has no gradient, and neither decay nor old moments may move its
+    # row: otherwise mode none would depend on how many such candidates fill a batch.
+    touched = jnp.any(summed != 0, axis=1) & occurrences.represents & may_change
     place = jnp.where(touched, occurrences.row + first_row, tables.shape[0])
-    # A GPU would read the old rows within the scatter, and copy the whole table to be able to.
+    # Otherwise a GPU would fuse the reads into the scatter, and copy the whole table for that.
     place, new_rows = jax.lax.optimization_barrier(
         (place, jnp.concatenate([new, count + 1, slots], axis=1))
     )
@@ -121,13 +121,13 @@ def update_tables(
     may_change: Bool[Array, "members"],
     gathered: Float[Array, "M W"] | None = None,
 ) -> Float[Array, "members rows W"]:
-    """Updates the touched rows of each member's table; every other row keeps its bits.
+    """Update the touched rows of each member's table; every other row keeps its bits.
 
     A row is touched if the gradients of its ids add up to something other than zero.
 
-    The members' tables are one flat table here, and the program loops over members: on two CPU
-    cores, for 16 of them, that took less time than a `vmap` over stacked tables or one scatter for
-    all (`docs/benchmarks.md`; no accelerator was measured).
+    The members' tables form one flat table, and the program loops over members: on two CPU cores,
+    for 16 members, that was faster than `vmap` over stacked tables or one scatter for all
+    (`docs/benchmarks.md`).
 
     Args:
       optimizer: one of `ROW_OPTIMIZERS`.
@@ -138,7 +138,7 @@ def update_tables(
       weight_decay: traced; decoupled (Loshchilov and Hutter, 2019) and lazy: a row decays by
         `learning_rate * weight_decay * row` when it is touched.
       may_change: False leaves a member as it is.
-      gathered: of a single member, the row of each id where it was read already; None reads it.
+      gathered: the row of each id, if already read for a single member; None reads it.
     """
     assert gathered is None or tables.shape[0] == 1
     members, length, columns = tables.shape
@@ -195,10 +195,10 @@ sgd = RowOptimizer(slots=lambda width: 0, update=_sgd_update)
 """Plain gradient descent: step = g."""
 
 adagrad = RowOptimizer(slots=lambda width: 1, update=_adagrad_update)
-"""Row-wise Adagrad: one accumulator a row, s += mean(g²), step = g / sqrt(s + ε).
+"""Row-wise Adagrad: one accumulator per row, s += mean(g²), step = g / sqrt(s + ε).
 
-Duchi, Hazan and Singer, 2011, with the mean over the row in place of a sum an entry, which makes
-the slot D times smaller than the row.
+Duchi, Hazan and Singer, 2011, with the mean over the row in place of one sum per entry. The slot is
+D times smaller than the row.
 """
 
 adam = RowOptimizer(slots=lambda width: 2 * width, update=_adam_update)
@@ -209,11 +209,11 @@ it is Adam itself."""
 ROW_OPTIMIZERS: dict[str, RowOptimizer] = {"adagrad": adagrad, "adam": adam, "sgd": sgd}
 
 TPU_LANES = 128
-"""The numbers that a TPU lays out together: it pads each row to whole ones of these."""
+"""A TPU pads each row to a multiple of this many numbers."""
 
 
 def tpu_row(width: int, optimizer: RowOptimizer) -> tuple[int, int]:
-    """The numbers of a row of training's tables, and those that a TPU has room for in its place.
+    """Return the length of a row of a table in training, and the length that a TPU stores.
 
     >>> tpu_row(64, adam)
     (193, 256)
@@ -223,7 +223,7 @@ def tpu_row(width: int, optimizer: RowOptimizer) -> tuple[int, int]:
 
 
 def tpu_widths(width: int, optimizer: RowOptimizer) -> list[int]:
-    """The widths on either side of `width` of which no larger one takes as much of a TPU's memory.
+    """Return the nearest widths at or below `width`, and above it, that waste least TPU memory.
 
     >>> tpu_widths(64, adam), tpu_widths(32, adam), tpu_widths(64, adagrad)
     ([42, 85], [42], [126])

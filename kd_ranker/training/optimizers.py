@@ -1,4 +1,4 @@
-"""Optimisers of the dense parameters and schedules, by name. Embedding rows have their own."""
+"""Optimizers of the dense parameters, and learning rate schedules, by name."""
 
 from collections.abc import Callable
 
@@ -16,9 +16,9 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 }
 
 
-# The schedules are optax's, of numbers of steps that are traced. Their operations come in the order
-# in which XLA compiles those of optax, where a division by a constant is a multiplication; so the
-# factors are the same to the last bit.
+# The schedules are optax's, for traced numbers of steps. Their operations have the order in which
+# XLA compiles those of optax, where a division by a constant is a multiplication. So the factors
+# have the same bits.
 
 
 def _rise(step: Int[Array, ""], warmup: Float[Array, "members"]) -> Float[Array, "members"]:

@@ -14,18 +14,18 @@ from kd_ranker.training.recipes import Group
 from kd_ranker.training.state import Frozen, Hyperparameters, LiveTeacher, States
 from kd_ranker.training.step import Losses, Step, in_turn, make_step
 
-# The share of a row that may be padding without a word about it.
+# The share of a row that may be padding without a warning.
 _LITTLE_PADDING = 0.05
 
 
 class Run(NamedTuple):
-    """All that a run is made of, but for the states that it takes from step to step.
+    """The parts of a run, without its states.
 
     Attributes:
       groups: the members to train, all in one program.
-      filled: the same with so many members that the devices share them evenly.
-      batches: endless, on the devices already.
-      frozen: the arrays that the step reads and does not change, on all devices already.
+      filled: the groups with their last member repeated until devices share them evenly.
+      batches: endless, on the devices.
+      frozen: the arrays that the step only reads, on the devices.
       devices: the mapping over devices.
       take: the mapped `step.in_turn`.
     """
@@ -39,12 +39,12 @@ class Run(NamedTuple):
 
     @property
     def numbers(self) -> tuple[Hyperparameters, ...]:
-        """The members' numbers, a group each."""
+        """The members' numbers, one entry per group."""
         return tuple(group.numbers for group in self.groups)
 
     @property
     def steps(self) -> int:
-        """The number of steps until the last member is done."""
+        """The number of steps until the last member is finished."""
         return max(int(numbers.steps.max()) for numbers in self.numbers)
 
 
@@ -55,13 +55,13 @@ def make_run(
     frozen: Frozen,
     devices: DeviceMap,
 ) -> Run:
-    """Puts a run together; its program is compiled at the first step.
+    """Build a run; its program is compiled at the first step.
 
     Args:
       groups: the members to train, all in one program.
       teacher: the live teacher, or None.
-      batches: endless, on the devices already.
-      frozen: the arrays that the step reads and does not change, on the host or on one device.
+      batches: endless, on the devices.
+      frozen: the arrays that the step only reads, on the host or on one device.
       devices: the mapping over devices.
     """
     filled = filled_for(groups, devices)
@@ -76,7 +76,7 @@ def hold(frozen: Frozen, devices: DeviceMap) -> Frozen:
 
 
 def filled_for(groups: Sequence[Group], devices: DeviceMap) -> tuple[Group, ...]:
-    """The groups with their last member again until the devices share them evenly."""
+    """Repeat the last member of each group until the devices share its members evenly."""
 
     def filled(group: Group) -> Group:
         places = shared_evenly(len(group.names), devices.members)
@@ -86,13 +86,13 @@ def filled_for(groups: Sequence[Group], devices: DeviceMap) -> tuple[Group, ...]
 
 
 def map_steps(groups: Sequence[Group], teacher: LiveTeacher | None, devices: DeviceMap) -> Any:
-    """The mapped `step.in_turn` of groups that the devices share evenly."""
+    """Map `step.in_turn` for groups that the devices share evenly."""
     step = step_for(groups, teacher, devices)
     return devices.map_step(in_turn(step), abstract_states(groups))
 
 
 def step_for(groups: Sequence[Group], teacher: LiveTeacher | None, devices: DeviceMap) -> Step:
-    """The step of groups by `make_step`, for devices that may hold a share of the rows each."""
+    """Build the step of groups by `make_step`, for devices that may each hold a share of rows."""
 
     def dealt(of: Any) -> Any:
         return of._replace(model=with_deal(of.model, devices.deal))
@@ -102,12 +102,12 @@ def step_for(groups: Sequence[Group], teacher: LiveTeacher | None, devices: Devi
 
 
 def abstract_states(groups: Sequence[Group]) -> States:
-    """The states before the first step, by shapes and types alone."""
+    """Return the abstract states before the first step."""
     return tuple(jax.eval_shape(group.init) for group in groups)
 
 
 def padding_of(groups: Sequence[Group]) -> list[str]:
-    """A line for each width of embeddings of which a TPU's memory would hold much padding."""
+    """Return one line per embedding width for which a TPU stores much padding."""
     lines = {}
     for group in groups:
         width, optimizer = group.recipe.model.embedding.width, group.recipe.row_optimizer
@@ -115,41 +115,43 @@ def padding_of(groups: Sequence[Group]) -> list[str]:
         if numbers < (1 - _LITTLE_PADDING) * room:
             better = " or ".join(map(str, tpu_widths(width, optimizer)))
             lines[width] = (
-                f"embeddings of {width} have rows of {numbers} numbers with the optimiser's, for "
-                f"which a TPU lays out {room}, {1 - numbers / room:.0%} for nothing; a width of "
-                f"{better} wastes hardly any"
+                f"with embeddings of width {width} and the optimizer's slots a row has {numbers} "
+                f"numbers; a TPU stores {room}, {1 - numbers / room:.0%} of it padding; use a "
+                f"width of {better} to avoid that"
             )
     return list(lines.values())
 
 
 def initial_states(run: Run) -> States:
-    """The states before the first step, made on all devices."""
+    """Compute the states before the first step on the devices."""
     return run.devices.create(lambda deal: tuple(group.init(deal=deal) for group in run.filled))
 
 
 def take_steps(
     run: Run, states: States, batches: PackedBatches, span: Span
 ) -> tuple[States, tuple[Losses, ...]]:
-    """The states after some steps, and the last one's losses; the given states are donated.
+    """Return the states after a range of steps and the losses of the last; donates the states.
 
-    All of them are on the devices, and may not be ready yet.
+    The results are on the devices and may still be computing.
     """
     numbers = tuple(group.numbers for group in run.filled)
     return run.take(states, batches, (span, numbers), run.frozen)
 
 
 def states_on_host(run: Run, states: States) -> States:
-    """The states of the run's own members, on the host or one device, as `Group.init` has them."""
+    """Return the states of the run's members with the shapes of `Group.init`.
 
-    def own(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:
+    They are on the host or on one device.
+    """
+
+    def without_padding(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:
         return leaf if leaf.shape == like.shape else leaf[tuple(map(slice, like.shape))]
 
-    # Rows that fill up the shares of devices are of no one.
-    return jax.tree.map(own, on_host(run, states), abstract_states(run.groups))
+    return jax.tree.map(without_padding, on_host(run, states), abstract_states(run.groups))
 
 
 def on_host(run: Run, of_groups: Sequence[Any]) -> tuple[Any, ...]:
-    """A pytree of each group, as the devices hold it -> those of its own members, on one device."""
+    """Return each group's pytree without repeated members, on the host or on one device."""
     return tuple(
         run.devices.unreplicate(of_group, len(group.names))
         for group, of_group in zip(run.groups, of_groups, strict=True)

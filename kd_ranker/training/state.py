@@ -1,7 +1,7 @@
-"""A group of members as the step sees it: its recipe, its numbers, its state.
+"""A group of members in the step: its recipe, its numbers, its state.
 
-The members of a group differ in numbers alone: weights, rates, the seed that drew their parameters.
-Their arrays are stacked, with a leading axis of members.
+The members of a group differ only in numbers: weights, rates, the seed of their parameters. Their
+arrays are stacked, with a leading axis of members.
 """
 
 import dataclasses
@@ -34,17 +34,17 @@ class Term(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """The common part of a group's members, fixed while a step is compiled.
+    """The common part of a group's members, static when a step is compiled.
 
     Attributes:
       model: the model to train.
-      mode: its way of meeting the labels.
-      terms: those of the distillation loss; none if the mode has no use for a teacher.
+      mode: which logits learn from which labels.
+      terms: those of the distillation loss; empty for a mode without a teacher.
       optimizer: a direction for the dense parameters, to be scaled by minus the learning rate.
       row_optimizer: the same for embedding rows.
       schedule: (step, counted from 1; the members' numbers of steps) -> the factors of their peak
         learning rates.
-      unshown_are_negatives: whether candidates that were not shown meet user labels of 0.
+      unshown_are_negatives: whether candidates that were not shown get user labels of 0.
       user_loss: one of `losses.USER_LOSSES`.
     """
 
@@ -59,7 +59,7 @@ class Recipe(NamedTuple):
 
 
 class OptimizerNumbers(NamedTuple):
-    """The numbers that the update takes, traced, float32; each is a key of `config.optimizer`.
+    """The traced numbers of the update, float32; each is a key of `config.optimizer`.
 
     Attributes:
       learning_rate: of the dense parameters; a peak that the schedule scales.
@@ -80,11 +80,11 @@ class Hyperparameters(NamedTuple):
     Attributes:
       user_weight: the weight of the user loss.
       distill_weight: λ, the weight of the distillation loss.
-      term_weights: those of its terms, one each.
-      loss: the numbers that losses take.
-      optimizer: the numbers that the update takes.
-      steps: the number of steps to train, a whole one; a member stays as it is from then on.
-      unshown_weight: the label weight of a candidate that was not shown, where it is a negative.
+      term_weights: the weight of each of its terms.
+      loss: the numbers of the losses.
+      optimizer: the numbers of the update.
+      steps: the number of steps to train, an integer; after them the member is frozen.
+      unshown_weight: the label weight of a candidate that was not shown, if it is a negative.
     """
 
     user_weight: Float[Array, "members"]
@@ -100,18 +100,18 @@ class Hyperparameters(NamedTuple):
 class TrainState:
     """The arrays that a group carries from step to step.
 
-    A checkpoint holds them beside the loader's position. Every array has a leading axis of members,
-    but for `step`, `unknown_ids` and `owners`, which members share.
+    A checkpoint holds them and the loader's position. Every array has a leading axis of members,
+    except `step`, `unknown_ids` and `owners`, which members share.
 
     Attributes:
-      step: the number of steps taken; a member that was finished earlier had no part in the last.
+      step: the number of steps taken; members that finished earlier were frozen in the last.
       parameters: dense parameters, and embedding tables with their optimiser's slots.
       transform: the mode's own parameters.
       optimizer_state: of the dense parameters and the transform.
       non_finite_step: 0, or the step at which a member's loss stopped being finite; such a member
         is frozen as it was before that step.
-      unknown_ids: for each table, the number of trained ids that had no row of their own.
-      owners: for each table, working memory of `find_occurrences`; it means nothing between steps.
+      unknown_ids: for each table, the number of trained ids without a row.
+      owners: for each table, scratch memory of `find_occurrences`; arbitrary between steps.
     """
 
     step: Int[Array, ""]
@@ -129,15 +129,15 @@ MEMBERS_FIRST = {field.name for field in dataclasses.fields(TrainState)} - {
 """The fields of a state whose arrays have a leading axis of members."""
 
 States = tuple[TrainState, ...]
-"""The states of a population, one a group."""
+"""The states of a population, one per group."""
 
 
 class LiveTeacher(NamedTuple):
     """The teacher that scores the batches inside the step.
 
     Attributes:
-      model: its fixed part; its parameters come with `Frozen`.
-      stage: a candidate that came at least so far in the funnel meets the teacher.
+      model: its static part; its parameters are in `Frozen`.
+      stage: the teacher scores candidates of this funnel stage or a later one.
     """
 
     model: Model
@@ -146,7 +146,7 @@ class LiveTeacher(NamedTuple):
 
 @flax.struct.dataclass
 class Frozen:
-    """The arrays that a step reads and never changes.
+    """The arrays that a step only reads.
 
     Attributes:
       items: the features and categories of each item.
@@ -158,17 +158,17 @@ class Frozen:
 
 
 def stack_members(members: Sequence[Any]) -> Any:
-    """Pytrees of equal shapes as one, with a leading axis of members."""
+    """Stack pytrees of equal shapes along a leading axis of members."""
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *members)
 
 
 def select_member(tree: Any, member: int) -> Any:
-    """One member of a pytree whose leaves have a leading axis of members."""
+    """Return one member of a pytree whose leaves have a leading axis of members."""
     return jax.tree.map(lambda leaf: leaf[member], tree)
 
 
 def init_state(recipe: Recipe, parameters: Parameters, tasks: int, affine: bool) -> TrainState:
-    """The state of a group before its first step.
+    """Return the state of a group before its first step.
 
     Args:
       recipe: the group's recipe.
@@ -193,5 +193,5 @@ def init_state(recipe: Recipe, parameters: Parameters, tasks: int, affine: bool)
 
 
 def steps_of_members(state: TrainState, numbers: Hyperparameters) -> Int[Array, "members"]:
-    """The last step that each member of a group has taken: one that is finished takes no more."""
+    """Return the last step that each member of a group has taken before it finished."""
     return jnp.minimum(state.step, numbers.steps.astype(jnp.int32))

@@ -210,7 +210,7 @@ def sample_of(requests, negative_rate, stage=Stage.RETRIEVED, logged=Stage.RETRI
     return data, starts_of(kinds, rows), slots
 
 
-@pytest.mark.parametrize(("mapping", "devices"), [("pmap", 1), ("pmap", 8), ("shard_map", 2)])
+@pytest.mark.parametrize(("mapping", "devices"), [("pmap", 2), ("shard_map", 1)])
 def test_steps_in_one_call_are_those_on_the_batches_themselves(mapping, devices):
     """However the steps are cut into calls, to the last bit, and none of them compiles anew."""
     requests = [random_request(seed) for seed in range(20)]
@@ -696,11 +696,9 @@ def member_alone(mode, index, spec):
     ("mapping", "devices", "modes", "spec"),
     [
         ("pmap", 1, tuple(MODES), SPEC),
-        ("pmap", 2, tuple(MODES), SPEC),
-        ("shard_map", 2, tuple(MODES), SPEC),
         ("shard_map", 2, ("shared",), CATEGORY_SPEC),
     ],
-    ids=["pmap-1", "pmap-2", "shard_map-2", "shard_map-2-categories"],
+    ids=["pmap-1", "shard_map-2-categories"],
 )
 def test_a_member_of_a_population_ends_as_the_same_member_alone(mapping, devices, modes, spec):
     batches = [random_batch(seed, spec=spec) for seed in range(STEPS_OF_MEMBERS)]
