@@ -12,6 +12,7 @@ limits it. Nothing is run, and no data but the dataset's sizes and first request
 `.venv-compilers`; see `docs/accelerators.md`.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -24,68 +25,70 @@ sys.path.insert(0, str(ROOT))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from absl import flags  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
-from kd_ranker.errors import UserError  # noqa: E402
+from kd_ranker.main import Command, Flag, run_command  # noqa: E402
 from kd_ranker.pipeline import ahead, pods, topologies  # noqa: E402
-from kd_ranker.pipeline.launch import launch  # noqa: E402
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, f"One of: {', '.join(topologies.names())}.")
-_PROGRAMS = flags.DEFINE_list(
-    "programs", None, f"Some of: {', '.join(ahead.PROGRAMS)}; without it, those of a single run."
-)
-_USERS = flags.DEFINE_integer("users", None, "In place of the dataset's number of users.")
-_ITEMS = flags.DEFINE_integer("items", None, "In place of the dataset's number of items.")
-_JSON = flags.DEFINE_string("json", None, "A file for what was found.")
-_HLO = flags.DEFINE_string("hlo", None, "A folder for the text of the optimised programs.")
-
-
-_DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Tell what each host of the devices would do, and compile nothing."
-)
-_HOSTS = flags.DEFINE_integer(
-    "hosts",
-    0,
-    "With --dry_run, the number of hosts; without it, one for four TPUs, or one of cards.",
-)
+FLAGS = {
+    "topology": Flag(
+        f"one of: {', '.join(topologies.names())}",
+        needed=f"give one of: {', '.join(topologies.names())}",
+    ),
+    "programs": Flag(
+        f"some of: {', '.join(ahead.PROGRAMS)}; without it, those of a single run, with commas"
+    ),
+    "users": Flag("in place of the dataset's number of users"),
+    "items": Flag("in place of the dataset's number of items"),
+    "json": Flag("a file for what was found"),
+    "hlo": Flag("a folder for the text of the optimised programs"),
+    "dry_run": Flag("tell what each host of the devices would do, and compile nothing", False),
+    "hosts": Flag(
+        "with --dry_run, the number of hosts; 0 is one for four TPUs, or one of cards", "0"
+    ),
+}
 
 
-def main(config: ConfigDict, workdir: Path) -> None:
+def main(config: ConfigDict, given: argparse.Namespace) -> None:
     """Compiles what the flags name, or tells what hosts would do."""
-    del workdir
-    if not _TOPOLOGY.value:
-        raise UserError(f"--topology is missing; give one of: {', '.join(topologies.names())}")
-    topology = None if _DRY_RUN.value else topologies.open_topology(_TOPOLOGY.value)
+    topology = None if given.dry_run else topologies.open_topology(given.topology)
+    users, items = (int(number) if number else None for number in (given.users, given.items))
     with tempfile.TemporaryDirectory() as folder:
-        sizes = ahead.sizes_of(config, Path(folder), _USERS.value, _ITEMS.value)
+        sizes = ahead.sizes_of(config, Path(folder), users, items)
         if topology is None:
-            _tell_of_hosts(config, sizes)
+            _tell_of_hosts(config, sizes, given)
         else:
-            _compile(config, sizes, topology)
+            _compile(config, sizes, topology, given)
 
 
-def _tell_of_hosts(config: ConfigDict, sizes: ahead.Sizes) -> None:
+def _tell_of_hosts(config: ConfigDict, sizes: ahead.Sizes, given: argparse.Namespace) -> None:
     of_config = [flag for flag in sys.argv[1:] if flag.startswith("--config")]
-    for name in _PROGRAMS.value or ["train"]:
-        planned = pods.plan(name, config, sizes, _TOPOLOGY.value, _HOSTS.value)
+    for name in given.programs.split(",") if given.programs else ["train"]:
+        planned = pods.plan(name, config, sizes, given.topology, int(given.hosts))
         print("\n".join(pods.lines(planned, of_config)))
 
 
-def _compile(config: ConfigDict, sizes: ahead.Sizes, topology: topologies.Topology) -> None:
+def _compile(
+    config: ConfigDict,
+    sizes: ahead.Sizes,
+    topology: topologies.Topology,
+    given: argparse.Namespace,
+) -> None:
     findings = []
-    for name in _PROGRAMS.value or ahead.programs_of(config):
+    for name in given.programs.split(",") if given.programs else ahead.programs_of(config):
         print(f"compile_for: {name}", file=sys.stderr)
         findings.append(ahead.compile_program(name, config, sizes, topology))
     print("\n".join([ahead.findings_table(findings), *ahead.advice(config, sizes, topology)]))
-    if _JSON.value:
+    if given.json:
         found = {finding.name: ahead.as_json(finding) for finding in findings}
-        Path(_JSON.value).write_text(json.dumps(found, indent=2) + "\n")
-    if _HLO.value:
-        Path(_HLO.value).mkdir(parents=True, exist_ok=True)
+        Path(given.json).write_text(json.dumps(found, indent=2) + "\n")
+    if given.hlo:
+        Path(given.hlo).mkdir(parents=True, exist_ok=True)
         for finding in findings:
-            (Path(_HLO.value) / f"{finding.name}.hlo").write_text(finding.text or finding.refused)
+            (Path(given.hlo) / f"{finding.name}.hlo").write_text(finding.text or finding.refused)
 
 
 if __name__ == "__main__":
-    launch(main, needs_workdir=False)
+    example = "--config=configs/cascade.py --topology=v5e:4x4"
+    command = Command(lambda api, config, given: main(config, given), FLAGS, example, text=__doc__)
+    run_command(command, "python scripts/compile_for.py", sys.argv[1:])

@@ -37,7 +37,7 @@ from kd_ranker.embedding.row_optimizers import TPU_LANES
 from kd_ranker.errors import check_choice
 from kd_ranker.evaluation.evaluate import Ranker, lower_for_group, make_serve
 from kd_ranker.models.model import Model, Parameters
-from kd_ranker.pipeline import compiled, runs, teachers
+from kd_ranker.pipeline import compiled, datasets, runs
 from kd_ranker.pipeline.compiled import Compiled
 from kd_ranker.pipeline.remote import fetched, place_of
 from kd_ranker.pipeline.topologies import Topology
@@ -138,7 +138,7 @@ def sizes_of(
         num_requests=dict.fromkeys(SPLITS, len(requests)),
     )
     storage.build(few, "sample", str(folder))
-    sample = storage.open_dataset("sample", str(folder), made_by=teachers.PREPARE_DATA)
+    sample = storage.open_dataset("sample", str(folder), made_by=datasets.PREPARE_DATA)
     numbers = (users or spec.num_users, items or spec.num_items)
     return Sizes(dataclasses.replace(spec, num_users=numbers[0], num_items=numbers[1]), sample)
 
@@ -150,7 +150,7 @@ def _head(config: ConfigDict) -> tuple[FeatureSpec, list[Request]]:
     if entry.simulated and not directory.exists():
         source = entry.open_source(config.data, config.tasks, config.funnel)
         return source.spec, list(itertools.islice(source.requests("train"), _SAMPLE))
-    dataset = teachers.dataset_of(config)
+    dataset = datasets.dataset_of(config)
     return dataset.spec, list(itertools.islice(read_requests(dataset, "train"), _SAMPLE))
 
 

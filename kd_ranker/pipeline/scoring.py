@@ -1,5 +1,9 @@
-"""Scoring a dataset with a teacher: in shards, by several processes, resumably."""
+"""Scores of trained rankers, written beside the candidates of a dataset or of another log.
 
+Both are written in shards, by several processes or machines, and resume after a kill.
+"""
+
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -7,26 +11,177 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import Stage
+from kd_ranker.config import checks
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.config.registered import register
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline.teachers import Teacher, dataset_of, load_teacher
+from kd_ranker.pipeline import cluster, trained
+from kd_ranker.pipeline.datasets import LOG_TEACHER, candidates_line, dataset_of
+from kd_ranker.pipeline.remote import Place, fetched, local_folder
+from kd_ranker.pipeline.teachers import Teacher, load_teacher
 from kd_ranker.requests import storage
+from kd_ranker.requests.pool import Runner, open_pool
 from kd_ranker.requests.records import Dataset, read_split
-from kd_ranker.requests.request import Request
-from kd_ranker.serving.score import probabilities
+from kd_ranker.requests.request import SPLITS, Request, Source
+from kd_ranker.serving.score import probabilities, score_log
+from kd_ranker.sources.logs import unseen
+from kd_ranker.sources.logs.layout import read_layout
+from kd_ranker.sources.logs.unseen import Unseen
+from kd_ranker.sources.logs.write_back import Scored
+from kd_ranker.sources.registry import SOURCES
 from kd_ranker.training.recipes import TEACHER_STAGES
 
-# Batches that a shard of a scored copy has, unless a split then had more than so many shards: who
-# reads it holds a file open for each.
+# The number of batches in a shard, raised where a split would have more than the largest number of
+# shards: a reader holds a file open for each.
 _BATCHES = 64
 _MOST_SHARDS = 256
+
+
+class Logged(NamedTuple):
+    """The files that `log_teacher` has written.
+
+    Attributes:
+      dataset: the folder of the copy of the dataset that holds the probabilities.
+      log: the user's own log with the teacher's columns added; None for a dataset without one.
+    """
+
+    dataset: Path
+    log: Scored | None
+
+    def __str__(self) -> str:
+        return "\n".join([f"dataset: {self.dataset}", *(log_lines(self.log) if self.log else ())])
+
+
+def log_lines(scored: Scored) -> list[str]:
+    """The lines on a log that was written with scores."""
+    return [f"scored log: {scored.directory}", f"its new columns: {', '.join(scored.columns)}"]
+
+
+def score_dataset(config: ConfigDict) -> Logged:
+    """Write a copy of the dataset, and of its log, with the probabilities of a teacher.
+
+    Args:
+      config: a valid config; `config.teacher.workdir` names the teacher.
+
+    Raises:
+      UserError: dataset or teacher are missing, the dataset was not built from this log, or another
+        process writes the same copy.
+    """
+    dataset = dataset_of(config)
+    teacher = load_teacher(config, dataset)
+    name = dataset_name(config, teacher.version)
+    entry, log = SOURCES[config.data.name], None
+    if entry.open_scored_log:
+        # First, because it may refuse the log, and scoring takes long.
+        log = entry.open_scored_log(
+            config.data, config.tasks, config.funnel, dataset.directory, name
+        )
+    if (copy := storage.directory_of(name, config.data.dir)).exists():
+        storage.check_whole(copy, LOG_TEACHER)
+    splits = dataset.builder.info.splits
+    spec = dataclasses.replace(
+        dataset.spec, teacher_version=teacher.version, teacher_signal="probability"
+    )
+    with _open_runner(config) as run:
+        source = Source(
+            spec=spec,
+            item_features=dataset.item_features,
+            item_category=dataset.item_category,
+            requests=functools.partial(scored_requests, config, dataset, teacher),
+            num_requests={split: splits[split].num_examples for split in SPLITS},
+            shards=functools.partial(
+                scoring_shards, config, dataset, teacher, _runs_elsewhere(config)
+            ),
+            run=run,
+            resume=scoring_folder(config, dataset, teacher),
+            write_beside=log.write_beside if log else None,
+        )
+        directory = storage.build(source, name, config.data.dir)
+    return Logged(directory, log.write() if log else None)
+
+
+def score_unseen(
+    config: ConfigDict,
+    workdir: Place,
+    member: str = "",
+    output: Path | None = None,
+    trust: bool = False,
+) -> tuple[Scored, list[str]]:
+    """Write the log at `config.data.path` with the scores of the ranker in a workdir.
+
+    The log is read with the ids, means and deviations of the training log.
+
+    Args:
+      config: the run's own with another `data.path`, or one with the same features and tasks.
+      workdir: of a teacher, a student or a sweep.
+      member: of a sweep; "" takes the best one on validation.
+      output: the folder to write to; None takes one below `config.data.dir`.
+      trust: whether a file that the run's config names may be executed, see `trained.config_of`.
+
+    Returns:
+      The scored log, and lines on the ranker and the candidates.
+
+    Raises:
+      UserError: the workdir holds no finished ranker that was trained on a log, its dataset is
+        gone, or the log lacks a column that training had.
+    """
+    if config.launcher == "ray":
+        workdir = local_folder("--workdir", workdir, "is read by all machines of launcher='ray'")
+    with fetched(workdir) as folder:
+        run = trained.config_of(folder, trust)
+        for name in (run.data.name, config.data.name):
+            if name != "parquet":
+                raise UserError(
+                    f"{workdir} and the config have to be of a log (data.name='parquet'), and one "
+                    f"is of {name}; experiments.log_teacher scores the requests of every dataset"
+                )
+        # One device scores, however many were used for training.
+        devices = config.parallel.devices or config.parallel.members or 1
+        checks.validate(config, devices)
+        layout, run_layout = (read_layout(of.data, of.tasks, of.funnel) for of in (config, run))
+        log, layout = unseen.open_unseen(layout, run_layout)
+        reopen = functools.partial(
+            trained.cached_ranker_of, folder, str(config.data.dir), member, trust
+        )
+        ranker = trained.ranker_of(*reopen.args)
+        ranker = ranker._replace(name=ranker.name.replace(str(folder), str(workdir)))
+        dataset = ranker.dataset
+        settled = unseen.settled_by(run_layout, dataset.spec, dataset.directory)
+        scored, read = score_log(
+            *(log, layout, settled, ranker, reopen if _runs_elsewhere(config) else None),
+            *(_open_runner(config), tuple(config.value_weights), config.evaluation.requests),
+            output,
+        )
+    return scored, [trained.ranker_line(ranker.name, ranker.serve), *_unseen_lines(read)]
+
+
+def _unseen_lines(read: Unseen) -> list[str]:
+    """The lines on a scored log: its candidates, and how many have values unknown to training."""
+    unknown = (
+        f"{number:,} candidates ({number / read.used:.1%}) by their {name}"
+        for name, number in read.new.items()
+    )
+    candidates = candidates_line(read.used, "scored", read.rejected)
+    return [candidates, f"unknown to training: {', '.join(unknown)}"]
+
+
+def _runs_elsewhere(config: ConfigDict) -> bool:
+    """Test whether the runner of `_open_runner` calls functions in other processes."""
+    return config.launcher == "ray" or config.data.processes > 1
+
+
+def _open_runner(config: ConfigDict) -> contextlib.AbstractContextManager[Runner]:
+    """Open the processes that score: a cluster, or `data.processes` on this machine."""
+    if config.launcher == "ray":
+        return cluster.open_cluster(config)
+    return open_pool(config.data.processes)
 
 
 def scored_requests(

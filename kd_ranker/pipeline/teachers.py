@@ -1,4 +1,4 @@
-"""The datasets and the trained teachers that the other commands ask for."""
+"""Trained teachers, and the datasets that students learn from under them."""
 
 import dataclasses
 import functools
@@ -19,19 +19,15 @@ from kd_ranker.embedding.row_optimizers import TPU_LANES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.models.model import Model, Parameters
+from kd_ranker.pipeline.datasets import LOG_TEACHER, SAME_FLAGS, dataset_of
 from kd_ranker.pipeline.remote import fetched, place_of
-from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
-from kd_ranker.sources.registry import SOURCES
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.placing import put
 from kd_ranker.training.state import select_member
 
-_SAME_FLAGS = "with the same --config flags"
-PREPARE_DATA = f"python -m experiments.prepare_data, {_SAME_FLAGS}"
-TRAIN_TEACHER = f"python -m experiments.train_teacher, {_SAME_FLAGS}"
-LOG_TEACHER = f"python -m experiments.log_teacher, {_SAME_FLAGS}"
+TRAIN_TEACHER = f"python -m experiments.train_teacher, {SAME_FLAGS}"
 
 
 class Teacher(NamedTuple):
@@ -57,30 +53,6 @@ class Teacher(NamedTuple):
 def version_of(teacher: Teacher | None) -> str:
     """The version of a teacher; "" where the dataset's own logs stand in for one."""
     return teacher.version if teacher else ""
-
-
-def dataset_of(config: ConfigDict, teacher_version: str = "") -> Dataset:
-    """The config's dataset, or the copy that a teacher has scored.
-
-    Raises:
-      UserError: it was not built.
-    """
-    return storage.open_dataset(
-        dataset_name(config, teacher_version),
-        config.data.dir,
-        made_by=LOG_TEACHER if teacher_version else PREPARE_DATA,
-    )
-
-
-def current_dataset(config: ConfigDict) -> Dataset:
-    """Opens the config's dataset for training.
-
-    Raises:
-      UserError: it was not built, or its raw files have changed since.
-    """
-    dataset = dataset_of(config)
-    SOURCES[config.data.name].check_unchanged(config.data, dataset.directory)
-    return dataset
 
 
 def teacher_and_dataset(

@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from kd_ranker import api
 from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import commands, supervision
+from kd_ranker.pipeline import supervision
 from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.request import SPLITS
 from tests.random_batches import SPEC
@@ -102,7 +103,7 @@ def test_a_loss_of_the_order_takes_positions_and_is_what_the_message_offers(monk
 def test_a_student_has_something_to_learn_from(changes, key, tmp_path):
     config = config_with(distill__user_weight=0.0, **changes)
     with pytest.raises(UserError, match=rf"distill.user_weight=0 and .*{key}=0 leave a student of"):
-        commands.train(config, tmp_path / "refused")
+        api.train(config, tmp_path / "refused")
     check_all(config_with(distill__user_weight=0.5, **changes))
     check_all(config_with(**changes | {"distill__mode": "none", "distill__user_weight": 0.0}))
     check_all(config_with(distill__user_weight=0.0, distill__term_weights=()))
@@ -114,7 +115,7 @@ def test_a_sweep_has_no_student_without_anything_to_learn_from(tmp_path):
         "sweep__weights": (0.0, 1.0),
         "sweep__axes__distill__user_weight": (1.0, 0.0),
     }
-    for command in (commands.sweep, commands.run):
+    for command in (api.sweep, api.run):
         with pytest.raises(UserError, match=r"user_weight=0 and distill\.weight=0 leave a"):
             command(config_with(**axes), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
