@@ -1,7 +1,7 @@
 """The work of the package, one function per command: what `import kd_ranker as kd` offers.
 
-The command line in `main` calls the same functions. Each returns an object whose text describes
-what was made. A function that writes to a workdir holds it until it returns, and a second process
+The command line in `main` calls the same functions. Each returns an object that describes its
+result as text. A function that writes to a workdir holds it until it returns, and a second process
 is refused. A workdir is a folder or a URL, see `pipeline.remote`.
 """
 
@@ -21,20 +21,17 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec
-from kd_ranker.config import checks, defaults, identity, schema
+from kd_ranker.config import checks, defaults, schema
 from kd_ranker.errors import UserError, check_choice
-from kd_ranker.evaluation import references, results
-from kd_ranker.pipeline import (
-    cohorts,
-    datasets,
-    exporting,
-    runs,
-    scoring,
-    supervision,
-    teachers,
-    trained,
+from kd_ranker.evaluation import results
+from kd_ranker.pipeline import cohorts, datasets, exporting, runs, scoring, trained
+from kd_ranker.pipeline.job import Job, Opened
+from kd_ranker.pipeline.measure import (
+    measure,
+    train_statistics,
+    trained_judge,
+    write_measured,
 )
-from kd_ranker.pipeline.measure import measure, own_reference, reference, write_measured
 from kd_ranker.pipeline.remote import Place, below, fetched, local_folder, owned, place_of
 from kd_ranker.report import tables, write
 from kd_ranker.serving.formats import FORMATS
@@ -48,18 +45,18 @@ from kd_ranker.sweep.members import common, repeats, sweep_members
 from kd_ranker.training import workdir as workdirs
 
 Folder = str | PathLike[str]
-Say = Callable[[str], None]
+Show = Callable[[str], None]
 
-# What is chosen is chosen on the first; the second is read for what is reported.
+# Choices are made on the first; the second is read for the report.
 _MEASURED_SPLITS = ("validation", "test")
 
 
 class Dataset(NamedTuple):
-    """Requests that a program has handed over, as a dataset.
+    """A dataset of requests that a program has in memory.
 
     Attributes:
-      directory: the folder that keeps them.
-      config: a config for them, to change and to `prepare`.
+      directory: its folder.
+      config: a config for it, to change and to `prepare`.
     """
 
     directory: Path
@@ -78,34 +75,32 @@ class Dataset(NamedTuple):
         test_share: float = 0.1,
         columns: given_rows.Columns | None = None,
     ) -> "Dataset":
-        """Makes a dataset of requests in memory.
+        """Make a dataset of requests in memory.
 
         Args:
-          requests: each a mapping from the fields of `kd.Request`, or that itself; or a DataFrame
-            of these fields, a row a request; or, with `columns`, one of a row a candidate. All but
-            `user_id`, `item_id` and `user_label` may be left out: then all candidates were passed,
-            labels weigh 1, and there is nothing of the rest. They are split by time; or by a
-            mapping, from train, validation and test to theirs.
-          spec: the sizes of their features; each width but those of categories is at least 1.
-          item_features: float32 [num_items, F]; None: zeros.
-          item_category: int32 [num_items, I], the category ids of each item; None: there are none.
-          config: rankers, training and funnel to start from; None: the defaults, and a funnel of
-            the sizes that the requests have.
+          requests: `kd.Request` objects, or mappings with its fields; a DataFrame of these fields
+            with one row per request; or, with `columns`, one row per candidate. All fields
+            but `user_id`, `item_id` and `user_label` are optional: by default all candidates were
+            passed, labels weigh 1, and other features are absent. Requests are split by time,
+            unless a mapping gives those of train, validation and test.
+          spec: the sizes of their features; each width is at least 1, except those of categories.
+          item_features: float32 [num_items, F]; None takes zeros.
+          item_category: int32 [num_items, I], the category ids of each item; None for none.
+          config: rankers, training and funnel to start from; None takes the defaults, and a funnel
+            with the sizes of the requests.
           directory: the folder of datasets.
-          validation_share: share of the requests before those of the test.
-          test_share: share of the last requests.
-          columns: where a row is a candidate, the columns of the DataFrame: field -> the one that
-            holds it, or those whose numbers stand side by side, `{"request_id": "session",
-            "user_label": ["click", "buy"], …}`. Of the fields of `kd.Request`, `request_id`,
-            `user_id`, `item_id` and `user_label` are needed; `stage` (`shown`, `passed` or
-            `retrieved`) stands for `num_passed`, and without it rows with a label were shown and
-            all others passed; `item_features` and `item_category` may be among them. What belongs
-            to the request, or to the item, is the same in all of its rows.
+          validation_share: share of the requests, in [0, 1), before those of the test.
+          test_share: share of the last requests, in [0, 1).
+          columns: for rows of candidates, field -> the column that holds it, or a list of columns
+            to stack: `{"request_id": "session", "user_label": ["click", "buy"], …}`. Of the fields
+            of `kd.Request`, `request_id`, `user_id`, `item_id` and `user_label` are required.
+            `stage` (`shown`, `passed` or `retrieved`) replaces `num_passed`; without it, rows with
+            a label were shown and all others passed. `item_features` and `item_category` are
+            allowed. Fields of the request, or of the item, are equal in all of its rows.
 
         Raises:
-          UserError: a field is none, is missing, has another shape than `spec` says or an id out of
-            range, or a split is left without requests; rows of a request differ in what belongs to
-            it.
+          UserError: a field is unknown or missing, differs from the shapes of `spec` or has an id
+            out of range; a split has no requests; or rows of one request differ in its fields.
         """
         spec = dataclasses.replace(spec, dataset=given.NAME)
         splits = dict(requests) if isinstance(requests, Mapping) else {"": requests}
@@ -194,7 +189,7 @@ class Report(NamedTuple):
     """A report on disk, which a notebook shows.
 
     Attributes:
-      answers: one sentence per dataset on what distillation saves.
+      answers: one sentence per dataset on the savings of distillation.
       page: its page, with all figures and tables.
       teacher: the teacher that `run` has trained or used; None elsewhere, and where the students
         learn from the dataset's own log.
@@ -207,10 +202,12 @@ class Report(NamedTuple):
     students: Trained | None = None
 
     def __str__(self) -> str:
-        return "\n".join([*self.answers, f"report: {self.page}"])
+        runs = {"teacher": self.teacher, "students": self.students}
+        lines = [f"{name}: {of.workdir}" for name, of in runs.items() if of]
+        return "\n".join([*self.answers, *lines, f"report: {self.page}"])
 
     def _repr_html_(self) -> str:
-        # A document of its own, so that its styles stay within it.
+        # A separate document, so that its styles stay within it.
         with fsspec.open(str(self.page), "rt", encoding="utf-8") as file:
             page = html.escape(file.read(), quote=True)
         return f'<iframe srcdoc="{page}" width="100%" height="800" style="border: 0"></iframe>'
@@ -234,7 +231,7 @@ def prepare(config: ConfigDict, thorough: bool = False) -> Prepared:
 
 
 def first_config(config: ConfigDict, folder: Folder) -> FirstConfig:
-    """Write a config to edit for the log at `config.data.path`, with what it guessed and why.
+    """Write a config to edit for the log at `config.data.path`, with the reasons for its guesses.
 
     Returns:
       The file, below `folder`, and the commands to run next.
@@ -253,22 +250,19 @@ def train_teacher(config: ConfigDict, workdir: Folder) -> Trained:
     """
     config, place = _own(config), place_of(workdir)
     checks.validate(config)
+    job = Job(config, {}, Opened(config, unchanged=True))
     with owned(place) as folder:
-        dataset = datasets.current_dataset(config)
-        supervision.check_log(config, dataset)
-        supervision.check_labels(config, dataset)
-        ranker, step = runs.fit_teacher(config, dataset, folder)
-        teacher = own_reference(config, dataset, ranker, step)
+        checks.check_teacher_log(config, job.dataset)
+        checks.check_labels(job.dataset)
+        free = schema.without_influence("teacher")
+        workdirs.claim(folder, "train_teacher", config, job.dataset.identity, without=free)
+        judge = trained_judge(job, *runs.fit_teacher(job, folder))
         # The references show how much a final ranker leaves to gain, next to the oracle if known.
-        statistics = references.train_statistics(
-            dataset, config.value_weights, config.funnel.shown, seed=0
-        )
+        statistics = train_statistics(job)
         measured = [
-            measure(config, dataset, split, teacher, {}, [], statistics=statistics)
-            for split in _MEASURED_SPLITS
+            measure(job, split, judge=judge, statistics=statistics) for split in _MEASURED_SPLITS
         ]
-        owner = identity.of_teacher(config, dataset.identity)
-        write_measured(config, folder, owner, *measured)
+        write_measured(job, folder, job.identity, *measured)
     return Trained(place)
 
 
@@ -306,24 +300,18 @@ def train(config: ConfigDict, workdir: Folder, teacher: Trained | Folder | None 
     checks.validate(config)
     checks.check_alone(config)
     members = {"": config}
-    supervision.check_students(members.values())
+    checks.check_students(members.values())
+    job = Job(common(members), members, Opened(config, unchanged=True))
     with owned(place) as folder:
-        opened = datasets.current_dataset(config)
-        final_ranker, dataset = teachers.teacher_and_dataset(config, opened)
-        shared = common(members)
-        supervision.check_signals(config, dataset, members.values())
-        supervision.check_labels(config, dataset)
+        checks.check_teacher_signals(job.dataset, job.members.values())
+        checks.check_labels(job.dataset)
         free = schema.without_influence("student")
-        workdirs.claim(folder, "train", config, dataset.identity, without=free)
-        datasets.keep_data_report(config, folder)
+        workdirs.claim(folder, "train", config, job.dataset.identity, without=free)
+        datasets.keep_data_report(job.opened.dataset, folder)
         with runs.progress_bar(folder.name, config.train.steps) as bar:
-            students = runs.fit_students(shared, dataset, final_ranker, members, folder, bar)
-        judge = reference(shared, dataset, final_ranker)
-        measured = [
-            measure(shared, dataset, split, judge, members, students) for split in _MEASURED_SPLITS
-        ]
-        owner = runs.students_identity(members, dataset, final_ranker)
-        write_measured(config, folder, owner, *measured)
+            students = runs.fit_students(job, folder, bar)
+        measured = [measure(job, split, students) for split in _MEASURED_SPLITS]
+        write_measured(job, folder, job.identity, *measured)
     return Trained(place)
 
 
@@ -335,15 +323,15 @@ def sweep(
     weights: Sequence[float] | None = None,
     seeds: Sequence[int] | None = None,
     axes: Mapping[str, Sequence[Any]] | None = None,
-    say: Say = logging.info,
+    show: Show = logging.info,
 ) -> Trained:
-    """Train a student for each combination of what is swept, and measure all of them.
+    """Train a student for each combination of the swept values, and measure all of them.
 
-    A sweep that was killed resumes. One whose config has changed is refused; with
+    A sweep that was killed resumes, and is refused if its config has changed. With
     `config.sweep.extend` it may name more members than before, and only those are trained.
 
     Args:
-      config: what all students have in common, and what to sweep where the arguments are None.
+      config: the common part of all students, and the values to sweep where arguments are None.
       workdir: the folder of the run.
       teacher: a teacher, or the folder of its run; None takes that of `config.teacher.workdir`.
       modes: values of `distill.mode`.
@@ -351,7 +339,7 @@ def sweep(
       seeds: values of `seed`.
       axes: values of any other key that a sweep may vary, by its name:
         `{"distill.loss": ("bce", "topk")}`.
-      say: called with each line on the part of the sweep that was done.
+      show: called with each line on the part of the sweep that was done.
 
     Raises:
       UserError: as for `train`, or a key of `axes` cannot be swept, or with `config.sweep.part`
@@ -365,13 +353,13 @@ def sweep(
             checks.check_key(config, axis)
             schema.set_value(config, axis, values)
     checks.validate(config)
-    supervision.check_students(sweep_members(config).values())
-    cohorts.train_sweep(config, place, say)
+    checks.check_students(sweep_members(config).values())
+    cohorts.train_sweep(config, place, show)
     return Trained(place)
 
 
 def report(*sweeps: Trained | Folder, output: Folder | None = None) -> Report:
-    """Write tables, figures and a page of what sweeps have found.
+    """Write tables, figures and a page from the results of sweeps.
 
     Args:
       *sweeps: these, or the folders of their runs; those of the same dataset are joined.
@@ -400,7 +388,7 @@ def score(
     member: str = "",
     config: ConfigDict | None = None,
     trust: bool = False,
-    say: Say = logging.info,
+    show: Show = logging.info,
 ) -> Path:
     """Write a log that training never read with the scores of a ranker that was trained on one.
 
@@ -413,7 +401,7 @@ def score(
       member: the student of a sweep; "" takes the best one on validation.
       config: how to read the log; None reads it as that of the run.
       trust: whether to execute the config file of the run where that registers what the run uses.
-      say: called with each line on the ranker and the candidates.
+      show: called with each line on the ranker and the candidates.
 
     Returns:
       The folder of the log with its new columns.
@@ -428,7 +416,7 @@ def score(
     folder = local_folder("--out", output) if output else None
     scored, lines = scoring.score_unseen(config, workdir, member, folder, trust)
     for line in (*lines, *scoring.log_lines(scored)):
-        say(line)
+        show(line)
     return scored.directory
 
 
@@ -440,7 +428,7 @@ def export(
     items: str = "float32",
     formats: Sequence[str] = ("jax", "onnx"),
     trust: bool = False,
-    say: Say = logging.info,
+    show: Show = logging.info,
 ) -> Path:
     """Write a ranker as a folder that a server can use without this package.
 
@@ -452,7 +440,7 @@ def export(
       items: the type of item embeddings: float32, bfloat16 or int8.
       formats: of the programs, some of jax and onnx.
       trust: whether to execute the config file of the run where that registers what the run uses.
-      say: called with a line on the ranker.
+      show: called with a line on the ranker.
 
     Raises:
       UserError: the run holds no such ranker, its config file is needed and not trusted, the folder
@@ -475,11 +463,11 @@ def export(
         batch, dataset_folder = exporting.example(finished), finished.dataset.directory
         write_export(exported, servable, files, batch, about, dataset_folder, folder)
     title = finished.title.replace(str(run_folder), str(workdir))
-    say(trained.ranker_line(title, finished.serve))
+    show(trained.ranker_line(title, finished.serve))
     return folder
 
 
-def run(config: ConfigDict, workdir: Folder, say: Say = logging.info) -> Report:
+def run(config: ConfigDict, workdir: Folder, show: Show = logging.info) -> Report:
     """Do the main job: the dataset, a teacher where the log has none, a sweep, the report.
 
     No teacher is trained where the students learn from the dataset's own log: with
@@ -489,28 +477,28 @@ def run(config: ConfigDict, workdir: Folder, say: Say = logging.info) -> Report:
       config: that of the sweep. A teacher is trained in `teacher.workdir`, or if that is empty
         below `workdir`; with `sweep.whole_repeats` there is one per seed.
       workdir: the folder to write below.
-      say: called with the name of each step as it begins, and the lines on the dataset.
+      show: called with the name of each step as it begins, and the lines on the dataset.
     """
     config, place = _own(config), place_of(workdir)
     checks.validate(config)
-    supervision.check_students(sweep_members(config).values())
+    checks.check_students(sweep_members(config).values())
     logged = config.teacher.source == "logged"
     teacher, students = None, below(place, "sweep")
-    say("prepare_data")
+    show("prepare_data")
     for line in prepare(config).lines:
-        say(line)
+        show(line)
     if not logged or config.teacher.workdir:
         teacher = Trained(place_of(config.teacher.workdir or below(place, "teacher")))
         config.teacher.workdir = str(teacher.workdir)
         for repeat in repeats(config):
-            say("train_teacher")
+            show("train_teacher")
             train_teacher(repeat, repeat.teacher.workdir)
             if logged:
-                say("log_teacher")
+                show("log_teacher")
                 log_teacher(repeat)
-    say("sweep")
+    show("sweep")
     swept = sweep(config, students)
-    say("report")
+    show("report")
     found = report(swept, output=below(place, "report"))
     return found._replace(teacher=teacher, students=swept)
 

@@ -1,7 +1,7 @@
 """The command line: `kd-ranker NAME ...`, or `python -m experiments.NAME ...` in a clone.
 
-It alone parses arguments; the rest of the package reads none. Each command calls the function of
-its name in `api`, whose docstring is its help, and prints what that returns. Modules that take
+No other module parses arguments. Each command calls the function of its name in `api`, takes its
+docstring for help, and prints its result. Modules that take
 seconds to import are imported within functions, so that the list of commands takes no time.
 """
 
@@ -28,9 +28,6 @@ _HELP = {"--help", "-h", "--helpfull", "--helpshort"}
 _BAD_PATH = (FileExistsError, NotADirectoryError, PermissionError)
 
 _CONFIG = "a config file, or the name of one that comes with the package, such as cascade"
-_WORKDIR = "the folder that the run owns, or its URL, as gs://bucket/run"
-_RUN = "the folder or URL of a finished run"
-_OUT = "the folder or URL to write to, and to read where no WORKDIR is given"
 
 
 class Flag(NamedTuple):
@@ -38,13 +35,11 @@ class Flag(NamedTuple):
 
     Attributes:
       help: its help text.
-      default: its value when it is not given; False makes it a switch without a value.
-      needed: for a flag without a default, the remedy if it is missing; "" if it may be.
+      default: its value when it is not given; False makes it a switch, and None is an error.
     """
 
     help: str
-    default: str | bool = ""
-    needed: str = ""
+    default: str | bool | None = ""
 
 
 class Command(NamedTuple):
@@ -233,8 +228,8 @@ def _parse(
 
     given, rest = _parser(command, program).parse_known_args(arguments)
     for name, flag in command.flags.items():
-        if flag.needed and not getattr(given, name):
-            raise UserError(f"--{name} is missing; {flag.needed}")
+        if flag.default is None and not getattr(given, name):
+            raise UserError(f"--{name} is missing; it is {flag.help}")
     if command.config_from == "config":
         if not given.config:
             raise UserError("--config is missing; give one, such as --config=configs/cascade.py")
@@ -279,7 +274,7 @@ def with_overrides(config: "ConfigDict", overrides: Sequence[str]) -> "ConfigDic
     """Set the keys of a config that flags override, each flag parsed as the type of its key.
 
     Raises:
-      UserError: a flag names no key, or is none.
+      UserError: a flag does not name a key, or is not a flag.
     """
     from absl import flags
     from ml_collections import config_flags
@@ -346,36 +341,31 @@ def _prepare(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
 
 
 def _sweep(api: Any, config: "ConfigDict", given: argparse.Namespace) -> object:
-    students = api.sweep(config, given.workdir, say=print)
+    students = api.sweep(config, given.workdir, show=print)
     # Other parts leave no results.
     return students if config.sweep.part in ("", "join") else None
 
 
 def _score(api: Any, config: "ConfigDict", given: argparse.Namespace) -> None:
     arguments = (given.workdir, config.data.path, given.out or None, given.member)
-    api.score(*arguments, config=config, trust=given.trust, say=print)
+    api.score(*arguments, config=config, trust=given.trust, show=print)
 
 
 def _export(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
     arguments = (given.workdir, given.out, given.member, given.serve, given.items)
     formats = tuple(given.formats.split(","))
-    folder = api.export(*arguments, formats, trust=given.trust, say=print)
+    folder = api.export(*arguments, formats, trust=given.trust, show=print)
     return f"export: {folder}\ncheck it with: python {folder / 'check.py'}"
 
 
 def _main_job(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
-    made = api.run(config, given.workdir, say=lambda step: print(f"run: {step}", file=sys.stderr))
-    lines = [str(made.students), "", *made.answers, "", "run: done. What was made:"]
-    lines.append(
-        f"  teacher   {made.teacher.workdir if made.teacher else 'none: the log has its own'}"
-    )
-    lines.append(f"  students  {made.students.workdir}")
-    return "\n".join([*lines, f"  report    {made.page}"])
+    made = api.run(config, given.workdir, show=lambda step: print(f"run: {step}", file=sys.stderr))
+    return f"{made.students}\n\n{made}"
 
 
-_OWNED = {"workdir": Flag(_WORKDIR, needed="give a folder for what the run leaves")}
+_OWNED = {"workdir": Flag("the folder for the files of the run, or its URL: gs://bucket/run", None)}
 _FINISHED = {
-    "workdir": Flag(_RUN, needed="give the folder of a finished run"),
+    "workdir": Flag("the folder or URL of a finished run", None),
     "member": Flag("the student of a sweep; without it, the best one on validation"),
     "trust": Flag("execute the config file of the run, where that registers a part of it", False),
 }
@@ -409,7 +399,11 @@ COMMANDS = {
     ),
     "report": Command(
         lambda api, _, given: api.report(*given.workdirs or [given.workdir], output=given.workdir),
-        {"workdir": Flag(_OUT, needed="give the folder of a sweep, or of the report")},
+        {
+            "workdir": Flag(
+                "the folder or URL to write to; without a WORKDIR, that of a sweep", None
+            )
+        },
         "--workdir=runs/report runs/sweep runs/another_sweep",
         config_from="",
         workdirs=True,
@@ -424,9 +418,7 @@ COMMANDS = {
         _export,
         _FINISHED
         | {
-            "out": Flag(
-                "the folder to write", needed="give a folder to write, which must not exist"
-            ),
+            "out": Flag("the folder to write, which must not exist", None),
             "serve": Flag("the serving choice; without it, distill.serve, or of a sweep the best"),
             "items": Flag("the type of item embeddings: float32, bfloat16 or int8", "float32"),
             "formats": Flag("the formats of the programs, with commas: jax, onnx", "jax,onnx"),

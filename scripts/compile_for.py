@@ -31,10 +31,7 @@ from kd_ranker.main import Command, Flag, run_command  # noqa: E402
 from kd_ranker.pipeline import ahead, pods, topologies  # noqa: E402
 
 FLAGS = {
-    "topology": Flag(
-        f"one of: {', '.join(topologies.names())}",
-        needed=f"give one of: {', '.join(topologies.names())}",
-    ),
+    "topology": Flag(f"one of: {', '.join(topologies.names())}", None),
     "programs": Flag(
         f"some of: {', '.join(ahead.PROGRAMS)}; without it, those of a single run, with commas"
     ),

@@ -83,7 +83,7 @@ class World(NamedTuple):
 def sweep(config: ConfigDict, workdir: Path) -> bool:
     """Runs a sweep; False if it was complete before."""
     lines: list[str] = []
-    api.sweep(config, workdir, say=lines.append)
+    api.sweep(config, workdir, show=lines.append)
     return not any("there is nothing to do" in line for line in lines)
 
 

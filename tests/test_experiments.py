@@ -48,7 +48,7 @@ def config_file(tmp_path, text):
         ([CONFIG, "--config.train.steps=abc"], "--config.train.steps=abc"),
         ([CONFIG, "--bogus"], "Unknown command line flag 'bogus'"),
         ([CONFIG, "more"], "'more' is not a flag; flags look like --name=value"),
-        ([CONFIG, "--workdir="], "--workdir is missing; give a folder"),
+        ([CONFIG, "--workdir="], "--workdir is missing; it is the folder for the files of the run"),
         ([], "--config is missing; give one, such as --config=configs/cascade.py"),
     ],
 )  # fmt: skip
@@ -88,11 +88,14 @@ def test_the_package_has_its_configs_in_any_folder(given, tmp_path, monkeypatch)
     assert main.read_config("sweeps/cascade").to_dict() == configs.sweeps.cascade().to_dict()
 
 
-def test_flags_override_keys_by_the_types_of_these():
+def test_flags_override_keys_by_the_types_of_these(monkeypatch):
     flags = ["--config.train.steps=3", "--noconfig.distill.affine", "--config.tasks", "('like',)"]
-    config = main.read_config("cascade:small", flags)
-    assert (config.train.steps, config.distill.affine) == (3, False)
-    assert config.tasks == ("like",)
+    flags += ["--config.sweep.weights=(0.3, 1.0)", "--workdir=somewhere", "--config.seed", "-3"]
+    command = main.COMMANDS["train"]
+    config, given = main._parse(command, "train", ["--config=cascade:small", *flags])
+    assert given.workdir == "somewhere"
+    assert (config.train.steps, config.seed, config.distill.affine) == (3, -3, False)
+    assert (config.tasks, config.sweep.weights) == (("like",), (0.3, 1.0))
 
 
 def test_a_home_folder_is_found_in_the_paths_of_a_config(monkeypatch, tmp_path):
@@ -312,7 +315,7 @@ def test_help_has_an_example_and_every_key_with_its_value_in_the_config():
     program = "kd-ranker sweep"
     shown = kd_ranker("sweep", "--help", "--config=cascade:small")
     assert shown.returncode == 0, shown.stderr
-    assert "Train a student for each combination of what is swept" in shown.stdout
+    assert "Train a student for each combination of the swept values" in shown.stdout
     assert f"    {program} --config=configs/sweeps/cascade.py --workdir=runs/sweep" in shown.stdout
     assert "Args:" not in shown.stdout
     words = shown.stdout.split()

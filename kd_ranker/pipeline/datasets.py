@@ -74,9 +74,9 @@ def current_dataset(config: ConfigDict) -> Dataset:
     return dataset
 
 
-def keep_data_report(config: ConfigDict, workdir: Path) -> None:
-    """Copy the data report of an own log to a workdir, where `report` reads it."""
-    path = storage.directory_of(dataset_name(config), config.data.dir) / JSON_FILE
+def keep_data_report(dataset: Dataset, workdir: Path) -> None:
+    """Copy the data report of an own log's dataset to a workdir, where `report` reads it."""
+    path = dataset.directory / JSON_FILE
     if path.exists():
         write_atomically(workdir / JSON_FILE, path.read_bytes())
 

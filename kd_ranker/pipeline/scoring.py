@@ -1,4 +1,4 @@
-"""Scores of trained rankers, written beside the candidates of a dataset or of another log.
+"""Scores of trained rankers, added to the candidates of a dataset or of another log.
 
 Both are written in shards, by several processes or machines, and resume after a kill.
 """
@@ -74,9 +74,9 @@ def score_dataset(config: ConfigDict) -> Logged:
       UserError: dataset or teacher are missing, the dataset was not built from this log, or another
         process writes the same copy.
     """
-    dataset = dataset_of(config)
-    teacher = load_teacher(config, dataset)
-    name = dataset_name(config, teacher.version)
+    scorer = _open_scorer(config)
+    dataset, version = scorer.dataset, scorer.teacher.version
+    name = dataset_name(config, version)
     entry, log = SOURCES[config.data.name], None
     if entry.open_scored_log:
         # First, because it may refuse the log, and scoring takes long.
@@ -86,21 +86,17 @@ def score_dataset(config: ConfigDict) -> Logged:
     if (copy := storage.directory_of(name, config.data.dir)).exists():
         storage.check_whole(copy, LOG_TEACHER)
     splits = dataset.builder.info.splits
-    spec = dataclasses.replace(
-        dataset.spec, teacher_version=teacher.version, teacher_signal="probability"
-    )
+    spec = dataclasses.replace(dataset.spec, teacher_version=version, teacher_signal="probability")
     with _open_runner(config) as run:
         source = Source(
             spec=spec,
             item_features=dataset.item_features,
             item_category=dataset.item_category,
-            requests=functools.partial(scored_requests, config, dataset, teacher),
+            requests=functools.partial(scored_requests, scorer),
             num_requests={split: splits[split].num_examples for split in SPLITS},
-            shards=functools.partial(
-                scoring_shards, config, dataset, teacher, _runs_elsewhere(config)
-            ),
+            shards=functools.partial(scoring_shards, scorer, _runs_elsewhere(config)),
             run=run,
-            resume=scoring_folder(config, dataset, teacher),
+            resume=scoring_folder(scorer, name),
             write_beside=log.write_beside if log else None,
         )
         directory = storage.build(source, name, config.data.dir)
@@ -184,36 +180,48 @@ def _open_runner(config: ConfigDict) -> contextlib.AbstractContextManager[Runner
     return open_pool(config.data.processes)
 
 
+class Scorer(NamedTuple):
+    """A teacher that scores its dataset.
+
+    Attributes:
+      config: names the stage to score, and the number of requests in a batch.
+      dataset: the dataset.
+      teacher: the teacher, trained on it.
+    """
+
+    config: ConfigDict
+    dataset: Dataset
+    teacher: Teacher
+
+
+def _open_scorer(config: ConfigDict) -> Scorer:
+    dataset = dataset_of(config)
+    return Scorer(config, dataset, load_teacher(config, dataset))
+
+
 def scored_requests(
-    config: ConfigDict,
-    dataset: Dataset,
-    teacher: Teacher,
-    split: str,
-    start: int = 0,
-    stop: int | None = None,
+    scorer: Scorer, split: str, start: int = 0, stop: int | None = None
 ) -> Iterator[Request]:
     """The requests of a split with the teacher's probabilities in place of the logged ones.
 
-    Training requests get the probabilities of what `config.teacher.stage` names, those that models
-    are measured on the ones of all candidates.
+    Training requests get those of the candidates of `config.teacher.stage`, all others those of
+    every candidate.
 
     Args:
-      config: names the stage, and how many requests are scored at a time.
-      dataset: the dataset.
-      teacher: the teacher.
+      scorer: the teacher and its dataset.
       split: one of `SPLITS`.
-      start: the number of the first request; if it is a multiple of `config.evaluation.requests`,
-        requests are scored with the same ones beside them as in one pass over the split.
-      stop: the number of the one behind the last; None for all.
+      start: the number of the first request. At a multiple of `config.evaluation.requests`, batches
+        are those of one pass over the split.
+      stop: the number behind the last one; None for all.
     """
+    config, dataset, teacher = scorer
+    items = jax.device_put(dataset.items)
     stage = TEACHER_STAGES[config.teacher.stage] if split == "train" else Stage.RETRIEVED
-    ranker, items = teacher.ranker, jax.device_put(dataset.items)
-    size = config.evaluation.requests
     number_of_requests, read = read_split(dataset, split)
     stop = number_of_requests if stop is None else stop
-    requests = map(read, range(start, stop))
+    requests, size = map(read, range(start, stop)), config.evaluation.requests
     for request, scored in probabilities(
-        *(ranker, "user", requests, items, dataset.spec, size, config.funnel.retrieved)
+        *(teacher.ranker, "user", requests, items, dataset.spec, size, config.funnel.retrieved)
     ):
         number = request.num_reached(stage)
         yield dataclasses.replace(
@@ -225,21 +233,21 @@ def scored_requests(
 
 
 def scoring_shards(
-    config: ConfigDict, dataset: Dataset, teacher: Teacher, is_elsewhere: bool, split: str
+    scorer: Scorer, is_elsewhere: bool, split: str
 ) -> list[Callable[[], Iterator[Request]]]:
     """`scored_requests` in parts, for `Source.shards`.
 
-    How they are cut depends on the dataset and on `config.evaluation.requests` alone. Those
-    that are scored elsewhere, in other processes, open the dataset and load the teacher there.
+    The parts depend only on the dataset and on `config.evaluation.requests`. Other processes open
+    the dataset and load the teacher themselves.
     """
-    number = dataset.builder.info.splits[split].num_examples
-    batch = config.evaluation.requests
+    number = scorer.dataset.builder.info.splits[split].num_examples
+    batch = scorer.config.evaluation.requests
     # Whole batches, so that the numbers are those of one pass, to the last bit.
     size = batch * max(_BATCHES, -(-number // (batch * _MOST_SHARDS)))
     score: Callable[..., Iterator[Request]] = (
-        functools.partial(scored_elsewhere, config.to_json(), teacher.version)
+        functools.partial(scored_elsewhere, scorer.config.to_json(), scorer.teacher.version)
         if is_elsewhere
-        else functools.partial(scored_requests, config, dataset, teacher)
+        else functools.partial(scored_requests, scorer)
     )
     return [
         functools.partial(score, split, start, min(start + size, number))
@@ -257,38 +265,36 @@ def scored_elsewhere(
       version: of the teacher that is expected.
       split: one of `SPLITS`.
       start: the number of the first request.
-      stop: the number of the one behind the last.
+      stop: the number behind the last one.
 
     Raises:
       UserError: there is another teacher now.
     """
-    opened, dataset, teacher = _opened(config)
-    if teacher.version != version:
-        raise UserError(
-            f"the teacher at {opened.teacher.workdir} has changed while it scored; run this again"
-        )
-    return scored_requests(opened, dataset, teacher, split, start, stop)
+    scorer = _opened(config)
+    if scorer.teacher.version != version:
+        workdir = scorer.config.teacher.workdir
+        raise UserError(f"the teacher at {workdir} has changed while it scored; run this again")
+    return scored_requests(scorer, split, start, stop)
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(config: str) -> tuple[ConfigDict, Dataset, Teacher]:
-    opened = ConfigDict(json.loads(config))
-    register(opened.registered_by)
-    dataset = dataset_of(opened)
-    return opened, dataset, load_teacher(opened, dataset)
+def _opened(text: str) -> Scorer:
+    config = ConfigDict(json.loads(text))
+    register(config.registered_by)
+    return _open_scorer(config)
 
 
-def scoring_folder(config: ConfigDict, dataset: Dataset, teacher: Teacher) -> Path:
+def scoring_folder(scorer: Scorer, name: str) -> Path:
     """The folder that keeps the shards of a scored copy until it is whole, for `Source.resume`.
 
-    Its name holds a digest of all that decides their bytes: how they are cut, the files of the
+    Its name holds a digest of all that determines their bytes: how they are cut, the files of the
     dataset, and the releases that score and write.
     """
-    made_of: Sequence[object] = (
+    inputs: Sequence[object] = (
         storage.FORMAT_VERSION,
-        (config.evaluation.requests, _BATCHES, _MOST_SHARDS),
-        dataset.identity["dataset"],
+        (scorer.config.evaluation.requests, _BATCHES, _MOST_SHARDS),
+        scorer.dataset.identity["dataset"],
         [metadata.version(package) for package in ("kd_ranker", "jax")],
     )
-    digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
-    return Path(config.data.dir) / f".scoring-{dataset_name(config, teacher.version)}" / digest
+    digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
+    return Path(scorer.config.data.dir) / f".scoring-{name}" / digest

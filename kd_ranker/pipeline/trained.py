@@ -1,4 +1,4 @@
-"""The rankers that finished runs have left, whatever command they are of."""
+"""Rankers of finished runs, opened to be scored with or exported."""
 
 import functools
 from pathlib import Path
@@ -15,7 +15,7 @@ from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.measured import check_whole
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import runs, teachers
-from kd_ranker.pipeline.datasets import dataset_of
+from kd_ranker.pipeline.job import Opened
 from kd_ranker.pipeline.remote import Place, fetched
 from kd_ranker.requests.records import Dataset
 from kd_ranker.serving.score import TrainedRanker
@@ -30,19 +30,19 @@ _RUNS = ("train_teacher", "train", "sweep")
 
 
 class Finished(NamedTuple):
-    """A ranker that a finished run has left.
+    """The ranker of a finished run.
 
     Attributes:
-      title: what it is, for people.
+      title: a description for people.
       role: "teacher" or "student".
       member: its name in a sweep; "" elsewhere.
       config: its own.
       serve: which of its probabilities it ranks by.
       model: its fixed part.
-      parameters: what it learned, on a device.
+      parameters: its trained parameters, on a device.
       version: a name for its exact weights.
-      dataset: the one whose terms it knows.
-      whose: the identity of its checkpoint.
+      dataset: the dataset that has its ids, means and deviations.
+      identity: that of its checkpoint.
     """
 
     title: str
@@ -54,11 +54,11 @@ class Finished(NamedTuple):
     parameters: Parameters
     version: str
     dataset: Dataset
-    whose: Identity
+    identity: Identity
 
     @property
     def mode(self) -> Mode:
-        """The way in which it met its labels; a teacher has met those of users alone."""
+        """The mode that it was trained with; that of a teacher is `none`."""
         return MODES[self.config.distill.mode if self.role == "student" else "none"]
 
 
@@ -126,8 +126,8 @@ def open_finished(
       trust: see `config_of`.
 
     Raises:
-      UserError: there is no run or it is not finished, its dataset is not there or another one than
-        was trained on, or there is no such member or serving choice.
+      UserError: there is no run or it is not finished, its dataset is missing or has changed, or
+        there is no such member or serving choice.
     """
     config = config_of(workdir, trust)
     config.data.dir = data_dir or config.data.dir
@@ -136,14 +136,14 @@ def open_finished(
         raise UserError(f"{workdir} is of experiments.{command}; name one of {', '.join(_RUNS)}")
     if member and command != "sweep":
         raise UserError(f"{workdir} holds one ranker, and no {member!r}; leave --member out")
-    dataset = dataset_of(config)
-    workdirs.check_dataset(workdir, dataset.identity)
+    opened = Opened(config)
+    workdirs.check_dataset(workdir, opened.dataset.identity)
     if command == "train_teacher":
-        found = _teacher(config, serve, dataset, workdir)
+        found = _teacher(config, serve, opened.dataset, workdir)
     elif command == "train":
-        found = _student(f"the student at {workdir}", serve, "", {"": config}, dataset, workdir)
+        found = _student(f"the student at {workdir}", serve, "", {"": config}, opened, workdir)
     else:
-        found = _member(member, serve, config, dataset, workdir)
+        found = _member(member, serve, config, opened, workdir)
     if not (workdir / results.FILE).exists():
         raise UserError(
             f"{found.title} is trained, but its run is not finished; finish it with: python -m "
@@ -172,14 +172,12 @@ def _teacher(config: ConfigDict, serve: str, dataset: Dataset, workdir: Path) ->
         parameters=teacher.parameters,
         version=teacher.version,
         dataset=dataset,
-        whose={**identity.of_teacher(config, dataset.identity), "version": teacher.version},
+        identity={**identity.of_teacher(config, dataset.identity), "version": teacher.version},
     )
 
 
-def _member(
-    member: str, serve: str, config: ConfigDict, dataset: Dataset, workdir: Path
-) -> Finished:
-    sweep = open_sweep(config, workdir, dataset.identity)
+def _member(member: str, serve: str, config: ConfigDict, opened: Opened, workdir: Path) -> Finished:
+    sweep = open_sweep(config, workdir, opened.dataset.identity)
     if member and member not in sweep.members:
         raise UserError(
             f"the sweep at {workdir} has no member {member!r}; it has: {', '.join(sweep.members)}"
@@ -192,35 +190,36 @@ def _member(
     best = results.best_member(sweep.validation(), member)
     if best is None and not member:
         raise UserError(
-            f"of the sweep at {workdir}, no student reaches what the best is chosen by on "
+            f"no student of the sweep at {workdir} reaches the criterion for the best on "
             f"validation; name one with --member: {', '.join(sweep.members)}"
         )
-    # One that is named may be of no use, but is what is asked for.
+    # A named member may miss the criterion.
     name, best_serve = best or (member, "")
     (index,) = (index for index, names in enumerate(sweep.plan) if name in names)
     how = "--member" if member else f"the best of {len(sweep.members)} on validation"
     title = f"member {name} of the sweep at {workdir} ({how})"
     folder = sweep.folders[index]
-    return _student(title, serve or best_serve, name, sweep.cohorts[index], dataset, folder)
+    return _student(title, serve or best_serve, name, sweep.cohorts[index], opened, folder)
 
 
 def _student(
-    title: str, serve: str, name: str, members: Cohort, dataset: Dataset, folder: Path
+    title: str, serve: str, name: str, members: Cohort, opened: Opened, folder: Path
 ) -> Finished:
     """The student `name` of those that were trained together in a folder."""
-    config = members[name]
+    config, dataset = members[name], opened.dataset
     serves = MODES[config.distill.mode].serve
-    # A mode without a choice does not look at the key.
+    # A mode without a choice ignores the key.
     serve = serve or (config.distill.serve if len(serves) > 1 else next(iter(serves)))
     check_choice("--serve", serve, serves)
-    # The teacher and the copy that it scored need not exist: their parts are taken as recorded.
-    whose = {
+    # The teacher and the copy that it scored may be gone: their identities are taken as recorded.
+    owner = {
         **checkpoints.recorded_identity(folder),
         **identity.of_members(members),
         **dataset.identity,
     }
-    groups, step = runs.trained_students(dataset, members, folder, whose)
-    steps = max(member.train.steps for member in members.values())
+    job = opened.job(members)
+    groups, step = runs.trained_students(job, folder, owner)
+    steps = job.config.train.steps
     if step < steps:
         raise UserError(
             f"{title} stopped at step {step} of {steps}; finish it with the command and the flags "
@@ -241,5 +240,5 @@ def _student(
         parameters=put(parameters),
         version=teachers.digest_of(parameters),
         dataset=dataset,
-        whose=whose,
+        identity=owner,
     )

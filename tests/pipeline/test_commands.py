@@ -20,6 +20,7 @@ from kd_ranker.evaluation.metrics import TARGET, ReportAt
 from kd_ranker.evaluation.references import REFERENCES
 from kd_ranker.evaluation.saving import SAVINGS
 from kd_ranker.pipeline import cohorts, datasets, measure, runs, scoring, teachers
+from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from kd_ranker.requests.columns import columns_of
@@ -63,13 +64,18 @@ def metrics(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def job_of(config):
+    """The job of the config's teacher."""
+    return Job(config, {}, Opened(config))
+
+
 def student_parameters(workdir):
     config = workdirs.read_config(workdir)
-    teacher, dataset = teachers.teacher_and_dataset(config)
-    (group,) = recipes.student_groups({"": config}, dataset.spec)
-    whose = runs.students_identity({"": config}, dataset, teacher)
+    job = Opened(config).job({"": config})
+    (group,) = job.groups
+    abstract = (jax.eval_shape(group.init),)
     with checkpoints.open_in(workdir) as saved:
-        (state,), step = checkpoints.restore(saved, (jax.eval_shape(group.init),), None, whose)
+        (state,), step = checkpoints.restore(saved, abstract, None, job.identity)
     assert step == config.train.steps
     return select_member(state.parameters, 0)
 
@@ -79,7 +85,7 @@ def test_train_leaves_what_the_contract_says(world, trained, mode):
     workdir = trained(mode)
     config = world.config(distill__mode=mode)
     frame = table(workdir)
-    assert list(frame.columns) == results.columns(config.tasks, measure.report_at(config))
+    assert list(frame.columns) == results.columns(config.tasks, job_of(config).report_at)
     assert frame["split"][frame["role"] == "teacher"].tolist() == ["validation", "test"]
     frame = frame[frame["role"] == "student"]
     assert frame["serve"].tolist() == list(MODES[mode].serve) * 2
@@ -224,8 +230,9 @@ def test_scoring_in_shards_and_processes_gives_the_bytes_of_one_pass(apart, monk
     files = []
     loaded, load = [], teachers.load_teacher
     monkeypatch.setattr(
-        teachers, "load_teacher", lambda *arguments: loaded.append(0) or load(*arguments)
+        scoring, "load_teacher", lambda *arguments: loaded.append(0) or load(*arguments)
     )
+    scorer = scoring.Scorer(apart, dataset, teacher)
     for processes in (1, 2):
         apart.data.processes = processes
         directory = api.log_teacher(apart).dataset
@@ -234,7 +241,7 @@ def test_scoring_in_shards_and_processes_gives_the_bytes_of_one_pass(apart, monk
         assert splits["train"].shard_lengths == [16] * 4
         assert splits["validation"].shard_lengths == splits["test"].shard_lengths == [12]
         for split in SPLITS:
-            one_pass = scoring.scored_requests(apart, dataset, teacher, split)
+            one_pass = scoring.scored_requests(scorer, split)
             assert fields(read_requests(scored, split)) == fields(one_pass)
         files.append(record_files(directory))
         shutil.rmtree(directory)
@@ -289,7 +296,7 @@ def test_scoring_that_was_killed_goes_on_with_the_shards_that_are_missing(
     score, scored = scoring.scored_requests, []
 
     def counting(*arguments):
-        scored.append(arguments[3:])
+        scored.append(arguments[1:])
         return score(*arguments)
 
     monkeypatch.setattr(scoring, "scored_requests", counting)
@@ -314,17 +321,17 @@ def test_kept_shards_are_of_the_same_batches_dataset_and_teacher(apart):
             config.update_from_flattened_dict(
                 {key.replace("__", "."): value for key, value in changes.items()}
             )
-        return scoring.scoring_folder(config, dataset, teacher)
+        name = dataset_name(config, teacher.version)
+        return scoring.scoring_folder(scoring.Scorer(config, dataset, teacher), name)
 
     before = folder()
     apart.data.processes = 2
     assert folder() == before
     assert folder(evaluation__requests=8) != before
     assert folder(teacher__stage="passed") != before
-    other = teacher._replace(version="another")
-    assert scoring.scoring_folder(apart, dataset, other) != before
     changed = dataclasses.replace(dataset, identity={"dataset": "of other content"})
-    assert scoring.scoring_folder(apart, changed, teacher) != before
+    name = dataset_name(apart, teacher.version)
+    assert scoring.scoring_folder(scoring.Scorer(apart, changed, teacher), name) != before
 
 
 def test_a_process_that_scores_runs_the_file_that_registers(apart, tmp_path):
@@ -355,7 +362,7 @@ def chosen_by_hand(workdir):
 
 def test_a_sweep_has_one_row_a_model_and_serve_choice_on_validation(world, swept):
     frame, config = table(swept), world.config()
-    assert list(frame.columns) == results.columns(config.tasks, measure.report_at(config))
+    assert list(frame.columns) == results.columns(config.tasks, job_of(config).report_at)
     referred = ["reference"] * len(REFERENCES)
     of_splits = [["teacher", *["student"] * number, *referred] for number in (8, 4)]
     assert frame["role"].tolist() == [role for of in of_splits for role in of]
@@ -408,13 +415,11 @@ def test_the_test_is_read_by_chosen_settings_alone_as_each_member_measures_on_it
     tested = rows_of(swept, "test").set_index(["member", "serve"])
     assert sorted(tested.index) == sorted(chosen_by_hand(swept))
     members = sweep_members(config)
-    teacher, dataset = teachers.teacher_and_dataset(config)
-    whose = runs.students_identity(members, dataset, teacher)
-    students, step = runs.trained_students(dataset, members, swept / "cohorts" / "0", whose)
+    job = Opened(config).job(members)
+    students, step = runs.trained_students(job, swept / "cohorts" / "0")
     assert step == config.train.steps
-    known = measure.reference(config, dataset, teacher)
     # All serving choices, in a pass without references.
-    every = measure.measure(config, dataset, "test", known, members, students)
+    every = measure.measure(job, "test", students)
     kept_of_sweep = kept.read(swept / "cohorts" / "0" / "test").each
     for row in every.rows:
         who = row["member"], row["serve"]
@@ -683,7 +688,7 @@ PARTS = {
 def part_of(world, workdir, part):
     """The lines on that part of a sweep."""
     lines = []
-    api.sweep(world.config(**PARTS, sweep__part=part), workdir, say=lines.append)
+    api.sweep(world.config(**PARTS, sweep__part=part), workdir, show=lines.append)
     return lines
 
 
@@ -734,7 +739,7 @@ def test_a_cohort_is_not_trained_under_another_teacher_than_was_planned(
     world, tmp_path, monkeypatch
 ):
     part_of(world, tmp_path, "plan")
-    monkeypatch.setattr(cohorts.teachers, "version_of", lambda teacher: "another")
+    monkeypatch.setattr(Job, "teacher_version", "another")
     fault = fault_of(part_of, world, tmp_path, "0")
     assert fault.endswith("and now it is another; use another --workdir")
     assert fault_of(cohorts.train_cohort, tmp_path, 0) == f"cohort 0: {fault}"
@@ -1158,11 +1163,9 @@ def test_data_that_is_there_is_left_alone(world):
 def test_costs_are_those_of_the_teacher_that_was_trained(world):
     """Not of one that the student's own flags would describe."""
     config = world.config(teacher__width=64)
-    dataset = datasets.dataset_of(config)
-    teacher = teachers.load_teacher(config, dataset)
-    flops = measure.teacher_flops(config, dataset.spec, teacher)
-    assert flops == measure.teacher_flops(world.config(), dataset.spec, None)
-    assert flops != measure.teacher_flops(config, dataset.spec, None)
+    flops = measure.teacher_flops(Opened(config).job({"": config}))
+    assert flops == measure.teacher_flops(job_of(world.config()))
+    assert flops != measure.teacher_flops(job_of(config))
 
 
 def test_copies_scored_at_different_stages_are_different_datasets(world):
@@ -1207,7 +1210,7 @@ def test_a_last_update_that_is_not_finite_is_never_saved(world, tmp_path, comman
 
 def test_the_funnels_own_k_and_the_criterions_target_are_always_reported(world):
     config = world.config(funnel__report_at=(10,), funnel__targets=(0.9,))
-    assert measure.report_at(config) == ReportAt([10, config.funnel.passed], [0.9, TARGET])
+    assert job_of(config).report_at == ReportAt([10, config.funnel.passed], [0.9, TARGET])
 
 
 @pytest.mark.parametrize(

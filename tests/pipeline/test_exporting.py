@@ -18,6 +18,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.pipeline import datasets, exporting, runs, teachers
+from kd_ranker.pipeline.job import Opened
 from kd_ranker.pipeline.trained import open_finished
 from kd_ranker.serving import formats
 from kd_ranker.training import workdir as workdirs
@@ -158,12 +159,10 @@ def evaluated(ranker, name, dataset, config):
 
 def the_student(workdir):
     config = workdirs.read_config(workdir)
-    teacher, dataset = teachers.teacher_and_dataset(config)
-    members = {"": config}
-    whose = runs.students_identity(members, dataset, teacher)
-    (students,), _ = runs.trained_students(dataset, members, workdir, whose)
+    job = Opened(config).job({"": config})
+    (students,), _ = runs.trained_students(job, workdir)
     ranker = students.ranker._replace(parameters=select_member(students.ranker.parameters, 0))
-    return ranker, dataset, config
+    return ranker, job.dataset, config
 
 
 def assert_same(answers, batch, expected, value_weights):

@@ -137,7 +137,7 @@ def test_the_main_job_at_a_url_gives_the_bytes_that_it_gives_in_folders(world):
 def test_a_finished_run_at_a_url_is_exported(world, tmp_path):
     put(contents(world.teacher))
     lines = []
-    api.export(URL, tmp_path / "served", formats=("jax",), say=lines.append)
+    api.export(URL, tmp_path / "served", formats=("jax",), show=lines.append)
     assert lines[0].startswith(f"ranker: the teacher at {URL}, ")
     assert (tmp_path / "served").is_dir()
     assert contents(URL) == contents(world.teacher)
@@ -533,7 +533,7 @@ def test_a_url_that_is_of_no_use_is_a_line(world, tmp_path, monkeypatch):
         api.train(world.config(teacher__workdir="memory://absent"), URL)
     with pytest.raises(UserError, match=r"^no run at memory://absent: it holds no config\.json"):
         api.export("memory://absent", tmp_path / "out")
-    with pytest.raises(UserError, match=r"^data\.dir=s3://a: datasets lie in a folder of this mac"):
+    with pytest.raises(UserError, match=r"^data\.dir=s3://a: datasets need a folder of this mac"):
         api.train(world.config(data__dir="s3://a"), URL)
     with pytest.raises(UserError, match=rf"^--workdir={URL}: it writes to a folder of this machin"):
         api.first_config(defaults.get_config("parquet"), URL)

@@ -18,7 +18,8 @@ from kd_ranker.batches.cutting import full_fields
 from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import datasets, runs, scoring, teachers
+from kd_ranker.pipeline import datasets, runs, scoring
+from kd_ranker.pipeline.job import Opened
 from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import read_requests
 from kd_ranker.serving import check, score
@@ -131,10 +132,7 @@ def requests_of_test(world: World) -> dict[Any, tuple[Any, list[Any]]]:
 
 def student_of(world: World, workdir: Path, member: str = ""):
     config = workdirs.read_config(workdir)
-    teacher, dataset = teachers.teacher_and_dataset(config)
-    members = {"": config}
-    whose = runs.students_identity(members, dataset, teacher)
-    (group,), _ = runs.trained_students(dataset, members, workdir, whose)
+    (group,), _ = runs.trained_students(Opened(config).job({"": config}), workdir)
     return group.ranker.serve, select_member(group.ranker.parameters, 0)
 
 
@@ -445,9 +443,7 @@ def test_without_a_member_the_best_of_a_sweep_on_validation_scores(world, tmp_pa
     assert lines[0].startswith("ranker: member none-seed1 of the sweep")
     (cohort,) = (workdir / "cohorts").iterdir()
     members = sweep_members(workdirs.read_config(workdir))
-    teacher, dataset = teachers.teacher_and_dataset(world.config)
-    whose = runs.students_identity(members, dataset, teacher)
-    groups, _ = runs.trained_students(dataset, members, cohort, whose)
+    groups, _ = runs.trained_students(Opened(world.config).job(members), cohort)
     (own,) = (of for group in groups if (of := group.only(("none-seed1",))).names)
     expected = served(world, own.ranker.serve, select_member(own.ranker.parameters, 0), "user")
     assert_close(scores_in(named.directory, named.columns[:-1]), expected)

@@ -24,6 +24,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Ranker, Served, evaluate
 from kd_ranker.pipeline import datasets, measure
+from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources import recflow, recflow_files
@@ -662,9 +663,8 @@ def test_a_student_is_trained_and_measured_under_the_logged_positions(prepared):
 
 def test_of_logged_positions_the_teachers_row_has_what_follows_from_the_order(prepared):
     _, config = prepared
-    dataset = datasets.dataset_of(config())
-    teacher = measure.reference(config(), dataset, None)
-    measured = measure.measure(config(), dataset, "test", teacher, {}, [], limit=16, costs=False)
+    job = Job(config(), {}, Opened(config()))
+    measured = measure.measure(job, "test", limit=16, costs=False)
     (row,) = measured.rows
     assert row["role"] == "teacher"
     assert not measured.calibration
@@ -673,7 +673,7 @@ def test_of_logged_positions_the_teachers_row_has_what_follows_from_the_order(pr
     assert row["survival@5"] == 1
     assert row["passed_for_99"] == 3
     # Of what was shown it has two of three among its first two.
-    shown = [len(request.user_label) for request in read_requests(dataset, "test")]
+    shown = [len(request.user_label) for request in read_requests(job.dataset, "test")]
     assert row["shown_recall@5"] == pytest.approx(2 * len(shown) / sum(shown))
 
 
