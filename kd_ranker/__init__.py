@@ -18,11 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kd_ranker import configs
-    from kd_ranker.batch import Category, FeatureSpec, Request
-    from kd_ranker.distillation import losses, modes
-    from kd_ranker.errors import UserError
-    from kd_ranker.evaluation.interleaving import interleave, requests_needed
-    from kd_ranker.pipeline.public import (
+    from kd_ranker.api import (
         Dataset,
         Prepared,
         Report,
@@ -37,6 +33,10 @@ if TYPE_CHECKING:
         train,
         train_teacher,
     )
+    from kd_ranker.batch import Category, FeatureSpec, Request
+    from kd_ranker.distillation import losses, modes
+    from kd_ranker.errors import UserError
+    from kd_ranker.evaluation.interleaving import interleave, requests_needed
 
 __all__ = [
     "Category",
@@ -89,7 +89,7 @@ class _Face(types.ModuleType):
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         if name in _MODULES:
             return importlib.import_module(_MODULES[name])
-        module = importlib.import_module(_ELSEWHERE.get(name, "kd_ranker.pipeline.public"))
+        module = importlib.import_module(_ELSEWHERE.get(name, "kd_ranker.api"))
         return getattr(module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -1,21 +1,18 @@
 """Tells how much of the cascade's regret is of what no feature shows.
 
-    python scripts/cascade_regret.py --config=configs/cascade.py
-    python scripts/cascade_regret.py --config=configs/cascade.py --config.data.history_length=50
-
 A ranker that knows the true model, but has to guess the user's interests, the hidden part of the
 items' quality, or both, from the features: by least squares, as it could without a row for each
 user and item. Its regret is what a trained ranker can come to without learning ids.
 """
 
+import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from kd_ranker.pipeline.launch import launch
+from kd_ranker.main import Command, run_command
 from kd_ranker.requests.request import Request, Source
 from kd_ranker.sources import cascade
 
@@ -26,9 +23,8 @@ AN_HOUR = np.log1p(60) / 4  # as the feature of an event has its age
 Matrix = Float[np.ndarray, "N W"]
 
 
-def main(config: ConfigDict, workdir: Path) -> None:
+def main(config: ConfigDict) -> None:
     """Prints the regret of each guess, and of the production ranker, on validation requests."""
-    del workdir
     world = cascade.make_world(config.data)
     source = cascade.open_source(config.data, cascade.TASKS, config.funnel)
     quality_error = _quality_error(world)
@@ -88,4 +84,6 @@ def _fitted(inputs: Matrix, targets: Matrix) -> Callable[[Matrix], Matrix]:
 
 
 if __name__ == "__main__":
-    launch(main, needs_workdir=False)
+    example = "--config=configs/cascade.py --config.data.history_length=50"
+    command = Command(lambda api, config, _: main(config), {}, example, text=__doc__)
+    run_command(command, "python scripts/cascade_regret.py", sys.argv[1:])

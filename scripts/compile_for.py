@@ -8,6 +8,7 @@ what limits it. It runs nothing and reads only the sizes and the first requests 
 `docs/accelerators.md`.
 """
 
+import argparse
 import json
 import os
 import sys
@@ -20,44 +21,44 @@ sys.path.insert(0, str(ROOT))
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from absl import flags  # noqa: E402
 from ml_collections import ConfigDict  # noqa: E402
 
 from kd_ranker.ahead import programs, topologies  # noqa: E402
-from kd_ranker.errors import UserError  # noqa: E402
-from kd_ranker.pipeline.launch import launch  # noqa: E402
+from kd_ranker.main import Command, Flag, run_command  # noqa: E402
 
-_TOPOLOGY = flags.DEFINE_string("topology", None, f"One of: {', '.join(topologies.names())}.")
-_PROGRAMS = flags.DEFINE_list(
-    "programs", None, f"Some of: {', '.join(programs.PROGRAMS)}; without it, those of a single run."
-)
-_USERS = flags.DEFINE_integer("users", None, "In place of the dataset's number of users.")
-_ITEMS = flags.DEFINE_integer("items", None, "In place of the dataset's number of items.")
-_JSON = flags.DEFINE_string("json", None, "A file for what was found.")
-_HLO = flags.DEFINE_string("hlo", None, "A folder for the text of the optimised programs.")
+FLAGS = {
+    "topology": Flag(f"one of: {', '.join(topologies.names())}", None),
+    "programs": Flag(
+        f"some of: {', '.join(programs.PROGRAMS)}; without it, those of a single run, with commas"
+    ),
+    "users": Flag("in place of the dataset's number of users"),
+    "items": Flag("in place of the dataset's number of items"),
+    "json": Flag("a file for the findings"),
+    "hlo": Flag("a folder for the text of the optimized programs"),
+}
 
 
-def main(config: ConfigDict, workdir: Path) -> None:
+def main(config: ConfigDict, given: argparse.Namespace) -> None:
     """Compile the programs that the flags name."""
-    del workdir
-    if not _TOPOLOGY.value:
-        raise UserError(f"--topology is required; give one of: {', '.join(topologies.names())}")
-    topology = topologies.open_topology(_TOPOLOGY.value)
+    topology = topologies.open_topology(given.topology)
+    users, items = (int(number) if number else None for number in (given.users, given.items))
     with tempfile.TemporaryDirectory() as folder:
-        sizes = programs.sizes_of(config, Path(folder), _USERS.value, _ITEMS.value)
+        sizes = programs.sizes_of(config, Path(folder), users, items)
         findings = []
-        for name in _PROGRAMS.value or programs.programs_of(config):
+        for name in given.programs.split(",") if given.programs else programs.programs_of(config):
             print(f"compile_for: {name}", file=sys.stderr)
             findings.append(programs.compile_program(name, config, sizes, topology))
     print("\n".join([programs.findings_table(findings), *programs.advice(config, sizes, topology)]))
-    if _JSON.value:
+    if given.json:
         found = {finding.name: programs.as_json(finding) for finding in findings}
-        Path(_JSON.value).write_text(json.dumps(found, indent=2) + "\n")
-    if _HLO.value:
-        Path(_HLO.value).mkdir(parents=True, exist_ok=True)
+        Path(given.json).write_text(json.dumps(found, indent=2) + "\n")
+    if given.hlo:
+        Path(given.hlo).mkdir(parents=True, exist_ok=True)
         for finding in findings:
-            (Path(_HLO.value) / f"{finding.name}.hlo").write_text(finding.text or finding.refused)
+            (Path(given.hlo) / f"{finding.name}.hlo").write_text(finding.text or finding.refused)
 
 
 if __name__ == "__main__":
-    launch(main, needs_workdir=False)
+    example = "--config=configs/cascade.py --topology=v5e:4x4"
+    command = Command(lambda api, config, given: main(config, given), FLAGS, example, text=__doc__)
+    run_command(command, "python scripts/compile_for.py", sys.argv[1:])

@@ -268,7 +268,7 @@ def run_rounds(rounds: int, seed: int, minutes: float, folder: Path) -> int:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     context = multiprocessing.get_context("forkserver")
     # Imported once; what a process does begins with a fork.
-    context.set_forkserver_preload(["kd_ranker.pipeline.commands", "kd_ranker.pipeline.launch"])
+    context.set_forkserver_preload(["kd_ranker.api", "kd_ranker.main"])
     chain_folder, until = folder / "job", time.monotonic() + 60 * minutes
     with _clean(chain_folder, 64):
         Round(context, chain_folder, random.Random(0)).finish()

@@ -15,11 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from kd_ranker import api
 from kd_ranker.configs import sweeps
 from kd_ranker.evaluation.references import LISTS, NEED_SCORES
 from kd_ranker.evaluation.saving import CRITERION, best
-from kd_ranker.pipeline import commands
-from kd_ranker.pipeline.remote import place_of
 from kd_ranker.report.choices import best_with_scores
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import interval
@@ -57,8 +56,8 @@ def _needs(flags: argparse.Namespace, taste: float, seed: int) -> list[float]:
     config.data.taste, config.data.seed, config.sweep.seeds = taste, seed, (0,)
     config.data.dir = flags.data_dir
     workdir = Path(flags.workdir) / f"taste{taste:g}-seed{seed}"
-    made = commands.run(config, place_of(str(workdir)))
-    (study,) = read_studies([Path(str(made.students))])
+    made = api.run(config, workdir)
+    (study,) = read_studies([Path(str(made.students.workdir))])
     estimates = Estimates(study)
     lists = best(study.references, [name for name in LISTS if name not in NEED_SCORES])
     settings = (study.incumbent, study.plain, lists, study.baseline, best_with_scores(study))

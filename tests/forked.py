@@ -19,7 +19,7 @@ import jax
 
 ROOT = Path(__file__).parent.parent
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["kd_ranker.pipeline.commands", "kd_ranker.pipeline.launch"])
+_SERVER.set_forkserver_preload(["kd_ranker.api", "kd_ranker.main"])
 _SECONDS = 1500
 # What a process of its own would read of the environment, and a fork has read already.
 _SETTINGS = (

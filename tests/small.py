@@ -17,9 +17,9 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
+from kd_ranker import api
 from kd_ranker.configs import cascade
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import commands
 from tests import forked
 
 ROOT = Path(__file__).parent.parent
@@ -65,12 +65,12 @@ class World(NamedTuple):
     def student(self, mode: str) -> Path:
         """The workdir of a student of that mode; a test runs commands on a copy alone."""
         config = self.config(distill__mode=mode)
-        return self.made(mode, lambda folder: commands.train(config, folder))
+        return self.made(mode, lambda folder: api.train(config, folder))
 
     def sweep(self) -> Path:
         """The workdir of the sweep of `SWEEP`."""
         config = self.config(**SWEEP)
-        return self.made("swept", lambda folder: commands.sweep(config, folder))
+        return self.made("swept", lambda folder: api.sweep(config, folder))
 
     @contextlib.contextmanager
     def locked(self, name: str) -> Iterator[None]:
@@ -78,6 +78,19 @@ class World(NamedTuple):
         with (self.root / f"{name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
+
+
+def sweep(config: ConfigDict, workdir: Path) -> bool:
+    """Runs a sweep; False if it was complete before."""
+    lines: list[str] = []
+    api.sweep(config, workdir, show=lines.append)
+    return not any("there is nothing to do" in line for line in lines)
+
+
+def rows_on_test(trained: api.Trained, role: str = "student") -> list[dict]:
+    """The rows of a run's rankers on the test split."""
+    table = trained.results
+    return table[(table["split"] == "test") & (table["role"] == role)].to_dict("records")
 
 
 def open_world(tmp_path_factory) -> World:
@@ -89,8 +102,8 @@ def open_world(tmp_path_factory) -> World:
     world = World(root)
 
     def make_teacher(folder: Path) -> None:
-        commands.prepare_data(world.config())
-        commands.train_teacher(world.config(teacher__workdir=""), folder)
+        api.prepare(world.config())
+        api.train_teacher(world.config(teacher__workdir=""), folder)
 
     world.made(world.teacher.name, make_teacher)
     return world
@@ -195,7 +208,7 @@ def stopped(module: str, name: str, at: int, flags: list[str]) -> Iterator[subpr
 
 _AT_ONCE = """
 import runpy, sys
-import kd_ranker.pipeline.commands
+import kd_ranker.api
 print("ready", flush=True)
 sys.stdin.readline()
 sys.argv = sys.argv[1:]

@@ -6,12 +6,14 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from kd_ranker import api
 from kd_ranker.batch import Category, FeatureSpec
 from kd_ranker.config import defaults
-from kd_ranker.pipeline import commands, teachers
+from kd_ranker.pipeline import datasets, teachers
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources.registry import SOURCES, SourceEntry
+from tests import small
 
 GROUPS, ITEMS, CANDIDATES = 3, 60, 12
 NUM_REQUESTS = {"train": 128, "validation": 16, "test": 32}
@@ -97,9 +99,9 @@ def config(tmp_path):
 
 @pytest.mark.slow
 def test_what_is_known_by_categories_alone_is_learned_for_items_that_are_new(config, tmp_path):
-    commands.prepare_data(config)
-    (of_teacher,) = commands.train_teacher(config, tmp_path / "teacher")
-    (of_student,) = commands.train(config, tmp_path / "student")
+    api.prepare(config)
+    (of_teacher,) = small.rows_on_test(api.train_teacher(config, tmp_path / "teacher"), "teacher")
+    (of_student,) = small.rows_on_test(api.train(config, tmp_path / "student"))
     for row in (of_teacher, of_student):
         assert row["unseen_items"] == 1
         assert row["user_auc/watch"] > 0.95
@@ -107,10 +109,10 @@ def test_what_is_known_by_categories_alone_is_learned_for_items_that_are_new(con
     assert last["unknown_ids/category"] == 0
 
     # The copy that the teacher has scored holds the categories as well.
-    commands.log_teacher(config)
-    dataset = teachers.dataset_of(config)
+    api.log_teacher(config)
+    dataset = datasets.dataset_of(config)
     teacher = teachers.load_teacher(config, dataset)
-    scored = teachers.dataset_of(config, teacher.version)
+    scored = datasets.dataset_of(config, teacher.version)
     np.testing.assert_array_equal(scored.items.category, dataset.items.category)
     for one, other in zip(*(read_requests(of, "test") for of in (scored, dataset)), strict=True):
         assert one.request_id == other.request_id

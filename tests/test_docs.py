@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
+from kd_ranker import main
 from kd_ranker.config import checks, defaults
 from kd_ranker.config.keys import DATA_KEYS
 from kd_ranker.configs import cascade, kuairand, movielens, movielens_32m, parquet, recflow
@@ -19,7 +20,6 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation.metrics import METRICS
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
-from kd_ranker.pipeline import launch
 from kd_ranker.sources.registry import SOURCES
 
 ROOT = Path(__file__).parent.parent
@@ -106,7 +106,7 @@ def test_the_config_file_that_registers_a_loss_is_one(registries, tmp_path):
     file.write_text(
         textwrap.dedent(re.search(r"^( {4}import jax.*?)^[^ \n]", text, re.M | re.S)[1])
     )
-    config, _ = launch.read_config_flag(["train", f"--config={file}:small"])
+    config = main.read_config(f"{file}:small")
     checks.validate(config)
     assert config.distill.loss in LOSSES
     logits = probability = jnp.full((1, 2, 1), 0.5)

@@ -3,14 +3,15 @@ import shutil
 import signal
 import socket
 import sys
+import tomllib
 
 import pytest
 
-from kd_ranker import configs
+from kd_ranker import api, configs, main
 from kd_ranker.config import defaults
+from kd_ranker.config.keys import DATA_KEYS, KEYS
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import commands, launch
 from tests import small
 from tests.small import CONFIG, ROOT
 
@@ -25,10 +26,10 @@ def world(tmp_path_factory):
     return small.open_world(tmp_path_factory)
 
 
-def bad_config(tmp_path, text):
+def config_file(tmp_path, text):
     file = tmp_path / "config.py"
     file.write_text(text)
-    return f"--config={file}"
+    return file
 
 
 @pytest.mark.parametrize(
@@ -43,13 +44,26 @@ def bad_config(tmp_path, text):
         ([CONFIG, "--config.bogus", "3"], "config key 'bogus' does not exist; config has: batch"),
         ([CONFIG, "--noconfig.distill.afine"], "did you mean 'distill.affine'?"),
         ([CONFIG, "--config.tasks.first=like"], "'tasks.first' does not exist"),
+        ([CONFIG, "--config.bogus=3"], "config key 'bogus' does not exist"),
+        ([CONFIG, "--config.train.steps=abc"], "--config.train.steps=abc"),
+        ([CONFIG, "--bogus"], "Unknown command line flag 'bogus'"),
+        ([CONFIG, "more"], "'more' is not a flag; flags look like --name=value"),
+        ([CONFIG, "--workdir="], "--workdir is missing; it is the folder for the files of the run"),
+        ([], "--config is missing; give one, such as --config=configs/cascade.py"),
     ],
 )  # fmt: skip
-def test_config_flags_are_checked_before_they_are_parsed(flags, message, monkeypatch):
+def test_what_is_wrong_with_flags_is_one_line_and_exit_code_2(
+    flags, message, monkeypatch, capsys, tmp_path
+):
     monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError) as caught:
-        launch.read_config_flag(["train", *flags, "--workdir=somewhere"])
-    assert message in str(caught.value)
+    with pytest.raises(SystemExit) as caught:
+        main.run_command(main.COMMANDS["train"], "train", [f"--workdir={tmp_path / 'w'}", *flags])
+    assert caught.value.code == 2
+    output, line = capsys.readouterr()
+    assert message in line
+    assert line.startswith("error: ")
+    assert (output, line.count("\n")) == ("", 1)
+    assert not (tmp_path / "w").exists()
 
 
 @pytest.mark.parametrize(
@@ -63,34 +77,35 @@ def test_config_flags_are_checked_before_they_are_parsed(flags, message, monkeyp
 )
 def test_a_config_file_that_does_not_load_says_why(tmp_path, text, message):
     with pytest.raises(UserError) as caught:
-        launch.read_config_flag(["train", bad_config(tmp_path, text)])
+        main.read_config(str(config_file(tmp_path, text)))
     assert message in str(caught.value)
 
 
 @pytest.mark.parametrize("given", ["cascade:small", "configs/cascade.py:small"])
 def test_the_package_has_its_configs_in_any_folder(given, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    config, _ = launch.read_config_flag(["train", f"--config={given}"])
-    assert config == configs.cascade("small")
-    sweep, _ = launch.read_config_flag(["train", "--config=sweeps/cascade"])
-    assert sweep == configs.sweeps.cascade()
+    assert main.read_config(given).to_dict() == configs.cascade("small").to_dict()
+    assert main.read_config("sweeps/cascade").to_dict() == configs.sweeps.cascade().to_dict()
 
 
-def test_good_config_flags_pass(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    good = ["--config.train.steps=3", "--noconfig.distill.affine", "--config.tasks=like"]
-    config, others = launch.read_config_flag(["train", CONFIG, "--workdir=somewhere", *good])
-    assert config.data.name == "cascade"
-    assert others == ["train", "--workdir=somewhere", *good]
+def test_flags_override_keys_by_the_types_of_these(monkeypatch):
+    flags = ["--config.train.steps=3", "--noconfig.distill.affine", "--config.tasks", "('like',)"]
+    flags += ["--config.sweep.weights=(0.3, 1.0)", "--workdir=somewhere", "--config.seed", "-3"]
+    command = main.COMMANDS["train"]
+    config, given = main._parse(command, "train", ["--config=cascade:small", *flags])
+    assert given.workdir == "somewhere"
+    assert (config.train.steps, config.seed, config.distill.affine) == (3, -3, False)
+    assert (config.tasks, config.sweep.weights) == (("like",), (0.3, 1.0))
 
 
-def test_a_home_folder_is_found_in_the_paths_of_a_config(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/ann")
+def test_a_home_folder_is_found_in_the_paths_of_a_config(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     config = defaults.get_config("parquet")
-    config.data.dir, config.data.path, config.teacher.workdir = "~/sets", "~/log/*.pq", "runs/~"
-    launch.with_home(config)
-    assert (config.data.dir, config.data.path) == ("/home/ann/sets", "/home/ann/log/*.pq")
-    assert config.teacher.workdir == "runs/~"
+    config.data.path, config.teacher.workdir = "~/log/*.parquet", "runs/~"
+    own = api._own(config)
+    assert own.data.path == str(tmp_path / "log/*.parquet")
+    assert own.teacher.workdir == "runs/~"
+    assert config.data.path == "~/log/*.parquet"
 
 
 def test_a_config_file_is_run_once(world, tmp_path):
@@ -103,7 +118,10 @@ def get_config():
         file.write("run")
     return cascade("small")
 """
-    flags = [bad_config(tmp_path, text), f"--config.data.dir={world.root / 'datasets'}"]
+    flags = [
+        f"--config={config_file(tmp_path, text)}",
+        f"--config.data.dir={world.root / 'datasets'}",
+    ]
     finished = small.run("-m", "experiments.prepare_data", *flags)
     assert finished.returncode == 0, finished.stderr
     assert marks.read_text() == "run"
@@ -112,11 +130,8 @@ def get_config():
 @pytest.mark.parametrize(
     ("module", "flags", "message"),
     [
-        ("train", [CONFIG, "--config.bogus=3"], "config key 'bogus' does not exist"),
-        ("sweep", [CONFIG, "--config.train.steps=abc"], "--config.train.steps=abc"),
         ("train_teacher", [CONFIG, "--config.data.dir=/absent"], "python -m experiments.prepare_"),
         ("prepare_data", [MOVIELENS, "--config.data.path=/absent"], "/absent/u.genre does not ex"),
-        ("train", [CONFIG, "--workdir="], "--workdir is missing"),
         ("log_teacher", [], "--config is missing"),
     ],
 )  # fmt: skip
@@ -150,11 +165,11 @@ def test_prepare_data_says_where_the_dataset_lies(world):
 def test_a_killed_run_ends_as_if_it_had_never_been_killed(world, tmp_path, caplog):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     config, flags = world.config(**OFTEN), world.flags(killed, **OFTEN)
-    commands.train(config, whole)
+    api.train(config, whole)
     for moment, step in (("logging", 5), ("saving", 12), ("logging", 17)):
         small.run_and_kill("experiments.train", moment, "killed", step, flags)
         assert not (killed / results.FILE).exists()
-    commands.train(config, killed)
+    api.train(config, killed)
     assert "damaged" not in caplog.text
     for name in (results.FILE, "metrics.jsonl"):
         assert (killed / name).read_bytes() == (whole / name).read_bytes()
@@ -168,7 +183,7 @@ def test_a_killed_run_ends_as_if_it_had_never_been_killed(world, tmp_path, caplo
 def test_a_run_that_is_asked_to_end_saves_its_last_step_and_goes_on_from_it(world, tmp_path):
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     rarely = {"train__log_every": 1, "train__checkpoint_every": 100, "train__eval_every": 5}
-    commands.train(world.config(**rarely), whole)
+    api.train(world.config(**rarely), whole)
     for number, code, step in (
         (signal.SIGTERM, 143, 4), (signal.SIGINT, 130, 10), (signal.SIGHUP, 129, 17),
     ):  # fmt: skip
@@ -183,7 +198,7 @@ def test_a_run_that_is_asked_to_end_saves_its_last_step_and_goes_on_from_it(worl
         # The signal may reach the main thread a step later.
         assert step <= last <= step + 1
         assert not list(stopped.glob(".*"))
-    commands.train(world.config(**rarely), stopped)
+    api.train(world.config(**rarely), stopped)
     for name in (results.FILE, "metrics.jsonl"):
         assert (stopped / name).read_bytes() == (whole / name).read_bytes()
 
@@ -195,32 +210,32 @@ def test_a_killed_teacher_is_unfinished_and_can_be_finished(world, tmp_path):
     small.run_and_kill("experiments.train_teacher", "logging", "teacher", 15, flags)
     # What it was saving when it died may not have become whole.
     with pytest.raises(UserError, match=r"stopped at step (0|10) of 20; finish it with"):
-        commands.train(world.config(teacher__workdir=str(teacher)), tmp_path / "student")
-    commands.train_teacher(world.config(teacher__workdir=""), teacher)
+        api.train(world.config(teacher__workdir=str(teacher)), tmp_path / "student")
+    api.train_teacher(world.config(teacher__workdir=""), teacher)
     name = results.FILE
     assert (teacher / name).read_bytes() == (world.teacher / name).read_bytes()
 
 
 @pytest.mark.slow
 def test_a_workdir_is_held_by_its_run_until_that_ends_or_dies(world, tmp_path):
-    whole = world.made("shared", lambda folder: commands.train(world.config(), folder))
+    whole = world.made("shared", lambda folder: api.train(world.config(), folder))
     workdir = tmp_path / "held"
     with small.stopped("experiments.train", "held", 15, world.flags(workdir)) as first:
         before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
         # By the same run, and by whatever else writes to the folder.
-        for command, what in (
-            (commands.train, world.config()),
-            (commands.sweep, world.config()),
-            (commands.train_teacher, world.config()),
-            (commands.report, [workdir]),
+        for command in (
+            lambda: api.train(world.config(), workdir),
+            lambda: api.sweep(world.config(), workdir),
+            lambda: api.train_teacher(world.config(), workdir),
+            lambda: api.report(workdir),
         ):
             with pytest.raises(UserError) as caught:
-                command(what, workdir)
+                command()
             who = f"process {first.pid} on {socket.gethostname()} since 20"
             assert str(caught.value).startswith(f"{workdir} is held by {who}")
         assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
     assert first.returncode == -signal.SIGKILL
-    commands.train(world.config(), workdir)
+    api.train(world.config(), workdir)
     for name in (results.FILE, "metrics.jsonl"):
         assert (workdir / name).read_bytes() == (whole / name).read_bytes()
     assert not list(workdir.glob(".lock*"))
@@ -239,7 +254,7 @@ def test_of_two_extensions_at_once_one_is_refused_and_each_student_keeps_its_nam
         return dict(zip(zip(table["split"], table["member"], strict=True), lines, strict=True))
 
     def extend(folder, *seeds):
-        commands.sweep(world.config(**extended(*seeds)), folder)
+        api.sweep(world.config(**extended(*seeds)), folder)
         return rows_in(folder)
 
     workdir, undisturbed = tmp_path / "workdir", tmp_path / "undisturbed"
@@ -260,8 +275,8 @@ def test_of_two_extensions_at_once_one_is_refused_and_each_student_keeps_its_nam
 
 def test_the_library_reads_no_flags():
     for path in sorted((ROOT / "kd_ranker").rglob("*.py")):
-        # The frame of the entry points, and they; and a program that is copied into exports.
-        if path.name in ("launch.py", "check.py") or path.parent.name == "experiments":
+        # The command line, and a program that is copied into exports.
+        if path.name in ("main.py", "check.py"):
             continue
         text = path.read_text()
         for forbidden in ("absl.flags", "absl import flags", "config_flags", "sys.argv"):
@@ -272,6 +287,54 @@ def test_the_library_reads_no_flags():
 
 
 def test_nothing_that_the_entry_points_import_is_tensorflow():
-    program = "import sys, kd_ranker.pipeline.commands; sys.exit('tensorflow' in sys.modules)"
+    program = "import sys, kd_ranker.api; sys.exit('tensorflow' in sys.modules)"
     assert small.run("-c", program).returncode == 0
     assert "tensorflow" not in sys.modules
+
+
+def kd_ranker(*arguments):
+    """What the console command of the package does."""
+    return small.run("-c", "from kd_ranker.main import main; main()", *arguments)
+
+
+def test_each_command_has_a_module_and_is_listed_without_a_name():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["scripts"] == {"kd-ranker": "kd_ranker.main:main"}
+    texts = [path.read_text() for path in (ROOT / "experiments").glob("[a-z]*.py")]
+    called = {name for name in main.COMMANDS for text in texts if f'main("{name}")' in text}
+    assert (called, len(texts)) == ({*main.COMMANDS}, len(main.COMMANDS))
+    listed = kd_ranker()
+    assert listed.returncode == 0
+    assert all(f"    {name} " in listed.stdout for name in main.COMMANDS)
+    unknown = kd_ranker("swep")
+    assert unknown.returncode == 2
+    assert unknown.stderr.startswith("error: no command 'swep'; choose from run, prepare, train-te")
+
+
+def test_help_has_an_example_and_every_key_with_its_value_in_the_config():
+    program = "kd-ranker sweep"
+    shown = kd_ranker("sweep", "--help", "--config=cascade:small")
+    assert shown.returncode == 0, shown.stderr
+    assert "Train a student for each combination of the swept values" in shown.stdout
+    assert f"    {program} --config=configs/sweeps/cascade.py --workdir=runs/sweep" in shown.stdout
+    assert "Args:" not in shown.stdout
+    words = shown.stdout.split()
+    assert {f"--config.{key}" for key in KEYS | DATA_KEYS["cascade"]} <= {*words}
+    assert words[words.index("--config.data.num_users") + 1] == "50"  # 4000 without :small
+    help_of_steps = " ".join(words[words.index("--config.train.steps") + 1 :][:3])
+    assert help_of_steps == f"20 {KEYS['train.steps'].help}"
+
+
+def test_help_of_a_module_names_that_and_of_a_report_no_config():
+    shown = small.run("-m", "experiments.report", "-h")
+    assert shown.returncode == 0, shown.stderr
+    assert "    python -m experiments.report --workdir=runs/report runs/sweep" in shown.stdout
+    assert "--workdir" in shown.stdout
+    assert "--config" not in shown.stdout
+
+
+def test_help_of_a_wrong_config_is_one_line():
+    shown = kd_ranker("sweep", "--help", "--config=nope")
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr.startswith("error: --config=nope: there is no file nope, and the package")
+    assert shown.stderr.count("\n") == 1

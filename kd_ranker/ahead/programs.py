@@ -30,7 +30,7 @@ from kd_ranker.embedding.row_optimizers import TPU_LANES
 from kd_ranker.errors import check_choice
 from kd_ranker.evaluation.evaluate import Ranker, lower_for_group, make_serve
 from kd_ranker.models.model import Model, Parameters
-from kd_ranker.pipeline import runs, teachers
+from kd_ranker.pipeline import datasets, runs
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset, read_requests
 from kd_ranker.requests.request import SPLITS, Source
@@ -112,7 +112,7 @@ def sizes_of(
         source = entry.open_source(config.data, config.tasks, config.funnel)
         spec, requests = source.spec, source.requests("train")
     else:
-        dataset = teachers.dataset_of(config)
+        dataset = datasets.dataset_of(config)
         spec, requests = dataset.spec, read_requests(dataset, "train")
     first = list(itertools.islice(requests, _SAMPLE))
     few = Source(
@@ -123,7 +123,7 @@ def sizes_of(
         num_requests=dict.fromkeys(SPLITS, len(first)),
     )
     storage.build(few, "sample", str(folder))
-    sample = storage.open_dataset("sample", str(folder), made_by=teachers.PREPARE_DATA)
+    sample = storage.open_dataset("sample", str(folder), made_by=datasets.PREPARE_DATA)
     users, items = users or spec.num_users, items or spec.num_items
     return Sizes(dataclasses.replace(spec, num_users=users, num_items=items), sample)
 

@@ -4,19 +4,28 @@ import difflib
 import itertools
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Bool
 from ml_collections import ConfigDict
 
 from kd_ranker.config.key import FINITE, Bound, Key, TermNames
 from kd_ranker.config.keys import JOIN, KEYS, PLAN
 from kd_ranker.config.schema import NAMED_AXES, axis_of, keys_of, sweepable, value_of, ways
+from kd_ranker.distillation.losses import LOSSES, NEEDS_PROBABILITIES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError, check_choice
+from kd_ranker.requests.columns import Columns, Counts, slices
+from kd_ranker.requests.records import Dataset
 from kd_ranker.sources.registry import SOURCES
+from kd_ranker.training import recipes
 from kd_ranker.training.mapping import shares
+
+# Signals that only order candidates, with the reason for messages.
+_ORDERS = {"stage": "stages are an order"}
 
 
 def validate(config: ConfigDict, devices: int | None = None) -> None:
@@ -24,12 +33,12 @@ def validate(config: ConfigDict, devices: int | None = None) -> None:
 
     Args:
       config: the config.
-      devices: how many there are; None asks JAX.
+      devices: how many there are; None takes those of JAX.
     """
     check_choice("data.name", config.data.name, SOURCES)
     if "://" in config.data.dir:
         raise UserError(
-            f"data.dir={config.data.dir}: datasets lie in a folder of this machine, on a disk or "
+            f"data.dir={config.data.dir}: datasets need a folder of this machine, on a disk or "
             "mounted; name one"
         )
     keys = keys_of(config.data.name)
@@ -293,15 +302,15 @@ def _check_platforms() -> None:
     # JAX asserts that there is a device, where it knows none of the kind.
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition(" (set ")[0] or "there is no such device that JAX can use"
-        asked = os.environ.get("JAX_PLATFORMS", "")
+        platforms = os.environ.get("JAX_PLATFORMS", "")
         raise UserError(
-            f"JAX_PLATFORMS={asked}: {reason}; leave it unset, or set JAX_PLATFORMS=cpu"
+            f"JAX_PLATFORMS={platforms}: {reason}; leave it unset, or set JAX_PLATFORMS=cpu"
         ) from error
     try:
         jax.local_devices(backend="cpu")
     except RuntimeError as error:
         raise UserError(
-            "JAX_PLATFORMS leaves out the CPU, whose compiler counts all FLOPs; add it, as in "
+            "JAX_PLATFORMS omits the CPU, which counts all FLOPs with its compiler; add it, as in "
             "JAX_PLATFORMS=cuda,cpu"
         ) from error
 
@@ -343,7 +352,7 @@ def _check_devices(config: ConfigDict, available: int) -> None:
 
 
 def check_alone(config: ConfigDict, devices: int | None = None) -> None:
-    """Raises UserError if the devices cannot share the batches of a student that trains alone.
+    """Raise UserError if the devices cannot share the batches of a single student.
 
     See `validate` for the arguments.
     """
@@ -362,3 +371,119 @@ def _check_requests(name: str, requests: int, devices: int, members: int = 1) ->
         f"{name}={requests} cannot be shared by {devices} devices{spread}; take a multiple of "
         f"{sharing}, or {remedy}"
     )
+
+
+def check_students(members: Iterable[ConfigDict], orders: Mapping[str, str] = _ORDERS) -> None:
+    """Check that students can learn from the losses and signals of their configs.
+
+    Args:
+      members: the configs of the students to train.
+      orders: signals that only order candidates -> the reason for the message.
+
+    Raises:
+      UserError: a student has nothing to learn from, or a loss that needs probabilities has a
+        signal that only orders candidates.
+    """
+    for member in members:
+        distill, terms = member.distill, recipes.terms_of(member)
+        weighs = distill.weight and any(distill.term_weights or (1,))
+        if terms and not distill.user_weight and not weighs:
+            key = "distill.term_weights" if distill.weight else "distill.weight"
+            raise UserError(
+                f"distill.user_weight=0 and {key}=0 leave a student of mode {distill.mode} nothing "
+                "to learn from; raise one of them"
+            )
+        for loss, signal in terms:
+            if loss in NEEDS_PROBABILITIES and signal in orders:
+                name = "distill.terms" if distill.terms else "distill.loss"
+                others = sorted(LOSSES.keys() - NEEDS_PROBABILITIES)
+                choices = [*(f"{name}={other}" for other in others), "distill.mode=none"]
+                raise UserError(
+                    f"{name}={loss} needs the teacher's probabilities, and {orders[signal]}; "
+                    f"choose one of: {', '.join(choices)}"
+                )
+
+
+def check_teacher_signals(dataset: Dataset, members: Collection[ConfigDict]) -> None:
+    """Check that a dataset holds the signals that students learn from, on some training requests.
+
+    Args:
+      dataset: the dataset that they learn from.
+      members: the configs of the students, which train on the same data under the same teacher.
+
+    Raises:
+      UserError: a loss takes probabilities where the log holds positions; or the log has no
+        teacher, no stages or no candidate of a `teacher.stage`, and a student learns from them.
+    """
+    config = next(iter(members))
+    signals = {term.signal for member in members for term in recipes.terms_of(member)}
+    counts = dataset.columns["train"].counts
+    of_stage = {"shown": counts.shown, "passed": counts.passed - counts.shown}
+    for member in members:
+        stage = member.teacher.stage
+        from_teacher = any(term.signal == "logged" for term in recipes.terms_of(member))
+        if from_teacher and stage in of_stage and not of_stage[stage].any():
+            raise UserError(
+                f"teacher.stage={stage}: in the training requests of {config.data.name}, no "
+                f"candidate has {stage} as its furthest stage; choose another one"
+            )
+    from_log = config.teacher.source == "logged" and "logged" in signals
+    if from_log and dataset.spec.teacher_signal == "rank":
+        check_students(members, {"logged": f"the log of {config.data.name} holds its positions"})
+    logged = _is_logged(dataset.columns["train"])
+    if from_log and not logged.any():
+        raise UserError(
+            f"the signal logged is missing: no training request of {config.data.name} holds "
+            "a proper number of its teacher; look at the columns and the version that data.* "
+            "names, or choose distill.mode=none"
+        )
+    missing = [
+        f"{task} the weight {weight:g}"
+        for task, weight, is_logged in zip(config.tasks, config.value_weights, logged, strict=True)
+        if weight and not is_logged
+    ]
+    if config.teacher.source == "logged" and logged.any() and missing:
+        raise UserError(
+            f"value_weights gives {', '.join(missing)}, and no training request of "
+            f"{config.data.name} holds a proper number of the teacher for it, so the teacher's "
+            "value is unknown everywhere; set that weight to 0, or leave the task out of tasks"
+        )
+    if "stage" in signals and not _stages_differ(counts):
+        raise UserError(
+            f"the signal stage is constant: all candidates of a request of {config.data.name} "
+            "came equally far; choose teacher.signal=logged, or distill.mode=none"
+        )
+
+
+def check_labels(dataset: Dataset) -> None:
+    """Raise UserError for a split without any user label."""
+    for split, columns in dataset.columns.items():
+        shown, labels = columns.counts.shown, columns.labels
+        weights = (labels.fields(of, shown[of])["label_weight"] for of in slices(shown))
+        if not any((weight > 0).any() for weight in weights):
+            raise UserError(
+                f"no {split} request of {dataset.spec.dataset} has a user label; give labels of a "
+                "positive weight to shown candidates"
+            )
+
+
+def check_teacher_log(config: ConfigDict, dataset: Dataset) -> None:
+    """Raise UserError for a teacher that is to learn from probabilities that the log lacks."""
+    spec, weight = dataset.spec, config.teacher.log_weight
+    if weight and (not spec.teacher_version or spec.teacher_signal == "rank"):
+        raise UserError(
+            f"teacher.log_weight={weight:g} needs teacher probabilities, which the log of "
+            f"{config.data.name} does not hold; leave it at 0"
+        )
+
+
+def _is_logged(columns: Columns) -> Bool[np.ndarray, "T"]:
+    """Test each task for a valid probability, in about 1,000 requests spread over the log."""
+    some = np.arange(0, len(columns), max(1, len(columns) // 1000))
+    scored = columns.candidates.fields(some, columns.counts.scored[some])
+    return ~np.isnan(scored["teacher_probability"]).all(axis=0)
+
+
+def _stages_differ(counts: Counts) -> bool:
+    reached = np.stack([counts.shown, counts.passed])
+    return bool(((reached > 0) & (reached < counts.retrieved)).any())

@@ -123,9 +123,9 @@ _ALL = (
             "where a sweep's cohorts train, and log_teacher and score compute: here, or on a "
             "cluster of Ray", LAUNCHERS, influences="nothing"),
         Key("registered_by", "",
-            "a file of Python that other processes, and commands on the finished run, run first, "
-            "for what it registers; set to the file of --config, if that is not one of the "
-            "package", influences="nothing"),
+            "a Python file that other processes execute first, and with --trust also score and "
+            "export, because it registers a part of the run; set to the file of --config, unless "
+            "that is one of the package", influences="nothing"),
         influences="dataset",
     ),
     section(

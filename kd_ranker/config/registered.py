@@ -1,4 +1,4 @@
-"""A config file that registers a loss, a mode or the like, run again in other processes."""
+"""A config file that registers a loss, a mode or the like, executed in other processes."""
 
 import functools
 import runpy
@@ -10,7 +10,7 @@ from kd_ranker.errors import UserError
 
 @functools.lru_cache(maxsize=1)
 def register(file: str) -> None:
-    """Runs the file that `config.registered_by` names, once a process; "" names none.
+    """Execute the file at `config.registered_by` once per process; "" is no file.
 
     Raises:
       UserError: it is not on this machine, or it fails.

@@ -3,7 +3,7 @@
 All that differs from metric to metric stands in its entry: columns of `results.csv` and
 `curves.csv`, what is summed over a pass, marks, titles and places in tables derive from it. Their
 formulas on one batch are in `label_metrics`, `alignment` and `funnel`. To try a metric of your own,
-put it into `METRICS` before you call `kd_ranker.pipeline.commands`.
+put it into `METRICS` before you call a function of `kd_ranker.api`.
 
 Axes: `R` requests, `N` candidates, `T` tasks.
 """

@@ -1,9 +1,1 @@
-"""The entry points: flags in, one library call, and what it found as text."""
-
-import sys
-
-from kd_ranker.pipeline import signals
-
-# Python says so while `python -m` looks for the entry point, before that imports all that it needs.
-if sys.argv[0] == "-m":
-    signals.end_when_asked()
+"""The commands as modules, for `python -m experiments.NAME` in a clone; see `kd_ranker.main`."""

@@ -1,26 +1,6 @@
-r"""Trains one student.
+"""The command `kd-ranker train` in a clone."""
 
-For example:
-
-    python -m experiments.train --config=configs/cascade.py --workdir=runs/student \
-        --config.teacher.source=logged --config.distill.mode=shared
-"""
-
-from ml_collections import ConfigDict
-
-from kd_ranker.pipeline import commands
-from kd_ranker.pipeline.launch import launch
-from kd_ranker.pipeline.remote import Place
-
-
-def main(config: ConfigDict, workdir: Place) -> None:
-    commands.train(config, workdir)
-    print(commands.results_text(workdir))
-
-
-def start() -> None:
-    launch(main, as_one=True)
-
+from kd_ranker.main import main
 
 if __name__ == "__main__":
-    start()
+    main("train")

@@ -1,25 +1,6 @@
-"""Trains the final ranker.
+"""The command `kd-ranker train-teacher` in a clone."""
 
-For example:
-
-    python -m experiments.train_teacher --config=configs/cascade.py --workdir=runs/teacher
-"""
-
-from ml_collections import ConfigDict
-
-from kd_ranker.pipeline import commands
-from kd_ranker.pipeline.launch import launch
-from kd_ranker.pipeline.remote import Place
-
-
-def main(config: ConfigDict, workdir: Place) -> None:
-    commands.train_teacher(config, workdir)
-    print(commands.results_text(workdir))
-
-
-def start() -> None:
-    launch(main, as_one=True)
-
+from kd_ranker.main import main
 
 if __name__ == "__main__":
-    start()
+    main("train-teacher")

@@ -21,19 +21,18 @@ _SECONDS_TO_ANSWER = 10
 
 @contextlib.contextmanager
 def open_cluster(config: ConfigDict) -> Iterator[Runner]:
-    """Gives what runs a function on a cluster, and again elsewhere if its machine is lost.
+    """Yield a runner that calls a function on a cluster, and retries calls after a lost machine.
 
-    A function that Ray can send to other machines, with arguments that it can. What it leaves is on
-    a disk that all share, under the same paths; it goes on from what an earlier attempt has left.
-    All calls are handed out at once; Ray starts as many as there are resources for.
+    Function and arguments must be picklable. All machines share the disk that the function writes
+    to, under the same paths, and a retry resumes from the files of the attempt before. All calls
+    are submitted at once; Ray starts as many as resources allow.
 
     Args:
-      config: the config, of which `config.ray` says where the cluster is and what a call needs.
+      config: the config; `config.ray` has the address and the resources of a call.
 
     Raises:
-      UserError: there is no Ray, no such cluster, or no machine in it with the resources asked for;
-        or, where results are asked for, a call has failed, or lost its machine more often than
-        `ray.retries`.
+      UserError: Ray or the cluster is missing, or no machine has the resources; or, once results
+        are read, a call has failed or has lost its machine more than `ray.retries` times.
     """
     ray = _open(config.ray.address)
     try:
@@ -45,10 +44,10 @@ def open_cluster(config: ConfigDict) -> Iterator[Runner]:
             max_retries=config.ray.retries,
             scheduling_strategy="SPREAD",
         )
-        here = Path.cwd(), config.registered_by
+        context = Path.cwd(), config.registered_by
 
         def run(function: Callable, calls: Sequence[tuple], description: str) -> Iterator[Any]:
-            started = [remote.remote(*here, function, arguments) for arguments in calls]
+            started = [remote.remote(*context, function, arguments) for arguments in calls]
             results = _results(ray, started, config.ray.retries, description)
             return with_bar(results, len(calls), description)
 
@@ -57,15 +56,15 @@ def open_cluster(config: ConfigDict) -> Iterator[Runner]:
         ray.shutdown()
 
 
-def _call(here: Path, registered_by: str, function: Callable, arguments: tuple) -> Any:
-    """Calls a function on another machine, as it would be here."""
-    os.chdir(here)
+def _call(folder: Path, registered_by: str, function: Callable, arguments: tuple) -> Any:
+    """Call a function on another machine, in the same folder and with the same registrations."""
+    os.chdir(folder)
     register(registered_by)
     return function(*arguments)
 
 
 def _results(ray: Any, started: Sequence[Any], retries: int, description: str) -> Iterator[Any]:
-    """The results of calls in their order; UserError as soon as any has failed."""
+    """Yield the results of calls in their order; raise UserError as soon as any has failed."""
     ended: dict[Any, Any] = {}
     waiting = [*started]
     for call in started:
@@ -98,23 +97,23 @@ def _open(address: str) -> Any:
             "name it, or leave 'auto' on one of its machines; launcher='local' needs none"
         ) from error
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, handler)  # which Ray has taken
+        signal.signal(signal.SIGTERM, handler)  # Ray has replaced it
     return ray
 
 
 def _knock(address: str) -> None:
-    """Raises OSError if nobody is at `host:port`: Ray would try for many minutes."""
+    """Raise OSError if nothing listens at `host:port`: Ray would retry for many minutes."""
     host, _, port = address.rpartition(":")
     if port.isdecimal() and "/" not in host:
         socket.create_connection((host, int(port)), _SECONDS_TO_ANSWER).close()
 
 
 def _check_resources(nodes: Sequence[dict], wanted: dict[str, float]) -> None:
-    """Raises UserError if no machine has so much: a task would wait for ever."""
-    there = [node["Resources"] for node in nodes if node["Alive"]]
-    if not any(all(of.get(name, 0) >= amount for name, amount in wanted.items()) for of in there):
-        most = {name: max((of.get(name, 0) for of in there), default=0) for name in wanted}
+    """Raise UserError if no machine has these resources: a task would wait forever."""
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    if not any(all(of.get(name, 0) >= amount for name, amount in wanted.items()) for of in alive):
+        largest = {name: max((of.get(name, 0) for of in alive), default=0) for name in wanted}
         raise UserError(
             f"no machine of the cluster has ray.cpus={wanted['CPU']:g} and "
-            f"ray.gpus={wanted['GPU']:g}; the most are {most['CPU']:g} and {most['GPU']:g}"
+            f"ray.gpus={wanted['GPU']:g}; the most are {largest['CPU']:g} and {largest['GPU']:g}"
         )

@@ -1,4 +1,4 @@
-"""The ranker of a finished run as an export sees it, and the figures that stand beside it."""
+"""Exports of the ranker of a finished run: its programs, example requests and description."""
 
 from collections.abc import Collection, Mapping
 from importlib import metadata
@@ -16,8 +16,8 @@ from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Ranker, Served
 from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.models.model import COMPUTE_DTYPES, Parameters, score
-from kd_ranker.pipeline import teachers
-from kd_ranker.pipeline.measure import Students, measure, reference, report_at
+from kd_ranker.pipeline.job import Job, Opened
+from kd_ranker.pipeline.measure import Students, measure
 from kd_ranker.pipeline.trained import Finished
 from kd_ranker.serving.programs import Exported, Servable, call, falls_into_parts, make_programs
 from kd_ranker.training.state import stack_members
@@ -26,7 +26,7 @@ _EXAMPLE_REQUESTS = 4
 
 
 def servable(finished: Finished) -> Servable:
-    """The ranker as an export sees it."""
+    """The parts of a ranker that its programs are made from."""
     return Servable(
         model=finished.model,
         parameters=finished.parameters,
@@ -38,7 +38,7 @@ def servable(finished: Finished) -> Servable:
 
 
 def check_choices(finished: Finished, items: str, formats: Collection[str]) -> None:
-    """Raises UserError if the ranker has no item embeddings, or a format not its arithmetic."""
+    """Raise UserError if the ranker has no item embeddings, or a format lacks its dtype."""
     if items != "float32" and not falls_into_parts(servable(finished)):
         raise UserError(
             f"--items={items!r}: this {finished.role} is one program, which has no item "
@@ -48,7 +48,7 @@ def check_choices(finished: Finished, items: str, formats: Collection[str]) -> N
     if "onnx" in formats and COMPUTE_DTYPES[computes].dtype != jnp.float32:
         raise UserError(
             f"{finished.role}.compute_dtype={computes!r}: the converter to ONNX lacks {computes}; "
-            "name --formats=jax alone"
+            "use --formats=jax"
         )
 
 
@@ -81,7 +81,7 @@ def about(finished: Finished, workdir: Path, exported: Exported, items: str) -> 
         "mode": finished.config.distill.mode if finished.role == "student" else "",
         "serve": finished.serve,
         "dataset": finished.dataset.identity["dataset"],
-        "run": dict(finished.whose),
+        "run": dict(finished.identity),
         "versions": {name: _version(name) for name in packages if _version(name)},
         "results": _results(finished, workdir),
         "difference": _difference(finished, exported),
@@ -143,21 +143,17 @@ def _cost_of_items(finished: Finished, exported: Exported, items: str) -> dict[s
         return {}
     whole = make_programs(servable(finished), "float32")
     names, config = ("float32", items), finished.config
-    # What a student's measures are about.
-    teacher, dataset = teachers.teacher_and_dataset(config, finished.dataset)
-    known = reference(config, dataset, teacher)
+    # Both are measured under the teacher of the run.
+    job = Job(config, dict.fromkeys(names, config), Opened(config))
     students = [
         Students((name,), _as_ranker(of, finished.serve), (0,), (0,))
         for name, of in zip(names, (whole, exported), strict=True)
     ]
-    measured = measure(
-        *(config, dataset, "test", known, dict.fromkeys(names, config), students),
-        serves=dict.fromkeys(names, (finished.serve,)),
-        costs=False,
-    )
-    told = [f"{name}@{k}" for name in ("survival", "value_captured") for k in report_at(config).ks]
+    serves = dict.fromkeys(names, (finished.serve,))
+    measured = measure(job, "test", students, serves=serves, costs=False)
+    columns = [f"{name}@{k}" for name in ("survival", "value_captured") for k in job.report_at.ks]
     return {
-        str(row["member"]): {name: row[name] for name in told}
+        str(row["member"]): {name: row[name] for name in columns}
         for row in measured.rows
         if row["role"] == "student"
     }

@@ -1,6 +1,6 @@
-"""Training runs: what teacher, single student and sweep have in common."""
+"""Training runs: devices, batches and evaluations of a teacher, a student or a cohort."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -16,16 +16,14 @@ from kd_ranker.batches.training import (
     TrainingBatches,
     training_batches,
 )
-from kd_ranker.config import identity, schema
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.evaluation.results import Row
-from kd_ranker.pipeline.measure import Students, measure, own_reference, reference
-from kd_ranker.pipeline.teachers import Teacher, version_of
+from kd_ranker.pipeline.job import Job
+from kd_ranker.pipeline.measure import Students, measure, trained_judge
 from kd_ranker.requests.records import Dataset
 from kd_ranker.sweep.memory import check_memory, exhaustion_reported
 from kd_ranker.training import checkpoints, recipes
-from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.loop import Evaluate, fit, scalar_name
 from kd_ranker.training.mapping import MAPPINGS, DeviceMap, members_axis
@@ -54,7 +52,7 @@ def device_mapping(
       config: the config.
       sizes: the number of members of each group.
       requests: of a batch.
-      devices: the devices; None takes those that the config asks for.
+      devices: the devices; None takes the first `parallel.devices`.
     """
     parallel = config.parallel
     devices = first_devices(parallel.devices) if devices is None else devices
@@ -66,9 +64,9 @@ def device_mapping(
 def devices_of_members(
     config: ConfigDict, sizes: Sequence[int], requests: int, devices: int
 ) -> int:
-    """The number of so many devices to spread members over; see `device_mapping`."""
+    """The number of devices, out of `devices`, to spread members over; see `device_mapping`."""
     parallel = config.parallel
-    # Members on devices of their own would leave fewer to deal rows to.
+    # Spreading members would leave fewer devices to share the rows of tables.
     if parallel.mapping == "pmap" or (parallel.tables == "sharded" and not parallel.members):
         return 1
     if parallel.members and sum(sizes) > 1:
@@ -93,72 +91,53 @@ def batches_of_run(
         needs,
         mapping.share,
         devices=mapping,
-        # Devices that are the host's own hold the data in its memory as well.
+        # CPU devices hold their data in the memory of the host.
         copies=1 + sum(device.platform == "cpu" for device in own_devices(config.parallel.devices)),
     )
 
 
 def progress_bar(name: str, steps: int) -> tqdm:
-    """The one bar of a run; absent where the output is no terminal."""
+    """The progress bar of a run, hidden where the output is not a terminal."""
     hidden = None if is_first() else True
     return tqdm(total=steps, desc=name, unit="step", disable=hidden, dynamic_ncols=True)
 
 
-def fit_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> tuple[Ranker, int]:
-    """Trains the teacher of `config` on user labels; returns it and its last step."""
-    free = schema.without_influence("teacher")
-    workdirs.claim(workdir, "train_teacher", config, dataset.identity, without=free)
-    group = recipes.teacher_group(config, dataset.spec)
-    serve = make_serve(group.recipe.model, group.recipe.mode)
-    section = config.teacher
+def fit_teacher(job: Job, workdir: Path) -> tuple[Ranker, int]:
+    """Train the teacher of a job on user labels; return it and its last step."""
+    (recipe,) = (group.recipe for group in job.groups)
+    serve = make_serve(recipe.model, recipe.mode)
 
     def ranker(states: States) -> Ranker:
         return Ranker(serve, select_member(states[0].parameters, 0))
 
     def progress(states: States) -> tuple[dict[str, float], str]:
-        teacher = own_reference(config, dataset, ranker(states), int(states[0].step))
-        limit = section.train.eval_limit
-        measured = measure(config, dataset, "validation", teacher, {}, [], limit=limit, costs=False)
+        judge = trained_judge(job, ranker(states), int(states[0].step))
+        limit = job.trainee.train.eval_limit
+        measured = measure(job, "validation", judge=judge, limit=limit, costs=False)
         return _evaluation_scalars(measured.rows[0], ""), ""
 
-    with progress_bar(workdir.name, section.train.steps) as bar:
-        whose = identity.of_teacher(config, dataset.identity)
-        states = _fit(config, dataset, section, [group], None, workdir, whose, progress, bar)
+    with progress_bar(workdir.name, job.trainee.train.steps) as bar:
+        states = _fit(job, workdir, progress, bar)
     return ranker(states), int(states[0].step)
 
 
-def fit_students(
-    config: ConfigDict,
-    dataset: Dataset,
-    teacher: Teacher | None,
-    members: Mapping[str, ConfigDict],
-    workdir: Path,
-    bar: tqdm,
-) -> list[Students]:
-    """Trains the students of `members`, by name, in one program on the same batches.
+def fit_students(job: Job, workdir: Path, bar: tqdm) -> list[Students]:
+    """Train the students of a job in one program on the same batches.
 
-    `config` says what they have in common; `bar` gets the steps of the one that takes most.
+    `bar` counts the steps of the student that takes the most.
     """
-    groups = recipes.student_groups(members, dataset.spec)
-    # A population that learns nothing from a teacher does not pay for one.
-    hears_it = "logged" in recipes.signals_of(groups)
-    live = teacher if hears_it and config.teacher.source == "live" else None
-    known = reference(config, dataset, teacher)
-    students = _students_of(groups)
+    students = _students_of(job.groups)
 
     def progress(states: States) -> tuple[dict[str, float], str]:
-        trained, limit = students(states), config.train.eval_limit
-        measured = measure(
-            config, dataset, "validation", known, members, trained, limit=limit, costs=False
-        )
-        return _progress_of_students(config, members, measured.rows)
+        trained, limit = students(states), job.trainee.train.eval_limit
+        measured = measure(job, "validation", trained, limit=limit, costs=False)
+        return _progress_of_students(job, measured.rows)
 
-    whose = students_identity(members, dataset, teacher)
-    return students(_fit(config, dataset, config, groups, live, workdir, whose, progress, bar))
+    return students(_fit(job, workdir, progress, bar))
 
 
 def _students_of(groups: Sequence[Group]) -> Callable[[States], list[Students]]:
-    """Builds the function from the states of groups to how their members rank."""
+    """Return the function from the states of groups to their trained students."""
     serves = [make_serve(group.recipe.model, group.recipe.mode) for group in groups]
 
     def students(states: States) -> list[Students]:
@@ -176,36 +155,31 @@ def _students_of(groups: Sequence[Group]) -> Callable[[States], list[Students]]:
 
 
 def trained_students(
-    dataset: Dataset, members: Mapping[str, ConfigDict], workdir: Path, whose: Identity
+    job: Job, workdir: Path, owner: Identity | None = None
 ) -> tuple[list[Students], int]:
-    """The students that `fit_students` has trained in `workdir`, and the last step of any.
+    """Restore the students that `fit_students` has trained, and the last step of any.
 
-    They are those of the newest checkpoint that can be read; none at step 0 if there is none.
+    The newest checkpoint that can be read counts; without any, the result is ([], 0).
+
+    Args:
+      job: their job.
+      workdir: the folder that they were trained in.
+      owner: the identity of their checkpoints; None takes that of the job.
     """
-    groups = recipes.student_groups(members, dataset.spec)
-    abstract = abstract_states(groups)
     with checkpoints.open_in(workdir) as saved:
-        states, step = checkpoints.restore(saved, abstract, None, whose)
-    return (_students_of(groups)(states) if step else []), step
+        abstract = abstract_states(job.groups)
+        states, step = checkpoints.restore(saved, abstract, None, owner or job.identity)
+    return (_students_of(job.groups)(states) if step else []), step
 
 
-def students_identity(
-    members: Mapping[str, ConfigDict], dataset: Dataset, teacher: Teacher | None
-) -> Identity:
-    """The identity of what `fit_students` trains."""
-    return identity.of_students(members, dataset.identity, version_of(teacher))
-
-
-def _progress_of_students(
-    config: ConfigDict, members: Mapping[str, ConfigDict], rows: Sequence[Row]
-) -> tuple[dict[str, float], str]:
-    """The scalars of an evaluation on the way, and which member does best."""
-    column = f"value_captured@{config.funnel.passed}"
+def _progress_of_students(job: Job, rows: Sequence[Row]) -> tuple[dict[str, float], str]:
+    """The scalars of an evaluation during training, and the member that is best so far."""
+    column = f"value_captured@{job.config.funnel.passed}"
     scalars: dict[str, float] = {}
     best, best_value = "", -np.inf
     for row in rows:
         name = str(row["member"])
-        if name not in members or row["serve"] != members[name].distill.serve:
+        if name not in job.members or row["serve"] != job.members[name].distill.serve:
             continue
         scalars |= _evaluation_scalars(row, name)
         value = row.get(column)
@@ -223,44 +197,30 @@ def _evaluation_scalars(row: Row, member: str) -> dict[str, float]:
     }
 
 
-def _fit(
-    config: ConfigDict,
-    dataset: Dataset,
-    section: ConfigDict,
-    groups: Sequence[Group],
-    live: Teacher | None,
-    workdir: Path,
-    whose: Identity,
-    progress: Evaluate,
-    bar: tqdm,
-) -> States:
-    """`fit` with what `section` (`config`, or `config.teacher`) says of batches and steps."""
+def _fit(job: Job, workdir: Path, progress: Evaluate, bar: tqdm) -> States:
+    """Train the groups of a job; memory that a device lacks becomes one line."""
     with exhaustion_reported():
-        run = prepare_run(config, dataset, section, groups, live)
-        return fit(run, section.train, workdir, whose, progress, bar)
+        run = prepare_run(job)
+        return fit(run, job.trainee.train, workdir, job.identity, progress, bar)
 
 
-def prepare_run(
-    config: ConfigDict,
-    dataset: Dataset,
-    section: ConfigDict,
-    groups: Sequence[Group],
-    live: Teacher | None,
-) -> Run:
-    """The run of these groups on the batches of `section`: `config`, or `config.teacher`."""
+def prepare_run(job: Job) -> Run:
+    """The run of a job: its groups on their batches, spread over the devices."""
+    config, dataset, groups, batch = job.config, job.dataset, job.groups, job.trainee.batch
     check_same("dataset", str(dataset.identity))
-    check_memory(config, groups, section.batch, dataset.spec)
-    sizes = [len(group.names) for group in groups]
-    mapping = device_mapping(config, sizes, section.batch.requests)
+    check_memory(config, groups, batch, dataset.spec)
+    mapping = device_mapping(config, [len(group.names) for group in groups], batch.requests)
     if jax.devices()[0].platform == "tpu":
         for line in padding_of(groups):
             logging.warning("%s", line)
+    # Students that learn nothing from a teacher do not pay for one.
+    live = job.live_teacher if "logged" in recipes.signals_of(groups) else None
     stage = TEACHER_STAGES[config.teacher.stage]
     teacher = LiveTeacher(live.model, stage) if live else None
     needs = recipes.needs(groups, teacher, stage)
-    batches = batches_of_run(config, dataset, section.batch, mapping, needs)
     frozen = Frozen(
         items=jax.tree.map(jnp.asarray, dataset.items),
         teacher=live.parameters if live else None,
     )
+    batches = batches_of_run(config, dataset, batch, mapping, needs)
     return make_run(groups, teacher, batches, frozen, mapping)

@@ -1,9 +1,7 @@
-"""The datasets and the trained teachers that the other commands ask for."""
+"""Trained teachers, and the datasets that students learn from under them."""
 
 import dataclasses
-import functools
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,28 +17,24 @@ from kd_ranker.embedding.row_optimizers import TPU_LANES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.models.model import Model, Parameters
+from kd_ranker.pipeline.datasets import LOG_TEACHER, SAME_FLAGS, dataset_of
 from kd_ranker.pipeline.remote import fetched, place_of
-from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
-from kd_ranker.sources.registry import SOURCES
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.placing import put
 from kd_ranker.training.state import select_member
 
-_SAME_FLAGS = "with the same --config flags"
-PREPARE_DATA = f"python -m experiments.prepare_data, {_SAME_FLAGS}"
-TRAIN_TEACHER = f"python -m experiments.train_teacher, {_SAME_FLAGS}"
-LOG_TEACHER = f"python -m experiments.log_teacher, {_SAME_FLAGS}"
+TRAIN_TEACHER = f"python -m experiments.train_teacher, {SAME_FLAGS}"
 
 
 class Teacher(NamedTuple):
     """A trained final ranker.
 
     Attributes:
-      model: what is fixed about it.
-      parameters: what it learned, on a device.
-      ranker: the same as the evaluation sees it.
+      model: its fixed part.
+      parameters: its trained parameters, on a device.
+      ranker: both, for the evaluation.
       version: a name for its exact weights.
       seed: the seed that it was trained with.
       step: its last step.
@@ -54,52 +48,20 @@ class Teacher(NamedTuple):
     step: int
 
 
-def version_of(teacher: Teacher | None) -> str:
-    """The version of a teacher; "" where the dataset's own logs stand in for one."""
-    return teacher.version if teacher else ""
-
-
-def dataset_of(config: ConfigDict, teacher_version: str = "") -> Dataset:
-    """The config's dataset, or the copy that a teacher has scored.
-
-    Raises:
-      UserError: it was not built.
-    """
-    return storage.open_dataset(
-        dataset_name(config, teacher_version),
-        config.data.dir,
-        made_by=LOG_TEACHER if teacher_version else PREPARE_DATA,
-    )
-
-
-def current_dataset(config: ConfigDict) -> Dataset:
-    """Opens the config's dataset for training.
-
-    Raises:
-      UserError: it was not built, or its raw files have changed since.
-    """
-    dataset = dataset_of(config)
-    SOURCES[config.data.name].check_unchanged(config.data, dataset.directory)
-    return dataset
-
-
-def teacher_and_dataset(
-    config: ConfigDict, dataset: Dataset | None = None
-) -> tuple[Teacher | None, Dataset]:
-    """The teacher that a student follows, and the dataset that it learns from.
+def teacher_and_dataset(config: ConfigDict, dataset: Dataset) -> tuple[Teacher | None, Dataset]:
+    """Open the teacher that a student follows, and the dataset that it learns from.
 
     With `teacher.source = "logged"` the probabilities come with the dataset: from the teacher in
-    `teacher.workdir`, or, if that is empty, from the dataset's own logs, and then there is no
-    teacher to return.
+    `teacher.workdir`, or, if that is empty, from the dataset's own logs, and then the teacher is
+    None.
 
     Args:
       config: the config.
-      dataset: its dataset, if that is open.
+      dataset: its dataset, without a teacher's scores.
 
     Raises:
-      UserError: the teacher or the dataset is missing, or the dataset holds no probabilities.
+      UserError: the teacher or its copy is missing, or the dataset holds no probabilities.
     """
-    dataset = dataset or dataset_of(config)
     if config.teacher.source == "live" or config.teacher.workdir:
         teacher = load_teacher(config, dataset)
         if config.teacher.source == "live":
@@ -115,30 +77,12 @@ def teacher_and_dataset(
     return None, dataset
 
 
-Opener = Callable[[ConfigDict], tuple[Teacher | None, Dataset]]
-
-
-def opener(config: ConfigDict, dataset: Dataset) -> Opener:
-    """The function from a config in which `teacher.workdir` may differ to `teacher_and_dataset`.
-
-    The last teacher stays open, so those of one teacher should follow each other.
-    """
-
-    @functools.lru_cache(maxsize=1)
-    def of_workdir(workdir: str) -> tuple[Teacher | None, Dataset]:
-        own = config.copy_and_resolve_references()
-        own.teacher.workdir = workdir
-        return teacher_and_dataset(own, dataset)
-
-    return lambda other: of_workdir(other.teacher.workdir)
-
-
 def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
-    """The trained teacher in `config.teacher.workdir`.
+    """Load the trained teacher in `config.teacher.workdir`.
 
     Raises:
-      UserError: there is none, it is not done, or it was trained for other tasks or other data, or
-        by another config than lies beside it.
+      UserError: it is missing or not finished, or it was trained for other tasks, on other data
+        or with another config than that in its workdir.
     """
     if not config.teacher.workdir:
         raise UserError(
@@ -152,11 +96,11 @@ def _load_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> Teache
     if not (workdir / workdirs.CONFIG_FILE).exists():
         raise UserError(f"no teacher at {workdir}; make it with: {TRAIN_TEACHER}")
     trained = workdirs.read_config(workdir)
-    there, here = dataset_name(trained), dataset_name(config)
-    if there != here:
+    other, own = dataset_name(trained), dataset_name(config)
+    if other != own:
         raise UserError(
-            f"the teacher at {workdir} was trained on {there} for {', '.join(trained.tasks)}, not "
-            f"on {here} for {', '.join(config.tasks)}; make one with: {TRAIN_TEACHER}"
+            f"the teacher at {workdir} was trained on {other} for {', '.join(trained.tasks)}, not "
+            f"on {own} for {', '.join(config.tasks)}; make one with: {TRAIN_TEACHER}"
         )
     workdirs.check_dataset(workdir, dataset.identity)
     group = recipes.teacher_group(trained, dataset.spec)

@@ -1,6 +1,5 @@
-"""The rankers that finished runs have left, whatever command they are of."""
+"""Rankers of finished runs, opened to be scored with or exported."""
 
-import contextlib
 import functools
 from pathlib import Path
 from typing import NamedTuple
@@ -16,6 +15,7 @@ from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.measured import check_whole
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import runs, teachers
+from kd_ranker.pipeline.job import Opened
 from kd_ranker.pipeline.remote import Place, fetched
 from kd_ranker.requests.records import Dataset
 from kd_ranker.serving.score import TrainedRanker
@@ -30,19 +30,19 @@ _RUNS = ("train_teacher", "train", "sweep")
 
 
 class Finished(NamedTuple):
-    """A ranker that a finished run has left.
+    """The ranker of a finished run.
 
     Attributes:
-      title: what it is, for people.
+      title: a description for people.
       role: "teacher" or "student".
       member: its name in a sweep; "" elsewhere.
       config: its own.
       serve: which of its probabilities it ranks by.
       model: its fixed part.
-      parameters: what it learned, on a device.
+      parameters: its trained parameters, on a device.
       version: a name for its exact weights.
-      dataset: the one whose terms it knows.
-      whose: the identity of its checkpoint.
+      dataset: the dataset that has its ids, means and deviations.
+      identity: that of its checkpoint.
     """
 
     title: str
@@ -54,19 +54,27 @@ class Finished(NamedTuple):
     parameters: Parameters
     version: str
     dataset: Dataset
-    whose: Identity
+    identity: Identity
 
     @property
     def mode(self) -> Mode:
-        """The way in which it met its labels; a teacher has met those of users alone."""
+        """The mode that it was trained with; that of a teacher is `none`."""
         return MODES[self.config.distill.mode if self.role == "student" else "none"]
 
 
-def config_of(workdir: Place) -> ConfigDict:
-    """The config of the run in a workdir, once what it names is registered.
+def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
+    """Read the config of the run in a workdir.
+
+    A run may use a loss, a mode or the like that its config file registers. A workdir can come from
+    anyone, so that file is executed only if the caller trusts it.
+
+    Args:
+      workdir: of any command.
+      trust: whether to execute the file at `registered_by`, which other config files need not be.
 
     Raises:
-      UserError: there is no run, or the file that registered a part of it is gone and missed.
+      UserError: there is no run, or its config names something that only that file registers and
+        the file is not trusted, or is missing.
     """
     with fetched(workdir, with_checkpoints=False) as folder:
         if not (folder / workdirs.CONFIG_FILE).exists():
@@ -75,67 +83,67 @@ def config_of(workdir: Place) -> ConfigDict:
                 f"experiments.{', .'.join(_RUNS)}"
             )
         config = workdirs.read_config(folder)
-    _register_for(config)
+    file = config.get("registered_by", "")
+    if file and not (trust and Path(file).is_file()):
+        devices = config.parallel.devices or config.parallel.members or 1
+        try:
+            checks.validate(config, devices)
+        except UserError as error:
+            if not trust:
+                raise UserError(
+                    f"the run at {workdir} needs {file}, which would be executed ({error}); if you "
+                    "trust that file, add --trust, or trust=True in Python"
+                ) from error
+        else:
+            return config  # everything that it names is known without the file
+    register(file)
     return config
 
 
-def _register_for(config: ConfigDict) -> None:
-    """Runs the file that may have registered what a config names.
-
-    Most config files register nothing, and a run is read after them, and on other machines.
-    """
-    file = config.get("registered_by", "")
-    if file and not Path(file).is_file():
-        devices = config.parallel.devices or config.parallel.members or 1
-        with contextlib.suppress(UserError):
-            checks.validate(config, devices)
-            return  # all that it names is known
-    register(file)
-
-
 @functools.lru_cache(maxsize=1)
-def ranker_again(workdir: Path, data_dir: str, member: str) -> TrainedRanker:
-    """`ranker_of`, once a process, for those that score one piece after the other."""
-    return ranker_of(workdir, data_dir, member)
+def cached_ranker_of(workdir: Path, data_dir: str, member: str, trust: bool) -> TrainedRanker:
+    """`ranker_of`, loaded once per process that scores several pieces."""
+    return ranker_of(workdir, data_dir, member, trust)
 
 
-def ranker_of(workdir: Path, data_dir: str, member: str) -> TrainedRanker:
-    """The ranker that a run has left, as scoring sees it; see `open_finished`."""
-    found = open_finished(workdir, member, data_dir=data_dir)
+def ranker_of(workdir: Path, data_dir: str, member: str, trust: bool) -> TrainedRanker:
+    """Open the ranker of a finished run for scoring; see `open_finished`."""
+    found = open_finished(workdir, member, data_dir=data_dir, trust=trust)
     ranker = Ranker(make_serve(found.model, found.mode), found.parameters)
     return TrainedRanker(found.title, found.role, ranker, found.serve, found.version, found.dataset)
 
 
-def open_finished(workdir: Path, member: str = "", serve: str = "", data_dir: str = "") -> Finished:
-    """The ranker that the run in a workdir has left.
-
-    A student needs no teacher any more: that need not be there.
+def open_finished(
+    workdir: Path, member: str = "", serve: str = "", data_dir: str = "", trust: bool = False
+) -> Finished:
+    """Open the ranker of a finished run; that of a student does not need its teacher.
 
     Args:
       workdir: of a teacher, a student or a sweep.
       member: of a sweep; "" takes the best one, see `results.best_member`.
       serve: its serving choice; "" takes that of its config, of a sweep the best.
-      data_dir: where its dataset lies; "" looks where its config says.
+      data_dir: the folder of its dataset; "" takes that of its config.
+      trust: see `config_of`.
 
     Raises:
-      UserError: there is no run or it is not finished, its dataset is not there or another one than
-        was trained on, or there is no such member or serving choice.
+      UserError: there is no run or it is not finished, its dataset is missing or has changed, or
+        there is no such member or serving choice.
     """
-    config = config_of(workdir)
+    config = config_of(workdir, trust)
     config.data.dir = data_dir or config.data.dir
     command = workdirs.owner_of(workdir)
     if command not in _RUNS:
         raise UserError(f"{workdir} is of experiments.{command}; name one of {', '.join(_RUNS)}")
     if member and command != "sweep":
         raise UserError(f"{workdir} holds one ranker, and no {member!r}; leave --member out")
-    dataset = teachers.dataset_of(config)
-    workdirs.check_dataset(workdir, dataset.identity)
+    opened = Opened(config)
+    workdirs.check_dataset(workdir, opened.dataset.identity)
     if command == "train_teacher":
-        found = _teacher(config, serve, dataset, workdir)
+        found = _teacher(config, serve, opened.dataset, workdir)
     elif command == "train":
-        found = _student(f"the student at {workdir}", serve, "", {"": config}, dataset, workdir)
+        found = _student(f"the student at {workdir}", serve, "", {"": config}, opened, workdir)
     else:
-        found = _member(member, serve, config, dataset, workdir)
+        found = _member(member, serve, config, opened, workdir)
     if not (workdir / results.FILE).exists():
         raise UserError(
             f"{found.title} is trained, but its run is not finished; finish it with: python -m "
@@ -145,7 +153,7 @@ def open_finished(workdir: Path, member: str = "", serve: str = "", data_dir: st
     return found
 
 
-def told(title: str, serve: str) -> str:
+def ranker_line(title: str, serve: str) -> str:
     """The line on a ranker for the terminal."""
     return f"ranker: {title}, by its probabilities {serve!r}"
 
@@ -164,14 +172,12 @@ def _teacher(config: ConfigDict, serve: str, dataset: Dataset, workdir: Path) ->
         parameters=teacher.parameters,
         version=teacher.version,
         dataset=dataset,
-        whose={**identity.of_teacher(config, dataset.identity), "version": teacher.version},
+        identity={**identity.of_teacher(config, dataset.identity), "version": teacher.version},
     )
 
 
-def _member(
-    member: str, serve: str, config: ConfigDict, dataset: Dataset, workdir: Path
-) -> Finished:
-    sweep = open_sweep(config, workdir, dataset.identity)
+def _member(member: str, serve: str, config: ConfigDict, opened: Opened, workdir: Path) -> Finished:
+    sweep = open_sweep(config, workdir, opened.dataset.identity)
     if member and member not in sweep.members:
         raise UserError(
             f"the sweep at {workdir} has no member {member!r}; it has: {', '.join(sweep.members)}"
@@ -184,35 +190,36 @@ def _member(
     best = results.best_member(sweep.validation(), member)
     if best is None and not member:
         raise UserError(
-            f"of the sweep at {workdir}, no student reaches what the best is chosen by on "
+            f"no student of the sweep at {workdir} reaches the criterion for the best on "
             f"validation; name one with --member: {', '.join(sweep.members)}"
         )
-    # One that is named may be of no use, but is what is asked for.
+    # A named member may miss the criterion.
     name, best_serve = best or (member, "")
     (index,) = (index for index, names in enumerate(sweep.plan) if name in names)
     how = "--member" if member else f"the best of {len(sweep.members)} on validation"
     title = f"member {name} of the sweep at {workdir} ({how})"
     folder = sweep.folders[index]
-    return _student(title, serve or best_serve, name, sweep.cohorts[index], dataset, folder)
+    return _student(title, serve or best_serve, name, sweep.cohorts[index], opened, folder)
 
 
 def _student(
-    title: str, serve: str, name: str, members: Cohort, dataset: Dataset, folder: Path
+    title: str, serve: str, name: str, members: Cohort, opened: Opened, folder: Path
 ) -> Finished:
     """The student `name` of those that were trained together in a folder."""
-    config = members[name]
+    config, dataset = members[name], opened.dataset
     serves = MODES[config.distill.mode].serve
-    # A mode without a choice does not look at the key.
+    # A mode without a choice ignores the key.
     serve = serve or (config.distill.serve if len(serves) > 1 else next(iter(serves)))
     check_choice("--serve", serve, serves)
-    # The teacher and the copy that it scored need not exist: their parts are taken as recorded.
-    whose = {
+    # The teacher and the copy that it scored may be gone: their identities are taken as recorded.
+    owner = {
         **checkpoints.recorded_identity(folder),
         **identity.of_members(members),
         **dataset.identity,
     }
-    groups, step = runs.trained_students(dataset, members, folder, whose)
-    steps = max(member.train.steps for member in members.values())
+    job = opened.job(members)
+    groups, step = runs.trained_students(job, folder, owner)
+    steps = job.config.train.steps
     if step < steps:
         raise UserError(
             f"{title} stopped at step {step} of {steps}; finish it with the command and the flags "
@@ -233,5 +240,5 @@ def _student(
         parameters=put(parameters),
         version=teachers.digest_of(parameters),
         dataset=dataset,
-        whose=whose,
+        identity=owner,
     )

@@ -22,10 +22,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from kd_ranker import api
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.training import BLOCK, BatchIterator
 from kd_ranker.configs import cascade
-from kd_ranker.pipeline import commands, teachers
+from kd_ranker.pipeline.job import Opened
 from kd_ranker.requests import row_files
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training.mapping import MAPPINGS
@@ -46,8 +47,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     config.data.train_requests = WRITTEN
     with tempfile.TemporaryDirectory() as folder:
         config.data.dir = folder
-        commands.prepare_data(config)
-        _, dataset = teachers.teacher_and_dataset(config)
+        api.prepare(config)
+        dataset = Opened(config).job({"": config}).dataset
         few, many = (repeated(dataset, number, Path(folder)) for number in (FEW, MANY))
         iterators, starts = {}, {}
         for name, of in {"memory": few, "cached": few, "cold": many}.items():

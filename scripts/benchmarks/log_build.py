@@ -20,8 +20,9 @@ from typing import Any
 
 import duckdb
 
+from kd_ranker import api
 from kd_ranker.configs import parquet
-from kd_ranker.pipeline import commands, teachers
+from kd_ranker.pipeline import datasets
 from kd_ranker.requests.request import SPLITS
 
 BAR, MEMORY = 1.5, 2.0  # times plain DuckDB; GiB
@@ -129,8 +130,8 @@ def ours(log: str, threads: int, folder: str) -> tuple[int, int]:
     config = parquet()
     config.data.path, config.data.dir = log, folder
     config.data.processes, config.data.memory = threads, MEMORY
-    commands.prepare_data(config)
-    columns = teachers.dataset_of(config).columns
+    api.prepare(config)
+    columns = datasets.dataset_of(config).columns
     return (
         sum(len(columns[split]) for split in SPLITS),
         int(sum(columns[split].kept.sum() for split in SPLITS)),

@@ -19,10 +19,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kd_ranker import api
 from kd_ranker.batches.cutting import Span, unpack
 from kd_ranker.batches.training import BLOCK
 from kd_ranker.configs import cascade
-from kd_ranker.pipeline import commands, teachers
+from kd_ranker.pipeline.job import Opened
 from kd_ranker.training.mapping import MAPPINGS
 from scripts.benchmarks import measuring
 from scripts.benchmarks.programs import Program, training_batches
@@ -37,8 +38,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     config.teacher.source = "logged"
     with tempfile.TemporaryDirectory() as folder:
         config.data.dir = folder
-        commands.prepare_data(config)
-        _, dataset = teachers.teacher_and_dataset(config)
+        api.prepare(config)
+        dataset = Opened(config).job({"": config}).dataset
         mapping = MAPPINGS["shard_map"](jax.devices()[:1])
         start = time.perf_counter()
         batches = iter(training_batches(config, dataset, devices=mapping, resident=True))

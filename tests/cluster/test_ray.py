@@ -7,9 +7,10 @@ import time
 
 import pytest
 
+from kd_ranker import api
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import commands, scoring, teachers
+from kd_ranker.pipeline import datasets, scoring
 from kd_ranker.sources.logs import ordered
 from kd_ranker.sweep.sweep import FOLDER
 from tests import small
@@ -52,7 +53,7 @@ def config_of(world, cluster, **changes):
 
 
 def test_a_sweep_whose_node_is_lost_ends_as_one_that_ran_here(world, cluster, tmp_path):
-    expected = world.made("of_ray", lambda to: commands.sweep(world.config(**CHANGES), to))
+    expected = world.made("of_ray", lambda to: api.sweep(world.config(**CHANGES), to))
     started, nodes = cluster
     workdir = tmp_path / "sweep"
     lost = threading.Event()
@@ -67,7 +68,7 @@ def test_a_sweep_whose_node_is_lost_ends_as_one_that_ran_here(world, cluster, tm
 
     killer = threading.Thread(target=lose_a_node, daemon=True)
     killer.start()
-    assert commands.sweep(config_of(world, started), workdir)
+    assert small.sweep(config_of(world, started), workdir)
     killer.join(timeout=60)
     assert lost.is_set()
     for table in TABLES:
@@ -82,12 +83,12 @@ def contents(folder, pattern):
 def test_a_teacher_logs_the_bytes_that_it_logs_here_though_a_node_is_lost(
     world, cluster, tmp_path, monkeypatch
 ):
-    dataset = teachers.dataset_of(world.config())
+    dataset = datasets.dataset_of(world.config())
     copied = tmp_path / "requests" / dataset.directory.parent.name
     shutil.copytree(dataset.directory.parent, copied)
     monkeypatch.setattr(scoring, "_BATCHES", 1)  # six shards
     config = world.config(data__dir=str(tmp_path))
-    directory = commands.log_teacher(config).dataset
+    directory = api.log_teacher(config).dataset
     expected = contents(directory, "*array_record*")
     shutil.rmtree(directory)
     started, nodes = cluster
@@ -102,7 +103,7 @@ def test_a_teacher_logs_the_bytes_that_it_logs_here_though_a_node_is_lost(
 
     threading.Thread(target=lose_a_node, daemon=True).start()
     on_ray = config_of(world, started, data__dir=str(tmp_path))
-    assert commands.log_teacher(on_ray).dataset == directory
+    assert api.log_teacher(on_ray).dataset == directory
     assert lost.wait(timeout=60)
     assert contents(directory, "*array_record*") == expected
     assert not list(tmp_path.glob(".scoring-*"))
@@ -114,9 +115,9 @@ def test_a_log_gets_the_scores_that_it_gets_here(cluster, tmp_path, monkeypatch)
     log = test_score.write_raw(tmp_path / "log", world.tested, files=2)
     config = test_score.config_for(world, "student", log)
     workdir = world.folder / "student"
-    expected, _ = commands.score(config, workdir, output=tmp_path / "here")
+    expected, _ = scoring.score_unseen(config, workdir, output=tmp_path / "here")
     config.launcher, config.ray.address = "ray", cluster[0].address
-    found, _ = commands.score(config, workdir, output=tmp_path / "there")
+    found, _ = scoring.score_unseen(config, workdir, output=tmp_path / "there")
     assert len(contents(expected.directory, "*.parquet")) == 2
     for pattern in ("*.parquet", "scores.json"):
         assert contents(found.directory, pattern) == contents(expected.directory, pattern)
@@ -163,10 +164,10 @@ def test_resources_that_no_machine_has_are_a_line(world, cluster, tmp_path):
     with pytest.raises(
         UserError, match=r"no machine of the cluster has ray\.cpus=1 and ray\.gpus=2"
     ):
-        commands.sweep(config, tmp_path / "sweep")
+        api.sweep(config, tmp_path / "sweep")
 
 
 def test_a_cluster_that_is_not_there_is_a_line(world, tmp_path):
     config = world.config(**CHANGES, launcher="ray", ray__address="localhost:1")
     with pytest.raises(UserError, match=r"no cluster of Ray at ray\.address='localhost:1'"):
-        commands.sweep(config, tmp_path / "sweep")
+        api.sweep(config, tmp_path / "sweep")

@@ -7,9 +7,10 @@ import time
 import fsspec
 import pytest
 
+from kd_ranker import api
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import commands, remote
+from kd_ranker.pipeline import remote
 from tests import small
 
 pytest.importorskip("s3fs", reason="s3fs is missing; scripts/test_cluster.sh installs it")
@@ -40,7 +41,7 @@ def names(store):
 
 
 def test_a_run_that_was_killed_goes_on_from_the_server(world, store):
-    expected = world.made("of_s3", lambda to: commands.train(world.config(**CHANGES), to))
+    expected = world.made("of_s3", lambda to: api.train(world.config(**CHANGES), to))
     flags = world.flags(URL, **CHANGES)
     program = [sys.executable, "-c", _SLOW, "experiments.train", *flags]
     with subprocess.Popen(program, cwd=small.ROOT, stderr=subprocess.PIPE, text=True) as process:
@@ -73,10 +74,10 @@ def test_a_run_that_was_killed_goes_on_from_the_server(world, store):
 def test_a_teacher_in_the_server_is_followed_and_a_sweep_is_reported_there(world, store):
     store.put(f"{world.teacher}/", "bucket/teacher/", recursive=True)
     config = world.config(**small.SWEEP, teacher__workdir="s3://bucket/teacher")
-    assert commands.sweep(config, "s3://bucket/sweep")
+    assert small.sweep(config, "s3://bucket/sweep")
     for table in (results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE):
         assert store.cat_file(f"bucket/sweep/{table}") == (world.sweep() / table).read_bytes()
-    answers, page = commands.report(["s3://bucket/sweep"], "s3://bucket/report")
+    answers, page = api.report("s3://bucket/sweep", output="s3://bucket/report")[:2]
     assert answers
     assert page == "s3://bucket/report/report.html"
     assert b"s3://bucket/sweep" in store.cat_file("bucket/report/report.html")

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kd_ranker import api
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import commands
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import make_rows, write_log
 
@@ -55,7 +55,7 @@ def test_spark_and_duckdb_make_the_same_dataset(tmp_path, by_request, texts, spl
         make_ids_large(log)
     changes = dict(split=split, rows="request" if by_request else "candidate")
     by_duckdb, by_spark = (
-        commands.prepare_data(faulty_logs.config(log, tmp_path / str(index), **changes, **engine))
+        api.prepare(faulty_logs.config(log, tmp_path / str(index), **changes, **engine))
         for index, engine in enumerate(({}, SPARK))
     )
     expected, found = files(by_duckdb), files(by_spark)
@@ -67,7 +67,7 @@ def test_without_spark_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "kd_ranker.sources.logs.spark_engine", None)
     log = write_log(tmp_path / "log", make_rows(1))
     with pytest.raises(UserError, match=r"data.engine='spark' needs the package pyspark .*spark"):
-        commands.prepare_data(faulty_logs.config(log, tmp_path, **SPARK))
+        api.prepare(faulty_logs.config(log, tmp_path, **SPARK))
 
 
 def test_a_setting_without_a_value_is_refused(tmp_path):

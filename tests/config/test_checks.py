@@ -74,7 +74,7 @@ def test_a_machine_that_hides_its_cpu_is_told_before_anything_long(monkeypatch):
         raise RuntimeError(f"Unknown backend {backend}")
 
     monkeypatch.setattr(jax, "local_devices", hidden)
-    with pytest.raises(UserError, match="JAX_PLATFORMS leaves out the CPU"):
+    with pytest.raises(UserError, match="JAX_PLATFORMS omits the CPU"):
         checks.validate(config_with())
 
 

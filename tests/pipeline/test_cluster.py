@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from kd_ranker import main
 from kd_ranker.config import registered
 from kd_ranker.configs import cascade
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import cluster, launch
+from kd_ranker.pipeline import cluster
 from tests.one_machine import OneMachine
 
 
@@ -88,7 +89,7 @@ def test_a_config_file_that_registers_a_loss_runs_where_the_tasks_do(ray, tmp_pa
     file = tmp_path / "my_loss.py"
     file.write_text(MY_LOSS)
     monkeypatch.chdir(tmp_path)
-    config, _ = launch.read_config_flag(["", "--config=my_loss.py"])
+    config = main.read_config("my_loss.py")
     assert config.registered_by == str(file)
     del LOSSES["of_mine"]  # as on another machine
     registered.register.cache_clear()
@@ -105,5 +106,5 @@ def test_a_config_file_that_registers_a_loss_runs_where_the_tasks_do(ray, tmp_pa
 
 @pytest.mark.parametrize("name", ["cascade:small", "configs/sweeps/cascade.py"])
 def test_a_config_of_the_package_registers_nothing(name):
-    config, _ = launch.read_config_flag(["", f"--config={name}"])
+    config = main.read_config(f"{name}")
     assert config.registered_by == ""

@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments import sweep as sweep_command
-from kd_ranker import manifest
+from kd_ranker import api, manifest
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.config.identity import dataset_name
@@ -20,7 +19,8 @@ from kd_ranker.evaluation import kept, results
 from kd_ranker.evaluation.metrics import TARGET, ReportAt
 from kd_ranker.evaluation.references import REFERENCES
 from kd_ranker.evaluation.saving import SAVINGS
-from kd_ranker.pipeline import commands, measure, runs, scoring, teachers
+from kd_ranker.pipeline import cohorts, datasets, measure, runs, scoring, teachers
+from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from kd_ranker.requests.columns import columns_of
@@ -64,13 +64,18 @@ def metrics(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def job_of(config):
+    """The job of the config's teacher."""
+    return Job(config, {}, Opened(config))
+
+
 def student_parameters(workdir):
     config = workdirs.read_config(workdir)
-    teacher, dataset = teachers.teacher_and_dataset(config)
-    (group,) = recipes.student_groups({"": config}, dataset.spec)
-    whose = runs.students_identity({"": config}, dataset, teacher)
+    job = Opened(config).job({"": config})
+    (group,) = job.groups
+    abstract = (jax.eval_shape(group.init),)
     with checkpoints.open_in(workdir) as saved:
-        (state,), step = checkpoints.restore(saved, (jax.eval_shape(group.init),), None, whose)
+        (state,), step = checkpoints.restore(saved, abstract, None, job.identity)
     assert step == config.train.steps
     return select_member(state.parameters, 0)
 
@@ -80,7 +85,7 @@ def test_train_leaves_what_the_contract_says(world, trained, mode):
     workdir = trained(mode)
     config = world.config(distill__mode=mode)
     frame = table(workdir)
-    assert list(frame.columns) == results.columns(config.tasks, measure.report_at(config))
+    assert list(frame.columns) == results.columns(config.tasks, job_of(config).report_at)
     assert frame["split"][frame["role"] == "teacher"].tolist() == ["validation", "test"]
     frame = frame[frame["role"] == "student"]
     assert frame["serve"].tolist() == list(MODES[mode].serve) * 2
@@ -106,25 +111,10 @@ def test_train_leaves_what_the_contract_says(world, trained, mode):
     assert [line["step"] for line in lines if "eval/user_bce/watch" in line] == [10]
 
 
-@pytest.mark.parametrize("command", ["train", "train_teacher"])
-def test_a_command_returns_its_rows_of_the_test(world, trained, tmp_path, command):
-    """Of a run that is done, which has them measured again."""
-    own = trained("none") if command == "train" else world.teacher
-    config = world.config(distill__mode="none")
-    if command == "train_teacher":
-        config = world.config(teacher__workdir="")
-    workdir = copy_of(own, tmp_path)
-    (row,) = getattr(commands, command)(config, workdir)
-    of_all = table(workdir)
-    # A student is measured beside its teacher, and that beside the references.
-    role, beside = ("student", "teacher") if command == "train" else ("teacher", "reference")
-    assert set(of_all["role"]) == {role, beside}
-    validation, test = of_all[of_all["role"] == role].to_dict("records")
-    assert (validation["split"], test["split"], row["split"]) == ("validation", "test", "test")
-    assert row["user_bce/watch"] == pytest.approx(test["user_bce/watch"], rel=1e-6)
-    # What each request adds is kept of the test, by the member.
+def test_what_each_test_request_adds_is_kept_by_member_and_serving_choice(trained):
+    of_all = table(workdir := trained("none"))
     of_requests = kept.read(workdir).each
-    assert (row["member"], "user") in of_requests
+    assert ("", "user") in of_requests
     assert len(of_requests) == (of_all["split"] == "test").sum()
 
 
@@ -158,14 +148,14 @@ def test_a_finished_run_is_left_as_it_is(world, trained, tmp_path):
         for path in workdir.rglob("*")
         if path.is_file() and "tfevents" not in path.name
     }
-    commands.train(world.config(distill__mode="shared"), workdir)
+    api.train(world.config(distill__mode="shared"), workdir)
     assert {path: path.read_bytes() for path in before} == before
 
 
 def log_teacher(world):
     """Two workers that write the same dataset at once would be in each other's way."""
     with world.locked("log_teacher"):
-        return commands.log_teacher(world.config()).dataset
+        return api.log_teacher(world.config()).dataset
 
 
 @pytest.mark.parametrize("mode", [pytest.param("aux", marks=pytest.mark.long), "shared"])
@@ -177,10 +167,10 @@ def test_a_logged_teacher_gives_the_student_of_the_live_one(world, tmp_path, mod
     live, logged = tmp_path / "live", tmp_path / "logged"
     for workdir in (live, logged):
         config = world.config(distill__mode=mode, teacher__source=workdir.name, **changes)
-        commands.train(config, workdir)
+        api.train(config, workdir)
     one, other = student_parameters(live), student_parameters(logged)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), one, other)
-    (group,) = recipes.student_groups({"": config}, teachers.dataset_of(config).spec)
+    (group,) = recipes.student_groups({"": config}, datasets.dataset_of(config).spec)
     start = select_member(group.init().parameters, 0)
     moved = jax.tree.map(lambda a, b: float(np.abs(a - np.asarray(b)).max()), one, start)
     assert max(jax.tree.leaves(moved)) > 0.02
@@ -193,9 +183,9 @@ def test_a_logged_teacher_gives_the_student_of_the_live_one(world, tmp_path, mod
 def test_logged_records_carry_the_teachers_version_and_no_other_counts(world):
     config = world.config()
     directory = log_teacher(world)
-    version = teachers.load_teacher(config, teachers.dataset_of(config)).version
+    version = teachers.load_teacher(config, datasets.dataset_of(config)).version
     assert f"-teacher-{version}" in directory.parent.name
-    dataset = teachers.dataset_of(config, version)
+    dataset = datasets.dataset_of(config, version)
     assert dataset.spec.teacher_version == version
     for split in SPLITS:
         requests = list(read_requests(dataset, split))
@@ -214,7 +204,7 @@ def test_logged_records_carry_the_teachers_version_and_no_other_counts(world):
 @pytest.fixture
 def apart(world, tmp_path, monkeypatch):
     """The config of a dataset that no other test scores, in shards of one batch: 4, 1 and 1."""
-    dataset = teachers.dataset_of(world.config())
+    dataset = datasets.dataset_of(world.config())
     copied = tmp_path / "requests" / dataset.directory.parent.name
     shutil.copytree(dataset.directory.parent, copied)
     monkeypatch.setattr(scoring, "_BATCHES", 1)
@@ -228,7 +218,7 @@ def record_files(directory):
 
 
 def test_scoring_in_shards_and_processes_gives_the_bytes_of_one_pass(apart, monkeypatch):
-    dataset = teachers.dataset_of(apart)
+    dataset = datasets.dataset_of(apart)
     teacher = teachers.load_teacher(apart, dataset)
 
     def fields(requests):
@@ -240,17 +230,18 @@ def test_scoring_in_shards_and_processes_gives_the_bytes_of_one_pass(apart, monk
     files = []
     loaded, load = [], teachers.load_teacher
     monkeypatch.setattr(
-        teachers, "load_teacher", lambda *arguments: loaded.append(0) or load(*arguments)
+        scoring, "load_teacher", lambda *arguments: loaded.append(0) or load(*arguments)
     )
+    scorer = scoring.Scorer(apart, dataset, teacher)
     for processes in (1, 2):
         apart.data.processes = processes
-        directory = commands.log_teacher(apart).dataset
-        scored = teachers.dataset_of(apart, teacher.version)
+        directory = api.log_teacher(apart).dataset
+        scored = datasets.dataset_of(apart, teacher.version)
         splits = scored.builder.info.splits
         assert splits["train"].shard_lengths == [16] * 4
         assert splits["validation"].shard_lengths == splits["test"].shard_lengths == [12]
         for split in SPLITS:
-            one_pass = scoring.scored_requests(apart, dataset, teacher, split)
+            one_pass = scoring.scored_requests(scorer, split)
             assert fields(read_requests(scored, split)) == fields(one_pass)
         files.append(record_files(directory))
         shutil.rmtree(directory)
@@ -260,15 +251,15 @@ def test_scoring_in_shards_and_processes_gives_the_bytes_of_one_pass(apart, monk
 
 
 def test_a_cluster_scores_the_bytes_of_this_process(apart, monkeypatch):
-    directory = commands.log_teacher(apart).dataset
+    directory = api.log_teacher(apart).dataset
     here = record_files(directory)
     shutil.rmtree(directory)
     scoring._opened.cache_clear()
     machine = OneMachine()
-    monkeypatch.setattr(commands.cluster, "_open", lambda address: machine)
+    monkeypatch.setattr(scoring.cluster, "_open", lambda address: machine)
     monkeypatch.chdir(Path.cwd())
     apart.launcher = "ray"
-    assert commands.log_teacher(apart).dataset == directory
+    assert api.log_teacher(apart).dataset == directory
     assert record_files(directory) == here
     assert len(machine.called) == 6
 
@@ -296,7 +287,7 @@ runpy.run_module("experiments.log_teacher", run_name="__main__")
 def test_scoring_that_was_killed_goes_on_with_the_shards_that_are_missing(
     world, apart, tmp_path, monkeypatch
 ):
-    directory = commands.log_teacher(apart).dataset
+    directory = api.log_teacher(apart).dataset
     whole = record_files(directory)
     shutil.rmtree(directory)
     killed = small.run("-c", _DYING, "3", *world.flags(tmp_path, data__dir=str(tmp_path)))
@@ -305,23 +296,23 @@ def test_scoring_that_was_killed_goes_on_with_the_shards_that_are_missing(
     score, scored = scoring.scored_requests, []
 
     def counting(*arguments):
-        scored.append(arguments[3:])
+        scored.append(arguments[1:])
         return score(*arguments)
 
     monkeypatch.setattr(scoring, "scored_requests", counting)
-    assert commands.log_teacher(apart).dataset == directory
+    assert api.log_teacher(apart).dataset == directory
     assert scored == [("train", 48, 64), ("validation", 0, 12), ("test", 0, 12)]
     assert record_files(directory) == whole
     assert not [*tmp_path.glob(".scoring-*")]
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]
     # A copy that is there is left alone, and not without a look.
-    assert commands.log_teacher(apart).dataset == directory
+    assert api.log_teacher(apart).dataset == directory
     (directory / "item_category.npy").unlink()
-    assert "item_category.npy is missing" in fault_of(commands.log_teacher, apart)
+    assert "item_category.npy is missing" in fault_of(api.log_teacher, apart)
 
 
 def test_kept_shards_are_of_the_same_batches_dataset_and_teacher(apart):
-    dataset = teachers.dataset_of(apart)
+    dataset = datasets.dataset_of(apart)
     teacher = teachers.load_teacher(apart, dataset)
 
     def folder(**changes):
@@ -330,17 +321,17 @@ def test_kept_shards_are_of_the_same_batches_dataset_and_teacher(apart):
             config.update_from_flattened_dict(
                 {key.replace("__", "."): value for key, value in changes.items()}
             )
-        return scoring.scoring_folder(config, dataset, teacher)
+        name = dataset_name(config, teacher.version)
+        return scoring.scoring_folder(scoring.Scorer(config, dataset, teacher), name)
 
     before = folder()
     apart.data.processes = 2
     assert folder() == before
     assert folder(evaluation__requests=8) != before
     assert folder(teacher__stage="passed") != before
-    other = teacher._replace(version="another")
-    assert scoring.scoring_folder(apart, dataset, other) != before
     changed = dataclasses.replace(dataset, identity={"dataset": "of other content"})
-    assert scoring.scoring_folder(apart, changed, teacher) != before
+    name = dataset_name(apart, teacher.version)
+    assert scoring.scoring_folder(scoring.Scorer(apart, changed, teacher), name) != before
 
 
 def test_a_process_that_scores_runs_the_file_that_registers(apart, tmp_path):
@@ -371,7 +362,7 @@ def chosen_by_hand(workdir):
 
 def test_a_sweep_has_one_row_a_model_and_serve_choice_on_validation(world, swept):
     frame, config = table(swept), world.config()
-    assert list(frame.columns) == results.columns(config.tasks, measure.report_at(config))
+    assert list(frame.columns) == results.columns(config.tasks, job_of(config).report_at)
     referred = ["reference"] * len(REFERENCES)
     of_splits = [["teacher", *["student"] * number, *referred] for number in (8, 4)]
     assert frame["role"].tolist() == [role for of in of_splits for role in of]
@@ -424,13 +415,11 @@ def test_the_test_is_read_by_chosen_settings_alone_as_each_member_measures_on_it
     tested = rows_of(swept, "test").set_index(["member", "serve"])
     assert sorted(tested.index) == sorted(chosen_by_hand(swept))
     members = sweep_members(config)
-    teacher, dataset = teachers.teacher_and_dataset(config)
-    whose = runs.students_identity(members, dataset, teacher)
-    students, step = runs.trained_students(dataset, members, swept / "cohorts" / "0", whose)
+    job = Opened(config).job(members)
+    students, step = runs.trained_students(job, swept / "cohorts" / "0")
     assert step == config.train.steps
-    known = measure.reference(config, dataset, teacher)
     # All serving choices, in a pass without references.
-    every = measure.measure(config, dataset, "test", known, members, students)
+    every = measure.measure(job, "test", students)
     kept_of_sweep = kept.read(swept / "cohorts" / "0" / "test").each
     for row in every.rows:
         who = row["member"], row["serve"]
@@ -472,7 +461,7 @@ def test_references_are_measured_as_what_they_know_allows(swept, split):
 def test_a_sweep_without_a_teacher_to_run_knows_neither_its_seed_nor_its_step(world, tmp_path):
     config = world.config(**SWEEP, teacher__source="logged", teacher__workdir="")
     config.update(sweep={"modes": ("none",), "seeds": (0,)})
-    commands.sweep(config, tmp_path)
+    api.sweep(config, tmp_path)
     rows = (tmp_path / results.FILE).read_text().splitlines()[1:]
     of_test = [row for row in rows if row.startswith("cascade,test")]
     for teacher_row, student_row, split in ((*rows[:2], "validation"), (*of_test[:2], "test")):
@@ -525,13 +514,13 @@ def copy_of(workdir, tmp_path):
 def test_a_complete_sweep_is_left_alone(world, swept, tmp_path):
     workdir = copy_of(swept, tmp_path)
     before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
-    assert not commands.sweep(world.config(**SWEEP), workdir)
+    assert not small.sweep(world.config(**SWEEP), workdir)
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
 
 
 def test_a_sweep_of_another_config_is_refused_with_the_keys(world, swept, tmp_path):
     config = world.config(**SWEEP, train__steps=30, sweep__weights=(1.0, 2.0))
-    fault = fault_of(commands.sweep, config, copy_of(swept, tmp_path))
+    fault = fault_of(api.sweep, config, copy_of(swept, tmp_path))
     assert "sweep.weights ([1.0] there, [1.0, 2.0] now), train.steps (20 there, 30 now)" in fault
 
 
@@ -545,7 +534,7 @@ def test_costs_of_ones_own_change_savings_alone_and_train_nothing(world, swept, 
         return {path: path.stat().st_mtime_ns for path in files}
 
     cohorts = written()
-    assert commands.sweep(world.config(**SWEEP, **costs), workdir)
+    assert small.sweep(world.config(**SWEEP, **costs), workdir)
     assert written() == cohorts
     before, after = table(swept), table(workdir)
     columns = list(SAVINGS)
@@ -555,7 +544,7 @@ def test_costs_of_ones_own_change_savings_alone_and_train_nothing(world, swept, 
     for _, of_seed in rows.groupby("seed"):
         saving = 1 - cost[of_seed.index] / cost[of_seed.index[0]]
         np.testing.assert_allclose(of_seed["saving_over_none"], saving, atol=1e-5)
-    assert not commands.sweep(world.config(**SWEEP, **costs), workdir)
+    assert not small.sweep(world.config(**SWEEP, **costs), workdir)
 
 
 # One more way: the mode none does not read the weight.
@@ -587,7 +576,7 @@ def extended(world, swept):
         shutil.copytree(swept, folder, dirs_exist_ok=True)
         with_results_on_validation(folder, be_bad)
         before = (folder / "cohorts" / "0" / results.FILE).stat().st_mtime_ns
-        assert commands.sweep(world.config(**MORE), folder)
+        assert small.sweep(world.config(**MORE), folder)
         assert (folder / "cohorts" / "0" / results.FILE).stat().st_mtime_ns == before
 
     return world.made("extended", extend)
@@ -611,15 +600,13 @@ def test_a_sweep_that_is_extended_trains_the_new_members_alone(world, swept, ext
     )
     workdir = copy_of(extended, tmp_path)
     # The same again has nothing to do, with and without the word.
-    assert not commands.sweep(world.config(**MORE), workdir)
-    assert not commands.sweep(world.config(**MORE | {"sweep__extend": False}), workdir)
+    assert not small.sweep(world.config(**MORE), workdir)
+    assert not small.sweep(world.config(**MORE | {"sweep__extend": False}), workdir)
     fewer = SWEEP | {"sweep__seeds": (0,), "sweep__extend": True}
-    fault = fault_of(commands.sweep, world.config(**fewer), workdir)
+    fault = fault_of(api.sweep, world.config(**fewer), workdir)
     assert "none-seed1, which config.sweep does not name" in fault
     other = MORE | {"train__steps": 30}
-    assert "train.steps (20 there, 30 now)" in fault_of(
-        commands.sweep, world.config(**other), workdir
-    )
+    assert "train.steps (20 there, 30 now)" in fault_of(api.sweep, world.config(**other), workdir)
 
 
 def test_a_better_setting_that_a_sweep_is_extended_by_is_the_one_read_on_the_test(swept, extended):
@@ -654,7 +641,7 @@ def test_another_choice_on_validation_is_another_one_read_on_the_test(world, swe
 
     with_results_on_validation(workdir, be_best)
     before = (workdir / "cohorts" / "0" / "metrics.jsonl").stat().st_mtime_ns
-    assert commands.sweep(world.config(**SWEEP), workdir)
+    assert small.sweep(world.config(**SWEEP), workdir)
     assert (workdir / "cohorts" / "0" / "metrics.jsonl").stat().st_mtime_ns == before
     tested = rows_of(workdir, "test")
     assert set(tested.loc[tested["mode"] == "aux", "serve"]) == {other}
@@ -673,13 +660,13 @@ def test_students_whose_checkpoint_is_lost_before_the_test_are_made_again(
         shutil.rmtree(cohort / "checkpoints")
     else:
         damage(cohort / "checkpoints" / "20")
-    assert commands.sweep(world.config(**SWEEP), workdir)
+    assert small.sweep(world.config(**SWEEP), workdir)
     for name in TABLES:
         assert (workdir / name).read_bytes() == (swept / name).read_bytes()
 
 
 def test_a_population_that_does_not_fit_is_split_and_ends_the_same(world, swept, tmp_path):
-    commands.sweep(world.config(**SWEEP, sweep__group_size=2), tmp_path)
+    api.sweep(world.config(**SWEEP, sweep__group_size=2), tmp_path)
     assert [path.name for path in sorted((tmp_path / "cohorts").iterdir())] == ["0", "1"]
     keys = ["split", "member", "serve"]
     split, whole = (table(workdir).set_index(keys) for workdir in (tmp_path, swept))
@@ -699,50 +686,49 @@ PARTS = {
 
 
 def part_of(world, workdir, part):
-    return commands.sweep(world.config(**PARTS, sweep__part=part), workdir)
+    """The lines on that part of a sweep."""
+    lines = []
+    api.sweep(world.config(**PARTS, sweep__part=part), workdir, show=lines.append)
+    return lines
 
 
-def test_a_sweep_in_parts_is_the_one_that_ran_at_once(world, tmp_path, capsys):
+def test_a_sweep_in_parts_is_the_one_that_ran_at_once(world, tmp_path):
     """Each part as a job of its own would do it, and in any order."""
     whole, workdir = tmp_path / "whole", tmp_path / "parts"
-    commands.sweep(world.config(**PARTS), whole)
+    api.sweep(world.config(**PARTS), whole)
     unplanned = f"{workdir} has no cohort for 2 of the sweep's 2 members; settle"
     for part in ("0", "join"):
         assert fault_of(part_of, world, workdir, part).startswith(unplanned)
     assert not workdir.exists()
-    assert part_of(world, workdir, "plan")
-    planned = world.config(**PARTS, sweep__part="plan")
-    assert commands.sweep_lines(planned, workdir) == ["cohorts: 2", "numbers: 0-1"]
+    assert part_of(world, workdir, "plan") == ["cohorts: 2", "numbers: 0-1"]
     assert not (workdir / "cohorts").exists()
     fault = fault_of(part_of, world, workdir, "2")
     assert fault.endswith(f"the sweep in {workdir} has 2 cohorts, numbered from 0 to 1")
     longer = world.config(**PARTS | {"train__steps": 5}, sweep__part="0")
-    fault = fault_of(commands.sweep, longer, workdir)
+    fault = fault_of(api.sweep, longer, workdir)
     assert "train.steps (4 there, 5 now)" in fault
-    assert part_of(world, workdir, "1")
-    assert not part_of(world, workdir, "1")
-    sweep_command.main(world.config(**PARTS, sweep__part="1"), workdir)
-    assert capsys.readouterr().out == "cohort 1 of 2 is trained\n"  # and the sweep is not complete
+    for _ in range(2):
+        assert part_of(world, workdir, "1") == ["cohort 1 of 2 is trained"]
     fault = fault_of(part_of, world, workdir, "join")
     assert (
         fault == f"{workdir} lacks 1 of its 2 cohorts: 0; train each by its number, as sweep.part=0"
     )
     assert not (workdir / results.FILE).exists()
-    assert part_of(world, workdir, "0")
-    assert part_of(world, workdir, "join")
+    part_of(world, workdir, "0")
+    assert part_of(world, workdir, "join") == []
     for file in (results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE):
         assert (workdir / file).read_bytes() == (whole / file).read_bytes()
     for part in ("plan", "join", ""):
-        assert not part_of(world, workdir, part)
+        assert "is complete; there is nothing to do" in part_of(world, workdir, part)[0]
 
 
 def test_a_cohort_that_trains_holds_itself_alone(world, tmp_path):
     part_of(world, tmp_path, "plan")
-    cohorts = [tmp_path / "cohorts" / number for number in ("0", "1")]
-    with hold(cohorts[0]):
+    first = tmp_path / "cohorts" / "0"
+    with hold(first):
         assert part_of(world, tmp_path, "1")
         for part in ("0", "", "join"):
-            assert fault_of(part_of, world, tmp_path, part).startswith(f"{cohorts[0]} is held by")
+            assert fault_of(part_of, world, tmp_path, part).startswith(f"{first} is held by")
     with hold(tmp_path):
         assert fault_of(part_of, world, tmp_path, "join").startswith(f"{tmp_path} is held by")
         assert part_of(world, tmp_path, "0")
@@ -753,10 +739,10 @@ def test_a_cohort_is_not_trained_under_another_teacher_than_was_planned(
     world, tmp_path, monkeypatch
 ):
     part_of(world, tmp_path, "plan")
-    monkeypatch.setattr(commands.teachers, "version_of", lambda teacher: "another")
+    monkeypatch.setattr(Job, "teacher_version", "another")
     fault = fault_of(part_of, world, tmp_path, "0")
     assert fault.endswith("and now it is another; use another --workdir")
-    assert fault_of(commands.train_cohort, tmp_path, 0) == f"cohort 0: {fault}"
+    assert fault_of(cohorts.train_cohort, tmp_path, 0) == f"cohort 0: {fault}"
 
 
 def test_a_sweep_on_several_devices_ends_the_same_and_goes_on_on_fewer(world, swept, tmp_path):
@@ -777,9 +763,9 @@ def test_a_sweep_on_several_devices_ends_the_same_and_goes_on_on_fewer(world, sw
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "save", killed_after_the_first)
         with pytest.raises(Killed):
-            commands.sweep(config, tmp_path)
+            api.sweep(config, tmp_path)
     config.parallel.update({"devices": 2, "members": 2})
-    commands.sweep(config, tmp_path)
+    api.sweep(config, tmp_path)
     spread, whole = (table(workdir).set_index(keys) for workdir in (tmp_path, swept))
     assert sorted(spread.index) == sorted(whole.index)
     numbers = whole.select_dtypes("number").columns
@@ -793,7 +779,7 @@ def test_a_member_that_diverges_is_marked_and_the_others_go_on(world, tmp_path, 
         "sweep__modes": ("none", "shared"),
         "sweep__axes__optimizer__learning_rate": (0.01, 1e30),
     }
-    commands.sweep(world.config(**axes, train__log_every=1), tmp_path)
+    api.sweep(world.config(**axes, train__log_every=1), tmp_path)
     frame = table(tmp_path)
     students = rows_of(tmp_path, "validation").set_index("member")
     diverged = students["learning_rate"] > 1
@@ -814,7 +800,7 @@ def test_a_member_that_diverges_is_marked_and_the_others_go_on(world, tmp_path, 
 def test_a_cohort_that_diverges_whole_does_not_keep_the_others_from_training(world, tmp_path):
     axes = {"sweep__modes": ("none",), "sweep__axes__optimizer__learning_rate": (1e30, 0.01)}
     config = world.config(**axes, sweep__group_size=1, train__log_every=1)
-    commands.sweep(config, tmp_path)
+    api.sweep(config, tmp_path)
     students = rows_of(tmp_path, "validation")
     assert students["non_finite_step"].notna().tolist() == [True, False]
     assert max(line["step"] for line in metrics(tmp_path / "cohorts" / "0")) < config.train.steps
@@ -822,20 +808,20 @@ def test_a_cohort_that_diverges_whole_does_not_keep_the_others_from_training(wor
     assert not (tmp_path / "cohorts" / "0" / "test").exists()
     assert rows_of(tmp_path, "test")["member"].tolist() == ["none-seed0"]
     assert rows_of(tmp_path, "test", "reference")["member"].tolist() == list(REFERENCES)
-    assert not commands.sweep(config, tmp_path)
+    assert not small.sweep(config, tmp_path)
 
 
 def test_a_sweep_of_which_all_diverge_has_the_teacher_and_references_on_the_test(world, tmp_path):
     axes = {"sweep__modes": ("none",), "sweep__axes__optimizer__learning_rate": (1e30,)}
     config = world.config(**axes, train__log_every=1)
-    assert commands.sweep(config, tmp_path)
+    assert small.sweep(config, tmp_path)
     frame = table(tmp_path)
     referred = ["reference"] * len(REFERENCES)
     assert frame["role"].tolist() == ["teacher", "student", *referred, "teacher", *referred]
     counts = frame["split"].value_counts().to_dict()
     assert counts == {"validation": 2 + len(REFERENCES), "test": 1 + len(REFERENCES)}
     assert frame[list(SAVINGS)].isna().all(axis=None)
-    assert not commands.sweep(config, tmp_path)
+    assert not small.sweep(config, tmp_path)
 
 
 def test_a_member_whose_last_update_is_not_finite_is_marked_too(world, tmp_path):
@@ -843,7 +829,7 @@ def test_a_member_whose_last_update_is_not_finite_is_marked_too(world, tmp_path)
     # Infinite as a float32.
     axes = {"sweep__modes": ("none",), "sweep__axes__optimizer__learning_rate": (0.01, 1e39)}
     short = {"train__steps": 1, "optimizer__schedule": "constant"}
-    commands.sweep(world.config(**axes, **short), tmp_path)
+    api.sweep(world.config(**axes, **short), tmp_path)
     students = rows_of(tmp_path, "validation")
     assert students["non_finite_step"].fillna(0).tolist() == [0, 1]
     assert students["user_bce/watch"].isna().tolist() == [False, True]
@@ -856,7 +842,7 @@ def test_an_extension_that_died_before_its_results_were_joined_is_not_complete(
     for name in (*TABLES, manifest.FILE):
         shutil.copy(swept / name, workdir / name)
     before = files_of(workdir / "cohorts")
-    assert commands.sweep(world.config(**MORE), workdir)
+    assert small.sweep(world.config(**MORE), workdir)
     assert files_of(workdir / "cohorts") == before
     for name in TABLES:
         assert (workdir / name).read_bytes() == (extended / name).read_bytes()
@@ -864,12 +850,12 @@ def test_an_extension_that_died_before_its_results_were_joined_is_not_complete(
 
 def test_a_workdir_belongs_to_one_command(world, swept, trained, tmp_path):
     workdir = copy_of(swept, tmp_path)
-    for command in (commands.train, commands.train_teacher):
+    for command in (api.train, api.train_teacher):
         fault = fault_of(command, world.config(**SWEEP), workdir)
         assert f"{workdir} belongs to a run of sweep" in fault
     assert (workdir / results.FILE).read_bytes() == (swept / results.FILE).read_bytes()
     single = copy_of(trained("shared"), tmp_path)
-    fault = fault_of(commands.sweep, world.config(distill__mode="shared"), single)
+    fault = fault_of(api.sweep, world.config(distill__mode="shared"), single)
     assert f"{single} belongs to a run of train;" in fault
 
 
@@ -880,16 +866,16 @@ def test_results_of_a_cohort_that_are_damaged_are_made_again(world, swept, tmp_p
         whole = path.read_bytes()
         path.write_bytes(whole[: len(whole) // 2])
     (workdir / results.CALIBRATION_FILE).unlink()
-    assert commands.sweep(world.config(**SWEEP), workdir)
+    assert small.sweep(world.config(**SWEEP), workdir)
     for name in TABLES:
         assert (workdir / name).read_bytes() == (swept / name).read_bytes()
     (workdir / "cohorts.json").write_text("{")
-    assert "cohorts.json is damaged" in fault_of(commands.sweep, world.config(**SWEEP), workdir)
+    assert "cohorts.json is damaged" in fault_of(api.sweep, world.config(**SWEEP), workdir)
 
 
 def test_orders_of_data_are_cohorts_that_pair_with_their_own_baseline(world, tmp_path):
     axes = {"sweep__modes": ("none", "shared"), "sweep__axes__batch__seed": (0, 5)}
-    commands.sweep(world.config(**axes), tmp_path)
+    api.sweep(world.config(**axes), tmp_path)
     for split in ("validation", "test"):
         students = rows_of(tmp_path, split)
         assert students["data_seed"].tolist() == [0, 0, 5, 5]
@@ -906,16 +892,16 @@ def test_a_whole_repeat_has_a_teacher_and_an_order_of_its_own(world, tmp_path):
         "sweep__modes": ("none", "shared"), "sweep__seeds": (0, 2), "sweep__whole_repeats": True,
         "teacher__workdir": "",
     }  # fmt: skip
-    made = commands.run(world.config(**changes), tmp_path / "whole")
-    test, validation = (rows_of(made.students, split) for split in ("test", "validation"))
+    made = api.run(world.config(**changes), tmp_path / "whole")
+    test, validation = (rows_of(made.students.workdir, split) for split in ("test", "validation"))
     for students in (test, validation):
         assert students["seed"].tolist() == students["data_seed"].tolist() == [0, 0, 2, 2]
     # A repeat is that of its three seeds, set by hand.
     alone = {"seed": 2, "batch__seed": 2, "teacher__batch__seed": 2}
     teacher = tmp_path / "teacher"
-    commands.train_teacher(world.config(**alone), teacher)
+    api.train_teacher(world.config(**alone), teacher)
     by_hand = {**alone, "teacher__workdir": str(teacher), "sweep__modes": ("none", "shared")}
-    commands.sweep(world.config(**by_hand, sweep__seeds=(2,)), tmp_path / "alone")
+    api.sweep(world.config(**by_hand, sweep__seeds=(2,)), tmp_path / "alone")
     for split, of_whole in (("validation", validation), ("test", test)):
         of_seed = of_whole[of_whole["seed"] == 2].reset_index(drop=True)
         expected = rows_of(tmp_path / "alone", split).reset_index(drop=True)
@@ -938,7 +924,7 @@ def test_a_sweep_under_another_teacher_is_refused(world, swept, tmp_path):
     plan = json.loads((workdir / "cohorts.json").read_text()) | {"teachers": ["elsewhere"]}
     (workdir / "cohorts.json").write_text(json.dumps(plan))
     (workdir / results.FILE).unlink()
-    fault = fault_of(commands.sweep, world.config(**SWEEP), workdir)
+    fault = fault_of(api.sweep, world.config(**SWEEP), workdir)
     assert "under the teacher elsewhere" in fault
 
 
@@ -956,7 +942,7 @@ def test_students_are_never_taken_for_others_that_are_extended_by(world, swept, 
     (workdir / "cohorts.json").unlink()
     before = files_of(workdir)
     others = world.config(**SWEEP | {"sweep__seeds": (2, 3), "sweep__extend": True})
-    fault = fault_of(commands.sweep, others, workdir)
+    fault = fault_of(api.sweep, others, workdir)
     assert f"{workdir / 'cohorts'} holds students, and cohorts.json, which says who they" in fault
     assert files_of(workdir) == before
 
@@ -970,7 +956,7 @@ def test_a_cohort_of_others_is_refused_with_their_names(world, swept, tmp_path, 
     (tmp_path / "cohorts.json").write_text(json.dumps({"teachers": versions, "cohorts": [names]}))
     if not finished:
         (tmp_path / "cohorts" / "0" / results.FILE).unlink()
-    fault = fault_of(commands.sweep, world.config(**SWEEP | {"sweep__seeds": (2, 3)}), tmp_path)
+    fault = fault_of(api.sweep, world.config(**SWEEP | {"sweep__seeds": (2, 3)}), tmp_path)
     assert f"{tmp_path / 'cohorts' / '0' / 'checkpoints' / '20'} belongs to another run" in fault
     there, now = (f"none-seed{a}, aux-weight1.0-seed{a}" for a in (0, 2))
     assert f"members ({there}, " in fault
@@ -983,7 +969,7 @@ def test_results_of_the_same_names_under_another_config_are_not_taken(world, swe
     shutil.copytree(swept, workdir)
     for name in ("config.json", "environment.json"):
         (workdir / name).unlink()
-    fault = fault_of(commands.sweep, world.config(**SWEEP, optimizer__warmup_steps=3), workdir)
+    fault = fault_of(api.sweep, world.config(**SWEEP, optimizer__warmup_steps=3), workdir)
     assert re.search(r"belongs to another run: config \(\w+ there, \w+ now\); use another", fault)
 
 
@@ -996,7 +982,7 @@ def test_a_cohort_whose_results_were_not_marked_is_measured_again(world, swept, 
         (folder / manifest.FILE).unlink()
         results_of_another = (folder / results.FILE).read_bytes().replace(b"0.", b"1.")
         (folder / results.FILE).write_bytes(results_of_another)
-    assert commands.sweep(world.config(**SWEEP), workdir)
+    assert small.sweep(world.config(**SWEEP), workdir)
     for name in (
         results.FILE,
         *(f"{of}{manifest.FILE}" for of in ("", "cohorts/0/", "cohorts/0/test/")),
@@ -1012,11 +998,11 @@ def test_a_changed_table_of_a_finished_sweep_is_told_and_made_again(world, swept
     content = path.read_bytes()
     path.write_bytes(content.replace(b"0.", b"1.", 1))
     if of != "cohorts/0":  # of which a report reads nothing
-        fault = fault_of(commands.report, [workdir], tmp_path / "report")
+        fault = fault_of(api.report, workdir, output=tmp_path / "report")
         assert f"{path} has changed; start the command that made it again" in fault
-    assert commands.sweep(world.config(**SWEEP), workdir)
+    assert small.sweep(world.config(**SWEEP), workdir)
     assert path.read_bytes() == content
-    assert not commands.sweep(world.config(**SWEEP), workdir)
+    assert not small.sweep(world.config(**SWEEP), workdir)
 
 
 def test_a_sweep_whose_plan_is_not_as_it_was_written_is_told(world, swept, tmp_path):
@@ -1025,10 +1011,10 @@ def test_a_sweep_whose_plan_is_not_as_it_was_written_is_told(world, swept, tmp_p
     path = workdir / "cohorts.json"
     text = path.read_text()
     path.write_text(text[:30])
-    fault = fault_of(commands.sweep, world.config(**SWEEP), workdir)
+    fault = fault_of(api.sweep, world.config(**SWEEP), workdir)
     assert f"{path} is damaged: " in fault
     path.write_text(text.replace("seed0", "seed1", 1))
-    fault = fault_of(commands.sweep, world.config(**SWEEP), workdir)
+    fault = fault_of(api.sweep, world.config(**SWEEP), workdir)
     assert "members (none-seed0 there, " in fault
 
 
@@ -1037,7 +1023,7 @@ def test_a_teacher_of_another_config_than_lies_beside_it_is_refused(world, tmp_p
     shutil.copytree(world.teacher, teacher)
     config = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps(config | {"seed": 5}))
-    fault = fault_of(commands.train, world.config(teacher__workdir=str(teacher)), tmp_path / "w")
+    fault = fault_of(api.train, world.config(teacher__workdir=str(teacher)), tmp_path / "w")
     assert "20 belongs to another run: config (" in fault
 
 
@@ -1046,7 +1032,7 @@ def test_a_killed_sweep_ends_as_if_it_had_never_been_killed(world, tmp_path):
     """Killed while it saves, in its second cohort, and in the test of the first."""
     axes = {**SWEEP, "sweep__group_size": 3, "train__checkpoint_every": 5, "train__log_every": 5}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    commands.sweep(world.config(**axes), whole)
+    api.sweep(world.config(**axes), whole)
     flags = world.flags(killed, **axes)
     for moment, name, at in (("saving", "0", 20), ("logging", "1", 15), ("writing", "test", 2)):
         small.run_and_kill("experiments.sweep", moment, name, at, flags)
@@ -1055,7 +1041,7 @@ def test_a_killed_sweep_ends_as_if_it_had_never_been_killed(world, tmp_path):
     assert [path.name for path in test.iterdir()] == [kept.FILE]
     measured = [killed / "cohorts" / cohort / results.FILE for cohort in "01"]
     before = [path.stat().st_mtime_ns for path in measured]
-    assert commands.sweep(world.config(**axes), killed)
+    assert small.sweep(world.config(**axes), killed)
     assert [path.stat().st_mtime_ns for path in measured] == before
     there, expected = (
         {path.relative_to(folder): content for path, content in files_of(folder).items()}
@@ -1082,16 +1068,16 @@ def test_a_run_with_damaged_checkpoints_ends_with_the_same_results(
     (workdir / results.FILE).unlink()
     for step in damaged:
         damage(workdir / "checkpoints" / str(step))
-    commands.train(world.config(distill__mode="shared"), workdir)
+    api.train(world.config(distill__mode="shared"), workdir)
     for name in (results.FILE, "metrics.jsonl"):
         assert (workdir / name).read_bytes() == (whole / name).read_bytes()
     set_aside = {int(path.name) for path in (workdir / "damaged_checkpoints").iterdir()}
     assert set_aside == set(damaged)
 
 
-def fault_of(command, *arguments):
+def fault_of(command, *arguments, **options):
     with pytest.raises(UserError) as caught:
-        command(*arguments)
+        command(*arguments, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -1101,13 +1087,13 @@ def test_without_a_dataset_each_command_names_the_one_that_makes_it(world, tmp_p
     workdir = tmp_path / "workdir"
     arguments = () if command == "log_teacher" else (workdir,)
     config = world.config(data__dir=str(tmp_path / "nowhere"))
-    fault = fault_of(getattr(commands, command), config, *arguments)
+    fault = fault_of(getattr(api, command), config, *arguments)
     assert str(tmp_path / "nowhere") in fault
     assert "python -m experiments.prepare_data" in fault
     assert not workdir.exists()
 
 
-@pytest.mark.parametrize("command", [commands.train, commands.sweep])
+@pytest.mark.parametrize("command", [api.train, api.sweep])
 @pytest.mark.parametrize("source", ["live", "logged"])
 def test_without_a_teacher_a_student_names_the_command_that_makes_it(
     world, tmp_path, command, source
@@ -1119,7 +1105,7 @@ def test_without_a_teacher_a_student_names_the_command_that_makes_it(
 
 
 def test_an_empty_teacher_workdir_is_named(world, tmp_path):
-    fault = fault_of(commands.train, world.config(teacher__workdir=""), tmp_path)
+    fault = fault_of(api.train, world.config(teacher__workdir=""), tmp_path)
     assert "teacher.workdir is empty" in fault
     assert "python -m experiments.train_teacher" in fault
 
@@ -1128,22 +1114,22 @@ def test_an_unfinished_teacher_says_how_far_it_is(world, tmp_path):
     teacher = tmp_path / "teacher"
     shutil.copytree(world.teacher, teacher)
     shutil.rmtree(teacher / "checkpoints" / "20")
-    fault = fault_of(commands.train, world.config(teacher__workdir=str(teacher)), tmp_path / "w")
+    fault = fault_of(api.train, world.config(teacher__workdir=str(teacher)), tmp_path / "w")
     assert "stopped at step 10 of 20; finish it with: python -m experiments.train_teacher" in fault
 
 
 def test_a_student_is_no_teacher_and_keeps_its_checkpoints(world, trained, tmp_path):
     workdir = trained("none")
     config = world.config(teacher__workdir=str(workdir))
-    assert "members (none-seed0 there, " in fault_of(commands.train, config, tmp_path / "w")
+    assert "members (none-seed0 there, " in fault_of(api.train, config, tmp_path / "w")
     assert (workdir / "checkpoints" / "20").is_dir()
     assert not (workdir / "damaged_checkpoints").exists()
 
 
 def test_a_teacher_of_other_tasks_is_named_with_its_tasks(world, tmp_path):
     config = world.config(tasks=("watch",), value_weights=(1.0,))
-    commands.prepare_data(config)
-    fault = fault_of(commands.train, config, tmp_path / "w")
+    api.prepare(config)
+    fault = fault_of(api.train, config, tmp_path / "w")
     assert re.search("trained on .* for watch, like, share, not on .* for watch;", fault)
 
 
@@ -1153,7 +1139,7 @@ def test_a_dataset_that_the_teacher_has_not_scored_names_the_command(world, tmp_
     monkeypatch.setattr(
         teachers, "load_teacher", lambda *arguments: load(*arguments)._replace(version=version)
     )
-    fault = fault_of(commands.train, world.config(teacher__source="logged"), tmp_path / "w")
+    fault = fault_of(api.train, world.config(teacher__source="logged"), tmp_path / "w")
     assert "teacher-another" in fault
     assert "python -m experiments.log_teacher" in fault
 
@@ -1162,26 +1148,24 @@ def test_a_workdir_of_another_config_names_the_keys_that_differ(world, trained, 
     workdir = copy_of(trained("shared"), tmp_path)
     before = (workdir / results.FILE).read_bytes()
     config = world.config(distill__mode="shared", distill__weight=3.0, seed=4)
-    fault = fault_of(commands.train, config, workdir)
+    fault = fault_of(api.train, config, workdir)
     assert "distill.weight (1.0 there, 3.0 now), seed (0 there, 4 now)" in fault
     assert (workdir / results.FILE).read_bytes() == before
 
 
 def test_data_that_is_there_is_left_alone(world):
-    directory = commands.prepare_data(world.config())
+    directory = api.prepare(world.config()).directory
     before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
-    assert commands.prepare_data(world.config()) == directory
+    assert api.prepare(world.config()).directory == directory
     assert {path: path.stat().st_mtime_ns for path in directory.iterdir()} == before
 
 
 def test_costs_are_those_of_the_teacher_that_was_trained(world):
     """Not of one that the student's own flags would describe."""
     config = world.config(teacher__width=64)
-    dataset = teachers.dataset_of(config)
-    teacher = teachers.load_teacher(config, dataset)
-    flops = measure.teacher_flops(config, dataset.spec, teacher)
-    assert flops == measure.teacher_flops(world.config(), dataset.spec, None)
-    assert flops != measure.teacher_flops(config, dataset.spec, None)
+    flops = measure.teacher_flops(Opened(config).job({"": config}))
+    assert flops == measure.teacher_flops(job_of(world.config()))
+    assert flops != measure.teacher_flops(job_of(config))
 
 
 def test_copies_scored_at_different_stages_are_different_datasets(world):
@@ -1196,7 +1180,7 @@ def test_copies_scored_at_different_stages_are_different_datasets(world):
 def test_a_run_on_several_devices_evaluates_on_its_way(world, trained, tmp_path, mapping):
     """The results are those of one device, up to rounding."""
     config = world.config(parallel__devices=4, parallel__mapping=mapping, train__eval_every=5)
-    commands.train(config, tmp_path)
+    api.train(config, tmp_path)
     assert any("eval/passed_for_99" in line for line in metrics(tmp_path))
     single = table(trained("shared"))
     for column in ("user_bce/watch", "teacher_kl/watch", "alignment_ratio"):
@@ -1208,11 +1192,11 @@ def test_a_state_that_is_not_finite_is_never_saved(world, tmp_path):
         optimizer__learning_rate=1e30, train__log_every=1000, train__checkpoint_every=4
     )
     with pytest.raises(UserError, match=r"loss stopped being finite at step \d+; try a"):
-        commands.train(config, tmp_path)
+        api.train(config, tmp_path)
     assert not [path for path in (tmp_path / "checkpoints").iterdir() if path.name.isdigit()]
 
 
-@pytest.mark.parametrize("command", [commands.train, commands.train_teacher])
+@pytest.mark.parametrize("command", [api.train, api.train_teacher])
 def test_a_last_update_that_is_not_finite_is_never_saved(world, tmp_path, command):
     """The loss was finite at the only step, and no later one would tell."""
     short = {}
@@ -1226,7 +1210,7 @@ def test_a_last_update_that_is_not_finite_is_never_saved(world, tmp_path, comman
 
 def test_the_funnels_own_k_and_the_criterions_target_are_always_reported(world):
     config = world.config(funnel__report_at=(10,), funnel__targets=(0.9,))
-    assert measure.report_at(config) == ReportAt([10, config.funnel.passed], [0.9, TARGET])
+    assert job_of(config).report_at == ReportAt([10, config.funnel.passed], [0.9, TARGET])
 
 
 @pytest.mark.parametrize(
@@ -1239,5 +1223,5 @@ def test_the_funnels_own_k_and_the_criterions_target_are_always_reported(world):
 def test_a_split_without_requests_is_one_line(world, tmp_path, key, message):
     config = world.config(**{f"data__{key}": 0}, data__dir=str(tmp_path))
     with pytest.raises(UserError, match=message):
-        commands.prepare_data(config)
+        api.prepare(config)
     assert not [*tmp_path.glob("requests/*/*.*.*")]

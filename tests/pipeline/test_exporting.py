@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from kd_ranker import manifest
+from kd_ranker import api, manifest
 from kd_ranker.batch import IN_BATCH
 from kd_ranker.batches.evaluation import evaluation_batches
 from kd_ranker.config.registered import register
@@ -17,7 +17,8 @@ from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.models.student import STUDENTS
-from kd_ranker.pipeline import commands, exporting, runs, teachers
+from kd_ranker.pipeline import datasets, exporting, runs, teachers
+from kd_ranker.pipeline.job import Opened
 from kd_ranker.pipeline.trained import open_finished
 from kd_ranker.serving import formats
 from kd_ranker.training import workdir as workdirs
@@ -44,7 +45,7 @@ def written(folder, workdir, **options):
         import jax2onnx  # noqa: F401
     except ImportError:
         there = ("jax",)
-    commands.export(workdir, folder, formats=there, **options)
+    api.export(workdir, folder, formats=there, **options)
     return folder
 
 
@@ -65,32 +66,52 @@ STUDENTS["of_mine"] = TwoTower
 """
 
 
-def test_a_run_whose_config_file_registers_its_student_is_opened_again(
+def test_a_config_file_that_registers_a_runs_student_is_executed_only_if_trusted(
     world, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(STUDENTS, "of_mine", None)  # removed when the test ends
-    file = tmp_path / "mine.py"
-    file.write_text(MY_STUDENT)
+
+    def forget():
+        """As in a later command, which has not read that config file."""
+        STUDENTS.pop("of_mine", None)
+        register.cache_clear()
+
+    file, marks = tmp_path / "mine.py", tmp_path / "marks"
+    file.write_text(f"{MY_STUDENT}\nwith open({str(marks)!r}, 'a') as file: file.write('run ')")
     register(str(file))
     changes = {"student__name": "of_mine", "registered_by": str(file), "train__steps": 2}
     config = world.config(distill__mode="none", **changes)
-    commands.train(config, tmp_path / "run")
-    # A later command has not read that config file.
-    del STUDENTS["of_mine"]
-    register.cache_clear()
-    assert open_finished(tmp_path / "run").config.student.name == "of_mine"
+    api.train(config, run := tmp_path / "run")
+    forget()
+    marks.unlink()
+    message = rf"the run at {run} needs {file}, .*'of_mine'.* add --trust"
+    for refused in (
+        lambda: open_finished(run),
+        lambda: api.export(run, tmp_path / "out", formats=("jax",)),
+        lambda: api.score(run, tmp_path / "log"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            refused()
+        assert "\n" not in str(caught.value)
+    shown = small.run("-m", "experiments.export", f"--workdir={run}", f"--out={tmp_path / 'out'}")
+    assert (shown.returncode, f"needs {file}" in shown.stderr) == (2, True)
+    assert not marks.exists()
+    assert not (tmp_path / "out").exists()
+    assert open_finished(run, trust=True).config.student.name == "of_mine"
+    assert marks.read_text() == "run "
+    # Once everything that the run names is known, the file is not needed.
+    assert open_finished(run).config.student.name == "of_mine"
     file.unlink()
-    del STUDENTS["of_mine"]
-    register.cache_clear()
+    forget()
     with pytest.raises(UserError, match=r"mine\.py, which registers what the config names"):
-        open_finished(tmp_path / "run")
+        open_finished(run, trust=True)
 
 
 def test_a_run_is_opened_without_its_config_file_where_that_has_registered_nothing(world, tmp_path):
     run = shutil.copytree(world.student("none"), tmp_path / "run")
     config = workdirs.read_config(run)
     config.registered_by = str(tmp_path / "of_another_machine.py")
-    workdirs.write_config(run, "train", config, teachers.dataset_of(config).identity)
+    workdirs.write_config(run, "train", config, datasets.dataset_of(config).identity)
     assert open_finished(run).config.registered_by == config.registered_by
 
 
@@ -138,12 +159,10 @@ def evaluated(ranker, name, dataset, config):
 
 def the_student(workdir):
     config = workdirs.read_config(workdir)
-    teacher, dataset = teachers.teacher_and_dataset(config)
-    members = {"": config}
-    whose = runs.students_identity(members, dataset, teacher)
-    (students,), _ = runs.trained_students(dataset, members, workdir, whose)
+    job = Opened(config).job({"": config})
+    (students,), _ = runs.trained_students(job, workdir)
     ranker = students.ranker._replace(parameters=select_member(students.ranker.parameters, 0))
-    return ranker, dataset, config
+    return ranker, job.dataset, config
 
 
 def assert_same(answers, batch, expected, value_weights):
@@ -184,7 +203,7 @@ def test_a_student_is_served_as_it_was_evaluated(exported, trained, tmp_path, ru
 @pytest.mark.parametrize("runtime", formats.FORMATS)
 def test_a_teacher_is_served_as_it_was_evaluated(world, exported_teacher, tmp_path, runtime):
     config = world.config()
-    dataset = teachers.dataset_of(config)
+    dataset = datasets.dataset_of(config)
     ranker = teachers.load_teacher(config, dataset).ranker
     batch, expected = evaluated(ranker, "user", dataset, config)
     fields = {field.name: np.asarray(getattr(batch, field.name)) for field in IN_BATCH}
@@ -203,8 +222,8 @@ def of_full_size(tmp_path_factory):
     config.parallel.devices = 1
     config.train.update(steps=200, eval_every=0)
     config.teacher.source = "logged"
-    commands.prepare_data(config)
-    commands.train(config, folder / "run")
+    api.prepare(config)
+    api.train(config, folder / "run")
     return folder / "run", written(folder / "export", folder / "run")
 
 
@@ -272,7 +291,7 @@ def test_fewer_bits_are_checked_and_their_cost_is_told(trained, tmp_path, items)
 def test_a_member_of_a_sweep_is_exported_by_its_name(world, tmp_path):
     swept = world.sweep()
     name = "aux-weight1.0-seed1"
-    commands.export(swept, tmp_path / "out", name, "teacher", formats=("jax",))
+    api.export(swept, tmp_path / "out", name, "teacher", formats=("jax",))
     described = json.loads((tmp_path / "out" / "export.json").read_text())
     assert described["difference"] < 1e-5
     table = results.read_csv(swept / results.FILE)
@@ -287,7 +306,7 @@ def test_a_member_of_a_sweep_is_exported_by_its_name(world, tmp_path):
 
 def finds_fault(message, *arguments, **options):
     with pytest.raises(UserError, match=message) as caught:
-        commands.export(*arguments, formats=("jax",), **options)
+        api.export(*arguments, formats=("jax",), **options)
     assert "\n" not in str(caught.value)
     folder = arguments[1]
     assert not [path for path in folder.parent.iterdir() if path.name.startswith(f".{folder.name}")]
@@ -304,7 +323,7 @@ def test_bad_input_is_told_in_a_line_and_leaves_nothing(world, trained, tmp_path
     with pytest.raises(
         UserError, match="--formats='tflite' does not exist; choose one of: jax, on"
     ):
-        commands.export(trained, out, formats=("tflite",))
+        api.export(trained, out, formats=("tflite",))
     finished = open_finished(trained)
     finished.config.student.compute_dtype = "bfloat16"
     exporting.check_choices(finished, "int8", ("jax",))

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 
 import kd_ranker as kd
+from kd_ranker.pipeline import cohorts
+from kd_ranker.sweep.members import sweep_members
 from tests import small
-
-SMALL = {"train.steps": 4, "train.eval_every": 0, "train.checkpoint_every": 4}
 
 
 @pytest.fixture(scope="module")
@@ -17,22 +17,9 @@ def world(tmp_path_factory):
     return small.open_world(tmp_path_factory)
 
 
-@pytest.fixture(scope="module")
-def students(world, tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("public") / "sweep"
-    config = world.config(**{key.replace(".", "__"): value for key, value in SMALL.items()})
-    config.teacher.workdir = ""
-    before = config.to_json()
-    swept = kd.sweep(
-        config,
-        workdir,
-        teacher=world.teacher,
-        modes=("none", "aux"),
-        weights=(0.3, 1),
-        axes={"distill.loss": ["topk"]},
-    )
-    assert config.to_json() == before
-    return swept
+@pytest.fixture
+def students(world):
+    return kd.Trained(world.sweep())
 
 
 def test_all_names_are_there_and_no_others():
@@ -52,21 +39,35 @@ from kd_ranker.sweep.members import sweep_members
 from kd_ranker import configs
 assert kd.configs is configs
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
 def test_to_import_the_package_takes_nothing_along():
     program = "import sys, kd_ranker; assert not {'jax', 'pandas'} & {*sys.modules}"
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True)
 
 
-def test_a_sweep_has_a_row_for_each_combination(students):
+def test_the_axes_of_a_sweep_replace_those_of_a_copy_of_its_config(world, tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(cohorts, "train_sweep", lambda config, *_: trained.append(config))
+    config = world.config(teacher__workdir="")
+    before = config.to_json()
+    axes = {"distill.loss": ["topk"]}
+    arguments = dict(teacher=world.teacher, modes=("none", "aux"), weights=(0.3, 1), axes=axes)
+    students = kd.sweep(config, f"{tmp_path}/sweep", **arguments)
+    assert config.to_json() == before
+    assert students.workdir == tmp_path / "sweep"
+    members = sweep_members(*trained).values()
+    found = {(of.distill.mode, of.distill.weight) for of in members}
+    assert found == {("none", 0.0), ("aux", 0.3), ("aux", 1.0)}
+    assert {of.distill.loss for of in members if of.distill.mode == "aux"} == {"topk"}
+    assert {of.teacher.workdir for of in members} == {str(world.teacher)}
+
+
+def test_what_was_trained_has_a_table_and_shows_itself(students):
     table = students.results
     assert isinstance(table, pd.DataFrame)
-    trained = table[(table.role == "student") & (table.split == "validation")]
-    found = {*zip(trained["mode"], trained.distill_weight, strict=True)}
-    assert found == {("none", 0.0), ("aux", 0.3), ("aux", 1.0)}
-    assert {*trained[trained["mode"] == "aux"].distill_loss} == {"topk"}
+    assert {*table[table.role == "student"]["mode"]} == {"none", "aux"}
     assert str(students.workdir) in str(students)
     assert "<pre>" in students._repr_html_()
 

@@ -17,10 +17,11 @@ import pytest
 from fsspec.implementations.memory import MemoryFile, MemoryFileSystem
 from fsspec.registry import known_implementations
 
+from kd_ranker import api
 from kd_ranker.config import defaults
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import commands, public, remote, stores
+from kd_ranker.pipeline import remote, stores
 from kd_ranker.requests import lock
 from kd_ranker.sweep.members import whole_repeat
 from kd_ranker.training.interruption import until_interrupted
@@ -94,19 +95,20 @@ def eventually(condition):
 
 def test_the_main_job_at_a_url_gives_the_bytes_that_it_gives_in_folders(world):
     config = world.config(**SWEEP, teacher__workdir="")
-    made = commands.run(config, "memory://bucket/main")
-    for url, folder in ((made.teacher, world.teacher), (made.students, world.sweep())):
-        there, here = contents(url), contents(folder)
+    made = api.run(config, "memory://bucket/main")
+    for trained, folder in ((made.teacher, world.teacher), (made.students, world.sweep())):
+        there, here = contents(trained.workdir), contents(folder)
         # Event files, and the data of checkpoints, have names of their own each time.
         names, others = ({name for name in of if not OWN.search(name)} for of in (there, here))
         assert names == others
         for name in there:
             if name.endswith((".csv", ".jsonl", ".npy", ".parquet", "cohorts.json")):
                 assert there[name] == here[name], name
-    assert made[0::3] == ("memory://bucket/main/teacher", "memory://bucket/main/report/report.html")
+    assert made.teacher.workdir == "memory://bucket/main/teacher"
+    assert made.page == "memory://bucket/main/report/report.html"
     # Whoever goes on elsewhere has the same config, and no folder of this machine.
-    own = json.loads(contents(made.students)["config.json"])
-    assert own["teacher"]["workdir"] == made.teacher
+    own = json.loads(contents(made.students.workdir)["config.json"])
+    assert own["teacher"]["workdir"] == made.teacher.workdir
     for name, content in contents("memory://bucket/main").items():
         if not name.endswith("commit_success.txt"):  # of Orbax, which nobody reads
             assert tempfile.gettempdir().encode() not in content, name
@@ -114,28 +116,29 @@ def test_the_main_job_at_a_url_gives_the_bytes_that_it_gives_in_folders(world):
     assert "memory://bucket/main/sweep</summary>" in page
     assert not mirrors()
 
-    trained = public.Trained(made.students)
-    assert len(trained.results)
-    assert f"results: {made.students}/results.csv" in str(trained)
+    assert len(made.students.results)
+    assert f"results: {made.students.workdir}/results.csv" in str(made.students)
     # There is nothing left to do, and nothing is sent but the signs of life.
     before = contents("memory://bucket/main/sweep")
-    assert not commands.sweep(
-        world.config(**SWEEP, teacher__workdir="memory://bucket/main/teacher"), made.students
+    assert not small.sweep(
+        world.config(**SWEEP, teacher__workdir="memory://bucket/main/teacher"),
+        made.students.workdir,
     )
     assert contents("memory://bucket/main/sweep") == before
     # The report beside its sweep, which it reads there, and two that are one too many.
-    public.report(made.students)
-    assert contents(made.students).keys() > {"report.html", "results.csv", "config.json"}
-    assert any(SEAL.format(20) in name for name in contents(made.students))
+    api.report(made.students)
+    assert contents(made.students.workdir).keys() > {"report.html", "results.csv", "config.json"}
+    assert any(SEAL.format(20) in name for name in contents(made.students.workdir))
     with pytest.raises(UserError, match="memory://bucket/main/sweep"):
-        commands.report([made.students, made.students], "memory://bucket/both")
+        api.report(made.students, made.students, output="memory://bucket/both")
     assert not contents("memory://bucket/both")
 
 
 def test_a_finished_run_at_a_url_is_exported(world, tmp_path):
     put(contents(world.teacher))
-    told = commands.export(URL, tmp_path / "served", formats=("jax",))
-    assert told.startswith(f"ranker: the teacher at {URL}, ")
+    lines = []
+    api.export(URL, tmp_path / "served", formats=("jax",), show=lines.append)
+    assert lines[0].startswith(f"ranker: the teacher at {URL}, ")
     assert (tmp_path / "served").is_dir()
     assert contents(URL) == contents(world.teacher)
     assert not mirrors()
@@ -145,7 +148,7 @@ def test_a_run_goes_on_from_whatever_has_lain_there(world, store, monkeypatch):
     """Each state that the URL was in may be all that is left, as after a kill."""
     changes = dict(train__log_every=1, train__checkpoint_every=4, train__eval_every=0)
     config = world.config(distill__mode="aux", **changes)
-    whole = world.made("often", lambda folder: commands.train(config, folder))
+    whole = world.made("often", lambda folder: api.train(config, folder))
     states = []
 
     def keep():
@@ -157,7 +160,7 @@ def test_a_run_goes_on_from_whatever_has_lain_there(world, store, monkeypatch):
     commit, remove = MemoryFile.commit, MemoryFileSystem._rm
     monkeypatch.setattr(MemoryFile, "commit", lambda file: (commit(file), keep()))
     monkeypatch.setattr(MemoryFileSystem, "_rm", lambda of, path: (remove(of, path), keep()))
-    commands.train(config, URL)
+    api.train(config, URL)
     monkeypatch.undo()
 
     ends = contents(URL)
@@ -170,7 +173,7 @@ def test_a_run_goes_on_from_whatever_has_lain_there(world, store, monkeypatch):
     )
     for number in (second - 2, second, removed, len(states) - 3):
         put(states[number])
-        commands.train(config, URL)
+        api.train(config, URL)
         there = contents(URL)
         for name in (*TABLES, "metrics.jsonl"):
             assert there[name] == ends[name] == (whole / name).read_bytes(), (number, name)
@@ -521,26 +524,26 @@ def test_a_url_that_is_of_no_use_is_a_line(world, tmp_path, monkeypatch):
     config = world.config(distill__mode="none")
     of_ray = world.config(**SWEEP, launcher="ray")
     with pytest.raises(UserError, match=r"^nope://a/b cannot be opened: ValueError: Protocol not"):
-        commands.train(config, "nope://a/b")
+        api.train(config, "nope://a/b")
     with pytest.raises(UserError, match=r"^absent://a/b: a package for absent:// is missing; inst"):
-        commands.train(config, "absent://a/b")
+        api.train(config, "absent://a/b")
     with pytest.raises(UserError, match=rf"^--workdir={URL}: it is shared by all that train coho"):
-        commands.sweep(of_ray, URL)
+        api.sweep(of_ray, URL)
     with pytest.raises(UserError, match=r"^no teacher at memory://absent; make it with: python"):
-        commands.train(world.config(teacher__workdir="memory://absent"), URL)
+        api.train(world.config(teacher__workdir="memory://absent"), URL)
     with pytest.raises(UserError, match=r"^no run at memory://absent: it holds no config\.json"):
-        commands.export("memory://absent", tmp_path / "out")
-    with pytest.raises(UserError, match=r"^data\.dir=s3://a: datasets lie in a folder of this mac"):
-        commands.train(world.config(data__dir="s3://a"), URL)
+        api.export("memory://absent", tmp_path / "out")
+    with pytest.raises(UserError, match=r"^data\.dir=s3://a: datasets need a folder of this mac"):
+        api.train(world.config(data__dir="s3://a"), URL)
     with pytest.raises(UserError, match=rf"^--workdir={URL}: it writes to a folder of this machin"):
-        commands.first_config(defaults.get_config("parquet"), URL)
+        api.first_config(defaults.get_config("parquet"), URL)
     with pytest.raises(UserError, match=r"^output=s3://a/out: it writes to a folder of this mach"):
-        public.export(world.teacher, "s3://a/out")
+        api.export(world.teacher, "s3://a/out")
     assert not contents("memory://")
     with monkeypatch.context() as several:
         several.setattr(stores, "are_several", lambda: True)
         with pytest.raises(UserError, match=rf"^{URL}: several processes \(parallel\.processes=Tr"):
-            commands.train(config, URL)
+            api.train(config, URL)
     refused = PermissionError("no credentials")
 
     def refuse(*_, **__):
@@ -548,7 +551,7 @@ def test_a_url_that_is_of_no_use_is_a_line(world, tmp_path, monkeypatch):
 
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", refuse)
     with pytest.raises(UserError, match=rf"^{URL} cannot be reached: PermissionError: no creden"):
-        commands.train(config, URL)
+        api.train(config, URL)
     assert not mirrors()
 
 

@@ -3,9 +3,9 @@ import json
 import numpy as np
 import pytest
 
-from kd_ranker.pipeline import runs, teachers
-from kd_ranker.pipeline.measure import measure, reference
-from kd_ranker.sweep.members import common
+from kd_ranker.pipeline import runs
+from kd_ranker.pipeline.job import Opened
+from kd_ranker.pipeline.measure import measure
 from tests import small
 
 
@@ -16,12 +16,10 @@ def world(tmp_path_factory):
 
 def trained(members, workdir):
     """The rows of members that train in one program, by name, and the lines of `metrics.jsonl`."""
-    config = common(members)
-    teacher, dataset = teachers.teacher_and_dataset(config)
+    job = Opened(next(iter(members.values()))).job(members)
     with runs.progress_bar("", 20) as bar:
-        students = runs.fit_students(config, dataset, teacher, members, workdir, bar)
-    known = reference(config, dataset, teacher)
-    measured = measure(config, dataset, "test", known, members, students)
+        students = runs.fit_students(job, workdir, bar)
+    measured = measure(job, "test", students)
     rows = {name: [row for row in measured.rows if row["member"] == name] for name in members}
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return rows, [json.loads(line) for line in lines]

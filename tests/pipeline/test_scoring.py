@@ -14,11 +14,9 @@ def test_shards_cover_a_split_in_whole_batches_and_are_not_many(requests):
     splits = {"train": SimpleNamespace(num_examples=requests)}
     dataset = SimpleNamespace(builder=SimpleNamespace(info=SimpleNamespace(splits=splits)))
     teacher = SimpleNamespace(version="v1")
+    scorer = scoring.Scorer(config, dataset, teacher)
     one, several = (
-        [
-            shard.args[-3:]
-            for shard in scoring.scoring_shards(config, dataset, teacher, is_elsewhere, "train")
-        ]
+        [shard.args[-3:] for shard in scoring.scoring_shards(scorer, is_elsewhere, "train")]
         for is_elsewhere in (False, True)
     )
     assert one == several

@@ -12,7 +12,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
-from kd_ranker.pipeline import commands
+from kd_ranker import api
 from tests.report import sweeps
 
 FIGURES = 10
@@ -24,7 +24,7 @@ def page(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     one = sweeps.write_sweep(folder / "one", weights=sweeps.WEIGHTS)
     two = sweeps.write_sweep(folder / "two", "movielens_100k", weights=sweeps.WEIGHTS)
-    return commands.report([one, two], folder)[1]
+    return api.report(one, two, output=folder).page
 
 
 class Elements(HTMLParser):
@@ -71,7 +71,7 @@ def test_every_dataset_has_its_answer_figures_claims_and_config(page):
 def test_what_a_config_says_cannot_break_the_page(tmp_path):
     name = "<script>alert(1)</script>"
     sweep = sweeps.write_sweep(tmp_path, modes=("none",), seeds=(0,), changes={"data.path": name})
-    text = commands.report([sweep], tmp_path)[1].read_text()
+    text = api.report(sweep, output=tmp_path).page.read_text()
     assert name not in text
     assert "&lt;script&gt;alert(1)" in text
 
@@ -162,13 +162,13 @@ def test_a_click_in_the_legend_fades_the_other_lines_and_one_beside_it_brings_th
 
 def column(browser, place):
     return browser.execute_script(
-        "return [...document.querySelectorAll('table.sortable')[1].tBodies[0].rows]"
+        "return [...document.querySelectorAll('table.sortable').page.tBodies[0].rows]"
         f".map((row) => row.cells[{place}].dataset.value)"
     )
 
 
 def test_a_click_on_a_columns_title_sorts_and_a_second_turns_it_round(loaded):
-    table = loaded.find_elements(By.CSS_SELECTOR, "table.sortable")[1]
+    table = loaded.find_elements(By.CSS_SELECTOR, "table.sortable").page
     titles = [it.text.split(" ↕")[0] for it in table.find_elements(By.CSS_SELECTOR, "th")]
     place = titles.index("passed for 99%")
     header = table.find_elements(By.CSS_SELECTOR, "th")[place]
@@ -188,7 +188,7 @@ def test_a_click_on_a_columns_title_sorts_and_a_second_turns_it_round(loaded):
 
 
 def test_empty_cells_stay_last(loaded):
-    table = loaded.find_elements(By.CSS_SELECTOR, "table.sortable")[1]
+    table = loaded.find_elements(By.CSS_SELECTOR, "table.sortable").page
     button = table.find_elements(By.CSS_SELECTOR, "th button")[2]
     assert button.text.startswith("weight")
     for _ in range(2):

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 import vl_convert
 
+from kd_ranker import api
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import commands
 from kd_ranker.report import charts
 from kd_ranker.requests.lock import hold
 from tests import small
@@ -31,7 +31,7 @@ def files_below(folder: Path) -> dict[str, bytes]:
 
 
 def report(workdir: Path) -> tuple[str, str]:
-    (sentence,), page = commands.report([workdir], workdir)
+    (sentence,), page = api.report(workdir, output=workdir)[:2]
     return sentence, page.read_text()
 
 
@@ -48,7 +48,7 @@ def written(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report")
     sweep, output = sweeps.write_sweep(folder / "sweep"), folder / "output"
     before = files_below(sweep)
-    answers, page = commands.report([sweep], output)
+    answers, page = api.report(sweep, output=output)[:2]
     assert files_below(sweep) == before
     assert page == output / "report.html"
     assert answers[0].startswith("cascade: ")
@@ -67,7 +67,7 @@ def test_what_is_written(written):
 
 
 def test_the_same_inputs_give_the_same_bytes(written, tmp_path):
-    commands.report([written[0]], tmp_path)
+    api.report(written[0], output=tmp_path)
     one, other = files_below(written[1]), files_below(tmp_path)
     assert one.keys() == other.keys()
     assert [name for name in one if one[name] != other[name]] == []
@@ -87,9 +87,9 @@ def test_the_numbers_are_there_in_full(written):
 def test_a_sweep_that_is_being_written_is_reported_elsewhere_and_not_into_its_folder(tmp_path):
     sweep = sweeps.write_sweep(tmp_path / "sweep")
     with hold(sweep):
-        assert commands.report([sweep], tmp_path / "output")[1].exists()
+        assert api.report(sweep, output=tmp_path / "output").page.exists()
         with pytest.raises(UserError, match=f"{sweep} is held by process"):
-            commands.report([sweep], sweep)
+            api.report(sweep, output=sweep)
 
 
 def test_latex_is_whole(written):
@@ -113,7 +113,7 @@ def test_latex_is_whole(written):
 @pytest.mark.usefixtures("quick")
 def test_markdown_is_whole(tmp_path):
     sweep = sweeps.write_sweep(tmp_path, frozen=["shared-weight1.0-seed1"])
-    commands.report([sweep], sweep)
+    api.report(sweep, output=sweep)
     text = (sweep / "tables" / "cascade.md").read_text()
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in lines}) == 1
@@ -224,7 +224,7 @@ def test_what_data_allow_let_pass_stands_below_the_answer(tmp_path):
     for seed, part in enumerate(parts):
         sweeps.write_sweep(part, seeds=(seed,))
         (part / "data_report.json").write_text(json.dumps(told))
-    (sentence,), page = commands.report(parts, tmp_path)
+    (sentence,), page = api.report(*parts, output=tmp_path)[:2]
     answer, warning = sentence.splitlines()
     assert "final ranker needs" in answer
     assert warning == (
@@ -233,7 +233,7 @@ def test_what_data_allow_let_pass_stands_below_the_answer(tmp_path):
     assert f'<p class="caveat warning">{warning}</p>' in page.read_text()
     (parts[0] / "data_report.json").write_text("{")
     with pytest.raises(UserError, match=r"one/data_report.json is damaged"):
-        commands.report(parts, tmp_path)
+        api.report(*parts, output=tmp_path)
 
 
 @pytest.mark.usefixtures("quick")
@@ -264,7 +264,7 @@ def test_the_entry_point_prints_the_answers_and_the_page(tmp_path):
 def test_results_of_an_older_release_are_one_line(tmp_path):
     sweeps.change(sweeps.write_sweep(tmp_path), lambda frame: frame.drop(columns="split"))
     with pytest.raises(UserError, match="of an older release; run the sweep anew") as caught:
-        commands.report([tmp_path], tmp_path)
+        api.report(tmp_path, output=tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "report.html").exists()
 

@@ -12,13 +12,14 @@ import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
 
-from kd_ranker import manifest
+from kd_ranker import api, manifest
 from kd_ranker.batch import CandidateBatch, Items
 from kd_ranker.batches.cutting import full_fields
 from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import commands, runs, teachers
+from kd_ranker.pipeline import datasets, runs, scoring
+from kd_ranker.pipeline.job import Opened
 from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import read_requests
 from kd_ranker.serving import check, score
@@ -77,11 +78,11 @@ def make_world(folder: Path) -> World:
     config.teacher.workdir = str(folder / "teacher")
     config.evaluation.requests = 8
     config.sweep.update(modes=("none",), seeds=(0, 1))
-    commands.prepare_data(config)
-    commands.train_teacher(config, folder / "teacher")
+    api.prepare(config)
+    api.train_teacher(config, folder / "teacher")
     config.distill.mode, config.distill.serve = "aux", "blend"
-    commands.train(config, folder / "student")
-    commands.sweep(config, folder / "sweep")
+    api.train(config, folder / "student")
+    api.sweep(config, folder / "sweep")
     return World(folder, rows, config)
 
 
@@ -119,7 +120,7 @@ def scores_in(directory: Path, columns: tuple[str, ...], by_request: bool = Fals
 
 def requests_of_test(world: World) -> dict[Any, tuple[Any, list[Any]]]:
     """Request as in the log -> the request of the dataset, and its items as in the log."""
-    dataset = teachers.dataset_of(world.config)
+    dataset = datasets.dataset_of(world.config)
     table = pq.read_table(dataset.directory / "vocabularies/item.parquet").to_pydict()
     items = dict(zip(table["id"], table["value"], strict=True))
     name = {row.of_request["time"]: row.of_request["request_id"] for row in world.rows}
@@ -131,16 +132,13 @@ def requests_of_test(world: World) -> dict[Any, tuple[Any, list[Any]]]:
 
 def student_of(world: World, workdir: Path, member: str = ""):
     config = workdirs.read_config(workdir)
-    teacher, dataset = teachers.teacher_and_dataset(config)
-    members = {"": config}
-    whose = runs.students_identity(members, dataset, teacher)
-    (group,), _ = runs.trained_students(dataset, members, workdir, whose)
+    (group,), _ = runs.trained_students(Opened(config).job({"": config}), workdir)
     return group.ranker.serve, select_member(group.ranker.parameters, 0)
 
 
 def served(world: World, serve: Any, parameters: Any, name: str, items: Any = None) -> Scores:
     """What a ranker says of the test requests as the dataset has them, one by one."""
-    dataset = teachers.dataset_of(world.config)
+    dataset = datasets.dataset_of(world.config)
     known = items or dataset.items
     scores = {}
     for id_, (request, names) in requests_of_test(world).items():
@@ -165,12 +163,12 @@ def test_a_held_out_log_has_the_teachers_scores_of_the_dataset(world, tmp_path, 
     log = write_raw(tmp_path / "log", world.tested, by_request, files=2, shuffle=3)
     rows = "request" if by_request else "candidate"
     config = config_for(world, "teacher", log, **{"data.rows": rows})
-    scored, _ = commands.score(config, world.folder / "teacher", output=tmp_path / "out")
+    scored, _ = scoring.score_unseen(config, world.folder / "teacher", output=tmp_path / "out")
     assert scored.columns == (
         *(f"teacher_probability_{task}" for task in TASKS), "teacher_value", "teacher_version",
     )  # fmt: skip
     found = scores_in(scored.directory, scored.columns[:-1], by_request)
-    logged = commands.log_teacher(world.config)
+    logged = api.log_teacher(world.config)
     of_log = scores_in(logged.log.directory, (*(f"{of}_scored" for of in scored.columns[:2]),))
     weights = world.config.value_weights
     expected = {
@@ -186,7 +184,9 @@ def test_a_held_out_log_has_the_students_scores_of_the_dataset(world, tmp_path, 
     log = write_raw(tmp_path / "log", world.tested, by_request, files=2, shuffle=3)
     rows = "request" if by_request else "candidate"
     workdir = world.folder / "student"
-    scored, _ = commands.score(config_for(world, "student", log, **{"data.rows": rows}), workdir)
+    scored, _ = scoring.score_unseen(
+        config_for(world, "student", log, **{"data.rows": rows}), workdir
+    )
     found = scores_in(scored.directory, scored.columns[:-1], by_request)
     assert_close(found, served(world, *student_of(world, workdir), "blend"))
     assert scored.columns == (
@@ -197,7 +197,7 @@ def test_a_held_out_log_has_the_students_scores_of_the_dataset(world, tmp_path, 
 def test_an_export_says_of_raw_rows_what_scoring_and_evaluation_say(world, tmp_path):
     """A server that knows the folder alone makes the inputs from the columns of the log."""
     workdir, folder = world.folder / "student", tmp_path / "export"
-    commands.export(workdir, folder, formats=("jax",))
+    api.export(workdir, folder, formats=("jax",))
     server, programs = Server(folder), check.open_programs(folder, "jax")
     described = json.loads((folder / "export.json").read_text())
     fields = server.fields([(row.of_request, row.candidates) for row in world.tested])
@@ -217,7 +217,7 @@ def test_an_export_says_of_raw_rows_what_scoring_and_evaluation_say(world, tmp_p
             found[row.of_request["request_id"], candidate["item_id"]] = of
     assert_close(found, served(world, *student_of(world, workdir), "blend"))
     config = config_for(world, "student", write_raw(tmp_path / "log", world.tested))
-    scored, _ = commands.score(config, workdir, output=tmp_path / "out")
+    scored, _ = scoring.score_unseen(config, workdir, output=tmp_path / "out")
     assert_close(found, scores_in(scored.directory, scored.columns[:-1]))
 
 
@@ -232,11 +232,11 @@ def test_new_users_and_items_get_the_reserved_row_and_are_counted(world, tmp_pat
                 candidate["item_id"] = "new"
     workdir = world.folder / "student"
     config = config_for(world, "student", write_raw(tmp_path / "log", rows))
-    scored, lines = commands.score(config, workdir, output=tmp_path / "out")
+    scored, lines = scoring.score_unseen(config, workdir, output=tmp_path / "out")
     found = scores_in(scored.directory, scored.columns[:-1])
     # As if their own rows held what the reserved ones hold.
     serve, parameters = student_of(world, workdir)
-    dataset = teachers.dataset_of(world.config)
+    dataset = datasets.dataset_of(world.config)
     tables = dict(parameters.tables)
     for name, values, size in (
         ("user", users, dataset.spec.num_users),
@@ -280,8 +280,8 @@ def test_a_known_item_has_the_features_that_the_log_gives_it(world, tmp_path):
                 candidate.update(features)
     workdir = world.folder / "student"
     config = config_for(world, "student", write_raw(tmp_path / "log", rows))
-    scored, _ = commands.score(config, workdir, output=tmp_path / "out")
-    dataset = teachers.dataset_of(world.config)
+    scored, _ = scoring.score_unseen(config, workdir, output=tmp_path / "out")
+    dataset = datasets.dataset_of(world.config)
     table = pq.read_table(dataset.directory / "vocabularies/item.parquet").to_pydict()
     id_of = dict(zip(table["value"], table["id"], strict=True))
     features, category = dataset.item_features.copy(), dataset.item_category.copy()
@@ -297,13 +297,13 @@ def test_what_validation_and_test_have_alone_counts_as_unknown(tmp_path):
     rows = make_rows(2, requests=20, texts=True)
     rows[-1].of_request["user_id"] = "late"
     config = faulty_logs.config(write_log(tmp_path / "log", rows), tmp_path / "datasets")
-    directory = commands.prepare_data(config)
+    directory = api.prepare(config).directory
     layout = faulty_logs.layout(config)
-    spec = teachers.dataset_of(config).spec
+    spec = datasets.dataset_of(config).spec
     settled = unseen.settled_by(layout, spec, directory)
     log, own = unseen.open_unseen(layout, layout)
     (tmp_path / "read").mkdir()
-    items = teachers.dataset_of(config).items
+    items = datasets.dataset_of(config).items
     unseen.read_unseen(log, own, settled, items, tmp_path / "read")
     found = unseen.load_unseen(tmp_path / "read")
     in_train = rows[: 20 - round(0.4 * 20)]
@@ -322,7 +322,7 @@ def test_what_cannot_be_scored_is_null_and_counted(world, tmp_path):
     rows[2].candidates.append(dict(rows[2].candidates[0]))
     lost = len(rows[0].candidates)
     config = config_for(world, "teacher", write_raw(tmp_path / "log", rows))
-    scored, lines = commands.score(config, world.folder / "teacher", output=tmp_path / "out")
+    scored, lines = scoring.score_unseen(config, world.folder / "teacher", output=tmp_path / "out")
     table = pq.read_table(tmp_path / "out" / "part-0.parquet")
     for column in scored.columns:
         assert table[column].null_count == lost + 2
@@ -346,7 +346,7 @@ def test_a_run_that_was_killed_goes_on_and_several_processes_change_nothing(
     log = write_raw(tmp_path / "log", world.tested, files=2)
     workdir = world.folder / "student"
     config = config_for(world, "student", log)
-    whole = contents(commands.score(config, workdir, output=tmp_path / "whole")[0].directory)
+    whole = contents(scoring.score_unseen(config, workdir, output=tmp_path / "whole")[0].directory)
 
     class Killed(BaseException):
         pass
@@ -363,7 +363,7 @@ def test_a_run_that_was_killed_goes_on_and_several_processes_change_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(score, "_score_piece", dying)
         with pytest.raises(Killed):
-            commands.score(config, workdir, output=output)
+            scoring.score_unseen(config, workdir, output=output)
     assert not [*output.glob("*.parquet")]
 
     def read_again(*arguments):
@@ -375,7 +375,7 @@ def test_a_run_that_was_killed_goes_on_and_several_processes_change_nothing(
         patched.setattr(
             score, "_score_piece", lambda *of: later.append(of[-1].batch) or score_piece(*of)
         )
-        commands.score(config, workdir, output=output)
+        scoring.score_unseen(config, workdir, output=output)
     assert scored == [0, 1]
     assert later == [*range(2, len(later) + 2)]
     assert len(later) > 1
@@ -383,14 +383,14 @@ def test_a_run_that_was_killed_goes_on_and_several_processes_change_nothing(
 
     several = config.copy_and_resolve_references()
     several.data.processes = 2
-    commands.score(several, workdir, output=tmp_path / "several")
+    scoring.score_unseen(several, workdir, output=tmp_path / "several")
     assert contents(tmp_path / "several") == whole
 
     machine = OneMachine()
-    monkeypatch.setattr(commands.cluster, "_open", lambda address: machine)
+    monkeypatch.setattr(scoring.cluster, "_open", lambda address: machine)
     monkeypatch.chdir(Path.cwd())
     config.launcher = "ray"
-    commands.score(config, workdir, output=tmp_path / "cluster")
+    scoring.score_unseen(config, workdir, output=tmp_path / "cluster")
     assert contents(tmp_path / "cluster") == whole
     # Pieces, and then files.
     assert len(machine.called) == len(scored + later) + 2
@@ -400,7 +400,7 @@ def test_a_second_run_reads_nothing_and_says_the_same(world, tmp_path, monkeypat
     config = config_for(world, "teacher", write_raw(tmp_path / "log", world.tested))
     workdir = world.folder / "teacher"
     config.data.dir = str(world.folder / "datasets")
-    first = commands.score(config, workdir)
+    first = scoring.score_unseen(config, workdir)
     assert first[0].directory.parent == world.folder / "datasets" / "scored"
 
     def broken(*arguments):
@@ -408,20 +408,20 @@ def test_a_second_run_reads_nothing_and_says_the_same(world, tmp_path, monkeypat
 
     monkeypatch.setattr(score.unseen, "read_unseen", broken)
     monkeypatch.setattr(score.write_back, "write_files", broken)
-    assert commands.score(config, workdir) == first
+    assert scoring.score_unseen(config, workdir) == first
 
 
 def test_a_log_may_lack_the_time_and_call_its_columns_otherwise(world, tmp_path):
     log = write_raw(tmp_path / "log", world.tested)
     config = config_for(world, "teacher", log)
     workdir = world.folder / "teacher"
-    before, _ = commands.score(config, workdir, output=tmp_path / "before")
+    before, _ = scoring.score_unseen(config, workdir, output=tmp_path / "before")
     file = log / "part-0.parquet"
     table = pq.read_table(file).drop_columns(["time"])
     pq.write_table(table.rename_columns({"age": "years"}), file)
     config.data.features.age.column = "years"
     config.parallel.devices = config.batch.requests = config.teacher.batch.requests = 64
-    after, _ = commands.score(config, workdir, output=tmp_path / "after")
+    after, _ = scoring.score_unseen(config, workdir, output=tmp_path / "after")
     one, other = (scores_in(of.directory, of.columns) for of in (before, after))
     assert one == other
 
@@ -433,19 +433,17 @@ def test_without_a_member_the_best_of_a_sweep_on_validation_scores(world, tmp_pa
     table = results.read_csv(workdir / results.FILE)
     rows = table[(table["role"] == "student") & (table["split"] == "validation")]
     best = rows["member"][rows["passed_for_99"].astype(float).idxmin()]
-    _, lines = commands.score(config, workdir, output=tmp_path / "out")
+    _, lines = scoring.score_unseen(config, workdir, output=tmp_path / "out")
     assert lines[0] == (
         f"ranker: member {best} of the sweep at {workdir} (the best of 2 on validation), by its "
         "probabilities 'user'"
     )
 
-    named, lines = commands.score(config, workdir, "none-seed1", tmp_path / "named")
+    named, lines = scoring.score_unseen(config, workdir, "none-seed1", tmp_path / "named")
     assert lines[0].startswith("ranker: member none-seed1 of the sweep")
     (cohort,) = (workdir / "cohorts").iterdir()
     members = sweep_members(workdirs.read_config(workdir))
-    teacher, dataset = teachers.teacher_and_dataset(world.config)
-    whose = runs.students_identity(members, dataset, teacher)
-    groups, _ = runs.trained_students(dataset, members, cohort, whose)
+    groups, _ = runs.trained_students(Opened(world.config).job(members), cohort)
     (own,) = (of for group in groups if (of := group.only(("none-seed1",))).names)
     expected = served(world, own.ranker.serve, select_member(own.ranker.parameters, 0), "user")
     assert_close(scores_in(named.directory, named.columns[:-1]), expected)
@@ -456,7 +454,7 @@ def test_a_student_scores_where_its_teacher_is_gone(world, tmp_path):
     config = config_for(world, "student", log)
     (world.folder / "teacher").rename(world.folder / "elsewhere")
     try:
-        commands.score(config, world.folder / "student", output=tmp_path / "out")
+        scoring.score_unseen(config, world.folder / "student", output=tmp_path / "out")
     finally:
         (world.folder / "elsewhere").rename(world.folder / "teacher")
 
@@ -465,20 +463,20 @@ def test_a_student_scores_where_its_teacher_is_gone(world, tmp_path):
 def test_a_student_that_learned_from_a_scored_copy_scores(world, tmp_path):
     config = world.config.copy_and_resolve_references()
     config.teacher.source = "logged"
-    commands.log_teacher(config)
+    api.log_teacher(config)
     config.distill.mode = "shared"  # which has no choice of heads, whatever the config says
-    commands.train(config, tmp_path / "student")
+    api.train(config, tmp_path / "student")
     log = write_raw(tmp_path / "log", world.tested)
     own = workdirs.read_config(tmp_path / "student")
     own.data.path = str(log)
-    scored, _ = commands.score(own, tmp_path / "student", output=tmp_path / "out")
+    scored, _ = scoring.score_unseen(own, tmp_path / "student", output=tmp_path / "out")
     found = scores_in(scored.directory, scored.columns[:-1])
     assert_close(found, served(world, *student_of(world, tmp_path / "student"), "user"))
 
 
 def fault_of(config: ConfigDict, workdir: Path, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
-        commands.score(config, workdir, **options)
+        scoring.score_unseen(config, workdir, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -534,7 +532,7 @@ def test_a_folder_with_something_else_is_not_written_to(world, tmp_path):
     assert "give another folder with --out" in fault_of(config, workdir, output=out)
     assert "lies in the log" in fault_of(config, workdir, output=log / "scored")
     (out / "mine.txt").unlink()
-    commands.score(config, workdir, output=out)
+    scoring.score_unseen(config, workdir, output=out)
     other = config_for(world, "student", log)
     assert "give another folder with --out" in fault_of(other, world.folder / "student", output=out)
     # What it says of itself may be damaged, and is not taken as it is.

@@ -13,8 +13,9 @@ import time
 import numpy as np
 import pytest
 
+from kd_ranker import api
 from kd_ranker.batch import IN_BATCH
-from kd_ranker.pipeline import commands, teachers
+from kd_ranker.pipeline import datasets, teachers
 from kd_ranker.serving import check, programs, tables, write
 from tests import small
 from tests.pipeline.test_exporting import evaluated, the_student
@@ -49,7 +50,7 @@ def trained(world):
 @pytest.fixture(scope="module")
 def exported(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported") / "student"
-    commands.export(trained, folder, serve="blend", formats=("onnx",))
+    api.export(trained, folder, serve="blend", formats=("onnx",))
     return folder
 
 
@@ -141,9 +142,9 @@ def test_requests_at_once_to_two_processes_are_answered_as_evaluated(exported, t
 
 
 def test_a_teacher_is_served_as_it_was_evaluated(world, tmp_path):
-    commands.export(world.teacher, folder := tmp_path / "teacher", formats=("onnx",))
+    api.export(world.teacher, folder := tmp_path / "teacher", formats=("onnx",))
     config = world.config()
-    dataset = teachers.dataset_of(config)
+    dataset = datasets.dataset_of(config)
     ranker = teachers.load_teacher(config, dataset).ranker
     batch, expected = evaluated(ranker, "user", dataset, config)
     arrays, _ = example_of(folder)

@@ -8,7 +8,7 @@ import pytest
 
 import kd_ranker as kd
 from kd_ranker.batch import STORED
-from kd_ranker.pipeline import teachers
+from kd_ranker.pipeline import datasets
 from kd_ranker.requests.records import read_requests
 from kd_ranker.sources import given
 
@@ -58,7 +58,7 @@ def mappings(number=20, seed=0):
 
 
 def read(config):
-    dataset = teachers.dataset_of(config)
+    dataset = datasets.dataset_of(config)
     return {
         split: {request.request_id: request for request in read_requests(dataset, split)}
         for split in given.SPLITS

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
+from kd_ranker import api
 from kd_ranker.configs import kuairand as config_of_kuairand
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import commands
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources import kuairand, kuairand_files
 from kd_ranker.sources.kuairand_files import (
@@ -24,6 +24,7 @@ from kd_ranker.sources.kuairand_files import (
     Impressions,
 )
 from kd_ranker.sources.registry import SOURCES
+from tests import small
 from tests.sources import kuairand_files as layout
 from tests.sources.kuairand_files import APRIL_8, APRIL_22, BEIJING, RANDOM, STANDARD_1, STANDARD_2
 from tests.sources.kuairand_files import impression as row_of
@@ -872,10 +873,10 @@ def small_config(path: Path, root: Path, variant: str = "", **changes: object) -
 def test_from_the_files_to_the_results_of_a_distilled_student(tmp_path: Path) -> None:
     path = layout.write(tmp_path / "KuaiRand-Pure", layout.random_rows(16))
     config = small_config(path, tmp_path)
-    commands.prepare_data(config)
-    (teacher,) = commands.train_teacher(config, tmp_path / "teacher")
+    api.prepare(config)
+    (teacher,) = small.rows_on_test(api.train_teacher(config, tmp_path / "teacher"), "teacher")
     config.teacher.workdir = str(tmp_path / "teacher")
-    (student,) = commands.train(config, tmp_path / "student")
+    (student,) = small.rows_on_test(api.train(config, tmp_path / "student"))
     assert (teacher["role"], student["role"]) == ("teacher", "student")
     for row in (teacher, student):
         assert row["dataset"] == "kuairand_pure"
@@ -892,7 +893,7 @@ def test_from_the_files_to_the_results_of_a_distilled_student(tmp_path: Path) ->
 def test_a_dataset_of_every_variant_is_built(tmp_path: Path, variant: str) -> None:
     path = layout.write(tmp_path / "files", layout.random_rows(17), variant or "pure")
     config = small_config(path, tmp_path, variant)
-    directory = commands.prepare_data(config)
+    directory = api.prepare(config).directory
     assert directory.parent.name.startswith(f"kuairand_{variant or 'pure'}-")
     assert len(np.load(directory / "item_category.npy")) == 40
 

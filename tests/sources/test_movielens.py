@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
+from kd_ranker import api
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.evaluation import evaluation_batches
 from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.configs import movielens_1m, movielens_32m
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import commands, teachers
+from kd_ranker.pipeline import datasets
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources import movielens, movielens_files
 from kd_ranker.sources.movielens_files import HALF_STARS, WHOLE_STARS
@@ -952,8 +953,8 @@ def test_the_configs_build_a_dataset_and_its_batches(tmp_path: Path, config: Con
     else:
         movielens_layouts.write_32m(tmp_path / "files", ratings, movies)
     config.data.path, config.data.dir = str(tmp_path / "files"), str(tmp_path)
-    commands.prepare_data(config)
-    dataset = teachers.dataset_of(config)
+    api.prepare(config)
+    dataset = datasets.dataset_of(config)
     config_of_batch = BatchConfig(**config.batch)._replace(requests=4, seed=0)
     made = training_batches(dataset, config_of_batch, resident=False)
     batch = unpack(*jax.device_get(next(iter(made))))

@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
+from kd_ranker import api
 from kd_ranker.batch import Stage
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.evaluation import evaluation_batches
@@ -22,11 +23,13 @@ from kd_ranker.configs import recflow as config_file
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Ranker, Served, evaluate
-from kd_ranker.pipeline import commands, measure, teachers
+from kd_ranker.pipeline import datasets, measure
+from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources import recflow, recflow_files
 from kd_ranker.sources.tables import open_tables, put
+from tests.small import rows_on_test
 from tests.sources.recflow_files import (
     DAYS,
     NOON,
@@ -641,13 +644,13 @@ def prepared(tmp_path_factory):
         )  # fmt: skip
         return config
 
-    commands.prepare_data(config())
+    api.prepare(config())
     return root, config
 
 
 def test_a_student_is_trained_and_measured_under_the_logged_positions(prepared):
     root, config = prepared
-    (row,) = commands.train(config(), root / "none")
+    (row,) = rows_on_test(api.train(config(), root / "none"))
     assert row["split"] == "test"
     for name in ("teacher_bce/effective_view", "teacher_kl/effective_view", "alignment_ratio"):
         assert np.isnan(row[name])
@@ -660,9 +663,8 @@ def test_a_student_is_trained_and_measured_under_the_logged_positions(prepared):
 
 def test_of_logged_positions_the_teachers_row_has_what_follows_from_the_order(prepared):
     _, config = prepared
-    dataset = teachers.dataset_of(config())
-    teacher = measure.reference(config(), dataset, None)
-    measured = measure.measure(config(), dataset, "test", teacher, {}, [], limit=16, costs=False)
+    job = Job(config(), {}, Opened(config()))
+    measured = measure.measure(job, "test", limit=16, costs=False)
     (row,) = measured.rows
     assert row["role"] == "teacher"
     assert not measured.calibration
@@ -671,7 +673,7 @@ def test_of_logged_positions_the_teachers_row_has_what_follows_from_the_order(pr
     assert row["survival@5"] == 1
     assert row["passed_for_99"] == 3
     # Of what was shown it has two of three among its first two.
-    shown = [len(request.user_label) for request in read_requests(dataset, "test")]
+    shown = [len(request.user_label) for request in read_requests(job.dataset, "test")]
     assert row["shown_recall@5"] == pytest.approx(2 * len(shown) / sum(shown))
 
 
@@ -679,9 +681,9 @@ def test_a_loss_that_needs_probabilities_is_refused_before_training(prepared, tm
     _, config = prepared
     workdir = tmp_path / "refused"
     with pytest.raises(UserError, match="the log of recflow holds its positions"):
-        commands.train(config(distill__mode="aux"), workdir)
+        api.train(config(distill__mode="aux"), workdir)
     with pytest.raises(UserError, match="the log of recflow holds its positions"):
-        commands.sweep(config(sweep__modes=("none", "shared")), workdir)
+        api.sweep(config(sweep__modes=("none", "shared")), workdir)
     assert not workdir.exists()
 
 
@@ -691,7 +693,7 @@ def requests_of(dataset):
 
 def test_training_batches_hold_stages_and_positions_in_the_order_of_time(prepared):
     _, config = prepared
-    dataset = teachers.dataset_of(config())
+    dataset = datasets.dataset_of(config())
     config_of_batch = BatchConfig(8, 8, 0.5, 1.0, seed=0, order="time")
     made = training_batches(dataset, config_of_batch, resident=False)
     batch = unpack(*next(iter(made)))
@@ -723,7 +725,7 @@ def graded(tmp_path_factory):
             "train.eval_every": 0, "parallel.devices": 1, "evaluation.requests": 8,
         }
     )  # fmt: skip
-    commands.prepare_data(config)
+    api.prepare(config)
     rows = {
         key: [row for row in day if row["request_id"] == key]
         for day, sequences in written.values()
@@ -767,7 +769,7 @@ def test_a_request_has_ten_of_each_stage_by_the_flags_alone(graded):
 def test_survival_at_thirty_is_the_recall_of_the_final_rankers_ten(graded):
     """Of a student that sorts by what means nothing, against the rows of the files."""
     _, config, rows = graded
-    dataset = teachers.dataset_of(config)
+    dataset = datasets.dataset_of(config)
     sizes = {"requests": 8, "candidates": 40}
 
     def serve(middle, batch, items):
@@ -813,7 +815,7 @@ def test_a_funnel_must_hold_so_many_of_each_stage(tmp_path, of_each, most):
 @pytest.mark.slow
 def test_the_protocol_of_lcron_trains_on_stages_alone(graded):
     root, config, _ = graded
-    (row,) = commands.train(config, root / "student")
+    (row,) = rows_on_test(api.train(config, root / "student"))
     assert 0 < row["survival@30"] <= 1
     assert row["distill_loss"] == "ranknet:stage"
     losses = [json.loads(line) for line in (root / "student" / "metrics.jsonl").open()]

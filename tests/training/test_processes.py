@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from kd_ranker import api
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import commands
 from kd_ranker.pipeline.trained import open_finished
 from kd_ranker.requests.lock import hold
 from tests import small
@@ -82,7 +82,7 @@ def flags(world, workdir, **changes):
 def alone(world):
     """A student that one process has trained on 4 devices."""
     changes = CHANGES | {"parallel__devices": 4}
-    return world.made("alone", lambda folder: commands.train(world.config(**changes), folder))
+    return world.made("alone", lambda folder: api.train(world.config(**changes), folder))
 
 
 def assert_same_student(workdir, world):
@@ -138,7 +138,7 @@ def test_processes_train_the_student_that_one_does(world, tmp_path, number, devi
 def test_processes_have_members_of_their_own_in_a_sweep(world, tmp_path, number, devices):
     changes = {"sweep__modes": ("none", "aux"), "sweep__seeds": (0, 1), "teacher__source": "live"}
     at_once = world.config(**(CHANGES | changes | {"parallel__devices": 4}))
-    expected = world.made("swept_alone", lambda folder: commands.sweep(at_once, folder))
+    expected = world.made("swept_alone", lambda folder: api.sweep(at_once, folder))
     workdir = tmp_path / "sweep"
     of_first(together(number, devices, "experiments.sweep", *flags(world, workdir, **changes)))
     assert_same_results(workdir, expected)

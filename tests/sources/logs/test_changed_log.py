@@ -7,10 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from kd_ranker import api
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import commands, teachers
+from kd_ranker.pipeline import datasets, scoring
 from kd_ranker.training import workdir as workdirs
+from tests import small
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import make_rows, write_log
 
@@ -75,9 +77,9 @@ def made(tmp_path_factory):
     folder = tmp_path_factory.mktemp("before")
     log = write_log(folder / "log", make_rows(0, requests=60), files=2)
     config = make_config(log, folder / "datasets")
-    commands.prepare_data(config)
+    api.prepare(config)
     for name in RUNS:
-        getattr(commands, name)(config, folder / name)
+        getattr(api, name)(config, folder / name)
     return folder
 
 
@@ -95,37 +97,37 @@ def world(made, tmp_path_factory):
 def test_nothing_trains_on_the_dataset_of_a_log_that_has_changed(world, made, tmp_path, change):
     change(made / "log", tmp_path)
     before = files_of(made)
-    told = fault_of(commands.prepare_data, world)
-    directory = teachers.dataset_of(world).directory
+    told = fault_of(api.prepare, world)
+    directory = datasets.dataset_of(world).directory
     assert f"has changed since {directory} was made of it (" in told
     assert told.endswith(
         "; give another data.dir to make a dataset of it as it is now, or restore its files"
     )
     for name in RUNS:
         for workdir in (made / name, tmp_path / name):
-            assert fault_of(getattr(commands, name), world, workdir) == told
-    assert fault_of(commands.sweep, with_another_seed(world), made / "sweep") == told
+            assert fault_of(getattr(api, name), world, workdir) == told
+    assert fault_of(api.sweep, with_another_seed(world), made / "sweep") == told
     part = with_another_seed(world)
     part.sweep.part = "0"
-    assert fault_of(commands.sweep, part, made / "sweep") == told
-    assert fault_of(commands.run, world, tmp_path / "run") == told
+    assert fault_of(api.sweep, part, made / "sweep") == told
+    assert fault_of(api.run, world, tmp_path / "run") == told
     assert files_of(made) == before
     assert not [*tmp_path.rglob("checkpoints")]
 
 
 def test_runs_on_a_dataset_whose_list_of_files_is_gone_name_it(world, made):
-    manifest = teachers.dataset_of(world).directory / "log.json"
+    manifest = datasets.dataset_of(world).directory / "log.json"
     manifest.unlink()
-    told = fault_of(commands.train, world, made / "train")
+    told = fault_of(api.train, world, made / "train")
     assert told.startswith(f"{manifest}, the list of files that this dataset was made of, is gone")
 
 
 def test_a_dataset_with_mended_labels_is_not_that_of_the_runs_before(world, made, tmp_path):
-    old = teachers.dataset_of(world)
+    old = datasets.dataset_of(world)
     mend_labels(made / "log")
     shutil.rmtree(old.directory)
-    commands.prepare_data(world)
-    new = teachers.dataset_of(world)
+    api.prepare(world)
+    new = datasets.dataset_of(world)
     # The name and all sizes are equal.
     assert new.directory == old.directory
     assert new.spec == old.spec
@@ -143,45 +145,45 @@ def test_a_dataset_with_mended_labels_is_not_that_of_the_runs_before(world, made
 
     for name in RUNS:
         workdir = made / name
-        assert fault_of(getattr(commands, name), world, workdir) == told(workdir)
-        assert fault_of(commands.export, workdir, tmp_path / "out") == told(workdir)
-        assert fault_of(commands.score, world, workdir) == told(workdir)
+        assert fault_of(getattr(api, name), world, workdir) == told(workdir)
+        assert fault_of(api.export, workdir, tmp_path / "out") == told(workdir)
+        assert fault_of(scoring.score_unseen, world, workdir) == told(workdir)
     extended = with_another_seed(world)
-    assert fault_of(commands.sweep, extended, made / "sweep") == told(made / "sweep")
+    assert fault_of(api.sweep, extended, made / "sweep") == told(made / "sweep")
     extended.sweep.part = "0"
-    assert fault_of(commands.sweep, extended, made / "sweep") == told(made / "sweep")
+    assert fault_of(api.sweep, extended, made / "sweep") == told(made / "sweep")
     live = world.copy_and_resolve_references()
     live.teacher.update(source="live", workdir=str(made / "train_teacher"))
-    assert fault_of(commands.train, live, tmp_path / "live") == told(made / "train_teacher")
+    assert fault_of(api.train, live, tmp_path / "live") == told(made / "train_teacher")
     assert files_of(made) == before
     # Checkpoints and tables know their dataset too.
     for name in RUNS:
         (made / name / workdirs.ENVIRONMENT_FILE).unlink()
-        fault = fault_of(getattr(commands, name), world, made / name)
+        fault = fault_of(getattr(api, name), world, made / name)
         assert f"belongs to another run: dataset ({there} there, {here} now)" in fault
 
 
 def test_students_of_the_dataset_before_are_of_use_beside_the_new_one(world, made, tmp_path):
-    old = teachers.dataset_of(world)
+    old = datasets.dataset_of(world)
     before = files_of(made / "sweep")
     grow(made / "log", tmp_path)
     new = elsewhere(world, tmp_path / "datasets")
-    commands.prepare_data(new)
-    assert teachers.dataset_of(new).identity != old.identity
-    commands.train(new, tmp_path / "train")
+    api.prepare(new)
+    assert datasets.dataset_of(new).identity != old.identity
+    api.train(new, tmp_path / "train")
     for name in RUNS:
-        commands.export(made / name, tmp_path / f"{name} exported", formats=("jax",))
+        api.export(made / name, tmp_path / f"{name} exported", formats=("jax",))
         # The log as it is now, new rows included.
-        scored, _ = commands.score(world, made / name, output=tmp_path / f"{name} scored")
+        scored, _ = scoring.score_unseen(world, made / name, output=tmp_path / f"{name} scored")
         assert len([*scored.directory.glob("*.parquet")]) == 3
-    told = fault_of(commands.sweep, with_another_seed(new), made / "sweep")
+    told = fault_of(api.sweep, with_another_seed(new), made / "sweep")
     assert f"sweep holds a run on the dataset {old.identity['dataset']}, and data.dir" in told
     assert files_of(made / "sweep") == before
     # A rebuild of the same log gives the same dataset.
     (made / "log" / "part-9.parquet").unlink()
     again = elsewhere(world, tmp_path / "again")
     again.data.processes = 1
-    commands.prepare_data(again)
-    assert teachers.dataset_of(again).identity == old.identity
-    assert commands.sweep(with_another_seed(again), made / "sweep")
+    api.prepare(again)
+    assert datasets.dataset_of(again).identity == old.identity
+    assert small.sweep(with_another_seed(again), made / "sweep")
     assert set(results.read_csv(made / "sweep" / results.FILE)["seed"].dropna()) == {0, 1}

@@ -24,11 +24,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict, config_flags
 
+from kd_ranker import api, main
 from kd_ranker.config import checks
 from kd_ranker.configs import parquet
 from kd_ranker.distillation.losses import NEEDS_PROBABILITIES
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import commands, launch
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.duckdb_engine import DuckDb
 from kd_ranker.sources.logs.guess import facts, first_config, funnel, rules, sample
@@ -76,7 +76,7 @@ def infer(folder: Path, table: pa.Table | None = None, **data: Any) -> tuple[str
     template = parquet()
     for key, value in data.items():
         template.data.update_from_flattened_dict({key.replace("__", "."): value})
-    written = commands.first_config(template, folder / "configs")
+    written = api.first_config(template, folder / "configs")
     text = written.path.read_text()
     assert written.num_checks == text.count("# CHECK: ")
     return text, load(written.path)
@@ -84,7 +84,7 @@ def infer(folder: Path, table: pa.Table | None = None, **data: Any) -> tuple[str
 
 def load(path: Path) -> ConfigDict:
     """The config in a file, by the way that the entry points go."""
-    launch.read_config_flag(["train", f"--config={path}"])
+    main.read_config(str(path))
     values = flags.FlagValues()
     flag = config_flags.DEFINE_config_file("config", flag_values=values)
     values(["train", f"--config={path}"])
@@ -387,12 +387,12 @@ def test_a_log_of_fifty_positions_is_inferred_prepared_and_trained(columns, tmp_
     assert dict(zip(config.tasks, config.value_weights, strict=True)) == {"click": 1.0, "like": 0.0}
     assert config.distill.loss not in NEEDS_PROBABILITIES
     config.data.dir, config.data.allow = str(tmp_path / "datasets"), ("few_positives",)
-    directory = Path(commands.prepare_data(config))
+    directory = api.prepare(config).directory
     report = json.loads((directory / "data_report.json").read_text())
     coverage = report["teacher"]["tasks"]["click"]["coverage"]["test"]
     assert coverage == {"retrieved": 0.0, "passed": 1.0, "shown": 1.0}
     config.train.steps, config.train.log_every = 2, 1
-    commands.train(config, str(tmp_path / "student"))
+    api.train(config, str(tmp_path / "student"))
 
 
 def test_names_that_mislead(columns, tmp_path):
@@ -675,7 +675,7 @@ def test_names_of_any_script_are_kept_apart(columns, tmp_path, click, like):
     read = {each.column or name for name, each in config.data.features.items()}
     assert {f"{click} 1", f"{like} 1"} <= read
     config.data.dir, config.data.allow = str(tmp_path / "datasets"), ("few_positives",)
-    directory = Path(commands.prepare_data(config))
+    directory = api.prepare(config).directory
     report = json.loads((directory / "data_report.json").read_text())
     assert {*report["labels"]["tasks"]} == {*labels}
     for name, each in config.data.features.items():
@@ -858,7 +858,7 @@ def test_the_dataset_is_built_from_the_config_as_it_is(columns, tmp_path, rows):
     _, config = infer(tmp_path, logs.table_of(columns, rows))
     config.data.dir = str(tmp_path / "datasets")
     config.data.allow = ("few_positives",)
-    directory = commands.prepare_data(config)
+    directory = api.prepare(config).directory
     splits = tfds.builder_from_directory(directory).info.splits
     assert sum(splits[split].num_examples for split in SPLITS) == logs.REQUESTS
 
@@ -1084,7 +1084,7 @@ def test_a_request_far_larger_than_the_rest_is_a_remark(columns, tmp_path):
     assert f"the {hint}" in check_of(text, "config.funnel.retrieved")
     assert config.funnel.retrieved == logs.CANDIDATES
     config.data.dir, config.data.allow = str(tmp_path / "datasets"), ("few_positives",)
-    report = json.loads((Path(commands.prepare_data(config)) / "data_report.json").read_text())
+    report = json.loads((api.prepare(config).directory / "data_report.json").read_text())
     assert [remark for remark in report["remarks"] if remark.startswith(f"The {hint}")]
     of_each = report["requests"]["candidates_a_request"]["quantiles"]
     levels = [float(q) for q in of_each]

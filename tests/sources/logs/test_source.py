@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
+from kd_ranker import api
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.config.features import feature
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import commands, teachers
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS, Request
 from kd_ranker.sources.logs import duckdb_engine
@@ -707,8 +707,8 @@ def test_processes_change_nothing(tmp_path):
     datasets = []
     for processes in (1, 2):
         config = faulty_logs.config(log, tmp_path / f"with {processes}", processes=processes)
-        directory = commands.prepare_data(config)
-        dataset = teachers.dataset_of(config)
+        directory = api.prepare(config).directory
+        dataset = datasets.dataset_of(config)
         read_back = {split: list(read_requests(dataset, split)) for split in SPLITS}
         # TFDS writes the fields of a record in any order.
         files = {
@@ -741,13 +741,13 @@ def test_a_log_that_has_changed_is_not_taken_for_the_one_before(tmp_path):
     rows = make_rows(26)
     log = write_log(tmp_path / "log", rows, files=2)
     config = faulty_logs.config(log, tmp_path / "datasets")
-    directory = commands.prepare_data(config)
-    assert commands.prepare_data(config) == directory
+    directory = api.prepare(config).directory
+    assert api.prepare(config).directory == directory
     write_log(tmp_path / "more", make_rows(27))
     (tmp_path / "more" / "part-0.parquet").rename(log / "part-2.parquet")
     (log / "part-1.parquet").unlink()
     with pytest.raises(UserError, match=r"has changed since .* \(1 file new, 1 file gone\)"):
-        commands.prepare_data(config)
+        api.prepare(config)
     # A dataset may outlive its log.
     for path in log.iterdir():
         path.unlink()
@@ -911,7 +911,7 @@ def test_a_name_of_a_file_is_no_pattern(tmp_path):
 def test_a_log_of_which_one_path_is_gone_has_changed(tmp_path):
     one, two = (write_log(tmp_path / name, make_rows(25)) for name in ("one", "two"))
     config = faulty_logs.config(f"{one},{two}", tmp_path)
-    directory = commands.prepare_data(config)
+    directory = api.prepare(config).directory
     shutil.rmtree(two)
     with pytest.raises(UserError, match=r"has changed: data.path=.*two does not exist"):
         check_unchanged(config.data, directory)

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 
 from experiments import prepare_data
+from kd_ranker import api
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import commands
+from kd_ranker.pipeline import datasets, scoring
 from kd_ranker.requests import storage
+from tests import small
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import make_rows, write_log
 
@@ -34,13 +36,13 @@ def config(tmp_path_factory):
 
 
 def test_a_student_follows_a_logged_teacher_without_any_model_of_it(config, tmp_path):
-    directory = commands.prepare_data(config)
+    directory = api.prepare(config).directory
     assert {"data_report.html", "data_report.json", "log.json", "rejected"} <= {
         path.name for path in directory.iterdir()
     }
     config.distill.mode = "aux"
     config.teacher.flops_per_candidate = 1e6
-    rows = commands.train(config, tmp_path / "student")
+    rows = small.rows_on_test(api.train(config, tmp_path / "student"))
     assert len(rows) == 3
     for row in rows:
         assert row["cost_ratio"] == row["flops_per_candidate"] / 1e6
@@ -57,17 +59,17 @@ def test_a_log_without_users_trains_a_student_and_is_scored_by_it(config, tmp_pa
     search = config.copy_and_resolve_references()
     search.data.columns.update(user="", incumbent="score")
     search.distill.mode = "aux"
-    commands.prepare_data(search)
-    rows = commands.train(search, tmp_path / "student")
+    api.prepare(search)
+    rows = small.rows_on_test(api.train(search, tmp_path / "student"))
     assert all(math.isfinite(row["user_bce/watch"]) for row in rows)
-    scored, _ = commands.score(search, tmp_path / "student", output=tmp_path / "scored")
+    scored, _ = scoring.score_unseen(search, tmp_path / "student", output=tmp_path / "scored")
     assert scored.directory == tmp_path / "scored"
     with pytest.raises(UserError, match=r"reads a log in another way .*: data\.columns\.user; "):
-        commands.score(config, tmp_path / "student", output=tmp_path / "other")
+        scoring.score_unseen(config, tmp_path / "student", output=tmp_path / "other")
 
 
 def test_batches_hold_the_category_ids_of_the_log(config):
-    directory = commands.prepare_data(config)
+    directory = api.prepare(config).directory
     dataset = storage.open_dataset(directory.parent.name, config.data.dir, made_by="")
     spec = dataset.spec
     made = training_batches(dataset, BatchConfig(8, 12, 0.5, 1.0, seed=0), resident=False)
@@ -103,7 +105,7 @@ def test_prepare_data_prints_what_was_found_whether_it_builds_the_dataset_or_fin
     told = capsys.readouterr().out
     prepare_data.main(new, Path())
     assert capsys.readouterr().out == told
-    directory = commands.prepare_data(new)
+    directory = api.prepare(new).directory
     report = json.loads((directory / "data_report.json").read_text())
     candidates, requests = report["candidates"], report["requests"]["train"]["requests"]
     reasons = {name: of["candidates"] for name, of in candidates["by_reason"].items()}
@@ -126,16 +128,16 @@ def test_prepare_data_prints_what_was_found_whether_it_builds_the_dataset_or_fin
 
 
 def test_a_dataset_that_is_there_needs_its_faults_allowed_too(config):
-    directory = commands.prepare_data(config)
+    directory = api.prepare(config).directory
     other = config.copy_and_resolve_references()
     other.data.allow = ("rejected", "times")
     with pytest.raises(
         UserError, match=r": few_positives: .*'few_positives', 'rejected', 'times'"
     ) as e:
-        commands.prepare_data(other)
+        api.prepare(other)
     assert str(e.value).startswith(str(directory))
     # Training is another matter: the dataset is there.
-    assert commands.data_lines(other)
+    assert datasets.data_lines(other, datasets.dataset_of(other))
 
 
 def test_a_build_that_fails_leaves_no_half_dataset(config, monkeypatch):
@@ -146,10 +148,10 @@ def test_a_build_that_fails_leaves_no_half_dataset(config, monkeypatch):
     other.data.test_share = 0.5
     monkeypatch.setattr(storage, "write_shard", broken)
     with pytest.raises(UserError, match="the disk is full"):
-        commands.prepare_data(other)
+        api.prepare(other)
     monkeypatch.undo()
     parent = storage.directory_of("x", other.data.dir).parent.parent
     name = dataset_name(other)
     assert not (parent / name / storage.FORMAT_VERSION).exists()
     assert not [*parent.parent.glob(".parquet-*")]
-    assert json.loads((commands.prepare_data(other) / "log.json").read_text())
+    assert json.loads((api.prepare(other).directory / "log.json").read_text())

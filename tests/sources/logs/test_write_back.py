@@ -16,16 +16,17 @@ import pytest
 from ml_collections import ConfigDict
 
 from experiments import log_teacher
-from kd_ranker import manifest
+from kd_ranker import api, manifest
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.evaluate import Ranker, Served
-from kd_ranker.pipeline import commands, scoring, teachers
+from kd_ranker.pipeline import datasets, scoring, teachers
 from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs import ordered, write_back
+from tests import small
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import TASKS, make_rows, write_log
 
@@ -69,14 +70,14 @@ def make_config(folder: Path, by_request: bool = False, **options: Any) -> Confi
     config = faulty_logs.config(log, folder / "datasets", **options)
     config.data.rows = "request" if by_request else "candidate"
     config.evaluation.requests = 8
-    commands.prepare_data(config)
+    api.prepare(config)
     return config
 
 
 def copy_scores(config: ConfigDict) -> dict[tuple[int, Any], np.ndarray]:
     """(time, item as in the log) -> the probabilities in the scored copy of the dataset."""
-    copy = teachers.dataset_of(config, VERSION)
-    table = pd.read_parquet(teachers.dataset_of(config).directory / "vocabularies/item.parquet")
+    copy = datasets.dataset_of(config, VERSION)
+    table = pd.read_parquet(datasets.dataset_of(config).directory / "vocabularies/item.parquet")
     items = dict(zip(table["id"], table["value"], strict=True))
     return {
         (request.time, items[item]): probability
@@ -108,7 +109,7 @@ def written_rows(directory: Path, by_request: bool) -> list[dict[str, Any]]:
 def test_a_row_has_the_probability_of_its_candidate_in_the_copy(tmp_path, by_request, stage):
     config = make_config(tmp_path, by_request)
     config.teacher.stage = stage
-    logged = commands.log_teacher(config)
+    logged = api.log_teacher(config)
     assert logged.log.columns == (*ADDED, ADDED_VERSION)
     expected = copy_scores(config)
     # Of a request whose rows have several times, the copy knows the earliest, a full minute.
@@ -124,7 +125,7 @@ def test_a_row_has_the_probability_of_its_candidate_in_the_copy(tmp_path, by_req
         assert (time, row["item_id"]) not in found
         found[time, row["item_id"]] = [row[name] for name in ADDED]
     assert found.keys() == expected.keys()
-    copy = teachers.dataset_of(config, VERSION)
+    copy = datasets.dataset_of(config, VERSION)
     for split in SPLITS:
         for request in read_requests(copy, split):
             reached = {
@@ -144,8 +145,8 @@ def test_a_row_has_the_probability_of_its_candidate_in_the_copy(tmp_path, by_req
 def test_the_teacher_is_asked_for_all_that_was_used_and_for_nothing_that_was_rejected(tmp_path):
     config = make_config(tmp_path)
     config.teacher.stage = "retrieved"
-    logged = commands.log_teacher(config)
-    rejected = teachers.dataset_of(config).directory / "rejected"
+    logged = api.log_teacher(config)
+    rejected = datasets.dataset_of(config).directory / "rejected"
     nulls = {
         (name, row)
         for name in ("part-0", "part-1", "part-2")
@@ -170,7 +171,7 @@ def assert_same(before: pa.Table, after: pa.Table) -> None:
 @pytest.mark.parametrize("by_request", [False, True])
 def test_all_that_was_in_the_log_is_as_it_was(tmp_path, by_request):
     config = make_config(tmp_path, by_request)
-    directory = commands.log_teacher(config).log.directory
+    directory = api.log_teacher(config).log.directory
     assert directory == Path(config.data.dir) / "scored" / dataset_name(config, VERSION)
     type_ = pa.list_(pa.float32()) if by_request else pa.float32()
     for file in Path(config.data.path).iterdir():
@@ -190,8 +191,8 @@ def test_columns_have_their_plain_names_where_the_log_has_none_of_these(tmp_path
         pq.write_table(table.select(names), file)
     config.data.teacher = ConfigDict()
     config.data.test_share = 0.2
-    commands.prepare_data(config)
-    logged = commands.log_teacher(config)
+    api.prepare(config)
+    logged = api.log_teacher(config)
     assert logged.log.columns == (
         "teacher_probability_watch", "teacher_probability_like", "teacher_version",
     )  # fmt: skip
@@ -226,8 +227,8 @@ def test_odd_files_are_written_back_as_they_are(tmp_path, kind):
         pandas = {b"pandas": pa.Schema.from_pandas(table.to_pandas()).metadata[b"pandas"]}
         pq.write_table(table.replace_schema_metadata(pandas), extra)
     config = faulty_logs.config(log, tmp_path / "datasets")
-    commands.prepare_data(config)
-    directory = commands.log_teacher(config).log.directory
+    api.prepare(config)
+    directory = api.log_teacher(config).log.directory
     before, after = (
         pq.read_table(root / extra.relative_to(log), partitioning=None) for root in (log, directory)
     )
@@ -246,8 +247,8 @@ def contents(directory: Path) -> dict[str, bytes]:
 
 def test_a_run_that_was_killed_goes_on_with_the_files_that_are_missing(tmp_path, monkeypatch):
     config = make_config(tmp_path)
-    whole = contents(commands.log_teacher(config).log.directory)
-    directory = commands.log_teacher(config).log.directory
+    whole = contents(api.log_teacher(config).log.directory)
+    directory = api.log_teacher(config).log.directory
     for file in directory.glob("*.parquet"):
         file.unlink()
 
@@ -270,10 +271,10 @@ def test_a_run_that_was_killed_goes_on_with_the_files_that_are_missing(tmp_path,
     with monkeypatch.context() as patched:
         patched.setattr(write_back.pq, "ParquetWriter", Writer)
         with pytest.raises(Killed):
-            commands.log_teacher(config)
+            api.log_teacher(config)
     assert [path.name for path in directory.glob("**/*.parquet")] == ["part-0.parquet"]
     before = os.stat(directory / "part-0.parquet").st_mtime_ns
-    commands.log_teacher(config)
+    api.log_teacher(config)
     assert os.stat(directory / "part-0.parquet").st_mtime_ns == before
     assert contents(directory) == whole
     assert not [*Path(config.data.dir).glob(".scored-*")]
@@ -284,7 +285,7 @@ def test_a_run_that_was_killed_while_the_teacher_scored_goes_on_with_what_is_mis
 ):
     monkeypatch.setattr(scoring, "_BATCHES", 1)
     config = make_config(tmp_path)
-    logged = commands.log_teacher(config)
+    logged = api.log_teacher(config)
     whole = contents(logged.log.directory)
     for directory in (logged.dataset, logged.log.directory):
         shutil.rmtree(directory)
@@ -303,13 +304,13 @@ def test_a_run_that_was_killed_while_the_teacher_scored_goes_on_with_what_is_mis
     with monkeypatch.context() as patched:
         patched.setattr(storage, "write_shard", dying)
         with pytest.raises(Killed):
-            commands.log_teacher(config)
+            api.log_teacher(config)
     assert not logged.dataset.exists()
     later = []
     monkeypatch.setattr(
         storage, "write_shard", lambda path, *rest: later.append(path.name) or write(path, *rest)
     )
-    assert commands.log_teacher(config) == logged
+    assert api.log_teacher(config) == logged
     assert len(later) >= 2
     assert not set(later) & set(written)
     assert contents(logged.log.directory) == whole
@@ -317,24 +318,24 @@ def test_a_run_that_was_killed_while_the_teacher_scored_goes_on_with_what_is_mis
 
 def test_a_second_run_reads_nothing_and_writes_nothing(tmp_path, monkeypatch):
     config = make_config(tmp_path)
-    logged = commands.log_teacher(config)
+    logged = api.log_teacher(config)
 
     def broken(*arguments):
         raise AssertionError("it works again")
 
     for name in ("write_scores", "write_file"):
         monkeypatch.setattr(write_back, name, broken)
-    assert commands.log_teacher(config) == logged
+    assert api.log_teacher(config) == logged
 
 
 def test_several_processes_change_nothing(tmp_path):
     config = make_config(tmp_path)
-    directory = commands.log_teacher(config).log.directory
+    directory = api.log_teacher(config).log.directory
     whole = contents(directory)
     for file in directory.glob("*.parquet"):
         file.unlink()
     config.data.processes = 2
-    commands.log_teacher(config)
+    api.log_teacher(config)
     assert contents(directory) == whole
 
 
@@ -342,21 +343,21 @@ def test_files_are_completed_that_have_no_row_of_some_parts_of_the_dataset(tmp_p
     monkeypatch.setattr(ordered, "PIECE", 200)
     log = write_log(tmp_path / "log", make_rows(3, requests=400), files=3)
     config = faulty_logs.config(log, tmp_path / "datasets")
-    directory = commands.prepare_data(config)
+    directory = api.prepare(config).directory
     # In the order of time, as the log: the first part of the dataset is all in the first file.
     rows = [pq.read_table(file) for file in sorted((directory / "candidate_rows").iterdir())]
     assert any(set(of["file"].to_pylist()) == {0} for of in rows)
-    directory = commands.log_teacher(config).log.directory
+    directory = api.log_teacher(config).log.directory
     whole = contents(directory)
     for number in (1, 2):
         (directory / f"part-{number}.parquet").unlink()
-    commands.log_teacher(config)
+    api.log_teacher(config)
     assert contents(directory) == whole
 
 
 def fault_of(config: ConfigDict) -> str:
     with pytest.raises(UserError) as caught:
-        commands.log_teacher(config)
+        api.log_teacher(config)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -378,7 +379,7 @@ def test_a_log_that_has_changed_or_gone_is_refused_before_any_scoring(tmp_path):
 @pytest.mark.parametrize("stale", ["copy", "scored"])
 def test_what_was_made_of_an_older_log_is_not_taken_for_that_of_the_new_one(tmp_path, stale):
     config = make_config(tmp_path)
-    logged = commands.log_teacher(config)
+    logged = api.log_teacher(config)
     folder = logged.dataset if stale == "copy" else logged.log.directory
     manifest = json.loads((folder / "log.json").read_text())
     (folder / "log.json").write_text(json.dumps(dict(list(manifest.items())[1:])))
@@ -387,8 +388,8 @@ def test_what_was_made_of_an_older_log_is_not_taken_for_that_of_the_new_one(tmp_
 
 def test_a_copy_of_other_requests_is_refused(tmp_path):
     config = make_config(tmp_path)
-    dataset = teachers.dataset_of(config)
-    commands.log_teacher(config)
+    dataset = datasets.dataset_of(config)
+    api.log_teacher(config)
     log = Path(config.data.dir) / "scored"
     log.rename(tmp_path / "elsewhere")
     rows = dataset.directory / "candidate_rows" / "train-00000.parquet"
@@ -402,7 +403,7 @@ def test_a_copy_of_other_requests_is_refused(tmp_path):
 
 def test_a_dataset_from_before_candidates_were_traced_is_to_be_made_anew(tmp_path):
     config = make_config(tmp_path)
-    directory = teachers.dataset_of(config).directory
+    directory = datasets.dataset_of(config).directory
     (directory / "candidate_rows").rename(tmp_path / "elsewhere")
     assert "make it anew with: python -m experiments.prepare_data" in fault_of(config)
 
@@ -413,8 +414,8 @@ def test_files_of_a_glob_are_written_below_what_they_have_in_common(tmp_path):
         (tmp_path / f"day-{number}").mkdir()
         (log / f"part-{number}.parquet").rename(tmp_path / f"day-{number}" / "rows.data")
     config = faulty_logs.config(tmp_path / "day-*" / "*.data", tmp_path / "datasets")
-    commands.prepare_data(config)
-    directory = commands.log_teacher(config).log.directory
+    api.prepare(config)
+    directory = api.log_teacher(config).log.directory
     assert sorted(str(path.relative_to(directory)) for path in directory.rglob("*.parquet")) == [
         "day-0/rows.data.parquet", "day-1/rows.data.parquet",
     ]  # fmt: skip
@@ -428,8 +429,8 @@ def test_a_log_of_another_file_system_is_written_to_this_machine(tmp_path):
     remote.put(str(config.data.path), "/scoring-log", recursive=True)
     elsewhere = config.copy_and_resolve_references()
     elsewhere.data.path = "memory://scoring-log"
-    commands.prepare_data(elsewhere)
-    one, other = (commands.log_teacher(of).log.directory for of in (config, elsewhere))
+    api.prepare(elsewhere)
+    one, other = (api.log_teacher(of).log.directory for of in (config, elsewhere))
     for name in ("part-0.parquet", "part-1.parquet", "part-2.parquet"):
         assert (other / name).read_bytes() == (one / name).read_bytes()
 
@@ -441,9 +442,9 @@ def test_no_name_in_an_archive_leads_out_of_the_folder_that_is_written_to(tmp_pa
         for part, name in zip(sorted(log.iterdir()), names, strict=True):
             archive.writestr(name, part.read_bytes())
     config = faulty_logs.config(f"zip://**::{tmp_path}/log.zip", tmp_path / "data" / "sets")
-    commands.prepare_data(config)
+    api.prepare(config)
     before = {*tmp_path.rglob("*.parquet")}
-    directory = commands.log_teacher(config).log.directory
+    directory = api.log_teacher(config).log.directory
     written = {*tmp_path.rglob("*.parquet")} - before
     names = {"evil.parquet", "b.parquet", "etc/c.parquet"}
     assert written == {directory / name for name in names}
@@ -452,7 +453,7 @@ def test_no_name_in_an_archive_leads_out_of_the_folder_that_is_written_to(tmp_pa
 def test_log_teacher_prints_where_both_lie(tmp_path, capsys):
     config = make_config(tmp_path)
     log_teacher.main(config, Path())
-    logged = commands.log_teacher(config)
+    logged = api.log_teacher(config)
     assert capsys.readouterr().out.splitlines() == [
         f"dataset: {logged.dataset}",
         f"scored log: {logged.log.directory}",
@@ -476,10 +477,10 @@ def test_a_scored_log_is_a_log_with_a_teacher(tmp_path, monkeypatch):
     config.teacher.update(width=4, attention_hidden=4, experts=2, expert_hidden=4, cross_layers=1)
     config.teacher.source, config.teacher.stage = "live", "retrieved"
     config.evaluation.requests = 8
-    commands.prepare_data(config)
-    commands.train_teacher(config, tmp_path / "teacher")
+    api.prepare(config)
+    api.train_teacher(config, tmp_path / "teacher")
     config.teacher.workdir = str(tmp_path / "teacher")
-    logged = commands.log_teacher(config)
+    logged = api.log_teacher(config)
 
     again = config.copy_and_resolve_references()
     again.data.path = str(logged.log.directory)
@@ -487,15 +488,15 @@ def test_a_scored_log_is_a_log_with_a_teacher(tmp_path, monkeypatch):
     again.data.columns.teacher_version = logged.log.columns[-1]
     again.teacher.source, again.teacher.workdir = "logged", ""
     again.distill.mode = "aux"
-    commands.prepare_data(again)
+    api.prepare(again)
     # The same requests with the same probabilities, as if the teacher lived elsewhere.
-    dataset = teachers.dataset_of(config)
-    copy = teachers.dataset_of(config, teachers.load_teacher(config, dataset).version)
+    dataset = datasets.dataset_of(config)
+    copy = datasets.dataset_of(config, teachers.load_teacher(config, dataset).version)
     for split in SPLITS:
-        one, other = (list(read_requests(of, split)) for of in (copy, teachers.dataset_of(again)))
+        one, other = (list(read_requests(of, split)) for of in (copy, datasets.dataset_of(again)))
         for before, after in zip(one, other, strict=True):
             np.testing.assert_array_equal(before.item_id, after.item_id)
             np.testing.assert_allclose(before.teacher_probability, after.teacher_probability, 1e-6)
             assert (after.teacher_weight == 1).all()
-    for row in commands.train(again, tmp_path / "student"):
+    for row in small.rows_on_test(api.train(again, tmp_path / "student")):
         assert math.isfinite(row["teacher_kl/watch"])

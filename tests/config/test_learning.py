@@ -7,9 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from kd_ranker import api
+from kd_ranker.config import checks
 from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import commands, supervision
 from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.request import SPLITS
 from tests.random_batches import SPEC
@@ -27,10 +28,10 @@ def config_with(**changes):
 
 def check_all(config, *members, signal="probability", log=REQUESTS):
     members = members or (config,)
-    supervision.check_students(members)
+    checks.check_students(members)
     spec = dataclasses.replace(SPEC, teacher_signal=signal, teacher_version="v1")
     dataset = SimpleNamespace(spec=spec, columns={"train": columns_of(log, spec)})
-    supervision.check_signals(config, dataset, members)
+    checks.check_teacher_signals(dataset, members)
 
 
 def check(*modes, source="logged", signal="rank", loss="bce", learns_from="logged"):
@@ -66,7 +67,7 @@ def test_a_loss_is_held_against_the_signal_that_it_names():
 
 
 @pytest.mark.parametrize("source", ["live", "logged"])
-@pytest.mark.parametrize("loss", sorted(supervision.NEEDS_PROBABILITIES))
+@pytest.mark.parametrize("loss", sorted(checks.NEEDS_PROBABILITIES))
 def test_a_loss_that_needs_probabilities_is_refused_where_stages_are_the_signal(source, loss):
     with pytest.raises(UserError) as caught:
         check("none", "aux", source=source, signal="probability", loss=loss, learns_from="stage")
@@ -85,7 +86,7 @@ def test_a_loss_is_not_refused_without_need():
 
 
 def test_a_loss_of_the_order_takes_positions_and_is_what_the_message_offers(monkeypatch):
-    monkeypatch.setitem(supervision.LOSSES, "order", None)
+    monkeypatch.setitem(checks.LOSSES, "order", None)
     check("aux", loss="order")
     with pytest.raises(UserError, match=r"choose one of: .*distill\.loss=order"):
         check("aux")
@@ -102,7 +103,7 @@ def test_a_loss_of_the_order_takes_positions_and_is_what_the_message_offers(monk
 def test_a_student_has_something_to_learn_from(changes, key, tmp_path):
     config = config_with(distill__user_weight=0.0, **changes)
     with pytest.raises(UserError, match=rf"distill.user_weight=0 and .*{key}=0 leave a student of"):
-        commands.train(config, tmp_path / "refused")
+        api.train(config, tmp_path / "refused")
     check_all(config_with(distill__user_weight=0.5, **changes))
     check_all(config_with(**changes | {"distill__mode": "none", "distill__user_weight": 0.0}))
     check_all(config_with(distill__user_weight=0.0, distill__term_weights=()))
@@ -114,7 +115,7 @@ def test_a_sweep_has_no_student_without_anything_to_learn_from(tmp_path):
         "sweep__weights": (0.0, 1.0),
         "sweep__axes__distill__user_weight": (1.0, 0.0),
     }
-    for command in (commands.sweep, commands.run):
+    for command in (api.sweep, api.run):
         with pytest.raises(UserError, match=r"user_weight=0 and distill\.weight=0 leave a"):
             command(config_with(**axes), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
@@ -136,7 +137,7 @@ def test_stages_that_a_log_lacks_are_no_signal(of_all):
     config = config_with(distill__terms=("bce", "topk:stage"))
     check_all(config)
     log = [shown(request, of_all) for request in REQUESTS]
-    with pytest.raises(UserError, match="the signal stage says nothing: all candidates of a"):
+    with pytest.raises(UserError, match="the signal stage is constant: all candidates of a"):
         check_all(config, log=log)
     check_all(config_with(distill__loss="bce"), log=log)
     check_all(config_with(distill__mode="none", teacher__signal="stage"), log=log)
@@ -175,14 +176,14 @@ def test_each_split_needs_a_label(split):
             for of in requests
         ]
         columns = dict.fromkeys(SPLITS, columns_of(REQUESTS, SPEC))
-        return SimpleNamespace(columns=columns | {split: columns_of(without, SPEC)})
+        columns[split] = columns_of(without, SPEC)
+        return SimpleNamespace(columns=columns, spec=dataclasses.replace(SPEC, dataset="cascade"))
 
-    config = cascade("small")
-    supervision.check_labels(config, dataset_of(0.5))
+    checks.check_labels(dataset_of(0.5))
     nothing_shown = [shown(request, of_all=False) for request in REQUESTS]
     for dataset in (dataset_of(0), dataset_of(1, nothing_shown)):
         with pytest.raises(UserError, match=f"^no {split} request of cascade has a user label; "):
-            supervision.check_labels(config, dataset)
+            checks.check_labels(dataset)
 
 
 def test_a_teacher_that_a_log_lacks_is_no_signal():
@@ -196,7 +197,7 @@ def test_a_teacher_that_a_log_lacks_is_no_signal():
             wrong, teacher_probability=np.full_like(wrong.teacher_probability, 1.5)
         ),
     ]
-    with pytest.raises(UserError, match="the signal logged says nothing: no training request"):
+    with pytest.raises(UserError, match="the signal logged is missing: no training request"):
         check_all(config, log=log)
     check_all(config_with(teacher__source="live"), log=log)
     stage = {"distill__loss": "topk", "teacher__signal": "stage"}
@@ -207,12 +208,12 @@ def test_a_final_ranker_learns_from_a_log_only_if_that_holds_probabilities():
     config = cascade("small")
     config.teacher.log_weight = 1.0
     spec = dataclasses.replace(SPEC, teacher_version="v1")
-    supervision.check_log(config, SimpleNamespace(spec=spec))
+    checks.check_teacher_log(config, SimpleNamespace(spec=spec))
     for change in ({"teacher_signal": "rank"}, {"teacher_version": ""}):
         dataset = SimpleNamespace(spec=dataclasses.replace(spec, **change))
         with pytest.raises(UserError, match=r"teacher\.log_weight=1 needs teacher probabilities"):
-            supervision.check_log(config, dataset)
-        supervision.check_log(cascade("small"), dataset)
+            checks.check_teacher_log(config, dataset)
+        checks.check_teacher_log(cascade("small"), dataset)
 
 
 def test_a_task_that_counts_in_the_value_must_have_been_scored():

@@ -1,0 +1,518 @@
+"""The work of the package, one function per command: what `import kd_ranker as kd` offers.
+
+The command line in `main` calls the same functions. Each returns an object that describes its
+result as text. A function that writes to a workdir holds it until it returns, and a second process
+is refused. A workdir is a folder or a URL, see `pipeline.remote`.
+"""
+
+import contextlib
+import dataclasses
+import html
+import itertools
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+import pandas as pd
+from absl import logging
+from ml_collections import ConfigDict
+
+from kd_ranker.batch import FeatureSpec
+from kd_ranker.config import checks, defaults, schema
+from kd_ranker.errors import UserError, check_choice
+from kd_ranker.evaluation import results
+from kd_ranker.pipeline import cohorts, datasets, exporting, runs, scoring, trained
+from kd_ranker.pipeline.job import Job, Opened
+from kd_ranker.pipeline.measure import (
+    measure,
+    train_statistics,
+    trained_judge,
+    write_measured,
+)
+from kd_ranker.pipeline.remote import Place, below, fetched, local_folder, owned, place_of
+from kd_ranker.report import tables, write
+from kd_ranker.serving.formats import FORMATS
+from kd_ranker.serving.programs import make_programs
+from kd_ranker.serving.tables import ITEM_TYPES
+from kd_ranker.serving.write import program_files, write_export
+from kd_ranker.sources import given, given_rows
+from kd_ranker.sources.logs.data_report import PAGE
+from kd_ranker.sources.logs.guess.first_config import FirstConfig, write_first_config
+from kd_ranker.sweep.members import common, repeats, sweep_members
+from kd_ranker.training import workdir as workdirs
+
+Folder = str | PathLike[str]
+Show = Callable[[str], None]
+
+# Choices are made on the first; the second is read for the report.
+_MEASURED_SPLITS = ("validation", "test")
+
+
+class Dataset(NamedTuple):
+    """A dataset of requests that a program has in memory.
+
+    Attributes:
+      directory: its folder.
+      config: a config for it, to change and to `prepare`.
+    """
+
+    directory: Path
+    config: ConfigDict
+
+    @classmethod
+    def from_requests(
+        cls,
+        requests: Iterable[Any] | Mapping[str, Iterable[Any]],
+        spec: FeatureSpec,
+        item_features: Any = None,
+        item_category: Any = None,
+        config: ConfigDict | None = None,
+        directory: Folder = "datasets",
+        validation_share: float = 0.1,
+        test_share: float = 0.1,
+        columns: given_rows.Columns | None = None,
+    ) -> "Dataset":
+        """Make a dataset of requests in memory.
+
+        Args:
+          requests: `kd.Request` objects, or mappings with its fields; a DataFrame of these fields
+            with one row per request; or, with `columns`, one row per candidate. All fields
+            but `user_id`, `item_id` and `user_label` are optional: by default all candidates were
+            passed, labels weigh 1, and other features are absent. Requests are split by time,
+            unless a mapping gives those of train, validation and test.
+          spec: the sizes of their features; each width is at least 1, except those of categories.
+          item_features: float32 [num_items, F]; None takes zeros.
+          item_category: int32 [num_items, I], the category ids of each item; None for none.
+          config: rankers, training and funnel to start from; None takes the defaults, and a funnel
+            with the sizes of the requests.
+          directory: the folder of datasets.
+          validation_share: share of the requests, in [0, 1), before those of the test.
+          test_share: share of the last requests, in [0, 1).
+          columns: for rows of candidates, field -> the column that holds it, or a list of columns
+            to stack: `{"request_id": "session", "user_label": ["click", "buy"], …}`. Of the fields
+            of `kd.Request`, `request_id`, `user_id`, `item_id` and `user_label` are required.
+            `stage` (`shown`, `passed` or `retrieved`) replaces `num_passed`; without it, rows with
+            a label were shown and all others passed. `item_features` and `item_category` are
+            allowed. Fields of the request, or of the item, are equal in all of its rows.
+
+        Raises:
+          UserError: a field is unknown or missing, differs from the shapes of `spec` or has an id
+            out of range; a split has no requests; or rows of one request differ in its fields.
+        """
+        spec = dataclasses.replace(spec, dataset=given.NAME)
+        splits = dict(requests) if isinstance(requests, Mapping) else {"": requests}
+        if columns is not None:
+            items = given_rows.items_of(splits.values(), columns, spec)
+            item_features = items.get("item_features", item_features)
+            item_category = items.get("item_category", item_category)
+        numbers = itertools.count()
+        made = {
+            split: [
+                given.request_of(each, next(numbers), spec) for each in _each(of_split, columns)
+            ]
+            for split, of_split in splits.items()
+        }
+        if "" in made:
+            made = given.splits_of(made[""], validation_share, test_share)
+        path = given.keep(made, spec, item_features, item_category, str(directory))
+        own = defaults.get_config(given.NAME)
+        if config is None:
+            own.funnel.update(given.funnel_of(itertools.chain(*made.values())))
+        else:
+            own.update({name: of for name, of in config.items() if name != "data"})
+        own.data.path, own.data.dir = str(path), str(directory)
+        own.data.labels = {task: task for task in spec.tasks}
+        if tuple(own.tasks) != spec.tasks:
+            own.tasks, own.value_weights = spec.tasks, (1.0,) * len(spec.tasks)
+        return cls(path, own)
+
+
+def _each(requests: Any, columns: given_rows.Columns | None) -> Iterable[Any]:
+    if columns is not None:
+        return given_rows.requests_of(requests, columns)
+    return requests.to_dict("records") if isinstance(requests, pd.DataFrame) else requests
+
+
+def _as_html(text: str) -> str:
+    return f"<pre>{html.escape(text)}</pre>"
+
+
+class Prepared(NamedTuple):
+    """A dataset on disk.
+
+    Attributes:
+      directory: its folder.
+      lines: an own log's candidates, used and rejected, and remarks; epochs of training.
+    """
+
+    directory: Path
+    lines: tuple[str, ...]
+
+    def __str__(self) -> str:
+        page = self.directory / PAGE
+        report = [f"data report: {page}"] if page.exists() else []
+        return "\n".join([f"dataset: {self.directory}", *report, *self.lines])
+
+    def _repr_html_(self) -> str:
+        return _as_html(str(self))
+
+
+class Trained(NamedTuple):
+    """The rankers that a run has trained: a teacher, a student, or the students of a sweep.
+
+    Attributes:
+      workdir: the folder of the run, or its URL.
+    """
+
+    workdir: Place
+
+    @property
+    def results(self) -> pd.DataFrame:
+        """Its `results.csv`: one row per ranker, serving choice and split; see docs/concepts.md."""
+        with fetched(self.workdir, with_checkpoints=False) as folder:
+            return results.read_csv(folder / results.FILE)
+
+    def __str__(self) -> str:
+        with fetched(self.workdir, with_checkpoints=False) as folder:
+            passed = workdirs.read_config(folder).funnel.passed
+            text = tables.results_text(folder, passed)
+        return text.replace(str(folder), str(self.workdir))
+
+    def _repr_html_(self) -> str:
+        return _as_html(str(self))
+
+
+class Report(NamedTuple):
+    """A report on disk, which a notebook shows.
+
+    Attributes:
+      answers: one sentence per dataset on the savings of distillation.
+      page: its page, with all figures and tables.
+      teacher: the teacher that `run` has trained or used; None elsewhere, and where the students
+        learn from the dataset's own log.
+      students: the sweep that `run` has trained; None elsewhere.
+    """
+
+    answers: tuple[str, ...]
+    page: Place
+    teacher: Trained | None = None
+    students: Trained | None = None
+
+    def __str__(self) -> str:
+        runs = {"teacher": self.teacher, "students": self.students}
+        lines = [f"{name}: {of.workdir}" for name, of in runs.items() if of]
+        return "\n".join([*self.answers, *lines, f"report: {self.page}"])
+
+    def _repr_html_(self) -> str:
+        # A separate document, so that its styles stay within it.
+        with fsspec.open(str(self.page), "rt", encoding="utf-8") as file:
+            page = html.escape(file.read(), quote=True)
+        return f'<iframe srcdoc="{page}" width="100%" height="800" style="border: 0"></iframe>'
+
+
+def prepare(config: ConfigDict, thorough: bool = False) -> Prepared:
+    """Build the dataset of `config.data`; check one that exists and leave it unchanged.
+
+    Args:
+      config: the config.
+      thorough: whether to check all bytes of an existing dataset, about a second per gigabyte.
+
+    Raises:
+      UserError: the config or the raw files are at fault, or the existing dataset is damaged or
+        was built from other raw files.
+    """
+    config = _own(config)
+    checks.validate(config)
+    directory = datasets.build_dataset(config, thorough)
+    return Prepared(directory, tuple(datasets.data_lines(config, datasets.dataset_of(config))))
+
+
+def first_config(config: ConfigDict, folder: Folder) -> FirstConfig:
+    """Write a config to edit for the log at `config.data.path`, with the reasons for its guesses.
+
+    Returns:
+      The file, below `folder`, and the commands to run next.
+    """
+    return write_first_config(_own(config), local_folder("--workdir", folder))
+
+
+def train_teacher(config: ConfigDict, workdir: Folder) -> Trained:
+    """Train the final ranker of `config.teacher` on user labels and measure it.
+
+    Its results hold the references as well.
+
+    Raises:
+      UserError: the config is at fault, its dataset was not prepared, or the folder holds another
+        run.
+    """
+    config, place = _own(config), place_of(workdir)
+    checks.validate(config)
+    job = Job(config, {}, Opened(config, unchanged=True))
+    with owned(place) as folder:
+        checks.check_teacher_log(config, job.dataset)
+        checks.check_labels(job.dataset)
+        free = schema.without_influence("teacher")
+        workdirs.claim(folder, "train_teacher", config, job.dataset.identity, without=free)
+        judge = trained_judge(job, *runs.fit_teacher(job, folder))
+        # The references show how much a final ranker leaves to gain, next to the oracle if known.
+        statistics = train_statistics(job)
+        measured = [
+            measure(job, split, judge=judge, statistics=statistics) for split in _MEASURED_SPLITS
+        ]
+        write_measured(job, folder, job.identity, *measured)
+    return Trained(place)
+
+
+def log_teacher(config: ConfigDict, teacher: Trained | Folder | None = None) -> scoring.Logged:
+    """Score the dataset with a teacher and write it back with the teacher's probabilities.
+
+    With `data.name="parquet"` the log is written back, too. A run that was killed resumes.
+
+    Args:
+      config: the config.
+      teacher: a teacher, or the folder of its run; None takes that of `config.teacher.workdir`.
+
+    Raises:
+      UserError: dataset or teacher are missing, the dataset was not built from this log, or another
+        process writes the same copy.
+    """
+    config = _own(config, teacher)
+    checks.validate(config)
+    return scoring.score_dataset(config)
+
+
+def train(config: ConfigDict, workdir: Folder, teacher: Trained | Folder | None = None) -> Trained:
+    """Train one student and measure it.
+
+    Args:
+      config: with the way of distilling in `config.distill`.
+      workdir: the folder of the run; a run that was killed resumes.
+      teacher: a teacher, or the folder of its run; None takes that of `config.teacher.workdir`.
+
+    Raises:
+      UserError: the config is at fault, dataset or teacher are missing, or the folder holds another
+        run.
+    """
+    config, place = _own(config, teacher), place_of(workdir)
+    checks.validate(config)
+    checks.check_alone(config)
+    members = {"": config}
+    checks.check_students(members.values())
+    job = Job(common(members), members, Opened(config, unchanged=True))
+    with owned(place) as folder:
+        checks.check_teacher_signals(job.dataset, job.members.values())
+        checks.check_labels(job.dataset)
+        free = schema.without_influence("student")
+        workdirs.claim(folder, "train", config, job.dataset.identity, without=free)
+        datasets.keep_data_report(job.opened.dataset, folder)
+        with runs.progress_bar(folder.name, config.train.steps) as bar:
+            students = runs.fit_students(job, folder, bar)
+        measured = [measure(job, split, students) for split in _MEASURED_SPLITS]
+        write_measured(job, folder, job.identity, *measured)
+    return Trained(place)
+
+
+def sweep(
+    config: ConfigDict,
+    workdir: Folder,
+    teacher: Trained | Folder | None = None,
+    modes: Sequence[str] | None = None,
+    weights: Sequence[float] | None = None,
+    seeds: Sequence[int] | None = None,
+    axes: Mapping[str, Sequence[Any]] | None = None,
+    show: Show = logging.info,
+) -> Trained:
+    """Train a student for each combination of the swept values, and measure all of them.
+
+    A sweep that was killed resumes, and is refused if its config has changed. With
+    `config.sweep.extend` it may name more members than before, and only those are trained.
+
+    Args:
+      config: the common part of all students, and the values to sweep where arguments are None.
+      workdir: the folder of the run.
+      teacher: a teacher, or the folder of its run; None takes that of `config.teacher.workdir`.
+      modes: values of `distill.mode`.
+      weights: values of `distill.weight`.
+      seeds: values of `seed`.
+      axes: values of any other key that a sweep may vary, by its name:
+        `{"distill.loss": ("bce", "topk")}`.
+      show: called with each line on the part of the sweep that was done.
+
+    Raises:
+      UserError: as for `train`, or a key of `axes` cannot be swept, or with `config.sweep.part`
+        there is no such cohort or one to be joined was not trained.
+    """
+    config, place = _own(config, teacher), place_of(workdir)
+    named = {"distill.mode": modes, "distill.weight": weights, "seed": seeds, **(axes or {})}
+    for key, values in named.items():
+        if values is not None:
+            axis = schema.axis_of(key)
+            checks.check_key(config, axis)
+            schema.set_value(config, axis, values)
+    checks.validate(config)
+    checks.check_students(sweep_members(config).values())
+    cohorts.train_sweep(config, place, show)
+    return Trained(place)
+
+
+def report(*sweeps: Trained | Folder, output: Folder | None = None) -> Report:
+    """Write tables, figures and a page from the results of sweeps.
+
+    Args:
+      *sweeps: these, or the folders of their runs; those of the same dataset are joined.
+      output: the folder to write to; None takes that of the first sweep.
+
+    Raises:
+      UserError: a sweep is missing or not complete, or two are too different for one report.
+    """
+    places = [_folder(sweep) for sweep in sweeps]
+    target = place_of(output) if output else places[0]
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(owned(target, with_checkpoints=False))
+        folders = [
+            folder if place == target else stack.enter_context(fetched(place, False))
+            for place in places
+        ]
+        names = {str(copy): str(place) for copy, place in zip(folders, places, strict=True)}
+        answers = write.write_report(folders, folder, names)
+    return Report(tuple(answers), below(target, write.PAGE))
+
+
+def score(
+    ranker: Trained | Folder,
+    path: Folder,
+    output: Folder | None = None,
+    member: str = "",
+    config: ConfigDict | None = None,
+    trust: bool = False,
+    show: Show = logging.info,
+) -> Path:
+    """Write a log that training never read with the scores of a ranker that was trained on one.
+
+    A run that was killed resumes.
+
+    Args:
+      ranker: a teacher, a student or a sweep, or the folder of its run.
+      path: of the log.
+      output: the folder to write to; None takes one below `config.data.dir`.
+      member: the student of a sweep; "" takes the best one on validation.
+      config: how to read the log; None reads it as that of the run.
+      trust: whether to execute the config file of the run where that registers what the run uses.
+      show: called with each line on the ranker and the candidates.
+
+    Returns:
+      The folder of the log with its new columns.
+
+    Raises:
+      UserError: the run holds no such ranker, its config file is needed and not trusted, or the log
+        lacks what the ranker was trained on.
+    """
+    workdir = _folder(ranker)
+    config = _own(config or trained.config_of(workdir, trust))
+    config.data.path = str(path)
+    folder = local_folder("--out", output) if output else None
+    scored, lines = scoring.score_unseen(config, workdir, member, folder, trust)
+    for line in (*lines, *scoring.log_lines(scored)):
+        show(line)
+    return scored.directory
+
+
+def export(
+    ranker: Trained | Folder,
+    output: Folder,
+    member: str = "",
+    serve: str = "",
+    items: str = "float32",
+    formats: Sequence[str] = ("jax", "onnx"),
+    trust: bool = False,
+    show: Show = logging.info,
+) -> Path:
+    """Write a ranker as a folder that a server can use without this package.
+
+    Args:
+      ranker: a teacher, a student or a sweep, or the folder of its run.
+      output: the folder to write; it must not exist.
+      member: the student of a sweep; "" takes the best one on validation.
+      serve: its serving choice; "" takes that of its config, of a sweep the best.
+      items: the type of item embeddings: float32, bfloat16 or int8.
+      formats: of the programs, some of jax and onnx.
+      trust: whether to execute the config file of the run where that registers what the run uses.
+      show: called with a line on the ranker.
+
+    Raises:
+      UserError: the run holds no such ranker, its config file is needed and not trusted, the folder
+        exists, or a format lacks an operation.
+    """
+    workdir, folder = _folder(ranker), local_folder("--out", output)
+    check_choice("--items", items, ITEM_TYPES)
+    for name in formats:
+        check_choice("--formats", name, FORMATS)
+    if folder.exists():
+        raise UserError(f"{folder} exists; name a folder that does not as --out")
+    with fetched(workdir) as run_folder:
+        finished = trained.open_finished(run_folder, member, serve, trust=trust)
+        exporting.check_choices(finished, items, formats)
+        servable = exporting.servable(finished)
+        exported = make_programs(servable, items)
+        # First, because a format may lack an operation, and the rest takes long.
+        files = program_files(exported, formats)
+        about = exporting.about(finished, run_folder, exported, items) | {"formats": list(formats)}
+        batch, dataset_folder = exporting.example(finished), finished.dataset.directory
+        write_export(exported, servable, files, batch, about, dataset_folder, folder)
+    title = finished.title.replace(str(run_folder), str(workdir))
+    show(trained.ranker_line(title, finished.serve))
+    return folder
+
+
+def run(config: ConfigDict, workdir: Folder, show: Show = logging.info) -> Report:
+    """Do the main job: the dataset, a teacher where the log has none, a sweep, the report.
+
+    No teacher is trained where the students learn from the dataset's own log: with
+    `teacher.source = "logged"` and no `teacher.workdir`. Finished steps are not repeated.
+
+    Args:
+      config: that of the sweep. A teacher is trained in `teacher.workdir`, or if that is empty
+        below `workdir`; with `sweep.whole_repeats` there is one per seed.
+      workdir: the folder to write below.
+      show: called with the name of each step as it begins, and the lines on the dataset.
+    """
+    config, place = _own(config), place_of(workdir)
+    checks.validate(config)
+    checks.check_students(sweep_members(config).values())
+    logged = config.teacher.source == "logged"
+    teacher, students = None, below(place, "sweep")
+    show("prepare_data")
+    for line in prepare(config).lines:
+        show(line)
+    if not logged or config.teacher.workdir:
+        teacher = Trained(place_of(config.teacher.workdir or below(place, "teacher")))
+        config.teacher.workdir = str(teacher.workdir)
+        for repeat in repeats(config):
+            show("train_teacher")
+            train_teacher(repeat, repeat.teacher.workdir)
+            if logged:
+                show("log_teacher")
+                log_teacher(repeat)
+    show("sweep")
+    swept = sweep(config, students)
+    show("report")
+    found = report(swept, output=below(place, "report"))
+    return found._replace(teacher=teacher, students=swept)
+
+
+def _own(config: ConfigDict, teacher: Trained | Folder | None = None) -> ConfigDict:
+    """A copy of a config with a teacher, and with the home folder in place of ~ in its paths."""
+    own = config.copy_and_resolve_references()
+    # No shell expands ~ after a =.
+    for section, name in (("data", "dir"), ("data", "path"), ("teacher", "workdir")):
+        own[section][name] = os.path.expanduser(own[section][name])
+    if teacher is not None:
+        own.teacher.workdir = str(_folder(teacher))
+    return own
+
+
+def _folder(ranker: Trained | Folder) -> Place:
+    return ranker.workdir if isinstance(ranker, Trained) else place_of(ranker)

@@ -1,0 +1,430 @@
+"""The command line: `kd-ranker NAME ...`, or `python -m experiments.NAME ...` in a clone.
+
+No other module parses arguments. Each command calls the function of its name in `api`, takes its
+docstring for help, and prints its result. Modules that take
+seconds to import are imported within functions, so that the list of commands takes no time.
+"""
+
+import argparse
+import ast
+import hashlib
+import os
+import re
+import runpy
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from kd_ranker.errors import UserError
+from kd_ranker.pipeline import signals
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+_BAD_INPUT = 2
+_HELP = {"--help", "-h", "--helpfull", "--helpshort"}
+# Caused by a path on the command line; the message of an OSError names the path.
+_BAD_PATH = (FileExistsError, NotADirectoryError, PermissionError)
+
+_CONFIG = "a config file, or the name of one that comes with the package, such as cascade"
+
+
+class Flag(NamedTuple):
+    """A flag of a command.
+
+    Attributes:
+      help: its help text.
+      default: its value when it is not given; False makes it a switch, and None is an error.
+    """
+
+    help: str
+    default: str | bool | None = ""
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+      call: (the module `api`, the config, the parsed flags) -> an object to print, or None.
+      flags: its flags by name, without --config.
+      example: flags to show in its help.
+      config_from: the flag that gives its config: --config, the --workdir of a finished run, or ""
+        for an empty config.
+      workdirs: whether any number of workdirs may follow the flags.
+      as_one: whether several processes may run it as one, see `training.processes`.
+      text: its help; "" takes the docstring of the function of its name in `api`.
+    """
+
+    call: Callable[[Any, "ConfigDict", argparse.Namespace], object]
+    flags: Mapping[str, Flag]
+    example: str
+    config_from: str = "config"
+    workdirs: bool = False
+    as_one: bool = False
+    text: str = ""
+
+
+def main(name: str = "") -> None:
+    """Run a command and exit with 2 on bad input.
+
+    Args:
+      name: of the command; "" takes the first argument of the process.
+    """
+    # Until there is something to clean up, a signal ends the process at once.
+    signals.end_when_asked()
+    program, arguments = f"python -m experiments.{Path(sys.argv[0]).stem}", sys.argv[1:]
+    if not name:
+        name, *arguments = arguments or ["--help"]
+        program = f"kd-ranker {name}"
+    if name in COMMANDS:
+        text = _docstring(name)
+        run_command(COMMANDS[name]._replace(text=text), program, arguments)
+    elif name in _HELP:
+        names = [f"    {of:15}{_docstring(of).splitlines()[0]}" for of in COMMANDS]
+        print("\n".join(["usage: kd-ranker NAME --help", "", *names]))
+    else:
+        sys.stderr.write(f"error: no command {name!r}; choose from {', '.join(COMMANDS)}\n")
+        sys.exit(_BAD_INPUT)
+
+
+def _docstring(name: str) -> str:
+    """The docstring of a function of `api`, read from its source: the import takes seconds."""
+    tree = ast.parse((Path(__file__).parent / "api.py").read_text())
+    wanted = name.replace("-", "_")
+    (found,) = (of for of in tree.body if isinstance(of, ast.FunctionDef) and of.name == wanted)
+    return ast.get_docstring(found) or ""
+
+
+def run_command(command: Command, program: str, arguments: Sequence[str]) -> None:
+    """Run a command under its own flags; errors that a user can mend become one line.
+
+    Args:
+      command: the command.
+      program: the way to start it, for its help.
+      arguments: its arguments.
+    """
+    signals.stop_when_asked()
+    try:
+        try:
+            if _HELP & {*arguments}:
+                _print_help(command, program, [of for of in arguments if of not in _HELP])
+                return
+            config, given = _parse(command, program, arguments)
+        # Any error while the arguments are parsed is about the arguments.
+        except Exception as error:
+            _fail(error)
+        _run(command, config, given)
+    except signals.Stopped as stopped:
+        signals.exit_after(stopped)
+    finally:
+        signals.end_when_asked()
+
+
+def _run(command: Command, config: "ConfigDict", given: argparse.Namespace) -> None:
+    from absl import flags, logging
+
+    from kd_ranker import api
+    from kd_ranker.pipeline import faults
+
+    flags.FLAGS.mark_as_parsed()  # for the log of absl, which waits for that
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.WARNING)
+    faults.report_once()
+    try:
+        if config and config.parallel.processes:
+            if not command.as_one:
+                raise UserError("this command is of one process; leave parallel.processes out")
+            _join_processes(config)
+        if (made := command.call(api, config, given)) is not None:
+            print(made)
+    except (UserError, *_BAD_PATH) as error:
+        _fail(error)
+    except Exception as error:
+        if fault := faults.fault_of(error):
+            _fail(UserError(fault))
+        raise
+
+
+def _join_processes(config: "ConfigDict") -> None:
+    """Join the processes of a run, of which only the first prints."""
+    from absl import logging
+
+    from kd_ranker.training import processes
+
+    processes.start(give_up=_end)
+    processes.check_same("config", config.to_json(sort_keys=True))
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    processes.check_same("code", digest.hexdigest())
+    if not processes.is_first():
+        logging.set_verbosity(logging.ERROR)
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that raises UserError where argparse would print its usage and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def _parser(command: Command, program: str) -> _Parser:
+    parser = _Parser(program, add_help=False, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    # Without the sections on arguments and errors, which are those of the function.
+    text = re.split(r"\n+(?:Args|Returns|Raises):\n", command.text)[0]
+    text = f"{text}\n\nFor example:\n\n    {program} {command.example}"
+    parser.description = text.replace("%", "%%")
+    if command.config_from == "config":
+        parser.add_argument("--config", metavar="FILE[:VARIANT]", default="", help=_CONFIG)
+    for name, flag in command.flags.items():
+        text = flag.help.replace("%", "%%")
+        if flag.default is False:
+            parser.add_argument(f"--{name}", action="store_true", help=text)
+        else:
+            parser.add_argument(f"--{name}", metavar="…", default=flag.default, help=text)
+    if command.workdirs:
+        parser.add_argument("workdirs", nargs="*", metavar="WORKDIR")
+    return parser
+
+
+def _print_help(command: Command, program: str, arguments: Sequence[str]) -> None:
+    """Print the help of a command, with the keys of the config that its arguments name."""
+    from ml_collections import ConfigDict
+
+    from kd_ranker.config import schema
+    from kd_ranker.config.key import Key
+    from kd_ranker.config.keys import DATA_KEYS, KEYS
+
+    parser = _parser(command, program)
+    given, _ = parser.parse_known_args(arguments)
+    parser.usage = parser.format_usage().removeprefix("usage: ").replace("%", "%%").rstrip()
+    if command.config_from:
+        parser.usage += " [--config.KEY=VALUE ...]"
+    if command.config_from == "config":
+        config = read_config(given.config) if given.config else None
+        sources = [config.data.name] if config else [*DATA_KEYS]
+        keys = KEYS | {name: key for of in sources for name, key in DATA_KEYS.get(of, {}).items()}
+        sections: dict[str, list[Key]] = {}
+        for key in keys.values():
+            sections.setdefault(f"config.{key.name}".rpartition(".")[0], []).append(key)
+        for section, of_section in sections.items():
+            group = parser.add_argument_group(section)
+            for key in of_section:
+                value = schema.value_of(config, key.name) if config else key.default
+                shown = "…" if isinstance(value, ConfigDict) else repr(value)
+                text = key.help.replace("%", "%%")
+                group.add_argument(f"--config.{key.name}", metavar=shown, help=text)
+    parser.print_help()
+
+
+def _parse(
+    command: Command, program: str, arguments: Sequence[str]
+) -> tuple["ConfigDict", argparse.Namespace]:
+    """Parse the flags of a command, load its config and set the keys that flags override."""
+    from ml_collections import ConfigDict
+
+    given, rest = _parser(command, program).parse_known_args(arguments)
+    for name, flag in command.flags.items():
+        if flag.default is None and not getattr(given, name):
+            raise UserError(f"--{name} is missing; it is {flag.help}")
+    if command.config_from == "config":
+        if not given.config:
+            raise UserError("--config is missing; give one, such as --config=configs/cascade.py")
+        return read_config(given.config, rest), given
+    if command.config_from == "workdir":
+        from kd_ranker.pipeline.remote import place_of
+        from kd_ranker.pipeline.trained import config_of
+
+        return with_overrides(config_of(place_of(given.workdir), given.trust), rest), given
+    _check_parsed(rest)
+    return ConfigDict(), given
+
+
+def read_config(named: str, overrides: Sequence[str] = ()) -> "ConfigDict":
+    """Load the config file that `--config` names, and set the keys that flags override.
+
+    Args:
+      named: a file, or the name of a config of the package, with `:VARIANT` or without.
+      overrides: flags such as `--config.train.steps=3`.
+
+    Raises:
+      UserError: there is no such file, it does not load, or a flag names no key.
+    """
+    import kd_ranker.configs
+
+    file, *variant = named.split(":", 1)
+    if not Path(file).is_file():
+        file = _file_of_package(file, named)
+    try:
+        config = runpy.run_path(file)["get_config"](*variant)
+    except Exception as error:
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        raise UserError(f"--config={named} does not load: {reason}") from error
+    path = Path(file).resolve()
+    if not path.is_relative_to(Path(kd_ranker.configs.__path__[0]).resolve()):
+        # For other processes that train or score with it, which do not read the command line.
+        config.registered_by = str(path)
+    return with_overrides(config, overrides)
+
+
+def with_overrides(config: "ConfigDict", overrides: Sequence[str]) -> "ConfigDict":
+    """Set the keys of a config that flags override, each flag parsed as the type of its key.
+
+    Raises:
+      UserError: a flag does not name a key, or is not a flag.
+    """
+    from absl import flags
+    from ml_collections import config_flags
+
+    from kd_ranker.config import checks
+
+    for argument in overrides:
+        if override := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+            checks.check_key(config, override[1])
+    parsed, arguments = flags.FlagValues(), ["", *overrides]
+    config_flags.DEFINE_config_dict("config", config, flag_values=parsed, sys_argv=arguments)
+    _check_parsed(parsed(arguments)[1:])
+    return parsed["config"].value
+
+
+def _check_parsed(rest: Sequence[str]) -> None:
+    """Raise UserError for arguments that are left over."""
+    if rest:
+        raise UserError(f"{rest[0]!r} is not a flag; flags look like --name=value")
+
+
+def _file_of_package(name: str, named: str) -> str:
+    """The file of the package's config `cascade`, `sweeps/cascade` or `configs/cascade.py`."""
+    folder = Path(__file__).parent / "configs"
+    file = folder / f"{name.removeprefix('configs/').removesuffix('.py')}.py"
+    if not file.is_file() or file.name == "__init__.py":
+        known = sorted(of.stem for of in folder.glob("*.py") if of.stem != "__init__")
+        raise UserError(
+            f"--config={named}: there is no file {name}, and the package's configs are: "
+            f"{', '.join(known)}"
+        )
+    return str(file)
+
+
+def _fail(error: Exception) -> NoReturn:
+    """Print an error as one line and exit; if all processes raise it, only the first prints it."""
+    from kd_ranker.training import processes
+
+    line = f"{' '.join(str(error).split())}\n"
+    if processes.is_first():
+        sys.stderr.write(f"error: {line}")
+    if not processes.ends_with_all() and not processes.is_first():
+        sys.stderr.write(f"error of process {processes.index()}: {line}")
+    if processes.are_several():
+        _end()
+    sys.exit(_BAD_INPUT)
+
+
+def _end(error: UserError | None = None) -> NoReturn:
+    """End the process at once without waiting for the others."""
+    if error:
+        sys.stderr.write(f"error: {error}\n")
+    sys.stderr.flush()
+    os._exit(_BAD_INPUT)
+
+
+def _prepare(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
+    if not config.data.get("infer"):
+        return str(api.prepare(config, thorough=True))
+    written = api.first_config(config, given.workdir)
+    commands = (f"    {command}" for command in written.next_commands)
+    checks = f"edit it, first of all the {written.num_checks} lines below CHECK; then"
+    return "\n".join([f"config: {written.path}", checks, *commands])
+
+
+def _sweep(api: Any, config: "ConfigDict", given: argparse.Namespace) -> object:
+    students = api.sweep(config, given.workdir, show=print)
+    # Other parts leave no results.
+    return students if config.sweep.part in ("", "join") else None
+
+
+def _score(api: Any, config: "ConfigDict", given: argparse.Namespace) -> None:
+    arguments = (given.workdir, config.data.path, given.out or None, given.member)
+    api.score(*arguments, config=config, trust=given.trust, show=print)
+
+
+def _export(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
+    arguments = (given.workdir, given.out, given.member, given.serve, given.items)
+    formats = tuple(given.formats.split(","))
+    folder = api.export(*arguments, formats, trust=given.trust, show=print)
+    return f"export: {folder}\ncheck it with: python {folder / 'check.py'}"
+
+
+def _main_job(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
+    made = api.run(config, given.workdir, show=lambda step: print(f"run: {step}", file=sys.stderr))
+    return f"{made.students}\n\n{made}"
+
+
+_OWNED = {"workdir": Flag("the folder for the files of the run, or its URL: gs://bucket/run", None)}
+_FINISHED = {
+    "workdir": Flag("the folder or URL of a finished run", None),
+    "member": Flag("the student of a sweep; without it, the best one on validation"),
+    "trust": Flag("execute the config file of the run, where that registers a part of it", False),
+}
+
+COMMANDS = {
+    "run": Command(_main_job, _OWNED, "--config=configs/sweeps/cascade.py --workdir=runs/cascade"),
+    "prepare": Command(
+        _prepare,
+        {"workdir": Flag("the folder for a first config, with --config.data.infer", ".")},
+        "--config=configs/parquet.py --config.data.path=log/",
+    ),
+    "train-teacher": Command(
+        lambda api, config, given: api.train_teacher(config, given.workdir),
+        _OWNED,
+        "--config=configs/cascade.py --workdir=runs/teacher",
+        as_one=True,
+    ),
+    "log-teacher": Command(
+        lambda api, config, _: api.log_teacher(config),
+        {"workdir": Flag("not used")},
+        "--config=configs/cascade.py --config.teacher.workdir=runs/teacher",
+    ),
+    "train": Command(
+        lambda api, config, given: api.train(config, given.workdir),
+        _OWNED,
+        "--config=configs/cascade.py --workdir=runs/student --config.distill.mode=shared",
+        as_one=True,
+    ),
+    "sweep": Command(
+        _sweep, _OWNED, "--config=configs/sweeps/cascade.py --workdir=runs/sweep", as_one=True
+    ),
+    "report": Command(
+        lambda api, _, given: api.report(*given.workdirs or [given.workdir], output=given.workdir),
+        {
+            "workdir": Flag(
+                "the folder or URL to write to; without a WORKDIR, that of a sweep", None
+            )
+        },
+        "--workdir=runs/report runs/sweep runs/another_sweep",
+        config_from="",
+        workdirs=True,
+    ),
+    "score": Command(
+        _score,
+        _FINISHED | {"out": Flag("the folder to write to; without it, one below config.data.dir")},
+        "--workdir=runs/sweep --config.data.path=/data/another_log --out=scored",
+        config_from="workdir",
+    ),
+    "export": Command(
+        _export,
+        _FINISHED
+        | {
+            "out": Flag("the folder to write, which must not exist", None),
+            "serve": Flag("the serving choice; without it, distill.serve, or of a sweep the best"),
+            "items": Flag("the type of item embeddings: float32, bfloat16 or int8", "float32"),
+            "formats": Flag("the formats of the programs, with commas: jax, onnx", "jax,onnx"),
+        },
+        "--workdir=runs/sweep --member=none-seed0 --out=served",
+        config_from="",
+    ),
+}
+"""The commands by name; `experiments` has a module for each."""

@@ -1,0 +1,264 @@
+"""Cohorts of a sweep: train each here or on a cluster, choose on validation, test and join."""
+
+import contextlib
+import functools
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from absl import logging
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from kd_ranker.batch import FeatureSpec
+from kd_ranker.config import checks, schema
+from kd_ranker.config.keys import JOIN, PLAN
+from kd_ranker.errors import UserError
+from kd_ranker.evaluation import results
+from kd_ranker.evaluation.measured import is_measured
+from kd_ranker.pipeline import cluster, datasets, runs
+from kd_ranker.pipeline.job import Job, Opened
+from kd_ranker.pipeline.measure import (
+    Students,
+    measure,
+    train_statistics,
+    write_measured,
+)
+from kd_ranker.pipeline.remote import Place, local_folder, owned
+from kd_ranker.requests.lock import hold
+from kd_ranker.sweep.members import common
+from kd_ranker.sweep.memory import check_memory, cohort_size
+from kd_ranker.sweep.sweep import TEST, Sweep, open_sweep, read_plan
+from kd_ranker.training import workdir as workdirs
+from kd_ranker.training.loop import skip_steps
+from kd_ranker.training.processes import on_first
+from kd_ranker.training.recipes import student_groups
+
+
+def train_sweep(config: ConfigDict, workdir: Place, show: Callable[[str], None]) -> None:
+    """Train the students of `config.sweep` cohort by cohort and join their results.
+
+    Args:
+      config: a valid config; `config.sweep.part` selects one part of the work.
+      workdir: of the sweep.
+      show: called with each line on the part that was done, or if there was nothing to do.
+
+    Raises:
+      UserError: the workdir holds another run, there is no such cohort, or one that is to be
+        joined was not trained.
+    """
+    part = config.sweep.part
+    if config.launcher == "ray" or part:
+        workdir = local_folder("--workdir", workdir, "is shared by all that train cohorts")
+    if part.isdecimal():
+        cohorts = _train_part(config, Path(workdir), int(part))
+        show(f"cohort {part} of {cohorts} is trained")
+        return
+    with owned(workdir) as folder:
+        if not _train_all(config, folder):
+            show(f"the sweep in {workdir} is complete; there is nothing to do")
+        if part == PLAN:
+            cohorts = len(read_plan(folder)[1])
+            show(f"cohorts: {cohorts}")
+            show(f"numbers: 0-{cohorts - 1}")
+
+
+def _train_part(config: ConfigDict, workdir: Path, number: int) -> int:
+    """Train one cohort of a planned sweep, holding only its folder; return how many there are."""
+    opened = _open_dataset(config, workdir)
+    sweep = open_sweep(config, workdir, opened.dataset.identity)
+    sweep.check_planned()
+    if number >= len(sweep.plan):
+        raise UserError(
+            f"sweep.part={number}, and the sweep in {workdir} has {len(sweep.plan)} cohorts, "
+            f"numbered from 0 to {len(sweep.plan) - 1}"
+        )
+    with owned(sweep.folders[number]):
+        _train_planned(sweep, opened, number)
+    return len(sweep.plan)
+
+
+def _open_dataset(config: ConfigDict, workdir: Path) -> Opened:
+    """Open the dataset of a sweep.
+
+    Raises:
+      UserError: it was not built, or its raw files have changed since, or the workdir holds a run
+        of another command, config or dataset.
+    """
+    opened = Opened(config, unchanged=True)
+    free = _free_of_a_sweep(config.sweep.extend)
+    workdirs.check(workdir, "sweep", config, opened.dataset.identity, without=free)
+    return opened
+
+
+def _train_all(config: ConfigDict, workdir: Path) -> bool:
+    """Do what is left of a sweep; return False if it is complete."""
+    opened = _open_dataset(config, workdir)
+    dataset, part = opened.dataset, config.sweep.part
+    sweep = open_sweep(config, workdir, dataset.identity)
+    if part == JOIN:
+        sweep.check_planned()
+    datasets.keep_data_report(dataset, workdir)
+    if sweep.is_complete():
+        return False
+    name, first = next(iter(sweep.members.items()))
+    read = opened.job({name: first}).dataset
+    checks.check_teacher_signals(read, sweep.members.values())
+    checks.check_labels(read)
+    # By the memory that is free: of several processes, one decides.
+    size = on_first(lambda: cohort_size(config, sweep.members.values(), read.spec))
+    # A workdir with cohorts has a config; that of an extension counts once its cohorts are known.
+    if not sweep.plan:
+        workdirs.write_config(workdir, "sweep", config, dataset.identity)
+    sweep = sweep.planned(size, lambda member: opened.job({"": member}).teacher_version)
+    workdirs.write_config(workdir, "sweep", config, dataset.identity)
+    if part == PLAN:
+        return True
+    with _held_by_first(sweep.folders):
+        if part == JOIN:
+            if untrained := _untrained(sweep, opened):
+                raise UserError(
+                    f"{workdir} lacks {len(untrained)} of its {len(sweep.plan)} cohorts: "
+                    f"{', '.join(map(str, untrained))}; train each by its number, as "
+                    f"sweep.part={untrained[0]}"
+                )
+        else:
+            _train_cohorts(config, sweep, opened, read.spec)
+        _test_and_join(sweep, opened)
+    return True
+
+
+@contextlib.contextmanager
+def _held_by_first(folders: Sequence[Path]) -> Iterator[None]:
+    """Hold folders below a folder that is held: another run may hold only one of them."""
+    with contextlib.ExitStack() as stack:
+        for folder in folders:
+            on_first(functools.partial(stack.enter_context, hold(folder)))
+        yield
+
+
+def _train_cohorts(config: ConfigDict, sweep: Sweep, opened: Opened, spec: FeatureSpec) -> None:
+    """Train the cohorts one after the other, or on a cluster."""
+    shared = [common(cohort) for cohort in sweep.cohorts]
+    for cohort, each in zip(sweep.cohorts, shared, strict=True):
+        check_memory(each, student_groups(cohort, spec), each.batch, spec)
+    if config.launcher == "ray":
+        _train_elsewhere(config, sweep, opened)
+    with runs.progress_bar(sweep.workdir.name, sum(each.train.steps for each in shared)) as bar:
+        for cohort, folder in zip(sweep.cohorts, sweep.folders, strict=True):
+            _train_cohort(opened.job(cohort), folder, bar)
+
+
+def _test_and_join(sweep: Sweep, opened: Opened) -> None:
+    """Measure on test what validation chose, and write the tables of the whole sweep."""
+    chosen = results.chosen(sweep.validation())
+    tested = sweep.with_any(chosen)
+    referred: set[str] = set()
+    for index, (cohort, folder) in enumerate(zip(sweep.cohorts, sweep.folders, strict=True)):
+        if folder in tested:
+            # Once per teacher, which is a final ranker of the references, too.
+            with_references = sweep.teachers[index] not in referred
+            referred.add(sweep.teachers[index])
+            serves = {name: chosen[name] for name in cohort if name in chosen}
+            _test_cohort(opened.job(cohort), folder, serves, with_references)
+    sweep.join(tested)
+
+
+def _untrained(sweep: Sweep, opened: Opened) -> list[int]:
+    """The numbers of the cohorts that are not trained and measured on validation."""
+    cohorts = enumerate(zip(sweep.cohorts, sweep.folders, strict=True))
+    return [
+        number
+        for number, (cohort, folder) in cohorts
+        if not is_measured(folder, opened.job(cohort).identity)
+    ]
+
+
+def _train_elsewhere(config: ConfigDict, sweep: Sweep, opened: Opened) -> None:
+    """Train the cohorts that are not done on a cluster, as one task each."""
+    untrained = _untrained(sweep, opened)
+    if len(sweep.plan) == 1:
+        logging.warning(
+            "the sweep is one cohort, so one task; set sweep.group_size to the members of a cohort"
+        )
+    with cluster.open_cluster(config) as run:
+        for _ in run(train_cohort, [(sweep.workdir, number) for number in untrained], "cohorts"):
+            pass
+
+
+def train_cohort(workdir: Path, number: int) -> None:
+    """Train one cohort of a planned sweep and measure it, in a process of a cluster.
+
+    Only the sweep's own process, which holds the workdir, may start it.
+
+    Raises:
+      UserError: as `train_sweep`, with the number of the cohort.
+    """
+    config = workdirs.read_config(workdir)
+    try:
+        opened = Opened(config)
+        sweep = open_sweep(config, workdir, opened.dataset.identity)
+        _train_planned(sweep, opened, number)
+    except UserError as error:
+        raise UserError(f"cohort {number}: {error}") from error
+
+
+def _train_planned(sweep: Sweep, opened: Opened, number: int) -> None:
+    """Train one cohort; its folder is held already."""
+    job = opened.job(sweep.cohorts[number])
+    sweep.check_teacher(number, job.teacher_version)
+    checks.check_teacher_signals(job.dataset, job.members.values())
+    with runs.progress_bar(sweep.workdir.name, job.config.train.steps) as bar:
+        _train_cohort(job, sweep.folders[number], bar)
+
+
+def _train_cohort(job: Job, folder: Path, bar: tqdm) -> None:
+    """Train the members of a cohort and measure them on validation, if that is not done."""
+    if is_measured(folder, job.identity):
+        skip_steps(bar, job.config.train.steps)
+        return
+    students = runs.fit_students(job, folder, bar)
+    measured = measure(job, "validation", students)
+    write_measured(job, folder, job.identity, measured)
+
+
+def _test_cohort(
+    job: Job, folder: Path, serves: Mapping[str, Collection[str]], with_references: bool
+) -> None:
+    """Measure the members that validation chose on the test split, if that is not done.
+
+    Args:
+      job: of the cohort.
+      folder: of the cohort.
+      serves: the chosen serving choices of each chosen member.
+      with_references: whether to measure the references as well.
+    """
+    owner = {**job.identity, "serves": json.dumps(serves), "references": str(with_references)}
+    if is_measured(folder / TEST, owner):
+        return
+    groups = [group.only(serves) for group in _restored(job, folder)] if serves else []
+    statistics, measured = None, []
+    if with_references:
+        statistics = train_statistics(job)
+        # Validation chooses among the references too.
+        measured.append(measure(job, "validation", statistics=statistics))
+    students = [group for group in groups if group.names]
+    tested = measure(job, "test", students, serves=serves, statistics=statistics)
+    write_measured(job, folder / TEST, owner, *measured, tested)
+
+
+def _restored(job: Job, folder: Path) -> list[Students]:
+    """The trained students of a cohort; those of a damaged checkpoint are trained again."""
+    trained, step = runs.trained_students(job, folder)
+    if step == job.config.train.steps:
+        return trained
+    with runs.progress_bar(folder.name, job.config.train.steps) as bar:
+        return runs.fit_students(job, folder, bar)
+
+
+def _free_of_a_sweep(extends: bool) -> list[str]:
+    """The keys in which a sweep may differ from the run in its workdir."""
+    free = schema.without_influence("report")
+    axes = {"sweep.ways", *(schema.axis_of(key.name) for key in schema.sweepable())}
+    # Both change no more than how its results are joined and reported.
+    return ["costs", "report", *(name for name in free if extends or name not in axes)]

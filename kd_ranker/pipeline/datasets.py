@@ -1,0 +1,118 @@
+"""Datasets on disk: build and open the dataset of a config, and describe it on the terminal."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from kd_ranker.config.identity import dataset_name
+from kd_ranker.requests import storage
+from kd_ranker.requests.records import Dataset
+from kd_ranker.sources.logs import findings
+from kd_ranker.sources.logs.data_report import JSON_FILE, Report, read_data_report
+from kd_ranker.sources.registry import SOURCES
+from kd_ranker.training.workdir import write_atomically
+
+SAME_FLAGS = "with the same --config flags"
+PREPARE_DATA = f"python -m experiments.prepare_data, {SAME_FLAGS}"
+LOG_TEACHER = f"python -m experiments.log_teacher, {SAME_FLAGS}"
+
+
+def build_dataset(config: ConfigDict, thorough: bool) -> Path:
+    """Build the dataset of `config.data`; check one that exists and leave it unchanged.
+
+    Args:
+      config: a valid config.
+      thorough: whether to check all bytes of an existing dataset, about a second per gigabyte.
+
+    Returns:
+      The dataset's folder.
+
+    Raises:
+      UserError: the raw files are at fault, or the existing dataset is damaged, or was built from
+        other raw files, or from a log with faults that the config does not allow.
+    """
+    name = dataset_name(config)
+    directory = storage.directory_of(name, config.data.dir)
+    entry = SOURCES[config.data.name]
+    if not directory.exists():
+        # Claim the folder before the raw files are read, which may take long.
+        with storage.building(name, config.data.dir):
+            source = entry.open_source(config.data, config.tasks, config.funnel)
+            with contextlib.closing(source):
+                storage.write(source, directory)
+    else:
+        storage.check_whole(directory, PREPARE_DATA, thorough)
+        entry.check_unchanged(config.data, directory)
+        if report := read_data_report(directory):
+            findings.check_allowed(report, config.data.allow, str(directory))
+    return directory
+
+
+def dataset_of(config: ConfigDict, teacher_version: str = "") -> Dataset:
+    """Open the config's dataset, or the copy that a teacher has scored.
+
+    Raises:
+      UserError: it was not built.
+    """
+    return storage.open_dataset(
+        dataset_name(config, teacher_version),
+        config.data.dir,
+        made_by=LOG_TEACHER if teacher_version else PREPARE_DATA,
+    )
+
+
+def current_dataset(config: ConfigDict) -> Dataset:
+    """Open the config's dataset for training.
+
+    Raises:
+      UserError: it was not built, or its raw files have changed since.
+    """
+    dataset = dataset_of(config)
+    SOURCES[config.data.name].check_unchanged(config.data, dataset.directory)
+    return dataset
+
+
+def keep_data_report(dataset: Dataset, workdir: Path) -> None:
+    """Copy the data report of an own log's dataset to a workdir, where `report` reads it."""
+    path = dataset.directory / JSON_FILE
+    if path.exists():
+        write_atomically(workdir / JSON_FILE, path.read_bytes())
+
+
+def data_lines(config: ConfigDict, dataset: Dataset) -> list[str]:
+    """The lines on a dataset: an own log's candidates and remarks, and the epochs of training."""
+    report = read_data_report(dataset.directory)
+    of_log = [*_log_lines(report)] if report else []
+    return [*of_log, *_epochs(config, dataset.builder.info.splits["train"].num_examples)]
+
+
+def _log_lines(report: Report) -> Iterator[str]:
+    candidates = report["candidates"]
+    reasons = {name: entry["candidates"] for name, entry in candidates["by_reason"].items()}
+    yield candidates_line(candidates["used"], "used", reasons)
+    for remark in report["remarks"]:
+        yield f"remark: {remark}"
+
+
+def candidates_line(used: int, verb: str, rejected: Mapping[str, int]) -> str:
+    """The line on a log's candidates: those used, and those rejected by reason."""
+    count = sum(rejected.values())
+    reasons = ", ".join(f"{name} {number:,}" for name, number in rejected.items())
+    return (
+        f"candidates: {used + count:,} in the log = {used:,} {verb} + {count:,} rejected"
+        f"{f' ({reasons})' if reasons else ''}"
+    )
+
+
+def _epochs(config: ConfigDict, requests: int) -> Iterator[str]:
+    """The number of passes over the training requests in the steps of a config."""
+    has_teacher = config.teacher.source == "live" or config.teacher.workdir
+    trained = {"": config, "teacher.": config.teacher} if has_teacher else {"": config}
+    for prefix, section in trained.items():
+        epochs = section.train.steps * section.batch.requests / requests
+        yield (
+            f"epochs: {epochs:.3g} in {prefix}train.steps={section.train.steps}, of {requests:,} "
+            f"training requests, {section.batch.requests} a step"
+        )

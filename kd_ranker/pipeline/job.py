@@ -1,0 +1,135 @@
+"""The job of a command: rankers that train together, their dataset, their teacher, their settings.
+
+A command makes it once from a config. The functions that train and measure take it instead of a
+config and values from that. The dataset and the teacher are opened at first use and stay open.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+from ml_collections import ConfigDict
+
+from kd_ranker.config import identity
+from kd_ranker.evaluation import kept
+from kd_ranker.evaluation.metrics import TARGET, ReportAt
+from kd_ranker.pipeline import datasets
+from kd_ranker.pipeline.teachers import Teacher, teacher_and_dataset
+from kd_ranker.requests.records import Dataset
+from kd_ranker.sweep.members import common
+from kd_ranker.training import recipes
+from kd_ranker.training.checkpoints import Identity
+from kd_ranker.training.recipes import Group
+
+Members = Mapping[str, ConfigDict]  # configs by name, in the order of training
+
+
+class Opened:
+    """The dataset of a config and the last teacher of its students; each is opened at first use."""
+
+    def __init__(self, config: ConfigDict, unchanged: bool = False):
+        """Opens nothing yet.
+
+        Args:
+          config: names the dataset.
+          unchanged: whether raw files that have changed since it was built are an error.
+        """
+        self._config, self._unchanged = config, unchanged
+        self._of_teacher: dict[str, tuple[Teacher | None, Dataset]] = {}
+
+    @functools.cached_property
+    def dataset(self) -> Dataset:
+        """The dataset as it was built; UserError if it was not, or its raw files have changed."""
+        opens = datasets.current_dataset if self._unchanged else datasets.dataset_of
+        return opens(self._config)
+
+    def under(self, config: ConfigDict) -> tuple[Teacher | None, Dataset]:
+        """The teacher of students with this config, and the dataset that they learn from.
+
+        Only the last teacher stays open, so jobs of one teacher should follow each other.
+
+        Raises:
+          UserError: the teacher, or the copy that it has scored, is missing.
+        """
+        workdir = config.teacher.workdir
+        if workdir not in self._of_teacher:
+            self._of_teacher = {workdir: teacher_and_dataset(config, self.dataset)}
+        return self._of_teacher[workdir]
+
+    def job(self, members: Members) -> "Job":
+        """The job of students that share their batches and their teacher."""
+        return Job(common(members), members, self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Rankers that train together, and all that training and measuring them reads.
+
+    Attributes:
+      config: what its members have in common.
+      members: the configs of the students; none in the job of a teacher.
+      opened: the dataset as it was built, and its last teacher; the jobs of a sweep share it.
+    """
+
+    config: ConfigDict
+    members: Members
+    opened: Opened
+
+    @functools.cached_property
+    def _read(self) -> tuple[Teacher | None, Dataset]:
+        return self.opened.under(self.config) if self.members else (None, self.opened.dataset)
+
+    @property
+    def teacher(self) -> Teacher | None:
+        """The final ranker of the students; None where the dataset's logs replace it."""
+        return self._read[0]
+
+    @property
+    def dataset(self) -> Dataset:
+        """The dataset that its members learn from, or the copy that the teacher has scored."""
+        return self._read[1]
+
+    @property
+    def trainee(self) -> ConfigDict:
+        """The section on batches, optimiser and steps: `config`, or in a teacher's job its own."""
+        return self.config if self.members else self.config.teacher
+
+    @property
+    def live_teacher(self) -> Teacher | None:
+        """The teacher if it scores the batches; None if the dataset holds its probabilities."""
+        return self.teacher if self.config.teacher.source == "live" else None
+
+    @property
+    def teacher_version(self) -> str:
+        """The version of the teacher; "" where the dataset's logs replace it."""
+        return self.teacher.version if self.teacher else ""
+
+    @functools.cached_property
+    def groups(self) -> list[Group]:
+        """The groups that one program trains."""
+        # Without the teacher, which a trained student does not need.
+        spec = self.opened.dataset.spec
+        if self.members:
+            return recipes.student_groups(self.members, spec)
+        return [recipes.teacher_group(self.config, spec)]
+
+    @functools.cached_property
+    def identity(self) -> Identity:
+        """The identity of the trained rankers, which their checkpoints and tables carry."""
+        if not self.members:
+            return identity.of_teacher(self.config, self.dataset.identity)
+        return identity.of_students(self.members, self.dataset.identity, self.teacher_version)
+
+    @functools.cached_property
+    def report_at(self) -> ReportAt:
+        """The points of curves in `results.csv`, with the funnel's own k and the main target."""
+        funnel = self.config.funnel
+        return ReportAt(
+            ks=sorted({*funnel.report_at, funnel.passed}),
+            targets=sorted({*funnel.targets, TARGET}),
+        )
+
+    @functools.cached_property
+    def kept_ks(self) -> list[int]:
+        """The k at which the curves of each test request are kept."""
+        return kept.kept_ks(self.config.funnel.retrieved, self.report_at.ks)
