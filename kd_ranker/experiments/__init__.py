@@ -2,8 +2,8 @@
 
 import sys
 
-from kd_ranker.pipeline import signals
+from kd_ranker.training import interruption
 
 # Python says so while `python -m` looks for the entry point, before that imports all that it needs.
 if sys.argv[0] == "-m":
-    signals.end_when_asked()
+    interruption.end_when_asked()

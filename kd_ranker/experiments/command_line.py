@@ -13,7 +13,7 @@ import importlib
 import sys
 from pathlib import Path
 
-from kd_ranker.pipeline import signals
+from kd_ranker.training import interruption
 
 COMMANDS = {
     "run": "run",
@@ -32,7 +32,7 @@ COMMANDS = {
 def main() -> None:
     name, *rest = arguments = sys.argv[1:] or ["--help"]
     if name in COMMANDS:
-        signals.end_when_asked()
+        interruption.end_when_asked()
         sys.argv = [f"kd-ranker {name}", *rest]
         importlib.import_module(f"kd_ranker.experiments.{COMMANDS[name]}").start()
     else:

@@ -4,6 +4,7 @@ It alone reads flags, and only for the entry points: the library itself knows no
 """
 
 import argparse
+import errno
 import hashlib
 import os
 import re
@@ -19,10 +20,10 @@ from ml_collections import ConfigDict, config_flags
 import kd_ranker.configs
 from kd_ranker.config import checks
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import faults, options, signals
-from kd_ranker.pipeline.remote import Place, place_of
+from kd_ranker.pipeline import options
+from kd_ranker.pipeline.remote import Place, break_lock, place_of
 from kd_ranker.pipeline.trained import config_of
-from kd_ranker.training import processes
+from kd_ranker.training import interruption, processes
 
 BAD_INPUT = 2
 
@@ -30,6 +31,12 @@ _HELP = ("--help", "-h", "--helpfull", "--helpshort")
 
 # Of a path that the command line gives; an OSError's own message names the path.
 _BAD_PATH = (FileExistsError, NotADirectoryError, PermissionError)
+_NO_SPACE = "free some space, and start the same command again: it resumes from what is saved"
+_NOT_WRITABLE = "check the disk, or use another folder, as with --workdir or config.data.dir"
+_BAD_DISK = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _NO_SPACE),
+    **dict.fromkeys((errno.EROFS, errno.EIO), _NOT_WRITABLE),
+}
 
 
 def launch(
@@ -40,6 +47,7 @@ def launch(
     `as_one` says that several processes may run it as one, see `training.processes`.
     """
     workdir = flags.DEFINE_string("workdir", None, "The folder that the run owns.")
+    breaks = flags.DEFINE_bool("break_lock", False, options.BREAK_LOCK)
 
     def parse(arguments: list[str]) -> list[str]:
         rest = _parse(arguments)
@@ -53,7 +61,10 @@ def launch(
             if not as_one:
                 raise UserError("this command is of one process; leave parallel.processes out")
             _join_processes(config)
-        command(config, place_of(workdir.value or "."))
+        place = place_of(workdir.value or ".")
+        if breaks.value:
+            break_lock(place)
+        command(config, place)
 
     def describe(parser: argparse.ArgumentParser, arguments: list[str]) -> None:
         asks_of_one = any(argument.startswith("--config") for argument in arguments)
@@ -107,6 +118,7 @@ def launch_on_workdirs(command: Callable[[list[Place], Place], None]) -> None:
     output = flags.DEFINE_string(
         "workdir", None, "The folder to write to; read, too, where no other is named."
     )
+    breaks = flags.DEFINE_bool("break_lock", False, options.BREAK_LOCK)
 
     def parse(arguments: list[str]) -> list[str]:
         rest = flags.FLAGS(arguments)
@@ -116,6 +128,8 @@ def launch_on_workdirs(command: Callable[[list[Place], Place], None]) -> None:
 
     def run(arguments: list[str]) -> None:
         workdir, *others = (place_of(str(of)) for of in (output.value, *arguments[1:]))
+        if breaks.value:
+            break_lock(workdir)
         command(others or [workdir], workdir)
 
     def describe(parser: argparse.ArgumentParser, _: list[str]) -> None:
@@ -187,23 +201,24 @@ def _start(
 
     def main(arguments: list[str]) -> None:
         logging.set_verbosity(logging.WARNING)
-        faults.report_once()
         try:
             run(arguments)
         except (UserError, *_BAD_PATH) as error:
             fail(error)
-        except Exception as error:
-            if fault := faults.fault_of(error):
-                fail(UserError(fault))
-            raise
+        except OSError as error:
+            if error.errno not in _BAD_DISK:
+                raise
+            fail(UserError(f"{error}; {_BAD_DISK[error.errno]}"))
+        except MemoryError as error:
+            fail(UserError(f"not enough memory: {error}; choose smaller sizes"))
 
-    signals.stop_when_asked()
+    interruption.stop_when_asked()
     try:
         app.run(main, flags_parser=parse_or_fail)
-    except signals.Stopped as stopped:
-        signals.exit_after(stopped)
+    except interruption.Stopped as stopped:
+        interruption.exit_after(stopped)
     finally:
-        signals.end_when_asked()
+        interruption.end_when_asked()
 
 
 def _name_of(program: str) -> str:

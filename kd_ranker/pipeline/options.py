@@ -17,6 +17,7 @@ from kd_ranker.config.keys import DATA_KEYS, KEYS
 CONFIG = "a config file, or the name of one that comes with the package, such as cascade"
 WORKDIR = "the folder that the run owns, or its URL, as gs://bucket/run"
 RUN = "the folder or URL of a run that is finished, whose config counts where none is given"
+BREAK_LOCK = "remove the lock that a killed process left at the URL of the workdir"
 WORKDIRS = "the folder, or URL, to write to; it is read, too, where no WORKDIR is named"
 
 
@@ -32,6 +33,7 @@ def describe(parser: argparse.ArgumentParser, text: str, config: ConfigDict | No
     _describe(parser, text, flags)
     parser.add_argument("--config", metavar="FILE[:VARIANT]", help=CONFIG)
     parser.add_argument("--workdir", metavar="FOLDER", help=WORKDIR)
+    parser.add_argument("--break_lock", action="store_true", help=BREAK_LOCK)
     sections: dict[str, list[Key]] = {}
     for key in _keys(config):
         sections.setdefault(key.name.rpartition(".")[0], []).append(key)
@@ -71,6 +73,7 @@ def describe_on_workdirs(parser: argparse.ArgumentParser, text: str) -> None:
     """The same of an entry point that reads the workdirs of others, and no config."""
     _describe(parser, text, "--workdir=FOLDER [WORKDIR ...]")
     parser.add_argument("--workdir", metavar="FOLDER", help=WORKDIRS)
+    parser.add_argument("--break_lock", action="store_true", help=BREAK_LOCK)
 
 
 def _describe(parser: argparse.ArgumentParser, text: str, flags: str) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from kd_ranker.errors import UserError
 from kd_ranker.training import checkpoints
 from kd_ranker.training.checkpoints import Identity
-from kd_ranker.training.interruption import until_interrupted
+from kd_ranker.training.interruption import deferred
 from kd_ranker.training.run import (
     Run,
     abstract_states,
@@ -63,9 +63,8 @@ def fit(
       UserError: the loss of a single run stopped being finite, the checkpoints in `workdir` have
         another identity, or the disk has no room for the next one.
     """
-    return until_interrupted(
-        lambda stop: _fit(run, train, workdir, identity, evaluate, bar, stop),
-    )
+    with deferred() as stop:
+        return _fit(run, train, workdir, identity, evaluate, bar, stop)
 
 
 def _fit(
@@ -80,13 +79,11 @@ def _fit(
     """`fit`, which ends with a checkpoint soon after `stop` says so."""
     lengths = _by_name(run, [numbers.steps for numbers in run.numbers])
     batches = iter(run.batches)
-    with checkpoints.open_in(workdir) as saved:
-        checkpoints.remove_unfinished(saved)
+    with checkpoints.open_in(workdir, to_write=True) as saved:
         states, start = checkpoints.restore(saved, abstract_states(run.groups), batches, identity)
         skip_steps(bar, start)
         if start >= run.steps:
             return states
-        checkpoints.check_room(workdir, abstract_states(run.groups))
         states = run.devices.place(states) if start else initial_states(run)
         diverged, best = _diverged_members(run, states), ""
         with contextlib.closing(MetricsWriter(workdir, start)) as writer:
