@@ -49,7 +49,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def check_whole(folder: Path) -> None:
-    """Checks the tables of a run before they are read; those of an older release have no sums.
+    """Checks the tables of a run before they are read, if there are sums of them.
 
     Raises:
       UserError: one is missing, or not as it was written.

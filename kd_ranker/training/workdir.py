@@ -151,7 +151,7 @@ def _environment(workdir: Path) -> dict[str, Any]:
 def _config_text(workdir: Path) -> str:
     """The text of `config.json`; UserError unless it is as it was written."""
     path = workdir / CONFIG_FILE
-    # An older release has written down no sum.
+    # Absent if environment.json was removed.
     expected = _environment(workdir).get("config_crc32")
     content = path.read_bytes()
     if expected is None:
@@ -240,7 +240,6 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     for number, line in enumerate(lines, start=1):
         try:
             of_line = json.loads(line)
-            # An older release has written down no sum.
             if of_line.pop(_CRC32, None) not in (None, _crc32(of_line)):
                 raise ValueError("the sum of the line is another")
             int(of_line["step"])

@@ -143,7 +143,7 @@ def test_a_damaged_line_of_metrics_is_left_out_and_told_unless_it_was_cut(tmp_pa
             assert found == [step for step in (1, 2, 3, 4) if step != place + 1]
             was_cut = place == 3 and not damaged.endswith("}")
             assert (f"damaged lines {place + 1}" in caplog.text) != was_cut
-    # Those of an older release have no sum.
+    # One of another program has no sum.
     file.write_text('{"step": 1, "loss": 2.0}\n')
     assert workdirs.read_metrics(file) == [{"step": 1, "loss": 2.0}]
 
@@ -160,7 +160,7 @@ def test_a_config_that_is_not_as_it_was_written_is_told_and_written_anew(tmp_pat
         workdirs.claim(tmp_path, "train", config_with(), DATASET)
         assert f"{path} is not as it was written; it is written anew" in caplog.text
         assert path.read_text() == text
-    # One of an older release, beside which no sum lies.
+    # Without the sum.
     (tmp_path / workdirs.ENVIRONMENT_FILE).unlink()
     assert workdirs.read_config(tmp_path) == config_with()
     path.write_text(text[:20])
