@@ -35,6 +35,7 @@ from kd_ranker.training.processes import are_several, first_holds
 Place = Path | str
 
 _SECONDS_BETWEEN_UPLOADS = 5.0
+_PREFIX = "kd_ranker-"  # of the temporary folders of copies
 # The name of a file in a checkpoint: the checkpoint's folder, its step.
 _IN_CHECKPOINT = re.compile(rf"((?:.*/)?{checkpoints.FOLDER}/([^/]*))/.*")
 _LAST_FILE = "commit_success.txt"  # of each checkpoint, as Orbax writes it
@@ -320,21 +321,30 @@ def _last_of(name: str) -> str:
 @contextlib.contextmanager
 def _copied(store: _Store, with_checkpoints: bool) -> Iterator[_Copy]:
     """Copy a workdir to a temporary folder; error messages name the URL in its place."""
-    above = Path(tempfile.mkdtemp(prefix="kd_ranker-"))
+    _remove_abandoned()
+    above = Path(tempfile.mkdtemp(prefix=_PREFIX))
     copy = _Copy(store, above / store.url.rpartition("/")[2])
-    try:
-        with _reaching(store.url):
-            copy.folder.mkdir()
-            copy.download(with_checkpoints)
-        yield copy
-    except UserError as error:
-        message = str(error)
-        raise UserError(
-            message if copy.keep else message.replace(str(copy.folder), store.url)
-        ) from error
-    finally:
-        if not copy.keep:
-            shutil.rmtree(above, ignore_errors=True)
+    with lock.hold(above):
+        try:
+            with _reaching(store.url):
+                copy.folder.mkdir()
+                copy.download(with_checkpoints)
+            yield copy
+        except UserError as error:
+            message = str(error)
+            raise UserError(
+                message if copy.keep else message.replace(str(copy.folder), store.url)
+            ) from error
+        finally:
+            if not copy.keep:
+                shutil.rmtree(above, ignore_errors=True)
+
+
+def _remove_abandoned() -> None:
+    """Remove the copies of killed processes: the lock file is there, and can be locked."""
+    for file in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{lock.FILE}"):
+        with contextlib.suppress(UserError, OSError), lock.hold(file.parent):
+            shutil.rmtree(file.parent)
 
 
 def _short(error: Exception) -> str:

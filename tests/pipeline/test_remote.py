@@ -375,6 +375,15 @@ def test_what_cannot_be_uploaded_at_the_end_stays_here_and_a_line_says_where(fau
     assert contents(URL) == {"a": b"a"}
 
 
+def test_the_copy_of_a_killed_process_is_removed(tmp_path):
+    for name in ("killed/run/state", "killed/.lock", "unsent/run/results.csv", "alive/run/state"):
+        write(tmp_path / "copies", f"kd_ranker-{name}")
+    with lock.hold(tmp_path / "copies" / "kd_ranker-alive"), remote.fetched(URL) as folder:
+        kept = {path.name for path in copies()} - {folder.parent.name}
+        assert kept == {"kd_ranker-alive", "kd_ranker-unsent"}
+        assert folder.parent.stat().st_mode & 0o77 == 0
+
+
 def test_messages_name_the_url_and_not_its_copy():
     def fail(folder):
         raise UserError(f"{folder} holds no run")
