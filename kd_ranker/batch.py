@@ -128,7 +128,6 @@ class FeatureSpec:
     def from_json(cls, text: str) -> "FeatureSpec":
         """The inverse of `to_json`."""
         fields = json.loads(text)
-        fields.pop("has_true_probability", None)  # datasets of earlier releases have it
         fields["tasks"] = tuple(fields["tasks"])
         fields["categories"] = tuple(Category(**of) for of in fields.get("categories", ()))
         return cls(**fields)

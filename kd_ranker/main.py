@@ -7,6 +7,7 @@ seconds to import are imported within functions, so that the list of commands ta
 
 import argparse
 import ast
+import errno
 import hashlib
 import os
 import re
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import signals
+from kd_ranker.training import interruption
 
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
@@ -26,6 +27,13 @@ _BAD_INPUT = 2
 _HELP = {"--help", "-h", "--helpfull", "--helpshort"}
 # Caused by a path on the command line; the message of an OSError names the path.
 _BAD_PATH = (FileExistsError, NotADirectoryError, PermissionError)
+
+_NO_SPACE = "free some space, and start the same command again: it resumes from what is saved"
+_NOT_WRITABLE = "check the disk, or use another folder, as with --workdir or config.data.dir"
+_BAD_DISK = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _NO_SPACE),
+    **dict.fromkeys((errno.EROFS, errno.EIO), _NOT_WRITABLE),
+}
 
 _CONFIG = "a config file, or the name of one that comes with the package, such as cascade"
 
@@ -72,7 +80,7 @@ def main(name: str = "") -> None:
       name: of the command; "" takes the first argument of the process.
     """
     # Until there is something to clean up, a signal ends the process at once.
-    signals.end_when_asked()
+    interruption.end_when_asked()
     program, arguments = f"python -m experiments.{Path(sys.argv[0]).stem}", sys.argv[1:]
     if not name:
         name, *arguments = arguments or ["--help"]
@@ -104,7 +112,7 @@ def run_command(command: Command, program: str, arguments: Sequence[str]) -> Non
       program: the way to start it, for its help.
       arguments: its arguments.
     """
-    signals.stop_when_asked()
+    interruption.stop_when_asked()
     try:
         try:
             if _HELP & {*arguments}:
@@ -115,35 +123,38 @@ def run_command(command: Command, program: str, arguments: Sequence[str]) -> Non
         except Exception as error:
             _fail(error)
         _run(command, config, given)
-    except signals.Stopped as stopped:
-        signals.exit_after(stopped)
+    except interruption.Stopped as stopped:
+        interruption.exit_after(stopped)
     finally:
-        signals.end_when_asked()
+        interruption.end_when_asked()
 
 
 def _run(command: Command, config: "ConfigDict", given: argparse.Namespace) -> None:
     from absl import flags, logging
 
     from kd_ranker import api
-    from kd_ranker.pipeline import faults
+    from kd_ranker.pipeline.remote import break_lock, place_of
 
     flags.FLAGS.mark_as_parsed()  # for the log of absl, which waits for that
     logging.use_absl_handler()
     logging.set_verbosity(logging.WARNING)
-    faults.report_once()
     try:
         if config and config.parallel.processes:
             if not command.as_one:
                 raise UserError("this command is of one process; leave parallel.processes out")
             _join_processes(config)
+        if getattr(given, "break_lock", False):
+            break_lock(place_of(given.workdir))
         if (made := command.call(api, config, given)) is not None:
             print(made)
     except (UserError, *_BAD_PATH) as error:
         _fail(error)
-    except Exception as error:
-        if fault := faults.fault_of(error):
-            _fail(UserError(fault))
-        raise
+    except OSError as error:
+        if error.errno not in _BAD_DISK:
+            raise
+        _fail(UserError(f"{error}; {_BAD_DISK[error.errno]}"))
+    except MemoryError as error:
+        _fail(UserError(f"not enough memory: {error}; choose smaller sizes"))
 
 
 def _join_processes(config: "ConfigDict") -> None:
@@ -363,7 +374,15 @@ def _main_job(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
     return f"{made.students}\n\n{made}"
 
 
-_OWNED = {"workdir": Flag("the folder for the files of the run, or its URL: gs://bucket/run", None)}
+_BREAK_LOCK = {
+    "break_lock": Flag(
+        "remove the lock that a killed process left at the URL of the workdir", False
+    )
+}
+_OWNED = {
+    "workdir": Flag("the folder for the files of the run, or its URL: gs://bucket/run", None),
+    **_BREAK_LOCK,
+}
 _FINISHED = {
     "workdir": Flag("the folder or URL of a finished run", None),
     "member": Flag("the student of a sweep; without it, the best one on validation"),
@@ -402,7 +421,8 @@ COMMANDS = {
         {
             "workdir": Flag(
                 "the folder or URL to write to; without a WORKDIR, that of a sweep", None
-            )
+            ),
+            **_BREAK_LOCK,
         },
         "--workdir=runs/report runs/sweep runs/another_sweep",
         config_from="",

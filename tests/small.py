@@ -157,7 +157,7 @@ def interrupted_write(self, step, scalars):
 
 def interrupted_save(saved, step, *rest):
     save(saved, step, *rest)
-    if moment == "saving" and saved.folder(step).parent.parent.name == name:
+    if moment == "saving" and saved.directory.parent.name == name:
         interrupt_at(step)
 
 def interrupted_write_file(path, content):

@@ -1,7 +1,8 @@
 """A short form of `scripts/fault_test.py`; that itself does as many rounds as one likes."""
 
+import contextlib
 import importlib.util
-import random
+import signal
 
 import pytest
 
@@ -12,38 +13,20 @@ fault_test = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(fault_test)
 
 
-@pytest.fixture
-def job(tmp_path):
-    folder = tmp_path / "job"
-    folder.mkdir()
-    made = fault_test.Round(None, folder, random.Random(0))
-    made.attempts = 1
-    return made
-
-
-def test_damage_is_of_any_kind_and_is_put_back_once_a_line_names_it(job):
-    files = [job.folder / name for name in ("a.csv", "b.json", "c.npy")]
-    for file in files:
-        file.write_text("some text")
-    for _ in files:
-        job.damage(0)
-    assert sorted(job.damaged) == files
-    assert all(not file.exists() or file.read_bytes() != b"some text" for file in files)
-    for file in files:
-        job.put_back(2, [f"error: {file} is not as it was written"])
-        assert file.read_text() == "some text"
-    assert not job.damaged
-
-
 @pytest.mark.parametrize(
-    ("code", "lines"),
-    [(1, ["error: a.csv"]), (2, ["error: a.csv", "and more"]), (2, ["error: something else"])],
+    ("code", "lines", "fits"),
+    [
+        (0, [], True),
+        (-15, [], True),
+        (143, ["stopped by SIGTERM; and so on"], True),
+        (143, ["error: a.csv"], False),
+        (1, [], False),
+        (2, ["error: a.csv"], False),
+    ],
 )
-def test_what_does_not_fit_the_damage_is_a_failure(job, code, lines):
-    (job.folder / "a.csv").write_text("some text")
-    job.damage(0)
-    with pytest.raises(fault_test.Fault):
-        job.put_back(code, lines)
+def test_an_exit_that_does_not_fit_the_signal_is_a_failure(code, lines, fits):
+    with contextlib.nullcontext() if fits else pytest.raises(fault_test.Fault):
+        fault_test.check_end(signal.SIGTERM, code, lines)
 
 
 def test_a_traceback_is_a_failure_whatever_the_exit_code(tmp_path):
@@ -64,7 +47,7 @@ def test_a_traceback_is_a_failure_whatever_the_exit_code(tmp_path):
 def test_another_byte_or_a_missing_file_is_a_difference():
     fault_test._compare({"a": b"1"}, {"a": b"1", "b": b"2"})
     for found in ({"a": b"2"}, {}):
-        with pytest.raises(fault_test.Fault, match="other results than undisturbed: a"):
+        with pytest.raises(fault_test.Fault, match="other results than uninterrupted: a"):
             fault_test._compare({"a": b"1"}, found)
 
 

@@ -89,9 +89,7 @@ FLOPS = Costs()
 
 
 def costs_of(config: ConfigDict) -> Costs:
-    """The costs that a config gives; `FLOPS` of a config of an older release, which has none."""
-    if "costs" not in config:
-        return FLOPS
+    """Return the costs of `config.costs`."""
     student, teacher = config.costs.student, config.costs.teacher
     return Costs(student.candidate, student.request, teacher.candidate, teacher.request)
 

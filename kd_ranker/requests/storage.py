@@ -50,8 +50,6 @@ _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
 _RECORDS = "group_size:1,snappy"
 # What the name of a folder or of a shard starts with that is being written.
 _UNFINISHED = ".unfinished-"
-# The folders of builds that were killed; those of earlier releases had another name.
-_LEFTOVERS = (f"{_UNFINISHED}*", "incomplete.*")
 
 
 def directory_of(name: str, data_dir: str) -> Path:
@@ -84,9 +82,8 @@ def building(name: str, data_dir: str) -> Iterator[Path]:
     """
     directory = directory_of(name, data_dir)
     with hold(directory.parent):
-        for pattern in _LEFTOVERS:
-            for leftover in directory.parent.glob(pattern):
-                shutil.rmtree(leftover)
+        for leftover in directory.parent.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(leftover)
         yield directory
 
 

@@ -29,9 +29,8 @@ from kd_ranker.batches import cutting
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import funnel
 from kd_ranker.evaluation.evaluate import Ranker
+from kd_ranker.requests import lock
 from kd_ranker.requests.columns import columns_of
-from kd_ranker.requests.lock import FILE as LOCK
-from kd_ranker.requests.lock import hold
 from kd_ranker.requests.pool import Runner
 from kd_ranker.requests.records import Dataset
 from kd_ranker.sources.logs import unseen, write_back
@@ -140,7 +139,7 @@ def score_log(
     columns = write_back.added_columns(log, tuple(f"{trained.role}_{of}" for of in says))
     scored, paths = Scored(output, columns), write_back.output_paths(log, output)
     work = output / f"{_WORK}{digest}"
-    with hold(output):
+    with lock.hold(output):
         if _is_finished(output, work, digest):
             return scored, Unseen(*read_json(output / FILE, _REMOVE)["read"])
         with runner as run:
@@ -206,7 +205,7 @@ def _is_finished(output: Path, work: Path, digest: str) -> bool:
     if finished and read_json(output / FILE, _REMOVE)["made_of"] == digest:
         shutil.rmtree(work, ignore_errors=True)  # which a run may have left that was killed
         return True
-    if finished or not (work.exists() or {path.name for path in output.iterdir()} <= {LOCK}):
+    if finished or not (work.exists() or {path.name for path in output.iterdir()} <= lock.FILES):
         raise UserError(
             f"{output} holds something else than the scores of this log by this ranker; give "
             "another folder with --out"

@@ -1,335 +1,241 @@
-"""Orbax checkpoints of a run: its state, whose that is, a checksum, and the loader's position.
+"""Orbax checkpoints of a run.
 
-A checkpoint is written by a thread of its own, from a copy of the state on the host, while the
-training goes on. It is renamed when it is whole, and sealed: the checksums of its files are added.
-One whose files are not as they were written, that cannot be read back, or whose checksum is not
-that of its contents, is reported and moved out of the way, and the one before it is used. A whole
-one that belongs to another run is left where it is, and never used; so is one whose files are as
-they were written, and that what is installed now cannot read.
+A checkpoint contains the states of all groups, and a record: the step, the identity of the run, and
+the position of the loader. Orbax writes it from a copy on the host while training continues, and
+renames it when it is complete, so an interrupted write leaves no checkpoint.
 """
 
 import contextlib
-import dataclasses
-import functools
-import json
-import shutil
+import logging
 import textwrap
-import zlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import absl.logging
 import grain
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 
 from kd_ranker.errors import UserError
 from kd_ranker.training.processes import first_without, index, is_first, on_first
-from kd_ranker.training.workdir import ENVIRONMENT_FILE, Identity, write_whole
+from kd_ranker.training.workdir import ENVIRONMENT_FILE, Identity
 
-FOLDER, DAMAGED_FOLDER = "checkpoints", "damaged_checkpoints"
-SEAL = "files.json"  # beside a checkpoint's own files: the CRC-32 of each
+FOLDER = "checkpoints"
 _KEEP = 3
-# What a checkpoint takes on a disk: at most as much more than its state, and so many bytes.
-_MORE_THAN_STATE, _BESIDE_STATE = 1.1, 2**18
-
-
-@dataclasses.dataclass
-class Checkpoints:
-    """The checkpoints of a workdir, and the writing of the next one.
-
-    Attributes:
-      manager: Orbax's, which this process shares with no other.
-      thread: writes one checkpoint after the other.
-      writing: the one that may not be whole yet.
-    """
-
-    manager: ocp.CheckpointManager
-    thread: ThreadPoolExecutor
-    writing: Future[None] | None = None
-
-    def folder(self, step: int) -> Path:
-        """The folder of the checkpoint of a step."""
-        return Path(self.manager.directory) / str(step)
-
-    def wait(self) -> None:
-        """Waits until all of them are whole, and raises what has kept one from being written."""
-        writing, self.writing = self.writing, None
-        on_first(lambda: None if writing is None else writing.result())
 
 
 @contextlib.contextmanager
-def open_in(workdir: Path) -> Iterator[Checkpoints]:
-    """The checkpoints of a workdir; on leaving, all of them are whole and sealed."""
+def open_in(workdir: Path, to_write: bool = False) -> Iterator[ocp.CheckpointManager]:
+    """Open the checkpoints of a workdir; on exit, all of them are complete.
+
+    Args:
+      workdir: the folder of the run.
+      to_write: True for the run itself, which removes what an interrupted write left behind.
+
+    Raises:
+      UserError: one could not be written.
+    """
     folder, mine = (workdir / FOLDER).absolute(), index()
     on_first(lambda: folder.mkdir(parents=True, exist_ok=True))
     options = ocp.CheckpointManagerOptions(
         max_to_keep=_KEEP,
         create=False,
-        enable_async_checkpointing=False,
-        # Of several processes the first writes. Orbax would have all wait for each other by what
-        # their devices compute, in which a thread must not get between the steps.
+        cleanup_tmp_directories=to_write and is_first(),
+        # The first process writes for all. Orbax's barriers between processes would run on the
+        # devices, from another thread, between the collectives of the steps.
         multiprocessing_options=ocp.options.MultiprocessingOptions(
             primary_host=mine, active_processes={mine}, barrier_sync_key_prefix=str(mine)
         ),
     )
+    log = absl.logging.get_absl_logger()
+    log.addFilter(_is_not_of_orbax)
     manager = ocp.CheckpointManager(folder, options=options)
-    with manager, ThreadPoolExecutor(1, thread_name_prefix="checkpoints") as thread:
-        checkpoints = Checkpoints(manager, thread)
-        yield checkpoints
-        checkpoints.wait()
-        on_first(lambda: _seal(manager))
-
-
-def _seal(manager: ocp.CheckpointManager) -> None:
-    """Adds to new checkpoints the checksums of their files.
-
-    An older one without them is the rest of one that was being removed.
-    """
-    folders = [Path(manager.directory, str(step)) for step in sorted(manager.all_steps())]
-    while folders and not (folders[-1] / SEAL).exists():
-        directory = folders.pop()
-        write_whole(directory / SEAL, json.dumps(_file_checksums(directory)))
-
-
-def _file_checksums(directory: Path) -> dict[str, int]:
-    return {
-        path.relative_to(directory).as_posix(): zlib.crc32(path.read_bytes())
-        for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != SEAL
-    }
-
-
-def _fault_of(directory: Path) -> str:
-    """The fault of the files of a checkpoint; "" if they are as they were written.
-
-    Orbax would find out as well, but not without printing pages of traces.
-    """
-    seal = directory / SEAL
-    if not seal.exists():
-        # Killed after the checkpoint was whole and before it was sealed, or its files are gone.
-        return "" if any(directory.iterdir()) else "its folder is empty"
-    found = _file_checksums(directory)
     try:
-        expected = json.loads(seal.read_text()).items()
-    except ValueError as error:
-        return f"its file {SEAL} is damaged: {error}"
-    for name, crc32 in expected:
-        if name not in found:
-            return f"its file {name} is missing"
-        if found[name] != crc32:
-            return f"its file {name} is not as it was written"
-    return ""
+        yield manager
+        _wait(manager)
+    finally:
+        with _writing(manager):
+            manager.close()
+        log.removeFilter(_is_not_of_orbax)
 
 
-def checksum(state: Any) -> int:
-    """A CRC-32 over the bytes of all leaves, in the order of the tree."""
-    total = 0
-    for leaf in jax.tree.leaves(state):
-        total = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, total)
-    return total
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    """Return False for what Orbax logs: it raises the same errors, which here become one line."""
+    return "orbax" not in Path(record.pathname).parts
 
 
-def _sizes(state: Any) -> str:
-    """The types and shapes of all leaves, in the order of the tree."""
-    return " ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(state))
-
-
-def check_room(workdir: Path, state: Any) -> None:
-    """Raises UserError unless the disk has room for one more checkpoint of a state.
-
-    A disk may be full all the same by the time that it is written.
-    """
-    leaves = jax.tree.leaves(state)
-    needed = int(_MORE_THAN_STATE * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
-    needed, free = needed + _BESIDE_STATE, on_first(lambda: shutil.disk_usage(workdir).free)
-    if free < needed:
+@contextlib.contextmanager
+def _writing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """Turn the error of a failed write, whatever its type, into one line."""
+    try:
+        yield
+    except Exception as error:
         raise UserError(
-            f"the disk of {workdir} has {free / 1e6:,.1f} MB free, and the next checkpoint needs "
-            f"{needed / 1e6:,.1f} MB; free some, and the same command goes on from what is saved"
-        )
+            f"a checkpoint could not be written to {manager.directory} ({_reason(error)}); check "
+            "the disk, and start the same command again: it resumes from the previous checkpoint"
+        ) from error
 
 
-def remove_unfinished(checkpoints: Checkpoints) -> None:
-    """Removes what killed runs have left half-written, which may be of a step that none comes by.
-
-    For the one process alone that writes there.
-    """
-
-    def remove() -> None:
-        for left in Path(checkpoints.manager.directory).glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
-            shutil.rmtree(left)
-
-    on_first(remove)
+def _wait(manager: ocp.CheckpointManager) -> None:
+    """Wait until the last checkpoint is complete; if that fails, all processes raise."""
+    with _writing(manager):
+        on_first(manager.wait_until_finished)
 
 
 def save(
-    checkpoints: Checkpoints,
+    checkpoints: ocp.CheckpointManager,
     step: int,
     state: Any,
     batches: grain.DatasetIterator | None,
     identity: Identity,
 ) -> None:
-    """Starts saving, once the checkpoint before is whole.
+    """Start to save a checkpoint, once the previous one is complete.
 
-    As soon as this returns, `state` may be donated: what is written is a copy of it, which takes up
-    the host's memory until then.
+    When this returns, `state` may be donated: Orbax writes a copy of it on the host.
+
+    Args:
+      checkpoints: those of the workdir.
+      step: the number of steps taken.
+      state: a pytree of arrays.
+      batches: the iterator whose position is saved, or None.
+      identity: the identity of the run.
 
     Raises:
-      UserError: the disk has no room for it.
-      OSError: the one before could not be written.
+      UserError: the previous one could not be written.
     """
-    checkpoints.wait()
-    check_room(Path(checkpoints.manager.directory), state)
+    _wait(checkpoints)
     if not is_first():
         return
-    # On CPU the host may share the device's buffer, which the next step donates; so copy.
-    host_state = jax.tree.map(np.array, jax.device_get(state))
     record = {
-        "sizes": _sizes(host_state),
+        "step": step,
+        "sizes": _sizes(state),
         "identity": dict(identity),
         "batches": batches.get_state() if batches is not None else None,
     }
-    checkpoints.writing = checkpoints.thread.submit(
-        _write, checkpoints.manager, step, host_state, record
-    )
-
-
-def _write(manager: ocp.CheckpointManager, step: int, state: Any, record: dict[str, Any]) -> None:
     items = {
-        "state": ocp.args.StandardSave(state),
-        "checksum": ocp.args.JsonSave(record | {"crc32": checksum(state)}),
+        "state": ocp.args.StandardSave(jax.device_get(state)),
+        "record": ocp.args.JsonSave(record),
     }
-    manager.save(step, args=ocp.args.Composite(**items))
-    _seal(manager)
-
-
-class _DamagedError(ValueError):
-    """A checkpoint is not what was written."""
+    with _writing(checkpoints):
+        if step in checkpoints.all_steps():  # one that could not be restored
+            checkpoints.delete(step)
+        checkpoints.save(step, args=ocp.args.Composite(**items), force=True)
 
 
 def restore(
-    checkpoints: Checkpoints,
+    checkpoints: ocp.CheckpointManager,
     state: Any,
     batches: grain.DatasetIterator | None,
     identity: Identity,
 ) -> tuple[Any, int]:
-    """The newest state that can be read, and its step; `state` as given and 0 if there is none.
+    """Restore the newest checkpoint; warns of one that cannot be read and takes the one before.
 
     Args:
       checkpoints: those of the workdir.
-      state: a state of the same shapes, or what `jax.eval_shape` says of one.
-      batches: the iterator to move to the position that was saved; None leaves it out.
-      identity: what the checkpoints must have been saved with.
+      state: a state of the same shapes and dtypes, or `jax.eval_shape` of one.
+      batches: the iterator to move to the saved position, or None.
+      identity: the identity of the run.
+
+    Returns:
+      The state, on the host, and its step; `state` as given and 0 without checkpoints.
 
     Raises:
-      UserError: the checkpoints are whole, and of another model or another run, or not to be read
-        by what is installed.
+      UserError: the checkpoint is of another model or another run, or none can be read.
     """
-    # Another host may have an older list of the folder at hand.
-    for step in on_first(lambda: sorted(checkpoints.manager.all_steps(), reverse=True)):
-        directory, read, fault = checkpoints.folder(step), None, None
+    # Another host may have an older listing of the folder.
+    steps = on_first(lambda: sorted(checkpoints.all_steps(), reverse=True))
+    for step in steps:
+        read, error = None, None
+        directory = Path(checkpoints.directory) / str(step)
         try:
-            read = _read(checkpoints, step, state, identity, goes_on=batches is not None)
+            read = _read(checkpoints, step, state, identity)
         except (UserError, MemoryError, PermissionError):
-            raise  # which says nothing of the checkpoint
-        except Exception as error:
-            fault = error
-        _check_alike(directory, fault)
-        if fault:
-            _reject(checkpoints, step, fault)
-        elif read:
+            raise  # not the fault of the checkpoint
+        except Exception as fault:
+            error = fault
+        _check_alike(directory, error)
+        if read:
             restored, record = read
             if batches is not None:
                 batches.set_state(record["batches"])
             return restored, step
+        assert error
+        absl.logging.warning("%s cannot be restored: %s", directory, _reason(error))
+    if steps:
+        raise UserError(
+            f"none of the checkpoints in {checkpoints.directory} can be restored; install the "
+            f"packages that {ENVIRONMENT_FILE} names, or remove that folder to train from the start"
+        )
     return state, 0
 
 
 def _read(
-    checkpoints: Checkpoints, step: int, state: Any, identity: Identity, *, goes_on: bool
+    checkpoints: ocp.CheckpointManager, step: int, state: Any, identity: Identity
 ) -> tuple[Any, Mapping[str, Any]]:
-    """The state of a checkpoint, and its record; raises what keeps it from being used."""
-    directory, manager = checkpoints.folder(step), checkpoints.manager
-    if fault := on_first(functools.partial(_fault_of, directory)):
-        raise _DamagedError(fault)
-    # Before the rest, which cannot be read if it is another's.
-    checks = ocp.args.Composite(checksum=ocp.args.JsonRestore())
-    record = manager.restore(step, args=checks).checksum
-    _check_owner(directory, record, _sizes(state), identity)
-    if goes_on and "batches" not in record:
-        raise UserError(
-            f"{directory} is of an older release, from which no run can go on; use another "
-            f"--workdir, or remove {directory.parent} to train anew"
-        )
+    """Return the state and the record of a checkpoint."""
+    record = _record_of(checkpoints, step)
+    if record["step"] != step:
+        raise ValueError(f"it was saved at step {record['step']}")
+    _check_owner(Path(checkpoints.directory) / str(step), record, _sizes(state), identity)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-    restored = manager.restore(step, args=items).state
-    if record["crc32"] != checksum(restored):
-        raise _DamagedError("its contents do not match its checksum")
-    return restored, record
+    return checkpoints.restore(step, args=items).state, record
 
 
-def _check_alike(directory: Path, fault: Exception | None) -> None:
-    """Raises UserError where some of several processes have read a checkpoint, and others not."""
-    without = first_without(fault is None)
-    if without is not None and first_without(fault is not None) is not None:
-        why = f" ({_reason(fault)})" if fault else ""
+def _record_of(checkpoints: ocp.CheckpointManager, step: int) -> Mapping[str, Any]:
+    items = ocp.args.Composite(record=ocp.args.JsonRestore())
+    return checkpoints.restore(step, args=items).record
+
+
+def _sizes(state: Any) -> str:
+    """Return the dtypes and shapes of all leaves, in the order of the tree."""
+    return " ".join(f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(state))
+
+
+def _check_alike(directory: Path, error: Exception | None) -> None:
+    """Raise UserError if some processes can read a checkpoint and others cannot."""
+    without = first_without(error is None)
+    if without is not None and first_without(error is not None) is not None:
+        why = f" ({_reason(error)})" if error else ""
         raise UserError(
-            f"process {without} cannot read {directory}, and another one can{why}; see that all "
-            "see the same files"
+            f"process {without} cannot read {directory}, and another one can{why}; make sure that "
+            "all see the same files"
         )
-
-
-def _reject(checkpoints: Checkpoints, step: int, fault: Exception) -> None:
-    """Sets a damaged checkpoint aside; raises UserError for one that is as it was written."""
-    directory = checkpoints.folder(step)
-    if on_first((directory / SEAL).exists) and not isinstance(fault, _DamagedError):
-        raise UserError(
-            f"{directory} is as it was written, and cannot be read back ({_reason(fault)}); "
-            f"install the packages that {ENVIRONMENT_FILE} names, or remove {directory.parent} "
-            "to train anew"
-        ) from fault
-    _set_aside(checkpoints, step, fault)
 
 
 def recorded_identity(workdir: Path) -> Identity:
-    """The identity that a workdir's newest checkpoint was saved with; {} if none can be read.
+    """Return the identity that a workdir's newest readable checkpoint records, or {}.
 
-    It is for what of an identity cannot be known otherwise: `restore` compares the rest.
+    It is for the parts of an identity that cannot be known otherwise: `restore` compares the rest.
     """
     with open_in(workdir) as checkpoints:
-        for step in sorted(checkpoints.manager.all_steps(), reverse=True):
-            args = ocp.args.Composite(checksum=ocp.args.JsonRestore())
-            # Any kind of error may come of a damaged one, which `restore` reports.
-            with contextlib.suppress(Exception):
-                return checkpoints.manager.restore(step, args=args).checksum["identity"]
+        for step in sorted(checkpoints.all_steps(), reverse=True):
+            with contextlib.suppress(Exception):  # `restore` reports it
+                return _record_of(checkpoints, step)["identity"]
     return {}
 
 
 def _check_owner(
     directory: Path, record: Mapping[str, Any], sizes: str, identity: Identity
 ) -> None:
-    """Raises UserError if a whole checkpoint is not of these sizes and this identity."""
-    there = record.get("identity")
-    differing = "" if there is None else differences(there, identity)
-    remedy = f"use another --workdir, or remove {directory.parent} to train anew"
-    if there is None:
-        fault = "does not say whose it is, so it is of an older release"
-        raise UserError(f"{directory} {fault}; {remedy}")
+    """Raise UserError unless a checkpoint has these sizes and this identity."""
+    differing = differences(record["identity"], identity)
     if record["sizes"] != sizes:
-        fault = "holds a model of other sizes than the config asks for"
         details = f": {differing}" if differing else ""
-        raise UserError(f"{directory} {fault}{details}; name another workdir")
+        raise UserError(
+            f"{directory} contains a model of other sizes than the config{details}; use another "
+            "--workdir"
+        )
     if differing:
-        raise UserError(f"{directory} belongs to another run: {differing}; {remedy}")
+        raise UserError(
+            f"{directory} belongs to another run: {differing}; use another --workdir, or remove "
+            f"{directory.parent} to train from the start"
+        )
 
 
 def differences(there: Identity, here: Identity) -> str:
-    """The parts in which two identities differ, in one line; "" if they are the same."""
+    """Describe the parts in which two identities differ, in one line; "" if they are equal."""
     return ", ".join(
         f"{part} ({_shown(there.get(part, ''), here.get(part, ''))})"
         for part in (*here, *(there.keys() - here.keys()))
@@ -338,7 +244,7 @@ def differences(there: Identity, here: Identity) -> str:
 
 
 def _shown(there: str, here: str) -> str:
-    """Two lists of names, without those that they share unless they differ in their order alone."""
+    """Describe two lists of names, without shared names unless only their order differs."""
     names, others = there.split(", "), here.split(", ")
     if set(names) == set(others):
         return f"{there} there, {here} now"
@@ -348,29 +254,5 @@ def _shown(there: str, here: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    # What lies below the storage reports its whole configuration along with the fault.
-    return textwrap.shorten(str(error) or type(error).__name__, 200)
-
-
-def _set_aside(checkpoints: Checkpoints, step: int, error: Exception) -> None:
-    """Moves a damaged checkpoint away, so that its step can be saved again and nothing is lost."""
-    manager, source = checkpoints.manager, checkpoints.folder(step)
-
-    def move() -> Path:
-        aside = source.parent.parent / DAMAGED_FOLDER
-        aside.mkdir(exist_ok=True)
-        target = aside / str(step)
-        while target.exists():
-            target = target.with_name(target.name + "_again")
-        source.rename(target)
-        return target
-
-    target = on_first(move)
-    manager.reload()
-    logging.warning(
-        "checkpoint %s is damaged (%s); it lies in %s now, and the run goes on from %s",
-        source,
-        _reason(error),
-        target,
-        f"step {left[-1]}" if (left := sorted(manager.all_steps())) else "its start",
-    )
+    # TensorStore reports its whole configuration with the error.
+    return textwrap.shorten(str(error) or type(error).__name__, 600)

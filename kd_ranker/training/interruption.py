@@ -1,34 +1,97 @@
-"""Work that ends in good order when the wait for it is interrupted."""
+"""Signals that ask a command to end.
 
+`kd_ranker.experiments` imports this before packages that take seconds, so it imports little.
+"""
+
+import contextlib
+import os
+import signal
+import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NoReturn
 
-_T = TypeVar("_T")
+# SIGHUP, of a closed terminal, is not available everywhere.
+_NAMES = ("SIGINT", "SIGTERM", "SIGHUP")
+_ASK_TO_END = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
-def until_interrupted(work: Callable[[Callable[[], bool]], _T]) -> _T:
-    """Does some work in a thread of its own, and tells it when it is to end.
+class Stopped(SystemExit):
+    """A signal asked this process to end; a subclass of SystemExit passes through asyncio loops."""
 
-    What interrupts a program, as `KeyboardInterrupt`, is raised between any two instructions of its
-    main thread, which could leave half-done work behind. Here that thread does nothing but wait.
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.number = number
 
-    Args:
-      work: is given a function that says whether to end, and does so in its own good time.
 
-    Returns:
-      What `work` returns.
+@contextlib.contextmanager
+def deferred() -> Iterator[Callable[[], bool]]:
+    """Defer signals that ask to end until this is left; a second one ends the process at once.
 
-    Raises:
-      BaseException: what `work` raises, and, once it has ended, what has interrupted the wait.
+    Yields:
+      A function that returns True once one came. In another thread than the main one, which gets
+      all signals, it is always False.
     """
-    stop = threading.Event()
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(work, stop.is_set)
-        try:
-            return future.result()
-        except BaseException:
-            stop.set()
-            future.result()
-            raise
+    received: list[int] = []
+
+    def receive(number: int, _: FrameType | None) -> None:
+        if received:
+            _end(number, None)
+        received.append(number)
+
+    with contextlib.ExitStack() as handlers:
+        if threading.current_thread() is threading.main_thread():
+            for number, previous in _handle(receive).items():
+                handlers.callback(signal.signal, number, previous)
+        yield lambda: bool(received)
+    if received:
+        signal.raise_signal(received[0])
+
+
+def stop_when_asked() -> None:
+    """From now on, raise `Stopped` for the first signal, and end at once for a second one."""
+    _handle(_stop)
+    sys.unraisablehook = _unraisable
+
+
+def end_when_asked() -> None:
+    """From now on, end the process at once: there is nothing to clean up."""
+    _handle(_end)
+
+
+def exit_after(stopped: Stopped) -> NoReturn:
+    """Print that the process was stopped, as one line, and exit with the signal's code."""
+    sys.stderr.write(_line(stopped.number))
+    sys.exit(stopped.code)
+
+
+def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
+    """Install a handler, and return the previous ones; an ignored signal stays so, as of nohup."""
+    previous = {number: signal.getsignal(number) for number in _ASK_TO_END}
+    changed = {number: of for number, of in previous.items() if of != signal.SIG_IGN}
+    for number in changed:
+        signal.signal(number, handler)
+    return changed
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    end_when_asked()
+    raise Stopped(number)
+
+
+def _unraisable(found: "sys.UnraisableHookArgs") -> None:
+    # An exception that is raised within `__del__` does not propagate.
+    if isinstance(found.exc_value, Stopped):
+        _end(found.exc_value.number, None)
+    sys.__unraisablehook__(found)
+
+
+def _end(number: int, _: FrameType | None) -> None:
+    os.write(2, _line(number).encode())
+    os._exit(128 + number)
+
+
+def _line(number: int) -> str:
+    name = signal.Signals(number).name
+    return f"stopped by {name}; the same command resumes from what is saved\n"

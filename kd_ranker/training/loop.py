@@ -1,4 +1,4 @@
-"""The training loop: some steps, and then a line, an evaluation, a checkpoint."""
+"""The training loop: a call of some steps, then a line of metrics, an evaluation, a checkpoint."""
 
 import contextlib
 import dataclasses
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from kd_ranker.errors import UserError
 from kd_ranker.training import checkpoints
 from kd_ranker.training.checkpoints import Identity
-from kd_ranker.training.interruption import until_interrupted
+from kd_ranker.training.interruption import deferred
 from kd_ranker.training.run import (
     Run,
     abstract_states,
@@ -34,26 +34,26 @@ from kd_ranker.training.workdir import MetricsWriter
 
 Evaluate = Callable[[States], tuple[dict[str, float], str]]
 
-# Seconds that the steps of one call may take: between two calls it is seen if training is to end.
+# Seconds that the steps of one call may take: a signal is noticed between two calls.
 _LONGEST_CALL = 2.0
 
 
 def fit(
     run: Run, train: ConfigDict, workdir: Path, identity: Identity, evaluate: Evaluate, bar: tqdm
 ) -> States:
-    """Trains until the last member is done, from the newest checkpoint in `workdir` if any.
+    """Train until the last member is done, from the newest checkpoint in `workdir` if any.
 
-    A member whose loss stops being finite is frozen and reported, and the others go on; where none
-    is left, the run ends early. An exception that interrupts the wait for it, as KeyboardInterrupt,
-    is raised once a checkpoint of the last step is whole.
+    A member whose loss stops being finite is frozen and reported, and the others continue; if none
+    is left, the run ends early. A signal that asks the process to end is handled after a checkpoint
+    of the last step is complete.
 
     Args:
       run: the members, their batches and devices.
       train: `config.train` or `config.teacher.train`; its `…_every` count here.
       workdir: gets checkpoints and metrics.
-      identity: the identity of the members, which the checkpoints keep.
-      evaluate: states -> scalars by name, and in a few words how well the best member does; called
-        every `train.eval_every` steps.
+      identity: the identity of the members, which the checkpoints record.
+      evaluate: states -> scalars by name, and a short text on the best member; called every
+        `train.eval_every` steps.
       bar: shows the progress; `run.steps` are added to it.
 
     Returns:
@@ -61,11 +61,10 @@ def fit(
 
     Raises:
       UserError: the loss of a single run stopped being finite, the checkpoints in `workdir` have
-        another identity, or the disk has no room for the next one.
+        another identity, or one cannot be written.
     """
-    return until_interrupted(
-        lambda stop: _fit(run, train, workdir, identity, evaluate, bar, stop),
-    )
+    with deferred() as stop:
+        return _fit(run, train, workdir, identity, evaluate, bar, stop)
 
 
 def _fit(
@@ -77,16 +76,14 @@ def _fit(
     bar: tqdm,
     stop: Callable[[], bool],
 ) -> States:
-    """`fit`, which ends with a checkpoint soon after `stop` says so."""
+    """Do the work of `fit`; ends with a checkpoint soon after `stop` returns True."""
     lengths = _by_name(run, [numbers.steps for numbers in run.numbers])
     batches = iter(run.batches)
-    with checkpoints.open_in(workdir) as saved:
-        checkpoints.remove_unfinished(saved)
+    with checkpoints.open_in(workdir, to_write=True) as saved:
         states, start = checkpoints.restore(saved, abstract_states(run.groups), batches, identity)
         skip_steps(bar, start)
         if start >= run.steps:
             return states
-        checkpoints.check_room(workdir, abstract_states(run.groups))
         states = run.devices.place(states) if start else initial_states(run)
         diverged, best = _diverged_members(run, states), ""
         with contextlib.closing(MetricsWriter(workdir, start)) as writer:
@@ -109,7 +106,7 @@ def _fit(
                 whole = states_on_host(run, states) if saving or due.evaluation else ()
                 if saving:
                     states, whole = _mark_diverged(run, states, whole)
-                # A state is looked at before it is saved: a run could not go on from a NaN.
+                # A state is checked before it is saved: a run could not resume from a NaN.
                 if due.logging or saving:
                     diverged = _report(_diverged_members(run, states), before=diverged)
                 if due.logging:
@@ -122,29 +119,31 @@ def _fit(
                     bar.set_postfix_str(_progress(run, scalars, diverged, best))
                 if saving:
                     checkpoints.save(saved, step, whole, batches, identity)
-                # It may be a copy of whole tables, for which the next steps need no room.
+                # It may be a copy of whole tables.
                 del whole
     if stopping and not stop():
-        raise UserError(f"another process has ended this run after step {step}; start all anew")
+        raise UserError(
+            f"another process ended this run after step {step}; start all of them again"
+        )
     return jax.tree.map(np.asarray, states_on_host(run, states))
 
 
 def _next_stop(step: int, lengths: Iterable[float], train: ConfigDict) -> int:
-    """The first step after `step` that a chore may follow, or that is the last of a member."""
+    """Return the first later step that a chore may follow, or that is the last of a member."""
     every = (train.log_every, train.checkpoint_every, train.eval_every)
     chores = [(step // steps + 1) * steps for steps in every if steps]
     return min(*chores, *(int(last) for last in lengths if last > step))
 
 
 def _next_most(most: int, seconds: float) -> int:
-    """The most steps of the next call, after one of at most `most` that took so many seconds."""
+    """Return the most steps of the next call, after one of at most `most` that took `seconds`."""
     if seconds > _LONGEST_CALL:
         return max(1, most // 2)
     return 2 * most if seconds < _LONGEST_CALL / 2 else most
 
 
 def _agreed(number: float) -> float:
-    """The largest of the numbers of all processes, which have to take the same steps."""
+    """Return the largest number of all processes, which have to take the same steps."""
     if jax.process_count() == 1:
         return number
     return float(multihost_utils.process_allgather(np.float32(number)).max())
@@ -157,22 +156,22 @@ class _Due(NamedTuple):
 
 
 def _due_after(step: int, steps: int, train: ConfigDict) -> _Due:
-    """The chores after a step, by how often `train` wants them and by what the last step needs."""
+    """Return the chores after a step; the last step is always logged and saved."""
     last = step == steps
     saving = last or step % train.checkpoint_every == 0
     return _Due(
         logging=saving or step % train.log_every == 0,
-        # The last states are measured in full once the run is over.
+        # The last states are measured in full after the run.
         evaluation=not last and train.eval_every and step % train.eval_every == 0,
         saving=saving,
     )
 
 
 def skip_steps(bar: tqdm, steps: int) -> None:
-    """Moves a bar over steps that need not be taken, which say nothing of the pace to come."""
+    """Move a bar over steps that are skipped, without counting them in its pace."""
     if bar.disable:
         return
-    # `update` would take them for the work of an instant.
+    # `update` would count them as very fast steps.
     bar.initial += steps
     bar.n += steps
     bar.last_print_n = bar.n
@@ -180,12 +179,12 @@ def skip_steps(bar: tqdm, steps: int) -> None:
 
 
 def scalar_name(scalar: str, member: str) -> str:
-    """The name of a member's scalar in `metrics.jsonl`: `loss/<member>`, `loss` in a single run."""
+    """Return the name of a member's scalar in `metrics.jsonl`: `loss/<member>`, or `loss`."""
     return f"{scalar}/{member}" if member else scalar
 
 
 def _by_name(run: Run, of_groups: Sequence[Shaped[Array, "members"]]) -> dict[str, float]:
-    """The number of each member by its name, from an array a group."""
+    """Return the number of each member by its name, from one array per group."""
     return {
         name: number
         for group, of_members in zip(run.groups, of_groups, strict=True)
@@ -194,16 +193,16 @@ def _by_name(run: Run, of_groups: Sequence[Shaped[Array, "members"]]) -> dict[st
 
 
 def _diverged_members(run: Run, states: States) -> dict[str, int]:
-    """The members whose loss stopped being finite, with the step at which it did."""
+    """Return the members whose loss stopped being finite, with the step at which it did."""
     # Not of the whole states, which would be copied.
     at = on_host(run, [state.non_finite_step for state in states])
     return {name: int(step) for name, step in _by_name(run, at).items() if step}
 
 
 def _mark_diverged(run: Run, states: States, whole: States) -> tuple[States, States]:
-    """Marks the members that their last update left without finite parameters.
+    """Mark the members whose last update left parameters that are not finite.
 
-    The loss that it leads to would tell at the next step, but there may be none.
+    The loss of the next step would show it, but there may be no next step.
 
     Args:
       run: the run.
@@ -226,7 +225,7 @@ def _mark_diverged(run: Run, states: States, whole: States) -> tuple[States, Sta
 
 
 def _report(diverged: dict[str, int], before: dict[str, int]) -> dict[str, int]:
-    """Warns of members that were not among those `before`; an error in a single run."""
+    """Warn of members that were not among those `before`; raises in a single run."""
     for name, step in diverged.items():
         finding = f"stopped being finite at step {step}"
         if not name:
@@ -234,14 +233,14 @@ def _report(diverged: dict[str, int], before: dict[str, int]) -> dict[str, int]:
         if name not in before:
             # The warning must not land in the middle of the bar.
             with tqdm.external_write_mode():
-                logging.warning("%s %s; it is frozen, and the others go on", name, finding)
+                logging.warning("%s %s; it is frozen, and the others continue", name, finding)
     return diverged
 
 
 def _scalars(
     run: Run, states: States, losses: Sequence[Losses], members: Collection[str]
 ) -> dict[str, float]:
-    """The losses of some members, and the unknown ids that training has met so far."""
+    """Return the losses of some members, and the number of unknown ids so far."""
     scalars = {
         scalar_name(scalar, name): value
         for group, of_group in zip(run.groups, on_host(run, losses), strict=True)
@@ -253,7 +252,7 @@ def _scalars(
 
 
 def _unknown_ids(groups: Sequence[dict[str, Int[Array, ""]]]) -> dict[str, float]:
-    """The number of trained ids without a row of their own, by table: the largest of all groups.
+    """Return the number of trained ids without a row, by table: the largest of all groups.
 
     A group without a use for the teacher trains on fewer candidates of the same batches.
     """
@@ -266,7 +265,7 @@ def _unknown_ids(groups: Sequence[dict[str, Int[Array, ""]]]) -> dict[str, float
 
 
 def _progress(run: Run, scalars: dict[str, float], diverged: dict[str, int], best: str) -> str:
-    """A few words for the end of the bar."""
+    """Return a short text for the end of the bar."""
     members = sum(len(group.names) for group in run.groups)
     if run.groups[0].names == ("",):
         return f"loss={scalars['loss']:.4f}" if "loss" in scalars else ""

@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             start = time.perf_counter()
             checkpoints.save(saved, number, program.states, None, {})
             waited.append(time.perf_counter() - start)
-            while saved.writing and not saved.writing.done():
+            while saved.is_saving_in_progress():
                 beside.append(milliseconds_of(program))
             whole.append(time.perf_counter() - start)
     alone = [milliseconds_of(program) for _ in range(len(beside))]

@@ -106,7 +106,3 @@ def test_funnel_cost_in_a_unit_of_ones_own_by_hand() -> None:
     # A student of which nothing is said costs its FLOPs' share of the teacher: 5% of 4.
     config.costs.student.candidate = 0.0
     assert cost.funnel_cost(2000, 200, 5.0, 100.0, cost.costs_of(config)) == pytest.approx(1280)
-    # A config of an older release has no such keys.
-    with config.unlocked():
-        del config["costs"]
-    assert cost.costs_of(config) == cost.FLOPS

@@ -1059,20 +1059,15 @@ def damage(checkpoint):
         file.write_bytes(content)
 
 
-@pytest.mark.parametrize("damaged", [(20,), (10, 20)], ids=["newest", "all"])
-def test_a_run_with_damaged_checkpoints_ends_with_the_same_results(
-    world, trained, tmp_path, damaged
-):
+def test_a_run_with_a_damaged_checkpoint_ends_with_the_same_results(world, trained, tmp_path):
     whole, workdir = trained("shared"), tmp_path / "damaged"
     shutil.copytree(whole, workdir)
     (workdir / results.FILE).unlink()
-    for step in damaged:
-        damage(workdir / "checkpoints" / str(step))
+    damage(workdir / "checkpoints" / "20")
     api.train(world.config(distill__mode="shared"), workdir)
     for name in (results.FILE, "metrics.jsonl"):
         assert (workdir / name).read_bytes() == (whole / name).read_bytes()
-    set_aside = {int(path.name) for path in (workdir / "damaged_checkpoints").iterdir()}
-    assert set_aside == set(damaged)
+    student_parameters(workdir)  # of the last step
 
 
 def fault_of(command, *arguments, **options):
@@ -1121,9 +1116,8 @@ def test_an_unfinished_teacher_says_how_far_it_is(world, tmp_path):
 def test_a_student_is_no_teacher_and_keeps_its_checkpoints(world, trained, tmp_path):
     workdir = trained("none")
     config = world.config(teacher__workdir=str(workdir))
-    assert "members (none-seed0 there, " in fault_of(api.train, config, tmp_path / "w")
+    assert "contains a model of other sizes" in fault_of(api.train, config, tmp_path / "w")
     assert (workdir / "checkpoints" / "20").is_dir()
-    assert not (workdir / "damaged_checkpoints").exists()
 
 
 def test_a_teacher_of_other_tasks_is_named_with_its_tasks(world, tmp_path):

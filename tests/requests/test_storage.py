@@ -211,14 +211,10 @@ def test_a_build_that_died_goes_on_with_the_shards_that_are_missing(tmp_path, wh
     assert read == [("train", 8)]
     assert "2 of 6 shards were found finished" in caplog.text
     read.clear()
-    # What a process of an earlier release leaves that was killed there.
-    incomplete = tmp_path / "requests" / "small" / "incomplete.ABCDEF_1.1.0"
-    incomplete.mkdir(parents=True)
     directory = storage.build(source, "small", str(tmp_path))
     assert read == [("validation", 0), ("test", 0), ("test", 4)]
     assert records(directory) == whole
     assert not kept.parent.exists()
-    assert not incomplete.exists()
 
 
 def test_without_a_folder_to_keep_them_in_shards_are_written_anew(tmp_path):
@@ -377,8 +373,8 @@ def test_the_next_build_removes_what_a_killed_one_has_left(tmp_path, whole):
     assert build_elsewhere(tmp_path, dies=True) == -signal.SIGKILL
     parent = storage.directory_of("small", str(tmp_path)).parent
     left = sorted(path.name for path in parent.iterdir())
-    assert left == [".lock", f".unfinished-{storage.FORMAT_VERSION}"]
-    assert [*(parent / left[1]).glob("requests-train.array_record-*")]
+    assert left == [".lock", ".lock-holder", f".unfinished-{storage.FORMAT_VERSION}"]
+    assert [*(parent / left[2]).glob("requests-train.array_record-*")]
     directory = storage.build(random_source(), "small", str(tmp_path))
     assert [path.name for path in parent.iterdir()] == [directory.name]
     assert records(directory) == whole

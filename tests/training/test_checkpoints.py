@@ -1,13 +1,14 @@
 import contextlib
-import errno
-import json
 import logging
+import resource
 import shutil
+import signal
 import threading
 
 import grain
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from kd_ranker.errors import UserError
@@ -58,13 +59,6 @@ def truncate(workdir, step):
     file.write_bytes(file.read_bytes()[:100])
 
 
-def flip(workdir, step):
-    file = largest_file(workdir, step)
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 0xFF
-    file.write_bytes(content)
-
-
 def delete_a_file(workdir, step):
     largest_file(workdir, step).unlink()
 
@@ -78,12 +72,14 @@ def empty(workdir, step):
     folder(workdir, step).mkdir()
 
 
-def change_the_checksum(workdir, step):
-    """Files as they were written, but not of the state that was saved."""
-    file = folder(workdir, step) / "checksum" / "metadata"
-    recorded = json.loads(file.read_text())
-    file.write_text(json.dumps(recorded | {"crc32": recorded["crc32"] ^ 1}))
-    (folder(workdir, step) / "files.json").unlink()
+def rename(workdir, step):
+    """As if an older checkpoint were the newest one."""
+    shutil.rmtree(folder(workdir, step))
+    shutil.copytree(folder(workdir, 2), folder(workdir, step))
+
+
+def damage_the_record(workdir, step):
+    (folder(workdir, step) / "record" / "metadata").write_text("{")
 
 
 def test_the_newest_checkpoint_comes_back_with_the_loaders_position(workdir):
@@ -103,15 +99,15 @@ def test_without_checkpoints_a_run_starts_at_its_start(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (truncate, "is not as it was written"),
-        (flip, "is not as it was written"),
-        (delete_a_file, "is missing"),
-        (delete_the_state, "is missing"),
-        (empty, "its folder is empty"),
-        (change_the_checksum, "do not match its checksum"),
+        (truncate, ""),
+        (delete_a_file, ""),
+        (delete_the_state, ""),
+        (empty, ""),
+        (damage_the_record, ""),
+        (rename, "it was saved at step 2"),
     ],
 )
-def test_a_damaged_checkpoint_is_reported_set_aside_and_passed_over(
+def test_a_damaged_checkpoint_is_reported_passed_over_and_replaced(
     workdir, damage, reason, caplog, capfd
 ):
     damage(workdir, 6)
@@ -121,74 +117,27 @@ def test_a_damaged_checkpoint_is_reported_set_aside_and_passed_over(
     assert step == 4
     jax.tree.map(np.testing.assert_array_equal, state, state_of(4))
     assert next(iterator) == 4
-    (warning,) = [record for record in caplog.records if "is damaged" in record.getMessage()]
-    assert str(folder(workdir, 6)) in warning.getMessage()
-    assert reason in warning.getMessage()
-    assert "goes on from step 4" in warning.getMessage()
+    (warning,) = caplog.records
+    assert f"{folder(workdir, 6)} cannot be restored: {reason}" in warning.getMessage()
     assert "\n" not in warning.getMessage()
     assert "Traceback" not in capfd.readouterr().err
-    assert [path.name for path in (workdir / checkpoints.DAMAGED_FOLDER).iterdir()] == ["6"]
-    assert not folder(workdir, 6).exists()
-
-
-def test_the_step_of_a_damaged_checkpoint_can_be_saved_and_be_damaged_again(workdir):
-    for _ in range(2):
-        flip(workdir, 6)
-        with checkpoints.open_in(workdir) as saved:
-            _, step = checkpoints.restore(saved, state_of(0), None, OURS)
-            assert step == 4
-            checkpoints.save(saved, 6, state_of(6), None, OURS)
-        assert restore(workdir)[1] == 6
-    assert {path.name for path in (workdir / checkpoints.DAMAGED_FOLDER).iterdir()} == {
-        "6", "6_again",
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("fault", [MemoryError("no more is free"), PermissionError("denied")])
-def test_a_fault_of_the_machine_is_none_of_its_checkpoints(workdir, monkeypatch, fault):
-    def fail(_):
-        raise fault
-
-    with monkeypatch.context() as failing:
-        failing.setattr(checkpoints, "checksum", fail)
-        with pytest.raises(type(fault)):
-            restore(workdir)
-    assert not (workdir / checkpoints.DAMAGED_FOLDER).exists()
+    with checkpoints.open_in(workdir, to_write=True) as saved:
+        checkpoints.save(saved, 6, state_of(6), None, OURS)
     assert restore(workdir)[1] == 6
-
-
-def test_checkpoints_that_another_release_wrote_are_no_damaged_ones(workdir, monkeypatch):
-    """Each of them would be moved away in its turn, and the run begin anew."""
-    with checkpoints.open_in(workdir) as saved:
-        load = saved.manager.restore
-
-        def of_another_release(step, args):
-            if "state" in args:
-                raise KeyError("a format that is not known")
-            return load(step, args=args)
-
-        monkeypatch.setattr(saved.manager, "restore", of_another_release)
-        with pytest.raises(UserError, match=r"6 is as it was written, and cannot be .*'a format"):
-            checkpoints.restore(saved, state_of(0), None, OURS)
-        # Without its checksums, nobody knows.
-        (folder(workdir, 6) / "files.json").unlink()
-        with pytest.raises(UserError, match="4 is as it was written"):
-            checkpoints.restore(saved, state_of(0), None, OURS)
-    assert [path.name for path in (workdir / checkpoints.DAMAGED_FOLDER).iterdir()] == ["6"]
 
 
 def test_of_several_processes_the_first_says_which_checkpoint_all_go_on_from(workdir, monkeypatch):
     """Another one may see an older list of the folder, as a mounted one is cached."""
     with checkpoints.open_in(workdir) as saved:
-        of_first = saved.manager.all_steps
+        of_first = saved.all_steps
 
         def on_first(function):
             with monkeypatch.context() as first:
-                first.setattr(saved.manager, "all_steps", of_first)
+                first.setattr(saved, "all_steps", of_first)
                 return function()
 
         monkeypatch.setattr(checkpoints, "on_first", on_first)
-        monkeypatch.setattr(saved.manager, "all_steps", lambda: [2, 4])
+        monkeypatch.setattr(saved, "all_steps", lambda: [2, 4])
         assert checkpoints.restore(saved, state_of(0), None, OURS)[1] == 6
 
 
@@ -196,19 +145,18 @@ def test_of_several_processes_the_first_says_which_checkpoint_all_go_on_from(wor
 def test_a_checkpoint_that_one_of_several_processes_cannot_read_is_left_and_told(
     workdir, monkeypatch, here
 ):
-    def fail(_):
+    def fail(*_):
         raise OSError("no such device")
 
     # Process 1 cannot, whichever this one is.
     monkeypatch.setattr(checkpoints, "first_without", lambda holds: 0 if holds == here else 1)
     if here:
-        monkeypatch.setattr(checkpoints, "checksum", fail)
+        monkeypatch.setattr(checkpoints, "_record_of", fail)
     with pytest.raises(
         UserError, match=r"process \d cannot read .*/6, and another one can"
     ) as told:
         restore(workdir)
     assert ("no such device" in str(told.value)) == here
-    assert not (workdir / checkpoints.DAMAGED_FOLDER).exists()
 
 
 def test_what_a_killed_run_has_left_half_written_is_removed(workdir):
@@ -216,24 +164,9 @@ def test_what_a_killed_run_has_left_half_written_is_removed(workdir):
     left.mkdir(parents=True)
     assert restore(workdir)[1] == 6
     assert left.exists()  # who only reads may do so beside the one that writes
-    with checkpoints.open_in(workdir) as saved:
-        checkpoints.remove_unfinished(saved)
-    assert {path.name for path in (workdir / checkpoints.FOLDER).iterdir()} == {"2", "4", "6"}
-
-
-def test_when_all_are_damaged_the_run_starts_over_and_nothing_is_lost(workdir, caplog):
-    # These fail late: after the loader's position was restored.
-    for step in STEPS:
-        change_the_checksum(workdir, step)
-    iterator = numbers()
-    state, step = restore(workdir, iterator)
-    assert step == 0
-    assert state["step"] == 0
-    assert next(iterator) == 0
-    assert sum("is damaged" in record.getMessage() for record in caplog.records) == len(STEPS)
-    assert {path.name for path in (workdir / checkpoints.DAMAGED_FOLDER).iterdir()} == {
-        str(step) for step in STEPS
-    }
+    with checkpoints.open_in(workdir, to_write=True) as saved:
+        checkpoints.save(saved, 8, state_of(8), None, OURS)
+    assert {path.name for path in (workdir / checkpoints.FOLDER).iterdir()} == {"4", "6", "8"}
 
 
 def test_a_checkpoint_of_another_model_is_an_error_and_stays_where_it_is(workdir):
@@ -244,11 +177,10 @@ def test_a_checkpoint_of_another_model_is_an_error_and_stays_where_it_is(workdir
     }
     with (
         checkpoints.open_in(workdir) as saved,
-        pytest.raises(UserError, match="holds a model of other sizes"),
+        pytest.raises(UserError, match="contains a model of other sizes"),
     ):
         checkpoints.restore(saved, other, None, OURS)
     assert restore(workdir)[1] == 6
-    assert not (workdir / checkpoints.DAMAGED_FOLDER).exists()
 
 
 @pytest.mark.parametrize(
@@ -272,56 +204,6 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_stays(
     assert "\n" not in str(caught.value)
     assert next(iterator) == 0
     assert restore(workdir)[1] == 6
-    assert not (workdir / checkpoints.DAMAGED_FOLDER).exists()
-
-
-def test_a_checkpoint_that_does_not_say_whose_it_is_is_refused(workdir):
-    file = folder(workdir, 6) / "checksum" / "metadata"
-    recorded = json.loads(file.read_text())
-    del recorded["identity"]
-    file.write_text(json.dumps(recorded))
-    (folder(workdir, 6) / "files.json").unlink()
-    with pytest.raises(UserError, match="6 does not say whose it is, so it is of an older"):
-        restore(workdir)
-    assert folder(workdir, 6).is_dir()
-
-
-def test_a_damaged_checkpoint_of_another_run_is_set_aside_before_that_run_is_asked(workdir):
-    flip(workdir, 6)
-    with pytest.raises(UserError, match="4 belongs to another run"):
-        restore(workdir, identity={"members": "c"})
-    assert [path.name for path in (workdir / checkpoints.DAMAGED_FOLDER).iterdir()] == ["6"]
-
-
-def test_a_run_killed_before_its_checkpoint_was_sealed_can_use_it(workdir):
-    (folder(workdir, 6) / "files.json").unlink()
-    assert restore(workdir)[1] == 6
-
-
-def test_the_rest_of_a_checkpoint_that_was_being_removed_is_never_taken_for_a_whole_one(workdir):
-    (folder(workdir, 2) / "files.json").unlink()
-    delete_a_file(workdir, 2)
-    assert restore(workdir)[1] == 6
-    for step in (4, 6):
-        truncate(workdir, step)
-    assert restore(workdir)[1] == 0
-    assert len([*(workdir / checkpoints.DAMAGED_FOLDER).iterdir()]) == 3
-
-
-def test_a_checkpoint_without_a_position_is_of_an_older_release_whatever_its_state(
-    tmp_path, monkeypatch
-):
-    record = {"sizes": checkpoints._sizes(state_of(2)), "identity": dict(OURS)}
-    with checkpoints.open_in(tmp_path) as saved:
-        checkpoints._write(saved.manager, 2, state_of(2), record)
-    assert restore(tmp_path)[1] == 2
-
-    def fail(_):
-        raise ValueError("a state that nobody knows any more")
-
-    monkeypatch.setattr(checkpoints, "checksum", fail)
-    with pytest.raises(UserError, match="2 is of an older release, from which no run can go on"):
-        restore(tmp_path, iterator=numbers())
 
 
 def test_only_the_last_few_are_kept(workdir):
@@ -351,58 +233,69 @@ def test_what_is_saved_outlives_the_buffers_that_the_next_step_takes(tmp_path):
     np.testing.assert_array_equal(restored["table"], state_of(1)["table"])
 
 
-def test_a_disk_without_room_for_the_next_checkpoint_is_told_with_what_it_needs(
-    tmp_path, monkeypatch
-):
-    state = {"table": jax.ShapeDtypeStruct((1000, 1000), np.float32)}
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 0, 4_000_000))
-    with pytest.raises(UserError, match=r"has 4.0 MB free, and the next .* needs 4.7 MB; free so"):
-        checkpoints.check_room(tmp_path, state)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9e9, 0, 5_000_000))
-    checkpoints.check_room(tmp_path, state)
+def test_if_none_can_be_restored_nothing_is_overwritten(workdir):
+    for step in STEPS:
+        delete_a_file(workdir, step)
+    iterator = numbers()
+    with pytest.raises(UserError, match=r"none of the checkpoints in .* can be restored; install"):
+        restore(workdir, iterator)
+    assert next(iterator) == 0
+    assert {path.name for path in (workdir / checkpoints.FOLDER).iterdir()} == {"2", "4", "6"}
 
 
-def test_a_run_goes_on_while_its_checkpoint_is_written_and_waits_with_the_next(
-    tmp_path, monkeypatch
-):
-    let_it, events = threading.Event(), []
-    whole = checkpoints.Checkpoints.wait
+@pytest.mark.parametrize("fault", [MemoryError("no more is free"), PermissionError("denied")])
+def test_an_error_of_the_machine_is_raised(workdir, monkeypatch, fault):
+    def fail(*_):
+        raise fault
 
-    def wait(saved):
-        let_it.set()
-        whole(saved)
-        events.append("whole")
+    monkeypatch.setattr(checkpoints, "_record_of", fail)
+    with pytest.raises(type(fault)):
+        restore(workdir)
 
-    with checkpoints.open_in(tmp_path) as saved:
-        write = saved.manager.save
-        monkeypatch.setattr(
-            saved.manager, "save", lambda *of, **by: let_it.wait() and write(*of, **by)
-        )
+
+def test_a_run_continues_while_its_checkpoint_is_written(tmp_path, monkeypatch):
+    proceed, wait = threading.Event(), ocp.AsyncCheckpointer.wait_until_finished
+
+    def wait_in_background(checkpointer):
+        if threading.current_thread() is not threading.main_thread():
+            proceed.wait()
+        wait(checkpointer)
+
+    monkeypatch.setattr(ocp.AsyncCheckpointer, "wait_until_finished", wait_in_background)
+    with checkpoints.open_in(tmp_path, to_write=True) as saved:
         checkpoints.save(saved, 1, state_of(1), None, OURS)
-        assert not folder(tmp_path, 1).exists()
-        monkeypatch.setattr(checkpoints.Checkpoints, "wait", wait)
+        assert saved.is_saving_in_progress()
+        proceed.set()
         checkpoints.save(saved, 2, state_of(2), None, OURS)
-        assert events == ["whole"]
-        assert (folder(tmp_path, 1) / "files.json").exists()
+        assert folder(tmp_path, 1).is_dir()
     assert restore(tmp_path)[1] == 2
 
 
-def test_what_kept_a_checkpoint_from_being_written_is_raised_and_the_one_before_stays(
-    workdir, monkeypatch
+@pytest.mark.parametrize("steps", [(8,), (8, 10)], ids=["end", "next"])
+def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_one_before_stays(
+    workdir, capfd, steps
 ):
-    def full(*_, **__):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    line = r"^a checkpoint could not be written to .*/checkpoints \(.*File too large.*the previous"
 
-    def save(step):
-        checkpoints.save(saved, step, state_of(step), None, OURS)
+    def save(steps):
+        with small_files(), checkpoints.open_in(workdir, to_write=True) as saved:
+            for step in steps:
+                checkpoints.save(saved, step, state_of(step), None, OURS)
 
-    with contextlib.ExitStack() as stack:
-        saved = stack.enter_context(checkpoints.open_in(workdir))
-        monkeypatch.setattr(saved.manager, "save", full)
-        save(8)
-        with pytest.raises(OSError, match="No space left"):
-            save(10)
-        save(12)
-        with pytest.raises(OSError, match="No space left"):
-            stack.close()
+    with pytest.raises(UserError, match=line):
+        save(steps)
+    assert "Traceback" not in capfd.readouterr().err
     assert restore(workdir)[1] == 6
+
+
+@contextlib.contextmanager
+def small_files():
+    """No file can grow beyond 10 kB."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)

@@ -1,55 +1,109 @@
+import os
 import signal
-import time
+import threading
 
 import pytest
 
-from kd_ranker.training.interruption import until_interrupted
+from kd_ranker.training.interruption import deferred
+from tests import small
+
+_IN_A_LOOP = """
+import asyncio, os, signal
+from kd_ranker.training import interruption
+
+async def main():
+    asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.{name})
+    await asyncio.sleep(30)
+
+interruption.stop_when_asked()
+try:
+    asyncio.run(main())
+except interruption.Stopped as stopped:
+    interruption.exit_after(stopped)
+"""
+
+_TWICE = """
+import os, signal
+from kd_ranker.training import interruption
+
+interruption.stop_when_asked()
+with interruption.deferred():
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(os.getpid(), number)
+        print("after", number.name, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_signal_within_a_loop_of_asyncio_ends_the_process(name, code):
+    finished = small.run("-c", _IN_A_LOOP.format(name=name))
+    assert finished.returncode == code, finished.stderr
+    (line,) = finished.stderr.splitlines()
+    assert line.startswith(f"stopped by {name}")
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    finished = small.run("-c", _TWICE)
+    assert finished.returncode == 130
+    assert finished.stdout == "after SIGTERM\n"
+    assert finished.stderr == "stopped by SIGINT; the same command resumes from what is saved\n"
 
 
 class Asked(BaseException):
     pass
 
 
-def ask(*_):
-    raise Asked
-
-
 @pytest.fixture
-def alarm():
-    before = signal.signal(signal.SIGALRM, ask)
-    yield lambda: signal.setitimer(signal.ITIMER_REAL, 0.05)
-    signal.signal(signal.SIGALRM, before)
+def asked():
+    """Sends a signal that raises `Asked`."""
+
+    def ask(*_):
+        raise Asked
+
+    before = signal.signal(signal.SIGTERM, ask)
+    yield lambda: os.kill(os.getpid(), signal.SIGTERM)
+    signal.signal(signal.SIGTERM, before)
 
 
-def test_work_without_interruption_gives_its_value_or_its_error():
-    assert until_interrupted(lambda stop: stop()) is False
-    with pytest.raises(ZeroDivisionError):
-        until_interrupted(lambda _: 1 / 0)
+def test_a_signal_sets_a_flag_and_is_raised_once_the_work_has_ended(asked):
+    flags = []
 
-
-def test_interrupted_work_ends_in_its_own_good_time_before_the_interruption_goes_on(alarm):
-    steps = []
-
-    def work(stop):
-        alarm()
-        while not stop():
-            steps.append("step")
-            time.sleep(0.01)
-        steps.append("saved")
+    def work():
+        with deferred() as stop:
+            flags.append(stop())
+            asked()
+            flags.append(stop())
 
     with pytest.raises(Asked):
-        until_interrupted(work)
-    assert steps[0] == "step"
-    assert steps[-1] == "saved"
+        work()
+    assert flags == [False, True]
+    with pytest.raises(Asked):
+        asked()
 
 
-def test_interrupted_work_that_cannot_end_well_says_why(alarm):
-    def work(stop):
-        alarm()
-        while not stop():
-            time.sleep(0.01)
-        raise OSError("no room")
+def test_the_error_of_interrupted_work_is_raised_and_ignored_signals_stay_so(asked):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
 
-    with pytest.raises(OSError, match="no room") as caught:
-        until_interrupted(work)
-    assert isinstance(caught.value.__context__, Asked)
+    def work():
+        with deferred() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop()
+            asked()
+            raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        work()
+    assert signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
+
+
+def test_a_thread_gets_no_signals():
+    seen = []
+
+    def work():
+        with deferred() as stop:
+            seen.append(stop())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]
