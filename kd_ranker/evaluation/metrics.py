@@ -215,9 +215,7 @@ def _unseen_items(ranked: Ranked) -> Sums:
 
 
 def _unseen(ranked: Ranked, lookup: str, counts: Bool[Array, "*ids"]) -> Float[Array, "*ids"]:
-    if lookup not in ranked.met:
-        return jnp.full(counts.shape, jnp.nan)
-    return (counts & ~ranked.met[lookup]).astype(jnp.float32)
+    return jnp.where(counts, 1 - ranked.met[lookup], 0.0)
 
 
 def _user_bce_of(sums: Sums) -> Float[np.ndarray, "T"]:

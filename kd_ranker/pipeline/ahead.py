@@ -300,7 +300,7 @@ def _measuring(
         devices[0], state.parameters, abstract_items(spec), _seen(config, spec)
     )
     ranker = Ranker(make_serve(recipe.model, recipe.mode), parameters)
-    lowered = lower_for_group(ranker, batch, items, len(spec.tasks), config.funnel.shown)
+    lowered = lower_for_group(ranker, batch, items)
     return _program(lowered, parameters, items)
 
 

@@ -101,11 +101,11 @@ def fetch(array: jax.Array) -> Any:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
-def put(tree: Any) -> Any:
-    """A pytree on the default device, for programs of that one alone."""
-    (device, *_) = jax.local_devices()
+def put(tree: Any, device: jax.Device | None = None) -> Any:
+    """A pytree on one device, by default the first, for programs of that device only."""
+    device = device or jax.local_devices()[0]
     if device.platform != "tpu":
-        return jax.device_put(tree)
+        return jax.device_put(tree, device)
     return jax.device_put(tree, places(tree, SingleDeviceSharding(device)))
 
 
