@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Bool
 from ml_collections import ConfigDict
 
-from kd_ranker.distillation.losses import LOSSES, NEEDS_PROBABILITIES
+from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.errors import UserError
 from kd_ranker.requests.columns import Columns, Counts, slices
 from kd_ranker.requests.records import Dataset
@@ -38,9 +38,9 @@ def check_students(
                 "to learn from; raise one of them"
             )
         for loss, signal in terms:
-            if loss in NEEDS_PROBABILITIES and signal in orders:
+            if LOSSES[loss].needs_probabilities and signal in orders:
                 name = "distill.terms" if distill.terms else "distill.loss"
-                others = sorted(LOSSES.keys() - NEEDS_PROBABILITIES)
+                others = sorted(name for name, of in LOSSES.items() if not of.needs_probabilities)
                 choices = [*(f"{name}={other}" for other in others), "distill.mode=none"]
                 raise UserError(
                     f"{name}={loss} needs the teacher's probabilities, and {orders[signal]}; "

@@ -8,7 +8,7 @@ import psutil
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import CandidateBatch, FeatureSpec, Items, abstract_batch, abstract_items
-from kd_ranker.distillation.losses import PAIRWISE, pairs_held
+from kd_ranker.distillation.losses import LOSSES, pairs_held
 from kd_ranker.embedding.lookup import gather_rows
 from kd_ranker.errors import UserError
 from kd_ranker.training import recipes
@@ -62,7 +62,7 @@ def member_bytes(config: ConfigDict, spec: FeatureSpec) -> int:
     pairwise loss.
     """
     requests, candidates = config.batch.requests, config.batch.candidates
-    pairwise = sum(term.loss in PAIRWISE for term in recipes.terms_of(config))
+    pairwise = sum(LOSSES[term.loss].pairwise for term in recipes.terms_of(config))
     pairs = pairwise * pairs_held(requests, candidates, len(spec.tasks))
     (group,) = recipes.student_groups({"": config}, spec)
     held, rows = _state_and_rows(config, group, config.batch, spec)
