@@ -187,8 +187,7 @@ def _curves_of_request(
     tells = was_shown.sum() < candidate_mask.sum()
     positive = candidate_mask[:, None] & positive
     flags = jnp.concatenate([(was_shown & tells)[:, None], positive], axis=1)
-    kept = jnp.cumsum(_packed(flags, most=arriving.size)[by_student], axis=0)
-    kept = _unpacked(kept, flags.shape[1], most=arriving.size)
+    kept = jnp.cumsum(flags[by_student].astype(jnp.int32), axis=0)
 
     leaving = _leaving_places(arriving, shown)
 
@@ -198,9 +197,7 @@ def _curves_of_request(
         by_place = jnp.append(of_known[by_teacher], jnp.zeros_like(values[:1]), axis=0)
         return jnp.cumsum(by_place[arriving] - by_place[leaving], axis=0)
 
-    positives_shown = _unpacked(
-        summed(_packed(positive, most=shown)), positive.shape[1], most=shown
-    )
+    positives_shown = summed(positive.astype(jnp.int32))
     gain = jnp.where(known, teacher_value, 0.0)
     diverged = jnp.any(known & jnp.isnan(student_value))
 
@@ -218,29 +215,6 @@ def _curves_of_request(
         ideal_gain=gain[by_teacher[:shown]],
         counts=own_top > 0,
     )
-
-
-def _packed(flags: Bool[Array, "N C"], most: int) -> Int[Array, "N words"]:
-    """Flags of each candidate, so many to a number that sums of up to `most` can be unpacked.
-
-    Running sums are what the curves cost, and one of such a number is one of all flags in it.
-    """
-    shifts = _shifts(most)
-    fill = -flags.shape[1] % len(shifts)
-    grouped = jnp.pad(flags.astype(jnp.int32), ((0, 0), (0, fill)))
-    return (grouped.reshape(len(flags), -1, len(shifts)) << shifts).sum(axis=-1)
-
-
-def _unpacked(words: Int[Array, "N words"], number: int, most: int) -> Int[Array, "N C"]:
-    """The sums of the first `number` flags from those of `_packed` numbers."""
-    shifts = _shifts(most)
-    sums = (words[..., None] >> shifts) & ((1 << most.bit_length()) - 1)
-    return sums.reshape(len(words), -1)[:, :number]
-
-
-def _shifts(most: int) -> Int[np.ndarray, "fields"]:
-    bits = most.bit_length()
-    return bits * np.arange(31 // bits, dtype=np.int32)
 
 
 def _leaving_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N"]:
