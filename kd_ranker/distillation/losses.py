@@ -1,4 +1,4 @@
-"""Distillation losses: distances between the student's logits and the teacher's word.
+"""Distillation losses: distances between the student's logits and the teacher's probabilities.
 
 Each loss is a pure function
 
@@ -6,13 +6,13 @@ Each loss is a pure function
 
 of logits z, teacher probabilities p and teacher weights w of shape [requests, candidates, tasks],
 and of numbers that are traced. It returns a weighted sum and the sum of its weights, both of shape
-[tasks]. The two stay apart so that the step can add them up over devices before it divides. Within
+[tasks]. They are separate so that the step can add each over devices before it divides. Within
 a task and a request, a candidate is *known* if its weight is greater than 0.
 
     bce, mse_logit     compare p with σ(z), a candidate by itself
     mse_margin         compares the margins between each two candidates of a request
     softmax            compares the distributions that p and z give over a request
-    listmle            asks how likely z makes the teacher's order of a request
+    listmle            the likelihood of the teacher's order of a request under z
     ranknet, lambda    compare the order of each two candidates of a request
     rank_distil        the same, of two of which one is among the first k
     approx_ndcg        compares the whole order of a request, by a smooth NDCG

@@ -237,8 +237,8 @@ def teacher_tau(
         Σ sign(s_i - s_j) · sign(t_i - t_j) / sqrt(#{s_i ≠ s_j} · #{t_i ≠ t_j})
 
     The pairs (i, j) are a sample, the same for all students: each candidate that the teacher knows
-    with the next `NEIGHBOURS` of them in the order in which the request holds them, which has to
-    tell nothing of their values (an evaluation batch holds a fixed random permutation). Up to
+    with the next `NEIGHBOURS` of them in the order of the request, which must be independent of
+    their values (an evaluation batch has a fixed random permutation). Up to
     `NEIGHBOURS` + 1 known candidates those are all pairs; all pairs of 2,000 would cost more than
     the rest of the evaluation. The measure with its ties is Kendall's (Biometrika 1945).
 
@@ -248,8 +248,8 @@ def teacher_tau(
       candidate_mask: False on padding.
 
     Returns:
-      A number in [-1, 1], 0 where the student tells no pair apart and where the request does not
-      count; and False where the teacher tells no pair apart.
+      A number in [-1, 1], 0 where the student ties all pairs and where the request does not
+      count; and False where the teacher ties all pairs.
     """
     known = candidate_mask & ~jnp.isnan(teacher_value)
     known_first = jnp.argsort(~known, axis=1, stable=True)

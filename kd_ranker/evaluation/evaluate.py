@@ -200,7 +200,7 @@ _TEACHER = _Slot(-1, 0, "")
 
 
 class _Place(NamedTuple):
-    """Where serving programs run: a device, or all devices if these share the rows of tables.
+    """A place for serving programs: a device, or all devices if these share the rows of tables.
 
     Attributes:
       put: puts arrays of the host there.

@@ -1,7 +1,7 @@
 """The metrics, one entry each: `METRICS`.
 
-All that differs from metric to metric stands in its entry: columns of `results.csv` and
-`curves.csv`, what is summed over a pass, marks, titles and places in tables derive from it. Their
+An entry defines everything about a metric: the columns of `results.csv` and `curves.csv`, the sums
+over a pass, marks, titles and places in tables derive from it. Their
 formulas on one batch are in `agreement` and `funnel`. To try a metric of your own,
 put it into `METRICS` before you call `kd_ranker.pipeline.commands`.
 
@@ -63,9 +63,9 @@ class Metric(NamedTuple):
         may have one more axis, the last, of
         draws of the requests, which the numbers then have too: reduce over the axes named here
         alone. None where the column is not measured on requests but filled in by `results`.
-      probabilities_of: whose numbers it takes for probabilities, and not for an order alone. Where
+      probabilities_of: the rankers that it needs probabilities of, not only an order. Where
         these are a teacher's positions, there is nothing to measure.
-      of_teacher: whether it says anything of the teacher itself.
+      of_teacher: whether it is defined for the teacher itself.
       averaged: whether a report has the mean over tasks too, under `name`.
       compared: whether a report compares settings on it.
       main: its place from the left in a report's main table, and of which tasks; None for none.
@@ -725,7 +725,7 @@ def title_of(column: str, short: bool = False) -> str:
 
 
 def main_columns(tasks: Sequence[str], passed: int) -> list[str]:
-    """The columns of a report's main table from left to right, curves at one point alone.
+    """The columns of a report's main table from left to right, curves at one point only.
 
     That is `passed` for those over k, and `TARGET`.
     """

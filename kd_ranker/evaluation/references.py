@@ -22,8 +22,7 @@ group of students, with a serve name each:
     )
     row = only_order(totals.summarise(select_member(sums["popularity"], 0), ...))
 
-Of the numbers that `NO_PROBABILITIES` serve only the order means something; those of the oracle are
-probabilities.
+The numbers of `NO_PROBABILITIES` define only an order; those of the oracle are probabilities.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -56,7 +55,7 @@ class Statistics:
     Attributes:
       lists: the numbers that lists of items sort by, by the name of the reference.
         `popularity` is the summed label weight of an item's impressions, over the same of the item
-        with the largest sum, so a sampled negative stands for those that were left out.
+        with the largest sum, so a sampled negative represents those that were left out.
         `show_rate` counts requests that passed the item; where the log passed no other item than it
         showed, requests that retrieved it. `pass_rate` counts requests that retrieved it.
         `top_rate` counts requests in which every task of the item was logged properly, and those of
@@ -156,7 +155,7 @@ def incumbent(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R
 
 
 def random(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R N T"]:
-    """Uniform numbers, which follow from the seed, the user and the candidates alone."""
+    """Uniform numbers, determined by the seed, the user and the candidates."""
     key = jax.random.key(statistics.seed)
 
     def of_request(user_id: Int[Array, ""], item_id: Int[Array, "N"]) -> Float[Array, "N"]:
@@ -199,15 +198,15 @@ NO_RANKERS = ("oracle", "random")
 """The references that no funnel could use, or would."""
 
 NO_PROBABILITIES = ("incumbent", "random", *LISTS)
-"""The references whose numbers mean an order only."""
+"""The references that define only an order."""
 
-# Requests that suffice to find out what a dataset knows, and the share of candidates that must be
-# known: a ranker that orders the others at random would look worse than it is.
+# The requests to inspect for known inputs, and the share of candidates that must be known: a ranker
+# that orders the others at random would look worse than it is.
 _SOME, _NEARLY_ALL = 1000, 0.9
 
 
 def known_references(splits: Sequence[Columns], statistics: Statistics) -> tuple[str, ...]:
-    """The names of the references whose input is known in nearly all candidates of all splits."""
+    """The names of the references with a known input for nearly all candidates of all splits."""
     needed = {"oracle": "true_probability", "incumbent": "incumbent"}
     known = {
         name

@@ -1,4 +1,4 @@
-"""Runs the programs of this folder on `example.npz` and compares with what that expects.
+"""Run the programs of this folder on `example.npz` and compare with its expected results.
 
     python check.py [onnx|jax]
 
@@ -35,7 +35,7 @@ def read_tables(folder: Path) -> Arrays:
 def open_programs(folder: Path, runtime: str) -> Programs:
     """The programs by name, each a function from arrays by name to arrays by name.
 
-    Of what it is given, each reads what `export.json` says.
+    Each reads the inputs that `export.json` lists and ignores others.
 
     Args:
       folder: of the export.
@@ -96,7 +96,7 @@ def rank(programs: Programs, arrays: Arrays) -> Arrays:
 
 
 def largest_differences(folder: Path, runtime: str) -> dict[str, float]:
-    """By result, how far the example's is from what it is expected to be."""
+    """The largest difference from the expected value, by result of the example."""
     programs, tables = open_programs(folder, runtime), read_tables(folder)
     with np.load(folder / "example.npz") as example:
         inputs = {name[3:]: example[name] for name in example if name.startswith("in.")}
@@ -109,7 +109,7 @@ def largest_differences(folder: Path, runtime: str) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> int:
-    """Checks the export beside this file; returns the exit code."""
+    """Check the export in the folder of this file; return the exit code."""
     folder = Path(__file__).resolve().parent
     wrong = 0
     for runtime in arguments or json.loads((folder / "export.json").read_text())["formats"]:
