@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from kd_ranker.evaluation.personal import item_share
+from kd_ranker.evaluation.references import item_share
 from kd_ranker.requests import storage
 
 LIMIT = 500  # requests of a dataset

@@ -176,7 +176,7 @@ def _evaluate(
     held = state.parameters, abstract_items(spec), _evaluation_batch(config, spec)
     parameters, items, batch = _on(devices[0], *held)
     ranker = Ranker(make_serve(recipe.model, recipe.mode), parameters)
-    lowered = lower_for_group(ranker, batch, items, len(spec.tasks), config.funnel.shown)
+    lowered = lower_for_group(ranker, batch, items)
     return lowered, (parameters, items)
 
 

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from kd_ranker.config.key import FINITE, Bound, Key, TermNames
 from kd_ranker.config.keys import JOIN, KEYS, PLAN
 from kd_ranker.config.schema import NAMED_AXES, axis_of, keys_of, sweepable, value_of, ways
-from kd_ranker.distillation.losses import LOSSES, NEEDS_PROBABILITIES
+from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.requests.columns import Columns, Counts, slices
@@ -394,9 +394,9 @@ def check_students(members: Iterable[ConfigDict], orders: Mapping[str, str] = _O
                 "to learn from; raise one of them"
             )
         for loss, signal in terms:
-            if loss in NEEDS_PROBABILITIES and signal in orders:
+            if LOSSES[loss].needs_probabilities and signal in orders:
                 name = "distill.terms" if distill.terms else "distill.loss"
-                others = sorted(LOSSES.keys() - NEEDS_PROBABILITIES)
+                others = sorted(name for name, of in LOSSES.items() if not of.needs_probabilities)
                 choices = [*(f"{name}={other}" for other in others), "distill.mode=none"]
                 raise UserError(
                     f"{name}={loss} needs the teacher's probabilities, and {orders[signal]}; "

@@ -183,6 +183,8 @@ _ALL = (
             column="temperature", tuned=True),
         Key("top_k", 10, "losses topk, dftopk, rank_distil: so many of a request's in the batch",
             POSITIVE, tuned=True),
+        Key("numbers", (), "own numbers of the losses of your own, in order; () takes the defaults",
+            element=float, tuned=True),
         Key("affine", True, "mode shared: a learned scale and offset between the two labels"),
         Key("serve", "user", "mode aux: the heads that rank (user, teacher, blend)",
             sweep="no", may_differ=True),

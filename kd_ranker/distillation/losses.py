@@ -1,4 +1,4 @@
-"""Distillation losses: distances between the student's logits and the teacher's word.
+"""Distillation losses: distances between the student's logits and the teacher's probabilities.
 
 Each loss is a pure function
 
@@ -6,20 +6,20 @@ Each loss is a pure function
 
 of logits z, teacher probabilities p and teacher weights w of shape [requests, candidates, tasks],
 and of numbers that are traced. It returns a weighted sum and the sum of its weights, both of shape
-[tasks]. The two stay apart so that the step can add them up over devices before it divides. Within
+[tasks]. They are separate so that the step can add each over devices before it divides. Within
 a task and a request, a candidate is *known* if its weight is greater than 0.
 
     bce, mse_logit     compare p with σ(z), a candidate by itself
     mse_margin         compares the margins between each two candidates of a request
     softmax            compares the distributions that p and z give over a request
-    listmle            asks how likely z makes the teacher's order of a request
+    listmle            the likelihood of the teacher's order of a request under z
     ranknet, lambda    compare the order of each two candidates of a request
     rank_distil        the same, of two of which one is among the first k
     approx_ndcg        compares the whole order of a request, by a smooth NDCG
     topk, dftopk       compare who is among the first k of a request
 
-The first three need probabilities (`NEEDS_PROBABILITIES`). For the others positions will do, which
-`teacher_signal` turns into pseudo-probabilities. All but the first two compare the candidates of a
+The first three need probabilities. For the others positions are enough, which `teacher_signal`
+turns into pseudo-probabilities. All but the first two compare the candidates of a
 request; one with nothing to compare adds nothing to numerator or denominator.
 
 User labels take the losses of `USER_LOSSES`, which have the same form.
@@ -27,12 +27,10 @@ User labels take the losses of `USER_LOSSES`, which have the same form.
 An entry of weight 0 may hold anything, NaN included, and contributes exactly nothing to the loss
 and to its gradient; so the candidates that fill up a batch change nothing.
 
-To add a loss, write such a function and name it in `LOSSES`, and in `NEEDS_PROBABILITIES` if it
-takes p for more than an order. A number of its own is a field of `LossNumbers`, and a key of that
-name in the config's section `distill`.
+To add a loss, write such a function and add a `Loss` with it to `LOSSES`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -47,20 +45,39 @@ Number = float | Float[Array, ""]
 class LossNumbers(NamedTuple):
     """The numbers that losses take: traced, so that a sweep over them compiles once.
 
-    Each is the key of its name in `config.distill`.
-
     Attributes:
-      temperature: τ > 0.
-      top_k: k ≥ 1, a whole number.
+      temperature: τ > 0, `config.distill.temperature`.
+      top_k: k ≥ 1, a whole number, `config.distill.top_k`.
+      own: further numbers by name, see `Loss.numbers`.
     """
 
     temperature: Number = 1.0
     top_k: Number = 10.0
+    own: Mapping[str, Number] = {}
 
 
 Logits = Float[Array, "R N T"]
 Totals = tuple[Float[Array, "T"], Float[Array, "T"]]
-Loss = Callable[[Logits, Logits, Logits, LossNumbers], Totals]
+LossFunction = Callable[[Logits, Logits, Logits, LossNumbers], Totals]
+
+
+class Loss(NamedTuple):
+    """A distillation loss.
+
+    Attributes:
+      function: maps logits, teacher probabilities, weights and numbers to a weighted sum and the
+        sum of the weights, each of shape [tasks]; the module's docstring has the contract.
+      needs_probabilities: whether it takes p for more than an order.
+      pairwise: whether it holds `pairs_held` pairs of candidates, which a sweep counts as memory.
+      numbers: the defaults of its own numbers by name, which `function` finds in
+        `LossNumbers.own`. `config.distill.numbers` overrides them, and a sweep may vary that key.
+    """
+
+    function: LossFunction
+    needs_probabilities: bool = False
+    pairwise: bool = False
+    numbers: Mapping[str, float] = {}
+
 
 # Types of the arrays of one request and one task.
 _List = Float[Array, "N"]
@@ -810,28 +827,28 @@ def _at_place(descending: Logits, place: Number) -> Float[Array, "R 1 T"]:
 
 
 LOSSES: dict[str, Loss] = {
-    "bce": bce,
-    "mse_logit": mse_logit,
-    "mse_margin": mse_margin,
-    "softmax": softmax,
-    "listmle": listmle,
-    "ranknet": ranknet,
-    "lambda": lambda_rank,
-    "rank_distil": rank_distil,
-    "approx_ndcg": approx_ndcg,
-    "topk": topk,
-    "dftopk": dftopk,
+    "bce": Loss(bce, needs_probabilities=True),
+    "mse_logit": Loss(mse_logit, needs_probabilities=True),
+    "mse_margin": Loss(mse_margin, needs_probabilities=True),
+    "softmax": Loss(softmax),
+    "listmle": Loss(listmle),
+    "ranknet": Loss(ranknet, pairwise=True),
+    "lambda": Loss(lambda_rank, pairwise=True),
+    "rank_distil": Loss(rank_distil, pairwise=True),
+    "approx_ndcg": Loss(approx_ndcg, pairwise=True),
+    "topk": Loss(topk),
+    "dftopk": Loss(dftopk),
 }
+"""The distillation losses by name."""
 
-USER_LOSSES: dict[str, tuple[Loss, ...]] = {
+USER_LOSSES: dict[str, tuple[LossFunction, ...]] = {
     "bce": (bce,),
     "softmax": (user_softmax,),
     "bce+softmax": (bce, user_softmax),
 }
 """The losses on user labels, by `train.user_loss`: several are summed, each a mean by itself."""
 
-# The losses that take p for a probability. For the others an order will do.
-NEEDS_PROBABILITIES = {"bce", "mse_logit", "mse_margin"}
 
-# The losses whose memory goes with `pairs_held`.
-PAIRWISE = {"ranknet", "lambda", "rank_distil", "approx_ndcg"}
+def own_numbers(names: Iterable[str]) -> dict[str, float]:
+    """The defaults of the own numbers of several losses, in the order of `names`."""
+    return {number: value for name in names for number, value in LOSSES[name].numbers.items()}

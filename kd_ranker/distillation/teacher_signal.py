@@ -11,8 +11,8 @@ candidate at position r = 0, 1, 2, … of the final ranker's list is stored with
 of every task. It keeps the order, so measures of the order alone (survival, the members of the
 top k, the higher one of two) are what they would be with probabilities. A softmax over these
 logits gives position r a share in proportion to 1 / (1 + r): Zipf's law. As probabilities of an
-action they mean nothing; `kd_ranker.distillation.losses.NEEDS_PROBABILITIES` names the losses that
-take them so.
+action they mean nothing; `needs_probabilities` in `kd_ranker.distillation.losses.LOSSES` marks the
+losses that take them as such.
 
 A stage is a grade: shown above passed above retrieved. Each stands for the position at which it
 would begin in a funnel that narrows tenfold at each stage, r = 0, 9 and 99, so

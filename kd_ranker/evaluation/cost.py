@@ -18,8 +18,8 @@ Numbers = TypeVar("Numbers", float, np.ndarray)
 def flops(function: Callable[..., Any], *arguments: Any) -> float:
     """Floating-point operations of one call, from the compiled program's own cost analysis.
 
-    The program is that for a CPU, whatever the models run on: a compiler's count is of what it has
-    made of a program, so that of another device would be another number.
+    The program is compiled for a CPU, whatever device the models run on: a compiler counts its own
+    output, so the number would differ between devices.
 
     The count is XLA's: a multiplication and an addition are two operations, so a matrix product
     [a, b] · [b, c] counts 2abc. The body of a loop (`lax.scan`, `lax.while_loop`) is counted once,
@@ -49,7 +49,7 @@ def flops(function: Callable[..., Any], *arguments: Any) -> float:
 
 
 def heads_read(probability: Callable[[Float[Array, "R N heads"]], Array], heads: int) -> int:
-    """The number of a model's heads that what it serves is made of; no others need be served.
+    """The number of a model's heads that a served probability reads; others need not be served.
 
     Args:
       probability: from logits to the probabilities served, see `Mode.serve`.
@@ -58,7 +58,7 @@ def heads_read(probability: Callable[[Float[Array, "R N heads"]], Array], heads:
     >>> heads_read(lambda logits: logits[..., :2], heads=6)
     2
     """
-    # NaN passes through all arithmetic: the logits of request h are NaN at head h alone.
+    # NaN passes through all arithmetic: the logits of request h are NaN at head h only.
     logits = jnp.where(jnp.eye(heads, dtype=bool), jnp.nan, 0.0)[:, None]
     return int(jnp.isnan(probability(logits)).any(axis=(1, 2)).sum())
 
@@ -68,9 +68,9 @@ class Costs(NamedTuple):
 
     Attributes:
       student: of a candidate; 0: as much less than the teacher's as its FLOPs are.
-      student_request: of a request, beside its candidates.
+      student_request: of a request, in addition to its candidates.
       teacher: of a candidate.
-      teacher_request: of a request, beside its candidates.
+      teacher_request: of a request, in addition to its candidates.
     """
 
     student: float = 0.0

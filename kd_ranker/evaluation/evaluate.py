@@ -1,44 +1,50 @@
-"""One pass over the evaluation requests that measures the teacher and any number of students."""
+"""One pass over the evaluation requests that measures the teacher and any number of students.
 
-import collections
+Two kinds of programs run for each batch. A *serving* program per group of students computes their
+probabilities. One *measuring* program, which all rankers share, turns the probabilities of a fixed
+number of rankers into sums, so it compiles once for a dataset.
+"""
+
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import itertools
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array, Bool, Float
 
 from kd_ranker.batch import CandidateBatch, EvaluationBatch, Items, Stage
 from kd_ranker.distillation.modes import Mode, ToProbability
 from kd_ranker.embedding.lookup import was_trained
 from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions
-from kd_ranker.evaluation.ranked import ranked, ranked_by_teacher
+from kd_ranker.evaluation.ranked import Probability, Scored, TeacherScores, ranked
 from kd_ranker.evaluation.totals import Each, Summed, add, summed
 from kd_ranker.models.model import Model, Parameters, score
-from kd_ranker.training.mapping import shared_evenly
-from kd_ranker.training.placing import MEMBERS, places, put, put_by_rows
+from kd_ranker.training.placing import put, put_by_rows
 from kd_ranker.training.state import Frozen
 
-Probability = Float[Array, "R N T"]
-Met = dict[str, Bool[Array, "..."]]
-
+# The least bound on a number of candidates.
 _FEW = 16
+# The rankers that one call of the measuring program takes, at least and at most. A CPU always takes
+# the least, and threads run several calls at once; other devices would idle in small calls.
+_PER_CALL = 4, 32
 
 
 class Served(NamedTuple):
     """The probabilities that a model serves for a batch.
 
     Attributes:
-      probability: what it may rank by, by serve name.
+      probability: by serve name, what it may rank by.
       met: for each of its lookups, whether training met each id; see `lookup.was_trained`.
     """
 
     probability: dict[str, Probability]
-    met: Met
+    met: dict[str, Bool[Array, "..."]]
 
 
 # Of parameters, a batch and the items; see `Ranker` for the types of the first two.
@@ -51,21 +57,43 @@ class Ranker(NamedTuple):
     Rankers that share one `serve` function share its compiled program.
 
     Attributes:
-      serve: what one model says of a `CandidateBatch`.
-      parameters: of one model, `Parameters`; for a group, stacked with a leading axis of members.
-        What a reference has in their place is its own, see `references`.
+      serve: maps parameters, a `CandidateBatch` and the items to what one model serves.
+      parameters: `Parameters` of one model; of a group, stacked with a leading axis of members.
+        A reference has statistics instead, see `references`.
       sees_truth: whether `serve` takes the whole `EvaluationBatch`, as only a reference may.
+      serves: the serve names to measure of each member; None takes all.
     """
 
     serve: Serve
     parameters: Any
     sees_truth: bool = False
+    serves: Sequence[Collection[str]] | None = None
+
+
+class Plan(NamedTuple):
+    """The choices of a pass.
+
+    Attributes:
+      value_weights: one weight per task.
+      shown: `config.funnel.shown`.
+      ks: the values of k at which the curves of each request are kept.
+      keep: whether to keep the sums of each request. The program is the same.
+      devices: the devices that share the work; none takes the default one.
+      sharded: whether to spread the rows of tables and items over them while serving.
+    """
+
+    value_weights: Sequence[float]
+    shown: int
+    ks: Sequence[int] = ()
+    keep: bool = False
+    devices: Sequence[jax.Device] = ()
+    sharded: bool = False
 
 
 def make_serve(model: Model, mode: Mode) -> Serve:
-    """Compiles what a model says of a batch: (parameters, batch, items) -> `Served`.
+    """Compile what a model serves for a batch: (parameters, batch, items) -> `Served`.
 
-    Equal models get the same function, so that each measurement finds the programs of those before.
+    Equal models get the same function, so each measurement finds the programs of those before.
     """
     return _make_serve(model, tuple(mode.serve.items()))
 
@@ -82,8 +110,54 @@ def _make_serve(model: Model, probabilities: tuple[tuple[str, ToProbability], ..
     return jax.jit(serve)
 
 
+@functools.partial(jax.jit, static_argnames=("serve", "sees_truth", "sharding"))
+def _serve_group(
+    serve: Serve,
+    sees_truth: bool,
+    parameters: Any,
+    evaluation_batch: EvaluationBatch,
+    items: Items,
+    sharding: Sharding | None,
+) -> list[dict[str, Scored]]:
+    """For each member of a group, its scores by serve name: arrays of their own, not slices."""
+    batch = evaluation_batch if sees_truth else evaluation_batch.batch
+    served = jax.vmap(lambda parameters: serve(parameters, batch, items))(parameters)
+    members = range(len(jax.tree.leaves(parameters)[0]))
+
+    def of_member(member: int) -> dict[str, Scored]:
+        own = jax.tree.map(lambda leaf: leaf[member], served)
+        return {
+            name: Scored.of(probability, own.met, evaluation_batch.batch)
+            for name, probability in own.probability.items()
+        }
+
+    return _everywhere([of_member(member) for member in members], sharding)
+
+
+@functools.partial(jax.jit, static_argnames=("serve", "sharding"))
+def _score_by_teacher(
+    serve: Serve | None, held: Frozen, batch: CandidateBatch, sharding: Sharding | None
+) -> tuple[TeacherScores, Scored]:
+    """The teacher's scores: as the reference of all rankers, and as those of a ranker."""
+    if serve is None:
+        served = Served({"logged": batch.teacher_probability}, {})
+        weight = batch.teacher_weight
+    else:
+        served = serve(held.teacher, batch, held.items)
+        weight = batch.candidate_mask[..., None]
+    (probability,) = served.probability.values()
+    weight = jnp.broadcast_to(weight, probability.shape).astype(jnp.float32)
+    own = Scored.of(probability, served.met, batch)
+    return _everywhere((TeacherScores(probability, weight), own), sharding)
+
+
+def _everywhere(tree: Any, sharding: Sharding | None) -> Any:
+    """The results of a program that devices share, whole on each of them."""
+    return jax.lax.with_sharding_constraint(tree, sharding) if sharding else tree
+
+
 class _Asked(NamedTuple):
-    """The questions to a pass; nothing of them is traced."""
+    """The static choices of the measuring program; see `ranked.Ranked`."""
 
     shown: int
     labelled: int
@@ -93,104 +167,118 @@ class _Asked(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="asked")
-def _of_teacher(
-    teacher_probability: Probability,
-    teacher_weight: Probability,
+def _measure(
+    rankers: Sequence[Scored],
+    is_teacher: Bool[np.ndarray, "C"],
+    teacher: TeacherScores,
     evaluation_batch: EvaluationBatch,
-    met: Met | None,
     value_weights: Float[Array, "T"],
     asked: _Asked,
 ) -> Summed:
-    """The sums of one batch for the teacher."""
-    batch = ranked_by_teacher(
-        *(teacher_probability, teacher_weight, evaluation_batch, value_weights),
-        *(asked.shown, asked.labelled, asked.passed, met),
-    )
-    return summed(batch, asked.functions, asked.ks)
+    """The sums of one batch for C rankers, with a leading axis of these."""
 
-
-@functools.partial(jax.jit, static_argnames=("serve", "sees_truth", "serves", "asked", "mesh"))
-def _of_group(
-    serve: Serve,
-    parameters: Any,
-    sees_truth: bool,
-    serves: tuple[str, ...] | None,
-    teacher_probability: Probability,
-    teacher_weight: Probability,
-    evaluation_batch: EvaluationBatch,
-    items: Items,
-    value_weights: Float[Array, "T"],
-    asked: _Asked,
-    mesh: Mesh | None,
-) -> dict[str, Summed]:
-    """By serve name, what one batch adds for each member of a group, which a mesh may share."""
-
-    def of_members(
-        parameters: Any, reference: Any, items: Items, value_weights: Float[Array, "T"]
-    ) -> dict[str, Summed]:
-        probability, weight, whole = reference
-        seen = whole if sees_truth else whole.batch
-
-        def of_member(parameters: Any) -> dict[str, Summed]:
-            served = serve(parameters, seen, items)
-            names = serves or tuple(served.probability)
-
-            def of_serve(own: Probability) -> Summed:
-                batch = ranked(
-                    *(own, probability, weight, whole, value_weights),
-                    *(asked.shown, asked.labelled, asked.passed, served.met),
-                )
-                return summed(batch, asked.functions, asked.ks)
-
-            # One body for all of them, which is compiled once.
-            of_all = jax.lax.map(of_serve, jnp.stack([served.probability[name] for name in names]))
-            return {
-                name: jax.tree.map(lambda of: of[index], of_all)  # noqa: B023
-                for index, name in enumerate(names)
-            }
-
-        return jax.vmap(of_member)(parameters)
-
-    if mesh:
-        each, everywhere = PartitionSpec(MEMBERS), PartitionSpec()
-        of_members = jax.shard_map(
-            of_members,
-            mesh=mesh,
-            in_specs=(each, everywhere, everywhere, everywhere),
-            out_specs=each,
-            check_vma=False,
+    def of_ranker(scored: Scored, is_teacher: Any) -> Summed:
+        batch = ranked(
+            *(scored, teacher, evaluation_batch, value_weights),
+            *(asked.shown, asked.labelled, asked.passed, is_teacher),
         )
-    reference = teacher_probability, teacher_weight, evaluation_batch
-    return of_members(parameters, reference, items, value_weights)
+        return summed(batch, asked.functions, asked.ks)
+
+    stacked = jax.tree.map(lambda *of: jnp.stack(of), *rankers)
+    return jax.vmap(of_ranker)(stacked, is_teacher)
 
 
-class _Group(NamedTuple):
-    """A group on its devices, the items, and the mesh of devices with members of their own."""
+class _Slot(NamedTuple):
+    """A measured ranker: a member of a group by a serve name; the teacher has group -1."""
 
+    group: int
+    member: int
+    serve: str
+
+
+_TEACHER = _Slot(-1, 0, "")
+
+
+class _Place(NamedTuple):
+    """A place for serving programs: a device, or all devices if these share the rows of tables.
+
+    Attributes:
+      put: puts arrays of the host there.
+      held: the items, and the live teacher at the first place.
+      sharding: that of results which each of several devices needs whole.
+    """
+
+    put: Callable[[Any], Any]
+    held: Frozen
+    sharding: Sharding | None
+
+
+def _places(
+    teacher: Ranker | None, items: Items, devices: Sequence[jax.Device], sharded: bool
+) -> list[_Place]:
+    puts: list[Callable[[Any], Any]] = [functools.partial(put, device=of) for of in devices]
+    sharding = None
+    if sharded and len(devices) > 1:
+        puts = [functools.partial(put_by_rows, devices=devices)]
+        sharding = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
+    of_teacher = [teacher.parameters if teacher else None] + [None] * (len(puts) - 1)
+    return [
+        _Place(put, put(Frozen(items, parameters)), sharding)
+        for put, parameters in zip(puts, of_teacher, strict=True)
+    ]
+
+
+class _Part(NamedTuple):
+    """The members of a group that one serving program serves.
+
+    Attributes:
+      group: the number of the group.
+      members: their numbers in the group.
+      place: the number of the place where they are.
+      ranker: its parameters may repeat the last member.
+    """
+
+    group: int
+    members: range
+    place: int
     ranker: Ranker
-    items: Items
-    mesh: Mesh | None
+
+    def scores(
+        self, places: Sequence[_Place], there: Sequence[EvaluationBatch]
+    ) -> dict[_Slot, Scored]:
+        """The scores to measure, of a batch that is at each place."""
+        ranker, place, batch = self.ranker, places[self.place], there[self.place]
+        served = _serve_group(
+            *(ranker.serve, ranker.sees_truth, ranker.parameters),
+            *(batch, place.held.items, place.sharding),
+        )
+        return {
+            _Slot(self.group, member, name): scored
+            for member, by_name in zip(self.members, served, strict=False)
+            for name, scored in by_name.items()
+            if ranker.serves is None or name in ranker.serves[member]
+        }
 
 
-def _on_devices(ranker: Ranker, items: Items, devices: Sequence[jax.Device]) -> _Group:
-    """The group with its members spread over devices, the last one again in what is left over."""
-    members = len(jax.tree.leaves(ranker.parameters)[0])
-    of_each = -(-members // max(len(devices), 1))
-    used = devices[: -(-members // of_each)]
-    if len(used) <= 1:
-        return _Group(ranker._replace(parameters=put(ranker.parameters)), items, None)
-    mesh = Mesh(np.array(used), (MEMBERS,))
-    evenly = shared_evenly(members, len(used))
-    # On the host, as no device need hold them all.
-    filled = jax.tree.map(lambda leaf: np.asarray(leaf)[evenly], ranker.parameters)
-    split = NamedSharding(mesh, PartitionSpec(MEMBERS))
-    spread = jax.device_put(filled, places(filled, split))
-    return _Group(ranker._replace(parameters=spread), _everywhere(items, mesh), mesh)
+def _parts(number: int, group: Ranker, places: Sequence[_Place]) -> Iterator[_Part]:
+    """The members of a group, shared by the places."""
+    members = num_members(group)
+    if len(places) == 1:
+        parameters = places[0].put(group.parameters)
+        yield _Part(number, range(members), 0, group._replace(parameters=parameters))
+        return
+    size = -(-members // len(places))
+    for place, first in enumerate(range(0, members, size)):
+        chosen = np.minimum(np.arange(first, first + size), members - 1)
+        # On the host, because no device need hold all members.
+        parameters = jax.tree.map(operator.itemgetter(chosen), jax.device_get(group.parameters))
+        ranker = group._replace(parameters=places[place].put(parameters))
+        yield _Part(number, range(first, min(first + size, members)), place, ranker)
 
 
-def _everywhere(tree: Any, mesh: Mesh | None) -> Any:
-    """A pytree on all devices of a mesh; as it is without one."""
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec())) if mesh else tree
+def num_members(group: Ranker) -> int:
+    """The number of members of a group."""
+    return len(jax.tree.leaves(group.parameters)[0])
 
 
 def evaluate(
@@ -198,154 +286,174 @@ def evaluate(
     groups: Sequence[Ranker],
     batches: Iterable[EvaluationBatch],
     items: Items,
-    value_weights: Sequence[float],
-    shown: int,
-    *,
-    serves: Sequence[tuple[str, ...] | None] | None = None,
-    ks: Sequence[int] = (),
-    keep: bool = False,
-    devices: Sequence[jax.Device] = (),
-    sharded: bool = False,
-) -> tuple[Summed, list[dict[str, Summed]]]:
-    """Measures all rankers on the same requests, each read and scored by the teacher once.
+    plan: Plan,
+) -> tuple[Summed, list[list[dict[str, Summed]]]]:
+    """Measure all rankers on the same requests; the teacher scores each request once.
 
     Args:
       teacher: the live teacher, which knows every candidate; None takes the logged probabilities.
       groups: the groups of students to measure.
       batches: the requests.
-      items: what is known of the items.
-      value_weights: a weight a task.
-      shown: `config.funnel.shown`.
-      serves: the serve names to measure of each group; None takes all.
-      ks: the values of k at which the curves of each request are cut.
-      keep: whether to keep what each request adds. The program is the same.
-      devices: those to spread the members of a group over; none takes the default one.
-      sharded: whether to spread the rows of tables and items over them, in place of members.
+      items: the features and categories of the items.
+      plan: the choices of the pass.
 
     Returns:
-      What is summed for the teacher, and for each group by serve name, with a leading axis of
-      members, and maybe of some that are the last one again.
+      The sums of the teacher, and for each group those of each member by serve name.
+
+    Raises:
+      ValueError: there are no requests.
     """
-    by_rows = sharded and len(devices) > 1
-    to_devices = functools.partial(put_by_rows, devices=devices) if by_rows else jax.device_put
-    held = to_devices(Frozen(items, teacher.parameters if teacher else None))
-    weights = to_devices(jnp.asarray(value_weights, jnp.float32))
-    on_devices = [
-        _Group(group._replace(parameters=to_devices(group.parameters)), held.items, None)
-        if by_rows
-        else _on_devices(group, held.items, devices)
-        for group in groups
-    ]
-    of_teacher = _Total(axis=0, keep=keep)
-    of_groups: list[dict[str, _Total]] = [
-        collections.defaultdict(lambda: _Total(axis=1, keep=keep)) for _ in groups
-    ]
-    names = serves or [None] * len(groups)
-    # One device runs the programs of several threads at once; several keep one order of programs.
-    threads = 1 if len(devices) > 1 else max(len(groups), 1)
-    with ThreadPoolExecutor(threads) as pool:
+    devices = [*plan.devices] or jax.local_devices()[:1]
+    places = _places(teacher, items, devices, plan.sharded)
+    parts = [part for number, group in enumerate(groups) for part in _parts(number, group, places)]
+    own_devices = [device for device in devices if device.process_index == jax.process_index()]
+    weights = np.asarray(plan.value_weights, np.float32)
+    totals = _Totals(plan.keep)
+    bounds = 0, 0
+    with ThreadPoolExecutor() as pool:
+        # Programs that share rows exchange them, so all devices must start them in one order.
+        map_parts = map if places[0].sharding else pool.map
         for evaluation_batch in batches:
-            bounds = _bounds(evaluation_batch)
-            asked = _Asked(shown, *bounds, sum_functions(), tuple(ks))
-            evaluation_batch = to_devices(evaluation_batch)
-            judged, met = _judged(teacher, held, evaluation_batch.batch)
-            reference = *judged, evaluation_batch
-            present = int(evaluation_batch.request_mask.sum())
-            add_group = functools.partial(
-                _add_group, reference=reference, weights=weights, asked=asked, present=present
+            bounds = _bounds(evaluation_batch, bounds)
+            there = [place.put(evaluation_batch) for place in places]
+            judged, own = _score_by_teacher(
+                *(teacher.serve if teacher else None, places[0].held),
+                *(there[0].batch, places[0].sharding),
             )
-            of_batch = pool.map(add_group, on_devices, names, of_groups)
-            of_teacher.add(_of_teacher(*reference, met, weights, asked), present)
-            collections.deque(of_batch, maxlen=0)  # raises what a thread has raised
-    if not of_teacher.sums:
+            scored = {_TEACHER: own}
+            for more in map_parts(
+                functools.partial(_Part.scores, places=places, there=there), parts
+            ):
+                scored |= more
+            calls = _calls(scored, own_devices)
+            measure = functools.partial(
+                _measured,
+                reference=(judged, there[0], weights),
+                asked=_Asked(plan.shown, *bounds, sum_functions(), tuple(plan.ks)),
+            )
+            present = int(np.asarray(evaluation_batch.request_mask).sum())
+            totals.add([call.slots for call in calls], pool.map(measure, calls), present)
+    found = totals.whole()
+    if not found:
         raise ValueError("there are no evaluation requests")
-    return of_teacher.whole(), [
-        {name: of.whole() for name, of in total.items()} for total in of_groups
+    of_groups: list[list[dict[str, Summed]]] = [
+        [{} for _ in range(num_members(group))] for group in groups
+    ]
+    for slot, of_ranker in found.items():
+        if slot != _TEACHER:
+            of_groups[slot.group][slot.member][slot.serve] = of_ranker
+    return found[_TEACHER], of_groups
+
+
+class _Call(NamedTuple):
+    """One call of the measuring program.
+
+    Attributes:
+      slots: the rankers.
+      scored: their scores; further ones repeat the last.
+      device: the device that measures.
+    """
+
+    slots: list[_Slot]
+    scored: list[Scored]
+    device: jax.Device
+
+
+def _calls(scored: Mapping[_Slot, Scored], devices: Sequence[jax.Device]) -> list[_Call]:
+    """The rankers in calls of equal sizes, in turn for each device."""
+    least, most = _PER_CALL
+    each = -(-len(scored) // len(devices))
+    # A power of 2, so that few programs are compiled.
+    size = least if devices[0].platform == "cpu" else min(max(least, _power(each)), most)
+    slots = list(scored)
+    starts = range(0, len(slots), size)
+    chosen = [slots[first : first + size] for first in starts]
+    return [
+        _Call(some, [scored[slot] for slot in [*some, *some[-1:] * (size - len(some))]], device)
+        for some, device in zip(chosen, itertools.cycle(devices), strict=False)
     ]
 
 
-def _add_group(
-    group: _Group,
-    serves: tuple[str, ...] | None,
-    totals: Mapping[str, "_Total"],
-    reference: tuple[Probability, Probability, EvaluationBatch],
-    weights: Float[Array, "T"],
-    asked: _Asked,
-    present: int,
-) -> None:
-    """Adds what one batch adds for a group to its totals by serve name."""
-    mesh = group.mesh
-    shared = *_everywhere(reference, mesh), group.items, _everywhere(weights, mesh)
-    for name, more in _of_group(*group.ranker, serves, *shared, asked, mesh).items():
-        totals[name].add(more, present)
+def _measured(call: _Call, reference: tuple[Any, ...], asked: _Asked) -> Summed:
+    """The sums of one batch for the rankers of a call, on the host."""
+    is_teacher = np.zeros(len(call.scored), bool)
+    is_teacher[: len(call.slots)] = [slot == _TEACHER for slot in call.slots]
+    arguments = (call.scored, is_teacher, *reference)
+    return jax.device_get(_measure(*_on(call.device, arguments), asked))
 
 
-def _judged(
-    teacher: Ranker | None, held: Frozen, batch: CandidateBatch
-) -> tuple[tuple[Probability, Probability], Met | None]:
-    """The teacher's probabilities with their weights, and which ids it has met in training."""
-    if teacher is None:
-        return (batch.teacher_probability, batch.teacher_weight.astype(jnp.float32)), None
-    served = teacher.serve(held.teacher, batch, held.items)
-    (probability,) = served.probability.values()
-    weight = jnp.broadcast_to(batch.candidate_mask[..., None], probability.shape)
-    return (probability, weight.astype(jnp.float32)), served.met
+def _on(device: jax.Device, tree: Any) -> Any:
+    """Arrays on a device, from the host or from devices, of which each holds them whole."""
+
+    def here(array: Any) -> Any:
+        whole = isinstance(array, jax.Array) and not array.is_fully_addressable
+        return array.addressable_data(0) if whole else array
+
+    return jax.device_put(jax.tree.map(here, tree), device)
 
 
 def lower_for_group(
-    group: Ranker, batch: EvaluationBatch, items: Items, tasks: int, shown: int
+    group: Ranker, evaluation_batch: EvaluationBatch, items: Items
 ) -> jax.stages.Lowered:
-    """The program of `evaluate` for a group, which a logged teacher judges, lowered, not compiled.
+    """Lower the serving program of a group without compiling it.
 
     Args:
-      group: its parameters may be abstract, as may `batch` and `items`; where these lie is where
-        the program is for.
-      batch: of the size of those to come.
-      items: what is known of the items.
-      tasks: T.
-      shown: `config.funnel.shown`, of which all are labelled.
+      group: its parameters may be abstract, as may the batch and the items; their shardings are
+        those of the program.
+      evaluation_batch: of the size of those to come.
+      items: the features and categories of the items.
     """
-    candidates = batch.batch
-    judged = (candidates.teacher_probability, candidates.teacher_weight)
-    weights = jax.ShapeDtypeStruct((tasks,), jnp.float32)
-    labelled = _bound(shown, candidates.labelled)
-    asked = _Asked(shown, labelled, candidates.stage.shape[1], sum_functions(), ())
-    return _of_group.lower(*group, None, *judged, batch, items, weights, asked, None)
+    return _serve_group.lower(
+        group.serve, group.sees_truth, group.parameters, evaluation_batch, items, None
+    )
 
 
-class _Total:
+class _Totals:
     """The sums of the batches so far, on the host."""
 
-    def __init__(self, axis: int, keep: bool):
-        """Takes the axis of requests, and whether to keep what each adds."""
-        self._axis, self._keep, self._each = axis, keep, list[Each]()
-        self.sums: Sums | None = None
+    def __init__(self, keep: bool):
+        """Take whether to keep the terms of each request."""
+        self._keep = keep
+        self._slots: list[list[_Slot]] = []
+        self._sums: list[Sums | None] = []
+        self._each: list[list[Each]] = []
 
-    def add(self, more: Summed, present: int) -> None:
-        """Adds a batch, of which the first `present` requests count."""
-        self.sums = add(self.sums, more.sums)
-        if not self._keep:
-            return
-        counting = (slice(None),) * self._axis + (slice(present),)
-        self._each.append(jax.tree.map(lambda of: np.asarray(of)[counting], more.each))
+    def add(self, slots: list[list[_Slot]], calls: Iterable[Summed], present: int) -> None:
+        """Add a batch, of which the first `present` requests count; its slots never change."""
+        if not self._slots:
+            self._slots = slots
+            self._sums, self._each = [None] * len(slots), [[] for _ in slots]
+        for number, more in enumerate(calls):
+            self._sums[number] = add(self._sums[number], more.sums)
+            if self._keep:
+                self._each[number].append(jax.tree.map(lambda of: of[:, :present], more.each))
 
-    def whole(self) -> Summed:
-        """All batches."""
-        kept = self._each or [Each({}, {})]
-        each = jax.tree.map(lambda *of: np.concatenate(of, self._axis), *kept)
-        return Summed(self.sums or {}, each)
+    def whole(self) -> dict[_Slot, Summed]:
+        """The sums of each ranker; none before the first batch."""
+        whole = {}
+        for slots, sums, kept in zip(self._slots, self._sums, self._each, strict=True):
+            each = jax.tree.map(lambda *of: np.concatenate(of, axis=1), *kept or [Each({}, {})])
+            for place, slot in enumerate(slots):
+                whole[slot] = jax.tree.map(operator.itemgetter(place), Summed(sums or {}, each))
+        return whole
 
 
-def _bounds(evaluation_batch: EvaluationBatch) -> tuple[int, int]:
-    """Bounds on the candidates of a request that have a label, and that were passed."""
+def _bounds(evaluation_batch: EvaluationBatch, least: tuple[int, int]) -> tuple[int, int]:
+    """Bounds on the candidates of a request that have a label, and that were passed.
+
+    They are at least those of the batches before, so that few programs are compiled.
+    """
     batch = evaluation_batch.batch
-    labelled, stage = np.asarray(batch.label_weight) > 0, np.asarray(batch.stage)
-    return (
-        _bound(int(labelled.sum(axis=1).max()), labelled.shape[1]),
-        _bound(int((stage >= Stage.PASSED).sum(axis=1).max()), stage.shape[1]),
-    )
+    reached = np.asarray(batch.label_weight) > 0, np.asarray(batch.stage) >= Stage.PASSED
+    labelled, passed = (_bound(int(of.sum(axis=1).max()), of.shape[1]) for of in reached)
+    return max(labelled, least[0]), max(passed, least[1])
 
 
 def _bound(most: int, candidates: int) -> int:
     """A bound on a number of candidates: a power of 2, so that few programs are compiled."""
-    return min(max(_FEW, 1 << (most - 1).bit_length() if most else 0), candidates)
+    return min(max(_FEW, _power(most)), candidates)
+
+
+def _power(number: int) -> int:
+    """The least power of 2 that is at least a number; 1 for 0."""
+    return 1 << max(number - 1, 0).bit_length()

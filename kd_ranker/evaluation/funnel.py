@@ -3,9 +3,9 @@
 The funnel: N candidates retrieved, the student passes its top k, the teacher ranks those and shows
 m. Axes: `R` requests, `N` candidates, `T` tasks; index `k - 1` of a curve belongs to k.
 
-Ties: equal values keep the order in which the candidates lie in the request, for the student and
-the teacher alike. That is fixed and fair only as long as this order tells nothing about quality:
-a student that gives every candidate one value is judged by it.
+Ties: equal values keep the order of the candidates in the request, for both student and teacher.
+That is fair only if this order is independent of quality: it decides the rank of a student that
+gives every candidate the same value.
 """
 
 import flax.struct
@@ -28,8 +28,8 @@ class FunnelCurves:
       true_value_captured: summed true value of the same items, with the columns of `true_value`;
         its last entry is again the denominator. NaN where the true values are not known.
       shown_kept: how many of the candidates that the logged funnel has shown the student's top k
-        keeps; 0 where that funnel has shown all of them or none, which tells no student from
-        another.
+        keeps; 0 where that funnel has shown all of them or none, which cannot
+        distinguish students.
       positives_kept: how many of the candidates with a positive label of a task the student's top k
         keeps; its last entry is their number.
       positives_shown: how many of them are among the m items shown when the teacher ranks only the
@@ -184,23 +184,20 @@ def _curves_of_request(
     survival = jnp.cumsum(arriving < own_top) / jnp.maximum(own_top, 1)
 
     was_shown = candidate_mask & was_shown
-    tells = was_shown.sum() < candidate_mask.sum()
+    differs = was_shown.sum() < candidate_mask.sum()
     positive = candidate_mask[:, None] & positive
-    flags = jnp.concatenate([(was_shown & tells)[:, None], positive], axis=1)
-    kept = jnp.cumsum(_packed(flags, most=arriving.size)[by_student], axis=0)
-    kept = _unpacked(kept, flags.shape[1], most=arriving.size)
+    flags = jnp.concatenate([(was_shown & differs)[:, None], positive], axis=1)
+    kept = jnp.cumsum(flags[by_student].astype(jnp.int32), axis=0)
 
     leaving = _leaving_places(arriving, shown)
 
     def summed(values: Num[Array, "N ..."]) -> Num[Array, "N ..."]:
-        # Place N means nobody, whose value is 0.
+        # Place N is an empty slot with value 0.
         of_known = jnp.where(jnp.expand_dims(known, range(1, values.ndim)), values, 0)
         by_place = jnp.append(of_known[by_teacher], jnp.zeros_like(values[:1]), axis=0)
         return jnp.cumsum(by_place[arriving] - by_place[leaving], axis=0)
 
-    positives_shown = _unpacked(
-        summed(_packed(positive, most=shown)), positive.shape[1], most=shown
-    )
+    positives_shown = summed(positive.astype(jnp.int32))
     gain = jnp.where(known, teacher_value, 0.0)
     diverged = jnp.any(known & jnp.isnan(student_value))
 
@@ -220,35 +217,12 @@ def _curves_of_request(
     )
 
 
-def _packed(flags: Bool[Array, "N C"], most: int) -> Int[Array, "N words"]:
-    """Flags of each candidate, so many to a number that sums of up to `most` can be unpacked.
-
-    Running sums are what the curves cost, and one of such a number is one of all flags in it.
-    """
-    shifts = _shifts(most)
-    fill = -flags.shape[1] % len(shifts)
-    grouped = jnp.pad(flags.astype(jnp.int32), ((0, 0), (0, fill)))
-    return (grouped.reshape(len(flags), -1, len(shifts)) << shifts).sum(axis=-1)
-
-
-def _unpacked(words: Int[Array, "N words"], number: int, most: int) -> Int[Array, "N C"]:
-    """The sums of the first `number` flags from those of `_packed` numbers."""
-    shifts = _shifts(most)
-    sums = (words[..., None] >> shifts) & ((1 << most.bit_length()) - 1)
-    return sums.reshape(len(words), -1)[:, :number]
-
-
-def _shifts(most: int) -> Int[np.ndarray, "fields"]:
-    bits = most.bit_length()
-    return bits * np.arange(31 // bits, dtype=np.int32)
-
-
 def _leaving_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N"]:
     """The candidate that each arriving one evicts from the current top m; N while there is room.
 
-    It is the newcomer itself if that is not among the m best. One after the other is sorted into
-    them: slot i keeps its place unless the newcomer's is smaller, and then takes the larger of the
-    newcomer's and that of slot i - 1.
+    It is the newcomer itself if that is not among the m best. Each newcomer is inserted into the
+    sorted slots: slot i keeps its place unless the newcomer's is smaller; then it takes the larger
+    of the newcomer's place and that of slot i - 1.
     """
 
     def insert(
@@ -258,8 +232,8 @@ def _leaving_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N"]:
         leaves = jnp.maximum(best[-1], newcomer)
         return jnp.minimum(best, jnp.maximum(newcomer, before)), leaves
 
-    nobody = jnp.full(shown, arriving.size, arriving.dtype)
-    return lax.scan(insert, nobody, arriving)[1]
+    empty = jnp.full(shown, arriving.size, arriving.dtype)
+    return lax.scan(insert, empty, arriving)[1]
 
 
 def captured_share(captured: Float[np.ndarray, "N *more"]) -> Float[np.ndarray, "N *more"]:

@@ -1,8 +1,8 @@
 """The metrics, one entry each: `METRICS`.
 
-All that differs from metric to metric stands in its entry: columns of `results.csv` and
-`curves.csv`, what is summed over a pass, marks, titles and places in tables derive from it. Their
-formulas on one batch are in `label_metrics`, `alignment` and `funnel`. To try a metric of your own,
+An entry defines everything about a metric: the columns of `results.csv` and `curves.csv`, the sums
+over a pass, marks, titles and places in tables derive from it. Their
+formulas on one batch are in `agreement` and `funnel`. To try a metric of your own,
 put it into `METRICS` before you call a function of `kd_ranker.api`.
 
 Axes: `R` requests, `N` candidates, `T` tasks.
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from kd_ranker.evaluation import alignment, funnel, label_metrics
+from kd_ranker.evaluation import agreement, funnel
 from kd_ranker.evaluation.ranked import Ranked
 
 # By name: of each request of a batch, [R, ...], or over all of a batch or a pass, [...].
@@ -63,9 +63,9 @@ class Metric(NamedTuple):
         may have one more axis, the last, of
         draws of the requests, which the numbers then have too: reduce over the axes named here
         alone. None where the column is not measured on requests but filled in by `results`.
-      probabilities_of: whose numbers it takes for probabilities, and not for an order alone. Where
+      probabilities_of: the rankers that it needs probabilities of, not only an order. Where
         these are a teacher's positions, there is nothing to measure.
-      of_teacher: whether it says anything of the teacher itself.
+      of_teacher: whether it is defined for the teacher itself.
       averaged: whether a report has the mean over tasks too, under `name`.
       compared: whether a report compares settings on it.
       main: its place from the left in a report's main table, and of which tasks; None for none.
@@ -99,22 +99,22 @@ def ratio(
 
 
 def _user_bce(ranked: Ranked) -> Sums:
-    losses, weight = label_metrics.user_bce_sums(*ranked.labels)
+    losses, weight = agreement.user_bce_sums(*ranked.labels)
     return {"user_bce": losses, "label_weight": weight}
 
 
 def _user_auc(ranked: Ranked) -> Sums:
-    area, counts = label_metrics.user_auc(*ranked.labels)
+    area, counts = agreement.user_auc(*ranked.labels)
     return {"user_auc": area, "user_auc_requests": counts.astype(area.dtype)}
 
 
 def _user_calibration(ranked: Ranked) -> Sums:
-    predicted, observed = label_metrics.user_calibration_sums(*ranked.labels)
+    predicted, observed = agreement.user_calibration_sums(*ranked.labels)
     return {"predicted": predicted, "observed": observed}
 
 
 def _teacher_bce(ranked: Ranked) -> Sums:
-    losses, weight = alignment.teacher_bce_sums(
+    losses, weight = agreement.teacher_bce_sums(
         ranked.probability, ranked.teacher_probability, ranked.teacher_weight
     )
     return {"teacher_bce": losses, "teacher_weight": weight}
@@ -122,7 +122,7 @@ def _teacher_bce(ranked: Ranked) -> Sums:
 
 def _teacher_entropy(ranked: Ranked) -> Sums:
     return {
-        "teacher_entropy": alignment.teacher_entropy_sums(
+        "teacher_entropy": agreement.teacher_entropy_sums(
             ranked.teacher_probability, ranked.teacher_weight
         )
     }
@@ -133,12 +133,12 @@ def _on_shown(ranked: Ranked) -> Sums:
     student, teacher, weight = ranked.judged
     label = ranked.labels[1]
     # The same cross entropy, with weights per task.
-    user_bce, _ = alignment.teacher_bce_sums(student, label, weight)
-    teacher_bce, weights = alignment.teacher_bce_sums(student, teacher, weight)
+    user_bce, _ = agreement.teacher_bce_sums(student, label, weight)
+    teacher_bce, weights = agreement.teacher_bce_sums(student, teacher, weight)
     return {
         "shown_user_bce": user_bce,
         "shown_teacher_bce": teacher_bce,
-        "shown_teacher_kl": alignment.teacher_kl_sums(student, teacher, weight),
+        "shown_teacher_kl": agreement.teacher_kl_sums(student, teacher, weight),
         "shown_weight": weights,
     }
 
@@ -184,12 +184,12 @@ def _positives(ranked: Ranked) -> Sums:
 
 
 def _teacher_ndcg(ranked: Ranked) -> Sums:
-    ndcg, counts = alignment.teacher_ndcg(ranked.curves.gain, ranked.curves.ideal_gain)
+    ndcg, counts = agreement.teacher_ndcg(ranked.curves.gain, ranked.curves.ideal_gain)
     return {"teacher_ndcg": ndcg, "teacher_ndcg_requests": counts.astype(ndcg.dtype)}
 
 
 def _teacher_tau(ranked: Ranked) -> Sums:
-    tau, counts = alignment.teacher_tau(ranked.value, ranked.teacher_value, ranked.mask)
+    tau, counts = agreement.teacher_tau(ranked.value, ranked.teacher_value, ranked.mask)
     return {"teacher_tau": tau, "teacher_tau_requests": counts.astype(tau.dtype)}
 
 
@@ -215,9 +215,7 @@ def _unseen_items(ranked: Ranked) -> Sums:
 
 
 def _unseen(ranked: Ranked, lookup: str, counts: Bool[Array, "*ids"]) -> Float[Array, "*ids"]:
-    if lookup not in ranked.met:
-        return jnp.full(counts.shape, jnp.nan)
-    return (counts & ~ranked.met[lookup]).astype(jnp.float32)
+    return jnp.where(counts, 1 - ranked.met[lookup], 0.0)
 
 
 def _user_bce_of(sums: Sums) -> Float[np.ndarray, "T"]:
@@ -233,7 +231,7 @@ def _shown_mean(sums: Sums, of: str) -> Float[np.ndarray, "T"]:
 
 
 def _alignment(sums: Sums, teacher: Sums, distance: str) -> Float[np.ndarray, "*draws"]:
-    return alignment.alignment_ratio(
+    return agreement.alignment_ratio(
         _shown_mean(sums, "user_bce"),
         _shown_mean(teacher, "user_bce"),
         _shown_mean(sums, distance),
@@ -516,7 +514,7 @@ METRICS: dict[str, Metric] = {
         Metric(
             name="teacher_tau",
             formula="Kendall's tau-b of the student's value against the teacher's, over a fixed "
-            f"random sample of the pairs of each request, {alignment.NEIGHBOURS} times as many as "
+            f"random sample of the pairs of each request, {agreement.NEIGHBOURS} times as many as "
             "the candidates that the teacher knows; mean over requests",
             title="tau",
             digits=4,
@@ -727,7 +725,7 @@ def title_of(column: str, short: bool = False) -> str:
 
 
 def main_columns(tasks: Sequence[str], passed: int) -> list[str]:
-    """The columns of a report's main table from left to right, curves at one point alone.
+    """The columns of a report's main table from left to right, curves at one point only.
 
     That is `passed` for those over k, and `TARGET`.
     """

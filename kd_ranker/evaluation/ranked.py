@@ -6,6 +6,7 @@ Axes: `R` requests, `N` candidates, `T` tasks, `L` candidates with a label.
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,43 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kd_ranker.batch import CandidateBatch, EvaluationBatch, Stage
 from kd_ranker.evaluation import funnel
+
+Probability = Float[Array, "R N T"]
+
+
+class Scored(NamedTuple):
+    """The scores of a ranker on a batch.
+
+    Attributes:
+      probability: what it ranks by.
+      met: for the ids of users [R] and items [R, N], by lookup name: 1 where training met the id,
+        0 where it did not, NaN where that is not known.
+    """
+
+    probability: Probability
+    met: dict[str, Float[Array, "..."]]
+
+    @classmethod
+    def of(
+        cls, probability: Probability, met: Mapping[str, Bool[Array, "..."]], batch: CandidateBatch
+    ) -> "Scored":
+        """Scores from what a model serves; `met` may lack lookups."""
+        ids = {"user": batch.user_id, "item": batch.item_id}
+        unknown = {name: jnp.full(of.shape, jnp.nan, jnp.float32) for name, of in ids.items()}
+        known = {name: of.astype(jnp.float32) for name, of in met.items() if name in ids}
+        return cls(probability, unknown | known)
+
+
+class TeacherScores(NamedTuple):
+    """The scores of the teacher on a batch.
+
+    Attributes:
+      probability: may hold anything where its weight is 0.
+      weight: 0 where the probability is not known.
+    """
+
+    probability: Probability
+    weight: Probability
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,7 +71,7 @@ class Ranked:
       shown: number of items shown.
       labelled: L, at least as many as a request has candidates with a label.
       passed: at least as many as a request has candidates that the logged funnel passed.
-      met: whether training met the ids of the ranker's lookups, by name; empty if nobody knows.
+      met: see `Scored`.
     """
 
     probability: Float[Array, "R N T"]
@@ -46,7 +84,7 @@ class Ranked:
     shown: int
     labelled: int
     passed: int
-    met: Mapping[str, Bool[Array, "..."]]
+    met: Mapping[str, Float[Array, "..."]]
 
     @property
     def batch(self) -> CandidateBatch:
@@ -89,9 +127,10 @@ class Ranked:
     def _with_label(self) -> Int[Array, "R L"]:
         """The places of the candidates with a label, before others.
 
-        Which they are does not depend on the ranker, so the members of a group share this sort.
+        They do not depend on the ranker, so all rankers of a program share this sort.
         """
-        return jnp.argsort(self.label_weight <= 0, axis=1, stable=True)[:, : self.labelled]
+        has_label = self.mask & (self.batch.label_weight > 0)
+        return jnp.argsort(~has_label, axis=1, stable=True)[:, : self.labelled]
 
     @functools.cached_property
     def value(self) -> Float[Array, "R N"]:
@@ -172,66 +211,48 @@ def knows_value(
 
 
 def ranked(
-    probability: Float[Array, "R N T"],
-    teacher_probability: Float[Array, "R N T"],
-    teacher_weight: Float[Array, "R N T"],
+    scored: Scored,
+    teacher: TeacherScores,
     evaluation_batch: EvaluationBatch,
     value_weights: Float[Array, "T"],
     shown: int,
     labelled: int,
     passed: int,
-    met: Mapping[str, Bool[Array, "..."]] | None = None,
+    is_teacher: bool | Bool[Array, ""] = False,
 ) -> Ranked:
-    """A batch under a ranker and the teacher, cleared of what does not count.
+    """A batch under a ranker and the teacher, without what does not count.
 
     Requests outside `request_mask` and candidates of stage `PADDING` get weights of 0. The
-    teacher's probabilities come beside the batch because a live teacher computes them.
+    teacher's scores come separately from the batch because a live teacher computes them.
+
+    Args:
+      scored: the scores of the ranker.
+      teacher: those of the teacher.
+      evaluation_batch: the requests.
+      value_weights: one weight per task.
+      shown: number of items shown.
+      labelled: see `Ranked`.
+      passed: see `Ranked`.
+      is_teacher: whether the ranker is the teacher itself, which is judged only where its scores
+        are known. A live teacher's are known everywhere; logs may have holes.
     """
     batch = evaluation_batch.batch
     mask = batch.candidate_mask & evaluation_batch.request_mask[:, None]
+    knows = teacher.weight > 0
+    counts = mask & (knows_value(teacher.weight, value_weights) | ~jnp.asarray(is_teacher))
+    # The funnel ranks NaN behind all candidates that the teacher knows.
+    probability = jnp.where(is_teacher & ~knows, jnp.nan, scored.probability)
     return Ranked(
         # In bfloat16, sums would lose their digits and 1 - MARGIN would be 1.
         probability=probability.astype(jnp.float32),
-        teacher_probability=teacher_probability.astype(jnp.float32),
-        teacher_weight=jnp.where(mask[..., None], teacher_weight, 0.0),
-        label_weight=jnp.where(mask, batch.label_weight, 0.0),
+        teacher_probability=teacher.probability.astype(jnp.float32),
+        teacher_weight=jnp.where(mask[..., None], teacher.weight, 0.0),
+        label_weight=jnp.where(counts, batch.label_weight, 0.0),
         mask=mask,
         evaluation_batch=evaluation_batch,
         value_weights=value_weights,
         shown=shown,
         labelled=labelled,
         passed=passed,
-        met=met or {},
-    )
-
-
-def ranked_by_teacher(
-    teacher_probability: Float[Array, "R N T"],
-    teacher_weight: Float[Array, "R N T"],
-    evaluation_batch: EvaluationBatch,
-    value_weights: Float[Array, "T"],
-    shown: int,
-    labelled: int,
-    passed: int,
-    met: Mapping[str, Bool[Array, "..."]] | None = None,
-) -> Ranked:
-    """A batch under the teacher itself, which is judged only where its probabilities are known.
-
-    With a live teacher that is everywhere, and this equals `ranked` with the teacher as the
-    student. Logs may have holes; a shown candidate in one has no teacher probability to judge.
-    """
-    known = knows_value(teacher_weight, value_weights)
-    batch = evaluation_batch.batch
-    batch = dataclasses.replace(batch, label_weight=jnp.where(known, batch.label_weight, 0.0))
-    return ranked(
-        # The funnel ranks NaN behind all candidates that the teacher knows.
-        jnp.where(teacher_weight > 0, teacher_probability, jnp.nan),
-        teacher_probability,
-        teacher_weight,
-        dataclasses.replace(evaluation_batch, batch=batch),
-        value_weights,
-        shown,
-        labelled,
-        passed,
-        met,
+        met=scored.met,
     )

@@ -22,8 +22,7 @@ group of students, with a serve name each:
     )
     row = only_order(totals.summarise(select_member(sums["popularity"], 0), ...))
 
-Of the numbers that `NO_PROBABILITIES` serve only the order means something; those of the oracle are
-probabilities.
+The numbers of `NO_PROBABILITIES` define only an order; those of the oracle are probabilities.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +31,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kd_ranker.batch import EvaluationBatch, Items
 from kd_ranker.evaluation import metrics
@@ -56,7 +55,7 @@ class Statistics:
     Attributes:
       lists: the numbers that lists of items sort by, by the name of the reference.
         `popularity` is the summed label weight of an item's impressions, over the same of the item
-        with the largest sum, so a sampled negative stands for those that were left out.
+        with the largest sum, so a sampled negative represents those that were left out.
         `show_rate` counts requests that passed the item; where the log passed no other item than it
         showed, requests that retrieved it. `pass_rate` counts requests that retrieved it.
         `top_rate` counts requests in which every task of the item was logged properly, and those of
@@ -156,7 +155,7 @@ def incumbent(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R
 
 
 def random(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R N T"]:
-    """Uniform numbers, which follow from the seed, the user and the candidates alone."""
+    """Uniform numbers, determined by the seed, the user and the candidates."""
     key = jax.random.key(statistics.seed)
 
     def of_request(user_id: Int[Array, ""], item_id: Int[Array, "N"]) -> Float[Array, "N"]:
@@ -199,15 +198,15 @@ NO_RANKERS = ("oracle", "random")
 """The references that no funnel could use, or would."""
 
 NO_PROBABILITIES = ("incumbent", "random", *LISTS)
-"""The references whose numbers mean an order only."""
+"""The references that define only an order."""
 
-# Requests that suffice to find out what a dataset knows, and the share of candidates that must be
-# known: a ranker that orders the others at random would look worse than it is.
+# The requests to inspect for known inputs, and the share of candidates that must be known: a ranker
+# that orders the others at random would look worse than it is.
 _SOME, _NEARLY_ALL = 1000, 0.9
 
 
 def known_references(splits: Sequence[Columns], statistics: Statistics) -> tuple[str, ...]:
-    """The names of the references whose input is known in nearly all candidates of all splits."""
+    """The names of the references with a known input for nearly all candidates of all splits."""
     needed = {"oracle": "true_probability", "incumbent": "incumbent"}
     known = {
         name
@@ -263,3 +262,47 @@ def only_order(row: Mapping[str, float]) -> dict[str, float]:
         column: float("nan") if takes_probabilities(column) else number
         for column, number in row.items()
     }
+
+
+def item_share(
+    request: Shaped[np.ndarray, "n"],
+    item: Shaped[np.ndarray, "n"],
+    value: Float[np.ndarray, "n"],
+) -> float:
+    """Share of the variance of `value` within requests that only the item explains.
+
+    With v the value less its request's mean and u = v / (1 − 1 / n) for a request of n entries,
+    (1 − 1 / M) Σ_i n_i · c_i / Σ u v, where n_i is the number of entries of item i, c_i the mean
+    product of two different ones of its u, and M = (Σ n_i)² / Σ n_i² the effective number of items.
+    The factor corrects for distinct items in a request: the mean of the others depends on the item.
+    For v of item effects and noise, both sums are unbiased up to the same factor, so no list of
+    items has to be fitted (the method of moments for variance components: Searle, Casella and
+    McCulloch, "Variance Components", 1992). Items and requests with one entry are left out. A value
+    of labels also varies by chance, which no ranker explains: its share is a lower bound of that of
+    the probabilities.
+
+    Args:
+      request: the request of each entry, any ids.
+      item: its item.
+      value: its value: of labels, of a ranker, or true.
+
+    Returns:
+      About 1 where the item explains everything, and about 0 where it explains nothing; NaN without
+      two entries of an item.
+
+    >>> item_share(np.array([0, 0, 1, 1]), np.array([5, 7, 5, 7]), np.array([1.0, 0.0, 3.0, 2.0]))
+    1.0
+    """
+    requests, items = (np.unique(ids, return_inverse=True)[1] for ids in (request, item))
+    sizes = np.bincount(requests)[requests]
+    within = value - (np.bincount(requests, value) / np.bincount(requests))[requests]
+    scaled = within * sizes / np.maximum(sizes - 1, 1)
+    number, sums, squares, total = (
+        np.bincount(items[sizes > 1], of[sizes > 1], minlength=items.max(initial=0) + 1)
+        for of in (np.ones_like(within), scaled, scaled**2, scaled * within)
+    )
+    often = number > 1
+    distinct = 1 - (number[often] ** 2).sum() / max(number[often].sum(), 1) ** 2
+    explained = ((sums**2 - squares)[often] / (number[often] - 1)).sum()
+    whole = total[often].sum()
+    return float(distinct * explained / whole) if whole else float("nan")

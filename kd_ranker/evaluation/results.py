@@ -182,14 +182,15 @@ def best_member(frame: pd.DataFrame, member: str = "") -> tuple[str, str] | None
 
 
 def fill_savings(frame: pd.DataFrame, costs: Costs = FLOPS) -> pd.DataFrame:
-    """Fills the columns `saving.SAVINGS` of students in.
+    """Fill in the columns `saving.SAVINGS` of students; NaN where the loss stopped being finite.
 
     Args:
       frame: `results.csv` of one dataset, with the teacher; see `read_csv`.
-      costs: what takes the place of FLOPs.
+      costs: the costs that replace FLOPs.
     """
     teacher_flops = frame.loc[frame["role"] == "teacher", "flops_per_candidate"].iloc[0]
-    ranked = with_labels(frame.assign(place=frame.index)[frame["role"] != "teacher"])
+    compared = (frame["role"] != "teacher") & frame["non_finite_step"].isna()
+    ranked = with_labels(frame.assign(place=frame.index)[compared])
     saved = saving.with_savings(ranked, saving.baselines(ranked), teacher_flops, costs)
     saved = saved[saved["role"] == "student"].set_index("place")
     return frame.assign(**{column: saved[column] for column in saving.SAVINGS})

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from kd_ranker.evaluation import label_metrics, metrics
+from kd_ranker.evaluation import agreement, metrics
 from kd_ranker.evaluation.metrics import METRICS, ReportAt, SumFunction, Sums, ratio
 from kd_ranker.evaluation.ranked import Ranked
 
@@ -72,7 +72,7 @@ def summed(batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int]) -
 
 
 def _bins(batch: Ranked) -> Sums:
-    weight, predicted, observed = label_metrics.calibration_bin_sums(*batch.labels)
+    weight, predicted, observed = agreement.calibration_bin_sums(*batch.labels)
     return {"bin_weight": weight, "bin_predicted": predicted, "bin_observed": observed}
 
 

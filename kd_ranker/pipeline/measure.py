@@ -16,7 +16,7 @@ from kd_ranker.batch import FeatureSpec, abstract_items, empty_batch
 from kd_ranker.batches.evaluation import evaluation_batches, num_evaluation_batches
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import cost, kept, references, results, totals
-from kd_ranker.evaluation.evaluate import Ranker, evaluate, make_serve
+from kd_ranker.evaluation.evaluate import Plan, Ranker, evaluate, make_serve
 from kd_ranker.evaluation.kept import Kept
 from kd_ranker.evaluation.measured import write_tables
 from kd_ranker.evaluation.metrics import METRICS, result_columns
@@ -35,7 +35,6 @@ from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.pipeline.job import Job
 from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.placing import first_devices, own_devices
-from kd_ranker.training.state import select_member
 
 _NOT_COUNTED = float("nan")
 
@@ -147,13 +146,14 @@ def measure(
     """
     teacher = judge or _judge(job)
     groups = [
-        (group.ranker, _serve_names(job, group, serves) if serves else None) for group in students
+        group.ranker._replace(serves=[serves[name] for name in group.names] if serves else None)
+        for group in students
     ]
     referred: tuple[str, ...] = ()
     if statistics is not None:
         splits = [job.dataset.columns[name] for name in ("validation", "test")]
         referred = known_references([of for of in splits if len(of)], statistics)
-        groups.append((reference_ranker([statistics]), referred))
+        groups.append(reference_ranker([statistics])._replace(serves=[referred]))
     of_teacher, of_groups = _summed(job, split, teacher.ranker, groups, limit, costs)
     flops_of_teacher = teacher_flops(job) if costs else _NOT_COUNTED
     measured = Measured([], [], [], {})
@@ -176,33 +176,22 @@ def measure(
                 if non_finite_step := group.non_finite_step[index]:
                     measured.rows.append(row | {"non_finite_step": non_finite_step})
                     continue
-                summed = select_member(of_group[serve], index)
-                _add(measured, job, row, summed, of_teacher, teacher.signal)
+                _add(measured, job, row, of_group[index][serve], of_teacher, teacher.signal)
     for name in referred:
         row = named("reference", name) | {"seed": teacher.seed}
-        summed = select_member(of_groups[-1][name], 0)
-        _add(measured, job, row, summed, of_teacher, teacher.signal)
+        _add(measured, job, row, of_groups[-1][0][name], of_teacher, teacher.signal)
     return measured
-
-
-def _serve_names(
-    job: Job, group: Students, serves: Mapping[str, Collection[str]]
-) -> tuple[str, ...]:
-    """The serve names that any member of a group wants, in the order of its mode."""
-    wanted = {serve for name in group.names for serve in serves[name]}
-    mode = MODES[job.members[group.names[0]].distill.mode]
-    return tuple(serve for serve in mode.serve if serve in wanted)
 
 
 def _summed(
     job: Job,
     split: str,
     teacher: Ranker | None,
-    groups: Sequence[tuple[Ranker, tuple[str, ...] | None]],
+    groups: Sequence[Ranker],
     limit: int,
     bar: bool,
-) -> tuple[Summed, list[dict[str, Summed]]]:
-    """`evaluate` on the requests of a split, for groups and the serve names to measure."""
+) -> tuple[Summed, list[list[dict[str, Summed]]]]:
+    """`evaluate` on the requests of a split."""
     config, dataset = job.config, job.dataset
     requests, limit = config.evaluation.requests, limit or config.evaluation.limit
     batches: Iterable = evaluation_batches(
@@ -212,19 +201,15 @@ def _summed(
         total = num_evaluation_batches(dataset, split, requests=requests, limit=limit)
         batches = tqdm(batches, split, total, leave=False, unit="batch", disable=None)
     sharded = config.parallel.tables == "sharded"
-    return evaluate(
-        teacher,
-        [ranker for ranker, _ in groups],
-        batches,
-        dataset.items,
+    plan = Plan(
         config.value_weights,
         config.funnel.shown,
-        serves=[names for _, names in groups],
         ks=job.kept_ks,
         keep=split == "test",
         devices=(first_devices if sharded else own_devices)(config.parallel.devices),
         sharded=sharded,
     )
+    return evaluate(teacher, groups, batches, dataset.items, plan)
 
 
 def _add(

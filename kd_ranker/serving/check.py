@@ -1,9 +1,10 @@
-"""Runs the programs of this folder on `example.npz` and compares with what that expects.
+"""Run the programs of this folder on `example.npz` and compare with its expected results.
 
     python check.py [onnx|jax]
 
-It needs NumPy, and ONNX Runtime or JAX, and nothing else. `read_tables`, `open_programs` and `rank`
-are a server in small. It ends with 1 if a number differs by more than the tolerance.
+It needs NumPy, safetensors, and ONNX Runtime or JAX; tables of bfloat16 also need ml_dtypes, which
+comes with JAX. `read_tables`, `open_programs` and `rank` are a minimal server. The exit code is 1
+if a number differs by more than the tolerance.
 """
 
 import json
@@ -13,32 +14,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.numpy import load_file
 
 Arrays = dict[str, Any]
 Programs = Mapping[str, Callable[[Arrays], Arrays]]
 
 TOLERANCE = 1e-5
-_NUMPY_TYPES = {"F32": np.float32, "I32": np.int32, "I8": np.int8, "BF16": np.uint16}
 _ONNX_BFLOAT16 = 16
 
 
 def read_tables(folder: Path) -> Arrays:
-    """The tables by name; those of bfloat16 come as the whole numbers of the same bits."""
-    with (folder / "tables.safetensors").open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    content = np.memmap(folder / "tables.safetensors", mode="r", offset=8 + length)
-    tables = {}
-    for name, of in header.items():
-        start, end = of["data_offsets"]
-        tables[name] = content[start:end].view(_NUMPY_TYPES[of["dtype"]]).reshape(of["shape"])
-    return tables
+    """Read the tables by name; those of bfloat16 become uint16 with the same bits."""
+    tables = load_file(folder / "tables.safetensors")
+    return {
+        name: table.view(np.uint16) if table.dtype.name == "bfloat16" else table
+        for name, table in tables.items()
+    }
 
 
 def open_programs(folder: Path, runtime: str) -> Programs:
     """The programs by name, each a function from arrays by name to arrays by name.
 
-    Of what it is given, each reads what `export.json` says.
+    Each reads the inputs that `export.json` lists and ignores others.
 
     Args:
       folder: of the export.
@@ -99,7 +96,7 @@ def rank(programs: Programs, arrays: Arrays) -> Arrays:
 
 
 def largest_differences(folder: Path, runtime: str) -> dict[str, float]:
-    """By result, how far the example's is from what it is expected to be."""
+    """The largest difference from the expected value, by result of the example."""
     programs, tables = open_programs(folder, runtime), read_tables(folder)
     with np.load(folder / "example.npz") as example:
         inputs = {name[3:]: example[name] for name in example if name.startswith("in.")}
@@ -112,7 +109,7 @@ def largest_differences(folder: Path, runtime: str) -> dict[str, float]:
 
 
 def main(arguments: list[str]) -> int:
-    """Checks the export beside this file; returns the exit code."""
+    """Check the export in the folder of this file; return the exit code."""
     folder = Path(__file__).resolve().parent
     wrong = 0
     for runtime in arguments or json.loads((folder / "export.json").read_text())["formats"]:

@@ -4,9 +4,7 @@ Untrained ids are served with the reserved row, which is written into their own 
 program only has to find the row of an id.
 """
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -107,21 +105,3 @@ def item_embeddings(
 def row_of_item(ids: Int[Array, "R N"], rows: int) -> Int[Array, "R N"]:
     """The row of each item in `item_embeddings`: its id, or the last one for an id beyond."""
     return jnp.where((ids >= 0) & (ids < rows - 1), ids, rows - 1)
-
-
-_NAMES_OF_TYPES = {"float32": "F32", "bfloat16": "BF16", "int8": "I8", "int32": "I32"}
-
-
-def write_safetensors(tables: Tables, path: Path) -> None:
-    """Writes tables as a safetensors file: a header's length, the header as JSON, the bytes."""
-    header, end = {}, 0
-    for name, table in tables.items():
-        start, end = end, end + table.nbytes
-        kind = _NAMES_OF_TYPES[table.dtype.name]
-        header[name] = {"dtype": kind, "shape": table.shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for table in tables.values():
-            np.ascontiguousarray(table).tofile(file)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from safetensors.numpy import save_file
 
 from kd_ranker.batch import IN_BATCH, CandidateBatch
 from kd_ranker.evaluation import cost
@@ -69,7 +70,8 @@ def write_export(
     try:
         for name, content in files.items():
             (temporary / name).write_bytes(content)
-        tables.write_safetensors(exported.tables, temporary / TABLES)
+        contiguous = {name: np.ascontiguousarray(of) for name, of in exported.tables.items()}
+        save_file(contiguous, temporary / TABLES)
         np.savez(temporary / EXAMPLE, **_example(exported, trained, batch))
         shutil.copy(check.__file__, temporary / CHECK)
         if (beside / VOCABULARIES_FOLDER).exists():

@@ -146,9 +146,9 @@ def put_on(tree: Any, of_places: Any) -> Any:
     return jax.tree.map(on_devices, tree, of_places)
 
 
-def put(tree: Any) -> Any:
-    """Put a pytree on the default device, for programs of one device."""
-    (device, *_) = jax.local_devices()
+def put(tree: Any, device: jax.Device | None = None) -> Any:
+    """Put a pytree on one device, by default the first, for programs of that device only."""
+    device = device or jax.local_devices()[0]
     return jax.device_put(tree, places(tree, SingleDeviceSharding(device)))
 
 

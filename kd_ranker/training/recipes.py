@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import WHOLE, Deal, FeatureSpec, Stage
 from kd_ranker.batches.training import Needs
-from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LossNumbers
+from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LossNumbers, own_numbers
 from kd_ranker.distillation.modes import MODES, Mode
 from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
+from kd_ranker.errors import UserError
 from kd_ranker.models.model import Init, Model, build_model
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
@@ -31,13 +32,11 @@ from kd_ranker.training.state import (
     stack_members,
 )
 
-_Numbers = TypeVar("_Numbers", LossNumbers, OptimizerNumbers)
-
 # The config keys of numbers that are traced, so that the members of a group may differ in them.
 TRACED_KEYS = (
     *("seed", "train.steps", "train.unshown_weight"),
     *("distill.weight", "distill.user_weight", "distill.term_weights"),
-    *(f"distill.{name}" for name in LossNumbers._fields),
+    *("distill.temperature", "distill.top_k", "distill.numbers"),
     *(f"optimizer.{name}" for name in OptimizerNumbers._fields),
 )
 
@@ -184,8 +183,25 @@ def _student_numbers(config: ConfigDict) -> Hyperparameters:
     # Without a teacher there is nothing else to learn from.
     user_weight = distill.user_weight if MODES[distill.mode].teacher_logits else 1.0
     term_weights = distill.term_weights or (1.0,) * max(len(distill.terms), 1)
-    loss, unshown_weight = _named(LossNumbers, distill), config.train.unshown_weight
+    loss, unshown_weight = _loss_numbers(config), config.train.unshown_weight
     return _numbers(user_weight, distill.weight, term_weights, loss, unshown_weight, config)
+
+
+def _loss_numbers(config: ConfigDict) -> LossNumbers:
+    distill = config.distill
+    terms = terms_of(config)
+    own = own_numbers(term.loss for term in terms)
+    if terms and distill.numbers and len(distill.numbers) != len(own):
+        names = ", ".join(own) or "none"
+        raise UserError(
+            f"distill.numbers has {len(distill.numbers)} numbers, and the losses take {len(own)} "
+            f"({names}); give one for each, or ()"
+        )
+    return LossNumbers(
+        distill.temperature,
+        distill.top_k,
+        dict(zip(own, distill.numbers or own.values(), strict=False)),
+    )
 
 
 def _numbers(
@@ -202,15 +218,12 @@ def _numbers(
         distill_weight=jnp.float32(distill_weight),
         term_weights=tuple(map(jnp.float32, term_weights)),
         loss=jax.tree.map(jnp.float32, loss),
-        optimizer=jax.tree.map(jnp.float32, _named(OptimizerNumbers, trainee.optimizer)),
+        optimizer=OptimizerNumbers(
+            *(jnp.float32(trainee.optimizer[name]) for name in OptimizerNumbers._fields)
+        ),
         steps=jnp.float32(trainee.train.steps),
         unshown_weight=jnp.float32(unshown_weight),
     )
-
-
-def _named(numbers: type[_Numbers], section: ConfigDict) -> _Numbers:
-    """The numbers of a section of a config, each the key of its name."""
-    return numbers(*(section[name] for name in numbers._fields))
 
 
 def _recipe(model: Model, mode: Mode, terms: tuple[Term, ...], trainee: ConfigDict) -> Recipe:

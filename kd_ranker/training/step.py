@@ -237,7 +237,7 @@ def _losses(
     ):
         assert mode.teacher_logits is not None, "a mode without a teacher has no terms"
         teacher_logits = mode.teacher_logits(logits[:, : weight.shape[1]], transform)
-        totals = LOSSES[term.loss](teacher_logits, probability, weight, numbers.loss)
+        totals = LOSSES[term.loss].function(teacher_logits, probability, weight, numbers.loss)
         distill_loss += factor * _mean_over_devices(*totals)
     loss = numbers.user_weight * user_loss + numbers.distill_weight * distill_loss
     return loss, dict(zip(_LOSSES, (loss, user_loss, distill_loss), strict=True))

@@ -127,13 +127,13 @@ MY_LOSS = """
 import jax.numpy as jnp
 
 from kd_ranker import configs
-from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LOSSES, bce
+from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LOSSES, Loss, bce
 
 def bce_of_the_sure(logits, probability, weight, numbers=DEFAULT_NUMBERS):
     is_sure = jnp.abs(probability - 0.5) > 0.4
     return bce(logits, probability, weight * is_sure, numbers)
 
-LOSSES["bce_of_the_sure"] = bce_of_the_sure
+LOSSES["bce_of_the_sure"] = Loss(bce_of_the_sure)
 
 def get_config(variant=""):
     config = configs.cascade("small")

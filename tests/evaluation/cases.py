@@ -12,7 +12,7 @@ import numpy as np
 from kd_ranker.batch import CandidateBatch, EvaluationBatch, Stage
 from kd_ranker.evaluation import totals
 from kd_ranker.evaluation.metrics import ReportAt, SumFunction, Sums, sum_functions
-from kd_ranker.evaluation.ranked import ranked, ranked_by_teacher
+from kd_ranker.evaluation.ranked import Scored, TeacherScores, ranked
 from kd_ranker.evaluation.totals import Each, Summed
 
 TASKS = ("watch", "like")
@@ -21,14 +21,21 @@ SHOWN = 3
 TARGETS = (0.5, 0.99)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 7, 8, 9))
-def summed(functions: tuple[SumFunction, ...], ks: tuple[int, ...], *arguments: Any) -> Summed:
-    return totals.summed(ranked(*arguments), functions, ks)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 5, 6, 7))
-def teacher_sums(functions: tuple[SumFunction, ...], *arguments: Any) -> Sums:
-    return totals.summed(ranked_by_teacher(*arguments), functions, ()).sums
+@functools.partial(jax.jit, static_argnums=(0, 1, 6))
+def summed(
+    functions: tuple[SumFunction, ...],
+    ks: tuple[int, ...],
+    student: Any,
+    teacher: TeacherScores,
+    evaluation_batch: EvaluationBatch,
+    value_weights: Any,
+    shown: int,
+    is_teacher: Any = False,
+) -> Summed:
+    scored = Scored.of(student, {}, evaluation_batch.batch)
+    candidates = student.shape[1]
+    arguments = scored, teacher, evaluation_batch, value_weights, shown, candidates, candidates
+    return totals.summed(ranked(*arguments, is_teacher), functions, ks)
 
 
 @dataclasses.dataclass
@@ -55,26 +62,15 @@ class Case:
     def arguments(self, shown: int) -> tuple[Any, ...]:
         return (
             jnp.asarray(self.student),
-            jnp.asarray(self.teacher),
-            jnp.asarray(self.teacher_weight),
+            TeacherScores(jnp.asarray(self.teacher), jnp.asarray(self.teacher_weight)),
             self.evaluation_batch(),
             jnp.asarray(self.value_weights, jnp.float32),
             shown,
-            self.stage.shape[1],
-            self.stage.shape[1],
         )
 
     def teacher_sums(self) -> Sums:
-        sums = teacher_sums(
-            sum_functions(),
-            jnp.asarray(self.teacher),
-            jnp.asarray(self.teacher_weight),
-            self.evaluation_batch(),
-            jnp.asarray(self.value_weights, jnp.float32),
-            SHOWN,
-            self.stage.shape[1],
-            self.stage.shape[1],
-        )
+        own = dataclasses.replace(self, student=self.teacher)
+        sums = summed(sum_functions(), (), *own.arguments(SHOWN), is_teacher=True).sums
         return totals.add(None, sums)
 
     def row(self, ks: Sequence[int], signal: str = "probability") -> dict[str, float]:

@@ -4,10 +4,11 @@ import pytest
 
 from kd_ranker.batch import EvaluationBatch
 from kd_ranker.distillation.modes import MODES
-from kd_ranker.evaluation.evaluate import Ranker, evaluate, make_serve
+from kd_ranker.evaluation import evaluate as evaluation
+from kd_ranker.evaluation.evaluate import Plan, Ranker, evaluate, make_serve
 from kd_ranker.models.student import MultiInterest
 from kd_ranker.models.teacher import FinalRanker
-from kd_ranker.training.state import select_member, stack_members
+from kd_ranker.training.state import stack_members
 from tests.random_batches import CATEGORY_SPEC as SPEC
 from tests.random_batches import STUDENT, TEACHER, make_model, random_batch, random_items
 
@@ -16,92 +17,81 @@ ITEMS = random_items(spec=SPEC)
 
 
 def make_students(mode, seeds):
-    """A group with a member a seed."""
+    """A group with one member per seed."""
     heads = MODES[mode].heads_per_task * TASKS
     models = [make_model(MultiInterest, heads, STUDENT, seed, SPEC) for seed in seeds]
     parameters = stack_members([parameters for _, parameters in models])
     return Ranker(make_serve(models[0][0], MODES[mode]), parameters)
 
 
+AUX = make_students("aux", (3, 4, 5))
 STUDENTS = {mode: make_students(mode, [len(mode)]) for mode in ("none", "aux", "shared")}
 TEACHER_MODEL, TEACHER_PARAMETERS = make_model(FinalRanker, TASKS, TEACHER, seed=9, spec=SPEC)
 LIVE = Ranker(make_serve(TEACHER_MODEL, MODES["none"]), TEACHER_PARAMETERS)
+each_teacher = pytest.mark.parametrize("teacher", [None, LIVE], ids=["logged", "live"])
 
 
-def evaluation_batch(batch, present=None):
+def evaluation_batch(seed, present=None):
+    batch = random_batch(seed, spec=SPEC)
     requests, candidates = batch.item_id.shape
     truth = np.random.default_rng(1).random((requests, candidates, TASKS), dtype=np.float32)
     mask = np.arange(requests) < (requests if present is None else present)
     return EvaluationBatch(batch, truth, truth[..., 0], truth[..., 1], mask)
 
 
-BATCHES = [evaluation_batch(random_batch(seed, spec=SPEC)) for seed in (1, 2)]
+BATCHES = [evaluation_batch(seed) for seed in (1, 2)]
+
+
+def run(teacher, students, batches=BATCHES, **choices):
+    return evaluate(teacher, students, batches, ITEMS, Plan(WEIGHTS, SHOWN, **choices))
 
 
 def assert_same(one, other, rtol=1e-5):
-    assert one.keys() == other.keys()
-    for name in one:
-        np.testing.assert_allclose(one[name], other[name], rtol=rtol, atol=1e-5, err_msg=name)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-5), one, other)
 
 
-def run(teacher, students, batches=BATCHES):
-    """The teacher's sums, and those of each group by serve name."""
-    of_teacher, of_groups = evaluate(teacher, students, batches, ITEMS, WEIGHTS, SHOWN)
-    return of_teacher.sums, [
-        {name: summed.sums for name, summed in of_group.items()} for of_group in of_groups
-    ]
-
-
-@pytest.mark.parametrize("teacher", [None, LIVE], ids=["logged", "live"])
-def test_many_students_in_one_pass_are_measured_as_each_alone(teacher):
-    teacher_sums, together = run(teacher, list(STUDENTS.values()))
-    assert [set(sums) for sums in together] == [
-        {"user"}, {"user", "teacher", "blend"}, {"user"},
+@each_teacher
+def test_students_in_one_pass_are_measured_as_each_in_its_own(teacher):
+    of_teacher, together = run(teacher, [AUX, *STUDENTS.values()])
+    names = {"user", "teacher", "blend"}
+    assert [set(of) for group in together for of in group] == [
+        *[names] * 3, {"user"}, names, {"user"},
     ]  # fmt: skip
-    for one, sums in zip(STUDENTS.values(), together, strict=True):
-        alone_teacher, (alone,) = run(teacher, [one])
-        assert_same(alone_teacher, teacher_sums)
-        for name in sums:
-            assert_same(alone[name], sums[name])
-    aux = together[1]
-    assert not np.allclose(aux["user"]["user_bce"], aux["teacher"]["user_bce"])
+    for group, found in zip([AUX, *STUDENTS.values()], together, strict=True):
+        same_teacher, (own,) = run(teacher, [group])
+        assert_same((same_teacher, own), (of_teacher, found))
+    bces = [of.sums["user_bce"] for member in together[0] for of in member.values()]
+    assert len(np.unique(np.array(bces), axis=0)) == 9
 
 
-def test_the_members_of_a_group_are_measured_as_each_alone():
-    seeds = (3, 4, 5)
-    _, (group,) = run(LIVE, [make_students("aux", seeds)])
-    for index, seed in enumerate(seeds):
-        _, (one,) = run(LIVE, [make_students("aux", [seed])])
-        for name in one:
-            assert_same(select_member(group[name], index), select_member(one[name], 0))
-    assert not np.allclose(*group["user"]["user_bce"][:2])
+def test_all_rankers_share_one_measuring_program(monkeypatch):
+    """Groups of different sizes and modes, more rankers than one call takes, both teachers."""
+    called = []
+
+    def counted(rankers, *arguments):
+        called.append(len(rankers))
+        return measure(rankers, *arguments)
+
+    measure = evaluation._measure
+    run(None, [STUDENTS["none"]])
+    programs = measure._cache_size()
+    monkeypatch.setattr(evaluation, "_measure", counted)
+    run(None, [AUX, *STUDENTS.values()])
+    run(LIVE, [STUDENTS["shared"]])
+    assert measure._cache_size() == programs
+    # 1 + 9 + 1 + 3 + 1 rankers, then 2, on two batches each.
+    assert called == [4] * 2 * (4 + 1)
 
 
-@pytest.mark.parametrize("devices", [2, pytest.param(8, marks=pytest.mark.long)])
-def test_devices_share_the_members_of_a_group_and_change_nothing(devices):
-    """Members that they cannot share evenly, beside a group of one, and each request's own sums."""
-    groups, ks = [make_students("aux", (3, 4, 5)), STUDENTS["none"]], (1, 2)
-    with_each = [*BATCHES[:1], evaluation_batch(random_batch(2, spec=SPEC), present=5)]
-    arguments = LIVE, groups, with_each, ITEMS, WEIGHTS, SHOWN
-    teacher, alone = evaluate(*arguments, ks=ks, keep=True)
-    same_teacher, spread = evaluate(*arguments, ks=ks, keep=True, devices=jax.devices()[:devices])
-    jax.tree.map(np.testing.assert_array_equal, same_teacher, teacher)
-    for one, other, members in zip(alone, spread, (3, 1), strict=True):
-        for name, of in other.items():
-            cut = jax.tree.map(lambda leaf, members=members: leaf[:members], of)
-            # The compiler adds up in another order where there are fewer members side by side.
-            jax.tree.map(
-                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), cut, one[name]
-            )
-
-
-@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.long), 3])
-def test_rows_on_several_devices_change_nothing(devices):
-    groups, ks = [make_students("aux", (3, 4, 5)), STUDENTS["none"]], (1, 2)
-    arguments = LIVE, groups, BATCHES[:1], ITEMS, WEIGHTS, SHOWN
-    alone = evaluate(*arguments, ks=ks, keep=True)
-    spread = evaluate(*arguments, ks=ks, keep=True, devices=jax.devices()[:devices], sharded=True)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), spread, alone)
+@pytest.mark.parametrize("sharded", [False, True], ids=["members", "rows"])
+@pytest.mark.parametrize("devices", [2, pytest.param(3, marks=pytest.mark.long)])
+def test_devices_that_share_the_work_change_nothing(devices, sharded):
+    """Members that they cannot share evenly, a group of one, and the terms of each request."""
+    choices = {"ks": (1, 2), "keep": True}
+    arguments = LIVE, [AUX, STUDENTS["none"]], [BATCHES[0], evaluation_batch(2, present=5)]
+    expected = run(*arguments, **choices)
+    found = run(*arguments, **choices, devices=jax.devices()[:devices], sharded=sharded)
+    assert_same(found, expected)
 
 
 def test_a_live_teacher_measures_as_the_same_probabilities_logged_for_all():
@@ -116,78 +106,68 @@ def test_a_live_teacher_measures_as_the_same_probabilities_logged_for_all():
             )
         )
 
-    one = STUDENTS["shared"]
-    live_teacher, (live,) = run(LIVE, [one])
-    logged_teacher, (from_log,) = run(None, [one], [logged(batch) for batch in BATCHES])
-    # Of a teacher in the logs nobody knows what it met.
-    assert_same(live_teacher | {"unseen_users": np.nan, "unseen_items": np.nan}, logged_teacher)
-    assert_same(live["user"], from_log["user"])
+    live_teacher, live = run(LIVE, [STUDENTS["shared"]])
+    logged_teacher, from_log = run(None, [STUDENTS["shared"]], [logged(of) for of in BATCHES])
+    # The ids that a teacher in the logs has met are not known.
+    unknown = {"unseen_users": np.nan, "unseen_items": np.nan}
+    assert_same(live_teacher.sums | unknown, logged_teacher.sums)
+    assert_same(live, from_log)
 
 
 def test_the_teacher_keeps_all_of_its_own_value():
-    teacher, _ = run(LIVE, [])
+    teacher = run(LIVE, [])[0].sums
     # Its top k holds its top shown items from k = shown on.
     survival, value_captured = teacher["survival"], teacher["value_captured"]
     np.testing.assert_allclose(survival[SHOWN - 1 :], teacher["funnel_requests"], rtol=1e-6)
     np.testing.assert_allclose(value_captured[SHOWN - 1 :], value_captured[-1], rtol=1e-6)
 
 
-@pytest.mark.parametrize("teacher", [None, LIVE], ids=["logged", "live"])
-def test_requests_that_fill_up_the_last_batch_count_for_nothing(teacher):
+@each_teacher
+def test_requests_that_fill_up_the_last_batch_do_not_count(teacher):
     present = 3
 
     def measured(filler):
         """The sums over a full batch, and one of which `filler` is all but the first requests."""
         last = jax.tree.map(
             lambda kept, other: np.concatenate([kept[:present], other[present:]]),
-            evaluation_batch(random_batch(3, spec=SPEC), present),
-            evaluation_batch(random_batch(filler, spec=SPEC), present),
+            evaluation_batch(3, present),
+            evaluation_batch(filler, present),
         )
-        teacher_sums, (sums,) = run(teacher, [STUDENTS["aux"]], [BATCHES[0], last])
-        return teacher_sums, sums
+        return run(teacher, [STUDENTS["aux"]], [BATCHES[0], last])
 
-    teacher_sums, sums = measured(filler=4)
-    other_teacher_sums, other_sums = measured(filler=5)
-    assert_same(teacher_sums, other_teacher_sums)
-    for name in sums:
-        assert_same(sums[name], other_sums[name])
+    found = measured(filler=4)
+    assert_same(found, measured(filler=5))
     kept = [BATCHES[0].batch.label_weight, random_batch(3, spec=SPEC).label_weight[:present]]
-    np.testing.assert_allclose(
-        sums["user"]["label_weight"][0], sum(weight.sum() for weight in kept), rtol=1e-5
-    )
+    student = found[1][0][0]["user"].sums
+    np.testing.assert_allclose(student["label_weight"][0], sum(map(np.sum, kept)), rtol=1e-5)
 
 
-def test_the_sums_of_each_request_add_up_to_the_sums_and_leave_out_what_fills_up_a_batch():
-    candidates = BATCHES[0].batch.item_id.shape[1]
-    ks = tuple(range(1, candidates + 1))
-    batches = [BATCHES[0], evaluation_batch(random_batch(3, spec=SPEC), present=3)]
-    present = len(BATCHES[0].request_mask) + 3
-    students = [make_students("shared", (3, 4))]
-    of_teacher, (group,) = evaluate(
-        LIVE, students, batches, ITEMS, WEIGHTS, SHOWN, ks=ks, keep=True
-    )
-    for (sums, each), axis in ((of_teacher, 0), (group["user"], 1)):
+def test_the_terms_of_each_request_add_up_to_the_sums():
+    batches = [BATCHES[0], evaluation_batch(3, present=3)]
+    ks = tuple(range(1, 1 + batches[0].batch.item_id.shape[1]))
+    of_teacher, ((student,),) = run(LIVE, [STUDENTS["shared"]], batches, ks=ks, keep=True)
+    for sums, each in (of_teacher, student["user"]):
         whole = {name: of for name, of in sums.items() if not name.startswith("bin_")}
         kept = each.alone | each.curves
-        assert {of.shape[axis] for of in kept.values()} == {present}
+        assert {len(of) for of in kept.values()} == {len(BATCHES[0].request_mask) + 3}
         assert each.curves.keys() >= {"survival", "value_captured", "positives_kept"}
-        assert_same(whole, {name: of.sum(axis=axis) for name, of in kept.items()})
-    # The requests stand in the order in which they were read.
-    _, (last,) = evaluate(LIVE, students, batches[1:], ITEMS, WEIGHTS, SHOWN, ks=ks, keep=True)
+        assert_same({name: of.sum(axis=0) for name, of in kept.items()}, whole)
+    # The requests have the order in which they were read.
+    _, ((last,),) = run(LIVE, [STUDENTS["shared"]], batches[1:], ks=ks, keep=True)
     for name, of in last["user"].each.alone.items():
-        np.testing.assert_array_equal(of, group["user"].each.alone[name][:, -3:], err_msg=name)
+        np.testing.assert_array_equal(of, student["user"].each.alone[name][-3:], err_msg=name)
 
 
-def test_the_serving_choices_that_are_asked_for_are_measured_alone():
-    students = [STUDENTS["none"], STUDENTS["aux"], STUDENTS["aux"]]
-    serves = [None, ("blend",), ("teacher", "user")]
-    _, (none, blend, two) = evaluate(LIVE, students, BATCHES, ITEMS, WEIGHTS, SHOWN, serves=serves)
-    assert [set(of) for of in (none, blend, two)] == [{"user"}, {"blend"}, {"user", "teacher"}]
-    _, (whole,) = run(LIVE, students[1:2])
-    for name, summed in (blend | two).items():
-        assert_same(summed.sums, whole[name])
-        # No request is kept unless that is asked for.
-        assert summed.each == ({}, {})
+def test_only_the_requested_serving_choices_are_measured():
+    serves = [("blend",), ("teacher", "user"), ()]
+    _, (group, other) = run(LIVE, [AUX._replace(serves=serves), STUDENTS["none"]])
+    assert [set(of) for of in group] == [{*of} for of in serves]
+    _, (whole,) = run(LIVE, [AUX])
+    for member, names in enumerate(serves):
+        for name in names:
+            assert_same(group[member][name].sums, whole[member][name].sums)
+    # No request is kept by default.
+    assert other[0]["user"].each == ({}, {})
 
 
 def test_nothing_to_evaluate_is_an_error():
@@ -199,19 +179,19 @@ def test_ids_that_training_never_met_are_counted():
     student = STUDENTS["none"]
     tables = dict(student.parameters.tables)
     width = STUDENT.width
-    # Of the items, training met the even ones; of the users none.
+    # Training met the even items and no user.
     tables["item"] = tables["item"].at[:, 1::2, width].set(0.0)
     tables["user"] = tables["user"].at[:, :, width].set(0.0)
     forgetful = student._replace(parameters=student.parameters.replace(tables=tables))
-    teacher_sums, (sums, of_forgetful) = run(LIVE, [student, forgetful])
-    assert teacher_sums["unseen_items"] == 0 == sums["user"]["unseen_items"][0]
-    stages = [np.asarray(batch.batch.stage) for batch in BATCHES]
+    teacher, groups = run(LIVE, [student, forgetful])
+    of_student, of_forgetful = (group[0]["user"].sums for group in groups)
+    assert teacher.sums["unseen_items"] == 0 == of_student["unseen_items"]
+    there = [np.asarray(batch.batch.stage) > 0 for batch in BATCHES]
     odd = sum(
-        ((stage > 0) & (batch.batch.item_id % 2 == 1)).sum()
-        for stage, batch in zip(stages, BATCHES, strict=True)
+        (of & (batch.batch.item_id % 2 == 1)).sum()
+        for of, batch in zip(there, BATCHES, strict=True)
     )
-    assert of_forgetful["user"]["unseen_items"][0] == odd > 0
-    assert of_forgetful["user"]["candidates"][0] == sum((stage > 0).sum() for stage in stages)
-    assert of_forgetful["user"]["unseen_users"][0] == of_forgetful["user"]["requests"][0] > 0
-    logged, _ = run(None, [])
-    assert np.isnan(logged["unseen_items"])
+    assert of_forgetful["unseen_items"] == odd > 0
+    assert of_forgetful["candidates"] == sum(map(np.sum, there))
+    assert of_forgetful["unseen_users"] == of_forgetful["requests"] > 0
+    assert np.isnan(run(None, [])[0].sums["unseen_items"])

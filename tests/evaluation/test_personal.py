@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from kd_ranker.evaluation.personal import item_share
+from kd_ranker.evaluation.references import item_share
 
 
 def test_the_share_is_that_of_the_variances_drawn() -> None:

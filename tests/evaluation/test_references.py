@@ -6,7 +6,7 @@ import pytest
 
 from kd_ranker.batch import EvaluationBatch
 from kd_ranker.evaluation import totals
-from kd_ranker.evaluation.evaluate import evaluate
+from kd_ranker.evaluation.evaluate import Plan, evaluate
 from kd_ranker.evaluation.metrics import ReportAt
 from kd_ranker.evaluation.references import (
     LISTS,
@@ -20,7 +20,7 @@ from kd_ranker.evaluation.references import (
 )
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import read_requests
-from kd_ranker.training.state import select_member
+from kd_ranker.training.state import select_member, stack_members
 from tests.random_batches import SPEC, random_batch, random_items
 from tests.requests.random_requests import random_source
 
@@ -128,8 +128,9 @@ def evaluation_batch(seed, known=True):
 def measured(batches, seeds=(0,)):
     """The teacher's sums, and those of the references by name, with an axis of seeds."""
     ranker = reference_ranker([statistics(seed) for seed in seeds])
-    teacher, (summed,) = evaluate(None, [ranker], batches, random_items(), WEIGHTS, SHOWN)
-    return teacher.sums, {name: of.sums for name, of in summed.items()}
+    teacher, (summed,) = evaluate(None, [ranker], batches, random_items(), Plan(WEIGHTS, SHOWN))
+    members = [{name: of.sums for name, of in member.items()} for member in summed]
+    return teacher.sums, stack_members(members)
 
 
 def survival(sums):

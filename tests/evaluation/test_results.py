@@ -154,6 +154,15 @@ def test_a_list_that_needs_no_scores_is_the_baseline_in_each_repeat_and_costs_no
     assert math.isnan(saved["funnel_cost_saving"][1])
 
 
+def test_students_that_diverged_are_no_baseline_and_save_nothing():
+    diverged = {"mode": "none", "seed": 0, "flops": 10.0, "non_finite_step": 7.0}
+    rows = [row("student", passed=1.0, learning_rate=0.1, **diverged)]
+    rows += [row("student", "none", 0, 300.0, 10.0), row("student", "shared", 0, 80.0, 10.0)]
+    savings = savings_of(*rows)
+    assert math.isnan(savings[0])
+    assert savings[1:] == pytest.approx([0, 1 - 36 / 80])
+
+
 def test_of_several_teachers_each_judges_the_references_of_its_own_seed():
     frame = [row("teacher", None, seed, 10.0, 200.0) for seed in (0, 1)]
     for seed, passed in ((0, 100.0), (1, 200.0)):

@@ -69,9 +69,9 @@ def test_a_machine_with_too_little_is_told_before_anything_is_sent(ray):
 
 MY_LOSS = """
 from kd_ranker import configs
-from kd_ranker.distillation.losses import LOSSES, bce
+from kd_ranker.distillation.losses import LOSSES, Loss, bce
 
-LOSSES["of_mine"] = bce
+LOSSES["of_mine"] = Loss(bce)
 
 def get_config(variant=""):
     config = configs.cascade("small")

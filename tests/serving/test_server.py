@@ -12,11 +12,12 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from kd_ranker import api
 from kd_ranker.batch import IN_BATCH
 from kd_ranker.pipeline import datasets, teachers
-from kd_ranker.serving import check, programs, tables, write
+from kd_ranker.serving import check, programs, write
 from tests import small
 from tests.pipeline.test_exporting import evaluated, the_student
 from tests.serving.test_programs import batch_of, trained_ranker
@@ -183,7 +184,7 @@ def test_an_item_that_came_after_the_export_is_ranked(exported, tmp_path):
     held = check.read_tables(exported)
     embedding = held["item_embedding"]
     embedding = np.insert(embedding, len(embedding) - 1, embedding[4], axis=0)
-    tables.write_safetensors(held | {"item_embedding": embedding}, grown / "tables.safetensors")
+    save_file(held | {"item_embedding": embedding}, grown / "tables.safetensors")
     with serving(grown) as url:
         known, unknown = (
             httpx.post(

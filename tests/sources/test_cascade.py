@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.configs import cascade as configs
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation.personal import item_share
+from kd_ranker.evaluation.references import item_share
 from kd_ranker.requests.request import SPLITS, Request
 from kd_ranker.sources import cascade
 

@@ -22,7 +22,7 @@ from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.configs import recflow as config_file
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.evaluate import Ranker, Served, evaluate
+from kd_ranker.evaluation.evaluate import Plan, Ranker, Served, evaluate
 from kd_ranker.pipeline import datasets, measure
 from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.requests.records import read_requests
@@ -778,7 +778,8 @@ def test_survival_at_thirty_is_the_recall_of_the_final_rankers_ten(graded):
 
     student = Ranker(serve, jnp.full(1, 4.0))
     batches = evaluation_batches(dataset, "test", **sizes)
-    _, (summed,) = evaluate(None, [student], batches, dataset.items, (1.0,), config.funnel.shown)
+    plan = Plan((1.0,), config.funnel.shown)
+    _, ((summed,),) = evaluate(None, [student], batches, dataset.items, plan)
     recalls = []
     for request in read_requests(dataset, "test"):
         grades = grades_by_hand(rows[request.request_id])
@@ -787,9 +788,9 @@ def test_survival_at_thirty_is_the_recall_of_the_final_rankers_ten(graded):
         recalls.append(sum(row in grades["rank_pos"] for row in every[:30]) / 10)
     assert 0 < np.mean(recalls) < 1
     sums = summed["user"].sums
-    survival = sums["survival"][0, 29] / sums["funnel_requests"][0]
+    survival = sums["survival"][29] / sums["funnel_requests"]
     assert survival == pytest.approx(np.mean(recalls))
-    assert sums["shown_kept"][0, 29] / 80 == pytest.approx(np.mean(recalls))
+    assert sums["shown_kept"][29] / 80 == pytest.approx(np.mean(recalls))
 
 
 def test_a_request_without_any_of_the_flags_is_none(tmp_path):

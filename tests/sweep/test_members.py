@@ -1,12 +1,21 @@
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from kd_ranker.config import checks, schema
 from kd_ranker.configs import cascade
+from kd_ranker.distillation import losses
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.sweep.members import repeats, sweep_members
+from kd_ranker.training import recipes
+from kd_ranker.training.mapping import MAPPINGS
+from kd_ranker.training.state import Frozen
+from kd_ranker.training.step import make_step
+from tests.random_batches import SPEC, random_batch, random_items
 
 
 def config_of(axes=(), **sweep):
@@ -309,3 +318,32 @@ def test_an_axis_that_all_ways_replace_is_refused(sweep):
     with pytest.raises(UserError, match=r"has no effect, since each of sweep\.ways assigns"):
         checks.validate(config_of(ways=ways, **sweep))
     checks.validate(config_of(ways=(*ways, "train.unshown_weight=0.1"), modes=("shared",)))
+
+
+def test_a_sweep_varies_the_own_numbers_of_a_new_loss_in_one_program(monkeypatch):
+    def lead(logits, probability, weight, numbers=losses.DEFAULT_NUMBERS):
+        known = jnp.where(weight > 0, probability, 0.5)
+        values = jnp.maximum(numbers.own["least"] - (2 * known - 1) * logits, 0.0)
+        return losses.weighted_totals(values, weight)
+
+    monkeypatch.setitem(losses.LOSSES, "lead", losses.Loss(lead, numbers={"least": 1.0}))
+    config = cascade("small")
+    config.distill.loss, config.sweep.modes = "lead", ("shared",)
+    (default,) = recipes.student_groups(sweep_members(config), SPEC)
+    assert default.numbers.loss.own["least"].tolist() == [1.0]
+    config.sweep.axes.distill.numbers = ((0.5,), (2.0,))
+    checks.validate(config)
+    members = sweep_members(config)
+    (group,) = recipes.student_groups(members, SPEC)
+    assert group.numbers.loss.own["least"].tolist() == [0.5, 2.0]
+    mapping = MAPPINGS["shard_map"](jax.devices()[:1])
+    step = mapping.map_step(make_step([group.recipe]))
+    state = mapping.create(lambda deal: (group.init(),))
+    frozen = mapping.replicate(Frozen(random_items(), None))
+    _, of_groups = step(state, mapping.shard(random_batch(0)), (group.numbers,), frozen)
+    small, large = np.asarray(of_groups[0]["distill_loss"]).ravel()
+    assert large > small > 0
+    assert results.swept_columns(config) == ["distill.numbers"]
+    config.sweep.axes.distill.numbers = ((0.5, 2.0),)
+    with pytest.raises(UserError, match=r"has 2 numbers, and the losses take 1 \(least\)"):
+        recipes.student_groups(sweep_members(config), SPEC)

@@ -4,6 +4,7 @@ import pytest
 
 from kd_ranker.batch import Stage
 from kd_ranker.configs import cascade
+from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.training import recipes
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.state import Frozen, LiveTeacher, select_member
@@ -101,10 +102,12 @@ def names_of_groups(**members):
     return [group.names for group in groups]
 
 
-def test_members_that_differ_in_traced_numbers_are_one_group():
+def test_members_that_differ_in_traced_numbers_are_one_group(monkeypatch):
+    monkeypatch.setitem(LOSSES, "bce", LOSSES["bce"]._replace(numbers={"own": 1.0}))
     changes = {
         "seed": 3, "train__steps": 7, "distill__weight": 2.0, "distill__temperature": 3.0,
         "distill__top_k": 4, "distill__user_weight": 0.5, "distill__term_weights": (5.0,),
+        "distill__numbers": (6.0,),
         "train__unshown_weight": 0.7, "optimizer__learning_rate": 0.1,
         "optimizer__weight_decay": 0.3, "optimizer__table_learning_rate": 0.2,
         "optimizer__table_weight_decay": 0.4,
@@ -115,7 +118,7 @@ def test_members_that_differ_in_traced_numbers_are_one_group():
     assert names_of_groups(first=first, **members) == [("first", *changes)]
     (group,) = recipes.student_groups({"": config_of(distill__mode="aux", **changes)}, SPEC)
     numbers = [float(leaf[0]) for leaf in jax.tree.leaves(group.numbers)]
-    assert sorted(numbers) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 2, 3, 4, 5, 7])
+    assert sorted(numbers) == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 2, 3, 4, 5, 6, 7])
 
 
 def test_terms_take_the_signal_that_they_name_or_else_the_configs():

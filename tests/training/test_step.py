@@ -124,7 +124,7 @@ def hyperparameters(**changes):
     }
     numbers = jax.tree.map(jnp.float32, numbers | changes)
     return Hyperparameters(
-        loss=LossNumbers(*(numbers.pop(name) for name in LossNumbers._fields)),
+        loss=LossNumbers(numbers.pop("temperature"), numbers.pop("top_k")),
         optimizer=OptimizerNumbers(*(numbers.pop(name) for name in OptimizerNumbers._fields)),
         **numbers,
     )

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict, config_flags
 from kd_ranker import api, main
 from kd_ranker.config import checks
 from kd_ranker.configs import parquet
-from kd_ranker.distillation.losses import NEEDS_PROBABILITIES
+from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.duckdb_engine import DuckDb
@@ -385,7 +385,7 @@ def test_a_log_of_fifty_positions_is_inferred_prepared_and_trained(columns, tmp_
     assert config.data.teacher.to_dict() == {"click": "final_rank"}
     # The teacher has scored no other task, so its value cannot count one.
     assert dict(zip(config.tasks, config.value_weights, strict=True)) == {"click": 1.0, "like": 0.0}
-    assert config.distill.loss not in NEEDS_PROBABILITIES
+    assert not LOSSES[config.distill.loss].needs_probabilities
     config.data.dir, config.data.allow = str(tmp_path / "datasets"), ("few_positives",)
     directory = api.prepare(config).directory
     report = json.loads((directory / "data_report.json").read_text())
