@@ -8,8 +8,8 @@ const charts = [...document.querySelectorAll(".chart")].map((element) => {
 
 // Legends do not wrap, so they get as many columns as their names leave room for.
 function columnsOf(spec, width) {
-  const names = spec.layer[0].encoding.color.scale.domain;
-  const longest = Math.max(...names.map((name) => name.length));
+  const names = spec.encoding?.color.scale.domain ?? [];
+  const longest = Math.max(1, ...names.map((name) => name.length));
   return Math.max(1, Math.floor(width / (6 * longest + 55)));
 }
 
