@@ -43,8 +43,8 @@ class Answer(NamedTuple):
     warning: str = ""
 
     @property
-    def told(self) -> str:
-        """The sentence, and the warning on its own line."""
+    def text(self) -> str:
+        """The sentence, and the warning on a line of its own."""
         return "\n".join(filter(None, (self.sentence, self.warning)))
 
 

@@ -9,7 +9,7 @@ from kd_ranker.evaluation.metrics import METRICS, TARGET, ReportAt, result_colum
 from kd_ranker.evaluation.saving import best, best_of, by_repeat, of_split
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import Interval, difference
-from kd_ranker.report.study import Study, told
+from kd_ranker.report.study import Study, named_values
 
 # Below this coverage a log cannot say what users have: there, the sign of the estimate was wrong in
 # about half of the pairs of ways whose true difference is known (docs/report.md has the table).
@@ -61,7 +61,7 @@ def best_of_sizes(study: Study) -> pd.DataFrame:
     """
     columns = [column for column in study.varying if column.startswith("student.")]
     settings = study.tested.drop_duplicates("setting")
-    sizes = [", ".join(told(row, columns)) for _, row in settings.iterrows()]
+    sizes = [", ".join(named_values(row, columns)) for _, row in settings.iterrows()]
     settings = settings.assign(size=sizes)
     chosen = {
         best(study.rows, list(of["setting"]))

@@ -372,18 +372,18 @@ def _label(row: pd.Series, varying: list[str], serves: bool) -> str:
     distilled = pd.notna(row["distill_loss"])
     if distilled:
         parts.append(f"weight {row['distill_weight']:g}")
-    return ", ".join([*parts, *told(row, varying)])
+    return ", ".join([*parts, *named_values(row, varying)])
 
 
 def _way(row: pd.Series, columns: list[str]) -> str:
     """The label of the way of a row: its mode, and what differs of the keys that are not tuned."""
-    return ", ".join([str(row["mode"]), *told(row, columns)])
+    return ", ".join([str(row["mode"]), *named_values(row, columns)])
 
 
-def told(row: pd.Series, columns: Sequence[str]) -> list[str]:
+def named_values(row: pd.Series, columns: Sequence[str]) -> list[str]:
     """The values of a row for people, each with its name; without unknown and `PLAIN` ones."""
     return [
-        f"{key_title(column)} {text_of(row[column])}".rstrip()
+        f"{key_title(column)} {value_text(row[column])}".rstrip()
         for column in columns
         if pd.notna(row[column]) and row[column] != PLAIN.get(column)
     ]
@@ -399,7 +399,7 @@ def key_title(column: str) -> str:
     return swept.get(column, column.removeprefix("distill_")).replace("_", " ")
 
 
-def text_of(value: object) -> str:
+def value_text(value: object) -> str:
     """A value of such a column for people; "" where there is none."""
     if isinstance(value, str):
         return value
