@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kd_ranker.report.bootstrap import (
+from kd_ranker.report.intervals import (
     Measured,
     combined,
     crossed_interval,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kd_ranker.report.bootstrap import Measured, crossed_interval
+from kd_ranker.report.intervals import Measured, crossed_interval
 from tests import small
 
 

@@ -9,8 +9,8 @@ from kd_ranker.report.intervals import (
     EQUIVALENCE_CONFIDENCE,
     Interval,
     difference,
+    equivalence,
     interval,
-    verdict,
 )
 
 
@@ -67,12 +67,12 @@ def test_a_difference_is_equivalent_if_its_narrower_interval_is_inside_the_margi
     ends, inner, expected
 ):
     wide, narrow = (Interval((low + high) / 2, low, high, 3) for low, high in (ends, inner))
-    assert verdict(wide, narrow, margin=0.1) == expected
+    assert equivalence(wide, narrow, margin=0.1) == expected
 
 
 def test_no_difference_is_equivalent_within_no_margin():
     nothing = Interval(0.0, 0.0, 0.0, 3)
-    assert verdict(nothing, nothing, margin=0.0) == "undecided"
+    assert equivalence(nothing, nothing, margin=0.0) == "undecided"
 
 
 def test_equivalence_is_that_of_two_one_sided_t_tests():
@@ -82,7 +82,7 @@ def test_equivalence_is_that_of_two_one_sided_t_tests():
         values = generator.normal(0, 0.6, 8)
         above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
         below = stats.ttest_1samp(values, margin, alternative="less").pvalue
-        both = verdict(interval(values), interval(values, EQUIVALENCE_CONFIDENCE), margin)
+        both = equivalence(interval(values), interval(values, EQUIVALENCE_CONFIDENCE), margin)
         assert (both == "equivalent") == (max(above, below) < 0.05)
         found.append(both)
     assert {"equivalent", "undecided"} <= set(found)
