@@ -381,7 +381,7 @@ def write_measured(config: ConfigDict, workdir: Path, whose: Identity, *splits: 
       whose: the identity of the rankers.
       *splits: what was measured on each split; curves and calibration are those of the last.
     """
-    names = results.columns(config.tasks, report_at(config), results.swept_columns(config))
+    names = results.columns(config.tasks, report_at(config))
     measured = splits[-1]._replace(rows=[row for split in splits for row in split.rows])
     files: dict[str, str | bytes] = {}
     if measured.each:

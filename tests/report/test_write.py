@@ -263,7 +263,7 @@ def test_the_entry_point_prints_the_answers_and_the_page(tmp_path):
 
 def test_results_of_an_older_release_are_one_line(tmp_path):
     sweeps.change(sweeps.write_sweep(tmp_path), lambda frame: frame.drop(columns="split"))
-    with pytest.raises(UserError, match="of an older release; run the sweep anew") as caught:
+    with pytest.raises(UserError, match="an older version wrote it; run the sweep again") as caught:
         commands.report([tmp_path], tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "report.html").exists()
