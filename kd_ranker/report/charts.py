@@ -175,8 +175,8 @@ def _panel(
     Args:
       data: of the panel.
       layers: from the back to the front.
-      figure: the data of all panels, with the columns `line` and `mode`, `serve` where dashes
-        differ, and `color` where that is not the mode's.
+      figure: the data of all panels, with the columns `line`, `mode` and `plain`, `serve` where
+        dashes differ, and `color` where that is not the mode's.
       marked: whether lines have the marks of their modes.
     """
     lines = figure.drop_duplicates("line")
@@ -185,7 +185,8 @@ def _panel(
         _DASHES[serve][1] + (_MARKS.get(mode, _OTHER_MARK) if marked else "")
         for mode, serve in zip(lines["mode"], serves, strict=True)
     ]
-    palette = list(lines["color"]) if "color" in lines else colors(lines["mode"].tolist())
+    modes = lines["mode"].where(lines["plain"], "variant").tolist()
+    palette = list(lines["color"]) if "color" in lines else colors(modes)
     names = lines["line"].tolist()
     # This layer draws nothing: it holds the legend, and receives clicks on it.
     shape = alt.Shape("line:N", scale=alt.Scale(domain=names, range=glyphs))

@@ -1,6 +1,7 @@
 """The data of the figures: one tidy table per figure, which `charts` draws.
 
-Every table has the columns `mode` (which gives the color) and `line` (the name in the legend).
+Every table has the columns `mode` (which gives the color), `line` (the name in the legend) and,
+except the waterfall, `plain` (False for variants of mode `none`, which have other colors).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -89,7 +90,7 @@ def waterfall(study: Study, estimates: Estimates) -> Figure:
 def plane(study: Study, estimates: Estimates) -> Figure:
     """Saving against change for users, both against the best ranker without scores.
 
-    Columns: mode, serve, line, setting, margin, and `saving` and `users`, each with `_low` and
+    Columns: `_LINE`, margin, and `saving` and `users`, each with `_low` and
     `_high`. `users` is the relative change of the first of `users_at_target`.
     """
     compared = study.tested[study.tested["setting"] != study.baseline]
@@ -154,7 +155,7 @@ def frontier(study: Study, estimates: Estimates) -> Figure:
 def saving(study: Study, estimates: Estimates) -> Figure:
     """Saving by target and by the student's cost, for the chosen setting of each way.
 
-    Columns: mode, serve, line, setting, over (`target` or `student's cost`), at (in percent), and
+    Columns: `_LINE`, over (`target` or `student's cost`), at (in percent), and
     `mean`, `low` and `high` of the share that is saved.
     """
     compared = study.tested[study.tested["setting"] != study.baseline]
@@ -189,7 +190,7 @@ def pareto(study: Study, estimates: Estimates) -> Figure:
     """User BCE against teacher BCE on validation, means over tasks: one curve per way.
 
     The points of a way are its chosen setting and those that differ from it only in the weight.
-    Columns: mode, serve, line, setting, weight (NaN in mode none), and `user_bce` and
+    Columns: `_LINE`, weight (NaN in mode none), and `user_bce` and
     `teacher_bce`, means over repeats, each with `_low` and `_high`.
     """
     rows = of_split(study.rows, "validation")
@@ -221,7 +222,7 @@ def pareto(study: Study, estimates: Estimates) -> Figure:
 def value_captured(study: Study, estimates: Estimates) -> Figure:
     """Value captured against k, for the chosen setting of each way.
 
-    Columns: mode, serve, line, setting, k, `mean`, `low`, `high`, and `passed_for_99` (mean over
+    Columns: `_LINE`, k, `mean`, `low`, `high`, and `passed_for_99` (mean over
     repeats, constant along a line).
     """
     return _over_k(
@@ -287,16 +288,16 @@ def survival(study: Study, estimates: Estimates) -> Figure:
 def calibration(study: Study, estimates: Estimates) -> Figure:
     """Observed against predicted by bin, for the chosen setting of each way, one panel per task.
 
-    Columns: mode, serve, line, task, bin, weight, predicted, observed. Bins of the repeats are
-    joined: means by weight.
+    Columns: mode, plain, serve, line, task, bin, weight, predicted, observed. Bins of
+    the repeats are joined: means by weight.
     """
-    columns = ["mode", "serve", "line", "task", "bin", "weight", "predicted", "observed"]
+    columns = ["mode", "plain", "serve", "line", "task", "bin", "weight", "predicted", "observed"]
     data = pd.DataFrame(columns=columns)
     if len(study.calibration):
         bins = _members(study).merge(study.calibration, on=["source", "member", "serve"])
         means = ["predicted", "observed"]
         bins[means] = bins[means].mul(bins["weight"], axis=0)
-        sums = bins.groupby(columns[:5], sort=False)[columns[5:]].sum()
+        sums = bins.groupby(columns[:6], sort=False)[columns[6:]].sum()
         data = sums.assign(**{name: sums[name] / sums["weight"] for name in means}).reset_index()
         # Tasks in the order of the config.
         data["task"] = pd.Categorical(data["task"], study.tasks)
@@ -315,16 +316,18 @@ def calibration(study: Study, estimates: Estimates) -> Figure:
 def training(study: Study, estimates: Estimates) -> Figure:
     """User loss and distillation loss by step, for the chosen setting of each way.
 
-    Columns: mode, line, repeat ("mean" for the mean over repeats), kind, step, loss.
+    Columns: mode, plain, line, repeat ("mean" for the mean over repeats), kind, step, loss.
     """
-    columns = ["mode", "line", "repeat", "kind", "step", "loss"]
+    columns = ["mode", "plain", "line", "repeat", "kind", "step", "loss"]
     data = pd.DataFrame(columns=columns)
     if len(study.losses):
         each = _members(study).merge(study.losses, on=["source", "member"])
         # A mode without a teacher logs a distillation loss of 0.
         each = each[each["distill_loss"].notna() | (each["kind"] != "distill_loss")]
         count = each.groupby("line")["repeat"].transform("nunique")
-        grouped = each.assign(of=count).groupby(["mode", "line", "kind", "step"], sort=False)
+        grouped = each.assign(of=count).groupby(
+            ["mode", "plain", "line", "kind", "step"], sort=False
+        )
         mean = grouped.agg(loss=("loss", "mean"), n=("loss", "size"), of=("of", "first"))
         # Only steps that all repeats have logged.
         mean = mean[mean["n"] == mean["of"]].reset_index().assign(repeat="mean")
@@ -339,7 +342,7 @@ def training(study: Study, estimates: Estimates) -> Figure:
     )
 
 
-_LINE = ("mode", "serve", "line", "setting")
+_LINE = ("mode", "plain", "serve", "line", "setting")
 
 
 def _lines(rows: pd.DataFrame, *more: str) -> list[dict[str, Any]]:
@@ -350,7 +353,7 @@ def _lines(rows: pd.DataFrame, *more: str) -> list[dict[str, Any]]:
 
 def _members(study: Study) -> pd.DataFrame:
     """Return the members of the chosen settings, one row each."""
-    kept = ["source", "member", "mode", "serve", "way", "repeat", "distill_loss"]
+    kept = ["source", "member", "mode", "plain", "serve", "way", "repeat", "distill_loss"]
     return study.tested[kept].rename(columns={"way": "line"})
 
 

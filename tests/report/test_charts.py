@@ -134,6 +134,15 @@ def test_every_line_has_a_color_of_its_own():
     assert len(set(charts.colors(["aux", "shared", "aux"]))) == 3
 
 
+def test_a_variant_of_mode_none_does_not_get_its_gray(drawn):
+    """Also in a figure without plain mode none."""
+    data = drawn["plane"].data
+    variant = data.assign(mode="none", plain=False, line="none, unshown weight")[:1]
+    figure = drawn["plane"]._replace(data=pd.concat([variant, data]))
+    (panel,) = panels_of(figure)
+    assert scale_of(panel)["none, unshown weight"] not in charts.colors(["none", "aux", "shared"])
+
+
 def test_one_repeat_is_drawn_without_intervals(drawn):
     """Unknown ends are null on the page, and no NaN in a path."""
     for name in ("frontier", "pareto", "saving", "waterfall"):
