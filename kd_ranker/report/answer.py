@@ -76,7 +76,7 @@ def answer(study: Study, estimates: Estimates) -> Answer:
 
 def _nothing(study: Study) -> str:
     """Return why there is no answer."""
-    lead = "it cannot be said what the final ranker's scores save: "
+    lead = "the saving from the final ranker's scores is unknown: "
     if study.rows[CRITERION].isna().all():
         return (
             f"{lead}{CRITERION} is unknown for every student, since no test or validation request "
@@ -206,7 +206,7 @@ def _users(study: Study, estimates: Estimates, chosen: str, without: str) -> str
     if not saves or change is None or change.low > -study.margin:
         return found
     if math.isnan(change.low):
-        return f"{found} One repeat cannot tell whether users pay for the saving."
+        return f"{found} One repeat cannot show whether users pay for the saving."
     ends = " to ".join(f"{100 * end:+.1f}%".replace("-", "−") for end in (change.low, change.high))
     return (
         f"{found} No way with scores surely keeps users within {100 * study.margin:g}% of what "

@@ -1,7 +1,6 @@
 """Draw the figures with Altair: one chart per panel, for a paper's files and for the page.
 
-Colors follow the mode, dashes the serving choice, and marks the mode again. They are the same in
-every figure.
+Colors and marks follow the mode, dashes the serving choice. They are the same in every figure.
 """
 
 import functools
@@ -325,7 +324,7 @@ def _frontier(data: pd.DataFrame, page: bool) -> Panels:
     costs = students.loc[students["mean"] >= low, "cost"].min(), students["cost"].max()
     x = _axis(
         alt.X,
-        "cost of the funnel, over the final ranker's alone",
+        "cost of the funnel, over that of only the final ranker",
         {"type": "log", "domain": costs, "nice": False},
         values=[share / 1000 for share in ticks(1, 1000)],
         format="~%",
@@ -399,24 +398,24 @@ def _value_captured(data: pd.DataFrame, page: bool) -> Panels:
     students, _ = _by_kind(data)
     left, right, low = _window(students)
     x, y, layers = _over_k(data, "value captured at k", [left, right], [low, 1.005], page)
-    layers += _crossings(students, "passed_for_99", x, y, ".0f", page)
-    return [_panel(students, layers, students)]
+    crossings = _crossings(students, "passed_for_99", x, y, ".0f", page)
+    return [_panel(students, [*layers, *crossings], students)]
 
 
 def _survival(data: pd.DataFrame, page: bool) -> Panels:
+    students, _ = _by_kind(data)
     ks = [1.0, float(data["k"].max())]
     _, _, layers = _over_k(data, "survival at k", ks, [0, 1.02], page)
-    students, _ = _by_kind(data)
     return [_panel(students, layers, students)]
 
 
 def _true_value_captured(data: pd.DataFrame, page: bool) -> Panels:
+    students, _ = _by_kind(data)
     # Small k show hardly any items.
     seen = data[data["mean"] >= 0.8]
     values = [float(seen["low"].min()), float(seen["high"].max())]
     ks = [float(seen["k"].min()), float(data["k"].max())]
     _, y, layers = _over_k(data, "true value captured at k", ks, values, page)
-    students, _ = _by_kind(data)
     return [_panel(students, [*layers, _reference({"mean": 1.0}, y=y("mean"))], students)]
 
 

@@ -65,11 +65,11 @@ RULES = {
     "c": "tau of shared less that of aux, paired, all else equal, averaged over all settings",
     "d": "the saving in the funnel's cost against the same, with the student's cost",
     "e": "survival, and passed for 99%, less those of the same, paired",
-    "f": "what users have less what they have with the same, paired, with as many "
-    "passed, and with as many as each needs for 99%; only if fewer need passing",
+    "f": "the users' value less that with the same, paired, with as many passed, and with as many "
+    "as each needs for 99%; only if fewer need passing",
     "g": "passed for 99% less that of the same, paired, at the best setting of each "
-    "way that learns from scores, and of each regime (of whom the teacher speaks in training) if "
-    "there are several",
+    "way that learns from scores, and of each regime (the candidates that the teacher scores in "
+    "training) if there are several",
 }
 
 

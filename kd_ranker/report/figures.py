@@ -121,7 +121,7 @@ def frontier(study: Study, estimates: Estimates) -> Figure:
     """Final quality against the funnel's cost, of the best students with and without scores.
 
     Curves over k, per size of the student. Columns: as in `value_captured`, size, cost (of a
-    request, over that of the final ranker alone on all candidates), and `cost_for_99`, which is
+    request, over that of only the final ranker on all candidates), and `cost_for_99`, which is
     constant along a line.
     """
     settings = best_of_sizes(study)

@@ -182,7 +182,7 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     _check_distinct(students, workdirs)
     healthy = students[students["non_finite_step"].isna()]
     frozen = students[students["non_finite_step"].notna()]
-    calibration, no_calibration = _optional_tables(workdirs, results.CALIBRATION_FILE)
+    calibration, no_calibration = _calibration(workdirs)
     losses, no_losses = _losses(workdirs)
     of_requests, no_requests = _kept(workdirs)
     chosen = _chosen(healthy)
@@ -400,22 +400,18 @@ def _check_distinct(students: pd.DataFrame, workdirs: list[Path]) -> None:
         raise UserError(f"{folders}: these members occur more than once: {names}; leave one out")
 
 
-def _optional_tables(workdirs: list[Path], name: str) -> tuple[pd.DataFrame, list[str]]:
-    there = {
-        source: results.read_csv(workdir / name)
-        for source, workdir in enumerate(workdirs)
-        if (workdir / name).is_file()
-    }
-    missing = [
-        f"{workdir} holds no {name}"
-        for source, workdir in enumerate(workdirs)
-        if source not in there
-    ]
-    tables = [
-        table.assign(source=source, member=table["member"].astype(object).fillna(""))
-        for source, table in there.items()
-    ]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), missing
+def _calibration(workdirs: list[Path]) -> tuple[pd.DataFrame, list[str]]:
+    """Return `calibration.csv` of all sweeps, and the folders without it."""
+    tables, missing = [pd.DataFrame()], []
+    for source, workdir in enumerate(workdirs):
+        path = workdir / results.CALIBRATION_FILE
+        if not path.is_file():
+            missing.append(f"{workdir} holds no {results.CALIBRATION_FILE}")
+            continue
+        table = results.read_csv(path)
+        names = table["member"].astype(object).fillna("")
+        tables.append(table.assign(source=source, member=names))
+    return pd.concat(tables, ignore_index=True), missing
 
 
 def _losses(workdirs: list[Path]) -> tuple[pd.DataFrame, list[str]]:

@@ -324,10 +324,10 @@ def cost_table(study: Study, estimates: Estimates) -> Table | None:
     of_teacher = float(study.teachers["flops_per_candidate"].mean())
     passed, flops, funnel = (
         f"passed for {100 * TARGET:g}%",
-        "FLOPs a candidate",
+        "FLOPs per candidate",
         "funnel's cost (%)",
     )
-    lines = [{"": "teacher alone", flops: f"{of_teacher:,.0f}", funnel: "100%"}]
+    lines = [{"": "only the teacher", flops: f"{of_teacher:,.0f}", funnel: "100%"}]
     for row in study.tested.drop_duplicates("setting").to_dict("records"):
         setting = str(row["setting"])
         share = estimates.cost_share(setting, TARGET)
@@ -343,8 +343,8 @@ def cost_table(study: Study, estimates: Estimates) -> Table | None:
         )
     notes = [
         f"The funnel's cost is that of a request which passes as many as keep {100 * TARGET:g}% of "
-        f"the final value, {study.costs.unit}, as a share of what the final ranker alone costs on "
-        "all candidates; the last columns are what users have then. ± is half the 95% interval."
+        f"the final value, {study.costs.unit}, as a share of the cost of only the final ranker on "
+        "all candidates; the last columns are the users' value then. ± is half the 95% interval."
     ]
     if study.scored:
         notes.append(_training_cost(study, of_teacher))
@@ -360,7 +360,7 @@ def _training_cost(study: Study, of_teacher: float) -> str:
     student = 3 * study.scored * float(study.tested["flops_per_candidate"].max())
     return (
         f"In training the live teacher scores {study.scored} candidates of each request, once for "
-        f"all students of a cohort: {teacher:.3g} FLOPs a request, {teacher / student:.0f} times "
+        f"all students of a cohort: {teacher:.3g} FLOPs per request, {teacher / student:.0f} times "
         f"the {student:.3g} of a student's own step (forward, and twice that backward)."
     )
 
@@ -414,8 +414,8 @@ def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
         }
     )  # fmt: skip
     notes = [
-        "A claim holds if the whole interval lies on the claimed side of its threshold, does not "
-        "hold if the whole interval lies on the other side, and is undecided if the interval "
+        "A claim holds if the whole interval is on the claimed side of its threshold, does not "
+        "hold if the whole interval is on the other side, and is undecided if the interval "
         "includes the threshold or one repeat gives none. Intervals are not corrected for the "
         "number of claims.",
         *(f"({claim}) {rule}." for claim, rule in RULES.items()),
@@ -447,14 +447,14 @@ def _notes(study: Study) -> list[str]:
     notes = [
         "Means over repeats (seeds), on the test split, which no choice has seen: of each way the "
         "setting that did best on validation. ± is half the 95% interval, over test requests and "
-        "repeats where what each request adds was kept. Teacher KL is the mean over tasks. Saving "
-        f"is the share of the funnel's cost, {study.costs.unit}, that is saved against the best "
-        "ranker that needs no scores of the final ranker; cost ratio is of FLOPs. Scores: whether "
-        "it needs the final ranker's scores or order.",
+        "repeats where the sums of each request were kept. Teacher KL is the mean over tasks. "
+        f"Saving is the share of the funnel's cost, {study.costs.unit}, that is saved against the "
+        "best ranker that needs no scores of the final ranker; cost ratio is of FLOPs. Scores: "
+        "whether it needs the final ranker's scores or order.",
         "Bold: the best mean of the column, where the 95% interval of its paired difference to "
-        "every other setting excludes 0. Nothing is bold where that cannot be said. The winner "
-        "needs no further correction for the number of settings (Hung and Fithian 2019), but each "
-        "column stands for itself.",
+        "every other setting excludes 0. Otherwise nothing is bold. The winner "
+        "needs no further correction for the number of settings (Hung and Fithian 2019), but the "
+        "rule is for one column at a time.",
     ]
     if len(study.frozen):
         names = ", ".join(

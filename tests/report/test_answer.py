@@ -256,7 +256,7 @@ def test_a_passed_for_99_that_is_unknown_everywhere_is_named(tmp_path):
     rows = {("none", 0.0): [math.nan] * 2, ("shared", 1.0): [math.nan] * 2}
     given = answered(tmp_path, rows)
     assert given.sentence == (
-        "d: it cannot be said what the final ranker's scores save: passed_for_99 is unknown for "
+        "d: the saving from the final ranker's scores is unknown: passed_for_99 is unknown for "
         "every student, since no test or validation request holds a value of the final ranker; "
         "check data.teacher and value_weights."
     )
@@ -296,7 +296,7 @@ def test_one_repeat_cannot_tell_whether_users_pay(tmp_path):
     """Though the test requests show that fewer need passing."""
     (study,) = read_studies([sweeps.write_sweep(tmp_path, seeds=(0,))])
     sentence = answer(study, Estimates(study)).sentence
-    assert sentence.endswith(" One repeat cannot tell whether users pay for the saving.")
+    assert sentence.endswith(" One repeat cannot show whether users pay for the saving.")
 
 
 def test_an_interval_that_includes_0_shows_no_saving(tmp_path):

@@ -315,20 +315,20 @@ def test_the_saving_table_has_one_column_per_target_and_one_line_per_cost(estima
 def test_the_cost_table_has_the_cost_of_99_percent_and_the_users_value_then(estimates, study):
     table = tables.cost_table(study, estimates)
     assert list(table.cells[""]) == [
-        "teacher alone", "none", "aux (teacher), weight 1", "shared, weight 1",
+        "only the teacher", "none", "aux (teacher), weight 1", "shared, weight 1",
     ]  # fmt: skip
     passed = study.tested.loc[study.tested["mode"] == "shared", "passed_for_99"].mean()
     cost = table.cells["funnel's cost (%)"]
     assert cost[0] == "100%"
     assert value(cost[3]) == pytest.approx(100 * (passed / 2000 + 800 / 150_000), abs=0.05)
-    assert table.cells["FLOPs a candidate"][0] == "150,000"
+    assert table.cells["FLOPs per candidate"][0] == "150,000"
     # Its true value is nearly the same curve: 0.02 more of 1.02 at the end.
     found = value(table.cells["true value for 99%"][3])
     assert found == pytest.approx((0.99 + 0.02) / 1.02, abs=1e-3)
     assert len(table.notes) == 2
     # 128 candidates of 150,000 FLOPs, and three times that of 900.
     assert "scores 128 candidates of each request" in table.notes[1]
-    assert "1.92e+07 FLOPs a request, 56 times the 3.46e+05 of a student" in table.notes[1]
+    assert "1.92e+07 FLOPs per request, 56 times the 3.46e+05 of a student" in table.notes[1]
 
 
 def test_costs_of_ones_own_take_the_place_of_flops(tmp_path):
