@@ -18,7 +18,8 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
-from kd_ranker.report.bootstrap import (
+from kd_ranker.report.estimates import DRAWS
+from kd_ranker.report.intervals import (
     Measured,
     combined,
     crossed_interval,
@@ -26,7 +27,6 @@ from kd_ranker.report.bootstrap import (
     passed_for,
     request_counts,
 )
-from kd_ranker.report.estimates import DRAWS
 
 KS = np.array([50, 60, 75, 90, 110, 135, 165, 200, 250, 320, 420, 2000])
 DEPTHS = np.array([30.0, 24.0])  # of the baseline and of the distilled student

@@ -71,8 +71,8 @@ class Key:
       sweep: how a sweep may vary it.
       element: the type of a tuple's elements, where the default is empty.
       label: its name among members and in the report, if that is not its last part.
-      column: the column of `results.csv` that always holds it, alone or with others of that column.
-        One without has a column under its own name where it is swept.
+      column: the column of `results.csv` that holds it, alone or with other keys. A key without
+        one that a sweep may vary has a column under its own name.
       tuned: True if its values are tried to find the best one, which validation chooses; the values
         of the others make different students, or different ways to teach them, which are compared.
       switch: True if 0 turns something off: 0 and the other values make different ways.
@@ -118,7 +118,7 @@ class Key:
 
     @property
     def title(self) -> str:
-        """The column of `results.csv` that holds it, always or where it is swept."""
+        """The column of `results.csv` that holds it, if a sweep may vary it."""
         return self.column or self.name
 
 

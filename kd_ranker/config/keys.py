@@ -237,7 +237,7 @@ _ALL = (
         "report",
         Key("margin", 0.002,
             "loss of users, as a share of what they have, that counts as none in choosing a way",
-            NOT_NEGATIVE, may_differ=True),
+            NOT_NEGATIVE),
         influences="report",
     ),
     section(

@@ -21,14 +21,16 @@ TEACHER = "teacher"  # the teacher's name among the members
 FILE, CURVES_FILE, CALIBRATION_FILE = "results.csv", "curves.csv", "calibration.csv"
 
 _ALWAYS = tuple(dict.fromkeys(key.column for key in schema.setting_keys() if key.column))
+# The other keys that a sweep may vary, each in a column of its own name.
+OTHER_KEYS = tuple(key.name for key in schema.sweepable() if not key.column)
 # What makes a repeat of a setting.
 REPEAT = tuple(key.column for key in schema.repeat_keys())
-# What tells one row of results.csv from another, beside what is swept of other keys.
+# The columns that tell one row of results.csv from another, besides `OTHER_KEYS`.
 KEYS = ("dataset", "split", "role", *_ALWAYS, "serve", *REPEAT, "step")
 _LAST = ("non_finite_step", "member")
 # The columns that every table has, whatever its tasks and the points of its curves.
 ALWAYS = (
-    *(*KEYS, *_LAST, saving.CRITERION, saving.SCORED),
+    *(*KEYS, *OTHER_KEYS, *_LAST, saving.CRITERION, saving.SCORED),
     *("candidates", "flops_per_candidate"),
 )
 # What makes a setting, in the order in which tables show it; see `setting_columns`.
@@ -38,27 +40,20 @@ _UNIQUE = ("split", "member", "serve", *REPEAT, "k", "task", "bin")
 CALIBRATION_COLUMNS = ("member", "serve", "task", "bin", "weight", "predicted", "observed")
 
 
-def columns(tasks: Sequence[str], report_at: ReportAt, swept: Sequence[str] = ()) -> list[str]:
-    """The columns of `results.csv` in their order.
+def columns(tasks: Sequence[str], report_at: ReportAt) -> list[str]:
+    """Return the columns of `results.csv` in their order.
 
     Args:
       tasks: names of the tasks.
       report_at: the points of metrics that have a curve.
-      swept: of `swept_columns`.
     """
     of_metrics = (result_columns(metric, tasks, report_at) for metric in METRICS.values())
-    return [*KEYS, *swept, *itertools.chain(*of_metrics), *_LAST]
-
-
-def swept_columns(config: ConfigDict) -> list[str]:
-    """The columns of what a sweep varies beside the keys that are always told: names of keys."""
-    return [key.title for key in schema.axes(config) if not key.column]
+    return [*KEYS, *OTHER_KEYS, *itertools.chain(*of_metrics), *_LAST]
 
 
 def setting_columns(table: pd.DataFrame) -> list[str]:
-    """The columns of a table of results that make a setting."""
-    swept = {key.title for key in schema.setting_keys()} - set(SETTING)
-    return [*SETTING, *(str(column) for column in table if column in swept)]
+    """Return the columns of a table of results that make a setting."""
+    return [*SETTING, *(column for column in OTHER_KEYS if column in table)]
 
 
 def ways(table: pd.DataFrame) -> pd.DataFrame:

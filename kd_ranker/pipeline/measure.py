@@ -330,7 +330,7 @@ def write_measured(job: Job, workdir: Path, owner: Identity, *splits: Measured) 
       *splits: what was measured on each split; curves and calibration are those of the last.
     """
     tasks = job.config.tasks
-    names = results.columns(tasks, job.report_at, results.swept_columns(job.config))
+    names = results.columns(tasks, job.report_at)
     measured = splits[-1]._replace(rows=[row for split in splits for row in split.rows])
     files: dict[str, str | bytes] = {}
     if measured.each:

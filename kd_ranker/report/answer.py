@@ -1,4 +1,4 @@
-"""The answer of a study in a few sentences, and how far it can be trusted."""
+"""The answer of a study in a few sentences, with its caveats."""
 
 import math
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ class Answer(NamedTuple):
 
     Attributes:
       sentence: the answer.
-      caveats: how it was found.
+      caveats: the comparisons behind it, and the coverage of its intervals.
       warning: faults of the data that were allowed; "" if there are none.
     """
 
@@ -43,13 +43,13 @@ class Answer(NamedTuple):
     warning: str = ""
 
     @property
-    def told(self) -> str:
-        """The sentence, and the warning on its own line."""
+    def text(self) -> str:
+        """The sentence, and the warning on the next line."""
         return "\n".join(filter(None, (self.sentence, self.warning)))
 
 
 def answer(study: Study, estimates: Estimates) -> Answer:
-    """The needs of the funnel today, without the final ranker's scores, and with them.
+    """Return what the funnel needs today, without the final ranker's scores, and with them.
 
     The scores are said to save only if the whole 95% interval of the paired difference in
     `passed_for_99` is below 0. The change for users follows, since the final value is the final
@@ -75,22 +75,22 @@ def answer(study: Study, estimates: Estimates) -> Answer:
 
 
 def _nothing(study: Study) -> str:
-    """Why there is no answer."""
-    said = "it cannot be said what the final ranker's scores save: "
+    """Return why there is no answer."""
+    lead = "the saving from the final ranker's scores is unknown: "
     if study.rows[CRITERION].isna().all():
         return (
-            f"{said}{CRITERION} is unknown for every student, since no test or validation request "
+            f"{lead}{CRITERION} is unknown for every student, since no test or validation request "
             "holds a value of the final ranker; check data.teacher and value_weights."
         )
     missing = "learns from them" if study.baseline else "needs none of them"
     return (
-        f"{said}there is no measured student that {missing}; run a sweep whose sweep.modes hold "
+        f"{lead}there is no measured student that {missing}; run a sweep whose sweep.modes hold "
         "none and another mode."
     )
 
 
 def _teacher(study: Study, estimates: Estimates) -> str:
-    """A warning about a final ranker that predicts users badly; "" where it does not."""
+    """Return a warning if the final ranker predicts users badly, else ""."""
     chance, below = [], []
     for task in study.tasks:
         measure = f"user_auc/{task}"
@@ -111,7 +111,7 @@ def _teacher(study: Study, estimates: Estimates) -> str:
 
 
 def _as_good(estimates: Estimates, chosen: str) -> str:
-    """A warning if the best student is not shown to need fewer candidates than a simple order."""
+    """Return a warning if a simple order may need as few candidates as the best student."""
     student = estimates.of(chosen, CRITERION).mean
     as_good = {}
     for name in {"random", *LISTS} & set(estimates.settings):
@@ -130,7 +130,7 @@ def _as_good(estimates: Estimates, chosen: str) -> str:
 
 
 def _needs(study: Study, estimates: Estimates, without: str) -> str:
-    """The candidates to pass today, and without the final ranker's scores."""
+    """Return the candidates to pass today, and without the final ranker's scores."""
     today = {study.incumbent: "today's early ranker", study.plain: "mode none"}
     passed = {
         title: f"{estimates.of(name, CRITERION).mean:.0f}"
@@ -159,7 +159,7 @@ def _needs(study: Study, estimates: Estimates, without: str) -> str:
 
 
 def _scores(estimates: Estimates, chosen: str, without: str, gap: Interval) -> str:
-    """The change that the final ranker's scores make."""
+    """Return the effect of the final ranker's scores."""
     after = estimates.of(chosen, CRITERION).mean
     if math.isnan(gap.mean):
         return f"No repeat has both “{chosen}” and “{without}”, so their difference is unknown."
@@ -193,7 +193,7 @@ def _saves(saving: Interval) -> str:
 
 
 def _users(study: Study, estimates: Estimates, chosen: str, without: str) -> str:
-    """The change for users: when as many are passed, and when the saving is taken."""
+    """Return the change for users, with equal numbers passed and with the saving."""
     as_many = estimates.gap(chosen, without, users_measure(study))
     if math.isnan(as_many.mean):
         return "The change for users was not measured."
@@ -206,7 +206,7 @@ def _users(study: Study, estimates: Estimates, chosen: str, without: str) -> str
     if not saves or change is None or change.low > -study.margin:
         return found
     if math.isnan(change.low):
-        return f"{found} One repeat cannot tell whether users pay for the saving."
+        return f"{found} One repeat cannot show whether users pay for the saving."
     ends = " to ".join(f"{100 * end:+.1f}%".replace("-", "−") for end in (change.low, change.high))
     return (
         f"{found} No way with scores surely keeps users within {100 * study.margin:g}% of what "
@@ -218,7 +218,7 @@ def _users(study: Study, estimates: Estimates, chosen: str, without: str) -> str
 def _from_labels(
     study: Study, estimates: Estimates, chosen: str, without: str, change: Interval
 ) -> str:
-    """The direction of the change for users by the labels of the log, if they can tell it."""
+    """Return the direction of the change for users by the log's labels, if they show it."""
     covered = coverage(study, estimates, [chosen, without])
     plan = _live_test(study, estimates, chosen, without)
     if math.isnan(covered):
@@ -238,7 +238,7 @@ def _from_labels(
 
 
 def _live_test(study: Study, estimates: Estimates, chosen: str, without: str) -> str:
-    """The requests that live tests need, see `Estimates.live_test`; "" if that is not known."""
+    """Return the requests that live tests need, see `Estimates.live_test`; "" if unknown."""
     needed = estimates.live_test(chosen, without, _EFFECT)
     if needed is None:
         return ""
@@ -260,7 +260,7 @@ def _changes(estimates: Estimates, measures: Sequence[str], chosen: str, without
 
 
 def _change(measure: str, pair: Sequence[Interval], gap: Interval) -> str:
-    """A measure without the scores and with them, and the difference."""
+    """Return a measure without the scores and with them, and the difference."""
     before, after = (number(of.mean, 4) for of in pair)
     if math.isnan(gap.low):
         return f"the {title_of(measure)} goes from {before} to {after}, without an interval"
@@ -269,7 +269,7 @@ def _change(measure: str, pair: Sequence[Interval], gap: Interval) -> str:
 
 
 def _sizes(study: Study, estimates: Estimates) -> str:
-    """The cheapest funnel of all sizes of students, and of those that need no scores."""
+    """Return the cheapest funnel of all sizes of students, and of those without scores."""
     sizes = best_of_sizes(study)["size"].nunique()
     settings = study.tested.drop_duplicates("setting")
     without = settings.loc[~settings["needs_scores"], "setting"]
@@ -322,7 +322,7 @@ def _in_brackets(gap: Interval, word: str) -> str:
 
 
 def _percent(share: Interval, digits: int = 0) -> str:
-    """A share without its sign, in percent, with its interval."""
+    """Return a share without its sign, in percent, with its interval."""
     sign = -1 if share.mean < 0 else 1
     low, high = sorted((100 * sign * share.low, 100 * sign * share.high))
     text = f"{number(100 * abs(share.mean), digits)}%"

@@ -1,537 +1,560 @@
-"""The figures as Vega-Lite: one description each, for the files of a paper and for the page.
+"""Draw the figures with Altair: one chart per panel, for a paper's files and for the page.
 
-A figure is drawn in panels, which share its lines. A panel is a view in layers over a table; sizes
-and fonts are the theme's, of which paper and page have one each.
+Colors and marks follow the mode, dashes the serving choice. They are the same in every figure.
 """
 
+import functools
+import itertools
 import json
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import altair as alt
 import pandas as pd
 import vl_convert
 
-from kd_ranker.evaluation.metrics import METRICS, title_of
-from kd_ranker.report.figures import REFERENCE, Figure, ticks, window
-from kd_ranker.report.style import GREY, MUTED, UNDISTILLED, colours, dash, glyph, mark, theme
+from kd_ranker.evaluation.metrics import METRICS, TARGET, title_of
+from kd_ranker.report.figures import REFERENCE, Figure
 
-Spec = dict[str, Any]
+Panels = list[alt.LayerChart | alt.FacetChart]
 
 FORMATS = ("svg", "pdf", "png")
 KINDS = {"user_loss": "user loss", "distill_loss": "distillation loss"}
 
-_SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
-_DPI = 300
-# In points; a column of a two-column page is 3.5 inches wide. A figure of several panels gets what
-# is left for its axes.
-_SIZES = {
-    "waterfall": (252, 90),
-    "frontier": (252, 209),
-    "plane": (252, 209),
-    "pareto": (252, 209),
-    "value_captured": (252, 180),
-    "true_value_captured": (252, 180),
-    "survival": (252, 180),
-    "saving": (200, 140),
-    "hit_rates": (104, 104),
-    "calibration": (104, 104),
-    "training": (147, 104),
+# After Okabe and Ito's palette for color-blind readers (jfly.uni-koeln.de, 2008). All of these are
+# visible on a white and on a black page.
+_BY_MODE = {"none": "#7f7f7f", "aux": "#d55e00", "shared": "#0072b2"}
+# The last four are of Tol's muted palette (personal.sron.nl/~pault, 2021).
+_OTHERS = (
+    *("#009e73", "#cc79a7", "#56b4e9", "#e69f00"),
+    *("#332288", "#999933", "#882255", "#44aa99"),
+)
+_GRAY, _MUTED = "#808080", "#a9a9a9"
+_BY_STEP = {
+    "today's early ranker": _MUTED,
+    "mode none": _BY_MODE["none"],
+    "best without scores": "#56b4e9",
+    "best with scores": _BY_MODE["aux"],
 }
-# Of the steps of the waterfall, the last one with the final ranker's scores.
-_WATERFALL = [MUTED, "#7f7f7f", "#56b4e9", "#d55e00"]
-# The height of a row of the legend, and the rows for which heights are made.
-_ROW, _USUAL_ROWS = 11, 3
-# The width of an axis with its labels and title.
-_AXIS = 36
-# Panels side by side; all of them if it does not say.
-_BESIDE = {"saving": 1, "hit_rates": 3}
-_PAGE_HEIGHT = {"waterfall": 220, "pareto": 460, "frontier": 460, "plane": 460, "hit_rates": 300}
-_USUAL_PAGE_HEIGHT = 400
+# The dash of a student without distillation, where a color is a size and not a mode.
+_UNDISTILLED = "undistilled"
+# By serving choice: lengths of dashes and gaps, and such a line as an SVG path from -3 to 3.
+_DASHES: dict[str, tuple[list[float], str]] = {
+    "user": ([1, 0], "M-3,0H3"),
+    "teacher": ([5, 2.5], "M-3,0h1.6m.6,0h1.6m.6,0h1.6"),
+    _UNDISTILLED: ([4, 2], "M-3,0h1.4m.8,0h1.6m.8,0h1.4"),
+    "blend": ([1.2, 2], "M-3,0h.5m.6,0h.5m.6,0h.5m.6,0h.5m.6,0h.5m.6,0h.5"),
+}
+# By mode, as SVG paths around the origin: square, circle, diamond; a triangle for other modes.
+_MARKS = {
+    "none": "M-.85,-.85H.85V.85H-.85Z",
+    "aux": "M-.95,0A.95,.95,0,1,1,.95,0A.95,.95,0,1,1,-.95,0Z",
+    "shared": "M0,-1.25L1.25,0L0,1.25L-1.25,0Z",
+}
+_OTHER_MARK = "M0,-1.1L1.1,.9H-1.1Z"
+
+_DPI = 300
+# In points, of a file: a row of the legend, and an axis with its labels and title.
+_LEGEND_ROW, _AXIS = 11, 36
+# Rows of the legend that the height of a single panel includes.
+_LEGEND_ROWS = 3
+# Sizes of text and lines on the page, over those in a file.
+_PAGE_UNIT = 1.6
+# On the page, a click on a name in the legend fades the other lines. In a file, no line fades.
+_CHOSEN = alt.selection_point(name="chosen", fields=["line"], bind="legend")
+_ALL = alt.param(name="chosen", value=True)
 
 
 def files(figure: Figure) -> dict[str, bytes]:
-    """A figure's files by format; the same bytes for the same data.
+    """Return a figure's files by format, a paper's column wide.
 
     Args:
       figure: one of `figures.figures`, with data.
     """
-    width, height = _SIZES[figure.name]
-    panels = [panel | {"width": width, "height": height} for panel in _panels(figure, hover=False)]
-    spec = _themed(unit=1)
-    spec["config"]["background"] = "white"
+    form = _FORMS[figure.name]
+    panels = [
+        panel.properties(width=form.width, height=form.height)
+        for panel in form.draw(figure.data, False)
+    ]
     names = list(figure.data["line"].unique())
-    beside = min(len(panels), _BESIDE.get(figure.name, len(panels)))
-    # A single panel is as wide with its axis as others are without.
-    plots = width - _AXIS if len(panels) == 1 else (width + _AXIS) * beside - _AXIS
-    columns = _legend_columns(names, plots)
-    spec["config"]["legend"]["columns"] = columns
-    # A legend of many rows takes no room from the plot.
-    rows = math.ceil(len(names) / columns)
-    for panel in panels:
-        panel["height"] = height + _ROW * max(0, rows - _USUAL_ROWS) * (len(panels) == 1)
+    columns = min(len(panels), form.columns)
+    # A single panel includes its axis in its width.
+    width = form.width - _AXIS if columns == len(panels) == 1 else (form.width + _AXIS) * columns
+    legend_columns = max(1, int(width / (3.6 * max(map(len, names)) + 30)))
     if len(panels) == 1:
-        spec |= panels[0] | {"autosize": {"type": "fit", "contains": "padding"}}
+        rows = max(0, math.ceil(len(names) / legend_columns) - _LEGEND_ROWS)
+        fit = alt.AutoSizeParams(type="fit", contains="padding")
+        chart: Any = panels[0].properties(height=form.height + _LEGEND_ROW * rows, autosize=fit)
     else:
-        spec |= {"concat": panels, "columns": beside}
-    svg = _numbered_anew(vl_convert.vegalite_to_svg(spec))
-    # In points, as the others are, where SVG has pixels of a screen.
-    in_points = re.sub(
-        r' width="([\d.]+)" height="([\d.]+)"', r' width="\1pt" height="\2pt"', svg, count=1
-    )
+        chart = alt.concat(*panels, columns=columns)
+    theme = _theme(1) | {"background": "white"}
+    theme["legend"] |= {"columns": legend_columns}
+    svg = vl_convert.vegalite_to_svg(chart.add_params(_ALL).configure(**theme).to_dict())
+    # The unit of the size is the point, as in the other formats; without one it is the pixel.
+    in_points = re.sub(r' (width|height)="([\d.]+)"', r' \1="\2pt"', svg, count=2)
     return {
         "svg": in_points.encode(),
-        "pdf": _sorted_names(vl_convert.svg_to_pdf(svg)),
+        "pdf": vl_convert.svg_to_pdf(svg),
         "png": vl_convert.svg_to_png(svg, ppi=_DPI),
     }
 
 
-def _themed(unit: float) -> Spec:
-    params = [{"name": "size", "value": unit}]
-    return {"$schema": _SCHEMA, "config": theme(unit), "params": params}
-
-
-def _numbered_anew(svg: str) -> str:
-    """The SVG with its clip paths counted from 0, which Vega counts on from figure to figure."""
-    numbers: dict[str, int] = {}
-    return re.sub(
-        r'(id="|url\(#)clip(\d+)',
-        lambda found: f"{found[1]}clip{numbers.setdefault(found[2], len(numbers))}",
-        svg,
-    )
-
-
-def _sorted_names(pdf: bytes) -> bytes:
-    """The PDF with the names of a page's parts in order; they come in another one at each call.
-
-    Their lines keep their lengths, so that all else stays where the file says that it is.
-    """
-    return re.sub(
-        rb"(?:^ +/[a-z]+\d+ \d+ 0 R\n)+",
-        lambda found: b"".join(sorted(found[0].splitlines(keepends=True))),
-        pdf,
-        flags=re.MULTILINE,
-    )
-
-
-def _legend_columns(names: Sequence[str], width: float) -> int:
-    """The number of entries that fit side by side into a legend, by a letter's usual width."""
-    return max(1, int(width / (3.6 * max(map(len, names)) + 30)))
-
-
 def page_panels(figure: Figure) -> list[str]:
-    """A figure's panels for the page, each as JSON; the page sets width and columns of the legend.
+    """Return a figure's panels as JSON; the page sets their width and the legend's columns.
 
     Args:
       figure: one of `figures.figures`, with data.
     """
-    frame = _themed(unit=1.6) | {
-        "height": _PAGE_HEIGHT.get(figure.name, _USUAL_PAGE_HEIGHT),
-        "autosize": {"type": "fit", "contains": "padding"},
-    }
-    panels = [frame | panel for panel in _panels(figure, hover=True)]
-    # A "<" in a name must not end the script that the JSON stands in.
-    return [json.dumps(panel, sort_keys=True).replace("<", "\\u003c") for panel in panels]
+    form, fit = _FORMS[figure.name], alt.AutoSizeParams(type="fit", contains="padding")
+    panels = [
+        panel.properties(height=form.page_height, autosize=fit)
+        .add_params(_CHOSEN)
+        .configure(**_theme(_PAGE_UNIT))
+        for panel in form.draw(figure.data, True)
+    ]
+    # A "<" in a name must not end the script element that holds the JSON.
+    return [json.dumps(panel.to_dict(), sort_keys=True).replace("<", "\\u003c") for panel in panels]
 
 
-def _panels(figure: Figure, hover: bool) -> list[Spec]:
-    """A figure's panels; with `hover`, lines without marks tell their numbers under the pointer."""
-    return _DRAWERS[figure.name](figure.data, hover)
+def colors(modes: Sequence[str]) -> list[str]:
+    """Return a color per line.
+
+    The first line of a known mode gets the color of the mode, the same in every figure. Other
+    lines get the next free color.
+
+    Args:
+      modes: the mode of each line.
+    """
+    free, by_mode = itertools.cycle(_OTHERS), dict(_BY_MODE)
+    return [by_mode.pop(mode) if mode in by_mode else next(free) for mode in modes]
+
+
+def _theme(unit: float) -> dict[str, Any]:
+    """Return the Vega-Lite config with text of 7 and 8 units."""
+    text = {"align": "left", "fontSize": 6 * unit}
+    return {
+        "background": "transparent", "font": "sans-serif", "padding": 2, "aria": False,
+        "view": {"stroke": None},
+        "style": {
+            "curve": {"strokeWidth": 1.2 * unit},
+            "thin": {"strokeWidth": 0.5 * unit},
+            "reference": {"strokeWidth": 0.7 * unit, "strokeDash": [4 * unit, 3 * unit]},
+            "muted": {"strokeWidth": 0.7 * unit},
+            "named": text | {"dx": 7 * unit, "dy": -2 * unit},
+            "point": {"size": 20 * unit**2},
+            "crossing": {"size": 30 * unit**2},
+            "weight": text | {"dx": 3 * unit, "dy": -4 * unit},
+            "needed": text | {"fontSize": 7 * unit, "dx": 6 * unit},
+        },
+        "axis": {
+            "labelFontSize": 7 * unit, "titleFontSize": 8 * unit, "titleFontWeight": "normal",
+            "titlePadding": 4 * unit, "labelPadding": 2 * unit, "labelFlush": False,
+            "domainColor": "black", "domainWidth": 0.6 * unit,
+            "tickColor": "black", "tickSize": 3 * unit, "tickWidth": 0.6 * unit,
+            "gridColor": "#e4e4e4", "gridWidth": 0.5 * unit,
+        },
+        "legend": {
+            "orient": "top", "title": None, "offset": 4 * unit, "labelFontSize": 7 * unit,
+            "labelLimit": 0, "labelOffset": 8 * unit, "symbolSize": 20 * unit**2,
+            "symbolOffset": 6 * unit, "symbolStrokeWidth": 1.2 * unit,
+            "rowPadding": 3 * unit, "columnPadding": 10 * unit,
+        },
+        "title": {"fontSize": 8 * unit, "fontWeight": "normal", "offset": 4 * unit},
+        "concat": {"spacing": 14 * unit},
+    }  # fmt: skip
 
 
 def _panel(
-    data: pd.DataFrame, layers: Sequence[Spec], figure: pd.DataFrame, marked: bool = False
-) -> Spec:
-    """Layers over a table, in the colours of a figure's lines, with a legend of them.
+    data: pd.DataFrame, layers: Sequence[alt.Chart], figure: pd.DataFrame, marked: bool = False
+) -> alt.LayerChart | alt.FacetChart:
+    """Return layers over a table, in the colors of a figure's lines, with their legend.
 
     Args:
       data: of the panel.
       layers: from the back to the front.
-      figure: of all panels, with the columns `line`, `mode`, `serve` where dashes differ, and
-        `colour` where it is not the mode's.
+      figure: the data of all panels, with the columns `line`, `mode` and `plain`, `serve` where
+        dashes differ, and `color` where that is not the mode's.
       marked: whether lines have the marks of their modes.
     """
     lines = figure.drop_duplicates("line")
     serves = lines["serve"] if "serve" in lines else ["user"] * len(lines)
-    glyphs = [glyph(m, serve, marked) for m, serve in zip(lines["mode"], serves, strict=True)]
-    palette = lines["colour"] if "colour" in lines else colours(lines["mode"].tolist())
-    colour = _of_line(lines["line"], list(palette))
-    # Nothing is drawn here: it gives the layers their colours and their legend, and hears clicks.
-    key = {
-        "mark": {"type": "point", "size": 0, "filled": True, "opacity": 1},
-        "params": [
-            {"name": "chosen", "select": {"type": "point", "fields": ["line"]}, "bind": "legend"}
-        ],
-        "encoding": {"color": colour, "shape": _of_line(lines["line"], glyphs)},
-    }
-    coloured = [layer | {"encoding": {"color": colour} | layer["encoding"]} for layer in layers]
-    return {"data": {"values": _records(data)}, "layer": [key, *coloured]}
+    glyphs = [
+        _DASHES[serve][1] + (_MARKS.get(mode, _OTHER_MARK) if marked else "")
+        for mode, serve in zip(lines["mode"], serves, strict=True)
+    ]
+    modes = lines["mode"].where(lines["plain"], "variant").tolist()
+    palette = list(lines["color"]) if "color" in lines else colors(modes)
+    names = lines["line"].tolist()
+    # This layer draws nothing: it holds the legend, and receives clicks on it.
+    shape = alt.Shape("line:N", scale=alt.Scale(domain=names, range=glyphs))
+    key = alt.Chart().mark_point(size=0, filled=True, opacity=1).encode(shape=shape)
+    color = alt.Color("line:N", scale=alt.Scale(domain=names, range=palette))
+    return alt.layer(key, *layers, data=_values(data)).encode(color=color)
 
 
-def _of_line(names: pd.Series, values: list[str]) -> Spec:
-    scale = {"domain": names.tolist(), "range": values}
-    return {"field": "line", "type": "nominal", "scale": scale}
+def _values(data: pd.DataFrame) -> alt.InlineData:
+    """Return a table's rows with the SVG path of their mark."""
+    marked = data.assign(path=[_MARKS.get(mode, _OTHER_MARK) for mode in data["mode"]])
+    return alt.InlineData(values=json.loads(marked.to_json(orient="records", double_precision=9)))
 
 
-def _records(data: pd.DataFrame) -> list[Spec]:
-    """The lines of a table, with the path of their mark."""
-    lines = data.assign(path=data["mode"].map(mark)).to_dict("records")
+def _layer(kind: str, style: str, opacity: float = 1.0, **properties: Any) -> alt.Chart:
+    """Return a layer of one kind of mark, which fades for lines that are not chosen."""
+    mark = getattr(alt.Chart(), f"mark_{kind}")(style=style, **properties)
+    shown = alt.when(_CHOSEN).then(alt.value(opacity)).otherwise(alt.value(0.07 * opacity))
+    return mark.encode(opacity=shown)
+
+
+def _lines(**place: Any) -> alt.Chart:
+    """Return lines in the dashes of their serving choices."""
+    scale = alt.Scale(domain=list(_DASHES), range=[dash for dash, _ in _DASHES.values()])
+    dash = alt.StrokeDash("serve:N", scale=scale, legend=None)
+    return _layer("line", "curve", clip=True).encode(strokeDash=dash, **place)
+
+
+def _points(tooltip: list[alt.Tooltip], style: str = "point", **place: Any) -> alt.Chart:
+    """Return marks in the shapes of their modes, with their numbers under the pointer."""
+    shape = alt.Shape("path:N", scale=None)
+    return _layer("point", style, filled=True).encode(shape=shape, tooltip=tooltip, **place)
+
+
+def _under_pointer(tooltip: list[alt.Tooltip], **place: Any) -> alt.Chart:
+    """Return invisible points that show the numbers of a line without marks."""
+    # Points outside the domain would take part in fitting the panel.
+    points = alt.Chart().mark_point(size=150, clip=True)
+    return points.encode(opacity=alt.value(0), tooltip=tooltip, **place)
+
+
+def _reference(*values: dict[str, float], **place: Any) -> alt.Chart:
+    """Return a dashed line for comparison: a rule at one value, or a line through several."""
+    kind = "line" if len(values) > 1 else "rule"
+    line = getattr(alt.Chart(alt.InlineData(values=list(values))), f"mark_{kind}")
+    return line(style="reference", clip=True).encode(color=alt.value(_GRAY), **place)
+
+
+def _axis(
+    channel: Callable[..., Any], title: str, scale: dict[str, Any] | None = None, **axis: Any
+) -> Callable[[str], Any]:
+    """Return a function from a field to its channel; all fields share the title and the scale."""
+    return functools.partial(
+        channel, type="quantitative", title=title, scale=alt.Scale(**scale or {}),
+        axis=alt.Axis(**axis),
+    )  # fmt: skip
+
+
+def _number(field: str, title: str, form: str = ".4f") -> alt.Tooltip:
+    return alt.Tooltip(field, type="quantitative", title=title, format=form)
+
+
+def _name(field: str, title: str) -> alt.Tooltip:
+    return alt.Tooltip(field, type="nominal", title=title)
+
+
+def _intervals(x: Callable, y: Callable, of_x: str, of_y: str) -> list[alt.Chart]:
+    """Return a horizontal and a vertical bar per mark, from `_low` to `_high` of its measures."""
+    # Bars of unpaired means are wide; the marks are what to compare.
+    bars = _layer("rule", "thin", opacity=0.45)
     return [
-        {str(name): None if pd.isna(value) else _short(value) for name, value in line.items()}
-        for line in lines
+        bars.encode(x=x(f"{of_x}_low"), x2=f"{of_x}_high", y=y(of_y)),
+        bars.encode(x=x(of_x), y=y(f"{of_y}_low"), y2=f"{of_y}_high"),
     ]
 
 
-def _short(value: Any) -> Any:
-    return float(f"{value:.7g}") if isinstance(value, float) else value
-
-
-def _layer(
-    mark_type: str,
-    encoding: Spec,
-    style: str,
-    *,
-    where: str = "",
-    opacity: float = 1.0,
-    **properties: Any,
-) -> Spec:
-    """One kind of mark; those of lines that are not chosen in the legend fade.
-
-    Args:
-      mark_type: "line", "point" and the like.
-      encoding: by channel.
-      style: its sizes, see `style.theme`.
-      where: a Vega expression; "" takes the whole table.
-      opacity: of the others.
-      **properties: of the mark.
-    """
-    shown = {"condition": {"param": "chosen", "value": opacity}, "value": 0.07 * opacity}
-    mark = {"type": mark_type, "style": style, **properties}
-    layer = {"mark": mark, "encoding": encoding | {"opacity": shown}}
-    return layer | {"transform": [{"filter": where}]} if where else layer
-
-
-def _lines(data: pd.DataFrame, encoding: Spec, **properties: Any) -> list[Spec]:
-    """Lines in the dashes of their serving choices."""
-    return [
-        _layer(
-            "line", encoding, "curve", where=f"datum.serve === {json.dumps(serve)}",
-            strokeDash=dash(serve), **properties,
-        )
-        for serve in data["serve"].unique()
-    ]  # fmt: skip
-
-
-def _points(encoding: Spec, tooltip: list[Spec], style: str = "point") -> Spec:
-    """Marks in the shapes of their modes, which tell their numbers under the pointer."""
-    shape = {"field": "path", "type": "nominal", "scale": None}
-    return _layer("point", encoding | {"shape": shape, "tooltip": tooltip}, style, filled=True)
-
-
-def _under_pointer(encoding: Spec, tooltip: list[Spec]) -> Spec:
-    """Points that are not seen, and tell the numbers of a line without marks."""
-    seen = {"value": 0}
-    # What lies outside would count for the room that the panel is fitted into.
-    mark = {"type": "point", "size": 150, "clip": True}
-    return {"mark": mark, "encoding": encoding | {"opacity": seen, "tooltip": tooltip}}
-
-
-def _reference(encoding: Spec, values: list[Spec]) -> Spec:
-    """A dashed line to compare with, which is none of the figure's lines."""
-    return {
-        "data": {"values": values},
-        "mark": {"type": "line" if len(values) > 1 else "rule", "style": "reference"},
-        "encoding": encoding | {"color": {"value": GREY}},
-    }
-
-
-def _number(field: str, title: str = "", **more: Any) -> Spec:
-    return {"field": field, "type": "quantitative", "title": title or None, **more}
-
-
-def _told(field: str, title: str, digits: int = 4) -> Spec:
-    """A number under the pointer."""
-    return _number(field, title, format=f".{digits}f")
-
-
-def _name(field: str, title: str) -> Spec:
-    return {"field": field, "type": "nominal", "title": title}
-
-
-def _pareto(data: pd.DataFrame, hover: bool) -> list[Spec]:
-    place, layers = {}, []
-    for axis, measure in (("x", "user_bce"), ("y", "teacher_bce")):
-        title = f"{title_of(measure)}, mean over tasks (nats)"
-        place[axis] = _number(measure, title, scale={"zero": False}, axis={"tickCount": 6})
-    for axis, measure in (("x", "user_bce"), ("y", "teacher_bce")):
-        ends = {axis: place[axis] | {"field": f"{measure}_low"}}
-        ends[f"{axis}2"] = {"field": f"{measure}_high"}
-        # The points are what to compare; bars of what is not paired are wide.
-        layers.append(_layer("rule", place | ends, "interval", opacity=0.45))
-    weight = {"field": "weight", "type": "quantitative"}
-    tooltip = [
-        _name("setting", "setting"),
-        *(_told(measure, title_of(measure)) for measure in ("user_bce", "teacher_bce")),
-    ]
-    layers += [
-        *_lines(data, place | {"order": weight}),
-        _points(place, tooltip),
-        _layer("text", place | {"text": weight}, "weight", where="isValid(datum.weight)"),
-    ]
-    return [_panel(data, layers, data, marked=True)]
-
-
-def _waterfall(data: pd.DataFrame, hover: bool) -> list[Spec]:
-    y = {
-        "field": "line", "type": "nominal", "title": None, "sort": data["line"].tolist(),
-        "axis": {"labelLimit": 0},
-    }  # fmt: skip
-    x = _number("mean", "candidates to pass for 99% of the final value", scale={"zero": True})
-    place = {"x": x, "y": y, "color": _of_line(data["line"], _WATERFALL[-len(data) :])}
-    place["color"]["legend"] = None
-    tooltip = [_name("setting", "setting"), _told("mean", "candidates", 0)]
-    ends = {"x": x | {"field": "low"}, "x2": {"field": "high"}, "y": y}
-    layers = [
-        {"mark": {"type": "bar"}, "encoding": place | {"tooltip": tooltip}},
-        {"mark": {"type": "rule", "style": "interval"}, "encoding": ends},
-        {"mark": {"type": "text", "style": "needed"},
-         "encoding": {"x": x | {"field": "end"}, "y": y, "text": _number("mean", format=".0f")}},
-    ]  # fmt: skip
-    shown = data.assign(end=data[["mean", "high"]].max(axis=1))
-    return [{"data": {"values": _records(shown)}, "layer": layers}]
-
-
-def _plane(data: pd.DataFrame, hover: bool) -> list[Spec]:
-    titles = {"saving": "saving", "users": "change for users"}
-    axis = {"tickCount": 6, "format": "~%"}
-    x, y = (_number(name, title, axis=axis) for name, title in titles.items())
-    y["axis"] = axis | {"format": "+.2~%"}
-    layers = [_reference({"y": y | {"field": "margin"}}, _records(data[:1]))]
-    for channel, place in (("x", x), ("y", y)):
-        ends = {channel: place | {"field": f"{place['field']}_low"}}
-        ends[f"{channel}2"] = {"field": f"{place['field']}_high"}
-        layers.append(_layer("rule", {"x": x, "y": y} | ends, "interval", opacity=0.45))
-    tooltip = [_name("setting", "setting"), *(_told(name, title) for name, title in titles.items())]
-    layers.append(_points({"x": x, "y": y}, tooltip))
-    return [_panel(data, layers, data, marked=True)]
-
-
-def _frontier(data: pd.DataFrame, hover: bool) -> list[Spec]:
-    students, references = data[data["mode"] != REFERENCE], data[data["mode"] == REFERENCE]
-    if students["size"].nunique() > 1:
-        # A colour a size, and a broken line for the student of it that does not distil.
-        sizes = list(students["size"].unique())
-        students = students.assign(
-            colour=students["size"].map(dict(zip(sizes, colours(sizes), strict=True))),
-            serve=students["mode"].map(lambda mode: UNDISTILLED if mode == "none" else "user"),
-        )
-    low = window(students)[2]
-    shares = [float(students.loc[students["mean"] >= low, "cost"].min()),
-              float(students["cost"].max())]  # fmt: skip
-    x = _number(
-        "cost",
-        "cost of the funnel, over the final ranker's alone",
-        scale={"type": "log", "domain": shares, "nice": False},
-        axis={"values": [share / 1000 for share in ticks(1, 1000)], "format": "~%"},
+def _pareto(data: pd.DataFrame, page: bool) -> Panels:
+    measures = ("user_bce", "teacher_bce")
+    x, y = (
+        _axis(channel, f"{title_of(of)}, mean over tasks (nats)", {"zero": False}, tickCount=6)
+        for channel, of in zip((alt.X, alt.Y), measures, strict=True)
     )
-    y = _number("mean", "value captured", scale={"domain": [low, 1.005], "nice": False},
-                axis={"tickCount": 6})  # fmt: skip
-    inside = references[(references["mean"] >= low) & (references["cost"] >= shares[0])]
-    told = [_number("k", "k"), _number("cost", "cost", format=".1%")]
+    place = {"x": x(measures[0]), "y": y(measures[1])}
+    tooltip = [_name("setting", "setting"), *(_number(of, title_of(of)) for of in measures)]
     layers = [
-        *_muted(inside, x, y),
-        *_banded(students, x, y, told, hover),
-        *_crossings(students, x | {"field": "cost_for_99"}, y, ".1%"),
-    ]
-    return [_panel(students, layers, students)]
-
-
-def _muted(data: pd.DataFrame, x: Spec, y: Spec) -> list[Spec]:
-    """Lines to compare with, each with its name where it begins."""
-    place = {"x": x, "y": y, "color": {"value": MUTED}}
-    lines = [
-        {"data": {"values": _records(of)}, "mark": {"type": "line", "style": "muted", "clip": True},
-         "encoding": place}
-        for _, of in data.groupby("line", sort=False)
+        *_intervals(x, y, *measures),
+        _lines(order=alt.Order("weight:Q"), **place),
+        _points(tooltip, **place),
+        _layer("text", "weight").encode(text="weight:Q", **place)
+        .transform_filter("isValid(datum.weight)"),
     ]  # fmt: skip
-    names = {
-        "data": {"values": _records(data.drop_duplicates("line"))},
-        "mark": {"type": "text", "style": "named"},
-        "encoding": place | {"text": {"field": "line"}},
-    }
-    return [*lines, names] if lines else []
+    return [_panel(data, layers, data, marked=True)]
 
 
-def _crossings(data: pd.DataFrame, x: Spec, y: Spec, form: str) -> list[Spec]:
-    """Marks where each line reaches 99%, with the number there."""
-    field = x["field"]
+def _waterfall(data: pd.DataFrame, page: bool) -> Panels:
+    y = alt.Y("line:N", title=None, sort=data["line"].tolist(), axis=alt.Axis(labelLimit=0))
+    end = data[["mean", "high"]].max(axis=1)
+    # The longest bar leaves room for its number.
+    scale = {"domain": [0.0, 1.15 * float(end.max())], "nice": False}
+    x = _axis(alt.X, "candidates to pass for 99% of the final value", scale, tickCount=5)
+    steps = alt.Scale(domain=list(_BY_STEP), range=list(_BY_STEP.values()))
+    color = alt.Color("line:N", scale=steps, legend=None)
+    tooltip = [_name("setting", "setting"), _number("mean", "candidates", ".0f")]
+    bars = alt.Chart().mark_bar().encode(x=x("mean"), y=y, color=color, tooltip=tooltip)
+    ends = alt.Chart().mark_rule(style="thin").encode(x=x("low"), x2="high", y=y)
+    text = alt.Text("mean:Q", format=".0f")
+    numbers = alt.Chart().mark_text(style="needed").encode(x=x("end"), y=y, text=text)
+    return [alt.layer(bars, ends, numbers, data=_values(data.assign(end=end)))]
+
+
+def _plane(data: pd.DataFrame, page: bool) -> Panels:
+    x = _axis(alt.X, "saving", tickCount=6, format="~%")
+    y = _axis(alt.Y, "change for users", tickCount=6, format="+.2~%")
+    tooltip = [
+        _name("setting", "setting"), _number("saving", "saving"),
+        _number("users", "change for users"),
+    ]  # fmt: skip
+    layers = [
+        _reference({"users": float(data["margin"].iloc[0])}, y=y("users")),
+        *_intervals(x, y, "saving", "users"),
+        _points(tooltip, x=x("saving"), y=y("users")),
+    ]
+    return [_panel(data, layers, data, marked=True)]
+
+
+def _frontier(data: pd.DataFrame, page: bool) -> Panels:
+    students, references = _by_kind(data)
+    if students["size"].nunique() > 1:
+        # One color per size, and a broken line for its student without distillation.
+        sizes = students["size"].unique().tolist()
+        students = students.assign(
+            color=students["size"].map(dict(zip(sizes, colors(sizes), strict=True))),
+            serve=students["mode"].map(lambda mode: _UNDISTILLED if mode == "none" else "user"),
+        )
+    low = _window(students)[2]
+    costs = students.loc[students["mean"] >= low, "cost"].min(), students["cost"].max()
+    x = _axis(
+        alt.X,
+        "cost of the funnel, over that of only the final ranker",
+        {"type": "log", "domain": costs, "nice": False},
+        values=[share / 1000 for share in ticks(1, 1000)],
+        format="~%",
+    )
+    y = _axis(alt.Y, "value captured", {"domain": [low, 1.005], "nice": False}, tickCount=6)
+    inside = references[(references["mean"] >= low) & (references["cost"] >= costs[0])]
+    tooltip = [_number("k", "k", "d"), _number("cost", "cost", ".1%")]
+    layers = [
+        *_muted(inside, x("cost"), y("mean")),
+        *_banded(x("cost"), y, tooltip, page),
+        *_crossings(students, "cost_for_99", x, y, ".1%", page),
+    ]
+    return [_panel(students, layers, students)]
+
+
+def _by_kind(data: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Split curves into those of students and those of rankers without a model."""
+    of_references = data["mode"] == REFERENCE
+    return data[~of_references], data[of_references]
+
+
+def _muted(data: pd.DataFrame, x: alt.X, y: alt.Y) -> list[alt.Chart]:
+    """Return lines for comparison, each with its name where it begins."""
+    if data.empty:
+        return []
+    place = {"x": x, "y": y, "color": alt.value(_MUTED)}
+    lines = alt.Chart(_values(data)).mark_line(style="muted", clip=True)
+    names = alt.Chart(_values(data.drop_duplicates("line"))).mark_text(style="named")
+    return [lines.encode(detail="line:N", **place), names.encode(text="line:N", **place)]
+
+
+def _crossings(
+    data: pd.DataFrame, field: str, x: Callable, y: Callable, form: str, page: bool
+) -> list[alt.Chart]:
+    """Return marks where each line reaches 99%, each with the number of `field` there."""
     crossings = data.drop_duplicates("line").sort_values(field)
-    values = [
-        value | {"at": 0.99, "place": place} for place, value in enumerate(_records(crossings))
-    ]
-    at = {"x": x, "y": y | {"field": "at"}}
-    tooltip = [_name("line", "setting"), _told("passed_for_99", title_of("passed_for_99"), 0)]
-    # Crossings may lie close together, so their labels go down in steps.
-    down = {"expr": "(10 + 9 * datum.place) * size"}
-    needed = at | {"text": _number(field, format=form)}
+    values = _values(crossings.assign(mean=TARGET, place=range(len(crossings))))
+    place = {"x": x(field), "y": y("mean")}
+    tooltip = [_name("line", "setting"), _number("passed_for_99", title_of("passed_for_99"), ".0f")]
+    # Labels of close crossings would overlap, so each is a step further down.
+    down = alt.expr(f"(10 + 9 * datum.place) * {_PAGE_UNIT if page else 1}")
+    text = alt.Text(field, type="quantitative", format=form)
     return [
-        _reference({"y": at["y"]}, values[:1]),
-        {"data": {"values": values}} | _points(at, tooltip, "crossing"),
-        {"data": {"values": values}} | _layer("text", needed, "needed", dy=down),
+        _reference({"mean": TARGET}, y=place["y"]),
+        _points(tooltip, "crossing", **place).properties(data=values),
+        _layer("text", "needed", dy=down).encode(text=text, **place).properties(data=values),
     ]
 
 
-def _value_captured(data: pd.DataFrame, hover: bool) -> list[Spec]:
-    students = data[data["mode"] != REFERENCE]
-    left, right, low = window(students)
-    x, y, layers = _over_k(data, "value captured at k", [left, right], [low, 1.005], hover)
-    layers += _crossings(students, x | {"field": "passed_for_99"}, y, ".0f")
+def _window(data: pd.DataFrame) -> tuple[float, float, float]:
+    """Return the part of captured curves to show: lowest k, highest k, lowest value.
+
+    Curves start far below 99%, so the window starts where the best of them is near it.
+    """
+    low = max(0.0, min(0.9, float(data["mean"].median()) - 0.1))
+    near = data.loc[data["mean"] >= low, "k"]
+    return float(near.min()), float(data["k"].max()), low
+
+
+def ticks(low: float, high: float) -> list[int]:
+    """Return round numbers for a logarithmic axis of k.
+
+    >>> ticks(30, 2000)
+    [50, 100, 200, 500, 1000, 2000]
+    """
+    steps = (step * 10**power for power in range(10) for step in (1, 2, 5))
+    return [step for step in steps if low <= step <= high]
+
+
+def _value_captured(data: pd.DataFrame, page: bool) -> Panels:
+    students, _ = _by_kind(data)
+    left, right, low = _window(students)
+    x, y, layers = _over_k(data, "value captured at k", [left, right], [low, 1.005], page)
+    crossings = _crossings(students, "passed_for_99", x, y, ".0f", page)
+    return [_panel(students, [*layers, *crossings], students)]
+
+
+def _survival(data: pd.DataFrame, page: bool) -> Panels:
+    students, _ = _by_kind(data)
+    ks = [1.0, float(data["k"].max())]
+    _, _, layers = _over_k(data, "survival at k", ks, [0, 1.02], page)
     return [_panel(students, layers, students)]
 
 
-def _survival(data: pd.DataFrame, hover: bool) -> list[Spec]:
-    last = float(data["k"].max())
-    _, _, layers = _over_k(data, "survival at k", [1, last], [0, 1.02], hover)
-    students = data[data["mode"] != REFERENCE]
-    return [_panel(students, layers, students)]
-
-
-def _true_value_captured(data: pd.DataFrame, hover: bool) -> list[Spec]:
-    last = float(data["k"].max())
-    # Where hardly anything is passed there is hardly anything to show.
+def _true_value_captured(data: pd.DataFrame, page: bool) -> Panels:
+    students, _ = _by_kind(data)
+    # Small k show hardly any items.
     seen = data[data["mean"] >= 0.8]
     values = [float(seen["low"].min()), float(seen["high"].max())]
-    ks = [float(seen["k"].min()), last]
-    _, y, layers = _over_k(data, "true value captured at k", ks, values, hover)
-    layers.append(_reference({"y": y | {"field": "all"}}, [{"all": 1.0}]))
-    students = data[data["mode"] != REFERENCE]
-    return [_panel(students, layers, students)]
+    ks = [float(seen["k"].min()), float(data["k"].max())]
+    _, y, layers = _over_k(data, "true value captured at k", ks, values, page)
+    return [_panel(students, [*layers, _reference({"mean": 1.0}, y=y("mean"))], students)]
 
 
-def _hit_rates(data: pd.DataFrame, hover: bool) -> list[Spec]:
+def _hit_rates(data: pd.DataFrame, page: bool) -> Panels:
     panels = []
     for (measure, task), of_task in data.groupby(["measure", "task"], sort=False):
         values = [0.0, 1.05 * float(of_task[["mean", "high"]].max().max())]
         ks = [1.0, float(data["k"].max())]
-        x, _, layers = _over_k(of_task, METRICS[str(measure)].title, ks, values, hover)
-        x["axis"]["values"] = [k for k in x["axis"]["values"] if str(k).startswith("1")]
-        panels.append(_panel(of_task, layers, data) | {"title": task})
+        title = METRICS[str(measure)].title
+        _, _, layers = _over_k(of_task, title, ks, values, page, powers_of_ten=True)
+        panels.append(_panel(of_task, layers, data).properties(title=task))
     return panels
 
 
-def _saving(data: pd.DataFrame, hover: bool) -> list[Spec]:
+def _over_k(
+    data: pd.DataFrame, title: str, ks: list[float], values: list[float], page: bool,
+    powers_of_ten: bool = False,
+) -> tuple[Callable, Callable, list[alt.Chart]]:  # fmt: skip
+    """Return the axes of k and of a value over their ranges, and a line with a band per setting.
+
+    References are muted.
+    """
+    at = [k for k in ticks(1, ks[1]) if not powers_of_ten or str(k).startswith("1")]
+    scale = {"type": "log", "domain": ks, "nice": False}
+    x = _axis(alt.X, "candidates passed, k", scale, values=at, format="d")
+    y = _axis(alt.Y, title, {"domain": values, "nice": False}, tickCount=6)
+    _, references = _by_kind(data)
+    inside = references["k"].between(ks[0], ks[1]) & references["mean"].between(
+        values[0], values[1]
+    )
+    muted = _muted(references[inside], x("k"), y("mean"))
+    return x, y, [*muted, *_banded(x("k"), y, [_number("k", "k", "d")], page, title)]
+
+
+def _banded(
+    x: alt.X, y: Callable, tooltip: list[alt.Tooltip], page: bool, title: str = "value captured"
+) -> list[alt.Chart]:
+    """Return a line with a band per setting; on the page with the numbers under the pointer."""
+    shown = [_name("line", "setting"), *tooltip, _number("mean", title)]
+    return [
+        _layer("area", "band", opacity=0.15, clip=True).encode(x=x, y=y("low"), y2="high"),
+        _lines(x=x, y=y("mean")),
+        *([_under_pointer(shown, x=x, y=y("mean"))] if page else []),
+    ]
+
+
+def _saving(data: pd.DataFrame, page: bool) -> Panels:
     axes = {
         "target": ("share of the final value to keep (%)", [95, 96, 97, 98, 99, 99.9]),
-        "student's cost": ("student's cost a candidate (% of the teacher's)", [1, 5, 10]),
+        "student's cost": ("student's cost per candidate (% of the teacher's)", [1, 5, 10]),
     }
     ends = data[["mean", "low", "high"]]
-    # Nobody saves more than all, and what costs more than twice as much is beside the point.
+    # No saving exceeds 1, and below -1 the funnel costs more than twice as much.
     seen = [max(-1.0, float(ends.min().min())), min(1.0, float(ends.max().max()))]
-    y = _number("mean", "saving", scale={"domain": seen}, axis={"tickCount": 6, "format": "~%"})
+    y = _axis(alt.Y, "saving", {"domain": seen}, tickCount=6, format="~%")
     panels = []
     for over, of_panel in data.groupby("over", sort=False):
         title, values = axes[str(over)]
-        x = _number(
-            "at",
-            title,
-            scale={"zero": False, "nice": False},
-            axis={"values": values, "labelExpr": "datum.value"},
-        )
+        scale = {"zero": False, "nice": False}
+        x = _axis(alt.X, title, scale, values=values, labelExpr="datum.value")
         layers = [
-            _reference({"y": y | {"field": "none"}}, [{"none": 0.0}]),
-            *_banded(of_panel, x, y, [_told("at", title, 1)], hover),
+            _reference({"mean": 0.0}, y=y("mean")),
+            *_banded(x("at"), y, [_number("at", title, ".1f")], page, "saving"),
         ]
         panels.append(_panel(of_panel, layers, data))
     return panels
 
 
-def _over_k(
-    data: pd.DataFrame, title: str, ks: list[float], values: list[float], hover: bool
-) -> tuple[Spec, Spec, list[Spec]]:
-    """The axes of k and of a value, each over its range, and a line with a band per setting.
-
-    References are muted.
-    """
-    x = _number(
-        "k",
-        "candidates passed, k",
-        scale={"type": "log", "domain": ks, "nice": False},
-        axis={"values": ticks(1, float(data["k"].max())), "format": "d"},
-    )
-    y = _number("mean", title, scale={"domain": values, "nice": False}, axis={"tickCount": 6})
-    students, references = data[data["mode"] != REFERENCE], data[data["mode"] == REFERENCE]
-    inside = references[
-        references["k"].between(ks[0], ks[1]) & references["mean"].between(values[0], values[1])
-    ]
-    layers = [*_muted(inside, x, y), *_banded(students, x, y, [_number("k", "k")], hover)]
-    return x, y, layers
-
-
-def _banded(data: pd.DataFrame, x: Spec, y: Spec, told: list[Spec], hover: bool) -> list[Spec]:
-    """A line with a band a setting; under the pointer `told` and the number on `y`."""
-    band = {"x": x, "y": y | {"field": "low"}, "y2": {"field": "high"}}
-    tooltip = [_name("line", "setting"), *told, _told("mean", y["title"])]
-    return [
-        _layer("area", band, "band", opacity=0.15, clip=True),
-        *_lines(data, {"x": x, "y": y}, clip=True),
-        *([_under_pointer({"x": x, "y": y}, tooltip)] if hover else []),
-    ]
-
-
-def _calibration(data: pd.DataFrame, hover: bool) -> list[Spec]:
-    panels = []
+def _calibration(data: pd.DataFrame, page: bool) -> Panels:
+    panels, fields = [], ("predicted", "observed")
+    tooltip = [
+        _name("line", "setting"), *(_number(field, field) for field in fields),
+        _number("weight", "weight", ".0f"),
+    ]  # fmt: skip
     for task, of_task in data.groupby("task", sort=False):
-        top = 1.05 * float(of_task[["predicted", "observed"]].max().max())
-        axes = {"scale": {"domain": [0, top], "nice": False}, "axis": {"tickCount": 5}}
-        x, y = (_number(field, field, **axes) for field in ("predicted", "observed"))
-        tooltip = [
-            _name("line", "setting"),
-            *(_told(field, field) for field in ("predicted", "observed")),
-            _told("weight", "weight", 0),
-        ]
+        top = 1.05 * float(of_task[[*fields]].max().max())
+        scale = {"domain": [0, top], "nice": False}
+        x, y = (
+            _axis(channel, field, scale, tickCount=5)(field)
+            for channel, field in zip((alt.X, alt.Y), fields, strict=True)
+        )
         layers = [
-            _reference(
-                {"x": x, "y": y},
-                [dict.fromkeys(("predicted", "observed"), end) for end in (0, top)],
-            ),
-            *_lines(of_task, {"x": x, "y": y, "order": {"field": "bin", "type": "quantitative"}}),
-            _points({"x": x, "y": y}, tooltip),
+            _reference(*(dict.fromkeys(fields, end) for end in (0, top)), x=x, y=y),
+            _lines(x=x, y=y, order=alt.Order("bin:Q")),
+            _points(tooltip, x=x, y=y),
         ]
-        panels.append(_panel(of_task, layers, data, marked=True) | {"title": task})
+        panels.append(_panel(of_task, layers, data, marked=True).properties(title=task))
     return panels
 
 
-def _training(data: pd.DataFrame, hover: bool) -> list[Spec]:
+def _training(data: pd.DataFrame, page: bool) -> Panels:
     panels = []
+    x = _axis(alt.X, "step", {"nice": False}, tickCount=5, format="d")("step")
     for kind in [kind for kind in KINDS if (data["kind"] == kind).any()]:
-        of_kind = data[data["kind"] == kind]
-        x = _number("step", "step", scale={"nice": False}, axis={"tickCount": 5, "format": "d"})
-        y = _number("loss", KINDS[kind], scale={"zero": False}, axis={"tickCount": 6})
-        place = {"x": x, "y": y, "detail": {"field": "repeat", "type": "nominal"}}
+        y = _axis(alt.Y, KINDS[kind], {"zero": False}, tickCount=6)("loss")
         tooltip = [
-            _name("line", "setting"), _name("repeat", "repeat"), _number("step", "step"),
-            _told("loss", KINDS[kind]),
+            _name("line", "setting"), _name("repeat", "repeat"), _number("step", "step", "d"),
+            _number("loss", KINDS[kind]),
         ]  # fmt: skip
+        place = {"x": x, "y": y, "detail": "repeat:N"}
+        each, mean = (f"datum.repeat {sign} 'mean'" for sign in ("!==", "==="))
         layers = [
-            _layer("line", place, "repeat", where="datum.repeat !== 'mean'", opacity=0.4),
-            _layer("line", place, "curve", where="datum.repeat === 'mean'"),
-            *([_under_pointer({"x": x, "y": y}, tooltip)] if hover else []),
+            _layer("line", "thin", opacity=0.4).encode(**place).transform_filter(each),
+            _layer("line", "curve").encode(**place).transform_filter(mean),
+            *([_under_pointer(tooltip, x=x, y=y)] if page else []),
         ]
-        panels.append(_panel(of_kind, layers, data))
+        panels.append(_panel(data[data["kind"] == kind], layers, data))
     return panels
 
 
-_DRAWERS: dict[str, Callable[[pd.DataFrame, bool], list[Spec]]] = {
-    "waterfall": _waterfall,
-    "frontier": _frontier,
-    "plane": _plane,
-    "saving": _saving,
-    "hit_rates": _hit_rates,
-    "pareto": _pareto,
-    "value_captured": _value_captured,
-    "true_value_captured": _true_value_captured,
-    "survival": _survival,
-    "calibration": _calibration,
-    "training": _training,
+class _Form(NamedTuple):
+    """The drawing of a figure.
+
+    Attributes:
+      draw: from the figure's data, and whether it is for the page, to its panels.
+      width: of a panel in a file, in points: with its axis if it is the only one.
+      height: the same.
+      columns: panels side by side in a file.
+      page_height: of a panel on the page, in pixels.
+    """
+
+    draw: Callable[[pd.DataFrame, bool], Panels]
+    width: int
+    height: int
+    columns: int = 4
+    page_height: int = 400
+
+
+# A column of a two-column page is 3.5 inches wide, which is 252 points.
+_FORMS = {
+    "waterfall": _Form(_waterfall, 252, 90, page_height=220),
+    "frontier": _Form(_frontier, 252, 209, page_height=460),
+    "plane": _Form(_plane, 252, 209, page_height=460),
+    "saving": _Form(_saving, 200, 140, columns=1),
+    "hit_rates": _Form(_hit_rates, 104, 104, columns=3, page_height=300),
+    "pareto": _Form(_pareto, 252, 209, page_height=460),
+    "value_captured": _Form(_value_captured, 252, 180),
+    "true_value_captured": _Form(_true_value_captured, 252, 180),
+    "survival": _Form(_survival, 252, 180),
+    "calibration": _Form(_calibration, 104, 104),
+    "training": _Form(_training, 147, 104),
 }

@@ -9,17 +9,17 @@ from kd_ranker.evaluation.metrics import METRICS, TARGET, ReportAt, result_colum
 from kd_ranker.evaluation.saving import best, best_of, by_repeat, of_split
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import Interval, difference
-from kd_ranker.report.study import Study, told
+from kd_ranker.report.study import Study, named_values
 
-# Below this coverage a log cannot say what users have: there, the sign of the estimate was wrong in
-# about half of the pairs of ways whose true difference is known (docs/report.md has the table).
+# Below this coverage, labels of a log do not show the change for users: the sign of the estimate
+# was wrong in about half of the pairs of ways whose true difference is known (docs/report.md).
 COVERED = 0.35
 
 
 def best_with_scores(study: Study) -> str | None:
-    """The cheapest setting that learns from the final ranker's scores, chosen on validation.
+    """Return the cheapest setting that learns from the final ranker's scores, by validation.
 
-    Settings with `users_loss` above −`report.margin` for sure come first; if there is none, all
+    Settings whose `users_change` is surely above −`report.margin` come first; without any, all
     take part.
 
     Returns:
@@ -32,13 +32,13 @@ def best_with_scores(study: Study) -> str | None:
 
 
 def keeps_users(study: Study, setting: str) -> bool:
-    """True if the interval of `users_change` lies above −`report.margin`, or there is none."""
+    """Return True if the interval of `users_change` is above −`report.margin`, or there is none."""
     change = users_change(study, setting)
     return change is None or change.low > -study.margin
 
 
 def users_change(study: Study, setting: str) -> Interval | None:
-    """The change for users against the best ranker without scores, on validation.
+    """Return the change for users against the best ranker without scores, on validation.
 
     The paired difference in the measure of `users_at_target`, with a 95% interval over repeats.
 
@@ -54,14 +54,14 @@ def users_change(study: Study, setting: str) -> Interval | None:
 
 
 def best_of_sizes(study: Study) -> pd.DataFrame:
-    """The best setting of each size of the student, without scores and with them.
+    """Return the best settings of each size of the student, without scores and with them.
 
-    Chosen on validation: a row per setting of those on test, and `size`, the values of `student.*`
-    that a sweep has varied; "" if it has not.
+    Chosen on validation: one row per setting of those on test, and `size`, the values of
+    `student.*` that a sweep has varied; "" if it has not.
     """
     columns = [column for column in study.varying if column.startswith("student.")]
     settings = study.tested.drop_duplicates("setting")
-    sizes = [", ".join(told(row, columns)) for _, row in settings.iterrows()]
+    sizes = [", ".join(named_values(row, columns)) for _, row in settings.iterrows()]
     settings = settings.assign(size=sizes)
     chosen = {
         best(study.rows, list(of["setting"]))
@@ -71,7 +71,7 @@ def best_of_sizes(study: Study) -> pd.DataFrame:
 
 
 def cheapest(study: Study, settings: list[str]) -> str | None:
-    """The setting whose funnel costs least at `saving.CRITERION`, on validation.
+    """Return the setting whose funnel costs least at `saving.CRITERION`, on validation.
 
     Returns:
       None if none is measured, or the teacher's cost is unknown.
@@ -80,7 +80,7 @@ def cheapest(study: Study, settings: list[str]) -> str | None:
 
 
 def users_measure(study: Study) -> str:
-    """The column that measures what users have if `funnel.passed` are passed.
+    """Return the column that measures the value for users if `funnel.passed` are passed.
 
     The true value where it is known; else the value of user labels that a funnel keeps of the
     candidates that the logged funnel passed, which can have labels.
@@ -90,7 +90,7 @@ def users_measure(study: Study) -> str:
 
 
 def coverage(study: Study, estimates: Estimates, settings: Sequence[str]) -> float:
-    """The least coverage of settings at `funnel.passed`, in [0, 1]; 1 where the truth is known.
+    """Return the least coverage of settings at `funnel.passed`, in [0, 1]; 1 with a known truth.
 
     NaN for the incumbent without a truth: among the candidates that it has passed itself, its
     scores differ little, so its covered value is far too low.
@@ -103,10 +103,18 @@ def coverage(study: Study, estimates: Estimates, settings: Sequence[str]) -> flo
     return float(np.min([estimates.of(setting, column).mean for setting in settings]))
 
 
-def users_at_target(study: Study) -> list[str]:
-    """The columns of the same where each funnel passes as many as it needs for `TARGET`.
+def coverage_gap(study: Study, estimates: Estimates, settings: Sequence[str]) -> str:
+    """Return why labels cannot show the change for users between settings; "" if they can."""
+    if not knows_truth(study) and study.incumbent in settings:
+        return "the log cannot say: no label is known of what today's early ranker left out"
+    covered = coverage(study, estimates, settings) >= COVERED
+    return "" if covered else "the log cannot say: too little coverage"
 
-    Labels of a log cannot tell two funnels that pass different numbers, so only the truth can.
+
+def users_at_target(study: Study) -> list[str]:
+    """Return the columns of the same if each funnel passes as many as it needs for `TARGET`.
+
+    Empty without a truth: labels of a log cannot compare funnels that pass different numbers.
     """
     if not knows_truth(study):
         return []
@@ -114,6 +122,6 @@ def users_at_target(study: Study) -> list[str]:
 
 
 def knows_truth(study: Study) -> bool:
-    """True if the true value of what is shown was measured."""
+    """Return True if the true value of the shown items was measured."""
     true_value = f"true_value_captured@{study.passed}"
     return true_value in study.tested and bool(study.tested[true_value].notna().any())

@@ -1,8 +1,8 @@
 """Estimates of measures on the test split, with intervals over its requests and over repeats.
 
-A measure of a setting is the mean over its repeats. Its interval comes from `bootstrap`, for which
-each measure is taken anew of many draws of the test requests. What is not measured on requests (a
-count of FLOPs), and studies without the requests' own numbers, have intervals over repeats alone.
+A measure of a setting is the mean over its repeats. Its interval is a `crossed_interval`, for which
+each measure is recomputed on many draws of the test requests. Measures that are not of requests (a
+count of FLOPs), and studies without the requests' own numbers, have intervals over repeats only.
 """
 
 import contextlib
@@ -30,15 +30,17 @@ from kd_ranker.evaluation.metrics import (
 from kd_ranker.evaluation.results import TEACHER
 from kd_ranker.evaluation.saving import SAVINGS, of_split, student_cost
 from kd_ranker.evaluation.totals import Each
-from kd_ranker.report.bootstrap import (
+from kd_ranker.report.intervals import (
+    CONFIDENCE,
+    Interval,
     Measured,
     combined,
     crossed_interval,
+    interval,
     passed_for,
     request_counts,
     resampled_sums,
 )
-from kd_ranker.report.intervals import CONFIDENCE, Interval, interval
 from kd_ranker.report.study import Study
 
 DRAWS = 500
@@ -46,7 +48,7 @@ _NOWHERE = Measured((), np.zeros(0), np.zeros((0, 0)), 0)
 
 
 class _Drawn(NamedTuple):
-    """The numbers of one ranker.
+    """The numbers of one ranker on draws of the requests.
 
     Attributes:
       measures: by column, in each draw of the requests.
@@ -63,10 +65,10 @@ class _Drawn(NamedTuple):
 
 
 class Estimates:
-    """The estimates of a study; what was drawn for one is kept for the others."""
+    """The estimates of a study, which share their draws of the requests."""
 
     def __init__(self, study: Study):
-        """Takes the study, which is not changed."""
+        """Take the study, which is not changed."""
         self.study = study
         self.targets = _points(study).targets
         references = of_split(study.references, "test")
@@ -78,11 +80,11 @@ class Estimates:
 
     @property
     def settings(self) -> Collection[str]:
-        """The names that other methods take."""
+        """The names of settings that other methods take."""
         return self._rows.keys()
 
     def of(self, setting: str, measure: str, confidence: float = CONFIDENCE) -> Interval:
-        """The mean of a measure over the repeats of a chosen setting.
+        """Return the mean of a measure over the repeats of a chosen setting.
 
         Args:
           setting: one of `study.chosen`, a reference, or "teacher".
@@ -94,12 +96,12 @@ class Estimates:
     def gap(
         self, setting: str, other: str, measure: str, confidence: float = CONFIDENCE
     ) -> Interval:
-        """The paired difference `setting` − `other`, over the repeats that both have."""
+        """Return the paired difference `setting` − `other`, over the repeats that both have."""
         pair = (self._measured(name, measure) for name in (setting, other))
         return _interval(_combined(np.subtract, *pair), confidence)
 
     def relative_gap(self, setting: str, other: str, measure: str) -> Interval:
-        """`setting` / `other` − 1, over the repeats that both have."""
+        """Return `setting` / `other` − 1, over the repeats that both have."""
         pair = (self._measured(name, measure) for name in (setting, other))
         return _interval(_combined(lambda a, b: a / b - 1, *pair))
 
@@ -110,12 +112,12 @@ class Estimates:
         flops_ratio: float | None = None,
         column: str = "funnel_cost_saving",
     ) -> Interval:
-        """The share of a baseline's cost that a setting saves at a target.
+        """Return the share of a baseline's cost that a setting saves at a target.
 
         Args:
           setting: one of `study.chosen`, or a reference.
-          target: the share of the final value to keep; of one that is none of `targets` nothing is
-            known without the requests.
+          target: the share of the final value to keep. One that is not in `targets` needs the
+            requests; without them the result is unknown.
           flops_ratio: cost of a candidate for a student, over the teacher's; None takes that of
             the models.
           column: which baseline, one of `saving.SAVINGS`.
@@ -123,12 +125,12 @@ class Estimates:
         return _interval(self._saving(setting, target, column, flops_ratio))
 
     def saving_over(self, setting: str, other: str) -> Interval:
-        """The share of another ranker's cost that a setting saves, each at `TARGET`."""
+        """Return the share of another ranker's cost that a setting saves, each at `TARGET`."""
         pair = (self._cost(name, metrics.TARGET) for name in (setting, other))
         return _interval(_combined(funnel_cost_saving, *pair))
 
     def cost_share(self, setting: str, target: float) -> Interval:
-        """The cost of a request at a target, over that of the teacher alone on all candidates.
+        """Return the cost of a request at a target, over the teacher's own on all candidates.
 
         Args:
           setting: one of `study.chosen`, or a reference, which costs nothing.
@@ -143,7 +145,7 @@ class Estimates:
         )
 
     def cost_curve(self, setting: str) -> Float[np.ndarray, "K"]:
-        """The same if k candidates are passed, at the k of `curve`; NaN without a teacher's cost.
+        """Return the same if k candidates are passed, at the k of `curve`; NaN if it is unknown.
 
         Args:
           setting: one of `study.chosen`, or a reference, whose requests are known.
@@ -158,7 +160,7 @@ class Estimates:
         return whole_cost(candidates, self._teacher_flops, self.study.costs)
 
     def live_test(self, setting: str, other: str, effect: float) -> RequestsNeeded | None:
-        """The requests that a live test of two funnels needs, each at `funnel.passed`.
+        """Return the requests that a live test of two funnels needs, each at `funnel.passed`.
 
         The value V of the labels of a logged list, over the test requests, has the mean and the
         variance of an arm of an A/B test. Two lists that keep the shares s and s' of the teacher's
@@ -172,11 +174,11 @@ class Estimates:
           effect: relative change of V to detect.
 
         Returns:
-          None where the test requests or their labels are not known.
+          None if the test requests or their labels are not known.
         """
         # The teacher's own row counts only labels of candidates that it has scored.
-        rankers = (each for _, kept in self.study.kept for who, each in kept.each.items()
-                   if who[0] != TEACHER)  # fmt: skip
+        rankers = (each for _, kept in self.study.kept for (member, _), each in kept.each.items()
+                   if member != TEACHER)  # fmt: skip
         each = next(rankers, None)
         if each is None:
             return None
@@ -195,14 +197,14 @@ class Estimates:
         )
 
     def curve(self, setting: str, name: str) -> pd.DataFrame:
-        """A curve over k with its interval: the columns k, mean, low, high.
+        """Return a curve over k with its interval: the columns k, mean, low, high.
 
         Args:
           setting: one of `study.chosen`, or a reference.
           name: a column of `curves.csv`.
 
         Returns:
-          No line where the requests of a repeat were not kept.
+          An empty table if the requests of a repeat were not kept.
         """
         repeats = tuple(self._rows[setting].index)
         known = [of for of in self._drawn_of(setting, repeats) if name in of.curves]
@@ -236,7 +238,7 @@ class Estimates:
         return _combined(funnel_cost_saving, *pair)
 
     def _cost(self, setting: str, target: float, flops_ratio: float | None = None) -> Measured:
-        """The mean cost of a request at a target."""
+        """Return the mean cost of a request at a target."""
         row, of_teacher = self._rows[setting].iloc[0].to_dict(), self._teacher_flops
         flops, costs = student_cost(row, self.study.costs)
         if flops_ratio is not None and row["role"] != "reference":
@@ -248,7 +250,7 @@ class Estimates:
         )
 
     def _scored(self, setting: str, target: float) -> Measured:
-        """The candidates that the teacher scores at a target: as measured, else between known k."""
+        """Return the candidates that the teacher scores at a target, if need be between known k."""
         (column,) = result_columns(METRICS["scored_for"], (), ReportAt((), (target,)))
         if column in self.study.rows:
             return self._measured(setting, column)
@@ -261,18 +263,18 @@ class Estimates:
 
     @property
     def _teacher_flops(self) -> float:
-        """FLOPs a candidate; NaN where no teacher was read."""
+        """FLOPs per candidate; NaN without a teacher."""
         return float(self.study.teachers["flops_per_candidate"].mean())
 
     def _drawn_of(self, setting: str, repeats: Iterable[Any]) -> list[_Drawn]:
-        """The draws of these repeats; none if those of one are missing."""
+        """Return the draws of these repeats; none if those of one are missing."""
         drawn = [self._drawn.get((setting, repeat)) for repeat in repeats]
         known = [of for of in drawn if of is not None]
         return known if len(known) == len(drawn) else []
 
     @functools.cached_property
     def _drawn(self) -> dict[tuple[str, str], _Drawn]:
-        """By setting and repeat, without those of which no requests were kept."""
+        """The draws by setting and repeat, where the requests were kept."""
         study, points = self.study, _points(self.study)
         found: dict[tuple[str, str], _Drawn] = {}
         for source, kept in study.kept:
@@ -285,7 +287,7 @@ class Estimates:
             for (member, serve), each in kept.each.items():
                 named = rows[(rows["member"] == member) & (rows["serve"] == serve)]
                 if study.num_teachers > 1:
-                    # Teachers and references have one name under all teachers.
+                    # Teachers and references have the same name under every teacher.
                     named = named[named["seed"].isin(seeds)]
                 if named.empty:
                     continue
@@ -301,7 +303,7 @@ class Estimates:
 
 
 def _points(study: Study) -> ReportAt:
-    """The points of the curves that stand in the study's columns."""
+    """Return the points of the curves that the study's columns have."""
     columns = [str(column) for column in study.rows]
     ks = {int(found[1]) for column in columns if (found := re.search(r"@(\d+)", column))}
     named = (re.fullmatch(r"passed_for_([\d.]+)", column) for column in columns)
@@ -316,32 +318,32 @@ def _interval(measured: Measured, confidence: float = CONFIDENCE) -> Interval:
 
 
 def _combined(function: Any, *settings: Measured) -> Measured:
-    """As `combined`; without draws of one there are none of what is made of it."""
+    """Return `combined`, without draws if one setting has none."""
     if not all(len(setting.drawn) for setting in settings):
         settings = tuple(_of_repeats(setting.repeats, setting.each) for setting in settings)
     return combined(function, *settings)
 
 
 def _of_repeats(repeats: tuple[Any, ...], each: Float[np.ndarray, "R"]) -> Measured:
-    """A measure of which no draws are known."""
+    """Return a measure without draws."""
     return Measured(repeats, each, np.zeros((0, len(each))), 0)
 
 
 def _resampled(kept: Kept, each: Each, counts: Int[np.ndarray, "B N"], retrieved: int) -> Sums:
-    """The sums of a ranker in each draw, [..., B], curves at every k."""
+    """Return the sums of a ranker in each draw, [..., B], curves at every k."""
     between = _between(kept.ks, retrieved)
 
     def drawn(of: Any) -> Any:
         return np.moveaxis(resampled_sums(np.asarray(of)[None], counts)[:, 0], 0, -1)
 
-    alone: Sums = {name: drawn(of) for name, of in each.alone.items()}
-    return alone | {
+    single: Sums = {name: drawn(of) for name, of in each.alone.items()}
+    return single | {
         name: np.tensordot(between, drawn(of), axes=1) for name, of in each.curves.items()
     }
 
 
 def _between(ks: Int[np.ndarray, "K"], retrieved: int) -> Float[np.ndarray, "N K"]:
-    """The weights that make of a curve at `ks` one at every k: a straight line between two."""
+    """Return the weights that interpolate a curve at `ks` linearly at every k."""
     every = np.arange(1, retrieved + 1)
     return np.stack([np.interp(every, ks, of) for of in np.eye(len(ks))], axis=1)
 
@@ -349,11 +351,11 @@ def _between(ks: Int[np.ndarray, "K"], retrieved: int) -> Float[np.ndarray, "N K
 def _numbers(
     sums: Sums, of_teacher: Sums, study: Study, points: ReportAt
 ) -> dict[str, Float[np.ndarray, "B"]]:
-    """The measures of a ranker by column, with the means over tasks of those that have one."""
+    """Return the measures of a ranker by column, and means over tasks where a metric has one."""
     found: dict[str, np.ndarray] = {}
     for metric in METRICS.values():
         columns = result_columns(metric, study.tasks, points)
-        # A metric that was put into the table since has no sums here.
+        # A metric that was added later has no sums here.
         if not columns or metric.ends is None or not set(columns) <= set(study.rows):
             continue
         numbers = metrics.numbers(metric, metric.ends(sums, of_teacher), points)
@@ -364,13 +366,13 @@ def _numbers(
 
 
 def _mean_of_known(numbers: Float[np.ndarray, "T B"]) -> Float[np.ndarray, "B"]:
-    """The mean over tasks that have a number; NaN where none has."""
+    """Return the mean over tasks that have a number; NaN if none has."""
     known = ~np.isnan(numbers)
     return ratio(np.where(known, numbers, 0.0).sum(axis=0), known.sum(axis=0))
 
 
 def _scored_for(of: _Drawn, target: float) -> Float[np.ndarray, "1+B"]:
-    """The candidates scored at a target, on the test requests and in each draw of them."""
+    """Return the candidates scored at a target, on the test requests and in each draw."""
     needed = passed_for(of.curves["value_captured"], of.ks, target)
     each = zip(needed, of.curves["scored"], strict=True)
     return np.array([np.interp(k, of.ks, scored) for k, scored in each])
@@ -379,7 +381,7 @@ def _scored_for(of: _Drawn, target: float) -> Float[np.ndarray, "1+B"]:
 def _curves(
     each: Each, sums: Sums, ks: Int[np.ndarray, "K"], tasks: Sequence[str]
 ) -> dict[str, Float[np.ndarray, "1+B K"]]:
-    """The curves at the kept k: of the test requests, then of each draw of them."""
+    """Return the curves at the kept k: of the test requests, then of each draw of them."""
 
     def with_draws(of: Any, drawn: Any) -> Float[np.ndarray, "*shape 1+B"]:
         whole = np.asarray(of, np.float64).sum(axis=0)
@@ -392,7 +394,7 @@ def _curves(
         columns = curve_columns(metric, tasks)
         if not columns or metric.ends is None:
             continue
-        # A metric that was put into the table since has no sums here.
+        # A metric that was added later has no sums here.
         with contextlib.suppress(KeyError):
             ended = np.asarray(metric.ends(joined, joined))
             by_column = ended.reshape(len(ks), len(columns), -1)

@@ -1,20 +1,40 @@
-"""Means over repeats, with intervals: of a measure, or of a paired difference.
+"""Intervals of a mean over repeats: of the repeats, and of the test requests as well.
 
-The intervals made here are of repeats alone; those of `bootstrap` cover the test requests as well.
-A repeat is one (seed, data seed). What is compared is compared within repeats: their differences
-are what an interval is taken of, so that what a repeat does to both students alike cancels out.
+A repeat is one (seed, data seed). Settings are compared within repeats: an interval is of their
+differences, so effects of a repeat on both students cancel.
+
+All repeats are measured on the same requests, so requests and repeats are crossed. To first order
+the measure of repeat r is
+
+    θ_r = θ + a_r + b + c_r
+
+with a_r of the repeat, b of the requests, which all repeats share, and c_r of the interaction of
+the requests with this repeat. The estimand is θ, and the variance of the mean over R repeats is
+Var(a)/R + Var(b) + Var(c)/R. Repeats identify the first and the last of these, draws of the
+requests the other two.
+
+    counts = request_counts(requests, draws)
+    before, after = (measured(sums, counts, needed) for sums in (of_none, of_aux))
+    crossed_interval(combined(np.subtract, after, before))
+
+Axes: `R` repeats, `N` test requests, `B` draws of the requests, `K` values of k.
 """
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import stats
 
+from kd_ranker.evaluation.metrics import ratio
+
 CONFIDENCE = 0.95
-# Of the interval by which two settings are said to be equivalent: two one-sided tests at 5% each.
+# Of the interval for equivalence of two settings: two one-sided tests at 5% each.
 EQUIVALENCE_CONFIDENCE = 0.90
+# With a larger share of draws without the measure, the others do not represent all draws.
+_UNKNOWN_DRAWS = 0.05
 
 Covers = Literal["repeats", "requests", "both", "nothing"]
 
@@ -24,10 +44,10 @@ class Interval(NamedTuple):
 
     Attributes:
       mean: NaN without a repeat.
-      low: the lower end; NaN where there is no interval.
-      high: the upper end; NaN where there is no interval.
+      low: the lower end; NaN if there is no interval.
+      high: the upper end; NaN if there is no interval.
       n: the number of repeats.
-      covers: what the interval allows for: the chance of repeats, of test requests, or of both.
+      covers: the sources of chance that the interval allows for.
     """
 
     mean: float
@@ -37,12 +57,13 @@ class Interval(NamedTuple):
     covers: Covers = "repeats"
 
 
-NOTHING = Interval(float("nan"), float("nan"), float("nan"), 0, "nothing")
-"""The interval of a measure that nobody knows."""
+_NAN = float("nan")
+NOTHING = Interval(_NAN, _NAN, _NAN, 0, "nothing")
+"""The interval of an unknown measure."""
 
 
 def interval(values: Float[np.ndarray, "n"], confidence: float = CONFIDENCE) -> Interval:
-    """The mean of what is known of `values`, and its interval, of 95% unless told.
+    """Return the mean of the known `values` and its interval.
 
     mean ± t · s / √n, where s is the standard deviation with n − 1 and t the point (1 +
     confidence) / 2 of Student's distribution with n − 1 degrees of freedom (Student, Biometrika
@@ -54,16 +75,16 @@ def interval(values: Float[np.ndarray, "n"], confidence: float = CONFIDENCE) -> 
     known = values[~np.isnan(values)]
     n = len(known)
     if n == 0:
-        return Interval(float("nan"), float("nan"), float("nan"), 0, "nothing")
+        return NOTHING
     mean = float(known.mean())
     if n == 1:
-        return Interval(mean, float("nan"), float("nan"), 1, "nothing")
+        return NOTHING._replace(mean=mean, n=1)
     half = float(stats.t.ppf((1 + confidence) / 2, n - 1) * known.std(ddof=1) / np.sqrt(n))
     return Interval(mean, mean - half, mean + half, n)
 
 
 def difference(table: pd.DataFrame, setting: str, other: str) -> Interval:
-    """The paired difference `setting` − `other` over the repeats that know both.
+    """Return the paired difference `setting` − `other` over the repeats that have both.
 
     Args:
       table: of `by_repeat`.
@@ -73,22 +94,22 @@ def difference(table: pd.DataFrame, setting: str, other: str) -> Interval:
     return interval((table[setting] - table[other]).to_numpy())
 
 
-def verdict(
+def equivalence(
     difference: Interval, narrower: Interval, margin: float
 ) -> Literal["higher", "lower", "equivalent", "undecided"]:
-    """The reading of a difference that only matters beyond ±`margin`.
+    """Return the reading of a difference that only matters beyond ±`margin`.
 
-    It is *equivalent* if the 90% interval lies inside ±margin, which is two one-sided tests at 5%
+    It is *equivalent* if the 90% interval is inside ±margin, which is two one-sided tests at 5%
     each (Schuirmann, J. Pharmacokinet. Biopharm. 1987); else *higher* or *lower* if the whole 95%
-    interval lies on that side of 0; else *undecided*, as it is without an interval. A difference
-    that is told from 0 and yet is sure to be too small to matter is equivalent.
+    interval is on that side of 0; else *undecided*, as it is without an interval. A difference
+    that is surely not 0 and surely too small to matter is equivalent.
 
     Args:
       difference: with its interval at `CONFIDENCE`.
       narrower: the same at `EQUIVALENCE_CONFIDENCE`.
       margin: at least 0, in the unit of the difference; at 0 nothing is equivalent.
 
-    >>> verdict(Interval(0.01, -0.02, 0.04, 3), Interval(0.01, -0.01, 0.03, 3), 0.05)
+    >>> equivalence(Interval(0.01, -0.02, 0.04, 3), Interval(0.01, -0.01, 0.03, 3), 0.05)
     'equivalent'
     """
     if -margin < narrower.low and narrower.high < margin:
@@ -96,3 +117,167 @@ def verdict(
     if difference.low > 0:
         return "higher"
     return "lower" if difference.high < 0 else "undecided"
+
+
+class Measured(NamedTuple):
+    """A measure of a setting in each repeat, NaN where it has none.
+
+    Attributes:
+      repeats: their names, in the order of the R axis.
+      each: on the test requests.
+      drawn: on each draw of the requests.
+      requests: the number of requests.
+    """
+
+    repeats: tuple[Hashable, ...]
+    each: Float[np.ndarray, "R"]
+    drawn: Float[np.ndarray, "B R"]
+    requests: int
+
+
+def request_counts(requests: int, draws: int, seed: int = 0) -> Int[np.ndarray, "B N"]:
+    """Return the counts of each request in each draw of N requests with replacement.
+
+    Every setting and repeat takes the same counts, so that effects of a draw on both sides of a
+    difference cancel (Efron, Ann. Stat. 1979).
+
+    Args:
+      requests: N, at least one.
+      draws: B.
+      seed: the same seed gives the same counts.
+    """
+    evenly = np.full(requests, 1 / requests)
+    return np.random.default_rng(seed).multinomial(requests, evenly, size=draws)
+
+
+def resampled_sums(
+    values: Float[np.ndarray, "R N *shape"], counts: Int[np.ndarray, "B N"]
+) -> Float[np.ndarray, "B R *shape"]:
+    """Return the sums over requests in each draw: Σ_n counts[b, n] · values[r, n], in float64."""
+    repeats, requests, *shape = values.shape
+    flat = np.asarray(values, np.float64).reshape(repeats, requests, -1)
+    sums = np.matmul(counts.astype(np.float64), flat)
+    return np.moveaxis(sums, 0, 1).reshape(len(counts), repeats, *shape)
+
+
+def measured(
+    values: Float[np.ndarray, "R N *shape"],
+    counts: Int[np.ndarray, "B N"],
+    measure: Callable[[Float[np.ndarray, "..."]], Float[np.ndarray, "..."]],
+    repeats: Sequence[Hashable] | None = None,
+) -> Measured:
+    """Return a measure of the sums over requests, on the test requests and on each draw of them.
+
+    Args:
+      values: of each repeat and request, the terms of the sums.
+      counts: of `request_counts`, for the same requests.
+      measure: from sums [..., *shape] to numbers [...], NaN where there is none.
+      repeats: names, by which the common repeats of two settings are found; numbers if None.
+    """
+    names = tuple(range(len(values)) if repeats is None else repeats)
+    totals = np.asarray(values, np.float64).sum(axis=1)
+    return Measured(
+        names, measure(totals), measure(resampled_sums(values, counts)), values.shape[1]
+    )
+
+
+def combined(function: Callable[..., Any], *settings: Measured) -> Measured:
+    """Return a function of the measures of settings, over the repeats that they have in common.
+
+    `np.subtract` gives the paired difference. Repeats and draws are paired, so all settings must
+    stem from the same counts.
+
+    Args:
+      function: from one array of numbers per setting to an array of that shape.
+      *settings: at least one.
+    """
+    first, *others = settings
+    common = [name for name in first.repeats if all(name in other.repeats for other in others)]
+    places = [[setting.repeats.index(name) for name in common] for setting in settings]
+    each = [setting.each[at] for setting, at in zip(settings, places, strict=True)]
+    drawn = [setting.drawn[:, at] for setting, at in zip(settings, places, strict=True)]
+    return Measured(tuple(common), function(*each), function(*drawn), first.requests)
+
+
+def crossed_interval(setting: Measured, confidence: float = CONFIDENCE) -> Interval:
+    """Return the mean over repeats with the measure, and an interval over requests and repeats.
+
+    mean ± (t_N · B + t_R · S) / √(B + S), with two parts of the variance of the mean,
+
+        B = N/(N−1) · mean of Cov_b(drawn[b, r], drawn[b, s]) over r ≠ s    requests, at least 0
+        S = Var_r(each[r]) / R                    repeats, and pairs of a repeat and a request
+
+    and t_N, t_R the points of Student's distribution (Biometrika 1908) with N − 1 and R − 1
+    degrees of freedom. B + S is an unbiased estimate of the variance if B > 0. Its factor is the
+    mean of both points, weighted by the parts (Cochran, Biometrics 1964). One point with
+    Satterthwaite's degrees of freedom (Biometrics 1946) covers less if repeats are few.
+    `docs/report.md` has the measured coverage. The interval of one repeat is ± t_N · √V with
+    V = N/(N−1) · Var_b(drawn[b]), and covers the requests only.
+
+    Returns:
+      `low` and `high` are NaN if there is one request or no repeat with the measure. They are also
+      NaN if more than one draw of twenty lacks the measure.
+    """
+    known = np.isfinite(setting.each)
+    each, drawn = setting.each[known], setting.drawn[:, known]
+    n, requests = len(each), setting.requests
+    if n == 0:
+        return NOTHING
+    mean = float(each.mean())
+    whole = np.isfinite(drawn).all(axis=1)
+    if requests < 2 or whole.mean() < 1 - _UNKNOWN_DRAWS:
+        return NOTHING._replace(mean=mean, n=n)
+    half = _half(each, drawn[whole], requests, confidence)
+    return Interval(mean, mean - half, mean + half, n, "both" if n > 1 else "requests")
+
+
+def _half(
+    each: Float[np.ndarray, "R"], drawn: Float[np.ndarray, "B R"], requests: int, confidence: float
+) -> float:
+    """Return the half-width of `crossed_interval`."""
+    repeats = len(each)
+    # A variance over draws has N in place of N − 1.
+    covariance = np.cov(drawn, rowvar=False).reshape(repeats, repeats) * requests / (requests - 1)
+    t_requests = stats.t.ppf((1 + confidence) / 2, requests - 1)
+    if repeats == 1:
+        return float(t_requests * np.sqrt(covariance.item()))
+    t_repeats = stats.t.ppf((1 + confidence) / 2, repeats - 1)
+    of_requests = max(covariance[~np.eye(repeats, dtype=bool)].mean(), 0.0)
+    of_repeats = each.var(ddof=1) / repeats
+    if (total := of_requests + of_repeats) == 0:
+        # Repeats that agree exactly give no variance of their own: that of the requests remains.
+        return float(t_requests * np.sqrt(max(covariance.mean(), 0.0)))
+    return float((t_requests * of_requests + t_repeats * of_repeats) / np.sqrt(total))
+
+
+def passed_for(
+    sums: Float[np.ndarray, "*shape K"], ks: Int[np.ndarray, "K"], target: float
+) -> Float[np.ndarray, "*shape"]:
+    """Return the smallest k whose sum is at least `target` of the last; NaN if none, or that is 0.
+
+    Between two values of k the curve is taken for a straight line, and k is rounded up: on a grid
+    of all k the result is exact.
+
+    Args:
+      sums: a curve over k, summed over requests; its last entry is the total to capture.
+      ks: the values of k, increasing.
+      target: a share, in (0, 1].
+
+    Raises:
+      ValueError: the curve and `ks` differ in length.
+
+    >>> passed_for(np.array([5.0, 7.0, 8.0]), np.array([10, 20, 40]), 0.92)  # 7.36: 20 + 0.36 · 20
+    array(28.)
+    """
+    if sums.shape[-1] != len(ks):
+        raise ValueError(f"a curve of {sums.shape[-1]} values at {len(ks)} values of k")
+    share = ratio(sums, sums[..., -1:])
+    reached = share >= target
+    at = reached.argmax(axis=-1)
+    before = np.maximum(at - 1, 0)
+    above = np.take_along_axis(share, at[..., None], axis=-1)[..., 0]
+    below = np.take_along_axis(share, before[..., None], axis=-1)[..., 0]
+    # No line leads to the first k.
+    part = (target - below) / np.where(at == 0, 1.0, above - below)
+    between = np.maximum(np.ceil(ks[before] + part * (ks[at] - ks[before])), ks[before] + 1)
+    return np.where(reached.any(axis=-1), np.where(at == 0, ks[0], between), np.nan)

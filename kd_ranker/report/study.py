@@ -1,4 +1,4 @@
-"""The files that sweeps leave, read and joined to one study a dataset."""
+"""Read the files of sweeps and join them to one study per dataset."""
 
 import json
 import re
@@ -42,6 +42,7 @@ from kd_ranker.training.workdir import (
 
 # How many columns of a setting tables always show: mode, serving choice, weight.
 NAMED = 3
+_TABLE_RATE = "optimizer.table_learning_rate"
 
 
 class Study(NamedTuple):
@@ -54,13 +55,14 @@ class Study(NamedTuple):
       shown: m, the number of candidates that the config shows.
       passed: k, the number of candidates that the config passes.
       retrieved: N, the number that it retrieves.
-      costs: what takes the place of FLOPs in what is saved.
-      scored: candidates of a training request that a live teacher scores; 0 where it is logged.
+      costs: the costs that take the place of FLOPs in a saving.
+      scored: candidates of a training request that a live teacher scores; 0 if it is logged.
       rows: rows of `results.csv` of both splits, students of finite loss only, with `setting` (a
         label that is unique for `results.setting_columns`), `way` (the same for
-        `results.ways`), `repeat` (the same for `results.REPEAT`), `source` (which sweep)
-        and, under their names, the means over tasks of metrics that are `averaged`.
-      chosen: the setting that validation chose for each way, of those that were read on test.
+        `results.ways`), `repeat` (the same for `results.REPEAT`), `source` (the number of the
+        sweep), `plain` (False for variants of mode `none`) and, under their names, the means over
+        tasks of metrics that are `averaged`.
+      chosen: by way, the setting that validation chose, of those that were read on test.
       baselines: the setting or reference that each saving is counted against, see
         `saving.baselines`; without those that are not measured.
       tested: the rows of the chosen settings on the test split.
@@ -69,15 +71,15 @@ class Study(NamedTuple):
       references: the same of rankers without a model, on both splits.
       margin: a loss of users that counts as none, see `report.margin`.
       frozen: the rows of members whose loss stopped being finite.
-      varying: the columns of a setting that differ, beside mode, serving choice and weight.
-      calibration: `calibration.csv` with `source`; empty where there is none.
+      varying: the columns of a setting that differ, except mode, serving choice and weight.
+      calibration: `calibration.csv` with `source`; empty if there is none.
       losses: the columns source, member, step, kind (`user_loss`, `distill_loss`), loss.
-      allowed: what `data.allow` let pass of an own log's faults, in words.
+      allowed: faults of an own log that `data.allow` accepted, in words.
       configs: the text of each sweep's config by its folder.
-      environments: what each sweep ran with by its folder; one that was not recorded is missing.
-      missing: for a kind of file, which folders do not hold it.
-      kept: what each test request adds to the measures, by member and serve name, a source and a
-        cohort each, since cohorts may differ in the teacher; without the sources that lack it.
+      environments: the recorded environment of each sweep by its folder.
+      missing: for a kind of file, the folders without it, in words.
+      kept: the contribution of each test request to the measures, by member and serving choice,
+        for each source and cohort, since cohorts may differ in the teacher.
     """
 
     dataset: str
@@ -128,11 +130,11 @@ class Study(NamedTuple):
 
 
 def read_studies(workdirs: Sequence[Path]) -> list[Study]:
-    """Reads sweeps and joins those of the same dataset, in the order in which they are named.
+    """Read sweeps and join those of the same dataset, in the order of the arguments.
 
     Raises:
-      UserError: a folder is no sweep's; two sweeps of a dataset hold the same member, or differ in
-        more than in members and random seeds; or two titles are the same in the name of a file.
+      UserError: a folder is not a sweep's; two sweeps of a dataset have a member in common, or
+        differ in more than members and random seeds; or two titles give the same file name.
     """
     by_dataset: dict[str, list[Path]] = {}
     for workdir in workdirs:
@@ -140,8 +142,9 @@ def read_studies(workdirs: Sequence[Path]) -> list[Study]:
         by_dataset.setdefault(data.get("title") or data.name, []).append(workdir)
     studies = [_study(dataset, folders) for dataset, folders in by_dataset.items()]
     names = ["claims", *(study.file_name for study in studies)]
-    if again := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"two tables would both be called {min(again)}; choose another data.title")
+    if duplicates := {name for name in names if names.count(name) > 1}:
+        name = min(duplicates)
+        raise UserError(f"two tables would both be called {name}; choose another data.title")
     return studies
 
 
@@ -168,9 +171,8 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     tables = [
         _read_results(workdir).assign(source=source) for source, workdir in enumerate(workdirs)
     ]
-    tables = _with_own_values(tables, [configs[str(workdir)] for workdir in workdirs])
     joined = pd.concat(tables, ignore_index=True)
-    rows = _with_keys(joined, list(first.tasks))
+    rows = _labelled(joined, list(first.tasks))
     students, teachers, references = (
         rows[rows["role"] == role] for role in ("student", "teacher", "reference")
     )
@@ -180,7 +182,7 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     _check_distinct(students, workdirs)
     healthy = students[students["non_finite_step"].isna()]
     frozen = students[students["non_finite_step"].notna()]
-    calibration, no_calibration = _optional_tables(workdirs, results.CALIBRATION_FILE)
+    calibration, no_calibration = _calibration(workdirs)
     losses, no_losses = _losses(workdirs)
     of_requests, no_requests = _kept(workdirs)
     chosen = _chosen(healthy)
@@ -220,7 +222,7 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
 
 
 def _allowed(workdirs: Sequence[Path]) -> list[str]:
-    """Faults of the log that sweeps learned from: there is a dataset, so they were allowed."""
+    """Return faults of the log, which were allowed: there is a dataset."""
     reports = [read_data_report(workdir) for workdir in workdirs]
     found = [f"{name}: {text}" for report in reports if report for name, text in find(report)]
     return list(dict.fromkeys(found))
@@ -235,23 +237,22 @@ def _environments(workdirs: Sequence[Path]) -> dict[str, dict]:
 
 
 def _chosen(students: pd.DataFrame) -> dict[str, str]:
-    """The best setting of each way, of those that were read on the test split.
+    """Return the best setting of each way, of those that were read on the test split.
 
-    Each sweep has read there what its own validation chose; that of all of them decides.
+    Each sweep has read there the choices of its own validation; that of all sweeps decides.
     """
     tested = of_split(students, "test")["setting"].unique()
     return best_of_ways(students[students["setting"].isin(tested)])
 
 
 def _kept(workdirs: Sequence[Path]) -> tuple[list[tuple[int, Kept]], list[str]]:
-    """The sums of each test request, a source and a cohort each; and which folders lack them.
+    """Return the sums of each test request by source and cohort, and the folders without them.
 
     A single run has them in its workdir itself.
     """
     there, missing = [], []
     for source, workdir in enumerate(workdirs):
-        alone = workdir.glob(kept.FILE)
-        files = [*sorted(workdir.glob(f"{FOLDER}/*/{TEST}/{kept.FILE}")), *alone]
+        files = [*sorted(workdir.glob(f"{FOLDER}/*/{TEST}/{kept.FILE}")), *workdir.glob(kept.FILE)]
         parts = [kept.read(file.parent) for file in files]
         parts = [part for part in parts if (results.TEACHER, "user") in part.each]
         there += [(source, part) for part in parts]
@@ -264,8 +265,8 @@ def _read_results(workdir: Path) -> pd.DataFrame:
     table = results.read_csv(workdir / results.FILE)
     if missing := [name for name in results.ALWAYS if name not in table]:
         raise UserError(
-            f"{workdir / results.FILE} has no column {', '.join(missing)}, so it is of an older "
-            "release; run the sweep anew in another --workdir"
+            f"{workdir / results.FILE} has no column {', '.join(missing)}, so an older version "
+            "wrote it; run the sweep again in another --workdir"
         )
     return table
 
@@ -282,44 +283,13 @@ def _check_alike(configs: dict[str, ConfigDict]) -> None:
         ]
         if differing:
             raise UserError(
-                f"{first} and {other} are sweeps of one dataset under different configs, whose "
-                f"results cannot be joined; report them apart: {', '.join(differing)}"
+                f"{first} and {other} are sweeps of one dataset under different configs, so their "
+                f"results cannot be joined; report them separately: {', '.join(differing)}"
             )
 
 
-def _with_own_values(
-    tables: Sequence[pd.DataFrame], configs: Sequence[ConfigDict]
-) -> list[pd.DataFrame]:
-    """The tables with a column for each key that one of them has swept, or in which they differ.
-
-    A sweep has told what it has swept alone; of the other keys its students have its own value.
-    """
-    flat = [values_by_key(as_json(config)) for config in configs]
-    keys = [
-        key
-        for key in schema.setting_keys()
-        if not key.column
-        and (
-            any(key.title in table for table in tables)
-            or len({json.dumps(values.get(key.name)) for values in flat}) > 1
-        )
-    ]
-    told = []
-    for table, values in zip(tables, flat, strict=True):
-        students, distilled = table["role"] == "student", table["distill_loss"].notna()
-        own = {
-            key.title: pd.Series(results.cell_of(values.get(key.name)), table.index).where(
-                students & (distilled | (not key.of_distillation))
-            )
-            for key in keys
-            if key.title not in table
-        }
-        told.append(table.assign(**own))
-    return told
-
-
-def _with_keys(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
-    """The rows with every key column, `setting`, `repeat`, and the means over tasks."""
+def _labelled(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
+    """Return the rows with `setting`, `way`, `repeat`, `plain`, and the means over tasks."""
     # A single run's only member has no name.
     rows = rows.assign(member=rows["member"].astype(object).fillna(""))
     # A sweep's teachers and references count for its own students, and once per repeat.
@@ -335,14 +305,14 @@ def _with_keys(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
     students = rows[rows["role"] == "student"]
     varying = _varying(students)
     ways = results.ways(students)
-    telling = [column for column in varying if column in ways]
+    named = [column for column in varying if column in ways]
     choices = students.groupby("mode")["serve"].nunique()
     of_students = rows["role"] == "student"
     rows["setting"] = rows["way"] = rows["member"].where(~of_students, "")
     rows.loc[of_students, "setting"] = [
         _label(row, varying, choices[row["mode"]] > 1) for _, row in students.iterrows()
     ]
-    rows.loc[of_students, "way"] = [_way(row, telling) for _, row in ways.iterrows()]
+    rows.loc[of_students, "way"] = [_way(row, named) for _, row in ways.iterrows()]
     rows["repeat"] = [
         f"{seed:g}/{data_seed:g}"
         for seed, data_seed in zip(rows["seed"], rows["data_seed"], strict=True)
@@ -351,46 +321,61 @@ def _with_keys(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
 
 
 def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
-    """By mode and serving choice as they first occur, then by what is swept, then by repeat."""
+    """Return the rows by mode, plain mode `none` first, serving choice, keys, and repeat.
+
+    Modes and serving choices are in the order in which they first occur.
+    """
 
     def places(column: pd.Series) -> pd.Series:
         if column.name not in ("mode", "serve"):
             return column
         return column.map({value: place for place, value in enumerate(column.unique())})
 
-    keys = [*results.setting_columns(rows), *REPEAT]
-    return rows.sort_values(keys, key=places, kind="stable", na_position="first", ignore_index=True)
+    variants = (rows["mode"] == "none") & (rows[list(PLAIN)] != pd.Series(PLAIN)).any(axis=1)
+    rows = rows.assign(plain=~variants, variant=variants)
+    keys = ["mode", "variant", *results.setting_columns(rows)[1:], *REPEAT]
+    rows = rows.sort_values(keys, key=places, kind="stable", na_position="first")
+    return rows.drop(columns="variant").reset_index(drop=True)
 
 
 def _varying(students: pd.DataFrame) -> list[str]:
+    """Return the columns of a setting to name: those that differ, except `NAMED` ones.
+
+    A sweep of the learning rate scales the tables' rate with it, which is not worth a name.
+    """
     columns = results.setting_columns(students)
-    return [column for column in columns[NAMED:] if students[column].nunique() > 1]
+    varying = [column for column in columns[NAMED:] if students[column].nunique() > 1]
+    if _TABLE_RATE in varying:
+        ratio = students[_TABLE_RATE] / students["learning_rate"]
+        # The file has seven digits.
+        if ratio.max() - ratio.min() <= 1e-5 * ratio.max():
+            varying.remove(_TABLE_RATE)
+    return varying
 
 
 def _label(row: pd.Series, varying: list[str], serves: bool) -> str:
     parts = [f"{row['mode']} ({row['serve']})" if serves else str(row["mode"])]
-    distilled = pd.notna(row["distill_loss"])
-    if distilled:
+    if pd.notna(row["distill_loss"]):
         parts.append(f"weight {row['distill_weight']:g}")
-    return ", ".join([*parts, *told(row, varying)])
+    return ", ".join([*parts, *named_values(row, varying)])
 
 
 def _way(row: pd.Series, columns: list[str]) -> str:
-    """The label of the way of a row: its mode, and what differs of the keys that are not tuned."""
-    return ", ".join([str(row["mode"]), *told(row, columns)])
+    """Return the label of a row's way: its mode, and the keys that are not tuned and differ."""
+    return ", ".join([str(row["mode"]), *named_values(row, columns)])
 
 
-def told(row: pd.Series, columns: Sequence[str]) -> list[str]:
-    """The values of a row for people, each with its name; without unknown and `PLAIN` ones."""
+def named_values(row: pd.Series, columns: Sequence[str]) -> list[str]:
+    """Return the values of a row, each with its name; without unknown and `PLAIN` ones."""
     return [
-        f"{key_title(column)} {text_of(row[column])}".rstrip()
+        f"{key_title(column)} {value_text(row[column])}".rstrip()
         for column in columns
         if pd.notna(row[column]) and row[column] != PLAIN.get(column)
     ]
 
 
 def key_title(column: str) -> str:
-    """The name of a column of a setting where people read it.
+    """Return the name of a column of a setting for people.
 
     >>> key_title("distill_loss"), key_title("learning_rate"), key_title("student.width")
     ('loss', 'learning rate', 'width')
@@ -399,48 +384,45 @@ def key_title(column: str) -> str:
     return swept.get(column, column.removeprefix("distill_")).replace("_", " ")
 
 
-def text_of(value: object) -> str:
-    """A value of such a column for people; "" where there is none."""
+def value_text(value: object) -> str:
+    """Return a value of such a column for people; "" if there is none."""
     if isinstance(value, str):
         return value
     return "" if pd.isna(value) else f"{value:g}"  # type: ignore[call-overload]
 
 
 def _check_distinct(students: pd.DataFrame, workdirs: list[Path]) -> None:
-    twice = students[students.duplicated(["split", "setting", "repeat"], keep=False)]
-    if len(twice):
-        names = ", ".join(twice["member"].astype(str).unique())
-        folders = ", ".join(str(workdirs[source]) for source in sorted(twice["source"].unique()))
+    duplicates = students[students.duplicated(["split", "setting", "repeat"], keep=False)]
+    if len(duplicates):
+        names = ", ".join(duplicates["member"].astype(str).unique())
+        sources = sorted(duplicates["source"].unique())
+        folders = ", ".join(str(workdirs[source]) for source in sources)
         raise UserError(f"{folders}: these members occur more than once: {names}; leave one out")
 
 
-def _optional_tables(workdirs: list[Path], name: str) -> tuple[pd.DataFrame, list[str]]:
-    there = {
-        source: results.read_csv(workdir / name)
-        for source, workdir in enumerate(workdirs)
-        if (workdir / name).is_file()
-    }
-    missing = [
-        f"{workdir} holds no {name}"
-        for source, workdir in enumerate(workdirs)
-        if source not in there
-    ]
-    tables = [
-        table.assign(source=source, member=table["member"].astype(object).fillna(""))
-        for source, table in there.items()
-    ]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(), missing
+def _calibration(workdirs: list[Path]) -> tuple[pd.DataFrame, list[str]]:
+    """Return `calibration.csv` of all sweeps, and the folders without it."""
+    tables, missing = [pd.DataFrame()], []
+    for source, workdir in enumerate(workdirs):
+        path = workdir / results.CALIBRATION_FILE
+        if not path.is_file():
+            missing.append(f"{workdir} holds no {results.CALIBRATION_FILE}")
+            continue
+        table = results.read_csv(path)
+        names = table["member"].astype(object).fillna("")
+        tables.append(table.assign(source=source, member=names))
+    return pd.concat(tables, ignore_index=True), missing
 
 
 def _losses(workdirs: list[Path]) -> tuple[pd.DataFrame, list[str]]:
-    """The losses of `cohorts/*/metrics.jsonl`, one row a member, step and kind.
+    """Return the losses of `cohorts/*/metrics.jsonl`, one row per member, step and kind.
 
     A single run has them in `metrics.jsonl`, where its only member has no name.
     """
     entries, missing = [], []
     for source, workdir in enumerate(workdirs):
-        alone = workdir.glob(METRICS_FILE)
-        paths = [*sorted(workdir.glob(f"{FOLDER}/*/{METRICS_FILE}")), *alone]
+        in_cohorts = sorted(workdir.glob(f"{FOLDER}/*/{METRICS_FILE}"))
+        paths = [*in_cohorts, *workdir.glob(METRICS_FILE)]
         if not paths:
             missing.append(f"{workdir} holds no {FOLDER}/*/{METRICS_FILE}")
         for path in paths:

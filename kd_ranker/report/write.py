@@ -1,80 +1,82 @@
-"""Writes a report: tables, figures and the page."""
+"""Write a report: tables, figures, and one page that needs no network."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
-from markupsafe import escape
+import vl_convert
+from markupsafe import Markup, escape
 
-from kd_ranker.report import charts
-from kd_ranker.report.answer import answer
+from kd_ranker.report import charts, tables
+from kd_ranker.report.answer import Answer, answer
 from kd_ranker.report.claims import claims
-from kd_ranker.report.comparison import comparison
 from kd_ranker.report.estimates import Estimates
-from kd_ranker.report.figures import figures
-from kd_ranker.report.page import Section, page
+from kd_ranker.report.figures import Figure, figures
 from kd_ranker.report.study import Study, read_studies
-from kd_ranker.report.tables import (
-    Table,
-    claims_table,
-    cost_table,
-    difference_table,
-    latex,
-    main_table,
-    markdown,
-    saving_table,
-    tuning_table,
-)
+from kd_ranker.report.tables import Table
+from kd_ranker.requests.templates import templates_of
 from kd_ranker.training.workdir import write_atomically
 
 PAGE, TABLES, FIGURES = "report.html", "tables", "figures"
+# The part of Vega's bundle that page.js uses.
+_GLOBALS = "window.vegaEmbed = vegaEmbed;"
+
+
+class Section(NamedTuple):
+    """The part of the page about one dataset."""
+
+    study: Study
+    answer: Answer
+    figures: list[Figure]
+    claims: Table
+    tables: list[Table]
 
 
 def write_report(
     workdirs: Sequence[Path], output: Path, names: Mapping[str, str] | None = None
 ) -> list[str]:
-    """Writes `report.html`, `tables/` and `figures/` below `output`.
+    """Write `report.html`, `tables/` and `figures/` below `output`.
 
     Args:
       workdirs: of sweeps; those of the same dataset are joined.
       output: a folder.
-      names: what the page calls the workdirs, by their paths; None calls them by these.
+      names: by path, the names of workdirs on the page; None takes the paths.
 
     Returns:
-      The answer to each dataset: a sentence, and a line on what was allowed of its faults.
+      The answer to each dataset, and a line on faults of its data that were allowed.
     """
     estimates = [Estimates(study) for study in read_studies(workdirs)]
-    of_claims = [claims(of.study, of) for of in estimates]
+    verdicts = [claims(of.study, of) for of in estimates]
     sections = [
         _write_study(of.study, of, tested, output)
-        for of, tested in zip(estimates, of_claims, strict=True)
+        for of, tested in zip(estimates, verdicts, strict=True)
     ]
-    _write_csv(output / TABLES / "claims.csv", pd.concat(of_claims))
-    write_atomically(
-        output / TABLES / "claims.md", "\n".join(markdown(section.claims) for section in sections)
-    )
+    _write_csv(output / TABLES / "claims.csv", pd.concat(verdicts))
+    texts = [section.claims.markdown() for section in sections]
+    write_atomically(output / TABLES / "claims.md", "\n".join(texts))
     html = page(sections)
     for path, name in (names or {}).items():
         html = html.replace(path, escape(name))
     write_atomically(output / PAGE, html)
-    return [section.answer.told for section in sections]
+    return [section.answer.text for section in sections]
 
 
 def _write_study(study: Study, estimates: Estimates, tested: pd.DataFrame, output: Path) -> Section:
     name = study.file_name
-    numbers = comparison(study, estimates)
-    tables: dict[str, Table | None] = {
-        name: main_table(study, estimates, numbers),
-        f"{name}-difference": difference_table(study, numbers),
-        f"{name}-saving": saving_table(study, estimates),
-        f"{name}-cost": cost_table(study, estimates),
-        f"{name}-tuning": tuning_table(study),
+    numbers = tables.comparison(study, estimates)
+    written = {
+        name: tables.main_table(study, estimates, numbers),
+        f"{name}-difference": tables.difference_table(study, numbers),
+        f"{name}-saving": tables.saving_table(study, estimates),
+        f"{name}-cost": tables.cost_table(study, estimates),
+        f"{name}-tuning": tables.tuning_table(study),
     }
     _write_csv(output / TABLES / f"{name}.csv", numbers)
-    for file, table in tables.items():
+    for file, table in written.items():
         if table:
-            write_atomically(output / TABLES / f"{file}.md", markdown(table))
-            write_atomically(output / TABLES / f"{file}.tex", latex(table))
+            write_atomically(output / TABLES / f"{file}.md", table.markdown())
+            write_atomically(output / TABLES / f"{file}.tex", table.latex())
     drawn = figures(study, estimates)
     for figure in drawn:
         if len(figure.data):
@@ -84,10 +86,25 @@ def _write_study(study: Study, estimates: Estimates, tested: pd.DataFrame, outpu
         study=study,
         answer=answer(study, estimates),
         figures=drawn,
-        claims=claims_table(study.dataset, tested),
-        tables=[table for table in tables.values() if table],
+        claims=tables.claims_table(study.dataset, tested),
+        tables=[table for table in written.values() if table],
     )
 
 
 def _write_csv(path: Path, frame: pd.DataFrame) -> None:
     write_atomically(path, frame.to_csv(index=False, lineterminator="\n", float_format="%.7g"))
+
+
+def page(sections: Sequence[Section]) -> str:
+    """Return the page's HTML, with Vega, the figures' data, styles and scripts inside."""
+    panels = {
+        (section.study.dataset, figure.name): [
+            Markup(panel) for panel in charts.page_panels(figure)
+        ]
+        for section in sections
+        for figure in section.figures
+        if len(figure.data)
+    }
+    template = templates_of("kd_ranker.report").get_template("page.html")
+    vega = Markup(vl_convert.javascript_bundle(_GLOBALS))
+    return template.render(sections=sections, panels=panels, vega=vega, zip=zip)

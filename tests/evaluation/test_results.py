@@ -3,6 +3,7 @@ import math
 import pandas as pd
 import pytest
 
+from kd_ranker.config import schema
 from kd_ranker.configs import cascade
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.cost import FLOPS, Costs
@@ -15,6 +16,7 @@ def test_the_columns_are_the_contracts_in_its_order():
     assert results.columns(TASKS, ReportAt((10, 50), (0.99, 0.995))) == [
         "dataset", "split", "role", "mode", "distill_loss", "distill_weight", "temperature",
         "learning_rate", "user_loss", "unshown_weight", "serve", "seed", "data_seed", "step",
+        *results.OTHER_KEYS,
         "user_bce/watch", "user_bce/like", "user_auc/watch", "user_auc/like",
         "user_calibration/watch", "user_calibration/like", "teacher_bce/watch", "teacher_bce/like",
         "teacher_kl/watch", "teacher_kl/like", "teacher_kl_shown/watch", "teacher_kl_shown/like",
@@ -33,6 +35,13 @@ def test_the_columns_are_the_contracts_in_its_order():
         "saving_over_incumbent", "unseen_users", "unseen_items",
         "non_finite_step", "member",
     ]  # fmt: skip
+
+
+def test_every_key_that_a_sweep_may_vary_has_a_column():
+    columns = results.columns(TASKS, ReportAt())
+    assert {"train.steps", "student.width", "teacher.stage"} <= set(results.OTHER_KEYS)
+    assert {key.title for key in schema.sweepable()} <= set(columns)
+    assert len(set(columns)) == len(columns)
 
 
 def test_unknown_numbers_are_empty_and_the_others_keep_their_form(tmp_path):
@@ -61,8 +70,6 @@ def test_a_row_tells_the_loss_with_what_it_learns_from():
     assert results.made_of(config)["distill_loss"] == "topk:stage+bce"
     config.distill.mode = "none"
     assert results.made_of(config)["distill_loss"] is None
-    config.sweep.axes.teacher.signal = ("logged", "stage")
-    assert results.swept_columns(config) == []
     config.distill.mode, config.distill.loss, config.distill.terms = "aux", "topk:stage", ()
     config.teacher.signal = "logged"
     assert results.made_of(config)["distill_loss"] == "topk:stage"
@@ -76,8 +83,6 @@ def test_a_row_tells_the_loss_on_user_labels_whether_swept_or_not(mode):
     config.train.user_loss, config.train.unshown_weight = "softmax", 0.3
     told = {"user_loss": "softmax", "unshown_weight": 0.3}
     assert told.items() <= results.made_of(config).items()
-    config.sweep.axes.train.unshown_weight = (0.0, 0.3)
-    assert results.swept_columns(config) == []
     assert told.keys() <= {*results.ALWAYS}
 
 

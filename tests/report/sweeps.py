@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from ml_collections import ConfigDict
 
 from kd_ranker.configs import cascade
 from kd_ranker.evaluation import kept, results
@@ -70,14 +71,14 @@ def write_sweep(
     of_truth += ["true_value_for_95", "true_value_for_99"]
     unknown = {} if true_values else dict.fromkeys(of_truth, math.nan)
     columns = results.columns(TASKS, ReportAt(REPORT_AT, TARGETS))
-    teacher = _teacher(dataset, retrieved) | unknown
+    teacher, others = _teacher(dataset, retrieved) | unknown, _other_keys(config)
     rows, losses = {("teacher", "user"): teacher}, {}
     for seed, mode in itertools.product(seeds, modes):
         for weight in (0.0,) if mode == "none" else weights:
             member = f"{mode}-weight{weight}-seed{seed}"
             for serve in SERVES[mode]:
                 row, _ = _student(dataset, mode, weight, serve, seed, gain, retrieved)
-                row = row | unknown | {"member": member}
+                row = others | row | unknown | {"member": member}
                 rows[member, serve] = _frozen(row) if member in frozen else row
             losses[member] = _losses(mode, weight, seed)
     chosen = results.chosen(pd.DataFrame(list(rows.values())).reindex(columns=columns))
@@ -91,7 +92,7 @@ def write_sweep(
     for member, serve in [who for who in rows if who[1] in chosen.get(who[0], ())]:
         keys = (rows[member, serve][name] for name in ("mode", "distill_weight", "serve", "seed"))
         row, curve = _student(dataset, *keys, gain, retrieved, "test")
-        tested[member, serve] = row | unknown | {"member": member}
+        tested[member, serve] = others | row | unknown | {"member": member}
         if not true_values:
             curve["true_value_captured"] = math.nan
         curves.append(curve.assign(member=member, serve=serve))
@@ -132,6 +133,12 @@ def write_sweep(
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return workdir
+
+
+def _other_keys(config: ConfigDict) -> dict:
+    """The values of the keys that these students do not vary."""
+    made_of = results.made_of(config)
+    return {name: results.cell_of(made_of[name]) for name in results.OTHER_KEYS}
 
 
 def change(workdir: Path, change_rows) -> Path:
@@ -319,6 +326,7 @@ def _frozen(row: dict) -> dict:
     )
     known += ("distill_weight", "temperature", "learning_rate", "user_loss", "unshown_weight")
     known += ("flops_per_candidate", "cost_ratio")
+    known += results.OTHER_KEYS
     return {name: row[name] for name in known} | {"step": 1500, "non_finite_step": 700}
 
 
@@ -380,7 +388,10 @@ def write_rows(
         "true_value_for": "true_value_for_99", "coverage": f"coverage@{passed}",
         "covered": f"covered_user_value@{passed}",
     }  # fmt: skip
-    full = []
+    config = cascade()
+    config.data.name, config.tasks = "d", ("watch",)
+    config.funnel.retrieved, config.funnel.passed = retrieved, passed
+    others, full = _other_keys(config), []
     on_splits = [
         {"split": split, **row, **(row.get("test", {}) if split == "test" else {})}
         for split in SPLITS
@@ -399,17 +410,16 @@ def write_rows(
             "teacher_kl/watch": 0.1, "passed_for_99": 100.0, "flops_per_candidate": 10.0,
             "candidates": float(retrieved),
         }  # fmt: skip
-        line = default | {
-            short.get(name, name): value for name, value in row.items() if name != "test"
-        }
+        line = (
+            (others if mode else dict.fromkeys(others))
+            | default
+            | {short.get(name, name): value for name, value in row.items() if name != "test"}
+        )
         line["teacher_bce/watch"] = line["teacher_kl/watch"] + 0.4
         line.setdefault("scored_for_99", np.minimum(line["passed_for_99"], line["candidates"]))
         line.setdefault("cost_ratio", line["flops_per_candidate"] / TEACHER_FLOPS)
         line.setdefault("member", f"{mode}-weight{line['distill_weight']}-seed{line['seed']}")
         full.append(line)
-    config = cascade()
-    config.data.name, config.tasks = "d", ("watch",)
-    config.funnel.retrieved, config.funnel.passed = retrieved, passed
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(config.to_json())
     pd.DataFrame(full).to_csv(workdir / results.FILE, index=False)

@@ -77,9 +77,9 @@ def test_where_requests_were_kept_the_answer_says_that_intervals_cover_them(tmp_
         (0, 1): "the test requests and 2 repeats;",
         (0,): "the test requests, and not the seeds, of which there is one;",
     }
-    for seeds, told in covered.items():
+    for seeds, text in covered.items():
         (study,) = read_studies([sweeps.write_sweep(tmp_path / str(len(seeds)), seeds=seeds)])
-        assert f"Intervals cover {told}" in answer(study, Estimates(study)).caveats[1]
+        assert f"Intervals cover {text}" in answer(study, Estimates(study)).caveats[1]
 
 
 INCUMBENT = sweeps.reference_row("incumbent", 600)
@@ -154,22 +154,20 @@ def test_a_list_may_be_the_best_without_scores(tmp_path):
     assert "against today's early ranker, taken as free it saves 46%" in given.sentence
 
 
-def test_without_a_student_of_mode_none_the_incumbent_is_compared(tmp_path):
-    given = answered(tmp_path, {("shared", 1.0): [300, 302]}, references=[INCUMBENT])
+@pytest.mark.parametrize(
+    ("reference", "rest"),
+    [
+        (INCUMBENT, "today's early ranker. On validation, no other ranker without the final "
+         "ranker's scores needs fewer. "),
+        (sweeps.reference_row("pass_rate", 600), "the best early ranker that needs no scores of "
+         "the final ranker, “pass_rate”, a list of items without a user. With the scores"),
+    ],
+)  # fmt: skip
+def test_without_a_student_of_mode_none_a_reference_is_compared(tmp_path, reference, rest):
+    given = answered(tmp_path, {("shared", 1.0): [300, 302]}, references=[reference])
     assert given.sentence.startswith(
         "d: For 99% of the final value the final ranker needs 600 candidates per request with "
-        "today's early ranker. On validation, no other ranker without the final ranker's scores "
-        "needs fewer."
-    )
-
-
-def test_only_a_list_without_scores_is_named_as_such(tmp_path):
-    of_list = sweeps.reference_row("pass_rate", 600)
-    given = answered(tmp_path, {("shared", 1.0): [300, 302]}, references=[of_list])
-    assert given.sentence.startswith(
-        "d: For 99% of the final value the final ranker needs 600 candidates per request with the "
-        "best early ranker that needs no scores of the final ranker, “pass_rate”, a list of items "
-        "without a user. With the scores"
+        + rest
     )
 
 
@@ -256,7 +254,7 @@ def test_a_passed_for_99_that_is_unknown_everywhere_is_named(tmp_path):
     rows = {("none", 0.0): [math.nan] * 2, ("shared", 1.0): [math.nan] * 2}
     given = answered(tmp_path, rows)
     assert given.sentence == (
-        "d: it cannot be said what the final ranker's scores save: passed_for_99 is unknown for "
+        "d: the saving from the final ranker's scores is unknown: passed_for_99 is unknown for "
         "every student, since no test or validation request holds a value of the final ranker; "
         "check data.teacher and value_weights."
     )
@@ -296,7 +294,7 @@ def test_one_repeat_cannot_tell_whether_users_pay(tmp_path):
     """Though the test requests show that fewer need passing."""
     (study,) = read_studies([sweeps.write_sweep(tmp_path, seeds=(0,))])
     sentence = answer(study, Estimates(study)).sentence
-    assert sentence.endswith(" One repeat cannot tell whether users pay for the saving.")
+    assert sentence.endswith(" One repeat cannot show whether users pay for the saving.")
 
 
 def test_an_interval_that_includes_0_shows_no_saving(tmp_path):
@@ -351,20 +349,16 @@ def test_without_a_teacher_nothing_is_said_of_compute(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("shared", "told"),
+    ("shared", "change"),
     [
         ([0.71, 0.80, 0.61], "falls, from 0.8000 to 0.7067 (difference −0.1"),
         ([0.80, 0.91, 0.69], "shows no difference, from 0.8000 to 0.8000 (difference −0.0"),
     ],
 )
-def test_users_who_have_less_are_told_in_the_same_sentence(tmp_path, shared, told):
-    given = answered(
-        tmp_path,
-        {("none", 0.0): [400, 420, 440], ("shared", 1.0): [300, 322, 338]},
-        users={"none": [0.8, 0.9, 0.7], "shared": shared},
-    )
+def test_the_same_sentence_has_the_loss_of_users(tmp_path, shared, change):
+    given = answered(tmp_path, STUDENTS, users={"none": [0.8, 0.9, 0.7], "shared": shared})
     assert "saves 19%" in given.sentence
-    assert f"For users: the true value@30 {told}" in given.sentence
+    assert f"For users: the true value@30 {change}" in given.sentence
 
 
 def test_of_several_sizes_the_cheapest_funnel_is_named(tmp_path):
@@ -458,11 +452,11 @@ def test_a_log_that_knows_no_truth_has_the_plan_of_a_live_test(tmp_path):
     (study,) = read_studies([sweeps.write_sweep(tmp_path, true_values=False)])
     estimates = Estimates(study)
     needed = estimates.live_test(best_with_scores(study), study.baseline, 0.002)
-    told = answer(study, estimates).sentence.partition("By the labels of the log")[2]
+    plan = answer(study, estimates).sentence.partition("By the labels of the log")[2]
     ab, interleaved = re.search(
         r"To see a change of 0.2%, an A/B test needs about ([\d,]+) requests, an interleaved test "
         r"at most ([\d,]+)\.$",
-        told,
+        plan,
     ).groups()
     # Two digits: the plan is rough.
     for text, number in ((ab, needed.ab), (interleaved, needed.interleaved)):

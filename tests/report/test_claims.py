@@ -52,50 +52,34 @@ def test_a_verdict_follows_from_the_interval(low, high, n, side, expected):
 
 
 @pytest.mark.parametrize(
-    ("ratios", "expected"),
+    ("ratios", "expected", "remark"),
     [
-        ([0.20, 0.21, 0.19], "holds"),
-        ([0.30, 0.31, 0.32], "does not hold"),
-        ([0.20, 0.30, 0.24], "undecided"),
-        ([0.20], "undecided"),
-        ([math.nan, math.nan], "not measured"),
+        ([0.20, 0.21, 0.19], "holds", ""),
+        ([0.30, 0.31, 0.32], "does not hold", ""),
+        ([0.20, 0.30, 0.24], "undecided", ""),
+        ([0.20], "undecided", "one repeat gives no interval"),
+        # A student that is better than its teacher is not misaligned.
+        ([-0.3, -0.32, -0.31], "does not hold", "better than this teacher"),
+        # The ratio of an exact copy of the teacher is 0 over 0.
+        ([math.nan, math.nan], "not measured", "agrees with the teacher"),
     ],
 )
-def test_a_misalignment_without_distillation(tmp_path, ratios, expected):
+def test_a_misalignment_without_distillation(tmp_path, ratios, expected, remark):
     frame = claims_on(tmp_path, ({"mode": "none"}, {"alignment": ratios}))
     line, of_bce = of(frame, "a")
     assert (of_bce["measure"], of_bce["verdict"]) == ("alignment_ratio_bce", "not measured")
-    assert line["verdict"] == expected
-    assert line["threshold"] == 0.25
+    assert (line["verdict"], line["threshold"]) == (expected, 0.25)
+    assert remark in line["remark"]
+    assert bool(remark) == bool(line["remark"])
     known = [ratio for ratio in ratios if not math.isnan(ratio)]
     assert (line["mean"], line["low"], line["high"], line["n"]) == pytest.approx(
         interval(np.array(known))[:4], nan_ok=True
     )
 
 
-def test_a_a_student_that_is_better_than_its_teacher_does_not_hold(tmp_path):
-    frame = claims_on(tmp_path, ({"mode": "none"}, {"alignment": [-0.3, -0.32, -0.31]}))
-    line, _ = of(frame, "a")
-    assert line["verdict"] == "does not hold"
-    assert "better than this teacher" in line["remark"]
-
-
-def test_a_an_exact_copy_of_the_teacher_has_no_misalignment(tmp_path):
-    """Its ratio is 0 over 0: nobody can say that it strays and costs little."""
-    frame = claims_on(tmp_path, ({"mode": "none"}, {"alignment": [math.nan] * 3, "kl": [0.0] * 3}))
-    line, _ = of(frame, "a")
-    assert line["verdict"] == "not measured"
-    assert "agrees with the teacher" in line["remark"]
-
-
-def test_a_the_posts_number_stands_beside_it(tmp_path):
-    frame = claims_on(
-        tmp_path,
-        (
-            {"mode": "none"},
-            {"alignment": [0.9, 0.91, 0.92], "alignment_ratio_bce": [0.1, 0.11, 0.12]},
-        ),
-    )
+def test_a_also_has_the_ratio_of_the_post(tmp_path):
+    ratios = {"alignment": [0.9, 0.91, 0.92], "alignment_ratio_bce": [0.1, 0.11, 0.12]}
+    frame = claims_on(tmp_path, ({"mode": "none"}, ratios))
     assert [(line["measure"], line["verdict"]) for line in of(frame, "a")] == [
         ("alignment_ratio", "does not hold"), ("alignment_ratio_bce", "holds"),
     ]  # fmt: skip
@@ -105,13 +89,13 @@ def test_a_the_posts_number_stands_beside_it(tmp_path):
     ("of_none", "of_teacher", "expected"),
     [
         ([0.70, 0.71, 0.69], 0.8, "holds"),
-        # A constant, and one of which the interval includes 0.5.
+        # A constant, and one whose interval includes 0.5.
         ([0.5, 0.5, 0.5], 0.8, "does not hold"),
         ([0.50, 0.56, 0.52], 0.8, "does not hold"),
         ([0.70, 0.71, 0.69], 0.49, "does not hold"),
     ],
 )
-def test_a_a_ranker_that_predicts_users_by_chance_shows_no_misalignment(
+def test_a_does_not_hold_for_a_ranker_that_predicts_users_by_chance(
     tmp_path, of_none, of_teacher, expected
 ):
     rows = [
@@ -145,41 +129,23 @@ def test_b_each_mode_against_the_best_without_scores_as_validation_chose(tmp_pat
     assert shared["verdict"] == "does not hold"
 
 
-def test_b_to_g_are_against_a_list_where_that_is_the_best_without_scores(tmp_path):
-    frame = claims_on(
-        tmp_path,
+@pytest.mark.parametrize("name", ["show_rate", "top_rate", "static_list"])
+def test_b_to_g_are_against_a_list_where_that_is_better(tmp_path, name):
+    """Also against one that needs scores, though it is no ranker without scores."""
+    settings = (
         ({"mode": "none"}, {"tau": [0.2, 0.2], "passed": [400, 401], "survival": [0.6, 0.6]}),
         ({"mode": "shared"}, {"tau": [0.3, 0.3], "passed": [300, 301], "survival": [0.7, 0.7]}),
-        references=[sweeps.reference_row("show_rate", 250, tau=0.35, survival=0.75)],
-    )
-    expected = {
-        "teacher_tau": -0.05, "survival@30": -0.05, "passed_for_99": 50.5,
-        # 2000 · 10 + 300.5 · 200 FLOPs against 250 · 200.
-        "funnel_cost_saving": 1 - (20_000 + 300.5 * 200) / 50_000,
-    }  # fmt: skip
-    lines = frame[frame["setting"] == "shared, weight 1"].set_index("measure")
-    for measure, mean in expected.items():
-        assert set(lines.loc[[measure], "verdict"]) == {"does not hold"}
-        assert lines.loc[[measure], "mean"].to_numpy() == pytest.approx(mean)
-
-
-@pytest.mark.parametrize("name", ["top_rate", "static_list"])
-def test_b_to_g_are_against_a_list_that_needs_scores_where_it_is_better(tmp_path, name):
-    """A student has to beat it, though it is no ranker without scores."""
-    settings = (
-        ({"mode": "none"}, {"tau": [0.2, 0.2], "passed": [400, 401]}),
-        ({"mode": "shared"}, {"tau": [0.3, 0.3], "passed": [300, 301]}),
     )
     better, worse = (
         claims_on(
             tmp_path / str(passed), *settings,
-            references=[sweeps.reference_row(name, passed, tau=0.35)],
+            references=[sweeps.reference_row(name, passed, tau=0.35, survival=0.75)],
         )
         for passed in (250, 401)
     )  # fmt: skip
     lines = better[better["setting"] == "shared, weight 1"].set_index("measure")
     for measure, mean in (
-        ("teacher_tau", -0.05), ("passed_for_99", 50.5),
+        ("teacher_tau", -0.05), ("survival@30", -0.05), ("passed_for_99", 50.5),
         # 2000 · 10 + 300.5 · 200 FLOPs against 250 · 200.
         ("funnel_cost_saving", 1 - (20_000 + 300.5 * 200) / 50_000),
     ):  # fmt: skip
@@ -331,9 +297,9 @@ def test_f_labels_cannot_compare_with_todays_ranker(tmp_path):
         references=[sweeps.reference_row("incumbent", 350, covered=0.1, coverage=0.9)],
     )
     (line,) = of(frame, "f", "aux")
-    assert (line["verdict"], line["remark"]) == (
-        "not measured", "the log cannot say: too little coverage",
-    )  # fmt: skip
+    assert line["verdict"] == "not measured"
+    left_out = "no label is known of what today's early ranker left out"
+    assert line["remark"] == f"the log cannot say: {left_out}"
 
 
 @pytest.mark.parametrize(

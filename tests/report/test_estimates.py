@@ -9,9 +9,14 @@ from kd_ranker.evaluation import kept
 from kd_ranker.evaluation.kept import Kept
 from kd_ranker.evaluation.totals import Each
 from kd_ranker.report import estimates
-from kd_ranker.report.bootstrap import Measured, crossed_interval, request_counts
 from kd_ranker.report.estimates import Estimates
-from kd_ranker.report.intervals import EQUIVALENCE_CONFIDENCE, interval
+from kd_ranker.report.intervals import (
+    EQUIVALENCE_CONFIDENCE,
+    Measured,
+    crossed_interval,
+    interval,
+    request_counts,
+)
 from kd_ranker.report.study import read_studies
 from tests.report import sweeps
 

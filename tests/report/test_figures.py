@@ -11,12 +11,6 @@ from tests.report import sweeps
 CURVES = ["frontier", "value_captured", "true_value_captured", "survival"]
 
 
-@pytest.fixture(scope="module")
-def estimates(tmp_path_factory):
-    (study,) = read_studies([sweeps.write_sweep(tmp_path_factory.mktemp("sweep"))])
-    return Estimates(study)
-
-
 def drawn(make, estimates):
     return make(estimates.study, estimates)
 

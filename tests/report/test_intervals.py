@@ -1,3 +1,5 @@
+"""Intervals by hand, against SciPy, and the share of them that contain the truth."""
+
 import math
 
 import numpy as np
@@ -8,10 +10,18 @@ from scipy import stats
 from kd_ranker.report.intervals import (
     EQUIVALENCE_CONFIDENCE,
     Interval,
+    Measured,
+    combined,
+    crossed_interval,
     difference,
+    equivalence,
     interval,
-    verdict,
+    measured,
+    passed_for,
+    request_counts,
+    resampled_sums,
 )
+from tests import small
 
 
 def test_the_interval_is_scipys():
@@ -67,12 +77,12 @@ def test_a_difference_is_equivalent_if_its_narrower_interval_is_inside_the_margi
     ends, inner, expected
 ):
     wide, narrow = (Interval((low + high) / 2, low, high, 3) for low, high in (ends, inner))
-    assert verdict(wide, narrow, margin=0.1) == expected
+    assert equivalence(wide, narrow, margin=0.1) == expected
 
 
 def test_no_difference_is_equivalent_within_no_margin():
     nothing = Interval(0.0, 0.0, 0.0, 3)
-    assert verdict(nothing, nothing, margin=0.0) == "undecided"
+    assert equivalence(nothing, nothing, margin=0.0) == "undecided"
 
 
 def test_equivalence_is_that_of_two_one_sided_t_tests():
@@ -82,7 +92,236 @@ def test_equivalence_is_that_of_two_one_sided_t_tests():
         values = generator.normal(0, 0.6, 8)
         above = stats.ttest_1samp(values, -margin, alternative="greater").pvalue
         below = stats.ttest_1samp(values, margin, alternative="less").pvalue
-        both = verdict(interval(values), interval(values, EQUIVALENCE_CONFIDENCE), margin)
+        both = equivalence(interval(values), interval(values, EQUIVALENCE_CONFIDENCE), margin)
         assert (both == "equivalent") == (max(above, below) < 0.05)
         found.append(both)
     assert {"equivalent", "undecided"} <= set(found)
+
+
+def share(sums):
+    """The ratio of two sums, the last axis."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return sums[..., 0] / sums[..., 1]
+
+
+def of_setting(generator, repeats, requests):
+    """Per-request sums [R, N, 2] of a share, with a part of each repeat, request and both."""
+    weight = generator.gamma(2, 1, requests)
+    effect = (
+        generator.normal(0, 0.1, (repeats, 1))
+        + generator.normal(0, 1, requests)
+        + generator.normal(0, 1, (repeats, requests))
+    )
+    return np.stack([weight * effect, np.broadcast_to(weight, effect.shape)], axis=-1)
+
+
+def test_sums_of_a_draw_are_those_of_its_requests_one_by_one():
+    generator = np.random.default_rng(0)
+    values = generator.normal(0, 1, (3, 5, 4, 2))
+    counts = request_counts(5, draws=7)
+    sums = resampled_sums(values, counts)
+    for draw, of_draw in zip(counts, sums, strict=True):
+        drawn = np.repeat(np.arange(5), draw)
+        np.testing.assert_allclose(of_draw, values[:, drawn].sum(axis=1), atol=1e-12)
+
+
+def test_each_draw_has_as_many_requests_as_there_are_and_depends_on_the_seed_alone():
+    counts = request_counts(50, draws=200, seed=3)
+    assert (counts.sum(axis=1) == 50).all()
+    np.testing.assert_array_equal(counts, request_counts(50, draws=200, seed=3))
+    assert (counts != request_counts(50, draws=200, seed=4)).any()
+    # With replacement: a request's count varies by 1 − 1/N, and its mean is 1.
+    assert counts.mean(axis=0) == pytest.approx(np.ones(50), abs=0.3)
+    assert counts.var() == pytest.approx(0.98, rel=0.05)
+
+
+def test_a_crossed_interval_worked_by_hand():
+    # N = 3, so N/(N − 1) = 1.5. Both repeats move alike: B = 1.5 · 1, S = 2 / 2.
+    alike = Measured((0, 1), np.array([1.0, 3]), np.array([[0.0, 2], [2, 4], [1, 3]]), 3)
+    half = (4.30265 * 1.5 + 12.7062 * 1) / math.sqrt(2.5)
+    assert crossed_interval(alike)[:4] == pytest.approx((2, 2 - half, 2 + half, 2), rel=1e-5)
+    # They move against each other: B = 0, and S contains all of the variance.
+    apart = alike._replace(drawn=np.array([[0.0, 4], [2, 2], [1, 3]]))
+    assert crossed_interval(apart).high == pytest.approx(2 + 12.7062, rel=1e-5)
+    # Repeats that happen to agree: Cov = 0.5, so B = 0.75, and S = 0.
+    agree = Measured((0, 1), np.array([2.0, 2]), np.array([[0.0, 1], [2, 2], [1, 3]]), 3)
+    assert crossed_interval(agree).high == pytest.approx(2 + 4.30265 * 0.75**0.5, rel=1e-5)
+    # At 90%, with the points of that.
+    half = (2.91999 * 1.5 + 6.31375 * 1) / math.sqrt(2.5)
+    assert crossed_interval(alike, 0.9).high == pytest.approx(2 + half, rel=1e-5)
+
+
+def test_a_crossed_interval_is_that_of_a_two_way_analysis_of_variance():
+    repeats, requests = 3, 40
+    generator = np.random.default_rng(1)
+    values = generator.normal(0, 1, (repeats, requests)) + generator.normal(0, 1, requests)
+    values += np.array([[0.0], [0.2], [0.3]])
+    ours = measured(values, request_counts(requests, 20_000), lambda sums: sums / requests)
+    rows = values.mean(axis=1, keepdims=True)
+    columns = values.mean(axis=0, keepdims=True)
+    residual = values - rows - columns + values.mean()
+    of_both = (residual**2).sum() / ((repeats - 1) * (requests - 1))
+    # E(mean square of requests) = R · Var(b) + Var(c), of repeats N · Var(a) + Var(c).
+    shared = (columns.var(ddof=1) * repeats - of_both) / (repeats * requests)
+    parts = np.array([shared, rows.var(ddof=1) / repeats])
+    points = stats.t.ppf(0.975, [requests - 1, repeats - 1])
+    half = points @ parts / math.sqrt(parts.sum())
+    found = crossed_interval(ours)
+    assert shared > 0
+    assert found.mean == pytest.approx(values.mean())
+    assert found.high - found.mean == pytest.approx(half, rel=0.01)
+    assert found.covers == "both"
+
+
+def test_one_repeat_gives_the_interval_of_its_requests_and_says_so():
+    values = np.random.default_rng(2).normal(1, 2, (1, 300))
+    found = crossed_interval(measured(values, request_counts(300, 20_000), lambda sums: sums / 300))
+    theirs = stats.ttest_1samp(values[0], 0).confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
+    assert (found.n, found.covers) == (1, "requests")
+
+
+def test_a_difference_is_paired_over_the_repeats_that_both_have():
+    generator = np.random.default_rng(3)
+    counts = request_counts(60, draws=100)
+    values = of_setting(generator, 3, 60)
+    one = measured(values, counts, share, ["a", "b", "c"])
+    other = measured(values[[2, 0]], counts, share, ["c", "a"])
+    gap = combined(np.subtract, one, other)
+    assert gap.repeats == ("a", "c")
+    # The same sums, so that nothing is left of what chance does to them.
+    assert crossed_interval(gap) == pytest.approx((0, 0, 0, 2, "both"), abs=1e-12)
+    assert crossed_interval(one).high > crossed_interval(one).low + 0.1
+
+
+def test_settings_without_a_repeat_in_common_have_no_difference():
+    counts = request_counts(20, draws=30)
+    values = of_setting(np.random.default_rng(4), 1, 20)
+    one, other = (measured(values, counts, share, [name]) for name in "ab")
+    gap = crossed_interval(combined(np.subtract, one, other))
+    assert math.isnan(gap.mean)
+    assert (gap.n, gap.covers) == (0, "nothing")
+
+
+def test_a_saving_is_of_the_costs_within_repeats():
+    passed = [Measured((0, 1), np.array(k), np.array([k, k]), 9) for k in ([50.0, 60], [100.0, 80])]
+    saving = combined(lambda ours, theirs: 1 - (10 + ours) / (10 + theirs), *passed)
+    assert crossed_interval(saving).mean == pytest.approx((1 - 60 / 110 + 1 - 70 / 90) / 2)
+
+
+def test_one_request_gives_a_mean_and_no_interval():
+    values = of_setting(np.random.default_rng(5), 3, 1)
+    found = crossed_interval(measured(values, request_counts(1, draws=10), share))
+    assert found.mean == pytest.approx(share(values[:, 0]).mean())
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
+    assert (found.n, found.covers) == (3, "nothing")
+
+
+def test_a_repeat_without_the_measure_does_not_count():
+    generator = np.random.default_rng(6)
+    values, counts = of_setting(generator, 4, 60), request_counts(60, draws=100)
+    whole = measured(values[:3], counts, share)
+    values[3, :, 1] = 0  # a ratio over nothing
+    assert crossed_interval(measured(values, counts, share)) == crossed_interval(whole)
+    values[..., 1] = 0
+    nothing = crossed_interval(measured(values, counts, share))
+    assert math.isnan(nothing.mean)
+    assert (nothing.n, nothing.covers) == (0, "nothing")
+
+
+def test_draws_without_the_measure_are_left_out_if_they_are_few():
+    each, drawn = np.ones(2), np.random.default_rng(7).normal(1, 1, (100, 2))
+    kept = crossed_interval(Measured((0, 1), each, drawn[5:], 30))
+    drawn[:5, 0] = math.nan
+    assert crossed_interval(Measured((0, 1), each, drawn, 30)) == kept
+    drawn[5, 1] = math.nan
+    unknown = crossed_interval(Measured((0, 1), each, drawn, 30))
+    assert unknown.mean == 1
+    assert math.isnan(unknown.low)
+    assert math.isnan(unknown.high)
+    assert (unknown.n, unknown.covers) == (2, "nothing")
+
+
+def test_passed_for_on_all_ks_is_the_smallest_that_reaches_the_target():
+    generator = np.random.default_rng(8)
+    # Not every step rises, as with true value.
+    curves = np.cumsum(generator.normal(0.4, 1, (50, 2, 30)), axis=-1)
+    curves[..., -1] = np.abs(curves[..., -1]) + 1
+    found = passed_for(curves, np.arange(1, 31), 0.9)
+    for curve, k in zip(curves.reshape(-1, 30), found.ravel(), strict=True):
+        assert k == next(k for k in range(1, 31) if curve[k - 1] / curve[-1] >= 0.9)
+
+
+def test_passed_for_between_the_ks_lies_on_the_line_and_below_the_first_is_the_first():
+    curve = np.array([[5.0, 7, 8], [7.9, 8, 8], [7.1, 7.6, 8]])
+    np.testing.assert_array_equal(passed_for(curve, np.array([10, 20, 40]), 0.92), [28, 10, 16])
+    np.testing.assert_array_equal(passed_for(curve, np.array([10, 20, 40]), 1), [40, 20, 40])
+
+
+def test_passed_for_is_unknown_where_there_is_nothing_to_capture():
+    curves = np.array([[0.0, 0, 0], [math.nan, 1, 2], [math.nan] * 3])
+    found = passed_for(curves, np.array([1, 2, 3]), 0.99)
+    np.testing.assert_array_equal(found, [math.nan, 3, math.nan])
+
+
+def test_a_curve_at_other_ks_is_refused():
+    with pytest.raises(ValueError, match="a curve of 3 values at 4 values of k"):
+        passed_for(np.ones(3), np.array([1, 2, 3, 4]), 0.99)
+
+
+def test_repeats_that_agree_exactly_leave_the_variance_of_the_requests() -> None:
+    generator = np.random.default_rng(0)
+    one = generator.normal(100, 1, 400)
+    # The draws of the two repeats vary against each other, and their mean less.
+    drawn = np.stack([one, 200 - 0.5 * one - 50], axis=1)
+    found = crossed_interval(Measured((0, 1), np.full(2, 100.0), drawn, 1000))
+    half = stats.t.ppf(0.975, 999) * np.sqrt(drawn.mean(axis=1).var(ddof=1) * 1000 / 999)
+    np.testing.assert_allclose(found.high - found.mean, half, rtol=1e-9)
+    assert half > 0
+
+
+def coverage(repeats, of_repeats, of_pairs, studies=1000, draws=100):
+    """The share for a measure with normal parts.
+
+    Requests add 1 to the variance of the mean, `of_pairs` of it in each repeat separately.
+    `of_repeats` is the part of the repeats in the same unit. The width of an interval is
+    independent of its mean here, so the share of means within it is known.
+    """
+    generator = np.random.default_rng(repeats)
+
+    def of_requests(*shape):
+        shared = generator.normal(0, np.sqrt(1 - of_pairs), (*shape, 1))
+        return shared + generator.normal(0, np.sqrt(of_pairs * repeats), (*shape, repeats))
+
+    each = of_requests(studies) + generator.normal(
+        0, np.sqrt(of_repeats * repeats), (studies, repeats)
+    )
+    drawn = each[:, None] + of_requests(studies, draws)
+    names = tuple(range(repeats))
+    found = [crossed_interval(Measured(names, *one, 2000)) for one in zip(each, drawn, strict=True)]
+    half = np.array([one.high - one.mean for one in found])
+    return np.mean(1 - 2 * stats.norm.sf(half / np.sqrt(1 + of_repeats)))
+
+
+# No variance of repeats, a small part, and the parts of the cascade.
+@pytest.mark.parametrize("parts", [(0, 0.2), (0.3, 0.3), (5, 0.2)])
+@pytest.mark.parametrize(("repeats", "most"), [(2, 98), (3, 97), (5, 97)])
+def test_nominal_95_percent_intervals_are_neither_narrow_nor_wide(repeats, most, parts):
+    assert 95 <= round(100 * coverage(repeats, *parts)) <= most
+
+
+def test_one_repeat_covers_its_requests_only():
+    assert coverage(1, 0, 0) == pytest.approx(0.95, abs=0.005)
+    # The standard error is too small by √6: 1.96 / √6 = 0.80.
+    assert coverage(1, 5, 0) == pytest.approx(1 - 2 * stats.norm.sf(0.80), abs=0.01)
+
+
+def test_the_script_prints_a_table():
+    finished = small.run("scripts/coverage.py", "--studies=2", "--requests=30")
+    assert finished.returncode == 0, finished.stderr
+    lines = finished.stdout.splitlines()
+    assert [cell.strip() for cell in lines[0].split("|")[4:-1]] == [
+        "difference", "mean", "passed_for_99", "saving",
+    ]  # fmt: skip
+    assert len(lines) == 2 + 4 * 2 * 4

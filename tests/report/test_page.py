@@ -13,6 +13,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
 from kd_ranker import api
+from kd_ranker.report import charts
 from tests.report import sweeps
 
 FIGURES = 10
@@ -112,10 +113,11 @@ def loaded(browser, page):
 
 
 def test_every_figure_is_drawn_without_an_error_or_a_request(loaded):
-    assert loaded.execute_script(
+    drawn = (
         "return [...document.querySelectorAll('.chart')]"
-        ".filter((it) => !it.querySelector('.mark-line path')).length"
-    ) == 0  # fmt: skip
+        ".filter((it) => it.querySelector('.role-mark path[fill], .role-mark path[stroke]')).length"
+    )
+    assert loaded.execute_script(drawn) == 2 * PANELS
     assert [entry for entry in loaded.get_log("browser") if entry["level"] == "SEVERE"] == []
     requests = [
         entry["message"]
@@ -125,78 +127,68 @@ def test_every_figure_is_drawn_without_an_error_or_a_request(loaded):
     assert [it for it in requests if '"url":"http' in it] == []
 
 
-def test_a_point_tells_its_numbers_under_the_pointer(loaded):
+def scroll_to(browser, element):
+    browser.execute_script("arguments[0].scrollIntoView({block: 'center'})", element)
+    return element
+
+
+def test_a_point_shows_its_numbers_under_the_pointer(loaded):
     (_, point, *_) = loaded.find_elements(By.CSS_SELECTOR, ".pareto .mark-symbol.role-mark")
-    mark = point.find_element(By.TAG_NAME, "path")
-    loaded.execute_script("arguments[0].scrollIntoView({block: 'center'})", mark)
+    mark = scroll_to(loaded, point.find_element(By.TAG_NAME, "path"))
     ActionChains(loaded).move_to_element(mark).perform()
     shown = "#vg-tooltip-element.visible"
     WebDriverWait(loaded, 20).until(lambda it: it.find_elements(By.CSS_SELECTOR, shown))
-    told = loaded.find_element(By.CSS_SELECTOR, shown).text
-    assert re.search(r"setting:?\s+none\s", told)
-    assert re.search(r"user BCE:?\s+0\.\d{4}\s", told)
+    text = loaded.find_element(By.CSS_SELECTOR, shown).text
+    assert re.search(r"setting:?\s+none\s", text)
+    assert re.search(r"user BCE:?\s+0\.\d{4}\s", text)
 
 
-def test_a_click_in_the_legend_fades_the_other_lines_and_one_beside_it_brings_them_back(loaded):
+def test_a_click_in_the_legend_fades_the_other_lines_until_a_click_elsewhere(loaded):
+    figure = loaded.find_element(By.CSS_SELECTOR, ".survival")
+    curves = charts.colors(["none", "aux", "shared"])
+
     def opacities():
-        paths = loaded.find_elements(By.CSS_SELECTOR, ".survival .mark-line.role-mark path")
-        return {path.get_attribute("stroke"): path.get_attribute("opacity") for path in paths[:3]}
+        paths = figure.find_elements(By.CSS_SELECTOR, ".mark-line.role-mark path")
+        found = {path.get_attribute("stroke"): path.get_attribute("opacity") for path in paths}
+        return [float(found[color]) for color in curves]
 
     def click(selector):
-        loaded.execute_script("arguments[0].scrollIntoView({block: 'center'})", of(selector))
-        ActionChains(loaded).move_to_element(of(selector)).click().perform()
+        element = scroll_to(loaded, figure.find_element(By.CSS_SELECTOR, selector))
+        ActionChains(loaded).move_to_element(element).click().perform()
 
-    def of(selector):
-        return loaded.find_element(By.CSS_SELECTOR, f".survival {selector}")
-
-    before = opacities()
-    assert set(before.values()) == {"1"}
     click(".role-legend-label text")
-    WebDriverWait(loaded, 20).until(lambda _: opacities() != before)
-    none, *others = opacities().values()
-    assert float(none) == 1
-    assert all(float(other) < 0.2 for other in others)
+    WebDriverWait(loaded, 20).until(lambda _: opacities() == [1, 0.07, 0.07])
     click(".role-axis-title text")
-    WebDriverWait(loaded, 20).until(lambda _: opacities() == before)
+    WebDriverWait(loaded, 20).until(lambda _: opacities() == [1, 1, 1])
 
 
-def column(browser, place):
-    return browser.execute_script(
-        "return [...document.querySelectorAll('table.sortable').page.tBodies[0].rows]"
-        f".map((row) => row.cells[{place}].dataset.value)"
-    )
+def click_on_title(browser, title, press=None):
+    """Click on a column's title in the main table; return its header and the column's texts."""
+    table = browser.find_elements(By.CSS_SELECTOR, "table.sortable")[1]
+    headers = table.find_elements(By.CSS_SELECTOR, "th")
+    place = [header.text.split(" ↕")[0] for header in headers].index(title)
+    button = scroll_to(browser, headers[place].find_element(By.TAG_NAME, "button"))
+    button.send_keys(press) if press else button.click()
+    cells = table.find_elements(By.CSS_SELECTOR, f"td:nth-child({place + 1})")
+    texts = browser.execute_script("return arguments[0].map((it) => it.textContent.trim())", cells)
+    return headers[place], [text.partition(" ±")[0] for text in texts]
 
 
-def test_a_click_on_a_columns_title_sorts_and_a_second_turns_it_round(loaded):
-    table = loaded.find_elements(By.CSS_SELECTOR, "table.sortable").page
-    titles = [it.text.split(" ↕")[0] for it in table.find_elements(By.CSS_SELECTOR, "th")]
-    place = titles.index("passed for 99%")
-    header = table.find_elements(By.CSS_SELECTOR, "th")[place]
-    button = header.find_element(By.TAG_NAME, "button")
-    before = column(loaded, place)
-
-    loaded.execute_script("arguments[0].scrollIntoView({block: 'center'})", button)
-    button.click()
-    ascending = [float(value) for value in column(loaded, place)]
-    assert ascending == sorted(float(value) for value in before)
+def test_a_click_on_a_columns_title_sorts_and_a_second_reverses_it(loaded):
+    header, texts = click_on_title(loaded, "passed for 99%")
+    ascending = [float(text) for text in texts]
+    assert ascending == sorted(ascending)
     assert header.get_attribute("aria-sort") == "ascending"
-
-    # By the keyboard.
-    button.send_keys(Keys.ENTER)
-    assert [float(value) for value in column(loaded, place)] == ascending[::-1]
+    header, texts = click_on_title(loaded, "passed for 99%", press=Keys.ENTER)
+    assert [float(text) for text in texts] == ascending[::-1]
     assert header.get_attribute("aria-sort") == "descending"
 
 
 def test_empty_cells_stay_last(loaded):
-    table = loaded.find_elements(By.CSS_SELECTOR, "table.sortable").page
-    button = table.find_elements(By.CSS_SELECTOR, "th button")[2]
-    assert button.text.startswith("weight")
     for _ in range(2):
-        loaded.execute_script("arguments[0].click()", button)
-        # The teacher, two references and mode none have no weight.
-        weights = column(loaded, 2)
-        assert weights[-4:] == [""] * 4
-        assert "" not in weights[:-4]
+        # The teacher, four references and mode none have no weight.
+        _, weights = click_on_title(loaded, "weight")
+        assert weights == ["10", "10", *[""] * 6]
 
 
 @pytest.mark.parametrize("width", [420, 1400])

@@ -116,17 +116,16 @@ def test_a_switch_that_is_on_is_a_way_tuned_over_its_own_values(tmp_path):
     assert (study.baseline, study.plain) == ("none, unshown weight 0.3", "none")
 
 
-def test_results_of_an_older_release_are_told_as_such(tmp_path):
-    """Each column that reading asks for by its name is known to be one that may be missing."""
-    whole = results.read_csv(sweeps.write_sweep(tmp_path) / results.FILE)
-    for column in whole.columns[~whole.columns.str.contains("[@/]")]:
+def test_results_of_an_older_version_are_refused(tmp_path):
+    """Reading needs no column that it does not ask for."""
+    whole = results.read_csv(sweeps.write_sweep(tmp_path, seeds=(0,)) / results.FILE)
+    for column in results.ALWAYS:
         sweeps.change(tmp_path, lambda _, left=column: whole.drop(columns=left))
-        if column in results.ALWAYS:
-            message = one_line([tmp_path])
-            assert f"{tmp_path / results.FILE} has no column {column}, so it is of an" in message
-            assert "older release; run the sweep anew in another --workdir" in message
-        else:
-            read_studies([tmp_path])
+        message = one_line([tmp_path])
+        assert f"{tmp_path / results.FILE} has no column {column}, so an older version" in message
+        assert "wrote it; run the sweep again in another --workdir" in message
+    sweeps.change(tmp_path, lambda _: whole[[*results.ALWAYS]])
+    assert read_studies([tmp_path])[0].chosen
 
 
 def test_the_savings_are_those_of_the_results(tmp_path):
@@ -156,7 +155,35 @@ def test_what_varies_is_part_of_a_setting(tmp_path):
     }
 
 
-def test_of_several_undistilled_students_the_best_is_the_baseline_of_savings(tmp_path):
+def test_the_tables_rate_is_named_unless_it_follows_the_learning_rate(tmp_path):
+    for number, (rates, named) in enumerate([((0.006, 0.024), False), ((0.006, 0.006), False),
+                                             ((0.006, 0.012), True)]):  # fmt: skip
+        rows = [
+            {"mode": "none", "learning_rate": rate, "optimizer.table_learning_rate": of_table}
+            for rate, of_table in zip((0.01, 0.04), rates, strict=True)
+        ]
+        (study,) = read_studies([sweeps.write_rows(tmp_path / str(number), rows)])
+        assert ("optimizer.table_learning_rate" in study.varying) == named
+        assert study.rows["setting"].nunique() == 2
+
+
+def test_plain_mode_none_comes_first_and_is_named_by_its_mode(tmp_path):
+    """Also where it has a larger learning rate than a variant."""
+    rows = [
+        {"mode": "none", "learning_rate": rate, "unshown_weight": weight, "member": f"{weight}"}
+        for rate, weight in ((0.001, 0.3), (0.01, 0.0))
+    ]
+    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
+    assert list(study.rows["setting"].unique()) == [
+        "none, learning rate 0.01", "none, learning rate 0.001, unshown weight 0.3",
+    ]  # fmt: skip
+    assert list(study.rows["way"].unique()) == ["none", "none, unshown weight"]
+    assert study.rows.groupby("way")["plain"].unique().map(list).to_dict() == {
+        "none": [True], "none, unshown weight": [False],
+    }  # fmt: skip
+
+
+def test_of_several_students_without_scores_the_best_is_the_baseline_of_savings(tmp_path):
     rows = [
         sweeps.teacher_row(),
         {"mode": "none", "learning_rate": 0.001, "passed": 400.0},
@@ -312,9 +339,11 @@ def test_overlapping_members_are_named(tmp_path):
 def test_sweeps_under_different_configs_are_not_joined(tmp_path):
     a = sweeps.write_sweep(tmp_path / "a", seeds=(0, 1))
     b = sweeps.write_sweep(tmp_path / "b", seeds=(2,), changes={"value_weights": (1.0, 0.0, 0.0)})
-    assert "report them apart: value_weights (" in one_line([a, b])
+    assert "report them separately: value_weights (" in one_line([a, b])
     c = sweeps.write_sweep(tmp_path / "c", seeds=(2,), changes={"data.seed": 7})
     assert "data.seed (0 and 7)" in one_line([a, c])
+    d = sweeps.write_sweep(tmp_path / "d", seeds=(2,), changes={"report.margin": 0.01})
+    assert "report.margin (0.002 and 0.01)" in one_line([a, d])
 
 
 def test_sweeps_that_differ_in_what_a_sweep_may_vary_are_settings_of_their_own(tmp_path):

@@ -1,23 +1,17 @@
+import math
+
 import numpy as np
 import pandas as pd
 import pytest
 
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.metrics import ReportAt
 from kd_ranker.report import tables
-from kd_ranker.report.comparison import comparison
 from kd_ranker.report.estimates import Estimates
+from kd_ranker.report.intervals import difference, interval
 from kd_ranker.report.study import read_studies
 from tests.report import sweeps
 
-TASKS = ("watch",)
-REPORT_AT = ReportAt((30,), (0.99,))
-
-
-def frame_of(tmp_path, rows):
-    path = tmp_path / results.FILE
-    path.write_text(results.to_csv(rows, results.columns(TASKS, REPORT_AT)))
-    return results.read_csv(path)
+PASSED = 30
 
 
 def row(mode, seed, auc, **more):
@@ -29,142 +23,233 @@ def row(mode, seed, auc, **more):
     }  # fmt: skip
 
 
-def cells(text):
-    return [line.split() for line in text.splitlines()]
+def summary(*rows):
+    """The words of the lines of the terminal's table."""
+    frame = pd.DataFrame(rows)
+    known = [*results.SETTING, *results.ALWAYS, *frame]
+    frame = frame.reindex(columns=list(dict.fromkeys(known))).dropna(axis=1, how="all")
+    frame = frame.reindex(columns=list(dict.fromkeys([*results.SETTING, *frame])))
+    frame = frame.assign(member=frame.get("member"), non_finite_step=frame.get("non_finite_step"))
+    return [line.split() for line in tables.summary_table(frame, PASSED).splitlines()]
 
 
-def test_seeds_become_a_mean_and_its_standard_error(tmp_path):
+def test_seeds_become_a_mean_and_its_standard_error():
     aucs = (0.61, 0.67, 0.75)
-    rows = [
-        {
-            "dataset": "d",
-            "split": "test",
-            "role": "teacher",
-            "serve": "user",
-            "member": "teacher",
-            "user_auc/watch": 0.9,
-        },
+    header, teacher, none, shared = summary(
+        row(None, 0, 0.9, role="teacher", member="teacher", distill_weight=None, distill_loss=None),
         *(row("none", seed, auc) for seed, auc in enumerate(aucs)),
         row("shared", 0, 0.8),
-    ]
-    header, teacher, none, shared = cells(tables.summary_table(frame_of(tmp_path, rows), 30))
+    )
     assert header[:4] == ["model", "serve", "weight", "seeds"]
-    assert teacher[:4] == ["teacher", "user", "1", "0.900"]
+    assert teacher[:3] == ["teacher", "user", "1"]
+    assert "0.900" in teacher
     error = np.std(aucs, ddof=1) / np.sqrt(3)
-    assert none[:4] == ["none", "user", "3", f"{np.mean(aucs):.3f}±{error:.3f}"]
-    # Whole requests need no digits.
+    assert none[:3] == ["none", "user", "3"]
+    assert f"{np.mean(aucs):.3f}±{error:.3f}" in none
+    # Whole candidates need no digits.
     assert f"101±{1 / np.sqrt(3):.0f}" in none
-    assert shared[:5] == ["shared", "user", "1", "1", "0.800"]
+    assert shared[:4] == ["shared", "user", "1", "1"]
 
 
-def test_only_rows_that_differ_in_nothing_but_the_seed_are_joined(tmp_path):
-    rows = [
+def test_only_rows_that_differ_in_nothing_but_the_seed_are_joined():
+    _, first, *others = summary(
         row("aux", 0, 0.1),
         row("aux", 0, 0.2, serve="blend"),
         row("aux", 0, 0.3, distill_weight=2.0),
         row("aux", 0, 0.4, distill_loss="other"),
         row("aux", 0, 0.5, dataset="other"),
         row("aux", 1, 0.3),
-    ]
-    lines = cells(tables.summary_table(frame_of(tmp_path, rows), 30))[1:]
-    assert len(lines) == 5
-    assert "0.200±0.100" in lines[0]
+    )
+    assert len(others) == 4
+    assert "0.200±0.100" in first
 
 
-def test_the_text_ends_with_where_the_results_lie(tmp_path):
-    frame_of(tmp_path, [row("none", 0, 0.5)])
-    text = tables.results_text(tmp_path, 30)
-    assert text.endswith(f"results: {tmp_path / results.FILE}")
-
-
-def test_what_a_sweep_varies_keeps_rows_apart_and_seeds_and_data_seeds_count(tmp_path):
+@pytest.mark.parametrize(
+    ("varied", "values", "title"),
+    [
+        ("temperature", (1.0, 2.0), "temperature"),
+        ("distill_loss", ("bce", "softmax"), "loss"),
+        ("student.width", (8, 16), "width"),
+    ],
+)
+def test_a_column_appears_for_each_key_that_varies(varied, values, title):
     rows = [
-        row("shared", seed, 0.5, temperature=temperature, data_seed=data_seed, learning_rate=0.1)
-        for temperature in (1.0, 2.0)
+        row("shared", seed, 0.5, learning_rate=0.1, data_seed=data_seed) | {varied: value}
+        for value in values
         for seed in (0, 1)
         for data_seed in (0, 1)
     ]
     rows[0]["non_finite_step"] = 7
-    frame = pd.DataFrame(rows).reindex(
-        columns=[*rows[0], *set(results.columns(TASKS, REPORT_AT)).difference(rows[0])]
-    )
-    header, one, two = cells(tables.summary_table(frame, 30))
-    # A learning rate that all have is not worth a column.
-    assert header[:5] == ["model", "serve", "weight", "temperature", "seeds"]
-    assert one[:5] == ["shared", "user", "1", "1", "3"]
-    assert two[:5] == ["shared", "user", "1", "2", "4"]
-
-
-def test_losses_that_a_sweep_varies_are_told_apart(tmp_path):
-    rows = [row("none", 0, 0.5, distill_loss=None), row("shared", 0, 0.5, distill_loss="bce")]
-    header, *_ = cells(tables.summary_table(frame_of(tmp_path, rows), 30))
-    assert header[:3] == ["model", "serve", "weight"]
-    rows.append(row("shared", 0, 0.5, distill_loss="softmax"))
-    header, _, one, two = cells(tables.summary_table(frame_of(tmp_path, rows), 30))
-    assert header[:4] == ["model", "serve", "weight", "loss"]
-    assert one[:4] == ["shared", "user", "1", "bce"]
-    assert two[:4] == ["shared", "user", "1", "softmax"]
-
-
-def test_whatever_a_sweep_varies_is_told_apart_and_only_seeds_are_averaged(tmp_path):
-    rows = [
-        row("shared", seed, 0.5 + 0.1 * (width == 8)) | {"student.width": width}
-        for width in (8, 16)
-        for seed in (0, 1)
-    ]
-    frame = frame_of(tmp_path, rows).assign(**{"student.width": [8, 8, 16, 16]})
-    header, one, two = cells(tables.summary_table(frame, 30))
-    assert header[:5] == ["model", "serve", "weight", "width", "seeds"]
-    assert (one[3:5], two[3:5]) == (["8", "2"], ["16", "2"])
+    header, one, two = summary(*rows)
+    assert header[:5] == ["model", "serve", "weight", title, "seeds"]
+    # A member whose loss stopped being finite does not count.
+    assert one[:5] == ["shared", "user", "1", f"{values[0]:g}" if title != "loss" else "bce", "3"]
+    assert two[4] == "4"
 
 
 def test_the_terminal_shows_the_test_split_and_references_by_their_names(tmp_path):
-    rows = [
+    header, *lines = summary(
         row("none", 0, 0.5, split="validation"),
         row("none", 0, 0.6),
         *(row(None, 0, auc, role="reference", member=name, distill_weight=None)
           for name, auc in (("oracle", 0.9), ("random", 0.5))),
-    ]  # fmt: skip
-    header, *lines = cells(tables.summary_table(frame_of(tmp_path, rows), 30))
+    )  # fmt: skip
     assert header[0] == "model"
     assert [line[0] for line in lines] == ["none", "oracle", "random"]
     assert "0.600" in lines[0]
+    sweeps.write_rows(tmp_path, [{"mode": "none"}])
+    text = tables.results_text(tmp_path, PASSED)
+    assert text.endswith(f"results: {tmp_path / results.FILE}")
+
+
+class OfTable:
+    """The estimates of one measure, of a table with a line a repeat and a column a setting."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def gap(self, setting, other, measure):
+        return difference(self.table, setting, other)
+
+
+def mark(table, direction):
+    table = pd.DataFrame(table)
+    means = {name: interval(table[name].to_numpy()) for name in table}
+    return tables.marked(OfTable(table), "", means, direction)
+
+
+def test_a_clear_winner_is_marked():
+    table = {"a": [1.0, 1.1, 1.2], "b": [2.0, 2.1, 2.2], "c": [3.0, 3.2, 3.1]}
+    assert mark(table, "lower") == "a"
+    assert mark(table, "higher") == "c"
+    assert mark(table, None) is None
+    # Of what is best next to one, differences do not say who is.
+    assert mark(table, "one") is None
+
+
+def test_a_winner_that_cannot_be_told_from_the_runner_up_is_not_marked():
+    table = {"a": [1.0, 1.4, 1.2], "b": [1.3, 1.3, 1.3], "c": [3.0, 3.2, 3.1]}
+    assert mark(table, "lower") is None
+
+
+def test_a_winner_has_to_be_told_from_every_other_setting():
+    # The runner-up b is told from a, the noisy c is further away on average and is not.
+    table = pd.DataFrame({"a": [1.0, 1.1, 1.2], "b": [1.5, 1.6, 1.7], "c": [0.5, 3.0, 4.0]})
+    assert difference(table, "a", "b").high < 0
+    assert difference(table, "a", "c").high > 0
+    assert mark(table, "lower") is None
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"a": [1.0], "b": [2.0]},  # one repeat
+        {"a": [1.0, 1.1]},  # one setting
+        {"a": [1.0, math.nan], "b": [math.nan, 2.0]},  # no pair
+        {"a": [1.0, 1.0], "b": [1.0, 1.0]},  # the same
+        {"a": [math.nan, math.nan], "b": [math.nan, math.nan]},
+    ],
+)
+def test_nothing_is_marked_without_pairs_or_a_difference(table):
+    assert mark(table, "lower") is None
+
+
+@pytest.mark.parametrize("settings", [2, 11])
+@pytest.mark.parametrize("shared_noise", [0.0, 3.0])
+def test_of_equal_settings_one_is_marked_in_at_most_5_percent(settings, shared_noise):
+    generator = np.random.default_rng(settings)
+    marks = 0
+    for _ in range(400):
+        noise = generator.normal(size=(3, settings)) + shared_noise * generator.normal(size=(3, 1))
+        marks += mark(pd.DataFrame(noise).rename(columns=str), "higher") is not None
+    # Of two equals 5% are expected; three standard errors of 400 draws are 3.3%.
+    assert marks / 400 < 0.05 + 0.033
+
+
+def test_the_numbers_are_means_and_paired_differences(tmp_path):
+    rows = [
+        sweeps.teacher_row(),
+        *({"mode": "none", "seed": s, "kl": kl} for s, kl in enumerate((0.2, 0.3, 0.4))),
+        *({"mode": "shared", "seed": s, "kl": kl} for s, kl in enumerate((0.15, 0.24, 0.36))),
+    ]
+    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
+    numbers = tables.comparison(study, Estimates(study)).set_index(["setting", "measure"])
+    none, shared = (
+        numbers.loc[(setting, "teacher_kl/watch")] for setting in ("none", "shared, weight 1")
+    )
+    assert list(none[["mean", "low", "high", "n"]]) == pytest.approx(
+        interval(np.array([0.2, 0.3, 0.4]))[:4]
+    )
+    assert math.isnan(none["difference"])
+    assert list(
+        shared[["difference", "difference_low", "difference_high", "pairs"]]
+    ) == pytest.approx(interval(np.array([-0.05, -0.06, -0.04]))[:4])
+    assert shared["best"]
+    assert not none["best"]
+
+
+def test_what_the_dataset_does_not_know_is_no_measure_of_the_table(tmp_path):
+    (study,) = read_studies([sweeps.write_sweep(tmp_path, true_values=False)])
+    assert not any("true" in column for column in tables.important_columns(study))
+    (other,) = read_studies([sweeps.write_rows(tmp_path / "other", [{"mode": "none"}])])
+    assert "alignment_ratio" not in tables.important_columns(other)
+
+
+def test_it_is_of_the_chosen_settings_on_the_test(tmp_path):
+    rows = [
+        sweeps.teacher_row(),
+        {"mode": "none", "test": {"kl": 0.5}},
+        {"mode": "shared", "weight": 1.0, "passed": 50, "test": {"kl": 0.4}},
+        {"mode": "shared", "weight": 2.0, "passed": 60, "test": {"kl": 0.1}},
+    ]
+    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
+    numbers = tables.comparison(study, Estimates(study))
+    of_kl = numbers[numbers["measure"] == "teacher_kl/watch"].set_index("setting")
+    assert of_kl["mean"].to_dict() == pytest.approx({"none": 0.5, "shared, weight 1": 0.4})
+    assert of_kl.loc["shared, weight 1", "difference"] == pytest.approx(-0.1)
+    assert set(numbers["covers"]) == {"nothing"}
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    (study,) = read_studies([sweeps.write_sweep(tmp_path_factory.mktemp("sweep"))])
-    return study
+def study(estimates):
+    return estimates.study
 
 
-def column(table, title):
-    return [line[table.columns.index(title)] for line in table.lines]
+def value(text):
+    """The mean in a cell."""
+    return float(text.partition(" ±")[0].strip("%").replace("−", "-").replace(",", ""))
 
 
-def test_the_main_table_has_teacher_references_and_the_best_of_each_way_on_test(study):
-    estimates = Estimates(study)
-    numbers = comparison(study, estimates)
-    table = tables.main_table(study, estimates, numbers)
-    assert [cell.text for cell in column(table, "mode")] == [
+def read(tmp_path, *rows):
+    (study,) = read_studies([sweeps.write_rows(tmp_path, [*rows])])
+    return study, Estimates(study)
+
+
+def test_the_main_table_has_teacher_references_and_the_best_of_each_way_on_test(estimates, study):
+    numbers = tables.comparison(study, estimates)
+    cells = tables.main_table(study, estimates, numbers).cells
+    assert list(cells["mode"]) == [
         "oracle", "teacher", "aux", "shared", "none", "show_rate", "incumbent", "random",
     ]  # fmt: skip
-    passed = column(table, "passed for 99%")
-    assert [passed[at].text for at in (0, 1, 5, 6, 7)] == ["9", "10", "900", "1500", "1900"]
-    # A measure that is unknown for a reference is empty.
-    assert column(table, "AUC watch")[0] == ("", "", "", False)
-    on_test = study.tested.loc[study.tested["mode"] == "aux", "passed_for_99"]
-    assert passed[2].value == pytest.approx(on_test.mean())
-    differences = tables.difference_table(study, numbers)
-    assert [cell.text for cell in column(differences, "mode")] == ["aux", "shared"]
-    of_none = study.tested.loc[study.tested["mode"] == "none", "passed_for_99"]
-    found = column(differences, "passed for 99%")[0]
-    assert found.value == pytest.approx(on_test.mean() - of_none.mean())
-    assert found.text.startswith("−")
+    passed = cells.set_index("mode")["passed for 99%"]
+    assert list(passed[["oracle", "teacher", "show_rate", "incumbent", "random"]]) == [
+        "9", "10", "900", "1500", "1900",
+    ]  # fmt: skip
+    # An unknown measure of a reference is empty.
+    assert cells["AUC watch"][0] == ""
+    means = study.tested.groupby("mode")["passed_for_99"].mean()
+    assert value(passed["aux"]) == pytest.approx(means["aux"], abs=0.5)
+    differences = tables.difference_table(study, numbers).cells
+    assert list(differences["mode"]) == ["aux", "shared"]
+    found = differences["passed for 99%"][0]
+    assert value(found) == pytest.approx(means["aux"] - means["none"], abs=0.5)
+    assert found.startswith("−")
 
 
 def test_rows_are_sorted_by_passed_for_99_and_those_that_need_scores_are_marked(tmp_path):
     passed = {"oracle": 5, "top_rate": 320, "show_rate": 350, "incumbent": 380, "random": 1900}
-    rows = [
+    study, estimates = read(
+        tmp_path,
         sweeps.teacher_row(),
         {"mode": "none", "passed": 400},
         {"mode": "shared", "passed": 300},
@@ -172,14 +257,10 @@ def test_rows_are_sorted_by_passed_for_99_and_those_that_need_scores_are_marked(
         *(sweeps.reference_row(name, at) for name, at in passed.items()),
         # Unknown numbers are last.
         sweeps.reference_row("popularity", np.nan),
-    ]
-    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
-    estimates = Estimates(study)
-    table = tables.main_table(study, estimates, comparison(study, estimates))
-    cells_of = ("mode", "scores", "passed for 99%")
-    found = [tuple(cell.text for cell in line) for line in zip(
-        *(column(table, title) for title in cells_of), strict=True)]  # fmt: skip
-    assert found == [
+    )
+    table = tables.main_table(study, estimates, tables.comparison(study, estimates))
+    found = table.cells[["mode", "scores", "passed for 99%"]].itertuples(index=False, name=None)
+    assert list(found) == [
         ("oracle", "", "5"), ("teacher", "", "10"), ("shared", "yes", "300"),
         ("top_rate", "yes", "320"), ("aux", "no", "340"), ("show_rate", "no", "350"),
         ("incumbent", "no", "380"), ("none", "no", "400"), ("random", "", "1900"),
@@ -188,99 +269,111 @@ def test_rows_are_sorted_by_passed_for_99_and_those_that_need_scores_are_marked(
 
 
 def test_the_main_table_is_made_where_nothing_reaches_99_percent(tmp_path):
-    rows = [sweeps.teacher_row() | {"passed": np.nan}, {"mode": "none", "passed": np.nan},
-            {"mode": "shared", "passed": np.nan}]  # fmt: skip
-    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
-    estimates = Estimates(study)
-    table = tables.main_table(study, estimates, comparison(study, estimates))
-    assert [cell.text for cell in column(table, "mode")] == ["teacher"]
+    unknown = {"passed": np.nan}
+    study, estimates = read(
+        tmp_path, sweeps.teacher_row() | unknown, {"mode": "none"} | unknown,
+        {"mode": "shared"} | unknown,
+    )  # fmt: skip
+    table = tables.main_table(study, estimates, tables.comparison(study, estimates))
+    assert list(table.cells["mode"]) == ["teacher"]
 
 
-def test_the_tuning_table_has_all_that_was_tried_and_says_what_was_chosen(study):
-    table = tables.tuning_table(study)
-    assert len(table.lines) == 9
-    chosen = [[cell.text for cell in line[:3]] for line in table.lines if line[3].text]
-    assert chosen == [["none", "user", ""], ["aux", "teacher", "1"], ["shared", "user", "1"]]
+def test_the_tuning_table_has_all_that_was_tried_and_the_choices(study):
+    cells = tables.tuning_table(study).cells
+    assert len(cells) == 9
     rows = study.rows[study.rows["split"] == "validation"]
     expected = rows.groupby("setting", sort=False)["passed_for_99"].mean()
-    found = [cell.value for cell in column(table, "passed for 99%")]
-    assert found == pytest.approx(list(expected))
-    # Of each way what was chosen is the least.
-    by_mode = {line[0].text: cell for line, cell in zip(table.lines, found, strict=True)
-               if line[3].text}  # fmt: skip
-    assert by_mode == rows.groupby("mode").apply(
-        lambda of: of.groupby("setting")["passed_for_99"].mean().min()
-    ).to_dict()  # fmt: skip
-
-
-def test_the_saving_table_has_a_column_a_target_and_a_line_a_cost(study):
-    estimates = Estimates(study)
-    table = tables.saving_table(study, estimates)
-    assert table.columns == ["setting", "student's cost", "95%", "99%"]
-    assert [cell.text for cell in column(table, "student's cost")][:4] == [
-        "as measured", "1%", "5%", "10%",
+    assert [value(of) for of in cells["passed for 99%"]] == pytest.approx(list(expected), abs=0.5)
+    chosen = cells[cells[""] == "chosen"]
+    assert chosen[["mode", "serves", "weight"]].to_numpy().tolist() == [
+        ["none", "user", ""], ["aux", "teacher", "1"], ["shared", "user", "1"],
     ]  # fmt: skip
-    assert [line[0].text for line in table.lines] == [
-        "aux (teacher), weight 1"] * 4 + ["shared, weight 1"] * 4  # fmt: skip
+    # The choice of each way has the smallest mean.
+    least = rows.groupby(["mode", "setting"])["passed_for_99"].mean().groupby("mode").min()
+    for mode, found in zip(chosen["mode"], chosen["passed for 99%"], strict=True):
+        assert value(found) == pytest.approx(least[mode], abs=0.5)
+
+
+def test_the_saving_table_has_one_column_per_target_and_one_line_per_cost(estimates, study):
+    cells = tables.saving_table(study, estimates).cells
+    assert list(cells) == ["setting", "student's cost", "95%", "99%"]
+    assert list(cells["student's cost"]) == ["as measured", "1%", "5%", "10%"] * 2
+    assert list(cells["setting"]) == ["aux (teacher), weight 1"] * 4 + ["shared, weight 1"] * 4
     # By hand: 2000 candidates at 5% of the teacher's cost each, and what passes at the whole cost.
     passed = study.tested.pivot(index="repeat", columns="mode", values="passed_for_95")
     costs = 2000 * 0.05 + passed
     saved = (1 - costs["shared"] / costs["none"]).mean()
-    assert table.lines[6][2].value == pytest.approx(saved)
-    assert table.lines[6][2].error
-    # As measured, aux has heads of its own to pay for.
+    assert value(cells["95%"][6]) == pytest.approx(saved, abs=5e-4)
+    assert " ± " in cells["95%"][6]
+    # As measured, aux also pays for its own heads.
     flops = {"aux": 900 / 150_000, "none": 800 / 150_000}
     costs = {mode: 2000 * of + passed[mode] for mode, of in flops.items()}
-    assert table.lines[0][2].value == pytest.approx((1 - costs["aux"] / costs["none"]).mean())
+    saved = (1 - costs["aux"] / costs["none"]).mean()
+    assert value(cells["95%"][0]) == pytest.approx(saved, abs=5e-4)
 
 
-def test_the_cost_table_has_what_99_percent_takes_and_what_users_have_then(study):
-    table = tables.cost_table(study, Estimates(study))
-    assert [line[0].text for line in table.lines] == [
-        "teacher alone", "none", "aux (teacher), weight 1", "shared, weight 1",
+def test_the_cost_table_has_the_cost_of_99_percent_and_the_users_value_then(estimates, study):
+    table = tables.cost_table(study, estimates)
+    assert list(table.cells[""]) == [
+        "only the teacher", "none", "aux (teacher), weight 1", "shared, weight 1",
     ]  # fmt: skip
-    rows = study.tested[study.tested["mode"] == "shared"]
-    cost = column(table, "funnel's cost (%)")
-    assert cost[0].text == "100%"
-    passed = rows["passed_for_99"].mean()
-    assert cost[3].value == pytest.approx(100 * (passed / 2000 + 800 / 150_000))
-    assert column(table, "FLOPs a candidate")[0].text == "150,000"
-    # Its true value is all but the same curve: 0.02 more of what is 1.02 in the end.
-    assert column(table, "true value for 99%")[3].value == pytest.approx(
-        (0.99 + 0.02) / 1.02, abs=1e-3
-    )
+    passed = study.tested.loc[study.tested["mode"] == "shared", "passed_for_99"].mean()
+    cost = table.cells["funnel's cost (%)"]
+    assert cost[0] == "100%"
+    assert value(cost[3]) == pytest.approx(100 * (passed / 2000 + 800 / 150_000), abs=0.05)
+    assert table.cells["FLOPs per candidate"][0] == "150,000"
+    # Its true value is nearly the same curve: 0.02 more of 1.02 at the end.
+    found = value(table.cells["true value for 99%"][3])
+    assert found == pytest.approx((0.99 + 0.02) / 1.02, abs=1e-3)
     assert len(table.notes) == 2
     # 128 candidates of 150,000 FLOPs, and three times that of 900.
     assert "scores 128 candidates of each request" in table.notes[1]
-    assert "1.92e+07 FLOPs a request, 56 times the 3.46e+05 of a student" in table.notes[1]
+    assert "1.92e+07 FLOPs per request, 56 times the 3.46e+05 of a student" in table.notes[1]
 
 
-def test_costs_of_ones_own_are_what_is_counted(tmp_path):
+def test_costs_of_ones_own_take_the_place_of_flops(tmp_path):
     costs = {"costs.teacher.candidate": 3.0, "costs.teacher.request": 500.0,
              "costs.student.candidate": 0.1}  # fmt: skip
     (study,) = read_studies([sweeps.write_sweep(tmp_path, changes=costs)])
     estimates = Estimates(study)
-    table = tables.cost_table(study, estimates)
+    table, saved = tables.cost_table(study, estimates), tables.saving_table(study, estimates)
+    for notes in (table.notes, saved.notes):
+        assert "in the units of costs" in notes[0]
     passed = study.tested.pivot(index="repeat", columns="mode", values="passed_for_99")
     each = 500 + 2000 * 0.1 + 3 * passed
     share = 100 * each["aux"].mean() / (500 + 2000 * 3)
-    assert column(table, "funnel's cost (%)")[2].value == pytest.approx(share)
-    assert "in the units of costs" in table.notes[0]
-    saved = tables.saving_table(study, estimates)
+    assert value(table.cells["funnel's cost (%)"][2]) == pytest.approx(share, abs=0.05)
     saving = (1 - each["aux"] / each["none"]).mean()
-    assert column(saved, "99%")[0].value == pytest.approx(saving)
+    assert value(saved.cells["99%"][0]) == pytest.approx(saving, abs=5e-4)
     rows = study.tested[study.tested["mode"] == "aux"]
     assert rows["funnel_cost_saving"].mean() == pytest.approx(saving)
-    # What if a student cost 5%: of the teacher's candidate, whatever the config says of students.
+    # 5% are of the teacher's cost per candidate, whatever the config says of students.
     each = 500 + 2000 * 0.05 * 3 + 3 * passed
-    assert column(saved, "99%")[2].value == pytest.approx((1 - each["aux"] / each["none"]).mean())
-    assert "in the units of costs" in saved.notes[0]
+    saving = (1 - each["aux"] / each["none"]).mean()
+    assert value(saved.cells["99%"][2]) == pytest.approx(saving, abs=5e-4)
 
 
 def test_without_a_baseline_there_is_neither_difference_nor_saving(tmp_path):
-    sweeps.write_sweep(tmp_path, modes=("aux", "shared"))
-    sweeps.change(tmp_path, lambda frame: frame[frame["role"] != "reference"])
-    (study,) = read_studies([tmp_path])
-    estimates = Estimates(study)
+    study, estimates = read(tmp_path, sweeps.teacher_row(), {"mode": "aux"}, {"mode": "shared"})
     assert tables.saving_table(study, estimates) is None
-    assert tables.difference_table(study, comparison(study, estimates)) is None
+    assert tables.difference_table(study, tables.comparison(study, estimates)) is None
+
+
+def test_a_table_in_every_format():
+    cells = pd.DataFrame({"a_b": ["x & y", "z"], "n": ["−0.5 ± 0.1", ""], "k": ["1,000", "20%"]})
+    best = pd.DataFrame({"a_b": [False, False], "n": [True, False], "k": [False, False]})
+    table = tables.Table("title", cells, ["note"], best)
+    assert table.numeric == [False, True, True]
+    assert table.markdown().splitlines() == [
+        "# title", "",
+        "| a_b   | n              | k     |",
+        "|-------|----------------|-------|",
+        "| x & y | **−0.5 ± 0.1** | 1,000 |",
+        "| z     |                | 20%   |",
+        "", "note",
+    ]  # fmt: skip
+    assert table.latex().splitlines() == [
+        "% title", "% note", r"\begin{tabular}{lrr}", r"\toprule", r"a\_b & n & k \\",
+        r"\midrule", r"x \& y & \bfseries $-$0.5 $\pm$ 0.1 & 1,000 \\", r"z &  & 20\% \\",
+        r"\bottomrule", r"\end{tabular}",
+    ]  # fmt: skip

@@ -246,8 +246,6 @@ def test_ways_are_the_union_of_their_products():
     assert len(members) == len(first) * 2 * 2
     swept = {key.name for key in schema.axes(config)}
     assert {"train.unshown_weight", "train.user_loss", "distill.loss"} <= swept
-    # All of these stand in every table.
-    assert results.swept_columns(config) == []
     assert {"user_loss", "unshown_weight", "distill_loss"} <= {*results.ALWAYS}
 
 

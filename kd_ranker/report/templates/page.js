@@ -8,8 +8,8 @@ const charts = [...document.querySelectorAll(".chart")].map((element) => {
 
 // Legends do not wrap, so they get as many columns as their names leave room for.
 function columnsOf(spec, width) {
-  const names = spec.layer[0].encoding.color.scale.domain;
-  const longest = Math.max(...names.map((name) => name.length));
+  const names = spec.encoding?.color.scale.domain ?? [];
+  const longest = Math.max(1, ...names.map((name) => name.length));
   return Math.max(1, Math.floor(width / (6 * longest + 55)));
 }
 
@@ -32,14 +32,17 @@ window.addEventListener("resize", drawResized);
 
 // A click on a column's title sorts by it, a second one the other way; empty cells stay last.
 function sortBy(table, column, ascending) {
-  const body = table.tBodies[0];
-  const value = (row) => row.cells[column].dataset.value;
+  const text = (row) => row.cells[column].textContent.trim();
+  // "−1,234 ± 5" is the number -1234.
+  const number = (of) => Number(of.split(" ± ")[0].replace("−", "-").replace(/[,%]/g, ""));
   const compare = (one, other) => {
-    const [a, b] = [value(one), value(other)];
-    if (a === "" || b === "") return (a === "") - (b === "");
-    const order = isNaN(a) || isNaN(b) ? a.localeCompare(b) : a - b;
+    const [a, b] = [text(one), text(other)];
+    if (!a || !b) return !a - !b;
+    const [x, y] = [number(a), number(b)];
+    const order = isNaN(x) || isNaN(y) ? a.localeCompare(b) : x - y;
     return ascending ? order : -order;
   };
+  const body = table.tBodies[0];
   body.append(...[...body.rows].sort(compare));
 }
 
