@@ -47,7 +47,7 @@ class Compiled(NamedTuple):
 
     Attributes:
       arguments: bytes of its arguments in their layouts.
-      temporary: bytes that it needs besides arguments and results.
+      temporary: bytes that it needs for other arrays than arguments and results.
       total: bytes in all; a result in the place of an argument counts once.
       cycles: the compiler's estimates by kind of operation; empty where it has none.
       copies: operations that copy, transpose or convert one of the given arrays.
@@ -74,7 +74,7 @@ def read(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Compiled:
 
     Args:
       compiled: the program.
-      sizes: the numbers of entries of the arrays whose copies count. Copies into a TPU's memory on
+      sizes: the numbers of entries of the arrays that copies count for. Copies into a TPU memory on
         the chip do not: only small arrays fit there.
     """
     memory: Any = compiled.memory_analysis()
@@ -157,7 +157,7 @@ def _op_name(line: str) -> str:
 
 
 def loops(text: str) -> Iterator[str]:
-    """Find the loops of a program that no loop of the source stands behind.
+    """Find the loops of a program that the compiler added to those of the source.
 
     A compiler without a better way to read or write scattered rows does it in a loop, one row per
     iteration. The loop keeps the name of the operation.

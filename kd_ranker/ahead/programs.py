@@ -59,7 +59,7 @@ class Sizes(NamedTuple):
     sample: Dataset
 
 
-# A lowered program, and the placed pytrees that it is handed besides batches.
+# A lowered program, and its placed arguments without batches.
 _Lowered = tuple[jax.stages.Lowered, Any]
 
 

@@ -39,7 +39,7 @@ CHIPS: dict[str, Chip] = {
 }
 """Chips by name. Of an H100, the SXM card, and the cards of one host."""
 
-# The description of a card that XLA asks for. Its names for the numbers are those of CUDA's device
+# The description of a card that XLA requires. Its names for the numbers are those of CUDA's device
 # properties, for compute capability 9.0; see NVIDIA's Hopper tuning guide.
 _H100 = """
 gpu_device_info {

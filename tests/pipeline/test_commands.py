@@ -907,12 +907,12 @@ def test_a_whole_repeat_has_a_teacher_and_an_order_of_its_own(world, tmp_path):
         expected = rows_of(tmp_path / "alone", split).reset_index(drop=True)
         pd.testing.assert_frame_equal(of_seed, expected)
     for role in ("teacher", "reference"):
-        rows = rows_of(made.students, "test", role)
+        rows = rows_of(made.students.workdir, "test", role)
         expected = rows_of(tmp_path / "alone", "test", role).reset_index(drop=True)
         assert set(rows["seed"]) == {0, 2}
         pd.testing.assert_frame_equal(rows[rows["seed"] == 2].reset_index(drop=True), expected)
     # Each is measured, and its requests are drawn anew, by its own teacher.
-    (study,) = read_studies([made.students])
+    (study,) = read_studies([made.students.workdir])
     estimates = Estimates(study)
     for setting in study.chosen.values():
         assert estimates.of(setting, "passed_for_99").covers == "both"

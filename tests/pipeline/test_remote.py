@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import multiprocessing.util
 import os
 import re
 import shutil
@@ -39,6 +40,7 @@ def world(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def store(tmp_path, monkeypatch):
     """The memory, empty; uploads are frequent, and copies are in a folder of the test."""
+    multiprocessing.util.get_temp_dir()  # cached; sockets need a short path
     folder = tmp_path / "copies"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -417,7 +419,7 @@ def test_a_url_that_is_of_no_use_is_a_line(world, tmp_path, monkeypatch):
         api.train(world.config(data__dir="s3://a"), URL)
     with pytest.raises(UserError, match=rf"^--workdir={URL}: it writes to a folder of this machin"):
         api.first_config(defaults.get_config("parquet"), URL)
-    with pytest.raises(UserError, match=r"^output=s3://a/out: it writes to a folder of this mach"):
+    with pytest.raises(UserError, match=r"^--out=s3://a/out: it writes to a folder of this mach"):
         api.export(world.teacher, "s3://a/out")
     assert not contents("memory://")
     with monkeypatch.context() as several:
