@@ -17,10 +17,9 @@ group of students, with a serve name each:
 
     statistics = train_statistics(dataset, config.value_weights, config.funnel.shown, seed=0)
     names = known_references([dataset.columns["test"]], statistics)
-    _, [*of_students, sums] = evaluate(
-        teacher, [*students, reference_ranker([statistics])], ..., serves=[..., names]
-    )
-    row = only_order(totals.summarise(select_member(sums["popularity"], 0), ...))
+    references = reference_ranker([statistics])._replace(serves=[names])
+    _, [*of_students, (of_references,)] = evaluate(teacher, [*students, references], ...)
+    row = only_order(totals.summarise(of_references["popularity"].sums, ...))
 
 The numbers of `NO_PROBABILITIES` define only an order; those of the oracle are probabilities.
 """
