@@ -59,7 +59,8 @@ class Table(NamedTuple):
 
     def markdown(self) -> str:
         """Return the table as Markdown, with its notes below."""
-        marked = self.cells.where(~self.marks, "**" + self.cells + "**")
+        cells = self.cells.astype(str)  # without rows, columns have no type
+        marked = cells.where(~self.marks, "**" + cells + "**")
         body = marked.to_markdown(index=False, tablefmt="github", disable_numparse=True)
         return "\n".join([f"# {self.title}", "", body, "", *(f"{note}\n" for note in self.notes)])
 
@@ -349,7 +350,7 @@ def cost_table(study: Study, estimates: Estimates) -> Table | None:
     if study.scored:
         notes.append(_training_cost(study, of_teacher))
     columns = ["", passed, flops, funnel, *map(title_of, users)]
-    cells = pd.DataFrame(lines, columns=columns).fillna("")
+    cells = pd.DataFrame(lines, columns=columns, dtype=object).fillna("")
     return Table(f"{study.dataset}: cost of the funnel", cells, notes)
 
 

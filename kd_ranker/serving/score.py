@@ -7,7 +7,6 @@ then the scores of a piece of these after the other, then whole files of the log
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -24,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float32
 
+from kd_ranker import manifest
 from kd_ranker.batch import CandidateBatch, FeatureSpec, Items, Request
 from kd_ranker.batches import cutting
 from kd_ranker.errors import UserError
@@ -153,16 +153,17 @@ def score_log(
             write_back.write_files(
                 log, layout, columns, trained.version, work / _SCORES, work, paths, run
             )
-        told = {
+        description = {
             "ranker": trained.name,
             "serve": trained.serve,
             "version": trained.version,
             "columns": columns,
             "log": log.manifest,
             "read": read._replace(pieces=[]),
-            "made_of": digest,
         }
-        write_atomically(output / FILE, json.dumps(told, indent=2))
+        write_atomically(output / FILE, json.dumps(description, indent=2))
+        written = (path.relative_to(output).as_posix() for path in paths)
+        manifest.write(output, {"scores": digest}, [FILE, *written])
         shutil.rmtree(work)
     return scored, read
 
@@ -196,13 +197,13 @@ def _digest(
         *(layout.by_request, layout.units_per_second, layout.retrieved),
         [metadata.version(package) for package in ("kd_ranker", "jax")],
     ]
-    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
+    return manifest.digest(made_of)
 
 
 def _is_finished(output: Path, work: Path, digest: str) -> bool:
     """True for a folder that holds what is to be made; one that holds something else is refused."""
-    finished = (output / FILE).exists()
-    if finished and read_json(output / FILE, _REMOVE)["made_of"] == digest:
+    finished = (output / manifest.FILE).exists()
+    if finished and manifest.check(output, _REMOVE) == {"scores": digest}:
         shutil.rmtree(work, ignore_errors=True)  # which a run may have left that was killed
         return True
     if finished or not (work.exists() or {path.name for path in output.iterdir()} <= lock.FILES):

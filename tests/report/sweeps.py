@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from ml_collections import ConfigDict
 
+from kd_ranker import manifest
 from kd_ranker.configs import cascade
 from kd_ranker.evaluation import kept, results
 from kd_ranker.evaluation.metrics import ReportAt
@@ -132,6 +133,14 @@ def write_sweep(
             path = workdir / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return finish(workdir)
+
+
+def finish(workdir: Path) -> Path:
+    """Write the manifests of a sweep and of its cohorts' tests."""
+    for folder in workdir.glob("cohorts/*/test"):
+        manifest.write(folder, {})
+    manifest.write(workdir, {}, [results.FILE] if (workdir / results.FILE).exists() else [])
     return workdir
 
 
@@ -146,7 +155,7 @@ def change(workdir: Path, change_rows) -> Path:
     path = workdir / results.FILE
     frame = results.read_csv(path)
     change_rows(frame).to_csv(path, index=False)
-    return workdir
+    return finish(workdir)
 
 
 def _teacher(dataset: str, retrieved: int) -> dict:
@@ -423,7 +432,7 @@ def write_rows(
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(config.to_json())
     pd.DataFrame(full).to_csv(workdir / results.FILE, index=False)
-    return workdir
+    return finish(workdir)
 
 
 def teacher_row() -> dict:

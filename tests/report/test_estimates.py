@@ -106,7 +106,7 @@ def write(folder, seeds=SEEDS, with_requests=True):
         test.mkdir(parents=True)
         for name, content in kept.files(Kept(KS, each), ("watch",)).items():
             (test / name).write_bytes(content)
-    return folder
+    return sweeps.finish(folder)
 
 
 @pytest.fixture(scope="module")
@@ -392,5 +392,5 @@ def with_cohorts(folder, rows, cohorts):
         of_cohort = Kept(KS, {("teacher", "user"): each_of(90 + number), **each})
         for name, content in kept.files(of_cohort, ("watch",)).items():
             (test / name).write_bytes(content)
-    (study,) = read_studies([folder])
+    (study,) = read_studies([sweeps.finish(folder)])
     return Estimates(study)

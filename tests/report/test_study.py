@@ -63,7 +63,7 @@ def test_what_requests_add_is_read_of_every_cohort_with_its_teacher(tmp_path):
         folder.mkdir(parents=True)
         for name, content in kept.files(of._replace(each=each), sweeps.TASKS).items():
             (folder / name).write_bytes(content)
-    (study,) = read_studies([parts])
+    (study,) = read_studies([sweeps.finish(parts)])
     assert [source for source, _ in study.kept] == [0, 0]
     for share, (_, found) in zip(shares, study.kept, strict=True):
         np.testing.assert_array_equal(found.ks, of.ks)

@@ -163,6 +163,7 @@ def test_a_single_run_has_one_member_without_a_name(tmp_path):
     sweeps.change(tmp_path, lambda frame: frame[frame["role"] == "student"].assign(member=None))
     for name in sweeps.OF_REQUESTS:
         (tmp_path / name).unlink()
+    sweeps.finish(tmp_path)
     bins = pd.read_csv(tmp_path / "calibration.csv")
     bins.assign(member=None).to_csv(tmp_path / "calibration.csv", index=False)
     metrics = (tmp_path / "cohorts" / "0" / "metrics.jsonl").read_text()

@@ -535,10 +535,13 @@ def test_a_folder_with_something_else_is_not_written_to(world, tmp_path):
     scoring.score_unseen(config, workdir, output=out)
     other = config_for(world, "student", log)
     assert "give another folder with --out" in fault_of(other, world.folder / "student", output=out)
-    # What it says of itself may be damaged, and is not taken as it is.
-    told = (out / score.FILE).read_text()
-    (out / score.FILE).write_text(told.replace('"version": "', '"version": "1', 1))
-    assert f"{out / score.FILE} is not as it was written" in fault_of(config, workdir, output=out)
+    # Nor is a finished log whose files have changed or are gone accepted as finished.
+    description = (out / score.FILE).read_text()
+    (out / score.FILE).write_text(description.replace('"version": "', '"version": "1', 1))
+    assert f"{out / score.FILE} has changed" in fault_of(config, workdir, output=out)
+    (out / score.FILE).write_text(description)
+    next(out.rglob("*.parquet")).unlink()
+    assert ".parquet is missing; remove that folder" in fault_of(config, workdir, output=out)
 
 
 def test_a_run_that_is_not_finished_does_not_score(world, tmp_path):
