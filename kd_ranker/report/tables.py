@@ -55,7 +55,9 @@ class Table(NamedTuple):
     @property
     def numeric(self) -> list[bool]:
         """True for the columns of numbers, which are aligned to the right."""
-        return [bool(self.cells[name].str.fullmatch(_NUMBER).all()) for name in self.cells]
+        return [
+            bool(self.cells[name].astype(str).str.fullmatch(_NUMBER).all()) for name in self.cells
+        ]
 
     def markdown(self) -> str:
         """Return the table as Markdown, with its notes below."""
