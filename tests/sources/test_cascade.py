@@ -3,7 +3,6 @@
 import dataclasses
 import runpy
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -404,7 +403,7 @@ def test_what_no_feature_shows_costs_more_the_more_it_is(capsys: pytest.CaptureF
     config = configs("small")
     config.data.validation_requests = 30
     script = runpy.run_path("scripts/cascade_regret.py")
-    script["main"](config, Path())
+    script["main"](config)
     printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
     regret = {name: float(number) for name, number in printed.items()}
     assert 0 < regret["interests"] < regret["both"] < 0.5

@@ -18,6 +18,7 @@ from kd_ranker import api
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.config.features import feature
 from kd_ranker.errors import UserError
+from kd_ranker.pipeline import datasets
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS, Request
 from kd_ranker.sources.logs import duckdb_engine
@@ -704,7 +705,7 @@ def test_times_of_any_type_are_seconds(tmp_path, type_, scale, unit):
 def test_processes_change_nothing(tmp_path):
     rows = make_rows(25, requests=150, faults=0.03, texts=True)
     log = write_log(tmp_path / "log", rows, files=2)
-    datasets = []
+    built = []
     for processes in (1, 2):
         config = faulty_logs.config(log, tmp_path / f"with {processes}", processes=processes)
         directory = api.prepare(config).directory
@@ -717,13 +718,13 @@ def test_processes_change_nothing(tmp_path):
             if path.is_file() and ".array_record" not in path.name
         }
         del files["dataset_info.json"]
-        datasets.append((read_back, files))
-    assert same(datasets[0][0], datasets[1][0])
-    assert datasets[0][1] == datasets[1][1]
+        built.append((read_back, files))
+    assert same(built[0][0], built[1][0])
+    assert built[0][1] == built[1][1]
     source = faulty_logs.open_source(faulty_logs.config(log, tmp_path / "source"))
     requests = faulty_logs.all_requests(source)
     source.close()
-    assert same(requests, datasets[0][0])
+    assert same(requests, built[0][0])
 
 
 def test_tables_that_outgrow_memory_change_nothing(tmp_path, monkeypatch):

@@ -2,12 +2,10 @@
 
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments import prepare_data
 from kd_ranker import api
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.training import BatchConfig, training_batches
@@ -101,9 +99,9 @@ def test_prepare_data_prints_what_was_found_whether_it_builds_the_dataset_or_fin
 ):
     new = config.copy_and_resolve_references()
     new.data.dir = str(tmp_path)
-    prepare_data.main(new, Path())
+    print(api.prepare(new, thorough=True))
     told = capsys.readouterr().out
-    prepare_data.main(new, Path())
+    print(api.prepare(new, thorough=True))
     assert capsys.readouterr().out == told
     directory = api.prepare(new).directory
     report = json.loads((directory / "data_report.json").read_text())

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 from ml_collections import ConfigDict
 
-from experiments import log_teacher
 from kd_ranker import api, manifest
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.errors import UserError
@@ -53,7 +52,8 @@ def stub_teacher(*unused: Any) -> Teacher:
 
 @pytest.fixture(autouse=True)
 def stub(monkeypatch):
-    monkeypatch.setattr(teachers, "load_teacher", stub_teacher)
+    for module in (scoring, teachers):
+        monkeypatch.setattr(module, "load_teacher", stub_teacher)
 
 
 def make_config(folder: Path, by_request: bool = False, **options: Any) -> ConfigDict:
@@ -452,7 +452,7 @@ def test_no_name_in_an_archive_leads_out_of_the_folder_that_is_written_to(tmp_pa
 
 def test_log_teacher_prints_where_both_lie(tmp_path, capsys):
     config = make_config(tmp_path)
-    log_teacher.main(config, Path())
+    print(api.log_teacher(config))
     logged = api.log_teacher(config)
     assert capsys.readouterr().out.splitlines() == [
         f"dataset: {logged.dataset}",
