@@ -7,7 +7,7 @@ from kd_ranker import manifest
 from kd_ranker.errors import UserError
 from kd_ranker.manifest import MadeOf
 from kd_ranker.training.processes import on_first
-from kd_ranker.training.workdir import write_atomically
+from kd_ranker.training.workdir import CONFIG_FILE, write_atomically
 
 _REMEDY = (
     "start the command that made it again, with its flags: it writes the tables, and trains "
@@ -21,7 +21,7 @@ def write_tables(
     made_of: MadeOf,
     parts: Collection[str] = (),
 ) -> None:
-    """Write tables by their file names, then the manifest of the folder.
+    """Write tables by their file names, then the manifest of the folder, with its config if any.
 
     Args:
       folder: of a run, a cohort or a sweep.
@@ -32,7 +32,8 @@ def write_tables(
     on_first(lambda: (folder / manifest.FILE).unlink(missing_ok=True))
     for file, content in tables.items():
         write_atomically(folder / file, content)
-    on_first(lambda: manifest.write(folder, made_of, [*tables, *parts]))
+    config = [CONFIG_FILE] if (folder / CONFIG_FILE).exists() else []
+    on_first(lambda: manifest.write(folder, made_of, [*tables, *parts, *config]))
 
 
 def is_measured(folder: Path, made_of: MadeOf) -> bool:

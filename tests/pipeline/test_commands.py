@@ -1005,6 +1005,24 @@ def test_a_changed_table_of_a_finished_sweep_is_told_and_made_again(world, swept
     assert not small.sweep(world.config(**SWEEP), workdir)
 
 
+def test_a_report_finds_tables_of_another_cohort_and_another_config(swept, tmp_path):
+    workdir = tmp_path / "exchanged"
+    shutil.copytree(swept, workdir)
+    cohort = workdir / "cohorts" / "0" / "test"
+    written = json.loads((cohort / manifest.FILE).read_text())
+    table = (cohort / results.FILE).read_bytes()
+    (cohort / results.FILE).write_bytes(table.replace(b"0.", b"1.", 1))
+    manifest.write(cohort, written["made_of"], written["files"])
+    fault = fault_of(api.report, workdir, output=tmp_path / "report")
+    assert f"{workdir}/cohorts/0/test/{manifest.FILE} has changed; start the command" in fault
+    (cohort / results.FILE).write_bytes(table)
+    manifest.write(cohort, written["made_of"], written["files"])
+    config = workdir / "config.json"
+    config.write_text(config.read_text().replace('"passed": 30', '"passed": 40'))
+    fault = fault_of(api.report, workdir, output=tmp_path / "report")
+    assert f"{config} has changed; start the command" in fault
+
+
 def test_a_sweep_whose_plan_is_not_as_it_was_written_is_told(world, swept, tmp_path):
     workdir = tmp_path / "plan"
     shutil.copytree(swept, workdir)
