@@ -407,7 +407,7 @@ _LOG = _of_source(
     Key("split", "time", "what decides the split of a request", layout.SPLIT_BY),
     Key("validation_share", 0.1, "share of the requests for the validation", INSIDE_ONE),
     Key("test_share", 0.1, "share of the requests for the test", INSIDE_ONE),
-    Key("allow", (), "expected findings, which do not stop the build",
+    Key("allow", (), "expected findings, which do not prevent a dataset",
         layout.ALLOWABLE, element=str, influences="nothing"),
     Key("strict", False, "end the build at the first row at fault"),
     Key("infer", False, "write a first config for the log in place of the dataset",
