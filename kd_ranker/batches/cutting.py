@@ -39,7 +39,7 @@ class Layout(NamedTuple):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The widths per request of: its row, its candidates, its labels, its stages, its factors."""
+        """The widths per request: its row, candidates, labels, stages and factors."""
         of_request, of_candidate, of_label = (spans[-1].columns.stop for spans in self.spans)
         candidates, labelled = self.slots.candidates, self.slots.labelled
         return (of_request, candidates * of_candidate, labelled * of_label, candidates, labelled)
