@@ -1,4 +1,4 @@
-"""The fields of a request, and the structs that hold them: one on disk, one in a step.
+"""The fields of a request, and their structs: `Request` on disk, `CandidateBatch` in a step.
 
 All rooms use the same symbols: `R` requests, `N` candidates per request, `T` tasks, `H` events of
 history. Each field is declared once, in `FIELDS`. To add a field, add a line there and a line in
@@ -45,7 +45,7 @@ class Category:
     Attributes:
       name: a readable name.
       of: its owner, one of `CATEGORY_OWNERS`.
-      size: the number of its values, including those that stand in for rare or unknown values.
+      size: the number of its values, including those for rare or unknown values.
       length: the number of its category ids per owner; 1 for a single value.
     """
 
@@ -76,7 +76,7 @@ class FeatureSpec:
         final rankers read the others.
       history_length: length H to which a history is cut or padded.
       history_features: width E of the features of each event of the history.
-      teacher_version: the only model version whose logged probabilities count; "" if none do.
+      teacher_version: logged probabilities count only from this model version; "" if none count.
       categories: the categorical features, in the order of their category ids.
       teacher_signal: the form of the logged teacher values, one of `TEACHER_SIGNALS`:
         probabilities, or positions. For positions, the probability columns hold
