@@ -1,6 +1,6 @@
-"""Distil a final ranker into an early ranker, and measure what that saves in the funnel.
+"""Distil a final ranker into an early ranker, and measure the savings in the funnel.
 
-`__all__` is what may be relied on; the rest of the package may change. For example:
+The names in `__all__` are stable; the rest of the package may change. For example:
 
     import kd_ranker as kd
 
@@ -79,9 +79,9 @@ _ELSEWHERE = {
 
 
 class _Face(types.ModuleType):
-    """This package as a module, whose names load when they are first used.
+    """This package as a module that loads its names on first use.
 
-    All of them would take seconds, and each module of the package loads this one.
+    Loading all of them would take seconds, and each module of the package loads this one.
     """
 
     def __getattr__(self, name: str) -> Any:
@@ -93,7 +93,7 @@ class _Face(types.ModuleType):
         return getattr(module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Python would name a room of that name here, once it is loaded: `sweep`, say.
+        # After import, Python would bind a subpackage of that name here, for example `sweep`.
         if name not in __all__:
             super().__setattr__(name, value)
 

@@ -1,13 +1,13 @@
-"""The fields of a request, and the structs that hold them: one on disk, one in a step.
+"""The fields of a request, and their structs: `Request` on disk, `CandidateBatch` in a step.
 
-Every room speaks of requests in these terms: `R` requests, `N` candidates a request, `T` tasks,
-`H` events of history. A field is declared once, in `FIELDS`; to add one takes a line there, and one
-in each struct that holds it. A batch holds what differs from request to request. What belongs to an
-item alone lies once on the device, in `Items`, and is looked up by `item_id`.
+All rooms use the same symbols: `R` requests, `N` candidates per request, `T` tasks, `H` events of
+history. Each field is declared once, in `FIELDS`. To add a field, add a line there and a line in
+each struct that holds it. A batch holds the data that differ between requests. Data that depend
+only on the item are stored once on the device, in `Items`, and are looked up by `item_id`.
 
-Categorical features come as *category ids*. All of them share one range: that of a feature follows
-those of the features before it (`FeatureSpec.category_starts`), so one table of rows serves them
-all. -1 fills up where there is no value.
+Categorical features are stored as *category ids*. All features share one range of ids: the ids of a
+feature follow those of the features before it (`FeatureSpec.category_starts`), so one table of rows
+serves them all. -1 marks a missing value.
 """
 
 import dataclasses
@@ -43,10 +43,10 @@ class Category:
     """A categorical feature: one value, or a bag of up to `length` values without an order.
 
     Attributes:
-      name: for people.
-      of: what it belongs to, one of `CATEGORY_OWNERS`.
-      size: how many values it has, those for values that are rare or unheard of included.
-      length: how many category ids it takes; 1 for a single value.
+      name: a readable name.
+      of: its owner, one of `CATEGORY_OWNERS`.
+      size: the number of its values, including those for rare or unknown values.
+      length: the number of its category ids per owner; 1 for a single value.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Category:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec:
-    """The sizes of a dataset's features; stored beside the dataset as `feature_spec.json`.
+    """The sizes of a dataset's features; stored with the dataset as `feature_spec.json`.
 
     Attributes:
       dataset: the dataset's name, as in `config.data.name`.
@@ -70,16 +70,17 @@ class FeatureSpec:
       num_items: item ids lie in [0, num_items).
       user_features: width U of the dense user features.
       context_features: width C of the dense request context.
-      candidate_features: width X of what differs from candidate to candidate within a request.
+      candidate_features: width X of the dense features of a candidate within a request.
       item_features: width F of the item feature matrix [num_items, F].
-      cheap_item_features: how many of its first columns an early ranker can afford; the others are
-        for final rankers alone.
+      cheap_item_features: the number of its first columns that an early ranker can afford; only
+        final rankers read the others.
       history_length: length H to which a history is cut or padded.
-      history_features: width E of what is known of each event of the history.
-      teacher_version: the only model version whose logged probabilities count; "" if none do.
+      history_features: width E of the features of each event of the history.
+      teacher_version: logged probabilities count only from this model version; "" if none count.
       categories: the categorical features, in the order of their category ids.
-      teacher_signal: what the log holds of the teacher, one of `TEACHER_SIGNALS`: probabilities, or
-        positions, of which the probability columns then hold `teacher_signal.probability_of_rank`.
+      teacher_signal: the form of the logged teacher values, one of `TEACHER_SIGNALS`:
+        probabilities, or positions. For positions, the probability columns hold
+        `teacher_signal.probability_of_rank`.
     """
 
     dataset: str
@@ -121,7 +122,7 @@ class FeatureSpec:
         return sum(self.category_lengths(of))
 
     def to_json(self) -> str:
-        """The spec as JSON, one key an attribute."""
+        """The spec as JSON, one key per attribute."""
         return json.dumps(dataclasses.asdict(self), indent=2)
 
     @classmethod
@@ -134,12 +135,12 @@ class FeatureSpec:
 
 
 Owner = Literal["request", "event", "candidate", "shown", "scored", "known"]
-"""What a field is known of, which says how many entries of it a request has.
+"""The owner of a field, which determines the number of its entries per request.
 
-The request itself: one. Each event of its history; each of its candidates; each of those that were
-shown; each of those that the teacher has scored. Known are facts for the evaluation only: each
-candidate has them in a request that has any of them, and none elsewhere. Shown and scored
-candidates are the first ones.
+The owner is the request itself (one entry), each event of its history, each of its candidates, each
+shown candidate, or each candidate that the teacher scored. Shown and scored candidates are the
+first ones. "known" marks facts only for the evaluation: a request has them for all of its
+candidates, or for none.
 """
 
 
@@ -147,15 +148,15 @@ class Field(NamedTuple):
     """A field of a request.
 
     Attributes:
-      name: that of the attribute of `Request`, of `CandidateBatch`, or of both.
+      name: the name of the attribute of `Request`, of `CandidateBatch`, or of both.
       of: its owner.
-      stored: its type on disk; None for what is worked out on the way to a batch.
-      dtype: its type in a batch; None for what no model sees.
-      width: sizes of a dataset -> how many numbers an entry has; None for a single one. Where it is
-        0, a field that `Request` can do without is not stored.
-      nothing: what stands for no entry.
-      ids: sizes of a dataset -> how many ids there are. Those stored lie in [0, ids), or are
-        `nothing`; None for what is no id.
+      stored: its type on disk; None if it is computed on the way to a batch.
+      dtype: its type in a batch; None if no model reads it.
+      width: sizes of a dataset -> the number of values per entry; None for a scalar. If it is 0, a
+        field that is optional in `Request` is not stored.
+      nothing: the value of a missing entry.
+      ids: sizes of a dataset -> the number of ids. Stored ids lie in [0, ids), or are `nothing`.
+        None if the field is not an id.
     """
 
     name: str
@@ -212,7 +213,7 @@ FIELDS = (
     Field("user_label", "shown", np.uint8, np.float32, _tasks),
     Field("label_weight", "shown", np.float32, np.float32),
     Field("teacher_probability", "scored", np.float32, np.float32, _tasks, np.nan),
-    # The log has one a candidate. What is proper is decided for each task.
+    # The log has one per candidate. Batches have one per task, 0 for improper probabilities.
     Field("teacher_weight", "scored", np.float32, None),
     Field("teacher_weight", "scored", None, np.float32, _tasks),
     Field("teacher_version", "request", str, None),
@@ -231,16 +232,16 @@ IN_BATCH = tuple(field for field in FIELDS if field.dtype is not None)
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One request as it lies on disk, without padding.
+    """One request as stored on disk, without padding.
 
-    The N candidates stand in funnel order: the S shown ones first, then the rest of the P passed
-    ones, then the rest of the retrieved. User labels are therefore known for a prefix of length S,
-    and a teacher that scored only what was passed has logged a prefix of length P (A below: S ≤ P,
-    and A is 0, S, P or N). Nothing here but labels, teacher probabilities and true probabilities
-    may stem from after `time`.
+    The N candidates are in funnel order: the S shown ones first, then the rest of the P passed
+    ones, then the rest of the retrieved. User labels are therefore known for a prefix of length S.
+    A teacher that scored only passed candidates has logged a prefix of length P (A below: S ≤ P,
+    and A is 0, S, P or N). Only labels, teacher probabilities and true probabilities may stem from
+    after `time`.
 
     True probabilities, incumbent and propensity are for the evaluation only: V is N there. In
-    training requests, and where a dataset knows none of the three, V is 0. NaN is an unknown value.
+    training requests, and in a dataset without any of the three, V is 0. NaN is an unknown value.
     """
 
     request_id: int
@@ -256,7 +257,7 @@ class Request:
     user_label: UInt8[np.ndarray, "S T"]
     label_weight: Float32[np.ndarray, "S"]
     teacher_probability: Float32[np.ndarray, "A T"]  # as logged: NaN and nonsense included
-    teacher_weight: Float32[np.ndarray, "A"]  # 0 where the log says that nothing was written
+    teacher_weight: Float32[np.ndarray, "A"]  # 0 where the log marks a missing write
     teacher_version: str  # of the model that wrote `teacher_probability`
     true_probability: Float32[np.ndarray, "V T"]
     # Category ids, see above; None in a dataset without such features.
@@ -267,7 +268,7 @@ class Request:
     propensity: Float32[np.ndarray, "V"] | None = None  # see `EvaluationBatch`
 
     def num_reached(self, stage: Stage) -> int:
-        """The number of candidates that came at least so far in the funnel: the first ones."""
+        """The number of candidates that reached at least this stage: the first ones."""
         retrieved, shown = len(self.item_id), len(self.user_label)
         if stage == Stage.SHOWN:
             return shown
@@ -278,13 +279,12 @@ class Request:
 class CandidateBatch:
     """A batch of requests with their candidates. Probabilities lie in [0, 1].
 
-    Entries where `stage` is `PADDING` hold zeros and mean nothing; entries of weight 0 may hold
-    anything, NaN included, and contribute exactly nothing to a loss.
+    Entries with `stage` `PADDING` hold zeros and have no meaning. Entries of weight 0 may hold any
+    value, including NaN, and contribute exactly 0 to a loss.
 
-    Those shown stand first, then those passed, so what is known of a few candidates only need not
-    be as long as the list of all: labels are of its first `labelled` entries, and in its first
-    `judged` stand all that were passed and all that have a logged teacher probability. Both may be
-    N.
+    Shown candidates come first, then passed ones, so data of only a few candidates have shorter
+    arrays. Labels belong to the first `labelled` entries. The first `judged` entries include all
+    passed candidates and all with a logged teacher probability. Both may be N.
     """
 
     user_id: Int[Array, "R"]
@@ -295,7 +295,7 @@ class CandidateBatch:
     history_mask: Bool[Array, "R H"]
     item_id: Int[Array, "R N"]
     candidate_features: Float[Array, "R N X"]
-    request_category: Int[Array, "R K"]  # category ids of user and context; -1 fills up
+    request_category: Int[Array, "R K"]  # category ids of user and context; -1 is padding
     candidate_category: Int[Array, "R N L"]  # those that differ from request to request
     stage: Int8[Array, "R N"]  # a `Stage`
     user_label: Float[Array, "R labelled T"]  # 0 or 1
@@ -319,7 +319,7 @@ class CandidateBatch:
         return self.teacher_weight.shape[1]
 
     def first(self, candidates: int) -> "CandidateBatch":
-        """The batch with the first candidates of each request alone."""
+        """The batch with only the first candidates of each request."""
         of_candidates = [field.name for field in IN_BATCH if field.of not in ("request", "event")]
         return dataclasses.replace(
             self, **{name: getattr(self, name)[:, :candidates] for name in of_candidates}
@@ -330,7 +330,7 @@ class Deal(NamedTuple):
     """A way to deal rows to devices, see `embedding.deal`.
 
     Attributes:
-      devices: n; 1 has all of them on each device.
+      devices: n; 1 keeps all rows on each device.
       axis: the mapped axis of the devices.
     """
 
@@ -344,13 +344,13 @@ WHOLE = Deal()
 
 @flax.struct.dataclass
 class Items:
-    """The features and categories of each item, one row an item id.
+    """The features and categories of each item, one row per item id.
 
-    Rows may be dealt to devices; each then holds its own.
+    Rows may be dealt to devices; each device then holds its share.
     """
 
     features: Float[Array, "items F"]
-    category: Int[Array, "items I"]  # category ids; -1 fills up
+    category: Int[Array, "items I"]  # category ids; -1 is padding
     deal: Deal = flax.struct.field(pytree_node=False, default=WHOLE)
 
 
@@ -364,7 +364,7 @@ class EvaluationBatch:
       incumbent: score of the early ranker that filled the log, higher first; NaN where unknown.
       propensity: probability in (0, 1] with which the log showed a candidate that it showed; NaN on
         the others, and where unknown.
-      request_mask: False on requests that only fill up the last batch.
+      request_mask: False on requests that only pad the last batch.
     """
 
     batch: CandidateBatch
@@ -375,13 +375,13 @@ class EvaluationBatch:
 
 
 def empty_batch(spec: FeatureSpec, requests: int, candidates: int) -> CandidateBatch:
-    """A batch of zeros, on the host: what programs are compiled for before there is any data."""
+    """A batch of zeros on the host, for compiling programs before any data exist."""
     abstract = abstract_batch(spec, requests, candidates)
     return jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
 
 
 def abstract_batch(spec: FeatureSpec, requests: int, candidates: int) -> CandidateBatch:
-    """A batch by shapes and types alone, which needs no memory."""
+    """A batch of only shapes and types, which needs no memory."""
     entries = {"request": (), "event": (spec.history_length,)}
 
     # A batch is made on the host and typed for the device, where it is used.
@@ -393,7 +393,7 @@ def abstract_batch(spec: FeatureSpec, requests: int, candidates: int) -> Candida
 
 
 def abstract_items(spec: FeatureSpec) -> Items:
-    """The items of a dataset by shapes and types alone, which need no memory."""
+    """The items of a dataset as only shapes and types, which need no memory."""
 
     # Typed for the device, where they are used.
     def abstract(dtype: type, width: int) -> Any:

@@ -1,10 +1,10 @@
-"""From what was drawn to the batches of some steps in one array, and from that to each of them.
+"""From a draw to the batches of some steps in one array, and from that array to each batch.
 
     Draw ─gather→ Draw ─join→ PackedBatches ─unpack→ CandidateBatch
 
-The first two make the batches of many train steps at once, the last goes before each train step,
-in one program with it. All run on NumPy arrays on the host and, compiled, on a device that
-holds the data.
+The first two make the batches of many train steps at once. The last runs before each train step,
+in the same program. All run on NumPy arrays on the host and, compiled, on a device that holds the
+data.
 """
 
 from collections.abc import Mapping
@@ -25,12 +25,12 @@ from kd_ranker.requests.packing import as_bits, as_floats
 
 
 class Layout(NamedTuple):
-    """The places of the fields in a packed batch; nothing of it is traced.
+    """The places of the fields in a packed batch; all of it is static under tracing.
 
     Attributes:
       spans: of a row of each part.
       slots: of a request.
-      logged: what the teacher says counts for candidates that came so far in the funnel.
+      logged: teacher probabilities count for candidates that reached this stage of the funnel.
     """
 
     spans: Parts[packing.Spans]
@@ -39,14 +39,14 @@ class Layout(NamedTuple):
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """The numbers of a request: its own, its candidates', its labels' and its draw's."""
+        """The widths per request: its row, candidates, labels, stages and factors."""
         of_request, of_candidate, of_label = (spans[-1].columns.stop for spans in self.spans)
         candidates, labelled = self.slots.candidates, self.slots.labelled
         return (of_request, candidates * of_candidate, labelled * of_label, candidates, labelled)
 
 
 class Span(NamedTuple):
-    """Steps in a row among those that were made together; `stop` is the first one left out."""
+    """Consecutive steps among those that were made together; `stop` is exclusive."""
 
     start: int
     stop: int
@@ -54,9 +54,9 @@ class Span(NamedTuple):
 
 @flax.struct.dataclass
 class PackedBatches:
-    """The training batches of some steps in a row, in one array, 32 bits a number.
+    """The training batches of consecutive steps, in one array, 32 bits per number.
 
-    A program that is handed one array starts sooner than one with an array a field or a step.
+    A program that takes one array starts sooner than one that takes one per field or per step.
     """
 
     rows: Int[Array, "R steps W"]
@@ -64,17 +64,17 @@ class PackedBatches:
 
 
 def gather(data: Parts, draw: Draw) -> Draw:
-    """Reads the rows that a draw means.
+    """Read the rows that a draw refers to.
 
-    In a program of its own each of the three is one gather. Together with what works out the row
-    numbers, XLA on a CPU would do that anew for each number that it reads.
+    In a separate program each of the three is one gather. In one program with the computation of
+    the row numbers, XLA on a CPU would repeat that computation for each number that it reads.
 
     Args:
       data: `Columns.values`, on the host or on a device.
-      draw: which rows of these.
+      draw: the row numbers.
 
     Returns:
-      The draw, with int32 [*R, Q], [*R, N, C] and [*R, labelled, L] for its rows.
+      The draw, with the rows as int32 [*R, Q], [*R, N, C] and [*R, labelled, L].
     """
 
     def read(rows: Int[Array, "n W"], which: Int[Array, "*shape"]) -> Int[Array, "*shape W"]:
@@ -86,11 +86,11 @@ def gather(data: Parts, draw: Draw) -> Draw:
 
 
 def read(columns: Columns, draw: Draw) -> Draw:
-    """Reads the rows that a draw means where they lie, in memory or in a file, on the host.
+    """Read the rows that a draw refers to on the host, from memory or from a file.
 
     Args:
       columns: the requests.
-      draw: whose rows are those `sampling.within` each request.
+      draw: its rows are numbered by `sampling.within` each request.
 
     Returns:
       The draw, as `gather` returns it.
@@ -106,10 +106,10 @@ def read(columns: Columns, draw: Draw) -> Draw:
 
 
 def pack_batches(draw: Draw, layout: Layout) -> PackedBatches:
-    """The batches of the steps whose axis follows that of the requests.
+    """Pack the batches of all steps of a draw.
 
     Args:
-      draw: as `gather` returns it.
+      draw: as `gather` returns it; the axis of the steps follows that of the requests.
       layout: of the batches.
     """
     xp = draw.stage.__array_namespace__()  # type: ignore[attr-defined]
@@ -119,7 +119,7 @@ def pack_batches(draw: Draw, layout: Layout) -> PackedBatches:
 
 
 def unpack(batches: PackedBatches, step: int | Int[Array, ""]) -> CandidateBatch:
-    """The batch of a step, counted from 0, as the models know it."""
+    """The batch of a step, counted from 0, in the form that models take."""
     of_step = batches.rows[:, step]
     ends = np.cumsum([0, *batches.layout.widths])
     requests, candidates, labels, stage, factor = (
@@ -146,7 +146,7 @@ def fields_of(draw: Draw, layout: Layout) -> dict[str, Any]:
         label = fields["user_label"]
         shape = (len(label), layout.slots.judged, label.shape[-1])
         probability = xp.full(shape, xp.nan, np.float32)
-    # What stands for nothing is NaN, as is what was not logged properly.
+    # NaN marks missing values and values that were not logged properly.
     proper = ~xp.isnan(probability)
     if layout.logged > Stage.RETRIEVED:
         proper &= (draw.stage >= layout.logged)[:, : layout.slots.judged, None]
@@ -163,12 +163,12 @@ def fields_of(draw: Draw, layout: Layout) -> dict[str, Any]:
 def all_fields(
     columns: Columns, requests: Int[np.ndarray, "R"], places: Int[np.ndarray, "R N"]
 ) -> dict[str, Any]:
-    """The fields of `CandidateBatch` of some requests, on the host, with all that is known of them.
+    """All fields of `CandidateBatch` for some requests, on the host.
 
     Args:
-      columns: the requests.
-      requests: which of them.
-      places: which candidates of each, in the order of the batch; -1 for none.
+      columns: all requests.
+      requests: the numbers of the requests to read.
+      places: the candidates of each, in the order of the batch; -1 for none.
     """
     factors: Any = (places >= 0).astype(np.float32)
     counts = columns.counts.of(requests)
@@ -178,7 +178,7 @@ def all_fields(
 
 
 def full_fields(columns: Columns, candidates: int) -> dict[str, Any]:
-    """All candidates of all requests in their stored order, filled up to `candidates`."""
+    """All candidates of all requests in their stored order, padded to `candidates`."""
     index = np.arange(candidates)
     places = np.where(index < columns.kept[:, None], index, -1)
     return all_fields(columns, np.arange(len(columns)), places)

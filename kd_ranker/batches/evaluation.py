@@ -24,9 +24,9 @@ def evaluation_batches(
     Args:
       dataset: the dataset.
       split: one of `SPLITS`.
-      requests: requests a batch; the last one is filled up by repeating, masked out.
-      candidates: N to fill up to, `config.funnel.retrieved`.
-      limit: how many requests to read from the start; 0 reads all.
+      requests: requests per batch; the last batch is padded with repeated requests, masked out.
+      candidates: N to pad to, `config.funnel.retrieved`.
+      limit: number of requests to read from the start; 0 reads all.
 
     Raises:
       UserError: a request has more candidates than `candidates`.
@@ -61,7 +61,7 @@ def _num_evaluation_requests(columns: Columns, limit: int) -> int:
 def _places(
     columns: Columns, requests: Int[np.ndarray, "R"], candidates: int
 ) -> Int[np.ndarray, "R N"]:
-    """The stored place of each candidate of a batch; -1 fills up."""
+    """The stored place of each candidate of a batch; -1 is padding."""
     counts = columns.counts.of(requests)
     places = np.full((len(requests), candidates), -1)
     for row, (request_id, number) in enumerate(zip(*counts[:2], strict=True)):
@@ -70,8 +70,8 @@ def _places(
                 f"funnel.retrieved={candidates} is less than the {number} candidates of request "
                 f"{request_id}"
             )
-        # Stored in funnel order: a ranker that cannot tell two candidates apart must not get the
-        # one that the logged policy preferred for free. Item ids tell of popularity in some
-        # datasets, so ties fall by a fixed permutation.
+        # Stored in funnel order: in a tie, a ranker must not get the candidate that the logged
+        # policy preferred for free. Item ids reveal popularity in some datasets, so a fixed
+        # permutation breaks ties.
         places[row, :number] = np.random.default_rng(request_id).permutation(number)
     return places

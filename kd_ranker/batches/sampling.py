@@ -1,8 +1,8 @@
 """Sampling: the candidates of each request that a training batch holds.
 
-What is drawn at random is a handful of whole numbers a request (`Starts`). Which candidates these
-mean is arithmetic (`Draw`), the same on NumPy arrays on the host and, compiled, on a device, for
-the batches of many steps at once. `cutting` makes batches of them.
+Only a few integers per request are drawn at random (`Starts`). Arithmetic turns them into
+candidates (`Draw`), for the batches of many steps at once. It is the same on NumPy arrays on the
+host and, compiled, on a device. `cutting` makes batches of them.
 """
 
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from kd_ranker.requests.columns import Columns, Counts, Parts, what_counts
 POSITIVES, NEGATIVES, OTHERS, REST = range(KINDS := 4)
 
 Starts = Int[Array, "*R steps columns"]
-"""What is random about the batches of a few steps in a row, see `draw`."""
+"""The random part of the batches of a few consecutive steps, see `draw`."""
 
 
 class Slots(NamedTuple):
@@ -54,10 +54,10 @@ class Draw(NamedTuple):
     """The rows that batches hold: of R requests, for each of a few steps.
 
     Attributes:
-      rows: which rows of `Columns.parts`, [*R], [*R, N] and [*R, labelled], 0 where there is
-        nothing; or these rows themselves, see `cutting.gather`.
-      stage: how far each candidate came.
-      factor: on the weight of each label; 0 for what is not to be learned from.
+      rows: the row numbers in `Columns.parts`, [*R], [*R, N] and [*R, labelled], 0 for padding; or
+        the rows themselves, see `cutting.gather`.
+      stage: the stage that each candidate reached.
+      factor: on the weight of each label; 0 if the label is not a training target.
     """
 
     rows: Parts
@@ -72,7 +72,7 @@ def bounds_of(columns: Columns) -> Bounds:
 
 
 def within(counts: Counts) -> Bounds:
-    """The row ranges where rows are counted from 1 within each request, wherever they lie."""
+    """The row ranges if rows are counted from 1 within each request."""
     one = np.ones_like(counts.shown)
     return Bounds(one, one, counts.passed, counts.shown)
 
@@ -85,31 +85,29 @@ def kinds_of(
     passed_share: float,
     negative_rate: float,
 ) -> tuple[Int[np.ndarray, "*n columns"], Slots]:
-    """Decides how many candidates of each kind a batch holds of each request.
+    """Decide how many candidates of each kind a batch holds for each request.
 
-    The kinds are those that were shown and have a positive label; those that were shown and have
-    none; the others that were passed, where a shown one whose labels were not drawn counts as
-    passed; and the rest of the retrieved.
+    The kinds are: shown with a positive label; shown without one; the others that were passed; and
+    the rest of the retrieved. A shown candidate that is not drawn with its labels counts as passed.
 
-    Shown ones come first: all positives, and of the n negatives a share `negative_rate`, k in
-    number, each of which then counts n / k times, so that weighted sums over the labels keep their
-    expectation; what does not fit is thinned and reweighted the same way. The slots that are left
-    are filled from the passed and from the rest; where one of the two runs out the other fills up.
-    A slot that falls to what does not count is left out, so what counts is drawn as if all were
-    there.
+    Shown candidates come first: all positives, and a share `negative_rate` of the n negatives. Each
+    of these k negatives then counts n / k times, so weighted sums over the labels keep their
+    expectation. If they do not fit, they are thinned and reweighted in the same way. The passed and
+    the rest fill the remaining slots; if either runs out, the other takes its slots. A slot for a
+    candidate that does not count is left out. Those that count are drawn as if it were kept.
 
     Args:
-      counts: of requests whose candidates stand as `in_sampling_order` puts them.
+      counts: of requests with their candidates in the order of `in_sampling_order`.
       bounds: of the same requests.
-      stage: what came so far in the funnel counts.
+      stage: candidates that reached this stage of the funnel count.
       candidates: `config.batch.candidates`, the most to hold.
       passed_share: the share of the slots left after the shown that the passed fill.
       negative_rate: the share of the shown candidates without any positive label to keep.
 
     Returns:
-      int32: how many candidates of each kind there are of each request, how many of each a batch
-      holds, and its `Bounds`, side by side, so that what is known of a request is one read and one
-      transfer. And how many slots a batch needs for any of the requests.
+      int32: for each request the number of candidates of each kind, the number of each that a
+      batch holds, and its `Bounds`, concatenated, so that one read and one transfer suffice. And
+      the number of slots that a batch needs for any of the requests.
     """
     retrieved, passed, shown, positives = counts.retrieved, *bounds[-2:], counts.positives
     negatives = shown - positives
@@ -145,8 +143,8 @@ def _labelled_numbers(
     wanted = np.rint(negative_rate * negatives).astype(np.int64)
     wanted = np.minimum(np.maximum(wanted, 1), negatives)
     total = positives + wanted
-    # Where they do not fit, both are thinned in proportion, and neither to nothing; a single slot
-    # goes to a positive.
+    # If they do not fit, both are thinned in proportion, and neither to zero; a single slot goes to
+    # a positive.
     reserved = np.minimum(wanted, 1) if slots > 1 else np.zeros_like(wanted)
     share = np.rint(slots * positives / np.maximum(total, 1)).astype(np.int64)
     fewer = np.minimum(np.minimum(np.maximum(share, 1), np.maximum(slots - reserved, 0)), positives)
@@ -163,15 +161,15 @@ def draw(
     """The random offsets of the batches of a few steps, from uniform numbers.
 
     Args:
-      request: which of the requests, for each of the steps.
+      request: the numbers of the requests, for each of the steps.
       start: uniform in [0, 1).
       kinds: of these requests, see `kinds_of`.
 
     Returns:
-      int32: what `kinds` says of these requests; which they are; and the place at which the sample
-      of each kind starts, in [0, number of that kind), 0 if there are none. A run of places from a
-      uniform one on draws each place with the same probability, and none twice: systematic sampling
-      (Madow and Madow, 1944).
+      int32: the `kinds` of these requests; their numbers; and the place at which the sample of each
+      kind starts, in [0, number of that kind), 0 for an empty kind. A run of places from a uniform
+      start draws each place with the same probability and at most once: systematic sampling (Madow
+      and Madow, 1944).
     """
     number = kinds[..., :KINDS]
     # A product with a number next to 1 may be rounded up.
@@ -190,9 +188,9 @@ def around(index: Int[Array, "..."], number: Int[Array, "..."]) -> Int[Array, ".
 
 
 def chosen(starts: Starts, slots: Slots) -> Draw:
-    """The candidates that `starts` mean: shown candidates first, padding last.
+    """The candidates that `starts` select: shown candidates first, padding last.
 
-    On arrays of NumPy or of JAX, whichever they are.
+    Takes arrays of NumPy or of JAX.
     """
     numbers, wanted, bounds, request, offset = _namespace(starts).split(
         starts, np.cumsum([KINDS, KINDS, len(Bounds._fields), 1]), axis=-1
@@ -211,8 +209,8 @@ def rows_of(
     """The rows of places in the candidates of each request.
 
     Args:
-      request: which of the requests.
-      place: which candidates of each, in the order of the batch; -1 for none.
+      request: the numbers of the requests.
+      place: the candidates of each, in the order of the batch; -1 for none.
       factor: on the label weight of the first of them.
       bounds: of the requests.
     """
@@ -239,11 +237,11 @@ def _places(
     offset: Int[Array, "*R kinds"],
     candidates: int,
 ) -> tuple[Int[Array, "*R N"], Float[Array, "*R N"]]:
-    """The candidates of each request that a draw means.
+    """The candidates of each request that a draw selects.
 
     Returns:
-      Places in a request's list of candidates, -1 where there is none; and the factor on the label
-      weight of each, 0 for what is not to be learned from labels.
+      Places in a request's list of candidates, -1 for padding; and the factor on the label weight
+      of each, 0 if its label is not a training target.
     """
     xp = _namespace(offset)
     slot = xp.arange(candidates, dtype=offset.dtype)
@@ -262,11 +260,11 @@ def _places(
     def of_kind(array: Int[Array, "*R kinds"]) -> Int[Array, "*R N"]:
         return pick([array[..., [kind]] for kind in range(KINDS)])
 
-    # A sample is a run of places on the circle of its kind; what it leaves out follows it there.
+    # A sample is a run of places on the circle of its kind; the places left out follow it there.
     number, k, begin = of_kind(numbers), of_kind(wanted), pick([0 * ends[0], *ends[:-1]])
     sampled = around(of_kind(offset) + slot - begin, number)
 
-    # Among the others, those shown ones that were not drawn come first: positives, negatives.
+    # Among the others, shown candidates that were not drawn come first: positives, negatives.
     positives, negatives = numbers[..., [POSITIVES]], numbers[..., [NEGATIVES]]
     drawn_positives, drawn_negatives = wanted[..., [POSITIVES]], wanted[..., [NEGATIVES]]
     after_positives = sampled - (positives - drawn_positives)

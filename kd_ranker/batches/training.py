@@ -1,8 +1,8 @@
-"""Endless training batches, made in a thread of their own ahead of the steps that take them.
+"""Endless training batches, made in a separate thread ahead of the steps that take them.
 
-The batches of many steps are cut in one pass: on the devices from what lies there, where their
-memory can hold what counts of all requests; else on the host from what lies in files, while the
-disk is told what the next pass will read. They are the same batches.
+The batches of many steps are cut in one pass. If the memory of the devices can hold the needed part
+of all requests, the devices cut them from it. Otherwise the host cuts them from files and announces
+to the disk the reads of the next pass. The batches are the same either way.
 """
 
 import functools
@@ -29,23 +29,23 @@ from kd_ranker.requests.columns import (
 )
 from kd_ranker.requests.records import Dataset
 
-# How an epoch reads the requests: each in an order of its own, or as they are stored, by time.
+# How an epoch reads the requests: each in a different random order, or as stored, by time.
 ORDERS = ("shuffled", "time")
 
-# Steps whose randomness is drawn at a time: a call a step would hold up the dispatch of steps.
+# Number of steps per draw of random numbers: one call per step would delay the dispatch of steps.
 BLOCK = 64
 # One thread makes batches ahead; another for the numbers behind them would only take turns with it.
 _AS_ASKED = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 _ENDLESS = 2**31  # to anyone who counts steps
 
-# The most bytes of the batches that are made at a time, in one pass over the data.
+# The most bytes of the batches that one pass over the data makes.
 _PASS = 2**26
-# How many passes are made ahead where they are read from files.
+# Number of passes made ahead if they are read from files.
 _READ_AHEAD = 2
 
-# How much of the memory that is free the requests of the training split may take.
+# The share of the free memory that the requests of the training split may take.
 _SHARE_OF_MEMORY = 0.25
-# Requests whose samples are planned at a time.
+# Number of requests for which samples are planned at a time.
 _CHUNK = 2**16
 
 
@@ -53,8 +53,8 @@ class BatchConfig(NamedTuple):
     """The sizes and the order of batches, by the keys of `config.batch` or `config.teacher.batch`.
 
     Attributes:
-      requests: requests a batch over all processes.
-      candidates: candidates a request.
+      requests: requests per batch, over all processes.
+      candidates: candidates per request.
       passed_share: see `sampling.kinds_of`.
       negative_rate: see `sampling.kinds_of`.
       seed: of the order and of the draws.
@@ -70,13 +70,13 @@ class BatchConfig(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """The parts of a batch that those who learn from it need.
+    """The parts of a batch that its learners need.
 
     Attributes:
-      stage: what came less far in the funnel is left out, unless it was shown or is `logged`. The
-        rest of a batch is drawn as if it were there.
-      logged: batches hold the logged teacher probabilities of candidates that came so far in the
-        funnel, and what has one; with None they hold none.
+      stage: candidates that did not reach this stage are left out, unless they were shown or are
+        `logged`. The rest of a batch is drawn as if they were kept.
+      logged: batches hold the candidates with a logged teacher probability, and the probabilities
+        of those that reached this stage; with None they hold no probabilities.
       history: whether batches hold the users' histories; if not, H is 0.
     """
 
@@ -86,21 +86,21 @@ class Needs(NamedTuple):
 
 
 class Share(NamedTuple):
-    """The part of each batch that this process makes, of so many parts; others may make it too."""
+    """The part of each batch that this process makes, out of `parts`; others may make it too."""
 
     part: int
     parts: int
 
 
 ALL = Needs()
-"""The needs of who can use all that there is."""
+"""The needs of a learner that uses all data."""
 
 ALONE = Share(0, 1)
-"""The share of a process that does all the work."""
+"""The share of a process that makes whole batches."""
 
 
 class Devices(Protocol):
-    """The way of batches to the devices; `training.mapping` has some."""
+    """Placement of batches on the devices; `training.mapping` has implementations."""
 
     def place(self, tree: Any, /) -> Any:
         """A pytree of the host -> the same on all devices."""
@@ -111,7 +111,7 @@ class Devices(Protocol):
         ...
 
     def map_batches(self, function: Callable[[Any, Any], Any], /) -> Callable[[Any, Any], Any]:
-        """A function of what `place` and `shard` return -> the same, compiled."""
+        """A function of the results of `place` and `shard` -> the same, compiled."""
         ...
 
 
@@ -122,23 +122,23 @@ class _DefaultDevice(NamedTuple):
 
 
 DEFAULT_DEVICE: Devices = _DefaultDevice(jax.device_put, jax.device_put, jax.jit)
-"""The one that JAX takes when it is told nothing."""
+"""The default device of JAX."""
 
 
 class _Chance(NamedTuple):
-    """The random numbers of the batches of some steps in a row."""
+    """The random numbers of the batches of consecutive steps."""
 
     request: Int[np.ndarray, "R steps"]
     start: Float[np.ndarray, "R steps kinds"]
 
 
 class _Cutter(NamedTuple):
-    """A cutter of the batches of some steps in a row.
+    """A cutter of the batches of consecutive steps.
 
     Attributes:
-      draw: their chance -> which candidates they hold; the disk is told, where it has to read them.
-      cut: what was drawn -> the batches, on the devices.
-      ahead: how many passes are made ahead.
+      draw: random numbers -> candidates to hold; announces the reads to the disk, if it has any.
+      cut: a draw -> the batches, on the devices.
+      ahead: number of passes made ahead.
     """
 
     draw: Callable[[_Chance], sampling.Starts]
@@ -147,16 +147,16 @@ class _Cutter(NamedTuple):
 
 
 class TrainingBatches(grain.IterDataset):
-    """An endless dataset of batches; its position is the number of them that were handed out.
+    """An endless dataset of batches; its position is the number of batches handed out.
 
-    Each is the packed batches of a few steps and the number of its own among them.
+    Each element is the packed batches of a few steps and the number of one batch among them.
 
-    What is made ahead does not count, nor how many are made at a time: a run that started with the
-    requests in memory may go on without that.
+    Batches made ahead do not count, nor does the number made at a time. Thus a run that started
+    with the requests in memory may resume without them there.
     """
 
     def __init__(self, passes_from: Callable[[int], Iterator[PackedBatches]], steps: int):
-        """Takes a number -> the passes from that one on; each has the batches of `steps` steps."""
+        """Take a number -> the passes from that one; each has the batches of `steps` steps."""
         super().__init__()
         self._passes_from, self._steps = passes_from, steps
 
@@ -165,7 +165,7 @@ class TrainingBatches(grain.IterDataset):
 
 
 class BatchIterator(grain.DatasetIterator):
-    """An iterator over `TrainingBatches` that hands out one batch, or several in a row."""
+    """An iterator over `TrainingBatches` that hands out one batch, or several consecutive ones."""
 
     def __init__(self, passes_from: Callable[[int], Iterator[PackedBatches]], steps: int):
         super().__init__()
@@ -178,7 +178,7 @@ class BatchIterator(grain.DatasetIterator):
         return batches, span.start
 
     def take(self, most: int) -> tuple[PackedBatches, Span]:
-        """The next batches, at least one and at most so many, and where they are among others."""
+        """The next batches, between one and `most`, and their span in the packed batches."""
         if self._made is None:
             self._made = next(self._passes)
         made, start = self._made, self._taken % self._steps
@@ -193,7 +193,7 @@ class BatchIterator(grain.DatasetIterator):
         return {"taken": self._taken}
 
     def set_state(self, state: dict[str, int]) -> None:
-        """Moves to a position; nothing is made before the next batch is asked for."""
+        """Move to a position; batches are made only when the next one is requested."""
         self._taken = state["taken"]
         self._passes = self._passes_from(self._taken // self._steps)
         self._made = None
@@ -211,17 +211,17 @@ def training_batches(
     """An endless dataset of training batches, packed, on the devices.
 
     Each epoch has its own draw of candidates. The batches are the same whether the requests stay in
-    memory or not. They follow from `batch`, `needs` and the position (`get_state`, `set_state`)
-    alone: a share of them has the requests and the draws that it has where one process makes all.
+    memory or not. They depend only on `batch`, `needs` and the position (`get_state`, `set_state`).
+    A share of them has the same requests and draws as if one process made all.
 
     Args:
       dataset: the dataset; its split `train` is read, without true probabilities.
-      batch: what the config says.
-      needs: what the batches must hold.
-      share: which of the requests of a batch this process makes.
-      devices: what puts and makes batches on the devices.
-      copies: how many times the memory of this machine will hold the data.
-      resident: whether the data lies on the devices; None decides by its size.
+      batch: the sizes and the order of batches.
+      needs: the parts that batches must hold.
+      share: the share of the requests of a batch that this process makes.
+      devices: places batches on the devices and makes them there.
+      copies: number of copies of the data that the memory of this machine will hold.
+      resident: whether the data is kept on the devices; None decides by its size.
 
     Raises:
       UserError: the split has fewer requests than there are parts of a batch.
@@ -235,7 +235,7 @@ def training_batches(
     batch = batch._replace(requests=batch.requests // share.parts)
     own = slice(share.part * batch.requests, (share.part + 1) * batch.requests)
     if resident is None:
-        # Of several processes, each reads its own requests: none need hold them all.
+        # Each of several processes reads only its own requests and need not hold all.
         resident = share.parts == 1 and _fits(columns, needs.stage, copies)
     steps, cutter = (_in_memory if resident else _in_files)(columns, batch, needs, devices)
 
@@ -247,7 +247,7 @@ def training_batches(
     def make(number: int) -> PackedBatches:
         starts = drawn(number)
         if not resident:
-            drawn(number + 1)  # which the disk may fetch while this one is cut
+            drawn(number + 1)  # the disk may fetch it while this one is cut
         return cutter.cut(starts)
 
     def passes_from(number: int) -> Iterator[PackedBatches]:
@@ -292,7 +292,7 @@ def _order(requests: int, batch: BatchConfig) -> Callable[[int], Int[np.ndarray,
 
 
 def _fits(columns: Columns, stage: Stage, copies: int) -> bool:
-    """Tests if what counts of the requests fits in memory, so many times, and in a device's own."""
+    """Test if `copies` of the needed data fit in host memory, and one in a device's memory."""
     number = int(counting(columns.counts, stage).sum())
     numbers = (len(columns), number, int(columns.counts.shown.sum()))
     widths = (values.shape[1] for values in columns.values)
@@ -304,7 +304,7 @@ def _fits(columns: Columns, stage: Stage, copies: int) -> bool:
 
 
 def _steps(batch: BatchConfig, layout: Layout) -> int:
-    """The number of steps whose batches are made in one pass."""
+    """The number of steps for which one pass makes the batches."""
     steps = BLOCK
     while steps > 1 and 4 * batch.requests * sum(layout.widths) * steps > _PASS:
         steps //= 2
@@ -322,18 +322,18 @@ def _kinds(
 def _in_memory(
     columns: Columns, batch: BatchConfig, needs: Needs, devices: Devices
 ) -> tuple[int, _Cutter]:
-    """Lays what counts of the requests on the devices, which cut the batches from it."""
+    """Place the needed part of the requests on the devices, which cut the batches from it."""
     columns.expect(np.arange(len(columns)), counting(columns.counts, needs.stage))
     columns = only_counting(columns, needs.stage)
     kinds, slots = _kinds(columns.counts, sampling.bounds_of(columns), batch, needs.stage)
     layout = Layout(columns.spans, slots, needs.logged or Stage.RETRIEVED)
     on_devices = devices.place(columns.values)
-    # Three programs, each of which reads what the one before has written, see `cutting.gather`.
+    # Three programs; each reads the output of the one before, see `cutting.gather`.
     choose = devices.map_batches(lambda _, starts: sampling.chosen(starts, slots))
     gather = devices.map_batches(cutting.gather)
     join = devices.map_batches(lambda _, drawn: cutting.pack_batches(drawn, layout))
 
-    # Neither holds the data of the host, which need not stay there.
+    # Neither keeps a reference to the host's data, which may be freed.
     def draw(chance: _Chance) -> sampling.Starts:
         return sampling.draw(*chance, kinds[chance.request])
 
@@ -346,7 +346,7 @@ def _in_memory(
 def _in_files(
     columns: Columns, batch: BatchConfig, needs: Needs, devices: Devices
 ) -> tuple[int, _Cutter]:
-    """Reads what the batches hold, no more, from the files, and lays them on the devices."""
+    """Read only the rows of the batches from the files, and place the batches on the devices."""
 
     def kinds_of(requests: Any) -> tuple[Int[np.ndarray, "*n columns"], Slots]:
         counts = columns.counts.of(requests)

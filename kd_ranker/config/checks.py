@@ -204,7 +204,7 @@ def _check_distillation(config: ConfigDict) -> None:
         if losses & {"topk", "dftopk"} and top_k >= min(sizes):
             raise UserError(
                 f"distill.top_k={top_k} takes in all batch.candidates={min(sizes)} of a request, "
-                "which tells the losses topk and dftopk nothing; lower it"
+                "which leaves the losses topk and dftopk nothing to learn; lower it"
             )
 
 

@@ -13,24 +13,24 @@ def feature(
     standardise: bool = True,
     cheap: bool = True,
 ) -> ConfigDict:
-    """One feature of `config.data.features`.
+    """Describe one feature of `config.data.features`.
 
     Args:
-      of: what it belongs to: "user" or "context" (one value a request), "item" (one value an item,
-        whatever the request), or "candidate" (differs from request to request).
+      of: its owner: "user" or "context" (one value per request), "item" (one value per item, the
+        same in every request), or "candidate" (differs from request to request).
       kind: "dense", a number, or a list of `length` of them, such as an embedding; "category", a
-        whole number or text; "bag", a list of these without an order; or "history", a list of item
+        whole number or text; "bag", an unordered list of these; or "history", a list of item
         ids, the most recent last, of the user.
       column: its column; "" is the feature's own name.
-      hashed: of a category or bag, whether values are hashed into `size` buckets; else the `size`
-        most frequent values of training requests get a number each.
+      hashed: for a category or bag, whether values are hashed into `size` buckets; otherwise each
+        of the `size` most frequent values in training requests gets a number.
       size: see `hashed`.
-      length: how many values to keep: of a bag the first ones, of a history the last ones; and how
-        many numbers a dense one has.
-      standardise: of a dense one, whether to subtract the mean of training requests and divide by
-        their standard deviation.
-      cheap: of a dense one of an item, whether the early ranker can afford it; if not, it is for
-        the final ranker alone.
+      length: number of values to keep: the first of a bag, the last of a history. For a dense
+        feature, its width.
+      standardise: for a dense feature, whether to subtract the mean of training requests and divide
+        by their standard deviation.
+      cheap: for a dense item feature, whether the early ranker can afford it; if not, only the
+        final ranker reads it.
     """
     return ConfigDict(
         dict(

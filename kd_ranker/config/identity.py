@@ -1,4 +1,4 @@
-"""Names that tell apart what configs make: datasets, teachers, students."""
+"""Names and identities of the datasets, teachers and students that configs make."""
 
 import hashlib
 import json
@@ -12,9 +12,9 @@ from kd_ranker.sources.registry import SOURCES
 from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.workdir import as_json, values_by_key
 
-# The dataset and the teacher have parts of their own in an identity.
+# The dataset and the teacher have separate parts in an identity.
 _NAMED_APART = ("data", "teacher.workdir")
-# In place of a teacher's version.
+# Replaces a teacher's version if the logs are the teacher.
 OF_THE_LOGS = "of the logs"
 
 
@@ -23,12 +23,12 @@ def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
 
     Args:
       config: the config.
-      teacher_version: `Teacher.version`; "" names the dataset itself, with whatever teacher
-        probabilities it was logged with.
+      teacher_version: `Teacher.version`; "" names the dataset itself, with the teacher
+        probabilities that were logged with it, if any.
 
     Returns:
-      `data.name` and eight hex digits that differ where the contents would; of a scored copy, the
-      teacher and the stage that it has scored as well.
+      `data.name` and eight hex digits that differ where the contents would differ. The name of a
+      scored copy also contains the teacher and the stage that it has scored.
     """
     free = set(without_influence("dataset"))
     of_data, of_funnel = (
@@ -50,7 +50,7 @@ def of_teacher(config: ConfigDict, dataset: Identity) -> Identity:
 
 
 def of_members(members: Mapping[str, ConfigDict]) -> Identity:
-    """The identity of students, by name, as far as their names and configs tell."""
+    """The part of the identity of students that their names and configs determine."""
     names = ", ".join(members)
     return {"members": names, "config": _digest(list(members.values()), "student")}
 
@@ -61,8 +61,8 @@ def of_students(members: Mapping[str, ConfigDict], dataset: Identity, teacher: s
     Args:
       members: their configs, in the order in which they are trained.
       dataset: the identity of the dataset, or of the scored copy, that they learn from.
-      teacher: the version of the teacher that they are trained and measured under; "" where the
-        dataset's own logs stand in.
+      teacher: the version of the teacher that they are trained and measured under; "" if the
+        dataset's own logs are the teacher.
     """
     return {**of_members(members), **dataset, "teacher": teacher or OF_THE_LOGS}
 

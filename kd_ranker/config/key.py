@@ -7,11 +7,12 @@ from typing import Any, Literal, NamedTuple
 
 from kd_ranker.errors import check_choice
 
-# The first thing in the chain that a key changes, and with it all that follows; `report` is how
-# trained rankers are measured, and `nothing` is no number at all.
+# The first link of the chain that a key changes, and with it all that follows. `report` is how
+# trained rankers are measured, and `nothing` changes no number.
 Influence = Literal["dataset", "teacher", "student", "report", "nothing"]
 
-# A sweep's members may differ in a key, or its cohorts may, whose members share their batches.
+# A key may differ between a sweep's members, or only between its cohorts; the members of a cohort
+# share their batches.
 Sweep = Literal["no", "members", "cohorts"]
 
 
@@ -58,26 +59,26 @@ INSIDE_ONE = Bound("must lie between 0 and 1", "(0, 1)", lambda number: 0 < numb
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Key:
-    """One config key; all else that is known of it derives from these fields.
+    """One config key; everything else about it derives from these fields.
 
     Attributes:
       name: the sections and the key, as in `--config.NAME=value`.
-      default: its value unless a config file says otherwise, which tells its type; an empty
-        `ConfigDict` where the names within are the user's own.
+      default: its value unless a config file sets another; it determines the type. An empty
+        `ConfigDict` if users choose the names within.
       help: its meaning in one line.
-      allowed: a bound of its numbers, or the names that it takes; None for any. Of a tuple it
-        holds for each element.
+      allowed: a bound of its numbers, or the names that it takes; None for any. For a tuple it
+        applies to each element.
       influences: the first thing that it changes.
       sweep: how a sweep may vary it.
-      element: the type of a tuple's elements, where the default is empty.
+      element: the type of a tuple's elements, if the default is empty.
       label: its name among members and in the report, if that is not its last part.
-      column: the column of `results.csv` that holds it, alone or with other keys. A key without
+      column: the column of `results.csv` that contains it, possibly with other keys. A key without
         one that a sweep may vary has a column under its own name.
-      tuned: True if its values are tried to find the best one, which validation chooses; the values
-        of the others make different students, or different ways to teach them, which are compared.
+      tuned: True if validation chooses the best of its values. The values of the other keys make
+        different students, or different ways to teach them, which are compared.
       switch: True if 0 turns something off: 0 and the other values make different ways.
-      may_differ: True if sweeps that differ in it make one report all the same; those that differ
-        in what a sweep varies, or in what influences nothing, do anyway.
+      may_differ: True if sweeps that differ in it can share a report. Keys that a sweep varies, and
+        keys that influence nothing, may always differ.
     """
 
     name: str
@@ -107,7 +108,7 @@ class Key:
 
     @property
     def is_seed(self) -> bool:
-        """True if its values make repeats of a setting, not other settings."""
+        """True for seeds: their values are repeats of one setting."""
         return self.name.rpartition(".")[2] == "seed"
 
     @property
@@ -118,7 +119,7 @@ class Key:
 
     @property
     def title(self) -> str:
-        """The column of `results.csv` that holds it, if a sweep may vary it."""
+        """The column of `results.csv` that contains it, if a sweep may vary it."""
         return self.column or self.name
 
 
@@ -130,9 +131,9 @@ def section(
     Args:
       name: the section, "" for the root.
       *keys: named within the section.
-      influences: of the keys that do not say.
-      sweep: of the keys that do not say.
-      tuned: of all keys; one may say so for itself alone.
+      influences: the default for keys without one.
+      sweep: the default for keys without one.
+      tuned: True if all keys are tuned; if False, a key may still set it for itself.
     """
     return tuple(
         dataclasses.replace(

@@ -1,7 +1,7 @@
 """The table of all config keys, with the values, the meaning and the influence of each.
 
-A key is declared here and nowhere else. Defaults, checks, axes of a sweep, columns that tell
-members apart, and the page `docs/config.md` derive from it; see `schema`.
+Each key is declared only here. Defaults, checks, sweep axes, columns that identify members, and the
+page `docs/config.md` derive from this table; see `schema`.
 """
 
 from ml_collections import ConfigDict
@@ -36,7 +36,7 @@ from kd_ranker.training.recipes import TEACHER_STAGES
 
 TEACHER_SOURCES = ("live", "logged")
 LAUNCHERS = ("local", "ray")
-PLAN, JOIN = "plan", "join"  # the parts of a sweep beside its cohorts
+PLAN, JOIN = "plan", "join"  # the parts of a sweep that are not cohorts
 
 
 def _batch(
@@ -45,9 +45,9 @@ def _batch(
 ) -> tuple[Key, ...]:  # fmt: skip
     return section(
         name,
-        Key("requests", requests, "requests a batch, over all devices", POSITIVE),
-        Key("candidates", candidates, "candidates a request of a batch", POSITIVE),
-        Key("passed_share", passed_share, "share of the passed in what the shown leave", SHARE),
+        Key("requests", requests, "requests per batch, over all devices", POSITIVE),
+        Key("candidates", candidates, "candidates per request of a batch", POSITIVE),
+        Key("passed_share", passed_share, "share of the passed in slots left by the shown", SHARE),
         Key("negative_rate", 1.0, "share of the shown without a positive label to keep", SHARE),
         seed,
         Key("order", "shuffled", "of the requests of an epoch: at random, or by time", ORDERS),
@@ -62,13 +62,13 @@ def _model(name: str, influences: Influence, sweep: Sweep, *own: Key) -> tuple[K
         *own,
         Key("width", 32, "numbers of an embedding", POSITIVE),
         Key("table_scale", 0.05, "standard deviation of fresh embedding rows", NOT_NEGATIVE),
-        Key("user_rows", 0, "hash user ids into so many rows; 0: a row each", NOT_NEGATIVE),
-        Key("item_rows", 0, "hash item ids into so many rows; 0: a row each", NOT_NEGATIVE),
-        Key("category_rows", 0, "hash all category ids into so many rows; 0: a row each",
+        Key("user_rows", 0, "rows that user ids are hashed into; 0: one row per id", NOT_NEGATIVE),
+        Key("item_rows", 0, "rows that item ids are hashed into; 0: one row per id", NOT_NEGATIVE),
+        Key("category_rows", 0, "rows that all category ids are hashed into; 0: one row per id",
             NOT_NEGATIVE),
         Key("compute_dtype", "float32",
-            "of the arithmetic; fast_float32: float32 but for matrix products, which are as exact "
-            "as a device likes; parameters stay float32", COMPUTE_DTYPES),
+            "of the arithmetic; fast_float32: float32, but the device chooses the precision of "
+            "matrix products; parameters stay float32", COMPUTE_DTYPES),
         influences=influences,
         sweep=sweep,
     )  # fmt: skip
@@ -103,7 +103,7 @@ def _train(name: str, influences: Influence, sweep: Sweep) -> tuple[Key, ...]:
         name,
         Key("log_every", 50, "steps from one line of metrics to the next", POSITIVE),
         Key("checkpoint_every", 500, "steps from one checkpoint to the next", POSITIVE),
-        Key("eval_every", 500, "steps from one evaluation to the next; 0: at the end alone",
+        Key("eval_every", 500, "steps from one evaluation to the next; 0: only at the end",
             NOT_NEGATIVE),
         Key("eval_limit", 64, "requests of an evaluation on the way", POSITIVE),
         influences="nothing",
@@ -117,7 +117,7 @@ _ALL = (
             influences="teacher", sweep="members", column="seed"),
         Key("tasks", ("watch", "like", "share"), "the user actions to predict"),
         Key("value_weights", (1.0, 2.0, 4.0),
-            "one a task: a ranker sorts by the weighted sum of probabilities",
+            "one per task: a ranker sorts by the weighted sum of probabilities",
             influences="report"),
         Key("launcher", "local",
             "where a sweep's cohorts train, and log_teacher and score compute: here, or on a "
@@ -167,21 +167,21 @@ _ALL = (
     ),
     section(
         "distill",
-        Key("mode", "shared", "how the student meets user labels and teacher labels", MODES,
+        Key("mode", "shared", "how the student learns from user labels and teacher labels", MODES,
             column="mode"),
         Key("loss", "bce", "against the teacher: \"loss\", which learns from teacher.signal, or "
             "\"loss:signal\"; the sizes of losses differ", TermNames(LOSSES, SIGNALS),
             column="distill_loss"),
         Key("weight", 1.0, "λ in user loss + λ · distillation loss", NOT_NEGATIVE,
             column="distill_weight", tuned=True),
-        Key("user_weight", 1.0, "on the user loss; 0: learn from the teacher alone", NOT_NEGATIVE),
+        Key("user_weight", 1.0, "on the user loss; 0: learn only from the teacher", NOT_NEGATIVE),
         Key("terms", (), "losses at once, each \"loss\" or \"loss:signal\"; () takes distill.loss",
             TermNames(LOSSES, SIGNALS), element=str, column="distill_loss"),
         Key("term_weights", (), "on the terms, one each; () weighs all by 1", NOT_NEGATIVE,
             element=float, tuned=True),
         Key("temperature", 1.0, "softens student and teacher in a loss", POSITIVE,
             column="temperature", tuned=True),
-        Key("top_k", 10, "losses topk, dftopk, rank_distil: so many of a request's in the batch",
+        Key("top_k", 10, "losses topk, dftopk, rank_distil: k, out of a request's in the batch",
             POSITIVE, tuned=True),
         Key("numbers", (), "own numbers of the losses of your own, in order; () takes the defaults",
             element=float, tuned=True),
@@ -202,7 +202,7 @@ _ALL = (
         Key("user_loss", "bce", "on user labels; bce+softmax: the sum of both", USER_LOSSES,
             column="user_loss"),
         Key("unshown_weight", 0.0,
-            "label weight of a candidate not shown, as a negative of every task; 0: it is none",
+            "label weight of an unshown candidate as a negative of every task; 0: not used",
             NOT_NEGATIVE, label="unshown", column="unshown_weight", tuned=True, switch=True),
         influences="student",
         sweep="members",
@@ -213,9 +213,9 @@ _ALL = (
             TEACHER_SOURCES),
         Key("workdir", "", "of train_teacher; with source logged, \"\" takes the dataset's logs",
             may_differ=True),
-        Key("stage", "retrieved", "the candidates of which it speaks in training",
+        Key("stage", "retrieved", "the candidates with teacher labels in training",
             TEACHER_STAGES, sweep="cohorts"),
-        Key("signal", "logged", "of losses: what the teacher says, or how far a candidate came",
+        Key("signal", "logged", "of losses: the teacher's output, or how far a candidate came",
             SIGNALS, sweep="members", column="distill_loss"),
         Key("flops_per_candidate", 0.0,
             "of a logged teacher from elsewhere; 0: those of the model that teacher.* describes",
@@ -225,26 +225,26 @@ _ALL = (
     section(
         "costs",
         Key("teacher.candidate", 0.0,
-            "of a candidate in a unit of your own, in what is saved; 0: FLOPs are the unit",
+            "of a candidate, in your own unit, for the savings; 0: FLOPs are the unit",
             NOT_NEGATIVE),
-        Key("teacher.request", 0.0, "of a request, beside its candidates", NOT_NEGATIVE),
+        Key("teacher.request", 0.0, "of a request, in addition to its candidates", NOT_NEGATIVE),
         Key("student.candidate", 0.0,
-            "of a candidate; 0: as much less than the teacher's as its FLOPs are", NOT_NEGATIVE),
-        Key("student.request", 0.0, "of a request, beside its candidates", NOT_NEGATIVE),
+            "of a candidate; 0: the teacher's times the ratio of their FLOPs", NOT_NEGATIVE),
+        Key("student.request", 0.0, "of a request, in addition to its candidates", NOT_NEGATIVE),
         influences="report",
     ),
     section(
         "report",
         Key("margin", 0.002,
-            "loss of users, as a share of what they have, that counts as none in choosing a way",
+            "relative loss of user value that counts as none in choosing a way",
             NOT_NEGATIVE),
         influences="report",
     ),
     section(
         "teacher",
         Key("log_weight", 0.0,
-            "in its training, on the teacher probabilities of the dataset's log, beside the users'"
-            " labels; 0: labels alone", NOT_NEGATIVE),
+            "weight in its training of the loss on logged teacher probabilities; 0: only user "
+            "labels", NOT_NEGATIVE),
         influences="teacher",
     ),
     _model(
@@ -275,7 +275,7 @@ _ALL = (
     section(
         "parallel",
         Key("mapping", "auto",
-            "of a step over devices; auto: shard_map on TPUs and for what pmap cannot, else pmap",
+            "of a step over devices; auto: shard_map on TPUs and where pmap cannot, else pmap",
             MAPPINGS),
         Key("devices", 0, "devices to use; 0 takes all", NOT_NEGATIVE),
         Key("members", 0,
@@ -285,7 +285,7 @@ _ALL = (
             "replicated: each device holds all tables and items; sharded: of those that share "
             "requests, each holds a share of the rows", TABLES),
         Key("processes", False,
-            "several processes train as one; Slurm, Open MPI, a pod or variables say which"),
+            "several processes train as one; Slurm, Open MPI, a pod or variables define them"),
         Key("deterministic", False,
             "on GPUs, the same bits each time that a step is taken, which costs sorts"),
         influences="nothing",
@@ -304,12 +304,12 @@ _ALL = (
         Key("weights", (1.0,), "the values of distill.weight", NOT_NEGATIVE),
         Key("seeds", (0,), "the values of seed", NOT_NEGATIVE),
         Key("ways", (), "texts like \"distill.mode=aux distill.loss=bce,topk\": each trains the "
-            "members of the sweep with these values in place of its own; () trains the sweep as it "
-            "is", element=str),
+            "members of the sweep with these values in place of the sweep's; () trains the sweep "
+            "as it is", element=str),
         Key("group_size", 0, "members that train in one program; 0: as many as memory allows",
             NOT_NEGATIVE),
         Key("whole_repeats", False,
-            "a seed of seeds is that of the data's order as well, and of a teacher of its own",
+            "each seed also sets the order of the data, and has a separate teacher",
             influences="student", may_differ=True),
         Key("extend", False, "add the members that a finished sweep does not have yet"),
         Key("part", "", "of a sweep of several runs: plan settles the cohorts, a number trains one "
@@ -319,7 +319,7 @@ _ALL = (
 )  # fmt: skip
 
 KEYS: dict[str, Key] = {key.name: key for keys in _ALL for key in keys}
-"""The keys of every config, by name. A program may add one, for a model or a loss of its own."""
+"""The keys of every config, by name. A program may add keys for its own models and losses."""
 
 
 def _of_source(*keys: Key) -> dict[str, Key]:
@@ -356,7 +356,7 @@ _RATINGS = _of_source(
 )  # fmt: skip
 
 _SAMPLED_RATINGS = _RATINGS | _of_source(
-    Key("negatives", 500, "candidates drawn from what the user had not rated; 0 takes all",
+    Key("negatives", 500, "candidates drawn from items that the user had not rated; 0 takes all",
         NOT_NEGATIVE),
     Key("max_users", 0, "users, drawn at random, who make requests; 0 takes all", NOT_NEGATIVE),
 )  # fmt: skip
@@ -392,10 +392,10 @@ _RECFLOW = _of_source(
 
 _LOG = _of_source(
     Key("title", "", "name of the log in the report; \"\": parquet", influences="nothing"),
-    Key("rows", "candidate", "one row a candidate, or one a request with lists", layout.ROWS),
-    Key("columns", ConfigDict(), "column by role; request, time and item it must have"),
+    Key("rows", "candidate", "one row per candidate, or one per request with lists", layout.ROWS),
+    Key("columns", ConfigDict(), "column by role; request, time and item are required"),
     Key("stages", ConfigDict(), "text of the stage column by stage"),
-    Key("labels", ConfigDict(), "column by task: 0 or 1, of what was shown"),
+    Key("labels", ConfigDict(), "column by task: 0 or 1, for shown candidates"),
     Key("teacher", ConfigDict(), "column by task of the teacher that was logged"),
     Key("teacher_version", "", "the only version of the teacher that counts; \"\" takes all"),
     Key("teacher_signal", "probability", "content of the teacher's columns", TEACHER_SIGNALS),
@@ -407,7 +407,7 @@ _LOG = _of_source(
     Key("split", "time", "what decides the split of a request", layout.SPLIT_BY),
     Key("validation_share", 0.1, "share of the requests for the validation", INSIDE_ONE),
     Key("test_share", 0.1, "share of the requests for the test", INSIDE_ONE),
-    Key("allow", (), "findings that are as they should be, and no reason to make no dataset",
+    Key("allow", (), "expected findings, which do not prevent a dataset",
         layout.ALLOWABLE, element=str, influences="nothing"),
     Key("strict", False, "end the build at the first row at fault"),
     Key("infer", False, "write a first config for the log in place of the dataset",
@@ -434,4 +434,4 @@ DATA_KEYS: dict[str, dict[str, Key]] = {
     "parquet": _LOG,
     given.NAME: _GIVEN,
 }
-"""By `data.name`, the keys of `config.data` that this source has beside those of all."""
+"""By `data.name`, the keys of `config.data` that only this source has."""

@@ -11,9 +11,9 @@ _HEAD = """\
 # Config keys
 
 Every key with its default, as `--config.KEY=value` sets it and a config file assigns it. *Changes*
-names the first thing in the chain dataset, teacher, student, report that depends on a key, and with
-it all that follows; a run may go on in its workdir with another value of a key that changes nothing
-of it. *Sweep* says that a sweep may try several values, as in
+names the first link of the chain dataset, teacher, student, report that depends on a key, and with
+it all that follows. A run may resume in its workdir with another value of a key that does not
+affect it. *Sweep* marks the keys for which a sweep may try several values, as in
 `--config.sweep.axes.distill.loss="('bce', 'topk')"`: among the members of one program, or among
 cohorts, which are trained one after the other. `distill.mode`, `distill.weight` and `seed` have
 axes under other names: `sweep.modes`, `sweep.weights`, `sweep.seeds`. A key that is *tuned* has its

@@ -10,10 +10,10 @@ from kd_ranker.config.key import Influence, Key
 from kd_ranker.config.keys import DATA_KEYS, KEYS
 from kd_ranker.errors import UserError
 
-# In the order of the chain: what changes a dataset changes all that is made of it.
+# In the order of the chain: a change to a dataset changes everything made from it.
 INFLUENCES: tuple[Influence, ...] = ("dataset", "teacher", "student", "report", "nothing")
 
-# The axes of a sweep that have a key of their own; those of all other keys lie in `sweep.axes`.
+# The axes of a sweep that have a separate key; all other axes are in `sweep.axes`.
 NAMED_AXES = {
     "distill.mode": "sweep.modes",
     "distill.weight": "sweep.weights",
@@ -25,7 +25,7 @@ def keys_of(source: str) -> dict[str, Key]:
     """The keys of a config by name, those of `sweep.axes` included.
 
     Args:
-      source: `config.data.name`; one that is not in `DATA_KEYS` has no keys of its own.
+      source: `config.data.name`; one that is not in `DATA_KEYS` adds no keys.
     """
     axes = {key.name: key for key in map(_axis_key, sweepable()) if key.name not in KEYS}
     return KEYS | DATA_KEYS.get(source, {}) | axes
@@ -136,7 +136,7 @@ def value_of(config: ConfigDict, name: str) -> Any:
 
 
 def set_value(config: ConfigDict, name: str, value: Any) -> None:
-    """Sets a key, written like `train.steps`, to a value of its own type."""
+    """Set a key, written like `train.steps`, to a value converted to the type of the key."""
     section, _, last = name.rpartition(".")
     holder = value_of(config, section) if section else config
     holder[last] = type(holder[last])(value)

@@ -1,7 +1,7 @@
 """Configs of experiments, each a function from the name of a variant to a `ConfigDict`.
 
-`configs.cascade("small")` is what `--config=configs/cascade.py:small` is on a command line. Here
-the functions have the names of their files; the file of one is still imported by its whole name.
+`configs.cascade("small")` equals `--config=configs/cascade.py:small` on a command line. Here the
+functions have the names of their files. Import a file by its full module name.
 """
 
 from kd_ranker.config.features import feature

@@ -6,7 +6,7 @@ from kd_ranker.config import defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The default world, `:items`, where users differ less, or `:small`, a quick check.
+    """Configure the default world, `:items`, where users differ less, or `:small`, a quick check.
 
     In `:items` a list of items that ignores the user ranks nearly as well as the final ranker.
     """
@@ -15,7 +15,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.num_users = 4000
     config.data.num_items = 8000
     config.data.num_topics = 8
-    # At 1, the item alone explains no more than in public data: docs/concepts.md, "How personal".
+    # At 1, the item by itself explains no more than in public data: docs/concepts.md, "How
+    # personal".
     config.data.taste = 0.0 if variant == "items" else 1.0
     config.data.train_requests = 12000
     config.data.validation_requests = 500

@@ -21,8 +21,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.train_requests = 200_000  # 0 takes all
     config.data.validation_requests = 5_000
     config.data.test_requests = 10_000
-    config.data.max_users = 0  # how many users to keep of the logs; 0 keeps all
-    config.data.author_rows = 8192  # authors are hashed into so many category ids
+    config.data.max_users = 0  # number of users to keep; 0 keeps all
+    config.data.author_rows = 8192  # number of category ids that authors are hashed into
     config.data.music_rows = 8192
     if variant in ("1k", "27k"):
         config.data.author_rows = config.data.music_rows = 1 << 20

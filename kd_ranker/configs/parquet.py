@@ -1,7 +1,7 @@
-"""Your own log, in Parquet files: copy this file, and have it name your columns.
+"""Your own log, in Parquet files: copy this file, and put in the names of your columns.
 
-`docs/own_logs.md` goes through it step by step. What is left out of `features`, `labels` or
-`teacher` is not read.
+`docs/own_logs.md` explains it step by step. Columns that `features`, `labels` or `teacher` do not
+name are not read.
 """
 
 from ml_collections import ConfigDict
@@ -15,12 +15,12 @@ def get_config(variant: str = "") -> ConfigDict:
     defaults.check_variant(variant)
     config = defaults.get_config("parquet")
     config.tasks = ("watch", "like")
-    config.value_weights = (1.0, 2.0)  # one a task
+    config.value_weights = (1.0, 2.0)  # one per task
 
     config.data.path = ""  # file, directory, glob, or a URL of these that fsspec can open
-    config.data.title = ""  # what the report calls the log
-    config.data.rows = "candidate"  # a row a candidate; or request: a row a request, with lists
-    # What the log has -> its column; "" is what it lacks. Of the first four, only user may be "".
+    config.data.title = ""  # name of the log in the report
+    config.data.rows = "candidate"  # one row per candidate; or request: one per request
+    # Role -> column; "" if the log lacks it. Of the first four, only user may be "".
     config.data.columns = ConfigDict(
         dict(
             request="request_id",
@@ -28,27 +28,27 @@ def get_config(variant: str = "") -> ConfigDict:
             user="user_id",
             item="item_id",
             stage="stage",
-            position="position",  # of what was shown, the first place first
+            position="position",  # of shown candidates, the first place first
             label_weight="",  # 1 / the rate at which such candidates were kept
             teacher_version="teacher_version",
             teacher_weight="",  # 0 where the teacher's values do not count
-            incumbent="",  # score of the early ranker that runs today, higher first
+            incumbent="",  # score of the current early ranker, higher first
             propensity="",  # probability with which a shown candidate was shown: random slots
         )
     )
-    # What the stage column says of how far a candidate came; whole numbers as text. Without such a
-    # column, what has a position or a label was shown, what has a teacher value was passed.
+    # Stage -> its text in the stage column; integers as text. Without a stage column, a candidate
+    # with a position or a label was shown, and one with a teacher value was passed.
     config.data.stages = ConfigDict(dict(retrieved="retrieved", passed="passed", shown="shown"))
-    # Task -> column: 0 or 1, of what was shown.
+    # Task -> column: 0 or 1, for shown candidates.
     config.data.labels = ConfigDict(dict(watch="watch", like="like"))
-    # Task -> column; a teacher that was not logged has none: ConfigDict().
+    # Task -> column; without a logged teacher: ConfigDict().
     config.data.teacher = ConfigDict(
         dict(watch="teacher_probability_watch", like="teacher_probability_like")
     )
-    config.data.teacher_version = ""  # the only one that counts; "" takes every version there is
+    config.data.teacher_version = ""  # the only one that counts; "" takes all versions
     config.data.teacher_signal = "probability"  # or rank: the teacher columns hold positions
     config.data.incumbent_signal = "score"  # or rank: the incumbent's column holds positions
-    config.data.time_unit = "s"  # of a column of numbers: s, ms, us; timestamps say it themselves
+    config.data.time_unit = "s"  # of a column of numbers: s, ms, us; timestamps contain it
     config.data.features = ConfigDict(
         dict(
             age=feature("user", "dense"),
@@ -67,9 +67,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.split = "time"  # or request, user: by hash
     config.data.validation_share = 0.1  # with split "time", the requests before the test ones
     config.data.test_share = 0.1
-    # Findings that make no dataset unless they are named: rejected, one_label, few_positives, …
+    # Findings that prevent a dataset unless named here: rejected, one_label, few_positives, …
     config.data.allow = ()
-    config.data.strict = False  # True: what is wrong with a row ends the build
+    config.data.strict = False  # True: the first invalid row ends the build
     config.data.processes = 1
     config.data.infer = False
     config.data.memory = 4.0  # GiB for reading the log, which may be larger
@@ -81,5 +81,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config.funnel.passed = 50
     config.funnel.shown = 10
     config.funnel.report_at = (10, 20, 50, 100)
-    config.teacher.source = "logged"  # the log's own teacher; live: one that is trained here
+    config.teacher.source = "logged"  # the teacher in the log; live: one that is trained here
     return config

@@ -1,4 +1,4 @@
-"""RecFlow: two published experiments, as near as they come; see docs/recflow.md."""
+"""RecFlow: close reproductions of two published experiments; see docs/recflow.md."""
 
 import datetime
 
@@ -8,10 +8,10 @@ from kd_ranker.config import defaults
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """The paper's coarse ranking, on all days; give `--config.data.path`.
+    """Configure the paper's coarse ranking, on all days; give `--config.data.path`.
 
-    `:small` takes four days and some of their requests. `:lcron` is the protocol of LCRON: forty
-    candidates, of which a student's first thirty are to hold the final ranker's own ten.
+    `:small` takes four days and some of their requests. `:lcron` is the protocol of LCRON: the
+    first thirty of a student's forty candidates should include the final ranker's top ten.
     """
     defaults.check_variant(variant, "small", "lcron")
     config = defaults.get_config("recflow")
@@ -21,10 +21,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.train_days = _days("2024-01-14", "2024-02-16")
     config.data.validation_days = ("2024-02-17",)
     config.data.test_days = ("2024-02-18",)
-    config.data.max_requests_per_day = 0  # draw so many of each day; 0 takes all
-    config.data.authors = 1 << 18  # hash the authors to so many values
+    config.data.max_requests_per_day = 0  # number to draw per day; 0 takes all
+    config.data.authors = 1 << 18  # number of values that authors are hashed into
     config.data.history_length = 50
-    config.funnel.retrieved = 600  # at least the most rows that the log has of a request
+    config.funnel.retrieved = 600  # no less than the rows of any request in the log
     config.funnel.passed = 200
     config.funnel.shown = 10  # the final ranker's own top, `rank_pos`
     config.funnel.report_at = (50, 100, 200)
@@ -82,7 +82,7 @@ def _follow_lcron(config: ConfigDict) -> None:
     config.batch.requests = 1024
     config.batch.candidates = 40
     config.student.history = "mean"
-    # As their baseline FS-RankNet: pairs of candidates that came unequally far, and no user labels.
+    # As their baseline FS-RankNet: pairs of candidates at different stages, without user labels.
     config.teacher.signal = "stage"
     config.distill.loss = "ranknet"
     config.distill.user_weight = 0.0

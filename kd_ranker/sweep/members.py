@@ -16,15 +16,15 @@ def sweep_members(config: ConfigDict) -> dict[str, ConfigDict]:
     """The configs of a sweep's members by name, way by way.
 
     Each way of `sweep.ways` has all combinations of its axes. An axis is `sweep.modes`,
-    `sweep.weights`, `sweep.seeds`, or `sweep.axes.KEY` of any other key that a sweep may vary. One
-    without values takes the config's own. A mode without a distillation loss has nothing to weigh,
-    so it occurs once for all that is swept of `distill`. Where the learning rate is swept and the
-    tables' is not, that keeps its ratio to it.
+    `sweep.weights`, `sweep.seeds`, or `sweep.axes.KEY` of any other key that a sweep may vary. An
+    axis without values takes the value of the config. A mode without a distillation loss has
+    nothing to weigh, so it occurs once for all swept values of `distill`. If only the learning rate
+    is swept, the learning rate of the tables keeps its ratio to it.
 
-    With `sweep.whole_repeats` each has the config of its `whole_repeat`.
+    With `sweep.whole_repeats` each member has the config of its `whole_repeat`.
 
-    A name says the mode, the weight and the seed, and of the rest what differs from the config's
-    own, so that a sweep that grows keeps the names of those it has.
+    A name contains the mode, the weight and the seed, and the other values that differ from the
+    config. Thus a sweep that grows keeps the names of its members.
     """
     members: dict[str, ConfigDict] = {}
     swept = schema.axes(config)
@@ -36,7 +36,7 @@ def sweep_members(config: ConfigDict) -> dict[str, ConfigDict]:
 
 
 def _combinations(axes: Mapping[Key, tuple]) -> Iterator[dict[str, Any]]:
-    """The values of each member, by key; without those that its mode does not read."""
+    """The values of each member, by key, without the keys that its mode does not read."""
     keys = sorted(axes, key=_place)
     for values in itertools.product(*(axes[key] for key in keys)):
         chosen = {key.name: value for key, value in zip(keys, values, strict=True)}
@@ -54,7 +54,7 @@ def _place(key: Key) -> int:
     return {"seed": 1, "distill.mode": 2}.get(key.name, 4 if key.of_distillation else 3)
 
 
-# The same axes as a name tells them: mode, distillation, student, seed, batches.
+# The order of the axes in a name: mode, distillation, student, seed, batches.
 _PLACES_OF_NAME = (2, 4, 3, 1, 0)
 
 
@@ -75,7 +75,7 @@ def _member(config: ConfigDict, chosen: dict[str, Any]) -> ConfigDict:
 
 
 def repeats(config: ConfigDict) -> list[ConfigDict]:
-    """The configs of the teachers that a sweep asks for: one, or one a whole repeat."""
+    """The configs of the teachers that a sweep needs: one, or one per whole repeat."""
     if not config.sweep.whole_repeats:
         return [config]
     seeds = {key.name: values for key, values in schema.axes(config).items()}["seed"]
@@ -83,11 +83,11 @@ def repeats(config: ConfigDict) -> list[ConfigDict]:
 
 
 def whole_repeat(config: ConfigDict, seed: int) -> ConfigDict:
-    """The config of a repeat in which all that is random in training is drawn anew.
+    """The config of a repeat with a new seed for everything random in training.
 
-    That is the initialisation, the order of the data with the draws of candidates, and the
-    teacher, if one is trained here: it lies below `teacher.workdir`, in a folder named after the
-    seed. The dataset stays the same.
+    The seed applies to the initialisation, the order of the data, the draws of candidates, and the
+    teacher, if one is trained here. That teacher is stored below `teacher.workdir`, in a folder
+    named after the seed. The dataset stays the same.
     """
     repeat = config.copy_and_resolve_references()
     repeat.seed = repeat.batch.seed = repeat.teacher.batch.seed = seed
@@ -120,11 +120,11 @@ def _text(key: Key, value: Any) -> str:
 def common(members: Mapping[str, ConfigDict]) -> ConfigDict:
     """The config that the members of a cohort have in common.
 
-    It lacks the keys in which they may differ, so that nobody reads one member's for all; its
-    `train.steps` are those of the member that takes most.
+    It lacks the keys in which they may differ, so that no code uses one member's value for all. Its
+    `train.steps` is the largest of the members.
     """
     config = next(iter(members.values())).copy_and_resolve_references()
-    config.unlock()  # a config from the command line lets nobody take keys away
+    config.unlock()  # a config from the command line is locked
     for key in schema.sweepable():
         if key.sweep == "members":
             section, _, last = key.name.rpartition(".")

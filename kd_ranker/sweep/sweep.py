@@ -1,9 +1,9 @@
-"""A sweep in its workdir: its members, the cohorts in which they train, and how far these are.
+"""A sweep in its workdir: its members, the cohorts in which they train, and their progress.
 
-Members share their batches, so what decides these is the same in a cohort, and as many members as
-fit the memory of a device share a program. A sweep is a list of cohorts, trained one after the
-other. The list is decided once and kept in `cohorts.json`: a sweep that is resumed, on another
-machine even, goes on with it, and one that is extended adds to it.
+The members of a cohort share their batches, so they agree in the keys that determine batches. As
+many members as fit the memory of a device share a program. A sweep is a list of cohorts, trained
+one after the other. The list is decided once and stored in `cohorts.json`. A resumed sweep
+continues with it, even on another machine, and an extended sweep adds to it.
 """
 
 import dataclasses
@@ -29,20 +29,20 @@ from kd_ranker.training.recipes import shared_part
 from kd_ranker.training.workdir import read_json, write_atomically
 
 FILE, FOLDER = "cohorts.json", "cohorts"
-TEST = "test"  # the folder in that of a cohort with the tables of its chosen members on test
+TEST = "test"  # the subfolder of a cohort with the test tables of its chosen members
 
 Cohort = Mapping[str, ConfigDict]  # members by name
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """A sweep, begun or not.
+    """A sweep, started or not.
 
     Attributes:
       workdir: its folder.
       members: the configs of all its members, by name.
-      plan: the names of each cohort's members, in the order of training; a sweep that was not
-        begun, or that is to grow, lacks some.
+      plan: the names of each cohort's members, in the order of training; incomplete if the sweep
+        has not started or will be extended.
       teachers: the version of the teacher of each cohort of the plan.
       dataset: the identity of its dataset.
     """
@@ -60,7 +60,7 @@ class Sweep:
 
     @property
     def costs(self) -> Costs:
-        """The costs that savings are counted in."""
+        """The unit costs for savings."""
         return costs_of(next(iter(self.members.values())))
 
     @property
@@ -71,7 +71,7 @@ class Sweep:
     def is_complete(self) -> bool:
         """True if all members are trained and measured, and their results joined.
 
-        A table that is not as it was written does not count, nor does what it was joined to.
+        A table that changed since it was written does not count, nor do tables joined from it.
         """
         joined = not self._unplaced() and is_measured(self.workdir, self._identity())
         if not (joined and all(map(is_whole, self.folders))):
@@ -80,9 +80,9 @@ class Sweep:
         return all(is_whole(folder / TEST) for folder in tested)
 
     def planned(self, size: CohortSize, version: Callable[[ConfigDict], str]) -> "Sweep":
-        """The sweep with a place in a cohort for every member, written to its workdir.
+        """Assign every member to a cohort, and write the plan to the workdir.
 
-        The cohorts that are there stay as they are.
+        Existing cohorts do not change.
 
         Args:
           size: of a cohort, at most.
@@ -125,7 +125,7 @@ class Sweep:
         """Writes the tables of the whole sweep from those of its cohorts.
 
         Args:
-          tested: the folders of the cohorts whose members were measured on the test split.
+          tested: the folders of the cohorts with members measured on the test split.
         """
         tables = results.join(
             self.folders, [folder / TEST for folder in tested], self.members, self.costs
@@ -143,9 +143,9 @@ class Sweep:
         return {name: member for name, member in self.members.items() if name not in placed}
 
     def _identity(self) -> Identity:
-        """The identity of the joined results; the teacher is in that of each cohort.
+        """The identity of the joined results; each cohort's identity contains the teacher.
 
-        Other costs only join them again: nothing is trained or measured again.
+        A change of costs only repeats the join: nothing is trained or measured again.
         """
         names = itertools.chain.from_iterable(self.plan)
         members = {name: self.members[name] for name in names}
@@ -154,11 +154,11 @@ class Sweep:
 
 
 def open_sweep(config: ConfigDict, workdir: Path, dataset: Identity) -> Sweep:
-    """The sweep of `config` on the dataset of this identity, as far as `workdir` has it.
+    """Open the sweep of `config` on the dataset of this identity, with the cohorts in `workdir`.
 
     Raises:
-      UserError: the workdir's list of cohorts is damaged or gone, or has a member that the config
-        does not name.
+      UserError: the workdir's list of cohorts is damaged or missing, or has a member that the
+        config does not name.
     """
     members = sweep_members(config)
     teachers, plan = read_plan(workdir)
@@ -172,10 +172,10 @@ def open_sweep(config: ConfigDict, workdir: Path, dataset: Identity) -> Sweep:
 
 
 def read_plan(workdir: Path) -> tuple[list[str], list[list[str]]]:
-    """The teachers' versions and the cohorts of a sweep; none of one that was not begun."""
+    """The teachers' versions and the cohorts of a sweep; empty if it has not started."""
     path, folder = workdir / FILE, workdir / FOLDER
     if path.exists():
-        remedy = "put back what was written, or use another --workdir"
+        remedy = "restore the original file, or use another --workdir"
         plan = read_json(path, remedy)
         try:
             return plan["teachers"], plan["cohorts"]
@@ -183,8 +183,8 @@ def read_plan(workdir: Path) -> tuple[list[str], list[list[str]]]:
             raise UserError(f"{path} is damaged: {error}; {remedy}") from error
     if folder.exists():
         raise UserError(
-            f"{folder} holds students, and {FILE}, which says who they are, is gone; put that "
-            f"back, use another --workdir, or remove {folder} to train anew"
+            f"{folder} contains students, but {FILE}, which lists them, is missing; restore it, "
+            f"use another --workdir, or remove {folder} to train again"
         )
     return [], []
 
@@ -197,7 +197,7 @@ def _new_cohorts(members: Cohort, size: CohortSize) -> list[list[str]]:
     cohorts = []
     for of_batches in sharing.values():
         blocks = _blocks(of_batches, size.members)
-        # Of equal sizes, so that no cohort pays for a teacher pass alone.
+        # Of equal sizes, so that no small cohort pays for a whole teacher pass.
         number = -(-len(blocks) // size.blocks)
         parts = [blocks[index::number] for index in range(number)]
         cohorts += [list(itertools.chain.from_iterable(part)) for part in parts]
@@ -205,7 +205,7 @@ def _new_cohorts(members: Cohort, size: CohortSize) -> list[list[str]]:
 
 
 def _blocks(members: Cohort, size: int) -> list[list[str]]:
-    """The members in blocks of at most so many, all of one group, which one program can train."""
+    """The members in blocks of at most `size`, each from one group that one program can train."""
     if size == 1:
         return [[name] for name in members]
     groups: dict[str, list[str]] = {}

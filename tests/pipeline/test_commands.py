@@ -943,7 +943,7 @@ def test_students_are_never_taken_for_others_that_are_extended_by(world, swept, 
     before = files_of(workdir)
     others = world.config(**SWEEP | {"sweep__seeds": (2, 3), "sweep__extend": True})
     fault = fault_of(api.sweep, others, workdir)
-    assert f"{workdir / 'cohorts'} holds students, and cohorts.json, which says who they" in fault
+    assert f"{workdir / 'cohorts'} contains students, but cohorts.json, which lists them" in fault
     assert files_of(workdir) == before
 
 

@@ -1,7 +1,7 @@
-"""Sweep for the saving of distilling from the log in the built-in cascade.
+"""Sweep that measures the saving of distillation from the log in the built-in cascade.
 
-The students learn from what the production final ranker said of what it was passed, faults of the
-log included, and are measured against that ranker: the method's own setting.
+The students learn from the logged scores of the production final ranker for the candidates passed
+to it, including faults of the log. They are measured against that ranker: the method's own setting.
 """
 
 from ml_collections import ConfigDict
@@ -12,11 +12,11 @@ from kd_ranker.configs.sweeps.ways import with_ways
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """A design for minutes; `:paper` tunes more, and `:small` is only good for trying things.
+    """Configure a sweep that takes minutes; `:paper` tunes more, and `:small` is a quick check.
 
-    `:live` has a final ranker that is trained here score all that is retrieved, which no log holds:
-    an upper bound, on a dataset of its own that is large enough to train one. `:sizes` has students
-    of several widths, with the loss that suits them best.
+    `:live` trains a final ranker that scores all retrieved candidates, which no log contains. It is
+    an upper bound, on a separate dataset that is large enough to train a final ranker. `:sizes` has
+    students of several widths, with the loss that suits them best.
     """
     defaults.check_variant(variant, "items", "paper", "live", "sizes", "small")
     config = cascade(variant if variant in ("items", "small") else "")
