@@ -48,14 +48,14 @@ TEACHER_STAGES = {
 
 
 class Group(NamedTuple):
-    """Members that differ in numbers alone, ready to be trained.
+    """Members that differ only in numbers, ready to be trained.
 
     Attributes:
       recipe: their common part.
-      names: a name a member, for messages and metrics; a single run's is "".
+      names: one name per member, for messages and metrics; a single run's is "".
       numbers: the numbers in which they differ.
-      init: a pure function that makes their state before the first step, or that of the members
-        at some places; with a `deal`, the rows of one device.
+      init: a pure function that makes their state before the first step. It can be restricted to
+        some members by position and, with a `deal`, to the rows of one device.
     """
 
     recipe: Recipe
@@ -64,7 +64,7 @@ class Group(NamedTuple):
     init: Callable[..., TrainState]
 
     def at(self, places: Int[np.ndarray, "n"]) -> "Group":
-        """The numbers and the state of the members at these places; the names are not theirs."""
+        """Select the numbers and the state of the members at `places`; keep all names."""
         return self._replace(
             numbers=jax.tree.map(lambda of: of[places], self.numbers),
             init=functools.partial(self.init, places),
@@ -83,10 +83,10 @@ def teacher_model(config: ConfigDict, spec: FeatureSpec) -> tuple[Model, Init]:
 
 
 def student_groups(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> list[Group]:
-    """The groups that the students of `members` (by name) fall into, in order of appearance.
+    """Return the groups of the students of `members` (by name), in order of appearance.
 
-    Members whose configs differ in `TRACED_KEYS` alone are a group. The rest may differ as well, in
-    all that does not change the batches: the groups of a program read the same ones.
+    Members form a group if their configs differ only in `TRACED_KEYS`. The groups of a program read
+    the same batches, so they may differ in any other key that does not change the batches.
     """
     groups: dict[str, dict[str, ConfigDict]] = {}
     for name, config in members.items():
@@ -95,7 +95,7 @@ def student_groups(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> list
 
 
 def shared_part(config: ConfigDict) -> str:
-    """The part of a student's config that the members of its group share, as JSON."""
+    """Return the part of a student's config that the members of its group share, as JSON."""
     shared = json.loads(config.to_json())
     for key in TRACED_KEYS:
         section, _, name = key.rpartition(".")
@@ -104,7 +104,7 @@ def shared_part(config: ConfigDict) -> str:
 
 
 def _unshown_are_negatives(config: ConfigDict) -> bool:
-    # At a weight of 0 they would cost time and change nothing, so such members are a program apart.
+    # At a weight of 0 they would only cost time, so such members are a separate program.
     return config.train.unshown_weight > 0
 
 
@@ -121,10 +121,10 @@ def _student_group(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> Grou
 
 
 def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
-    """The teacher of `config` as a group of one.
+    """Return the teacher of `config` as a group of one.
 
-    It learns from user labels, and with `teacher.log_weight` from the logged probabilities of the
-    ranker before it as well, which meet the same logits.
+    It learns from user labels. With `teacher.log_weight` the same logits also learn from the logged
+    probabilities of the previous ranker.
     """
     model, init = teacher_model(config, spec)
     mode, log_weight = MODES["none"], config.teacher.log_weight
@@ -140,12 +140,12 @@ def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
 def needs(
     groups: Sequence[Group], teacher: LiveTeacher | None, stage: Stage = Stage.RETRIEVED
 ) -> Needs:
-    """The needs of the groups, and of the live teacher if there is one.
+    """Return the needs of the groups, and of the live teacher if there is one.
 
     Args:
       groups: the groups.
-      teacher: the live teacher.
-      stage: where there is none, a candidate that came so far in the funnel meets the logged one.
+      teacher: the live teacher, or None.
+      stage: without a live teacher, the logged one scores candidates of this funnel stage or later.
     """
     signals = signals_of(groups)
     models = [group.recipe.model for group in groups] + ([teacher.model] if teacher else [])
@@ -161,7 +161,7 @@ def needs(
 
 
 def signals_of(groups: Sequence[Group]) -> set[str]:
-    """The names of the signals that the groups learn from."""
+    """Return the names of the signals that the groups learn from."""
     return {term.signal for group in groups for term in group.recipe.terms}
 
 

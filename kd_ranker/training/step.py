@@ -283,7 +283,7 @@ def _update_group(
       items: the features and categories of each item.
       numbers: the members' numbers.
       gradients: the members' gradients.
-      finite: False for a member whose loss is not finite; it is frozen from this step on.
+      finite: whether the loss of each member is finite; if not, it is frozen from this step.
       gathered: the whole rows of the tables that the batch looks up, [1, ...]; None reads them.
     """
     # Counted from 1: a factor of 0 at the first step would waste a batch.
