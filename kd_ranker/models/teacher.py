@@ -69,7 +69,7 @@ class CrossLayer(nnx.Module):
     def __call__(
         self, first: Float[Array, "... W"], inputs: Float[Array, "... W"]
     ) -> Float[Array, "... W"]:
-        """Crosses the layer's input once more with the first layer's input."""
+        """Cross the input of this layer with that of the first layer."""
         return first * self.linear(inputs) + inputs
 
 

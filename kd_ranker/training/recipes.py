@@ -72,13 +72,13 @@ class Group(NamedTuple):
 
 
 def student_model(config: ConfigDict, spec: FeatureSpec) -> tuple[Model, Init]:
-    """The student of `config`, and the function that makes its initial parameters."""
+    """Return the student of `config` and a function that makes its initial parameters."""
     heads = MODES[config.distill.mode].heads_per_task * len(spec.tasks)
     return build_model(STUDENTS[config.student.name], spec, heads, config.student)
 
 
 def teacher_model(config: ConfigDict, spec: FeatureSpec) -> tuple[Model, Init]:
-    """The teacher of `config`, and the function that makes its initial parameters."""
+    """Return the teacher of `config` and a function that makes its initial parameters."""
     return build_model(TEACHERS[config.teacher.name], spec, len(spec.tasks), config.teacher)
 
 
@@ -166,10 +166,10 @@ def signals_of(groups: Sequence[Group]) -> set[str]:
 
 
 def terms_of(config: ConfigDict) -> tuple[Term, ...]:
-    """The terms of a student's distillation loss; none if its mode has no use for a teacher.
+    """Return the terms of a student's distillation loss; () if its mode does not use a teacher.
 
-    They are those of `distill.terms`, of which one that names no signal takes `teacher.signal`;
-    where that is empty, there is the one of `distill.loss`.
+    They are those of `distill.terms`, or the one of `distill.loss` if that is empty. A term without
+    a signal uses `teacher.signal`.
     """
     distill = config.distill
     if MODES[distill.mode].teacher_logits is None:
@@ -212,7 +212,7 @@ def _numbers(
     unshown_weight: float,
     trainee: ConfigDict,
 ) -> Hyperparameters:
-    """The traced numbers of one member; `trainee` is `config`, or `config.teacher`."""
+    """Return the traced numbers of one member; `trainee` is `config` or `config.teacher`."""
     return Hyperparameters(
         user_weight=jnp.float32(user_weight),
         distill_weight=jnp.float32(distill_weight),
@@ -227,7 +227,7 @@ def _numbers(
 
 
 def _recipe(model: Model, mode: Mode, terms: tuple[Term, ...], trainee: ConfigDict) -> Recipe:
-    """A recipe; `trainee` is `config`, or `config.teacher`."""
+    """Return a recipe; `trainee` is `config` or `config.teacher`."""
     optimizer = trainee.optimizer
     return Recipe(
         model=model,

@@ -174,7 +174,7 @@ def _parsed(content: bytes, path: Path, remedy: str) -> dict[str, Any]:
 
 
 def write_config(workdir: Path, command: str, config: ConfigDict, dataset: Identity) -> None:
-    """Writes `config.json`, and in `environment.json` what the run was started with."""
+    """Write `config.json`, and the environment of the run to `environment.json`."""
     devices = jax.devices()
     environment = {
         "command": command,
@@ -184,18 +184,18 @@ def write_config(workdir: Path, command: str, config: ConfigDict, dataset: Ident
         "devices": f"{len(devices)} × {devices[0].device_kind}",
         "packages": {name: metadata.version(name) for name in _PACKAGES},
     }
-    # In this order: `check` takes the second without the first for a config that was removed.
+    # In this order: `check` reports a removed config if only the second exists.
     write_atomically(workdir / CONFIG_FILE, as_json(config))
     write_atomically(workdir / ENVIRONMENT_FILE, json.dumps(environment, indent=2))
 
 
 def as_json(config: ConfigDict) -> str:
-    """A config as the text of `config.json`."""
+    """Return a config as the text of `config.json`."""
     return config.to_json(indent=2, sort_keys=True)
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config that a run in `workdir` was started with.
+    """Return the config of the run in `workdir`.
 
     Raises:
       UserError: the file is damaged.
@@ -204,16 +204,16 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def _with_tuples(value: Any) -> Any:
-    """Puts tuples in place of the lists of JSON: no flag could set these."""
+    """Replace lists of JSON by tuples, because flags cannot set lists."""
     if isinstance(value, dict):
         return {key: _with_tuples(of) for key, of in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The scalars of each line of a `metrics.jsonl`, with its `step`.
+    """Return the scalars of each line of a `metrics.jsonl`, with its `step`.
 
-    The last line may be cut short, where a run was killed; of others that are damaged it warns.
+    The last line may be cut short if a run was killed. Other damaged lines cause a warning.
     """
     scalars, damaged = [], []
     lines = path.read_text(errors="replace").splitlines()
@@ -235,13 +235,13 @@ def _line(scalars: Mapping[str, float]) -> str:
 
 
 class MetricsWriter:
-    """Writes scalars to `metrics.jsonl` and to TensorBoard event files.
+    """Writer of scalars to `metrics.jsonl` and to TensorBoard event files.
 
-    A resumed run takes back what an earlier one wrote after the step that it resumes from.
+    A resumed run discards lines that an earlier one wrote after the step of the checkpoint.
     """
 
     def __init__(self, workdir: Path, start: int):
-        """Opens both files for a run that resumes after step `start`."""
+        """Open both files for a run that resumes after step `start`."""
         self._path = workdir / METRICS_FILE
         lines = read_metrics(self._path) if self._path.exists() else []
         kept = (_line(scalars) for scalars in lines if scalars["step"] <= start)
@@ -250,12 +250,12 @@ class MetricsWriter:
         # its queue would fill up.
         self._events = EventsWriter(str(workdir / "events")) if is_first() else None
         if self._events is not None:
-            # What another one wrote from this step on is not shown.
+            # TensorBoard then hides events that an earlier run wrote from this step.
             session = SessionLog(status=SessionLog.START)
             self._events.write_event(Event(step=start + 1, session_log=session))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Appends one line with the scalars of a step, in one write; process 0 does so for all."""
+        """Append one line with the scalars of a step, in one write, on process 0 only."""
         if self._events is None:
             return
         with self._path.open("a") as file:
@@ -266,6 +266,6 @@ class MetricsWriter:
         self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes the event file."""
+        """Flush and close the event file."""
         if self._events is not None:
             self._events.close()
