@@ -38,8 +38,7 @@ TURNS = {
 # How often each room may use them. Lower a number when a file leaves in better English.
 # fmt: off
 LIMITS = {
-    "sources": 455, "requests": 80, "evaluation": 54, "training": 47, "distillation": 34,
-    "report": 28, "serving": 28, "embedding": 27, "models": 21,
+    "sources": 455, "requests": 80, "evaluation": 54, "report": 28, "serving": 28,
 }
 # fmt: on
 

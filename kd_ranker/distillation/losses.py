@@ -11,21 +11,21 @@ a task and a request, a candidate is *known* if its weight is greater than 0.
 
     bce, mse_logit     compare p with σ(z), a candidate by itself
     mse_margin         compares the margins between each two candidates of a request
-    softmax            compares the distributions that p and z give over a request
+    softmax            compares the distributions of p and z over a request
     listmle            the likelihood of the teacher's order of a request under z
     ranknet, lambda    compare the order of each two candidates of a request
-    rank_distil        the same, of two of which one is among the first k
+    rank_distil        the same, if one of the two is among the first k
     approx_ndcg        compares the whole order of a request, by a smooth NDCG
-    topk, dftopk       compare who is among the first k of a request
+    topk, dftopk       compare the sets of the first k of a request
 
 The first three need probabilities. For the others positions are enough, which `teacher_signal`
-turns into pseudo-probabilities. All but the first two compare the candidates of a
-request; one with nothing to compare adds nothing to numerator or denominator.
+turns into pseudo-probabilities. All except the first two compare the candidates of a request. A
+request without candidates to compare adds nothing to numerator or denominator.
 
 User labels take the losses of `USER_LOSSES`, which have the same form.
 
-An entry of weight 0 may hold anything, NaN included, and contributes exactly nothing to the loss
-and to its gradient; so the candidates that fill up a batch change nothing.
+An entry of weight 0 may contain any value, including NaN. It contributes exactly nothing to the
+loss and to its gradient, so padding in a batch changes nothing.
 
 To add a loss, write such a function and add a `Loss` with it to `LOSSES`.
 """
@@ -67,9 +67,9 @@ class Loss(NamedTuple):
     Attributes:
       function: maps logits, teacher probabilities, weights and numbers to a weighted sum and the
         sum of the weights, each of shape [tasks]; the module's docstring has the contract.
-      needs_probabilities: whether it takes p for more than an order.
+      needs_probabilities: whether it uses p as probabilities, not only as an order.
       pairwise: whether it holds `pairs_held` pairs of candidates, which a sweep counts as memory.
-      numbers: the defaults of its own numbers by name, which `function` finds in
+      numbers: the defaults of its further numbers by name, which `function` finds in
         `LossNumbers.own`. `config.distill.numbers` overrides them, and a sweep may vary that key.
     """
 
@@ -89,26 +89,26 @@ DEFAULT_NUMBERS = LossNumbers()
 
 # Keeps the logit of a logged probability of exactly 0 or 1 finite.
 _PROBABILITY_FLOOR = 1e-6
-# The pairs that a pairwise loss holds at a time. On a CPU, more took more memory and no less time.
+# The pairs that a pairwise loss holds at a time. More of them did not save time on a CPU.
 _PAIRS_AT_ONCE = 2**18
 
 
 def weighted_totals(values: Logits, weight: Logits) -> Totals:
-    """The weighted sum of `values` a task, and the sum of the weights a task."""
+    """Return the weighted sum of `values` per task, and the sum of weights per task."""
     return jnp.sum(weight * values, axis=(0, 1)), jnp.sum(weight, axis=(0, 1))
 
 
 def _only_known(
     logits: Logits, probability: Logits, weight: Logits
 ) -> tuple[Bool[Array, "R N T"], Logits, Logits]:
-    """The mask of known entries, and both arrays with a harmless number in all others."""
+    """Return the mask of known entries, and both arrays with safe values in all others."""
     # A product with 0 does not remove a NaN, so values that must not count are replaced before use.
     known = weight > 0
     return known, jnp.where(known, logits, 0.0), jnp.where(known, probability, 0.5)
 
 
 def _teacher_logit(probability: Logits) -> Logits:
-    """The logit of p, which is clipped to [1e-6, 1 − 1e-6]."""
+    """Return the logit of p, clipped to [1e-6, 1 − 1e-6]."""
     clipped = jnp.clip(probability, _PROBABILITY_FLOOR, 1 - _PROBABILITY_FLOOR)
     return jax.scipy.special.logit(clipped)
 
@@ -159,8 +159,8 @@ def mse_logit(
 
         (z − logit(p))²
 
-    Its gradient is 8 times what that of `bce` tends to as τ grows (Hinton, Vinyals and Dean, 2015,
-    section 2.1, show the like for a softmax). A temperature would change nothing: it cancels in
+    Its gradient is 8 times the limit of that of `bce` as τ grows (Hinton, Vinyals and Dean, 2015,
+    section 2.1, show the same for a softmax). A temperature would change nothing: it cancels in
     τ² (z / τ − logit(p) / τ)². An error at a small p weighs as much as one at p = 1/2.
 
     Args:
@@ -192,7 +192,7 @@ def mse_logit(
 def mse_margin(
     logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
 ) -> Totals:
-    """Squared difference of the margins between each two candidates of a request (MarginMSE).
+    """Squared difference of the margins of each pair of candidates of a request (MarginMSE).
 
     Hofstätter et al. (2020, arXiv 2010.02666), over all pairs in place of a relevant and another
     document. With l = logit(p) and d = z − l, over the pairs of known candidates of a request
@@ -204,7 +204,7 @@ def mse_margin(
 
         numerator = Σ w · Σ w (d − m)²,   denominator = Σ_i w_i (Σ w − w_i) / 2
 
-    It is `mse_logit` but for a number added to all logits of a request, of which it says nothing. A
+    Unlike `mse_logit`, it does not change if a number is added to all logits of a request. A
     temperature would change nothing, as there.
 
     Args:
@@ -256,8 +256,8 @@ def softmax(
         numerator = τ² Σ_requests Σ_i −w_i q_i log s_i,   denominator = Σ_requests Σ_i w_i q_i
 
     over the requests with at least two known candidates. With weights of 1 the denominator is their
-    number, so the loss is a mean over requests. It says nothing of a number that is added to all
-    logits of a request. Its least value is the entropy of q times τ², not 0.
+    number, so the loss is a mean over requests. It does not change if a number is added to all
+    logits of a request. Its minimum is the entropy of q times τ², not 0.
 
     Args:
       logits: z, any real number; anything where the weight is 0.
@@ -269,7 +269,7 @@ def softmax(
       Numerator and denominator, each of shape [tasks].
 
     Example:
-      Two candidates that the student cannot tell apart cost log 2, whatever the teacher says:
+      Two candidates with equal student logits cost log 2 for any teacher probabilities:
 
       >>> import jax.numpy as jnp
       >>> numerator, denominator = softmax(
@@ -303,9 +303,9 @@ def user_softmax(
     over positives. The weight of a negative does not matter, unless it is 0. A request without
     positives adds exactly nothing.
 
-    The loss does not change if a constant is added to all logits of a request, so σ(z) is no
-    probability. Adding `bce` restores that scale; Bai et al. (CIKM 2023, arXiv 2211.01494) discuss
-    such sums.
+    The loss does not change if a constant is added to all logits of a request, so σ(z) is not
+    a probability. Adding `bce` restores that scale; Bai et al. (CIKM 2023, arXiv 2211.01494)
+    discuss such sums.
 
     Args:
       logits: z, any real number; anything where the weight is 0.
@@ -336,7 +336,7 @@ def user_softmax(
 def _listwise(
     logits: Logits, target: Logits, weight: Logits, known: Bool[Array, "R N T"]
 ) -> Totals:
-    """Sums of −w · target · log softmax(z) and of w · target over requests with two known."""
+    """Sum −w · target · log softmax(z), and w · target, over requests with two known."""
     comparable = jnp.sum(known, axis=1) > 1  # [R, T]
 
     def of_requests(array: Array) -> Array:
@@ -368,8 +368,8 @@ def listmle(
         numerator = Σ w_i · τ log(1 + Σ_{j: p_j < p_i} exp((z_j − z_i) / τ)),   denominator = Σ w_i
 
     So with weights of 1 the loss is a mean over places, where the paper has the sum of a list.
-    Candidates of equal p say nothing of each other, as in `ranknet`: each of them leads the list of
-    those below it. Without ties this is the paper's. The factor τ keeps the gradient of a place
+    Candidates of equal p are not compared, as in `ranknet`: each of them leads the list of those
+    below it. Without ties this is the paper's loss. The factor τ keeps the gradient of a place
     within [−1, 1].
 
     Args:
@@ -396,7 +396,7 @@ def listmle(
     """
     temperature = numbers.temperature
     known, logits, probability = _only_known(logits, probability, weight)
-    # The lowest first, and what is not known behind all others, where no sum takes it in.
+    # The lowest first; unknown candidates come after all others, so that no sum includes them.
     order = jnp.argsort(jnp.where(known, probability, jnp.inf), axis=1)
     probability, scaled, weight = (
         jnp.take_along_axis(array, order, axis=1)
@@ -427,8 +427,8 @@ def ranknet(
     `bce` has would let it grow, since here nothing softens the target.) Towards τ = 0 the loss of a
     pair is max(0, z_j − z_i).
 
-    Time goes with all R · N · N · T pairs. Memory does not: it is some six float32 arrays of the
-    pairs that are held at a time (`pairs_held`).
+    Time is proportional to all R · N · N · T pairs. Memory is not: it is about six float32 arrays
+    of the pairs that are held at a time (`pairs_held`).
 
     Args:
       logits: z, any real number; anything where the weight is 0.
@@ -440,8 +440,8 @@ def ranknet(
       Numerator and denominator, each of shape [tasks].
 
     Example:
-      Of the three pairs, one is a tie of the teacher; the other two lie one apart, one of them the
-      wrong way round: log(1 + e⁻¹) + log(1 + e).
+      The teacher ties one of the three pairs. The logits of the other two differ by one; one of
+      these pairs is in the wrong order: log(1 + e⁻¹) + log(1 + e).
 
       >>> import jax.numpy as jnp
       >>> numerator, denominator = ranknet(
@@ -462,7 +462,7 @@ def ranknet(
 def lambda_rank(
     logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
 ) -> Totals:
-    """RankNet's pairs, weighted by what swapping the two would change in NDCG (LambdaRank).
+    """RankNet's pairs, weighted by the change in NDCG if the two are swapped (LambdaRank).
 
     Burges, Ragno and Le (NIPS 2006), as a loss in the frame of Wang et al. (LambdaLoss, CIKM 2018):
     over the pairs of known candidates of a request with p_i > p_j,
@@ -474,12 +474,12 @@ def lambda_rank(
 
     with r the place, from 1, that z gives a candidate among the known ones of its request, and the
     ideal DCG = Σ p_i / log2(1 + place of p_i). So the gain of a candidate is p itself: DCG is the
-    expected number of actions if the user looks at places as the discount says. The loss is a mean
-    over pairs in which those count that matter at the top. Its weights, and so the denominator, are
-    taken as constants: no gradient goes through them.
+    expected number of actions if the user examines places in proportion to the discount. The loss
+    is a mean over pairs that gives higher weights to pairs that matter at the top. The weights, and
+    so the denominator, are constants: no gradient goes through them.
 
-    Candidates of equal p are no pair; candidates of equal z are placed in the order in which they
-    stand. Temperature and memory are as in `ranknet`.
+    Candidates of equal p are no pair; candidates of equal z are placed in their order in the batch.
+    Temperature and memory are as in `ranknet`.
 
     Args:
       logits: z, any real number; anything where the weight is 0.
@@ -519,16 +519,16 @@ def rank_distil(
 ) -> Totals:
     """RankNet's pairs of which one is among the teacher's first k, in nats (RankDistil).
 
-    Reddi et al. (AISTATS 2021) keep the order of the teacher's first k, and these above all others,
-    whose order says nothing of what is shown. Here that is `ranknet` over the pairs of known
-    candidates of a request in which the higher one is among the first k, as `topk` has them:
+    Reddi et al. (AISTATS 2021) keep the order of the teacher's first k, and these above all others.
+    The order of the others does not affect the shown list. Here that is `ranknet` over the pairs of
+    known candidates of a request in which the higher one is among the first k, as in `topk`:
 
         numerator = Σ w_i w_j · τ log(1 + exp(−(z_i − z_j) / τ)),   denominator = Σ w_i w_j,
         over p_i > p_j, y_i = 1
 
-    The paper's losses with a margin, or of a likelihood of orders, and its draws of the others from
-    a whole corpus are not here. Where the batch holds no more than k of a request, it is `ranknet`.
-    Temperature and memory are as there.
+    The paper also has losses with a margin or of a likelihood of orders, and it draws the others
+    from a whole corpus; these are not implemented. If the batch holds at most k candidates of a
+    request, the loss is `ranknet`. Temperature and memory are as there.
 
     Args:
       logits: z, any real number; anything where the weight is 0.
@@ -540,8 +540,8 @@ def rank_distil(
       Numerator and denominator, each of shape [tasks].
 
     Example:
-      The first of three stands one above the second and one below the third, which are no pair:
-      log(1 + e⁻¹) + log(1 + e).
+      The logit of the first is one above that of the second and one below that of the third. The
+      latter two are no pair: log(1 + e⁻¹) + log(1 + e).
 
       >>> import jax.numpy as jnp
       >>> numerator, denominator = rank_distil(
@@ -575,10 +575,11 @@ def approx_ndcg(
 
     where the ideal DCG has in place of r_i the place, from 1, of w_i p_i among those of the
     request, and v is the mean weight of its known candidates. The sums run over the requests in
-    which the teacher tells two known candidates apart. With weights of 1 the denominator is their
-    number, so the loss is a mean over requests, in [0, 1). The gain of a candidate is p itself, as
-    in `lambda_rank`, where the paper has 2^grade − 1. As τ tends to 0 the places become the true
-    ones, and the gradient vanishes but near ties; it is not bounded by 1. Memory: see `ranknet`.
+    which the teacher gives two known candidates different p. With weights of 1 the denominator is
+    their number, so the loss is a mean over requests, in [0, 1). The gain of a candidate is p
+    itself, as in `lambda_rank`; the paper has 2^grade − 1. As τ tends to 0 the places become the
+    true ones, and the gradient vanishes except near ties; it is not bounded by 1. Memory: see
+    `ranknet`.
 
     Args:
       logits: z, any real number; anything where the weight is 0.
@@ -590,8 +591,8 @@ def approx_ndcg(
       Numerator and denominator, each of shape [tasks].
 
     Example:
-      The student ties two candidates, so both stand at 1.5: DCG = 0.75 / log2(2.5) = 0.5674, of an
-      ideal 0.5 + 0.25 / log2(3) = 0.6577.
+      The student ties two candidates, so both have place 1.5: DCG = 0.75 / log2(2.5) = 0.5674, of
+      an ideal 0.5 + 0.25 / log2(3) = 0.6577.
 
       >>> import jax.numpy as jnp
       >>> numerator, denominator = approx_ndcg(
@@ -615,19 +616,19 @@ def approx_ndcg(
             reduce_fn=None,
         )
         lowest = jnp.min(probability, where=known, initial=1.0)
-        told_apart = jnp.max(probability, where=known, initial=0.0) > lowest
+        comparable = jnp.max(probability, where=known, initial=0.0) > lowest
         mean_weight = jnp.sum(weight) / jnp.maximum(jnp.sum(known), 1)
-        of_request = jnp.where(told_apart, mean_weight, 0.0)
+        of_request = jnp.where(comparable, mean_weight, 0.0)
         return of_request * (1 - ndcg), of_request
 
     return _list_by_list(of_list, logits, probability, weight)
 
 
 def pairs_held(requests: int, candidates: int, tasks: int) -> int:
-    """The number of pairs that a pairwise loss holds at a time, for one member.
+    """Return the number of pairs that a pairwise loss holds at a time, for one member.
 
     Example:
-      All of the pairs of a small batch, some of those of a larger one:
+      All pairs of a small batch, and some pairs of a larger one:
 
       >>> pairs_held(requests=8, candidates=32, tasks=3) == 8 * 32 * 32 * 3
       True
@@ -648,10 +649,11 @@ def _pairwise(
     numbers: LossNumbers,
     pair_weights: Callable[[_List, _List, _Known], _Pairs],
 ) -> Totals:
-    """The logistic loss of pairs with p_i > p_j, weighted by w_i · w_j · `pair_weights`.
+    """Return the logistic loss of pairs with p_i > p_j, weighted by w_i · w_j · `pair_weights`.
 
-    `pair_weights` maps one list of logits, its probabilities and its mask of known ones to a weight
-    a pair, in the order of `rax.utils.compute_pairs`; the weights of other pairs do not matter.
+    `pair_weights` maps one list of logits, its probabilities and its mask of known ones to one
+    weight per pair, in the order of `rax.utils.compute_pairs`. The weights of other pairs do not
+    matter.
     """
     temperature = numbers.temperature
 
@@ -674,10 +676,10 @@ def _list_by_list(
     probability: Logits,
     weight: Logits,
 ) -> Totals:
-    """The sums of `of_list` over requests, where few pairs are held at a time.
+    """Return the sums of `of_list` over requests, with few pairs held at a time.
 
     `of_list` maps the logits of a request and task, their probabilities, the mask of known ones and
-    their weights to a numerator and a denominator; no gradient goes through the latter.
+    their weights to a numerator and a denominator. No gradient goes through the denominator.
     """
     known, logits, probability = _only_known(logits, probability, weight)
     requests, candidates, tasks = logits.shape
@@ -689,7 +691,7 @@ def _list_by_list(
     def lists(array: Array) -> Array:
         return jnp.swapaxes(array, 1, 2).reshape(requests * tasks, candidates)
 
-    # Take some lists at a time, each with its gradient, so that no pair outlives its turn.
+    # Process some lists at a time, each with its gradient, so that pairs are freed early.
     fixed = jax.lax.stop_gradient(logits)
     (numerator, denominator), gradient = jax.lax.map(
         with_gradient,
@@ -697,7 +699,7 @@ def _list_by_list(
         batch_size=_lists_at_once(requests * tasks, candidates),
     )
     gradient = jnp.swapaxes(gradient.reshape(requests, tasks, candidates), 1, 2)
-    # This sum is 0, and has the gradient that was found.
+    # This sum is 0 and has the gradient computed above.
     slope = jnp.sum(gradient * (logits - fixed), axis=(0, 1))
     return (
         jnp.sum(numerator.reshape(requests, tasks), axis=0) + slope,
@@ -713,9 +715,9 @@ def topk(
         numerator = Σ w · τ BCE(z / τ, y),   denominator = Σ w,   y = [fewer than k have a larger p]
 
     with BCE as in `bce`, and p compared among the known candidates of the request. The sums run
-    over the known candidates of those requests in which y is 0 for at least one: where all are
-    among the first k, that tells nothing. If p ties at place k, all that tie are among the first.
-    The factor τ keeps the gradient within [−1, 1], as in `ranknet`.
+    over the known candidates of those requests in which y is 0 for at least one. A request in which
+    all are among the first k has nothing to compare. If p ties at place k, all that tie are among
+    the first. The factor τ keeps the gradient within [−1, 1], as in `ranknet`.
 
     The first k are those of the candidates that the batch holds. These are a sample of the request,
     so among all of its candidates they reach further down than place k.
@@ -730,7 +732,7 @@ def topk(
       Weighted sum and sum of weights, each of shape [tasks].
 
     Example:
-      At z = 0 each of the known candidates costs log 2. Of a single one nothing can be said:
+      At z = 0 each known candidate costs log 2. A request with a single one does not count:
 
       >>> import jax.numpy as jnp
       >>> numerator, denominator = topk(
@@ -750,7 +752,7 @@ def topk(
 def dftopk(
     logits: Logits, probability: Logits, weight: Logits, numbers: LossNumbers = DEFAULT_NUMBERS
 ) -> Totals:
-    """`topk` with a threshold of the request's own, in nats (DFTopK).
+    """`topk` with one threshold per request, in nats (DFTopK).
 
     The differentiable top k of Zhu et al. (2025, arXiv 2510.11472): with z_(k) the k-th largest
     logit among the known candidates of the request, a candidate belongs to the first k with
@@ -778,8 +780,8 @@ def dftopk(
       Weighted sum and sum of weights, each of shape [tasks].
 
     Example:
-      The first k = 1 of three are right: the logits lie 1, −1 and −3 from the threshold 3, which
-      costs 2 log(1 + e⁻¹) + log(1 + e⁻³):
+      The first k = 1 of three are right: the logits minus the threshold 3 are 1, −1 and −3. The
+      cost is 2 log(1 + e⁻¹) + log(1 + e⁻³):
 
       >>> import jax.numpy as jnp
       >>> numerator, denominator = dftopk(
@@ -804,7 +806,7 @@ def dftopk(
 def _membership(
     logits: Logits, first: Bool[Array, "R N T"], weight: Logits, temperature: Number
 ) -> Totals:
-    """The cross entropy of being among the `first`; its slope stays within [−1, 1]."""
+    """Return the cross entropy of being among the `first`; its slope stays within [−1, 1]."""
     values = temperature * optax.sigmoid_binary_cross_entropy(
         logits / temperature, first.astype(logits.dtype)
     )
@@ -814,14 +816,14 @@ def _membership(
 def _first_k(
     probability: Logits, known: Bool[Array, "R N T"], top_k: Number
 ) -> tuple[Bool[Array, "R N T"], Bool[Array, "R 1 T"]]:
-    """The mask of the teacher's first k, and of the requests in which another one is known."""
+    """Return masks: the teacher's first k, and requests with a known candidate outside them."""
     descending = jnp.sort(jnp.where(known, probability, -jnp.inf), axis=1, descending=True)
     first = probability >= _at_place(descending, top_k)
     return first, jnp.any(known & ~first, axis=1, keepdims=True)
 
 
 def _at_place(descending: Logits, place: Number) -> Float[Array, "R 1 T"]:
-    """The value at a place, counted from 1, or −∞ where there are fewer known candidates."""
+    """Return the value at a place, from 1; −∞ if there are fewer known candidates."""
     index = jnp.asarray(place).astype(jnp.int32) - 1
     return jnp.take(descending, index, axis=1, mode="fill", fill_value=-jnp.inf)[:, None]
 
@@ -850,5 +852,5 @@ USER_LOSSES: dict[str, tuple[LossFunction, ...]] = {
 
 
 def own_numbers(names: Iterable[str]) -> dict[str, float]:
-    """The defaults of the own numbers of several losses, in the order of `names`."""
+    """Return the defaults of the own numbers of several losses, in the order of `names`."""
     return {number: value for name in names for number, value in LOSSES[name].numbers.items()}

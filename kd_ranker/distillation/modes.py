@@ -1,10 +1,10 @@
-"""Modes: the ways in which a student meets the two kinds of labels.
+"""Modes: the ways in which a student learns from the two kinds of labels.
 
-A mode fixes the number of heads a task, the logits that meet the user labels, the logits that meet
-the teacher's probabilities, and the probabilities that a served student may rank by. With student
-logits z of shape [requests, candidates, heads] and T tasks:
+A mode fixes the number of heads per task. It selects the logits for the loss on user labels and
+those for the loss on the teacher's probabilities. It also defines the probabilities that a served
+student may rank by. With student logits z of shape [requests, candidates, heads] and T tasks:
 
-    none     T heads;   user labels see z;        there is no teacher
+    none     T heads;   user labels see z;        no teacher
     aux     2T heads;   user labels see z[:T];    teacher probabilities see z[T:]
     shared   T heads;   user labels see z;        teacher probabilities see scale ⊙ z + offset
 
@@ -25,11 +25,11 @@ ToProbability = Callable[[Logits], Float[Array, "R N T"]]
 
 
 class Mode(NamedTuple):
-    """One way of meeting the labels.
+    """One way to learn from the labels.
 
     Attributes:
       heads_per_task: the student has this many heads times the number of tasks.
-      init_transform: (number of tasks, whether the config asks for an affine transform) -> the
+      init_transform: (number of tasks, whether the config enables an affine transform) -> the
         mode's own parameters.
       user_logits: (z, transform) -> the logits that user labels see.
       teacher_logits: (z, transform) -> the logits that teacher probabilities see; None if the mode
@@ -73,7 +73,7 @@ def _transformed(logits: Logits, transform: Transform) -> Float[Array, "R N T"]:
 
 
 def _blend(logits: Logits) -> Float[Array, "R N T"]:
-    """The mean of the two estimates' probabilities."""
+    """Return the mean probability of the user and teacher heads."""
     user, teacher = _user_heads(logits, {}), _teacher_heads(logits, {})
     return (jax.nn.sigmoid(user) + jax.nn.sigmoid(teacher)) / 2
 

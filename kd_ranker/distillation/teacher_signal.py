@@ -1,20 +1,20 @@
-"""Signals: what a loss learns from, as probabilities and weights.
+"""Signals: the targets that a loss learns from, as probabilities and weights.
 
-    logged    what the dataset or the live teacher says of a candidate
-    stage     how far it came in the logged funnel, which needs no teacher
+    logged    scores of the candidate by the logged or the live teacher
+    stage     last stage of the candidate in the logged funnel; needs no teacher
 
-Everything past the log speaks of probabilities, so what is none becomes a pseudo-probability. The
+All code after the log expects probabilities, so other signals become pseudo-probabilities. The
 candidate at position r = 0, 1, 2, … of the final ranker's list is stored with
 
     p(r) = 1 / (2 + r),    logit p(r) = −log(1 + r)
 
-of every task. It keeps the order, so measures of the order alone (survival, the members of the
-top k, the higher one of two) are what they would be with probabilities. A softmax over these
-logits gives position r a share in proportion to 1 / (1 + r): Zipf's law. As probabilities of an
-action they mean nothing; `needs_probabilities` in `kd_ranker.distillation.losses.LOSSES` marks the
-losses that take them as such.
+for every task. This keeps the order. So measures that depend only on the order (survival, the
+members of the top k, the higher one of two) equal those with probabilities. A softmax over these
+logits gives position r a share in proportion to 1 / (1 + r): Zipf's law. They are not meaningful as
+probabilities of an action; `needs_probabilities` in `kd_ranker.distillation.losses.LOSSES` marks
+the losses that need such probabilities.
 
-A stage is a grade: shown above passed above retrieved. Each stands for the position at which it
+A stage is a grade: shown above passed above retrieved. Each represents the position at which it
 would begin in a funnel that narrows tenfold at each stage, r = 0, 9 and 99, so
 
     p = 1/2, 1/11, 1/101,    logit p = 0, −log 10, −log 100
@@ -36,10 +36,10 @@ Numbers = TypeVar("Numbers", float, np.ndarray, Array)
 
 
 def probability_of_rank(rank: Numbers) -> Numbers:
-    """The pseudo-probability of a position.
+    """Return the pseudo-probability of a position.
 
     Args:
-      rank: position r ≥ 0, 0 being the best, of any shape; NaN where it is not known.
+      rank: position r ≥ 0 of any shape, 0 for the best; NaN if unknown.
 
     Returns:
       1 / (2 + r), in (0, 1/2]; NaN where r is. In float32 neighbours differ up to r of some 10⁷.
@@ -53,13 +53,13 @@ def probability_of_rank(rank: Numbers) -> Numbers:
 
 
 def probability_of_stage(stage: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The pseudo-probability of how far a candidate came.
+    """Return the pseudo-probability of the last funnel stage of a candidate.
 
     Args:
       stage: a `Stage`, of any shape.
 
     Returns:
-      `probability_of_rank` of the position that the stage stands for; NaN for padding.
+      `probability_of_rank` of the position that the stage represents; NaN for padding.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,7 +71,7 @@ def probability_of_stage(stage: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
     return probability_of_rank(jnp.select(is_of, list(positions.values()), jnp.nan))
 
 
-Heard = tuple[Float[Array, "R heard T"], Float[Array, "R heard T"]]
+Heard = tuple[Float[Array, "R scored T"], Float[Array, "R scored T"]]
 """Teacher probabilities and weights of the first candidates of each request."""
 
 

@@ -1,1 +1,1 @@
-"""Tables whose update cost follows the rows touched."""
+"""Tables with an update cost in proportion to the rows touched."""

@@ -1,13 +1,13 @@
 """Rows dealt to devices like cards: row r to device r mod n, of n devices.
 
-So devices have equally many of any range of rows, and hot ones are spread where they have numbers
-side by side. A device reads and changes its own rows alone. Ids travel to all devices, rows to the
-device that asked for them.
+So each device has an equal share of any range of rows, which spreads hot rows with adjacent
+numbers. A device reads and changes only its own rows. Ids travel to all devices; rows travel only
+to the device that needs them.
 
     row r is at place r // n of device r mod n, and place p of device d has row p · n + d
 
-A device expects about M / n of M ids to be its own, and has room for twice as many. If there are
-more, it goes through all M, which takes longer and gives the same.
+A device expects to own about M / n of M ids, and has room for twice that number. If it owns more,
+it processes all M, which takes longer and gives the same result.
 """
 
 from collections.abc import Callable
@@ -23,16 +23,16 @@ from kd_ranker.batch import Deal
 _State = TypeVar("_State")
 
 RARELY = "more_ids_than_room"
-"""The scope of what a program does in the rare case alone."""
+"""The named scope of the operations that run only in this rare case."""
 
 # As many rows as a TPU lays out together, see `lookup.TableSpec.rows`.
 _ROWS_TOGETHER = 8
-# A device's room for ids of its own, over the number that it expects.
+# The ratio of a device's room for ids that it owns to their expected number.
 _ROOM = 2
 
 
 def length_of_share(rows: int, devices: int) -> int:
-    """The number of a device's places for so many rows; those behind the last row are empty.
+    """Return the number of places per device for `rows` rows; those after the last are empty.
 
     >>> length_of_share(100, devices=4), length_of_share(100, devices=1)
     (32, 100)
@@ -41,7 +41,7 @@ def length_of_share(rows: int, devices: int) -> int:
 
 
 def dealt(array: Any, axis: int, devices: int, filler: Any = 0) -> np.ndarray:
-    """All rows of a host's array, ordered by device; those that fill up shares are `filler`.
+    """Order all rows of a host's array by device, and pad each share with `filler`.
 
     >>> dealt(np.arange(10), 0, devices=2).tolist()
     [0, 2, 4, 6, 8, 0, 0, 0, 1, 3, 5, 7, 9, 0, 0, 0]
@@ -58,7 +58,7 @@ def dealt(array: Any, axis: int, devices: int, filler: Any = 0) -> np.ndarray:
 
 
 def gathered(array: Any, axis: int, devices: int) -> np.ndarray:
-    """The inverse of `dealt`, but for the rows that fill up, which are behind the others."""
+    """Invert `dealt`, except that the padding rows remain, after the others."""
     host = np.asarray(array)
     by_device = host.reshape(*host.shape[:axis], devices, -1, *host.shape[axis + 1 :])
     return np.ascontiguousarray(by_device.swapaxes(axis, axis + 1)).reshape(host.shape)
@@ -71,16 +71,16 @@ def read(
     columns: slice,
     first: Any = 0,
 ) -> Num[Array, "... columns"]:
-    """Columns of the rows that this device asks for; no others travel.
+    """Return columns of the rows that this device requests; only these columns travel.
 
-    Rows are read whole and cut afterwards: a TPU reads parts of rows one by one, in a loop.
+    Rows are read whole and sliced afterwards: a TPU reads parts of rows one by one, in a loop.
 
     Args:
-      deal: the way in which the rows are dealt. With several devices this is within a function
-        that is mapped over them.
+      deal: the distribution of the rows. With several devices, call this within a function that is
+        mapped over them.
       places: this device's share.
-      row: in range.
-      columns: a range of them.
+      row: row numbers, in range.
+      columns: the range of columns to return.
       first: the place of row 0 on each device.
     """
     if deal.devices == 1:
@@ -115,15 +115,15 @@ def with_own(
     mask: Bool[Array, "M"],
     values: Num[Array, "k M W"],
 ) -> _State:
-    """`function(state, place, mask, values)` of the rows of this device's share, in their order.
+    """Call `function(state, place, mask, values)` on the rows that this device owns, in order.
 
     Args:
-      deal: the way in which the rows are dealt.
-      function: one whose result does not depend on what is masked.
-      state: what it changes, in place if it can.
-      row: in range, the same on all devices, as is what follows.
+      deal: the distribution of the rows.
+      function: its result must not depend on masked rows.
+      state: the value that `function` updates, in place if possible.
+      row: row numbers, in range. They are the same on all devices, as are `mask` and `values`.
       mask: False for a row to ignore.
-      values: of each row.
+      values: the values of each row.
     """
     if deal.devices == 1:
         return function(state, row, mask, values)
@@ -147,7 +147,7 @@ def _in_the_room(
     some: Callable[[_State, Int[Array, "room"]], _State],
     every: Callable[[_State], _State],
 ) -> _State:
-    """`some` of the places among the M that are mine, M for none; `every` if they are too many."""
+    """Apply `some` to the indices of owned rows, padded with M; `every` if they exceed the room."""
     number = mine.shape[0]
     room = _ROOM * -(-number // deal.devices)
     if room >= number:
@@ -165,7 +165,7 @@ def _in_the_room(
 
 
 def _at(place: Int[Array, "M"], order: Int[Array, "room"]) -> Int[Array, "room"]:
-    """The places of some of the M; 0 for none."""
+    """Return `place` at the indices in `order`; 0 for padding."""
     return place.at[order].get(mode="fill", fill_value=0)
 
 

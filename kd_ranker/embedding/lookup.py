@@ -1,14 +1,14 @@
-"""Lookups: the rows of the tables that a batch needs, and the reading of them.
+"""Lookups: the table rows that a batch needs, and functions to read them.
 
-A model never holds a table. It names its lookups; the step gathers the rows and hands them over as
+A model never holds a table. It names its lookups. The step gathers the rows and passes them as
 arrays, so gradients are taken with respect to the gathered rows and never to a whole table.
 
-A table is one array [rows, W]. A row of it holds side by side all that training keeps of an id:
+A table is one array [rows, W]. A row contains all values that training keeps for an id:
 
     embedding (D) | number of its updates (1) | slots of the optimiser (W - D - 1)
 
-so that it is fetched from memory once a step and written back once. The row behind those of the ids
-is reserved for ids that have none of their own.
+so that each step fetches it from memory once and writes it back once. The row after those of the
+ids is reserved for ids without their own row.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,10 +24,10 @@ from kd_ranker.embedding.deal import length_of_share, read
 Tables = dict[str, Float[Array, "rows W"]]
 Rows = dict[str, Float[Array, "... W"]]
 
-# A TPU lays rows out so many at a time. Where they fill that up, the tables of several members side
-# by side are one long table, without a copy.
+# The number of rows that a TPU lays out together. If it divides the length of a table, the adjacent
+# tables of several members form one long table, without a copy.
 _ROWS_TOGETHER = 8
-# The rows that are drawn at a time, so that a large table needs no memory beside its own.
+# The number of rows drawn at a time, so that a large table needs little additional memory.
 _BLOCK = 1 << 16
 
 
@@ -35,9 +35,9 @@ class Lookup(NamedTuple):
     """One use of a table. Two may share one: candidates and history both read the item table.
 
     Attributes:
-      table: its name.
+      table: the name of the table.
       ids: (batch, items) -> ids of any shape.
-      mask: (batch, items) -> bool of the same shape, False where an id only fills up space.
+      mask: (batch, items) -> bool of the same shape, False where an id is padding.
     """
 
     table: str
@@ -46,12 +46,12 @@ class Lookup(NamedTuple):
 
 
 class TableSpec(NamedTuple):
-    """The way from ids to their rows.
+    """The mapping from ids to rows.
 
     Attributes:
-      size: the number of rows beside the reserved one.
-      hashed: False gives each id in [0, size) a row of its own, and every other id the reserved
-        one; True spreads all ids over the rows, where some will share one.
+      size: the number of rows, without the reserved one.
+      hashed: False gives each id in [0, size) its own row, and every other id the reserved row.
+        True spreads all ids over the rows, so some ids share a row.
     """
 
     size: int
@@ -59,7 +59,7 @@ class TableSpec(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """The length of the table; nothing uses what is behind the reserved row."""
+        """The length of the table; the rows after the reserved one are unused."""
         return -(-(self.size + 1) // _ROWS_TOGETHER) * _ROWS_TOGETHER
 
 
@@ -70,7 +70,7 @@ class EmbeddingSpec(NamedTuple):
       width: D.
       tables: by name.
       lookups: by name.
-      deal: the way in which the rows of the tables are dealt to devices.
+      deal: the distribution of the rows of the tables to devices.
     """
 
     width: int
@@ -82,15 +82,15 @@ class EmbeddingSpec(NamedTuple):
 def init_table(
     table: TableSpec, width: int, slots: int, scale: float, key: PRNGKeyArray, deal: Deal = WHOLE
 ) -> Float[Array, "rows W"]:
-    """A table of normal embeddings that were never updated; that of the reserved row is 0.
+    """Return a table of normal embeddings without updates; that of the reserved row is 0.
 
     Args:
-      table: its rows.
+      table: the specification of its rows.
       width: D, the length of an embedding.
-      slots: the number of values that the optimiser keeps beside it, all 0 at first.
+      slots: the number of optimiser values per row, all 0 at first.
       scale: standard deviation of the entries.
-      key: all randomness comes from it.
-      deal: the way in which the rows are dealt; several devices each make their own, of the same
+      key: the source of all randomness.
+      deal: the distribution of the rows. Several devices each make their own rows, with the same
         bits, within a function that is mapped over them.
 
     Returns:
@@ -114,10 +114,10 @@ def init_table(
 
 
 def rows_of_ids(table: TableSpec, ids: Int[Array, "..."]) -> Int[Array, "..."]:
-    """The row of each id.
+    """Return the row of each id.
 
-    The hash is the finaliser of MurmurHash3 (Appleby, 2011), of which every input bit changes every
-    output bit with a probability of about one half.
+    The hash is the finaliser of MurmurHash3 (Appleby, 2011): every input bit changes every output
+    bit with a probability of about one half.
 
     >>> rows_of_ids(TableSpec(size=5, hashed=False), jnp.array([0, 4, 5, -1])).tolist()
     [0, 4, 5, 5]
@@ -128,12 +128,12 @@ def rows_of_ids(table: TableSpec, ids: Int[Array, "..."]) -> Int[Array, "..."]:
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
     bits, size = bits ^ (bits >> 16), jnp.uint32(table.size)
-    # bits % size, of the operations that ONNX's converter knows.
+    # bits % size, with operations that ONNX's converter supports.
     return (bits - jax.lax.div(bits, size) * size).astype(ids.dtype)
 
 
 def is_known(table: TableSpec, ids: Int[Array, "..."]) -> Bool[Array, "..."]:
-    """False for an id that has to share the reserved row."""
+    """Return False for an id that shares the reserved row."""
     return jnp.full(ids.shape, True) if table.hashed else (ids >= 0) & (ids < table.size)
 
 
@@ -146,19 +146,19 @@ def gather_rows(
     whole_rows: bool,
     member: Int[Array, ""] | None = None,
 ) -> Rows:
-    """The rows that a batch needs.
+    """Return the rows that a batch needs.
 
     Args:
       spec: the lookups.
-      tables: of one model; or with `member`, of all members of a group.
-      batch: what is looked up.
-      items: what is known of the items.
-      whole_rows: whether to keep what training keeps beside the embeddings.
-      member: whose rows to read. A `vmap` over the tables would ask a TPU for another layout.
+      tables: the tables of one model; or with `member`, of all members of a group.
+      batch: the batch to look up.
+      items: the features and categories of each item.
+      whole_rows: whether to keep the update counts and slots in addition to the embeddings.
+      member: the member to read. On TPUs, a `vmap` over the tables would need another layout.
 
     Returns:
-      Lookup name -> float32 [*shape of the ids, W], or [*shape of the ids, D] of the embeddings
-      alone if not `whole_rows`.
+      Lookup name -> float32 [*shape of the ids, W], or only the embeddings [*shape of the ids, D]
+      if not `whole_rows`.
     """
     gathered = {}
     for name, lookup in spec.lookups.items():
@@ -173,16 +173,16 @@ def gather_rows(
 
 
 def embeddings(spec: EmbeddingSpec, rows: Rows) -> Rows:
-    """The embeddings of gathered rows: lookup name -> [*shape of the ids, D]."""
+    """Return the embeddings of gathered rows: lookup name -> [*shape of the ids, D]."""
     return {name: row[..., : spec.width] for name, row in rows.items()}
 
 
 def gather_to_serve(
     spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch, items: Items
 ) -> Rows:
-    """The embeddings that a trained model serves with, the reserved one for an id never trained.
+    """Return the embeddings to serve with; an id that was never trained gets the reserved one.
 
-    The own row of such an id was drawn at random and says nothing of it.
+    The row of such an id was drawn at random and contains no information about it.
 
     Returns:
       Lookup name -> float32 [*shape of the ids, D].
@@ -197,9 +197,9 @@ def gather_to_serve(
 
 
 def without_slots(spec: EmbeddingSpec, tables: Tables, lanes: int = 1) -> Tables:
-    """The tables as far as serving needs them, [rows, D + 1].
+    """Return the columns of the tables that serving needs, [rows, D + 1].
 
-    Where a device lays out whole `lanes` of numbers, slots stay in what it would only pad.
+    If a device lays out numbers in whole `lanes`, slots stay in columns that would be padding.
     """
     columns = -(-(spec.width + 1) // lanes) * lanes
     return {name: table[:, :columns] for name, table in tables.items()}
@@ -208,7 +208,7 @@ def without_slots(spec: EmbeddingSpec, tables: Tables, lanes: int = 1) -> Tables
 def was_trained(
     spec: EmbeddingSpec, tables: Tables, batch: CandidateBatch, items: Items
 ) -> dict[str, Bool[Array, "..."]]:
-    """By lookup name, True for each id that has a row of its own which training has updated."""
+    """Return, by lookup name, True for each id with its own row that training has updated."""
     trained = {}
     for name, lookup in spec.lookups.items():
         row = _rows(spec, lookup, batch, items)
@@ -228,11 +228,11 @@ def _rows(
 def ids_of_table(
     spec: EmbeddingSpec, batch: CandidateBatch, items: Items, name: str
 ) -> tuple[Int[Array, "M"], Bool[Array, "M"]]:
-    """All ids that a batch looks up in one table, in the order of the lookups, and their mask.
+    """Return all ids that a batch looks up in one table, by lookup, and their mask.
 
     Returns:
       int32 [M], duplicates included, where M counts the ids of all lookups of the table, and bool
-      [M], False where an id only fills up space.
+      [M], False where an id is padding.
     """
     ids, masks = [], []
     for lookup in spec.lookups.values():
@@ -243,9 +243,9 @@ def ids_of_table(
 
 
 def rows_of_table(spec: EmbeddingSpec, rows: Rows, name: str) -> Float[Array, "members M W"]:
-    """Each member's rows, or their gradients, of each id of `ids_of_table`, in the same order.
+    """Return each member's rows, or gradients, for the ids of `ids_of_table`, in that order.
 
-    `rows` holds, by lookup name, [members, *shape of ids, W].
+    `rows` contains, by lookup name, [members, *shape of ids, W].
     """
     return jnp.concatenate(
         [

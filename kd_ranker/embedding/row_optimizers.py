@@ -1,8 +1,8 @@
-"""Optimisers whose cost follows the rows touched, not the rows held.
+"""Optimisers with a cost in proportion to the rows touched, not the rows held.
 
-Each is a pure function on rows. `update_tables` is the part that they share: it adds up the
-gradients of duplicate ids and writes the touched rows back, in place when the buffers are donated.
-It never allocates, clears or sorts an array of a table's size.
+Each is a pure function on rows. They share `update_tables`, which adds up the gradients of
+duplicate ids. It writes the touched rows back, in place if the buffers are donated. It never
+allocates, clears or sorts an array of a table's size.
 """
 
 from collections.abc import Callable

@@ -25,7 +25,7 @@ class MultiLayerPerceptron(nnx.Module):
     """Linear layers with a ReLU between them, none after the last."""
 
     def __init__(self, widths: Sequence[int], *, rngs: nnx.Rngs):
-        """Builds the layers; `widths` runs from the input's width to the output's."""
+        """Build the layers; `widths` runs from the input's width to the output's."""
         self.layers = nnx.List(
             [
                 nnx.Linear(fan_in, fan_out, rngs=rngs)
@@ -34,7 +34,7 @@ class MultiLayerPerceptron(nnx.Module):
         )
 
     def __call__(self, inputs: Float[Array, "... fan_in"]) -> Float[Array, "... fan_out"]:
-        """Applies the layers to the last axis."""
+        """Apply the layers to the last axis."""
         *hidden, last = self.layers
         for layer in hidden:
             inputs = jax.nn.relu(layer(inputs))
@@ -42,10 +42,10 @@ class MultiLayerPerceptron(nnx.Module):
 
 
 class ItemEncoder(nnx.Module):
-    """An item's looked-up row plus a linear map of its own features: float32 [..., D]."""
+    """The embedding row of an item plus a linear map of its features: float32 [..., D]."""
 
     def __init__(self, features: int, width: int, *, rngs: nnx.Rngs):
-        """Builds the map from `features` to `width` = D."""
+        """Build the map from `features` to `width` = D."""
         self.features = nnx.Linear(features, width, rngs=rngs)
 
     def __call__(
@@ -60,10 +60,10 @@ class ItemEncoder(nnx.Module):
         row: Float[Array, "R N D"],
         features: Float[Array, "R N F"],
     ) -> Float[Array, "R Q N"]:
-        """The dot products of each query with each encoded item, without encoding the items.
+        """Return the dot products of queries with encoded items, without encoding the items.
 
-        q · (row + W features + b) = q · row + (qᵀ W) · features + q · b: W meets the few queries
-        of a request and not its many candidates.
+        q · (row + W features + b) = q · row + (qᵀ W) · features + q · b: W multiplies the few
+        queries of a request and not its many candidates.
         """
         weights, bias = weights_of(self.features)
         return linear_products(queries, row, weights, features) + (queries @ bias)[..., None]
@@ -75,7 +75,7 @@ def linear_products(
     weights: Float[Array, "F D"],
     features: Float[Array, "R N F"],
 ) -> Float[Array, "R Q N"]:
-    """The products q · (row + W features) as q · row + (qᵀ W) · features."""
+    """Return the products q · (row + W features) as q · row + (qᵀ W) · features."""
     return jnp.einsum("rqd,rnd->rqn", queries, row) + jnp.einsum(
         "rqf,rnf->rqn", queries @ weights.T, features
     )
@@ -88,9 +88,9 @@ def features_of_items(
     dtype: Any,
     deal: Deal = WHOLE,
 ) -> Float[Array, "... columns"]:
-    """The first features of each item, in the given dtype; zeros for an id that the matrix lacks.
+    """Return the first features of each item as `dtype`; zeros for an id outside the matrix.
 
-    They are cut after they are read: to cut the matrix would be work of its size at every step.
+    Rows are sliced after they are read: slicing the matrix would cost time in its size per step.
     """
     return _of_items(item_features, item_id, columns, 0, deal).astype(dtype)
 
@@ -98,7 +98,7 @@ def features_of_items(
 def categories_of_items(
     item_category: Int[Array, "items I"], item_id: Int[Array, "..."], deal: Deal = WHOLE
 ) -> Int[Array, "... I"]:
-    """The category ids of each item; -1 for an id that the matrix lacks."""
+    """Return the category ids of each item; -1 for an id outside the matrix."""
     return _of_items(item_category, item_id, item_category.shape[1], -1, deal)
 
 
@@ -109,24 +109,24 @@ def _of_items(
     missing: int,
     deal: Deal,
 ) -> Num[Array, "... columns"]:
-    """The first columns of the row of each id, or `missing`."""
+    """Return the first columns of the row of each id, or `missing`."""
     is_known = (item_id >= 0) & (item_id < known.shape[0] * deal.devices)
     row = read(deal, jnp.asarray(known), jnp.where(is_known, item_id, 0), slice(columns))
-    # A product with 1 keeps the read apart from what follows: a TPU, whose matrix products take
-    # bfloat16, would convert all of the matrix before it reads a few rows of it.
-    there = is_known[..., None]
-    return jnp.where(there, row * there.astype(known.dtype), missing)
+    # A product with 1 separates the read from later operations: for matrix products in bfloat16, a
+    # TPU would otherwise convert the whole matrix before it reads a few rows of it.
+    known_row = is_known[..., None]
+    return jnp.where(known_row, row * known_row.astype(known.dtype), missing)
 
 
 def category_shares(
     category: Int[Array, "... L"], lengths: Sequence[int], dtype: Any
 ) -> Float[Array, "... L"]:
-    """The share of each value in the mean of its feature: 1 / their number, 0 for a filler.
+    """Return the share of each value in the mean of its feature: 1 / their number, 0 for padding.
 
     Args:
-      category: category ids, those of one feature after those of another; -1 fills up.
-      lengths: the number of ids, of the L, that each feature has.
-      dtype: of the shares.
+      category: category ids, concatenated over features; -1 is padding.
+      lengths: the number of ids of each feature; their sum is L.
+      dtype: the dtype of the shares.
     """
     shares = []
     for end, length in zip(itertools.accumulate(lengths), lengths, strict=True):
@@ -138,7 +138,7 @@ def category_shares(
 def category_means(
     rows: Float[Array, "... L D"], category: Int[Array, "... L"], lengths: Sequence[int]
 ) -> Float[Array, "... K*D"]:
-    """The mean row of each of K categorical features, 0 without a value, one beside the other.
+    """Return the concatenated mean rows of K categorical features, 0 for one without a value.
 
     See `category_shares` for the arguments; `rows` are those of the ids.
     """
@@ -153,7 +153,7 @@ def plus_category_means(
     category: Int[Array, "... L"],
     lengths: Sequence[int],
 ) -> Float[Array, "... D"]:
-    """A row plus the mean row of each categorical feature, all in one sum over their values.
+    """Return a row plus the mean row of each categorical feature, as one sum over their values.
 
     See `category_shares` for the arguments; `rows` are those of the ids.
     """
@@ -164,7 +164,7 @@ def plus_category_means(
 def candidate_rows(
     batch: CandidateBatch, rows: Rows, items: Items, spec: FeatureSpec
 ) -> Float[Array, "R N D"]:
-    """The looked-up part of each candidate: item row + Σ_f mean row of feature f.
+    """Return the embedding part of each candidate: item row + Σ_f mean row of feature f.
 
     f runs over the categorical features of the item and those of the candidate itself.
     """
@@ -181,7 +181,7 @@ def candidate_rows(
 def event_rows(
     batch: CandidateBatch, rows: Rows, items: Items, spec: FeatureSpec
 ) -> Float[Array, "R H D"]:
-    """The looked-up part of each event of the history: item row + Σ_f mean row of feature f.
+    """Return the embedding part of each event of the history: item row + Σ_f mean row of feature f.
 
     f runs over the categorical features of the item.
     """
@@ -195,9 +195,9 @@ def event_rows(
 def candidate_inputs(
     batch: CandidateBatch, items: Items, columns: int
 ) -> Float[Array, "R N columns+X"]:
-    """The inputs of each candidate besides its row: its item's features and its own in the request.
+    """Return the other inputs of each candidate: features of its item and of the candidate itself.
 
-    Of the former there are the first `columns`, those that a ranker can afford.
+    The item contributes its first `columns` features, those that a ranker can afford.
     """
     features = batch.candidate_features
     dtype = features.dtype
@@ -208,9 +208,9 @@ def candidate_inputs(
 def user_inputs(
     batch: CandidateBatch, rows: Rows, spec: FeatureSpec
 ) -> Float[Array, "R user_width"]:
-    """The inputs of the user and the request: row, features, context, category means.
+    """Return the inputs of the user and the request: row, features, context, category means.
 
-    The last are the mean row of each categorical feature of the request, one beside the other.
+    The category means are the concatenated mean rows of the categorical features of the request.
     """
     inputs = [rows["user"], batch.user_features, batch.context]
     if of_request := spec.category_lengths("request"):
@@ -220,23 +220,23 @@ def user_inputs(
 
 
 class HistoryMean(nnx.Module):
-    """The mean of the events of the user's history, once a request.
+    """The mean of the events of the user's history, once per request.
 
         h = Σ_e mask_e (row_e + W x_e) / Σ_e mask_e         [R, D]
 
-    row_e is that of `event_rows`; x_e holds the cheap features of the event's item and the features
-    of the event. 0 for an empty history. All events count alike, whatever the candidate, as in
-    Covington, Adams and Sargin (RecSys 2016, section 3.2).
+    row_e is that of `event_rows`; x_e contains the cheap features of the event's item and the
+    features of the event. An empty history gives 0. All events have equal weights for all
+    candidates, as in Covington, Adams and Sargin (RecSys 2016, section 3.2).
     """
 
     def __init__(self, spec: FeatureSpec, width: int, *, rngs: nnx.Rngs):
-        """Builds W for rows of `width` = D."""
+        """Build W for rows of `width` = D."""
         self.spec = spec
         features = spec.cheap_item_features + spec.history_features
         self.features = nnx.Linear(features, width, use_bias=False, rngs=rngs)
 
     def __call__(self, batch: CandidateBatch, rows: Rows, items: Items) -> Float[Array, "R D"]:
-        """The mean of each request's history."""
+        """Return the mean of each request's history."""
         of_event = batch.history_features
         cheap = self.spec.cheap_item_features
         dtype = of_event.dtype
@@ -247,12 +247,12 @@ class HistoryMean(nnx.Module):
         def mean(values: Float[Array, "R H W"]) -> Float[Array, "R W"]:
             return jnp.sum(values * mask, axis=1) / number
 
-        # W is linear, so it meets the mean of the events and not each of them.
+        # W is linear, so it multiplies the mean of the events and not each of them.
         features = mean(jnp.concatenate([own, of_event], axis=-1))
         return mean(event_rows(batch, rows, items, self.spec)) + self.features(features)
 
 
 def user_width(spec: FeatureSpec, width: int) -> int:
-    """The width of `user_inputs` with rows of `width` = D."""
+    """Return the width of `user_inputs` with rows of `width` = D."""
     rows = 1 + len(spec.category_lengths("request"))
     return rows * width + spec.user_features + spec.context_features

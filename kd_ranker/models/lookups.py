@@ -29,7 +29,7 @@ def _categories(
     ids: Callable[[CandidateBatch, Items], Int[Array, "... L"]],
     mask: Callable[[CandidateBatch, Items], Bool[Array, "..."]],
 ) -> Lookup:
-    """The lookup of category ids, -1 being a filler; `mask` is that of their owners."""
+    """Return a lookup of category ids; -1 is padding, and `mask` is that of their owners."""
     return Lookup(
         "category",
         ids,

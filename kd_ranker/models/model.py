@@ -1,4 +1,4 @@
-"""A model as the step sees it: a graph definition, its embeddings, and parameters apart."""
+"""A model as the step uses it: a graph definition, embeddings and separate parameters."""
 
 import dataclasses
 from collections.abc import Callable
@@ -36,10 +36,10 @@ class Arithmetic(NamedTuple):
     """The arithmetic of a model.
 
     Attributes:
-      dtype: of its arrays within; parameters, tables and logits are float32 whatever it is.
-      precision: of its matrix products and of those in its gradients, one that
-        `jax.default_matmul_precision` takes. A device's default is less than float32 on TPUs and on
-        newer GPUs, and nothing else on CPUs.
+      dtype: the dtype of its internal arrays; parameters, tables and logits are always float32.
+      precision: the precision of matrix products and their gradients, as an argument of
+        `jax.default_matmul_precision`. The default is float32 on CPUs, and less on TPUs and on
+        newer GPUs.
     """
 
     dtype: Any
@@ -51,19 +51,19 @@ COMPUTE_DTYPES = {
     "fast_float32": Arithmetic(jnp.float32, "default"),
     "bfloat16": Arithmetic(jnp.bfloat16, "default"),
 }
-"""By `compute_dtype`, the arithmetic that it stands for."""
+"""The arithmetic by `compute_dtype`."""
 
 
 class ModuleClass(Protocol):
     """An entry of `STUDENTS` or `TEACHERS`: a class of modules that score a batch.
 
-    Its modules are called with a batch, the embeddings that the class's `lookups` name, and the
-    items, and return logits [R, N, heads]. A lookup that finds no ids in a dataset, because it has
-    no such feature, is left out.
+    Its modules take a batch, the embeddings that the class's `lookups` name, and the items. They
+    return logits [R, N, heads]. A lookup without ids in a dataset that lacks its feature is left
+    out.
 
-    A class may have an attribute `reads_history`: a truth value, or a static method from the config
-    that it is built with to one. Without it, it reads histories. A model that reads none is trained
-    on batches without them, H = 0, and its lookups of them are left out.
+    A class may have an attribute `reads_history`: a boolean, or a static method from its config to
+    one. The default is True. A model that does not read histories is trained on batches without
+    them, H = 0, and without its lookups of them.
     """
 
     lookups: dict[str, Lookup]
@@ -71,17 +71,17 @@ class ModuleClass(Protocol):
     def __call__(
         self, spec: FeatureSpec, heads: int, config: ConfigDict, *, rngs: nnx.Rngs
     ) -> nnx.Module:
-        """Builds a module."""
+        """Build a module."""
         ...
 
 
 class Model(NamedTuple):
-    """The fixed part of a model: no arrays, so compiled functions may close over it.
+    """The static part of a model: no arrays, so compiled functions may close over it.
 
     Attributes:
       graph: the module's definition.
       embedding: its tables and lookups.
-      arithmetic: the way in which it computes.
+      arithmetic: its dtype and precision.
       reads_history: True if it needs the histories of a batch.
     """
 
@@ -92,7 +92,7 @@ class Model(NamedTuple):
 
 
 def with_deal(model: Model, deal: Deal) -> Model:
-    """The same model, the rows of whose tables are dealt so."""
+    """Return the same model with the rows of its tables dealt by `deal`."""
     return model._replace(embedding=model.embedding._replace(deal=deal))
 
 
@@ -108,24 +108,24 @@ class Init(Protocol):
     """A pure function that makes initial parameters."""
 
     def __call__(self, key: PRNGKeyArray, slots: int, deal: Deal = ..., /) -> Parameters:
-        """Makes them; see `build_model`, and `init_table` for tables that are dealt."""
+        """Make them; see `build_model`, and `init_table` for tables that are dealt."""
         ...
 
 
 def build_model(
     module: ModuleClass, spec: FeatureSpec, heads: int, config: ConfigDict
 ) -> tuple[Model, Init]:
-    """Builds a model.
+    """Build a model.
 
     Args:
       module: a class of `STUDENTS` or `TEACHERS`.
       spec: the sizes of the dataset's features.
-      heads: the number of logits that a candidate gets.
+      heads: the number of logits per candidate.
       config: `config.student` or `config.teacher`.
 
     Returns:
-      The model, and a pure function from a key, from which all randomness comes, and the number of
-      slots that the tables' optimiser keeps a row, to initial parameters.
+      The model, and a pure function to initial parameters. Its arguments are a key, the source of
+      all randomness, and the number of slots per row of the tables' optimiser.
     """
     reads_history = _reads_history(module, config)
     seen = spec if reads_history else dataclasses.replace(spec, history_length=0)
@@ -169,7 +169,7 @@ def _reads_history(module: ModuleClass, config: ConfigDict) -> bool:
 
 
 def _finds_ids(lookup: Lookup, spec: FeatureSpec) -> bool:
-    """True if a dataset has any of the ids that a lookup asks for."""
+    """Return True if a dataset has any ids for a lookup."""
     ids = jax.eval_shape(lookup.ids, abstract_batch(spec, 1, 1), abstract_items(spec))
     return ids.size > 0
 
@@ -181,8 +181,8 @@ def apply_model(
     batch: CandidateBatch,
     items: Items,
 ) -> Float[Array, "R N heads"]:
-    """The logits of a batch whose rows are gathered; differentiable in `dense` and `embedded`."""
-    # The item features are cast when they are looked up, not all of them at every step.
+    """Return the logits of a batch from gathered rows; differentiable in `dense` and `embedded`."""
+    # Item features are cast after the lookup, so that a step does not cast all of them.
     return apply_part(
         *(model, dense, lambda module, batch, rows: module(batch, rows, items)),
         *(batch, embedded),
@@ -190,12 +190,12 @@ def apply_model(
 
 
 def apply_part(model: Model, dense: Any, part: Callable[..., Any], *arrays: Any) -> Any:
-    """The results of `part(module, *arrays)` in the model's arithmetic, as float32.
+    """Return the results of `part(module, *arrays)` in the model's arithmetic, as float32.
 
     Args:
       model: the model.
       dense: its dense parameters.
-      part: a function of the module and the arrays, cast as the model computes.
+      part: a function of the module and the arrays, both cast to the model's dtype.
       *arrays: pytrees.
     """
     dtype, precision = model.arithmetic
@@ -216,9 +216,9 @@ def score(
     batch: CandidateBatch,
     items: Items,
 ) -> Float[Array, "R N heads"]:
-    """The logits of a batch, as a trained model serves them.
+    """Return the logits of a batch, as a trained model serves them.
 
-    An id that was never trained is scored with the reserved row, as is one that has no row.
+    An id that was never trained is scored with the reserved row, as is an id without a row.
     """
     embedded = gather_to_serve(model.embedding, parameters.tables, batch, items)
     return apply_model(model, parameters.dense, embedded, batch, items)

@@ -1,7 +1,7 @@
-"""Students: early rankers that spend little on a candidate.
+"""Students: early rankers with a low cost per candidate.
 
-Arrays that depend on the user alone have the shape [R, ...] and are computed once a request; only
-the lines that carry an axis N are paid for by each candidate.
+Arrays that depend only on the user have the shape [R, ...] and are computed once per request. Only
+operations on arrays with an axis N have a cost per candidate.
 """
 
 import functools
@@ -35,7 +35,7 @@ HISTORIES = ("none", "mean")
 
 
 def reads_history(config: ConfigDict) -> bool:
-    """True if the student of `config.student` reads the user's history."""
+    """Return True if the student of `config.student` reads the user's history."""
     return config.history != "none"
 
 
@@ -44,7 +44,7 @@ def _history(spec: FeatureSpec, config: ConfigDict, rngs: nnx.Rngs) -> HistoryMe
 
 
 def _user_width(spec: FeatureSpec, config: ConfigDict) -> int:
-    """The width of `_user_inputs`."""
+    """Return the width of `_user_inputs`."""
     return user_width(spec, config.width) + reads_history(config) * config.width
 
 
@@ -55,7 +55,7 @@ def _user_inputs(
     spec: FeatureSpec,
     history: HistoryMean | None,
 ) -> Float[Array, "R user_width"]:
-    """The inputs of the user's tower: `user_inputs`, and the mean of the history if it is read."""
+    """Return the inputs of the user tower: `user_inputs`, and any mean of the history."""
     inputs = user_inputs(batch, rows, spec)
     if history is None:
         return inputs
@@ -64,27 +64,27 @@ def _user_inputs(
 
 @runtime_checkable
 class InParts(Protocol):
-    """A student that meets a candidate in the dot products of its embedding with a few queries.
+    """A student that scores a candidate by dot products of its embedding with a few queries.
 
-    It can be served in parts: `users` once a request, embeddings by `item` once an item, and
-    `logits` of their products. Such a module is called like any other; `_scored_in_parts` is the
-    whole of the call.
+    It can be served in parts: `users` once per request, embeddings by `item` once per item, and
+    `logits` of their products. Such a module is called like any other; its call is
+    `_scored_in_parts`.
 
     Attributes:
       spec: the sizes of the features.
-      item: the encoder of items and candidates, of the cheap features of the item and then the
-        candidate's own.
+      item: the encoder of items and candidates. Its inputs are the cheap features of the item, then
+        those of the candidate.
     """
 
     spec: FeatureSpec
     item: ItemEncoder
 
     def users(self, batch: CandidateBatch, rows: Rows, items: Items) -> Users:
-        """The arrays [R, ...] that depend on the request alone: `queries` [R, Q, D] and others."""
+        """Return the arrays of a request, [R, ...]: `queries` [R, Q, D] and others."""
         ...
 
     def logits(self, users: Users, products: Float[Array, "R Q N"]) -> Float[Array, "R N heads"]:
-        """The logits, of those arrays and the products of `queries` with the candidates."""
+        """Return the logits from these arrays and the products of `queries` with candidates."""
         ...
 
 
@@ -101,7 +101,7 @@ def _scored_in_parts(
 
 
 class MultiInterest(nnx.Module):
-    """Several user embeddings, combined for each candidate by how well they match it.
+    """Several user embeddings, combined for each candidate by their match with it.
 
         u = MLP([user row, user features, context, category means, h])     [R, E, D]
         v = item row + Σ category means + W [cheap item features, candidate features] + b
@@ -113,14 +113,14 @@ class MultiInterest(nnx.Module):
     The combination follows multi-interest retrieval models (Li et al., MIND, CIKM 2019) with a
     softmax over the interests in place of routing. A category mean is the mean row of the values of
     a categorical feature, of the request in u, of the item and the candidate in v. With
-    `history = "mean"`, h is that of `HistoryMean`; else there is none.
+    `history = "mean"`, h is that of `HistoryMean`; otherwise h is omitted.
     """
 
     lookups = {**LOOKUPS, **HISTORY_LOOKUPS}
     reads_history = staticmethod(reads_history)
 
     def __init__(self, spec: FeatureSpec, heads: int, config: ConfigDict, *, rngs: nnx.Rngs):
-        """Builds the model; reads `width` (D), `interests` (E), `hidden` and `history`."""
+        """Build the model; reads `width` (D), `interests` (E), `hidden` and `history`."""
         self.interests = config.interests
         self.spec = spec
         self.user = MultiLayerPerceptron(
@@ -136,16 +136,16 @@ class MultiInterest(nnx.Module):
     def __call__(
         self, batch: CandidateBatch, rows: Rows, items: Items
     ) -> Float[Array, "R N heads"]:
-        """The logits of every candidate."""
+        """Return the logits of every candidate."""
         return _scored_in_parts(self, batch, rows, items)
 
-    # Fused by hand, for what XLA's own way takes on a CPU: docs/benchmarks.md has the times.
+    # Fused by hand, because XLA's version is slow on a CPU: docs/benchmarks.md has the times.
     def users(self, batch: CandidateBatch, rows: Rows, items: Items) -> Users:
-        """The queries [u, V_v + V_s u], and each interest's share of the logits, V_c u."""
+        """Return the queries [u, V_v + V_s u] and each interest's share of the logits, V_c u."""
         users = self.user(_user_inputs(batch, rows, items, self.spec, self.history))
         users = users.reshape(users.shape[0], self.interests, -1)
         # Split V into the parts that multiply c, v and s. As s is linear in v, and c in the weights
-        # of the interests, V meets the request's few user embeddings and not its many candidates.
+        # of the interests, V multiplies the few user embeddings of a request, not its candidates.
         width = users.shape[-1]
         weights, _ = weights_of(self.heads)
         combine, direct, matched = jnp.split(weights, [width, 2 * width])
@@ -153,7 +153,7 @@ class MultiInterest(nnx.Module):
         return {"queries": jnp.concatenate([users, direct], axis=1), "combined": users @ combine}
 
     def logits(self, users: Users, products: Float[Array, "R Q N"]) -> Float[Array, "R N heads"]:
-        """The logits, of the products [s, V_v v + V_s s]."""
+        """Return the logits from the products [s, V_v v + V_s s]."""
         _, offset = weights_of(self.heads)
         match, direct = jnp.split(products, [self.interests], axis=1)
         # Divide the softmax by its sum last, and take the few interests and heads one by one: a
@@ -173,7 +173,7 @@ class MultiInterest(nnx.Module):
 
 
 class TwoTower(nnx.Module):
-    """One user embedding a head, one item embedding, and their dot products.
+    """One user embedding per head, one item embedding, and their dot products.
 
         u = MLP([user row, user features, context, category means, h])     [R, heads, D]
         v = item row + Σ category means + W [cheap item features, candidate features] + b
@@ -181,15 +181,15 @@ class TwoTower(nnx.Module):
         z = u · v / sqrt(D) + offset                       [R, N, heads]
 
     A category mean is the mean row of the values of a categorical feature, of the request in u, of
-    the item and the candidate in v. With `history = "mean"`, h is that of `HistoryMean`; else there
-    is none.
+    the item and the candidate in v. With `history = "mean"`, h is that of `HistoryMean`; otherwise
+    h is omitted.
     """
 
     lookups = {**LOOKUPS, **HISTORY_LOOKUPS}
     reads_history = staticmethod(reads_history)
 
     def __init__(self, spec: FeatureSpec, heads: int, config: ConfigDict, *, rngs: nnx.Rngs):
-        """Builds the model; reads `width` (D), `hidden` and `history` from the config."""
+        """Build the model; reads `width` (D), `hidden` and `history` from the config."""
         self.spec = spec
         self.user = MultiLayerPerceptron(
             [_user_width(spec, config), *config.hidden, heads * config.width], rngs=rngs
@@ -203,17 +203,17 @@ class TwoTower(nnx.Module):
     def __call__(
         self, batch: CandidateBatch, rows: Rows, items: Items
     ) -> Float[Array, "R N heads"]:
-        """The logits of every candidate."""
+        """Return the logits of every candidate."""
         return _scored_in_parts(self, batch, rows, items)
 
     def users(self, batch: CandidateBatch, rows: Rows, items: Items) -> Users:
-        """The queries u / sqrt(D)."""
+        """Return the queries u / sqrt(D)."""
         users = self.user(_user_inputs(batch, rows, items, self.spec, self.history))
         width = rows["user"].shape[-1]
         return {"queries": users.reshape(users.shape[0], -1, width) / jnp.sqrt(width)}
 
     def logits(self, users: Users, products: Float[Array, "R Q N"]) -> Float[Array, "R N heads"]:
-        """The logits, of the products u · v / sqrt(D)."""
+        """Return the logits from the products u · v / sqrt(D)."""
         del users
         return products.swapaxes(1, 2) + self.offset[...]
 

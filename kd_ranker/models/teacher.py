@@ -1,4 +1,4 @@
-"""The teacher: a final ranker that looks at the user's history anew for each candidate."""
+"""The teacher: a final ranker with attention to the user's history for each candidate."""
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,13 @@ class HistoryAttention(nnx.Module):
         matches = Σ_h mask_h u_h / H                            [R, N, hidden]
 
     The weights are not normalised, as in the paper: the number of events that match a candidate
-    matters, and not the best match alone. `matches`, which the paper does not have, counts them
-    directly. The first layer is split by its inputs, so that the parts that depend on an event or a
-    candidate alone are computed once for each and not for each pair.
+    matters, not only the best match. `matches`, which is not in the paper, counts them directly.
+    The first layer is split by its inputs. So the parts that depend only on an event or only on a
+    candidate are computed once for each, not for each pair.
     """
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        """Builds the layers for events and candidates of size `width`."""
+        """Build the layers for events and candidates of size `width`."""
         self.event = nnx.Linear(width, hidden, rngs=rngs)
         self.candidate = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
         self.product = nnx.Linear(width, hidden, use_bias=False, rngs=rngs)
@@ -47,7 +47,7 @@ class HistoryAttention(nnx.Module):
         candidates: Float[Array, "R N D"],
         mask: Bool[Array, "R H"],
     ) -> tuple[Float[Array, "R N D"], Float[Array, "R N hidden"]]:
-        """The history as each candidate sees it, and `matches`; zeros where it is empty."""
+        """Return the attended history of each candidate and `matches`; zeros if it is empty."""
         hidden = (
             self.event(events)[:, None]
             + self.candidate(candidates)[:, :, None]
@@ -63,13 +63,13 @@ class CrossLayer(nnx.Module):
     """x0 ⊙ (W x + b) + x: a layer of DCN-v2 (Wang et al., WWW 2021)."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs):
-        """Builds a layer for inputs of size `width`."""
+        """Build a layer for inputs of size `width`."""
         self.linear = nnx.Linear(width, width, rngs=rngs)
 
     def __call__(
         self, first: Float[Array, "... W"], inputs: Float[Array, "... W"]
     ) -> Float[Array, "... W"]:
-        """Crosses the layer's input once more with the first layer's input."""
+        """Cross the input of this layer with that of the first layer."""
         return first * self.linear(inputs) + inputs
 
 
@@ -77,7 +77,7 @@ class ExpertMixture(nnx.Module):
     """A mixture of experts with one gate a head: MMoE (Ma et al., KDD 2018)."""
 
     def __init__(self, width: int, experts: int, hidden: int, heads: int, *, rngs: nnx.Rngs):
-        """Builds `experts` experts of size `hidden` and one gate and one tower a head."""
+        """Build `experts` experts of size `hidden` and one gate and one tower per head."""
         self.shape = (experts, hidden, heads)
         self.experts = nnx.Linear(width, experts * hidden, rngs=rngs)
         self.gates = nnx.Linear(width, heads * experts, rngs=rngs)
@@ -85,7 +85,7 @@ class ExpertMixture(nnx.Module):
         self.offset = nnx.Param(jnp.zeros(heads))
 
     def __call__(self, inputs: Float[Array, "... W"]) -> Float[Array, "... heads"]:
-        """The logits of the heads."""
+        """Return the logits of the heads."""
         experts, hidden, heads = self.shape
         leading = inputs.shape[:-1]
         outputs = jax.nn.relu(self.experts(inputs)).reshape(*leading, experts, hidden)
@@ -111,7 +111,7 @@ class FinalRanker(nnx.Module):
     lookups = {**LOOKUPS, **HISTORY_LOOKUPS}
 
     def __init__(self, spec: FeatureSpec, heads: int, config: ConfigDict, *, rngs: nnx.Rngs):
-        """Builds the model.
+        """Build the model.
 
         Reads `width` (D), `attention_hidden`, `cross_layers`, `experts` and `expert_hidden` from
         the config.
@@ -129,7 +129,7 @@ class FinalRanker(nnx.Module):
     def __call__(
         self, batch: CandidateBatch, rows: Rows, items: Items
     ) -> Float[Array, "R N heads"]:
-        """The logits of every candidate."""
+        """Return the logits of every candidate."""
         of_event = batch.history_features
         every = self.spec.item_features
         dtype = of_event.dtype

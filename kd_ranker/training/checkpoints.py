@@ -61,7 +61,7 @@ def open_in(workdir: Path, to_write: bool = False) -> Iterator[ocp.CheckpointMan
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    """Return False for what Orbax logs: it raises the same errors, which here become one line."""
+    """Return False for records that Orbax logs; it also raises these errors."""
     return "orbax" not in Path(record.pathname).parts
 
 
@@ -95,10 +95,10 @@ def save(
     When this returns, `state` may be donated: Orbax writes a copy of it on the host.
 
     Args:
-      checkpoints: those of the workdir.
+      checkpoints: the manager of the workdir.
       step: the number of steps taken.
       state: a pytree of arrays.
-      batches: the iterator whose position is saved, or None.
+      batches: the iterator, to save its position; or None.
       identity: the identity of the run.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Signals that ask a command to end.
+"""Signals that request the end of a command.
 
 `kd_ranker.experiments` imports this before packages that take seconds, so it imports little.
 """
@@ -18,7 +18,10 @@ _ASK_TO_END = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)
 
 
 class Stopped(SystemExit):
-    """A signal asked this process to end; a subclass of SystemExit passes through asyncio loops."""
+    """A signal requested the end of this process.
+
+    It is a subclass of SystemExit, so it passes through asyncio loops.
+    """
 
     def __init__(self, number: int):
         super().__init__(128 + number)
@@ -27,11 +30,11 @@ class Stopped(SystemExit):
 
 @contextlib.contextmanager
 def deferred() -> Iterator[Callable[[], bool]]:
-    """Defer signals that ask to end until this is left; a second one ends the process at once.
+    """Defer signals to end until the context exits; a second one ends the process at once.
 
     Yields:
-      A function that returns True once one came. In another thread than the main one, which gets
-      all signals, it is always False.
+      A function that returns True once a signal has arrived. The main thread receives all signals,
+      so in other threads it always returns False.
     """
     received: list[int] = []
 

@@ -43,9 +43,9 @@ def fit(
 ) -> States:
     """Train until the last member is done, from the newest checkpoint in `workdir` if any.
 
-    A member whose loss stops being finite is frozen and reported, and the others continue; if none
-    is left, the run ends early. A signal that asks the process to end is handled after a checkpoint
-    of the last step is complete.
+    If the loss of a member stops being finite, that member is frozen and reported. The others
+    continue; the run ends early if no member is left. A signal to end the process is handled after
+    the checkpoint of the last step is complete.
 
     Args:
       run: the members, their batches and devices.
@@ -193,24 +193,24 @@ def _by_name(run: Run, of_groups: Sequence[Shaped[Array, "members"]]) -> dict[st
 
 
 def _diverged_members(run: Run, states: States) -> dict[str, int]:
-    """Return the members whose loss stopped being finite, with the step at which it did."""
-    # Not of the whole states, which would be copied.
+    """Return the step at which the loss stopped being finite, by diverged member."""
+    # Copy only this field to the host, not the whole states.
     at = on_host(run, [state.non_finite_step for state in states])
     return {name: int(step) for name, step in _by_name(run, at).items() if step}
 
 
 def _mark_diverged(run: Run, states: States, whole: States) -> tuple[States, States]:
-    """Mark the members whose last update left parameters that are not finite.
+    """Mark the members with parameters that are not finite after the last update.
 
     The loss of the next step would show it, but there may be no next step.
 
     Args:
       run: the run.
       states: its states on the devices.
-      whole: the same, of `states_on_host`.
+      whole: the same states from `states_on_host`.
 
     Returns:
-      Both, marked.
+      `states` and `whole` with these members marked.
     """
     marked, any_new = [], False
     for state, numbers in zip(whole, run.numbers, strict=True):
@@ -220,12 +220,12 @@ def _mark_diverged(run: Run, states: States, whole: States) -> tuple[States, Sta
         any_new |= bool(new.any())
         steps = jnp.where(new, steps_of_members(state, numbers), state.non_finite_step)
         marked.append(dataclasses.replace(state, non_finite_step=steps))
-    # The states on the devices are put there anew only if they have to be.
+    # Place the states on the devices again only if any changed.
     return run.devices.place(tuple(marked)) if any_new else states, tuple(marked)
 
 
 def _report(diverged: dict[str, int], before: dict[str, int]) -> dict[str, int]:
-    """Warn of members that were not among those `before`; raises in a single run."""
+    """Warn of members that are not in `before`; raise in a single run."""
     for name, step in diverged.items():
         finding = f"stopped being finite at step {step}"
         if not name:

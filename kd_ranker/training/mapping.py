@@ -102,11 +102,11 @@ def shares(devices: int, requests: int) -> list[int]:
 
 
 def share_of(process_of: Int[np.ndarray, "members sharing"], process: int) -> Share:
-    """Return the part of a batch whose requests the devices of a process hold.
+    """Return the part of a batch that the devices of a process hold.
 
     Args:
       process_of: the process of each device of a mesh.
-      process: the index of one.
+      process: the index of the process.
 
     Raises:
       UserError: the parts of any process are not contiguous, or do not start at a multiple of
@@ -282,12 +282,12 @@ class DeviceMap:
         return shardings if self.by_pmap else places(tree, shardings)
 
     def _over_mesh(self, function: Callable, in_specs: Any, out_specs: Any, **how: Any) -> Callable:
-        # A step sums over the axis itself; the replication check would add sums of its own.
+        # A step sums over the axis itself; the replication check would add more sums.
         how |= {"mesh": self.mesh, "in_specs": in_specs, "out_specs": out_specs}
         return jax.shard_map(function, check_vma=False, **how)
 
     def _pmap(self, function: Callable, **how: Any) -> Callable:
-        # JAX makes of it a `shard_map` in which an axis of None is replicated.
+        # JAX turns it into a `shard_map` that replicates an axis of None.
         return jax.pmap(function, axis_name=AXIS, devices=self.mesh.devices.tolist(), **how)
 
 
@@ -304,13 +304,13 @@ def device_map(
       mapping: "shard_map"; "pmap", which has only the axis `AXIS`, no layouts and no options; or
         "auto", which is "pmap" where that suffices. On TPUs it does not.
       devices: those to use.
-      members: the number of them to spread members over, a divisor of theirs.
-      deterministic: on GPUs, whether a step gives the same bits each time. Sums over equal ids are
-        then made in a fixed order, with sorts, and not as threads arrive.
+      members: the number of devices to spread members over, a divisor of their number.
+      deterministic: on GPUs, whether a step gives the same bits each time. Sums over equal ids then
+        use sorts and a fixed order instead of the order in which threads arrive.
       sharded: whether to deal the rows of tables and items to the devices that share requests.
 
     Raises:
-      ValueError: `pmap` cannot do what is asked for.
+      ValueError: `pmap` does not support the other arguments.
     """
     platform, sharing = devices[0].platform, len(devices) // members
     fixes_order = deterministic and platform == "gpu"

@@ -22,7 +22,7 @@ OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
 
 
 def _rise(step: Int[Array, ""], warmup: Float[Array, "members"]) -> Float[Array, "members"]:
-    """The warm-up: linear, from 0 at step 0 to 1 at step `warmup`."""
+    """Linear warm-up from 0 at step 0 to 1 at step `warmup`."""
     return 1 - (1 - step * (1 / jnp.maximum(warmup, 1)))
 
 

@@ -57,7 +57,7 @@ def _filler(path: jax.tree_util.KeyPath) -> int:
 
 
 def _axis_of_rows(path: jax.tree_util.KeyPath, leaf: Any) -> int | None:
-    """The axis of the rows that may be dealt to devices; None if the leaf has no such rows."""
+    """Return the axis of the rows that may be dealt to devices; None for a leaf without them."""
     if not names_of(path) & _ROWS:
         return None
     return leaf.ndim - 2 if is_of_tables(path) else 0

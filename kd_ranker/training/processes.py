@@ -1,8 +1,8 @@
 """Several processes, on one host or many, that train as one.
 
-All run the same program. Their devices are one mesh, and what they compute on it is the same
-whatever their number; each reads its own requests alone. Process 0 decides what a clock or a disk
-decides, and writes all files. The others do as it says, and are silent.
+All run the same program. Their devices form one mesh, and the results on it do not depend on the
+number of processes. Each process reads only its own requests. Process 0 writes all files and output
+and makes every decision that depends on a clock or a disk. The others follow it and print nothing.
 """
 
 import contextlib
@@ -17,32 +17,32 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # for barriers that devices have no part in
+from jax._src import distributed  # for barriers without devices
 from jax.experimental import multihost_utils
 
 from kd_ranker.errors import UserError
 
 _Result = TypeVar("_Result")
 
-# For processes that start one after the other, and that end together.
+# Timeouts for processes that start one after the other and end together.
 _SECONDS_TO_START, _SECONDS_TO_END = 120, 10
 
 
 def start(give_up: Callable[[UserError], object]) -> None:
-    """Joins the processes of a run, before JAX has looked for devices.
+    """Join the processes of a run, before JAX has looked for devices.
 
-    Their number, this one's place among them and the address of process 0 come from Slurm, Open
-    MPI, Kubernetes or a pod of TPUs, or else from the variables JAX_COORDINATOR_ADDRESS (host and
-    port), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    The number of processes, the index of this one and the address of process 0 come from Slurm,
+    Open MPI, Kubernetes or a pod of TPUs. Otherwise they come from the variables
+    JAX_COORDINATOR_ADDRESS (host and port), JAX_NUM_PROCESSES and JAX_PROCESS_ID.
 
     Args:
-      give_up: ends this process, with what is wrong; called in a thread of its own where the others
-        have not come in time, as JAX would wait on, and then end it with pages of a trace.
+      give_up: ends this process with the given error. It is called in a separate thread if the
+        others do not join in time. JAX would wait longer and then end with pages of a trace.
 
     Raises:
-      UserError: nothing says who they are.
+      UserError: no scheduler or variable defines the processes.
     """
-    # It would take the signals that ask a command to end; `loop.fit` agrees on these by itself.
+    # This service would take the signals to end a command; `loop.fit` agrees on these by itself.
     jax.config.update("jax_enable_preemption_service", False)
     late = UserError(
         f"not all processes were there within {_SECONDS_TO_START} seconds, or process 0 could not "
@@ -56,8 +56,8 @@ def start(give_up: Callable[[UserError], object]) -> None:
         )
     except ValueError as error:
         raise UserError(
-            "parallel.processes=True, and neither Slurm, Open MPI nor a pod says of how many; set "
-            "JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each "
+            "parallel.processes=True, and neither Slurm, Open MPI nor a pod defines their number; "
+            "set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID for each "
             f"({error})"
         ) from error
     finally:
@@ -65,25 +65,25 @@ def start(give_up: Callable[[UserError], object]) -> None:
 
 
 def index() -> int:
-    """The number of this process; 0 of the only one."""
+    """Return the index of this process; 0 if it is the only one."""
     return distributed.global_state.process_id
 
 
 def is_first() -> bool:
-    """True for the process that writes and speaks."""
+    """Return True for the process that writes files and output."""
     return index() == 0
 
 
 def are_several() -> bool:
-    """True once `start` has joined several processes."""
+    """Return True once `start` has joined several processes."""
     return (distributed.global_state.num_processes or 1) > 1
 
 
 def on_first(function: Callable[[], _Result]) -> _Result:
-    """The result of `function` on process 0, for all; it is called once all have come so far.
+    """Return the result of `function` on process 0 to all, called once all reach this point.
 
     Raises:
-      UserError: it raised on process 0, where its own error is raised.
+      UserError: `function` raised on process 0. Process 0 itself raises the original error.
     """
     if not are_several():
         return function()
@@ -94,16 +94,16 @@ def on_first(function: Callable[[], _Result]) -> _Result:
             result = function()
         except Exception as error:
             fault = error
-    result, told = _broadcast((result, fault and str(fault)))
+    result, message = _broadcast((result, fault and str(fault)))
     if fault:
         raise fault
-    if told:
-        raise UserError(told)
+    if message:
+        raise UserError(message)
     return result
 
 
 def _broadcast(value: Any) -> Any:
-    """The value of process 0, on all."""
+    """Return the value of process 0 on all processes."""
     content = np.frombuffer(pickle.dumps(value), np.uint8)
     length = int(multihost_utils.broadcast_one_to_all(np.int64(content.size)))
     whole = np.zeros(length, np.uint8)
@@ -113,7 +113,7 @@ def _broadcast(value: Any) -> Any:
 
 @contextlib.contextmanager
 def first_holds(folder: Path, hold: contextlib.AbstractContextManager) -> Iterator[None]:
-    """Holds a folder by process 0, for all.
+    """Hold a folder for all processes; process 0 acquires it.
 
     Raises:
       UserError: another run holds it, or the processes do not share it.
@@ -139,7 +139,7 @@ def _check_shared(folder: Path) -> None:
 
 
 def first_without(holds: bool) -> int | None:
-    """The first process for which something does not hold, told to all; None if there is none."""
+    """Return, on all processes, the first one with a false `holds`; None if all are true."""
     if not are_several():
         return None if holds else 0
     of_all = multihost_utils.process_allgather(np.array(holds))
@@ -147,7 +147,10 @@ def first_without(holds: bool) -> int | None:
 
 
 def check_same(what: str, text: str) -> None:
-    """Raises UserError on all processes if one has another text than process 0; `what` names it."""
+    """Raise UserError on all processes if a `text` differs from that of process 0.
+
+    The message names the text by `what`.
+    """
     if not are_several():
         return
     other = first_without(on_first(lambda: text) == text)
@@ -156,7 +159,7 @@ def check_same(what: str, text: str) -> None:
 
 
 def ends_with_all() -> bool:
-    """True if all processes come here soon, as they do when all meet the same fault."""
+    """Wait at a barrier; return True if all processes arrive, as after a common failure."""
     client = distributed.global_state.client
     if client is None:
         return True
@@ -165,12 +168,15 @@ def ends_with_all() -> bool:
     except jax.errors.JaxRuntimeError:
         return False
     if is_first():
-        # The barrier is here, and the others have to hear of it.
+        # Process 0 hosts the barrier, and the others need time to leave it.
         time.sleep(1)
     return True
 
 
 def _from_variables() -> dict[str, Any]:
-    """The number of processes and this one's, where variables say so; JAX reads the address."""
+    """Return the number and index of processes if variables define them.
+
+    JAX reads the address itself.
+    """
     named = {"num_processes": "JAX_NUM_PROCESSES", "process_id": "JAX_PROCESS_ID"}
     return {key: int(os.environ[name]) for key, name in named.items() if name in os.environ}

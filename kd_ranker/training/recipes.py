@@ -48,14 +48,14 @@ TEACHER_STAGES = {
 
 
 class Group(NamedTuple):
-    """Members that differ in numbers alone, ready to be trained.
+    """Members that differ only in numbers, ready to be trained.
 
     Attributes:
       recipe: their common part.
-      names: a name a member, for messages and metrics; a single run's is "".
+      names: one name per member, for messages and metrics; a single run's is "".
       numbers: the numbers in which they differ.
-      init: a pure function that makes their state before the first step, or that of the members
-        at some places; with a `deal`, the rows of one device.
+      init: a pure function that makes their state before the first step. It can be restricted to
+        some members by position and, with a `deal`, to the rows of one device.
     """
 
     recipe: Recipe
@@ -64,7 +64,7 @@ class Group(NamedTuple):
     init: Callable[..., TrainState]
 
     def at(self, places: Int[np.ndarray, "n"]) -> "Group":
-        """The numbers and the state of the members at these places; the names are not theirs."""
+        """Select the numbers and the state of the members at `places`; keep all names."""
         return self._replace(
             numbers=jax.tree.map(lambda of: of[places], self.numbers),
             init=functools.partial(self.init, places),
@@ -72,21 +72,21 @@ class Group(NamedTuple):
 
 
 def student_model(config: ConfigDict, spec: FeatureSpec) -> tuple[Model, Init]:
-    """The student of `config`, and the function that makes its initial parameters."""
+    """Return the student of `config` and a function that makes its initial parameters."""
     heads = MODES[config.distill.mode].heads_per_task * len(spec.tasks)
     return build_model(STUDENTS[config.student.name], spec, heads, config.student)
 
 
 def teacher_model(config: ConfigDict, spec: FeatureSpec) -> tuple[Model, Init]:
-    """The teacher of `config`, and the function that makes its initial parameters."""
+    """Return the teacher of `config` and a function that makes its initial parameters."""
     return build_model(TEACHERS[config.teacher.name], spec, len(spec.tasks), config.teacher)
 
 
 def student_groups(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> list[Group]:
-    """The groups that the students of `members` (by name) fall into, in order of appearance.
+    """Return the groups of the students of `members` (by name), in order of appearance.
 
-    Members whose configs differ in `TRACED_KEYS` alone are a group. The rest may differ as well, in
-    all that does not change the batches: the groups of a program read the same ones.
+    Members form a group if their configs differ only in `TRACED_KEYS`. The groups of a program read
+    the same batches, so they may differ in any other key that does not change the batches.
     """
     groups: dict[str, dict[str, ConfigDict]] = {}
     for name, config in members.items():
@@ -95,7 +95,7 @@ def student_groups(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> list
 
 
 def shared_part(config: ConfigDict) -> str:
-    """The part of a student's config that the members of its group share, as JSON."""
+    """Return the part of a student's config that the members of its group share, as JSON."""
     shared = json.loads(config.to_json())
     for key in TRACED_KEYS:
         section, _, name = key.rpartition(".")
@@ -104,7 +104,7 @@ def shared_part(config: ConfigDict) -> str:
 
 
 def _unshown_are_negatives(config: ConfigDict) -> bool:
-    # At a weight of 0 they would cost time and change nothing, so such members are a program apart.
+    # At a weight of 0 they would only cost time, so such members are a separate program.
     return config.train.unshown_weight > 0
 
 
@@ -121,10 +121,10 @@ def _student_group(members: Mapping[str, ConfigDict], spec: FeatureSpec) -> Grou
 
 
 def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
-    """The teacher of `config` as a group of one.
+    """Return the teacher of `config` as a group of one.
 
-    It learns from user labels, and with `teacher.log_weight` from the logged probabilities of the
-    ranker before it as well, which meet the same logits.
+    It learns from user labels. With `teacher.log_weight` the same logits also learn from the logged
+    probabilities of the previous ranker.
     """
     model, init = teacher_model(config, spec)
     mode, log_weight = MODES["none"], config.teacher.log_weight
@@ -140,12 +140,12 @@ def teacher_group(config: ConfigDict, spec: FeatureSpec) -> Group:
 def needs(
     groups: Sequence[Group], teacher: LiveTeacher | None, stage: Stage = Stage.RETRIEVED
 ) -> Needs:
-    """The needs of the groups, and of the live teacher if there is one.
+    """Return the needs of the groups, and of the live teacher if there is one.
 
     Args:
       groups: the groups.
-      teacher: the live teacher.
-      stage: where there is none, a candidate that came so far in the funnel meets the logged one.
+      teacher: the live teacher, or None.
+      stage: without a live teacher, the logged one scores candidates of this funnel stage or later.
     """
     signals = signals_of(groups)
     models = [group.recipe.model for group in groups] + ([teacher.model] if teacher else [])
@@ -161,15 +161,15 @@ def needs(
 
 
 def signals_of(groups: Sequence[Group]) -> set[str]:
-    """The names of the signals that the groups learn from."""
+    """Return the names of the signals that the groups learn from."""
     return {term.signal for group in groups for term in group.recipe.terms}
 
 
 def terms_of(config: ConfigDict) -> tuple[Term, ...]:
-    """The terms of a student's distillation loss; none if its mode has no use for a teacher.
+    """Return the terms of a student's distillation loss; () if its mode does not use a teacher.
 
-    They are those of `distill.terms`, of which one that names no signal takes `teacher.signal`;
-    where that is empty, there is the one of `distill.loss`.
+    They are those of `distill.terms`, or the one of `distill.loss` if that is empty. A term without
+    a signal uses `teacher.signal`.
     """
     distill = config.distill
     if MODES[distill.mode].teacher_logits is None:
@@ -212,7 +212,7 @@ def _numbers(
     unshown_weight: float,
     trainee: ConfigDict,
 ) -> Hyperparameters:
-    """The traced numbers of one member; `trainee` is `config`, or `config.teacher`."""
+    """Return the traced numbers of one member; `trainee` is `config` or `config.teacher`."""
     return Hyperparameters(
         user_weight=jnp.float32(user_weight),
         distill_weight=jnp.float32(distill_weight),
@@ -227,7 +227,7 @@ def _numbers(
 
 
 def _recipe(model: Model, mode: Mode, terms: tuple[Term, ...], trainee: ConfigDict) -> Recipe:
-    """A recipe; `trainee` is `config`, or `config.teacher`."""
+    """Return a recipe; `trainee` is `config` or `config.teacher`."""
     optimizer = trainee.optimizer
     return Recipe(
         model=model,

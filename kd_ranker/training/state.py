@@ -126,7 +126,7 @@ class TrainState:
 MEMBERS_FIRST = {field.name for field in dataclasses.fields(TrainState)} - {
     *("step", "unknown_ids", "owners")
 }
-"""The fields of a state whose arrays have a leading axis of members."""
+"""The fields of a state with a leading axis of members in their arrays."""
 
 States = tuple[TrainState, ...]
 """The states of a population, one per group."""
@@ -163,7 +163,7 @@ def stack_members(members: Sequence[Any]) -> Any:
 
 
 def select_member(tree: Any, member: int) -> Any:
-    """Return one member of a pytree whose leaves have a leading axis of members."""
+    """Return one member of a pytree; its leaves have a leading axis of members."""
     return jax.tree.map(lambda leaf: leaf[member], tree)
 
 

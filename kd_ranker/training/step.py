@@ -5,9 +5,9 @@
 The distillation loss is a weighted sum of terms, each a loss and the signal that it learns from.
 
 A population is a sequence of groups. A group is one or more members that differ only in numbers
-(`state`). One step reads one batch, has the live teacher score it once, and updates every member of
-every group. A single run is a population of one. The numbers in which members differ are traced, so
-a step compiles once for all their values.
+(`state`). One step reads one batch, scores it once with the live teacher, and updates every member
+of every group. A single run is a population of one. The numbers in which members differ are traced,
+so a step compiles once for all their values.
 """
 
 import dataclasses
@@ -219,7 +219,7 @@ def _losses(
     signals: Sequence[Heard],
     items: Items,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """This device's share of a member's losses."""
+    """Return this device's share of a member's losses."""
     mode = recipe.mode
     logits = apply_model(recipe.model, dense, embedded, batch, items)
     if recipe.unshown_are_negatives:
@@ -259,7 +259,7 @@ def _with_unshown_negatives(batch: CandidateBatch, weight: Float[Array, ""]) -> 
 def _mean_over_devices(
     numerator: Float[Array, "T"], denominator: Float[Array, "T"]
 ) -> Float[Array, ""]:
-    """This device's share of the global mean: the shares of all devices add up to it."""
+    """Return this device's share of the global mean; all shares add up to it."""
     total = jax.lax.psum(denominator, AXIS)
     return jnp.mean(numerator / jnp.where(total > 0, total, 1.0))
 
@@ -274,7 +274,7 @@ def _update_group(
     finite: Bool[Array, "members"],
     gathered: Rows | None,
 ) -> TrainState:
-    """The state after one step.
+    """Return the state after one step.
 
     Args:
       recipe: the group's recipe.
@@ -283,7 +283,7 @@ def _update_group(
       items: the features and categories of each item.
       numbers: the members' numbers.
       gradients: the members' gradients.
-      finite: False for a member whose loss is not finite; it is frozen from this step on.
+      finite: whether the loss of each member is finite; if not, it is frozen from this step.
       gathered: the whole rows of the tables that the batch looks up, [1, ...]; None reads them.
     """
     # Counted from 1: a factor of 0 at the first step would waste a batch.
@@ -363,7 +363,7 @@ def _update_table(
     rates: OptimizerNumbers,
     may_change: Bool[Array, "members"],
 ) -> tuple[Float[Array, "members rows W"], Int[Array, "rows"], Int[Array, ""]]:
-    """A table, its owners and its number of unknown ids after a step.
+    """Return a table, its owners and its number of unknown ids after a step.
 
     Devices exchange ids and the gradients of their rows, never an array of a table's size.
     """

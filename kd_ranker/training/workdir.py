@@ -20,26 +20,26 @@ from tensorboardX.summary import scalar
 from kd_ranker.errors import UserError
 from kd_ranker.training.processes import is_first, on_first
 
-# The names of members, and digests of all that made them: of configs, dataset, teacher.
+# The names of members, and digests of their configs, dataset and teacher.
 Identity = Mapping[str, str]
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
-_AGAIN = "start the command that made it again, with its flags, which writes it anew"
-REMOVE_ENVIRONMENT = "remove it: it only tells what the run was started with"
+_AGAIN = "start the command that made it again, with its flags, which rewrites it"
+REMOVE_ENVIRONMENT = "remove it: it only records how the run was started"
 _PACKAGES = ("kd_ranker", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Writes a file so that it is whole or absent, whenever the process dies; text as UTF-8.
+    """Write a file so that it is whole or absent, even if the process dies; text as UTF-8.
 
-    Of several processes that train as one, the first writes it, and then all go on.
+    If several processes train as one, the first writes the file and the others wait for it.
     """
     on_first(lambda: write_whole(path, content))
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """`write_atomically` by this process, whatever the others do."""
+    """Write a file atomically from this process, without waiting for the others."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -50,7 +50,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def values_by_key(text: str, without: Sequence[str] = ()) -> dict[str, object]:
-    """The values of a config by keys like `train.steps`.
+    """Return the values of a config by keys like `train.steps`.
 
     Args:
       text: the config as JSON.
@@ -66,7 +66,7 @@ def values_by_key(text: str, without: Sequence[str] = ()) -> dict[str, object]:
 def check(
     workdir: Path, command: str, config: ConfigDict, dataset: Identity, without: Sequence[str] = ()
 ) -> None:
-    """Checks that `workdir` is free or holds a run of this command, config and dataset.
+    """Check that `workdir` is free or contains a run of this command, config and dataset.
 
     Args:
       workdir: the folder of the run.
@@ -76,15 +76,15 @@ def check(
       without: keys, or sections, that do not matter to the run and may differ.
 
     Raises:
-      UserError: the workdir belongs to another command, config or dataset, and the message names
-        the difference; or it has lost its config.
+      UserError: the workdir belongs to another command, config or dataset, which the message names;
+        or its config is missing.
     """
     path = workdir / CONFIG_FILE
     if not path.exists():
         if any((workdir / file).exists() for file in (ENVIRONMENT_FILE, METRICS_FILE)):
             raise UserError(
-                f"{workdir} holds a run, and {CONFIG_FILE}, which says of what, is gone; put that "
-                "back, or use another --workdir"
+                f"{workdir} contains a run but {CONFIG_FILE} is missing; restore it, or use "
+                "another --workdir"
             )
         return
     owner = owner_of(workdir)
@@ -93,8 +93,8 @@ def check(
     try:
         text = _config_text(workdir)
     except UserError as error:
-        # Checkpoints and tables have identities of their own.
-        logging.warning("%s", str(error).replace(_AGAIN, "it is written anew"))
+        # Checkpoints and tables have their own identities.
+        logging.warning("%s", str(error).replace(_AGAIN, "it is rewritten"))
         text = as_json(config)
     there, here = (values_by_key(of, without) for of in (text, as_json(config)))
     differing = [
@@ -111,10 +111,10 @@ def check(
 
 
 def check_dataset(workdir: Path, dataset: Identity) -> None:
-    """Checks that the run in `workdir` is one on the dataset of this identity.
+    """Check that the run in `workdir` uses the dataset of this identity.
 
     Raises:
-      UserError: it is one on another dataset, or on other content under the same name.
+      UserError: it uses another dataset, or other content under the same name.
     """
     here = dataset["dataset"]
     there = _environment(workdir).get("dataset", here)
@@ -128,16 +128,16 @@ def check_dataset(workdir: Path, dataset: Identity) -> None:
 def claim(
     workdir: Path, command: str, config: ConfigDict, dataset: Identity, without: Sequence[str] = ()
 ) -> None:
-    """Claims `workdir` for this run: `check`, and `write_config`.
+    """Claim `workdir` for this run: `check`, then `write_config`.
 
-    Replaces the config, which may differ in keys that only matter to what is measured.
+    This replaces the config, which may differ in keys that affect only measurements.
     """
     check(workdir, command, config, dataset, without)
     write_config(workdir, command, config, dataset)
 
 
 def owner_of(workdir: Path) -> str | None:
-    """The entry point whose run a workdir holds; None where it does not say."""
+    """Return the entry point of the run in a workdir; None if it is not recorded."""
     return _environment(workdir).get("command")
 
 
@@ -174,7 +174,7 @@ def _parsed(content: bytes, path: Path, remedy: str) -> dict[str, Any]:
 
 
 def write_config(workdir: Path, command: str, config: ConfigDict, dataset: Identity) -> None:
-    """Writes `config.json`, and in `environment.json` what the run was started with."""
+    """Write `config.json`, and the environment of the run to `environment.json`."""
     devices = jax.devices()
     environment = {
         "command": command,
@@ -184,18 +184,18 @@ def write_config(workdir: Path, command: str, config: ConfigDict, dataset: Ident
         "devices": f"{len(devices)} × {devices[0].device_kind}",
         "packages": {name: metadata.version(name) for name in _PACKAGES},
     }
-    # In this order: `check` takes the second without the first for a config that was removed.
+    # In this order: `check` reports a removed config if only the second exists.
     write_atomically(workdir / CONFIG_FILE, as_json(config))
     write_atomically(workdir / ENVIRONMENT_FILE, json.dumps(environment, indent=2))
 
 
 def as_json(config: ConfigDict) -> str:
-    """A config as the text of `config.json`."""
+    """Return a config as the text of `config.json`."""
     return config.to_json(indent=2, sort_keys=True)
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config that a run in `workdir` was started with.
+    """Return the config of the run in `workdir`.
 
     Raises:
       UserError: the file is damaged.
@@ -204,16 +204,16 @@ def read_config(workdir: Path) -> ConfigDict:
 
 
 def _with_tuples(value: Any) -> Any:
-    """Puts tuples in place of the lists of JSON: no flag could set these."""
+    """Replace lists of JSON by tuples, because flags cannot set lists."""
     if isinstance(value, dict):
         return {key: _with_tuples(of) for key, of in value.items()}
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The scalars of each line of a `metrics.jsonl`, with its `step`.
+    """Return the scalars of each line of a `metrics.jsonl`, with its `step`.
 
-    The last line may be cut short, where a run was killed; of others that are damaged it warns.
+    The last line may be cut short if a run was killed. Other damaged lines cause a warning.
     """
     scalars, damaged = [], []
     lines = path.read_text(errors="replace").splitlines()
@@ -235,13 +235,13 @@ def _line(scalars: Mapping[str, float]) -> str:
 
 
 class MetricsWriter:
-    """Writes scalars to `metrics.jsonl` and to TensorBoard event files.
+    """Writer of scalars to `metrics.jsonl` and to TensorBoard event files.
 
-    A resumed run takes back what an earlier one wrote after the step that it resumes from.
+    A resumed run discards lines that an earlier one wrote after the step of the checkpoint.
     """
 
     def __init__(self, workdir: Path, start: int):
-        """Opens both files for a run that resumes after step `start`."""
+        """Open both files for a run that resumes after step `start`."""
         self._path = workdir / METRICS_FILE
         lines = read_metrics(self._path) if self._path.exists() else []
         kept = (_line(scalars) for scalars in lines if scalars["step"] <= start)
@@ -250,12 +250,12 @@ class MetricsWriter:
         # its queue would fill up.
         self._events = EventsWriter(str(workdir / "events")) if is_first() else None
         if self._events is not None:
-            # What another one wrote from this step on is not shown.
+            # TensorBoard then hides events that an earlier run wrote from this step.
             session = SessionLog(status=SessionLog.START)
             self._events.write_event(Event(step=start + 1, session_log=session))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Appends one line with the scalars of a step, in one write; process 0 does so for all."""
+        """Append one line with the scalars of a step, in one write, on process 0 only."""
         if self._events is None:
             return
         with self._path.open("a") as file:
@@ -266,6 +266,6 @@ class MetricsWriter:
         self._events.flush()
 
     def close(self) -> None:
-        """Flushes and closes the event file."""
+        """Flush and close the event file."""
         if self._events is not None:
             self._events.close()

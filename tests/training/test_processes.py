@@ -251,7 +251,7 @@ def test_processes_that_are_asked_to_end_save_and_go_on(world, tmp_path):
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("train", "parallel.processes=True, and neither Slurm, Open MPI nor a pod says"),
+        ("train", "parallel.processes=True, and neither Slurm, Open MPI nor a pod defines"),
         ("log_teacher", "this command is of one process; leave parallel.processes out"),
     ],
 )

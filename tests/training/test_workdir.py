@@ -122,7 +122,7 @@ def test_a_run_whose_config_was_removed_is_not_taken_for_one_of_another_config(t
     (tmp_path / workdirs.ENVIRONMENT_FILE).unlink()
     (tmp_path / left).touch()
     (tmp_path / workdirs.CONFIG_FILE).unlink()
-    with pytest.raises(UserError, match=r"config.json, which says of what, is gone; put that back"):
+    with pytest.raises(UserError, match=r"contains a run but config.json is missing; restore it"):
         workdirs.claim(tmp_path, "train", config_with(seed=1), DATASET)
     assert not (tmp_path / workdirs.CONFIG_FILE).exists()
 
@@ -154,7 +154,7 @@ def test_a_config_that_is_not_as_it_was_written_is_told_and_written_anew(tmp_pat
         caplog.clear()
         workdirs.claim(tmp_path, "train", config_with(), DATASET)
         assert f"{path} is damaged" in caplog.text
-        assert "it is written anew" in caplog.text
+        assert "it is rewritten" in caplog.text
         assert path.read_text() == text
 
 
@@ -163,7 +163,7 @@ def test_a_damaged_environment_is_told_with_what_to_do(tmp_path):
     path = tmp_path / workdirs.ENVIRONMENT_FILE
     for damaged in (path.read_text()[:30], "[]"):
         path.write_text(damaged)
-        with pytest.raises(UserError, match=r"environment.json is .*; remove it: it only tells"):
+        with pytest.raises(UserError, match=r"environment.json is .*; remove it: it only records"):
             workdirs.claim(tmp_path, "train", config_with(), DATASET)
     path.unlink()
     workdirs.claim(tmp_path, "train", config_with(), DATASET)
