@@ -144,9 +144,9 @@ def top_values(
 def ascending(values: Float[Array, "N"]) -> Int[Array, "N"]:
     """Return `jnp.argsort(values)` of float32 values, three times as fast on CPU.
 
-    XLA sorts a single unsigned operand on CPU much faster than a key with its index. The
-    bits of a value have the same order as the values. They are sorted in two halves, the low half
-    first (a radix sort), each with the place of its candidate in the other half of a word.
+    XLA sorts a single unsigned operand on CPU much faster than a key with its index. Read as
+    integers, the bits have the same order as the values. They are sorted in two halves, the low
+    half first (a radix sort), each with the place of its candidate in the other half of a word.
     """
     if values.size > 1 << 16:
         return jnp.argsort(values)

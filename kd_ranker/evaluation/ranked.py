@@ -71,7 +71,7 @@ class Ranked:
       shown: number of items shown.
       labelled: L, at least as many as a request has candidates with a label.
       passed: at least as many as a request has candidates that the logged funnel passed.
-      met: the flag of each trained id, see `Scored`.
+      met: whether training included each id, see `Scored`.
     """
 
     probability: Float[Array, "R N T"]

@@ -337,7 +337,7 @@ def what_counts(
     """Test for each request if its passed candidates count, and if the rest do.
 
     See `only_counting`. Shown candidates count as passed, in addition to counting by their labels.
-    If the teacher has scored only shown candidates, other passed ones do not count for it.
+    A teacher that has scored only shown candidates makes no other passed candidate count.
     """
     beyond_shown = counts.scored >= np.minimum(counts.shown + 1, counts.passed)
     return (

@@ -126,7 +126,7 @@ def score_log(
       output: the folder to write to; None takes one below `data.dir`, named after all of these.
 
     Returns:
-      The scored log, and the requests that were read from the log.
+      The scored log, and the counts and pieces of the log that was read.
 
     Raises:
       UserError: the log is unreadable or has no usable row, or the output folder is inside the
