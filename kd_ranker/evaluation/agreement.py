@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float
 
 MARGIN = float(np.finfo(np.float32).eps)
 CALIBRATION_BINS = 20
-# A mean divergence in nats that float32 probabilities cannot tell from 0.
+# A mean divergence in nats that float32 probabilities cannot distinguish from 0.
 NO_DISTANCE = 1e-6
 # The number of following candidates that `teacher_tau` pairs with a candidate.
 NEIGHBOURS = 8
@@ -265,7 +265,7 @@ def teacher_tau(
     agreed = student_differ = teacher_differ = jnp.zeros(known.shape)
     for distance in range(1, NEIGHBOURS + 1):
         other = slice(distance, distance + candidates)
-        # As the known stand first, a pair is known where its second candidate is.
+        # Known candidates come first, so a pair is known where its second candidate is.
         of_student = jnp.sign(student[:, other] - student[:, :candidates]) * there[:, other]
         of_teacher = jnp.sign(teacher[:, other] - teacher[:, :candidates]) * there[:, other]
         agreed += of_student * of_teacher

@@ -122,7 +122,7 @@ def funnel_cost(
 
 
 def whole_cost(candidates: float, teacher_flops: float, costs: Costs = FLOPS) -> float:
-    """The cost of one request whose retrieved candidates all reach the teacher, without a student.
+    """Return the cost of one request if all retrieved candidates reach the teacher, no student.
 
     >>> whole_cost(candidates=2000, teacher_flops=200.0)
     400000.0

@@ -39,8 +39,8 @@ class Served(NamedTuple):
     """The probabilities that a model serves for a batch.
 
     Attributes:
-      probability: by serve name, what it may rank by.
-      met: for each of its lookups, whether training met each id; see `lookup.was_trained`.
+      probability: by serve name, the probabilities that it may rank by.
+      met: for each of its lookups, whether training included each id; see `lookup.was_trained`.
     """
 
     probability: dict[str, Probability]
@@ -57,7 +57,7 @@ class Ranker(NamedTuple):
     Rankers that share one `serve` function share its compiled program.
 
     Attributes:
-      serve: maps parameters, a `CandidateBatch` and the items to what one model serves.
+      serve: maps parameters, a `CandidateBatch` and the items to the outputs of one model.
       parameters: `Parameters` of one model; of a group, stacked with a leading axis of members.
         A reference has statistics instead, see `references`.
       sees_truth: whether `serve` takes the whole `EvaluationBatch`, as only a reference may.
@@ -119,7 +119,7 @@ def _serve_group(
     items: Items,
     sharding: Sharding | None,
 ) -> list[dict[str, Scored]]:
-    """For each member of a group, its scores by serve name: arrays of their own, not slices."""
+    """Return the scores of each member of a group by serve name, as separate arrays."""
     batch = evaluation_batch if sees_truth else evaluation_batch.batch
     served = jax.vmap(lambda parameters: serve(parameters, batch, items))(parameters)
     members = range(len(jax.tree.leaves(parameters)[0]))

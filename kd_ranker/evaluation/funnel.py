@@ -37,8 +37,8 @@ class FunnelCurves:
       gain: teacher value of the m candidates that the student ranks first, in its order; 0 where it
         is not known.
       ideal_gain: the same in the teacher's own order.
-      counts: False where the teacher knows no candidate of the request; all curves of what the
-        teacher chooses are 0 there.
+      counts: False where the teacher knows no candidate of the request; all curves of
+        the teacher's choice are 0 there.
     """
 
     survival: Float[Array, "R N"]
@@ -74,22 +74,21 @@ def funnel_curves(
     was_shown: Bool[Array, "R N"] | None = None,
     positive: Bool[Array, "R N T"] | None = None,
 ) -> FunnelCurves:
-    """The curves of each request.
+    """Return the curves of each request.
 
     Args:
-      student_value: what the student sorts by; finite. If it is NaN on a candidate that the teacher
-        knows, the student has diverged and the curves of that request are NaN.
-      teacher_value: what the teacher sorts by, non-negative; NaN on a candidate whose teacher value
-        is not known: such a candidate takes a place in the student's top k, and is never chosen
-        by the teacher.
+      student_value: the value that the student sorts by; finite. If it is NaN on a candidate that
+        the teacher knows, the student has diverged and the curves of that request are NaN.
+      teacher_value: the value that the teacher sorts by, non-negative; NaN if it is not known. A
+        candidate without it takes a place in the student's top k, and the teacher never chooses
+        it.
       candidate_mask: False on padding, which is ranked behind all and never chosen.
       shown: m, the number of items shown, at least 1. Fewer are shown where k, or the number of
         candidates that the teacher knows, is smaller.
-      true_value: the true value of each candidate, or several values of it that are to be summed
-        alike; None where the dataset does not know it.
-      was_shown: whether the logged funnel has shown it; None if that is not asked for.
-      positive: whether it is known that the user did it, for each task; None if that is not asked
-        for.
+      true_value: the true value of each candidate, or several values that are summed in the same
+        way; None if the dataset does not know it.
+      was_shown: whether the logged funnel has shown it; None if it is not needed.
+      positive: for each task, whether the user is known to have done it; None if it is not needed.
     """
     if shown < 1:
         raise ValueError(f"shown={shown} must be at least 1")
@@ -145,9 +144,9 @@ def top_values(
 def ascending(values: Float[Array, "N"]) -> Int[Array, "N"]:
     """Return `jnp.argsort(values)` of float32 values, three times as fast on CPU.
 
-    XLA sorts a single unsigned operand on CPU much faster than a key with its index. So the bits of
-    a value, whose order as numbers is that of the values, are sorted in two halves, the low one
-    first (a radix sort), each with the place of its candidate in the other half of a word.
+    XLA sorts a single unsigned operand on CPU much faster than a key with its index. Read as
+    integers, the bits have the same order as the values. They are sorted in two halves, the low
+    half first (a radix sort), each with the place of its candidate in the other half of a word.
     """
     if values.size > 1 << 16:
         return jnp.argsort(values)
@@ -237,18 +236,18 @@ def _leaving_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N"]:
 
 
 def captured_share(captured: Float[np.ndarray, "N *more"]) -> Float[np.ndarray, "N *more"]:
-    """A captured curve, summed over requests, over its last entry: 1 where nothing is lost.
+    """Divide a captured curve, summed over requests, by its last entry: 1 where nothing is lost.
 
-    The ratio of the sums over requests, not the mean of their ratios: it is the share of the whole
-    feed's value, in which a request where little is at stake counts little. NaN if the total is 0.
-    Of `shown_kept` it is the recall of what was shown.
+    This is the ratio of the sums over requests, not the mean of their ratios. It is the share of
+    the value of the whole feed, so a request with little value counts little. NaN if the total is
+    0. For `shown_kept` it is the recall of the shown items.
     """
     total = captured[-1]
     return captured / np.where(total == 0, np.nan, total)
 
 
 def passed_for(share: Float[np.ndarray, "N *more"], target: float) -> Float[np.ndarray, "*more"]:
-    """The smallest k whose share of value captured is at least the target; NaN if there is none.
+    """Return the smallest k with a share of value captured of at least the target, else NaN.
 
     >>> passed_for(np.array([0.5, 0.98, 0.995, 1.0]), 0.99)
     array(3.)

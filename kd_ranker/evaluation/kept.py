@@ -1,9 +1,9 @@
-"""`requests.parquet` and `request_curves.parquet`: what each test request adds to the measures.
+"""`requests.parquet` and `request_curves.parquet`: the terms of each test request in the measures.
 
-Every measure is a function of sums over requests, so from these files it can be taken of other
-draws of the requests, which is what intervals are made of. The first has a row a ranker and
-request, the second one a ranker, request and k. Columns are the sums of `metrics.METRICS` by name,
-with `/<task>` where there is one a task.
+Every measure is a function of sums over requests. So it can be computed from these files on other
+draws of the requests, as intervals need. The first file has one row per ranker and request, the
+second one per ranker, request and k. Columns are the sums of `metrics.METRICS` by name, with
+`/<task>` if there is one per task.
 """
 
 from collections.abc import Mapping, Sequence
@@ -99,7 +99,7 @@ def read(folder: Path) -> Kept:
 
 
 def _rankers(path: Path) -> dict[Who, dict[str, np.ndarray]]:
-    """The columns of each ranker, whose rows stand together."""
+    """Return the columns of each ranker; the rows of a ranker are contiguous."""
     table = pq.read_table(path, read_dictionary=["member", "serve"])
     who = np.stack([table[name].to_numpy().astype(str) for name in ("member", "serve")])
     starts = np.flatnonzero(np.r_[True, (who[:, 1:] != who[:, :-1]).any(axis=0)])

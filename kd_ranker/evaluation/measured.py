@@ -1,4 +1,4 @@
-"""The tables of a run in its folder, with a manifest that says which rankers they measure."""
+"""The tables of a run in its folder, with a manifest that records the measured rankers."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path

@@ -60,11 +60,11 @@ class Metric(NamedTuple):
         numbers, NaN where there is nothing to measure: an array [N] (index `k - 1` belongs to k),
         [T] or [N, T], or one number. With a number for each target it is a curve [N]: the first k
         at or above the target is reported, or of a pair of curves the second one at that k. Sums
-        may have one more axis, the last, of
-        draws of the requests, which the numbers then have too: reduce over the axes named here
-        alone. None where the column is not measured on requests but filled in by `results`.
-      probabilities_of: the rankers that it needs probabilities of, not only an order. Where
-        these are a teacher's positions, there is nothing to measure.
+        may have one more axis, the last, of draws of the requests, which the numbers then have
+        too: reduce only over the axes named here. None if the column is not measured on requests
+        but filled in by `results`.
+      probabilities_of: the rankers of which it needs probabilities, not only an order. If these
+        are a teacher's positions, there is nothing to measure.
       of_teacher: whether it is defined for the teacher itself.
       averaged: whether a report has the mean over tasks too, under `name`.
       compared: whether a report compares settings on it.
@@ -524,7 +524,7 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             name="passed_for",
-            formula="the smallest k with `value_captured@k` at or above so many percent",
+            formula="the smallest k with `value_captured@k` at or above this percentage",
             title="passed for",
             digits=0,
             better="lower",
@@ -625,16 +625,16 @@ METRICS: dict[str, Metric] = {
         ),
         Metric(
             name="saving_over_incumbent",
-            formula="the same against the early ranker that filled the log, whose own cost is "
-            "taken as 0; empty where the log does not name it",
+            formula="the same against the early ranker that filled the log, at a cost of 0 for "
+            "that ranker; empty where the log does not name it",
             title="saving over the incumbent",
             digits=3,
             better="higher",
         ),
         Metric(
             name="unseen_users",
-            formula="the share of the test requests whose user the model never met in training, "
-            "so that the reserved row serves; empty where the model is not known",
+            formula="the share of the test requests from users absent from the model's training, "
+            "which the reserved row serves; empty where the model is not known",
             title="unseen users",
             digits=3,
             better=None,

@@ -22,9 +22,9 @@ class Scored(NamedTuple):
     """The scores of a ranker on a batch.
 
     Attributes:
-      probability: what it ranks by.
-      met: for the ids of users [R] and items [R, N], by lookup name: 1 where training met the id,
-        0 where it did not, NaN where that is not known.
+      probability: the probabilities that it ranks by.
+      met: for the ids of users [R] and items [R, N], by lookup name: 1 if training included the
+        id, 0 if it did not, NaN if that is not known.
     """
 
     probability: Probability
@@ -34,7 +34,7 @@ class Scored(NamedTuple):
     def of(
         cls, probability: Probability, met: Mapping[str, Bool[Array, "..."]], batch: CandidateBatch
     ) -> "Scored":
-        """Scores from what a model serves; `met` may lack lookups."""
+        """Build scores from the outputs of a model; some lookups may be absent."""
         ids = {"user": batch.user_id, "item": batch.item_id}
         unknown = {name: jnp.full(of.shape, jnp.nan, jnp.float32) for name, of in ids.items()}
         known = {name: of.astype(jnp.float32) for name, of in met.items() if name in ids}
@@ -57,21 +57,21 @@ class TeacherScores(NamedTuple):
 class Ranked:
     """A batch with the probabilities of a ranker and of the teacher; see `ranked`.
 
-    What several metrics need is a property, computed when the first of them asks for it and then
-    kept. It lives within one trace of the program that measures.
+    Values that several metrics need are properties, computed at first use and then kept. An object
+    exists within one trace of the program that measures.
 
     Attributes:
       probability: the serving probabilities of the ranker under evaluation.
-      teacher_probability: the final ranker's; may hold anything where its weight is 0.
-      teacher_weight: 0 where the teacher's probability is not known, and on what does not count.
-      label_weight: weights of the user labels; 0 on what does not count.
-      mask: False on padding, and on requests that only fill up the batch.
-      evaluation_batch: the requests; the teacher's values inside it are not to be read.
-      value_weights: what a ranker sorts by, see `funnel.value`.
+      teacher_probability: the final ranker's; arbitrary where its weight is 0.
+      teacher_weight: 0 where the teacher's probability is not known or does not count.
+      label_weight: weights of the user labels; 0 where a label does not count.
+      mask: False on padding, and on requests that only fill the batch.
+      evaluation_batch: the requests; do not read the teacher's values in it.
+      value_weights: the weights of the value that a ranker sorts by, see `funnel.value`.
       shown: number of items shown.
       labelled: L, at least as many as a request has candidates with a label.
       passed: at least as many as a request has candidates that the logged funnel passed.
-      met: see `Scored`.
+      met: whether training included each id, see `Scored`.
     """
 
     probability: Float[Array, "R N T"]
@@ -95,7 +95,7 @@ class Ranked:
     def labels(self) -> tuple[Float[Array, "R L T"], Float[Array, "R L T"], Float[Array, "R L"]]:
         """Probability, user label and label weight of the candidates that have a label.
 
-        Measuring only those is what makes the metrics against user labels cheap.
+        The metrics against user labels are cheap because they measure only these.
         """
         return (
             self._of_labelled(self.probability),
@@ -162,8 +162,8 @@ class Ranked:
     def curves(self) -> funnel.FunnelCurves:
         """The funnel's curves of each request.
 
-        Every candidate is retrieved; one whose teacher value is not known is never chosen by the
-        teacher. The true values of the curves have two columns: the true value, and the value of
+        Every candidate is retrieved. The teacher never chooses a candidate without a known teacher
+        value. The true values of the curves have two columns: the true value, and the value of
         user labels over the propensity of the label. The positives have two more columns than
         tasks: `was_passed`, and every candidate.
         """
@@ -187,8 +187,8 @@ class Ranked:
     def covered_user_value(self) -> Float[Array, "R N"]:
         """Summed `user_value` of the items shown by a funnel of the candidates that were passed.
 
-        Of a request's n candidates, the logged funnel passed c. Index k − 1 belongs to the funnel
-        whose student passes its first ⌈k · c / n⌉ of these c, and whose teacher shows m of them.
+        Of a request's n candidates, the logged funnel passed c. In the funnel of index k − 1, the
+        student passes its first ⌈k · c / n⌉ of these c, and the teacher shows m of them.
         """
         places = jnp.argsort(~self.was_passed, axis=1, stable=True)[:, : self.passed]
         value, teacher_value, mask, user_value = (

@@ -70,18 +70,18 @@ class Statistics:
 
 
 Reference = Callable[[Statistics, EvaluationBatch], Float[Array, "R N T"]]
-"""From the statistics and a batch to what a reference ranks by: in [0, 1], or NaN if unknown."""
+"""Maps the statistics and a batch to the values that a reference ranks by: [0, 1], NaN unknown."""
 
 
 def train_statistics(
     dataset: Dataset, value_weights: Sequence[float], top: int, seed: int
 ) -> Statistics:
-    """The statistics of a dataset, from one pass over its training requests.
+    """Return the statistics of a dataset, from one pass over its training requests.
 
     Args:
       dataset: the dataset; true probabilities are not read.
-      value_weights: a weight a task, not all 0.
-      top: how many candidates the final ranker shows, for `top_rate`.
+      value_weights: one weight per task, not all 0.
+      top: the number of candidates that the final ranker shows, for `top_rate`.
       seed: of the reference `random`.
     """
     weights = np.asarray(value_weights, np.float64) / np.sum(value_weights)

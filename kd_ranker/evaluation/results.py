@@ -21,21 +21,21 @@ TEACHER = "teacher"  # the teacher's name among the members
 FILE, CURVES_FILE, CALIBRATION_FILE = "results.csv", "curves.csv", "calibration.csv"
 
 _ALWAYS = tuple(dict.fromkeys(key.column for key in schema.setting_keys() if key.column))
-# The other keys that a sweep may vary, each in a column of its own name.
+# The other keys that a sweep may vary; each names its column.
 OTHER_KEYS = tuple(key.name for key in schema.sweepable() if not key.column)
-# What makes a repeat of a setting.
+# The columns that identify a repeat of a setting.
 REPEAT = tuple(key.column for key in schema.repeat_keys())
-# The columns that tell one row of results.csv from another, besides `OTHER_KEYS`.
+# The columns that, with `OTHER_KEYS`, identify a row of results.csv.
 KEYS = ("dataset", "split", "role", *_ALWAYS, "serve", *REPEAT, "step")
 _LAST = ("non_finite_step", "member")
-# The columns that every table has, whatever its tasks and the points of its curves.
+# The columns that every table has, for any tasks and points of its curves.
 ALWAYS = (
     *(*KEYS, *OTHER_KEYS, *_LAST, saving.CRITERION, saving.SCORED),
     *("candidates", "flops_per_candidate"),
 )
-# What makes a setting, in the order in which tables show it; see `setting_columns`.
+# The columns that identify a setting, in the order of tables; see `setting_columns`.
 SETTING = tuple(dict.fromkeys(("mode", "serve", "distill_weight", *_ALWAYS)))
-# What tells rows of one table apart. The teacher and the references are in those of every run.
+# The columns that identify a row of a table. Every run has the teacher and the references.
 _UNIQUE = ("split", "member", "serve", *REPEAT, "k", "task", "bin")
 CALIBRATION_COLUMNS = ("member", "serve", "task", "bin", "weight", "predicted", "observed")
 
@@ -69,7 +69,7 @@ def ways(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def made_of(config: ConfigDict) -> Row:
-    """The part of a student's row that tells how it was made: the keys that a sweep may vary."""
+    """Return the part of a student's row with the keys that a sweep may vary."""
     terms = terms_of(config)
     row: Row = {}
     for key in (*schema.setting_keys(), *schema.repeat_keys()):
@@ -90,13 +90,13 @@ def name_of_term(term: Term) -> str:
 
 
 def curves_columns(tasks: Sequence[str]) -> list[str]:
-    """The columns of `curves.csv` in their order."""
+    """Return the columns of `curves.csv` in their order."""
     of_metrics = (curve_columns(metric, tasks) for metric in METRICS.values())
     return ["member", "serve", "k", *itertools.chain(*of_metrics)]
 
 
 def with_cost(row: Row, flops_per_candidate: float, teacher_flops: float) -> Row:
-    """The row with the cost of its model beside the teacher's."""
+    """Add the cost of a row's model, and its ratio to the teacher's cost."""
     return row | {
         "flops_per_candidate": flops_per_candidate,
         "cost_ratio": flops_per_candidate / teacher_flops,
@@ -125,10 +125,10 @@ def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def in_each_repeat(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows, with those of teachers and references once per repeat of the students.
+    """Repeat the rows of teachers and references once per repeat of the students.
 
-    If there are several teachers, each and the references measured under it count for the repeats
-    of its own seed.
+    If there are several teachers, a teacher and the references measured under it count for the
+    repeats with its seed.
     """
     students, others = rows[rows["role"] == "student"], rows[rows["role"] != "student"]
     repeats = students[[*REPEAT]].drop_duplicates()
@@ -157,13 +157,13 @@ def _finite_students(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def best_member(frame: pd.DataFrame, member: str = "") -> tuple[str, str] | None:
-    """The member to take for all others, and its serving choice: both as validation has them.
+    """Return the member to use, and its serving choice, both chosen on validation.
 
-    It is of the best setting, see `saving.best`, and of that the best repeat.
+    The member is the best repeat of the best setting, see `saving.best`.
 
     Args:
       frame: `results.csv` with the rows of validation.
-      member: the one to take; "" asks for the best.
+      member: the name of the member to use; "" takes the best.
 
     Returns:
       None if no such member is measured.
@@ -224,17 +224,17 @@ def join(
     members: Mapping[str, ConfigDict],
     costs: Costs = FLOPS,
 ) -> dict[str, str]:
-    """The tables of several runs as one: file name -> text.
+    """Merge the tables of several runs: file name -> text.
 
-    A teacher, which every run under it has measured, is kept once a split; of several teachers, the
-    curves and the calibration are those of the first. Savings are filled in, and what
-    was not swept when a run was measured; everything else is as it was written.
+    Every run has measured its teacher, which is kept once per split. With several teachers, the
+    curves and the calibration are those of the first. Savings are filled in, and so are keys that
+    were not swept when a run was measured. Everything else is copied unchanged.
 
     Args:
-      validation: folders of the runs, with all members as validation has them.
-      test: folders of those that validation chose, with them as the test has them.
+      validation: folders of the runs, with all members measured on validation.
+      test: folders of the members that validation chose, measured on the test split.
       members: the configs of all members by name.
-      costs: what takes the place of FLOPs.
+      costs: the costs that replace FLOPs.
     """
     joined = _with_own_values(_joined(FILE, [*validation, *test]), members)
     filled = fill_savings(read_csv(io.StringIO(_text(joined))), costs)
@@ -245,7 +245,7 @@ def join(
 
 
 def _with_own_values(joined: pd.DataFrame, members: Mapping[str, ConfigDict]) -> pd.DataFrame:
-    """The table with what was not swept when a run was measured, as the members' configs say it."""
+    """Fill in the keys that were not swept when a run was measured, from the members' configs."""
     filled = joined.copy()
     for column in joined.columns[joined.isna().any()]:
         own = [

@@ -1,8 +1,8 @@
-"""The choice of settings on validation, the baselines, and what a funnel saves against them.
+"""The choice of settings on validation, the baselines, and the savings of a funnel against them.
 
-Rows are students and references of `results.csv` with three more columns: `setting`, a label of all
-that makes a student except its seeds, or the name of a reference; `way`, the same without tuned
-keys; and `repeat`, one of the seeds.
+Rows are students and references of `results.csv` with three more columns. `setting` is a label of
+all keys of a student except its seeds, or the name of a reference. `way` is the same without tuned
+keys. `repeat` is a label of the seeds.
 
 All choices are made on rows of the split `validation`. No choice sees the requests of `test`.
 """
@@ -20,14 +20,14 @@ from kd_ranker.evaluation.references import NEED_SCORES, NO_RANKERS
 CRITERION = "passed_for_99"
 # The mean number of candidates that the final ranker scores then: its part of the cost.
 SCORED = "scored_for_99"
-# The values with which mode `none` is plain: it learns from the labels of what was shown.
+# With these values mode `none` is plain: it learns from the labels of shown items.
 PLAIN = {"unshown_weight": 0.0, "user_loss": "bce"}
-# The savings, each against a baseline of its own; see `baselines`.
+# The savings, each against a separate baseline; see `baselines`.
 SAVINGS = ("funnel_cost_saving", "saving_over_none", "saving_over_incumbent")
 
 
 def of_split(rows: pd.DataFrame, split: str) -> pd.DataFrame:
-    """The rows of a split, one of `request.SPLITS`."""
+    """Return the rows of a split, one of `request.SPLITS`."""
     return rows[rows["split"] == split]
 
 
@@ -94,14 +94,15 @@ def needs_scores(rows: pd.DataFrame) -> pd.Series:
 
 
 def baselines(rows: pd.DataFrame) -> dict[str, str]:
-    """The baseline of each saving: column of `results.csv` -> the setting, if it is measured.
+    """Return the baseline of each saving: column of `results.csv` -> the setting, if measured.
 
     `funnel_cost_saving` is against the best of all that needs no scores of the final ranker:
     students, lists of items, and the incumbent. `saving_over_none` is against the best setting of
     plain mode `none`, and `saving_over_incumbent` against the early ranker that filled the log.
 
     Args:
-      rows: students and references of both splits. A reference that one of them lacks is none.
+      rows: students and references of both splits. A reference that is missing on one split
+        cannot be a baseline.
     """
     splits = rows.groupby("setting")["split"].transform("nunique")
     rows = rows[(rows["role"] == "student") | (splits == rows["split"].nunique())]

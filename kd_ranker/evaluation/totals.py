@@ -22,7 +22,7 @@ from kd_ranker.evaluation.ranked import Ranked
 
 
 class Each(NamedTuple):
-    """The terms of the sums, one a request; the bins of the calibration are left out.
+    """The terms of the sums, one per request, without the bins of the calibration.
 
     Attributes:
       alone: arrays [R, ...] without an axis of k.

@@ -35,7 +35,7 @@ class Answer(NamedTuple):
     Attributes:
       sentence: the answer.
       caveats: the comparisons behind it, and the coverage of its intervals.
-      warning: faults of the data that were allowed; "" if there are none.
+      warning: faults of the data that were allowed, or "".
     """
 
     sentence: str
@@ -51,9 +51,9 @@ class Answer(NamedTuple):
 def answer(study: Study, estimates: Estimates) -> Answer:
     """Return what the funnel needs today, without the final ranker's scores, and with them.
 
-    The scores are said to save only if the whole 95% interval of the paired difference in
-    `passed_for_99` is below 0. The change for users follows, since the final value is the final
-    ranker's own opinion.
+    The answer reports a saving from the scores only if the whole 95% interval of the paired
+    difference in `passed_for_99` is below 0. The change for users follows, since the final
+    value is only the final ranker's opinion.
     """
     chosen, without = best_with_scores(study), study.baseline
     warning = ""
@@ -84,8 +84,8 @@ def _nothing(study: Study) -> str:
         )
     missing = "learns from them" if study.baseline else "needs none of them"
     return (
-        f"{lead}there is no measured student that {missing}; run a sweep whose sweep.modes hold "
-        "none and another mode."
+        f"{lead}there is no measured student that {missing}; run a sweep with none and another "
+        "mode in sweep.modes."
     )
 
 
@@ -209,9 +209,9 @@ def _users(study: Study, estimates: Estimates, chosen: str, without: str) -> str
         return f"{found} One repeat cannot show whether users pay for the saving."
     ends = " to ".join(f"{100 * end:+.1f}%".replace("-", "−") for end in (change.low, change.high))
     return (
-        f"{found} No way with scores surely keeps users within {100 * study.margin:g}% of what "
-        f"they have without them: on validation, the change of this one is {ends}. So users may "
-        "pay for the saving."
+        f"{found} No way with scores surely keeps the value for users within "
+        f"{100 * study.margin:g}% of the value without them: on validation, the change of "
+        f"this one is {ends}. So users may pay for the saving."
     )
 
 
@@ -223,13 +223,13 @@ def _from_labels(
     plan = _live_test(study, estimates, chosen, without)
     if math.isnan(covered):
         return (
-            "This log cannot say what the scores do for users: no label is known of what today's "
-            f"early ranker left out.{plan}"
+            "This log cannot show the effect of the scores on users: candidates that today's "
+            f"early ranker left out have no labels.{plan}"
         )
     share = f"{100 * covered:.0f}% of the items that these funnels would show"
     if covered < COVERED:
         return (
-            "This log cannot say what the scores do for users: it could have labels of only "
+            "This log cannot show the effect of the scores on users: it could have labels of only "
             f"{share}.{plan}"
         )
     more = "more" if change.low > 0 else "less" if change.high < 0 else ""
@@ -296,7 +296,7 @@ def _caveats(study: Study, gap: Interval) -> list[str]:
     ways = len(study.chosen)
     covered = {
         "both": f"the test requests and {gap.n} repeats",
-        "requests": "the test requests, and not the seeds, of which there is one",
+        "requests": "the test requests, and not the seeds, since there is only one",
         "repeats": f"{gap.n} repeats, and not the test requests",
         "nothing": "nothing",
     }[gap.covers]

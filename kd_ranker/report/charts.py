@@ -254,7 +254,7 @@ def _name(field: str, title: str) -> alt.Tooltip:
 
 def _intervals(x: Callable, y: Callable, of_x: str, of_y: str) -> list[alt.Chart]:
     """Return a horizontal and a vertical bar per mark, from `_low` to `_high` of its measures."""
-    # Bars of unpaired means are wide; the marks are what to compare.
+    # Bars of unpaired means are wide; readers should compare the marks.
     bars = _layer("rule", "thin", opacity=0.45)
     return [
         bars.encode(x=x(f"{of_x}_low"), x2=f"{of_x}_high", y=y(of_y)),

@@ -12,15 +12,15 @@ from kd_ranker.report.intervals import Interval, difference
 from kd_ranker.report.study import Study, named_values
 
 # Below this coverage, labels of a log do not show the change for users: the sign of the estimate
-# was wrong in about half of the pairs of ways whose true difference is known (docs/report.md).
+# was wrong in about half of the pairs of ways with a known true difference (docs/report.md).
 COVERED = 0.35
 
 
 def best_with_scores(study: Study) -> str | None:
     """Return the cheapest setting that learns from the final ranker's scores, by validation.
 
-    Settings whose `users_change` is surely above −`report.margin` come first; without any, all
-    take part.
+    Settings with a `users_change` surely above −`report.margin` are preferred. Without any, all
+    settings are considered.
 
     Returns:
       None if no such setting is measured.
@@ -32,7 +32,7 @@ def best_with_scores(study: Study) -> str | None:
 
 
 def keeps_users(study: Study, setting: str) -> bool:
-    """Return True if the interval of `users_change` is above −`report.margin`, or there is none."""
+    """Return True if the interval of `users_change` is above −`report.margin`, or unknown."""
     change = users_change(study, setting)
     return change is None or change.low > -study.margin
 
@@ -71,7 +71,7 @@ def best_of_sizes(study: Study) -> pd.DataFrame:
 
 
 def cheapest(study: Study, settings: list[str]) -> str | None:
-    """Return the setting whose funnel costs least at `saving.CRITERION`, on validation.
+    """Return the setting of the cheapest funnel at `saving.CRITERION`, on validation.
 
     Returns:
       None if none is measured, or the teacher's cost is unknown.
@@ -106,9 +106,11 @@ def coverage(study: Study, estimates: Estimates, settings: Sequence[str]) -> flo
 def coverage_gap(study: Study, estimates: Estimates, settings: Sequence[str]) -> str:
     """Return why labels cannot show the change for users between settings; "" if they can."""
     if not knows_truth(study) and study.incumbent in settings:
-        return "the log cannot say: no label is known of what today's early ranker left out"
+        return (
+            "the log cannot show it: candidates that today's early ranker left out have no labels"
+        )
     covered = coverage(study, estimates, settings) >= COVERED
-    return "" if covered else "the log cannot say: too little coverage"
+    return "" if covered else "the log cannot show it: too little coverage"
 
 
 def users_at_target(study: Study) -> list[str]:

@@ -148,7 +148,7 @@ class Estimates:
         """Return the same if k candidates are passed, at the k of `curve`; NaN if it is unknown.
 
         Args:
-          setting: one of `study.chosen`, or a reference, whose requests are known.
+          setting: one of `study.chosen`, or a reference with known requests.
         """
         scored = self.curve(setting, "scored")["mean"].to_numpy()
         candidates = self.of(setting, "candidates").mean

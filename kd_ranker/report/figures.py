@@ -109,8 +109,8 @@ def plane(study: Study, estimates: Estimates) -> Figure:
         "Saving against the change for users",
         f"Each way against {study.baseline}, the best ranker without the final ranker's scores, on "
         "the test split, with as many passed as each needs for 99% of the final value: the share "
-        f"of the funnel's cost, {study.costs.unit}, that is saved, and the relative change of what "
-        f"users have. The dashed line is the margin of {100 * study.margin:g}%. Bars are 95% "
+        f"of the funnel's cost, {study.costs.unit}, that is saved, and the relative change of the "
+        f"value for users. The dashed line is the margin of {100 * study.margin:g}%. Bars are 95% "
         "intervals.",
         data.assign(margin=-study.margin),
         "" if len(data) else "the change for users is not known",
@@ -248,9 +248,9 @@ def users_value(study: Study, estimates: Estimates) -> Figure:
         estimates,
         "true_value_captured",
         "True value captured by candidates passed",
-        "The same items, valued by the true probabilities: the share of what they are worth if all "
-        "retrieved reach the final ranker. It can exceed 1, where an early ranker keeps from the "
-        "final ranker what that overrates. Bands are 95% intervals.",
+        "The same items, valued by the true probabilities: the share of the value if all retrieved "
+        "candidates reach the final ranker. It can exceed 1 if an early ranker drops candidates "
+        "that the final ranker overrates. Bands are 95% intervals.",
     )
 
 

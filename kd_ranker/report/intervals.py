@@ -171,7 +171,7 @@ def measured(
     Args:
       values: of each repeat and request, the terms of the sums.
       counts: of `request_counts`, for the same requests.
-      measure: from sums [..., *shape] to numbers [...], NaN where there is none.
+      measure: maps sums [..., *shape] to numbers [...], NaN where the measure is undefined.
       repeats: names, by which the common repeats of two settings are found; numbers if None.
     """
     names = tuple(range(len(values)) if repeats is None else repeats)
@@ -245,7 +245,7 @@ def _half(
     of_requests = max(covariance[~np.eye(repeats, dtype=bool)].mean(), 0.0)
     of_repeats = each.var(ddof=1) / repeats
     if (total := of_requests + of_repeats) == 0:
-        # Repeats that agree exactly give no variance of their own: that of the requests remains.
+        # Repeats that agree exactly have no variance; only that of the requests remains.
         return float(t_requests * np.sqrt(max(covariance.mean(), 0.0)))
     return float((t_requests * of_requests + t_repeats * of_repeats) / np.sqrt(total))
 
@@ -253,10 +253,10 @@ def _half(
 def passed_for(
     sums: Float[np.ndarray, "*shape K"], ks: Int[np.ndarray, "K"], target: float
 ) -> Float[np.ndarray, "*shape"]:
-    """Return the smallest k whose sum is at least `target` of the last; NaN if none, or that is 0.
+    """Return the smallest k with a sum of at least `target` of the last; NaN if the last is 0.
 
-    Between two values of k the curve is taken for a straight line, and k is rounded up: on a grid
-    of all k the result is exact.
+    NaN also if no k reaches it. Between two values of k the curve is interpolated linearly, and k
+    is rounded up: on a grid of all k the result is exact.
 
     Args:
       sums: a curve over k, summed over requests; its last entry is the total to capture.

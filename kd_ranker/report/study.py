@@ -67,14 +67,14 @@ class Study(NamedTuple):
         `saving.baselines`; without those that are not measured.
       tested: the rows of the chosen settings on the test split.
       teachers: the teachers' rows on the test split, one per repeat of the students.
-      num_teachers: the number of teachers, which differ in their seeds; 0 if none was read.
-      references: the same of rankers without a model, on both splits.
+      num_teachers: the number of teachers, which differ in their seeds; 0 without a teacher.
+      references: the rows of rankers without a model, on both splits.
       margin: a loss of users that counts as none, see `report.margin`.
-      frozen: the rows of members whose loss stopped being finite.
+      frozen: the rows of members with a loss that stopped being finite.
       varying: the columns of a setting that differ, except mode, serving choice and weight.
-      calibration: `calibration.csv` with `source`; empty if there is none.
+      calibration: `calibration.csv` with `source`; empty if the file is missing.
       losses: the columns source, member, step, kind (`user_loss`, `distill_loss`), loss.
-      allowed: faults of an own log that `data.allow` accepted, in words.
+      allowed: faults of the user's log that `data.allow` accepted, in words.
       configs: the text of each sweep's config by its folder.
       environments: the recorded environment of each sweep by its folder.
       missing: for a kind of file, the folders without it, in words.
@@ -110,12 +110,12 @@ class Study(NamedTuple):
 
     @property
     def baseline(self) -> str | None:
-        """The best that needs no scores of the final ranker; None if nothing is measured."""
+        """The best ranker without scores of the final ranker; None if nothing is measured."""
         return self.baselines.get("funnel_cost_saving")
 
     @property
     def plain(self) -> str | None:
-        """The best setting of plain mode `none`; None if there is none."""
+        """The best setting of plain mode `none`; None if it is not measured."""
         return self.baselines.get("saving_over_none")
 
     @property
@@ -222,7 +222,7 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
 
 
 def _allowed(workdirs: Sequence[Path]) -> list[str]:
-    """Return faults of the log, which were allowed: there is a dataset."""
+    """Return faults of the log, all of which were allowed, since the dataset exists."""
     reports = [read_data_report(workdir) for workdir in workdirs]
     found = [f"{name}: {text}" for report in reports if report for name, text in find(report)]
     return list(dict.fromkeys(found))
@@ -237,9 +237,10 @@ def _environments(workdirs: Sequence[Path]) -> dict[str, dict]:
 
 
 def _chosen(students: pd.DataFrame) -> dict[str, str]:
-    """Return the best setting of each way, of those that were read on the test split.
+    """Return the best setting of each way among those measured on the test split.
 
-    Each sweep has read there the choices of its own validation; that of all sweeps decides.
+    Each sweep has measured the choices of its validation there. The validation of all sweeps
+    decides.
     """
     tested = of_split(students, "test")["setting"].unique()
     return best_of_ways(students[students["setting"].isin(tested)])
@@ -385,7 +386,7 @@ def key_title(column: str) -> str:
 
 
 def value_text(value: object) -> str:
-    """Return a value of such a column for people; "" if there is none."""
+    """Return a value of such a column as text for people; "" if it is missing."""
     if isinstance(value, str):
         return value
     return "" if pd.isna(value) else f"{value:g}"  # type: ignore[call-overload]

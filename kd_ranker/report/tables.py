@@ -303,12 +303,12 @@ def saving_table(study: Study, estimates: Estimates) -> Table | None:
         for setting in settings
         for cost, name in costs.items()
     ]
-    measured = "the config says" if study.costs.student else "the compiled models take"
+    measured = "the cost in the config" if study.costs.student else "the cost of the compiled model"
     notes = [
         f"The share of the funnel's cost, {study.costs.unit}, that is saved against "
-        f"{study.baseline}, if both pass as many as keep so much of the final value. The student's "
-        "cost is that of a candidate over the teacher's, of either student; as measured, it is "
-        f"what {measured}. ± is half the 95% interval."
+        f"{study.baseline}, if both pass enough candidates to keep a share of the final value. "
+        "The student's cost is that of a candidate over the teacher's, for either student; as "
+        f"measured, it is {measured}. ± is half the 95% interval."
     ]
     columns = ["setting", "student's cost", *(f"{100 * of:g}%" for of in estimates.targets)]
     title = f"{study.dataset}: saving by target and cost"

@@ -1,4 +1,4 @@
-"""Requests side by side, as they are stored: what `Request` is of one."""
+"""A block of requests in the layout in which they are stored; `Request` describes one."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,10 +10,10 @@ from jaxtyping import Int64, Shaped
 from kd_ranker.batch import STORED, FeatureSpec, Field, Owner, Request
 from kd_ranker.requests.ragged import starts_of
 
-# Requests that come one by one and are put side by side at a time.
+# The number of single requests that are combined into one block.
 _CHUNK = 256
 
-# The numbers of entries that a request has: owner -> those of `Request`.
+# The number of entries that a `Request` has, by owner.
 _NUMBERS: Mapping[Owner, Callable[[Request], int]] = {
     "request": lambda request: 1,
     "event": lambda request: len(request.history_id),
@@ -25,19 +25,19 @@ _NUMBERS: Mapping[Owner, Callable[[Request], int]] = {
 
 
 class Block(NamedTuple):
-    """Requests side by side; n of them.
+    """A block of n requests.
 
     Attributes:
-      values: stored field -> its entries, those of a request one after the other; of width 0 where
-        the dataset lacks the field.
-      numbers: owner -> how many entries each request has.
+      values: stored field -> its entries, grouped by request; of width 0 if the dataset lacks the
+        field.
+      numbers: owner -> the number of entries of each request.
     """
 
     values: Mapping[str, Shaped[np.ndarray, "sum ..."]]
     numbers: Mapping[Owner, Int64[np.ndarray, "n"]]
 
     def of_each(self, field: Field) -> list[Any]:
-        """A stored field of each request: its entries, or its one entry."""
+        """Return a stored field of each request: its entries, or its only entry."""
         values = self.values[field.name]
         if field.of == "request":
             return list(values) if field.width else values.tolist()
@@ -45,14 +45,14 @@ class Block(NamedTuple):
         return [values[first:end] for first, end in itertools.pairwise(starts)]
 
     def requests(self) -> Iterator[Request]:
-        """The requests one by one, whose arrays are parts of these."""
+        """Yield the requests one by one; their arrays are views of the arrays of the block."""
         fields = [field for field in STORED if 0 not in self.values[field.name].shape[1:]]
         for values in zip(*map(self.of_each, fields), strict=True):
             yield Request(**dict(zip((field.name for field in fields), values, strict=True)))
 
 
 def block_of(requests: Sequence[Request], spec: FeatureSpec) -> Block:
-    """Puts requests side by side."""
+    """Combine requests into one block."""
     numbers = {
         of: np.array([number(request) for request in requests], np.int64)
         for of, number in _NUMBERS.items()
@@ -74,7 +74,7 @@ def _joined(
 
 
 def blocks_of(parts: Iterator[Request] | Iterator[Block], spec: FeatureSpec) -> Iterator[Block]:
-    """Requests that come one by one in blocks; blocks as they are."""
+    """Group single requests into blocks, and pass blocks through unchanged."""
     for first in parts:
         if isinstance(first, Block):
             yield first

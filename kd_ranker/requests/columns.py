@@ -1,4 +1,4 @@
-"""Many requests as a few arrays, from which a batch is cut without a loop over its requests."""
+"""Many requests as a few arrays. A batch is cut from them without a loop over its requests."""
 
 import dataclasses
 import functools
@@ -16,17 +16,17 @@ from kd_ranker.requests.ragged import runs, starts_of
 
 Of = TypeVar("Of")
 
-# Rows that are copied at a time: what it takes to say which they are stays small.
+# The number of rows that are copied at a time, so that their index arrays stay small.
 _ROWS = 2**20
 
 
 class Parts(NamedTuple, Generic[Of]):
-    """The three that a batch is put together of, each of which is read at once.
+    """The three parts of a batch, each of which is read at once.
 
     Attributes:
-      requests: of requests themselves, histories included.
-      candidates: of their candidates, with what the teacher says of them.
-      labels: of their candidates that were shown, what users did.
+      requests: of the requests themselves, histories included.
+      candidates: of their candidates, with the values of the teacher.
+      labels: the user labels of the candidates that were shown.
     """
 
     requests: Of
@@ -35,16 +35,16 @@ class Parts(NamedTuple, Generic[Of]):
 
 
 class Counts(NamedTuple):
-    """The numbers of requests that say how to read and to sample them; int64, an entry a request.
+    """The counts by which requests are read and sampled; int64, one entry per request.
 
     Attributes:
-      request_id: as it is stored.
-      retrieved: how many candidates there are.
-      passed: how many of them, the first ones, were passed, the shown ones included.
-      shown: how many of these, the first ones, were shown.
-      scored: how many candidates, the first ones, the teacher has scored.
-      positives: how many candidates have a positive label.
-      known: how many candidates have facts for the evaluation: all or none.
+      request_id: the stored id.
+      retrieved: the number of candidates.
+      passed: the number of leading candidates that were passed, including the shown ones.
+      shown: the number of leading candidates that were shown.
+      scored: the number of leading candidates that the teacher has scored.
+      positives: the number of candidates with a positive label.
+      known: the number of candidates with facts for the evaluation: all or none.
     """
 
     request_id: Int[np.ndarray, "*n"]
@@ -56,19 +56,19 @@ class Counts(NamedTuple):
     known: Int[np.ndarray, "*n"]
 
     def of(self, requests: Any) -> "Counts":
-        """The numbers of some of the requests."""
+        """Return the counts of some of the requests."""
         return Counts(*(numbers[requests] for numbers in self))
 
 
 class Rows(NamedTuple):
-    """The rows of one kind of entries, those of a request one after the other.
+    """Packed rows of one kind, grouped by request.
 
     Attributes:
-      values: int32 [rows, W], 32 bits a number.
-      spans: which of the W numbers are of which field.
+      values: int32 [rows, W], 32 bits per number.
+      spans: the columns of each field among the W numbers.
       first: the row of each request's first entry.
-      stride: the rows from one entry of a request to its next.
-      nothing: the row that stands for none.
+      stride: the number of rows from one entry of a request to its next.
+      nothing: the index of the padding row.
     """
 
     values: Int[np.ndarray, "rows W"]
@@ -80,26 +80,26 @@ class Rows(NamedTuple):
     def at(
         self, requests: Int[np.ndarray, "*R"], places: Int[np.ndarray, "*R N"]
     ) -> Int[np.ndarray, "*R N W"]:
-        """The rows at places in the entries of requests; at places below 0, that of none."""
+        """Return the rows at places in the entries of requests, the padding row for places < 0."""
         rows = self.first[requests][..., None] + places.astype(np.int64) * self.stride
         return self.values[np.where(places < 0, self.nothing, rows)]
 
     def firsts(
         self, requests: slice | Int[np.ndarray, "R"], numbers: Int[np.ndarray, "R"]
     ) -> Int[np.ndarray, "sum W"]:
-        """The rows of the first entries of requests, so many of each, one request after another."""
+        """Return the first `numbers[i]` rows of each request `i`, grouped by request."""
         return self.values[runs(self.first[requests], numbers, self.stride)]
 
     def fields(
         self, requests: slice | Int[np.ndarray, "R"], numbers: Int[np.ndarray, "R"]
     ) -> dict[str, Shaped[np.ndarray, "sum ..."]]:
-        """`firsts` by the names of fields."""
+        """Return `firsts` by the names of fields."""
         rows: Any = self.firsts(requests, numbers)
         fields: Any = packing.unpack_rows(rows, self.spans)
         return fields
 
     def prefixes(self, numbers: Int[np.ndarray, "n"]) -> "Rows":
-        """The first entries of each request, so many, side by side in memory."""
+        """Copy the first `numbers[i]` entries of each request `i` into one array in memory."""
         ends = 1 + np.cumsum(numbers)
         first = ends - numbers
         values = np.empty((1 + int(numbers.sum()), self.values.shape[1]), np.int32)
@@ -109,27 +109,27 @@ class Rows(NamedTuple):
         return Rows(values, self.spans, first)
 
     def without(self, fields: Collection[str]) -> "Rows":
-        """The same without some fields, which stand last in a row."""
+        """Drop some fields, which must be the last ones of a row."""
         spans = tuple(span for span in self.spans if span.name not in fields)
         return self._replace(values=self.values[:, : spans[-1].columns.stop], spans=spans)
 
 
 @dataclasses.dataclass(frozen=True)
 class Columns:
-    """Requests side by side, on the host, in memory or in a file (see `row_files`); n of them.
+    """The arrays of n requests on the host, in memory or in a file (see `row_files`).
 
-    Candidates stand in funnel order, so labels are known for a prefix of them, see `Request`. They
+    Candidates are in funnel order, so labels are known for a prefix of them, see `Request`. They
     may be a prefix of all that were retrieved, see `only_counting`.
 
     Attributes:
-      requests: what is known of requests themselves, histories included; an entry each.
-      candidates: of their candidates, with what the teacher says of them.
-      labels: of their candidates that were shown, what users did.
-      known: of their candidates, the facts for the evaluation, where there are any.
-      counts: their numbers.
-      kept: how many candidates of each are here, the first ones.
-      expect: says which requests are read soon, and how many candidates of each, for a file to
-        fetch them meanwhile.
+      requests: the requests themselves, histories included; one entry per request.
+      candidates: the candidates, with the values of the teacher.
+      labels: the user labels of the candidates that were shown.
+      known: the facts for the evaluation about the candidates, if there are any.
+      counts: the counts of the requests.
+      kept: the number of leading candidates of each request that are kept here.
+      expect: announces the next requests to read, and the number of candidates of each, so that
+        a file can prefetch them.
     """
 
     requests: Rows
@@ -146,7 +146,7 @@ class Columns:
 
     @property
     def parts(self) -> Parts[Rows]:
-        """All of it that a model may see."""
+        """The parts that a model may see."""
         return Parts(self.requests, self.candidates, self.labels)
 
     @property
@@ -161,7 +161,7 @@ class Columns:
 
 
 def _packed_fields(*owners: Owner) -> tuple[Field, ...]:
-    # A batch has the stage and the teacher's weight besides, which need no place of their own.
+    # A batch also has the stage and the teacher's weight, which need no separate columns.
     return tuple(
         field
         for owner in owners
@@ -171,7 +171,7 @@ def _packed_fields(*owners: Owner) -> tuple[Field, ...]:
     )
 
 
-# Histories, and what a teacher says, are last in a row: not all need them, see `needed`.
+# Histories and the teacher's values are last in a row, so that `needed` can drop them.
 _OF_REQUEST = _packed_fields("request", "event")
 _OF_CANDIDATE = _packed_fields("candidate", "scored")
 _OF_LABEL = _packed_fields("shown")
@@ -179,12 +179,12 @@ _OF_KNOWN = _packed_fields("known")
 
 
 def columns_of(requests: Sequence[Request], spec: FeatureSpec) -> Columns:
-    """The columns of some requests, in memory; of none, the rows that stand for none are there."""
+    """Return the columns of requests, in memory. Without requests, only padding rows are left."""
     return columns_of_block(block_of(requests, spec), spec)
 
 
 def columns_of_block(block: Block, spec: FeatureSpec) -> Columns:
-    """The columns of a block, in memory."""
+    """Return the columns of a block, in memory."""
     counts = _counts_of(block)
 
     def side_by_side(fields: Sequence[Field]) -> dict[str, Shaped[np.ndarray, "n ..."]]:
@@ -212,7 +212,7 @@ def _counts_of(block: Block) -> Counts:
     return Counts(
         request_id=block.values["request_id"],
         retrieved=retrieved,
-        # As `Request.num_reached` says.
+        # The same rule as in `Request.num_reached`.
         passed=np.minimum(np.maximum(block.values["num_passed"], shown), retrieved),
         shown=shown,
         scored=block.numbers["scored"],
@@ -222,7 +222,7 @@ def _counts_of(block: Block) -> Counts:
 
 
 def _side_by_side(field: Field, block: Block, spec: FeatureSpec) -> Shaped[np.ndarray, "n ..."]:
-    """A field of all requests: an entry a request, with a padded history, or one a candidate."""
+    """Return a field of all requests: one entry per request, history padded, or per candidate."""
     numbers = block.numbers[field.of]
     if field.of == "event":
         return _recent(field, block, spec.history_length)
@@ -238,7 +238,7 @@ def _side_by_side(field: Field, block: Block, spec: FeatureSpec) -> Shaped[np.nd
 
 
 def _recent(field: Field, block: Block, length: int) -> Shaped[np.ndarray, "n H ..."]:
-    """A field of the last events of each request, filled up at the end."""
+    """Return a field of the last events of each request, padded at the end."""
     numbers = block.numbers["event"]
     if field.name == "history_mask":
         values = np.ones(numbers.sum(), np.bool_)
@@ -252,27 +252,28 @@ def _recent(field: Field, block: Block, length: int) -> Shaped[np.ndarray, "n H 
 
 
 def proper_probability(block: Block, version: str) -> Float[np.ndarray, "A T"]:
-    """The teacher's probabilities, NaN where they were not logged properly.
+    """Return the teacher's probabilities, NaN where they were not logged properly.
 
-    Proper is what the log says was written, by the right model version, as a number in [0, 1].
+    A proper probability was written according to the log, by the right model version, and is a
+    number in [0, 1].
     """
     probability = block.values["teacher_probability"]
     right = (block.values["teacher_version"] == version) & bool(version)
     written = np.repeat(right, block.numbers["scored"]) & (block.values["teacher_weight"] > 0)
-    # A comparison with NaN is False, so NaN needs no test of its own.
+    # A comparison with NaN is False, so NaN needs no separate test.
     in_range = (probability >= 0) & (probability <= 1)
     return np.where(in_range & written[:, None], probability, np.float32(np.nan))
 
 
 def needed(columns: Columns, logged: Stage | None, history: bool) -> Columns:
-    """The same requests with what is needed of them.
+    """Drop the fields that are not needed.
 
     Args:
-      columns: the requests, with all that is known of them.
-      logged: what the teacher has scored counts for candidates that came so far in the funnel; with
-        None it counts for none, and its probabilities are left out. Those that do not count still
-        stand beside their candidates: `cutting` leaves them out.
-      history: whether histories are; if not, they have the length 0.
+      columns: the requests, with all fields.
+      logged: the funnel stage that a candidate must reach for its teacher score to count. With
+        None no score counts, and the probabilities are dropped. Otherwise scores that do not
+        count stay with their candidates, and `cutting` leaves them out.
+      history: whether histories are needed; if not, they have the length 0.
     """
     counts = columns.counts
     if logged is None:
@@ -290,7 +291,7 @@ def needed(columns: Columns, logged: Stage | None, history: bool) -> Columns:
 
 
 def _without_events(rows: Rows) -> Rows:
-    """The same, with histories of length 0."""
+    """Return the same rows, with histories of length 0."""
     events = [field.name for field in _packed_fields("event")]
     own = rows.without(events)
     none = (
@@ -302,14 +303,14 @@ def _without_events(rows: Rows) -> Rows:
 
 
 def only_counting(columns: Columns, stage: Stage) -> Columns:
-    """The same requests in memory, without the candidates that cannot count in training.
+    """Copy the requests to memory, without the candidates that cannot count in training.
 
-    Those that were shown always count, for they may have labels. Whether the others that were
-    passed count is decided for all of a request at once, and so for the rest.
+    Candidates that were shown always count, since they may have labels. The other passed
+    candidates of a request count all together or not at all, and so do the rest.
 
     Args:
       columns: the requests, with all their candidates.
-      stage: what came so far in the funnel counts.
+      stage: candidates that reached this stage of the funnel count.
     """
     kept = counting(columns.counts, stage)
     return dataclasses.replace(
@@ -324,7 +325,7 @@ def only_counting(columns: Columns, stage: Stage) -> Columns:
 
 
 def counting(counts: Counts, stage: Stage) -> Int[np.ndarray, "n"]:
-    """The number of candidates that can count in training, the first ones; see `only_counting`."""
+    """Return the number of leading candidates that can count in training; see `only_counting`."""
     passed_count, rest_counts = what_counts(counts, stage)
     number = np.where(passed_count, counts.passed, counts.shown)
     return np.where(rest_counts, counts.retrieved, number)
@@ -333,10 +334,10 @@ def counting(counts: Counts, stage: Stage) -> Int[np.ndarray, "n"]:
 def what_counts(
     counts: Counts, stage: Stage
 ) -> tuple[Bool[np.ndarray, "*n"], Bool[np.ndarray, "*n"]]:
-    """Tests for each request of `only_counting` if its passed candidates count, and if the rest do.
+    """Test for each request if its passed candidates count, and if the rest do.
 
-    Those that were shown count as passed, beside what they count for by their labels. A teacher
-    that has scored none but the shown makes no other passed one count.
+    See `only_counting`. Shown candidates count as passed, in addition to counting by their labels.
+    A teacher that has scored only shown candidates makes no other passed candidate count.
     """
     beyond_shown = counts.scored >= np.minimum(counts.shown + 1, counts.passed)
     return (
@@ -351,10 +352,10 @@ _GOLDEN = (5**0.5 - 1) / 2
 
 @functools.lru_cache(maxsize=4096)
 def spread_order(number: int) -> Int[np.ndarray, "number"]:
-    """An order of n places in which every run, wherever it begins, is spread evenly over all.
+    """Return an order of n places in which every run is spread evenly over all places.
 
-    The j-th is the rank of j · φ mod 1 among those of all n, with the golden ratio φ: any run of a
-    Kronecker sequence is spread so (Sós, 1958, the three-distance theorem).
+    The j-th place is the rank of j · φ mod 1 among those of all n, with the golden ratio φ. Any run
+    of a Kronecker sequence is spread evenly (Sós, 1958, the three-distance theorem).
 
     >>> spread_order(8).tolist()
     [0, 5, 2, 7, 4, 1, 6, 3]
@@ -363,28 +364,28 @@ def spread_order(number: int) -> Int[np.ndarray, "number"]:
 
 
 def in_sampling_order(columns: Columns) -> Columns:
-    """The same requests, their candidates in an order from which runs are good samples.
+    """Reorder candidates so that any run of them is a good sample.
 
     Candidates with a positive label come first, then the others that were shown, then the others
-    that were passed, then the rest; each of these four in `spread_order`. Facts for the evaluation
-    stay as they are.
+    that were passed, then the rest. Each of these four groups is in `spread_order`. Facts for the
+    evaluation keep their order.
     """
     counts, shown = columns.counts, columns.counts.shown
     request = np.repeat(np.arange(len(columns)), shown)
     positive = columns.labels.fields(slice(None), shown)["user_label"].any(axis=1)
-    # The four one after the other: how many a request has, and where each begins in it.
+    # The size of each of the four groups in a request, and where it begins.
     bounds = np.stack([counts.positives, shown, counts.passed, columns.kept], axis=1)
     ends = np.minimum(bounds, columns.kept[:, None])
     sizes = np.diff(ends, axis=1, prepend=0)
     order = np.repeat((ends - sizes).ravel(), sizes.ravel()) + _spread_orders(sizes.ravel())
-    # The first two stand mixed, as they were shown.
+    # The first two groups are mixed, in the order in which they were shown.
     start = starts_of(shown)[:-1]
     by_label = np.argsort(2 * request + ~positive, kind="stable") - start[request]
     of_shown = runs(starts_of(columns.kept)[:-1], shown)
     order[of_shown] = by_label[start[request] + order[of_shown]]
 
     def moved(rows: Rows, numbers: Int[np.ndarray, "n"], order: Int[np.ndarray, "sum"]) -> Rows:
-        """The rows in the new order; labels are of a prefix of the candidates."""
+        """Return the rows in the new order; labels cover a prefix of the candidates."""
         which = np.repeat(rows.first, numbers) + rows.stride * order
         first = 1 + starts_of(numbers)[:-1]
         return Rows(rows.values[np.append(rows.nothing, which)], rows.spans, first)
@@ -397,14 +398,14 @@ def in_sampling_order(columns: Columns) -> Columns:
 
 
 def _spread_orders(sizes: Int[np.ndarray, "n"]) -> Int[np.ndarray, "sum"]:
-    """`spread_order` of each number of places, one after the other."""
+    """Concatenate the `spread_order` of each size."""
     distinct, which = np.unique(sizes, return_inverse=True)
     orders = np.concatenate([spread_order(size) for size in distinct.tolist()])
     return orders[runs(starts_of(distinct)[:-1][which], sizes)]
 
 
 def slices(numbers: Int[np.ndarray, "n"]) -> Iterator[slice]:
-    """Requests in a row, so many that they have some `_ROWS` entries together."""
+    """Yield slices of consecutive requests, with about `_ROWS` entries each."""
     block = np.cumsum(numbers) // _ROWS
     ends = [*(np.flatnonzero(np.diff(block)) + 1).tolist(), len(numbers)]
     return (slice(*of) for of in pairwise([0, *ends]))

@@ -12,7 +12,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 from kd_ranker.errors import UserError
 
 FILE = ".lock"
-# Text beside the lock, for the message that a second process prints.
+# Text next to the lock file, for the message that a second process prints.
 _HOLDER = ".lock-holder"
 FILES = frozenset({FILE, _HOLDER})
 

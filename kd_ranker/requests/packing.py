@@ -1,7 +1,7 @@
-"""Many arrays of equal length as one, so that all that is known of an entry is one read.
+"""Pack many arrays of equal length into one, so that one read returns all fields of an entry.
 
-A compiled program pays for each gather and for each array that it is handed, however little it
-brings: a wide row costs about as much as a narrow one.
+A compiled program pays for each gather and for each array argument, however small: a wide row costs
+about as much as a narrow one.
 """
 
 import math
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 
 class Span(NamedTuple):
-    """The place of an array: its first column, the shape of an entry, and the type by name."""
+    """The place of an array: its first column, the shape of an entry, and the name of its type."""
 
     name: str
     start: int
@@ -24,7 +24,7 @@ class Span(NamedTuple):
 
     @property
     def columns(self) -> slice:
-        """The columns that hold it."""
+        """The columns of the array."""
         return slice(self.start, self.start + math.prod(self.shape))
 
 
@@ -34,15 +34,14 @@ Spans = tuple[Span, ...]
 def pack(
     arrays: Mapping[str, Shaped[np.ndarray, "n ..."]], nothing: Mapping[str, float] | None = None
 ) -> tuple[Int[np.ndarray, "n W"], Spans]:
-    """Puts arrays of equal length side by side, 32 bits a number; at least one array.
+    """Pack at least one array of equal length into rows, 32 bits per number.
 
     Args:
-      arrays: by name. Floats become float32, whole numbers int32; truth values stay.
-      nothing: if given, a first row is added that stands for nothing; by name, what it holds in
-        place of 0.
+      arrays: by name. Floats become float32, integers int32; booleans stay.
+      nothing: if given, a padding row is added in front; the fill values other than 0, by name.
 
     Returns:
-      The rows, and where in them each array lies.
+      The rows, and the place of each array in them.
     """
     parts, spans, width = [], [], 0
     for name, array in arrays.items():
@@ -59,7 +58,7 @@ def pack(
 
 
 def unpack_rows(rows: Int[Array, "*shape W"], spans: Spans) -> dict[str, Shaped[Array, "..."]]:
-    """The arrays of some rows, by their names; NumPy in and out, or JAX."""
+    """Return the arrays of some rows by name; NumPy in and out, or JAX."""
     unpacked = {}
     for span in spans:
         entry = rows[..., span.columns].reshape(*rows.shape[:-1], *span.shape)
@@ -69,14 +68,14 @@ def unpack_rows(rows: Int[Array, "*shape W"], spans: Spans) -> dict[str, Shaped[
 
 
 def as_bits(array: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
-    """Floats of 32 bits as whole numbers, the inverse of `as_floats`."""
+    """Return the bits of 32-bit floats as integers, the inverse of `as_floats`."""
     if isinstance(array, jax.Array):
         return jax.lax.bitcast_convert_type(array, jnp.int32)
     return array.view(np.int32)
 
 
 def as_floats(bits: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The floats of 32 bits that whole numbers stand for."""
+    """Return the 32-bit floats with these bits."""
     if isinstance(bits, jax.Array):
         return jax.lax.bitcast_convert_type(bits, jnp.float32)
     return bits.view(np.float32)

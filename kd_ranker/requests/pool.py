@@ -1,4 +1,4 @@
-"""The same function on many arguments, in this process, in threads of it, or in several."""
+"""Run a function on many arguments, in this process, in its threads, or in several processes."""
 
 import contextlib
 import multiprocessing
@@ -17,16 +17,16 @@ Runner = Callable[[Callable, Sequence[tuple], str], Iterator[Any]]
 
 
 def run_here(function: Callable, calls: Sequence[tuple], description: str) -> Iterator[Any]:
-    """Calls a function in this process, one call after the other, each when its result is asked."""
+    """Call a function in this process, each call when its result is requested."""
     return with_bar((function(*arguments) for arguments in calls), len(calls), description)
 
 
 @contextlib.contextmanager
 def open_pool(processes: int) -> Iterator[Runner]:
-    """Gives what runs a function in so many processes, with a bar; with one, it is this one.
+    """Yield a runner that uses n processes and shows a bar; a single process is this one.
 
-    New processes are started afresh, not forked: JAX has threads, which a fork would lose. They end
-    with this one, even where that is killed.
+    New processes are spawned, not forked: a fork would lose the threads of JAX. They end with this
+    process, even if it is killed.
     """
     if processes == 1:
         yield run_here
@@ -40,10 +40,10 @@ def open_pool(processes: int) -> Iterator[Runner]:
 
 @contextlib.contextmanager
 def open_threads(threads: int) -> Iterator[Runner]:
-    """Gives what runs a function in so many threads of this process, with a bar.
+    """Yield a runner that uses n threads of this process and shows a bar.
 
-    For functions that leave most of their work to what does without Python's lock: threads are
-    there at once, and share what they read.
+    Use it for functions that do most of their work without Python's global lock. Threads start at
+    once, and share the data that they read.
     """
     if threads == 1:
         yield run_here
@@ -56,7 +56,7 @@ def open_threads(threads: int) -> Iterator[Runner]:
 def _running(executor: Executor) -> Iterator[Runner]:
     def run(function: Callable, calls: Sequence[tuple], description: str) -> Iterator[Any]:
         waiting = deque(executor.submit(function, *arguments) for arguments in calls)
-        # One by one, so that a result is not held longer than it is used.
+        # One by one, so that a result is freed after its use.
         results = (waiting.popleft().result() for _ in calls)
         return with_bar(results, len(calls), description)
 
@@ -66,16 +66,16 @@ def _running(executor: Executor) -> Iterator[Runner]:
         except BaseException as error:
             executor.shutdown(wait=False, cancel_futures=True)
             if not isinstance(error, Exception):
-                # This process is to end, and would wait for what they do.
+                # This process must end, and would wait for its children.
                 for process in multiprocessing.active_children():
                     process.terminate()
             raise
 
 
 def _end_with_parent() -> None:
-    """Ends this process when its parent has died: it would wait for the next call for ever.
+    """End this process when its parent has died, instead of waiting for the next call forever.
 
-    A terminal sends an interruption to both, and the parent alone has something to say to it.
+    A terminal sends an interrupt to both processes, and only the parent reports it.
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     parent = multiprocessing.parent_process()
@@ -89,5 +89,5 @@ def _end_with_parent() -> None:
 
 
 def with_bar(results: Iterable[Any], number: int, description: str) -> Iterator[Any]:
-    """The results of so many calls, with a bar, which is absent where there is no terminal."""
+    """Yield the results of n calls, with a progress bar if there is a terminal."""
     return iter(tqdm(results, description, number, leave=False, unit="part", disable=None))

@@ -1,11 +1,11 @@
-"""Lists of different lengths that lie end to end in one array."""
+"""Lists of different lengths, concatenated in one array."""
 
 import numpy as np
 from jaxtyping import Int, Int64, Shaped
 
 
 def starts_of(lengths: Shaped[np.ndarray, "n"]) -> Int64[np.ndarray, "n+1"]:
-    """The place where each of several lists begins, laid end to end, and where the last one ends.
+    """Return where each of several concatenated lists begins, and where the last one ends.
 
     >>> starts_of(np.array([2, 0, 3])).tolist()
     [0, 2, 2, 5]
@@ -16,7 +16,7 @@ def starts_of(lengths: Shaped[np.ndarray, "n"]) -> Int64[np.ndarray, "n+1"]:
 def runs(
     first: Int[np.ndarray, "n"], numbers: Int[np.ndarray, "n"], stride: int = 1
 ) -> Int[np.ndarray, "sum"]:
-    """Whole numbers that begin at each `first` and go on by `stride`, so many of each.
+    """Return concatenated ranges: `numbers[i]` integers from `first[i]` in steps of `stride`.
 
     >>> runs(np.array([5, 90]), np.array([3, 2])).tolist()
     [5, 6, 7, 90, 91]

@@ -1,4 +1,4 @@
-"""A request as a record, and a built dataset, whose records are read back."""
+"""The records of requests, and a built dataset that reads them back."""
 
 import contextlib
 import dataclasses
@@ -26,14 +26,14 @@ class Dataset:
 
     Attributes:
       directory: its folder.
-      identity: `dataset`, its name and the fingerprint of its content; of a copy that a teacher has
-        scored, those of the dataset that was scored, and under `scored` those of the copy.
+      identity: under `dataset`, its name and the fingerprint of its content. A copy that a teacher
+        has scored has those of the original there, and its own under `scored`.
       made_by: the command that makes it, for messages.
       spec: the sizes of its features.
-      item_features: what is known of each item.
+      item_features: the features of each item.
       item_category: the category ids of each item.
-      builder: what TFDS reads its records with, which hold all that was logged.
-      columns: split -> what batches are cut from, in files.
+      builder: the TFDS builder that reads its records, which contain all that was logged.
+      columns: split -> the columns that batches are cut from, in files.
     """
 
     directory: Path
@@ -54,12 +54,12 @@ class Dataset:
 
 
 def teacher_column(task: str) -> str:
-    """The name under which a task's teacher probability is stored."""
+    """Return the name under which a task's teacher probability is stored."""
     return f"teacher_probability_{task}"
 
 
 def record_features(spec: FeatureSpec) -> tfds.features.FeaturesDict:
-    """The TFDS features of a stored request: `Request`, with one teacher column a task."""
+    """Return the TFDS features of a stored request, with one teacher column per task."""
 
     def feature(field: Field, *shape: int) -> tfds.features.FeatureConnector:
         if field.stored is str:
@@ -82,10 +82,10 @@ def record_features(spec: FeatureSpec) -> tfds.features.FeaturesDict:
 
 
 def serialized(block: Block, spec: FeatureSpec) -> Iterator[bytes]:
-    """The bytes of stored requests, one by one: those that TFDS writes for `record_features`.
+    """Yield each request as the bytes that TFDS writes for `record_features`.
 
-    They are a `tf.train.Example`, whose wire format is written here, a column at a time: that takes
-    a twentieth of the time that TFDS' encoder takes.
+    They are a `tf.train.Example`. Its wire format is written here, one column at a time, in a
+    twentieth of the time of the encoder of TFDS.
     """
     columns: dict[str, tuple[int, list[bytes]]] = {}
     for field in STORED:
@@ -116,10 +116,10 @@ _BYTES_LIST, _INT64_LIST = 1, 3
 
 @functools.lru_cache(maxsize=2**14)
 def _head(name: str, kind: int, length: int) -> bytes:
-    """The bytes before the one value of a feature in an example, which has so many itself.
+    """Return the bytes before the only value of a feature, which itself has `length` bytes.
 
-    A message within another is a key, its length and its content: `feature` of the map, in it the
-    name and the feature, in that the list of its kind, and in that the value.
+    A nested message is a key, its length and its content. `feature` of the map contains the name
+    and the feature, the feature contains the list of its kind, and the list contains the value.
     """
     inner, encoded = _key(1, length), name.encode()
     inner = _key(kind, len(inner) + length) + inner
@@ -129,12 +129,12 @@ def _head(name: str, kind: int, length: int) -> bytes:
 
 @functools.lru_cache(maxsize=2**14)
 def _key(number: int, length: int) -> bytes:
-    """The key of a field whose content has a length, and that length."""
+    """Return the key of a length-delimited field, and the length of its content."""
     return bytes((number << 3 | 2,)) + _varint(length)
 
 
 def _varint(number: int) -> bytes:
-    """A whole number of 64 bits, seven in a byte, the last ones first."""
+    """Encode a 64-bit integer, seven bits per byte, the lowest bits first."""
     left, encoded = number & (2**64 - 1), bytearray()
     while left > 0x7F:
         encoded.append(left & 0x7F | 0x80)
@@ -146,7 +146,7 @@ def _varint(number: int) -> bytes:
 def _bytes_of_each(
     block: Block, field: Field, values: Shaped[np.ndarray, "sum ..."]
 ) -> list[bytes]:
-    """The entries of a field that each request has."""
+    """Return the bytes of a field's entries for each request."""
     whole = np.ascontiguousarray(values, field.stored)
     size = whole.itemsize * math.prod(whole.shape[1:])
     content = whole.tobytes()
@@ -155,7 +155,7 @@ def _bytes_of_each(
 
 
 def from_record(record: Mapping[str, Any], tasks: Sequence[str]) -> Request:
-    """The request of a record, as TFDS returns it."""
+    """Return the request of a record that TFDS has read."""
     fields = dict(record)
     probability = np.stack([fields.pop(teacher_column(task)) for task in tasks], axis=-1)
     version = fields.pop("teacher_version")
@@ -168,12 +168,12 @@ def from_record(record: Mapping[str, Any], tasks: Sequence[str]) -> Request:
 
 @contextlib.contextmanager
 def damage(directory: Path, made_by: str, file: str = "") -> Iterator[None]:
-    """Turns what reading a dataset's damaged files raises into a UserError with the remedy.
+    """Turn errors from reading damaged files into a UserError with the remedy.
 
     Args:
-      directory: of the dataset.
+      directory: the folder of the dataset.
       made_by: the command that makes it.
-      file: the one that is read, if the errors do not say.
+      file: the file that is read, if the errors do not name it.
     """
     try:
         yield
@@ -183,15 +183,15 @@ def damage(directory: Path, made_by: str, file: str = "") -> Iterator[None]:
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
         why = f"{file}: {error}" if file else error
         raise UserError(
-            f"the dataset at {directory} is damaged ({why}); remove that folder and make it anew "
+            f"the dataset at {directory} is damaged ({why}); remove that folder and rebuild it "
             f"with: {made_by}"
         ) from error
 
 
 def read_split(dataset: Dataset, split: str) -> tuple[int, Callable[[int], Request]]:
-    """The number of requests of a split, and what reads one of them by its place.
+    """Return the number of requests of a split, and a function that reads one by its place.
 
-    That raises a UserError for a damaged record.
+    The function raises a UserError for a damaged record.
     """
     features = record_features(dataset.spec)
     records = dataset.builder.as_data_source(
@@ -212,7 +212,7 @@ def read_split(dataset: Dataset, split: str) -> tuple[int, Callable[[int], Reque
 
 
 def read_requests(dataset: Dataset, split: str) -> Iterator[Request]:
-    """The requests of a split in stored order, with all that is stored."""
+    """Yield the requests of a split in stored order, with all stored fields."""
     number, read = read_split(dataset, split)
     for place in range(number):
         yield read(place)

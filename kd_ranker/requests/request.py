@@ -1,4 +1,4 @@
-"""A dataset before it is built: requests one by one, and what belongs to all of them."""
+"""A dataset before it is built: its requests, and the data that they share."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -13,14 +13,14 @@ from kd_ranker.requests.block import Block
 from kd_ranker.requests.pool import Runner, run_here
 
 SPLITS = ("train", "validation", "test")
-"""The parts of a dataset, the earliest first where there is time.
+"""The splits of a dataset, the earliest first if requests have times.
 
-Models learn from the first, settings are chosen on the second, and the third is read once, for what
-is reported.
+Models learn from the first. Settings are chosen on the second. The third is read once, for the
+reported results.
 """
 
 Shard = Callable[[], Iterator[Request] | Iterator[Block]]
-"""Yields requests of a split, one by one or side by side; can be pickled."""
+"""Yields requests of a split, one by one or in blocks; can be pickled."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +29,19 @@ class Source:
 
     Attributes:
       spec: the sizes of its features.
-      item_features: float32 [num_items, F], what is known of each item; stored once.
+      item_features: float32 [num_items, F], the features of each item; stored once.
       requests: split (one of `SPLITS`) -> its requests, the same ones at every call.
-      num_requests: split -> how many requests `requests` yields, for progress bars.
-      item_category: the category ids of each item, -1 where there is none; None without any.
-      shards: split -> its requests part by part, none of them empty; each becomes a file of the
-        dataset. None: `requests` alone.
-      run: what writes shards, see `pool.open_pool`.
-      resume: a folder that keeps finished shards until the dataset is whole, for a later run to go
-        on with. All that decides what they hold must decide its name, and its parent folder is of
-        this dataset alone: it is removed at the end. None keeps nothing.
-      write_beside: writes into the dataset's folder what else is to lie there.
-      close: lets go of what the source holds on disk; nothing can be read after it.
+      num_requests: split -> the number of requests that `requests` yields, for progress bars.
+      item_category: the category ids of each item, -1 for a missing one; None without any.
+      shards: split -> its requests in nonempty parts; each part becomes a file of the dataset.
+        With None, only `requests` is read.
+      run: the runner that writes shards, see `pool.open_pool`.
+      resume: a folder that keeps finished shards until the dataset is complete, so that a later
+        run can continue. Its name must depend on everything that the content of the shards
+        depends on. Only this dataset may use its parent folder, which is removed at the end.
+        None keeps nothing.
+      write_beside: writes additional files into the dataset's folder.
+      close: releases the files of the source; nothing can be read after it.
     """
 
     spec: FeatureSpec
@@ -56,7 +57,7 @@ class Source:
 
 
 def without_teacher(tasks: int) -> dict[str, Any]:
-    """The fields of a request without a teacher's values and without a truth.
+    """Return the fields of a request without teacher values and without true probabilities.
 
     >>> without_teacher(3)["teacher_probability"].shape
     (0, 3)

@@ -1,15 +1,15 @@
-"""The rows of a split in a file, to be read where they lie: in any order, few at a time.
+"""The rows of a split in a file that is read in place: in any order, a few rows at a time.
 
-Beside the records of a split, which hold all that was logged, lie what batches are cut from,
+The records of a split contain all that was logged. Batches are cut from two files next to them:
 
-    rows-SPLIT.bin    int32, packed: the rows that stand for no label, no candidate and no facts for
-                      the evaluation; then, of each request, its own row, its labels, its
+    rows-SPLIT.bin    int32, packed: the padding rows of labels, of candidates and of the facts for
+                      the evaluation; then, for each request, its own row, its labels, its
                       candidates and their facts for the evaluation
     counts-SPLIT.npy  int64 [n, 11]: the place of each of the four in that file, and `Counts`
 
-A request lies in one piece, what counts in every training first, so reading it is one access to the
-disk. The candidates of training requests are in sampling order, without facts for the evaluation;
-all others are as they are stored.
+A request is stored in one piece, so reading it is one access to the disk. The parts that count in
+every training come first. The candidates of training requests are in sampling order, without facts
+for the evaluation; all others are in their stored order.
 """
 
 import dataclasses
@@ -37,12 +37,12 @@ from kd_ranker.requests.columns import (
 from kd_ranker.requests.ragged import runs
 
 _TRAIN = "train"
-# Bytes between two ranges that are fetched as one.
+# The largest gap in bytes between two ranges that are fetched as one.
 _GAP = 2**16
 
 
 class _First(NamedTuple):
-    """The places of what a file holds of each request: numbers before them."""
+    """The place of each part of a request in a file, in numbers from its start."""
 
     requests: Int[np.ndarray, "n"]
     labels: Int[np.ndarray, "n"]
@@ -51,23 +51,23 @@ class _First(NamedTuple):
 
 
 PLACES = len(_First._fields)
-"""How many of the columns of counts are places in the rows."""
+"""The number of columns of a counts file that are places in the rows."""
 
 
 def paths(folder: Path, split: str) -> tuple[Path, Path]:
-    """The files of a split: its rows, and where they are."""
+    """Return the files of a split: its rows, and their places."""
     return folder / f"rows-{split}.bin", folder / f"counts-{split}.npy"
 
 
 def parts_of(shard: Path) -> tuple[Path, Path]:
-    """The files of a shard, until `join` makes those of the split of them."""
+    """Return the files of a shard, which `join` combines into those of the split."""
     return shard.with_name(f"{shard.name}.rows"), shard.with_name(f"{shard.name}.counts")
 
 
 def flat(
     block: Block, spec: FeatureSpec, split: str, before: int
 ) -> tuple[Int32[np.ndarray, "numbers"], Int64[np.ndarray, "n columns"]]:
-    """The contents of both files for some requests, at least one, after numbers of others."""
+    """Return the contents of both files for at least one request, after `before` numbers."""
     columns = columns_of_block(block, spec)
     if split == _TRAIN:
         known = np.zeros_like(columns.counts.known)
@@ -90,13 +90,13 @@ def flat(
 
 
 def _nothing(spec: FeatureSpec) -> list[Rows]:
-    """The rows that stand for none, in the order in which they begin a file."""
+    """Return the padding rows, in the order in which they begin a file."""
     none = columns_of([], spec)
     return [none.labels, none.candidates, none.known]
 
 
 def join(shards: Sequence[Path], folder: Path, split: str, spec: FeatureSpec) -> None:
-    """Makes the files of a split of those of its shards, whose own stay."""
+    """Combine the files of shards into those of a split, and keep the files of the shards."""
     rows_path, counts_path = paths(folder, split)
     nothing = np.concatenate([rows.values[0] for rows in _nothing(spec)])
     counts, before = [], len(nothing)
@@ -113,17 +113,17 @@ def join(shards: Sequence[Path], folder: Path, split: str, spec: FeatureSpec) ->
 
 
 def open_columns(folder: Path, spec: FeatureSpec, split: str) -> Columns:
-    """The requests of a split, in their files.
+    """Return the requests of a split, backed by their files.
 
     Raises:
-      ValueError: the files are not whole.
+      ValueError: the files are incomplete.
     """
     rows_path, counts_path = paths(folder, split)
     numbers = np.asarray(np.load(counts_path, mmap_mode="r"))
     first, counts = _First(*numbers.T[:PLACES]), Counts(*numbers.T[PLACES:])
     file = rows_path.open("rb")
     mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    # A read far from the last one must not bring what lies behind it.
+    # A read far from the last one must not read ahead.
     mapped.madvise(mmap.MADV_RANDOM)
     values = np.frombuffer(mapped, np.int32)
     none = columns_of([], spec)
@@ -151,7 +151,7 @@ def open_columns(folder: Path, spec: FeatureSpec, split: str) -> Columns:
 def _fetching(
     file: Any, first: _First, width: int
 ) -> Callable[[Int[np.ndarray, "R"], Int[np.ndarray, "R"]], None]:
-    """Builds `Columns.expect`: the disk reads many pieces at once, while other work goes on."""
+    """Build `Columns.expect`, by which the disk reads many pieces at once during other work."""
     if not hasattr(os, "posix_fadvise"):
         return lambda *_: None
 

@@ -1,19 +1,19 @@
-"""Requests on disk: the folder of a dataset, how it is written and opened.
+"""Requests on disk: write and open the folder of a dataset.
 
-A built dataset is `data.dir/requests/<name>/<version>`, which TFDS opens, with the splits of
-`request.SPLITS`, and beside the records
+A built dataset is the folder `data.dir/requests/<name>/<version>`, which TFDS opens. It has the
+splits of `request.SPLITS`. In addition to the records, it contains
 
     feature_spec.json   the sizes of its features (`FeatureSpec`)
-    rows-SPLIT.bin      what batches are cut from, and counts-SPLIT.npy: see `row_files`
-    items.npy           float32 [num_items, F], what is known of each item, stored once
+    rows-SPLIT.bin      with counts-SPLIT.npy, the source of batches: see `row_files`
+    items.npy           float32 [num_items, F], the features of each item, stored once
     item_category.npy   int32 [num_items, I], the category ids of each item
     manifest.json       sizes and digests of all these files, see `manifest`; the fingerprint of a
                         dataset is a digest of those of the files above
 
-and what else its source puts there. It is written to a temporary folder that is renamed at the end,
-so a dataset is whole or absent; what a build that was killed has left, the next one removes. Of a
-source with `resume`, the finished shards outlive such a build, and a later one writes the others.
-The shards of equal requests are equal, byte for byte.
+and the additional files of its source. It is written to a temporary folder that is renamed at the
+end, so a dataset is complete or absent. The next build removes the leftovers of a build that was
+killed. If the source has `resume`, its finished shards are kept, and a later build writes the
+others. The shards of equal requests are equal, byte for byte.
 """
 
 import contextlib
@@ -45,20 +45,20 @@ FORMAT_VERSION = "1.5.0"
 SPEC_FILE = "feature_spec.json"
 _NAME, _FORMAT = "requests", "array_record"
 _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
-# A record a group, as they are read one by one; a fifth larger than with zstd, in a quarter of the
-# time, which is as long as all else takes that is done to a record.
+# One record per group, since records are read one by one. Files are a fifth larger than with zstd,
+# in a quarter of the time. That time equals the time of all other work on a record.
 _RECORDS = "group_size:1,snappy"
-# What the name of a folder or of a shard starts with that is being written.
+# The prefix of the name of a folder or a shard that is being written.
 _UNFINISHED = ".unfinished-"
 
 
 def directory_of(name: str, data_dir: str) -> Path:
-    """The folder of the dataset `name` (see `config.identity`), built or not."""
+    """Return the folder of the dataset `name` (see `config.identity`), built or not."""
     return Path(data_dir) / _NAME / name / FORMAT_VERSION
 
 
 def build(source: Source, name: str, data_dir: str) -> Path:
-    """Writes a source to disk unless it is there already, closes it, and returns its folder.
+    """Write a source to disk unless it exists already, close it, and return its folder.
 
     Raises:
       UserError: the source is at fault, or another process builds the same dataset.
@@ -73,9 +73,9 @@ def build(source: Source, name: str, data_dir: str) -> Path:
 
 @contextlib.contextmanager
 def building(name: str, data_dir: str) -> Iterator[Path]:
-    """Lets no other process build a dataset meanwhile; gives its folder.
+    """Keep other processes from building a dataset, and yield its folder.
 
-    What a build that was killed has left there is removed.
+    The leftovers of a build that was killed are removed.
 
     Raises:
       UserError: another process builds it.
@@ -88,7 +88,7 @@ def building(name: str, data_dir: str) -> Iterator[Path]:
 
 
 def write(source: Source, directory: Path) -> None:
-    """Writes a source to a folder of `building`, unless it is there already.
+    """Write a source to a folder of `building`, unless the folder exists already.
 
     Raises:
       UserError: the source is at fault.
@@ -109,7 +109,9 @@ def write(source: Source, directory: Path) -> None:
                 {"dataset": directory.parent.name},
                 removable=[path.relative_to(unfinished).as_posix() for path in removable],
             )
-            with ThreadPoolExecutor() as threads:  # a disk takes many files almost as one
+            with (
+                ThreadPoolExecutor() as threads
+            ):  # flushing many files at once takes about as long as one
                 for _ in threads.map(_flush, [*unfinished.rglob("*"), unfinished]):
                     pass
             unfinished.rename(directory)
@@ -121,13 +123,13 @@ def write(source: Source, directory: Path) -> None:
 
 
 def _kept_shards(source: Source) -> Path | None:
-    """The folder of shards that outlive a build, if there are any."""
+    """Return the folder of shards that are kept after a build, if it exists."""
     kept = source.resume and source.resume.parent
     return kept if kept and kept.exists() else None
 
 
 def _check(source: Source) -> None:
-    """Raises UserError for a source that cannot be stored."""
+    """Raise UserError for a source that cannot be stored."""
     _check_widths(source.spec)
     for split in SPLITS:
         if not source.num_requests.get(split):
@@ -147,9 +149,9 @@ def _item_category(source: Source) -> Int32[np.ndarray, "items I"]:
 
 
 def _write_records(source: Source, folder: Path) -> None:
-    """Writes the shards, where they are not kept from an earlier build, and what TFDS asks for.
+    """Write the shards that no earlier build has kept, and the metadata that TFDS needs.
 
-    A source without shards has one a split.
+    A source without shards has one per split.
     """
     kept = source.resume or folder
     paths, calls = {}, []
@@ -162,7 +164,7 @@ def _write_records(source: Source, folder: Path) -> None:
         ]
     missing = _missing(calls, kept) if source.resume else calls
     if source.shards is None:
-        for call in missing:  # each shows how far it is
+        for call in missing:  # each shows its progress
             write_shard(*call)
     else:
         for _ in source.run(write_shard, missing, "writing"):
@@ -191,7 +193,7 @@ def _write_records(source: Source, folder: Path) -> None:
             for split in SPLITS
         ],
         version=FORMAT_VERSION,
-        # A look at the first example would need TensorFlow.
+        # Checking the first example would need TensorFlow.
         check_data=False,
         # A scored copy must keep the order, so that the same seed draws the same batches.
         disable_shuffling=True,
@@ -208,7 +210,7 @@ def _whole_split(source: Source, split: str) -> Callable[[], Iterator[Request]]:
 
 
 def _paths_of(split: str, number: int, folder: Path) -> list[Path]:
-    """The files of the shards of a split."""
+    """Return the files of the shards of a split."""
     template = tfds.core.ShardedFileTemplate(
         data_dir=folder, dataset_name=_NAME, split=split, filetype_suffix=_FORMAT
     )
@@ -216,7 +218,7 @@ def _paths_of(split: str, number: int, folder: Path) -> list[Path]:
 
 
 def _missing(calls: Sequence[tuple], kept: Path) -> list[tuple]:
-    """The calls of `write_shard` whose files an earlier build has not finished."""
+    """Return the calls of `write_shard` for files that no earlier build has finished."""
     kept.mkdir(parents=True, exist_ok=True)
     for unfinished in kept.glob(f"{_UNFINISHED}*"):
         unfinished.unlink(missing_ok=True)
@@ -229,9 +231,9 @@ def _missing(calls: Sequence[tuple], kept: Path) -> list[tuple]:
 def write_shard(
     path: Path, requests: Shard, spec: FeatureSpec, split: str, is_kept: bool = False
 ) -> None:
-    """Writes requests to a file, which is whole or absent, and their rows beside it.
+    """Write requests to a file that is complete or absent, and their rows next to it.
 
-    It knows their number itself. One that `is_kept` for a later build is flushed to disk.
+    The file records their number. One that `is_kept` for a later build is flushed to disk.
     """
     parts = (path, *row_files.parts_of(path))
     temporary = [part.with_name(f"{_UNFINISHED}{part.name}.{os.getpid()}") for part in parts]
@@ -249,12 +251,12 @@ def write_shard(
                     writer.write(record)
                 numbers, where = row_files.flat(block, spec, split, written)
                 written += len(numbers)
-                # `tofile` would not say why it fails.
+                # `tofile` would not report why it fails.
                 rows_file.write(np.ascontiguousarray(numbers).data)
                 counts_file.write(np.ascontiguousarray(where).data)
-        # The records last: where they are, all is.
+        # The records last: if they exist, the other files do.
         for part, finished in reversed([*zip(temporary, parts, strict=True)]):
-            if is_kept:  # else all of the dataset is flushed at once
+            if is_kept:  # else the whole dataset is flushed at once
                 _flush(part)
             part.replace(finished)
     finally:
@@ -268,17 +270,17 @@ def _num_records(path: Path) -> int:
 
 
 def _linked(kept: Path, folder: Path) -> Path:
-    """A second name for a file: the first one stays until all of the dataset is written."""
+    """Link a file into a folder; the original stays until the whole dataset is written."""
     path = folder / kept.name
     try:
         os.link(kept, path)
-    except OSError:  # a file system without such names
+    except OSError:  # a file system without hard links
         shutil.copyfile(kept, path)
     return path
 
 
 def _flush(path: Path) -> None:
-    """Has a file or a folder lie on the disk: else a loss of power may keep a name and no more."""
+    """Flush a file or a folder to disk: a loss of power could otherwise leave only its name."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -287,7 +289,7 @@ def _flush(path: Path) -> None:
 
 
 def _check_widths(spec: FeatureSpec) -> None:
-    """Raises UserError for features of width 0 that every dataset has."""
+    """Raise UserError for required features of width 0."""
     optional = {field.name for field in dataclasses.fields(Request) if field.default is None}
     widths = {field.name: field.width(spec) for field in STORED if field.width}
     widths |= {name: getattr(spec, name) for name in ("item_features", "cheap_item_features")}
@@ -299,7 +301,7 @@ def _check_widths(spec: FeatureSpec) -> None:
 
 
 def _check_ids(block: Block, spec: FeatureSpec) -> None:
-    """Raises UserError for an id out of range: a lookup on a device could not complain."""
+    """Raise UserError for an id out of range, which a lookup on a device would not detect."""
     for field in STORED:
         values = block.values[field.name]
         if field.ids is None or not values.size:
@@ -311,21 +313,21 @@ def _check_ids(block: Block, spec: FeatureSpec) -> None:
             place = np.searchsorted(ends, np.flatnonzero(wrong)[0], side="right")
             ids = values[ends[place] - block.numbers[field.of][place] : ends[place]]
             raise UserError(
-                f"request {block.values['request_id'][place]}: {field.name} must lie in "
-                f"[{least}, {size}), found {ids.min()} to {ids.max()}"
+                f"request {block.values['request_id'][place]}: {field.name} must lie in [{least}, "
+                f"{size}), found {ids.min()} to {ids.max()}"
             )
 
 
 def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:
-    """Opens a built dataset.
+    """Open a built dataset.
 
     Args:
       name: see `dataset_name`.
       data_dir: `config.data.dir`.
-      made_by: the command that makes the dataset, for the message if there is none.
+      made_by: the command that makes the dataset, for the message if it is missing.
 
     Raises:
-      UserError: there is no such dataset, or only one of an older format, or it is damaged.
+      UserError: the dataset is missing, has an older format, or is damaged.
     """
     directory = directory_of(name, data_dir)
     older = sorted(path.parent.name for path in directory.parent.glob(f"*/{SPEC_FILE}"))
@@ -338,10 +340,10 @@ def open_dataset(name: str, data_dir: str, made_by: str) -> Dataset:
 
 
 def open_at(directory: Path, made_by: str) -> Dataset:
-    """Opens the dataset in a folder.
+    """Open the dataset in a folder.
 
     Raises:
-      UserError: there is none, or it is damaged.
+      UserError: the dataset is missing or damaged.
     """
     if not directory.exists():
         raise UserError(f"no dataset at {directory}; make it with: {made_by}")

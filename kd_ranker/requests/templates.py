@@ -1,13 +1,13 @@
-"""The way in which files are written from templates."""
+"""The Jinja environment for files that are written from templates."""
 
 import jinja2
 
 
 def templates_of(package: str) -> jinja2.Environment:
-    """The Jinja templates in the folder `templates` of a package.
+    """Return the Jinja templates in the folder `templates` of a package.
 
-    What is filled into HTML is escaped, by the ending of the template's name. A line that holds a
-    tag alone leaves nothing behind, and a name that is not given is an error.
+    Values are escaped in HTML templates, by the suffix of the template's name. A line that contains
+    only a tag leaves no output. An undefined name is an error.
     """
     return jinja2.Environment(
         loader=jinja2.PackageLoader(package),

@@ -33,12 +33,12 @@ def read_tables(folder: Path) -> Arrays:
 
 
 def open_programs(folder: Path, runtime: str) -> Programs:
-    """The programs by name, each a function from arrays by name to arrays by name.
+    """Open the programs by name; each maps arrays by name to arrays by name.
 
     Each reads the inputs that `export.json` lists and ignores others.
 
     Args:
-      folder: of the export.
+      folder: the folder of the export.
       runtime: "onnx" or "jax".
     """
     described = json.loads((folder / "export.json").read_text())["programs"]
@@ -84,7 +84,7 @@ def _open_jax(path: Path, described: Mapping[str, Any]) -> Callable[[Arrays], Ar
 
 
 def rank(programs: Programs, arrays: Arrays) -> Arrays:
-    """The probabilities and values of the candidates of requests.
+    """Compute the probabilities and values of the candidates of requests.
 
     Args:
       programs: the programs.
@@ -96,7 +96,7 @@ def rank(programs: Programs, arrays: Arrays) -> Arrays:
 
 
 def largest_differences(folder: Path, runtime: str) -> dict[str, float]:
-    """The largest difference from the expected value, by result of the example."""
+    """Return the largest difference from the expected value, by result of the example."""
     programs, tables = open_programs(folder, runtime), read_tables(folder)
     with np.load(folder / "example.npz") as example:
         inputs = {name[3:]: example[name] for name in example if name.startswith("in.")}

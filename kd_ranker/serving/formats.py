@@ -1,4 +1,4 @@
-"""The formats in which a program is written down."""
+"""The file formats of programs."""
 
 import contextlib
 import logging
@@ -16,13 +16,13 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 
 def to_jax(program: Program) -> bytes:
-    """The program for `jax.export.deserialize`: StableHLO, for each of `PLATFORMS`."""
+    """Return the program for `jax.export.deserialize`: StableHLO, for each of `PLATFORMS`."""
     exported = export.export(jax.jit(program.function), platforms=PLATFORMS)
     return bytes(exported(abstract(program.inputs)).serialize())
 
 
 def to_onnx(program: Program) -> bytes:
-    """The program as an ONNX model, with the names of inputs and outputs.
+    """Return the program as an ONNX model, with the names of inputs and outputs.
 
     Raises:
       UserError: jax2onnx is not installed, or ONNX lacks an operation of the program.
@@ -32,8 +32,7 @@ def to_onnx(program: Program) -> bytes:
             import jax2onnx
     except ImportError as error:
         raise UserError(
-            "ONNX needs the extra `onnx`: pip install 'kd_ranker[onnx]'; or name "
-            "--formats=jax alone"
+            "ONNX needs the extra `onnx`: pip install 'kd_ranker[onnx]'; or use only --formats=jax"
         ) from error
     names, outputs = list(program.inputs), list(program.outputs)
 
@@ -50,18 +49,18 @@ def to_onnx(program: Program) -> bytes:
                 input_names=names,
                 output_names=outputs,
             )
-    # Whatever the converter of an operation raises.
+    # The converter of an operation may raise any exception.
     except Exception as error:
         raise UserError(
-            f"the program {program.name!r} cannot be written as ONNX: {error}; name --formats=jax "
-            "alone"
+            f"the program {program.name!r} cannot be written as ONNX: {error}; use only "
+            "--formats=jax"
         ) from error
     return model.SerializeToString()
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps to itself what the converter says of other packages and of its own intermediates."""
+    """Silence the converter's logs and warnings on other packages and its intermediate results."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -73,4 +72,4 @@ def _quiet() -> Iterator[None]:
 
 
 FORMATS: dict[str, Callable[[Program], bytes]] = {"jax": to_jax, "onnx": to_onnx}
-"""By the ending of its files, how a program is written."""
+"""The functions that write a program, by the suffix of the files."""

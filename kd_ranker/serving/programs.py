@@ -1,16 +1,16 @@
-"""A trained ranker as programs: functions of named arrays, which formats write down.
+"""A trained ranker as programs: functions of named arrays, which `formats` writes to files.
 
-A program takes all that it reads by name: fields of a request, as in `batch.FIELDS`, results of the
-program before it, and tables. Those lie beside the programs, so that they can be large, and that
-items can come without another export.
+A program takes its inputs by name: fields of a request, as in `batch.FIELDS`, results of the
+program before it, and tables. Tables are separate files next to the programs, so they can be large,
+and new items need no new export.
 
-A student that falls into parts (`models.student.InParts`) becomes three programs:
+A student with separate parts (`models.student.InParts`) becomes three programs:
 
-    user    once a request: its queries, from the user, the context and the history
-    item    once an item, offline: its embedding
+    user    once per request: its queries, from the user, the context and the history
+    item    once per item, offline: its embedding
     score   the queries against the embeddings of the candidates
 
-Any other ranker becomes one, `rank`, of the whole request.
+Any other ranker becomes one program, `rank`, of the whole request.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ Function = Callable[[Arrays], dict[str, Any]]
 
 
 class Described(NamedTuple):
-    """The type of an array; a size that is a name may differ from call to call."""
+    """The type of an array; a named size may differ between calls."""
 
     shape: tuple[int | str, ...]
     dtype: np.dtype
@@ -49,7 +49,7 @@ class Program(NamedTuple):
     """One program of an export.
 
     Attributes:
-      name: of its files.
+      name: the stem of its files.
       function: from arrays by name to arrays by name.
       inputs: the arrays that it takes.
       outputs: the arrays that it returns.
@@ -62,15 +62,15 @@ class Program(NamedTuple):
 
 
 class Servable(NamedTuple):
-    """A ranker to be served.
+    """A ranker for serving.
 
     Attributes:
       model: its fixed part.
-      parameters: what it learned, of one model.
+      parameters: the learned parameters of one model.
       spec: the sizes of the dataset that it was trained on.
-      items: what is known of the items there.
-      probability: from its logits to the probabilities that it serves, see `Mode.serve`.
-      value_weights: a weight a task.
+      items: the features and categories of the items there.
+      probability: maps its logits to the probabilities that it serves, see `Mode.serve`.
+      value_weights: one weight per task.
     """
 
     model: Model
@@ -82,20 +82,20 @@ class Servable(NamedTuple):
 
     @property
     def seen(self) -> FeatureSpec:
-        """The sizes of what the model reads."""
+        """The sizes of the fields that the model reads."""
         reads = self.model.reads_history
         return self.spec if reads else dataclasses.replace(self.spec, history_length=0)
 
 
 class Exported(NamedTuple):
-    """A ranker as programs, in the order in which a server runs them, and the tables they read."""
+    """A ranker as programs, in the order of execution on a server, and the tables they read."""
 
     programs: list[Program]
     tables: Tables
 
 
 def make_programs(trained: Servable, item_type: str) -> Exported:
-    """The programs of a ranker.
+    """Build the programs of a ranker.
 
     Args:
       trained: the ranker.
@@ -121,13 +121,13 @@ def make_programs(trained: Servable, item_type: str) -> Exported:
 
 
 def falls_into_parts(trained: Servable) -> bool:
-    """True if a ranker becomes three programs, not one."""
+    """Return True if a ranker becomes three programs, not one."""
     module = nnx.merge(trained.model.graph, trained.parameters.dense)
     return isinstance(module, InParts)
 
 
 def call(programs: Sequence[Program], arrays: Arrays) -> dict[str, Any]:
-    """The results of all programs of a request; `arrays` holds its fields and the tables."""
+    """Run all programs of a request; `arrays` contains its fields and the tables."""
     known = dict(arrays)
     for program in programs:
         if program.name != "item":
@@ -136,7 +136,7 @@ def call(programs: Sequence[Program], arrays: Arrays) -> dict[str, Any]:
 
 
 def abstract(inputs: Mapping[str, Described]) -> dict[str, Any]:
-    """The inputs of a program by types alone, with symbols for the sizes that have names."""
+    """Return only the types of a program's inputs, with symbols for named sizes."""
     scope = export.SymbolicScope()
 
     def of(described: Described) -> Any:
@@ -147,7 +147,7 @@ def abstract(inputs: Mapping[str, Described]) -> dict[str, Any]:
 
 
 class _Recorded(dict[str, Any]):
-    """Arrays by name that remember which of them were read."""
+    """Arrays by name that record which of them were read."""
 
     def __init__(self, arrays: Arrays):
         super().__init__(arrays)
@@ -159,7 +159,7 @@ class _Recorded(dict[str, Any]):
 
 
 def _program(name: str, function: Function, offered: Mapping[str, Described]) -> Program:
-    """The program that takes what its function reads of what it is offered."""
+    """Build a program that takes only the offered arrays that its function reads."""
     read: set[str] = set()
 
     def recorded(arrays: dict[str, Any]) -> dict[str, Any]:
@@ -181,12 +181,12 @@ def _size(size: Any) -> int | str:
 
 
 def _there(described: Mapping[str, Described]) -> dict[str, Described]:
-    """The arrays that are not empty: formats know no others."""
+    """Return the nonempty arrays: formats do not support empty ones."""
     return {name: of for name, of in described.items() if 0 not in of.shape}
 
 
 def _fields(spec: FeatureSpec, *owners: str) -> dict[str, Described]:
-    """The fields of a request that belong to these owners, as a ranker gets them."""
+    """Return the fields of these owners in a request, as a ranker receives them."""
     sizes: dict[str, tuple[int | str, ...]] = {
         "request": ("requests",),
         "event": ("requests", spec.history_length),
@@ -203,7 +203,7 @@ def _fields(spec: FeatureSpec, *owners: str) -> dict[str, Described]:
 
 
 def _one_item(spec: FeatureSpec) -> dict[str, Described]:
-    """The inputs of the encoder of items."""
+    """Return the inputs of the encoder of items."""
     return _there(
         {
             "item_id": Described(("items",), np.dtype(np.int32)),
@@ -214,7 +214,7 @@ def _one_item(spec: FeatureSpec) -> dict[str, Described]:
 
 
 def _described(held: Tables) -> dict[str, Described]:
-    """The types of tables; those of embeddings may have more rows, of new items."""
+    """Return the types of tables; item embeddings may have more rows, for new items."""
     grows = (ITEM_EMBEDDING, ITEM_SCALE)
     return _there(
         {
@@ -227,7 +227,7 @@ def _described(held: Tables) -> dict[str, Described]:
 
 
 def _item_tables(trained: Servable, features: int) -> Tables:
-    """The categories of the items, and the first of their features."""
+    """Return the categories of the items, and their first features."""
     known = {
         "item_features": np.asarray(trained.items.features)[:, :features],
         "item_category": np.asarray(trained.items.category),
@@ -236,7 +236,7 @@ def _item_tables(trained: Servable, features: int) -> Tables:
 
 
 def _batch_and_items(spec: FeatureSpec, arrays: Arrays) -> tuple[CandidateBatch, Items]:
-    """The arrays as models know them; what is not among them is empty, or dead code."""
+    """Return the arrays as inputs of a model; missing ones are empty, or dead code."""
     requests = arrays["user_id"].shape[0]
     candidates = arrays["item_id"].shape[1] if "item_id" in arrays else 0
     sizes = {"request": (requests,), "event": (requests, spec.history_length)}
@@ -260,7 +260,7 @@ def _or_zeros(arrays: Arrays, name: str, shape: tuple[Any, ...], dtype: Any) -> 
 
 
 def _rows(trained: Servable, arrays: Arrays, batch: CandidateBatch, items: Items) -> Rows:
-    """The rows that a batch needs."""
+    """Gather the embedding rows that a batch needs."""
     embedding = trained.model.embedding
     used = {
         name: lookup
@@ -310,7 +310,7 @@ def _user(trained: Servable) -> Function:
 def _plus_categories(
     trained: Servable, row: Float[Array, "... D"], of: str, name: str, arrays: Arrays
 ) -> Float[Array, "... D"]:
-    """A row plus the mean rows of the categories of an item or a candidate, if these have any."""
+    """Add the mean rows of the categories of an item or a candidate, if it has any."""
     lengths = trained.spec.category_lengths(of)
     if not lengths:
         return row
@@ -332,13 +332,13 @@ def _item(trained: Servable) -> Function:
 def _embedding(
     module: Any, row: Float[Array, "items D"], features: Float[Array, "items F"]
 ) -> Float[Array, "items D"]:
-    """The embedding of items, by the encoder of candidates, whose own features are 0 here."""
+    """Embed items by the encoder of candidates, with candidate features of 0."""
     own = jnp.zeros((*row.shape[:-1], module.spec.candidate_features), features.dtype)
     return module.item(row, jnp.concatenate([features, own], axis=-1))
 
 
 def inputs_of_items(trained: Servable, ids: Int[np.ndarray, "items"]) -> dict[str, np.ndarray]:
-    """The inputs of the program `item` for items of the dataset, without tables."""
+    """Return the inputs of the program `item` for items of the dataset, without tables."""
     cheap = trained.spec.cheap_item_features
     known = {
         "item_id": ids,
@@ -349,7 +349,7 @@ def inputs_of_items(trained: Servable, ids: Int[np.ndarray, "items"]) -> dict[st
 
 
 def _item_embeddings(trained: Servable, held: Tables) -> Any:
-    """The embeddings of all items, and of one that nothing is known of."""
+    """Return the embeddings of all items, and of an unknown item."""
     item = jax.jit(_item(trained))
     rows = {name: table for name, table in held.items() if name.endswith("_table")}
 

@@ -1,8 +1,8 @@
 """Probabilities and values of a trained ranker, and a log that is written with them.
 
-The work on a log goes on where it stopped. What is finished waits in a hidden folder below that of
-the result, whose name holds a hash over all that decides the numbers: first the log as requests,
-then the scores of a piece of these after the other, then whole files of the log.
+Scoring a log resumes where it stopped. Finished work is kept in a hidden folder inside the result's
+folder: first the log as requests, then the scores piece by piece, then whole files of the log. The
+name of the hidden folder contains a hash of all inputs that the numbers depend on.
 """
 
 import contextlib
@@ -43,22 +43,22 @@ from kd_ranker.sources.logs.write_back import Scored
 from kd_ranker.training.workdir import read_json, write_atomically
 
 FILE = "scores.json"
-"""Beside a scored log once all of it is there: who has scored it, and what was counted."""
+"""Next to a complete scored log: the ranker that scored it, and the counts of its rows."""
 
 _WORK, _READ, _SCORES = ".scoring-", "read", "scores"
 _REMOVE = "remove that folder, and run this again"
 
 
 class TrainedRanker(NamedTuple):
-    """A ranker that a run has left.
+    """A ranker that a run has trained.
 
     Attributes:
-      name: what the run calls it, for people.
+      name: its name in the run, for people.
       role: `teacher` or `student`.
-      ranker: how it ranks.
-      serve: which of its probabilities it ranks by.
+      ranker: the ranker as the evaluation calls it.
+      serve: the name of the probabilities that it ranks by.
       version: a name for its exact weights.
-      dataset: the one whose terms it knows: ids, means, deviations.
+      dataset: the dataset that defines its ids, means and deviations.
     """
 
     name: str
@@ -78,20 +78,20 @@ def probabilities(
     size: int,
     candidates: int,
 ) -> Iterator[tuple[Request, Float32[np.ndarray, "N T"]]]:
-    """Requests with the probabilities of all their candidates, in the order of these.
+    """Yield requests with the probabilities of all their candidates, in the candidates' order.
 
     Args:
       ranker: the ranker.
-      serve: which of its probabilities to take.
+      serve: the name of the probabilities to return.
       requests: the requests.
-      items: what is known of the items.
+      items: the features and categories of the items.
       spec: the sizes of their features.
-      size: how many requests are scored at a time.
-      candidates: the most that any request has.
+      size: the number of requests that are scored at a time.
+      candidates: the largest number of candidates of a request.
     """
     requests = iter(requests)
     while chunk := [*itertools.islice(requests, size)]:
-        # A last chunk of another size would compile once more.
+        # A last chunk of another size would need another compilation.
         filled = chunk + [chunk[-1]] * (size - len(chunk))
         batch = CandidateBatch(**cutting.full_fields(columns_of(filled, spec), candidates))
         served = ranker.serve(ranker.parameters, batch, items)
@@ -111,26 +111,26 @@ def score_log(
     requests: int,
     output: Path | None,
 ) -> tuple[Scored, Unseen]:
-    """Writes a log with the probabilities and the value of a ranker beside each candidate.
+    """Write a log with the probabilities and the value of a ranker for each candidate.
 
     Args:
-      log: the log, of `open_unseen`.
-      layout: what is read of it, likewise.
-      settled: the terms of the ranker's dataset.
+      log: the log, from `open_unseen`.
+      layout: the columns to read, from `open_unseen`.
+      settled: the vocabularies and transforms of the ranker's dataset.
       trained: the ranker.
-      again: opens the same one in another process, can be pickled; None where `runner` is of this
-        process.
-      runner: gives what scores, for as long as it is entered.
-      value_weights: a weight a task.
-      requests: how many are scored at a time.
+      again: opens the same ranker in another process, can be pickled; None if `runner` runs in
+        this process.
+      runner: a context manager that yields the runner for scoring.
+      value_weights: one weight per task.
+      requests: the number of requests that are scored at a time.
       output: the folder to write to; None takes one below `data.dir`, named after all of these.
 
     Returns:
-      Where the log lies, and what was read of it.
+      The scored log, and the counts and pieces of the log that was read.
 
     Raises:
-      UserError: the log cannot be read or not one row of it used, or the folder lies in the log,
-        holds something else or is another process's.
+      UserError: the log is unreadable or has no usable row, or the output folder is inside the
+        log, contains something else or is locked by another process.
     """
     dataset, tasks = trained.dataset, trained.dataset.spec.tasks
     digest = _digest(log, layout, trained, value_weights, requests)
@@ -175,10 +175,10 @@ def _usual_output(layout: LogLayout, trained: TrainedRanker, digest: str) -> Pat
 
 
 def _checked_output(output: Path, layout: LogLayout) -> Path:
-    """The folder to write to; UserError if it lies in the log."""
+    """Return the folder to write to; raise UserError if it is inside the log."""
     if output.resolve().is_relative_to(Path(layout.path).resolve()):
         raise UserError(
-            f"{output} lies in the log, of which it would be a part; give another --out"
+            f"{output} is inside the log and would become a part of it; give another --out"
         )
     return output
 
@@ -190,7 +190,7 @@ def _digest(
     value_weights: Sequence[float],
     requests: int,
 ) -> str:
-    """A hash over all that decides the numbers; see `score_log`."""
+    """Return a hash of all inputs that the numbers depend on; see `score_log`."""
     made_of = [
         *(trained.version, trained.role, trained.serve, trained.dataset.identity["dataset"]),
         *(value_weights, requests, log.manifest, repr(layout.features), layout.columns),
@@ -201,10 +201,10 @@ def _digest(
 
 
 def _is_finished(output: Path, work: Path, digest: str) -> bool:
-    """True for a folder that holds what is to be made; one that holds something else is refused."""
+    """Return True if a folder contains the result; raise UserError if it has other contents."""
     finished = (output / manifest.FILE).exists()
     if finished and manifest.check(output, _REMOVE) == {"scores": digest}:
-        shutil.rmtree(work, ignore_errors=True)  # which a run may have left that was killed
+        shutil.rmtree(work, ignore_errors=True)  # the leftovers of a run that was killed
         return True
     if finished or not (work.exists() or {path.name for path in output.iterdir()} <= lock.FILES):
         raise UserError(
@@ -215,7 +215,7 @@ def _is_finished(output: Path, work: Path, digest: str) -> bool:
 
 
 def _read(log: Log, layout: LogLayout, settled: Settled, items: Items, work: Path) -> Unseen:
-    """The log as requests, which are read if they have not been."""
+    """Return the log as requests, and read them first if necessary."""
     folder, unfinished = work / _READ, work / f"{_READ}-unfinished"
     if not folder.exists():
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -233,7 +233,7 @@ def _read(log: Log, layout: LogLayout, settled: Settled, items: Items, work: Pat
 def _scorer(
     trained: TrainedRanker, again: Callable[[], TrainedRanker] | None
 ) -> Callable[..., None]:
-    """`_score_piece` by a ranker, for this process, or for others that open it again."""
+    """Return `_score_piece` with a ranker, for this process or for others that reopen it."""
     if again:
         return functools.partial(_score_elsewhere, again, trained.version)
     return functools.partial(_score_piece, trained)
@@ -248,9 +248,9 @@ def _score_piece(
     work: Path,
     piece: Piece,
 ) -> None:
-    """Writes the scores of a piece of a log with the places of its candidates, for `write_files`.
+    """Write the scores of a piece of a log with the places of its candidates, for `write_files`.
 
-    See `score_log`; `largest` is the most candidates that a request has.
+    See `score_log`; `largest` is the largest number of candidates of a request.
     """
     folder, spec = work / _READ, trained.dataset.spec
     blocks = encode_requests(layout, folder, piece)
@@ -271,7 +271,7 @@ def _score_piece(
 
 
 def _score_elsewhere(again: Callable[[], TrainedRanker], version: str, *arguments: Any) -> None:
-    """`_score_piece` for another process than the one that has opened the ranker."""
+    """Run `_score_piece` in a process that must first reopen the ranker."""
     trained = again()
     if trained.version != version:
         raise UserError(f"{trained.name} has changed while it scored; run this again")

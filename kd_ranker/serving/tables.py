@@ -1,7 +1,7 @@
-"""The tables that an export's programs read: rows of ids, and an embedding an item.
+"""The tables that an export's programs read: rows of ids, and one embedding per item.
 
-Untrained ids are served with the reserved row, which is written into their own rows here, so that a
-program only has to find the row of an id.
+Untrained ids are served with the reserved row. It is copied into their rows here, so that a program
+only has to find the row of an id.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,17 +18,17 @@ Tables = dict[str, np.ndarray]
 
 ITEM_EMBEDDING, ITEM_SCALE = "item_embedding", "item_scale"
 
-# The items whose embeddings are worked out at a time.
+# The number of items that are embedded at a time.
 _BLOCK = 1 << 16
 
 
 def name_of(table: str) -> str:
-    """The name of one of `EmbeddingSpec.tables` in an export."""
+    """Return the name of one of `EmbeddingSpec.tables` in an export."""
     return f"{table}_table"
 
 
 def served(spec: EmbeddingSpec, trained: TrainedTables) -> Tables:
-    """The rows that the ids of each table are served with, float32 [size + 1, D].
+    """Return the rows that serve the ids of each table, float32 [size + 1, D].
 
     The last row is the reserved one.
     """
@@ -43,11 +43,11 @@ def served(spec: EmbeddingSpec, trained: TrainedTables) -> Tables:
 
 
 class ItemType(NamedTuple):
-    """A way of keeping item embeddings.
+    """A storage format of item embeddings.
 
     Attributes:
-      pack: float32 [rows, D] -> what is kept of them, by name.
-      unpack: (what is kept, row numbers [R, N]) -> the embeddings, float32 [R, N, D].
+      pack: float32 [rows, D] -> the stored arrays by name.
+      unpack: (stored arrays, row numbers [R, N]) -> the embeddings, float32 [R, N, D].
     """
 
     pack: Callable[[Float32[np.ndarray, "rows D"]], Tables]
@@ -60,7 +60,7 @@ def _read(arrays: Mapping[str, Any], name: str, row: Int[Array, "R N"]) -> Any:
 
 
 def _with_scales(embedding: Float32[np.ndarray, "rows D"]) -> Tables:
-    """Whole numbers in [-127, 127] and a factor a row: the largest entry of each is kept."""
+    """Quantize to integers in [-127, 127], with one factor per row that keeps its largest entry."""
     scale = np.abs(embedding).max(axis=1) / 127
     whole = np.round(embedding / np.where(scale > 0, scale, 1)[:, None])
     return {ITEM_EMBEDDING: whole.astype(np.int8), ITEM_SCALE: scale.astype(np.float32)}
@@ -80,7 +80,7 @@ ITEM_TYPES: dict[str, ItemType] = {
         lambda arrays, row: _plain(arrays, row) * _read(arrays, ITEM_SCALE, row)[..., None],
     ),
 }
-"""The types in which an export can keep item embeddings."""
+"""The storage formats of item embeddings in an export."""
 
 
 def item_embeddings(
@@ -88,12 +88,12 @@ def item_embeddings(
     unknown: Float[Array, "D"],
     items: int,
 ) -> Float32[np.ndarray, "items+1 D"]:
-    """The embedding of each item, a block at a time, and behind them that of all others.
+    """Compute the embedding of each item, a block at a time, and append that of unknown items.
 
     Args:
-      embed: from item ids to embeddings.
+      embed: maps item ids to embeddings.
       unknown: the last row.
-      items: how many there are.
+      items: the number of items.
     """
     blocks = [
         np.asarray(embed(np.arange(first, min(first + _BLOCK, items), dtype=np.int32)))
@@ -103,5 +103,5 @@ def item_embeddings(
 
 
 def row_of_item(ids: Int[Array, "R N"], rows: int) -> Int[Array, "R N"]:
-    """The row of each item in `item_embeddings`: its id, or the last one for an id beyond."""
+    """Return the row of each item in `item_embeddings`: its id, or the last row if out of range."""
     return jnp.where((ids >= 0) & (ids < rows - 1), ids, rows - 1)

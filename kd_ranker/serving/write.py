@@ -37,7 +37,7 @@ _EXAMPLE_ITEMS = 32
 
 
 def program_files(exported: Exported, formats: Sequence[str]) -> dict[str, bytes]:
-    """The programs in these formats, some of `formats.FORMATS`, by the names of their files."""
+    """Return the programs in these formats (of `formats.FORMATS`) by the names of their files."""
     return {
         f"{program.name}.{name}": FORMATS[name](program)
         for program in exported.programs
@@ -54,16 +54,16 @@ def write_export(
     beside: Path,
     folder: Path,
 ) -> None:
-    """Writes the folder, whole or not at all.
+    """Write the folder atomically.
 
     Args:
-      exported: what to write.
-      trained: the ranker that it was made of.
-      files: those of `program_files`.
+      exported: the programs and tables to write.
+      trained: the ranker from which they were made.
+      files: the result of `program_files`.
       batch: the requests of the example.
-      about: what else `export.json` and the README say.
-      beside: the folder with the vocabularies and transforms of a log; there may be none.
-      folder: where to write; it does not exist.
+      about: additional entries of `export.json` and the README.
+      beside: the folder with the vocabularies and transforms of a log; it may be absent.
+      folder: the folder to write, which must not exist.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     temporary.mkdir(parents=True)
@@ -89,7 +89,7 @@ def write_export(
 
 
 def _example(exported: Exported, trained: Servable, batch: CandidateBatch) -> dict[str, Any]:
-    """Inputs of requests and of items under `in.`, and their results under `out.`."""
+    """Return inputs of requests and of items under `in.`, and their results under `out.`."""
     needed = {name for program in exported.programs for name in program.inputs}
     inputs = {
         field.name: np.asarray(getattr(batch, field.name))
@@ -139,7 +139,7 @@ def _types(described: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _flops(program: Program, candidates: int) -> float:
-    """FLOPs of one call: of one request with so many candidates, or of one item."""
+    """Return the FLOPs of one call: of one request with n candidates, or of one item."""
     sizes: dict[int | str, int] = {"requests": 1, "items": 1, "candidates": candidates, "rows": 1}
     inputs = {
         name: jax.ShapeDtypeStruct(

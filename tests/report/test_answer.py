@@ -75,7 +75,7 @@ def test_a_saving_that_is_shown(tmp_path):
 def test_where_requests_were_kept_the_answer_says_that_intervals_cover_them(tmp_path):
     covered = {
         (0, 1): "the test requests and 2 repeats;",
-        (0,): "the test requests, and not the seeds, of which there is one;",
+        (0,): "the test requests, and not the seeds, since there is only one;",
     }
     for seeds, text in covered.items():
         (study,) = read_studies([sweeps.write_sweep(tmp_path / str(len(seeds)), seeds=seeds)])
@@ -283,8 +283,9 @@ def test_a_saving_for_which_users_may_pay_is_named(tmp_path, lost, pays):
     sentence = answered(tmp_path, STUDENTS, users=users).sentence
     assert (
         sentence.endswith(
-            " No way with scores surely keeps users within 0.2% of what they have without them: on "
-            "validation, the change of this one is −5.0% to −5.0%. So users may pay for the saving."
+            " No way with scores surely keeps the value for users within 0.2% of the value without "
+            "them: on validation, the change of this one is −5.0% to −5.0%. So users may pay for "
+            "the saving."
         )
         == pays
     )
@@ -432,7 +433,7 @@ def test_a_log_that_covers_too_little_cannot_say(tmp_path, coverage, tells):
         assert f"which can cover {share}, users have more" in sentence
     else:
         assert sentence.endswith(
-            "This log cannot say what the scores do for users: it could have labels of only "
+            "This log cannot show the effect of the scores on users: it could have labels of only "
             f"{share}."
         )
 
@@ -441,8 +442,8 @@ def test_against_todays_ranker_the_log_cannot_say(tmp_path):
     """Of what it left out there are no labels, whatever the coverage."""
     sentence = from_labels(tmp_path, [0.5, 0.5], [0.6, 0.6], incumbent=350)
     assert sentence.endswith(
-        "This log cannot say what the scores do for users: no label is known of what today's early "
-        "ranker left out."
+        "This log cannot show the effect of the scores on users: candidates that today's early "
+        "ranker left out have no labels."
     )
     # It is not compared here.
     assert "users have more" in from_labels(tmp_path / "b", [0.5] * 2, [0.6] * 2, incumbent=500)

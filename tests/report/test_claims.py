@@ -285,7 +285,9 @@ def test_f_users_keep_what_they_have_unless_it_falls(
 def test_f_labels_that_cover_too_little_measure_nothing(tmp_path, coverage, expected):
     line = with_users(tmp_path, "covered", [0.5, 0.51], [0.6, 0.61], coverage=coverage)
     assert line["verdict"] == expected
-    assert (line["remark"] == "the log cannot say: too little coverage") == (expected != "holds")
+    assert (line["remark"] == "the log cannot show it: too little coverage") == (
+        expected != "holds"
+    )
 
 
 def test_f_labels_cannot_compare_with_todays_ranker(tmp_path):
@@ -298,8 +300,8 @@ def test_f_labels_cannot_compare_with_todays_ranker(tmp_path):
     )
     (line,) = of(frame, "f", "aux")
     assert line["verdict"] == "not measured"
-    left_out = "no label is known of what today's early ranker left out"
-    assert line["remark"] == f"the log cannot say: {left_out}"
+    left_out = "candidates that today's early ranker left out have no labels"
+    assert line["remark"] == f"the log cannot show it: {left_out}"
 
 
 @pytest.mark.parametrize(

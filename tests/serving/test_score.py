@@ -530,7 +530,7 @@ def test_a_folder_with_something_else_is_not_written_to(world, tmp_path):
     out.mkdir()
     (out / "mine.txt").write_text("")
     assert "give another folder with --out" in fault_of(config, workdir, output=out)
-    assert "lies in the log" in fault_of(config, workdir, output=log / "scored")
+    assert "is inside the log" in fault_of(config, workdir, output=log / "scored")
     (out / "mine.txt").unlink()
     scoring.score_unseen(config, workdir, output=out)
     other = config_for(world, "student", log)
