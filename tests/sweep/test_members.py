@@ -337,7 +337,7 @@ def test_a_sweep_varies_the_own_numbers_of_a_new_loss_in_one_program(monkeypatch
     mapping = MAPPINGS["shard_map"](jax.devices()[:1])
     step = mapping.map_step(make_step([group.recipe]))
     state = mapping.create(lambda deal: (group.init(),))
-    frozen = mapping.replicate(Frozen(random_items(), None))
+    frozen = mapping.place(Frozen(random_items(), None))
     _, of_groups = step(state, mapping.shard(random_batch(0)), (group.numbers,), frozen)
     small, large = np.asarray(of_groups[0]["distill_loss"]).ravel()
     assert large > small > 0
