@@ -71,19 +71,19 @@ def probability_of_stage(stage: Int[Array, "*shape"]) -> Float[Array, "*shape"]:
     return probability_of_rank(jnp.select(is_of, list(positions.values()), jnp.nan))
 
 
-Heard = tuple[Float[Array, "R scored T"], Float[Array, "R scored T"]]
+TeacherSignal = tuple[Float[Array, "R scored T"], Float[Array, "R scored T"]]
 """Teacher probabilities and weights of the first candidates of each request."""
 
 
-def _logged(batch: CandidateBatch) -> Heard:
+def _logged(batch: CandidateBatch) -> TeacherSignal:
     return batch.teacher_probability, batch.teacher_weight
 
 
-def _stage(batch: CandidateBatch) -> Heard:
+def _stage(batch: CandidateBatch) -> TeacherSignal:
     shape = (*batch.stage.shape, batch.user_label.shape[-1])
     of_stage = probability_of_stage(batch.stage), batch.candidate_mask.astype(jnp.float32)
     probability, weight = (jnp.broadcast_to(array[..., None], shape) for array in of_stage)
     return probability, weight
 
 
-SIGNALS: dict[str, Callable[[CandidateBatch], Heard]] = {"logged": _logged, "stage": _stage}
+SIGNALS: dict[str, Callable[[CandidateBatch], TeacherSignal]] = {"logged": _logged, "stage": _stage}

@@ -213,47 +213,33 @@ def _text(frame: pd.DataFrame) -> str:
     return frame.to_csv(index=False, lineterminator="\n")
 
 
-def read_joined(folders: Sequence[Path], members: Mapping[str, ConfigDict]) -> pd.DataFrame:
-    """The `results.csv` of several runs as one table, see `join`."""
-    return read_csv(io.StringIO(_text(_with_own_values(_joined(FILE, folders), members))))
+def read_joined(folders: Sequence[Path]) -> pd.DataFrame:
+    """Return the `results.csv` of several runs as one table, see `join`."""
+    return read_csv(io.StringIO(_text(_joined(FILE, folders))))
 
 
 def join(
     validation: Sequence[Path],
     test: Sequence[Path],
-    members: Mapping[str, ConfigDict],
     costs: Costs = FLOPS,
 ) -> dict[str, str]:
     """Merge the tables of several runs: file name -> text.
 
     Every run has measured its teacher, which is kept once per split. With several teachers, the
-    curves and the calibration are those of the first. Savings are filled in, and so are keys that
-    were not swept when a run was measured. Everything else is copied unchanged.
+    curves and the calibration are those of the first. Savings are filled in. Everything else is
+    copied unchanged.
 
     Args:
       validation: folders of the runs, with all members measured on validation.
       test: folders of the members that validation chose, measured on the test split.
-      members: the configs of all members by name.
       costs: the costs that replace FLOPs.
     """
-    joined = _with_own_values(_joined(FILE, [*validation, *test]), members)
+    joined = _joined(FILE, [*validation, *test])
     filled = fill_savings(read_csv(io.StringIO(_text(joined))), costs)
     for column in saving.SAVINGS:
         joined[column] = filled[column].map(_cell, na_action="ignore")
     curves = {file: _text(_joined(file, test)) for file in (CURVES_FILE, CALIBRATION_FILE)}
     return {**curves, FILE: _text(joined)}
-
-
-def _with_own_values(joined: pd.DataFrame, members: Mapping[str, ConfigDict]) -> pd.DataFrame:
-    """Fill in the keys that were not swept when a run was measured, from the members' configs."""
-    filled = joined.copy()
-    for column in joined.columns[joined.isna().any()]:
-        own = [
-            _cell(made_of(members[name]).get(column)) if name in members else None
-            for name in joined["member"]
-        ]
-        filled[column] = joined[column].where(joined[column].notna(), own)
-    return filled
 
 
 def _joined(file: str, folders: Sequence[Path]) -> pd.DataFrame:

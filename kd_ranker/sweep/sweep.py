@@ -127,16 +127,14 @@ class Sweep:
         Args:
           tested: the folders of the cohorts with members measured on the test split.
         """
-        tables = results.join(
-            self.folders, [folder / TEST for folder in tested], self.members, self.costs
-        )
+        tables = results.join(self.folders, [folder / TEST for folder in tested], self.costs)
         joined = [*self.folders, *(folder / TEST for folder in tested)]
         parts = [(folder / manifest.FILE).relative_to(self.workdir).as_posix() for folder in joined]
         write_tables(self.workdir, tables, self._identity(), [FILE, *parts])
 
     def validation(self) -> pd.DataFrame:
         """The rows of all members on validation."""
-        return results.read_joined(self.folders, self.members)
+        return results.read_joined(self.folders)
 
     def _unplaced(self) -> Cohort:
         placed = set(itertools.chain.from_iterable(self.plan))

@@ -23,7 +23,7 @@ from kd_ranker.batch import CandidateBatch, Items, Stage
 from kd_ranker.batches.cutting import PackedBatches, Span, unpack
 from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LOSSES, USER_LOSSES
 from kd_ranker.distillation.modes import Transform
-from kd_ranker.distillation.teacher_signal import SIGNALS, Heard
+from kd_ranker.distillation.teacher_signal import SIGNALS, TeacherSignal
 from kd_ranker.embedding.deal import with_own
 from kd_ranker.embedding.lookup import (
     Rows,
@@ -216,7 +216,7 @@ def _losses(
     recipe: Recipe,
     numbers: Hyperparameters,
     batch: CandidateBatch,
-    signals: Sequence[Heard],
+    signals: Sequence[TeacherSignal],
     items: Items,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Return this device's share of a member's losses."""

@@ -243,7 +243,7 @@ def test_runs_are_joined_as_they_were_written(tmp_path):
         write_tables(folder / "test", [on_test, *rows], columns)
         for folder, rows in zip(validation, tested, strict=True)
     ]
-    joined = results.join(validation, test, {})
+    joined = results.join(validation, test)
     expected = [teacher, *runs[0], *runs[1], on_test, *tested[0], *tested[1]]
     savings = [math.nan, 0.0, 0.25, -0.2, math.nan, 0.0, math.nan, 0.25]
     assert joined[results.FILE] == results.to_csv(

@@ -153,7 +153,7 @@ def test_an_axis_that_a_sweep_is_extended_by_is_known_of_those_that_it_had(tmp_p
             for name, of in cohort.items()
         ]
         names = ["member", "passed_for_99", *told, *results.SETTING, *results.REPEAT]
-        names += ["distill.affine"] * (folder != sweep.folders[0])
+        names += results.OTHER_KEYS  # those that a sweep varies later too
         folder.mkdir(parents=True)
         (folder / results.FILE).write_text(results.to_csv(rows, list(dict.fromkeys(names))))
     students = results.with_labels(sweep.validation())
