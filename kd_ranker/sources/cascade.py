@@ -1,7 +1,7 @@
-"""A simulated short-video feed whose true probabilities are known.
+"""A simulated short-video feed with known true probabilities.
 
-Everything is drawn from one seeded generative model, in which letters stand for axes: `K` topics,
-`H` events of history, `N` candidates of a request, and the three tasks of `TASKS` in that order.
+Everything is drawn from one seeded generative model. Letters name axes: `K` topics, `H` events of
+history, `N` candidates of a request; tasks are in the order of `TASKS`.
 
 * An item has a topic mixture θ, a quality, a popularity and an upload time. An early ranker reads
   cheap features of it: a category that is often wrong, and its popularity. A final ranker also
@@ -10,7 +10,7 @@ Everything is drawn from one seeded generative model, in which letters stand for
 * A user has interests φ over two to four topics, shown through noise, and a generosity.
 * A request finds the user in a session: the latest events of the history concentrate on two
   session topics, and an appetite for each topic decides how many of its events were completed.
-  Session topics and appetites are drawn afresh for a request, so only the history tells them.
+  Session topics and appetites are drawn per request, so only the history reveals them.
 * The true logit of a task is a weighted sum of the terms of `logit_terms`; three of those are
   functions of the history: fatigue with a topic, the session's mood, and relief of fatigue where
   the moment suits the topic.
@@ -18,19 +18,19 @@ Everything is drawn from one seeded generative model, in which letters stand for
   to the logits with the weight `data.taste`. Without it (0), a list of items that ignores the user
   ranks nearly as well as a model: docs/concepts.md measures this.
 * A noisy retrieval brings candidates, a linear policy that knows no history passes some of them,
-  and a production final ranker (the true logits with small errors) picks the shown ones, but for a
-  share of the slots that is filled at random. The noise of the first two has the deviations
+  and a production final ranker (the true logits with small errors) picks the shown ones. A share of
+  the slots is filled at random. The noise of the first two has the deviations
   `data.retrieval_noise` and `data.policy_noise`; the other terms of their scores vary by about 1.
   Only the shown get labels: Bernoulli draws from the true probabilities. Candidates are shuffled
   within each block of the funnel (shown, rest of the passed, rest of the retrieved), so that their
-  order tells nothing else.
+  order carries no other information.
 
 Widths and order of the features:
   user: the noisy interests, log of the activity, noisy generosity, two uninformative numbers, the
     noisy taste.
   context: sin and cos of the hour, weekend, wifi, mobile network, phone, tablet, television.
   history: completed, liked, log(1 + age in minutes) / 4.
-  item: category (one-hot), noisy popularity, a number that tells nothing; then the costly ones, the
+  item: category (one-hot), noisy popularity, an uninformative number; then the costly ones, the
     noisy topic mixture, part of the quality, the noisy style.
   candidate: `standardised_age`.
 
@@ -189,7 +189,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
 
 
 def make_world(data: ConfigDict) -> World:
-    """Draws users and items; a function of `data.seed` and the sizes in `data` alone."""
+    """Draws users and items; depends only on `data.seed` and the sizes in `data`."""
     rng = np.random.default_rng([data.seed, 0])
     users, items, topics = int(data.num_users), int(data.num_items), int(data.num_topics)
     population = _draw_users(rng, users, topics, int(data.history_length))
@@ -225,7 +225,7 @@ def _normal(
 def _draw_users(
     rng: np.random.Generator, users: int, topics: int, history_length: int
 ) -> dict[str, Any]:
-    """The fields of `World` that speak of users."""
+    """The fields of `World` about users."""
     interest_rank = rng.random((users, topics)).argsort(axis=1).argsort(axis=1)
     interest_count = rng.integers(2, 5, (users, 1))
     interests = rng.gamma(3.0, size=(users, topics)) * (interest_rank < interest_count)
@@ -239,7 +239,7 @@ def _draw_users(
             topics**0.5 * (interests + _normal(rng, users, topics, scale=0.2)),
             log_activity[:, None],
             generosity.mean(axis=1, keepdims=True) + _normal(rng, users, 1, scale=0.3),
-            _normal(rng, users, 2),  # age and time since joining, which tell nothing of the tasks
+            _normal(rng, users, 2),  # age and time since joining, both uninformative
         ],
         axis=1,
     )
@@ -253,7 +253,7 @@ def _draw_users(
 
 
 def _draw_items(rng: np.random.Generator, items: int, topics: int) -> dict[str, Any]:
-    """The fields of `World` that speak of items."""
+    """The fields of `World` about items."""
     mixture = rng.gamma(0.05, size=(items, topics)) + 1e-3
     mixture[np.arange(items), rng.integers(topics, size=items)] += 1.0
     mixture = (mixture / mixture.sum(axis=1, keepdims=True)).astype(np.float32)
@@ -271,9 +271,9 @@ def _draw_items(rng: np.random.Generator, items: int, topics: int) -> dict[str, 
     cheap_features = [
         np.eye(topics, dtype=np.float32)[category],
         popularity[:, None] + _normal(rng, items, 1, scale=0.3),
-        _normal(rng, items, 1),  # log duration, which tells nothing of the tasks
+        _normal(rng, items, 1),  # log duration, uninformative
     ]
-    # A model that looks at the video says these; it is too costly to run on every candidate.
+    # A video model computes these; it is too costly to run on every candidate.
     costly_features = [
         2 * (mixture + _normal(rng, items, topics, scale=0.05)),
         shown_quality[:, None],
@@ -290,11 +290,11 @@ def _draw_items(rng: np.random.Generator, items: int, topics: int) -> dict[str, 
 
 
 def _draw_tastes(data: ConfigDict) -> dict[str, Any]:
-    """The fields of `World` about taste, and what profiles and costly item features add of it."""
+    """The fields of `World` about taste, with its noisy features of users and items."""
     rng = np.random.default_rng([data.seed, 4])
     size = TASTE_SIZE if data.taste else 0
     taste, style = _normal(rng, data.num_users, size), _normal(rng, data.num_items, size)
-    # The policy knows a taste from the profile, and a style from what users did with the item.
+    # The policy knows a taste from the profile, and a style from past user actions on the item.
     seen_taste = (taste + 0.5 * _normal(rng, *taste.shape)) / 1.25**0.5
     seen_style = (style + _normal(rng, *style.shape)) / 2**0.5
     return {
@@ -424,7 +424,7 @@ def _draw_request(
     split: str,
     index: int,
 ) -> Request:
-    """Draws a request; `columns` are the asked tasks' places in `TASKS`."""
+    """Draws a request; `columns` are the indices in `TASKS` of the requested tasks."""
     rng = np.random.default_rng([data.seed, _SEED_OF_SPLIT[split], index])
     time = _draw_time(rng, split, index, data[f"{split}_requests"])
     context = _draw_context(rng, time)
@@ -433,7 +433,7 @@ def _draw_request(
     candidates = _draw_candidates(rng, world, data, funnel, time, context, user, history)
 
     truth = sigmoid(candidates.logits)[:, columns]
-    # Drawn for all tasks, so that a draw does not depend on which tasks were asked for.
+    # Drawn for all tasks, so that a draw does not depend on the requested tasks.
     luck = rng.random((funnel.shown, len(TASKS)))[:, columns]
     label = luck < truth[: funnel.shown]
     probability = candidates.teacher_probability[:, columns]
@@ -615,7 +615,7 @@ def _highest_first(
 ) -> Int64[np.ndarray, "N"]:
     """A permutation of N places: the `count` highest scores, shuffled, then the rest, shuffled."""
     order = np.argpartition(score, -count)[::-1]
-    # The order that a partition leaves still tells of the scores.
+    # The order after a partition still depends on the scores.
     return np.concatenate([rng.permutation(order[:count]), rng.permutation(order[count:])])
 
 
@@ -675,7 +675,7 @@ def _check(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> None:
         )
     if data.fault_nan + data.fault_out_of_range > 1:
         raise UserError("data.fault_nan + data.fault_out_of_range must not exceed 1")
-    # Two numbers of 8 bytes at a time for each topic of a user or item, and more besides.
+    # At least two numbers of 8 bytes for each topic of each user and item.
     needed = 16 * data.num_topics * (data.num_users + data.num_items)
     if needed > (free := psutil.virtual_memory().available):
         raise UserError(
