@@ -14,9 +14,10 @@ def with_ways(
     """The ways without the final ranker's scores, then two modes that learn from them.
 
     The first are plain mode `none`; the same with candidates that were not shown as negatives, with
-    a list loss on user labels, and two losses on how far a candidate came. All have the same
-    `rates` and three seeds. All except plain `none` have negatives of the same weights, and those
-    that distill have the same `weights`.
+    a list loss on user labels, and two losses on how far a candidate came. Ways with scores may use
+    all of this too: negatives always, and in both modes a loss on scores and a loss on stages at
+    once. All have the same `rates` and three seeds. All except plain `none` have negatives of the
+    same weights, and those that distill have the same `weights`.
 
     Args:
       config: the config of one student; changed in place.
@@ -39,7 +40,9 @@ def with_ways(
         f"distill.mode=none{negatives} train.user_loss=bce+softmax",
         *(of_stages if stages else ()),
         f"distill.mode=aux{negatives} distill.loss={_joined(losses)}",
-        f"distill.mode=shared{negatives} distill.loss=softmax",
+        f"distill.mode=aux,shared{negatives} distill.terms=softmax+softmax:stage"
+        if stages
+        else "distill.mode=shared distill.loss=softmax",
     )
     config.sweep.weights = weights
     config.sweep.axes.optimizer.learning_rate = rates
