@@ -4,6 +4,7 @@ pytest loads this file in the main process and in each pytest-xdist worker befor
 """
 
 import atexit
+import ctypes
 import functools
 import gc
 import itertools
@@ -73,24 +74,36 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-# A process may have 65,530 memory maps on Linux, and XLA aborts where there are no more. A program
-# that stays compiled has some of them, hundreds with 8 devices.
-_MAPS, _MOST_MAPS, _TESTS = Path("/proc/self/maps"), 20_000, itertools.count(1)
+# What is compiled stays in memory, and has memory maps: hundreds with 8 devices. A process may have
+# 65,530 of them on Linux, and XLA aborts where there are no more.
+_MEMORY, _MAPS = Path("/proc/self/statm"), Path("/proc/self/maps")
+_MOST_BYTES, _MOST_MAPS, _TESTS = int(1.7e9), 20_000, itertools.count(1)
+
+
+def _holds_too_much() -> bool:
+    if not _MEMORY.exists():
+        return False
+    resident = int(_MEMORY.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    if resident > _MOST_BYTES:
+        return True
+    # To count them takes time, too much for each test.
+    if next(_TESTS) % 8:
+        return False
+    with _MAPS.open() as maps:
+        return sum(1 for _ in maps) > _MOST_MAPS
 
 
 @pytest.fixture(autouse=True)
-def few_memory_maps() -> Iterator[None]:
-    """Forgets what is compiled before it takes up too many memory maps."""
+def bounded_memory() -> Iterator[None]:
+    """Forgets what is compiled before it takes up too much memory."""
     yield
-    # To count them takes time, too much for each test.
-    if next(_TESTS) % 8 == 0 and _MAPS.exists():
-        with _MAPS.open() as maps:
-            number = sum(1 for _ in maps)
-        if number > _MOST_MAPS:
-            import jax  # not before the settings above
+    if _holds_too_much():
+        import jax  # not before the settings above
 
-            jax.clear_caches()
-            gc.collect()
+        jax.clear_caches()
+        gc.collect()
+        # glibc keeps what is freed; other C libraries have no such function.
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
 
 
 @pytest.fixture(scope="session", autouse=True)
