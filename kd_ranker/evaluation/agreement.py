@@ -1,14 +1,13 @@
 """Agreement of a ranker with user labels, and with the teacher's probabilities and order.
 
 Axes: `R` requests, `N` candidates, `T` tasks, `B` bins of predicted probability, `m` items shown.
-Most functions return sums of each request, to be divided after a pass. An entry of weight 0 (not
-shown, padding, teacher unknown) contributes exactly 0, even if it is NaN.
+Numbers are per request, and are summed over a pass before they are divided. An entry of weight 0
+(not shown, padding, teacher unknown) contributes exactly 0, even if it is NaN.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.scipy.special import xlogy
 from jaxtyping import Array, Bool, Float
 
@@ -18,6 +17,17 @@ CALIBRATION_BINS = 20
 NO_DISTANCE = 1e-6
 # The number of following candidates that `teacher_tau` pairs with a candidate.
 NEIGHBOURS = 8
+
+
+def weighted_sum(
+    values: Float[Array, "R N T"], weight: Float[Array, "R N T"]
+) -> Float[Array, "R T"]:
+    """Σ weight · value over the candidates of each request with a weight above 0.
+
+    >>> weighted_sum(jnp.array([[[1.0], [jnp.nan]]]), jnp.array([[[2.0], [0.0]]])).tolist()
+    [[2.0]]
+    """
+    return jnp.where(weight > 0, weight * values, 0.0).sum(axis=1)
 
 
 def binary_cross_entropy(
@@ -38,40 +48,28 @@ def binary_cross_entropy(
     return -target * jnp.log(kept_inside) - (1 - target) * jnp.log1p(-kept_inside)
 
 
-def user_bce_sums(
-    probability: Float[Array, "R N T"],
-    label: Float[Array, "R N T"],
-    label_weight: Float[Array, "R N"],
-) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
-    """Weighted sum of the cross entropies in nats and the sum of the weights, for each request.
+def entropy(probability: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Entropy in nats, elementwise: the minimum of any cross entropy against this probability.
 
-    `user_bce` is the first over the second, each summed over requests.
+    -p · log(p) - (1 - p) · log(1 - p),  with 0 · log(0) = 0
     """
-    weight = jnp.broadcast_to(label_weight[..., None], probability.shape)
-    losses = jnp.where(weight > 0, weight * binary_cross_entropy(probability, label), 0.0)
-    return losses.sum(axis=1), weight.sum(axis=1)
+    rest = 1 - probability
+    return -xlogy(probability, probability) - xlogy(rest, rest)
 
 
-def user_calibration_sums(
-    probability: Float[Array, "R N T"],
-    label: Float[Array, "R N T"],
-    label_weight: Float[Array, "R N"],
-) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
-    """Weighted sum of the probabilities and weighted sum of the labels, for each request.
+def divergence(
+    probability: Float[Array, "*shape"], target: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """Kullback-Leibler divergence from a target in nats, elementwise: cross entropy - entropy.
 
-    `user_calibration` is the first over the second, each summed over requests: above 1, the model
-    overestimates.
+    Sum it after the subtraction: the difference of two large sums would lose the digits of a
+    student that is close to its teacher.
     """
-    weight = label_weight[..., None]
-    predicted = jnp.where(weight > 0, weight * probability, 0.0)
-    observed = jnp.where(weight > 0, weight * label, 0.0)
-    return predicted.sum(axis=1), observed.sum(axis=1)
+    return binary_cross_entropy(probability, target) - entropy(target)
 
 
 def user_auc(
-    probability: Float[Array, "R N T"],
-    label: Float[Array, "R N T"],
-    label_weight: Float[Array, "R N"],
+    probability: Float[Array, "R N T"], label: Float[Array, "R N T"], weight: Float[Array, "R N T"]
 ) -> tuple[Float[Array, "R T"], Bool[Array, "R T"]]:
     """Area under the ROC curve within each request, and whether the request counts.
 
@@ -84,32 +82,21 @@ def user_auc(
       The area, in [0, 1], 0 where the request does not count, NaN where a probability is NaN;
       and True where the request has both labels.
     """
-    takes_part = jnp.broadcast_to(label_weight[..., None] > 0, probability.shape)
     over_tasks = jax.vmap(_auc_of_list, in_axes=-1)
-    return jax.vmap(over_tasks)(probability, label, takes_part)
+    return jax.vmap(over_tasks)(probability, label, weight > 0)
 
 
 def _auc_of_list(
     probability: Float[Array, "N"], label: Float[Array, "N"], takes_part: Bool[Array, "N"]
 ) -> tuple[Float[Array, ""], Bool[Array, ""]]:
-    """The area of one list by one sort: pairs would need N² memory, and N may be thousands."""
-    positive = takes_part & (label > 0.5)
-    negative = takes_part & ~positive
-    key = jnp.where(takes_part, probability, jnp.inf)
-    key, positives, negatives = lax.sort(
-        (key, positive.astype(jnp.int32), negative.astype(jnp.int32)), num_keys=1
+    """The area of one list by a sort: pairs would need N² memory, and N may be thousands."""
+    positive, negative = takes_part & (label > 0.5), takes_part & (label <= 0.5)
+    negatives = jnp.sort(jnp.where(negative, probability, jnp.inf))
+    below, below_or_tied = (
+        jnp.searchsorted(negatives, probability, side=side) for side in ("left", "right")
     )
-    up_to_here = lax.cumsum(negatives)
-    changes = key[1:] != key[:-1]
-    edge = jnp.ones(1, bool)
-    begins_tie = jnp.concatenate([edge, changes])
-    ends_tie = jnp.concatenate([changes, edge])
-    # Counts only grow along the list, so the value at the begin (end) of a group of equal
-    # probabilities reaches its members as a running maximum (a running minimum from the end).
-    below = lax.cummax(jnp.where(begins_tie, up_to_here - negatives, 0))
-    below_or_tied = lax.cummin(jnp.where(ends_tie, up_to_here, key.size), reverse=True)
-    won_twice = (positives * (below + below_or_tied)).sum()
-    pairs = positives.sum() * negatives.sum()
+    won_twice = jnp.sum(below + below_or_tied, where=positive)
+    pairs = positive.sum() * negative.sum()
     area = won_twice / (2 * jnp.maximum(pairs, 1))
     area = jnp.where(jnp.any(takes_part & jnp.isnan(probability)), jnp.nan, area)
     counts = pairs > 0
@@ -117,9 +104,7 @@ def _auc_of_list(
 
 
 def calibration_bin_sums(
-    probability: Float[Array, "R N T"],
-    label: Float[Array, "R N T"],
-    label_weight: Float[Array, "R N"],
+    probability: Float[Array, "R N T"], label: Float[Array, "R N T"], weight: Float[Array, "R N T"]
 ) -> tuple[Float[Array, "T B"], Float[Array, "T B"], Float[Array, "T B"]]:
     """Weights, weighted probabilities and weighted labels in each bin, over all requests.
 
@@ -127,7 +112,6 @@ def calibration_bin_sums(
     is in no bin.
     """
     place = jnp.clip(jnp.floor(probability * CALIBRATION_BINS), 0, CALIBRATION_BINS - 1)
-    weight = jnp.broadcast_to(label_weight[..., None], probability.shape)
     # Comparison and sum, not a scatter: accelerators scatter in no fixed order, and the last digits
     # would differ from run to run.
     inside: Bool[Array, "R N T B"] = place[..., None] == jnp.arange(CALIBRATION_BINS)
@@ -139,53 +123,6 @@ def calibration_bin_sums(
     return summed(weight), summed(weight * probability), summed(weight * label)
 
 
-def teacher_bce_sums(
-    student_probability: Float[Array, "R N T"],
-    teacher_probability: Float[Array, "R N T"],
-    teacher_weight: Float[Array, "R N T"],
-) -> tuple[Float[Array, "R T"], Float[Array, "R T"]]:
-    """Weighted sum of the cross entropies against the teacher, in nats, and sum of the weights.
-
-    `teacher_bce` is the first over the second, each summed over requests.
-    """
-    losses = binary_cross_entropy(student_probability, teacher_probability)
-    losses = jnp.where(teacher_weight > 0, teacher_weight * losses, 0.0)
-    return losses.sum(axis=1), teacher_weight.sum(axis=1)
-
-
-def teacher_entropy_sums(
-    teacher_probability: Float[Array, "R N T"], teacher_weight: Float[Array, "R N T"]
-) -> Float[Array, "R T"]:
-    """Weighted sum of the teacher's own entropies in nats, for each request.
-
-        -p · log(p) - (1 - p) · log(1 - p),  with 0 · log(0) = 0
-
-    It is the minimum of any student's `teacher_bce`, and teacher_kl = teacher_bce - entropy, the
-    Kullback-Leibler divergence.
-    """
-    entropies = _entropy(teacher_probability)
-    return jnp.where(teacher_weight > 0, teacher_weight * entropies, 0.0).sum(axis=1)
-
-
-def teacher_kl_sums(
-    student_probability: Float[Array, "R N T"],
-    teacher_probability: Float[Array, "R N T"],
-    teacher_weight: Float[Array, "R N T"],
-) -> Float[Array, "R T"]:
-    """Weighted sum of the Kullback-Leibler divergences from the teacher in nats, for each request.
-
-    Cross entropy minus entropy, subtracted before summing: the difference of two large sums would
-    lose the digits of a student that is close to its teacher.
-    """
-    losses = binary_cross_entropy(student_probability, teacher_probability)
-    divergences = losses - _entropy(teacher_probability)
-    return jnp.where(teacher_weight > 0, teacher_weight * divergences, 0.0).sum(axis=1)
-
-
-def _entropy(p: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    return -xlogy(p, p) - xlogy(1 - p, 1 - p)
-
-
 def alignment_ratio(
     student_user_bce: Float[np.ndarray, "T *more"],
     teacher_user_bce: Float[np.ndarray, "T *more"],
@@ -194,14 +131,15 @@ def alignment_ratio(
 ) -> Float[np.ndarray, "*more"]:
     """(user BCE of the student - user BCE of the teacher) / distance, averaged over known tasks.
 
-    The distance is that of the student from the teacher, its `teacher_kl` or its `teacher_bce`. All
-    in nats and on the same items: the share of their disagreement that costs on users. Near 0, a
-    student predicts users as well as the teacher does and still disagrees with it; near 1, the
-    student only lacks what the teacher knows; below 0, it predicts users better. NaN where a task's
-    distance is 0 to rounding (`NO_DISTANCE`), as of an exact copy, and where it is not known.
+    The share of the disagreement of student and teacher that costs on users. The distance is the
+    student's `teacher_kl` or `teacher_bce`; all are in nats and on the same items. Near 0, a
+    student predicts users as well as the teacher does; near 1, it only lacks the teacher's
+    knowledge; below 0, it predicts users better. NaN where a task's distance is 0 to rounding
+    (`NO_DISTANCE`), as of an exact copy, and where it is not known.
     """
-    there = np.where(distance > NO_DISTANCE, distance, np.nan)
-    ratio = (student_user_bce - teacher_user_bce) / there
+    ratio = (student_user_bce - teacher_user_bce) / np.where(
+        distance > NO_DISTANCE, distance, np.nan
+    )
     tasks = known.sum(axis=0)
     return np.where(known, ratio, 0.0).sum(axis=0) / np.where(tasks > 0, tasks, np.nan)
 
@@ -213,12 +151,10 @@ def teacher_ndcg(
 
         Σ_i gain_i / log2(1 + i)  over  the same of the ideal gains,  i = 1..m
 
-    The gain enters as it is, without an exponent (Järvelin and Kekäläinen 2002). See
-    `funnel.FunnelCurves` for the arguments.
+    The gain has no exponent (Järvelin and Kekäläinen 2002); see `funnel.FunnelCurves`.
 
     Returns:
-      A number in [0, 1], 0 where the request does not count; and False where the ideal is worth
-      nothing, so that no order is better than another.
+      A number in [0, 1], 0 where the request does not count; and False where the ideal is 0.
     """
     discount = 1 / jnp.log2(jnp.arange(gain.shape[-1]) + 2.0)
     ideal = (discount * ideal_gain).sum(axis=-1)
@@ -238,9 +174,8 @@ def teacher_tau(
 
     The pairs (i, j) are a sample, the same for all students: each candidate that the teacher knows
     with the next `NEIGHBOURS` of them in the order of the request, which must be independent of
-    their values (an evaluation batch has a fixed random permutation). Up to
-    `NEIGHBOURS` + 1 known candidates those are all pairs; all pairs of 2,000 would cost more than
-    the rest of the evaluation. The measure with its ties is Kendall's (Biometrika 1945).
+    their values (an evaluation batch has a fixed random permutation). Up to `NEIGHBOURS` + 1 known
+    candidates those are all pairs. The measure with its ties is Kendall's (Biometrika 1945).
 
     Args:
       student_value: what the student sorts by; NaN on a known candidate makes the request NaN.

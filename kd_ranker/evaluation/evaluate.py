@@ -2,7 +2,10 @@
 
 Two kinds of programs run for each batch. A *serving* program per group of students computes their
 probabilities. One *measuring* program, which all rankers share, turns the probabilities of a fixed
-number of rankers into sums, so it compiles once for a dataset.
+number of rankers into sums, so it compiles once for a dataset. Sums are added on the host;
+`metrics.summarise` divides them at the end.
+
+Axes: `R` requests, `K` values of k, `C` rankers, `T` tasks.
 """
 
 import functools
@@ -21,9 +24,9 @@ from jaxtyping import Array, Bool, Float
 from kd_ranker.batch import CandidateBatch, EvaluationBatch, Items, Stage
 from kd_ranker.distillation.modes import Mode, ToProbability
 from kd_ranker.embedding.lookup import was_trained
-from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions
-from kd_ranker.evaluation.ranked import Probability, Scored, TeacherScores, ranked
-from kd_ranker.evaluation.totals import Each, Summed, add, summed
+from kd_ranker.evaluation.agreement import calibration_bin_sums
+from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions, sums_curves
+from kd_ranker.evaluation.ranked import Probability, Ranked, Scored, Sizes
 from kd_ranker.models.model import Model, Parameters, score
 from kd_ranker.training.placing import put, put_by_rows
 from kd_ranker.training.state import Frozen
@@ -35,16 +38,40 @@ _FEW = 16
 _PER_CALL = 4, 32
 
 
+class Each(NamedTuple):
+    """The terms of the sums, one per request, without the bins of the calibration.
+
+    Attributes:
+      alone: arrays without an axis of k, [R, ...].
+      curves: arrays over k, cut to a few values of it, [R, K, ...].
+    """
+
+    alone: Sums
+    curves: Sums
+
+
+class Summed(NamedTuple):
+    """The sums of a batch, or of a pass, for a ranker.
+
+    Attributes:
+      sums: over all requests by name, with those of `metrics.calibration`.
+      each: of each request. For the members of a group both have a leading axis of these.
+    """
+
+    sums: Sums
+    each: Each
+
+
 class Served(NamedTuple):
-    """The probabilities that a model serves for a batch.
+    """The outputs of a model for a batch.
 
     Attributes:
       probability: by serve name, the probabilities that it may rank by.
-      met: for each of its lookups, whether training included each id; see `lookup.was_trained`.
+      seen: by lookup, whether training included each id; see `lookup.was_trained`.
     """
 
     probability: dict[str, Probability]
-    met: dict[str, Bool[Array, "..."]]
+    seen: dict[str, Bool[Array, "..."]]
 
 
 # Of parameters, a batch and the items; see `Ranker` for the types of the first two.
@@ -122,23 +149,21 @@ def _serve_group(
     """Return the scores of each member of a group by serve name, as separate arrays."""
     batch = evaluation_batch if sees_truth else evaluation_batch.batch
     served = jax.vmap(lambda parameters: serve(parameters, batch, items))(parameters)
-    members = range(len(jax.tree.leaves(parameters)[0]))
-
-    def of_member(member: int) -> dict[str, Scored]:
-        own = jax.tree.map(lambda leaf: leaf[member], served)
-        return {
-            name: Scored.of(probability, own.met, evaluation_batch.batch)
-            for name, probability in own.probability.items()
-        }
-
-    return _everywhere([of_member(member) for member in members], sharding)
+    scored = []
+    for member in range(len(jax.tree.leaves(parameters)[0])):
+        own = jax.tree.map(operator.itemgetter(member), served)
+        of_names = own.probability.items()
+        scored.append(
+            {name: Scored.of(of, own.seen, evaluation_batch.batch) for name, of in of_names}
+        )
+    return _everywhere(scored, sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("serve", "sharding"))
 def _score_by_teacher(
     serve: Serve | None, held: Frozen, batch: CandidateBatch, sharding: Sharding | None
-) -> tuple[TeacherScores, Scored]:
-    """The teacher's scores: as the reference of all rankers, and as those of a ranker."""
+) -> tuple[Probability, Probability, Scored]:
+    """The teacher's probabilities and their weights, and its scores as those of a ranker."""
     if serve is None:
         served = Served({"logged": batch.teacher_probability}, {})
         weight = batch.teacher_weight
@@ -147,8 +172,8 @@ def _score_by_teacher(
         weight = batch.candidate_mask[..., None]
     (probability,) = served.probability.values()
     weight = jnp.broadcast_to(weight, probability.shape).astype(jnp.float32)
-    own = Scored.of(probability, served.met, batch)
-    return _everywhere((TeacherScores(probability, weight), own), sharding)
+    own = Scored.of(probability, served.seen, batch)
+    return _everywhere((probability, weight, own), sharding)
 
 
 def _everywhere(tree: Any, sharding: Sharding | None) -> Any:
@@ -156,33 +181,53 @@ def _everywhere(tree: Any, sharding: Sharding | None) -> Any:
     return jax.lax.with_sharding_constraint(tree, sharding) if sharding else tree
 
 
-class _Asked(NamedTuple):
-    """The static choices of the measuring program; see `ranked.Ranked`."""
+def summed(batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int]) -> Summed:
+    """The sums of `functions` over the requests of one batch, and their terms; pure.
 
-    shown: int
-    labelled: int
-    passed: int
-    functions: tuple[SumFunction, ...]
-    ks: tuple[int, ...]
+    The curves of each request are cut to `ks`, at least 1. One beyond the number of candidates
+    means all of them, which is the denominator of a captured share.
+
+    Raises:
+      ValueError: two functions return a sum of the same name.
+    """
+    names = ("bin_weight", "bin_predicted", "bin_observed")
+    bins: Sums = dict(zip(names, calibration_bin_sums(*batch.labels), strict=True))
+    alone: Sums = {}
+    curves: Sums = {}
+    for function in functions:
+        for name, array in function(batch).items():
+            if name in bins | alone | curves:
+                raise ValueError(f"two sums of the metrics are named {name}")
+            over_k = array.ndim > 1 and sums_curves(function)
+            (curves if over_k else alone)[name] = array
+    sums = {name: array.sum(axis=0) for name, array in (alone | curves).items()}
+    at = np.asarray(ks, int)
+    cut = {name: array[:, np.minimum(at, array.shape[1]) - 1] for name, array in curves.items()}
+    return Summed(sums | bins, Each(alone, cut))
 
 
-@functools.partial(jax.jit, static_argnames="asked")
+def add(total: Sums | None, more: Sums) -> Sums:
+    """The sum of two, on the host and in float64, so that a long evaluation loses no digits."""
+    more = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), more)
+    return more if total is None else jax.tree.map(np.add, total, more)
+
+
+@functools.partial(jax.jit, static_argnames=("sizes", "functions", "ks"))
 def _measure(
     rankers: Sequence[Scored],
     is_teacher: Bool[np.ndarray, "C"],
-    teacher: TeacherScores,
     evaluation_batch: EvaluationBatch,
     value_weights: Float[Array, "T"],
-    asked: _Asked,
+    *,
+    sizes: Sizes,
+    functions: tuple[SumFunction, ...],
+    ks: tuple[int, ...],
 ) -> Summed:
     """The sums of one batch for C rankers, with a leading axis of these."""
 
     def of_ranker(scored: Scored, is_teacher: Any) -> Summed:
-        batch = ranked(
-            *(scored, teacher, evaluation_batch, value_weights),
-            *(asked.shown, asked.labelled, asked.passed, is_teacher),
-        )
-        return summed(batch, asked.functions, asked.ks)
+        batch = Ranked(scored, evaluation_batch, value_weights, sizes, is_teacher)
+        return summed(batch, functions, ks)
 
     stacked = jax.tree.map(lambda *of: jnp.stack(of), *rankers)
     return jax.vmap(of_ranker)(stacked, is_teacher)
@@ -205,7 +250,7 @@ class _Place(NamedTuple):
     Attributes:
       put: puts arrays of the host there.
       held: the items, and the live teacher at the first place.
-      sharding: that of results which each of several devices needs whole.
+      sharding: for results that each of several devices needs whole.
     """
 
     put: Callable[[Any], Any]
@@ -221,21 +266,17 @@ def _places(
     if sharded and len(devices) > 1:
         puts = [functools.partial(put_by_rows, devices=devices)]
         sharding = NamedSharding(Mesh(np.array(devices), ("devices",)), PartitionSpec())
-    of_teacher = [teacher.parameters if teacher else None] + [None] * (len(puts) - 1)
+    parameters = teacher.parameters if teacher else None
     return [
-        _Place(put, put(Frozen(items, parameters)), sharding)
-        for put, parameters in zip(puts, of_teacher, strict=True)
+        _Place(put, put(Frozen(items, parameters if put is puts[0] else None)), sharding)
+        for put in puts
     ]
 
 
 class _Part(NamedTuple):
-    """The members of a group that one serving program serves.
+    """Members of a group, by their numbers, that one program serves at the place of a number.
 
-    Attributes:
-      group: the number of the group.
-      members: their numbers in the group.
-      place: the number of the place where they are.
-      ranker: its parameters may repeat the last member.
+    The parameters of `ranker` may repeat the last member.
     """
 
     group: int
@@ -262,22 +303,19 @@ class _Part(NamedTuple):
 
 def _parts(number: int, group: Ranker, places: Sequence[_Place]) -> Iterator[_Part]:
     """The members of a group, shared by the places."""
-    members = num_members(group)
-    if len(places) == 1:
-        parameters = places[0].put(group.parameters)
-        yield _Part(number, range(members), 0, group._replace(parameters=parameters))
-        return
+    members = _num_members(group)
     size = -(-members // len(places))
     for place, first in enumerate(range(0, members, size)):
-        chosen = np.minimum(np.arange(first, first + size), members - 1)
-        # On the host, because no device need hold all members.
-        parameters = jax.tree.map(operator.itemgetter(chosen), jax.device_get(group.parameters))
+        parameters = group.parameters
+        if len(places) > 1:
+            chosen = np.minimum(np.arange(first, first + size), members - 1)
+            # On the host, because no device need hold all members.
+            parameters = jax.tree.map(operator.itemgetter(chosen), jax.device_get(parameters))
         ranker = group._replace(parameters=places[place].put(parameters))
         yield _Part(number, range(first, min(first + size, members)), place, ranker)
 
 
-def num_members(group: Ranker) -> int:
-    """The number of members of a group."""
+def _num_members(group: Ranker) -> int:
     return len(jax.tree.leaves(group.parameters)[0])
 
 
@@ -288,14 +326,9 @@ def evaluate(
     items: Items,
     plan: Plan,
 ) -> tuple[Summed, list[list[dict[str, Summed]]]]:
-    """Measure all rankers on the same requests; the teacher scores each request once.
+    """Measure groups of rankers on the same requests; the teacher scores each request once.
 
-    Args:
-      teacher: the live teacher, which knows every candidate; None takes the logged probabilities.
-      groups: the groups of students to measure.
-      batches: the requests.
-      items: the features and categories of the items.
-      plan: the choices of the pass.
+    A live teacher knows every candidate; None takes the logged probabilities.
 
     Returns:
       The sums of the teacher, and for each group those of each member by serve name.
@@ -308,55 +341,76 @@ def evaluate(
     parts = [part for number, group in enumerate(groups) for part in _parts(number, group, places)]
     own_devices = [device for device in devices if device.process_index == jax.process_index()]
     weights = np.asarray(plan.value_weights, np.float32)
-    totals = _Totals(plan.keep)
-    bounds = 0, 0
+    sizes = Sizes(plan.shown, 0, 0)
+    sums: dict[tuple[_Slot, ...], Sums] = {}
+    each: dict[tuple[_Slot, ...], list[Each]] = {}
     with ThreadPoolExecutor() as pool:
         # Programs that share rows exchange them, so all devices must start them in one order.
         map_parts = map if places[0].sharding else pool.map
         for evaluation_batch in batches:
-            bounds = _bounds(evaluation_batch, bounds)
+            sizes = _sizes(evaluation_batch, sizes)
             there = [place.put(evaluation_batch) for place in places]
-            judged, own = _score_by_teacher(
-                *(teacher.serve if teacher else None, places[0].held),
-                *(there[0].batch, places[0].sharding),
+            serve = teacher.serve if teacher else None
+            batch = there[0].batch
+            probability, weight, own = _score_by_teacher(
+                serve, places[0].held, batch, places[0].sharding
             )
+            judged = batch.replace(teacher_probability=probability, teacher_weight=weight)
+            reference = there[0].replace(batch=judged), weights
             scored = {_TEACHER: own}
-            for more in map_parts(
-                functools.partial(_Part.scores, places=places, there=there), parts
-            ):
-                scored |= more
+            of_parts = functools.partial(_Part.scores, places=places, there=there)
+            for of_part in map_parts(of_parts, parts):
+                scored |= of_part
             calls = _calls(scored, own_devices)
-            measure = functools.partial(
-                _measured,
-                reference=(judged, there[0], weights),
-                asked=_Asked(plan.shown, *bounds, sum_functions(), tuple(plan.ks)),
-            )
+            choices = {"sizes": sizes, "functions": sum_functions(), "ks": tuple(plan.ks)}
+            measure = functools.partial(_Call.measured, reference=reference, choices=choices)
             present = int(np.asarray(evaluation_batch.request_mask).sum())
-            totals.add([call.slots for call in calls], pool.map(measure, calls), present)
-    found = totals.whole()
-    if not found:
+            for (slots, *_), found in zip(calls, pool.map(measure, calls), strict=True):
+                sums[slots] = add(sums.get(slots), found.sums)
+                if plan.keep:
+                    terms = jax.tree.map(lambda of, n=present: of[:, :n], found.each)
+                    each.setdefault(slots, []).append(terms)
+    return _by_ranker(sums, each, groups)
+
+
+def _by_ranker(
+    sums: Mapping[tuple[_Slot, ...], Sums],
+    each: Mapping[tuple[_Slot, ...], Sequence[Each]],
+    groups: Sequence[Ranker],
+) -> tuple[Summed, list[list[dict[str, Summed]]]]:
+    """The result of `evaluate` from the sums, and the terms of batches, of each call's rankers."""
+    of_slots: dict[_Slot, Summed] = {}
+    for slots, total in sums.items():
+        terms = jax.tree.map(lambda *of: np.concatenate(of, 1), *each.get(slots, [Each({}, {})]))
+        for place, slot in enumerate(slots):
+            of_slots[slot] = jax.tree.map(operator.itemgetter(place), Summed(total, terms))
+    if not of_slots:
         raise ValueError("there are no evaluation requests")
     of_groups: list[list[dict[str, Summed]]] = [
-        [{} for _ in range(num_members(group))] for group in groups
+        [{} for _ in range(_num_members(group))] for group in groups
     ]
-    for slot, of_ranker in found.items():
-        if slot != _TEACHER:
-            of_groups[slot.group][slot.member][slot.serve] = of_ranker
-    return found[_TEACHER], of_groups
+    of_teacher = of_slots.pop(_TEACHER)
+    for slot, of_ranker in of_slots.items():
+        of_groups[slot.group][slot.member][slot.serve] = of_ranker
+    return of_teacher, of_groups
 
 
 class _Call(NamedTuple):
-    """One call of the measuring program.
+    """One call of the measuring program for some rankers on one device.
 
-    Attributes:
-      slots: the rankers.
-      scored: their scores; further ones repeat the last.
-      device: the device that measures.
+    The program takes a fixed number of rankers: the scores of further ones repeat the last.
     """
 
-    slots: list[_Slot]
+    slots: tuple[_Slot, ...]
     scored: list[Scored]
     device: jax.Device
+
+    def measured(self, reference: tuple[Any, ...], choices: Mapping[str, Any]) -> Summed:
+        """The sums of one batch, on the host."""
+        is_teacher = np.zeros(len(self.scored), bool)
+        is_teacher[: len(self.slots)] = [slot == _TEACHER for slot in self.slots]
+        arguments = _on(self.device, (self.scored, is_teacher, *reference))
+        return jax.device_get(_measure(*arguments, **choices))
 
 
 def _calls(scored: Mapping[_Slot, Scored], devices: Sequence[jax.Device]) -> list[_Call]:
@@ -365,21 +419,12 @@ def _calls(scored: Mapping[_Slot, Scored], devices: Sequence[jax.Device]) -> lis
     each = -(-len(scored) // len(devices))
     # A power of 2, so that few programs are compiled.
     size = least if devices[0].platform == "cpu" else min(max(least, _power(each)), most)
-    slots = list(scored)
-    starts = range(0, len(slots), size)
-    chosen = [slots[first : first + size] for first in starts]
+    slots = tuple(scored)
+    chosen = [slots[first : first + size] for first in range(0, len(slots), size)]
     return [
         _Call(some, [scored[slot] for slot in [*some, *some[-1:] * (size - len(some))]], device)
         for some, device in zip(chosen, itertools.cycle(devices), strict=False)
     ]
-
-
-def _measured(call: _Call, reference: tuple[Any, ...], asked: _Asked) -> Summed:
-    """The sums of one batch for the rankers of a call, on the host."""
-    is_teacher = np.zeros(len(call.scored), bool)
-    is_teacher[: len(call.slots)] = [slot == _TEACHER for slot in call.slots]
-    arguments = (call.scored, is_teacher, *reference)
-    return jax.device_get(_measure(*_on(call.device, arguments), asked))
 
 
 def _on(device: jax.Device, tree: Any) -> Any:
@@ -397,61 +442,25 @@ def lower_for_group(
 ) -> jax.stages.Lowered:
     """Lower the serving program of a group without compiling it.
 
-    Args:
-      group: its parameters may be abstract, as may the batch and the items; their shardings are
-        those of the program.
-      evaluation_batch: of the size of those to come.
-      items: the features and categories of the items.
+    Parameters, batch and items may be abstract; the program has their sizes and shardings.
     """
     return _serve_group.lower(
         group.serve, group.sees_truth, group.parameters, evaluation_batch, items, None
     )
 
 
-class _Totals:
-    """The sums of the batches so far, on the host."""
+def _sizes(evaluation_batch: EvaluationBatch, before: Sizes) -> Sizes:
+    """The sizes of a batch, at least those of the batches before: few programs are compiled."""
 
-    def __init__(self, keep: bool):
-        """Take whether to keep the terms of each request."""
-        self._keep = keep
-        self._slots: list[list[_Slot]] = []
-        self._sums: list[Sums | None] = []
-        self._each: list[list[Each]] = []
+    def bound(which: Bool[np.ndarray, "R N"]) -> int:
+        return min(max(_FEW, _power(int(which.sum(axis=1).max()))), which.shape[1])
 
-    def add(self, slots: list[list[_Slot]], calls: Iterable[Summed], present: int) -> None:
-        """Add a batch, of which the first `present` requests count; its slots never change."""
-        if not self._slots:
-            self._slots = slots
-            self._sums, self._each = [None] * len(slots), [[] for _ in slots]
-        for number, more in enumerate(calls):
-            self._sums[number] = add(self._sums[number], more.sums)
-            if self._keep:
-                self._each[number].append(jax.tree.map(lambda of: of[:, :present], more.each))
-
-    def whole(self) -> dict[_Slot, Summed]:
-        """The sums of each ranker; none before the first batch."""
-        whole = {}
-        for slots, sums, kept in zip(self._slots, self._sums, self._each, strict=True):
-            each = jax.tree.map(lambda *of: np.concatenate(of, axis=1), *kept or [Each({}, {})])
-            for place, slot in enumerate(slots):
-                whole[slot] = jax.tree.map(operator.itemgetter(place), Summed(sums or {}, each))
-        return whole
-
-
-def _bounds(evaluation_batch: EvaluationBatch, least: tuple[int, int]) -> tuple[int, int]:
-    """Bounds on the candidates of a request that have a label, and that were passed.
-
-    They are at least those of the batches before, so that few programs are compiled.
-    """
     batch = evaluation_batch.batch
-    reached = np.asarray(batch.label_weight) > 0, np.asarray(batch.stage) >= Stage.PASSED
-    labelled, passed = (_bound(int(of.sum(axis=1).max()), of.shape[1]) for of in reached)
-    return max(labelled, least[0]), max(passed, least[1])
-
-
-def _bound(most: int, candidates: int) -> int:
-    """A bound on a number of candidates: a power of 2, so that few programs are compiled."""
-    return min(max(_FEW, _power(most)), candidates)
+    return Sizes(
+        before.shown,
+        max(before.labelled, bound(np.asarray(batch.label_weight) > 0)),
+        max(before.passed, bound(np.asarray(batch.stage) >= Stage.PASSED)),
+    )
 
 
 def _power(number: int) -> int:

@@ -3,10 +3,11 @@
 The funnel: N candidates retrieved, the student passes its top k, the teacher ranks those and shows
 m. Axes: `R` requests, `N` candidates, `T` tasks; index `k - 1` of a curve belongs to k.
 
-Ties: equal values keep the order of the candidates in the request, for both student and teacher.
-That is fair only if this order is independent of quality: it decides the rank of a student that
-gives every candidate the same value.
+Equal values keep the order of the candidates in the request, for both student and teacher. That is
+fair only if this order is independent of quality.
 """
+
+import functools
 
 import flax.struct
 import jax
@@ -22,23 +23,18 @@ class FunnelCurves:
 
     Attributes:
       survival: share, in [0, 1], of the teacher's own top m that the student's top k keeps.
-      value_captured: summed teacher value of the m items shown when the teacher ranks only the
-        student's top k. Its last entry is the same when the teacher ranks all retrieved, and so
-        the denominator of the design's `value_captured@k`.
-      true_value_captured: summed true value of the same items, with the columns of `true_value`;
-        its last entry is again the denominator. NaN where the true values are not known.
-      shown_kept: how many of the candidates that the logged funnel has shown the student's top k
-        keeps; 0 where that funnel has shown all of them or none, which cannot
-        distinguish students.
-      positives_kept: how many of the candidates with a positive label of a task the student's top k
-        keeps; its last entry is their number.
-      positives_shown: how many of them are among the m items shown when the teacher ranks only the
-        student's top k.
+      value_captured: summed teacher value of the m items shown if the teacher ranks only the
+        student's top k. The last entry is that of all retrieved: the denominator of a share.
+      true_value_captured: summed true value of the same items, with the columns of `true_value`.
+        NaN where the true values are not known.
+      shown_kept: number of candidates in the student's top k that the logged funnel has shown; 0
+        where it has shown all or none, which cannot distinguish students.
+      positives_kept: number of candidates in the student's top k with a positive label of a task.
+      positives_shown: number of these among the m items shown.
       gain: teacher value of the m candidates that the student ranks first, in its order; 0 where it
         is not known.
       ideal_gain: the same in the teacher's own order.
-      counts: False where the teacher knows no candidate of the request; all curves of
-        the teacher's choice are 0 there.
+      counts: False where the teacher knows no candidate; all curves of its choice are 0 there.
     """
 
     survival: Float[Array, "R N"]
@@ -79,16 +75,14 @@ def funnel_curves(
     Args:
       student_value: the value that the student sorts by; finite. If it is NaN on a candidate that
         the teacher knows, the student has diverged and the curves of that request are NaN.
-      teacher_value: the value that the teacher sorts by, non-negative; NaN if it is not known. A
-        candidate without it takes a place in the student's top k, and the teacher never chooses
-        it.
+      teacher_value: the value that the teacher sorts by, non-negative. A candidate for which it is
+        NaN takes a place in the student's top k, and the teacher never chooses it.
       candidate_mask: False on padding, which is ranked behind all and never chosen.
       shown: m, the number of items shown, at least 1. Fewer are shown where k, or the number of
         candidates that the teacher knows, is smaller.
-      true_value: the true value of each candidate, or several values that are summed in the same
-        way; None if the dataset does not know it.
-      was_shown: whether the logged funnel has shown it; None if it is not needed.
-      positive: for each task, whether the user is known to have done it; None if it is not needed.
+      true_value: one or more values per candidate to sum over the shown; None if not known.
+      was_shown: whether the logged funnel has shown it; None if not needed.
+      positive: whether the user did it, per task; None if not needed.
     """
     if shown < 1:
         raise ValueError(f"shown={shown} must be at least 1")
@@ -98,9 +92,8 @@ def funnel_curves(
         was_shown = jnp.zeros_like(candidate_mask)
     if positive is None:
         positive = jnp.zeros((*candidate_mask.shape, 0), bool)
-    of_request = jax.vmap(_curves_of_request, in_axes=(0, 0, 0, 0, 0, 0, None))
-    return of_request(
-        student_value, teacher_value, candidate_mask, true_value, was_shown, positive, shown
+    return jax.vmap(functools.partial(_curves_of_request, shown=shown))(
+        student_value, teacher_value, candidate_mask, true_value, was_shown, positive
     )
 
 
@@ -113,8 +106,7 @@ def top_values(
     """The value of a ranker's own top m: promised, true, and the most that any m have.
 
     Args:
-      value: what the ranker sorts by; a candidate for which it is NaN is not chosen, and a request
-        in which all are NaN counts for nothing.
+      value: the ranker's; NaN is never chosen, and a request with only NaN counts for nothing.
       true_value: of each candidate, non-negative; NaN where the dataset does not know it.
       candidate_mask: False on padding, which is not chosen.
       shown: m; fewer are chosen where there are fewer.
@@ -187,7 +179,6 @@ def _curves_of_request(
     positive = candidate_mask[:, None] & positive
     flags = jnp.concatenate([(was_shown & differs)[:, None], positive], axis=1)
     kept = jnp.cumsum(flags[by_student].astype(jnp.int32), axis=0)
-
     leaving = _leaving_places(arriving, shown)
 
     def summed(values: Num[Array, "N ..."]) -> Num[Array, "N ..."]:
@@ -196,32 +187,31 @@ def _curves_of_request(
         by_place = jnp.append(of_known[by_teacher], jnp.zeros_like(values[:1]), axis=0)
         return jnp.cumsum(by_place[arriving] - by_place[leaving], axis=0)
 
-    positives_shown = summed(positive.astype(jnp.int32))
     gain = jnp.where(known, teacher_value, 0.0)
+    curves = {
+        "survival": survival,
+        "value_captured": summed(teacher_value),
+        "true_value_captured": summed(true_value),
+        "shown_kept": kept[:, 0],
+        "positives_kept": kept[:, 1:],
+        "positives_shown": summed(positive.astype(jnp.int32)),
+        "gain": gain[by_student[:shown]],
+    }
     diverged = jnp.any(known & jnp.isnan(student_value))
-
-    def or_nan(curve: Num[Array, "*shape"]) -> Float[Array, "*shape"]:
-        return jnp.where(diverged, jnp.nan, curve.astype(teacher_value.dtype))
-
     return FunnelCurves(
-        survival=or_nan(survival),
-        value_captured=or_nan(summed(teacher_value)),
-        true_value_captured=or_nan(summed(true_value)),
-        shown_kept=or_nan(kept[:, 0]),
-        positives_kept=or_nan(kept[:, 1:]),
-        positives_shown=or_nan(positives_shown),
-        gain=or_nan(gain[by_student[:shown]]),
+        **{
+            name: jnp.where(diverged, jnp.nan, of.astype(gain.dtype)) for name, of in curves.items()
+        },
         ideal_gain=gain[by_teacher[:shown]],
         counts=own_top > 0,
     )
 
 
 def _leaving_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N"]:
-    """The candidate that each arriving one evicts from the current top m; N while there is room.
+    """The candidate that each newcomer evicts from the top m, maybe itself; N while there is room.
 
-    It is the newcomer itself if that is not among the m best. Each newcomer is inserted into the
-    sorted slots: slot i keeps its place unless the newcomer's is smaller; then it takes the larger
-    of the newcomer's place and that of slot i - 1.
+    Each newcomer is inserted into the sorted slots: slot i keeps its place unless the newcomer's is
+    smaller; then it takes the larger of the newcomer's place and that of slot i - 1.
     """
 
     def insert(
@@ -238,9 +228,8 @@ def _leaving_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N"]:
 def captured_share(captured: Float[np.ndarray, "N *more"]) -> Float[np.ndarray, "N *more"]:
     """Divide a captured curve, summed over requests, by its last entry: 1 where nothing is lost.
 
-    This is the ratio of the sums over requests, not the mean of their ratios. It is the share of
-    the value of the whole feed, so a request with little value counts little. NaN if the total is
-    0. For `shown_kept` it is the recall of the shown items.
+    The ratio of sums, not the mean of ratios: a request with little value counts little. NaN if the
+    total is 0. For `shown_kept` it is the recall of the shown items.
     """
     total = captured[-1]
     return captured / np.where(total == 0, np.nan, total)

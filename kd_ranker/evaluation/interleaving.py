@@ -31,10 +31,10 @@ class Credit(NamedTuple):
 
 
 class Interleaved(NamedTuple):
-    """A mixed list.
+    """A mixed list, in the order in which to show it.
 
     Attributes:
-      items: the items of both lists, each once, in the order in which to show them.
+      items: the items of both lists, each once.
       sides: the side that picked each item.
       shared: True for each item that both lists contain.
     """
@@ -44,12 +44,9 @@ class Interleaved(NamedTuple):
     shared: list[bool]
 
     def credit(self, clicked: Iterable[Hashable]) -> Credit:
-        """Count the clicked items of each side, without shared items.
+        """Count the distinct clicked items of each side.
 
-        A user sees a shared item with either funnel, so a click on it favors neither.
-
-        Args:
-          clicked: items of the list; repeated clicks on one item count once.
+        A user sees a shared item with either funnel, so a click on it does not count.
 
         Raises:
           UserError: a clicked item is not in the list.
@@ -96,12 +93,7 @@ def interleave(
 
 
 class RequestsNeeded(NamedTuple):
-    """Numbers of requests, by kind of test.
-
-    Attributes:
-      ab: an A/B test, both arms together.
-      interleaved: an interleaved test.
-    """
+    """Numbers of requests for an A/B test, both arms together, and for an interleaved test."""
 
     ab: int
     interleaved: int
@@ -149,11 +141,9 @@ def requests_needed(
 
 
 def number_needed(variance: float, change: float) -> int:
-    """Return ⌈z² · variance / change²⌉: requests with which a mean shows a change.
+    """Return ⌈z² · variance / change²⌉: requests with which a mean shows a change, not 0.
 
-    Args:
-      variance: of one request's number.
-      change: of the mean, not 0; detected at 5% (two-sided) with a power of 80%.
+    The variance is that of one request's number, the test two-sided at 5% with a power of 80%.
     """
     z = stats.norm.ppf(1 - _LEVEL / 2) + stats.norm.ppf(_POWER)
     return math.ceil((z / change) ** 2 * variance)

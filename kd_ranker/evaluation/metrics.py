@@ -1,27 +1,31 @@
 """The metrics, one entry each: `METRICS`.
 
-An entry defines everything about a metric: the columns of `results.csv` and `curves.csv`, the sums
-over a pass, marks, titles and places in tables derive from it. Their
-formulas on one batch are in `agreement` and `funnel`. To try a metric of your own,
-put it into `METRICS` before you call a function of `kd_ranker.api`.
+The columns of `results.csv` and `curves.csv`, marks, titles and places in tables derive from an
+entry. Formulas on one batch are in `agreement` and `funnel`. To try a metric of your own, put it
+into `METRICS` before you call a function of `kd_ranker.api`.
 
-Axes: `R` requests, `N` candidates, `T` tasks.
+Axes: `R` requests, `N` candidates, `T` tasks, `B` bins of predicted probability.
 """
 
+import functools
+import itertools
+import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from kd_ranker.evaluation import agreement, funnel
+from kd_ranker.evaluation.agreement import weighted_sum
 from kd_ranker.evaluation.ranked import Ranked
 
 # By name: of each request of a batch, [R, ...], or over all of a batch or a pass, [...].
 Sums = dict[str, Float[Array | np.ndarray, "..."]]
 SumFunction = Callable[[Ranked], Sums]
+Ends = Callable[[Sums, Sums], Any]
 Better = Literal["lower", "higher", "one"]
 Tasks = Literal["each", "first", "mean"]
 
@@ -46,25 +50,22 @@ class Metric(NamedTuple):
     """A column of `results.csv`, or one for each task or k.
 
     Attributes:
-      name: of its columns: `name`, `name/<task>`, `name@<k>`, `name@<k>/<task>` or
-        `name_<percent>`.
+      name: of its columns `name`, `name/<task>`, `name@<k>`, `name@<k>/<task>`, `name_<percent>`.
       formula: its definition, in Markdown.
       title: its name in tables and figures.
-      digits: behind the point, in tables.
       better: the way in which it is better: lower, higher or closer to one; None for neither.
       per: there is a number for each of these.
-      sums: functions from a batch to sums of each of its requests by name, arrays [R, ...]: what
-        `totals` adds up over requests. Those of a metric with a number for each k may be curves,
-        [R, N, ...]. Metrics share a function by naming the same one; it is called once a batch.
-      ends: from the sums of a pass over all requests, and those of the teacher on the same, to its
-        numbers, NaN where there is nothing to measure: an array [N] (index `k - 1` belongs to k),
-        [T] or [N, T], or one number. With a number for each target it is a curve [N]: the first k
-        at or above the target is reported, or of a pair of curves the second one at that k. Sums
-        may have one more axis, the last, of draws of the requests, which the numbers then have
-        too: reduce only over the axes named here. None if the column is not measured on requests
-        but filled in by `results`.
-      probabilities_of: the rankers of which it needs probabilities, not only an order. If these
-        are a teacher's positions, there is nothing to measure.
+      ends: from the sums over the requests of a pass, and those of the teacher on the same, to
+        its numbers, NaN where there is nothing to measure: an array [N] (index `k - 1` belongs to
+        k), [T] or [N, T], or one number. For targets it is a curve [N], of which the first k at or
+        above the target is reported, or of a pair of curves the second one at that k. Sums and
+        numbers may have one more axis, the last, of draws of the requests: do not reduce it. None
+        if the column is not measured on requests but filled in by `results`.
+      sums: functions of a batch, beyond those of `SUMS`, that return sums of each request by name,
+        arrays [R, ...]. Those of a metric with a number for each k or target may be curves,
+        [R, N, ...]. Metrics may share a function: it is called once per batch.
+      digits: behind the point, in tables.
+      probabilities_of: the rankers of which it needs probabilities, not only an order.
       of_teacher: whether it is defined for the teacher itself.
       averaged: whether a report has the mean over tasks too, under `name`.
       compared: whether a report compares settings on it.
@@ -76,11 +77,11 @@ class Metric(NamedTuple):
     name: str
     formula: str
     title: str
-    digits: int
-    better: Better | None
+    better: Better | None = None
     per: tuple[Literal["k", "task", "target"], ...] = ()
+    ends: Ends | None = None
     sums: tuple[SumFunction, ...] = ()
-    ends: Callable[[Sums, Sums], Any] | None = None
+    digits: int = 4
     probabilities_of: tuple[Literal["ranker", "teacher"], ...] = ()
     of_teacher: bool = True
     averaged: bool = False
@@ -88,6 +89,89 @@ class Metric(NamedTuple):
     main: tuple[int, Tasks] | None = None
     summary: Tasks | None = None
     short: str = ""
+
+
+def _of_users(ranked: Ranked) -> Sums:
+    probability, label, weight = ranked.labels
+    area, counts = agreement.user_auc(probability, label, weight)
+    return {
+        "user_bce": weighted_sum(agreement.binary_cross_entropy(probability, label), weight),
+        "label_weight": weight.sum(axis=1),
+        "predicted": weighted_sum(probability, weight),
+        "observed": weighted_sum(label, weight),
+        "user_auc": area,
+        "user_auc_requests": counts.astype(area.dtype),
+    }
+
+
+def _of_teacher(ranked: Ranked) -> Sums:
+    teacher, weight = ranked.teacher_probability, ranked.teacher_weight
+    losses = agreement.binary_cross_entropy(ranked.probability, teacher)
+    return {
+        "teacher_bce": weighted_sum(losses, weight),
+        "teacher_weight": weight.sum(axis=1),
+        "teacher_entropy": weighted_sum(agreement.entropy(teacher), weight),
+    }
+
+
+def _on_shown(ranked: Ranked) -> Sums:
+    """The student, the teacher and the users on the same items: shown, and known to the teacher."""
+    student, teacher, weight = ranked.judged
+    against_user = agreement.binary_cross_entropy(student, ranked.labels[1])
+    against_teacher = agreement.binary_cross_entropy(student, teacher)
+    return {
+        "shown_user_bce": weighted_sum(against_user, weight),
+        "shown_teacher_bce": weighted_sum(against_teacher, weight),
+        "shown_teacher_kl": weighted_sum(agreement.divergence(student, teacher), weight),
+        "shown_weight": weight.sum(axis=1),
+    }
+
+
+def _of_order(ranked: Ranked) -> Sums:
+    ndcg, ndcg_counts = agreement.teacher_ndcg(ranked.curves.gain, ranked.curves.ideal_gain)
+    tau, tau_counts = agreement.teacher_tau(ranked.value, ranked.teacher_value, ranked.mask)
+    top = funnel.top_values(ranked.value, ranked.true_value, ranked.mask, ranked.sizes.shown)
+    return {
+        "teacher_ndcg": ndcg,
+        "teacher_ndcg_requests": ndcg_counts.astype(ndcg.dtype),
+        "teacher_tau": tau,
+        "teacher_tau_requests": tau_counts.astype(tau.dtype),
+        **dict(zip(("top_promised", "top_true", "top_best"), top, strict=True)),
+    }
+
+
+def _of_funnel(ranked: Ranked) -> Sums:
+    curves, candidates = ranked.curves, ranked.mask.sum(axis=1, keepdims=True)
+    k = jnp.arange(1, ranked.mask.shape[1] + 1)
+    return {
+        "survival": curves.survival,
+        "funnel_requests": curves.counts.astype(curves.survival.dtype),
+        "value_captured": curves.value_captured,
+        "true_value_captured": curves.true_value_captured[..., 0],
+        "ips_user_value": curves.true_value_captured[..., 1],
+        "covered_user_value": ranked.covered_user_value,
+        # Candidates that the teacher scores if k are passed: all of a request with fewer.
+        "scored": jnp.minimum(k, candidates).astype(jnp.float32),
+        "shown_kept": curves.shown_kept,
+        "positives_kept": curves.positives_kept[..., :-2],
+        "positives_shown": curves.positives_shown[..., :-2],
+        "passed_shown": curves.positives_shown[..., -2],
+        "all_shown": curves.positives_shown[..., -1],
+    }
+
+
+def _of_requests(ranked: Ranked) -> Sums:
+    requests, seen = ranked.evaluation_batch.request_mask, ranked.scored.seen
+    return {
+        "requests": requests.astype(jnp.float32),
+        "unseen_users": jnp.where(requests, 1 - seen["user"], 0.0),
+        "candidates": ranked.mask.sum(axis=1).astype(jnp.float32),
+        "unseen_items": jnp.where(ranked.mask, 1 - seen["item"], 0.0).sum(axis=1),
+    }
+
+
+SUMS = (_of_users, _of_teacher, _on_shown, _of_funnel, _of_order, _of_requests)
+"""The functions of the sums that every metric may use; the curves are those of `_of_funnel`."""
 
 
 def ratio(
@@ -98,197 +182,62 @@ def ratio(
     return np.asarray(numerator, np.float64) / np.where(below == 0, np.nan, below)
 
 
-def _user_bce(ranked: Ranked) -> Sums:
-    losses, weight = agreement.user_bce_sums(*ranked.labels)
-    return {"user_bce": losses, "label_weight": weight}
+def _ratio(numerator: str, denominator: str) -> Ends:
+    return lambda sums, _: ratio(sums[numerator], sums[denominator])
 
 
-def _user_auc(ranked: Ranked) -> Sums:
-    area, counts = agreement.user_auc(*ranked.labels)
-    return {"user_auc": area, "user_auc_requests": counts.astype(area.dtype)}
-
-
-def _user_calibration(ranked: Ranked) -> Sums:
-    predicted, observed = agreement.user_calibration_sums(*ranked.labels)
-    return {"predicted": predicted, "observed": observed}
-
-
-def _teacher_bce(ranked: Ranked) -> Sums:
-    losses, weight = agreement.teacher_bce_sums(
-        ranked.probability, ranked.teacher_probability, ranked.teacher_weight
-    )
-    return {"teacher_bce": losses, "teacher_weight": weight}
-
-
-def _teacher_entropy(ranked: Ranked) -> Sums:
-    return {
-        "teacher_entropy": agreement.teacher_entropy_sums(
-            ranked.teacher_probability, ranked.teacher_weight
-        )
-    }
-
-
-def _on_shown(ranked: Ranked) -> Sums:
-    """The student, the teacher and the users on the same items: shown, and known to the teacher."""
-    student, teacher, weight = ranked.judged
-    label = ranked.labels[1]
-    # The same cross entropy, with weights per task.
-    user_bce, _ = agreement.teacher_bce_sums(student, label, weight)
-    teacher_bce, weights = agreement.teacher_bce_sums(student, teacher, weight)
-    return {
-        "shown_user_bce": user_bce,
-        "shown_teacher_bce": teacher_bce,
-        "shown_teacher_kl": agreement.teacher_kl_sums(student, teacher, weight),
-        "shown_weight": weights,
-    }
-
-
-def _survival(ranked: Ranked) -> Sums:
-    survival = ranked.curves.survival
-    return {"survival": survival, "funnel_requests": ranked.curves.counts.astype(survival.dtype)}
-
-
-def _value_captured(ranked: Ranked) -> Sums:
-    return {"value_captured": ranked.curves.value_captured}
-
-
-def _true_value_captured(ranked: Ranked) -> Sums:
-    truth, by_propensity = jnp.moveaxis(ranked.curves.true_value_captured, -1, 0)
-    return {"true_value_captured": truth, "ips_user_value": by_propensity}
-
-
-def _covered(ranked: Ranked) -> Sums:
-    shown = ranked.curves.positives_shown
-    return {
-        "covered_user_value": ranked.covered_user_value,
-        "passed_shown": shown[..., -2],
-        "all_shown": shown[..., -1],
-    }
-
-
-def _scored(ranked: Ranked) -> Sums:
-    """Candidates that the teacher scores if k are passed: all of a request with fewer."""
-    candidates = ranked.mask.sum(axis=1, keepdims=True)
-    k = jnp.arange(1, ranked.mask.shape[1] + 1)
-    return {"scored": jnp.minimum(k, candidates).astype(jnp.float32)}
-
-
-def _shown_kept(ranked: Ranked) -> Sums:
-    return {"shown_kept": ranked.curves.shown_kept}
-
-
-def _positives(ranked: Ranked) -> Sums:
-    curves = ranked.curves
-    kept, shown = (of[..., :-2] for of in (curves.positives_kept, curves.positives_shown))
-    return {"positives_kept": kept, "positives_shown": shown}
-
-
-def _teacher_ndcg(ranked: Ranked) -> Sums:
-    ndcg, counts = agreement.teacher_ndcg(ranked.curves.gain, ranked.curves.ideal_gain)
-    return {"teacher_ndcg": ndcg, "teacher_ndcg_requests": counts.astype(ndcg.dtype)}
-
-
-def _teacher_tau(ranked: Ranked) -> Sums:
-    tau, counts = agreement.teacher_tau(ranked.value, ranked.teacher_value, ranked.mask)
-    return {"teacher_tau": tau, "teacher_tau_requests": counts.astype(tau.dtype)}
-
-
-def _own_top(ranked: Ranked) -> Sums:
-    true_value = funnel.value(ranked.evaluation_batch.true_probability, ranked.value_weights)
-    promised, found, best = funnel.top_values(ranked.value, true_value, ranked.mask, ranked.shown)
-    return {"top_promised": promised, "top_true": found, "top_best": best}
-
-
-def _unseen_users(ranked: Ranked) -> Sums:
-    request_mask = ranked.evaluation_batch.request_mask
-    return {
-        "unseen_users": _unseen(ranked, "user", request_mask),
-        "requests": request_mask.astype(jnp.float32),
-    }
-
-
-def _unseen_items(ranked: Ranked) -> Sums:
-    return {
-        "unseen_items": _unseen(ranked, "item", ranked.mask).sum(axis=1),
-        "candidates": ranked.mask.sum(axis=1).astype(jnp.float32),
-    }
-
-
-def _unseen(ranked: Ranked, lookup: str, counts: Bool[Array, "*ids"]) -> Float[Array, "*ids"]:
-    return jnp.where(counts, 1 - ranked.met[lookup], 0.0)
-
-
-def _user_bce_of(sums: Sums) -> Float[np.ndarray, "T"]:
-    return ratio(sums["user_bce"], sums["label_weight"])
-
-
-def _teacher_bce_of(sums: Sums) -> Float[np.ndarray, "T"]:
-    return ratio(sums["teacher_bce"], sums["teacher_weight"])
-
-
-def _shown_mean(sums: Sums, of: str) -> Float[np.ndarray, "T"]:
-    return ratio(sums[f"shown_{of}"], sums["shown_weight"])
-
-
-def _alignment(sums: Sums, teacher: Sums, distance: str) -> Float[np.ndarray, "*draws"]:
-    return agreement.alignment_ratio(
-        _shown_mean(sums, "user_bce"),
-        _shown_mean(teacher, "user_bce"),
-        _shown_mean(sums, distance),
-        np.asarray(sums["shown_weight"]) > 0,
-    )
-
-
-def _hit_rate(sums: Sums, name: str) -> Float[np.ndarray, "N T"]:
-    return ratio(sums[name], sums["positives_kept"][-1])
-
-
-def _end_to_end(sums: Sums) -> Float[np.ndarray, "N T"]:
-    rate = _hit_rate(sums, "positives_shown")
-    # Where the teacher knows no request, it shows no item: the rate is unknown, and not 0.
-    return np.where(np.asarray(sums["funnel_requests"]) > 0, rate, np.nan)
-
-
-Curve = Callable[[Sums, Sums], Float[np.ndarray, "N"]]
-
-
-def _captured(name: str) -> Curve:
-    """Ends a captured curve, which is summed under `name`."""
+def _captured(name: str) -> Ends:
     return lambda sums, _: funnel.captured_share(np.asarray(sums[name]))
 
 
-def _coverage(sums: Sums, _: Sums) -> Float[np.ndarray, "N"]:
-    return ratio(sums["passed_shown"], sums["all_shown"])
-
-
-def _mean(name: str) -> Curve:
-    """Ends a curve that is summed under `name` as its mean over requests."""
-    return lambda sums, _: ratio(sums[name], sums["requests"])
-
-
-def _at_target(curve: Curve) -> Callable[[Sums, Sums], tuple[Any, Any]]:
-    """Ends a curve at the k of `passed_for`."""
+def _at_target(curve: Ends) -> Ends:
+    """A curve at the k of `passed_for`."""
     return lambda sums, teacher: (
         _captured("value_captured")(sums, teacher),
         curve(sums, teacher),
     )
 
 
+def _alignment(distance: str) -> Ends:
+    mean, of_distance = (_ratio(name, "shown_weight") for name in ("shown_user_bce", distance))
+    return lambda sums, teacher: agreement.alignment_ratio(
+        mean(sums, teacher),
+        mean(teacher, teacher),
+        of_distance(sums, teacher),
+        np.asarray(sums["shown_weight"]) > 0,
+    )
+
+
+def _hit_rate(sums: Sums, _: Sums) -> Float[np.ndarray, "N T"]:
+    return ratio(sums["positives_kept"], sums["positives_kept"][-1])
+
+
+def _end_to_end(sums: Sums, _: Sums) -> Float[np.ndarray, "N T"]:
+    rate = ratio(sums["positives_shown"], sums["positives_kept"][-1])
+    # Where the teacher knows no request, it shows no item: the rate is unknown, and not 0.
+    return np.where(np.asarray(sums["funnel_requests"]) > 0, rate, np.nan)
+
+
+# Kinds of metrics: losses against the teacher, a number for each task; and curves of a gain.
+_loss = functools.partial(
+    Metric,
+    better="lower",
+    per=("task",),
+    probabilities_of=("ranker", "teacher"),
+    averaged=True,
+)
+_gain = functools.partial(Metric, better="higher", per=("k",))
+
 # In the order of the columns of `results.csv`.
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
-        Metric(
+        _loss(
             name="user_bce",
             formula="Σ w · (−y log p − (1 − y) log(1 − p)) / Σ w, in nats, over shown candidates",
             title="user BCE",
-            digits=4,
-            better="lower",
-            per=("task",),
-            sums=(_user_bce,),
-            ends=lambda sums, _: _user_bce_of(sums),
+            ends=_ratio("user_bce", "label_weight"),
             probabilities_of=("ranker",),
-            averaged=True,
             main=(12, "each"),
         ),
         Metric(
@@ -296,11 +245,9 @@ METRICS: dict[str, Metric] = {
             formula="the share of pairs (label 1, label 0) *within a request* that p orders "
             "rightly, a tie counting ½; averaged over requests that have both labels",
             title="AUC",
-            digits=4,
             better="higher",
             per=("task",),
-            sums=(_user_auc,),
-            ends=lambda sums, _: ratio(sums["user_auc"], sums["user_auc_requests"]),
+            ends=_ratio("user_auc", "user_auc_requests"),
             main=(11, "each"),
             summary="each",
         ),
@@ -311,53 +258,35 @@ METRICS: dict[str, Metric] = {
             digits=3,
             better="one",
             per=("task",),
-            sums=(_user_calibration,),
-            ends=lambda sums, _: ratio(sums["predicted"], sums["observed"]),
+            ends=_ratio("predicted", "observed"),
             probabilities_of=("ranker",),
             summary="first",
             short="calib.",
         ),
-        Metric(
+        _loss(
             name="teacher_bce",
             formula="Σ w · (−q log p − (1 − q) log(1 − p)) / Σ w, over entries with teacher weight",
             title="teacher BCE",
-            digits=4,
-            better="lower",
-            per=("task",),
-            sums=(_teacher_bce,),
-            ends=lambda sums, _: _teacher_bce_of(sums),
-            probabilities_of=("ranker", "teacher"),
-            averaged=True,
+            ends=_ratio("teacher_bce", "teacher_weight"),
         ),
-        Metric(
+        _loss(
             name="teacher_kl",
             formula="`teacher_bce` less the teacher's own mean entropy: 0 for a perfect copy",
             title="teacher KL",
-            digits=4,
-            better="lower",
-            per=("task",),
-            sums=(_teacher_bce, _teacher_entropy),
             ends=lambda sums, _: (
-                _teacher_bce_of(sums) - ratio(sums["teacher_entropy"], sums["teacher_weight"])
+                ratio(sums["teacher_bce"], sums["teacher_weight"])
+                - ratio(sums["teacher_entropy"], sums["teacher_weight"])
             ),
-            probabilities_of=("ranker", "teacher"),
-            averaged=True,
             main=(9, "mean"),
             summary="first",
             short="KL",
         ),
-        Metric(
+        _loss(
             name="teacher_kl_shown",
             formula="the same divergence over shown candidates of which the teacher knows every "
             "task, with label weights",
             title="teacher KL of the shown",
-            digits=4,
-            better="lower",
-            per=("task",),
-            sums=(_on_shown,),
-            ends=lambda sums, _: _shown_mean(sums, "teacher_kl"),
-            probabilities_of=("ranker", "teacher"),
-            averaged=True,
+            ends=_ratio("shown_teacher_kl", "shown_weight"),
         ),
         Metric(
             name="alignment_ratio",
@@ -367,9 +296,7 @@ METRICS: dict[str, Metric] = {
             title="alignment ratio",
             digits=3,
             # It is small for a student that predicts users well as for one that strays.
-            better=None,
-            sums=(_on_shown,),
-            ends=lambda sums, teacher: _alignment(sums, teacher, "teacher_kl"),
+            ends=_alignment("shown_teacher_kl"),
             probabilities_of=("ranker", "teacher"),
             of_teacher=False,
             main=(10, "each"),
@@ -382,100 +309,76 @@ METRICS: dict[str, Metric] = {
             "counts the teacher's own entropy",
             title="alignment ratio (BCE)",
             digits=3,
-            better=None,
-            sums=(_on_shown,),
-            ends=lambda sums, teacher: _alignment(sums, teacher, "teacher_bce"),
+            ends=_alignment("shown_teacher_bce"),
             probabilities_of=("ranker", "teacher"),
             of_teacher=False,
         ),
-        Metric(
+        _gain(
             name="survival",
             formula="the share of the teacher's own top m, out of all retrieved, that the "
             "student's top k keeps; mean over requests",
             title="survival",
             digits=3,
-            better="higher",
-            per=("k",),
-            sums=(_survival,),
-            ends=lambda sums, _: ratio(sums["survival"], sums["funnel_requests"]),
+            ends=_ratio("survival", "funnel_requests"),
             main=(4, "each"),
             summary="each",
         ),
-        Metric(
+        _gain(
             name="value_captured",
             formula="Σ teacher value of the m items shown if the teacher ranks only the student's "
             "top k, over Σ of the same if it ranks all retrieved",
             title="value",
-            digits=4,
-            better="higher",
-            per=("k",),
-            sums=(_value_captured,),
             ends=_captured("value_captured"),
             main=(5, "each"),
             summary="each",
         ),
-        Metric(
+        _gain(
             name="true_value_captured",
             formula="the same items in both sums, valued by the true probabilities; empty where "
             "the dataset does not know them",
             title="true value",
-            digits=4,
-            better="higher",
-            per=("k",),
-            sums=(_true_value_captured,),
             ends=_captured("true_value_captured"),
             main=(6, "each"),
             summary="each",
         ),
-        Metric(
+        _gain(
             name="shown_recall",
             formula="Σ shown candidates in the student's top k, over Σ shown candidates; over the "
             "requests of which the logged funnel has shown some candidates and not all",
             title="shown recall",
             digits=3,
-            better="higher",
-            per=("k",),
-            sums=(_shown_kept,),
             ends=_captured("shown_kept"),
         ),
-        Metric(
+        _gain(
             name="hit_rate",
             formula="Σ candidates with a positive label in the student's top k, over Σ candidates "
             "with a positive label; labels of weight 0 count for nothing",
             title="hit rate",
             digits=3,
-            better="higher",
             per=("k", "task"),
-            sums=(_positives,),
-            ends=lambda sums, _: _hit_rate(sums, "positives_kept"),
+            ends=_hit_rate,
             main=(7, "first"),
             summary="first",
             short="hits",
         ),
-        Metric(
+        _gain(
             name="end_to_end_hit_rate",
             formula="of the same candidates, the share that is among the m items shown if the "
             "teacher ranks only the student's top k",
             title="end-to-end hit rate",
             digits=3,
-            better="higher",
             per=("k", "task"),
-            sums=(_positives, _survival),
-            ends=lambda sums, _: _end_to_end(sums),
+            ends=_end_to_end,
             main=(8, "first"),
             summary="first",
             short="end hits",
         ),
-        Metric(
+        _gain(
             name="covered_user_value",
             formula="of a funnel of the candidates that the logged funnel passed: Σ value of the "
             "user labels of the m items shown if the teacher ranks the student's first ⌈k · c / n⌉ "
             "of these c, of n retrieved, over Σ of the same if it ranks all c",
             title="users' value (covered)",
-            digits=4,
-            better="higher",
-            per=("k",),
-            sums=(_covered,),
             ends=_captured("covered_user_value"),
         ),
         Metric(
@@ -484,21 +387,15 @@ METRICS: dict[str, Metric] = {
             "could get a label",
             title="coverage",
             digits=3,
-            better=None,
             per=("k",),
-            sums=(_covered,),
-            ends=_coverage,
+            ends=_ratio("passed_shown", "all_shown"),
         ),
-        Metric(
+        _gain(
             name="ips_user_value",
             formula="Σ value of the user labels of the items shown, each over its propensity, over "
             "Σ of the same if all retrieved are passed (Horvitz and Thompson 1952); empty without "
             "propensities. Unbiased only if the log could show every item",
             title="users' value (IPS)",
-            digits=4,
-            better="higher",
-            per=("k",),
-            sums=(_true_value_captured,),
             ends=_captured("ips_user_value"),
         ),
         Metric(
@@ -506,10 +403,8 @@ METRICS: dict[str, Metric] = {
             formula="NDCG of the student's first m with the teacher's value as gain, Σ gain / "
             "log2(1 + place) over the same in the teacher's own order; mean over requests",
             title="NDCG",
-            digits=4,
             better="higher",
-            sums=(_teacher_ndcg,),
-            ends=lambda sums, _: ratio(sums["teacher_ndcg"], sums["teacher_ndcg_requests"]),
+            ends=_ratio("teacher_ndcg", "teacher_ndcg_requests"),
         ),
         Metric(
             name="teacher_tau",
@@ -517,10 +412,8 @@ METRICS: dict[str, Metric] = {
             f"random sample of the pairs of each request, {agreement.NEIGHBOURS} times as many as "
             "the candidates that the teacher knows; mean over requests",
             title="tau",
-            digits=4,
             better="higher",
-            sums=(_teacher_tau,),
-            ends=lambda sums, _: ratio(sums["teacher_tau"], sums["teacher_tau_requests"]),
+            ends=_ratio("teacher_tau", "teacher_tau_requests"),
         ),
         Metric(
             name="passed_for",
@@ -529,7 +422,6 @@ METRICS: dict[str, Metric] = {
             digits=0,
             better="lower",
             per=("target",),
-            sums=(_value_captured,),
             ends=_captured("value_captured"),
             main=(1, "each"),
             summary="each",
@@ -542,17 +434,14 @@ METRICS: dict[str, Metric] = {
             digits=1,
             better="lower",
             per=("target",),
-            sums=(_value_captured, _scored, _unseen_users),
-            ends=_at_target(_mean("scored")),
+            ends=_at_target(_ratio("scored", "requests")),
         ),
         Metric(
             name="true_value_for",
             formula="`true_value_captured` at `passed_for`: where the saving is taken",
             title="true value for",
-            digits=4,
             better="higher",
             per=("target",),
-            sums=(_value_captured, _true_value_captured),
             ends=_at_target(_captured("true_value_captured")),
         ),
         Metric(
@@ -560,9 +449,7 @@ METRICS: dict[str, Metric] = {
             formula="mean candidates of a request",
             title="candidates",
             digits=1,
-            better=None,
-            sums=(_unseen_items, _unseen_users),
-            ends=lambda sums, _: ratio(sums["candidates"], sums["requests"]),
+            ends=_ratio("candidates", "requests"),
             compared=False,
         ),
         Metric(
@@ -570,9 +457,7 @@ METRICS: dict[str, Metric] = {
             formula="1 − Σ true value of the ranker's own top m, out of all retrieved, over Σ true "
             "value of the m that are truly best; empty where the dataset does not know it",
             title="regret",
-            digits=4,
             better="lower",
-            sums=(_own_top,),
             ends=lambda sums, _: 1 - ratio(sums["top_true"], sums["top_best"]),
             summary="each",
         ),
@@ -583,8 +468,7 @@ METRICS: dict[str, Metric] = {
             title="calibration of the top",
             digits=3,
             better="one",
-            sums=(_own_top,),
-            ends=lambda sums, _: ratio(sums["top_promised"], sums["top_true"]),
+            ends=_ratio("top_promised", "top_true"),
             probabilities_of=("ranker",),
         ),
         Metric(
@@ -592,14 +476,12 @@ METRICS: dict[str, Metric] = {
             formula="FLOPs of the model as compiled for a CPU, wherever it runs, on a request of "
             "N retrieved, over N; heads that `serve` does not read are not served, and not counted",
             title="FLOPs",
-            digits=4,
             better="lower",
         ),
         Metric(
             name="cost_ratio",
             formula="`flops_per_candidate` of the student over the teacher's",
             title="cost ratio",
-            digits=4,
             better="lower",
             main=(3, "each"),
             summary="each",
@@ -637,9 +519,7 @@ METRICS: dict[str, Metric] = {
             "which the reserved row serves; empty where the model is not known",
             title="unseen users",
             digits=3,
-            better=None,
-            sums=(_unseen_users,),
-            ends=lambda sums, _: ratio(sums["unseen_users"], sums["requests"]),
+            ends=_ratio("unseen_users", "requests"),
             compared=False,
         ),
         Metric(
@@ -647,9 +527,7 @@ METRICS: dict[str, Metric] = {
             formula="the same of the test candidates",
             title="unseen items",
             digits=3,
-            better=None,
-            sums=(_unseen_items,),
-            ends=lambda sums, _: ratio(sums["unseen_items"], sums["candidates"]),
+            ends=_ratio("unseen_items", "candidates"),
             compared=False,
         ),
     )
@@ -657,16 +535,13 @@ METRICS: dict[str, Metric] = {
 
 
 def sum_functions() -> tuple[SumFunction, ...]:
-    """All that is summed for `METRICS`, each once."""
-    return tuple(dict.fromkeys(of for metric in METRICS.values() for of in metric.sums))
+    """Return `SUMS` and the further functions of `METRICS`, each once."""
+    return tuple(dict.fromkeys([*SUMS, *(of for metric in METRICS.values() for of in metric.sums)]))
 
 
 def sums_curves(function: SumFunction) -> bool:
-    """Tests if a function of `Metric.sums` is that of a metric with a number for each k.
-
-    Of what it returns, arrays of more than one axis are curves, [R, N, ...].
-    """
-    return any(
+    """Test whether the arrays of a function with more than one axis are curves, [R, N, ...]."""
+    return function is _of_funnel or any(
         function in metric.sums and {"k", "target"} & {*metric.per} for metric in METRICS.values()
     )
 
@@ -725,25 +600,21 @@ def title_of(column: str, short: bool = False) -> str:
 
 
 def main_columns(tasks: Sequence[str], passed: int) -> list[str]:
-    """The columns of a report's main table from left to right, curves at one point only.
+    """The columns of a report's main table from left to right.
 
-    That is `passed` for those over k, and `TARGET`.
+    Curves have one point only: `passed` for those over k, and `TARGET`.
     """
-    placed = [(metric, *metric.main) for metric in METRICS.values() if metric.main]
-    placed.sort(key=lambda entry: entry[1])
-    return [
-        column for metric, _, which in placed for column in _columns(metric, which, tasks, passed)
-    ]
+    placed = [(*metric.main, metric) for metric in METRICS.values() if metric.main]
+    placed.sort(key=operator.itemgetter(0))
+    columns = (_columns(metric, which, tasks, passed) for _, which, metric in placed)
+    return [*itertools.chain(*columns)]
 
 
 def summary_columns(tasks: Sequence[str], passed: int) -> list[str]:
     """The columns of the table in the terminal from left to right, curves as in `main_columns`."""
-    return [
-        column
-        for metric in METRICS.values()
-        if metric.summary
-        for column in _columns(metric, metric.summary, tasks, passed)
-    ]
+    chosen = [(metric, metric.summary) for metric in METRICS.values() if metric.summary]
+    columns = (_columns(metric, which, tasks, passed) for metric, which in chosen)
+    return [*itertools.chain(*columns)]
 
 
 def _columns(metric: Metric, which: Tasks, tasks: Sequence[str], passed: int) -> list[str]:
@@ -754,13 +625,7 @@ def _columns(metric: Metric, which: Tasks, tasks: Sequence[str], passed: int) ->
 
 
 def numbers(metric: Metric, ended: Any, report_at: ReportAt) -> Float[np.ndarray, "columns *draws"]:
-    """The numbers that a metric ends in, in the order of `result_columns`.
-
-    Args:
-      metric: the metric.
-      ended: the result of its `ends`.
-      report_at: the points to report.
-    """
+    """The numbers of `ended`, the result of `metric.ends`, in the order of `result_columns`."""
     if "target" in metric.per:
         captured, *other = ended if isinstance(ended, tuple) else (ended,)
         passed = np.array([funnel.passed_for(captured, target) for target in report_at.targets])
@@ -779,15 +644,58 @@ def _at(
     return np.where(np.isnan(k), np.nan, np.take_along_axis(np.asarray(curve), index, axis=0))
 
 
-def is_measurable(metric: Metric, of_teacher: bool, signal: str) -> bool:
-    """Tests if there is anything to measure of a ranker.
+def summarise(
+    sums: Sums,
+    teacher: Sums | None,
+    tasks: Sequence[str],
+    report_at: ReportAt,
+    signal: str = "probability",
+    only_order: bool = False,
+) -> dict[str, float]:
+    """The measured columns of `results.csv`, in their order; NaN where there is nothing to measure.
 
     Args:
-      metric: the metric.
-      of_teacher: whether the ranker is the teacher itself.
-      signal: what is known of the teacher, one of `batch.TEACHER_SIGNALS`.
+      sums: of a ranker over all batches, from `evaluate.add`.
+      teacher: those of the teacher; None where `sums` are its own.
+      tasks: names of the tasks, in the order of the T axis.
+      report_at: the points of curves.
+      signal: of the teacher, one of `batch.TEACHER_SIGNALS`; positions are no probabilities.
+      only_order: whether the numbers of the ranker are no probabilities.
     """
-    positions = {"teacher", *(["ranker"] if of_teacher else [])} if signal == "rank" else set()
-    return not positions.intersection(metric.probabilities_of) and (
-        metric.of_teacher or not of_teacher
-    )
+    of_teacher, positions = teacher is None, signal == "rank"
+    without: set[str] = {"teacher"} if positions else set()
+    if only_order or (of_teacher and positions):
+        without.add("ranker")
+    row: dict[str, float] = {}
+    for metric in METRICS.values():
+        if metric.ends is None:
+            continue
+        columns = result_columns(metric, tasks, report_at)
+        found = [float("nan")] * len(columns)
+        defined = metric.of_teacher or not of_teacher
+        if defined and not without.intersection(metric.probabilities_of):
+            found = numbers(metric, metric.ends(sums, teacher or sums), report_at).tolist()
+        row |= zip(columns, found, strict=True)
+    return row
+
+
+def curves(sums: Sums, tasks: Sequence[str]) -> dict[str, Float[np.ndarray, "N"]]:
+    """The curves by their columns in `curves.csv`; index `k - 1` belongs to k passed."""
+    curves: dict[str, Float[np.ndarray, "N"]] = {}
+    for metric in METRICS.values():
+        columns = curve_columns(metric, tasks)
+        if columns and metric.ends:
+            ended = np.asarray(metric.ends(sums, sums))
+            curves |= zip(columns, ended.reshape(len(ended), -1).T, strict=True)
+    return curves
+
+
+def calibration(sums: Sums, tasks: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of `calibration.csv`: mean probability and mean label of each bin with a weight."""
+    weight = np.asarray(sums["bin_weight"])
+    predicted, observed = (ratio(sums[f"bin_{of}"], weight) for of in ("predicted", "observed"))
+    return [
+        {"task": tasks[task], "bin": place, "weight": float(weight[task, place])}
+        | {"predicted": float(predicted[task, place]), "observed": float(observed[task, place])}
+        for task, place in np.argwhere(weight).tolist()
+    ]

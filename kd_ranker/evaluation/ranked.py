@@ -1,4 +1,4 @@
-"""A batch as a ranker and the teacher see it, which is all that a metric is summed over.
+"""A batch as a ranker and the teacher see it: the input of each metric.
 
 Axes: `R` requests, `N` candidates, `T` tasks, `L` candidates with a label.
 """
@@ -23,102 +23,122 @@ class Scored(NamedTuple):
 
     Attributes:
       probability: the probabilities that it ranks by.
-      met: for the ids of users [R] and items [R, N], by lookup name: 1 if training included the
+      seen: for the ids of users [R] and items [R, N], by lookup name: 1 if training included the
         id, 0 if it did not, NaN if that is not known.
     """
 
     probability: Probability
-    met: dict[str, Float[Array, "..."]]
+    seen: dict[str, Float[Array, "..."]]
 
     @classmethod
     def of(
-        cls, probability: Probability, met: Mapping[str, Bool[Array, "..."]], batch: CandidateBatch
+        cls, probability: Probability, seen: Mapping[str, Bool[Array, "..."]], batch: CandidateBatch
     ) -> "Scored":
         """Build scores from the outputs of a model; some lookups may be absent."""
         ids = {"user": batch.user_id, "item": batch.item_id}
         unknown = {name: jnp.full(of.shape, jnp.nan, jnp.float32) for name, of in ids.items()}
-        known = {name: of.astype(jnp.float32) for name, of in met.items() if name in ids}
+        known = {name: of.astype(jnp.float32) for name, of in seen.items() if name in ids}
         return cls(probability, unknown | known)
 
 
-class TeacherScores(NamedTuple):
-    """The scores of the teacher on a batch.
+class Sizes(NamedTuple):
+    """Static sizes of a program that measures.
 
     Attributes:
-      probability: may hold anything where its weight is 0.
-      weight: 0 where the probability is not known.
+      shown: number of items shown.
+      labelled: L, at least the number of candidates with a label in any request.
+      passed: at least the number of candidates that the logged funnel passed in any request.
     """
 
-    probability: Probability
-    weight: Probability
+    shown: int
+    labelled: int
+    passed: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ranked:
-    """A batch with the probabilities of a ranker and of the teacher; see `ranked`.
+    """A batch with the scores of a ranker and of the teacher.
 
-    Values that several metrics need are properties, computed at first use and then kept. An object
-    exists within one trace of the program that measures.
+    Properties leave out entries that do not count: padding, requests that only fill the batch,
+    and for a teacher the candidates without its scores. They are computed at first use and kept.
+    An object exists within one trace of the program that measures.
 
     Attributes:
-      probability: the serving probabilities of the ranker under evaluation.
-      teacher_probability: the final ranker's; arbitrary where its weight is 0.
-      teacher_weight: 0 where the teacher's probability is not known or does not count.
-      label_weight: weights of the user labels; 0 where a label does not count.
-      mask: False on padding, and on requests that only fill the batch.
-      evaluation_batch: the requests; do not read the teacher's values in it.
+      scored: the scores of the ranker.
+      evaluation_batch: the requests with the scores of the teacher, logged or of a live one.
       value_weights: the weights of the value that a ranker sorts by, see `funnel.value`.
-      shown: number of items shown.
-      labelled: L, at least as many as a request has candidates with a label.
-      passed: at least as many as a request has candidates that the logged funnel passed.
-      met: whether training included each id, see `Scored`.
+      sizes: the static sizes.
+      is_teacher: whether the ranker is the teacher itself, which is measured only where its scores
+        are known. A live teacher's are known everywhere; logs may have holes.
     """
 
-    probability: Float[Array, "R N T"]
-    teacher_probability: Float[Array, "R N T"]
-    teacher_weight: Float[Array, "R N T"]
-    label_weight: Float[Array, "R N"]
-    mask: Bool[Array, "R N"]
+    scored: Scored
     evaluation_batch: EvaluationBatch
     value_weights: Float[Array, "T"]
-    shown: int
-    labelled: int
-    passed: int
-    met: Mapping[str, Float[Array, "..."]]
+    sizes: Sizes
+    is_teacher: bool | Bool[Array, ""] = False
 
     @property
     def batch(self) -> CandidateBatch:
-        """The requests without what only the evaluation may see."""
+        """The requests without the fields for the evaluation only."""
         return self.evaluation_batch.batch
 
     @functools.cached_property
-    def labels(self) -> tuple[Float[Array, "R L T"], Float[Array, "R L T"], Float[Array, "R L"]]:
+    def mask(self) -> Bool[Array, "R N"]:
+        """False on padding, and on requests that only fill the batch."""
+        return self.batch.candidate_mask & self.evaluation_batch.request_mask[:, None]
+
+    @functools.cached_property
+    def probability(self) -> Probability:
+        """The serving probabilities of the ranker; NaN where a teacher has none.
+
+        The funnel ranks NaN behind all candidates that the teacher knows.
+        """
+        unknown = self.is_teacher & ~(self.batch.teacher_weight > 0)
+        # In bfloat16, sums would lose their digits and 1 - MARGIN would be 1.
+        return jnp.where(unknown, jnp.nan, self.scored.probability).astype(jnp.float32)
+
+    @functools.cached_property
+    def teacher_probability(self) -> Probability:
+        """The teacher's probabilities; arbitrary where their weight is 0."""
+        return self.batch.teacher_probability.astype(jnp.float32)
+
+    @functools.cached_property
+    def teacher_weight(self) -> Probability:
+        """0 where the teacher's probability is not known or does not count."""
+        return jnp.where(self.mask[..., None], self.batch.teacher_weight, 0.0)
+
+    @functools.cached_property
+    def label_weight(self) -> Float[Array, "R N"]:
+        """Weights of the user labels; 0 where a label does not count."""
+        counts = self.mask & (self._teacher_knows | ~jnp.asarray(self.is_teacher))
+        return jnp.where(counts, self.batch.label_weight, 0.0)
+
+    @functools.cached_property
+    def labels(self) -> tuple[Float[Array, "R L T"], Float[Array, "R L T"], Float[Array, "R L T"]]:
         """Probability, user label and label weight of the candidates that have a label.
 
         The metrics against user labels are cheap because they measure only these.
         """
+        probability = self._of_labelled(self.probability)
+        weight = self._of_labelled(self.label_weight)[..., None]
         return (
-            self._of_labelled(self.probability),
+            probability,
             self._of_labelled(self.batch.user_label),
-            self._of_labelled(self.label_weight),
+            jnp.broadcast_to(weight, probability.shape),
         )
 
     @functools.cached_property
-    def judged(
-        self,
-    ) -> tuple[Float[Array, "R L T"], Float[Array, "R L T"], Float[Array, "R L T"]]:
+    def judged(self) -> tuple[Float[Array, "R L T"], Float[Array, "R L T"], Float[Array, "R L T"]]:
         """Ranker's and teacher's probability, and weight, of the candidates that have a label.
 
-        The weight is that of the label, and 0 where the teacher's value is not known, or its
-        probability: on these items all three can be compared.
+        The weight is that of the label. It is 0 where the teacher's value or probability is not
+        known: elsewhere ranker, teacher and users can be compared.
         """
         known = self._of_labelled((self.teacher_weight > 0) & self._teacher_knows[..., None])
-        probability, _, label_weight = self.labels
-        return (
-            probability,
-            self._of_labelled(self.teacher_probability),
-            jnp.where(known, label_weight[..., None], 0.0),
-        )
+        probability, _, weight = self.labels
+        teacher = self._of_labelled(self.teacher_probability)
+        return probability, teacher, jnp.where(known, weight, 0.0)
 
     def _of_labelled(self, values: Float[Array, "R N ..."]) -> Float[Array, "R L ..."]:
         return jax.vmap(lambda of_request, places: of_request[places])(values, self._with_label)
@@ -130,7 +150,7 @@ class Ranked:
         They do not depend on the ranker, so all rankers of a program share this sort.
         """
         has_label = self.mask & (self.batch.label_weight > 0)
-        return jnp.argsort(~has_label, axis=1, stable=True)[:, : self.labelled]
+        return jnp.argsort(~has_label, axis=1, stable=True)[:, : self.sizes.labelled]
 
     @functools.cached_property
     def value(self) -> Float[Array, "R N"]:
@@ -144,17 +164,26 @@ class Ranked:
         return jnp.where(self._teacher_knows, value, jnp.nan)
 
     @functools.cached_property
-    def _teacher_knows(self) -> Bool[Array, "R N"]:
-        return knows_value(self.teacher_weight, self.value_weights)
+    def true_value(self) -> Float[Array, "R N"]:
+        """The true value of each candidate; NaN where the dataset does not know it."""
+        return funnel.value(self.evaluation_batch.true_probability, self.value_weights)
 
     @functools.cached_property
     def user_value(self) -> Float[Array, "R N"]:
         """The value of each candidate's user labels; 0 where it has none."""
-        has_label = (self.label_weight > 0)[..., None] & (self.batch.user_label > 0.5)
-        return funnel.value(has_label.astype(jnp.float32), self.value_weights)
+        return funnel.value(self._positive.astype(jnp.float32), self.value_weights)
 
     @functools.cached_property
-    def was_passed(self) -> Bool[Array, "R N"]:
+    def _teacher_knows(self) -> Bool[Array, "R N"]:
+        """True where the teacher's probability of each task that counts in the value is known."""
+        return jnp.all((self.teacher_weight > 0) | (self.value_weights == 0), axis=-1)
+
+    @functools.cached_property
+    def _positive(self) -> Bool[Array, "R N T"]:
+        return (self.label_weight > 0)[..., None] & (self.batch.user_label > 0.5)
+
+    @functools.cached_property
+    def _was_passed(self) -> Bool[Array, "R N"]:
         """True for candidates that the logged funnel passed: only they could get a label."""
         return self.mask & (self.batch.stage >= Stage.PASSED)
 
@@ -165,22 +194,20 @@ class Ranked:
         Every candidate is retrieved. The teacher never chooses a candidate without a known teacher
         value. The true values of the curves have two columns: the true value, and the value of
         user labels over the propensity of the label. The positives have two more columns than
-        tasks: `was_passed`, and every candidate.
+        tasks: candidates that the logged funnel passed, and every candidate.
         """
-        truth = funnel.value(self.evaluation_batch.true_probability, self.value_weights)
         weighted = self.user_value / self.evaluation_batch.propensity
         # A slot that was not filled at random has no propensity, and no weight.
         weighted = jnp.where((self.label_weight > 0) & ~jnp.isnan(weighted), weighted, 0.0)
-        positive = (self.label_weight > 0)[..., None] & (self.batch.user_label > 0.5)
-        more = jnp.stack([self.was_passed, self.mask], axis=-1)
+        more = jnp.stack([self._was_passed, self.mask], axis=-1)
         return funnel.funnel_curves(
             student_value=self.value,
             teacher_value=self.teacher_value,
             candidate_mask=self.mask,
-            shown=self.shown,
-            true_value=jnp.stack([truth, weighted], axis=-1),
+            shown=self.sizes.shown,
+            true_value=jnp.stack([self.true_value, weighted], axis=-1),
             was_shown=self.mask & (self.batch.stage == Stage.SHOWN),
-            positive=jnp.concatenate([positive, more], axis=-1),
+            positive=jnp.concatenate([self._positive, more], axis=-1),
         )
 
     @functools.cached_property
@@ -190,69 +217,15 @@ class Ranked:
         Of a request's n candidates, the logged funnel passed c. In the funnel of index k − 1, the
         student passes its first ⌈k · c / n⌉ of these c, and the teacher shows m of them.
         """
-        places = jnp.argsort(~self.was_passed, axis=1, stable=True)[:, : self.passed]
+        was_passed = self._was_passed
+        places = jnp.argsort(~was_passed, axis=1, stable=True)[:, : self.sizes.passed]
         value, teacher_value, mask, user_value = (
             jnp.take_along_axis(of, places, axis=1)
-            for of in (self.value, self.teacher_value, self.was_passed, self.user_value)
+            for of in (self.value, self.teacher_value, was_passed, self.user_value)
         )
-        curves = funnel.funnel_curves(value, teacher_value, mask, self.shown, true_value=user_value)
-        passed, candidates = (of.sum(axis=1)[:, None] for of in (self.was_passed, self.mask))
+        curves = funnel.funnel_curves(value, teacher_value, mask, self.sizes.shown, user_value)
+        passed, candidates = (of.sum(axis=1)[:, None] for of in (was_passed, self.mask))
         k = jnp.arange(1, self.mask.shape[1] + 1)
         of_passed = -(-k * passed // jnp.maximum(candidates, 1))
         index = jnp.clip(of_passed, 1, jnp.maximum(passed, 1)) - 1
         return jnp.take_along_axis(curves.true_value_captured, index, axis=1)
-
-
-def knows_value(
-    teacher_weight: Float[Array, "R N T"], value_weights: Float[Array, "T"]
-) -> Bool[Array, "R N"]:
-    """True where the teacher's probability of every task that counts in the value is known."""
-    return jnp.all((teacher_weight > 0) | (value_weights == 0), axis=-1)
-
-
-def ranked(
-    scored: Scored,
-    teacher: TeacherScores,
-    evaluation_batch: EvaluationBatch,
-    value_weights: Float[Array, "T"],
-    shown: int,
-    labelled: int,
-    passed: int,
-    is_teacher: bool | Bool[Array, ""] = False,
-) -> Ranked:
-    """A batch under a ranker and the teacher, without what does not count.
-
-    Requests outside `request_mask` and candidates of stage `PADDING` get weights of 0. The
-    teacher's scores come separately from the batch because a live teacher computes them.
-
-    Args:
-      scored: the scores of the ranker.
-      teacher: those of the teacher.
-      evaluation_batch: the requests.
-      value_weights: one weight per task.
-      shown: number of items shown.
-      labelled: see `Ranked`.
-      passed: see `Ranked`.
-      is_teacher: whether the ranker is the teacher itself, which is judged only where its scores
-        are known. A live teacher's are known everywhere; logs may have holes.
-    """
-    batch = evaluation_batch.batch
-    mask = batch.candidate_mask & evaluation_batch.request_mask[:, None]
-    knows = teacher.weight > 0
-    counts = mask & (knows_value(teacher.weight, value_weights) | ~jnp.asarray(is_teacher))
-    # The funnel ranks NaN behind all candidates that the teacher knows.
-    probability = jnp.where(is_teacher & ~knows, jnp.nan, scored.probability)
-    return Ranked(
-        # In bfloat16, sums would lose their digits and 1 - MARGIN would be 1.
-        probability=probability.astype(jnp.float32),
-        teacher_probability=teacher.probability.astype(jnp.float32),
-        teacher_weight=jnp.where(mask[..., None], teacher.weight, 0.0),
-        label_weight=jnp.where(counts, batch.label_weight, 0.0),
-        mask=mask,
-        evaluation_batch=evaluation_batch,
-        value_weights=value_weights,
-        shown=shown,
-        labelled=labelled,
-        passed=passed,
-        met=scored.met,
-    )

@@ -1,30 +1,26 @@
-"""References: rankers without a model, against which a trained one has to earn its place.
+"""References: rankers without a model, against which a trained one is compared.
 
     oracle        sorts by the true value, where the dataset knows it
-    incumbent     sorts by the score of the early ranker that filled the log, where the dataset
-                  knows it
+    incumbent     sorts by the score of the early ranker that filled the log, where it is known
     random        sorts at random
-    popularity    sorts by how often training has shown an item
+    popularity    sorts by the summed label weight of an item's impressions in training
     show_rate     sorts by the share of the requests that passed an item in which it was shown
     pass_rate     sorts by the share of the requests that retrieved an item in which it was passed
     top_rate      sorts by the share of the requests in which the logged final ranker scored an item
                   in which it came among the first `shown`
     static_list   sorts by the mean value of an item in training
 
-The last five are lists of items that ignore the user; `NEED_SCORES` names those that need the final
-ranker's scores or order. All references are one `Ranker`, measured by `evaluate.evaluate` like a
-group of students, with a serve name each:
+The last five are lists of items that ignore the user. All references are one `Ranker`, measured by
+`evaluate.evaluate` like a group of students, with a serve name each:
 
     statistics = train_statistics(dataset, config.value_weights, config.funnel.shown, seed=0)
     names = known_references([dataset.columns["test"]], statistics)
     references = reference_ranker([statistics])._replace(serves=[names])
     _, [*of_students, (of_references,)] = evaluate(teacher, [*students, references], ...)
-    row = only_order(totals.summarise(of_references["popularity"].sums, ...))
-
-The numbers of `NO_PROBABILITIES` define only an order; those of the oracle are probabilities.
+    row = metrics.summarise(of_references["popularity"].sums, ..., only_order=True)
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import flax.struct
 import jax
@@ -32,17 +28,35 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from kd_ranker.batch import EvaluationBatch, Items
-from kd_ranker.evaluation import metrics
+from kd_ranker.batch import CandidateBatch, EvaluationBatch, Items
 from kd_ranker.evaluation.evaluate import Ranker, Served
 from kd_ranker.models.layers import features_of_items
 from kd_ranker.requests.columns import Columns, slices
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training.state import stack_members
 
+LISTS = ("popularity", "show_rate", "pass_rate", "top_rate", "static_list")
+"""The references that are lists of items, the same for every user."""
+
+REFERENCES = ("oracle", "incumbent", "random", *LISTS)
+"""The names of all references."""
+
+NEED_SCORES = ("top_rate", "static_list")
+"""The lists that need the final ranker's scores or its order."""
+
+NO_RANKERS = ("oracle", "random")
+"""The references that no funnel could use, or would."""
+
+NO_PROBABILITIES = ("incumbent", "random", *LISTS)
+"""The references that define only an order."""
+
 # Failures added to each item's count, so that no item tops a list after one lucky impression.
 # Shrinking towards the mean instead of 0 would put items that were never shown above most others.
 _PRIOR_FAILURES = 10
+
+# The requests to inspect for known inputs, and the share of candidates that must be known: a ranker
+# that orders the others at random would look worse than it is.
+_SOME, _NEARLY_ALL = 1000, 0.9
 
 
 @flax.struct.dataclass
@@ -53,24 +67,17 @@ class Statistics:
 
     Attributes:
       lists: the numbers that lists of items sort by, by the name of the reference.
-        `popularity` is the summed label weight of an item's impressions, over the same of the item
-        with the largest sum, so a sampled negative represents those that were left out.
-        `show_rate` counts requests that passed the item; where the log passed no other item than it
-        showed, requests that retrieved it. `pass_rate` counts requests that retrieved it.
-        `top_rate` counts requests in which every task of the item was logged properly, and those of
-        them in which its value was among the `shown` largest. `static_list` is n / (n + 10) times
-        the mean of Σ_t w_t p_t / Σ_t w_t over the same requests. In a dataset without such
-        requests, `top_rate` is absent, and `static_list` takes user labels, weighted by label
-        weight.
+        `popularity` is over that of the most popular item; a sampled negative represents those that
+        were left out. `show_rate` counts requests that passed the item; where the log passed no
+        other item than it showed, requests that retrieved it. `top_rate` counts requests in which
+        every task of the item was logged properly. `static_list` is n / (n + 10) times the mean of
+        Σ_t w_t p_t / Σ_t w_t over the same requests. In a dataset without such requests, `top_rate`
+        is absent, and `static_list` takes user labels, weighted by label weight.
       seed: of `random`.
     """
 
     lists: dict[str, Float[Array, "items"]]
     seed: Int[Array, ""]
-
-
-Reference = Callable[[Statistics, EvaluationBatch], Float[Array, "R N T"]]
-"""Maps the statistics and a batch to the values that a reference ranks by: [0, 1], NaN unknown."""
 
 
 def train_statistics(
@@ -105,18 +112,16 @@ def train_statistics(
         np.add.at(scored, logged["item_id"][known], 1)
         np.add.at(value, logged["item_id"][known], each[known])
         np.add.at(first, logged["item_id"][_is_first(each, of.scored, top)], 1)
-    rates = {
+    lists = {
+        "popularity": labelled / (labelled.max() or 1),
         "show_rate": _rate(shown, passed if (passed > shown).any() else retrieved),
         "pass_rate": _rate(passed, retrieved),
         "static_list": _rate(liked, labelled),
     }
     if scored.any():
-        rates |= {"top_rate": _rate(first, scored), "static_list": _rate(value, scored)}
-    lists = {"popularity": labelled / (labelled.max() or 1), **rates}
-    return Statistics(
-        lists={name: jnp.asarray(of, jnp.float32) for name, of in lists.items()},
-        seed=jnp.int32(seed),
-    )
+        lists |= {"top_rate": _rate(first, scored), "static_list": _rate(value, scored)}
+    rounded = {name: jnp.asarray(of, jnp.float32) for name, of in lists.items()}
+    return Statistics(rounded, jnp.int32(seed))
 
 
 def _rate(
@@ -136,83 +141,56 @@ def _is_first(
     return (place < top) & ~np.isnan(value)
 
 
-def oracle(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R N T"]:
-    """The true probabilities; NaN where the dataset does not know them."""
-    del statistics
-    return batch.true_probability
-
-
-def incumbent(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R N T"]:
+def _incumbent(batch: EvaluationBatch) -> Float[Array, "R N"]:
     """The share of the request's places that have a lower score; the least for an unknown score.
 
     Only the order of scores means something. Shares are exact in float32, whatever the scores.
     """
-    del statistics
     score = jnp.where(jnp.isnan(batch.incumbent), -jnp.inf, batch.incumbent)
     lower = jax.vmap(lambda of: jnp.searchsorted(jnp.sort(of), of))(score)
-    return _for_all_tasks(lower / score.shape[1], batch)
+    return lower / score.shape[1]
 
 
-def random(statistics: Statistics, batch: EvaluationBatch) -> Float[Array, "R N T"]:
+def _random(seed: Int[Array, ""], batch: CandidateBatch) -> Float[Array, "R N"]:
     """Uniform numbers, determined by the seed, the user and the candidates."""
-    key = jax.random.key(statistics.seed)
+    key = jax.random.key(seed)
 
     def of_request(user_id: Int[Array, ""], item_id: Int[Array, "N"]) -> Float[Array, "N"]:
         of_user = jax.random.fold_in(key, user_id)
         return jax.random.uniform(jax.random.fold_in(of_user, jnp.sum(item_id)), item_id.shape)
 
-    return _for_all_tasks(jax.vmap(of_request)(batch.batch.user_id, batch.batch.item_id), batch)
+    return jax.vmap(of_request)(batch.user_id, batch.item_id)
 
 
-def _list(name: str) -> Reference:
-    """The reference that sorts by `Statistics.lists[name]`."""
-    return lambda statistics, batch: _of_items(statistics.lists[name], batch)
+def _serve(statistics: Statistics, batch: EvaluationBatch, items: Items) -> Served:
+    """The numbers that each reference sorts by, NaN where they are not known."""
+    del items
+    orders = {"incumbent": _incumbent(batch), "random": _random(statistics.seed, batch.batch)}
+    for name, of_item in statistics.lists.items():
+        each = features_of_items(of_item[:, None], batch.batch.item_id, 1, of_item.dtype)
+        orders[name] = each[..., 0]
+    # The same number for every task: any value weights order the candidates by it.
+    shape = batch.true_probability.shape
+    of_tasks = {name: jnp.broadcast_to(of[..., None], shape) for name, of in orders.items()}
+    return Served({"oracle": batch.true_probability, **of_tasks}, seen={})
 
 
-def _of_items(numbers: Float[Array, "items"], batch: EvaluationBatch) -> Float[Array, "R N T"]:
-    of_candidates = features_of_items(numbers[:, None], batch.batch.item_id, 1, numbers.dtype)
-    return _for_all_tasks(of_candidates[..., 0], batch)
+def reference_ranker(members: Sequence[Statistics]) -> Ranker:
+    """All references as one ranker, with a serve name each.
 
-
-def _for_all_tasks(value: Float[Array, "R N"], batch: EvaluationBatch) -> Float[Array, "R N T"]:
-    """The same number for every task: any value weights order the candidates by it."""
-    return jnp.broadcast_to(value[..., None], batch.true_probability.shape)
-
-
-LISTS = ("popularity", "show_rate", "pass_rate", "top_rate", "static_list")
-"""The references that are lists of items, the same for every user."""
-
-REFERENCES: dict[str, Reference] = {
-    "oracle": oracle,
-    "incumbent": incumbent,
-    "random": random,
-    **{name: _list(name) for name in LISTS},
-}
-"""By name."""
-
-NEED_SCORES = ("top_rate", "static_list")
-"""The lists that need the final ranker's scores or its order."""
-
-NO_RANKERS = ("oracle", "random")
-"""The references that no funnel could use, or would."""
-
-NO_PROBABILITIES = ("incumbent", "random", *LISTS)
-"""The references that define only an order."""
-
-# The requests to inspect for known inputs, and the share of candidates that must be known: a ranker
-# that orders the others at random would look worse than it is.
-_SOME, _NEARLY_ALL = 1000, 0.9
+    Args:
+      members: statistics, of several seeds for instance, which are measured in one pass.
+    """
+    return Ranker(_serve, stack_members(members), sees_truth=True)
 
 
 def known_references(splits: Sequence[Columns], statistics: Statistics) -> tuple[str, ...]:
     """The names of the references with a known input for nearly all candidates of all splits."""
-    needed = {"oracle": "true_probability", "incumbent": "incumbent"}
-    known = {
-        name
-        for name, field in needed.items()
-        if min(_known_share(columns, field) for columns in splits) > _NEARLY_ALL
-    }
-    return tuple(name for name in REFERENCES if name in {"random", *known, *statistics.lists})
+    known = {"random", *statistics.lists}
+    for name, field in (("oracle", "true_probability"), ("incumbent", "incumbent")):
+        if min(_known_share(columns, field) for columns in splits) > _NEARLY_ALL:
+            known.add(name)
+    return tuple(name for name in REFERENCES if name in known)
 
 
 def _known_share(columns: Columns, field: str) -> float:
@@ -224,45 +202,6 @@ def _known_share(columns: Columns, field: str) -> float:
     return float((~unknown).sum() / max(number, 1))
 
 
-def _serve(statistics: Statistics, batch: EvaluationBatch, items: Items) -> Served:
-    del items
-    served = {
-        name: reference(statistics, batch)
-        for name, reference in REFERENCES.items()
-        if name not in LISTS or name in statistics.lists
-    }
-    return Served(served, met={})
-
-
-def reference_ranker(members: Sequence[Statistics]) -> Ranker:
-    """All references as one ranker, with a serve name each.
-
-    Args:
-      members: statistics, of several seeds for instance, which are measured side by side.
-    """
-    return Ranker(_serve, stack_members(members), sees_truth=True)
-
-
-def only_order(row: Mapping[str, float]) -> dict[str, float]:
-    """The measured columns of a reference of `NO_PROBABILITIES`.
-
-    Args:
-      row: the columns of `totals.summarise`.
-
-    Returns:
-      The same, NaN in each column that takes the ranker's numbers for probabilities.
-    """
-
-    def takes_probabilities(column: str) -> bool:
-        metric = metrics.metric_of(column)
-        return metric is not None and "ranker" in metric.probabilities_of
-
-    return {
-        column: float("nan") if takes_probabilities(column) else number
-        for column, number in row.items()
-    }
-
-
 def item_share(
     request: Shaped[np.ndarray, "n"],
     item: Shaped[np.ndarray, "n"],
@@ -270,15 +209,14 @@ def item_share(
 ) -> float:
     """Share of the variance of `value` within requests that only the item explains.
 
-    With v the value less its request's mean and u = v / (1 − 1 / n) for a request of n entries,
-    (1 − 1 / M) Σ_i n_i · c_i / Σ u v, where n_i is the number of entries of item i, c_i the mean
-    product of two different ones of its u, and M = (Σ n_i)² / Σ n_i² the effective number of items.
-    The factor corrects for distinct items in a request: the mean of the others depends on the item.
-    For v of item effects and noise, both sums are unbiased up to the same factor, so no list of
-    items has to be fitted (the method of moments for variance components: Searle, Casella and
-    McCulloch, "Variance Components", 1992). Items and requests with one entry are left out. A value
-    of labels also varies by chance, which no ranker explains: its share is a lower bound of that of
-    the probabilities.
+        (1 − 1 / M) Σ_i n_i · c_i / Σ u v
+
+    v is the value less its request's mean, and u = v / (1 − 1 / n) in a request of n entries. n_i
+    is the number of entries of item i, c_i the mean product of two different ones of its u, and
+    M = (Σ n_i)² / Σ n_i² the effective number of items, which corrects for distinct items in a
+    request. It is the method of moments for variance components (Searle, Casella and McCulloch
+    1992). Items and requests with one entry are left out. Labels also vary by chance: their share
+    is a lower bound of that of the probabilities.
 
     Args:
       request: the request of each entry, any ids.
@@ -286,8 +224,8 @@ def item_share(
       value: its value: of labels, of a ranker, or true.
 
     Returns:
-      About 1 where the item explains everything, and about 0 where it explains nothing; NaN without
-      two entries of an item.
+      About 1 where the item explains everything, about 0 where it explains nothing; NaN without two
+      entries of an item.
 
     >>> item_share(np.array([0, 0, 1, 1]), np.array([5, 7, 5, 7]), np.array([1.0, 0.0, 3.0, 2.0]))
     1.0

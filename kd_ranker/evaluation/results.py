@@ -1,24 +1,46 @@
-"""`results.csv`: one row a trained model and serving choice."""
+"""The tables of a run: their columns, their files, and those of several runs joined.
+
+    results.csv               a row per trained model, split and serving choice
+    curves.csv                a row per model, serving choice and k
+    calibration.csv           a row per model, serving choice, task and bin of probability
+    requests.parquet          a row per model, serving choice and test request
+    request_curves.parquet    a row per model, serving choice, test request and k
+
+Every measure is a function of sums over requests. The last two files hold the terms of these sums:
+columns are the sums of `metrics.METRICS` by name, with `/<task>` if there is one per task. So each
+measure can be computed on other draws of the requests, as intervals need.
+"""
 
 import io
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
+from kd_ranker import manifest
 from kd_ranker.config import schema
+from kd_ranker.errors import UserError
 from kd_ranker.evaluation import saving
-from kd_ranker.evaluation.cost import FLOPS, Costs
-from kd_ranker.evaluation.metrics import METRICS, ReportAt, curve_columns, result_columns
+from kd_ranker.evaluation.evaluate import Each
+from kd_ranker.evaluation.metrics import METRICS, ReportAt, Sums, curve_columns, result_columns
+from kd_ranker.evaluation.saving import FLOPS, Costs
+from kd_ranker.training.processes import on_first
 from kd_ranker.training.recipes import terms_of
-from kd_ranker.training.state import Term
+from kd_ranker.training.workdir import CONFIG_FILE, write_atomically
 
 Row = dict[str, object]
+Who = tuple[str, str]  # member and serve name
 TEACHER = "teacher"  # the teacher's name among the members
 FILE, CURVES_FILE, CALIBRATION_FILE = "results.csv", "curves.csv", "calibration.csv"
+REQUESTS_FILE, REQUEST_CURVES_FILE = "requests.parquet", "request_curves.parquet"
 
 _ALWAYS = tuple(dict.fromkeys(key.column for key in schema.setting_keys() if key.column))
 # The other keys that a sweep may vary; each names its column.
@@ -41,12 +63,7 @@ CALIBRATION_COLUMNS = ("member", "serve", "task", "bin", "weight", "predicted", 
 
 
 def columns(tasks: Sequence[str], report_at: ReportAt) -> list[str]:
-    """Return the columns of `results.csv` in their order.
-
-    Args:
-      tasks: names of the tasks.
-      report_at: the points of metrics that have a curve.
-    """
+    """Return the columns of `results.csv` in their order."""
     of_metrics = (result_columns(metric, tasks, report_at) for metric in METRICS.values())
     return [*KEYS, *OTHER_KEYS, *itertools.chain(*of_metrics), *_LAST]
 
@@ -69,7 +86,10 @@ def ways(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def made_of(config: ConfigDict) -> Row:
-    """Return the part of a student's row with the keys that a sweep may vary."""
+    """Return the part of a student's row with the keys that a sweep may vary.
+
+    A loss has the name of its signal, as in "softmax:stage", unless that is logged.
+    """
     terms = terms_of(config)
     row: Row = {}
     for key in (*schema.setting_keys(), *schema.repeat_keys()):
@@ -77,30 +97,14 @@ def made_of(config: ConfigDict) -> Row:
         row[key.title] = value if terms or not key.of_distillation else None
     if not terms:
         return row | {"distill_weight": 0.0}
-    return row | {"distill_loss": "+".join(map(name_of_term, terms))}
-
-
-def name_of_term(term: Term) -> str:
-    """A term in tables.
-
-    >>> name_of_term(Term("softmax", "logged")), name_of_term(Term("softmax", "stage"))
-    ('softmax', 'softmax:stage')
-    """
-    return term.loss if term.signal == "logged" else f"{term.loss}:{term.signal}"
+    losses = (of.loss if of.signal == "logged" else f"{of.loss}:{of.signal}" for of in terms)
+    return row | {"distill_loss": "+".join(losses)}
 
 
 def curves_columns(tasks: Sequence[str]) -> list[str]:
     """Return the columns of `curves.csv` in their order."""
     of_metrics = (curve_columns(metric, tasks) for metric in METRICS.values())
     return ["member", "serve", "k", *itertools.chain(*of_metrics)]
-
-
-def with_cost(row: Row, flops_per_candidate: float, teacher_flops: float) -> Row:
-    """Add the cost of a row's model, and its ratio to the teacher's cost."""
-    return row | {
-        "flops_per_candidate": flops_per_candidate,
-        "cost_ratio": flops_per_candidate / teacher_flops,
-    }
 
 
 def with_labels(rows: pd.DataFrame) -> pd.DataFrame:
@@ -143,11 +147,10 @@ def in_each_repeat(rows: pd.DataFrame) -> pd.DataFrame:
 def chosen(frame: pd.DataFrame) -> dict[str, list[str]]:
     """The serving choices of each member of a chosen setting, see `saving.best_of_ways`.
 
-    Args:
-      frame: `results.csv` with the rows of validation.
+    The rows of validation in `frame`, a `results.csv`, decide.
     """
     students = _finite_students(frame)
-    best = set(saving.best_of_ways(students).values())
+    best = {*saving.best_of_ways(students).values()}
     rows = saving.of_split(students[students["setting"].isin(best)], "validation")
     return {str(name): list(of["serve"]) for name, of in rows.groupby("member", sort=False)}
 
@@ -159,14 +162,8 @@ def _finite_students(frame: pd.DataFrame) -> pd.DataFrame:
 def best_member(frame: pd.DataFrame, member: str = "") -> tuple[str, str] | None:
     """Return the member to use, and its serving choice, both chosen on validation.
 
-    The member is the best repeat of the best setting, see `saving.best`.
-
-    Args:
-      frame: `results.csv` with the rows of validation.
-      member: the name of the member to use; "" takes the best.
-
-    Returns:
-      None if no such member is measured.
+    The member is the best repeat of the best setting (see `saving.best`), or the named one. None if
+    no such member is measured.
     """
     students = _finite_students(frame)
     rows = saving.of_split(students, "validation")
@@ -179,9 +176,7 @@ def best_member(frame: pd.DataFrame, member: str = "") -> tuple[str, str] | None
 def fill_savings(frame: pd.DataFrame, costs: Costs = FLOPS) -> pd.DataFrame:
     """Fill in the columns `saving.SAVINGS` of students; NaN where the loss stopped being finite.
 
-    Args:
-      frame: `results.csv` of one dataset, with the teacher; see `read_csv`.
-      costs: the costs that replace FLOPs.
+    `frame` is the `results.csv` of one dataset, with the teacher.
     """
     teacher_flops = frame.loc[frame["role"] == "teacher", "flops_per_candidate"].iloc[0]
     compared = (frame["role"] != "teacher") & frame["non_finite_step"].isna()
@@ -218,11 +213,7 @@ def read_joined(folders: Sequence[Path]) -> pd.DataFrame:
     return read_csv(io.StringIO(_text(_joined(FILE, folders))))
 
 
-def join(
-    validation: Sequence[Path],
-    test: Sequence[Path],
-    costs: Costs = FLOPS,
-) -> dict[str, str]:
+def join(validation: Sequence[Path], test: Sequence[Path], costs: Costs = FLOPS) -> dict[str, str]:
     """Merge the tables of several runs: file name -> text.
 
     Every run has measured its teacher, which is kept once per split. With several teachers, the
@@ -232,7 +223,7 @@ def join(
     Args:
       validation: folders of the runs, with all members measured on validation.
       test: folders of the members that validation chose, measured on the test split.
-      costs: the costs that replace FLOPs.
+      costs: see `fill_savings`.
     """
     joined = _joined(FILE, [*validation, *test])
     filled = fill_savings(read_csv(io.StringIO(_text(joined))), costs)
@@ -256,3 +247,140 @@ def read_csv(path: Path | io.StringIO) -> pd.DataFrame:
     frame = pd.read_csv(path, keep_default_na=False, na_values=[""])
     # In one piece: a reader that adds columns to a hundred single ones is warned of its speed.
     return frame.copy()
+
+
+def write_tables(
+    folder: Path,
+    tables: Mapping[str, str | bytes],
+    made_of: manifest.MadeOf,
+    parts: Collection[str] = (),
+) -> None:
+    """Write tables by their file names, then the manifest of the folder, with its config if any.
+
+    Args:
+      folder: of a run, a cohort or a sweep.
+      tables: contents by file name.
+      made_of: fingerprints of the measured rankers.
+      parts: files that the tables were joined from, such as the manifests of cohorts.
+    """
+    on_first(lambda: (folder / manifest.FILE).unlink(missing_ok=True))
+    for file, content in tables.items():
+        write_atomically(folder / file, content)
+    config = [CONFIG_FILE] if (folder / CONFIG_FILE).exists() else []
+    on_first(lambda: manifest.write(folder, made_of, [*tables, *parts, *config]))
+
+
+def check_whole(folder: Path) -> None:
+    """Check the tables of a run before they are read.
+
+    Raises:
+      UserError: one is missing or has changed.
+    """
+    manifest.check(
+        folder,
+        "start the command that made it again, with its flags: it writes the tables, and trains "
+        "nothing again",
+    )
+
+
+def is_whole(folder: Path) -> bool:
+    """Test whether a folder holds unchanged tables of any rankers."""
+    try:
+        check_whole(folder)
+    except UserError:
+        return False
+    return True
+
+
+class Kept(NamedTuple):
+    """The terms of the sums over test requests, by ranker.
+
+    Attributes:
+      ks: the values of k of the curves, increasing; the last is all that was retrieved.
+      each: by member and serve name.
+    """
+
+    ks: Int[np.ndarray, "K"]
+    each: Mapping[Who, Each]
+
+
+def spaced_ks(retrieved: int, named: Sequence[int], spaced: int = 76) -> list[int]:
+    """The values of k at which curves are kept: `spaced` ones or fewer, and the named ones.
+
+    They are all small ones, then in steps of a few percent.
+
+    >>> spaced_ks(2000, [200])[-3:]
+    [1633, 1807, 2000]
+    """
+    every = np.geomspace(1, retrieved, spaced).round().astype(int).tolist()
+    return sorted({*every, *(min(k, retrieved) for k in named)})
+
+
+def request_files(kept: Kept, tasks: Sequence[str]) -> dict[str, bytes]:
+    """The contents of the two files of test requests by their names, for one or more rankers."""
+    each = kept.each.items()
+    return {
+        REQUESTS_FILE: _parquet([_table(who, of.alone, tasks) for who, of in each]),
+        REQUEST_CURVES_FILE: _parquet([_table(who, of.curves, tasks, kept.ks) for who, of in each]),
+    }
+
+
+def _parquet(tables: Sequence[pa.Table]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.concat_tables(tables), sink, compression="zstd")
+    return sink.getvalue().to_pybytes()
+
+
+def _table(
+    who: Who, sums: Sums, tasks: Sequence[str], ks: Int[np.ndarray, "K"] | None = None
+) -> pa.Table:
+    """A ranker's rows: one a request, or with `ks` one a request and k."""
+    axes = 1 if ks is None else 2
+    shape = next(iter(sums.values())).shape[:axes]
+    places = np.indices(shape, np.int32).reshape(axes, -1)
+    member, serve = (
+        pa.DictionaryArray.from_arrays(np.zeros(places.shape[1], np.int32), [name]) for name in who
+    )
+    columns = {"member": member, "serve": serve, "request": places[0]}
+    if ks is not None:
+        columns["k"] = np.asarray(ks, np.int32)[places[1]]
+    for name, array in sums.items():
+        flat = np.asarray(array, np.float32).reshape(places.shape[1], -1)
+        names = [name] if array.ndim == axes else [f"{name}/{task}" for task in tasks]
+        columns |= zip(names, flat.T, strict=True)
+    return pa.table(columns)
+
+
+def read_requests(folder: Path) -> Kept:
+    """The files of `request_files` in a folder, as they were written."""
+    alone, curves = (_rankers(folder / file) for file in (REQUESTS_FILE, REQUEST_CURVES_FILE))
+    ks = next(iter(curves.values()))["k"]
+    ks = ks[: np.unique(ks).size]
+    each = {
+        who: Each(_arrays(columns, ()), _arrays(curves[who], (len(ks),)))
+        for who, columns in alone.items()
+    }
+    return Kept(ks, each)
+
+
+def _rankers(path: Path) -> dict[Who, dict[str, np.ndarray]]:
+    """Return the columns of each ranker, in the order of the file."""
+    table = pq.read_table(path, read_dictionary=["member", "serve"]).to_pandas()
+    of_rankers = table.groupby(["member", "serve"], sort=False, observed=True)
+    return {
+        (str(member), str(serve)): {
+            str(name): of.to_numpy() for name, of in rows.drop(columns=["member", "serve"]).items()
+        }
+        for (member, serve), rows in of_rankers
+    }
+
+
+def _arrays(columns: Mapping[str, np.ndarray], over: tuple[int, ...]) -> Sums:
+    """Sums by name, the columns of its tasks side by side: [R, *over] or [R, *over, T]."""
+    sums: Sums = {}
+    for column, values in columns.items():
+        name, _, task = column.partition("/")
+        if name not in ("request", "k"):
+            shaped = values.reshape(-1, *over, *([1] if task else []))
+            sums[name] = np.concatenate([sums[name], shaped], -1) if name in sums else shaped
+    return sums

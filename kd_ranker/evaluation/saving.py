@@ -1,4 +1,4 @@
-"""The choice of settings on validation, the baselines, and the savings of a funnel against them.
+"""The cost of a model and of a funnel, the choice of settings on validation, and their savings.
 
 Rows are students and references of `results.csv` with three more columns. `setting` is a label of
 all keys of a student except its seeds, or the name of a reference. `way` is the same without tuned
@@ -7,14 +7,21 @@ keys. `repeat` is a label of the seeds.
 All choices are made on rows of the split `validation`. No choice sees the requests of `test`.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pandas as pd
+from jax.sharding import SingleDeviceSharding
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
-from kd_ranker.evaluation.cost import FLOPS, Costs, funnel_cost, funnel_cost_saving
+from kd_ranker.errors import UserError
 from kd_ranker.evaluation.references import NEED_SCORES, NO_RANKERS
+
+Numbers = TypeVar("Numbers", float, np.ndarray)
 
 # The smaller mean over repeats is chosen.
 CRITERION = "passed_for_99"
@@ -26,39 +33,142 @@ PLAIN = {"unshown_weight": 0.0, "user_loss": "bce"}
 SAVINGS = ("funnel_cost_saving", "saving_over_none", "saving_over_incumbent")
 
 
+def flops(function: Callable[..., Any], *arguments: Any) -> float:
+    """Floating-point operations of one call, from the compiled program's own cost analysis.
+
+    The program is compiled for a CPU, whatever device the models run on: a compiler counts its own
+    output. A matrix product [a, b] · [b, c] counts 2abc. The body of a loop (`lax.scan`,
+    `lax.while_loop`) is counted once, however often it runs.
+
+    Args:
+      function: a function of arrays, compiled here and never run.
+      *arguments: arrays or `jax.ShapeDtypeStruct`s, or pytrees of them.
+
+    Raises:
+      UserError: the compiler reports no FLOPs for this program.
+    """
+    place = SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), arguments
+    )
+    analysis = jax.jit(function).lower(*shapes).compile().cost_analysis() or {}
+    if not analysis.get("flops", 0.0) > 0:
+        raise UserError(
+            "the compiler for CPUs reports no FLOPs for this program; use another release of jax"
+        )
+    return float(analysis["flops"])
+
+
+def heads_read(probability: Callable[[Float[Array, "R N heads"]], Array], heads: int) -> int:
+    """The number of a model's `heads` that a probability of `Mode.serve` reads.
+
+    >>> heads_read(lambda logits: logits[..., :2], heads=6)
+    2
+    """
+    # NaN passes through all arithmetic: the logits of request h are NaN at head h only.
+    logits = jnp.where(jnp.eye(heads, dtype=bool), jnp.nan, 0.0)[:, None]
+    return int(jnp.isnan(probability(logits)).any(axis=(1, 2)).sum())
+
+
+class Costs(NamedTuple):
+    """Costs in a unit of the user's own; FLOPs are the unit if `teacher` is 0.
+
+    Attributes:
+      student: of a candidate; 0: the teacher's, times the ratio of their FLOPs.
+      student_request: of a request, in addition to its candidates.
+      teacher: of a candidate.
+      teacher_request: of a request, in addition to its candidates.
+    """
+
+    student: float = 0.0
+    student_request: float = 0.0
+    teacher: float = 0.0
+    teacher_request: float = 0.0
+
+    @property
+    def unit(self) -> str:
+        """The unit as the end of a sentence."""
+        return "in the units of costs" if self.teacher else "in FLOPs"
+
+
+FLOPS = Costs()
+
+
+def costs_of(config: ConfigDict) -> Costs:
+    """Return the costs of `config.costs`."""
+    student, teacher = config.costs.student, config.costs.teacher
+    return Costs(student.candidate, student.request, teacher.candidate, teacher.request)
+
+
+def funnel_cost(
+    candidates: float,
+    scored: Numbers,
+    student_flops: float,
+    teacher_flops: float,
+    costs: Costs = FLOPS,
+) -> Numbers:
+    """The mean cost of a request: candidates · student + scored · teacher, and its fixed part.
+
+    Args:
+      candidates: mean candidates of a request, which the student ranks.
+      scored: mean candidates that the teacher ranks: min(k, those of the request) if k are passed.
+      student_flops: FLOPs per candidate.
+      teacher_flops: the same of the teacher.
+      costs: the costs that replace FLOPs.
+
+    >>> funnel_cost(candidates=2000, scored=200, student_flops=10.0, teacher_flops=200.0)
+    60000.0
+    >>> funnel_cost(2000, 200, 10.0, 200.0, Costs(teacher=3.0, teacher_request=100.0))
+    1000.0
+    """
+    teacher = costs.teacher or teacher_flops
+    student = costs.student or student_flops * (teacher / teacher_flops)
+    of_requests = costs.student_request + costs.teacher_request
+    return of_requests + candidates * student + scored * teacher
+
+
+def whole_cost(candidates: float, teacher_flops: float, costs: Costs = FLOPS) -> float:
+    """The cost of one request if the teacher scores all retrieved candidates, without a student."""
+    return costs.teacher_request + candidates * (costs.teacher or teacher_flops)
+
+
+def funnel_cost_saving(cost: Numbers, baseline_cost: Numbers) -> Numbers:
+    """1 - cost / baseline cost: the saved share, at most 1; negative if this student costs more.
+
+    The costs are `funnel_cost` of this student and of the baseline in the same repeat, each at its
+    own `passed_for_99`; see `baselines`.
+
+    >>> funnel_cost_saving(cost=45_000.0, baseline_cost=60_000.0)
+    0.25
+    """
+    return 1 - cost / baseline_cost
+
+
 def of_split(rows: pd.DataFrame, split: str) -> pd.DataFrame:
     """Return the rows of a split, one of `request.SPLITS`."""
     return rows[rows["split"] == split]
 
 
 def by_repeat(rows: pd.DataFrame, measure: str) -> pd.DataFrame:
-    """A measure as a table: a line a repeat, a column a setting, NaN where it is not known.
+    """A column of the rows of one split as a table of repeats by settings, in their order.
 
-    Args:
-      rows: of one split.
-      measure: a column.
+    It is NaN where it is not known.
     """
     if measure not in rows:
         rows = rows.assign(**{measure: float("nan")})
     table = rows.pivot(index="repeat", columns="setting", values=measure)
-    # In the order of the file, not of the alphabet.
     return table.reindex(columns=rows["setting"].unique()).astype(float)
 
 
 def best(rows: pd.DataFrame, settings: Sequence[str]) -> str | None:
-    """The best of `settings` on validation by `CRITERION`; of equals the first.
-
-    Returns:
-      None if none is measured.
-    """
+    """The best of `settings` on validation by `CRITERION`; of equals the first; None if unknown."""
     return best_of(by_repeat(of_split(rows, "validation"), CRITERION)[list(settings)])
 
 
 def best_of_ways(rows: pd.DataFrame) -> dict[str, str]:
     """The best setting of each way that is measured, in the order in which ways occur.
 
-    Every way is tuned alike: over serving choices, and over all values that a sweep has tried of
-    keys that are `tuned`.
+    Every way is tuned over serving choices, and over the swept values of keys that are `tuned`.
     """
     of_ways = {
         str(way): best(rows, list(of_way["setting"].unique()))
@@ -144,28 +254,24 @@ def with_savings(
     Args:
       rows: students and references, with labels.
       against: of `baselines`.
-      teacher_flops: FLOPs a candidate of the teacher.
-      costs: what takes the place of FLOPs.
+      teacher_flops: per candidate.
+      costs: the costs that replace FLOPs.
     """
-    cost = [_cost(row, teacher_flops, costs) for row in rows.to_dict("records")]
+    cost = []
+    for row in rows.to_dict("records"):
+        flops, unit = student_cost(row, costs)
+        cost.append(funnel_cost(row["candidates"], row[SCORED], flops, teacher_flops, unit))
     rows = rows.assign(funnel_cost=np.array(cost, float))
+    at = pd.MultiIndex.from_frame(rows[["split", "repeat"]])
     for column in SAVINGS:
         of_baseline = rows[rows["setting"] == against.get(column)]
-        known = of_baseline.set_index(["split", "repeat"])["funnel_cost"]
-        at = pd.MultiIndex.from_frame(rows[["split", "repeat"]])
-        rows[column] = funnel_cost_saving(
-            rows["funnel_cost"].to_numpy(), known.reindex(at).to_numpy(float)
-        )
+        known = of_baseline.set_index(["split", "repeat"])["funnel_cost"].reindex(at)
+        rows[column] = funnel_cost_saving(rows["funnel_cost"].to_numpy(), known.to_numpy(float))
     return rows
 
 
-def _cost(row: Mapping[Any, Any], teacher_flops: float, costs: Costs) -> float:
-    flops, costs = student_cost(row, costs)
-    return funnel_cost(row["candidates"], row[SCORED], flops, teacher_flops, costs)
-
-
 def student_cost(row: Mapping[Any, Any], costs: Costs) -> tuple[float, Costs]:
-    """FLOPs a candidate of a row's ranker, and the costs with it; a reference costs nothing."""
+    """FLOPs per candidate of a row's ranker, and the costs with it; a reference costs nothing."""
     if row["role"] == "reference":
         return 0.0, costs._replace(student=0.0, student_request=0.0)
     return float(row["flops_per_candidate"]), costs

@@ -15,7 +15,7 @@ from kd_ranker.config import checks, schema
 from kd_ranker.config.keys import JOIN, PLAN
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.measured import is_measured
+from kd_ranker.manifest import is_made_of as is_measured
 from kd_ranker.pipeline import cluster, datasets, runs
 from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.pipeline.measure import (

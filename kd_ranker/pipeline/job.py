@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from kd_ranker.config import identity
-from kd_ranker.evaluation import kept
 from kd_ranker.evaluation.metrics import TARGET, ReportAt
+from kd_ranker.evaluation.results import spaced_ks
 from kd_ranker.pipeline import datasets
 from kd_ranker.pipeline.teachers import Teacher, teacher_and_dataset
 from kd_ranker.requests.records import Dataset
@@ -132,4 +132,4 @@ class Job:
     @functools.cached_property
     def kept_ks(self) -> list[int]:
         """The k at which the curves of each test request are kept."""
-        return kept.kept_ks(self.config.funnel.retrieved, self.report_at.ks)
+        return spaced_ks(self.config.funnel.retrieved, self.report_at.ks)

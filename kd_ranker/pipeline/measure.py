@@ -1,39 +1,28 @@
 """Measuring trained rankers: from their parameters to the rows of a run's tables."""
 
 import functools
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 from tqdm import tqdm
 
 from kd_ranker.batch import FeatureSpec, abstract_items, empty_batch
 from kd_ranker.batches.evaluation import evaluation_batches, num_evaluation_batches
 from kd_ranker.distillation.modes import MODES
-from kd_ranker.evaluation import cost, kept, references, results, totals
-from kd_ranker.evaluation.evaluate import Plan, Ranker, evaluate, make_serve
-from kd_ranker.evaluation.kept import Kept
-from kd_ranker.evaluation.measured import write_tables
-from kd_ranker.evaluation.metrics import METRICS, result_columns
-from kd_ranker.evaluation.references import (
-    NO_PROBABILITIES,
-    Statistics,
-    known_references,
-    only_order,
-    reference_ranker,
-)
-from kd_ranker.evaluation.results import Row
-from kd_ranker.evaluation.totals import Each, Summed
+from kd_ranker.evaluation import metrics, references, results, saving
+from kd_ranker.evaluation.evaluate import Each, Plan, Ranker, Summed, evaluate, make_serve
+from kd_ranker.evaluation.references import NO_PROBABILITIES, Statistics
+from kd_ranker.evaluation.results import Kept, Row, Who
+from kd_ranker.manifest import MadeOf
 from kd_ranker.models.model import Model, Parameters, build_model
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.pipeline.job import Job
-from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.placing import first_devices, own_devices
 
 _NOT_COUNTED = float("nan")
@@ -44,7 +33,7 @@ class Students(NamedTuple):
 
     Attributes:
       names: one per member.
-      ranker: how they rank; its parameters are stacked.
+      ranker: its parameters are stacked.
       steps: the last step of each member.
       non_finite_step: for each member 0, or the step at which its loss stopped being finite.
     """
@@ -56,13 +45,13 @@ class Students(NamedTuple):
 
     def only(self, names: Collection[str]) -> "Students":
         """The members with one of these names, in their order here, if any."""
-        places = [place for place, name in enumerate(self.names) if name in names]
-        parameters = jax.tree.map(lambda leaf: leaf[np.array(places, int)], self.ranker.parameters)
+        at = [place for place, name in enumerate(self.names) if name in names]
+        parameters = jax.tree.map(lambda leaf: leaf[np.array(at, int)], self.ranker.parameters)
         return Students(
-            names=tuple(self.names[place] for place in places),
-            ranker=self.ranker._replace(parameters=parameters),
-            steps=tuple(self.steps[place] for place in places),
-            non_finite_step=tuple(self.non_finite_step[place] for place in places),
+            tuple(self.names[place] for place in at),
+            self.ranker._replace(parameters=parameters),
+            tuple(self.steps[place] for place in at),
+            tuple(self.non_finite_step[place] for place in at),
         )
 
 
@@ -70,9 +59,9 @@ class Judge(NamedTuple):
     """The teacher that a measurement compares with.
 
     Attributes:
-      ranker: how it ranks; None where the dataset holds its scores.
+      ranker: None where the dataset holds its scores.
       signal: the kind of its scores, one of `batch.TEACHER_SIGNALS`.
-      seed: the seed that it was trained with; None for one from elsewhere.
+      seed: of its training; None for one from elsewhere.
       step: its last step; None for one from elsewhere.
     """
 
@@ -95,7 +84,7 @@ class Measured(NamedTuple):
     rows: list[Row]
     curves: list[Row]
     calibration: list[Row]
-    each: dict[kept.Who, Each]
+    each: dict[Who, Each]
 
 
 def _judge(job: Job) -> Judge:
@@ -152,34 +141,35 @@ def measure(
     referred: tuple[str, ...] = ()
     if statistics is not None:
         splits = [job.dataset.columns[name] for name in ("validation", "test")]
-        referred = known_references([of for of in splits if len(of)], statistics)
-        groups.append(reference_ranker([statistics])._replace(serves=[referred]))
+        referred = references.known_references([of for of in splits if len(of)], statistics)
+        groups.append(references.reference_ranker([statistics])._replace(serves=[referred]))
     of_teacher, of_groups = _summed(job, split, teacher.ranker, groups, limit, costs)
     flops_of_teacher = teacher_flops(job) if costs else _NOT_COUNTED
     measured = Measured([], [], [], {})
+    add = functools.partial(_add, measured, job, teacher.signal)
 
     def named(role: str, member: str, serve: str = "user") -> Row:
         dataset = job.config.data.name
         return dict(dataset=dataset, split=split, role=role, member=member, serve=serve)
 
+    def cost(flops: float) -> Row:
+        return {"flops_per_candidate": flops, "cost_ratio": flops / flops_of_teacher}
+
     row = named("teacher", results.TEACHER) | {"seed": teacher.seed, "step": teacher.step}
-    row = results.with_cost(row, flops_of_teacher, flops_of_teacher)
-    _add(measured, job, row, of_teacher, None, teacher.signal)
+    add(row | cost(flops_of_teacher), of_teacher, None)
     for group, of_group in zip(students, of_groups, strict=False):
         first = job.members[group.names[0]]
         flops = _student_flops(first, job.dataset.spec) if costs else {}
         for index, name in enumerate(group.names):
             for serve in serves[name] if serves else MODES[first.distill.mode].serve:
-                row = named("student", name, serve) | results.made_of(job.members[name])
-                row |= {"step": group.steps[index]}
-                row = results.with_cost(row, flops.get(serve, _NOT_COUNTED), flops_of_teacher)
+                row = named("student", name, serve) | cost(flops.get(serve, _NOT_COUNTED))
+                row |= results.made_of(job.members[name]) | {"step": group.steps[index]}
                 if non_finite_step := group.non_finite_step[index]:
                     measured.rows.append(row | {"non_finite_step": non_finite_step})
-                    continue
-                _add(measured, job, row, of_group[index][serve], of_teacher, teacher.signal)
+                else:
+                    add(row, of_group[index][serve], of_teacher)
     for name in referred:
-        row = named("reference", name) | {"seed": teacher.seed}
-        _add(measured, job, row, of_groups[-1][0][name], of_teacher, teacher.signal)
+        add(named("reference", name) | {"seed": teacher.seed}, of_groups[-1][0][name], of_teacher)
     return measured
 
 
@@ -213,78 +203,48 @@ def _summed(
 
 
 def _add(
-    measured: Measured,
-    job: Job,
-    row: Row,
-    summed: Summed,
-    of_teacher: Summed | None,
-    signal: str,
+    measured: Measured, job: Job, signal: str, row: Row, summed: Summed, of_teacher: Summed | None
 ) -> None:
     """Add a ranker's rows of all tables, and the contribution of each request.
 
-    `signal` is that of `summarise`.
+    `signal` is that of `metrics.summarise`.
     """
-    tasks, sums = job.dataset.spec.tasks, summed.sums
+    tasks, sums, at = job.dataset.spec.tasks, summed.sums, job.report_at
+    only_order = row["member"] in NO_PROBABILITIES
     teacher_sums = of_teacher.sums if of_teacher else None
-    numbers = totals.summarise(sums, teacher_sums, tasks, job.report_at, signal)
-    only_orders = row["member"] in NO_PROBABILITIES
-    if only_orders:
-        numbers = only_order(numbers)
+    numbers = metrics.summarise(sums, teacher_sums, tasks, at, signal, only_order)
     measured.rows.append(row | numbers)
     if not summed.each.alone:
         return
-    measured.each[str(row["member"]), str(row["serve"])] = summed.each
     who = {"member": row["member"], "serve": row["serve"]}
-    curves = totals.curves(sums, tasks)
-    passed_for = result_columns(METRICS["passed_for"], tasks, job.report_at)
-    needed = [numbers[column] for column in passed_for]
-    ks = _sampled_ks(job.report_at.ks, next(iter(curves.values())).size, needed)
+    measured.each[str(row["member"]), str(row["serve"])] = summed.each
+    curves = metrics.curves(sums, tasks)
+    # Curves have the points of the config, and those that reach a target.
+    needed = metrics.result_columns(metrics.METRICS["passed_for"], tasks, at)
+    named = [*at.ks, *(int(numbers[name]) for name in needed if np.isfinite(numbers[name]))]
     measured.curves.extend(
-        who | {"k": k} | {name: float(curve[k - 1]) for name, curve in curves.items()} for k in ks
+        who | {"k": k} | {name: float(curve[k - 1]) for name, curve in curves.items()}
+        for k in results.spaced_ks(next(iter(curves.values())).size, named, spaced=150)
     )
     # Positions, and some references, order candidates without predicting probabilities.
-    if only_orders or (row["role"] == "teacher" and signal == "rank"):
-        return
-    table = totals.calibration_table(sums)
-    measured.calibration.extend(
-        who
-        | {"task": task, "bin": bin_index}
-        | {name: float(of_bins[index, bin_index]) for name, of_bins in table.items()}
-        for index, task in enumerate(tasks)
-        for bin_index in np.flatnonzero(table["weight"][index]).tolist()
-    )
-
-
-def _sampled_ks(ks: Sequence[int], retrieved: int, needed: Sequence[float]) -> list[int]:
-    """The k at which curves are kept: all small ones, then in steps of a few percent.
-
-    They include `ks`, those of the config, and `needed`, those that reach a target.
-    """
-    spaced = np.unique(np.geomspace(1, retrieved, 150).round().astype(int)).tolist()
-    named = [min(k, retrieved) for k in ks]
-    return sorted({*spaced, *named, *(int(k) for k in needed if np.isfinite(k))})
+    if not (only_order or (row["role"] == "teacher" and signal == "rank")):
+        measured.calibration.extend(who | of for of in metrics.calibration(sums, tasks))
 
 
 def _student_flops(config: ConfigDict, spec: FeatureSpec) -> dict[str, float]:
     """FLOPs per candidate by serving choice, counting only the heads that the choice reads."""
-    mode = MODES[config.distill.mode]
-    heads = mode.heads_per_task * len(spec.tasks)
-    read = {name: cost.heads_read(served, heads) for name, served in mode.serve.items()}
-    return {
-        name: _flops_of_described(
-            "student", config.student.to_json(), spec, number, config.funnel.retrieved
-        )
-        for name, number in read.items()
-    }
+    mode, student = MODES[config.distill.mode], FrozenConfigDict(config.student)
+    heads, retrieved = mode.heads_per_task * len(spec.tasks), config.funnel.retrieved
+    read = {name: saving.heads_read(served, heads) for name, served in mode.serve.items()}
+    return {name: _flops_of("student", student, spec, read[name], retrieved) for name in read}
 
 
 # A sweep needs the same numbers on each split and in each cohort, and each is a compilation.
 @functools.lru_cache(maxsize=256)
-def _flops_of_described(
-    role: str, section: str, spec: FeatureSpec, heads: int, retrieved: int
+def _flops_of(
+    role: str, config: FrozenConfigDict, spec: FeatureSpec, heads: int, retrieved: int
 ) -> float:
-    """`_flops_per_candidate` of the model that a section of a config, as JSON, describes."""
-    config = ConfigDict(json.loads(section))
+    """`_flops_per_candidate` of the model that a section of a config describes."""
     module = {"student": STUDENTS, "teacher": TEACHERS}[role][config.name]
     model, init = build_model(module, spec, heads, config)
     # Shapes are enough to count, without the optimiser's slots.
@@ -296,13 +256,9 @@ def _flops_per_candidate(
     model: Model, parameters: Parameters, spec: FeatureSpec, retrieved: int
 ) -> float:
     """FLOPs of the compiled model on one request with `retrieved` candidates, per candidate."""
-    items = abstract_items(spec)
     serve = make_serve(model, MODES["none"])
-
-    def probability(*arguments: Any) -> Any:
-        return serve(*arguments).probability
-
-    return cost.flops(probability, parameters, empty_batch(spec, 1, retrieved), items) / retrieved
+    inputs = parameters, empty_batch(spec, 1, retrieved), abstract_items(spec)
+    return saving.flops(lambda *of: serve(*of).probability, *inputs) / retrieved
 
 
 def teacher_flops(job: Job) -> float:
@@ -316,30 +272,28 @@ def teacher_flops(job: Job) -> float:
         return _flops_per_candidate(teacher.model, teacher.parameters, spec, retrieved)
     if job.config.teacher.flops_per_candidate:
         return float(job.config.teacher.flops_per_candidate)
-    section = job.config.teacher.to_json()
-    return _flops_of_described("teacher", section, spec, len(spec.tasks), retrieved)
+    config = FrozenConfigDict(job.config.teacher)
+    return _flops_of("teacher", config, spec, len(spec.tasks), retrieved)
 
 
-def write_measured(job: Job, workdir: Path, owner: Identity, *splits: Measured) -> None:
-    """Write the tables of a run, `results.csv` last; see `measured.write_tables`.
+def write_measured(job: Job, workdir: Path, owner: MadeOf, *splits: Measured) -> None:
+    """Write the tables of a run, `results.csv` last; see `results.write_tables`.
 
     Args:
       job: the job that was measured.
       workdir: the folder to write to.
-      owner: the identity of the rankers.
-      *splits: what was measured on each split; curves and calibration are those of the last.
+      owner: the fingerprints of the rankers.
+      *splits: the measurements of each split; curves and calibration are those of the last.
     """
-    tasks = job.config.tasks
-    names = results.columns(tasks, job.report_at)
-    measured = splits[-1]._replace(rows=[row for split in splits for row in split.rows])
+    tasks, last = job.config.tasks, splits[-1]
     files: dict[str, str | bytes] = {}
-    if measured.each:
-        files |= kept.files(Kept(np.array(job.kept_ks), measured.each), tasks)
+    if last.each:
+        files |= results.request_files(Kept(np.array(job.kept_ks), last.each), tasks)
         curves = results.curves_columns(tasks)
-        files[results.CURVES_FILE] = results.to_csv(measured.curves, curves)
-        files[results.CALIBRATION_FILE] = results.to_csv(
-            measured.calibration, results.CALIBRATION_COLUMNS
-        )
-    files[results.FILE] = results.to_csv(measured.rows, names)
-    write_tables(workdir, files, owner)
+        files[results.CURVES_FILE] = results.to_csv(last.curves, curves)
+        columns = results.CALIBRATION_COLUMNS
+        files[results.CALIBRATION_FILE] = results.to_csv(last.calibration, columns)
+    rows = [row for split in splits for row in split.rows]
+    files[results.FILE] = results.to_csv(rows, results.columns(tasks, job.report_at))
+    results.write_tables(workdir, files, owner)
     logging.info("wrote %s", workdir / results.FILE)

@@ -12,7 +12,7 @@ from kd_ranker.distillation.modes import MODES, Mode
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
-from kd_ranker.evaluation.measured import check_whole
+from kd_ranker.evaluation.results import check_whole
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import runs, teachers
 from kd_ranker.pipeline.job import Opened

@@ -16,9 +16,8 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from kd_ranker.evaluation import metrics
-from kd_ranker.evaluation.cost import funnel_cost, funnel_cost_saving, whole_cost
+from kd_ranker.evaluation.evaluate import Each
 from kd_ranker.evaluation.interleaving import RequestsNeeded, number_needed
-from kd_ranker.evaluation.kept import Kept
 from kd_ranker.evaluation.metrics import (
     METRICS,
     ReportAt,
@@ -27,9 +26,15 @@ from kd_ranker.evaluation.metrics import (
     ratio,
     result_columns,
 )
-from kd_ranker.evaluation.results import TEACHER
-from kd_ranker.evaluation.saving import SAVINGS, of_split, student_cost
-from kd_ranker.evaluation.totals import Each
+from kd_ranker.evaluation.results import TEACHER, Kept
+from kd_ranker.evaluation.saving import (
+    SAVINGS,
+    funnel_cost,
+    funnel_cost_saving,
+    of_split,
+    student_cost,
+    whole_cost,
+)
 from kd_ranker.report.intervals import (
     CONFIDENCE,
     Interval,

@@ -11,16 +11,15 @@ from ml_collections import ConfigDict
 
 from kd_ranker.config import schema
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import kept, results
-from kd_ranker.evaluation.cost import Costs, costs_of
-from kd_ranker.evaluation.kept import Kept
-from kd_ranker.evaluation.measured import check_whole
+from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import METRICS, ReportAt, result_columns
-from kd_ranker.evaluation.results import REPEAT
+from kd_ranker.evaluation.results import REPEAT, REQUESTS_FILE, Kept, check_whole, read_requests
 from kd_ranker.evaluation.saving import (
     PLAIN,
+    Costs,
     baselines,
     best_of_ways,
+    costs_of,
     needs_scores,
     of_split,
     with_savings,
@@ -253,12 +252,13 @@ def _kept(workdirs: Sequence[Path]) -> tuple[list[tuple[int, Kept]], list[str]]:
     """
     there, missing = [], []
     for source, workdir in enumerate(workdirs):
-        files = [*sorted(workdir.glob(f"{FOLDER}/*/{TEST}/{kept.FILE}")), *workdir.glob(kept.FILE)]
-        parts = [kept.read(file.parent) for file in files]
+        of_sweep = sorted(workdir.glob(f"{FOLDER}/*/{TEST}/{REQUESTS_FILE}"))
+        files = [*of_sweep, *workdir.glob(REQUESTS_FILE)]
+        parts = [read_requests(file.parent) for file in files]
         parts = [part for part in parts if (results.TEACHER, "user") in part.each]
         there += [(source, part) for part in parts]
         if not parts:
-            missing.append(f"{workdir} holds no {kept.FILE}")
+            missing.append(f"{workdir} holds no {REQUESTS_FILE}")
     return there, missing
 
 

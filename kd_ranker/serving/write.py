@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from kd_ranker.batch import IN_BATCH, CandidateBatch
-from kd_ranker.evaluation import cost
+from kd_ranker.evaluation.saving import flops
 from kd_ranker.requests.templates import templates_of
 from kd_ranker.serving import check, tables
 from kd_ranker.serving.formats import FORMATS
@@ -147,7 +147,7 @@ def _flops(program: Program, candidates: int) -> float:
         )
         for name, described in program.inputs.items()
     }
-    return cost.flops(program.function, inputs)
+    return flops(program.function, inputs)
 
 
 def _readme(described: Mapping[str, Any]) -> str:

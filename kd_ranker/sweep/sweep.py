@@ -20,8 +20,8 @@ from kd_ranker.config import identity
 from kd_ranker.config.schema import sweepable, value_of
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.cost import FLOPS, Costs, costs_of
-from kd_ranker.evaluation.measured import is_measured, is_whole, write_tables
+from kd_ranker.evaluation.results import is_whole, write_tables
+from kd_ranker.evaluation.saving import FLOPS, Costs, costs_of
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.sweep.memory import CohortSize
 from kd_ranker.training.checkpoints import Identity
@@ -73,7 +73,7 @@ class Sweep:
 
         A table that changed since it was written does not count, nor do tables joined from it.
         """
-        joined = not self._unplaced() and is_measured(self.workdir, self._identity())
+        joined = not self._unplaced() and manifest.is_made_of(self.workdir, self._identity())
         if not (joined and all(map(is_whole, self.folders))):
             return False
         tested = self.with_any(results.chosen(self.validation()))

@@ -14,7 +14,7 @@ import numpy as np
 from kd_ranker.batch import Items, empty_batch
 from kd_ranker.configs import cascade
 from kd_ranker.distillation.modes import MODES
-from kd_ranker.evaluation import cost
+from kd_ranker.evaluation import saving
 from kd_ranker.evaluation.evaluate import make_serve
 from kd_ranker.sources.cascade import open_source
 from kd_ranker.training import recipes
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         parameters = jax.jit(lambda init=init: init(jax.random.key(0), 0))()
         serve = make_serve(model, MODES["none"])
         probability = jax.jit(lambda *arguments, serve=serve: serve(*arguments).probability)
-        flops[name] = cost.flops(probability, parameters, batch, items) / config.funnel.retrieved
+        flops[name] = saving.flops(probability, parameters, batch, items) / config.funnel.retrieved
         calls[name] = lambda probability=probability, parameters=parameters: jax.block_until_ready(
             probability(parameters, batch, items)
         )

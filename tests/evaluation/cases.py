@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from kd_ranker.batch import CandidateBatch, EvaluationBatch, Stage
-from kd_ranker.evaluation import totals
-from kd_ranker.evaluation.metrics import ReportAt, SumFunction, Sums, sum_functions
-from kd_ranker.evaluation.ranked import Scored, TeacherScores, ranked
-from kd_ranker.evaluation.totals import Each, Summed
+from kd_ranker.evaluation import evaluate, metrics
+from kd_ranker.evaluation.evaluate import Each, Summed
+from kd_ranker.evaluation.metrics import ReportAt, Sums, sum_functions
+from kd_ranker.evaluation.ranked import Ranked, Scored, Sizes
 
 TASKS = ("watch", "like")
 VALUE_WEIGHTS = np.array([1.0, 2.0])
@@ -21,26 +21,18 @@ SHOWN = 3
 TARGETS = (0.5, 0.99)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 6))
-def summed(
-    functions: tuple[SumFunction, ...],
-    ks: tuple[int, ...],
-    student: Any,
-    teacher: TeacherScores,
-    evaluation_batch: EvaluationBatch,
-    value_weights: Any,
-    shown: int,
-    is_teacher: Any = False,
-) -> Summed:
-    scored = Scored.of(student, {}, evaluation_batch.batch)
-    candidates = student.shape[1]
-    arguments = scored, teacher, evaluation_batch, value_weights, shown, candidates, candidates
-    return totals.summed(ranked(*arguments, is_teacher), functions, ks)
+@functools.partial(jax.jit, static_argnames=("functions", "ks", "shown"))
+def summed(student: Any, batch: Any, weights: Any, functions: Any, ks: Any,
+           shown: int, is_teacher: Any = False) -> Summed:  # fmt: skip
+    sizes = Sizes(shown, *[student.shape[1]] * 2)
+    scored = Scored.of(student, {}, batch.batch)
+    ranked = Ranked(scored, batch, weights, sizes, is_teacher)
+    return evaluate.summed(ranked, functions, ks)
 
 
 @dataclasses.dataclass
 class Case:
-    """What `ranked` takes, as numpy arrays."""
+    """The input of `Ranked`, as numpy arrays."""
 
     student: np.ndarray
     teacher: np.ndarray
@@ -53,32 +45,29 @@ class Case:
     propensity: np.ndarray
     value_weights: np.ndarray = dataclasses.field(default_factory=VALUE_WEIGHTS.copy)
 
+    def summed(
+        self, ks: tuple[int, ...] = (), shown: int = SHOWN, is_teacher: bool = False
+    ) -> Summed:
+        weights = jnp.asarray(self.value_weights, jnp.float32)
+        student = jnp.asarray(self.teacher if is_teacher else self.student)
+        batch = self.evaluation_batch()
+        return summed(student, batch, weights, sum_functions(), ks, shown, is_teacher)
+
     def sums(self, shown: int = SHOWN) -> Sums:
-        return totals.add(None, summed(sum_functions(), (), *self.arguments(shown)).sums)
+        return evaluate.add(None, self.summed(shown=shown).sums)
 
     def sums_of_each(self, ks: tuple[int, ...]) -> Each:
-        return summed(sum_functions(), ks, *self.arguments(SHOWN)).each
-
-    def arguments(self, shown: int) -> tuple[Any, ...]:
-        return (
-            jnp.asarray(self.student),
-            TeacherScores(jnp.asarray(self.teacher), jnp.asarray(self.teacher_weight)),
-            self.evaluation_batch(),
-            jnp.asarray(self.value_weights, jnp.float32),
-            shown,
-        )
+        return self.summed(ks).each
 
     def teacher_sums(self) -> Sums:
-        own = dataclasses.replace(self, student=self.teacher)
-        sums = summed(sum_functions(), (), *own.arguments(SHOWN), is_teacher=True).sums
-        return totals.add(None, sums)
+        return evaluate.add(None, self.summed(is_teacher=True).sums)
 
     def row(self, ks: Sequence[int], signal: str = "probability") -> dict[str, float]:
-        report_at = ReportAt(ks, TARGETS)
-        return totals.summarise(self.sums(), self.teacher_sums(), TASKS, report_at, signal)
+        at = ReportAt(ks, TARGETS)
+        return metrics.summarise(self.sums(), self.teacher_sums(), TASKS, at, signal)
 
     def teacher_row(self, ks: Sequence[int], signal: str = "probability") -> dict[str, float]:
-        return totals.summarise(self.teacher_sums(), None, TASKS, ReportAt(ks, TARGETS), signal)
+        return metrics.summarise(self.teacher_sums(), None, TASKS, ReportAt(ks, TARGETS), signal)
 
     def evaluation_batch(self) -> EvaluationBatch:
         requests, candidates = self.stage.shape
@@ -96,9 +85,8 @@ class Case:
             stage=jnp.asarray(self.stage),
             user_label=jnp.asarray(self.label),
             label_weight=jnp.asarray(self.label_weight),
-            # The teacher comes beside the batch; what is in it must not be read.
-            teacher_probability=jnp.full(self.teacher.shape, jnp.nan),
-            teacher_weight=jnp.full(self.teacher.shape, jnp.nan),
+            teacher_probability=jnp.asarray(self.teacher),
+            teacher_weight=jnp.asarray(self.teacher_weight),
         )
         truth = jnp.asarray(self.true)
         unknown = jnp.full(truth.shape[:2], jnp.nan)
@@ -107,12 +95,8 @@ class Case:
         )
 
     def of_requests(self, which: slice) -> "Case":
-        return Case(
-            **{
-                name: array if name == "value_weights" else array[which]
-                for name, array in vars(self).items()
-            }
-        )
+        own = vars(self).items()
+        return Case(**{name: of if name == "value_weights" else of[which] for name, of in own})
 
 
 def random_case(seed: int = 0, requests: int = 6, candidates: int = 40) -> Case:

@@ -11,22 +11,23 @@ from scipy.stats import kendalltau
 from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 
 from kd_ranker.evaluation import agreement, funnel
+from kd_ranker.evaluation.agreement import binary_cross_entropy, divergence, entropy, weighted_sum
 
 teacher_tau = jax.jit(agreement.teacher_tau)
+user_auc = jax.jit(agreement.user_auc)
 
 
 def random_case() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     generator = np.random.default_rng(1)
     student, teacher = generator.uniform(0.02, 0.98, size=(2, 3, 20, 2)).astype(np.float32)
-    weight = generator.integers(0, 2, size=(3, 20, 2)).astype(np.float32)
+    student[0, :2, 0] = [0.0, 1.0]  # certainties, right or wrong
+    weight = generator.choice([0.0, 1.0, 2.5], size=(3, 20, 2)).astype(np.float32)
     return student, teacher, weight
 
 
-def test_teacher_bce_is_the_log_loss_of_scikit_learn() -> None:
+def test_weighted_cross_entropies_are_the_log_loss_of_scikit_learn() -> None:
     student, teacher, weight = random_case()
-    losses, weights = agreement.teacher_bce_sums(
-        jnp.asarray(student), jnp.asarray(teacher), jnp.asarray(weight)
-    )
+    losses = weighted_sum(binary_cross_entropy(student, teacher), weight)
     for task in range(2):
         # A target t is t of a positive and 1 - t of a negative.
         p, t, w = (array[..., task].ravel() for array in (student, teacher, weight))
@@ -35,79 +36,55 @@ def test_teacher_bce_is_the_log_loss_of_scikit_learn() -> None:
             np.tile(p, 2),
             sample_weight=np.concatenate([w * t, w * (1 - t)]),
         )
-        np.testing.assert_allclose(losses[:, task].sum() / weights[:, task].sum(), expected, 1e-5)
+        np.testing.assert_allclose(losses[:, task].sum() / w.sum(), expected, 1e-5)
 
 
-def test_bce_minus_entropy_is_the_divergence_of_scipy() -> None:
-    student, teacher, weight = random_case()
-    losses, _ = agreement.teacher_bce_sums(
-        jnp.asarray(student), jnp.asarray(teacher), jnp.asarray(weight)
-    )
-    entropies = agreement.teacher_entropy_sums(jnp.asarray(teacher), jnp.asarray(weight))
-    divergence = kl_div(teacher, student) + kl_div(1 - teacher, 1 - student)
-    expected = (weight * divergence).sum(axis=1)
-    np.testing.assert_allclose(losses - entropies, expected, rtol=1e-4, atol=1e-5)
-    divergences = agreement.teacher_kl_sums(
-        jnp.asarray(student), jnp.asarray(teacher), jnp.asarray(weight)
-    )
-    np.testing.assert_allclose(divergences, expected, rtol=1e-5)
-
-
-def test_the_divergence_of_a_close_student_keeps_its_digits() -> None:
+def test_the_divergence_is_that_of_scipy_with_its_digits_where_it_is_small() -> None:
+    _, teacher, _ = random_case()
+    student = teacher[::-1]
+    expected = kl_div(teacher, student) + kl_div(1 - teacher, 1 - student)
+    np.testing.assert_allclose(divergence(student, teacher), expected, rtol=1e-3, atol=1e-6)
     # In float32 the cross entropies of 2,000 items sum to a number with two digits left for it.
     teacher = np.linspace(0.1, 0.9, 2000)[None, :, None]
     student = teacher + 1e-3
-    divergence = kl_div(teacher, student) + kl_div(1 - teacher, 1 - student)
-    measured = agreement.teacher_kl_sums(
-        jnp.asarray(student, jnp.float32),
-        jnp.asarray(teacher, jnp.float32),
-        jnp.ones((1, 2000, 1), jnp.float32),
-    )
-    np.testing.assert_allclose(measured, divergence.sum(axis=1), rtol=1e-2)
+    expected = kl_div(teacher, student) + kl_div(1 - teacher, 1 - student)
+    measured = divergence(jnp.asarray(student, jnp.float32), jnp.asarray(teacher, jnp.float32))
+    found = weighted_sum(measured, jnp.ones((1, 2000, 1)))
+    np.testing.assert_allclose(found, expected.sum(axis=1), rtol=1e-2)
 
 
 def test_entropy_by_hand() -> None:
-    # One fair coin, log 2, and two certainties, 0.
-    entropies = agreement.teacher_entropy_sums(
-        jnp.array([[[0.5], [0.0], [1.0]]]), jnp.ones((1, 3, 1))
-    )
-    np.testing.assert_allclose(entropies, [[np.log(2)]], rtol=1e-6)
+    # A fair coin, log 2, and two certainties, 0.
+    np.testing.assert_allclose(entropy(jnp.array([0.5, 0.0, 1.0])), [np.log(2), 0, 0], rtol=1e-6)
 
 
-def test_nan_of_weight_zero_contributes_exactly_nothing() -> None:
-    student, teacher, weight = random_case()
-    holes = np.where(weight > 0, teacher, np.nan)
-    clean = np.where(weight > 0, teacher, 0.5).astype(np.float32)
-    for left, right in zip(
-        agreement.teacher_bce_sums(jnp.asarray(student), jnp.asarray(holes), jnp.asarray(weight)),
-        agreement.teacher_bce_sums(jnp.asarray(student), jnp.asarray(clean), jnp.asarray(weight)),
-        strict=True,
+def test_weight_zero_contributes_exactly_nothing() -> None:
+    probability, label, weight = random_case()
+    label = np.round(label)
+    holes = [jnp.where(weight > 0, of, jnp.nan) for of in (probability, label)]
+    clean = [jnp.where(weight > 0, of, 0.5) for of in (probability, label)]
+    for measure in (
+        lambda p, y, w: weighted_sum(binary_cross_entropy(p, y), w),
+        lambda p, y, w: weighted_sum(divergence(p, y), w),
+        agreement.user_auc,
+        agreement.calibration_bin_sums,
     ):
-        np.testing.assert_array_equal(left, right)
-    np.testing.assert_array_equal(
-        agreement.teacher_entropy_sums(jnp.asarray(holes), jnp.asarray(weight)),
-        agreement.teacher_entropy_sums(jnp.asarray(clean), jnp.asarray(weight)),
-    )
-    np.testing.assert_array_equal(
-        agreement.teacher_kl_sums(jnp.asarray(student), jnp.asarray(holes), jnp.asarray(weight)),
-        agreement.teacher_kl_sums(jnp.asarray(student), jnp.asarray(clean), jnp.asarray(weight)),
-    )
+        with_nan, without = measure(*holes, weight), measure(*clean, weight)
+        jax.tree.map(np.testing.assert_array_equal, with_nan, without)
 
 
-def test_alignment_ratio_by_hand() -> None:
-    # (0.5 - 0.4) / 0.4 = 1/4 and (0.3 - 0.3) / 0.2 = 0; their mean is 1/8.
-    ratio = agreement.alignment_ratio(
-        np.array([0.5, 0.3]), np.array([0.4, 0.3]), np.array([0.4, 0.2]), np.array([True, True])
-    )
-    np.testing.assert_allclose(ratio, 0.125)
-    # A task that the teacher did not score is left out.
-    ratio = agreement.alignment_ratio(
-        np.array([0.5, 0.3]),
-        np.array([0.4, np.nan]),
-        np.array([0.4, np.nan]),
-        np.array([True, False]),
-    )
-    np.testing.assert_allclose(ratio, 0.25)
+@pytest.mark.parametrize(
+    ("teacher", "distance", "known", "expected"),
+    [
+        # (0.5 - 0.4) / 0.4 = 1/4 and (0.3 - 0.3) / 0.2 = 0; their mean is 1/8.
+        ([0.4, 0.3], [0.4, 0.2], [True, True], 0.125),
+        # A task that the teacher did not score is left out.
+        ([0.4, np.nan], [0.4, np.nan], [True, False], 0.25),
+    ],
+)
+def test_alignment_ratio_by_hand(teacher, distance, known, expected) -> None:
+    given = (np.array(of) for of in ([0.5, 0.3], teacher, distance, known))
+    np.testing.assert_allclose(agreement.alignment_ratio(*given), expected)
 
 
 def test_alignment_ratio_is_undefined_without_a_distance_and_below_0_of_a_better_student() -> None:
@@ -206,72 +183,16 @@ def test_ndcg_by_hand() -> None:
     np.testing.assert_array_equal(counts, [True, False])
 
 
-def test_user_bce_sums_by_hand() -> None:
-    # -log 0.5 = 0.6931, -log(1 - 0.8) = 1.6094 with weight 4; the last is not shown.
-    losses, weights = agreement.user_bce_sums(
-        jnp.array([[[0.5], [0.8], [0.9]]]),
-        jnp.array([[[1.0], [0.0], [0.0]]]),
-        jnp.array([[1.0, 4.0, 0.0]]),
-    )
-    np.testing.assert_allclose(losses, [[0.6931 + 4 * 1.6094]], rtol=1e-4)
-    np.testing.assert_allclose(weights, [[5.0]])
-
-
-def test_user_calibration_sums_by_hand() -> None:
-    predicted, observed = agreement.user_calibration_sums(
-        jnp.array([[[0.5], [0.8], [0.9]]]),
-        jnp.array([[[1.0], [0.0], [1.0]]]),
-        jnp.array([[2.0, 1.0, 0.0]]),
-    )
-    np.testing.assert_allclose(predicted, [[1.8]], rtol=1e-6)
-    np.testing.assert_allclose(observed, [[2.0]])
-
-
-def test_user_bce_is_the_log_loss_of_scikit_learn() -> None:
-    generator = np.random.default_rng(0)
-    probability = generator.uniform(size=(4, 30, 2)).astype(np.float32)
-    probability[0, :2, 0] = [0.0, 1.0]  # certainties, right or wrong
-    label = generator.integers(0, 2, size=(4, 30, 2)).astype(np.float32)
-    weight = generator.choice([0.0, 1.0, 2.5], size=(4, 30)).astype(np.float32)
-    losses, weights = agreement.user_bce_sums(
-        jnp.asarray(probability), jnp.asarray(label), jnp.asarray(weight)
-    )
-    for task in range(2):
-        expected = log_loss(
-            label[..., task].ravel(), probability[..., task].ravel(), sample_weight=weight.ravel()
-        )
-        measured = losses[:, task].sum() / weights[:, task].sum()
-        np.testing.assert_allclose(measured, expected, rtol=1e-5)
-
-
-def test_weight_zero_contributes_exactly_nothing() -> None:
-    probability = jnp.array([[[0.3], [0.6], [jnp.nan]]])
-    label = jnp.array([[[1.0], [0.0], [jnp.nan]]])
-    weight = jnp.array([[1.0, 1.0, 0.0]])
-    for measure in (
-        agreement.user_bce_sums,
-        agreement.user_calibration_sums,
-        agreement.user_auc,
-    ):
-        with_nan = measure(probability, label, weight)
-        without = measure(probability[:, :2], label[:, :2], weight[:, :2])
-        for left, right in zip(with_nan, without, strict=True):
-            np.testing.assert_array_equal(left, right)
-
-
 def test_user_auc_by_hand() -> None:
     # Request 0: positives 0.9 and 0.5, negatives 0.5 and 0.1. Of four pairs, three are won and
     # (0.5, 0.5) is a tie: 3.5 / 4. The entry of weight 0 would lose. Request 1 has no positive.
     area, counts = agreement.user_auc(
         jnp.array([[0.9, 0.5, 0.5, 0.1, 0.95], [0.1, 0.2, 0.3, 0.4, 0.5]])[..., None],
         jnp.array([[1.0, 1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0]])[..., None],
-        jnp.array([[1.0, 2.0, 1.0, 7.0, 0.0], [1.0, 1.0, 1.0, 1.0, 0.0]]),
+        jnp.array([[1.0, 2.0, 1.0, 7.0, 0.0], [1.0, 1.0, 1.0, 1.0, 0.0]])[..., None],
     )
     np.testing.assert_allclose(area, [[3.5 / 4], [0.0]])
     np.testing.assert_array_equal(counts, [[True], [False]])
-
-
-user_auc = jax.jit(agreement.user_auc)
 
 
 @settings(deadline=None, max_examples=60)
@@ -281,7 +202,7 @@ def test_user_auc_is_that_of_scikit_learn(seed: int, levels: int) -> None:
     probability = (generator.integers(0, levels, size=(3, 12, 2)) / levels).astype(np.float32)
     label = generator.integers(0, 2, size=(3, 12, 2)).astype(np.float32)
     weight = generator.choice([0.0, 1.0, 3.0], size=(3, 12)).astype(np.float32)
-    area, counts = user_auc(jnp.asarray(probability), jnp.asarray(label), jnp.asarray(weight))
+    area, counts = user_auc(probability, label, np.repeat(weight[..., None], 2, axis=2))
     for request in range(3):
         shown = weight[request] > 0
         for task in range(2):
@@ -294,14 +215,13 @@ def test_user_auc_is_that_of_scikit_learn(seed: int, levels: int) -> None:
 
 
 def test_user_auc_of_a_diverged_model_is_nan() -> None:
-    area, _ = agreement.user_auc(
-        jnp.array([[[jnp.nan], [0.2]]]), jnp.array([[[1.0], [0.0]]]), jnp.ones((1, 2))
-    )
+    ones = jnp.ones((1, 2, 1))
+    area, _ = agreement.user_auc(jnp.array([[[jnp.nan], [0.2]]]), ones.at[0, 1].set(0), ones)
     assert jnp.isnan(area).all()
 
 
 @pytest.mark.parametrize("label", [0.0, 1.0])
 def test_cross_entropy_of_a_certainty_is_finite(label: float) -> None:
-    losses = agreement.binary_cross_entropy(jnp.array([0.0, 1.0]), jnp.array([label, label]))
+    losses = binary_cross_entropy(jnp.array([0.0, 1.0]), jnp.array([label, label]))
     assert jnp.isfinite(losses).all()
     assert losses.min() < 1e-6 < 10 < losses.max()

@@ -1,20 +1,516 @@
-"""One entry a metric: what derives from it, and that nothing else has to be touched."""
+"""The metrics: sums of batches, the row of results from them, and entries of one's own."""
 
+import dataclasses
 import itertools
+import math
 from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas as pd
 import pytest
+from scipy.special import kl_div
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import log_loss, roc_auc_score
 
-from kd_ranker.evaluation import metrics, results, totals
+from kd_ranker.batch import Stage
+from kd_ranker.evaluation import evaluate, metrics, results
 from kd_ranker.evaluation.metrics import METRICS, Metric, ReportAt, Sums, ratio
 from kd_ranker.evaluation.ranked import Ranked
+from kd_ranker.evaluation.saving import SAVINGS
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from kd_ranker.report.tables import comparison, main_table, summary_table
-from tests.evaluation.cases import TASKS, VALUE_WEIGHTS, random_case
+from tests.evaluation.cases import SHOWN, TARGETS, TASKS, VALUE_WEIGHTS, Case, random_case
 from tests.report import sweeps
+
+# The ids that training included are not given in a `Case`.
+UNSEEN = {"unseen_users", "unseen_items"}
+
+
+def assert_same_sums(left: Sums, right: Sums) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        np.testing.assert_allclose(left[name], right[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def empty_of(row: dict[str, float]) -> set[str]:
+    return {name for name, number in row.items() if np.isnan(number)} - UNSEEN
+
+
+def test_row_of_one_small_request_by_hand() -> None:
+    # Four candidates, of which b and c were shown. Values are watch + 2 · like.
+    #            student        teacher        true
+    # a    0.9 + 2·0.0 = 0.9  0.1 + 0 = 0.1      1
+    # b    0.8 + 2·0.0 = 0.8  0.5 + 0 = 0.5      0
+    # c    0.4 + 2·0.0 = 0.4  0.2 + 0 = 0.2      1
+    # d    0.3 + 2·0.0 = 0.3  0.8 + 0 = 0.8      1
+    # The teacher's own top 3 is d, b, c, worth 1.5 (2 in truth). The student passes a, b, c, d:
+    # k = 1 shows a (0.1; 1), k = 2 b a (0.6; 1), k = 3 b c a (0.8; 2), k = 4 d b c (1.5; 2).
+    def entries(watch: list[float]) -> np.ndarray:
+        return np.stack([[watch], np.zeros((1, 4))], axis=-1).astype(np.float32)
+
+    case = Case(
+        student=entries([0.9, 0.8, 0.4, 0.3]),
+        teacher=entries([0.1, 0.5, 0.2, 0.8]),
+        teacher_weight=np.ones((1, 4, 2), np.float32),
+        stage=np.array([[1, 3, 3, 2]], np.int8),
+        label=entries([0, 1, 0, 0]),
+        label_weight=np.array([[0.0, 1.0, 3.0, 0.0]], np.float32),
+        true=entries([1, 0, 1, 1]),
+        request_mask=np.ones(1, bool),
+        propensity=np.full((1, 4), np.nan, np.float32),
+    )
+    curves = {  # at k = 1, 3 and all
+        "survival@{}": (0.0, 2 / 3, 1.0),
+        "value_captured@{}": (0.1 / 1.5, 0.8 / 1.5, 1.0),
+        "true_value_captured@{}": (0.5, 1.0, 1.0),
+        "shown_recall@{}": (0.0, 1.0, 1.0),
+        # b was watched: passed from k = 2, and chosen.
+        "hit_rate@{}/watch": (0.0, 1.0, 1.0),
+        "hit_rate@{}/like": (np.nan,) * 3,  # no positive label
+        "end_to_end_hit_rate@{}/watch": (0.0, 1.0, 1.0),
+        "end_to_end_hit_rate@{}/like": (np.nan,) * 3,
+    }
+    expected = {
+        name.format(k): number
+        for name, of in curves.items()
+        for k, number in zip((1, 3, 99), of, strict=True)
+    } | {
+        "user_bce/watch": (-np.log(0.8) - 3 * np.log(0.6)) / 4,
+        "user_bce/like": 0.0,
+        "user_auc/watch": 1.0,
+        "user_auc/like": np.nan,
+        "user_calibration/watch": (0.8 + 3 * 0.4) / 1,
+        "user_calibration/like": np.nan,
+        # The student's order is a, b, c; the teacher's best are d, b, c.
+        "teacher_ndcg": (0.1 + 0.5 / np.log2(3) + 0.2 / 2) / (0.8 + 0.5 / np.log2(3) + 0.2 / 2),
+        # Of six pairs only (b, c) is in the teacher's order.
+        "teacher_tau": (1 - 5) / 6,
+        "passed_for_50": 3,
+        "passed_for_99": 4,
+        "scored_for_50": 3,
+        "scored_for_99": 4,
+        # Of the three shown from the first three, and of those from all.
+        "true_value_for_50": 1.0,
+        "candidates": 4,
+        # Of a, b, c, with a value of 2.1, two are good; so are three of all.
+        "regret": 1 / 3,
+        "top_calibration": 2.1 / 2,
+    }
+    row = case.row([1, 3, 99])
+    for name, number in expected.items():
+        np.testing.assert_allclose(row[name], number, rtol=1e-5, atol=1e-6, err_msg=name)
+    of_teacher = case.teacher_row([1])
+    assert of_teacher["regret"] == pytest.approx(1 / 3)
+    assert of_teacher["top_calibration"] == pytest.approx(1.5 / 2)
+
+
+def test_row_has_the_measured_columns_of_the_results_in_their_order() -> None:
+    row = random_case().row([10, 20])
+    others = {*results.KEYS, *results.OTHER_KEYS, *SAVINGS, "flops_per_candidate", "cost_ratio"}
+    others |= {"non_finite_step", "member"}
+    columns = results.columns(TASKS, ReportAt([10, 20], TARGETS))
+    assert list(row) == [name for name in columns if name not in others]
+    assert all(type(number) is float for number in row.values())
+    assert empty_of(row) == set()
+
+
+def test_user_metrics_are_those_of_scikit_learn() -> None:
+    case = random_case()
+    row = case.row([])
+    for index, task in enumerate(TASKS):
+        label, student = case.label[..., index], case.student[..., index]
+        expected = log_loss(label.ravel(), student.ravel(), sample_weight=case.label_weight.ravel())
+        np.testing.assert_allclose(row[f"user_bce/{task}"], expected, rtol=1e-5)
+        areas = [
+            roc_auc_score(labels[weights > 0], students[weights > 0])
+            for labels, students, weights in zip(label, student, case.label_weight, strict=True)
+        ]
+        np.testing.assert_allclose(row[f"user_auc/{task}"], np.mean(areas), rtol=1e-5)
+
+
+def test_alignment_is_measured_on_the_shown_that_the_teacher_knows() -> None:
+    case = random_case()
+    case.teacher_weight[:, ::3, 1] = 0  # of one task, which is enough
+    case.teacher[:, ::3, 1] = np.nan
+    row = case.row([])
+    same = (case.label_weight > 0) & (case.teacher_weight > 0).all(axis=-1)
+    weight = case.label_weight[same]
+    ratios, of_bce = [], []
+    for index, task in enumerate(TASKS):
+        label, p, q = (
+            array[same][:, index].astype(np.float64)
+            for array in (case.label, case.student, case.teacher)
+        )
+        gap = log_loss(label, p, sample_weight=weight) - log_loss(label, q, sample_weight=weight)
+        kl = np.average(kl_div(q, p) + kl_div(1 - q, 1 - p), weights=weight)
+        bce = np.average(-q * np.log(p) - (1 - q) * np.log(1 - p), weights=weight)
+        assert row[f"teacher_kl_shown/{task}"] == pytest.approx(kl, rel=1e-4)
+        ratios.append(gap / kl)
+        of_bce.append(gap / bce)
+    assert row["alignment_ratio"] == pytest.approx(np.mean(ratios), rel=1e-3)
+    assert row["alignment_ratio_bce"] == pytest.approx(np.mean(of_bce), rel=1e-3)
+
+
+def test_alignment_of_a_copy_of_the_teacher_and_of_a_better_student() -> None:
+    case = random_case()
+    row = dataclasses.replace(case, student=case.teacher).row([])
+    assert row["teacher_kl_shown/watch"] == pytest.approx(0, abs=1e-7)
+    assert np.isnan(row["alignment_ratio"])
+    assert row["alignment_ratio_bce"] == pytest.approx(0, abs=1e-6)
+    case.student = 0.9 * case.label + 0.05
+    row = case.row([])
+    assert row["alignment_ratio"] < 0
+    assert row["alignment_ratio_bce"] < 0
+
+
+def test_captured_value_is_the_ratio_of_sums_and_survival_the_mean() -> None:
+    # Request 0 is worth ten times request 1. Only in request 1 does the student's best win.
+    case = random_case(requests=2, candidates=2)
+    case.stage[:] = Stage.RETRIEVED
+    case.student[:] = np.array([0.9, 0.1])[None, :, None]
+    case.teacher[:] = np.array([[0.1, 0.9], [0.09, 0.01]])[..., None]
+    row = metrics.summarise(case.sums(shown=1), case.teacher_sums(), TASKS, ReportAt([1]))
+    np.testing.assert_allclose(row["survival@1"], 0.5)
+    np.testing.assert_allclose(row["value_captured@1"], (0.1 + 0.09) / (0.9 + 0.09), rtol=1e-6)
+
+
+def test_regret_is_that_of_the_top_that_the_ranker_itself_would_show() -> None:
+    case = random_case()
+    case.stage[:, ::4] = Stage.PADDING
+    case.student[:, 1] = 0.99
+    case.student[1:, 1] = np.nan  # not known, so never chosen
+    case.true[:, 2] = np.array([0.98, 0.98])
+    case.teacher_weight[:, ::3, 0] = 0
+    known = (case.stage > 0) & (case.teacher_weight > 0).all(axis=-1)
+    of_student, of_teacher = np.zeros((2, 3))
+    for sums, probability, chosen in (
+        (of_student, case.student, case.stage > 0),
+        (of_teacher, case.teacher, known),
+    ):
+        for value, truth, there, may in zip(
+            *(of @ VALUE_WEIGHTS for of in (probability, case.true)),
+            *(case.stage > 0, chosen),
+            strict=True,
+        ):
+            places = [place for place in np.flatnonzero(may) if value[place] == value[place]]
+            top = sorted(places, key=lambda place: -value[place])[:SHOWN]
+            sums += [value[top].sum(), truth[top].sum(), np.sort(truth[there])[-SHOWN:].sum()]
+    for row, (promised, found, best) in (
+        (case.row([]), of_student),
+        (case.teacher_row([]), of_teacher),
+    ):
+        assert row["regret"] == pytest.approx(1 - found / best, rel=1e-4)
+        assert row["top_calibration"] == pytest.approx(promised / found, rel=1e-4)
+
+
+def test_recall_of_the_shown_pools_requests_shown_in_part() -> None:
+    case = random_case(requests=5, candidates=6)
+    # By their places in the student's order: best first.
+    case.student[:] = np.linspace(0.9, 0.1, 6)[None, :, None]
+    case.stage[:] = Stage.RETRIEVED
+    case.stage[0, [0, 3]] = Stage.SHOWN
+    case.stage[1, [1, 2, 4, 5]] = Stage.SHOWN
+    case.stage[1, 3] = Stage.PASSED
+    case.stage[2] = Stage.SHOWN  # whole
+    case.stage[3, 0] = Stage.PASSED  # none
+    case.stage[4, 0] = Stage.SHOWN
+    case.request_mask[4] = False  # only fills the batch
+    case.teacher_weight[:] = 0  # whatever the teacher knows
+    case.teacher[:] = np.nan
+    row = case.row([1, 3, 6])
+    # Six were shown: of request 0 the best and the fourth, of request 1 all but two.
+    shares = [row[f"shown_recall@{k}"] for k in (1, 3, 6)]
+    np.testing.assert_allclose(shares, [1 / 6, (1 + 2) / 6, 1.0], rtol=1e-6)
+    assert np.isnan(case.of_requests(slice(2, 5)).row([1, 3, 6])["shown_recall@3"])
+
+
+def test_the_sums_of_each_request_are_those_of_a_batch_of_it() -> None:
+    case = random_case()
+    case.label_weight[1] = 0  # nothing was shown
+    case.teacher_weight[2] = 0  # nothing is known
+    case.request_mask[5] = False
+    ks, candidates = (1, 7, 99), case.stage.shape[1]
+    alone, curves = case.sums_of_each(ks)
+    assert not alone.keys() & curves.keys()
+    each = alone | curves
+    at = np.minimum(ks, candidates) - 1
+    for request in range(6):
+        # All other requests only fill the batch.
+        only = case.request_mask & (np.arange(6) == request)
+        sums = dataclasses.replace(case, request_mask=only).sums()
+        expected = {
+            name: of[at] if of.shape[:1] == (candidates,) else of
+            for name, of in sums.items()
+            if not name.startswith("bin_")
+        }
+        assert_same_sums({name: of[request] for name, of in each.items()}, expected)
+    assert alone["user_bce"].shape == (6, len(TASKS))
+    assert curves["survival"].shape == (6, len(ks))
+    assert curves["positives_kept"].shape == (6, len(ks), len(TASKS))
+    assert alone["funnel_requests"].tolist() == [1, 1, 0, 1, 1, 0]
+
+
+def test_an_axis_of_tasks_as_long_as_that_of_candidates_is_no_curve() -> None:
+    of_each = random_case(candidates=len(TASKS)).sums_of_each((1,))
+    assert of_each.alone["user_bce"].shape == (6, len(TASKS))
+    assert of_each.curves["value_captured"].shape == (6, 1)
+
+
+def shown_by_funnel(case: Case, request: int, among: list[int], passed: int) -> list[int]:
+    """The places that the teacher shows if the student passes its first ones of some."""
+    student, teacher = (of[request] @ case.value_weights for of in (case.student, case.teacher))
+    best = sorted(among, key=lambda place: -student[place])[:passed]
+    known = [place for place in best if (case.teacher_weight[request, place] > 0).all()]
+    return sorted(known, key=lambda place: -teacher[place])[:SHOWN]
+
+
+def test_hit_rates_are_ratios_of_sums_over_the_positive_labels_that_count() -> None:
+    case = random_case()
+    case.label[case.label_weight == 0] = 1  # not shown
+    case.label[0] = 0  # no positive label in this request
+    case.teacher_weight[:, ::3, 1] = 0  # these the teacher never shows
+    case.request_mask[4] = False
+    row = case.row([1, 8, 40])
+    for k in (1, 8, 40):
+        kept, shown, positives = np.zeros((3, len(TASKS)))
+        for request in np.flatnonzero(case.request_mask):
+            positive = case.label[request] * (case.label_weight[request] > 0)[:, None]
+            passed = np.argsort(-(case.student[request] @ VALUE_WEIGHTS))[:k]
+            kept += positive[passed].sum(axis=0)
+            shown += positive[shown_by_funnel(case, request, [*range(40)], k)].sum(axis=0)
+            positives += positive.sum(axis=0)
+        for index, task in enumerate(TASKS):
+            share, end_to_end = kept[index] / positives[index], shown[index] / positives[index]
+            assert row[f"hit_rate@{k}/{task}"] == pytest.approx(share, rel=1e-6)
+            assert row[f"end_to_end_hit_rate@{k}/{task}"] == pytest.approx(end_to_end, rel=1e-6)
+    assert row["hit_rate@40/watch"] == 1 > row["end_to_end_hit_rate@40/watch"] > 0
+
+
+def test_a_batch_split_in_two_has_the_same_sums_with_all_digits() -> None:
+    case = random_case()
+    parts = None
+    for part in (slice(0, 3), slice(3, 6)):
+        parts = evaluate.add(parts, case.of_requests(part).sums())
+    assert_same_sums(parts, case.sums())
+    # In float32, 2^24 + 1 is 2^24.
+    total = jax.tree.map(lambda leaf: np.full(leaf.shape, np.float32(2.0**24)), parts)
+    one = jax.tree.map(np.ones_like, total)
+    total = evaluate.add(evaluate.add(evaluate.add(None, total), one), one)
+    np.testing.assert_array_equal(total["label_weight"], 2.0**24 + 2)
+
+
+def test_padding_changes_nothing() -> None:
+    case = random_case()
+    sums = case.sums()
+    # Weights of 1 and values of NaN: only the stage marks padding.
+    fills = {"teacher_weight": 1, "label_weight": 1, "stage": Stage.PADDING}
+
+    def padded(name: str, array: np.ndarray) -> np.ndarray:
+        width = [(0, 0), (0, 5)] + [(0, 0)] * (array.ndim - 2)
+        return np.pad(array, width, constant_values=fills.get(name, np.nan))
+
+    arrays = {name: of for name, of in vars(case).items() if of.ndim > 1}
+    changed = {name: padded(name, of) for name, of in arrays.items()}
+    longer = dataclasses.replace(case, **changed).sums()
+    # At the same k, the same share of the passed: padding is no candidate.
+    longer["covered_user_value"] = longer["covered_user_value"][:40]
+    curves = [name for name, of in longer.items() if of.shape[:1] == (45,)]
+    assert len(curves) == 10
+    for name in curves:
+        curve = longer[name]
+        np.testing.assert_array_equal(curve[40:], np.broadcast_to(curve[39], curve[40:].shape))
+        longer[name] = curve[:40]
+    assert_same_sums(longer, sums)
+
+
+def test_requests_that_only_fill_the_batch_do_not_count() -> None:
+    case = random_case()
+    case.request_mask[3:] = False
+    expected = case.of_requests(slice(0, 3)).sums()
+    for array in (case.student, case.teacher, case.true, case.label):
+        array[3:] = np.nan
+    assert_same_sums(case.sums(), expected)
+
+
+def test_a_candidate_without_teacher_probability_is_never_chosen() -> None:
+    case = random_case()
+    case.teacher_weight[:, ::2, 1] = 0  # of one task, which is enough
+    case.teacher[:, ::2, 1] = 7  # improper, and more than any other
+    holes = case.sums()
+    case.teacher[:, ::2] = 0  # the same choice from a teacher that values them least
+    case.true[:, ::2] = 0  # and where it has no other, the choice of them brings nothing
+    case.teacher_weight[:] = 1
+    worst = case.sums()
+    for name in ("survival", "value_captured", "true_value_captured", "funnel_requests"):
+        np.testing.assert_allclose(holes[name], worst[name], rtol=1e-6)
+
+
+def test_teacher_judged_as_a_student() -> None:
+    case = random_case()
+    assert_same_sums(case.teacher_sums(), dataclasses.replace(case, student=case.teacher).sums())
+    row = case.teacher_row([1, SHOWN])
+    # It is not measured against itself.
+    assert np.isnan([row["alignment_ratio"], row["alignment_ratio_bce"]]).all()
+    assert row["survival@1"] == pytest.approx(1 / SHOWN)
+    assert row[f"value_captured@{SHOWN}"] == 1
+    assert row["passed_for_99"] == SHOWN
+    assert row["teacher_ndcg"] == pytest.approx(1)
+    assert row["teacher_tau"] == pytest.approx(1)
+    assert row["teacher_kl/watch"] == pytest.approx(0, abs=1e-6)
+
+
+def test_of_a_teachers_positions_only_the_order_is_measured() -> None:
+    case = random_case()
+
+    def of_tasks(*names: str) -> set[str]:
+        return {f"{name}/{task}" for name in names for task in TASKS}
+
+    against_teacher = of_tasks("teacher_bce", "teacher_kl", "teacher_kl_shown")
+    against_teacher |= {"alignment_ratio", "alignment_ratio_bce"}
+    of_probabilities = {*of_tasks("user_bce", "user_calibration"), "top_calibration"}
+    row, of_order = case.row([SHOWN]), case.row([SHOWN], "rank")
+    assert empty_of(of_order) == against_teacher
+    assert empty_of(case.teacher_row([SHOWN], "rank")) == against_teacher | of_probabilities
+    rest = row.keys() - against_teacher - UNSEEN
+    assert {name: row[name] for name in rest} == {name: of_order[name] for name in rest}
+
+
+def test_teacher_with_holes_is_judged_only_where_it_is_known() -> None:
+    case = random_case()
+    case.teacher_weight[:, ::3, 0] = 0  # of one task, so that the other still counts for the BCE
+    case.teacher[:, ::3, 0] = np.nan
+    row = case.teacher_row([SHOWN])
+    assert empty_of(row) == {"alignment_ratio", "alignment_ratio_bce"}
+    assert row[f"survival@{SHOWN}"] == 1
+
+
+def test_what_is_not_known_is_nan() -> None:
+    truth = random_case()
+    truth.true[:] = np.nan
+    of_truth = {"true_value_captured@10", "regret", "top_calibration"}
+    of_truth |= {"true_value_for_50", "true_value_for_99"}
+    assert empty_of(truth.row([10])) == of_truth
+    assert np.isnan(metrics.curves(truth.sums(), TASKS)["true_value_captured"]).all()
+    without = random_case()
+    without.propensity[:] = np.nan
+    assert empty_of(without.row([10])) == {"ips_user_value@10"}
+    ignorant = random_case()
+    ignorant.teacher_weight[:] = 0
+    row = ignorant.row([10])
+    assert np.isfinite(row["hit_rate@10/watch"])
+    assert {"end_to_end_hit_rate@10/watch", "survival@10", "value_captured@10"} <= empty_of(row)
+
+
+def test_a_diverged_student_has_no_numbers() -> None:
+    case = random_case()
+    case.student[:] = np.nan
+    row = case.row([10])
+    assert row.pop("candidates") == 40
+    assert np.isnan(list(row.values())).all()
+
+
+def test_calibration_table_is_that_of_scikit_learn() -> None:
+    case = random_case()
+    case.label_weight = (case.stage == Stage.SHOWN).astype(np.float32)
+    case.student[0, :2] = [[0.0], [1.0]]  # the ends fall into the first and last bin
+    table = pd.DataFrame(metrics.calibration(case.sums(), TASKS))
+    shown = case.label_weight > 0
+    for task, name in enumerate(TASKS):
+        of_task = table[table["task"] == name]
+        observed, predicted = calibration_curve(
+            case.label[shown][:, task], case.student[shown][:, task], n_bins=20
+        )
+        np.testing.assert_allclose(of_task["observed"], observed, rtol=1e-5)
+        np.testing.assert_allclose(of_task["predicted"], predicted, rtol=1e-5)
+        assert of_task["weight"].sum() == shown.sum()
+        assert {0, 19} <= {*of_task["bin"]}
+
+
+def test_a_task_of_weight_0_that_the_teacher_lacks_changes_no_other_number() -> None:
+    whole = random_case(seed=3)
+    whole.value_weights = np.array([1.0, 0.0])
+    lacking = dataclasses.replace(
+        whole,
+        teacher=np.where([True, False], whole.teacher, np.nan).astype(np.float32),
+        teacher_weight=np.where([True, False], whole.teacher_weight, 0.0).astype(np.float32),
+    )
+    row, expected = lacking.row([10, 20]), whole.row([10, 20])
+    teacher, of_teacher = lacking.teacher_row([10, 20]), whole.teacher_row([10, 20])
+    for name in expected:
+        if name.startswith("alignment"):
+            continue  # a mean over tasks
+        if name.startswith("teacher_") and name.endswith("/like"):
+            assert np.isnan(row[name]), name
+        else:
+            np.testing.assert_equal(row[name], expected[name], err_msg=name)
+        if not name.endswith("/like"):
+            np.testing.assert_equal(teacher[name], of_teacher[name], err_msg=name)
+    assert np.isfinite(row["alignment_ratio"])
+    assert np.isnan(teacher["user_auc/like"])
+
+
+def test_the_teacher_scores_no_more_than_a_request_has() -> None:
+    case = random_case(requests=3, candidates=12)
+    for request, size in enumerate((2, 5, 12)):
+        case.stage[request, size:] = Stage.PADDING
+    for sizes in ((2, 5, 12), (2, 12)):
+        row = case.row([4])
+        assert row["candidates"] == pytest.approx(np.mean(sizes))
+        for target in ("50", "99"):
+            expected = np.minimum(sizes, row[f"passed_for_{target}"]).mean()
+            assert row[f"scored_for_{target}"] == pytest.approx(expected)
+        case.request_mask[1] = False
+
+
+def test_users_measures_are_those_of_one_funnel_after_the_other() -> None:
+    case = random_case(seed=5, candidates=30)
+    case.stage[0, 20:] = Stage.PADDING
+    case.stage[1] = np.where(case.stage[1] == Stage.PASSED, Stage.RETRIEVED, case.stage[1])
+    case.label_weight *= case.stage == Stage.SHOWN
+    case.request_mask[5] = False
+    ks = [1, 4, 12, 30]
+    row = case.row(ks)
+    value = (case.label * case.value_weights).sum(axis=2) * (case.label_weight > 0)
+    found = {}
+    for k in ks:
+        every = passed_shown = of_labels = by_propensity = 0.0
+        for request in range(5):
+            there = [place for place in range(30) if case.stage[request, place] > 0]
+            passed = [place for place in there if case.stage[request, place] >= Stage.PASSED]
+            shown = shown_by_funnel(case, request, there, k)
+            every += len(shown)
+            passed_shown += len(set(shown) & set(passed))
+            by_propensity += sum(
+                value[request, place] / case.propensity[request, place]
+                for place in shown
+                if case.label_weight[request, place] > 0
+            )
+            some = math.ceil(min(k, len(there)) * len(passed) / len(there))
+            of_passed = shown_by_funnel(case, request, passed, some)
+            of_labels += sum(value[request, place] for place in of_passed)
+        found[k] = np.array([of_labels, by_propensity])
+        assert row[f"coverage@{k}"] == pytest.approx(passed_shown / every)
+    for k in ks:
+        shares = [row[f"{name}@{k}"] for name in ("covered_user_value", "ips_user_value")]
+        np.testing.assert_allclose(shares, found[k] / found[30], rtol=1e-5)
+
+
+def test_a_label_without_a_propensity_has_no_weight() -> None:
+    """As if it were negative: a slot that was not filled at random."""
+    ks = [1, 4, 12, 40]
+    case, without, negative = (random_case(seed=3) for _ in range(3))
+    some = np.random.default_rng(0).random(case.stage.shape) < 0.5
+    without.propensity[some] = np.nan
+    negative.label[some] = 0
+    names = [f"ips_user_value@{k}" for k in ks]
+    of_case, of_without, of_negative = (
+        [of.row(ks)[name] for name in names] for of in (case, without, negative)
+    )
+    np.testing.assert_allclose(of_without, of_negative, rtol=1e-6)
+    assert of_without[1] != pytest.approx(of_case[1])
 
 
 def top_item(ranked: Ranked) -> Sums:
@@ -65,17 +561,17 @@ def registered():
 def test_a_metric_that_is_put_into_the_table_is_measured():
     case = random_case()
     row = case.row([1, 10])
-    value = case.student @ np.asarray(VALUE_WEIGHTS)
-    favourites = (case.teacher @ np.asarray(VALUE_WEIGHTS)).argmax(axis=1)
+    value, of_teacher = case.student @ VALUE_WEIGHTS, case.teacher @ VALUE_WEIGHTS
+    favourites = of_teacher.argmax(axis=1)
     places = [(-of).argsort().argsort()[top] + 1 for of, top in zip(value, favourites, strict=True)]
     assert row["top_item_mrr"] == pytest.approx(np.mean([1 / place for place in places]))
     positive = case.label * (case.label_weight > 0)[..., None]
+    curves = metrics.curves(case.sums(), TASKS)
     for k, (index, task) in itertools.product((1, 10), enumerate(TASKS)):
         kept = np.take_along_axis(positive[..., index], (-value).argsort(axis=1)[:, :k], axis=1)
-        share = kept.sum() / positive[..., index].sum()
-        assert row[f"kept_rate@{k}/{task}"] == pytest.approx(share, rel=1e-5)
-        curve = totals.curves(case.sums(), TASKS)[f"kept_rate/{task}"]
-        assert curve[k - 1] == pytest.approx(share, rel=1e-5)
+        share = pytest.approx(kept.sum() / positive[..., index].sum(), rel=1e-5)
+        assert row[f"kept_rate@{k}/{task}"] == share
+        assert curves[f"kept_rate/{task}"][k - 1] == share
 
 
 @pytest.mark.usefixtures("registered")
@@ -122,8 +618,8 @@ def test_a_sum_is_computed_once_however_many_metrics_use_it():
     with mock.patch.dict(METRICS, more):
         row = random_case().row([1])
     assert row["one"] == row["other"] > 0
-    # The program of the student, and that of the teacher.
-    assert len(calls) == 2
+    # The student and the teacher share one program.
+    assert len(calls) == 1
 
 
 def test_two_sums_of_one_name_are_refused():
@@ -133,10 +629,6 @@ def test_two_sums_of_one_name_are_refused():
         pytest.raises(ValueError, match="two sums of the metrics are named user_bce"),
     ):
         random_case().sums()
-
-
-def test_what_stands_in_the_main_table_is_compared():
-    assert all(metric.compared for metric in METRICS.values() if metric.main)
 
 
 def test_directions():
@@ -151,16 +643,14 @@ def test_directions():
     assert metrics.metric_of("distill_weight") is None
 
 
-def test_the_main_tables_columns_and_titles():
+def test_the_columns_and_titles_of_the_main_table_and_of_the_terminal():
+    assert all(metric.compared for metric in METRICS.values() if metric.main)
     titles = [metrics.title_of(column) for column in metrics.main_columns(("a", "b"), 200)]
     assert titles == [
         "passed for 99%", "saving", "cost ratio", "survival@200", "value@200", "true value@200",
         "hit rate@200 a", "end-to-end hit rate@200 a", "teacher KL", "alignment ratio", "AUC a",
         "AUC b", "user BCE a", "user BCE b",
     ]  # fmt: skip
-
-
-def test_the_terminals_columns_and_titles():
     columns = metrics.summary_columns(("a", "b"), 200)
     assert [metrics.title_of(column, short=True) for column in columns] == [
         "AUC a", "AUC b", "calib. a", "KL a", "alignment", "survival@200", "value@200",

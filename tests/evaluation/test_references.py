@@ -1,20 +1,22 @@
+"""References against restatements one candidate after the other."""
+
 import dataclasses
 from collections import defaultdict
 
+import jax
 import numpy as np
 import pytest
 
 from kd_ranker.batch import EvaluationBatch
-from kd_ranker.evaluation import totals
 from kd_ranker.evaluation.evaluate import Plan, evaluate
-from kd_ranker.evaluation.metrics import ReportAt
+from kd_ranker.evaluation.metrics import ReportAt, summarise
 from kd_ranker.evaluation.references import (
     LISTS,
     NO_PROBABILITIES,
     REFERENCES,
     Statistics,
+    item_share,
     known_references,
-    only_order,
     reference_ranker,
     train_statistics,
 )
@@ -27,32 +29,37 @@ from tests.requests.random_requests import random_source
 WEIGHTS, SHOWN, REPORT_AT = (1.0, 2.0, 4.0), 3, ReportAt((2, 5), (0.99,))
 
 
-def faulty_source(version):
-    """Requests of several versions, with holes in the teacher's log and weights of their own."""
-    source = random_source(train=30)
+def built(tmp_path, change, source=None):
+    """A dataset of the requests of a source, each changed by a function of it and its split."""
+    source = source or random_source()
 
     def requests(split):
-        for index, request in enumerate(source.requests(split)):
-            generator = np.random.default_rng(index)
-            probability = request.teacher_probability.copy()
-            probability[generator.random(probability.shape) < 0.1] = np.nan
-            probability[generator.random(probability.shape) < 0.1] = 1.5
-            yield dataclasses.replace(
-                request,
-                teacher_probability=probability,
-                teacher_weight=(generator.random(len(probability)) < 0.8).astype(np.float32),
-                teacher_version="v0" if index % 4 == 0 else "v1",
-                label_weight=generator.uniform(0, 3, len(request.label_weight)).astype(np.float32),
-            )
+        for request in source.requests(split):
+            yield dataclasses.replace(request, **change(request, split))
 
-    spec = dataclasses.replace(source.spec, teacher_version=version)
-    return dataclasses.replace(source, spec=spec, requests=requests)
+    storage.build(dataclasses.replace(source, requests=requests), "some", str(tmp_path))
+    return storage.open_dataset("some", str(tmp_path), made_by="")
 
 
-@pytest.mark.parametrize("version", ["v1", ""], ids=["logged", "labels-alone"])
+def faulty(request, _):
+    """A request of one of two versions, with holes in the teacher's log and its own weights."""
+    generator = np.random.default_rng(request.request_id)
+    probability = request.teacher_probability.copy()
+    probability[generator.random(probability.shape) < 0.1] = np.nan
+    probability[generator.random(probability.shape) < 0.1] = 1.5
+    return {
+        "teacher_probability": probability,
+        "teacher_weight": (generator.random(len(probability)) < 0.8).astype(np.float32),
+        "teacher_version": "v0" if request.request_id % 4 == 0 else "v1",
+        "label_weight": generator.uniform(0, 3, len(request.label_weight)).astype(np.float32),
+    }
+
+
+@pytest.mark.parametrize("version", ["v1", ""], ids=["logged", "labels-only"])
 def test_the_lists_are_those_of_one_candidate_after_the_other(version, tmp_path):
-    storage.build(faulty_source(version), "faulty", str(tmp_path))
-    dataset = storage.open_dataset("faulty", str(tmp_path), made_by="")
+    source = random_source(train=30)
+    spec = dataclasses.replace(source.spec, teacher_version=version)
+    dataset = built(tmp_path, faulty, dataclasses.replace(source, spec=spec))
     labelled, weighted, said = defaultdict(float), defaultdict(float), defaultdict(list)
     retrieved, passed, shown, first = (defaultdict(int) for _ in range(4))
     for request in read_requests(dataset, "train"):
@@ -95,14 +102,7 @@ def test_the_lists_are_those_of_one_candidate_after_the_other(version, tmp_path)
 
 
 def test_where_all_passed_are_shown_the_rate_is_of_the_retrieved(tmp_path):
-    source = random_source(train=20)
-
-    def requests(split):
-        for request in source.requests(split):
-            yield dataclasses.replace(request, num_passed=len(request.label_weight))
-
-    storage.build(dataclasses.replace(source, requests=requests), "shown", str(tmp_path))
-    dataset = storage.open_dataset("shown", str(tmp_path), made_by="")
+    dataset = built(tmp_path, lambda request, _: {"num_passed": len(request.label_weight)})
     lists = train_statistics(dataset, WEIGHTS, SHOWN, seed=0).lists
     np.testing.assert_array_equal(lists["show_rate"], lists["pass_rate"])
     assert len(np.unique(lists["show_rate"])) > 3
@@ -180,16 +180,11 @@ def test_the_oracle_loses_no_true_value_and_knows_nothing_where_there_is_no_trut
 
 
 @pytest.mark.parametrize("unknown", [(), ("incumbent",), ("incumbent", "true_probability")])
-def test_a_dataset_has_the_references_that_it_can_give(unknown, tmp_path):
-    source = random_source()
-
-    def requests(split):
-        for request in source.requests(split):
-            nothing = {name: np.full_like(getattr(request, name), np.nan) for name in unknown}
-            yield dataclasses.replace(request, **nothing)
-
-    storage.build(dataclasses.replace(source, requests=requests), "some", str(tmp_path))
-    dataset = storage.open_dataset("some", str(tmp_path), made_by="")
+def test_a_dataset_has_the_references_with_a_known_input(unknown, tmp_path):
+    dataset = built(
+        tmp_path,
+        lambda request, _: {name: np.full_like(getattr(request, name), np.nan) for name in unknown},
+    )
     columns, known = dataset.columns, train_statistics(dataset, WEIGHTS, SHOWN, seed=0)
     absent = {"incumbent" in unknown and "incumbent", "true_probability" in unknown and "oracle"}
     there = tuple(name for name in REFERENCES if name not in absent)
@@ -205,38 +200,22 @@ def test_a_reference_has_to_know_nearly_all_candidates_of_both_splits(
     unknown, known, split, tmp_path
 ):
     """One that orders the others at random would look worse than it is."""
-    source = random_source()
+    generator = np.random.default_rng(0)
 
-    def requests(of_split):
-        for index, request in enumerate(source.requests(of_split)):
-            score = request.incumbent.copy()
-            if of_split == split:
-                hidden = np.random.default_rng(index).random(len(score)) < unknown
-                score[hidden] = np.nan
-            yield dataclasses.replace(request, incumbent=score)
+    def change(request, of_split):
+        hidden = generator.random(len(request.incumbent)) < unknown * (of_split == split)
+        return {"incumbent": np.where(hidden, np.nan, request.incumbent).astype(np.float32)}
 
-    storage.build(dataclasses.replace(source, requests=requests), "some", str(tmp_path))
-    dataset = storage.open_dataset("some", str(tmp_path), made_by="")
+    dataset = built(tmp_path, change)
     columns = [dataset.columns[name] for name in ("validation", "test")]
-    statistics = train_statistics(dataset, WEIGHTS, SHOWN, seed=0)
-    found = known_references(columns, statistics)
+    found = known_references(columns, train_statistics(dataset, WEIGHTS, SHOWN, seed=0))
     assert "oracle" in found
     assert ("incumbent" in found) == known
 
 
 def test_random_orders_follow_from_seed_and_request_and_not_from_the_batch():
-    one, other = evaluation_batch(1), evaluation_batch(1)
-    backwards = other.replace(
-        batch=other.batch.replace(
-            **{
-                field.name: getattr(other.batch, field.name)[::-1]
-                for field in dataclasses.fields(other.batch)
-            }
-        ),
-        true_probability=other.true_probability[::-1],
-        incumbent=other.incumbent[::-1],
-        request_mask=other.request_mask[::-1],
-    )
+    one = evaluation_batch(1)
+    backwards = jax.tree.map(lambda of: of[::-1], one)
     _, sums = measured([one], seeds=(0, 1))
     _, of_backwards = measured([backwards], seeds=(0, 1))
     for name in REFERENCES:
@@ -245,15 +224,36 @@ def test_random_orders_follow_from_seed_and_request_and_not_from_the_batch():
         assert np.array_equal(*found) == (name != "random")
 
 
-def test_an_order_alone_has_no_measures_of_probabilities():
+def test_an_order_has_no_measures_of_probabilities():
     teacher, sums = measured([evaluation_batch(1)])
-    row = totals.summarise(select_member(sums["popularity"], 0), teacher, SPEC.tasks, REPORT_AT)
-    kept = {column for column, number in only_order(row).items() if not np.isnan(number)}
-    assert kept < {column for column, number in row.items() if not np.isnan(number)}
-    names = {column.split("/")[0].split("@")[0] for column in kept}
-    assert {"user_auc", "survival", "value_captured", "true_value_captured"} <= names
-    assert names.isdisjoint({"user_bce", "user_calibration", "teacher_bce", "teacher_kl"})
-    assert only_order(row).keys() == row.keys()
-    assert {column: row[column] for column in kept} == {
-        column: only_order(row)[column] for column in kept
-    }
+    given = select_member(sums["popularity"], 0), teacher, SPEC.tasks, REPORT_AT
+    row, of_order = summarise(*given), summarise(*given, only_order=True)
+    known, kept = ({name for name, of in each.items() if not np.isnan(of)}
+                   for each in (row, of_order))  # fmt: skip
+    assert of_order == pytest.approx(row | dict.fromkeys(known - kept, np.nan), nan_ok=True)
+    names = {"user_bce", "user_calibration", "teacher_bce", "teacher_kl", "teacher_kl_shown"}
+    names |= {"alignment_ratio", "alignment_ratio_bce", "top_calibration"}
+    assert {name.split("/")[0] for name in known - kept} == names
+
+
+@pytest.mark.parametrize("size", [20, 2])
+@pytest.mark.parametrize(("items", "noise"), [(50, 2.0), (50, 0.0), (3, 0.0)])
+def test_the_share_of_an_item_is_that_of_the_variances_drawn(size, items, noise):
+    """A request's mean takes as much of the item's own effect as of the noise."""
+    rng = np.random.default_rng(0)
+    size = min(size, items)
+    number, effect = 60_000 // size, rng.normal(0, 1, items)
+    item = np.argsort(rng.random((number, items)), axis=1)[:, :size]
+    value = effect[item] + rng.normal(0, 5, (number, 1)) + rng.normal(0, noise, item.shape)
+    expected = effect.var() / (effect.var() + noise**2)
+    request = np.repeat(np.arange(number), size)
+    assert abs(item_share(request, item.ravel(), value.ravel()) - expected) < 0.02
+
+
+def test_the_share_of_an_item_where_items_are_rare_or_there_is_nothing_to_compare():
+    rng = np.random.default_rng(1)
+    request, item = np.repeat(np.arange(2000), 10), rng.integers(0, 8000, 20_000)
+    assert abs(item_share(request, item, rng.normal(size=20_000))) < 0.02
+    request, item = np.array(["a", "a", "b", "b"]), np.array(["x", "y", "x", "y"])
+    assert item_share(request, item, np.array([1.0, 0.0, 5.0, 4.0])) == 1
+    assert np.isnan(item_share(request, np.array(["w", "x", "y", "z"]), np.arange(4.0)))

@@ -1,13 +1,21 @@
+"""The tables of runs: their columns, choices and savings worked by hand, their files."""
+
 import math
 
+import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from kd_ranker.config import schema
 from kd_ranker.configs import cascade
+from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.cost import FLOPS, Costs
+from kd_ranker.evaluation.evaluate import Each
 from kd_ranker.evaluation.metrics import ReportAt
+from kd_ranker.evaluation.results import Kept
+from kd_ranker.evaluation.saving import Costs
+from kd_ranker.manifest import is_made_of
 
 TASKS = ("watch", "like")
 
@@ -60,30 +68,32 @@ def test_unknown_numbers_are_empty_and_the_others_keep_their_form(tmp_path):
     assert pd.isna(frame["absent"]).all()
 
 
-def test_a_row_tells_the_loss_with_what_it_learns_from():
+@pytest.mark.parametrize(
+    ("mode", "loss", "terms", "signal", "expected"),
+    [
+        ("aux", "softmax", (), "logged", "softmax"),
+        ("aux", "softmax", (), "stage", "softmax:stage"),
+        ("aux", "softmax", ("topk", "bce:logged"), "stage", "topk:stage+bce"),
+        ("none", "softmax", ("topk", "bce:logged"), "stage", None),
+        ("aux", "topk:stage", (), "logged", "topk:stage"),
+    ],
+)
+def test_a_row_has_the_loss_with_its_signal(mode, loss, terms, signal, expected):
     config = cascade("small")
-    config.distill.mode, config.distill.loss = "aux", "softmax"
-    assert results.made_of(config)["distill_loss"] == "softmax"
-    config.teacher.signal = "stage"
-    assert results.made_of(config)["distill_loss"] == "softmax:stage"
-    config.distill.terms = ("topk", "bce:logged")
-    assert results.made_of(config)["distill_loss"] == "topk:stage+bce"
-    config.distill.mode = "none"
-    assert results.made_of(config)["distill_loss"] is None
-    config.distill.mode, config.distill.loss, config.distill.terms = "aux", "topk:stage", ()
-    config.teacher.signal = "logged"
-    assert results.made_of(config)["distill_loss"] == "topk:stage"
+    config.distill.mode, config.distill.loss, config.distill.terms = mode, loss, terms
+    config.teacher.signal = signal
+    assert results.made_of(config)["distill_loss"] == expected
 
 
 @pytest.mark.parametrize("mode", ["none", "shared"])
-def test_a_row_tells_the_loss_on_user_labels_whether_swept_or_not(mode):
+def test_a_row_has_the_loss_on_user_labels_whether_swept_or_not(mode):
     config = cascade("small")
     config.distill.mode = mode
-    assert {"user_loss": "bce", "unshown_weight": 0.0}.items() <= results.made_of(config).items()
-    config.train.user_loss, config.train.unshown_weight = "softmax", 0.3
-    told = {"user_loss": "softmax", "unshown_weight": 0.3}
-    assert told.items() <= results.made_of(config).items()
-    assert told.keys() <= {*results.ALWAYS}
+    for loss, weight in (("bce", 0.0), ("softmax", 0.3)):
+        config.train.user_loss, config.train.unshown_weight = loss, weight
+        row = results.made_of(config)
+        assert (row["user_loss"], row["unshown_weight"]) == (loss, weight)
+    assert {"user_loss", "unshown_weight"} <= {*results.ALWAYS}
 
 
 def row(role, mode, seed, passed, flops, **more):
@@ -99,51 +109,85 @@ def row(role, mode, seed, passed, flops, **more):
     }  # fmt: skip
 
 
-def savings_of(*rows, costs=FLOPS):
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        pytest.param(
+            [
+                # 2000 · 10 + 200 · 200 = 60,000
+                row("student", "none", 0, 200.0, 10.0),
+                # 2000 · 10 + 125 · 200 = 45,000: a quarter less, whatever its learning rate
+                row("student", "shared", 0, 125.0, 10.0),
+                row("student", "shared", 0, 125.0, 10.0, learning_rate=0.02),
+                # 2000 · 12 + 240 · 200 = 72,000: a fifth more
+                row("student", "aux", 0, 240.0, 12.0),
+                # The baseline of its own seed: 2000 · 10 + 400 · 200 = 100,000
+                row("student", "none", 1, 400.0, 10.0),
+                row("student", "shared", 1, 200.0, 10.0),
+                # No baseline of this seed, of this order of the data.
+                row("student", "shared", 2, 200.0, 10.0),
+                row("student", "shared", 0, 200.0, 10.0, data_seed=1),
+                # It never captures 99 percent.
+                row("student", "aux", 0, NAN, 10.0, learning_rate=0.03),
+                # It diverged, so it is no baseline either.
+                row("student", "none", 0, 1.0, 10.0, learning_rate=0.1, non_finite_step=7.0),
+            ],
+            [0, 0.25, 0.25, -0.2, 0, 0.4, NAN, NAN, NAN, NAN],
+            id="each seed has its baseline",
+        ),
+        pytest.param(
+            # The final ranker scores no more than a request has, of 11 candidates on average:
+            # 11 · 10 + 8 · 200 = 1,710 and 11 · 10 + 6 · 200 = 1,310.
+            [
+                row("student", "none", 0, 90.0, 10.0, candidates=11.0, scored_for_99=8.0),
+                row("student", "shared", 0, 30.0, 10.0, candidates=11.0, scored_for_99=6.0),
+            ],
+            [0, 1 - 1310 / 1710],
+            id="small requests",
+        ),
+        pytest.param(
+            # 40,000 and 60,000 FLOPs at one rate, 50,000 and 100,000 at the other.
+            [
+                row("student", "none", 0, 100.0, 10.0, learning_rate=0.02),
+                row("student", "none", 1, 200.0, 10.0, learning_rate=0.02),
+                row("student", "none", 0, 150.0, 10.0),
+                row("student", "none", 1, 400.0, 10.0),
+                row("student", "shared", 0, 50.0, 10.0),
+                row("student", "shared", 1, 50.0, 10.0),
+            ],
+            [0, 0, 1 - 50 / 40, 1 - 100 / 60, 1 - 30 / 40, 1 - 30 / 60],
+            id="the best on average is the baseline",
+        ),
+        pytest.param(
+            [
+                row("student", "none", 0, 200.0, 10.0),
+                row("student", "none", 0, 300.0, 10.0, learning_rate=0.02),
+                # On test, where the other rate happens to be better: 2000 · 10 + 400 · 200
+                row("student", "none", 0, 400.0, 10.0, split="test"),
+                row("student", "none", 0, 150.0, 10.0, split="test", learning_rate=0.02),
+                row("student", "shared", 0, 275.0, 10.0, split="test"),
+            ],
+            [0, 1 - 80 / 60, 0, 0.5, 0.25],
+            id="validation chooses the baseline",
+        ),
+    ],
+)
+def test_savings_worked_by_hand(rows, expected):
     frame = pd.DataFrame([row("teacher", None, 0, 10.0, 200.0), *rows])
-    return results.fill_savings(frame, costs)["funnel_cost_saving"].tolist()[1:]
+    savings = results.fill_savings(frame)["funnel_cost_saving"].tolist()[1:]
+    assert savings == pytest.approx(expected, nan_ok=True)
 
 
-def test_savings_of_a_case_worked_by_hand():
-    savings = savings_of(
-        # 2000 · 10 + 200 · 200 = 60,000
-        row("student", "none", 0, 200.0, 10.0),
-        # 2000 · 10 + 125 · 200 = 45,000: a quarter less
-        row("student", "shared", 0, 125.0, 10.0),
-        # 2000 · 12 + 240 · 200 = 72,000: a fifth more
-        row("student", "aux", 0, 240.0, 12.0),
-        # The baseline of its own seed: 2000 · 10 + 400 · 200 = 100,000
-        row("student", "none", 1, 400.0, 10.0),
-        row("student", "shared", 1, 200.0, 10.0),
-        # Whatever its learning rate.
-        row("student", "shared", 0, 125.0, 10.0, learning_rate=0.02),
-        # No baseline of this seed, of this order of the data.
-        row("student", "shared", 2, 200.0, 10.0),
-        row("student", "shared", 0, 200.0, 10.0, data_seed=1),
-    )
-    expected = [0.0, 0.25, -0.2, 0.0, 0.4, 0.25]
-    assert savings[:6] == pytest.approx(expected)
-    assert all(map(math.isnan, savings[6:]))
-
-
-def test_savings_in_a_unit_of_ones_own_are_of_what_candidates_and_requests_cost():
-    savings = savings_of(
-        # 500 + 2000 · 0.5 + 200 · 10 = 3,500, and 500 + 1000 + 130 · 10 = 2,800
-        row("student", "none", 0, 200.0, 10.0),
-        row("student", "shared", 0, 130.0, 10.0),
-        costs=Costs(teacher=10.0, teacher_request=300.0, student_request=200.0),
-    )
-    assert savings == pytest.approx([0.0, 0.2])
-
-
-def test_the_final_ranker_scores_no_more_than_a_request_has():
-    # 11 candidates on average: 11 · 10 + 8 · 200 = 1,710 and 11 · 10 + 6 · 200 = 1,310, however
-    # many of the largest request are passed.
-    savings = savings_of(
-        row("student", "none", 0, 90.0, 10.0, candidates=11.0, scored_for_99=8.0),
-        row("student", "shared", 0, 30.0, 10.0, candidates=11.0, scored_for_99=6.0),
-    )
-    assert savings == pytest.approx([0, 1 - 1310 / 1710])
+def test_savings_in_the_users_own_unit():
+    # 500 + 2000 · 0.5 + 200 · 10 = 3,500, and 500 + 1000 + 130 · 10 = 2,800
+    students = [row("student", "none", 0, 200.0, 10.0), row("student", "shared", 0, 130.0, 10.0)]
+    costs = Costs(teacher=10.0, teacher_request=300.0, student_request=200.0)
+    frame = pd.DataFrame([row("teacher", None, 0, 10.0, 200.0), *students])
+    savings = results.fill_savings(frame, costs)["funnel_cost_saving"].tolist()
+    assert savings[1:] == pytest.approx([0.0, 0.2])
 
 
 def test_a_list_that_needs_no_scores_is_the_baseline_in_each_repeat_and_costs_nothing():
@@ -159,15 +203,6 @@ def test_a_list_that_needs_no_scores_is_the_baseline_in_each_repeat_and_costs_no
     assert math.isnan(saved["funnel_cost_saving"][1])
 
 
-def test_students_that_diverged_are_no_baseline_and_save_nothing():
-    diverged = {"mode": "none", "seed": 0, "flops": 10.0, "non_finite_step": 7.0}
-    rows = [row("student", passed=1.0, learning_rate=0.1, **diverged)]
-    rows += [row("student", "none", 0, 300.0, 10.0), row("student", "shared", 0, 80.0, 10.0)]
-    savings = savings_of(*rows)
-    assert math.isnan(savings[0])
-    assert savings[1:] == pytest.approx([0, 1 - 36 / 80])
-
-
 def test_of_several_teachers_each_judges_the_references_of_its_own_seed():
     frame = [row("teacher", None, seed, 10.0, 200.0) for seed in (0, 1)]
     for seed, passed in ((0, 100.0), (1, 200.0)):
@@ -178,39 +213,6 @@ def test_of_several_teachers_each_judges_the_references_of_its_own_seed():
         frame.append(row("student", "shared", seed, 100.0, 10.0))
     saved = results.fill_savings(pd.DataFrame(frame))["funnel_cost_saving"]
     assert [saved[4], saved[7]] == pytest.approx([1 - 40 / 20, 1 - 40 / 40])
-
-
-def test_of_several_undistilled_students_the_best_on_average_is_the_baseline():
-    savings = savings_of(
-        # 40,000 and 60,000 FLOPs at one rate, 50,000 and 100,000 at the other.
-        row("student", "none", 0, 100.0, 10.0, learning_rate=0.02),
-        row("student", "none", 1, 200.0, 10.0, learning_rate=0.02),
-        row("student", "none", 0, 150.0, 10.0),
-        row("student", "none", 1, 400.0, 10.0),
-        row("student", "shared", 0, 50.0, 10.0),
-        row("student", "shared", 1, 50.0, 10.0),
-    )
-    assert savings == pytest.approx([0, 0, 1 - 50 / 40, 1 - 100 / 60, 1 - 30 / 40, 1 - 30 / 60])
-
-
-def test_savings_on_test_are_against_the_baseline_that_validation_chose():
-    savings = savings_of(
-        row("student", "none", 0, 200.0, 10.0),
-        row("student", "none", 0, 300.0, 10.0, learning_rate=0.02),
-        # On test, where the other rate happens to be better: 2000 · 10 + 400 · 200 = 100,000
-        row("student", "none", 0, 400.0, 10.0, split="test"),
-        row("student", "none", 0, 150.0, 10.0, split="test", learning_rate=0.02),
-        row("student", "shared", 0, 275.0, 10.0, split="test"),
-    )
-    assert savings == pytest.approx([0, 1 - 80 / 60, 0, 0.5, 0.25])
-
-
-def test_a_student_that_never_captures_99_percent_has_no_saving():
-    none, aux = savings_of(
-        row("student", "none", 0, 200.0, 10.0), row("student", "aux", 0, math.nan, 10.0)
-    )
-    assert none == 0
-    assert math.isnan(aux)
 
 
 def write_tables(folder, rows, columns):
@@ -377,6 +379,106 @@ def test_the_best_member_is_the_best_repeat_of_the_setting_that_is_best_on_avera
     assert results.best_member(pd.concat([frame, test])) == ("aux-seed1", "blend")
 
 
-def test_cost_is_told_beside_the_teachers():
-    told = results.with_cost({"mode": "none"}, 10.0, 200.0)
-    assert told == {"mode": "none", "flops_per_candidate": 10.0, "cost_ratio": 0.05}
+MADE_OF = {"config": "a"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    tables = {results.CURVES_FILE: "k\n1\n", results.FILE: "m\n2\n"}
+    results.write_tables(tmp_path, tables, MADE_OF)
+    return tmp_path
+
+
+def test_tables_are_known_by_their_rankers_and_their_bytes(folder):
+    assert (folder / results.FILE).read_text() == "m\n2\n"
+    assert is_made_of(folder, MADE_OF)
+    assert not is_made_of(folder, {"config": "b"})
+    assert results.is_whole(folder)
+    (folder / results.CURVES_FILE).write_text("k\n3\n")
+    assert not is_made_of(folder, MADE_OF)
+    assert not results.is_whole(folder)
+    with pytest.raises(UserError, match=f"{results.CURVES_FILE} has changed; start the command"):
+        results.check_whole(folder)
+
+
+def test_tables_that_are_half_written_belong_to_no_ranker(folder):
+    class Dying(dict):
+        def items(self):
+            yield results.FILE, "m\n3\n"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        results.write_tables(folder, Dying(), MADE_OF)
+    assert not is_made_of(folder, MADE_OF)
+    with pytest.raises(UserError, match="is not finished; start the command"):
+        results.check_whole(folder)
+
+
+def each_of(seed, requests, ks, tasks):
+    def draw(*shape):
+        return generator.normal(size=shape).astype(np.float32)
+
+    generator = np.random.default_rng(seed)
+    alone = {"user_bce": draw(requests, tasks), "requests": np.ones(requests, np.float32)}
+    alone["requests"][0] = np.nan
+    return Each(
+        alone, {"survival": draw(requests, ks), "positives_kept": draw(requests, ks, tasks)}
+    )
+
+
+def write_requests(folder, kept, tasks):
+    for name, content in results.request_files(kept, tasks).items():
+        (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("requests", "ks", "tasks"),
+    [
+        *((5, (1, 4, 9), TASKS), (1, (1, 4, 9), TASKS), (5, (1,), TASKS)),
+        (5, (1, 4, 9), TASKS[:1]),
+        # As many k as tasks, and as requests.
+        *((2, (1, 9), TASKS), (1, (1,), TASKS[:1])),
+    ],
+)
+def test_terms_of_requests_are_read_as_they_were_written(tmp_path, requests, ks, tasks):
+    rankers = [("teacher", "user"), ("aux-seed0", "user"), ("aux-seed0", "blend"), ("", "user")]
+    each = {who: each_of(i, requests, len(ks), len(tasks)) for i, who in enumerate(rankers)}
+    write_requests(tmp_path, Kept(np.array(ks), each), tasks)
+    found = results.read_requests(tmp_path)
+    np.testing.assert_array_equal(found.ks, ks)
+    assert list(found.each) == rankers
+    for who, of in each.items():
+        for here, there in zip(of, found.each[who], strict=True):
+            assert here.keys() == there.keys()
+            for name in here:
+                assert there[name].dtype == np.float32
+                np.testing.assert_array_equal(here[name], there[name], err_msg=name)
+
+
+def test_terms_of_requests_are_tables_that_others_can_read(tmp_path):
+    each = {("a", "user"): each_of(0, 3, 2, 2), ("b", "user"): each_of(1, 3, 2, 2)}
+    kept = Kept(np.array([1, 10]), each)
+    write_requests(tmp_path, kept, TASKS)
+    files = (results.REQUESTS_FILE, results.REQUEST_CURVES_FILE)
+    alone, curves = (pq.read_table(tmp_path / file).to_pandas() for file in files)
+    assert list(alone) == ["member", "serve", "request", "user_bce/watch", "user_bce/like",
+                           "requests"]  # fmt: skip
+    row = alone[(alone["member"] == "b") & (alone["request"] == 2)]
+    assert row["user_bce/like"].item() == each["b", "user"].alone["user_bce"][2, 1]
+    assert list(curves) == ["member", "serve", "request", "k", "survival", "positives_kept/watch",
+                            "positives_kept/like"]  # fmt: skip
+    row = curves[(curves["member"] == "a") & (curves["request"] == 1) & (curves["k"] == 10)]
+    assert row["survival"].item() == each["a", "user"].curves["survival"][1, 1]
+    assert row["positives_kept/watch"].item() == each["a", "user"].curves["positives_kept"][1, 1, 0]
+    assert results.request_files(kept, TASKS) == results.request_files(kept, TASKS)
+
+
+def test_curves_are_kept_at_few_k_from_the_first_to_the_last_with_the_named_ones():
+    ks = results.spaced_ks(2000, [200, 333, 5000])
+    assert (ks[0], ks[-1]) == (1, 2000)
+    assert {200, 333} <= set(ks)
+    assert len(ks) < 80
+    # Small steps, so that a line between two of them is near the curve.
+    assert (np.array(ks[11:]) / ks[10:-1]).max() < 1.2
+    assert results.spaced_ks(1, [200]) == [1]
+    assert results.spaced_ks(5, []) == [1, 2, 3, 4, 5]

@@ -1,11 +1,83 @@
-"""The choice of settings on validation, worked by hand; savings are in the tests of results."""
+"""The cost model, and the choice of settings on validation; savings are in the tests of results."""
 
 import math
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pandas as pd
 import pytest
 
+from kd_ranker.config import defaults
+from kd_ranker.distillation.modes import MODES
+from kd_ranker.errors import UserError
 from kd_ranker.evaluation import saving
+
+NAN = math.nan
+
+
+def test_flops_of_a_matrix_product_of_arrays_in_a_pytree() -> None:
+    weights, inputs = jax.eval_shape(lambda: ({"first": jnp.ones((16, 4))}, jnp.ones((8, 16))))
+    assert saving.flops(lambda w, x: x @ w["first"], weights, inputs) == 2 * 8 * 16 * 4
+
+
+def test_flops_are_of_a_program_for_one_cpu_wherever_the_arrays_are(monkeypatch) -> None:
+    """Neither their device nor the default one counts."""
+    asked = []
+    compiled = jax.stages.Lowered.compile
+
+    def spied(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+        asked.append(program := compiled(lowered))
+        return program
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", spied)
+    left, right = (jax.device_put(jnp.ones((8, 8)), jax.devices()[at]) for at in (2, 3))
+    with jax.default_device(jax.devices()[1]):
+        assert saving.flops(lambda a, b: a @ b, left, right) == 2 * 8 * 8 * 8
+    (program,) = asked
+    places, _ = program.input_shardings
+    assert {device for place in places for device in place.device_set} == {jax.devices("cpu")[0]}
+
+
+def test_no_flops_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(UserError, match="reports no FLOPs"):
+        saving.flops(lambda a: a[0], jnp.ones(3))
+
+
+@pytest.mark.parametrize(
+    ("mode", "serve", "heads"),
+    [
+        *(("none", "user", 3), ("shared", "user", 3)),
+        *(("aux", "user", 3), ("aux", "teacher", 3), ("aux", "blend", 6)),
+    ],
+)
+def test_the_heads_that_a_serving_choice_reads(mode: str, serve: str, heads: int) -> None:
+    served = MODES[mode].serve[serve]
+    assert saving.heads_read(served, MODES[mode].heads_per_task * 3) == heads
+
+
+def test_funnel_cost_by_hand() -> None:
+    # A student of 5% of the teacher: 2000 · 5 + 200 · 100, and with half as many passed.
+    baseline = saving.funnel_cost(2000, 200, 5.0, 100.0)
+    distilled = saving.funnel_cost(2000, 100, 5.0, 100.0)
+    assert baseline == 30_000
+    assert distilled == 20_000
+    assert saving.funnel_cost_saving(distilled, baseline) == pytest.approx(1 / 3)
+    assert np.isnan(saving.funnel_cost(2000, float("nan"), 5.0, 100.0))
+
+
+def test_funnel_cost_in_the_users_own_unit_by_hand() -> None:
+    config = defaults.get_config("cascade")
+    assert saving.costs_of(config) == saving.FLOPS
+    # In microseconds: 2000 · 0.2 + 200 · 4, and 30 + 50 a request.
+    config.costs.update(teacher={"candidate": 4.0, "request": 50.0})
+    config.costs.update(student={"candidate": 0.2, "request": 30.0})
+    assert saving.funnel_cost(2000, 200, 5.0, 100.0, saving.costs_of(config)) == 1280
+    # The teacher scores all 2000, without a student.
+    assert saving.whole_cost(2000, 100.0, saving.costs_of(config)) == 8050
+    # Without a cost of the student, it is its FLOPs' share of the teacher's: 5% of 4.
+    config.costs.student.candidate = 0.0
+    assert saving.funnel_cost(2000, 200, 5.0, 100.0, saving.costs_of(config)) == pytest.approx(1280)
 
 
 def rows_of(passed_by_setting, split="validation"):
@@ -20,9 +92,6 @@ def rows_of(passed_by_setting, split="validation"):
         if passed is not None
     ]  # fmt: skip
     return pd.DataFrame(lines)
-
-
-NAN = math.nan
 
 
 def test_a_table_has_a_line_a_repeat_and_columns_in_the_order_of_the_file():

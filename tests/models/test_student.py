@@ -3,7 +3,7 @@ import pytest
 from scipy.special import softmax
 
 from kd_ranker.distillation.modes import MODES
-from kd_ranker.evaluation import cost
+from kd_ranker.evaluation import saving
 from kd_ranker.models.model import score
 from kd_ranker.models.student import HISTORIES, STUDENTS, MultiInterest, TwoTower
 from tests.random_batches import SPEC, SPECS, STUDENT, make_model, random_batch, random_items
@@ -177,7 +177,7 @@ def test_the_mean_of_the_history_is_paid_for_once_a_request(name):
     def flops(history, candidates):
         model, parameters = make_model(STUDENTS[name], 3, student(history))
         batch, items = random_batch(0, 2, candidates), random_items()
-        return cost.flops(lambda *of: score(model, *of), parameters, batch, items)
+        return saving.flops(lambda *of: score(model, *of), parameters, batch, items)
 
     more = [flops("mean", candidates) - flops("none", candidates) for candidates in (5, 50)]
     assert more[0] == pytest.approx(more[1], rel=0.02)

@@ -15,7 +15,7 @@ from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.config.identity import dataset_name
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import kept, results
+from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import TARGET, ReportAt
 from kd_ranker.evaluation.references import REFERENCES
 from kd_ranker.evaluation.saving import SAVINGS
@@ -113,7 +113,7 @@ def test_train_leaves_what_the_contract_says(world, trained, mode):
 
 def test_what_each_test_request_adds_is_kept_by_member_and_serving_choice(trained):
     of_all = table(workdir := trained("none"))
-    of_requests = kept.read(workdir).each
+    of_requests = results.read_requests(workdir).each
     assert ("", "user") in of_requests
     assert len(of_requests) == (of_all["split"] == "test").sum()
 
@@ -420,7 +420,7 @@ def test_the_test_is_read_by_chosen_settings_alone_as_each_member_measures_on_it
     assert step == config.train.steps
     # All serving choices, in a pass without references.
     every = measure.measure(job, "test", students)
-    kept_of_sweep = kept.read(swept / "cohorts" / "0" / "test").each
+    kept_of_sweep = results.read_requests(swept / "cohorts" / "0" / "test").each
     for row in every.rows:
         who = row["member"], row["serve"]
         if who not in tested.index:
@@ -616,7 +616,7 @@ def test_a_better_setting_that_a_sweep_is_extended_by_is_the_one_read_on_the_tes
     assert after == none | {"aux-weight4.0-seed0", "aux-weight4.0-seed1"}
     # Each where it trained, with the references beside the first.
     members = [
-        {name for name, _ in kept.read(extended / "cohorts" / cohort / "test").each}
+        {name for name, _ in results.read_requests(extended / "cohorts" / cohort / "test").each}
         for cohort in "01"
     ]
     assert members[0] == none | {"teacher", *REFERENCES}
@@ -1056,7 +1056,7 @@ def test_a_killed_sweep_ends_as_if_it_had_never_been_killed(world, tmp_path):
         small.run_and_kill("experiments.sweep", moment, name, at, flags)
         assert not (killed / results.FILE).exists()
     test = killed / "cohorts" / "0" / "test"
-    assert [path.name for path in test.iterdir()] == [kept.FILE]
+    assert [path.name for path in test.iterdir()] == [results.REQUESTS_FILE]
     measured = [killed / "cohorts" / cohort / results.FILE for cohort in "01"]
     before = [path.stat().st_mtime_ns for path in measured]
     assert small.sweep(world.config(**axes), killed)

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from kd_ranker import manifest
 from kd_ranker.configs import cascade
-from kd_ranker.evaluation import kept, results
+from kd_ranker.evaluation import results
+from kd_ranker.evaluation.evaluate import Each
 from kd_ranker.evaluation.metrics import ReportAt
-from kd_ranker.evaluation.totals import Each
 
 TASKS = ("watch", "like", "share")
 SERVES = {"none": ("user",), "aux": ("user", "teacher", "blend"), "shared": ("user",)}
@@ -28,7 +28,9 @@ TEACHER_FLOPS = 200.0
 COVERAGE = 0.8
 CURVES = ("survival", "value_captured", "true_value_captured")
 
-OF_REQUESTS = tuple(f"cohorts/0/test/{name}" for name in (kept.FILE, kept.CURVES_FILE))
+OF_REQUESTS = tuple(
+    f"cohorts/0/test/{name}" for name in (results.REQUESTS_FILE, results.REQUEST_CURVES_FILE)
+)
 
 
 def write_sweep(
@@ -126,7 +128,7 @@ def write_sweep(
         each |= {
             (name, "user"): _each(tested[name, "user"], risen, requests) for name in REFERENCES
         }
-        of_requests = kept.files(kept.Kept(ks, each), TASKS)
+        of_requests = results.request_files(results.Kept(ks, each), TASKS)
         files |= {f"cohorts/0/test/{name}": content for name, content in of_requests.items()}
     for name, content in files.items():
         if name not in without:
@@ -294,7 +296,7 @@ def _student(
         row[f"true_value_captured@{at}"] = row[f"value_captured@{at}"] + 0.02
         row[f"covered_user_value@{at}"] = row[f"value_captured@{at}"]
         row[f"coverage@{at}"] = COVERAGE
-    at = np.array(kept.kept_ks(retrieved, REPORT_AT))
+    at = np.array(results.spaced_ks(retrieved, REPORT_AT))
     curve = pd.DataFrame(
         {
             "k": at,

@@ -5,9 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from kd_ranker.evaluation import kept
-from kd_ranker.evaluation.kept import Kept
-from kd_ranker.evaluation.totals import Each
+from kd_ranker.evaluation.evaluate import Each
+from kd_ranker.evaluation.results import Kept, request_files
 from kd_ranker.report import estimates
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import (
@@ -104,7 +103,7 @@ def write(folder, seeds=SEEDS, with_requests=True):
         }
         test = folder / "cohorts" / "0" / "test"
         test.mkdir(parents=True)
-        for name, content in kept.files(Kept(KS, each), ("watch",)).items():
+        for name, content in request_files(Kept(KS, each), ("watch",)).items():
             (test / name).write_bytes(content)
     return sweeps.finish(folder)
 
@@ -390,7 +389,7 @@ def with_cohorts(folder, rows, cohorts):
         test = folder / "cohorts" / str(number) / "test"
         test.mkdir(parents=True)
         of_cohort = Kept(KS, {("teacher", "user"): each_of(90 + number), **each})
-        for name, content in kept.files(of_cohort, ("watch",)).items():
+        for name, content in request_files(of_cohort, ("watch",)).items():
             (test / name).write_bytes(content)
     (study,) = read_studies([sweeps.finish(folder)])
     return Estimates(study)

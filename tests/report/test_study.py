@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import kept, results
+from kd_ranker.evaluation import results
 from kd_ranker.evaluation.saving import SAVINGS
 from kd_ranker.report.study import read_studies
 from tests.report import sweeps
@@ -54,14 +54,14 @@ def test_what_was_chosen_is_read_on_the_test_split_alone(tmp_path):
 def test_what_requests_add_is_read_of_every_cohort_with_its_teacher(tmp_path):
     whole = sweeps.write_sweep(tmp_path / "whole")
     parts = sweeps.write_sweep(tmp_path / "parts", without=sweeps.OF_REQUESTS)
-    of = kept.read(whole / "cohorts" / "0" / "test")
+    of = results.read_requests(whole / "cohorts" / "0" / "test")
     names = [who for who in of.each if who[0] != "teacher"]
     shares = [(("teacher", "user"), *share) for share in (names[::2], names[1::2])]
     for cohort, share in enumerate(shares):
         each = {who: of.each[who] for who in share}
         folder = parts / "cohorts" / str(2 * cohort) / "test"
         folder.mkdir(parents=True)
-        for name, content in kept.files(of._replace(each=each), sweeps.TASKS).items():
+        for name, content in results.request_files(of._replace(each=each), sweeps.TASKS).items():
             (folder / name).write_bytes(content)
     (study,) = read_studies([sweeps.finish(parts)])
     assert [source for source, _ in study.kept] == [0, 0]

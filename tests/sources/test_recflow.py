@@ -774,7 +774,7 @@ def test_survival_at_thirty_is_the_recall_of_the_final_rankers_ten(graded):
 
     def serve(middle, batch, items):
         away = jnp.abs(items.features[batch.item_id, 0] - middle)
-        return Served({"user": 1 / (1 + away[..., None])}, met={})
+        return Served({"user": 1 / (1 + away[..., None])}, seen={})
 
     student = Ranker(serve, jnp.full(1, 4.0))
     batches = evaluation_batches(dataset, "test", **sizes)
