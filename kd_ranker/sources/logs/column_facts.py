@@ -43,7 +43,7 @@ class Guess(NamedTuple):
 class Log(NamedTuple):
     """A sample of a log: DuckDB with a table `candidates`, and the facts of its columns.
 
-    `request` is the SQL of what distinguishes requests, `rowid` if unknown. `named` has the values
+    `request` is SQL that distinguishes requests, `rowid` if unknown. `named` has the values
     that the user gave, by key of the config.
     """
 
@@ -62,6 +62,11 @@ class Log(NamedTuple):
             key.rpartition(".")[2]: of for key, of in self.named.items() if key.startswith(section)
         }
         return {name: Guess(column, "named by you") for name, column in named.items() if column}
+
+
+def each(facts: pd.DataFrame) -> list[Any]:
+    """Return the facts of each column as an object, with its name as `Index`."""
+    return [*facts.itertuples()]
 
 
 @functools.cache
@@ -88,7 +93,7 @@ def has_word(name: str, *groups: str) -> bool:
 
 
 def task_of(name: str) -> str:
-    """Return the task that a label of this name stands for, "" if it is unknown.
+    """Return the task of a label with this name, "" if it is unknown.
 
     >>> task_of("is_clicked"), task_of("label_long_view"), task_of("点击"), task_of("f7")
     ('click', 'long_view', 'click', '')
@@ -153,7 +158,7 @@ def read_sample(path: str) -> tuple[pa.Table, int]:
 
 
 def _lists_of_candidates(log: Log, types: Mapping[str, str]) -> tuple[list[str], Guess]:
-    """Find the columns whose lists hold one value per candidate, and the layout of rows."""
+    """Find the columns of lists with one value per candidate, and the layout of rows."""
     item = log.named.get("data.columns.item")
     known = log.row(*(f"count({quoted(of)}) > 0.9 * count(*)" for of in types), source="files")
     names = {of: "item" if of == item else key_of(of, NAMES["sure"]) for of in types}
@@ -195,6 +200,8 @@ def open_log(table: pa.Table, named: Mapping[str, Any]) -> tuple[Log, Guess]:
     values = ", ".join(f"{_plain(quoted(of), type_)} {quoted(of)}" for of, type_ in types.items())
     con.execute(f"CREATE TABLE candidates AS SELECT {ROW}, {values} FROM (SELECT {ROW}, {rows} "
                 f"FROM (SELECT row_number() OVER () {ROW}, * FROM files))")  # fmt: skip
+    if not log.row("count(*)")[0]:
+        raise UserError(f"no row holds a candidate: the lists of {family} are empty")
     for name in (of for of in types if _kind(types[of]) == "float"):  # integers, next to nulls
         if log.row(
             f"bool_and({quoted(name)} = floor({quoted(name)}) AND abs({quoted(name)}) < 2**53)"

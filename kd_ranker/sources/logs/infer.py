@@ -24,6 +24,7 @@ from kd_ranker.sources.logs.column_facts import (
     ROW,
     Guess,
     Log,
+    each,
     has_word,
     identifier,
     key_of,
@@ -40,7 +41,7 @@ from kd_ranker.sources.logs.layout import STAGES
 
 CHECK = "CHECK: "
 OPEN = "?"  # an optional role that the user has to settle, as no column has this name
-# Role -> the facts that a column of it has, see `open_log`.
+# Role -> the facts that its column has, see `open_log`.
 _FITS = {
     "request": "groups",
     "item": "once and known > 0.95 and request != 1",
@@ -121,10 +122,10 @@ def find_ids(log: Log) -> tuple[Log, dict[str, Guess]]:
     for name in t.index[t.is_id & ((t.sure == "request") | (t.hint == "request"))]:
         if log.request == ROW:
             is_unique = log.row(f"count(DISTINCT {quoted(name)}) > 0.95 * count(DISTINCT {ROW})")[0]
-            t.loc[name, "groups"] = is_unique and t.request[name] == 1
+            t.loc[name, "groups"] = bool(is_unique and t.request[name] == 1)
         elif log.row(f"count(DISTINCT {quoted(name)}) < count(*) / 1.5")[0]:
             set_constant(log, "request", quoted(name))
-            t.loc[name, "groups"] = (t.request[times] == 1).any()
+            t.loc[name, "groups"] = bool((t.request[times] == 1).any())
             t["request"] = float("nan")
     columns["request"] = choose("request", log)
     if log.request != ROW and columns["request"].column:
@@ -135,7 +136,7 @@ def find_ids(log: Log) -> tuple[Log, dict[str, Guess]]:
         q = quoted(name)
         number = f"max({q}) - min({q}) + 1 = count(*)" if t.kind[name] == "integer" else "false"
         once, is_number = log.row(f"count(DISTINCT ({log.request}, {q})) > 0.95 * count(*)", number)
-        t.loc[name, "once"] = once and not (is_number and log.request != "rowid")
+        t.loc[name, "once"] = bool(once and not (is_number and log.request != "rowid"))
     columns["item"] = choose("item", log)
     if columns["item"].column:
         set_constant(log, "item", quoted(columns["item"].column))
@@ -152,7 +153,7 @@ def find_ids(log: Log) -> tuple[Log, dict[str, Guess]]:
 def find_stage(log: Log) -> tuple[Guess, dict[str, str], str, str]:
     """Find the stage and its texts, and SQL that is true of shown and of passed candidates."""
     guess, texts = log.given("data.columns.").get("stage", Guess("", "no column looks like it")), {}
-    for f in log.facts.query("is_few and known > 0.95 and request != 1 and item != 1").itertuples():
+    for f in each(log.facts.query("is_few and known > 0.95 and request != 1 and item != 1")):
         is_named = "stage" in (f.sure, f.hint)
         if guess.column not in ("", OPEN, f.Index):
             continue
@@ -186,7 +187,7 @@ def find_labels(log: Log, shown: str) -> tuple[dict[str, Guess], list[str], str]
     set_shown(log, shown)
     series = [re.sub(r"\d+", "#", of) for of in log.facts.index]
     maybe = []
-    for f in log.facts.loc[t.index].itertuples():
+    for f in each(log.facts.loc[t.index]):
         if f.task and (not shown or f.only_shown or f.ones_out < 0.2 * f.ones_in):
             task = f.task if f.task not in labels else identifier(f.Index)
             labels[task] = Guess(f.Index, "0 or 1, and its name")
@@ -212,7 +213,7 @@ def find_teacher(
     for task, names in by_name.items():
         by_name[task] = [name for name in names if has_word(name, "teacher")] or names
     scores = free.query("kind == 'float' and low >= 0 and high <= 1 and distinct >= 10")
-    for f in scores.itertuples():
+    for f in each(scores):
         skills = {task: skill(log, f.Index, of.column, shown) for task, of in labels.items()}
         best = max(skills, key=skills.__getitem__, default="")
         named = next((task for task in labels if f.Index in by_name[task]), "")
@@ -233,9 +234,9 @@ def find_teacher(
 
 
 def find_features(log: Log, used: Collection[str], item: str, maybe: Collection[str]) -> list[str]:
-    """Return lines of the config: each column that is left as a feature, or why it is none."""
+    """Return a line of the config per free column: its feature, or why it is left out."""
     t = log.facts[~log.facts.index.isin([*used])].copy()
-    kinds = {f.Index: _kind_of_feature(log, f, item) for f in t.itertuples()}
+    kinds = {f.Index: _kind_of_feature(log, f, item) for f in each(t)}
     t["feature"], t["maybe"] = [kinds[of][0] for of in t.index], t.index.isin([*maybe])
     items, rows = log.row(f"count(DISTINCT {quoted(item)})" if item else "0", "count(*)")
     t["is_unique"] = t.distinct > 0.9 * t.item.map({1.0: items}).fillna(rows)
@@ -246,7 +247,7 @@ def find_features(log: Log, used: Collection[str], item: str, maybe: Collection[
     for why, rule in _LEFT_OUT.items():
         t.loc[t.index.isin(t.query(rule).index) & (t.why == ""), "why"] = why
     lines, names = [], []
-    for f in t.itertuples():
+    for f in each(t):
         owner, doubt = _owner(f)
         kind, more = kinds[f.Index]
         names.append(identifier(f.Index))
@@ -406,17 +407,7 @@ def _tasks(
 
 
 def write_first_config(log: Any, folder: Path, named: Mapping[str, Any]) -> FirstConfig:
-    """Read a part of a log and write a config for it into a folder.
-
-    Args:
-      log: a path or URL as `data.path`, or a table of pandas, polars or Arrow, which is written
-        to `folder` as a Parquet file.
-      folder: for the config, whose name is that of the log.
-      named: key of the config -> its value, which counts whatever the log holds.
-
-    Raises:
-      UserError: the file exists, the log cannot be read, or it lacks a column that is named.
-    """
+    """Write a config for a log, a path or a table, into a folder; see `api.infer`."""
     is_path = isinstance(log, (str, Path))
     name = name_of_log(str(log)) if is_path else "log"
     file = folder / f"{name}.py"

@@ -359,9 +359,8 @@ def test_the_dataset_is_built_from_the_config_as_it_is(columns, tmp_path, as_fra
 
 def test_positions_of_a_teacher(columns, tmp_path):
     without = {of: x for of, x in columns.items() if of not in TEACHER.values()}
-    ranks = [
-        np.random.default_rng(i).permutation(logs.CANDIDATES) + 1 for i in range(logs.REQUESTS)
-    ]
+    rng = np.random.default_rng(0)
+    ranks = [rng.permutation(logs.CANDIDATES) + 1 for _ in range(logs.REQUESTS)]
     text, config = infer(tmp_path, logs.table_of(without | {"final_rank": np.concatenate(ranks)}))
     assert config.data.teacher.to_dict() == {"click": "final_rank"}
     assert (config.data.teacher_signal, config.distill.loss) == ("rank", "softmax")
@@ -409,3 +408,35 @@ def test_files_of_other_stores_and_columns_that_differ(columns, tmp_path):
     _, config = infer(tmp_path, "memory://infer")
     assert not wrong(config, PLANTED)
     assert "age" not in features_of(config)
+
+
+MAKERS = {
+    pa.int8(): int, pa.uint64(): int, pa.float16(): np.float16, pa.float32(): np.log,
+    pa.bool_(): bool, pa.large_string(): str, pa.binary(): lambda i: bytes([i, 255]),
+    pa.timestamp("us", "UTC"): int, pa.date32(): int, pa.time64("us"): int,
+    pa.decimal128(9, 2): int, pa.null(): lambda i: None,
+    pa.list_(pa.string()): lambda i: [str(i)] * (i % 4),
+    pa.large_list(pa.float32()): lambda i: [np.log(i)] * (i % 3),
+    pa.list_(pa.int32(), 3): lambda i: [i] * 3, pa.list_(pa.list_(pa.int64())): lambda i: [[i]],
+    pa.struct([("a", pa.int64())]): lambda i: {"a": i}, pa.dictionary(pa.int32(), pa.string()): str,
+}  # fmt: skip
+ROLES = ["request_id", "item_ids", "user_id", "ts", "stage", "position", "is_click", "p_click"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_any_types_give_a_config_or_one_line(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for number, place in enumerate(rng.permutation(len(MAKERS))):
+        of, make = [*MAKERS.items()][place]
+        numbers = rng.integers(rng.choice([1, 2, 50]), size=60).tolist()
+        values = [None if rng.random() < 0.1 else make(i) for i in numbers]
+        arrays[ROLES[number] if number < len(ROLES) else f"f{number}"] = pa.array(values, of)
+    try:
+        _, config = infer(tmp_path, pa.table(arrays))
+    except UserError as error:
+        assert str(error).startswith("no row holds a candidate"), error  # noqa: PT017
+        return
+    used = {of for key, of in roles_of(config).items() if re.search("col|labels|teacher", key)}
+    assert used | {*features_of(config)} <= {*arrays}
