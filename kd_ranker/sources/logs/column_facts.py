@@ -81,10 +81,14 @@ def words_of(name: str) -> tuple[str, ...]:
     return tuple(re.sub(r"(?<=[^\W_]{2})(?<![suio])s$", "", word) for word in words)
 
 
+def joined(name: str) -> str:
+    """Return a name without case, plural and separators."""
+    return "".join(words_of(name))
+
+
 def key_of(name: str, table: Mapping[str, Sequence[str]]) -> str:
     """Return the first key of a table that lists a name; "" for none."""
-    joined = "".join(words_of(name))
-    return next((of for of in table if joined in ("".join(words_of(n)) for n in table[of])), "")
+    return next((of for of in table if joined(name) in map(joined, table[of])), "")
 
 
 def has_word(name: str, *groups: str) -> bool:
@@ -119,6 +123,16 @@ def identifier(name: str) -> str:
     text = re.sub(r"\W+", "_", unicodedata.normalize("NFKC", name)).strip("_") or "column"
     text = text if text.isidentifier() else f"c_{text}"
     return f"{text}_" if keyword.iskeyword(text) or hasattr(ConfigDict, text) else text
+
+
+def name_of_log(path: str) -> str:
+    """Return a name for a log: the last part of its path without wildcards.
+
+    >>> name_of_log("/logs/My-Feed/2024/*.parquet"), name_of_log("s3://bucket/feed.parquet")
+    ('c_2024', 'feed')
+    """
+    parts = [part for part in re.split(r"[/\\]+", path) if part and not re.search(r"[*?\[]", part)]
+    return identifier(re.sub(r"\.\w+$", "", parts[-1])).lower() if parts else "log"
 
 
 def quoted(name: str) -> str:
@@ -301,3 +315,31 @@ def skill(log: Log, score: str, label: str, shown: str) -> float:
     base = ones / number
     entropy = -number * (base * math.log(base) + (1 - base) * math.log(1 - base))
     return 0.0 if entropy + likelihood < 12 else float(1 + likelihood / entropy)
+
+
+def kind_of_feature(log: Log, f: Any, item: str) -> tuple[str, list[str]]:
+    """Return the kind of a feature, "" for none, and further arguments of `configs.feature`."""
+    hashed = ["hashed=True"] * (f.distinct > 10_000)
+    if f.kind != "list":
+        is_large = f.distinct > 32 and abs(f.high) < 2**31
+        is_amount = is_large or has_word(f.Index, "quantities")
+        if f.is_time or f.kind == "other":
+            return "", []
+        if f.kind == "float" or (
+            f.kind == "integer" and is_amount and not has_word(f.Index, "identifiers")
+        ):
+            return "dense", []
+        return "category", hashed
+    q = quoted(f.Index)
+    lists = f"(SELECT DISTINCT {q} FROM candidates)"
+    short, long = log.row(f"min(len({q}))", f"quantile_disc(len({q}), 0.95)", source=lists)
+    length = [f"length={min(max(long or 1, 1), 200)}"]
+    if f.element not in ("integer", "text"):
+        return ("dense" if f.element == "float" and short == long else "", length)
+    if item and f.request != 0:
+        among = f"avg((e::VARCHAR IN (SELECT {quoted(item)}::VARCHAR FROM candidates))::INT)"
+        source = f"(SELECT unnest({q}) e FROM {lists})"
+        share, number = log.row(among, "count(DISTINCT e)", source=source)
+        if (share or 0) > 0.5 and number > 20:
+            return "history", length
+    return "bag", [*hashed, *length]

@@ -27,7 +27,10 @@ from kd_ranker.sources.logs.column_facts import (
     each,
     has_word,
     identifier,
+    joined,
     key_of,
+    kind_of_feature,
+    name_of_log,
     open_log,
     predicts,
     quoted,
@@ -95,12 +98,10 @@ def choose(role: str, log: Log) -> Guess:
     if given := log.given("data.columns.").get(role):
         return given
     fitting = log.facts.query(_FITS[role])
-    order = ["".join(words_of(of)) for of in NAMES["sure"][role]]
-    sure = sorted(
-        fitting.index[fitting.sure == role], key=lambda of: order.index("".join(words_of(of)))
-    )
+    order = [joined(of) for of in NAMES["sure"][role]]
+    sure = sorted(fitting.index[fitting.sure == role], key=lambda of: order.index(joined(of)))
     likely = sure or [*fitting.index[fitting.hint == role]]
-    is_first = bool(sure) and "".join(words_of(sure[0])) == order[0]
+    is_first = bool(sure) and joined(sure[0]) == order[0]
     if is_first or (len(likely) == 1 and (sure or role in ("request", "time"))):
         return Guess(likely[0], "its name, and values that fit")
     if is_required := role in ("request", "item", "time"):
@@ -236,7 +237,7 @@ def find_teacher(
 def find_features(log: Log, used: Collection[str], item: str, maybe: Collection[str]) -> list[str]:
     """Return a line of the config per free column: its feature, or why it is left out."""
     t = log.facts[~log.facts.index.isin([*used])].copy()
-    kinds = {f.Index: _kind_of_feature(log, f, item) for f in each(t)}
+    kinds = {f.Index: kind_of_feature(log, f, item) for f in each(t)}
     t["feature"], t["maybe"] = [kinds[of][0] for of in t.index], t.index.isin([*maybe])
     items, rows = log.row(f"count(DISTINCT {quoted(item)})" if item else "0", "count(*)")
     t["is_unique"] = t.distinct > 0.9 * t.item.map({1.0: items}).fillna(rows)
@@ -269,34 +270,6 @@ def _owner(f: Any) -> tuple[str, str]:
     if math.isnan(is_constant):
         return f.owner if f.owner in pair else pair[1], f"{pair[0]!r} or {pair[1]!r}?"
     return pair[not is_constant], ""
-
-
-def _kind_of_feature(log: Log, f: Any, item: str) -> tuple[str, list[str]]:
-    """The kind of a feature, "" for none, and further arguments of `configs.feature`."""
-    hashed = ["hashed=True"] * (f.distinct > 10_000)
-    if f.kind != "list":
-        is_large = f.distinct > 32 and abs(f.high) < 2**31
-        is_amount = is_large or has_word(f.Index, "quantities")
-        if f.is_time or f.kind == "other":
-            return "", []
-        if f.kind == "float" or (
-            f.kind == "integer" and is_amount and not has_word(f.Index, "identifiers")
-        ):
-            return "dense", []
-        return "category", hashed
-    q = quoted(f.Index)
-    lists = f"(SELECT DISTINCT {q} FROM candidates)"
-    short, long = log.row(f"min(len({q}))", f"quantile_disc(len({q}), 0.95)", source=lists)
-    length = [f"length={min(max(long or 1, 1), 200)}"]
-    if f.element not in ("integer", "text"):
-        return ("dense" if f.element == "float" and short == long else "", length)
-    if item and f.request != 0:
-        among = f"avg((e::VARCHAR IN (SELECT {quoted(item)}::VARCHAR FROM candidates))::INT)"
-        source = f"(SELECT unnest({q}) e FROM {lists})"
-        share, number = log.row(among, "count(DISTINCT e)", source=source)
-        if (share or 0) > 0.5 and number > 20:
-            return "history", length
-    return "bag", [*hashed, *length]
 
 
 def _code(value: Any) -> str:
@@ -388,6 +361,7 @@ def _tasks(
     likely = " or ".join(map(repr, maybe[:2])) or "no column looks like it"
     labels = labels or {"label": Guess("", "", f"which column has a label, 0 or 1: {likely}?")}
     worth = [float((not teacher or of in teacher) and of not in NAMES["unwanted"]) for of in labels]
+    worth = worth if any(worth) else [1.0] * len(worth)
     doubt = f"which column has the teacher: {' or '.join(map(repr, scores[:2]))}?" if scores else ""
     return {
         "data.labels": Guess(ConfigDict()),
@@ -398,11 +372,7 @@ def _tasks(
         "teacher.source": Guess("logged" if teacher else "live", "", doubt),
         **({"distill.loss": Guess("softmax", "positions are an order")} if is_rank else {}),
         "tasks": Guess(tuple(labels)),
-        "value_weights": Guess(
-            tuple(worth if any(worth) else [1.0] * len(worth)),
-            "0 for tasks without a teacher, and for those that users regret",
-            "the worth of each task",
-        ),
+        "value_weights": Guess(tuple(worth), "", "what is each task worth? 0 without a teacher"),
     }
 
 
@@ -428,13 +398,3 @@ def write_first_config(log: Any, folder: Path, named: Mapping[str, Any]) -> Firs
     step = "train" if 'config.teacher.source = "logged"' in text else "train_teacher"
     commands.append(f"python -m experiments.{step} --config={file} --workdir=runs/{name}/{step}")
     return FirstConfig(file, text.count(CHECK), tuple(commands))
-
-
-def name_of_log(path: str) -> str:
-    """Return a name for a log: the last part of its path without wildcards.
-
-    >>> name_of_log("/logs/My-Feed/2024/*.parquet"), name_of_log("s3://bucket/feed.parquet")
-    ('c_2024', 'feed')
-    """
-    parts = [part for part in re.split(r"[/\\]+", path) if part and not re.search(r"[*?\[]", part)]
-    return identifier(re.sub(r"\.\w+$", "", parts[-1])).lower() if parts else "log"
