@@ -49,7 +49,7 @@ _FITS = {
     "request": "groups",
     "item": "once and known > 0.95 and request != 1",
     "user": "is_id and request != 0 and item != 1 and enough",
-    "time": "is_time and user != 1 and request != 0 and (item != 1 or request == 1)",
+    "time": "is_time and user != 1 and (request == 1 or (request != 0 and item != 1 and is_sure))",
     "position": "kind == 'integer' and low in (0, 1) and request != 1 and item != 1 and placed",
     "label_weight": "is_number and low >= 0 and item != 1",
     "teacher_version": "is_few and item != 1 and user != 1 and scored",
@@ -118,8 +118,8 @@ def choose(role: str, log: Log) -> Guess:
 def find_ids(log: Log) -> tuple[Log, dict[str, Guess]]:
     """Find requests, items, users and times, and set in the facts what is constant in each."""
     t, columns = log.facts, {}
-    times = t.index[t.is_time & ((t.sure == "time") | (t.hint == "time"))]
-    t["groups"] = False
+    times = t.index[t.is_time & (t.sure == "time")]
+    t["groups"], t["is_sure"] = False, t.sure != ""
     for name in t.index[t.is_id & ((t.sure == "request") | (t.hint == "request"))]:
         if log.request == ROW:
             is_unique = log.row(f"count(DISTINCT {quoted(name)}) > 0.95 * count(DISTINCT {ROW})")[0]

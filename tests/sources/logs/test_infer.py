@@ -135,8 +135,8 @@ RENAMED = {
 OLD = ("request_id", "time", "user_id", "item_id", "stage", "position", "label_weight", *logs.TASKS)
 OPEN_IN = {
     "english": set(), "german": set(), "chinese": set(),
-    # A device, a target and a weight may be other things; the rest is proven by its values.
-    "partly": {"user", "item", "position", "label_weight"},
+    # A session, its creation, a device, a target, a rank and a weight may be other things.
+    "partly": {"request", "time", "user", "item", "position", "label_weight"},
     "unknown": {"request", "time", "user", "item", "position", "label_weight"},
 }  # fmt: skip
 
@@ -212,11 +212,17 @@ def test_names_that_mislead(columns, tmp_path):
     assert features["item"] == ("item", "category")
     assert features["share"] == ("candidate", "category")
     assert 'left out: "__index_level_0__": a row number' in text
-    del together["item_id"], together["item"]
+    # Neither items nor times have a name that suffices; an early ranker may be calibrated, too.
+    for name in ("item_id", "item", "time", *TEACHER.values()):
+        del together[name]
+    together["created_at"] = together["item_time"]
+    together["score"] = [rng.random() if p is None else p for p in columns[TEACHER["click"]]]
     _, config = infer(tmp_path / "no item", logs.table_of(together))
-    assert config.data.columns.item == ""
+    gone = {"item_id", "time", "teacher_version", *TEACHER.values()}
+    assert not wrong(config, {k: v for k, v in PLANTED.items() if v not in gone})
+    assert config.data.columns.item == config.data.columns.time == ""
     config.data.dir = str(tmp_path)
-    with pytest.raises(UserError, match=r"data\.columns\.item is empty; name the column"):
+    with pytest.raises(UserError, match=r"data\.columns\.request is empty; name the column"):
         kd.prepare(config)
 
 
