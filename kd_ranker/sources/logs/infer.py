@@ -380,15 +380,15 @@ def write_first_config(log: Any, folder: Path, named: Mapping[str, Any]) -> Firs
     """Write a config for a log, a path or a table, into a folder; see `api.infer`."""
     is_path = isinstance(log, (str, Path))
     name = name_of_log(str(log)) if is_path else "log"
-    file = folder / f"{name}.py"
-    if file.exists():
-        raise UserError(f"{file} exists already; move it away, or give another --workdir")
+    file, copy = folder / f"{name}.py", folder / f"{name}.parquet"
+    if old := [of for of in (file, copy) if of.exists() and not (of == copy and is_path)]:
+        raise UserError(f"{old[0]} exists already; move it away, or give another --workdir")
     if is_path:
         path, (table, rows) = str(log), read_sample(str(log))
     else:
         is_pandas = hasattr(log, "iloc")
         table = pa.Table.from_pandas(log, preserve_index=False) if is_pandas else pa.table(log)
-        path, rows = str(folder / f"{name}.parquet"), table.num_rows
+        path, rows = str(copy), table.num_rows
     text = config_text(name, path, table, rows, named)
     folder.mkdir(parents=True, exist_ok=True)
     if not is_path:

@@ -400,8 +400,11 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
         assert "\n" not in str(caught.value)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs/a.py").write_text("mine")
-    with pytest.raises(UserError, match="exists already; move it away"):
+    with pytest.raises(UserError, match=r"a\.py exists already; move it away"):
         infer(tmp_path, tmp_path / "a.parquet")
+    (tmp_path / "configs/log.parquet").write_text("mine")
+    with pytest.raises(UserError, match=r"log\.parquet exists already; move it away"):
+        infer(tmp_path, pd.DataFrame({"a": [1]}))
 
 
 def test_files_of_other_stores_and_columns_that_differ(columns, tmp_path):
