@@ -48,7 +48,7 @@ log.head()
 
 # %% [markdown]
 # The config names the columns. `kd-ranker prepare --config=parquet --config.data.infer` with
-# the path of a log writes a first one, with what it guesses and why.
+# the path of a log, or `kd.infer` with the log itself, writes a first one to edit.
 
 # %%
 config = kd.configs.parquet()

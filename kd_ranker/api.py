@@ -40,7 +40,7 @@ from kd_ranker.serving.tables import ITEM_TYPES
 from kd_ranker.serving.write import program_files, write_export
 from kd_ranker.sources import given, given_rows
 from kd_ranker.sources.logs.data_report import PAGE
-from kd_ranker.sources.logs.guess.first_config import FirstConfig, write_first_config
+from kd_ranker.sources.logs.infer import FirstConfig, write_first_config
 from kd_ranker.sweep.members import common, repeats, sweep_members
 from kd_ranker.training import workdir as workdirs
 
@@ -230,13 +230,24 @@ def prepare(config: ConfigDict, thorough: bool = False) -> Prepared:
     return Prepared(directory, tuple(datasets.data_lines(config, datasets.dataset_of(config))))
 
 
-def first_config(config: ConfigDict, folder: Folder) -> FirstConfig:
-    """Write a config to edit for the log at `config.data.path`, with the reasons for its guesses.
+def infer(log: Any, folder: Folder = ".", named: Mapping[str, Any] | None = None) -> FirstConfig:
+    """Write a first config to edit for a log, with the reasons for its choices.
+
+    A role that names and values leave in doubt stays open, with the two likeliest columns.
+
+    Args:
+      log: a file, directory or URL as in `data.path`, or a table of pandas, polars or Arrow, which
+        is written to `folder` as a Parquet file.
+      folder: the folder of the new file, which is called after the log.
+      named: key of the config -> its value, as `{"data.columns.user": "uid"}`: taken as given.
 
     Returns:
-      The file, below `folder`, and the commands to run next.
+      The file, how many of its lines to verify or to fill in, and the commands to run next.
+
+    Raises:
+      UserError: the file exists, the log cannot be read, or it lacks a named column.
     """
-    return write_first_config(_own(config), local_folder("--workdir", folder))
+    return write_first_config(log, local_folder("--workdir", folder), named or {})
 
 
 def train_teacher(config: ConfigDict, workdir: Folder) -> Trained:

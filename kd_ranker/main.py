@@ -244,6 +244,8 @@ def _parse(
     if command.config_from == "config":
         if not given.config:
             raise UserError("--config is missing; give one, such as --config=configs/cascade.py")
+        flags = (re.match(r"--?(?:no)?config\.([^=]+)", of) for of in rest)
+        given.keys = [flag[1] for flag in flags if flag]
         return read_config(given.config, rest), given
     if command.config_from == "workdir":
         from kd_ranker.pipeline.remote import place_of
@@ -345,10 +347,21 @@ def _end(error: UserError | None = None) -> NoReturn:
 def _prepare(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
     if not config.data.get("infer"):
         return str(api.prepare(config, thorough=True))
-    written = api.first_config(config, given.workdir)
+    written = api.infer(config.data.path, given.workdir, _named(config, given.keys))
     commands = (f"    {command}" for command in written.next_commands)
     checks = f"edit it, first of all the {written.num_checks} lines below CHECK; then"
     return "\n".join([f"config: {written.path}", checks, *commands])
+
+
+def _named(config: "ConfigDict", keys: Sequence[str]) -> dict[str, Any]:
+    """The values of keys that the command line sets, and columns unlike those of the template."""
+    from kd_ranker import configs
+    from kd_ranker.config import schema
+
+    template = configs.parquet().data.columns
+    columns = {role: of for role, of in config.data.columns.items() if of != template.get(role)}
+    named = {f"data.columns.{role}": of for role, of in columns.items() if of}
+    return named | {key: schema.value_of(config, key) for key in keys}
 
 
 def _sweep(api: Any, config: "ConfigDict", given: argparse.Namespace) -> object:

@@ -11,7 +11,7 @@ from kd_ranker.errors import UserError
 from tests.sources import faulty_logs
 from tests.sources import planted_logs as logs
 from tests.sources.faulty_logs import make_rows, same, write_log
-from tests.sources.logs.test_guess import infer
+from tests.sources.logs.test_infer import infer
 
 for _name in ("s3fs", "aiohttp"):
     pytest.importorskip(_name, reason=f"{_name} is missing; scripts/test_cluster.sh installs it")
@@ -83,7 +83,7 @@ def test_a_log_in_s3_is_read_like_one_on_disk(store, tmp_path):
 def test_a_first_config_of_a_log_in_s3(store, tmp_path):
     log = logs.write(logs.table_of(logs.make_columns()), tmp_path / "feed")
     store.put(f"{log}/", "bucket/feed/", recursive=True)
-    _, config = infer(tmp_path, path="s3://bucket/feed")
+    _, config = infer(tmp_path, "s3://bucket/feed")
     assert config.data.path == "s3://bucket/feed"
     assert config.data.labels.to_dict() == {"click": "click", "like": "like"}
 

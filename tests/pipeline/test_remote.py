@@ -418,7 +418,7 @@ def test_a_url_that_is_of_no_use_is_a_line(world, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"^data\.dir=s3://a: datasets need a folder of this mac"):
         api.train(world.config(data__dir="s3://a"), URL)
     with pytest.raises(UserError, match=rf"^--workdir={URL}: it writes to a folder of this machin"):
-        api.first_config(defaults.get_config("parquet"), URL)
+        api.infer("log.parquet", URL)
     with pytest.raises(UserError, match=r"^--out=s3://a/out: it writes to a folder of this mach"):
         api.export(world.teacher, "s3://a/out")
     assert not contents("memory://")

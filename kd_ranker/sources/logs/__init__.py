@@ -7,5 +7,6 @@ their last order. `faults`, `varying`, `scan` and `leaks` count what the report 
 adds up, `encode` turns a piece into requests as they are stored, and `source` has them work
 together. `rejected`, `vocabulary`, `candidate_rows` and `data_report` write what lies beside the
 dataset, and `findings` says what speaks against making one. `write_back` writes a log back with the
-columns of a teacher that was trained on its dataset. `guess` writes a first config for a log.
+columns of a teacher that was trained on its dataset. `infer` writes a first config for a log, by
+the facts of `column_facts`.
 """

@@ -1,0 +1,345 @@
+"""Facts of the columns of a log: a sample in DuckDB, and a table that describes each column."""
+
+import functools
+import json
+import keyword
+import math
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import duckdb
+import pandas as pd
+import pyarrow as pa
+import pyarrow.dataset as ds
+from ml_collections import ConfigDict
+
+from kd_ranker.errors import UserError
+from kd_ranker.sources.logs.files import find_files
+from kd_ranker.sources.logs.layout import TIME_UNITS
+
+NAMES: dict[str, Any] = json.loads((Path(__file__).parent / "names.json").read_text())
+_MOST_ROWS, _MOST_BYTES, _MOST_FILES = 120_000, 200_000_000, 24  # of the sample
+ROW = '"row "'
+_KINDS = {
+    r".*\]": "list",
+    r"U?(TINY|SMALL|BIG|HUGE)?INT(EGER)?|BOOLEAN": "integer",
+    "FLOAT|DOUBLE|DECIMAL.*": "float",
+    "VARCHAR|BLOB|UUID|ENUM.*": "text",
+    "DATE|TIMESTAMP.*": "time",
+}
+
+
+class Guess(NamedTuple):
+    """A column or another value, "" for none; the reason; and a doubt, "" for none."""
+
+    column: Any
+    why: str = ""
+    check: str = ""
+
+
+class Log(NamedTuple):
+    """A sample of a log: DuckDB with a table `candidates`, and the facts of its columns.
+
+    `request` is SQL that distinguishes requests, `rowid` if unknown. `named` has the values
+    that the user gave, by key of the config.
+    """
+
+    con: duckdb.DuckDBPyConnection
+    facts: pd.DataFrame
+    request: str
+    named: Mapping[str, Any]
+
+    def row(self, *values: str, source: str = "candidates") -> list[Any]:
+        """Return the values of aggregates over a table."""
+        return list(self.con.execute(f"SELECT {', '.join(values)} FROM {source}").fetchone() or ())
+
+    def given(self, section: str) -> dict[str, Guess]:
+        """Return the columns that the user named in a section such as `data.labels`."""
+        named = {
+            key.rpartition(".")[2]: of for key, of in self.named.items() if key.startswith(section)
+        }
+        return {name: Guess(column, "named by you") for name, column in named.items() if column}
+
+
+def each(facts: pd.DataFrame) -> list[Any]:
+    """Return the facts of each column as an object, with its name as `Index`."""
+    return [*facts.itertuples()]
+
+
+@functools.cache
+def words_of(name: str) -> tuple[str, ...]:
+    """Return the words of a name, in lower case and the singular.
+
+    >>> words_of("lastItemIDs"), words_of("点击 7d")
+    (('last', 'item', 'id'), ('点击', '7d'))
+    """
+    spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", " ", unicodedata.normalize("NFKC", name))
+    words = filter(None, re.split(r"[\W_]+", spaced.lower()))
+    return tuple(re.sub(r"(?<=[^\W_]{2})(?<![suio])s$", "", word) for word in words)
+
+
+def joined(name: str) -> str:
+    """Return a name without case, plural and separators."""
+    return "".join(words_of(name))
+
+
+def key_of(name: str, table: Mapping[str, Sequence[str]]) -> str:
+    """Return the first key of a table that lists a name; "" for none."""
+    return next((of for of in table if joined(name) in map(joined, table[of])), "")
+
+
+def has_word(name: str, *groups: str) -> bool:
+    """Return True if a name has a word of a group of `NAMES`."""
+    return any(word in NAMES[group] for word in words_of(name) for group in groups)
+
+
+def task_of(name: str) -> str:
+    """Return the task of a label with this name, "" if it is unknown.
+
+    >>> task_of("is_clicked"), task_of("label_long_view"), task_of("点击"), task_of("f7")
+    ('click', 'long_view', 'click', '')
+    """
+    bare = "_".join(word for word in words_of(name) if word not in NAMES["affixes"])
+    return key_of(bare, NAMES["tasks"])
+
+
+def predicts(name: str, task: str, label: str) -> bool:
+    """Return True if a column is called a model's output for a task: `p_click`, `pctr`."""
+    words = [word for word in words_of(name) if not has_word(word, "outputs", "teacher")]
+    if len(words) == len(words_of(name)):
+        return NAMES["rates"].get("".join(words)) == task
+    return bool(words) and (task_of("_".join(words)) == task or (*words,) == words_of(label))
+
+
+def identifier(name: str) -> str:
+    """Return a name as a key of a config.
+
+    >>> identifier("item.views (7d)"), identifier("7d"), identifier("items"), identifier("点击")
+    ('item_views_7d', 'c_7d', 'items_', '点击')
+    """
+    text = re.sub(r"\W+", "_", unicodedata.normalize("NFKC", name)).strip("_") or "column"
+    text = text if text.isidentifier() else f"c_{text}"
+    return f"{text}_" if keyword.iskeyword(text) or hasattr(ConfigDict, text) else text
+
+
+def name_of_log(path: str) -> str:
+    """Return a name for a log: the last part of its path without wildcards.
+
+    >>> name_of_log("/logs/My-Feed/2024/*.parquet"), name_of_log("s3://bucket/feed.parquet")
+    ('c_2024', 'feed')
+    """
+    parts = [part for part in re.split(r"[/\\]+", path) if part and not re.search(r"[*?\[]", part)]
+    return identifier(re.sub(r"\.\w+$", "", parts[-1])).lower() if parts else "log"
+
+
+def quoted(name: str) -> str:
+    """Return a column's name as SQL."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def read_sample(path: str) -> tuple[pa.Table, int]:
+    """Read the beginnings of files at even distances, and count the rows of all files."""
+    if not path:
+        raise UserError("data.path is empty; give a Parquet file, a directory or a glob of them")
+    if re.search(r"\.[ct]sv(\.gz)?$", path):
+        table = duckdb.from_csv_auto(path).limit(_MOST_ROWS).to_arrow_table()
+        return table, table.num_rows
+    system, files, *_ = find_files(path)
+    try:
+        dataset = ds.dataset(files, filesystem=system, format="parquet", partitioning="hive")
+        pieces = [of for of in dataset.get_fragments() if of.count_rows()]
+        rows = sum(of.count_rows() for of in pieces)
+        size = sum(group.total_byte_size for of in pieces for group in of.row_groups)
+        schemas = [of.physical_schema for of in pieces]
+        whole = pa.unify_schemas([*schemas, dataset.schema], promote_options="permissive")
+        # Columns that only some files have are left out; folders give those that no file has.
+        number = {name: sum(name in of.names for of in schemas) for name in whole.names}
+        whole = pa.schema([
+            of.with_type(pa.float32()) if of.type == pa.float16() else of
+            for of in whole if number[of.name] in (0, len(pieces))
+        ])  # fmt: skip
+        read = pieces[:: len(pieces) // _MOST_FILES + 1]
+        most = int(min(_MOST_ROWS, rows * _MOST_BYTES / max(size, 1)))
+        heads = [of.scanner(schema=whole).head(most // len(read) + 1) for of in read]
+    except (pa.ArrowException, OSError, EOFError, ValueError) as error:
+        raise UserError(f"data.path={path} cannot be read as Parquet: {error}") from error
+    if not rows:
+        raise UserError(f"data.path={path}: its {len(files)} Parquet files have no rows")
+    return pa.concat_tables(heads), rows
+
+
+def _lists_of_candidates(log: Log, types: Mapping[str, str]) -> tuple[list[str], Guess]:
+    """Find the columns of lists with one value per candidate, and the layout of rows."""
+    item = log.named.get("data.columns.item")
+    known = log.row(*(f"count({quoted(of)}) > 0.9 * count(*)" for of in types), source="files")
+    names = {of: "item" if of == item else key_of(of, NAMES["sure"]) for of in types}
+    items = [
+        of for of, is_known in zip(types, known, strict=True) if names[of] == "item" and is_known
+    ]
+    lists = [of for of in types if types[of].endswith("[]")]
+    if given := log.named.get("data.rows", "candidate" if {*items} - {*lists} else ""):
+        items = items if given == "request" else []
+    if anchor := next((of for of in items if of in lists), ""):
+        equal = [f"bool_and(len({quoted(of)}) = len({quoted(anchor)}))" for of in lists]
+        family = [
+            of for of, is_so in zip(lists, log.row(*equal, source="files"), strict=True) if is_so
+        ]
+        return family, Guess("request", f"{len(family)} columns hold lists as long as {anchor!r}")
+    ids = [f"count(DISTINCT {quoted(of)}) = count(*)" for of in types if names[of] == "request"]
+    is_unique = lists and any(log.row("0", *ids, source="files"))
+    doubt = "no column is called like the item, or the items, of a row" * bool(not given and lists)
+    return [], Guess(given or ("request" if is_unique else "candidate"), "", doubt)
+
+
+def open_log(table: pa.Table, named: Mapping[str, Any]) -> tuple[Log, Guess]:
+    """Make the table of candidates and the facts of its columns; return them with the layout.
+
+    The facts are the kind, the type of elements, distinct, known (a share), low and high; names of
+    roles and tasks; and 1 if a column is constant in a request, item or user, 0 if not, NaN if the
+    sample is too small.
+    """
+    con = duckdb.connect()
+    con.execute("SET enable_progress_bar = false")
+    con.register("files", table)
+    types = {name: type_ for name, type_, *_ in con.execute("DESCRIBE files").fetchall()}
+    log = Log(con, pd.DataFrame(), "rowid", named)
+    family, layout = _lists_of_candidates(log, types)
+    rows = ", ".join(
+        f"unnest({quoted(of)}) {quoted(of)}" if of in family else quoted(of) for of in types
+    )
+    types |= {of: types[of].removesuffix("[]") for of in family}
+    values = ", ".join(f"{_plain(quoted(of), type_)} {quoted(of)}" for of, type_ in types.items())
+    con.execute(f"CREATE TABLE candidates AS SELECT {ROW}, {values} FROM (SELECT {ROW}, {rows} "
+                f"FROM (SELECT row_number() OVER () {ROW}, * FROM files))")  # fmt: skip
+    if not log.row("count(*)")[0]:
+        raise UserError(f"no row holds a candidate: the lists of {family} are empty")
+    for name in (of for of in types if _kind(types[of]) == "float"):  # integers, next to nulls
+        if log.row(
+            f"bool_and({quoted(name)} = floor({quoted(name)}) AND abs({quoted(name)}) < 2**53)"
+        )[0]:
+            con.execute(f"ALTER TABLE candidates ALTER {quoted(name)} TYPE BIGINT")
+    t = con.execute(f"SUMMARIZE SELECT * EXCLUDE {ROW} FROM candidates").df()
+    t = t.set_index("column_name").rename(columns={"approx_unique": "distinct"})
+    t["kind"], t["bool"] = t.column_type.map(_kind), [types[of] == "BOOLEAN" for of in t.index]
+    t["element"] = t.column_type.str.replace(r"\[\d*\]$", "", regex=True).map(_kind)
+    t["known"] = 1 - t.null_percentage.astype(float) / 100
+    t["is_number"] = t.kind.isin(["integer", "float"])
+    for name, column in (("low", "min"), ("middle", "q50"), ("high", "max")):
+        t[name] = pd.to_numeric(t[column].where(t.is_number), errors="coerce")
+    t["unit"] = ""
+    for unit, by in TIME_UNITS.items():  # dates from 2000 to 2049
+        t.loc[t.middle.between(946684800 * by, 2524608000 * by), "unit"] = unit
+    t["sure"], t["hint"] = ([key_of(of, NAMES[x]) for of in t.index] for x in ("sure", "maybe"))
+    t["is_time"] = (t.kind == "time") | ((t.unit != "") & (t.sure + t.hint == "time"))
+    t["is_id"] = t.kind.isin(["integer", "text"]) & ~t.is_time & (t.distinct > 1)
+    t["is_few"] = t.kind.isin(["integer", "text"]) & t.distinct.between(2, 9)
+    t["binary"] = (t.kind == "integer") & (t.low >= 0) & (t.high == 1)
+    t["task"] = [task_of(of) for of in t.index]
+    t["owner"] = [_owner_of(of) for of in t.index]
+    t["shown"] = [key_of(of, {"shown": NAMES["shown"]}) for of in t.index]
+    t["output"] = [has_word(of, "teacher", "predictions") for of in t.index]
+    t["later"] = [
+        has_word(of, "afterwards") or (has_word(of, "uses") and has_word(of, "amounts"))
+        for of in t.index
+    ]
+    t[["request", "item", "user"]] = float("nan")
+    if layout.column == "request":
+        t["request"] = [float(of not in family) for of in t.index]
+        log = log._replace(request=ROW)
+    return log._replace(facts=t), layout
+
+
+def _plain(value: str, type_: str) -> str:
+    """Return SQL of a value, where NaN is null and a truth value is a number."""
+    if re.fullmatch(r"FLOAT|DOUBLE|DECIMAL[(\d, )]*", type_):
+        return f"nullif({value}::DOUBLE, 'nan'::DOUBLE)"
+    to = {"BOOLEAN": "TINYINT", "BLOB": "VARCHAR", "UUID": "VARCHAR"}.get(type_)
+    return f"{value}::{to}" if to else value
+
+
+def _kind(type_: str) -> str:
+    return next((kind for like, kind in _KINDS.items() if re.fullmatch(like, type_)), "other")
+
+
+def _owner_of(name: str) -> str:
+    owners = (of for word in words_of(name) for of, its in NAMES["owners"].items() if word in its)
+    return next(owners, "")
+
+
+def set_constant(log: Log, owner: str, key: str, source: str = "candidates") -> None:
+    """Set in the facts which columns are constant within an owner, by Cohen's kappa.
+
+    The agreement of successive values of an owner is compared with that of values in random order.
+    """
+    q, found = [quoted(name) for name in log.facts.index], []
+    for window in (f"PARTITION BY {key} ORDER BY {ROW}", "ORDER BY hash(rowid)"):
+        same = [f"({of} = lag({of} IGNORE NULLS) OVER w)::INT s{i}" for i, of in enumerate(q)]
+        rows = f"FROM {source} WHERE {key} IS NOT NULL WINDOW w AS ({window})"
+        counts = [f"[count(s{i}), coalesce(avg(s{i}), 1)]" for i in range(len(q))]
+        found.append(log.row(*counts, source=f"(SELECT {', '.join(same)} {rows})"))
+    for name, (pairs, share), (_, chance) in zip(log.facts.index, *found, strict=True):
+        is_constant = 1 - share <= 0.05 * (1 - chance)
+        is_enough = pairs * (1 - chance) >= 5
+        log.facts.loc[name, owner] = float(is_constant) if is_enough else float("nan")
+
+
+def set_shown(log: Log, shown: str) -> None:
+    """Set in the facts which shares are known, and 1, of shown candidates and of all others."""
+    t = log.facts
+    for suffix, where in (("in", shown or "true"), ("out", f"NOT ({shown})" if shown else "false")):
+        ones = [f"avg(({quoted(of)} = 1)::INT)" if t.is_number[of] else "0" for of in t.index]
+        known = [f"count({quoted(of)}) / count(*)" for of in t.index]
+        values = pd.Series(log.row(*known, *ones, source=f"candidates WHERE {where}")).fillna(0)
+        t[f"known_{suffix}"], t[f"ones_{suffix}"] = values[: len(t)].values, values[len(t) :].values
+    t["only_shown"] = (t.known_out <= 0.01) & (t.known_in >= 0.5) & bool(shown)
+    # Without a stage, a candidate with a position counts as shown.
+    t["placed"] = t.only_shown | (not shown)
+
+
+def skill(log: Log, score: str, label: str, shown: str) -> float:
+    """Return the share of a label's entropy that a score explains as its probability, where shown.
+
+    It is 0 if the gain may be chance, and -1 where the sample has too few labels to decide.
+    """
+    y, p = quoted(label), f"least(greatest({quoted(score)}, 1e-6), 1 - 1e-6)"
+    gain = f"sum(CASE {y} WHEN 1 THEN ln({p}) ELSE ln(1 - {p}) END)"
+    where = f"{y} IN (0, 1) AND {quoted(score)} IS NOT NULL AND ({shown or 'true'})"
+    number, ones, likelihood = log.row(
+        "count(*)", f"coalesce(sum({y}), 0)", gain, source=f"candidates WHERE {where}"
+    )
+    if min(ones, number - ones) < 30:
+        return -1.0
+    base = ones / number
+    entropy = -number * (base * math.log(base) + (1 - base) * math.log(1 - base))
+    return 0.0 if entropy + likelihood < 12 else float(1 + likelihood / entropy)
+
+
+def kind_of_feature(log: Log, f: Any, item: str) -> tuple[str, list[str]]:
+    """Return the kind of a feature, "" for none, and further arguments of `configs.feature`."""
+    hashed = ["hashed=True"] * (f.distinct > 10_000)
+    if f.kind != "list":
+        is_large = f.distinct > 32 and abs(f.high) < 2**31
+        is_amount = is_large or has_word(f.Index, "quantities")
+        if f.is_time or f.kind == "other":
+            return "", []
+        if f.kind == "float" or (
+            f.kind == "integer" and is_amount and not has_word(f.Index, "identifiers")
+        ):
+            return "dense", []
+        return "category", hashed
+    q = quoted(f.Index)
+    lists = f"(SELECT DISTINCT {q} FROM candidates)"
+    short, long = log.row(f"min(len({q}))", f"quantile_disc(len({q}), 0.95)", source=lists)
+    length = [f"length={min(max(long or 1, 1), 200)}"]
+    if f.element not in ("integer", "text"):
+        return ("dense" if f.element == "float" and short == long else "", length)
+    if item and f.request != 0:
+        among = f"avg((e::VARCHAR IN (SELECT {quoted(item)}::VARCHAR FROM candidates))::INT)"
+        source = f"(SELECT unnest({q}) e FROM {lists})"
+        share, number = log.row(among, "count(DISTINCT e)", source=source)
+        if (share or 0) > 0.5 and number > 20:
+            return "history", length
+    return "bag", [*hashed, *length]

@@ -1,0 +1,451 @@
+"""First configs of logs where the role of each column is known: a role may be open, never wrong."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ml_collections import ConfigDict
+
+import kd_ranker as kd
+from kd_ranker import main
+from kd_ranker.config import schema
+from kd_ranker.errors import UserError
+from kd_ranker.sources.logs.infer import OPEN
+from tests import small
+from tests.sources import ebnerd_files, movielens_layouts
+from tests.sources import planted_logs as logs
+
+TEACHER = {task: f"teacher_probability_{task}" for task in logs.TASKS}
+# Role -> the column that has it; all other columns of the log have no role.
+PLANTED = {
+    "data.rows": "candidate",
+    **{f"data.columns.{role}": f"{role}_id" for role in ("request", "user", "item")},
+    **{f"data.columns.{of}": of for of in ("time", "stage", "position")},
+    **{f"data.columns.{of}": of for of in ("label_weight", "teacher_version")},
+    **{f"data.stages.{stage}": stage for stage in ("retrieved", "passed", "shown")},
+    **{f"data.labels.{task}": task for task in logs.TASKS},
+    **{f"data.teacher.{task}": column for task, column in TEACHER.items()},
+    "data.teacher_version": "v2",
+    "data.time_unit": "s",
+    "funnel.retrieved": logs.CANDIDATES,
+    "funnel.passed": logs.PASSED,
+    "funnel.shown": logs.SHOWN,
+}
+OWNERS = {
+    **dict.fromkeys(("age", "country", "recent_items", "interests", "item_count"), "user"),
+    **dict.fromkeys(("hour", "device"), "context"),
+    **dict.fromkeys(("duration", "category_id", "author_id", "tags"), "item"),
+    **dict.fromkeys(("retrieval_score_7d", "followed"), "candidate"),
+}
+KINDS = {
+    **dict.fromkeys(("age", "duration", "retrieval_score_7d", "item_count"), "dense"),
+    **dict.fromkeys(("country", "hour", "device", "category_id", "author_id"), "category"),
+    "recent_items": "history",
+    "interests": "bag",
+    "tags": "bag",
+    "followed": "category",
+}
+
+
+@pytest.fixture(scope="module")
+def columns() -> dict[str, Any]:
+    return logs.make_columns()
+
+
+def infer(folder: Path, log: Any, named: dict[str, Any] | None = None) -> tuple[str, ConfigDict]:
+    """The text of the config for a log, or for a table that is written first, and the config."""
+    if isinstance(log, pa.Table):
+        log = logs.write(log, folder / "feed")
+    log = log if isinstance(log, pd.DataFrame) else str(log)
+    written = kd.infer(log, folder / "configs", named)
+    text = written.path.read_text()
+    assert written.num_checks == text.count("# CHECK: ")
+    return text, main.read_config(str(written.path))
+
+
+def roles_of(config: ConfigDict) -> dict[str, Any]:
+    """The roles that a config gives: key -> value, without those that are open or that none has."""
+    data = config.data
+    found = {"data.rows": data.rows, "data.time_unit": data.time_unit}
+    for section in ("columns", "labels", "teacher"):
+        found |= {f"data.{section}.{name}": of for name, of in data[section].items()}
+    if data.columns.stage not in ("", OPEN):
+        found |= {f"data.stages.{stage}": of for stage, of in data.stages.items()}
+    return {key: of for key, of in found.items() if of not in ("", OPEN)}
+
+
+def wrong(config: ConfigDict, truth: dict[str, Any]) -> dict[str, Any]:
+    """The roles that the log does not give, whatever task names the config made up."""
+    found, tasks = roles_of(config), {}
+    for key in [key for key in found if key.startswith(("data.labels.", "data.teacher."))]:
+        tasks[key] = found.pop(key)
+    labels = {of: key.rpartition(".")[2] for key, of in truth.items() if "labels" in key}
+    for key, column in tasks.items():
+        label = config.data.labels[key.rpartition(".")[2]]
+        found[key.rpartition(".")[0] + "." + labels.get(label, "no label")] = column
+    defaults = {"data.time_unit": "s"}
+    return {key: of for key, of in found.items() if (defaults | truth).get(key, "") != of}
+
+
+def features_of(config: ConfigDict) -> dict[str, tuple[str, str]]:
+    features = config.data.features.items()
+    return {each.column or name: (each.of, each.kind) for name, each in features}
+
+
+def check_of(text: str, key: str) -> str:
+    """The doubt above the line that sets a key; "" for none."""
+    above = re.search(rf"((?:    # .*\n)*)    {re.escape(key)} =", text)
+    assert above, key
+    return " ".join(re.findall(r"# (.*)", above[1])).partition("CHECK: ")[2]
+
+
+@pytest.mark.parametrize("rows", ["candidate", "request"])
+def test_it_finds_the_planted_roles(columns, tmp_path, rows):
+    without = {} if rows == "candidate" else {"teacher_version"}
+    table = logs.table_of({of: x for of, x in columns.items() if of not in without}, rows)
+    text, config = infer(tmp_path, table)
+    truth = PLANTED | {"data.rows": rows}
+    found = roles_of(config)
+    assert found == {k: v for k, v in truth.items() if k in found}
+    missing = {k for k in truth if k.startswith("data.") and k not in found}
+    assert missing <= {"data.teacher_version", *(f"data.columns.{of}" for of in without)}
+    for key in ("retrieved", "passed", "shown"):
+        assert config.funnel[key] == truth[f"funnel.{key}"]
+    assert features_of(config) == {of: (OWNERS[of], KINDS[of]) for of in OWNERS}
+    for name in ("source", "title", "trace", "dwell"):
+        assert f'left out: "{name}"' in text
+    assert config.teacher.source == "logged"
+    assert check_of(text, "config.value_weights")
+
+
+# Names of the columns `OLD` in other logs.
+RENAMED = {
+    "english": "impressionId ts member_id video_id funnel_stage slot sample_weight is_clicked like",
+    "german": "anfrage_id zeitstempel kunden_id Artikel_ID Stufe Platz label_weight klick gefallen",
+    "chinese": "请求ID 时间 用户ID 商品ID 阶段 位置 label_weight 点击 点赞",
+    "partly": "session_id created_at device_id target_id status rank weight f1 f2",
+    "unknown": "x1 x2 x3 x4 x5 x6 x7 x8 x9",
+}
+OLD = ("request_id", "time", "user_id", "item_id", "stage", "position", "label_weight", *logs.TASKS)
+OPEN_IN = {
+    "english": set(), "german": set(), "chinese": set(),
+    # A session, its creation, a device, a target, a rank and a weight may be other things.
+    "partly": {"request", "time", "user", "item", "position", "label_weight"},
+    "unknown": {"request", "time", "user", "item", "position", "label_weight"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("language", RENAMED)
+def test_names_of_other_logs(columns, tmp_path, language):
+    new = dict(zip(OLD, RENAMED[language].split(), strict=True))
+    new |= {TEACHER[task]: f"p_{new[task]}" for task in TEACHER}
+    table = logs.table_of({new.get(of, of): values for of, values in columns.items()})
+    text, config = infer(tmp_path, table)
+    assert not wrong(config, renamed(new))
+    found = {key.removeprefix("data.columns.") for key in roles_of(config)}
+    assert {of.removesuffix("_id") for of in OLD[:-2]} - found == OPEN_IN[language]
+    for role in OPEN_IN[language] & {"request", "time", "item"}:
+        assert f"which column has the {role}: '" in check_of(text, f"data.columns.{role}")
+    assert {*config.data.labels.values()} == {new[task] for task in logs.TASKS}
+    assert {*config.data.teacher.values()} == {new[of] for of in TEACHER.values()}
+
+
+def renamed(new: dict[str, str]) -> dict[str, Any]:
+    """The planted roles of a log whose columns have other names."""
+    of_columns = ("data.columns.", "data.labels.", "data.teacher.")
+    return {k: new.get(v, v) if k.startswith(of_columns) else v for k, v in PLANTED.items()}
+
+
+def test_any_names_give_no_wrong_role(columns, tmp_path):
+    """Each column keeps its name, has one that means nothing, or that of another column."""
+    rng = np.random.default_rng(0)
+    for trial in range(3):
+        names = np.array([*columns])
+        kinds = rng.choice(["own", "none", "other"], len(names), p=[0.5, 0.3, 0.2])
+        hidden = [f"f{i}" for i in range(len(names))]
+        moved = [f"old_{of}" for of in rng.permutation(names)]
+        new = np.select([kinds == "own", kinds == "none"], [names, hidden], moved)
+        table = logs.table_of({str(of): columns[name] for of, name in zip(new, names, strict=True)})
+        _, config = infer(tmp_path / str(trial), table)
+        truth = renamed(dict(zip(names.tolist(), new.tolist(), strict=True)))
+        assert not wrong(config, truth), new
+
+
+def test_names_that_mislead(columns, tmp_path):
+    """Columns called like a role, or like a part of one, which their values contradict."""
+    rng = np.random.default_rng(0)
+    item, user = np.array(columns["item_id"]) - 100_000, np.array(columns["user_id"]) - 5_000
+    request, rows = np.array(columns["request_id"]) - 10_000, len(item)
+    misleading = {
+        "item_count": rng.integers(9000, size=rows),
+        "click_count": rng.permutation(10_000)[:500][item],
+        "item_time": logs.START - rng.integers(10**7, size=500)[item],
+        "signup_time": logs.START - rng.integers(10**7, size=80)[user],
+        "stage_name": np.array(["Berlin", "Paris", "Rome"])[rng.integers(3, size=500)[item]],
+        "weight": (10 * rng.random(500))[item],
+        "model_version": np.array(["phone 1", "phone 2"])[rng.integers(2, size=80)[user]],
+        "rank": rng.integers(1, 100, size=500)[item],
+        "share_price": 100 * rng.random(rows),
+        "item": np.array(["book", "film", "song"])[rng.integers(3, size=500)[item]],
+        "user": np.array(["old", "new"])[rng.integers(2, size=logs.REQUESTS)[request]],
+        "share": rng.random(rows) < 0.3,
+        "like_rate": rng.random(500)[item],
+        "row": np.arange(rows),
+        "__index_level_0__": np.arange(rows),
+    }
+    together = columns | misleading
+    order = rng.permutation([*together])
+    text, config = infer(tmp_path, logs.table_of({str(of): together[of] for of in order}))
+    assert not wrong(config, PLANTED)
+    assert {of: config.data.columns[of] for of in ("request", "item", "user")} == {
+        of: f"{of}_id" for of in ("request", "item", "user")
+    }
+    features = features_of(config)
+    assert features["click_count"] == features["weight"] == ("item", "dense")
+    assert features["model_version"] == ("user", "category")
+    assert features["item"] == ("item", "category")
+    assert features["share"] == ("candidate", "category")
+    assert 'left out: "__index_level_0__": a row number' in text
+    # Neither items nor times have a name that suffices; an early ranker may be calibrated, too.
+    for name in ("item_id", "item", "time", *TEACHER.values()):
+        del together[name]
+    together["created_at"] = together["item_time"]
+    together["score"] = [rng.random() if p is None else p for p in columns[TEACHER["click"]]]
+    _, config = infer(tmp_path / "no item", logs.table_of(together))
+    gone = {"item_id", "time", "teacher_version", *TEACHER.values()}
+    assert not wrong(config, {k: v for k, v in PLANTED.items() if v not in gone})
+    assert config.data.columns.item == config.data.columns.time == ""
+    config.data.dir = str(tmp_path)
+    with pytest.raises(UserError, match=r"data\.columns\.request is empty; name the column"):
+        kd.prepare(config)
+
+
+def open_bandit(rows: int = 6_000) -> dict[str, Any]:
+    """The columns of Open Bandit's all.csv: a row per impression, and many sparse counts."""
+    rng = np.random.default_rng(0)
+    page = np.repeat(np.arange(rows // 3), 3)
+    time = pd.Timestamp("2019-11-24", tz="UTC") + pd.to_timedelta(20 * page + rng.random(rows), "s")
+    groups = rng.integers(240, size=rows // 3)[page]
+    columns = {
+        "": np.arange(rows),
+        "timestamp": time,
+        "item_id": np.concatenate([rng.choice(34, 3, replace=False) for _ in range(rows // 3)]),
+        "position": np.concatenate([rng.permutation(3) + 1 for _ in range(rows // 3)]),
+        "click": (rng.random(rows) < 0.004).astype(int),
+        "propensity_score": np.exp(-3.5 + 0.2 * rng.normal(size=rows)),
+    }
+    for number in range(4):
+        hashes = np.array([f"{rng.integers(2**62):032x}" for _ in range(6)])
+        columns[f"user_feature_{number}"] = hashes[rng.integers(6, size=240)[groups]]
+    for number in range(34):
+        counts = rng.poisson(1.0, rows) * (rng.random(rows) < rng.choice([3e-4, 0.05]))
+        columns[f"user-item_affinity_{number}"] = counts.astype(float)
+    return columns
+
+
+BANDIT = {
+    "data.rows": "candidate", "data.columns.item": "item_id", "data.columns.time": "timestamp",
+    "data.columns.position": "position", "data.columns.propensity": "propensity_score",
+    "data.labels.click": "click",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("has_request", [False, True])
+def test_open_bandit(tmp_path, has_request):
+    columns = open_bandit()
+    truth = dict(BANDIT)
+    if has_request:
+        columns["request_id"] = np.repeat(np.arange(2000), 3)
+        truth["data.columns.request"] = "request_id"
+    else:
+        pd.DataFrame(columns).to_csv(tmp_path / "all.csv", index=False)
+    log = pa.table(columns) if has_request else tmp_path / "all.csv"
+    _, config = infer(tmp_path, log)
+    assert not wrong(config, truth)
+    # Two impressions of a page differ in time, so that its id stays open.
+    assert roles_of(config).items() >= BANDIT.items()
+    affinities = [of for of in features_of(config) if "affinity" in of]
+    assert len(affinities) == sum(bool(np.any(columns[of])) for of in columns if "affinity" in of)
+
+
+def test_items_of_open_bandit(tmp_path):
+    rng = np.random.default_rng(0)
+    hashes = {f"item_feature_{i}": [f"{rng.integers(9):032x}" for _ in range(80)] for i in (1, 2)}
+    table = pa.table({"item_id": range(80), "item_feature_0": rng.normal(size=80)} | hashes)
+    _, config = infer(tmp_path, table)
+    assert not wrong(config, {"data.rows": "candidate", "data.columns.item": "item_id"})
+
+
+def test_movielens(tmp_path):
+    rng = np.random.default_rng(0)
+    pairs = rng.permutation(30 * 60)[:900]
+    times = 1_200_000_000 + rng.integers(10**8, size=900)
+    stars = rng.integers(1, 11, size=900) / 2
+    ratings = [*zip(pairs // 60 + 1, pairs % 60 + 1, stars, times, strict=True)]
+    genres = (("Drama",), ("Comedy", "Drama"))
+    movies = [movielens_layouts.Movie(i, f"Movie {i} (1990)", genres[i % 2]) for i in range(60)]
+    movielens_layouts.write_32m(tmp_path, ratings, movies)
+    frame = pd.DataFrame(ratings, columns=["userId", "movieId", "tag", "timestamp"])
+    frame.to_csv(tmp_path / "u.tsv", sep="\t", header=False, index=False)
+    frame.assign(tag=[f"tag {i % 50}" for i in pairs]).to_csv(tmp_path / "tags.csv", index=False)
+    ids = {"user": "userId", "item": "movieId", "time": "timestamp"}
+    ids = {f"data.columns.{role}": column for role, column in ids.items()}
+    for name in ("ratings.csv", "movies.csv", "tags.csv", "u.tsv"):
+        text, config = infer(tmp_path / name[:-4], tmp_path / name)
+        assert not wrong(config, {"data.rows": "candidate", **ids}), name
+        assert config.data.columns.request == "", name
+        assert "which column has the request" in check_of(text, "data.columns.request")
+        assert "which column has a label, 0 or 1" in check_of(text, "data.labels.label")
+        if name == "ratings.csv":
+            assert roles_of(config).items() >= ids.items()
+
+
+def test_ebnerd(tmp_path):
+    ebnerd_files.write(tmp_path)
+    ids = {"request": "impression_id", "user": "user_id", "time": "impression_time"}
+    ids = {f"data.columns.{role}": column for role, column in ids.items()}
+    for name in ("articles", "train/behaviors", "train/history"):
+        rows = "request" if name == "train/behaviors" else "candidate"
+        truth = {"data.rows": rows, **ids}
+        text, config = infer(tmp_path / name, tmp_path / f"{name}.parquet")
+        if name == "articles":
+            truth["data.columns.item"] = "article_id"
+        assert not wrong(config, truth), name
+        if name == "train/behaviors":
+            assert roles_of(config).items() >= truth.items()
+            assert "'article_ids_inview'" in check_of(text, "data.columns.item")
+            assert "article_ids_clicked" not in features_of(config)
+            assert not {"read_time", "next_read_time"} & {*features_of(config)}
+
+
+def test_what_the_user_names_counts(columns, tmp_path):
+    named = {
+        "data.columns.item": "trace", "data.columns.user": "author_id", "data.columns.stage": "",
+        "data.labels.click": "like", "data.teacher.click": "retrieval_score_7d",
+        "data.split": "user", "data.time_unit": "ms", "funnel.shown": 3, "train.steps": 7,
+    }  # fmt: skip
+    _, config = infer(tmp_path, logs.table_of(columns), named)
+    for key, value in named.items():
+        assert schema.value_of(config, key) == value, key
+    with pytest.raises(UserError, match=r"data\.columns\.item='itemid' does not exist"):
+        infer(tmp_path / "other", logs.table_of(columns), {"data.columns.item": "itemid"})
+
+
+def test_the_command_line(columns, tmp_path):
+    """Even the names of the template are named by whoever gives them."""
+    columns = dict(columns, user_id=np.zeros(len(columns["user_id"]), int))
+    path = logs.write(logs.table_of(columns), tmp_path / "feed")
+    finished = small.run(
+        "-m", "experiments.prepare_data", "--config=configs/parquet.py", "--config.data.infer=True",
+        f"--config.data.path={path}", "--config.data.columns.user=user_id", f"--workdir={tmp_path}",
+    )  # fmt: skip
+    assert finished.returncode == 0, finished.stderr
+    first, *rest = finished.stdout.splitlines()
+    assert first == f"config: {tmp_path / 'feed.py'}"
+    assert f"    python -m experiments.prepare_data --config={tmp_path / 'feed.py'}" in rest
+    assert main.read_config(str(tmp_path / "feed.py")).data.columns.user == "user_id"
+
+
+@pytest.mark.parametrize("as_frame", [False, True])
+def test_the_dataset_is_built_from_the_config_as_it_is(columns, tmp_path, as_frame):
+    table = logs.table_of(columns)
+    log = table.to_pandas().sort_values("trace") if as_frame else table
+    _, config = infer(tmp_path, log)
+    assert not wrong(config, PLANTED)
+    assert not [of for of in features_of(config) if "index" in of]
+    config.data.dir, config.data.allow = str(tmp_path / "datasets"), ("few_positives",)
+    assert (kd.prepare(config).directory / "data_report.json").exists()
+
+
+def test_positions_of_a_teacher(columns, tmp_path):
+    without = {of: x for of, x in columns.items() if of not in TEACHER.values()}
+    rng = np.random.default_rng(0)
+    ranks = [rng.permutation(logs.CANDIDATES) + 1 for _ in range(logs.REQUESTS)]
+    text, config = infer(tmp_path, logs.table_of(without | {"final_rank": np.concatenate(ranks)}))
+    assert config.data.teacher.to_dict() == {"click": "final_rank"}
+    assert (config.data.teacher_signal, config.distill.loss) == ("rank", "softmax")
+    assert dict(zip(config.tasks, config.value_weights, strict=True)) == {"click": 1.0, "like": 0.0}
+    assert "another task" in check_of(text, "data.teacher.click")
+
+
+def test_a_log_of_what_was_shown_alone(columns, tmp_path):
+    gone = ("stage", "position", "label_weight")
+    kept = {of: x for of, x in columns.items() if of not in (*gone, "followed")}
+    table = logs.table_of(kept | {"f": columns["followed"]})
+    _, config = infer(tmp_path, table.filter(pa.array(columns["stage"] == "shown")))
+    assert not wrong(config, {k: v for k, v in PLANTED.items() if not any(of in k for of in gone)})
+    assert {*config.data.labels} == {*logs.TASKS}
+    assert "f" not in features_of(config)  # it may be a label
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/a.parquet").write_text("no Parquet")
+    pq.write_table(pa.table({"a": pa.array([], pa.int64())}), tmp_path / "empty.parquet")
+    for path, message in {
+        "": "data.path is empty",
+        f"{tmp_path}/absent": "does not exist",
+        f"{tmp_path}/other": "cannot be read as Parquet",
+        f"{tmp_path}/empty.parquet": "have no rows",
+        "nowhere://bucket/feed": "cannot be read",
+    }.items():
+        with pytest.raises(UserError, match=message) as caught:
+            infer(tmp_path / "none", path)
+        assert "\n" not in str(caught.value)
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/a.py").write_text("mine")
+    with pytest.raises(UserError, match=r"a\.py exists already; move it away"):
+        infer(tmp_path, tmp_path / "a.parquet")
+    (tmp_path / "configs/log.parquet").write_text("mine")
+    with pytest.raises(UserError, match=r"log\.parquet exists already; move it away"):
+        infer(tmp_path, pd.DataFrame({"a": [1]}))
+
+
+def test_files_of_other_stores_and_columns_that_differ(columns, tmp_path):
+    table = logs.table_of(columns)
+    other = table.drop_columns(["age"]).slice(6_000)
+    files = fsspec.filesystem("memory")
+    for day, part in enumerate((table.slice(0, 6_000), other)):
+        pq.write_table(part, tmp_path / "part.parquet")
+        files.pipe(f"/infer/day={day}/a.parquet", (tmp_path / "part.parquet").read_bytes())
+    _, config = infer(tmp_path, "memory://infer")
+    assert not wrong(config, PLANTED)
+    assert "age" not in features_of(config)
+
+
+MAKERS = {
+    pa.int8(): int, pa.uint64(): int, pa.float16(): np.float16, pa.float32(): np.log,
+    pa.bool_(): bool, pa.large_string(): str, pa.binary(): lambda i: bytes([i, 255]),
+    pa.timestamp("us", "UTC"): int, pa.date32(): int, pa.time64("us"): int,
+    pa.decimal128(9, 2): int, pa.null(): lambda i: None,
+    pa.list_(pa.string()): lambda i: [str(i)] * (i % 4),
+    pa.large_list(pa.float32()): lambda i: [np.log(i)] * (i % 3),
+    pa.list_(pa.int32(), 3): lambda i: [i] * 3, pa.list_(pa.list_(pa.int64())): lambda i: [[i]],
+    pa.struct([("a", pa.int64())]): lambda i: {"a": i}, pa.dictionary(pa.int32(), pa.string()): str,
+}  # fmt: skip
+ROLES = ["request_id", "item_ids", "user_id", "ts", "stage", "position", "is_click", "p_click"]
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.filterwarnings("ignore:divide by zero")
+def test_any_types_give_a_config_or_one_line(tmp_path, seed):
+    rng = np.random.default_rng(seed)
+    arrays = {}
+    for number, place in enumerate(rng.permutation(len(MAKERS))):
+        of, make = [*MAKERS.items()][place]
+        numbers = rng.integers(rng.choice([1, 2, 50]), size=60).tolist()
+        values = [None if rng.random() < 0.1 else make(i) for i in numbers]
+        arrays[ROLES[number] if number < len(ROLES) else f"f{number}"] = pa.array(values, of)
+    try:
+        _, config = infer(tmp_path, pa.table(arrays))
+    except UserError as error:
+        assert str(error).startswith("no row holds a candidate"), error  # noqa: PT017
+        return
+    used = {of for key, of in roles_of(config).items() if re.search("col|labels|teacher", key)}
+    assert used | {*features_of(config)} <= {*arrays}
