@@ -67,6 +67,7 @@ def _axis_key(key: Key) -> Key:
         sweep="no",
         column="",
         label="",
+        distinct=True,
     )
 
 
