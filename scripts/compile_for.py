@@ -34,7 +34,6 @@ FLAGS = {
     "users": Flag("in place of the dataset's number of users"),
     "items": Flag("in place of the dataset's number of items"),
     "json": Flag("a file for the findings"),
-    "hlo": Flag("a folder for the text of the optimized programs"),
 }
 
 
@@ -52,10 +51,6 @@ def main(config: ConfigDict, given: argparse.Namespace) -> None:
     if given.json:
         found = {finding.name: programs.as_json(finding) for finding in findings}
         Path(given.json).write_text(json.dumps(found, indent=2) + "\n")
-    if given.hlo:
-        Path(given.hlo).mkdir(parents=True, exist_ok=True)
-        for finding in findings:
-            (Path(given.hlo) / f"{finding.name}.hlo").write_text(finding.text or finding.refused)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,11 @@ class Result(NamedTuple):
       operation: its name in HLO, without "-start".
       dtype: in HLO, for example "f32".
       shape: of the array.
-      on_chip: whether the operation moves data to or from a TPU's memory on the chip.
     """
 
     operation: str
     dtype: str
     shape: tuple[int, ...]
-    on_chip: bool
 
     @property
     def size(self) -> int:
@@ -74,8 +72,7 @@ def read(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Compiled:
 
     Args:
       compiled: the program.
-      sizes: the numbers of entries of the arrays that copies count for. Copies into a TPU memory on
-        the chip do not: only small arrays fit there.
+      sizes: the numbers of entries of the arrays that copies count for.
     """
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
@@ -88,7 +85,7 @@ def read(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Compiled:
         temporary=temporary,
         total=arguments + temporary + returned,
         cycles=cycles_by_kind(text),
-        copies=tuple(f"{of.operation} {of.dtype}{[*of.shape]}" for of in copies if not of.on_chip),
+        copies=tuple(f"{of.operation} {of.dtype}{[*of.shape]}" for of in copies),
         loops=tuple(loops(text)),
         collectives=tuple(of for of in arrays if of.operation in _COLLECTIVES),
     )
@@ -97,17 +94,21 @@ def read(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Compiled:
 def results(text: str) -> Iterator[Result]:
     """Find the arrays that a program copies, and those that devices exchange or reduce.
 
+    Copies into a TPU memory on the chip do not count: only small arrays fit there.
+
     >>> next(results("  %c.1 = f32[8,3]{0,1} copy(%p), metadata={}"))
-    Result(operation='copy', dtype='f32', shape=(8, 3), on_chip=False)
-    >>> list(results("%r = (f32[3]{0}, s32[2,2]{1,0}) all-reduce-start(%a, %b)"))[1][:3]
-    ('all-reduce', 's32', (2, 2))
+    Result(operation='copy', dtype='f32', shape=(8, 3))
+    >>> list(results("%r = (f32[3]{0}, s32[2,2]{1,0}) all-reduce-start(%a, %b)"))[1]
+    Result(operation='all-reduce', dtype='s32', shape=(2, 2))
     """
     names = "|".join(_COPIES + _COLLECTIVES)
     pattern = rf"^[^=\n]* = ([^\n]*?) ({names})(?:-start)?\("
     for returned, operation in re.findall(pattern, text, re.MULTILINE):
+        if operation in _COPIES and _ON_CHIP in returned:
+            continue
         for dtype, sizes in _SHAPE.findall(returned):
             shape = tuple(int(size) for size in sizes.split(",") if size)
-            yield Result(operation, dtype, shape, _ON_CHIP in returned)
+            yield Result(operation, dtype, shape)
 
 
 _KINDS = {
