@@ -67,6 +67,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 gc.set_threshold(100_000, 20, 20)
 
 
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The small cascade; JAX is imported only by the tests that use it."""
+    from tests import small
+
+    return small.open_world(tmp_path_factory)
+
+
 def pytest_collection_finish() -> None:
     """Leaves what is there before the first test out of every look for garbage."""
     gc.collect()

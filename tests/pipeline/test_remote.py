@@ -32,11 +32,6 @@ LAST = "checkpoints/{}/commit_success.txt"
 OWN = re.compile(r"tfevents|/d/")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return small.open_world(tmp_path_factory)
-
-
 @pytest.fixture(autouse=True)
 def store(tmp_path, monkeypatch):
     """The memory, empty; uploads are frequent, and copies are in a folder of the test."""
@@ -378,15 +373,6 @@ def test_what_cannot_be_uploaded_at_the_end_stays_here_and_a_line_says_where(fau
     assert f"are in {folder}: copy them there" in line
     assert {path.name for path in folder.iterdir()} == {"a", "b"}
     assert contents(URL) == {"a": b"a"}
-
-
-def test_the_copy_of_a_killed_process_is_removed(tmp_path):
-    for name in ("killed/run/state", "killed/.lock", "unsent/run/results.csv", "alive/run/state"):
-        write(tmp_path / "copies", f"kd_ranker-{name}")
-    with lock.hold(tmp_path / "copies" / "kd_ranker-alive"), remote.fetched(URL) as folder:
-        kept = {path.name for path in copies()} - {folder.parent.name}
-        assert kept == {"kd_ranker-alive", "kd_ranker-unsent"}
-        assert folder.parent.stat().st_mode & 0o77 == 0
 
 
 def test_messages_name_the_url_and_not_its_copy():
