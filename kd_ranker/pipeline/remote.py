@@ -321,30 +321,21 @@ def _last_of(name: str) -> str:
 @contextlib.contextmanager
 def _copied(store: _Store, with_checkpoints: bool) -> Iterator[_Copy]:
     """Copy a workdir to a temporary folder; error messages name the URL in its place."""
-    _remove_abandoned()
     above = Path(tempfile.mkdtemp(prefix=_PREFIX))
     copy = _Copy(store, above / store.url.rpartition("/")[2])
-    with lock.hold(above):
-        try:
-            with _reaching(store.url):
-                copy.folder.mkdir()
-                copy.download(with_checkpoints)
-            yield copy
-        except UserError as error:
-            message = str(error)
-            raise UserError(
-                message if copy.keep else message.replace(str(copy.folder), store.url)
-            ) from error
-        finally:
-            if not copy.keep:
-                shutil.rmtree(above, ignore_errors=True)
-
-
-def _remove_abandoned() -> None:
-    """Remove the copies of killed processes: the lock file is there, and can be locked."""
-    for file in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{lock.FILE}"):
-        with contextlib.suppress(UserError, OSError), lock.hold(file.parent):
-            shutil.rmtree(file.parent)
+    try:
+        with _reaching(store.url):
+            copy.folder.mkdir()
+            copy.download(with_checkpoints)
+        yield copy
+    except UserError as error:
+        message = str(error)
+        raise UserError(
+            message if copy.keep else message.replace(str(copy.folder), store.url)
+        ) from error
+    finally:
+        if not copy.keep:
+            shutil.rmtree(above, ignore_errors=True)
 
 
 def _short(error: Exception) -> str:
