@@ -344,7 +344,7 @@ def _end(error: UserError | None = None) -> NoReturn:
 
 def _prepare(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
     if not config.data.get("infer"):
-        return str(api.prepare(config, thorough=True))
+        return str(api.prepare(config, thorough=given.thorough))
     written = api.first_config(config, given.workdir)
     commands = (f"    {command}" for command in written.next_commands)
     checks = f"edit it, first of all the {written.num_checks} lines below CHECK; then"
@@ -393,7 +393,12 @@ COMMANDS = {
     "run": Command(_main_job, _OWNED, "--config=configs/sweeps/cascade.py --workdir=runs/cascade"),
     "prepare": Command(
         _prepare,
-        {"workdir": Flag("the folder for a first config, with --config.data.infer", ".")},
+        {
+            "workdir": Flag("the folder for a first config, with --config.data.infer", "."),
+            "thorough": Flag(
+                "read all bytes of a dataset that exists, not only small files", False
+            ),
+        },
         "--config=configs/parquet.py --config.data.path=log/",
     ),
     "train-teacher": Command(
