@@ -262,7 +262,7 @@ def train_teacher(config: ConfigDict, workdir: Folder) -> Trained:
         measured = [
             measure(job, split, judge=judge, statistics=statistics) for split in _MEASURED_SPLITS
         ]
-        write_measured(job, folder, job.identity, *measured)
+        write_measured(job, folder, job.made_of, *measured)
     return Trained(place)
 
 
@@ -311,7 +311,7 @@ def train(config: ConfigDict, workdir: Folder, teacher: Trained | Folder | None 
         with runs.progress_bar(folder.name, config.train.steps) as bar:
             students = runs.fit_students(job, folder, bar)
         measured = [measure(job, split, students) for split in _MEASURED_SPLITS]
-        write_measured(job, folder, job.identity, *measured)
+        write_measured(job, folder, job.made_of, *measured)
     return Trained(place)
 
 

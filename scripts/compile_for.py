@@ -47,7 +47,7 @@ def main(config: ConfigDict, given: argparse.Namespace) -> None:
         for name in given.programs.split(",") if given.programs else programs.programs_of(config):
             print(f"compile_for: {name}", file=sys.stderr)
             findings.append(programs.compile_program(name, config, sizes, topology))
-    print("\n".join([programs.findings_table(findings), *programs.advice(config, sizes, topology)]))
+    print(programs.findings_table(findings))
     if given.json:
         found = {finding.name: programs.as_json(finding) for finding in findings}
         Path(given.json).write_text(json.dumps(found, indent=2) + "\n")

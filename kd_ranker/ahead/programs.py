@@ -22,7 +22,6 @@ from kd_ranker.ahead.topologies import Topology
 from kd_ranker.batch import FeatureSpec, abstract_items
 from kd_ranker.batches.cutting import Span
 from kd_ranker.config import checks
-from kd_ranker.config.identity import dataset_name
 from kd_ranker.embedding.lookup import without_slots
 from kd_ranker.embedding.row_optimizers import TPU_LANES
 from kd_ranker.errors import check_choice
@@ -34,10 +33,10 @@ from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import recipes, workdir
+from kd_ranker.training.loop import abstract_states, filled_for, hold, map_steps
 from kd_ranker.training.mapping import MAPPINGS
 from kd_ranker.training.placing import is_of_tables, names_of
 from kd_ranker.training.recipes import TEACHER_STAGES, Group
-from kd_ranker.training.run import abstract_states, filled_for, hold, map_steps, padding_of
 from kd_ranker.training.state import Frozen, LiveTeacher, select_member
 
 # Requests of the sample dataset.
@@ -98,7 +97,7 @@ def sizes_of(
       UserError: the dataset does not exist.
     """
     entry = SOURCES[config.data.name]
-    exists = storage.directory_of(dataset_name(config), config.data.dir).exists()
+    exists = storage.directory_of(datasets.dataset_name(config), config.data.dir).exists()
     if entry.simulated and not exists:
         source = entry.open_source(config.data, config.tasks, config.funnel)
         spec, requests = source.spec, source.requests("train")
@@ -258,14 +257,6 @@ def limit_of(finding: Finding) -> str:
     total = sum(found.cycles.values())
     kind, largest = max(found.cycles.items(), key=lambda item: item[1])
     return f"{kind}, {largest / total:.0%} of {total / 1e6:.2g} M cycles"
-
-
-def advice(config: ConfigDict, sizes: Sizes, topology: Topology) -> list[str]:
-    """Return lines on better embedding widths for these devices."""
-    if topology.devices[0].platform != "tpu":
-        return []
-    names = ("train", "train_teacher")
-    return padding_of([of for name in names for of in PROGRAMS[name](config, sizes.spec)])
 
 
 def as_json(finding: Finding) -> dict[str, Any]:

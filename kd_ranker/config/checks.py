@@ -1,6 +1,7 @@
 """Checks of a config before anything long begins: each fault is one line, with its remedy."""
 
 import difflib
+import functools
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -46,6 +47,13 @@ def _losses(config: ConfigDict) -> Iterator[Sequence[str]]:
 def _reads_signal(texts: Sequence[str]) -> bool:
     """Test if any of these losses learns from `teacher.signal`."""
     return not all(":" in text for text in texts)
+
+
+def _lacks_pmap(key: str, config: ConfigDict) -> bool:
+    """Test if `pmap` is set, which cannot do the value of this key of `parallel`."""
+    value = config.parallel[key]
+    needed = value > 1 if key == "members" else value not in (False, "replicated")
+    return config.parallel.mapping == "pmap" and needed
 
 
 class Rule(NamedTuple):
@@ -136,18 +144,11 @@ _RULES = (
     ),
     *(
         Rule(
-            lambda c, key=key, needed=needed: (
-                c.parallel.mapping == "pmap" and needed(c.parallel[key])
-            ),
+            functools.partial(_lacks_pmap, key),
             f"parallel.mapping='pmap' cannot do parallel.{key}={{c.parallel.{key}!r}}; take 'auto' "
             "or 'shard_map'",
         )
-        for key, needed in {
-            "members": lambda value: value > 1,
-            "deterministic": bool,
-            "tables": lambda value: value == "sharded",
-            "processes": bool,
-        }.items()
+        for key in ("members", "deterministic", "tables", "processes")
     ),
 )
 

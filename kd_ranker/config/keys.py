@@ -31,8 +31,7 @@ from kd_ranker.sources import given, kuairand
 from kd_ranker.sources.logs import layout
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.training.mapping import MAPPINGS, TABLES
-from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
-from kd_ranker.training.recipes import TEACHER_STAGES
+from kd_ranker.training.recipes import OPTIMIZERS, SCHEDULES, TEACHER_STAGES
 
 TEACHER_SOURCES = ("live", "logged")
 LAUNCHERS = ("local", "ray")

@@ -29,11 +29,11 @@ from kd_ranker.evaluation.references import (
 )
 from kd_ranker.evaluation.results import Row
 from kd_ranker.evaluation.totals import Each, Summed
+from kd_ranker.manifest import MadeOf
 from kd_ranker.models.model import Model, Parameters, build_model
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.pipeline.job import Job
-from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.placing import first_devices, own_devices
 
 _NOT_COUNTED = float("nan")
@@ -320,13 +320,13 @@ def teacher_flops(job: Job) -> float:
     return _flops_of_described("teacher", section, spec, len(spec.tasks), retrieved)
 
 
-def write_measured(job: Job, workdir: Path, owner: Identity, *splits: Measured) -> None:
+def write_measured(job: Job, workdir: Path, owner: MadeOf, *splits: Measured) -> None:
     """Write the tables of a run, `results.csv` last; see `measured.write_tables`.
 
     Args:
       job: the job that was measured.
       workdir: the folder to write to.
-      owner: the identity of the rankers.
+      owner: the fingerprints of the rankers.
       *splits: what was measured on each split; curves and calibration are those of the last.
     """
     tasks = job.config.tasks

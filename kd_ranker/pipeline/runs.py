@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -19,18 +18,24 @@ from kd_ranker.batches.training import (
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.evaluation.results import Row
+from kd_ranker.manifest import MadeOf
 from kd_ranker.pipeline.job import Job
 from kd_ranker.pipeline.measure import Students, measure, trained_judge
 from kd_ranker.requests.records import Dataset
 from kd_ranker.sweep.memory import check_memory, exhaustion_reported
 from kd_ranker.training import checkpoints, recipes
-from kd_ranker.training.checkpoints import Identity
-from kd_ranker.training.loop import Evaluate, fit, scalar_name
+from kd_ranker.training.loop import (
+    Evaluate,
+    Run,
+    abstract_states,
+    fit,
+    make_run,
+    scalar_name,
+)
 from kd_ranker.training.mapping import MAPPINGS, DeviceMap, members_axis
 from kd_ranker.training.placing import first_devices, own_devices
 from kd_ranker.training.processes import check_same, is_first
 from kd_ranker.training.recipes import TEACHER_STAGES, Group
-from kd_ranker.training.run import Run, abstract_states, make_run, padding_of
 from kd_ranker.training.state import (
     Frozen,
     LiveTeacher,
@@ -155,7 +160,7 @@ def _students_of(groups: Sequence[Group]) -> Callable[[States], list[Students]]:
 
 
 def trained_students(
-    job: Job, workdir: Path, owner: Identity | None = None
+    job: Job, workdir: Path, made_of: MadeOf | None = None
 ) -> tuple[list[Students], int]:
     """Restore the students that `fit_students` has trained, and the last step of any.
 
@@ -164,11 +169,11 @@ def trained_students(
     Args:
       job: their job.
       workdir: the folder that they were trained in.
-      owner: the identity of their checkpoints; None takes that of the job.
+      made_of: the fingerprints of their checkpoints; None takes those of the job.
     """
     with checkpoints.open_in(workdir) as saved:
         abstract = abstract_states(job.groups)
-        states, step = checkpoints.restore(saved, abstract, None, owner or job.identity)
+        states, step = checkpoints.restore(saved, abstract, None, made_of or job.made_of)
     return (_students_of(job.groups)(states) if step else []), step
 
 
@@ -201,7 +206,7 @@ def _fit(job: Job, workdir: Path, progress: Evaluate, bar: tqdm) -> States:
     """Train the groups of a job; memory that a device lacks becomes one line."""
     with exhaustion_reported():
         run = prepare_run(job)
-        return fit(run, job.trainee.train, workdir, job.identity, progress, bar)
+        return fit(run, job.trainee.train, workdir, job.made_of, progress, bar)
 
 
 def prepare_run(job: Job) -> Run:
@@ -210,9 +215,6 @@ def prepare_run(job: Job) -> Run:
     check_same("dataset", str(dataset.identity))
     check_memory(config, groups, batch, dataset.spec)
     mapping = device_mapping(config, [len(group.names) for group in groups], batch.requests)
-    if jax.devices()[0].platform == "tpu":
-        for line in padding_of(groups):
-            logging.warning("%s", line)
     # Students that learn nothing from a teacher do not pay for one.
     live = job.live_teacher if "logged" in recipes.signals_of(groups) else None
     stage = TEACHER_STAGES[config.teacher.stage]

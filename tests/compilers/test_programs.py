@@ -12,7 +12,7 @@ from jax.sharding import SingleDeviceSharding
 
 from kd_ranker.ahead import hlo, programs, topologies
 from kd_ranker.training import recipes
-from kd_ranker.training.run import abstract_states
+from kd_ranker.training.loop import abstract_states
 from scripts.benchmarks import compilers
 from scripts.benchmarks.compilers import CASES, Case
 
