@@ -298,7 +298,7 @@ def train(config: ConfigDict, workdir: Folder, teacher: Trained | Folder | None 
     """
     config, place = _own(config, teacher), place_of(workdir)
     checks.validate(config)
-    checks.check_alone(config)
+    checks.check_single(config)
     members = {"": config}
     checks.check_students(members.values())
     job = Job(common(members), members, Opened(config, unchanged=True))

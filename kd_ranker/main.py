@@ -80,7 +80,7 @@ def main(name: str = "") -> None:
       name: of the command; "" takes the first argument of the process.
     """
     # Until there is something to clean up, a signal ends the process at once.
-    interruption.end_when_asked()
+    interruption.end_on_signal()
     program, arguments = f"python -m experiments.{Path(sys.argv[0]).stem}", sys.argv[1:]
     if not name:
         name, *arguments = arguments or ["--help"]
@@ -112,7 +112,7 @@ def run_command(command: Command, program: str, arguments: Sequence[str]) -> Non
       program: the way to start it, for its help.
       arguments: its arguments.
     """
-    interruption.stop_when_asked()
+    interruption.stop_on_signal()
     try:
         try:
             if _HELP & {*arguments}:
@@ -126,7 +126,7 @@ def run_command(command: Command, program: str, arguments: Sequence[str]) -> Non
     except interruption.Stopped as stopped:
         interruption.exit_after(stopped)
     finally:
-        interruption.end_when_asked()
+        interruption.end_on_signal()
 
 
 def _run(command: Command, config: "ConfigDict", given: argparse.Namespace) -> None:
@@ -329,7 +329,7 @@ def _fail(error: Exception) -> NoReturn:
         sys.stderr.write(f"error: {line}")
     if not processes.ends_with_all() and not processes.is_first():
         sys.stderr.write(f"error of process {processes.index()}: {line}")
-    if processes.are_several():
+    if processes.are_distributed():
         _end()
     sys.exit(_BAD_INPUT)
 

@@ -29,7 +29,7 @@ from kd_ranker.main import Command, Flag, run_command  # noqa: E402
 FLAGS = {
     "topology": Flag(f"one of: {', '.join(topologies.names())}", None),
     "programs": Flag(
-        f"some of: {', '.join(programs.PROGRAMS)}; without it, those of a single run, with commas"
+        f"some of: {', '.join(programs.PROGRAMS)}, with commas", "train,train_teacher"
     ),
     "users": Flag("in place of the dataset's number of users"),
     "items": Flag("in place of the dataset's number of items"),
@@ -44,7 +44,7 @@ def main(config: ConfigDict, given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         sizes = programs.sizes_of(config, Path(folder), users, items)
         findings = []
-        for name in given.programs.split(",") if given.programs else programs.programs_of(config):
+        for name in given.programs.split(","):
             print(f"compile_for: {name}", file=sys.stderr)
             findings.append(programs.compile_program(name, config, sizes, topology))
     print(programs.findings_table(findings))

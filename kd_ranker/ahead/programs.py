@@ -169,12 +169,6 @@ def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def programs_of(config: ConfigDict) -> list[str]:
-    """Return the programs of a single student and of its teacher, if that is trained here."""
-    trains_one = config.teacher.source == "live" or bool(config.teacher.workdir)
-    return ["train", *(["train_teacher"] if trains_one else [])]
-
-
 def _teacher(config: ConfigDict, spec: FeatureSpec, platform: str) -> tuple[Model, Parameters]:
     """The abstract teacher of `teacher.workdir` if that exists, else of `config`."""
     folder = Path(config.teacher.workdir)
@@ -223,7 +217,7 @@ def compile_program(name: str, config: ConfigDict, sizes: Sizes, topology: Topol
     check_choice("program", name, PROGRAMS)
     checks.validate(config, len(topology.devices))
     if name == "train":
-        checks.check_alone(config, len(topology.devices))
+        checks.check_single(config, len(topology.devices))
     number = config.parallel.devices or len(topology.devices)
     config = config.copy_and_resolve_references()
     # Of this, JAX makes `pmap` as well, which takes no abstract arrays.
@@ -243,20 +237,6 @@ def compile_program(name: str, config: ConfigDict, sizes: Sizes, topology: Topol
             raise
         return found._replace(refused=str(error).splitlines()[0])
     return found._replace(compiled=hlo.read(made, entries))
-
-
-def limit_of(finding: Finding) -> str:
-    """Describe what limits a program: memory, or the kind of operation with the most cycles."""
-    found = finding.compiled
-    if found is None:
-        return finding.refused
-    if not finding.fits:
-        return "memory, for the tables" if 2 * finding.tables > found.total else "memory"
-    if not found.cycles:
-        return "unknown"
-    total = sum(found.cycles.values())
-    kind, largest = max(found.cycles.items(), key=lambda item: item[1])
-    return f"{kind}, {largest / total:.0%} of {total / 1e6:.2g} M cycles"
 
 
 def as_json(finding: Finding) -> dict[str, Any]:
@@ -294,5 +274,5 @@ def _line(finding: Finding) -> dict[str, str]:
         "row loops": str(len(found.loops)) if found else "",
         "exchanged": mib(found.exchanged) if found else "",
         "GFLOP": f"{finding.flops / 1e9:.3g}",
-        "limit": limit_of(finding),
+        "million cycles": f"{found.cycles / 1e6:.2g}" if found and found.cycles else "",
     }

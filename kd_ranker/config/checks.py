@@ -308,7 +308,7 @@ def _check_devices(config: ConfigDict, available: int) -> None:
             _check_requests("batch.requests", requests, devices, max(members, 1))
 
 
-def check_alone(config: ConfigDict, devices: int | None = None) -> None:
+def check_single(config: ConfigDict, devices: int | None = None) -> None:
     """Raise UserError if the devices cannot share the batches of a single student.
 
     See `validate` for the arguments.

@@ -29,7 +29,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.requests import lock
 from kd_ranker.training import checkpoints
 from kd_ranker.training.interruption import deferred
-from kd_ranker.training.processes import are_several, first_holds
+from kd_ranker.training.processes import are_distributed, first_holds
 
 # A folder of this machine, or a URL.
 Place = Path | str
@@ -149,7 +149,7 @@ class _Store(NamedTuple):
 
 
 def _open(url: str) -> _Store:
-    if are_several():
+    if are_distributed():
         raise UserError(
             f"{url}: several processes (parallel.processes=True) share a folder; name a mounted "
             "one that all of them see"

@@ -115,11 +115,11 @@ def fit_teacher(job: Job, workdir: Path) -> tuple[Ranker, int]:
     def ranker(states: States) -> Ranker:
         return Ranker(serve, select_member(states[0].parameters, 0))
 
-    def progress(states: States) -> tuple[dict[str, float], str]:
+    def progress(states: States) -> dict[str, float]:
         judge = trained_judge(job, ranker(states), int(states[0].step))
         limit = job.trainee.train.eval_limit
         measured = measure(job, "validation", judge=judge, limit=limit, costs=False)
-        return _evaluation_scalars(measured.rows[0], ""), ""
+        return _evaluation_scalars(measured.rows[0], "")
 
     with progress_bar(workdir.name, job.trainee.train.steps) as bar:
         states = _fit(job, workdir, progress, bar)
@@ -133,10 +133,15 @@ def fit_students(job: Job, workdir: Path, bar: tqdm) -> list[Students]:
     """
     students = _students_of(job.groups)
 
-    def progress(states: States) -> tuple[dict[str, float], str]:
+    def progress(states: States) -> dict[str, float]:
         trained, limit = students(states), job.trainee.train.eval_limit
         measured = measure(job, "validation", trained, limit=limit, costs=False)
-        return _progress_of_students(job, measured.rows)
+        scalars: dict[str, float] = {}
+        for row in measured.rows:
+            member = job.members.get(str(row["member"]))
+            if member is not None and row["serve"] == member.distill.serve:
+                scalars |= _evaluation_scalars(row, str(row["member"]))
+        return scalars
 
     return students(_fit(job, workdir, progress, bar))
 
@@ -175,22 +180,6 @@ def trained_students(
         abstract = abstract_states(job.groups)
         states, step = checkpoints.restore(saved, abstract, None, made_of or job.made_of)
     return (_students_of(job.groups)(states) if step else []), step
-
-
-def _progress_of_students(job: Job, rows: Sequence[Row]) -> tuple[dict[str, float], str]:
-    """The scalars of an evaluation during training, and the member that is best so far."""
-    column = f"value_captured@{job.config.funnel.passed}"
-    scalars: dict[str, float] = {}
-    best, best_value = "", -np.inf
-    for row in rows:
-        name = str(row["member"])
-        if name not in job.members or row["serve"] != job.members[name].distill.serve:
-            continue
-        scalars |= _evaluation_scalars(row, name)
-        value = row.get(column)
-        if isinstance(value, float) and value > best_value:
-            best, best_value = name, value
-    return scalars, f"best {best} {best_value:.3f}" if best else ""
 
 
 def _evaluation_scalars(row: Row, member: str) -> dict[str, float]:

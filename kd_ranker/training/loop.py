@@ -38,7 +38,7 @@ from kd_ranker.training.state import (
 from kd_ranker.training.step import Losses, Step, in_turn, make_step
 from kd_ranker.training.workdir import MetricsWriter
 
-Evaluate = Callable[[States], tuple[dict[str, float], str]]
+Evaluate = Callable[[States], dict[str, float]]
 
 # Seconds that the steps of one call may take: a signal is noticed between two calls.
 _LONGEST_CALL = 2.0
@@ -182,8 +182,7 @@ def fit(
       train: `config.train` or `config.teacher.train`; its `…_every` count here.
       workdir: gets checkpoints and metrics.
       made_of: the fingerprints of the members, which the checkpoints record.
-      evaluate: states -> scalars by name, and a short text on the best member; called every
-        `train.eval_every` steps.
+      evaluate: states -> scalars by name; called every `train.eval_every` steps.
       bar: shows the progress; `run.steps` are added to it.
 
     Returns:
@@ -215,20 +214,20 @@ def _fit(
         if start >= run.steps:
             return states
         states = run.devices.place(states) if start else initial_states(run)
-        diverged, best = _diverged_members(run, states), ""
+        diverged = _diverged_members(run, states)
         with contextlib.closing(MetricsWriter(workdir, start)) as writer:
-            step, most, stopping = start, 1, 0.0
+            step, longest, stopping = start, 1, 0.0
             while step < run.steps and not stopping:
                 training = {name for name, last in lengths.items() if step < last}
                 if training <= diverged.keys():
                     skip_steps(bar, run.steps - step)
                     break
                 wanted, since = _next_stop(step, lengths.values(), train) - step, time.monotonic()
-                packed, span = batches.take(min(wanted, most))
+                packed, span = batches.take(min(wanted, longest))
                 states, losses = take_steps(run, states, packed, span)
-                if most < wanted:
+                if longest < wanted:
                     jax.block_until_ready(losses)
-                    most = _next_most(most, _agreed(time.monotonic() - since))
+                    longest = _next_longest(longest, _agreed(time.monotonic() - since))
                 step += span.stop - span.start
                 bar.update(span.stop - span.start)
                 due, scalars, stopping = _due_after(step, run.steps, train), {}, _agreed(stop())
@@ -242,11 +241,10 @@ def _fit(
                 if due.logging:
                     scalars = _scalars(run, states, losses, training - diverged.keys())
                 if due.evaluation:
-                    measured, best = evaluate(whole)
-                    scalars |= measured
+                    scalars |= evaluate(whole)
                 if scalars:
                     writer.write(step, scalars)
-                    bar.set_postfix_str(_progress(run, scalars, diverged, best))
+                    bar.set_postfix_str(_progress(run, scalars, diverged))
                 if saving:
                     checkpoints.save(saved, step, whole, batches, made_of)
                 # It may be a copy of whole tables.
@@ -265,11 +263,11 @@ def _next_stop(step: int, lengths: Iterable[float], train: ConfigDict) -> int:
     return min(*chores, *(int(last) for last in lengths if last > step))
 
 
-def _next_most(most: int, seconds: float) -> int:
-    """Return the most steps of the next call, after one of at most `most` that took `seconds`."""
+def _next_longest(longest: int, seconds: float) -> int:
+    """Return the limit of steps of the next call, after one of `longest` that took `seconds`."""
     if seconds > _LONGEST_CALL:
-        return max(1, most // 2)
-    return 2 * most if seconds < _LONGEST_CALL / 2 else most
+        return max(1, longest // 2)
+    return 2 * longest if seconds < _LONGEST_CALL / 2 else longest
 
 
 def _agreed(number: float) -> float:
@@ -394,10 +392,9 @@ def _unknown_ids(groups: Sequence[dict[str, Int[Array, ""]]]) -> dict[str, float
     return largest
 
 
-def _progress(run: Run, scalars: dict[str, float], diverged: dict[str, int], best: str) -> str:
+def _progress(run: Run, scalars: dict[str, float], diverged: dict[str, int]) -> str:
     """Return a short text for the end of the bar."""
     members = sum(len(group.names) for group in run.groups)
     if run.groups[0].names == ("",):
         return f"loss={scalars['loss']:.4f}" if "loss" in scalars else ""
-    alive = f"alive {members - len(diverged)}/{members}"
-    return f"{alive}, {best}" if best else alive
+    return f"alive {members - len(diverged)}/{members}"

@@ -108,5 +108,5 @@ def test_a_config_that_does_not_fit_says_so(tmp_path):
     config, sizes = compilers.config_of(case), compilers.sizes_of(case, tmp_path)
     found = programs.compile_program("train", config, sizes, topology)
     assert not found.fits
-    assert "HBM" in programs.limit_of(found)
+    assert "HBM" in found.refused
     assert " NO " in programs.findings_table([found])

@@ -76,9 +76,9 @@ def test_a_batch_is_shared_by_all_devices_where_a_student_trains_alone():
     config = config_with(batch__requests=6, parallel__members=4)
     checks.validate(config)
     with pytest.raises(UserError, match="=6 cannot be shared by 8 devices; take a mult"):
-        checks.check_alone(config)
+        checks.check_single(config)
     config.parallel.devices = 3
-    checks.check_alone(config)
+    checks.check_single(config)
 
 
 def test_a_machine_that_hides_its_cpu_is_refused_first(monkeypatch):

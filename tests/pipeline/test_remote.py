@@ -409,7 +409,7 @@ def test_a_url_that_is_of_no_use_is_a_line(world, tmp_path, monkeypatch):
         api.export(world.teacher, "s3://a/out")
     assert not contents("memory://")
     with monkeypatch.context() as several:
-        several.setattr(remote, "are_several", lambda: True)
+        several.setattr(remote, "are_distributed", lambda: True)
         with pytest.raises(UserError, match=rf"^{URL}: several processes \(parallel\.processes=Tr"):
             api.train(config, URL)
     refused = PermissionError("no credentials")
