@@ -273,19 +273,14 @@ def _check_replaced(config: ConfigDict) -> None:
 def _check_platforms() -> None:
     try:
         jax.devices()
+        jax.local_devices(backend="cpu")  # its compiler counts all FLOPs
     # JAX asserts that there is a device, where it knows none of the kind.
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition(" (set ")[0] or "there is no such device that JAX can use"
         platforms = os.environ.get("JAX_PLATFORMS", "")
         raise UserError(
-            f"JAX_PLATFORMS={platforms}: {reason}; leave it unset, or set JAX_PLATFORMS=cpu"
-        ) from error
-    try:
-        jax.local_devices(backend="cpu")
-    except RuntimeError as error:
-        raise UserError(
-            "JAX_PLATFORMS omits the CPU, which counts all FLOPs with its compiler; add it, as in "
-            "JAX_PLATFORMS=cuda,cpu"
+            f"JAX_PLATFORMS={platforms}: {reason}; leave it unset, or name devices that are here "
+            "and the CPU, as in JAX_PLATFORMS=cuda,cpu"
         ) from error
 
 
