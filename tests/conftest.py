@@ -54,8 +54,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # The same examples at every run, so that a failure is of the change that it appears with;
 # HYPOTHESIS_PROFILE=random looks for new ones.
-settings.register_profile("same", derandomize=True)
-settings.register_profile("random", derandomize=False)
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("random", derandomize=False, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # What a shell starts in the background ignores SIGINT, and so would all commands of the tests.
