@@ -914,7 +914,7 @@ def forget_config(workdir):
             {"sweep__seeds": (2, 3), "sweep__extend": True},
             "cohorts contains students, but cohorts.json, which lists them, is missing",
         ),
-        (change_members, {}, "20 belongs to another run: config ("),
+        (change_members, {}, "20 contains a model of other sizes than the config: config ("),
         (change_teacher, {}, "holds a sweep under the teacher elsewhere"),
         (forget_config, {"optimizer__warmup_steps": 3}, "20 belongs to another run: config ("),
     ],
