@@ -273,7 +273,7 @@ def train_teacher(config: ConfigDict, workdir: Folder) -> Trained:
         measured = [
             measure(job, split, judge=judge, statistics=statistics) for split in _MEASURED_SPLITS
         ]
-        write_measured(job, folder, job.identity, *measured)
+        write_measured(job, folder, job.made_of, *measured)
     return Trained(place)
 
 
@@ -309,7 +309,7 @@ def train(config: ConfigDict, workdir: Folder, teacher: Trained | Folder | None 
     """
     config, place = _own(config, teacher), place_of(workdir)
     checks.validate(config)
-    checks.check_alone(config)
+    checks.check_single(config)
     members = {"": config}
     checks.check_students(members.values())
     job = Job(common(members), members, Opened(config, unchanged=True))
@@ -322,7 +322,7 @@ def train(config: ConfigDict, workdir: Folder, teacher: Trained | Folder | None 
         with runs.progress_bar(folder.name, config.train.steps) as bar:
             students = runs.fit_students(job, folder, bar)
         measured = [measure(job, split, students) for split in _MEASURED_SPLITS]
-        write_measured(job, folder, job.identity, *measured)
+        write_measured(job, folder, job.made_of, *measured)
     return Trained(place)
 
 

@@ -80,7 +80,7 @@ def main(name: str = "") -> None:
       name: of the command; "" takes the first argument of the process.
     """
     # Until there is something to clean up, a signal ends the process at once.
-    interruption.end_when_asked()
+    interruption.end_on_signal()
     program, arguments = f"python -m experiments.{Path(sys.argv[0]).stem}", sys.argv[1:]
     if not name:
         name, *arguments = arguments or ["--help"]
@@ -112,7 +112,7 @@ def run_command(command: Command, program: str, arguments: Sequence[str]) -> Non
       program: the way to start it, for its help.
       arguments: its arguments.
     """
-    interruption.stop_when_asked()
+    interruption.stop_on_signal()
     try:
         try:
             if _HELP & {*arguments}:
@@ -126,7 +126,7 @@ def run_command(command: Command, program: str, arguments: Sequence[str]) -> Non
     except interruption.Stopped as stopped:
         interruption.exit_after(stopped)
     finally:
-        interruption.end_when_asked()
+        interruption.end_on_signal()
 
 
 def _run(command: Command, config: "ConfigDict", given: argparse.Namespace) -> None:
@@ -331,7 +331,7 @@ def _fail(error: Exception) -> NoReturn:
         sys.stderr.write(f"error: {line}")
     if not processes.ends_with_all() and not processes.is_first():
         sys.stderr.write(f"error of process {processes.index()}: {line}")
-    if processes.are_several():
+    if processes.are_distributed():
         _end()
     sys.exit(_BAD_INPUT)
 
@@ -346,7 +346,7 @@ def _end(error: UserError | None = None) -> NoReturn:
 
 def _prepare(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
     if not config.data.get("infer"):
-        return str(api.prepare(config, thorough=True))
+        return str(api.prepare(config, thorough=given.thorough))
     written = api.infer(config.data.path, given.workdir, _named(config, given.keys))
     commands = (f"    {command}" for command in written.next_commands)
     checks = f"edit it, first of all the {written.num_checks} lines below CHECK; then"
@@ -406,7 +406,12 @@ COMMANDS = {
     "run": Command(_main_job, _OWNED, "--config=configs/sweeps/cascade.py --workdir=runs/cascade"),
     "prepare": Command(
         _prepare,
-        {"workdir": Flag("the folder for a first config, with --config.data.infer", ".")},
+        {
+            "workdir": Flag("the folder for a first config, with --config.data.infer", "."),
+            "thorough": Flag(
+                "read all bytes of a dataset that exists, not only small files", False
+            ),
+        },
         "--config=configs/parquet.py --config.data.path=log/",
     ),
     "train-teacher": Command(

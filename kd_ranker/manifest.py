@@ -117,8 +117,8 @@ def is_made_of(folder: Path, made_of: MadeOf) -> bool:
     return True
 
 
-def differences(there: MadeOf, here: MadeOf) -> str:
-    """Return the entries in which two folders' dependencies differ, as text; "" if all agree."""
+def differences(there: Mapping[str, object], here: Mapping[str, object]) -> str:
+    """Return the entries in which two mappings differ, as text; "" if all agree."""
     return ", ".join(
         f"{name} ({there.get(name)} there, {here.get(name)} now)"
         for name in sorted(there.keys() | here.keys())

@@ -29,12 +29,11 @@ from kd_ranker.main import Command, Flag, run_command  # noqa: E402
 FLAGS = {
     "topology": Flag(f"one of: {', '.join(topologies.names())}", None),
     "programs": Flag(
-        f"some of: {', '.join(programs.PROGRAMS)}; without it, those of a single run, with commas"
+        f"some of: {', '.join(programs.PROGRAMS)}, with commas", "train,train_teacher"
     ),
     "users": Flag("in place of the dataset's number of users"),
     "items": Flag("in place of the dataset's number of items"),
     "json": Flag("a file for the findings"),
-    "hlo": Flag("a folder for the text of the optimized programs"),
 }
 
 
@@ -45,17 +44,13 @@ def main(config: ConfigDict, given: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         sizes = programs.sizes_of(config, Path(folder), users, items)
         findings = []
-        for name in given.programs.split(",") if given.programs else programs.programs_of(config):
+        for name in given.programs.split(","):
             print(f"compile_for: {name}", file=sys.stderr)
             findings.append(programs.compile_program(name, config, sizes, topology))
-    print("\n".join([programs.findings_table(findings), *programs.advice(config, sizes, topology)]))
+    print(programs.findings_table(findings))
     if given.json:
         found = {finding.name: programs.as_json(finding) for finding in findings}
         Path(given.json).write_text(json.dumps(found, indent=2) + "\n")
-    if given.hlo:
-        Path(given.hlo).mkdir(parents=True, exist_ok=True)
-        for finding in findings:
-            (Path(given.hlo) / f"{finding.name}.hlo").write_text(finding.text or finding.refused)
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 # The same examples at every run, so that a failure is of the change that it appears with;
 # HYPOTHESIS_PROFILE=random looks for new ones.
-settings.register_profile("same", derandomize=True)
-settings.register_profile("random", derandomize=False)
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("random", derandomize=False, deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 # What a shell starts in the background ignores SIGINT, and so would all commands of the tests.
@@ -66,6 +66,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # that reference counts leave behind. Python would look for that after every 700 of them, and again
 # and again through all that has been imported, which takes 6% of the time.
 gc.set_threshold(100_000, 20, 20)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """The small cascade; JAX is imported only by the tests that use it."""
+    from tests import small
+
+    return small.open_world(tmp_path_factory)
 
 
 def pytest_collection_finish() -> None:

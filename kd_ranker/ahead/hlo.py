@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -22,13 +22,11 @@ class Result(NamedTuple):
       operation: its name in HLO, without "-start".
       dtype: in HLO, for example "f32".
       shape: of the array.
-      on_chip: whether the operation moves data to or from a TPU's memory on the chip.
     """
 
     operation: str
     dtype: str
     shape: tuple[int, ...]
-    on_chip: bool
 
     @property
     def size(self) -> int:
@@ -49,7 +47,7 @@ class Compiled(NamedTuple):
       arguments: bytes of its arguments in their layouts.
       temporary: bytes that it needs for other arrays than arguments and results.
       total: bytes in all; a result in the place of an argument counts once.
-      cycles: the compiler's estimates by kind of operation; empty where it has none.
+      cycles: the compiler's estimate; 0 where it has none, as for GPUs.
       copies: operations that copy, transpose or convert one of the given arrays.
       loops: loops that the compiler made of an operation, with one entry per iteration.
       collectives: the arrays that devices exchange.
@@ -58,7 +56,7 @@ class Compiled(NamedTuple):
     arguments: int
     temporary: int
     total: int
-    cycles: Mapping[str, int]
+    cycles: int
     copies: tuple[str, ...]
     loops: tuple[str, ...]
     collectives: tuple[Result, ...]
@@ -74,8 +72,7 @@ def read(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Compiled:
 
     Args:
       compiled: the program.
-      sizes: the numbers of entries of the arrays that copies count for. Copies into a TPU memory on
-        the chip do not: only small arrays fit there.
+      sizes: the numbers of entries of the arrays that copies count for.
     """
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
@@ -87,8 +84,8 @@ def read(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Compiled:
         arguments=arguments,
         temporary=temporary,
         total=arguments + temporary + returned,
-        cycles=cycles_by_kind(text),
-        copies=tuple(f"{of.operation} {of.dtype}{[*of.shape]}" for of in copies if not of.on_chip),
+        cycles=cycles_of(text),
+        copies=tuple(f"{of.operation} {of.dtype}{[*of.shape]}" for of in copies),
         loops=tuple(loops(text)),
         collectives=tuple(of for of in arrays if of.operation in _COLLECTIVES),
     )
@@ -97,28 +94,25 @@ def read(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Compiled:
 def results(text: str) -> Iterator[Result]:
     """Find the arrays that a program copies, and those that devices exchange or reduce.
 
+    Copies into a TPU memory on the chip do not count: only small arrays fit there.
+
     >>> next(results("  %c.1 = f32[8,3]{0,1} copy(%p), metadata={}"))
-    Result(operation='copy', dtype='f32', shape=(8, 3), on_chip=False)
-    >>> list(results("%r = (f32[3]{0}, s32[2,2]{1,0}) all-reduce-start(%a, %b)"))[1][:3]
-    ('all-reduce', 's32', (2, 2))
+    Result(operation='copy', dtype='f32', shape=(8, 3))
+    >>> list(results("%r = (f32[3]{0}, s32[2,2]{1,0}) all-reduce-start(%a, %b)"))[1]
+    Result(operation='all-reduce', dtype='s32', shape=(2, 2))
     """
     names = "|".join(_COPIES + _COLLECTIVES)
     pattern = rf"^[^=\n]* = ([^\n]*?) ({names})(?:-start)?\("
     for returned, operation in re.findall(pattern, text, re.MULTILINE):
+        if operation in _COPIES and _ON_CHIP in returned:
+            continue
         for dtype, sizes in _SHAPE.findall(returned):
             shape = tuple(int(size) for size in sizes.split(",") if size)
-            yield Result(operation, dtype, shape, _ON_CHIP in returned)
+            yield Result(operation, dtype, shape)
 
 
-_KINDS = {
-    "rows": ("gather", "scatter", "scatter-add"),
-    "products": ("dot_general",),
-    "exchange": ("all_gather", "psum", "psum_invariant"),
-}
-
-
-def cycles_by_kind(text: str) -> dict[str, int]:
-    """Sum the cycles that a TPU's compiler expects of a program's operations, by `_KINDS`.
+def cycles_of(text: str) -> int:
+    """Sum the cycles that a TPU's compiler expects of a program's operations.
 
     The body of a loop counts once per iteration where their number is known, else once. The loop
     over steps counts once. Operations without an estimate count 0, as do those done `RARELY`.
@@ -128,20 +122,18 @@ def cycles_by_kind(text: str) -> dict[str, int]:
         entry.strip() or name: body.splitlines()
         for entry, name, body in re.findall(pattern, text, re.MULTILINE | re.DOTALL)
     }
-    total: dict[str, int] = {}
 
-    def add(name: str, times: int) -> None:
+    def total(name: str) -> int:
+        cycles = 0
         for line in bodies.get(name, ()):
             if inner := re.search(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line):
                 turns = 0 if RARELY in line else _turns(bodies.get(inner[1], ()))
-                add(inner[2], times * turns)
+                cycles += turns * total(inner[2])
             elif number := re.search(r'"estimated_cycles":"?(\d+)', line):
-                last = _op_name(line).rpartition("/")[2]
-                kind = next((kind for kind, of in _KINDS.items() if last in of), "all else")
-                total[kind] = total.get(kind, 0) + times * int(number[1])
+                cycles += int(number[1])
+        return cycles
 
-    add("ENTRY", 1)
-    return total
+    return total("ENTRY")
 
 
 def _turns(condition: Collection[str]) -> int:
@@ -149,11 +141,6 @@ def _turns(condition: Collection[str]) -> int:
     compared = any("direction=LT" in line for line in condition)
     bounds = re.findall(r" s32\[\]\S* constant\((\d+)\)", "\n".join(condition))
     return int(bounds[0]) if compared and len(bounds) == 1 else 1
-
-
-def _op_name(line: str) -> str:
-    named = re.search(r'op_name="([^"]*)"', line)
-    return named[1] if named else ""
 
 
 def loops(text: str) -> Iterator[str]:
@@ -168,6 +155,7 @@ def loops(text: str) -> Iterator[str]:
     []
     """
     for line in re.findall(r"^.* while\(.*$", text, re.MULTILINE):
-        name = _op_name(line) or "a loop without a name"
+        named = re.search(r'op_name="([^"]*)"', line)
+        name = named[1] if named else "a loop without a name"
         if name.rpartition("/")[2] != "while":
             yield name

@@ -1,4 +1,4 @@
-"""The programs of a config, compiled for devices that are not here.
+"""The training programs of a config, compiled for devices that are not here.
 
 They are the programs of a run, lowered for shapes in place of arrays: no table is ever made.
 """
@@ -13,22 +13,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
 from kd_ranker.ahead import hlo
 from kd_ranker.ahead.hlo import Compiled
 from kd_ranker.ahead.topologies import Topology
-from kd_ranker.batch import EvaluationBatch, FeatureSpec, abstract_items, empty_batch
+from kd_ranker.batch import FeatureSpec, abstract_items
 from kd_ranker.batches.cutting import Span
 from kd_ranker.config import checks
-from kd_ranker.config.identity import dataset_name
-from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.lookup import without_slots
 from kd_ranker.embedding.row_optimizers import TPU_LANES
 from kd_ranker.errors import check_choice
-from kd_ranker.evaluation.evaluate import Ranker, lower_for_group, make_serve
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import datasets, runs
 from kd_ranker.requests import storage
@@ -37,10 +33,10 @@ from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import recipes, workdir
+from kd_ranker.training.loop import abstract_states, filled_for, hold, map_steps
 from kd_ranker.training.mapping import MAPPINGS
-from kd_ranker.training.placing import is_of_tables, names_of, places, put_on
+from kd_ranker.training.placing import is_of_tables, names_of
 from kd_ranker.training.recipes import TEACHER_STAGES, Group
-from kd_ranker.training.run import abstract_states, filled_for, hold, map_steps, padding_of
 from kd_ranker.training.state import Frozen, LiveTeacher, select_member
 
 # Requests of the sample dataset.
@@ -59,10 +55,6 @@ class Sizes(NamedTuple):
     sample: Dataset
 
 
-# A lowered program, and its placed arguments without batches.
-_Lowered = tuple[jax.stages.Lowered, Any]
-
-
 class Finding(NamedTuple):
     """The outcome of compiling a program.
 
@@ -74,7 +66,6 @@ class Finding(NamedTuple):
       flops: FLOPs of one step or batch on one device, as XLA counts before optimizing.
       compiled: facts about the program; None if it does not fit.
       refused: the compiler's message if it does not fit, else "".
-      text: of the optimized program; None if it does not fit.
     """
 
     name: str
@@ -84,7 +75,6 @@ class Finding(NamedTuple):
     flops: float
     compiled: Compiled | None = None
     refused: str = ""
-    text: str | None = None
 
     @property
     def fits(self) -> bool:
@@ -107,7 +97,7 @@ def sizes_of(
       UserError: the dataset does not exist.
     """
     entry = SOURCES[config.data.name]
-    exists = storage.directory_of(dataset_name(config), config.data.dir).exists()
+    exists = storage.directory_of(datasets.dataset_name(config), config.data.dir).exists()
     if entry.simulated and not exists:
         source = entry.open_source(config.data, config.tasks, config.funnel)
         spec, requests = source.spec, source.requests("train")
@@ -128,20 +118,32 @@ def sizes_of(
     return Sizes(dataclasses.replace(spec, num_users=users, num_items=items), sample)
 
 
-def _groups(name: str, config: ConfigDict, spec: FeatureSpec) -> list[Group]:
-    """The groups that a program trains or measures; of a sweep, its first cohort at most."""
-    if name == "train_teacher":
-        return [recipes.teacher_group(config, spec)]
-    if "sweep" not in name:
-        return recipes.student_groups({"": config}, spec)
+def _teacher_groups(config: ConfigDict, spec: FeatureSpec) -> list[Group]:
+    return [recipes.teacher_group(config, spec)]
+
+
+def _first_cohort(config: ConfigDict, spec: FeatureSpec) -> list[Group]:
     cohort = itertools.islice(sweep_members(config).items(), config.sweep.group_size or None)
     return recipes.student_groups(dict(cohort), spec)
 
 
-def _steps(name: str, config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Device]) -> _Lowered:
-    """The steps of `experiments.NAME`, spread over all devices."""
+PROGRAMS: dict[str, Callable[[ConfigDict, FeatureSpec], list[Group]]] = {
+    "train": lambda config, spec: recipes.student_groups({"": config}, spec),
+    "sweep": _first_cohort,
+    "train_teacher": _teacher_groups,
+}
+"""The groups that a program trains, by the command that runs it; `sweep` has its first cohort."""
+
+
+def _lower(
+    name: str, config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Device]
+) -> tuple[jax.stages.Lowered, Any]:
+    """Lower the steps of a program, spread over devices; also return its states and frozen arrays.
+
+    Both are abstract, with their placement.
+    """
     section = config.teacher if name == "train_teacher" else config
-    groups = _groups(name, config, sizes.spec)
+    groups = PROGRAMS[name](config, sizes.spec)
     numbers = [len(group.names) for group in groups]
     mapping = runs.device_mapping(config, numbers, section.batch.requests, devices)
     filled = filled_for(groups, mapping)
@@ -165,59 +167,6 @@ def _steps(name: str, config: ConfigDict, sizes: Sizes, devices: Sequence[jax.De
 
 def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-
-
-def _evaluate(
-    name: str, config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Device]
-) -> _Lowered:
-    """A batch on which a student, or the first group of a cohort, is measured, on one device."""
-    groups, spec = _groups(name, config, sizes.spec), sizes.spec
-    recipe, (state, *_) = groups[0].recipe, abstract_states(groups)
-    held = state.parameters, abstract_items(spec), _evaluation_batch(config, spec)
-    parameters, items, batch = _on(devices[0], *held)
-    ranker = Ranker(make_serve(recipe.model, recipe.mode), parameters)
-    lowered = lower_for_group(ranker, batch, items)
-    return lowered, (parameters, items)
-
-
-def _score(name: str, config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Device]) -> _Lowered:
-    """A batch that the teacher scores, on one device."""
-    del name
-    model, learned = _teacher(config, sizes.spec, devices[0].platform)
-    batch = _evaluation_batch(config, sizes.spec).batch
-    parameters, items, batch = _on(devices[0], learned, abstract_items(sizes.spec), batch)
-    serve: Any = make_serve(model, MODES["none"])
-    return serve.lower(parameters, batch, items), (parameters, items)
-
-
-PROGRAMS: dict[str, Callable[[str, ConfigDict, Sizes, Sequence[jax.Device]], _Lowered]] = {
-    "train": _steps,
-    "sweep": _steps,
-    "train_teacher": _steps,
-    "evaluate": _evaluate,
-    "evaluate_sweep": _evaluate,
-    "score": _score,
-}
-"""The programs of a config, by name."""
-
-
-def programs_of(config: ConfigDict) -> list[str]:
-    """Return the programs of a single student and of its teacher, if that is trained here."""
-    trains_one = config.teacher.source == "live" or bool(config.teacher.workdir)
-    return ["train", "evaluate", *(("train_teacher", "score") if trains_one else ())]
-
-
-def _evaluation_batch(config: ConfigDict, spec: FeatureSpec) -> EvaluationBatch:
-    requests, candidates = config.evaluation.requests, config.funnel.retrieved
-    batch: Any = empty_batch(spec, requests, candidates)
-    truth: Any = np.zeros((requests, candidates, len(spec.tasks)), np.float32)
-    present: Any = np.zeros(requests, bool)
-    return EvaluationBatch(batch, truth, truth[..., 0], truth[..., 0], present)
-
-
-def _on(device: jax.Device, *trees: Any) -> list[Any]:
-    """Abstract pytrees, placed on one device."""
-    return [put_on(_shapes(tree), places(tree, SingleDeviceSharding(device))) for tree in trees]
 
 
 def _teacher(config: ConfigDict, spec: FeatureSpec, platform: str) -> tuple[Model, Parameters]:
@@ -268,18 +217,17 @@ def compile_program(name: str, config: ConfigDict, sizes: Sizes, topology: Topol
     check_choice("program", name, PROGRAMS)
     checks.validate(config, len(topology.devices))
     if name == "train":
-        checks.check_alone(config, len(topology.devices))
-    build = PROGRAMS[name]
-    number = (config.parallel.devices or len(topology.devices)) if build is _steps else 1
+        checks.check_single(config, len(topology.devices))
+    number = config.parallel.devices or len(topology.devices)
     config = config.copy_and_resolve_references()
     # Of this, JAX makes `pmap` as well, which takes no abstract arrays.
     config.parallel.mapping = "shard_map"
-    lowered, held = build(name, config, sizes, topology.devices[:number])
+    lowered, held = _lower(name, config, sizes, topology.devices[:number])
     tables, entries = _tables_and_sizes(held)
     # For one device's share, on a CPU, so that devices can be compared.
     for batch in (config.batch, config.teacher.batch):
         batch.requests //= number
-    on_cpu, _ = build(name, config, sizes, jax.devices("cpu")[:1])
+    on_cpu, _ = _lower(name, config, sizes, jax.devices("cpu")[:1])
     counted: Any = on_cpu.cost_analysis()
     found = Finding(name, topology, number, tables, counted["flops"])
     try:
@@ -288,33 +236,11 @@ def compile_program(name: str, config: ConfigDict, sizes: Sizes, topology: Topol
         if not str(error).startswith("RESOURCE_EXHAUSTED"):
             raise
         return found._replace(refused=str(error).splitlines()[0])
-    return found._replace(compiled=hlo.read(made, entries), text=made.as_text())
-
-
-def limit_of(finding: Finding) -> str:
-    """Describe what limits a program: memory, or the kind of operation with the most cycles."""
-    found = finding.compiled
-    if found is None:
-        return finding.refused
-    if not finding.fits:
-        return "memory, for the tables" if 2 * finding.tables > found.total else "memory"
-    if not found.cycles:
-        return "unknown"
-    total = sum(found.cycles.values())
-    kind, largest = max(found.cycles.items(), key=lambda item: item[1])
-    return f"{kind}, {largest / total:.0%} of {total / 1e6:.2g} M cycles"
-
-
-def advice(config: ConfigDict, sizes: Sizes, topology: Topology) -> list[str]:
-    """Return lines on better embedding widths for these devices."""
-    if topology.devices[0].platform != "tpu":
-        return []
-    names = ("train", "train_teacher")
-    return padding_of([group for name in names for group in _groups(name, config, sizes.spec)])
+    return found._replace(compiled=hlo.read(made, entries))
 
 
 def as_json(finding: Finding) -> dict[str, Any]:
-    """Return a finding without the program's text, for a file."""
+    """Return a finding for a file."""
     topology, found = finding.topology, finding.compiled
     names = ("devices", "fits", "refused", "tables", "flops")
     return {
@@ -348,5 +274,5 @@ def _line(finding: Finding) -> dict[str, str]:
         "row loops": str(len(found.loops)) if found else "",
         "exchanged": mib(found.exchanged) if found else "",
         "GFLOP": f"{finding.flops / 1e9:.3g}",
-        "limit": limit_of(finding),
+        "million cycles": f"{found.cycles / 1e6:.2g}" if found and found.cycles else "",
     }

@@ -19,25 +19,16 @@ _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4")
 
 
-class Chip(NamedTuple):
-    """Figures of a chip.
-
-    Attributes:
-      memory: bytes that its compiler lets a program have, a little less than the data sheet's.
-      shapes: the available arrangements of chips.
-    """
-
-    memory: int
-    shapes: tuple[str, ...]
-
-
-CHIPS: dict[str, Chip] = {
-    "v5e": Chip(int(15.75 * _GIB), _FLAT),
-    "v6e": Chip(int(31.25 * _GIB), _FLAT),
-    "v5p": Chip(int(95.74 * _GIB), _CUBES),
-    "h100": Chip(84_942_979_072, ("1", "2", "4", "8")),
+CHIPS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "v5e": (int(15.75 * _GIB), _FLAT),
+    "v6e": (int(31.25 * _GIB), _FLAT),
+    "v5p": (int(95.74 * _GIB), _CUBES),
+    "h100": (84_942_979_072, ("1", "2", "4", "8")),
 }
-"""Chips by name. Of an H100, the SXM card, and the cards of one host."""
+"""For each chip, the bytes that its compiler gives to a program, and the arrangements of chips.
+
+An H100 is the SXM card, and its arrangements are the cards of one host.
+"""
 
 # The description of a card that XLA requires. Its names for the numbers are those of CUDA's device
 # properties, for compute capability 9.0; see NVIDIA's Hopper tuning guide.
@@ -94,7 +85,7 @@ class Topology(NamedTuple):
 
 def names() -> list[str]:
     """Return the names of all topologies."""
-    return [f"{name}:{shape}" for name, chip in CHIPS.items() for shape in chip.shapes]
+    return [f"{name}:{shape}" for name, (_, shapes) in CHIPS.items() for shape in shapes]
 
 
 def missing_packages(topology: str) -> str:
@@ -128,7 +119,7 @@ def open_topology(name: str) -> Topology:
     kind, _, shape = name.partition(":")
     describe = _h100s if kind == "h100" else _tpus
     described, options = describe(kind, shape)
-    return Topology(name, CHIPS[kind].memory, tuple(described.devices), options)
+    return Topology(name, CHIPS[kind][0], tuple(described.devices), options)
 
 
 def _tpus(kind: str, shape: str) -> tuple[Any, dict[str, Any]]:

@@ -1,11 +1,11 @@
 """Checks of a config before anything long begins: each fault is one line, with its remedy."""
 
 import difflib
-import itertools
-import math
+import functools
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from typing import Any
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,10 +14,10 @@ from ml_collections import ConfigDict
 
 from kd_ranker.config.key import FINITE, Bound, Key, TermNames
 from kd_ranker.config.keys import JOIN, KEYS, PLAN
-from kd_ranker.config.schema import NAMED_AXES, axis_of, keys_of, sweepable, value_of, ways
+from kd_ranker.config.schema import axis_of, keys_of, sweepable, value_of, ways
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.distillation.modes import MODES
-from kd_ranker.errors import UserError, check_choice
+from kd_ranker.errors import UserError, check_choice, check_tasks
 from kd_ranker.requests.columns import Columns, Counts, slices
 from kd_ranker.requests.records import Dataset
 from kd_ranker.sources.registry import SOURCES
@@ -28,6 +28,131 @@ from kd_ranker.training.mapping import shares
 _ORDERS = {"stage": "stages are an order"}
 
 
+def _varies_sizes(config: ConfigDict) -> bool:
+    axes = [axis_of(key.name) for key in sweepable() if key.name.startswith("student.")]
+    return any(len(value_of(config, axis)) > 1 for axis in axes)
+
+
+def _choices_of_terms(config: ConfigDict) -> Sequence[Sequence[str]]:
+    return config.sweep.axes.distill.terms or (config.distill.terms,)
+
+
+def _losses(config: ConfigDict) -> Iterator[Sequence[str]]:
+    """The choices of losses that a config, or its sweep, names: each the texts of its terms."""
+    for terms in _choices_of_terms(config):
+        losses = config.sweep.axes.distill.loss or (config.distill.loss,)
+        yield from [terms] if terms else [(loss,) for loss in losses]
+
+
+def _reads_signal(texts: Sequence[str]) -> bool:
+    """Test if any of these losses learns from `teacher.signal`."""
+    return not all(":" in text for text in texts)
+
+
+def _lacks_pmap(key: str, config: ConfigDict) -> bool:
+    """Test if `pmap` is set, which cannot do the value of this key of `parallel`."""
+    value = config.parallel[key]
+    needed = value > 1 if key == "members" else value not in (False, "replicated")
+    return config.parallel.mapping == "pmap" and needed
+
+
+class Rule(NamedTuple):
+    """A condition on several keys, or on one that is not a number.
+
+    Attributes:
+      broken: config -> true if it does not hold.
+      message: the error; it formats values of the config `c`, such as {c.seed}.
+    """
+
+    broken: Callable[[Any], Any]
+    message: str
+
+
+_RULES = (
+    Rule(
+        lambda c: "://" in c.data.dir,
+        "data.dir={c.data.dir}: datasets need a folder of this machine, on a disk or mounted; name "
+        "one",
+    ),
+    Rule(
+        lambda c: c.sweep.whole_repeats and c.sweep.axes.batch.seed,
+        "sweep.whole_repeats orders the data by sweep.seeds, so sweep.axes.batch.seed has nothing "
+        "to vary; leave one out",
+    ),
+    Rule(
+        lambda c: c.sweep.axes.optimizer.learning_rate and not c.optimizer.learning_rate,
+        "sweep.axes.optimizer.learning_rate scales the tables' rate along, and "
+        "optimizer.learning_rate is 0",
+    ),
+    Rule(
+        lambda c: not re.fullmatch(f"{PLAN}|{JOIN}|[0-9]*", c.sweep.part),
+        f"sweep.part={{c.sweep.part!r}} must be {PLAN}, the number of a cohort, {JOIN}, or empty "
+        "for all",
+    ),
+    Rule(
+        lambda c: c.sweep.part and c.launcher != "local",
+        "sweep.part={c.sweep.part} with launcher={c.launcher!r}, which does all parts by itself; "
+        "leave one out",
+    ),
+    Rule(
+        lambda c: len(c.value_weights) != len(c.tasks),
+        "value_weights={c.value_weights} must have one weight per task of {c.tasks}",
+    ),
+    Rule(
+        lambda c: not any(c.value_weights),
+        "value_weights={c.value_weights} must not be all 0",
+    ),
+    Rule(
+        lambda c: not c.funnel.shown <= c.funnel.passed <= c.funnel.retrieved,
+        "funnel.shown={c.funnel.shown}, funnel.passed={c.funnel.passed}, "
+        "funnel.retrieved={c.funnel.retrieved}: each stage must be no larger than the one before",
+    ),
+    Rule(
+        lambda c: any(k > c.funnel.retrieved for k in c.funnel.report_at),
+        "funnel.report_at={c.funnel.report_at} has a number above "
+        "funnel.retrieved={c.funnel.retrieved}",
+    ),
+    Rule(
+        lambda c: (
+            not c.costs.teacher.candidate
+            and (c.costs.student.candidate or c.costs.student.request or c.costs.teacher.request)
+        ),
+        "costs.student.candidate={c.costs.student.candidate}, "
+        "costs.student.request={c.costs.student.request} and "
+        "costs.teacher.request={c.costs.teacher.request} are in your own unit, and "
+        "costs.teacher.candidate=0 takes FLOPs; set that as well",
+    ),
+    Rule(
+        lambda c: c.costs.student.candidate and _varies_sizes(c),
+        "costs.student.candidate={c.costs.student.candidate} is of one student, and "
+        "sweep.axes.student has several; leave it 0, which takes each one's FLOPs in the teacher's "
+        "unit",
+    ),
+    Rule(
+        lambda c: c.sweep.axes.distill.loss and any(_choices_of_terms(c)),
+        "sweep.axes.distill.loss changes nothing of distill.terms; vary sweep.axes.distill.terms",
+    ),
+    Rule(
+        lambda c: c.sweep.axes.teacher.signal and not all(map(_reads_signal, _losses(c))),
+        "sweep.axes.teacher.signal changes nothing of a loss with its own signal, or of terms that "
+        "all have one; vary sweep.axes.distill.loss or sweep.axes.distill.terms",
+    ),
+    Rule(
+        lambda c: c.parallel.processes and c.parallel.devices,
+        "parallel.devices={c.parallel.devices} with parallel.processes, which use all of their "
+        "devices; set it to 0",
+    ),
+    *(
+        Rule(
+            functools.partial(_lacks_pmap, key),
+            f"parallel.mapping='pmap' cannot do parallel.{key}={{c.parallel.{key}!r}}; take 'auto' "
+            "or 'shard_map'",
+        )
+        for key in ("members", "deterministic", "tables", "processes")
+    ),
+)
+
+
 def validate(config: ConfigDict, devices: int | None = None) -> None:
     """Raises UserError on the first fault in a config.
 
@@ -36,45 +161,38 @@ def validate(config: ConfigDict, devices: int | None = None) -> None:
       devices: how many there are; None takes those of JAX.
     """
     check_choice("data.name", config.data.name, SOURCES)
-    if "://" in config.data.dir:
-        raise UserError(
-            f"data.dir={config.data.dir}: datasets need a folder of this machine, on a disk or "
-            "mounted; name one"
-        )
     keys = keys_of(config.data.name)
     for name in _leaves(config, keys):
         if name not in keys:
             raise UserError(f"config key {name!r} does not exist; {_hint(config, name)}")
-    _check_values(config, keys.values(), devices)
+    _check_platforms()
+    available = jax.device_count() if devices is None else devices
+    _check_values(config, keys.values(), available)
     for text, way in ways(config).items():
         try:
-            _check_values(way, keys.values(), devices)
+            _check_values(way, keys.values(), available)
         except UserError as error:
             raise UserError(f"sweep.ways={text!r}: {error}") from error
     _check_replaced(config)
 
 
-def _check_values(config: ConfigDict, keys: Iterable[Key], devices: int | None) -> None:
+def _check_values(config: ConfigDict, keys: Iterable[Key], devices: int) -> None:
     """Checks all but the ways of a sweep."""
     for key in keys:
         _check_value(key, value_of(config, key.name))
-    _check_axes(config)
-    _check_part(config)
-    _check_distillation(config)
-    _check_tasks(config)
-    _check_funnel(config)
-    _check_costs(config)
-    _check_platforms()
-    _check_devices(config, jax.device_count() if devices is None else devices)
+    check_tasks(config.tasks, SOURCES[config.data.name].tasks_of(config.data))
+    for rule in _RULES:
+        if rule.broken(config):
+            raise UserError(rule.message.format(c=config))
+    _check_devices(config, devices)
 
 
 def check_key(config: ConfigDict, name: str) -> None:
     """Raises UserError unless there is the key or section `name`, written like `train.steps`."""
-    section: object = config
-    for part in name.split("."):
-        if not isinstance(section, ConfigDict) or part not in section:
-            raise UserError(f"config key {name!r} does not exist; {_hint(config, name)}")
-        section = section[part]
+    try:
+        value_of(config, name)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"config key {name!r} does not exist; {_hint(config, name)}") from error
 
 
 def _hint(config: ConfigDict, name: str) -> str:
@@ -86,14 +204,7 @@ def _hint(config: ConfigDict, name: str) -> str:
     last = name.rpartition(".")[2]
     if same := [other for other in known if other.rpartition(".")[2] == last and other != name]:
         return f"did you mean {' or '.join(map(repr, same))}?"
-    section, path = config, "config"
-    for part in name.split(".")[:-1]:
-        if not isinstance(section, ConfigDict) or part not in section:
-            break
-        section, path = section[part], f"{path}.{part}"
-    if not isinstance(section, ConfigDict):
-        return f"{path} is one value"
-    return f"{path} has: {', '.join(sorted(set(section) - {last}))}"
+    return "docs/config.md lists the keys"
 
 
 def _leaves(config: ConfigDict, keys: Collection[str], above: str = "") -> Iterator[str]:
@@ -111,24 +222,27 @@ _WANTED = {str: "names", int: "whole numbers", bool: "truth values", tuple: "tup
 
 def _check_value(key: Key, value: Any) -> None:
     if isinstance(value, (tuple, list)):
-        for element in value:
-            _check_element(key, key.name, element, key.type)
+        _check_elements(key, key.name, value)
     elif not isinstance(value, ConfigDict):
         _check_allowed(key, f"{key.name}={value!r}", value, "")
 
 
-def _check_element(key: Key, holder: str, element: Any, wanted: type) -> None:
-    """Checks one element of a tuple; an axis of a key that is a tuple has tuples as elements."""
-    types = (int, float) if wanted is float else wanted
-    # bool is an int to Python, and no number to anyone else.
-    if not isinstance(element, types) or (isinstance(element, bool) and wanted is not bool):
-        raise UserError(f"{holder} holds {element!r}; it takes {_WANTED.get(wanted, 'numbers')}")
-    if isinstance(element, tuple):
-        own = KEYS[key.name.removeprefix(axis_of(""))]
-        for part in element:
-            _check_element(own, holder, part, own.type)
-    else:
-        _check_allowed(key, f"{holder} holds {element!r}", element, ", which")
+def _check_elements(key: Key, holder: str, values: Sequence[Any]) -> None:
+    """Checks the elements of a tuple; an axis of a key that is a tuple has tuples as elements."""
+    if key.required and not values:
+        raise UserError(f"{holder} is empty; give it at least one value")
+    if key.distinct and len(set(values)) < len(values):
+        raise UserError(f"{holder}={tuple(values)} names a value twice")
+    for element in values:
+        types = (int, float) if key.type is float else key.type
+        # bool is an int to Python, and no number to anyone else.
+        if not isinstance(element, types) or (isinstance(element, bool) and key.type is not bool):
+            takes = _WANTED.get(key.type, "numbers")
+            raise UserError(f"{holder} holds {element!r}; it takes {takes}")
+        if isinstance(element, tuple):
+            _check_elements(KEYS[key.name.removeprefix(axis_of(""))], holder, element)
+        else:
+            _check_allowed(key, f"{holder} holds {element!r}", element, ", which")
 
 
 def _check_allowed(key: Key, found: str, value: Any, joint: str) -> None:
@@ -141,26 +255,6 @@ def _check_allowed(key: Key, found: str, value: Any, joint: str) -> None:
         for bound in (FINITE, key.allowed):
             if isinstance(bound, Bound) and not bound.holds(value):
                 raise UserError(f"{found}{joint} {bound.text}")
-
-
-def _check_axes(config: ConfigDict) -> None:
-    for key in sweepable():
-        axis = axis_of(key.name)
-        values = value_of(config, axis)
-        if not len(values) and key.name in NAMED_AXES:
-            raise UserError(f"{axis} is empty; give it at least one value")
-        if len(set(values)) < len(values):
-            raise UserError(f"{axis}={tuple(values)} names a value twice")
-    if config.sweep.whole_repeats and config.sweep.axes.batch.seed:
-        raise UserError(
-            "sweep.whole_repeats orders the data by sweep.seeds, so sweep.axes.batch.seed has "
-            "nothing to vary; leave one out"
-        )
-    if config.sweep.axes.optimizer.learning_rate and not config.optimizer.learning_rate:
-        raise UserError(
-            "sweep.axes.optimizer.learning_rate scales the tables' rate along, and "
-            "optimizer.learning_rate is 0"
-        )
 
 
 def _check_replaced(config: ConfigDict) -> None:
@@ -176,151 +270,21 @@ def _check_replaced(config: ConfigDict) -> None:
             )
 
 
-def _check_part(config: ConfigDict) -> None:
-    part = config.sweep.part
-    if part not in ("", PLAN, JOIN) and not (part.isascii() and part.isdecimal()):
-        raise UserError(
-            f"sweep.part={part!r} must be {PLAN}, the number of a cohort, {JOIN}, or empty for all"
-        )
-    if part and config.launcher != "local":
-        raise UserError(
-            f"sweep.part={part} with launcher={config.launcher!r}, which does all parts by itself; "
-            "leave one out"
-        )
-
-
-def _check_distillation(config: ConfigDict) -> None:
-    # Only a mode with a choice of heads looks at the key.
-    if len(serves := MODES[config.distill.mode].serve) > 1:
-        check_choice("distill.serve", config.distill.serve, serves)
-    _check_terms(config)
-    axes = config.sweep.axes
-    texts = itertools.chain(
-        [config.distill.loss], axes.distill.loss, config.distill.terms, *axes.distill.terms
-    )
-    losses = {text.partition(":")[0] for text in texts}
-    sizes = axes.batch.candidates or (config.batch.candidates,)
-    for top_k in axes.distill.top_k or (config.distill.top_k,):
-        if losses & {"topk", "dftopk"} and top_k >= min(sizes):
-            raise UserError(
-                f"distill.top_k={top_k} takes in all batch.candidates={min(sizes)} of a request, "
-                "which leaves the losses topk and dftopk nothing to learn; lower it"
-            )
-
-
-def _check_terms(config: ConfigDict) -> None:
-    distill, axes = config.distill, config.sweep.axes
-    choices = axes.distill.terms or (distill.terms,)
-    for terms, weights in itertools.product(
-        choices, axes.distill.term_weights or (distill.term_weights,)
-    ):
-        if weights and len(weights) != max(len(terms), 1):
-            raise UserError(
-                f"distill.term_weights={tuple(weights)} has {len(weights)} numbers for the "
-                f"{max(len(terms), 1)} of distill.terms={tuple(terms)}; give one a term"
-            )
-    for terms in choices:
-        if len(set(terms)) < len(terms):
-            raise UserError(f"distill.terms={tuple(terms)} names a term twice")
-        if terms and axes.distill.loss:
-            raise UserError(
-                f"sweep.axes.distill.loss changes nothing of distill.terms={tuple(terms)}; vary "
-                "sweep.axes.distill.terms"
-            )
-        name = "distill.terms" if terms else "distill.loss"
-        losses = axes.distill.loss or (distill.loss,)
-        for texts in [terms] if terms else [(loss,) for loss in losses]:
-            if axes.teacher.signal and all(":" in text for text in texts):
-                raise UserError(
-                    f"sweep.axes.teacher.signal changes nothing of {name}={tuple(texts)}; vary "
-                    f"sweep.axes.{name}"
-                )
-
-
-def _check_tasks(config: ConfigDict) -> None:
-    known = SOURCES[config.data.name].tasks_of(config.data)
-    if not config.tasks:
-        raise UserError(f"tasks is empty; {config.data.name} has: {', '.join(known)}")
-    for task in config.tasks:
-        if task not in known:
-            raise UserError(
-                f"tasks holds {task!r}, which {config.data.name} lacks; it has: {', '.join(known)}"
-            )
-    if len(set(config.tasks)) < len(config.tasks):
-        raise UserError(f"tasks={tuple(config.tasks)} names a task twice")
-    if len(config.value_weights) != len(config.tasks):
-        raise UserError(
-            f"value_weights has {len(config.value_weights)} numbers for {len(config.tasks)} tasks; "
-            "give one a task"
-        )
-    if not (all(0 <= w < math.inf for w in config.value_weights) and any(config.value_weights)):
-        raise UserError(
-            f"value_weights={tuple(config.value_weights)} must be finite, not negative, nor all 0"
-        )
-
-
-def _check_funnel(config: ConfigDict) -> None:
-    funnel = config.funnel
-    if not funnel.shown <= funnel.passed <= funnel.retrieved:
-        raise UserError(
-            f"funnel.shown={funnel.shown}, funnel.passed={funnel.passed}, "
-            f"funnel.retrieved={funnel.retrieved}: a funnel may not widen on its way"
-        )
-    for k in funnel.report_at:
-        if not 1 <= k <= funnel.retrieved:
-            raise UserError(f"funnel.report_at holds {k}; give numbers in [1, {funnel.retrieved}]")
-
-
-def _check_costs(config: ConfigDict) -> None:
-    teacher, student = config.costs.teacher, config.costs.student
-    given = {
-        "costs.student.candidate": student.candidate,
-        "costs.student.request": student.request,
-        "costs.teacher.request": teacher.request,
-    }
-    for name, cost in given.items():
-        if cost and not teacher.candidate:
-            raise UserError(
-                f"{name}={cost} is in a unit of your own, and costs.teacher.candidate=0 takes "
-                "FLOPs; give that as well"
-            )
-    sizes = [
-        axis_of(key.name)
-        for key in sweepable()
-        if key.name.startswith("student.") and len(value_of(config, axis_of(key.name))) > 1
-    ]
-    if student.candidate and sizes:
-        raise UserError(
-            f"costs.student.candidate={student.candidate} is of one student, and {sizes[0]} has "
-            "several; leave it 0, which takes each one's FLOPs in the teacher's unit"
-        )
-
-
 def _check_platforms() -> None:
     try:
         jax.devices()
+        jax.local_devices(backend="cpu")  # its compiler counts all FLOPs
     # JAX asserts that there is a device, where it knows none of the kind.
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition(" (set ")[0] or "there is no such device that JAX can use"
         platforms = os.environ.get("JAX_PLATFORMS", "")
         raise UserError(
-            f"JAX_PLATFORMS={platforms}: {reason}; leave it unset, or set JAX_PLATFORMS=cpu"
-        ) from error
-    try:
-        jax.local_devices(backend="cpu")
-    except RuntimeError as error:
-        raise UserError(
-            "JAX_PLATFORMS omits the CPU, which counts all FLOPs with its compiler; add it, as in "
-            "JAX_PLATFORMS=cuda,cpu"
+            f"JAX_PLATFORMS={platforms}: {reason}; leave it unset, or name devices that are here "
+            "and the CPU, as in JAX_PLATFORMS=cuda,cpu"
         ) from error
 
 
 def _check_devices(config: ConfigDict, available: int) -> None:
-    if config.parallel.processes and config.parallel.devices:
-        raise UserError(
-            f"parallel.devices={config.parallel.devices} with parallel.processes: these use all of "
-            "their devices; set it to 0"
-        )
     if config.parallel.devices > available:
         raise UserError(
             f"parallel.devices={config.parallel.devices}, but there are {available}; 0 takes all"
@@ -332,18 +296,6 @@ def _check_devices(config: ConfigDict, available: int) -> None:
             f"parallel.members={members} does not divide the {devices} devices; take one of "
             f"{', '.join(map(str, fitting))}, or 0"
         )
-    wanted = {
-        "members": members > 1,
-        "deterministic": config.parallel.deterministic,
-        "tables": config.parallel.tables == "sharded",
-        "processes": config.parallel.processes,
-    }
-    for key in (key for key, is_wanted in wanted.items() if is_wanted):
-        if config.parallel.mapping == "pmap":
-            raise UserError(
-                f"parallel.mapping='pmap' cannot do parallel.{key}={config.parallel[key]!r}; take "
-                "'auto' or 'shard_map'"
-            )
     _check_requests("teacher.batch.requests", config.teacher.batch.requests, devices)
     # Without a word on members, a sweep's own are spread so that the requests fit.
     if members or config.parallel.mapping == "pmap":
@@ -351,7 +303,7 @@ def _check_devices(config: ConfigDict, available: int) -> None:
             _check_requests("batch.requests", requests, devices, max(members, 1))
 
 
-def check_alone(config: ConfigDict, devices: int | None = None) -> None:
+def check_single(config: ConfigDict, devices: int | None = None) -> None:
     """Raise UserError if the devices cannot share the batches of a single student.
 
     See `validate` for the arguments.
@@ -381,12 +333,27 @@ def check_students(members: Iterable[ConfigDict], orders: Mapping[str, str] = _O
       orders: signals that only order candidates -> the reason for the message.
 
     Raises:
-      UserError: a student has nothing to learn from, or a loss that needs probabilities has a
-        signal that only orders candidates.
+      UserError: a student has nothing to learn from, a wrong number of weights or no such serving
+        choice; or a loss that needs probabilities has a signal that only orders candidates.
     """
     for member in members:
         distill, terms = member.distill, recipes.terms_of(member)
-        weighs = distill.weight and any(distill.term_weights or (1,))
+        serves, weights = MODES[distill.mode].serve, distill.term_weights
+        # Only a mode with a choice of heads reads the key.
+        if len(serves) > 1:
+            check_choice("distill.serve", distill.serve, serves)
+        if terms and weights and len(weights) != len(terms):
+            raise UserError(
+                f"distill.term_weights={tuple(weights)} has {len(weights)} numbers for the "
+                f"{len(terms)} of distill.terms={tuple(distill.terms)}; give one per term"
+            )
+        candidates, losses = member.batch.candidates, {term.loss for term in terms}
+        if losses & {"topk", "dftopk"} and distill.top_k >= candidates:
+            raise UserError(
+                f"distill.top_k={distill.top_k} takes in all batch.candidates={candidates} of a "
+                "request, which leaves the losses topk and dftopk nothing to learn; lower it"
+            )
+        weighs = distill.weight and any(weights or (1,))
         if terms and not distill.user_weight and not weighs:
             key = "distill.term_weights" if distill.weight else "distill.weight"
             raise UserError(

@@ -77,6 +77,8 @@ class Key:
       tuned: True if validation chooses the best of its values. The values of the other keys make
         different students, or different ways to teach them, which are compared.
       switch: True if 0 turns something off: 0 and the other values make different ways.
+      distinct: True if a tuple must not hold a value twice.
+      required: True if a tuple must not be empty.
       may_differ: True if sweeps that differ in it can share a report. Keys that a sweep varies, and
         keys that influence nothing, may always differ.
     """
@@ -92,6 +94,8 @@ class Key:
     column: str = ""
     tuned: bool = False
     switch: bool = False
+    distinct: bool = False
+    required: bool = False
     may_differ: bool = False
 
     @property

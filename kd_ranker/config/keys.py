@@ -31,8 +31,7 @@ from kd_ranker.sources import given, kuairand
 from kd_ranker.sources.logs import layout
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.training.mapping import MAPPINGS, TABLES
-from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
-from kd_ranker.training.recipes import TEACHER_STAGES
+from kd_ranker.training.recipes import OPTIMIZERS, SCHEDULES, TEACHER_STAGES
 
 TEACHER_SOURCES = ("live", "logged")
 LAUNCHERS = ("local", "ray")
@@ -117,7 +116,7 @@ _ALL = (
             influences="teacher", sweep="members", column="seed"),
         Key("tasks", ("watch", "like", "share"), "the user actions to predict"),
         Key("value_weights", (1.0, 2.0, 4.0),
-            "one per task: a ranker sorts by the weighted sum of probabilities",
+            "one per task: a ranker sorts by the weighted sum of probabilities", NOT_NEGATIVE,
             influences="report"),
         Key("launcher", "local",
             "where a sweep's cohorts train, and log_teacher and score compute: here, or on a "
@@ -176,7 +175,7 @@ _ALL = (
             column="distill_weight", tuned=True),
         Key("user_weight", 1.0, "on the user loss; 0: learn only from the teacher", NOT_NEGATIVE),
         Key("terms", (), "losses at once, each \"loss\" or \"loss:signal\"; () takes distill.loss",
-            TermNames(LOSSES, SIGNALS), element=str, column="distill_loss"),
+            TermNames(LOSSES, SIGNALS), element=str, column="distill_loss", distinct=True),
         Key("term_weights", (), "on the terms, one each; () weighs all by 1", NOT_NEGATIVE,
             element=float, tuned=True),
         Key("temperature", 1.0, "softens student and teacher in a loss", POSITIVE,
@@ -300,9 +299,11 @@ _ALL = (
     ),
     section(
         "sweep",
-        Key("modes", ("none", "aux", "shared"), "the values of distill.mode", MODES),
-        Key("weights", (1.0,), "the values of distill.weight", NOT_NEGATIVE),
-        Key("seeds", (0,), "the values of seed", NOT_NEGATIVE),
+        Key("modes", ("none", "aux", "shared"), "the values of distill.mode", MODES,
+            distinct=True, required=True),
+        Key("weights", (1.0,), "the values of distill.weight", NOT_NEGATIVE,
+            distinct=True, required=True),
+        Key("seeds", (0,), "the values of seed", NOT_NEGATIVE, distinct=True, required=True),
         Key("ways", (), "texts like \"distill.mode=aux distill.loss=bce,topk\": each trains the "
             "members of the sweep with these values in place of the sweep's; () trains the sweep "
             "as it is", element=str),

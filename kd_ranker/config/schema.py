@@ -1,14 +1,16 @@
 """Lookups over all config keys, which derive from the table in `keys`."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from kd_ranker import manifest
 from kd_ranker.config.key import Influence, Key
 from kd_ranker.config.keys import DATA_KEYS, KEYS
 from kd_ranker.errors import UserError
+from kd_ranker.training.workdir import as_json, values_by_key
 
 # In the order of the chain: a change to a dataset changes everything made from it.
 INFLUENCES: tuple[Influence, ...] = ("dataset", "teacher", "student", "report", "nothing")
@@ -67,6 +69,7 @@ def _axis_key(key: Key) -> Key:
         sweep="no",
         column="",
         label="",
+        distinct=True,
     )
 
 
@@ -150,6 +153,24 @@ def without_influence(on: Influence) -> list[str]:
     """
     place = INFLUENCES.index(on)
     return [key.name for key in _every_key() if INFLUENCES.index(_influence(key)) > place]
+
+
+# The dataset and the teacher have separate fingerprints.
+_WITH_FINGERPRINTS = ("data", "teacher.workdir")
+
+
+def fingerprint(configs: Mapping[str, ConfigDict], made: Influence) -> str:
+    """Return twelve hex digits that identify the rankers that configs make.
+
+    They depend on the names, on their order, and on the values that influence a ranker.
+
+    Args:
+      configs: by the names of the rankers, in the order in which they train.
+      made: "teacher" or "student".
+    """
+    without = (*without_influence(made), *_WITH_FINGERPRINTS)
+    values = [[name, values_by_key(as_json(of), without)] for name, of in configs.items()]
+    return manifest.digest(values)
 
 
 def may_differ() -> list[str]:

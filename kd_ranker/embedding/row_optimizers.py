@@ -210,25 +210,3 @@ ROW_OPTIMIZERS: dict[str, RowOptimizer] = {"adagrad": adagrad, "adam": adam, "sg
 
 TPU_LANES = 128
 """A TPU pads each row to a multiple of this many numbers."""
-
-
-def tpu_row(width: int, optimizer: RowOptimizer) -> tuple[int, int]:
-    """Return the length of a row of a table in training, and the length that a TPU stores.
-
-    >>> tpu_row(64, adam)
-    (193, 256)
-    """
-    numbers = width + 1 + optimizer.slots(width)
-    return numbers, -(-numbers // TPU_LANES) * TPU_LANES
-
-
-def tpu_widths(width: int, optimizer: RowOptimizer) -> list[int]:
-    """Return the nearest widths at or below `width`, and above it, that waste least TPU memory.
-
-    >>> tpu_widths(64, adam), tpu_widths(32, adam), tpu_widths(64, adagrad)
-    ([42, 85], [42], [126])
-    """
-    near = range(1, width + TPU_LANES)
-    best = [at for at in near if tpu_row(at, optimizer)[1] < tpu_row(at + 1, optimizer)[1]]
-    below, above = [at for at in best if at <= width], [at for at in best if at > width]
-    return below[-1:] + above[:1]

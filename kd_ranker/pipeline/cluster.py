@@ -1,8 +1,10 @@
 """Tasks on the machines of a cluster of Ray, an optional package."""
 
 import contextlib
+import functools
 import importlib
 import os
+import runpy
 import signal
 import socket
 import threading
@@ -12,7 +14,6 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kd_ranker.config.registered import register
 from kd_ranker.errors import UserError
 from kd_ranker.requests.pool import Runner, with_bar
 
@@ -54,6 +55,26 @@ def open_cluster(config: ConfigDict) -> Iterator[Runner]:
         yield run
     finally:
         ray.shutdown()
+
+
+@functools.lru_cache(maxsize=1)
+def register(file: str) -> None:
+    """Execute the file at `config.registered_by` once per process; "" is no file.
+
+    Raises:
+      UserError: it is not on this machine, or it fails.
+    """
+    if not file:
+        return
+    if not Path(file).is_file():
+        raise UserError(
+            f"{file}, which registers what the config names, is not on {socket.gethostname()}; put "
+            "it where all machines see it"
+        )
+    try:
+        runpy.run_path(file)
+    except Exception as error:
+        raise UserError(f"{file} does not load: {type(error).__name__}: {error}") from error
 
 
 def _call(folder: Path, registered_by: str, function: Callable, arguments: tuple) -> Any:

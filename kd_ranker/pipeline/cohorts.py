@@ -170,7 +170,7 @@ def _untrained(sweep: Sweep, opened: Opened) -> list[int]:
     return [
         number
         for number, (cohort, folder) in cohorts
-        if not is_measured(folder, opened.job(cohort).identity)
+        if not is_measured(folder, opened.job(cohort).made_of)
     ]
 
 
@@ -214,12 +214,12 @@ def _train_planned(sweep: Sweep, opened: Opened, number: int) -> None:
 
 def _train_cohort(job: Job, folder: Path, bar: tqdm) -> None:
     """Train the members of a cohort and measure them on validation, if that is not done."""
-    if is_measured(folder, job.identity):
+    if is_measured(folder, job.made_of):
         skip_steps(bar, job.config.train.steps)
         return
     students = runs.fit_students(job, folder, bar)
     measured = measure(job, "validation", students)
-    write_measured(job, folder, job.identity, measured)
+    write_measured(job, folder, job.made_of, measured)
 
 
 def _test_cohort(
@@ -233,7 +233,7 @@ def _test_cohort(
       serves: the chosen serving choices of each chosen member.
       with_references: whether to measure the references as well.
     """
-    owner = {**job.identity, "serves": json.dumps(serves), "references": str(with_references)}
+    owner = {**job.made_of, "serves": json.dumps(serves), "references": str(with_references)}
     if is_measured(folder / TEST, owner):
         return
     groups = [group.only(serves) for group in _restored(job, folder)] if serves else []

@@ -1,12 +1,14 @@
 """Datasets on disk: build and open the dataset of a config, and describe it on the terminal."""
 
 import contextlib
+import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from kd_ranker.config.identity import dataset_name
+from kd_ranker.config.schema import without_influence
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
 from kd_ranker.sources.logs import findings
@@ -17,6 +19,32 @@ from kd_ranker.training.workdir import write_atomically
 SAME_FLAGS = "with the same --config flags"
 PREPARE_DATA = f"python -m experiments.prepare_data, {SAME_FLAGS}"
 LOG_TEACHER = f"python -m experiments.log_teacher, {SAME_FLAGS}"
+
+
+def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
+    """The name of a config's dataset, or of the copy that a teacher trained here has scored.
+
+    Args:
+      config: the config.
+      teacher_version: `Teacher.version`; "" names the dataset itself, with the teacher
+        probabilities that were logged with it, if any.
+
+    Returns:
+      `data.name` and eight hex digits that differ where the contents would differ. The name of a
+      scored copy also contains the teacher and the stage that it has scored.
+    """
+    free = set(without_influence("dataset"))
+    of_data, of_funnel = (
+        {key: value for key, value in config[section].items() if f"{section}.{key}" not in free}
+        for section in ("data", "funnel")
+    )
+    version = SOURCES[config.data.name].version
+    text = json.dumps(
+        [of_data, list(config.tasks), of_funnel, version], sort_keys=True, default=str
+    )
+    name = f"{config.data.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+    scored_by = f"{teacher_version}-{config.teacher.stage}"
+    return f"{name}-teacher-{scored_by}" if teacher_version else name
 
 
 def build_dataset(config: ConfigDict, thorough: bool) -> Path:

@@ -81,7 +81,7 @@ def about(finished: Finished, workdir: Path, exported: Exported, items: str) -> 
         "mode": finished.config.distill.mode if finished.role == "student" else "",
         "serve": finished.serve,
         "dataset": finished.dataset.identity["dataset"],
-        "run": dict(finished.identity),
+        "run": dict(finished.made_of),
         "versions": {name: _version(name) for name in packages if _version(name)},
         "results": _results(finished, workdir),
         "difference": _difference(finished, exported),

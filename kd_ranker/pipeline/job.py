@@ -10,15 +10,15 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from kd_ranker.config import identity
+from kd_ranker.config import schema
 from kd_ranker.evaluation.metrics import TARGET, ReportAt
 from kd_ranker.evaluation.results import spaced_ks
-from kd_ranker.pipeline import datasets
-from kd_ranker.pipeline.teachers import Teacher, teacher_and_dataset
+from kd_ranker.manifest import MadeOf
+from kd_ranker.pipeline import datasets, teachers
+from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests.records import Dataset
 from kd_ranker.sweep.members import common
 from kd_ranker.training import recipes
-from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.recipes import Group
 
 Members = Mapping[str, ConfigDict]  # configs by name, in the order of training
@@ -53,7 +53,7 @@ class Opened:
         """
         workdir = config.teacher.workdir
         if workdir not in self._of_teacher:
-            self._of_teacher = {workdir: teacher_and_dataset(config, self.dataset)}
+            self._of_teacher = {workdir: teachers.teacher_and_dataset(config, self.dataset)}
         return self._of_teacher[workdir]
 
     def job(self, members: Members) -> "Job":
@@ -114,11 +114,15 @@ class Job:
         return [recipes.teacher_group(self.config, spec)]
 
     @functools.cached_property
-    def identity(self) -> Identity:
-        """The identity of the trained rankers, which their checkpoints and tables carry."""
+    def made_of(self) -> MadeOf:
+        """The fingerprints of the trained rankers, which their checkpoints and tables record."""
         if not self.members:
-            return identity.of_teacher(self.config, self.dataset.identity)
-        return identity.of_students(self.members, self.dataset.identity, self.teacher_version)
+            return teachers.made_of(self.config, self.dataset)
+        return {
+            "config": schema.fingerprint(self.members, "student"),
+            **self.dataset.identity,
+            "teacher": self.teacher_version or "of the logs",
+        }
 
     @functools.cached_property
     def report_at(self) -> ReportAt:

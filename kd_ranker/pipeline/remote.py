@@ -29,7 +29,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.requests import lock
 from kd_ranker.training import checkpoints
 from kd_ranker.training.interruption import deferred
-from kd_ranker.training.processes import are_several, first_holds
+from kd_ranker.training.processes import are_distributed, first_holds
 
 # A folder of this machine, or a URL.
 Place = Path | str
@@ -149,7 +149,7 @@ class _Store(NamedTuple):
 
 
 def _open(url: str) -> _Store:
-    if are_several():
+    if are_distributed():
         raise UserError(
             f"{url}: several processes (parallel.processes=True) share a folder; name a mounted "
             "one that all of them see"
@@ -321,30 +321,21 @@ def _last_of(name: str) -> str:
 @contextlib.contextmanager
 def _copied(store: _Store, with_checkpoints: bool) -> Iterator[_Copy]:
     """Copy a workdir to a temporary folder; error messages name the URL in its place."""
-    _remove_abandoned()
     above = Path(tempfile.mkdtemp(prefix=_PREFIX))
     copy = _Copy(store, above / store.url.rpartition("/")[2])
-    with lock.hold(above):
-        try:
-            with _reaching(store.url):
-                copy.folder.mkdir()
-                copy.download(with_checkpoints)
-            yield copy
-        except UserError as error:
-            message = str(error)
-            raise UserError(
-                message if copy.keep else message.replace(str(copy.folder), store.url)
-            ) from error
-        finally:
-            if not copy.keep:
-                shutil.rmtree(above, ignore_errors=True)
-
-
-def _remove_abandoned() -> None:
-    """Remove the copies of killed processes: the lock file is there, and can be locked."""
-    for file in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{lock.FILE}"):
-        with contextlib.suppress(UserError, OSError), lock.hold(file.parent):
-            shutil.rmtree(file.parent)
+    try:
+        with _reaching(store.url):
+            copy.folder.mkdir()
+            copy.download(with_checkpoints)
+        yield copy
+    except UserError as error:
+        message = str(error)
+        raise UserError(
+            message if copy.keep else message.replace(str(copy.folder), store.url)
+        ) from error
+    finally:
+        if not copy.keep:
+            shutil.rmtree(above, ignore_errors=True)
 
 
 def _short(error: Exception) -> str:

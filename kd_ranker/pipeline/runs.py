@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -19,18 +18,24 @@ from kd_ranker.batches.training import (
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.evaluation.results import Row
+from kd_ranker.manifest import MadeOf
 from kd_ranker.pipeline.job import Job
 from kd_ranker.pipeline.measure import Students, measure, trained_judge
 from kd_ranker.requests.records import Dataset
 from kd_ranker.sweep.memory import check_memory, exhaustion_reported
 from kd_ranker.training import checkpoints, recipes
-from kd_ranker.training.checkpoints import Identity
-from kd_ranker.training.loop import Evaluate, fit, scalar_name
+from kd_ranker.training.loop import (
+    Evaluate,
+    Run,
+    abstract_states,
+    fit,
+    make_run,
+    scalar_name,
+)
 from kd_ranker.training.mapping import MAPPINGS, DeviceMap, members_axis
 from kd_ranker.training.placing import first_devices, own_devices
 from kd_ranker.training.processes import check_same, is_first
 from kd_ranker.training.recipes import TEACHER_STAGES, Group
-from kd_ranker.training.run import Run, abstract_states, make_run, padding_of
 from kd_ranker.training.state import (
     Frozen,
     LiveTeacher,
@@ -110,11 +115,11 @@ def fit_teacher(job: Job, workdir: Path) -> tuple[Ranker, int]:
     def ranker(states: States) -> Ranker:
         return Ranker(serve, select_member(states[0].parameters, 0))
 
-    def progress(states: States) -> tuple[dict[str, float], str]:
+    def progress(states: States) -> dict[str, float]:
         judge = trained_judge(job, ranker(states), int(states[0].step))
         limit = job.trainee.train.eval_limit
         measured = measure(job, "validation", judge=judge, limit=limit, costs=False)
-        return _evaluation_scalars(measured.rows[0], ""), ""
+        return _evaluation_scalars(measured.rows[0], "")
 
     with progress_bar(workdir.name, job.trainee.train.steps) as bar:
         states = _fit(job, workdir, progress, bar)
@@ -128,10 +133,15 @@ def fit_students(job: Job, workdir: Path, bar: tqdm) -> list[Students]:
     """
     students = _students_of(job.groups)
 
-    def progress(states: States) -> tuple[dict[str, float], str]:
+    def progress(states: States) -> dict[str, float]:
         trained, limit = students(states), job.trainee.train.eval_limit
         measured = measure(job, "validation", trained, limit=limit, costs=False)
-        return _progress_of_students(job, measured.rows)
+        scalars: dict[str, float] = {}
+        for row in measured.rows:
+            member = job.members.get(str(row["member"]))
+            if member is not None and row["serve"] == member.distill.serve:
+                scalars |= _evaluation_scalars(row, str(row["member"]))
+        return scalars
 
     return students(_fit(job, workdir, progress, bar))
 
@@ -155,7 +165,7 @@ def _students_of(groups: Sequence[Group]) -> Callable[[States], list[Students]]:
 
 
 def trained_students(
-    job: Job, workdir: Path, owner: Identity | None = None
+    job: Job, workdir: Path, made_of: MadeOf | None = None
 ) -> tuple[list[Students], int]:
     """Restore the students that `fit_students` has trained, and the last step of any.
 
@@ -164,28 +174,12 @@ def trained_students(
     Args:
       job: their job.
       workdir: the folder that they were trained in.
-      owner: the identity of their checkpoints; None takes that of the job.
+      made_of: the fingerprints of their checkpoints; None takes those of the job.
     """
     with checkpoints.open_in(workdir) as saved:
         abstract = abstract_states(job.groups)
-        states, step = checkpoints.restore(saved, abstract, None, owner or job.identity)
+        states, step = checkpoints.restore(saved, abstract, None, made_of or job.made_of)
     return (_students_of(job.groups)(states) if step else []), step
-
-
-def _progress_of_students(job: Job, rows: Sequence[Row]) -> tuple[dict[str, float], str]:
-    """The scalars of an evaluation during training, and the member that is best so far."""
-    column = f"value_captured@{job.config.funnel.passed}"
-    scalars: dict[str, float] = {}
-    best, best_value = "", -np.inf
-    for row in rows:
-        name = str(row["member"])
-        if name not in job.members or row["serve"] != job.members[name].distill.serve:
-            continue
-        scalars |= _evaluation_scalars(row, name)
-        value = row.get(column)
-        if isinstance(value, float) and value > best_value:
-            best, best_value = name, value
-    return scalars, f"best {best} {best_value:.3f}" if best else ""
 
 
 def _evaluation_scalars(row: Row, member: str) -> dict[str, float]:
@@ -201,7 +195,7 @@ def _fit(job: Job, workdir: Path, progress: Evaluate, bar: tqdm) -> States:
     """Train the groups of a job; memory that a device lacks becomes one line."""
     with exhaustion_reported():
         run = prepare_run(job)
-        return fit(run, job.trainee.train, workdir, job.identity, progress, bar)
+        return fit(run, job.trainee.train, workdir, job.made_of, progress, bar)
 
 
 def prepare_run(job: Job) -> Run:
@@ -210,9 +204,6 @@ def prepare_run(job: Job) -> Run:
     check_same("dataset", str(dataset.identity))
     check_memory(config, groups, batch, dataset.spec)
     mapping = device_mapping(config, [len(group.names) for group in groups], batch.requests)
-    if jax.devices()[0].platform == "tpu":
-        for line in padding_of(groups):
-            logging.warning("%s", line)
     # Students that learn nothing from a teacher do not pay for one.
     live = job.live_teacher if "logged" in recipes.signals_of(groups) else None
     stage = TEACHER_STAGES[config.teacher.stage]

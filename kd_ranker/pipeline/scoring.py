@@ -19,11 +19,9 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import Stage
 from kd_ranker.config import checks
-from kd_ranker.config.identity import dataset_name
-from kd_ranker.config.registered import register
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import cluster, trained
-from kd_ranker.pipeline.datasets import LOG_TEACHER, candidates_line, dataset_of
+from kd_ranker.pipeline.datasets import LOG_TEACHER, candidates_line, dataset_name, dataset_of
 from kd_ranker.pipeline.remote import Place, fetched, local_folder
 from kd_ranker.pipeline.teachers import Teacher, load_teacher
 from kd_ranker.requests import storage
@@ -280,7 +278,7 @@ def scored_elsewhere(
 @functools.lru_cache(maxsize=1)
 def _opened(text: str) -> Scorer:
     config = ConfigDict(json.loads(text))
-    register(config.registered_by)
+    cluster.register(config.registered_by)
     return _open_scorer(config)
 
 

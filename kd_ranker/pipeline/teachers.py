@@ -9,15 +9,15 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from kd_ranker.config import identity
-from kd_ranker.config.identity import dataset_name
+from kd_ranker.config import schema
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.embedding.lookup import without_slots
 from kd_ranker.embedding.row_optimizers import TPU_LANES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
+from kd_ranker.manifest import MadeOf
 from kd_ranker.models.model import Model, Parameters
-from kd_ranker.pipeline.datasets import LOG_TEACHER, SAME_FLAGS, dataset_of
+from kd_ranker.pipeline.datasets import LOG_TEACHER, SAME_FLAGS, dataset_name, dataset_of
 from kd_ranker.pipeline.remote import fetched, place_of
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training import checkpoints, recipes
@@ -77,6 +77,11 @@ def teacher_and_dataset(config: ConfigDict, dataset: Dataset) -> tuple[Teacher |
     return None, dataset
 
 
+def made_of(config: ConfigDict, dataset: Dataset) -> MadeOf:
+    """The fingerprints of the teacher that a config trains on a dataset."""
+    return {"config": schema.fingerprint({"": config}, "teacher"), **dataset.identity}
+
+
 def load_teacher(config: ConfigDict, dataset: Dataset) -> Teacher:
     """Load the trained teacher in `config.teacher.workdir`.
 
@@ -106,9 +111,7 @@ def _load_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> Teache
     group = recipes.teacher_group(trained, dataset.spec)
     with checkpoints.open_in(workdir) as saved:
         abstract = (jax.eval_shape(group.init),)
-        (state,), step = checkpoints.restore(
-            saved, abstract, None, identity.of_teacher(trained, dataset.identity)
-        )
+        (state,), step = checkpoints.restore(saved, abstract, None, made_of(trained, dataset))
     if step < trained.teacher.train.steps:
         raise UserError(
             f"the teacher at {workdir} stopped at step {step} of {trained.teacher.train.steps}; "

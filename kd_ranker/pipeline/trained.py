@@ -6,23 +6,23 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from kd_ranker.config import checks, identity
-from kd_ranker.config.registered import register
+from kd_ranker import manifest
+from kd_ranker.config import checks, schema
 from kd_ranker.distillation.modes import MODES, Mode
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
-from kd_ranker.evaluation.results import check_whole
+from kd_ranker.manifest import MadeOf
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import runs, teachers
+from kd_ranker.pipeline.cluster import register
 from kd_ranker.pipeline.job import Opened
 from kd_ranker.pipeline.remote import Place, fetched
 from kd_ranker.requests.records import Dataset
 from kd_ranker.serving.score import TrainedRanker
 from kd_ranker.sweep.sweep import Cohort, open_sweep
-from kd_ranker.training import checkpoints, recipes
+from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.placing import put
 from kd_ranker.training.state import select_member
 
@@ -42,7 +42,7 @@ class Finished(NamedTuple):
       parameters: its trained parameters, on a device.
       version: a name for its exact weights.
       dataset: the dataset that has its ids, means and deviations.
-      identity: that of its checkpoint.
+      made_of: the fingerprints that its checkpoint records.
     """
 
     title: str
@@ -54,7 +54,7 @@ class Finished(NamedTuple):
     parameters: Parameters
     version: str
     dataset: Dataset
-    identity: Identity
+    made_of: MadeOf
 
     @property
     def mode(self) -> Mode:
@@ -138,18 +138,14 @@ def open_finished(
         raise UserError(f"{workdir} holds one ranker, and no {member!r}; leave --member out")
     opened = Opened(config)
     workdirs.check_dataset(workdir, opened.dataset.identity)
+    remedy = f"finish it with: python -m experiments.{command}, with the flags that started it"
+    manifest.check(workdir, remedy)
     if command == "train_teacher":
         found = _teacher(config, serve, opened.dataset, workdir)
     elif command == "train":
         found = _student(f"the student at {workdir}", serve, "", {"": config}, opened, workdir)
     else:
         found = _member(member, serve, config, opened, workdir)
-    if not (workdir / results.FILE).exists():
-        raise UserError(
-            f"{found.title} is trained, but its run is not finished; finish it with: python -m "
-            f"experiments.{command}, with the flags that it was started with"
-        )
-    check_whole(workdir)
     return found
 
 
@@ -172,7 +168,7 @@ def _teacher(config: ConfigDict, serve: str, dataset: Dataset, workdir: Path) ->
         parameters=teacher.parameters,
         version=teacher.version,
         dataset=dataset,
-        identity={**identity.of_teacher(config, dataset.identity), "version": teacher.version},
+        made_of={**teachers.made_of(config, dataset), "version": teacher.version},
     )
 
 
@@ -211,20 +207,17 @@ def _student(
     # A mode without a choice ignores the key.
     serve = serve or (config.distill.serve if len(serves) > 1 else next(iter(serves)))
     check_choice("--serve", serve, serves)
-    # The teacher and the copy that it scored may be gone: their identities are taken as recorded.
-    owner = {
-        **checkpoints.recorded_identity(folder),
-        **identity.of_members(members),
+    remedy = "finish it with the command and the flags that it was started with"
+    # The teacher and the copy that it scored may be gone: their fingerprints are those recorded.
+    made_of = {
+        **manifest.read(folder, remedy)["made_of"],
+        "config": schema.fingerprint(members, "student"),
         **dataset.identity,
     }
     job = opened.job(members)
-    groups, step = runs.trained_students(job, folder, owner)
-    steps = job.config.train.steps
-    if step < steps:
-        raise UserError(
-            f"{title} stopped at step {step} of {steps}; finish it with the command and the flags "
-            "that it was started with"
-        )
+    groups, step = runs.trained_students(job, folder, made_of)
+    if step < (steps := job.config.train.steps):
+        raise UserError(f"{title} stopped at step {step} of {steps}; {remedy}")
     (group,) = (only for of in groups if (only := of.only((name,))).names)
     if group.non_finite_step[0]:
         raise UserError(f"{title} stopped being finite at step {group.non_finite_step[0]}")
@@ -240,5 +233,5 @@ def _student(
         parameters=put(parameters),
         version=teachers.digest_of(parameters),
         dataset=dataset,
-        identity=owner,
+        made_of=made_of,
     )

@@ -53,7 +53,7 @@ _UNFINISHED = ".unfinished-"
 
 
 def directory_of(name: str, data_dir: str) -> Path:
-    """Return the folder of the dataset `name` (see `config.identity`), built or not."""
+    """Return the folder of the dataset `name` (see `pipeline.datasets`), built or not."""
     return Path(data_dir) / _NAME / name / FORMAT_VERSION
 
 

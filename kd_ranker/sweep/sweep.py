@@ -16,15 +16,14 @@ import pandas as pd
 from ml_collections import ConfigDict
 
 from kd_ranker import manifest
-from kd_ranker.config import identity
-from kd_ranker.config.schema import sweepable, value_of
+from kd_ranker.config.schema import fingerprint, sweepable, value_of
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.results import is_whole, write_tables
 from kd_ranker.evaluation.saving import FLOPS, Costs, costs_of
+from kd_ranker.manifest import MadeOf
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.sweep.memory import CohortSize
-from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.recipes import shared_part
 from kd_ranker.training.workdir import read_json, write_atomically
 
@@ -44,14 +43,14 @@ class Sweep:
       plan: the names of each cohort's members, in the order of training; incomplete if the sweep
         has not started or will be extended.
       teachers: the version of the teacher of each cohort of the plan.
-      dataset: the identity of its dataset.
+      dataset: the fingerprint of its dataset.
     """
 
     workdir: Path
     members: Mapping[str, ConfigDict]
     plan: Sequence[Sequence[str]]
     teachers: Sequence[str]
-    dataset: Identity
+    dataset: MadeOf
 
     @property
     def cohorts(self) -> list[Cohort]:
@@ -73,7 +72,7 @@ class Sweep:
 
         A table that changed since it was written does not count, nor do tables joined from it.
         """
-        joined = not self._unplaced() and manifest.is_made_of(self.workdir, self._identity())
+        joined = not self._unplaced() and manifest.is_made_of(self.workdir, self._made_of())
         if not (joined and all(map(is_whole, self.folders))):
             return False
         tested = self.with_any(results.chosen(self.validation()))
@@ -130,7 +129,7 @@ class Sweep:
         tables = results.join(self.folders, [folder / TEST for folder in tested], self.costs)
         joined = [*self.folders, *(folder / TEST for folder in tested)]
         parts = [(folder / manifest.FILE).relative_to(self.workdir).as_posix() for folder in joined]
-        write_tables(self.workdir, tables, self._identity(), [FILE, *parts])
+        write_tables(self.workdir, tables, self._made_of(), [FILE, *parts])
 
     def validation(self) -> pd.DataFrame:
         """The rows of all members on validation."""
@@ -140,19 +139,19 @@ class Sweep:
         placed = set(itertools.chain.from_iterable(self.plan))
         return {name: member for name, member in self.members.items() if name not in placed}
 
-    def _identity(self) -> Identity:
-        """The identity of the joined results; each cohort's identity contains the teacher.
+    def _made_of(self) -> MadeOf:
+        """The fingerprints of the joined results; those of each cohort contain the teacher.
 
         A change of costs only repeats the join: nothing is trained or measured again.
         """
         names = itertools.chain.from_iterable(self.plan)
         members = {name: self.members[name] for name in names}
-        whose = {**identity.of_members(members), **self.dataset}
-        return whose if self.costs == FLOPS else {**whose, "costs": str(tuple(self.costs))}
+        found = {"config": fingerprint(members, "student"), **self.dataset}
+        return found if self.costs == FLOPS else {**found, "costs": str(tuple(self.costs))}
 
 
-def open_sweep(config: ConfigDict, workdir: Path, dataset: Identity) -> Sweep:
-    """Open the sweep of `config` on the dataset of this identity, with the cohorts in `workdir`.
+def open_sweep(config: ConfigDict, workdir: Path, dataset: MadeOf) -> Sweep:
+    """Open the sweep of `config` on the dataset of this fingerprint, with the cohorts in `workdir`.
 
     Raises:
       UserError: the workdir's list of cohorts is damaged or missing, or has a member that the

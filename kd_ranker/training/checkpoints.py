@@ -1,8 +1,8 @@
 """Orbax checkpoints of a run.
 
-A checkpoint contains the states of all groups, and a record: the step, the identity of the run, and
-the position of the loader. Orbax writes it from a copy on the host while training continues, and
-renames it when it is complete, so an interrupted write leaves no checkpoint.
+A checkpoint contains the states of all groups, and a record: the step, the fingerprints of the run,
+and the position of the loader. Orbax writes it from a copy on the host while training continues,
+and renames it when it is complete, so an interrupted write leaves no checkpoint.
 """
 
 import contextlib
@@ -17,9 +17,11 @@ import grain
 import jax
 import orbax.checkpoint as ocp
 
+from kd_ranker import manifest
 from kd_ranker.errors import UserError
+from kd_ranker.manifest import MadeOf
 from kd_ranker.training.processes import first_without, index, is_first, on_first
-from kd_ranker.training.workdir import ENVIRONMENT_FILE, Identity
+from kd_ranker.training.workdir import ENVIRONMENT_FILE
 
 FOLDER = "checkpoints"
 _KEEP = 3
@@ -88,7 +90,7 @@ def save(
     step: int,
     state: Any,
     batches: grain.DatasetIterator | None,
-    identity: Identity,
+    made_of: MadeOf,
 ) -> None:
     """Start to save a checkpoint, once the previous one is complete.
 
@@ -99,7 +101,7 @@ def save(
       step: the number of steps taken.
       state: a pytree of arrays.
       batches: the iterator, to save its position; or None.
-      identity: the identity of the run.
+      made_of: the fingerprints of the run.
 
     Raises:
       UserError: the previous one could not be written.
@@ -110,7 +112,7 @@ def save(
     record = {
         "step": step,
         "sizes": _sizes(state),
-        "identity": dict(identity),
+        "made_of": dict(made_of),
         "batches": batches.get_state() if batches is not None else None,
     }
     items = {
@@ -127,7 +129,7 @@ def restore(
     checkpoints: ocp.CheckpointManager,
     state: Any,
     batches: grain.DatasetIterator | None,
-    identity: Identity,
+    made_of: MadeOf,
 ) -> tuple[Any, int]:
     """Restore the newest checkpoint; warns of one that cannot be read and takes the one before.
 
@@ -135,7 +137,7 @@ def restore(
       checkpoints: those of the workdir.
       state: a state of the same shapes and dtypes, or `jax.eval_shape` of one.
       batches: the iterator to move to the saved position, or None.
-      identity: the identity of the run.
+      made_of: the fingerprints of the run.
 
     Returns:
       The state, on the host, and its step; `state` as given and 0 without checkpoints.
@@ -149,7 +151,7 @@ def restore(
         read, error = None, None
         directory = Path(checkpoints.directory) / str(step)
         try:
-            read = _read(checkpoints, step, state, identity)
+            read = _read(checkpoints, step, state, made_of)
         except (UserError, MemoryError, PermissionError):
             raise  # not the fault of the checkpoint
         except Exception as fault:
@@ -171,13 +173,13 @@ def restore(
 
 
 def _read(
-    checkpoints: ocp.CheckpointManager, step: int, state: Any, identity: Identity
+    checkpoints: ocp.CheckpointManager, step: int, state: Any, made_of: MadeOf
 ) -> tuple[Any, Mapping[str, Any]]:
     """Return the state and the record of a checkpoint."""
     record = _record_of(checkpoints, step)
     if record["step"] != step:
         raise ValueError(f"it was saved at step {record['step']}")
-    _check_owner(Path(checkpoints.directory) / str(step), record, _sizes(state), identity)
+    _check_owner(Path(checkpoints.directory) / str(step), record, _sizes(state), made_of)
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
     items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
     return checkpoints.restore(step, args=items).state, record
@@ -204,23 +206,9 @@ def _check_alike(directory: Path, error: Exception | None) -> None:
         )
 
 
-def recorded_identity(workdir: Path) -> Identity:
-    """Return the identity that a workdir's newest readable checkpoint records, or {}.
-
-    It is for the parts of an identity that cannot be known otherwise: `restore` compares the rest.
-    """
-    with open_in(workdir) as checkpoints:
-        for step in sorted(checkpoints.all_steps(), reverse=True):
-            with contextlib.suppress(Exception):  # `restore` reports it
-                return _record_of(checkpoints, step)["identity"]
-    return {}
-
-
-def _check_owner(
-    directory: Path, record: Mapping[str, Any], sizes: str, identity: Identity
-) -> None:
-    """Raise UserError unless a checkpoint has these sizes and this identity."""
-    differing = differences(record["identity"], identity)
+def _check_owner(directory: Path, record: Mapping[str, Any], sizes: str, made_of: MadeOf) -> None:
+    """Raise UserError unless a checkpoint has these sizes and these fingerprints."""
+    differing = manifest.differences(record["made_of"], made_of)
     if record["sizes"] != sizes:
         details = f": {differing}" if differing else ""
         raise UserError(
@@ -232,25 +220,6 @@ def _check_owner(
             f"{directory} belongs to another run: {differing}; use another --workdir, or remove "
             f"{directory.parent} to train from the start"
         )
-
-
-def differences(there: Identity, here: Identity) -> str:
-    """Describe the parts in which two identities differ, in one line; "" if they are equal."""
-    return ", ".join(
-        f"{part} ({_shown(there.get(part, ''), here.get(part, ''))})"
-        for part in (*here, *(there.keys() - here.keys()))
-        if there.get(part) != here.get(part)
-    )
-
-
-def _shown(there: str, here: str) -> str:
-    """Describe two lists of names, without shared names unless only their order differs."""
-    names, others = there.split(", "), here.split(", ")
-    if set(names) == set(others):
-        return f"{there} there, {here} now"
-    more = ", ".join(name for name in names if name not in others)
-    others_more = ", ".join(name for name in others if name not in names)
-    return f"{more or 'no other'} there, {others_more or 'no other'} now"
 
 
 def _reason(error: Exception) -> str:

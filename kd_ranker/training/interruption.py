@@ -52,13 +52,13 @@ def deferred() -> Iterator[Callable[[], bool]]:
         signal.raise_signal(received[0])
 
 
-def stop_when_asked() -> None:
+def stop_on_signal() -> None:
     """From now on, raise `Stopped` for the first signal, and end at once for a second one."""
     _handle(_stop)
     sys.unraisablehook = _unraisable
 
 
-def end_when_asked() -> None:
+def end_on_signal() -> None:
     """From now on, end the process at once: there is nothing to clean up."""
     _handle(_end)
 
@@ -79,7 +79,7 @@ def _handle(handler: Callable[[int, FrameType | None], None]) -> dict[int, Any]:
 
 
 def _stop(number: int, _: FrameType | None) -> None:
-    end_when_asked()
+    end_on_signal()
     raise Stopped(number)
 
 

@@ -1,11 +1,14 @@
-"""The training loop: a call of some steps, then a line of metrics, an evaluation, a checkpoint."""
+"""The training loop: a call of some steps, then a line of metrics, an evaluation, a checkpoint.
+
+A `Run` is the input of the loop: the members that one program trains, their batches and devices.
+"""
 
 import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +19,157 @@ from jaxtyping import Array, Int, Shaped
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from kd_ranker.batches.cutting import PackedBatches, Span
+from kd_ranker.batches.training import TrainingBatches
 from kd_ranker.errors import UserError
+from kd_ranker.manifest import MadeOf
+from kd_ranker.models.model import with_deal
 from kd_ranker.training import checkpoints
-from kd_ranker.training.checkpoints import Identity
 from kd_ranker.training.interruption import deferred
-from kd_ranker.training.run import (
-    Run,
-    abstract_states,
-    initial_states,
-    on_host,
-    states_on_host,
-    take_steps,
+from kd_ranker.training.mapping import DeviceMap, shared_evenly
+from kd_ranker.training.recipes import Group
+from kd_ranker.training.state import (
+    Frozen,
+    Hyperparameters,
+    LiveTeacher,
+    States,
+    steps_of_members,
 )
-from kd_ranker.training.state import States, steps_of_members
-from kd_ranker.training.step import Losses
+from kd_ranker.training.step import Losses, Step, in_turn, make_step
 from kd_ranker.training.workdir import MetricsWriter
 
-Evaluate = Callable[[States], tuple[dict[str, float], str]]
+Evaluate = Callable[[States], dict[str, float]]
 
 # Seconds that the steps of one call may take: a signal is noticed between two calls.
 _LONGEST_CALL = 2.0
 
 
+class Run(NamedTuple):
+    """The parts of a run, without its states.
+
+    Attributes:
+      groups: the members to train, all in one program.
+      filled: the groups with their last member repeated until devices share them evenly.
+      batches: endless, on the devices.
+      frozen: the arrays that the step only reads, on the devices.
+      devices: the mapping over devices.
+      take: the mapped `step.in_turn`.
+    """
+
+    groups: tuple[Group, ...]
+    filled: tuple[Group, ...]
+    batches: TrainingBatches
+    frozen: Frozen
+    devices: DeviceMap
+    take: Callable[..., tuple[States, tuple[Losses, ...]]]
+
+    @property
+    def numbers(self) -> tuple[Hyperparameters, ...]:
+        """The members' numbers, one entry per group."""
+        return tuple(group.numbers for group in self.groups)
+
+    @property
+    def steps(self) -> int:
+        """The number of steps until the last member is finished."""
+        return max(int(numbers.steps.max()) for numbers in self.numbers)
+
+
+def make_run(
+    groups: Sequence[Group],
+    teacher: LiveTeacher | None,
+    batches: TrainingBatches,
+    frozen: Frozen,
+    devices: DeviceMap,
+) -> Run:
+    """Build a run; its program is compiled at the first step.
+
+    Args:
+      groups: the members to train, all in one program.
+      teacher: the live teacher, or None.
+      batches: endless, on the devices.
+      frozen: the arrays that the step only reads, on the host or on one device.
+      devices: the mapping over devices.
+    """
+    filled = filled_for(groups, devices)
+    mapped, held = map_steps(filled, teacher, devices), hold(frozen, devices)
+    return Run(tuple(groups), filled, batches, held, devices, mapped)
+
+
+def hold(frozen: Frozen, devices: DeviceMap) -> Frozen:
+    """Place the arrays that a step only reads; their items record how their rows are dealt."""
+    held = devices.place(frozen)
+    return held.replace(items=held.items.replace(deal=devices.deal))
+
+
+def filled_for(groups: Sequence[Group], devices: DeviceMap) -> tuple[Group, ...]:
+    """Repeat the last member of each group until the devices share its members evenly."""
+
+    def filled(group: Group) -> Group:
+        places = shared_evenly(len(group.names), devices.members)
+        return group if len(places) == len(group.names) else group.at(places)
+
+    return tuple(map(filled, groups))
+
+
+def map_steps(groups: Sequence[Group], teacher: LiveTeacher | None, devices: DeviceMap) -> Any:
+    """Map `step.in_turn` for groups that the devices share evenly."""
+    step = step_for(groups, teacher, devices)
+    return devices.map_step(in_turn(step), abstract_states(groups))
+
+
+def step_for(groups: Sequence[Group], teacher: LiveTeacher | None, devices: DeviceMap) -> Step:
+    """Build the step of groups by `make_step`, for devices that may each hold a share of rows."""
+
+    def dealt(of: Any) -> Any:
+        return of._replace(model=with_deal(of.model, devices.deal))
+
+    recipes = [dealt(group.recipe) for group in groups]
+    return make_step(recipes, teacher and dealt(teacher), devices.members)
+
+
+def abstract_states(groups: Sequence[Group]) -> States:
+    """Return the abstract states before the first step."""
+    return tuple(jax.eval_shape(group.init) for group in groups)
+
+
+def initial_states(run: Run) -> States:
+    """Compute the states before the first step on the devices."""
+    return run.devices.create(lambda deal: tuple(group.init(deal=deal) for group in run.filled))
+
+
+def take_steps(
+    run: Run, states: States, batches: PackedBatches, span: Span
+) -> tuple[States, tuple[Losses, ...]]:
+    """Return the states after a range of steps and the losses of the last; donates the states.
+
+    The results are on the devices and may still be computing.
+    """
+    numbers = tuple(group.numbers for group in run.filled)
+    return run.take(states, batches, (span, numbers), run.frozen)
+
+
+def states_on_host(run: Run, states: States) -> States:
+    """Return the states of the run's members with the shapes of `Group.init`.
+
+    They are on the host or on one device.
+    """
+
+    def without_padding(leaf: Any, like: jax.ShapeDtypeStruct) -> Any:
+        return leaf if leaf.shape == like.shape else leaf[tuple(map(slice, like.shape))]
+
+    return jax.tree.map(without_padding, on_host(run, states), abstract_states(run.groups))
+
+
+def on_host(run: Run, of_groups: Sequence[Any]) -> tuple[Any, ...]:
+    """Return each group's pytree without repeated members, on the host or on one device."""
+    return tuple(
+        run.devices.unreplicate(of_group, len(group.names))
+        for group, of_group in zip(run.groups, of_groups, strict=True)
+    )
+
+
 def fit(
-    run: Run, train: ConfigDict, workdir: Path, identity: Identity, evaluate: Evaluate, bar: tqdm
+    run: Run, train: ConfigDict, workdir: Path, made_of: MadeOf, evaluate: Evaluate, bar: tqdm
 ) -> States:
     """Train until the last member is done, from the newest checkpoint in `workdir` if any.
 
@@ -51,9 +181,8 @@ def fit(
       run: the members, their batches and devices.
       train: `config.train` or `config.teacher.train`; its `…_every` count here.
       workdir: gets checkpoints and metrics.
-      identity: the identity of the members, which the checkpoints record.
-      evaluate: states -> scalars by name, and a short text on the best member; called every
-        `train.eval_every` steps.
+      made_of: the fingerprints of the members, which the checkpoints record.
+      evaluate: states -> scalars by name; called every `train.eval_every` steps.
       bar: shows the progress; `run.steps` are added to it.
 
     Returns:
@@ -61,17 +190,17 @@ def fit(
 
     Raises:
       UserError: the loss of a single run stopped being finite, the checkpoints in `workdir` have
-        another identity, or one cannot be written.
+        other fingerprints, or one cannot be written.
     """
     with deferred() as stop:
-        return _fit(run, train, workdir, identity, evaluate, bar, stop)
+        return _fit(run, train, workdir, made_of, evaluate, bar, stop)
 
 
 def _fit(
     run: Run,
     train: ConfigDict,
     workdir: Path,
-    identity: Identity,
+    made_of: MadeOf,
     evaluate: Evaluate,
     bar: tqdm,
     stop: Callable[[], bool],
@@ -80,25 +209,25 @@ def _fit(
     lengths = _by_name(run, [numbers.steps for numbers in run.numbers])
     batches = iter(run.batches)
     with checkpoints.open_in(workdir, to_write=True) as saved:
-        states, start = checkpoints.restore(saved, abstract_states(run.groups), batches, identity)
+        states, start = checkpoints.restore(saved, abstract_states(run.groups), batches, made_of)
         skip_steps(bar, start)
         if start >= run.steps:
             return states
         states = run.devices.place(states) if start else initial_states(run)
-        diverged, best = _diverged_members(run, states), ""
+        diverged = _diverged_members(run, states)
         with contextlib.closing(MetricsWriter(workdir, start)) as writer:
-            step, most, stopping = start, 1, 0.0
+            step, longest, stopping = start, 1, 0.0
             while step < run.steps and not stopping:
                 training = {name for name, last in lengths.items() if step < last}
                 if training <= diverged.keys():
                     skip_steps(bar, run.steps - step)
                     break
                 wanted, since = _next_stop(step, lengths.values(), train) - step, time.monotonic()
-                packed, span = batches.take(min(wanted, most))
+                packed, span = batches.take(min(wanted, longest))
                 states, losses = take_steps(run, states, packed, span)
-                if most < wanted:
+                if longest < wanted:
                     jax.block_until_ready(losses)
-                    most = _next_most(most, _agreed(time.monotonic() - since))
+                    longest = _next_longest(longest, _agreed(time.monotonic() - since))
                 step += span.stop - span.start
                 bar.update(span.stop - span.start)
                 due, scalars, stopping = _due_after(step, run.steps, train), {}, _agreed(stop())
@@ -112,13 +241,12 @@ def _fit(
                 if due.logging:
                     scalars = _scalars(run, states, losses, training - diverged.keys())
                 if due.evaluation:
-                    measured, best = evaluate(whole)
-                    scalars |= measured
+                    scalars |= evaluate(whole)
                 if scalars:
                     writer.write(step, scalars)
-                    bar.set_postfix_str(_progress(run, scalars, diverged, best))
+                    bar.set_postfix_str(_progress(run, scalars, diverged))
                 if saving:
-                    checkpoints.save(saved, step, whole, batches, identity)
+                    checkpoints.save(saved, step, whole, batches, made_of)
                 # It may be a copy of whole tables.
                 del whole
     if stopping and not stop():
@@ -135,11 +263,11 @@ def _next_stop(step: int, lengths: Iterable[float], train: ConfigDict) -> int:
     return min(*chores, *(int(last) for last in lengths if last > step))
 
 
-def _next_most(most: int, seconds: float) -> int:
-    """Return the most steps of the next call, after one of at most `most` that took `seconds`."""
+def _next_longest(longest: int, seconds: float) -> int:
+    """Return the limit of steps of the next call, after one of `longest` that took `seconds`."""
     if seconds > _LONGEST_CALL:
-        return max(1, most // 2)
-    return 2 * most if seconds < _LONGEST_CALL / 2 else most
+        return max(1, longest // 2)
+    return 2 * longest if seconds < _LONGEST_CALL / 2 else longest
 
 
 def _agreed(number: float) -> float:
@@ -264,10 +392,9 @@ def _unknown_ids(groups: Sequence[dict[str, Int[Array, ""]]]) -> dict[str, float
     return largest
 
 
-def _progress(run: Run, scalars: dict[str, float], diverged: dict[str, int], best: str) -> str:
+def _progress(run: Run, scalars: dict[str, float], diverged: dict[str, int]) -> str:
     """Return a short text for the end of the bar."""
     members = sum(len(group.names) for group in run.groups)
     if run.groups[0].names == ("",):
         return f"loss={scalars['loss']:.4f}" if "loss" in scalars else ""
-    alive = f"alive {members - len(diverged)}/{members}"
-    return f"{alive}, {best}" if best else alive
+    return f"alive {members - len(diverged)}/{members}"

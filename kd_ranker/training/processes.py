@@ -74,7 +74,7 @@ def is_first() -> bool:
     return index() == 0
 
 
-def are_several() -> bool:
+def are_distributed() -> bool:
     """Return True once `start` has joined several processes."""
     return (distributed.global_state.num_processes or 1) > 1
 
@@ -85,7 +85,7 @@ def on_first(function: Callable[[], _Result]) -> _Result:
     Raises:
       UserError: `function` raised on process 0. Process 0 itself raises the original error.
     """
-    if not are_several():
+    if not are_distributed():
         return function()
     multihost_utils.sync_global_devices("on_first")
     result, fault = None, None
@@ -125,7 +125,7 @@ def first_holds(folder: Path, hold: contextlib.AbstractContextManager) -> Iterat
 
 
 def _check_shared(folder: Path) -> None:
-    if not are_several():
+    if not are_distributed():
         return
     token = folder / f".shared.{on_first(lambda: uuid.uuid4().hex)}"
     on_first(token.touch)
@@ -140,7 +140,7 @@ def _check_shared(folder: Path) -> None:
 
 def first_without(holds: bool) -> int | None:
     """Return, on all processes, the first one with a false `holds`; None if all are true."""
-    if not are_several():
+    if not are_distributed():
         return None if holds else 0
     of_all = multihost_utils.process_allgather(np.array(holds))
     return None if of_all.all() else int(np.argmin(of_all))
@@ -151,7 +151,7 @@ def check_same(what: str, text: str) -> None:
 
     The message names the text by `what`.
     """
-    if not are_several():
+    if not are_distributed():
         return
     other = first_without(on_first(lambda: text) == text)
     if other is not None:

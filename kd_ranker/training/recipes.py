@@ -1,4 +1,7 @@
-"""From configs to groups: recipes, their numbers, and the states to start from."""
+"""From configs to groups: recipes, their numbers, and the states to start from.
+
+The optimizers of the dense parameters and the schedules of rates are here by name.
+"""
 
 import functools
 import json
@@ -8,19 +11,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+import optax
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import WHOLE, Deal, FeatureSpec, Stage
 from kd_ranker.batches.training import Needs
 from kd_ranker.distillation.losses import DEFAULT_NUMBERS, LossNumbers, own_numbers
 from kd_ranker.distillation.modes import MODES, Mode
-from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
+from kd_ranker.embedding.row_optimizers import ADAM, ROW_OPTIMIZERS
 from kd_ranker.errors import UserError
 from kd_ranker.models.model import Init, Model, build_model
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
-from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
 from kd_ranker.training.state import (
     Hyperparameters,
     LiveTeacher,
@@ -45,6 +48,51 @@ TEACHER_STAGES = {
     "passed": Stage.PASSED,
     "retrieved": Stage.RETRIEVED,
 }
+
+
+# Directions without a learning rate: the step scales them, so that the rate stays a traced value.
+OPTIMIZERS: dict[str, Callable[[], optax.GradientTransformation]] = {
+    "adagrad": lambda: optax.scale_by_rss(initial_accumulator_value=0.1),
+    "adam": lambda: optax.scale_by_adam(**ADAM._asdict()),
+    "sgd": optax.identity,
+}
+
+
+# The schedules are optax's, for traced numbers of steps. Their operations have the order in which
+# XLA compiles those of optax, where a division by a constant is a multiplication. So the factors
+# have the same bits.
+
+
+def _rise(step: Int[Array, ""], warmup: Float[Array, "members"]) -> Float[Array, "members"]:
+    """Linear warm-up from 0 at step 0 to 1 at step `warmup`."""
+    return 1 - (1 - step * (1 / jnp.maximum(warmup, 1)))
+
+
+def _constant(
+    warmup: int, step: Int[Array, ""], steps: Float[Array, "members"]
+) -> Float[Array, "members"]:
+    """`optax.warmup_constant_schedule` up to 1."""
+    return jnp.where(step < warmup, _rise(step, jnp.full_like(steps, warmup)), 1.0)
+
+
+def _cosine(
+    warmup: int, step: Int[Array, ""], steps: Float[Array, "members"]
+) -> Float[Array, "members"]:
+    """`optax.warmup_cosine_decay_schedule` up to 1 and down to 0 at the last step.
+
+    The warm-up takes half of the steps at most.
+    """
+    warmed_up = jnp.minimum(warmup, jnp.floor(steps / 2))
+    fall = steps - warmed_up
+    gone = jnp.minimum(step - warmed_up, fall)
+    falling = 0.5 * (1 + jnp.cos(gone * (jnp.pi * (1 / fall))))
+    return jnp.where(step < warmed_up, _rise(step, warmed_up), falling)
+
+
+# (warm-up steps; step, counted from 1; the members' numbers of steps) -> factors of the peak rates.
+SCHEDULES: dict[
+    str, Callable[[int, Int[Array, ""], Float[Array, "members"]], Float[Array, "members"]]
+] = {"constant": _constant, "cosine": _cosine}
 
 
 class Group(NamedTuple):

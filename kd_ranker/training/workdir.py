@@ -1,5 +1,6 @@
 """The files of a run, apart from its checkpoints: its config and its metrics."""
 
+import contextlib
 import json
 import os
 import platform
@@ -10,22 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import logging
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
+from kd_ranker import manifest
 from kd_ranker.errors import UserError
+from kd_ranker.manifest import MadeOf
 from kd_ranker.training.processes import is_first, on_first
-
-# The names of members, and digests of their configs, dataset and teacher.
-Identity = Mapping[str, str]
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
 ENVIRONMENT_FILE = "environment.json"
-_AGAIN = "start the command that made it again, with its flags, which rewrites it"
+_RESTORE = "restore it, or use another --workdir"
 REMOVE_ENVIRONMENT = "remove it: it only records how the run was started"
 _PACKAGES = ("kd_ranker", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
@@ -64,7 +63,7 @@ def values_by_key(text: str, without: Sequence[str] = ()) -> dict[str, object]:
 
 
 def check(
-    workdir: Path, command: str, config: ConfigDict, dataset: Identity, without: Sequence[str] = ()
+    workdir: Path, command: str, config: ConfigDict, dataset: MadeOf, without: Sequence[str] = ()
 ) -> None:
     """Check that `workdir` is free or contains a run of this command, config and dataset.
 
@@ -72,15 +71,14 @@ def check(
       workdir: the folder of the run.
       command: the entry point that it belongs to.
       config: its config.
-      dataset: the identity of its dataset.
+      dataset: the fingerprint of its dataset.
       without: keys, or sections, that do not matter to the run and may differ.
 
     Raises:
       UserError: the workdir belongs to another command, config or dataset, which the message names;
-        or its config is missing.
+        or its config is missing or damaged.
     """
-    path = workdir / CONFIG_FILE
-    if not path.exists():
+    if not (workdir / CONFIG_FILE).exists():
         if any((workdir / file).exists() for file in (ENVIRONMENT_FILE, METRICS_FILE)):
             raise UserError(
                 f"{workdir} contains a run but {CONFIG_FILE} is missing; restore it, or use "
@@ -90,28 +88,17 @@ def check(
     owner = owner_of(workdir)
     if owner not in (None, command):
         raise UserError(f"{workdir} belongs to a run of {owner}; use another --workdir")
-    try:
-        text = _config_text(workdir)
-    except UserError as error:
-        # Checkpoints and tables have their own identities.
-        logging.warning("%s", str(error).replace(_AGAIN, "it is rewritten"))
-        text = as_json(config)
-    there, here = (values_by_key(of, without) for of in (text, as_json(config)))
-    differing = [
-        f"{key} ({there.get(key)!r} there, {here.get(key)!r} now)"
-        for key in sorted(there.keys() | here.keys())
-        if there.get(key) != here.get(key)
-    ]
-    if differing:
+    there, here = (values_by_key(as_json(of), without) for of in (read_config(workdir), config))
+    if differing := manifest.differences(there, here):
         raise UserError(
             f"{workdir} holds a run of another config; use another --workdir or set back: "
-            + ", ".join(differing)
+            f"{differing}"
         )
     check_dataset(workdir, dataset)
 
 
-def check_dataset(workdir: Path, dataset: Identity) -> None:
-    """Check that the run in `workdir` uses the dataset of this identity.
+def check_dataset(workdir: Path, dataset: MadeOf) -> None:
+    """Check that the run in `workdir` uses the dataset of this fingerprint.
 
     Raises:
       UserError: it uses another dataset, or other content under the same name.
@@ -126,7 +113,7 @@ def check_dataset(workdir: Path, dataset: Identity) -> None:
 
 
 def claim(
-    workdir: Path, command: str, config: ConfigDict, dataset: Identity, without: Sequence[str] = ()
+    workdir: Path, command: str, config: ConfigDict, dataset: MadeOf, without: Sequence[str] = ()
 ) -> None:
     """Claim `workdir` for this run: `check`, then `write_config`.
 
@@ -146,26 +133,14 @@ def _environment(workdir: Path) -> dict[str, Any]:
     return read_json(path, REMOVE_ENVIRONMENT) if path.exists() else {}
 
 
-def _config_text(workdir: Path) -> str:
-    """Return the text of `config.json`; UserError unless it is a JSON object."""
-    path = workdir / CONFIG_FILE
-    content = path.read_bytes()
-    _parsed(content, path, _AGAIN)
-    return content.decode()
-
-
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """Return the content of a JSON file that holds an object.
 
     Raises:
       UserError: it is damaged; the message ends with `remedy`.
     """
-    return _parsed(path.read_bytes(), path, remedy)
-
-
-def _parsed(content: bytes, path: Path, remedy: str) -> dict[str, Any]:
     try:
-        parsed = json.loads(content)
+        parsed = json.loads(path.read_bytes())
         if not isinstance(parsed, dict):
             raise ValueError("it is not a JSON object")
     except (ValueError, RecursionError) as error:
@@ -173,7 +148,7 @@ def _parsed(content: bytes, path: Path, remedy: str) -> dict[str, Any]:
     return parsed
 
 
-def write_config(workdir: Path, command: str, config: ConfigDict, dataset: Identity) -> None:
+def write_config(workdir: Path, command: str, config: ConfigDict, dataset: MadeOf) -> None:
     """Write `config.json`, and the environment of the run to `environment.json`."""
     devices = jax.devices()
     environment = {
@@ -200,7 +175,7 @@ def read_config(workdir: Path) -> ConfigDict:
     Raises:
       UserError: the file is damaged.
     """
-    return ConfigDict(_with_tuples(json.loads(_config_text(workdir))))
+    return ConfigDict(_with_tuples(read_json(workdir / CONFIG_FILE, _RESTORE)))
 
 
 def _with_tuples(value: Any) -> Any:
@@ -213,20 +188,12 @@ def _with_tuples(value: Any) -> Any:
 def read_metrics(path: Path) -> list[dict[str, float]]:
     """Return the scalars of each line of a `metrics.jsonl`, with its `step`.
 
-    The last line may be cut short if a run was killed. Other damaged lines cause a warning.
+    A line that is cut short, as the last one of a killed run, is left out.
     """
-    scalars, damaged = [], []
-    lines = path.read_text(errors="replace").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            of_line = json.loads(line)
-            int(of_line["step"])
-            scalars.append(of_line)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            if number < len(lines) or line.endswith("}"):
-                damaged.append(str(number))
-    if damaged:
-        logging.warning("%s: left out the damaged lines %s", path, ", ".join(damaged))
+    scalars = []
+    for line in path.read_text(errors="replace").splitlines():
+        with contextlib.suppress(ValueError):
+            scalars.append(json.loads(line))
     return scalars
 
 

@@ -76,9 +76,9 @@ CASES = (
     *(Case(topology, tables="sharded") for topology in ("v5e:2x2", "v5e:4x4", "h100:8")),
     Case("v5e:4x4", source="live", tables="sharded"),
     *(
-        Case(topology, program, source="live", large=program not in ("sweep", "evaluate_sweep"))
+        Case(topology, program, source="live", large=program != "sweep")
         for topology in (_ONE_CHIP, _ONE_CARD)
-        for program in ("train_teacher", "evaluate", "score", "sweep", "evaluate_sweep")
+        for program in ("train_teacher", "sweep")
     ),
 )
 """All that is compiled."""

@@ -13,8 +13,8 @@ from kd_ranker.batches.cutting import PackedBatches, Span, unpack
 from kd_ranker.pipeline.teachers import Teacher
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training import recipes
+from kd_ranker.training.loop import initial_states, make_run, take_steps
 from kd_ranker.training.mapping import MAPPINGS
-from kd_ranker.training.run import initial_states, make_run, take_steps
 from kd_ranker.training.state import Frozen, LiveTeacher
 from kd_ranker.training.step import make_step
 

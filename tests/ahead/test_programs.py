@@ -98,4 +98,4 @@ ENTRY %main (p: f32[4]) -> f32[4] {
 }
 """
     text = text.replace("RARELY", RARELY)
-    assert hlo.cycles_by_kind(text) == {"rows": 160, "products": 7}
+    assert hlo.cycles_of(text) == 16 * 10 + 7

@@ -31,11 +31,6 @@ CHANGES = {
 TABLES = ("results.csv", "curves.csv", "calibration.csv")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return small.open_world(tmp_path_factory)
-
-
 @pytest.fixture
 def cluster():
     """Two nodes beside a head that takes no tasks."""

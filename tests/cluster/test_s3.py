@@ -31,11 +31,6 @@ runpy.run_module(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return small.open_world(tmp_path_factory)
-
-
 def names(store):
     return {path.removeprefix("bucket/runs/student/") for path in store.find("bucket")}
 

@@ -19,6 +19,42 @@ from tests.requests.random_requests import random_source
 REQUESTS = list(itertools.islice(random_source().requests("train"), 3))
 
 
+def each(**fields):
+    """The requests with fields that are computed from each of them."""
+    return [
+        dataclasses.replace(of, **{name: make(of) for name, make in fields.items()})
+        for of in REQUESTS
+    ]
+
+
+def of_one_stage(size):
+    """The requests as a log has them that records one stage only, of `size(request)` candidates."""
+    return each(
+        num_passed=size,
+        user_label=lambda of: np.zeros((size(of), 3), np.uint8),
+        label_weight=lambda of: np.ones(size(of), np.float32),
+    )
+
+
+def without_teacher(older, unwritten, wrong):
+    return [
+        dataclasses.replace(older, teacher_version="v0"),
+        dataclasses.replace(unwritten, teacher_weight=np.zeros_like(unwritten.teacher_weight)),
+        dataclasses.replace(
+            wrong, teacher_probability=np.full_like(wrong.teacher_probability, 1.5)
+        ),
+    ]
+
+
+ALL_SHOWN = of_one_stage(lambda of: len(of.item_id))
+NOTHING_SHOWN = of_one_stage(lambda of: 0)
+PASSED_ARE_SHOWN = each(num_passed=lambda of: len(of.user_label))
+NO_TEACHER = without_teacher(*REQUESTS)
+LIKE_UNSCORED = each(
+    teacher_probability=lambda of: np.where([True, False, True], of.teacher_probability, np.nan)
+)
+
+
 def config_with(**changes):
     config = cascade("small")
     config.distill.mode = "aux"
@@ -26,70 +62,85 @@ def config_with(**changes):
     return config
 
 
-def check_all(config, *members, signal="probability", log=REQUESTS):
-    members = members or (config,)
+def check(*members, log=REQUESTS, signal="probability"):
     checks.check_students(members)
     spec = dataclasses.replace(SPEC, teacher_signal=signal, teacher_version="v1")
     dataset = SimpleNamespace(spec=spec, columns={"train": columns_of(log, spec)})
     checks.check_teacher_signals(dataset, members)
 
 
-def check(*modes, source="logged", signal="rank", loss="bce", learns_from="logged"):
-    config = config_with(teacher__source=source, teacher__signal=learns_from, distill__loss=loss)
-    members = []
-    for mode in modes:
-        members.append(config.copy_and_resolve_references())
-        members[-1].distill.mode = mode
-    check_all(config, *members, signal=signal)
+LOGGED, STAGE = {"teacher__source": "logged"}, {"teacher__signal": "stage"}
+RANKS = {"signal": "rank"}
+TOPK, NONE = {"distill__loss": "topk"}, {"distill__mode": "none"}
+ORDER = r"needs the teacher's probabilities, and stages are an order; choose one of: "
+PASSED = {"teacher__stage": "passed"}
 
 
-@pytest.mark.parametrize("mode", ["aux", "shared"])
-def test_a_loss_that_needs_probabilities_is_refused_where_positions_were_logged(mode):
-    with pytest.raises(UserError) as caught:
-        check("none", mode)
-    message = str(caught.value)
-    assert "\n" not in message
-    assert "distill.loss=bce" in message
-    assert "distill.mode=none" in message
-
-
-def test_each_of_several_terms_is_held_against_its_own_signal():
-    check_all(config_with(distill__terms=("bce", "softmax:stage")))
-    with pytest.raises(UserError, match=r"distill\.terms=bce needs .* stages are an order"):
-        check_all(config_with(distill__terms=("softmax", "bce:stage")))
-
-
-def test_a_loss_is_held_against_the_signal_that_it_names():
-    check_all(config_with(distill__loss="topk:stage"), signal="rank")
-    check_all(config_with(distill__loss="bce:logged", teacher__signal="stage"))
-    with pytest.raises(UserError, match=r"distill\.loss=bce needs .* stages are an order"):
-        check_all(config_with(distill__loss="bce:stage"))
-
-
-@pytest.mark.parametrize("source", ["live", "logged"])
-@pytest.mark.parametrize("loss", ["bce", "mse_logit", "mse_margin"])
-def test_a_loss_that_needs_probabilities_is_refused_where_stages_are_the_signal(source, loss):
-    with pytest.raises(UserError) as caught:
-        check("none", "aux", source=source, signal="probability", loss=loss, learns_from="stage")
-    message = str(caught.value)
-    assert "\n" not in message
-    assert f"distill.loss={loss} needs the teacher's probabilities" in message
-    assert "and stages are an order; choose one of: distill.loss=approx_ndcg" in message
-    check("none", source=source, loss=loss, learns_from="stage")
-    check("aux", source=source, loss="softmax", learns_from="stage")
-
-
-def test_a_loss_is_not_refused_without_need():
-    check("none")
-    check("aux", source="live")
-    check("aux", signal="probability")
+@pytest.mark.parametrize(
+    ("changes", "how", "message"),
+    [
+        # Positions where a loss needs probabilities.
+        (LOGGED, RANKS, r"distill\.loss=bce needs .* its positions; .*distill\.mode=none"),
+        (LOGGED | {"distill__mode": "shared"}, RANKS, "distill.loss=bce needs"),
+        (LOGGED | {"distill__loss": "softmax"}, RANKS, None),
+        (LOGGED | {"distill__loss": "topk:stage"}, RANKS, None),
+        (LOGGED | NONE, RANKS, None),
+        ({}, RANKS, None),
+        (LOGGED, {}, None),
+        # Stages where a loss needs probabilities, each term with its own signal.
+        (STAGE, {}, f"distill.loss=bce {ORDER}distill.loss=approx_ndcg"),
+        (STAGE | LOGGED | {"distill__loss": "mse_logit"}, {}, f"distill.loss=mse_logit {ORDER}"),
+        (STAGE | {"distill__loss": "mse_margin"}, {}, f"distill.loss=mse_margin {ORDER}"),
+        (STAGE | {"distill__loss": "bce:logged"}, {}, None),
+        (STAGE | NONE, {}, None),
+        ({"distill__loss": "bce:stage"}, {}, f"distill.loss=bce {ORDER}"),
+        ({"distill__terms": ("bce", "softmax:stage")}, {}, None),
+        ({"distill__terms": ("softmax", "bce:stage")}, {}, f"distill.terms=bce {ORDER}"),
+        # Stages that do not differ.
+        ({"distill__terms": ("bce", "topk:stage")}, {}, None),
+        ({"distill__terms": ("bce", "topk:stage")}, {"log": ALL_SHOWN}, "signal stage is constant"),
+        (STAGE | TOPK, {"log": NOTHING_SHOWN}, "the signal stage is constant: all candidates of a"),
+        ({}, {"log": ALL_SHOWN}, None),
+        (STAGE | NONE, {"log": NOTHING_SHOWN}, None),
+        (STAGE | TOPK, {"log": [*ALL_SHOWN, REQUESTS[0]]}, None),
+        # A teacher without candidates of its stage.
+        (PASSED, {"log": PASSED_ARE_SHOWN}, r"^teacher\.stage=passed: in the training .* has pass"),
+        (PASSED | LOGGED, {"log": PASSED_ARE_SHOWN}, r"^teacher\.stage=passed: "),
+        ({"teacher__stage": "shown"}, {"log": NOTHING_SHOWN}, r"^teacher\.stage=shown: "),
+        (PASSED, {"log": [*PASSED_ARE_SHOWN, REQUESTS[0]]}, None),
+        (PASSED | NONE, {"log": PASSED_ARE_SHOWN}, None),
+        (PASSED | STAGE | TOPK, {"log": PASSED_ARE_SHOWN}, None),
+        ({}, {"log": PASSED_ARE_SHOWN}, None),
+        # A log without a teacher, or without its number of a task.
+        (LOGGED, {"log": NO_TEACHER}, "the signal logged is missing: no training request"),
+        ({}, {"log": NO_TEACHER}, None),
+        (LOGGED | STAGE | TOPK, {"log": NO_TEACHER}, None),
+        (LOGGED, {"log": LIKE_UNSCORED}, "value_weights gives like the weight 2, and no training"),
+        (LOGGED | {"value_weights": (1.0, 0.0, 4.0)}, {"log": LIKE_UNSCORED}, None),
+        ({}, {"log": LIKE_UNSCORED}, None),
+        # Nothing to learn from.
+        ({"distill__user_weight": 0.5, "distill__weight": 0.0}, {}, None),
+        ({"distill__user_weight": 0.0}, {}, None),
+        (NONE | {"distill__user_weight": 0.0, "distill__weight": 0.0}, {}, None),
+    ],
+)
+def test_a_student_learns_from_a_log_that_has_its_signals(changes, how, message):
+    config = config_with(**changes)
+    # The baseline needs nothing of it.
+    members = [config_with(**changes | NONE), config]
+    if message is None:
+        check(*members, **how)
+        return
+    with pytest.raises(UserError, match=message) as caught:
+        check(*members, **how)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_loss_of_the_order_takes_positions_and_is_what_the_message_offers(monkeypatch):
     monkeypatch.setitem(checks.LOSSES, "order", checks.LOSSES["softmax"])
-    check("aux", loss="order")
+    check(config_with(**LOGGED, distill__loss="order"), **RANKS)
     with pytest.raises(UserError, match=r"choose one of: .*distill\.loss=order"):
-        check("aux")
+        check(config_with(**LOGGED), **RANKS)
 
 
 @pytest.mark.parametrize(
@@ -104,68 +155,12 @@ def test_a_student_has_something_to_learn_from(changes, key, tmp_path):
     config = config_with(distill__user_weight=0.0, **changes)
     with pytest.raises(UserError, match=rf"distill.user_weight=0 and .*{key}=0 leave a student of"):
         api.train(config, tmp_path / "refused")
-    check_all(config_with(distill__user_weight=0.5, **changes))
-    check_all(config_with(**changes | {"distill__mode": "none", "distill__user_weight": 0.0}))
-    check_all(config_with(distill__user_weight=0.0, distill__term_weights=()))
-
-
-def test_a_sweep_has_no_student_without_anything_to_learn_from(tmp_path):
-    axes = {
-        "sweep__modes": ("none", "aux"),
-        "sweep__weights": (0.0, 1.0),
-        "sweep__axes__distill__user_weight": (1.0, 0.0),
-    }
+    axes = {"sweep__modes": ("none", "aux"), "sweep__axes__distill__user_weight": (1.0, 0.0)}
+    axes["sweep__weights"] = (config.distill.weight,)
     for command in (api.sweep, api.run):
-        with pytest.raises(UserError, match=r"user_weight=0 and distill\.weight=0 leave a"):
-            command(config_with(**axes), tmp_path / "refused")
+        with pytest.raises(UserError, match=rf"user_weight=0 and .*{key}=0 leave a"):
+            command(config_with(**changes, **axes), tmp_path / "refused")
     assert not (tmp_path / "refused").exists()
-
-
-def shown(request, of_all):
-    """The request as a log has it that tells of no stage but one."""
-    number = len(request.item_id) if of_all else 0
-    return dataclasses.replace(
-        request,
-        num_passed=number,
-        user_label=np.zeros((number, 3), np.uint8),
-        label_weight=np.ones(number, np.float32),
-    )
-
-
-@pytest.mark.parametrize("of_all", [True, False])
-def test_stages_that_a_log_lacks_are_no_signal(of_all):
-    config = config_with(distill__terms=("bce", "topk:stage"))
-    check_all(config)
-    log = [shown(request, of_all) for request in REQUESTS]
-    with pytest.raises(UserError, match="the signal stage is constant: all candidates of a"):
-        check_all(config, log=log)
-    check_all(config_with(distill__loss="bce"), log=log)
-    check_all(config_with(distill__mode="none", teacher__signal="stage"), log=log)
-    check_all(config, log=[*log, REQUESTS[0]])
-
-
-@pytest.mark.parametrize("source", ["live", "logged"])
-def test_a_teacher_needs_candidates_of_its_stage(source):
-    def passed_are_shown(request):
-        return dataclasses.replace(request, num_passed=len(request.user_label))
-
-    log = [passed_are_shown(request) for request in REQUESTS]
-    passed = config_with(teacher__stage="passed", teacher__source=source)
-    check_all(passed)
-    check_all(passed, log=[*log, REQUESTS[0]])
-    with pytest.raises(
-        UserError, match=r"^teacher\.stage=passed: in the training .* has passed as"
-    ):
-        check_all(passed, log=log)
-    of_shown = config_with(teacher__stage="shown", teacher__source=source)
-    nothing_shown = [shown(request, of_all=False) for request in REQUESTS]
-    with pytest.raises(UserError, match=r"^teacher\.stage=shown: "):
-        check_all(of_shown, log=nothing_shown)
-    # Neither mode none nor stages need a teacher.
-    check_all(config_with(teacher__stage="passed", distill__mode="none"), log=log)
-    stages = config_with(teacher__stage="passed", distill__loss="topk", teacher__signal="stage")
-    check_all(stages, log=log)
-    check_all(config_with(teacher__stage="retrieved", teacher__source=source), log=log)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -180,28 +175,9 @@ def test_each_split_needs_a_label(split):
         return SimpleNamespace(columns=columns, spec=dataclasses.replace(SPEC, dataset="cascade"))
 
     checks.check_labels(dataset_of(0.5))
-    nothing_shown = [shown(request, of_all=False) for request in REQUESTS]
-    for dataset in (dataset_of(0), dataset_of(1, nothing_shown)):
+    for dataset in (dataset_of(0), dataset_of(1, NOTHING_SHOWN)):
         with pytest.raises(UserError, match=f"^no {split} request of cascade has a user label; "):
             checks.check_labels(dataset)
-
-
-def test_a_teacher_that_a_log_lacks_is_no_signal():
-    config = config_with(teacher__source="logged")
-    check_all(config)
-    older, unwritten, wrong = REQUESTS
-    log = [
-        dataclasses.replace(older, teacher_version="v0"),
-        dataclasses.replace(unwritten, teacher_weight=np.zeros_like(unwritten.teacher_weight)),
-        dataclasses.replace(
-            wrong, teacher_probability=np.full_like(wrong.teacher_probability, 1.5)
-        ),
-    ]
-    with pytest.raises(UserError, match="the signal logged is missing: no training request"):
-        check_all(config, log=log)
-    check_all(config_with(teacher__source="live"), log=log)
-    stage = {"distill__loss": "topk", "teacher__signal": "stage"}
-    check_all(config_with(teacher__source="logged", **stage), log=log)
 
 
 def test_a_final_ranker_learns_from_a_log_only_if_that_holds_probabilities():
@@ -214,19 +190,3 @@ def test_a_final_ranker_learns_from_a_log_only_if_that_holds_probabilities():
         with pytest.raises(UserError, match=r"teacher\.log_weight=1 needs teacher probabilities"):
             checks.check_teacher_log(config, dataset)
         checks.check_teacher_log(cascade("small"), dataset)
-
-
-def test_a_task_that_counts_in_the_value_must_have_been_scored():
-    lacking = [
-        dataclasses.replace(
-            request,
-            teacher_probability=np.where([True, False, True], request.teacher_probability, np.nan),
-        )
-        for request in REQUESTS
-    ]
-    check_all(config_with(value_weights=(1.0, 0.0, 4.0), teacher__source="logged"), log=lacking)
-    weighted = config_with(value_weights=(1.0, 2.0, 4.0), teacher__source="logged")
-    with pytest.raises(UserError, match="value_weights gives like the weight 2, and no training"):
-        check_all(weighted, log=lacking)
-    weighted.teacher.source = "live"
-    check_all(weighted, log=lacking)

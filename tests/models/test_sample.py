@@ -19,7 +19,7 @@ from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
 from kd_ranker.models.model import Parameters, build_model, score
 from kd_ranker.models.student import MultiInterest
 from kd_ranker.training.mapping import MAPPINGS
-from kd_ranker.training.optimizers import OPTIMIZERS
+from kd_ranker.training.recipes import OPTIMIZERS
 from kd_ranker.training.state import (
     Frozen,
     Hyperparameters,

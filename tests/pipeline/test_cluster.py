@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 
 from kd_ranker import main
-from kd_ranker.config import registered
 from kd_ranker.configs import cascade
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.errors import UserError
@@ -92,11 +91,11 @@ def test_a_config_file_that_registers_a_loss_runs_where_the_tasks_do(ray, tmp_pa
     config = main.read_config("my_loss.py")
     assert config.registered_by == str(file)
     del LOSSES["of_mine"]  # as on another machine
-    registered.register.cache_clear()
+    cluster.register.cache_clear()
     with cluster.open_cluster(config) as run:
         assert list(run(names_a_loss, [("of_mine",)], "a look")) == [True]
         file.unlink()
-        registered.register.cache_clear()
+        cluster.register.cache_clear()
         with pytest.raises(UserError, match=r"my_loss\.py, which registers .* is not on "):
             list(run(names_a_loss, [("of_mine",)], "a look"))
         file.write_text("1 / 0")

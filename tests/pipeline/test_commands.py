@@ -12,7 +12,6 @@ import pytest
 from kd_ranker import api, manifest
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.training import BatchConfig, training_batches
-from kd_ranker.config.identity import dataset_name
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
@@ -37,11 +36,6 @@ from tests.small import SWEEP
 
 # As many steps as elsewhere: the schedule is compiled in, and what is compiled is shared.
 TABLES = (results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return small.open_world(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +69,7 @@ def student_parameters(workdir):
     (group,) = job.groups
     abstract = (jax.eval_shape(group.init),)
     with checkpoints.open_in(workdir) as saved:
-        (state,), step = checkpoints.restore(saved, abstract, None, job.identity)
+        (state,), step = checkpoints.restore(saved, abstract, None, job.made_of)
     assert step == config.train.steps
     return select_member(state.parameters, 0)
 
@@ -321,7 +315,7 @@ def test_kept_shards_are_of_the_same_batches_dataset_and_teacher(apart):
             config.update_from_flattened_dict(
                 {key.replace("__", "."): value for key, value in changes.items()}
             )
-        name = dataset_name(config, teacher.version)
+        name = datasets.dataset_name(config, teacher.version)
         return scoring.scoring_folder(scoring.Scorer(config, dataset, teacher), name)
 
     before = folder()
@@ -330,7 +324,7 @@ def test_kept_shards_are_of_the_same_batches_dataset_and_teacher(apart):
     assert folder(evaluation__requests=8) != before
     assert folder(teacher__stage="passed") != before
     changed = dataclasses.replace(dataset, identity={"dataset": "of other content"})
-    name = dataset_name(apart, teacher.version)
+    name = datasets.dataset_name(apart, teacher.version)
     assert scoring.scoring_folder(scoring.Scorer(apart, changed, teacher), name) != before
 
 
@@ -648,18 +642,12 @@ def test_another_choice_on_validation_is_another_one_read_on_the_test(world, swe
     assert set(tested.loc[tested["mode"] == "none", "serve"]) == {"user"}
 
 
-@pytest.mark.parametrize("lost", ["damaged", "gone"])
-def test_students_whose_checkpoint_is_lost_before_the_test_are_made_again(
-    world, swept, tmp_path, lost
-):
+def test_students_whose_checkpoint_is_lost_before_the_test_are_made_again(world, swept, tmp_path):
     workdir = copy_of(swept, tmp_path)
     cohort = workdir / "cohorts" / "0"
     shutil.rmtree(cohort / "test")
     (workdir / manifest.FILE).unlink()
-    if lost == "gone":
-        shutil.rmtree(cohort / "checkpoints")
-    else:
-        damage(cohort / "checkpoints" / "20")
+    damage(cohort / "checkpoints" / "20")
     assert small.sweep(world.config(**SWEEP), workdir)
     for name in TABLES:
         assert (workdir / name).read_bytes() == (swept / name).read_bytes()
@@ -824,17 +812,6 @@ def test_a_sweep_of_which_all_diverge_has_the_teacher_and_references_on_the_test
     assert not small.sweep(config, tmp_path)
 
 
-def test_a_member_whose_last_update_is_not_finite_is_marked_too(world, tmp_path):
-    """No later loss would tell."""
-    # Infinite as a float32.
-    axes = {"sweep__modes": ("none",), "sweep__axes__optimizer__learning_rate": (0.01, 1e39)}
-    short = {"train__steps": 1, "optimizer__schedule": "constant"}
-    api.sweep(world.config(**axes, **short), tmp_path)
-    students = rows_of(tmp_path, "validation")
-    assert students["non_finite_step"].fillna(0).tolist() == [0, 1]
-    assert students["user_bce/watch"].isna().tolist() == [False, True]
-
-
 def test_an_extension_that_died_before_its_results_were_joined_is_not_complete(
     world, swept, extended, tmp_path
 ):
@@ -857,20 +834,6 @@ def test_a_workdir_belongs_to_one_command(world, swept, trained, tmp_path):
     single = copy_of(trained("shared"), tmp_path)
     fault = fault_of(api.sweep, world.config(distill__mode="shared"), single)
     assert f"{single} belongs to a run of train;" in fault
-
-
-def test_results_of_a_cohort_that_are_damaged_are_made_again(world, swept, tmp_path):
-    workdir = tmp_path / "damaged"
-    shutil.copytree(swept, workdir)
-    for path in (workdir / results.FILE, workdir / "cohorts" / "0" / results.FILE):
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
-    (workdir / results.CALIBRATION_FILE).unlink()
-    assert small.sweep(world.config(**SWEEP), workdir)
-    for name in TABLES:
-        assert (workdir / name).read_bytes() == (swept / name).read_bytes()
-    (workdir / "cohorts.json").write_text("{")
-    assert "cohorts.json is damaged" in fault_of(api.sweep, world.config(**SWEEP), workdir)
 
 
 def test_orders_of_data_are_cohorts_that_pair_with_their_own_baseline(world, tmp_path):
@@ -918,16 +881,6 @@ def test_a_whole_repeat_has_a_teacher_and_an_order_of_its_own(world, tmp_path):
         assert estimates.of(setting, "passed_for_99").covers == "both"
 
 
-def test_a_sweep_under_another_teacher_is_refused(world, swept, tmp_path):
-    workdir = tmp_path / "other_teacher"
-    shutil.copytree(swept, workdir)
-    plan = json.loads((workdir / "cohorts.json").read_text()) | {"teachers": ["elsewhere"]}
-    (workdir / "cohorts.json").write_text(json.dumps(plan))
-    (workdir / results.FILE).unlink()
-    fault = fault_of(api.sweep, world.config(**SWEEP), workdir)
-    assert "under the teacher elsewhere" in fault
-
-
 def files_of(workdir):
     return {
         path: path.read_bytes()
@@ -936,78 +889,69 @@ def files_of(workdir):
     }
 
 
-def test_students_are_never_taken_for_others_that_are_extended_by(world, swept, tmp_path):
-    workdir = tmp_path / "nameless"
-    shutil.copytree(swept, workdir)
-    (workdir / "cohorts.json").unlink()
-    before = files_of(workdir)
-    others = world.config(**SWEEP | {"sweep__seeds": (2, 3), "sweep__extend": True})
-    fault = fault_of(api.sweep, others, workdir)
-    assert f"{workdir / 'cohorts'} contains students, but cohorts.json, which lists them" in fault
-    assert files_of(workdir) == before
+def change_members(workdir):
+    path = workdir / "cohorts.json"
+    path.write_text(path.read_text().replace("seed0", "seed1", 1))
 
 
-@pytest.mark.parametrize("finished", [True, False], ids=["measured", "trained"])
-def test_a_cohort_of_others_is_refused_with_their_names(world, swept, tmp_path, finished):
-    """As two runs in one workdir left them before it was held."""
-    shutil.copytree(swept / "cohorts", tmp_path / "cohorts")
-    versions = json.loads((swept / "cohorts.json").read_text())["teachers"]
-    names = [f"{mode}-seed{seed}" for seed in (2, 3) for mode in ("none", "aux-weight1.0")]
-    (tmp_path / "cohorts.json").write_text(json.dumps({"teachers": versions, "cohorts": [names]}))
-    if not finished:
-        (tmp_path / "cohorts" / "0" / results.FILE).unlink()
-    fault = fault_of(api.sweep, world.config(**SWEEP | {"sweep__seeds": (2, 3)}), tmp_path)
-    assert f"{tmp_path / 'cohorts' / '0' / 'checkpoints' / '20'} belongs to another run" in fault
-    there, now = (f"none-seed{a}, aux-weight1.0-seed{a}" for a in (0, 2))
-    assert f"members ({there}, " in fault
-    assert f" there, {now}, " in fault
-    assert not (tmp_path / results.FILE).exists()
+def change_teacher(workdir):
+    path = workdir / "cohorts.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"teachers": ["elsewhere"]}))
+    (workdir / results.FILE).unlink()
 
 
-def test_results_of_the_same_names_under_another_config_are_not_taken(world, swept, tmp_path):
-    workdir = tmp_path / "other"
-    shutil.copytree(swept, workdir)
+def forget_config(workdir):
     for name in ("config.json", "environment.json"):
         (workdir / name).unlink()
-    fault = fault_of(api.sweep, world.config(**SWEEP, optimizer__warmup_steps=3), workdir)
-    assert re.search(r"belongs to another run: config \(\w+ there, \w+ now\); use another", fault)
 
 
-def test_a_cohort_whose_results_were_not_marked_is_measured_again(world, swept, tmp_path):
-    workdir = tmp_path / "unmarked"
-    shutil.copytree(swept, workdir)
-    cohort = workdir / "cohorts" / "0"
-    (workdir / manifest.FILE).unlink()
-    for folder in (cohort, cohort / "test"):
-        (folder / manifest.FILE).unlink()
-        results_of_another = (folder / results.FILE).read_bytes().replace(b"0.", b"1.")
-        (folder / results.FILE).write_bytes(results_of_another)
-    assert small.sweep(world.config(**SWEEP), workdir)
-    for name in (
-        results.FILE,
-        *(f"{of}{manifest.FILE}" for of in ("", "cohorts/0/", "cohorts/0/test/")),
-    ):
-        assert (workdir / name).read_bytes() == (swept / name).read_bytes()
+@pytest.mark.parametrize(
+    ("change", "changes", "message"),
+    [
+        (lambda workdir: (workdir / "cohorts.json").write_text("{"), {}, "cohorts.json is damaged"),
+        (
+            lambda workdir: (workdir / "cohorts.json").unlink(),
+            {"sweep__seeds": (2, 3), "sweep__extend": True},
+            "cohorts contains students, but cohorts.json, which lists them, is missing",
+        ),
+        (change_members, {}, "20 contains a model of other sizes than the config: config ("),
+        (change_teacher, {}, "holds a sweep under the teacher elsewhere"),
+        (forget_config, {"optimizer__warmup_steps": 3}, "20 belongs to another run: config ("),
+    ],
+)
+def test_a_sweep_of_other_members_teacher_or_config_is_refused_and_stays(
+    world, swept, tmp_path, change, changes, message
+):
+    workdir = copy_of(swept, tmp_path)
+    change(workdir)
+    before = files_of(workdir / "cohorts")
+    assert message in fault_of(api.sweep, world.config(**SWEEP | changes), workdir)
+    assert files_of(workdir / "cohorts") == before
 
 
 @pytest.mark.parametrize("of", ["", "cohorts/0", "cohorts/0/test"])
-def test_a_changed_table_of_a_finished_sweep_is_told_and_made_again(world, swept, tmp_path, of):
-    workdir = tmp_path / "changed"
-    shutil.copytree(swept, workdir)
-    path = workdir / of / results.FILE
+def test_a_changed_table_of_a_finished_sweep_is_named_and_made_again(world, swept, tmp_path, of):
+    workdir = copy_of(swept, tmp_path)
+    path, unmarked = workdir / of / results.FILE, workdir / "cohorts" / "0" / "test"
     content = path.read_bytes()
     path.write_bytes(content.replace(b"0.", b"1.", 1))
     if of != "cohorts/0":  # of which a report reads nothing
         fault = fault_of(api.report, workdir, output=tmp_path / "report")
         assert f"{path} has changed; start the command that made it again" in fault
+    (unmarked / manifest.FILE).unlink()
+    (workdir / results.CALIBRATION_FILE).unlink()
     assert small.sweep(world.config(**SWEEP), workdir)
-    assert path.read_bytes() == content
+    for name in (*TABLES, manifest.FILE):
+        assert (workdir / name).read_bytes() == (swept / name).read_bytes()
+    for folder in (path.parent, unmarked):
+        assert (folder / results.FILE).read_bytes() == (
+            swept / folder.relative_to(workdir) / results.FILE
+        ).read_bytes()
     assert not small.sweep(world.config(**SWEEP), workdir)
 
 
 def test_a_report_finds_tables_of_another_cohort_and_another_config(swept, tmp_path):
-    workdir = tmp_path / "exchanged"
-    shutil.copytree(swept, workdir)
+    workdir = copy_of(swept, tmp_path)
     cohort = workdir / "cohorts" / "0" / "test"
     written = json.loads((cohort / manifest.FILE).read_text())
     table = (cohort / results.FILE).read_bytes()
@@ -1021,19 +965,6 @@ def test_a_report_finds_tables_of_another_cohort_and_another_config(swept, tmp_p
     config.write_text(config.read_text().replace('"passed": 30', '"passed": 40'))
     fault = fault_of(api.report, workdir, output=tmp_path / "report")
     assert f"{config} has changed; start the command" in fault
-
-
-def test_a_sweep_whose_plan_is_not_as_it_was_written_is_told(world, swept, tmp_path):
-    workdir = tmp_path / "plan"
-    shutil.copytree(swept, workdir)
-    path = workdir / "cohorts.json"
-    text = path.read_text()
-    path.write_text(text[:30])
-    fault = fault_of(api.sweep, world.config(**SWEEP), workdir)
-    assert f"{path} is damaged: " in fault
-    path.write_text(text.replace("seed0", "seed1", 1))
-    fault = fault_of(api.sweep, world.config(**SWEEP), workdir)
-    assert "members (none-seed0 there, " in fault
 
 
 def test_a_teacher_of_another_config_than_lies_beside_it_is_refused(world, tmp_path):
@@ -1111,16 +1042,14 @@ def test_without_a_dataset_each_command_names_the_one_that_makes_it(world, tmp_p
 def test_without_a_teacher_a_student_names_the_command_that_makes_it(
     world, tmp_path, command, source
 ):
-    config = world.config(teacher__workdir=str(tmp_path / "nobody"), teacher__source=source)
-    fault = fault_of(command, config, tmp_path / "workdir")
-    assert fault.startswith(f"no teacher at {tmp_path / 'nobody'}")
-    assert "python -m experiments.train_teacher" in fault
-
-
-def test_an_empty_teacher_workdir_is_named(world, tmp_path):
-    fault = fault_of(api.train, world.config(teacher__workdir=""), tmp_path)
-    assert "teacher.workdir is empty" in fault
-    assert "python -m experiments.train_teacher" in fault
+    missing = {str(tmp_path / "missing"): f"no teacher at {tmp_path / 'missing'}"}
+    if source == "live":
+        missing[""] = "teacher.workdir is empty"
+    for teacher, message in missing.items():
+        config = world.config(teacher__workdir=teacher, teacher__source=source)
+        fault = fault_of(command, config, tmp_path / "workdir")
+        assert fault.startswith(message)
+        assert "python -m experiments.train_teacher" in fault
 
 
 def test_an_unfinished_teacher_says_how_far_it_is(world, tmp_path):
@@ -1156,15 +1085,6 @@ def test_a_dataset_that_the_teacher_has_not_scored_names_the_command(world, tmp_
     assert "python -m experiments.log_teacher" in fault
 
 
-def test_a_workdir_of_another_config_names_the_keys_that_differ(world, trained, tmp_path):
-    workdir = copy_of(trained("shared"), tmp_path)
-    before = (workdir / results.FILE).read_bytes()
-    config = world.config(distill__mode="shared", distill__weight=3.0, seed=4)
-    fault = fault_of(api.train, config, workdir)
-    assert "distill.weight (1.0 there, 3.0 now), seed (0 there, 4 now)" in fault
-    assert (workdir / results.FILE).read_bytes() == before
-
-
 def test_data_that_is_there_is_left_alone(world):
     directory = api.prepare(world.config()).directory
     before = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
@@ -1178,14 +1098,6 @@ def test_costs_are_those_of_the_teacher_that_was_trained(world):
     flops = measure.teacher_flops(Opened(config).job({"": config}))
     assert flops == measure.teacher_flops(job_of(world.config()))
     assert flops != measure.teacher_flops(job_of(config))
-
-
-def test_copies_scored_at_different_stages_are_different_datasets(world):
-    names = [
-        dataset_name(world.config(teacher__stage=stage), "version")
-        for stage in ("passed", "retrieved")
-    ]
-    assert names[0] != names[1]
 
 
 @pytest.mark.parametrize("mapping", ["pmap", "shard_map"])

@@ -12,12 +12,12 @@ import pytest
 from kd_ranker import api, manifest
 from kd_ranker.batch import IN_BATCH
 from kd_ranker.batches.evaluation import evaluation_batches
-from kd_ranker.config.registered import register
 from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.pipeline import datasets, exporting, runs, teachers
+from kd_ranker.pipeline.cluster import register
 from kd_ranker.pipeline.job import Opened
 from kd_ranker.pipeline.trained import open_finished
 from kd_ranker.serving import formats
@@ -26,11 +26,6 @@ from kd_ranker.training.state import select_member
 from tests import small
 
 SERVE = "blend"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return small.open_world(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +329,7 @@ def test_bad_input_is_told_in_a_line_and_leaves_nothing(world, trained, tmp_path
     message = "--items='int8': this teacher is one program, which has no item embeddings"
     finds_fault(message, world.teacher, out, items="int8")
     shutil.copytree(trained, unfinished := tmp_path / "unfinished")
-    (unfinished / results.FILE).unlink()
+    (unfinished / manifest.FILE).unlink()
     finds_fault("is not finished; finish it with: python -m experiments.train", unfinished, out)
     assert not out.exists()
     out.mkdir()

@@ -9,12 +9,6 @@ import pytest
 import kd_ranker as kd
 from kd_ranker.pipeline import cohorts
 from kd_ranker.sweep.members import sweep_members
-from tests import small
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return small.open_world(tmp_path_factory)
 
 
 @pytest.fixture
@@ -30,20 +24,15 @@ def test_all_names_are_there_and_no_others():
     assert all(getattr(kd, name).__doc__ for name in kd.__all__)
 
 
-def test_a_name_is_the_function_whatever_was_imported_before():
+def test_the_import_takes_little_along_and_names_are_functions_whatever_is_imported():
     program = """
+import sys, kd_ranker as kd
+assert not {"jax", "pandas"} & {*sys.modules}
 import kd_ranker.sweep.members, kd_ranker.report.write
-import kd_ranker as kd
 assert callable(kd.sweep) and callable(kd.report), (kd.sweep, kd.report)
-from kd_ranker.sweep.members import sweep_members
 from kd_ranker import configs
 assert kd.configs is configs
 """
-    subprocess.run([sys.executable, "-c", program], check=True)
-
-
-def test_to_import_the_package_takes_nothing_along():
-    program = "import sys, kd_ranker; assert not {'jax', 'pandas'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -32,11 +32,6 @@ LAST = "checkpoints/{}/commit_success.txt"
 OWN = re.compile(r"tfevents|/d/")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return small.open_world(tmp_path_factory)
-
-
 @pytest.fixture(autouse=True)
 def store(tmp_path, monkeypatch):
     """The memory, empty; uploads are frequent, and copies are in a folder of the test."""
@@ -380,15 +375,6 @@ def test_what_cannot_be_uploaded_at_the_end_stays_here_and_a_line_says_where(fau
     assert contents(URL) == {"a": b"a"}
 
 
-def test_the_copy_of_a_killed_process_is_removed(tmp_path):
-    for name in ("killed/run/state", "killed/.lock", "unsent/run/results.csv", "alive/run/state"):
-        write(tmp_path / "copies", f"kd_ranker-{name}")
-    with lock.hold(tmp_path / "copies" / "kd_ranker-alive"), remote.fetched(URL) as folder:
-        kept = {path.name for path in copies()} - {folder.parent.name}
-        assert kept == {"kd_ranker-alive", "kd_ranker-unsent"}
-        assert folder.parent.stat().st_mode & 0o77 == 0
-
-
 def test_messages_name_the_url_and_not_its_copy():
     def fail(folder):
         raise UserError(f"{folder} holds no run")
@@ -423,7 +409,7 @@ def test_a_url_that_is_of_no_use_is_a_line(world, tmp_path, monkeypatch):
         api.export(world.teacher, "s3://a/out")
     assert not contents("memory://")
     with monkeypatch.context() as several:
-        several.setattr(remote, "are_several", lambda: True)
+        several.setattr(remote, "are_distributed", lambda: True)
         with pytest.raises(UserError, match=rf"^{URL}: several processes \(parallel\.processes=Tr"):
             api.train(config, URL)
     refused = PermissionError("no credentials")

@@ -39,11 +39,6 @@ GOOD = {
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return small.open_world(tmp_path_factory)
-
-
-@pytest.fixture(scope="module")
 def trained(world):
     return world.student("aux")
 

@@ -24,8 +24,9 @@ def config_of(data_seeds=(), **sweep):
     return config
 
 
-def under(teacher):
-    return lambda member: teacher
+def planned(folder, size, config, teacher=lambda member: ""):
+    size = CohortSize(size) if isinstance(size, int) else size
+    return open_sweep(config, folder, DATASET).planned(size, teacher)
 
 
 @given(size=st.integers(1, 12), seeds=st.integers(1, 3), data_seeds=st.integers(1, 3))
@@ -33,9 +34,7 @@ def test_every_member_is_in_one_cohort_of_its_order_and_none_is_too_large(
     tmp_path_factory, size, seeds, data_seeds
 ):
     config = config_of(range(data_seeds), seeds=tuple(range(seeds)))
-    sweep = open_sweep(config, tmp_path_factory.mktemp("sweep"), DATASET).planned(
-        CohortSize(size), under("")
-    )
+    sweep = planned(tmp_path_factory.mktemp("sweep"), size, config)
     assert sorted(name for cohort in sweep.plan for name in cohort) == sorted(sweep.members)
     for cohort in sweep.cohorts:
         assert len({member.batch.seed for member in cohort.values()}) == 1
@@ -56,8 +55,7 @@ def test_a_device_holds_no_more_members_of_a_cohort_than_fit(
 ):
     """Three groups, of one member a seed, each spread over all devices."""
     config = config_of(seeds=tuple(range(seeds)))
-    size = CohortSize(blocks, devices)
-    sweep = open_sweep(config, tmp_path_factory.mktemp("sweep"), DATASET).planned(size, under(""))
+    sweep = planned(tmp_path_factory.mktemp("sweep"), CohortSize(blocks, devices), config)
     assert sorted(name for cohort in sweep.plan for name in cohort) == sorted(sweep.members)
     for cohort in sweep.cohorts:
         groups = collections.Counter(map(shared_part, cohort.values()))
@@ -69,24 +67,20 @@ def test_a_device_holds_no_more_members_of_a_cohort_than_fit(
 def test_ways_on_the_same_batches_share_a_cohort(tmp_path):
     ways = ("distill.mode=none", "distill.mode=aux distill.loss=topk:stage")
     config = config_of((0, 1), ways=ways)
-    sweep = open_sweep(config, tmp_path, DATASET).planned(CohortSize(9), under(""))
+    sweep = planned(tmp_path, 9, config)
     assert sweep.plan == [
         ["none-seed0", "aux-topk:stage-weight1.0-seed0"],
         ["none-seed0-data1", "aux-topk:stage-weight1.0-seed0-data1"],
     ]
     config = config_of((0, 1), ways=(*ways, "distill.mode=shared"))
-    grown = open_sweep(config, tmp_path, DATASET).planned(CohortSize(9), under(""))
+    grown = planned(tmp_path, 9, config)
     assert grown.plan[:2] == sweep.plan
     assert grown.plan[2:] == [["shared-weight1.0-seed0"], ["shared-weight1.0-seed0-data1"]]
 
 
 def test_what_is_added_leaves_the_cohorts_that_are_there_alone(tmp_path):
-    before = open_sweep(config_of(weights=(1.0,)), tmp_path, DATASET).planned(
-        CohortSize(2), under("")
-    )
-    after = open_sweep(config_of(weights=(1.0, 3.0)), tmp_path, DATASET).planned(
-        CohortSize(8), under("")
-    )
+    before = planned(tmp_path, 2, config_of(weights=(1.0,)))
+    after = planned(tmp_path, 8, config_of(weights=(1.0, 3.0)))
     assert after.plan[: len(before.plan)] == before.plan
     assert after.plan[len(before.plan) :] == [["aux-weight3.0-seed0", "shared-weight3.0-seed0"]]
 
@@ -94,20 +88,18 @@ def test_what_is_added_leaves_the_cohorts_that_are_there_alone(tmp_path):
 def test_a_plan_is_read_as_it_was_written_and_belongs_to_its_teacher(tmp_path):
     fresh = open_sweep(config_of(), tmp_path, DATASET)
     assert (fresh.plan, fresh.teachers, fresh.is_complete()) == ([], [], False)
-    planned = fresh.planned(CohortSize(2), under("first"))
-    again = open_sweep(config_of(), tmp_path, DATASET)
-    assert dataclasses.replace(again, members={}) == dataclasses.replace(planned, members={})
-    assert again.planned(CohortSize(5), under("first")).plan == planned.plan
+    started = planned(tmp_path, 2, config_of(), lambda member: "first")
+    read = open_sweep(config_of(), tmp_path, DATASET)
+    assert dataclasses.replace(read, members={}) == dataclasses.replace(started, members={})
+    assert planned(tmp_path, 5, config_of(), lambda member: "first").plan == started.plan
     with pytest.raises(UserError, match="under the teacher first, and now it is second"):
-        again.planned(CohortSize(2), under("second"))
+        planned(tmp_path, 2, config_of(), lambda member: "second")
 
 
 def test_whole_repeats_are_cohorts_of_their_own_teachers(tmp_path):
     config = config_of(seeds=(0, 7), whole_repeats=True)
     config.teacher.workdir = "runs/teacher"
-    sweep = open_sweep(config, tmp_path, DATASET).planned(
-        CohortSize(9), lambda member: member.teacher.workdir
-    )
+    sweep = planned(tmp_path, 9, config, lambda member: member.teacher.workdir)
     assert sweep.teachers == ["runs/teacher/seed0", "runs/teacher/seed7"]
     for seed, cohort in zip((0, 7), sweep.cohorts, strict=True):
         assert len(cohort) == 3
@@ -135,10 +127,10 @@ def test_what_a_cohort_has_in_common_lacks_the_keys_in_which_its_members_may_dif
 
 def test_an_axis_that_a_sweep_is_extended_by_is_known_of_those_that_it_had(tmp_path):
     """Else a setting would be two: one of the repeats before, and one of those after."""
-    open_sweep(config_of(modes=("shared",)), tmp_path, DATASET).planned(CohortSize(8), under(""))
+    planned(tmp_path, 8, config_of(modes=("shared",)))
     config = config_of(modes=("shared",), seeds=(0, 1))
     config.sweep.axes.distill.affine = (True, False)
-    sweep = open_sweep(config, tmp_path, DATASET).planned(CohortSize(8), under(""))
+    sweep = planned(tmp_path, 8, config)
     assert list(map(len, sweep.plan)) == [1, 3]
     passed = {True: 20.0, False: 30.0}
     told = {"split": "validation", "role": "student", "serve": "user", "non_finite_step": None}

@@ -15,7 +15,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.training import checkpoints
 
 STEPS = (2, 4, 6)
-OURS = {"members": "a, b", "config": "1234"}
+OURS = {"dataset": "d", "config": "1234"}
 
 
 def state_of(step):
@@ -186,11 +186,9 @@ def test_a_checkpoint_of_another_model_is_an_error_and_stays_where_it_is(workdir
 @pytest.mark.parametrize(
     ("identity", "differing"),
     [
-        ({"members": "a, c"}, "members (b there, c now)"),
-        ({"members": "a, b, c"}, "members (no other there, c now)"),
-        ({"members": "b, a"}, "members (a, b there, b, a now)"),
         ({"config": "5678"}, "config (1234 there, 5678 now)"),
-        ({"members": "c", "config": "5678"}, "members (a, b there, c now), config (1234"),
+        ({"scored": "s"}, "scored (None there, s now)"),
+        ({"dataset": "e", "config": "5678"}, "config (1234 there, 5678 now), dataset (d there,"),
     ],
 )
 def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_stays(

@@ -15,7 +15,7 @@ async def main():
     asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.{name})
     await asyncio.sleep(30)
 
-interruption.stop_when_asked()
+interruption.stop_on_signal()
 try:
     asyncio.run(main())
 except interruption.Stopped as stopped:
@@ -26,7 +26,7 @@ _TWICE = """
 import os, signal
 from kd_ranker.training import interruption
 
-interruption.stop_when_asked()
+interruption.stop_on_signal()
 with interruption.deferred():
     for number in (signal.SIGTERM, signal.SIGINT):
         os.kill(os.getpid(), number)

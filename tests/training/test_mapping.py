@@ -12,9 +12,7 @@ from kd_ranker.configs import cascade
 from kd_ranker.errors import UserError
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.training import recipes
-from kd_ranker.training.mapping import MAPPINGS, members_axis, share_of, shares
-from kd_ranker.training.placing import first_devices
-from kd_ranker.training.run import (
+from kd_ranker.training.loop import (
     hold,
     initial_states,
     make_run,
@@ -22,6 +20,8 @@ from kd_ranker.training.run import (
     states_on_host,
     step_for,
 )
+from kd_ranker.training.mapping import MAPPINGS, members_axis, share_of, shares
+from kd_ranker.training.placing import first_devices
 from kd_ranker.training.state import Frozen, LiveTeacher
 from tests.random_batches import SPEC, TEACHER, make_model, random_batch, random_items
 

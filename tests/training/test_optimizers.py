@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from kd_ranker.training.optimizers import SCHEDULES
+from kd_ranker.training.recipes import SCHEDULES
 
 over_lengths = pytest.mark.parametrize(
     ("steps", "warmup"), [(100, 10), (100, 0), (20, 50), (1, 0), (1500, 50)]

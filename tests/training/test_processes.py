@@ -34,11 +34,6 @@ CHANGES = {
 }
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return small.open_world(tmp_path_factory)
-
-
 def free_port():
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -189,23 +184,6 @@ def test_a_workdir_that_another_run_holds_is_refused(world, tmp_path):
     with hold(tmp_path / "run"):
         ended = together(2, 1, "experiments.train", *flags(world, tmp_path / "run"))
     assert_one_line(ended, f"by process {os.getpid()}")
-
-
-@long
-@pytest.mark.parametrize(
-    ("changes", "line"),
-    [
-        ({"batch__requests": 3}, "batch.requests=3 cannot be shared by 2 dev"),
-        ({"parallel__devices": 2}, "with parallel.processes: these use all"),
-        ({"parallel__mapping": "pmap"}, "'pmap' cannot do parallel.processes"),
-        ({"teacher__workdir": "nowhere"}, "no teacher at nowhere"),
-    ],
-    ids=lambda of: "" if isinstance(of, str) else str(of),
-)
-def test_bad_input_is_told_once(world, tmp_path, changes, line):
-    ended = together(2, 1, "experiments.train", *flags(world, tmp_path / "run", **changes))
-    assert_one_line(ended, line)
-    assert not list(tmp_path.iterdir())
 
 
 _IMPATIENT = """

@@ -21,7 +21,7 @@ from kd_ranker.models.student import MultiInterest, TwoTower
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.requests.columns import columns_of, needed, only_counting
 from kd_ranker.training.mapping import MAPPINGS
-from kd_ranker.training.optimizers import OPTIMIZERS, SCHEDULES
+from kd_ranker.training.recipes import OPTIMIZERS, SCHEDULES
 from kd_ranker.training.state import (
     Frozen,
     Hyperparameters,

@@ -9,7 +9,6 @@ import pytest
 from kd_ranker import api
 from kd_ranker.batches.cutting import unpack
 from kd_ranker.batches.training import BatchConfig, training_batches
-from kd_ranker.config.identity import dataset_name
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import datasets, scoring
@@ -84,7 +83,7 @@ def test_a_dataset_goes_by_another_name_only_where_its_contents_would_differ(con
     def name(**changes):
         other = config.copy_and_resolve_references()
         other.data.update(changes)
-        return dataset_name(other)
+        return datasets.dataset_name(other)
 
     assert name() == name(
         processes=4, memory=2.0, infer=True, dir="elsewhere", allow=(), title="May"
@@ -149,7 +148,7 @@ def test_a_build_that_fails_leaves_no_half_dataset(config, monkeypatch):
         api.prepare(other)
     monkeypatch.undo()
     parent = storage.directory_of("x", other.data.dir).parent.parent
-    name = dataset_name(other)
+    name = datasets.dataset_name(other)
     assert not (parent / name / storage.FORMAT_VERSION).exists()
     assert not [*parent.parent.glob(".parquet-*")]
     assert json.loads((api.prepare(other).directory / "log.json").read_text())

@@ -16,7 +16,6 @@ import pytest
 from ml_collections import ConfigDict
 
 from kd_ranker import api, manifest
-from kd_ranker.config.identity import dataset_name
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.evaluate import Ranker, Served
 from kd_ranker.pipeline import datasets, scoring, teachers
@@ -172,7 +171,7 @@ def assert_same(before: pa.Table, after: pa.Table) -> None:
 def test_all_that_was_in_the_log_is_as_it_was(tmp_path, by_request):
     config = make_config(tmp_path, by_request)
     directory = api.log_teacher(config).log.directory
-    assert directory == Path(config.data.dir) / "scored" / dataset_name(config, VERSION)
+    assert directory == Path(config.data.dir) / "scored" / datasets.dataset_name(config, VERSION)
     type_ = pa.list_(pa.float32()) if by_request else pa.float32()
     for file in Path(config.data.path).iterdir():
         before, after = pq.read_table(file), pq.read_table(directory / file.name)
