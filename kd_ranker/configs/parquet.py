@@ -18,6 +18,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.value_weights = (1.0, 2.0)  # one per task
 
     config.data.path = ""  # file, directory, glob, or a URL of these that fsspec can open
+    config.data.sql = ""  # instead of path: a SELECT, as DuckDB runs it
     config.data.title = ""  # name of the log in the report
     config.data.rows = "candidate"  # one row per candidate; or request: one per request
     # Role -> column; "" if the log lacks it. Of the first four, only user may be "".
@@ -70,6 +71,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.test_share = 0.1
     # Findings that prevent a dataset unless named here: rejected, one_label, few_positives, …
     config.data.allow = ()
+    config.data.longest_request = 3600  # seconds between its rows; sessions may be longer
     config.data.strict = False  # True: the first invalid row ends the build
     config.data.processes = 1
     config.data.infer = False

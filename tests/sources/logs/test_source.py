@@ -21,7 +21,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.pipeline import datasets
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS, Request
-from kd_ranker.sources.logs import duckdb_engine
+from kd_ranker.sources.logs import database
 from kd_ranker.sources.logs.source import REFUSED, check_unchanged
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import TASKS, Restated, Row, make_rows, restate, same, write_log
@@ -352,6 +352,8 @@ def test_a_request_id_that_comes_again_a_month_later_is_no_request(tmp_path):
     log = read_rows([*rows, within], tmp_path, name="within")
     assert log.report["requests"]["several_times"] == 1
     assert "several_hours" not in log.counts
+    longer = {"longest_request": 31 * 86400}
+    assert not read_rows([*rows, within], tmp_path, name="longer", config=longer).counts
 
 
 def test_stages_without_a_column_follow_from_what_is_there(tmp_path):
@@ -770,7 +772,7 @@ def test_tables_that_outgrow_memory_change_nothing(tmp_path, monkeypatch):
     log = write_log(tmp_path / "log", make_rows(25, faults=0.05), files=2)
     config = faulty_logs.config(log, tmp_path)
     within = read(config, tmp_path / "within")
-    monkeypatch.setattr(duckdb_engine, "_BYTES_A_CANDIDATE", 2**30)
+    monkeypatch.setattr(database, "_BYTES_A_CANDIDATE", 2**30)
     source = faulty_logs.open_source(config)
     assert [*tmp_path.glob(".parquet-*/tables.duckdb")]
     assert same(faulty_logs.all_requests(source), within.requests)
@@ -917,7 +919,7 @@ def test_a_file_that_is_damaged_within_is_one_line(tmp_path):
         chunk.total_compressed_size - 30
     )
     path.write_bytes(content)
-    with pytest.raises(UserError, match="the log cannot be read"):
+    with pytest.raises(UserError, match=r"part-0.parquet cannot be read as Parquet: "):
         faulty_logs.open_source(faulty_logs.config(log, tmp_path))
 
 

@@ -14,9 +14,9 @@ import numpy as np
 import pandas as pd
 from ibis import _
 
-from kd_ranker.sources.logs.cells import cells_of, elements_of
 from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.logs.guess import names
+from kd_ranker.sources.logs.guess.cells import cells_of, elements_of
 from kd_ranker.sources.logs.guess.sample import AT, element_kind, kind_of
 from kd_ranker.sources.logs.layout import TIME_UNITS
 

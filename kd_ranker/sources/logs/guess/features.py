@@ -11,14 +11,15 @@ import ibis.expr.types as ir
 import numpy as np
 from ibis import _
 
-from kd_ranker.sources.logs.cells import elements_of
 from kd_ranker.sources.logs.guess import names
+from kd_ranker.sources.logs.guess.cells import elements_of
 from kd_ranker.sources.logs.guess.facts import ELEMENTS, ZERO_ONE
+from kd_ranker.sources.logs.guess.ibis_leaks import copies_of_teachers, shares_told
 from kd_ranker.sources.logs.guess.ids import OWNER, Log
 from kd_ranker.sources.logs.guess.roles import Roles
 from kd_ranker.sources.logs.guess.rules import first
 from kd_ranker.sources.logs.guess.sample import AT
-from kd_ranker.sources.logs.leaks import SHOWN, copies_of_teachers, shares_told
+from kd_ranker.sources.logs.leaks import SHOWN
 
 _DEFAULT_SIZE = 100_000  # of `feature`
 _HASHED_FROM = 10_000  # values in the sample

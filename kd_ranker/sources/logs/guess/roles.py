@@ -13,6 +13,7 @@ from ibis import _
 from kd_ranker.batch import Stage
 from kd_ranker.sources.logs.guess import names
 from kd_ranker.sources.logs.guess.facts import Table
+from kd_ranker.sources.logs.guess.ibis_leaks import code_of
 from kd_ranker.sources.logs.guess.ids import Log
 from kd_ranker.sources.logs.guess.rules import (
     LEVEL,
@@ -26,7 +27,6 @@ from kd_ranker.sources.logs.guess.rules import (
 )
 from kd_ranker.sources.logs.guess.sample import AT
 from kd_ranker.sources.logs.layout import STAGES
-from kd_ranker.sources.logs.typed import code_of
 
 _LEAST_ANSWERS = 30
 # The share of a label's uncertainty that a teacher, and another output of a model, takes away.

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 from ibis import _
 
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs.cells import cells_of, elements_of
 from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.logs.files import (
     Log,
@@ -26,7 +25,8 @@ from kd_ranker.sources.logs.files import (
     url_of,
 )
 from kd_ranker.sources.logs.guess import names
-from kd_ranker.sources.logs.typed import number_of
+from kd_ranker.sources.logs.guess.cells import cells_of, elements_of
+from kd_ranker.sources.logs.guess.ibis_leaks import number_of
 
 MAX_ROWS = 300_000  # candidates in a sample
 MAX_CELLS = 12_000_000  # values read for it, elements of lists included
@@ -129,7 +129,7 @@ def open_log(path: str) -> Footers:
     for field in given.schema:
         types.setdefault(field.name, []).append(field.type)
     names = tuple(sorted(types))
-    log = Log(url_of(path), tuple(files), tuple(sizes), tuple(changed), (), names, given)
+    log = Log(url_of(path), tuple(files), {}, (), names, given)
     return Footers(log, tuple(footers), types)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import ibis
 import ibis.expr.types as ir
 
-from kd_ranker.sources.logs.typed import number_of
+from kd_ranker.sources.logs.guess.ibis_leaks import number_of
 
 
 def cells_of(table: ir.Table, names: Sequence[str], *keys: str) -> ir.Table:
