@@ -392,6 +392,8 @@ _RECFLOW = _of_source(
 )  # fmt: skip
 
 _LOG = _of_source(
+    Key("sql", "", "in place of data.path: a SELECT that DuckDB runs; its rows are the log",
+        may_differ=True),
     Key("title", "", "name of the log in the report; \"\": parquet", influences="nothing"),
     Key("rows", "candidate", "one row per candidate, or one per request with lists", layout.ROWS),
     Key("columns", ConfigDict(), "column by role; request, time and item are required"),
@@ -410,6 +412,8 @@ _LOG = _of_source(
     Key("test_share", 0.1, "share of the requests for the test", INSIDE_ONE),
     Key("allow", (), "expected findings, which do not prevent a dataset",
         layout.ALLOWABLE, element=str, influences="nothing"),
+    Key("longest_request", 3600, "seconds between the first and the last row of a request",
+        NOT_NEGATIVE),
     Key("strict", False, "end the build at the first row at fault"),
     Key("infer", False, "write a first config for the log in place of the dataset",
         influences="nothing"),

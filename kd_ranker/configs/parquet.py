@@ -18,6 +18,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.value_weights = (1.0, 2.0)  # one per task
 
     config.data.path = ""  # file, directory, glob, or a URL of these that fsspec can open
+    config.data.sql = ""  # instead of path: a SELECT, as DuckDB runs it
     config.data.title = ""  # name of the log in the report
     config.data.rows = "candidate"  # one row per candidate; or request: one per request
     # Role -> column; "" if the log lacks it. Of the first four, only user may be "".
@@ -34,6 +35,7 @@ def get_config(variant: str = "") -> ConfigDict:
             teacher_weight="",  # 0 where the teacher's values do not count
             incumbent="",  # score of the current early ranker, higher first
             propensity="",  # probability with which a shown candidate was shown: random slots
+            split="",  # train, validation or test, for data.split = "column"
         )
     )
     # Stage -> its text in the stage column; integers as text. Without a stage column, a candidate
@@ -64,11 +66,12 @@ def get_config(variant: str = "") -> ConfigDict:
             recent=feature("user", "history", length=20),
         )
     )
-    config.data.split = "time"  # or request, user: by hash
+    config.data.split = "time"  # or request, user: by hash; or column: data.columns.split
     config.data.validation_share = 0.1  # with split "time", the requests before the test ones
     config.data.test_share = 0.1
     # Findings that prevent a dataset unless named here: rejected, one_label, few_positives, …
     config.data.allow = ()
+    config.data.longest_request = 3600  # seconds between its rows; sessions may be longer
     config.data.strict = False  # True: the first invalid row ends the build
     config.data.processes = 1
     config.data.infer = False

@@ -1,12 +1,11 @@
-"""A user's own log in Parquet files as a source: `data.name = "parquet"`.
+"""A user's own log as a source: `data.name = "parquet"`.
 
-In the order in which a log goes through them: `layout` reads the config, `files` finds the log and
-checks its columns, and `engines` opens DuckDB or Spark, on which all passes run: `typed` gives each
-value its type, `grouped` makes requests of rows, `numbered` settles ids, `ordered` writes both in
-their last order. `faults`, `varying`, `scan` and `leaks` count what the report says, `statistics`
-adds up, `encode` turns a piece into requests as they are stored, and `source` has them work
-together. `rejected`, `vocabulary`, `candidate_rows` and `data_report` write what lies beside the
-dataset, and `findings` says what speaks against making one. `write_back` writes a log back with the
-columns of a teacher that was trained on its dataset. `infer` writes a first config for a log, by
-the facts of `column_facts`.
+`layout` reads the config, and `files` finds the log and checks its columns. `database` opens it in
+DuckDB, `spark_engine` in Spark. Both run `templates/log.sql`, which makes requests of it, and
+`templates/report.sql`, which counts for the report; `query` fills these in. `ordered` writes
+requests and candidates in their final order, `encode` turns a piece of them into requests as they
+are stored, and `source` connects the steps. `data_report`, `findings`, `leaks` and `looks` report
+on the log. `rejected`, `vocabulary` and `candidate_rows` write files next to the dataset. `unseen`
+reads a log to score. `write_back` adds the columns of a teacher to a log. `infer` writes a first
+config, by the facts of `column_facts`.
 """

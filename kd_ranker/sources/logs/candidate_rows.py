@@ -1,6 +1,6 @@
-"""The place in the log of each candidate of a dataset, kept beside it to score the log.
+"""The place in the log of each candidate of a dataset, kept next to it to score the log.
 
-A file a shard of the dataset, with a row a candidate in the order in which they are stored:
+One file per shard of the dataset, with one row per candidate in the order in which they are stored:
 `request_id` as stored, `file` (its number among the sorted files), `row` (counted from 0 in that
 file) and `place` (in the row's lists; -1 where a row is a candidate). One to four bytes a
 candidate.

@@ -1,107 +1,154 @@
 """Report on a log before a model is trained on it: `data_report.json` and `.html`."""
 
+import collections
 import itertools
 import json
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float64, Int64
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.templates import templates_of
-from kd_ranker.sources.logs.files import Log
-from kd_ranker.sources.logs.grouped import Cutoffs
+from kd_ranker.sources.logs.files import SQL, Log
 from kd_ranker.sources.logs.layout import STAGES, Feature, LogLayout
 from kd_ranker.sources.logs.leaks import remarks_of
 from kd_ranker.sources.logs.looks import label_hint, probability_hint, size_hint
-from kd_ranker.sources.logs.reasons import MEANING, Reason
-from kd_ranker.sources.logs.statistics import NO_MOMENTS, Moments, Statistics
+from kd_ranker.sources.logs.rejected import REASONS
 
 JSON_FILE, PAGE = "data_report.json", "data_report.html"
 Report = dict[str, Any]
+SomeNumbers = Callable[[str], Float64[np.ndarray, "n"]]
+# Numbers of values of a column: all, missing, invalid, and those of lists that are cut off.
+FAULTS = ("values", "missing", "out_of_range", "cut_off")
 
-# Beyond it, a teacher's probabilities are so far from the labels that the report says so.
+# Beyond it, a teacher's probabilities are so far from the labels that the report has a remark.
 _CALIBRATION_TOLERANCE = 0.1
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
 
 
-class Found(NamedTuple):
-    """All that was counted in a log.
+class Counts(NamedTuple):
+    """Numbers that were counted in a log.
 
     Attributes:
-      rows: of the log.
-      entries: its candidates; a row without any counts as one.
-      counts: how many candidates each reason has cost.
-      faults: name in the config, such as `features.age` -> `FAULTS`.
-      other_version: how many candidates have teacher values of a version that does not count.
-      cutoffs: the times at which splits begin, with a split by time.
-      statistics: of what is used; None if nothing is left. The rest is empty then.
-      steps_back: how many requests begin in the log behind one of a later time.
-      moments: dense feature -> its moments in training.
-      values: categorical feature -> `numbered.counts_of_values`.
-      varying: feature -> how many requests, or items, have several values of it.
-      ids: `numbered.counts_of_ids` and `counts_of_history`.
-      tells: feature -> `leaks.tell_tales`.
+      rejected: reason -> how many candidates it has cost.
+      tables: name of a table of `report.sql` -> its rows.
+      leaks: feature -> `leaks.find_leaks`.
     """
 
-    rows: int
-    entries: int
-    counts: Int64[np.ndarray, "reasons"]
-    faults: Mapping[str, Mapping[str, int]]
-    other_version: int
-    cutoffs: Cutoffs | None
-    statistics: Statistics | None = None
-    steps_back: int = 0
-    moments: Mapping[str, Moments] = MappingProxyType({})
-    values: Mapping[str, Mapping[str, int]] = MappingProxyType({})
-    varying: Mapping[str, int] = MappingProxyType({})
-    ids: Mapping[str, int] = MappingProxyType({})
-    tells: Mapping[str, Mapping[str, float]] = MappingProxyType({})
+    rejected: Mapping[str, int]
+    tables: Mapping[str, list[dict[str, Any]]]
+    leaks: Mapping[str, Mapping[str, float]]
+
+    def row(self, name: str) -> dict[str, Any]:
+        """The only row of a table, with 0 for NULL; {} without such a table."""
+        (row,) = self.tables.get(name) or [{}]
+        return {column: value or 0 for column, value in row.items()}
+
+    def of_split(self, name: str) -> list[dict[str, Any]]:
+        """The row of each split of a table that has one per split; 0 where it has none."""
+        found = {row["split"]: row for row in self.tables[name]}
+        return [
+            collections.defaultdict(int, {of: n or 0 for of, n in found.get(split, {}).items()})
+            for split in range(len(SPLITS))
+        ]
+
+    @property
+    def faults(self) -> dict[str, dict[str, int]]:
+        """Column by its key in the config -> the numbers of `FAULTS`."""
+        faults: dict[str, dict[str, int]] = {}
+        for table in ("rows", "candidates", "items", "requests"):
+            if table in ("items", "requests") and not self.used:
+                continue
+            for name, number in self.row(f"faults_of_{table}").items():
+                key, slash, fault = name.rpartition("/")
+                if slash:
+                    faults.setdefault(key, dict.fromkeys(FAULTS, 0))[fault] = number
+        return faults
+
+    @property
+    def rows(self) -> int:
+        """The rows of the log."""
+        return self.row("faults_of_rows").get("rows") or self.row("faults_of_candidates")["rows"]
+
+    @property
+    def candidates(self) -> int:
+        """The candidates of the log; a row without any counts as one."""
+        return self.row("faults_of_rows").get("entries") or self.row("faults_of_candidates")["rows"]
+
+    @property
+    def used(self) -> int:
+        """The candidates that are not rejected."""
+        return sum(row["candidates"] for row in self.tables["totals"])
+
+    def moments(self, name: str) -> dict[str, float]:
+        """The `number`, `mean`, `deviation`, `low` and `high` of a dense feature in training.
+
+        In 32 bits, so that the order in which they were added up leaves no trace.
+        """
+        for table in ("used", "request_rows", "items"):
+            row = self.row(f"moments_of_{table}")
+            if row.get(f"{name}/number"):
+                of = ("number", "mean", "deviation", "low", "high")
+                return {of: float(str(np.float32(row[f"{name}/{of}"]))) for of in of}
+        return {}
 
 
-def make_data_report(log: Log, layout: LogLayout, found: Found) -> Report:
-    """Makes the report of what was found in a log, of values that JSON can hold."""
-    counts, statistics = found.counts, found.statistics
-    rejected = int(counts.sum())
+def make_data_report(
+    log: Log, layout: LogLayout, counts: Counts, some_numbers: SomeNumbers
+) -> Report:
+    """Makes the report on a log, of values that JSON can hold.
+
+    Args:
+      log: the log.
+      layout: of the log.
+      counts: its numbers.
+      some_numbers: returns some numbers of a column, none of one that holds something else.
+    """
+    rejected = sum(counts.rejected.values())
     report: Report = {
         "log": {
             "path": layout.path,
-            "files": len(log.files),
-            "bytes": sum(log.sizes),
-            "rows": found.rows,
+            "files": len(log.manifest.keys() - {SQL}),
+            "bytes": sum(size for file, (size, _) in log.manifest.items() if file != SQL),
+            "rows": counts.rows,
             "row_is_a": "request" if layout.by_request else "candidate",
         },
         "candidates": {
-            "in_the_log": found.entries,
-            "used": found.entries - rejected,
+            "in_the_log": counts.candidates,
+            "used": counts.candidates - rejected,
             "rejected": rejected,
             "by_reason": {
-                reason.name.lower(): {"candidates": int(counts[reason]), "meaning": MEANING[reason]}
-                for reason in Reason
-                if counts[reason]
+                reason: {"candidates": number, "meaning": REASONS[reason]}
+                for reason, number in counts.rejected.items()
             },
         },
-        "columns": _columns(log, layout, found.faults),
+        "columns": _columns(layout, counts.faults, some_numbers),
         "remarks": [],
     }
-    if statistics is not None:
+    if counts.used:
         report |= {
-            "requests": _requests(layout, statistics, found),
-            "stages": _stages(statistics),
-            "labels": _labels(layout, statistics),
-            "teacher": _teacher(layout, statistics, found.other_version),
-            "features": [_feature(feature, found) for feature in layout.features],
-            "ids": dict(found.ids),
+            "requests": _requests(layout, counts),
+            "stages": [
+                {"split": split, **{stage: totals[stage] for stage in STAGES}}
+                for split, totals in zip(SPLITS, counts.of_split("totals"), strict=True)
+            ],
+            "labels": _labels(layout, counts),
+            "teacher": _teacher(layout, counts),
+            "features": [_feature(feature, counts) for feature in layout.features],
+            "ids": counts.row("ids") | counts.row("events"),
         }
     report["remarks"] = remarks(report)
     return report
 
 
-def _columns(log: Log, layout: LogLayout, faults: Mapping[str, Mapping[str, int]]) -> list[dict]:
+def _columns(
+    layout: LogLayout, faults: Mapping[str, Mapping[str, int]], some_numbers: SomeNumbers
+) -> list[dict]:
     """Missing and bad values of each column that the config names."""
     column_of = {f"columns.{name}": column for name, column in layout.columns.items()}
     for section in ("labels", "teacher"):
@@ -117,23 +164,26 @@ def _columns(log: Log, layout: LogLayout, faults: Mapping[str, Mapping[str, int]
         is_probability = column["key"].startswith("data.teacher.")
         is_probability &= layout.teacher_signal == "probability"
         if is_probability and 2 * bad > number:
-            column["hint"] = probability_hint(log, column["column"])
+            column["hint"] = probability_hint(some_numbers(column["column"]))
         elif bad and column["key"].startswith("data.labels."):
-            column["hint"] = label_hint(log, column["column"])
+            column["hint"] = label_hint(some_numbers(column["column"]))
     return columns
 
 
-def _requests(layout: LogLayout, statistics: Statistics, found: Found) -> dict:
-    totals, cutoffs = statistics.totals, found.cutoffs
-    number = totals["candidates_a_request"]
+def _requests(layout: LogLayout, counts: Counts) -> dict:
+    number = np.zeros(layout.retrieved + 1, np.int64)
+    without_label = dict.fromkeys(range(len(SPLITS)), 0)
+    for row in counts.tables["sizes"]:
+        number[row["size"]] += row["requests"]
+        without_label[row["split"]] += row["without_label"]
+    totals, splits = counts.of_split("totals"), counts.of_split("splits")
+    cutoffs = counts.row("cutoffs")
     result: dict[str, Any] = {
         "split_by": layout.split,
-        "cutoffs": {split: _date(time) for split, time in cutoffs._asdict().items()}
-        if cutoffs
-        else None,
-        "several_times": int(totals["several_times"]),
-        "several_users": int(totals["several_users"]),
-        "earlier_than_the_one_before": found.steps_back,
+        "cutoffs": {split: _date(time) for split, time in cutoffs.items()} or None,
+        "several_times": sum(of["several_times"] for of in splits),
+        "several_users": sum(of["several_users"] for of in splits),
+        "earlier_than_the_one_before": counts.row("steps_back")["requests"],
         "candidates_a_request": {
             "mean": float((number * np.arange(len(number))).sum() / number.sum()),
             "quantiles": {f"{q:g}": _quantile(number, q) for q in _QUANTILES},
@@ -141,13 +191,13 @@ def _requests(layout: LogLayout, statistics: Statistics, found: Found) -> dict:
         },
     }
     for index, split in enumerate(SPLITS):
-        some = totals["requests"][index] > 0
+        of = splits[index]
         result[split] = {
-            "requests": int(totals["requests"][index]),
-            "candidates": int(totals["candidates"][index]),
-            "without_a_label": int(totals["without_label"][index]),
-            "first": _date(int(statistics.first[index])) if some else None,
-            "last": _date(int(statistics.last[index])) if some else None,
+            "requests": of["requests"],
+            "candidates": totals[index]["candidates"],
+            "without_a_label": without_label[index],
+            "first": _date(of["first"]) if of else None,
+            "last": _date(of["last"]) if of else None,
         }
     return result
 
@@ -168,91 +218,78 @@ def _histogram(number: Int64[np.ndarray, "n"]) -> list[dict]:
     ]
 
 
-def _stages(statistics: Statistics) -> list[dict]:
-    stages = statistics.totals["stages"]
-    return [
-        {"split": split, **{name: int(n) for name, n in zip(STAGES, stages[index], strict=True)}}
-        for index, split in enumerate(SPLITS)
-    ]
-
-
-def _labels(layout: LogLayout, statistics: Statistics) -> dict:
-    totals = statistics.totals
-    shown = totals["stages"][:, 2]
-    by_task = {}
-    for task_index, task in enumerate(layout.tasks):
+def _labels(layout: LogLayout, counts: Counts) -> dict:
+    totals = dict(zip(SPLITS, counts.of_split("totals"), strict=True))
+    by_task: dict[str, dict] = {}
+    for task in layout.tasks:
         by_task[task] = {
             split: {
-                "positives": int(totals["positives"][index, task_index]),
-                "rate": _ratio(
-                    totals["weighted_positives"][index, task_index], totals["label_weight"][index]
-                ),
+                "positives": of[f"positives/{task}"],
+                "rate": _ratio(of[f"weighted_positives/{task}"], of["label_weight"]),
             }
-            for index, split in enumerate(SPLITS)
-        } | {"positives_not_shown": int(totals["positives_not_shown"][task_index])}
+            for split, of in totals.items()
+        }
+        not_shown = (of[f"positives_not_shown/{task}"] for of in totals.values())
+        by_task[task]["positives_not_shown"] = sum(not_shown)
     return {
-        "shown": {split: int(shown[index]) for index, split in enumerate(SPLITS)},
-        "labelled": {split: int(totals["labelled"][index]) for index, split in enumerate(SPLITS)},
+        "shown": {split: of["shown"] for split, of in totals.items()},
+        "labelled": {split: of["labelled"] for split, of in totals.items()},
         "tasks": by_task,
     }
 
 
-def _teacher(layout: LogLayout, statistics: Statistics, other_version: int) -> dict:
+def _teacher(layout: LogLayout, counts: Counts) -> dict:
     if not layout.scored_tasks:
         return {"signal": layout.teacher_signal, "tasks": {}, "other_version": 0}
-    totals = statistics.totals
+    totals = dict(zip(SPLITS, counts.of_split("totals"), strict=True))
     by_task: dict[str, dict] = {}
-    for index, task in enumerate(layout.tasks):
-        if task not in layout.scored_tasks:
-            continue
+    for task in layout.scored_tasks:
         coverage = {
             split: {
-                stage: _ratio(totals["teacher_proper"][s, index, place], totals["stages"][s, place])
-                for place, stage in enumerate(STAGES)
+                stage: _ratio(of[f"covered/{task}/{place}"], of[stage])
+                for place, stage in enumerate(STAGES, start=1)
             }
-            for s, split in enumerate(SPLITS)
+            for split, of in totals.items()
         }
         by_task[task] = {"coverage": coverage}
         if layout.teacher_signal == "probability":
-            weight, predicted, observed = totals["calibration"][index].T
+            bins = [row for row in counts.tables["calibration"] if row["task"] == task]
+            predicted, observed = (sum(row[of] for row in bins) for of in ("predicted", "observed"))
             by_task[task]["calibration"] = {
-                "predicted_over_observed": _ratio(predicted.sum(), observed.sum()),
+                "predicted_over_observed": _ratio(predicted, observed),
                 "bins": [
                     {
-                        "weight": float(w),
-                        "predicted": float(p / w),
-                        "observed": float(o / w),
+                        "weight": row["weight"],
+                        "predicted": _ratio(row["predicted"], row["weight"]),
+                        "observed": _ratio(row["observed"], row["weight"]),
                     }
-                    for w, p, o in zip(weight, predicted, observed, strict=True)
-                    if w > 0
+                    for row in sorted(bins, key=operator.itemgetter("bin"))
                 ],
             }
     return {
         "signal": layout.teacher_signal,
         "version": layout.teacher_version,
-        "other_version": other_version,
+        "other_version": counts.row("faults_of_candidates").get("other_version", 0),
         "tasks": by_task,
     }
 
 
-def _feature(feature: Feature, found: Found) -> dict[str, Any]:
+def _feature(feature: Feature, counts: Counts) -> dict[str, Any]:
     entry: dict[str, Any] = {"name": feature.name, "of": feature.of, "kind": feature.kind}
-    moments = found.moments.get(feature.name, NO_MOMENTS)
-    if moments.number:
-        names = ("mean", "deviation", "low", "high")
-        entry |= {name: getattr(moments, name) for name in names}
-    if values := found.values.get(feature.name):
+    if moments := feature.kind == "dense" and counts.moments(feature.name):
+        entry |= {name: moments[name] for name in ("mean", "deviation", "low", "high")}
+    if values := counts.row(f"counts:{feature.name}"):
         entry |= {
             "values_in_train": values["values_in_train"],
             "values_kept": values["values_kept"],
             "share_kept_in_train": _ratio(values["train_kept"], values["train"]),
             "share_kept_elsewhere": _ratio(values["elsewhere_kept"], values["elsewhere"]),
         }
-    if feature.name in found.varying:
-        owner = "items" if feature.of == "item" else "requests"
-        entry[f"{owner}_with_several_values"] = found.varying[feature.name]
-    if tells := found.tells.get(feature.name):
-        entry["tells"] = dict(tells)
+    owner = "items" if feature.of == "item" else "requests"
+    if (number := counts.row(f"varying_{owner}").get(feature.name)) is not None:
+        entry[f"{owner}_with_several_values"] = number
+    if leaks := counts.leaks.get(feature.name):
+        entry["tells"] = dict(leaks)
     return entry
 
 
@@ -274,12 +311,12 @@ def remarks(report: Report) -> list[str]:
             lie = "in [0, 1]" if column["key"].startswith("data.teacher") else "0 or 1"
             sentences.append(
                 f"{column['key']}: {column['out_of_range']:,} values of column "
-                f"{column['column']!r} are not {lie}, but {hint}."
+                f"{column['column']!r} are not {lie}: {hint}."
             )
         elif column["out_of_range"] and not column["key"].startswith("data.labels"):
             sentences.append(
                 f"{column['key']}: {column['out_of_range']:,} values of column "
-                f"{column['column']!r} are none that it can hold."
+                f"{column['column']!r} are invalid."
             )
         if column["values"] and column["missing"] == column["values"]:
             sentences.append(f"{column['key']}: column {column['column']!r} holds nothing.")
@@ -389,7 +426,7 @@ def write_data_report(report: Report, folder: Path) -> None:
 
 
 def read_data_report(folder: Path) -> Report | None:
-    """Reads what `write_data_report` wrote to a folder; None where there is none.
+    """Reads the report that `write_data_report` wrote to a folder; None if it has none.
 
     Raises:
       UserError: it is damaged.
@@ -401,7 +438,7 @@ def read_data_report(folder: Path) -> Report | None:
         return json.loads(path.read_text())
     except ValueError as error:
         raise UserError(
-            f"{path} is damaged ({error}); make the dataset anew, or copy it from there"
+            f"{path} is damaged ({error}); make the dataset again, or copy it from there"
         ) from error
 
 
@@ -420,7 +457,8 @@ def _number(value: float | None) -> str:
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:
-    return float(numerator) / float(denominator) if denominator else None
+    # To 12 digits, so that the order in which sums were added up leaves no trace.
+    return float(f"{numerator / denominator:.12g}") if denominator else None
 
 
 def _date(seconds: int) -> str:

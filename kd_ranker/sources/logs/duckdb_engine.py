@@ -34,12 +34,6 @@ class DuckDb(Engine):
         kept: ir.Table = self.backend.table(name)
         return kept
 
-    def view(self, name: str, table: ir.Table) -> ir.Table:
-        """The same table under a name, worked out where it is asked for."""
-        self.backend.con.execute(f"CREATE VIEW {_quoted(name)} AS {self._sql(table)}")
-        view: ir.Table = self.backend.table(name)
-        return view
-
     def fetch(self, table: ir.Table) -> pa.Table:
         """A table that fits in memory."""
         with _told():

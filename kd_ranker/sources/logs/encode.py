@@ -10,16 +10,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float32, Int, Int32, Int64
+from jaxtyping import Float32, Float64, Int, Int32, Int64, UInt64
 
 from kd_ranker.batch import Category, FeatureSpec, Owner, Stage
 from kd_ranker.distillation.teacher_signal import probability_of_rank
 from kd_ranker.requests.block import Block
 from kd_ranker.requests.ragged import runs, starts_of
+from kd_ranker.sources.hashing import splitmix64
 from kd_ranker.sources.logs.layout import Feature, LogLayout
 from kd_ranker.sources.logs.ordered import Piece, read_piece
-from kd_ranker.sources.logs.statistics import Moments, floats_of
-from kd_ranker.sources.logs.value_hashes import hashes_of
 
 # The version that the probabilities get where every one counts.
 ANY_VERSION = "any"
@@ -43,7 +42,10 @@ class Encoding(NamedTuple):
 
 
 def make_encoding(
-    layout: LogLayout, users: int, values: dict[str, pa.Array], moments: Mapping[str, Moments]
+    layout: LogLayout,
+    users: int,
+    values: dict[str, pa.Array],
+    moments: Mapping[str, Mapping[str, float]],
 ) -> Encoding:
     """Settles scales and sizes.
 
@@ -56,8 +58,7 @@ def make_encoding(
     scales, categories = {}, []
     for feature in layout.features:
         if feature.kind == "dense":
-            of = moments[feature.name]
-            scales[feature.name] = scale_of(feature, of.mean, of.deviation)
+            scales[feature.name] = scale_of(feature, moments[feature.name])
         elif feature.kind in ("category", "bag"):
             size = feature.size if feature.hashed else len(values[feature.name])
             owner = "request" if feature.of_request else feature.of
@@ -95,13 +96,13 @@ def _spec(layout: LogLayout, users: int, items: int, categories: Sequence[Catego
     )
 
 
-def scale_of(feature: Feature, mean: float, deviation: float) -> tuple[float, float, float]:
-    """The scale of a dense feature, see `Encoding`, from its moments in training."""
+def scale_of(feature: Feature, moments: Mapping[str, float]) -> tuple[float, float, float]:
+    """The scale of a dense feature, see `Encoding`, from its moments in training, if any."""
     # In 32 bits, so that the order in which the moments were added up leaves no trace.
-    mean, deviation = float(np.float32(mean)), float(np.float32(deviation))
+    mean, deviation = (float(np.float32(moments.get(of, 0.0))) for of in ("mean", "deviation"))
     if not feature.standardise:
         return 0.0, 1.0, mean
-    # Of rounding alone, a column of one value may have a deviation just above 0.
+    # By rounding, a column of one value may have a deviation just above 0.
     constant = deviation <= 1e-6 * abs(mean) or deviation == 0
     return mean, 1.0 if constant else deviation, 0.0
 
@@ -132,7 +133,7 @@ def transforms(layout: LogLayout, encoding: Encoding, hashed: Mapping[str, str])
     Args:
       layout: of the log.
       encoding: its rules.
-      hashed: feature whose values are hashed -> what these are, `typed.kind_of`.
+      hashed: feature with hashed values -> `query.kind_of` these.
 
     Returns:
       What JSON holds: the formula of dense features, and by field its columns in their order; the
@@ -213,7 +214,7 @@ def item_matrix(
 
 
 def encode_requests(layout: LogLayout, folder: Path, piece: Piece) -> Iterator[Block]:
-    """The requests of a piece of the files in a folder, with the encoding that lies there."""
+    """The requests of a piece of the files in a folder, with the encoding in it."""
     encoding = load_encoding(folder / "encoding")
     requests, candidates = read_piece(folder, piece)
     spec, tasks = encoding.spec, layout.tasks
@@ -322,6 +323,12 @@ def _ranks(
     return result
 
 
+def floats_of(table: pa.Table, name: str) -> Float64[np.ndarray, "n"]:
+    """A column of numbers, NaN where it is null."""
+    column = table[name].combine_chunks().cast(pa.float64()).fill_null(float("nan"))
+    return column.to_numpy(zero_copy_only=False)
+
+
 class _Histories(NamedTuple):
     """The start of each request's history, and the items of all; unknown ones are left out."""
 
@@ -341,7 +348,7 @@ def _history(layout: LogLayout, encoding: Encoding, requests: pa.Table) -> _Hist
 def _dense(
     encoding: Encoding, features: list[Feature], table: pa.Table
 ) -> Float32[np.ndarray, "n F"]:
-    """Dense features side by side; one column of zeros if there are none."""
+    """Dense features side by side; one column of zeros without any."""
     if not features:
         return np.zeros((table.num_rows, 1), np.float32)
     matrix = np.empty((table.num_rows, len(features)), np.float32)
@@ -397,3 +404,14 @@ def _places(known: pd.Index, values: pa.Array) -> Int64[np.ndarray, "n"]:
     distinct = encoded.dictionary.to_numpy(zero_copy_only=False)
     places = np.append(known.get_indexer(distinct) if len(distinct) else [], -1).astype(np.int64)
     return places[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+
+
+def hashes_of(values: pa.Array) -> UInt64[np.ndarray, "n"]:
+    """A hash of each value: of integers by splitmix64, of texts by SipHash."""
+    if pa.types.is_integer(values.type):
+        numbers = values.fill_null(0).to_numpy(zero_copy_only=False)
+        return splitmix64(numbers.astype(np.uint64, casting="unsafe"))
+    encoded = values.dictionary_encode()
+    texts = np.append(encoded.dictionary.to_numpy(zero_copy_only=False), "").astype(object)
+    hashed = splitmix64(pd.util.hash_array(texts, categorize=False))
+    return hashed[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]

@@ -32,13 +32,6 @@ class Engine(abc.ABC):
         """The same table, worked out once and for all."""
 
     @abc.abstractmethod
-    def view(self, name: str, table: ir.Table) -> ir.Table:
-        """The same table under a name, worked out where it is asked for.
-
-        Ibis takes longer to make SQL of a large expression than to ask for one by its name.
-        """
-
-    @abc.abstractmethod
     def fetch(self, table: ir.Table) -> pa.Table:
         """A table that fits in memory."""
 

@@ -1,9 +1,10 @@
-"""The files of a log: finding them, checking their columns, and reading them part by part."""
+"""The files of a log, or its SELECT: finding and checking them, and reading parts of them."""
 
 import collections
 import contextlib
 import dataclasses
 import difflib
+import hashlib
 import itertools
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
+import duckdb
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,31 +20,35 @@ from absl import logging
 from fsspec.implementations.local import LocalFileSystem
 
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs import page_checksums
 from kd_ranker.sources.logs.layout import OPTIONAL, LogLayout
 
 SUFFIXES = (".parquet", ".pq")
 # How many footers are read at a time: a store far away answers many requests at once.
 _FOOTERS_AT_A_TIME = 16
+_BY_SQL = "read files of other kinds by data.sql, such as SELECT * FROM 'log.csv'"
 # About how many candidates are read at a time.
 BATCH_ENTRIES = 1 << 17
-# The names by which different stores tell that a file was written anew.
+# The names under which different stores keep a mark that differs once a file is rewritten.
 _CHANGED = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag")
 
-# What stands for none in the name of a folder.
+# The value of a missing one in the name of a folder.
 _NONE = "__HIVE_DEFAULT_PARTITION__"
 
 # Names of columns that engines make themselves.
 _OF_ENGINES = ("file_row_number", "__file")
+
+# Stands for the text of `data.sql` among the files of a manifest.
+SQL = "data.sql"
 
 _INTEGER, _FLOAT, _DECIMAL, _BOOLEAN = "integer", "float", "decimal", "boolean"
 _UNSIGNED = "uint64"
 _TEXT, _TIME, _NULL, _OTHER = "text", "time", "null", "other"
 # Use of a column -> types that its values may have, and these in words.
 _TAKES = {
-    "id": ((_INTEGER, _FLOAT, _BOOLEAN, _TEXT, _NULL), "whole numbers or texts"),
+    "id": ((_INTEGER, _FLOAT, _DECIMAL, _BOOLEAN, _TEXT, _NULL), "whole numbers or texts"),
     "number": ((_INTEGER, _FLOAT, _DECIMAL, _BOOLEAN, _NULL), "numbers"),
-    "time": ((_INTEGER, _FLOAT, _TIME, _NULL), "timestamps or numbers"),
+    "label": ((_INTEGER, _FLOAT, _DECIMAL, _BOOLEAN, _TEXT, _NULL), "numbers, or true and false"),
+    "time": ((_INTEGER, _FLOAT, _TIME, _TEXT, _NULL), "timestamps, numbers or ISO texts"),
     "text": ((_INTEGER, _BOOLEAN, _TEXT, _NULL), "texts or whole numbers"),
 }
 _USE_OF_KIND = {"dense": "number", "category": "id", "bag": "id", "history": "id"}
@@ -55,7 +61,7 @@ class Wanted(NamedTuple):
       key: of the config.
       column: its name.
       use: a key of `_TAKES`.
-      depth: how many lists lie around its values, at most.
+      depth: how many lists are around its values, at most.
       least_depth: and at least.
       per_candidate: True if each candidate has its own value, so that a row that is a request has a
         list of them.
@@ -67,6 +73,11 @@ class Wanted(NamedTuple):
     depth: int = 0
     least_depth: int = 0
     per_candidate: bool = False
+
+    @property
+    def is_feature(self) -> bool:
+        """True if it is of `data.features`."""
+        return self.key.startswith("data.features.")
 
 
 class Part(NamedTuple):
@@ -89,33 +100,31 @@ class Part(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """The files of a log, found and checked.
+    """A log, found and checked.
 
     Attributes:
-      url: `data.path`.
-      files: their paths, sorted.
-      sizes: in bytes.
-      changed: text that differs once a file is written anew.
-      parts: their row groups, in the order of the files.
+      url: `data.path`; "" for a SELECT.
+      files: their paths, sorted; () for a SELECT.
+      manifest: file -> its size in bytes, and a text that differs once it is rewritten. A SELECT
+        has those that it reads, and `SQL`.
+      parts: the row groups of the files, in their order.
       names: of all columns that any of them has, sorted.
-      given: columns that the names of folders give, a row a file: `date=2024-05-01/` one of dates.
+      given: columns that the names of folders give, one row per file: `date=2024-05-01/`.
+      sql: `data.sql`.
     """
 
     url: str
     files: tuple[str, ...]
-    sizes: tuple[int, ...]
-    changed: tuple[str, ...]
+    manifest: dict[str, list]
     parts: tuple[Part, ...]
     names: tuple[str, ...]
     given: pa.Table
+    sql: str = ""
 
     @property
-    def manifest(self) -> dict[str, list]:
-        """File -> its size, and text that differs once it is written anew."""
-        return {
-            file: [size, changed]
-            for file, size, changed in zip(self.files, self.sizes, self.changed, strict=True)
-        }
+    def candidates(self) -> int:
+        """About how many candidates it has; 0 if that is not known."""
+        return sum(part.entries for part in self.parts)
 
 
 def wanted_columns(layout: LogLayout) -> list[Wanted]:
@@ -131,7 +140,7 @@ def wanted_columns(layout: LogLayout) -> list[Wanted]:
         ),
         Wanted("data.columns.item", columns["item"], "id", listed, listed, True),
     ]
-    uses = {"stage": "text", "teacher_version": "text"}
+    uses = dict.fromkeys(("stage", "teacher_version", "split"), "text")
     # Other columns may be the same for all candidates of a request, and then need no list.
     least = dict.fromkeys(("stage", "position", "incumbent"), listed)
     wanted += [
@@ -148,7 +157,8 @@ def wanted_columns(layout: LogLayout) -> list[Wanted]:
     ]
     for section in ("labels", "teacher"):
         for task, column in getattr(layout, section).items():
-            wanted.append(Wanted(f"data.{section}.{task}", column, "number", listed, listed, True))
+            use = "label" if section == "labels" else "number"
+            wanted.append(Wanted(f"data.{section}.{task}", column, use, listed, listed, True))
     for feature in layout.features:
         lists = feature.kind in ("bag", "history") or feature.place is not None
         depth = (0 if feature.of_request else listed) + lists
@@ -167,30 +177,108 @@ def open_log(layout: LogLayout) -> Log:
       UserError: there are no such files, one is no Parquet file, or a column is missing, or of
         another type than its use admits.
     """
-    system, files, sizes, changed = find_files(layout.path)
     wanted = wanted_columns(layout)
     families: dict[str, tuple[str, str]] = {}
+    if layout.sql:
+        schema = _schema_of_sql(layout.sql)
+        _check_schema(SQL, schema, wanted, families)
+        _check_history(layout, families)
+        names, manifest = tuple(schema.names), manifest_of("", layout.sql)
+        return Log("", (), manifest, (), names, given_by_folders([]), layout.sql)
+    system, files, sizes, changed = find_files(layout.path)
     parts: list[Part] = []
     files_with: collections.Counter[str] = collections.Counter()
     given = given_by_folders(files)
-
     for index, (schema, metadata) in enumerate(read_footers(system, files)):
         _check_schema(files[index], _with_given(schema, given), wanted, families)
         parts += _parts(index, metadata, layout)
         files_with.update(schema.names)
+    _check_features(layout, given, files_with, len(files))
     _check_history(layout, families)
     _check_known(wanted, families)
     if not sum(part.rows for part in parts):
         raise UserError(f"data.path={layout.path}: {_count(len(files), 'file')} without any row")
     _check_given(given, wanted, files_with)
-    # What a file says of itself counts.
+    # A file's own column counts.
     given = given.drop_columns([name for name in given.column_names if name in files_with])
-    url, columns = url_of(layout.path), tuple(sorted(files_with))
-    return Log(url, tuple(files), tuple(sizes), tuple(changed), tuple(parts), columns, given)
+    manifest = _manifest(files, sizes, changed)
+    url = url_of(layout.path)
+    return Log(url, tuple(files), manifest, tuple(parts), tuple(sorted(files_with)), given)
+
+
+def _schema_of_sql(sql: str) -> pa.Schema:
+    """The columns of `data.sql`.
+
+    Raises:
+      UserError: it is not one SELECT that DuckDB can run, or has two columns of one name.
+    """
+    connection = duckdb.connect()
+    try:
+        statements = duckdb.extract_statements(sql)
+        if [of.type for of in statements] != [duckdb.StatementType.SELECT]:
+            raise UserError("data.sql must be one SELECT")
+        register_stores(connection, sql)
+        names = connection.sql(sql).columns
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise UserError(f"data.sql makes column {min(twice)!r} twice; rename one of them")
+        return connection.sql(f"SELECT * FROM (\n{sql}\n) LIMIT 0").to_arrow_table().schema
+    except duckdb.Error as error:
+        raise UserError(f"data.sql: {line_of(error)}") from error
+    finally:
+        connection.close()
+
+
+def line_of(error: duckdb.Error) -> str:
+    """DuckDB's message in one line, without the paragraphs that follow: places in texts, advice."""
+    return " ".join(str(error).partition("\n\n")[0].split())
+
+
+def register_stores(connection: Any, sql: str) -> None:
+    """Lets DuckDB read what a query names by a URL that fsspec opens."""
+    for protocol in {*re.findall(r"['\"](\w+)://", sql)}:
+        register_store(connection, fsspec.filesystem(protocol))
+
+
+def register_store(connection: Any, system: Any) -> None:
+    """Lets DuckDB read from a file system of fsspec."""
+    names = [system.protocol] if isinstance(system.protocol, str) else system.protocol
+    if not {*names} & {*connection.list_filesystems()}:
+        connection.register_filesystem(system)
+
+
+def manifest_of(path: str, sql: str = "") -> dict[str, list]:
+    """`Log.manifest` of a log as it is now.
+
+    Raises:
+      UserError: there are no files at `path`.
+    """
+    if not sql:
+        return _manifest(*find_files(path)[1:])
+    manifest: dict[str, list] = {SQL: [len(sql), hashlib.sha256(sql.encode()).hexdigest()]}
+    for text in re.findall(r"'((?:[^']|'')+)'|\"([^\"]+)\"", sql):
+        # A text that names no file is another value of the query.
+        with contextlib.suppress(Exception):
+            system, place = fsspec.core.url_to_fs("".join(text).replace("''", "'"))
+            files = [of for of in system.glob(place) if system.isfile(of)]
+            manifest |= _manifest(files, *_sizes_and_changes(system, files))
+    return manifest
+
+
+def _manifest(
+    files: Sequence[str], sizes: Sequence[int], changed: Sequence[str]
+) -> dict[str, list]:
+    return {file: list(of) for file, *of in zip(files, sizes, changed, strict=True)}
+
+
+def _sizes_and_changes(system: Any, files: Sequence[str]) -> tuple[list[int], list[str]]:
+    """The size of each file, and a text that differs once it is rewritten."""
+    infos = [system.info(file) for file in files]
+    changed = ["; ".join(str(info[key]) for key in _CHANGED if info.get(key)) for info in infos]
+    return [int(info["size"] or 0) for info in infos], changed
 
 
 def url_of(path: str) -> str:
-    """The first of the paths that `data.path` names; the others lie on the same file system."""
+    """The first of the paths that `data.path` names; the others are on the same file system."""
     return path.split(",")[0]
 
 
@@ -213,10 +301,10 @@ def find_files(path: str) -> tuple[Any, list[str], list[int], list[str]]:
     """Finds the Parquet files that `data.path` names: one or several URLs, with commas between.
 
     Returns:
-      The file system, and of each file path, size, and text that differs once it is written anew.
+      The file system, and of each file path, size, and a text that differs once it is rewritten.
 
     Raises:
-      UserError: there is none, or they lie on several file systems.
+      UserError: there are no files, or they are on several file systems.
     """
     try:
         urls = path.split(",")
@@ -228,14 +316,13 @@ def find_files(path: str) -> tuple[Any, list[str], list[int], list[str]]:
         if any(other is not system for _, other, _ in places):
             raise UserError(f"data.path={path} names several file systems; give those of one")
         files = sorted({file for place in places for file in _files_at(*place)})
-        infos = [system.info(file) for file in files]
+        sizes, changed = _sizes_and_changes(system, files)
     except UserError:
         raise
     # Stores raise errors of many kinds: an unknown protocol, a missing package, refused access.
     except Exception as error:
         raise UserError(f"data.path={path} cannot be read: {error}") from error
-    changed = ["; ".join(str(info[key]) for key in _CHANGED if info.get(key)) for info in infos]
-    return system, files, [int(info["size"] or 0) for info in infos], changed
+    return system, files, sizes, changed
 
 
 def is_there(path: str) -> bool:
@@ -257,6 +344,8 @@ def _files_at(url: str, system: Any, path: str) -> list[str]:
     if system.isdir(path):
         return _in_directory(url, path, system.find(path))
     if system.isfile(path):
+        if path.removesuffix(".gz").endswith((".csv", ".tsv", ".json")):
+            raise UserError(f"data.path={url} is not a Parquet file; {_BY_SQL}")
         return [path]
     raise UserError(f"data.path={url} does not exist; give a file, a directory or a glob")
 
@@ -264,14 +353,13 @@ def _files_at(url: str, system: Any, path: str) -> list[str]:
 def _in_directory(url: str, folder: str, paths: Sequence[str]) -> list[str]:
     """The Parquet files of a directory.
 
-    Those whose names, or whose folders', begin with _ or . are a writer's own: what it has not
-    finished, or what it says of the others.
+    A name or a folder that begins with _ or . belongs to the writer: unfinished files, metadata.
     """
     below = {file: file.removeprefix(folder).strip("/").split("/") for file in paths}
     if any("_delta_log" in names for names in below.values()):
         logging.warning(
-            "%s is a Delta table: all files that lie there are read, of earlier versions too; if "
-            "there are several, write the one that is meant to a folder of its own",
+            "%s is a Delta table: all its files are read, of earlier versions too; if there are "
+            "several versions, write the right one to a separate folder",
             url,
         )
     visible = [
@@ -281,7 +369,7 @@ def _in_directory(url: str, folder: str, paths: Sequence[str]) -> list[str]:
     ]
     files = [file for file in visible if file.endswith(SUFFIXES)]
     if not files:
-        others = f"; it holds {below[visible[0]][-1]}, say" if visible else "; it is empty"
+        others = f"; it holds {below[visible[0]][-1]}; {_BY_SQL}" if visible else "; it is empty"
         raise UserError(f"data.path={url} holds no file that ends in {SUFFIXES[0]}{others}")
     return files
 
@@ -314,14 +402,17 @@ def _with_given(schema: pa.Schema, given: pa.Table) -> pa.Schema:
 
 
 @contextlib.contextmanager
-def _opened(system: Any, file: str) -> Iterator[pq.ParquetFile]:
+def _opened(system: Any, file: str, **options: bool) -> Iterator[pq.ParquetFile]:
     """Opens a Parquet file; errors of reading it become errors for people."""
     try:
         if isinstance(system, LocalFileSystem):
-            with pq.ParquetFile(file) as parquet:
+            with pq.ParquetFile(file, **options) as parquet:
                 yield parquet
         else:
-            with system.open(file, "rb") as raw, pq.ParquetFile(raw, pre_buffer=True) as parquet:
+            with (
+                system.open(file, "rb") as raw,
+                pq.ParquetFile(raw, pre_buffer=True, **options) as parquet,
+            ):
                 yield parquet
     except (pa.ArrowException, OSError, EOFError) as error:
         raise UserError(f"{file} cannot be read as Parquet: {error}") from error
@@ -351,7 +442,7 @@ def _parts(index: int, metadata: pq.FileMetaData, layout: LogLayout) -> list[Par
 
 
 def _check_names(file: str, names: Sequence[str]) -> None:
-    """Refuses names that the engine could not tell apart."""
+    """Refuses names that the engine could not distinguish."""
     seen: dict[str, str] = {}
     for name in names:
         if name.lower() in _OF_ENGINES:
@@ -360,7 +451,7 @@ def _check_names(file: str, names: Sequence[str]) -> None:
             )
         if (other := seen.setdefault(name.lower(), name)) != name:
             raise UserError(
-                f"{file} has columns {other!r} and {name!r}, which differ in case alone; rename one"
+                f"{file} has columns {other!r} and {name!r}, which differ only in case; rename one"
             )
 
 
@@ -369,13 +460,14 @@ def _check_schema(
 ) -> None:
     """Checks one file; `families` has the family of each column in the files before, and a file."""
     _check_names(file, schema.names)
-    missing = [column for column in wanted if column.column not in schema.names]
+    # A feature may begin with a later file.
+    missing = [of for of in wanted if of.column not in schema.names and not of.is_feature]
     if missing:
         named = ", ".join(f"{column.column!r} ({column.key})" for column in missing)
-        close = difflib.get_close_matches(missing[0].column, schema.names, n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise UserError(f"{file} has no column {named}; {hint}it has: {', '.join(schema.names)}")
+        raise UserError(f"{file} has no column {named}{_hint(missing[0].column, schema.names)}")
     for column in wanted:
+        if column.column not in schema.names:
+            continue
         if schema.names.count(column.column) > 1:
             raise UserError(
                 f"{file} has two columns {column.column!r} ({column.key}); rename one of them"
@@ -425,6 +517,33 @@ def _check_given(given: pa.Table, wanted: Sequence[Wanted], files_with: Mapping[
             )
 
 
+def _check_features(
+    layout: LogLayout, given: pa.Table, files_with: Mapping[str, int], number: int
+) -> None:
+    """Refuses a feature without a column in any file; warns of one that some files lack."""
+    absent: dict[str, None] = {}
+    for feature in layout.features:
+        has = files_with.get(feature.column, 0)
+        if feature.column in given.column_names or has == number:
+            continue
+        column = f"{feature.column!r} (data.features.{feature.key})"
+        if not has:
+            absent[column] = None
+        else:
+            missing = f"is missing in {_count(number - has, 'file')} of {number}, where it is null"
+            logging.warning("column %s %s", column, missing)
+    if absent:
+        hint = _hint(next(iter(absent)).split("'")[1], files_with)
+        raise UserError(f"{layout.path} has no column {', '.join(absent)}{hint}")
+
+
+def _hint(column: str, names: Collection[str]) -> str:
+    """The names that there are, and the one that was probably meant."""
+    close = difflib.get_close_matches(column, names, n=1, cutoff=0.6)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"; {hint}it has: {', '.join(names)}"
+
+
 def _check_history(layout: LogLayout, families: dict[str, tuple[str, str]]) -> None:
     if layout.history is None:
         return
@@ -458,7 +577,7 @@ def family_of(type_: pa.DataType) -> tuple[int, str]:
             [
                 *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
                 *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view),
-                pa.types.is_fixed_size_binary,
+                *(pa.types.is_fixed_size_binary, _is_uuid),
             ],
         ),
     ):
@@ -467,12 +586,16 @@ def family_of(type_: pa.DataType) -> tuple[int, str]:
     return depth, _OTHER
 
 
+def _is_uuid(type_: pa.DataType) -> bool:
+    return isinstance(type_, pa.BaseExtensionType) and type_.extension_name == "arrow.uuid"
+
+
 def _id_family(type_: pa.DataType, family: str) -> str:
     while is_list(type_) or pa.types.is_dictionary(type_):
         type_ = type_.value_type
     if pa.types.is_uint64(type_):
         return _UNSIGNED
-    return _TEXT if family == _TEXT else _INTEGER
+    return _TEXT if family in (_TEXT, _DECIMAL) else _INTEGER
 
 
 def _is_nested(type_: pa.DataType) -> bool:
@@ -493,7 +616,9 @@ def is_list(type_: pa.DataType) -> bool:
 
 
 def check_pages(log: Log, columns: Collection[str], threads: int) -> None:
-    """Checks what the files say of the pages of some columns, see `page_checksums`.
+    """Compares the pages of some columns with the checksums that their writer may have left.
+
+    DuckDB ignores these, and reads a damaged page as other numbers.
 
     Raises:
       UserError: a page is damaged.
@@ -501,8 +626,10 @@ def check_pages(log: Log, columns: Collection[str], threads: int) -> None:
     system, _ = fsspec.core.url_to_fs(log.url)
 
     def check(file: str) -> None:
-        with _opened(system, file) as parquet, system.open(file, "rb") as raw:
-            page_checksums.check_pages(parquet, raw, file, columns)
+        with _opened(system, file, page_checksum_verification=True) as parquet:
+            names = [name for name in parquet.schema_arrow.names if name in columns]
+            for _ in parquet.iter_batches(columns=names, use_threads=False):
+                pass
 
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(check, log.files):
@@ -555,7 +682,7 @@ def read_schema(log: Log, file: int) -> pa.Schema:
 
 
 def manifest_differences(before: dict[str, list], now: dict[str, list]) -> str:
-    """The manifest_differences of two manifests, in words; "" if they are the same."""
+    """The differences of two manifests, in words; "" if they are the same."""
     new, gone = now.keys() - before.keys(), before.keys() - now.keys()
     changed = [file for file in now.keys() & before.keys() if now[file] != before[file]]
     counted = ((new, "new"), (gone, "gone"), (changed, "written anew"))

@@ -13,24 +13,24 @@ from kd_ranker.sources.logs.looks import EARLIEST, LATEST
 _MOST_REJECTED = 0.1
 # Of what was passed in the test, below which a teacher's opinion of it is not known.
 _LEAST_COVERED = 0.5
-# In test or validation: fewer say nothing of a difference between rankers.
+# In test or validation: fewer do not show a difference between rankers.
 _LEAST_POSITIVES = 100
 _MEASURED = ("validation", "test")
 
 
 class Finding(NamedTuple):
-    """One of `layout.ALLOWABLE`, and what was found, in words and numbers."""
+    """One of `layout.ALLOWABLE`, and a line on it with its numbers."""
 
     name: str
     text: str
 
 
 def find(report: Report, time_hint: Callable[[], str] = lambda: "") -> list[Finding]:
-    """Finds what a data report tells against its log.
+    """Finds the reasons in a data report against its log.
 
     Args:
       report: the report.
-      time_hint: asked where the times are out of bounds; the words that it adds.
+      time_hint: returns what to add where times are out of bounds.
     """
     texts = {
         "rejected": _rejected(report["candidates"]),
@@ -45,7 +45,7 @@ def find(report: Report, time_hint: Callable[[], str] = lambda: "") -> list[Find
 
 
 def check_allowed(report: Report, allow: Collection[str], where: str) -> None:
-    """Raises UserError for what tells against the log of a dataset and is not allowed."""
+    """Raises UserError for findings on the log of a dataset that are not allowed."""
     if why := refusal(find(report), allow):
         raise UserError(f"{where}: {why}")
 

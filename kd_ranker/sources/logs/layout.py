@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from kd_ranker.errors import UserError, check_choice
 
 ROWS = ("candidate", "request")
-SPLIT_BY = ("time", "request", "user")
+SPLIT_BY = ("time", "request", "user", "column")
 TIME_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000}
 OWNERS = ("user", "context", "item", "candidate")
 ENGINES = ("duckdb", "spark")
@@ -23,7 +23,7 @@ IDENTIFYING = ("request", "time", "user", "item")
 # Columns that a log may lack, with a value per candidate.
 OPTIONAL = (
     *("stage", "position", "label_weight", "teacher_version", "teacher_weight"),
-    *("incumbent", "propensity"),
+    *("incumbent", "propensity", "split"),
 )
 # A number beyond it cannot be stored in 32 bits.
 LARGEST = float(np.finfo(np.float32).max)
@@ -57,10 +57,11 @@ class Feature:
 
 @dataclasses.dataclass(frozen=True)
 class LogLayout:
-    """The part of the config that speaks of a log, checked.
+    """The part of the config on a log, checked.
 
     Attributes:
-      path: of the log.
+      path: of the log, or `data.sql` for one that a SELECT yields.
+      sql: the SELECT; "" for the files at `path`.
       directory: `data.dir`.
       by_request: True if a row is a request with lists, rather than a candidate.
       columns: use -> its column; uses that the log lacks are left out.
@@ -84,11 +85,13 @@ class LogLayout:
       engine: one of `ENGINES`.
       spark_master: where Spark works.
       spark_options: settings of its session, by name.
+      longest: the most seconds between the first and the last row of a request.
       retrieved: the most candidates of a request.
       history_length: of the history feature; without one, `data.history_length`.
     """
 
     path: str
+    sql: str
     directory: str
     by_request: bool
     columns: dict[str, str]
@@ -112,6 +115,7 @@ class LogLayout:
     engine: str
     spark_master: str
     spark_options: dict[str, str]
+    longest: int
     retrieved: int
     history_length: int
 
@@ -126,6 +130,11 @@ class LogLayout:
     def categories(self, *owners: str) -> list[Feature]:
         """The categorical features of some owners: single values and bags."""
         return [feature for feature in self.of(*owners) if feature.kind in ("category", "bag")]
+
+    @property
+    def vocabularies(self) -> list[Feature]:
+        """The categorical features with values in a vocabulary, not hashed."""
+        return [of for of in self.categories(*OWNERS) if not of.hashed]
 
     @property
     def history(self) -> Feature | None:
@@ -190,9 +199,14 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
             f"({', '.join(feature.name for feature in histories)}); there is room for one"
         )
     _check_leaks(data, features)
-    columns = {name: column for name, column in data.columns.items() if column}
+    columns = {
+        name: column
+        for name, column in data.columns.items()
+        if column and (name != "split" or data.split == "column")
+    }
     return LogLayout(
-        path=str(data.path),
+        path=str(data.path) or "data.sql",
+        sql=str(data.sql).strip().rstrip(";"),
         directory=str(data.dir),
         by_request=data.rows == "request",
         columns=columns,
@@ -216,17 +230,22 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
         engine=data.engine,
         spark_master=data.spark_master,
         spark_options=_read_options(data.spark_options),
+        longest=int(data.longest_request),
         retrieved=int(funnel.retrieved),
         history_length=histories[0].length if histories else int(data.history_length),
     )
 
 
 def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
-    if not data.path:
+    if not data.path and not data.sql:
         raise UserError(
             "data.path is empty; give a Parquet file, a directory or a glob of them, with "
-            "--config.data.path=…"
+            "--config.data.path=…, or a SELECT with --config.data.sql=…"
         )
+    if data.path and data.sql:
+        raise UserError("data.path and data.sql are both set; set one of them to ''")
+    if data.sql and data.engine != "duckdb":
+        raise UserError(f"data.sql needs data.engine='duckdb', and it is {data.engine!r}")
     for key in ("columns", "stages", "labels", "teacher"):
         for name, value in data[key].items():
             if not isinstance(value, str):
@@ -235,6 +254,8 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
         check_choice("data.columns", name, (*IDENTIFYING, *OPTIONAL))
     if data.split == "user" and not data.columns.get("user"):
         raise UserError("data.split='user' needs data.columns.user; split by 'time' or 'request'")
+    if data.split == "column" and not data.columns.get("split"):
+        raise UserError("data.split='column' needs data.columns.split; name the column of splits")
     for name in IDENTIFYING:
         if name != "user" and not data.columns.get(name):
             raise UserError(f"data.columns.{name} is empty; name the column that holds it")
@@ -251,11 +272,11 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
 
 
 def _check_leaks(data: ConfigDict, features: Sequence[Feature]) -> None:
-    """Refuses features that hold the answer, or what came of a request."""
+    """Refuses features that hold the answer, or the outcome of a request."""
     answers = {
         column: f"{section}.{name}"
         for section, names in (
-            # An early ranker may read what the one of today says.
+            # An early ranker may read the scores of the current one.
             ("columns", [of for of in OPTIONAL if of != "incumbent" and data.columns.get(of)]),
             ("teacher", data.teacher),
             ("labels", data.labels),
@@ -278,7 +299,9 @@ def _read_stages(stages: ConfigDict) -> dict[str, int]:
     if len(texts) < sum(bool(text) for text in stages.values()):
         raise UserError(f"data.stages={dict(stages)} gives two stages the same text")
     if "shown" not in stages or not stages.shown:
-        raise UserError("data.stages.shown is empty; say what the stage column holds there")
+        raise UserError(
+            "data.stages.shown is empty; give the text of the stage column for shown candidates"
+        )
     return texts
 
 

@@ -1,175 +1,100 @@
-"""Columns that tell nearly alone what a ranker is to foretell, and so may be known only later."""
+"""Features that nearly determine what a ranker is to predict, and so may be known only later."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import ibis
-import ibis.expr.types as ir
 import numpy as np
+import pandas as pd
 import scipy.stats
-from ibis import _
-from jaxtyping import Float64
+from jaxtyping import Float64, Int
 
 from kd_ranker.batch import Stage
-from kd_ranker.sources.logs.cells import cells_of
-from kd_ranker.sources.logs.engine import Engine
-from kd_ranker.sources.logs.grouped import Grouped
+from kd_ranker.sources.logs.database import Database
 from kd_ranker.sources.logs.layout import OWNERS, LogLayout
-from kd_ranker.sources.logs.numbered import Numbered
-from kd_ranker.sources.logs.typed import number_of
 
 SHOWN = "shown"
-# Shares of the uncertainty of what was shown, and of a label, that no honest feature tells. What
-# ranked the candidates may be known before, and tells much of what was shown.
+# Shares of the uncertainty of being shown, and of a label, that no honest feature removes. The
+# score that ranked the candidates may be known before, and removes much of that of being shown.
 TELLS_SHOWN, TELLS_LABEL = 0.9, 0.5
 # Least rank correlation of a copy of a teacher's score. Scores of earlier stages agree less.
 _COPIES_TEACHER = 0.95
-# Candidates that are enough to see it.
-_SOME = 100_000
-_KINDS = ("dense", "category")
 _BINS, _FEW_VALUES = 20, 50
 _LEAST_ANSWERS = 30
 _LEVEL = 1e-3
 
 
-def tell_tales(
-    engine: Engine, layout: LogLayout, grouped: Grouped, numbered: Numbered
-) -> dict[str, dict[str, float]]:
-    """Feature -> label, or "shown", of which it tells too much -> the share that it tells.
+def find_leaks(database: Database, layout: LogLayout) -> dict[str, dict[str, float]]:
+    """Finds features that reveal a label, what was shown, or a teacher's order of candidates.
 
-    A feature in the order of a teacher's score has that teacher, with the rank correlation.
+    Args:
+      database: holds `sampled`, some 100,000 candidates of whole requests.
+      layout: of the log.
 
-    Goes over some 100,000 candidates of whole requests.
+    Returns:
+      Feature -> label, or "shown" -> the share of its uncertainty removed, where that is too much;
+      or teacher -> the rank correlation with its score.
     """
     features = {
         of.name: f"feature:{of.name}"
         for of in layout.of(*OWNERS)
-        if of.kind in _KINDS and of.place is None
+        if of.kind in ("dense", "category") and of.place is None
     }
     if not features:
         return {}
-    every = -(-engine.count(grouped.candidates) // _SOME)
-    rows = grouped.candidates.filter(grouped.candidates.number % every == 0)
-    shown = rows.stage == int(Stage.SHOWN)
-    answers = {SHOWN: shown.cast("int8")}
+    rows = database.fetch("SELECT * FROM sampled").to_pandas()
+    answers = {SHOWN: (rows["stage"] == Stage.SHOWN).astype(float)}
     for task in layout.tasks:
-        label = rows[f"label:{task}"]
-        answers[f"label of {task}"] = ibis.ifelse(shown & (label >= 0), label, None)
-    lacking = [column for column in features.values() if column not in rows.columns]
-    rows = rows.mutate(**answers)
-    for table, key in (
-        (numbered.requests, "number"),
-        (numbered.items.rename(item="value"), "item"),
-    ):
-        there = [column for column in lacking if column in table.columns]
-        rows = rows.join(table.select(key, *there), key)
-    teachers = {f"teacher of {task}": f"teacher:{task}" for task in layout.scored_tasks}
-    kept = (*features.values(), *answers, "number", *teachers.values())
-    rows = engine.keep("some_candidates", rows.select(*kept))
-    cells = cells_of(rows, list(features.values()), *answers)
-    told = shares_told(engine, rows, cells, list(features.values()), list(answers))
-    limit = {name: TELLS_SHOWN if name == SHOWN else TELLS_LABEL for name in answers}
-    dense = [f"feature:{of.name}" for of in layout.of(*OWNERS, kind="dense") if of.place is None]
-    copies = copies_of_teachers(engine, rows, "number", dense, teachers)
-    return {
-        name: {answer: share for answer, share in told[column].items() if share >= limit[answer]}
-        | copies.get(column, {})
-        for name, column in features.items()
+        answers[f"label of {task}"] = rows[f"label:{task}"].astype(float)
+    dense = [of for of in layout.of(*OWNERS, kind="dense") if of.place is None]
+    numbers = rows[[f"feature:{of.name}" for of in dense]].astype(float)
+    teachers = {
+        f"teacher of {task}": rows[f"teacher:{task}"].astype(float) for task in layout.scored_tasks
     }
+    copies = copies_of_teachers(numbers, rows["number"], teachers)
+    found = {}
+    for name, column in features.items():
+        bins = bins_of(rows[column])
+        shares = {of: share_in_bins(bins, answer) for of, answer in answers.items()}
+        limits = {of: TELLS_SHOWN if of == SHOWN else TELLS_LABEL for of in answers}
+        found[name] = {of: share for of, share in shares.items() if share >= limits[of]}
+        found[name] |= copies.get(column, {})
+    return found
 
 
-def copies_of_teachers(
-    engine: Engine,
-    rows: ir.Table,
-    request: str,
-    columns: Sequence[str],
-    teachers: Mapping[str, str],
-) -> dict[str, dict[str, float]]:
-    """Column -> teacher whose score has the same order -> Spearman's correlation within requests.
+def bins_of(values: pd.Series) -> Int[np.ndarray, "n"]:
+    """The bin of each value: 20 of about as many numbers, or one per value if these are few.
 
-    Args:
-      engine: the engine of the rows.
-      rows: candidates; they are fetched.
-      request: the column that is the same in all candidates of a request.
-      columns: columns of numbers.
-      teachers: name -> column of scores, null where a candidate was not scored.
+    Missing values have a bin, which texts of more than 50 values share: their information cannot be
+    distinguished from chance.
     """
-    if not columns or not teachers:
-        return {}
-    numbers = {name: number_of(rows[name]) for name in (*columns, *teachers.values())}
-    table = engine.fetch(rows.select(rows[request], **numbers)).to_pandas()
-    copies: dict[str, dict[str, float]] = {}
-    for teacher, score in teachers.items():
-        scored = table[table[score].notna()]
-        ranks = scored.groupby(request).rank()
-        ranks -= ranks.groupby(scored[request]).transform("mean")
-        enough = ranks.columns[ranks.notna().sum() >= _LEAST_ANSWERS]
-        found = ranks[enough.intersection(columns)].corrwith(ranks[score]).abs()
-        for column, correlation in found[found >= _COPIES_TEACHER].items():
-            copies.setdefault(str(column), {})[teacher] = float(correlation)
-    return copies
+    codes, distinct = pd.factorize(values, sort=True)
+    if len(distinct) <= _FEW_VALUES:
+        return codes
+    if not pd.api.types.is_numeric_dtype(values):
+        return np.full(len(codes), -1)
+    number = np.bincount(codes[codes >= 0])
+    middle = np.cumsum(number) - number / 2
+    places = np.floor(_BINS * middle / number.sum()).astype(int)
+    return np.append(places, -1)[codes]
 
 
-def shares_told(
-    engine: Engine,
-    rows: ir.Table,
-    cells: ir.Table,
-    names: Sequence[str],
-    answers: Sequence[str],
-) -> dict[str, dict[str, float]]:
-    """Column -> answer -> the share of its uncertainty that the column tells, as `share_told`.
-
-    Numbers are put into 20 bins of about as many rows, unless they have at most 50 values; texts of
-    more values tell nothing here: their information could not be told from chance.
-
-    Args:
-      engine: what the rows are on.
-      rows: of the answers.
-      cells: of the columns that may tell something, with the answers beside each; see `cells`.
-      names: of these columns, in the order of their places.
-      answers: columns of 1, 0, and none where there is no answer.
-    """
-    sums = _sums(cells, answers)
-    values = cells.group_by("column", "code").agg(rows=_.count(), number=_.number.min(), **sums)
-    of_column = ibis.window(group_by="column")
-    up_to = ibis.cumulative_window(group_by="column", order_by=["number", "code"])
-    values = values.mutate(
-        kinds=_.count().over(of_column),
-        total=_.rows.sum().over(of_column),
-        up_to=_.rows.sum().over(up_to),
-        place=ibis.row_number().over(group_by="column", order_by="code"),
+def share_in_bins(bins: Int[np.ndarray, "n"], answer: pd.Series) -> float:
+    """`share_told` for the bin of each row and its answer: 1, 0, or NaN for none."""
+    known = answer.notna().to_numpy()
+    places, yes = bins[known] + 1, answer.to_numpy()[known]
+    if not len(places):
+        return 0.0
+    return share_told(
+        np.bincount(places).astype(float),
+        np.bincount(places, weights=yes),
     )
-    is_few = values.kinds <= _FEW_VALUES
-    place = (_BINS * (values.up_to - values.rows / 2) / values.total).floor().cast("int64")
-    bins = values.mutate(bin=ibis.ifelse(is_few, values.place, place))
-    bins = bins.filter(is_few | bins.number.notnull())
-    binned = bins.group_by("column", "bin").agg(**{name: bins[name].sum() for name in sums})
-    found = engine.fetch(binned.order_by("column", "bin")).to_pandas().astype(float)
-    (whole,) = engine.fetch(rows.agg(**_sums(rows, answers))).to_pylist()
-    told: dict[str, dict[str, float]] = {name: {} for name in names}
-    for column, counts in found.groupby("column"):
-        # Where the column is missing is a bin of its own.
-        counts = {
-            name: np.append(counts[name], float(whole[name] or 0) - counts[name].sum())
-            for name in sums
-        }
-        told[names[int(column)]] = {
-            name: share_told(counts[f"all {name}"], counts[f"yes {name}"]) for name in answers
-        }
-    return told
-
-
-def _sums(table: ir.Table, answers: Sequence[str]) -> dict[str, ir.Value]:
-    """The number of answers, and how many of them are yes."""
-    sums = {f"all {name}": table[name].count() for name in answers}
-    return sums | {f"yes {name}": table[name].sum() for name in answers}
 
 
 def share_told(all_: Float64[np.ndarray, "bins"], yes: Float64[np.ndarray, "bins"]) -> float:
-    """The share of the uncertainty of a yes or no that a column tells: I(bin; answer) / H(answer).
+    """The share of the uncertainty of an answer that a column removes: I(bin; answer) / H(answer).
 
-    I is the estimate from counts, less its bias of about (bins − 1) / 2n (Miller, 1955). 0 where a
-    G-test at the level of 0.001 does not tell it from chance, and with fewer than 30 answers of a
-    kind.
+    The answer is yes or no. I is the estimate from counts, less its bias of about (bins − 1) / 2n
+    (Miller, 1955). 0 where a G-test at the level of 0.001 does not distinguish it from chance, and
+    with fewer than 30 answers of a kind.
 
     Args:
       all_: the number of answers in each bin of the column.
@@ -194,8 +119,31 @@ def share_told(all_: Float64[np.ndarray, "bins"], yes: Float64[np.ndarray, "bins
     return max(shared - freedom / 2, 0.0) / entropy
 
 
+def copies_of_teachers(
+    numbers: pd.DataFrame, request: pd.Series, teachers: Mapping[str, pd.Series]
+) -> dict[str, dict[str, float]]:
+    """Column -> teacher with the same order of scores -> Spearman's correlation within requests.
+
+    Args:
+      numbers: columns of numbers, one row per candidate.
+      request: the request of each.
+      teachers: name -> scores; NaN where a candidate was not scored.
+    """
+    copies: dict[str, dict[str, float]] = {}
+    for teacher, score in teachers.items():
+        scored = numbers.assign(score=score)[score.notna()]
+        by = request[score.notna()]
+        ranks = scored.groupby(by).rank()
+        ranks -= ranks.groupby(by).transform("mean")
+        enough = ranks.columns[ranks.notna().sum() >= _LEAST_ANSWERS]
+        found = ranks[enough.intersection(numbers.columns)].corrwith(ranks["score"]).abs()
+        for column, correlation in found[found >= _COPIES_TEACHER].items():
+            copies.setdefault(str(column), {})[teacher] = float(correlation)
+    return copies
+
+
 def remarks_of(told: Mapping[str, float], feature: str) -> list[str]:
-    """A sentence on each answer that a feature tells too much of."""
+    """A sentence on each answer that a feature reveals too much of."""
     sentences = []
     for name, share in told.items():
         what = f"tells {share:.0%} of the uncertainty of the {name}"

@@ -1,28 +1,22 @@
-"""Guesses at what the numbers of a column are that do not fit what the config takes them for."""
+"""Guesses at the content of a column with numbers that do not fit its use in the config."""
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Float64
 
-from kd_ranker.sources.logs import files
-from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import TIME_UNITS, LogLayout
 
-# Of the times of a feed: what lies outside was read in the wrong unit.
+# Of the times of a feed: what is outside was read in the wrong unit.
 EARLIEST, LATEST = (np.datetime64(f"{year}-01-01", "s") for year in (1990, 2100))
-# Numbers that are enough to tell.
-_SOME = 1000
 # Times the median, beyond which the largest request is a remark.
 _FAR = 5
 _NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds"}
 
 
-def time_hint(log: Log, layout: LogLayout) -> str:
-    """The unit that makes recent times of the numbers of the time column, in words.
+def time_hint(numbers: Float64[np.ndarray, "n"], layout: LogLayout) -> str:
+    """The unit that makes recent times of some numbers of the time column, in words.
 
-    It is "" where that is the unit that they are read in, or where these are no numbers.
+    It is "" where that is the unit that they are read in, or where there are no numbers.
     """
-    numbers = _some_numbers(log, layout.columns["time"])
     if not len(numbers):
         return ""
     middle = np.median(numbers)
@@ -37,42 +31,21 @@ def time_hint(log: Log, layout: LogLayout) -> str:
     return f"; its numbers, such as {middle:.10g}, look like no time"
 
 
-def probability_hint(log: Log, column: str) -> str:
-    """The kind of numbers that a column holds that should be probabilities, in words."""
-    numbers = _some_numbers(log, column)
+def probability_hint(numbers: Float64[np.ndarray, "n"]) -> str:
+    """The range of numbers that should be probabilities, in words."""
     if not len(numbers):
         return ""
     low, high = numbers.min(), numbers.max()
-    told = f"{low:.4g} to {high:.4g}"
+    found = f"{low:.4g} to {high:.4g}"
     if low < 0:
-        return f"{told}: logits? then take their sigmoid"
-    return f"{told}: percentages? then divide by 100" if high <= 100 else told
+        return f"{found}: logits? then take their sigmoid"
+    return f"{found}: percentages? then divide by 100" if high <= 100 else found
 
 
-def label_hint(log: Log, column: str) -> str:
-    """The number that a column of labels holds most, 0 and 1 apart, in words."""
-    numbers = _some_numbers(log, column)
+def label_hint(numbers: Float64[np.ndarray, "n"]) -> str:
+    """The most frequent number of a column of labels except 0 and 1."""
     others, times = np.unique(numbers[(numbers != 0) & (numbers != 1)], return_counts=True)
-    return f"{others[times.argmax()]:.4g}, say" if len(others) else ""
-
-
-def _some_numbers(log: Log, column: str) -> Float64[np.ndarray, "n"]:
-    """The first numbers of a column that are there and finite; none if it holds something else."""
-    found, number = [np.zeros(0)], 0
-    if column not in log.names:  # one that folders give
-        return found[0]
-    for _, _, batch in files.read_parts(log, log.parts, [column], _SOME):
-        array = batch.column(0)
-        while files.is_list(array.type):
-            array = array.flatten()
-        if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type)):
-            break
-        values = array.drop_null().to_numpy(zero_copy_only=False).astype(np.float64)
-        found.append(values[np.isfinite(values)])
-        number += len(found[-1])
-        if number >= _SOME:
-            break
-    return np.concatenate(found)
+    return f"for example {others[times.argmax()]:.4g}" if len(others) else ""
 
 
 def size_hint(median: float, high: float, most: float) -> str:

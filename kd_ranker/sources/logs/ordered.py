@@ -1,30 +1,25 @@
-"""Requests and candidates in their last order, in two files that are read in pieces."""
+"""Requests and candidates in their final order, in two files that are read in pieces."""
 
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import ibis
-import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int, Int64
 
 from kd_ranker.requests.ragged import starts_of
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources.logs.engine import Engine
-from kd_ranker.sources.logs.grouped import Grouped, funnel_order
-from kd_ranker.sources.logs.layout import LogLayout
-from kd_ranker.sources.logs.numbered import Numbered
+from kd_ranker.sources.logs.database import Database
 
 REQUESTS, CANDIDATES = "requests", "candidates"
-# Candidates that are held at a time, by each process.
+# Candidates that each process holds at a time.
 PIECE = 2**18
 
 
 class Piece(NamedTuple):
-    """Requests in a row, of one split.
+    """Consecutive requests of one split.
 
     Attributes:
       batch: the number of the piece, from 0.
@@ -39,39 +34,25 @@ class Piece(NamedTuple):
     candidates: int
 
 
-def write_ordered(
-    engine: Engine, layout: LogLayout, grouped: Grouped, numbered: Numbered
-) -> list[Piece]:
-    """Writes both files to the engine's folder, and says which pieces to read them in.
+def write_ordered(database: Database) -> list[Piece]:
+    """Writes both files to the database's folder, and returns the pieces to read them in.
 
-    A request has `user_id` and what `Numbered.requests` says. A candidate has `number` (of its
-    request), `item_id` and what `typed` says but for times and what only brings it into order.
+    They have the columns of `request_fields` and `candidate_fields` in `log.sql`.
     """
-    sizes = engine.fetch(
-        grouped.candidates.group_by("number", "split").agg(size=ibis._.count()).order_by("number")
+    sizes = database.fetch(
+        "SELECT split, count(*) AS size FROM used GROUP BY number, split ORDER BY number"
     )
     pieces = _pieces(*(sizes[name].to_numpy() for name in ("split", "size")))
-    user_id = numbered.users.select(user="value", user_id="id")
-    requests = numbered.requests.join(user_id, "user").order_by("number")
-    raw = {name for name in requests.columns if name.startswith("raw:")}
     lengths = [piece.requests[1] - piece.requests[0] for piece in pieces]
-    _write(engine, _without(requests, {"user"} | raw), REQUESTS, lengths)
-    item_id = numbered.items.select(item="value", item_id="id")
-    candidates = grouped.candidates.join(item_id, "item")
-    candidates = candidates.order_by("number", *funnel_order(candidates))
-    unused = {"item", "position", "time", "at", "split"}
+    _write(database, REQUESTS, "SELECT * FROM request_fields ORDER BY number", lengths)
     lengths = [piece.candidates for piece in pieces]
-    _write(engine, _without(candidates, unused), CANDIDATES, lengths)
+    order = "number, stage DESC, position NULLS LAST, item"
+    _write(database, CANDIDATES, f"SELECT * FROM candidate_fields ORDER BY {order}", lengths)
     return pieces
 
 
-def _without(table: ir.Table, columns: Collection[str]) -> ir.Table:
-    """A table in its order without some columns."""
-    return table.select(*(name for name in table.columns if name not in columns))
-
-
 def _pieces(split: Int[np.ndarray, "n"], size: Int64[np.ndarray, "n"]) -> list[Piece]:
-    """Pieces of some `PIECE` candidates; requests stand in the order of splits."""
+    """Pieces of some `PIECE` candidates; requests are in the order of splits."""
     ends = starts_of(size)
     # A piece ends with a split, or where it would have grown too large.
     block = ends[:-1] // PIECE
@@ -82,19 +63,18 @@ def _pieces(split: Int[np.ndarray, "n"], size: Int64[np.ndarray, "n"]) -> list[P
     ]
 
 
-def _write(engine: Engine, table: ir.Table, name: str, lengths: Sequence[int]) -> None:
-    """Writes a table in its order, a batch a piece; `lengths` are the rows of each."""
-    batches = engine.stream(table)
-    # Arrow's own format: what is read again and again takes a tenth of Parquet's time. To compress
-    # it would add a fifth to the time of writing.
-    path = str(_path(engine.folder, name))
-    with pa.ipc.new_file(path, batches.schema) as writer:
+def _write(database: Database, name: str, query: str, lengths: Sequence[int]) -> None:
+    """Writes a result in its order, one batch per piece; `lengths` are the rows of each."""
+    batches = database.stream(query)
+    # Arrow's own format: what is read repeatedly takes a tenth of Parquet's time. To compress it
+    # would add a fifth to the time of writing.
+    with pa.ipc.new_file(str(_path(database.folder, name)), batches.schema) as writer:
         for rows in _cut(batches, lengths):
             writer.write_table(rows)
 
 
 def _cut(batches: Iterator[pa.RecordBatch], lengths: Sequence[int]) -> Iterator[pa.Table]:
-    """The rows of some batches, so many at a time, each in one piece."""
+    """The rows of some batches, one contiguous table per length."""
     rest = next(batches)
     for length in lengths:
         parts, missing = [], length

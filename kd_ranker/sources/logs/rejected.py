@@ -1,65 +1,82 @@
-"""Writes the rejected rows of a log as they stand there, with the reason."""
+"""Rejected rows: the reasons, and files that hold the rows as they are in the log."""
 
-import collections
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kd_ranker.requests.ragged import starts_of
 from kd_ranker.sources.logs import files
-from kd_ranker.sources.logs.engine import Engine
+from kd_ranker.sources.logs.database import Database
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import LogLayout
-from kd_ranker.sources.logs.lists import lists_of, take_values
-from kd_ranker.sources.logs.reasons import Reason
-from kd_ranker.sources.logs.typed import PREFIX
+from kd_ranker.sources.logs.query import PREFIX, quoted
 
 REJECTED_FOLDER = "rejected"
+# Reason -> its meaning. The first that applies to a row counts.
+REASONS = {
+    "lists_differ": "its lists differ in length",
+    "no_candidates": "its list of items is empty or missing",
+    "missing_request": "the request's id is missing or is no id",
+    "missing_time": "the time is missing or is no time",
+    "missing_user": "the user's id is missing or is no id",
+    "missing_item": "the item's id is missing or is no id",
+    "unknown_stage": "the stage is missing or not in data.stages",
+    "bad_label": "a label is neither 0 nor 1",
+    "several_hours": "its request is longer than data.longest_request: one id of two",
+    "several_users": "its request is another user's, by most of its rows",
+    "duplicate_item": "the request has the item in a row before, where its positives count",
+    "beyond_retrieved": "its request has more candidates than funnel.retrieved",
+}
+
+
+def count_rejected(database: Database) -> dict[str, int]:
+    """Reason -> how many candidates are rejected for it, in the order of `REASONS`."""
+    query = "SELECT why, sum(entries)::BIGINT AS entries FROM rejected GROUP BY why"
+    counts = {row["why"]: row["entries"] for row in database.rows(query)}
+    return {reason: counts[reason] for reason in REASONS if reason in counts}
 
 
 def write_rejected(
-    engine: Engine, log: Log, layout: LogLayout, rejected: ir.Table, folder: Path
-) -> int:
+    database: Database, log: Log, layout: LogLayout, types: Mapping[str, pa.DataType], folder: Path
+) -> None:
     """Writes the rows that were rejected, read once more from the log.
 
     A file of the log that has any gets a `rejected-<its number>.parquet` with all of its columns
     and `reason`, `file` and `row`, the row's number in that file from 0. Where a row is a request
-    and only some of its candidates are rejected, each of these is a row whose lists hold it alone.
+    and only some of its candidates are rejected, each of these is a row with only it in the lists.
 
     Args:
-      engine: what has read the log.
+      database: holds the table `rejected`.
       log: the log.
       layout: of the log.
-      rejected: see `Grouped`.
+      types: column of the log -> its type.
       folder: to write to; made if there is anything to write.
-
-    Returns:
-      How many candidates these are.
     """
     listed = {wanted.column for wanted in files.wanted_columns(layout) if wanted.per_candidate}
-    of_files = engine.fetch(rejected.group_by("file").agg(entries=rejected.entries.sum()))
-    # Each file as it is: a column may be of another type elsewhere.
-    alike = collections.defaultdict(list)
-    for file in sorted(of_files["file"].to_pylist()):
+    columns = []
+    for name, type_ in types.items():
+        value = column = quoted(PREFIX + name)
+        if name in listed and files.is_list(type_):
+            is_whole = f"place < 0 OR {column} IS NULL"
+            value = f"CASE WHEN {is_whole} THEN {column} ELSE [{column}[place + 1]] END"
+        columns.append(f"{value} AS {column}")
+    query = (
+        f'SELECT file, "row", why, {", ".join(columns)} FROM log JOIN rejected USING (file, "row") '
+        'ORDER BY file, "row", place'
+    )
+    for file, parts in itertools.groupby(_by_file(database.stream(query)), _file_of):
         folder.mkdir(exist_ok=True)
-        alike[files.read_schema(log, file).remove_metadata()].append(file)
-    for schema, numbers in alike.items():
-        rows = engine.read(log, PREFIX, numbers).join(rejected, ["file", "row"])
-        batches = engine.stream(rows.order_by("file", "row", "place"))
-        for file, parts in itertools.groupby(_by_file(batches), _file_of):
-            path, writer = folder / f"rejected-{file:05d}.parquet", None
-            with contextlib.ExitStack() as stack:
-                for part in parts:
-                    table = _with_reasons(part, schema, log.files[file], listed)
-                    writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
-                    writer.write_table(table)
-    return sum(map(int, of_files["entries"].to_pylist()))
+        schema = files.read_schema(log, file) if log.files else pa.schema(types.items())
+        path, writer = folder / f"rejected-{file:05d}.parquet", None
+        with contextlib.ExitStack() as stack:
+            for part in parts:
+                table = _as_logged(part, schema, log.files[file] if log.files else "data.sql")
+                writer = writer or stack.enter_context(pq.ParquetWriter(path, table.schema))
+                writer.write_table(table)
 
 
 def _by_file(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -75,21 +92,13 @@ def _file_of(batch: pa.RecordBatch) -> int:
     return number
 
 
-def _with_reasons(
-    batch: pa.RecordBatch, schema: pa.Schema, file: str, listed: set[str]
-) -> pa.Table:
-    row, place, reason = (batch[name].to_numpy() for name in ("row", "place", "reason"))
-    columns = {}
-    for field in schema:
-        array = _as_in_the_log(batch[PREFIX + field.name], field.type)
-        if field.name in listed and files.is_list(array.type) and (place >= 0).any():
-            array = _cut(array, place)
-        columns[field.name] = array
-    texts = pa.array([reason.name.lower() if reason else "" for reason in [0, *Reason]])
+def _as_logged(batch: pa.RecordBatch, schema: pa.Schema, file: str) -> pa.Table:
+    """The columns of a file in its own types, and why each row is rejected."""
+    columns = {of.name: _cast(batch[PREFIX + of.name], of.type) for of in schema}
     for name, column in (
-        ("reason", texts.take(pa.array(reason))),
-        ("file", pa.array([file] * len(row), pa.string())),
-        ("row", pa.array(row)),
+        ("reason", batch["why"]),
+        ("file", pa.array([file] * batch.num_rows, pa.string())),
+        ("row", batch["row"]),
     ):
         # The log may have a column of that name.
         while name in columns:
@@ -98,21 +107,9 @@ def _with_reasons(
     return pa.table(columns)
 
 
-def _as_in_the_log(array: pa.Array, type_: pa.DataType) -> pa.Array:
-    """The array in the type that the log has, or as the engine gives what it cannot turn back."""
+def _cast(array: pa.Array, type_: pa.DataType) -> pa.Array:
+    """The array in the type that the log has, or as DuckDB returns what cannot be cast back."""
     try:
         return array.cast(type_)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # a UUID is a text to DuckDB
         return array
-
-
-def _cut(array: pa.Array, place: np.ndarray) -> pa.Array:
-    """The lists: whole where `place` is -1, else the value at that place alone."""
-    start, length, valid, inner = lists_of(array)
-    whole = place < 0
-    first = start + np.where(whole, 0, place)
-    number = np.where(valid, np.where(whole, length, 1), 0)
-    ends = starts_of(number)
-    places = np.repeat(first - ends[:-1], number) + np.arange(ends[-1])
-    offsets = pa.array(ends, mask=np.append(~valid, False))
-    return pa.LargeListArray.from_arrays(offsets, take_values(inner, places)).cast(array.type)

@@ -1,33 +1,36 @@
-"""`data.name = "parquet"`: from a log to a source of requests, and the files beside them."""
+"""`data.name = "parquet"`: from a log to a source of requests, and the files next to them."""
 
 import contextlib
 import dataclasses
 import functools
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float64
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import Stage
 from kd_ranker.errors import UserError
 from kd_ranker.requests.block import Block
 from kd_ranker.requests.pool import Runner, open_threads
 from kd_ranker.requests.request import SPLITS, Source
-from kd_ranker.sources.logs import files, findings, looks, scan, typed
-from kd_ranker.sources.logs import grouped as grouped_
+from kd_ranker.sources.logs import files, findings
 from kd_ranker.sources.logs.candidate_rows import ROWS_FOLDER, path_of, write_candidate_rows
 from kd_ranker.sources.logs.data_report import (
     PAGE,
-    Found,
+    Counts,
     Report,
     make_data_report,
     write_data_report,
 )
+from kd_ranker.sources.logs.database import Database, open_duckdb
 from kd_ranker.sources.logs.encode import (
     ITEM,
     TRANSFORMS,
@@ -38,25 +41,14 @@ from kd_ranker.sources.logs.encode import (
     save_encoding,
     transforms,
 )
-from kd_ranker.sources.logs.engine import Engine
-from kd_ranker.sources.logs.engines import open_engine
-from kd_ranker.sources.logs.faults import count_faults
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.findings import Finding
-from kd_ranker.sources.logs.grouped import Grouped
 from kd_ranker.sources.logs.layout import LogLayout, read_layout
-from kd_ranker.sources.logs.leaks import tell_tales
-from kd_ranker.sources.logs.numbered import (
-    Numbered,
-    counts_of_history,
-    counts_of_ids,
-    counts_of_values,
-    number,
-)
+from kd_ranker.sources.logs.leaks import find_leaks
+from kd_ranker.sources.logs.looks import time_hint
 from kd_ranker.sources.logs.ordered import Piece, write_ordered
-from kd_ranker.sources.logs.rejected import REJECTED_FOLDER, write_rejected
-from kd_ranker.sources.logs.statistics import Moments, add_up, floats_of, moments_of
-from kd_ranker.sources.logs.varying import count_varying
+from kd_ranker.sources.logs.query import PREFIX, Query, kind_of, vocabulary_table
+from kd_ranker.sources.logs.rejected import REJECTED_FOLDER, count_rejected, write_rejected
 from kd_ranker.sources.logs.vocabulary import VOCABULARIES_FOLDER, write_vocabularies
 
 MANIFEST = "log.json"
@@ -65,23 +57,28 @@ REFUSED = "refused_log"
 
 
 class PreparedLog(NamedTuple):
-    """A log, read up to the point where only requests are left to be written.
+    """A log, read up to the point where only requests remain to be written.
 
     Attributes:
-      engine: what has read it.
-      grouped: its rows as requests.
-      found: what was counted.
-      pieces: the pieces in which requests and candidates lie in the engine's folder.
-      numbered: what has ids; None if nothing is left.
-      hashed: feature whose values are hashed -> what these are, see `typed.kind_of`.
+      log: its files.
+      layout: of the log.
+      query: what made the tables of `log.sql`.
+      database: holds these.
+      counts: what was counted.
+      pieces: the pieces in which requests and candidates are in the database's folder.
     """
 
-    engine: Engine
-    grouped: Grouped
-    found: Found
+    log: Log
+    layout: LogLayout
+    query: Query
+    database: Database
+    counts: Counts
     pieces: list[Piece]
-    numbered: Numbered | None
-    hashed: Mapping[str, str] = MappingProxyType({})
+
+    @property
+    def types(self) -> dict[str, pa.DataType]:
+        """Column of the log -> its type."""
+        return {name.removeprefix(PREFIX): of for name, of in self.query.types.items()}
 
     def shards(self, split: str) -> list[Piece]:
         """The pieces of a split, in the order of time."""
@@ -94,18 +91,17 @@ class PreparedLog(NamedTuple):
 
 
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
-    """Opens a log of Parquet files as a source; `configs/parquet.py` explains `data`.
+    """Opens a log as a source; `configs/parquet.py` explains `data`.
 
-    The engine reads the log, with the memory that `data.memory` gives it, and brings its rows into
-    order in a folder below `data.dir`, which `Source.close` removes.
+    DuckDB, or Spark, reads the log, with the memory that `data.memory` gives it, and brings its
+    rows into order in a folder below `data.dir`, which `Source.close` removes.
 
     Returns:
       The source; each split comes in the order of time, then of request ids.
 
     Raises:
       UserError: the config or the log's columns are at fault, nothing is left to train or to test
-        on, something tells against the log that `data.allow` does not name, or with `data.strict`
-        any row is at fault.
+        on, a finding is not in `data.allow`, or with `data.strict` any row is at fault.
     """
     layout = read_layout(data, tasks, funnel)
     log = files.open_log(layout)
@@ -113,138 +109,167 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     with contextlib.ExitStack() as stack:
         work = Path(tempfile.mkdtemp(prefix=".parquet-", dir=layout.directory))
         stack.callback(shutil.rmtree, work)
-        candidates = sum(part.entries for part in log.parts)
-        engine = stack.enter_context(open_engine(layout, work, candidates))
+        database, query = stack.enter_context(open_engine(log, layout, work))
         run = stack.enter_context(open_threads(layout.processes))
-        source = _source(log, layout, _read(log, layout, engine, run), run)
-        # From here on, all of it is the source's to close.
+        source = _source(_read(log, layout, database, query), run)
+        # From here on, the source closes all of it.
         return dataclasses.replace(source, close=stack.pop_all().close)
 
 
 def check_unchanged(data: ConfigDict, directory: Path) -> None:
-    """Checks that a log is what the dataset in `directory` was made of; one that is gone is fine.
+    """Checks that a log has not changed since `directory` was made of it; a missing one is fine.
 
     Raises:
-      UserError: files have come, gone or changed.
+      UserError: files have been added, removed or changed.
     """
+    path = data.path or "data.sql"
     try:
-        _, *columns = files.find_files(data.path)
+        now = files.manifest_of(data.path, data.sql)
     except UserError as error:
         if not files.is_there(data.path):
             return
         raise UserError(f"the log that {directory} was made of has changed: {error}") from error
+    if [*now] == [files.SQL] and data.sql:
+        return
     if not (directory / MANIFEST).exists():
         raise UserError(
             f"{directory / MANIFEST}, the list of files that this dataset was made of, is gone; "
             "restore it, or remove that folder and make it again with: python -m "
             "experiments.prepare_data"
         )
-    now = {name: [size, changed] for name, size, changed in zip(*columns, strict=True)}
     if how := files.manifest_differences(json.loads((directory / MANIFEST).read_text()), now):
         raise UserError(
-            f"the log at {data.path} has changed since {directory} was made of it ({how}); give "
+            f"the log at {path} has changed since {directory} was made of it ({how}); give "
             "another data.dir to make a dataset of it as it is now, or restore its files"
         )
 
 
-def _read(log: Log, layout: LogLayout, engine: Engine, run: Runner) -> PreparedLog:
-    """All passes but the last."""
-    own, rows, unfolded, without_any = typed.open_rows(engine, log, layout)
-    grouped = grouped_.group(engine, layout, typed.typed(unfolded, own), without_any)
-    if layout.split == "time" and grouped.cutoffs is None and engine.count(grouped.requests):
+@contextlib.contextmanager
+def open_engine(
+    log: Log, layout: LogLayout, folder: Path, known_size: Mapping[str, int] = MappingProxyType({})
+) -> Iterator[tuple[Database, Query]]:
+    """Opens a log in the engine that the config names, and makes its query.
+
+    Args:
+      log: the log.
+      layout: of the log.
+      folder: for tables that do not fit in memory.
+      known_size: as of `Query`.
+
+    Raises:
+      UserError: a file is damaged, or the engine is not installed or does not start.
+    """
+    with contextlib.ExitStack() as stack:
+        if layout.engine == "duckdb":
+            columns = {of.column for of in files.wanted_columns(layout)}
+            files.check_pages(log, columns, layout.processes)  # Spark checks pages itself
+            opened = open_duckdb(layout.memory, layout.processes, folder, log.candidates)
+        else:
+            try:
+                from kd_ranker.sources.logs.spark_engine import open_spark
+            except ImportError as error:
+                raise UserError(
+                    f"data.engine={layout.engine!r} needs the package pyspark ({error}); "
+                    "pip install 'kd_ranker[spark]'"
+                ) from error
+            opened = open_spark(layout.spark_master, layout.spark_options, folder.resolve())
+        database = stack.enter_context(opened)
+        schema = database.open_log(log)
+        types = {of.name: of.type for of in schema if of.name.startswith(PREFIX)}
+        yield database, Query(layout.with_prefix(PREFIX), types, known_size)
+
+
+def _read(log: Log, layout: LogLayout, database: Database, query: Query) -> PreparedLog:
+    """All passes except the last."""
+    database.run(query.statements("log.sql"))
+    _check_splits(layout, query, database)
+    counted = query.statements("report.sql")
+    database.run(counted)
+    names = re.findall(r'^CREATE TABLE ("[^"]+"|\w+)', "\n".join(counted), re.M)
+    if layout.split == "time":
+        names.append("cutoffs")
+    tables = {
+        name.strip('"'): database.rows(f"SELECT * FROM {name}")
+        for name in names
+        if name != "sampled"
+    }
+    counts = Counts(count_rejected(database), tables, {})
+    if counts.candidates != counts.used + sum(counts.rejected.values()):
+        raise RuntimeError(f"{counts.candidates} candidates, {counts.used} used, {counts.rejected}")
+    pieces = []
+    if counts.used:
+        pieces = write_ordered(database)
+        counts = counts._replace(leaks=find_leaks(database, layout))
+    return PreparedLog(log, layout, query, database, counts, pieces)
+
+
+def _some_numbers(database: Database, query: Query, column: str) -> Float64[np.ndarray, "n"]:
+    """Some finite numbers of a column; none of one that holds something else."""
+    text = query.some_numbers(PREFIX + column)
+    numbers = database.fetch(text)["number"].to_numpy() if text else np.zeros(0)
+    return numbers[np.isfinite(numbers)]
+
+
+def _check_splits(layout: LogLayout, query: Query, database: Database) -> None:
+    """Raises UserError for times, or a column of splits, that cannot split the requests."""
+    unsplit = "SELECT count(*) FROM requests CROSS JOIN cutoffs WHERE test IS NULL"
+    if layout.split == "time" and database.number(unsplit):
+        numbers = _some_numbers(database, query, layout.columns["time"])
         raise UserError(
-            f"data.split='time', but the requests of {layout.path} have less than three "
-            "different times, one a split; split by 'request' or 'user'"
-            f"{looks.time_hint(log, layout)}"
+            f"data.split='time', but the requests of {layout.path} have less than three different "
+            "times, one a split; split by 'request' or 'user'"
+            f"{time_hint(numbers, layout)}"
         )
-    scanned = scan.scan(engine, own, rows)
-    counts = grouped_.counts_by_reason(engine, grouped)
-    used = engine.count(grouped.candidates)
-    numbered = number(engine, own, rows, unfolded, grouped) if used else None
-    faults, other_version = count_faults(engine, own, rows, unfolded, numbered)
-    found = Found(
-        *scanned,
-        counts=counts,
-        faults=faults,
-        other_version=other_version,
-        cutoffs=grouped.cutoffs,
-    )
-    if found.rows != sum(part.rows for part in log.parts):
-        raise RuntimeError(
-            f"{sum(part.rows for part in log.parts)} rows in files, {found.rows} read"
+    count = "SELECT count(*) FROM bad_splits"
+    if layout.split == "column" and (number := database.number(count)):
+        (example,) = database.rows("SELECT min(request) AS request FROM bad_splits")
+        raise UserError(
+            f"data.columns.split: in column {layout.columns['split']!r}, {number:,} requests, such "
+            f"as {example['request']!r}, do not have one of {', '.join(SPLITS)} in all of their "
+            "rows"
         )
-    if found.entries != used + counts.sum():
-        raise RuntimeError(
-            f"{found.entries} candidates in the log, {used} used, {counts.sum()} rejected"
-        )
-    if numbered is None:
-        return PreparedLog(engine, grouped, found, [], None)
-    pieces = write_ordered(engine, layout, grouped, numbered)
-    statistics = add_up(layout, engine.folder, pieces, run)
-    return PreparedLog(
-        engine,
-        grouped,
-        found._replace(
-            statistics=statistics,
-            steps_back=grouped_.count_steps_back(engine, grouped.requests),
-            moments=statistics.moments | _moments_of_items(engine, layout, numbered),
-            values={name: counts_of_values(engine, of) for name, of in numbered.values.items()},
-            varying=count_varying(engine, own, rows, unfolded, grouped),
-            ids=counts_of_ids(engine, numbered) | counts_of_history(engine, layout, numbered),
-            tells=tell_tales(engine, layout, grouped, numbered),
-        ),
-        pieces,
-        numbered,
-        {of.name: typed.kind_of(unfolded[of.column].type()) for of in own.features if of.hashed},
-    )
 
 
-def _moments_of_items(engine: Engine, layout: LogLayout, numbered: Numbered) -> dict[str, Moments]:
-    """The moments of the dense features of items that training has."""
-    names = {of.name: f"feature:{of.name}" for of in layout.of("item", kind="dense")}
-    if not names:
-        return {}
-    items = numbered.items.filter(numbered.items.train > 0).order_by("id")
-    table = engine.fetch(items.select(*names.values()))
-    return {name: moments_of(floats_of(table, column)) for name, column in names.items()}
-
-
-def _source(log: Log, layout: LogLayout, read: PreparedLog, run: Runner) -> Source:
-    report = make_data_report(log, layout, read.found)
-    found = findings.find(report, functools.partial(looks.time_hint, log, layout))
+def _source(read: PreparedLog, run: Runner) -> Source:
+    log, layout, database = read.log, read.layout, read.database
+    some_numbers = functools.partial(_some_numbers, database, read.query)
+    report = make_data_report(log, layout, read.counts, some_numbers)
+    found = findings.find(report, lambda: time_hint(some_numbers(layout.columns["time"]), layout))
     report["allowed"] = [finding._asdict() for finding in found if finding.name in layout.allow]
     for name, text in found:
         verdict = "Allowed" if name in layout.allow else "Refused"
         report["remarks"].append(f"{verdict}, {name}: {text}.")
-    if why := _unusable(layout, read, report, found):
-        raise _refuse(log, layout, read, report, why)
-    engine, numbered = read.engine, read.numbered
-    assert numbered is not None
-    items = engine.fetch(numbered.items.order_by("id"))
+    if why := _unusable(read, report, found):
+        raise _refuse(read, report, why)
+    items = database.fetch("SELECT * FROM item_fields ORDER BY id")
     values = {ITEM: items["value"].combine_chunks()}
-    for name, table in numbered.values.items():
-        known = table.filter(table.id.notnull()).order_by("id").select("value")
-        values[name] = engine.fetch(known)["value"].combine_chunks()
-    users = engine.count(numbered.users)
-    encoding = make_encoding(layout, users, values, read.found.moments)
-    save_encoding(encoding, engine.folder / "encoding")
-    load_encoding(engine.folder / "encoding")  # once, before threads ask for it
+    for of in layout.vocabularies:
+        known = f"SELECT value FROM {vocabulary_table(of)} WHERE id > 0 ORDER BY id"
+        values[of.name] = database.fetch(known)["value"].combine_chunks()
+    users = database.number("SELECT count(*) FROM users")
+    moments = {
+        of.name: read.counts.moments(of.name) for of in layout.features if of.kind == "dense"
+    }
+    encoding = make_encoding(layout, users, values, moments)
+    save_encoding(encoding, database.folder / "encoding")
+    load_encoding(database.folder / "encoding")  # once, before threads need it
     item_features, item_category = item_matrix(layout, encoding, items)
 
     def shards(split: str) -> list[Callable[[], Iterator[Block]]]:
         return [
-            functools.partial(encode_requests, layout, engine.folder, piece)
+            functools.partial(encode_requests, layout, database.folder, piece)
             for piece in read.shards(split)
         ]
 
     def write_beside(directory: Path) -> None:
-        _write_report(log, layout, read, report, directory)
-        write_vocabularies(engine, numbered, encoding.spec, directory / VOCABULARIES_FOLDER)
-        told = transforms(layout, encoding, read.hashed)
-        (directory / TRANSFORMS).write_text(json.dumps(told, indent=2))
+        _write_report(read, report, directory)
+        write_vocabularies(database, layout, encoding.spec, directory / VOCABULARIES_FOLDER)
+        hashed = {of.name: kind_of(read.types[of.column]) for of in layout.features if of.hashed}
+        rules = transforms(layout, encoding, hashed)
+        (directory / TRANSFORMS).write_text(json.dumps(rules, indent=2))
         (directory / ROWS_FOLDER).mkdir()
         rows = [
-            (engine.folder, piece, path_of(directory, split, shard))
+            (database.folder, piece, path_of(directory, split, shard))
             for split in SPLITS
             for shard, piece in enumerate(read.shards(split))
         ]
@@ -266,75 +291,60 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog, run: Runner) -> Sour
     )
 
 
-def _unusable(
-    layout: LogLayout, read: PreparedLog, report: Report, found: Sequence[Finding]
-) -> str:
-    """A reason for making no dataset of a log, "" if there is none."""
-    if read.numbered is None:
+def _unusable(read: PreparedLog, report: Report, found: Sequence[Finding]) -> str:
+    """A reason for making no dataset of a log, or ""."""
+    layout = read.layout
+    if not read.pieces:
         times = "".join(f"; {finding.text}" for finding in found if finding.name == "times")
         return f"not one row of the log can be used{times}"
     for split in SPLITS:
         if not read.num_requests(split):
-            return (
-                f"no request is left for the split {split!r}, with data.validation_share="
-                f"{layout.validation_share} and data.test_share={layout.test_share}"
+            shares = (
+                f"data.validation_share={layout.validation_share} and "
+                f"data.test_share={layout.test_share}"
             )
-    if "propensity" in layout.columns and (why := _bad_propensity(layout, read)):
-        return why
+            column = f"column {layout.columns.get('split')!r}"
+            by = column if layout.split == "column" else shares
+            return f"no request is left for the split {split!r}, with {by}"
+    if bad := read.counts.row("propensities").get("bad"):
+        of = read.counts.row("propensities")
+        return (
+            f"data.columns.propensity: {bad:,} of {of['shown']:,} values of column "
+            f"{layout.columns['propensity']!r} on shown candidates are not in (0, 1], such as "
+            f"{of['least']:g}"
+        )
     if layout.strict and (faults := _faults(report)):
         return f"data.strict=True, and the log has faults: {faults}"
     return findings.refusal(found, layout.allow)
 
 
-def _bad_propensity(layout: LogLayout, read: PreparedLog) -> str:
-    """Propensities of shown candidates that are none, with an example; "" if there are none."""
-    of = read.grouped.candidates
-    shown = of.filter(of.stage == int(Stage.SHOWN), of.propensity.notnull())
-    bad = shown.filter((shown.propensity <= 0) | (shown.propensity > 1))
-    (row,) = read.engine.fetch(bad.agg(number=bad.count(), least=bad.propensity.min())).to_pylist()
-    if not row["number"]:
-        return ""
-    return (
-        f"data.columns.propensity: {row['number']:,} of {read.engine.count(shown):,} values of "
-        f"column {layout.columns['propensity']!r} on shown candidates are not in (0, 1], such as "
-        f"{row['least']:g}"
-    )
-
-
 def _faults(report: Report) -> str:
-    """Faults that a strict reading refuses, in words; "" if there are none."""
-    bad = sum(column["out_of_range"] for column in report["columns"])
-    requests = report["requests"]
-    counted = (
+    """Faults that a strict reading refuses, in words, or ""."""
+    invalid = sum(column["out_of_range"] for column in report["columns"])
+    counted: tuple[tuple[Any, str], ...] = (
         (report["candidates"]["rejected"], "rejected candidates"),
-        (bad, "values that their columns cannot hold"),
+        (invalid, "invalid values"),
         (report["teacher"]["other_version"], "candidates of another teacher version"),
-        (requests["several_times"], "requests of several times"),
+        (report["requests"]["several_times"], "requests of several times"),
     )
     return ", ".join(f"{number:,} {what}" for number, what in counted if number)
 
 
-def _refuse(log: Log, layout: LogLayout, read: PreparedLog, report: Report, why: str) -> UserError:
-    """The error for a log of which no dataset is made; its report is written all the same."""
-    directory = Path(layout.directory) / REFUSED
+def _refuse(read: PreparedLog, report: Report, why: str) -> UserError:
+    """The error for a log that makes no dataset; its report is written all the same."""
+    directory = Path(read.layout.directory) / REFUSED
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
-    _write_report(log, layout, read, report, directory)
-    reasons = report["candidates"]["by_reason"]
-    rejected = ", ".join(f"{name} {entry['candidates']:,}" for name, entry in reasons.items())
+    _write_report(read, report, directory)
+    rejected = ", ".join(f"{name} {number:,}" for name, number in read.counts.rejected.items())
     return UserError(
-        f"{layout.path}: {why}{f'; rejected were: {rejected}' if rejected else ''}; see "
+        f"{read.layout.path}: {why}{f'; rejected were: {rejected}' if rejected else ''}; see "
         f"{directory / PAGE}"
     )
 
 
-def _write_report(
-    log: Log, layout: LogLayout, read: PreparedLog, report: Report, directory: Path
-) -> None:
+def _write_report(read: PreparedLog, report: Report, directory: Path) -> None:
     """Writes the report and the rejected rows."""
     write_data_report(report, directory)
-    written = write_rejected(
-        read.engine, log, layout, read.grouped.rejected, directory / REJECTED_FOLDER
-    )
-    if written != (rejected := read.found.counts.sum()):
-        raise RuntimeError(f"{rejected} candidates rejected, {written} written")
+    folder = directory / REJECTED_FOLDER
+    write_rejected(read.database, read.log, read.layout, read.types, folder)

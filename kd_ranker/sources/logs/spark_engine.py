@@ -1,62 +1,73 @@
-"""Spark as engine, for a log that outgrows a machine; needs the package pyspark."""
+"""Spark as engine, for a log that outgrows a machine: the same SQL, translated by SQLGlot.
+
+Needs the packages pyspark and sqlglot, and Java 17.
+"""
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import fsspec
-import ibis
-import ibis.expr.types as ir
 import pyarrow as pa
 import pyarrow.parquet as pq
-from ibis.backends.pyspark.datatypes import PySparkSchema
 from pyspark.errors import PySparkException, PySparkRuntimeError
 from pyspark.sql import SparkSession
 
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs.engine import FILE, ROW, ROWS_AT_A_TIME, Engine
+from kd_ranker.sources.logs.database import ROWS_AT_A_TIME, Database
 from kd_ranker.sources.logs.files import Log
+from kd_ranker.sources.logs.query import PREFIX
+from kd_ranker.sources.logs.spark_sql import created, in_spark
 
-# It has no whole numbers of 64 bits without a sign, and reads them as these.
+# It has no unsigned integers of 64 bits, and reads them as these.
 _UNSIGNED = pa.decimal128(20, 0)
+_SETTINGS = {
+    "spark.ui.enabled": False,
+    "spark.sql.session.timeZone": "UTC",
+    "spark.sql.legacy.sizeOfNull": False,
+    "spark.hadoop.parquet.page.verify-checksum.enabled": True,
+    "spark.log.level": "ERROR",
+}
 
 
-class Spark(Engine):
+class Spark(Database):
     """A session, whose workers see the log and the folder."""
 
-    def keep(self, name: str, table: ir.Table) -> ir.Table:
-        """The same table, worked out once."""
-        # Not by `persist`: a plan names in full what all it reads was made of, and so in the end
-        # plans outgrew the driver's memory.
-        path = (self.folder / f"kept-{name}").as_uri()
-        # Some of its columns are narrower than Ibis takes them for.
-        self._frame(table).to(PySparkSchema.from_ibis(table.schema())).write.parquet(path)
-        self.backend._session.read.parquet(path).createOrReplaceTempView(name)
-        kept: ir.Table = self.backend.table(name)
-        return kept
+    def __init__(self, session: Any, folder: Path) -> None:
+        super().__init__(session, folder)
+        self.session, self._tables = session, 0
 
-    def view(self, name: str, table: ir.Table) -> ir.Table:
-        """The same table under a name, worked out where it is asked for."""
-        self._frame(table).createOrReplaceTempView(name)
-        view: ir.Table = self.backend.table(name)
-        return view
+    def run(self, statements: Sequence[str]) -> None:
+        """Runs statements that make tables and views, one after the other."""
+        for statement in statements:
+            name, is_table, query = created(statement)
+            frame = self.session.sql(query)
+            if is_table:
+                # Not by `persist`: a plan contains all plans before it, and outgrew the memory.
+                path = (self.folder / f"table-{self._tables}").as_uri()
+                self._tables += 1
+                frame.write.parquet(path)
+                frame = self.session.read.parquet(path)
+            frame.createOrReplaceTempView(f"`{name}`")
 
-    def fetch(self, table: ir.Table) -> pa.Table:
-        """A table that fits in memory."""
-        return self._frame(table).toArrow().cast(_schema(table))
+    def fetch(self, query: str) -> pa.Table:
+        """The result of a query that fits in memory."""
+        table = self.session.sql(in_spark(query)).toArrow()
+        return table.cast(_schema(table.schema))
 
-    def stream(self, table: ir.Table) -> pa.RecordBatchReader:
-        """A table in its order, some rows at a time; the whole is written to the folder first."""
+    def stream(self, query: str) -> pa.RecordBatchReader:
+        """The result of a query in its order; the whole is written to the folder first."""
+        frame = self.session.sql(in_spark(query))
         written = Path(tempfile.mkdtemp(dir=self.folder)) / "rows"
-        self._frame(table).write.parquet(written.as_uri())
-        # The names of the parts follow the order of the rows.
-        parts, schema = sorted(written.glob("part-*.parquet")), _schema(table)
+        schema = _schema(frame.limit(0).toArrow().schema)
+        frame.write.parquet(written.as_uri())
 
         def batches() -> Iterator[pa.RecordBatch]:
-            for part in parts:
+            # The names of the parts follow the order of the rows.
+            for part in sorted(written.glob("part-*.parquet")):
                 with pq.ParquetFile(part) as file:
                     for batch in file.iter_batches(ROWS_AT_A_TIME):
                         yield batch.cast(schema)
@@ -64,38 +75,30 @@ class Spark(Engine):
 
         return pa.RecordBatchReader.from_batches(schema, batches())
 
-    def put(self, name: str, rows: pa.Table) -> ir.Table:
-        """A table of rows that are here."""
-        self.backend._session.createDataFrame(rows).createOrReplaceTempView(name)
-        put: ir.Table = self.backend.table(name)
-        return put
+    def put(self, name: str, rows: pa.Table) -> None:
+        """Makes a table of rows."""
+        self.session.createDataFrame(rows).createOrReplaceTempView(name)
 
-    def rows_of(self, log: Log, files: list[int]) -> ir.Table:
-        """All rows of some files of a log, with the columns `FILE` and `ROW`."""
-        name = f"log_{files[0]}_{len(files)}"
-        self._read(log, files).createOrReplaceTempView(name)
-        rows: ir.Table = self.backend.table(name)
-        return rows
-
-    def names_of(self, log: Log) -> list[str]:
-        """The files of a log as `FILE` names them."""
-        found = self._read(log, [*range(len(log.files))]).select(FILE).distinct().collect()
-        names = {_path(row[0]): row[0] for row in found}
-        # A file without rows has not been found.
-        return [names.get(file, file) for file in log.files]
-
-    def _read(self, log: Log, files: list[int]) -> Any:
+    def open_log(self, log: Log) -> pa.Schema:
+        """Makes the view `log` and returns its columns, see `database.Database.open_log`."""
         system, _ = fsspec.core.url_to_fs(log.url)
-        reader = self.backend._session.read.option("mergeSchema", True)
+        reader = self.session.read.option("mergeSchema", True)
         # Else columns would be made of the names of folders.
         reader = reader.option("recursiveFileLookup", True)
-        frame = reader.parquet(*(system.unstrip_protocol(log.files[file]) for file in files))
-        return frame.selectExpr(
-            "*", f"_metadata.file_path AS {FILE}", f"_metadata.row_index AS {ROW}"
+        frame = reader.parquet(*(system.unstrip_protocol(file) for file in log.files))
+        numbers = {file: number for number, file in enumerate(log.files)}
+        found = frame.select("_metadata.file_path").distinct().collect()
+        places = {path: numbers[_path(path)] for (path,) in found}
+        files = pa.table({"path": [*places], "file": pa.array(places.values(), pa.int64())})
+        for name in log.given.column_names:
+            files = files.append_column(PREFIX + name, log.given[name].take(files["file"]))
+        self.put("files", files)
+        columns = [f"`{name}` AS `{PREFIX}{name}`" for name in frame.columns]
+        rows = frame.selectExpr(
+            *columns, "_metadata.file_path AS path", "_metadata.row_index AS row"
         )
-
-    def _frame(self, table: ir.Table) -> Any:
-        return self.backend._session.sql(self.backend.compile(table))
+        rows.join(self.session.table("files"), "path").drop("path").createOrReplaceTempView("log")
+        return _schema(self.session.table("log").limit(0).toArrow().schema)
 
 
 def _path(name: str) -> str:
@@ -104,9 +107,9 @@ def _path(name: str) -> str:
     return unquote(url.netloc + url.path)
 
 
-def _schema(table: ir.Table) -> pa.Schema:
-    """The columns of a table as other engines give them; some of Spark's own are narrower."""
-    return pa.schema([pa.field(of.name, _type(of.type)) for of in table.schema().to_pyarrow()])
+def _schema(schema: pa.Schema) -> pa.Schema:
+    """The columns as DuckDB returns them."""
+    return pa.schema([pa.field(of.name, _type(of.type)) for of in schema])
 
 
 def _type(type_: pa.DataType) -> pa.DataType:
@@ -116,18 +119,18 @@ def _type(type_: pa.DataType) -> pa.DataType:
 
 
 @contextlib.contextmanager
-def open_spark(master: str, options: Mapping[str, Any], folder: Path) -> Iterator[Engine]:
+def open_spark(master: str, options: Mapping[str, Any], folder: Path) -> Iterator[Database]:
     """Opens a session of Spark.
 
     Args:
       master: its URL, such as `local[2]` or `spark://host:7077`.
       options: further settings of the session by their names.
-      folder: for what is handed over; workers write to it.
+      folder: for tables; workers write to it.
 
     Raises:
-      UserError: Java is not installed, the master does not answer, or what runs meanwhile fails.
+      UserError: Java is not installed, the master does not answer, or a query fails meanwhile.
     """
-    # One that the caller has goes on afterwards.
+    # A session of the caller continues afterwards.
     is_own = SparkSession.getActiveSession() is None
     builder = SparkSession.builder.master(master).appName("kd_ranker")
     for name, value in {**_SETTINGS, **options}.items():
@@ -137,18 +140,9 @@ def open_spark(master: str, options: Mapping[str, Any], folder: Path) -> Iterato
     except PySparkRuntimeError as error:
         raise UserError(f"Spark does not start, which needs Java 17: {error}") from error
     try:
-        yield Spark(ibis.pyspark.connect(session), folder)
+        yield Spark(session, folder)
     except PySparkException as error:
         raise UserError(f"the log cannot be read by Spark: {str(error)[:500]}") from error
     finally:
         if is_own:
             session.stop()
-
-
-_SETTINGS = {
-    "spark.ui.enabled": False,
-    "spark.sql.session.timeZone": "UTC",
-    # What a file says of its pages is checked.
-    "spark.hadoop.parquet.page.verify-checksum.enabled": True,
-    "spark.log.level": "ERROR",
-}

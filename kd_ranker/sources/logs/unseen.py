@@ -1,8 +1,7 @@
-"""A log that no dataset is made of, read to be scored: in the terms of a dataset that there is.
+"""A log to score: its requests in the ids and scales of a dataset that exists.
 
-Ids, vocabularies, means and deviations are those of the dataset, which stand beside it. Of the log
-come the requests, their candidates and the features of all of these; nothing that is known only
-after a request is read.
+Ids, vocabularies, means and deviations are those of the dataset. The log gives the requests, their
+candidates and the features of these; no column that is known only after a request is read.
 """
 
 import itertools
@@ -11,15 +10,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import ibis.expr.datatypes as dt
-import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
 
 from kd_ranker.batch import FeatureSpec, Items
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs import files, grouped, numbered, typed
+from kd_ranker.sources.logs import files
 from kd_ranker.sources.logs.data_report import JSON_FILE, read_data_report
+from kd_ranker.sources.logs.database import Database
 from kd_ranker.sources.logs.encode import (
     ITEM,
     TRANSFORMS,
@@ -29,14 +27,12 @@ from kd_ranker.sources.logs.encode import (
     save_encoding,
     scale_of,
 )
-from kd_ranker.sources.logs.engine import Engine
-from kd_ranker.sources.logs.engines import open_engine
 from kd_ranker.sources.logs.files import Log
-from kd_ranker.sources.logs.grouped import Grouped
 from kd_ranker.sources.logs.layout import LogLayout
-from kd_ranker.sources.logs.numbered import Numbered
 from kd_ranker.sources.logs.ordered import Piece, write_ordered
-from kd_ranker.sources.logs.reasons import Reason
+from kd_ranker.sources.logs.query import PREFIX, Query, kind_of
+from kd_ranker.sources.logs.rejected import count_rejected
+from kd_ranker.sources.logs.source import open_engine
 from kd_ranker.sources.logs.vocabulary import read_vocabulary
 
 USER = "user"
@@ -48,8 +44,8 @@ class Settled(NamedTuple):
 
     Attributes:
       encoding: the rules by which values become ids and features.
-      vocabularies: the `value` and `id` of what has ids, see `read_vocabulary`.
-      kinds: key of the config that names a column of ids or categories -> `typed.kind_of` its
+      vocabularies: the `value` and `id` of users, items and categories, see `read_vocabulary`.
+      kinds: key of the config that names a column of ids or categories -> `query.kind_of` its
         values; "" where that is not known.
       trained: how many of the first ids of `user` and of `item` training requests have.
     """
@@ -61,13 +57,13 @@ class Settled(NamedTuple):
 
 
 class Unseen(NamedTuple):
-    """A log that was read, but for the rows, which lie in a folder.
+    """A log that was read; its rows are in a folder.
 
     Attributes:
-      pieces: the pieces in which its requests and candidates lie.
+      pieces: the pieces of its requests and candidates.
       largest: the most candidates that a request has.
       used: how many candidates there are.
-      rejected: reason -> how many candidates it has cost; they lie in no piece.
+      rejected: reason -> how many candidates it has cost; they are in no piece.
       new: `user` and `item` -> how many candidates are of one that no training request has.
     """
 
@@ -86,7 +82,7 @@ def open_unseen(layout: LogLayout, trained: LogLayout) -> tuple[Log, LogLayout]:
       trained: of the one that the rankers' dataset was made of.
 
     Returns:
-      The log, and the layout with what is read of it.
+      The log, and the layout of the columns that are read.
 
     Raises:
       UserError: the layouts have other features or tasks, or the log lacks a column, or one is of
@@ -131,20 +127,18 @@ def settled_by(layout: LogLayout, spec: FeatureSpec, directory: Path) -> Settled
       directory: its folder.
 
     Raises:
-      UserError: what lies beside the dataset is gone.
+      UserError: files next to the dataset are gone.
     """
     report = read_data_report(directory)
     if report is None:
         raise UserError(
             f"{directory / JSON_FILE}, which holds the means and deviations of training, is gone; "
-            f"put it back, or remove {directory} and make it anew with: python -m "
+            f"restore it, or remove {directory} and make it again with: python -m "
             "experiments.prepare_data"
         )
     of = {feature["name"]: feature for feature in report["features"]}
     scales = {
-        feature.name: scale_of(
-            feature, of[feature.name].get("mean", 0.0), of[feature.name].get("deviation", 0.0)
-        )
+        feature.name: scale_of(feature, of[feature.name])
         for feature in layout.features
         if feature.kind == "dense"
     }
@@ -167,20 +161,17 @@ def settled_by(layout: LogLayout, spec: FeatureSpec, directory: Path) -> Settled
 def _kinds(
     layout: LogLayout, vocabularies: Mapping[str, pa.Table], directory: Path
 ) -> dict[str, str]:
-    """`Settled.kinds`; what is hashed has no vocabulary, and older datasets do not tell of it."""
-    kind_of = {
-        name: typed.kind_of(dt.DataType.from_pyarrow(of["value"].type))
-        for name, of in vocabularies.items()
-    }
+    """`Settled.kinds`; hashed features have no vocabulary."""
+    of_values = {name: kind_of(of["value"].type) for name, of in vocabularies.items()}
     if (path := directory / TRANSFORMS).exists():
         told = json.loads(path.read_text())["categories"].values()
-        kind_of |= {
+        of_values |= {
             f"feature:{of['name']}": of["values"] for of in itertools.chain(*told) if "values" in of
         }
-    kinds = {f"data.columns.{name}": kind_of[name] for name in (USER, ITEM)}
+    kinds = {f"data.columns.{name}": of_values[name] for name in (USER, ITEM)}
     for of in layout.features:
         name = ITEM if of.kind == "history" else f"feature:{of.name}"
-        kinds[f"data.features.{of.key}"] = kind_of.get(name, "")
+        kinds[f"data.features.{of.key}"] = of_values.get(name, "")
     return kinds
 
 
@@ -195,7 +186,7 @@ def read_unseen(
 
     Args:
       log: the log.
-      layout: with what is read of it, see `open_unseen`.
+      layout: of the columns that are read, see `open_unseen`.
       settled: the terms to read it in.
       items: features and category ids of the items of the dataset; those of items that are
         candidates in the log take their places, and new ones follow.
@@ -205,37 +196,43 @@ def read_unseen(
       UserError: the log cannot be read, holds ids of another type than training, or not one row of
         it can be used.
     """
-    candidates = sum(part.entries for part in log.parts)
-    with open_engine(layout, folder, candidates) as engine:
-        own, rows, unfolded, without_any = typed.open_rows(engine, log, layout)
-        _check_types(own, settled, unfolded)
-        of = grouped.group(engine, layout, typed.typed(unfolded, own), without_any)
-        counts = grouped.counts_by_reason(engine, of)
-        rejected = {why.name.lower(): int(counts[why]) for why in Reason if counts[why]}
-        if not engine.count(of.candidates):
+    sizes = {f"known_{of}": len(settled.vocabularies[of]) for of in (USER, ITEM)}
+    with open_engine(log, layout, folder, sizes) as (database, query):
+        _check_types(query, settled)
+        for of in (USER, ITEM):
+            database.put(f"known_{of}", settled.vocabularies[of])
+        database.run(query.statements("log.sql"))
+        rejected = count_rejected(database)
+        if not database.number("SELECT count(*) FROM used"):
             raise UserError(f"{layout.path}: not one row of the log can be used: {rejected}")
-        ids = numbered.number(engine, own, rows, unfolded, of, settled.vocabularies)
-        pieces = write_ordered(engine, layout, of, ids)
+        pieces = write_ordered(database)
         save_encoding(settled.encoding, folder / "encoding")
-        table = engine.fetch(ids.items.order_by("id"))
-        matrices = item_matrix(layout, settled.encoding, table)
-        places = table["id"].to_numpy()
-        known_items = (np.asarray(items.features), np.asarray(items.category))
-        both = zip((_ITEM_FEATURES, _ITEM_CATEGORY), known_items, matrices, strict=True)
-        for file, known, own_of in both:
-            whole = np.zeros((max(len(known), places.max() + 1), known.shape[1]), known.dtype)
-            whole[: len(known)] = known
-            whole[places] = own_of
-            np.save(folder / file, whole)
-        sizes = of.candidates.group_by("number").agg(size=of.candidates.count())
+        logged = database.fetch("SELECT * FROM item_fields ORDER BY id")
+        _save_items(layout, settled, items, logged, folder)
+        sizes_of = "SELECT max(size) FROM (SELECT count(*) AS size FROM used GROUP BY number) AS of"
         found = Unseen(
             pieces,
-            largest=int(engine.fetch(sizes.agg(most=sizes["size"].max()))["most"][0].as_py()),
+            largest=database.number(sizes_of),
             used=sum(piece.candidates for piece in pieces),
             rejected=rejected,
-            new=_new(engine, of, ids, settled.trained),
+            new=_new(database, settled.trained),
         )
     (folder / _READ).write_text(json.dumps(found))
+
+
+def _save_items(
+    layout: LogLayout, settled: Settled, items: Items, table: pa.Table, folder: Path
+) -> None:
+    """Saves the items of the dataset, with those of the log in their places."""
+    matrices = item_matrix(layout, settled.encoding, table)
+    places = table["id"].to_numpy()
+    known_items = (np.asarray(items.features), np.asarray(items.category))
+    both = zip((_ITEM_FEATURES, _ITEM_CATEGORY), known_items, matrices, strict=True)
+    for file, known, logged in both:
+        whole = np.zeros((max(len(known), places.max() + 1), known.shape[1]), known.dtype)
+        whole[: len(known)] = known
+        whole[places] = logged
+        np.save(folder / file, whole)
 
 
 def load_unseen(folder: Path) -> Unseen:
@@ -249,25 +246,24 @@ def load_items(folder: Path) -> Items:
     return Items(*(np.load(folder / file) for file in (_ITEM_FEATURES, _ITEM_CATEGORY)))
 
 
-def _check_types(layout: LogLayout, settled: Settled, unfolded: ir.Table) -> None:
-    """Refuses texts where training had whole numbers, and the other way round: none would match."""
-    for column in files.wanted_columns(layout):
-        here = typed.kind_of(unfolded[column.column].type())
-        there = settled.kinds.get(column.key, "")
+def _check_types(query: Query, settled: Settled) -> None:
+    """Refuses texts where training had whole numbers, and the reverse: none would match."""
+    for column in files.wanted_columns(query.layout):
+        here, there = kind_of(query.types[column.column]), settled.kinds.get(column.key, "")
         if here and there and here != there:
-            name = column.column.removeprefix(typed.PREFIX)
+            name = column.column.removeprefix(PREFIX)
             raise UserError(
-                f"column {name!r} ({column.key}) holds {here}, and in training it held {there}; "
-                "give it the type that it had"
+                f"column {name!r} ({column.key}) holds {here}, and in training it held "
+                f"{there}; give it the type that it had"
             )
 
 
-def _new(engine: Engine, of: Grouped, ids: Numbered, trained: Mapping[str, int]) -> dict[str, int]:
+def _new(database: Database, trained: Mapping[str, int]) -> dict[str, int]:
     """`Unseen.new`."""
-    users = ids.users.filter(ids.users.id >= trained[USER]).select(user="value")
-    items = ids.items.filter(ids.items.id >= trained[ITEM]).select(item="value")
-    requests = of.requests.semi_join(users, "user")
+    users = f"SELECT number FROM request_rows WHERE user_id >= {trained[USER]}"
+    items = f"SELECT value AS item FROM items WHERE id >= {trained[ITEM]}"
+    count = "SELECT count(*) FROM used SEMI JOIN ({}) AS new USING ({})"
     return {
-        USER: engine.count(of.candidates.semi_join(requests, "number")),
-        ITEM: engine.count(of.candidates.semi_join(items, "item")),
+        USER: database.number(count.format(users, "number")),
+        ITEM: database.number(count.format(items, "item")),
     }

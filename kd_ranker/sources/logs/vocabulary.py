@@ -1,4 +1,4 @@
-"""Writes the id that each user, item and value of the log got."""
+"""The id of each user, item and value of the log, in files next to a dataset."""
 
 from pathlib import Path
 
@@ -7,43 +7,51 @@ import pyarrow.parquet as pq
 
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs.engine import Engine
-from kd_ranker.sources.logs.numbered import Numbered
+from kd_ranker.sources.logs.database import Database
+from kd_ranker.sources.logs.layout import LogLayout
+from kd_ranker.sources.logs.query import vocabulary_table
 
 VOCABULARIES_FOLDER = "vocabularies"
 
 
-def write_vocabularies(engine: Engine, numbered: Numbered, spec: FeatureSpec, folder: Path) -> None:
+def write_vocabularies(
+    database: Database, layout: LogLayout, spec: FeatureSpec, folder: Path
+) -> None:
     """Writes `user.parquet`, `item.parquet` and `feature-<name>.parquet`.
 
     Each has the columns `value`, as in the log, and `id`: in [0, num_users) and [0, num_items);
     that of a feature is its category id. Hashed features have no file, nor is there an entry for
-    the values that share a feature's first category id: rare, unheard-of and missing ones.
+    the values that share a feature's first category id: rare, unknown and missing ones.
     """
     folder.mkdir()
-    names = (category.name for category in spec.categories)
-    starts = dict(zip(names, spec.category_starts, strict=True))
-    tables = {"user": (numbered.users, 0), "item": (numbered.items, 0)}
-    tables |= {f"feature:{name}": (of, starts[name]) for name, of in numbered.values.items()}
+    starts = category_starts(spec)
+    tables = {"user": ("users", 0), "item": ("items", 0)}
+    for of in layout.vocabularies:
+        tables[f"feature:{of.name}"] = (vocabulary_table(of), starts[of.name])
     for name, (table, start) in tables.items():
-        known = table.filter(table.id.notnull()).order_by("id")
-        ids = (known.id + start).cast("int32")
-        pq.write_table(engine.fetch(known.select("value", id=ids)), _path(folder, name))
+        query = f"SELECT value, (id + {start})::INT AS id FROM {table} WHERE id >= 0 ORDER BY id"
+        pq.write_table(database.fetch(query), _path(folder, name))
+
+
+def category_starts(spec: FeatureSpec) -> dict[str, int]:
+    """Categorical feature -> its first category id."""
+    names = (category.name for category in spec.categories)
+    return dict(zip(names, spec.category_starts, strict=True))
 
 
 def read_vocabulary(directory: Path, name: str) -> pa.Table:
-    """The `value` and `id` of `user`, `item` or `feature:<name>`, by id, beside a dataset.
+    """The `value` and `id` of `user`, `item` or `feature:<name>`, by id, next to a dataset.
 
     Raises:
-      UserError: it is gone.
+      UserError: it is missing.
     """
     path = _path(directory / VOCABULARIES_FOLDER, name)
     if not path.exists():
         raise UserError(
-            f"{path}, which says what was given which id, is gone; put it back, or remove "
-            f"{directory} and make it anew with: python -m experiments.prepare_data"
+            f"{path}, which holds the ids of values, is gone; restore it, or remove "
+            f"{directory} and make it again with: python -m experiments.prepare_data"
         )
-    # Not by way of a path alone, which pyarrow takes for a dataset.
+    # A path only would make pyarrow read a dataset of all its folder.
     with pq.ParquetFile(path) as parquet:
         return parquet.read()
 

@@ -146,6 +146,8 @@ def output_paths(log: Log, output: Path) -> list[Path]:
     Raises:
       UserError: two files would get the same one.
     """
+    if not log.files:
+        raise UserError("a log of data.sql cannot be written back; write its rows to Parquet files")
     # From the root no name leads further up, whatever .. an archive has in it.
     rooted = [posixpath.normpath("/" + file.lstrip("/")) for file in log.files]
     common = posixpath.commonpath(map(posixpath.dirname, rooted))

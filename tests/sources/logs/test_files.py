@@ -1,7 +1,6 @@
 import datetime
 import zipfile
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,7 +11,6 @@ from kd_ranker.errors import UserError
 from kd_ranker.sources.logs import files
 from kd_ranker.sources.logs.files import manifest_differences
 from kd_ranker.sources.logs.layout import read_layout
-from kd_ranker.sources.logs.page_checksums import check_pages
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import make_rows, write_log
 
@@ -37,7 +35,11 @@ def test_a_path_that_names_nothing_says_so(tmp_path):
     for path, message in (
         (tmp_path / "absent", "absent does not exist; give a file, a directory or a glob"),
         (tmp_path / "empty", "holds no file that ends in .parquet; it is empty"),
-        (tmp_path / "other", "holds no file that ends in .parquet; it holds log.csv, say"),
+        (
+            tmp_path / "other",
+            "holds no file that ends in .parquet; it holds log.csv; read files of",
+        ),
+        (tmp_path / "other" / "log.csv", "log.csv is not a Parquet file; read files of other"),
         (tmp_path / "*.parquet", "*.parquet matches no file"),
         ("nowhere://bucket/log", "data.path=nowhere://bucket/log cannot be read: Protocol not"),
     ):
@@ -70,7 +72,7 @@ def test_what_a_writer_keeps_below_a_log_is_not_of_it(tmp_path, log, caplog):
     found = files.open_log(read_layout(config.data, config.tasks, config.funnel))
     names = [file.removeprefix(f"{log}/") for file in found.files]
     assert names == ["_date=1/part.parquet", "part-0.parquet"]
-    assert "is a Delta table: all files that lie there are read" in caplog.text
+    assert "is a Delta table: all its files are read" in caplog.text
 
 
 def test_several_paths_are_one_log(tmp_path, log):
@@ -98,7 +100,7 @@ def test_two_archives_are_two_file_systems(tmp_path, log):
 def test_names_that_the_engine_cannot_tell_apart_are_refused(tmp_path, log):
     table = pq.read_table(log / "part-0.parquet")
     for name, message in (
-        ("AGE", "has columns 'age' and 'AGE', which differ in case alone; rename one"),
+        ("AGE", "has columns 'age' and 'AGE', which differ only in case; rename one"),
         ("File_Row_Number", "has a column 'File_Row_Number', a name that the engine needs"),
     ):
         pq.write_table(table.append_column(name, table["age"]), log / "part-0.parquet")
@@ -160,37 +162,33 @@ def test_a_nested_column_says_how_to_name_what_it_holds(tmp_path, log):
     assert "is struct<years: int64>; it takes numbers; flatten it: make each of its" in message
 
 
-@pytest.mark.parametrize("version", ["1.0", "2.0"])
-@pytest.mark.parametrize("compression", ["none", "zstd"])
-def test_a_page_that_is_not_what_its_checksum_says_is_named(tmp_path, version, compression):
-    generator = np.random.default_rng(0)
-    columns = {
-        "kind": generator.choice(["a", "b", None], 4000),
-        "number": generator.random(4000),
-        "tags": [[f"t{n}"] * (n % 4) for n in range(4000)],
-    }
-    path = tmp_path / "log.parquet"
-    options = dict(compression=compression, data_page_version=version, data_page_size=4096)
-    table = pa.table(columns)
-    pq.write_table(table, path, write_page_checksum=True, row_group_size=1500, **options)
-
-    def check(path, columns):
-        with pq.ParquetFile(path) as parquet, path.open("rb") as file:
-            check_pages(parquet, file, path.name, columns)
-
-    check(path, list(columns))
-    metadata = pq.ParquetFile(path).metadata
-    chunk = metadata.row_group(1).column(1)
+def test_a_page_that_does_not_match_its_checksum_is_refused(tmp_path, log):
+    config = faulty_logs.config(log, tmp_path)
+    found = files.open_log(read_layout(config.data, config.tasks, config.funnel))
+    path = log / "part-0.parquet"
+    pq.write_table(pq.read_table(path), path, write_page_checksum=True, compression="none")
+    files.check_pages(found, {"age", "tags"}, 2)
+    chunk = pq.ParquetFile(path).metadata.row_group(0).column(3)
+    assert chunk.path_in_schema == "age"
     content = bytearray(path.read_bytes())
     start = chunk.dictionary_page_offset or chunk.data_page_offset
-    content[start + chunk.total_compressed_size - 5] ^= 1
-    damaged = tmp_path / "damaged.parquet"
-    damaged.write_bytes(content)
-    with pytest.raises(UserError, match=r"damaged.parquet is damaged: .* 'number' in row group 1"):
-        check(damaged, list(columns))
-    check(damaged, ["kind", "tags"])
-    pq.write_table(table, path, **options)  # without checksums
-    check(path, list(columns))
+    content[start + chunk.total_compressed_size // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"part-0.parquet cannot be read as Parquet: .*CRC"):
+        files.check_pages(found, {"age", "tags"}, 2)
+    files.check_pages(found, {"tags"}, 2)
+
+
+def test_a_feature_may_begin_with_a_later_file(tmp_path, log, caplog):
+    table = pq.read_table(log / "part-0.parquet")
+    pq.write_table(table.drop_columns(["age"]), log / "part-1.parquet")
+    config = faulty_logs.config(log, tmp_path)
+    files.open_log(read_layout(config.data, config.tasks, config.funnel))
+    assert "column 'age' (data.features.age) is missing in 1 file of 2, where" in caplog.text
+    pq.write_table(table.drop_columns(["age"]), log / "part-0.parquet")
+    assert "log has no column 'age' (data.features.age); " in fault_of(config)
+    pq.write_table(table.drop_columns(["watch"]), log / "part-0.parquet")
+    assert "part-0.parquet has no column 'watch' (data.labels.watch)" in fault_of(config)
 
 
 def test_missing_columns_are_named_with_their_keys_and_a_hint(tmp_path, log):
@@ -208,9 +206,14 @@ def test_missing_columns_are_named_with_their_keys_and_a_hint(tmp_path, log):
 @pytest.mark.parametrize(
     ("section", "name", "column", "message"),
     [
-        ("columns", "time", "country", "(data.columns.time) is string; it takes timestamps or"),
+        (
+            "columns",
+            "time",
+            "recent",
+            "is list<element: int64>; it takes timestamps, numbers or ISO",
+        ),
         ("columns", "user", "recent", "is list<element: int64>; it takes whole numbers or texts"),
-        ("labels", "watch", "stage", "(data.labels.watch) is string; it takes numbers"),
+        ("labels", "watch", "tags", "(data.labels.watch) is list<element: string>; it takes nu"),
         ("teacher", "like", "source", "(data.teacher.like) is string; it takes numbers"),
         ("columns", "stage", "score", "is double; it takes texts or whole numbers"),
     ],

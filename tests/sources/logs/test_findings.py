@@ -207,7 +207,7 @@ def test_a_teacher_that_is_no_probability_says_what_it_looks_like(
     assert f"{hint[:-1]});" in str(caught.value)
     report = json.loads((tmp_path / "data" / REFUSED / "data_report.json").read_text())
     (remark,) = (of for of in report["remarks"] if of.startswith("data.teacher.watch: "))
-    assert "of column 'teacher_probability_watch' are not in [0, 1], but " in remark
+    assert "of column 'teacher_probability_watch' are not in [0, 1]: " in remark
     assert remark.endswith(hint)
     assert not [of for of in report["remarks"] if of.startswith("data.teacher.like: ")]
 

@@ -1,0 +1,162 @@
+"""A log in DuckDB: the view `log` of its rows, and tables that spill to disk."""
+
+import contextlib
+import hashlib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import fsspec
+import pyarrow as pa
+from fsspec.implementations.local import LocalFileSystem
+
+from kd_ranker.errors import UserError
+from kd_ranker.sources.logs.files import Log, line_of, register_store, register_stores
+from kd_ranker.sources.logs.query import PREFIX, literal, quoted
+
+# Bytes of a candidate in all tables that exist at a time, about.
+_BYTES_A_CANDIDATE = 300
+# Rows of a result that are handed over at a time.
+ROWS_AT_A_TIME = 2**16
+
+
+class Database:
+    """A connection to DuckDB."""
+
+    def __init__(self, connection: Any, folder: Path) -> None:
+        self.connection, self.folder = connection, folder
+
+    def run(self, statements: Sequence[str]) -> None:
+        """Runs statements, one after the other."""
+        with log_errors():
+            for statement in statements:
+                self.connection.execute(statement)
+
+    def fetch(self, query: str) -> pa.Table:
+        """The result of a query that fits in memory."""
+        with log_errors():
+            return self.connection.sql(query).to_arrow_table()
+
+    def rows(self, query: str) -> list[dict[str, Any]]:
+        """The rows of a small result."""
+        return self.fetch(query).to_pylist()
+
+    def number(self, query: str) -> int:
+        """The only number of a result."""
+        ((number,),) = (row.values() for row in self.rows(query))
+        return int(number or 0)
+
+    def stream(self, query: str) -> pa.RecordBatchReader:
+        """The result of a query in its order, some rows at a time."""
+        with log_errors():
+            return self.connection.sql(query).to_arrow_reader(ROWS_AT_A_TIME)
+
+    def put(self, name: str, rows: pa.Table) -> None:
+        """Makes a table of rows."""
+        self.connection.register(name, rows)
+
+    def open_log(self, log: Log) -> pa.Schema:
+        """Makes the view `log` and returns its columns.
+
+        It has `file`, the number of the file, `row`, the number of the row in it from 0, and all
+        columns of the log with `PREFIX` before their names.
+        """
+        if log.sql:
+            register_stores(self.connection, log.sql)
+            # A row keeps its number, so the SELECT runs once and in the order of its files.
+            with log_errors("data.sql"):
+                self.connection.execute("SET preserve_insertion_order = true")
+                self.connection.execute(
+                    "CREATE TABLE log AS SELECT 0::BIGINT AS file, row_number() OVER () - 1 AS "
+                    f"\"row\", COLUMNS('(.*)') AS '{PREFIX}\\1' FROM (\n{log.sql}\n)"
+                )
+                self.connection.execute("SET preserve_insertion_order = false")
+        else:
+            self._view(log)
+        return self.fetch("FROM log LIMIT 0").schema
+
+    def _view(self, log: Log) -> None:
+        paths = self._paths(log)
+        files = pa.table({"path": paths, "file": range(len(paths))})
+        columns = [f"rows.{quoted(of)} AS {quoted(PREFIX + of)}" for of in log.names]
+        for name in log.given.column_names:
+            files = files.append_column(PREFIX + name, log.given[name])
+            columns.append(f"files.{quoted(PREFIX + name)}")
+        self.put("files", files)
+        # A name is a pattern to DuckDB.
+        patterns = [literal(re.sub(r"[*?\[]", r"[\g<0>]", path)) for path in paths]
+        self.run(
+            [
+                f'CREATE VIEW log AS SELECT files.file, file_row_number AS "row", '
+                f"{', '.join(columns)} FROM read_parquet([{', '.join(patterns)}], "
+                "filename = '__file', file_row_number = true, union_by_name = true, "
+                "hive_partitioning = false) AS rows JOIN files ON __file = path"
+            ]
+        )
+
+    def _paths(self, log: Log) -> list[str]:
+        """The files of a log as DuckDB reads them."""
+        system, _ = fsspec.core.url_to_fs(log.url)
+        if isinstance(system, LocalFileSystem):
+            return list(log.files)
+        try:
+            system.modified(log.files[0])
+        except NotImplementedError:
+            # DuckDB cannot read from such a system, for example an archive or a web server.
+            digests = [hashlib.sha256(file.encode()).hexdigest() for file in log.files]
+            copies = [str(self.folder / digest) for digest in digests]
+            system.get(list(log.files), copies)
+            return copies
+        register_store(self.connection, system)
+        return [system.unstrip_protocol(path) for path in log.files]
+
+
+@contextlib.contextmanager
+def log_errors(fault: str = "the log cannot be read") -> Iterator[None]:
+    """Turns what DuckDB raises about a log, not about a mistake here, into a UserError."""
+    try:
+        yield
+    except duckdb.OutOfMemoryException as error:
+        raise UserError(f"reading takes more than data.memory allows: {line_of(error)}") from error
+    except (
+        duckdb.IOException,
+        duckdb.InvalidInputException,
+        duckdb.ConversionException,
+        duckdb.OutOfRangeException,
+    ) as error:
+        raise UserError(f"{fault}: {line_of(error)}") from error
+
+
+@contextlib.contextmanager
+def open_duckdb(memory: float, threads: int, folder: Path, candidates: int) -> Iterator[Database]:
+    """Opens DuckDB.
+
+    Args:
+      memory: GiB that it holds at most.
+      threads: the number of its threads.
+      folder: for tables that do not fit in memory.
+      candidates: about how many the log has; 0 if that is not known.
+    """
+    # A database in a file is compressed. That takes longer than to keep tables in memory, but half
+    # as long as to spill them.
+    fits = 0 < candidates * _BYTES_A_CANDIDATE <= memory * 2**30
+    connection = duckdb.connect(
+        ":memory:" if fits else str(folder / "tables.duckdb"),
+        config={
+            "memory_limit": f"{memory * 1024:.0f}MiB",
+            "threads": threads,
+            "preserve_insertion_order": False,
+            # It drops conditions that a Parquet file's bounds imply, and these ignore NaN.
+            "disabled_optimizers": "statistics_propagation",
+            # Nobody opens that file again.
+            "wal_autocheckpoint": "1TB",
+            "temp_directory": str(folder / "spilled"),
+        },
+    )
+    connection.execute("SET TimeZone = 'UTC'")
+    try:
+        yield Database(connection, folder)
+    finally:
+        connection.close()

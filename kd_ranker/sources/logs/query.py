@@ -1,0 +1,348 @@
+"""The SQL that makes requests of a log: values in their types, and the templates filled in.
+
+`templates/log.sql` holds the query and `templates/report.sql` the counts for the data report. A
+value of the log becomes an id, a number, a time or a code by the expressions here, which depend on
+the type of its column.
+"""
+
+import collections
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+
+from kd_ranker.requests.request import SPLITS
+from kd_ranker.requests.templates import templates_of
+from kd_ranker.sources.logs.files import is_list, wanted_columns
+from kd_ranker.sources.logs.layout import LARGEST, Feature, LogLayout
+
+# Before the names of the log's columns in all tables.
+PREFIX = "log:"
+# What ids and categories may be, in words.
+NUMBERS, TEXTS = "whole numbers", "texts"
+# Seconds since 1970 that NumPy and TFDS hold alike, some 30,000 years.
+_LATEST = 10**12
+# Beyond it, a float is not the integer that was meant.
+_EXACT = {pa.float16(): 2**11, pa.float32(): 2**24, pa.float64(): 2**53}
+# A row has one number in the log, that of its file times this plus its own.
+_ROWS_OF_A_FILE = 2**40
+# Numbers of a column that are enough to guess what they are.
+_SOME = 1000
+_YES, _NO = ("true", "yes", "y", "t", "1"), ("false", "no", "n", "f", "0")
+
+
+def quoted(name: str) -> str:
+    """A name as SQL takes it."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """A text as SQL takes it."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def inner_type(type_: pa.DataType) -> pa.DataType:
+    """The type of the values of a column, without lists and dictionaries around them."""
+    while is_list(type_) or pa.types.is_dictionary(type_):
+        type_ = type_.value_type
+    return type_
+
+
+def is_text(type_: pa.DataType) -> bool:
+    """True if ids of a type are texts: texts, bytes, UUIDs, and integers of more than 64 bits."""
+    type_ = inner_type(type_)
+    return (
+        pa.types.is_string(type_)
+        or pa.types.is_large_string(type_)
+        or pa.types.is_string_view(type_)
+        or _is_bytes(type_)
+        or pa.types.is_decimal(type_)
+        or isinstance(type_, pa.BaseExtensionType)
+    )
+
+
+def _is_bytes(type_: pa.DataType) -> bool:
+    return (
+        pa.types.is_binary(type_)
+        or pa.types.is_large_binary(type_)
+        or pa.types.is_binary_view(type_)
+        or pa.types.is_fixed_size_binary(type_)
+    )
+
+
+def kind_of(type_: pa.DataType) -> str:
+    """A name for the ids that a type, or lists of it, hold: `NUMBERS`, `TEXTS`, "" if unknown."""
+    if pa.types.is_null(inner_type(type_)):
+        return ""
+    return TEXTS if is_text(type_) else NUMBERS
+
+
+def id_of(value: str, type_: pa.DataType) -> str:
+    """An id, or NULL: integers, truth values and texts are ids; "" is not."""
+    if is_text(type_):
+        return f"nullif({value}::VARCHAR, '')"
+    if pa.types.is_floating(type_):
+        whole = f"abs({value}) <= {_EXACT[type_]} AND floor({value}) = {value}"
+        return f"CASE WHEN {whole} THEN {value}::BIGINT END"
+    return value if pa.types.is_uint64(type_) else f"{value}::BIGINT"
+
+
+def number_of(value: str, type_: pa.DataType) -> str:
+    """A number, or NULL, as for NaN."""
+    if pa.types.is_null(type_):
+        return "NULL::DOUBLE"
+    if pa.types.is_boolean(type_):
+        return f"{value}::TINYINT::DOUBLE"
+    if pa.types.is_floating(type_):
+        return f"CASE WHEN NOT isnan({value}) THEN {value}::DOUBLE END"
+    return f"{value}::DOUBLE"
+
+
+def seconds_of(value: str, type_: pa.DataType, units_per_second: int) -> str:
+    """Seconds since 1970 (UTC), rounded down, or NULL."""
+    if pa.types.is_integer(type_):
+        # Not by way of floats, which would move nanoseconds.
+        n, limit = units_per_second, _LATEST * units_per_second
+        whole = f"({value}::BIGINT - (({value}::BIGINT % {n} + {n}) % {n})) // {n}"
+        return f"CASE WHEN {value} BETWEEN -{limit} AND {limit} THEN {whole} END"
+    if is_text(type_):
+        value = f"try_cast({value} AS TIMESTAMPTZ)"
+    if is_text(type_) or pa.types.is_timestamp(type_) or pa.types.is_date(type_):
+        number = f"epoch({value})"
+    else:
+        number = f"({number_of(value, type_)}) / {units_per_second}"
+    return f"CASE WHEN abs({number}) <= {_LATEST} THEN floor({number})::BIGINT END"
+
+
+def code_of(value: str, type_: pa.DataType, codes: Mapping[str, int]) -> str:
+    """The code of a text, an integer or a truth value; 0 for one without a code."""
+    if pa.types.is_boolean(type_):
+        value = f"CASE WHEN {value} THEN 'True' WHEN NOT {value} THEN 'False' END"
+    cases = " ".join(f"WHEN {literal(text)} THEN {code}" for text, code in codes.items())
+    return f"CASE {value}::VARCHAR {cases} ELSE 0 END::TINYINT" if codes else "0::TINYINT"
+
+
+def truth_of(value: str, type_: pa.DataType) -> str:
+    """The number of a label, or NULL; texts such as true and no are 1 and 0."""
+    if not is_text(type_) or pa.types.is_decimal(type_):
+        return number_of(value, type_)
+    text = f"lower(trim({value}::VARCHAR))"
+    yes, no = (", ".join(map(literal, words)) for words in (_YES, _NO))
+    return (
+        f"CASE WHEN {text} IN ({yes}) THEN 1.0 WHEN {text} IN ({no}) THEN 0.0 "
+        f"WHEN {text} <> '' THEN 2.0 END"
+    )
+
+
+def within(number: str, low: float) -> str:
+    """A number if it is in [low, the largest of 32 bits], else NULL."""
+    return f"CASE WHEN {number} >= {low!r} AND {number} <= {LARGEST!r} THEN {number} END"
+
+
+@dataclasses.dataclass(frozen=True)
+class Query:
+    """The values that fill in the templates.
+
+    Attributes:
+      layout: of the log, with `PREFIX` before its columns.
+      types: such a column -> its type.
+      known_size: of a log to score, `known_user` and `known_item` -> how many have ids.
+    """
+
+    layout: LogLayout
+    types: Mapping[str, pa.DataType]
+    known_size: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    def statements(self, template: str) -> list[str]:
+        """The statements of a template, in their order."""
+        layout, wanted = self.layout, wanted_columns(self.layout)
+        columns = list(dict.fromkeys(of.column for of in wanted))
+        item = layout.columns["item"]
+        candidate = {of.column for of in wanted if of.per_candidate and of.column != item}
+        lists = [name for name in columns if name in candidate and is_list(self.types[name])]
+        facts = self._facts()
+        merged = [*(f"label:{task}" for task in layout.tasks), "label_weight", "stage", *facts]
+        text = _template(template).render(
+            self._functions(),
+            layout=layout,
+            columns=collections.defaultdict(str, layout.columns),
+            labels=collections.defaultdict(str, layout.labels),
+            known_size=self.known_size,
+            wanted=columns,
+            lists=lists,
+            scalars=[name for name in columns if name not in (item, *lists)],
+            facts=facts,
+            merged=list(map(quoted, merged)),
+            rows_of_a_file=_ROWS_OF_A_FILE,
+            split_codes={split: place for place, split in enumerate(SPLITS, start=1)},
+            vocabularies=[] if self.known_size else self.layout.vocabularies,
+            largest=LARGEST,
+            # A missing position comes last.
+            funnel_order="stage DESC, position NULLS LAST, item",
+        )
+        return split_statements(text)
+
+    def _functions(self) -> dict[str, Any]:
+        return {
+            "name": quoted,
+            "names": lambda columns: ", ".join(map(quoted, columns)),
+            "and_names": lambda columns: "".join(f", {quoted(of)}" for of in columns),
+            "length": lambda column: f"array_length({quoted(column)})",
+            "id": self.id,
+            "number": self.number,
+            "seconds": self.seconds,
+            "within": lambda column, low: within(self.number(column), low),
+            "code": lambda column, codes: code_of(quoted(column), self.inner(column), codes),
+            "label": self.label,
+            "label_number": self.label_number,
+            "label_weight": self.label_weight,
+            "teacher_weight": self.teacher_weight,
+            "other_version": self.other_version,
+            "in_32_bits": lambda column: _in_32_bits(self.number(column)),
+            "feature_value": self.feature,
+            "and_features": lambda features: "".join(
+                f", {quoted(f'feature:{feature.name}')}" for feature in features
+            ),
+            "raw_and_features": self.raw_and_features,
+            "raw": raw,
+            "digest": lambda share: f"{int(share * 2**52):013x}",
+            "vocabulary": vocabulary_table,
+            "inner": self.inner,
+            "is_float": lambda column: pa.types.is_floating(self.inner(column)),
+            "ids_in": self.ids_in,
+        }
+
+    def some_numbers(self, column: str) -> str:
+        """The query for the first numbers of a column; "" for one that holds something else."""
+        type_ = self.inner(column)
+        if not (pa.types.is_integer(type_) or pa.types.is_floating(type_)):
+            return ""
+        number = self.number(column)
+        known = f"FROM unfolded WHERE {number} IS NOT NULL"
+        return f'SELECT {number} AS number {known} ORDER BY file, "row" LIMIT {_SOME}'
+
+    def inner(self, column: str) -> pa.DataType:
+        """The type of the values of a column."""
+        return inner_type(self.types[column])
+
+    def id(self, column: str, value: str = "") -> str:
+        """The id in a column, or in an expression of its type."""
+        return id_of(value or quoted(column), self.inner(column))
+
+    def number(self, column: str, value: str = "") -> str:
+        """The number in a column, or in an expression of its type."""
+        return number_of(value or quoted(column), self.inner(column))
+
+    def seconds(self, column: str) -> str:
+        """The time in a column."""
+        return seconds_of(quoted(column), self.inner(column), self.layout.units_per_second)
+
+    def label_number(self, column: str) -> str:
+        """The number of a label."""
+        return truth_of(quoted(column), self.inner(column))
+
+    def label(self, column: str) -> str:
+        """A label: 0, 1, -1 for a missing one and -2 for any other value."""
+        number = self.label_number(column)
+        return (
+            f"CASE WHEN {number} IS NULL THEN -1 WHEN {number} = 0 THEN 0 WHEN {number} = 1 THEN 1 "
+            "ELSE -2 END"
+        )
+
+    def label_weight(self, column: str | None) -> str:
+        """1 where the log has none; 0 where it is invalid."""
+        if not column:
+            return "1"
+        number = self.number(column)
+        return f"CASE WHEN {number} IS NULL THEN 1 ELSE coalesce({within(number, 0)}, 0) END"
+
+    def teacher_weight(self, layout: LogLayout) -> str:
+        """1 or as logged; 0 for an invalid one, and for a version that does not count."""
+        columns, weight = layout.columns, "1"
+        if "teacher_weight" in columns:
+            weight = f"coalesce({within(self.number(columns['teacher_weight']), 0)}, 0)"
+        if other := self.other_version():
+            weight = f"CASE WHEN {other} THEN 0 ELSE {weight} END"
+        return weight
+
+    def other_version(self) -> str:
+        """The condition for a version of the teacher that does not count; "" if all count."""
+        layout = self.layout
+        if not (layout.teacher_version and "teacher_version" in layout.columns and layout.teacher):
+            return ""
+        column = layout.columns["teacher_version"]
+        return f"{code_of(quoted(column), self.inner(column), {layout.teacher_version: 1})} <> 1"
+
+    def _facts(self) -> dict[str, str]:
+        """The columns for the evaluation that the log has."""
+        columns, facts = self.layout.columns, {}
+        if "incumbent" in columns:
+            number = self.number(columns["incumbent"])
+            by_rank = self.layout.incumbent_signal == "rank"
+            facts["incumbent"] = f"-({within(number, 0)})" if by_rank else within(number, -LARGEST)
+        if "propensity" in columns:
+            facts["propensity"] = _in_32_bits(self.number(columns["propensity"]))
+        return facts
+
+    def ids_in(self, column: str, value: str) -> str:
+        """The ids in a list, without the missing ones."""
+        ids = f"list_transform({value}, lambda each: {self.id(column, 'each')})"
+        return f"list_filter({ids}, lambda each: each IS NOT NULL)"
+
+    def feature(self, feature: Feature, value: str = "") -> str:
+        """The value of a feature: a number, an id, or a list of ids, cut to its length."""
+        column, value = feature.column, value or quoted(feature.column)
+        if feature.kind == "dense":
+            if feature.place is not None:
+                in_list = f"array_length({value}) = {feature.length}"
+                value = f"(CASE WHEN {in_list} THEN {value}[{feature.place + 1}] END)"
+            number = self.number(column, value)
+            return f"CASE WHEN abs({number}) <= {LARGEST!r} THEN {number} END"
+        if feature.kind == "category":
+            return self.id(column, value)
+        # The most recent events are last in a history; a bag has no order, so its first will do.
+        cut = f"-{feature.length}:" if feature.kind == "history" else f":{feature.length}"
+        return f"({self.ids_in(column, value)})[{cut}]"
+
+    def raw_and_features(self, features: list[Feature]) -> str:
+        """Columns of the table `log` as `raw:<column>`, and the features that are made of them."""
+        columns = dict.fromkeys(feature.column for feature in features)
+        selected = [f"log.{quoted(of)} AS {raw(of)}" for of in columns] + [
+            f"{self.feature(of, f'log.{quoted(of.column)}')} AS {quoted(f'feature:{of.name}')}"
+            for of in features
+        ]
+        return "".join(f",\n        {of}" for of in selected)
+
+
+@functools.cache
+def _template(name: str) -> jinja2.Template:
+    return templates_of(__package__).get_template(name)
+
+
+def raw(column: str) -> str:
+    """The name of a column of the log next to the features."""
+    return quoted(f"raw:{column}")
+
+
+def vocabulary_table(feature: Feature) -> str:
+    """The name of the table of the values of a feature."""
+    return quoted(f"values:{feature.name}")
+
+
+def _in_32_bits(number: str) -> str:
+    """A number in half the memory; one too large for it is infinite."""
+    return (
+        f"CASE WHEN {number} > {LARGEST!r} THEN 'inf'::FLOAT WHEN {number} < -{LARGEST!r} THEN "
+        f"'-inf'::FLOAT ELSE ({number})::FLOAT END"
+    )
+
+
+def split_statements(text: str) -> list[str]:
+    """The statements of a text in SQL, without comments."""
+    lines = [line for line in text.splitlines() if not line.strip().startswith("--")]
+    parts = re.split(r";\s*\n", "\n".join(lines) + "\n")
+    return [part for part in map(str.strip, parts) if part]

@@ -1,0 +1,229 @@
+"""Values of a log in their types, from Parquet files of any type, and single statements."""
+
+import dataclasses
+import datetime
+import decimal
+import functools
+import uuid
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import sqlglot
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kd_ranker.sources.logs import query
+from kd_ranker.sources.logs.encode import _places
+from kd_ranker.sources.logs.query import PREFIX, Query
+from tests.sources import faulty_logs
+
+
+@pytest.fixture
+def values(tmp_path):
+    """From a function of a column and its type, and an array, to the values by their places."""
+
+    def values(function, array):
+        table = pa.table({"place": np.arange(len(array)), "value": array})
+        pq.write_table(table, tmp_path / "values.parquet")
+        with duckdb.connect() as connection:
+            # As `database.open_database` does: a file's bounds ignore NaN.
+            connection.execute("SET disabled_optimizers = 'statistics_propagation'")
+            connection.execute("SET TimeZone = 'UTC'")
+            rows = f"read_parquet('{tmp_path}/values.parquet')"
+            read = connection.sql(f"SELECT value FROM {rows} LIMIT 0").to_arrow_table()
+            value = function("value", query.inner_type(read.schema.field("value").type))
+            found = connection.sql(f"SELECT {value} AS value FROM {rows} ORDER BY place")
+            return found.to_arrow_table()["value"].to_pylist()
+
+    return values
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (pa.array([3, None, -1], pa.int32()), [3, None, -1]),
+        (pa.array([2**64 - 1, 2**63, 3, None], pa.uint64()), [2**64 - 1, 2**63, 3, None]),
+        (pa.array([-(2**63), 2**63 - 1]), [-(2**63), 2**63 - 1]),
+        (pa.array([True, None, False]), [1, None, 0]),
+        (pa.array([5.0, None, float("nan"), 2.5, 1e300, 2.0**53]), [5, *[None] * 4, 2**53]),
+        # Above, a float of 32 bits is not the number that was meant.
+        (pa.array([2.0**24, 2.0**24 + 2], pa.float32()), [2**24, None]),
+        (pa.array([7, None, 7]).dictionary_encode(), [7, None, 7]),
+        (pa.nulls(2), [None, None]),
+    ],
+)
+def test_ids_of_whole_numbers_are_the_numbers(values, array, expected):
+    assert values(query.id_of, array) == expected
+
+
+@pytest.mark.parametrize("type_", [pa.float32(), pa.float64()])
+def test_nan_is_missing_in_a_column_without_nulls(values, type_):
+    """The bounds in the footer ignore NaN, and the engine must not conclude that there is none."""
+    array = pa.array([5.0, np.nan, 2.5], type_)
+    assert values(query.id_of, array) == [5, None, None]
+    assert values(query.number_of, array) == [5.0, None, 2.5]
+
+
+@pytest.mark.parametrize(
+    "type_",
+    [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())],
+)
+def test_ids_of_texts_are_the_texts(values, type_):
+    array = pa.array(["a", None, "b", "", "a", "ä"]).cast(type_)
+    assert values(query.id_of, array) == ["a", None, "b", None, "a", "ä"]
+
+
+@pytest.mark.parametrize("type_", [pa.binary(), pa.large_binary(), pa.binary(2)])
+def test_ids_of_bytes_tell_them_apart(values, type_):
+    array = pa.array([b"\x00\xff", b"ab", None, b"\x00\xff"]).cast(type_)
+    one, other, missing, again = values(query.id_of, array)
+    assert one == again != other is not missing is None
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (pa.array([decimal.Decimal(2**70), None]), [str(2**70), None]),
+        (pa.array([uuid.UUID(int=7).bytes, None], pa.uuid()), [str(uuid.UUID(int=7)), None]),
+    ],
+    ids=["hugeint", "uuid"],
+)
+def test_ids_that_no_integer_of_64_bits_holds_are_texts(values, array, expected):
+    assert values(query.id_of, array) == expected
+    assert query.kind_of(array.type) == query.TEXTS
+
+
+def test_labels_may_be_words(values):
+    array = pa.array(["True", " yes", "1", "FALSE", "n", "maybe", "", None])
+    assert values(query.truth_of, array) == [1, 1, 1, 0, 0, 2, None, None]
+
+
+@pytest.mark.parametrize(
+    ("array", "units", "expected"),
+    [
+        (pa.array([1500, -1, None]), 1000, [1, -1, None]),
+        (pa.array([1.9, float("nan"), 1e30]), 1, [1, None, None]),
+        (pa.array([datetime.datetime(1970, 1, 2)], pa.timestamp("ns")), 1, [86400]),
+        (pa.array([1999, -1], pa.timestamp("ms")), 1, [1, -1]),
+        (pa.array([datetime.date(1970, 1, 3), None]), 1, [2 * 86400, None]),
+        (pa.array([2**33 * 1000], pa.timestamp("ms", "Europe/Berlin")), 1, [2**33]),
+        (pa.nulls(1), 1, [None]),
+        (pa.array([2**62]), 1, [None]),
+        (
+            pa.array(["1970-01-01T00:00:02.7", "1970-01-01 01:00:00+01", "x", ""]),
+            1,
+            [2, 0, *[None] * 2],
+        ),
+    ],
+)
+def test_seconds_are_rounded_down(values, array, units, expected):
+    assert values(functools.partial(query.seconds_of, units_per_second=units), array) == expected
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        pa.array([1, None], pa.uint8()),
+        pa.array([True, None]),
+        pa.array([decimal.Decimal("1.00"), None]),
+        pa.array([np.float16(1), np.float16("nan")], pa.float16()),
+        pa.array([1.0, float("nan")]).dictionary_encode(),
+    ],
+    ids=lambda array: str(array.type),
+)
+def test_numbers_of_any_type(values, array):
+    assert values(query.number_of, array) == [1.0, None]
+
+
+def test_codes_of_texts_and_numbers(values):
+    def codes(array):
+        codes = {"1": 1, "x": 2, "True": 3}
+        return values(lambda value, type_: query.code_of(value, type_, codes), array)
+
+    assert codes(pa.array(["x", "y", None, "1"])) == [2, 0, 0, 1]
+    assert codes(pa.array([1, 2, None])) == [1, 0, 0]
+    assert codes(pa.array([True, False])) == [3, 0]
+
+
+def test_values_are_found_among_those_that_are_known():
+    known = pd.Index(["b", "a"])
+    assert _places(known, pa.array(["a", "c", None, "b"])).tolist() == [1, -1, -1, 0]
+    assert _places(known, pa.array([], pa.string())).tolist() == []
+    large = pd.Index(np.array([2**64 - 1, 5], np.uint64))
+    assert _places(large, pa.array([5, None, 2**64 - 1], pa.uint64())).tolist() == [1, -1, 0]
+
+
+def query_of(by_request=False, **changes) -> Query:
+    """The query for a log of `faulty_logs`."""
+    of = faulty_logs.config("log", "datasets", rows="request" if by_request else "candidate")
+    layout = dataclasses.replace(faulty_logs.layout(of), **changes)
+    schema = faulty_logs._schema(faulty_logs.make_rows(0, requests=1), by_request)
+    return Query(layout.with_prefix(PREFIX), {PREFIX + of.name: of.type for of in schema})
+
+
+@pytest.mark.parametrize("by_request", [False, True])
+@pytest.mark.parametrize("split", ["time", "user", ""])
+def test_spark_parses_what_duckdb_runs(by_request, split):
+    from kd_ranker.sources.logs.spark_sql import created
+
+    of = query_of(by_request, engine="spark", split=split)
+    for statement in (*of.statements("log.sql"), *of.statements("report.sql")):
+        name, _, text = created(statement)
+        assert name in statement
+        parsed = sqlglot.parse_one(text, read="spark")
+        # What Spark does not have.
+        assert not {*parsed.find_all(sqlglot.exp.Slice, sqlglot.exp.Unnest)}, text
+        for function in ("round_even", "favg", "unnest", "list_"):
+            assert function not in text.lower()
+
+
+def cutoffs_of(time, validation_share, test_share):
+    """The times that end training and validation; None if there are none."""
+    of = query_of(validation_share=validation_share, test_share=test_share)
+    wanted = ("CREATE TABLE seconds", "CREATE TABLE cutoffs")
+    with duckdb.connect() as connection:
+        connection.register("times", pa.table({"time": np.array(time, np.int64)}))
+        for statement in of.statements("log.sql"):
+            if statement.startswith(wanted):
+                connection.execute(statement)
+        ((validation, test),) = connection.sql("FROM cutoffs").fetchall()
+    return None if test is None else (validation, test)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(0, 20), min_size=1, max_size=30),
+    st.floats(0.01, 0.99),
+    st.floats(0.01, 0.99),
+)
+def test_the_cutoffs_leave_each_split_a_second_and_the_earliest_to_training(time, share, part):
+    shares = share * part, share * (1 - part)
+    cutoffs = cutoffs_of(time, *shares)
+    if len(set(time)) < 3:
+        assert cutoffs is None
+        return
+    validation, test = cutoffs
+    assert min(time) < validation < test <= max(time)
+    assert {validation, test} <= set(time)
+    # The test has all of its share, but for the seconds that it would cut through.
+    number = round(shares[1] * len(time))
+    assert sum(t > test for t in time) <= number
+    assert sum(t >= test for t in time) >= number or test == sorted(set(time))[2]
+    # So has the validation, of what the test leaves, but that it has a second at the least.
+    last_before = max(t for t in time if t < test)
+    held_out = round(sum(shares) * len(time))
+    assert sum(t > validation for t in time) <= held_out or validation == last_before
+    assert sum(t >= validation for t in time) >= held_out or validation == sorted(set(time))[1]
+
+
+def test_cutoffs_worked_by_hand():
+    times = np.repeat([1, 2, 3], [1, 1, 8])
+    assert cutoffs_of(times, 0.1, 0.1) == (2, 3)
+    assert cutoffs_of(np.arange(10), 0.2, 0.3) == (5, 7)
+    assert cutoffs_of(np.arange(10), 0.001, 0.001) == (8, 9)
+    assert cutoffs_of(np.arange(10), 0.5, 0.49) == (1, 5)
+    assert cutoffs_of([7, 7, 8], 0.3, 0.3) is None
