@@ -76,7 +76,7 @@ def test_the_config_is_valid_and_its_tasks_are_those_of_its_labels():
     config.parallel.devices = 1
     checks.validate(config)
     config.tasks, config.value_weights = ("watch", "share"), (1.0, 1.0)
-    with pytest.raises(UserError, match="'share', which parquet lacks; it has: like, watch"):
+    with pytest.raises(UserError, match="tasks='share' does not exist; choose one of: like, watch"):
         checks.validate(config)
 
 
