@@ -19,7 +19,7 @@ OF_THE_LOGS = "of the logs"
 
 
 def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
-    """The name of a config's dataset, or of the copy that a teacher trained here has scored.
+    """The name of a config's dataset, or of the scores of a teacher that was trained on it.
 
     Args:
       config: the config.
@@ -27,8 +27,8 @@ def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
         probabilities that were logged with it, if any.
 
     Returns:
-      `data.name` and eight hex digits that differ where the contents would differ. The name of a
-      scored copy also contains the teacher and the stage that it has scored.
+      `data.name` and eight hex digits that differ where the contents would differ. The name of
+      scores also contains the teacher and the stage that it has scored.
     """
     free = set(without_influence("dataset"))
     of_data, of_funnel = (
@@ -60,7 +60,7 @@ def of_students(members: Mapping[str, ConfigDict], dataset: Identity, teacher: s
 
     Args:
       members: their configs, in the order in which they are trained.
-      dataset: the identity of the dataset, or of the scored copy, that they learn from.
+      dataset: the identity of the dataset that they learn from, with the scores of a teacher.
       teacher: the version of the teacher that they are trained and measured under; "" if the
         dataset's own logs are the teacher.
     """

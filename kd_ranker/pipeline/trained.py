@@ -211,7 +211,7 @@ def _student(
     # A mode without a choice ignores the key.
     serve = serve or (config.distill.serve if len(serves) > 1 else next(iter(serves)))
     check_choice("--serve", serve, serves)
-    # The teacher and the copy that it scored may be gone: their identities are taken as recorded.
+    # The teacher and its scores may be gone: their identities are taken as recorded.
     owner = {
         **checkpoints.recorded_identity(folder),
         **identity.of_members(members),

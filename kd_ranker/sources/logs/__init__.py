@@ -5,8 +5,7 @@ checks its columns, and `engines` opens DuckDB or Spark, on which all passes run
 value its type, `grouped` makes requests of rows, `numbered` settles ids, `ordered` writes both in
 their last order. `faults`, `varying`, `scan` and `leaks` count what the report says, `statistics`
 adds up, `encode` turns a piece into requests as they are stored, and `source` has them work
-together. `rejected`, `vocabulary`, `candidate_rows` and `data_report` write what lies beside the
-dataset, and `findings` says what speaks against making one. `write_back` writes a log back with the
-columns of a teacher that was trained on its dataset. `infer` writes a first config for a log, by
-the facts of `column_facts`.
+together. `rejected`, `vocabulary` and `data_report` write the files next to the dataset, and
+`findings` says what speaks against making one. `unseen` reads a log to be scored by a trained
+ranker. `infer` writes a first config for a log, by the facts of `column_facts`.
 """

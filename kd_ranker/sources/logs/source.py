@@ -20,7 +20,6 @@ from kd_ranker.requests.pool import Runner, open_threads
 from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.sources.logs import files, findings, looks, scan, typed
 from kd_ranker.sources.logs import grouped as grouped_
-from kd_ranker.sources.logs.candidate_rows import ROWS_FOLDER, path_of, write_candidate_rows
 from kd_ranker.sources.logs.data_report import (
     PAGE,
     Found,
@@ -57,7 +56,11 @@ from kd_ranker.sources.logs.ordered import Piece, write_ordered
 from kd_ranker.sources.logs.rejected import REJECTED_FOLDER, write_rejected
 from kd_ranker.sources.logs.statistics import Moments, add_up, floats_of, moments_of
 from kd_ranker.sources.logs.varying import count_varying
-from kd_ranker.sources.logs.vocabulary import VOCABULARIES_FOLDER, write_vocabularies
+from kd_ranker.sources.logs.vocabulary import (
+    VOCABULARIES_FOLDER,
+    write_requests,
+    write_vocabularies,
+)
 
 MANIFEST = "log.json"
 # Folder below `data.dir` for the report of a log of which no dataset was built.
@@ -242,14 +245,8 @@ def _source(log: Log, layout: LogLayout, read: PreparedLog, run: Runner) -> Sour
         write_vocabularies(engine, numbered, encoding.spec, directory / VOCABULARIES_FOLDER)
         told = transforms(layout, encoding, read.hashed)
         (directory / TRANSFORMS).write_text(json.dumps(told, indent=2))
-        (directory / ROWS_FOLDER).mkdir()
-        rows = [
-            (engine.folder, piece, path_of(directory, split, shard))
-            for split in SPLITS
-            for shard, piece in enumerate(read.shards(split))
-        ]
-        for _ in run(write_candidate_rows, rows, "writing places"):
-            pass
+        for split in SPLITS:
+            write_requests(engine.folder, read.shards(split), directory, split)
         (directory / MANIFEST).write_text(json.dumps(log.manifest, indent=2))
 
     return Source(

@@ -15,6 +15,7 @@ import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from kd_ranker.batch import FeatureSpec, Items
 from kd_ranker.errors import UserError
@@ -41,6 +42,7 @@ from kd_ranker.sources.logs.vocabulary import read_vocabulary
 
 USER = "user"
 _ITEM_FEATURES, _ITEM_CATEGORY, _READ = "item_features.npy", "item_category.npy", "read.json"
+_ITEM_NAMES = "items.parquet"
 
 
 class Settled(NamedTuple):
@@ -218,6 +220,7 @@ def read_unseen(
         pieces = write_ordered(engine, layout, of, ids)
         save_encoding(settled.encoding, folder / "encoding")
         table = engine.fetch(ids.items.order_by("id"))
+        pq.write_table(table.select(["value", "id"]), folder / _ITEM_NAMES)
         matrices = item_matrix(layout, settled.encoding, table)
         places = table["id"].to_numpy()
         known_items = (np.asarray(items.features), np.asarray(items.category))
@@ -247,6 +250,11 @@ def load_unseen(folder: Path) -> Unseen:
 def load_items(folder: Path) -> Items:
     """The items of the dataset and of the log that `read_unseen` has read into a folder."""
     return Items(*(np.load(folder / file) for file in (_ITEM_FEATURES, _ITEM_CATEGORY)))
+
+
+def load_item_names(folder: Path) -> pa.Table:
+    """The `value` and `id` of the items of the log that `read_unseen` has read, by id."""
+    return pq.read_table(folder / _ITEM_NAMES)
 
 
 def _check_types(layout: LogLayout, settled: Settled, unfolded: ir.Table) -> None:
