@@ -277,10 +277,11 @@ def train_teacher(config: ConfigDict, workdir: Folder) -> Trained:
     return Trained(place)
 
 
-def log_teacher(config: ConfigDict, teacher: Trained | Folder | None = None) -> scoring.Logged:
-    """Score the dataset with a teacher and write it back with the teacher's probabilities.
+def log_teacher(config: ConfigDict, teacher: Trained | Folder | None = None) -> scoring.Scored:
+    """Score the dataset with a teacher.
 
-    With `data.name="parquet"` the log is written back, too. A run that was killed resumes.
+    The scores are a table next to the dataset, which its owner joins by request and item, and a
+    column that students learn from. A run that was killed resumes.
 
     Args:
       config: the config.
@@ -288,7 +289,7 @@ def log_teacher(config: ConfigDict, teacher: Trained | Folder | None = None) -> 
 
     Raises:
       UserError: dataset or teacher are missing, the dataset was not built from this log, or another
-        process writes the same copy.
+        process writes the same scores.
     """
     config = _own(config, teacher)
     checks.validate(config)
@@ -401,7 +402,7 @@ def score(
     trust: bool = False,
     show: Show = logging.info,
 ) -> Path:
-    """Write a log that training never read with the scores of a ranker that was trained on one.
+    """Score a log that training never read with a ranker that was trained on another one.
 
     A run that was killed resumes.
 
@@ -415,7 +416,7 @@ def score(
       show: called with each line on the ranker and the candidates.
 
     Returns:
-      The folder of the log with its new columns.
+      The folder of the scores: Parquet files with `request`, `item` and the ranker's numbers.
 
     Raises:
       UserError: the run holds no such ranker, its config file is needed and not trusted, or the log
@@ -426,7 +427,7 @@ def score(
     config.data.path = str(path)
     folder = local_folder("--out", output) if output else None
     scored, lines = scoring.score_unseen(config, workdir, member, folder, trust)
-    for line in (*lines, *scoring.log_lines(scored)):
+    for line in (*lines, *str(scored).splitlines()):
         show(line)
     return scored.directory
 

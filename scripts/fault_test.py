@@ -156,7 +156,7 @@ def results_of(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.suffix in RESULTS or ".array_record-" in path.name
+        if path.suffix in RESULTS or path.name.startswith(("rows-", "counts-", "teacher-"))
     }
 
 

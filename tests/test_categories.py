@@ -108,11 +108,11 @@ def test_what_is_known_by_categories_alone_is_learned_for_items_that_are_new(con
     last = json.loads((tmp_path / "student" / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["unknown_ids/category"] == 0
 
-    # The copy that the teacher has scored holds the categories as well.
+    # Requests with the teacher's scores hold the categories as well.
     api.log_teacher(config)
     dataset = datasets.dataset_of(config)
     teacher = teachers.load_teacher(config, dataset)
-    scored = datasets.dataset_of(config, teacher.version)
+    scored = datasets.dataset_under(config, dataset, teacher.version)
     np.testing.assert_array_equal(scored.items.category, dataset.items.category)
     for one, other in zip(*(read_requests(of, "test") for of in (scored, dataset)), strict=True):
         assert one.request_id == other.request_id

@@ -293,10 +293,10 @@ def _order(requests: int, batch: BatchConfig) -> Callable[[int], Int[np.ndarray,
 
 def _fits(columns: Columns, stage: Stage, copies: int) -> bool:
     """Test if `copies` of the needed data fit in host memory, and one in a device's memory."""
-    number = int(counting(columns.counts, stage).sum())
-    numbers = (len(columns), number, int(columns.counts.shown.sum()))
-    widths = (values.shape[1] for values in columns.values)
-    size = sum(4 * rows * width for rows, width in zip(numbers, widths, strict=True))
+    candidates = int(counting(columns.counts, stage).sum())
+    numbers = (len(columns), candidates, int(columns.counts.shown.sum()))
+    rows = zip(numbers, columns.parts, strict=True)
+    size = sum(4 * number * part.width for number, part in rows)
     of_device = jax.local_devices()[0].memory_stats() or {}
     room = of_device.get("bytes_limit", float("inf")) - of_device.get("bytes_in_use", 0)
     free = psutil.virtual_memory().available

@@ -11,18 +11,22 @@ from ml_collections import ConfigDict
 from kd_ranker.config.schema import without_influence
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
+from kd_ranker.requests.teacher_scores import with_column
 from kd_ranker.sources.logs import findings
 from kd_ranker.sources.logs.data_report import JSON_FILE, Report, read_data_report
 from kd_ranker.sources.registry import SOURCES
+from kd_ranker.training.recipes import TEACHER_STAGES
 from kd_ranker.training.workdir import write_atomically
 
+# Folder below `data.dir` for the scores of rankers.
+SCORES_FOLDER = "scored"
 SAME_FLAGS = "with the same --config flags"
 PREPARE_DATA = f"python -m experiments.prepare_data, {SAME_FLAGS}"
 LOG_TEACHER = f"python -m experiments.log_teacher, {SAME_FLAGS}"
 
 
 def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
-    """The name of a config's dataset, or of the copy that a teacher trained here has scored.
+    """The name of a config's dataset, or of the scores of a teacher that was trained on it.
 
     Args:
       config: the config.
@@ -30,8 +34,8 @@ def dataset_name(config: ConfigDict, teacher_version: str = "") -> str:
         probabilities that were logged with it, if any.
 
     Returns:
-      `data.name` and eight hex digits that differ where the contents would differ. The name of a
-      scored copy also contains the teacher and the stage that it has scored.
+      `data.name` and eight hex digits that differ where the contents would differ. The name of
+      scores also contains the teacher and the stage that it has scored.
     """
     free = set(without_influence("dataset"))
     of_data, of_funnel = (
@@ -78,17 +82,29 @@ def build_dataset(config: ConfigDict, thorough: bool) -> Path:
     return directory
 
 
-def dataset_of(config: ConfigDict, teacher_version: str = "") -> Dataset:
-    """Open the config's dataset, or the copy that a teacher has scored.
+def dataset_of(config: ConfigDict) -> Dataset:
+    """Open the config's dataset.
 
     Raises:
       UserError: it was not built.
     """
-    return storage.open_dataset(
-        dataset_name(config, teacher_version),
-        config.data.dir,
-        made_by=LOG_TEACHER if teacher_version else PREPARE_DATA,
-    )
+    return storage.open_dataset(dataset_name(config), config.data.dir, made_by=PREPARE_DATA)
+
+
+def scores_folder(config: ConfigDict, teacher_version: str = "") -> Path:
+    """Return the folder of a teacher's scores for the config's dataset."""
+    return Path(config.data.dir) / SCORES_FOLDER / dataset_name(config, teacher_version)
+
+
+def dataset_under(config: ConfigDict, dataset: Dataset, teacher_version: str) -> Dataset:
+    """Return the dataset with the probabilities of a teacher that has scored it.
+
+    Raises:
+      UserError: the teacher has not scored it.
+    """
+    folder = scores_folder(config, teacher_version)
+    stage = TEACHER_STAGES[config.teacher.stage]
+    return with_column(dataset, folder, LOG_TEACHER, teacher_version, stage)
 
 
 def current_dataset(config: ConfigDict) -> Dataset:
@@ -113,7 +129,7 @@ def data_lines(config: ConfigDict, dataset: Dataset) -> list[str]:
     """The lines on a dataset: an own log's candidates and remarks, and the epochs of training."""
     report = read_data_report(dataset.directory)
     of_log = [*_log_lines(report)] if report else []
-    return [*of_log, *_epochs(config, dataset.builder.info.splits["train"].num_examples)]
+    return [*of_log, *_epochs(config, len(dataset.columns["train"]))]
 
 
 def _log_lines(report: Report) -> Iterator[str]:

@@ -49,7 +49,7 @@ class Opened:
         Only the last teacher stays open, so jobs of one teacher should follow each other.
 
         Raises:
-          UserError: the teacher, or the copy that it has scored, is missing.
+          UserError: the teacher, or its scores, are missing.
         """
         workdir = config.teacher.workdir
         if workdir not in self._of_teacher:
@@ -86,7 +86,7 @@ class Job:
 
     @property
     def dataset(self) -> Dataset:
-        """The dataset that its members learn from, or the copy that the teacher has scored."""
+        """The dataset that its members learn from, with the scores of a logged teacher."""
         return self._read[1]
 
     @property

@@ -1,104 +1,177 @@
-"""Scores of trained rankers, added to the candidates of a dataset or of another log.
-
-Both are written in shards, by several processes or machines, and resume after a kill.
-"""
+"""Scores of trained rankers for a dataset (`log_teacher`) or for another log (`score`)."""
 
 import contextlib
-import dataclasses
 import functools
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import Stage
 from kd_ranker.config import checks
 from kd_ranker.errors import UserError
 from kd_ranker.pipeline import cluster, trained
-from kd_ranker.pipeline.datasets import LOG_TEACHER, candidates_line, dataset_name, dataset_of
+from kd_ranker.pipeline.datasets import (
+    SCORES_FOLDER,
+    candidates_line,
+    current_dataset,
+    dataset_of,
+    scores_folder,
+)
 from kd_ranker.pipeline.remote import Place, fetched, local_folder
-from kd_ranker.pipeline.teachers import Teacher, load_teacher
-from kd_ranker.requests import storage
+from kd_ranker.pipeline.teachers import load_teacher
+from kd_ranker.requests.columns import columns_of_block
 from kd_ranker.requests.pool import Runner, open_pool
-from kd_ranker.requests.records import Dataset, read_split
-from kd_ranker.requests.request import SPLITS, Request, Source
-from kd_ranker.serving.score import probabilities, score_log
+from kd_ranker.requests.records import Dataset
+from kd_ranker.requests.request import SPLITS
+from kd_ranker.requests.teacher_scores import write_column
+from kd_ranker.serving import score
+from kd_ranker.serving.score import How, Part, Requests, TrainedRanker
 from kd_ranker.sources.logs import unseen
-from kd_ranker.sources.logs.layout import read_layout
-from kd_ranker.sources.logs.unseen import Unseen
-from kd_ranker.sources.logs.write_back import Scored
-from kd_ranker.sources.registry import SOURCES
+from kd_ranker.sources.logs.encode import encode_requests
+from kd_ranker.sources.logs.files import SQL, Log
+from kd_ranker.sources.logs.layout import LogLayout, read_layout
+from kd_ranker.sources.logs.ordered import Piece
+from kd_ranker.sources.logs.source import MANIFEST
+from kd_ranker.sources.logs.unseen import Settled, Unseen
+from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary, requests_of_piece
 from kd_ranker.training.recipes import TEACHER_STAGES
 
-# The number of batches in a shard, raised where a split would have more than the largest number of
-# shards: a reader holds a file open for each.
+# The number of batches in a part of a dataset, raised where a split would have more than the
+# largest number of parts.
 _BATCHES = 64
-_MOST_SHARDS = 256
+_MOST_PARTS = 256
 
 
-class Logged(NamedTuple):
-    """The files that `log_teacher` has written.
+class Scored(NamedTuple):
+    """The scores of a ranker as a table in Parquet files, see `serving.score`.
 
     Attributes:
-      dataset: the folder of the copy of the dataset that holds the probabilities.
-      log: the user's own log with the teacher's columns added; None for a dataset without one.
+      directory: the folder of the files.
+      columns: the names of the columns.
     """
 
-    dataset: Path
-    log: Scored | None
+    directory: Path
+    columns: tuple[str, ...]
 
     def __str__(self) -> str:
-        return "\n".join([f"dataset: {self.dataset}", *(log_lines(self.log) if self.log else ())])
+        return f"scores: {self.directory}\ntheir columns: {', '.join(self.columns)}"
 
 
-def log_lines(scored: Scored) -> list[str]:
-    """The lines on a log that was written with scores."""
-    return [f"scored log: {scored.directory}", f"its new columns: {', '.join(scored.columns)}"]
+def score_dataset(config: ConfigDict) -> Scored:
+    """Write the probabilities of a teacher for the candidates of its dataset.
 
-
-def score_dataset(config: ConfigDict) -> Logged:
-    """Write a copy of the dataset, and of its log, with the probabilities of a teacher.
+    Training requests get those of the candidates of `config.teacher.stage`, all others those of
+    every candidate. They are written as a table, and as the column that students learn from.
 
     Args:
       config: a valid config; `config.teacher.workdir` names the teacher.
 
     Raises:
       UserError: dataset or teacher are missing, the dataset was not built from this log, or another
-        process writes the same copy.
+        process writes the same scores.
     """
-    scorer = _open_scorer(config)
-    dataset, version = scorer.dataset, scorer.teacher.version
-    name = dataset_name(config, version)
-    entry, log = SOURCES[config.data.name], None
-    if entry.open_scored_log:
-        # First, because it may refuse the log, and scoring takes long.
-        log = entry.open_scored_log(
-            config.data, config.tasks, config.funnel, dataset.directory, name
-        )
-    if (copy := storage.directory_of(name, config.data.dir)).exists():
-        storage.check_whole(copy, LOG_TEACHER)
-    splits = dataset.builder.info.splits
-    spec = dataclasses.replace(dataset.spec, teacher_version=version, teacher_signal="probability")
-    with _open_runner(config) as run:
-        source = Source(
-            spec=spec,
-            item_features=dataset.item_features,
-            item_category=dataset.item_category,
-            requests=functools.partial(scored_requests, scorer),
-            num_requests={split: splits[split].num_examples for split in SPLITS},
-            shards=functools.partial(scoring_shards, scorer, _runs_elsewhere(config)),
-            run=run,
-            resume=scoring_folder(scorer, name),
-            write_beside=log.write_beside if log else None,
-        )
-        directory = storage.build(source, name, config.data.dir)
-    return Logged(directory, log.write() if log else None)
+    dataset = current_dataset(config)
+    ranker = _teacher_of(config, dataset)
+    output = scores_folder(config, ranker.version)
+    requests = _of_dataset(config, dataset)
+    reopen = functools.partial(_teacher_elsewhere, config.to_json())
+    names = [f"probability_{task}" for task in dataset.spec.tasks]
+
+    def write_columns(paths: Sequence[Path]) -> None:
+        for split in SPLITS:
+            parts = zip(paths, requests.parts, strict=True)
+            tables = (pq.read_table(path) for path, (name, *_) in parts if name == split)
+            of_split = (np.stack([table[name] for name in names], axis=1) for table in tables)
+            columns = dataset.columns[split]
+            scored = columns.counts.reached(_stage(config.teacher.stage, split))
+            write_column(output, split, columns, scored, of_split)
+
+    score.score(
+        ranker,
+        lambda work: requests,
+        _how(config, reopen),
+        output,
+        [config.teacher.stage, _BATCHES, _MOST_PARTS],
+        write_columns,
+        replaces=True,  # with other value weights, for example
+    )
+    return Scored(output, tuple(score.columns_of(ranker)))
+
+
+def _teacher_of(config: ConfigDict, dataset: Dataset) -> TrainedRanker:
+    teacher = load_teacher(config, dataset)
+    name = f"the teacher at {config.teacher.workdir}"
+    return TrainedRanker(name, "teacher", teacher.ranker, "user", teacher.version, dataset)
+
+
+@functools.lru_cache(maxsize=1)
+def _teacher_elsewhere(text: str) -> TrainedRanker:
+    """Open a teacher and its dataset once per process; `text` is the config as JSON."""
+    config = ConfigDict(json.loads(text))
+    cluster.register(config.registered_by)
+    return _teacher_of(config, dataset_of(config))
+
+
+def _stage(name: str, split: str) -> Stage:
+    """Return the stage of the candidates of a split that a teacher scores."""
+    return TEACHER_STAGES[name] if split == "train" else Stage.RETRIEVED
+
+
+def _of_dataset(config: ConfigDict, dataset: Dataset) -> Requests:
+    """Return the requests of a dataset, in parts that do not depend on the machine."""
+    numbers = {split: len(dataset.columns[split]) for split in SPLITS}
+    manifest = dataset.directory / MANIFEST
+    files: Sequence[str] = SPLITS
+    if manifest.exists():
+        files = list(json.loads(manifest.read_text()))
+    most = max(int(dataset.columns[split].counts.retrieved.max()) for split in SPLITS)
+    return Requests(
+        parts=[
+            (split, *span)
+            for split, number in numbers.items()
+            for span in spans_of(number, config.evaluation.requests)
+        ],
+        read=functools.partial(_read_dataset, config.teacher.stage),
+        files=_names_like([SQL] if SQL in files else files),
+        candidates=most,
+    )
+
+
+def _names_like(files: Sequence[str]) -> list[str]:
+    """Return the name of the scores of each file of a log, or of each split: its number and name.
+
+    >>> _names_like(["s3://logs/day=1/a.parquet", "s3://logs/day=2/a.parquet"])
+    ['00000-a.parquet', '00001-a.parquet']
+    """
+    return [f"{number:05d}-{Path(file).stem}.parquet" for number, file in enumerate(files)]
+
+
+def spans_of(number: int, batch: int) -> list[tuple[int, int]]:
+    """Cut a number of requests into spans of whole batches: those of one pass over all."""
+    size = batch * max(_BATCHES, -(-number // (batch * _MOST_PARTS)))
+    return [(start, min(start + size, number)) for start in range(0, number, size)]
+
+
+def _read_dataset(stage: str, ranker: TrainedRanker, split: str, start: int, stop: int) -> Part:
+    dataset, numbers = ranker.dataset, np.arange(start, stop)
+    columns = dataset.columns[split]
+    counts = columns.counts.of(slice(start, stop))
+    request = pa.array(counts.request_id)
+    file = np.full(len(numbers), SPLITS.index(split), np.int32)
+    item_names = None
+    if (dataset.directory / MANIFEST).exists():
+        names = read_requests_of(dataset.directory, split)
+        request = names["request"].combine_chunks()[start:stop]
+        file = names["file"].to_numpy()[start:stop]
+        item_names = read_vocabulary(dataset.directory, "item")
+    scored = counts.reached(_stage(stage, split))
+    return Part(columns, numbers, scored, request, file, item_names, dataset.items)
 
 
 def score_unseen(
@@ -108,7 +181,7 @@ def score_unseen(
     output: Path | None = None,
     trust: bool = False,
 ) -> tuple[Scored, list[str]]:
-    """Write the log at `config.data.path` with the scores of the ranker in a workdir.
+    """Write the scores of the ranker in a workdir for the log at `config.data.path`.
 
     The log is read with the ids, means and deviations of the training log.
 
@@ -120,7 +193,7 @@ def score_unseen(
       trust: whether a file that the run's config names may be executed, see `trained.config_of`.
 
     Returns:
-      The scored log, and lines on the ranker and the candidates.
+      The scores, and lines on the ranker and the candidates.
 
     Raises:
       UserError: the workdir holds no finished ranker that was trained on a log, its dataset is
@@ -148,12 +221,70 @@ def score_unseen(
         ranker = ranker._replace(name=ranker.name.replace(str(folder), str(workdir)))
         dataset = ranker.dataset
         settled = unseen.settled_by(run_layout, dataset.spec, dataset.directory)
-        scored, read = score_log(
-            *(log, layout, settled, ranker, reopen if _runs_elsewhere(config) else None),
-            *(_open_runner(config), tuple(config.value_weights), config.evaluation.requests),
+        how, inputs = _how(config, reopen), _inputs_of(log, layout)
+        output = output or _usual_output(config, ranker, how, inputs)
+        if output.resolve().is_relative_to(Path(layout.path).resolve()):
+            raise UserError(
+                f"{output} is inside the log and would become a part of it; give another --out"
+            )
+        counts = score.score(
+            ranker,
+            functools.partial(_of_log, log, layout, settled, dataset),
+            how,
             output,
+            inputs,
         )
-    return scored, [trained.ranker_line(ranker.name, ranker.serve), *_unseen_lines(read)]
+    scored = Scored(output, tuple(score.columns_of(ranker)))
+    lines = [trained.ranker_line(ranker.name, ranker.serve), *_unseen_lines(Unseen([], *counts))]
+    return scored, lines
+
+
+def _inputs_of(log: Log, layout: LogLayout) -> list[Any]:
+    """Return all that the requests of a log depend on."""
+    return [
+        *(log.manifest, repr(layout.features), layout.columns),
+        *(layout.by_request, layout.units_per_second, layout.retrieved),
+    ]
+
+
+def _usual_output(config: ConfigDict, ranker: TrainedRanker, how: How, inputs: Any) -> Path:
+    digest = score.made_of_scores(ranker, how, inputs)["scores"]
+    name = f"{ranker.dataset.directory.parent.name}-{ranker.role}-{ranker.version}-{digest}"
+    return Path(config.data.dir) / SCORES_FOLDER / name
+
+
+def _of_log(
+    log: Log, layout: LogLayout, settled: Settled, dataset: Dataset, work: Path
+) -> Requests:
+    """Read a log as requests into a folder, unless an earlier run has done so."""
+    folder, unfinished = work / "read", work / "unfinished"
+    if not folder.exists():
+        unfinished.mkdir(parents=True)
+        unseen.read_unseen(log, layout, settled, dataset.items, unfinished)
+        unfinished.rename(folder)
+    read = unseen.load_unseen(folder)
+    return Requests(
+        parts=[(piece,) for piece in read.pieces],
+        read=functools.partial(_read_log, layout, folder),
+        files=_names_like(log.files or [SQL]),
+        candidates=read.largest,
+        counts=read[1:],
+    )
+
+
+def _read_log(layout: LogLayout, folder: Path, ranker: TrainedRanker, piece: Piece) -> Part:
+    (block,) = encode_requests(layout, folder, piece)
+    columns = columns_of_block(block, ranker.dataset.spec)
+    names = requests_of_piece(folder, piece)
+    return Part(
+        columns=columns,
+        numbers=np.arange(len(columns)),
+        scored=columns.counts.retrieved,
+        request=names["request"].combine_chunks(),
+        file=names["file"].to_numpy(),
+        item_names=unseen.load_item_names(folder),
+        items=unseen.load_items(folder),
+    )
 
 
 def _unseen_lines(read: Unseen) -> list[str]:
@@ -166,133 +297,13 @@ def _unseen_lines(read: Unseen) -> list[str]:
     return [candidates, f"unknown to training: {', '.join(unknown)}"]
 
 
-def _runs_elsewhere(config: ConfigDict) -> bool:
-    """Test whether the runner of `_open_runner` calls functions in other processes."""
-    return config.launcher == "ray" or config.data.processes > 1
-
-
-def _open_runner(config: ConfigDict) -> contextlib.AbstractContextManager[Runner]:
-    """Open the processes that score: a cluster, or `data.processes` on this machine."""
+def _how(config: ConfigDict, reopen: Any) -> How:
+    """Return the way to score: here, in `data.processes` of this machine, or on a cluster."""
+    runner: contextlib.AbstractContextManager[Runner]
     if config.launcher == "ray":
-        return cluster.open_cluster(config)
-    return open_pool(config.data.processes)
-
-
-class Scorer(NamedTuple):
-    """A teacher that scores its dataset.
-
-    Attributes:
-      config: names the stage to score, and the number of requests in a batch.
-      dataset: the dataset.
-      teacher: the teacher, trained on it.
-    """
-
-    config: ConfigDict
-    dataset: Dataset
-    teacher: Teacher
-
-
-def _open_scorer(config: ConfigDict) -> Scorer:
-    dataset = dataset_of(config)
-    return Scorer(config, dataset, load_teacher(config, dataset))
-
-
-def scored_requests(
-    scorer: Scorer, split: str, start: int = 0, stop: int | None = None
-) -> Iterator[Request]:
-    """The requests of a split with the teacher's probabilities in place of the logged ones.
-
-    Training requests get those of the candidates of `config.teacher.stage`, all others those of
-    every candidate.
-
-    Args:
-      scorer: the teacher and its dataset.
-      split: one of `SPLITS`.
-      start: the number of the first request. At a multiple of `config.evaluation.requests`, batches
-        are those of one pass over the split.
-      stop: the number behind the last one; None for all.
-    """
-    config, dataset, teacher = scorer
-    items = jax.device_put(dataset.items)
-    stage = TEACHER_STAGES[config.teacher.stage] if split == "train" else Stage.RETRIEVED
-    number_of_requests, read = read_split(dataset, split)
-    stop = number_of_requests if stop is None else stop
-    requests, size = map(read, range(start, stop)), config.evaluation.requests
-    for request, scored in probabilities(
-        *(teacher.ranker, "user", requests, items, dataset.spec, size, config.funnel.retrieved)
-    ):
-        number = request.num_reached(stage)
-        yield dataclasses.replace(
-            request,
-            teacher_probability=scored[:number],
-            teacher_weight=np.ones(number, np.float32),
-            teacher_version=teacher.version,
-        )
-
-
-def scoring_shards(
-    scorer: Scorer, is_elsewhere: bool, split: str
-) -> list[Callable[[], Iterator[Request]]]:
-    """`scored_requests` in parts, for `Source.shards`.
-
-    The parts depend only on the dataset and on `config.evaluation.requests`. Other processes open
-    the dataset and load the teacher themselves.
-    """
-    number = scorer.dataset.builder.info.splits[split].num_examples
-    batch = scorer.config.evaluation.requests
-    # Whole batches, so that the numbers are those of one pass, to the last bit.
-    size = batch * max(_BATCHES, -(-number // (batch * _MOST_SHARDS)))
-    score: Callable[..., Iterator[Request]] = (
-        functools.partial(scored_elsewhere, scorer.config.to_json(), scorer.teacher.version)
-        if is_elsewhere
-        else functools.partial(scored_requests, scorer)
-    )
-    return [
-        functools.partial(score, split, start, min(start + size, number))
-        for start in range(0, number, size)
-    ]
-
-
-def scored_elsewhere(
-    config: str, version: str, split: str, start: int, stop: int
-) -> Iterator[Request]:
-    """`scored_requests` for another process than the one that has loaded the teacher.
-
-    Args:
-      config: the config as JSON.
-      version: of the teacher that is expected.
-      split: one of `SPLITS`.
-      start: the number of the first request.
-      stop: the number behind the last one.
-
-    Raises:
-      UserError: there is another teacher now.
-    """
-    scorer = _opened(config)
-    if scorer.teacher.version != version:
-        workdir = scorer.config.teacher.workdir
-        raise UserError(f"the teacher at {workdir} has changed while it scored; run this again")
-    return scored_requests(scorer, split, start, stop)
-
-
-@functools.lru_cache(maxsize=1)
-def _opened(text: str) -> Scorer:
-    config = ConfigDict(json.loads(text))
-    cluster.register(config.registered_by)
-    return _open_scorer(config)
-
-
-def scoring_folder(scorer: Scorer, name: str) -> Path:
-    """The folder that keeps the shards of a scored copy until it is whole, for `Source.resume`.
-
-    Its name holds a digest of all that determines their bytes: how they are cut, the files of the
-    dataset, and the releases that score and write.
-    """
-    inputs: Sequence[object] = (
-        storage.FORMAT_VERSION,
-        (scorer.config.evaluation.requests, _BATCHES, _MOST_SHARDS),
-        scorer.dataset.identity["dataset"],
-        [metadata.version(package) for package in ("kd_ranker", "jax")],
-    )
-    digest = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
-    return Path(scorer.config.data.dir) / f".scoring-{name}" / digest
+        runner = cluster.open_cluster(config)
+    else:
+        runner = open_pool(config.data.processes)
+    elsewhere = config.launcher == "ray" or config.data.processes > 1
+    weights, requests = tuple(config.value_weights), config.evaluation.requests
+    return How(weights, requests, runner, reopen if elsewhere else None)

@@ -1,6 +1,5 @@
 """Trained teachers, and the datasets that students learn from under them."""
 
-import dataclasses
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.manifest import MadeOf
 from kd_ranker.models.model import Model, Parameters
-from kd_ranker.pipeline.datasets import LOG_TEACHER, SAME_FLAGS, dataset_name, dataset_of
+from kd_ranker.pipeline.datasets import LOG_TEACHER, SAME_FLAGS, dataset_name, dataset_under
 from kd_ranker.pipeline.remote import fetched, place_of
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training import checkpoints, recipes
@@ -60,15 +59,13 @@ def teacher_and_dataset(config: ConfigDict, dataset: Dataset) -> tuple[Teacher |
       dataset: its dataset, without a teacher's scores.
 
     Raises:
-      UserError: the teacher or its copy is missing, or the dataset holds no probabilities.
+      UserError: the teacher or its scores are missing, or the dataset holds no probabilities.
     """
     if config.teacher.source == "live" or config.teacher.workdir:
         teacher = load_teacher(config, dataset)
         if config.teacher.source == "live":
             return teacher, dataset
-        copy = dataset_of(config, teacher.version)
-        scored = {**dataset.identity, "scored": copy.identity["dataset"]}
-        return teacher, dataclasses.replace(copy, identity=scored)
+        return teacher, dataset_under(config, dataset, teacher.version)
     if not dataset.spec.teacher_version:
         raise UserError(
             f"{config.data.name} holds no teacher probabilities; name a teacher in teacher.workdir "

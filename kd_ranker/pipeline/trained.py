@@ -208,7 +208,7 @@ def _student(
     serve = serve or (config.distill.serve if len(serves) > 1 else next(iter(serves)))
     check_choice("--serve", serve, serves)
     remedy = "finish it with the command and the flags that it was started with"
-    # The teacher and the copy that it scored may be gone: their fingerprints are those recorded.
+    # The teacher and its scores may be gone: their fingerprints are those recorded.
     made_of = {
         **manifest.read(folder, remedy)["made_of"],
         "config": schema.fingerprint(members, "student"),

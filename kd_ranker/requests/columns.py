@@ -45,6 +45,7 @@ class Counts(NamedTuple):
       scored: the number of leading candidates that the teacher has scored.
       positives: the number of candidates with a positive label.
       known: the number of candidates with facts for the evaluation: all or none.
+      time: the time of the request, in seconds.
     """
 
     request_id: Int[np.ndarray, "*n"]
@@ -54,41 +55,61 @@ class Counts(NamedTuple):
     scored: Int[np.ndarray, "*n"]
     positives: Int[np.ndarray, "*n"]
     known: Int[np.ndarray, "*n"]
+    time: Int[np.ndarray, "*n"]
 
     def of(self, requests: Any) -> "Counts":
         """Return the counts of some of the requests."""
         return Counts(*(numbers[requests] for numbers in self))
+
+    def reached(self, stage: Stage) -> Int[np.ndarray, "*n"]:
+        """Return the number of leading candidates that reached a stage of the funnel."""
+        if stage == Stage.SHOWN:
+            return self.shown
+        return self.passed if stage == Stage.PASSED else self.retrieved
 
 
 class Rows(NamedTuple):
     """Packed rows of one kind, grouped by request.
 
     Attributes:
-      values: int32 [rows, W], 32 bits per number.
-      spans: the columns of each field among the W numbers.
+      values: int32 [rows, V], 32 bits per number.
+      spans: the columns of each field among the W numbers of a row.
       first: the row of each request's first entry.
       stride: the number of rows from one entry of a request to its next.
       nothing: the index of the padding row.
+      column: the last W - V numbers of each row, from a separate array; None if V is W.
     """
 
-    values: Int[np.ndarray, "rows W"]
+    values: Int[np.ndarray, "rows V"]
     spans: packing.Spans
     first: Int[np.ndarray, "n"]
     stride: int = 1
     nothing: int = 0
+    column: "Rows | None" = None
+
+    @property
+    def width(self) -> int:
+        """The W numbers of a row."""
+        return self.spans[-1].columns.stop
 
     def at(
         self, requests: Int[np.ndarray, "*R"], places: Int[np.ndarray, "*R N"]
     ) -> Int[np.ndarray, "*R N W"]:
         """Return the rows at places in the entries of requests, the padding row for places < 0."""
         rows = self.first[requests][..., None] + places.astype(np.int64) * self.stride
-        return self.values[np.where(places < 0, self.nothing, rows)]
+        own = self.values[np.where(places < 0, self.nothing, rows)]
+        if self.column is None:
+            return own
+        return np.concatenate([own, self.column.at(requests, places)], axis=-1)
 
     def firsts(
         self, requests: slice | Int[np.ndarray, "R"], numbers: Int[np.ndarray, "R"]
     ) -> Int[np.ndarray, "sum W"]:
         """Return the first `numbers[i]` rows of each request `i`, grouped by request."""
-        return self.values[runs(self.first[requests], numbers, self.stride)]
+        own = self.values[runs(self.first[requests], numbers, self.stride)]
+        if self.column is None:
+            return own
+        return np.concatenate([own, self.column.firsts(requests, numbers)], axis=-1)
 
     def fields(
         self, requests: slice | Int[np.ndarray, "R"], numbers: Int[np.ndarray, "R"]
@@ -102,8 +123,8 @@ class Rows(NamedTuple):
         """Copy the first `numbers[i]` entries of each request `i` into one array in memory."""
         ends = 1 + np.cumsum(numbers)
         first = ends - numbers
-        values = np.empty((1 + int(numbers.sum()), self.values.shape[1]), np.int32)
-        values[0] = self.values[self.nothing]
+        values = np.empty((1 + int(numbers.sum()), self.width), np.int32)
+        (values[0],) = self.at(np.zeros((), np.int64), np.array([-1]))
         for some in slices(numbers):
             values[first[some][0] : ends[some][-1]] = self.firsts(some, numbers[some])
         return Rows(values, self.spans, first)
@@ -111,7 +132,14 @@ class Rows(NamedTuple):
     def without(self, fields: Collection[str]) -> "Rows":
         """Drop some fields, which must be the last ones of a row."""
         spans = tuple(span for span in self.spans if span.name not in fields)
-        return self._replace(values=self.values[:, : spans[-1].columns.stop], spans=spans)
+        values = self.values[:, : spans[-1].columns.stop]
+        return self._replace(values=values, spans=spans, column=None)
+
+    def with_column(self, column: "Rows") -> "Rows":
+        """Add the fields of an array with the same entries as the last ones of a row."""
+        width = self.width
+        spans = (span._replace(start=width + span.start) for span in column.spans)
+        return self._replace(spans=(*self.spans, *spans), column=column)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,6 +246,7 @@ def _counts_of(block: Block) -> Counts:
         scored=block.numbers["scored"],
         positives=np.bincount(owner[positive], minlength=len(shown)),
         known=block.numbers["known"],
+        time=block.values["time"],
     )
 
 
@@ -278,9 +307,8 @@ def needed(columns: Columns, logged: Stage | None, history: bool) -> Columns:
     counts = columns.counts
     if logged is None:
         counts = counts._replace(scored=np.zeros_like(counts.scored))
-    elif logged > Stage.RETRIEVED:
-        reached = counts.shown if logged == Stage.SHOWN else counts.passed
-        counts = counts._replace(scored=np.minimum(counts.scored, reached))
+    else:
+        counts = counts._replace(scored=np.minimum(counts.scored, counts.reached(logged)))
     columns = dataclasses.replace(columns, counts=counts)
     if logged is None:
         says = [field.name for field in _packed_fields("scored")]

@@ -1,23 +1,31 @@
-"""The records of requests, and a built dataset that reads them back."""
+"""A built dataset, opened for reading, and its requests one by one: for programs and for TFDS.
+
+TFDS opens the folder of a dataset (`tfds.builder_from_directory(folder)`) and its records decode to
+the fields of `Request`. The files of records are only an index: each record names a split and the
+number of a request in it. `features.json` names the class `RequestFeatures`, which reads that
+request from the rows that batches are cut from, see `row_files`. TFDS imports the class by its name
+and therefore needs this package.
+"""
 
 import contextlib
 import dataclasses
-import functools
-import itertools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from jaxtyping import Float32, Int32, Shaped
+from array_record.python.array_record_module import ArrayRecordWriter
+from jaxtyping import Float32, Int32
 
 from kd_ranker.batch import STORED, FeatureSpec, Field, Items, Request
 from kd_ranker.errors import UserError
-from kd_ranker.requests.block import Block
-from kd_ranker.requests.columns import Columns
-from kd_ranker.requests.ragged import starts_of
+from kd_ranker.requests import row_files
+from kd_ranker.requests.columns import Columns, Rows
+
+# One record per group, since records are read one by one.
+_RECORDS = "group_size:1,uncompressed"
+_NAME, _FORMAT = "requests", "array_record"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +34,13 @@ class Dataset:
 
     Attributes:
       directory: its folder.
-      identity: under `dataset`, its name and the fingerprint of its content. A copy that a teacher
-        has scored has those of the original there, and its own under `scored`.
+      identity: under `dataset`, its name and the fingerprint of its content. With the scores of a
+        teacher that was trained on it, their name and fingerprint are under `scored`.
       made_by: the command that makes it, for messages.
       spec: the sizes of its features.
       item_features: the features of each item.
       item_category: the category ids of each item.
-      builder: the TFDS builder that reads its records, which contain all that was logged.
-      columns: split -> the columns that batches are cut from, in files.
+      columns: split -> its requests, in files.
     """
 
     directory: Path
@@ -42,7 +49,6 @@ class Dataset:
     spec: FeatureSpec
     item_features: Float32[np.ndarray, "items F"]
     item_category: Int32[np.ndarray, "items I"]
-    builder: tfds.core.DatasetBuilder
     columns: Mapping[str, Columns] = dataclasses.field(repr=False)
 
     @property
@@ -53,13 +59,103 @@ class Dataset:
         return Items(features, category)
 
 
+@contextlib.contextmanager
+def damage(directory: Path, made_by: str) -> Iterator[None]:
+    """Turn errors from reading damaged files into a UserError with the remedy.
+
+    Args:
+      directory: the folder of the dataset.
+      made_by: the command that makes it.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the dataset at {directory} is damaged ({error}); remove that folder and rebuild it "
+            f"with: {made_by}"
+        ) from error
+
+
+def read_requests(dataset: Dataset, split: str) -> Iterator[Request]:
+    """Yield the requests of a split in stored order."""
+    columns = dataset.columns[split]
+    for place in range(len(columns)):
+        yield request_at(columns, dataset.spec, place)
+
+
+def request_at(columns: Columns, spec: FeatureSpec, place: int) -> Request:
+    """Return a request of a split; see `row_files` for the order of its candidates.
+
+    Teacher probabilities that do not count are NaN.
+    """
+    counts = columns.counts.of(place)
+
+    def of(rows: Rows, number: Any) -> dict[str, Any]:
+        return rows.fields(np.array([place]), np.array([number]))
+
+    own = {name: values[0] for name, values in of(columns.requests, 1).items()}
+    is_event = own.pop("history_mask")
+    candidates = of(columns.candidates, counts.retrieved)
+    scored = candidates["teacher_probability"][: counts.scored]
+    values: dict[str, Any] = {
+        **own,
+        **{name: own[name][is_event] for name in ("history_id", "history_features")},
+        **candidates,
+        **of(columns.labels, counts.shown),
+        **of(columns.known, counts.known),
+        "request_id": counts.request_id,
+        "time": counts.time,
+        "num_passed": counts.passed,
+        "teacher_probability": scored,
+        "teacher_weight": (~np.isnan(scored)).any(axis=1),
+    }
+    stored: dict[str, Any] = {
+        field.name: np.asarray(values[field.name], field.stored)
+        for field in STORED
+        if field.stored is not str and 0 not in field.shape(spec)
+    }
+    whole = {name: int(value) for name, value in stored.items() if not value.ndim}
+    version = spec.teacher_version if counts.scored else ""
+    return Request(**{**stored, **whole, "teacher_version": version})
+
+
 def teacher_column(task: str) -> str:
-    """Return the name under which a task's teacher probability is stored."""
+    """Return the name of a task's teacher probability in a record."""
     return f"teacher_probability_{task}"
 
 
-def record_features(spec: FeatureSpec) -> tfds.features.FeaturesDict:
-    """Return the TFDS features of a stored request, with one teacher column per task."""
+class RequestFeatures(tfds.features.FeaturesDict):
+    """The fields of a request for TFDS, with one teacher column per task."""
+
+    def load_metadata(self, data_dir: Any, feature_name: str | None = None) -> None:
+        """Remember the folder of the dataset, which TFDS names here."""
+        super().load_metadata(data_dir, feature_name)
+        self._folder = Path(data_dir)
+        self._spec = FeatureSpec.from_json((self._folder / "feature_spec.json").read_text())
+        self._columns: dict[str, Columns] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the open files, which another process opens itself."""
+        return {**vars(self), "_columns": {}}
+
+    def deserialize_example_np(self, serialized_example: Any, *, decoders: Any = None) -> Any:
+        """Return the fields of the request that a record names."""
+        del decoders
+        split, place = bytes(serialized_example).decode().split()
+        if split not in self._columns:
+            self._columns[split] = row_files.open_columns(self._folder, self._spec, split)
+        fields = dict(vars(request_at(self._columns[split], self._spec, int(place))))
+        for index, task in enumerate(self._spec.tasks):
+            fields[teacher_column(task)] = fields["teacher_probability"][:, index]
+        fields["teacher_version"] = fields["teacher_version"].encode()  # as TFDS returns texts
+        # The empty index turns an array of one number into that number.
+        return {name: np.asarray(fields[name], self[name].np_dtype)[()] for name in self}
+
+
+def record_features(spec: FeatureSpec) -> RequestFeatures:
+    """Return the TFDS features of a request."""
 
     def feature(field: Field, *shape: int) -> tfds.features.FeatureConnector:
         if field.stored is str:
@@ -67,152 +163,38 @@ def record_features(spec: FeatureSpec) -> tfds.features.FeaturesDict:
         if field.of == "request" and not shape:
             return tfds.features.Scalar(field.stored)
         number = () if field.of == "request" else (None,)
-        return tfds.features.Tensor(
-            shape=(*number, *shape), dtype=field.stored, encoding=tfds.features.Encoding.BYTES
-        )
+        return tfds.features.Tensor(shape=(*number, *shape), dtype=field.stored)
 
     features: dict[str, tfds.features.FeatureConnector] = {}
     for field in STORED:
         shape = field.shape(spec)
         if field.name == "teacher_probability":
             features |= {teacher_column(task): feature(field) for task in spec.tasks}
-        elif 0 not in shape:  # which TFDS cannot store
+        elif 0 not in shape:  # which TFDS cannot describe
             features[field.name] = feature(field, *shape)
-    return tfds.features.FeaturesDict(features)
+    return RequestFeatures(features)
 
 
-def serialized(block: Block, spec: FeatureSpec) -> Iterator[bytes]:
-    """Yield each request as the bytes that TFDS writes for `record_features`.
-
-    They are a `tf.train.Example`. Its wire format is written here, one column at a time, in a
-    twentieth of the time of the encoder of TFDS.
-    """
-    columns: dict[str, tuple[int, list[bytes]]] = {}
-    for field in STORED:
-        if 0 in field.shape(spec):
-            continue
-        values = block.values[field.name]
-        if field.name == "teacher_probability":
-            for index, task in enumerate(spec.tasks):
-                of_task = _bytes_of_each(block, field, values[:, index])
-                columns[teacher_column(task)] = _BYTES_LIST, of_task
-        elif field.stored is str:
-            columns[field.name] = _BYTES_LIST, [value.encode() for value in values]
-        elif field.of == "request" and not field.width:
-            columns[field.name] = _INT64_LIST, [_varint(value) for value in values.tolist()]
-        else:
-            columns[field.name] = _BYTES_LIST, _bytes_of_each(block, field, values)
-    parts: list[list[bytes]] = []
-    # In the order of names, as protobuf writes a map deterministically.
-    for name, (kind, contents) in sorted(columns.items()):
-        parts += [[_head(name, kind, len(content)) for content in contents], contents]
-    for record in map(b"".join, zip(*parts, strict=True)):
-        yield _key(1, len(record)) + record
-
-
-# The fields of `tf.train.Feature`.
-_BYTES_LIST, _INT64_LIST = 1, 3
-
-
-@functools.lru_cache(maxsize=2**14)
-def _head(name: str, kind: int, length: int) -> bytes:
-    """Return the bytes before the only value of a feature, which itself has `length` bytes.
-
-    A nested message is a key, its length and its content. `feature` of the map contains the name
-    and the feature, the feature contains the list of its kind, and the list contains the value.
-    """
-    inner, encoded = _key(1, length), name.encode()
-    inner = _key(kind, len(inner) + length) + inner
-    inner = _key(1, len(encoded)) + encoded + _key(2, len(inner) + length) + inner
-    return _key(1, len(inner) + length) + inner
-
-
-@functools.lru_cache(maxsize=2**14)
-def _key(number: int, length: int) -> bytes:
-    """Return the key of a length-delimited field, and the length of its content."""
-    return bytes((number << 3 | 2,)) + _varint(length)
-
-
-def _varint(number: int) -> bytes:
-    """Encode a 64-bit integer, seven bits per byte, the lowest bits first."""
-    left, encoded = number & (2**64 - 1), bytearray()
-    while left > 0x7F:
-        encoded.append(left & 0x7F | 0x80)
-        left >>= 7
-    encoded.append(left)
-    return bytes(encoded)
-
-
-def _bytes_of_each(
-    block: Block, field: Field, values: Shaped[np.ndarray, "sum ..."]
-) -> list[bytes]:
-    """Return the bytes of a field's entries for each request."""
-    whole = np.ascontiguousarray(values, field.stored)
-    size = whole.itemsize * math.prod(whole.shape[1:])
-    content = whole.tobytes()
-    ends = (starts_of(block.numbers[field.of]) * size).tolist()
-    return [content[first:end] for first, end in itertools.pairwise(ends)]
-
-
-def from_record(record: Mapping[str, Any], tasks: Sequence[str]) -> Request:
-    """Return the request of a record that TFDS has read."""
-    fields = dict(record)
-    probability = np.stack([fields.pop(teacher_column(task)) for task in tasks], axis=-1)
-    version = fields.pop("teacher_version")
-    return Request(
-        **fields,
-        teacher_probability=probability,
-        teacher_version=version.decode() if isinstance(version, bytes) else version,
+def write_index(
+    folder: Path, spec: FeatureSpec, num_requests: Mapping[str, int], version: str
+) -> None:
+    """Write the files by which TFDS reads the requests in a folder."""
+    splits = []
+    for split, number in num_requests.items():
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=folder, dataset_name=_NAME, split=split, filetype_suffix=_FORMAT
+        )
+        (path,) = template.sharded_filepaths(num_shards=1)
+        with contextlib.closing(ArrayRecordWriter(str(path), _RECORDS)) as writer:
+            for place in range(number):
+                writer.write(f"{split} {place}".encode())
+        size = Path(path).stat().st_size
+        splits.append(tfds.core.SplitInfo(name=split, shard_lengths=[number], num_bytes=size))
+    tfds.folder_dataset.write_metadata(
+        data_dir=folder,
+        features=record_features(spec),
+        split_infos=splits,
+        version=version,
+        check_data=False,  # checking the first example would need TensorFlow
+        disable_shuffling=True,
     )
-
-
-@contextlib.contextmanager
-def damage(directory: Path, made_by: str, file: str = "") -> Iterator[None]:
-    """Turn errors from reading damaged files into a UserError with the remedy.
-
-    Args:
-      directory: the folder of the dataset.
-      made_by: the command that makes it.
-      file: the file that is read, if the errors do not name it.
-    """
-    try:
-        yield
-    except UserError:
-        raise
-    # A RuntimeError comes from the checksums within files of records.
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
-        why = f"{file}: {error}" if file else error
-        raise UserError(
-            f"the dataset at {directory} is damaged ({why}); remove that folder and rebuild it "
-            f"with: {made_by}"
-        ) from error
-
-
-def read_split(dataset: Dataset, split: str) -> tuple[int, Callable[[int], Request]]:
-    """Return the number of requests of a split, and a function that reads one by its place.
-
-    The function raises a UserError for a damaged record.
-    """
-    features = record_features(dataset.spec)
-    records = dataset.builder.as_data_source(
-        split=split, deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES
-    )
-
-    info = dataset.builder.info.splits[split]
-    files = [path.name for path in map(Path, info.filepaths)]
-    ends = np.cumsum(info.shard_lengths)
-
-    def read(place: int) -> Request:
-        file = files[np.searchsorted(ends, place, side="right")]
-        with damage(dataset.directory, dataset.made_by, file):
-            record = features.deserialize_example_np(records[place])
-        return from_record(record, dataset.spec.tasks)
-
-    return len(records), read
-
-
-def read_requests(dataset: Dataset, split: str) -> Iterator[Request]:
-    """Yield the requests of a split in stored order, with all stored fields."""
-    number, read = read_split(dataset, split)
-    for place in range(number):
-        yield read(place)

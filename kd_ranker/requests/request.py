@@ -33,13 +33,11 @@ class Source:
       requests: split (one of `SPLITS`) -> its requests, the same ones at every call.
       num_requests: split -> the number of requests that `requests` yields, for progress bars.
       item_category: the category ids of each item, -1 for a missing one; None without any.
-      shards: split -> its requests in nonempty parts; each part becomes a file of the dataset.
-        With None, only `requests` is read.
+      shards: split -> its requests in nonempty parts, which `run` writes. With None, only
+        `requests` is read.
       run: the runner that writes shards, see `pool.open_pool`.
-      resume: a folder that keeps finished shards until the dataset is complete, so that a later
-        run can continue. Its name must depend on everything that the content of the shards
-        depends on. Only this dataset may use its parent folder, which is removed at the end.
-        None keeps nothing.
+      for_training: whether the requests of `train` are stored for training: candidates in sampling
+        order, without facts for the evaluation. If not, they are stored like those of other splits.
       write_beside: writes additional files into the dataset's folder.
       close: releases the files of the source; nothing can be read after it.
     """
@@ -51,7 +49,7 @@ class Source:
     item_category: Int32[np.ndarray, "items I"] | None = None
     shards: Callable[[str], Sequence[Shard]] | None = None
     run: Runner = run_here
-    resume: Path | None = None
+    for_training: bool = True
     write_beside: Callable[[Path], None] | None = None
     close: Callable[[], None] = lambda: None
 

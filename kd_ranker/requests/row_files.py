@@ -1,15 +1,13 @@
-"""The rows of a split in a file that is read in place: in any order, a few rows at a time.
-
-The records of a split contain all that was logged. Batches are cut from two files next to them:
+"""The requests of a split in a file that is read in place: in any order, a few rows at a time.
 
     rows-SPLIT.bin    int32, packed: the padding rows of labels, of candidates and of the facts for
                       the evaluation; then, for each request, its own row, its labels, its
                       candidates and their facts for the evaluation
-    counts-SPLIT.npy  int64 [n, 11]: the place of each of the four in that file, and `Counts`
+    counts-SPLIT.npy  int64 [n, 12]: the place of each of the four in that file, and `Counts`
 
 A request is stored in one piece, so reading it is one access to the disk. The parts that count in
 every training come first. The candidates of training requests are in sampling order, without facts
-for the evaluation; all others are in their stored order.
+for the evaluation; all others are in the order of their source.
 """
 
 import dataclasses
@@ -36,7 +34,6 @@ from kd_ranker.requests.columns import (
 )
 from kd_ranker.requests.ragged import runs
 
-_TRAIN = "train"
 # The largest gap in bytes between two ranges that are fetched as one.
 _GAP = 2**16
 
@@ -65,11 +62,11 @@ def parts_of(shard: Path) -> tuple[Path, Path]:
 
 
 def flat(
-    block: Block, spec: FeatureSpec, split: str, before: int
+    block: Block, spec: FeatureSpec, for_training: bool, before: int
 ) -> tuple[Int32[np.ndarray, "numbers"], Int64[np.ndarray, "n columns"]]:
     """Return the contents of both files for at least one request, after `before` numbers."""
     columns = columns_of_block(block, spec)
-    if split == _TRAIN:
+    if for_training:
         known = np.zeros_like(columns.counts.known)
         columns = dataclasses.replace(
             in_sampling_order(columns), counts=columns.counts._replace(known=known)
@@ -95,8 +92,8 @@ def _nothing(spec: FeatureSpec) -> list[Rows]:
     return [none.labels, none.candidates, none.known]
 
 
-def join(shards: Sequence[Path], folder: Path, split: str, spec: FeatureSpec) -> None:
-    """Combine the files of shards into those of a split, and keep the files of the shards."""
+def join(shards: Sequence[Path], folder: Path, split: str, spec: FeatureSpec) -> int:
+    """Combine the files of shards into those of a split, and return the number of its requests."""
     rows_path, counts_path = paths(folder, split)
     nothing = np.concatenate([rows.values[0] for rows in _nothing(spec)])
     counts, before = [], len(nothing)
@@ -109,7 +106,11 @@ def join(shards: Sequence[Path], folder: Path, split: str, spec: FeatureSpec) ->
             of_shard[:, :PLACES] += before
             counts.append(of_shard)
             before += rows.stat().st_size // 4
-    np.save(counts_path, np.concatenate(counts))
+            rows.unlink()
+            count.unlink()
+    whole = np.concatenate(counts)
+    np.save(counts_path, whole)
+    return len(whole)
 
 
 def open_columns(folder: Path, spec: FeatureSpec, split: str) -> Columns:

@@ -1,35 +1,29 @@
 """Requests on disk: write and open the folder of a dataset.
 
-A built dataset is the folder `data.dir/requests/<name>/<version>`, which TFDS opens. It has the
-splits of `request.SPLITS`. In addition to the records, it contains
+A built dataset is the folder `data.dir/requests/<name>/<version>`. Each request is in it once:
 
     feature_spec.json   the sizes of its features (`FeatureSpec`)
-    rows-SPLIT.bin      with counts-SPLIT.npy, the source of batches: see `row_files`
+    rows-SPLIT.bin      with counts-SPLIT.npy, the requests of a split: see `row_files`
     items.npy           float32 [num_items, F], the features of each item, stored once
     item_category.npy   int32 [num_items, I], the category ids of each item
+    *.json, *record*    the index by which TFDS reads the requests, see `records`
     manifest.json       sizes and digests of all these files, see `manifest`; the fingerprint of a
-                        dataset is a digest of those of the files above
+                        dataset is a digest of those of the files above, without the index
 
 and the additional files of its source. It is written to a temporary folder that is renamed at the
 end, so a dataset is complete or absent. The next build removes the leftovers of a build that was
-killed. If the source has `resume`, its finished shards are kept, and a later build writes the
-others. The shards of equal requests are equal, byte for byte.
+killed. Equal requests give equal files, byte for byte.
 """
 
 import contextlib
 import dataclasses
-import itertools
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
-from absl import logging
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
-from jaxtyping import Int32
 from tqdm import tqdm
 
 from kd_ranker import manifest
@@ -38,17 +32,14 @@ from kd_ranker.errors import UserError
 from kd_ranker.requests import row_files
 from kd_ranker.requests.block import Block, blocks_of
 from kd_ranker.requests.lock import hold
-from kd_ranker.requests.records import Dataset, damage, record_features, serialized
+from kd_ranker.requests.records import Dataset, damage, write_index
 from kd_ranker.requests.request import SPLITS, Shard, Source
 
-FORMAT_VERSION = "1.5.0"
+FORMAT_VERSION = "2.0.0"
 SPEC_FILE = "feature_spec.json"
-_NAME, _FORMAT = "requests", "array_record"
+_NAME = "requests"
 _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
-# One record per group, since records are read one by one. Files are a fifth larger than with zstd,
-# in a quarter of the time. That time equals the time of all other work on a record.
-_RECORDS = "group_size:1,snappy"
-# The prefix of the name of a folder or a shard that is being written.
+# The prefix of the name of a folder that is being written.
 _UNFINISHED = ".unfinished-"
 
 
@@ -65,7 +56,7 @@ def build(source: Source, name: str, data_dir: str) -> Path:
     """
     directory = directory_of(name, data_dir)
     with contextlib.closing(source):
-        if not directory.exists() or _kept_shards(source):
+        if not directory.exists():
             with building(name, data_dir):
                 write(source, directory)
     return directory
@@ -99,7 +90,7 @@ def write(source: Source, directory: Path) -> None:
         unfinished.mkdir()
         try:
             _write_items(source, unfinished)
-            _write_records(source, unfinished)
+            _write_requests(source, unfinished)
             needed = {*unfinished.rglob("*")}
             if source.write_beside:
                 source.write_beside(unfinished)
@@ -109,23 +100,14 @@ def write(source: Source, directory: Path) -> None:
                 {"dataset": directory.parent.name},
                 removable=[path.relative_to(unfinished).as_posix() for path in removable],
             )
-            with (
-                ThreadPoolExecutor() as threads
-            ):  # flushing many files at once takes about as long as one
+            # Flushing many files at once takes about as long as one.
+            with ThreadPoolExecutor() as threads:
                 for _ in threads.map(_flush, [*unfinished.rglob("*"), unfinished]):
                     pass
             unfinished.rename(directory)
             _flush(directory.parent)
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
-    if kept := _kept_shards(source):
-        shutil.rmtree(kept)
-
-
-def _kept_shards(source: Source) -> Path | None:
-    """Return the folder of shards that are kept after a build, if it exists."""
-    kept = source.resume and source.resume.parent
-    return kept if kept and kept.exists() else None
 
 
 def _check(source: Source) -> None:
@@ -139,65 +121,40 @@ def _check(source: Source) -> None:
 def _write_items(source: Source, folder: Path) -> None:
     (folder / SPEC_FILE).write_text(source.spec.to_json())
     np.save(folder / _ITEMS_FILE, source.item_features)
-    np.save(folder / _CATEGORY_FILE, _item_category(source))
+    none = np.zeros((source.spec.num_items, 0), np.int32)
+    category = none if source.item_category is None else source.item_category
+    np.save(folder / _CATEGORY_FILE, category)
 
 
-def _item_category(source: Source) -> Int32[np.ndarray, "items I"]:
-    if source.item_category is None:
-        return np.zeros((source.spec.num_items, 0), np.int32)
-    return source.item_category
-
-
-def _write_records(source: Source, folder: Path) -> None:
-    """Write the shards that no earlier build has kept, and the metadata that TFDS needs.
+def _write_requests(source: Source, folder: Path) -> None:
+    """Write the shards of each split, join them, and write the index.
 
     A source without shards has one per split.
     """
-    kept = source.resume or folder
-    paths, calls = {}, []
-    for split in SPLITS:
-        shards = source.shards(split) if source.shards else [_whole_split(source, split)]
-        paths[split] = _paths_of(split, len(shards), kept)
-        calls += [
-            (path, shard, source.spec, split, source.resume is not None)
-            for path, shard in zip(paths[split], shards, strict=True)
-        ]
-    missing = _missing(calls, kept) if source.resume else calls
+    shards = {
+        split: source.shards(split) if source.shards else [_whole_split(source, split)]
+        for split in SPLITS
+    }
+    paths = {
+        split: [folder / f"{split}-{index:05d}" for index in range(len(shards[split]))]
+        for split in SPLITS
+    }
+    calls = [
+        (path, shard, source.spec, source.for_training and split == "train")
+        for split in SPLITS
+        for path, shard in zip(paths[split], shards[split], strict=True)
+    ]
     if source.shards is None:
-        for call in missing:  # each shows its progress
+        for call in calls:  # each shows its progress
             write_shard(*call)
     else:
-        for _ in source.run(write_shard, missing, "writing"):
+        for _ in source.run(write_shard, calls, "writing"):
             pass
-    lengths = {split: [_num_records(path) for path in paths[split]] for split in SPLITS}
+    written = {split: row_files.join(paths[split], folder, split, source.spec) for split in SPLITS}
     for split, expected in source.num_requests.items():
-        if (found := sum(lengths[split])) != expected:
-            raise RuntimeError(f"{expected} requests in split {split!r}, {found} written")
-    for split in SPLITS:
-        row_files.join(paths[split], folder, split, source.spec)
-    if source.resume:
-        paths = {split: [_linked(path, folder) for path in paths[split]] for split in SPLITS}
-    else:
-        for path in itertools.chain.from_iterable(paths.values()):
-            for part in row_files.parts_of(path):
-                part.unlink()
-    tfds.folder_dataset.write_metadata(
-        data_dir=folder,
-        features=record_features(source.spec),
-        split_infos=[
-            tfds.core.SplitInfo(
-                name=split,
-                shard_lengths=lengths[split],
-                num_bytes=sum(path.stat().st_size for path in paths[split]),
-            )
-            for split in SPLITS
-        ],
-        version=FORMAT_VERSION,
-        # Checking the first example would need TensorFlow.
-        check_data=False,
-        # A scored copy must keep the order, so that the same seed draws the same batches.
-        disable_shuffling=True,
-    )
+        if written[split] != expected:
+            raise RuntimeError(f"{expected} requests in split {split!r}, {written[split]} written")
+    write_index(folder, source.spec, written, FORMAT_VERSION)
 
 
 def _whole_split(source: Source, split: str) -> Callable[[], Iterator[Request]]:
@@ -209,74 +166,18 @@ def _whole_split(source: Source, split: str) -> Callable[[], Iterator[Request]]:
     return requests
 
 
-def _paths_of(split: str, number: int, folder: Path) -> list[Path]:
-    """Return the files of the shards of a split."""
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=folder, dataset_name=_NAME, split=split, filetype_suffix=_FORMAT
-    )
-    return [Path(path) for path in template.sharded_filepaths(num_shards=number)]
-
-
-def _missing(calls: Sequence[tuple], kept: Path) -> list[tuple]:
-    """Return the calls of `write_shard` for files that no earlier build has finished."""
-    kept.mkdir(parents=True, exist_ok=True)
-    for unfinished in kept.glob(f"{_UNFINISHED}*"):
-        unfinished.unlink(missing_ok=True)
-    missing = [call for call in calls if not call[0].exists()]
-    if found := len(calls) - len(missing):
-        logging.warning("%d of %d shards were found finished in %s", found, len(calls), kept)
-    return missing
-
-
-def write_shard(
-    path: Path, requests: Shard, spec: FeatureSpec, split: str, is_kept: bool = False
-) -> None:
-    """Write requests to a file that is complete or absent, and their rows next to it.
-
-    The file records their number. One that `is_kept` for a later build is flushed to disk.
-    """
-    parts = (path, *row_files.parts_of(path))
-    temporary = [part.with_name(f"{_UNFINISHED}{part.name}.{os.getpid()}") for part in parts]
-    records, rows, counts = temporary
-    try:
-        with (
-            contextlib.closing(ArrayRecordWriter(str(records), _RECORDS)) as writer,
-            rows.open("wb") as rows_file,
-            counts.open("wb") as counts_file,
-        ):
-            written = 0
-            for block in blocks_of(requests(), spec):
-                _check_ids(block, spec)
-                for record in serialized(block, spec):
-                    writer.write(record)
-                numbers, where = row_files.flat(block, spec, split, written)
-                written += len(numbers)
-                # `tofile` would not report why it fails.
-                rows_file.write(np.ascontiguousarray(numbers).data)
-                counts_file.write(np.ascontiguousarray(where).data)
-        # The records last: if they exist, the other files do.
-        for part, finished in reversed([*zip(temporary, parts, strict=True)]):
-            if is_kept:  # else the whole dataset is flushed at once
-                _flush(part)
-            part.replace(finished)
-    finally:
-        for part in temporary:
-            part.unlink(missing_ok=True)
-
-
-def _num_records(path: Path) -> int:
-    with contextlib.closing(ArrayRecordReader(str(path))) as reader:
-        return reader.num_records()
-
-
-def _linked(kept: Path, folder: Path) -> Path:
-    """Link a file into a folder; the original stays until the whole dataset is written."""
-    path = folder / kept.name
-    try:
-        os.link(kept, path)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(kept, path)
-    return path
+def write_shard(path: Path, requests: Shard, spec: FeatureSpec, for_training: bool) -> None:
+    """Write the rows and the counts of requests to the two files of `row_files.parts_of`."""
+    rows_path, counts_path = row_files.parts_of(path)
+    written = 0
+    with rows_path.open("wb") as rows_file, counts_path.open("wb") as counts_file:
+        for block in blocks_of(requests(), spec):
+            _check_ids(block, spec)
+            numbers, counts = row_files.flat(block, spec, for_training, written)
+            written += len(numbers)
+            # `tofile` would not report why it fails.
+            rows_file.write(np.ascontiguousarray(numbers).data)
+            counts_file.write(np.ascontiguousarray(counts).data)
 
 
 def _flush(path: Path) -> None:
@@ -372,10 +273,7 @@ def _remedy(directory: Path, made_by: str) -> str:
 
 
 def _fingerprint(directory: Path, made_by: str) -> str:
-    """Return the fingerprint of a dataset's content.
-
-    Records hold the same requests as rows, in shards that depend on the machine.
-    """
+    """Return the fingerprint of a dataset's content."""
     rows = [path.name for split in SPLITS for path in row_files.paths(directory, split)]
     files = [SPEC_FILE, _ITEMS_FILE, _CATEGORY_FILE, *rows]
     return manifest.fingerprint(directory, files, _remedy(directory, made_by))
@@ -383,7 +281,6 @@ def _fingerprint(directory: Path, made_by: str) -> str:
 
 def _opened(directory: Path, made_by: str) -> Dataset:
     spec = FeatureSpec.from_json((directory / SPEC_FILE).read_text())
-    builder = tfds.builder_from_directory(directory)
     return Dataset(
         directory=directory,
         identity={"dataset": f"{directory.parent.name}/{_fingerprint(directory, made_by)}"},
@@ -391,6 +288,5 @@ def _opened(directory: Path, made_by: str) -> Dataset:
         spec=spec,
         item_features=np.load(directory / _ITEMS_FILE),
         item_category=np.load(directory / _CATEGORY_FILE),
-        builder=builder,
         columns={split: row_files.open_columns(directory, spec, split) for split in SPLITS},
     )

@@ -1,17 +1,24 @@
-"""Probabilities and values of a trained ranker, and a log that is written with them.
+"""Score requests with a trained ranker: those of a dataset, or of a log that training never read.
 
-Scoring a log resumes where it stopped. Finished work is kept in a hidden folder inside the result's
-folder: first the log as requests, then the scores piece by piece, then whole files of the log. The
-name of the hidden folder contains a hash of all inputs that the numbers depend on.
+The result is a table that its owner joins to the log or dataset by two columns:
+
+    request, item         ids, as they are in the log; numbers of the dataset if it has no log
+    probability_<task>    float32, one column per task
+    value                 float32, what the ranker sorts by
+    version               the ranker's exact weights
+
+It is a folder of Parquet files: one per file of the log, or per split of the dataset. A request
+with rows in several files is in the first of them. Scoring resumes where it stopped: finished parts
+are kept in a hidden folder inside the result's folder. Its name contains a hash of all inputs that
+the numbers depend on.
 """
 
-import contextlib
 import functools
-import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,33 +27,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from jaxtyping import Float32
+from jaxtyping import Float, Int
 
 from kd_ranker import manifest
-from kd_ranker.batch import CandidateBatch, FeatureSpec, Items, Request
+from kd_ranker.batch import CandidateBatch, Items
 from kd_ranker.batches import cutting
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import funnel
 from kd_ranker.evaluation.evaluate import Ranker
 from kd_ranker.requests import lock
-from kd_ranker.requests.columns import columns_of
+from kd_ranker.requests.columns import Columns
 from kd_ranker.requests.pool import Runner
 from kd_ranker.requests.records import Dataset
-from kd_ranker.sources.logs import unseen, write_back
-from kd_ranker.sources.logs.encode import encode_requests
-from kd_ranker.sources.logs.files import Log
-from kd_ranker.sources.logs.layout import LogLayout
-from kd_ranker.sources.logs.ordered import Piece, read_piece
-from kd_ranker.sources.logs.unseen import Settled, Unseen
-from kd_ranker.sources.logs.write_back import Scored
 from kd_ranker.training.workdir import read_json, write_atomically
 
 FILE = "scores.json"
-"""Next to a complete scored log: the ranker that scored it, and the counts of its rows."""
+"""Next to complete scores: the ranker that scored, and the counts of the rows of a log."""
 
-_WORK, _READ, _SCORES = ".scoring-", "read", "scores"
-_REMOVE = "remove that folder, and run this again"
+_WORK, _PARTS = ".scoring-", "parts"
 
 
 class TrainedRanker(NamedTuple):
@@ -69,219 +69,257 @@ class TrainedRanker(NamedTuple):
     dataset: Dataset
 
 
-def probabilities(
-    ranker: Ranker,
-    serve: str,
-    requests: Iterable[Request],
-    items: Items,
-    spec: FeatureSpec,
-    size: int,
-    candidates: int,
-) -> Iterator[tuple[Request, Float32[np.ndarray, "N T"]]]:
-    """Yield requests with the probabilities of all their candidates, in the candidates' order.
+class Part(NamedTuple):
+    """Some requests, which are scored in one call.
+
+    Attributes:
+      columns: holds the requests.
+      numbers: which of its requests they are.
+      scored: the number of leading candidates of each request with scores to write.
+      request: the ids of the requests.
+      file: the number of the file to which each request belongs.
+      item_names: the `value` and the `id` of each item, by id; None if ids have no other names.
+      items: the features and categories of the items.
+    """
+
+    columns: Columns
+    numbers: Int[np.ndarray, "n"]
+    scored: Int[np.ndarray, "n"]
+    request: pa.Array
+    file: Int[np.ndarray, "n"]
+    item_names: pa.Table | None
+    items: Items
+
+
+class Requests(NamedTuple):
+    """Requests to score.
+
+    Attributes:
+      parts: the arguments of `read` for each part.
+      read: (ranker, *arguments) -> `Part`; can be pickled.
+      files: the names of the files to write.
+      candidates: the largest number of candidates of a request.
+      counts: what to record in `scores.json`.
+    """
+
+    parts: Sequence[tuple]
+    read: Callable[..., Part]
+    files: Sequence[str]
+    candidates: int
+    counts: Any = None
+
+
+class How(NamedTuple):
+    """The way in which requests are scored.
+
+    Attributes:
+      value_weights: one weight per task.
+      requests: the number of requests that are scored at a time.
+      runner: yields the runner for parts.
+      reopen: opens the ranker in another process, can be pickled; None if `runner` runs here.
+    """
+
+    value_weights: Sequence[float]
+    requests: int
+    runner: AbstractContextManager[Runner]
+    reopen: Callable[[], TrainedRanker] | None = None
+
+
+def score(
+    ranker: TrainedRanker,
+    open_requests: Callable[[Path], Requests],
+    how: How,
+    output: Path,
+    inputs: Any,
+    finish: Callable[[Sequence[Path]], None] = lambda parts: None,
+    replaces: bool = False,
+) -> Any:
+    """Write the scores of requests, see the top of this file.
 
     Args:
       ranker: the ranker.
-      serve: the name of the probabilities to return.
-      requests: the requests.
-      items: the features and categories of the items.
-      spec: the sizes of their features.
-      size: the number of requests that are scored at a time.
-      candidates: the largest number of candidates of a request.
-    """
-    requests = iter(requests)
-    while chunk := [*itertools.islice(requests, size)]:
-        # A last chunk of another size would need another compilation.
-        filled = chunk + [chunk[-1]] * (size - len(chunk))
-        batch = CandidateBatch(**cutting.full_fields(columns_of(filled, spec), candidates))
-        served = ranker.serve(ranker.parameters, batch, items)
-        of_each = np.asarray(served.probability[serve])
-        for request, probability in zip(chunk, of_each, strict=False):
-            yield request, probability[: len(request.item_id)]
-
-
-def score_log(
-    log: Log,
-    layout: LogLayout,
-    settled: Settled,
-    trained: TrainedRanker,
-    again: Callable[[], TrainedRanker] | None,
-    runner: contextlib.AbstractContextManager[Runner],
-    value_weights: Sequence[float],
-    requests: int,
-    output: Path | None,
-) -> tuple[Scored, Unseen]:
-    """Write a log with the probabilities and the value of a ranker for each candidate.
-
-    Args:
-      log: the log, from `open_unseen`.
-      layout: the columns to read, from `open_unseen`.
-      settled: the vocabularies and transforms of the ranker's dataset.
-      trained: the ranker.
-      again: opens the same ranker in another process, can be pickled; None if `runner` runs in
-        this process.
-      runner: a context manager that yields the runner for scoring.
-      value_weights: one weight per task.
-      requests: the number of requests that are scored at a time.
-      output: the folder to write to; None takes one below `data.dir`, named after all of these.
+      open_requests: called with a folder that is kept until the scores are complete.
+      how: the way.
+      output: the folder to write to.
+      inputs: all that the requests depend on, as JSON.
+      finish: called with the file of each part, before the manifest is written.
+      replaces: whether other scores of the same dataset by the same ranker are replaced.
 
     Returns:
-      The scored log, and the counts and pieces of the log that was read.
+      `Requests.counts`, as JSON.
 
     Raises:
-      UserError: the log is unreadable or has no usable row, or the output folder is inside the
-        log, contains something else or is locked by another process.
+      UserError: the folder contains something else, or another process writes to it.
     """
-    dataset, tasks = trained.dataset, trained.dataset.spec.tasks
-    digest = _digest(log, layout, trained, value_weights, requests)
-    output = _checked_output(output or _usual_output(layout, trained, digest), layout)
-    says = (*(f"probability_{task}" for task in tasks), "value", "version")
-    columns = write_back.added_columns(log, tuple(f"{trained.role}_{of}" for of in says))
-    scored, paths = Scored(output, columns), write_back.output_paths(log, output)
-    work = output / f"{_WORK}{digest}"
+    made_of = made_of_scores(ranker, how, inputs)
+    work = output / f"{_WORK}{made_of['scores']}"
     with lock.hold(output):
-        if _is_finished(output, work, digest):
-            return scored, Unseen(*read_json(output / FILE, _REMOVE)["read"])
-        with runner as run:
-            read = _read(log, layout, settled, dataset.items, work)
-            score = functools.partial(
-                _scorer(trained, again), layout, value_weights, requests, read.largest, work
-            )
-            pieces = [(piece,) for piece in read.pieces if not _path(work, piece).exists()]
-            for _ in run(score, pieces, "scoring"):
-                pass
-            write_back.write_files(
-                log, layout, columns, trained.version, work / _SCORES, work, paths, run
-            )
-        description = {
-            "ranker": trained.name,
-            "serve": trained.serve,
-            "version": trained.version,
-            "columns": columns,
-            "log": log.manifest,
-            "read": read._replace(pieces=[]),
-        }
-        write_atomically(output / FILE, json.dumps(description, indent=2))
-        written = (path.relative_to(output).as_posix() for path in paths)
-        manifest.write(output, {"scores": digest}, [FILE, *written])
-        shutil.rmtree(work)
-    return scored, read
+        if not _is_finished(output, work, made_of, replaces):
+            try:
+                requests = open_requests(work)
+            except UserError:
+                shutil.rmtree(work, ignore_errors=True)
+                raise
+            parts = _score_parts(ranker, requests, how, work / _PARTS)
+            _write_files(parts, requests.files, output)
+            finish(parts)
+            description = {
+                "ranker": ranker.name,
+                "serve": ranker.serve,
+                "version": ranker.version,
+                "columns": columns_of(ranker),
+                "counts": requests.counts,
+            }
+            write_atomically(output / FILE, json.dumps(description, indent=2))
+            names = (path.name for path in output.iterdir() if path.name[0] != ".")
+            manifest.write(output, made_of, names)
+            shutil.rmtree(work)
+        return read_json(output / FILE, _remedy(output))["counts"]
 
 
-def _usual_output(layout: LogLayout, trained: TrainedRanker, digest: str) -> Path:
-    dataset = trained.dataset.directory.parent.name
-    name = f"{dataset}-{trained.role}-{trained.version}-{digest}"
-    return Path(layout.directory) / write_back.SCORED_FOLDER / name
+def columns_of(ranker: TrainedRanker) -> list[str]:
+    """Return the names of the columns of scores."""
+    tasks = ranker.dataset.spec.tasks
+    return ["request", "item", *(f"probability_{task}" for task in tasks), "value", "version"]
 
 
-def _checked_output(output: Path, layout: LogLayout) -> Path:
-    """Return the folder to write to; raise UserError if it is inside the log."""
-    if output.resolve().is_relative_to(Path(layout.path).resolve()):
-        raise UserError(
-            f"{output} is inside the log and would become a part of it; give another --out"
-        )
-    return output
+def made_of_scores(ranker: TrainedRanker, how: How, inputs: Any) -> manifest.MadeOf:
+    """Return the fingerprints of all that scores depend on."""
+    releases = [metadata.version(package) for package in ("kd_ranker", "jax")]
+    of_ranker = [ranker.version, ranker.role, ranker.serve, list(how.value_weights), how.requests]
+    dataset = ranker.dataset.identity["dataset"]
+    return {
+        "dataset": dataset,
+        "ranker": ranker.version,
+        "scores": manifest.digest([dataset, of_ranker, inputs, releases]),
+    }
 
 
-def _digest(
-    log: Log,
-    layout: LogLayout,
-    trained: TrainedRanker,
-    value_weights: Sequence[float],
-    requests: int,
-) -> str:
-    """Return a hash of all inputs that the numbers depend on; see `score_log`."""
-    made_of = [
-        *(trained.version, trained.role, trained.serve, trained.dataset.identity["dataset"]),
-        *(value_weights, requests, log.manifest, repr(layout.features), layout.columns),
-        *(layout.by_request, layout.units_per_second, layout.retrieved),
-        [metadata.version(package) for package in ("kd_ranker", "jax")],
-    ]
-    return manifest.digest(made_of)
+def _remedy(output: Path) -> str:
+    return f"remove the folder {output} and run this again"
 
 
-def _is_finished(output: Path, work: Path, digest: str) -> bool:
-    """Return True if a folder contains the result; raise UserError if it has other contents."""
+def _is_finished(output: Path, work: Path, made_of: manifest.MadeOf, replaces: bool) -> bool:
+    """Test if a folder contains the result; raise UserError if it has other contents."""
     finished = (output / manifest.FILE).exists()
-    if finished and manifest.check(output, _REMOVE) == {"scores": digest}:
-        shutil.rmtree(work, ignore_errors=True)  # the leftovers of a run that was killed
-        return True
+    if finished:
+        found = manifest.read(output, _remedy(output))["made_of"]
+        if found == made_of:
+            manifest.check(output, _remedy(output))
+            shutil.rmtree(work, ignore_errors=True)  # the leftovers of a run that was killed
+            return True
+        if replaces and {**found, "scores": ""} == {**made_of, "scores": ""}:
+            (output / manifest.FILE).unlink()
+            return False
     if finished or not (work.exists() or {path.name for path in output.iterdir()} <= lock.FILES):
         raise UserError(
-            f"{output} holds something else than the scores of this log by this ranker; give "
+            f"{output} holds something else than these scores by this ranker; remove it, or give "
             "another folder with --out"
         )
     return False
 
 
-def _read(log: Log, layout: LogLayout, settled: Settled, items: Items, work: Path) -> Unseen:
-    """Return the log as requests, and read them first if necessary."""
-    folder, unfinished = work / _READ, work / f"{_READ}-unfinished"
-    if not folder.exists():
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        try:
-            unseen.read_unseen(log, layout, settled, items, unfinished)
-        except UserError:
-            shutil.rmtree(work)
-            raise
-        unfinished.rename(folder)
-        (work / _SCORES).mkdir()
-    return unseen.load_unseen(folder)
-
-
-def _scorer(
-    trained: TrainedRanker, again: Callable[[], TrainedRanker] | None
-) -> Callable[..., None]:
-    """Return `_score_piece` with a ranker, for this process or for others that reopen it."""
-    if again:
-        return functools.partial(_score_elsewhere, again, trained.version)
-    return functools.partial(_score_piece, trained)
-
-
-def _score_piece(
-    trained: TrainedRanker,
-    layout: LogLayout,
-    value_weights: Sequence[float],
-    size: int,
-    largest: int,
-    work: Path,
-    piece: Piece,
-) -> None:
-    """Write the scores of a piece of a log with the places of its candidates, for `write_files`.
-
-    See `score_log`; `largest` is the largest number of candidates of a request.
-    """
-    folder, spec = work / _READ, trained.dataset.spec
-    blocks = encode_requests(layout, folder, piece)
-    requests = itertools.chain.from_iterable(block.requests() for block in blocks)
-    scored = probabilities(
-        trained.ranker, trained.serve, requests, _items(folder), spec, size, largest
+def _score_parts(
+    ranker: TrainedRanker, requests: Requests, how: How, folder: Path
+) -> Sequence[Path]:
+    """Score all parts that an earlier run has not finished; return the file of each part."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:06d}.parquet" for number in range(len(requests.parts))]
+    # Other processes open the ranker themselves, since its parameters are on devices.
+    opened = how.reopen or (lambda: ranker)
+    call = functools.partial(
+        _score_part, opened, ranker.version, requests.read, how[:2], requests.candidates
     )
-    probability = np.concatenate([of_request for _, of_request in scored])
-    value = funnel.value(jnp.asarray(probability), jnp.asarray(value_weights))
-    _, candidates = read_piece(folder, piece, write_back.PLACE)
+    missing = [
+        (path, arguments)
+        for path, arguments in zip(paths, requests.parts, strict=True)
+        if not path.exists()
+    ]
+    with how.runner as run:
+        for _ in run(call, missing, "scoring"):
+            pass
+    return paths
+
+
+def _score_part(
+    open_ranker: Callable[[], TrainedRanker],
+    version: str,
+    read: Callable[..., Part],
+    weights_and_requests: tuple[Sequence[float], int],
+    candidates: int,
+    path: Path,
+    arguments: tuple,
+) -> None:
+    """Write the scores of a part to a file that is complete or absent."""
+    ranker = open_ranker()
+    if ranker.version != version:
+        raise UserError(f"{ranker.name} has changed while it scored; run this again")
+    part, (weights, size) = read(ranker, *arguments), weights_and_requests
+    batches = probabilities(ranker, part.columns, part.numbers, part.items, size, candidates)
+    is_scored = np.arange(candidates) < part.scored[:, None]
+    starts = range(0, len(part.numbers), size)
+    probability = np.concatenate(
+        [of[is_scored[at : at + size]] for at, of in zip(starts, batches, strict=True)]
+    )
+    value = funnel.value(jnp.asarray(probability), jnp.asarray(weights))
+    owner = np.repeat(np.arange(len(part.numbers)), part.scored)
     scores = [*probability.T, np.asarray(value)]
-    columns = {name: candidates[name] for name in write_back.PLACE}
-    columns |= {f"score {number}": pa.array(of) for number, of in enumerate(scores)}
-    path = _path(work, piece)
+    arrays = [part.request.take(pa.array(owner)), _items_of(part), *map(pa.array, scores)]
+    columns = dict(zip(columns_of(ranker), [*arrays, pa.repeat(version, len(owner))], strict=True))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    pq.write_table(pa.table(columns), temporary)
+    pq.write_table(pa.table({"file": pa.array(part.file[owner]), **columns}), temporary)
     temporary.replace(path)
 
 
-def _score_elsewhere(again: Callable[[], TrainedRanker], version: str, *arguments: Any) -> None:
-    """Run `_score_piece` in a process that must first reopen the ranker."""
-    trained = again()
-    if trained.version != version:
-        raise UserError(f"{trained.name} has changed while it scored; run this again")
-    _score_piece(trained, *arguments)
+def _items_of(part: Part) -> pa.Array:
+    """Return the item of each scored candidate."""
+    candidates = part.columns.candidates.fields(part.numbers, part.scored)
+    ids = np.asarray(candidates["item_id"])
+    if part.item_names is None:
+        return pa.array(ids)
+    values = part.item_names["value"].combine_chunks()
+    return values.take(pa.array(np.searchsorted(part.item_names["id"].to_numpy(), ids)))
 
 
-@functools.lru_cache(maxsize=1)
-def _items(folder: Path) -> Items:
-    return jax.device_put(unseen.load_items(folder))
+def probabilities(
+    ranker: TrainedRanker,
+    columns: Columns,
+    numbers: Int[np.ndarray, "n"],
+    items: Items,
+    requests: int,
+    candidates: int,
+) -> Iterator[Float[np.ndarray, "R N T"]]:
+    """Yield the probabilities of the candidates of requests, `requests` of them at a time.
+
+    Args:
+      ranker: the ranker.
+      columns: holds the requests.
+      numbers: which of its requests.
+      items: the features and categories of the items.
+      requests: the number of requests in a batch; the last one yields fewer.
+      candidates: N, to which candidates are padded; entries of padding have no meaning.
+    """
+    items = jax.device_put(items)
+    index = np.arange(candidates)
+    for start in range(0, len(numbers), requests):
+        chunk = numbers[start : start + requests]
+        # A last chunk of another size would need another compilation.
+        filled = np.append(chunk, np.repeat(chunk[-1:], requests - len(chunk)))
+        places = np.where(index < columns.kept[filled, None], index, -1)
+        batch = CandidateBatch(**cutting.all_fields(columns, filled, places))
+        served = ranker.ranker.serve(ranker.ranker.parameters, batch, items)
+        yield np.asarray(served.probability[ranker.serve])[: len(chunk)]
 
 
-def _path(work: Path, piece: Piece) -> Path:
-    return work / _SCORES / f"{piece.batch:06d}.parquet"
+def _write_files(parts: Sequence[Path], files: Sequence[str], output: Path) -> None:
+    """Write the scores of each file of a log, or of each split, from those of all parts."""
+    scores = ds.dataset([str(path) for path in parts])
+    names = [name for name in scores.schema.names if name != "file"]
+    for number, name in enumerate(files):
+        own = scores.scanner(columns=names, filter=ds.field("file") == number)
+        temporary = output / f".{name}"
+        with pq.ParquetWriter(temporary, own.projected_schema, compression="zstd") as writer:
+            for batch in own.to_batches():
+                if batch.num_rows:
+                    writer.write_batch(batch)
+        temporary.replace(output / name)

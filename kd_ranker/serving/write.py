@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
+from kd_ranker import manifest
 from kd_ranker.batch import IN_BATCH, CandidateBatch
 from kd_ranker.evaluation.saving import flops
 from kd_ranker.requests.templates import templates_of
@@ -51,7 +52,7 @@ def write_export(
     files: Mapping[str, bytes],
     batch: CandidateBatch,
     about: Mapping[str, Any],
-    beside: Path,
+    dataset: Path,
     folder: Path,
 ) -> None:
     """Write the folder atomically.
@@ -61,8 +62,9 @@ def write_export(
       trained: the ranker from which they were made.
       files: the result of `program_files`.
       batch: the requests of the example.
-      about: additional entries of `export.json` and the README.
-      beside: the folder with the vocabularies and transforms of a log; it may be absent.
+      about: additional entries of `export.json` and the README; `run` has the fingerprints of the
+        ranker.
+      dataset: the folder with the vocabularies and transforms of a log; it may be absent.
       folder: the folder to write, which must not exist.
     """
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
@@ -74,15 +76,16 @@ def write_export(
         save_file(contiguous, temporary / TABLES)
         np.savez(temporary / EXAMPLE, **_example(exported, trained, batch))
         shutil.copy(check.__file__, temporary / CHECK)
-        if (beside / VOCABULARIES_FOLDER).exists():
-            shutil.copytree(beside / VOCABULARIES_FOLDER, temporary / VOCABULARIES_FOLDER)
-        if (beside / TRANSFORMS).exists():
-            shutil.copy(beside / TRANSFORMS, temporary / TRANSFORMS)
+        if (dataset / VOCABULARIES_FOLDER).exists():
+            shutil.copytree(dataset / VOCABULARIES_FOLDER, temporary / VOCABULARIES_FOLDER)
+        if (dataset / TRANSFORMS).exists():
+            shutil.copy(dataset / TRANSFORMS, temporary / TRANSFORMS)
         described = _description(exported, trained, batch.item_id.shape[1], about)
         for name in (VOCABULARIES_FOLDER, TRANSFORMS):
             described[name.removesuffix(".json")] = (temporary / name).exists()
         (temporary / DESCRIPTION).write_text(json.dumps(described, indent=2))
         (temporary / README).write_text(_readme(described))
+        manifest.write(temporary, about["run"])
         temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

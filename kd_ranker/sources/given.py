@@ -59,7 +59,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
         item_features=dataset.item_features,
         item_category=dataset.item_category,
         requests=functools.partial(read_requests, dataset),
-        num_requests={split: dataset.builder.info.splits[split].num_examples for split in SPLITS},
+        num_requests={split: len(dataset.columns[split]) for split in SPLITS},
     )
 
 
@@ -110,6 +110,7 @@ def keep(
         item_category=category,
         requests=lambda split: iter(requests[split]),
         num_requests={split: len(of_split) for split, of_split in requests.items()},
+        for_training=False,  # they become another dataset first
     )
     return storage.build(source, f"given-{digest.hexdigest()[:8]}", directory)
 

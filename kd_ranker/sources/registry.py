@@ -13,8 +13,6 @@ from ml_collections import ConfigDict
 from kd_ranker.requests.request import Source
 from kd_ranker.sources import cascade, given, kuairand, movielens, recflow
 from kd_ranker.sources.logs import source as parquet
-from kd_ranker.sources.logs import write_back
-from kd_ranker.sources.logs.write_back import ScoredLog
 
 
 class SourceEntry(NamedTuple):
@@ -27,9 +25,6 @@ class SourceEntry(NamedTuple):
         datasets of the older code are not taken for its own.
       check_unchanged: (config.data, a dataset's folder) -> None, or UserError where the raw files
         have changed since that was made; the default does not look.
-      open_scored_log: (config.data, tasks, config.funnel, the dataset's folder, the name of its
-        scored copy) -> functions that write the raw files back with a teacher's columns, or
-        UserError; None: the raw files cannot be written back.
       simulated: True if there are no raw files, so that opening it takes no time.
     """
 
@@ -37,9 +32,6 @@ class SourceEntry(NamedTuple):
     open_source: Callable[[ConfigDict, Sequence[str], ConfigDict], Source]
     version: int = 1
     check_unchanged: Callable[[ConfigDict, Path], None] = lambda data, directory: None
-    open_scored_log: (
-        Callable[[ConfigDict, Sequence[str], ConfigDict, Path, str], ScoredLog] | None
-    ) = None
     simulated: bool = False
 
     def tasks_of(self, data: ConfigDict) -> Sequence[str]:
@@ -59,7 +51,6 @@ SOURCES: dict[str, SourceEntry] = {
         parquet.open_source,
         version=2,
         check_unchanged=parquet.check_unchanged,
-        open_scored_log=write_back.open_scored_log,
     ),
     "movielens_1m": SourceEntry(movielens.TASKS, movielens.open_source),
     "movielens_32m": SourceEntry(movielens.TASKS, movielens.open_source),

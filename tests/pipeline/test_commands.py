@@ -1,4 +1,3 @@
-import dataclasses
 import json
 import re
 import shutil
@@ -7,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from kd_ranker import api, manifest
@@ -22,10 +22,10 @@ from kd_ranker.pipeline import cohorts, datasets, measure, runs, scoring, teache
 from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
-from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
+from kd_ranker.serving import score
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
@@ -147,9 +147,9 @@ def test_a_finished_run_is_left_as_it_is(world, trained, tmp_path):
 
 
 def log_teacher(world):
-    """Two workers that write the same dataset at once would be in each other's way."""
+    """Two workers that write the same scores at once would be in each other's way."""
     with world.locked("log_teacher"):
-        return api.log_teacher(world.config()).dataset
+        return api.log_teacher(world.config()).directory
 
 
 @pytest.mark.parametrize("mode", [pytest.param("aux", marks=pytest.mark.long), "shared"])
@@ -174,30 +174,43 @@ def test_a_logged_teacher_gives_the_student_of_the_live_one(world, tmp_path, mod
     np.testing.assert_allclose(one, other, rtol=1e-3)
 
 
-def test_logged_records_carry_the_teachers_version_and_no_other_counts(world):
+def test_students_learn_from_the_scores_of_the_teacher_and_from_no_others(world):
     config = world.config()
-    directory = log_teacher(world)
-    version = teachers.load_teacher(config, datasets.dataset_of(config)).version
-    assert f"-teacher-{version}" in directory.parent.name
-    dataset = datasets.dataset_of(config, version)
+    directory, original = log_teacher(world), datasets.dataset_of(config)
+    version = teachers.load_teacher(config, original).version
+    assert f"-teacher-{version}" in directory.name
+    dataset = datasets.dataset_under(config, original, version)
     assert dataset.spec.teacher_version == version
     for split in SPLITS:
         requests = list(read_requests(dataset, split))
         assert {request.teacher_version for request in requests} == {version}
         # teacher.stage=retrieved: every candidate was scored.
-        assert all(len(r.teacher_probability) == len(r.item_id) for r in requests)
+        table = pq.read_table(directory / f"{SPLITS.index(split):05d}-{split}.parquet")
+        assert set(table["version"].to_pylist()) == {version}
+        names = [f"probability_{task}" for task in dataset.spec.tasks]
+        columns = [table[name].to_pylist() for name in ("request", "item", *names, "value")]
+        found = {(request, item): numbers for request, item, *numbers in zip(*columns, strict=True)}
+        expected = {
+            (request.request_id, item): probability
+            for request in requests
+            for item, probability in zip(request.item_id, request.teacher_probability, strict=True)
+        }
+        assert found.keys() == expected.keys()
+        for key, probability in expected.items():
+            value = probability @ np.array(config.value_weights)
+            np.testing.assert_allclose(found[key], [*probability, value], rtol=1e-6)
 
-    made = training_batches(dataset, BatchConfig(8, 32, 0.5, 1.0, seed=0), resident=False)
-    assert (np.asarray(unpack(*next(iter(made))).teacher_weight) == 1).all()
-    other = dataclasses.replace(dataset.spec, teacher_version="of-another-teacher")
-    columns = columns_of(requests, other)
-    scored = columns.candidates.fields(slice(None), columns.counts.scored)
-    assert np.isnan(scored["teacher_probability"]).all()
+    for resident in (False, True):
+        sizes = BatchConfig(8, 32, 0.5, 1.0, seed=0)
+        batch = unpack(*next(iter(training_batches(dataset, sizes, resident=resident))))
+        assert (np.asarray(batch.teacher_weight) == 1).all()
+    # Requests of the log itself have those that the log had.
+    assert len(next(read_requests(original, "train")).teacher_probability) < 100
 
 
 @pytest.fixture
 def apart(world, tmp_path, monkeypatch):
-    """The config of a dataset that no other test scores, in shards of one batch: 4, 1 and 1."""
+    """The config of a dataset that no other test scores, in parts of one batch: 4, 1 and 1."""
     dataset = datasets.dataset_of(world.config())
     copied = tmp_path / "requests" / dataset.directory.parent.name
     shutil.copytree(dataset.directory.parent, copied)
@@ -207,136 +220,125 @@ def apart(world, tmp_path, monkeypatch):
     return config
 
 
-def record_files(directory):
-    return {path.name: path.read_bytes() for path in directory.glob("*array_record*")}
+def files_in(directory):
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
 
 
-def test_scoring_in_shards_and_processes_gives_the_bytes_of_one_pass(apart, monkeypatch):
-    dataset = datasets.dataset_of(apart)
-    teacher = teachers.load_teacher(apart, dataset)
+def columns_in(directory):
+    return {path.name: path.read_bytes() for path in directory.glob("teacher-*.npy")}
 
-    def fields(requests):
-        return [
-            {name: np.asarray(value).tobytes() for name, value in vars(request).items()}
-            for request in requests
-        ]
 
-    files = []
+def test_parts_and_processes_give_the_bytes_of_one_pass(apart, monkeypatch):
     loaded, load = [], teachers.load_teacher
     monkeypatch.setattr(
         scoring, "load_teacher", lambda *arguments: loaded.append(0) or load(*arguments)
     )
-    scorer = scoring.Scorer(apart, dataset, teacher)
+    files = []
     for processes in (1, 2):
         apart.data.processes = processes
-        directory = api.log_teacher(apart).dataset
-        scored = datasets.dataset_of(apart, teacher.version)
-        splits = scored.builder.info.splits
-        assert splits["train"].shard_lengths == [16] * 4
-        assert splits["validation"].shard_lengths == splits["test"].shard_lengths == [12]
-        for split in SPLITS:
-            one_pass = scoring.scored_requests(scorer, split)
-            assert fields(read_requests(scored, split)) == fields(one_pass)
-        files.append(record_files(directory))
+        directory = api.log_teacher(apart).directory
+        files.append(files_in(directory))
         shutil.rmtree(directory)
     assert files[0] == files[1]
     # Once a call; the other processes do not count here.
     assert len(loaded) == 2
+    apart.data.processes = 1
+    monkeypatch.setattr(scoring, "_BATCHES", 64)
+    whole = columns_in(api.log_teacher(apart).directory)
+    assert whole == {name: files[0][name] for name in whole}
+    assert len(whole) == 3
 
 
 def test_a_cluster_scores_the_bytes_of_this_process(apart, monkeypatch):
-    directory = api.log_teacher(apart).dataset
-    here = record_files(directory)
+    directory = api.log_teacher(apart).directory
+    here = files_in(directory)
     shutil.rmtree(directory)
-    scoring._opened.cache_clear()
+    scoring._teacher_elsewhere.cache_clear()
     machine = OneMachine()
     monkeypatch.setattr(scoring.cluster, "_open", lambda address: machine)
     monkeypatch.chdir(Path.cwd())
     apart.launcher = "ray"
-    assert api.log_teacher(apart).dataset == directory
-    assert record_files(directory) == here
+    assert api.log_teacher(apart).directory == directory
+    assert files_in(directory) == here
     assert len(machine.called) == 6
 
 
-# A real SIGKILL, when so many shards of the scored copy are whole.
+# A real SIGKILL, when so many parts are finished.
 _DYING = """
 import os, runpy, signal, sys
 from kd_ranker.pipeline import scoring
-from kd_ranker.requests import storage
-number, write = int(sys.argv[1]), storage.write_shard
+from kd_ranker.serving import score
+number, score_part = int(sys.argv[1]), score._score_part
 
-def dying_write(*arguments):
+def dying(*arguments):
     global number
     if not number:
         os.kill(os.getpid(), signal.SIGKILL)
     number -= 1
-    write(*arguments)
+    score_part(*arguments)
 
-storage.write_shard, scoring._BATCHES = dying_write, 1
+score._score_part, scoring._BATCHES = dying, 1
 sys.argv = ["log_teacher", *sys.argv[2:]]
 runpy.run_module("experiments.log_teacher", run_name="__main__")
 """
 
 
-def test_scoring_that_was_killed_goes_on_with_the_shards_that_are_missing(
+def test_scoring_that_was_killed_goes_on_with_the_parts_that_are_missing(
     world, apart, tmp_path, monkeypatch
 ):
-    directory = api.log_teacher(apart).dataset
-    whole = record_files(directory)
+    directory = api.log_teacher(apart).directory
+    whole = files_in(directory)
     shutil.rmtree(directory)
     killed = small.run("-c", _DYING, "3", *world.flags(tmp_path, data__dir=str(tmp_path)))
     assert killed.returncode == -9, killed.stderr
-    assert not directory.exists()
-    score, scored = scoring.scored_requests, []
+    score_part, scored = score._score_part, []
 
     def counting(*arguments):
-        scored.append(arguments[1:])
-        return score(*arguments)
+        scored.append(arguments[-1])
+        score_part(*arguments)
 
-    monkeypatch.setattr(scoring, "scored_requests", counting)
-    assert api.log_teacher(apart).dataset == directory
+    monkeypatch.setattr(score, "_score_part", counting)
+    assert api.log_teacher(apart).directory == directory
     assert scored == [("train", 48, 64), ("validation", 0, 12), ("test", 0, 12)]
-    assert record_files(directory) == whole
-    assert not [*tmp_path.glob(".scoring-*")]
-    assert [path.name for path in directory.parent.iterdir()] == [directory.name]
-    # A copy that is there is left alone, and not without a look.
-    assert api.log_teacher(apart).dataset == directory
-    (directory / "item_category.npy").unlink()
-    assert "item_category.npy is missing" in fault_of(api.log_teacher, apart)
+    assert files_in(directory) == whole
+    # Finished scores are left alone, and checked.
+    assert api.log_teacher(apart).directory == directory
+    assert len(scored) == 3
+    content = (directory / "teacher-test.npy").read_bytes()
+    (directory / "teacher-test.npy").write_bytes(content[:-1] + b"x")
+    assert "teacher-test.npy has changed; remove the folder" in fault_of(api.log_teacher, apart)
+    logged = apart.copy_and_resolve_references()
+    logged.teacher.source = "logged"
+    assert "teacher-test.npy has changed" in fault_of(api.train, logged, tmp_path / "student")
 
 
-def test_kept_shards_are_of_the_same_batches_dataset_and_teacher(apart):
-    dataset = datasets.dataset_of(apart)
-    teacher = teachers.load_teacher(apart, dataset)
+def test_scores_of_other_value_weights_are_replaced(apart):
+    directory = api.log_teacher(apart).directory
+    before = files_in(directory)
+    apart.value_weights = tuple(2 * weight for weight in apart.value_weights)
+    assert api.log_teacher(apart).directory == directory
+    after = files_in(directory)
+    changed = {name for name, content in after.items() if content != before[name]}
+    tables = {f"{number:05d}-{split}.parquet" for number, split in enumerate(SPLITS)}
+    assert changed == {"manifest.json", *tables}
 
-    def folder(**changes):
-        config = apart.copy_and_resolve_references()
-        with config.unlocked():
-            config.update_from_flattened_dict(
-                {key.replace("__", "."): value for key, value in changes.items()}
-            )
-        name = datasets.dataset_name(config, teacher.version)
-        return scoring.scoring_folder(scoring.Scorer(config, dataset, teacher), name)
 
-    before = folder()
-    apart.data.processes = 2
-    assert folder() == before
-    assert folder(evaluation__requests=8) != before
-    assert folder(teacher__stage="passed") != before
-    changed = dataclasses.replace(dataset, identity={"dataset": "of other content"})
-    name = datasets.dataset_name(apart, teacher.version)
-    assert scoring.scoring_folder(scoring.Scorer(apart, changed, teacher), name) != before
+def test_scores_of_other_contents_of_the_dataset_are_refused(apart, tmp_path):
+    folder = api.log_teacher(apart).directory
+    content = json.loads((folder / manifest.FILE).read_text())
+    content["made_of"]["dataset"] = "of other content"
+    (folder / manifest.FILE).write_text(json.dumps(content))
+    assert "holds something else" in fault_of(api.log_teacher, apart)
+    apart.teacher.source = "logged"
+    fault = fault_of(api.train, apart, tmp_path / "student")
+    assert "has the scores of of other content, and the dataset is now" in fault
+    assert "log_teacher" in fault
 
 
 def test_a_process_that_scores_runs_the_file_that_registers(apart, tmp_path):
     apart.registered_by = str(tmp_path / "mine.py")
     with pytest.raises(UserError, match=r"mine\.py, which registers what the config names"):
-        scoring.scored_elsewhere(apart.to_json(), "v1", "train", 0, 16)
-
-
-def test_a_process_that_finds_another_teacher_does_not_score_with_it(apart):
-    with pytest.raises(UserError, match="has changed while it scored; run this again"):
-        scoring.scored_elsewhere(apart.to_json(), "another", "train", 0, 16)
+        scoring._teacher_elsewhere(apart.to_json())
 
 
 @pytest.fixture(scope="module")
@@ -1098,6 +1100,14 @@ def test_costs_are_those_of_the_teacher_that_was_trained(world):
     flops = measure.teacher_flops(Opened(config).job({"": config}))
     assert flops == measure.teacher_flops(job_of(world.config()))
     assert flops != measure.teacher_flops(job_of(config))
+
+
+def test_scores_of_different_stages_have_different_folders(world):
+    config = world.config()
+    folders = set()
+    for config.teacher.stage in ("passed", "retrieved"):
+        folders.add(datasets.scores_folder(config, "version"))
+    assert len(folders) == 2
 
 
 @pytest.mark.parametrize("mapping", ["pmap", "shard_map"])

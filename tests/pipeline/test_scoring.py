@@ -1,27 +1,108 @@
-"""Shards of a split; `test_commands` has the rest."""
+"""Scores of a dataset that was made of a log, and the parts of a dataset; see `test_commands`."""
 
-from types import SimpleNamespace
+from pathlib import Path
+from typing import Any
 
+import duckdb
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
-from kd_ranker.configs import cascade
-from kd_ranker.pipeline import scoring
+from kd_ranker import api
+from kd_ranker.evaluation.evaluate import Ranker, Served
+from kd_ranker.pipeline import datasets, scoring, teachers
+from kd_ranker.pipeline.teachers import Teacher
+from kd_ranker.requests.records import read_requests
+from kd_ranker.requests.request import SPLITS
+from tests.sources import faulty_logs
+from tests.sources.faulty_logs import make_rows, write_log
+
+VERSION = "0123456789ab"
 
 
 @pytest.mark.parametrize("requests", [1, 1023, 1024, 1025, 1024 * 256, 1024 * 256 + 1, 10**8])
-def test_shards_cover_a_split_in_whole_batches_and_are_not_many(requests):
-    config = cascade("small")
-    splits = {"train": SimpleNamespace(num_examples=requests)}
-    dataset = SimpleNamespace(builder=SimpleNamespace(info=SimpleNamespace(splits=splits)))
-    teacher = SimpleNamespace(version="v1")
-    scorer = scoring.Scorer(config, dataset, teacher)
-    one, several = (
-        [shard.args[-3:] for shard in scoring.scoring_shards(scorer, is_elsewhere, "train")]
-        for is_elsewhere in (False, True)
-    )
-    assert one == several
-    names, starts, stops = zip(*one, strict=True)
-    assert set(names) == {"train"}
+def test_parts_cover_a_split_in_whole_batches_and_are_not_many(requests):
+    starts, stops = zip(*scoring.spans_of(requests, 16), strict=True)
     assert (0, *stops) == (*starts, requests)
-    assert all(start % config.evaluation.requests == 0 for start in starts)
-    assert len(one) == (-(-requests // 1024) if requests <= 1024 * 256 else len(one)) <= 256
+    assert all(start % 16 == 0 for start in starts)
+    assert len(starts) <= 256
+    if requests <= 1024 * 256:
+        assert len(starts) == -(-requests // 1024)
+
+
+def stub_teacher(*unused: Any) -> Teacher:
+    """A teacher whose probability of a candidate depends on all that it may know of it."""
+
+    def serve(parameters: Any, batch: Any, items: Any) -> Served:
+        of_item = np.asarray(items.features)[np.maximum(np.asarray(batch.item_id), 0)].sum(-1)
+        of_request = np.asarray(batch.user_features).sum(-1) + 0.37 * np.asarray(batch.user_id)
+        history = 0.11 * np.asarray(batch.history_id).sum(-1)
+        of_candidate = np.asarray(batch.candidate_features).sum(-1) + of_item
+        logit = of_candidate + (of_request + history)[:, None] + 0.7 * np.asarray(batch.item_id)
+        both = np.stack([0.1 * logit, 0.2 * logit + 1], -1)
+        return Served({"user": (1 / (1 + np.exp(-both))).astype(np.float32)}, {})
+
+    ranker = Ranker(serve, None)  # type: ignore[arg-type]
+    return Teacher(None, None, ranker, VERSION, 0, 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("by_request", [False, True])
+@pytest.mark.parametrize("stage", ["shown", "passed", "retrieved"])
+def test_scores_of_a_log_join_its_rows_by_request_and_item(
+    tmp_path, monkeypatch, by_request, stage
+):
+    for module in (scoring, teachers):
+        monkeypatch.setattr(module, "load_teacher", stub_teacher)
+    rows = make_rows(3, requests=40, faults=0.05, texts=True)
+    log = write_log(tmp_path / "log", rows, by_request, files=3, shuffle=5)
+    config = faulty_logs.config(log, tmp_path / "datasets")
+    config.data.rows = "request" if by_request else "candidate"
+    config.evaluation.requests, config.teacher.stage = 8, stage
+    api.prepare(config)
+    directory = api.log_teacher(config).directory
+    assert directory == datasets.scores_folder(config, VERSION)
+    # The files of the log, and each request in one of those that have its rows.
+    files = sorted(file.name for file in Path(log).iterdir())
+    named = [f"{number:05d}-{file}" for number, file in enumerate(files)]
+    assert sorted(path.name for path in directory.glob("*.parquet")) == named
+    requests = {file: {*pq.read_table(log / file)["request_id"].to_pylist()} for file in files}
+    scored = [{*pq.read_table(directory / name)["request"].to_pylist()} for name in named]
+    assert all(of <= requests[file] for of, file in zip(scored, files, strict=True))
+    assert len(set().union(*scored)) == sum(map(len, scored))
+    source = f"'{log}/*.parquet'"
+    if by_request:
+        source = f"(SELECT request_id, unnest(item_id) AS item_id FROM {source})"
+    joined = duckdb.sql(
+        f"SELECT DISTINCT request_id, item_id, probability_watch, probability_like "
+        f"FROM {source} AS log "
+        f"JOIN '{directory}/*.parquet' AS scores ON request = request_id AND item = item_id"
+    ).fetchall()
+    # Of a request whose rows have several times, the dataset knows the earliest, a full minute.
+    name = {}
+    for row in rows:
+        if isinstance(time := row.of_request["time"], int):
+            name[time - (time - 1_000_000) % 60] = row.of_request["request_id"]
+    dataset = datasets.dataset_of(config)
+    table = pq.read_table(dataset.directory / "vocabularies/item.parquet").to_pydict()
+    items = dict(zip(table["id"], table["value"], strict=True))
+    expected = {}
+    for split in SPLITS:
+        for request in read_requests(datasets.dataset_under(config, dataset, VERSION), split):
+            reached = {
+                "shown": len(request.user_label),
+                "passed": request.num_passed,
+                "retrieved": len(request.item_id),
+            }
+            # Rankers are measured on all candidates.
+            number = reached[stage if split == "train" else "retrieved"]
+            assert len(request.teacher_probability) == number
+            for item, probability in zip(
+                request.item_id, request.teacher_probability, strict=False
+            ):
+                expected[name[request.time], items[item]] = probability
+    assert len(expected) > 100
+    found = {(request, item): probability for request, item, *probability in joined}
+    assert len(found) == len(joined)
+    assert found.keys() == expected.keys()
+    np.testing.assert_array_equal([found[key] for key in expected], [*expected.values()])
+    assert len({tuple(of) for of in found.values()}) > 0.9 * len(found)

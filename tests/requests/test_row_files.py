@@ -1,12 +1,11 @@
 import dataclasses
-import functools
 import itertools
 import os
 
 import numpy as np
 import pytest
 
-from kd_ranker.requests import packing, row_files, storage
+from kd_ranker.requests import packing, storage
 from kd_ranker.requests.block import block_of
 from kd_ranker.requests.columns import proper_probability
 from kd_ranker.requests.records import read_requests
@@ -16,28 +15,21 @@ from tests.requests.random_requests import random_request, random_source, with_f
 SIZES = [(4, 9, 20), (0, 0, 3), (1, 1, 1), (5, 5, 7), (3, 8, 8)]
 
 
-def ragged_source(shards=None):
-    """Requests of several sizes, one without a candidate that was shown, in so many shards."""
+def ragged_source():
+    """Requests of several sizes, one without a candidate that was shown."""
 
-    def requests(split, start=0, stop=None):
+    def requests(split):
         first = 10 * SPLITS.index(split)
-        for index, size in itertools.islice(enumerate(SIZES), start, stop):
+        for index, size in enumerate(SIZES):
             request = random_request(first + index, *size, version=f"v{1 + index // 3}")
             if split != "train" and index != 1:
                 request = with_facts(request, index)
             yield request
 
-    def parts(split):
-        return [
-            functools.partial(requests, split, at, at + len(SIZES) // shards + 1)
-            for at in range(0, len(SIZES), len(SIZES) // shards + 1)
-        ]
-
     return dataclasses.replace(
         random_source(),
         requests=requests,
         num_requests=dict.fromkeys(SPLITS, len(SIZES)),
-        shards=parts if shards else None,
     )
 
 
@@ -65,7 +57,8 @@ def test_the_rows_of_a_request_say_what_its_record_says(dataset, split):
         counts = columns.counts.of(index)
         known = 0 if split == "train" else len(request.true_probability)
         positives = request.user_label.any(axis=1).sum()
-        assert counts == (request.request_id, retrieved, passed, shown, passed, positives, known)
+        sizes = (retrieved, passed, shown, passed, positives, known)
+        assert counts == (request.request_id, *sizes, request.time)
         of_candidates = fields(columns.candidates, index, retrieved)
         order = [request.item_id.tolist().index(item) for item in of_candidates["item_id"]]
         if split != "train":
@@ -101,19 +94,6 @@ def test_a_place_of_none_is_what_stands_for_none(dataset, part):
     for name, values in nothing.items():
         is_nan = name in ("teacher_probability", "true_probability", "incumbent", "propensity")
         assert np.isnan(values).all() if is_nan else not values.any()
-
-
-@pytest.mark.parametrize("shards", [1, 2, 5])
-def test_shards_make_the_files_of_one_pass(dataset, tmp_path, shards):
-    other = opened(ragged_source(shards), tmp_path)
-    for split in SPLITS:
-        for one, joined in zip(
-            row_files.paths(dataset.directory, split),
-            row_files.paths(other.directory, split),
-            strict=True,
-        ):
-            assert one.read_bytes() == joined.read_bytes()
-    assert not [*other.directory.glob("*.rows")]
 
 
 def test_the_disk_is_told_of_neighbours_as_one(dataset, monkeypatch):

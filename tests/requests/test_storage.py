@@ -7,13 +7,12 @@ import signal
 
 import numpy as np
 import pytest
-import tensorflow_datasets as tfds
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import Category
 from kd_ranker.errors import UserError
-from kd_ranker.requests import row_files, storage
-from kd_ranker.requests.pool import open_pool, run_here
+from kd_ranker.requests import storage
+from kd_ranker.requests.pool import open_pool
 from kd_ranker.requests.request import SPLITS
 from tests import small
 from tests.requests.random_requests import random_source
@@ -123,9 +122,6 @@ def test_the_identity_of_a_dataset_follows_its_content(tmp_path):
     whole = identity("whole", random_source())
     assert re.fullmatch(r"small/[0-9a-f]{12}", whole["dataset"])
     assert identity("again", random_source()) == whole
-    # Shards depend on the machine.
-    sharded, _ = source_of_shards()
-    assert identity("sharded", dataclasses.replace(sharded, run=run_here)) == whole
     items = random_source().item_features + 1
     others = [
         random_source(train=13),
@@ -136,13 +132,9 @@ def test_the_identity_of_a_dataset_follows_its_content(tmp_path):
     assert len({whole["dataset"], *found}) == 4
 
 
-class Killed(BaseException):
-    pass
-
-
-def source_of_shards(resume=None, size=4, train=12, first=0):
+def source_of_shards(size=4):
     """`random_source` in shards of `size` requests, with a list of those that are read."""
-    source, read = random_source(train=train), []
+    source, read = random_source(), []
 
     def shard(split, start, stop):
         read.append((split, start))
@@ -155,145 +147,18 @@ def source_of_shards(resume=None, size=4, train=12, first=0):
             for start in range(0, number, size)
         ]
 
-    return dataclasses.replace(source, shards=shards, resume=resume), read
-
-
-def dying_after(number):
-    def run(function, calls, description):
-        yield from run_here(function, calls[:number], description)
-        raise Killed
-
-    return run
-
-
-def records(directory):
-    """The bytes of each field, request by request, split by split."""
-    opened = tfds.builder_from_directory(directory)
-    sources = (opened.as_data_source(split=split) for split in SPLITS)
-    return [
-        [
-            {name: np.asarray(value).tobytes() for name, value in source[index].items()}
-            for index in range(len(source))
-        ]
-        for source in sources
-    ]
-
-
-def build_and_die(source, tmp_path, number, name="small"):
-    with pytest.raises(Killed):
-        storage.build(dataclasses.replace(source, run=dying_after(number)), name, str(tmp_path))
-    assert not storage.directory_of(name, str(tmp_path)).exists()
-
-
-@pytest.fixture
-def whole(tmp_path):
-    """The records as they are written in one pass."""
-    return records(storage.build(random_source(), "whole", str(tmp_path)))
+    return dataclasses.replace(source, shards=shards), read
 
 
 @pytest.mark.parametrize("size", [1, 4, 100])
-@pytest.mark.parametrize("kept", [False, True])
-def test_shards_hold_the_records_of_one_pass_in_their_order(tmp_path, whole, size, kept):
-    source, _ = source_of_shards(tmp_path / ".kept" / "a" if kept else None, size)
-    directory = storage.build(source, "small", str(tmp_path))
-    assert records(directory) == whole
-    assert len([*directory.glob("*train.array_record*")]) == -(-12 // size)
-    assert not (tmp_path / ".kept").exists()
+def test_shards_make_the_files_of_one_pass(tmp_path, size):
+    whole = bytes_of(storage.build(random_source(), "small", str(tmp_path / "whole")))
+    directory = storage.build(source_of_shards(size)[0], "small", str(tmp_path))
+    assert bytes_of(directory) == whole
 
 
-def test_a_build_that_died_goes_on_with_the_shards_that_are_missing(tmp_path, whole, caplog):
-    kept = tmp_path / ".kept" / "a"
-    source, read = source_of_shards(kept)
-    build_and_die(source, tmp_path, 2)
-    assert read == [("train", 0), ("train", 4)]
-    read.clear()
-    build_and_die(source, tmp_path, 1)
-    assert read == [("train", 8)]
-    assert "2 of 6 shards were found finished" in caplog.text
-    read.clear()
-    directory = storage.build(source, "small", str(tmp_path))
-    assert read == [("validation", 0), ("test", 0), ("test", 4)]
-    assert records(directory) == whole
-    assert not kept.parent.exists()
-
-
-def test_without_a_folder_to_keep_them_in_shards_are_written_anew(tmp_path):
+def test_two_builds_at_once_are_refused_and_one_after_the_other_are_not(tmp_path):
     source, read = source_of_shards()
-    build_and_die(source, tmp_path, 2)
-    read.clear()
-    storage.build(source, "small", str(tmp_path))
-    assert len(read) == 6
-
-
-def test_a_shard_that_is_written_in_part_is_not_taken(tmp_path, whole):
-    kept = tmp_path / ".kept" / "a"
-    source, read = source_of_shards(kept)
-
-    def breaking(split):
-        def shard():
-            yield from itertools.islice(source.requests(split), 2)
-            raise Killed
-
-        return [source.shards(split)[0], shard, *source.shards(split)[2:]]
-
-    with pytest.raises(Killed):
-        storage.build(dataclasses.replace(source, shards=breaking), "small", str(tmp_path))
-    finished, *beside = sorted(kept.iterdir())
-    assert beside == [*row_files.parts_of(finished)][::-1]
-    # What a process leaves that could not even clean up.
-    (kept / f".unfinished-{finished.name.replace('00000', '00001')}.17").write_bytes(b"half")
-    read.clear()
-    directory = storage.build(source, "small", str(tmp_path))
-    assert read[0] == ("train", 4)
-    assert records(directory) == whole
-
-
-def test_shards_of_other_contents_are_not_taken_and_go_in_the_end(tmp_path, whole):
-    other, _ = source_of_shards(tmp_path / ".kept" / "other", train=11)
-    build_and_die(other, tmp_path, 2)
-    source, read = source_of_shards(tmp_path / ".kept" / "a")
-    directory = storage.build(source, "small", str(tmp_path))
-    assert len(read) == 6
-    assert records(directory) == whole
-    assert not (tmp_path / ".kept").exists()
-
-
-def test_shards_are_kept_until_all_else_is_written_too(tmp_path, whole):
-    source, read = source_of_shards(tmp_path / ".kept" / "a")
-
-    def full(directory):
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"):
-        storage.build(dataclasses.replace(source, write_beside=full), "small", str(tmp_path))
-    read.clear()
-    assert records(storage.build(source, "small", str(tmp_path))) == whole
-    assert not read
-
-
-def test_shards_are_copied_where_files_can_have_one_name_only(tmp_path, whole, monkeypatch):
-    def unsupported(*paths):
-        raise PermissionError
-
-    monkeypatch.setattr(os, "link", unsupported)
-    source, _ = source_of_shards(tmp_path / ".kept" / "a")
-    assert records(storage.build(source, "small", str(tmp_path))) == whole
-
-
-def test_what_was_left_of_a_dataset_that_is_whole_is_removed(tmp_path):
-    kept = tmp_path / ".kept" / "a"
-    source, read = source_of_shards(kept)
-    storage.build(source, "small", str(tmp_path))
-    read.clear()
-    kept.mkdir(parents=True)
-    storage.build(source, "small", str(tmp_path))
-    assert not kept.parent.exists()
-    assert not read
-
-
-@pytest.mark.parametrize("kept", [False, True])
-def test_two_builds_at_once_are_refused_and_one_after_the_other_are_not(tmp_path, kept):
-    source, read = source_of_shards(tmp_path / ".kept" / "a" if kept else None)
     with storage.building("small", str(tmp_path)):
         with pytest.raises(UserError, match=r"small is held by process .*; wait for its end"):
             storage.build(source, "small", str(tmp_path))
@@ -313,7 +178,7 @@ def bytes_of(directory):
 # written the first file, if it is told so.
 _BUILDING = """
 import os, signal, sys
-from kd_ranker.requests import row_files, storage
+from kd_ranker.requests import storage
 from tests.requests.test_storage import build_in_shards
 from tests import small
 from tests.requests.random_requests import random_source
@@ -365,19 +230,19 @@ def test_a_dataset_is_the_same_bytes_at_every_build(tmp_path, processes):
     else:
         here = storage.build(random_source(), "small", str(tmp_path / "here"))
     assert bytes_of(here) == there
-    # What TFDS wants, sizes, items and checksums; two files a split of rows; records.
-    assert len(there) == 6 + 2 * 3 + (5 if processes else 3)
+    # Sizes, items, manifest and what describes the index; rows, counts and index of each split.
+    assert len(there) == 6 + 3 * 3
 
 
-def test_the_next_build_removes_what_a_killed_one_has_left(tmp_path, whole):
+def test_the_next_build_removes_what_a_killed_one_has_left(tmp_path):
     assert build_elsewhere(tmp_path, dies=True) == -signal.SIGKILL
     parent = storage.directory_of("small", str(tmp_path)).parent
     left = sorted(path.name for path in parent.iterdir())
     assert left == [".lock", ".lock-holder", f".unfinished-{storage.FORMAT_VERSION}"]
-    assert [*(parent / left[2]).glob("requests-train.array_record-*")]
+    assert [*(parent / left[2]).glob("train-00000.rows")]
     directory = storage.build(random_source(), "small", str(tmp_path))
     assert [path.name for path in parent.iterdir()] == [directory.name]
-    assert records(directory) == whole
+    storage.open_dataset("small", str(tmp_path), "some command")
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path):

@@ -38,6 +38,7 @@ FEATURES = ["age", "country", "hour", "recent", "spots", "author", "duration", "
 RAW = ["request_id", "time", "user_id", "item_id", *FEATURES, "score", "source"]
 # An item that no history has, so that only as a candidate it can be known or not.
 ITEM = "item-3"
+COLUMNS = ("request", "item", *(f"probability_{task}" for task in TASKS), "value", "version")
 Scores = dict[tuple[Any, Any], list[float]]
 
 
@@ -106,16 +107,13 @@ def config_for(world: World, workdir: str, log: Path, **changes: Any) -> ConfigD
     return config
 
 
-def scores_in(directory: Path, columns: tuple[str, ...], by_request: bool = False) -> Scores:
-    """(request, item), both as in the log -> what stands beside that candidate."""
-    found = {}
-    for file in sorted(directory.glob("*.parquet")):
-        for row in pq.read_table(file).to_pylist():
-            items = row["item_id"] if by_request else [row["item_id"]]
-            for place, item in enumerate(items):
-                of = [row[name] for name in columns]
-                found[row["request_id"], item] = [each[place] for each in of] if by_request else of
-    return found
+def scores_in(scored: scoring.Scored) -> Scores:
+    """(request, item), both as in the log -> its probabilities and its value."""
+    table = pa.concat_tables(pq.read_table(path) for path in scored.directory.rglob("*.parquet"))
+    assert tuple(table.column_names) == scored.columns == COLUMNS
+    rows = [[*row.values()] for row in table.to_pylist()]
+    assert len({(request, item) for request, item, *_ in rows}) == len(rows)
+    return {(request, item): numbers for request, item, *numbers, _ in rows}
 
 
 def requests_of_test(world: World) -> dict[Any, tuple[Any, list[Any]]]:
@@ -164,19 +162,10 @@ def test_a_held_out_log_has_the_teachers_scores_of_the_dataset(world, tmp_path, 
     rows = "request" if by_request else "candidate"
     config = config_for(world, "teacher", log, **{"data.rows": rows})
     scored, _ = scoring.score_unseen(config, world.folder / "teacher", output=tmp_path / "out")
-    assert scored.columns == (
-        *(f"teacher_probability_{task}" for task in TASKS), "teacher_value", "teacher_version",
-    )  # fmt: skip
-    found = scores_in(scored.directory, scored.columns[:-1], by_request)
-    logged = api.log_teacher(world.config)
-    of_log = scores_in(logged.log.directory, (*(f"{of}_scored" for of in scored.columns[:2]),))
-    weights = world.config.value_weights
-    expected = {
-        key: [*of_log[key], sum(w * p for w, p in zip(weights, of_log[key], strict=True))]
-        for key in found
-    }
+    found, logged = scores_in(scored), scores_in(api.log_teacher(world.config))
     assert len(found) == sum(len(row.candidates) for row in world.tested)
-    assert_close(found, expected)
+    assert_close(found, {key: logged[key] for key in found})
+    assert len(logged) == sum(len(row.candidates) for row in world.rows)
 
 
 @pytest.mark.parametrize("by_request", [False, True])
@@ -187,11 +176,7 @@ def test_a_held_out_log_has_the_students_scores_of_the_dataset(world, tmp_path, 
     scored, _ = scoring.score_unseen(
         config_for(world, "student", log, **{"data.rows": rows}), workdir
     )
-    found = scores_in(scored.directory, scored.columns[:-1], by_request)
-    assert_close(found, served(world, *student_of(world, workdir), "blend"))
-    assert scored.columns == (
-        *(f"student_probability_{task}" for task in TASKS), "student_value", "student_version",
-    )  # fmt: skip
+    assert_close(scores_in(scored), served(world, *student_of(world, workdir), "blend"))
 
 
 def test_an_export_says_of_raw_rows_what_scoring_and_evaluation_say(world, tmp_path):
@@ -218,7 +203,7 @@ def test_an_export_says_of_raw_rows_what_scoring_and_evaluation_say(world, tmp_p
     assert_close(found, served(world, *student_of(world, workdir), "blend"))
     config = config_for(world, "student", write_raw(tmp_path / "log", world.tested))
     scored, _ = scoring.score_unseen(config, workdir, output=tmp_path / "out")
-    assert_close(found, scores_in(scored.directory, scored.columns[:-1]))
+    assert_close(found, scores_in(scored))
 
 
 def test_new_users_and_items_get_the_reserved_row_and_are_counted(world, tmp_path):
@@ -233,7 +218,7 @@ def test_new_users_and_items_get_the_reserved_row_and_are_counted(world, tmp_pat
     workdir = world.folder / "student"
     config = config_for(world, "student", write_raw(tmp_path / "log", rows))
     scored, lines = scoring.score_unseen(config, workdir, output=tmp_path / "out")
-    found = scores_in(scored.directory, scored.columns[:-1])
+    found = scores_in(scored)
     # As if their own rows held what the reserved ones hold.
     serve, parameters = student_of(world, workdir)
     dataset = datasets.dataset_of(world.config)
@@ -289,7 +274,7 @@ def test_a_known_item_has_the_features_that_the_log_gives_it(world, tmp_path):
         assert of[id_of[one]].tolist() != of[id_of[other]].tolist()
         of[id_of[one]] = of[id_of[other]]
     expected = served(world, *student_of(world, workdir), "blend", Items(features, category))
-    assert_close(scores_in(scored.directory, scored.columns[:-1]), expected)
+    assert_close(scores_in(scored), expected)
 
 
 def test_what_validation_and_test_have_alone_counts_as_unknown(tmp_path):
@@ -315,7 +300,7 @@ def test_what_validation_and_test_have_alone_counts_as_unknown(tmp_path):
     assert found.new["item"] == number > 0
 
 
-def test_what_cannot_be_scored_is_null_and_counted(world, tmp_path):
+def test_what_cannot_be_scored_is_absent_and_counted(world, tmp_path):
     rows = copy.deepcopy(world.tested)
     rows[0].of_request["user_id"] = None
     rows[1].candidates[1]["item_id"] = None
@@ -323,9 +308,12 @@ def test_what_cannot_be_scored_is_null_and_counted(world, tmp_path):
     lost = len(rows[0].candidates)
     config = config_for(world, "teacher", write_raw(tmp_path / "log", rows))
     scored, lines = scoring.score_unseen(config, world.folder / "teacher", output=tmp_path / "out")
-    table = pq.read_table(tmp_path / "out" / "part-0.parquet")
-    for column in scored.columns:
-        assert table[column].null_count == lost + 2
+    expected = {
+        (row.of_request["request_id"], of["item_id"]) for row in rows for of in row.candidates
+    }
+    absent = {(rows[0].of_request["request_id"], of["item_id"]) for of in rows[0].candidates}
+    absent.add((rows[1].of_request["request_id"], None))
+    assert scores_in(scored).keys() == expected - absent
     assert lines[1].endswith(
         f"scored + {lost + 2} rejected (missing_user {lost}, missing_item 1, duplicate_item 1)"
     )
@@ -351,17 +339,17 @@ def test_a_run_that_was_killed_goes_on_and_several_processes_change_nothing(
     class Killed(BaseException):
         pass
 
-    scored, score_piece = [], score._score_piece
+    scored, score_part = [], score._score_part
 
     def dying(*arguments):
         if len(scored) == 2:
             raise Killed
-        scored.append(arguments[-1].batch)
-        score_piece(*arguments)
+        scored.append(int(arguments[-2].stem))
+        score_part(*arguments)
 
     output = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(score, "_score_piece", dying)
+        patched.setattr(score, "_score_part", dying)
         with pytest.raises(Killed):
             scoring.score_unseen(config, workdir, output=output)
     assert not [*output.glob("*.parquet")]
@@ -371,9 +359,9 @@ def test_a_run_that_was_killed_goes_on_and_several_processes_change_nothing(
 
     later = []
     with monkeypatch.context() as patched:
-        patched.setattr(score.unseen, "read_unseen", read_again)
+        patched.setattr(scoring.unseen, "read_unseen", read_again)
         patched.setattr(
-            score, "_score_piece", lambda *of: later.append(of[-1].batch) or score_piece(*of)
+            score, "_score_part", lambda *of: later.append(int(of[-2].stem)) or score_part(*of)
         )
         scoring.score_unseen(config, workdir, output=output)
     assert scored == [0, 1]
@@ -392,8 +380,7 @@ def test_a_run_that_was_killed_goes_on_and_several_processes_change_nothing(
     config.launcher = "ray"
     scoring.score_unseen(config, workdir, output=tmp_path / "cluster")
     assert contents(tmp_path / "cluster") == whole
-    # Pieces, and then files.
-    assert len(machine.called) == len(scored + later) + 2
+    assert len(machine.called) == len(scored + later)
 
 
 def test_a_second_run_reads_nothing_and_says_the_same(world, tmp_path, monkeypatch):
@@ -406,8 +393,8 @@ def test_a_second_run_reads_nothing_and_says_the_same(world, tmp_path, monkeypat
     def broken(*arguments):
         raise AssertionError("it works again")
 
-    monkeypatch.setattr(score.unseen, "read_unseen", broken)
-    monkeypatch.setattr(score.write_back, "write_files", broken)
+    monkeypatch.setattr(scoring.unseen, "read_unseen", broken)
+    monkeypatch.setattr(score, "_write_files", broken)
     assert scoring.score_unseen(config, workdir) == first
 
 
@@ -422,8 +409,7 @@ def test_a_log_may_lack_the_time_and_call_its_columns_otherwise(world, tmp_path)
     config.data.features.age.column = "years"
     config.parallel.devices = config.batch.requests = config.teacher.batch.requests = 64
     after, _ = scoring.score_unseen(config, workdir, output=tmp_path / "after")
-    one, other = (scores_in(of.directory, of.columns) for of in (before, after))
-    assert one == other
+    assert scores_in(before) == scores_in(after)
 
 
 def test_without_a_member_the_best_of_a_sweep_on_validation_scores(world, tmp_path):
@@ -446,7 +432,7 @@ def test_without_a_member_the_best_of_a_sweep_on_validation_scores(world, tmp_pa
     groups, _ = runs.trained_students(Opened(world.config).job(members), cohort)
     (own,) = (of for group in groups if (of := group.only(("none-seed1",))).names)
     expected = served(world, own.ranker.serve, select_member(own.ranker.parameters, 0), "user")
-    assert_close(scores_in(named.directory, named.columns[:-1]), expected)
+    assert_close(scores_in(named), expected)
 
 
 def test_a_student_scores_where_its_teacher_is_gone(world, tmp_path):
@@ -470,7 +456,7 @@ def test_a_student_that_learned_from_a_scored_copy_scores(world, tmp_path):
     own = workdirs.read_config(tmp_path / "student")
     own.data.path = str(log)
     scored, _ = scoring.score_unseen(own, tmp_path / "student", output=tmp_path / "out")
-    found = scores_in(scored.directory, scored.columns[:-1])
+    found = scores_in(scored)
     assert_close(found, served(world, *student_of(world, tmp_path / "student"), "user"))
 
 
@@ -541,7 +527,7 @@ def test_a_folder_with_something_else_is_not_written_to(world, tmp_path):
     assert f"{out / score.FILE} has changed" in fault_of(config, workdir, output=out)
     (out / score.FILE).write_text(description)
     next(out.rglob("*.parquet")).unlink()
-    assert ".parquet is missing; remove that folder" in fault_of(config, workdir, output=out)
+    assert ".parquet is missing; remove the folder" in fault_of(config, workdir, output=out)
 
 
 def test_a_run_that_is_not_finished_does_not_score(world, tmp_path):
@@ -572,9 +558,8 @@ def test_the_command_needs_a_workdir_and_the_path_of_a_log(world, tmp_path):
     told = finished.stdout.splitlines()
     assert told[0].startswith("ranker: member none-seed0")
     assert told[-2:] == [
-        f"scored log: {out}",
-        "its new columns: student_probability_watch, student_probability_like, student_value, "
-        "student_version",
+        f"scores: {out}",
+        "their columns: request, item, probability_watch, probability_like, value, version",
     ]
     finished = small.run("-m", "experiments.score", *flags, "--config.data.rows=requests")
     assert finished.returncode == 2

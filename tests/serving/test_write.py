@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from kd_ranker import manifest
 from kd_ranker.serving import check, programs, write
 from tests.serving.test_programs import batch_of, trained_ranker
 
@@ -58,4 +59,5 @@ def test_the_readme_tells_what_the_folder_holds(tmp_path, of_a_log):
     described = json.loads((folder / "export.json").read_text())
     assert described["programs"]["score"]["inputs"]["item_embedding"]["shape"] == ["rows", 8]
     assert max(check.largest_differences(folder, "jax").values()) <= check.TOLERANCE
+    manifest.check(folder, "", ABOUT["run"])
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []

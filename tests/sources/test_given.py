@@ -9,6 +9,7 @@ import pytest
 import kd_ranker as kd
 from kd_ranker.batch import STORED
 from kd_ranker.pipeline import datasets
+from kd_ranker.requests import storage
 from kd_ranker.requests.records import read_requests
 from kd_ranker.sources import given
 
@@ -36,7 +37,7 @@ def mappings(number=20, seed=0):
         shown = int(draw.integers(1, 4))
         passed = shown + int(draw.integers(0, 3))
         retrieved = passed + int(draw.integers(0, 3))
-        events = int(draw.integers(0, 5))
+        events = int(draw.integers(0, 4))
         yield dict(
             request_id=100 + index,
             time=int(draw.integers(1000)),
@@ -74,9 +75,19 @@ def test_what_was_handed_over_is_what_is_read(tmp_path):
         number: request for of_split in found.values() for number, request in of_split.items()
     }
     assert len(together) == len(made)
+    kept = storage.open_at(dataset.directory, given.MADE_BY)
+    as_given = {of.request_id: of for split in given.SPLITS for of in read_requests(kept, split)}
     for each in made:
-        for name, value in each.items():
-            np.testing.assert_array_equal(getattr(together[each["request_id"]], name), value, name)
+        counts = (each["teacher_version"] == "v1") & (each["teacher_weight"] > 0)
+        probability = np.where(counts[:, None], each["teacher_probability"], np.float32(np.nan))
+        of_teacher = dict(
+            teacher_weight=counts, teacher_probability=probability, teacher_version="v1"
+        )
+        request = as_given[each["request_id"]]
+        for name, value in {**each, **of_teacher}.items():
+            np.testing.assert_array_equal(getattr(request, name), value, name)
+        # In a dataset for training, candidates are in another order.
+        assert {*together[request.request_id].item_id} == {*request.item_id}
     # By time: no request of a split is earlier than one of the split before.
     times = [[request.time for request in found[split].values()] for split in given.SPLITS]
     assert max(times[0]) < min(times[1]) <= max(times[1]) < min(times[2])

@@ -5,7 +5,6 @@ DuckDB, `spark_engine` in Spark. Both run `templates/log.sql`, which makes reque
 `templates/report.sql`, which counts for the report; `query` fills these in. `ordered` writes
 requests and candidates in their final order, `encode` turns a piece of them into requests as they
 are stored, and `source` connects the steps. `data_report`, `findings`, `leaks` and `looks` report
-on the log. `rejected`, `vocabulary` and `candidate_rows` write files next to the dataset. `unseen`
-reads a log to score. `write_back` adds the columns of a teacher to a log. `infer` writes a first
-config, by the facts of `column_facts`.
+on the log. `rejected` and `vocabulary` write files next to the dataset. `unseen` reads a log to
+score. `infer` writes a first config, by the facts of `column_facts`.
 """

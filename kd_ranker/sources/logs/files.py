@@ -1,13 +1,12 @@
-"""The files of a log, or its SELECT: finding and checking them, and reading parts of them."""
+"""The files of a log, or its SELECT: finding and checking them."""
 
 import collections
 import contextlib
 import dataclasses
 import difflib
 import hashlib
-import itertools
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 from urllib.parse import unquote
@@ -26,8 +25,6 @@ SUFFIXES = (".parquet", ".pq")
 # How many footers are read at a time: a store far away answers many requests at once.
 _FOOTERS_AT_A_TIME = 16
 _BY_SQL = "read files of other kinds by data.sql, such as SELECT * FROM 'log.csv'"
-# About how many candidates are read at a time.
-BATCH_ENTRIES = 1 << 17
 # The names under which different stores keep a mark that differs once a file is rewritten.
 _CHANGED = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag")
 
@@ -80,24 +77,6 @@ class Wanted(NamedTuple):
         return self.key.startswith("data.features.")
 
 
-class Part(NamedTuple):
-    """A row group: the least that is read by itself.
-
-    Attributes:
-      file: the number of its file.
-      row_group: its number in the file.
-      first_row: the number of its first row in the file.
-      rows: how many it has.
-      entries: how many candidates these have, about.
-    """
-
-    file: int
-    row_group: int
-    first_row: int
-    rows: int
-    entries: int
-
-
 @dataclasses.dataclass(frozen=True)
 class Log:
     """A log, found and checked.
@@ -107,7 +86,7 @@ class Log:
       files: their paths, sorted; () for a SELECT.
       manifest: file -> its size in bytes, and a text that differs once it is rewritten. A SELECT
         has those that it reads, and `SQL`.
-      parts: the row groups of the files, in their order.
+      candidates: their number, about; 0 if that is not known.
       names: of all columns that any of them has, sorted.
       given: columns that the names of folders give, one row per file: `date=2024-05-01/`.
       sql: `data.sql`.
@@ -116,15 +95,10 @@ class Log:
     url: str
     files: tuple[str, ...]
     manifest: dict[str, list]
-    parts: tuple[Part, ...]
+    candidates: int
     names: tuple[str, ...]
     given: pa.Table
     sql: str = ""
-
-    @property
-    def candidates(self) -> int:
-        """About how many candidates it has; 0 if that is not known."""
-        return sum(part.entries for part in self.parts)
 
 
 def wanted_columns(layout: LogLayout) -> list[Wanted]:
@@ -184,26 +158,27 @@ def open_log(layout: LogLayout) -> Log:
         _check_schema(SQL, schema, wanted, families)
         _check_history(layout, families)
         names, manifest = tuple(schema.names), manifest_of("", layout.sql)
-        return Log("", (), manifest, (), names, given_by_folders([]), layout.sql)
+        return Log("", (), manifest, 0, names, given_by_folders([]), layout.sql)
     system, files, sizes, changed = find_files(layout.path)
-    parts: list[Part] = []
+    rows = candidates = 0
     files_with: collections.Counter[str] = collections.Counter()
     given = given_by_folders(files)
     for index, (schema, metadata) in enumerate(read_footers(system, files)):
         _check_schema(files[index], _with_given(schema, given), wanted, families)
-        parts += _parts(index, metadata, layout)
+        rows += metadata.num_rows
+        candidates += _candidates_in(metadata, layout)
         files_with.update(schema.names)
     _check_features(layout, given, files_with, len(files))
     _check_history(layout, families)
     _check_known(wanted, families)
-    if not sum(part.rows for part in parts):
+    if not rows:
         raise UserError(f"data.path={layout.path}: {_count(len(files), 'file')} without any row")
     _check_given(given, wanted, files_with)
     # A file's own column counts.
     given = given.drop_columns([name for name in given.column_names if name in files_with])
     manifest = _manifest(files, sizes, changed)
     url = url_of(layout.path)
-    return Log(url, tuple(files), manifest, tuple(parts), tuple(sorted(files_with)), given)
+    return Log(url, tuple(files), manifest, candidates, tuple(sorted(files_with)), given)
 
 
 def _schema_of_sql(sql: str) -> pa.Schema:
@@ -423,22 +398,16 @@ def _opened(system: Any, file: str, **options: bool) -> Iterator[pq.ParquetFile]
         ) from error
 
 
-def _parts(index: int, metadata: pq.FileMetaData, layout: LogLayout) -> list[Part]:
-    row_groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    rows = [row_group.num_rows for row_group in row_groups]
-    entries = rows
-    if layout.by_request:
-        # A list of items counts as many values as it has, and an empty one counts 1.
-        item = layout.columns["item"]
-        paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
-        place = next(place for place, path in enumerate(paths) if f"{path}.".startswith(f"{item}."))
-        entries = [row_group.column(place).num_values for row_group in row_groups]
-    firsts = itertools.accumulate(rows, initial=0)
-    return [
-        Part(index, number, first, size, count)
-        for number, (first, size, count) in enumerate(zip(firsts, rows, entries, strict=False))
-        if size
-    ]
+def _candidates_in(metadata: pq.FileMetaData, layout: LogLayout) -> int:
+    """Return about how many candidates a file has."""
+    if not layout.by_request:
+        return metadata.num_rows
+    # A list of items counts as many values as it has, and an empty one counts 1.
+    item = layout.columns["item"]
+    paths = [metadata.schema.column(number).path for number in range(metadata.num_columns)]
+    place = next(place for place, path in enumerate(paths) if f"{path}.".startswith(f"{item}."))
+    row_groups = map(metadata.row_group, range(metadata.num_row_groups))
+    return sum(row_group.column(place).num_values for row_group in row_groups)
 
 
 def _check_names(file: str, names: Sequence[str]) -> None:
@@ -634,40 +603,6 @@ def check_pages(log: Log, columns: Collection[str], threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(check, log.files):
             pass
-
-
-def read_parts(
-    log: Log,
-    parts: Iterable[Part],
-    columns: Sequence[str] | None,
-    entries: int = BATCH_ENTRIES,
-) -> Iterator[tuple[int, int, pa.RecordBatch]]:
-    """Streams some columns, or all, of parts.
-
-    Args:
-      log: the log.
-      parts: those to read.
-      columns: those to read; None reads all.
-      entries: about how many entries a batch is to have.
-
-    Yields:
-      The number of the file, that of the batch's first row in it, and the batch.
-
-    Raises:
-      UserError: a file cannot be read.
-    """
-    system, _ = fsspec.core.url_to_fs(log.url)
-    names = list(dict.fromkeys(columns)) if columns is not None else None
-    for file, parts_of_file in itertools.groupby(parts, key=lambda part: part.file):
-        with _opened(system, log.files[file]) as parquet:
-            for part in parts_of_file:
-                row = part.first_row
-                size = max(1, entries * part.rows // max(part.entries, 1))
-                for batch in parquet.iter_batches(
-                    size, [part.row_group], columns=names, use_threads=False
-                ):
-                    yield file, row, batch
-                    row += batch.num_rows
 
 
 def read_schema(log: Log, file: int) -> pa.Schema:

@@ -22,7 +22,6 @@ from kd_ranker.requests.block import Block
 from kd_ranker.requests.pool import Runner, open_threads
 from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.sources.logs import files, findings
-from kd_ranker.sources.logs.candidate_rows import ROWS_FOLDER, path_of, write_candidate_rows
 from kd_ranker.sources.logs.data_report import (
     PAGE,
     Counts,
@@ -49,7 +48,11 @@ from kd_ranker.sources.logs.looks import time_hint
 from kd_ranker.sources.logs.ordered import Piece, write_ordered
 from kd_ranker.sources.logs.query import PREFIX, Query, kind_of, vocabulary_table
 from kd_ranker.sources.logs.rejected import REJECTED_FOLDER, count_rejected, write_rejected
-from kd_ranker.sources.logs.vocabulary import VOCABULARIES_FOLDER, write_vocabularies
+from kd_ranker.sources.logs.vocabulary import (
+    VOCABULARIES_FOLDER,
+    write_requests,
+    write_vocabularies,
+)
 
 MANIFEST = "log.json"
 # Folder below `data.dir` for the report of a log of which no dataset was built.
@@ -267,14 +270,8 @@ def _source(read: PreparedLog, run: Runner) -> Source:
         hashed = {of.name: kind_of(read.types[of.column]) for of in layout.features if of.hashed}
         rules = transforms(layout, encoding, hashed)
         (directory / TRANSFORMS).write_text(json.dumps(rules, indent=2))
-        (directory / ROWS_FOLDER).mkdir()
-        rows = [
-            (database.folder, piece, path_of(directory, split, shard))
-            for split in SPLITS
-            for shard, piece in enumerate(read.shards(split))
-        ]
-        for _ in run(write_candidate_rows, rows, "writing places"):
-            pass
+        for split in SPLITS:
+            write_requests(database.folder, read.shards(split), directory, split)
         (directory / MANIFEST).write_text(json.dumps(log.manifest, indent=2))
 
     return Source(

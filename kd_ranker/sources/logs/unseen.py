@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from kd_ranker.batch import FeatureSpec, Items
 from kd_ranker.errors import UserError
@@ -37,6 +38,7 @@ from kd_ranker.sources.logs.vocabulary import read_vocabulary
 
 USER = "user"
 _ITEM_FEATURES, _ITEM_CATEGORY, _READ = "item_features.npy", "item_category.npy", "read.json"
+_ITEM_NAMES = "items.parquet"
 
 
 class Settled(NamedTuple):
@@ -208,6 +210,7 @@ def read_unseen(
         pieces = write_ordered(database)
         save_encoding(settled.encoding, folder / "encoding")
         logged = database.fetch("SELECT * FROM item_fields ORDER BY id")
+        pq.write_table(logged.select(["value", "id"]), folder / _ITEM_NAMES)
         _save_items(layout, settled, items, logged, folder)
         sizes_of = "SELECT max(size) FROM (SELECT count(*) AS size FROM used GROUP BY number) AS of"
         found = Unseen(
@@ -244,6 +247,11 @@ def load_unseen(folder: Path) -> Unseen:
 def load_items(folder: Path) -> Items:
     """The items of the dataset and of the log that `read_unseen` has read into a folder."""
     return Items(*(np.load(folder / file) for file in (_ITEM_FEATURES, _ITEM_CATEGORY)))
+
+
+def load_item_names(folder: Path) -> pa.Table:
+    """The `value` and `id` of the items of the log that `read_unseen` has read, by id."""
+    return pq.read_table(folder / _ITEM_NAMES)
 
 
 def _check_types(query: Query, settled: Settled) -> None:

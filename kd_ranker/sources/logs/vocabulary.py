@@ -1,14 +1,18 @@
-"""The id of each user, item and value of the log, in files next to a dataset."""
+"""The ids of a dataset in the terms of its log: of users, items, values and requests."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.errors import UserError
+from kd_ranker.requests.ragged import starts_of
 from kd_ranker.sources.logs.database import Database
 from kd_ranker.sources.logs.layout import LogLayout
+from kd_ranker.sources.logs.ordered import Piece, read_piece
 from kd_ranker.sources.logs.query import vocabulary_table
 
 VOCABULARIES_FOLDER = "vocabularies"
@@ -45,11 +49,14 @@ def read_vocabulary(directory: Path, name: str) -> pa.Table:
     Raises:
       UserError: it is missing.
     """
-    path = _path(directory / VOCABULARIES_FOLDER, name)
+    return _read(directory, _path(directory / VOCABULARIES_FOLDER, name))
+
+
+def _read(directory: Path, path: Path) -> pa.Table:
     if not path.exists():
         raise UserError(
-            f"{path}, which holds the ids of values, is gone; restore it, or remove "
-            f"{directory} and make it again with: python -m experiments.prepare_data"
+            f"{path}, which has ids of the log, is gone; restore it, or remove {directory} and "
+            "make it again with: python -m experiments.prepare_data"
         )
     # A path only would make pyarrow read a dataset of all its folder.
     with pq.ParquetFile(path) as parquet:
@@ -59,3 +66,26 @@ def read_vocabulary(directory: Path, name: str) -> pa.Table:
 def _path(folder: Path, name: str) -> Path:
     file = "".join(c if f"a{c}".isidentifier() or c in ".-" else "-" for c in name)
     return folder / f"{file}.parquet"
+
+
+def requests_of_piece(folder: Path, piece: Piece) -> pa.Table:
+    """Return the `request` id in the log and the number of the first `file` of each request."""
+    requests, candidates = read_piece(folder, piece, ["number", "file"])
+    numbers = np.bincount(candidates["number"].to_numpy() - piece.requests[0])
+    file = np.minimum.reduceat(candidates["file"].to_numpy(), starts_of(numbers)[:-1])
+    return pa.table({"request": requests["request"], "file": pa.array(file, pa.int32())})
+
+
+def write_requests(folder: Path, pieces: Iterable[Piece], directory: Path, split: str) -> None:
+    """Write `requests_of_piece` of a split next to its dataset, in stored order."""
+    tables = [requests_of_piece(folder, piece) for piece in pieces]
+    pq.write_table(pa.concat_tables(tables), directory / _requests_file(split), compression="zstd")
+
+
+def read_requests_of(directory: Path, split: str) -> pa.Table:
+    """Return what `write_requests` has written for a dataset; UserError if it is gone."""
+    return _read(directory, directory / _requests_file(split))
+
+
+def _requests_file(split: str) -> str:
+    return f"log_requests-{split}.parquet"

@@ -18,8 +18,6 @@ from kd_ranker import api
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.config.features import feature
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import datasets
-from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS, Request
 from kd_ranker.sources.logs import database
 from kd_ranker.sources.logs.source import REFUSED, check_unchanged
@@ -750,22 +748,9 @@ def test_processes_change_nothing(tmp_path):
     for processes in (1, 2):
         config = faulty_logs.config(log, tmp_path / f"with {processes}", processes=processes)
         directory = api.prepare(config).directory
-        dataset = datasets.dataset_of(config)
-        read_back = {split: list(read_requests(dataset, split)) for split in SPLITS}
-        # TFDS writes the fields of a record in any order.
-        files = {
-            path.name: path.read_bytes()
-            for path in directory.rglob("*")
-            if path.is_file() and ".array_record" not in path.name
-        }
-        del files["dataset_info.json"]
-        built.append((read_back, files))
-    assert same(built[0][0], built[1][0])
-    assert built[0][1] == built[1][1]
-    source = faulty_logs.open_source(faulty_logs.config(log, tmp_path / "source"))
-    requests = faulty_logs.all_requests(source)
-    source.close()
-    assert same(requests, built[0][0])
+        paths = [path for path in directory.rglob("*") if path.is_file()]
+        built.append({path.relative_to(directory): path.read_bytes() for path in paths})
+    assert built[0] == built[1]
 
 
 def test_tables_that_outgrow_memory_change_nothing(tmp_path, monkeypatch):
