@@ -5,6 +5,7 @@ from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -46,13 +47,30 @@ def stub_teacher(*unused: Any) -> Teacher:
     return Teacher(None, None, ranker, VERSION, 0, 0)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("by_request", [False, True])
-@pytest.mark.parametrize("stage", ["shown", "passed", "retrieved"])
-def test_scores_of_a_log_join_its_rows_by_request_and_item(
-    tmp_path, monkeypatch, by_request, stage
-):
+@pytest.fixture
+def stubbed(monkeypatch):
     for module in (scoring, teachers):
         monkeypatch.setattr(module, "load_teacher", stub_teacher)
+
+
+def test_scores_of_a_select_are_one_file(tmp_path, stubbed):
+    log = write_log(tmp_path / "log", make_rows(3, requests=40), files=3)
+    config = faulty_logs.config(log, tmp_path / "datasets")
+    select = faulty_logs.config("", tmp_path / "datasets", sql=f"SELECT * FROM '{log}/*.parquet'")
+    tables = []
+    for of in (config, select):
+        of.evaluation.requests = 8
+        api.prepare(of)
+        names = sorted(api.log_teacher(of).directory.glob("*.parquet"))
+        table = pa.concat_tables(map(pq.read_table, names))
+        tables.append(table.sort_by([("request", "ascending"), ("item", "ascending")]))
+    assert [path.name for path in names] == ["00000-data.parquet"]
+    assert tables[0].equals(tables[1])
+
+
+@pytest.mark.parametrize("by_request", [False, True])
+@pytest.mark.parametrize("stage", ["shown", "passed", "retrieved"])
+def test_scores_of_a_log_join_its_rows_by_request_and_item(tmp_path, stubbed, by_request, stage):
     rows = make_rows(3, requests=40, faults=0.05, texts=True)
     log = write_log(tmp_path / "log", rows, by_request, files=3, shuffle=5)
     config = faulty_logs.config(log, tmp_path / "datasets")

@@ -156,11 +156,14 @@ def assert_close(found: Scores, expected: Scores) -> None:
     )
 
 
-@pytest.mark.parametrize("by_request", [False, True])
-def test_a_held_out_log_has_the_teachers_scores_of_the_dataset(world, tmp_path, by_request):
-    log = write_raw(tmp_path / "log", world.tested, by_request, files=2, shuffle=3)
-    rows = "request" if by_request else "candidate"
-    config = config_for(world, "teacher", log, **{"data.rows": rows})
+@pytest.mark.parametrize("form", ["candidate", "request", "select"])
+def test_a_held_out_log_has_the_teachers_scores_of_the_dataset(world, tmp_path, form):
+    log = write_raw(tmp_path / "log", world.tested, form == "request", files=2, shuffle=3)
+    config = config_for(world, "teacher", log)
+    if form == "select":
+        config.data.path, config.data.sql = "", f"SELECT * FROM '{log}/*.parquet'"
+    else:
+        config.data.rows = form
     scored, _ = scoring.score_unseen(config, world.folder / "teacher", output=tmp_path / "out")
     found, logged = scores_in(scored), scores_in(api.log_teacher(world.config))
     assert len(found) == sum(len(row.candidates) for row in world.tested)
