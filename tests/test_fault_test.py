@@ -51,8 +51,8 @@ def test_another_byte_or_a_missing_file_is_a_difference():
             fault_test._compare({"a": b"1"}, found)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rounds", [1, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("rounds", [3])
 def test_rounds_end_with_the_same_results(tmp_path, monkeypatch, rounds):
     # Each of many processes compiles the same, so that it pays to keep all of it.
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
