@@ -40,7 +40,7 @@ _BY_STEP = {
 }
 _SHAPES = {"none": "square", "aux": "circle", "shared": "diamond"}
 # By serving choice, lengths of dashes and gaps.
-_DASHES = {"user": [1, 0], "teacher": [5, 2.5], "blend": [1.2, 2]}
+_DASHES: dict[str, list[float]] = {"user": [1, 0], "teacher": [5, 2.5], "blend": [1.2, 2]}
 # The dash of a student without distillation, where a color is a size and not a mode.
 _UNDISTILLED = [4, 2]
 
