@@ -40,9 +40,9 @@ _BY_STEP = {
 }
 _SHAPES = {"none": "square", "aux": "circle", "shared": "diamond"}
 # By serving choice, lengths of dashes and gaps.
-_DASHES: dict[str, list[float]] = {"user": [1, 0], "teacher": [5, 2.5], "blend": [1.2, 2]}
+_DASHES = {"user": [1.0, 0.0], "teacher": [5, 2.5], "blend": [1.2, 2]}
 # The dash of a student without distillation, where a color is a size and not a mode.
-_UNDISTILLED = [4, 2]
+_UNDISTILLED = [4.0, 2.0]
 
 _DPI = 300
 # In points, of a file: a row of the legend, and an axis with its labels and title.
@@ -77,7 +77,7 @@ def files(figure: Figure) -> dict[str, bytes]:
         chart = alt.concat(*panels, columns=columns)
     theme = _theme(1, form.marked) | {"background": "white"}
     theme["legend"] |= {"columns": legend_columns}
-    chart = chart.add_params(_ALL, alt.param(name="unit", value=1))
+    chart = chart.add_params(_ALL, alt.param(name="points", value=1))
     svg = vl_convert.vegalite_to_svg(chart.configure(**theme).to_dict())
     # The unit of the size is the point, as in the other formats; without one it is the pixel.
     in_points = re.sub(r' (width|height)="([\d.]+)"', r' \1="\2pt"', svg, count=2)
@@ -97,7 +97,7 @@ def page_panels(figure: Figure) -> list[str]:
     form, fit = _FORMS[figure.name], alt.AutoSizeParams(type="fit", contains="padding")
     panels = [
         panel.properties(height=form.page_height, autosize=fit)
-        .add_params(_CHOSEN, alt.param(name="unit", value=_PAGE_UNIT))
+        .add_params(_CHOSEN, alt.param(name="points", value=_PAGE_UNIT))
         .configure(**_theme(_PAGE_UNIT, form.marked))
         for panel in _panels(figure)
     ]
@@ -386,7 +386,7 @@ def _curves(
         values = _values(at.assign(mean=rule, place=range(len(at))))
         place = {"x": x.on(alt.X, crossing), "y": place["y"]}
         # Labels of close crossings would overlap, so each is a step further down.
-        down = alt.expr("(10 + 9 * datum.place) * unit")
+        down = alt.expr("(10 + 9 * datum.place) * points")
         text = alt.Text(crossing, type="quantitative", format=x.format.replace("~", ".1"))
         layers += [
             _layer("point", "mark", filled=True).encode(**place).properties(data=values),
