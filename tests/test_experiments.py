@@ -219,7 +219,7 @@ def test_a_workdir_is_held_by_its_run_until_that_ends_or_dies(world, tmp_path):
     assert not list(workdir.glob(".lock*"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_of_two_extensions_at_once_one_is_refused_and_each_student_keeps_its_name(world, tmp_path):
     def extended(*seeds):
         none = {"sweep__modes": ("none",), "sweep__group_size": 1, "train__eval_every": 0}

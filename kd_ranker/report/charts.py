@@ -1,6 +1,7 @@
 """Draw the figures with Altair: one chart per panel, for a paper's files and for the page.
 
-Colors and marks follow the mode, dashes the serving choice. They are the same in every figure.
+Lines have the color and the mark of their mode, and the dash of their serving choice. These are the
+same in every figure.
 """
 
 import functools
@@ -15,13 +16,12 @@ import altair as alt
 import pandas as pd
 import vl_convert
 
-from kd_ranker.evaluation.metrics import METRICS, TARGET, title_of
+from kd_ranker.evaluation.metrics import TARGET, title_of
 from kd_ranker.report.figures import REFERENCE, Figure
 
-Panels = list[alt.LayerChart | alt.FacetChart]
+Chart = alt.LayerChart | alt.FacetChart
 
 FORMATS = ("svg", "pdf", "png")
-KINDS = {"user_loss": "user loss", "distill_loss": "distillation loss"}
 
 # After Okabe and Ito's palette for color-blind readers (jfly.uni-koeln.de, 2008). All of these are
 # visible on a white and on a black page.
@@ -38,22 +38,11 @@ _BY_STEP = {
     "best without scores": "#56b4e9",
     "best with scores": _BY_MODE["aux"],
 }
+_SHAPES = {"none": "square", "aux": "circle", "shared": "diamond"}
+# By serving choice, lengths of dashes and gaps.
+_DASHES = {"user": [1.0, 0.0], "teacher": [5, 2.5], "blend": [1.2, 2]}
 # The dash of a student without distillation, where a color is a size and not a mode.
-_UNDISTILLED = "undistilled"
-# By serving choice: lengths of dashes and gaps, and such a line as an SVG path from -3 to 3.
-_DASHES: dict[str, tuple[list[float], str]] = {
-    "user": ([1, 0], "M-3,0H3"),
-    "teacher": ([5, 2.5], "M-3,0h1.6m.6,0h1.6m.6,0h1.6"),
-    _UNDISTILLED: ([4, 2], "M-3,0h1.4m.8,0h1.6m.8,0h1.4"),
-    "blend": ([1.2, 2], "M-3,0h.5m.6,0h.5m.6,0h.5m.6,0h.5m.6,0h.5m.6,0h.5"),
-}
-# By mode, as SVG paths around the origin: square, circle, diamond; a triangle for other modes.
-_MARKS = {
-    "none": "M-.85,-.85H.85V.85H-.85Z",
-    "aux": "M-.95,0A.95,.95,0,1,1,.95,0A.95,.95,0,1,1,-.95,0Z",
-    "shared": "M0,-1.25L1.25,0L0,1.25L-1.25,0Z",
-}
-_OTHER_MARK = "M0,-1.1L1.1,.9H-1.1Z"
+_UNDISTILLED = [4.0, 2.0]
 
 _DPI = 300
 # In points, of a file: a row of the legend, and an axis with its labels and title.
@@ -74,10 +63,7 @@ def files(figure: Figure) -> dict[str, bytes]:
       figure: one of `figures.figures`, with data.
     """
     form = _FORMS[figure.name]
-    panels = [
-        panel.properties(width=form.width, height=form.height)
-        for panel in form.draw(figure.data, False)
-    ]
+    panels = [panel.properties(width=form.width, height=form.height) for panel in _panels(figure)]
     names = list(figure.data["line"].unique())
     columns = min(len(panels), form.columns)
     # A single panel includes its axis in its width.
@@ -89,9 +75,10 @@ def files(figure: Figure) -> dict[str, bytes]:
         chart: Any = panels[0].properties(height=form.height + _LEGEND_ROW * rows, autosize=fit)
     else:
         chart = alt.concat(*panels, columns=columns)
-    theme = _theme(1) | {"background": "white"}
+    theme = _theme(1, form.marked) | {"background": "white"}
     theme["legend"] |= {"columns": legend_columns}
-    svg = vl_convert.vegalite_to_svg(chart.add_params(_ALL).configure(**theme).to_dict())
+    chart = chart.add_params(_ALL, alt.param(name="points", value=1))
+    svg = vl_convert.vegalite_to_svg(chart.configure(**theme).to_dict())
     # The unit of the size is the point, as in the other formats; without one it is the pixel.
     in_points = re.sub(r' (width|height)="([\d.]+)"', r' \1="\2pt"', svg, count=2)
     return {
@@ -110,9 +97,9 @@ def page_panels(figure: Figure) -> list[str]:
     form, fit = _FORMS[figure.name], alt.AutoSizeParams(type="fit", contains="padding")
     panels = [
         panel.properties(height=form.page_height, autosize=fit)
-        .add_params(_CHOSEN)
-        .configure(**_theme(_PAGE_UNIT))
-        for panel in form.draw(figure.data, True)
+        .add_params(_CHOSEN, alt.param(name="points", value=_PAGE_UNIT))
+        .configure(**_theme(_PAGE_UNIT, form.marked))
+        for panel in _panels(figure)
     ]
     # A "<" in a name must not end the script element that holds the JSON.
     return [json.dumps(panel.to_dict(), sort_keys=True).replace("<", "\\u003c") for panel in panels]
@@ -131,7 +118,29 @@ def colors(modes: Sequence[str]) -> list[str]:
     return [by_mode.pop(mode) if mode in by_mode else next(free) for mode in modes]
 
 
-def _theme(unit: float) -> dict[str, Any]:
+def ticks(low: float, high: float) -> list[int]:
+    """Return round numbers for a logarithmic axis of k.
+
+    >>> ticks(30, 2000)
+    [50, 100, 200, 500, 1000, 2000]
+    """
+    steps = (step * 10**power for power in range(10) for step in (1, 2, 5))
+    return [step for step in steps if low <= step <= high]
+
+
+def _panels(figure: Figure) -> list[Chart]:
+    """Return a chart per panel: per group of the rows, with its part of the data."""
+    form, data = _FORMS[figure.name], figure.data
+    if not form.panels:
+        return [form.draw(data, data)]
+    titled = form.panels[-1] == "task"
+    return [
+        form.draw(part, data).properties(**({"title": str(of[-1])} if titled else {}))
+        for of, part in data.groupby([*form.panels], sort=False)
+    ]
+
+
+def _theme(unit: float, marked: bool) -> dict[str, Any]:
     """Return the Vega-Lite config with text of 7 and 8 units."""
     text = {"align": "left", "fontSize": 6 * unit}
     return {
@@ -143,8 +152,7 @@ def _theme(unit: float) -> dict[str, Any]:
             "reference": {"strokeWidth": 0.7 * unit, "strokeDash": [4 * unit, 3 * unit]},
             "muted": {"strokeWidth": 0.7 * unit},
             "named": text | {"dx": 7 * unit, "dy": -2 * unit},
-            "point": {"size": 20 * unit**2},
-            "crossing": {"size": 30 * unit**2},
+            "mark": {"size": 20 * unit**2},
             "weight": text | {"dx": 3 * unit, "dy": -4 * unit},
             "needed": text | {"fontSize": 7 * unit, "dx": 6 * unit},
         },
@@ -157,47 +165,95 @@ def _theme(unit: float) -> dict[str, Any]:
         },
         "legend": {
             "orient": "top", "title": None, "offset": 4 * unit, "labelFontSize": 7 * unit,
-            "labelLimit": 0, "labelOffset": 8 * unit, "symbolSize": 20 * unit**2,
-            "symbolOffset": 6 * unit, "symbolStrokeWidth": 1.2 * unit,
-            "rowPadding": 3 * unit, "columnPadding": 10 * unit,
+            "labelLimit": 0, "symbolSize": (20 if marked else 120) * unit**2,
+            "symbolStrokeWidth": 1.2 * unit, "rowPadding": 3 * unit, "columnPadding": 10 * unit,
         },
         "title": {"fontSize": 8 * unit, "fontWeight": "normal", "offset": 4 * unit},
         "concat": {"spacing": 14 * unit},
     }  # fmt: skip
 
 
-def _panel(
-    data: pd.DataFrame, layers: Sequence[alt.Chart], figure: pd.DataFrame, marked: bool = False
-) -> alt.LayerChart | alt.FacetChart:
-    """Return layers over a table, in the colors of a figure's lines, with their legend.
+class _Axis(NamedTuple):
+    """An axis of numbers.
+
+    Attributes:
+      field: a column; other columns may share the axis.
+      title: its title.
+      domain: the lowest and the highest number; None fits it to the data.
+      format: of its numbers, as in D3.
+      options: of its labels, such as `values`.
+      scale: of its scale, such as `type`.
+    """
+
+    field: str
+    title: str
+    domain: tuple[float, float] | None = None
+    format: str = ""
+    options: dict[str, Any] = {}
+    scale: dict[str, Any] = {}
+
+    def on(self, channel: Callable[..., Any], field: str = "") -> Any:
+        """Return the channel of the axis for a field, by default its own."""
+        fit = {"domain": self.domain, "nice": False} if self.domain else {"zero": False}
+        options = {"tickCount": 6} | ({"format": self.format} if self.format else {}) | self.options
+        return channel(
+            field or self.field, type="quantitative", title=self.title,
+            scale=alt.Scale(**(fit | self.scale)), axis=alt.Axis(**options),
+        )  # fmt: skip
+
+    def holds(self, numbers: pd.Series) -> pd.Series:
+        """Return True for the numbers in the domain."""
+        return numbers.between(*(self.domain or (-math.inf, math.inf)))
+
+
+class _Look(NamedTuple):
+    """The channels by which the lines of a figure differ, the same in all of its layers."""
+
+    color: alt.Color
+    shape: alt.Shape
+    dash: alt.StrokeDash
+
+
+def _look(figure: pd.DataFrame, marked: bool) -> _Look:
+    """Return the look of the students' lines.
 
     Args:
-      data: of the panel.
-      layers: from the back to the front.
-      figure: the data of all panels, with the columns `line`, `mode` and `plain`, `serve` where
-        dashes differ, and `color` where that is not the mode's.
-      marked: whether lines have the marks of their modes.
+      figure: the data of all panels. If its column `size` has several values, a color is a size,
+        and students without distillation have a broken line.
+      marked: whether the legend has the marks of the modes in place of lines.
     """
-    lines = figure.drop_duplicates("line")
-    serves = lines["serve"] if "serve" in lines else ["user"] * len(lines)
-    glyphs = [
-        _DASHES[serve][1] + (_MARKS.get(mode, _OTHER_MARK) if marked else "")
-        for mode, serve in zip(lines["mode"], serves, strict=True)
-    ]
-    modes = lines["mode"].where(lines["plain"], "variant").tolist()
-    palette = list(lines["color"]) if "color" in lines else colors(modes)
-    names = lines["line"].tolist()
+    lines = figure[figure["mode"] != REFERENCE].drop_duplicates("line")
+    modes, names = lines["mode"], lines["line"].tolist()
+    palette = colors(modes.where(lines["plain"], "variant").tolist())
+    dashes = [_DASHES[serve] for serve in lines["serve"]]
+    if "size" in lines and lines["size"].nunique() > 1:
+        sizes = lines["size"].unique().tolist()
+        of_size = dict(zip(sizes, colors(sizes), strict=True))
+        palette = [of_size[size] for size in lines["size"]]
+        dashes = [_UNDISTILLED if mode == "none" else _DASHES["user"] for mode in modes]
+    shapes = [_SHAPES.get(mode, "triangle-up") if marked else "stroke" for mode in modes]
+
+    def of_line(channel: Any, looks: Sequence[Any]) -> Any:
+        return channel("line:N", scale=alt.Scale(domain=names, range=looks))
+
+    dash = of_line(alt.StrokeDash, dashes)
+    if marked:
+        # In the legend, a mark with a broken outline would look damaged.
+        by_serve = alt.Scale(domain=list(_DASHES), range=list(_DASHES.values()))
+        dash = alt.StrokeDash("serve:N", scale=by_serve, legend=None)
+    return _Look(of_line(alt.Color, palette), of_line(alt.Shape, shapes), dash)
+
+
+def _panel(data: pd.DataFrame, look: _Look, layers: Sequence[alt.Chart]) -> alt.LayerChart:
+    """Return layers over a table, from the back to the front, with a legend of their lines."""
     # This layer draws nothing: it holds the legend, and receives clicks on it.
-    shape = alt.Shape("line:N", scale=alt.Scale(domain=names, range=glyphs))
-    key = alt.Chart().mark_point(size=0, filled=True, opacity=1).encode(shape=shape)
-    color = alt.Color("line:N", scale=alt.Scale(domain=names, range=palette))
-    return alt.layer(key, *layers, data=_values(data)).encode(color=color)
+    key = alt.Chart().mark_point(size=0, filled=True, opacity=1)
+    key = key.encode(shape=look.shape, strokeDash=look.dash)
+    return alt.layer(key, *layers, data=_values(data)).encode(color=look.color)
 
 
 def _values(data: pd.DataFrame) -> alt.InlineData:
-    """Return a table's rows with the SVG path of their mark."""
-    marked = data.assign(path=[_MARKS.get(mode, _OTHER_MARK) for mode in data["mode"]])
-    return alt.InlineData(values=json.loads(marked.to_json(orient="records", double_precision=9)))
+    return alt.InlineData(values=json.loads(data.to_json(orient="records", double_precision=9)))
 
 
 def _layer(kind: str, style: str, opacity: float = 1.0, **properties: Any) -> alt.Chart:
@@ -207,21 +263,12 @@ def _layer(kind: str, style: str, opacity: float = 1.0, **properties: Any) -> al
     return mark.encode(opacity=shown)
 
 
-def _lines(**place: Any) -> alt.Chart:
-    """Return lines in the dashes of their serving choices."""
-    scale = alt.Scale(domain=list(_DASHES), range=[dash for dash, _ in _DASHES.values()])
-    dash = alt.StrokeDash("serve:N", scale=scale, legend=None)
-    return _layer("line", "curve", clip=True).encode(strokeDash=dash, **place)
-
-
-def _points(tooltip: list[alt.Tooltip], style: str = "point", **place: Any) -> alt.Chart:
-    """Return marks in the shapes of their modes, with their numbers under the pointer."""
-    shape = alt.Shape("path:N", scale=None)
-    return _layer("point", style, filled=True).encode(shape=shape, tooltip=tooltip, **place)
-
-
-def _under_pointer(tooltip: list[alt.Tooltip], **place: Any) -> alt.Chart:
-    """Return invisible points that show the numbers of a line without marks."""
+def _under_pointer(*axes: _Axis, **place: Any) -> alt.Chart:
+    """Return invisible points that show the line and its numbers on the axes."""
+    tooltip = [alt.Tooltip("line:N", title="setting")]
+    tooltip += [
+        alt.Tooltip(f"{of.field}:Q", title=of.title, format=of.format or ".4f") for of in axes
+    ]
     # Points outside the domain would take part in fitting the panel.
     points = alt.Chart().mark_point(size=150, clip=True)
     return points.encode(opacity=alt.value(0), tooltip=tooltip, **place)
@@ -234,327 +281,208 @@ def _reference(*values: dict[str, float], **place: Any) -> alt.Chart:
     return line(style="reference", clip=True).encode(color=alt.value(_GRAY), **place)
 
 
-def _axis(
-    channel: Callable[..., Any], title: str, scale: dict[str, Any] | None = None, **axis: Any
-) -> Callable[[str], Any]:
-    """Return a function from a field to its channel; all fields share the title and the scale."""
-    return functools.partial(
-        channel, type="quantitative", title=title, scale=alt.Scale(**scale or {}),
-        axis=alt.Axis(**axis),
-    )  # fmt: skip
-
-
-def _number(field: str, title: str, form: str = ".4f") -> alt.Tooltip:
-    return alt.Tooltip(field, type="quantitative", title=title, format=form)
-
-
-def _name(field: str, title: str) -> alt.Tooltip:
-    return alt.Tooltip(field, type="nominal", title=title)
-
-
-def _intervals(x: Callable, y: Callable, of_x: str, of_y: str) -> list[alt.Chart]:
-    """Return a horizontal and a vertical bar per mark, from `_low` to `_high` of its measures."""
-    # Bars of unpaired means are wide; readers should compare the marks.
-    bars = _layer("rule", "thin", opacity=0.45)
-    return [
-        bars.encode(x=x(f"{of_x}_low"), x2=f"{of_x}_high", y=y(of_y)),
-        bars.encode(x=x(of_x), y=y(f"{of_y}_low"), y2=f"{of_y}_high"),
-    ]
-
-
-def _pareto(data: pd.DataFrame, page: bool) -> Panels:
-    measures = ("user_bce", "teacher_bce")
-    x, y = (
-        _axis(channel, f"{title_of(of)}, mean over tasks (nats)", {"zero": False}, tickCount=6)
-        for channel, of in zip((alt.X, alt.Y), measures, strict=True)
-    )
-    place = {"x": x(measures[0]), "y": y(measures[1])}
-    tooltip = [_name("setting", "setting"), *(_number(of, title_of(of)) for of in measures)]
-    layers = [
-        *_intervals(x, y, *measures),
-        _lines(order=alt.Order("weight:Q"), **place),
-        _points(tooltip, **place),
-        _layer("text", "weight").encode(text="weight:Q", **place)
-        .transform_filter("isValid(datum.weight)"),
-    ]  # fmt: skip
-    return [_panel(data, layers, data, marked=True)]
-
-
-def _waterfall(data: pd.DataFrame, page: bool) -> Panels:
-    y = alt.Y("line:N", title=None, sort=data["line"].tolist(), axis=alt.Axis(labelLimit=0))
+def _waterfall(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
     end = data[["mean", "high"]].max(axis=1)
     # The longest bar leaves room for its number.
-    scale = {"domain": [0.0, 1.15 * float(end.max())], "nice": False}
-    x = _axis(alt.X, "candidates to pass for 99% of the final value", scale, tickCount=5)
+    title, ticked = "candidates to pass for 99% of the final value", {"tickCount": 5}
+    axis = _Axis("mean", title, (0, 1.15 * end.max()), options=ticked)
+    y = alt.Y("line:N", title=None, sort=data["line"].tolist(), axis=alt.Axis(labelLimit=0))
     steps = alt.Scale(domain=list(_BY_STEP), range=list(_BY_STEP.values()))
     color = alt.Color("line:N", scale=steps, legend=None)
-    tooltip = [_name("setting", "setting"), _number("mean", "candidates", ".0f")]
-    bars = alt.Chart().mark_bar().encode(x=x("mean"), y=y, color=color, tooltip=tooltip)
-    ends = alt.Chart().mark_rule(style="thin").encode(x=x("low"), x2="high", y=y)
-    text = alt.Text("mean:Q", format=".0f")
-    numbers = alt.Chart().mark_text(style="needed").encode(x=x("end"), y=y, text=text)
-    return [alt.layer(bars, ends, numbers, data=_values(data.assign(end=end)))]
+    tooltip = ["setting:N", alt.Tooltip("mean:Q", title="candidates", format=".0f")]
+    bars = alt.Chart().mark_bar().encode(x=axis.on(alt.X), y=y, color=color, tooltip=tooltip)
+    ends = alt.Chart().mark_rule(style="thin").encode(x=axis.on(alt.X, "low"), x2="high", y=y)
+    numbers = alt.Chart().mark_text(style="needed").encode(
+        x=axis.on(alt.X, "end"), y=y, text=alt.Text("mean:Q", format=".0f")
+    )  # fmt: skip
+    return alt.layer(bars, ends, numbers, data=_values(data.assign(end=end)))
 
 
-def _plane(data: pd.DataFrame, page: bool) -> Panels:
-    x = _axis(alt.X, "saving", tickCount=6, format="~%")
-    y = _axis(alt.Y, "change for users", tickCount=6, format="+.2~%")
-    tooltip = [
-        _name("setting", "setting"), _number("saving", "saving"),
-        _number("users", "change for users"),
-    ]  # fmt: skip
-    layers = [
-        _reference({"users": float(data["margin"].iloc[0])}, y=y("users")),
-        *_intervals(x, y, "saving", "users"),
-        _points(tooltip, x=x("saving"), y=y("users")),
-    ]
-    return [_panel(data, layers, data, marked=True)]
+def _points(data: pd.DataFrame, figure: pd.DataFrame, x: _Axis, y: _Axis, order: str = "") -> Chart:
+    """Return a mark per row, with a bar per interval where the data have its ends.
+
+    Args:
+      data: of the panel. A column `margin` draws a line at that y.
+      figure: of all panels.
+      x: an axis; the ends of the interval of its field are `_low` and `_high`.
+      y: the other axis.
+      order: the column along which lines connect the marks; "" draws none.
+    """
+    look, place = _look(figure, True), {"x": x.on(alt.X), "y": y.on(alt.Y)}
+    layers = []
+    if "margin" in data:
+        layers.append(_reference({y.field: float(data["margin"].iloc[0])}, y=place["y"]))
+    if f"{x.field}_low" in data:
+        # Pale, since readers should compare the marks.
+        rule = _layer("rule", "thin", opacity=0.45)
+        across, up = x.on(alt.X, f"{x.field}_low"), y.on(alt.Y, f"{y.field}_low")
+        layers.append(rule.encode(x=across, x2=f"{x.field}_high", y=place["y"]))
+        layers.append(rule.encode(x=place["x"], y=up, y2=f"{y.field}_high"))
+    if order:
+        lines = _layer("line", "curve", clip=True)
+        layers.append(lines.encode(order=f"{order}:Q", strokeDash=look.dash, **place))
+    layers.append(_layer("point", "mark", filled=True).encode(shape=look.shape, **place))
+    layers.append(_under_pointer(x, y, **place))
+    if order == "weight":
+        text = _layer("text", "weight").encode(text="weight:Q", **place)
+        layers.append(text.transform_filter("isValid(datum.weight)"))
+    return _panel(data, look, layers)
 
 
-def _frontier(data: pd.DataFrame, page: bool) -> Panels:
-    students, references = _by_kind(data)
-    if students["size"].nunique() > 1:
-        # One color per size, and a broken line for its student without distillation.
-        sizes = students["size"].unique().tolist()
-        students = students.assign(
-            color=students["size"].map(dict(zip(sizes, colors(sizes), strict=True))),
-            serve=students["mode"].map(lambda mode: _UNDISTILLED if mode == "none" else "user"),
-        )
-    low = _window(students)[2]
-    costs = students.loc[students["mean"] >= low, "cost"].min(), students["cost"].max()
-    x = _axis(
-        alt.X,
-        "cost of the funnel, over that of only the final ranker",
-        {"type": "log", "domain": costs, "nice": False},
-        values=[share / 1000 for share in ticks(1, 1000)],
-        format="~%",
+def _pareto(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
+    x, y = (
+        _Axis(of, f"{title_of(of)}, mean over tasks (nats)") for of in ("user_bce", "teacher_bce")
     )
-    y = _axis(alt.Y, "value captured", {"domain": [low, 1.005], "nice": False}, tickCount=6)
-    inside = references[(references["mean"] >= low) & (references["cost"] >= costs[0])]
-    tooltip = [_number("k", "k", "d"), _number("cost", "cost", ".1%")]
-    layers = [
-        *_muted(inside, x("cost"), y("mean")),
-        *_banded(x("cost"), y, tooltip, page),
-        *_crossings(students, "cost_for_99", x, y, ".1%", page),
-    ]
-    return [_panel(students, layers, students)]
+    return _points(data, figure, x, y, "weight")
 
 
-def _by_kind(data: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Split curves into those of students and those of rankers without a model."""
+def _plane(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
+    x = _Axis("saving", "saving", format="~%", scale={"zero": True})
+    y = _Axis("users", "change for users", format="+.2~%", scale={"zero": True})
+    return _points(data, figure, x, y)
+
+
+def _calibration(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
+    ends = (0.0, 1.05 * float(data[["predicted", "observed"]].max().max()))
+    x, y = (_Axis(of, of, ends, options={"tickCount": 5}) for of in ("predicted", "observed"))
+    diagonal = ({"predicted": end, "observed": end} for end in ends)
+    line = _reference(*diagonal, x=x.on(alt.X), y=y.on(alt.Y))
+    return _points(data, figure, x, y, "bin") + line
+
+
+def _curves(
+    data: pd.DataFrame, figure: pd.DataFrame, x: _Axis, y: _Axis, rule: float | None = None,
+    crossing: str = "",
+) -> Chart:  # fmt: skip
+    """Return a line with a band per student, and a gray one per reference, with its name.
+
+    Args:
+      data: of the panel.
+      figure: of all panels.
+      x: the axis of its `field`, with a domain.
+      y: the axis of the column `mean`, with the ends `low` and `high`, and a domain.
+      rule: where a dashed line is; None draws none.
+      crossing: the column with the place where a line crosses the rule, to mark; "" marks none.
+    """
+    look, place = _look(figure, False), {"x": x.on(alt.X), "y": y.on(alt.Y)}
     of_references = data["mode"] == REFERENCE
-    return data[~of_references], data[of_references]
-
-
-def _muted(data: pd.DataFrame, x: alt.X, y: alt.Y) -> list[alt.Chart]:
-    """Return lines for comparison, each with its name where it begins."""
-    if data.empty:
-        return []
-    place = {"x": x, "y": y, "color": alt.value(_MUTED)}
-    lines = alt.Chart(_values(data)).mark_line(style="muted", clip=True)
-    names = alt.Chart(_values(data.drop_duplicates("line"))).mark_text(style="named")
-    return [lines.encode(detail="line:N", **place), names.encode(text="line:N", **place)]
-
-
-def _crossings(
-    data: pd.DataFrame, field: str, x: Callable, y: Callable, form: str, page: bool
-) -> list[alt.Chart]:
-    """Return marks where each line reaches 99%, each with the number of `field` there."""
-    crossings = data.drop_duplicates("line").sort_values(field)
-    values = _values(crossings.assign(mean=TARGET, place=range(len(crossings))))
-    place = {"x": x(field), "y": y("mean")}
-    tooltip = [_name("line", "setting"), _number("passed_for_99", title_of("passed_for_99"), ".0f")]
-    # Labels of close crossings would overlap, so each is a step further down.
-    down = alt.expr(f"(10 + 9 * datum.place) * {_PAGE_UNIT if page else 1}")
-    text = alt.Text(field, type="quantitative", format=form)
-    return [
-        _reference({"mean": TARGET}, y=place["y"]),
-        _points(tooltip, "crossing", **place).properties(data=values),
-        _layer("text", "needed", dy=down).encode(text=text, **place).properties(data=values),
+    students, layers = data[~of_references], []
+    inside = x.holds(data[x.field]) & y.holds(data["mean"])
+    if len(muted := data[of_references & inside]):
+        gray = place | {"color": alt.value(_MUTED)}
+        lines = alt.Chart(_values(muted)).mark_line(style="muted", clip=True)
+        names = alt.Chart(_values(muted.drop_duplicates("line"))).mark_text(style="named")
+        layers = [lines.encode(detail="line:N", **gray), names.encode(text="line:N", **gray)]
+    band = _layer("area", "band", opacity=0.15, clip=True)
+    layers += [
+        band.encode(x=place["x"], y=y.on(alt.Y, "low"), y2="high"),
+        _layer("line", "curve", clip=True).encode(strokeDash=look.dash, **place),
+        _under_pointer(x, y, **place),
     ]
+    if rule is not None:
+        layers.append(_reference({"mean": rule}, y=place["y"]))
+    if crossing:
+        at = students.drop_duplicates("line").sort_values(crossing)
+        values = _values(at.assign(mean=rule, place=range(len(at))))
+        place = {"x": x.on(alt.X, crossing), "y": place["y"]}
+        # Labels of close crossings would overlap, so each is a step further down.
+        down = alt.expr("(10 + 9 * datum.place) * points")
+        text = alt.Text(crossing, type="quantitative", format=x.format.replace("~", ".1"))
+        layers += [
+            _layer("point", "mark", filled=True).encode(**place).properties(data=values),
+            _layer("text", "needed", dy=down).encode(text=text, **place).properties(data=values),
+        ]
+    return _panel(students, look, layers)
 
 
-def _window(data: pd.DataFrame) -> tuple[float, float, float]:
-    """Return the part of captured curves to show: lowest k, highest k, lowest value.
+def _window(
+    data: pd.DataFrame, whole: bool = False
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the part of curves to show, k and values: all, or where the best are near the top.
 
-    Curves start far below 99%, so the window starts where the best of them is near it.
+    Curves of value start far below 99%, so the window starts where the best of them is near it.
     """
-    low = max(0.0, min(0.9, float(data["mean"].median()) - 0.1))
-    near = data.loc[data["mean"] >= low, "k"]
-    return float(near.min()), float(data["k"].max()), low
-
-
-def ticks(low: float, high: float) -> list[int]:
-    """Return round numbers for a logarithmic axis of k.
-
-    >>> ticks(30, 2000)
-    [50, 100, 200, 500, 1000, 2000]
-    """
-    steps = (step * 10**power for power in range(10) for step in (1, 2, 5))
-    return [step for step in steps if low <= step <= high]
-
-
-def _value_captured(data: pd.DataFrame, page: bool) -> Panels:
-    students, _ = _by_kind(data)
-    left, right, low = _window(students)
-    x, y, layers = _over_k(data, "value captured at k", [left, right], [low, 1.005], page)
-    crossings = _crossings(students, "passed_for_99", x, y, ".0f", page)
-    return [_panel(students, [*layers, *crossings], students)]
-
-
-def _survival(data: pd.DataFrame, page: bool) -> Panels:
-    students, _ = _by_kind(data)
-    ks = [1.0, float(data["k"].max())]
-    _, _, layers = _over_k(data, "survival at k", ks, [0, 1.02], page)
-    return [_panel(students, layers, students)]
-
-
-def _true_value_captured(data: pd.DataFrame, page: bool) -> Panels:
-    students, _ = _by_kind(data)
-    # Small k show hardly any items.
-    seen = data[data["mean"] >= 0.8]
-    values = [float(seen["low"].min()), float(seen["high"].max())]
-    ks = [float(seen["k"].min()), float(data["k"].max())]
-    _, y, layers = _over_k(data, "true value captured at k", ks, values, page)
-    return [_panel(students, [*layers, _reference({"mean": 1.0}, y=y("mean"))], students)]
-
-
-def _hit_rates(data: pd.DataFrame, page: bool) -> Panels:
-    panels = []
-    for (measure, task), of_task in data.groupby(["measure", "task"], sort=False):
-        values = [0.0, 1.05 * float(of_task[["mean", "high"]].max().max())]
-        ks = [1.0, float(data["k"].max())]
-        title = METRICS[str(measure)].title
-        _, _, layers = _over_k(of_task, title, ks, values, page, powers_of_ten=True)
-        panels.append(_panel(of_task, layers, data).properties(title=task))
-    return panels
+    students = data[data["mode"] != REFERENCE]
+    low = 0.0 if whole else max(0.0, min(0.9, float(students["mean"].median()) - 0.1))
+    near = students[students["mean"] >= low]
+    top = float(near[["mean", "high"]].max().max())
+    return (float(near["k"].min()), float(near["k"].max())), (low, top + 0.05 * (top - low))
 
 
 def _over_k(
-    data: pd.DataFrame, title: str, ks: list[float], values: list[float], page: bool,
-    powers_of_ten: bool = False,
-) -> tuple[Callable, Callable, list[alt.Chart]]:  # fmt: skip
-    """Return the axes of k and of a value over their ranges, and a line with a band per setting.
-
-    References are muted.
-    """
-    at = [k for k in ticks(1, ks[1]) if not powers_of_ten or str(k).startswith("1")]
-    scale = {"type": "log", "domain": ks, "nice": False}
-    x = _axis(alt.X, "candidates passed, k", scale, values=at, format="d")
-    y = _axis(alt.Y, title, {"domain": values, "nice": False}, tickCount=6)
-    _, references = _by_kind(data)
-    inside = references["k"].between(ks[0], ks[1]) & references["mean"].between(
-        values[0], values[1]
-    )
-    muted = _muted(references[inside], x("k"), y("mean"))
-    return x, y, [*muted, *_banded(x("k"), y, [_number("k", "k", "d")], page, title)]
+    data: pd.DataFrame, figure: pd.DataFrame, measure: str = "", whole: bool = False, **more: Any
+) -> Chart:
+    """Return curves over k; the measure is that of the panel if it is not given."""
+    title = str(measure or data["measure"].iloc[0]).replace("_", " ")
+    ks, values = _window(data, whole)
+    at = {"values": ticks(1, ks[1]), "labelOverlap": True}
+    x = _Axis("k", "candidates passed, k", ks, "d", at, {"type": "log"})
+    return _curves(data, figure, x, _Axis("mean", f"{title} at k", values), **more)
 
 
-def _banded(
-    x: alt.X, y: Callable, tooltip: list[alt.Tooltip], page: bool, title: str = "value captured"
-) -> list[alt.Chart]:
-    """Return a line with a band per setting; on the page with the numbers under the pointer."""
-    shown = [_name("line", "setting"), *tooltip, _number("mean", title)]
-    return [
-        _layer("area", "band", opacity=0.15, clip=True).encode(x=x, y=y("low"), y2="high"),
-        _lines(x=x, y=y("mean")),
-        *([_under_pointer(shown, x=x, y=y("mean"))] if page else []),
-    ]
+def _frontier(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
+    _, values = _window(data)
+    students = data[data["mode"] != REFERENCE]
+    costs = students.loc[students["mean"] >= values[0], "cost"].min(), students["cost"].max()
+    at = {"values": [share / 1000 for share in ticks(1, 1000)]}
+    title = "cost of the funnel, over that of only the final ranker"
+    x = _Axis("cost", title, costs, "~%", at, {"type": "log"})
+    y = _Axis("mean", "value captured", values)
+    return _curves(data, figure, x, y, TARGET, "cost_for_99")
 
 
-def _saving(data: pd.DataFrame, page: bool) -> Panels:
-    axes = {
+def _saving(data: pd.DataFrame, figure: pd.DataFrame) -> Chart:
+    title, at = {
         "target": ("share of the final value to keep (%)", [95, 96, 97, 98, 99, 99.9]),
         "student's cost": ("student's cost per candidate (% of the teacher's)", [1, 5, 10]),
-    }
-    ends = data[["mean", "low", "high"]]
+    }[data["over"].iloc[0]]
+    ends = figure[["mean", "low", "high"]]
     # No saving exceeds 1, and below -1 the funnel costs more than twice as much.
-    seen = [max(-1.0, float(ends.min().min())), min(1.0, float(ends.max().max()))]
-    y = _axis(alt.Y, "saving", {"domain": seen}, tickCount=6, format="~%")
-    panels = []
-    for over, of_panel in data.groupby("over", sort=False):
-        title, values = axes[str(over)]
-        scale = {"zero": False, "nice": False}
-        x = _axis(alt.X, title, scale, values=values, labelExpr="datum.value")
-        layers = [
-            _reference({"mean": 0.0}, y=y("mean")),
-            *_banded(x("at"), y, [_number("at", title, ".1f")], page, "saving"),
-        ]
-        panels.append(_panel(of_panel, layers, data))
-    return panels
-
-
-def _calibration(data: pd.DataFrame, page: bool) -> Panels:
-    panels, fields = [], ("predicted", "observed")
-    tooltip = [
-        _name("line", "setting"), *(_number(field, field) for field in fields),
-        _number("weight", "weight", ".0f"),
-    ]  # fmt: skip
-    for task, of_task in data.groupby("task", sort=False):
-        top = 1.05 * float(of_task[[*fields]].max().max())
-        scale = {"domain": [0, top], "nice": False}
-        x, y = (
-            _axis(channel, field, scale, tickCount=5)(field)
-            for channel, field in zip((alt.X, alt.Y), fields, strict=True)
-        )
-        layers = [
-            _reference(*(dict.fromkeys(fields, end) for end in (0, top)), x=x, y=y),
-            _lines(x=x, y=y, order=alt.Order("bin:Q")),
-            _points(tooltip, x=x, y=y),
-        ]
-        panels.append(_panel(of_task, layers, data, marked=True).properties(title=task))
-    return panels
-
-
-def _training(data: pd.DataFrame, page: bool) -> Panels:
-    panels = []
-    x = _axis(alt.X, "step", {"nice": False}, tickCount=5, format="d")("step")
-    for kind in [kind for kind in KINDS if (data["kind"] == kind).any()]:
-        y = _axis(alt.Y, KINDS[kind], {"zero": False}, tickCount=6)("loss")
-        tooltip = [
-            _name("line", "setting"), _name("repeat", "repeat"), _number("step", "step", "d"),
-            _number("loss", KINDS[kind]),
-        ]  # fmt: skip
-        place = {"x": x, "y": y, "detail": "repeat:N"}
-        each, mean = (f"datum.repeat {sign} 'mean'" for sign in ("!==", "==="))
-        layers = [
-            _layer("line", "thin", opacity=0.4).encode(**place).transform_filter(each),
-            _layer("line", "curve").encode(**place).transform_filter(mean),
-            *([_under_pointer(tooltip, x=x, y=y)] if page else []),
-        ]
-        panels.append(_panel(data[data["kind"] == kind], layers, data))
-    return panels
+    seen = max(-1.0, float(ends.min().min())), min(1.0, float(ends.max().max()))
+    options = {"values": at, "labelExpr": "datum.value"}
+    x = _Axis("at", title, (data["at"].min(), data["at"].max()), ".1f", options)
+    y = _Axis("mean", "saving", seen, "~%", scale={"nice": True})
+    return _curves(data, figure, x, y, 0.0)
 
 
 class _Form(NamedTuple):
     """The drawing of a figure.
 
     Attributes:
-      draw: from the figure's data, and whether it is for the page, to its panels.
+      draw: from the data of a panel and of the whole figure to the chart of the panel.
       width: of a panel in a file, in points: with its axis if it is the only one.
       height: the same.
-      columns: panels side by side in a file.
       page_height: of a panel on the page, in pixels.
+      columns: panels side by side in a file.
+      panels: the columns of the data that make a panel; none for a single panel.
+      marked: whether the lines have marks.
     """
 
-    draw: Callable[[pd.DataFrame, bool], Panels]
+    draw: Callable[[pd.DataFrame, pd.DataFrame], Chart]
     width: int
     height: int
-    columns: int = 4
     page_height: int = 400
+    columns: int = 4
+    panels: tuple[str, ...] = ()
+    marked: bool = False
+
+
+def _of_measure(measure: str, **options: Any) -> Callable[[pd.DataFrame, pd.DataFrame], Chart]:
+    return functools.partial(_over_k, measure=measure, **options)
 
 
 # A column of a two-column page is 3.5 inches wide, which is 252 points.
 _FORMS = {
-    "waterfall": _Form(_waterfall, 252, 90, page_height=220),
-    "frontier": _Form(_frontier, 252, 209, page_height=460),
-    "plane": _Form(_plane, 252, 209, page_height=460),
-    "saving": _Form(_saving, 200, 140, columns=1),
-    "hit_rates": _Form(_hit_rates, 104, 104, columns=3, page_height=300),
-    "pareto": _Form(_pareto, 252, 209, page_height=460),
-    "value_captured": _Form(_value_captured, 252, 180),
-    "true_value_captured": _Form(_true_value_captured, 252, 180),
-    "survival": _Form(_survival, 252, 180),
-    "calibration": _Form(_calibration, 104, 104),
-    "training": _Form(_training, 147, 104),
+    "waterfall": _Form(_waterfall, 252, 90, 220),
+    "frontier": _Form(_frontier, 252, 209, 460),
+    "plane": _Form(_plane, 252, 209, 460, marked=True),
+    "saving": _Form(_saving, 200, 140, columns=1, panels=("over",)),
+    "hit_rates": _Form(_of_measure("", whole=True), 104, 104, 300, 3, ("measure", "task")),
+    "pareto": _Form(_pareto, 252, 209, 460, marked=True),
+    "value_captured": _Form(
+        _of_measure("value_captured", rule=TARGET, crossing="passed_for_99"), 252, 180
+    ),
+    "true_value_captured": _Form(_of_measure("true_value_captured", rule=1.0), 252, 180),
+    "survival": _Form(_of_measure("survival", whole=True), 252, 180),
+    "calibration": _Form(_calibration, 104, 104, panels=("task",), marked=True),
 }

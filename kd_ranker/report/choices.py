@@ -103,14 +103,17 @@ def coverage(study: Study, estimates: Estimates, settings: Sequence[str]) -> flo
     return float(np.min([estimates.of(setting, column).mean for setting in settings]))
 
 
-def coverage_gap(study: Study, estimates: Estimates, settings: Sequence[str]) -> str:
-    """Return why labels cannot show the change for users between settings; "" if they can."""
-    if not knows_truth(study) and study.incumbent in settings:
-        return (
-            "the log cannot show it: candidates that today's early ranker left out have no labels"
-        )
-    covered = coverage(study, estimates, settings) >= COVERED
-    return "" if covered else "the log cannot show it: too little coverage"
+def why_unlabelled(study: Study, estimates: Estimates, settings: Sequence[str]) -> str:
+    """Return why a log's labels cannot show the change for users between settings, else ""."""
+    share = coverage(study, estimates, settings)
+    if share >= COVERED:
+        return ""
+    if study.incumbent in settings:
+        return "candidates that today's early ranker left out have no labels"
+    if np.isnan(share):
+        return "the share of the items that it could have labels of is not known"
+    seen = f"{100 * share:.0f}% of the items that these funnels would show"
+    return f"it could have labels of only {seen}"
 
 
 def users_at_target(study: Study) -> list[str]:

@@ -24,10 +24,10 @@ from kd_ranker.evaluation.references import NEED_SCORES
 from kd_ranker.evaluation.results import TEACHER, setting_columns
 from kd_ranker.evaluation.saving import CRITERION, SAVINGS, best, by_repeat, of_split
 from kd_ranker.report.choices import (
-    coverage_gap,
     knows_truth,
     users_at_target,
     users_measure,
+    why_unlabelled,
 )
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import (
@@ -215,7 +215,8 @@ def _change(
     elif chosen is None:
         remark = f"there is no measured student of mode {mode} that learns from scores"
     elif claim.of_users:
-        remark = coverage_gap(study, estimates, [chosen, rival])
+        why = why_unlabelled(study, estimates, [chosen, rival])
+        remark = f"the log cannot show it: {why}" if why else ""
     if remark or rival is None or chosen is None:
         return _line(claim.claim, statement, measure, remark=remark)
     change = _difference(estimates, chosen, rival, measure)
@@ -242,7 +243,7 @@ def _rival(study: Study) -> str | None:
 
 def _difference(estimates: Estimates, setting: str, rival: str, measure: str) -> Interval:
     if measure == SAVINGS[0]:
-        return estimates.saving_over(setting, rival)
+        return estimates.saving(setting, over=rival)
     return estimates.gap(setting, rival, measure)
 
 

@@ -41,7 +41,6 @@ from kd_ranker.report.intervals import (
     Measured,
     combined,
     crossed_interval,
-    interval,
     passed_for,
     request_counts,
     resampled_sums,
@@ -53,17 +52,16 @@ _NOWHERE = Measured((), np.zeros(0), np.zeros((0, 0)), 0)
 
 
 class _Drawn(NamedTuple):
-    """The numbers of one ranker on draws of the requests.
+    """The numbers of one ranker on the test requests, and then on each draw of them.
 
     Attributes:
-      measures: by column, in each draw of the requests.
-      curves: by column of `curves.csv`, at the kept k: on the test requests, and below in each draw
-        of them.
+      measures: by column of `results.csv`.
+      curves: by column of `curves.csv`, at the kept k.
       ks: these k.
       requests: the number of requests.
     """
 
-    measures: dict[str, Float[np.ndarray, "B"]]
+    measures: dict[str, Float[np.ndarray, "1+B"]]
     curves: dict[str, Float[np.ndarray, "1+B K"]]
     ks: Int[np.ndarray, "K"]
     requests: int
@@ -82,6 +80,8 @@ class Estimates:
             str(setting): rows.set_index("repeat")
             for setting, rows in self._read.groupby("setting", sort=False)
         }
+        # FLOPs per candidate; NaN without a teacher.
+        self._teacher_flops = float(study.teachers["flops_per_candidate"].mean())
 
     @property
     def settings(self) -> Collection[str]:
@@ -96,28 +96,28 @@ class Estimates:
           measure: a column of `results.csv`, or the mean over tasks of one.
           confidence: of the interval.
         """
-        return _interval(self._measured(setting, measure), confidence)
+        return crossed_interval(self._measured(setting, measure), confidence)
 
     def gap(
         self, setting: str, other: str, measure: str, confidence: float = CONFIDENCE
     ) -> Interval:
         """Return the paired difference `setting` − `other`, over the repeats that both have."""
         pair = (self._measured(name, measure) for name in (setting, other))
-        return _interval(_combined(np.subtract, *pair), confidence)
+        return crossed_interval(combined(np.subtract, *pair), confidence)
 
     def relative_gap(self, setting: str, other: str, measure: str) -> Interval:
         """Return `setting` / `other` − 1, over the repeats that both have."""
         pair = (self._measured(name, measure) for name in (setting, other))
-        return _interval(_combined(lambda a, b: a / b - 1, *pair))
+        return crossed_interval(combined(lambda a, b: a / b - 1, *pair))
 
     def saving(
         self,
         setting: str,
-        target: float,
+        target: float = metrics.TARGET,
         flops_ratio: float | None = None,
-        column: str = "funnel_cost_saving",
+        over: str | None = None,
     ) -> Interval:
-        """Return the share of a baseline's cost that a setting saves at a target.
+        """Return the share of another ranker's cost that a setting saves, each at a target.
 
         Args:
           setting: one of `study.chosen`, or a reference.
@@ -125,14 +125,11 @@ class Estimates:
             requests; without them the result is unknown.
           flops_ratio: cost of a candidate for a student, over the teacher's; None takes that of
             the models.
-          column: which baseline, one of `saving.SAVINGS`.
+          over: the other ranker; by default the baseline.
         """
-        return _interval(self._saving(setting, target, column, flops_ratio))
-
-    def saving_over(self, setting: str, other: str) -> Interval:
-        """Return the share of another ranker's cost that a setting saves, each at `TARGET`."""
-        pair = (self._cost(name, metrics.TARGET) for name in (setting, other))
-        return _interval(_combined(funnel_cost_saving, *pair))
+        return crossed_interval(
+            self._saving(setting, over or self.study.baseline, target, flops_ratio)
+        )
 
     def cost_share(self, setting: str, target: float) -> Interval:
         """Return the cost of a request at a target, over the teacher's own on all candidates.
@@ -141,13 +138,8 @@ class Estimates:
           setting: one of `study.chosen`, or a reference, which costs nothing.
           target: as in `saving`.
         """
-        return _interval(
-            _combined(
-                lambda cost, candidates: cost / self._whole(candidates),
-                self._cost(setting, target),
-                self._measured(setting, "candidates"),
-            )
-        )
+        parts = (self._cost(setting, target), self._measured(setting, "candidates"))
+        return crossed_interval(combined(lambda cost, all_: cost / self._whole(all_), *parts))
 
     def cost_curve(self, setting: str) -> Float[np.ndarray, "K"]:
         """Return the same if k candidates are passed, at the k of `curve`; NaN if it is unknown.
@@ -215,32 +207,37 @@ class Estimates:
         known = [of for of in self._drawn_of(setting, repeats) if name in of.curves]
         lines = []
         for place, k in enumerate(known[0].ks if known else ()):
-            at = np.stack([of.curves[name][:, place] for of in known], axis=1)
-            mean = _interval(Measured(repeats, at[0], at[1:], known[0].requests))
-            lines.append({"k": int(k), "mean": mean.mean, "low": mean.low, "high": mean.high})
+            mean = crossed_interval(
+                _stacked(repeats, known, [of.curves[name][:, place] for of in known])
+            )
+            lines.append((int(k), *mean[:3]))
         return pd.DataFrame(lines, columns=["k", "mean", "low", "high"])
 
     def _measured(self, setting: str, measure: str) -> Measured:
         if measure in SAVINGS:
-            return self._saving(setting, metrics.TARGET, measure)
+            return self._saving(setting, self.study.baselines.get(measure))
         rows = self._rows.get(setting, pd.DataFrame())
         if measure not in rows:
             return _NOWHERE
         values = rows[measure].dropna().astype(float)
         known = self._drawn_of(setting, values.index)
+        repeats, each = tuple(values.index), values.to_numpy()
         if not known or any(measure not in of.measures for of in known):
-            return _of_repeats(tuple(values.index), values.to_numpy())
-        numbers = np.stack([of.measures[measure] for of in known], axis=1)
-        return Measured(tuple(values.index), values.to_numpy(), numbers, known[0].requests)
+            return Measured(repeats, each, np.zeros((0, len(each))), 0)
+        numbers = _stacked(repeats, known, [of.measures[measure] for of in known])
+        return numbers._replace(each=each)
 
     def _saving(
-        self, setting: str, target: float, column: str, flops_ratio: float | None = None
+        self,
+        setting: str,
+        other: str | None,
+        target: float = metrics.TARGET,
+        flops_ratio: float | None = None,
     ) -> Measured:
-        against = self.study.baselines.get(column)
-        if against is None:
+        if other is None:
             return _NOWHERE
-        pair = (self._cost(name, target, flops_ratio) for name in (setting, against))
-        return _combined(funnel_cost_saving, *pair)
+        pair = (self._cost(name, target, flops_ratio) for name in (setting, other))
+        return combined(funnel_cost_saving, *pair)
 
     def _cost(self, setting: str, target: float, flops_ratio: float | None = None) -> Measured:
         """Return the mean cost of a request at a target."""
@@ -248,7 +245,7 @@ class Estimates:
         flops, costs = student_cost(row, self.study.costs)
         if flops_ratio is not None and row["role"] != "reference":
             flops, costs = flops_ratio * of_teacher, costs._replace(student=0.0)
-        return _combined(
+        return combined(
             lambda candidates, scored: funnel_cost(candidates, scored, flops, of_teacher, costs),
             self._measured(setting, "candidates"),
             self._scored(setting, target),
@@ -261,15 +258,7 @@ class Estimates:
             return self._measured(setting, column)
         repeats = tuple(self._rows[setting].index)
         known = self._drawn_of(setting, repeats)
-        if not known:
-            return _NOWHERE
-        numbers = np.stack([_scored_for(of, target) for of in known], axis=1)
-        return Measured(repeats, numbers[0], numbers[1:], known[0].requests)
-
-    @property
-    def _teacher_flops(self) -> float:
-        """FLOPs per candidate; NaN without a teacher."""
-        return float(self.study.teachers["flops_per_candidate"].mean())
+        return _stacked(repeats, known, [_scored_for(of, target) for of in known])
 
     def _drawn_of(self, setting: str, repeats: Iterable[Any]) -> list[_Drawn]:
         """Return the draws of these repeats; none if those of one are missing."""
@@ -280,14 +269,17 @@ class Estimates:
     @functools.cached_property
     def _drawn(self) -> dict[tuple[str, str], _Drawn]:
         """The draws by setting and repeat, where the requests were kept."""
-        study, points = self.study, _points(self.study)
+        study = self.study
         found: dict[tuple[str, str], _Drawn] = {}
         for source, kept in study.kept:
             rows = self._read[self._read["source"] == source]
             members = {member for member, _ in kept.each}
             seeds = rows.loc[(rows["role"] == "student") & rows["member"].isin(members), "seed"]
             teacher = kept.each[TEACHER, "user"]
-            counts = request_counts(len(teacher.alone["funnel_requests"]), DRAWS)
+            requests = len(teacher.alone["funnel_requests"])
+            # The first of the draws has each request once.
+            once = np.ones((1, requests), int)
+            counts = np.concatenate([once, request_counts(requests, DRAWS)])
             of_teacher = _resampled(kept, teacher, counts, study.retrieved)
             for (member, serve), each in kept.each.items():
                 named = rows[(rows["member"] == member) & (rows["serve"] == serve)]
@@ -297,12 +289,7 @@ class Estimates:
                 if named.empty:
                     continue
                 sums = _resampled(kept, each, counts, study.retrieved)
-                drawn = _Drawn(
-                    _numbers(sums, of_teacher, study, points),
-                    _curves(each, sums, kept.ks, study.tasks),
-                    kept.ks,
-                    counts.shape[1],
-                )
+                drawn = _numbers(sums, of_teacher, study, kept.ks, requests)
                 found |= dict.fromkeys(zip(named["setting"], named["repeat"], strict=True), drawn)
         return found
 
@@ -316,22 +303,14 @@ def _points(study: Study) -> ReportAt:
     return ReportAt(tuple(sorted(ks)), targets)
 
 
-def _interval(measured: Measured, confidence: float = CONFIDENCE) -> Interval:
-    if not len(measured.drawn):
-        return interval(measured.each, confidence)
-    return crossed_interval(measured, confidence)
-
-
-def _combined(function: Any, *settings: Measured) -> Measured:
-    """Return `combined`, without draws if one setting has none."""
-    if not all(len(setting.drawn) for setting in settings):
-        settings = tuple(_of_repeats(setting.repeats, setting.each) for setting in settings)
-    return combined(function, *settings)
-
-
-def _of_repeats(repeats: tuple[Any, ...], each: Float[np.ndarray, "R"]) -> Measured:
-    """Return a measure without draws."""
-    return Measured(repeats, each, np.zeros((0, len(each))), 0)
+def _stacked(
+    repeats: tuple[Any, ...], known: Sequence[_Drawn], numbers: Sequence[Float[np.ndarray, "1+B"]]
+) -> Measured:
+    """Return the numbers of each repeat as one measure; without any, a measure of no repeat."""
+    if not known:
+        return _NOWHERE
+    stacked = np.stack(numbers, axis=1)
+    return Measured(repeats, stacked[0], stacked[1:], known[0].requests)
 
 
 def _resampled(kept: Kept, each: Each, counts: Int[np.ndarray, "B N"], retrieved: int) -> Sums:
@@ -354,20 +333,26 @@ def _between(ks: Int[np.ndarray, "K"], retrieved: int) -> Float[np.ndarray, "N K
 
 
 def _numbers(
-    sums: Sums, of_teacher: Sums, study: Study, points: ReportAt
-) -> dict[str, Float[np.ndarray, "B"]]:
-    """Return the measures of a ranker by column, and means over tasks where a metric has one."""
-    found: dict[str, np.ndarray] = {}
+    sums: Sums, of_teacher: Sums, study: Study, ks: Int[np.ndarray, "K"], requests: int
+) -> _Drawn:
+    """Return the measures of a ranker, means over tasks where a metric has one, and its curves."""
+    points, at = _points(study), ks - 1
+    measures: dict[str, np.ndarray] = {}
+    curves: dict[str, np.ndarray] = {"scored": ratio(sums["scored"][at], sums["requests"]).T}
     for metric in METRICS.values():
-        columns = result_columns(metric, study.tasks, points)
         # A metric that was added later has no sums here.
-        if not columns or metric.ends is None or not set(columns) <= set(study.rows):
-            continue
-        numbers = metrics.numbers(metric, metric.ends(sums, of_teacher), points)
-        found |= zip(columns, numbers, strict=True)
-        if metric.averaged:
-            found[metric.name] = _mean_of_known(numbers)
-    return found
+        with contextlib.suppress(KeyError):
+            ended = metric.ends(sums, of_teacher) if metric.ends else None
+            columns = result_columns(metric, study.tasks, points)
+            if ended is not None and columns and set(columns) <= set(study.rows):
+                numbers = metrics.numbers(metric, ended, points)
+                measures |= zip(columns, numbers, strict=True)
+                if metric.averaged:
+                    measures[metric.name] = _mean_of_known(numbers)
+            if ended is not None and (columns := curve_columns(metric, study.tasks)):
+                by_column = np.asarray(ended)[at].reshape(len(ks), len(columns), -1)
+                curves |= zip(columns, by_column.transpose(1, 2, 0), strict=True)
+    return _Drawn(measures, curves, ks, requests)
 
 
 def _mean_of_known(numbers: Float[np.ndarray, "T B"]) -> Float[np.ndarray, "B"]:
@@ -381,27 +366,3 @@ def _scored_for(of: _Drawn, target: float) -> Float[np.ndarray, "1+B"]:
     needed = passed_for(of.curves["value_captured"], of.ks, target)
     each = zip(needed, of.curves["scored"], strict=True)
     return np.array([np.interp(k, of.ks, scored) for k, scored in each])
-
-
-def _curves(
-    each: Each, sums: Sums, ks: Int[np.ndarray, "K"], tasks: Sequence[str]
-) -> dict[str, Float[np.ndarray, "1+B K"]]:
-    """Return the curves at the kept k: of the test requests, then of each draw of them."""
-
-    def with_draws(of: Any, drawn: Any) -> Float[np.ndarray, "*shape 1+B"]:
-        whole = np.asarray(of, np.float64).sum(axis=0)
-        return np.concatenate([whole[..., None], drawn], axis=-1)
-
-    joined: Sums = {name: with_draws(of, sums[name]) for name, of in each.alone.items()}
-    joined |= {name: with_draws(of, sums[name][ks - 1]) for name, of in each.curves.items()}
-    found: dict[str, np.ndarray] = {"scored": ratio(joined["scored"], joined["requests"]).T}
-    for metric in METRICS.values():
-        columns = curve_columns(metric, tasks)
-        if not columns or metric.ends is None:
-            continue
-        # A metric that was added later has no sums here.
-        with contextlib.suppress(KeyError):
-            ended = np.asarray(metric.ends(joined, joined))
-            by_column = ended.reshape(len(ks), len(columns), -1)
-            found |= zip(columns, by_column.transpose(1, 2, 0), strict=True)
-    return found

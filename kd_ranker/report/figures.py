@@ -1,7 +1,8 @@
-"""The data of the figures: one tidy table per figure, which `charts` draws.
+"""The figures of a report: `ENTRIES`, one per figure, and the tidy table of each.
 
-Every table has the columns `mode` (which gives the color), `line` (the name in the legend) and,
-except the waterfall, `plain` (False for variants of mode `none`, which have other colors).
+`charts` draws the tables. Each has the columns `mode` (which gives the color), `line` (the name in
+the legend) and, except the waterfall, `plain` (False for variants of mode `none`, which have other
+colors).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -24,7 +25,8 @@ _TARGETS = (*np.arange(0.95, 0.989, 0.005), *np.arange(0.99, 0.9995, 0.001))
 _COSTS = (0.001, *np.arange(0.01, 0.101, 0.01))
 # The mode of rankers without a model.
 REFERENCE = "reference"
-# The columns of a curve or of bars: a mean and the ends of its interval.
+# The columns of a line, and those of a curve or of bars: a mean and the ends of its interval.
+_LINE = ("mode", "plain", "serve", "line", "setting")
 _ENDS = ("mean", "low", "high")
 
 
@@ -46,27 +48,59 @@ class Figure(NamedTuple):
     absent: str
 
 
+class Entry(NamedTuple):
+    """A figure that a report may have.
+
+    Attributes:
+      data: makes its table.
+      title: its content.
+      caption: how to read it; with places for the keys of `_words`.
+      files: the kind of files that it needs, a key of `Study.missing`; "" if the results suffice.
+      empty: why its table is empty, if no file is missing.
+      shown: whether a study has this figure.
+    """
+
+    data: Callable[[Study, Estimates], pd.DataFrame]
+    title: str
+    caption: str
+    files: str = ""
+    empty: str = "its files contain none of the members at their best settings"
+    shown: Callable[[Study], bool] = lambda study: True
+
+
 def figures(study: Study, estimates: Estimates) -> list[Figure]:
     """Return the figures of a study in their order."""
-    makers: list[Callable[[Study, Estimates], Figure]] = [
-        waterfall, frontier, plane, value_captured, users_value, saving, survival, pareto,
-        calibration, training,
-    ]  # fmt: skip
-    return [make(study, estimates) for make in makers]
+    return [figure(name, study, estimates) for name, of in ENTRIES.items() if of.shown(study)]
 
 
-def waterfall(study: Study, estimates: Estimates) -> Figure:
-    """Candidates to pass: today, without the final ranker's scores, and with them.
+def figure(name: str, study: Study, estimates: Estimates) -> Figure:
+    """Return one figure; `name` is a key of `ENTRIES`."""
+    entry = ENTRIES[name]
+    data = entry.data(study, estimates)
+    missing = "; ".join(study.missing[entry.files]) if entry.files else ""
+    absent = missing or (entry.empty if data.empty else "")
+    return Figure(name, entry.title, entry.caption.format(**_words(study)), data, absent)
 
-    Columns: mode, line (the step), setting, and `mean`, `low` and `high` of `passed_for_99`.
-    """
+
+def _words(study: Study) -> dict[str, str]:
+    """Return the parts of captions that depend on the study."""
+    return {
+        "baseline": str(study.baseline),
+        "unit": study.costs.unit,
+        "margin": f"{100 * study.margin:g}%",
+        "sizes": " of each size" if best_of_sizes(study)["size"].nunique() > 1 else "",
+    }
+
+
+def _waterfall(study: Study, estimates: Estimates) -> pd.DataFrame:
+    """Return mode, line (the step), setting, and mean, low and high of `passed_for_99`."""
     steps = {
         "today's early ranker": (REFERENCE, study.incumbent),
         "mode none": ("none", study.plain),
         "best without scores": (REFERENCE, study.baseline),
         "best with scores": ("aux", best_with_scores(study)),
     }
-    data = _table(
+    return _table(
         ["mode", "line", "setting", *_ENDS],
         (
             {"mode": mode, "line": step, "setting": setting}
@@ -75,25 +109,13 @@ def waterfall(study: Study, estimates: Estimates) -> Figure:
             if setting is not None
         ),
     )
-    return Figure(
-        "waterfall",
-        "Candidates to pass, step by step",
-        "Candidates per request that have to be passed for 99% of the final value, on the test "
-        "split: with the early ranker that filled the log, with a student of plain mode none, with "
-        "the best ranker that needs no scores of the final ranker, and with the best student that "
-        "learns from them. Bars are 95% intervals.",
-        data,
-        "" if len(data) else "nothing is measured",
-    )
 
 
-def plane(study: Study, estimates: Estimates) -> Figure:
-    """Saving against change for users, both against the best ranker without scores.
+def _plane(study: Study, estimates: Estimates) -> pd.DataFrame:
+    """Return `_LINE`, margin, and saving and users with the ends of their intervals.
 
-    Columns: `_LINE`, margin, and `saving` and `users`, each with `_low` and
-    `_high`. `users` is the relative change of the first of `users_at_target`.
+    `users` is the relative change of the first of `users_at_target`.
     """
-    compared = study.tested[study.tested["setting"] != study.baseline]
     data = _table(
         [*_LINE, *_ends("saving"), *_ends("users")],
         (
@@ -101,97 +123,50 @@ def plane(study: Study, estimates: Estimates) -> Figure:
             | _ends("saving", estimates.of(line["setting"], "funnel_cost_saving"))
             | _ends("users", estimates.relative_gap(line["setting"], str(study.baseline), measure))
             for measure in users_at_target(study)[:1]
-            for line in _lines(compared)
+            for line in _compared(study)
         ),
     )
-    return Figure(
-        "plane",
-        "Saving against the change for users",
-        f"Each way against {study.baseline}, the best ranker without the final ranker's scores, on "
-        "the test split, with as many passed as each needs for 99% of the final value: the share "
-        f"of the funnel's cost, {study.costs.unit}, that is saved, and the relative change of the "
-        f"value for users. The dashed line is the margin of {100 * study.margin:g}%. Bars are 95% "
-        "intervals.",
-        data.assign(margin=-study.margin),
-        "" if len(data) else "the change for users is not known",
-    )
+    return data.assign(margin=-study.margin)
 
 
-def frontier(study: Study, estimates: Estimates) -> Figure:
-    """Final quality against the funnel's cost, of the best students with and without scores.
+def _frontier(study: Study, estimates: Estimates) -> pd.DataFrame:
+    """Return curves over k of the best students with and without scores, of each size.
 
-    Curves over k, per size of the student. Columns: as in `value_captured`, size, cost (of a
-    request, over that of only the final ranker on all candidates), and `cost_for_99`, which is
-    constant along a line.
+    The columns of `_curves`, size, cost (of a request, over that of only the final ranker on all
+    candidates), and `cost_for_99`, which is constant along a line.
     """
-    settings = best_of_sizes(study)
     references = of_split(study.references, "test").assign(mode=REFERENCE, size="")
-    data = _curves(pd.concat([settings, references]), estimates, "value_captured", ("size",))
-    costs = [
-        of.assign(
-            cost=estimates.cost_curve(str(setting)),
-            cost_for_99=estimates.cost_share(str(setting), TARGET).mean,
-        )
-        for setting, of in data.groupby("setting", sort=False)
-    ]
-    priced = pd.concat(costs) if costs else data.assign(cost=np.nan, cost_for_99=np.nan)
-    priced = priced.dropna(subset=["cost"]).reset_index(drop=True)
-    no_cost = "what the teacher costs is not known" if len(data) > len(priced) else ""
-    sizes = " of each size" if settings["size"].nunique() > 1 else ""
-    return Figure(
-        "frontier",
-        "Cost of the funnel against final quality",
-        f"The best student without the final ranker's scores and the best with them{sizes}, as "
-        f"more candidates are passed, on the test split: the cost of a request, {study.costs.unit},"
-        " as a share of its cost if the final ranker ranks all candidates, and the share of the "
-        "final value that is kept. Further left at the same height is cheaper at the same quality. "
-        "The dashed line is 99%; marks show its cost. Gray are rankers without a model, which "
-        "count as free. Bands are 95% intervals.",
-        priced,
-        no_cost or _absence(study, "requests", data),
-    )
+    rows = pd.concat([best_of_sizes(study), references])
+    data = _curves(rows, estimates, "value_captured", ("size",))
+    data = data.assign(cost=np.nan, cost_for_99=np.nan)
+    for setting, places in data.groupby("setting").groups.items():
+        data.loc[places, "cost"] = estimates.cost_curve(str(setting))
+        data.loc[places, "cost_for_99"] = estimates.cost_share(str(setting), TARGET).mean
+    return data.dropna(subset=["cost"]).reset_index(drop=True)
 
 
-def saving(study: Study, estimates: Estimates) -> Figure:
-    """Saving by target and by the student's cost, for the chosen setting of each way.
-
-    Columns: `_LINE`, over (`target` or `student's cost`), at (in percent), and
-    `mean`, `low` and `high` of the share that is saved.
-    """
-    compared = study.tested[study.tested["setting"] != study.baseline]
-    lines = _lines(compared) if study.baseline else []
+def _saving(study: Study, estimates: Estimates) -> pd.DataFrame:
+    """Return `_LINE`, over (`target` or `student's cost`), at (in percent), and the saving."""
     places: list[tuple[str, float, float, float | None]] = [
         *(("target", float(target), float(target), None) for target in _TARGETS),
         *(("student's cost", float(cost), TARGET, float(cost)) for cost in _COSTS),
     ]
-    data = _table(
+    return _table(
         [*_LINE, "over", "at", *_ENDS],
         (
             line
             | {"over": over, "at": 100 * at}
             | estimates.saving(line["setting"], target, cost)._asdict()
-            for line in lines
+            for line in _compared(study)
             for over, at, target, cost in places
         ),
     )
-    return Figure(
-        "saving",
-        "Saving by target and by the student's cost",
-        f"The share of the funnel's cost, {study.costs.unit}, that is saved against "
-        f"{study.baseline}, on the test split: by the share of the final value to keep, at the "
-        f"student's own cost; and for {100 * TARGET:g}%, by the cost of either student per "
-        "candidate, over the teacher's. Bands are 95% intervals.",
-        data,
-        _absence(study, "requests", data) if lines else "there is nothing to compare",
-    )
 
 
-def pareto(study: Study, estimates: Estimates) -> Figure:
-    """User BCE against teacher BCE on validation, means over tasks: one curve per way.
+def _pareto(study: Study, estimates: Estimates) -> pd.DataFrame:
+    """Return `_LINE`, weight (NaN in mode none), and the user and teacher BCE on validation.
 
     The points of a way are its chosen setting and those that differ from it only in the weight.
-    Columns: `_LINE`, weight (NaN in mode none), and `user_bce` and
-    `teacher_bce`, means over repeats, each with `_low` and `_high`.
     """
     rows = of_split(study.rows, "validation")
     alike = [column for column in setting_columns(rows) if column != "distill_weight"]
@@ -199,150 +174,51 @@ def pareto(study: Study, estimates: Estimates) -> Figure:
     points = rows.drop_duplicates("setting").merge(chosen, on=alike)
     points["weight"] = points["distill_weight"].where(points["distill_loss"].notna())
     tables = {measure: by_repeat(rows, measure) for measure in ("user_bce", "teacher_bce")}
-    data = _table(
-        [*_LINE, "weight", *(column for measure in tables for column in _ends(measure))],
-        (
-            point
-            | _ends("user_bce", interval(tables["user_bce"][point["setting"]].to_numpy()))
-            | _ends("teacher_bce", interval(tables["teacher_bce"][point["setting"]].to_numpy()))
-            for point in _lines(points, "weight")
-        ),
-    )
-    return Figure(
-        "pareto",
-        "Predicting users against following the teacher",
-        "Binary cross entropy against user labels and against the teacher's probabilities, means "
-        "over tasks, on validation; lower is better for both. One curve per way as the distill "
-        "weight grows, all else as it was chosen; bars are 95% intervals over repeats.",
-        data,
-        "" if len(data) else "no student has both numbers",
-    )
+    data = pd.DataFrame(_lines(points, "weight"), columns=[*_LINE, "weight"])
+    for measure, table in tables.items():
+        means = [interval(table[setting].to_numpy())[:3] for setting in data["setting"]]
+        data[[*_ends(measure)]] = np.reshape(means, (-1, 3))
+    return data.dropna(subset=[*tables]).reset_index(drop=True)
 
 
-def value_captured(study: Study, estimates: Estimates) -> Figure:
-    """Value captured against k, for the chosen setting of each way.
+def _over_k(measure: str) -> Callable[[Study, Estimates], pd.DataFrame]:
+    """Return a function to the curves of the chosen settings, the baseline and the incumbent."""
 
-    Columns: `_LINE`, k, `mean`, `low`, `high`, and `passed_for_99` (mean over
-    repeats, constant along a line).
-    """
-    return _over_k(
-        study,
-        estimates,
-        "value_captured",
-        "Value captured by candidates passed",
-        "The share of the final value that is kept when k candidates are passed, on the test "
-        "split; of each way the setting that did best on validation. The dashed line is 99%; "
-        "marks show what each needs for it, the mean over repeats. Bands are 95% intervals.",
-    )
+    def data(study: Study, estimates: Estimates) -> pd.DataFrame:
+        known = of_split(study.references, "test").assign(mode=REFERENCE)
+        known = known[known["setting"].isin([study.incumbent, study.baseline])]
+        return _curves(pd.concat([study.tested, known]), estimates, measure)
+
+    return data
 
 
-def users_value(study: Study, estimates: Estimates) -> Figure:
-    """True value captured against k, or hit rates where the truth is not known.
-
-    Columns as in `value_captured`; hit rates also have `measure` and `task`.
-    """
-    if not knows_truth(study):
-        return _hit_rates(study, estimates)
-    return _over_k(
-        study,
-        estimates,
-        "true_value_captured",
-        "True value captured by candidates passed",
-        "The same items, valued by the true probabilities: the share of the value if all retrieved "
-        "candidates reach the final ranker. It can exceed 1 if an early ranker drops candidates "
-        "that the final ranker overrates. Bands are 95% intervals.",
-    )
-
-
-def _hit_rates(study: Study, estimates: Estimates) -> Figure:
+def _hit_rates(study: Study, estimates: Estimates) -> pd.DataFrame:
+    """Return the columns of `_curves`, measure and task."""
     curves = [
         _curves(study.tested, estimates, f"{measure}/{task}").assign(measure=measure, task=task)
         for measure in ("hit_rate", "end_to_end_hit_rate")
         for task in study.tasks
     ]
-    data = pd.concat(curves, ignore_index=True)
-    return Figure(
-        "hit_rates",
-        "What users did, by candidates passed",
-        "The share of the candidates with a positive label that is among the k passed (hit rate), "
-        "and that is then shown (end-to-end hit rate), by task, on the test split; none of it "
-        "depends on the teacher's opinion. Items that were never shown have no label. Bands are "
-        "95% intervals.",
-        data,
-        _absence(study, "requests", data),
-    )
+    return pd.concat(curves, ignore_index=True)
 
 
-def survival(study: Study, estimates: Estimates) -> Figure:
-    """Survival against k: columns as in `value_captured`."""
-    return _over_k(
-        study,
-        estimates,
-        "survival",
-        "Survival of the teacher's own top",
-        "The share of the candidates that the teacher would show, out of all retrieved, that is "
-        "among the k passed, on the test split. Bands are 95% intervals.",
-    )
+def _calibration(study: Study, estimates: Estimates) -> pd.DataFrame:
+    """Return mode, plain, serve, line, task, bin, weight, predicted, observed.
 
-
-def calibration(study: Study, estimates: Estimates) -> Figure:
-    """Observed against predicted by bin, for the chosen setting of each way, one panel per task.
-
-    Columns: mode, plain, serve, line, task, bin, weight, predicted, observed. Bins of
-    the repeats are joined: means by weight.
+    Bins of the repeats are joined: means by weight.
     """
     columns = ["mode", "plain", "serve", "line", "task", "bin", "weight", "predicted", "observed"]
-    data = pd.DataFrame(columns=columns)
-    if len(study.calibration):
-        bins = _members(study).merge(study.calibration, on=["source", "member", "serve"])
-        means = ["predicted", "observed"]
-        bins[means] = bins[means].mul(bins["weight"], axis=0)
-        sums = bins.groupby(columns[:6], sort=False)[columns[6:]].sum()
-        data = sums.assign(**{name: sums[name] / sums["weight"] for name in means}).reset_index()
-        # Tasks in the order of the config.
-        data["task"] = pd.Categorical(data["task"], study.tasks)
-        data = data.sort_values(["task", "bin"], kind="stable").astype({"task": str})
-    return Figure(
-        "calibration",
-        "Calibration",
-        "Observed share of a label against its predicted probability, by bin of the prediction, on "
-        "shown candidates of the test split, repeats joined. On the diagonal, labels are as "
-        "frequent as predicted.",
-        data,
-        _absence(study, "calibration", data),
-    )
-
-
-def training(study: Study, estimates: Estimates) -> Figure:
-    """User loss and distillation loss by step, for the chosen setting of each way.
-
-    Columns: mode, plain, line, repeat ("mean" for the mean over repeats), kind, step, loss.
-    """
-    columns = ["mode", "plain", "line", "repeat", "kind", "step", "loss"]
-    data = pd.DataFrame(columns=columns)
-    if len(study.losses):
-        each = _members(study).merge(study.losses, on=["source", "member"])
-        # A mode without a teacher logs a distillation loss of 0.
-        each = each[each["distill_loss"].notna() | (each["kind"] != "distill_loss")]
-        count = each.groupby("line")["repeat"].transform("nunique")
-        grouped = each.assign(of=count).groupby(
-            ["mode", "plain", "line", "kind", "step"], sort=False
-        )
-        mean = grouped.agg(loss=("loss", "mean"), n=("loss", "size"), of=("of", "first"))
-        # Only steps that all repeats have logged.
-        mean = mean[mean["n"] == mean["of"]].reset_index().assign(repeat="mean")
-        data = pd.concat([each[columns], mean[columns]], ignore_index=True)
-    return Figure(
-        "training",
-        "Losses during training",
-        "User loss and distillation loss of a training batch, the chosen setting of each way: the "
-        "mean over repeats, and each repeat as a thin line.",
-        data,
-        _absence(study, "losses", data),
-    )
-
-
-_LINE = ("mode", "plain", "serve", "line", "setting")
+    if study.calibration.empty:
+        return pd.DataFrame(columns=columns)
+    bins = _members(study).merge(study.calibration, on=["source", "member", "serve"])
+    means = ["predicted", "observed"]
+    bins[means] = bins[means].mul(bins["weight"], axis=0)
+    # Tasks in the order of the config.
+    bins["task"] = pd.Categorical(bins["task"], study.tasks)
+    sums = bins.groupby(columns[:6], sort=False, observed=True)[columns[6:]].sum()
+    sums[means] = sums[means].div(sums["weight"], axis=0)
+    data = sums.reset_index().sort_values(["task", "bin"], kind="stable", ignore_index=True)
+    return data.astype({"task": str})
 
 
 def _lines(rows: pd.DataFrame, *more: str) -> list[dict[str, Any]]:
@@ -351,9 +227,16 @@ def _lines(rows: pd.DataFrame, *more: str) -> list[dict[str, Any]]:
     return settings[[*_LINE, *more]].to_dict("records")  # type: ignore[return-value]
 
 
+def _compared(study: Study) -> list[dict[str, Any]]:
+    """Return the lines of the chosen settings to compare with the baseline; none without one."""
+    if study.baseline is None:
+        return []
+    return _lines(study.tested[study.tested["setting"] != study.baseline])
+
+
 def _members(study: Study) -> pd.DataFrame:
     """Return the members of the chosen settings, one row each."""
-    kept = ["source", "member", "mode", "plain", "serve", "way", "repeat", "distill_loss"]
+    kept = ["source", "member", "mode", "plain", "serve", "way"]
     return study.tested[kept].rename(columns={"way": "line"})
 
 
@@ -370,18 +253,14 @@ def _table(columns: Sequence[str], lines: Iterable[dict[str, Any]]) -> pd.DataFr
     return table.dropna(subset=means).reset_index(drop=True)
 
 
-def _over_k(study: Study, estimates: Estimates, measure: str, title: str, caption: str) -> Figure:
-    known = of_split(study.references, "test").assign(mode=REFERENCE)
-    known = known[known["setting"].isin([study.incumbent, study.baseline])]
-    data = _curves(pd.concat([study.tested, known]), estimates, measure)
-    caption += " Gray are the early ranker that filled the log, and a list if none needs fewer."
-    return Figure(measure, title, caption, data, _absence(study, "requests", data))
-
-
 def _curves(
     rows: pd.DataFrame, estimates: Estimates, measure: str, more: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """Return the curves of settings, as in `value_captured`; none if they are all references."""
+    """Return the curves of settings; none if they are all references.
+
+    The columns are `_LINE`, `more`, k, mean, low, high, and `passed_for_99`, which is the mean over
+    repeats and constant along a line.
+    """
     curves = [
         estimates.curve(line["setting"], measure).assign(
             **line, passed_for_99=estimates.of(line["setting"], "passed_for_99").mean
@@ -394,8 +273,97 @@ def _curves(
     return data[:0] if (data["mode"] == REFERENCE).all() else data
 
 
-def _absence(study: Study, kind: str, data: pd.DataFrame) -> str:
-    missing = "; ".join(study.missing[kind])
-    if data.empty and not missing:
-        return "its files contain none of the members at their best settings"
-    return missing
+_GRAY = " Gray are the early ranker that filled the log, and a list if none needs fewer."
+
+ENTRIES = {
+    "waterfall": Entry(
+        _waterfall,
+        "Candidates to pass, step by step",
+        "Candidates per request that have to be passed for 99% of the final value, on the test "
+        "split: with the early ranker that filled the log, with a student of plain mode none, with "
+        "the best ranker that needs no scores of the final ranker, and with the best student that "
+        "learns from them. Bars are 95% intervals.",
+        empty="nothing is measured",
+    ),
+    "frontier": Entry(
+        _frontier,
+        "Cost of the funnel against final quality",
+        "The best student without the final ranker's scores and the best with them{sizes}, as "
+        "more candidates are passed, on the test split: the cost of a request, {unit}, as a share "
+        "of its cost if the final ranker ranks all candidates, and the share of the final value "
+        "that is kept. Further left at the same height is cheaper at the same quality. "
+        "The dashed line is 99%; marks show its cost. Gray are rankers without a model, which "
+        "count as free. Bands are 95% intervals.",
+        "requests",
+        "the cost of the teacher, or the requests of the best students, are not known",
+    ),
+    "plane": Entry(
+        _plane,
+        "Saving against the change for users",
+        "Each way against {baseline}, the best ranker without the final ranker's scores, on "
+        "the test split, with as many passed as each needs for 99% of the final value: the share "
+        "of the funnel's cost, {unit}, that is saved, and the relative change of the value for "
+        "users. The dashed line is the margin of {margin}. Bars are 95% intervals.",
+        empty="the change for users is not known",
+    ),
+    "value_captured": Entry(
+        _over_k("value_captured"),
+        "Value captured by candidates passed",
+        "The share of the final value that is kept when k candidates are passed, on the test "
+        "split; of each way the setting that did best on validation. The dashed line is 99%; "
+        "marks show what each needs for it, the mean over repeats. Bands are 95% intervals."
+        + _GRAY,
+        "requests",
+    ),
+    "true_value_captured": Entry(
+        _over_k("true_value_captured"),
+        "True value captured by candidates passed",
+        "The same items, valued by the true probabilities: the share of the value if all retrieved "
+        "candidates reach the final ranker. It can exceed 1 if an early ranker drops candidates "
+        "that the final ranker overrates. Bands are 95% intervals." + _GRAY,
+        "requests",
+        shown=knows_truth,
+    ),
+    "hit_rates": Entry(
+        _hit_rates,
+        "What users did, by candidates passed",
+        "The share of the candidates with a positive label that is among the k passed (hit rate), "
+        "and that is then shown (end-to-end hit rate), by task, on the test split; none of it "
+        "depends on the teacher's opinion. Items that were never shown have no label. Bands are "
+        "95% intervals.",
+        "requests",
+        shown=lambda study: not knows_truth(study),
+    ),
+    "saving": Entry(
+        _saving,
+        "Saving by target and by the student's cost",
+        "The share of the funnel's cost, {unit}, that is saved against {baseline}, on the test "
+        "split: by the share of the final value to keep, at the student's own cost; and for 99%, "
+        "by the cost of either student per candidate, over the teacher's. Bands are 95% intervals.",
+        "requests",
+        "there is nothing to compare",
+    ),
+    "survival": Entry(
+        _over_k("survival"),
+        "Survival of the teacher's own top",
+        "The share of the candidates that the teacher would show, out of all retrieved, that is "
+        "among the k passed, on the test split. Bands are 95% intervals." + _GRAY,
+        "requests",
+    ),
+    "pareto": Entry(
+        _pareto,
+        "Predicting users against following the teacher",
+        "Binary cross entropy against user labels and against the teacher's probabilities, means "
+        "over tasks, on validation; lower is better for both. One curve per way as the distill "
+        "weight grows, all else as it was chosen; bars are 95% intervals over repeats.",
+        empty="no student has both numbers",
+    ),
+    "calibration": Entry(
+        _calibration,
+        "Calibration",
+        "Observed share of a label against its predicted probability, by bin of the prediction, on "
+        "shown candidates of the test split, repeats joined. On the diagonal, labels are as "
+        "frequent as predicted.",
+        "calibration",
+    ),
+}

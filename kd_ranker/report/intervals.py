@@ -125,7 +125,7 @@ class Measured(NamedTuple):
     Attributes:
       repeats: their names, in the order of the R axis.
       each: on the test requests.
-      drawn: on each draw of the requests.
+      drawn: on each draw of the requests; no rows if the draws are not known.
       requests: the number of requests.
     """
 
@@ -189,13 +189,14 @@ def combined(function: Callable[..., Any], *settings: Measured) -> Measured:
 
     Args:
       function: from one array of numbers per setting to an array of that shape.
-      *settings: at least one.
+      *settings: at least one. If the draws of one are not known, those of the result are not.
     """
     first, *others = settings
+    draws = min(len(setting.drawn) for setting in settings)
     common = [name for name in first.repeats if all(name in other.repeats for other in others)]
     places = [[setting.repeats.index(name) for name in common] for setting in settings]
     each = [setting.each[at] for setting, at in zip(settings, places, strict=True)]
-    drawn = [setting.drawn[:, at] for setting, at in zip(settings, places, strict=True)]
+    drawn = [setting.drawn[:draws, at] for setting, at in zip(settings, places, strict=True)]
     return Measured(tuple(common), function(*each), function(*drawn), first.requests)
 
 
@@ -216,8 +217,11 @@ def crossed_interval(setting: Measured, confidence: float = CONFIDENCE) -> Inter
 
     Returns:
       `low` and `high` are NaN if there is one request or no repeat with the measure. They are also
-      NaN if more than one draw of twenty lacks the measure.
+      NaN if more than one draw of twenty lacks the measure. Without draws, the interval is that
+      of `interval`, over the repeats only.
     """
+    if not len(setting.drawn):
+        return interval(setting.each, confidence)
     known = np.isfinite(setting.each)
     each, drawn = setting.each[known], setting.drawn[:, known]
     n, requests = len(each), setting.requests

@@ -30,12 +30,10 @@ from kd_ranker.sweep.sweep import FOLDER, TEST
 from kd_ranker.training.workdir import (
     CONFIG_FILE,
     ENVIRONMENT_FILE,
-    METRICS_FILE,
     REMOVE_ENVIRONMENT,
     as_json,
     read_config,
     read_json,
-    read_metrics,
     values_by_key,
 )
 
@@ -72,7 +70,6 @@ class Study(NamedTuple):
       frozen: the rows of members with a loss that stopped being finite.
       varying: the columns of a setting that differ, except mode, serving choice and weight.
       calibration: `calibration.csv` with `source`; empty if the file is missing.
-      losses: the columns source, member, step, kind (`user_loss`, `distill_loss`), loss.
       allowed: faults of the user's log that `data.allow` accepted, in words.
       configs: the text of each sweep's config by its folder.
       environments: the recorded environment of each sweep by its folder.
@@ -100,7 +97,6 @@ class Study(NamedTuple):
     frozen: pd.DataFrame
     varying: list[str]
     calibration: pd.DataFrame
-    losses: pd.DataFrame
     allowed: list[str]
     configs: dict[str, str]
     environments: dict[str, dict]
@@ -182,7 +178,6 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     healthy = students[students["non_finite_step"].isna()]
     frozen = students[students["non_finite_step"].notna()]
     calibration, no_calibration = _calibration(workdirs)
-    losses, no_losses = _losses(workdirs)
     of_requests, no_requests = _kept(workdirs)
     chosen = _chosen(healthy)
     compared = healthy["setting"].isin(list(chosen.values()))
@@ -211,11 +206,13 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         frozen=frozen.drop_duplicates(["source", "member"]),
         varying=_varying(students),
         calibration=calibration,
-        losses=losses,
         allowed=_allowed(workdirs),
         configs={name: as_json(config) for name, config in configs.items()},
-        environments=_environments(workdirs),
-        missing={"calibration": no_calibration, "losses": no_losses, "requests": no_requests},
+        environments={
+            str(workdirs[source]): read_json(path, REMOVE_ENVIRONMENT)
+            for source, path in _files(workdirs, ENVIRONMENT_FILE)[0]
+        },
+        missing={"calibration": no_calibration, "requests": no_requests},
         kept=of_requests,
     )
 
@@ -225,14 +222,6 @@ def _allowed(workdirs: Sequence[Path]) -> list[str]:
     reports = [read_data_report(workdir) for workdir in workdirs]
     found = [f"{name}: {text}" for report in reports if report for name, text in find(report)]
     return list(dict.fromkeys(found))
-
-
-def _environments(workdirs: Sequence[Path]) -> dict[str, dict]:
-    return {
-        str(workdir): read_json(workdir / ENVIRONMENT_FILE, REMOVE_ENVIRONMENT)
-        for workdir in workdirs
-        if (workdir / ENVIRONMENT_FILE).is_file()
-    }
 
 
 def _chosen(students: pd.DataFrame) -> dict[str, str]:
@@ -246,20 +235,27 @@ def _chosen(students: pd.DataFrame) -> dict[str, str]:
 
 
 def _kept(workdirs: Sequence[Path]) -> tuple[list[tuple[int, Kept]], list[str]]:
-    """Return the sums of each test request by source and cohort, and the folders without them.
+    """Return the sums of each test request by source and cohort, and the folders without them."""
+    files, missing = _files(workdirs, REQUESTS_FILE, f"{FOLDER}/*/{TEST}/")
+    parts = [(source, read_requests(file.parent)) for source, file in files]
+    known = [(source, part) for source, part in parts if (results.TEACHER, "user") in part.each]
+    return known, missing
 
-    A single run has them in its workdir itself.
+
+def _files(
+    workdirs: Sequence[Path], name: str, folders: str = ""
+) -> tuple[list[tuple[int, Path]], list[str]]:
+    """Return files with the numbers of their sweeps, and the folders without one, in words.
+
+    A single run has those of a cohort in its workdir itself.
     """
-    there, missing = [], []
+    found, missing = [], []
     for source, workdir in enumerate(workdirs):
-        of_sweep = sorted(workdir.glob(f"{FOLDER}/*/{TEST}/{REQUESTS_FILE}"))
-        files = [*of_sweep, *workdir.glob(REQUESTS_FILE)]
-        parts = [read_requests(file.parent) for file in files]
-        parts = [part for part in parts if (results.TEACHER, "user") in part.each]
-        there += [(source, part) for part in parts]
-        if not parts:
-            missing.append(f"{workdir} holds no {REQUESTS_FILE}")
-    return there, missing
+        paths = [*(sorted(workdir.glob(folders + name)) if folders else ()), *workdir.glob(name)]
+        found += [(source, path) for path in paths]
+        if not paths:
+            missing.append(f"{workdir} holds no {name}")
+    return found, missing
 
 
 def _read_results(workdir: Path) -> pd.DataFrame:
@@ -310,15 +306,21 @@ def _labelled(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
     choices = students.groupby("mode")["serve"].nunique()
     of_students = rows["role"] == "student"
     rows["setting"] = rows["way"] = rows["member"].where(~of_students, "")
+    rows.loc[of_students, "way"] = [
+        ", ".join([str(row["mode"]), *named_values(row, named)]) for _, row in ways.iterrows()
+    ]
     rows.loc[of_students, "setting"] = [
         _label(row, varying, choices[row["mode"]] > 1) for _, row in students.iterrows()
     ]
-    rows.loc[of_students, "way"] = [_way(row, named) for _, row in ways.iterrows()]
-    rows["repeat"] = [
-        f"{seed:g}/{data_seed:g}"
-        for seed, data_seed in zip(rows["seed"], rows["data_seed"], strict=True)
-    ]
-    return rows
+    repeats = rows[list(REPEAT)].itertuples(index=False, name=None)
+    return rows.assign(repeat=["/".join(f"{seed:g}" for seed in of) for of in repeats])
+
+
+def _label(row: pd.Series, varying: list[str], serves: bool) -> str:
+    parts = [f"{row['mode']} ({row['serve']})" if serves else str(row["mode"])]
+    if pd.notna(row["distill_loss"]):
+        parts.append(f"weight {row['distill_weight']:g}")
+    return ", ".join([*parts, *named_values(row, varying)])
 
 
 def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
@@ -352,18 +354,6 @@ def _varying(students: pd.DataFrame) -> list[str]:
         if ratio.max() - ratio.min() <= 1e-5 * ratio.max():
             varying.remove(_TABLE_RATE)
     return varying
-
-
-def _label(row: pd.Series, varying: list[str], serves: bool) -> str:
-    parts = [f"{row['mode']} ({row['serve']})" if serves else str(row["mode"])]
-    if pd.notna(row["distill_loss"]):
-        parts.append(f"weight {row['distill_weight']:g}")
-    return ", ".join([*parts, *named_values(row, varying)])
-
-
-def _way(row: pd.Series, columns: list[str]) -> str:
-    """Return the label of a row's way: its mode, and the keys that are not tuned and differ."""
-    return ", ".join([str(row["mode"]), *named_values(row, columns)])
 
 
 def named_values(row: pd.Series, columns: Sequence[str]) -> list[str]:
@@ -403,34 +393,7 @@ def _check_distinct(students: pd.DataFrame, workdirs: list[Path]) -> None:
 
 def _calibration(workdirs: list[Path]) -> tuple[pd.DataFrame, list[str]]:
     """Return `calibration.csv` of all sweeps, and the folders without it."""
-    tables, missing = [pd.DataFrame()], []
-    for source, workdir in enumerate(workdirs):
-        path = workdir / results.CALIBRATION_FILE
-        if not path.is_file():
-            missing.append(f"{workdir} holds no {results.CALIBRATION_FILE}")
-            continue
-        table = results.read_csv(path)
-        names = table["member"].astype(object).fillna("")
-        tables.append(table.assign(source=source, member=names))
-    return pd.concat(tables, ignore_index=True), missing
-
-
-def _losses(workdirs: list[Path]) -> tuple[pd.DataFrame, list[str]]:
-    """Return the losses of `cohorts/*/metrics.jsonl`, one row per member, step and kind.
-
-    A single run has them in `metrics.jsonl`, where its only member has no name.
-    """
-    entries, missing = [], []
-    for source, workdir in enumerate(workdirs):
-        in_cohorts = sorted(workdir.glob(f"{FOLDER}/*/{METRICS_FILE}"))
-        paths = [*in_cohorts, *workdir.glob(METRICS_FILE)]
-        if not paths:
-            missing.append(f"{workdir} holds no {FOLDER}/*/{METRICS_FILE}")
-        for path in paths:
-            for scalars in read_metrics(path):
-                for key, value in scalars.items():
-                    if match := re.fullmatch(r"(user_loss|distill_loss)(?:/(.+))?", key):
-                        kind, member = match.groups(default="")
-                        entries.append((source, member, scalars["step"], kind, value))
-    columns = ["source", "member", "step", "kind", "loss"]
-    return pd.DataFrame(entries, columns=columns), missing
+    files, missing = _files(workdirs, results.CALIBRATION_FILE)
+    tables = [results.read_csv(path).assign(source=source) for source, path in files]
+    table = pd.concat([pd.DataFrame(columns=["member"]), *tables], ignore_index=True)
+    return table.assign(member=table["member"].astype(object).fillna("")), missing

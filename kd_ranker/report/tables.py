@@ -396,23 +396,18 @@ def claims_table(dataset: str, claims: pd.DataFrame) -> Table:
       dataset: its name.
       claims: of `claims.claims`.
     """
-    digits = claims["measure"].map(_digits)
-    ends = {
-        name: [
-            "" if np.isnan(value) else number(value, of)
-            for value, of in zip(claims[name], digits, strict=True)
-        ]
-        for name in ("mean", "low", "high")
-    }
-    spans = [
-        f"{low} to {high}" if low else ""
-        for low, high in zip(ends["low"], ends["high"], strict=True)
-    ]
+
+    def texts(column: str) -> list[str]:
+        values = zip(claims[column], claims["measure"], strict=True)
+        return ["" if np.isnan(of) else number(of, _digits(measure)) for of, measure in values]
+
+    ends = zip(texts("low"), texts("high"), strict=True)
+    spans = [f"{low} to {high}" if low else "" for low, high in ends]
     cells = pd.DataFrame(
         {
             "": claims["claim"], "claim": claims["statement"], "verdict": claims["verdict"],
             "setting": claims["setting"], "measure": claims["measure"].map(title_of),
-            "value": ends["mean"], "95% interval": spans, "repeats": claims["n"].astype(str),
+            "value": texts("mean"), "95% interval": spans, "repeats": claims["n"].astype(str),
             "remark": claims["remark"],
         }
     )  # fmt: skip
@@ -433,17 +428,17 @@ def _digits(measure: str) -> int:
 
 def _key_cells(study: Study, rows: pd.DataFrame) -> pd.DataFrame:
     """Return the columns that name a setting, or only the first for a ranker without a model."""
-    names = ["mode", "serves", "weight", *map(key_title, study.varying)]
-    lines = []
-    for row in rows.to_dict("records"):
-        if row.get("role", "student") != "student":
-            lines.append([row["setting"], *[""] * (len(names) - 1)])
-            continue
-        # Mode none has no distillation loss to weigh.
-        weight = value_text(row["distill_weight"]) if pd.notna(row["distill_loss"]) else ""
-        varying = [value_text(row[column]) for column in study.varying]
-        lines.append([row["mode"], row["serve"], weight, *varying])
-    return pd.DataFrame(lines, columns=names)
+    is_student = rows["mode"].notna()
+    # Mode none has no distillation loss to weigh.
+    weights = rows["distill_weight"].where(rows["distill_loss"].notna())
+    varying = {column: rows[column].where(is_student) for column in study.varying}
+    cells = {
+        "mode": rows["mode"].fillna(rows["setting"]),
+        "serves": rows["serve"].where(is_student, ""),
+        "weight": weights.map(value_text),
+        **{key_title(column): values.map(value_text) for column, values in varying.items()},
+    }
+    return pd.DataFrame(cells, dtype=object).reset_index(drop=True)
 
 
 def _notes(study: Study) -> list[str]:

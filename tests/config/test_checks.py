@@ -232,7 +232,7 @@ def test_each_fault_is_one_line_that_says_what_to_change(changes, message):
         (movielens, {"test_share": 1.0}, "data.test_share=1.0 must lie in [0, 1)"),
         (kuairand, {"test": "biased"}, "data.test='biased' does not exist; choose one of: random"),
         (recflow, {"train_days": (20240217,)}, "data.train_days holds 20240217; it takes names"),
-        (parquet, {"split": "item"}, "choose one of: request, time, user"),
+        (parquet, {"split": "item"}, "choose one of: column, request, time, user"),
         (parquet, {"validation_share": 0.0}, "data.validation_share=0.0 must lie between 0 and 1"),
     ],
 )  # fmt: skip

@@ -852,6 +852,7 @@ def test_orders_of_data_are_cohorts_that_pair_with_their_own_baseline(world, tmp
     assert len([*tmp_path.glob("cohorts/*/test")]) == 2
 
 
+@pytest.mark.long
 def test_a_whole_repeat_has_a_teacher_and_an_order_of_its_own(world, tmp_path):
     changes = {
         "sweep__modes": ("none", "shared"), "sweep__seeds": (0, 2), "sweep__whole_repeats": True,

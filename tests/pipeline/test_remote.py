@@ -83,6 +83,7 @@ def eventually(condition):
     return False
 
 
+@pytest.mark.long
 def test_the_main_job_at_a_url_gives_the_bytes_that_it_gives_in_folders(world):
     config = world.config(**SWEEP, teacher__workdir="")
     made = api.run(config, "memory://bucket/main")

@@ -1,69 +1,72 @@
+"""The sentences of the answer, each from a sweep written by hand."""
+
 import math
 import re
 
-import numpy as np
 import pytest
 
 from kd_ranker.report.answer import answer
 from kd_ranker.report.choices import best_with_scores
 from kd_ranker.report.estimates import Estimates
-from kd_ranker.report.study import read_studies
 from tests.report import sweeps
+from tests.report.sweeps import reference_row
 
 
-def answered(
-    tmp_path, passed_by_setting, flops=10.0, teacher=True, users=None, references=(), areas=None
-):
-    """The answer to `passed_for_99` by setting and repeat, on both splits.
-
-    Args:
-      tmp_path: a folder.
-      passed_by_setting: (mode, weight) -> a number a repeat, or a pair for validation and test.
-      flops: of students that distil; those of the others are 10, of the teacher 200.
-      teacher: whether its row is there.
-      users: by mode, the true value captured at 30 and at 99%, a number a repeat; None where it is
-        not known.
-      references: rows of references.
-      areas: AUC by mode or "teacher", a number a repeat; the default is better than chance.
-    """
-    areas = areas or {}
-    of_teacher = sweeps.teacher_row() | {"user_auc/watch": areas.get("teacher", 0.8)}
-    rows = [of_teacher, *references] if teacher else [*references]
-    for (mode, weight), by_seed in passed_by_setting.items():
-        for seed, passed in enumerate(by_seed):
-            validation, test = passed if isinstance(passed, tuple) else (passed, passed)
-            row = {
-                "mode": mode, "weight": weight, "seed": seed, "passed": validation,
-                "flops": 10.0 if mode == "none" else flops, "test": {"passed": test},
-            }  # fmt: skip
-            if users:
-                row |= dict.fromkeys(("true_value", "true_value_for"), users[mode][seed])
-            rows.append(row | ({"user_auc/watch": areas[mode][seed]} if mode in areas else {}))
-    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
+def of_rows(tmp_path, rows, teacher=True):
+    """The answer to these rows."""
+    study = sweeps.study_of(tmp_path, [*([sweeps.teacher_row()] if teacher else []), *rows])
     return answer(study, Estimates(study))
 
 
-def test_a_saving_that_is_shown(tmp_path):
-    given = answered(
-        tmp_path,
-        {
-            ("none", 0.0): [(300, 400), (300, 420), (300, 440)],
-            ("shared", 1.0): [(200, 300), (200, 322), (200, 338)],
-            ("shared", 3.0): [(201, 100), (202, 100), (203, 100)],
-            ("aux", 1.0): [350, 372, 388],
-        },
-        users={"none": [0.8, 0.9, 0.7], "shared": [0.81, 0.912, 0.708], "aux": [0.5] * 3},
-    )
+def students(passed_by_mode, **by_mode):
+    """Rows of a mode or (mode, weight): `passed_for_99`, or that of validation and test, by seed.
+
+    `by_mode` has other columns: by mode, a number per seed, or one for all.
+    """
+    rows = []
+    for name, by_seed in passed_by_mode.items():
+        mode, weight = name if isinstance(name, tuple) else (name, 0.0 if name == "none" else 1.0)
+        for seed, passed in enumerate(by_seed):
+            validation, test = passed if isinstance(passed, tuple) else (passed, passed)
+            row = {"mode": mode, "weight": weight, "seed": seed, "passed": validation,
+                   "test": {"passed": test}}  # fmt: skip
+            for column, values in by_mode.items():
+                if mode in values:
+                    of_mode = values[mode]
+                    row[column] = of_mode[seed] if isinstance(of_mode, list) else of_mode
+            rows.append(row)
+    return rows
+
+
+def users(**by_mode):
+    """The true value at 30 and at 99%, as columns for `students`."""
+    return {"true_value": by_mode, "true_value_for": by_mode}
+
+
+STUDENTS = {"none": [400, 420, 440], "shared": [300, 322, 338]}
+INCUMBENT, RANDOM = reference_row("incumbent", 600), reference_row("random", 1900)
+NO_OTHER = "On validation, no other ranker without the final ranker's scores needs fewer."
+
+
+def test_the_whole_answer(tmp_path):
+    passed = {
+        "none": [(300, 400), (300, 420), (300, 440)],
+        ("shared", 1.0): [(200, 300), (200, 322), (200, 338)],
+        ("shared", 3.0): [(201, 100), (202, 100), (203, 100)],
+        "aux": [350, 372, 388],
+    }
+    of_users = users(none=[0.8, 0.9, 0.7], shared=[0.81, 0.912, 0.708], aux=0.5)
+    given = of_rows(tmp_path, students(passed, **of_users))
     # Differences 100, 98, 102: 100 ± 4.303 · 2 / √3. Savings of 100, 104 and 108 thousand.
     # Users' differences 0.010, 0.012, 0.008: 0.01 ± 4.303 · 0.002 / √3.
     rises = "rises, from 0.8000 to 0.8100 (difference +0.0050 to +0.0150)"
-    assert given.sentence == (
+    assert given.text == given.sentence == (
         "d: For 99% of the final value the final ranker needs 420 candidates per request with mode "
-        "none. On validation, no other ranker without the final ranker's scores needs fewer. With "
+        f"none. {NO_OTHER} With "
         "the scores it needs 320 with “shared, weight 1” (100 fewer, 95% interval 95 to 105), "
         "which saves 19% (95% interval 18 to 21) of the funnel's compute. For users: the true "
         f"value@30 {rises}; the true value for 99% {rises}."
-    )
+    )  # fmt: skip
     assert given.caveats == [
         "4 settings of 3 ways were compared on validation; the best of each way was then read on "
         "the test.",
@@ -72,107 +75,151 @@ def test_a_saving_that_is_shown(tmp_path):
     ]
 
 
-def test_where_requests_were_kept_the_answer_says_that_intervals_cover_them(tmp_path):
-    covered = {
-        (0, 1): "the test requests and 2 repeats;",
-        (0,): "the test requests, and not the seeds, since there is only one;",
-    }
-    for seeds, text in covered.items():
-        (study,) = read_studies([sweeps.write_sweep(tmp_path / str(len(seeds)), seeds=seeds)])
-        assert f"Intervals cover {text}" in answer(study, Estimates(study)).caveats[1]
-
-
-INCUMBENT = sweeps.reference_row("incumbent", 600)
-RANDOM = sweeps.reference_row("random", 1900)
-STUDENTS = {("none", 0.0): [400, 420, 440], ("shared", 1.0): [300, 322, 338]}
-
-
-def test_the_answer_decomposes(tmp_path):
-    """Today, without scores, with them: the interval and the saving are of the last step."""
-    rows = {**STUDENTS, ("aux", 1.0): [350, 372, 388]}
-    given = answered(tmp_path, rows, references=[INCUMBENT, RANDOM])
-    assert given.sentence.startswith(
-        "d: For 99% of the final value the final ranker needs 600 candidates per request with "
-        "today's early ranker and 420 with mode none. On validation, no other ranker without the "
-        "final ranker's scores needs fewer. With the scores it needs 320 with “shared, weight 1” "
-        "(100 fewer, 95% interval 95 to 105), which saves 19% (95% interval 18 to 21) of the "
+LIST_BEST = (
+    "With the best early ranker that learns from the log without the final ranker's scores, it "
+    "needs 390 (“show_rate”, a list of items without a user). With the scores it needs 320 with "
+    "“shared, weight 1” (70 fewer, 95% interval 23 to 117), which saves 17%"
+)
+# Rows, and parts of the answer in their order.
+STEPS = {
+    "today, without scores, with them": (
+        [*students(STUDENTS | {"aux": [350, 372, 388]}), INCUMBENT, RANDOM],
+        "needs 600 candidates per request with today's early ranker and 420 with mode none. "
         # 20,000 + 320 · 200 FLOPs instead of 600 · 200: 30%.
-        "funnel's compute (against today's early ranker, taken as free it saves 30% (95% interval "
-    )
-    assert "against mode none" not in given.sentence
-
-
-def test_each_saving_in_brackets_has_its_own_verb(tmp_path):
-    given = answered(tmp_path, STUDENTS, references=[sweeps.reference_row("incumbent", 400)])
-    # 84,000 FLOPs after 80,000 of the ranker that is free.
-    assert (
+        f"{NO_OTHER} With the scores it needs 320 with “shared, weight 1” (100 fewer, 95% interval "
+        "95 to 105), which saves 19% (95% interval 18 to 21) of the funnel's compute (against "
+        "today's early ranker, taken as free it saves 30% (95% interval",
+    ),
+    "a free ranker that costs less": (
+        # 84,000 FLOPs after 80,000 of the ranker that is free.
+        [*students(STUDENTS), reference_row("incumbent", 400)],
         "which adds 5% (95% interval −7 to 17) of the funnel's compute (against mode none it saves "
-        "19% (95% interval 18 to 21))."
-    ) in given.sentence
-    references = [sweeps.reference_row("incumbent", 400), sweeps.reference_row("show_rate", 390)]
-    rows = {("none", 0.0): [500, 501], ("shared", 1.0): [310, 310]}
-    given = answered(tmp_path / "two", rows, references=references)
-    # 82,000 after 78,000 of the list, 80,000 of the incumbent, and 120,100 of mode none.
-    assert (
+        "19% (95% interval 18 to 21)).",
+    ),
+    "each saving with its verb": (
+        # 82,000 after 78,000 of the list, 80,000 of the incumbent, and 120,100 of mode none.
+        [*students({"none": [500, 501], "shared": [310, 310]}), reference_row("incumbent", 400),
+         reference_row("show_rate", 390)],
         "which adds 5% (95% interval 5 to 5) of the funnel's compute (against mode none it saves "
         "32% (95% interval 31 to 32); against today's early ranker, taken as free it adds 2% (95% "
-        "interval 2 to 2))."
-    ) in given.sentence
-
-
-def test_a_student_of_the_stage_is_the_best_without_scores(tmp_path):
-    rows = [
-        {"mode": mode, "distill_loss": loss, "seed": seed, "passed": passed + seed,
-         "member": f"{loss}{seed}", "user_auc/watch": 0.7}
-        for mode, loss, passed in (
-            ("none", None, 400), ("aux", "topk:stage", 320), ("aux", "topk", 300),
-        )
-        for seed in (0, 1)
-    ]  # fmt: skip
-    (study,) = read_studies([sweeps.write_rows(tmp_path, [sweeps.teacher_row(), *rows])])
-    sentence = answer(study, Estimates(study)).sentence
-    assert (
+        "interval 2 to 2)).",
+    ),
+    "a student of the stage": (
+        [{"mode": "aux", "distill_loss": loss, "passed": passed + seed, "seed": seed,
+          "member": f"{loss}{seed}"}
+         for loss, passed in (("topk:stage", 320), ("topk", 300)) for seed in (0, 1)]
+        + students({"none": [400, 401]}),
         "needs 400 candidates per request with mode none. With the best early ranker that learns "
         "from the log without the final ranker's scores, it needs 320 (“aux, weight 1, loss "
         "topk:stage”). With the scores it needs 300 with “aux, weight 1, loss topk” (20 fewer, 95% "
-        "interval 20 to 20), which saves 5%"
-    ) in sentence
-    # 80,100 FLOPs after 84,100, and after 100,100 with mode none: 20%.
-    assert "compute (against mode none it saves 20% (95% interval 20 to 20))." in sentence
+        # 80,100 FLOPs after 84,100, and after 100,100 with mode none: 20%.
+        "interval 20 to 20), which saves 5% (95% interval 5 to 5) of the funnel's compute (against "
+        "mode none it saves 20% (95% interval 20 to 20)).",
+    ),
+    "a list": (
+        # 400 + 320 · 200 FLOPs instead of 390 · 200.
+        [*students(STUDENTS, flops={"shared": 0.2}), INCUMBENT, reference_row("show_rate", 390)],
+        LIST_BEST,
+    ),
+    "the incumbent without mode none": (
+        [*students({"shared": [300, 302]}), INCUMBENT],
+        f"d: For 99% of the final value the final ranker needs 600 candidates per request with "
+        f"today's early ranker. {NO_OTHER} ",
+    ),
+    "a list without mode none": (
+        [*students({"shared": [300, 302]}), reference_row("pass_rate", 600)],
+        "the final ranker needs 600 candidates per request with the best early ranker that needs "
+        "no scores of the final ranker, “pass_rate”, a list of items without a user. With the scor",
+    ),
+    "an interval that includes 0": (
+        students({"none": [400, 420], "shared": [300, 410]}),
+        "No gain from the scores is shown: it needs 355 with “shared, weight 1” (55 fewer, 95% "
+        "interval −517 to 627), and the interval includes 0. The change",
+    ),
+    "a gain on validation only": (
+        # The second weight is the best on the test, which must not matter.
+        students({"none": [(400, 300), (410, 310)], ("shared", 1.0): [(100, 300), (100, 320)],
+                  ("shared", 2.0): [(300, 50), (300, 50)]}),
+        "needs 305 candidates per request with mode none. "
+        f"{NO_OTHER} The scores save nothing here: with “shared, weight 1” it needs 310 (5 more, "
+        "95% interval −59 to 69).",
+    ),
+    "one repeat": (
+        students({"none": [400], "shared": [300]}, **users(none=0.8, shared=0.7)),
+        "With the scores it needs 300 with “shared, weight 1” (100 fewer); no interval is known. "
+        "For users: the true value@30 goes from 0.8000 to 0.7000, without an interval; the true "
+        "value for 99% goes from 0.8000 to 0.7000, without an interval.",
+    ),
+    "more compute": (
+        # 400 fewer candidates of 20,000 FLOPs each are less than 2000 candidates at 60 more.
+        students({"none": [400, 410], "aux": [300, 311]}, flops={"aux": 70.0}),
+        "which adds 99% (95% interval 88 to 110) of the funnel's compute.",
+    ),
+    "a loss of users": (
+        students(STUDENTS, **users(none=[0.8, 0.9, 0.7], shared=[0.71, 0.8, 0.61])),
+        "For users: the true value@30 falls, from 0.8000 to 0.7067 (difference −0.1",
+    ),
+    "no difference for users": (
+        students(STUDENTS, **users(none=[0.8, 0.9, 0.7], shared=[0.8, 0.91, 0.69])),
+        "For users: the true value@30 shows no difference, from 0.8000 to 0.8000 (difference −0.0",
+    ),
+    "users who pay": (
+        students(STUDENTS, **users(none=[0.8, 0.9, 0.7], shared=[0.75, 0.85, 0.65])),
+        " No way with scores surely keeps the value for users within 0.2% of the value without "
+        "them: on validation, the change of this one is −5.0% to −5.0%. So users may pay for the "
+        "saving.",
+    ),
+    "users unknown": (
+        students({"none": [400, 401], "shared": [300, 302]}),
+        "funnel's compute. The change for users was not measured.",
+    ),
+    "several sizes": (
+        [{"mode": mode, "seed": seed, "student.width": width, "passed": passed + seed,
+          "flops": float(flops), "member": f"{mode}{width}{seed}"}
+         for mode, width, flops, passed in (
+             # The large one passes fewer, and costs more: 2000 · 10 + 90 · 200 against 8 + 24.
+             ("none", 8, 4, 400), ("none", 32, 10, 300), ("shared", 8, 4, 120),
+             ("shared", 32, 10, 90))
+         for seed in (0, 1)],
+        # 2000 · 4 + 120.5 · 200 over 2000 · 200.
+        "Of 2 sizes, the cheapest funnel for 99% is that of “shared, weight 1, width 8”, which "
+        "passes 120 candidates at 8.0% (95% interval 7.7 to 8.3) of the cost of the final ranker "
+        "on all candidates; of students that need no scores it is that of “none, width 32”, which "
+        "passes 300 candidates at 20.0%",
+    ),
+    "nothing measured": (
+        students({"none": [math.nan] * 2, "shared": [math.nan] * 2}),
+        "d: the saving from the final ranker's scores is unknown: passed_for_99 is unknown for "
+        "every student, since no test or validation request holds a value of the final ranker; "
+        "check data.teacher and value_weights.",
+    ),
+    "only with scores": (
+        students({"shared": [300, 310]}),
+        "there is no measured student that needs none of them; run a sweep with none and another "
+        "mode in sweep.modes.",
+    ),
+    "only without scores": (
+        students({"none": [300, 310]}),
+        "there is no measured student that learns from them; run a sweep",
+    ),
+}  # fmt: skip
 
 
-def test_a_list_may_be_the_best_without_scores(tmp_path):
-    of_list = sweeps.reference_row("show_rate", 390)
-    given = answered(tmp_path, STUDENTS, flops=0.2, references=[INCUMBENT, RANDOM, of_list])
-    # 400 + 320 · 200 FLOPs instead of 390 · 200.
-    assert (
-        "With the best early ranker that learns from the log without the final ranker's scores, it "
-        "needs 390 (“show_rate”, a list of items without a user). With the scores it needs 320 "
-        "with “shared, weight 1” (70 fewer, 95% interval 23 to 117), which saves 17%"
-    ) in given.sentence
-    assert "(against mode none it saves 38% (95% interval 35 to 41); " in given.sentence
-    assert "against today's early ranker, taken as free it saves 46%" in given.sentence
-
-
-@pytest.mark.parametrize(
-    ("reference", "rest"),
-    [
-        (INCUMBENT, "today's early ranker. On validation, no other ranker without the final "
-         "ranker's scores needs fewer. "),
-        (sweeps.reference_row("pass_rate", 600), "the best early ranker that needs no scores of "
-         "the final ranker, “pass_rate”, a list of items without a user. With the scores"),
-    ],
-)  # fmt: skip
-def test_without_a_student_of_mode_none_a_reference_is_compared(tmp_path, reference, rest):
-    given = answered(tmp_path, {("shared", 1.0): [300, 302]}, references=[reference])
-    assert given.sentence.startswith(
-        "d: For 99% of the final value the final ranker needs 600 candidates per request with "
-        + rest
+@pytest.mark.parametrize("name", STEPS)
+def test_the_steps_of_the_answer(tmp_path, name):
+    rows, part = STEPS[name]
+    given = of_rows(tmp_path, rows)
+    assert part in given.sentence
+    if "No gain" in part or "save nothing" in part:
+        assert "saves" not in given.sentence
+    # The saving against mode none is only named if it is not that of the last step.
+    assert ("against mode none" in given.sentence) == (
+        "against mode none" in part or name == "a list"
     )
 
 
 @pytest.mark.parametrize(
-    ("name", "passed", "begins"),
+    ("name", "passed", "first"),
     [
         ("random", 310, "A random order does as well as"),
         # 320 ± 48 over the repeats.
@@ -187,298 +234,129 @@ def test_without_a_student_of_mode_none_a_reference_is_compared(tmp_path, refere
         ("incumbent", 310, ""),
     ],
 )
-def test_the_first_sentence_names_a_simple_order_that_does_as_well(tmp_path, name, passed, begins):
-    given = answered(tmp_path, STUDENTS, references=[sweeps.reference_row(name, passed)])
-    needs = "the best student: it needs {} candidates per request for 99% of the final value, the "
-    first = f"{begins} {needs.format(passed)}student 320." if begins else "For 99%"
+def test_the_first_sentence_names_a_simple_order_that_does_as_well(tmp_path, name, passed, first):
+    given = of_rows(tmp_path, [*students(STUDENTS), reference_row(name, passed)])
+    needs = f"the best student: it needs {passed} candidates per request for 99% of the final value"
+    first = f"{first} {needs}, the student 320." if first else "For 99%"
     assert given.sentence.startswith(f"d: {first}")
 
 
-def test_of_several_simple_orders_the_best_is_named_and_one_repeat_compares_means(tmp_path):
-    references = [
-        sweeps.reference_row(name, at) for name, at in (("random", 290), ("top_rate", 280))
-    ]
-    one = {("none", 0.0): [400], ("shared", 1.0): [285]}
-    assert answered(tmp_path, one, references=references).sentence.startswith(
+def test_the_best_simple_order_is_named_and_one_repeat_compares_means(tmp_path):
+    both = [reference_row("random", 290), reference_row("top_rate", 280)]
+    one = students({"none": [400], "shared": [285]})
+    assert of_rows(tmp_path, [*one, *both]).sentence.startswith(
         "d: A list of items without a user, “top_rate”, does as well as the best student: it needs "
         "280 candidates"
     )
-    assert answered(tmp_path, one, references=references[:1]).sentence.startswith("d: For 99%")
+    assert of_rows(tmp_path, [*one, both[0]]).sentence.startswith("d: For 99%")
 
 
 @pytest.mark.parametrize(
-    ("areas", "begins"),
+    ("teacher", "none", "than"),
     [
-        ({"teacher": 0.5}, "than chance (AUC watch 0.500)"),
-        ({"teacher": 0.4}, "than chance (AUC watch 0.400)"),
+        ([0.5] * 3, 0.4, "chance (AUC watch 0.500)"),
+        # The interval over three teachers, one per repeat, includes chance.
+        ([0.49, 0.56, 0.54], 0.4, "chance (AUC watch 0.530)"),
         (
-            {"teacher": 0.6, "none": [0.70, 0.71, 0.69]},
-            "than a student of mode none (AUC watch 0.600, mode none 0.700)",
+            [0.6] * 3,
+            [0.70, 0.71, 0.69],
+            "a student of mode none (AUC watch 0.600, mode none 0.700)",
         ),
         # It may be below by chance.
-        ({"teacher": 0.695, "none": [0.70, 0.71, 0.69]}, ""),
-        ({"teacher": 0.8, "none": [0.70, 0.71, 0.69]}, ""),
+        ([0.695] * 3, [0.70, 0.71, 0.69], ""),
+        ([0.8] * 3, [0.70, 0.71, 0.69], ""),
     ],
 )
-def test_the_first_sentence_warns_of_a_final_ranker_that_predicts_users_badly(
-    tmp_path, areas, begins
-):
-    given = answered(tmp_path, STUDENTS, areas=areas)
-    warned = (
-        f"d: The final ranker is not shown to predict users better {begins}, so the following is "
-        "about copying it"
-    )
-    assert given.sentence.startswith(warned if begins else "d: For 99%")
-
-
-def test_a_final_ranker_whose_interval_includes_chance_is_warned_of(tmp_path):
-    """Three teachers, one per repeat."""
-    rows = [
-        row
-        for seed, area in enumerate((0.49, 0.56, 0.54))
-        for row in (
-            sweeps.teacher_row() | {"seed": seed, "user_auc/watch": area},
-            {"mode": "none", "seed": seed, "passed": 400 + seed},
-            {"mode": "shared", "seed": seed, "passed": 300 + seed},
-        )
+def test_a_final_ranker_that_predicts_users_badly(tmp_path, teacher, none, than):
+    rows = students(STUDENTS, **{"user_auc/watch": {"none": none}})
+    rows += [
+        sweeps.teacher_row() | {"seed": seed, "user_auc/watch": of}
+        for seed, of in enumerate(teacher)
     ]
-    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
-    given = answer(study, Estimates(study))
-    assert given.sentence.startswith(
-        "d: The final ranker is not shown to predict users better than chance (AUC watch 0.530)"
-    )
+    given = of_rows(tmp_path, rows, teacher=False)
+    warned = f"d: The final ranker is not shown to predict users better than {than}, so the foll"
+    assert given.sentence.startswith(warned if than else "d: For 99%")
     assert "3 teachers" in given.caveats[1]
 
 
-def test_a_passed_for_99_that_is_unknown_everywhere_is_named(tmp_path):
-    rows = {("none", 0.0): [math.nan] * 2, ("shared", 1.0): [math.nan] * 2}
-    given = answered(tmp_path, rows)
-    assert given.sentence == (
-        "d: the saving from the final ranker's scores is unknown: passed_for_99 is unknown for "
-        "every student, since no test or validation request holds a value of the final ranker; "
-        "check data.teacher and value_weights."
-    )
-    assert given.caveats == []
-
-
-def test_the_change_for_users_where_the_saving_is_taken_is_given(tmp_path):
-    """Not only at one k for both: a funnel that passes fewer may show users less."""
-    (study,) = read_studies([sweeps.write_sweep(tmp_path)])
-    estimates = Estimates(study)
-    chosen, without = best_with_scores(study), study.baseline
-    measure = "true_value_for_99"
-    rows = study.tested.pivot(index="repeat", columns="setting", values=measure)
-    before, after = rows[without].mean(), rows[chosen].mean()
-    gap = estimates.gap(chosen, without, measure)
-    np.testing.assert_allclose(gap.mean, after - before, atol=1e-12)
-    found = answer(study, estimates).sentence.partition("; the true value for 99% ")[2]
-    assert f"from {before:.4f} to {after:.4f}" in found
-    assert ("falls" in found, "rises" in found) == (gap.high < 0, gap.low > 0)
-
-
-@pytest.mark.parametrize(("lost", "pays"), [(0.0, False), (0.05, True)])
-def test_a_saving_for_which_users_may_pay_is_named(tmp_path, lost, pays):
-    of_none = [0.8, 0.9, 0.7]
-    users = {"none": of_none, "shared": [value - lost for value in of_none]}
-    sentence = answered(tmp_path, STUDENTS, users=users).sentence
-    assert (
-        sentence.endswith(
-            " No way with scores surely keeps the value for users within 0.2% of the value without "
-            "them: on validation, the change of this one is −5.0% to −5.0%. So users may pay for "
-            "the saving."
-        )
-        == pays
-    )
-
-
-def test_one_repeat_cannot_tell_whether_users_pay(tmp_path):
-    """Though the test requests show that fewer need passing."""
-    (study,) = read_studies([sweeps.write_sweep(tmp_path, seeds=(0,))])
-    sentence = answer(study, Estimates(study)).sentence
-    assert sentence.endswith(" One repeat cannot show whether users pay for the saving.")
-
-
-def test_an_interval_that_includes_0_shows_no_saving(tmp_path):
-    given = answered(tmp_path, {("none", 0.0): [400, 420], ("shared", 1.0): [300, 410]})
-    assert "No gain from the scores is shown: it needs 355 with “shared" in given.sentence
-    assert "and the interval includes 0." in given.sentence
-    assert "saves" not in given.sentence
-
-
-def test_a_saving_on_validation_that_the_test_does_not_find_is_none(tmp_path):
-    given = answered(
-        tmp_path,
-        {
-            ("none", 0.0): [(400, 300), (410, 310)],
-            ("shared", 1.0): [(100, 300), (100, 320)],
-            # The best on the test, which must not matter.
-            ("shared", 2.0): [(300, 50), (300, 50)],
-        },
-    )
-    assert (
-        "needs 305 candidates per request with mode none. On validation, no other ranker without "
-        "the final ranker's scores needs fewer. The scores save nothing here: with “shared, weight "
-        "1” it needs 310 (5 more, 95% interval "
-    ) in given.sentence
-
-
-def test_one_repeat_says_nothing_of_chance(tmp_path):
-    rows = {("none", 0.0): [400], ("shared", 1.0): [300]}
-    given = answered(tmp_path, rows, users={"none": [0.8], "shared": [0.7]})
-    assert (
-        "With the scores it needs 300 with “shared, weight 1” (100 fewer); no interval is known. "
-        "For users: the true value@30 goes from 0.8000 to 0.7000, without an interval; the true "
-        "value for 99% goes from 0.8000 to 0.7000, without an interval."
-    ) in given.sentence
-    assert "95%" not in given.sentence
-    assert "Intervals cover nothing" in given.caveats[1]
-
-
-def test_fewer_passed_can_cost_more_compute(tmp_path):
-    # 400 fewer candidates of 20,000 FLOPs each are less than 2000 candidates at 60 more.
-    given = answered(tmp_path, {("none", 0.0): [400, 410], ("aux", 1.0): [300, 311]}, flops=70.0)
-    assert "fewer" in given.sentence
-    assert "which adds 99% (95% interval 88 to 110) of the funnel's compute." in given.sentence
-
-
 def test_without_a_teacher_nothing_is_said_of_compute(tmp_path):
-    given = answered(
-        tmp_path, {("none", 0.0): [400, 401], ("shared", 1.0): [300, 302]}, teacher=False
-    )
+    given = of_rows(tmp_path, students(STUDENTS), teacher=False)
     assert "100 fewer" in given.sentence
     assert "compute" not in given.sentence
 
 
 @pytest.mark.parametrize(
-    ("shared", "change"),
+    ("seeds", "covers", "last"),
     [
-        ([0.71, 0.80, 0.61], "falls, from 0.8000 to 0.7067 (difference −0.1"),
-        ([0.80, 0.91, 0.69], "shows no difference, from 0.8000 to 0.8000 (difference −0.0"),
+        ((0, 1), "the test requests and 2 repeats;", ""),
+        # Though the test requests show that fewer need passing.
+        ((0,), "the test requests, and not the seeds, since there is only one;",
+         " One repeat cannot show whether users pay for the saving."),
     ],
-)
-def test_the_same_sentence_has_the_loss_of_users(tmp_path, shared, change):
-    given = answered(tmp_path, STUDENTS, users={"none": [0.8, 0.9, 0.7], "shared": shared})
-    assert "saves 19%" in given.sentence
-    assert f"For users: the true value@30 {change}" in given.sentence
-
-
-def test_of_several_sizes_the_cheapest_funnel_is_named(tmp_path):
-    rows = [
-        {"mode": mode, "seed": seed, "student.width": width, "passed": passed + seed,
-         "flops": float(flops), "member": f"{mode}{width}{seed}"}
-        for mode, width, flops, passed in (
-            ("none", 8, 4, 400), ("none", 32, 10, 300),
-            # The large one passes fewer, and costs more: 2000 · 10 + 90 · 200 against 8 + 24.
-            ("shared", 8, 4, 120), ("shared", 32, 10, 90),
-        )
-        for seed in (0, 1)
-    ]  # fmt: skip
-    (study,) = read_studies([sweeps.write_rows(tmp_path, [sweeps.teacher_row(), *rows])])
-    sentence = answer(study, Estimates(study)).sentence
-    assert "With the scores it needs 120 with “shared, weight 1, width 8”" in sentence
-    # 2000 · 4 + 120.5 · 200 over 2000 · 200.
-    assert (
-        "Of 2 sizes, the cheapest funnel for 99% is that of “shared, weight 1, width 8”, which "
-        "passes 120 candidates at 8.0% (95% interval 7.7 to 8.3) of the cost of the final ranker "
-        "on all candidates; of students that need no scores it is that of “none, width 32”, which "
-        "passes 300 candidates at 20.0%"
-    ) in sentence
-
-
-def test_costs_of_ones_own_are_no_compute(tmp_path):
-    (study,) = read_studies(
-        [sweeps.write_sweep(tmp_path, changes={"costs.teacher.candidate": 2.0})]
-    )
-    assert "of the funnel's cost (" in answer(study, Estimates(study)).sentence
+)  # fmt: skip
+def test_intervals_cover_the_requests_that_were_kept(tmp_path, seeds, covers, last):
+    costs = {"costs.teacher.candidate": 2.0}
+    estimates = sweeps.estimates_of(tmp_path, seeds=seeds, changes=costs)
+    given = answer(estimates.study, estimates)
+    assert f"Intervals cover {covers}" in given.caveats[1]
+    assert given.sentence.endswith(last)
+    # In units of one's own.
+    assert "of the funnel's cost (" in given.sentence
 
 
 def from_labels(tmp_path, none, shared, coverage=0.8, incumbent=None):
-    """The last sentences, of labels of the log alone; `incumbent`: its `passed_for_99`."""
-    rows = [
-        {"mode": mode, "seed": seed, "passed": passed, "covered": value, "coverage": of_mode}
-        for mode, passed, values, of_mode in (
-            ("none", 400, none, 0.9), ("shared", 300, shared, coverage),
-        )
-        for seed, value in enumerate(values)
-    ]  # fmt: skip
+    """The answer from labels of the log only; `incumbent`: its `passed_for_99`."""
+    count = len(none)
+    rows = students(
+        {"none": [400] * count, "shared": [300] * count},
+        covered={"none": none, "shared": shared}, coverage={"none": 0.9, "shared": coverage},
+    )  # fmt: skip
     if incumbent is not None:
-        rows.append(sweeps.reference_row("incumbent", incumbent, covered=0.4, coverage=0.9))
-    (study,) = read_studies([sweeps.write_rows(tmp_path, [sweeps.teacher_row(), *rows])])
-    return answer(study, Estimates(study)).sentence
+        rows.append(reference_row("incumbent", incumbent, covered=0.4, coverage=0.9))
+    return of_rows(tmp_path, rows).sentence
+
+
+MORE, NO_CHANGE = "users have more", "no change for users is shown"
+CANNOT = "This log cannot show the effect of the scores on users: "
+LEFT_OUT = f"{CANNOT}candidates that today's early ranker left out have no labels."
 
 
 @pytest.mark.parametrize(
-    ("shared", "found"),
+    ("shared", "coverage", "incumbent", "found"),
     [
-        ([0.60, 0.62], "users have more"),
-        ([0.40, 0.42], "users have less"),
-        ([0.50, 0.53], "no change for users is shown"),
-        ([0.60], "no change for users is shown"),
+        ([0.60, 0.62], 0.8, None, MORE),
+        ([0.40, 0.42], 0.8, None, "users have less"),
+        ([0.50, 0.53], 0.8, None, NO_CHANGE),
+        ([0.60], 0.8, None, NO_CHANGE),
+        ([0.60, 0.62], 0.36, None, MORE),
+        ([0.60, 0.62], 0.34, None, CANNOT),
+        # What it left out has no labels, whatever the coverage.
+        ([0.60, 0.62], 0.8, 350, LEFT_OUT),
+        # It is not compared here.
+        ([0.60, 0.62], 0.8, 500, MORE),
     ],
 )
-def test_labels_of_the_log_tell_a_direction_and_no_size(tmp_path, shared, found):
-    sentence = from_labels(tmp_path, [0.50, 0.525][: len(shared)], shared)
-    assert sentence.endswith(
-        ". By the labels of the log, which can cover 80% of the items that these funnels would "
-        f"show, {found} (a sign, not a size)."
-    )
+def test_labels_of_the_log_have_a_sign_and_no_size(tmp_path, shared, coverage, incumbent, found):
+    sentence = from_labels(tmp_path, [0.50, 0.525][: len(shared)], shared, coverage, incumbent)
+    share = f"{100 * coverage:.0f}% of the items that these funnels would show"
+    if found == CANNOT:
+        found = f"{CANNOT}it could have labels of only {share}."
+    elif found != LEFT_OUT:
+        found = f"By the labels of the log, which can cover {share}, {found} (a sign, not a size)."
+    assert sentence.endswith(found)
     assert "0.6" not in sentence
 
 
-@pytest.mark.parametrize(("coverage", "tells"), [(0.36, True), (0.34, False)])
-def test_a_log_that_covers_too_little_cannot_say(tmp_path, coverage, tells):
-    sentence = from_labels(tmp_path, [0.5, 0.5], [0.6, 0.6], coverage)
-    share = f"{100 * coverage:.0f}% of the items that these funnels would show"
-    if tells:
-        assert f"which can cover {share}, users have more" in sentence
-    else:
-        assert sentence.endswith(
-            "This log cannot show the effect of the scores on users: it could have labels of only "
-            f"{share}."
-        )
-
-
-def test_against_todays_ranker_the_log_cannot_say(tmp_path):
-    """Of what it left out there are no labels, whatever the coverage."""
-    sentence = from_labels(tmp_path, [0.5, 0.5], [0.6, 0.6], incumbent=350)
-    assert sentence.endswith(
-        "This log cannot show the effect of the scores on users: candidates that today's early "
-        "ranker left out have no labels."
-    )
-    # It is not compared here.
-    assert "users have more" in from_labels(tmp_path / "b", [0.5] * 2, [0.6] * 2, incumbent=500)
-
-
-def test_a_log_that_knows_no_truth_has_the_plan_of_a_live_test(tmp_path):
-    (study,) = read_studies([sweeps.write_sweep(tmp_path, true_values=False)])
-    estimates = Estimates(study)
+def test_a_log_without_a_truth_has_the_plan_of_a_live_test(tmp_path):
+    estimates = sweeps.estimates_of(tmp_path, true_values=False)
+    study = estimates.study
     needed = estimates.live_test(best_with_scores(study), study.baseline, 0.002)
-    plan = answer(study, estimates).sentence.partition("By the labels of the log")[2]
-    ab, interleaved = re.search(
-        r"To see a change of 0.2%, an A/B test needs about ([\d,]+) requests, an interleaved test "
-        r"at most ([\d,]+)\.$",
-        plan,
-    ).groups()
+    plan = re.search(
+        r"\(a sign, not a size\)\. To see a change of 0.2%, an A/B test needs about ([\d,]+) "
+        r"requests, an interleaved test at most ([\d,]+)\.$",
+        answer(study, estimates).sentence,
+    )
     # Two digits: the plan is rough.
-    for text, number in ((ab, needed.ab), (interleaved, needed.interleaved)):
+    for text, number in zip(plan.groups(), needed, strict=True):
         assert float(text.replace(",", "")) == pytest.approx(number, rel=0.05)
         assert len(text.replace(",", "").rstrip("0")) <= 2
-
-
-def test_users_that_were_not_measured_are_named(tmp_path):
-    given = answered(tmp_path, {("none", 0.0): [400, 401], ("shared", 1.0): [300, 302]})
-    assert given.sentence.endswith("The change for users was not measured.")
-
-
-@pytest.mark.parametrize(
-    ("passed_by_setting", "why"),
-    [
-        ({("shared", 1.0): [300, 310]}, "there is no measured student that needs none of them"),
-        ({("none", 0.0): [300, 310]}, "there is no measured student that learns from them"),
-    ],
-)
-def test_what_a_sweep_has_to_hold_is_said(tmp_path, passed_by_setting, why):
-    given = answered(tmp_path, passed_by_setting)
-    assert why in given.sentence
-    assert "sweep.modes" in given.sentence
-    assert given.caveats == []

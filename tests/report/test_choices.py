@@ -6,46 +6,50 @@ import pytest
 
 from kd_ranker.report import choices
 from kd_ranker.report.estimates import Estimates
-from kd_ranker.report.study import read_studies
 from tests.report import sweeps
+
+SHARED, AUX = "shared, weight 1", "aux, weight 1"
 
 
 def study_of(tmp_path, *rows):
-    (study,) = read_studies([sweeps.write_rows(tmp_path, [sweeps.teacher_row(), *rows])])
-    return study
+    return sweeps.study_of(tmp_path, [sweeps.teacher_row(), *rows])
 
 
-def test_the_best_with_scores_is_chosen_on_validation_of_all_ways(tmp_path):
-    study = study_of(
-        tmp_path,
-        {"mode": "none", "passed": 10},
-        {"mode": "shared", "weight": 1.0, "passed": 310, "test": {"passed": 100}},
-        {"mode": "shared", "weight": 3.0, "passed": 290, "test": {"passed": 900}},
-        {"mode": "aux", "passed": 300, "test": {"passed": 100}},
-    )
-    assert choices.best_with_scores(study) == "shared, weight 3"
+@pytest.mark.parametrize(
+    ("students", "expected"),
+    [
+        # Of all ways the best on validation, and the test must not matter.
+        ([{"mode": "none", "passed": 10},
+          {"mode": "shared", "weight": 1.0, "passed": 310, "test": {"passed": 100}},
+          {"mode": "shared", "weight": 3.0, "passed": 290, "test": {"passed": 900}},
+          {"mode": "aux", "passed": 300, "test": {"passed": 100}}], "shared, weight 3"),
+        # A student of the stage needs no scores; one with another term does.
+        ([{"mode": "none", "passed": 400},
+          *({"mode": "aux", "distill_loss": loss, "passed": passed, "member": loss}
+            for loss, passed in (("topk:stage", 20), ("topk:stage+bce", 200), ("softmax", 300)))],
+         "aux, weight 1, loss topk:stage+bce"),
+        ([{"mode": "none"}], None),
+        # Without a baseline.
+        ([{"mode": "aux", "true_value": 0.9, "true_value_for": 0.9}], AUX),
+        # The cheapest funnel and not the one that passes fewest:
+        # 2000 · 4 + 120 · 200 = 32,000 FLOPs against 2000 · 10 + 90 · 200 = 38,000.
+        ([{"mode": "none", "passed": 400, "student.width": 8},
+          *({"mode": "shared", "student.width": width, "flops": flops, "passed": passed,
+             "member": str(width)} for width, flops, passed in ((8, 4.0, 120), (32, 10.0, 90)))],
+         "shared, weight 1, width 8"),
+    ],
+)  # fmt: skip
+def test_the_best_with_scores(tmp_path, students, expected):
+    assert choices.best_with_scores(study_of(tmp_path, *students)) == expected
 
 
-def test_a_student_of_the_stage_needs_no_scores_and_one_with_another_term_does(tmp_path):
-    losses = {"topk:stage": 20, "topk:stage+bce": 200, "softmax": 300}
-    study = study_of(
-        tmp_path,
-        {"mode": "none", "passed": 400},
-        *({"mode": "aux", "distill_loss": loss, "passed": passed, "member": loss}
-          for loss, passed in losses.items()),
-    )  # fmt: skip
-    assert study.baseline == "aux, weight 1, loss topk:stage"
-    assert choices.best_with_scores(study) == "aux, weight 1, loss topk:stage+bce"
-
-
-def test_without_a_student_with_scores_there_is_none(tmp_path):
-    assert choices.best_with_scores(study_of(tmp_path, {"mode": "none"})) is None
-
-
-def test_without_a_baseline_the_best_with_scores_is_found(tmp_path):
-    study = study_of(tmp_path, {"mode": "aux", "true_value": 0.9, "true_value_for": 0.9})
-    assert study.baseline is None
-    assert choices.best_with_scores(study) == "aux, weight 1"
+def test_without_a_teacher_the_cost_is_unknown_and_the_fewest_passed_are_best(tmp_path):
+    rows = [
+        {"mode": "shared", "weight": weight, "flops": flops, "passed": passed}
+        for weight, flops, passed in ((8.0, 4.0, 120), (32.0, 10.0, 90))
+    ]
+    study = sweeps.study_of(tmp_path, [{"mode": "none", "passed": 400}, *rows])
+    assert choices.best_with_scores(study) == "shared, weight 32"
 
 
 def of_users(passed, lost, noise=0.0):
@@ -69,93 +73,64 @@ def ways_of(tmp_path, losses, noise=0.0):
 @pytest.mark.parametrize(
     ("losses", "noise", "kept", "chosen"),
     [
-        ((0.0, 0.0), 0.0, ["aux", "shared"], "shared"),
+        ((0.0, 0.0), 0.0, [AUX, SHARED], SHARED),
         # A loss within the margin of 0.002 is none, and so is a gain.
-        ((0.0019, -0.1), 0.0, ["aux", "shared"], "shared"),
-        ((0.0021, 0.001), 0.0, ["aux"], "aux"),
+        ((0.0019, -0.1), 0.0, [AUX, SHARED], SHARED),
+        ((0.0021, 0.001), 0.0, [AUX], AUX),
         # No loss on average, and not sure: 2.48 standard errors of 0.002 / √3 are 0.005.
-        ((0.0, 0.001), 0.002, ["aux"], "aux"),
+        ((0.0, 0.001), 0.002, [AUX], AUX),
         # If none is left, all take part.
-        ((0.01, 0.01), 0.0, [], "shared"),
+        ((0.03, 0.03), 0.0, [], SHARED),
     ],
 )
 def test_a_cheaper_setting_that_loses_users_is_passed_over(tmp_path, losses, noise, kept, chosen):
     study = ways_of(tmp_path, losses, noise)
-    names = ("aux, weight 1", "shared, weight 1")
-    assert [name.split(",")[0] for name in names if choices.keeps_users(study, name)] == kept
-    assert choices.best_with_scores(study) == f"{chosen}, weight 1"
-
-
-def test_the_margin_is_that_of_the_config(tmp_path):
-    study = ways_of(tmp_path, (0.01, 0.0))
-    assert choices.best_with_scores(study) == "aux, weight 1"
-    assert choices.best_with_scores(study._replace(margin=0.02)) == "shared, weight 1"
-
-
-def test_users_against_a_list_that_is_the_best_without_scores(tmp_path):
-    rows = [{"mode": mode} | row for mode in ("none", "shared") for row in of_users(400, 0.05)]
-    for lost, kept in ((0.06, True), (0.0, False)):
-        of_list = sweeps.reference_row("show_rate", 300, true_value=0.9, true_value_for=0.9 - lost)
-        study = study_of(tmp_path, of_list, *rows)
-        assert study.baseline == "show_rate"
-        assert choices.keeps_users(study, "shared, weight 1") == kept
-
-
-@pytest.mark.parametrize(
-    ("known", "measure", "at_target"),
-    [
-        ({"true_value": 0.9}, "true_value_captured@30", ["true_value_for_99"]),
-        # Labels of a log cannot tell funnels that pass different numbers.
-        ({"true_value": None}, "covered_user_value@30", []),
-        ({}, "covered_user_value@30", []),
-    ],
-)
-def test_labels_measure_users_where_the_truth_is_unknown(tmp_path, known, measure, at_target):
-    study = study_of(tmp_path, {"mode": "none"} | known)
-    assert choices.users_measure(study) == measure
-    assert choices.users_at_target(study) == at_target
+    assert [name for name in (AUX, SHARED) if choices.keeps_users(study, name)] == kept
+    assert choices.best_with_scores(study) == chosen
+    # At a larger margin, that of the config, both keep users.
+    assert choices.best_with_scores(study._replace(margin=0.02)) == SHARED
 
 
 def test_the_change_for_users_is_paired_over_the_repeats_of_validation(tmp_path):
     study = ways_of(tmp_path, (0.01, 0.001), noise=0.002)
     # −0.010, −0.012 and −0.008: 4.303 · 0.002 / √3.
     half = 4.302653 * 0.002 / 3**0.5
-    change = choices.users_change(study, "shared, weight 1")
+    change = choices.users_change(study, SHARED)
     assert change[:4] == pytest.approx((-0.01, -0.01 - half, -0.01 + half, 3))
+
+
+@pytest.mark.parametrize(("lost", "kept"), [(0.06, True), (0.0, False)])
+def test_users_against_a_list_that_is_the_best_without_scores(tmp_path, lost, kept):
+    rows = [{"mode": mode} | row for mode in ("none", "shared") for row in of_users(400, 0.05)]
+    of_list = sweeps.reference_row("show_rate", 300, true_value=0.9, true_value_for=0.9 - lost)
+    study = study_of(tmp_path, of_list, *rows)
+    assert study.baseline == "show_rate"
+    assert choices.keeps_users(study, SHARED) == kept
 
 
 def test_one_repeat_is_never_sure(tmp_path):
     rows = ({"mode": mode} | of_users(400, -0.1)[0] for mode in ("none", "shared"))
     study = study_of(tmp_path, *rows)
-    change = choices.users_change(study, "shared, weight 1")
-    assert (change.mean, change.n) == (0, 1)
-    assert math.isnan(change.low)
-    assert not choices.keeps_users(study, "shared, weight 1")
+    change = choices.users_change(study, SHARED)
+    assert (change.mean, change.n, math.isnan(change.low)) == (0, 1, True)
+    assert not choices.keeps_users(study, SHARED)
     # None is sure, so all take part.
-    assert choices.best_with_scores(study) == "shared, weight 1"
+    assert choices.best_with_scores(study) == SHARED
 
 
-def test_without_the_truth_no_change_is_known_and_every_setting_takes_part(tmp_path):
-    covered = {"covered": 0.5, "coverage": 0.9}
-    study = study_of(
-        tmp_path, {"mode": "none"} | covered, {"mode": "shared"} | covered | {"covered": 0.1}
-    )
-    assert choices.users_change(study, "shared, weight 1") is None
-    assert choices.keeps_users(study, "shared, weight 1")
-
-
-def test_the_cheapest_funnel_is_taken_and_not_the_one_that_passes_fewest(tmp_path):
-    # 2000 · 4 + 120 · 200 = 32,000 FLOPs against 2000 · 10 + 90 · 200 = 38,000.
-    sizes = [
-        {"mode": "shared", "student.width": width, "flops": flops, "passed": passed,
-         "member": str(width)}
-        for width, flops, passed in ((8, 4.0, 120), (32, 10.0, 90))
-    ]  # fmt: skip
-    rows = [{"mode": "none", "passed": 400, "student.width": 8}, *sizes]
-    assert choices.best_with_scores(study_of(tmp_path / "a", *rows)) == "shared, weight 1, width 8"
-    # What a candidate costs is unknown without a teacher: fewest passed.
-    (study,) = read_studies([sweeps.write_rows(tmp_path / "b", rows)])
-    assert choices.best_with_scores(study) == "shared, weight 1, width 32"
+@pytest.mark.parametrize("known", [{"true_value": 0.9}, {"true_value": None}, {}])
+def test_labels_measure_users_where_the_truth_is_unknown(tmp_path, known):
+    rows = ({"mode": mode, "covered": of} | known for mode, of in (("none", 0.5), ("shared", 0.1)))
+    study = study_of(tmp_path, *rows)
+    if known.get("true_value"):
+        assert choices.users_measure(study) == "true_value_captured@30"
+        assert choices.users_at_target(study) == ["true_value_for_99"]
+        return
+    assert choices.users_measure(study) == "covered_user_value@30"
+    # Labels of a log cannot compare funnels that pass different numbers: every setting takes part.
+    assert choices.users_at_target(study) == []
+    assert choices.users_change(study, SHARED) is None
+    assert choices.keeps_users(study, SHARED)
 
 
 def test_coverage_is_the_least_of_both_and_unknown_with_todays_ranker(tmp_path):
@@ -166,11 +141,12 @@ def test_coverage_is_the_least_of_both_and_unknown_with_todays_ranker(tmp_path):
     ]  # fmt: skip
     study = study_of(tmp_path / "a", *rows)
     estimates = Estimates(study)
-    shared = "shared, weight 1"
     assert choices.coverage(study, estimates, ["none"]) == pytest.approx(0.75)
-    assert choices.coverage(study, estimates, [shared, "none"]) == pytest.approx(0.25)
-    assert choices.coverage(study, estimates, [shared, "none"]) < choices.COVERED
+    assert choices.coverage(study, estimates, [SHARED, "none"]) == pytest.approx(0.25)
+    assert choices.why_unlabelled(study, estimates, ["none"]) == ""
+    assert "only 25%" in choices.why_unlabelled(study, estimates, [SHARED, "none"])
     # Its own choice of what was passed makes its covered value far too low.
-    assert math.isnan(choices.coverage(study, estimates, [shared, "incumbent"]))
+    assert math.isnan(choices.coverage(study, estimates, [SHARED, "incumbent"]))
+    assert "left out" in choices.why_unlabelled(study, estimates, [SHARED, "incumbent"])
     study = study_of(tmp_path / "b", *(row | {"true_value": 0.9} for row in rows))
-    assert choices.coverage(study, Estimates(study), [shared, "incumbent"]) == 1
+    assert choices.coverage(study, Estimates(study), [SHARED, "incumbent"]) == 1

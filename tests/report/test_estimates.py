@@ -11,6 +11,7 @@ from kd_ranker.report import estimates
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import (
     EQUIVALENCE_CONFIDENCE,
+    Interval,
     Measured,
     crossed_interval,
     interval,
@@ -43,27 +44,27 @@ def each_of(seed: int) -> Each:
     return Each(alone, curves | {"scored": np.multiply.outer(alone["requests"], KS)})
 
 
+# The oracles take the requests one by one, each `times` times, and search for k.
 def bce(each: Each, times: np.ndarray) -> float:
-    """User BCE on the requests, each so many times."""
     drawn = np.repeat(np.arange(REQUESTS), times)
-    losses, weights = (each.alone[name][drawn, 0].astype(float) for name in
-                       ("user_bce", "label_weight"))  # fmt: skip
-    return losses.sum() / weights.sum()
+    losses, weights = (each.alone[name][drawn, 0] for name in ("user_bce", "label_weight"))
+    return losses.sum(dtype=float) / weights.sum(dtype=float)
 
 
-def passed(each: Each, times: np.ndarray) -> float:
-    drawn = np.repeat(np.arange(REQUESTS), times)
-    curve = each.curves["value_captured"][drawn].astype(float).sum(axis=0)
-    for k in range(1, RETRIEVED + 1):
-        if np.interp(k, KS, curve) / curve[-1] >= TARGET:
-            return float(k)
-    raise AssertionError
+def curve(each: Each, times: np.ndarray, name: str) -> np.ndarray:
+    return times @ each.curves[name].astype(float)
+
+
+def passed(each: Each, times: np.ndarray, target: float = TARGET) -> float:
+    value = curve(each, times, "value_captured")
+    shares = (np.interp(k, KS, value) / value[-1] for k in range(1, RETRIEVED + 1))
+    return 1.0 + next(place for place, share in enumerate(shares) if share >= target)
 
 
 def users(each: Each, times: np.ndarray) -> float:
     """The true value captured where the target is kept."""
-    curve = times @ each.curves["true_value_captured"].astype(float)
-    return np.interp(passed(each, times), KS, curve) / curve[-1]
+    value = curve(each, times, "true_value_captured")
+    return np.interp(passed(each, times), KS, value) / value[-1]
 
 
 def saved(after: float, before: float, shares: dict[str, float] = FLOPS) -> float:
@@ -94,24 +95,37 @@ def rows_of(seeds):
     return [sweeps.teacher_row() | {"flops": TEACHER_FLOPS}, *members.values()]
 
 
-def write(folder, seeds=SEEDS, with_requests=True):
-    sweeps.write_rows(folder, rows_of(seeds), retrieved=RETRIEVED)
-    if with_requests:
-        each = {("teacher", "user"): each_of(99)}
-        each |= {
-            (f"{mode}{seed}", "user"): of for (mode, seed), of in EACH.items() if seed in seeds
-        }
-        test = folder / "cohorts" / "0" / "test"
+def of_reference(each):
+    needed = {"passed_for_90": passed(each, ONCE), "scored_for_90": passed(each, ONCE)}
+    return sweeps.reference_row("show_rate", 4.0, test=needed | {"passed": 6.0})
+
+
+def members(*seeds):
+    """The students of a cohort, of these seeds."""
+    return {(f"{mode}{seed}", "user"): of for (mode, seed), of in EACH.items() if seed in seeds}
+
+
+def write(folder, rows, *cohorts):
+    """A sweep of rows; its cohorts have the requests of these rankers, each with a teacher."""
+    sweeps.write_rows(folder, rows, retrieved=RETRIEVED)
+    for number, each in enumerate(cohorts):
+        test = folder / "cohorts" / str(number) / "test"
         test.mkdir(parents=True)
-        for name, content in request_files(Kept(KS, each), ("watch",)).items():
+        of_cohort = Kept(KS, {("teacher", "user"): each_of(90 + number), **each})
+        for name, content in request_files(of_cohort, ("watch",)).items():
             (test / name).write_bytes(content)
     return sweeps.finish(folder)
 
 
+def estimates_of(*folders):
+    (study,) = read_studies([*folders])
+    return Estimates(study)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    (study,) = read_studies([write(tmp_path_factory.mktemp("study"))])
-    return Estimates(study)
+    folder = tmp_path_factory.mktemp("study")
+    return estimates_of(write(folder, rows_of(SEEDS), members(*SEEDS)))
 
 
 COUNTS = request_counts(REQUESTS, 60)
@@ -131,52 +145,93 @@ def assert_interval(found, expected):
     assert found.low < found.mean < found.high
 
 
-def test_a_mean_and_its_interval_are_those_of_the_draws_one_by_one(made):
-    for measure, number in (
-        ("user_bce/watch", bce), ("user_bce", bce), ("passed_for_90", passed),
-        ("scored_for_90", passed), ("true_value_for_90", users),
-    ):  # fmt: skip
-        expected = by_hand(lambda seed, times, of=number: of(EACH["shared", seed], times))
-        assert_interval(made.of("shared, weight 1", measure), expected)
+SHARED = "shared, weight 1"
+PAIR = (SHARED, "none")
+# Both students at a twentieth of the teacher's cost.
+ALIKE = dict.fromkeys(FLOPS, 0.05 * TEACHER_FLOPS)
 
 
-def test_a_gap_is_paired_within_repeats_and_draws(made):
-    def gap(seed, times):
-        return bce(EACH["shared", seed], times) - bce(EACH["none", seed], times)
-
-    pair = ("shared, weight 1", "none", "user_bce/watch")
-    assert_interval(made.gap(*pair), by_hand(gap))
-    narrower = by_hand(gap, EQUIVALENCE_CONFIDENCE)
-    assert_interval(made.gap(*pair, EQUIVALENCE_CONFIDENCE), narrower)
-    assert narrower.high < made.gap(*pair).high
+def of_shared(number):
+    return lambda shared, none, times: number(shared, times)
 
 
-def test_a_saving_is_of_the_funnels_costs_on_each_draw(made):
-    assert made.targets == (0.99, TARGET) or made.targets == (TARGET, 0.99)
+def saving(target=TARGET, shares=FLOPS):
+    return lambda shared, none, times: saved(
+        passed(shared, times, target), passed(none, times, target), shares
+    )
 
-    def saving(seed, times, shares=FLOPS):
-        of = (passed(EACH[mode, seed], times) for mode in ("shared", "none"))
-        return saved(*of, shares)
 
-    assert_interval(made.saving("shared, weight 1", TARGET), by_hand(saving))
-    # Both students at a twentieth of the teacher's cost.
-    alike = dict.fromkeys(FLOPS, 0.05 * TEACHER_FLOPS)
-    expected = by_hand(lambda seed, times: saving(seed, times, alike))
-    assert_interval(made.saving("shared, weight 1", TARGET, 0.05), expected)
-    assert made.saving("none", TARGET)[:3] == (0, 0, 0)
+def cost(shared, none, times):
+    return FLOPS["shared"] / TEACHER_FLOPS + passed(shared, times, 0.83) / RETRIEVED
+
+
+def survived(shared, none, times):
+    return curve(shared, times, "survival")[2] / (times @ shared.alone["funnel_requests"])
+
+
+def at_k(estimates, name, place):
+    found = estimates.curve(SHARED, name)
+    assert list(found["k"]) == list(KS)
+    return Interval(*found.loc[place, ["mean", "low", "high"]], len(SEEDS), "both")
+
+
+# By name: an estimate, and the same number of both students on requests that count so many times.
+NUMBERS = {
+    "bce": (lambda e: e.of(SHARED, "user_bce/watch"), of_shared(bce)),
+    "mean of tasks": (lambda e: e.of(SHARED, "user_bce"), of_shared(bce)),
+    "passed": (lambda e: e.of(SHARED, "passed_for_90"), of_shared(passed)),
+    "scored": (lambda e: e.of(SHARED, "scored_for_90"), of_shared(passed)),
+    "users": (lambda e: e.of(SHARED, "true_value_for_90"), of_shared(users)),
+    "gap": (
+        lambda e: e.gap(*PAIR, "user_bce/watch"),
+        lambda shared, none, times: bce(shared, times) - bce(none, times),
+    ),
+    "relative gap": (
+        lambda e: e.relative_gap(*PAIR, "user_bce/watch"),
+        lambda shared, none, times: bce(shared, times) / bce(none, times) - 1,
+    ),
+    "saving": (lambda e: e.saving(SHARED, TARGET), saving()),
+    "saving at another cost": (lambda e: e.saving(SHARED, TARGET, 0.05), saving(shares=ALIKE)),
+    # A target that was not measured is read between the kept k.
+    "saving at another target": (lambda e: e.saving(SHARED, 0.83), saving(0.83)),
+    "cost": (lambda e: e.cost_share(SHARED, 0.83), cost),
+    "curve of value": (
+        lambda e: at_k(e, "value_captured", 3),
+        of_shared(lambda each, times: np.divide(*curve(each, times, "value_captured")[[3, -1]])),
+    ),
+    "curve of survival": (lambda e: at_k(e, "survival", 2), survived),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_estimates_are_those_of_the_draws_one_by_one(made, name):
+    estimate, number = NUMBERS[name]
+
+    def of_seed(seed, times):
+        return number(EACH["shared", seed], EACH["none", seed], times)
+
+    expected = by_hand(of_seed)
+    found = estimate(made)
+    assert found[:4] == pytest.approx(expected[:4], rel=1e-5)
+    assert found.covers == expected.covers == "both"
+    assert found.low < found.mean < found.high
+    if name == "gap":
+        narrower = made.gap(*PAIR, "user_bce/watch", EQUIVALENCE_CONFIDENCE)
+        assert_interval(narrower, by_hand(of_seed, EQUIVALENCE_CONFIDENCE))
+        assert narrower.high < found.high
 
 
 def test_a_saving_over_any_ranker_is_of_the_costs_of_both(made):
     pair = ("shared, weight 1", "none")
-    found = made.saving_over(*pair)
+    found = made.saving(pair[0], over=pair[1])
     # On the test each needs 7, 8 and 9 for 99%.
     each = [saved(7.0 + seed, 7.0 + seed) for seed in SEEDS]
     assert found.mean == pytest.approx(np.mean(each))
     assert found == pytest.approx(made.of(pair[0], "funnel_cost_saving"))
     # What the one saves of the other's cost, the other adds to its own.
     other = np.mean([1 - 1 / (1 - saving) for saving in each])
-    assert made.saving_over(*reversed(pair)).mean == pytest.approx(other)
-    assert made.saving_over("none", "none")[:3] == (0, 0, 0)
+    assert made.saving(pair[1], over=pair[0]).mean == pytest.approx(other)
+    assert made.saving("none", over="none")[:3] == (0, 0, 0)
 
 
 def live_study(tmp_path, survival, positives, member="none"):
@@ -230,87 +285,64 @@ def test_a_live_test_that_cannot_be_planned(tmp_path):
     assert Estimates(live_study(tmp_path / "d", (1.0, 1.0), labels)).live_test(*pair) is None
 
 
-def test_a_target_that_was_not_measured_is_read_between_the_kept_k(made):
-    def needed(seed, times, mode="shared", target=0.83):
-        curve = times @ EACH[mode, seed].curves["value_captured"].astype(float)
-        return next(k for k in range(1, RETRIEVED + 1)
-                    if np.interp(k, KS, curve) / curve[-1] >= target)  # fmt: skip
-
-    def saving(seed, times):
-        return saved(needed(seed, times), needed(seed, times, "none"))
-
-    assert_interval(made.saving("shared, weight 1", 0.83), by_hand(saving))
-
-    def share(seed, times):
-        cost = RETRIEVED * FLOPS["shared"] + needed(seed, times) * TEACHER_FLOPS
-        return cost / (RETRIEVED * TEACHER_FLOPS)
-
-    assert_interval(made.cost_share("shared, weight 1", 0.83), by_hand(share))
-
-
-def test_a_curve_is_that_of_the_kept_k_with_an_interval_at_each(made):
-    curve = made.curve("none", "value_captured")
-    assert list(curve["k"]) == list(KS)
-
-    def share(seed, times, place=3):
-        of = times @ EACH["none", seed].curves["value_captured"].astype(float)
-        return of[place] / of[-1]
-
-    expected = by_hand(share)
-    assert tuple(curve.loc[3, ["mean", "low", "high"]]) == pytest.approx(expected[:3], rel=1e-6)
-    assert (curve["mean"].iloc[-1], curve["low"].iloc[-1]) == (1, 1)
-
-    def survived(seed, times, place=2):
-        each = EACH["none", seed]
-        return times @ each.curves["survival"][:, place] / (times @ each.alone["funnel_requests"])
-
-    expected = by_hand(survived)
-    found = made.curve("none", "survival").loc[2, ["mean", "low", "high"]]
-    assert tuple(found) == pytest.approx(expected[:3], rel=1e-5)
-
-
 def test_what_is_not_measured_on_requests_varies_over_repeats_alone(made):
     gap = made.relative_gap("shared, weight 1", "none", "flops_per_candidate")
     assert gap == pytest.approx((0.4, 0.4, 0.4, 3, "repeats"))
 
 
-def test_without_the_requests_intervals_are_over_repeats(tmp_path):
-    (study,) = read_studies([write(tmp_path, with_requests=False)])
-    plain = Estimates(study)
-    each = np.array([bce(EACH["shared", seed], ONCE) for seed in SEEDS])
-    assert plain.of("shared, weight 1", "user_bce/watch") == pytest.approx(interval(each))
-    k = {mode: [passed(EACH[mode, seed], ONCE) for seed in SEEDS] for mode in FLOPS}
-    saving = np.array([saved(*pair) for pair in zip(k["shared"], k["none"], strict=True)])
-    assert plain.saving("shared, weight 1", TARGET) == pytest.approx(interval(saving))
-    assert plain.curve("none", "survival").empty
-
-
-def test_sweeps_of_which_one_has_lost_its_requests_are_taken_over_repeats(tmp_path):
-    folders = [write(tmp_path / "a", (0, 1)), write(tmp_path / "b", (2,), with_requests=False)]
-    (study,) = read_studies(folders)
-    joined = Estimates(study)
-    each = np.array([bce(EACH["none", seed], ONCE) for seed in SEEDS])
-    assert joined.of("none", "user_bce/watch") == pytest.approx(interval(each))
-    assert joined.curve("none", "survival").empty
-
-
-def test_repeats_of_several_sweeps_are_those_of_one(tmp_path, made):
-    (study,) = read_studies([write(tmp_path / "a", (0, 1)), write(tmp_path / "b", (2,))])
-    joined = Estimates(study)
-    pair = ("shared, weight 1", "none", "user_bce/watch")
+def test_of_sweeps_with_and_without_their_requests(tmp_path, made):
+    first = write(tmp_path / "a", rows_of((0, 1)), members(0, 1))
+    second = write(tmp_path / "b", rows_of((2,)), members(2))
+    bare = write(tmp_path / "c", rows_of((2,)))
+    # Repeats of several sweeps are those of one.
+    joined = estimates_of(first, second)
+    pair = (*PAIR, "user_bce/watch")
     assert joined.gap(*pair) == pytest.approx(made.gap(*pair))
+    # Without the requests of one, intervals are over repeats.
+    joined = estimates_of(first, bare)
+    each = np.array([bce(EACH["shared", seed], ONCE) for seed in SEEDS])
+    assert joined.of(SHARED, "user_bce/watch") == pytest.approx(interval(each))
+    k = {mode: [passed(EACH[mode, seed], ONCE) for seed in SEEDS] for mode in FLOPS}
+    savings = np.array([saved(*of) for of in zip(k["shared"], k["none"], strict=True)])
+    assert joined.saving(SHARED, TARGET) == pytest.approx(interval(savings))
+    assert joined.curve("none", "survival").empty
+    # So they are for settings of which one lacks them.
+    others = [
+        row | {"mode": "aux", "weight": 1.0, "member": f"aux{row['seed']}"}
+        for row in rows_of((0, 1))
+        if row.get("mode") == "none"
+    ]
+    bare = write(tmp_path / "d", [rows_of(SEEDS)[0], *others])
+    gap = estimates_of(first, bare).gap("aux, weight 1", "none", "user_bce/watch")
+    assert gap == pytest.approx((0, 0, 0, 2, "repeats"))
 
 
-def test_a_setting_with_requests_and_one_without_are_compared_over_repeats(tmp_path):
-    rows = rows_of(SEEDS)
-    write(tmp_path / "a")
-    path = tmp_path / "a"
-    others = [row | {"mode": "aux", "weight": 1.0, "member": f"aux{row['seed']}"}
-              for row in rows if row.get("mode") == "none"]  # fmt: skip
-    sweeps.write_rows(tmp_path / "b", [rows[0], *others], retrieved=RETRIEVED)
-    (study,) = read_studies([path, tmp_path / "b"])
-    gap = Estimates(study).gap("aux, weight 1", "none", "user_bce/watch")
-    assert gap == pytest.approx((0, 0, 0, 3, "repeats"))
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_references_are_those_of_the_teacher_of_a_repeat(tmp_path, teachers):
+    """A sweep of one teacher measures them once, in the first of its cohorts."""
+    lists = {seed: each_of(120 + seed * (teachers - 1)) for seed in (0, 1)}
+    rows = [row for row in rows_of((0, 1)) if row.get("role") != "teacher"]
+    cohorts = [members(0), members(1)]
+    for seed in range(teachers):
+        teacher = sweeps.teacher_row() | {"flops": TEACHER_FLOPS, "seed": seed}
+        rows += [teacher, of_reference(lists[seed]) | {"seed": seed}]
+        cohorts[seed] = {("show_rate", "user"): lists[seed]} | cohorts[seed]
+    found = estimates_of(write(tmp_path, rows, *cohorts))
+    assert found.study.num_teachers == teachers
+
+    def gap(seed, times):
+        return passed(EACH["shared", seed], times) - passed(lists[seed], times)
+
+    expected = by_hand(gap, seeds=(0, 1))
+    assert_interval(found.gap(SHARED, "show_rate", "passed_for_90"), expected)
+
+    def saving(seed, times):
+        own = RETRIEVED * FLOPS["shared"] + passed(EACH["shared", seed], times) * TEACHER_FLOPS
+        return 1 - own / (passed(lists[seed], times) * TEACHER_FLOPS)
+
+    # Of all without scores the list needs the fewest on validation; it costs nothing itself.
+    assert found.study.baseline == "show_rate"
+    assert_interval(found.saving(SHARED, TARGET), by_hand(saving, seeds=(0, 1)))
 
 
 def test_what_is_not_known_has_no_estimate(made, tmp_path):
@@ -322,74 +354,3 @@ def test_what_is_not_known_has_no_estimate(made, tmp_path):
         saving = Estimates(study).of("shared, weight 1", "funnel_cost_saving")
         assert math.isnan(saving.mean)
         assert saving.n == 0
-
-
-def test_of_one_teacher_references_measured_in_one_cohort_serve_every_repeat(tmp_path):
-    """A sweep of one teacher measures them once, in the first of its cohorts."""
-    show_rate = each_of(55)
-    rows = [*rows_of((0, 1)), of_reference(show_rate)]
-    cohorts = [{("show_rate", "user"): show_rate} | members(0), members(1)]
-    made = with_cohorts(tmp_path, rows, cohorts)
-
-    def gap(seed, times):
-        return passed(EACH["none", seed], times) - passed(show_rate, times)
-
-    assert made.study.num_teachers == 1
-    assert_interval(made.gap("none", "show_rate", "passed_for_90"), by_hand(gap, seeds=(0, 1)))
-
-
-def test_under_two_teachers_a_reference_has_the_requests_of_its_own_teacher(tmp_path):
-    """The needs of a list depend on the teacher."""
-    lists = {seed: each_of(120 + seed) for seed in (0, 1)}
-    rows = [row for row in rows_of((0, 1)) if row.get("role") != "teacher"]
-    rows += [
-        row | {"seed": seed}
-        for seed in (0, 1)
-        for row in (
-            sweeps.teacher_row() | {"flops": TEACHER_FLOPS},
-            of_reference(lists[seed]),
-        )
-    ]
-    cohorts = [{("show_rate", "user"): lists[seed]} | members(seed) for seed in (0, 1)]
-    made = with_cohorts(tmp_path, rows, cohorts)
-    assert made.study.num_teachers == 2
-    expected = by_hand(lambda seed, times: passed(lists[seed], times), seeds=(0, 1))
-    assert_interval(made.of("show_rate", "passed_for_90"), expected)
-
-    def gap(seed, times):
-        return passed(EACH["shared", seed], times) - passed(lists[seed], times)
-
-    found = made.gap("shared, weight 1", "show_rate", "passed_for_90")
-    assert_interval(found, by_hand(gap, seeds=(0, 1)))
-
-    def saving(seed, times):
-        own = RETRIEVED * FLOPS["shared"] + passed(EACH["shared", seed], times) * TEACHER_FLOPS
-        return 1 - own / (passed(lists[seed], times) * TEACHER_FLOPS)
-
-    # Of all without scores the list needs the fewest on validation; it costs nothing itself.
-    assert made.study.baseline == "show_rate"
-    found = made.saving("shared, weight 1", TARGET)
-    assert_interval(found, by_hand(saving, seeds=(0, 1)))
-
-
-def of_reference(each):
-    needed = {"passed_for_90": passed(each, ONCE), "scored_for_90": passed(each, ONCE)}
-    return sweeps.reference_row("show_rate", 4.0, test=needed | {"passed": 6.0})
-
-
-def members(seed):
-    """A cohort's students of a seed."""
-    return {(f"{mode}{seed}", "user"): EACH[mode, seed] for mode in ("none", "shared")}
-
-
-def with_cohorts(folder, rows, cohorts):
-    """The estimates of rows whose requests are those of cohorts, each with a teacher."""
-    sweeps.write_rows(folder, rows, retrieved=RETRIEVED)
-    for number, each in enumerate(cohorts):
-        test = folder / "cohorts" / str(number) / "test"
-        test.mkdir(parents=True)
-        of_cohort = Kept(KS, {("teacher", "user"): each_of(90 + number), **each})
-        for name, content in request_files(of_cohort, ("watch",)).items():
-            (test / name).write_bytes(content)
-    (study,) = read_studies([sweeps.finish(folder)])
-    return Estimates(study)

@@ -1,3 +1,5 @@
+"""The tables of the figures against the numbers of the study."""
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,12 +13,12 @@ from tests.report import sweeps
 CURVES = ["frontier", "value_captured", "true_value_captured", "survival"]
 
 
-def drawn(make, estimates):
-    return make(estimates.study, estimates)
+def drawn(name, estimates):
+    return figures.figure(name, estimates.study, estimates)
 
 
 def test_the_pareto_front_has_a_line_a_way_and_a_point_a_weight_of_it(estimates):
-    data = drawn(figures.pareto, estimates).data
+    data = drawn("pareto", estimates).data
     assert list(data["line"].unique()) == ["none", "aux", "shared"]
     assert list(data.loc[data["line"] == "shared", "weight"]) == [0.3, 1.0]
     # All else as it was chosen.
@@ -31,16 +33,9 @@ def test_the_pareto_front_has_a_line_a_way_and_a_point_a_weight_of_it(estimates)
     assert none["user_bce_low"] < none["user_bce"] < none["user_bce_high"]
 
 
-@pytest.mark.parametrize(
-    ("make", "measure"),
-    [
-        (figures.value_captured, "value_captured"),
-        (figures.users_value, "true_value_captured"),
-        (figures.survival, "survival"),
-    ],
-)
-def test_the_curves_are_means_of_what_was_chosen_of_each_way_on_test(estimates, make, measure):
-    data = drawn(make, estimates).data
+@pytest.mark.parametrize("measure", CURVES[1:])
+def test_the_curves_are_means_of_what_was_chosen_of_each_way_on_test(estimates, measure):
+    data = drawn(measure, estimates).data
     # Today's early ranker is muted.
     assert list(data["line"].unique()) == ["none", "aux", "shared", "incumbent"]
     assert set(data.loc[data["mode"] == figures.REFERENCE, "line"]) == {"incumbent"}
@@ -66,12 +61,12 @@ def test_a_list_is_drawn_over_k_if_no_student_without_scores_needs_fewer(tmp_pat
     folder = sweeps.change(sweeps.write_sweep(tmp_path, seeds=(0, 1)), needs_fewer)
     (study,) = read_studies([folder])
     assert study.baseline == "show_rate"
-    data = figures.value_captured(study, Estimates(study)).data
+    data = drawn("value_captured", Estimates(study)).data
     assert set(data.loc[data["mode"] == figures.REFERENCE, "line"]) == {"incumbent", "show_rate"}
 
 
 def test_the_waterfall_goes_from_today_to_the_best_with_scores(estimates):
-    data = drawn(figures.waterfall, estimates).data
+    data = drawn("waterfall", estimates).data
     steps = {
         "today's early ranker": "incumbent", "mode none": "none", "best without scores": "none",
         "best with scores": best_with_scores(estimates.study),
@@ -91,8 +86,8 @@ def test_the_waterfall_leaves_out_the_steps_that_a_log_does_not_know(tmp_path):
         {"mode": mode, "seed": seed, "passed": passed}
         for mode, passed in (("none", 400), ("shared", 300)) for seed in (0, 1)
     ]  # fmt: skip
-    (study,) = read_studies([sweeps.write_rows(tmp_path, [sweeps.teacher_row(), *rows])])
-    data = figures.waterfall(study, Estimates(study)).data
+    study = sweeps.study_of(tmp_path, [sweeps.teacher_row(), *rows])
+    data = drawn("waterfall", Estimates(study)).data
     assert dict(zip(data["line"], data["mean"], strict=True)) == {
         "mode none": 400, "best without scores": 400, "best with scores": 300,
     }  # fmt: skip
@@ -100,7 +95,7 @@ def test_the_waterfall_leaves_out_the_steps_that_a_log_does_not_know(tmp_path):
 
 def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(estimates):
     study = estimates.study
-    data = drawn(figures.plane, estimates).data
+    data = drawn("plane", estimates).data
     assert study.baseline == "none"
     assert list(data["line"]) == ["aux", "shared"]
     users = study.tested.pivot(index="repeat", columns="setting", values="true_value_for_99")
@@ -115,14 +110,13 @@ def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(estimates):
 
 
 def test_without_the_truth_there_is_no_plane(tmp_path):
-    (study,) = read_studies([sweeps.write_sweep(tmp_path, true_values=False, seeds=(0, 1))])
-    figure = figures.plane(study, Estimates(study))
+    figure = drawn("plane", sweeps.estimates_of(tmp_path, true_values=False, seeds=(0,)))
     assert figure.data.empty
     assert figure.absent == "the change for users is not known"
 
 
 def test_the_frontier_has_the_best_with_and_without_distillation_at_their_cost(estimates):
-    data = drawn(figures.frontier, estimates).data
+    data = drawn("frontier", estimates).data
     # Of the ways that distil the better one on validation; what ranks without a model is muted.
     assert list(data["line"].unique()) == ["none", "aux", *sweeps.REFERENCES]
     assert set(data.loc[data["mode"] == figures.REFERENCE, "line"]) == set(sweeps.REFERENCES)
@@ -146,7 +140,7 @@ def test_the_frontier_has_a_pair_a_size_of_the_student(tmp_path):
             ("none", "shared", "shared"), (None, "bce", "topk"), of_losses, strict=True
         )
     ]  # fmt: skip
-    (study,) = read_studies([sweeps.write_rows(tmp_path, [sweeps.teacher_row(), *rows])])
+    study = sweeps.study_of(tmp_path, [sweeps.teacher_row(), *rows])
     chosen = best_of_sizes(study)
     assert dict(zip(chosen["way"], chosen["size"], strict=True)) == {
         "none, width 8": "width 8", "none, width 32": "width 32",
@@ -157,7 +151,7 @@ def test_the_frontier_has_a_pair_a_size_of_the_student(tmp_path):
 
 
 def test_the_saving_is_that_of_each_target_and_of_each_cost_of_the_student(estimates):
-    data = drawn(figures.saving, estimates).data
+    data = drawn("saving", estimates).data
     assert list(data["line"].unique()) == ["aux", "shared"]
     shared = data[data["line"] == "shared"].set_index(["over", "at"])
     for target in (95, 99):
@@ -174,7 +168,7 @@ def test_the_saving_is_that_of_each_target_and_of_each_cost_of_the_student(estim
 
 def test_calibration_joins_repeats_by_weight(estimates):
     study = estimates.study
-    data = drawn(figures.calibration, estimates).data
+    data = drawn("calibration", estimates).data
     assert list(data["task"].unique()) == list(sweeps.TASKS)
     line = data.iloc[0]
     members = study.tested[study.tested["way"] == line["line"]]
@@ -185,28 +179,16 @@ def test_calibration_joins_repeats_by_weight(estimates):
     assert line["observed"] == pytest.approx(np.average(bins["observed"], weights=bins["weight"]))
 
 
-def test_training_has_each_repeat_and_their_mean(estimates):
-    data = drawn(figures.training, estimates).data
-    assert set(data["repeat"]) == {"0/0", "1/0", "2/0", "mean"}
-    at = data[(data["mode"] == "none") & (data["step"] == 50)]
-    assert set(at["kind"]) == {"user_loss"}
-    assert at.loc[at["repeat"] == "mean", "loss"].item() == pytest.approx(
-        at.loc[at["repeat"] != "mean", "loss"].mean()
-    )
-    assert set(data.loc[data["mode"] == "aux", "kind"]) == {"user_loss", "distill_loss"}
-
-
 @pytest.mark.parametrize(
     ("file", "absent"),
     [
         ("cohorts/0/test/requests.parquet", [*CURVES, "saving"]),
         ("calibration.csv", ["calibration"]),
-        ("cohorts/0/metrics.jsonl", ["training"]),
     ],
 )
 def test_a_figure_without_its_file_is_left_out_and_says_why(tmp_path, file, absent):
-    (study,) = read_studies([sweeps.write_sweep(tmp_path, without=[file], seeds=(0,))])
-    for figure in figures.figures(study, Estimates(study)):
+    estimates = sweeps.estimates_of(tmp_path, without=[file], seeds=(0,))
+    for figure in figures.figures(estimates.study, estimates):
         # Some targets are in the tables, so that savings are known of these.
         assert (figure.name in absent) == (
             figure.data.empty or (figure.name == "saving" and "saving" in absent)
@@ -226,9 +208,10 @@ def test_curves_of_sweeps_of_which_one_lacks_its_requests_are_left_out(tmp_path)
 
 
 def test_where_the_truth_is_not_known_users_labels_are_drawn(tmp_path):
-    (study,) = read_studies([sweeps.write_sweep(tmp_path, true_values=False, seeds=(0,))])
-    figure = figures.users_value(study, Estimates(study))
-    assert figure.name == "hit_rates"
+    estimates = sweeps.estimates_of(tmp_path, true_values=False, seeds=(0,))
+    names = [name for name, of in figures.ENTRIES.items() if of.shown(estimates.study)]
+    assert set(figures.ENTRIES) - set(names) == {"true_value_captured"}
+    figure, study = drawn("hit_rates", estimates), estimates.study
     assert figure.absent == ""
     data = figure.data
     assert list(data.groupby(["measure", "task"], sort=False).groups) == [

@@ -1,6 +1,8 @@
 """Intervals by hand, against SciPy, and the share of them that contain the truth."""
 
 import math
+import runpy
+import sys
 
 import numpy as np
 import pandas as pd
@@ -21,44 +23,22 @@ from kd_ranker.report.intervals import (
     request_counts,
     resampled_sums,
 )
-from tests import small
 
 
-def test_the_interval_is_scipys():
-    values = np.random.default_rng(0).normal(3, 2, 7)
-    ours = interval(values)
-    theirs = stats.ttest_1samp(values, 0).confidence_interval(0.95)
-    assert ours[:4] == pytest.approx((values.mean(), theirs.low, theirs.high, 7))
-
-
-def test_an_interval_worked_by_hand():
-    # s = 2, so 3 ± 4.30265 · 2 / √3, and what is not known does not count.
-    ours = interval(np.array([1.0, 3.0, math.nan, 5.0]))
-    half = 4.30265 * 2 / 3**0.5
-    assert ours[:4] == pytest.approx((3.0, 3 - half, 3 + half, 3), abs=1e-4)
-
-
-@pytest.mark.parametrize(("values", "n"), [([], 0), ([math.nan], 0), ([0.5], 1)])
-def test_below_two_repeats_there_is_no_interval(values, n):
-    ours = interval(np.array(values, float))
-    assert (ours.n, ours.covers) == (n, "nothing")
-    assert math.isnan(ours.low)
-    assert math.isnan(ours.high)
-
-
-def test_a_difference_is_scipys_paired_one_over_the_repeats_that_have_both():
-    generator = np.random.default_rng(1)
-    one, other = generator.normal(0, 1, 5), generator.normal(0.5, 1, 5)
-    table = pd.DataFrame({"one": [*one, 9.0, math.nan], "other": [*other, math.nan, 7.0]})
-    theirs = stats.ttest_rel(one, other).confidence_interval(0.95)
-    ours = difference(table, "one", "other")
-    assert ours[:4] == pytest.approx(((one - other).mean(), theirs.low, theirs.high, 5))
-
-
-def test_what_a_repeat_does_to_both_cancels_out():
-    table = pd.DataFrame({"one": [1.0, 11.0, 21.0], "other": [0.9, 10.9, 20.9]})
-    assert interval(table["one"].to_numpy()).low < 0
-    assert difference(table, "one", "other").low > 0
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+def test_intervals_are_scipys_over_the_known_repeats(count):
+    generator = np.random.default_rng(count)
+    one, other = generator.normal(3, 2, count), generator.normal(0.5, 1, count)
+    unknown = [math.nan]
+    table = pd.DataFrame({"one": [*one, *unknown, 9.0], "other": [*other, 7.0, *unknown]})
+    found = [interval(np.array([*one, *unknown])), difference(table, "one", "other")]
+    for ours, values in zip(found, (one, one - other), strict=True):
+        assert (ours.n, ours.covers) == (count, "repeats" if count > 1 else "nothing")
+        ends = (math.nan, math.nan)
+        if count > 1:
+            ends = tuple(stats.ttest_1samp(values, 0).confidence_interval(0.95))
+        mean = values.mean() if count else math.nan
+        assert ours[:3] == pytest.approx((mean, *ends), nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +51,8 @@ def test_what_a_repeat_does_to_both_cancels_out():
         ((0.01, 0.09), (0.02, 0.08), "equivalent"),
         ((-0.12, 0.06), (-0.10, 0.05), "undecided"),
         ((math.nan, math.nan), (math.nan, math.nan), "undecided"),
+        # Inside the margin, and not at its end.
+        ((-0.1, 0.1), (-0.1, 0.1), "undecided"),
     ],
 )
 def test_a_difference_is_equivalent_if_its_narrower_interval_is_inside_the_margin(
@@ -78,11 +60,6 @@ def test_a_difference_is_equivalent_if_its_narrower_interval_is_inside_the_margi
 ):
     wide, narrow = (Interval((low + high) / 2, low, high, 3) for low, high in (ends, inner))
     assert equivalence(wide, narrow, margin=0.1) == expected
-
-
-def test_no_difference_is_equivalent_within_no_margin():
-    nothing = Interval(0.0, 0.0, 0.0, 3)
-    assert equivalence(nothing, nothing, margin=0.0) == "undecided"
 
 
 def test_equivalence_is_that_of_two_one_sided_t_tests():
@@ -194,40 +171,22 @@ def test_a_difference_is_paired_over_the_repeats_that_both_have():
     assert crossed_interval(one).high > crossed_interval(one).low + 0.1
 
 
-def test_settings_without_a_repeat_in_common_have_no_difference():
-    counts = request_counts(20, draws=30)
-    values = of_setting(np.random.default_rng(4), 1, 20)
-    one, other = (measured(values, counts, share, [name]) for name in "ab")
-    gap = crossed_interval(combined(np.subtract, one, other))
-    assert math.isnan(gap.mean)
-    assert (gap.n, gap.covers) == (0, "nothing")
-
-
-def test_a_saving_is_of_the_costs_within_repeats():
-    passed = [Measured((0, 1), np.array(k), np.array([k, k]), 9) for k in ([50.0, 60], [100.0, 80])]
-    saving = combined(lambda ours, theirs: 1 - (10 + ours) / (10 + theirs), *passed)
-    assert crossed_interval(saving).mean == pytest.approx((1 - 60 / 110 + 1 - 70 / 90) / 2)
-
-
-def test_one_request_gives_a_mean_and_no_interval():
-    values = of_setting(np.random.default_rng(5), 3, 1)
-    found = crossed_interval(measured(values, request_counts(1, draws=10), share))
-    assert found.mean == pytest.approx(share(values[:, 0]).mean())
-    assert math.isnan(found.low)
-    assert math.isnan(found.high)
-    assert (found.n, found.covers) == (3, "nothing")
-
-
-def test_a_repeat_without_the_measure_does_not_count():
-    generator = np.random.default_rng(6)
-    values, counts = of_setting(generator, 4, 60), request_counts(60, draws=100)
-    whole = measured(values[:3], counts, share)
-    values[3, :, 1] = 0  # a ratio over nothing
-    assert crossed_interval(measured(values, counts, share)) == crossed_interval(whole)
-    values[..., 1] = 0
-    nothing = crossed_interval(measured(values, counts, share))
-    assert math.isnan(nothing.mean)
-    assert (nothing.n, nothing.covers) == (0, "nothing")
+def test_without_the_measure_there_is_no_interval():
+    values, counts = of_setting(np.random.default_rng(6), 4, 60), request_counts(60, draws=100)
+    whole = crossed_interval(measured(values[:3], counts, share))
+    # A repeat without the measure does not count: a ratio over nothing.
+    values[3, :, 1] = 0
+    assert crossed_interval(measured(values, counts, share)) == whole
+    nothing = crossed_interval(measured(0 * values, counts, share))
+    assert (math.isnan(nothing.mean), nothing.n, nothing.covers) == (True, 0, "nothing")
+    # Settings without a common repeat have no difference.
+    pair = (measured(values[:1], counts, share, [name]) for name in "ab")
+    gap = crossed_interval(combined(np.subtract, *pair))
+    assert (math.isnan(gap.mean), gap.n, gap.covers) == (True, 0, "nothing")
+    # One request gives a mean.
+    found = crossed_interval(measured(values[:3, :1], request_counts(1, draws=10), share))
+    assert found.mean == pytest.approx(share(values[:3, 0]).mean())
+    assert (math.isnan(found.low), found.n, found.covers) == (True, 3, "nothing")
 
 
 def test_draws_without_the_measure_are_left_out_if_they_are_few():
@@ -253,21 +212,26 @@ def test_passed_for_on_all_ks_is_the_smallest_that_reaches_the_target():
         assert k == next(k for k in range(1, 31) if curve[k - 1] / curve[-1] >= 0.9)
 
 
-def test_passed_for_between_the_ks_lies_on_the_line_and_below_the_first_is_the_first():
-    curve = np.array([[5.0, 7, 8], [7.9, 8, 8], [7.1, 7.6, 8]])
-    np.testing.assert_array_equal(passed_for(curve, np.array([10, 20, 40]), 0.92), [28, 10, 16])
-    np.testing.assert_array_equal(passed_for(curve, np.array([10, 20, 40]), 1), [40, 20, 40])
-
-
-def test_passed_for_is_unknown_where_there_is_nothing_to_capture():
-    curves = np.array([[0.0, 0, 0], [math.nan, 1, 2], [math.nan] * 3])
-    found = passed_for(curves, np.array([1, 2, 3]), 0.99)
-    np.testing.assert_array_equal(found, [math.nan, 3, math.nan])
-
-
-def test_a_curve_at_other_ks_is_refused():
-    with pytest.raises(ValueError, match="a curve of 3 values at 4 values of k"):
-        passed_for(np.ones(3), np.array([1, 2, 3, 4]), 0.99)
+@pytest.mark.parametrize(
+    ("curve", "target", "expected"),
+    [
+        # Between two k on the line, below the first k the first, and exact.
+        ([5.0, 7, 8], 0.92, 28),
+        ([7.9, 8, 8], 0.92, 10),
+        ([7.1, 7.6, 8], 0.92, 16),
+        ([5.0, 7, 8], 1, 40),
+        ([7.9, 8, 8], 1, 20),
+        # Nothing to capture, and where the curve is unknown.
+        ([0.0, 0, 0], 0.99, math.nan),
+        ([math.nan, 1, 2], 0.99, 40),
+        ([math.nan] * 3, 0.99, math.nan),
+    ],
+)
+def test_passed_for_between_the_kept_ks(curve, target, expected):
+    ks = np.array([10, 20, 40])
+    np.testing.assert_array_equal(passed_for(np.array(curve), ks, target), expected)
+    with pytest.raises(ValueError, match="a curve of 3 values at 2 values of k"):
+        passed_for(np.array(curve), ks[:2], target)
 
 
 def test_repeats_that_agree_exactly_leave_the_variance_of_the_requests() -> None:
@@ -317,10 +281,10 @@ def test_one_repeat_covers_its_requests_only():
     assert coverage(1, 5, 0) == pytest.approx(1 - 2 * stats.norm.sf(0.80), abs=0.01)
 
 
-def test_the_script_prints_a_table():
-    finished = small.run("scripts/coverage.py", "--studies=2", "--requests=30")
-    assert finished.returncode == 0, finished.stderr
-    lines = finished.stdout.splitlines()
+def test_the_script_prints_a_table(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["coverage.py", "--studies=2", "--requests=30"])
+    runpy.run_path("scripts/coverage.py", run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
     assert [cell.strip() for cell in lines[0].split("|")[4:-1]] == [
         "difference", "mean", "passed_for_99", "saving",
     ]  # fmt: skip

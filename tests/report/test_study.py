@@ -31,9 +31,7 @@ def test_members_settings_and_repeats(tmp_path):
     assert all(sorted(of) == sorted(sweeps.REFERENCES) for _, of in references)
     assert (study.references["setting"] == study.references["member"]).all()
     assert study.varying == []
-    assert study.missing == {"calibration": [], "losses": [], "requests": []}
-    # The line that was cut short is not read.
-    assert study.losses["step"].max() == 1500
+    assert study.missing == {"calibration": [], "requests": []}
 
 
 def test_what_was_chosen_is_read_on_the_test_split_alone(tmp_path):
@@ -93,27 +91,87 @@ def test_of_sweeps_that_chose_differently_the_validation_of_both_decides(tmp_pat
     assert list(study.tested.loc[study.tested["mode"] == "shared", "repeat"]) == ["1/0"]
 
 
-def test_a_setting_that_was_not_read_on_test_is_not_chosen(tmp_path):
-    rows = [
-        {"mode": "none"},
-        {"mode": "shared", "weight": 1.0, "passed": 90},
-        {"mode": "shared", "weight": 2.0, "passed": 80, "split": "validation"},
-        {"mode": "aux", "passed": 80, "split": "validation"},
-    ]
-    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
-    assert study.chosen == {"none": "none", "shared": "shared, weight 1"}
+RATE = "optimizer.table_learning_rate"
+# Students by (what differs), and the names of their settings in the order of tables.
+NAMES = {
+    "keys that vary": (
+        [{"mode": "none", "learning_rate": 0.001}, {"mode": "none", "learning_rate": 0.01},
+         {"mode": "shared", "temperature": 2.0, "learning_rate": 0.001},
+         {"mode": "shared", "temperature": 4.0, "learning_rate": 0.001}],
+        ["none, learning rate 0.001", "none, learning rate 0.01",
+         "shared, weight 1, temperature 2, learning rate 0.001",
+         "shared, weight 1, temperature 4, learning rate 0.001"],
+        ["none", "shared"],
+    ),
+    "plain mode none first, even if its rate is larger": (
+        [{"mode": "none", "learning_rate": 0.001, "unshown_weight": 0.3},
+         {"mode": "none", "learning_rate": 0.01}],
+        ["none, learning rate 0.01", "none, learning rate 0.001, unshown weight 0.3"],
+        ["none", "none, unshown weight"],
+    ),
+    # The rate of tables is named unless it follows the learning rate.
+    "rates in proportion": (
+        [{"mode": "none", "learning_rate": 0.01, RATE: 0.006},
+         {"mode": "none", "learning_rate": 0.04, RATE: 0.024}],
+        ["none, learning rate 0.01", "none, learning rate 0.04"], ["none"],
+    ),
+    "rates out of proportion": (
+        [{"mode": "none", "learning_rate": 0.01, RATE: 0.006},
+         {"mode": "none", "learning_rate": 0.04, RATE: 0.012}],
+        ["none, learning rate 0.01, table learning rate 0.006",
+         "none, learning rate 0.04, table learning rate 0.012"], ["none"],
+    ),
+    # A switch is a way, tuned over its values.
+    "a switch": (
+        [{"mode": "none", "unshown_weight": weight, "passed": passed}
+         for weight, passed in ((0.0, 30), (0.1, 25), (0.3, 20))],
+        ["none", "none, unshown weight 0.1", "none, unshown weight 0.3"],
+        ["none", "none, unshown weight"],
+    ),
+}  # fmt: skip
 
 
-def test_a_switch_that_is_on_is_a_way_tuned_over_its_own_values(tmp_path):
-    rows = [
-        {"mode": "none", "passed": passed, "unshown_weight": weight, "member": f"at{weight}"}
-        for weight, passed in ((0.0, 30), (0.1, 25), (0.3, 20))
-    ]
-    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
-    assert study.chosen == {
-        "none": "none", "none, unshown weight": "none, unshown weight 0.3",
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_and_ways_are_named_by_what_varies(tmp_path, name):
+    rows, settings, ways = NAMES[name]
+    members = [row | {"member": str(number)} for number, row in enumerate(rows)]
+    study = sweeps.study_of(tmp_path, members)
+    assert list(study.rows["setting"].unique()) == settings
+    assert list(study.rows["way"].unique()) == list(study.chosen) == ways
+    # The plain ones are those of mode none without a switch, and all others.
+    assert set(study.rows.loc[~study.rows["plain"], "way"]) == {
+        way for way in ways if "unshown" in way
     }  # fmt: skip
-    assert (study.baseline, study.plain) == ("none, unshown weight 0.3", "none")
+    if name == "a switch":
+        assert (study.baseline, study.plain) == ("none, unshown weight 0.3", "none")
+
+
+def test_savings_are_against_the_best_of_each_kind_that_was_read_on_test(tmp_path):
+    rows = [
+        sweeps.teacher_row(),
+        {"mode": "none", "learning_rate": 0.001, "passed": 400.0},
+        # 2000 · 10 + 200 · 200 = 60,000
+        {"mode": "none", "learning_rate": 0.01, "passed": 200.0},
+        # 2000 · 10 + 125 · 200 = 45,000: a quarter less
+        {"mode": "shared", "learning_rate": 0.001, "passed": 125.0},
+        # Better, and only on validation.
+        {"mode": "shared", "learning_rate": 0.001, "weight": 2.0, "passed": 80.0,
+         "split": "validation"},
+        {"mode": "aux", "learning_rate": 0.001, "passed": 80.0, "split": "validation"},
+    ]  # fmt: skip
+    study = sweeps.study_of(tmp_path, rows)
+    assert study.chosen == {
+        "none": "none, learning rate 0.01", "shared": "shared, weight 1, learning rate 0.001",
+    }  # fmt: skip
+    savings = dict(zip(study.rows["setting"], study.rows["funnel_cost_saving"], strict=True))
+    assert savings["shared, weight 1, learning rate 0.001"] == pytest.approx(0.25)
+    assert savings["none, learning rate 0.01"] == 0.0
+    assert savings["none, learning rate 0.001"] == pytest.approx(1 - 100 / 60)
+    # Those of results.csv, which has no names of settings.
+    filled = results.fill_savings(results.read_csv(tmp_path / results.FILE))
+    joined = study.rows.merge(filled, on=["member", "learning_rate", "split"])
+    for column in SAVINGS:
+        np.testing.assert_allclose(joined[f"{column}_x"], joined[f"{column}_y"])
 
 
 def test_results_of_an_older_version_are_refused(tmp_path):
@@ -126,86 +184,6 @@ def test_results_of_an_older_version_are_refused(tmp_path):
         assert "wrote it; run the sweep again in another --workdir" in message
     sweeps.change(tmp_path, lambda _: whole[[*results.ALWAYS]])
     assert read_studies([tmp_path])[0].chosen
-
-
-def test_the_savings_are_those_of_the_results(tmp_path):
-    (study,) = read_studies([sweeps.write_sweep(tmp_path)])
-    written = results.read_csv(tmp_path / results.FILE)
-    joined = study.rows.merge(written, on=["member", "serve", "split"], suffixes=("", "_written"))
-    assert len(joined) == len(study.rows) == 9 * 3 + 9
-    assert joined["funnel_cost_saving"].to_numpy() == pytest.approx(
-        joined["funnel_cost_saving_written"].to_numpy(), abs=1e-6
-    )
-
-
-def test_what_varies_is_part_of_a_setting(tmp_path):
-    rows = [
-        {"mode": "none", "learning_rate": 0.001},
-        {"mode": "none", "learning_rate": 0.01},
-        {"mode": "shared", "temperature": 2.0, "learning_rate": 0.001},
-        {"mode": "shared", "temperature": 4.0, "learning_rate": 0.001},
-    ]
-    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
-    assert study.varying == ["temperature", "learning_rate"]
-    assert set(study.rows["setting"]) == {
-        "none, learning rate 0.001",
-        "none, learning rate 0.01",
-        "shared, weight 1, temperature 2, learning rate 0.001",
-        "shared, weight 1, temperature 4, learning rate 0.001",
-    }
-
-
-def test_the_tables_rate_is_named_unless_it_follows_the_learning_rate(tmp_path):
-    for number, (rates, named) in enumerate([((0.006, 0.024), False), ((0.006, 0.006), False),
-                                             ((0.006, 0.012), True)]):  # fmt: skip
-        rows = [
-            {"mode": "none", "learning_rate": rate, "optimizer.table_learning_rate": of_table}
-            for rate, of_table in zip((0.01, 0.04), rates, strict=True)
-        ]
-        (study,) = read_studies([sweeps.write_rows(tmp_path / str(number), rows)])
-        assert ("optimizer.table_learning_rate" in study.varying) == named
-        assert study.rows["setting"].nunique() == 2
-
-
-def test_plain_mode_none_comes_first_and_is_named_by_its_mode(tmp_path):
-    """Also where it has a larger learning rate than a variant."""
-    rows = [
-        {"mode": "none", "learning_rate": rate, "unshown_weight": weight, "member": f"{weight}"}
-        for rate, weight in ((0.001, 0.3), (0.01, 0.0))
-    ]
-    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
-    assert list(study.rows["setting"].unique()) == [
-        "none, learning rate 0.01", "none, learning rate 0.001, unshown weight 0.3",
-    ]  # fmt: skip
-    assert list(study.rows["way"].unique()) == ["none", "none, unshown weight"]
-    assert study.rows.groupby("way")["plain"].unique().map(list).to_dict() == {
-        "none": [True], "none, unshown weight": [False],
-    }  # fmt: skip
-
-
-def test_of_several_students_without_scores_the_best_is_the_baseline_of_savings(tmp_path):
-    rows = [
-        sweeps.teacher_row(),
-        {"mode": "none", "learning_rate": 0.001, "passed": 400.0},
-        # 2000 · 10 + 200 · 200 = 60,000
-        {"mode": "none", "learning_rate": 0.01, "passed": 200.0},
-        # 2000 · 10 + 125 · 200 = 45,000: a quarter less
-        {"mode": "shared", "learning_rate": 0.001, "passed": 125.0},
-    ]
-    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
-    assert study.baseline == "none, learning rate 0.01"
-    savings = dict(zip(study.rows["setting"], study.rows["funnel_cost_saving"], strict=True))
-    assert savings["shared, weight 1, learning rate 0.001"] == pytest.approx(0.25)
-    assert savings["none, learning rate 0.01"] == 0.0
-    assert savings["none, learning rate 0.001"] == pytest.approx(1 - 100 / 60)
-
-
-def test_frozen_members_are_set_apart(tmp_path):
-    frozen = ["aux-weight1.0-seed1", "shared-weight0.3-seed0"]
-    (study,) = read_studies([sweeps.write_sweep(tmp_path, frozen=frozen)])
-    assert sorted(study.frozen["member"]) == sorted(frozen)
-    assert set(study.frozen["non_finite_step"]) == {700}
-    assert not set(frozen) & set(study.rows["member"])
 
 
 def titled(workdir, title, **options):
@@ -248,16 +226,6 @@ def test_sweeps_of_a_dataset_are_joined_and_those_of_another_are_not(tmp_path):
     assert list(studies[0].configs) == [str(tmp_path / "a"), str(tmp_path / "b")]
 
 
-def test_data_seeds_make_repeats_too(tmp_path):
-    other = sweeps.change(
-        sweeps.write_sweep(tmp_path / "b"),
-        lambda frame: frame.assign(data_seed=(frame["role"] == "student").map({True: 1})),
-    )
-    (study,) = read_studies([sweeps.write_sweep(tmp_path / "a"), other])
-    assert study.rows["repeat"].nunique() == 6
-    assert study.teachers["repeat"].nunique() == len(study.teachers) == 6
-
-
 def test_of_several_teachers_each_counts_for_the_repeats_of_its_own_seed(tmp_path):
     rows = [
         row | {"seed": seed}
@@ -269,7 +237,7 @@ def test_of_several_teachers_each_counts_for_the_repeats_of_its_own_seed(tmp_pat
                "passed": 400} for data_seed in (0, 1)),
         )
     ]  # fmt: skip
-    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
+    study = sweeps.study_of(tmp_path, rows)
     assert study.num_teachers == 2
     of_repeats = study.teachers.set_index("repeat")["flops_per_candidate"].to_dict()
     assert of_repeats == {"0/0": 200, "0/1": 200, "1/0": 201, "1/1": 201}
@@ -310,7 +278,7 @@ def test_each_saving_has_its_baseline(tmp_path):
         {"mode": "none", "passed": 300},
         {"mode": "shared", "passed": 125},
     ]
-    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
+    study = sweeps.study_of(tmp_path, rows)
     assert (study.baseline, study.plain, study.incumbent) == ("show_rate", "none", "incumbent")
     (shared,) = study.tested[study.tested["mode"] == "shared"].to_dict("records")
     # 2000 · 10 + 125 · 200 = 45,000 FLOPs, against 50,000, 80,000 and 100,000.
@@ -326,6 +294,62 @@ def one_line(workdirs):
     return message
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("value_weights", (1.0, 0.0, 0.0), "report them separately: value_weights ("),
+        ("data.seed", 7, "data.seed (0 and 7)"),
+        ("report.margin", 0.01, "report.margin (0.002 and 0.01)"),
+    ],
+)
+def test_sweeps_under_different_configs_are_not_joined(tmp_path, key, value, message):
+    a = sweeps.write_sweep(tmp_path / "a", seeds=(0,))
+    b = sweeps.write_sweep(tmp_path / "b", seeds=(1,), changes={key: value})
+    assert message in one_line([a, b])
+
+
+def test_what_is_missing_names_the_command_that_makes_it(tmp_path):
+    absent = tmp_path / "absent"
+    make = f"python -m experiments.sweep --config=configs/FILE.py --workdir={absent}"
+
+    def message(start):
+        text = one_line([absent])
+        assert text.startswith(start)
+        assert make in text
+
+    message(f"there is no folder {absent}")
+    absent.mkdir()
+    message(f"{absent} holds no results.csv")
+    (absent / "results.csv").write_text("dataset\n")
+    message(f"{absent} holds no config.json")
+    # A teacher's workdir is no sweep.
+    sweeps.write_rows(absent, [sweeps.teacher_row()])
+    message(f"{absent}: results.csv has no student")
+
+
+def test_missing_files_are_named_and_frozen_members_are_set_apart(tmp_path):
+    kinds = {
+        "calibration": "calibration.csv",
+        "requests": "cohorts/0/test/requests.parquet",
+    }  # fmt: skip
+    frozen = ["aux-weight1.0-seed1", "shared-weight0.3-seed0"]
+    without = [*kinds.values(), "environment.json"]
+    whole = sweeps.write_sweep(tmp_path / "a", seeds=(0, 1), frozen=frozen)
+    part = sweeps.write_sweep(tmp_path / "b", seeds=(2,), without=without)
+    (study,) = read_studies([whole, part])
+    assert study.missing == {
+        kind: [f"{part} holds no {file.split('/')[-1]}"] for kind, file in kinds.items()
+    }  # fmt: skip
+    for known in (study.kept, study.calibration):
+        assert len(known)
+    assert sorted(study.frozen["member"]) == sorted(frozen)
+    assert set(study.frozen["non_finite_step"]) == {700}
+    assert not set(frozen) & set(study.rows["member"])
+    assert list(study.environments) == [str(whole)]
+    assert study.environments[str(whole)]["packages"]["jax"] == "0.10.2"
+    assert json.loads(study.configs[str(part)])["funnel"]["passed"] == 200
+
+
 def test_overlapping_members_are_named(tmp_path):
     a = sweeps.write_sweep(tmp_path / "a", seeds=(0, 1))
     b = sweeps.write_sweep(tmp_path / "b", seeds=(1, 2), modes=("none", "shared"))
@@ -334,16 +358,6 @@ def test_overlapping_members_are_named(tmp_path):
     assert "aux" not in message
     assert "seed0" not in message
     assert "more than once" in one_line([a, a])
-
-
-def test_sweeps_under_different_configs_are_not_joined(tmp_path):
-    a = sweeps.write_sweep(tmp_path / "a", seeds=(0, 1))
-    b = sweeps.write_sweep(tmp_path / "b", seeds=(2,), changes={"value_weights": (1.0, 0.0, 0.0)})
-    assert "report them separately: value_weights (" in one_line([a, b])
-    c = sweeps.write_sweep(tmp_path / "c", seeds=(2,), changes={"data.seed": 7})
-    assert "data.seed (0 and 7)" in one_line([a, c])
-    d = sweeps.write_sweep(tmp_path / "d", seeds=(2,), changes={"report.margin": 0.01})
-    assert "report.margin (0.002 and 0.01)" in one_line([a, d])
 
 
 def test_sweeps_that_differ_in_what_a_sweep_may_vary_are_settings_of_their_own(tmp_path):
@@ -355,45 +369,3 @@ def test_sweeps_that_differ_in_what_a_sweep_may_vary_are_settings_of_their_own(t
         labels = study.rows.loc[study.rows["source"] == source, "setting"].unique()
         assert all(f"steps {steps}" in label for label in labels)
     assert len(study.rows["repeat"].unique()) == 2
-
-
-def test_what_is_missing_names_the_command_that_makes_it(tmp_path):
-    absent = tmp_path / "absent"
-    make = f"python -m experiments.sweep --config=configs/FILE.py --workdir={absent}"
-    assert make in one_line([absent])
-    assert f"there is no folder {absent}" in one_line([absent])
-    absent.mkdir()
-    assert f"{absent} holds no results.csv" in one_line([absent])
-    assert make in one_line([absent])
-    (absent / "results.csv").write_text("dataset\n")
-    assert f"{absent} holds no config.json" in one_line([absent])
-
-
-def test_a_teachers_workdir_is_no_sweep(tmp_path):
-    assert "has no student" in one_line([sweeps.write_rows(tmp_path, [sweeps.teacher_row()])])
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("calibration.csv", "calibration"),
-        ("cohorts/0/metrics.jsonl", "losses"),
-        ("cohorts/0/test/requests.parquet", "requests"),
-    ],
-)
-def test_missing_files_are_named(tmp_path, name, kind):
-    whole = sweeps.write_sweep(tmp_path / "a", seeds=(0, 1))
-    part = sweeps.write_sweep(tmp_path / "b", seeds=(2,), without=[name])
-    (study,) = read_studies([whole, part])
-    (line,) = study.missing[kind]
-    assert line.startswith(f"{part} holds no ")
-    assert len(study.kept if kind == "requests" else getattr(study, kind))
-
-
-def test_environments_are_told_where_they_are_recorded(tmp_path):
-    sweeps.write_sweep(tmp_path / "a", seeds=(0,))
-    sweeps.write_sweep(tmp_path / "b", seeds=(1,), without=["environment.json"])
-    (study,) = read_studies([tmp_path / "a", tmp_path / "b"])
-    assert list(study.environments) == [str(tmp_path / "a")]
-    assert study.environments[str(tmp_path / "a")]["packages"]["jax"] == "0.10.2"
-    assert json.loads(study.configs[str(tmp_path / "b")])["funnel"]["passed"] == 200

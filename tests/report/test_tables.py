@@ -1,3 +1,5 @@
+"""The tables against the numbers of the study, and in every format."""
+
 import math
 
 import numpy as np
@@ -8,7 +10,6 @@ from kd_ranker.evaluation import results
 from kd_ranker.report import tables
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import difference, interval
-from kd_ranker.report.study import read_studies
 from tests.report import sweeps
 
 PASSED = 30
@@ -49,19 +50,6 @@ def test_seeds_become_a_mean_and_its_standard_error():
     # Whole candidates need no digits.
     assert f"101±{1 / np.sqrt(3):.0f}" in none
     assert shared[:4] == ["shared", "user", "1", "1"]
-
-
-def test_only_rows_that_differ_in_nothing_but_the_seed_are_joined():
-    _, first, *others = summary(
-        row("aux", 0, 0.1),
-        row("aux", 0, 0.2, serve="blend"),
-        row("aux", 0, 0.3, distill_weight=2.0),
-        row("aux", 0, 0.4, distill_loss="other"),
-        row("aux", 0, 0.5, dataset="other"),
-        row("aux", 1, 0.3),
-    )
-    assert len(others) == 4
-    assert "0.200±0.100" in first
 
 
 @pytest.mark.parametrize(
@@ -118,40 +106,31 @@ def mark(table, direction):
     return tables.marked(OfTable(table), "", means, direction)
 
 
-def test_a_clear_winner_is_marked():
-    table = {"a": [1.0, 1.1, 1.2], "b": [2.0, 2.1, 2.2], "c": [3.0, 3.2, 3.1]}
-    assert mark(table, "lower") == "a"
-    assert mark(table, "higher") == "c"
-    assert mark(table, None) is None
-    # Of what is best next to one, differences do not say who is.
-    assert mark(table, "one") is None
-
-
-def test_a_winner_that_cannot_be_told_from_the_runner_up_is_not_marked():
-    table = {"a": [1.0, 1.4, 1.2], "b": [1.3, 1.3, 1.3], "c": [3.0, 3.2, 3.1]}
-    assert mark(table, "lower") is None
-
-
-def test_a_winner_has_to_be_told_from_every_other_setting():
-    # The runner-up b is told from a, the noisy c is further away on average and is not.
-    table = pd.DataFrame({"a": [1.0, 1.1, 1.2], "b": [1.5, 1.6, 1.7], "c": [0.5, 3.0, 4.0]})
-    assert difference(table, "a", "b").high < 0
-    assert difference(table, "a", "c").high > 0
-    assert mark(table, "lower") is None
+CLEAR = {"a": [1.0, 1.1, 1.2], "b": [2.0, 2.1, 2.2], "c": [3.0, 3.2, 3.1]}
 
 
 @pytest.mark.parametrize(
-    "table",
+    ("table", "direction", "expected"),
     [
-        {"a": [1.0], "b": [2.0]},  # one repeat
-        {"a": [1.0, 1.1]},  # one setting
-        {"a": [1.0, math.nan], "b": [math.nan, 2.0]},  # no pair
-        {"a": [1.0, 1.0], "b": [1.0, 1.0]},  # the same
-        {"a": [math.nan, math.nan], "b": [math.nan, math.nan]},
+        (CLEAR, "lower", "a"),
+        (CLEAR, "higher", "c"),
+        (CLEAR, None, None),
+        # Differences do not show which of two is closer to one.
+        (CLEAR, "one", None),
+        # The winner cannot be told from the runner-up.
+        (CLEAR | {"a": [1.0, 1.4, 1.2], "b": [1.3, 1.3, 1.3]}, "lower", None),
+        # It can be told from the runner-up b, and not from the noisy c.
+        (CLEAR | {"b": [1.5, 1.6, 1.7], "c": [0.5, 3.0, 4.0]}, "lower", None),
+        # One repeat, one setting, no pair, no difference, nothing known.
+        ({"a": [1.0], "b": [2.0]}, "lower", None),
+        ({"a": [1.0, 1.1]}, "lower", None),
+        ({"a": [1.0, math.nan], "b": [math.nan, 2.0]}, "lower", None),
+        ({"a": [1.0, 1.0], "b": [1.0, 1.0]}, "lower", None),
+        ({"a": [math.nan, math.nan], "b": [math.nan, math.nan]}, "lower", None),
     ],
 )
-def test_nothing_is_marked_without_pairs_or_a_difference(table):
-    assert mark(table, "lower") is None
+def test_the_best_is_marked_if_it_differs_from_every_other_setting(table, direction, expected):
+    assert mark(table, direction) == expected
 
 
 @pytest.mark.parametrize("settings", [2, 11])
@@ -166,48 +145,47 @@ def test_of_equal_settings_one_is_marked_in_at_most_5_percent(settings, shared_n
     assert marks / 400 < 0.05 + 0.033
 
 
-def test_the_numbers_are_means_and_paired_differences(tmp_path):
-    rows = [
-        sweeps.teacher_row(),
-        *({"mode": "none", "seed": s, "kl": kl} for s, kl in enumerate((0.2, 0.3, 0.4))),
-        *({"mode": "shared", "seed": s, "kl": kl} for s, kl in enumerate((0.15, 0.24, 0.36))),
-    ]
-    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
-    numbers = tables.comparison(study, Estimates(study)).set_index(["setting", "measure"])
-    none, shared = (
-        numbers.loc[(setting, "teacher_kl/watch")] for setting in ("none", "shared, weight 1")
-    )
-    assert list(none[["mean", "low", "high", "n"]]) == pytest.approx(
-        interval(np.array([0.2, 0.3, 0.4]))[:4]
-    )
-    assert math.isnan(none["difference"])
-    assert list(
-        shared[["difference", "difference_low", "difference_high", "pairs"]]
-    ) == pytest.approx(interval(np.array([-0.05, -0.06, -0.04]))[:4])
-    assert shared["best"]
-    assert not none["best"]
-
-
-def test_what_the_dataset_does_not_know_is_no_measure_of_the_table(tmp_path):
-    (study,) = read_studies([sweeps.write_sweep(tmp_path, true_values=False)])
-    assert not any("true" in column for column in tables.important_columns(study))
-    (other,) = read_studies([sweeps.write_rows(tmp_path / "other", [{"mode": "none"}])])
-    assert "alignment_ratio" not in tables.important_columns(other)
-
-
-def test_it_is_of_the_chosen_settings_on_the_test(tmp_path):
-    rows = [
-        sweeps.teacher_row(),
-        {"mode": "none", "test": {"kl": 0.5}},
-        {"mode": "shared", "weight": 1.0, "passed": 50, "test": {"kl": 0.4}},
-        {"mode": "shared", "weight": 2.0, "passed": 60, "test": {"kl": 0.1}},
-    ]
-    (study,) = read_studies([sweeps.write_rows(tmp_path, rows)])
+def test_the_numbers_are_means_and_paired_differences_of_the_chosen_on_test(tmp_path):
+    rows = [sweeps.teacher_row()]
+    for seed, (none, shared) in enumerate(((0.2, 0.15), (0.3, 0.24), (0.4, 0.36))):
+        rows += [
+            {"mode": "none", "seed": seed, "test": {"kl": none}},
+            {"mode": "shared", "seed": seed, "passed": 50, "test": {"kl": shared}},
+            {"mode": "shared", "seed": seed, "weight": 2.0, "passed": 60, "test": {"kl": 0.01}},
+        ]
+    study = sweeps.study_of(tmp_path, rows)
+    # What the dataset does not know is no measure of the table.
+    assert not {"alignment_ratio", "true_value_captured@30"} & {*tables.important_columns(study)}
     numbers = tables.comparison(study, Estimates(study))
     of_kl = numbers[numbers["measure"] == "teacher_kl/watch"].set_index("setting")
-    assert of_kl["mean"].to_dict() == pytest.approx({"none": 0.5, "shared, weight 1": 0.4})
-    assert of_kl.loc["shared, weight 1", "difference"] == pytest.approx(-0.1)
-    assert set(numbers["covers"]) == {"nothing"}
+    assert list(of_kl.index) == ["none", "shared, weight 1"]
+    means = ["mean", "low", "high", "n"]
+    expected = interval(np.array([0.2, 0.3, 0.4]))[:4]
+    assert tuple(of_kl.loc["none", means]) == pytest.approx(expected)
+    assert math.isnan(of_kl.loc["none", "difference"])
+    gap = ["difference", "difference_low", "difference_high", "pairs"]
+    expected = interval(np.array([-0.05, -0.06, -0.04]))[:4]
+    assert tuple(of_kl.loc["shared, weight 1", gap]) == pytest.approx(expected)
+    assert list(of_kl["best"]) == [False, True]
+    assert set(of_kl["covers"]) == {"repeats"}
+
+
+@pytest.mark.parametrize(
+    ("modes", "passed", "shown"),
+    [
+        (("none", "shared"), math.nan, ["teacher"]),
+        (("aux", "shared"), 100.0, ["teacher", "aux", "shared"]),
+    ],
+)
+def test_tables_without_a_baseline(tmp_path, modes, passed, shown):
+    """Where nothing reaches 99%, and where every student needs scores."""
+    rows = [{"mode": mode, "passed": passed} for mode in modes]
+    study = sweeps.study_of(tmp_path, [sweeps.teacher_row(), *rows])
+    estimates = Estimates(study)
+    numbers = tables.comparison(study, estimates)
+    assert list(tables.main_table(study, estimates, numbers).cells["mode"]) == shown
+    assert tables.saving_table(study, estimates) is None
+    assert tables.difference_table(study, numbers) is None
 
 
 @pytest.fixture(scope="module")
@@ -218,11 +196,6 @@ def study(estimates):
 def value(text):
     """The mean in a cell."""
     return float(text.partition(" ±")[0].strip("%").replace("−", "-").replace(",", ""))
-
-
-def read(tmp_path, *rows):
-    (study,) = read_studies([sweeps.write_rows(tmp_path, [*rows])])
-    return study, Estimates(study)
 
 
 def test_the_main_table_has_teacher_references_and_the_best_of_each_way_on_test(estimates, study):
@@ -248,8 +221,7 @@ def test_the_main_table_has_teacher_references_and_the_best_of_each_way_on_test(
 
 def test_rows_are_sorted_by_passed_for_99_and_those_that_need_scores_are_marked(tmp_path):
     passed = {"oracle": 5, "top_rate": 320, "show_rate": 350, "incumbent": 380, "random": 1900}
-    study, estimates = read(
-        tmp_path,
+    rows = [
         sweeps.teacher_row(),
         {"mode": "none", "passed": 400},
         {"mode": "shared", "passed": 300},
@@ -257,7 +229,9 @@ def test_rows_are_sorted_by_passed_for_99_and_those_that_need_scores_are_marked(
         *(sweeps.reference_row(name, at) for name, at in passed.items()),
         # Unknown numbers are last.
         sweeps.reference_row("popularity", np.nan),
-    )
+    ]
+    study = sweeps.study_of(tmp_path, rows)
+    estimates = Estimates(study)
     table = tables.main_table(study, estimates, tables.comparison(study, estimates))
     found = table.cells[["mode", "scores", "passed for 99%"]].itertuples(index=False, name=None)
     assert list(found) == [
@@ -266,16 +240,6 @@ def test_rows_are_sorted_by_passed_for_99_and_those_that_need_scores_are_marked(
         ("incumbent", "no", "380"), ("none", "no", "400"), ("random", "", "1900"),
         ("popularity", "no", ""),
     ]  # fmt: skip
-
-
-def test_the_main_table_is_made_where_nothing_reaches_99_percent(tmp_path):
-    unknown = {"passed": np.nan}
-    study, estimates = read(
-        tmp_path, sweeps.teacher_row() | unknown, {"mode": "none"} | unknown,
-        {"mode": "shared"} | unknown,
-    )  # fmt: skip
-    table = tables.main_table(study, estimates, tables.comparison(study, estimates))
-    assert list(table.cells["mode"]) == ["teacher"]
 
 
 def test_the_tuning_table_has_all_that_was_tried_and_the_choices(study):
@@ -334,8 +298,8 @@ def test_the_cost_table_has_the_cost_of_99_percent_and_the_users_value_then(esti
 def test_costs_of_ones_own_take_the_place_of_flops(tmp_path):
     costs = {"costs.teacher.candidate": 3.0, "costs.teacher.request": 500.0,
              "costs.student.candidate": 0.1}  # fmt: skip
-    (study,) = read_studies([sweeps.write_sweep(tmp_path, changes=costs)])
-    estimates = Estimates(study)
+    estimates = sweeps.estimates_of(tmp_path, changes=costs)
+    study = estimates.study
     table, saved = tables.cost_table(study, estimates), tables.saving_table(study, estimates)
     for notes in (table.notes, saved.notes):
         assert "in the units of costs" in notes[0]
@@ -351,12 +315,6 @@ def test_costs_of_ones_own_take_the_place_of_flops(tmp_path):
     each = 500 + 2000 * 0.05 * 3 + 3 * passed
     saving = (1 - each["aux"] / each["none"]).mean()
     assert value(saved.cells["99%"][2]) == pytest.approx(saving, abs=5e-4)
-
-
-def test_without_a_baseline_there_is_neither_difference_nor_saving(tmp_path):
-    study, estimates = read(tmp_path, sweeps.teacher_row(), {"mode": "aux"}, {"mode": "shared"})
-    assert tables.saving_table(study, estimates) is None
-    assert tables.difference_table(study, tables.comparison(study, estimates)) is None
 
 
 def test_a_table_in_every_format():
