@@ -437,18 +437,6 @@ def _on(device: jax.Device, tree: Any) -> Any:
     return jax.device_put(jax.tree.map(here, tree), device)
 
 
-def lower_for_group(
-    group: Ranker, evaluation_batch: EvaluationBatch, items: Items
-) -> jax.stages.Lowered:
-    """Lower the serving program of a group without compiling it.
-
-    Parameters, batch and items may be abstract; the program has their sizes and shardings.
-    """
-    return _serve_group.lower(
-        group.serve, group.sees_truth, group.parameters, evaluation_batch, items, None
-    )
-
-
 def _sizes(evaluation_batch: EvaluationBatch, before: Sizes) -> Sizes:
     """The sizes of a batch, at least those of the batches before: few programs are compiled."""
 

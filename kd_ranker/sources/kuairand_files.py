@@ -25,8 +25,7 @@ from jaxtyping import Bool, Float32, Float64, Int8, Int32, Int64, UInt8
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources.hashing import hash_into
-from kd_ranker.sources.logs.engine import Engine
-from kd_ranker.sources.tables import numbered, open_tables
+from kd_ranker.sources.tables import Engine, numbered, open_tables
 from kd_ranker.sources.texts import Field, column_names, read_text
 
 VARIANTS = {"pure": "KuaiRand-Pure", "1k": "KuaiRand-1K", "27k": "KuaiRand-27K"}

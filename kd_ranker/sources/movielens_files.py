@@ -16,8 +16,7 @@ from jaxtyping import Bool, Float32, Int, Int64
 
 from kd_ranker.errors import UserError
 from kd_ranker.sources.download import Archive
-from kd_ranker.sources.logs.engine import Engine
-from kd_ranker.sources.tables import fetch_columns, numbered, open_tables
+from kd_ranker.sources.tables import Engine, fetch_columns, numbered, open_tables
 from kd_ranker.sources.texts import Field, Text, check_known, check_once, read_text, refuse
 
 WHOLE_STARS = (1.0, 2.0, 3.0, 4.0, 5.0)

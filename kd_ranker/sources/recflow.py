@@ -46,7 +46,6 @@ from kd_ranker.distillation.teacher_signal import probability_of_rank
 from kd_ranker.errors import UserError, check_choice, check_tasks
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources.hashing import hash_into
-from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.recflow_files import (
     SEQUENCE_COLUMNS,
     Day,
@@ -56,7 +55,7 @@ from kd_ranker.sources.recflow_files import (
     read_stages,
     reading,
 )
-from kd_ranker.sources.tables import numbered, open_tables, put
+from kd_ranker.sources.tables import Engine, numbered, open_tables
 from kd_ranker.sources.time_features import DAY, moment_features
 
 # Task -> the column that says whether the user did it.
@@ -311,7 +310,7 @@ def plan_day(engine: Engine, day: Day, max_requests: int, seed: int, of_each: in
         time[chosen],
         user_id[chosen],
         size[chosen],
-        rows.join(put(engine, f"requests {day.name}", pa.table(places)), "request_id"),
+        rows.join(engine.put(f"requests {day.name}", pa.table(places)), "request_id"),
         _views(engine, day, request_id[chosen], time[chosen]),
     )
 
@@ -332,7 +331,7 @@ def _views(
     real = (viewed > 0) & (viewed < time[request]) & (columns["video_id"] >= 0)
     columns |= {"request": request, "place": np.arange(len(request))}
     kept = {name: column[real] for name, column in columns.items()}
-    return put(engine, f"sequences {day.name}", pa.table(kept))
+    return engine.put(f"sequences {day.name}", pa.table(kept))
 
 
 def _stage_of(rows: ir.Table) -> ir.IntegerValue:

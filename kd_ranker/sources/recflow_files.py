@@ -22,8 +22,7 @@ from pyarrow import dataset, ipc
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources.logs.engine import Engine
-from kd_ranker.sources.tables import put
+from kd_ranker.sources.tables import Engine
 
 STAGES_FOLDER, SEQUENCES_FOLDER = "all_stage", "seq_effective_50_dict"
 SEQUENCE_COLUMNS = (
@@ -154,7 +153,7 @@ def read_stages(engine: Engine, day: Day, columns: Sequence[str]) -> ir.Table:
         kind = types[name]
         if not (pa.types.is_boolean(kind) or pa.types.is_integer(kind) or _is_floating(kind)):
             raise UserError(f"{path}: column {name} holds {kind}, expected whole numbers")
-    rows = put(engine, f"stages {day.name}", dataset.dataset(path, format="ipc"))
+    rows = engine.put(f"stages {day.name}", dataset.dataset(path, format="ipc"))
     written = {name.strip(): name for name in schema.names}
     return rows.select(**{name: _whole_number(rows[written[name]]) for name in columns})
 

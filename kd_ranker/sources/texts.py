@@ -10,7 +10,7 @@ import ibis
 import ibis.expr.types as ir
 
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs.engine import Engine
+from kd_ranker.sources.tables import Engine
 
 _BLOCK_BYTES = 1 << 24
 # Of a header, for a message about a file that has no line ends.

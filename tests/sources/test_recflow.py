@@ -28,7 +28,7 @@ from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS, Request, Source
 from kd_ranker.sources import recflow, recflow_files
-from kd_ranker.sources.tables import open_tables, put
+from kd_ranker.sources.tables import open_tables
 from tests.small import rows_on_test
 from tests.sources.recflow_files import (
     DAYS,
@@ -327,7 +327,7 @@ def positions_of(engine, request, index, is_ranked, is_top):
         "rank_pos": np.asarray(is_top, int),
         "number": np.arange(number),
     }
-    rows = put(engine, "candidates", pa.table(columns))
+    rows = engine.put("candidates", pa.table(columns))
     found = engine.fetch(recflow.with_positions(rows).order_by("number"))["position"]
     return found.fill_null(-1).to_numpy()
 

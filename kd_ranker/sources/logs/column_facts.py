@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.files import find_files
 from kd_ranker.sources.logs.layout import TIME_UNITS
+from kd_ranker.sources.logs.query import quoted
 
 NAMES: dict[str, Any] = json.loads((Path(__file__).parent / "names.json").read_text())
 _MOST_ROWS, _MOST_BYTES, _MOST_FILES = 120_000, 200_000_000, 24  # of the sample
@@ -133,11 +134,6 @@ def name_of_log(path: str) -> str:
     """
     parts = [part for part in re.split(r"[/\\]+", path) if part and not re.search(r"[*?\[]", part)]
     return identifier(re.sub(r"\.\w+$", "", parts[-1])).lower() if parts else "log"
-
-
-def quoted(name: str) -> str:
-    """Return a column's name as SQL."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def read_sample(path: str) -> tuple[pa.Table, int]:
