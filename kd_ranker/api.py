@@ -475,7 +475,7 @@ def export(
         batch, dataset_folder = exporting.example(finished), finished.dataset.directory
         write_export(exported, servable, files, batch, about, dataset_folder, folder)
     title = finished.title.replace(str(run_folder), str(workdir))
-    show(trained.ranker_line(title, finished.serve))
+    show(trained.ranker_line(finished._replace(title=title)))
     return folder
 
 

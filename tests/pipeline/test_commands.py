@@ -25,7 +25,6 @@ from kd_ranker.report.study import read_studies
 from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.serving import score
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
@@ -231,7 +230,7 @@ def columns_in(directory):
 def test_parts_and_processes_give_the_bytes_of_one_pass(apart, monkeypatch):
     loaded, load = [], teachers.load_teacher
     monkeypatch.setattr(
-        scoring, "load_teacher", lambda *arguments: loaded.append(0) or load(*arguments)
+        teachers, "load_teacher", lambda *arguments: loaded.append(0) or load(*arguments)
     )
     files = []
     for processes in (1, 2):
@@ -267,8 +266,7 @@ def test_a_cluster_scores_the_bytes_of_this_process(apart, monkeypatch):
 _DYING = """
 import os, runpy, signal, sys
 from kd_ranker.pipeline import scoring
-from kd_ranker.serving import score
-number, score_part = int(sys.argv[1]), score._score_part
+number, score_part = int(sys.argv[1]), scoring._score_part
 
 def dying(*arguments):
     global number
@@ -277,7 +275,7 @@ def dying(*arguments):
     number -= 1
     score_part(*arguments)
 
-score._score_part, scoring._BATCHES = dying, 1
+scoring._score_part, scoring._BATCHES = dying, 1
 sys.argv = ["log_teacher", *sys.argv[2:]]
 runpy.run_module("experiments.log_teacher", run_name="__main__")
 """
@@ -291,13 +289,13 @@ def test_scoring_that_was_killed_goes_on_with_the_parts_that_are_missing(
     shutil.rmtree(directory)
     killed = small.run("-c", _DYING, "3", *world.flags(tmp_path, data__dir=str(tmp_path)))
     assert killed.returncode == -9, killed.stderr
-    score_part, scored = score._score_part, []
+    score_part, scored = scoring._score_part, []
 
     def counting(*arguments):
         scored.append(arguments[-1])
         score_part(*arguments)
 
-    monkeypatch.setattr(score, "_score_part", counting)
+    monkeypatch.setattr(scoring, "_score_part", counting)
     assert api.log_teacher(apart).directory == directory
     assert scored == [("train", 48, 64), ("validation", 0, 12), ("test", 0, 12)]
     assert files_in(directory) == whole
