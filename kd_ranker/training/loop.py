@@ -87,34 +87,20 @@ def make_run(
       groups: the members to train, all in one program.
       teacher: the live teacher, or None.
       batches: endless, on the devices.
-      frozen: the arrays that the step only reads, on the host or on one device.
+      frozen: the arrays that the step only reads, on the host or on one device; their items will
+        record how their rows are dealt.
       devices: the mapping over devices.
     """
-    filled = filled_for(groups, devices)
-    mapped, held = map_steps(filled, teacher, devices), hold(frozen, devices)
-    return Run(tuple(groups), filled, batches, held, devices, mapped)
-
-
-def hold(frozen: Frozen, devices: DeviceMap) -> Frozen:
-    """Place the arrays that a step only reads; their items record how their rows are dealt."""
-    held = devices.place(frozen)
-    return held.replace(items=held.items.replace(deal=devices.deal))
-
-
-def filled_for(groups: Sequence[Group], devices: DeviceMap) -> tuple[Group, ...]:
-    """Repeat the last member of each group until the devices share its members evenly."""
 
     def filled(group: Group) -> Group:
         places = shared_evenly(len(group.names), devices.members)
         return group if len(places) == len(group.names) else group.at(places)
 
-    return tuple(map(filled, groups))
-
-
-def map_steps(groups: Sequence[Group], teacher: LiveTeacher | None, devices: DeviceMap) -> Any:
-    """Map `step.in_turn` for groups that the devices share evenly."""
-    step = step_for(groups, teacher, devices)
-    return devices.map_step(in_turn(step), abstract_states(groups))
+    evenly = tuple(map(filled, groups))
+    take = devices.map_step(in_turn(step_for(evenly, teacher, devices)), abstract_states(evenly))
+    held = devices.place(frozen)
+    held = held.replace(items=held.items.replace(deal=devices.deal))
+    return Run(tuple(groups), evenly, batches, held, devices, take)
 
 
 def step_for(groups: Sequence[Group], teacher: LiveTeacher | None, devices: DeviceMap) -> Step:

@@ -13,7 +13,6 @@ from kd_ranker.errors import UserError
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.training import recipes
 from kd_ranker.training.loop import (
-    hold,
     initial_states,
     make_run,
     on_host,
@@ -253,7 +252,7 @@ def test_abstract_arrays_are_placed_as_the_real_ones(sharded):
     states = (group.at(np.array([0, 0])).init(),)
     for place, tree in (
         (devices.place, states),
-        (functools.partial(hold, devices=devices), frozen),
+        (devices.place, frozen),
         (devices.shard, BATCHES[0]),
     ):
         found = place(jax.eval_shape(lambda tree=tree: tree))
