@@ -34,10 +34,9 @@ from kd_ranker.pipeline.measure import (
 )
 from kd_ranker.pipeline.remote import Place, below, fetched, local_folder, owned, place_of
 from kd_ranker.report import tables, write
-from kd_ranker.serving.formats import FORMATS
 from kd_ranker.serving.programs import make_programs
 from kd_ranker.serving.tables import ITEM_TYPES
-from kd_ranker.serving.write import program_files, write_export
+from kd_ranker.serving.write import FORMATS, program_files, write_export
 from kd_ranker.sources import given, given_rows
 from kd_ranker.sources.logs.data_report import PAGE
 from kd_ranker.sources.logs.infer import FirstConfig, write_first_config

@@ -34,8 +34,7 @@ from kd_ranker.sources.registry import SOURCES
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import recipes, workdir
 from kd_ranker.training.loop import abstract_states
-from kd_ranker.training.mapping import MAPPINGS
-from kd_ranker.training.placing import is_of_tables, names_of
+from kd_ranker.training.mapping import MAPPINGS, is_of_tables, names_of
 
 # Requests of the sample dataset.
 _SAMPLE = 32

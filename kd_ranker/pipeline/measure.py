@@ -23,7 +23,7 @@ from kd_ranker.models.model import Model, Parameters, build_model
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.pipeline.job import Job
-from kd_ranker.training.placing import first_devices, own_devices
+from kd_ranker.training.mapping import first_devices, own_devices
 
 _NOT_COUNTED = float("nan")
 

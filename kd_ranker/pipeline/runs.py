@@ -25,8 +25,13 @@ from kd_ranker.training.loop import (
     make_run,
     scalar_name,
 )
-from kd_ranker.training.mapping import MAPPINGS, DeviceMap, members_axis
-from kd_ranker.training.placing import first_devices, own_devices
+from kd_ranker.training.mapping import (
+    MAPPINGS,
+    DeviceMap,
+    first_devices,
+    members_axis,
+    own_devices,
+)
 from kd_ranker.training.processes import check_same, is_first
 from kd_ranker.training.recipes import TEACHER_STAGES, Group
 from kd_ranker.training.state import (

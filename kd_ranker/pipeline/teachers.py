@@ -21,7 +21,7 @@ from kd_ranker.pipeline.remote import fetched, place_of
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.placing import put
+from kd_ranker.training.mapping import put
 from kd_ranker.training.state import select_member
 
 TRAIN_TEACHER = f"python -m experiments.train_teacher, {SAME_FLAGS}"

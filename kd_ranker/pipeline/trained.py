@@ -22,7 +22,7 @@ from kd_ranker.requests.records import Dataset
 from kd_ranker.sweep.sweep import Cohort, open_sweep
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.placing import put
+from kd_ranker.training.mapping import put
 from kd_ranker.training.state import select_member
 
 _RUNS = ("train_teacher", "train", "sweep")

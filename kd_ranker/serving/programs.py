@@ -1,4 +1,4 @@
-"""A trained ranker as programs: functions of named arrays, which `formats` writes to files.
+"""A trained ranker as programs: functions of named arrays, which `write` writes to files.
 
 A program takes its inputs by name: fields of a request, as in `batch.FIELDS`, results of the
 program before it, and tables. Tables are separate files next to the programs, so they can be large,

@@ -12,7 +12,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.models.model import score
 from kd_ranker.models.student import STUDENTS, MultiInterest
 from kd_ranker.models.teacher import TEACHERS
-from kd_ranker.serving import formats, programs, tables
+from kd_ranker.serving import programs, tables, write
 from tests.random_batches import (
     SPECS,
     STUDENT,
@@ -86,12 +86,12 @@ def run_all(exported, arrays, open_program):
 
 def as_jax(program):
     """What `jax.export.deserialize` makes of its bytes."""
-    return export.deserialize(bytearray(formats.to_jax(program))).call
+    return export.deserialize(bytearray(write.to_jax(program))).call
 
 
 def as_onnx(program):
     onnxruntime = pytest.importorskip("onnxruntime", reason="see scripts/test_onnx.sh")
-    session = onnxruntime.InferenceSession(formats.to_onnx(program))
+    session = onnxruntime.InferenceSession(write.to_onnx(program))
 
     def run(arrays):
         results = session.run(list(program.outputs), arrays)
@@ -211,7 +211,7 @@ def test_what_onnx_lacks_is_named():
     described = programs.Described(("requests", 3), np.dtype(np.float32))
     program = programs.Program("user", lacking, {"x": described}, {"y": described})
     with pytest.raises(UserError, match=r"program 'user' cannot .* 'pure_callback'; name"):
-        formats.to_onnx(program)
+        write.to_onnx(program)
 
 
 def test_without_the_converter_its_extra_is_named(monkeypatch):
@@ -219,7 +219,7 @@ def test_without_the_converter_its_extra_is_named(monkeypatch):
     described = programs.Described(("requests",), np.dtype(np.float32))
     program = programs.Program("user", dict, {"x": described}, {"x": described})
     with pytest.raises(UserError, match="ONNX needs the extra `onnx`"):
-        formats.to_onnx(program)
+        write.to_onnx(program)
 
 
 def test_the_converter_leaves_jax_as_it_was():
@@ -229,7 +229,7 @@ def test_the_converter_leaves_jax_as_it_was():
     batch = batch_of(trained)
     before = expected(trained, batch)
     (program,) = programs.make_programs(trained, "float32").programs
-    formats.to_onnx(program)
+    write.to_onnx(program)
     jax.clear_caches()
     assert (expected(trained, batch) == before).all()
     assert not jax.config.jax_enable_x64

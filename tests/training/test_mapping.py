@@ -19,8 +19,13 @@ from kd_ranker.training.loop import (
     states_on_host,
     step_for,
 )
-from kd_ranker.training.mapping import MAPPINGS, members_axis, share_of, shares
-from kd_ranker.training.placing import first_devices
+from kd_ranker.training.mapping import (
+    MAPPINGS,
+    first_devices,
+    members_axis,
+    share_of,
+    shares,
+)
 from kd_ranker.training.state import Frozen, LiveTeacher
 from tests.random_batches import SPEC, TEACHER, make_model, random_batch, random_items
 
