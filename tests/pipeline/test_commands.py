@@ -1045,14 +1045,6 @@ def test_costs_are_those_of_the_teacher_that_was_trained(world):
     assert flops != measure.teacher_flops(job_of(config))
 
 
-def test_scores_of_different_stages_have_different_folders(world):
-    config = world.config()
-    folders = set()
-    for config.teacher.stage in ("passed", "retrieved"):
-        folders.add(datasets.scores_folder(config, "version"))
-    assert len(folders) == 2
-
-
 @pytest.mark.parametrize("mapping", ["pmap", "shard_map"])
 def test_a_run_on_several_devices_evaluates_on_its_way(world, trained, tmp_path, mapping):
     """The results are those of one device, up to rounding."""

@@ -171,17 +171,6 @@ def test_a_held_out_log_has_the_teachers_scores_of_the_dataset(world, tmp_path, 
     assert len(logged) == sum(len(row.candidates) for row in world.rows)
 
 
-@pytest.mark.parametrize("by_request", [False, True])
-def test_a_held_out_log_has_the_students_scores_of_the_dataset(world, tmp_path, by_request):
-    log = write_raw(tmp_path / "log", world.tested, by_request, files=2, shuffle=3)
-    rows = "request" if by_request else "candidate"
-    workdir = world.folder / "student"
-    scored, _ = scoring.score_unseen(
-        config_for(world, "student", log, **{"data.rows": rows}), workdir
-    )
-    assert_close(scores_in(scored), served(world, *student_of(world, workdir), "blend"))
-
-
 def test_an_export_says_of_raw_rows_what_scoring_and_evaluation_say(world, tmp_path):
     """A server that knows the folder alone makes the inputs from the columns of the log."""
     workdir, folder = world.folder / "student", tmp_path / "export"
