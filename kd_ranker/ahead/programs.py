@@ -152,10 +152,11 @@ def _lower(
     run = runs.prepare_run(job, devices, MAPPINGS["shard_map"](jax.devices("cpu")[:1]))
     packed, _ = iter(run.batches).take(1)
     one: Any = jnp.int32(0)
+    take: Any = run.take  # as JAX has made it, which can be lowered
     states = run.devices.place(abstract_states(run.filled))
     same_on_all = (Span(one, one), tuple(group.numbers for group in run.filled))
     arguments = states, run.devices.shard(_shapes(packed)), _shapes(same_on_all), run.frozen
-    return run.take.lower(*arguments), (states, run.frozen)
+    return take.lower(*arguments), (states, run.frozen)
 
 
 def _shapes(tree: Any) -> Any:

@@ -38,11 +38,16 @@ Arrays = Mapping[str, Any]
 Function = Callable[[Arrays], dict[str, Any]]
 
 
-class Described(NamedTuple):
-    """The type of an array; a named size may differ between calls."""
+Types = dict[str, jax.ShapeDtypeStruct]
+"""Arrays by name as only shapes and types."""
 
-    shape: tuple[int | str, ...]
-    dtype: np.dtype
+_SIZES = export.SymbolicScope()
+
+
+def typed(shape: Sequence[int | str], dtype: Any) -> jax.ShapeDtypeStruct:
+    """Return the type of an array; a named size may differ between calls."""
+    sizes = export.symbolic_shape(", ".join(map(str, shape)), scope=_SIZES)
+    return jax.ShapeDtypeStruct(sizes, dtype)
 
 
 class Program(NamedTuple):
@@ -57,8 +62,8 @@ class Program(NamedTuple):
 
     name: str
     function: Function
-    inputs: dict[str, Described]
-    outputs: dict[str, Described]
+    inputs: Types
+    outputs: Types
 
 
 class Servable(NamedTuple):
@@ -104,16 +109,16 @@ def make_programs(trained: Servable, item_type: str) -> Exported:
     held = tables.served(trained.model.embedding, trained.parameters.tables)
     if not falls_into_parts(trained):
         held |= _item_tables(trained, trained.spec.item_features)
-        offered = _fields(trained.seen, "request", "event", "candidate") | _described(held)
+        offered = _fields(trained.seen, "request", "event", "candidate") | _types_of(held)
         programs = [_program("rank", _rank(trained), offered)]
     else:
         held |= _item_tables(trained, trained.spec.cheap_item_features)
         embedding = _item_embeddings(trained, held)
         held |= ITEM_TYPES[item_type].pack(embedding)
-        offered = _fields(trained.seen, "request", "event") | _described(held)
+        offered = _fields(trained.seen, "request", "event") | _types_of(held)
         user = _program("user", _user(trained), offered)
-        item = _program("item", _item(trained), _one_item(trained.spec) | _described(held))
-        offered = user.outputs | _fields(trained.seen, "candidate") | _described(held)
+        item = _program("item", _item(trained), _one_item(trained.spec) | _types_of(held))
+        offered = user.outputs | _fields(trained.seen, "candidate") | _types_of(held)
         score = _program("score", _score(trained, item_type, tuple(user.outputs)), offered)
         programs = [user, item, score]
     read = {name for program in programs for name in program.inputs}
@@ -135,17 +140,6 @@ def call(programs: Sequence[Program], arrays: Arrays) -> dict[str, Any]:
     return {name: known[name] for name in programs[-1].outputs}
 
 
-def abstract(inputs: Mapping[str, Described]) -> dict[str, Any]:
-    """Return only the types of a program's inputs, with symbols for named sizes."""
-    scope = export.SymbolicScope()
-
-    def of(described: Described) -> Any:
-        shape = ", ".join(map(str, described.shape))
-        return jax.ShapeDtypeStruct(export.symbolic_shape(shape, scope=scope), described.dtype)
-
-    return {name: of(described) for name, described in inputs.items()}
-
-
 class _Recorded(dict[str, Any]):
     """Arrays by name that record which of them were read."""
 
@@ -158,7 +152,7 @@ class _Recorded(dict[str, Any]):
         return super().__getitem__(name)
 
 
-def _program(name: str, function: Function, offered: Mapping[str, Described]) -> Program:
+def _program(name: str, function: Function, offered: Types) -> Program:
     """Build a program that takes only the offered arrays that its function reads."""
     read: set[str] = set()
 
@@ -169,23 +163,19 @@ def _program(name: str, function: Function, offered: Mapping[str, Described]) ->
         return result
 
     outputs = {
-        result: Described(tuple(_size(size) for size in of.shape), np.dtype(of.dtype))
-        for result, of in jax.eval_shape(recorded, abstract(offered)).items()
+        result: jax.ShapeDtypeStruct(of.shape, of.dtype)
+        for result, of in jax.eval_shape(recorded, offered).items()
     }
-    inputs = {given: described for given, described in offered.items() if given in read}
+    inputs = {given: of for given, of in offered.items() if given in read}
     return Program(name, function, inputs, outputs)
 
 
-def _size(size: Any) -> int | str:
-    return int(size) if isinstance(size, int) else str(size)
-
-
-def _there(described: Mapping[str, Described]) -> dict[str, Described]:
+def _there(types: Types) -> Types:
     """Return the nonempty arrays: formats do not support empty ones."""
-    return {name: of for name, of in described.items() if 0 not in of.shape}
+    return {name: of for name, of in types.items() if 0 not in of.shape}
 
 
-def _fields(spec: FeatureSpec, *owners: str) -> dict[str, Described]:
+def _fields(spec: FeatureSpec, *owners: str) -> Types:
     """Return the fields of these owners in a request, as a ranker receives them."""
     sizes: dict[str, tuple[int | str, ...]] = {
         "request": ("requests",),
@@ -194,7 +184,7 @@ def _fields(spec: FeatureSpec, *owners: str) -> dict[str, Described]:
     }
     return _there(
         {
-            field.name: Described((*sizes[field.of], *field.shape(spec)), np.dtype(field.dtype))
+            field.name: typed((*sizes[field.of], *field.shape(spec)), field.dtype)
             for field in IN_BATCH
             # How far a candidate came is for those who measure.
             if field.of in owners and field.name != "stage"
@@ -202,25 +192,23 @@ def _fields(spec: FeatureSpec, *owners: str) -> dict[str, Described]:
     )
 
 
-def _one_item(spec: FeatureSpec) -> dict[str, Described]:
+def _one_item(spec: FeatureSpec) -> Types:
     """Return the inputs of the encoder of items."""
     return _there(
         {
-            "item_id": Described(("items",), np.dtype(np.int32)),
-            "features": Described(("items", spec.cheap_item_features), np.dtype(np.float32)),
-            "category": Described(("items", spec.category_width("item")), np.dtype(np.int32)),
+            "item_id": typed(("items",), np.int32),
+            "features": typed(("items", spec.cheap_item_features), np.float32),
+            "category": typed(("items", spec.category_width("item")), np.int32),
         }
     )
 
 
-def _described(held: Tables) -> dict[str, Described]:
+def _types_of(held: Tables) -> Types:
     """Return the types of tables; item embeddings may have more rows, for new items."""
     grows = (ITEM_EMBEDDING, ITEM_SCALE)
     return _there(
         {
-            name: Described(
-                ("rows", *table.shape[1:]) if name in grows else table.shape, table.dtype
-            )
+            name: typed(("rows", *table.shape[1:]) if name in grows else table.shape, table.dtype)
             for name, table in held.items()
         }
     )

@@ -25,7 +25,6 @@ from kd_ranker.serving.programs import (
     Exported,
     Program,
     Servable,
-    abstract,
     call,
     inputs_of_items,
 )
@@ -47,7 +46,7 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 def to_jax(program: Program) -> bytes:
     """Return the program for `jax.export.deserialize`: StableHLO, for each of `PLATFORMS`."""
     exported = export.export(jax.jit(program.function), platforms=PLATFORMS)
-    return bytes(exported(abstract(program.inputs)).serialize())
+    return bytes(exported(program.inputs).serialize())
 
 
 def to_onnx(program: Program) -> bytes:
@@ -73,7 +72,7 @@ def to_onnx(program: Program) -> bytes:
         with _quiet():
             model = jax2onnx.to_onnx(
                 positional,
-                list(abstract(program.inputs).values()),
+                list(program.inputs.values()),
                 model_name=program.name,
                 input_names=names,
                 output_names=outputs,
@@ -204,16 +203,21 @@ def _description(
 
 def _types(described: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: {"shape": list(of.shape), "dtype": of.dtype.name} for name, of in described.items()
+        name: {
+            "shape": [size if isinstance(size, int) else str(size) for size in of.shape],
+            "dtype": of.dtype.name,
+        }
+        for name, of in described.items()
     }
 
 
 def _flops(program: Program, candidates: int) -> float:
     """Return the FLOPs of one call: of one request with n candidates, or of one item."""
-    sizes: dict[int | str, int] = {"requests": 1, "items": 1, "candidates": candidates, "rows": 1}
+    sizes = {"requests": 1, "items": 1, "candidates": candidates, "rows": 1}
     inputs = {
         name: jax.ShapeDtypeStruct(
-            [of if isinstance(of, int) else sizes[of] for of in described.shape], described.dtype
+            [of if isinstance(of, int) else sizes[str(of)] for of in described.shape],
+            described.dtype,
         )
         for name, described in program.inputs.items()
     }
