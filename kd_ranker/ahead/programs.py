@@ -219,14 +219,9 @@ def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: To
 
 def as_json(finding: Finding) -> dict[str, Any]:
     """Return a finding for a file."""
-    topology, found = finding.topology, finding.compiled
-    names = ("devices", "fits", "refused", "tables", "flops")
-    return {
-        "topology": topology.name,
-        "memory": topology.memory,
-        **{name: getattr(finding, name) for name in names},
-        **(found._asdict() | {"exchanged": found.exchanged} if found else {}),
-    }
+    found = finding.compiled
+    shown = finding._asdict() | {"topology": finding.topology.name, "fits": finding.fits}
+    return shown | {"compiled": found and found._asdict()}
 
 
 def findings_table(findings: Sequence[Finding], style: str = "simple") -> str:

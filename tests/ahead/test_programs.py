@@ -33,7 +33,6 @@ def test_a_program_is_compiled_for_shapes_alone(tmp_path, mapping):
     assert found.tables == 4 * 16 * (1008 + 50_008)
     assert found.fits
     assert found.compiled.arguments > found.tables
-    assert found.compiled.collectives
     assert 0 < found.compiled.exchanged < found.tables
     half = config_of(tmp_path, **{"batch.requests": config.batch.requests // 2})
     half.student.width = 5
