@@ -26,12 +26,7 @@ from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import cohorts, datasets, exporting, runs, scoring, trained
 from kd_ranker.pipeline.job import Job, Opened
-from kd_ranker.pipeline.measure import (
-    measure,
-    train_statistics,
-    trained_judge,
-    write_measured,
-)
+from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
 from kd_ranker.pipeline.remote import Place, below, fetched, local_folder, owned, place_of
 from kd_ranker.report import tables, write
 from kd_ranker.serving.programs import make_programs
@@ -266,7 +261,7 @@ def train_teacher(config: ConfigDict, workdir: Folder) -> Trained:
         checks.check_labels(job.dataset)
         free = schema.without_influence("teacher")
         workdirs.claim(folder, "train_teacher", config, job.dataset.identity, without=free)
-        judge = trained_judge(job, *runs.fit_teacher(job, folder))
+        judge = runs.fit_teacher(job, folder)
         # The references show how much a final ranker leaves to gain, next to the oracle if known.
         statistics = train_statistics(job)
         measured = [

@@ -98,11 +98,6 @@ def _judge(job: Job) -> Judge:
     )
 
 
-def trained_judge(job: Job, ranker: Ranker, step: int) -> Judge:
-    """The teacher that a job trains, with `ranker` at `step` of its training."""
-    return Judge(ranker, "probability", job.config.seed, step)
-
-
 def train_statistics(job: Job) -> Statistics:
     """The statistics of a job's training requests, which some references need."""
     return references.train_statistics(

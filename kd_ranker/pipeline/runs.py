@@ -14,7 +14,7 @@ from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.evaluation.results import Row
 from kd_ranker.manifest import MadeOf
 from kd_ranker.pipeline.job import Job
-from kd_ranker.pipeline.measure import Students, measure, trained_judge
+from kd_ranker.pipeline.measure import Judge, Students, measure
 from kd_ranker.sweep.memory import check_memory, exhaustion_reported
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training.loop import (
@@ -71,23 +71,22 @@ def progress_bar(name: str, steps: int) -> tqdm:
     return tqdm(total=steps, desc=name, unit="step", disable=hidden, dynamic_ncols=True)
 
 
-def fit_teacher(job: Job, workdir: Path) -> tuple[Ranker, int]:
-    """Train the teacher of a job on user labels; return it and its last step."""
+def fit_teacher(job: Job, workdir: Path) -> Judge:
+    """Train the teacher of a job on user labels; return it as measurements take it."""
     (recipe,) = (group.recipe for group in job.groups)
     serve = make_serve(recipe.model, recipe.mode)
 
-    def ranker(states: States) -> Ranker:
-        return Ranker(serve, select_member(states[0].parameters, 0))
+    def judge(states: States) -> Judge:
+        ranker = Ranker(serve, select_member(states[0].parameters, 0))
+        return Judge(ranker, "probability", job.config.seed, int(states[0].step))
 
     def progress(states: States) -> dict[str, float]:
-        judge = trained_judge(job, ranker(states), int(states[0].step))
         limit = job.trainee.train.eval_limit
-        measured = measure(job, "validation", judge=judge, limit=limit, costs=False)
+        measured = measure(job, "validation", judge=judge(states), limit=limit, costs=False)
         return _evaluation_scalars(measured.rows[0], "")
 
     with progress_bar(workdir.name, job.trainee.train.steps) as bar:
-        states = _fit(job, workdir, progress, bar)
-    return ranker(states), int(states[0].step)
+        return judge(_fit(job, workdir, progress, bar))
 
 
 def fit_students(job: Job, workdir: Path, bar: tqdm) -> list[Students]:
