@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import export
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from kd_ranker.batch import IN_BATCH, CandidateBatch, FeatureSpec, Field, Items
 from kd_ranker.distillation.modes import ToProbability
@@ -33,6 +33,8 @@ from kd_ranker.models.model import Model, Parameters, apply_model, apply_part
 from kd_ranker.models.student import InParts
 from kd_ranker.serving import tables
 from kd_ranker.serving.tables import ITEM_EMBEDDING, ITEM_SCALE, ITEM_TYPES, Tables
+
+_BLOCK = 1 << 16  # items that are embedded at a time
 
 Arrays = Mapping[str, Any]
 Function = Callable[[Arrays], dict[str, Any]]
@@ -336,18 +338,18 @@ def inputs_of_items(trained: Servable, ids: Int[np.ndarray, "items"]) -> dict[st
     return {name: known[name] for name in _one_item(trained.spec)}
 
 
-def _item_embeddings(trained: Servable, held: Tables) -> Any:
-    """Return the embeddings of all items, and of an unknown item."""
-    item = jax.jit(_item(trained))
+def _item_embeddings(trained: Servable, held: Tables) -> Float32[np.ndarray, "items+1 D"]:
+    """Return the embeddings of all items, a block at a time, and then of an unknown item."""
+    item, number = jax.jit(_item(trained)), trained.spec.num_items
     rows = {name: table for name, table in held.items() if name.endswith("_table")}
-
-    def embed(ids: Any) -> Any:
-        return item(inputs_of_items(trained, ids) | rows)["item_embedding"]
-
+    blocks = []
+    for first in range(0, number, _BLOCK):
+        ids = np.arange(first, min(first + _BLOCK, number), dtype=np.int32)
+        found = item(inputs_of_items(trained, ids) | rows)
+        blocks.append(np.asarray(found["item_embedding"]))
     reserved = held[tables.name_of("item")][-1:]
     nothing = jnp.zeros((1, trained.spec.cheap_item_features))
-    (unknown,) = _part(trained, _embedding, reserved, nothing)
-    return tables.item_embeddings(embed, unknown, trained.spec.num_items)
+    return np.concatenate([*blocks, np.asarray(_part(trained, _embedding, reserved, nothing))])
 
 
 def _score(trained: Servable, item_type: str, of_user: Sequence[str]) -> Function:
@@ -359,7 +361,9 @@ def _score(trained: Servable, item_type: str, of_user: Sequence[str]) -> Functio
         return module.logits(users, linear_products(users["queries"], row, own, features))
 
     def score(arrays: Arrays) -> dict[str, Any]:
-        row = unpack(arrays, tables.row_of_item(arrays["item_id"], arrays[ITEM_EMBEDDING].shape[0]))
+        ids, last = arrays["item_id"], arrays[ITEM_EMBEDDING].shape[0] - 1
+        # The last row is that of unknown items.
+        row = unpack(arrays, jnp.where((ids >= 0) & (ids < last), ids, last))
         row = _plus_categories(trained, row, "candidate", "candidate_category", arrays)
         shape = (*row.shape[:-1], spec.candidate_features)
         features = _or_zeros(arrays, "candidate_features", shape, jnp.float32)
