@@ -26,18 +26,12 @@ from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import cohorts, datasets, exporting, runs, scoring, trained
 from kd_ranker.pipeline.job import Job, Opened
-from kd_ranker.pipeline.measure import (
-    measure,
-    train_statistics,
-    trained_judge,
-    write_measured,
-)
+from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
 from kd_ranker.pipeline.remote import Place, below, fetched, local_folder, owned, place_of
 from kd_ranker.report import tables, write
-from kd_ranker.serving.formats import FORMATS
 from kd_ranker.serving.programs import make_programs
 from kd_ranker.serving.tables import ITEM_TYPES
-from kd_ranker.serving.write import program_files, write_export
+from kd_ranker.serving.write import FORMATS, program_files, write_export
 from kd_ranker.sources import given, given_rows
 from kd_ranker.sources.logs.data_report import PAGE
 from kd_ranker.sources.logs.infer import FirstConfig, write_first_config
@@ -267,7 +261,7 @@ def train_teacher(config: ConfigDict, workdir: Folder) -> Trained:
         checks.check_labels(job.dataset)
         free = schema.without_influence("teacher")
         workdirs.claim(folder, "train_teacher", config, job.dataset.identity, without=free)
-        judge = trained_judge(job, *runs.fit_teacher(job, folder))
+        judge = runs.fit_teacher(job, folder)
         # The references show how much a final ranker leaves to gain, next to the oracle if known.
         statistics = train_statistics(job)
         measured = [
@@ -475,7 +469,7 @@ def export(
         batch, dataset_folder = exporting.example(finished), finished.dataset.directory
         write_export(exported, servable, files, batch, about, dataset_folder, folder)
     title = finished.title.replace(str(run_folder), str(workdir))
-    show(trained.ranker_line(title, finished.serve))
+    show(trained.ranker_line(finished._replace(title=title)))
     return folder
 
 

@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,12 +40,10 @@ def main(config: ConfigDict, given: argparse.Namespace) -> None:
     """Compile the programs that the flags name."""
     topology = topologies.open_topology(given.topology)
     users, items = (int(number) if number else None for number in (given.users, given.items))
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = programs.sizes_of(config, Path(folder), users, items)
-        findings = []
-        for name in given.programs.split(","):
-            print(f"compile_for: {name}", file=sys.stderr)
-            findings.append(programs.compile_program(name, config, sizes, topology))
+    sample, findings = programs.sample_of(config, users, items), []
+    for name in given.programs.split(","):
+        print(f"compile_for: {name}", file=sys.stderr)
+        findings.append(programs.compile_program(name, config, sample, topology))
     print(programs.findings_table(findings))
     if given.json:
         found = {finding.name: programs.as_json(finding) for finding in findings}

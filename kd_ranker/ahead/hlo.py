@@ -20,24 +20,15 @@ class Result(NamedTuple):
 
     Attributes:
       operation: its name in HLO, without "-start".
-      dtype: in HLO, for example "f32".
-      shape: of the array.
+      array: its type, for example "f32[8,3]".
+      size: the number of its entries.
+      bytes: its bytes without padding.
     """
 
     operation: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        """The number of its entries."""
-        return math.prod(self.shape)
-
-    @property
-    def bytes(self) -> int:
-        """Its bytes without padding."""
-        bits = re.sub(r"^\D+", "", self.dtype)
-        return self.size * (int(bits) // 8 if bits else 1)
+    array: str
+    size: int
+    bytes: int
 
 
 class Compiled(NamedTuple):
@@ -50,7 +41,7 @@ class Compiled(NamedTuple):
       cycles: the compiler's estimate; 0 where it has none, as for GPUs.
       copies: operations that copy, transpose or convert one of the given arrays.
       loops: loops that the compiler made of an operation, with one entry per iteration.
-      collectives: the arrays that devices exchange.
+      exchanged: bytes of the arrays that devices exchange.
     """
 
     arguments: int
@@ -59,12 +50,7 @@ class Compiled(NamedTuple):
     cycles: int
     copies: tuple[str, ...]
     loops: tuple[str, ...]
-    collectives: tuple[Result, ...]
-
-    @property
-    def exchanged(self) -> int:
-        """Bytes of the arrays that devices exchange."""
-        return sum(array.bytes for array in self.collectives)
+    exchanged: int
 
 
 def read(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Compiled:
@@ -77,7 +63,6 @@ def read(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Compiled:
     memory: Any = compiled.memory_analysis()
     text = compiled.as_text() or ""
     arrays = list(results(text))
-    copies = [of for of in arrays if of.operation in _COPIES and of.size in sizes]
     returned = memory.output_size_in_bytes - memory.alias_size_in_bytes
     arguments, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     return Compiled(
@@ -85,9 +70,13 @@ def read(compiled: jax.stages.Compiled, sizes: Collection[int]) -> Compiled:
         temporary=temporary,
         total=arguments + temporary + returned,
         cycles=cycles_of(text),
-        copies=tuple(f"{of.operation} {of.dtype}{[*of.shape]}" for of in copies),
+        copies=tuple(
+            f"{of.operation} {of.array}"
+            for of in arrays
+            if of.operation in _COPIES and of.size in sizes
+        ),
         loops=tuple(loops(text)),
-        collectives=tuple(of for of in arrays if of.operation in _COLLECTIVES),
+        exchanged=sum(of.bytes for of in arrays if of.operation in _COLLECTIVES),
     )
 
 
@@ -97,9 +86,9 @@ def results(text: str) -> Iterator[Result]:
     Copies into a TPU memory on the chip do not count: only small arrays fit there.
 
     >>> next(results("  %c.1 = f32[8,3]{0,1} copy(%p), metadata={}"))
-    Result(operation='copy', dtype='f32', shape=(8, 3))
+    Result(operation='copy', array='f32[8,3]', size=24, bytes=96)
     >>> list(results("%r = (f32[3]{0}, s32[2,2]{1,0}) all-reduce-start(%a, %b)"))[1]
-    Result(operation='all-reduce', dtype='s32', shape=(2, 2))
+    Result(operation='all-reduce', array='s32[2,2]', size=4, bytes=16)
     """
     names = "|".join(_COPIES + _COLLECTIVES)
     pattern = rf"^[^=\n]* = ([^\n]*?) ({names})(?:-start)?\("
@@ -107,8 +96,9 @@ def results(text: str) -> Iterator[Result]:
         if operation in _COPIES and _ON_CHIP in returned:
             continue
         for dtype, sizes in _SHAPE.findall(returned):
-            shape = tuple(int(size) for size in sizes.split(",") if size)
-            yield Result(operation, dtype, shape)
+            size = math.prod(map(int, filter(None, sizes.split(","))))
+            bits = re.sub(r"^\D+", "", dtype)
+            yield Result(operation, f"{dtype}[{sizes}]", size, size * int(bits or 8) // 8)
 
 
 def cycles_of(text: str) -> int:

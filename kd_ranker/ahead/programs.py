@@ -12,47 +12,32 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
 from kd_ranker.ahead import hlo
 from kd_ranker.ahead.hlo import Compiled
 from kd_ranker.ahead.topologies import Topology
-from kd_ranker.batch import FeatureSpec, abstract_items
+from kd_ranker.batch import abstract_items
 from kd_ranker.batches.cutting import Span
 from kd_ranker.config import checks
-from kd_ranker.embedding.lookup import without_slots
-from kd_ranker.embedding.row_optimizers import TPU_LANES
+from kd_ranker.distillation.modes import MODES
 from kd_ranker.errors import check_choice
-from kd_ranker.models.model import Model, Parameters
+from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.pipeline import datasets, runs
+from kd_ranker.pipeline.job import Job, Members, Opened
+from kd_ranker.pipeline.teachers import Teacher, served
 from kd_ranker.requests import storage
+from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import Dataset, read_requests
-from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.sources.registry import SOURCES
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import recipes, workdir
-from kd_ranker.training.loop import abstract_states, filled_for, hold, map_steps
-from kd_ranker.training.mapping import MAPPINGS
-from kd_ranker.training.placing import is_of_tables, names_of
-from kd_ranker.training.recipes import TEACHER_STAGES, Group
-from kd_ranker.training.state import Frozen, LiveTeacher, select_member
+from kd_ranker.training.loop import abstract_states
+from kd_ranker.training.mapping import MAPPINGS, is_of_tables, names_of
 
 # Requests of the sample dataset.
 _SAMPLE = 32
-
-
-class Sizes(NamedTuple):
-    """The sizes that a config's programs are compiled for.
-
-    Attributes:
-      spec: of the features.
-      sample: a small dataset of the same requests; it determines how batches are packed.
-    """
-
-    spec: FeatureSpec
-    sample: Dataset
 
 
 class Finding(NamedTuple):
@@ -82,14 +67,13 @@ class Finding(NamedTuple):
         return self.compiled is not None and self.compiled.total <= self.topology.memory
 
 
-def sizes_of(
-    config: ConfigDict, folder: Path, users: int | None = None, items: int | None = None
-) -> Sizes:
-    """Return the sizes of a config's dataset, which must exist unless it is simulated.
+def sample_of(config: ConfigDict, users: int | None = None, items: int | None = None) -> Dataset:
+    """Return the sizes of a config's dataset and its first requests, which determine batches.
+
+    The dataset must exist unless it is simulated.
 
     Args:
       config: names the dataset.
-      folder: for a sample of the dataset.
       users: replaces the number of users.
       items: replaces the number of items.
 
@@ -104,85 +88,79 @@ def sizes_of(
     else:
         dataset = datasets.dataset_of(config)
         spec, requests = dataset.spec, read_requests(dataset, "train")
-    first = list(itertools.islice(requests, _SAMPLE))
-    few = Source(
-        spec=spec,
-        item_features=np.zeros((1, spec.item_features), np.float32),
-        item_category=np.zeros((1, spec.category_width("item")), np.int32),
-        requests=lambda _: iter(first),
-        num_requests=dict.fromkeys(SPLITS, len(first)),
-    )
-    storage.build(few, "sample", str(folder))
-    sample = storage.open_dataset("sample", str(folder), made_by=datasets.PREPARE_DATA)
+    columns = columns_of(list(itertools.islice(requests, _SAMPLE)), spec)
     users, items = users or spec.num_users, items or spec.num_items
-    return Sizes(dataclasses.replace(spec, num_users=users, num_items=items), sample)
+    spec = dataclasses.replace(spec, num_users=users, num_items=items)
+    shapes: Any = abstract_items(spec)
+    return Dataset(
+        directory=Path(),
+        identity={},
+        made_by=datasets.PREPARE_DATA,
+        spec=spec,
+        item_features=shapes.features,
+        item_category=shapes.category,
+        columns={"train": columns},
+    )
 
 
-def _teacher_groups(config: ConfigDict, spec: FeatureSpec) -> list[Group]:
-    return [recipes.teacher_group(config, spec)]
+class _Shapes(Opened):
+    """A sample in place of a dataset, and shapes in place of the parameters of a teacher."""
+
+    def __init__(self, config: ConfigDict, sample: Dataset, platform: str):
+        super().__init__(config)
+        self.dataset, self._platform = sample, platform
+
+    def under(self, config: ConfigDict) -> tuple[Teacher | None, Dataset]:
+        """The teacher of `teacher.workdir` if that exists, else of `config`; and the sample."""
+        if config.teacher.source != "live":
+            return None, self.dataset
+        folder = Path(config.teacher.workdir)
+        exists = config.teacher.workdir and (folder / workdir.CONFIG_FILE).exists()
+        trained = workdir.read_config(folder) if exists else self._config
+        group = recipes.teacher_group(trained, self.dataset.spec)
+        model, (state,) = group.recipe.model, abstract_states([group])
+        learned = jax.eval_shape(lambda of: served(model, of, self._platform), state.parameters)
+        ranker = Ranker(make_serve(model, MODES["none"]), learned)
+        return Teacher(model, learned, ranker, version="", seed=0, step=0), self.dataset
 
 
-def _first_cohort(config: ConfigDict, spec: FeatureSpec) -> list[Group]:
+def _first_cohort(config: ConfigDict) -> Members:
     cohort = itertools.islice(sweep_members(config).items(), config.sweep.group_size or None)
-    return recipes.student_groups(dict(cohort), spec)
+    return dict(cohort)
 
 
-PROGRAMS: dict[str, Callable[[ConfigDict, FeatureSpec], list[Group]]] = {
-    "train": lambda config, spec: recipes.student_groups({"": config}, spec),
+PROGRAMS: dict[str, Callable[[ConfigDict], Members]] = {
+    "train": lambda config: {"": config},
     "sweep": _first_cohort,
-    "train_teacher": _teacher_groups,
+    "train_teacher": lambda config: {},
 }
-"""The groups that a program trains, by the command that runs it; `sweep` has its first cohort."""
+"""The students that a program trains, by the command that runs it: none train a teacher.
+
+`sweep` has its first cohort.
+"""
 
 
 def _lower(
-    name: str, config: ConfigDict, sizes: Sizes, devices: Sequence[jax.Device]
+    name: str, config: ConfigDict, sample: Dataset, devices: Sequence[jax.Device]
 ) -> tuple[jax.stages.Lowered, Any]:
     """Lower the steps of a program, spread over devices; also return its states and frozen arrays.
 
     Both are abstract, with their placement.
     """
-    section = config.teacher if name == "train_teacher" else config
-    groups = PROGRAMS[name](config, sizes.spec)
-    numbers = [len(group.names) for group in groups]
-    mapping = runs.device_mapping(config, numbers, section.batch.requests, devices)
-    filled = filled_for(groups, mapping)
-    stage = TEACHER_STAGES[config.teacher.stage]
-    teacher, learned = None, None
-    is_live = name != "train_teacher" and config.teacher.source == "live"
-    if is_live and "logged" in recipes.signals_of(filled):
-        model, learned = _teacher(config, sizes.spec, devices[0].platform)
-        teacher = LiveTeacher(model, stage)
-    here = MAPPINGS["shard_map"](jax.devices("cpu")[:1])
-    needs = recipes.needs(filled, teacher, stage)
-    batches = runs.batches_of_run(config, sizes.sample, section.batch, here, needs)
-    packed, _ = iter(batches).take(1)
+    members, opened = PROGRAMS[name](config), _Shapes(config, sample, devices[0].platform)
+    job = opened.job(members) if members else Job(config, {}, opened)
+    run = runs.prepare_run(job, devices, MAPPINGS["shard_map"](jax.devices("cpu")[:1]))
+    packed, _ = iter(run.batches).take(1)
     one: Any = jnp.int32(0)
-    states = mapping.place(abstract_states(filled))
-    frozen = hold(Frozen(abstract_items(sizes.spec), learned), mapping)
-    same_on_all = (Span(one, one), tuple(group.numbers for group in filled))
-    arguments = states, mapping.shard(_shapes(packed)), _shapes(same_on_all), frozen
-    return map_steps(filled, teacher, mapping).lower(*arguments), (states, frozen)
+    take: Any = run.take  # as JAX has made it, which can be lowered
+    states = run.devices.place(abstract_states(run.filled))
+    same_on_all = (Span(one, one), tuple(group.numbers for group in run.filled))
+    arguments = states, run.devices.shard(_shapes(packed)), _shapes(same_on_all), run.frozen
+    return take.lower(*arguments), (states, run.frozen)
 
 
 def _shapes(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-
-
-def _teacher(config: ConfigDict, spec: FeatureSpec, platform: str) -> tuple[Model, Parameters]:
-    """The abstract teacher of `teacher.workdir` if that exists, else of `config`."""
-    folder = Path(config.teacher.workdir)
-    if config.teacher.workdir and (folder / workdir.CONFIG_FILE).exists():
-        config = workdir.read_config(folder)
-    group = recipes.teacher_group(config, spec)
-    model, (state,) = group.recipe.model, abstract_states([group])
-    lanes = TPU_LANES if platform == "tpu" else 1
-
-    def served(parameters: Parameters) -> Parameters:
-        learned = select_member(parameters, 0)
-        return learned.replace(tables=without_slots(model.embedding, learned.tables, lanes))
-
-    return model, jax.eval_shape(served, state.parameters)
 
 
 def _tables_and_sizes(held: Any) -> tuple[int, set[int]]:
@@ -202,13 +180,13 @@ def _tables_and_sizes(held: Any) -> tuple[int, set[int]]:
     return sum(math.prod(shape) * dtype.itemsize for _, shape, dtype in tables), sizes - {0}
 
 
-def compile_program(name: str, config: ConfigDict, sizes: Sizes, topology: Topology) -> Finding:
+def compile_program(name: str, config: ConfigDict, sample: Dataset, topology: Topology) -> Finding:
     """Compile a program for the devices of a topology.
 
     Args:
       name: one of `PROGRAMS`.
       config: that of the experiment; the first `parallel.devices` of the topology take part.
-      sizes: of its dataset.
+      sample: the result of `sample_of` its dataset.
       topology: the devices.
 
     Raises:
@@ -222,12 +200,12 @@ def compile_program(name: str, config: ConfigDict, sizes: Sizes, topology: Topol
     config = config.copy_and_resolve_references()
     # Of this, JAX makes `pmap` as well, which takes no abstract arrays.
     config.parallel.mapping = "shard_map"
-    lowered, held = _lower(name, config, sizes, topology.devices[:number])
+    lowered, held = _lower(name, config, sample, topology.devices[:number])
     tables, entries = _tables_and_sizes(held)
     # For one device's share, on a CPU, so that devices can be compared.
     for batch in (config.batch, config.teacher.batch):
         batch.requests //= number
-    on_cpu, _ = _lower(name, config, sizes, jax.devices("cpu")[:1])
+    on_cpu, _ = _lower(name, config, sample, jax.devices("cpu")[:1])
     counted: Any = on_cpu.cost_analysis()
     found = Finding(name, topology, number, tables, counted["flops"])
     try:
@@ -241,14 +219,9 @@ def compile_program(name: str, config: ConfigDict, sizes: Sizes, topology: Topol
 
 def as_json(finding: Finding) -> dict[str, Any]:
     """Return a finding for a file."""
-    topology, found = finding.topology, finding.compiled
-    names = ("devices", "fits", "refused", "tables", "flops")
-    return {
-        "topology": topology.name,
-        "memory": topology.memory,
-        **{name: getattr(finding, name) for name in names},
-        **(found._asdict() | {"exchanged": found.exchanged} if found else {}),
-    }
+    found = finding.compiled
+    shown = finding._asdict() | {"topology": finding.topology.name, "fits": finding.fits}
+    return shown | {"compiled": found and found._asdict()}
 
 
 def findings_table(findings: Sequence[Finding], style: str = "simple") -> str:

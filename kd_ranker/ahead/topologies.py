@@ -7,6 +7,7 @@ A program lowered for such devices goes through the real compiler and can be rea
 import importlib.util
 import os
 from collections.abc import Mapping
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
@@ -58,6 +59,8 @@ dnn_version_info { major: 9 minor: 1 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 
+_PACKAGES_OF_H100 = ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
+
 # Libtpu reads these when it is loaded: there is no metadata server, and no TPU to lock.
 _NO_TPU_HOST = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -90,20 +93,8 @@ def names() -> list[str]:
 
 def missing_packages(topology: str) -> str:
     """Return the packages that a topology's compiler needs and that are not installed."""
-    needed = {"libtpu": "libtpu"}
-    if topology.startswith("h100"):
-        needed = {
-            "jax_plugins.xla_cuda12": "jax-cuda12-plugin",
-            "nvidia.cuda_nvcc": "nvidia-cuda-nvcc-cu12",
-        }
-    return ", ".join(package for module, package in needed.items() if not _is_installed(module))
-
-
-def _is_installed(module: str) -> bool:
-    try:
-        return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # of its parent package
-        return False
+    needed = _PACKAGES_OF_H100 if topology.startswith("h100") else ("libtpu",)
+    return ", ".join(name for name in needed if not [*metadata.distributions(name=name)])
 
 
 def open_topology(name: str) -> Topology:

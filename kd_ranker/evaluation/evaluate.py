@@ -28,7 +28,7 @@ from kd_ranker.evaluation.agreement import calibration_bin_sums
 from kd_ranker.evaluation.metrics import SumFunction, Sums, sum_functions, sums_curves
 from kd_ranker.evaluation.ranked import Probability, Ranked, Scored, Sizes
 from kd_ranker.models.model import Model, Parameters, score
-from kd_ranker.training.placing import put, put_by_rows
+from kd_ranker.training.mapping import put, put_by_rows
 from kd_ranker.training.state import Frozen
 
 # The least bound on a number of candidates.

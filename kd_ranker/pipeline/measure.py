@@ -23,7 +23,7 @@ from kd_ranker.models.model import Model, Parameters, build_model
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
 from kd_ranker.pipeline.job import Job
-from kd_ranker.training.placing import first_devices, own_devices
+from kd_ranker.training.mapping import first_devices, own_devices
 
 _NOT_COUNTED = float("nan")
 
@@ -96,11 +96,6 @@ def _judge(job: Job) -> Judge:
         seed=teacher.seed if teacher else None,
         step=teacher.step if teacher else None,
     )
-
-
-def trained_judge(job: Job, ranker: Ranker, step: int) -> Judge:
-    """The teacher that a job trains, with `ranker` at `step` of its training."""
-    return Judge(ranker, "probability", job.config.seed, step)
 
 
 def train_statistics(job: Job) -> Statistics:

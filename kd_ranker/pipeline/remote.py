@@ -1,8 +1,8 @@
 """Workdirs at a URL that fsspec supports, such as gs://bucket/run.
 
 A command works in a local copy of the workdir: tables, figures, event files and checkpoints are
-written by libraries that need a folder, or that reach fewer stores than fsspec. A thread uploads
-what changed every few seconds, and the end of the command uploads the rest.
+written by libraries that need a folder. A thread uploads what changed every few seconds, and the
+end of the command uploads the rest.
 
 A run can resume from whatever is at the URL after a kill. A checkpoint is uploaded after the other
 files, which resuming truncates to its step, and counts only once its last file is there.
@@ -35,9 +35,8 @@ from kd_ranker.training.processes import are_distributed, first_holds
 Place = Path | str
 
 _SECONDS_BETWEEN_UPLOADS = 5.0
-_PREFIX = "kd_ranker-"  # of the temporary folders of copies
-# The name of a file in a checkpoint: the checkpoint's folder, its step.
-_IN_CHECKPOINT = re.compile(rf"((?:.*/)?{checkpoints.FOLDER}/([^/]*))/.*")
+_UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a checkpoint that Orbax is writing
+_IN_CHECKPOINT = re.compile(rf"((?:.*/)?{checkpoints.FOLDER}/[^/]*)/.*")
 _LAST_FILE = "commit_success.txt"  # of each checkpoint, as Orbax writes it
 
 
@@ -213,31 +212,28 @@ class _Copy:
       store: the URL.
       folder: the copy.
       uploaded: the files at the URL that this process manages: name -> modification time in ns and
-        size of the same file here, None if it is not here.
+        size of the same file here, (0, 0) if it is not here.
       keep: True if the copy contains what could not be uploaded.
     """
 
     store: _Store
     folder: Path
-    uploaded: dict[str, tuple[int, int] | None] = dataclasses.field(default_factory=dict)
+    uploaded: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
     keep: bool = False
 
     def download(self, with_checkpoints: bool) -> None:
         """Download all files, without checkpoints that are not complete."""
         store = self.store
-        paths = store.system.find(store.root)
-        found = {path.removeprefix(store.root).strip("/") for path in paths}
+        found = (path.removeprefix(store.root).strip("/") for path in store.system.find(store.root))
         names = {
-            name
-            for name in found
-            if name and not _is_temporary(name) and (with_checkpoints or not _last_of(name))
+            name for name in found if _is_copied(name) and (with_checkpoints or not _last_of(name))
         }
-        wanted = [name for name in sorted(names) if _last_of(name) in {"", *names}]
+        wanted = [name for name in names if _last_of(name) in {"", *names}]
         for name in wanted:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
         here = [str(self.folder / name) for name in wanted]
         store.system.get([store.path(name) for name in wanted], here)
-        self.uploaded = dict.fromkeys(names) | self._files()
+        self.uploaded = dict.fromkeys(names, (0, 0)) | self._files()
 
     def upload(self, record: bytes) -> None:
         """Upload the files that changed, and delete those that are gone here.
@@ -250,21 +246,17 @@ class _Copy:
         gone = self.uploaded.keys() - files.keys()
         if (changed or gone) and (holder := store.holder()) != record:
             raise UserError(f"{_name_of(holder)} holds {store.url} by now: its lock was broken")
-        # Other files in the order in which they were written, then checkpoint by checkpoint.
-        for name in sorted(changed, key=lambda of: (_last_of(of), of == _last_of(of), files[of])):
-            if name != (last := _last_of(name)):
-                self._delete(last)  # incomplete from here on
+        # In the order in which they were written, but checkpoints last, and their last files.
+        for name in sorted(
+            changed, key=lambda of: (_last_of(of) > "", _last_of(of) == of, files[of])
+        ):
             with contextlib.suppress(FileNotFoundError):  # of a checkpoint that was just retired
                 store.make_parent(name)
                 store.system.put_file(str(self.folder / name), store.path(name))
                 self.uploaded[name] = files[name]
-        for name in sorted(gone, key=lambda of: of != _last_of(of)):
-            self._delete(name)
-
-    def _delete(self, name: str) -> None:
-        if name in self.uploaded:
+        for name in gone:
             with contextlib.suppress(FileNotFoundError):
-                self.store.system.rm_file(self.store.path(name))
+                store.system.rm_file(store.path(name))
             del self.uploaded[name]
 
     def _files(self) -> dict[str, tuple[int, int]]:
@@ -273,9 +265,9 @@ class _Copy:
         for path in self.folder.rglob("*"):
             name = path.relative_to(self.folder).as_posix()
             with contextlib.suppress(FileNotFoundError):
-                if path.is_file() and not _is_temporary(name):
+                if path.is_file() and _is_copied(name):
                     found[name] = (path.stat().st_mtime_ns, path.stat().st_size)
-        return {name: of for name, of in found.items() if _last_of(name) in {"", *found}}
+        return found
 
     def upload_often(self, record: bytes, stop: threading.Event) -> None:
         """Upload changes until `stop` is set; warns once of uploads that fail, and retries."""
@@ -305,11 +297,9 @@ class _Copy:
             ) from error
 
 
-def _is_temporary(name: str) -> bool:
-    """Return True for hidden files, and for checkpoints that Orbax has not renamed to a step."""
-    found = _IN_CHECKPOINT.fullmatch(name)
-    hidden = any(part.startswith(".") for part in name.split("/"))
-    return hidden or bool(found and not found[2].isdecimal())
+def _is_copied(name: str) -> bool:
+    """Return False for the URL itself, hidden files, and checkpoints that Orbax is writing."""
+    return not (f"/{name}".endswith("/") or "/." in f"/{name}" or _UNFINISHED in name)
 
 
 def _last_of(name: str) -> str:
@@ -321,7 +311,7 @@ def _last_of(name: str) -> str:
 @contextlib.contextmanager
 def _copied(store: _Store, with_checkpoints: bool) -> Iterator[_Copy]:
     """Copy a workdir to a temporary folder; error messages name the URL in its place."""
-    above = Path(tempfile.mkdtemp(prefix=_PREFIX))
+    above = Path(tempfile.mkdtemp(prefix="kd_ranker-"))
     copy = _Copy(store, above / store.url.rpartition("/")[2])
     try:
         with _reaching(store.url):

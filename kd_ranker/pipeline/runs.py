@@ -4,24 +4,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from kd_ranker.batches.training import (
-    BatchConfig,
-    Needs,
-    TrainingBatches,
-    training_batches,
-)
+from kd_ranker.batches.training import BatchConfig, training_batches
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
 from kd_ranker.evaluation.metrics import metric_of
 from kd_ranker.evaluation.results import Row
 from kd_ranker.manifest import MadeOf
 from kd_ranker.pipeline.job import Job
-from kd_ranker.pipeline.measure import Students, measure, trained_judge
-from kd_ranker.requests.records import Dataset
+from kd_ranker.pipeline.measure import Judge, Students, measure
 from kd_ranker.sweep.memory import check_memory, exhaustion_reported
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training.loop import (
@@ -32,8 +25,13 @@ from kd_ranker.training.loop import (
     make_run,
     scalar_name,
 )
-from kd_ranker.training.mapping import MAPPINGS, DeviceMap, members_axis
-from kd_ranker.training.placing import first_devices, own_devices
+from kd_ranker.training.mapping import (
+    MAPPINGS,
+    DeviceMap,
+    first_devices,
+    members_axis,
+    own_devices,
+)
 from kd_ranker.training.processes import check_same, is_first
 from kd_ranker.training.recipes import TEACHER_STAGES, Group
 from kd_ranker.training.state import (
@@ -45,60 +43,26 @@ from kd_ranker.training.state import (
 )
 
 
-def device_mapping(
-    config: ConfigDict,
-    sizes: Sequence[int],
-    requests: int,
-    devices: Sequence[jax.Device] | None = None,
+def _device_map(
+    parallel: ConfigDict, sizes: Sequence[int], requests: int, devices: Sequence[jax.Device]
 ) -> DeviceMap:
-    """The mapping of `config.parallel` over its devices.
+    """The mapping of `config.parallel` over devices.
 
     Args:
-      config: the config.
+      parallel: this section.
       sizes: the number of members of each group.
       requests: of a batch.
-      devices: the devices; None takes the first `parallel.devices`.
+      devices: the devices.
     """
-    parallel = config.parallel
-    devices = first_devices(parallel.devices) if devices is None else devices
-    members = devices_of_members(config, sizes, requests, len(devices))
     sharded = parallel.tables == "sharded"
-    return MAPPINGS[parallel.mapping](devices, members, parallel.deterministic, sharded)
-
-
-def devices_of_members(
-    config: ConfigDict, sizes: Sequence[int], requests: int, devices: int
-) -> int:
-    """The number of devices, out of `devices`, to spread members over; see `device_mapping`."""
-    parallel = config.parallel
     # Spreading members would leave fewer devices to share the rows of tables.
-    if parallel.mapping == "pmap" or (parallel.tables == "sharded" and not parallel.members):
-        return 1
-    if parallel.members and sum(sizes) > 1:
-        return parallel.members
-    return members_axis(devices, sizes, requests)
-
-
-def batches_of_run(
-    config: ConfigDict,
-    dataset: Dataset,
-    batch: ConfigDict,
-    mapping: DeviceMap,
-    needs: Needs,
-) -> TrainingBatches:
-    """The training batches of a run, on the devices.
-
-    `batch` is `config.batch` or `config.teacher.batch`.
-    """
-    return training_batches(
-        dataset,
-        BatchConfig(**batch),
-        needs,
-        mapping.share,
-        devices=mapping,
-        # CPU devices hold their data in the memory of the host.
-        copies=1 + sum(device.platform == "cpu" for device in own_devices(config.parallel.devices)),
-    )
+    if parallel.mapping == "pmap" or (sharded and not parallel.members):
+        members = 1
+    elif parallel.members and sum(sizes) > 1:
+        members = parallel.members
+    else:
+        members = members_axis(len(devices), sizes, requests)
+    return MAPPINGS[parallel.mapping](devices, members, parallel.deterministic, sharded)
 
 
 def progress_bar(name: str, steps: int) -> tqdm:
@@ -107,23 +71,22 @@ def progress_bar(name: str, steps: int) -> tqdm:
     return tqdm(total=steps, desc=name, unit="step", disable=hidden, dynamic_ncols=True)
 
 
-def fit_teacher(job: Job, workdir: Path) -> tuple[Ranker, int]:
-    """Train the teacher of a job on user labels; return it and its last step."""
+def fit_teacher(job: Job, workdir: Path) -> Judge:
+    """Train the teacher of a job on user labels; return it as measurements take it."""
     (recipe,) = (group.recipe for group in job.groups)
     serve = make_serve(recipe.model, recipe.mode)
 
-    def ranker(states: States) -> Ranker:
-        return Ranker(serve, select_member(states[0].parameters, 0))
+    def judge(states: States) -> Judge:
+        ranker = Ranker(serve, select_member(states[0].parameters, 0))
+        return Judge(ranker, "probability", job.config.seed, int(states[0].step))
 
     def progress(states: States) -> dict[str, float]:
-        judge = trained_judge(job, ranker(states), int(states[0].step))
         limit = job.trainee.train.eval_limit
-        measured = measure(job, "validation", judge=judge, limit=limit, costs=False)
+        measured = measure(job, "validation", judge=judge(states), limit=limit, costs=False)
         return _evaluation_scalars(measured.rows[0], "")
 
     with progress_bar(workdir.name, job.trainee.train.steps) as bar:
-        states = _fit(job, workdir, progress, bar)
-    return ranker(states), int(states[0].step)
+        return judge(_fit(job, workdir, progress, bar))
 
 
 def fit_students(job: Job, workdir: Path, bar: tqdm) -> list[Students]:
@@ -194,24 +157,40 @@ def _evaluation_scalars(row: Row, member: str) -> dict[str, float]:
 def _fit(job: Job, workdir: Path, progress: Evaluate, bar: tqdm) -> States:
     """Train the groups of a job; memory that a device lacks becomes one line."""
     with exhaustion_reported():
+        check_same("dataset", str(job.dataset.identity))
+        check_memory(job.config, job.groups, job.trainee.batch, job.dataset.spec)
         run = prepare_run(job)
         return fit(run, job.trainee.train, workdir, job.made_of, progress, bar)
 
 
-def prepare_run(job: Job) -> Run:
-    """The run of a job: its groups on their batches, spread over the devices."""
+def prepare_run(
+    job: Job, devices: Sequence[jax.Device] | None = None, batches_on: DeviceMap | None = None
+) -> Run:
+    """The run of a job: its groups on their batches, spread over devices.
+
+    Args:
+      job: the job; its dataset may have only the shapes of items, and its teacher only those of
+        parameters.
+      devices: the devices; None takes the first `parallel.devices`.
+      batches_on: the devices that make the batches; None takes the same.
+    """
     config, dataset, groups, batch = job.config, job.dataset, job.groups, job.trainee.batch
-    check_same("dataset", str(dataset.identity))
-    check_memory(config, groups, batch, dataset.spec)
-    mapping = device_mapping(config, [len(group.names) for group in groups], batch.requests)
+    parallel, sizes = config.parallel, [len(group.names) for group in groups]
+    devices = first_devices(parallel.devices) if devices is None else devices
+    mapping = _device_map(parallel, sizes, batch.requests, devices)
     # Students that learn nothing from a teacher do not pay for one.
     live = job.live_teacher if "logged" in recipes.signals_of(groups) else None
     stage = TEACHER_STAGES[config.teacher.stage]
     teacher = LiveTeacher(live.model, stage) if live else None
-    needs = recipes.needs(groups, teacher, stage)
-    frozen = Frozen(
-        items=jax.tree.map(jnp.asarray, dataset.items),
-        teacher=live.parameters if live else None,
+    frozen = Frozen(items=dataset.items, teacher=live.parameters if live else None)
+    batches_on = batches_on or mapping
+    batches = training_batches(
+        dataset,
+        BatchConfig(**batch),
+        recipes.needs(groups, teacher, stage),
+        batches_on.share,
+        devices=batches_on,
+        # CPU devices hold their data in the memory of the host.
+        copies=1 + sum(device.platform == "cpu" for device in own_devices(parallel.devices)),
     )
-    batches = batches_of_run(config, dataset, batch, mapping, needs)
     return make_run(groups, teacher, batches, frozen, mapping)

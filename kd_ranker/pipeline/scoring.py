@@ -1,20 +1,43 @@
-"""Scores of trained rankers for a dataset (`log_teacher`) or for another log (`score`)."""
+"""Scores of trained rankers for a dataset (`log_teacher`) or for another log (`score`).
+
+They are a table that its owner joins to the dataset or log by two columns:
+
+    request, item         ids, as they are in the log; numbers of the dataset if it has no log
+    probability_<task>    float32, one column per task
+    value                 float32, what the ranker sorts by
+    version               the ranker's exact weights
+
+It is a folder of Parquet files: one per file of the log, or per split of the dataset. A request
+with rows in several files is in the first of them. Scoring resumes where it stopped: finished parts
+are kept in a hidden folder inside the result's folder. Its name contains a hash of all inputs that
+the numbers depend on.
+"""
 
 import contextlib
 import functools
 import json
-from collections.abc import Sequence
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import Stage
+from kd_ranker import manifest
+from kd_ranker.batch import CandidateBatch, Items, Stage
+from kd_ranker.batches import cutting
 from kd_ranker.config import checks
 from kd_ranker.errors import UserError
+from kd_ranker.evaluation import funnel
 from kd_ranker.pipeline import cluster, trained
 from kd_ranker.pipeline.datasets import (
     SCORES_FOLDER,
@@ -24,14 +47,13 @@ from kd_ranker.pipeline.datasets import (
     scores_folder,
 )
 from kd_ranker.pipeline.remote import Place, fetched, local_folder
-from kd_ranker.pipeline.teachers import load_teacher
-from kd_ranker.requests.columns import columns_of_block
+from kd_ranker.pipeline.trained import Finished
+from kd_ranker.requests import lock
+from kd_ranker.requests.columns import Columns, columns_of_block
 from kd_ranker.requests.pool import Runner, open_pool
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.requests.teacher_scores import write_column
-from kd_ranker.serving import score
-from kd_ranker.serving.score import How, Part, Requests, TrainedRanker
 from kd_ranker.sources.logs import unseen
 from kd_ranker.sources.logs.encode import encode_requests
 from kd_ranker.sources.logs.files import SQL, Log
@@ -41,6 +63,12 @@ from kd_ranker.sources.logs.source import MANIFEST
 from kd_ranker.sources.logs.unseen import Settled, Unseen
 from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary, requests_of_piece
 from kd_ranker.training.recipes import TEACHER_STAGES
+from kd_ranker.training.workdir import read_json, write_atomically
+
+FILE = "scores.json"
+"""Next to complete scores: the ranker that scored, and the counts of the rows of a log."""
+
+_WORK, _PARTS = ".scoring-", "parts"
 
 # The number of batches in a part of a dataset, raised where a split would have more than the
 # largest number of parts.
@@ -49,7 +77,7 @@ _MOST_PARTS = 256
 
 
 class Scored(NamedTuple):
-    """The scores of a ranker as a table in Parquet files, see `serving.score`.
+    """The scores of a ranker as a table in Parquet files.
 
     Attributes:
       directory: the folder of the files.
@@ -61,6 +89,46 @@ class Scored(NamedTuple):
 
     def __str__(self) -> str:
         return f"scores: {self.directory}\ntheir columns: {', '.join(self.columns)}"
+
+
+class Part(NamedTuple):
+    """Some requests, which are scored in one call.
+
+    Attributes:
+      columns: holds the requests.
+      numbers: which of its requests they are.
+      scored: the number of leading candidates of each request with scores to write.
+      request: the ids of the requests.
+      file: the number of the file to which each request belongs.
+      item_names: the `value` and the `id` of each item, by id; None if ids have no other names.
+      items: the features and categories of the items.
+    """
+
+    columns: Columns
+    numbers: Int[np.ndarray, "n"]
+    scored: Int[np.ndarray, "n"]
+    request: pa.Array
+    file: Int[np.ndarray, "n"]
+    item_names: pa.Table | None
+    items: Items
+
+
+class Requests(NamedTuple):
+    """Requests to score.
+
+    Attributes:
+      parts: the arguments of `read` for each part.
+      read: (ranker, *arguments) -> `Part`; can be pickled.
+      files: the names of the files to write.
+      candidates: the largest number of candidates of a request.
+      counts: what to record in `scores.json`.
+    """
+
+    parts: Sequence[tuple]
+    read: Callable[..., Part]
+    files: Sequence[str]
+    candidates: int
+    counts: Any = None
 
 
 def score_dataset(config: ConfigDict) -> Scored:
@@ -77,10 +145,9 @@ def score_dataset(config: ConfigDict) -> Scored:
         process writes the same scores.
     """
     dataset = current_dataset(config)
-    ranker = _teacher_of(config, dataset)
+    ranker = trained.finished_teacher(config, dataset)
     output = scores_folder(config, ranker.version)
     requests = _of_dataset(config, dataset)
-    reopen = functools.partial(_teacher_elsewhere, config.to_json())
     names = [f"probability_{task}" for task in dataset.spec.tasks]
 
     def write_columns(paths: Sequence[Path]) -> None:
@@ -92,30 +159,25 @@ def score_dataset(config: ConfigDict) -> Scored:
             scored = columns.counts.reached(_stage(config.teacher.stage, split))
             write_column(output, split, columns, scored, of_split)
 
-    score.score(
+    score(
+        config,
         ranker,
+        functools.partial(_teacher_elsewhere, config.to_json()),
         lambda work: requests,
-        _how(config, reopen),
         output,
         [config.teacher.stage, _BATCHES, _MOST_PARTS],
         write_columns,
         replaces=True,  # with other value weights, for example
     )
-    return Scored(output, tuple(score.columns_of(ranker)))
-
-
-def _teacher_of(config: ConfigDict, dataset: Dataset) -> TrainedRanker:
-    teacher = load_teacher(config, dataset)
-    name = f"the teacher at {config.teacher.workdir}"
-    return TrainedRanker(name, "teacher", teacher.ranker, "user", teacher.version, dataset)
+    return Scored(output, tuple(columns_of(ranker)))
 
 
 @functools.lru_cache(maxsize=1)
-def _teacher_elsewhere(text: str) -> TrainedRanker:
+def _teacher_elsewhere(text: str) -> Finished:
     """Open a teacher and its dataset once per process; `text` is the config as JSON."""
     config = ConfigDict(json.loads(text))
     cluster.register(config.registered_by)
-    return _teacher_of(config, dataset_of(config))
+    return trained.finished_teacher(config, dataset_of(config))
 
 
 def _stage(name: str, split: str) -> Stage:
@@ -126,10 +188,8 @@ def _stage(name: str, split: str) -> Stage:
 def _of_dataset(config: ConfigDict, dataset: Dataset) -> Requests:
     """Return the requests of a dataset, in parts that do not depend on the machine."""
     numbers = {split: len(dataset.columns[split]) for split in SPLITS}
-    manifest = dataset.directory / MANIFEST
-    files: Sequence[str] = SPLITS
-    if manifest.exists():
-        files = list(json.loads(manifest.read_text()))
+    path = dataset.directory / MANIFEST
+    files = list(json.loads(path.read_text())) if path.exists() else SPLITS
     most = max(int(dataset.columns[split].counts.retrieved.max()) for split in SPLITS)
     return Requests(
         parts=[
@@ -158,7 +218,7 @@ def spans_of(number: int, batch: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, number)) for start in range(0, number, size)]
 
 
-def _read_dataset(stage: str, ranker: TrainedRanker, split: str, start: int, stop: int) -> Part:
+def _read_dataset(stage: str, ranker: Finished, split: str, start: int, stop: int) -> Part:
     dataset, numbers = ranker.dataset, np.arange(start, stop)
     columns = dataset.columns[split]
     counts = columns.counts.of(slice(start, stop))
@@ -214,43 +274,29 @@ def score_unseen(
         checks.validate(config, devices)
         layout, run_layout = (read_layout(of.data, of.tasks, of.funnel) for of in (config, run))
         log, layout = unseen.open_unseen(layout, run_layout)
-        reopen = functools.partial(
-            trained.cached_ranker_of, folder, str(config.data.dir), member, trust
-        )
-        ranker = trained.ranker_of(*reopen.args)
-        ranker = ranker._replace(name=ranker.name.replace(str(folder), str(workdir)))
+        data_dir = str(config.data.dir)
+        ranker = trained.open_finished(folder, member, data_dir=data_dir, trust=trust)
+        ranker = ranker._replace(title=ranker.title.replace(str(folder), str(workdir)))
         dataset = ranker.dataset
         settled = unseen.settled_by(run_layout, dataset.spec, dataset.directory)
-        how, inputs = _how(config, reopen), _inputs_of(log, layout)
-        output = output or _usual_output(config, ranker, how, inputs)
+        inputs = [
+            *(log.manifest, repr(layout.features), layout.columns),
+            *(layout.by_request, layout.units_per_second, layout.retrieved),
+        ]
+        if output is None:
+            digest = made_of_scores(config, ranker, inputs)["scores"]
+            name = f"{dataset.directory.parent.name}-{ranker.role}-{ranker.version}-{digest}"
+            output = Path(config.data.dir) / SCORES_FOLDER / name
         if output.resolve().is_relative_to(Path(layout.path).resolve()):
             raise UserError(
                 f"{output} is inside the log and would become a part of it; give another --out"
             )
-        counts = score.score(
-            ranker,
-            functools.partial(_of_log, log, layout, settled, dataset),
-            how,
-            output,
-            inputs,
-        )
-    scored = Scored(output, tuple(score.columns_of(ranker)))
-    lines = [trained.ranker_line(ranker.name, ranker.serve), *_unseen_lines(Unseen([], *counts))]
+        reopen = functools.partial(trained.reopened, folder, member, data_dir, trust)
+        read = functools.partial(_of_log, log, layout, settled, dataset)
+        counts = score(config, ranker, reopen, read, output, inputs)
+    scored = Scored(output, tuple(columns_of(ranker)))
+    lines = [trained.ranker_line(ranker), *_unseen_lines(Unseen([], *counts))]
     return scored, lines
-
-
-def _inputs_of(log: Log, layout: LogLayout) -> list[Any]:
-    """Return all that the requests of a log depend on."""
-    return [
-        *(log.manifest, repr(layout.features), layout.columns),
-        *(layout.by_request, layout.units_per_second, layout.retrieved),
-    ]
-
-
-def _usual_output(config: ConfigDict, ranker: TrainedRanker, how: How, inputs: Any) -> Path:
-    digest = score.made_of_scores(ranker, how, inputs)["scores"]
-    name = f"{ranker.dataset.directory.parent.name}-{ranker.role}-{ranker.version}-{digest}"
-    return Path(config.data.dir) / SCORES_FOLDER / name
 
 
 def _of_log(
@@ -272,7 +318,7 @@ def _of_log(
     )
 
 
-def _read_log(layout: LogLayout, folder: Path, ranker: TrainedRanker, piece: Piece) -> Part:
+def _read_log(layout: LogLayout, folder: Path, ranker: Finished, piece: Piece) -> Part:
     (block,) = encode_requests(layout, folder, piece)
     columns = columns_of_block(block, ranker.dataset.spec)
     names = requests_of_piece(folder, piece)
@@ -297,13 +343,204 @@ def _unseen_lines(read: Unseen) -> list[str]:
     return [candidates, f"unknown to training: {', '.join(unknown)}"]
 
 
-def _how(config: ConfigDict, reopen: Any) -> How:
-    """Return the way to score: here, in `data.processes` of this machine, or on a cluster."""
+def score(
+    config: ConfigDict,
+    ranker: Finished,
+    reopen: Callable[[], Finished],
+    open_requests: Callable[[Path], Requests],
+    output: Path,
+    inputs: Any,
+    finish: Callable[[Sequence[Path]], None] = lambda parts: None,
+    replaces: bool = False,
+) -> Any:
+    """Write the scores of requests, see the top of this file.
+
+    Args:
+      config: gives the value weights, the requests per batch, and the processes or the cluster.
+      ranker: the ranker.
+      reopen: opens it in another process; can be pickled.
+      open_requests: called with a folder that is kept until the scores are complete.
+      output: the folder to write to.
+      inputs: all that the requests depend on, as JSON.
+      finish: called with the file of each part, before the manifest is written.
+      replaces: whether other scores of the same dataset by the same ranker are replaced.
+
+    Returns:
+      `Requests.counts`, as JSON.
+
+    Raises:
+      UserError: the folder contains something else, or another process writes to it.
+    """
+    made_of = made_of_scores(config, ranker, inputs)
+    work = output / f"{_WORK}{made_of['scores']}"
+    with lock.hold(output):
+        if not _is_finished(output, work, made_of, replaces):
+            try:
+                requests = open_requests(work)
+            except UserError:
+                shutil.rmtree(work, ignore_errors=True)
+                raise
+            parts = _score_parts(config, ranker, reopen, requests, work / _PARTS)
+            _write_files(parts, requests.files, output)
+            finish(parts)
+            description = {
+                "ranker": ranker.title,
+                "serve": ranker.serve,
+                "version": ranker.version,
+                "columns": columns_of(ranker),
+                "counts": requests.counts,
+            }
+            write_atomically(output / FILE, json.dumps(description, indent=2))
+            names = (path.name for path in output.iterdir() if path.name[0] != ".")
+            manifest.write(output, made_of, names)
+            shutil.rmtree(work)
+        return read_json(output / FILE, _remedy(output))["counts"]
+
+
+def columns_of(ranker: Finished) -> list[str]:
+    """Return the names of the columns of scores."""
+    tasks = ranker.dataset.spec.tasks
+    return ["request", "item", *(f"probability_{task}" for task in tasks), "value", "version"]
+
+
+def made_of_scores(config: ConfigDict, ranker: Finished, inputs: Any) -> manifest.MadeOf:
+    """Return the fingerprints of all that scores depend on."""
+    releases = [metadata.version(package) for package in ("kd_ranker", "jax")]
+    numbers = [list(config.value_weights), config.evaluation.requests]
+    dataset = ranker.dataset.identity["dataset"]
+    of_ranker = [ranker.version, ranker.role, ranker.serve, *numbers]
+    return {
+        "dataset": dataset,
+        "ranker": ranker.version,
+        "scores": manifest.digest([dataset, of_ranker, inputs, releases]),
+    }
+
+
+def _remedy(output: Path) -> str:
+    return f"remove the folder {output} and run this again"
+
+
+def _is_finished(output: Path, work: Path, made_of: manifest.MadeOf, replaces: bool) -> bool:
+    """Test if a folder contains the result; raise UserError if it has other contents."""
+    finished = (output / manifest.FILE).exists()
+    if finished:
+        found = manifest.read(output, _remedy(output))["made_of"]
+        if found == made_of:
+            manifest.check(output, _remedy(output))
+            shutil.rmtree(work, ignore_errors=True)  # the leftovers of a run that was killed
+            return True
+        if replaces and {**found, "scores": ""} == {**made_of, "scores": ""}:
+            (output / manifest.FILE).unlink()
+            return False
+    if finished or not (work.exists() or {path.name for path in output.iterdir()} <= lock.FILES):
+        raise UserError(
+            f"{output} holds something else than these scores by this ranker; remove it, or give "
+            "another folder with --out"
+        )
+    return False
+
+
+def _score_parts(
+    config: ConfigDict,
+    ranker: Finished,
+    reopen: Callable[[], Finished],
+    requests: Requests,
+    folder: Path,
+) -> Sequence[Path]:
+    """Score all parts that an earlier run has not finished; return the file of each part."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"{number:06d}.parquet" for number in range(len(requests.parts))]
+    pairs = zip(paths, requests.parts, strict=True)
+    missing = [(path, arguments) for path, arguments in pairs if not path.exists()]
+    on_cluster, processes = config.launcher == "ray", config.data.processes
+    # Other processes open the ranker themselves, since its parameters are on devices.
+    opened = reopen if on_cluster or processes > 1 else lambda: ranker
+    numbers = tuple(config.value_weights), config.evaluation.requests, requests.candidates
+    call = functools.partial(_score_part, opened, ranker.version, requests.read, numbers)
     runner: contextlib.AbstractContextManager[Runner]
-    if config.launcher == "ray":
-        runner = cluster.open_cluster(config)
-    else:
-        runner = open_pool(config.data.processes)
-    elsewhere = config.launcher == "ray" or config.data.processes > 1
-    weights, requests = tuple(config.value_weights), config.evaluation.requests
-    return How(weights, requests, runner, reopen if elsewhere else None)
+    runner = cluster.open_cluster(config) if on_cluster else open_pool(processes)
+    with runner as run:
+        for _ in run(call, missing, "scoring"):
+            pass
+    return paths
+
+
+def _score_part(
+    open_ranker: Callable[[], Finished],
+    version: str,
+    read: Callable[..., Part],
+    numbers: tuple[Sequence[float], int, int],
+    path: Path,
+    arguments: tuple,
+) -> None:
+    """Write the scores of a part to a file that is complete or absent.
+
+    Args:
+      open_ranker: returns the ranker.
+      version: the exact weights that it must have.
+      read: see `Requests`.
+      numbers: the value weights, the requests of a batch, and the candidates of each.
+      path: the file.
+      arguments: of `read`.
+    """
+    ranker = open_ranker()
+    if ranker.version != version:
+        raise UserError(f"{ranker.title} has changed while it scored; run this again")
+    part, (weights, size, candidates) = read(ranker, *arguments), numbers
+    is_scored = np.arange(candidates) < part.scored[:, None]
+    starts = range(0, len(part.numbers), size)
+    batches = _probabilities(ranker, part, size, candidates)
+    probability = np.concatenate(
+        [of[is_scored[at : at + size]] for at, of in zip(starts, batches, strict=True)]
+    )
+    value = funnel.value(jnp.asarray(probability), jnp.asarray(weights))
+    owner = np.repeat(np.arange(len(part.numbers)), part.scored)
+    scores = [*probability.T, np.asarray(value)]
+    arrays = [part.request.take(pa.array(owner)), _items_of(part), *map(pa.array, scores)]
+    columns = dict(zip(columns_of(ranker), [*arrays, pa.repeat(version, len(owner))], strict=True))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    pq.write_table(pa.table({"file": pa.array(part.file[owner]), **columns}), temporary)
+    temporary.replace(path)
+
+
+def _items_of(part: Part) -> pa.Array:
+    """Return the item of each scored candidate."""
+    candidates = part.columns.candidates.fields(part.numbers, part.scored)
+    ids = np.asarray(candidates["item_id"])
+    if part.item_names is None:
+        return pa.array(ids)
+    values = part.item_names["value"].combine_chunks()
+    return values.take(pa.array(np.searchsorted(part.item_names["id"].to_numpy(), ids)))
+
+
+def _probabilities(
+    ranker: Finished, part: Part, requests: int, candidates: int
+) -> Iterator[Float[np.ndarray, "R N T"]]:
+    """Yield the probabilities of the candidates of a part, `requests` requests at a time.
+
+    The last array has fewer. Candidates are padded to N = `candidates`; entries of padding have no
+    meaning.
+    """
+    items, index = jax.device_put(part.items), np.arange(candidates)
+    for start in range(0, len(part.numbers), requests):
+        chunk = part.numbers[start : start + requests]
+        # A last chunk of another size would need another compilation.
+        filled = np.append(chunk, np.repeat(chunk[-1:], requests - len(chunk)))
+        places = np.where(index < part.columns.kept[filled, None], index, -1)
+        batch = CandidateBatch(**cutting.all_fields(part.columns, filled, places))
+        served = ranker.ranker.serve(ranker.parameters, batch, items)
+        yield np.asarray(served.probability[ranker.serve])[: len(chunk)]
+
+
+def _write_files(parts: Sequence[Path], files: Sequence[str], output: Path) -> None:
+    """Write the scores of each file of a log, or of each split, from those of all parts."""
+    scores = ds.dataset([str(path) for path in parts])
+    names = [name for name in scores.schema.names if name != "file"]
+    for number, name in enumerate(files):
+        own = scores.scanner(columns=names, filter=ds.field("file") == number)
+        temporary = output / f".{name}"
+        with pq.ParquetWriter(temporary, own.projected_schema, compression="zstd") as writer:
+            for batch in own.to_batches():
+                if batch.num_rows:
+                    writer.write_batch(batch)
+        temporary.replace(output / name)

@@ -21,7 +21,7 @@ from kd_ranker.pipeline.remote import fetched, place_of
 from kd_ranker.requests.records import Dataset
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.placing import put
+from kd_ranker.training.mapping import put
 from kd_ranker.training.state import select_member
 
 TRAIN_TEACHER = f"python -m experiments.train_teacher, {SAME_FLAGS}"
@@ -119,11 +119,7 @@ def _load_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> Teache
             f"the teacher at {workdir} holds numbers that are not finite; train another one, with "
             "a smaller learning rate"
         )
-    learned = select_member(state.parameters, 0)
-    # A TPU would copy narrow rows to read them, and saves no memory with these.
-    lanes = TPU_LANES if jax.default_backend() == "tpu" else 1
-    tables = without_slots(group.recipe.model.embedding, learned.tables, lanes)
-    parameters = put(learned.replace(tables=tables))
+    parameters = put(served(group.recipe.model, state.parameters, jax.default_backend()))
     return Teacher(
         model=group.recipe.model,
         parameters=parameters,
@@ -132,6 +128,14 @@ def _load_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> Teache
         seed=trained.seed,
         step=step,
     )
+
+
+def served(model: Model, parameters: Parameters, platform: str) -> Parameters:
+    """The parameters of a trained model without the slots of its optimiser, for a platform."""
+    learned = select_member(parameters, 0)
+    # A TPU would copy narrow rows to read them, and saves no memory with these.
+    lanes = TPU_LANES if platform == "tpu" else 1
+    return learned.replace(tables=without_slots(model.embedding, learned.tables, lanes))
 
 
 def digest_of(parameters: Parameters) -> str:

@@ -19,11 +19,10 @@ from kd_ranker.pipeline.cluster import register
 from kd_ranker.pipeline.job import Opened
 from kd_ranker.pipeline.remote import Place, fetched
 from kd_ranker.requests.records import Dataset
-from kd_ranker.serving.score import TrainedRanker
 from kd_ranker.sweep.sweep import Cohort, open_sweep
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
-from kd_ranker.training.placing import put
+from kd_ranker.training.mapping import put
 from kd_ranker.training.state import select_member
 
 _RUNS = ("train_teacher", "train", "sweep")
@@ -39,7 +38,7 @@ class Finished(NamedTuple):
       config: its own.
       serve: which of its probabilities it ranks by.
       model: its fixed part.
-      parameters: its trained parameters, on a device.
+      ranker: as the evaluation calls it.
       version: a name for its exact weights.
       dataset: the dataset that has its ids, means and deviations.
       made_of: the fingerprints that its checkpoint records.
@@ -51,10 +50,15 @@ class Finished(NamedTuple):
     config: ConfigDict
     serve: str
     model: Model
-    parameters: Parameters
+    ranker: Ranker
     version: str
     dataset: Dataset
     made_of: MadeOf
+
+    @property
+    def parameters(self) -> Parameters:
+        """Its trained parameters, on a device."""
+        return self.ranker.parameters
 
     @property
     def mode(self) -> Mode:
@@ -101,16 +105,9 @@ def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
 
 
 @functools.lru_cache(maxsize=1)
-def cached_ranker_of(workdir: Path, data_dir: str, member: str, trust: bool) -> TrainedRanker:
-    """`ranker_of`, loaded once per process that scores several pieces."""
-    return ranker_of(workdir, data_dir, member, trust)
-
-
-def ranker_of(workdir: Path, data_dir: str, member: str, trust: bool) -> TrainedRanker:
-    """Open the ranker of a finished run for scoring; see `open_finished`."""
-    found = open_finished(workdir, member, data_dir=data_dir, trust=trust)
-    ranker = Ranker(make_serve(found.model, found.mode), found.parameters)
-    return TrainedRanker(found.title, found.role, ranker, found.serve, found.version, found.dataset)
+def reopened(workdir: Path, member: str, data_dir: str, trust: bool) -> Finished:
+    """`open_finished`, called once per process that scores several parts."""
+    return open_finished(workdir, member, data_dir=data_dir, trust=trust)
 
 
 def open_finished(
@@ -141,7 +138,9 @@ def open_finished(
     remedy = f"finish it with: python -m experiments.{command}, with the flags that started it"
     manifest.check(workdir, remedy)
     if command == "train_teacher":
-        found = _teacher(config, serve, opened.dataset, workdir)
+        check_choice("--serve", serve or "user", MODES["none"].serve)
+        config.teacher.workdir = str(workdir)
+        found = finished_teacher(config, opened.dataset)
     elif command == "train":
         found = _student(f"the student at {workdir}", serve, "", {"": config}, opened, workdir)
     else:
@@ -149,23 +148,22 @@ def open_finished(
     return found
 
 
-def ranker_line(title: str, serve: str) -> str:
+def ranker_line(ranker: Finished) -> str:
     """The line on a ranker for the terminal."""
-    return f"ranker: {title}, by its probabilities {serve!r}"
+    return f"ranker: {ranker.title}, by its probabilities {ranker.serve!r}"
 
 
-def _teacher(config: ConfigDict, serve: str, dataset: Dataset, workdir: Path) -> Finished:
-    check_choice("--serve", serve or "user", MODES["none"].serve)
-    config.teacher.workdir = str(workdir)
+def finished_teacher(config: ConfigDict, dataset: Dataset) -> Finished:
+    """Open the teacher in `config.teacher.workdir`; see `teachers.load_teacher`."""
     teacher = teachers.load_teacher(config, dataset)
     return Finished(
-        title=f"the teacher at {workdir}",
+        title=f"the teacher at {config.teacher.workdir}",
         role="teacher",
         member="",
         config=config,
         serve="user",
         model=teacher.model,
-        parameters=teacher.parameters,
+        ranker=teacher.ranker,
         version=teacher.version,
         dataset=dataset,
         made_of={**teachers.made_of(config, dataset), "version": teacher.version},
@@ -230,7 +228,7 @@ def _student(
         config=config,
         serve=serve,
         model=model,
-        parameters=put(parameters),
+        ranker=Ranker(make_serve(model, MODES[config.distill.mode]), put(parameters)),
         version=teachers.digest_of(parameters),
         dataset=dataset,
         made_of=made_of,

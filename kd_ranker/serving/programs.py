@@ -1,4 +1,4 @@
-"""A trained ranker as programs: functions of named arrays, which `formats` writes to files.
+"""A trained ranker as programs: functions of named arrays, which `write` writes to files.
 
 A program takes its inputs by name: fields of a request, as in `batch.FIELDS`, results of the
 program before it, and tables. Tables are separate files next to the programs, so they can be large,
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import export
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Float32, Int
 
 from kd_ranker.batch import IN_BATCH, CandidateBatch, FeatureSpec, Field, Items
 from kd_ranker.distillation.modes import ToProbability
@@ -34,15 +34,22 @@ from kd_ranker.models.student import InParts
 from kd_ranker.serving import tables
 from kd_ranker.serving.tables import ITEM_EMBEDDING, ITEM_SCALE, ITEM_TYPES, Tables
 
+_BLOCK = 1 << 16  # items that are embedded at a time
+
 Arrays = Mapping[str, Any]
 Function = Callable[[Arrays], dict[str, Any]]
 
 
-class Described(NamedTuple):
-    """The type of an array; a named size may differ between calls."""
+Types = dict[str, jax.ShapeDtypeStruct]
+"""Arrays by name as only shapes and types."""
 
-    shape: tuple[int | str, ...]
-    dtype: np.dtype
+_SIZES = export.SymbolicScope()
+
+
+def typed(shape: Sequence[int | str], dtype: Any) -> jax.ShapeDtypeStruct:
+    """Return the type of an array; a named size may differ between calls."""
+    sizes = export.symbolic_shape(", ".join(map(str, shape)), scope=_SIZES)
+    return jax.ShapeDtypeStruct(sizes, dtype)
 
 
 class Program(NamedTuple):
@@ -57,8 +64,8 @@ class Program(NamedTuple):
 
     name: str
     function: Function
-    inputs: dict[str, Described]
-    outputs: dict[str, Described]
+    inputs: Types
+    outputs: Types
 
 
 class Servable(NamedTuple):
@@ -104,16 +111,16 @@ def make_programs(trained: Servable, item_type: str) -> Exported:
     held = tables.served(trained.model.embedding, trained.parameters.tables)
     if not falls_into_parts(trained):
         held |= _item_tables(trained, trained.spec.item_features)
-        offered = _fields(trained.seen, "request", "event", "candidate") | _described(held)
+        offered = _fields(trained.seen, "request", "event", "candidate") | _types_of(held)
         programs = [_program("rank", _rank(trained), offered)]
     else:
         held |= _item_tables(trained, trained.spec.cheap_item_features)
         embedding = _item_embeddings(trained, held)
         held |= ITEM_TYPES[item_type].pack(embedding)
-        offered = _fields(trained.seen, "request", "event") | _described(held)
+        offered = _fields(trained.seen, "request", "event") | _types_of(held)
         user = _program("user", _user(trained), offered)
-        item = _program("item", _item(trained), _one_item(trained.spec) | _described(held))
-        offered = user.outputs | _fields(trained.seen, "candidate") | _described(held)
+        item = _program("item", _item(trained), _one_item(trained.spec) | _types_of(held))
+        offered = user.outputs | _fields(trained.seen, "candidate") | _types_of(held)
         score = _program("score", _score(trained, item_type, tuple(user.outputs)), offered)
         programs = [user, item, score]
     read = {name for program in programs for name in program.inputs}
@@ -135,17 +142,6 @@ def call(programs: Sequence[Program], arrays: Arrays) -> dict[str, Any]:
     return {name: known[name] for name in programs[-1].outputs}
 
 
-def abstract(inputs: Mapping[str, Described]) -> dict[str, Any]:
-    """Return only the types of a program's inputs, with symbols for named sizes."""
-    scope = export.SymbolicScope()
-
-    def of(described: Described) -> Any:
-        shape = ", ".join(map(str, described.shape))
-        return jax.ShapeDtypeStruct(export.symbolic_shape(shape, scope=scope), described.dtype)
-
-    return {name: of(described) for name, described in inputs.items()}
-
-
 class _Recorded(dict[str, Any]):
     """Arrays by name that record which of them were read."""
 
@@ -158,7 +154,7 @@ class _Recorded(dict[str, Any]):
         return super().__getitem__(name)
 
 
-def _program(name: str, function: Function, offered: Mapping[str, Described]) -> Program:
+def _program(name: str, function: Function, offered: Types) -> Program:
     """Build a program that takes only the offered arrays that its function reads."""
     read: set[str] = set()
 
@@ -169,23 +165,19 @@ def _program(name: str, function: Function, offered: Mapping[str, Described]) ->
         return result
 
     outputs = {
-        result: Described(tuple(_size(size) for size in of.shape), np.dtype(of.dtype))
-        for result, of in jax.eval_shape(recorded, abstract(offered)).items()
+        result: jax.ShapeDtypeStruct(of.shape, of.dtype)
+        for result, of in jax.eval_shape(recorded, offered).items()
     }
-    inputs = {given: described for given, described in offered.items() if given in read}
+    inputs = {given: of for given, of in offered.items() if given in read}
     return Program(name, function, inputs, outputs)
 
 
-def _size(size: Any) -> int | str:
-    return int(size) if isinstance(size, int) else str(size)
-
-
-def _there(described: Mapping[str, Described]) -> dict[str, Described]:
+def _there(types: Types) -> Types:
     """Return the nonempty arrays: formats do not support empty ones."""
-    return {name: of for name, of in described.items() if 0 not in of.shape}
+    return {name: of for name, of in types.items() if 0 not in of.shape}
 
 
-def _fields(spec: FeatureSpec, *owners: str) -> dict[str, Described]:
+def _fields(spec: FeatureSpec, *owners: str) -> Types:
     """Return the fields of these owners in a request, as a ranker receives them."""
     sizes: dict[str, tuple[int | str, ...]] = {
         "request": ("requests",),
@@ -194,7 +186,7 @@ def _fields(spec: FeatureSpec, *owners: str) -> dict[str, Described]:
     }
     return _there(
         {
-            field.name: Described((*sizes[field.of], *field.shape(spec)), np.dtype(field.dtype))
+            field.name: typed((*sizes[field.of], *field.shape(spec)), field.dtype)
             for field in IN_BATCH
             # How far a candidate came is for those who measure.
             if field.of in owners and field.name != "stage"
@@ -202,25 +194,23 @@ def _fields(spec: FeatureSpec, *owners: str) -> dict[str, Described]:
     )
 
 
-def _one_item(spec: FeatureSpec) -> dict[str, Described]:
+def _one_item(spec: FeatureSpec) -> Types:
     """Return the inputs of the encoder of items."""
     return _there(
         {
-            "item_id": Described(("items",), np.dtype(np.int32)),
-            "features": Described(("items", spec.cheap_item_features), np.dtype(np.float32)),
-            "category": Described(("items", spec.category_width("item")), np.dtype(np.int32)),
+            "item_id": typed(("items",), np.int32),
+            "features": typed(("items", spec.cheap_item_features), np.float32),
+            "category": typed(("items", spec.category_width("item")), np.int32),
         }
     )
 
 
-def _described(held: Tables) -> dict[str, Described]:
+def _types_of(held: Tables) -> Types:
     """Return the types of tables; item embeddings may have more rows, for new items."""
     grows = (ITEM_EMBEDDING, ITEM_SCALE)
     return _there(
         {
-            name: Described(
-                ("rows", *table.shape[1:]) if name in grows else table.shape, table.dtype
-            )
+            name: typed(("rows", *table.shape[1:]) if name in grows else table.shape, table.dtype)
             for name, table in held.items()
         }
     )
@@ -348,18 +338,18 @@ def inputs_of_items(trained: Servable, ids: Int[np.ndarray, "items"]) -> dict[st
     return {name: known[name] for name in _one_item(trained.spec)}
 
 
-def _item_embeddings(trained: Servable, held: Tables) -> Any:
-    """Return the embeddings of all items, and of an unknown item."""
-    item = jax.jit(_item(trained))
+def _item_embeddings(trained: Servable, held: Tables) -> Float32[np.ndarray, "items+1 D"]:
+    """Return the embeddings of all items, a block at a time, and then of an unknown item."""
+    item, number = jax.jit(_item(trained)), trained.spec.num_items
     rows = {name: table for name, table in held.items() if name.endswith("_table")}
-
-    def embed(ids: Any) -> Any:
-        return item(inputs_of_items(trained, ids) | rows)["item_embedding"]
-
+    blocks = []
+    for first in range(0, number, _BLOCK):
+        ids = np.arange(first, min(first + _BLOCK, number), dtype=np.int32)
+        found = item(inputs_of_items(trained, ids) | rows)
+        blocks.append(np.asarray(found["item_embedding"]))
     reserved = held[tables.name_of("item")][-1:]
     nothing = jnp.zeros((1, trained.spec.cheap_item_features))
-    (unknown,) = _part(trained, _embedding, reserved, nothing)
-    return tables.item_embeddings(embed, unknown, trained.spec.num_items)
+    return np.concatenate([*blocks, np.asarray(_part(trained, _embedding, reserved, nothing))])
 
 
 def _score(trained: Servable, item_type: str, of_user: Sequence[str]) -> Function:
@@ -371,7 +361,9 @@ def _score(trained: Servable, item_type: str, of_user: Sequence[str]) -> Functio
         return module.logits(users, linear_products(users["queries"], row, own, features))
 
     def score(arrays: Arrays) -> dict[str, Any]:
-        row = unpack(arrays, tables.row_of_item(arrays["item_id"], arrays[ITEM_EMBEDDING].shape[0]))
+        ids, last = arrays["item_id"], arrays[ITEM_EMBEDDING].shape[0] - 1
+        # The last row is that of unknown items.
+        row = unpack(arrays, jnp.where((ids >= 0) & (ids < last), ids, last))
         row = _plus_categories(trained, row, "candidate", "candidate_category", arrays)
         shape = (*row.shape[:-1], spec.candidate_features)
         features = _or_zeros(arrays, "candidate_features", shape, jnp.float32)

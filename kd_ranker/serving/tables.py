@@ -18,9 +18,6 @@ Tables = dict[str, np.ndarray]
 
 ITEM_EMBEDDING, ITEM_SCALE = "item_embedding", "item_scale"
 
-# The number of items that are embedded at a time.
-_BLOCK = 1 << 16
-
 
 def name_of(table: str) -> str:
     """Return the name of one of `EmbeddingSpec.tables` in an export."""
@@ -81,27 +78,3 @@ ITEM_TYPES: dict[str, ItemType] = {
     ),
 }
 """The storage formats of item embeddings in an export."""
-
-
-def item_embeddings(
-    embed: Callable[[Int[np.ndarray, "items"]], Float[Array, "items D"]],
-    unknown: Float[Array, "D"],
-    items: int,
-) -> Float32[np.ndarray, "items+1 D"]:
-    """Compute the embedding of each item, a block at a time, and append that of unknown items.
-
-    Args:
-      embed: maps item ids to embeddings.
-      unknown: the last row.
-      items: the number of items.
-    """
-    blocks = [
-        np.asarray(embed(np.arange(first, min(first + _BLOCK, items), dtype=np.int32)))
-        for first in range(0, items, _BLOCK)
-    ]
-    return np.concatenate([*blocks, np.asarray(unknown)[None]])
-
-
-def row_of_item(ids: Int[Array, "R N"], rows: int) -> Int[Array, "R N"]:
-    """Return the row of each item in `item_embeddings`: its id, or the last row if out of range."""
-    return jnp.where((ids >= 0) & (ids < rows - 1), ids, rows - 1)

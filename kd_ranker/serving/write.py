@@ -1,22 +1,26 @@
-"""The folder of an export: programs, tables, a description, an example, and a check of it."""
+"""The folder of an export: programs in their formats, tables, a description, and an example."""
 
+import contextlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax import export
 from safetensors.numpy import save_file
 
 from kd_ranker import manifest
 from kd_ranker.batch import IN_BATCH, CandidateBatch
+from kd_ranker.errors import UserError
 from kd_ranker.evaluation.saving import flops
 from kd_ranker.requests.templates import templates_of
 from kd_ranker.serving import check, tables
-from kd_ranker.serving.formats import FORMATS
 from kd_ranker.serving.programs import (
     Exported,
     Program,
@@ -36,9 +40,71 @@ DESCRIPTION, README, CHECK, TABLES, EXAMPLE = (
 )
 _EXAMPLE_ITEMS = 32
 
+PLATFORMS = ("cpu", "cuda", "tpu")
+
+
+def to_jax(program: Program) -> bytes:
+    """Return the program for `jax.export.deserialize`: StableHLO, for each of `PLATFORMS`."""
+    exported = export.export(jax.jit(program.function), platforms=PLATFORMS)
+    return bytes(exported(program.inputs).serialize())
+
+
+def to_onnx(program: Program) -> bytes:
+    """Return the program as an ONNX model, with the names of inputs and outputs.
+
+    Raises:
+      UserError: jax2onnx is not installed, or ONNX lacks an operation of the program.
+    """
+    try:
+        with _quiet():
+            import jax2onnx
+    except ImportError as error:
+        raise UserError(
+            "ONNX needs the extra `onnx`: pip install 'kd_ranker[onnx]'; or use only --formats=jax"
+        ) from error
+    names, outputs = list(program.inputs), list(program.outputs)
+
+    def positional(*arrays: Any) -> Any:
+        results = program.function(dict(zip(names, arrays, strict=True)))
+        return tuple(results[name] for name in outputs)
+
+    try:
+        with _quiet():
+            model = jax2onnx.to_onnx(
+                positional,
+                list(program.inputs.values()),
+                model_name=program.name,
+                input_names=names,
+                output_names=outputs,
+            )
+    # The converter of an operation may raise any exception.
+    except Exception as error:
+        raise UserError(
+            f"the program {program.name!r} cannot be written as ONNX: {error}; use only "
+            "--formats=jax"
+        ) from error
+    return model.SerializeToString()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the converter's logs and warnings on other packages and its intermediate results."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+FORMATS: dict[str, Callable[[Program], bytes]] = {"jax": to_jax, "onnx": to_onnx}
+"""The functions that write a program, by the suffix of the files."""
+
 
 def program_files(exported: Exported, formats: Sequence[str]) -> dict[str, bytes]:
-    """Return the programs in these formats (of `formats.FORMATS`) by the names of their files."""
+    """Return the programs in these formats (of `FORMATS`) by the names of their files."""
     return {
         f"{program.name}.{name}": FORMATS[name](program)
         for program in exported.programs
@@ -137,16 +203,21 @@ def _description(
 
 def _types(described: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: {"shape": list(of.shape), "dtype": of.dtype.name} for name, of in described.items()
+        name: {
+            "shape": [size if isinstance(size, int) else str(size) for size in of.shape],
+            "dtype": of.dtype.name,
+        }
+        for name, of in described.items()
     }
 
 
 def _flops(program: Program, candidates: int) -> float:
     """Return the FLOPs of one call: of one request with n candidates, or of one item."""
-    sizes: dict[int | str, int] = {"requests": 1, "items": 1, "candidates": candidates, "rows": 1}
+    sizes = {"requests": 1, "items": 1, "candidates": candidates, "rows": 1}
     inputs = {
         name: jax.ShapeDtypeStruct(
-            [of if isinstance(of, int) else sizes[of] for of in described.shape], described.dtype
+            [of if isinstance(of, int) else sizes[str(of)] for of in described.shape],
+            described.dtype,
         )
         for name, described in program.inputs.items()
     }

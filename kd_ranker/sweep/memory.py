@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import FeatureSpec, abstract_batch
 from kd_ranker.errors import UserError
 from kd_ranker.training import recipes
-from kd_ranker.training.placing import first_devices, own_devices
+from kd_ranker.training.mapping import first_devices, own_devices
 from kd_ranker.training.recipes import Group
 
 # Free memory per member, over the bytes of its state and of a batch. It covers two copies of the

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Int, Shaped
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from kd_ranker.batches.cutting import PackedBatches, Span
-from kd_ranker.batches.training import TrainingBatches
+from kd_ranker.batches.training import BatchIterator, TrainingBatches
 from kd_ranker.errors import UserError
 from kd_ranker.manifest import MadeOf
 from kd_ranker.models.model import with_deal
@@ -87,34 +88,20 @@ def make_run(
       groups: the members to train, all in one program.
       teacher: the live teacher, or None.
       batches: endless, on the devices.
-      frozen: the arrays that the step only reads, on the host or on one device.
+      frozen: the arrays that the step only reads, on the host or on one device; their items will
+        record how their rows are dealt.
       devices: the mapping over devices.
     """
-    filled = filled_for(groups, devices)
-    mapped, held = map_steps(filled, teacher, devices), hold(frozen, devices)
-    return Run(tuple(groups), filled, batches, held, devices, mapped)
-
-
-def hold(frozen: Frozen, devices: DeviceMap) -> Frozen:
-    """Place the arrays that a step only reads; their items record how their rows are dealt."""
-    held = devices.place(frozen)
-    return held.replace(items=held.items.replace(deal=devices.deal))
-
-
-def filled_for(groups: Sequence[Group], devices: DeviceMap) -> tuple[Group, ...]:
-    """Repeat the last member of each group until the devices share its members evenly."""
 
     def filled(group: Group) -> Group:
         places = shared_evenly(len(group.names), devices.members)
         return group if len(places) == len(group.names) else group.at(places)
 
-    return tuple(map(filled, groups))
-
-
-def map_steps(groups: Sequence[Group], teacher: LiveTeacher | None, devices: DeviceMap) -> Any:
-    """Map `step.in_turn` for groups that the devices share evenly."""
-    step = step_for(groups, teacher, devices)
-    return devices.map_step(in_turn(step), abstract_states(groups))
+    evenly = tuple(map(filled, groups))
+    take = devices.map_step(in_turn(step_for(evenly, teacher, devices)), abstract_states(evenly))
+    held = devices.place(frozen)
+    held = held.replace(items=held.items.replace(deal=devices.deal))
+    return Run(tuple(groups), evenly, batches, held, devices, take)
 
 
 def step_for(groups: Sequence[Group], teacher: LiveTeacher | None, devices: DeviceMap) -> Step:
@@ -196,6 +183,17 @@ def fit(
         return _fit(run, train, workdir, made_of, evaluate, bar, stop)
 
 
+class _Outputs(NamedTuple):
+    """The outputs of a run between two calls of steps, and the batches that checkpoints record."""
+
+    saved: ocp.CheckpointManager
+    made_of: MadeOf
+    batches: BatchIterator
+    writer: MetricsWriter
+    evaluate: Evaluate
+    bar: tqdm
+
+
 def _fit(
     run: Run,
     train: ConfigDict,
@@ -216,6 +214,7 @@ def _fit(
         states = run.devices.place(states) if start else initial_states(run)
         diverged = _diverged_members(run, states)
         with contextlib.closing(MetricsWriter(workdir, start)) as writer:
+            outputs = _Outputs(saved, made_of, batches, writer, evaluate, bar)
             step, longest, stopping = start, 1, 0.0
             while step < run.steps and not stopping:
                 training = {name for name, last in lengths.items() if step < last}
@@ -230,30 +229,51 @@ def _fit(
                     longest = _next_longest(longest, _agreed(time.monotonic() - since))
                 step += span.stop - span.start
                 bar.update(span.stop - span.start)
-                due, scalars, stopping = _due_after(step, run.steps, train), {}, _agreed(stop())
-                saving = due.saving or stopping
-                whole = states_on_host(run, states) if saving or due.evaluation else ()
-                if saving:
-                    states, whole = _mark_diverged(run, states, whole)
-                # A state is checked before it is saved: a run could not resume from a NaN.
-                if due.logging or saving:
-                    diverged = _report(_diverged_members(run, states), before=diverged)
-                if due.logging:
-                    scalars = _scalars(run, states, losses, training - diverged.keys())
-                if due.evaluation:
-                    scalars |= evaluate(whole)
-                if scalars:
-                    writer.write(step, scalars)
-                    bar.set_postfix_str(_progress(run, scalars, diverged))
-                if saving:
-                    checkpoints.save(saved, step, whole, batches, made_of)
-                # It may be a copy of whole tables.
-                del whole
+                due, stopping = _due_after(step, run.steps, train), _agreed(stop())
+                due = due._replace(saving=due.saving or bool(stopping))
+                states, diverged = _do_chores(
+                    run, states, losses, step, due, training, diverged, outputs
+                )
     if stopping and not stop():
         raise UserError(
             f"another process ended this run after step {step}; start all of them again"
         )
     return jax.tree.map(np.asarray, states_on_host(run, states))
+
+
+def _do_chores(
+    run: Run,
+    states: States,
+    losses: Sequence[Losses],
+    step: int,
+    due: "_Due",
+    training: Collection[str],
+    diverged: dict[str, int],
+    outputs: _Outputs,
+) -> tuple[States, dict[str, int]]:
+    """Log, evaluate and save as is due after a step.
+
+    Returns:
+      The states, with diverged members marked, and the diverged members by name.
+    """
+    # It may be a copy of whole tables.
+    whole = states_on_host(run, states) if due.saving or due.evaluation else ()
+    if due.saving:
+        states, whole = _mark_diverged(run, states, whole)
+    # A state is checked before it is saved: a run could not resume from a NaN.
+    if due.logging or due.saving:
+        diverged = _report(_diverged_members(run, states), before=diverged)
+    scalars = {}
+    if due.logging:
+        scalars = _scalars(run, states, losses, {*training} - diverged.keys())
+    if due.evaluation:
+        scalars |= outputs.evaluate(whole)
+    if scalars:
+        outputs.writer.write(step, scalars)
+        outputs.bar.set_postfix_str(_progress(run, scalars, diverged))
+    if due.saving:
+        checkpoints.save(outputs.saved, step, whole, outputs.batches, outputs.made_of)
+    return states, diverged
 
 
 def _next_stop(step: int, lengths: Iterable[float], train: ConfigDict) -> int:

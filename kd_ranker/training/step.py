@@ -36,8 +36,7 @@ from kd_ranker.embedding.lookup import (
 )
 from kd_ranker.embedding.row_optimizers import find_occurrences, update_tables
 from kd_ranker.models.model import Parameters, apply_model, score
-from kd_ranker.training.mapping import in_parts, join_over_devices
-from kd_ranker.training.placing import AXIS
+from kd_ranker.training.mapping import AXIS, in_parts, join_over_devices
 from kd_ranker.training.state import (
     Frozen,
     Hyperparameters,

@@ -6,15 +6,14 @@ embeddings of 64 with Adam; where a chip's memory does not hold that beside a li
 
 import argparse
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from kd_ranker.ahead import programs, topologies
-from kd_ranker.ahead.programs import Finding, Sizes
+from kd_ranker.ahead.programs import Finding
 from kd_ranker.configs import cascade
+from kd_ranker.requests.records import Dataset
 
 USERS, ITEMS, WIDTH, BATCH = 1_000_000, 10_000_000, 64, 256
 MEMBERS = 16
@@ -98,21 +97,18 @@ def config_of(case: Case) -> ConfigDict:
     return config
 
 
-def sizes_of(case: Case, folder: Path) -> Sizes:
-    """The sizes of a case's dataset; `folder` gets a sample of it."""
+def sample_of(case: Case) -> Dataset:
+    """The sizes of a case's dataset, and its first requests."""
     config = config_of(case)
     # Not a dataset that was built: its own requests are as good.
-    config.data.dir = str(folder / "none")
-    return programs.sizes_of(config, folder, *((USERS, ITEMS) if case.large else ()))
+    config.data.dir = "none"
+    return programs.sample_of(config, *((USERS, ITEMS) if case.large else ()))
 
 
 def find(case: Case) -> Finding:
     """Compiles a case."""
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = sizes_of(case, Path(folder))
-        return programs.compile_program(
-            case.program, config_of(case), sizes, topologies.open_topology(case.topology)
-        )
+    topology = topologies.open_topology(case.topology)
+    return programs.compile_program(case.program, config_of(case), sample_of(case), topology)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:

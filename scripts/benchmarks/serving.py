@@ -26,7 +26,7 @@ from kd_ranker.configs import cascade
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation.evaluate import make_serve
 from kd_ranker.models.model import Model, Parameters
-from kd_ranker.serving import check, formats
+from kd_ranker.serving import check, write
 from kd_ranker.serving.programs import Exported, Servable, make_programs
 from kd_ranker.serving.write import program_files, write_export
 from kd_ranker.sources.cascade import open_source
@@ -180,14 +180,14 @@ def own_scoring(
 
 def as_jax(program: Any) -> Callable[[dict], dict]:
     """A program that was written down and read again."""
-    return jax.jit(export.deserialize(bytearray(formats.to_jax(program))).call)
+    return jax.jit(export.deserialize(bytearray(write.to_jax(program))).call)
 
 
 def as_onnx(program: Any) -> Callable[[dict], dict]:
     """The same in ONNX Runtime, on one thread: so little work is not worth waking another for."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(formats.to_onnx(program), options)
+    session = onnxruntime.InferenceSession(write.to_onnx(program), options)
     names = list(program.outputs)
     return lambda arrays: dict(zip(names, session.run(names, arrays), strict=True))
 

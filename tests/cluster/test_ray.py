@@ -14,7 +14,7 @@ from kd_ranker.pipeline import datasets, scoring
 from kd_ranker.sources.logs import ordered
 from kd_ranker.sweep.sweep import FOLDER
 from tests import small
-from tests.serving import test_score
+from tests.pipeline import test_score
 
 ray = pytest.importorskip("ray", reason="ray is not installed; scripts/test_cluster.sh does it")
 from ray.cluster_utils import Cluster  # noqa: E402

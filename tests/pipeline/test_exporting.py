@@ -20,7 +20,7 @@ from kd_ranker.pipeline import datasets, exporting, runs, teachers
 from kd_ranker.pipeline.cluster import register
 from kd_ranker.pipeline.job import Opened
 from kd_ranker.pipeline.trained import open_finished
-from kd_ranker.serving import formats
+from kd_ranker.serving import write
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
 from tests import small
@@ -35,7 +35,7 @@ def trained(world):
 
 def written(folder, workdir, **options):
     """An export in all formats that can be written here."""
-    there = tuple(formats.FORMATS)
+    there = tuple(write.FORMATS)
     try:
         import jax2onnx  # noqa: F401
     except ImportError:
@@ -191,13 +191,13 @@ def assert_served_as_evaluated(export, workdir, serve, runtime, tmp_path):
     return batch
 
 
-@pytest.mark.parametrize("runtime", formats.FORMATS)
+@pytest.mark.parametrize("runtime", write.FORMATS)
 def test_a_student_is_served_as_it_was_evaluated(exported, trained, tmp_path, runtime):
     batch = assert_served_as_evaluated(exported, trained, SERVE, runtime, tmp_path)
     assert batch.item_id.shape == (12, 100)
 
 
-@pytest.mark.parametrize("runtime", formats.FORMATS)
+@pytest.mark.parametrize("runtime", write.FORMATS)
 def test_a_teacher_is_served_as_it_was_evaluated(world, exported_teacher, tmp_path, runtime):
     config = world.config()
     dataset = datasets.dataset_of(config)
@@ -225,7 +225,7 @@ def of_full_size(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("runtime", formats.FORMATS)
+@pytest.mark.parametrize("runtime", write.FORMATS)
 def test_a_thousand_requests_are_served_as_they_were_evaluated(of_full_size, tmp_path, runtime):
     """`scripts/test_onnx.sh -k thousand -rP` prints how far they differ."""
     workdir, export = of_full_size
@@ -351,7 +351,7 @@ def test_an_operation_that_a_format_lacks_leaves_nothing(trained, tmp_path, monk
     def fail(program):
         raise UserError("no such operation")
 
-    monkeypatch.setitem(formats.FORMATS, "jax", fail)
+    monkeypatch.setitem(write.FORMATS, "jax", fail)
     finds_fault("no such operation", trained, tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

@@ -28,7 +28,6 @@ from tests.small import SWEEP
 
 TABLES = (results.FILE, results.CURVES_FILE, results.CALIBRATION_FILE)
 URL = "memory://bucket/run"
-LAST = "checkpoints/{}/commit_success.txt"
 OWN = re.compile(r"tfevents|/d/")
 
 
@@ -68,11 +67,6 @@ def write(folder, name, content="content"):
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(content)
-
-
-def checkpoint(folder, step, content="state"):
-    write(folder, f"checkpoints/{step}/state", content)
-    write(folder, LAST.format(step))
 
 
 def eventually(condition):
@@ -119,7 +113,7 @@ def test_the_main_job_at_a_url_gives_the_bytes_that_it_gives_in_folders(world):
     # The report beside its sweep, which it reads there, and two that are one too many.
     api.report(made.students)
     assert contents(made.students.workdir).keys() > {"report.html", "results.csv", "config.json"}
-    assert any(LAST.format(20) in name for name in contents(made.students.workdir))
+    assert any("checkpoints/20/" in name for name in contents(made.students.workdir))
     with pytest.raises(UserError, match="memory://bucket/main/sweep"):
         api.report(made.students, made.students, output="memory://bucket/both")
     assert not contents("memory://bucket/both")
@@ -155,15 +149,16 @@ def test_a_run_goes_on_from_whatever_has_lain_there(world, store, monkeypatch):
     monkeypatch.undo()
 
     ends = contents(URL)
-    last = re.compile(r"checkpoints/\d+/commit_success.txt")
-    complete = [sum(bool(last.fullmatch(name)) for name in state) for state in states]
-    assert max(complete) >= 3
-    # Within the second checkpoint, and once it is complete; as one is removed; before the tables.
-    second = complete.index(2)
+    of_second = [sum("/8/" in f"/{name}" for name in state) for state in states]
+    begun = next(number for number, files in enumerate(of_second) if files)
+    # Within the second checkpoint, and once it is complete; as the first is removed; before the
+    # tables.
     removed = next(
-        number for number in range(1, len(complete)) if complete[number] < complete[number - 1]
+        number
+        for number, (state, later) in enumerate(itertools.pairwise(states))
+        if "checkpoints/4/record/metadata" in state.keys() - later.keys()
     )
-    for number in (second - 2, second, removed, len(states) - 3):
+    for number in (begun + 2, of_second.index(max(of_second)), removed, len(states) - 3):
         put(states[number])
         api.train(config, URL)
         there = contents(URL)
@@ -190,58 +185,6 @@ def test_a_command_that_is_asked_to_end_sends_its_last_checkpoint(world, tmp_pat
         assert contents(url)[name] == (world.student("none") / name).read_bytes(), name
 
 
-def test_what_is_on_its_way_is_not_sent_and_what_is_gone_goes(caplog):
-    with remote.owned(URL) as folder:
-        for step in (4, 8):
-            checkpoint(folder, step)
-        write(folder, "checkpoints/12/state")
-        write(folder, "checkpoints/16.orbax-checkpoint-tmp/commit_success.txt")
-        write(folder, ".results.csv.123")
-        write(folder, "cohorts/0/checkpoints/4/commit_success.txt")
-        write(folder, "cohorts/0/results.csv")
-        assert eventually(lambda: "cohorts/0/results.csv" in contents(URL))
-        for name in ("checkpoints/4/commit_success.txt", "cohorts/0/results.csv"):
-            (folder / name).unlink()
-    assert contents(URL).keys() == {
-        "checkpoints/8/state", LAST.format(8), "cohorts/0/checkpoints/4/commit_success.txt",
-    }  # fmt: skip
-    assert not caplog.records
-
-
-def test_a_checkpoint_that_was_half_sent_is_left_out_and_removed():
-    put({LAST.format(4): b"{}", "checkpoints/4/state": b"", "checkpoints/8/state": b"", "a": b""})
-    with remote.fetched(URL) as folder:
-        found = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
-        assert found == {"a", "checkpoints", "checkpoints/4", "checkpoints/4/state", LAST.format(4)}
-    with remote.fetched(URL, with_checkpoints=False) as folder:
-        assert [path.name for path in folder.iterdir()] == ["a"]
-    assert "checkpoints/8/state" in contents(URL)
-    with remote.owned(URL, with_checkpoints=False):
-        pass
-    assert "checkpoints/8/state" in contents(URL)
-    with remote.owned(URL):
-        pass
-    assert contents(URL).keys() == {"a", LAST.format(4), "checkpoints/4/state"}
-
-
-def test_a_checkpoint_that_is_replaced_is_incomplete_meanwhile(monkeypatch):
-    with remote.owned(URL) as folder:
-        checkpoint(folder, 4)
-        write(folder, "checkpoints/4/other")
-    complete, send = [], MemoryFileSystem.put_file
-    monkeypatch.setattr(
-        MemoryFileSystem,
-        "put_file",
-        lambda *of, **by: (complete.append(LAST.format(4) in contents(URL)), send(*of, **by)),
-    )
-    with remote.owned(URL) as folder:
-        (folder / "checkpoints/4/other").unlink()
-        checkpoint(folder, 4, "another")
-    assert complete == [False, False]
-    assert contents(URL)["checkpoints/4/state"] == b"another"
-    assert contents(URL).keys() == {"checkpoints/4/state", LAST.format(4)}
-
-
 def test_what_was_uploaded_of_a_checkpoint_that_is_removed_meanwhile_is_removed(monkeypatch):
     send, sent = MemoryFileSystem.put_file, []
 
@@ -252,15 +195,15 @@ def test_what_was_uploaded_of_a_checkpoint_that_is_removed_meanwhile_is_removed(
 
     monkeypatch.setattr(MemoryFileSystem, "put_file", send_and_remove)
     with remote.owned(URL) as folder:
-        write(folder, "checkpoints/4/other")
-        checkpoint(folder, 4)
+        for name in ("other", "state"):
+            write(folder, f"checkpoints/4/{name}")
         assert eventually(lambda: sent)
     assert len(sent) == 1
     assert not contents(URL)
 
 
-def test_checkpoints_are_uploaded_last_and_other_files_in_the_order_in_which_they_were_written(
-    monkeypatch,
+def test_checkpoints_are_uploaded_last_and_what_is_gone_or_unfinished_is_not_there(
+    monkeypatch, caplog
 ):
     sent, send = [], MemoryFileSystem.put_file
     monkeypatch.setattr(
@@ -269,14 +212,25 @@ def test_checkpoints_are_uploaded_last_and_other_files_in_the_order_in_which_the
         lambda system, here, there: (sent.append(there), send(system, here, there)),
     )
     monkeypatch.setattr(remote, "_SECONDS_BETWEEN_UPLOADS", 100)
+    complete = {f"checkpoints/4/{name}": b"" for name in ("state", "commit_success.txt")}
+    put({"old.csv": b"", ".lock.old": b"", "checkpoints/6/state": b"", **complete})
+    with remote.owned(URL, with_checkpoints=False) as folder:
+        assert [path.name for path in folder.iterdir()] == ["old.csv"]
     with remote.owned(URL) as folder:
-        checkpoint(folder, 8)
-        for name in ("config.json", "b.jsonl", "a.csv"):
+        # That of step 6 was uploaded in part.
+        assert [path.name for path in (folder / "checkpoints").iterdir()] == ["4"]
+        of_new = [f"checkpoints/8/{name}" for name in ("commit_success.txt", "state")]
+        for name in (*of_new, "config.json", "b.jsonl", "a.csv", ".a.csv.12"):
             write(folder, name)
             time.sleep(0.01)
+        write(folder, "checkpoints/16.orbax-checkpoint-tmp/state")
+        for name in ("old.csv", *complete):
+            (folder / name).unlink()
     assert [path.removeprefix("/bucket/run/") for path in sent] == [
-        *("config.json", "b.jsonl", "a.csv", "checkpoints/8/state", LAST.format(8))
-    ]
+        *("config.json", "b.jsonl", "a.csv"), *reversed(of_new),
+    ]  # fmt: skip
+    assert contents(URL).keys() == {".lock.old", *(path.split("run/")[1] for path in sent)}
+    assert not caplog.records
 
 
 def test_a_second_process_is_refused_with_the_holder_until_the_lock_is_broken():

@@ -49,8 +49,7 @@ def stub_teacher(*unused: Any) -> Teacher:
 
 @pytest.fixture
 def stubbed(monkeypatch):
-    for module in (scoring, teachers):
-        monkeypatch.setattr(module, "load_teacher", stub_teacher)
+    monkeypatch.setattr(teachers, "load_teacher", stub_teacher)
 
 
 def test_scores_of_a_select_are_one_file(tmp_path, stubbed):

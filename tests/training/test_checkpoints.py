@@ -204,20 +204,6 @@ def test_a_checkpoint_of_another_run_is_refused_with_what_differs_and_stays(
     assert restore(workdir)[1] == 6
 
 
-def test_only_the_last_few_are_kept(workdir):
-    with checkpoints.open_in(workdir) as saved:
-        checkpoints.save(saved, 8, state_of(8), None, OURS)
-    assert {path.name for path in (workdir / checkpoints.FOLDER).iterdir()} == {"4", "6", "8"}
-
-
-def test_what_is_saved_is_the_state_at_that_moment(tmp_path):
-    state = state_of(1)
-    with checkpoints.open_in(tmp_path) as saved:
-        checkpoints.save(saved, 1, state, None, OURS)
-        state["table"][:] = -1.0
-    np.testing.assert_array_equal(restore(tmp_path)[0]["table"], state_of(1)["table"])
-
-
 def test_what_is_saved_outlives_the_buffers_that_the_next_step_takes(tmp_path):
     add = jax.jit(lambda state: jax.tree.map(lambda leaf: leaf + 1, state), donate_argnums=0)
     state = jax.device_put({"table": state_of(1)["table"]})

@@ -13,15 +13,19 @@ from kd_ranker.errors import UserError
 from kd_ranker.models.teacher import FinalRanker
 from kd_ranker.training import recipes
 from kd_ranker.training.loop import (
-    hold,
     initial_states,
     make_run,
     on_host,
     states_on_host,
     step_for,
 )
-from kd_ranker.training.mapping import MAPPINGS, members_axis, share_of, shares
-from kd_ranker.training.placing import first_devices
+from kd_ranker.training.mapping import (
+    MAPPINGS,
+    first_devices,
+    members_axis,
+    share_of,
+    shares,
+)
 from kd_ranker.training.state import Frozen, LiveTeacher
 from tests.random_batches import SPEC, TEACHER, make_model, random_batch, random_items
 
@@ -253,7 +257,7 @@ def test_abstract_arrays_are_placed_as_the_real_ones(sharded):
     states = (group.at(np.array([0, 0])).init(),)
     for place, tree in (
         (devices.place, states),
-        (functools.partial(hold, devices=devices), frozen),
+        (devices.place, frozen),
         (devices.shard, BATCHES[0]),
     ):
         found = place(jax.eval_shape(lambda tree=tree: tree))

@@ -92,12 +92,6 @@ def test_what_does_not_matter_to_a_run_may_change(tmp_path):
         workdirs.claim(tmp_path, "train", config_with(trainer=2), DATASET, without=("train",))
 
 
-def test_a_workdir_of_another_command_is_refused(tmp_path):
-    workdirs.claim(tmp_path, "sweep", config_with(), DATASET)
-    with pytest.raises(UserError, match="belongs to a run of sweep; use another --workdir"):
-        workdirs.claim(tmp_path, "train", config_with(), DATASET)
-
-
 def test_a_workdir_of_another_dataset_is_refused(tmp_path):
     workdirs.claim(tmp_path, "train", config_with(), DATASET)
     other = {"dataset": "small/ba9876543210"}

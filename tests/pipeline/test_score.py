@@ -22,7 +22,7 @@ from kd_ranker.pipeline import datasets, runs, scoring
 from kd_ranker.pipeline.job import Opened
 from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import read_requests
-from kd_ranker.serving import check, score
+from kd_ranker.serving import check
 from kd_ranker.sources.logs import ordered, unseen
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import workdir as workdirs
@@ -169,17 +169,6 @@ def test_a_held_out_log_has_the_teachers_scores_of_the_dataset(world, tmp_path, 
     assert len(found) == sum(len(row.candidates) for row in world.tested)
     assert_close(found, {key: logged[key] for key in found})
     assert len(logged) == sum(len(row.candidates) for row in world.rows)
-
-
-@pytest.mark.parametrize("by_request", [False, True])
-def test_a_held_out_log_has_the_students_scores_of_the_dataset(world, tmp_path, by_request):
-    log = write_raw(tmp_path / "log", world.tested, by_request, files=2, shuffle=3)
-    rows = "request" if by_request else "candidate"
-    workdir = world.folder / "student"
-    scored, _ = scoring.score_unseen(
-        config_for(world, "student", log, **{"data.rows": rows}), workdir
-    )
-    assert_close(scores_in(scored), served(world, *student_of(world, workdir), "blend"))
 
 
 def test_an_export_says_of_raw_rows_what_scoring_and_evaluation_say(world, tmp_path):
@@ -342,7 +331,7 @@ def test_a_run_that_was_killed_goes_on_and_several_processes_change_nothing(
     class Killed(BaseException):
         pass
 
-    scored, score_part = [], score._score_part
+    scored, score_part = [], scoring._score_part
 
     def dying(*arguments):
         if len(scored) == 2:
@@ -352,7 +341,7 @@ def test_a_run_that_was_killed_goes_on_and_several_processes_change_nothing(
 
     output = tmp_path / "out"
     with monkeypatch.context() as patched:
-        patched.setattr(score, "_score_part", dying)
+        patched.setattr(scoring, "_score_part", dying)
         with pytest.raises(Killed):
             scoring.score_unseen(config, workdir, output=output)
     assert not [*output.glob("*.parquet")]
@@ -364,7 +353,7 @@ def test_a_run_that_was_killed_goes_on_and_several_processes_change_nothing(
     with monkeypatch.context() as patched:
         patched.setattr(scoring.unseen, "read_unseen", read_again)
         patched.setattr(
-            score, "_score_part", lambda *of: later.append(int(of[-2].stem)) or score_part(*of)
+            scoring, "_score_part", lambda *of: later.append(int(of[-2].stem)) or score_part(*of)
         )
         scoring.score_unseen(config, workdir, output=output)
     assert scored == [0, 1]
@@ -397,7 +386,7 @@ def test_a_second_run_reads_nothing_and_says_the_same(world, tmp_path, monkeypat
         raise AssertionError("it works again")
 
     monkeypatch.setattr(scoring.unseen, "read_unseen", broken)
-    monkeypatch.setattr(score, "_write_files", broken)
+    monkeypatch.setattr(scoring, "_write_files", broken)
     assert scoring.score_unseen(config, workdir) == first
 
 
@@ -525,10 +514,10 @@ def test_a_folder_with_something_else_is_not_written_to(world, tmp_path):
     other = config_for(world, "student", log)
     assert "give another folder with --out" in fault_of(other, world.folder / "student", output=out)
     # Nor is a finished log whose files have changed or are gone accepted as finished.
-    description = (out / score.FILE).read_text()
-    (out / score.FILE).write_text(description.replace('"version": "', '"version": "1', 1))
-    assert f"{out / score.FILE} has changed" in fault_of(config, workdir, output=out)
-    (out / score.FILE).write_text(description)
+    description = (out / scoring.FILE).read_text()
+    (out / scoring.FILE).write_text(description.replace('"version": "', '"version": "1', 1))
+    assert f"{out / scoring.FILE} has changed" in fault_of(config, workdir, output=out)
+    (out / scoring.FILE).write_text(description)
     next(out.rglob("*.parquet")).unlink()
     assert ".parquet is missing; remove the folder" in fault_of(config, workdir, output=out)
 
