@@ -325,11 +325,6 @@ IMPOSTORS = {
         "tau": [math.nan] * 3, "passed": [1990] * 3, "survival": [0.015] * 3,
         "true_value": [0.4] * 3, "true_value_for": [0.99] * 3,
     },
-    "a random order": {
-        "tau": [0.001, -0.002, 0.002], "passed": [1980, 1978, 1983],
-        "survival": [0.014, 0.016, 0.015], "true_value": [0.41, 0.40, 0.42],
-        "true_value_for": [0.99, 0.989, 0.991],
-    },
 }  # fmt: skip
 
 
