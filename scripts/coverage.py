@@ -18,13 +18,12 @@ import pandas as pd
 from jaxtyping import Float
 from scipy import stats
 
+from kd_ranker.evaluation.funnel import passed_for
 from kd_ranker.report.estimates import DRAWS
 from kd_ranker.report.intervals import (
     Measured,
     combined,
     crossed_interval,
-    measured,
-    passed_for,
     request_counts,
 )
 
@@ -57,7 +56,8 @@ MEASURES = {
 
 def numbers(sums: Float[np.ndarray, "*shape 2 K"]) -> Float[np.ndarray, "*shape 2 2"]:
     """The value captured at the second k, and `passed_for_99`, of each student."""
-    return np.stack([sums[..., 1] / sums[..., -1], passed_for(sums, KS, 0.99)], axis=-1)
+    needed = passed_for(np.moveaxis(sums, -1, 0), KS, 0.99)
+    return np.stack([sums[..., 1] / sums[..., -1], needed], axis=-1)
 
 
 def captured(log_depth: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape K"]:
@@ -106,14 +106,14 @@ def coverage(
     truth = truths(spread, shape)
     holds = {(name, repeats): 0 for name in MEASURES for repeats in REPEATS}
     for _ in range(studies):
-        whole = measured(study(generator, spread, shape, requests), counts, numbers)
+        terms = study(generator, spread, shape, requests)
+        drawn = numbers(np.tensordot(counts, terms, (1, 1)))
         for name, repeats in holds:
             number, function = MEASURES[name]
             pair = (
                 Measured(
-                    whole.repeats[:repeats],
-                    whole.each[:repeats, student, number],
-                    whole.drawn[:, :repeats, student, number],
+                    tuple(range(repeats)),
+                    drawn[:, :repeats, student, number],
                     requests,
                 )
                 for student in (0, 1)

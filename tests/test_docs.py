@@ -17,6 +17,7 @@ from kd_ranker.config.keys import DATA_KEYS
 from kd_ranker.configs import cascade, kuairand, movielens, movielens_32m, parquet, recflow
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.distillation.modes import MODES
+from kd_ranker.evaluation import metrics
 from kd_ranker.evaluation.metrics import METRICS
 from kd_ranker.models.student import STUDENTS
 from kd_ranker.models.teacher import TEACHERS
@@ -69,6 +70,7 @@ def registries() -> Iterator[None]:
         mock.patch.dict(TEACHERS),
         mock.patch.dict(SOURCES),
         mock.patch.dict(METRICS),
+        mock.patch.object(metrics, "MAIN", [*metrics.MAIN]),
         mock.patch.dict(DATA_KEYS),
     ):
         yield

@@ -39,14 +39,14 @@ _PER_CALL = 4, 32
 
 
 class Each(NamedTuple):
-    """The terms of the sums, one per request, without the bins of the calibration.
+    """The sums of each request, without the bins of the calibration.
 
     Attributes:
-      alone: arrays without an axis of k, [R, ...].
+      sums: arrays without an axis of k, [R, ...].
       curves: arrays over k, cut to a few values of it, [R, K, ...].
     """
 
-    alone: Sums
+    sums: Sums
     curves: Sums
 
 
@@ -192,18 +192,18 @@ def summed(batch: Ranked, functions: Sequence[SumFunction], ks: Sequence[int]) -
     """
     names = ("bin_weight", "bin_predicted", "bin_observed")
     bins: Sums = dict(zip(names, calibration_bin_sums(*batch.labels), strict=True))
-    alone: Sums = {}
+    single: Sums = {}
     curves: Sums = {}
     for function in functions:
         for name, array in function(batch).items():
-            if name in bins | alone | curves:
+            if name in bins | single | curves:
                 raise ValueError(f"two sums of the metrics are named {name}")
             over_k = array.ndim > 1 and sums_curves(function)
-            (curves if over_k else alone)[name] = array
-    sums = {name: array.sum(axis=0) for name, array in (alone | curves).items()}
+            (curves if over_k else single)[name] = array
+    sums = {name: array.sum(axis=0) for name, array in (single | curves).items()}
     at = np.asarray(ks, int)
     cut = {name: array[:, np.minimum(at, array.shape[1]) - 1] for name, array in curves.items()}
-    return Summed(sums | bins, Each(alone, cut))
+    return Summed(sums | bins, Each(single, cut))
 
 
 def add(total: Sums | None, more: Sums) -> Sums:

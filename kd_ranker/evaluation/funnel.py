@@ -225,21 +225,28 @@ def _leaving_places(arriving: Int[Array, "N"], shown: int) -> Int[Array, "N"]:
     return lax.scan(insert, empty, arriving)[1]
 
 
-def captured_share(captured: Float[np.ndarray, "N *more"]) -> Float[np.ndarray, "N *more"]:
-    """Divide a captured curve, summed over requests, by its last entry: 1 where nothing is lost.
+def passed_for(
+    curve: Float[np.ndarray, "K *more"], ks: Int[np.ndarray, "K"], target: float
+) -> Float[np.ndarray, "*more"]:
+    """Return the smallest k at which a curve is at least a share of its last entry.
 
-    The ratio of sums, not the mean of ratios: a request with little value counts little. NaN if the
-    total is 0. For `shown_kept` it is the recall of the shown items.
+    Between two values of k the curve is interpolated linearly, and k is rounded up: on a grid of
+    all k the result is exact. NaN where no k reaches the share, or the last entry is 0.
+
+    Args:
+      curve: summed over requests; its last entry is the total to capture.
+      ks: the values of k, increasing.
+      target: a share, in (0, 1].
+
+    >>> passed_for(np.array([5.0, 7.0, 8.0]), np.array([10, 20, 40]), 0.92)  # 7.36: 20 + 0.36 · 20
+    array(28.)
     """
-    total = captured[-1]
-    return captured / np.where(total == 0, np.nan, total)
-
-
-def passed_for(share: Float[np.ndarray, "N *more"], target: float) -> Float[np.ndarray, "*more"]:
-    """Return the smallest k with a share of value captured of at least the target, else NaN.
-
-    >>> passed_for(np.array([0.5, 0.98, 0.995, 1.0]), 0.99)
-    array(3.)
-    """
-    enough = share >= target
-    return np.where(enough.any(axis=0), enough.argmax(axis=0) + 1.0, np.nan)
+    share = curve / np.where(curve[-1] == 0, np.nan, curve[-1])
+    reached = share >= target
+    at = reached.argmax(axis=0)
+    before = np.maximum(at - 1, 0)
+    above, below = (np.take_along_axis(share, of[None], axis=0)[0] for of in (at, before))
+    # No line leads to the first k.
+    part = (target - below) / np.where(at == 0, 1.0, above - below)
+    between = np.fmax(np.ceil(ks[before] + part * (ks[at] - ks[before])), ks[before] + 1)
+    return np.where(reached.any(axis=0), np.where(at == 0, ks[0], between), np.nan)

@@ -1,15 +1,13 @@
 """The metrics, one entry each: `METRICS`.
 
-The columns of `results.csv` and `curves.csv`, marks, titles and places in tables derive from an
-entry. Formulas on one batch are in `agreement` and `funnel`. To try a metric of your own, put it
-into `METRICS` before you call a function of `kd_ranker.api`.
+The columns of `results.csv` and `curves.csv`, marks and titles derive from an entry. Formulas on
+one batch are in `agreement` and `funnel`. To try a metric of your own, put it into `METRICS`, and
+its columns into `MAIN` or `SUMMARY`, before you call a function of `kd_ranker.api`.
 
 Axes: `R` requests, `N` candidates, `T` tasks, `B` bins of predicted probability.
 """
 
 import functools
-import itertools
-import operator
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -27,8 +25,6 @@ Sums = dict[str, Float[Array | np.ndarray, "..."]]
 SumFunction = Callable[[Ranked], Sums]
 Ends = Callable[[Sums, Sums], Any]
 Better = Literal["lower", "higher", "one"]
-Tasks = Literal["each", "first", "mean"]
-
 
 # The share of the value that a funnel must keep to be as good as the whole: that of the criterion.
 TARGET = 0.99
@@ -52,7 +48,6 @@ class Metric(NamedTuple):
     Attributes:
       name: of its columns `name`, `name/<task>`, `name@<k>`, `name@<k>/<task>`, `name_<percent>`.
       formula: its definition, in Markdown.
-      title: its name in tables and figures.
       better: the way in which it is better: lower, higher or closer to one; None for neither.
       per: there is a number for each of these.
       ends: from the sums over the requests of a pass, and those of the teacher on the same, to
@@ -64,31 +59,28 @@ class Metric(NamedTuple):
       sums: functions of a batch, beyond those of `SUMS`, that return sums of each request by name,
         arrays [R, ...]. Those of a metric with a number for each k or target may be curves,
         [R, N, ...]. Metrics may share a function: it is called once per batch.
+      title: its name in tables and figures; by default `name` with spaces.
+      short: its name in the terminal; by default `title`.
       digits: behind the point, in tables.
       probabilities_of: the rankers of which it needs probabilities, not only an order.
       of_teacher: whether it is defined for the teacher itself.
       averaged: whether a report has the mean over tasks too, under `name`.
       compared: whether a report compares settings on it.
-      main: its place from the left in a report's main table, and of which tasks; None for none.
-      summary: of which tasks the table in the terminal shows it; None for none.
-      short: its title there, if that differs.
     """
 
     name: str
     formula: str
-    title: str
     better: Better | None = None
     per: tuple[Literal["k", "task", "target"], ...] = ()
     ends: Ends | None = None
     sums: tuple[SumFunction, ...] = ()
+    title: str = ""
+    short: str = ""
     digits: int = 4
     probabilities_of: tuple[Literal["ranker", "teacher"], ...] = ()
     of_teacher: bool = True
     averaged: bool = False
     compared: bool = True
-    main: tuple[int, Tasks] | None = None
-    summary: Tasks | None = None
-    short: str = ""
 
 
 def _of_users(ranked: Ranked) -> Sums:
@@ -187,7 +179,8 @@ def _ratio(numerator: str, denominator: str) -> Ends:
 
 
 def _captured(name: str) -> Ends:
-    return lambda sums, _: funnel.captured_share(np.asarray(sums[name]))
+    """A curve over its last entry: a ratio of sums, not the mean of the ratios of requests."""
+    return lambda sums, _: ratio(sums[name], sums[name][-1])
 
 
 def _at_target(curve: Ends) -> Ends:
@@ -206,10 +199,6 @@ def _alignment(distance: str) -> Ends:
         of_distance(sums, teacher),
         np.asarray(sums["shown_weight"]) > 0,
     )
-
-
-def _hit_rate(sums: Sums, _: Sums) -> Float[np.ndarray, "N T"]:
-    return ratio(sums["positives_kept"], sums["positives_kept"][-1])
 
 
 def _end_to_end(sums: Sums, _: Sums) -> Float[np.ndarray, "N T"]:
@@ -238,7 +227,6 @@ METRICS: dict[str, Metric] = {
             title="user BCE",
             ends=_ratio("user_bce", "label_weight"),
             probabilities_of=("ranker",),
-            main=(12, "each"),
         ),
         Metric(
             name="user_auc",
@@ -248,8 +236,6 @@ METRICS: dict[str, Metric] = {
             better="higher",
             per=("task",),
             ends=_ratio("user_auc", "user_auc_requests"),
-            main=(11, "each"),
-            summary="each",
         ),
         Metric(
             name="user_calibration",
@@ -260,7 +246,6 @@ METRICS: dict[str, Metric] = {
             per=("task",),
             ends=_ratio("predicted", "observed"),
             probabilities_of=("ranker",),
-            summary="first",
             short="calib.",
         ),
         _loss(
@@ -277,8 +262,6 @@ METRICS: dict[str, Metric] = {
                 ratio(sums["teacher_bce"], sums["teacher_weight"])
                 - ratio(sums["teacher_entropy"], sums["teacher_weight"])
             ),
-            main=(9, "mean"),
-            summary="first",
             short="KL",
         ),
         _loss(
@@ -293,14 +276,11 @@ METRICS: dict[str, Metric] = {
             formula="mean over tasks of (user BCE of the student − user BCE of the teacher) / "
             "teacher KL of the student, all three on the items and with the weights of "
             "`teacher_kl_shown`; empty where that is not above 10⁻⁶",
-            title="alignment ratio",
             digits=3,
             # It is small for a student that predicts users well as for one that strays.
             ends=_alignment("shown_teacher_kl"),
             probabilities_of=("ranker", "teacher"),
             of_teacher=False,
-            main=(10, "each"),
-            summary="each",
             short="alignment",
         ),
         Metric(
@@ -317,11 +297,8 @@ METRICS: dict[str, Metric] = {
             name="survival",
             formula="the share of the teacher's own top m, out of all retrieved, that the "
             "student's top k keeps; mean over requests",
-            title="survival",
             digits=3,
             ends=_ratio("survival", "funnel_requests"),
-            main=(4, "each"),
-            summary="each",
         ),
         _gain(
             name="value_captured",
@@ -329,8 +306,6 @@ METRICS: dict[str, Metric] = {
             "top k, over Σ of the same if it ranks all retrieved",
             title="value",
             ends=_captured("value_captured"),
-            main=(5, "each"),
-            summary="each",
         ),
         _gain(
             name="true_value_captured",
@@ -338,14 +313,11 @@ METRICS: dict[str, Metric] = {
             "the dataset does not know them",
             title="true value",
             ends=_captured("true_value_captured"),
-            main=(6, "each"),
-            summary="each",
         ),
         _gain(
             name="shown_recall",
             formula="Σ shown candidates in the student's top k, over Σ shown candidates; over the "
             "requests of which the logged funnel has shown some candidates and not all",
-            title="shown recall",
             digits=3,
             ends=_captured("shown_kept"),
         ),
@@ -353,12 +325,9 @@ METRICS: dict[str, Metric] = {
             name="hit_rate",
             formula="Σ candidates with a positive label in the student's top k, over Σ candidates "
             "with a positive label; labels of weight 0 count for nothing",
-            title="hit rate",
             digits=3,
             per=("k", "task"),
-            ends=_hit_rate,
-            main=(7, "first"),
-            summary="first",
+            ends=_captured("positives_kept"),
             short="hits",
         ),
         _gain(
@@ -369,8 +338,6 @@ METRICS: dict[str, Metric] = {
             digits=3,
             per=("k", "task"),
             ends=_end_to_end,
-            main=(8, "first"),
-            summary="first",
             short="end hits",
         ),
         _gain(
@@ -385,7 +352,6 @@ METRICS: dict[str, Metric] = {
             name="coverage",
             formula="Σ items shown that the logged funnel passed, over Σ items shown: only these "
             "could get a label",
-            title="coverage",
             digits=3,
             per=("k",),
             ends=_ratio("passed_shown", "all_shown"),
@@ -418,19 +384,15 @@ METRICS: dict[str, Metric] = {
         Metric(
             name="passed_for",
             formula="the smallest k with `value_captured@k` at or above this percentage",
-            title="passed for",
             digits=0,
             better="lower",
             per=("target",),
             ends=_captured("value_captured"),
-            main=(1, "each"),
-            summary="each",
         ),
         Metric(
             name="scored_for",
             formula="mean candidates of a request that the teacher scores at `passed_for`: min(k, "
             "candidates of the request)",
-            title="scored for",
             digits=1,
             better="lower",
             per=("target",),
@@ -439,7 +401,6 @@ METRICS: dict[str, Metric] = {
         Metric(
             name="true_value_for",
             formula="`true_value_captured` at `passed_for`: where the saving is taken",
-            title="true value for",
             better="higher",
             per=("target",),
             ends=_at_target(_captured("true_value_captured")),
@@ -447,7 +408,6 @@ METRICS: dict[str, Metric] = {
         Metric(
             name="candidates",
             formula="mean candidates of a request",
-            title="candidates",
             digits=1,
             ends=_ratio("candidates", "requests"),
             compared=False,
@@ -456,10 +416,8 @@ METRICS: dict[str, Metric] = {
             name="regret",
             formula="1 − Σ true value of the ranker's own top m, out of all retrieved, over Σ true "
             "value of the m that are truly best; empty where the dataset does not know it",
-            title="regret",
             better="lower",
             ends=lambda sums, _: 1 - ratio(sums["top_true"], sums["top_best"]),
-            summary="each",
         ),
         Metric(
             name="top_calibration",
@@ -481,10 +439,7 @@ METRICS: dict[str, Metric] = {
         Metric(
             name="cost_ratio",
             formula="`flops_per_candidate` of the student over the teacher's",
-            title="cost ratio",
             better="lower",
-            main=(3, "each"),
-            summary="each",
         ),
         Metric(
             name="funnel_cost_saving",
@@ -495,13 +450,10 @@ METRICS: dict[str, Metric] = {
             title="saving",
             digits=3,
             better="higher",
-            main=(2, "each"),
-            summary="each",
         ),
         Metric(
             name="saving_over_none",
             formula="the same against the best setting of plain mode `none`",
-            title="saving over none",
             digits=3,
             better="higher",
         ),
@@ -517,7 +469,6 @@ METRICS: dict[str, Metric] = {
             name="unseen_users",
             formula="the share of the test requests from users absent from the model's training, "
             "which the reserved row serves; empty where the model is not known",
-            title="unseen users",
             digits=3,
             ends=_ratio("unseen_users", "requests"),
             compared=False,
@@ -525,13 +476,37 @@ METRICS: dict[str, Metric] = {
         Metric(
             name="unseen_items",
             formula="the same of the test candidates",
-            title="unseen items",
             digits=3,
             ends=_ratio("unseen_items", "candidates"),
             compared=False,
         ),
     )
 }
+
+
+# A report's main table from left to right. `{task}` gives one column per task, and `{first}` for
+# the first task; the mean over tasks has no task.
+MAIN = [
+    "passed_for_99",
+    "funnel_cost_saving",
+    "cost_ratio",
+    "survival@{k}",
+    "value_captured@{k}",
+    "true_value_captured@{k}",
+    "hit_rate@{k}/{first}",
+    "end_to_end_hit_rate@{k}/{first}",
+    "teacher_kl",
+    "alignment_ratio",
+    "user_auc/{task}",
+    "user_bce/{task}",
+]
+# The table in the terminal.
+SUMMARY = [
+    *("user_auc/{task}", "user_calibration/{first}", "teacher_kl/{first}", "alignment_ratio"),
+    *("survival@{k}", "value_captured@{k}", "true_value_captured@{k}"),
+    *("hit_rate@{k}/{first}", "end_to_end_hit_rate@{k}/{first}"),
+    *("passed_for_99", "regret", "cost_ratio", "funnel_cost_saving"),
+]
 
 
 def sum_functions() -> tuple[SumFunction, ...]:
@@ -594,41 +569,27 @@ def title_of(column: str, short: bool = False) -> str:
     metric = metric_of(column)
     if metric is None:
         return column
-    name = (metric.short if short else "") or metric.title
+    name = (metric.short if short else "") or metric.title or metric.name.replace("_", " ")
     rest = column.removeprefix(metric.name).replace("/", " ")
     return name + re.sub(r"^_(.*)", r" \1%", rest)
 
 
-def main_columns(tasks: Sequence[str], passed: int) -> list[str]:
-    """The columns of a report's main table from left to right.
+def table_columns(patterns: Sequence[str], tasks: Sequence[str], passed: int) -> list[str]:
+    """The columns of `MAIN` or of `SUMMARY`, with `passed` candidates passed.
 
-    Curves have one point only: `passed` for those over k, and `TARGET`.
+    >>> table_columns(["survival@{k}", "user_auc/{task}", "user_bce/{first}"], ("a", "b"), 200)
+    ['survival@200', 'user_auc/a', 'user_auc/b', 'user_bce/a']
     """
-    placed = [(*metric.main, metric) for metric in METRICS.values() if metric.main]
-    placed.sort(key=operator.itemgetter(0))
-    columns = (_columns(metric, which, tasks, passed) for _, which, metric in placed)
-    return [*itertools.chain(*columns)]
-
-
-def summary_columns(tasks: Sequence[str], passed: int) -> list[str]:
-    """The columns of the table in the terminal from left to right, curves as in `main_columns`."""
-    chosen = [(metric, metric.summary) for metric in METRICS.values() if metric.summary]
-    columns = (_columns(metric, which, tasks, passed) for metric, which in chosen)
-    return [*itertools.chain(*columns)]
-
-
-def _columns(metric: Metric, which: Tasks, tasks: Sequence[str], passed: int) -> list[str]:
-    if which == "mean" and "task" in metric.per:
-        metric = metric._replace(per=tuple(axis for axis in metric.per if axis != "task"))
-    report_at = ReportAt((passed,), (TARGET,))
-    return result_columns(metric, tasks[:1] if which == "first" else tasks, report_at)
+    filled = [of.format(k=passed, task=task, first=tasks[0]) for of in patterns for task in tasks]
+    return list(dict.fromkeys(filled))
 
 
 def numbers(metric: Metric, ended: Any, report_at: ReportAt) -> Float[np.ndarray, "columns *draws"]:
     """The numbers of `ended`, the result of `metric.ends`, in the order of `result_columns`."""
     if "target" in metric.per:
         captured, *other = ended if isinstance(ended, tuple) else (ended,)
-        passed = np.array([funnel.passed_for(captured, target) for target in report_at.targets])
+        every = np.arange(1, len(captured) + 1)
+        passed = np.array([funnel.passed_for(captured, every, of) for of in report_at.targets])
         return _at(other[0], passed) if other else passed
     array = np.asarray(ended, np.float64)
     if "k" in metric.per:

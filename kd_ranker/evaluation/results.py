@@ -50,11 +50,6 @@ REPEAT = tuple(key.column for key in schema.repeat_keys())
 # The columns that, with `OTHER_KEYS`, identify a row of results.csv.
 KEYS = ("dataset", "split", "role", *_ALWAYS, "serve", *REPEAT, "step")
 _LAST = ("non_finite_step", "member")
-# The columns that every table has, for any tasks and points of its curves.
-ALWAYS = (
-    *(*KEYS, *OTHER_KEYS, *_LAST, saving.CRITERION, saving.SCORED),
-    *("candidates", "flops_per_candidate"),
-)
 # The columns that identify a setting, in the order of tables; see `setting_columns`.
 SETTING = tuple(dict.fromkeys(("mode", "serve", "distill_weight", *_ALWAYS)))
 # The columns that identify a row of a table. Every run has the teacher and the references.
@@ -320,7 +315,7 @@ def request_files(kept: Kept, tasks: Sequence[str]) -> dict[str, bytes]:
     """The contents of the two files of test requests by their names, for one or more rankers."""
     each = kept.each.items()
     return {
-        REQUESTS_FILE: _parquet([_table(who, of.alone, tasks) for who, of in each]),
+        REQUESTS_FILE: _parquet([_table(who, of.sums, tasks) for who, of in each]),
         REQUEST_CURVES_FILE: _parquet([_table(who, of.curves, tasks, kept.ks) for who, of in each]),
     }
 
@@ -353,12 +348,12 @@ def _table(
 
 def read_requests(folder: Path) -> Kept:
     """The files of `request_files` in a folder, as they were written."""
-    alone, curves = (_rankers(folder / file) for file in (REQUESTS_FILE, REQUEST_CURVES_FILE))
+    single, curves = (_rankers(folder / file) for file in (REQUESTS_FILE, REQUEST_CURVES_FILE))
     ks = next(iter(curves.values()))["k"]
     ks = ks[: np.unique(ks).size]
     each = {
         who: Each(_arrays(columns, ()), _arrays(curves[who], (len(ks),)))
-        for who, columns in alone.items()
+        for who, columns in single.items()
     }
     return Kept(ks, each)
 

@@ -132,18 +132,6 @@ def whole_cost(candidates: float, teacher_flops: float, costs: Costs = FLOPS) ->
     return costs.teacher_request + candidates * (costs.teacher or teacher_flops)
 
 
-def funnel_cost_saving(cost: Numbers, baseline_cost: Numbers) -> Numbers:
-    """1 - cost / baseline cost: the saved share, at most 1; negative if this student costs more.
-
-    The costs are `funnel_cost` of this student and of the baseline in the same repeat, each at its
-    own `passed_for_99`; see `baselines`.
-
-    >>> funnel_cost_saving(cost=45_000.0, baseline_cost=60_000.0)
-    0.25
-    """
-    return 1 - cost / baseline_cost
-
-
 def of_split(rows: pd.DataFrame, split: str) -> pd.DataFrame:
     """Return the rows of a split, one of `request.SPLITS`."""
     return rows[rows["split"] == split]
@@ -249,7 +237,8 @@ def with_savings(
 ) -> pd.DataFrame:
     """The rows with `funnel_cost`, the mean cost of a request at `CRITERION`, and `SAVINGS`.
 
-    A saving is NaN where its baseline was not measured on the same split and repeat.
+    A saving is 1 − cost / cost of the baseline in the same repeat, each at its own `CRITERION`: at
+    most 1, and negative if this ranker costs more. NaN where the baseline was not measured.
 
     Args:
       rows: students and references, with labels.
@@ -266,7 +255,7 @@ def with_savings(
     for column in SAVINGS:
         of_baseline = rows[rows["setting"] == against.get(column)]
         known = of_baseline.set_index(["split", "repeat"])["funnel_cost"].reindex(at)
-        rows[column] = funnel_cost_saving(rows["funnel_cost"].to_numpy(), known.to_numpy(float))
+        rows[column] = 1 - rows["funnel_cost"].to_numpy() / known.to_numpy(float)
     return rows
 
 

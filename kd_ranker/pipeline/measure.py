@@ -209,7 +209,7 @@ def _add(
     teacher_sums = of_teacher.sums if of_teacher else None
     numbers = metrics.summarise(sums, teacher_sums, tasks, at, signal, only_order)
     measured.rows.append(row | numbers)
-    if not summed.each.alone:
+    if not summed.each.sums:
         return
     who = {"member": row["member"], "serve": row["serve"]}
     measured.each[str(row["member"]), str(row["serve"])] = summed.each

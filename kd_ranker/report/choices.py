@@ -8,7 +8,7 @@ import pandas as pd
 from kd_ranker.evaluation.metrics import METRICS, TARGET, ReportAt, result_columns
 from kd_ranker.evaluation.saving import best, best_of, by_repeat, of_split
 from kd_ranker.report.estimates import Estimates
-from kd_ranker.report.intervals import Interval, difference
+from kd_ranker.report.intervals import Interval, interval
 from kd_ranker.report.study import Study, named_values
 
 # Below this coverage, labels of a log do not show the change for users: the sign of the estimate
@@ -50,7 +50,7 @@ def users_change(study: Study, setting: str) -> Interval | None:
         return None
     rows = of_split(pd.concat([study.rows, study.references]), "validation")
     table = by_repeat(rows[rows["setting"].isin([setting, study.baseline])], measures[0])
-    return difference(table, setting, study.baseline)
+    return interval((table[setting] - table[study.baseline]).to_numpy())
 
 
 def best_of_sizes(study: Study) -> pd.DataFrame:

@@ -13,7 +13,7 @@ per candidate is no early ranker, and no claim holds for it. So no claim holds f
 for an exact copy of the teacher, or for a useless student.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -50,11 +50,6 @@ REGIME = "teacher.stage"
 Side = Literal["below", "above"]
 Verdict = Literal["holds", "does not hold", "equivalent", "undecided", "not measured"]
 Line = dict[str, object]
-
-COLUMNS = (
-    *("dataset", "claim", "statement", "setting", "measure"),
-    *("mean", "low", "high", "n", "threshold", "verdict", "remark"),
-)
 
 RULES = {
     "a": "alignment ratio of plain mode none against 1/4, on shown items that the teacher knows: "
@@ -128,13 +123,10 @@ def verdict(mean: Interval, side: Side, threshold: float) -> Verdict:
 
 
 def claims(study: Study, estimates: Estimates) -> pd.DataFrame:
-    """Return every claim on one study: `COLUMNS`, one row per number."""
-    tests: list[Callable[[Study, Estimates], Iterator[Line]]] = [
-        _misaligned, _of_modes, _shared_closer, _of_ways,
-    ]  # fmt: skip
-    lines = [line for test in tests for line in test(study, estimates)]
-    frame = pd.DataFrame(lines, columns=list(COLUMNS)).sort_values("claim", kind="stable")
-    return frame.assign(dataset=study.dataset).reset_index(drop=True)
+    """Return every claim on one study: its dataset and the columns of `_line`, a row per number."""
+    tests = (_misaligned, _of_modes, _shared_closer, _of_ways)
+    lines = [{"dataset": study.dataset} | of for test in tests for of in test(study, estimates)]
+    return pd.DataFrame(lines).sort_values("claim", kind="stable", ignore_index=True)
 
 
 def _misaligned(study: Study, estimates: Estimates) -> Iterator[Line]:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 
 from kd_ranker.evaluation import metrics
 from kd_ranker.evaluation.evaluate import Each
+from kd_ranker.evaluation.funnel import passed_for
 from kd_ranker.evaluation.interleaving import RequestsNeeded, number_needed
 from kd_ranker.evaluation.metrics import (
     METRICS,
@@ -30,7 +31,6 @@ from kd_ranker.evaluation.results import TEACHER, Kept
 from kd_ranker.evaluation.saving import (
     SAVINGS,
     funnel_cost,
-    funnel_cost_saving,
     of_split,
     student_cost,
     whole_cost,
@@ -41,14 +41,12 @@ from kd_ranker.report.intervals import (
     Measured,
     combined,
     crossed_interval,
-    passed_for,
     request_counts,
-    resampled_sums,
 )
 from kd_ranker.report.study import Study
 
 DRAWS = 500
-_NOWHERE = Measured((), np.zeros(0), np.zeros((0, 0)), 0)
+_NOWHERE = Measured((), np.zeros((1, 0)), 0)
 
 
 class _Drawn(NamedTuple):
@@ -180,8 +178,9 @@ class Estimates:
         if each is None:
             return None
         positives = each.curves["positives_kept"][:, -1]
-        value = np.asarray(positives @ np.asarray(self.study.value_weights))
-        column, shown = f"survival@{self.study.passed}", self.study.shown
+        config = self.study.config
+        value = np.asarray(positives @ np.asarray(config.value_weights))
+        column, shown = f"survival@{self.study.passed}", config.funnel.shown
         missed = min(1.0, sum(1 - self.of(name, column).mean for name in (setting, other)))
         if not (value.mean() > 0 and missed > 0):
             return None
@@ -221,11 +220,12 @@ class Estimates:
             return _NOWHERE
         values = rows[measure].dropna().astype(float)
         known = self._drawn_of(setting, values.index)
-        repeats, each = tuple(values.index), values.to_numpy()
+        repeats, each = tuple(values.index), values.to_numpy()[None]
         if not known or any(measure not in of.measures for of in known):
-            return Measured(repeats, each, np.zeros((0, len(each))), 0)
-        numbers = _stacked(repeats, known, [of.measures[measure] for of in known])
-        return numbers._replace(each=each)
+            return Measured(repeats, each, 0)
+        drawn = _stacked(repeats, known, [of.measures[measure] for of in known])
+        # The first row has the digits of `results.csv`.
+        return drawn._replace(numbers=np.concatenate([each, drawn.numbers[1:]]))
 
     def _saving(
         self,
@@ -237,7 +237,7 @@ class Estimates:
         if other is None:
             return _NOWHERE
         pair = (self._cost(name, target, flops_ratio) for name in (setting, other))
-        return combined(funnel_cost_saving, *pair)
+        return combined(lambda cost, of_other: 1 - cost / of_other, *pair)
 
     def _cost(self, setting: str, target: float, flops_ratio: float | None = None) -> Measured:
         """Return the mean cost of a request at a target."""
@@ -276,11 +276,9 @@ class Estimates:
             members = {member for member, _ in kept.each}
             seeds = rows.loc[(rows["role"] == "student") & rows["member"].isin(members), "seed"]
             teacher = kept.each[TEACHER, "user"]
-            requests = len(teacher.alone["funnel_requests"])
-            # The first of the draws has each request once.
-            once = np.ones((1, requests), int)
-            counts = np.concatenate([once, request_counts(requests, DRAWS)])
-            of_teacher = _resampled(kept, teacher, counts, study.retrieved)
+            requests = len(teacher.sums["funnel_requests"])
+            counts = request_counts(requests, DRAWS)
+            of_teacher = _resampled(kept, teacher, counts)
             for (member, serve), each in kept.each.items():
                 named = rows[(rows["member"] == member) & (rows["serve"] == serve)]
                 if study.num_teachers > 1:
@@ -288,7 +286,7 @@ class Estimates:
                     named = named[named["seed"].isin(seeds)]
                 if named.empty:
                     continue
-                sums = _resampled(kept, each, counts, study.retrieved)
+                sums = _resampled(kept, each, counts)
                 drawn = _numbers(sums, of_teacher, study, kept.ks, requests)
                 found |= dict.fromkeys(zip(named["setting"], named["repeat"], strict=True), drawn)
         return found
@@ -309,27 +307,21 @@ def _stacked(
     """Return the numbers of each repeat as one measure; without any, a measure of no repeat."""
     if not known:
         return _NOWHERE
-    stacked = np.stack(numbers, axis=1)
-    return Measured(repeats, stacked[0], stacked[1:], known[0].requests)
+    return Measured(repeats, np.stack(numbers, axis=1), known[0].requests)
 
 
-def _resampled(kept: Kept, each: Each, counts: Int[np.ndarray, "B N"], retrieved: int) -> Sums:
-    """Return the sums of a ranker in each draw, [..., B], curves at every k."""
-    between = _between(kept.ks, retrieved)
+def _resampled(kept: Kept, each: Each, counts: Int[np.ndarray, "1+B N"]) -> Sums:
+    """Return the sums of a ranker in each draw, [..., 1+B], curves interpolated at every k."""
+    every, times = np.arange(1, kept.ks[-1] + 1), counts.astype(np.float64)
+    between = np.stack([np.interp(every, kept.ks, of) for of in np.eye(len(kept.ks))], axis=1)
 
     def drawn(of: Any) -> Any:
-        return np.moveaxis(resampled_sums(np.asarray(of)[None], counts)[:, 0], 0, -1)
+        return np.tensordot(np.asarray(of, np.float64), times, (0, 1))
 
-    single: Sums = {name: drawn(of) for name, of in each.alone.items()}
+    single: Sums = {name: drawn(of) for name, of in each.sums.items()}
     return single | {
         name: np.tensordot(between, drawn(of), axes=1) for name, of in each.curves.items()
     }
-
-
-def _between(ks: Int[np.ndarray, "K"], retrieved: int) -> Float[np.ndarray, "N K"]:
-    """Return the weights that interpolate a curve at `ks` linearly at every k."""
-    every = np.arange(1, retrieved + 1)
-    return np.stack([np.interp(every, ks, of) for of in np.eye(len(ks))], axis=1)
 
 
 def _numbers(
@@ -363,6 +355,6 @@ def _mean_of_known(numbers: Float[np.ndarray, "T B"]) -> Float[np.ndarray, "B"]:
 
 def _scored_for(of: _Drawn, target: float) -> Float[np.ndarray, "1+B"]:
     """Return the candidates scored at a target, on the test requests and in each draw."""
-    needed = passed_for(of.curves["value_captured"], of.ks, target)
+    needed = passed_for(of.curves["value_captured"].T, of.ks, target)
     each = zip(needed, of.curves["scored"], strict=True)
     return np.array([np.interp(k, of.ks, scored) for k, scored in each])

@@ -38,7 +38,7 @@ class Figure(NamedTuple):
       title: its content.
       caption: how to read it.
       data: its table; empty if it is left out.
-      absent: why the figure, or a part of it, is left out; "" if it is complete.
+      absent: why the figure is left out; "" if it is not.
     """
 
     name: str
@@ -55,16 +55,14 @@ class Entry(NamedTuple):
       data: makes its table.
       title: its content.
       caption: how to read it; with places for the keys of `_words`.
-      files: the kind of files that it needs, a key of `Study.missing`; "" if the results suffice.
-      empty: why its table is empty, if no file is missing.
+      empty: why its table may be empty.
       shown: whether a study has this figure.
     """
 
     data: Callable[[Study, Estimates], pd.DataFrame]
     title: str
     caption: str
-    files: str = ""
-    empty: str = "its files contain none of the members at their best settings"
+    empty: str = "the test requests of the best settings are not known"
     shown: Callable[[Study], bool] = lambda study: True
 
 
@@ -77,8 +75,7 @@ def figure(name: str, study: Study, estimates: Estimates) -> Figure:
     """Return one figure; `name` is a key of `ENTRIES`."""
     entry = ENTRIES[name]
     data = entry.data(study, estimates)
-    missing = "; ".join(study.missing[entry.files]) if entry.files else ""
-    absent = missing or (entry.empty if data.empty else "")
+    absent = entry.empty if data.empty else ""
     return Figure(name, entry.title, entry.caption.format(**_words(study)), data, absent)
 
 
@@ -294,8 +291,7 @@ ENTRIES = {
         "that is kept. Further left at the same height is cheaper at the same quality. "
         "The dashed line is 99%; marks show its cost. Gray are rankers without a model, which "
         "count as free. Bands are 95% intervals.",
-        "requests",
-        "the cost of the teacher, or the requests of the best students, are not known",
+        empty="the cost of the teacher, or the requests of the best students, are not known",
     ),
     "plane": Entry(
         _plane,
@@ -313,7 +309,6 @@ ENTRIES = {
         "split; of each way the setting that did best on validation. The dashed line is 99%; "
         "marks show what each needs for it, the mean over repeats. Bands are 95% intervals."
         + _GRAY,
-        "requests",
     ),
     "true_value_captured": Entry(
         _over_k("true_value_captured"),
@@ -321,7 +316,6 @@ ENTRIES = {
         "The same items, valued by the true probabilities: the share of the value if all retrieved "
         "candidates reach the final ranker. It can exceed 1 if an early ranker drops candidates "
         "that the final ranker overrates. Bands are 95% intervals." + _GRAY,
-        "requests",
         shown=knows_truth,
     ),
     "hit_rates": Entry(
@@ -331,7 +325,6 @@ ENTRIES = {
         "and that is then shown (end-to-end hit rate), by task, on the test split; none of it "
         "depends on the teacher's opinion. Items that were never shown have no label. Bands are "
         "95% intervals.",
-        "requests",
         shown=lambda study: not knows_truth(study),
     ),
     "saving": Entry(
@@ -340,15 +333,13 @@ ENTRIES = {
         "The share of the funnel's cost, {unit}, that is saved against {baseline}, on the test "
         "split: by the share of the final value to keep, at the student's own cost; and for 99%, "
         "by the cost of either student per candidate, over the teacher's. Bands are 95% intervals.",
-        "requests",
-        "there is nothing to compare",
+        empty="there is nothing to compare",
     ),
     "survival": Entry(
         _over_k("survival"),
         "Survival of the teacher's own top",
         "The share of the candidates that the teacher would show, out of all retrieved, that is "
         "among the k passed, on the test split. Bands are 95% intervals." + _GRAY,
-        "requests",
     ),
     "pareto": Entry(
         _pareto,
@@ -364,6 +355,5 @@ ENTRIES = {
         "Observed share of a label against its predicted probability, by bin of the prediction, on "
         "shown candidates of the test split, repeats joined. On the diagonal, labels are as "
         "frequent as predicted.",
-        "calibration",
     ),
 }

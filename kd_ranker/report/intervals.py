@@ -13,22 +13,22 @@ the requests with this repeat. The estimand is θ, and the variance of the mean 
 Var(a)/R + Var(b) + Var(c)/R. Repeats identify the first and the last of these, draws of the
 requests the other two.
 
-    counts = request_counts(requests, draws)
-    before, after = (measured(sums, counts, needed) for sums in (of_none, of_aux))
+    counts = request_counts(requests, draws)  # [1+B, N]
+    before, after = (
+        Measured(seeds, measure_of(np.tensordot(counts, terms, (1, 1))), requests)
+        for terms in (of_none, of_aux)  # [R, N, ...]
+    )
     crossed_interval(combined(np.subtract, after, before))
 
 Axes: `R` repeats, `N` test requests, `B` draws of the requests, `K` values of k.
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-import pandas as pd
 from jaxtyping import Float, Int
 from scipy import stats
-
-from kd_ranker.evaluation.metrics import ratio
 
 CONFIDENCE = 0.95
 # Of the interval for equivalence of two settings: two one-sided tests at 5% each.
@@ -83,17 +83,6 @@ def interval(values: Float[np.ndarray, "n"], confidence: float = CONFIDENCE) -> 
     return Interval(mean, mean - half, mean + half, n)
 
 
-def difference(table: pd.DataFrame, setting: str, other: str) -> Interval:
-    """Return the paired difference `setting` − `other` over the repeats that have both.
-
-    Args:
-      table: of `by_repeat`.
-      setting: a column of it.
-      other: another.
-    """
-    return interval((table[setting] - table[other]).to_numpy())
-
-
 def equivalence(
     difference: Interval, narrower: Interval, margin: float
 ) -> Literal["higher", "lower", "equivalent", "undecided"]:
@@ -124,19 +113,17 @@ class Measured(NamedTuple):
 
     Attributes:
       repeats: their names, in the order of the R axis.
-      each: on the test requests.
-      drawn: on each draw of the requests; no rows if the draws are not known.
+      numbers: on the test requests, then on each draw of them; without known draws, only the first.
       requests: the number of requests.
     """
 
     repeats: tuple[Hashable, ...]
-    each: Float[np.ndarray, "R"]
-    drawn: Float[np.ndarray, "B R"]
+    numbers: Float[np.ndarray, "1+B R"]
     requests: int
 
 
-def request_counts(requests: int, draws: int, seed: int = 0) -> Int[np.ndarray, "B N"]:
-    """Return the counts of each request in each draw of N requests with replacement.
+def request_counts(requests: int, draws: int, seed: int = 0) -> Int[np.ndarray, "1+B N"]:
+    """Return the counts of each request: once, then in each draw of N requests with replacement.
 
     Every setting and repeat takes the same counts, so that effects of a draw on both sides of a
     difference cancel (Efron, Ann. Stat. 1979).
@@ -147,38 +134,8 @@ def request_counts(requests: int, draws: int, seed: int = 0) -> Int[np.ndarray, 
       seed: the same seed gives the same counts.
     """
     evenly = np.full(requests, 1 / requests)
-    return np.random.default_rng(seed).multinomial(requests, evenly, size=draws)
-
-
-def resampled_sums(
-    values: Float[np.ndarray, "R N *shape"], counts: Int[np.ndarray, "B N"]
-) -> Float[np.ndarray, "B R *shape"]:
-    """Return the sums over requests in each draw: Σ_n counts[b, n] · values[r, n], in float64."""
-    repeats, requests, *shape = values.shape
-    flat = np.asarray(values, np.float64).reshape(repeats, requests, -1)
-    sums = np.matmul(counts.astype(np.float64), flat)
-    return np.moveaxis(sums, 0, 1).reshape(len(counts), repeats, *shape)
-
-
-def measured(
-    values: Float[np.ndarray, "R N *shape"],
-    counts: Int[np.ndarray, "B N"],
-    measure: Callable[[Float[np.ndarray, "..."]], Float[np.ndarray, "..."]],
-    repeats: Sequence[Hashable] | None = None,
-) -> Measured:
-    """Return a measure of the sums over requests, on the test requests and on each draw of them.
-
-    Args:
-      values: of each repeat and request, the terms of the sums.
-      counts: of `request_counts`, for the same requests.
-      measure: maps sums [..., *shape] to numbers [...], NaN where the measure is undefined.
-      repeats: names, by which the common repeats of two settings are found; numbers if None.
-    """
-    names = tuple(range(len(values)) if repeats is None else repeats)
-    totals = np.asarray(values, np.float64).sum(axis=1)
-    return Measured(
-        names, measure(totals), measure(resampled_sums(values, counts)), values.shape[1]
-    )
+    drawn = np.random.default_rng(seed).multinomial(requests, evenly, size=draws)
+    return np.concatenate([np.ones((1, requests), drawn.dtype), drawn])
 
 
 def combined(function: Callable[..., Any], *settings: Measured) -> Measured:
@@ -192,12 +149,13 @@ def combined(function: Callable[..., Any], *settings: Measured) -> Measured:
       *settings: at least one. If the draws of one are not known, those of the result are not.
     """
     first, *others = settings
-    draws = min(len(setting.drawn) for setting in settings)
+    rows = min(len(setting.numbers) for setting in settings)
     common = [name for name in first.repeats if all(name in other.repeats for other in others)]
-    places = [[setting.repeats.index(name) for name in common] for setting in settings]
-    each = [setting.each[at] for setting, at in zip(settings, places, strict=True)]
-    drawn = [setting.drawn[:draws, at] for setting, at in zip(settings, places, strict=True)]
-    return Measured(tuple(common), function(*each), function(*drawn), first.requests)
+    numbers = [
+        setting.numbers[:rows, [setting.repeats.index(name) for name in common]]
+        for setting in settings
+    ]
+    return Measured(tuple(common), function(*numbers), first.requests)
 
 
 def crossed_interval(setting: Measured, confidence: float = CONFIDENCE) -> Interval:
@@ -220,10 +178,10 @@ def crossed_interval(setting: Measured, confidence: float = CONFIDENCE) -> Inter
       NaN if more than one draw of twenty lacks the measure. Without draws, the interval is that
       of `interval`, over the repeats only.
     """
-    if not len(setting.drawn):
-        return interval(setting.each, confidence)
-    known = np.isfinite(setting.each)
-    each, drawn = setting.each[known], setting.drawn[:, known]
+    if len(setting.numbers) == 1:
+        return interval(setting.numbers[0], confidence)
+    known = setting.numbers[:, np.isfinite(setting.numbers[0])]
+    each, drawn = known[0], known[1:]
     n, requests = len(each), setting.requests
     if n == 0:
         return NOTHING
@@ -252,36 +210,3 @@ def _half(
         # Repeats that agree exactly have no variance; only that of the requests remains.
         return float(t_requests * np.sqrt(max(covariance.mean(), 0.0)))
     return float((t_requests * of_requests + t_repeats * of_repeats) / np.sqrt(total))
-
-
-def passed_for(
-    sums: Float[np.ndarray, "*shape K"], ks: Int[np.ndarray, "K"], target: float
-) -> Float[np.ndarray, "*shape"]:
-    """Return the smallest k with a sum of at least `target` of the last; NaN if the last is 0.
-
-    NaN also if no k reaches it. Between two values of k the curve is interpolated linearly, and k
-    is rounded up: on a grid of all k the result is exact.
-
-    Args:
-      sums: a curve over k, summed over requests; its last entry is the total to capture.
-      ks: the values of k, increasing.
-      target: a share, in (0, 1].
-
-    Raises:
-      ValueError: the curve and `ks` differ in length.
-
-    >>> passed_for(np.array([5.0, 7.0, 8.0]), np.array([10, 20, 40]), 0.92)  # 7.36: 20 + 0.36 · 20
-    array(28.)
-    """
-    if sums.shape[-1] != len(ks):
-        raise ValueError(f"a curve of {sums.shape[-1]} values at {len(ks)} values of k")
-    share = ratio(sums, sums[..., -1:])
-    reached = share >= target
-    at = reached.argmax(axis=-1)
-    before = np.maximum(at - 1, 0)
-    above = np.take_along_axis(share, at[..., None], axis=-1)[..., 0]
-    below = np.take_along_axis(share, before[..., None], axis=-1)[..., 0]
-    # No line leads to the first k.
-    part = (target - below) / np.where(at == 0, 1.0, above - below)
-    between = np.maximum(np.ceil(ks[before] + part * (ks[at] - ks[before])), ks[before] + 1)
-    return np.where(reached.any(axis=-1), np.where(at == 0, ks[0], between), np.nan)

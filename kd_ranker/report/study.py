@@ -13,7 +13,7 @@ from kd_ranker.config import schema
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import METRICS, ReportAt, result_columns
-from kd_ranker.evaluation.results import REPEAT, REQUESTS_FILE, Kept, check_whole, read_requests
+from kd_ranker.evaluation.results import REPEAT, Kept, check_whole, read_requests
 from kd_ranker.evaluation.saving import (
     PLAIN,
     Costs,
@@ -29,11 +29,9 @@ from kd_ranker.sources.logs.findings import find
 from kd_ranker.sweep.sweep import FOLDER, TEST
 from kd_ranker.training.workdir import (
     CONFIG_FILE,
-    ENVIRONMENT_FILE,
-    REMOVE_ENVIRONMENT,
     as_json,
     read_config,
-    read_json,
+    read_environment,
     values_by_key,
 )
 
@@ -47,13 +45,10 @@ class Study(NamedTuple):
 
     Attributes:
       dataset: its name: `data.title` of an own log, or `data.name`.
+      config: of the first sweep; the others may differ in members and random seeds.
       tasks: the tasks in the order of the config.
-      value_weights: one per task.
-      shown: m, the number of candidates that the config shows.
       passed: k, the number of candidates that the config passes.
-      retrieved: N, the number that it retrieves.
       costs: the costs that take the place of FLOPs in a saving.
-      scored: candidates of a training request that a live teacher scores; 0 if it is logged.
       rows: rows of `results.csv` of both splits, students of finite loss only, with `setting` (a
         label that is unique for `results.setting_columns`), `way` (the same for
         `results.ways`), `repeat` (the same for `results.REPEAT`), `source` (the number of the
@@ -69,23 +64,19 @@ class Study(NamedTuple):
       margin: a loss of users that counts as none, see `report.margin`.
       frozen: the rows of members with a loss that stopped being finite.
       varying: the columns of a setting that differ, except mode, serving choice and weight.
-      calibration: `calibration.csv` with `source`; empty if the file is missing.
+      calibration: `calibration.csv` with `source`.
       allowed: faults of the user's log that `data.allow` accepted, in words.
       configs: the text of each sweep's config by its folder.
-      environments: the recorded environment of each sweep by its folder.
-      missing: for a kind of file, the folders without it, in words.
+      environments: the recorded environment of each sweep by its folder; empty if unknown.
       kept: the contribution of each test request to the measures, by member and serving choice,
         for each source and cohort, since cohorts may differ in the teacher.
     """
 
     dataset: str
+    config: ConfigDict
     tasks: list[str]
-    value_weights: list[float]
-    shown: int
     passed: int
-    retrieved: int
     costs: Costs
-    scored: int
     rows: pd.DataFrame
     chosen: dict[str, str]
     baselines: dict[str, str]
@@ -100,7 +91,6 @@ class Study(NamedTuple):
     allowed: list[str]
     configs: dict[str, str]
     environments: dict[str, dict]
-    missing: dict[str, list[str]]
     kept: list[tuple[int, Kept]]
 
     @property
@@ -149,9 +139,14 @@ def _checked_config(workdir: Path) -> ConfigDict:
     for name in (results.FILE, CONFIG_FILE):
         if not (workdir / name).is_file():
             raise UserError(f"{workdir} holds no {name}; {_make(workdir)}")
-    for folder in (workdir, *sorted(workdir.glob(f"{FOLDER}/*/{TEST}"))):
+    for folder in dict.fromkeys([workdir, *_tested(workdir)]):
         check_whole(folder)
     return read_config(workdir)
+
+
+def _tested(workdir: Path) -> list[Path]:
+    """Return the folders with the test of a sweep's cohorts, or that of a single run."""
+    return sorted(workdir.glob(f"{FOLDER}/*/{TEST}")) or [workdir]
 
 
 def _make(workdir: Path) -> str:
@@ -163,10 +158,7 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     configs = {str(workdir): read_config(workdir) for workdir in workdirs}
     _check_alike(configs)
     first = next(iter(configs.values()))
-    tables = [
-        _read_results(workdir).assign(source=source) for source, workdir in enumerate(workdirs)
-    ]
-    joined = pd.concat(tables, ignore_index=True)
+    joined = _read(workdirs, results.FILE)
     rows = _labelled(joined, list(first.tasks))
     students, teachers, references = (
         rows[rows["role"] == role] for role in ("student", "teacher", "reference")
@@ -177,8 +169,6 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     _check_distinct(students, workdirs)
     healthy = students[students["non_finite_step"].isna()]
     frozen = students[students["non_finite_step"].notna()]
-    calibration, no_calibration = _calibration(workdirs)
-    of_requests, no_requests = _kept(workdirs)
     chosen = _chosen(healthy)
     compared = healthy["setting"].isin(list(chosen.values()))
     against = baselines(pd.concat([healthy[compared], references]))
@@ -188,13 +178,10 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
     tested = of_split(healthy, "test")
     return Study(
         dataset=dataset,
+        config=first,
         tasks=list(first.tasks),
-        value_weights=[float(weight) for weight in first.value_weights],
-        shown=int(first.funnel.shown),
         passed=int(first.funnel.passed),
-        retrieved=int(first.funnel.retrieved),
         costs=costs,
-        scored=int(first.batch.candidates) if first.teacher.source == "live" else 0,
         rows=healthy,
         chosen=chosen,
         baselines=against,
@@ -205,15 +192,16 @@ def _study(dataset: str, workdirs: list[Path]) -> Study:
         margin=float(first.report.margin),
         frozen=frozen.drop_duplicates(["source", "member"]),
         varying=_varying(students),
-        calibration=calibration,
+        calibration=_read(workdirs, results.CALIBRATION_FILE),
         allowed=_allowed(workdirs),
         configs={name: as_json(config) for name, config in configs.items()},
-        environments={
-            str(workdirs[source]): read_json(path, REMOVE_ENVIRONMENT)
-            for source, path in _files(workdirs, ENVIRONMENT_FILE)[0]
-        },
-        missing={"calibration": no_calibration, "requests": no_requests},
-        kept=of_requests,
+        environments={str(workdir): read_environment(workdir) for workdir in workdirs},
+        kept=[
+            (source, read_requests(folder))
+            for source, workdir in enumerate(workdirs)
+            for folder in _tested(workdir)
+            if (folder / results.REQUESTS_FILE).exists()
+        ],
     )
 
 
@@ -234,38 +222,14 @@ def _chosen(students: pd.DataFrame) -> dict[str, str]:
     return best_of_ways(students[students["setting"].isin(tested)])
 
 
-def _kept(workdirs: Sequence[Path]) -> tuple[list[tuple[int, Kept]], list[str]]:
-    """Return the sums of each test request by source and cohort, and the folders without them."""
-    files, missing = _files(workdirs, REQUESTS_FILE, f"{FOLDER}/*/{TEST}/")
-    parts = [(source, read_requests(file.parent)) for source, file in files]
-    known = [(source, part) for source, part in parts if (results.TEACHER, "user") in part.each]
-    return known, missing
-
-
-def _files(
-    workdirs: Sequence[Path], name: str, folders: str = ""
-) -> tuple[list[tuple[int, Path]], list[str]]:
-    """Return files with the numbers of their sweeps, and the folders without one, in words.
-
-    A single run has those of a cohort in its workdir itself.
-    """
-    found, missing = [], []
-    for source, workdir in enumerate(workdirs):
-        paths = [*(sorted(workdir.glob(folders + name)) if folders else ()), *workdir.glob(name)]
-        found += [(source, path) for path in paths]
-        if not paths:
-            missing.append(f"{workdir} holds no {name}")
-    return found, missing
-
-
-def _read_results(workdir: Path) -> pd.DataFrame:
-    table = results.read_csv(workdir / results.FILE)
-    if missing := [name for name in results.ALWAYS if name not in table]:
-        raise UserError(
-            f"{workdir / results.FILE} has no column {', '.join(missing)}, so an older version "
-            "wrote it; run the sweep again in another --workdir"
-        )
-    return table
+def _read(workdirs: Sequence[Path], name: str) -> pd.DataFrame:
+    """Return a table of all sweeps, with the columns `source` and `member`, "" in a single run."""
+    tables = [
+        results.read_csv(workdir / name).assign(source=source)
+        for source, workdir in enumerate(workdirs)
+    ]
+    table = pd.concat(tables, ignore_index=True)
+    return table.assign(member=table["member"].astype(object).fillna(""))
 
 
 def _check_alike(configs: dict[str, ConfigDict]) -> None:
@@ -287,8 +251,6 @@ def _check_alike(configs: dict[str, ConfigDict]) -> None:
 
 def _labelled(rows: pd.DataFrame, tasks: list[str]) -> pd.DataFrame:
     """Return the rows with `setting`, `way`, `repeat`, `plain`, and the means over tasks."""
-    # A single run's only member has no name.
-    rows = rows.assign(member=rows["member"].astype(object).fillna(""))
     # A sweep's teachers and references count for its own students, and once per repeat.
     rows = pd.concat([results.in_each_repeat(of) for _, of in rows.groupby("source")])
     once = ["split", "role", "member", "serve", *REPEAT]
@@ -389,11 +351,3 @@ def _check_distinct(students: pd.DataFrame, workdirs: list[Path]) -> None:
         sources = sorted(duplicates["source"].unique())
         folders = ", ".join(str(workdirs[source]) for source in sources)
         raise UserError(f"{folders}: these members occur more than once: {names}; leave one out")
-
-
-def _calibration(workdirs: list[Path]) -> tuple[pd.DataFrame, list[str]]:
-    """Return `calibration.csv` of all sweeps, and the folders without it."""
-    files, missing = _files(workdirs, results.CALIBRATION_FILE)
-    tables = [results.read_csv(path).assign(source=source) for source, path in files]
-    table = pd.concat([pd.DataFrame(columns=["member"]), *tables], ignore_index=True)
-    return table.assign(member=table["member"].astype(object).fillna("")), missing

@@ -9,11 +9,12 @@ import pandas as pd
 
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import (
+    MAIN,
+    SUMMARY,
     TARGET,
     Better,
-    main_columns,
     metric_of,
-    summary_columns,
+    table_columns,
     title_of,
 )
 from kd_ranker.evaluation.references import NO_RANKERS
@@ -121,7 +122,7 @@ def summary_table(frame: pd.DataFrame, passed: int) -> str:
     """
     frame = of_split(frame, "test")
     tasks = [name.split("/")[1] for name in frame.columns if name.startswith("user_bce/")]
-    shown = [column for column in summary_columns(tasks, passed) if column in frame]
+    shown = [column for column in table_columns(SUMMARY, tasks, passed) if column in frame]
     setting = [column for column in results.setting_columns(frame) if column in frame]
     varying = [column for column in setting[NAMED:] if frame[column].nunique() > 1]
     lines = []
@@ -161,7 +162,7 @@ def important_columns(study: Study) -> list[str]:
     """Return the columns of a paper's table that were measured: the funnel's first."""
     return [
         column
-        for column in main_columns(study.tasks, study.passed)
+        for column in table_columns(MAIN, study.tasks, study.passed)
         if any(column in of and of[column].notna().any() for of in (study.tested, study.teachers))
     ]
 
@@ -349,7 +350,7 @@ def cost_table(study: Study, estimates: Estimates) -> Table | None:
         f"the final value, {study.costs.unit}, as a share of the cost of only the final ranker on "
         "all candidates; the last columns are the users' value then. ± is half the 95% interval."
     ]
-    if study.scored:
+    if study.config.teacher.source == "live":
         notes.append(_training_cost(study, of_teacher))
     columns = ["", passed, flops, funnel, *map(title_of, users)]
     cells = pd.DataFrame(lines, columns=columns, dtype=object).fillna("")
@@ -358,11 +359,12 @@ def cost_table(study: Study, estimates: Estimates) -> Table | None:
 
 def _training_cost(study: Study, of_teacher: float) -> str:
     """Return the cost of a live teacher's scores in training, next to that of a student."""
-    teacher = study.scored * of_teacher
+    scored = study.config.batch.candidates
+    teacher = scored * of_teacher
     # A backward pass takes about two forward ones.
-    student = 3 * study.scored * float(study.tested["flops_per_candidate"].max())
+    student = 3 * scored * float(study.tested["flops_per_candidate"].max())
     return (
-        f"In training the live teacher scores {study.scored} candidates of each request, once for "
+        f"In training the live teacher scores {scored} candidates of each request, once for "
         f"all students of a cohort: {teacher:.3g} FLOPs per request, {teacher / student:.0f} times "
         f"the {student:.3g} of a student's own step (forward, and twice that backward)."
     )

@@ -104,7 +104,7 @@ def check_dataset(workdir: Path, dataset: MadeOf) -> None:
       UserError: it uses another dataset, or other content under the same name.
     """
     here = dataset["dataset"]
-    there = _environment(workdir).get("dataset", here)
+    there = read_environment(workdir).get("dataset", here)
     if there != here:
         raise UserError(
             f"{workdir} holds a run on the dataset {there}, and data.dir holds {here}, which has "
@@ -125,10 +125,11 @@ def claim(
 
 def owner_of(workdir: Path) -> str | None:
     """Return the entry point of the run in a workdir; None if it is not recorded."""
-    return _environment(workdir).get("command")
+    return read_environment(workdir).get("command")
 
 
-def _environment(workdir: Path) -> dict[str, Any]:
+def read_environment(workdir: Path) -> dict[str, Any]:
+    """Return the content of `environment.json`; empty without one."""
     path = workdir / ENVIRONMENT_FILE
     return read_json(path, REMOVE_ENVIRONMENT) if path.exists() else {}
 

@@ -11,7 +11,7 @@ from scipy.stats import kendalltau
 from sklearn.metrics import log_loss, ndcg_score, roc_auc_score
 
 from kd_ranker.evaluation import agreement, funnel
-from kd_ranker.evaluation.agreement import binary_cross_entropy, divergence, entropy, weighted_sum
+from kd_ranker.evaluation.agreement import binary_cross_entropy, divergence, weighted_sum
 
 teacher_tau = jax.jit(agreement.teacher_tau)
 user_auc = jax.jit(agreement.user_auc)
@@ -53,11 +53,6 @@ def test_the_divergence_is_that_of_scipy_with_its_digits_where_it_is_small() -> 
     np.testing.assert_allclose(found, expected.sum(axis=1), rtol=1e-2)
 
 
-def test_entropy_by_hand() -> None:
-    # A fair coin, log 2, and two certainties, 0.
-    np.testing.assert_allclose(entropy(jnp.array([0.5, 0.0, 1.0])), [np.log(2), 0, 0], rtol=1e-6)
-
-
 def test_weight_zero_contributes_exactly_nothing() -> None:
     probability, label, weight = random_case()
     label = np.round(label)
@@ -71,28 +66,6 @@ def test_weight_zero_contributes_exactly_nothing() -> None:
     ):
         with_nan, without = measure(*holes, weight), measure(*clean, weight)
         jax.tree.map(np.testing.assert_array_equal, with_nan, without)
-
-
-@pytest.mark.parametrize(
-    ("teacher", "distance", "known", "expected"),
-    [
-        # (0.5 - 0.4) / 0.4 = 1/4 and (0.3 - 0.3) / 0.2 = 0; their mean is 1/8.
-        ([0.4, 0.3], [0.4, 0.2], [True, True], 0.125),
-        # A task that the teacher did not score is left out.
-        ([0.4, np.nan], [0.4, np.nan], [True, False], 0.25),
-    ],
-)
-def test_alignment_ratio_by_hand(teacher, distance, known, expected) -> None:
-    given = (np.array(of) for of in ([0.5, 0.3], teacher, distance, known))
-    np.testing.assert_allclose(agreement.alignment_ratio(*given), expected)
-
-
-def test_alignment_ratio_is_undefined_without_a_distance_and_below_0_of_a_better_student() -> None:
-    student, teacher = np.array([0.5, 0.3]), np.array([0.4, 0.4])
-    for distance in ([0.1, 0.0], [0.1, 1e-7], [0.1, -1e-7], [0.1, np.nan]):
-        known = np.ones(2, bool)
-        assert np.isnan(agreement.alignment_ratio(student, teacher, np.array(distance), known))
-    assert agreement.alignment_ratio(student[1:], teacher[1:], np.array([0.1]), known[1:]) < 0
 
 
 def orders(
@@ -174,27 +147,6 @@ def test_ndcg_is_that_of_scikit_learn(shown: int) -> None:
             assert ndcg[request] == 1
 
 
-def test_ndcg_by_hand() -> None:
-    # Gains 1, 0, 3 against the ideal 3, 1, 0: (1 + 3 / 2) / (3 + 1 / log2 3).
-    ndcg, counts = agreement.teacher_ndcg(
-        jnp.array([[1.0, 0.0, 3.0], [0.0, 0.0, 0.0]]), jnp.array([[3.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
-    )
-    np.testing.assert_allclose(ndcg, [2.5 / (3 + 1 / np.log2(3)), 0.0], rtol=1e-6)
-    np.testing.assert_array_equal(counts, [True, False])
-
-
-def test_user_auc_by_hand() -> None:
-    # Request 0: positives 0.9 and 0.5, negatives 0.5 and 0.1. Of four pairs, three are won and
-    # (0.5, 0.5) is a tie: 3.5 / 4. The entry of weight 0 would lose. Request 1 has no positive.
-    area, counts = agreement.user_auc(
-        jnp.array([[0.9, 0.5, 0.5, 0.1, 0.95], [0.1, 0.2, 0.3, 0.4, 0.5]])[..., None],
-        jnp.array([[1.0, 1.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, 1.0]])[..., None],
-        jnp.array([[1.0, 2.0, 1.0, 7.0, 0.0], [1.0, 1.0, 1.0, 1.0, 0.0]])[..., None],
-    )
-    np.testing.assert_allclose(area, [[3.5 / 4], [0.0]])
-    np.testing.assert_array_equal(counts, [[True], [False]])
-
-
 @settings(deadline=None, max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 6))
 def test_user_auc_is_that_of_scikit_learn(seed: int, levels: int) -> None:
@@ -218,10 +170,3 @@ def test_user_auc_of_a_diverged_model_is_nan() -> None:
     ones = jnp.ones((1, 2, 1))
     area, _ = agreement.user_auc(jnp.array([[[jnp.nan], [0.2]]]), ones.at[0, 1].set(0), ones)
     assert jnp.isnan(area).all()
-
-
-@pytest.mark.parametrize("label", [0.0, 1.0])
-def test_cross_entropy_of_a_certainty_is_finite(label: float) -> None:
-    losses = binary_cross_entropy(jnp.array([0.0, 1.0]), jnp.array([label, label]))
-    assert jnp.isfinite(losses).all()
-    assert losses.min() < 1e-6 < 10 < losses.max()

@@ -109,37 +109,20 @@ def test_a_live_teacher_measures_as_the_same_probabilities_logged_for_all():
     assert_same(live, from_log)
 
 
-@each_teacher
-def test_requests_that_fill_up_the_last_batch_do_not_count(teacher):
-    present = 3
-
-    def measured(filler):
-        """The sums over a full batch, and one with requests of `filler` after the first ones."""
-        parts = evaluation_batch(3, present), evaluation_batch(filler, present)
-        last = jax.tree.map(lambda *of: np.concatenate([of[0][:present], of[1][present:]]), *parts)
-        return run(teacher, [STUDENTS["aux"]], [BATCHES[0], last])
-
-    found = measured(filler=4)
-    assert_same(found, measured(filler=5))
-    kept = [BATCHES[0].batch.label_weight, random_batch(3, spec=SPEC).label_weight[:present]]
-    student = found[1][0][0]["user"].sums
-    np.testing.assert_allclose(student["label_weight"][0], sum(map(np.sum, kept)), rtol=1e-5)
-
-
 def test_the_terms_of_each_request_add_up_to_the_sums():
     batches = [BATCHES[0], evaluation_batch(3, present=3)]
     ks = tuple(range(1, 1 + batches[0].batch.item_id.shape[1]))
     of_teacher, ((student,),) = run(LIVE, [STUDENTS["shared"]], batches, ks=ks, keep=True)
     for sums, each in (of_teacher, student["user"]):
         whole = {name: of for name, of in sums.items() if not name.startswith("bin_")}
-        kept = each.alone | each.curves
+        kept = each.sums | each.curves
         assert {len(of) for of in kept.values()} == {len(BATCHES[0].request_mask) + 3}
         assert each.curves.keys() >= {"survival", "value_captured", "positives_kept"}
         assert_same({name: of.sum(axis=0) for name, of in kept.items()}, whole)
     # The requests have the order in which they were read.
     _, ((last,),) = run(LIVE, [STUDENTS["shared"]], batches[1:], ks=ks, keep=True)
-    for name, of in last["user"].each.alone.items():
-        np.testing.assert_array_equal(of, student["user"].each.alone[name][-3:], err_msg=name)
+    for name, of in last["user"].each.sums.items():
+        np.testing.assert_array_equal(of, student["user"].each.sums[name][-3:], err_msg=name)
 
 
 def test_only_the_requested_serving_choices_are_measured():

@@ -12,31 +12,6 @@ from kd_ranker.evaluation import funnel
 funnel_curves = jax.jit(funnel.funnel_curves, static_argnums=3)
 
 
-def test_curves_by_hand() -> None:
-    # The student's order is a, b, c, d; the last entry is padding. The teacher's is d, b, c, a,
-    # so its own top 2 is {d, b}. Shown of the top k by the teacher:
-    # k = 1: a; k = 2: b, a; k = 3: b, c; k = 4: d, b; k = 5: the same.
-    curves = funnel_curves(
-        jnp.array([[0.9, 0.8, 0.7, 0.6, 9.0]]),
-        jnp.array([[1.0, 3.0, 2.0, 4.0, 9.0]]),
-        jnp.array([[True, True, True, True, False]]),
-        2,
-        jnp.array([[50.0, 10.0, 20.0, 30.0, 99.0]]),
-        jnp.array([[False, True, False, True, True]]),
-        # Task 0 was done with a and b, task 1 with c and, wrongly, the padding.
-        jnp.array([[[1, 0], [1, 0], [0, 1], [0, 0], [1, 1]]], bool),
-    )
-    np.testing.assert_allclose(curves.survival, [[0.0, 0.5, 0.5, 1.0, 1.0]])
-    np.testing.assert_allclose(curves.value_captured, [[1.0, 4.0, 5.0, 7.0, 7.0]])
-    # By true values, letting more pass can lose: the teacher chooses wrongly.
-    np.testing.assert_allclose(curves.true_value_captured, [[50.0, 60.0, 30.0, 40.0, 40.0]])
-    # Of b and d, which were shown; that the padding was, too, is nonsense and does not count.
-    np.testing.assert_allclose(curves.shown_kept, [[0.0, 1.0, 1.0, 2.0, 2.0]])
-    np.testing.assert_allclose(curves.positives_kept[0].T, [[1, 2, 2, 2, 2], [0, 0, 1, 1, 1]])
-    np.testing.assert_allclose(curves.positives_shown[0].T, [[1, 2, 1, 1, 1], [0, 0, 1, 0, 0]])
-    assert curves.counts.all()
-
-
 def brute_force(
     student: np.ndarray,
     teacher: np.ndarray,
@@ -147,20 +122,6 @@ def test_shown_must_be_positive() -> None:
         funnel.funnel_curves(jnp.ones((1, 2)), jnp.ones((1, 2)), jnp.ones((1, 2), bool), 0)
 
 
-def test_value_by_hand() -> None:
-    # 0.5 · 1 + 0.25 · 4 = 1.5
-    np.testing.assert_allclose(funnel.value(jnp.array([[0.5, 0.25]]), jnp.array([1.0, 4.0])), [1.5])
-
-
-def test_captured_share_and_passed_for_a_target() -> None:
-    share = funnel.captured_share(np.array([5.0, 9.0, 9.9, 10.0, 10.0]))
-    np.testing.assert_allclose(share, [0.5, 0.9, 0.99, 1.0, 1.0])
-    share = np.array([0.5, 0.98, 0.99, 1.0])
-    assert [funnel.passed_for(share, target) for target in (0.3, 0.98, 0.99, 0.991)] == [1, 2, 3, 4]
-    assert np.isnan(funnel.passed_for(np.full(4, np.nan), 0.99))
-    assert np.isnan(funnel.captured_share(np.zeros(3))).all()
-
-
 @pytest.mark.parametrize("size", [1, 7, 2000, 1 << 16])
 def test_ascending_sorts_as_numpy_does_stably(size):
     rng = np.random.default_rng(size)
@@ -168,3 +129,33 @@ def test_ascending_sorts_as_numpy_does_stably(size):
     special = rng.choice(np.array([np.inf, -np.inf, np.nan, -np.nan, 0.0, -0.0], np.float32), size)
     for of in (values, values.round(), np.where(rng.random(size) < 0.5, special, values)):
         np.testing.assert_array_equal(funnel.ascending(of), np.argsort(of, kind="stable"))
+
+
+def test_passed_for_on_all_ks_is_the_smallest_that_reaches_the_target() -> None:
+    generator = np.random.default_rng(8)
+    # Not every step rises, as with true value.
+    curves = np.cumsum(generator.normal(0.4, 1, (30, 50, 2)), axis=0)
+    curves[-1] = np.abs(curves[-1]) + 1
+    found = funnel.passed_for(curves, np.arange(1, 31), 0.9)
+    for curve, k in zip(curves.reshape(30, -1).T, found.ravel(), strict=True):
+        assert k == next(k for k in range(1, 31) if curve[k - 1] / curve[-1] >= 0.9)
+
+
+@pytest.mark.parametrize(
+    ("curve", "target", "expected"),
+    [
+        # Between two k on the line, below the first k the first, and exact.
+        ([5.0, 7, 8], 0.92, 28),
+        ([7.9, 8, 8], 0.92, 10),
+        ([7.1, 7.6, 8], 0.92, 16),
+        ([5.0, 7, 8], 1, 40),
+        ([7.9, 8, 8], 1, 20),
+        # Nothing to capture, and where the curve is unknown.
+        ([0.0, 0, 0], 0.99, np.nan),
+        ([np.nan, 1, 2], 0.99, 40),
+        ([np.nan] * 3, 0.99, np.nan),
+    ],
+)
+def test_passed_for_between_the_kept_ks(curve, target, expected) -> None:
+    found = funnel.passed_for(np.array(curve), np.array([10, 20, 40]), target)
+    np.testing.assert_array_equal(found, expected)

@@ -12,18 +12,14 @@ import pandas as pd
 import pytest
 from scipy.special import kl_div
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import log_loss, roc_auc_score
+from sklearn.metrics import log_loss
 
 from kd_ranker.batch import Stage
 from kd_ranker.evaluation import evaluate, metrics, results
 from kd_ranker.evaluation.metrics import METRICS, Metric, ReportAt, Sums, ratio
 from kd_ranker.evaluation.ranked import Ranked
 from kd_ranker.evaluation.saving import SAVINGS
-from kd_ranker.report.estimates import Estimates
-from kd_ranker.report.study import read_studies
-from kd_ranker.report.tables import comparison, main_table, summary_table
 from tests.evaluation.cases import SHOWN, TARGETS, TASKS, VALUE_WEIGHTS, Case, random_case
-from tests.report import sweeps
 
 # The ids that training included are not given in a `Case`.
 UNSEEN = {"unseen_users", "unseen_items"}
@@ -56,7 +52,7 @@ def test_row_of_one_small_request_by_hand() -> None:
         teacher=entries([0.1, 0.5, 0.2, 0.8]),
         teacher_weight=np.ones((1, 4, 2), np.float32),
         stage=np.array([[1, 3, 3, 2]], np.int8),
-        label=entries([0, 1, 0, 0]),
+        label=entries([1, 1, 0, 1]),  # those of weight 0 count for nothing
         label_weight=np.array([[0.0, 1.0, 3.0, 0.0]], np.float32),
         true=entries([1, 0, 1, 1]),
         request_mask=np.ones(1, bool),
@@ -115,20 +111,6 @@ def test_row_has_the_measured_columns_of_the_results_in_their_order() -> None:
     assert list(row) == [name for name in columns if name not in others]
     assert all(type(number) is float for number in row.values())
     assert empty_of(row) == set()
-
-
-def test_user_metrics_are_those_of_scikit_learn() -> None:
-    case = random_case()
-    row = case.row([])
-    for index, task in enumerate(TASKS):
-        label, student = case.label[..., index], case.student[..., index]
-        expected = log_loss(label.ravel(), student.ravel(), sample_weight=case.label_weight.ravel())
-        np.testing.assert_allclose(row[f"user_bce/{task}"], expected, rtol=1e-5)
-        areas = [
-            roc_auc_score(labels[weights > 0], students[weights > 0])
-            for labels, students, weights in zip(label, student, case.label_weight, strict=True)
-        ]
-        np.testing.assert_allclose(row[f"user_auc/{task}"], np.mean(areas), rtol=1e-5)
 
 
 def test_alignment_is_measured_on_the_shown_that_the_teacher_knows() -> None:
@@ -206,36 +188,15 @@ def test_regret_is_that_of_the_top_that_the_ranker_itself_would_show() -> None:
         assert row["top_calibration"] == pytest.approx(promised / found, rel=1e-4)
 
 
-def test_recall_of_the_shown_pools_requests_shown_in_part() -> None:
-    case = random_case(requests=5, candidates=6)
-    # By their places in the student's order: best first.
-    case.student[:] = np.linspace(0.9, 0.1, 6)[None, :, None]
-    case.stage[:] = Stage.RETRIEVED
-    case.stage[0, [0, 3]] = Stage.SHOWN
-    case.stage[1, [1, 2, 4, 5]] = Stage.SHOWN
-    case.stage[1, 3] = Stage.PASSED
-    case.stage[2] = Stage.SHOWN  # whole
-    case.stage[3, 0] = Stage.PASSED  # none
-    case.stage[4, 0] = Stage.SHOWN
-    case.request_mask[4] = False  # only fills the batch
-    case.teacher_weight[:] = 0  # whatever the teacher knows
-    case.teacher[:] = np.nan
-    row = case.row([1, 3, 6])
-    # Six were shown: of request 0 the best and the fourth, of request 1 all but two.
-    shares = [row[f"shown_recall@{k}"] for k in (1, 3, 6)]
-    np.testing.assert_allclose(shares, [1 / 6, (1 + 2) / 6, 1.0], rtol=1e-6)
-    assert np.isnan(case.of_requests(slice(2, 5)).row([1, 3, 6])["shown_recall@3"])
-
-
 def test_the_sums_of_each_request_are_those_of_a_batch_of_it() -> None:
     case = random_case()
     case.label_weight[1] = 0  # nothing was shown
     case.teacher_weight[2] = 0  # nothing is known
     case.request_mask[5] = False
     ks, candidates = (1, 7, 99), case.stage.shape[1]
-    alone, curves = case.sums_of_each(ks)
-    assert not alone.keys() & curves.keys()
-    each = alone | curves
+    single, curves = case.sums_of_each(ks)
+    assert not single.keys() & curves.keys()
+    each = single | curves
     at = np.minimum(ks, candidates) - 1
     for request in range(6):
         # All other requests only fill the batch.
@@ -247,15 +208,15 @@ def test_the_sums_of_each_request_are_those_of_a_batch_of_it() -> None:
             if not name.startswith("bin_")
         }
         assert_same_sums({name: of[request] for name, of in each.items()}, expected)
-    assert alone["user_bce"].shape == (6, len(TASKS))
+    assert single["user_bce"].shape == (6, len(TASKS))
     assert curves["survival"].shape == (6, len(ks))
     assert curves["positives_kept"].shape == (6, len(ks), len(TASKS))
-    assert alone["funnel_requests"].tolist() == [1, 1, 0, 1, 1, 0]
+    assert single["funnel_requests"].tolist() == [1, 1, 0, 1, 1, 0]
 
 
 def test_an_axis_of_tasks_as_long_as_that_of_candidates_is_no_curve() -> None:
     of_each = random_case(candidates=len(TASKS)).sums_of_each((1,))
-    assert of_each.alone["user_bce"].shape == (6, len(TASKS))
+    assert of_each.sums["user_bce"].shape == (6, len(TASKS))
     assert of_each.curves["value_captured"].shape == (6, 1)
 
 
@@ -265,28 +226,6 @@ def shown_by_funnel(case: Case, request: int, among: list[int], passed: int) -> 
     best = sorted(among, key=lambda place: -student[place])[:passed]
     known = [place for place in best if (case.teacher_weight[request, place] > 0).all()]
     return sorted(known, key=lambda place: -teacher[place])[:SHOWN]
-
-
-def test_hit_rates_are_ratios_of_sums_over_the_positive_labels_that_count() -> None:
-    case = random_case()
-    case.label[case.label_weight == 0] = 1  # not shown
-    case.label[0] = 0  # no positive label in this request
-    case.teacher_weight[:, ::3, 1] = 0  # these the teacher never shows
-    case.request_mask[4] = False
-    row = case.row([1, 8, 40])
-    for k in (1, 8, 40):
-        kept, shown, positives = np.zeros((3, len(TASKS)))
-        for request in np.flatnonzero(case.request_mask):
-            positive = case.label[request] * (case.label_weight[request] > 0)[:, None]
-            passed = np.argsort(-(case.student[request] @ VALUE_WEIGHTS))[:k]
-            kept += positive[passed].sum(axis=0)
-            shown += positive[shown_by_funnel(case, request, [*range(40)], k)].sum(axis=0)
-            positives += positive.sum(axis=0)
-        for index, task in enumerate(TASKS):
-            share, end_to_end = kept[index] / positives[index], shown[index] / positives[index]
-            assert row[f"hit_rate@{k}/{task}"] == pytest.approx(share, rel=1e-6)
-            assert row[f"end_to_end_hit_rate@{k}/{task}"] == pytest.approx(end_to_end, rel=1e-6)
-    assert row["hit_rate@40/watch"] == 1 > row["end_to_end_hit_rate@40/watch"] > 0
 
 
 def test_a_batch_split_in_two_has_the_same_sums_with_all_digits() -> None:
@@ -333,19 +272,6 @@ def test_requests_that_only_fill_the_batch_do_not_count() -> None:
     for array in (case.student, case.teacher, case.true, case.label):
         array[3:] = np.nan
     assert_same_sums(case.sums(), expected)
-
-
-def test_a_candidate_without_teacher_probability_is_never_chosen() -> None:
-    case = random_case()
-    case.teacher_weight[:, ::2, 1] = 0  # of one task, which is enough
-    case.teacher[:, ::2, 1] = 7  # improper, and more than any other
-    holes = case.sums()
-    case.teacher[:, ::2] = 0  # the same choice from a teacher that values them least
-    case.true[:, ::2] = 0  # and where it has no other, the choice of them brings nothing
-    case.teacher_weight[:] = 1
-    worst = case.sums()
-    for name in ("survival", "value_captured", "true_value_captured", "funnel_requests"):
-        np.testing.assert_allclose(holes[name], worst[name], rtol=1e-6)
 
 
 def test_teacher_judged_as_a_student() -> None:
@@ -513,117 +439,40 @@ def test_a_label_without_a_propensity_has_no_weight() -> None:
     assert of_without[1] != pytest.approx(of_case[1])
 
 
-def top_item(ranked: Ranked) -> Sums:
-    teacher_value = jnp.where(ranked.mask, ranked.teacher_value, -jnp.inf)
-    favourite = jnp.argmax(teacher_value, axis=1)[:, None]
-    before = ranked.value > jnp.take_along_axis(ranked.value, favourite, axis=1)
-    place = 1 + (before & ranked.mask).sum(axis=1)
-    return {"top_item": 1 / place, "top_item_requests": jnp.ones(len(place))}
-
-
 def liked_kept(ranked: Ranked) -> Sums:
     by_student = jnp.argsort(-ranked.value, axis=1)[..., None]
     positive = ranked.batch.user_label * (ranked.label_weight > 0)[..., None]
     return {"kept": jnp.take_along_axis(positive, by_student, axis=1).cumsum(axis=1)}
 
 
-RECIPROCAL_RANK = Metric(
-    name="top_item_mrr",
-    formula="1 / the place of the teacher's favourite in the student's order, a mean over requests",
-    title="MRR",
-    digits=3,
-    better="higher",
-    sums=(top_item,),
-    ends=lambda sums, _: ratio(sums["top_item"], sums["top_item_requests"]),
-    main=(5, "each"),
-    summary="each",
-)
 KEPT_RATE = Metric(
     name="kept_rate",
     formula="the share of the positive labels that the student's top k keeps",
-    title="kept rate",
-    digits=3,
-    better="higher",
     per=("k", "task"),
     sums=(liked_kept,),
     ends=lambda sums, _: ratio(sums["kept"], sums["kept"][-1]),
-    main=(5, "first"),
 )
 
 
-@pytest.fixture
-def registered():
-    with mock.patch.dict(METRICS, {new.name: new for new in (RECIPROCAL_RANK, KEPT_RATE)}):
-        yield
-
-
-@pytest.mark.usefixtures("registered")
-def test_a_metric_that_is_put_into_the_table_is_measured():
+def test_a_metric_that_is_put_into_the_table_is_measured_and_has_its_columns():
     case = random_case()
-    row = case.row([1, 10])
-    value, of_teacher = case.student @ VALUE_WEIGHTS, case.teacher @ VALUE_WEIGHTS
-    favourites = of_teacher.argmax(axis=1)
-    places = [(-of).argsort().argsort()[top] + 1 for of, top in zip(value, favourites, strict=True)]
-    assert row["top_item_mrr"] == pytest.approx(np.mean([1 / place for place in places]))
-    positive = case.label * (case.label_weight > 0)[..., None]
-    curves = metrics.curves(case.sums(), TASKS)
+    with mock.patch.dict(METRICS, kept_rate=KEPT_RATE, other=KEPT_RATE._replace(name="other")):
+        row, curves = case.row([1, 10]), metrics.curves(case.sums(), TASKS)
+        # A function that two metrics share is called once.
+        assert metrics.sum_functions() == (*metrics.SUMS, liked_kept)
+        assert "kept_rate@10/like" in results.columns(TASKS, ReportAt(ks=(10,)))
+        assert "kept_rate/like" in results.curves_columns(TASKS)
+        assert metrics.title_of("kept_rate@10/like") == "kept rate@10 like"
+    value, positive = case.student @ VALUE_WEIGHTS, case.label * (case.label_weight > 0)[..., None]
     for k, (index, task) in itertools.product((1, 10), enumerate(TASKS)):
         kept = np.take_along_axis(positive[..., index], (-value).argsort(axis=1)[:, :k], axis=1)
         share = pytest.approx(kept.sum() / positive[..., index].sum(), rel=1e-5)
-        assert row[f"kept_rate@{k}/{task}"] == share
+        assert row[f"kept_rate@{k}/{task}"] == row[f"other@{k}/{task}"] == share
         assert curves[f"kept_rate/{task}"][k - 1] == share
 
 
-@pytest.mark.usefixtures("registered")
-def test_a_metric_that_is_put_into_the_table_is_in_every_file_and_table(tmp_path):
-    columns = results.columns(TASKS, ReportAt(ks=(10, 50)))
-    expected = ["top_item_mrr", *(f"kept_rate@{k}/{task}" for k in (10, 50) for task in TASKS)]
-    assert columns[-7:] == [*expected, "non_finite_step", "member"]
-    assert results.curves_columns(TASKS)[-2:] == ["kept_rate/watch", "kept_rate/like"]
-
-    def measured(frame):
-        follows = frame["mode"].map({"none": 0.2, "shared": 0.6}).fillna(1.0)
-        luck = 0.01 * frame["seed"]
-        return frame.assign(**{"top_item_mrr": follows + luck, "kept_rate@200/watch": follows})
-
-    workdir = sweeps.write_sweep(
-        tmp_path, modes=("none", "shared"), weights=(1.0,), seeds=(0, 1), without=sweeps.OF_REQUESTS
-    )
-    sweeps.change(workdir, measured)
-    (study,) = read_studies([workdir])
-    estimates = Estimates(study)
-    numbers = comparison(study, estimates)
-    of_mrr = numbers[numbers["measure"] == "top_item_mrr"].set_index("setting")
-    assert of_mrr["best"].to_dict() == {"none": False, "shared, weight 1": True}
-    assert of_mrr.loc["shared, weight 1", "difference"] == pytest.approx(0.4)
-    table = main_table(study, estimates, numbers)
-    assert {"MRR", "kept rate@200 watch"} <= set(table.cells)
-    assert list(table.cells.loc[table.cells["mode"] == "none", "MRR"]) == ["0.205 ± 0.064"]
-    text = summary_table(results.read_csv(workdir / results.FILE), 200)
-    assert "MRR" in text.splitlines()[0]
-    assert "0.205±0.005" in text
-
-
-def test_a_sum_is_computed_once_however_many_metrics_use_it():
-    calls = []
-
-    def once(ranked: Ranked) -> Sums:
-        calls.append(1)
-        return {"once": ranked.mask.sum(axis=1)}
-
-    more = {
-        name: RECIPROCAL_RANK._replace(name=name, sums=(once,), ends=lambda sums, _: sums["once"])
-        for name in ("one", "other")
-    }
-    with mock.patch.dict(METRICS, more):
-        row = random_case().row([1])
-    assert row["one"] == row["other"] > 0
-    # The student and the teacher share one program.
-    assert len(calls) == 1
-
-
 def test_two_sums_of_one_name_are_refused():
-    clash = RECIPROCAL_RANK._replace(sums=(lambda ranked: {"user_bce": ranked.mask.sum(axis=1)},))
+    clash = KEPT_RATE._replace(sums=(lambda ranked: {"user_bce": ranked.mask.sum(axis=1)},))
     with (
         mock.patch.dict(METRICS, {clash.name: clash}),
         pytest.raises(ValueError, match="two sums of the metrics are named user_bce"),
@@ -631,28 +480,20 @@ def test_two_sums_of_one_name_are_refused():
         random_case().sums()
 
 
-def test_directions():
-    directions = {
-        "user_bce/watch": "lower", "teacher_bce": "lower", "teacher_kl/like": "lower",
-        "passed_for_99": "lower", "passed_for_99.5": "lower", "cost_ratio": "lower",
-        "user_auc/watch": "higher",
-        "survival@200": "higher", "value_captured@50": "higher", "funnel_cost_saving": "higher",
-        "user_calibration/watch": "one", "alignment_ratio": None,
-    }  # fmt: skip
-    assert {column: metrics.metric_of(column).better for column in directions} == directions
-    assert metrics.metric_of("distill_weight") is None
-
-
 def test_the_columns_and_titles_of_the_main_table_and_of_the_terminal():
-    assert all(metric.compared for metric in METRICS.values() if metric.main)
-    titles = [metrics.title_of(column) for column in metrics.main_columns(("a", "b"), 200)]
-    assert titles == [
+    titles = {
+        short: [
+            metrics.title_of(column, short)
+            for column in metrics.table_columns(of_table, ("a", "b"), 200)
+        ]
+        for short, of_table in ((False, metrics.MAIN), (True, metrics.SUMMARY))
+    }
+    assert titles[False] == [
         "passed for 99%", "saving", "cost ratio", "survival@200", "value@200", "true value@200",
         "hit rate@200 a", "end-to-end hit rate@200 a", "teacher KL", "alignment ratio", "AUC a",
         "AUC b", "user BCE a", "user BCE b",
     ]  # fmt: skip
-    columns = metrics.summary_columns(("a", "b"), 200)
-    assert [metrics.title_of(column, short=True) for column in columns] == [
+    assert titles[True] == [
         "AUC a", "AUC b", "calib. a", "KL a", "alignment", "survival@200", "value@200",
         "true value@200", "hits@200 a", "end hits@200 a", "passed for 99%", "regret",
         "cost ratio", "saving",

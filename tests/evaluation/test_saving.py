@@ -4,7 +4,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -56,16 +55,6 @@ def test_the_heads_that_a_serving_choice_reads(mode: str, serve: str, heads: int
     assert saving.heads_read(served, MODES[mode].heads_per_task * 3) == heads
 
 
-def test_funnel_cost_by_hand() -> None:
-    # A student of 5% of the teacher: 2000 · 5 + 200 · 100, and with half as many passed.
-    baseline = saving.funnel_cost(2000, 200, 5.0, 100.0)
-    distilled = saving.funnel_cost(2000, 100, 5.0, 100.0)
-    assert baseline == 30_000
-    assert distilled == 20_000
-    assert saving.funnel_cost_saving(distilled, baseline) == pytest.approx(1 / 3)
-    assert np.isnan(saving.funnel_cost(2000, float("nan"), 5.0, 100.0))
-
-
 def test_funnel_cost_in_the_users_own_unit_by_hand() -> None:
     config = defaults.get_config("cascade")
     assert saving.costs_of(config) == saving.FLOPS
@@ -92,17 +81,6 @@ def rows_of(passed_by_setting, split="validation"):
         if passed is not None
     ]  # fmt: skip
     return pd.DataFrame(lines)
-
-
-def test_a_table_has_a_line_a_repeat_and_columns_in_the_order_of_the_file():
-    rows = pd.DataFrame(
-        {"setting": ["b", "a", "b"], "repeat": ["0/0", "0/0", "1/0"], "m": [1.0, 2.0, 3.0]}
-    )
-    table = saving.by_repeat(rows, "m")
-    assert list(table) == ["b", "a"]
-    assert table.loc["1/0", "b"] == 3.0
-    assert math.isnan(table.loc["1/0", "a"])
-    assert saving.by_repeat(rows, "absent").isna().all(axis=None)
 
 
 def test_of_each_way_the_setting_that_needs_the_fewest_on_validation_is_chosen():

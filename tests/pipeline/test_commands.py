@@ -109,7 +109,7 @@ def test_the_report_of_single_runs_has_what_that_of_a_sweep_has(trained):
     """Curves and intervals over requests, and a saving where there is a baseline."""
     (study,) = read_studies([trained("none"), trained("shared")])
     assert len(study.teachers) == 1
-    assert not study.missing["requests"]
+    assert study.kept
     estimates = Estimates(study)
     assert estimates.gap("shared, weight 1", "none", "passed_for_99").covers == "requests"
     assert np.isfinite(estimates.saving("shared, weight 1", 0.99).low)

@@ -242,7 +242,7 @@ def _each(row: dict, curve: pd.DataFrame) -> Each:
         return spread(np.array([row.get(f"{name}/{task}", math.nan) for task in TASKS]))
 
     per_task = np.repeat(weight[:, None], len(TASKS), axis=1)
-    alone = {
+    single = {
         "user_bce": of_tasks("user_bce"), "label_weight": per_task,
         "user_auc": of_tasks("user_auc"), "user_auc_requests": per_task,
         "predicted": of_tasks("user_calibration"), "observed": per_task,
@@ -254,7 +254,7 @@ def _each(row: dict, curve: pd.DataFrame) -> Each:
         "unseen_users": 0 * weight, "requests": weight, "unseen_items": 0 * weight,
         "candidates": weight * RETRIEVED, "funnel_requests": weight,
     }  # fmt: skip
-    alone["teacher_entropy"] = alone["teacher_bce"] - of_tasks("teacher_kl")
+    single["teacher_entropy"] = single["teacher_bce"] - of_tasks("teacher_kl")
     curves = {name: spread(curve.loc[_ks(), name].to_numpy()) for name in CURVES}
     every = np.multiply.outer(weight, np.ones(len(_ks())))
     curves |= {
@@ -263,7 +263,7 @@ def _each(row: dict, curve: pd.DataFrame) -> Each:
         "ips_user_value": np.nan * every,
     }  # fmt: skip
     positives = np.repeat(curves["survival"][..., None], len(TASKS), axis=-1)
-    return Each(alone, curves | dict.fromkeys(("positives_kept", "positives_shown"), positives))
+    return Each(single, curves | dict.fromkeys(("positives_kept", "positives_shown"), positives))
 
 
 def _bins(ranker: tuple[str, str]) -> pd.DataFrame:
@@ -330,6 +330,7 @@ def write_rows(
         full.append(line)
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(config.to_json())
+    (workdir / results.CALIBRATION_FILE).write_text("member\n")
     pd.DataFrame(full).to_csv(workdir / results.FILE, index=False)
     return finish(workdir)
 

@@ -90,12 +90,6 @@ STEPS = {
         "95 to 105), which saves 19% (95% interval 18 to 21) of the funnel's compute (against "
         "today's early ranker, taken as free it saves 30% (95% interval",
     ),
-    "a free ranker that costs less": (
-        # 84,000 FLOPs after 80,000 of the ranker that is free.
-        [*students(STUDENTS), reference_row("incumbent", 400)],
-        "which adds 5% (95% interval −7 to 17) of the funnel's compute (against mode none it saves "
-        "19% (95% interval 18 to 21)).",
-    ),
     "each saving with its verb": (
         # 82,000 after 78,000 of the list, 80,000 of the incumbent, and 120,100 of mode none.
         [*students({"none": [500, 501], "shared": [310, 310]}), reference_row("incumbent", 400),

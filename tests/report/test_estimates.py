@@ -14,7 +14,6 @@ from kd_ranker.report.intervals import (
     Interval,
     Measured,
     crossed_interval,
-    interval,
     request_counts,
 )
 from kd_ranker.report.study import read_studies
@@ -35,19 +34,19 @@ def each_of(seed: int) -> Each:
 
     per_task = ("user_bce", "label_weight", "user_auc", "user_auc_requests")
     per_task += ("teacher_bce", "teacher_weight", "teacher_entropy")
-    alone = {name: draw(1) for name in per_task}
-    alone |= {name: draw() for name in ("teacher_tau", "teacher_tau_requests")}
-    alone["funnel_requests"] = alone["requests"] = draw()
-    alone["candidates"] = RETRIEVED * alone["requests"]
+    single = {name: draw(1) for name in per_task}
+    single |= {name: draw() for name in ("teacher_tau", "teacher_tau_requests")}
+    single["funnel_requests"] = single["requests"] = draw()
+    single["candidates"] = RETRIEVED * single["requests"]
     steps = {name: np.sort(draw(len(KS)))[:, ::-1] for name in sweeps.CURVES}
     curves = {name: np.cumsum(of, axis=1) for name, of in steps.items()}
-    return Each(alone, curves | {"scored": np.multiply.outer(alone["requests"], KS)})
+    return Each(single, curves | {"scored": np.multiply.outer(single["requests"], KS)})
 
 
 # The oracles take the requests one by one, each `times` times, and search for k.
 def bce(each: Each, times: np.ndarray) -> float:
     drawn = np.repeat(np.arange(REQUESTS), times)
-    losses, weights = (each.alone[name][drawn, 0] for name in ("user_bce", "label_weight"))
+    losses, weights = (each.sums[name][drawn, 0] for name in ("user_bce", "label_weight"))
     return losses.sum(dtype=float) / weights.sum(dtype=float)
 
 
@@ -133,10 +132,9 @@ COUNTS = request_counts(REQUESTS, 60)
 
 def by_hand(number, confidence=0.95, seeds=SEEDS):
     """The interval of a number of (seed, times that each request counts), draw by draw."""
-    assert len(COUNTS) == estimates.DRAWS
-    each = np.array([number(seed, ONCE) for seed in seeds])
-    drawn = np.array([[number(seed, times) for seed in seeds] for times in COUNTS])
-    return crossed_interval(Measured(seeds, each, drawn, REQUESTS), confidence)
+    assert len(COUNTS) == 1 + estimates.DRAWS
+    numbers = np.array([[number(seed, times) for seed in seeds] for times in COUNTS])
+    return crossed_interval(Measured(seeds, numbers, REQUESTS), confidence)
 
 
 def assert_interval(found, expected):
@@ -166,7 +164,7 @@ def cost(shared, none, times):
 
 
 def survived(shared, none, times):
-    return curve(shared, times, "survival")[2] / (times @ shared.alone["funnel_requests"])
+    return curve(shared, times, "survival")[2] / (times @ shared.sums["funnel_requests"])
 
 
 def at_k(estimates, name, place):
@@ -221,19 +219,6 @@ def test_estimates_are_those_of_the_draws_one_by_one(made, name):
         assert narrower.high < found.high
 
 
-def test_a_saving_over_any_ranker_is_of_the_costs_of_both(made):
-    pair = ("shared, weight 1", "none")
-    found = made.saving(pair[0], over=pair[1])
-    # On the test each needs 7, 8 and 9 for 99%.
-    each = [saved(7.0 + seed, 7.0 + seed) for seed in SEEDS]
-    assert found.mean == pytest.approx(np.mean(each))
-    assert found == pytest.approx(made.of(pair[0], "funnel_cost_saving"))
-    # What the one saves of the other's cost, the other adds to its own.
-    other = np.mean([1 - 1 / (1 - saving) for saving in each])
-    assert made.saving(pair[1], over=pair[0]).mean == pytest.approx(other)
-    assert made.saving("none", over="none")[:3] == (0, 0, 0)
-
-
 def live_study(tmp_path, survival, positives, member="none"):
     """A study of two shown items, whose requests have so many positive labels, three of each."""
     rows = [
@@ -249,10 +234,11 @@ def live_study(tmp_path, survival, positives, member="none"):
         kept = np.zeros((REQUESTS, len(KS), 1))
         kept[:, -1, 0] = np.repeat(of, 3)
         found = each_of(7)
-        return Each(found.alone, found.curves | {"positives_kept": kept})
+        return Each(found.sums, found.curves | {"positives_kept": kept})
 
     of_requests = {("teacher", "user"): each([9, 9, 0, 9]), (member, "user"): each(positives)}
-    return study._replace(shown=2, value_weights=[2.0], kept=[(0, Kept(KS, of_requests))])
+    study.config.funnel.shown, study.config.value_weights = 2, (2.0,)
+    return study._replace(kept=[(0, Kept(KS, of_requests))])
 
 
 @pytest.mark.parametrize(
@@ -288,33 +274,6 @@ def test_a_live_test_that_cannot_be_planned(tmp_path):
 def test_what_is_not_measured_on_requests_varies_over_repeats_alone(made):
     gap = made.relative_gap("shared, weight 1", "none", "flops_per_candidate")
     assert gap == pytest.approx((0.4, 0.4, 0.4, 3, "repeats"))
-
-
-def test_of_sweeps_with_and_without_their_requests(tmp_path, made):
-    first = write(tmp_path / "a", rows_of((0, 1)), members(0, 1))
-    second = write(tmp_path / "b", rows_of((2,)), members(2))
-    bare = write(tmp_path / "c", rows_of((2,)))
-    # Repeats of several sweeps are those of one.
-    joined = estimates_of(first, second)
-    pair = (*PAIR, "user_bce/watch")
-    assert joined.gap(*pair) == pytest.approx(made.gap(*pair))
-    # Without the requests of one, intervals are over repeats.
-    joined = estimates_of(first, bare)
-    each = np.array([bce(EACH["shared", seed], ONCE) for seed in SEEDS])
-    assert joined.of(SHARED, "user_bce/watch") == pytest.approx(interval(each))
-    k = {mode: [passed(EACH[mode, seed], ONCE) for seed in SEEDS] for mode in FLOPS}
-    savings = np.array([saved(*of) for of in zip(k["shared"], k["none"], strict=True)])
-    assert joined.saving(SHARED, TARGET) == pytest.approx(interval(savings))
-    assert joined.curve("none", "survival").empty
-    # So they are for settings of which one lacks them.
-    others = [
-        row | {"mode": "aux", "weight": 1.0, "member": f"aux{row['seed']}"}
-        for row in rows_of((0, 1))
-        if row.get("mode") == "none"
-    ]
-    bare = write(tmp_path / "d", [rows_of(SEEDS)[0], *others])
-    gap = estimates_of(first, bare).gap("aux, weight 1", "none", "user_bce/watch")
-    assert gap == pytest.approx((0, 0, 0, 2, "repeats"))
 
 
 @pytest.mark.parametrize("teachers", [1, 2])

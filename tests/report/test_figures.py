@@ -25,11 +25,8 @@ def test_the_pareto_front_has_a_line_a_way_and_a_point_a_weight_of_it(estimates)
     assert set(data.loc[data["line"] == "aux", "serve"]) == {"teacher"}
     (none,) = data[data["mode"] == "none"].to_dict("records")
     assert np.isnan(none["weight"])
-    rows = estimates.study.rows
-    rows = rows[(rows["setting"] == "none") & (rows["split"] == "validation")]
-    assert none["user_bce"] == pytest.approx(
-        rows[[f"user_bce/{task}" for task in sweeps.TASKS]].to_numpy().mean()
-    )
+    rows = estimates.study.rows.query("setting == 'none' and split == 'validation'")
+    assert none["user_bce"] == pytest.approx(rows.filter(like="user_bce/").to_numpy().mean())
     assert none["user_bce_low"] < none["user_bce"] < none["user_bce_high"]
 
 
@@ -39,18 +36,11 @@ def test_the_curves_are_means_of_what_was_chosen_of_each_way_on_test(estimates, 
     # Today's early ranker is muted.
     assert list(data["line"].unique()) == ["none", "aux", "shared", "incumbent"]
     assert set(data.loc[data["mode"] == figures.REFERENCE, "line"]) == {"incumbent"}
-    at = data[(data["line"] == "shared") & (data["k"] == 200)].iloc[0]
-    rows = estimates.study.tested
-    rows = rows[rows["way"] == "shared"]
-    # The sums that are kept are those of float32; captured shares end at 1.
-    assert at["mean"] == pytest.approx(
-        (rows[f"{measure}@200"] / (1.02 if measure.startswith("true") else 1)).mean(), abs=1e-5
-    )
-    assert at["low"] < at["mean"] < at["high"]
-    assert at["passed_for_99"] == pytest.approx(rows["passed_for_99"].mean())
-    # A k that one member alone holds is no mean.
-    assert data.groupby("line")["k"].nunique().nunique() == 1
-    assert data["k"].max() == 2000
+    of_shared = data[data["line"] == "shared"].reset_index(drop=True)
+    curve = estimates.curve("shared, weight 1", measure)
+    pd.testing.assert_frame_equal(of_shared[list(curve)], curve)
+    passed = estimates.of("shared, weight 1", "passed_for_99").mean
+    assert set(of_shared["passed_for_99"]) == {passed}
 
 
 def test_a_list_is_drawn_over_k_if_no_student_without_scores_needs_fewer(tmp_path):
@@ -72,25 +62,11 @@ def test_the_waterfall_goes_from_today_to_the_best_with_scores(estimates):
         "best with scores": best_with_scores(estimates.study),
     }  # fmt: skip
     assert dict(zip(data["line"], data["setting"], strict=True)) == steps
-    rows = pd.concat([estimates.study.tested, estimates.study.references])
-    on_test = rows[rows["split"] == "test"].groupby("setting")["passed_for_99"].mean()
-    assert list(data["mean"]) == pytest.approx([on_test[setting] for setting in steps.values()])
+    for line in data.to_dict("records"):
+        mean = estimates.of(line["setting"], "passed_for_99")
+        assert (line["mean"], line["low"], line["high"]) == pytest.approx(mean[:3], nan_ok=True)
     assert data["mean"].iloc[0] == 1500
     assert data["mean"].is_monotonic_decreasing
-    assert (data["low"] < data["mean"]).iloc[1:].all()
-    assert (data["mean"] < data["high"]).iloc[1:].all()
-
-
-def test_the_waterfall_leaves_out_the_steps_that_a_log_does_not_know(tmp_path):
-    rows = [
-        {"mode": mode, "seed": seed, "passed": passed}
-        for mode, passed in (("none", 400), ("shared", 300)) for seed in (0, 1)
-    ]  # fmt: skip
-    study = sweeps.study_of(tmp_path, [sweeps.teacher_row(), *rows])
-    data = drawn("waterfall", Estimates(study)).data
-    assert dict(zip(data["line"], data["mean"], strict=True)) == {
-        "mode none": 400, "best without scores": 400, "best with scores": 300,
-    }  # fmt: skip
 
 
 def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(estimates):
@@ -98,14 +74,11 @@ def test_the_plane_has_a_mark_a_way_against_the_best_without_scores(estimates):
     data = drawn("plane", estimates).data
     assert study.baseline == "none"
     assert list(data["line"]) == ["aux", "shared"]
-    users = study.tested.pivot(index="repeat", columns="setting", values="true_value_for_99")
-    savings = study.tested.groupby("setting")["funnel_cost_saving"].mean()
     for mark in data.to_dict("records"):
-        change = (users[mark["setting"]] / users["none"] - 1).mean()
-        assert mark["users"] == pytest.approx(change, abs=1e-6)
-        assert mark["saving"] == pytest.approx(savings[mark["setting"]], abs=1e-6)
-        assert mark["users_low"] < mark["users"] < mark["users_high"]
-        assert mark["saving_low"] < mark["saving"] < mark["saving_high"]
+        users = estimates.relative_gap(mark["setting"], "none", "true_value_for_99")
+        for name, mean in (("users", users), ("saving", estimates.saving(mark["setting"]))):
+            found = [mark[f"{name}{end}"] for end in ("", "_low", "_high")]
+            assert found == pytest.approx(mean[:3])
         assert mark["margin"] == -study.margin
 
 
@@ -177,34 +150,6 @@ def test_calibration_joins_repeats_by_weight(estimates):
     assert len(bins) == 3
     assert line["weight"] == pytest.approx(bins["weight"].sum())
     assert line["observed"] == pytest.approx(np.average(bins["observed"], weights=bins["weight"]))
-
-
-@pytest.mark.parametrize(
-    ("file", "absent"),
-    [
-        ("cohorts/0/test/requests.parquet", [*CURVES, "saving"]),
-        ("calibration.csv", ["calibration"]),
-    ],
-)
-def test_a_figure_without_its_file_is_left_out_and_says_why(tmp_path, file, absent):
-    estimates = sweeps.estimates_of(tmp_path, without=[file], seeds=(0,))
-    for figure in figures.figures(estimates.study, estimates):
-        # Some targets are in the tables, so that savings are known of these.
-        assert (figure.name in absent) == (
-            figure.data.empty or (figure.name == "saving" and "saving" in absent)
-        )
-        assert (figure.name in absent) == bool(figure.absent)
-        if figure.name in absent:
-            assert str(tmp_path) in figure.absent
-
-
-def test_curves_of_sweeps_of_which_one_lacks_its_requests_are_left_out(tmp_path):
-    whole = sweeps.write_sweep(tmp_path / "a", seeds=(0,))
-    part = sweeps.write_sweep(tmp_path / "b", seeds=(1,), without=sweeps.OF_REQUESTS)
-    (study,) = read_studies([whole, part])
-    for figure in figures.figures(study, Estimates(study)):
-        assert (figure.name in CURVES) == figure.data.empty
-        assert (str(part) in figure.absent) == (figure.name in [*CURVES, "saving"])
 
 
 def test_where_the_truth_is_not_known_users_labels_are_drawn(tmp_path):

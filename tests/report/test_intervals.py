@@ -5,7 +5,6 @@ import runpy
 import sys
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import stats
 
@@ -15,30 +14,22 @@ from kd_ranker.report.intervals import (
     Measured,
     combined,
     crossed_interval,
-    difference,
     equivalence,
     interval,
-    measured,
-    passed_for,
     request_counts,
-    resampled_sums,
 )
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
 def test_intervals_are_scipys_over_the_known_repeats(count):
-    generator = np.random.default_rng(count)
-    one, other = generator.normal(3, 2, count), generator.normal(0.5, 1, count)
-    unknown = [math.nan]
-    table = pd.DataFrame({"one": [*one, *unknown, 9.0], "other": [*other, 7.0, *unknown]})
-    found = [interval(np.array([*one, *unknown])), difference(table, "one", "other")]
-    for ours, values in zip(found, (one, one - other), strict=True):
-        assert (ours.n, ours.covers) == (count, "repeats" if count > 1 else "nothing")
-        ends = (math.nan, math.nan)
-        if count > 1:
-            ends = tuple(stats.ttest_1samp(values, 0).confidence_interval(0.95))
-        mean = values.mean() if count else math.nan
-        assert ours[:3] == pytest.approx((mean, *ends), nan_ok=True)
+    values = np.random.default_rng(count).normal(3, 2, count)
+    ours = interval(np.array([*values, math.nan]))
+    assert (ours.n, ours.covers) == (count, "repeats" if count > 1 else "nothing")
+    ends = (math.nan, math.nan)
+    if count > 1:
+        ends = tuple(stats.ttest_1samp(values, 0).confidence_interval(0.95))
+    mean = values.mean() if count else math.nan
+    assert ours[:3] == pytest.approx((mean, *ends), nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +66,12 @@ def test_equivalence_is_that_of_two_one_sided_t_tests():
     assert {"equivalent", "undecided"} <= set(found)
 
 
+def measured(values, counts, measure, repeats=None):
+    """A measure of the sums of terms [R, N, ...], on the requests and on each draw of them."""
+    names = tuple(range(len(values)) if repeats is None else repeats)
+    return Measured(names, measure(np.tensordot(counts, values, (1, 1))), values.shape[1])
+
+
 def share(sums):
     """The ratio of two sums, the last axis."""
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -92,21 +89,13 @@ def of_setting(generator, repeats, requests):
     return np.stack([weight * effect, np.broadcast_to(weight, effect.shape)], axis=-1)
 
 
-def test_sums_of_a_draw_are_those_of_its_requests_one_by_one():
-    generator = np.random.default_rng(0)
-    values = generator.normal(0, 1, (3, 5, 4, 2))
-    counts = request_counts(5, draws=7)
-    sums = resampled_sums(values, counts)
-    for draw, of_draw in zip(counts, sums, strict=True):
-        drawn = np.repeat(np.arange(5), draw)
-        np.testing.assert_allclose(of_draw, values[:, drawn].sum(axis=1), atol=1e-12)
-
-
 def test_each_draw_has_as_many_requests_as_there_are_and_depends_on_the_seed_alone():
-    counts = request_counts(50, draws=200, seed=3)
+    once, *counts = request_counts(50, draws=200, seed=3)
+    assert (once == 1).all()
+    counts = np.array(counts)
     assert (counts.sum(axis=1) == 50).all()
-    np.testing.assert_array_equal(counts, request_counts(50, draws=200, seed=3))
-    assert (counts != request_counts(50, draws=200, seed=4)).any()
+    np.testing.assert_array_equal(counts, request_counts(50, draws=200, seed=3)[1:])
+    assert (counts != request_counts(50, draws=200, seed=4)[1:]).any()
     # With replacement: a request's count varies by 1 − 1/N, and its mean is 1.
     assert counts.mean(axis=0) == pytest.approx(np.ones(50), abs=0.3)
     assert counts.var() == pytest.approx(0.98, rel=0.05)
@@ -114,40 +103,18 @@ def test_each_draw_has_as_many_requests_as_there_are_and_depends_on_the_seed_alo
 
 def test_a_crossed_interval_worked_by_hand():
     # N = 3, so N/(N − 1) = 1.5. Both repeats move alike: B = 1.5 · 1, S = 2 / 2.
-    alike = Measured((0, 1), np.array([1.0, 3]), np.array([[0.0, 2], [2, 4], [1, 3]]), 3)
+    alike = Measured((0, 1), np.array([[1.0, 3], [0, 2], [2, 4], [1, 3]]), 3)
     half = (4.30265 * 1.5 + 12.7062 * 1) / math.sqrt(2.5)
     assert crossed_interval(alike)[:4] == pytest.approx((2, 2 - half, 2 + half, 2), rel=1e-5)
     # They move against each other: B = 0, and S contains all of the variance.
-    apart = alike._replace(drawn=np.array([[0.0, 4], [2, 2], [1, 3]]))
+    apart = alike._replace(numbers=np.array([[1.0, 3], [0, 4], [2, 2], [1, 3]]))
     assert crossed_interval(apart).high == pytest.approx(2 + 12.7062, rel=1e-5)
     # Repeats that happen to agree: Cov = 0.5, so B = 0.75, and S = 0.
-    agree = Measured((0, 1), np.array([2.0, 2]), np.array([[0.0, 1], [2, 2], [1, 3]]), 3)
+    agree = Measured((0, 1), np.array([[2.0, 2], [0, 1], [2, 2], [1, 3]]), 3)
     assert crossed_interval(agree).high == pytest.approx(2 + 4.30265 * 0.75**0.5, rel=1e-5)
     # At 90%, with the points of that.
     half = (2.91999 * 1.5 + 6.31375 * 1) / math.sqrt(2.5)
     assert crossed_interval(alike, 0.9).high == pytest.approx(2 + half, rel=1e-5)
-
-
-def test_a_crossed_interval_is_that_of_a_two_way_analysis_of_variance():
-    repeats, requests = 3, 40
-    generator = np.random.default_rng(1)
-    values = generator.normal(0, 1, (repeats, requests)) + generator.normal(0, 1, requests)
-    values += np.array([[0.0], [0.2], [0.3]])
-    ours = measured(values, request_counts(requests, 20_000), lambda sums: sums / requests)
-    rows = values.mean(axis=1, keepdims=True)
-    columns = values.mean(axis=0, keepdims=True)
-    residual = values - rows - columns + values.mean()
-    of_both = (residual**2).sum() / ((repeats - 1) * (requests - 1))
-    # E(mean square of requests) = R · Var(b) + Var(c), of repeats N · Var(a) + Var(c).
-    shared = (columns.var(ddof=1) * repeats - of_both) / (repeats * requests)
-    parts = np.array([shared, rows.var(ddof=1) / repeats])
-    points = stats.t.ppf(0.975, [requests - 1, repeats - 1])
-    half = points @ parts / math.sqrt(parts.sum())
-    found = crossed_interval(ours)
-    assert shared > 0
-    assert found.mean == pytest.approx(values.mean())
-    assert found.high - found.mean == pytest.approx(half, rel=0.01)
-    assert found.covers == "both"
 
 
 def test_one_repeat_gives_the_interval_of_its_requests_and_says_so():
@@ -190,59 +157,17 @@ def test_without_the_measure_there_is_no_interval():
 
 
 def test_draws_without_the_measure_are_left_out_if_they_are_few():
-    each, drawn = np.ones(2), np.random.default_rng(7).normal(1, 1, (100, 2))
-    kept = crossed_interval(Measured((0, 1), each, drawn[5:], 30))
-    drawn[:5, 0] = math.nan
-    assert crossed_interval(Measured((0, 1), each, drawn, 30)) == kept
-    drawn[5, 1] = math.nan
-    unknown = crossed_interval(Measured((0, 1), each, drawn, 30))
+    numbers = np.random.default_rng(7).normal(1, 1, (101, 2))
+    numbers[0] = 1
+    kept = crossed_interval(Measured((0, 1), np.delete(numbers, slice(1, 6), axis=0), 30))
+    numbers[1:6, 0] = math.nan
+    assert crossed_interval(Measured((0, 1), numbers, 30)) == kept
+    numbers[6, 1] = math.nan
+    unknown = crossed_interval(Measured((0, 1), numbers, 30))
     assert unknown.mean == 1
     assert math.isnan(unknown.low)
     assert math.isnan(unknown.high)
     assert (unknown.n, unknown.covers) == (2, "nothing")
-
-
-def test_passed_for_on_all_ks_is_the_smallest_that_reaches_the_target():
-    generator = np.random.default_rng(8)
-    # Not every step rises, as with true value.
-    curves = np.cumsum(generator.normal(0.4, 1, (50, 2, 30)), axis=-1)
-    curves[..., -1] = np.abs(curves[..., -1]) + 1
-    found = passed_for(curves, np.arange(1, 31), 0.9)
-    for curve, k in zip(curves.reshape(-1, 30), found.ravel(), strict=True):
-        assert k == next(k for k in range(1, 31) if curve[k - 1] / curve[-1] >= 0.9)
-
-
-@pytest.mark.parametrize(
-    ("curve", "target", "expected"),
-    [
-        # Between two k on the line, below the first k the first, and exact.
-        ([5.0, 7, 8], 0.92, 28),
-        ([7.9, 8, 8], 0.92, 10),
-        ([7.1, 7.6, 8], 0.92, 16),
-        ([5.0, 7, 8], 1, 40),
-        ([7.9, 8, 8], 1, 20),
-        # Nothing to capture, and where the curve is unknown.
-        ([0.0, 0, 0], 0.99, math.nan),
-        ([math.nan, 1, 2], 0.99, 40),
-        ([math.nan] * 3, 0.99, math.nan),
-    ],
-)
-def test_passed_for_between_the_kept_ks(curve, target, expected):
-    ks = np.array([10, 20, 40])
-    np.testing.assert_array_equal(passed_for(np.array(curve), ks, target), expected)
-    with pytest.raises(ValueError, match="a curve of 3 values at 2 values of k"):
-        passed_for(np.array(curve), ks[:2], target)
-
-
-def test_repeats_that_agree_exactly_leave_the_variance_of_the_requests() -> None:
-    generator = np.random.default_rng(0)
-    one = generator.normal(100, 1, 400)
-    # The draws of the two repeats vary against each other, and their mean less.
-    drawn = np.stack([one, 200 - 0.5 * one - 50], axis=1)
-    found = crossed_interval(Measured((0, 1), np.full(2, 100.0), drawn, 1000))
-    half = stats.t.ppf(0.975, 999) * np.sqrt(drawn.mean(axis=1).var(ddof=1) * 1000 / 999)
-    np.testing.assert_allclose(found.high - found.mean, half, rtol=1e-9)
-    assert half > 0
 
 
 def coverage(repeats, of_repeats, of_pairs, studies=1000, draws=100):
@@ -262,8 +187,8 @@ def coverage(repeats, of_repeats, of_pairs, studies=1000, draws=100):
         0, np.sqrt(of_repeats * repeats), (studies, repeats)
     )
     drawn = each[:, None] + of_requests(studies, draws)
-    names = tuple(range(repeats))
-    found = [crossed_interval(Measured(names, *one, 2000)) for one in zip(each, drawn, strict=True)]
+    numbers, names = np.concatenate([each[:, None], drawn], axis=1), tuple(range(repeats))
+    found = [crossed_interval(Measured(names, of, 2000)) for of in numbers]
     half = np.array([one.high - one.mean for one in found])
     return np.mean(1 - 2 * stats.norm.sf(half / np.sqrt(1 + of_repeats)))
 

@@ -1,6 +1,5 @@
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -31,7 +30,6 @@ def test_members_settings_and_repeats(tmp_path):
     assert all(sorted(of) == sorted(sweeps.REFERENCES) for _, of in references)
     assert (study.references["setting"] == study.references["member"]).all()
     assert study.varying == []
-    assert study.missing == {"calibration": [], "requests": []}
 
 
 def test_what_was_chosen_is_read_on_the_test_split_alone(tmp_path):
@@ -47,27 +45,6 @@ def test_what_was_chosen_is_read_on_the_test_split_alone(tmp_path):
     whose = set(zip(on_test["member"], on_test["serve"], strict=True))
     others = {(name, "user") for name in ("teacher", *sweeps.REFERENCES)}
     assert set(of_requests.each) == whose | others
-
-
-def test_what_requests_add_is_read_of_every_cohort_with_its_teacher(tmp_path):
-    whole = sweeps.write_sweep(tmp_path / "whole")
-    parts = sweeps.write_sweep(tmp_path / "parts", without=sweeps.OF_REQUESTS)
-    of = results.read_requests(whole / "cohorts" / "0" / "test")
-    names = [who for who in of.each if who[0] != "teacher"]
-    shares = [(("teacher", "user"), *share) for share in (names[::2], names[1::2])]
-    for cohort, share in enumerate(shares):
-        each = {who: of.each[who] for who in share}
-        folder = parts / "cohorts" / str(2 * cohort) / "test"
-        folder.mkdir(parents=True)
-        for name, content in results.request_files(of._replace(each=each), sweeps.TASKS).items():
-            (folder / name).write_bytes(content)
-    (study,) = read_studies([sweeps.finish(parts)])
-    assert [source for source, _ in study.kept] == [0, 0]
-    for share, (_, found) in zip(shares, study.kept, strict=True):
-        np.testing.assert_array_equal(found.ks, of.ks)
-        assert tuple(found.each) == share
-        for who in share:
-            jax.tree.map(np.testing.assert_array_equal, found.each[who], of.each[who])
 
 
 def test_of_sweeps_that_chose_differently_the_validation_of_both_decides(tmp_path):
@@ -174,18 +151,6 @@ def test_savings_are_against_the_best_of_each_kind_that_was_read_on_test(tmp_pat
         np.testing.assert_allclose(joined[f"{column}_x"], joined[f"{column}_y"])
 
 
-def test_results_of_an_older_version_are_refused(tmp_path):
-    """Reading needs no column that it does not ask for."""
-    whole = results.read_csv(sweeps.write_sweep(tmp_path, seeds=(0,)) / results.FILE)
-    for column in results.ALWAYS:
-        sweeps.change(tmp_path, lambda _, left=column: whole.drop(columns=left))
-        message = one_line([tmp_path])
-        assert f"{tmp_path / results.FILE} has no column {column}, so an older version" in message
-        assert "wrote it; run the sweep again in another --workdir" in message
-    sweeps.change(tmp_path, lambda _: whole[[*results.ALWAYS]])
-    assert read_studies([tmp_path])[0].chosen
-
-
 def titled(workdir, title, **options):
     """A sweep of an own log, which may have a title."""
     sweeps.write_sweep(workdir, dataset="parquet", **options)
@@ -226,26 +191,6 @@ def test_sweeps_of_a_dataset_are_joined_and_those_of_another_are_not(tmp_path):
     assert list(studies[0].configs) == [str(tmp_path / "a"), str(tmp_path / "b")]
 
 
-def test_of_several_teachers_each_counts_for_the_repeats_of_its_own_seed(tmp_path):
-    rows = [
-        row | {"seed": seed}
-        for seed in (0, 1)
-        for row in (
-            sweeps.teacher_row() | {"flops": 200.0 + seed},
-            sweeps.reference_row("show_rate", 500 + seed),
-            *({"mode": "none", "data_seed": data_seed, "member": f"{seed}{data_seed}",
-               "passed": 400} for data_seed in (0, 1)),
-        )
-    ]  # fmt: skip
-    study = sweeps.study_of(tmp_path, rows)
-    assert study.num_teachers == 2
-    of_repeats = study.teachers.set_index("repeat")["flops_per_candidate"].to_dict()
-    assert of_repeats == {"0/0": 200, "0/1": 200, "1/0": 201, "1/1": 201}
-    on_test = study.references[study.references["split"] == "test"]
-    passed = on_test.set_index("repeat")["passed_for_99"].to_dict()
-    assert passed == {"0/0": 500, "0/1": 500, "1/0": 501, "1/1": 501}
-
-
 def test_joined_sweeps_under_different_teachers_pair_references_by_their_own_sweep(tmp_path):
     """Also where both name their teacher's seed 0 and the students' seeds differ from it."""
 
@@ -266,24 +211,6 @@ def test_joined_sweeps_under_different_teachers_pair_references_by_their_own_swe
         on_test = table[table["split"] == "test"]
         assert on_test.set_index("repeat")[column].to_dict() == expected
         assert on_test.set_index("repeat")["source"].to_dict() == {"1/0": 0, "2/0": 0, "3/0": 1}
-
-
-def test_each_saving_has_its_baseline(tmp_path):
-    rows = [
-        sweeps.teacher_row(),
-        sweeps.reference_row("incumbent", 500),
-        sweeps.reference_row("show_rate", 250),
-        # The order of the final ranker's scores, and those that no funnel could use.
-        *(sweeps.reference_row(name, 20) for name in ("top_rate", "oracle", "random")),
-        {"mode": "none", "passed": 300},
-        {"mode": "shared", "passed": 125},
-    ]
-    study = sweeps.study_of(tmp_path, rows)
-    assert (study.baseline, study.plain, study.incumbent) == ("show_rate", "none", "incumbent")
-    (shared,) = study.tested[study.tested["mode"] == "shared"].to_dict("records")
-    # 2000 · 10 + 125 · 200 = 45,000 FLOPs, against 50,000, 80,000 and 100,000.
-    savings = [shared[column] for column in SAVINGS]
-    assert savings == pytest.approx([0.1, 1 - 45 / 80, 0.55])
 
 
 def one_line(workdirs):
@@ -325,29 +252,6 @@ def test_what_is_missing_names_the_command_that_makes_it(tmp_path):
     # A teacher's workdir is no sweep.
     sweeps.write_rows(absent, [sweeps.teacher_row()])
     message(f"{absent}: results.csv has no student")
-
-
-def test_missing_files_are_named_and_frozen_members_are_set_apart(tmp_path):
-    kinds = {
-        "calibration": "calibration.csv",
-        "requests": "cohorts/0/test/requests.parquet",
-    }  # fmt: skip
-    frozen = ["aux-weight1.0-seed1", "shared-weight0.3-seed0"]
-    without = [*kinds.values(), "environment.json"]
-    whole = sweeps.write_sweep(tmp_path / "a", seeds=(0, 1), frozen=frozen)
-    part = sweeps.write_sweep(tmp_path / "b", seeds=(2,), without=without)
-    (study,) = read_studies([whole, part])
-    assert study.missing == {
-        kind: [f"{part} holds no {file.split('/')[-1]}"] for kind, file in kinds.items()
-    }  # fmt: skip
-    for known in (study.kept, study.calibration):
-        assert len(known)
-    assert sorted(study.frozen["member"]) == sorted(frozen)
-    assert set(study.frozen["non_finite_step"]) == {700}
-    assert not set(frozen) & set(study.rows["member"])
-    assert list(study.environments) == [str(whole)]
-    assert study.environments[str(whole)]["packages"]["jax"] == "0.10.2"
-    assert json.loads(study.configs[str(part)])["funnel"]["passed"] == 200
 
 
 def test_overlapping_members_are_named(tmp_path):

