@@ -34,6 +34,7 @@ def get_config(variant: str = "") -> ConfigDict:
             teacher_weight="",  # 0 where the teacher's values do not count
             incumbent="",  # score of the current early ranker, higher first
             propensity="",  # probability with which a shown candidate was shown: random slots
+            split="",  # train, validation or test, for data.split = "column"
         )
     )
     # Stage -> its text in the stage column; integers as text. Without a stage column, a candidate
@@ -64,7 +65,7 @@ def get_config(variant: str = "") -> ConfigDict:
             recent=feature("user", "history", length=20),
         )
     )
-    config.data.split = "time"  # or request, user: by hash
+    config.data.split = "time"  # or request, user: by hash; or column: data.columns.split
     config.data.validation_share = 0.1  # with split "time", the requests before the test ones
     config.data.test_share = 0.1
     # Findings that prevent a dataset unless named here: rejected, one_label, few_positives, …

@@ -131,7 +131,7 @@ def wanted_columns(layout: LogLayout) -> list[Wanted]:
         ),
         Wanted("data.columns.item", columns["item"], "id", listed, listed, True),
     ]
-    uses = {"stage": "text", "teacher_version": "text"}
+    uses = dict.fromkeys(("stage", "teacher_version", "split"), "text")
     # Other columns may be the same for all candidates of a request, and then need no list.
     least = dict.fromkeys(("stage", "position", "incumbent"), listed)
     wanted += [

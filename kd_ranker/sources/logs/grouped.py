@@ -11,6 +11,7 @@ import numpy as np
 from ibis import _
 from jaxtyping import Int64
 
+from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.logs.layout import LogLayout
@@ -60,6 +61,8 @@ def group(
     # Ids that begin again in another month, say: neither time nor labels are of one request.
     apart = engine.keep("apart", times.filter(times["last"] - times["at"] > _LONGEST))
     good = rows.filter(rows.reason == 0)
+    if layout.split == "column":
+        _check_splits(engine, layout, good)
     too_long = []
     if engine.count(apart):
         too_long = [_rejected(good.semi_join(apart, "request"), Reason.SEVERAL_HOURS)]
@@ -107,6 +110,7 @@ def _requests(
     by_user = good.group_by("request", "user").agg(
         rows=_.count(), first=(_.file * _ROWS_OF_A_FILE + _.row).min(), last_time=_.time.max(),
         first_time=_.time.min(),
+        **({"logged_split": _.logged_split.min()} if layout.split == "column" else {}),
     )  # fmt: skip
     most = ibis.row_number().over(group_by="request", order_by=[ibis.desc("rows"), "user"])
     by_user = by_user.mutate(place=most)
@@ -116,6 +120,7 @@ def _requests(
         users=_.count(),
         first_time=_.first_time.max(where=_.place == 0),
         last_time=_.last_time.max(where=_.place == 0),
+        **({"logged_split": _.logged_split.min()} if layout.split == "column" else {}),
     )
     requests = engine.keep("users_of_requests", requests.join(times, "request"))
     requests = requests.mutate(split=_split(layout, requests, cutoffs))
@@ -137,6 +142,18 @@ def _requests(
     )
 
 
+def _check_splits(engine: Engine, layout: LogLayout, good: ir.Table) -> None:
+    """Raises UserError for requests without a split, or with rows of different splits."""
+    splits = good.group_by("request").agg(low=_.logged_split.min(), high=_.logged_split.max())
+    bad = splits.filter((splits.low < 0) | (splits.low != splits.high))
+    if number := engine.count(bad):
+        (example,) = engine.fetch(bad.order_by("request").limit(1))["request"].to_pylist()
+        raise UserError(
+            f"data.columns.split: in column {layout.columns['split']!r}, {number:,} requests, such "
+            f"as {example!r}, do not have one of {', '.join(SPLITS)} in all of their rows"
+        )
+
+
 def _rejected(rows: ir.Table, reason: Reason | None = None) -> ir.Table:
     """The rows as records of what is rejected; `reason` is that of all of them."""
     why = rows.reason if reason is None else ibis.literal(int(reason))
@@ -153,7 +170,8 @@ def _of_owners(rows: ir.Table, owners: ir.Table) -> ir.Table:
     """The rows of each request's own user, with what `owners` says of the request."""
     joined = rows.join(owners, "request")
     joined = joined.filter(joined.user == joined.owner)
-    return joined.drop("request", "users", "owner", "user", "reason")
+    unused = {"request", "users", "owner", "user", "reason", "logged_split"}
+    return joined.drop(*unused & {*joined.columns})
 
 
 def _once(
@@ -214,6 +232,8 @@ def _split(layout: LogLayout, requests: ir.Table, cutoffs: Cutoffs | None) -> ir
     train, validation, test = (ibis.literal(SPLITS.index(of), "int8") for of in SPLITS)
     if not layout.split:
         return test
+    if layout.split == "column":
+        return requests["logged_split"]
     if layout.split == "time":
         # Without cutoffs there are no requests.
         first = cutoffs or Cutoffs(0, 0)

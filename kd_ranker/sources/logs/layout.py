@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 from kd_ranker.errors import UserError, check_choice
 
 ROWS = ("candidate", "request")
-SPLIT_BY = ("time", "request", "user")
+SPLIT_BY = ("time", "request", "user", "column")
 TIME_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000}
 OWNERS = ("user", "context", "item", "candidate")
 ENGINES = ("duckdb", "spark")
@@ -23,7 +23,7 @@ IDENTIFYING = ("request", "time", "user", "item")
 # Columns that a log may lack, with a value per candidate.
 OPTIONAL = (
     *("stage", "position", "label_weight", "teacher_version", "teacher_weight"),
-    *("incumbent", "propensity"),
+    *("incumbent", "propensity", "split"),
 )
 # A number beyond it cannot be stored in 32 bits.
 LARGEST = float(np.finfo(np.float32).max)
@@ -190,7 +190,11 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
             f"({', '.join(feature.name for feature in histories)}); there is room for one"
         )
     _check_leaks(data, features)
-    columns = {name: column for name, column in data.columns.items() if column}
+    columns = {
+        name: column
+        for name, column in data.columns.items()
+        if column and (name != "split" or data.split == "column")
+    }
     return LogLayout(
         path=str(data.path),
         directory=str(data.dir),
@@ -235,6 +239,8 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
         check_choice("data.columns", name, (*IDENTIFYING, *OPTIONAL))
     if data.split == "user" and not data.columns.get("user"):
         raise UserError("data.split='user' needs data.columns.user; split by 'time' or 'request'")
+    if data.split == "column" and not data.columns.get("split"):
+        raise UserError("data.split='column' needs data.columns.split; name the column of splits")
     for name in IDENTIFYING:
         if name != "user" and not data.columns.get(name):
             raise UserError(f"data.columns.{name} is empty; name the column that holds it")

@@ -275,10 +275,13 @@ def _unusable(
         return f"not one row of the log can be used{times}"
     for split in SPLITS:
         if not read.num_requests(split):
-            return (
-                f"no request is left for the split {split!r}, with data.validation_share="
-                f"{layout.validation_share} and data.test_share={layout.test_share}"
+            shares = (
+                f"data.validation_share={layout.validation_share} and "
+                f"data.test_share={layout.test_share}"
             )
+            column = f"column {layout.columns.get('split')!r}"
+            by = column if layout.split == "column" else shares
+            return f"no request is left for the split {split!r}, with {by}"
     if "propensity" in layout.columns and (why := _bad_propensity(layout, read)):
         return why
     if layout.strict and (faults := _faults(report)):

@@ -4,7 +4,8 @@ A candidate has `file`, `row` and `place` (where it was in the log; -1 for the p
 a candidate), `request`, `user` and `item` (ids), `time` (seconds), `stage` (0: none that the config
 names), `position`, `label:<task>` (-1: none, -2: no label), `label_weight`, `teacher:<task>`,
 `teacher_weight`, and of each feature the value as the log has it. Where the log has them, it also
-has `incumbent` (a score, higher first) and `propensity` (any number).
+has `incumbent` (a score, higher first) and `propensity` (any number). With a split by a column it
+has `logged_split`, the place in `SPLITS` (-1: none of them).
 """
 
 import operator
@@ -16,6 +17,7 @@ import ibis.expr.datatypes as dt
 import ibis.expr.types as ir
 
 from kd_ranker.batch import Stage
+from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs import files
 from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.logs.files import Log
@@ -211,6 +213,7 @@ def typed(unfolded: ir.Table, layout: LogLayout) -> ir.Table:
         teacher_weight=_teacher_weight(layout, of, teacher.values()),
         stage=_stage(layout, of, position, labels.values(), teacher.values()),
         **_facts(layout, of),
+        **({"logged_split": _logged_split(of["split"])} if "split" in of else {}),
     )
     faults = {
         Reason.MISSING_REQUEST: rows.request.isnull(),
@@ -263,6 +266,11 @@ def _facts(layout: LogLayout, of: Mapping[str, ir.Value]) -> dict[str, ir.Value]
     if "propensity" in of:
         facts["propensity"] = _in_32_bits(number_of(of["propensity"]))
     return facts
+
+
+def _logged_split(value: ir.Value) -> ir.IntegerValue:
+    codes = {split: place for place, split in enumerate(SPLITS, start=1)}
+    return (ibis.coalesce(code_of(value, codes), 0) - 1).cast("int8")
 
 
 def _label_weight(of: Mapping[str, ir.Value]) -> ir.FloatingValue:

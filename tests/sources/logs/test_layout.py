@@ -29,6 +29,8 @@ def layout_of(config):
         ({"path": ""}, "data.path is empty; give a Parquet file, a directory or a glob"),
         ({"columns__item": ""}, "data.columns.item is empty; name the column"),
         ({"columns__user": "", "split": "user"}, "data.split='user' needs data.columns.user; spl"),
+        ({"split": "column"}, "data.split='column' needs data.columns.split; name the column"),
+        ({"columns__split": "age", "split": "column"}, "data.features.age reads column 'age', whi"),
         ({"columns__usr": "user"}, "data.columns='usr' does not exist"),
         ({"labels__watch": ""}, "data.labels.watch is empty"),
         ({"teacher__share": "score"}, "data.teacher='share' does not exist; choose one of: like"),

@@ -559,6 +559,45 @@ def test_a_split_by_hash_follows_the_seed_alone(tmp_path):
     assert test_times("small", validation_share=0.1) == test_times("large", validation_share=0.6)
 
 
+def log_with_splits(tmp_path, splits):
+    rows = make_rows(15, requests=len(splits))
+    path = write_log(tmp_path / "log", rows) / "part-0.parquet"
+    table = pq.read_table(path)
+    column = [splits[(time - 1_000_000) // 60] for time in table["time"].to_pylist()]
+    column[0] = column[0].rstrip("?")
+    pq.write_table(table.append_column("part", pa.array(column)), path)
+    config = faulty_logs.config(path, tmp_path / "datasets", split="column")
+    config.data.columns.split = "part"
+    return config, [row.of_request["time"] for row in rows]
+
+
+def test_a_split_may_be_a_column(tmp_path):
+    splits = ["test", "train", "validation", "train", "train", "test"]
+    config, times = log_with_splits(tmp_path, splits)
+    requests = read(config, tmp_path / "beside").requests
+    for split in SPLITS:
+        expected = [time for time, of in zip(times, splits, strict=True) if of == split]
+        assert [request.time for request in requests[split]] == expected
+    config.data.split = "time"
+    config.data.validation_share = config.data.test_share = 0.2
+    assert faulty_logs.open_source(config).num_requests["test"] == 1
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        # The first row lacks the question mark.
+        (["train?", "validation", "test"], "'part', 1 requests, such as 100, do not have one of"),
+        (["train", "validation", "Test", ""], "'part', 2 requests, such as 102, do not have one"),
+        (["train", "train", "test"], "no request is left for the split 'validation', with colum"),
+    ],
+)
+def test_a_column_of_splits_that_leaves_one_open_is_refused(tmp_path, splits, message):
+    config, _ = log_with_splits(tmp_path, splits)
+    with pytest.raises(UserError, match=message):
+        faulty_logs.open_source(config)
+
+
 @pytest.mark.parametrize("held_out", [slice(-9, None), slice(-12, -9)])
 def test_vocabularies_and_means_know_nothing_of_test_or_validation(tmp_path, held_out):
     rows = make_rows(16)
