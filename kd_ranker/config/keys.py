@@ -343,7 +343,42 @@ _CASCADE = _of_source(
     Key("fault_version", 0.05, "share of the requests that an older teacher scored", SHARE),
 )
 
-_RATINGS = _of_source(
+_LOG = _of_source(
+    Key("title", "", "name of the log in the report; \"\": parquet", influences="nothing"),
+    Key("rows", "candidate", "one row per candidate, or one per request with lists", layout.ROWS),
+    Key("columns", ConfigDict(), "column by role; request, time and item are required"),
+    Key("stages", ConfigDict(), "text of the stage column by stage"),
+    Key("labels", ConfigDict(), "column by task: 0 or 1, for shown candidates"),
+    Key("teacher", ConfigDict(), "column by task of the teacher that was logged"),
+    Key("teacher_version", "", "the only version of the teacher that counts; \"\" takes all"),
+    Key("teacher_signal", "probability", "content of the teacher's columns", TEACHER_SIGNALS),
+    Key("incumbent_signal", "score",
+        "content of the incumbent's column: scores, higher first, or positions, smallest first",
+        layout.INCUMBENT_SIGNALS),
+    Key("time_unit", "s", "of a time column of numbers", layout.TIME_UNITS),
+    Key("features", ConfigDict(), "feature by name, see `kd_ranker.config.features.feature`"),
+    Key("split", "time", "what decides the split of a request", layout.SPLIT_BY),
+    Key("validation_share", 0.1, "share of the requests for the validation", INSIDE_ONE),
+    Key("test_share", 0.1, "share of the requests for the test", INSIDE_ONE),
+    Key("allow", (), "expected findings, which do not prevent a dataset",
+        layout.ALLOWABLE, element=str, influences="nothing"),
+    Key("strict", False, "end the build at the first row at fault"),
+    Key("infer", False, "write a first config for the log in place of the dataset",
+        influences="nothing"),
+    Key("memory", 4.0, "GiB that the engine which reads the log holds in memory; more goes to disk",
+        POSITIVE, influences="nothing"),
+    Key("engine", "duckdb", "what reads the log: in this process, or for one that outgrows it",
+        layout.ENGINES, influences="nothing"),
+    Key("spark_master", "local[*]", "where Spark works, as `spark://host:7077`",
+        influences="nothing"),
+    Key("spark_options", (), "settings of Spark's session, as `spark.executor.memory=8g`",
+        element=str, influences="nothing"),
+)  # fmt: skip
+
+# A public dataset is converted to a log.
+_CONVERTED = {name: key for name, key in _LOG.items() if name != "data.infer"}
+
+_RATINGS = _CONVERTED | _of_source(
     Key("ratings_per_request", 8, "the least ratings of a request", POSITIVE),
     Key("validation_share", 0.1,
         "share of each user's ratings, those before the test ones, for the validation",
@@ -388,38 +423,6 @@ _RECFLOW = _of_source(
     Key("of_each_stage", 0, "candidates of each of rank_pos, rank_neg, coarse_neg, prerank_neg; "
         "0 takes all rows", NOT_NEGATIVE),
     Key("authors", 1 << 18, "values that authors are hashed into", POSITIVE),
-)  # fmt: skip
-
-_LOG = _of_source(
-    Key("title", "", "name of the log in the report; \"\": parquet", influences="nothing"),
-    Key("rows", "candidate", "one row per candidate, or one per request with lists", layout.ROWS),
-    Key("columns", ConfigDict(), "column by role; request, time and item are required"),
-    Key("stages", ConfigDict(), "text of the stage column by stage"),
-    Key("labels", ConfigDict(), "column by task: 0 or 1, for shown candidates"),
-    Key("teacher", ConfigDict(), "column by task of the teacher that was logged"),
-    Key("teacher_version", "", "the only version of the teacher that counts; \"\" takes all"),
-    Key("teacher_signal", "probability", "content of the teacher's columns", TEACHER_SIGNALS),
-    Key("incumbent_signal", "score",
-        "content of the incumbent's column: scores, higher first, or positions, smallest first",
-        layout.INCUMBENT_SIGNALS),
-    Key("time_unit", "s", "of a time column of numbers", layout.TIME_UNITS),
-    Key("features", ConfigDict(), "feature by name, see `kd_ranker.config.features.feature`"),
-    Key("split", "time", "what decides the split of a request", layout.SPLIT_BY),
-    Key("validation_share", 0.1, "share of the requests for the validation", INSIDE_ONE),
-    Key("test_share", 0.1, "share of the requests for the test", INSIDE_ONE),
-    Key("allow", (), "expected findings, which do not prevent a dataset",
-        layout.ALLOWABLE, element=str, influences="nothing"),
-    Key("strict", False, "end the build at the first row at fault"),
-    Key("infer", False, "write a first config for the log in place of the dataset",
-        influences="nothing"),
-    Key("memory", 4.0, "GiB that the engine which reads the log holds in memory; more goes to disk",
-        POSITIVE, influences="nothing"),
-    Key("engine", "duckdb", "what reads the log: in this process, or for one that outgrows it",
-        layout.ENGINES, influences="nothing"),
-    Key("spark_master", "local[*]", "where Spark works, as `spark://host:7077`",
-        influences="nothing"),
-    Key("spark_options", (), "settings of Spark's session, as `spark.executor.memory=8g`",
-        element=str, influences="nothing"),
 )  # fmt: skip
 
 _GIVEN = _of_source(Key("labels", ConfigDict(), "the tasks of the requests, each by its name"))
