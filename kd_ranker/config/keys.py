@@ -396,7 +396,7 @@ _SAMPLED_RATINGS = _RATINGS | _of_source(
     Key("max_users", 0, "users, drawn at random, who make requests; 0 takes all", NOT_NEGATIVE),
 )  # fmt: skip
 
-_KUAIRAND = _of_source(
+_KUAIRAND = _CONVERTED | _of_source(
     Key("session_minutes", 30, "the pause that ends a session", POSITIVE),
     Key("random_session_minutes", 720, "the same of random impressions, which are few", POSITIVE),
     Key("impressions_per_request", 10, "the most impressions of one request", POSITIVE),
@@ -411,8 +411,6 @@ _KUAIRAND = _of_source(
         NOT_NEGATIVE),
     Key("test_requests", 10_000, "test requests, drawn uniformly; 0 takes all", NOT_NEGATIVE),
     Key("max_users", 0, "users to keep of the logs; 0 keeps all", NOT_NEGATIVE),
-    Key("author_rows", 8192, "category ids that authors are hashed into", POSITIVE),
-    Key("music_rows", 8192, "category ids that music is hashed into", POSITIVE),
 )  # fmt: skip
 
 _RECFLOW = _of_source(
@@ -432,7 +430,7 @@ DATA_KEYS: dict[str, dict[str, Key]] = {
     "movielens_100k": _RATINGS,
     "movielens_1m": _SAMPLED_RATINGS,
     "movielens_32m": _SAMPLED_RATINGS,
-    **dict.fromkeys(kuairand.VARIANT_OF_NAME, _KUAIRAND),
+    **{f"kuairand_{variant}": _KUAIRAND for variant in kuairand.VARIANTS},
     "recflow": _RECFLOW,
     "parquet": _LOG,
     given.NAME: _GIVEN,

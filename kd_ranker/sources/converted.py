@@ -117,6 +117,14 @@ def with_file(sql: str, path: Path) -> str:
     return sql.replace("$file", "'" + str(path).replace("'", "''") + "'")
 
 
+def connect(data: ConfigDict, folder: Path) -> duckdb.DuckDBPyConnection:
+    """Open an engine with the memory of `data.memory`; the rest goes to a folder."""
+    con = duckdb.connect()
+    con.execute(f"SET memory_limit = '{data.memory * 1024:.0f}MiB'")
+    con.execute("SET temp_directory = ?", [str(folder / ".spilled")])
+    return con
+
+
 def check_none(con: duckdb.DuckDBPyConnection, faults: Mapping[str, str], folder: Path) -> None:
     """Raise UserError where the SQL of a fault, named by its description, returns a row."""
     for fault, sql in faults.items():

@@ -14,7 +14,14 @@ import pyarrow as pa
 from jaxtyping import Int, Int64
 from ml_collections import ConfigDict
 
-from kd_ranker.sources.converted import Converter, check_none, find_raw, with_file, write_rows
+from kd_ranker.sources.converted import (
+    Converter,
+    check_none,
+    connect,
+    find_raw,
+    with_file,
+    write_rows,
+)
 from kd_ranker.sources.download import Archive
 
 LOWEST_RATING = {"watch": 0.5, "like": 4, "share": 5}  # in stars, that counts as the action
@@ -92,7 +99,7 @@ def find_files(data: ConfigDict) -> list[Path]:
 
 def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     """Write one row per request, in the order of time."""
-    with duckdb.connect() as con:
+    with connect(data, folder) as con:
         con.execute("CREATE TABLE users (user INT, age INT, gender VARCHAR, occupation VARCHAR)")
         for path, (name, columns) in zip(files, _TABLES.items(), strict=False):
             rows = with_file(_FILES[data.name][path.name], path)

@@ -61,9 +61,7 @@ def _converted(converter: converted.Converter) -> SourceEntry:
 SOURCES: dict[str, SourceEntry] = {
     "cascade": SourceEntry(cascade.TASKS, cascade.open_source, simulated=True),
     "recflow": SourceEntry(recflow.TASKS, recflow.open_source),
-    **{
-        name: SourceEntry(kuairand.TASKS, kuairand.open_source) for name in kuairand.VARIANT_OF_NAME
-    },
+    **{f"kuairand_{variant}": _converted(kuairand.CONVERTER) for variant in kuairand.VARIANTS},
     "parquet": SourceEntry(
         None,
         parquet.open_source,
