@@ -1,14 +1,15 @@
 """The files of RecFlow, a day each: the log of its stages, and the views before its requests.
 
-`docs/recflow.md` says where they come from and what is known of their layout. The Feather files are
-read by the engine, the pickles by a reader that runs nothing in them, see `restricted_pickle`.
+`docs/recflow.md` describes their origin and their layout. The engine reads the Feather files, and a
+reader with a short list of allowed names the pickles.
 """
 
 import contextlib
 import datetime
+import pickle
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import duckdb
 import ibis
@@ -21,7 +22,6 @@ from pyarrow import dataset, ipc
 
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS
-from kd_ranker.sources import restricted_pickle
 from kd_ranker.sources.logs.engine import Engine
 from kd_ranker.sources.tables import put
 
@@ -30,12 +30,48 @@ SEQUENCE_COLUMNS = (
     *("video_id", "author_id", "category_level_two", "category_level_one", "upload_type"),
     *("upload_timestamp", "duration", "request_timestamp", "playing_time", "request_id"),
 )
-# Functions beside the published reader of the pickles, which it needs where they hold defaultdicts.
-_MENTIONED = [
-    (module, name)
-    for module in ("utils", "__main__")
-    for name in ("defaultdict_tuple", "defaultdict_str")
-]
+# The only names that a pickle may use. NumPy 1 and 2 have different names for the same module.
+_ALLOWED = {
+    ("collections", "defaultdict"),
+    ("numpy", "ndarray"),
+    ("numpy", "dtype"),
+    *(
+        (f"numpy.{core}.multiarray", name)
+        for core in ("core", "_core")
+        for name in ("_reconstruct", "scalar")
+    ),
+}
+# Functions that make the entries of a defaultdict. They are never called; `dict` replaces them.
+_FACTORIES = {
+    *(
+        (module, f"defaultdict_{name}")
+        for module in ("utils", "__main__")
+        for name in ("tuple", "str")
+    ),
+    *(("builtins", name) for name in ("dict", "list", "tuple", "str", "int")),
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads dicts and arrays, and refuses every other name before it is looked up."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return one of `_ALLOWED`, or `dict` for one of `_FACTORIES`."""
+        if (module, name) in _FACTORIES:
+            return dict
+        if (module, name) not in _ALLOWED:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
+        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+
+
+def _read_pickle(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            return _Unpickler(file).load()
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except Exception as error:  # a damaged pickle can raise any
+        raise UserError(f"{path} was not read: {' '.join(str(error).split())}") from error
 
 
 class Day(NamedTuple):
@@ -146,7 +182,7 @@ def read_sequences(
       UserError: the file is missing or holds something else.
     """
     path = day.sequences
-    contents = restricted_pickle.load(path, _MENTIONED)
+    contents = _read_pickle(path)
     if not isinstance(contents, dict):
         raise UserError(f"{path} holds a {type(contents).__name__}, expected a dict of arrays")
     sequences = {}

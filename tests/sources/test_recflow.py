@@ -346,7 +346,11 @@ def ranked_candidates(draw):
     )
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(ranked_candidates())
 def test_positions_match_brute_force(engine, candidates):
     request, index, is_ranked, is_top = candidates
