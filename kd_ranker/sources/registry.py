@@ -4,6 +4,7 @@ To add one, write a module with `TASKS` and `open_source(data, tasks, funnel) ->
 it in `SOURCES`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from kd_ranker.requests.request import Source
-from kd_ranker.sources import cascade, given, kuairand, movielens, recflow
+from kd_ranker.sources import cascade, converted, given, kuairand, movielens, recflow
 from kd_ranker.sources.logs import source as parquet
 
 
@@ -39,20 +40,26 @@ class SourceEntry(NamedTuple):
         return tuple(data.labels) if self.tasks is None else self.tasks
 
 
+def _converted(converter: converted.Converter) -> SourceEntry:
+    """A public dataset, which is converted to a log."""
+    return SourceEntry(
+        None,
+        functools.partial(converted.open_source, converter),
+        version=2,
+        check_unchanged=functools.partial(converted.check_unchanged, converter),
+    )
+
+
 SOURCES: dict[str, SourceEntry] = {
     "cascade": SourceEntry(cascade.TASKS, cascade.open_source, simulated=True),
-    "movielens_100k": SourceEntry(movielens.TASKS, movielens.open_source),
     "recflow": SourceEntry(recflow.TASKS, recflow.open_source),
-    **{
-        name: SourceEntry(kuairand.TASKS, kuairand.open_source) for name in kuairand.VARIANT_OF_NAME
-    },
+    **{f"kuairand_{variant}": _converted(kuairand.CONVERTER) for variant in kuairand.VARIANTS},
     "parquet": SourceEntry(
         None,
         parquet.open_source,
         version=2,
         check_unchanged=parquet.check_unchanged,
     ),
-    "movielens_1m": SourceEntry(movielens.TASKS, movielens.open_source),
-    "movielens_32m": SourceEntry(movielens.TASKS, movielens.open_source),
+    **{name: _converted(movielens.CONVERTER) for name in movielens.ARCHIVES},
     given.NAME: SourceEntry(None, given.open_source),
 }
