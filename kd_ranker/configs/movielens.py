@@ -4,13 +4,14 @@ from ml_collections import ConfigDict
 
 from kd_ranker.config import defaults
 from kd_ranker.config.features import feature
+from kd_ranker.sources.movielens import stars_of
 
 
 def get_config(variant: str = "", source: str = "movielens_100k") -> ConfigDict:
     """The default setting; give `--config.data.path`, or leave it empty to download."""
     defaults.check_variant(variant)
     config = defaults.get_config(source)
-    _name_columns(config.data, users_are_known=source != "movielens_32m")
+    _name_columns(config.data, source)
     config.data.ratings_per_request = 8
     config.data.validation_share = 0.1  # the share before it
     config.data.validation_requests_per_user = 1  # 0 takes all
@@ -37,8 +38,9 @@ def get_config(variant: str = "", source: str = "movielens_100k") -> ConfigDict:
     return config
 
 
-def _name_columns(data: ConfigDict, users_are_known: bool) -> None:
+def _name_columns(data: ConfigDict, source: str) -> None:
     """Name the columns of the log that `sources/movielens.py` writes."""
+    stars = len(stars_of(source))
     data.rows = "request"
     data.columns = ConfigDict(
         dict(request="request", time="time", user="user", item="item", position="position",
@@ -51,7 +53,9 @@ def _name_columns(data: ConfigDict, users_are_known: bool) -> None:
         mean_rating=feature("user", "dense", standardise=False),
         genres_rated=feature("user", "dense", length=20, standardise=False),
         genres_liked=feature("user", "dense", length=20, standardise=False),
-        recent=feature("user", "history", "history", length=50),
+        recent=feature("user", "history", "history", length=20),
+        stars=feature("event", "dense", "history_stars", length=stars, standardise=False),
+        age=feature("event", "dense", "history_age", standardise=False),
         hour_sin=feature("context", "dense", standardise=False),
         hour_cos=feature("context", "dense", standardise=False),
         weekday=feature("context", "category"),
@@ -62,9 +66,9 @@ def _name_columns(data: ConfigDict, users_are_known: bool) -> None:
         ratings_before=feature("candidate", "dense", standardise=False),
         mean_before=feature("candidate", "dense", standardise=False),
     )
-    if users_are_known:
+    if source != "movielens_32m":  # which knows nothing of users
         features |= dict(
-            age=feature("user", "dense"),
+            user_age=feature("user", "dense", "age"),
             gender=feature("user", "category"),
             occupation=feature("user", "category"),
         )

@@ -1,7 +1,6 @@
 """Public datasets: convert the raw files into a log once, and open that log as any other."""
 
 import dataclasses
-import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,10 +14,12 @@ import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
+from kd_ranker.manifest import digest
 from kd_ranker.requests.ragged import starts_of
 from kd_ranker.requests.request import Source
 from kd_ranker.sources.download import Archive, fetch
 from kd_ranker.sources.logs import source as parquet
+from kd_ranker.sources.logs.files import line_of
 
 # Requests that are held before they are written, and candidates in a row group, about.
 _CANDIDATES_AT_A_TIME = 1 << 18
@@ -58,7 +59,7 @@ def open_source(
             try:
                 converter.write(data, files, log)
             except duckdb.Error as error:
-                reason = " ".join(str(error).split("\n\n")[0].split())
+                reason = line_of(error)
                 raise UserError(
                     f"the files at {files[0].parent} cannot be read: {reason}"
                 ) from error
@@ -91,9 +92,8 @@ def _folder(converter: Converter, data: ConfigDict, files: Sequence[Path]) -> Pa
     """The folder of the log, named by all that decides its content."""
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     values = {key: data.get(key) for key in (*converter.keys, "seed")}
-    text = json.dumps([converter.version, values, stats], default=str)
-    digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-    return Path(data.dir) / "logs" / f"{data.name}-{digest}"
+    name = f"{data.name}-{digest([converter.version, values, stats])}"
+    return Path(data.dir) / "logs" / name
 
 
 def find_raw(data: ConfigDict, archive: Archive, names: Sequence[str]) -> list[Path]:
@@ -137,7 +137,8 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
     Args:
       path: of the file.
-      rows: column -> number or text; list (a NumPy array); or list of lists (a pyarrow ListArray).
+      rows: column -> number or text; list (a NumPy array); or list of lists (a matrix, or a pyarrow
+        ListArray).
         The candidates are counted by the column `item`.
     """
     writer = None
@@ -170,4 +171,7 @@ def _column(values: list[Any]) -> pa.Array:
     inner = (
         np.concatenate(values) if isinstance(values[0], np.ndarray) else pa.concat_arrays(values)
     )
+    if isinstance(inner, np.ndarray) and inner.ndim == 2:
+        number, width = inner.shape
+        inner = pa.LargeListArray.from_arrays(np.arange(number + 1) * width, inner.ravel())
     return pa.LargeListArray.from_arrays(starts_of(np.array(list(map(len, values)))), inner)

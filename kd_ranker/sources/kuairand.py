@@ -184,6 +184,7 @@ def _rows() -> str:
         for name in USER_NUMBERS
     ]
     flags = [f"coalesce(try_cast({name} AS DOUBLE) = 1, false) AS {name}" for name in USER_FLAGS]
+    done = ", ".join(f"{action}::TINYINT" for action in ACTIONS)
     return f"""
         WITH films AS (SELECT video_id::INT AS video, author_id, music_id, video_type, upload_type,
             music_type, string_split(tag, ',') AS tags,
@@ -203,23 +204,27 @@ def _rows() -> str:
         lists AS (SELECT request, list(video ORDER BY place NULLS LAST, video) AS item,
             {", ".join(f"list({of} ORDER BY place NULLS LAST, video) AS {of}" for of in lists)}
             FROM known GROUP BY request),
-        past AS (SELECT user, list(video ORDER BY time, n) AS videos FROM log WHERE engaged
-            GROUP BY user),
+        past AS (SELECT user, list(struct_pack(video, time, done := [{done}]) ORDER BY time, n)
+            AS events FROM log WHERE engaged GROUP BY user),
         people AS (SELECT user_id::INT AS user, {", ".join([*numbers, *flags, *USER_CATEGORIES])}
             FROM users)
-        SELECT lists.*, requests.user, requests.time, split, nullif(tab, -1) AS tab,
-            people.* EXCLUDE user, {_rates("counts", "user", ACTIONS)},
+        SELECT * EXCLUDE recent FROM (SELECT lists.*, requests.user, requests.time, split,
+            nullif(tab, -1) AS tab, people.* EXCLUDE user, {_rates("counts", "user", ACTIONS)},
             ln(1 + (requests.time - counts.time) / 3600) / 3 AS pause,
             sin(2 * pi() * ((requests.time + {BEIJING}) % 86400) / 86400) AS hour_sin,
             cos(2 * pi() * ((requests.time + {BEIJING}) % 86400) / 86400) AS hour_cos,
             ((requests.time + {BEIJING}) // 86400 + 3) % 7 AS weekday,
-            coalesce(list_slice(videos, greatest(engaged - {HISTORY - 1}, 1), engaged), []) AS
-            history
+            coalesce(list_slice(events, greatest(engaged - {HISTORY - 1}, 1), engaged), []) AS
+            recent,
+            list_transform(recent, lambda event: event.video) AS history,
+            list_transform(recent, lambda event: event.done) AS history_actions,
+            list_transform(recent, lambda event: ln(1 + (requests.time - event.time) / 3600) / 5)
+            AS history_age
         FROM requests JOIN lists USING (request)
         ASOF LEFT JOIN user_counts AS counts
             ON requests.user = counts.user AND requests.time > counts.time
         LEFT JOIN past ON requests.user = past.user
-        LEFT JOIN people ON requests.user = people.user ORDER BY request"""
+        LEFT JOIN people ON requests.user = people.user) ORDER BY request"""
 
 
 def _midnight(data: ConfigDict, key: str) -> int:

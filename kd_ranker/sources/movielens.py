@@ -11,7 +11,7 @@ from typing import Any
 import duckdb
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int, Int64
+from jaxtyping import Float64, Int, Int64
 from ml_collections import ConfigDict
 
 from kd_ranker.sources.converted import (
@@ -92,6 +92,12 @@ _FAULTS = {
 }
 
 
+def stars_of(name: str) -> Float64[np.ndarray, "stars"]:
+    """The ratings that a set has: whole stars, in 32M also half ones."""
+    step = 0.5 if name == "movielens_32m" else 1.0
+    return np.arange(step, 5.5, step)
+
+
 def find_files(data: ConfigDict) -> list[Path]:
     """The files of a set, fetched if `data.path` is empty."""
     return find_raw(data, ARCHIVES[data.name], [*_FILES[data.name]])
@@ -119,6 +125,7 @@ def _rows(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> Iterator[dict[str
     everyone = con.sql("SELECT movie, rating, time FROM ratings ORDER BY time").fetchnumpy()
     rated = np.searchsorted(movie, everyone["movie"])
     count, total, seen = np.zeros(len(movie)), np.zeros(len(movie)), 0
+    scale = stars_of(data.name)
     for number, (time, user, block, split, first, end, line) in enumerate(_blocks(con, data)):
         # What was known strictly before the request.
         before = int(np.searchsorted(everyone["time"], time))
@@ -132,6 +139,7 @@ def _rows(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> Iterator[dict[str
         stars = np.concatenate([rating[first:], np.zeros(len(others), np.float32)])
         place = np.arange(len(listed), dtype=np.float32)
         past, liked = flags[item[:first]], rating[:first] >= LOWEST_RATING["like"]
+        events = slice(max(0, first - HISTORY), first)
         angle = 2 * np.pi * (time % DAY) / DAY
         yield {
             "request": number, "time": time, "user": user, "split": split,
@@ -142,7 +150,9 @@ def _rows(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> Iterator[dict[str
             "hour_sin": np.sin(angle), "hour_cos": np.cos(angle), "weekday": (time // DAY + 3) % 7,
             "pause": np.log1p((time - line["time"][first - 1]) / DAY) if first else None,
             "requests_before": np.log1p(block) / 2,
-            "history": movie[item[max(0, first - HISTORY) : first]], "item": movie[listed],
+            "history": movie[item[events]],
+            "history_stars": (rating[events, None] == scale).astype(np.float32),
+            "history_age": np.log1p((time - line["time"][events]) / DAY), "item": movie[listed],
             "position": np.where(stars > 0, place, np.nan).astype(np.float32),
             "label_weight": np.where(stars > 0, 1, weight).astype(np.float32),
             **{task: (stars >= lowest).astype(np.int8) for task, lowest in LOWEST_RATING.items()},

@@ -88,7 +88,8 @@ def test_a_hand_worked_feed(tmp_path):
         [1, None],
     )
     assert again["position"] == [1, None]
-    assert again["history"] == [11]
+    assert (again["history"], again["history_actions"]) == ([11], [[1, 1, 0, 0, 0, 0]])
+    np.testing.assert_allclose(again["history_age"], [np.log(1 + 1801 / 3600) / 5])
     np.testing.assert_allclose(again["pause"], np.log1p(1800 / 3600) / 3)
     np.testing.assert_allclose(again["user_seen"], np.log(3) / 5)
     np.testing.assert_allclose(again["user_is_like"], np.log((1 + 20 * 0.02) / (22 * 0.02)))

@@ -78,6 +78,10 @@ def test_hand_worked_files_of_each_layout_become_rows(make, tmp_path):
     assert first["item"][2:] == [5, 9]
     assert last["item"] == [9, 5]
     assert {*last["history"]} == {12, 2}
+    rated = (make is movielens_32m) + 1  # half stars or whole ones
+    at = [stars.index(1) + 1 for stars in last["history_stars"]]
+    assert [of / rated for of in at] == [{12: 3, 2: 4}[film] for film in last["history"]]
+    np.testing.assert_allclose(last["history_age"], np.log([3, 3]))
     assert (last["watch"], last["like"], last["share"]) == ([1, 0], [1, 0], [1, 0])
     assert last["label_weight"] == [1, 1]
     film = first["item"].index(12)
