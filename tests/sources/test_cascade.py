@@ -1,14 +1,12 @@
 """Tests of the simulated feed."""
 
 import dataclasses
-import runpy
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from kd_ranker.configs import cascade as configs
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.references import item_share
 from kd_ranker.requests.request import SPLITS, Request
@@ -397,25 +395,6 @@ def test_an_unknown_split_is_refused() -> None:
     source = cascade.open_source(make_data(), cascade.TASKS, make_funnel())
     with pytest.raises(UserError, match="split"):
         list(source.requests("valid"))
-
-
-def test_what_no_feature_shows_costs_more_the_more_it_is(capsys: pytest.CaptureFixture) -> None:
-    config = configs("small")
-    config.data.validation_requests = 30
-    script = runpy.run_path("scripts/cascade_regret.py")
-    script["main"](config)
-    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    regret = {name: float(number) for name, number in printed.items()}
-    assert 0 < regret["interests"] < regret["both"] < 0.5
-    assert 0 < regret["quality"] < regret["both"]
-    weights, lost, best = np.array(config.value_weights), 0.0, 0.0
-    source = cascade.open_source(config.data, cascade.TASKS, config.funnel)
-    for request in source.requests("validation"):
-        value = request.true_probability @ weights
-        chosen = np.argsort(request.teacher_probability @ weights)[-config.funnel.shown :]
-        ideal = np.sort(value)[-config.funnel.shown :].sum()
-        lost, best = lost + ideal - value[chosen].sum(), best + ideal
-    assert regret["production"] == pytest.approx(lost / best, abs=1e-4)
 
 
 def test_a_world_that_no_memory_holds_is_refused_before_it_is_made():
