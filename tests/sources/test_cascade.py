@@ -1,6 +1,7 @@
 """Tests of the simulated feed."""
 
 import dataclasses
+import datetime
 from collections.abc import Callable
 
 import numpy as np
@@ -142,6 +143,15 @@ def test_times_rise_from_training_over_validation_to_the_test() -> None:
     assert everything == sorted(everything)
     days = {split: {(time - cascade.START) // 86400 for time in times[split]} for split in SPLITS}
     assert days == {"train": set(range(7)), "validation": {7}, "test": {8, 9}}
+
+
+def test_the_context_holds_the_hour_and_the_weekend_of_the_calendar() -> None:
+    for request in draw("train"):
+        moment = datetime.datetime.fromtimestamp(request.time, datetime.UTC)
+        hour = moment.hour + moment.minute / 60 + moment.second / 3600
+        angle = np.degrees(np.arctan2(*request.context[:2])) % 360
+        assert angle == pytest.approx(15 * hour, abs=1e-3)
+        assert request.context[2] == (moment.weekday() >= 5)
 
 
 def test_nothing_is_used_before_it_was_uploaded() -> None:
