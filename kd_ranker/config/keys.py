@@ -418,14 +418,13 @@ _KUAIRAND = _CONVERTED | _of_source(
     Key("max_users", 0, "users to keep of the logs; 0 keeps all", NOT_NEGATIVE),
 )  # fmt: skip
 
-_RECFLOW = _of_source(
+_RECFLOW = _CONVERTED | _of_source(
     Key("train_days", (), "days of the training split, like 2024-02-17", element=str),
     Key("validation_days", (), "days of the validation split", element=str),
     Key("test_days", (), "days of the test split", element=str),
     Key("max_requests_per_day", 0, "requests to draw of each day; 0 takes all", NOT_NEGATIVE),
     Key("of_each_stage", 0, "candidates of each of rank_pos, rank_neg, coarse_neg, prerank_neg; "
         "0 takes all rows", NOT_NEGATIVE),
-    Key("authors", 1 << 18, "values that authors are hashed into", POSITIVE),
 )  # fmt: skip
 
 _GIVEN = _of_source(Key("labels", ConfigDict(), "the tasks of the requests, each by its name"))

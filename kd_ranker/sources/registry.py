@@ -1,7 +1,7 @@
 """The datasets that `config.data.name` can name.
 
 To add one, write a module with `TASKS` and `open_source(data, tasks, funnel) -> Source`, and name
-it in `SOURCES`.
+it in `SOURCES`. A public dataset needs only a `Converter` of its files to a log.
 """
 
 import functools
@@ -40,26 +40,25 @@ class SourceEntry(NamedTuple):
         return tuple(data.labels) if self.tasks is None else self.tasks
 
 
-def _converted(converter: converted.Converter) -> SourceEntry:
-    """A public dataset, which is converted to a log."""
-    return SourceEntry(
-        None,
-        functools.partial(converted.open_source, converter),
-        version=2,
-        check_unchanged=functools.partial(converted.check_unchanged, converter),
-    )
-
+_CONVERTERS = {
+    **dict.fromkeys(movielens.ARCHIVES, movielens.CONVERTER),
+    **{f"kuairand_{variant}": kuairand.CONVERTER for variant in kuairand.VARIANTS},
+    "recflow": recflow.CONVERTER,
+}
 
 SOURCES: dict[str, SourceEntry] = {
     "cascade": SourceEntry(cascade.TASKS, cascade.open_source, simulated=True),
-    "recflow": SourceEntry(recflow.TASKS, recflow.open_source),
-    **{f"kuairand_{variant}": _converted(kuairand.CONVERTER) for variant in kuairand.VARIANTS},
     "parquet": SourceEntry(
-        None,
-        parquet.open_source,
-        version=2,
-        check_unchanged=parquet.check_unchanged,
+        None, parquet.open_source, version=2, check_unchanged=parquet.check_unchanged
     ),
-    **{name: _converted(movielens.CONVERTER) for name in movielens.ARCHIVES},
     given.NAME: SourceEntry(None, given.open_source),
+    **{
+        name: SourceEntry(
+            None,
+            functools.partial(converted.open_source, converter),
+            version=2,
+            check_unchanged=functools.partial(converted.check_unchanged, converter),
+        )
+        for name, converter in _CONVERTERS.items()
+    },
 }

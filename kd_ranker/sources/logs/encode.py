@@ -16,7 +16,6 @@ from kd_ranker.batch import Category, FeatureSpec, Owner, Stage
 from kd_ranker.distillation.teacher_signal import probability_of_rank
 from kd_ranker.requests.block import Block
 from kd_ranker.requests.ragged import runs, starts_of
-from kd_ranker.sources.hashing import splitmix64
 from kd_ranker.sources.logs.layout import Feature, LogLayout
 from kd_ranker.sources.logs.ordered import Piece, read_piece
 
@@ -433,3 +432,15 @@ def hashes_of(values: pa.Array) -> UInt64[np.ndarray, "n"]:
     texts = np.append(encoded.dictionary.to_numpy(zero_copy_only=False), "").astype(object)
     hashed = splitmix64(pd.util.hash_array(texts, categorize=False))
     return hashed[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+
+
+def splitmix64(bits: UInt64[np.ndarray, "n"]) -> UInt64[np.ndarray, "n"]:
+    """A step of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), a bijection.
+
+    >>> splitmix64(np.array([0, 1], np.uint64)).tolist()
+    [16294208416658607535, 10451216379200822465]
+    """
+    bits = bits + np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))
