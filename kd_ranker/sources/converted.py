@@ -1,9 +1,10 @@
 """Public datasets: convert the raw files into a log once, and open that log as any other."""
 
 import dataclasses
+import itertools
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,8 +22,8 @@ from kd_ranker.sources.download import Archive, fetch
 from kd_ranker.sources.logs import source as parquet
 from kd_ranker.sources.logs.files import line_of
 
-# Requests that are held before they are written, and candidates in a row group, about.
-_CANDIDATES_AT_A_TIME = 1 << 18
+# Requests that are held before they are written.
+_AT_A_TIME = 256
 
 
 class Converter(NamedTuple):
@@ -59,9 +60,8 @@ def open_source(
             try:
                 converter.write(data, files, log)
             except duckdb.Error as error:
-                reason = line_of(error)
                 raise UserError(
-                    f"the files at {files[0].parent} cannot be read: {reason}"
+                    f"the files at {files[0].parent} cannot be read: {line_of(error)}"
                 ) from error
             log.rename(folder)
     own = data.copy_and_resolve_references()
@@ -139,10 +139,9 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
       path: of the file.
       rows: column -> number or text; list (a NumPy array); or list of lists (a matrix, or a pyarrow
         ListArray).
-        The candidates are counted by the column `item`.
     """
-    writer = None
-    for chunk in _chunks(rows):
+    writer, left = None, iter(rows)
+    while chunk := list(itertools.islice(left, _AT_A_TIME)):
         columns = {name: _column([row[name] for row in chunk]) for name in chunk[0]}
         table = pa.table(columns)
         writer = writer or pq.ParquetWriter(path, table.schema, compression="zstd")
@@ -150,19 +149,6 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     if writer is None:
         raise UserError("the raw files hold no request")
     writer.close()
-
-
-def _chunks(rows: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:
-    held: list[Mapping[str, Any]] = []
-    candidates = 0
-    for row in rows:
-        held.append(row)
-        candidates += len(row["item"])
-        if candidates >= _CANDIDATES_AT_A_TIME:
-            yield held
-            held, candidates = [], 0
-    if held:
-        yield held
 
 
 def _column(values: list[Any]) -> pa.Array:

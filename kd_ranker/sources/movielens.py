@@ -148,7 +148,7 @@ def _rows(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> Iterator[dict[str
             "genres_rated": past.sum(axis=0) / np.float32(first + PRIOR_COUNT),
             "genres_liked": past[liked].sum(axis=0) / np.float32(first + PRIOR_COUNT),
             "hour_sin": np.sin(angle), "hour_cos": np.cos(angle), "weekday": (time // DAY + 3) % 7,
-            "pause": np.log1p((time - line["time"][first - 1]) / DAY) if first else None,
+            "pause": np.log1p((time - line["time"][first - 1]) / DAY) if first else np.nan,
             "requests_before": np.log1p(block) / 2,
             "history": movie[item[events]],
             "history_stars": (rating[events, None] == scale).astype(np.float32),
