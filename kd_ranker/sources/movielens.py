@@ -6,7 +6,7 @@ Interactive Intelligent Systems 5(4), 2015. `docs/datasets.md` describes request
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 import numpy as np
@@ -163,11 +163,24 @@ def _rows(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> Iterator[dict[str
 
 
 def _mean(total: Any, count: Any) -> Any:
+    """The mean of `count` ratings with the prior, less `PRIOR_RATING`."""
     return (total - PRIOR_RATING * count) / (count + PRIOR_COUNT)
 
 
-def _blocks(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> list[tuple]:
-    """Time, user, block, split, first place, end, and the user's line, of each request."""
+class _Block(NamedTuple):
+    """The ratings [first, end) of a user; `line` has all of the user's, and the user's features."""
+
+    time: int
+    user: int
+    block: int
+    split: str
+    first: int
+    end: int
+    line: dict[str, Any]
+
+
+def _blocks(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> list[_Block]:
+    """The blocks that become requests, in the order of time."""
     most = f"LIMIT {data.max_users}" if data.get("max_users") else ""
     # The order within a second depends on nothing but the seed, the user and the film.
     lines = con.sql(f"""
@@ -191,8 +204,8 @@ def _blocks(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> list[tuple]:
             for of in blocks:
                 end = int(starts[of + 1]) if of + 1 < len(starts) else total
                 time = int(line["time"][starts[of]])
-                found.append((time, line["user"], of, split, int(starts[of]), end, line))
-    return sorted(found, key=lambda request: request[:3])
+                found.append(_Block(time, line["user"], of, split, int(starts[of]), end, line))
+    return sorted(found, key=lambda block: block[:3])
 
 
 _TYPES = {"movie": np.int64, "rating": np.float32, "time": np.int64}
