@@ -66,9 +66,8 @@ def _name_columns(data: ConfigDict, hashed_into: int) -> None:
         weekday=feature("context", "category"),
         tab=feature("context", "category"),
         recent=feature("user", "history", "history", length=20),
-        actions=feature("event", "dense", "history_actions", length=len(ACTIONS),
-            standardise=False),
-        age=feature("event", "dense", "history_age", standardise=False),
+        history_actions=feature("event", "dense", length=len(ACTIONS), standardise=False),
+        history_age=feature("event", "dense", standardise=False),
         author=feature("item", "category", "author_id", hashed=True, size=hashed_into),
         music=feature("item", "category", "music_id", hashed=True, size=hashed_into),
         tags=feature("item", "bag", length=4),
@@ -76,7 +75,7 @@ def _name_columns(data: ConfigDict, hashed_into: int) -> None:
         shape=feature("item", "dense"),
         days_to_end=feature("item", "dense"),
         days_old=feature("candidate", "dense"),
-    )  # fmt: skip
+    )
     for name in ("video_type", "upload_type", "music_type"):
         features[name] = feature("item", "category")
     for name in USER_CATEGORIES:

@@ -54,8 +54,8 @@ def _name_columns(data: ConfigDict, source: str) -> None:
         genres_rated=feature("user", "dense", length=20, standardise=False),
         genres_liked=feature("user", "dense", length=20, standardise=False),
         recent=feature("user", "history", "history", length=20),
-        stars=feature("event", "dense", "history_stars", length=stars, standardise=False),
-        age=feature("event", "dense", "history_age", standardise=False),
+        history_stars=feature("event", "dense", length=stars, standardise=False),
+        history_age=feature("event", "dense", standardise=False),
         hour_sin=feature("context", "dense", standardise=False),
         hour_cos=feature("context", "dense", standardise=False),
         weekday=feature("context", "category"),
@@ -68,7 +68,7 @@ def _name_columns(data: ConfigDict, source: str) -> None:
     )
     if source != "movielens_32m":  # which knows nothing of users
         features |= dict(
-            user_age=feature("user", "dense", "age"),
+            age=feature("user", "dense"),
             gender=feature("user", "category"),
             occupation=feature("user", "category"),
         )

@@ -53,7 +53,7 @@ def find_files(data: ConfigDict) -> list[Path]:
     for stem in _STEMS:
         found = [*folder.glob(f"{stem}_{variant}.csv"), *folder.glob(f"{stem}_{variant}_part*.csv")]
         parts = 2 if variant == "27k" and stem in _STANDARD else 1
-        if not data.path or len(found) < min(parts, 1 + (variant == "27k")):
+        if not data.path or len(found) < parts:
             raise UserError(
                 f"{folder / stem}_{variant}.csv, or one of its parts, does not exist; unpack "
                 f"{VARIANTS[variant]} of {ARCHIVE} and set data.path to its folder"
