@@ -74,6 +74,9 @@ def _name_columns(data: ConfigDict) -> None:
         dict(
             views=feature("user", "dense", standardise=False),
             recent=feature("user", "history", "history", length=50),
+            history_age=feature("event", "dense", standardise=False),
+            history_duration=feature("event", "dense", standardise=False),
+            history_watched=feature("event", "dense", standardise=False),
             gender=feature("user", "category"),
             province=feature("user", "category"),
             age=feature("user", "category"),

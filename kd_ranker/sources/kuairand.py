@@ -195,8 +195,7 @@ def _rows() -> str:
         known AS (SELECT candidates.*, films.* EXCLUDE video,
             if(place IS NULL, NULL, row_number() OVER (PARTITION BY request ORDER BY place)) AS
             position,
-            ln(1 + greatest({LOGS_END} - uploaded, 0) / 86400) / 3 AS days_to_end,
-            ln(1 + greatest(candidates.time - uploaded, 0) / 86400) / 3 AS days_old,
+            {_age(str(LOGS_END))} AS days_to_end, {_age("candidates.time")} AS days_old,
             {_rates("counts", "video", CANDIDATE_ACTIONS)}
             FROM candidates ASOF LEFT JOIN video_counts AS counts
                 ON candidates.video = counts.video AND candidates.time > counts.time
@@ -225,6 +224,12 @@ def _rows() -> str:
             ON requests.user = counts.user AND requests.time > counts.time
         LEFT JOIN past ON requests.user = past.user
         LEFT JOIN people ON requests.user = people.user) ORDER BY request"""
+
+
+def _age(time: str) -> str:
+    """SQL for the logarithm of days since the upload; NULL if that is unknown."""
+    # greatest() leaves NULL out.
+    return f"if(uploaded IS NULL, NULL, ln(1 + greatest({time} - uploaded, 0) / 86400) / 3)"
 
 
 def _midnight(data: ConfigDict, key: str) -> int:

@@ -42,8 +42,9 @@ _COLUMNS = (
     *("realshow", "rank_pos", "rank_neg", "rerank_pos", "rerank_neg", "coarse_neg", "prerank_neg"),
     *("rank_index", *LABELS),
 )
-# The columns of a sequence of views; it has ten.
-_VIDEO, _VIEWED, _WIDTH = 0, 7, 10
+# The columns of a sequence of views that are read, and their places among ten.
+_EVENTS = {"video_id": 0, "duration": 6, "viewed": 7, "playing_time": 8}
+_WIDTH = 10
 # The names that a pickle may use, by module. NumPy 1 and 2 name the same module differently.
 _ARRAYS = {"_reconstruct", "scalar"}
 _ALLOWED = {
@@ -174,6 +175,13 @@ def _rows(split: str) -> str:
         "days_old": "if(upload_timestamp > 0, "
         "ln(1 + greatest(time / 1000 - upload_timestamp, 0) / 86400), NULL)::FLOAT",
     }
+    events = {
+        "history": "video_id",
+        "history_age": "ln(1 + (time - viewed) / 86400000)::FLOAT",
+        "history_duration": "ln(1 + greatest(duration, 0) / 1000)::FLOAT",
+        "history_watched": "least(greatest(playing_time, 0) / greatest(duration, 1), 2)::FLOAT",
+    }
+    history = [f"list({value} ORDER BY viewed, place) AS {name}" for name, value in events.items()]
     struct = ", ".join(f"'{name}': {value}" for name, value in fields.items())
     lists = ", ".join(
         f'list_transform(candidates, lambda each: each."{name}") AS "{name}"' for name in fields
@@ -183,13 +191,14 @@ def _rows(split: str) -> str:
         listed AS (SELECT request_id, list({{{struct}}} ORDER BY video_id) AS candidates
             FROM candidates GROUP BY request_id),
         past AS (SELECT request_id, count(*) AS views, max(viewed) AS last,
-            list(video_id ORDER BY viewed, place) AS history
+            {", ".join(history)}
             FROM events JOIN requests USING (request_id)
             WHERE viewed > 0 AND viewed < time AND video_id >= 0 GROUP BY request_id)
         SELECT request_id AS request, time, '{split}' AS split, user, {", ".join(OF_REQUEST)},
             {lists}, (ln(1 + coalesce(views, 0)) / ln({HISTORY} + 1))::FLOAT AS views,
-            coalesce(history, []) AS history, sin({angle})::FLOAT AS hour_sin,
-            cos({angle})::FLOAT AS hour_cos, (time // 86400000 + 3) % 7 AS weekday,
+            {", ".join(f"coalesce({name}, []) AS {name}" for name in events)},
+            sin({angle})::FLOAT AS hour_sin, cos({angle})::FLOAT AS hour_cos,
+            (time // 86400000 + 3) % 7 AS weekday,
             ln(1 + (time - last) / 86400000)::FLOAT AS pause
         FROM requests JOIN listed USING (request_id) LEFT JOIN past USING (request_id)
         ORDER BY time, request_id"""
@@ -215,7 +224,8 @@ def read_events(path: Path, request_ids: Int64[np.ndarray, "n"]) -> pa.Table:
       request_ids: the requests to read; those without views are left out.
 
     Returns:
-      A row per view: `request_id`, `video_id`, `viewed` (ms since 1970) and `place` in the file.
+      A row per view: `request_id`, `video_id`, `duration` (ms), `viewed` (ms since 1970),
+      `playing_time` (ms) and `place` in the file.
 
     Raises:
       UserError: the file of sequences is damaged or holds something else.
@@ -240,8 +250,7 @@ def read_events(path: Path, request_ids: Int64[np.ndarray, "n"]) -> pa.Table:
     events = np.concatenate([of.astype(np.int64) for of in sequences.values()])
     columns = {
         "request_id": np.repeat([*sequences], [len(of) for of in sequences.values()]),
-        "video_id": events[:, _VIDEO],
-        "viewed": events[:, _VIEWED],
+        **{name: events[:, column] for name, column in _EVENTS.items()},
         "place": np.arange(len(events)),
     }
     return pa.table(columns)

@@ -67,7 +67,10 @@ def test_a_hand_worked_feed(tmp_path):
             impression(6, 13, APRIL_29 + 8 * 3600, "lr"),
         ],
         "user_features": [user(5, follow_user_num=9), user(5, follow_user_num=1, onehot_feat2="")],
-        "video_features_basic": [video(11, upload_dt="2022-04-05", tag='"7,9"'), video(12)],
+        "video_features_basic": [
+            video(11, upload_dt="2022-04-05", tag='"7,9"'),
+            video(12, upload_dt=""),
+        ],
     }
     rows = rows_of(write_files(tmp_path / "raw", rows))
     assert [(*key, row["split"]) for key, row in rows.items()] == [
@@ -95,6 +98,7 @@ def test_a_hand_worked_feed(tmp_path):
     np.testing.assert_allclose(again["user_is_like"], np.log((1 + 20 * 0.02) / (22 * 0.02)))
     np.testing.assert_allclose(again["video_seen"], np.log([2, 3]) / 5)
     np.testing.assert_allclose(again["days_old"][0], np.log1p(3 + 1901 / DAY) / 3)
+    assert (again["days_old"][1], again["days_to_end"][1]) == (None, None)
     np.testing.assert_allclose(again["follow_user_num"], np.log(2) / 5)  # the later line counts
     assert again["onehot_feat2"] is None
     assert (again["tags"][0], again["author_id"][0]) == (["7", "9"], "111")

@@ -35,6 +35,10 @@ from tests.sources.recflow_files import (
 
 DAYS_OF = {"train": DAYS[:2], "validation": DAYS[2:3], "test": DAYS[3:]}
 DAY = 24 * 3600
+FLOATS = (
+    *("duration", "days_old", "views", "pause"),
+    *("history_age", "history_duration", "history_watched"),
+)
 RANKED = ("rank_pos", "rank_neg", "rerank_pos", "rerank_neg")
 
 
@@ -156,6 +160,7 @@ def expected_row(rows: list[Row], sequence: np.ndarray) -> dict:
     scored = [row for row in kept if stage(row) > 1 and row["rank_index"] >= 0]
     best = min([row["rank_index"] for row in scored if row["rank_pos"]], default=np.inf)
     events = [event for event in sequence.tolist() if 0 < event[7] < time]
+    events.sort(key=lambda event: event[7])
     return {
         "user": first["user_id"],
         "time": time,
@@ -172,9 +177,12 @@ def expected_row(rows: list[Row], sequence: np.ndarray) -> dict:
         **{name: [row[name] for row in kept] for name in OF_ITEM},
         "duration": [np.log1p(row["duration"] / 1000) for row in kept],
         "days_old": [np.log1p((time / 1000 - row["upload_timestamp"]) / DAY) for row in kept],
-        "history": [event[0] for event in sorted(events, key=lambda event: event[7])],
+        "history": [event[0] for event in events],
+        "history_age": [np.log1p((time - event[7]) / DAY / 1000) for event in events],
+        "history_duration": [np.log1p(event[6] / 1000) for event in events],
+        "history_watched": [min(event[8] / event[6], 2) for event in events],
         "views": np.log1p(len(events)) / np.log(51),
-        "pause": np.log1p((time - max(e[7] for e in events)) / DAY / 1000) if events else None,
+        "pause": np.log1p((time - events[-1][7]) / DAY / 1000) if events else None,
     }
 
 
@@ -190,7 +198,7 @@ def test_every_row_of_the_log_follows_from_the_files(tmp_path, request_rows):
                 own = [of for of in rows if of["request_id"] == request]
                 assert row["split"] == split
                 for name, expected in expected_row(own, sequence).items():
-                    if name in ("duration", "days_old", "views", "pause") and expected is not None:
+                    if name in FLOATS and expected is not None:
                         np.testing.assert_allclose(row[name], expected, rtol=1e-6)
                     else:
                         assert row[name] == expected, name
