@@ -1,4 +1,4 @@
-"""Writes EB-NeRD as a log that `configs/ebnerd.py` names the columns of.
+"""Write EB-NeRD as a log that `configs/ebnerd.py` names the columns of.
 
     python scripts/ebnerd_log.py RAW LOG
 
@@ -17,9 +17,7 @@ came strictly before.
 import argparse
 from pathlib import Path
 
-import ibis
-import ibis.expr.types as ir
-from ibis import _
+import duckdb
 
 SPLITS = ("train", "validation")
 HISTORY = 50  # of a user, the latest
@@ -27,10 +25,11 @@ READ = 30  # seconds on the clicked page that count as having read it
 
 IN_LOG = ("device_type", "is_sso_user", "is_subscriber", "gender", "postcode", "age")
 OF_ARTICLE = ("category", "article_type", "premium", "topics", "sentiment_score")
+LISTS = ("item", "click", "read", "hours_old", *OF_ARTICLE)
 
 
 def main() -> None:
-    """Writes the log that the command line asks for."""
+    """Write the log that the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,67 +38,39 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=4.0, help="GiB; the rest goes to disk")
     arguments = parser.parse_args()
     arguments.log.mkdir(parents=True, exist_ok=True)
-    folder = arguments.log / ".spilled"
-    engine = ibis.duckdb.connect(
-        memory_limit=f"{arguments.memory * 1024:.0f}MiB", temp_directory=str(folder)
-    )
+    con = duckdb.connect()
+    con.execute(f"SET memory_limit = '{arguments.memory * 1024:.0f}MiB'")
+    con.execute("SET temp_directory = ?", [str(arguments.log / ".spilled")])
     for split in SPLITS:
-        sql = str(ibis.to_sql(log_of(engine, arguments.raw, split)))
-        engine.con.sql(sql).write_parquet(
-            str(arguments.log / f"{split}.parquet"), compression="zstd"
-        )
+        for table in ("articles", f"{split}/behaviors", f"{split}/history"):
+            file = str(arguments.raw / f"{table}.parquet")
+            con.read_parquet(file).create_view(Path(table).name, replace=True)
+        con.sql(SQL).write_parquet(str(arguments.log / f"{split}.parquet"), compression="zstd")
 
 
-def log_of(engine: ibis.BaseBackend, raw: Path, split: str) -> ir.Table:
-    """The log of a split: a row an impression, in the order of time."""
-    articles = engine.read_parquet(raw / "articles.parquet")
-    behaviors = engine.read_parquet(raw / split / "behaviors.parquet")
-    history = engine.read_parquet(raw / split / "history.parquet")
-    return (
-        behaviors.join(candidates(behaviors, articles), "impression_id")
-        .left_join(views_before(behaviors, history), "impression_id")
-        .select(
-            "impression_id", "impression_time", "user_id", *IN_LOG,
-            "session_id", "item", "click", "read", "hours_old", *OF_ARTICLE,
-            recent=ibis.coalesce(_.recent, ibis.literal([], "array<int64>")),
-            front_page=_.article_id.isnull(),
-        )
-        .order_by("impression_time", "impression_id")
-    )  # fmt: skip
-
-
-def candidates(behaviors: ir.Table, articles: ir.Table) -> ir.Table:
-    """`impression_id`, and lists: the articles in view, what is known of them, and labels."""
-    inview = behaviors.article_ids_inview
-    asked = behaviors.select(
-        *("impression_id", "impression_time", "article_ids_clicked", "next_read_time"),
-        ranked=inview.zip(ibis.range(0, inview.length(), 1)).unnest(),
-    )
-    asked = asked.mutate(item=_.ranked.f1, place=_.ranked.f2)
-    asked = asked.mutate(click=_.article_ids_clicked.contains(_.item).cast("int8"))
-    # How long is known of the one page that was opened.
-    asked = asked.mutate(read=(ibis.coalesce(_.next_read_time, 0) >= READ).cast("int8") * _.click)
-    known = articles.select("published_time", *OF_ARTICLE, item=_.article_id)
-    joined = asked.left_join(known, "item").mutate(
-        hours_old=(_.impression_time.epoch_seconds() - _.published_time.epoch_seconds()) / 3600.0
-    )
-    lists = ("item", "click", "read", "hours_old", *OF_ARTICLE)
-    one = ibis.struct({name: joined[name] for name in ("place", *lists)})
-    grouped = joined.group_by("impression_id").agg(all=one.collect().sort())
-    return grouped.select("impression_id", **{name: field(name) for name in lists})
-
-
-def field(name: str) -> ibis.Deferred:
-    """A field of each of the structs in `all`."""
-    return _.all.map(lambda each: each[name])
-
-
-def views_before(behaviors: ir.Table, history: ir.Table) -> ir.Table:
-    """`impression_id`, and `recent`: what the user had viewed strictly before, the latest last."""
-    views = history.select("user_id", event=_.impression_time_fixed.zip(_.article_id_fixed))
-    asked = behaviors.select("impression_id", "impression_time", "user_id").join(views, "user_id")
-    before = asked.event.filter(lambda each: each.f1 < asked.impression_time).sort()
-    return asked.select("impression_id", recent=before[-HISTORY:].map(lambda each: each.f2))
+# A row per impression, in the order of time.
+SQL = f"""
+    WITH asked AS (SELECT impression_id, impression_time, next_read_time, article_ids_clicked,
+            unnest(article_ids_inview) AS item, unnest(range(len(article_ids_inview))) AS place
+        FROM behaviors),
+    -- How long is known of the one page that was opened.
+    known AS (SELECT *, list_contains(article_ids_clicked, item)::TINYINT AS click,
+            (coalesce(next_read_time, 0) >= {READ})::TINYINT * click AS read,
+            (epoch(impression_time) - epoch(published_time)) / 3600 AS hours_old
+        FROM asked LEFT JOIN articles ON item = article_id),
+    candidates AS (SELECT impression_id,
+            {", ".join(f"list({name} ORDER BY place) AS {name}" for name in LISTS)}
+        FROM known GROUP BY impression_id),
+    views AS (SELECT impression_id, list_sort(list_filter(
+            list_zip(impression_time_fixed, article_id_fixed),
+            lambda each: each[1] < impression_time))[-{HISTORY}:] AS latest
+        FROM behaviors JOIN history USING (user_id))
+    SELECT impression_id, impression_time, user_id, {", ".join(IN_LOG)}, session_id,
+        {", ".join(LISTS)}, coalesce(list_transform(latest, lambda each: each[2]), []) AS recent,
+        article_id IS NULL AS front_page
+    FROM behaviors JOIN candidates USING (impression_id) LEFT JOIN views USING (impression_id)
+    ORDER BY impression_time, impression_id
+"""
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ pytest loads this file in the main process and in each pytest-xdist worker befor
 
 import atexit
 import ctypes
-import functools
 import gc
 import itertools
 import os
@@ -112,25 +111,3 @@ def bounded_memory() -> Iterator[None]:
         gc.collect()
         # glibc keeps what is freed; other C libraries have no such function.
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def sql_is_made_once() -> Iterator[None]:
-    """Keeps the SQL of what is asked of logs with the same columns, test after test.
-
-    Ibis takes longer to make it than DuckDB to answer it of a small log.
-    """
-    from ibis.backends.duckdb import Backend
-
-    make = Backend.compile
-
-    @functools.lru_cache(4096)
-    def make_once(backend, operation):
-        return make(backend, operation.to_expr())
-
-    def compile(backend, table, **options):
-        return make(backend, table, **options) if options else make_once(backend, table.op())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Backend, "compile", compile)
-        yield

@@ -17,7 +17,8 @@ def feature(
 
     Args:
       of: its owner: "user" or "context" (one value per request), "item" (one value per item, the
-        same in every request), or "candidate" (differs from request to request).
+        same in every request), "candidate" (differs from request to request), or "event": a list
+        with an entry for each event of the history, dense and not standardised.
       kind: "dense", a number, or a list of `length` of them, such as an embedding; "category", a
         whole number or text; "bag", an unordered list of these; or "history", a list of item
         ids, the most recent last, of the user.

@@ -344,53 +344,6 @@ _CASCADE = _of_source(
     Key("fault_version", 0.05, "share of the requests that an older teacher scored", SHARE),
 )
 
-_RATINGS = _of_source(
-    Key("ratings_per_request", 8, "the least ratings of a request", POSITIVE),
-    Key("validation_share", 0.1,
-        "share of each user's ratings, those before the test ones, for the validation",
-        INSIDE_ONE),
-    Key("validation_requests_per_user", 1,
-        "validation requests a user, the earliest ones; 0 takes all", NOT_NEGATIVE),
-    Key("test_share", 0.2, "share of each user's ratings, the last ones, for the test", BELOW_ONE),
-    Key("test_requests_per_user", 1, "test requests a user, the earliest ones; 0 takes all",
-        NOT_NEGATIVE),
-)  # fmt: skip
-
-_SAMPLED_RATINGS = _RATINGS | _of_source(
-    Key("negatives", 500, "candidates drawn from items that the user had not rated; 0 takes all",
-        NOT_NEGATIVE),
-    Key("max_users", 0, "users, drawn at random, who make requests; 0 takes all", NOT_NEGATIVE),
-)  # fmt: skip
-
-_KUAIRAND = _of_source(
-    Key("session_minutes", 30, "the pause that ends a session", POSITIVE),
-    Key("random_session_minutes", 720, "the same of random impressions, which are few", POSITIVE),
-    Key("impressions_per_request", 10, "the most impressions of one request", POSITIVE),
-    Key("negatives", 90, "candidates that were not shown", NOT_NEGATIVE),
-    Key("test", "random", "videos shown at random, or those that the app's policies chose",
-        kuairand.TESTS),
-    Key("validation_from", "2022-04-22", "the first day of the validation, in Beijing"),
-    Key("test_from", "2022-04-29", "the first day of the test, in Beijing"),
-    Key("train_requests", 200_000, "training requests, drawn uniformly; 0 takes all",
-        NOT_NEGATIVE),
-    Key("validation_requests", 5_000, "validation requests, drawn uniformly; 0 takes all",
-        NOT_NEGATIVE),
-    Key("test_requests", 10_000, "test requests, drawn uniformly; 0 takes all", NOT_NEGATIVE),
-    Key("max_users", 0, "users to keep of the logs; 0 keeps all", NOT_NEGATIVE),
-    Key("author_rows", 8192, "category ids that authors are hashed into", POSITIVE),
-    Key("music_rows", 8192, "category ids that music is hashed into", POSITIVE),
-)  # fmt: skip
-
-_RECFLOW = _of_source(
-    Key("train_days", (), "days of the training split, like 2024-02-17", element=str),
-    Key("validation_days", (), "days of the validation split", element=str),
-    Key("test_days", (), "days of the test split", element=str),
-    Key("max_requests_per_day", 0, "requests to draw of each day; 0 takes all", NOT_NEGATIVE),
-    Key("of_each_stage", 0, "candidates of each of rank_pos, rank_neg, coarse_neg, prerank_neg; "
-        "0 takes all rows", NOT_NEGATIVE),
-    Key("authors", 1 << 18, "values that authors are hashed into", POSITIVE),
-)  # fmt: skip
-
 _LOG = _of_source(
     Key("sql", "", "in place of data.path: a SELECT that DuckDB runs; its rows are the log",
         may_differ=True),
@@ -427,6 +380,53 @@ _LOG = _of_source(
         element=str, influences="nothing"),
 )  # fmt: skip
 
+# A public dataset is converted to a log.
+_CONVERTED = {name: key for name, key in _LOG.items() if name != "data.infer"}
+
+_RATINGS = _CONVERTED | _of_source(
+    Key("ratings_per_request", 8, "the least ratings of a request", POSITIVE),
+    Key("validation_share", 0.1,
+        "share of each user's ratings, those before the test ones, for the validation",
+        INSIDE_ONE),
+    Key("validation_requests_per_user", 1,
+        "validation requests a user, the earliest ones; 0 takes all", NOT_NEGATIVE),
+    Key("test_share", 0.2, "share of each user's ratings, the last ones, for the test", BELOW_ONE),
+    Key("test_requests_per_user", 1, "test requests a user, the earliest ones; 0 takes all",
+        NOT_NEGATIVE),
+)  # fmt: skip
+
+_SAMPLED_RATINGS = _RATINGS | _of_source(
+    Key("negatives", 500, "candidates drawn from items that the user had not rated; 0 takes all",
+        NOT_NEGATIVE),
+    Key("max_users", 0, "users, drawn at random, who make requests; 0 takes all", NOT_NEGATIVE),
+)  # fmt: skip
+
+_KUAIRAND = _CONVERTED | _of_source(
+    Key("session_minutes", 30, "the pause that ends a session", POSITIVE),
+    Key("random_session_minutes", 720, "the same of random impressions, which are few", POSITIVE),
+    Key("impressions_per_request", 10, "the most impressions of one request", POSITIVE),
+    Key("negatives", 90, "candidates that were not shown", NOT_NEGATIVE),
+    Key("test", "random", "videos shown at random, or those that the app's policies chose",
+        kuairand.TESTS),
+    Key("validation_from", "2022-04-22", "the first day of the validation, in Beijing"),
+    Key("test_from", "2022-04-29", "the first day of the test, in Beijing"),
+    Key("train_requests", 200_000, "training requests, drawn uniformly; 0 takes all",
+        NOT_NEGATIVE),
+    Key("validation_requests", 5_000, "validation requests, drawn uniformly; 0 takes all",
+        NOT_NEGATIVE),
+    Key("test_requests", 10_000, "test requests, drawn uniformly; 0 takes all", NOT_NEGATIVE),
+    Key("max_users", 0, "users to keep of the logs; 0 keeps all", NOT_NEGATIVE),
+)  # fmt: skip
+
+_RECFLOW = _CONVERTED | _of_source(
+    Key("train_days", (), "days of the training split, like 2024-02-17", element=str),
+    Key("validation_days", (), "days of the validation split", element=str),
+    Key("test_days", (), "days of the test split", element=str),
+    Key("max_requests_per_day", 0, "requests to draw of each day; 0 takes all", NOT_NEGATIVE),
+    Key("of_each_stage", 0, "candidates of each of rank_pos, rank_neg, coarse_neg, prerank_neg; "
+        "0 takes all rows", NOT_NEGATIVE),
+)  # fmt: skip
+
 _GIVEN = _of_source(Key("labels", ConfigDict(), "the tasks of the requests, each by its name"))
 
 DATA_KEYS: dict[str, dict[str, Key]] = {
@@ -434,7 +434,7 @@ DATA_KEYS: dict[str, dict[str, Key]] = {
     "movielens_100k": _RATINGS,
     "movielens_1m": _SAMPLED_RATINGS,
     "movielens_32m": _SAMPLED_RATINGS,
-    **dict.fromkeys(kuairand.VARIANT_OF_NAME, _KUAIRAND),
+    **{f"kuairand_{variant}": _KUAIRAND for variant in kuairand.VARIANTS},
     "recflow": _RECFLOW,
     "parquet": _LOG,
     given.NAME: _GIVEN,

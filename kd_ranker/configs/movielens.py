@@ -3,12 +3,15 @@
 from ml_collections import ConfigDict
 
 from kd_ranker.config import defaults
+from kd_ranker.config.features import feature
+from kd_ranker.sources.movielens import stars_of
 
 
 def get_config(variant: str = "", source: str = "movielens_100k") -> ConfigDict:
     """The default setting; give `--config.data.path`, or leave it empty to download."""
     defaults.check_variant(variant)
     config = defaults.get_config(source)
+    _name_columns(config.data, source)
     config.data.ratings_per_request = 8
     config.data.validation_share = 0.1  # the share before it
     config.data.validation_requests_per_user = 1  # 0 takes all
@@ -33,3 +36,40 @@ def get_config(variant: str = "", source: str = "movielens_100k") -> ConfigDict:
     config.train.steps = 1500
     config.teacher.train.steps = 1500
     return config
+
+
+def _name_columns(data: ConfigDict, source: str) -> None:
+    """Name the columns of the log that `sources/movielens.py` writes."""
+    stars = len(stars_of(source))
+    data.rows = "request"
+    data.columns = ConfigDict(
+        dict(request="request", time="time", user="user", item="item", position="position",
+            label_weight="label_weight", split="split")
+    )  # fmt: skip
+    data.split = "column"
+    data.labels = ConfigDict(dict(watch="watch", like="like", share="share"))
+    features = dict(
+        rated=feature("user", "dense", standardise=False),
+        mean_rating=feature("user", "dense", standardise=False),
+        genres_rated=feature("user", "dense", length=20, standardise=False),
+        genres_liked=feature("user", "dense", length=20, standardise=False),
+        recent=feature("user", "history", "history", length=20),
+        history_stars=feature("event", "dense", length=stars, standardise=False),
+        history_age=feature("event", "dense", standardise=False),
+        hour_sin=feature("context", "dense", standardise=False),
+        hour_cos=feature("context", "dense", standardise=False),
+        weekday=feature("context", "category"),
+        pause=feature("context", "dense"),
+        requests_before=feature("context", "dense", standardise=False),
+        genres=feature("item", "bag", length=10),
+        decade=feature("item", "dense"),
+        ratings_before=feature("candidate", "dense", standardise=False),
+        mean_before=feature("candidate", "dense", standardise=False),
+    )
+    if source != "movielens_32m":  # which knows nothing of users
+        features |= dict(
+            age=feature("user", "dense"),
+            gender=feature("user", "category"),
+            occupation=feature("user", "category"),
+        )
+    data.features = ConfigDict(features)

@@ -5,6 +5,7 @@ import datetime
 from ml_collections import ConfigDict
 
 from kd_ranker.config import defaults
+from kd_ranker.config.features import feature
 
 
 def get_config(variant: str = "") -> ConfigDict:
@@ -22,8 +23,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.validation_days = ("2024-02-17",)
     config.data.test_days = ("2024-02-18",)
     config.data.max_requests_per_day = 0  # number to draw per day; 0 takes all
-    config.data.authors = 1 << 18  # number of values that authors are hashed into
-    config.data.history_length = 50
+    _name_columns(config.data)
     config.funnel.retrieved = 600  # no less than the rows of any request in the log
     config.funnel.passed = 200
     config.funnel.shown = 10  # the final ranker's own top, `rank_pos`
@@ -52,6 +52,48 @@ def get_config(variant: str = "") -> ConfigDict:
     return config
 
 
+def _name_columns(data: ConfigDict) -> None:
+    """Name the columns of the log that `sources/recflow.py` writes."""
+    data.rows = "request"
+    data.columns = ConfigDict(
+        dict(request="request", time="time", user="user", item="item", stage="stage",
+            position="position", split="split")
+    )  # fmt: skip
+    data.stages = ConfigDict(dict(retrieved="retrieved", passed="passed", shown="shown"))
+    data.time_unit = "ms"
+    data.split = "column"
+    data.labels = ConfigDict(
+        dict(watch="long_view", effective_view="effective_view", like="like", share="forward",
+            follow="follow", comment="comment")
+    )  # fmt: skip
+    # The final ranker's order is the same for all tasks.
+    data.teacher = ConfigDict(dict.fromkeys(data.labels, "position"))
+    data.teacher_signal = "rank"
+    data.allow = ("teacher_coverage",)  # rows that only passed may have no position
+    data.features = ConfigDict(
+        dict(
+            views=feature("user", "dense", standardise=False),
+            recent=feature("user", "history", "history", length=50),
+            history_age=feature("event", "dense", standardise=False),
+            history_duration=feature("event", "dense", standardise=False),
+            history_watched=feature("event", "dense", standardise=False),
+            gender=feature("user", "category"),
+            province=feature("user", "category"),
+            age=feature("user", "category"),
+            hour_sin=feature("context", "dense", standardise=False),
+            hour_cos=feature("context", "dense", standardise=False),
+            weekday=feature("context", "category"),
+            pause=feature("context", "dense"),
+            author=feature("item", "category", "author_id", hashed=True, size=1 << 18),
+            category_level_one=feature("item", "category"),
+            category_level_two=feature("item", "category"),
+            upload_type=feature("item", "category"),
+            duration=feature("item", "dense"),
+            days_old=feature("candidate", "dense"),
+        )
+    )
+
+
 def _days(first: str, last: str) -> tuple[str, ...]:
     """All days from the first to the last."""
     start, end = map(datetime.date.fromisoformat, (first, last))
@@ -62,7 +104,7 @@ def _days(first: str, last: str) -> tuple[str, ...]:
 def _shrink(config: ConfigDict) -> None:
     config.data.train_days = _days("2024-02-15", "2024-02-16")
     config.data.max_requests_per_day = 2000
-    config.data.authors = 1 << 14
+    config.data.features.author.size = 1 << 14
     config.student.item_rows = 0
     config.batch.requests = 32
     config.train.steps = 2 * 2000 // 32  # one pass

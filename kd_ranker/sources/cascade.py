@@ -53,7 +53,6 @@ from ml_collections import ConfigDict
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.errors import UserError, check_choice, check_tasks
 from kd_ranker.requests.request import SPLITS, Request, Source
-from kd_ranker.sources.time_features import DAY, hour_features, weekday
 
 TASKS = ("watch", "like", "share")
 
@@ -91,6 +90,7 @@ FATIGUE_HOURS = 0.5  # events fade from fatigue within the session
 FATIGUE_HALF = 2.0  # recent events of a topic at which fatigue reaches one half
 MOOD_HOURS = 12.0
 
+DAY = 24 * 3600  # seconds
 START = 1_704_067_200  # 2024-01-01 00:00 UTC, a Monday
 # The first day of each split, counted from START, and how many it has.
 DAYS = {"train": (0, 7), "validation": (7, 1), "test": (8, 2)}
@@ -146,7 +146,7 @@ class History:
 
 
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
-    """Opens the simulated feed as a source.
+    """Open the simulated feed as a source.
 
     Args:
       data: the source's part of the config.
@@ -189,7 +189,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
 
 
 def make_world(data: ConfigDict) -> World:
-    """Draws users and items; depends only on `data.seed` and the sizes in `data`."""
+    """Draw users and items; depends only on `data.seed` and the sizes in `data`."""
     rng = np.random.default_rng([data.seed, 0])
     users, items, topics = int(data.num_users), int(data.num_items), int(data.num_topics)
     population = _draw_users(rng, users, topics, int(data.history_length))
@@ -395,7 +395,7 @@ def teacher_log(
     nan: float,
     out_of_range: float,
 ) -> tuple[Float32[np.ndarray, "L T"], Float32[np.ndarray, "L"]]:
-    """Logs the teacher's probabilities as a faulty logger does.
+    """Log the teacher's probabilities as a faulty logger does.
 
     Args:
       rng: drives the faults.
@@ -424,7 +424,7 @@ def _draw_request(
     split: str,
     index: int,
 ) -> Request:
-    """Draws a request; `columns` are the indices in `TASKS` of the requested tasks."""
+    """Draw a request; `columns` are the indices in `TASKS` of the requested tasks."""
     rng = np.random.default_rng([data.seed, _SEED_OF_SPLIT[split], index])
     time = _draw_time(rng, split, index, data[f"{split}_requests"])
     context = _draw_context(rng, time)
@@ -494,7 +494,7 @@ def _draw_candidates(
     user: int,
     history: History,
 ) -> _Candidates:
-    """Takes a request through the funnel: retrieved, passed, shown."""
+    """Take a request through the funnel: retrieved, passed, shown."""
     item = _retrieve(rng, world, user, history, funnel.retrieved, data.retrieval_noise)
     age = standardised_age(time, world.upload_time[item])
     policy = _policy_score(rng, world, user, item, age, data.policy_noise)
@@ -539,9 +539,10 @@ def _draw_time(rng: np.random.Generator, split: str, index: int, num_requests: i
 def _draw_context(rng: np.random.Generator, time: int) -> Float32[np.ndarray, "C"]:
     network = np.eye(2)[rng.choice(2, p=[0.6, 0.4])]
     device = np.eye(3)[rng.choice(3, p=[0.7, 0.15, 0.15])]
-    return np.concatenate(
-        [hour_features(time), [weekday(time) >= 5], network, device], dtype=np.float32
-    )
+    # Once around a circle in a day.
+    angle = 2 * np.pi * (time % DAY) / DAY
+    moment = [np.sin(angle), np.cos(angle), (time - START) // DAY % 7 >= 5]
+    return np.concatenate([moment, network, device], dtype=np.float32)
 
 
 def draw_history(rng: np.random.Generator, world: World, user: int) -> History:

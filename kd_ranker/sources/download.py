@@ -20,7 +20,7 @@ class Archive(NamedTuple):
 
 
 def fetch(archive: Archive, data_dir: str) -> Path:
-    """Downloads and unpacks an archive below `data_dir/downloads`, unless it is there.
+    """Download and unpack an archive below `data_dir/downloads`, unless it is there.
 
     Returns:
       The folder that holds the files.

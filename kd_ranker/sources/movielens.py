@@ -1,490 +1,259 @@
-"""MovieLens 100K, 1M and 32M as requests: timelines of ratings, with nothing from the future.
+"""MovieLens 100K, 1M and 32M as a log: blocks of a user's ratings, with nothing from the future.
 
 F. M. Harper and J. A. Konstan, "The MovieLens Datasets: History and Context", ACM Transactions on
-Interactive Intelligent Systems 5(4), 2015. The tasks are stand-ins for a feed's: `watch` means that
-the film was rated, `like` that it was rated 4 or more, `share` that it was rated 5.
-
-A request stands for a block of consecutive ratings of a user, see `block_starts`; its time is the
-first rating's, and all that is known of the user and of the items was known strictly before. Its
-candidates are those rated in the block, in the order of rating, and then, by id, others that the
-user had not rated by the end of the block: all of them, or a sample. Films that the user rates only
-later are among these, with label 0, since leaving them out would tell the future. As labels are
-known for the whole list, it counts as shown and passed whole.
-
-Of n items not rated, `data.negatives` are drawn, each as likely as any other, and each then has the
-label weight n / `data.negatives`, the inverse of the sampling rate: weighted sums over labels have
-the expectation that they have over the whole catalogue, so probabilities stay calibrated.
-
-Widths and order of the features:
-  user: age, female, occupations (one-hot), if the set knows them; log(1 + ratings so far), mean
-    rating so far, the share of the ratings so far given to each genre, and the share that gave it 4
-    or more.
-  context: sin and cos of the hour (UTC), weekday (one-hot from Monday), log(1 + days since the last
-    rating), whether this is the first request, log(1 + requests before this one).
-  history: rating (one-hot of the stars that the set has), log(1 + age in days).
-  item: genres, decades of the release after 1990, whether the release is unknown.
-  candidate: log(1 + ratings by anyone so far) / 3, mean of these less PRIOR_RATING.
+Interactive Intelligent Systems 5(4), 2015. `docs/datasets.md` describes requests and columns.
 """
 
-import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import duckdb
 import numpy as np
-from jaxtyping import Float32, Float64, Int, Int64
+import pyarrow as pa
+from jaxtyping import Float64, Int, Int64
 from ml_collections import ConfigDict
 
-from kd_ranker.batch import FeatureSpec
-from kd_ranker.errors import UserError, check_choice, check_tasks
-from kd_ranker.requests.request import SPLITS, Request, Source, without_teacher
-from kd_ranker.sources.download import fetch
-from kd_ranker.sources.movielens_files import PUBLISHED, MovieLens, read_movielens
-from kd_ranker.sources.tallies import Tally
-from kd_ranker.sources.time_features import DAY, moment_features
+from kd_ranker.sources.converted import (
+    Converter,
+    check_none,
+    connect,
+    find_raw,
+    with_file,
+    write_rows,
+)
+from kd_ranker.sources.download import Archive
 
-# The lowest rating, in stars, that counts as the action; any rating is at least half a star.
-LOWEST_RATING = {"watch": 0.5, "like": 4, "share": 5}
-TASKS = tuple(LOWEST_RATING)
-
-CONTEXT_FEATURES = 12
-CANDIDATE_FEATURES = 2
-
-# Mean ratings start from this value as if this many ratings had given it: a neutral guess, fixed in
-# advance, so that it stems from no data.
-PRIOR_RATING = 3.5
-PRIOR_COUNT = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Timeline:
-    """One user's ratings in the order of time, and the blocks that requests cover.
-
-    Ratings given in the same second stand in a seeded random order. Block b holds the ratings from
-    `start[b]` until `start[b + 1]`, or until the end; `start[first_test:]` are the test blocks, and
-    `start[first_validation:first_test]` those of the validation.
-    """
-
-    item: Int[np.ndarray, "n"]
-    rating: Float32[np.ndarray, "n"]
-    time: Int64[np.ndarray, "n"]
-    start: Int64[np.ndarray, "blocks"]
-    first_validation: int
-    first_test: int
-
-    def end(self, block: int) -> int:
-        """The place behind the last rating of a block."""
-        return int(self.start[block + 1]) if block + 1 < len(self.start) else len(self.item)
-
-
-@dataclasses.dataclass(frozen=True)
-class RatingBlocks:
-    """The blocks of a split in the order of time, then of users."""
-
-    user: Int[np.ndarray, "blocks"]
-    block: Int[np.ndarray, "blocks"]  # within the user's timeline
-
-    def __len__(self) -> int:
-        """The number of blocks."""
-        return len(self.user)
-
-
-class _Prepared(NamedTuple):
-    """All that the requests of the splits are made of.
-
-    Attributes:
-      everyone: the set.
-      movielens: the set, with the users that are kept.
-      timelines: user -> timeline.
-      blocks: split -> its blocks.
-      fixed_user_features: see `_fixed_user_features`.
-    """
-
-    everyone: MovieLens
-    movielens: MovieLens
-    timelines: dict[int, Timeline]
-    blocks: dict[str, RatingBlocks]
-    fixed_user_features: Float32[np.ndarray, "users _"]
-
-
-def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
-    """Opens one of the sets in `PUBLISHED` as a source, fetching its files if `path` is empty.
-
-    Args:
-      data: the source's part of the config.
-      tasks: some of `TASKS`, in any order.
-      funnel: `retrieved` must hold the candidates of any request.
-
-    Returns:
-      The source; each split comes in the order of time. A user's train requests precede the same
-      user's validation requests, and these the user's test requests, but not another user's.
-
-    Raises:
-      UserError: for files that are missing or malformed, and tasks or numbers that make no sense.
-    """
-    _check(data, tasks)
-    prepared = _prepare(data, funnel)
-    return Source(
-        _spec(prepared, data, tasks),
-        item_features(prepared.movielens),
-        functools.partial(_requests, prepared, data, tasks),
-        {split: len(prepared.blocks[split]) for split in SPLITS},
+LOWEST_RATING = {"watch": 0.5, "like": 4, "share": 5}  # in stars, that counts as the action
+PRIOR_RATING, PRIOR_COUNT = 3.5, 5  # a mean starts as if that many ratings had this value
+HISTORY = 100  # the latest ratings of a user
+DAY = 24 * 3600  # seconds
+GENRES = (
+    *("unknown", "Action", "Adventure", "Animation", "Children", "Comedy", "Crime", "Documentary"),
+    *("Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi"),
+    *("Thriller", "War", "Western", "IMAX"),
+)
+# Checksums of 100K and 1M are those that TFDS knows; projects that fetched 32M agree on the third.
+ARCHIVES = {
+    f"movielens_{size}": Archive(
+        f"https://files.grouplens.org/datasets/movielens/ml-{size}.zip", sha256, f"ml-{size}"
     )
-
-
-def _prepare(data: ConfigDict, funnel: ConfigDict) -> _Prepared:
-    """Reads the files and cuts the ratings into blocks."""
-    name, negatives = str(data.name), int(data.get("negatives", 0))
-    everyone = read_movielens(name, data.path or fetch(PUBLISHED[name].archive, data.dir))
-    num_items = len(everyone.genres)
-    if not negatives and funnel.retrieved < num_items:
-        raise UserError(
-            f"funnel.retrieved={funnel.retrieved} is less than the {num_items} films of the "
-            "catalogue, all of which are candidates"
-        )
-    movielens = with_fewer_users(everyone, int(data.get("max_users", 0)), int(data.seed))
-    timelines = _timelines(movielens, data)
-    if negatives:
-        _check_candidates(timelines, negatives, int(funnel.retrieved))
-    blocks = {split: _ordered_blocks(timelines, split, data) for split in SPLITS}
-    if data.validation_share and not len(blocks["validation"]):
-        raise UserError(
-            f"data.validation_share={data.validation_share} leaves no validation request: no user "
-            "has ratings for two requests before the test ones; lower data.ratings_per_request or "
-            "data.test_share"
-        )
-    return _Prepared(everyone, movielens, timelines, blocks, _fixed_user_features(movielens))
-
-
-def _spec(prepared: _Prepared, data: ConfigDict, tasks: Sequence[str]) -> FeatureSpec:
-    num_items, num_genres = prepared.movielens.genres.shape
-    return FeatureSpec(
-        dataset=str(data.name),
-        tasks=tuple(tasks),
-        num_users=prepared.movielens.num_users,
-        num_items=num_items,
-        user_features=prepared.fixed_user_features.shape[1] + 2 + 2 * num_genres,
-        context_features=CONTEXT_FEATURES,
-        candidate_features=CANDIDATE_FEATURES,
-        item_features=num_genres + 2,
-        cheap_item_features=num_genres + 2,
-        history_length=int(data.history_length),
-        history_features=len(prepared.movielens.stars) + 1,
-        teacher_version="",
+    for size, sha256 in (
+        ("100k", "50d2a982c66986937beb9ffb3aa76efe955bf3d5c6b761f4e3a7cd717c6a3229"),
+        ("1m", "a6898adb50b9ca05aa231689da44c217cb524e7ebd39d264c56e2832f2c54e20"),
+        ("32m", "e4a68655d7386b8f95f2f2424b2ff975dfdd15ffd59e0d864a14dca43e99d6ee"),
     )
+}
+_OLD = "header = false, quote = '', encoding = 'latin-1', all_varchar = true"
+_RATING = "names = ['user', 'movie', 'rating', 'time']"
+_GENRE = [f"CASE WHEN g{place} = '1' THEN '{name}' END" for place, name in enumerate(GENRES[:-1])]
+_LISTED = "list_filter(string_split(replace(genres, '''s', ''), '|'), lambda of: of[1] <> '(')"
+_YEAR = r"regexp_extract(title, '\((\d{4})\)\s*$', 1)"
+# By set, its files of ratings, films and users, and their rows in SQL.
+_FILES = {
+    "movielens_100k": {
+        "u.data": rf"SELECT * FROM read_csv($file, delim = '\t', {_RATING}, {_OLD})",
+        "u.item": f"""SELECT movie, split_part(date, '-', 3) AS year,
+            list_filter([{", ".join(_GENRE)}], lambda of: of IS NOT NULL) AS genres
+            FROM read_csv($file, delim = '|', {_OLD}, names = ['movie', 'title', 'date', 'video',
+            'url', {", ".join(f"'g{place}'" for place in range(len(_GENRE)))}])""",
+        "u.user": f"""FROM read_csv($file, delim = '|', {_OLD},
+            names = ['user', 'age', 'gender', 'occupation', 'zip'])""",
+    },
+    "movielens_1m": {
+        "ratings.dat": f"SELECT * FROM read_csv($file, delim = '::', {_RATING}, {_OLD})",
+        "movies.dat": f"""SELECT movie, {_YEAR} AS year, {_LISTED} AS genres
+            FROM read_csv($file, delim = '::', {_OLD}, names = ['movie', 'title', 'genres'])""",
+        "users.dat": f"""FROM read_csv($file, delim = '::', {_OLD},
+            names = ['user', 'gender', 'age', 'occupation', 'zip'])""",
+    },
+    "movielens_32m": {
+        "ratings.csv": """SELECT userId AS user, movieId AS movie, rating, timestamp AS time
+            FROM read_csv($file, header = true, all_varchar = true)""",
+        "movies.csv": f"""SELECT movieId AS movie, {_YEAR} AS year, {_LISTED} AS genres
+            FROM read_csv($file, header = true, all_varchar = true)""",
+    },
+}
+_TABLES = {
+    "ratings": "user::INT AS user, movie::INT AS movie, rating::FLOAT AS rating, "
+    "time::BIGINT AS time",
+    "movies": "movie::INT AS movie, try_cast(year AS FLOAT) AS year, "
+    "coalesce(genres, []) AS genres",
+    "users": "user::INT AS user, age::INT AS age, gender, occupation",
+}
+_FAULTS = {
+    "a rating is not on the scale": "FROM ratings WHERE NOT coalesce(rating BETWEEN 0.5 AND 5 AND "
+    "rating * 2 % 1 = 0 AND time >= 0 AND user >= 0, false)",
+    "a film is not in the file of films": "FROM ratings ANTI JOIN movies USING (movie)",
+    "a user is not in the file of users": "FROM ratings ANTI JOIN users USING (user)",
+    "a user rates a film twice": "SELECT user, movie FROM ratings GROUP BY ALL HAVING count(*) > 1",
+    "a film has two lines": "SELECT movie FROM movies GROUP BY movie HAVING count(*) > 1",
+    "a user has two lines": "SELECT user FROM users GROUP BY user HAVING count(*) > 1",
+}
 
 
-def _requests(
-    prepared: _Prepared, data: ConfigDict, tasks: Sequence[str], split: str
-) -> Iterator[Request]:
-    """The requests of a split, in the order of time."""
-    check_choice("split", split, SPLITS)
-    movielens, blocks = prepared.movielens, prepared.blocks[split]
-    num_items = len(movielens.genres)
-    genres = movielens.genres.astype(np.float32)
-    stars = np.array(movielens.stars, np.float32)
-    lowest = np.array([LOWEST_RATING[task] for task in tasks])
-    negatives = int(data.get("negatives", 0))
-    everyone = prepared.everyone
-    ratings = Tally(everyone.item, lambda rows: [1, everyone.rating[rows]], (2, num_items))
-    for request_id in range(len(blocks)):
-        user, block = int(blocks.user[request_id]), int(blocks.block[request_id])
-        timeline = prepared.timelines[user]
-        start, end = int(timeline.start[block]), timeline.end(block)
-        time = int(timeline.time[start])
-        count, total = ratings.of_first(int(np.searchsorted(everyone.time, time)))
-        events = slice(max(0, start - int(data.history_length)), start)
-        others, weight = not_rated(
-            timeline.item[:end], num_items, negatives, (int(data.seed), user, block)
-        )
-        item_id = np.concatenate([timeline.item[start:end], others])
-        rating = np.concatenate([timeline.rating[start:end], np.zeros(len(others), np.float32)])
-        statistics = user_statistics(timeline.rating[:start], genres[timeline.item[:start]])
-        yield Request(
-            request_id=request_id,
-            time=time,
-            user_id=user,
-            user_features=np.concatenate([prepared.fixed_user_features[user], statistics]),
-            context=context_features(time, timeline.time[:start], block),
-            history_id=timeline.item[events].astype(np.int32),
-            history_features=history_features(
-                time, timeline.rating[events], timeline.time[events], stars
-            ),
-            item_id=item_id.astype(np.int32),
-            candidate_features=item_statistics(count[item_id], total[item_id]),
-            num_passed=len(item_id),
-            user_label=(rating[:, None] >= lowest).astype(np.uint8),
-            label_weight=np.where(rating > 0, 1, weight).astype(np.float32),
-            **without_teacher(len(tasks)),
-        )
+def stars_of(name: str) -> Float64[np.ndarray, "stars"]:
+    """The ratings that a set has: whole stars, in 32M also half ones."""
+    step = 0.5 if name == "movielens_32m" else 1.0
+    return np.arange(step, 5.5, step)
 
 
-def with_fewer_users(movielens: MovieLens, max_users: int, seed: int) -> MovieLens:
-    """The set with `max_users` of those who rated, drawn at random and numbered anew in order.
-
-    Args:
-      movielens: the set.
-      max_users: how many to keep; 0 keeps all, as does a number above theirs.
-      seed: of the draw.
-    """
-    raters = np.flatnonzero(np.bincount(movielens.user, minlength=movielens.num_users))
-    if not 0 < max_users < len(raters):
-        return movielens
-    # Not a seed of any other draw, see `not_rated`.
-    generator = np.random.default_rng([seed, 0, 0, 2])
-    users = np.sort(generator.choice(raters, max_users, replace=False))
-    number = np.full(movielens.num_users, -1, np.int32)
-    number[users] = np.arange(max_users)
-    kept = number[movielens.user] >= 0
-
-    def among_kept(attribute: np.ndarray | None) -> np.ndarray | None:
-        return None if attribute is None else attribute[users]
-
-    return dataclasses.replace(
-        movielens,
-        user=number[movielens.user[kept]],
-        item=movielens.item[kept],
-        rating=movielens.rating[kept],
-        time=movielens.time[kept],
-        num_users=max_users,
-        age=among_kept(movielens.age),
-        is_female=among_kept(movielens.is_female),
-        occupation=among_kept(movielens.occupation),
-    )
+def find_files(data: ConfigDict) -> list[Path]:
+    """The files of a set, fetched if `data.path` is empty."""
+    return find_raw(data, ARCHIVES[data.name], [*_FILES[data.name]])
 
 
-def block_starts(
-    time: Int64[np.ndarray, "n"], ratings_per_request: int
-) -> Int64[np.ndarray, "blocks"]:
-    """The places at which the blocks of a user's ratings begin.
+def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
+    """Write one row per request, in the order of time."""
+    with connect(data, folder) as con:
+        con.execute("CREATE TABLE users (user INT, age INT, gender VARCHAR, occupation VARCHAR)")
+        for path, (name, columns) in zip(files, _TABLES.items(), strict=False):
+            rows = with_file(_FILES[data.name][path.name], path)
+            con.execute(f"CREATE OR REPLACE TABLE {name} AS SELECT {columns} FROM ({rows})")
+        if len(files) < len(_TABLES):
+            con.execute("INSERT INTO users (user) SELECT DISTINCT user FROM ratings")
+        check_none(con, _FAULTS, files[0].parent)
+        write_rows(folder / "log.parquet", _rows(con, data))
 
-    A block takes `ratings_per_request` ratings, and then all that share the last one's second, so
-    that no second is split. A last block of less than half of `ratings_per_request` joins the one
-    before it, if there is one.
 
-    Args:
-      time: of each rating, in seconds, ascending; at least one.
-      ratings_per_request: at least 1.
+def _rows(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> Iterator[dict[str, Any]]:
+    """The requests as rows of the log."""
+    films = con.sql("FROM movies ORDER BY movie").to_arrow_table()
+    movie, genres = films["movie"].to_numpy(), films["genres"].combine_chunks()
+    decade = (films["year"].to_numpy() - 1990) / 10  # NaN where unknown
+    flags = np.array([[of in row for of in GENRES] for row in genres.to_pylist()], np.float32)
+    everyone = con.sql("SELECT movie, rating, time FROM ratings ORDER BY time").fetchnumpy()
+    rated = np.searchsorted(movie, everyone["movie"])
+    count, total, seen = np.zeros(len(movie)), np.zeros(len(movie)), 0
+    scale = stars_of(data.name)
+    for number, (time, user, block, split, first, end, line) in enumerate(_blocks(con, data)):
+        # What was known strictly before the request.
+        before = int(np.searchsorted(everyone["time"], time))
+        np.add.at(count, rated[seen:before], 1.0)
+        np.add.at(total, rated[seen:before], everyone["rating"][seen:before])
+        seen = before
+        item, rating = np.searchsorted(movie, line["movie"][:end]), line["rating"][:end]
+        seed = (int(data.seed), user, block)
+        others, weight = not_rated(item, len(movie), int(data.get("negatives", 0)), seed)
+        listed = np.concatenate([item[first:], others])
+        stars = np.concatenate([rating[first:], np.zeros(len(others), np.float32)])
+        place = np.arange(len(listed), dtype=np.float32)
+        past, liked = flags[item[:first]], rating[:first] >= LOWEST_RATING["like"]
+        events = slice(max(0, first - HISTORY), first)
+        angle = 2 * np.pi * (time % DAY) / DAY
+        yield {
+            "request": number, "time": time, "user": user, "split": split,
+            **{name: line[name] for name in ("age", "gender", "occupation")},
+            "rated": np.log1p(first) / 3, "mean_rating": _mean(float(rating[:first].sum()), first),
+            "genres_rated": past.sum(axis=0) / np.float32(first + PRIOR_COUNT),
+            "genres_liked": past[liked].sum(axis=0) / np.float32(first + PRIOR_COUNT),
+            "hour_sin": np.sin(angle), "hour_cos": np.cos(angle), "weekday": (time // DAY + 3) % 7,
+            "pause": np.log1p((time - line["time"][first - 1]) / DAY) if first else np.nan,
+            "requests_before": np.log1p(block) / 2,
+            "history": movie[item[events]],
+            "history_stars": (rating[events, None] == scale).astype(np.float32),
+            "history_age": np.log1p((time - line["time"][events]) / DAY), "item": movie[listed],
+            "position": np.where(stars > 0, place, np.nan).astype(np.float32),
+            "label_weight": np.where(stars > 0, 1, weight).astype(np.float32),
+            **{task: (stars >= lowest).astype(np.int8) for task, lowest in LOWEST_RATING.items()},
+            "genres": genres.take(pa.array(listed)), "decade": decade[listed],
+            "ratings_before": (np.log1p(count[listed]) / 3).astype(np.float32),
+            "mean_before": _mean(total[listed], count[listed]).astype(np.float32),
+        }  # fmt: skip
 
-    Returns:
-      The places of the first ratings; the first is 0.
+
+def _mean(total: Any, count: Any) -> Any:
+    """The mean of `count` ratings with the prior, less `PRIOR_RATING`."""
+    return (total - PRIOR_RATING * count) / (count + PRIOR_COUNT)
+
+
+class _Block(NamedTuple):
+    """The ratings [first, end) of a user; `line` has all of the user's, and the user's features."""
+
+    time: int
+    user: int
+    block: int
+    split: str
+    first: int
+    end: int
+    line: dict[str, Any]
+
+
+def _blocks(con: duckdb.DuckDBPyConnection, data: ConfigDict) -> list[_Block]:
+    """The blocks that become requests, in the order of time."""
+    most = f"LIMIT {data.max_users}" if data.get("max_users") else ""
+    # The order within a second depends on nothing but the seed, the user and the film.
+    lines = con.sql(f"""
+        WITH kept AS (FROM users SEMI JOIN ratings USING (user)
+            ORDER BY md5(concat_ws(' ', {data.seed}, user)) {most}),
+        rated AS (SELECT *, (time, md5(concat_ws(' ', {data.seed}, user, movie))) AS luck
+            FROM ratings)
+        SELECT kept.*, {", ".join(f"list({of} ORDER BY luck) AS {of}" for of in _TYPES)}
+        FROM rated JOIN kept USING (user) GROUP BY ALL""").to_arrow_table()
+    found = []
+    for line in lines.to_pylist():
+        line |= {name: np.array(line[name], type_) for name, type_ in _TYPES.items()}
+        starts, total = block_starts(line["time"], int(data.ratings_per_request)), len(line["time"])
+        test = _cut(starts, total, data.test_share)
+        validation = _cut(starts[:test], total, data.test_share + data.validation_share)
+        for split, blocks in (
+            ("train", range(validation)),
+            ("validation", range(validation, test)[: data.validation_requests_per_user or None]),
+            ("test", range(test, len(starts))[: data.test_requests_per_user or None]),
+        ):
+            for of in blocks:
+                end = int(starts[of + 1]) if of + 1 < len(starts) else total
+                time = int(line["time"][starts[of]])
+                found.append(_Block(time, line["user"], of, split, int(starts[of]), end, line))
+    return sorted(found, key=lambda block: block[:3])
+
+
+_TYPES = {"movie": np.int64, "rating": np.float32, "time": np.int64}
+
+
+def block_starts(time: Int64[np.ndarray, "n"], ratings: int) -> Int64[np.ndarray, "blocks"]:
+    """The places at which the blocks of a user's ratings begin; `time` ascends.
+
+    A block takes `ratings` ratings, and then all that share the last one's second. A last block of
+    less than half of that joins the one before it, if there is one.
+
+    >>> block_starts(np.array([1, 2, 2, 3, 4, 5]), 2).tolist()
+    [0, 3, 5]
     """
     starts = [0]
-    while True:
-        last = starts[-1] + ratings_per_request - 1
-        if last >= len(time):
-            break
-        end = int(np.searchsorted(time, time[last], side="right"))
-        if end == len(time):
-            break
-        starts.append(end)
-    if len(starts) > 1 and 2 * (len(time) - starts[-1]) < ratings_per_request:
-        starts.pop()
-    return np.array(starts, np.int64)
-
-
-def first_held_out_blocks(
-    starts: Int64[np.ndarray, "blocks"], total: int, validation_share: float, test_share: float
-) -> tuple[int, int]:
-    """The first of a user's blocks that is a validation request, and the first that is a test one.
-
-    The first test block starts nearest to (1 − `test_share`) · `total` ratings; of those before it,
-    the first validation block nearest to (1 − `test_share` − `validation_share`) · `total`. The
-    first block is always for training. If its share is not 0, there is a test block where there are
-    two blocks or more, and a validation block where two or more come before the test.
-    """
-    first_test = _cut(starts, total, test_share)
-    if validation_share == 0:
-        return first_test, first_test
-    return _cut(starts[:first_test], total, test_share + validation_share), first_test
+    while (last := starts[-1] + ratings - 1) < len(time):
+        starts.append(int(np.searchsorted(time, time[last], side="right")))
+    short = starts[-1] == len(time) or 2 * (len(time) - starts[-1]) < ratings
+    return np.array(starts[:-1] if short and len(starts) > 1 else starts, np.int64)
 
 
 def _cut(starts: Int64[np.ndarray, "blocks"], total: int, share: float) -> int:
-    """The block, not the first, that starts nearest to (1 − `share`) · `total` ratings."""
+    """The block, not the first, that starts nearest to (1 - `share`) · `total` ratings."""
     if share == 0 or len(starts) == 1:
         return len(starts)
-    distance = np.abs(starts[1:] - (1 - share) * total)
-    return 1 + int(distance.argmin())
+    return 1 + int(np.abs(starts[1:] - (1 - share) * total).argmin())
 
 
 def not_rated(
-    rated: Int[np.ndarray, "n"], num_items: int, wanted: int, seed: tuple[int, int, int]
+    rated: Int[np.ndarray, "n"], films: int, wanted: int, seed: Sequence[int]
 ) -> tuple[Int64[np.ndarray, "others"], float]:
-    """Items that a user did not rate, ascending, and how many each of them stands for.
+    """Draw `wanted` of the films that are not `rated`; each has the weight that is returned.
 
-    Args:
-      rated: items that the user rated until the end of the request's block, in any order. Those
-        rated later look like any other item.
-      num_items: items are 0 to `num_items` − 1.
-      wanted: how many to draw, without replacement; 0 takes all, as does a number above theirs.
-      seed: data seed, user and block, of the draw.
+    With 0, or more than there are, all of them.
 
-    >>> not_rated(np.array([3, 0]), 6, 0, (0, 0, 0))
+    >>> not_rated(np.array([3, 0]), 6, 0, [0])
     (array([1, 2, 4, 5]), 1.0)
-    >>> items, weight = not_rated(np.array([3, 0]), 6, 2, (0, 0, 0))
-    >>> len(items), weight
-    (2, 2.0)
     """
-    number = num_items - len(rated)
+    others = np.setdiff1d(np.arange(films), rated)
+    number = len(others)
     if 0 < wanted < number:
-        # Shorter seeds are filled up with zeros: the 1 keeps this apart from a timeline's.
-        generator = np.random.default_rng([*seed, 1])
-        places = np.sort(generator.choice(number, wanted, replace=False, shuffle=False))
-    else:
-        places = np.arange(number)
-    # Before each rated item stand as many others as its id less the rated ones before it. Found
-    # without a look at the whole catalogue, which may be much larger than a request.
-    others_before = np.sort(rated) - np.arange(len(rated))
-    items = places + np.searchsorted(others_before, places, side="right")
-    return items, number / max(len(places), 1)
+        others = np.sort(np.random.default_rng(seed).choice(others, wanted, replace=False))
+    return others, number / max(len(others), 1)
 
 
-def user_statistics(
-    rating: Float32[np.ndarray, "n"], genres: Float32[np.ndarray, "n genres"]
-) -> Float32[np.ndarray, "2+2*genres"]:
-    """Features of a user from the n ratings so far, with the genres of each rated item.
-
-    [log(1 + n) / 3; the mean rating, with the prior, less PRIOR_RATING; for each genre the share of
-    the ratings that it got, n_g / (n + PRIOR_COUNT); for each genre the share that gave it 4 or
-    more].
-    """
-    count = len(rating)
-    rated = genres.sum(axis=0)
-    liked = (rating >= LOWEST_RATING["like"]).astype(np.float32) @ genres
-    mean = (rating.sum(dtype=np.float64) - PRIOR_RATING * count) / (count + PRIOR_COUNT)
-    scalars = np.array([np.log1p(count) / 3, mean], np.float32)
-    shares = np.concatenate([rated, liked]) / np.float32(count + PRIOR_COUNT)
-    return np.concatenate([scalars, shares])
-
-
-def context_features(
-    time: int, earlier: Int64[np.ndarray, "n"], position: int
-) -> Float32[np.ndarray, "C"]:
-    """Features of the moment.
-
-    Args:
-      time: of the request, in seconds since 1970, UTC.
-      earlier: times of the user's ratings before, ascending.
-      position: how many requests the user made before.
-
-    Returns:
-      [sin and cos of the hour; weekday, one-hot from Monday; log(1 + days since the last rating),
-      0 if there is none; 1 if there is none; log(1 + position) / 2].
-    """
-    pause = np.log1p((time - earlier[-1]) / DAY) if len(earlier) else np.nan
-    return np.append(moment_features(time, pause), np.log1p(position) / 2).astype(np.float32)
-
-
-def history_features(
-    time: int,
-    rating: Float32[np.ndarray, "H"],
-    rated_at: Int64[np.ndarray, "H"],
-    stars: Float32[np.ndarray, "levels"],
-) -> Float32[np.ndarray, "H E"]:
-    """[which of `stars` the rating is, one-hot; log(1 + days from `rated_at` to `time`)] each."""
-    age = np.log1p((time - rated_at) / DAY)
-    return np.concatenate([rating[:, None] == stars, age[:, None]], axis=1, dtype=np.float32)
-
-
-def item_features(movielens: MovieLens) -> Float32[np.ndarray, "items F"]:
-    """[genres; (release year − 1990) / 10, 0 where unknown; 1 where unknown] of each item."""
-    unknown = movielens.release_year == 0
-    decades = np.where(unknown, 0, (movielens.release_year - 1990) / 10)
-    return np.concatenate(
-        [movielens.genres, decades[:, None], unknown[:, None]], axis=1, dtype=np.float32
-    )
-
-
-def item_statistics(
-    count: Int64[np.ndarray, "N"], total: Float64[np.ndarray, "N"]
-) -> Float32[np.ndarray, "N X"]:
-    """Features of items from their ratings, `count` of them that add up to `total` stars.
-
-    [log(1 + count) / 3, the mean rating with the prior less PRIOR_RATING], where the mean with the
-    prior is (total + PRIOR_COUNT · PRIOR_RATING) / (count + PRIOR_COUNT).
-    """
-    mean = (total - PRIOR_RATING * count) / (count + PRIOR_COUNT)
-    return np.stack([np.log1p(count) / 3, mean], axis=1).astype(np.float32)
-
-
-def _fixed_user_features(movielens: MovieLens) -> Float32[np.ndarray, "users _"]:
-    """[(age − 35) / 12; female; occupation, one-hot] of each user; no columns where not known."""
-    if movielens.age is None or movielens.is_female is None or movielens.occupation is None:
-        return np.zeros((movielens.num_users, 0), np.float32)
-    age = (movielens.age - 35) / 12
-    occupation = np.eye(movielens.num_occupations)[movielens.occupation]
-    return np.concatenate(
-        [age[:, None], movielens.is_female[:, None], occupation], axis=1, dtype=np.float32
-    )
-
-
-def _timelines(movielens: MovieLens, data: ConfigDict) -> dict[int, Timeline]:
-    """User id -> timeline, for the users who rated anything."""
-    timelines = {}
-    by_user = np.argsort(movielens.user, kind="stable")
-    ends = np.bincount(movielens.user, minlength=movielens.num_users).cumsum()
-    for user, places in enumerate(np.split(by_user, ends[:-1])):
-        if not len(places):
-            continue
-        places = places[np.argsort(movielens.time[places], kind="stable")]
-        time = movielens.time[places]
-        if (time[1:] == time[:-1]).any():
-            # Drawn for the whole catalogue, the order within a second depends neither on the order
-            # of the lines in the file nor on other ratings, earlier or later.
-            luck = np.random.default_rng([data.seed, user]).permutation(len(movielens.genres))
-            places = places[np.lexsort([luck[movielens.item[places]], time])]
-        start = block_starts(time, int(data.ratings_per_request))
-        first_validation, first_test = first_held_out_blocks(
-            start, len(places), float(data.validation_share), float(data.test_share)
-        )
-        timelines[user] = Timeline(
-            item=movielens.item[places],
-            rating=movielens.rating[places],
-            time=time,
-            start=start,
-            first_validation=first_validation,
-            first_test=first_test,
-        )
-    return timelines
-
-
-def _check_candidates(timelines: dict[int, Timeline], negatives: int, retrieved: int) -> None:
-    """Raises UserError if the funnel does not hold the candidates of the largest block."""
-    largest = max(
-        int(np.diff(timeline.start, append=len(timeline.item)).max())
-        for timeline in timelines.values()
-    )
-    if retrieved < largest + negatives:
-        raise UserError(
-            f"funnel.retrieved={retrieved} is less than the {largest} films rated in the largest "
-            f"request and data.negatives={negatives} together"
-        )
-
-
-def _ordered_blocks(timelines: dict[int, Timeline], split: str, data: ConfigDict) -> RatingBlocks:
-    """The blocks of a split; of those held out, as many of each user as the config keeps."""
-    most = 0 if split == "train" else int(data[f"{split}_requests_per_user"])
-    users, blocks, times = [], [], []
-    for user, timeline in timelines.items():
-        first, end = {
-            "train": (0, timeline.first_validation),
-            "validation": (timeline.first_validation, timeline.first_test),
-            "test": (timeline.first_test, len(timeline.start)),
-        }[split]
-        own = np.arange(first, end, dtype=np.int32)[: most or None]
-        users.append(np.full(len(own), user, np.int32))
-        blocks.append(own)
-        times.append(timeline.time[timeline.start[own]])
-    user_of, block_of = np.concatenate(users), np.concatenate(blocks)
-    order = np.lexsort((block_of, user_of, np.concatenate(times)))
-    return RatingBlocks(user_of[order], block_of[order])
-
-
-def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
-    check_choice("data.name", data.name, PUBLISHED)
-    check_tasks(tasks, TASKS)
-    if data.validation_share + data.test_share >= 1:
-        raise UserError(
-            f"data.validation_share={data.validation_share} and data.test_share={data.test_share} "
-            "leave no ratings for training; lower one of them"
-        )
+CONVERTER = Converter(
+    ("negatives", "max_users", "ratings_per_request", "validation_share", "test_share",
+     "validation_requests_per_user", "test_requests_per_user"),
+    find_files,
+    write,
+)  # fmt: skip

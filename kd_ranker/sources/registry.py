@@ -1,9 +1,10 @@
 """The datasets that `config.data.name` can name.
 
 To add one, write a module with `TASKS` and `open_source(data, tasks, funnel) -> Source`, and name
-it in `SOURCES`.
+it in `SOURCES`. A public dataset needs only a `Converter` of its files to a log.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from kd_ranker.requests.request import Source
-from kd_ranker.sources import cascade, given, kuairand, movielens, recflow
+from kd_ranker.sources import cascade, converted, given, kuairand, movielens, recflow
 from kd_ranker.sources.logs import source as parquet
 
 
@@ -39,20 +40,25 @@ class SourceEntry(NamedTuple):
         return tuple(data.labels) if self.tasks is None else self.tasks
 
 
+_CONVERTERS = {
+    **dict.fromkeys(movielens.ARCHIVES, movielens.CONVERTER),
+    **{f"kuairand_{variant}": kuairand.CONVERTER for variant in kuairand.VARIANTS},
+    "recflow": recflow.CONVERTER,
+}
+
 SOURCES: dict[str, SourceEntry] = {
     "cascade": SourceEntry(cascade.TASKS, cascade.open_source, simulated=True),
-    "movielens_100k": SourceEntry(movielens.TASKS, movielens.open_source),
-    "recflow": SourceEntry(recflow.TASKS, recflow.open_source),
-    **{
-        name: SourceEntry(kuairand.TASKS, kuairand.open_source) for name in kuairand.VARIANT_OF_NAME
-    },
     "parquet": SourceEntry(
-        None,
-        parquet.open_source,
-        version=2,
-        check_unchanged=parquet.check_unchanged,
+        None, parquet.open_source, version=2, check_unchanged=parquet.check_unchanged
     ),
-    "movielens_1m": SourceEntry(movielens.TASKS, movielens.open_source),
-    "movielens_32m": SourceEntry(movielens.TASKS, movielens.open_source),
     given.NAME: SourceEntry(None, given.open_source),
+    **{
+        name: SourceEntry(
+            None,
+            functools.partial(converted.open_source, converter),
+            version=2,
+            check_unchanged=functools.partial(converted.check_unchanged, converter),
+        )
+        for name, converter in _CONVERTERS.items()
+    },
 }

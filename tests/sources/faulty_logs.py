@@ -230,6 +230,8 @@ def _schema(rows: list[Row], by_request: bool) -> pa.Schema:
         "country": pa.string(), "hour": pa.float32(), "recent": pa.list_(id_),
         "spots": pa.list_(pa.string()),
     }  # fmt: skip
+    if "stars" in rows[0].of_request:
+        types |= {"stars": pa.list_(pa.float32()), "views": pa.list_(pa.list_(pa.float64()))}
     of_candidate = {
         "item_id": id_, "stage": pa.string(), "position": pa.int32(), "watch": pa.int8(),
         "like": pa.int8(), "weight": pa.float64(), "teacher_probability_watch": pa.float64(),

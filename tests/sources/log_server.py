@@ -69,6 +69,21 @@ class Server:
         last = there(raw[of["column"]])[-of["length"] :]
         return [self.ids["item"][item] for item in last if item in self.ids["item"]]
 
+    def events(self, raw):
+        """The features of each event of `history`."""
+        of = self.told["history"]
+        items = there(raw[of["column"]])
+        rows = np.zeros((len(items), len(of["features"])))
+        for column, each in enumerate(of["features"]):
+            values = raw[each["column"]] or []
+            if len(values) == len(items):
+                of_place = [
+                    value if each["place"] is None else value[each["place"]] for value in values
+                ]
+                rows[:, column] = np.nan_to_num(np.array(of_place, float))
+        known = [item in self.ids["item"] for item in items]
+        return rows[-of["length"] :][known[-of["length"] :]]
+
     def fields(self, rows):
         """The inputs of an export's programs for (request, its candidates), filled up with 0."""
         made = [self._request(request, candidates) for request, candidates in rows]

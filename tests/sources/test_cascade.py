@@ -1,14 +1,13 @@
 """Tests of the simulated feed."""
 
 import dataclasses
-import runpy
+import datetime
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from kd_ranker.configs import cascade as configs
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.references import item_share
 from kd_ranker.requests.request import SPLITS, Request
@@ -144,6 +143,15 @@ def test_times_rise_from_training_over_validation_to_the_test() -> None:
     assert everything == sorted(everything)
     days = {split: {(time - cascade.START) // 86400 for time in times[split]} for split in SPLITS}
     assert days == {"train": set(range(7)), "validation": {7}, "test": {8, 9}}
+
+
+def test_the_context_holds_the_hour_and_the_weekend_of_the_calendar() -> None:
+    for request in draw("train"):
+        moment = datetime.datetime.fromtimestamp(request.time, datetime.UTC)
+        hour = moment.hour + moment.minute / 60 + moment.second / 3600
+        angle = np.degrees(np.arctan2(*request.context[:2])) % 360
+        assert angle == pytest.approx(15 * hour, abs=1e-3)
+        assert request.context[2] == (moment.weekday() >= 5)
 
 
 def test_nothing_is_used_before_it_was_uploaded() -> None:
@@ -397,25 +405,6 @@ def test_an_unknown_split_is_refused() -> None:
     source = cascade.open_source(make_data(), cascade.TASKS, make_funnel())
     with pytest.raises(UserError, match="split"):
         list(source.requests("valid"))
-
-
-def test_what_no_feature_shows_costs_more_the_more_it_is(capsys: pytest.CaptureFixture) -> None:
-    config = configs("small")
-    config.data.validation_requests = 30
-    script = runpy.run_path("scripts/cascade_regret.py")
-    script["main"](config)
-    printed = dict(line.split() for line in capsys.readouterr().out.splitlines())
-    regret = {name: float(number) for name, number in printed.items()}
-    assert 0 < regret["interests"] < regret["both"] < 0.5
-    assert 0 < regret["quality"] < regret["both"]
-    weights, lost, best = np.array(config.value_weights), 0.0, 0.0
-    source = cascade.open_source(config.data, cascade.TASKS, config.funnel)
-    for request in source.requests("validation"):
-        value = request.true_probability @ weights
-        chosen = np.argsort(request.teacher_probability @ weights)[-config.funnel.shown :]
-        ideal = np.sort(value)[-config.funnel.shown :].sum()
-        lost, best = lost + ideal - value[chosen].sum(), best + ideal
-    assert regret["production"] == pytest.approx(lost / best, abs=1e-4)
 
 
 def test_a_world_that_no_memory_holds_is_refused_before_it_is_made():

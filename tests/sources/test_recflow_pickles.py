@@ -3,13 +3,12 @@
 import collections
 import os
 import pickle
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from kd_ranker.errors import UserError
-from kd_ranker.sources.recflow_files import Day, read_sequences
+from kd_ranker.sources.recflow import read_events
 
 
 def sequences_in(path, content, protocol=3, numpy_1=False):
@@ -17,7 +16,7 @@ def sequences_in(path, content, protocol=3, numpy_1=False):
     if numpy_1:
         written = written.replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
     path.write_bytes(written)
-    return read_sequences(Day("2024-02-17", Path("stages"), path), np.array([7, 8]))
+    return read_events(path, np.array([7, 8]))
 
 
 @pytest.mark.parametrize("protocol", [3, 4])
@@ -31,8 +30,9 @@ def test_arrays_come_back(tmp_path, protocol, numpy_1, factory):
     if numpy_1 and protocol == 4:
         return  # names have their length before them
     read = sequences_in(tmp_path / "day.pkl", content, protocol, numpy_1)
-    assert list(read) == [1]
-    np.testing.assert_array_equal(read[1], array)
+    assert read["request_id"].to_pylist() == [8] * 3
+    assert read["video_id"].to_pylist() == array[:, 0].tolist()
+    assert read["viewed"].to_pylist() == array[:, 7].tolist()
 
 
 class Runs:
@@ -50,7 +50,7 @@ class Runs:
 def test_code_is_refused_by_its_name_and_does_not_run(tmp_path, function, name):
     made = tmp_path / "made"
     argument = f"__import__('os').mkdir({str(made)!r})" if function is eval else str(made)
-    with pytest.raises(UserError, match=f"it asks for {name}, which is not allowed") as caught:
+    with pytest.raises(UserError, match=f"it names {name}, which is not allowed") as caught:
         sequences_in(tmp_path / "day.pkl", {8: Runs(function, argument)})
     assert "\n" not in str(caught.value)
     assert not made.exists()
@@ -62,8 +62,9 @@ def test_code_is_refused_by_its_name_and_does_not_run(tmp_path, function, name):
         (b"", "was not read: Ran out of input"),
         (pickle.dumps({8: np.arange(99)})[:-9], "was not read"),
         ([1], "holds a list, expected a dict of arrays"),
-        ({8: np.zeros((2, 10))}, "the sequence of request 8 is no array of whole numbers"),
-        ({8: np.full((2, 10), None)}, "the sequence of request 8 is no array of whole numbers"),
+        ({8: np.zeros((2, 10))}, "the sequence of request 8 is not an array of whole numbers"),
+        ({8: np.full((2, 10), None)}, "the sequence of request 8 is not an array of whole numbers"),
+        ({8: np.zeros((2, 9), int)}, "is not an array of whole numbers with 10 columns"),
         ({9: np.zeros((2, 10), int)}, "has no sequence of any request"),
     ],
 )
@@ -73,5 +74,5 @@ def test_other_contents_are_one_line(tmp_path, content, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(UserError, match=r"day.pkl does not exist"):
-        read_sequences(Day("2024-02-17", Path("stages"), tmp_path / "day.pkl"), np.array([7]))
+    with pytest.raises(UserError, match=r"day.pkl was not read: .*No such file"):
+        read_events(tmp_path / "day.pkl", np.array([7]))

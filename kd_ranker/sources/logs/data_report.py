@@ -398,7 +398,8 @@ def _remarks_on_teacher(teacher: dict) -> list[str]:
 def _remarks_on_features(features: list[dict], ids: dict) -> list[str]:
     sentences = []
     for feature in features:
-        if feature["kind"] == "dense" and feature.get("deviation", 0) == 0:
+        has_moments = feature["kind"] == "dense" and feature["of"] != "event"
+        if has_moments and feature.get("deviation", 0) == 0:
             sentences.append(f"Feature {feature['name']!r} has the same value everywhere.")
         if number := feature.get("items_with_several_values"):
             sentences.append(

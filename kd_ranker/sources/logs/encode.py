@@ -16,7 +16,6 @@ from kd_ranker.batch import Category, FeatureSpec, Owner, Stage
 from kd_ranker.distillation.teacher_signal import probability_of_rank
 from kd_ranker.requests.block import Block
 from kd_ranker.requests.ragged import runs, starts_of
-from kd_ranker.sources.hashing import splitmix64
 from kd_ranker.sources.logs.layout import Feature, LogLayout
 from kd_ranker.sources.logs.ordered import Piece, read_piece
 
@@ -89,7 +88,7 @@ def _spec(layout: LogLayout, users: int, items: int, categories: Sequence[Catego
         item_features=max(1, cheap) + costly,
         cheap_item_features=max(1, cheap),
         history_length=layout.history_length,
-        history_features=1,
+        history_features=width("event"),
         teacher_version=(layout.teacher_version or ANY_VERSION) if layout.scored_tasks else "",
         categories=tuple(categories),
         teacher_signal=layout.teacher_signal,
@@ -175,7 +174,13 @@ def transforms(layout: LogLayout, encoding: Encoding, hashed: Mapping[str, str])
         "categories": {
             field: [numbered(of) for of in features] for field, features in categories.items()
         },
-        "history": {"column": history.column, "length": layout.history_length} if history else {},
+        "history": {
+            "column": history.column,
+            "length": layout.history_length,
+            "features": [scaled(feature) for feature in layout.of("event")],
+        }
+        if history
+        else {},
         "history_formula": _HISTORY_FORMULA,
     }
 
@@ -196,7 +201,9 @@ _CATEGORY_FORMULA = (
 _HISTORY_FORMULA = (
     "the last `length` values of the column that are not missing, those without an id in "
     "vocabularies/item.parquet left out, then filled up at the end with history_mask false; "
-    "history_features are 1"
+    "history_features are the last entries of the lists of `features`, as many as the history has "
+    "values that are not missing, by the formula of dense features, and 0 for a list of another "
+    "length; without features they are 1"
 )
 
 
@@ -257,7 +264,7 @@ def encode_requests(layout: LogLayout, folder: Path, piece: Piece) -> Iterator[B
         "context": _dense(encoding, layout.of("context", kind="dense"), requests),
         "request_category": _categories(layout, encoding, requests, "user", "context"),
         "history_id": history.item_id,
-        "history_features": np.ones((len(history.item_id), 1), np.float32),
+        "history_features": history.features,
         "item_id": candidates["item_id"].to_numpy().astype(np.int32),
         "candidate_features": _dense(encoding, layout.of("candidate", kind="dense"), candidates),
         "candidate_category": _categories(layout, encoding, candidates, "candidate"),
@@ -330,19 +337,29 @@ def floats_of(table: pa.Table, name: str) -> Float64[np.ndarray, "n"]:
 
 
 class _Histories(NamedTuple):
-    """The start of each request's history, and the items of all; unknown ones are left out."""
+    """The start of each request's history, and the events of all; unknown items are left out."""
 
     start: Int64[np.ndarray, "n+1"]
     item_id: Int32[np.ndarray, "all"]
+    features: Float32[np.ndarray, "all E"]
 
 
 def _history(layout: LogLayout, encoding: Encoding, requests: pa.Table) -> _Histories:
     if layout.history is None:
-        return _Histories(np.zeros(requests.num_rows + 1, np.int64), np.zeros(0, np.int32))
+        empty = np.zeros(0, np.int32), np.zeros((0, 1), np.float32)
+        return _Histories(np.zeros(requests.num_rows + 1, np.int64), *empty)
     start, values = _lists(requests, layout.history)
     ids = _places(encoding.values[ITEM], values)
     known = ids >= 0
-    return _Histories(starts_of(known)[start], ids[known].astype(np.int32))
+    features = np.ones((len(ids), encoding.spec.history_features), np.float32)
+    for place, feature in enumerate(layout.of("event")):
+        logged, numbers = _lists(requests, feature)
+        # A request has a number for each event, or none.
+        has = np.repeat(np.diff(logged) > 0, np.diff(start))
+        column = np.zeros(len(ids))
+        column[has] = numbers.fill_null(0).to_numpy(zero_copy_only=False)
+        features[:, place] = column
+    return _Histories(starts_of(known)[start], ids[known].astype(np.int32), features[known])
 
 
 def _dense(
@@ -415,3 +432,15 @@ def hashes_of(values: pa.Array) -> UInt64[np.ndarray, "n"]:
     texts = np.append(encoded.dictionary.to_numpy(zero_copy_only=False), "").astype(object)
     hashed = splitmix64(pd.util.hash_array(texts, categorize=False))
     return hashed[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+
+
+def splitmix64(bits: UInt64[np.ndarray, "n"]) -> UInt64[np.ndarray, "n"]:
+    """A step of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014), a bijection.
+
+    >>> splitmix64(np.array([0, 1], np.uint64)).tolist()
+    [16294208416658607535, 10451216379200822465]
+    """
+    bits = bits + np.uint64(0x9E3779B97F4A7C15)
+    bits = (bits ^ (bits >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    bits = (bits ^ (bits >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return bits ^ (bits >> np.uint64(31))

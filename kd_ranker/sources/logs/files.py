@@ -134,7 +134,8 @@ def wanted_columns(layout: LogLayout) -> list[Wanted]:
             use = "label" if section == "labels" else "number"
             wanted.append(Wanted(f"data.{section}.{task}", column, use, listed, listed, True))
     for feature in layout.features:
-        lists = feature.kind in ("bag", "history") or feature.place is not None
+        lists = (feature.kind in ("bag", "history")) + (feature.of == "event")
+        lists += feature.place is not None
         depth = (0 if feature.of_request else listed) + lists
         key = f"data.features.{feature.key}"
         use = _USE_OF_KIND[feature.kind]

@@ -12,6 +12,8 @@ ROWS = ("candidate", "request")
 SPLIT_BY = ("time", "request", "user", "column")
 TIME_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000}
 OWNERS = ("user", "context", "item", "candidate")
+# Events of the history have dense features, in lists aligned with it.
+FEATURE_OWNERS = (*OWNERS, "event")
 ENGINES = ("duckdb", "spark")
 FEATURE_KINDS = ("dense", "category", "bag", "history")
 STAGES = ("retrieved", "passed", "shown")
@@ -52,7 +54,7 @@ class Feature:
     @property
     def of_request(self) -> bool:
         """True if it is the same for all candidates of a request."""
-        return self.of in ("user", "context")
+        return self.of in ("user", "context", "event")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +200,11 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
             f"data.features has {len(histories)} of kind 'history' "
             f"({', '.join(feature.name for feature in histories)}); there is room for one"
         )
+    if not histories and (of_events := [of.key for of in features if of.of == "event"]):
+        raise UserError(
+            f"data.features.{of_events[0]}.of='event', and no feature has kind 'history'; name the "
+            "column of the items of these events"
+        )
     _check_leaks(data, features)
     columns = {
         name: column
@@ -328,10 +335,15 @@ def _read_feature(name: str, value: ConfigDict) -> Feature:
     known = [name for name in names if name not in ("name", "place")]
     if not isinstance(value, ConfigDict) or set(value) != set(known):
         raise UserError(f"{key} must be made by kd_ranker.config.features.feature")
-    check_choice(f"{key}.of", value.of, OWNERS)
+    check_choice(f"{key}.of", value.of, FEATURE_OWNERS)
     check_choice(f"{key}.kind", value.kind, FEATURE_KINDS)
     if value.kind == "history" and value.of not in ("user", "context"):
         raise UserError(f"{key}.of={value.of!r}: a history is one of: user, context")
+    if value.of == "event" and (value.kind != "dense" or value.standardise):
+        raise UserError(
+            f"{key}: a feature of events has kind 'dense' and standardise=False; the log holds its "
+            "numbers as the models read them"
+        )
     for number in ("size", "length"):
         if value[number] < 1:
             raise UserError(f"{key}.{number}={value[number]} must be at least 1")

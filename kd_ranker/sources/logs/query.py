@@ -214,6 +214,7 @@ class Query:
             "inner": self.inner,
             "is_float": lambda column: pa.types.is_floating(self.inner(column)),
             "ids_in": self.ids_in,
+            "is_aligned": self.is_aligned,
         }
 
     def some_numbers(self, column: str) -> str:
@@ -296,17 +297,37 @@ class Query:
     def feature(self, feature: Feature, value: str = "") -> str:
         """The value of a feature: a number, an id, or a list of ids, cut to its length."""
         column, value = feature.column, value or quoted(feature.column)
+        if feature.of == "event":
+            number = self._dense(feature, "each")
+            numbers = f"list_transform({value}, lambda each: {number})[-{self.history.length}:]"
+            return f"CASE WHEN {self.is_aligned(value)} THEN {numbers} END"
         if feature.kind == "dense":
-            if feature.place is not None:
-                in_list = f"array_length({value}) = {feature.length}"
-                value = f"(CASE WHEN {in_list} THEN {value}[{feature.place + 1}] END)"
-            number = self.number(column, value)
-            return f"CASE WHEN abs({number}) <= {LARGEST!r} THEN {number} END"
+            return self._dense(feature, value)
         if feature.kind == "category":
             return self.id(column, value)
         # The most recent events are last in a history; a bag has no order, so its first will do.
         cut = f"-{feature.length}:" if feature.kind == "history" else f":{feature.length}"
         return f"({self.ids_in(column, value)})[{cut}]"
+
+    def _dense(self, feature: Feature, value: str) -> str:
+        """The number of a dense feature in an expression."""
+        if feature.place is not None:
+            in_list = f"array_length({value}) = {feature.length}"
+            value = f"(CASE WHEN {in_list} THEN {value}[{feature.place + 1}] END)"
+        number = self.number(feature.column, value)
+        return f"CASE WHEN abs({number}) <= {LARGEST!r} THEN {number} END"
+
+    @property
+    def history(self) -> Feature:
+        """The history, which a log with features of events has."""
+        assert self.layout.history
+        return self.layout.history
+
+    def is_aligned(self, value: str, history: str = "") -> str:
+        """The condition for a list with an entry for each id of the history."""
+        column = self.history.column
+        ids = self.ids_in(column, history or f"log.{quoted(column)}")
+        return f"array_length({value}) = array_length({ids})"
 
     def raw_and_features(self, features: list[Feature]) -> str:
         """Columns of the table `log` as `raw:<column>`, and the features that are made of them."""

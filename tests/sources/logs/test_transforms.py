@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from kd_ranker.config.features import feature
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import make_rows, write_log
 from tests.sources.log_server import Server
@@ -19,7 +20,18 @@ def test_a_server_makes_the_fields_that_models_were_trained_on(tmp_path, texts):
     rows[-5].of_request["spots"] = [None, "s1", "", "s2", "s3"]
     rows[-6].of_request["country"] = ""
     rows[-7].of_request["recent"] = [None, *rows[-7].of_request["recent"], None]
+    generator = np.random.default_rng(5)
+    for row in rows:
+        events = [item for item in row.of_request["recent"] if item is not None]
+        row.of_request["stars"] = generator.normal(size=len(events)).tolist()
+        row.of_request["views"] = generator.normal(size=(len(events), 2)).tolist()
+    # A list is of another length, is missing, or has an entry that is.
+    rows[-8].of_request["recent"] = rows[-9].of_request["recent"] = rows[0].of_request["recent"]
+    rows[-8].of_request |= {"stars": [1.0] * 9, "views": None}
+    rows[-9].of_request |= {"stars": [None, 2.0, np.nan, 3.0], "views": [[1.0, 2.0]] * 4}
     of = faulty_logs.config(write_log(tmp_path / "log", rows), tmp_path / "datasets")
+    of.data.features.stars = feature("event", "dense", standardise=False)
+    of.data.features.views = feature("event", "dense", length=2, standardise=False)
     source = faulty_logs.open_source(of)
     (tmp_path / "beside").mkdir()
     try:
@@ -37,6 +49,7 @@ def test_a_server_makes_the_fields_that_models_were_trained_on(tmp_path, texts):
         np.testing.assert_allclose(request.context, server.dense("context", raw))
         assert request.request_category.tolist() == server.categories("request_category", raw)
         assert request.history_id.tolist() == server.history(raw)
+        np.testing.assert_allclose(request.history_features, server.events(raw))
         assert request.user_id == server.ids["user"][raw["user_id"]]
         for place, item in enumerate(request.item_id.tolist()):
             own, met = of_item[item], met + 1

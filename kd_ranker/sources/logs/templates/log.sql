@@ -228,7 +228,7 @@ CREATE TABLE items AS
             AND log."row" = last % {{ rows_of_a_file }} AND log.place = placed.place
     {% endif %};
 CREATE TABLE request_rows AS
-    SELECT requests.*, users.id AS user_id{{ raw_and_features(layout.of("user", "context")) }}
+    SELECT requests.*, users.id AS user_id{{ raw_and_features(layout.of("user", "context", "event")) }}
         FROM requests JOIN users ON usr = value
         JOIN log ON log.file = requests.file AND log."row" = requests."row";
 {% for feature in vocabularies %}
@@ -247,7 +247,7 @@ CREATE TABLE {{ vocabulary(feature) }} AS
 -- 6. The fields to encode; `ordered.py` sorts them.
 CREATE VIEW item_fields AS SELECT value, id{{ and_features(layout.of("item")) }} FROM items;
 CREATE VIEW request_fields AS SELECT request, number, time, user_id
-    {{ and_features(layout.of("user", "context")) }} FROM request_rows;
+    {{ and_features(layout.of("user", "context", "event")) }} FROM request_rows;
 CREATE VIEW candidate_fields AS SELECT number, file, "row", place, stage, position, item, id AS item_id,
     label_weight, teacher_weight
     {% for task in layout.tasks %}, "label:{{ task }}"{% endfor %}

@@ -21,7 +21,9 @@
 {% set key, column = "features." ~ feature.key, feature.column %}
 {% set value = raw(column) if is_raw else name(column) %}
 {% if feature.place %}{# the first number of a vector counts for all #}
-{% elif feature.place == 0 %}
+{% elif feature.of == "event" %}
+{{ counts(key, value, "NOT (" ~ is_aligned(value, raw(layout.history.column)) ~ ")") }}
+{%- elif feature.place == 0 %}
 {{ counts(key, value, "array_length(" ~ value ~ ") <> " ~ feature.length) }}
 {%- elif feature.kind == "dense" %}
 {{ number_counts(key, column, -largest, largest, value) }}
@@ -78,7 +80,7 @@ CREATE TABLE faults_of_candidates AS SELECT
 CREATE TABLE faults_of_items AS SELECT
 {{ feature_counts(layout.of("item"), true) }} count(*) AS rows FROM items;
 CREATE TABLE faults_of_requests AS SELECT
-{{ feature_counts(layout.of("user", "context"), true) }} count(*) AS rows FROM request_rows;
+{{ feature_counts(layout.of("user", "context", "event"), true) }} count(*) AS rows FROM request_rows;
 
 -- 2. Requests, and items, with different values of a feature. The hash of all features tells most
 -- of them at one look at each row.
@@ -211,7 +213,8 @@ CREATE TABLE sampled AS SELECT used.number, used.stage
 {% for task in layout.scored_tasks %}
     , used."teacher:{{ task }}"
 {% endfor %}
-{% for feature in layout.features if feature.kind in ("dense", "category") and feature.place is none %}
+{% for feature in layout.of("user", "context", "item", "candidate")
+       if feature.kind in ("dense", "category") and feature.place is none %}
     {% set table = {"candidate": "used", "item": "items"}.get(feature.of, "request_rows") %}
     , {{ table }}."feature:{{ feature.name }}"
 {% endfor %}
