@@ -123,7 +123,7 @@ class FeatureSpec:
 
     def to_json(self) -> str:
         """The spec as JSON, one key per attribute."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        return json.dumps(dataclasses.asdict(self), indent=2, default=int)
 
     @classmethod
     def from_json(cls, text: str) -> "FeatureSpec":

@@ -136,6 +136,24 @@ def name_of_log(path: str) -> str:
     return identifier(re.sub(r"\.\w+$", "", parts[-1])).lower() if parts else "log"
 
 
+def is_table(value: Any) -> bool:
+    """Return True for a DataFrame of pandas or polars, and for an Arrow table."""
+    return hasattr(value, "iloc") or hasattr(value, "__arrow_c_stream__")
+
+
+def arrow_of(table: Any) -> pa.Table:
+    """Return a table of pandas, without its index, of polars or of Arrow as an Arrow table.
+
+    Raises:
+      UserError: it is not a table, or a column holds values of several types.
+    """
+    try:
+        is_pandas = hasattr(table, "iloc")
+        return pa.Table.from_pandas(table, preserve_index=False) if is_pandas else pa.table(table)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise UserError(f"a {type(table).__name__} cannot be read as a table: {error}") from error
+
+
 def read_sample(path: str) -> tuple[pa.Table, int]:
     """Read the beginnings of files at even distances, and count the rows of all files."""
     if not path:
