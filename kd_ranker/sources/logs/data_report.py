@@ -322,6 +322,10 @@ def remarks(report: Report) -> list[str]:
             sentences.append(f"{column['key']}: column {column['column']!r} holds nothing.")
     if "requests" in report:
         sentences += _remarks_on_requests(report["requests"])
+        if not any(of["retrieved"] or of["passed"] for of in report["stages"]):
+            sentences.append(
+                "All candidates were shown, so a funnel is measured within what was shown."
+            )
         sentences += _remarks_on_labels(report["labels"])
         sentences += _remarks_on_teacher(report["teacher"])
         sentences += _remarks_on_features(report["features"], report["ids"])

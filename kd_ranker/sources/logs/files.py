@@ -24,7 +24,7 @@ from kd_ranker.sources.logs.layout import OPTIONAL, LogLayout
 SUFFIXES = (".parquet", ".pq")
 # How many footers are read at a time: a store far away answers many requests at once.
 _FOOTERS_AT_A_TIME = 16
-_BY_SQL = "read files of other kinds by data.sql, such as SELECT * FROM 'log.csv'"
+_OTHERS = "give a pattern for files of other kinds, such as logs/*.csv, or a SELECT by data.sql"
 # The names under which different stores keep a mark that differs once a file is rewritten.
 _CHANGED = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag")
 
@@ -155,7 +155,8 @@ def open_log(layout: LogLayout) -> Log:
     families: dict[str, tuple[str, str]] = {}
     if layout.sql:
         schema = _schema_of_sql(layout.sql)
-        _check_schema(SQL, schema, wanted, families)
+        _check_schema(layout.path, schema, wanted, families)
+        _check_features(layout, given_by_folders([]), dict.fromkeys(schema.names, 1), 1)
         _check_history(layout, families)
         names, manifest = tuple(schema.names), manifest_of("", layout.sql)
         return Log("", (), manifest, 0, names, given_by_folders([]), layout.sql)
@@ -319,8 +320,6 @@ def _files_at(url: str, system: Any, path: str) -> list[str]:
     if system.isdir(path):
         return _in_directory(url, path, system.find(path))
     if system.isfile(path):
-        if path.removesuffix(".gz").endswith((".csv", ".tsv", ".json")):
-            raise UserError(f"data.path={url} is not a Parquet file; {_BY_SQL}")
         return [path]
     raise UserError(f"data.path={url} does not exist; give a file, a directory or a glob")
 
@@ -344,7 +343,7 @@ def _in_directory(url: str, folder: str, paths: Sequence[str]) -> list[str]:
     ]
     files = [file for file in visible if file.endswith(SUFFIXES)]
     if not files:
-        others = f"; it holds {below[visible[0]][-1]}; {_BY_SQL}" if visible else "; it is empty"
+        others = f"; it holds {below[visible[0]][-1]}; {_OTHERS}" if visible else "; it is empty"
         raise UserError(f"data.path={url} holds no file that ends in {SUFFIXES[0]}{others}")
     return files
 

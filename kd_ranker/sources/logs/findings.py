@@ -1,6 +1,6 @@
 """Findings that make a log unfit to learn from or to measure on, unless `data.allow` names them."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +35,8 @@ def find(report: Report, time_hint: Callable[[], str] = lambda: "") -> list[Find
     texts = {
         "rejected": _rejected(report["candidates"]),
         "times": _times(report),
-        "one_label": _one_label(report.get("labels"), _hints(report, "labels")),
+        "one_candidate": _one_candidate(report),
+        "one_label": _one_label(report),
         "few_positives": _few_positives(report.get("labels")),
         "teacher_coverage": _teacher_coverage(report),
     }
@@ -57,7 +58,7 @@ def refusal(found: Sequence[Finding], allow: Collection[str]) -> str:
         return ""
     told = "; ".join(f"{name}: {text}" for name, text in refused)
     names = tuple(sorted({*allow, *(finding.name for finding in refused)}))
-    return f'{told}; if that is as it should be, add --config.data.allow="{names}"'
+    return f'{told}; if this is expected, add --config.data.allow="{names}"'
 
 
 def _hints(report: Report, section: str) -> dict[str, str]:
@@ -97,19 +98,32 @@ def _times(report: Report) -> str:
     return f"they lie between {first} and {last}"
 
 
-def _one_label(labels: dict | None, hints: Mapping[str, str]) -> str:
-    told = []
-    for task, entry in labels["tasks"].items() if labels else ():
-        of_task = []
+def _one_candidate(report: Report) -> str:
+    sizes = report.get("requests", {}).get("candidates_a_request")
+    if not sizes or sizes["quantiles"]["0.5"] > 1:
+        return ""
+    return (
+        "half of the requests have one candidate, which leaves nothing to rank; is the column of "
+        "data.columns.request the id of a row?"
+    )
+
+
+def _one_label(report: Report) -> str:
+    hints, tasks = _hints(report, "labels"), []
+    missing = {column["key"] for column in report["columns"] if column.get("missing")}
+    for task, entry in report["labels"]["tasks"].items() if "labels" in report else ():
+        splits = []
         for split in ("train", *_MEASURED):
             rate = entry[split]["rate"]
             if rate is None:
-                of_task.append(f"no label of {task} in {split}")
+                splits.append(f"no label of {task} in {split}")
             elif rate in (0, 1):
-                of_task.append(f"every label of {task} in {split} is {rate:.0f}")
-        if of_task:
-            told.append(f"{', '.join(of_task)}{hints.get(task, '')}")
-    return ", ".join(told)
+                splits.append(f"every label of {task} in {split} is {rate:.0f}")
+        if splits:
+            tasks.append(f"{', '.join(splits)}{hints.get(task, '')}")
+            if entry["train"]["rate"] == 1 and f"data.labels.{task}" in missing:
+                tasks[-1] += " (if a missing label means 0, write it by data.sql)"
+    return ", ".join(tasks)
 
 
 def _few_positives(labels: dict | None) -> str:

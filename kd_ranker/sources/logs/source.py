@@ -42,7 +42,7 @@ from kd_ranker.sources.logs.encode import (
 )
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.findings import Finding
-from kd_ranker.sources.logs.layout import LogLayout, read_layout
+from kd_ranker.sources.logs.layout import LogLayout, read_layout, sql_of
 from kd_ranker.sources.logs.leaks import find_leaks
 from kd_ranker.sources.logs.looks import time_hint
 from kd_ranker.sources.logs.ordered import Piece, write_ordered
@@ -127,12 +127,12 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
     """
     path = data.path or "data.sql"
     try:
-        now = files.manifest_of(data.path, data.sql)
+        now = files.manifest_of(data.path, sql_of(data))
     except UserError as error:
         if not files.is_there(data.path):
             return
         raise UserError(f"the log that {directory} was made of has changed: {error}") from error
-    if [*now] == [files.SQL] and data.sql:
+    if [*now] == [files.SQL]:
         return
     if not (directory / MANIFEST).exists():
         raise UserError(

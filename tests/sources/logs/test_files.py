@@ -37,9 +37,10 @@ def test_a_path_that_names_nothing_says_so(tmp_path):
         (tmp_path / "empty", "holds no file that ends in .parquet; it is empty"),
         (
             tmp_path / "other",
-            "holds no file that ends in .parquet; it holds log.csv; read files of",
+            "holds no file that ends in .parquet; it holds log.csv; give a pattern for files of",
         ),
-        (tmp_path / "other" / "log.csv", "log.csv is not a Parquet file; read files of other"),
+        (tmp_path / "other" / "log.csv", "log.csv has no column 'request_id' (data.columns."),
+        (tmp_path / "absent.tsv.gz", "data.sql: IO Error: No files found"),
         (tmp_path / "*.parquet", "*.parquet matches no file"),
         ("nowhere://bucket/log", "data.path=nowhere://bucket/log cannot be read: Protocol not"),
     ):

@@ -1,4 +1,4 @@
-"""What tells against a log makes no dataset, unless the config says that it is as it should be."""
+"""Findings prevent a dataset unless the config allows them."""
 
 import json
 
@@ -66,6 +66,8 @@ def test_a_report_on_the_edge_says_nothing():
         ({f"{WATCH}__train__rate": 0.0}, "one_label", "every label of watch in train is 0"),
         ({f"{WATCH}__test__rate": 1.0}, "one_label", "every label of watch in test is 1"),
         ({f"{WATCH}__test__rate": None}, "one_label", "no label of watch in test"),
+        ({"requests__candidates_a_request": {"quantiles": {"0.5": 1}}}, "one_candidate",
+         "half of the requests have one candidate, which leaves nothing to rank"),
         ({f"{WATCH}__test__positives": 99}, "few_positives", "below 100: watch has 99 in test"),
         ({f"{WATCH}__validation__positives": 4}, "few_positives", "watch has 4 in validation"),
         ({f"{COVERED}__passed": 0.24}, "teacher_coverage",
@@ -77,6 +79,15 @@ def test_each_finding_has_its_name_and_its_numbers(changes, name, text):
     (found,) = find(report_of(**changes))
     assert found.name == name
     assert text in found.text
+
+
+def test_a_label_of_1_or_missing_has_advice():
+    changes = {f"{WATCH}__{split}__rate": 1.0 for split in ("train", "validation", "test")}
+    column = {"key": "data.labels.watch", "column": "w", "values": 9, "out_of_range": 0}
+    for missing, advice in ((5, True), (0, False)):
+        columns = [column | {"missing": missing}]
+        (found,) = find(report_of(columns=columns, **changes))
+        assert ("if a missing label means 0, write it by data.sql" in found.text) == advice
 
 
 def test_few_positives_of_training_are_its_own_matter():
@@ -178,7 +189,7 @@ def test_timestamps_of_the_wrong_unit_have_no_unit_to_try(tmp_path):
         tmp_path / "log", time=lambda values: pa.array(time(values), pa.timestamp("ms"))
     )
     line, _ = read(log, tmp_path / "data", ("few_positives",))
-    assert "they lie between 1970-01-20 and 1970-01-20; if that is as it should be" in line
+    assert "they lie between 1970-01-20 and 1970-01-20; if this is expected, add" in line
 
 
 @pytest.mark.parametrize("by_request", [False, True])
