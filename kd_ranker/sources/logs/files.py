@@ -40,6 +40,15 @@ SQL = "data.sql"
 _INTEGER, _FLOAT, _DECIMAL, _BOOLEAN = "integer", "float", "decimal", "boolean"
 _UNSIGNED = "uint64"
 _TEXT, _TIME, _NULL, _OTHER = "text", "time", "null", "other"
+_FAMILIES = {
+    _NULL: "null",
+    _BOOLEAN: "bool",
+    _INTEGER: r"u?int\d+",
+    _FLOAT: "halffloat|float|double",
+    _DECIMAL: r"decimal\d+\(.*",
+    _TIME: r"(timestamp|date).*",
+    _TEXT: r"(large_)?(string|binary)(_view)?|fixed_size_binary.*|extension<arrow\.uuid>",
+}
 # Use of a column -> types that its values may have, and these in words.
 _TAKES = {
     "id": ((_INTEGER, _FLOAT, _DECIMAL, _BOOLEAN, _TEXT, _NULL), "whole numbers or texts"),
@@ -528,34 +537,13 @@ def _check_history(layout: LogLayout, families: dict[str, tuple[str, str]]) -> N
 
 
 def family_of(type_: pa.DataType) -> tuple[int, str]:
-    """The number of lists around the values of a type, and the family of these."""
+    """Return the number of lists around the values of a type, and the family of the values."""
     depth = 0
     while is_list(type_) or pa.types.is_dictionary(type_):
         depth += is_list(type_)
         type_ = type_.value_type
-    for family, tests in (
-        (_NULL, [pa.types.is_null]),
-        (_BOOLEAN, [pa.types.is_boolean]),
-        (_INTEGER, [pa.types.is_integer]),
-        (_FLOAT, [pa.types.is_floating]),
-        (_DECIMAL, [pa.types.is_decimal]),
-        (_TIME, [pa.types.is_timestamp, pa.types.is_date]),
-        (
-            _TEXT,
-            [
-                *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
-                *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view),
-                *(pa.types.is_fixed_size_binary, _is_uuid),
-            ],
-        ),
-    ):
-        if any(test(type_) for test in tests):
-            return depth, family
-    return depth, _OTHER
-
-
-def _is_uuid(type_: pa.DataType) -> bool:
-    return isinstance(type_, pa.BaseExtensionType) and type_.extension_name == "arrow.uuid"
+    families = (of for of, name in _FAMILIES.items() if re.fullmatch(name, str(type_)))
+    return depth, next(families, _OTHER)
 
 
 def _id_family(type_: pa.DataType, family: str) -> str:
@@ -602,17 +590,6 @@ def check_pages(log: Log, columns: Collection[str], threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(check, log.files):
             pass
-
-
-def read_schema(log: Log, file: int) -> pa.Schema:
-    """The columns of a file, with all metadata.
-
-    Raises:
-      UserError: it cannot be read.
-    """
-    system, _ = fsspec.core.url_to_fs(log.url)
-    with _opened(system, log.files[file]) as parquet:
-        return parquet.schema_arrow
 
 
 def manifest_differences(before: dict[str, list], now: dict[str, list]) -> str:
