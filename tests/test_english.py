@@ -36,7 +36,7 @@ TURNS = {
     r"\b(asks?|asked|asking)\b": "queries, needs, requests",
 }
 # How often each room may use them. Lower a number when a file leaves in better English.
-LIMITS = {"sources": 99, "evaluation": 1}
+LIMITS = {"sources": 60, "evaluation": 1}
 
 
 def riddles(text: str) -> Iterator[str]:

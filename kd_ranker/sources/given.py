@@ -42,7 +42,7 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
     """Open the requests at `data.path` as a source.
 
     Raises:
-      UserError: there are none, the config has other tasks, or a request has more candidates than
+      UserError: they are missing, the config has other tasks, or a request has more candidates than
         the funnel retrieves.
     """
     dataset = storage.open_at(Path(data.path), MADE_BY)
@@ -208,7 +208,7 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
     shown, passed, all_ = len(request.user_label), request.num_passed, len(request.item_id)
     if not 0 < shown <= passed <= all_:
         raise UserError(
-            f"{who}: {shown} labels, num_passed={passed} and {all_} items; the shown stand first "
+            f"{who}: {shown} labels, num_passed={passed} and {all_} items; the shown are first "
             "among the passed, and these among all, so 0 < labels ≤ num_passed ≤ items"
         )
     if (request.user_label > 1).any():

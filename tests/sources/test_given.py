@@ -168,7 +168,7 @@ GOOD = dict(user_id=1, item_id=[1, 2], user_label=[[1, 0]])
         ({"item_id": None}, "request 0 lacks item_id"),
         ({"label": 1}, "request 0: 'label' is not a field of a request: candidate_category, "),
         ({"user_label": [1]}, r"user_label has the shape \(1,\), and should have \(1, 2\)"),
-        ({"user_label": [[1, 0]] * 3}, "3 labels, num_passed=2 and 2 items; the shown stand first"),
+        ({"user_label": [[1, 0]] * 3}, "3 labels, num_passed=2 and 2 items; the shown are first"),
         ({"num_passed": 3}, "1 labels, num_passed=3 and 2 items"),
         ({"user_label": np.zeros((0, 2))}, "0 labels, num_passed=2"),
         ({"context": "x"}, "request 0: context: could not convert"),

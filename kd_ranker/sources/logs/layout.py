@@ -193,7 +193,7 @@ def sql_of(data: ConfigDict) -> str:
 
 
 def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> LogLayout:
-    """Reads `config.data`.
+    """Read `config.data`.
 
     Raises:
       UserError: a key holds a value that it cannot hold.
@@ -286,7 +286,7 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
 
 
 def _check_leaks(data: ConfigDict, features: Sequence[Feature]) -> None:
-    """Refuses features that hold the answer, or the outcome of a request."""
+    """Refuse features that hold the answer, or the outcome of a request."""
     answers = {
         column: f"{section}.{name}"
         for section, names in (

@@ -298,4 +298,4 @@ def test_differences_between_manifests_are_counted():
     before = {"a": [1, ""], "b": [2, ""], "c": [3, ""]}
     assert manifest_differences(before, dict(before)) == ""
     now = {"a": [1, ""], "b": [2, "later"], "d": [4, ""], "e": [5, ""]}
-    assert manifest_differences(before, now) == "2 files new, 1 file gone, 1 file written anew"
+    assert manifest_differences(before, now) == "2 files new, 1 file gone, 1 file rewritten"

@@ -59,7 +59,7 @@ def test_a_report_on_the_edge_says_nothing():
     ("changes", "name", "text"),
     [
         ({"candidates__rejected": 101}, "rejected", "101 of 1,000 candidates (10.1%) are rej"),
-        ({"columns__0__out_of_range": 101}, "times", "101 of 1,000 values of column 't' are no t"),
+        ({"columns__0__out_of_range": 101}, "times", "101 of 1,000 values of column 't' are not t"),
         ({"requests__test__last": "2100-01-01 00:00:00"}, "times", "1990-01-01 and 2100-01-01"),
         ({"requests__train__first": "1970-01-20 17:00:00"}, "times", "1970-01-20 and 2099-12-31"),
         ({"requests__test__last": "33658-09-27 01:46:40"}, "times", "and 33658-09-27"),
@@ -71,7 +71,7 @@ def test_a_report_on_the_edge_says_nothing():
         ({f"{WATCH}__test__positives": 99}, "few_positives", "below 100: watch has 99 in test"),
         ({f"{WATCH}__validation__positives": 4}, "few_positives", "watch has 4 in validation"),
         ({f"{COVERED}__passed": 0.24}, "teacher_coverage",
-         "that of watch covers 49.3% of what was passed in test"),
+         "that of watch covers 49.3% of the passed candidates in test"),
         ({f"{COVERED}__shown": None}, "teacher_coverage", "covers 16.7%"),
     ],
 )  # fmt: skip
@@ -153,16 +153,16 @@ def test_a_small_log_is_refused_and_what_is_allowed_is_a_remark(tmp_path):
 @pytest.mark.parametrize(
     ("scale", "unit", "hint"),
     [
-        (1, "ms", "they lie between 1970-01-20 and 1970-01-20; its numbers look like seconds: try "
+        (1, "ms", "they are between 1970-01-20 and 1970-01-20; its numbers look like seconds: try "
          "--config.data.time_unit=s"),
         (1, "us", "look like seconds: try --config.data.time_unit=s"),
-        (1000, "s", "are no times; its numbers look like milliseconds: try "
+        (1000, "s", "are not times; its numbers look like milliseconds: try "
          "--config.data.time_unit=ms"),
         (1000, "us", "look like milliseconds: try --config.data.time_unit=ms"),
         (10**6, "ms", "look like microseconds: try --config.data.time_unit=us"),
         (10**9, "us", "its numbers look like nanoseconds: make them timestamps"),
-        (7, "s", "look like no time"),
-        (7, "s", "they lie between 2347-"),
+        (7, "s", "do not look like times"),
+        (7, "s", "they are between 2347-"),
     ],
 )  # fmt: skip
 def test_times_in_another_unit_say_what_they_look_like(tmp_path, scale, unit, hint):
@@ -180,7 +180,7 @@ def test_a_few_times_that_are_far_off_are_no_matter_of_units(tmp_path):
         return [0 if value == values[0] else value - 10**6 + START for value in values]
 
     line, _ = read(write_small_log(tmp_path / "log", time=time), tmp_path / "data", ())
-    assert "times: they lie between 1970-01-01 and 2023-11-14; few_positives: " in line
+    assert "times: they are between 1970-01-01 and 2023-11-14; few_positives: " in line
 
 
 def test_timestamps_of_the_wrong_unit_have_no_unit_to_try(tmp_path):
@@ -189,7 +189,7 @@ def test_timestamps_of_the_wrong_unit_have_no_unit_to_try(tmp_path):
         tmp_path / "log", time=lambda values: pa.array(time(values), pa.timestamp("ms"))
     )
     line, _ = read(log, tmp_path / "data", ("few_positives",))
-    assert "they lie between 1970-01-20 and 1970-01-20; if this is expected, add" in line
+    assert "they are between 1970-01-20 and 1970-01-20; if this is expected, add" in line
 
 
 @pytest.mark.parametrize("by_request", [False, True])

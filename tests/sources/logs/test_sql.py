@@ -105,7 +105,7 @@ def test_a_select_whose_files_have_changed_is_not_the_log_before(tmp_path, log):
     directory = api.prepare(config).directory
     assert api.prepare(config).directory == directory
     os.utime(items, ns=(0, 0))
-    with pytest.raises(UserError, match=r"at data.sql has changed since .* \(1 file written anew"):
+    with pytest.raises(UserError, match=r"at data.sql has changed since .* \(1 file rewritten"):
         api.prepare(config)
     for path in (*log.iterdir(), items):  # a dataset may outlive its log
         path.unlink()
