@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32, Float64, Int, Int32, Int64, UInt64
 
 from kd_ranker.batch import Category, FeatureSpec, Owner, Stage
-from kd_ranker.distillation.teacher_signal import probability_of_rank
+from kd_ranker.distillation.teacher_signal import probability_of_rank, probability_of_score
 from kd_ranker.requests.block import Block
 from kd_ranker.requests.ragged import runs, starts_of
 from kd_ranker.sources.hashing import splitmix64
@@ -227,6 +227,8 @@ def encode_requests(layout: LogLayout, folder: Path, piece: Piece) -> Iterator[B
     counts = _stage_counts(owner, stage, scored, number)
     if layout.teacher_signal == "rank":
         scored = {task: _ranks(of, teacher_weight, owner) for task, of in scored.items()}
+    elif layout.teacher_signal == "score":
+        scored = {task: probability_of_score(of) for task, of in scored.items()}
     unscored = np.full(len(owner), np.nan)
     probability = np.stack([scored.get(task, unscored) for task in tasks], axis=1)
     history = _history(layout, encoding, requests)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from kd_ranker.distillation.teacher_signal import LARGEST_SCORE
 from kd_ranker.errors import UserError, check_choice
 
 ROWS = ("candidate", "request")
@@ -173,9 +174,10 @@ class LogLayout:
         )
 
     @property
-    def highest_teacher_value(self) -> float:
-        """The upper bound of a teacher's proper values, probabilities or positions; 0 is lowest."""
-        return 1.0 if self.teacher_signal == "probability" else LARGEST
+    def teacher_range(self) -> tuple[float, float]:
+        """The bounds of the teacher's valid values."""
+        scores = (-LARGEST_SCORE, LARGEST_SCORE)
+        return {"probability": (0.0, 1.0), "rank": (0.0, LARGEST)}.get(self.teacher_signal, scores)
 
     @property
     def scored_tasks(self) -> tuple[str, ...]:

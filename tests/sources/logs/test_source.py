@@ -414,6 +414,28 @@ def test_teacher_ranks_become_numbers_that_fall_with_them(tmp_path):
     assert "calibration" not in log.report["teacher"]["tasks"]["watch"]
 
 
+def test_teacher_scores_are_the_logits_of_what_is_stored(tmp_path):
+    rows, draw = make_rows(11), np.random.default_rng(0)
+    for row in rows:
+        for candidate in row.candidates:
+            candidate["teacher_probability_watch"] = float(draw.normal(0, 4))
+    rows[0].candidates[1]["teacher_probability_watch"] = 14.0
+    log = read_rows(rows, tmp_path, config={"teacher_signal": "score"})
+    assert log.spec.teacher_signal == "score"
+    request = log.requests["train"][0]
+    found = dict(zip(request.item_id, request.teacher_probability[:, 0], strict=True))
+    items = {log.vocabularies["item"][index]: index for index in request.item_id}
+    scores = np.array([of["teacher_probability_watch"] for of in rows[0].candidates])
+    scores[1] = np.nan  # which is too large
+    stored = np.array([found[items[of["item_id"]]] for of in rows[0].candidates], np.float64)
+    np.testing.assert_allclose(np.log(stored / (1 - stored)), scores, rtol=1e-2)
+    assert "calibration" not in log.report["teacher"]["tasks"]["watch"]
+    watch = next(of for of in log.report["columns"] if of["key"] == "data.teacher.watch")
+    assert watch["out_of_range"] == sum(
+        abs(of["teacher_probability_watch"]) > 13.8 for row in rows for of in row.candidates
+    )
+
+
 def columns_with(**changes):
     """The columns of `faulty_logs.config`, with changes."""
     columns = faulty_logs.config("", "").data.columns
