@@ -17,8 +17,8 @@ import pyarrow.dataset as ds
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs.files import find_files
-from kd_ranker.sources.logs.layout import TIME_UNITS
+from kd_ranker.sources.logs.files import find_files, line_of
+from kd_ranker.sources.logs.layout import TIME_UNITS, sql_of
 from kd_ranker.sources.logs.query import quoted
 
 NAMES: dict[str, Any] = json.loads((Path(__file__).parent / "names.json").read_text())
@@ -158,8 +158,12 @@ def read_sample(path: str) -> tuple[pa.Table, int]:
     """Read the beginnings of files at even distances, and count the rows of all files."""
     if not path:
         raise UserError("data.path is empty; give a Parquet file, a directory or a glob of them")
-    if re.search(r"\.[ct]sv(\.gz)?$", path):
-        table = duckdb.from_csv_auto(path).limit(_MOST_ROWS).to_arrow_table()
+    if sql := sql_of(ConfigDict({"path": path, "sql": ""})):
+        try:
+            rows = duckdb.connect().sql(f"SELECT * FROM ({sql}) LIMIT {_MOST_ROWS}")
+            table = rows.to_arrow_table()
+        except duckdb.Error as error:
+            raise UserError(f"data.path={path} cannot be read: {line_of(error)}") from error
         return table, table.num_rows
     system, files, *_ = find_files(path)
     try:
