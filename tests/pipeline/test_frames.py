@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 import kd_ranker as kd
-from kd_ranker.pipeline import datasets
+from kd_ranker.pipeline import datasets, frames
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.sources.logs.vocabulary import read_vocabulary
@@ -110,6 +110,7 @@ def test_tables_of_all_kinds_are_the_same_log(tmp_path, kind):
     # Without a time, requests are in the order of their first rows.
     times = [request.time for request in read_requests(prepared(made), "train")]
     assert times == list(range(7))
+    assert frames.path_of(made.directory, "") == str(made.directory)  # as `kd.score` takes both
     again = kd.Dataset.from_log(frame, made.config, directory=tmp_path / "other")
     assert {*pa.parquet.read_schema(again.directory).names} == {*frame.columns}
 

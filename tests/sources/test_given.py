@@ -108,6 +108,11 @@ def test_a_frame_and_requests_are_the_same_dataset_and_other_content_is_another(
     assert len({first.directory, changed.directory, items.directory}) == 3
 
 
+def test_sizes_may_be_integers_of_numpy():
+    spec = dataclasses.replace(SPEC, num_users=np.int64(20), history_length=np.int32(3))
+    assert spec.to_json() == SPEC.to_json()
+
+
 def test_splits_may_be_given(tmp_path):
     made = [*mappings()]
     splits = {"train": made[5:], "validation": made[:2], "test": made[2:5]}
