@@ -6,9 +6,7 @@ is refused. A workdir is a folder or a URL, see `pipeline.remote`.
 """
 
 import contextlib
-import dataclasses
 import html
-import itertools
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
@@ -24,7 +22,7 @@ from kd_ranker.batch import FeatureSpec
 from kd_ranker.config import checks, defaults, schema
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
-from kd_ranker.pipeline import cohorts, datasets, exporting, runs, scoring, trained
+from kd_ranker.pipeline import cohorts, datasets, exporting, frames, runs, scoring, trained
 from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
 from kd_ranker.pipeline.remote import Place, below, fetched, local_folder, owned, place_of
@@ -32,7 +30,7 @@ from kd_ranker.report import tables, write
 from kd_ranker.serving.programs import make_programs
 from kd_ranker.serving.tables import ITEM_TYPES
 from kd_ranker.serving.write import FORMATS, program_files, write_export
-from kd_ranker.sources import given, given_rows
+from kd_ranker.sources import given
 from kd_ranker.sources.logs.data_report import PAGE
 from kd_ranker.sources.logs.infer import FirstConfig, write_first_config
 from kd_ranker.sweep.members import common, repeats, sweep_members
@@ -57,27 +55,48 @@ class Dataset(NamedTuple):
     config: ConfigDict
 
     @classmethod
+    def from_log(cls, table: Any, config: ConfigDict, directory: Folder = "datasets") -> "Dataset":
+        """Make a table in memory a log, which is read as one of Parquet files.
+
+        Args:
+          table: a DataFrame of pandas or polars, or an Arrow table, as `config.data` describes it.
+            The index of pandas is not a column.
+          config: its roles, labels and features, as `configs.parquet` or the file of `infer` has
+            them; `data.path` and `data.dir` are set on a copy.
+          directory: the folder of datasets, in which the table is kept as a Parquet file.
+
+        Raises:
+          UserError: it is not a table, or a column holds values of several types.
+        """
+        config = config.copy_and_resolve_references()
+        config.data.dir = str(directory)
+        config.data.path, config.data.sql = frames.path_of(table, config.data.dir), ""
+        return cls(Path(config.data.path), config)
+
+    @classmethod
     def from_requests(
         cls,
         requests: Iterable[Any] | Mapping[str, Iterable[Any]],
-        spec: FeatureSpec,
+        spec: FeatureSpec | None = None,
         item_features: Any = None,
         item_category: Any = None,
         config: ConfigDict | None = None,
         directory: Folder = "datasets",
         validation_share: float = 0.1,
         test_share: float = 0.1,
-        columns: given_rows.Columns | None = None,
+        columns: frames.Columns | None = None,
     ) -> "Dataset":
         """Make a dataset of requests in memory.
 
         Args:
-          requests: `kd.Request` objects, or mappings with its fields; a DataFrame of these fields
+          requests: `kd.Request` objects, or mappings with its fields; a table of these fields
             with one row per request; or, with `columns`, one row per candidate. All fields
             but `user_id`, `item_id` and `user_label` are optional: by default all candidates were
             passed, labels weigh 1, and other features are absent. Requests are split by time,
             unless a mapping gives those of train, validation and test.
           spec: the sizes of their features; each width is at least 1, except those of categories.
+            With `columns`, only its tasks and the version of the teacher count; None names the
+            tasks after the columns of labels.
           item_features: float32 [num_items, F]; None takes zeros.
           item_category: int32 [num_items, I], the category ids of each item; None for none.
           config: rankers, training and funnel to start from; None takes the defaults, and a funnel
@@ -85,49 +104,36 @@ class Dataset(NamedTuple):
           directory: the folder of datasets.
           validation_share: share of the requests, in [0, 1), before those of the test.
           test_share: share of the last requests, in [0, 1).
-          columns: for rows of candidates, field -> the column that holds it, or a list of columns
-            to stack: `{"request_id": "session", "user_label": ["click", "buy"], …}`. Of the fields
-            of `kd.Request`, `request_id`, `user_id`, `item_id` and `user_label` are required.
-            `stage` (`shown`, `passed` or `retrieved`) replaces `num_passed`; without it, rows with
-            a label were shown and all others passed. `item_features` and `item_category` are
-            allowed. Fields of the request, or of the item, are equal in all of its rows.
+          columns: for a table of candidates, field -> the column that holds it, or a list of
+            columns: `{"request_id": "session", "user_label": ["click", "buy"], …}`. The table is
+            then a log: its ids are texts or numbers, and its rows follow the rules of logs. Of the
+            fields of `kd.Request`, `request_id`, `user_id`, `item_id` and `user_label` are
+            required. `stage` (`shown`, `passed` or `retrieved`) replaces `num_passed`, and
+            `item_features` and `item_category` are allowed. Dense features are not scaled.
 
         Raises:
           UserError: a field is unknown or missing, differs from the shapes of `spec` or has an id
-            out of range; a split has no requests; or rows of one request differ in its fields.
+            out of range; or a split has no requests.
         """
-        spec = dataclasses.replace(spec, dataset=given.NAME)
         splits = dict(requests) if isinstance(requests, Mapping) else {"": requests}
+        shares = {"validation_share": validation_share, "test_share": test_share}
+        own = defaults.get_config(given.NAME if columns is None else "parquet")
+        own.data.dir = str(directory)
         if columns is not None:
-            items = given_rows.items_of(splits.values(), columns, spec)
-            item_features = items.get("item_features", item_features)
-            item_category = items.get("item_category", item_category)
-        numbers = itertools.count()
-        made = {
-            split: [
-                given.request_of(each, next(numbers), spec) for each in _each(of_split, columns)
-            ]
-            for split, of_split in splits.items()
-        }
-        if "" in made:
-            made = given.splits_of(made[""], validation_share, test_share)
-        path = given.keep(made, spec, item_features, item_category, str(directory))
-        own = defaults.get_config(given.NAME)
+            own.data.update(shares)
+            path, tasks, funnel = frames.keep(splits, columns, spec, own.data)
+        elif spec is not None:
+            items = (item_features, item_category)
+            path, tasks, funnel = given.keep(splits, spec, *items, own.data, **shares)
+        else:
+            raise UserError("requests need spec=, the sizes of their features")
         if config is None:
-            own.funnel.update(given.funnel_of(itertools.chain(*made.values())))
+            own.funnel.update(funnel)
         else:
             own.update({name: of for name, of in config.items() if name != "data"})
-        own.data.path, own.data.dir = str(path), str(directory)
-        own.data.labels = {task: task for task in spec.tasks}
-        if tuple(own.tasks) != spec.tasks:
-            own.tasks, own.value_weights = spec.tasks, (1.0,) * len(spec.tasks)
+        if tuple(own.tasks) != tasks:
+            own.tasks, own.value_weights = tasks, (1.0,) * len(tasks)
         return cls(path, own)
-
-
-def _each(requests: Any, columns: given_rows.Columns | None) -> Iterable[Any]:
-    if columns is not None:
-        return given_rows.requests_of(requests, columns)
-    return requests.to_dict("records") if isinstance(requests, pd.DataFrame) else requests
 
 
 def _as_html(text: str) -> str:
@@ -389,7 +395,7 @@ def report(*sweeps: Trained | Folder, output: Folder | None = None) -> Report:
 
 def score(
     ranker: Trained | Folder,
-    path: Folder,
+    path: Any,
     output: Folder | None = None,
     member: str = "",
     config: ConfigDict | None = None,
@@ -402,7 +408,7 @@ def score(
 
     Args:
       ranker: a teacher, a student or a sweep, or the folder of its run.
-      path: of the log.
+      path: of the log; or a table of pandas, polars or Arrow.
       output: the folder to write to; None takes one below `config.data.dir`.
       member: the student of a sweep; "" takes the best one on validation.
       config: how to read the log; None reads it as that of the run.
@@ -418,7 +424,7 @@ def score(
     """
     workdir = _folder(ranker)
     config = _own(config or trained.config_of(workdir, trust))
-    config.data.path = str(path)
+    config.data.path = frames.path_of(path, config.data.dir)
     folder = local_folder("--out", output) if output else None
     scored, lines = scoring.score_unseen(config, workdir, member, folder, trust)
     for line in (*lines, *str(scored).splitlines()):

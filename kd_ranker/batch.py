@@ -35,7 +35,7 @@ class Stage(enum.IntEnum):
 
 
 CATEGORY_OWNERS = ("request", "candidate", "item")
-TEACHER_SIGNALS = ("probability", "rank")
+TEACHER_SIGNALS = ("probability", "rank", "score")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +79,8 @@ class FeatureSpec:
       teacher_version: logged probabilities count only from this model version; "" if none count.
       categories: the categorical features, in the order of their category ids.
       teacher_signal: the form of the logged teacher values, one of `TEACHER_SIGNALS`:
-        probabilities, or positions. For positions, the probability columns hold
-        `teacher_signal.probability_of_rank`.
+        probabilities, positions or scores. For the last two, the probability columns hold
+        `teacher_signal.probability_of_rank` and `probability_of_score`.
     """
 
     dataset: str
@@ -123,7 +123,7 @@ class FeatureSpec:
 
     def to_json(self) -> str:
         """The spec as JSON, one key per attribute."""
-        return json.dumps(dataclasses.asdict(self), indent=2)
+        return json.dumps(dataclasses.asdict(self), indent=2, default=int)
 
     @classmethod
     def from_json(cls, text: str) -> "FeatureSpec":

@@ -395,8 +395,9 @@ def check_teacher_signals(dataset: Dataset, members: Collection[ConfigDict]) -> 
                 f"candidate has {stage} as its furthest stage; choose another one"
             )
     from_log = config.teacher.source == "logged" and "logged" in signals
-    if from_log and dataset.spec.teacher_signal == "rank":
-        check_students(members, {"logged": f"the log of {config.data.name} holds its positions"})
+    if from_log and dataset.spec.teacher_signal != "probability":
+        what = {"rank": "positions", "score": "scores"}[dataset.spec.teacher_signal]
+        check_students(members, {"logged": f"the log of {config.data.name} holds its {what}"})
     logged = _is_logged(dataset.columns["train"])
     if from_log and not logged.any():
         raise UserError(
@@ -437,7 +438,7 @@ def check_labels(dataset: Dataset) -> None:
 def check_teacher_log(config: ConfigDict, dataset: Dataset) -> None:
     """Raise UserError for a teacher that is to learn from probabilities that the log lacks."""
     spec, weight = dataset.spec, config.teacher.log_weight
-    if weight and (not spec.teacher_version or spec.teacher_signal == "rank"):
+    if weight and (not spec.teacher_version or spec.teacher_signal != "probability"):
         raise UserError(
             f"teacher.log_weight={weight:g} needs teacher probabilities, which the log of "
             f"{config.data.name} does not hold; leave it at 0"

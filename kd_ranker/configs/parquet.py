@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
         dict(watch="teacher_probability_watch", like="teacher_probability_like")
     )
     config.data.teacher_version = ""  # the only one that counts; "" takes all versions
-    config.data.teacher_signal = "probability"  # or rank: the teacher columns hold positions
+    config.data.teacher_signal = "probability"  # or rank, score: the teacher columns hold those
     config.data.incumbent_signal = "score"  # or rank: the incumbent's column holds positions
     config.data.time_unit = "s"  # of a column of numbers: s, ms, us; timestamps contain it
     config.data.features = ConfigDict(

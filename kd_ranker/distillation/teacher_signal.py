@@ -14,6 +14,9 @@ logits gives position r a share in proportion to 1 / (1 + r): Zipf's law. They a
 probabilities of an action; `needs_probabilities` in `kd_ranker.distillation.losses.LOSSES` marks
 the losses that need such probabilities.
 
+A score s of the final ranker, as a logit, is stored with p(s) = σ(s), so losses on the order read
+logit p(s) = s itself. Losses clip p to [1e-6, 1 − 1e-6], so |s| may be at most `LARGEST_SCORE`.
+
 A stage is a grade: shown above passed above retrieved. Each represents the position at which it
 would begin in a funnel that narrows tenfold at each stage, r = 0, 9 and 99, so
 
@@ -28,9 +31,13 @@ from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
+import scipy.special
 from jaxtyping import Array, Float, Int
 
 from kd_ranker.batch import CandidateBatch, Stage
+
+LARGEST_SCORE = 13.8
+"""The largest absolute score of a final ranker that losses do not clip."""
 
 Numbers = TypeVar("Numbers", float, np.ndarray, Array)
 
@@ -50,6 +57,22 @@ def probability_of_rank(rank: Numbers) -> Numbers:
       array([0.5       , 0.33333333, 0.1       ,        nan])
     """
     return 1 / (2 + rank)
+
+
+def probability_of_score(score: np.ndarray) -> np.ndarray:
+    """Return the pseudo-probability of a score, its logistic function.
+
+    Args:
+      score: score of any shape; NaN if unknown.
+
+    Returns:
+      1 / (1 + exp(−s)) in (0, 1); NaN for a score beyond `LARGEST_SCORE`.
+
+    Example:
+      >>> probability_of_score(np.array([0.0, 2.0, 583.0])).round(3)
+      array([0.5  , 0.881,   nan])
+    """
+    return scipy.special.expit(np.where(np.abs(score) <= LARGEST_SCORE, score, np.nan))
 
 
 def probability_of_stage(stage: Int[Array, "*shape"]) -> Float[Array, "*shape"]:

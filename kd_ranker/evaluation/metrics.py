@@ -620,12 +620,12 @@ def summarise(
       teacher: those of the teacher; None where `sums` are its own.
       tasks: names of the tasks, in the order of the T axis.
       report_at: the points of curves.
-      signal: of the teacher, one of `batch.TEACHER_SIGNALS`; positions are no probabilities.
+      signal: of the teacher, one of `batch.TEACHER_SIGNALS`.
       only_order: whether the numbers of the ranker are no probabilities.
     """
-    of_teacher, positions = teacher is None, signal == "rank"
-    without: set[str] = {"teacher"} if positions else set()
-    if only_order or (of_teacher and positions):
+    of_teacher, is_order = teacher is None, signal != "probability"
+    without: set[str] = {"teacher"} if is_order else set()
+    if only_order or (of_teacher and is_order):
         without.add("ranker")
     row: dict[str, float] = {}
     for metric in METRICS.values():

@@ -222,7 +222,7 @@ def _add(
         for k in results.spaced_ks(next(iter(curves.values())).size, named, spaced=150)
     )
     # Positions, and some references, order candidates without predicting probabilities.
-    if not (only_order or (row["role"] == "teacher" and signal == "rank")):
+    if not (only_order or (row["role"] == "teacher" and signal != "probability")):
         measured.calibration.extend(who | of for of in metrics.calibration(sums, tasks))
 
 

@@ -1,9 +1,10 @@
-"""Requests that a program hands over, kept on disk, as a source.
+"""Requests of a program as a source.
 
-`keep` writes them as a dataset of their own, which `data.path` then names. `open_source` reads that
-again, for the dataset of a config.
+`keep` writes them as a dataset, which `data.path` then names. `open_source` reads it for the
+dataset of a config.
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import STORED, FeatureSpec, Field, Owner, Request
@@ -20,11 +22,12 @@ from kd_ranker.requests import storage
 from kd_ranker.requests.block import block_of
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS, Source
+from kd_ranker.sources.logs.column_facts import arrow_of, is_table
 
 NAME = "requests"
 MADE_BY = "kd.Dataset.from_requests"
 
-# The fields that give the number of entries of an owner: the first one that a request has.
+# Owner -> fields with its number of entries; the first field that a request has counts.
 _COUNTED_BY: dict[Owner, tuple[str, ...]] = {
     "event": ("history_id",),
     "candidate": ("item_id",),
@@ -36,11 +39,11 @@ _NEEDED = ("user_id", "item_id", "user_label")
 
 
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
-    """Opens requests that were handed over as a source.
+    """Open the requests at `data.path` as a source.
 
     Raises:
-      UserError: they are not where `data.path` says, or other tasks are asked for, or a request has
-        more candidates than the funnel retrieves.
+      UserError: they are missing, the config has other tasks, or a request has more candidates than
+        the funnel retrieves.
     """
     dataset = storage.open_at(Path(data.path), MADE_BY)
     if tuple(tasks) != dataset.spec.tasks:
@@ -64,29 +67,38 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
 
 
 def keep(
-    requests: Mapping[str, Sequence[Request]],
+    splits: Mapping[str, Any],
     spec: FeatureSpec,
     item_features: Any,
     item_category: Any,
-    directory: str,
-) -> Path:
-    """Writes requests to disk, under a name that their content decides.
+    data: ConfigDict,
+    validation_share: float,
+    test_share: float,
+) -> tuple[Path, tuple[str, ...], dict[str, Any]]:
+    """Write requests to a folder that is named by their content, and set the keys that read it.
 
     Args:
-      requests: split -> its requests.
+      splits: split -> its requests, or a table of them; "" for requests to split by time.
       spec: the sizes of their features.
-      item_features: float32 [num_items, F], of each item; None: zeros.
-      item_category: int32 [num_items, I], the category ids of each item, -1 where there is none;
-        None: there are none.
-      directory: the folder of datasets, `data.dir`.
+      item_features: float32 [num_items, F]; None takes zeros.
+      item_category: int32 [num_items, I], category ids of each item, -1 for none; or None.
+      data: the section of the config to change; it has `dir`.
+      validation_share: share of the requests before those of the test.
+      test_share: share of the last requests.
 
     Returns:
-      Their folder, for `data.path`.
+      The folder, the tasks, and the sizes of a funnel of the requests.
 
     Raises:
-      UserError: a split has none, an id is out of range, or what is known of items has another
-        shape.
+      UserError: a split has no requests, an id is out of range, or an array has another shape.
     """
+    spec, numbers = dataclasses.replace(spec, dataset=NAME), itertools.count()
+    requests = {
+        split: [request_of(fields, next(numbers), spec) for fields in _rows(of_split)]
+        for split, of_split in splits.items()
+    }
+    if "" in requests:
+        requests = splits_of(requests[""], validation_share, test_share)
     shape = (spec.num_items, spec.item_features)
     features = np.zeros(shape) if item_features is None else item_features
     features = _array(features, np.float32, shape, "item_features")
@@ -96,31 +108,45 @@ def keep(
         category = _array(category, np.int32, shape, "item_category")
         if ((category < -1) | (category >= spec.num_categories)).any():
             raise UserError(f"item_category must lie in [-1, {spec.num_categories})")
-    digest = hashlib.sha256(spec.to_json().encode())
-    for array in (features, category):
-        digest.update(b"" if array is None else array.tobytes())
-    for split in SPLITS:
-        block = block_of(requests.get(split, ()), spec)
-        for values in (*block.values.values(), *block.numbers.values()):
-            is_text = values.dtype == object
-            digest.update(repr(values.tolist()).encode() if is_text else values.tobytes())
     source = Source(
         spec=spec,
         item_features=features,
         item_category=category,
         requests=lambda split: iter(requests[split]),
         num_requests={split: len(of_split) for split, of_split in requests.items()},
-        for_training=False,  # they become another dataset first
+        for_training=False,  # another dataset is made of them first
     )
-    return storage.build(source, f"given-{digest.hexdigest()[:8]}", directory)
+    path = storage.build(source, f"given-{_digest(source, requests)}", data.dir)
+    data.path, data.labels = str(path), ConfigDict({task: task for task in spec.tasks})
+    return path, spec.tasks, funnel_of(itertools.chain(*requests.values()))
+
+
+def _rows(requests: Any) -> Iterable[Any]:
+    """Return the rows of a table as mappings; other requests as they are."""
+    if isinstance(requests, pd.DataFrame):  # a cell may hold a matrix, which Arrow does not take
+        return requests.to_dict("records")
+    return arrow_of(requests).to_pylist() if is_table(requests) else requests
+
+
+def _digest(source: Source, requests: Mapping[str, Sequence[Request]]) -> str:
+    """Return eight hex digits that differ where the contents differ."""
+    digest = hashlib.sha256(source.spec.to_json().encode())
+    for array in (source.item_features, source.item_category):
+        digest.update(b"" if array is None else array.tobytes())
+    for split in SPLITS:
+        block = block_of(requests.get(split, ()), source.spec)
+        for values in (*block.values.values(), *block.numbers.values()):
+            is_text = values.dtype == object
+            digest.update(repr(values.tolist()).encode() if is_text else values.tobytes())
+    return digest.hexdigest()[:8]
 
 
 def splits_of(
     requests: Iterable[Request], validation_share: float, test_share: float
 ) -> dict[str, list[Request]]:
-    """Splits requests by time: the last ones are for the test, those before for the validation.
+    """Split requests by time: the last ones for the test, and those before for the validation.
 
-    Requests of one time stay together, in the later of two splits.
+    Requests of the same time stay together, in the later of two splits.
     """
     ordered = sorted(requests, key=lambda request: (request.time, request.request_id))
     times = [request.time for request in ordered]
@@ -131,7 +157,7 @@ def splits_of(
 
 
 def funnel_of(requests: Iterable[Request]) -> dict[str, Any]:
-    """A funnel of the sizes that requests have; it passes half of it where all were passed."""
+    """Return a funnel of the sizes of requests; where all were passed, it passes half of them."""
     sizes = [
         (len(request.item_id), request.num_passed, len(request.user_label)) for request in requests
     ]
@@ -143,25 +169,27 @@ def funnel_of(requests: Iterable[Request]) -> dict[str, Any]:
 
 
 def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpec) -> Request:
-    """A request from its fields by name, of which most may be left out.
+    """Return a request from its fields by name; most have defaults.
 
-    Left out, `request_id` and `time` are its place, all candidates were passed, labels and the
-    teacher's probabilities weigh 1, the teacher's version is the one that counts, and features are
-    0; there are no events, no teacher's probabilities and no facts for the evaluation.
+    `request_id` and `time` default to its place. All candidates were passed, and labels and the
+    teacher's probabilities weigh 1. The teacher's version is the one that counts. Features are 0,
+    and there are no events, no teacher's probabilities and no facts for the evaluation.
 
     Args:
-      fields: these, arrays as anything that NumPy makes arrays of; or a request, which is checked.
+      fields: the values, which NumPy can make arrays of; or a request to check.
       place: its place among all requests.
       spec: the sizes of its features.
 
     Raises:
-      UserError: a field is none, is missing, or has another shape than `Request` says.
+      UserError: a field is unknown, missing, or has another shape than that of `Request`.
     """
     given: dict[str, Any] = dict(vars(fields) if isinstance(fields, Request) else fields)
     who = f"request {given.get('request_id', place)}"
     known = {field.name for field in STORED}
     if wrong := sorted({*given} - known):
-        raise UserError(f"{who}: {wrong[0]!r} is no field of a request: {', '.join(sorted(known))}")
+        raise UserError(
+            f"{who}: {wrong[0]!r} is not a field of a request: {', '.join(sorted(known))}"
+        )
     if lacking := [name for name in _NEEDED if name not in given]:
         raise UserError(f"{who} lacks {lacking[0]}")
     first: dict[str, Any] = {
@@ -180,7 +208,7 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
     shown, passed, all_ = len(request.user_label), request.num_passed, len(request.item_id)
     if not 0 < shown <= passed <= all_:
         raise UserError(
-            f"{who}: {shown} labels, num_passed={passed} and {all_} items; the shown stand first "
+            f"{who}: {shown} labels, num_passed={passed} and {all_} items; the shown are first "
             "among the passed, and these among all, so 0 < labels ≤ num_passed ≤ items"
         )
     if (request.user_label > 1).any():
@@ -218,14 +246,14 @@ def _value(
 def _array(
     value: Any, dtype: Any, shape: tuple[int, ...], what: str, takes_any: bool = False
 ) -> np.ndarray:
-    """An array of what a person has given, unless some of it would be lost or is not finite.
+    """Return an array of a user's values; refuse one that changes them or is not finite.
 
     Args:
-      value: anything that NumPy makes arrays of.
+      value: anything that NumPy can make an array of.
       dtype: of the array.
-      shape: that it should have.
-      what: a name for people.
-      takes_any: if NaN and infinite numbers are fine.
+      shape: the shape that it must have.
+      what: its name in messages.
+      takes_any: whether NaN and infinite numbers are valid.
     """
     try:
         given = np.asarray(value)

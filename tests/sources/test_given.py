@@ -108,6 +108,11 @@ def test_a_frame_and_requests_are_the_same_dataset_and_other_content_is_another(
     assert len({first.directory, changed.directory, items.directory}) == 3
 
 
+def test_sizes_may_be_integers_of_numpy():
+    spec = dataclasses.replace(SPEC, num_users=np.int64(20), history_length=np.int32(3))
+    assert spec.to_json() == SPEC.to_json()
+
+
 def test_splits_may_be_given(tmp_path):
     made = [*mappings()]
     splits = {"train": made[5:], "validation": made[:2], "test": made[2:5]}
@@ -166,9 +171,9 @@ GOOD = dict(user_id=1, item_id=[1, 2], user_label=[[1, 0]])
     ("change", "message"),
     [
         ({"item_id": None}, "request 0 lacks item_id"),
-        ({"label": 1}, "request 0: 'label' is no field of a request: candidate_category, "),
+        ({"label": 1}, "request 0: 'label' is not a field of a request: candidate_category, "),
         ({"user_label": [1]}, r"user_label has the shape \(1,\), and should have \(1, 2\)"),
-        ({"user_label": [[1, 0]] * 3}, "3 labels, num_passed=2 and 2 items; the shown stand first"),
+        ({"user_label": [[1, 0]] * 3}, "3 labels, num_passed=2 and 2 items; the shown are first"),
         ({"num_passed": 3}, "1 labels, num_passed=3 and 2 items"),
         ({"user_label": np.zeros((0, 2))}, "0 labels, num_passed=2"),
         ({"context": "x"}, "request 0: context: could not convert"),

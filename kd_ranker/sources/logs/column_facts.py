@@ -17,8 +17,8 @@ import pyarrow.dataset as ds
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs.files import find_files
-from kd_ranker.sources.logs.layout import TIME_UNITS
+from kd_ranker.sources.logs.files import find_files, line_of
+from kd_ranker.sources.logs.layout import TIME_UNITS, sql_of
 from kd_ranker.sources.logs.query import quoted
 
 NAMES: dict[str, Any] = json.loads((Path(__file__).parent / "names.json").read_text())
@@ -136,12 +136,34 @@ def name_of_log(path: str) -> str:
     return identifier(re.sub(r"\.\w+$", "", parts[-1])).lower() if parts else "log"
 
 
+def is_table(value: Any) -> bool:
+    """Return True for a DataFrame of pandas or polars, and for an Arrow table."""
+    return hasattr(value, "iloc") or hasattr(value, "__arrow_c_stream__")
+
+
+def arrow_of(table: Any) -> pa.Table:
+    """Return a table of pandas, without its index, of polars or of Arrow as an Arrow table.
+
+    Raises:
+      UserError: it is not a table, or a column holds values of several types.
+    """
+    try:
+        is_pandas = hasattr(table, "iloc")
+        return pa.Table.from_pandas(table, preserve_index=False) if is_pandas else pa.table(table)
+    except (pa.ArrowException, TypeError, ValueError) as error:
+        raise UserError(f"a {type(table).__name__} cannot be read as a table: {error}") from error
+
+
 def read_sample(path: str) -> tuple[pa.Table, int]:
     """Read the beginnings of files at even distances, and count the rows of all files."""
     if not path:
         raise UserError("data.path is empty; give a Parquet file, a directory or a glob of them")
-    if re.search(r"\.[ct]sv(\.gz)?$", path):
-        table = duckdb.from_csv_auto(path).limit(_MOST_ROWS).to_arrow_table()
+    if sql := sql_of(ConfigDict({"path": path, "sql": ""})):
+        try:
+            rows = duckdb.connect().sql(f"SELECT * FROM ({sql}) LIMIT {_MOST_ROWS}")
+            table = rows.to_arrow_table()
+        except duckdb.Error as error:
+            raise UserError(f"data.path={path} cannot be read: {line_of(error)}") from error
         return table, table.num_rows
     system, files, *_ = find_files(path)
     try:

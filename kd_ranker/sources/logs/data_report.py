@@ -23,19 +23,19 @@ from kd_ranker.sources.logs.rejected import REASONS
 JSON_FILE, PAGE = "data_report.json", "data_report.html"
 Report = dict[str, Any]
 SomeNumbers = Callable[[str], Float64[np.ndarray, "n"]]
-# Numbers of values of a column: all, missing, invalid, and those of lists that are cut off.
+# Counts of the values of a column: all, missing, invalid, and cut off from lists.
 FAULTS = ("values", "missing", "out_of_range", "cut_off")
 
-# Beyond it, a teacher's probabilities are so far from the labels that the report has a remark.
+# The distance of the teacher's calibration from 1 that causes a remark.
 _CALIBRATION_TOLERANCE = 0.1
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 0.999, 1.0)
 
 
 class Counts(NamedTuple):
-    """Numbers that were counted in a log.
+    """The counts of a log.
 
     Attributes:
-      rejected: reason -> how many candidates it has cost.
+      rejected: reason -> number of rejected candidates.
       tables: name of a table of `report.sql` -> its rows.
       leaks: feature -> `leaks.find_leaks`.
     """
@@ -45,12 +45,12 @@ class Counts(NamedTuple):
     leaks: Mapping[str, Mapping[str, float]]
 
     def row(self, name: str) -> dict[str, Any]:
-        """The only row of a table, with 0 for NULL; {} without such a table."""
+        """Return the only row of a table, with 0 for NULL; {} if there is no table."""
         (row,) = self.tables.get(name) or [{}]
         return {column: value or 0 for column, value in row.items()}
 
     def of_split(self, name: str) -> list[dict[str, Any]]:
-        """The row of each split of a table that has one per split; 0 where it has none."""
+        """Return the row of each split; missing rows have counts of 0."""
         found = {row["split"]: row for row in self.tables[name]}
         return [
             collections.defaultdict(int, {of: n or 0 for of, n in found.get(split, {}).items()})
@@ -59,7 +59,7 @@ class Counts(NamedTuple):
 
     @property
     def faults(self) -> dict[str, dict[str, int]]:
-        """Column by its key in the config -> the numbers of `FAULTS`."""
+        """Key of the config that names a column -> the counts of `FAULTS`."""
         faults: dict[str, dict[str, int]] = {}
         for table in ("rows", "candidates", "items", "requests"):
             if table in ("items", "requests") and not self.used:
@@ -72,23 +72,23 @@ class Counts(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """The rows of the log."""
+        """The number of rows of the log."""
         return self.row("faults_of_rows").get("rows") or self.row("faults_of_candidates")["rows"]
 
     @property
     def candidates(self) -> int:
-        """The candidates of the log; a row without any counts as one."""
+        """The number of candidates of the log; a row without any counts as one."""
         return self.row("faults_of_rows").get("entries") or self.row("faults_of_candidates")["rows"]
 
     @property
     def used(self) -> int:
-        """The candidates that are not rejected."""
+        """The number of candidates that are not rejected."""
         return sum(row["candidates"] for row in self.tables["totals"])
 
     def moments(self, name: str) -> dict[str, float]:
-        """The `number`, `mean`, `deviation`, `low` and `high` of a dense feature in training.
+        """Return `number`, `mean`, `deviation`, `low` and `high` of a dense feature in training.
 
-        In 32 bits, so that the order in which they were added up leaves no trace.
+        They are rounded to 32 bits, which hides the order of summation.
         """
         for table in ("used", "request_rows", "items"):
             row = self.row(f"moments_of_{table}")
@@ -101,13 +101,13 @@ class Counts(NamedTuple):
 def make_data_report(
     log: Log, layout: LogLayout, counts: Counts, some_numbers: SomeNumbers
 ) -> Report:
-    """Makes the report on a log, of values that JSON can hold.
+    """Return the report on a log, as values for JSON.
 
     Args:
       log: the log.
       layout: of the log.
-      counts: its numbers.
-      some_numbers: returns some numbers of a column, none of one that holds something else.
+      counts: its counts.
+      some_numbers: returns some numbers of a column; none for a column without numbers.
     """
     rejected = sum(counts.rejected.values())
     report: Report = {
@@ -149,7 +149,7 @@ def make_data_report(
 def _columns(
     layout: LogLayout, faults: Mapping[str, Mapping[str, int]], some_numbers: SomeNumbers
 ) -> list[dict]:
-    """Missing and bad values of each column that the config names."""
+    """Return the counts of missing and invalid values per column of the config."""
     column_of = {f"columns.{name}": column for name, column in layout.columns.items()}
     for section in ("labels", "teacher"):
         column_of |= {f"{section}.{task}": c for task, c in getattr(layout, section).items()}
@@ -203,12 +203,12 @@ def _requests(layout: LogLayout, counts: Counts) -> dict:
 
 
 def _quantile(number: Int64[np.ndarray, "n"], q: float) -> int:
-    """The quantile of sizes, `number[s]` of them s; the lower one where it is between two."""
+    """Return the lower quantile of sizes; `number[s]` of them are s."""
     return int(np.searchsorted(np.cumsum(number), int(q * (number.sum() - 1)) + 1))
 
 
 def _histogram(number: Int64[np.ndarray, "n"]) -> list[dict]:
-    """At most 20 bars over the range that occurs."""
+    """Return at most 20 bars over the range of sizes."""
     used = np.flatnonzero(number)
     low, high = int(used[0]), int(used[-1])
     edges = np.unique(np.linspace(low, high + 1, min(20, high + 1 - low) + 1).astype(int))
@@ -289,12 +289,12 @@ def _feature(feature: Feature, counts: Counts) -> dict[str, Any]:
     if (number := counts.row(f"varying_{owner}").get(feature.name)) is not None:
         entry[f"{owner}_with_several_values"] = number
     if leaks := counts.leaks.get(feature.name):
-        entry["tells"] = dict(leaks)
+        entry["reveals"] = dict(leaks)
     return entry
 
 
 def remarks(report: Report) -> list[str]:
-    """Findings of a report that deserve a look, a sentence each."""
+    """Return the remarks on a report, one sentence each."""
     sentences = []
     candidates = report["candidates"]
     if candidates["rejected"]:
@@ -308,10 +308,10 @@ def remarks(report: Report) -> list[str]:
         )
     for column in report["columns"]:
         if hint := column.get("hint"):
-            lie = "in [0, 1]" if column["key"].startswith("data.teacher") else "0 or 1"
+            valid = "in [0, 1]" if column["key"].startswith("data.teacher") else "0 or 1"
             sentences.append(
                 f"{column['key']}: {column['out_of_range']:,} values of column "
-                f"{column['column']!r} are not {lie}: {hint}."
+                f"{column['column']!r} are not {valid}: {hint}."
             )
         elif column["out_of_range"] and not column["key"].startswith("data.labels"):
             sentences.append(
@@ -319,9 +319,13 @@ def remarks(report: Report) -> list[str]:
                 f"{column['column']!r} are invalid."
             )
         if column["values"] and column["missing"] == column["values"]:
-            sentences.append(f"{column['key']}: column {column['column']!r} holds nothing.")
+            sentences.append(f"{column['key']}: column {column['column']!r} is empty.")
     if "requests" in report:
         sentences += _remarks_on_requests(report["requests"])
+        if not any(of["retrieved"] or of["passed"] for of in report["stages"]):
+            sentences.append(
+                "All candidates were shown, so a funnel is measured within what was shown."
+            )
         sentences += _remarks_on_labels(report["labels"])
         sentences += _remarks_on_teacher(report["teacher"])
         sentences += _remarks_on_features(report["features"], report["ids"])
@@ -355,17 +359,17 @@ def _remarks_on_labels(labels: dict) -> list[str]:
         if unlabelled:
             sentences.append(
                 f"{unlabelled:,} of {labels['shown'][split]:,} shown candidates in {split} lack a "
-                "label or have label weight 0, and teach nothing by labels."
+                "label or have label weight 0, and are not learned from by labels."
             )
     for task, entry in labels["tasks"].items():
         if entry["positives_not_shown"]:
             sentences.append(
                 f"{entry['positives_not_shown']:,} candidates that were not shown have label 1 of "
-                f"{task}; labels of what was not shown do not count."
+                f"{task}; labels count only where a candidate was shown."
             )
         sentences += [
-            f"Every label of {task} in {split} is {entry[split]['rate']:.0f}: there is nothing to "
-            "tell apart."
+            f"Every label of {task} in {split} is {entry[split]['rate']:.0f}, which leaves "
+            "nothing to learn."
             for split in SPLITS
             if labels["labelled"][split] and entry[split]["rate"] in (0, 1)
         ]
@@ -389,7 +393,7 @@ def _remarks_on_teacher(teacher: dict) -> list[str]:
         ratio = entry.get("calibration", {}).get("predicted_over_observed")
         if ratio is not None and abs(ratio - 1) > _CALIBRATION_TOLERANCE:
             sentences.append(
-                f"The teacher of {task} predicts {ratio:.2f} times what users did on the shown "
+                f"The teacher of {task} predicts {ratio:.2f} times the rate of labels on shown "
                 "candidates."
             )
     return sentences
@@ -411,7 +415,7 @@ def _remarks_on_features(features: list[dict], ids: dict) -> list[str]:
                 f"Feature {feature['name']!r} varies within {number:,} requests; that of the first "
                 "row counts."
             )
-        sentences += remarks_of(feature.get("tells", {}), feature["name"])
+        sentences += remarks_of(feature.get("reveals", {}), feature["name"])
     if unknown := ids.get("history_events_of_unknown_items"):
         sentences.append(
             f"{unknown:,} of {ids['history_events']:,} events of histories are of items that are "
@@ -421,13 +425,13 @@ def _remarks_on_features(features: list[dict], ids: dict) -> list[str]:
 
 
 def write_data_report(report: Report, folder: Path) -> None:
-    """Writes `data_report.json` and `data_report.html`."""
+    """Write `data_report.json` and `data_report.html`."""
     (folder / JSON_FILE).write_text(json.dumps(report, indent=2, allow_nan=False))
     (folder / PAGE).write_text(data_report_page(report))
 
 
 def read_data_report(folder: Path) -> Report | None:
-    """Reads the report that `write_data_report` wrote to a folder; None if it has none.
+    """Return the report that `write_data_report` wrote to a folder; None without one.
 
     Raises:
       UserError: it is damaged.
@@ -444,7 +448,7 @@ def read_data_report(folder: Path) -> Report | None:
 
 
 def data_report_page(report: Report) -> str:
-    """The page's HTML, which needs no other file."""
+    """Return the page as HTML without other files."""
     templates = templates_of("kd_ranker.sources.logs")
     templates.filters["number"] = _number
     templates.filters["percent"] = lambda share: "" if share is None else f"{share:.1%}"
@@ -458,10 +462,10 @@ def _number(value: float | None) -> str:
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:
-    # To 12 digits, so that the order in which sums were added up leaves no trace.
+    # 12 digits hide the order of summation.
     return float(f"{numerator / denominator:.12g}") if denominator else None
 
 
 def _date(seconds: int) -> str:
-    """Like 2024-01-31 23:59:59, in UTC."""
+    """Return a time in UTC, as 2024-01-31 23:59:59."""
     return str(np.datetime64(seconds, "s")).replace("T", " ")

@@ -29,7 +29,7 @@ class Database:
         self.connection, self.folder = connection, folder
 
     def run(self, statements: Sequence[str]) -> None:
-        """Runs statements, one after the other."""
+        """Run statements, one after the other."""
         with log_errors():
             for statement in statements:
                 self.connection.execute(statement)
@@ -54,11 +54,11 @@ class Database:
             return self.connection.sql(query).to_arrow_reader(ROWS_AT_A_TIME)
 
     def put(self, name: str, rows: pa.Table) -> None:
-        """Makes a table of rows."""
+        """Make a table of rows."""
         self.connection.register(name, rows)
 
     def open_log(self, log: Log) -> pa.Schema:
-        """Makes the view `log` and returns its columns.
+        """Make the view `log` and return its columns.
 
         It has `file`, the number of the file, `row`, the number of the row in it from 0, and all
         columns of the log with `PREFIX` before their names.
@@ -115,7 +115,7 @@ class Database:
 
 @contextlib.contextmanager
 def log_errors(fault: str = "the log cannot be read") -> Iterator[None]:
-    """Turns what DuckDB raises about a log, not about a mistake here, into a UserError."""
+    """Turn what DuckDB raises about a log, not about a mistake here, into a UserError."""
     try:
         yield
     except duckdb.OutOfMemoryException as error:
@@ -131,7 +131,7 @@ def log_errors(fault: str = "the log cannot be read") -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_duckdb(memory: float, threads: int, folder: Path, candidates: int) -> Iterator[Database]:
-    """Opens DuckDB.
+    """Open DuckDB.
 
     Args:
       memory: GiB that it holds at most.

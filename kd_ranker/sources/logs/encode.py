@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float32, Float64, Int, Int32, Int64, UInt64
 
 from kd_ranker.batch import Category, FeatureSpec, Owner, Stage
-from kd_ranker.distillation.teacher_signal import probability_of_rank
+from kd_ranker.distillation.teacher_signal import probability_of_rank, probability_of_score
 from kd_ranker.requests.block import Block
 from kd_ranker.requests.ragged import runs, starts_of
 from kd_ranker.sources.logs.layout import Feature, LogLayout
@@ -194,8 +194,8 @@ _CATEGORY_FORMULA = (
     "without buckets the `id` of the value in vocabularies/feature-<name>.parquet, first_id for a "
     "value that is missing there; with buckets first_id + 1 + hash % buckets, first_id for a "
     "missing one, where hash is splitmix64 of a whole number's 64 bits, or of those that "
-    "pandas.util.hash_array(texts, categorize=False) makes of a text, and `values` says which of "
-    "the two they are; a bag takes the first `length` values that are not missing, and -1 fills "
+    "pandas.util.hash_array(texts, categorize=False) makes of a text, and `values` names the "
+    "kind; a bag takes the first `length` values that are not missing, and -1 fills "
     "up; an empty text is a missing value, and so is a number that is not whole; true is 1, false 0"
 )
 _HISTORY_FORMULA = (
@@ -234,6 +234,8 @@ def encode_requests(layout: LogLayout, folder: Path, piece: Piece) -> Iterator[B
     counts = _stage_counts(owner, stage, scored, number)
     if layout.teacher_signal == "rank":
         scored = {task: _ranks(of, teacher_weight, owner) for task, of in scored.items()}
+    elif layout.teacher_signal == "score":
+        scored = {task: probability_of_score(of) for task, of in scored.items()}
     unscored = np.full(len(owner), np.nan)
     probability = np.stack([scored.get(task, unscored) for task in tasks], axis=1)
     history = _history(layout, encoding, requests)

@@ -1,4 +1,4 @@
-"""The files of a log, or its SELECT: finding and checking them."""
+"""The files of a log, or its SELECT: find them and check their columns."""
 
 import collections
 import contextlib
@@ -24,14 +24,14 @@ from kd_ranker.sources.logs.layout import OPTIONAL, LogLayout
 SUFFIXES = (".parquet", ".pq")
 # How many footers are read at a time: a store far away answers many requests at once.
 _FOOTERS_AT_A_TIME = 16
-_BY_SQL = "read files of other kinds by data.sql, such as SELECT * FROM 'log.csv'"
+_OTHERS = "give a pattern for files of other kinds, such as logs/*.csv, or a SELECT by data.sql"
 # The names under which different stores keep a mark that differs once a file is rewritten.
 _CHANGED = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag")
 
-# The value of a missing one in the name of a folder.
+# A missing value in the name of a folder.
 _NONE = "__HIVE_DEFAULT_PARTITION__"
 
-# Names of columns that engines make themselves.
+# Names of columns that the engines add.
 _OF_ENGINES = ("file_row_number", "__file")
 
 # Stands for the text of `data.sql` among the files of a manifest.
@@ -40,6 +40,15 @@ SQL = "data.sql"
 _INTEGER, _FLOAT, _DECIMAL, _BOOLEAN = "integer", "float", "decimal", "boolean"
 _UNSIGNED = "uint64"
 _TEXT, _TIME, _NULL, _OTHER = "text", "time", "null", "other"
+_FAMILIES = {
+    _NULL: "null",
+    _BOOLEAN: "bool",
+    _INTEGER: r"u?int\d+",
+    _FLOAT: "halffloat|float|double",
+    _DECIMAL: r"decimal\d+\(.*",
+    _TIME: r"(timestamp|date).*",
+    _TEXT: r"(large_)?(string|binary)(_view)?|fixed_size_binary.*|extension<arrow\.uuid>",
+}
 # Use of a column -> types that its values may have, and these in words.
 _TAKES = {
     "id": ((_INTEGER, _FLOAT, _DECIMAL, _BOOLEAN, _TEXT, _NULL), "whole numbers or texts"),
@@ -58,10 +67,9 @@ class Wanted(NamedTuple):
       key: of the config.
       column: its name.
       use: a key of `_TAKES`.
-      depth: how many lists are around its values, at most.
-      least_depth: and at least.
-      per_candidate: True if each candidate has its own value, so that a row that is a request has a
-        list of them.
+      depth: the most nested lists around its values.
+      least_depth: the fewest.
+      per_candidate: True if each candidate has a value. A row that is a request has a list of them.
     """
 
     key: str
@@ -73,7 +81,7 @@ class Wanted(NamedTuple):
 
     @property
     def is_feature(self) -> bool:
-        """True if it is of `data.features`."""
+        """True for a column in `data.features`."""
         return self.key.startswith("data.features.")
 
 
@@ -84,11 +92,11 @@ class Log:
     Attributes:
       url: `data.path`; "" for a SELECT.
       files: their paths, sorted; () for a SELECT.
-      manifest: file -> its size in bytes, and a text that differs once it is rewritten. A SELECT
-        has those that it reads, and `SQL`.
-      candidates: their number, about; 0 if that is not known.
-      names: of all columns that any of them has, sorted.
-      given: columns that the names of folders give, one row per file: `date=2024-05-01/`.
+      manifest: file -> its size in bytes, and a text that changes when it is rewritten. A SELECT
+        has the files that it reads, and `SQL`.
+      candidates: their approximate number; 0 if it is not known.
+      names: all columns of any file, sorted.
+      given: columns from the names of folders such as `date=2024-05-01/`, one row per file.
       sql: `data.sql`.
     """
 
@@ -102,7 +110,7 @@ class Log:
 
 
 def wanted_columns(layout: LogLayout) -> list[Wanted]:
-    """The columns that a log must have."""
+    """Return the columns that a log must have."""
     listed = 1 if layout.by_request else 0
     columns = layout.columns
     wanted = [
@@ -115,7 +123,7 @@ def wanted_columns(layout: LogLayout) -> list[Wanted]:
         Wanted("data.columns.item", columns["item"], "id", listed, listed, True),
     ]
     uses = dict.fromkeys(("stage", "teacher_version", "split"), "text")
-    # Other columns may be the same for all candidates of a request, and then need no list.
+    # Other columns need no list if all candidates of a request have the same value.
     least = dict.fromkeys(("stage", "position", "incumbent"), listed)
     wanted += [
         Wanted(
@@ -144,19 +152,20 @@ def wanted_columns(layout: LogLayout) -> list[Wanted]:
 
 
 def open_log(layout: LogLayout) -> Log:
-    """Finds the files of a log and checks that they have the columns that the config names.
+    """Find the files of a log and check that they have the columns that the config names.
 
-    Reads footers only.
+    It reads footers only.
 
     Raises:
-      UserError: there are no such files, one is no Parquet file, or a column is missing, or of
-        another type than its use admits.
+      UserError: there are no files, one is not a Parquet file, or a column is missing or has a type
+        that does not fit its use.
     """
     wanted = wanted_columns(layout)
     families: dict[str, tuple[str, str]] = {}
     if layout.sql:
         schema = _schema_of_sql(layout.sql)
-        _check_schema(SQL, schema, wanted, families)
+        _check_schema(layout.path, schema, wanted, families)
+        _check_features(layout, given_by_folders([]), dict.fromkeys(schema.names, 1), 1)
         _check_history(layout, families)
         names, manifest = tuple(schema.names), manifest_of("", layout.sql)
         return Log("", (), manifest, 0, names, given_by_folders([]), layout.sql)
@@ -175,7 +184,7 @@ def open_log(layout: LogLayout) -> Log:
     if not rows:
         raise UserError(f"data.path={layout.path}: {_count(len(files), 'file')} without any row")
     _check_given(given, wanted, files_with)
-    # A file's own column counts.
+    # A column in a file takes precedence over its folder.
     given = given.drop_columns([name for name in given.column_names if name in files_with])
     manifest = _manifest(files, sizes, changed)
     url = url_of(layout.path)
@@ -183,10 +192,10 @@ def open_log(layout: LogLayout) -> Log:
 
 
 def _schema_of_sql(sql: str) -> pa.Schema:
-    """The columns of `data.sql`.
+    """Return the columns of a SELECT.
 
     Raises:
-      UserError: it is not one SELECT that DuckDB can run, or has two columns of one name.
+      UserError: it is not one SELECT that DuckDB can run, or two columns have the same name.
     """
     connection = duckdb.connect()
     try:
@@ -205,25 +214,25 @@ def _schema_of_sql(sql: str) -> pa.Schema:
 
 
 def line_of(error: duckdb.Error) -> str:
-    """DuckDB's message in one line, without the paragraphs that follow: places in texts, advice."""
+    """Return the first paragraph of DuckDB's message in one line."""
     return " ".join(str(error).partition("\n\n")[0].split())
 
 
 def register_stores(connection: Any, sql: str) -> None:
-    """Lets DuckDB read what a query names by a URL that fsspec opens."""
+    """Let DuckDB read the URLs in a query by fsspec."""
     for protocol in {*re.findall(r"['\"](\w+)://", sql)}:
         register_store(connection, fsspec.filesystem(protocol))
 
 
 def register_store(connection: Any, system: Any) -> None:
-    """Lets DuckDB read from a file system of fsspec."""
+    """Let DuckDB read from a file system of fsspec."""
     names = [system.protocol] if isinstance(system.protocol, str) else system.protocol
     if not {*names} & {*connection.list_filesystems()}:
         connection.register_filesystem(system)
 
 
 def manifest_of(path: str, sql: str = "") -> dict[str, list]:
-    """`Log.manifest` of a log as it is now.
+    """Return the current `Log.manifest` of a log.
 
     Raises:
       UserError: there are no files at `path`.
@@ -232,7 +241,7 @@ def manifest_of(path: str, sql: str = "") -> dict[str, list]:
         return _manifest(*find_files(path)[1:])
     manifest: dict[str, list] = {SQL: [len(sql), hashlib.sha256(sql.encode()).hexdigest()]}
     for text in re.findall(r"'((?:[^']|'')+)'|\"([^\"]+)\"", sql):
-        # A text that names no file is another value of the query.
+        # A text that is not the name of a file is another value of the query.
         with contextlib.suppress(Exception):
             system, place = fsspec.core.url_to_fs("".join(text).replace("''", "'"))
             files = [of for of in system.glob(place) if system.isfile(of)]
@@ -247,22 +256,22 @@ def _manifest(
 
 
 def _sizes_and_changes(system: Any, files: Sequence[str]) -> tuple[list[int], list[str]]:
-    """The size of each file, and a text that differs once it is rewritten."""
+    """Return the size of each file, and a text that changes when it is rewritten."""
     infos = [system.info(file) for file in files]
     changed = ["; ".join(str(info[key]) for key in _CHANGED if info.get(key)) for info in infos]
     return [int(info["size"] or 0) for info in infos], changed
 
 
 def url_of(path: str) -> str:
-    """The first of the paths that `data.path` names; the others are on the same file system."""
+    """Return the first path in `data.path`; the others are on the same file system."""
     return path.split(",")[0]
 
 
 def read_footers(system: Any, files: Sequence[str]) -> Iterator[tuple[pa.Schema, pq.FileMetaData]]:
-    """Yields the columns and the footer of each file.
+    """Yield the columns and the footer of each file.
 
     Raises:
-      UserError: one is no Parquet file.
+      UserError: a file is not a Parquet file.
     """
 
     def footer(file: str) -> tuple[pa.Schema, pq.FileMetaData]:
@@ -274,10 +283,11 @@ def read_footers(system: Any, files: Sequence[str]) -> Iterator[tuple[pa.Schema,
 
 
 def find_files(path: str) -> tuple[Any, list[str], list[int], list[str]]:
-    """Finds the Parquet files that `data.path` names: one or several URLs, with commas between.
+    """Find the Parquet files that `data.path` names: one or several URLs, with commas between.
 
     Returns:
-      The file system, and of each file path, size, and a text that differs once it is rewritten.
+      The file system; and per file the path, the size and a text that changes when it is
+        rewritten.
 
     Raises:
       UserError: there are no files, or they are on several file systems.
@@ -302,7 +312,7 @@ def find_files(path: str) -> tuple[Any, list[str], list[int], list[str]]:
 
 
 def is_there(path: str) -> bool:
-    """True if any of the paths that `data.path` names holds a log."""
+    """Return True if any path in `data.path` has a log."""
     for url in path.split(","):
         with contextlib.suppress(UserError):
             find_files(url)
@@ -311,7 +321,7 @@ def is_there(path: str) -> bool:
 
 
 def _files_at(url: str, system: Any, path: str) -> list[str]:
-    """The files that a URL names, which is at this path of a file system."""
+    """Return the files that a URL names; it is at this path of a file system."""
     if any(character in path for character in "*?["):
         paths = [file for file in system.glob(path) if system.isfile(file)]
         if not paths:
@@ -320,16 +330,14 @@ def _files_at(url: str, system: Any, path: str) -> list[str]:
     if system.isdir(path):
         return _in_directory(url, path, system.find(path))
     if system.isfile(path):
-        if path.removesuffix(".gz").endswith((".csv", ".tsv", ".json")):
-            raise UserError(f"data.path={url} is not a Parquet file; {_BY_SQL}")
         return [path]
     raise UserError(f"data.path={url} does not exist; give a file, a directory or a glob")
 
 
 def _in_directory(url: str, folder: str, paths: Sequence[str]) -> list[str]:
-    """The Parquet files of a directory.
+    """Return the Parquet files of a directory.
 
-    A name or a folder that begins with _ or . belongs to the writer: unfinished files, metadata.
+    Names that begin with _ or . belong to the writer, as unfinished files and metadata do.
     """
     below = {file: file.removeprefix(folder).strip("/").split("/") for file in paths}
     if any("_delta_log" in names for names in below.values()):
@@ -345,13 +353,13 @@ def _in_directory(url: str, folder: str, paths: Sequence[str]) -> list[str]:
     ]
     files = [file for file in visible if file.endswith(SUFFIXES)]
     if not files:
-        others = f"; it holds {below[visible[0]][-1]}; {_BY_SQL}" if visible else "; it is empty"
+        others = f"; it holds {below[visible[0]][-1]}; {_OTHERS}" if visible else "; it is empty"
         raise UserError(f"data.path={url} holds no file that ends in {SUFFIXES[0]}{others}")
     return files
 
 
 def given_by_folders(files: Sequence[str]) -> pa.Table:
-    """The columns that the names of folders give, as Hive has them: `name=value/`."""
+    """Return the columns that the names of folders give, as in Hive: `name=value/`."""
     folders = [dict(re.findall(r"([^/=]+)=([^/]*)(?=/)", file)) for file in files]
     names = list(dict.fromkeys(name for folder in folders for name in folder))
     columns = {}
@@ -363,23 +371,23 @@ def given_by_folders(files: Sequence[str]) -> pa.Table:
 
 
 def _typed_texts(texts: Sequence[str | None]) -> pa.Array:
-    """Texts as whole numbers or dates, if they are."""
+    """Return texts as whole numbers or dates if all of them are."""
     array = pa.array(texts, pa.string())
     for type_, pattern in ((pa.int64(), r"-?\d{1,18}"), (pa.date32(), r"\d{4}-\d\d-\d\d")):
         if all(text is None or re.fullmatch(pattern, text) for text in texts):
-            with contextlib.suppress(pa.ArrowInvalid):  # a day that no month has
+            with contextlib.suppress(pa.ArrowInvalid):  # 30 February
                 return array.cast(type_)
     return array
 
 
 def _with_given(schema: pa.Schema, given: pa.Table) -> pa.Schema:
-    """The columns of a file, and those that folders give."""
+    """Return the columns of a file, and those from folders."""
     return pa.schema([*schema, *(of for of in given.schema if of.name not in schema.names)])
 
 
 @contextlib.contextmanager
 def _opened(system: Any, file: str, **options: bool) -> Iterator[pq.ParquetFile]:
-    """Opens a Parquet file; errors of reading it become errors for people."""
+    """Open a Parquet file, and raise a UserError if it cannot be read."""
     try:
         if isinstance(system, LocalFileSystem):
             with pq.ParquetFile(file, **options) as parquet:
@@ -400,7 +408,7 @@ def _opened(system: Any, file: str, **options: bool) -> Iterator[pq.ParquetFile]
 
 
 def _candidates_in(metadata: pq.FileMetaData, layout: LogLayout) -> int:
-    """Return about how many candidates a file has."""
+    """Return the approximate number of candidates in a file."""
     if not layout.by_request:
         return metadata.num_rows
     # A list of items counts as many values as it has, and an empty one counts 1.
@@ -412,7 +420,7 @@ def _candidates_in(metadata: pq.FileMetaData, layout: LogLayout) -> int:
 
 
 def _check_names(file: str, names: Sequence[str]) -> None:
-    """Refuses names that the engine could not distinguish."""
+    """Refuse names that the engine cannot distinguish."""
     seen: dict[str, str] = {}
     for name in names:
         if name.lower() in _OF_ENGINES:
@@ -428,7 +436,7 @@ def _check_names(file: str, names: Sequence[str]) -> None:
 def _check_schema(
     file: str, schema: pa.Schema, wanted: Sequence[Wanted], families: dict[str, tuple[str, str]]
 ) -> None:
-    """Checks one file; `families` has the family of each column in the files before, and a file."""
+    """Check one file; `families` has the family of each column in earlier files, and a file."""
     _check_names(file, schema.names)
     # A feature may begin with a later file.
     missing = [of for of in wanted if of.column not in schema.names and not of.is_feature]
@@ -455,8 +463,8 @@ def _check_schema(
                 f"{lists}{words}{nested}"
             )
         if column.use == "id":
-            # Numbers and texts are not the same id, however they look; and no engine has a type of
-            # whole numbers for both kinds of 64 bits.
+            # A number and its text are different ids, and no engine has one type for signed and
+            # unsigned integers of 64 bits.
             family = _id_family(type_, family)
             before, where = families.setdefault(column.column, (family, file))
             if family != before:
@@ -467,7 +475,7 @@ def _check_schema(
 
 
 def _check_known(wanted: Sequence[Wanted], families: dict[str, tuple[str, str]]) -> None:
-    """Refuses lists of which no file knows a type: there is nothing in them."""
+    """Refuse lists that are empty in all files, so that they have no type."""
     for column in wanted:
         if column.depth and column.use == "id" and column.column not in families:
             raise UserError(
@@ -477,7 +485,7 @@ def _check_known(wanted: Sequence[Wanted], families: dict[str, tuple[str, str]])
 
 
 def _check_given(given: pa.Table, wanted: Sequence[Wanted], files_with: Mapping[str, int]) -> None:
-    """Refuses a column that some files have and others have from their folders."""
+    """Refuse a column that some files have and others have from their folders."""
     for column in wanted:
         name, number = column.column, files_with.get(column.column, 0)
         if name in given.column_names and 0 < number < given.num_rows:
@@ -490,7 +498,7 @@ def _check_given(given: pa.Table, wanted: Sequence[Wanted], files_with: Mapping[
 def _check_features(
     layout: LogLayout, given: pa.Table, files_with: Mapping[str, int], number: int
 ) -> None:
-    """Refuses a feature without a column in any file; warns of one that some files lack."""
+    """Refuse a feature without a column in any file and warn of one that some files lack."""
     absent: dict[str, None] = {}
     for feature in layout.features:
         has = files_with.get(feature.column, 0)
@@ -508,7 +516,7 @@ def _check_features(
 
 
 def _hint(column: str, names: Collection[str]) -> str:
-    """The names that there are, and the one that was probably meant."""
+    """Return the names of the columns, and the one that was probably meant."""
     close = difflib.get_close_matches(column, names, n=1, cutoff=0.6)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return f"; {hint}it has: {', '.join(names)}"
@@ -530,34 +538,13 @@ def _check_history(layout: LogLayout, families: dict[str, tuple[str, str]]) -> N
 
 
 def family_of(type_: pa.DataType) -> tuple[int, str]:
-    """The number of lists around the values of a type, and the family of these."""
+    """Return the number of lists around the values of a type, and the family of the values."""
     depth = 0
     while is_list(type_) or pa.types.is_dictionary(type_):
         depth += is_list(type_)
         type_ = type_.value_type
-    for family, tests in (
-        (_NULL, [pa.types.is_null]),
-        (_BOOLEAN, [pa.types.is_boolean]),
-        (_INTEGER, [pa.types.is_integer]),
-        (_FLOAT, [pa.types.is_floating]),
-        (_DECIMAL, [pa.types.is_decimal]),
-        (_TIME, [pa.types.is_timestamp, pa.types.is_date]),
-        (
-            _TEXT,
-            [
-                *(pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view),
-                *(pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view),
-                *(pa.types.is_fixed_size_binary, _is_uuid),
-            ],
-        ),
-    ):
-        if any(test(type_) for test in tests):
-            return depth, family
-    return depth, _OTHER
-
-
-def _is_uuid(type_: pa.DataType) -> bool:
-    return isinstance(type_, pa.BaseExtensionType) and type_.extension_name == "arrow.uuid"
+    families = (of for of, name in _FAMILIES.items() if re.fullmatch(name, str(type_)))
+    return depth, next(families, _OTHER)
 
 
 def _id_family(type_: pa.DataType, family: str) -> str:
@@ -575,7 +562,7 @@ def _is_nested(type_: pa.DataType) -> bool:
 
 
 def is_list(type_: pa.DataType) -> bool:
-    """True if the values of a type are lists, however these are laid out."""
+    """Return True for lists of any layout."""
     return (
         pa.types.is_list(type_)
         or pa.types.is_large_list(type_)
@@ -586,9 +573,9 @@ def is_list(type_: pa.DataType) -> bool:
 
 
 def check_pages(log: Log, columns: Collection[str], threads: int) -> None:
-    """Compares the pages of some columns with the checksums that their writer may have left.
+    """Compare the pages of some columns with their checksums, if the writer has stored any.
 
-    DuckDB ignores these, and reads a damaged page as other numbers.
+    DuckDB ignores them and reads a damaged page as other numbers.
 
     Raises:
       UserError: a page is damaged.
@@ -606,22 +593,11 @@ def check_pages(log: Log, columns: Collection[str], threads: int) -> None:
             pass
 
 
-def read_schema(log: Log, file: int) -> pa.Schema:
-    """The columns of a file, with all metadata.
-
-    Raises:
-      UserError: it cannot be read.
-    """
-    system, _ = fsspec.core.url_to_fs(log.url)
-    with _opened(system, log.files[file]) as parquet:
-        return parquet.schema_arrow
-
-
 def manifest_differences(before: dict[str, list], now: dict[str, list]) -> str:
-    """The differences of two manifests, in words; "" if they are the same."""
+    """Return the differences of two manifests in words; "" if they are equal."""
     new, gone = now.keys() - before.keys(), before.keys() - now.keys()
     changed = [file for file in now.keys() & before.keys() if now[file] != before[file]]
-    counted = ((new, "new"), (gone, "gone"), (changed, "written anew"))
+    counted = ((new, "new"), (gone, "gone"), (changed, "rewritten"))
     return ", ".join(f"{_count(len(files), 'file')} {what}" for files, what in counted if files)
 
 

@@ -1,6 +1,6 @@
-"""Findings that make a log unfit to learn from or to measure on, unless `data.allow` names them."""
+"""Findings that prevent a dataset unless `data.allow` names them."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,33 +9,34 @@ from kd_ranker.errors import UserError
 from kd_ranker.sources.logs.data_report import Report
 from kd_ranker.sources.logs.looks import EARLIEST, LATEST
 
-# Of the candidates, beyond which something is wrong with the log or with the config.
+# A larger share of the candidates points at a fault of the log or of the config.
 _MOST_REJECTED = 0.1
-# Of what was passed in the test, below which a teacher's opinion of it is not known.
+# The least share of the passed candidates in the test with a teacher's value.
 _LEAST_COVERED = 0.5
-# In test or validation: fewer do not show a difference between rankers.
+# In test or validation; fewer cannot show a difference between rankers.
 _LEAST_POSITIVES = 100
 _MEASURED = ("validation", "test")
 
 
 class Finding(NamedTuple):
-    """One of `layout.ALLOWABLE`, and a line on it with its numbers."""
+    """One of `layout.ALLOWABLE`, and a line with its numbers."""
 
     name: str
     text: str
 
 
 def find(report: Report, time_hint: Callable[[], str] = lambda: "") -> list[Finding]:
-    """Finds the reasons in a data report against its log.
+    """Return the findings of a data report.
 
     Args:
       report: the report.
-      time_hint: returns what to add where times are out of bounds.
+      time_hint: returns a hint for times that are out of bounds.
     """
     texts = {
         "rejected": _rejected(report["candidates"]),
         "times": _times(report),
-        "one_label": _one_label(report.get("labels"), _hints(report, "labels")),
+        "one_candidate": _one_candidate(report),
+        "one_label": _one_label(report),
         "few_positives": _few_positives(report.get("labels")),
         "teacher_coverage": _teacher_coverage(report),
     }
@@ -45,23 +46,23 @@ def find(report: Report, time_hint: Callable[[], str] = lambda: "") -> list[Find
 
 
 def check_allowed(report: Report, allow: Collection[str], where: str) -> None:
-    """Raises UserError for findings on the log of a dataset that are not allowed."""
+    """Raise UserError for findings that are not allowed."""
     if why := refusal(find(report), allow):
         raise UserError(f"{where}: {why}")
 
 
 def refusal(found: Sequence[Finding], allow: Collection[str]) -> str:
-    """A reason for making no dataset, with the flag that makes it all the same; "" for none."""
+    """Return the findings that are not allowed, with the flag that allows them; "" for none."""
     refused = [finding for finding in found if finding.name not in allow]
     if not refused:
         return ""
-    told = "; ".join(f"{name}: {text}" for name, text in refused)
+    texts = "; ".join(f"{name}: {text}" for name, text in refused)
     names = tuple(sorted({*allow, *(finding.name for finding in refused)}))
-    return f'{told}; if that is as it should be, add --config.data.allow="{names}"'
+    return f'{texts}; if this is expected, add --config.data.allow="{names}"'
 
 
 def _hints(report: Report, section: str) -> dict[str, str]:
-    """Task -> in brackets, what is known of the values of its column that it cannot hold."""
+    """Return a hint in brackets on invalid values, by task."""
     prefix = f"data.{section}."
     return {
         column["key"].removeprefix(prefix): f" (its column holds {column['hint']})"
@@ -82,7 +83,7 @@ def _times(report: Report) -> str:
         if column["key"] == "data.columns.time":
             bad, number = column["out_of_range"], column["values"]
             if bad > _MOST_REJECTED * number:
-                return f"{bad:,} of {number:,} values of column {column['column']!r} are no times"
+                return f"{bad:,} of {number:,} values of column {column['column']!r} are not times"
     if "requests" not in report:
         return ""
     dates = [
@@ -94,31 +95,44 @@ def _times(report: Report) -> str:
     if min(dates) >= EARLIEST and max(dates) < LATEST:
         return ""
     first, last = (str(date)[:-9] for date in (min(dates), max(dates)))
-    return f"they lie between {first} and {last}"
+    return f"they are between {first} and {last}"
 
 
-def _one_label(labels: dict | None, hints: Mapping[str, str]) -> str:
-    told = []
-    for task, entry in labels["tasks"].items() if labels else ():
-        of_task = []
+def _one_candidate(report: Report) -> str:
+    sizes = report.get("requests", {}).get("candidates_a_request")
+    if not sizes or sizes["quantiles"]["0.5"] > 1:
+        return ""
+    return (
+        "half of the requests have one candidate, which leaves nothing to rank; is the column of "
+        "data.columns.request the id of a row?"
+    )
+
+
+def _one_label(report: Report) -> str:
+    hints, tasks = _hints(report, "labels"), []
+    missing = {column["key"] for column in report["columns"] if column.get("missing")}
+    for task, entry in report["labels"]["tasks"].items() if "labels" in report else ():
+        splits = []
         for split in ("train", *_MEASURED):
             rate = entry[split]["rate"]
             if rate is None:
-                of_task.append(f"no label of {task} in {split}")
+                splits.append(f"no label of {task} in {split}")
             elif rate in (0, 1):
-                of_task.append(f"every label of {task} in {split} is {rate:.0f}")
-        if of_task:
-            told.append(f"{', '.join(of_task)}{hints.get(task, '')}")
-    return ", ".join(told)
+                splits.append(f"every label of {task} in {split} is {rate:.0f}")
+        if splits:
+            tasks.append(f"{', '.join(splits)}{hints.get(task, '')}")
+            if entry["train"]["rate"] == 1 and f"data.labels.{task}" in missing:
+                tasks[-1] += " (if a missing label means 0, write it by data.sql)"
+    return ", ".join(tasks)
 
 
 def _few_positives(labels: dict | None) -> str:
     few = []
     for task, entry in labels["tasks"].items() if labels else ():
         numbers = {split: entry[split]["positives"] for split in _MEASURED}
-        told = [f"{n:,} in {split}" for split, n in numbers.items() if n < _LEAST_POSITIVES]
-        if told:
-            few.append(f"{task} has {' and '.join(told)}")
+        low = [f"{n:,} in {split}" for split, n in numbers.items() if n < _LEAST_POSITIVES]
+        if low:
+            few.append(f"{task} has {' and '.join(low)}")
     return f"positives below {_LEAST_POSITIVES}: {', '.join(few)}" if few else ""
 
 
@@ -127,15 +141,16 @@ def _teacher_coverage(report: Report) -> str:
         return ""
     hints = _hints(report, "teacher")
     (stages,) = (of for of in report["stages"] if of["split"] == "test")
-    told = []
+    tasks = []
     for task, entry in report["teacher"]["tasks"].items():
         shares = entry["coverage"]["test"]
-        # What was shown was passed as well.
+        # Shown candidates were passed, too.
         number = stages["passed"] + stages["shown"]
         covered = sum((shares[of] or 0) * stages[of] for of in ("passed", "shown"))
         if covered < _LEAST_COVERED * number:
             share = f"{covered / number:.1%}"
-            told.append(
-                f"that of {task} covers {share} of what was passed in test{hints.get(task, '')}"
+            tasks.append(
+                f"that of {task} covers {share} of the passed candidates in test"
+                f"{hints.get(task, '')}"
             )
-    return ", ".join(told)
+    return ", ".join(tasks)

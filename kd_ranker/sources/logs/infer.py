@@ -24,6 +24,7 @@ from kd_ranker.sources.logs.column_facts import (
     ROW,
     Guess,
     Log,
+    arrow_of,
     each,
     has_word,
     identifier,
@@ -386,8 +387,7 @@ def write_first_config(log: Any, folder: Path, named: Mapping[str, Any]) -> Firs
     if is_path:
         path, (table, rows) = str(log), read_sample(str(log))
     else:
-        is_pandas = hasattr(log, "iloc")
-        table = pa.Table.from_pandas(log, preserve_index=False) if is_pandas else pa.table(log)
+        table = arrow_of(log)
         path, rows = str(copy), table.num_rows
     text = config_text(name, path, table, rows, named)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,13 @@
 """`config.data` of a log, read once and checked: the use of each column."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from kd_ranker.distillation.teacher_signal import LARGEST_SCORE
 from kd_ranker.errors import UserError, check_choice
 
 ROWS = ("candidate", "request")
@@ -18,7 +20,9 @@ ENGINES = ("duckdb", "spark")
 FEATURE_KINDS = ("dense", "category", "bag", "history")
 STAGES = ("retrieved", "passed", "shown")
 # Findings that make no dataset unless `data.allow` names them, see `findings`.
-ALLOWABLE = ("few_positives", "one_label", "rejected", "teacher_coverage", "times")
+ALLOWABLE = (
+    *("few_positives", "one_candidate", "one_label", "rejected", "teacher_coverage", "times"),
+)
 INCUMBENT_SIGNALS = ("score", "rank")
 # Columns of ids and times, which a log must have; only that of users may be "".
 IDENTIFYING = ("request", "time", "user", "item")
@@ -63,7 +67,7 @@ class LogLayout:
 
     Attributes:
       path: of the log, or `data.sql` for one that a SELECT yields.
-      sql: the SELECT; "" for the files at `path`.
+      sql: the SELECT; "" for the Parquet files at `path`.
       directory: `data.dir`.
       by_request: True if a row is a request with lists, rather than a candidate.
       columns: use -> its column; uses that the log lacks are left out.
@@ -172,9 +176,10 @@ class LogLayout:
         )
 
     @property
-    def highest_teacher_value(self) -> float:
-        """The upper bound of a teacher's proper values, probabilities or positions; 0 is lowest."""
-        return 1.0 if self.teacher_signal == "probability" else LARGEST
+    def teacher_range(self) -> tuple[float, float]:
+        """The bounds of the teacher's valid values."""
+        scores = (-LARGEST_SCORE, LARGEST_SCORE)
+        return {"probability": (0.0, 1.0), "rank": (0.0, LARGEST)}.get(self.teacher_signal, scores)
 
     @property
     def scored_tasks(self) -> tuple[str, ...]:
@@ -182,8 +187,17 @@ class LogLayout:
         return tuple(task for task in self.tasks if task in self.teacher)
 
 
+def sql_of(data: ConfigDict) -> str:
+    """Return the SELECT that yields a log: of text files at `data.path`, or `data.sql`."""
+    paths = str(data.path).split(",")
+    if all(re.search(r"\.([ct]sv|json|jsonl|ndjson)(\.gz)?$", path) for path in paths):
+        names = (path.replace("'", "''") for path in paths)
+        return " UNION ALL BY NAME ".join(f"SELECT * FROM '{name}'" for name in names)
+    return str(data.sql).strip().rstrip(";")
+
+
 def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> LogLayout:
-    """Reads `config.data`.
+    """Read `config.data`.
 
     Raises:
       UserError: a key holds a value that it cannot hold.
@@ -213,7 +227,7 @@ def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> L
     }
     return LogLayout(
         path=str(data.path) or "data.sql",
-        sql=str(data.sql).strip().rstrip(";"),
+        sql=sql_of(data),
         directory=str(data.dir),
         by_request=data.rows == "request",
         columns=columns,
@@ -251,8 +265,10 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
         )
     if data.path and data.sql:
         raise UserError("data.path and data.sql are both set; set one of them to ''")
-    if data.sql and data.engine != "duckdb":
-        raise UserError(f"data.sql needs data.engine='duckdb', and it is {data.engine!r}")
+    if sql_of(data) and data.engine != "duckdb":
+        raise UserError(
+            f"data.sql and text files need data.engine='duckdb', and it is {data.engine!r}"
+        )
     for key in ("columns", "stages", "labels", "teacher"):
         for name, value in data[key].items():
             if not isinstance(value, str):
@@ -279,7 +295,7 @@ def _check(data: ConfigDict, tasks: Sequence[str]) -> None:
 
 
 def _check_leaks(data: ConfigDict, features: Sequence[Feature]) -> None:
-    """Refuses features that hold the answer, or the outcome of a request."""
+    """Refuse features that hold the answer, or the outcome of a request."""
     answers = {
         column: f"{section}.{name}"
         for section, names in (

@@ -1,4 +1,4 @@
-"""Features that nearly determine what a ranker is to predict, and so may be known only later."""
+"""Features that nearly determine a label, and may be known only after a request."""
 
 from collections.abc import Mapping
 
@@ -12,9 +12,9 @@ from kd_ranker.sources.logs.database import Database
 from kd_ranker.sources.logs.layout import OWNERS, LogLayout
 
 SHOWN = "shown"
-# Shares of the uncertainty of being shown, and of a label, that no honest feature removes. The
-# score that ranked the candidates may be known before, and removes much of that of being shown.
-TELLS_SHOWN, TELLS_LABEL = 0.9, 0.5
+# Largest shares of the uncertainty of being shown, and of a label, that a feature may remove. The
+# score of the current ranker is known before the request, and removes much of the first.
+REVEALS_SHOWN, REVEALS_LABEL = 0.9, 0.5
 # Least rank correlation of a copy of a teacher's score. Scores of earlier stages agree less.
 _COPIES_TEACHER = 0.95
 _BINS, _FEW_VALUES = 20, 50
@@ -23,7 +23,7 @@ _LEVEL = 1e-3
 
 
 def find_leaks(database: Database, layout: LogLayout) -> dict[str, dict[str, float]]:
-    """Finds features that reveal a label, what was shown, or a teacher's order of candidates.
+    """Find features that reveal a label, what was shown, or a teacher's order of candidates.
 
     Args:
       database: holds `sampled`, some 100,000 candidates of whole requests.
@@ -54,7 +54,7 @@ def find_leaks(database: Database, layout: LogLayout) -> dict[str, dict[str, flo
     for name, column in features.items():
         bins = bins_of(rows[column])
         shares = {of: share_in_bins(bins, answer) for of, answer in answers.items()}
-        limits = {of: TELLS_SHOWN if of == SHOWN else TELLS_LABEL for of in answers}
+        limits = {of: REVEALS_SHOWN if of == SHOWN else REVEALS_LABEL for of in answers}
         found[name] = {of: share for of, share in shares.items() if share >= limits[of]}
         found[name] |= copies.get(column, {})
     return found
@@ -78,31 +78,31 @@ def bins_of(values: pd.Series) -> Int[np.ndarray, "n"]:
 
 
 def share_in_bins(bins: Int[np.ndarray, "n"], answer: pd.Series) -> float:
-    """`share_told` for the bin of each row and its answer: 1, 0, or NaN for none."""
+    """`share_revealed` for the bin of each row and its answer: 1, 0, or NaN for none."""
     known = answer.notna().to_numpy()
     places, yes = bins[known] + 1, answer.to_numpy()[known]
     if not len(places):
         return 0.0
-    return share_told(
+    return share_revealed(
         np.bincount(places).astype(float),
         np.bincount(places, weights=yes),
     )
 
 
-def share_told(all_: Float64[np.ndarray, "bins"], yes: Float64[np.ndarray, "bins"]) -> float:
+def share_revealed(all_: Float64[np.ndarray, "bins"], yes: Float64[np.ndarray, "bins"]) -> float:
     """The share of the uncertainty of an answer that a column removes: I(bin; answer) / H(answer).
 
     The answer is yes or no. I is the estimate from counts, less its bias of about (bins − 1) / 2n
     (Miller, 1955). 0 where a G-test at the level of 0.001 does not distinguish it from chance, and
-    with fewer than 30 answers of a kind.
+    with fewer than 30 answers of one kind.
 
     Args:
       all_: the number of answers in each bin of the column.
       yes: how many of these are yes.
 
-    >>> round(share_told(np.array([100.0, 100.0]), np.array([0.0, 100.0])), 2)
+    >>> round(share_revealed(np.array([100.0, 100.0]), np.array([0.0, 100.0])), 2)
     1.0
-    >>> share_told(np.array([100.0, 100.0]), np.array([50.0, 50.0]))
+    >>> share_revealed(np.array([100.0, 100.0]), np.array([50.0, 50.0]))
     0.0
     """
     counts = np.stack([all_ - yes, yes], axis=1)[all_ > 0]
@@ -142,13 +142,13 @@ def copies_of_teachers(
     return copies
 
 
-def remarks_of(told: Mapping[str, float], feature: str) -> list[str]:
-    """A sentence on each answer that a feature reveals too much of."""
+def remarks_of(shares: Mapping[str, float], feature: str) -> list[str]:
+    """Return one sentence per answer that a feature reveals."""
     sentences = []
-    for name, share in told.items():
-        what = f"tells {share:.0%} of the uncertainty of the {name}"
+    for name, share in shares.items():
+        what = f"reveals {share:.0%} of the uncertainty of the {name}"
         if name == SHOWN:
-            what = f"tells {share:.0%} of the uncertainty which candidates were shown"
+            what = f"reveals {share:.0%} of which candidates were shown"
         elif name.startswith("teacher"):
             what = f"orders candidates like the {name} (rank correlation {share:.2f})"
         sentences.append(f"Feature {feature!r} {what}: is it known before they are ranked?")

@@ -1,21 +1,21 @@
-"""Guesses at the content of a column with numbers that do not fit its use in the config."""
+"""Hints on a column with numbers that do not fit its use in the config."""
 
 import numpy as np
 from jaxtyping import Float64
 
 from kd_ranker.sources.logs.layout import TIME_UNITS, LogLayout
 
-# Of the times of a feed: what is outside was read in the wrong unit.
+# Times outside of this range were read in the wrong unit.
 EARLIEST, LATEST = (np.datetime64(f"{year}-01-01", "s") for year in (1990, 2100))
-# Times the median, beyond which the largest request is a remark.
+# The largest request has a remark beyond this multiple of the median.
 _FAR = 5
 _NAMES = {"s": "seconds", "ms": "milliseconds", "us": "microseconds"}
 
 
 def time_hint(numbers: Float64[np.ndarray, "n"], layout: LogLayout) -> str:
-    """The unit that makes recent times of some numbers of the time column, in words.
+    """Return the unit in which numbers of the time column are recent, in words.
 
-    It is "" where that is the unit that they are read in, or where there are no numbers.
+    It is "" if that is the unit of the config, or if there are no numbers.
     """
     if not len(numbers):
         return ""
@@ -28,11 +28,11 @@ def time_hint(numbers: Float64[np.ndarray, "n"], layout: LogLayout) -> str:
             if unit not in TIME_UNITS:
                 return "; its numbers look like nanoseconds: make them timestamps"
             return f"; its numbers look like {_NAMES[unit]}: try --config.data.time_unit={unit}"
-    return f"; its numbers, such as {middle:.10g}, look like no time"
+    return f"; its numbers, such as {middle:.10g}, do not look like times"
 
 
 def probability_hint(numbers: Float64[np.ndarray, "n"]) -> str:
-    """The range of numbers that should be probabilities, in words."""
+    """Return the range of numbers that should be probabilities, in words."""
     if not len(numbers):
         return ""
     low, high = numbers.min(), numbers.max()
@@ -43,13 +43,13 @@ def probability_hint(numbers: Float64[np.ndarray, "n"]) -> str:
 
 
 def label_hint(numbers: Float64[np.ndarray, "n"]) -> str:
-    """The most frequent number of a column of labels except 0 and 1."""
+    """Return the most frequent number of a column of labels except 0 and 1, in words."""
     others, times = np.unique(numbers[(numbers != 0) & (numbers != 1)], return_counts=True)
     return f"for example {others[times.argmax()]:.4g}" if len(others) else ""
 
 
 def size_hint(median: float, high: float, most: float) -> str:
-    """A remark on the candidates of requests if the largest is far from the rest, else "".
+    """Return a remark if the largest request is far larger than the others, else "".
 
     Args:
       median: the median of their numbers.

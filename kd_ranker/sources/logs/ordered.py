@@ -35,7 +35,7 @@ class Piece(NamedTuple):
 
 
 def write_ordered(database: Database) -> list[Piece]:
-    """Writes both files to the database's folder, and returns the pieces to read them in.
+    """Write both files to the database's folder, and return the pieces to read them in.
 
     They have the columns of `request_fields` and `candidate_fields` in `log.sql`.
     """
@@ -64,7 +64,7 @@ def _pieces(split: Int[np.ndarray, "n"], size: Int64[np.ndarray, "n"]) -> list[P
 
 
 def _write(database: Database, name: str, query: str, lengths: Sequence[int]) -> None:
-    """Writes a result in its order, one batch per piece; `lengths` are the rows of each."""
+    """Write a result in its order, one batch per piece; `lengths` are the rows of each."""
     batches = database.stream(query)
     # Arrow's own format: what is read repeatedly takes a tenth of Parquet's time. To compress it
     # would add a fifth to the time of writing.

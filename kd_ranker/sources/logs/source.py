@@ -42,7 +42,7 @@ from kd_ranker.sources.logs.encode import (
 )
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.findings import Finding
-from kd_ranker.sources.logs.layout import LogLayout, read_layout
+from kd_ranker.sources.logs.layout import LogLayout, read_layout, sql_of
 from kd_ranker.sources.logs.leaks import find_leaks
 from kd_ranker.sources.logs.looks import time_hint
 from kd_ranker.sources.logs.ordered import Piece, write_ordered
@@ -94,7 +94,7 @@ class PreparedLog(NamedTuple):
 
 
 def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
-    """Opens a log as a source; `configs/parquet.py` explains `data`.
+    """Open a log as a source; `configs/parquet.py` explains `data`.
 
     DuckDB, or Spark, reads the log, with the memory that `data.memory` gives it, and brings its
     rows into order in a folder below `data.dir`, which `Source.close` removes.
@@ -120,19 +120,19 @@ def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> S
 
 
 def check_unchanged(data: ConfigDict, directory: Path) -> None:
-    """Checks that a log has not changed since `directory` was made of it; a missing one is fine.
+    """Check that a log has not changed since `directory` was made of it; a missing one is fine.
 
     Raises:
       UserError: files have been added, removed or changed.
     """
     path = data.path or "data.sql"
     try:
-        now = files.manifest_of(data.path, data.sql)
+        now = files.manifest_of(data.path, sql_of(data))
     except UserError as error:
         if not files.is_there(data.path):
             return
         raise UserError(f"the log that {directory} was made of has changed: {error}") from error
-    if [*now] == [files.SQL] and data.sql:
+    if [*now] == [files.SQL]:
         return
     if not (directory / MANIFEST).exists():
         raise UserError(
@@ -151,7 +151,7 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
 def open_engine(
     log: Log, layout: LogLayout, folder: Path, known_size: Mapping[str, int] = MappingProxyType({})
 ) -> Iterator[tuple[Database, Query]]:
-    """Opens a log in the engine that the config names, and makes its query.
+    """Open a log in the engine that the config names, and makes its query.
 
     Args:
       log: the log.
@@ -214,7 +214,7 @@ def _some_numbers(database: Database, query: Query, column: str) -> Float64[np.n
 
 
 def _check_splits(layout: LogLayout, query: Query, database: Database) -> None:
-    """Raises UserError for times, or a column of splits, that cannot split the requests."""
+    """Raise UserError for times, or a column of splits, that cannot split the requests."""
     unsplit = "SELECT count(*) FROM requests CROSS JOIN cutoffs WHERE test IS NULL"
     if layout.split == "time" and database.number(unsplit):
         numbers = _some_numbers(database, query, layout.columns["time"])
@@ -341,7 +341,7 @@ def _refuse(read: PreparedLog, report: Report, why: str) -> UserError:
 
 
 def _write_report(read: PreparedLog, report: Report, directory: Path) -> None:
-    """Writes the report and the rejected rows."""
+    """Write the report and the rejected rows."""
     write_data_report(report, directory)
     folder = directory / REJECTED_FOLDER
     write_rejected(read.database, read.log, read.layout, read.types, folder)

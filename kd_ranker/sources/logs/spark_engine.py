@@ -34,14 +34,14 @@ _SETTINGS = {
 
 
 class Spark(Database):
-    """A session, whose workers see the log and the folder."""
+    """A session, with workers that can read the log and the folder."""
 
     def __init__(self, session: Any, folder: Path) -> None:
         super().__init__(session, folder)
         self.session, self._tables = session, 0
 
     def run(self, statements: Sequence[str]) -> None:
-        """Runs statements that make tables and views, one after the other."""
+        """Run statements that make tables and views, one after the other."""
         for statement in statements:
             name, is_table, query = created(statement)
             frame = self.session.sql(query)
@@ -76,11 +76,11 @@ class Spark(Database):
         return pa.RecordBatchReader.from_batches(schema, batches())
 
     def put(self, name: str, rows: pa.Table) -> None:
-        """Makes a table of rows."""
+        """Make a table of rows."""
         self.session.createDataFrame(rows).createOrReplaceTempView(name)
 
     def open_log(self, log: Log) -> pa.Schema:
-        """Makes the view `log` and returns its columns, see `database.Database.open_log`."""
+        """Make the view `log` and return its columns, see `database.Database.open_log`."""
         system, _ = fsspec.core.url_to_fs(log.url)
         reader = self.session.read.option("mergeSchema", True)
         # Else columns would be made of the names of folders.
@@ -120,7 +120,7 @@ def _type(type_: pa.DataType) -> pa.DataType:
 
 @contextlib.contextmanager
 def open_spark(master: str, options: Mapping[str, Any], folder: Path) -> Iterator[Database]:
-    """Opens a session of Spark.
+    """Open a session of Spark.
 
     Args:
       master: its URL, such as `local[2]` or `spark://host:7077`.

@@ -25,7 +25,7 @@ def created(statement: str) -> tuple[str, bool, str]:
 
 
 def _translated(node: exp.Expression) -> exp.Expression:
-    """Translates names of functions and slices of lists, which SQLGlot leaves unchanged."""
+    """Translate names of functions and slices of lists, which SQLGlot leaves unchanged."""
     if isinstance(node, exp.Anonymous) and node.name.upper() in _NAMES:
         return exp.Anonymous(this=_NAMES[node.name.upper()], expressions=node.expressions)
     if isinstance(node, exp.Bracket) and isinstance(node.expressions[0], exp.Slice):

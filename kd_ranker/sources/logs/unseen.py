@@ -77,7 +77,7 @@ class Unseen(NamedTuple):
 
 
 def open_unseen(layout: LogLayout, trained: LogLayout) -> tuple[Log, LogLayout]:
-    """Finds a log to score and checks that it has what rankers were trained on; footers only.
+    """Find a log to score and check that it has what rankers were trained on; footers only.
 
     Args:
       layout: of the log.
@@ -99,7 +99,7 @@ def open_unseen(layout: LogLayout, trained: LogLayout) -> tuple[Log, LogLayout]:
 
 
 def _check_same(layout: LogLayout, trained: LogLayout) -> None:
-    """Refuses a layout of other features or tasks; each column may have another name."""
+    """Refuse a layout of other features or tasks; each column may have another name."""
 
     def of(layout: LogLayout) -> dict[str, object]:
         fields = {
@@ -184,7 +184,7 @@ def read_unseen(
     items: Items,
     folder: Path,
 ) -> None:
-    """Reads a log into a folder that is there, for `load_unseen`, `load_items` and encode_requests.
+    """Read a log into a folder that is there, for `load_unseen`, `load_items` and encode_requests.
 
     Args:
       log: the log.
@@ -226,7 +226,7 @@ def read_unseen(
 def _save_items(
     layout: LogLayout, settled: Settled, items: Items, table: pa.Table, folder: Path
 ) -> None:
-    """Saves the items of the dataset, with those of the log in their places."""
+    """Save the items of the dataset, with those of the log in their places."""
     matrices = item_matrix(layout, settled.encoding, table)
     places = table["id"].to_numpy()
     known_items = (np.asarray(items.features), np.asarray(items.category))
@@ -239,7 +239,7 @@ def _save_items(
 
 
 def load_unseen(folder: Path) -> Unseen:
-    """Loads what `read_unseen` has read into a folder."""
+    """Load what `read_unseen` has read into a folder."""
     pieces, *rest = json.loads((folder / _READ).read_text())
     return Unseen([Piece(batch, split, tuple(of), n) for batch, split, of, n in pieces], *rest)
 
@@ -255,7 +255,7 @@ def load_item_names(folder: Path) -> pa.Table:
 
 
 def _check_types(query: Query, settled: Settled) -> None:
-    """Refuses texts where training had whole numbers, and the reverse: none would match."""
+    """Refuse texts where training had whole numbers, and the reverse: none would match."""
     for column in files.wanted_columns(query.layout):
         here, there = kind_of(query.types[column.column]), settled.kinds.get(column.key, "")
         if here and there and here != there:

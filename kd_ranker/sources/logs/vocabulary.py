@@ -21,7 +21,7 @@ VOCABULARIES_FOLDER = "vocabularies"
 def write_vocabularies(
     database: Database, layout: LogLayout, spec: FeatureSpec, folder: Path
 ) -> None:
-    """Writes `user.parquet`, `item.parquet` and `feature-<name>.parquet`.
+    """Write `user.parquet`, `item.parquet` and `feature-<name>.parquet`.
 
     Each has the columns `value`, as in the log, and `id`: in [0, num_users) and [0, num_items);
     that of a feature is its category id. Hashed features have no file, nor is there an entry for

@@ -37,9 +37,10 @@ def test_a_path_that_names_nothing_says_so(tmp_path):
         (tmp_path / "empty", "holds no file that ends in .parquet; it is empty"),
         (
             tmp_path / "other",
-            "holds no file that ends in .parquet; it holds log.csv; read files of",
+            "holds no file that ends in .parquet; it holds log.csv; give a pattern for files of",
         ),
-        (tmp_path / "other" / "log.csv", "log.csv is not a Parquet file; read files of other"),
+        (tmp_path / "other" / "log.csv", "log.csv has no column 'request_id' (data.columns."),
+        (tmp_path / "absent.tsv.gz", "data.sql: IO Error: No files found"),
         (tmp_path / "*.parquet", "*.parquet matches no file"),
         ("nowhere://bucket/log", "data.path=nowhere://bucket/log cannot be read: Protocol not"),
     ):
@@ -297,4 +298,4 @@ def test_differences_between_manifests_are_counted():
     before = {"a": [1, ""], "b": [2, ""], "c": [3, ""]}
     assert manifest_differences(before, dict(before)) == ""
     now = {"a": [1, ""], "b": [2, "later"], "d": [4, ""], "e": [5, ""]}
-    assert manifest_differences(before, now) == "2 files new, 1 file gone, 1 file written anew"
+    assert manifest_differences(before, now) == "2 files new, 1 file gone, 1 file rewritten"

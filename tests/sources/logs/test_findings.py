@@ -1,4 +1,4 @@
-"""What tells against a log makes no dataset, unless the config says that it is as it should be."""
+"""Findings prevent a dataset unless the config allows them."""
 
 import json
 
@@ -59,17 +59,19 @@ def test_a_report_on_the_edge_says_nothing():
     ("changes", "name", "text"),
     [
         ({"candidates__rejected": 101}, "rejected", "101 of 1,000 candidates (10.1%) are rej"),
-        ({"columns__0__out_of_range": 101}, "times", "101 of 1,000 values of column 't' are no t"),
+        ({"columns__0__out_of_range": 101}, "times", "101 of 1,000 values of column 't' are not t"),
         ({"requests__test__last": "2100-01-01 00:00:00"}, "times", "1990-01-01 and 2100-01-01"),
         ({"requests__train__first": "1970-01-20 17:00:00"}, "times", "1970-01-20 and 2099-12-31"),
         ({"requests__test__last": "33658-09-27 01:46:40"}, "times", "and 33658-09-27"),
         ({f"{WATCH}__train__rate": 0.0}, "one_label", "every label of watch in train is 0"),
         ({f"{WATCH}__test__rate": 1.0}, "one_label", "every label of watch in test is 1"),
         ({f"{WATCH}__test__rate": None}, "one_label", "no label of watch in test"),
+        ({"requests__candidates_a_request": {"quantiles": {"0.5": 1}}}, "one_candidate",
+         "half of the requests have one candidate, which leaves nothing to rank"),
         ({f"{WATCH}__test__positives": 99}, "few_positives", "below 100: watch has 99 in test"),
         ({f"{WATCH}__validation__positives": 4}, "few_positives", "watch has 4 in validation"),
         ({f"{COVERED}__passed": 0.24}, "teacher_coverage",
-         "that of watch covers 49.3% of what was passed in test"),
+         "that of watch covers 49.3% of the passed candidates in test"),
         ({f"{COVERED}__shown": None}, "teacher_coverage", "covers 16.7%"),
     ],
 )  # fmt: skip
@@ -77,6 +79,15 @@ def test_each_finding_has_its_name_and_its_numbers(changes, name, text):
     (found,) = find(report_of(**changes))
     assert found.name == name
     assert text in found.text
+
+
+def test_a_label_of_1_or_missing_has_advice():
+    changes = {f"{WATCH}__{split}__rate": 1.0 for split in ("train", "validation", "test")}
+    column = {"key": "data.labels.watch", "column": "w", "values": 9, "out_of_range": 0}
+    for missing, advice in ((5, True), (0, False)):
+        columns = [column | {"missing": missing}]
+        (found,) = find(report_of(columns=columns, **changes))
+        assert ("if a missing label means 0, write it by data.sql" in found.text) == advice
 
 
 def test_few_positives_of_training_are_its_own_matter():
@@ -142,16 +153,16 @@ def test_a_small_log_is_refused_and_what_is_allowed_is_a_remark(tmp_path):
 @pytest.mark.parametrize(
     ("scale", "unit", "hint"),
     [
-        (1, "ms", "they lie between 1970-01-20 and 1970-01-20; its numbers look like seconds: try "
+        (1, "ms", "they are between 1970-01-20 and 1970-01-20; its numbers look like seconds: try "
          "--config.data.time_unit=s"),
         (1, "us", "look like seconds: try --config.data.time_unit=s"),
-        (1000, "s", "are no times; its numbers look like milliseconds: try "
+        (1000, "s", "are not times; its numbers look like milliseconds: try "
          "--config.data.time_unit=ms"),
         (1000, "us", "look like milliseconds: try --config.data.time_unit=ms"),
         (10**6, "ms", "look like microseconds: try --config.data.time_unit=us"),
         (10**9, "us", "its numbers look like nanoseconds: make them timestamps"),
-        (7, "s", "look like no time"),
-        (7, "s", "they lie between 2347-"),
+        (7, "s", "do not look like times"),
+        (7, "s", "they are between 2347-"),
     ],
 )  # fmt: skip
 def test_times_in_another_unit_say_what_they_look_like(tmp_path, scale, unit, hint):
@@ -169,7 +180,7 @@ def test_a_few_times_that_are_far_off_are_no_matter_of_units(tmp_path):
         return [0 if value == values[0] else value - 10**6 + START for value in values]
 
     line, _ = read(write_small_log(tmp_path / "log", time=time), tmp_path / "data", ())
-    assert "times: they lie between 1970-01-01 and 2023-11-14; few_positives: " in line
+    assert "times: they are between 1970-01-01 and 2023-11-14; few_positives: " in line
 
 
 def test_timestamps_of_the_wrong_unit_have_no_unit_to_try(tmp_path):
@@ -178,7 +189,7 @@ def test_timestamps_of_the_wrong_unit_have_no_unit_to_try(tmp_path):
         tmp_path / "log", time=lambda values: pa.array(time(values), pa.timestamp("ms"))
     )
     line, _ = read(log, tmp_path / "data", ("few_positives",))
-    assert "they lie between 1970-01-20 and 1970-01-20; if that is as it should be" in line
+    assert "they are between 1970-01-20 and 1970-01-20; if this is expected, add" in line
 
 
 @pytest.mark.parametrize("by_request", [False, True])

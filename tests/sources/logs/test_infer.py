@@ -394,6 +394,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path):
         f"{tmp_path}/other": "cannot be read as Parquet",
         f"{tmp_path}/empty.parquet": "have no rows",
         "nowhere://bucket/feed": "cannot be read",
+        f"{tmp_path}/absent.csv": "cannot be read: IO Error: No files found",
     }.items():
         with pytest.raises(UserError, match=message) as caught:
             infer(tmp_path / "none", path)

@@ -27,7 +27,7 @@ def told(columns, answer):
     }
 
 
-def test_the_share_told_is_the_mutual_information_over_the_entropy():
+def test_the_share_revealed_is_the_mutual_information_over_the_entropy():
     rng = np.random.default_rng(0)
     p, number = rng.random(4000), 4000
     yes = rng.random(number) < p
@@ -121,15 +121,15 @@ def test_the_data_report_remarks_on_features_that_tell_a_label_or_what_was_shown
     source.write_beside(tmp_path)
     source.close()
     report = json.loads((tmp_path / "data_report.json").read_text())
-    tells = {of["name"]: of["tells"] for of in report["features"] if "tells" in of}
-    assert {name: list(of) for name, of in tells.items()} == {
+    leaks = {of["name"]: of["reveals"] for of in report["features"] if "reveals" in of}
+    assert {name: list(of) for name, of in leaks.items()} == {
         "echo": ["label of watch"],
         "dwell": ["shown"],
         "cubed": ["teacher of like"],
     }
     remarks = " ".join(report["remarks"])
-    assert re.search(r"Feature 'echo' tells \d+% of the uncertainty of the label of watch", remarks)
-    assert re.search(r"'dwell' tells \d+% of the uncertainty which candidates were shown", remarks)
+    assert re.search(r"'echo' reveals \d+% of the uncertainty of the label of watch", remarks)
+    assert re.search(r"'dwell' reveals \d+% of which candidates were shown", remarks)
     assert (
         "'cubed' orders candidates like the teacher of like (rank correlation 1.00): is" in remarks
     )

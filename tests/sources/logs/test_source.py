@@ -19,7 +19,7 @@ from kd_ranker.batch import FeatureSpec
 from kd_ranker.config.features import feature
 from kd_ranker.errors import UserError
 from kd_ranker.requests.request import SPLITS, Request
-from kd_ranker.sources.logs import database
+from kd_ranker.sources.logs import database, rejected
 from kd_ranker.sources.logs.source import REFUSED, check_unchanged
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import TASKS, Restated, Row, make_rows, restate, same, write_log
@@ -251,30 +251,32 @@ def test_rejected_rows_stand_as_they_do_in_the_log_with_file_and_row(tmp_path):
     rows = make_rows(3, requests=40, faults=0.05)
     log = read_rows(rows, tmp_path, files=3)
     assert len(log.rejected) > 10
-    for file, rejected in log.rejected.groupby("file"):
-        original = pq.read_table(file).take(rejected["row"].to_numpy()).to_pandas()
+    for file, rows in log.rejected.groupby("file"):
+        original = pq.read_table(file).take(rows["row"].to_numpy()).to_pandas()
         pd.testing.assert_frame_equal(
-            rejected[original.columns].reset_index(drop=True), original, check_dtype=False
+            rows[original.columns].reset_index(drop=True), original, check_dtype=False
         )
 
 
-def test_rejected_rows_have_the_columns_of_their_own_file(tmp_path):
-    """Also of a type that the engine does not give back: a UUID is a text to it."""
+def test_rejected_rows_have_the_columns_of_all_files_and_each_reason_at_most_some(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(rejected, "_MOST_ROWS", 2)
     folder = write_log(tmp_path / "log", make_rows(3, requests=40, faults=0.05), files=3)
-    traced, numbered, _ = sorted(folder.glob("*.parquet"))
-    for file, name, type_ in ((traced, "trace", pa.uuid()), (numbered, "number", pa.int32())):
-        table = pq.read_table(file)
-        values = [uuid.UUID(int=row) if file == traced else row for row in range(len(table))]
-        pq.write_table(table.append_column(name, pa.array(values, type_)), file)
+    file = min(folder.glob("*.parquet"))
+    table = pq.read_table(file)
+    traces = pa.array([uuid.UUID(int=row) for row in range(len(table))], pa.uuid())
+    table = table.append_column("trace", traces).append_column("reason", traces)
+    pq.write_table(table, file)
     of = faulty_logs.config(folder, tmp_path / "datasets", rows="candidate")
     log = read(of, tmp_path / "beside")
-    files = sorted((tmp_path / "beside" / "rejected").glob("*.parquet"))
-    one, other, last = (pd.read_parquet(file) for file in files)
-    assert one["trace"].tolist() == [str(uuid.UUID(int=row)) for row in one["row"]]
-    assert other["number"].tolist() == other["row"].tolist()
-    assert other["number"].dtype == np.int32
-    assert not {"trace", "number"} & {*last}
-    assert len(one) + len(other) + len(last) == len(log.rejected)
+    rows = pq.read_table(tmp_path / "beside" / "rejected" / "rejected.parquet").to_pylist()
+    counts = collections.Counter(row["reason"] for row in rows)
+    assert counts == {reason: min(count, 2) for reason, count in log.counts.items()}
+    for row in rows:
+        trace = uuid.UUID(int=row["row"]) if row["file"] == str(file) else None
+        found = {row["trace"], row["reason_"]}
+        assert {str(of) for of in found} == {str(trace)}
 
 
 def test_rejected_candidates_of_a_row_of_lists_are_rows_whose_lists_hold_them_alone(tmp_path):
@@ -410,6 +412,28 @@ def test_teacher_ranks_become_numbers_that_fall_with_them(tmp_path):
     number = min(len(rows[1].candidates), 6)
     np.testing.assert_allclose(found(second, rows[1]), 1 / (2 + np.arange(number)), 1e-6)
     assert "calibration" not in log.report["teacher"]["tasks"]["watch"]
+
+
+def test_teacher_scores_are_the_logits_of_what_is_stored(tmp_path):
+    rows, draw = make_rows(11), np.random.default_rng(0)
+    for row in rows:
+        for candidate in row.candidates:
+            candidate["teacher_probability_watch"] = float(draw.normal(0, 4))
+    rows[0].candidates[1]["teacher_probability_watch"] = 14.0
+    log = read_rows(rows, tmp_path, config={"teacher_signal": "score"})
+    assert log.spec.teacher_signal == "score"
+    request = log.requests["train"][0]
+    found = dict(zip(request.item_id, request.teacher_probability[:, 0], strict=True))
+    items = {log.vocabularies["item"][index]: index for index in request.item_id}
+    scores = np.array([of["teacher_probability_watch"] for of in rows[0].candidates])
+    scores[1] = np.nan  # which is too large
+    stored = np.array([found[items[of["item_id"]]] for of in rows[0].candidates], np.float64)
+    np.testing.assert_allclose(np.log(stored / (1 - stored)), scores, rtol=1e-2)
+    assert "calibration" not in log.report["teacher"]["tasks"]["watch"]
+    watch = next(of for of in log.report["columns"] if of["key"] == "data.teacher.watch")
+    assert watch["out_of_range"] == sum(
+        abs(of["teacher_probability_watch"]) > 13.8 for row in rows for of in row.candidates
+    )
 
 
 def columns_with(**changes):

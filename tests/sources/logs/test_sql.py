@@ -1,7 +1,8 @@
-"""A log by a SELECT, `data.sql`."""
+"""Logs by a SELECT and of text files."""
 
 import os
 
+import duckdb
 import pyarrow.parquet as pq
 import pytest
 
@@ -49,11 +50,27 @@ def test_a_join_with_computed_columns_and_words_is_the_same_log(tmp_path, log):
     assert same(requests_of(config), expected)
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "csv.gz"])
+def test_text_files_are_logs(tmp_path, log, kind):
+    path = tmp_path / f"log.{kind}"
+    duckdb.sql(f"COPY (FROM '{log}/*.parquet') TO '{path}'")
+    configs = [faulty_logs.config(of, tmp_path / "datasets") for of in (log, path)]
+    for config in configs if kind != "json" else ():
+        for name in ("recent", "spots", "tags"):  # a list is a text there
+            del config.data.features[name]
+    expected, found = map(requests_of, configs)
+    assert same(found, expected)
+
+
 @pytest.mark.parametrize(
     ("sql", "message"),
     [
         ("SELEC 1", "data.sql: Parser Error: syntax error at or near"),
         ("SELECT price FROM '{log}/*.parquet'", 'Error: Referenced column "price" not found in'),
+        (
+            "SELECT * EXCLUDE (age) FROM '{log}/*.parquet'",
+            "data.sql has no column 'age' (data.feat",
+        ),
         ("SELECT 1 AS a, 2 AS a", "data.sql makes column 'a' twice; rename one of them"),
         ("COPY (SELECT 1) TO 'x.csv'", "data.sql must be one SELECT"),
         (
@@ -77,7 +94,7 @@ def test_a_log_is_named_once(tmp_path, log):
     with pytest.raises(UserError, match=r"data.path and data.sql are both set"):
         open_source(config)
     config = faulty_logs.config("", tmp_path, sql="SELECT 1", engine="spark")
-    with pytest.raises(UserError, match=r"data.sql needs data.engine='duckdb', and it is 'spark'"):
+    with pytest.raises(UserError, match=r"text files need data.engine='duckdb', and it is 'spark'"):
         open_source(config)
 
 
@@ -88,7 +105,7 @@ def test_a_select_whose_files_have_changed_is_not_the_log_before(tmp_path, log):
     directory = api.prepare(config).directory
     assert api.prepare(config).directory == directory
     os.utime(items, ns=(0, 0))
-    with pytest.raises(UserError, match=r"at data.sql has changed since .* \(1 file written anew"):
+    with pytest.raises(UserError, match=r"at data.sql has changed since .* \(1 file rewritten"):
         api.prepare(config)
     for path in (*log.iterdir(), items):  # a dataset may outlive its log
         path.unlink()

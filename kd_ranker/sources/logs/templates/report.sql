@@ -69,7 +69,7 @@ CREATE TABLE faults_of_candidates AS SELECT
 {{ counts("labels." ~ task, number_of_label, number_of_label ~ " NOT IN (0, 1)") }}
 {%- endfor %}
 {% for task in layout.scored_tasks %}
-{{ number_counts("teacher." ~ task, layout.teacher[task], 0, layout.highest_teacher_value) }}
+{{ number_counts("teacher." ~ task, layout.teacher[task], *layout.teacher_range) }}
 {%- endfor %}
 {{ feature_counts(layout.of("candidate"), false) }}
 {%- if other_version() %}
@@ -124,7 +124,7 @@ CREATE TABLE {{ table }} AS
 -- 3. Sums over what is used.
 {% set labelled = "stage = 3 AND label_weight > 0" %}
 {% macro proper(task) %}
-"teacher:{{ task }}" BETWEEN 0 AND {{ layout.highest_teacher_value }} AND teacher_weight > 0
+"teacher:{{ task }}" BETWEEN {{ layout.teacher_range[0] }} AND {{ layout.teacher_range[1] }} AND teacher_weight > 0
 {%- endmacro %}
 CREATE TABLE totals AS SELECT split, count(*) AS candidates,
     count(*) FILTER (WHERE stage = 1) AS retrieved, count(*) FILTER (WHERE stage = 2) AS passed,
