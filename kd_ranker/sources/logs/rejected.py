@@ -61,7 +61,7 @@ def write_rejected(
         value = column = quoted(PREFIX + name)
         if name in listed and is_list(type_):
             is_whole = f"place < 0 OR {column} IS NULL"
-            value = f"CASE WHEN {is_whole} THEN {column} ELSE [{column}[place + 1]] END"
+            value = f"CASE WHEN {is_whole} THEN {column} ELSE {column}[place + 1:place + 1] END"
         columns.append(f"{value} AS {quoted(f'{name}_' if name in _ADDED else name)}")
     batches = database.stream(f"""
         SELECT why AS reason, file, "row", {", ".join(columns)}

@@ -33,6 +33,8 @@ def _translated(node: exp.Expression) -> exp.Expression:
         one = exp.Literal.number(1)
         if part.this is None:
             return exp.Anonymous(this="SLICE", expressions=[items, one, part.expression])
+        if part.this == part.expression:
+            return exp.Anonymous(this="SLICE", expressions=[items, part.this, one])
         # The last entries: all of a shorter list.
         length = part.this.this
         first = exp.ArraySize(this=items.copy()) - length.copy() + one

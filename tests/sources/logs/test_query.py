@@ -181,6 +181,14 @@ def test_spark_parses_what_duckdb_runs(by_request, split):
             assert function not in text.lower()
 
 
+def test_spark_counts_the_places_of_a_list_from_one_as_duckdb_does():
+    from kd_ranker.sources.logs.spark_sql import in_spark
+
+    # SLICE counts from 1, where Spark's brackets count from 0.
+    assert in_spark("SELECT x[n + 1:n + 1] FROM t") == "SELECT SLICE(x, n + 1, 1) FROM t"
+    assert in_spark("SELECT x[:3] FROM t") == "SELECT SLICE(x, 1, 3) FROM t"
+
+
 def cutoffs_of(time, validation_share, test_share):
     """The times that end training and validation; None if there are none."""
     of = query_of(validation_share=validation_share, test_share=test_share)
