@@ -129,7 +129,7 @@ def test_bad_input_is_one_line_and_exit_code_2(world, tmp_path):
     file.write_text("")
     for module, flags, message in (
         ("train", world.flags(file), str(file)),
-        ("prepare_data", [MOVIELENS, "--config.data.path=/absent"], "/absent/u.genre does not ex"),
+        ("prepare_data", [MOVIELENS, "--config.data.path=/absent"], "/absent/u.data does not ex"),
     ):
         finished = small.run("-m", f"experiments.{module}", *flags)
         assert finished.returncode == 2, finished.stderr
