@@ -44,28 +44,39 @@ ARCHIVES = {
         ("32m", "e4a68655d7386b8f95f2f2424b2ff975dfdd15ffd59e0d864a14dca43e99d6ee"),
     )
 }
-_OLD = "header = false, quote = '', encoding = 'latin-1', all_varchar = true"
-_RATING = "names = ['user', 'movie', 'rating', 'time']"
-_GENRE = [f"CASE WHEN g{place} = '1' THEN '{name}' END" for place, name in enumerate(GENRES[:-1])]
+
+
+def _lines(delimiter: str, *columns: str) -> str:
+    """SQL that reads the lines of $file as texts; one with another number of fields is an error."""
+    named = ", ".join(f"'{column}': 'VARCHAR'" for column in columns)
+    return (
+        f"read_csv($file, delim = '{delimiter}', columns = {{{named}}}, auto_detect = false, "
+        "header = false, quote = '', escape = '', encoding = 'latin-1')"
+    )
+
+
+_RATING = ("user", "movie", "rating", "time")
+_FLAGS = [f"g{place}" for place in range(len(GENRES) - 1)]
+_GENRE = [
+    f"CASE WHEN {flag} = '1' THEN '{name}' END" for flag, name in zip(_FLAGS, GENRES, strict=False)
+]
 _LISTED = "list_filter(string_split(replace(genres, '''s', ''), '|'), lambda of: of[1] <> '(')"
 _YEAR = r"regexp_extract(title, '\((\d{4})\)\s*$', 1)"
 # By set, its files of ratings, films and users, and their rows in SQL.
 _FILES = {
     "movielens_100k": {
-        "u.data": rf"SELECT * FROM read_csv($file, delim = '\t', {_RATING}, {_OLD})",
+        "u.data": f"FROM {_lines(chr(9), *_RATING)}",
         "u.item": f"""SELECT movie, split_part(date, '-', 3) AS year,
-            list_filter([{", ".join(_GENRE)}], lambda of: of IS NOT NULL) AS genres
-            FROM read_csv($file, delim = '|', {_OLD}, names = ['movie', 'title', 'date', 'video',
-            'url', {", ".join(f"'g{place}'" for place in range(len(_GENRE)))}])""",
-        "u.user": f"""FROM read_csv($file, delim = '|', {_OLD},
-            names = ['user', 'age', 'gender', 'occupation', 'zip'])""",
+            list_filter([{", ".join(_GENRE)}], lambda of: of IS NOT NULL) AS genres FROM {
+            _lines("|", "movie", "title", "date", "video", "url", *_FLAGS)
+        }""",
+        "u.user": f"FROM {_lines('|', 'user', 'age', 'gender', 'occupation', 'zip')}",
     },
     "movielens_1m": {
-        "ratings.dat": f"SELECT * FROM read_csv($file, delim = '::', {_RATING}, {_OLD})",
+        "ratings.dat": f"FROM {_lines('::', *_RATING)}",
         "movies.dat": f"""SELECT movie, {_YEAR} AS year, {_LISTED} AS genres
-            FROM read_csv($file, delim = '::', {_OLD}, names = ['movie', 'title', 'genres'])""",
-        "users.dat": f"""FROM read_csv($file, delim = '::', {_OLD},
-            names = ['user', 'gender', 'age', 'occupation', 'zip'])""",
+            FROM {_lines("::", "movie", "title", "genres")}""",
+        "users.dat": f"FROM {_lines('::', 'user', 'gender', 'age', 'occupation', 'zip')}",
     },
     "movielens_32m": {
         "ratings.csv": """SELECT userId AS user, movieId AS movie, rating, timestamp AS time
@@ -82,8 +93,8 @@ _TABLES = {
     "users": "user::INT AS user, age::INT AS age, gender, occupation",
 }
 _FAULTS = {
-    "a rating is not on the scale": "FROM ratings WHERE NOT coalesce(rating BETWEEN 0.5 AND 5 AND "
-    "rating * 2 % 1 = 0 AND time >= 0 AND user >= 0, false)",
+    "a rating is not on the scale": "FROM ratings ANTI JOIN stars USING (rating)",
+    "a user or a time is negative": "FROM ratings WHERE NOT (user >= 0 AND time >= 0)",
     "a film is not in the file of films": "FROM ratings ANTI JOIN movies USING (movie)",
     "a user is not in the file of users": "FROM ratings ANTI JOIN users USING (user)",
     "a user rates a film twice": "SELECT user, movie FROM ratings GROUP BY ALL HAVING count(*) > 1",
@@ -112,6 +123,8 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
             con.execute(f"CREATE OR REPLACE TABLE {name} AS SELECT {columns} FROM ({rows})")
         if len(files) < len(_TABLES):
             con.execute("INSERT INTO users (user) SELECT DISTINCT user FROM ratings")
+        scale = f"unnest({stars_of(data.name).tolist()})::FLOAT"
+        con.execute(f"CREATE TABLE stars AS SELECT {scale} AS rating")
         check_none(con, _FAULTS, files[0].parent)
         write_rows(folder / "log.parquet", _rows(con, data))
 
