@@ -22,6 +22,7 @@ class FunnelCurves:
     """Curves over k = 1..N, and the top m, of each request or, without the leading axis, of one.
 
     Attributes:
+      score: the student's value of its k-th candidate; on padding that of the last one.
       survival: share, in [0, 1], of the teacher's own top m that the student's top k keeps.
       value_captured: summed teacher value of the m items shown if the teacher ranks only the
         student's top k. The last entry is that of all retrieved: the denominator of a share.
@@ -37,6 +38,7 @@ class FunnelCurves:
       counts: False where the teacher knows no candidate; all curves of its choice are 0 there.
     """
 
+    score: Float[Array, "R N"]
     survival: Float[Array, "R N"]
     value_captured: Float[Array, "R N"]
     true_value_captured: Float[Array, "R N ..."]
@@ -188,7 +190,9 @@ def _curves_of_request(
         return jnp.cumsum(by_place[arriving] - by_place[leaving], axis=0)
 
     gain = jnp.where(known, teacher_value, 0.0)
+    value = jnp.where(candidate_mask, student_value, jnp.inf)
     curves = {
+        "score": jnp.where(candidate_mask.any(), lax.cummin(value[by_student]), 0.0),
         "survival": survival,
         "value_captured": summed(teacher_value),
         "true_value_captured": summed(true_value),

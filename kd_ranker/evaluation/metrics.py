@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from kd_ranker.config.keys import POLICIES
 from kd_ranker.evaluation import agreement, funnel
 from kd_ranker.evaluation.agreement import weighted_sum
 from kd_ranker.evaluation.ranked import Ranked
@@ -36,17 +37,20 @@ class ReportAt(NamedTuple):
     Attributes:
       ks: how many are passed, at least 1; one beyond the number of candidates means all of them.
       targets: shares in (0, 1) to reach.
+      policies: the ways to choose k per request, from `policy.POLICIES`.
     """
 
     ks: Sequence[int] = ()
     targets: Sequence[float] = ()
+    policies: Sequence[str] = ()
 
 
 class Metric(NamedTuple):
     """A column of `results.csv`, or one for each task or k.
 
     Attributes:
-      name: of its columns `name`, `name/<task>`, `name@<k>`, `name@<k>/<task>`, `name_<percent>`.
+      name: of its columns `name`, `name/<task>`, `name@<k>`, `name@<k>/<task>`, `name_<percent>`,
+        `name/<policy>`.
       formula: its definition, in Markdown.
       better: the way in which it is better: lower, higher or closer to one; None for neither.
       per: there is a number for each of these.
@@ -71,7 +75,7 @@ class Metric(NamedTuple):
     name: str
     formula: str
     better: Better | None = None
-    per: tuple[Literal["k", "task", "target"], ...] = ()
+    per: tuple[Literal["k", "task", "target", "policy"], ...] = ()
     ends: Ends | None = None
     sums: tuple[SumFunction, ...] = ()
     title: str = ""
@@ -136,6 +140,7 @@ def _of_funnel(ranked: Ranked) -> Sums:
     curves, candidates = ranked.curves, ranked.mask.sum(axis=1, keepdims=True)
     k = jnp.arange(1, ranked.mask.shape[1] + 1)
     return {
+        "score": curves.score,
         "survival": curves.survival,
         "funnel_requests": curves.counts.astype(curves.survival.dtype),
         "value_captured": curves.value_captured,
@@ -201,13 +206,43 @@ def _alignment(distance: str) -> Ends:
     )
 
 
+HINDSIGHT = "hindsight"
+"""The name of the bound, which is measured with any policy; see `evaluation.policy`."""
+
+
+def policies_of(sums: Sums) -> tuple[str, ...]:
+    """The policies that sums have, in the order of `POLICIES`, then the bound."""
+    return tuple(name for name in (*POLICIES, HINDSIGHT) if f"policy_scored/{name}" in sums)
+
+
+def _policy_sums(sums: Sums, curve: str) -> Float[np.ndarray, "P"]:
+    """The sums of a curve at the k of each policy; KeyError without any policy."""
+    names = policies_of(sums) or (HINDSIGHT,)
+    return np.array([sums[f"policy_{curve}/{name}"] for name in names])
+
+
+def _by_policy(curve: str) -> Ends:
+    """The share of a captured value that each policy keeps."""
+    return lambda sums, _: ratio(_policy_sums(sums, curve), sums[curve][-1])
+
+
+def _saving_by(sums: Sums, _: Sums) -> Float[np.ndarray, "P"]:
+    """1 − candidates scored with a policy / with the same k for all that keeps as much value."""
+    every, curve = np.arange(1, len(sums["value_captured"]) + 1), np.asarray(sums["value_captured"])
+    # Sums in another order may differ in their last digits.
+    shares = ratio(_policy_sums(sums, "value_captured"), curve[-1]) * (1 - 1e-6)
+    uniform = np.array([funnel.passed_for(curve, every, share) for share in shares])
+    return 1 - ratio(_policy_sums(sums, "scored"), _at(np.asarray(sums["scored"]), uniform))
+
+
 def _end_to_end(sums: Sums, _: Sums) -> Float[np.ndarray, "N T"]:
     rate = ratio(sums["positives_shown"], sums["positives_kept"][-1])
     # Where the teacher knows no request, it shows no item: the rate is unknown, and not 0.
     return np.where(np.asarray(sums["funnel_requests"]) > 0, rate, np.nan)
 
 
-# Kinds of metrics: losses against the teacher, a number for each task; and curves of a gain.
+# Kinds of metrics: losses against the teacher, a number for each task; curves of a gain; and
+# numbers for each policy.
 _loss = functools.partial(
     Metric,
     better="lower",
@@ -216,6 +251,8 @@ _loss = functools.partial(
     averaged=True,
 )
 _gain = functools.partial(Metric, better="higher", per=("k",))
+# Measured only on the test split of a sweep with `config.funnel.policies`.
+_per_policy = functools.partial(Metric, better="higher", per=("policy",), of_teacher=False)
 
 # In the order of the columns of `results.csv`.
 METRICS: dict[str, Metric] = {
@@ -405,6 +442,42 @@ METRICS: dict[str, Metric] = {
             per=("target",),
             ends=_at_target(_captured("true_value_captured")),
         ),
+        _per_policy(
+            name="scored_by",
+            formula="mean candidates of a request that the teacher scores if this policy chooses k "
+            "per request, fitted to keep 99% of the value on validation; `hindsight` is chosen to "
+            "keep that on the test requests",
+            title="scored by",
+            digits=1,
+            better="lower",
+            ends=lambda sums, _: ratio(_policy_sums(sums, "scored"), sums["requests"]),
+        ),
+        _per_policy(
+            name="value_by",
+            formula="`value_captured` of the same",
+            title="value by",
+            ends=_by_policy("value_captured"),
+        ),
+        _per_policy(
+            name="true_value_by",
+            formula="`true_value_captured` of the same",
+            title="true value by",
+            ends=_by_policy("true_value_captured"),
+        ),
+        _per_policy(
+            name="covered_user_value_by",
+            formula="`covered_user_value` of the same",
+            title="covered user value by",
+            ends=_by_policy("covered_user_value"),
+        ),
+        _per_policy(
+            name="saving_by",
+            formula="1 − `scored_by` / `scored` at the smallest k, the same for all requests, that "
+            "captures as much value on the test requests",
+            title="saving by",
+            digits=3,
+            ends=_saving_by,
+        ),
         Metric(
             name="candidates",
             formula="mean candidates of a request",
@@ -534,6 +607,8 @@ def result_columns(metric: Metric, tasks: Sequence[str], report_at: ReportAt) ->
     if "target" in metric.per:
         # Rounded, for 100 · 0.07 is not 7.
         return _names(metric, [f"_{100 * target:.10g}" for target in report_at.targets], tasks)
+    if "policy" in metric.per:
+        return _names(metric, [f"/{policy}" for policy in report_at.policies], tasks)
     return _names(metric, [""], tasks)
 
 
@@ -631,12 +706,14 @@ def summarise(
     for metric in METRICS.values():
         if metric.ends is None:
             continue
+        own = report_at._replace(policies=policies_of(sums))
         columns = result_columns(metric, tasks, report_at)
-        found = [float("nan")] * len(columns)
+        row |= dict.fromkeys(columns, float("nan"))
+        columns = result_columns(metric, tasks, own)
         defined = metric.of_teacher or not of_teacher
-        if defined and not without.intersection(metric.probabilities_of):
-            found = numbers(metric, metric.ends(sums, teacher or sums), report_at).tolist()
-        row |= zip(columns, found, strict=True)
+        if columns and defined and not without.intersection(metric.probabilities_of):
+            found = numbers(metric, metric.ends(sums, teacher or sums), own).tolist()
+            row |= zip(columns, found, strict=True)
     return row
 
 

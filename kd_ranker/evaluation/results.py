@@ -322,7 +322,9 @@ def request_files(kept: Kept, tasks: Sequence[str]) -> dict[str, bytes]:
 
 def _parquet(tables: Sequence[pa.Table]) -> bytes:
     sink = pa.BufferOutputStream()
-    pq.write_table(pa.concat_tables(tables), sink, compression="zstd")
+    # The teacher has no sums of policies: they are null.
+    whole = pa.concat_tables(tables, promote_options="default")
+    pq.write_table(whole, sink, compression="zstd")
     return sink.getvalue().to_pybytes()
 
 
@@ -371,10 +373,15 @@ def _rankers(path: Path) -> dict[Who, dict[str, np.ndarray]]:
 
 
 def _arrays(columns: Mapping[str, np.ndarray], over: tuple[int, ...]) -> Sums:
-    """Sums by name, the columns of its tasks side by side: [R, *over] or [R, *over, T]."""
+    """Sums by name, the columns of its tasks side by side: [R, *over] or [R, *over, T].
+
+    The name of a policy is part of the name of a sum.
+    """
     sums: Sums = {}
     for column, values in columns.items():
-        name, _, task = column.partition("/")
+        name, task = column, ""
+        if not column.startswith("policy_"):
+            name, _, task = column.partition("/")
         if name not in ("request", "k"):
             shaped = values.reshape(-1, *over, *([1] if task else []))
             sums[name] = np.concatenate([sums[name], shaped], -1) if name in sums else shaped

@@ -15,6 +15,8 @@ from kd_ranker.config import checks, schema
 from kd_ranker.config.keys import JOIN, PLAN
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
+from kd_ranker.evaluation.evaluate import Each
+from kd_ranker.evaluation.results import Who
 from kd_ranker.manifest import is_made_of as is_measured
 from kd_ranker.pipeline import cluster, datasets, runs
 from kd_ranker.pipeline.job import Job, Opened
@@ -234,16 +236,22 @@ def _test_cohort(
       with_references: whether to measure the references as well.
     """
     owner = {**job.made_of, "serves": json.dumps(serves), "references": str(with_references)}
+    policies = job.config.funnel.policies
+    if policies:
+        owner["policies"] = ",".join(policies)
     if is_measured(folder / TEST, owner):
         return
     groups = [group.only(serves) for group in _restored(job, folder)] if serves else []
     statistics, measured = None, []
+    fitted: Mapping[Who, Each] = {}
+    students = [group for group in groups if group.names]
     if with_references:
         statistics = train_statistics(job)
         # Validation chooses among the references too.
         measured.append(measure(job, "validation", statistics=statistics))
-    students = [group for group in groups if group.names]
-    tested = measure(job, "test", students, serves=serves, statistics=statistics)
+    if policies and students:
+        fitted = measure(job, "validation", students, serves=serves, keep=True, costs=False).each
+    tested = measure(job, "test", students, serves=serves, statistics=statistics, fitted=fitted)
     write_measured(job, folder / TEST, owner, *measured, tested)
 
 
@@ -260,5 +268,10 @@ def _free_of_a_sweep(extends: bool) -> list[str]:
     """The keys in which a sweep may differ from the run in its workdir."""
     free = schema.without_influence("report")
     axes = {"sweep.ways", *(schema.axis_of(key.name) for key in schema.sweepable())}
-    # Both change no more than how its results are joined and reported.
-    return ["costs", "report", *(name for name in free if extends or name not in axes)]
+    # These change no more than how it is tested, joined and reported.
+    return [
+        "costs",
+        "report",
+        "funnel.policies",
+        *(name for name in free if extends or name not in axes),
+    ]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from ml_collections import ConfigDict
 
 from kd_ranker.config import schema
+from kd_ranker.evaluation import policy
 from kd_ranker.evaluation.metrics import TARGET, ReportAt
 from kd_ranker.evaluation.results import spaced_ks
 from kd_ranker.manifest import MadeOf
@@ -131,9 +132,10 @@ class Job:
         return ReportAt(
             ks=sorted({*funnel.report_at, funnel.passed}),
             targets=sorted({*funnel.targets, TARGET}),
+            policies=policy.named(funnel.policies),
         )
 
     @functools.cached_property
     def kept_ks(self) -> list[int]:
-        """The k at which the curves of each test request are kept."""
+        """The k at which the curves of each request are kept, and among which policies choose."""
         return spaced_ks(self.config.funnel.retrieved, self.report_at.ks)

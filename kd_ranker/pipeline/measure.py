@@ -14,8 +14,9 @@ from tqdm import tqdm
 from kd_ranker.batch import FeatureSpec, abstract_items, empty_batch
 from kd_ranker.batches.evaluation import evaluation_batches, num_evaluation_batches
 from kd_ranker.distillation.modes import MODES
-from kd_ranker.evaluation import metrics, references, results, saving
+from kd_ranker.evaluation import metrics, policy, references, results, saving
 from kd_ranker.evaluation.evaluate import Each, Plan, Ranker, Summed, evaluate, make_serve
+from kd_ranker.evaluation.metrics import TARGET
 from kd_ranker.evaluation.references import NO_PROBABILITIES, Statistics
 from kd_ranker.evaluation.results import Kept, Row, Who
 from kd_ranker.manifest import MadeOf
@@ -78,7 +79,7 @@ class Measured(NamedTuple):
       rows: of `results.csv`.
       curves: rows of `curves.csv`.
       calibration: rows of `calibration.csv`.
-      each: the contribution of each request, by member and serve name; only of the test split.
+      each: the contribution of each request, by member and serve name, where it is kept.
     """
 
     rows: list[Row]
@@ -113,6 +114,8 @@ def measure(
     judge: Judge | None = None,
     serves: Mapping[str, Collection[str]] | None = None,
     statistics: Statistics | None = None,
+    fitted: Mapping[Who, Each] | None = None,
+    keep: bool | None = None,
     limit: int = 0,
     costs: bool = True,
 ) -> Measured:
@@ -125,6 +128,8 @@ def measure(
       judge: the teacher; None takes that of the job's students.
       serves: the serving choices of each member; None takes all.
       statistics: those that references use, which are then measured as well.
+      fitted: the contribution of each validation request, for the policies of `report_at`.
+      keep: whether to keep the contribution of each request; None keeps those of the test split.
       limit: how many requests are read at most; 0 takes `config.evaluation.limit`.
       costs: whether to count FLOPs. An evaluation during training omits them, and the bar.
     """
@@ -138,10 +143,11 @@ def measure(
         splits = [job.dataset.columns[name] for name in ("validation", "test")]
         referred = references.known_references([of for of in splits if len(of)], statistics)
         groups.append(references.reference_ranker([statistics])._replace(serves=[referred]))
-    of_teacher, of_groups = _summed(job, split, teacher.ranker, groups, limit, costs)
+    keep = split == "test" if keep is None else keep
+    of_teacher, of_groups = _summed(job, split, teacher.ranker, groups, keep, limit, costs)
     flops_of_teacher = teacher_flops(job) if costs else _NOT_COUNTED
     measured = Measured([], [], [], {})
-    add = functools.partial(_add, measured, job, teacher.signal)
+    add = functools.partial(_add, measured, job, teacher.signal, fitted or {})
 
     def named(role: str, member: str, serve: str = "user") -> Row:
         dataset = job.config.data.name
@@ -173,6 +179,7 @@ def _summed(
     split: str,
     teacher: Ranker | None,
     groups: Sequence[Ranker],
+    keep: bool,
     limit: int,
     bar: bool,
 ) -> tuple[Summed, list[list[dict[str, Summed]]]]:
@@ -190,7 +197,7 @@ def _summed(
         config.value_weights,
         config.funnel.shown,
         ks=job.kept_ks,
-        keep=split == "test",
+        keep=keep,
         devices=(first_devices if sharded else own_devices)(config.parallel.devices),
         sharded=sharded,
     )
@@ -198,12 +205,21 @@ def _summed(
 
 
 def _add(
-    measured: Measured, job: Job, signal: str, row: Row, summed: Summed, of_teacher: Summed | None
+    measured: Measured,
+    job: Job,
+    signal: str,
+    fitted: Mapping[Who, Each],
+    row: Row,
+    summed: Summed,
+    of_teacher: Summed | None,
 ) -> None:
     """Add a ranker's rows of all tables, and the contribution of each request.
 
-    `signal` is that of `metrics.summarise`.
+    `signal` is that of `metrics.summarise`, and `fitted` that of `measure`.
     """
+    key = str(row["member"]), str(row["serve"])
+    if key in fitted and row["role"] == "student":
+        summed = _with_policies(job, fitted[key], summed)
     tasks, sums, at = job.dataset.spec.tasks, summed.sums, job.report_at
     only_order = row["member"] in NO_PROBABILITIES
     teacher_sums = of_teacher.sums if of_teacher else None
@@ -212,7 +228,7 @@ def _add(
     if not summed.each.sums:
         return
     who = {"member": row["member"], "serve": row["serve"]}
-    measured.each[str(row["member"]), str(row["serve"])] = summed.each
+    measured.each[key] = summed.each
     curves = metrics.curves(sums, tasks)
     # Curves have the points of the config, and those that reach a target.
     needed = metrics.result_columns(metrics.METRICS["passed_for"], tasks, at)
@@ -224,6 +240,16 @@ def _add(
     # Positions, and some references, order candidates without predicting probabilities.
     if not (only_order or (row["role"] == "teacher" and signal != "probability")):
         measured.calibration.extend(who | of for of in metrics.calibration(sums, tasks))
+
+
+def _with_policies(job: Job, fitted: Each, summed: Summed) -> Summed:
+    """The sums of a ranker with those of its policies, which are fitted to other requests."""
+    chosen = policy.sums(
+        fitted.curves, summed.each.curves, job.kept_ks, job.config.funnel.policies, TARGET
+    )
+    totals = {name: of.sum(axis=0, dtype=np.float64) for name, of in chosen.items()}
+    each = summed.each._replace(sums=summed.each.sums | chosen)
+    return Summed(summed.sums | totals, each)
 
 
 def _student_flops(config: ConfigDict, spec: FeatureSpec) -> dict[str, float]:

@@ -24,6 +24,7 @@ from kd_ranker.evaluation.metrics import (
     ReportAt,
     Sums,
     curve_columns,
+    policies_of,
     ratio,
     result_columns,
 )
@@ -71,7 +72,8 @@ class Estimates:
     def __init__(self, study: Study):
         """Take the study, which is not changed."""
         self.study = study
-        self.targets = _points(study).targets
+        points = _points(study)
+        self.targets, self.policies = points.targets, points.policies
         references = of_split(study.references, "test")
         self._read = pd.concat([study.tested, references, study.teachers])
         self._rows = {
@@ -298,7 +300,10 @@ def _points(study: Study) -> ReportAt:
     ks = {int(found[1]) for column in columns if (found := re.search(r"@(\d+)", column))}
     named = (re.fullmatch(r"passed_for_([\d.]+)", column) for column in columns)
     targets = tuple(round(float(found[1]) / 100, 10) for found in named if found)
-    return ReportAt(tuple(sorted(ks)), targets)
+    # A cohort's own table may have columns of policies that were measured before.
+    known = [of for of in columns if of.startswith("scored_by/") and study.tested[of].notna().any()]
+    policies = [of.removeprefix("scored_by/") for of in known]
+    return ReportAt(tuple(sorted(ks)), targets, policies)
 
 
 def _stacked(
@@ -328,7 +333,7 @@ def _numbers(
     sums: Sums, of_teacher: Sums, study: Study, ks: Int[np.ndarray, "K"], requests: int
 ) -> _Drawn:
     """Return the measures of a ranker, means over tasks where a metric has one, and its curves."""
-    points, at = _points(study), ks - 1
+    points, at = _points(study)._replace(policies=policies_of(sums)), ks - 1
     measures: dict[str, np.ndarray] = {}
     curves: dict[str, np.ndarray] = {"scored": ratio(sums["scored"][at], sums["requests"]).T}
     for metric in METRICS.values():

@@ -9,6 +9,7 @@ import pandas as pd
 
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.metrics import (
+    HINDSIGHT,
     MAIN,
     SUMMARY,
     TARGET,
@@ -19,7 +20,7 @@ from kd_ranker.evaluation.metrics import (
 )
 from kd_ranker.evaluation.references import NO_RANKERS
 from kd_ranker.evaluation.saving import CRITERION, SAVINGS, of_split
-from kd_ranker.report.choices import users_at_target, users_measure
+from kd_ranker.report.choices import knows_truth, users_at_target, users_measure
 from kd_ranker.report.claims import RULES
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import NOTHING, Interval, interval
@@ -314,6 +315,39 @@ def saving_table(study: Study, estimates: Estimates) -> Table | None:
     columns = ["setting", "student's cost", *(f"{100 * of:g}%" for of in estimates.targets)]
     title = f"{study.dataset}: saving by target and cost"
     return Table(title, pd.DataFrame(lines, columns=columns, dtype=str), notes)
+
+
+def policy_table(study: Study, estimates: Estimates) -> Table | None:
+    """Return what choosing k per request saves, by ranker and policy; None without policies."""
+    policies = estimates.policies
+    if not policies:
+        return None
+    user = "true_value_by" if knows_truth(study) else "covered_user_value_by"
+    columns = {
+        "candidates scored": "scored_by",
+        "value kept": "value_by",
+        "saving": "saving_by",
+        title_of(user).removesuffix(" by"): user,
+    }
+    rankers = study.tested["setting"].unique()
+    lines = [
+        {"ranker": ranker, "k per request": policy}
+        | {
+            title: mean_text(estimates.of(str(ranker), f"{name}/{policy}"), _digits(name))
+            for title, name in columns.items()
+        }
+        for ranker in rankers
+        for policy in policies
+    ]
+    notes = [
+        f"Each policy is fitted on validation requests to keep {100 * TARGET:g}% of the final "
+        "value over all requests, and measured on test requests. The saving is in candidates that "
+        "the final ranker scores, against one k for all test requests that keeps as much value "
+        f"with the same ranker. {HINDSIGHT} is chosen on the test requests themselves, with the "
+        "value lost at each k known. ± is half the 95% interval."
+    ]
+    titles = ["ranker", "k per request", *columns]
+    return Table(f"{study.dataset}: k per request", pd.DataFrame(lines, columns=titles), notes)
 
 
 def cost_table(study: Study, estimates: Estimates) -> Table | None:

@@ -69,6 +69,7 @@ def _write_study(study: Study, estimates: Estimates, tested: pd.DataFrame, outpu
         name: tables.main_table(study, estimates, numbers),
         f"{name}-difference": tables.difference_table(study, numbers),
         f"{name}-saving": tables.saving_table(study, estimates),
+        f"{name}-policy": tables.policy_table(study, estimates),
         f"{name}-cost": tables.cost_table(study, estimates),
         f"{name}-tuning": tables.tuning_table(study),
     }

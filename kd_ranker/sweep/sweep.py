@@ -142,11 +142,14 @@ class Sweep:
     def _made_of(self) -> MadeOf:
         """The fingerprints of the joined results; those of each cohort contain the teacher.
 
-        A change of costs only repeats the join: nothing is trained or measured again.
+        A change of costs only repeats the join. One of policies measures on test again, and
+        trains nothing.
         """
         names = itertools.chain.from_iterable(self.plan)
         members = {name: self.members[name] for name in names}
         found = {"config": fingerprint(members, "student"), **self.dataset}
+        if policies := next(iter(members.values())).funnel.policies:
+            found["policies"] = ",".join(policies)
         return found if self.costs == FLOPS else {**found, "costs": str(tuple(self.costs))}
 
 

@@ -257,7 +257,7 @@ def test_padding_changes_nothing() -> None:
     # At the same k, the same share of the passed: padding is no candidate.
     longer["covered_user_value"] = longer["covered_user_value"][:40]
     curves = [name for name, of in longer.items() if of.shape[:1] == (45,)]
-    assert len(curves) == 10
+    assert len(curves) == 11
     for name in curves:
         curve = longer[name]
         np.testing.assert_array_equal(curve[40:], np.broadcast_to(curve[39], curve[40:].shape))

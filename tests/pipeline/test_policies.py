@@ -1,0 +1,80 @@
+"""How many to pass per request, in a sweep: fitted on validation, measured on test, reported."""
+
+import shutil
+
+import pandas as pd
+import pytest
+
+from kd_ranker import api
+from kd_ranker.errors import UserError
+from kd_ranker.evaluation import results
+from kd_ranker.evaluation.policy import named
+from kd_ranker.report.estimates import Estimates
+from kd_ranker.report.study import read_studies
+from kd_ranker.report.tables import policy_table
+from tests.small import SWEEP
+
+POLICIES = ("uniform", "threshold")
+
+
+@pytest.fixture(scope="module")
+def swept(world, tmp_path_factory):
+    """The small sweep, measured again with policies."""
+    workdir = tmp_path_factory.mktemp("policies") / "sweep"
+    shutil.copytree(world.sweep(), workdir)
+    config = world.config(**SWEEP, funnel__policies=POLICIES)
+    api.sweep(config, workdir)
+    return workdir
+
+
+def test_measured_on_test_alone(swept):
+    rows = results.read_csv(swept / results.FILE)
+    for policy in named(POLICIES):
+        known = rows[f"scored_by/{policy}"].notna()
+        assert set(rows.loc[known, "split"]) == {"test"}
+        assert set(rows.loc[known, "role"]) == {"student"}
+    students = rows[(rows["role"] == "student") & (rows["split"] == "test")]
+    assert (students["scored_by/hindsight"] <= students["scored_by/threshold"]).all()
+    # One k for all saves nothing over one k for all, except where more candidates add no value.
+    assert (students["saving_by/uniform"] <= 1e-6).all()
+
+
+def test_sums_of_requests_give_the_measures(swept):
+    (kept,) = (results.read_requests(folder) for folder in swept.glob("cohorts/*/test"))
+    rows = results.read_csv(swept / results.FILE)
+    rows = rows[(rows["split"] == "test") & (rows["role"] == "student")]
+    for row in rows.to_dict("records"):
+        sums = kept.each[row["member"], row["serve"]].sums
+        for policy in named(POLICIES):
+            scored = sums[f"policy_scored/{policy}"].mean()
+            assert scored == pytest.approx(row[f"scored_by/{policy}"], rel=1e-5)
+
+
+def test_reported_with_intervals(swept):
+    (study,) = read_studies([swept])
+    table = policy_table(study, Estimates(study))
+    assert table is not None
+    assert len(table.cells) == study.tested["setting"].nunique() * len(named(POLICIES))
+    assert table.cells["candidates scored"].str.contains("±").any()
+
+
+def test_other_policies_are_measured_anew(swept, world, tmp_path):
+    workdir = tmp_path / "sweep"
+    shutil.copytree(swept, workdir)
+    api.sweep(world.config(**SWEEP, funnel__policies=("threshold",)), workdir)
+    (study,) = read_studies([workdir])
+    estimates = Estimates(study)
+    assert tuple(estimates.policies) == ("threshold", "hindsight")
+    before, after = (results.read_csv(folder / results.FILE) for folder in (swept, workdir))
+    column = "scored_by/threshold"
+    pd.testing.assert_series_equal(before[column], after[column])
+    for setting in study.tested["setting"].unique():
+        for policy in estimates.policies:
+            of = estimates.of(str(setting), f"scored_by/{policy}")
+            assert of.low <= of.mean <= of.high
+
+
+def test_an_unknown_policy_is_refused(world, tmp_path):
+    config = world.config(**SWEEP, funnel__policies=("best",))
+    with pytest.raises(UserError, match=r"funnel\.policies"):
+        api.sweep(config, tmp_path)
