@@ -439,6 +439,7 @@ DATA_KEYS: dict[str, dict[str, Key]] = {
     "movielens_1m": _SAMPLED_RATINGS,
     "movielens_32m": _SAMPLED_RATINGS,
     **{f"kuairand_{variant}": _KUAIRAND for variant in kuairand.VARIANTS},
+    "filmsearch": _CONVERTED,
     "recflow": _RECFLOW,
     "parquet": _LOG,
     given.NAME: _GIVEN,

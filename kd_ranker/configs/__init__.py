@@ -8,6 +8,7 @@ from kd_ranker.config.features import feature
 from kd_ranker.configs import sweeps
 from kd_ranker.configs.cascade import get_config as cascade
 from kd_ranker.configs.ebnerd import get_config as ebnerd
+from kd_ranker.configs.filmsearch import get_config as filmsearch
 from kd_ranker.configs.kuairand import get_config as kuairand
 from kd_ranker.configs.movielens import get_config as movielens
 from kd_ranker.configs.movielens_1m import get_config as movielens_1m
@@ -19,6 +20,7 @@ __all__ = [
     "cascade",
     "ebnerd",
     "feature",
+    "filmsearch",
     "kuairand",
     "movielens",
     "movielens_1m",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from kd_ranker.requests.request import Source
-from kd_ranker.sources import cascade, converted, given, kuairand, movielens, recflow
+from kd_ranker.sources import cascade, converted, filmsearch, given, kuairand, movielens, recflow
 from kd_ranker.sources.logs import source as parquet
 
 
@@ -44,6 +44,7 @@ _CONVERTERS = {
     **dict.fromkeys(movielens.ARCHIVES, movielens.CONVERTER),
     **{f"kuairand_{variant}": kuairand.CONVERTER for variant in kuairand.VARIANTS},
     "recflow": recflow.CONVERTER,
+    "filmsearch": filmsearch.CONVERTER,
 }
 
 SOURCES: dict[str, SourceEntry] = {

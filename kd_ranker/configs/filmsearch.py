@@ -1,0 +1,44 @@
+"""Film search: real queries, labels by people, and a final ranker that reads full texts."""
+
+from ml_collections import ConfigDict
+
+from kd_ranker.config import defaults
+from kd_ranker.config.features import feature
+from kd_ranker.sources.filmsearch import FACTS, PASSED, RETRIEVED, STUDENT_FEATURES
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """The default setting; give `--config.data.path`, or leave it empty to download."""
+    defaults.check_variant(variant)
+    config = defaults.get_config("filmsearch")
+    config.tasks, config.value_weights = ("wanted",), (1.0,)
+    config.data.title = "film search"
+    config.data.rows = "request"
+    config.data.columns = ConfigDict(
+        dict(request="query", time="time", item="item", stage="stage", incumbent="bm25",
+             split="split")
+    )  # fmt: skip
+    config.data.stages = ConfigDict({"retrieved": "1", "passed": "2", "shown": "3"})
+    config.data.split = "column"
+    config.data.labels = ConfigDict(dict(wanted="wanted"))
+    config.data.teacher = ConfigDict(dict(wanted="final_score"))
+    config.data.features = ConfigDict(
+        dict(
+            words=feature("context", "bag", length=8, size=8000),
+            trigrams=feature("context", "bag", length=32, size=8000),
+            title=feature("item", "bag", length=6, size=8000),
+            people=feature("item", "bag", length=3, size=8000),
+            genres=feature("item", "bag", length=3),
+            tags=feature("item", "bag", length=4, size=2000),
+            **{name: feature("item", "dense") for name in (*FACTS, "year")},
+            **{name: feature("candidate", "dense") for name in STUDENT_FEATURES},
+        )
+    )
+    config.funnel.retrieved, config.funnel.passed, config.funnel.shown = RETRIEVED, PASSED, 10
+    config.funnel.report_at = (10, 20, 50, 100, 200)
+    config.teacher.source = "logged"
+    config.teacher.stage = "passed"
+    config.student.name = "two_tower"
+    config.batch.requests, config.batch.candidates = 32, 100
+    config.optimizer.learning_rate = config.optimizer.table_learning_rate = 1e-2
+    return config

@@ -1,0 +1,21 @@
+"""Sweep that measures the saving of distillation from a final ranker of film search."""
+
+from ml_collections import ConfigDict
+
+from kd_ranker.config import defaults
+from kd_ranker.config.keys import POLICIES
+from kd_ranker.configs.filmsearch import get_config as filmsearch
+from kd_ranker.configs.sweeps.ways import with_ways
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """`configs/filmsearch.py`, with policies of how many to pass; `:paper` tunes more."""
+    defaults.check_variant(variant, "paper")
+    config = filmsearch()
+    config.funnel.policies = POLICIES
+    config.train.steps = 1500
+    if variant == "paper":
+        config.sweep.axes.train.steps = (1500, 3000)
+        config.sweep.whole_repeats = True
+        return with_ways(config, rates=(3e-3, 1e-2), weights=(0.3, 1.0), unshown=(0.1, 0.3))
+    return with_ways(config, rates=(1e-2,), weights=(1.0,), unshown=(0.3,))

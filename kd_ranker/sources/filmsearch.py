@@ -1,0 +1,422 @@
+"""Film search as a log: queries that people typed, their labels, and a final ranker trained here.
+
+The Movie Search Ranking Dataset (Metarank Labs, CC BY 4.0), as Elastic adapted it: 9,750 films, and
+16,279 queries with 24 labelled films each. BM25 (Robertson and Zaragoza, 2009) retrieves the first
+1,000 films of a query and passes 100 of them. LambdaMART (Burges, 2010) over BM25 by field, facts
+of a film, and the cosine of sentence embeddings orders them. It learns from queries that are not
+in the log. `docs/filmsearch.md` describes columns and limits.
+"""
+
+import csv
+import importlib.util
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import scipy.sparse
+from jaxtyping import Float, Float32, Int, Int64
+from ml_collections import ConfigDict
+from scipy.sparse.csgraph import connected_components
+from tqdm import tqdm
+
+from kd_ranker.errors import UserError
+from kd_ranker.sources import sentences
+from kd_ranker.sources.converted import Converter, write_rows
+from kd_ranker.sources.download import fetch_files
+
+RETRIEVED, PASSED = 1000, 100
+RANKER = "ranker"
+SPLITS = {RANKER: 0.2, "train": 0.5, "validation": 0.15, "test": 0.15}
+"""The share of the queries in each split; the final ranker learns from the first one only."""
+
+# Two queries are near duplicates if their words have at least this Jaccard similarity.
+SAME_QUERY = 0.75
+LARGE = 0.01  # of all queries: larger groups are for training
+FIELDS = ("title", "overview", "people", "characters", "tags", "year")
+FACTS = ("popularity", "votes", "rating", "budget")  # of a film; year is one of them too
+FEATURES = (*(f"bm25_{name}" for name in FIELDS), "bm25", "title_share", *FACTS, "year", "minilm")
+"""The columns that the final ranker reads."""
+
+STUDENT_FEATURES = ("bm25", "bm25_title", "title_share")
+"""Those of a candidate that the early ranker may read too: what the retrieval knows."""
+
+_TIME = 1_600_000_000  # seconds; the queries have no time, and a log needs one
+_THREADS = 2  # of LightGBM
+_TITLE_WEIGHT = 3.0  # of BM25 on titles in the sum over fields
+_URL = (
+    "https://raw.githubusercontent.com/elastic/elasticsearch-labs/main/notebooks/search/"
+    "sample_data/learning-to-rank/"
+)
+FILES = {
+    "movies-corpus.jsonl.gz": "e7dbd5a64fd4ec15d9224795eda8d833fa12da871620ea661a36cca6eefabb00",
+    "movies-judgments.tsv.gz": "38f64a511f48192fb2eeea02b54ca0420876a611072e57c1ab773adddc84ce3e",
+}
+_NEGATIVES = 30  # films without a label, per query, that the final ranker takes as not wanted
+
+
+class Collection(NamedTuple):
+    """The raw data, with films and queries as numbers.
+
+    Attributes:
+      films: one row per film.
+      queries: the texts.
+      labels: of each query, film -> 1 if a person wanted it, 0 if not.
+    """
+
+    films: pd.DataFrame
+    queries: list[str]
+    labels: list[dict[int, int]]
+
+    @property
+    def words(self) -> list[list[str]]:
+        """The words of each query."""
+        return [words_of(text) for text in self.queries]
+
+
+class Candidates(NamedTuple):
+    """The retrieved films of a query, the best first by BM25.
+
+    Attributes:
+      film: their numbers.
+      features: the columns `FEATURES`.
+    """
+
+    film: Int64[np.ndarray, "n"]
+    features: Float32[np.ndarray, "n features"]
+
+
+def words_of(text: str | None) -> list[str]:
+    """The words of a text, in lower case.
+
+    >>> words_of("Fast & Furious 6")
+    ['fast', 'furious', '6']
+    """
+    return re.findall(r"\w+", (text or "").lower())
+
+
+def trigrams_of(words: Sequence[str]) -> list[str]:
+    """The different runs of three characters in words with their ends marked, in order.
+
+    >>> trigrams_of(["up", "up"])
+    ['^up', 'up$']
+    """
+    marked = (f"^{word}$" for word in words)
+    return [*dict.fromkeys(word[i : i + 3] for word in marked for i in range(len(word) - 2))]
+
+
+def read(folder: Path) -> Collection:
+    """Read the two files; a label of a film that the corpus lacks is left out."""
+    corpus, judgments = (folder / name for name in FILES)
+    films = pd.read_json(corpus, lines=True, dtype={"id": np.int64})
+    films["year"] = films["year"].astype("Int64")
+    number = {film: place for place, film in enumerate(films["id"])}
+    # Texts hold unbalanced quotation marks.
+    judged = pd.read_csv(judgments, sep="\t", quoting=csv.QUOTE_NONE, keep_default_na=False)
+    queries, labels = [], []
+    for _, of_query in judged.groupby("query_id", sort=False):
+        queries.append(str(of_query["query"].iloc[0]))
+        pairs = zip(of_query["doc_id"], of_query["grade"], strict=True)
+        labels.append({number[film]: grade for film, grade in pairs if film in number})
+    return Collection(films, queries, labels)
+
+
+def _texts(films: pd.DataFrame) -> dict[str, list[list[str]]]:
+    """The words of each field of all films."""
+    people = [" ".join([*actors, director]) for actors, director in zip(
+        films["actors"], films["director"].fillna(""), strict=True)]  # fmt: skip
+    tags = [" ".join([*tags, *genres]) for tags, genres in zip(
+        films["tags"], films["genres"], strict=True)]  # fmt: skip
+    texts: dict[str, Iterable[str]] = {
+        "title": films["title"],
+        "overview": films["overview"],
+        "people": people,
+        "characters": films["characters"].map(" ".join),
+        "tags": tags,
+        "year": films["year"].astype("string").fillna(""),
+    }
+    return {field: [words_of(text) for text in texts[field]] for field in FIELDS}
+
+
+def facts_of(films: pd.DataFrame) -> Float32[np.ndarray, "films facts"]:
+    """Popularity, votes and budget as logarithms, rating and year as they are; 0 if unknown."""
+    facts = films[[*FACTS, "year"]].fillna(0).astype(np.float64)
+    facts[["popularity", "votes", "budget"]] = np.log1p(facts[["popularity", "votes", "budget"]])
+    return facts.to_numpy(np.float32)
+
+
+def retriever(
+    collection: Collection,
+    cosine: Callable[[int, Int64[np.ndarray, "n"]], Float32[np.ndarray, "n"]],
+) -> Callable[[int], Candidates]:
+    """Build the retrieval by BM25, as a function of a query's number.
+
+    Args:
+      collection: the films to retrieve.
+      cosine: (query, films) -> its sentence similarity to each of them.
+    """
+    import bm25s
+
+    logging.getLogger("bm25s").setLevel(logging.WARNING)
+    facts = facts_of(collection.films)
+    indices = []
+    for words in _texts(collection.films).values():
+        index = bm25s.BM25(k1=1.2, b=0.75)
+        index.index(words, show_progress=False)
+        indices.append(index)
+    popularity, queries = facts[:, 0], collection.words
+
+    def retrieve(query: int) -> Candidates:
+        words = queries[query]
+        scores = np.stack(
+            [index.get_scores_from_ids(index.get_tokens_ids(words)) for index in indices]
+        )
+        total = _TITLE_WEIGHT * scores[0] + scores[1:].sum(axis=0)
+        film = np.lexsort((-popularity, -total))[:RETRIEVED]
+        title_share = scores[0] / max(scores[0].max(), 1e-6)
+        columns = [of[film] for of in (*scores, total, title_share, *facts.T)]
+        features = np.stack([*columns, cosine(query, film)], axis=1)
+        return Candidates(film, features.astype(np.float32))
+
+    return retrieve
+
+
+def groups_of(collection: Collection, best: Mapping[int, int]) -> Int[np.ndarray, "queries"]:
+    """Number the groups of queries that must not be separated.
+
+    Two queries share a group if the same film is the best one wanted for both, or if their words
+    are nearly the same.
+
+    Args:
+      collection: the queries.
+      best: query -> of the films wanted for it, the one that BM25 puts first.
+    """
+    words, number = collection.words, len(collection.queries)
+    vocabulary = {word: place for place, word in enumerate(sorted({*chain(*words)}))}
+    pairs = [(query, vocabulary[word]) for query, of in enumerate(words) for word in {*of}]
+    row, column = np.array(pairs).T
+    shape = (number, len(vocabulary))
+    has = scipy.sparse.csr_matrix((np.ones(len(row)), (row, column)), shape)
+    shared = (has @ has.T).tocoo()
+    size = np.asarray(has.sum(axis=1)).ravel()
+    near = shared.data >= SAME_QUERY * (size[shared.row] + size[shared.col] - shared.data)
+    query, film = np.array([*best.items()]).T
+    ends = (np.r_[shared.row[near], query], np.r_[shared.col[near], number + film])
+    nodes = number + len(collection.films)
+    edges = scipy.sparse.coo_matrix((np.ones(len(ends[0])), ends), (nodes, nodes))
+    return connected_components(edges, directed=False)[1][:number]
+
+
+def splits_of(groups: Int[np.ndarray, "queries"], seed: int) -> list[str]:
+    """The split of each query, with whole groups, in about the shares of `SPLITS`.
+
+    Groups with more than 1% of the queries are for training: one of them in a split of the
+    evaluation would outweigh the others there.
+    """
+    _, of_query, size = np.unique(groups, return_inverse=True, return_counts=True)
+    shares, split = dict(SPLITS), np.full(len(size), "train", dtype=object)
+    large = size > LARGE * len(groups)
+    shares["train"] -= size[large].sum() / len(groups)
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(~large))
+    middle = (np.cumsum(size[order]) - size[order] / 2) / size[order].sum()
+    ends = np.cumsum([*shares.values()])[:-1] / sum(shares.values())
+    split[order] = np.array([*shares], object)[np.searchsorted(ends, middle, side="right")]
+    return list(split[of_query])
+
+
+class Ranker(NamedTuple):
+    """A final ranker: LambdaMART, and the logistic curve from its score to a probability."""
+
+    trees: Any
+    curve: Any
+
+    def probability(self, features: Float32[np.ndarray, "n features"]) -> Float[np.ndarray, "n"]:
+        """The probability that a person wants each film."""
+        return self.curve.predict_proba(self.trees.predict(features)[:, None])[:, 1]
+
+
+Judged = tuple[Float32[np.ndarray, "n features"], Int[np.ndarray, "n"]]
+"""The features of a query's candidates, and their labels: 1 wanted, 0 not, -1 unknown."""
+
+
+def fit_ranker(queries: Sequence[Judged], seed: int) -> Ranker:
+    """Train a final ranker; a fifth of the queries stops it early and calibrates it.
+
+    For the order, 30 random films without a label count as not wanted. For the calibration, only
+    labelled films count.
+    """
+    import lightgbm
+    from sklearn.linear_model import LogisticRegression
+
+    generator = np.random.default_rng(seed)
+    features, labels = [], []
+    for of_query, label in (queries[place] for place in generator.permutation(len(queries))):
+        unknown = np.flatnonzero(label < 0)
+        extra = generator.choice(unknown, min(_NEGATIVES, len(unknown)), replace=False)
+        rows = np.concatenate([np.flatnonzero(label >= 0), extra])
+        features.append(of_query[rows])
+        labels.append(label[rows])
+    cut = len(queries) * 4 // 5
+
+    def part(some: slice) -> tuple[Any, Any, list[int]]:
+        wanted = np.maximum(np.concatenate(labels[some]), 0)
+        return np.concatenate(features[some]), wanted, [len(of) for of in labels[some]]
+
+    (inputs, wanted, sizes), (others, known, groups) = part(slice(cut)), part(slice(cut, None))
+    trees = lightgbm.LGBMRanker(
+        n_estimators=300, num_leaves=31, learning_rate=0.1, min_child_samples=50, verbose=-1,
+        random_state=seed, deterministic=True, force_row_wise=True, n_jobs=_THREADS,
+    )  # fmt: skip
+    trees.fit(
+        inputs,
+        wanted,
+        group=sizes,
+        eval_X=others,
+        eval_y=known,
+        eval_group=[groups],
+        eval_at=[10],
+        callbacks=[lightgbm.early_stopping(20, verbose=False)],
+    )
+    labelled = np.concatenate(labels[cut:]) >= 0
+    score = np.asarray(trees.predict(others[labelled]))
+    return Ranker(trees, LogisticRegression().fit(score[:, None], known[labelled]))
+
+
+def ndcg(score: Float[np.ndarray, "n"], wanted: Int[np.ndarray, "n"], at: int = 10) -> float:
+    """NDCG of the labelled films of a query, in the order of `score`; NaN if none is wanted.
+
+    Järvelin and Kekäläinen, "Cumulated gain-based evaluation of IR techniques", ACM TOIS 2002.
+    """
+    discount = 1 / np.log2(np.arange(2, 2 + len(wanted)))
+    discount[at:] = 0
+    best = np.sort(wanted)[::-1] @ discount
+    return float(wanted[np.argsort(-score, kind="stable")] @ discount / best) if best else np.nan
+
+
+def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
+    """Write one row per query, and `rankers.json`: nDCG of each ranker on test queries."""
+    for package in ("bm25s", "lightgbm", "sklearn"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError("film search needs: pip install 'kd_ranker[filmsearch]'")
+    collection = read(files[0].parent)
+    films, queries = _vectors(collection, Path(data.dir) / "logs")
+    retrieve = retriever(collection, lambda query, film: films[film] @ queries[query])
+    numbers = tqdm(range(len(collection.queries)), desc="retrieve", disable=None, leave=False)
+    candidates = [retrieve(query) for query in numbers]
+    labels = [
+        np.array([of.get(film, -1) for film in found.film.tolist()])
+        for found, of in zip(candidates, collection.labels, strict=True)
+    ]
+    best = {
+        query: int(found.film[label.argmax()])
+        for query, (found, label) in enumerate(zip(candidates, labels, strict=True))
+        if label.max() > 0
+    }
+    splits = splits_of(groups_of(collection, best), int(data.seed))
+    judged = [(found.features, label) for found, label in zip(candidates, labels, strict=True)]
+    of_ranker = [of for of, split in zip(judged, splits, strict=True) if split == RANKER]
+    ranker = fit_ranker(of_ranker, int(data.seed))
+    tested = [of for of, split in zip(judged, splits, strict=True) if split == "test"]
+    (folder / "rankers.json").write_text(json.dumps(_quality(ranker, tested), indent=2))
+    write_rows(folder / "log.parquet", _rows(collection, candidates, labels, splits, ranker))
+
+
+def _vectors(
+    collection: Collection, folder: Path
+) -> tuple[Float32[np.ndarray, "films 384"], Float32[np.ndarray, "queries 384"]]:
+    """The sentence vectors of films and queries, kept in `folder`: they take most of the time."""
+    path = folder / f"filmsearch-vectors-{sentences.VERSION}.npz"
+    if not path.exists():
+        rows: Iterable[Any] = collection.films.itertuples()
+        texts = [
+            f"{film.title} ({film.year}). {film.overview} {', '.join(film.genres)}. "
+            f"{', '.join(film.actors[:4])}"
+            for film in rows
+        ]
+        part = path.with_suffix(".part.npz")
+        np.savez(
+            part,
+            films=sentences.embed(texts, "embed films"),
+            queries=sentences.embed(collection.queries, "embed queries"),
+        )
+        part.rename(path)
+    stored = np.load(path)
+    return stored["films"], stored["queries"]
+
+
+def _quality(ranker: Ranker, queries: Sequence[Judged]) -> dict[str, dict[str, float]]:
+    """nDCG@10 of each ranker by people's labels, and how much better the final ranker is.
+
+    Each is a mean over queries, followed by half of its 95% interval.
+    """
+    final = [ranker.probability(features) for features, _ in queries]
+    scores = {
+        "final ranker": final,
+        "BM25": [features[:, FEATURES.index("bm25")] for features, _ in queries],
+        "MiniLM": [features[:, FEATURES.index("minilm")] for features, _ in queries],
+    }
+    of_each = {}
+    for name, score in scores.items():
+        pairs = zip(score, (label for _, label in queries), strict=True)
+        of_each[name] = np.array([ndcg(of[label >= 0], label[label >= 0]) for of, label in pairs])
+    return {
+        name: {
+            **_interval("ndcg@10", values),
+            **_interval("final ranker's advantage", of_each["final ranker"] - values),
+        }
+        for name, values in of_each.items()
+    }
+
+
+def _interval(name: str, values: Float[np.ndarray, "n"]) -> dict[str, float]:
+    known = values[np.isfinite(values)]
+    error = 1.96 * known.std(ddof=1) / np.sqrt(len(known))
+    return {name: round(float(known.mean()), 4), f"{name} ±": round(float(error), 4)}
+
+
+def _rows(
+    collection: Collection,
+    candidates: Sequence[Candidates],
+    labels: Sequence[Int[np.ndarray, "n"]],
+    splits: Sequence[str],
+    ranker: Ranker,
+) -> Iterator[dict[str, Any]]:
+    """The rows of the log; labelled films count as shown, since people have seen them."""
+    films = collection.films
+    bags = {
+        "title": films["title"].map(words_of),
+        "people": films["actors"].str[:3],
+        "genres": films["genres"].map(lambda names: [name.lower() for name in names]),
+        "tags": films["tags"],
+    }
+    of_film = {name: pa.array(bag.tolist(), pa.list_(pa.string())) for name, bag in bags.items()}
+    numbers = [query for query, split in enumerate(splits) if split != RANKER]
+    for query in tqdm(numbers, desc="write the log", disable=None, leave=False):
+        (film, features), label = candidates[query], labels[query]
+        words = words_of(collection.queries[query])
+        column = dict(zip(FEATURES, features.T, strict=True))
+        stage = np.where(np.arange(len(film)) < PASSED, 2, 1).astype(np.int8)
+        yield {
+            "query": query, "time": _TIME + query, "split": splits[query],
+            "words": words, "trigrams": trigrams_of(words),
+            "item": films["id"].to_numpy()[film],
+            "stage": np.where(label >= 0, np.int8(3), stage),
+            "wanted": np.where(label >= 0, label, np.nan).astype(np.float32),
+            "final_score": ranker.probability(features).astype(np.float32),
+            **{name: column[name] for name in (*STUDENT_FEATURES, *FACTS, "year")},
+            **{name: bag.take(pa.array(film)) for name, bag in of_film.items()},
+        }  # fmt: skip
+
+
+def find_files(data: ConfigDict) -> list[Path]:
+    """The two files, fetched if `data.path` is empty."""
+    return fetch_files(_URL, FILES, data)
+
+
+CONVERTER = Converter((), find_files, write)

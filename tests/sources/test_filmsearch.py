@@ -1,0 +1,225 @@
+"""Film search as a log: retrieval, splits, labels and stages, against restatements by hand."""
+
+import gzip
+import itertools
+import json
+import math
+from collections import Counter
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from sklearn.metrics import ndcg_score
+
+from kd_ranker.configs import filmsearch as config_of
+from kd_ranker.errors import UserError
+from kd_ranker.sources import filmsearch, sentences
+from kd_ranker.sources.filmsearch import FEATURES, FIELDS, words_of
+
+pytest.importorskip("bm25s")
+pytest.importorskip("lightgbm")
+
+NOUNS = ("wolf", "river", "ghost", "train", "piano", "desert", "moon", "king")
+QUERIES = 120
+
+
+def film(number: int, generator: np.random.Generator) -> dict:
+    title, overview, tags = (generator.choice(NOUNS, n).tolist() for n in (2, 6, 2))
+    return {
+        "id": str(100 + 7 * number), "title": " ".join(title), "overview": " ".join(overview),
+        "tags": tags, "genres": ["Drama"], "director": None, "actors": [f"Ann {title[0]}", "Bo Li"],
+        "characters": ["The King"], "year": 1990 + number % 5, "votes": number, "rating": 6.5,
+        "popularity": float(number), "budget": None if number % 3 else 10, "url": "",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """60 films, and 120 queries with labels of 12 films each; words in the title are wanted."""
+    folder = tmp_path_factory.mktemp("raw")
+    generator = np.random.default_rng(0)
+    films = [film(number, generator) for number in range(60)]
+    lines = ["query_id\tquery\tdoc_id\tgrade"]
+    for number in range(QUERIES):
+        query = f'{generator.choice(NOUNS)} {generator.choice(NOUNS)} {number % 40}" film'
+        for of in generator.choice(60, 12, replace=False):
+            wanted = int(bool({*query.split()} & {*films[of]["title"].split()}))
+            lines.append(f"q{number}\t{query}\t{films[of]['id']}\t{wanted}")
+    lines.append("q0\tnot in the corpus\t5\t1")
+    texts = ["\n".join(map(json.dumps, films)) + "\n", "\n".join(lines) + "\n"]
+    for name, text in zip(filmsearch.FILES, texts, strict=True):
+        (folder / name).write_bytes(gzip.compress(text.encode()))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def collection(raw):
+    return filmsearch.read(raw)
+
+
+def vectors(texts, title=""):
+    return np.stack([np.random.default_rng(len(text)).normal(size=384) for text in texts])
+
+
+@pytest.fixture(scope="module")
+def log(raw, tmp_path_factory):
+    """The rows of the log, and the raw labels by query and film."""
+    folder = tmp_path_factory.mktemp("log")
+    config = config_of()
+    config.data.dir = str(folder / "data")
+    (folder / "data" / "logs").mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sentences, "embed", vectors)
+        patch.setattr(filmsearch, "RETRIEVED", 20)
+        patch.setattr(filmsearch, "PASSED", 5)
+        patch.setattr(filmsearch, "LARGE", 0.2)
+        filmsearch.write(config.data, [raw / name for name in filmsearch.FILES], folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(log):
+    return pq.read_table(log / "log.parquet").to_pylist()
+
+
+def bm25(query: list[str], texts: list[list[str]]) -> np.ndarray:
+    """The formula of Lucene, term by term, with k1 = 1.2 and b = .75."""
+    mean = np.mean([len(text) for text in texts])
+    scores = np.zeros(len(texts))
+    for term in query:
+        having = sum(term in text for text in texts)
+        idf = math.log(1 + (len(texts) - having + 0.5) / (having + 0.5))
+        for place, text in enumerate(texts):
+            count = text.count(term)
+            scores[place] += idf * count / (count + 1.2 * (0.25 + 0.75 * len(text) / mean))
+    return scores
+
+
+def test_retrieval_is_bm25_with_titles_three_times(collection):
+    retrieve = filmsearch.retriever(collection, lambda _, film: np.zeros(len(film)))
+    films = collection.films
+    titles = [words_of(text) for text in films["title"]]
+    tags = [
+        words_of(" ".join([*a, *b])) for a, b in zip(films["tags"], films["genres"], strict=True)
+    ]
+    for query in (0, 7, 50):
+        found = retrieve(query)
+        columns = dict(zip(FEATURES, found.features.T, strict=True))
+        words = words_of(collection.queries[query])
+        np.testing.assert_allclose(
+            columns["bm25_title"], bm25(words, titles)[found.film], rtol=1e-5
+        )
+        np.testing.assert_allclose(columns["bm25_tags"], bm25(words, tags)[found.film], rtol=1e-5)
+        others = sum(columns[f"bm25_{field}"] for field in FIELDS if field != "title")
+        np.testing.assert_allclose(columns["bm25"], 3 * columns["bm25_title"] + others, rtol=1e-5)
+        assert (np.diff(columns["bm25"]) <= 0).all()
+        assert sorted(found.film) == [*range(60)]
+
+
+def test_no_label_of_an_unknown_film(collection):
+    assert len(collection.queries) == QUERIES
+    assert all(len(of) == 12 for of in collection.labels)
+
+
+def test_near_duplicates_and_queries_for_one_film_share_a_split(collection, rows):
+    split = {row["query"]: row["split"] for row in rows}
+    words = {query: {*words_of(collection.queries[query])} for query in split}
+    for a, b in itertools.combinations(split, 2):
+        shared = len(words[a] & words[b]) / len(words[a] | words[b])
+        if shared >= filmsearch.SAME_QUERY:
+            assert split[a] == split[b]
+    best = {}
+    for row in rows:
+        # The rows are in the order of BM25, so the first one wanted is the film of the query.
+        wanted = [
+            film for film, label in zip(row["item"], row["wanted"], strict=True) if label == 1
+        ]
+        if wanted:
+            best.setdefault(wanted[0], set()).add(row["split"])
+    assert all(len(splits) == 1 for splits in best.values())
+
+
+def test_groups_are_the_components_of_both_relations():
+    collection = filmsearch.Collection(
+        films=[None] * 4,
+        queries=["a b c d", "a b c d e", "x", "y", "z", "d"],
+        labels=[{}] * 6,
+    )
+    groups = filmsearch.groups_of(collection, {1: 3, 2: 3, 4: 0})
+    assert groups[0] == groups[1] == groups[2]
+    assert len(Counter(groups.tolist())) == 4
+
+
+def test_shares_of_the_splits():
+    groups = np.repeat(np.arange(1000), 3)
+    splits = Counter(filmsearch.splits_of(groups, 1))
+    for name, share in filmsearch.SPLITS.items():
+        assert splits[name] / 3000 == pytest.approx(share, abs=0.01)
+    assert filmsearch.splits_of(groups, 1) != filmsearch.splits_of(groups, 2)
+
+
+def test_large_groups_are_for_training():
+    groups = np.concatenate([np.zeros(100, int), np.full(31, 1), np.arange(2, 2871)])
+    splits = np.array(filmsearch.splits_of(groups, 0))
+    assert set(splits[groups < 2]) == {"train"}
+    assert (splits == "train").mean() == pytest.approx(0.5, abs=0.01)
+
+
+def test_rows_hold_labels_and_stages_of_the_raw_files(collection, rows):
+    known = set(collection.films["id"])
+    numbers = {film: number for number, film in enumerate(collection.films["id"])}
+    assert {row["split"] for row in rows} == {"train", "validation", "test"}
+    for row in rows:
+        labels = collection.labels[row["query"]]
+        assert len(row["item"]) == 20
+        assert {*row["item"]} <= known
+        for place, (film, stage, wanted) in enumerate(
+            zip(row["item"], row["stage"], row["wanted"], strict=True)
+        ):
+            label = labels.get(numbers[film])
+            assert stage == (3 if label is not None else 2 if place < 5 else 1)
+            assert np.isnan(wanted) if label is None else wanted == label
+        assert all(0 < score < 1 for score in row["final_score"])
+
+
+def test_the_student_reads_nothing_of_the_final_ranker():
+    features = config_of().data.features
+    columns = {feature.column or name for name, feature in features.items()}
+    assert not columns & {"final_score", "wanted", "minilm", "stage"}
+
+
+def test_quality_of_the_rankers_is_written(log):
+    quality = json.loads((log / "rankers.json").read_text())
+    assert quality["BM25"]["ndcg@10"] > 0.5
+    assert quality["final ranker"]["final ranker's advantage"] == 0
+
+
+def test_ndcg_is_that_of_scikit_learn():
+    generator = np.random.default_rng(3)
+    for _ in range(20):
+        score, wanted = generator.normal(size=24), generator.integers(0, 2, 24)
+        expected = ndcg_score(wanted[None], score[None], k=10)
+        assert filmsearch.ndcg(score, wanted) == pytest.approx(expected)
+    assert np.isnan(filmsearch.ndcg(np.arange(3.0), np.zeros(3, int)))
+
+
+def test_a_changed_file_is_refused(raw):
+    config = config_of()
+    config.data.path = str(raw)
+    with pytest.raises(UserError, match=r"movies-corpus\.jsonl\.gz is not the published file"):
+        filmsearch.find_files(config.data)
+    config.data.path = str(raw / "nowhere")
+    with pytest.raises(UserError, match="does not exist; fetch it from https"):
+        filmsearch.find_files(config.data)
+
+
+def test_sentences_equal_those_of_sentence_transformers():
+    """The expected numbers are those of sentence-transformers 6.2.0 with the same weights."""
+    pytest.importorskip("all_minilm_l6_v2")
+    found = sentences.embed(["insidious 2 netflix", "Black Adam (2022)."])
+    expected = [
+        [-0.0275954, -0.1618440, -0.0831335, -0.0514875],
+        [-0.0832422, 0.0220087, -0.0050298, 0.0174668],
+    ]
+    np.testing.assert_allclose(found[:, :4], expected, atol=1e-5)
+    assert found[0] @ found[1] == pytest.approx(0.1166674, abs=1e-5)
