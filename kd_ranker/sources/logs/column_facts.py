@@ -164,6 +164,8 @@ def read_sample(path: str) -> tuple[pa.Table, int]:
             table = rows.to_arrow_table()
         except duckdb.Error as error:
             raise UserError(f"data.path={path} cannot be read: {line_of(error)}") from error
+        if not table.num_rows:
+            raise UserError(f"data.path={path} has no rows")
         return table, table.num_rows
     system, files, *_ = find_files(path)
     try:
