@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from kd_ranker.batch import FeatureSpec
 from kd_ranker.config import checks, defaults, schema
+from kd_ranker.configs import parquet
 from kd_ranker.errors import UserError, check_choice
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import cohorts, datasets, exporting, frames, runs, scoring, trained
@@ -27,6 +28,7 @@ from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
 from kd_ranker.pipeline.remote import Place, below, fetched, local_folder, owned, place_of
 from kd_ranker.report import tables, write
+from kd_ranker.requests.request import SPLITS
 from kd_ranker.serving.programs import make_programs
 from kd_ranker.serving.tables import ITEM_TYPES
 from kd_ranker.serving.write import FORMATS, program_files, write_export
@@ -69,7 +71,7 @@ class Dataset(NamedTuple):
           UserError: it is not a table, or a column holds values of several types.
         """
         config = config.copy_and_resolve_references()
-        config.data.dir = str(directory)
+        config.data.dir = os.path.expanduser(directory)
         config.data.path, config.data.sql = frames.path_of(table, config.data.dir), ""
         return cls(Path(config.data.path), config)
 
@@ -116,9 +118,11 @@ class Dataset(NamedTuple):
             out of range; or a split has no requests.
         """
         splits = dict(requests) if isinstance(requests, Mapping) else {"": requests}
+        if not splits or {*splits} - {"", *SPLITS}:
+            raise UserError(given.NO_REQUESTS)
         shares = {"validation_share": validation_share, "test_share": test_share}
         own = defaults.get_config(given.NAME if columns is None else "parquet")
-        own.data.dir = str(directory)
+        own.data.dir = os.path.expanduser(directory)
         if columns is not None:
             own.data.update(shares)
             path, tasks, funnel = frames.keep(splits, columns, spec, own.data)
@@ -245,9 +249,23 @@ def infer(log: Any, folder: Folder = ".", named: Mapping[str, Any] | None = None
       The file, how many of its lines to verify or to fill in, and the commands to run next.
 
     Raises:
-      UserError: the file exists, the log cannot be read, or it lacks a named column.
+      UserError: the file exists, the log cannot be read, it lacks a named column, or the config
+        lacks a named key.
     """
+    template = parquet()
+    for key in named or {}:
+        if not key.startswith(("data.labels.", "data.teacher.", "data.features.")):
+            _check_key(template, key)
     return write_first_config(log, local_folder("--workdir", folder), named or {})
+
+
+def _check_key(config: ConfigDict, key: str) -> None:
+    try:
+        schema.value_of(config, key)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"named= has {key!r}, which is not a key of a config; docs/config.md lists the keys"
+        ) from error
 
 
 def train_teacher(config: ConfigDict, workdir: Folder) -> Trained:

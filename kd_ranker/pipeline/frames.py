@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,15 @@ _NUMBER, _SPLIT = "number of the request", "split of the table"
 
 def path_of(log: Any, directory: str) -> str:
     """Return the path of a log; a table is written to a Parquet file named by its content."""
-    if not is_table(log):
+    if isinstance(log, (str, PathLike)):
         return str(log)
+    if not is_table(log):
+        raise UserError(f"a {type(log).__name__} is not a table, and not a path")
     buffer = pa.BufferOutputStream()
-    pq.write_table(arrow_of(log), buffer)
+    try:
+        pq.write_table(arrow_of(log), buffer)
+    except pa.ArrowException as error:
+        raise UserError(f"the table cannot be written to a Parquet file: {error}") from error
     content = buffer.getvalue().to_pybytes()
     path = Path(directory) / "tables" / f"{hashlib.sha256(content).hexdigest()[:12]}.parquet"
     if not path.exists():
@@ -81,15 +87,19 @@ def keep(
     """
     if lacking := [field for field in _NEEDED if field not in columns]:
         raise UserError(f"columns= does not name the column of {lacking[0]}")
-    names_of = {field: [of] if isinstance(of, str) else [*of] for field, of in columns.items()}
+    given: Mapping[str, Any] = columns
+    names_of = {
+        field: [of] if isinstance(of, str) else [*of]
+        for field, of in given.items()
+        if isinstance(of, Sequence)
+    }
+    if unnamed := [field for field in columns if not names_of.get(field)]:
+        raise UserError(f"columns= names no column for {unnamed[0]}; name one, or leave it out")
     tasks = spec.tasks if spec else tuple(map(identifier, names_of["user_label"]))
     data.teacher_version = spec.teacher_version if spec and "teacher_version" in columns else ""
     data.stages = ConfigDict({stage: stage for stage in STAGES})
-    rows = _joined({split: arrow_of(table) for split, table in tables.items()})
+    rows = _joined({split: arrow_of(table) for split, table in tables.items()}, names_of)
     for field, names in names_of.items():
-        check_choice("a field in columns=", field, (*_ROLES, *_TASKS, *_FEATURES))
-        for name in names:
-            check_choice(f"columns= for {field}", name, rows.column_names)
         if field in _FEATURES:
             data.features.update({_key(data, field, of): _feature(field, of, rows) for of in names})
         else:
@@ -107,16 +117,26 @@ def keep(
     return Path(data.path), tasks, _sizes(rows, data)
 
 
-def _joined(tables: Mapping[str, pa.Table]) -> pa.Table:
-    """Return the rows of all tables, with the splits of the tables."""
+def _joined(tables: Mapping[str, pa.Table], names_of: Mapping[str, Sequence[str]]) -> pa.Table:
+    """Return the named columns of the rows of all tables, with the splits of the tables."""
+    known = {name for rows in tables.values() for name in rows.column_names}
+    for field, names in names_of.items():
+        check_choice("a field in columns=", field, (*_ROLES, *_TASKS, *_FEATURES))
+        for name in names:
+            check_choice(f"columns= for {field}", name, known)
+    used = {name for names in names_of.values() for name in names}
     with duckdb.connect() as connection:
-        for split, rows in tables.items():
-            connection.register(f"table {split}", rows)
         parts = [
             f"SELECT *, {literal(split)} AS {quoted(_SPLIT)} FROM {quoted(f'table {split}')}"
             for split in tables
         ]
         try:
+            for split, rows in tables.items():
+                own = rows.select([n for n, of in enumerate(rows.column_names) if of in used])
+                for field_ in own.schema:
+                    if pa.types.is_duration(field_.type):
+                        raise UserError(f"column {field_.name!r} holds durations; give numbers")
+                connection.register(f"table {split}", own)
             return connection.sql(" UNION ALL BY NAME ".join(parts)).to_arrow_table()
         except duckdb.Error as error:
             raise UserError(f"the tables cannot be read as one: {line_of(error)}") from error
@@ -138,9 +158,13 @@ def _feature(field: str, column: str, rows: pa.Table) -> ConfigDict:
 
 def _sizes(rows: pa.Table, data: ConfigDict) -> dict[str, Any]:
     """Return the sizes of a funnel of these requests."""
+
+    def is_known(column: str) -> str:
+        is_float = pa.types.is_floating(rows.schema.field(column).type)
+        return f"({quoted(column)} IS NOT NULL{f' AND NOT isnan({quoted(column)})' * is_float})"
+
     labels, scores = (
-        [f"{quoted(of)} IS NOT NULL" for of in data[section].values()]
-        for section in ("labels", "teacher")
+        [is_known(of) for of in data[section].values()] for section in ("labels", "teacher")
     )
     shown, passed = " OR ".join(labels), " OR ".join([*labels, *scores])
     if "stage" in data.columns:

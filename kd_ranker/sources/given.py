@@ -25,6 +25,7 @@ from kd_ranker.requests.request import SPLITS, Source
 from kd_ranker.sources.logs.column_facts import arrow_of, is_table
 
 NAME = "requests"
+NO_REQUESTS = "requests must be mappings, kd.Request or a table, or a mapping of splits to these"
 MADE_BY = "kd.Dataset.from_requests"
 
 # Owner -> fields with its number of entries; the first field that a request has counts.
@@ -125,7 +126,11 @@ def _rows(requests: Any) -> Iterable[Any]:
     """Return the rows of a table as mappings; other requests as they are."""
     if isinstance(requests, pd.DataFrame):  # a cell may hold a matrix, which Arrow does not take
         return requests.to_dict("records")
-    return arrow_of(requests).to_pylist() if is_table(requests) else requests
+    if is_table(requests):
+        return arrow_of(requests).to_pylist()
+    if not isinstance(requests, Iterable):
+        raise UserError(NO_REQUESTS)
+    return requests
 
 
 def _digest(source: Source, requests: Mapping[str, Sequence[Request]]) -> str:
@@ -183,6 +188,8 @@ def request_of(fields: Request | Mapping[str, Any], place: int, spec: FeatureSpe
     Raises:
       UserError: a field is unknown, missing, or has another shape than that of `Request`.
     """
+    if not isinstance(fields, (Request, Mapping)):
+        raise UserError(NO_REQUESTS)
     given: dict[str, Any] = dict(vars(fields) if isinstance(fields, Request) else fields)
     who = f"request {given.get('request_id', place)}"
     known = {field.name for field in STORED}

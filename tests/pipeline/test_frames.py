@@ -122,6 +122,10 @@ def test_tables_of_all_kinds_are_the_same_log(tmp_path, kind):
         ({}, {"time": ["at", "hour"]}, "columns= names 2 columns for time, not 1"),
         ({}, {"user_label": ["click"]}, "columns= names 2 columns for teacher_probability, not 1"),
         ({}, {"num_passed": "at"}, "a field in columns=='num_passed' does not exist; choose one"),
+        ({}, {"time": None}, "columns= names no column for time; name one, or leave it out"),
+        ({}, {"time": 5}, "columns= names no column for time"),
+        ({"at": pd.to_timedelta(range(7), unit="s")}, {}, "column 'at' holds durations"),
+        ({"match": np.ones(7, np.float16)}, {}, "the tables cannot be read as one: "),
         ({"session": ["b", 1] * 3 + ["b"]}, {}, "a DataFrame cannot be read as a table: "),
     ],
 )  # fmt: skip
@@ -140,3 +144,69 @@ def test_what_is_needed_is_named(tmp_path):
         kd.Dataset.from_requests(frame_of(), columns=without, directory=tmp_path)
     with pytest.raises(kd.UserError, match="requests need spec=, the sizes of their features"):
         kd.Dataset.from_requests([], directory=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["click", "scored_click"])
+def test_nan_is_a_missing_value(tmp_path, name):
+    columns = {field: of for field, of in COLUMNS.items() if field != "stage"}
+    frame = frame_of()[lambda of: of["session"] == "b"]
+    tables = [pa.Table.from_pandas(frame, preserve_index=False)]
+    values = pa.array(frame[name].to_numpy(), from_pandas=False)
+    tables.append(tables[0].set_column(tables[0].column_names.index(name), name, values))
+    assert [of[name].null_count > 0 for of in tables] == [True, False]
+    funnels = [
+        kd.Dataset.from_requests(of, columns=columns, directory=tmp_path).config.funnel
+        for of in tables
+    ]
+    assert funnels[0] == funnels[1]
+
+
+def test_encoded_texts_are_texts(tmp_path):
+    """The categories of polars are a dictionary of views."""
+    plain = pa.Table.from_pandas(frame_of(), preserve_index=False)
+    codes = plain["item"].combine_chunks().dictionary_encode()
+    views = codes.dictionary.cast(pa.string_view())
+    encoded = pa.DictionaryArray.from_arrays(codes.indices, views)
+    table = plain.set_column(plain.column_names.index("item"), "item", encoded)
+    made = kd.Dataset.from_requests(table, columns=COLUMNS, directory=tmp_path)
+    assert pa.parquet.read_table(made.directory)["item"].to_pylist() == plain["item"].to_pylist()
+    assert frames.path_of(table, str(tmp_path)).endswith(".parquet")
+
+
+def test_columns_without_a_use_are_not_read(tmp_path):
+    frame = frame_of(half=np.ones(7, np.float16))
+    made = kd.Dataset.from_requests(frame, columns=COLUMNS, directory=tmp_path)
+    assert "half" not in pa.parquet.read_schema(made.directory).names
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"a": [1]}, "a dict is not a table, and not a path"),
+        ([1], "a list is not a table"),
+        (np.zeros(3), "a ndarray is not a table"),
+        (None, "a NoneType is not a table"),
+        (pd.Series([1]), "a Series is not a table; give a DataFrame"),
+        (pd.DataFrame(), "a DataFrame has no rows"),
+        (frame_of()[:0], "a DataFrame has no rows"),
+    ],
+)
+def test_a_log_is_a_table_with_rows(tmp_path, table, message):
+    with pytest.raises(kd.UserError, match=message):
+        kd.Dataset.from_log(table, kd.configs.parquet(), tmp_path)
+
+
+def test_a_folder_may_be_below_the_home_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    logs = [
+        kd.Dataset.from_log(frame_of(), kd.configs.parquet(), "~/log"),
+        kd.Dataset.from_requests(frame_of(), columns=COLUMNS, directory="~/requests"),
+    ]
+    assert [of.config.data.dir for of in logs] == [f"{tmp_path}/log", f"{tmp_path}/requests"]
+
+
+@pytest.mark.parametrize("key", ["data.colums.user", "data.path.user"])
+def test_an_unknown_key_is_refused(tmp_path, key):
+    with pytest.raises(kd.UserError, match=f"named= has '{key}', which is not a key"):
+        kd.infer(frame_of(), tmp_path, {key: "user"})
+    assert not [*tmp_path.iterdir()]

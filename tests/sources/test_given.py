@@ -203,3 +203,9 @@ def test_other_tasks_and_a_smaller_funnel_are_refused(tmp_path):
     config.funnel.update(retrieved=most - 1, report_at=(1, 2))
     with pytest.raises(kd.UserError, match=rf"retrieved={most - 1}, and a request .* has {most} "):
         kd.prepare(config)
+
+
+@pytest.mark.parametrize("requests", [{}, [1, 2], [[1, 2]], {"user_id": [1]}, None, 5])
+def test_requests_are_mappings_or_a_table(tmp_path, requests):
+    with pytest.raises(kd.UserError, match=r"requests must be mappings, .* or a table"):
+        kd.Dataset.from_requests(requests, SPEC, directory=tmp_path)

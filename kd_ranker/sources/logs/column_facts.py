@@ -145,13 +145,35 @@ def arrow_of(table: Any) -> pa.Table:
     """Return a table of pandas, without its index, of polars or of Arrow as an Arrow table.
 
     Raises:
-      UserError: it is not a table, or a column holds values of several types.
+      UserError: it is not a table, has no rows, or a column holds values of several types.
     """
+    kind = type(table).__name__
+    if isinstance(table, pd.Series):
+        raise UserError("a Series is not a table; give a DataFrame")
     try:
         is_pandas = hasattr(table, "iloc")
-        return pa.Table.from_pandas(table, preserve_index=False) if is_pandas else pa.table(table)
+        rows = pa.Table.from_pandas(table, preserve_index=False) if is_pandas else pa.table(table)
+        for place, field in enumerate(rows.schema):
+            if pa.types.is_dictionary(field.type) and field.type.value_type == pa.string_view():
+                rows = rows.set_column(place, field.name, _with_large_texts(rows[place]))
     except (pa.ArrowException, TypeError, ValueError) as error:
-        raise UserError(f"a {type(table).__name__} cannot be read as a table: {error}") from error
+        line = " ".join(str(error).split())
+        raise UserError(f"a {kind} cannot be read as a table: {line}") from error
+    if not rows.num_rows:
+        raise UserError(f"a {kind} has no rows")
+    return rows
+
+
+def _with_large_texts(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return a column of encoded texts, as of polars, in the type that DuckDB and Parquet read."""
+    type_ = pa.dictionary(column.type.index_type, pa.large_string(), column.type.ordered)
+    chunks = [
+        pa.DictionaryArray.from_arrays(
+            of.indices, of.dictionary.cast(pa.large_string()), ordered=column.type.ordered
+        )
+        for of in column.chunks
+    ]
+    return pa.chunked_array(chunks, type_)
 
 
 def read_sample(path: str) -> tuple[pa.Table, int]:
@@ -164,6 +186,8 @@ def read_sample(path: str) -> tuple[pa.Table, int]:
             table = rows.to_arrow_table()
         except duckdb.Error as error:
             raise UserError(f"data.path={path} cannot be read: {line_of(error)}") from error
+        if not table.num_rows:
+            raise UserError(f"data.path={path} has no rows")
         return table, table.num_rows
     system, files, *_ = find_files(path)
     try:

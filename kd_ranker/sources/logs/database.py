@@ -66,7 +66,7 @@ class Database:
         if log.sql:
             register_stores(self.connection, log.sql)
             # A row keeps its number, so the SELECT runs once and in the order of its files.
-            with log_errors("data.sql"):
+            with log_errors(log.name):
                 self.connection.execute("SET preserve_insertion_order = true")
                 self.connection.execute(
                     "CREATE TABLE log AS SELECT 0::BIGINT AS file, row_number() OVER () - 1 AS "

@@ -19,7 +19,14 @@ from absl import logging
 from fsspec.implementations.local import LocalFileSystem
 
 from kd_ranker.errors import UserError
-from kd_ranker.sources.logs.layout import OPTIONAL, LogLayout
+from kd_ranker.sources.logs.layout import (
+    OPTIONAL,
+    LogLayout,
+    reader_of,
+    rows_of,
+    split_path,
+    text_files,
+)
 
 SUFFIXES = (".parquet", ".pq")
 # How many footers are read at a time: a store far away answers many requests at once.
@@ -97,7 +104,8 @@ class Log:
       candidates: their approximate number; 0 if it is not known.
       names: all columns of any file, sorted.
       given: columns from the names of folders such as `date=2024-05-01/`, one row per file.
-      sql: `data.sql`.
+      sql: `data.sql`, or the SELECT of text files at `data.path`.
+      name: of the SELECT in messages, as `LogLayout.path`.
     """
 
     url: str
@@ -107,6 +115,7 @@ class Log:
     names: tuple[str, ...]
     given: pa.Table
     sql: str = ""
+    name: str = ""
 
 
 def wanted_columns(layout: LogLayout) -> list[Wanted]:
@@ -163,12 +172,12 @@ def open_log(layout: LogLayout) -> Log:
     wanted = wanted_columns(layout)
     families: dict[str, tuple[str, str]] = {}
     if layout.sql:
-        schema = _schema_of_sql(layout.sql)
+        sql, schema = _select_of(layout)
         _check_schema(layout.path, schema, wanted, families)
         _check_features(layout, given_by_folders([]), dict.fromkeys(schema.names, 1), 1)
         _check_history(layout, families)
         names, manifest = tuple(schema.names), manifest_of("", layout.sql)
-        return Log("", (), manifest, 0, names, given_by_folders([]), layout.sql)
+        return Log("", (), manifest, 0, names, given_by_folders([]), sql, layout.path)
     system, files, sizes, changed = find_files(layout.path)
     rows = candidates = 0
     files_with: collections.Counter[str] = collections.Counter()
@@ -191,31 +200,53 @@ def open_log(layout: LogLayout) -> Log:
     return Log(url, tuple(files), manifest, candidates, tuple(sorted(files_with)), given)
 
 
-def _schema_of_sql(sql: str) -> pa.Schema:
-    """Return the columns of a SELECT.
+def _select_of(layout: LogLayout) -> tuple[str, pa.Schema]:
+    """Return the SELECT that yields a log, and its columns.
 
     Raises:
-      UserError: it is not one SELECT that DuckDB can run, or two columns have the same name.
+      UserError: it is not one SELECT that DuckDB can run, two columns have the same name, or text
+        files have no rows.
     """
-    connection = duckdb.connect()
+    sql, connection = layout.sql, duckdb.connect()
     try:
         statements = duckdb.extract_statements(sql)
         if [of.type for of in statements] != [duckdb.StatementType.SELECT]:
             raise UserError("data.sql must be one SELECT")
         register_stores(connection, sql)
+        if texts := text_files(layout.path):
+            if not connection.execute(f"SELECT 1 FROM (\n{sql}\n) LIMIT 1").fetchone():
+                raise UserError(f"{layout.path} has no rows")
+            sql = _rows_with_text_ids(connection, texts, layout)
         names = connection.sql(sql).columns
         if twice := {name for name in names if names.count(name) > 1}:
-            raise UserError(f"data.sql makes column {min(twice)!r} twice; rename one of them")
-        return connection.sql(f"SELECT * FROM (\n{sql}\n) LIMIT 0").to_arrow_table().schema
+            raise UserError(f"{layout.path} makes column {min(twice)!r} twice; rename one of them")
+        return sql, connection.sql(f"SELECT * FROM (\n{sql}\n) LIMIT 0").to_arrow_table().schema
     except duckdb.Error as error:
-        raise UserError(f"data.sql: {line_of(error)}") from error
+        raise UserError(f"{layout.path}: {line_of(error)}") from error
     finally:
         connection.close()
 
 
+def _rows_with_text_ids(
+    connection: duckdb.DuckDBPyConnection, paths: Sequence[str], layout: LogLayout
+) -> str:
+    """Return the SELECT of text files, where ids that look like fractions are texts.
+
+    Among such ids, 1e5 and 100000 would be one number.
+    """
+    ids = [layout.columns[of] for of in ("request", "user", "item") if of in layout.columns]
+    readers = []
+    for path in paths:
+        columns = connection.execute(f"DESCRIBE FROM {reader_of(path)}").fetchall()
+        fractions = [name for name, type_, *_ in columns if type_ in ("DOUBLE", "FLOAT")]
+        readers.append(reader_of(path, [of for of in fractions if of in ids]))
+    return rows_of(readers)
+
+
 def line_of(error: duckdb.Error) -> str:
-    """Return the first paragraph of DuckDB's message in one line."""
-    return " ".join(str(error).partition("\n\n")[0].split())
+    """Return the first paragraph of DuckDB's message in one line, without its advice."""
+    first = re.split(r"\n\n|Possible fixes|The search space", str(error))[0]
+    return " ".join(first.split())
 
 
 def register_stores(connection: Any, sql: str) -> None:
@@ -264,7 +295,7 @@ def _sizes_and_changes(system: Any, files: Sequence[str]) -> tuple[list[int], li
 
 def url_of(path: str) -> str:
     """Return the first path in `data.path`; the others are on the same file system."""
-    return path.split(",")[0]
+    return split_path(path)[0]
 
 
 def read_footers(system: Any, files: Sequence[str]) -> Iterator[tuple[pa.Schema, pq.FileMetaData]]:
@@ -293,8 +324,8 @@ def find_files(path: str) -> tuple[Any, list[str], list[int], list[str]]:
       UserError: there are no files, or they are on several file systems.
     """
     try:
-        urls = path.split(",")
-        if not all(map(str.strip, urls)):
+        urls = split_path(path)
+        if not all(urls):
             raise UserError(f"data.path={path} has a comma without a path on either side of it")
         places = [(url, *fsspec.core.url_to_fs(url)) for url in urls]
         system = places[0][1]
@@ -313,7 +344,7 @@ def find_files(path: str) -> tuple[Any, list[str], list[int], list[str]]:
 
 def is_there(path: str) -> bool:
     """Return True if any path in `data.path` has a log."""
-    for url in path.split(","):
+    for url in split_path(path):
         with contextlib.suppress(UserError):
             find_files(url)
             return True

@@ -41,6 +41,7 @@ from kd_ranker.sources.logs.column_facts import (
     skill,
     words_of,
 )
+from kd_ranker.sources.logs.files import line_of
 from kd_ranker.sources.logs.layout import STAGES
 
 CHECK = "CHECK: "
@@ -316,7 +317,7 @@ def config_text(name: str, path: str, table: pa.Table, rows: int, named: Mapping
     try:
         log, layout = open_log(table, named)
     except duckdb.Error as error:
-        raise UserError(f"data.path={path} cannot be read: {error}") from error
+        raise UserError(f"data.path={path} cannot be read: {line_of(error)}") from error
     log, columns = find_ids(log)
     columns["stage"], texts, shown, passed = find_stage(log)
     labels, maybe, shown = find_labels(log, shown)

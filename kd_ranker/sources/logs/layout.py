@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -31,6 +31,7 @@ OPTIONAL = (
     *("stage", "position", "label_weight", "teacher_version", "teacher_weight"),
     *("incumbent", "propensity", "split"),
 )
+_TEXT_FILE = r"\.([ct]sv|json|jsonl|ndjson)(\.gz)?$"
 # A number beyond it cannot be stored in 32 bits.
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -189,11 +190,43 @@ class LogLayout:
 
 def sql_of(data: ConfigDict) -> str:
     """Return the SELECT that yields a log: of text files at `data.path`, or `data.sql`."""
-    paths = str(data.path).split(",")
-    if all(re.search(r"\.([ct]sv|json|jsonl|ndjson)(\.gz)?$", path) for path in paths):
-        names = (path.replace("'", "''") for path in paths)
-        return " UNION ALL BY NAME ".join(f"SELECT * FROM '{name}'" for name in names)
+    if files := text_files(str(data.path)):
+        return rows_of(map(reader_of, files))
     return str(data.sql).strip().rstrip(";")
+
+
+def split_path(path: str) -> list[str]:
+    """Return the paths in `data.path`, which commas separate."""
+    return [of.strip() for of in path.split(",")]
+
+
+def text_files(path: str) -> list[str]:
+    """Return the paths in `data.path` if all name text files, else none."""
+    paths = split_path(path)
+    return paths if all(re.search(_TEXT_FILE, of, re.IGNORECASE) for of in paths) else []
+
+
+def reader_of(path: str, texts: Sequence[str] = ()) -> str:
+    """Return DuckDB's call that reads text files; types are those of all rows.
+
+    Args:
+      path: a file or a pattern.
+      texts: columns of a CSV file to read as texts, whatever their values.
+    """
+
+    def literal(text: str) -> str:
+        return "'" + text.replace("'", "''") + "'"
+
+    if not re.search(r"\.[ct]sv(\.gz)?$", path, re.IGNORECASE):
+        return f"read_json({literal(path)}, sample_size = -1)"
+    columns = ", ".join(f"{literal(of)}: 'VARCHAR'" for of in texts)
+    types = f", types = {{{columns}}}" if texts else ""
+    return f"read_csv({literal(path)}, sample_size = -1{types})"
+
+
+def rows_of(readers: Iterable[str]) -> str:
+    """Return the SELECT of the rows of all calls of `reader_of`."""
+    return " UNION ALL BY NAME ".join(f"SELECT * FROM {reader}" for reader in readers)
 
 
 def read_layout(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> LogLayout:

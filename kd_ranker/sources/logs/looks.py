@@ -38,7 +38,7 @@ def probability_hint(numbers: Float64[np.ndarray, "n"]) -> str:
     low, high = numbers.min(), numbers.max()
     found = f"{low:.4g} to {high:.4g}"
     if low < 0:
-        return f"{found}: logits? then take their sigmoid"
+        return f"{found}: logits? then take their sigmoid, or set data.teacher_signal='score'"
     return f"{found}: percentages? then divide by 100" if high <= 100 else found
 
 

@@ -31,7 +31,7 @@ def log(tmp_path):
 def test_a_path_that_names_nothing_says_so(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "log.csv").write_text("a,b")
+    (tmp_path / "other" / "log.csv").write_text("a,b\n1,2")
     for path, message in (
         (tmp_path / "absent", "absent does not exist; give a file, a directory or a glob"),
         (tmp_path / "empty", "holds no file that ends in .parquet; it is empty"),
@@ -40,7 +40,7 @@ def test_a_path_that_names_nothing_says_so(tmp_path):
             "holds no file that ends in .parquet; it holds log.csv; give a pattern for files of",
         ),
         (tmp_path / "other" / "log.csv", "log.csv has no column 'request_id' (data.columns."),
-        (tmp_path / "absent.tsv.gz", "data.sql: IO Error: No files found"),
+        (tmp_path / "absent.tsv.gz", "absent.tsv.gz: IO Error: No files found"),
         (tmp_path / "*.parquet", "*.parquet matches no file"),
         ("nowhere://bucket/log", "data.path=nowhere://bucket/log cannot be read: Protocol not"),
     ):

@@ -197,7 +197,10 @@ def test_timestamps_of_the_wrong_unit_have_no_unit_to_try(tmp_path):
     ("change", "hint"),
     [
         (lambda value: 100 * value, ": percentages? then divide by 100."),
-        (lambda value: 10 * value - 5, ": logits? then take their sigmoid."),
+        (
+            lambda value: 10 * value - 5,
+            ": logits? then take their sigmoid, or set data.teacher_signal='score'.",
+        ),
     ],
 )
 def test_a_teacher_that_is_no_probability_says_what_it_looks_like(

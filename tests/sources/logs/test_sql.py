@@ -1,13 +1,19 @@
 """Logs by a SELECT and of text files."""
 
+import contextlib
 import os
 
 import duckdb
 import pyarrow.parquet as pq
 import pytest
+from ml_collections import ConfigDict
 
 from kd_ranker import api
 from kd_ranker.errors import UserError
+from kd_ranker.sources.logs import files
+from kd_ranker.sources.logs.database import open_duckdb
+from kd_ranker.sources.logs.layout import ALLOWABLE, read_layout
+from kd_ranker.sources.logs.query import PREFIX
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import all_requests, make_rows, open_source, same, write_log
 
@@ -110,3 +116,77 @@ def test_a_select_whose_files_have_changed_is_not_the_log_before(tmp_path, log):
     for path in (*log.iterdir(), items):  # a dataset may outlive its log
         path.unlink()
     assert api.prepare(config).directory == directory
+
+
+def small_log(path):
+    """A config that reads only ids, times and labels of a text file."""
+    config = faulty_logs.config(path, "datasets")
+    data = config.data
+    data.features, data.teacher = ConfigDict(), ConfigDict()
+    data.columns = ConfigDict(dict(request="request", time="time", user="user", item="item"))
+    data.labels = ConfigDict(dict.fromkeys(config.tasks, "click"))
+    data.allow = ALLOWABLE
+    return config
+
+
+def layout_of(config):
+    return read_layout(config.data, config.tasks, config.funnel)
+
+
+def texts_of(path, items, delimiter=","):
+    rows = [(f"r{n // 10}", 1_700_000_000 + n // 10, "u", of, 0) for n, of in enumerate(items)]
+    lines = [("request", "time", "user", "item", "click"), *rows]
+    path.write_text("".join(delimiter.join(map(str, line)) + "\n" for line in lines))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "items", "number"),
+    [
+        # DuckDB sees no more than 20,480 rows unless told otherwise.
+        ("log.csv", [*range(1, 10)] * 3000 + [f"00{n}" for n in range(1, 10)], 18),
+        ("LOG.TSV", [*range(1, 10)] * 3000 + [f"00{n}" for n in range(1, 10)], 18),
+        ("log.csv", ["100000", "1e5", "7"] * 10, 3),
+    ],
+)
+def test_ids_of_text_files_stay_apart(tmp_path, name, items, number):
+    path = texts_of(tmp_path / name, items, "\t" if name == "LOG.TSV" else ",")
+    log = files.open_log(layout_of(small_log(path)))
+    with open_duckdb(1.0, 1, tmp_path, 0) as database:
+        database.open_log(log)
+        assert database.number(f'SELECT count(DISTINCT "{PREFIX}item") FROM log') == number
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("log.csv", "", "log.csv has no rows"),
+        ("log.csv", "request,time,user,item,click\n", "log.csv has no rows"),
+        ("log.json", "", "log.json has no rows"),
+        ("log.csv", "request,time\n1,2\n", "log.csv has no column 'user'"),
+        ("log.json", '{"a": ', "log.json: Invalid Input Error: Malformed JSON"),
+        ("log.csv", "a,b\nx,\udcff\n", "log.csv: Invalid Input Error: CSV Error on Line: "),
+    ],
+)
+def test_a_text_file_that_is_no_log_is_one_line(tmp_path, name, text, message):
+    path = tmp_path / name
+    path.write_text(text, errors="surrogateescape")
+    with pytest.raises(UserError) as caught:
+        open_source(small_log(path))
+    assert f"{tmp_path}/{message}" in str(caught.value)
+    assert not any(of in str(caught.value) for of in ("\n", "data.sql", "Possible"))
+    with pytest.raises(UserError) if "no column" not in message else contextlib.nullcontext():
+        api.infer(path, tmp_path / "first")
+
+
+@pytest.mark.parametrize("rest", ["\n\nb", "\nPossible fixes:\n* b", "\nThe search space used was"])
+def test_advice_of_duckdb_is_left_out(rest):
+    assert files.line_of(duckdb.Error(f"Error: a\nand c {rest}")) == "Error: a and c"
+
+
+def test_paths_may_have_spaces_next_to_commas(tmp_path):
+    for name in ("a.csv", "b.csv"):
+        texts_of(tmp_path / name, range(20))
+    config = small_log(f"{tmp_path}/a.csv, {tmp_path}/b.csv ")
+    assert len(files.manifest_of("", layout_of(config).sql)) == 3
+    assert files.open_log(layout_of(config)).name == config.data.path
