@@ -447,7 +447,6 @@ METRICS: dict[str, Metric] = {
             formula="mean candidates of a request that the teacher scores if this policy chooses k "
             "per request, fitted to keep 99% of the value on validation; `hindsight` is chosen to "
             "keep that on the test requests",
-            title="scored by",
             digits=1,
             better="lower",
             ends=lambda sums, _: ratio(_policy_sums(sums, "scored"), sums["requests"]),
@@ -455,26 +454,22 @@ METRICS: dict[str, Metric] = {
         _per_policy(
             name="value_by",
             formula="`value_captured` of the same",
-            title="value by",
             ends=_by_policy("value_captured"),
         ),
         _per_policy(
             name="true_value_by",
             formula="`true_value_captured` of the same",
-            title="true value by",
             ends=_by_policy("true_value_captured"),
         ),
         _per_policy(
             name="covered_user_value_by",
             formula="`covered_user_value` of the same",
-            title="covered user value by",
             ends=_by_policy("covered_user_value"),
         ),
         _per_policy(
             name="saving_by",
             formula="1 − `scored_by` / `scored` at the smallest k, the same for all requests, that "
             "captures as much value on the test requests",
-            title="saving by",
             digits=3,
             ends=_saving_by,
         ),
