@@ -15,6 +15,7 @@ Example:
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -33,6 +34,17 @@ MadeOf = Mapping[str, str]
 def digest(value: Any) -> str:
     """Return twelve hex digits of the SHA-256 of a value as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file so that it is whole or absent, even if the process dies; text as UTF-8."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write(
@@ -58,9 +70,7 @@ def write(
         "files": dict(zip(names, _entries(folder, names), strict=True)),
         "removable": sorted(removable),
     }
-    temporary = folder / f".{FILE}"
-    temporary.write_text(json.dumps(content, indent=2))
-    temporary.replace(folder / FILE)
+    write_whole(folder / FILE, json.dumps(content, indent=2))
 
 
 def read(folder: Path, remedy: str) -> dict[str, Any]:

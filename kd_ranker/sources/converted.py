@@ -1,6 +1,8 @@
 """Public datasets: convert the raw files into a log once, and open that log as any other."""
 
+import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import tempfile
@@ -15,7 +17,7 @@ import pyarrow.parquet as pq
 from ml_collections import ConfigDict
 
 from kd_ranker.errors import UserError
-from kd_ranker.manifest import digest
+from kd_ranker.manifest import digest, write_whole
 from kd_ranker.requests.ragged import starts_of
 from kd_ranker.requests.request import Source
 from kd_ranker.sources.download import Archive, fetch
@@ -90,10 +92,31 @@ def check_unchanged(converter: Converter, data: ConfigDict, directory: Path) -> 
 
 def _folder(converter: Converter, data: ConfigDict, files: Sequence[Path]) -> Path:
     """The folder of the log, named by all that decides its content."""
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    logs = Path(data.dir) / "logs"
+    contents = [[file.name, of] for file, of in zip(files, _digests(files, logs), strict=True)]
     values = {key: data.get(key) for key in (*converter.keys, "seed")}
-    name = f"{data.name}-{digest([converter.version, values, stats])}"
-    return Path(data.dir) / "logs" / name
+    return logs / f"{data.name}-{digest([converter.version, values, contents])}"
+
+
+def _digests(files: Sequence[Path], logs: Path) -> list[str]:
+    """The SHA-256 of each file; a folder of logs keeps those of files with the same size and time.
+
+    A copy of the files is thus the same dataset.
+    """
+    record = logs / ".raw_files.json"
+    known = json.loads(record.read_text()) if record.exists() else {}
+    found = []
+    for file in files:
+        stat = file.stat()
+        key = f"{file.absolute()} {stat.st_size} {stat.st_mtime_ns}"
+        if key not in known:
+            with file.open("rb") as raw:
+                known[key] = hashlib.file_digest(raw, "sha256").hexdigest()
+            with contextlib.suppress(OSError):  # a folder that may only be read
+                logs.mkdir(parents=True, exist_ok=True)
+                write_whole(record, json.dumps(known))
+        found.append(known[key])
+    return found
 
 
 def find_raw(data: ConfigDict, archive: Archive, names: Sequence[str]) -> list[Path]:

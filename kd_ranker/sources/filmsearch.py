@@ -130,7 +130,7 @@ def read(folder: Path) -> Collection:
 def _texts(films: pd.DataFrame) -> dict[str, list[list[str]]]:
     """The words of each field of all films."""
     people = [" ".join([*actors, director]) for actors, director in zip(
-        films["actors"], films["director"].fillna(""), strict=True)]  # fmt: skip
+        films["actors"], films["director"].astype("string").fillna(""), strict=True)]  # fmt: skip
     tags = [" ".join([*tags, *genres]) for tags, genres in zip(
         films["tags"], films["genres"], strict=True)]  # fmt: skip
     texts: dict[str, Iterable[str]] = {

@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from tensorboardX.summary import scalar
 
 from kd_ranker import manifest
 from kd_ranker.errors import UserError
-from kd_ranker.manifest import MadeOf
+from kd_ranker.manifest import MadeOf, write_whole
 from kd_ranker.training.processes import is_first, on_first
 
 CONFIG_FILE, METRICS_FILE = "config.json", "metrics.jsonl"
@@ -35,17 +34,6 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     If several processes train as one, the first writes the file and the others wait for it.
     """
     on_first(lambda: write_whole(path, content))
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file atomically from this process, without waiting for the others."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def values_by_key(text: str, without: Sequence[str] = ()) -> dict[str, object]:
