@@ -245,8 +245,8 @@ Judged = tuple[Float32[np.ndarray, "n features"], Int[np.ndarray, "n"]]
 """The features of a query's candidates, and their labels: 1 wanted, 0 not, -1 unknown."""
 
 
-def fit_ranker(queries: Sequence[Judged], seed: int) -> Ranker:
-    """Train a final ranker; a fifth of the queries stops it early and calibrates it.
+def fit_ranker(queries: Sequence[Judged], groups: Int[np.ndarray, "queries"], seed: int) -> Ranker:
+    """Train a final ranker; a fifth of the queries, in whole groups, stops it and calibrates it.
 
     For the order, 30 random films without a label count as not wanted. For the calibration, only
     labelled films count.
@@ -256,19 +256,25 @@ def fit_ranker(queries: Sequence[Judged], seed: int) -> Ranker:
 
     generator = np.random.default_rng(seed)
     features, labels = [], []
-    for of_query, label in (queries[place] for place in generator.permutation(len(queries))):
+    place_of_group = generator.permutation(groups.max() + 1)[groups]
+    order = np.argsort(place_of_group, kind="stable")
+    for of_query, label in (queries[place] for place in order):
         unknown = np.flatnonzero(label < 0)
         extra = generator.choice(unknown, min(_NEGATIVES, len(unknown)), replace=False)
         rows = np.concatenate([np.flatnonzero(label >= 0), extra])
         features.append(of_query[rows])
         labels.append(label[rows])
-    cut = len(queries) * 4 // 5
+    ordered = place_of_group[order]
+    cut = int(np.searchsorted(ordered, ordered[len(queries) * 4 // 5]))
 
     def part(some: slice) -> tuple[Any, Any, list[int]]:
         wanted = np.maximum(np.concatenate(labels[some]), 0)
         return np.concatenate(features[some]), wanted, [len(of) for of in labels[some]]
 
-    (inputs, wanted, sizes), (others, known, groups) = part(slice(cut)), part(slice(cut, None))
+    (inputs, wanted, sizes), (others, known, others_sizes) = (
+        part(slice(cut)),
+        part(slice(cut, None)),
+    )
     trees = lightgbm.LGBMRanker(
         n_estimators=300, num_leaves=31, learning_rate=0.1, min_child_samples=50, verbose=-1,
         random_state=seed, deterministic=True, force_row_wise=True, n_jobs=_THREADS,
@@ -279,7 +285,7 @@ def fit_ranker(queries: Sequence[Judged], seed: int) -> Ranker:
         group=sizes,
         eval_X=others,
         eval_y=known,
-        eval_group=[groups],
+        eval_group=[others_sizes],
         eval_at=[10],
         callbacks=[lightgbm.early_stopping(20, verbose=False)],
     )
@@ -318,10 +324,11 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
         for query, (found, label) in enumerate(zip(candidates, labels, strict=True))
         if label.max() > 0
     }
-    splits = splits_of(groups_of(collection, best), int(data.seed))
+    groups = groups_of(collection, best)
+    splits = splits_of(groups, int(data.seed))
     judged = [(found.features, label) for found, label in zip(candidates, labels, strict=True)]
-    of_ranker = [of for of, split in zip(judged, splits, strict=True) if split == RANKER]
-    ranker = fit_ranker(of_ranker, int(data.seed))
+    learns = [query for query, split in enumerate(splits) if split == RANKER]
+    ranker = fit_ranker([judged[query] for query in learns], groups[learns], int(data.seed))
     tested = [of for of, split in zip(judged, splits, strict=True) if split == "test"]
     (folder / "rankers.json").write_text(json.dumps(_quality(ranker, tested), indent=2))
     write_rows(folder / "log.parquet", _rows(collection, candidates, labels, splits, ranker))
@@ -419,4 +426,4 @@ def find_files(data: ConfigDict) -> list[Path]:
     return fetch_files(_URL, FILES, data)
 
 
-CONVERTER = Converter((), find_files, write)
+CONVERTER = Converter((), find_files, write, version=2)
