@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         train_teacher,
     )
     from kd_ranker.batch import Category, FeatureSpec, Request
+    from kd_ranker.batches import samplers
     from kd_ranker.distillation import losses, modes
     from kd_ranker.errors import UserError
     from kd_ranker.evaluation.interleaving import interleave, requests_needed
@@ -59,6 +60,7 @@ __all__ = [
     "report",
     "requests_needed",
     "run",
+    "samplers",
     "score",
     "sweep",
     "train",
@@ -69,6 +71,7 @@ _MODULES = {
     "configs": "kd_ranker.configs",
     "losses": "kd_ranker.distillation.losses",
     "modes": "kd_ranker.distillation.modes",
+    "samplers": "kd_ranker.batches.samplers",
 }
 _ELSEWHERE = {
     "Category": "kd_ranker.batch",

@@ -12,6 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from kd_ranker import main
+from kd_ranker.batches.samplers import SAMPLERS
 from kd_ranker.config import checks, defaults
 from kd_ranker.config.keys import DATA_KEYS
 from kd_ranker.configs import cascade, kuairand, movielens, movielens_32m, parquet, recflow
@@ -66,6 +67,7 @@ def registries() -> Iterator[None]:
     with (
         mock.patch.dict(MODES),
         mock.patch.dict(LOSSES),
+        mock.patch.dict(SAMPLERS),
         mock.patch.dict(STUDENTS),
         mock.patch.dict(TEACHERS),
         mock.patch.dict(SOURCES),

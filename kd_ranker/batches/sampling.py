@@ -111,7 +111,7 @@ def kinds_of(
     """
     retrieved, passed, shown, positives = counts.retrieved, *bounds[-2:], counts.positives
     negatives = shown - positives
-    kept_positives, kept_negatives = _labelled_numbers(
+    kept_positives, kept_negatives = labelled_numbers(
         positives, negatives, negative_rate, candidates
     )
     labelled = kept_positives + kept_negatives
@@ -133,7 +133,7 @@ def kinds_of(
     return kinds, Slots(*most)
 
 
-def _labelled_numbers(
+def labelled_numbers(
     positives: Int[np.ndarray, "*n"],
     negatives: Int[np.ndarray, "*n"],
     negative_rate: float,

@@ -6,7 +6,7 @@ to the disk the reads of the next pass. The batches are the same either way.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import grain
@@ -16,17 +16,12 @@ import psutil
 from jaxtyping import Float, Int
 
 from kd_ranker.batch import Stage
-from kd_ranker.batches import cutting, sampling
+from kd_ranker.batches import cutting, samplers, sampling
 from kd_ranker.batches.cutting import Layout, PackedBatches, Span
-from kd_ranker.batches.sampling import Slots
+from kd_ranker.batches.samplers import SAMPLERS, Scores, Sizes
+from kd_ranker.batches.sampling import Bounds, Draw, Slots
 from kd_ranker.errors import UserError
-from kd_ranker.requests.columns import (
-    Columns,
-    Counts,
-    counting,
-    needed,
-    only_counting,
-)
+from kd_ranker.requests.columns import Columns, counting, needed, only_counting
 from kd_ranker.requests.records import Dataset
 
 # How an epoch reads the requests: each in a different random order, or as stored, by time.
@@ -55,10 +50,11 @@ class BatchConfig(NamedTuple):
     Attributes:
       requests: requests per batch, over all processes.
       candidates: candidates per request.
-      passed_share: see `sampling.kinds_of`.
-      negative_rate: see `sampling.kinds_of`.
+      passed_share: see `samplers.Sizes`.
+      negative_rate: see `samplers.Sizes`.
       seed: of the order and of the draws.
       order: one of `ORDERS`.
+      sampler: one of `samplers.SAMPLERS`.
     """
 
     requests: int
@@ -67,6 +63,12 @@ class BatchConfig(NamedTuple):
     negative_rate: float
     seed: int
     order: str = "shuffled"
+    sampler: str = "funnel"
+
+    @property
+    def sizes(self) -> Sizes:
+        """The numbers that samplers read."""
+        return Sizes(self.candidates, self.passed_share, self.negative_rate)
 
 
 class Needs(NamedTuple):
@@ -141,8 +143,8 @@ class _Cutter(NamedTuple):
       ahead: number of passes made ahead.
     """
 
-    draw: Callable[[_Chance], sampling.Starts]
-    cut: Callable[[sampling.Starts], PackedBatches]
+    draw: Callable[[_Chance], Any]
+    cut: Callable[[Any], PackedBatches]
     ahead: int
 
 
@@ -226,7 +228,9 @@ def training_batches(
     Raises:
       UserError: the split has fewer requests than there are parts of a batch.
     """
-    columns = needed(dataset.columns["train"], needs.logged, needs.history)
+    stored = dataset.columns["train"]
+    columns = needed(stored, needs.logged, needs.history)
+    scores = samplers.scores_of(stored, needs.logged or Stage.RETRIEVED)
     if len(columns) < share.parts:
         raise UserError(
             f"{dataset.directory} has {len(columns)} training requests for {share.parts} processes"
@@ -237,10 +241,11 @@ def training_batches(
     if resident is None:
         # Each of several processes reads only its own requests and need not hold all.
         resident = share.parts == 1 and _fits(columns, needs.stage, copies)
-    steps, cutter = (_in_memory if resident else _in_files)(columns, batch, needs, devices)
+    make_cutter = _in_memory if resident else _in_files
+    steps, cutter = make_cutter(columns, batch, needs, devices, scores)
 
     @functools.lru_cache(maxsize=2)
-    def drawn(number: int) -> sampling.Starts:
+    def drawn(number: int) -> Any:
         block, at = divmod(number * steps, BLOCK)
         return cutter.draw(_Chance(*(of[own, at : at + steps] for of in chance(block))))
 
@@ -311,61 +316,112 @@ def _steps(batch: BatchConfig, layout: Layout) -> int:
     return steps
 
 
-def _kinds(
-    counts: Counts, bounds: sampling.Bounds, batch: BatchConfig, stage: Stage
-) -> tuple[Int[np.ndarray, "*n columns"], Slots]:
-    return sampling.kinds_of(
-        counts, bounds, stage, batch.candidates, batch.passed_share, batch.negative_rate
-    )
+class _Plan(NamedTuple):
+    """A way to choose the candidates of the batches of consecutive steps.
+
+    Attributes:
+      slots: of a request.
+      draw: random numbers -> a few integers per request or slot, on the host.
+      chosen: these -> the rows to read, on NumPy arrays or on a device.
+    """
+
+    slots: Slots
+    draw: Callable[[_Chance], Any]
+    chosen: Callable[[Any], Draw]
+
+
+def _plan(
+    columns: Columns,
+    batch: BatchConfig,
+    stage: Stage,
+    scores: Callable[[int], Scores],
+    resident: bool,
+) -> _Plan:
+    """The plan of the sampler of `batch`; the funnel's keeps no reference to rows in memory."""
+    counts, sizes = columns.counts, batch.sizes
+    rows = sampling.bounds_of(columns)
+    chunks = [slice(at, at + _CHUNK) for at in range(0, len(columns), _CHUNK)]
+
+    def bounds_of(requests: Any) -> Bounds:
+        if resident:
+            return Bounds(*(of[requests] for of in rows))
+        return sampling.within(counts.of(requests))
+
+    def kinds_of(requests: Any) -> tuple[Int[np.ndarray, "*n columns"], Slots]:
+        return sampling.kinds_of(counts.of(requests), bounds_of(requests), stage, *sizes)
+
+    if SAMPLERS[batch.sampler].function is not samplers.funnel:
+        slots = _most([samplers.slots_of(counts.of(chunk), stage, sizes) for chunk in chunks])
+
+        def draw_on_host(chance: _Chance) -> samplers.Chosen:
+            bounds = bounds_of(chance.request)
+            return samplers.draw(
+                batch.sampler, counts, sizes, stage, scores, slots, *chance, bounds
+            )
+
+        return _Plan(slots, draw_on_host, lambda drawn: sampling.rows_of(*drawn))
+
+    # In memory, the kinds of all requests are counted once.
+    whole = kinds_of(slice(None)) if resident else None
+    slots = whole[1] if whole else _most([kinds_of(chunk)[1] for chunk in chunks])
+
+    def draw(chance: _Chance) -> sampling.Starts:
+        kinds = whole[0][chance.request] if whole else kinds_of(chance.request)[0]
+        return sampling.draw(*chance, kinds)
+
+    return _Plan(slots, draw, functools.partial(sampling.chosen, slots=slots))
+
+
+def _most(slots: Sequence[Slots]) -> Slots:
+    """The slots that suffice for all."""
+    return Slots(*np.max(slots, axis=0).tolist())
 
 
 def _in_memory(
-    columns: Columns, batch: BatchConfig, needs: Needs, devices: Devices
+    columns: Columns,
+    batch: BatchConfig,
+    needs: Needs,
+    devices: Devices,
+    scores: Callable[[int], Scores],
 ) -> tuple[int, _Cutter]:
     """Place the needed part of the requests on the devices, which cut the batches from it."""
     columns.expect(np.arange(len(columns)), counting(columns.counts, needs.stage))
     columns = only_counting(columns, needs.stage)
-    kinds, slots = _kinds(columns.counts, sampling.bounds_of(columns), batch, needs.stage)
-    layout = Layout(columns.spans, slots, needs.logged or Stage.RETRIEVED)
+    plan = _plan(columns, batch, needs.stage, scores, resident=True)
+    layout = Layout(columns.spans, plan.slots, needs.logged or Stage.RETRIEVED)
     on_devices = devices.place(columns.values)
     # Three programs; each reads the output of the one before, see `cutting.gather`.
-    choose = devices.map_batches(lambda _, starts: sampling.chosen(starts, slots))
+    choose = devices.map_batches(lambda _, drawn: plan.chosen(drawn))
     gather = devices.map_batches(cutting.gather)
     join = devices.map_batches(lambda _, drawn: cutting.pack_batches(drawn, layout))
 
-    # Neither keeps a reference to the host's data, which may be freed.
-    def draw(chance: _Chance) -> sampling.Starts:
-        return sampling.draw(*chance, kinds[chance.request])
+    # It keeps no reference to the host's data, which may be freed.
+    def cut(drawn: Any) -> PackedBatches:
+        return join((), gather(on_devices, choose((), devices.shard(drawn))))
 
-    def cut(starts: sampling.Starts) -> PackedBatches:
-        return join((), gather(on_devices, choose((), devices.shard(starts))))
-
-    return _steps(batch, layout), _Cutter(draw, cut, ahead=1)
+    return _steps(batch, layout), _Cutter(plan.draw, cut, ahead=1)
 
 
 def _in_files(
-    columns: Columns, batch: BatchConfig, needs: Needs, devices: Devices
+    columns: Columns,
+    batch: BatchConfig,
+    needs: Needs,
+    devices: Devices,
+    scores: Callable[[int], Scores],
 ) -> tuple[int, _Cutter]:
     """Read only the rows of the batches from the files, and place the batches on the devices."""
-
-    def kinds_of(requests: Any) -> tuple[Int[np.ndarray, "*n columns"], Slots]:
-        counts = columns.counts.of(requests)
-        return _kinds(counts, sampling.within(counts), batch, needs.stage)
-
-    chunks = (slice(at, at + _CHUNK) for at in range(0, len(columns), _CHUNK))
-    slots = Slots(*np.max([kinds_of(chunk)[1] for chunk in chunks], axis=0).tolist())
-    layout = Layout(columns.spans, slots, needs.logged or Stage.RETRIEVED)
+    plan = _plan(columns, batch, needs.stage, scores, resident=False)
+    layout = Layout(columns.spans, plan.slots, needs.logged or Stage.RETRIEVED)
     # On a device of this process, compiled: in NumPy it would take longer than all the rest.
-    choose = jax.jit(functools.partial(sampling.chosen, slots=slots))
+    choose = jax.jit(plan.chosen)
 
-    def draw(chance: _Chance) -> sampling.Starts:
-        kinds, _ = kinds_of(chance.request)
+    def draw(chance: _Chance) -> Any:
         requests = chance.request.ravel()
         columns.expect(requests, counting(columns.counts.of(requests), needs.stage))
-        return sampling.draw(*chance, kinds)
+        return plan.draw(chance)
 
-    def cut(starts: sampling.Starts) -> PackedBatches:
-        drawn = jax.device_get(choose(starts))
-        return devices.shard(cutting.pack_batches(cutting.read(columns, drawn), layout))
+    def cut(drawn: Any) -> PackedBatches:
+        rows = cutting.read(columns, jax.device_get(choose(drawn)))
+        return devices.shard(cutting.pack_batches(rows, layout))
 
     return _steps(batch, layout), _Cutter(draw, cut, _READ_AHEAD)

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool
 from ml_collections import ConfigDict
 
+from kd_ranker.batches.samplers import SAMPLERS
 from kd_ranker.config.key import FINITE, Bound, Key, TermNames
 from kd_ranker.config.keys import JOIN, KEYS, PLAN
 from kd_ranker.config.schema import axis_of, keys_of, sweepable, value_of, ways
@@ -380,7 +381,8 @@ def check_teacher_signals(dataset: Dataset, members: Collection[ConfigDict]) -> 
 
     Raises:
       UserError: a loss takes probabilities where the log holds positions; or the log has no
-        teacher, no stages or no candidate of a `teacher.stage`, and a student learns from them.
+        teacher, no stages or no candidate of a `teacher.stage`, and a student learns from them; or
+        a sampler needs scores that the log lacks.
     """
     config = next(iter(members))
     signals = {term.signal for member in members for term in recipes.terms_of(member)}
@@ -394,6 +396,8 @@ def check_teacher_signals(dataset: Dataset, members: Collection[ConfigDict]) -> 
                 f"teacher.stage={stage}: in the training requests of {config.data.name}, no "
                 f"candidate has {stage} as its furthest stage; choose another one"
             )
+    for member in members:
+        check_sampler("batch.sampler", member.batch.sampler, dataset)
     from_log = config.teacher.source == "logged" and "logged" in signals
     if from_log and dataset.spec.teacher_signal != "probability":
         what = {"rank": "positions", "score": "scores"}[dataset.spec.teacher_signal]
@@ -423,6 +427,17 @@ def check_teacher_signals(dataset: Dataset, members: Collection[ConfigDict]) -> 
         )
 
 
+def check_sampler(key: str, name: str, dataset: Dataset) -> None:
+    """Raise UserError if a dataset lacks the scores that a sampler, the value of `key`, needs."""
+    if SAMPLERS[name].needs_scores and not _is_logged(dataset.columns["train"]).any():
+        others = sorted(name for name, of in SAMPLERS.items() if not of.needs_scores)
+        raise UserError(
+            f"{key}={name} needs teacher scores, and no training request of "
+            f"{dataset.spec.dataset} holds a proper one; log a teacher with log_teacher and set "
+            f"teacher.source=logged, or choose {key}={' or '.join(others)}"
+        )
+
+
 def check_labels(dataset: Dataset) -> None:
     """Raise UserError for a split without any user label."""
     for split, columns in dataset.columns.items():
@@ -437,6 +452,7 @@ def check_labels(dataset: Dataset) -> None:
 
 def check_teacher_log(config: ConfigDict, dataset: Dataset) -> None:
     """Raise UserError for a teacher that is to learn from probabilities that the log lacks."""
+    check_sampler("teacher.batch.sampler", config.teacher.batch.sampler, dataset)
     spec, weight = dataset.spec, config.teacher.log_weight
     if weight and (not spec.teacher_version or spec.teacher_signal != "probability"):
         raise UserError(

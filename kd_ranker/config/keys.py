@@ -7,6 +7,7 @@ page `docs/config.md` derive from this table; see `schema`.
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import TEACHER_SIGNALS
+from kd_ranker.batches.samplers import SAMPLERS
 from kd_ranker.batches.training import ORDERS
 from kd_ranker.config.key import (
     BELOW_ONE,
@@ -52,6 +53,13 @@ def _batch(
         Key("negative_rate", 1.0, "share of the shown without a positive label to keep", SHARE),
         seed,
         Key("order", "shuffled", "of the requests of an epoch: at random, or by time", ORDERS),
+        Key(
+            "sampler",
+            "funnel",
+            "the draw of a request's candidates: by kind (funnel), each as likely (uniform), or "
+            "those not shown that the teacher scores highest (hard)",
+            SAMPLERS,
+        ),
         influences=influences,
         sweep=sweep,
     )

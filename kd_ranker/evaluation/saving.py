@@ -18,6 +18,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from kd_ranker.batches.samplers import SAMPLERS
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.references import NEED_SCORES, NO_RANKERS
 
@@ -180,7 +181,8 @@ def best_of(table: pd.DataFrame) -> str | None:
 def needs_scores(rows: pd.DataFrame) -> pd.Series:
     """True for rows of students and references that need the final ranker's scores or its order.
 
-    A student needs none in mode `none`, or if all its distillation terms learn from the stage.
+    A student needs none in mode `none`, or if all its distillation terms learn from the stage, and
+    if its batches are sampled without scores.
     """
 
     def of_terms(losses: object) -> bool:
@@ -188,7 +190,11 @@ def needs_scores(rows: pd.DataFrame) -> pd.Series:
 
     distilled = (rows["role"] == "student") & rows["distill_loss"].notna()
     by_terms = rows["distill_loss"].map(of_terms).astype(bool)
-    return (distilled & by_terms) | rows["member"].isin(NEED_SCORES)
+    sampled = pd.Series(False, rows.index)
+    if "batch.sampler" in rows:
+        with_scores = [name for name, sampler in SAMPLERS.items() if sampler.needs_scores]
+        sampled = (rows["role"] == "student") & rows["batch.sampler"].isin(with_scores)
+    return (distilled & by_terms) | sampled | rows["member"].isin(NEED_SCORES)
 
 
 def baselines(rows: pd.DataFrame) -> dict[str, str]:

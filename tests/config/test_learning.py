@@ -73,7 +73,7 @@ LOGGED, STAGE = {"teacher__source": "logged"}, {"teacher__signal": "stage"}
 RANKS = {"signal": "rank"}
 TOPK, NONE = {"distill__loss": "topk"}, {"distill__mode": "none"}
 ORDER = r"needs the teacher's probabilities, and stages are an order; choose one of: "
-PASSED = {"teacher__stage": "passed"}
+PASSED, HARD = {"teacher__stage": "passed"}, {"batch__sampler": "hard"}
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,14 @@ PASSED = {"teacher__stage": "passed"}
         (LOGGED, {"log": LIKE_UNSCORED}, "value_weights gives like the weight 2, and no training"),
         (LOGGED | {"value_weights": (1.0, 0.0, 4.0)}, {"log": LIKE_UNSCORED}, None),
         ({}, {"log": LIKE_UNSCORED}, None),
+        # A sampler without its scores.
+        (
+            HARD,
+            {"log": NO_TEACHER},
+            r"batch\.sampler=hard needs teacher scores, .*funnel or uniform$",
+        ),
+        (HARD, {}, None),
+        ({"batch__sampler": "uniform"}, {"log": NO_TEACHER}, None),
         # Nothing to learn from.
         ({"distill__user_weight": 0.5, "distill__weight": 0.0}, {}, None),
         ({"distill__user_weight": 0.0}, {}, None),

@@ -179,6 +179,10 @@ def test_each_saving_has_the_baseline_that_it_names():
     without = whole[whole["setting"] != "none list loss"]
     # 145, as the mean of the two terms.
     assert saving.baselines(without)["funnel_cost_saving"] == "aux softmax:stage+topk:stage a"
+    # A sampler that takes scores makes them needed.
+    hard = without["setting"].str.contains("stage a") & (without["role"] == "student")
+    sampled = without.assign(**{"batch.sampler": hard.map({True: "hard", False: "uniform"})})
+    assert saving.baselines(sampled)["funnel_cost_saving"] == "show_rate"
     lists = without[~without["setting"].str.contains("stage a")]
     assert saving.baselines(lists)["funnel_cost_saving"] == "show_rate"
 

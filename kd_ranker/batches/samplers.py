@@ -1,0 +1,310 @@
+"""Samplers: choices of the candidates that a training batch holds of each request.
+
+A sampler is a pure function of one request
+
+    sampler(counts, scores, sizes, key) -> (places, factors)
+
+which `config.batch.sampler` names. `training` runs it on the host, ahead of the steps:
+
+    counts      `Counts` of the request, each a single number
+    scores      float32 [n], the teacher's scores of the n = `counts.retrieved` candidates: the mean
+                over tasks of the stored probabilities, NaN for a candidate without any
+    sizes       `Sizes`, the numbers of `config.batch`
+    key         float64 [4], uniform in [0, 1) and new in each epoch; for more random numbers, take
+                `np.random.default_rng(key.view(np.uint64))`
+    places      int [k], k ≤ `sizes.candidates`: different numbers in [0, n), in any order
+    factors     float [k]: the number of labels that the label of each represents; 0 leaves the
+                label out. Candidates that were not shown have no label, so theirs are not read.
+
+The candidates of a request are in this order: `counts.positives` shown ones with a positive label,
+the others of the first `counts.shown`, the others of the first `counts.passed`, and the rest. In
+each of the four groups any run of places is spread evenly over the funnel's order.
+
+If a sampler draws a labelled candidate with probability π and gives it the factor 1 / π, weighted
+sums over labels keep their expectation (Horvitz and Thompson, 1952).
+
+    funnel      all shown, then shares of the passed and of the rest
+    uniform     all candidates with the same probability
+    hard        all shown, then those that the teacher scores highest
+
+To add a sampler, write such a function and add a `Sampler` with it to `SAMPLERS`.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Float32, Int
+
+from kd_ranker.batch import Stage
+from kd_ranker.batches import sampling
+from kd_ranker.batches.sampling import Bounds, Slots
+from kd_ranker.errors import UserError
+from kd_ranker.requests.columns import Columns, Counts, counting, what_counts
+
+
+class Sizes(NamedTuple):
+    """The numbers of `config.batch` that a sampler reads.
+
+    Attributes:
+      candidates: the most candidates to draw of a request.
+      passed_share: see `funnel` and `hard`.
+      negative_rate: the share of the shown candidates without a positive label to keep.
+    """
+
+    candidates: int
+    passed_share: float
+    negative_rate: float
+
+
+Places = Int[np.ndarray, "k"]
+Factors = Float[np.ndarray, "k"]
+Scores = Float32[np.ndarray, "n"]
+Key = Float[np.ndarray, "4"]
+SamplerFunction = Callable[[Counts, Scores, Sizes, Key], tuple[Places, Factors]]
+
+
+class Sampler(NamedTuple):
+    """An entry of `SAMPLERS`.
+
+    Attributes:
+      function: from a request to places and factors; the module's docstring has the contract.
+      needs_scores: whether it reads the scores; if not, they are all NaN, which saves reading them.
+    """
+
+    function: SamplerFunction
+    needs_scores: bool = False
+
+
+def funnel(counts: Counts, scores: Scores, sizes: Sizes, key: Key) -> tuple[Places, Factors]:
+    """Draw the shown, then shares of the passed and of the rest; see `sampling.kinds_of`.
+
+    Training has a compiled form of this function with the same results.
+    """
+    del scores
+    kinds, slots = sampling.kinds_of(counts, sampling.within(counts), Stage.RETRIEVED, *sizes)
+    drawn = sampling.chosen(sampling.draw(np.zeros((), np.int32), key, kinds), slots)
+    places = np.asarray(drawn.rows.candidates) - 1
+    factors = np.zeros(len(places), np.float32)
+    factors[: len(drawn.factor)] = drawn.factor
+    return places[places >= 0], factors[places >= 0]
+
+
+def uniform(counts: Counts, scores: Scores, sizes: Sizes, key: Key) -> tuple[Places, Factors]:
+    """Draw k = min(n, `sizes.candidates`) of the n candidates, each with probability k / n.
+
+    The shown, the passed and the rest have numbers of draws in proportion, see `evenly`. A label
+    counts n / k times. `sizes.passed_share` and `sizes.negative_rate` are not used.
+    """
+    del scores
+    number = min(sizes.candidates, int(counts.retrieved))
+    places = evenly(_groups(0, counts.shown, counts.passed, counts.retrieved), number, key)
+    return places, np.full(number, counts.retrieved / max(number, 1))
+
+
+def hard(counts: Counts, scores: Scores, sizes: Sizes, key: Key) -> tuple[Places, Factors]:
+    """Draw the shown, then the candidates not shown that the teacher scores highest.
+
+    Labels are drawn as by `funnel`: all positives, and a share `sizes.negative_rate` of the n
+    negatives, of which each of the k drawn counts n / k times. Of the slots left, a share
+    `sizes.passed_share` holds the highest scores among the candidates that were not shown. The
+    others are drawn from the remaining ones not shown, each with the same probability. Candidates
+    without a score are never among the highest; if too few have one, random draws fill the slots.
+    """
+    kinds = _groups(0, counts.positives, counts.shown)
+    kept = sampling.labelled_numbers(
+        counts.positives, counts.shown - counts.positives, sizes.negative_rate, sizes.candidates
+    )
+    labelled = [_run(*of) for of in zip(kinds, map(int, kept), key[:2], strict=True)]
+    factors = [
+        np.full(len(run), len(kind) / max(len(run), 1))
+        for kind, run in zip(kinds, labelled, strict=True)
+    ]
+    (unshown,) = _groups(counts.shown, counts.retrieved)
+    slots = min(sizes.candidates - sum(map(len, labelled)), len(unshown))
+    scored = unshown[~np.isnan(scores[unshown])]
+    highest = scored[np.argsort(-scores[scored], kind="stable")]
+    highest = highest[: round(sizes.passed_share * slots)]
+    left = np.setdiff1d(unshown, highest, assume_unique=True)
+    passed = left < counts.passed
+    others = evenly([left[passed], left[~passed]], slots - len(highest), key[1:])
+    drawn = [*labelled, highest, others]
+    return np.concatenate(drawn), np.concatenate([*factors, np.zeros(slots)])
+
+
+def _groups(*ends: Any) -> list[Int[np.ndarray, "g"]]:
+    """The places between each two of the ends."""
+    return [np.arange(*of) for of in pairwise(ends)]
+
+
+def _run(group: Int[np.ndarray, "g"], number: int, start: float) -> Int[np.ndarray, "number"]:
+    """A run on the circle of a group's places; with `start` uniform, each is equally likely."""
+    return np.take(group, int(start * len(group)) + np.arange(number), mode="wrap")
+
+
+def evenly(
+    groups: Sequence[Int[np.ndarray, "g"]], number: int, key: Float[np.ndarray, "_"]
+) -> Places:
+    """Draw from the places of some groups, each place with the same probability.
+
+    Of n places in all, a group of g places gets `number` · g / n of the draws, rounded at random to
+    one of the two nearest integers: systematic sampling over all places in a row (Madow and Madow,
+    1944). The draws of a group are a run from a random start on.
+
+    Args:
+      groups: the places of each group.
+      number: the number of places to draw, at most n.
+      key: uniform numbers in [0, 1): one, and one per group.
+
+    Returns:
+      Different places, ordered by group.
+    """
+    ends = np.cumsum([0, *map(len, groups)])
+    quotas = np.diff((int(key[0] * ends[-1]) + number * ends) // max(ends[-1], 1))
+    runs = [_run(*of) for of in zip(groups, quotas.tolist(), key[1:], strict=False)]
+    return np.concatenate(runs)
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "funnel": Sampler(funnel),
+    "uniform": Sampler(uniform),
+    "hard": Sampler(hard, needs_scores=True),
+}
+"""The samplers by name."""
+
+
+class Chosen(NamedTuple):
+    """The candidates that a sampler has drawn; these are the arguments of `sampling.rows_of`.
+
+    Attributes:
+      request: the numbers of the requests.
+      place: in the candidates of each request, -1 for padding. Labelled ones are first, then the
+        others that were passed, then the rest.
+      factor: on the weight of each label; 0 if the label is not a training target.
+      bounds: of the requests.
+    """
+
+    request: Int[np.ndarray, "R steps"]
+    place: Int[np.ndarray, "R steps N"]
+    factor: Float[np.ndarray, "R steps labelled"]
+    bounds: Bounds
+
+
+def slots_of(counts: Counts, stage: Stage, sizes: Sizes) -> Slots:
+    """The slots that suffice for any sampler, if candidates that reached `stage` count."""
+    counted = np.minimum(counting(counts, stage), sizes.candidates)
+    beyond_passed = (counts.scored > counts.passed).any()
+    judged = counted if beyond_passed else np.minimum(counted, counts.passed)
+    numbers = (counted, np.minimum(counted, counts.shown), judged)
+    return Slots(*(max(int(of.max()), 1) for of in numbers))
+
+
+def scores_of(columns: Columns, stage: Stage) -> Callable[[int], Scores]:
+    """The teacher's stored scores of a request by its number; see the module's docstring.
+
+    Args:
+      columns: the requests, with all fields.
+      stage: scores of candidates that did not reach this stage are NaN.
+    """
+
+    def of_request(request: int) -> Scores:
+        counts = columns.counts.of(request)
+        number = np.minimum(counts.scored, counts.reached(stage))[None]
+        fields = columns.candidates.fields(np.array([request]), number)
+        probability = fields["teacher_probability"]
+        known = ~np.isnan(probability)
+        total = np.where(known, probability, 0).sum(axis=1)
+        scores = np.full(counts.retrieved, np.nan, np.float32)
+        np.divide(total, known.sum(axis=1), out=scores[: len(total)], where=known.any(axis=1))
+        return scores
+
+    return of_request
+
+
+def draw(
+    name: str,
+    counts: Counts,
+    sizes: Sizes,
+    stage: Stage,
+    scores_of: Callable[[int], Scores],
+    slots: Slots,
+    request: Int[np.ndarray, "R steps"],
+    start: Float[np.ndarray, "R steps 4"],
+    bounds: Bounds,
+) -> Chosen:
+    """Draw the candidates of the batches of some steps, request by request.
+
+    Args:
+      name: the name of the sampler.
+      counts: of all requests.
+      sizes: of the batches.
+      stage: candidates that did not reach this stage are drawn and then left out, unless they are
+        labelled or scored; see `sampling.kinds_of`.
+      scores_of: see there.
+      slots: see `slots_of`.
+      request: the numbers of the requests.
+      start: uniform in [0, 1), the keys.
+      bounds: of these requests.
+
+    Raises:
+      UserError: the sampler breaks its contract.
+    """
+    sampler, counts_of = SAMPLERS[name], counts.of(request)
+    place = np.full((*request.shape, sizes.candidates), -1, np.int32)
+    factor = np.zeros(place.shape, np.float32)
+    for at in np.ndindex(request.shape):
+        own = counts_of.of(at)
+        if sampler.needs_scores:
+            scores = scores_of(int(request[at]))
+        else:
+            scores = np.full(own.retrieved, np.nan, np.float32)
+        places, factors = sampler.function(own, scores, sizes, start[at])
+        _check(name, np.asarray(places), np.asarray(factors), own, sizes)
+        place[at][: len(places)], factor[at][: len(places)] = places, factors
+
+    place, factor = _in_order(place, factor, counts_of, stage, slots)
+    as_int32 = Bounds(*(of.astype(np.int32) for of in bounds))
+    return Chosen(request.astype(np.int32), place, factor, as_int32)
+
+
+def _in_order(
+    place: Int[np.ndarray, "R steps C"],
+    factor: Float[np.ndarray, "R steps C"],
+    counts: Counts,
+    stage: Stage,
+    slots: Slots,
+) -> tuple[Int[np.ndarray, "R steps N"], Float[np.ndarray, "R steps labelled"]]:
+    """Leave out the candidates that do not count, and put the others in the order of `Chosen`."""
+    each = Counts(*(of[..., None] for of in counts))
+    labelled = (place >= 0) & (place < each.shown) & (factor > 0)
+    passed_count, rest_counts = what_counts(each, stage)
+    counted = np.where(place < each.passed, passed_count, rest_counts) & (place >= 0)
+    kind = np.select([labelled, counted & (place < each.passed), counted], [0, 1, 2], 3)
+    order = np.argsort(kind.astype(np.int8), axis=-1, kind="stable")[..., : slots.candidates]
+    place = np.take_along_axis(np.where(kind < 3, place, np.int32(-1)), order, axis=-1)
+    factor = np.take_along_axis(np.where(labelled, factor, np.float32(0)), order, axis=-1)
+    return place, factor[..., : slots.labelled]
+
+
+def _check(name: str, places: Places, factors: Factors, counts: Counts, sizes: Sizes) -> None:
+    """Raise UserError unless a sampler's result keeps its contract."""
+    retrieved = int(counts.retrieved)
+    problem = ""
+    if places.shape != factors.shape or places.ndim != 1:
+        problem = f"places of shape {places.shape} with factors of shape {factors.shape}"
+    elif len(places) > sizes.candidates:
+        problem = f"{len(places)} places for batch.candidates={sizes.candidates}"
+    elif len(places) and not (places.dtype.kind in "iu" and places.min() >= 0):
+        problem = "places that are not integers from 0 on"
+    elif len(places) and places.max() >= retrieved:
+        problem = f"place {places.max()} of {retrieved} candidates, counted from 0"
+    elif len(np.unique(places)) < len(places):
+        problem = "a place twice"
+    elif not (np.isfinite(factors) & (factors >= 0)).all():
+        problem = "a factor that is negative or not finite"
+    if problem:
+        raise UserError(
+            f"sampler {name}: request {int(counts.request_id)} has {problem}; see "
+            "`kd_ranker.batches.samplers`"
+        )

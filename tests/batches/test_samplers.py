@@ -1,0 +1,238 @@
+import dataclasses
+import itertools
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from kd_ranker.batch import Stage
+from kd_ranker.batches.cutting import unpack
+from kd_ranker.batches.samplers import SAMPLERS, Sampler, Sizes, evenly, funnel, hard, scores_of
+from kd_ranker.batches.training import (
+    ALL,
+    ALONE,
+    BLOCK,
+    BatchConfig,
+    Needs,
+    Share,
+    training_batches,
+)
+from kd_ranker.errors import UserError
+from kd_ranker.requests import storage
+from kd_ranker.requests.columns import columns_of
+from tests.random_batches import SPEC
+from tests.requests.random_requests import random_request, random_source
+
+V1 = dataclasses.replace(SPEC, teacher_version="v1")
+# (shown, passed, retrieved, scored) of a request.
+SIZES = [(4, 9, 20, 9), (0, 0, 3, 0), (1, 1, 1, 1), (7, 7, 7, 0), (2, 12, 30, 30), (5, 5, 30, 5)]
+
+
+def ragged_request(seed):
+    shown, passed, retrieved, scored = SIZES[seed % len(SIZES)]
+    generator = np.random.default_rng(seed)
+    probability = generator.random((scored, 3)).astype(np.float32)
+    probability[generator.random((scored, 3)) < 0.2] = np.nan
+    return dataclasses.replace(
+        random_request(seed, shown, passed, retrieved),
+        teacher_probability=probability,
+        teacher_weight=np.ones(scored, np.float32),
+    )
+
+
+def ragged_source(beyond_passed=True):
+    """Requests of all sizes; the scores of one reach beyond the passed."""
+    seeds = [seed for seed in range(12) if beyond_passed or seed % len(SIZES) != 4]
+
+    def requests(split):
+        return map(ragged_request, seeds) if split == "train" else random_source().requests(split)
+
+    numbers = {**random_source().num_requests, "train": len(seeds)}
+    return dataclasses.replace(random_source(), requests=requests, num_requests=numbers)
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["all scored", "passed scored"])
+def dataset(tmp_path_factory, request):
+    directory = str(tmp_path_factory.mktemp("data"))
+    storage.build(ragged_source(request.param), "ragged", directory)
+    return storage.open_dataset("ragged", directory, made_by="")
+
+
+@pytest.fixture(autouse=True)
+def copy_of_funnel(monkeypatch):
+    monkeypatch.setitem(SAMPLERS, "copy", Sampler(lambda *of: funnel(*of)))
+
+
+def take(dataset, sampler, number, needs=ALL, share=ALONE, resident=True, before=0):
+    sizes = BatchConfig(4, 12, 0.5, 0.5, seed=0, sampler=sampler)
+    batches = iter(training_batches(dataset, sizes, needs, share, resident=resident))
+    batches.set_state({"taken": before})
+    return [unpack(*jax.device_get(next(batches))) for _ in range(number)]
+
+
+def assert_same(one, other):
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+@pytest.mark.parametrize("resident", [True, False])
+@pytest.mark.parametrize(
+    ("stage", "logged"),
+    [
+        (Stage.RETRIEVED, Stage.RETRIEVED),
+        (Stage.PASSED, None),
+        (Stage.SHOWN, Stage.PASSED),
+        (Stage.SHOWN, None),
+    ],
+)
+def test_on_the_host_funnel_makes_the_batches_that_its_compiled_form_makes(
+    dataset, stage, logged, resident
+):
+    needs = Needs(stage, logged)
+    compiled = take(dataset, "funnel", 3, needs)
+    for one, other in zip(
+        compiled, take(dataset, "copy", 3, needs, resident=resident), strict=True
+    ):
+        for field in dataclasses.fields(one):
+            few, more = getattr(one, field.name), getattr(other, field.name)
+            # The host's batches may have more padding.
+            wider = [(0, of - few.shape[at]) for at, of in enumerate(more.shape)]
+            np.testing.assert_array_equal(np.pad(few, wider), more, err_msg=field.name)
+
+
+@pytest.mark.parametrize("sampler", ["uniform", "hard"])
+def test_a_sampler_on_the_host_has_the_same_batches_however_they_are_made(dataset, sampler):
+    number = BLOCK + 3
+    whole = take(dataset, sampler, number)
+    from_files = take(dataset, sampler, number, resident=False)
+    assert_same(whole, from_files)
+    for resident in (True, False):
+        assert_same(whole[-2:], take(dataset, sampler, 2, resident=resident, before=number - 2))
+    parts = [take(dataset, sampler, 2, share=Share(part, 2)) for part in range(2)]
+    for batch, *of_parts in zip(whole, *parts, strict=False):
+        joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *of_parts)
+        assert_same(batch, joined)
+
+
+def test_labels_come_first_and_keep_their_candidates(dataset):
+    """Each candidate of a batch has the stage, label and score with which it is stored."""
+    requests = {of.user_features.tobytes(): of for of in map(ragged_request, range(12))}
+    for batch in take(dataset, "uniform", 3):
+        for row, features in enumerate(batch.user_features):
+            request = requests[features.tobytes()]
+            place = {int(item): at for at, item in enumerate(request.item_id)}
+            real = np.flatnonzero(batch.stage[row])
+            at = np.array([place[int(item)] for item in batch.item_id[row][real]])
+            reached = [at < request.num_reached(stage) for stage in list(Stage)[1:]]
+            np.testing.assert_array_equal(batch.stage[row][real], np.sum(reached, axis=0))
+            labelled = np.flatnonzero(batch.label_weight[row])
+            assert len(labelled) == reached[-1].sum()
+            labels = request.user_label[at[labelled]]
+            np.testing.assert_array_equal(batch.user_label[row][labelled], labels)
+            np.testing.assert_allclose(
+                batch.label_weight[row][labelled], len(place) / len(real), rtol=1e-6
+            )
+            scored = at < len(request.teacher_probability)
+            found = batch.teacher_probability[row][: len(real)][scored[: batch.judged]]
+            stored = request.teacher_probability[at[scored]]
+            np.testing.assert_array_equal(found, np.nan_to_num(stored))
+
+
+def counts_of(shown, passed, retrieved, positives):
+    return SimpleNamespace(shown=shown, passed=passed, retrieved=retrieved, positives=positives)
+
+
+@pytest.mark.parametrize("sizes", [(4, 5, 11), (0, 3, 0), (1, 0, 0), (6, 6, 6)])
+def test_over_all_keys_each_place_is_drawn_equally_often(sizes):
+    ends = np.cumsum([0, *sizes])
+    groups, n = [np.arange(*of) for of in itertools.pairwise(ends)], int(ends[-1])
+    for number in range(n + 1):
+        for group, size in zip(groups, sizes, strict=True):
+            drawn = np.zeros(n, int)
+            for quota, start in itertools.product(range(n), range(size)):
+                key = [(quota + 0.5) / n, *[(start + 0.5) / max(size, 1)] * len(sizes)]
+                places = evenly(groups, number, np.array(key))
+                assert len(np.unique(places)) == len(places) == number
+                drawn[places] += 1
+                # In proportion: within one of the exact share.
+                assert abs(np.isin(group, places).sum() - number * size / n) < 1
+            assert (drawn[group] == number * size).all()
+
+
+@pytest.mark.parametrize("name", ["uniform", "hard"])
+@pytest.mark.parametrize("counts", [(5, 9, 20, 2), (3, 3, 8, 0), (16, 16, 16, 1), (4, 4, 4, 4)])
+def test_labels_represent_all_that_were_shown(name, counts):
+    """Over many keys, Σ factor · label has the expectation Σ label for any labels."""
+    counts, number = counts_of(*counts), 4000
+    scores = np.random.default_rng(1).random(counts.retrieved)
+    drawn = np.zeros((number, counts.retrieved))
+    for row, key in enumerate(np.random.default_rng(0).random((number, 4))):
+        places, factors = SAMPLERS[name].function(counts, scores, Sizes(8, 0.5, 0.4), key)
+        drawn[row, places] = factors
+    shown = drawn[:, : counts.shown]
+    error = shown.std(axis=0) / np.sqrt(number) + 1e-9
+    assert (np.abs(shown.mean(axis=0) - 1) < 5 * error).all()
+
+
+@pytest.mark.parametrize(("share", "unscored"), [(0, 3), (0.5, 3), (1, 3), (1, 15), (0.5, 17)])
+def test_hard_takes_the_highest_scores_among_those_not_shown(share, unscored):
+    counts, sizes = counts_of(3, 9, 20, 1), Sizes(11, share, 1.0)
+    scores = np.random.default_rng(0).random(20)
+    scores[3 : 3 + unscored] = np.nan
+    scores[:3] = 2.0  # shown
+    wanted = min(round(share * 8), 17 - unscored)
+    by_score = sorted((-score, at) for at, score in enumerate(scores) if at >= 3 and score == score)
+    highest = {at for _, at in by_score[:wanted]}
+    random = np.zeros(20)
+    for key in np.random.default_rng(0).random((2000, 4)):
+        places, factors = hard(counts, scores, sizes, key)
+        assert len(set(places)) == 11
+        assert {0, 1, 2} | highest <= set(places)
+        np.testing.assert_array_equal(factors > 0, places < 3)
+        random[list(set(places) - highest)] += 1
+    others = [at for at in range(3, 20) if at not in highest]
+    # Each other one is equally likely: (8 − wanted) of 17 − wanted.
+    likely = (8 - wanted) / (17 - wanted)
+    assert (np.abs(random[others] / 2000 - likely) < 5 * np.sqrt(0.25 / 2000)).all()
+
+
+@pytest.mark.parametrize("name", ["funnel", "uniform", "hard"])
+@pytest.mark.parametrize("of", SIZES)
+@pytest.mark.parametrize("candidates", [1, 2, 12, 40])
+def test_requests_of_any_size_fill_their_slots(name, of, candidates):
+    columns = columns_of([ragged_request(SIZES.index(of))], V1)
+    counts = columns.counts.of(0)
+    scores = scores_of(columns, Stage.RETRIEVED)(0)
+    for key in np.random.default_rng(0).random((20, 4)):
+        places, _ = SAMPLERS[name].function(counts, scores, Sizes(candidates, 1.0, 1.0), key)
+        assert len(set(places.tolist())) == len(places) == min(candidates, of[2])
+        assert set(places.tolist()) <= set(range(of[2]))
+
+
+def test_scores_are_the_mean_over_the_tasks_that_have_one():
+    request = random_request(0, shown=1, passed=3, retrieved=4)
+    probability = np.array([[0.2, 0.4, 0.9], [0.2, np.nan, 0.4], [np.nan] * 3], np.float32)
+    columns = columns_of([dataclasses.replace(request, teacher_probability=probability)], V1)
+    expected = [0.5, 0.3, np.nan, np.nan]
+    np.testing.assert_allclose(scores_of(columns, Stage.RETRIEVED)(0), expected, rtol=1e-6)
+    np.testing.assert_array_equal(np.isnan(scores_of(columns, Stage.SHOWN)(0)), [0, 1, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("result", "problem"),
+    [
+        ((np.arange(13), np.ones(13)), "13 places for batch.candidates=12"),
+        ((np.array([0, 20]), np.ones(2)), "place 20 of 20 candidates"),
+        ((np.array([-1]), np.ones(1)), "not integers from 0 on"),
+        ((np.array([0.5]), np.ones(1)), "not integers from 0 on"),
+        ((np.array([3, 3]), np.ones(2)), "a place twice"),
+        ((np.array([3, 4]), np.ones(1)), r"shape \(2,\) with factors of shape \(1,\)"),
+        ((np.array([3]), np.array([np.nan])), "negative or not finite"),
+    ],
+)
+def test_a_sampler_that_breaks_its_contract_is_an_error(tmp_path, monkeypatch, result, problem):
+    storage.build(random_source(), "small", str(tmp_path))
+    opened = storage.open_dataset("small", str(tmp_path), made_by="")
+    monkeypatch.setitem(SAMPLERS, "mine", Sampler(lambda *_: result))
+    with pytest.raises(UserError, match=f"sampler mine: request [0-9]+ has .*{problem}"):
+        take(opened, "mine", 1)
