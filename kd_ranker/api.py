@@ -418,6 +418,7 @@ def score(
     member: str = "",
     config: ConfigDict | None = None,
     trust: bool = False,
+    policy: str = "",
     show: Show = logging.info,
 ) -> Path:
     """Score a log that training never read with a ranker that was trained on another one.
@@ -431,20 +432,22 @@ def score(
       member: the student of a sweep; "" takes the best one on validation.
       config: how to read the log; None reads it as that of the run.
       trust: whether to execute the config file of the run where that registers what the run uses.
+      policy: one of `funnel.policies` of a sweep: which candidates it passes; "" takes none.
       show: called with each line on the ranker and the candidates.
 
     Returns:
-      The folder of the scores: Parquet files with `request`, `item` and the ranker's numbers.
+      The folder of the scores: Parquet files with `request`, `item` and the ranker's numbers, and
+      with a policy `passed`.
 
     Raises:
-      UserError: the run holds no such ranker, its config file is needed and not trusted, or the log
-        lacks what the ranker was trained on.
+      UserError: the run holds no such ranker or policy, its config file is needed and not trusted,
+        or the log lacks what the ranker was trained on.
     """
     workdir = _folder(ranker)
     config = _own(config or trained.config_of(workdir, trust))
     config.data.path = frames.path_of(path, config.data.dir)
     folder = local_folder("--out", output) if output else None
-    scored, lines = scoring.score_unseen(config, workdir, member, folder, trust)
+    scored, lines = scoring.score_unseen(config, workdir, member, folder, trust, policy)
     for line in (*lines, *str(scored).splitlines()):
         show(line)
     return scored.directory
@@ -458,6 +461,7 @@ def export(
     items: str = "float32",
     formats: Sequence[str] = ("jax", "onnx"),
     trust: bool = False,
+    policy: str = "",
     show: Show = logging.info,
 ) -> Path:
     """Write a ranker as a folder that a server can use without this package.
@@ -470,11 +474,12 @@ def export(
       items: the type of item embeddings: float32, bfloat16 or int8.
       formats: of the programs, some of jax and onnx.
       trust: whether to execute the config file of the run where that registers what the run uses.
+      policy: one of `funnel.policies` of a sweep: how many candidates to pass; "" takes none.
       show: called with a line on the ranker.
 
     Raises:
-      UserError: the run holds no such ranker, its config file is needed and not trusted, the folder
-        exists, or a format lacks an operation.
+      UserError: the run holds no such ranker or policy, its config file is needed and not trusted,
+        the folder exists, or a format lacks an operation.
     """
     workdir, folder = _folder(ranker), local_folder("--out", output)
     check_choice("--items", items, ITEM_TYPES)
@@ -483,7 +488,7 @@ def export(
     if folder.exists():
         raise UserError(f"{folder} exists; name a folder that does not as --out")
     with fetched(workdir) as run_folder:
-        finished = trained.open_finished(run_folder, member, serve, trust=trust)
+        finished = trained.open_finished(run_folder, member, serve, "", trust, policy)
         exporting.check_choices(finished, items, formats)
         servable = exporting.servable(finished)
         exported = make_programs(servable, items)

@@ -372,13 +372,13 @@ def _sweep(api: Any, config: "ConfigDict", given: argparse.Namespace) -> object:
 
 def _score(api: Any, config: "ConfigDict", given: argparse.Namespace) -> None:
     arguments = (given.workdir, config.data.path, given.out or None, given.member)
-    api.score(*arguments, config=config, trust=given.trust, show=print)
+    api.score(*arguments, config, given.trust, given.policy, show=print)
 
 
 def _export(api: Any, config: "ConfigDict", given: argparse.Namespace) -> str:
     arguments = (given.workdir, given.out, given.member, given.serve, given.items)
     formats = tuple(given.formats.split(","))
-    folder = api.export(*arguments, formats, trust=given.trust, show=print)
+    folder = api.export(*arguments, formats, given.trust, given.policy, show=print)
     return f"export: {folder}\ncheck it with: python {folder / 'check.py'}"
 
 
@@ -399,6 +399,7 @@ _OWNED = {
 _FINISHED = {
     "workdir": Flag("the folder or URL of a finished run", None),
     "member": Flag("the student of a sweep; without it, the best one on validation"),
+    "policy": Flag("the policy of how many to pass: one of funnel.policies of a sweep"),
     "trust": Flag("execute the config file of the run, where that registers a part of it", False),
 }
 

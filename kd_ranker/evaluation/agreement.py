@@ -144,14 +144,18 @@ def alignment_ratio(
     return np.where(known, ratio, 0.0).sum(axis=0) / np.where(tasks > 0, tasks, np.nan)
 
 
-def teacher_ndcg(
+def ndcg(
     gain: Float[Array, "R m"], ideal_gain: Float[Array, "R m"]
 ) -> tuple[Float[Array, "R"], Bool[Array, "R"]]:
-    """NDCG of the student's first m, with the teacher's value as gain, and whether it counts.
+    """NDCG of a ranker's first m candidates, and whether the request counts.
 
         Σ_i gain_i / log2(1 + i)  over  the same of the ideal gains,  i = 1..m
 
-    The gain has no exponent (Järvelin and Kekäläinen 2002); see `funnel.FunnelCurves`.
+    The gain has no exponent (Järvelin and Kekäläinen 2002).
+
+    Args:
+      gain: of the candidates that the ranker puts first, in its order; at least 0.
+      ideal_gain: the same in the best order.
 
     Returns:
       A number in [0, 1], 0 where the request does not count; and False where the ideal is 0.

@@ -90,6 +90,7 @@ class Metric(NamedTuple):
 def _of_users(ranked: Ranked) -> Sums:
     probability, label, weight = ranked.labels
     area, counts = agreement.user_auc(probability, label, weight)
+    ndcg, ndcg_counts = agreement.ndcg(*ranked.user_gains)
     return {
         "user_bce": weighted_sum(agreement.binary_cross_entropy(probability, label), weight),
         "label_weight": weight.sum(axis=1),
@@ -97,6 +98,8 @@ def _of_users(ranked: Ranked) -> Sums:
         "observed": weighted_sum(label, weight),
         "user_auc": area,
         "user_auc_requests": counts.astype(area.dtype),
+        "user_ndcg": ndcg,
+        "user_ndcg_requests": ndcg_counts.astype(ndcg.dtype),
     }
 
 
@@ -124,7 +127,7 @@ def _on_shown(ranked: Ranked) -> Sums:
 
 
 def _of_order(ranked: Ranked) -> Sums:
-    ndcg, ndcg_counts = agreement.teacher_ndcg(ranked.curves.gain, ranked.curves.ideal_gain)
+    ndcg, ndcg_counts = agreement.ndcg(ranked.curves.gain, ranked.curves.ideal_gain)
     tau, tau_counts = agreement.teacher_tau(ranked.value, ranked.teacher_value, ranked.mask)
     top = funnel.top_values(ranked.value, ranked.true_value, ranked.mask, ranked.sizes.shown)
     return {
@@ -273,6 +276,15 @@ METRICS: dict[str, Metric] = {
             better="higher",
             per=("task",),
             ends=_ratio("user_auc", "user_auc_requests"),
+        ),
+        Metric(
+            name="user_ndcg",
+            formula="NDCG of the ranker's first m of the candidates with a label, with the value "
+            "of the user labels as gain, Σ gain / log2(1 + place) over the same in the best "
+            "order; mean over requests with a positive label",
+            title="users' NDCG",
+            better="higher",
+            ends=_ratio("user_ndcg", "user_ndcg_requests"),
         ),
         Metric(
             name="user_calibration",
@@ -565,6 +577,7 @@ MAIN = [
     "end_to_end_hit_rate@{k}/{first}",
     "teacher_kl",
     "alignment_ratio",
+    "user_ndcg",
     "user_auc/{task}",
     "user_bce/{task}",
 ]

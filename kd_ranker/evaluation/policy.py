@@ -4,21 +4,27 @@ A policy reads the student's sorted scores of a request and chooses k. A request
 candidates where the student is sure, and many elsewhere. Policies are fitted on validation
 requests, so that all keep the same share of the final value there, and measured on test requests.
 
-Axes: `R` requests, `K` values of k, increasing; the last is all that was retrieved.
+Axes: `R` requests, `K` values of k, increasing; the last is all that was retrieved; `F` features.
 """
 
+import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Float64, Int
+from jaxtyping import Array, Bool, Float, Float64, Int
 
 from kd_ranker.evaluation.metrics import HINDSIGHT, Sums
+from kd_ranker.evaluation.results import Who
 
-Choice = Int[np.ndarray, "R"]
+Score = Float[np.ndarray | Array, "R K"]
+"""The student's value of its k-th candidate at each k, or of its last one."""
+
+Choice = Int[np.ndarray | Array, "R"]
 """The place in `ks` of each request's k."""
 
 
@@ -27,7 +33,7 @@ class Curves(NamedTuple):
 
     Attributes:
       ks: [K], the values of k to choose among.
-      score: [R, K], the student's value of its k-th candidate, or of its last one.
+      score: [R, K], see `Score`.
       captured: [R, K], the teacher's value of the items shown if k pass; it does not decrease.
       candidates: [R], how many were retrieved.
     """
@@ -57,53 +63,144 @@ class Curves(NamedTuple):
         return 1 - float(self.lost[np.arange(len(choice)), choice].mean())
 
 
-Policy = Callable[[Float[np.ndarray, "R K"]], Choice]
-"""From the scores of requests, as in `Curves`, to a k for each."""
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A rule that chooses k for each request from the student's sorted scores.
+
+    The scores are an array of NumPy or of JAX, and so is the choice.
+
+    Attributes:
+      ks: [K], the values of k to choose among, increasing.
+    """
+
+    name: ClassVar[str]
+    ks: Int[np.ndarray, "K"]
+
+    @classmethod
+    def fit(cls, curves: Curves, target: float) -> Self:
+        """Fit a rule that keeps this share of the value over all requests."""
+        raise NotImplementedError
+
+    def choose(self, score: Score) -> Choice:
+        """Choose the place of each request's k."""
+        raise NotImplementedError
+
+    def passed(self, value: Float[Array, "R N"], mask: Bool[Array, "R N"]) -> Int[Array, "R"]:
+        """The number of candidates to pass of each request: at least 1, at most all.
+
+        Args:
+          value: the student's value of each candidate, in any order.
+          mask: False on padding.
+        """
+        candidates = jnp.maximum(mask.sum(axis=1), 1)
+        ordered = -jnp.sort(jnp.where(mask, -value, jnp.inf), axis=1)
+        at = jnp.minimum(self.ks, candidates[:, None]) - 1
+        score = jnp.take_along_axis(ordered, at, axis=1, mode="clip")
+        return jnp.minimum(jnp.asarray(self.ks)[self.choose(score)], candidates)
 
 
-def fit_uniform(curves: Curves, target: float) -> Policy:
-    """The same k for all: the smallest that keeps the target."""
-    enough = 1 - curves.lost.mean(axis=0) >= target
-    place = int(enough.argmax())
-    return lambda score: np.full(len(score), place)
+@dataclasses.dataclass(frozen=True)
+class Uniform(Policy):
+    """The same k for all: the smallest that keeps the target.
+
+    Attributes:
+      place: that of k in `ks`.
+    """
+
+    name: ClassVar[str] = "uniform"
+    place: int
+
+    @classmethod
+    def fit(cls, curves: Curves, target: float) -> Self:
+        """See `Policy`."""
+        enough = 1 - curves.lost.mean(axis=0) >= target
+        return cls(curves.ks, int(enough.argmax()))
+
+    def choose(self, score: Score) -> Choice:
+        """See `Policy`."""
+        return score.__array_namespace__().full(score.shape[0], self.place)
 
 
-def fit_threshold(curves: Curves, target: float) -> Policy:
-    """Pass what the student values at least at a threshold, the largest that keeps the target."""
+@dataclasses.dataclass(frozen=True)
+class Threshold(Policy):
+    """The largest k at which all candidates reach a threshold on the student's value.
 
-    def at(threshold: float) -> Policy:
-        return lambda score: np.maximum((score >= threshold).sum(axis=1) - 1, 0)
+    Attributes:
+      threshold: the largest that keeps the target.
+    """
 
-    known = np.unique(curves.score)
-    place = _last_true(
-        len(known), lambda place: curves.kept(at(known[place])(curves.score)) >= target
-    )
-    return at(known[place])
+    name: ClassVar[str] = "threshold"
+    threshold: float
+
+    @classmethod
+    def fit(cls, curves: Curves, target: float) -> Self:
+        """See `Policy`."""
+        known = np.unique(curves.score)
+
+        def enough(place: int) -> bool:
+            return curves.kept(cls(curves.ks, known[place]).choose(curves.score)) >= target
+
+        return cls(curves.ks, float(known[_last_true(len(known), enough)]))
+
+    def choose(self, score: Score) -> Choice:
+        """See `Policy`."""
+        reached = (score >= self.threshold).sum(axis=1)
+        return score.__array_namespace__().maximum(reached - 1, 0)
 
 
-def fit_learned(curves: Curves, target: float) -> Policy:
-    """Choose k to minimize k + μ · the expected value lost, as a network predicts it.
+@dataclasses.dataclass(frozen=True)
+class Learned(Policy):
+    """The least k + μ · the expected value lost at k, as a network predicts it.
 
     The network is fitted by Poisson regression, so its predictions are right in the mean over the
     requests that it is fitted to. The price μ of lost value is about the smallest that keeps the
     target, by out-of-fold predictions. A price for a budget over all requests: Jiang et al.,
     "DCAF", 2020, arXiv:2006.09684. Of more than 20,000 requests, the first 20,000 count.
+
+    Attributes:
+      price: μ, in candidates per mean value of a request.
+      logs: whether the features are of the logarithms of scores.
+      mean: [F], of each feature on the requests of the fit.
+      deviation: [F], the standard deviation of each.
+      network: arrays by name, see `_predict`.
     """
-    curves = curves.first(_MOST_REQUESTS)
-    features, scale = _features(curves.score)
-    fold = np.random.default_rng(0).permutation(len(features)) % _FOLDS
-    # The last network learns from all requests.
-    weights = np.stack([*(fold != of for of in range(_FOLDS)), fold >= 0]).astype(np.float32)
-    networks = _fit_networks(features, curves.lost.astype(np.float32), weights)
-    out_of_fold = jax.device_get(_predict_each(networks, features))[fold, np.arange(len(features))]
-    price = _least_price(curves, out_of_fold, curves.ks, target)
-    whole = jax.tree.map(lambda leaf: leaf[-1], networks)
 
-    def choose(score: Float[np.ndarray, "R K"]) -> Choice:
-        found, _ = _features(score, scale)
-        return _cheapest(curves.ks, np.asarray(_predict(whole, found)), price)
+    name: ClassVar[str] = "learned"
+    price: float
+    logs: bool
+    mean: Float[np.ndarray, "F"]
+    deviation: Float[np.ndarray, "F"]
+    network: Mapping[str, Float[np.ndarray, "..."]]
 
-    return choose
+    @classmethod
+    def fit(cls, curves: Curves, target: float) -> Self:
+        """See `Policy`."""
+        curves = curves.first(_MOST_REQUESTS)
+        logs = bool((curves.score >= 0).all())
+        features = np.asarray(_features(curves.score, logs))
+        deviation = features.std(axis=0)
+        scale = features.mean(axis=0), np.where(deviation < 1e-6, 1.0, deviation)
+        standard = _standard(features, *scale)
+        fold = np.random.default_rng(0).permutation(len(features)) % _FOLDS
+        # The last network learns from all requests.
+        weights = np.stack([*(fold != of for of in range(_FOLDS)), fold >= 0]).astype(np.float32)
+        networks = _fit_networks(standard, curves.lost.astype(np.float32), weights)
+        predicted = jax.device_get(_predict_each(networks, standard))
+        out_of_fold = predicted[fold, np.arange(len(features))]
+        price = _least_price(curves, out_of_fold, curves.ks, target)
+        whole = {name: np.asarray(of[-1]) for name, of in networks.items()}
+        return cls(curves.ks, price, logs, *scale, whole)
+
+    def choose(self, score: Score) -> Choice:
+        """See `Policy`."""
+        standard = _standard(_features(score, self.logs), self.mean, self.deviation)
+        network = {name: jnp.asarray(of) for name, of in self.network.items()}
+        lost = score.__array_namespace__().asarray(_predict(network, standard))
+        return _cheapest(self.ks, lost, self.price)
+
+
+POLICIES: Mapping[str, type[Policy]] = {of.name: of for of in (Uniform, Threshold, Learned)}
+"""The ways to choose k, by `config.funnel.policies`."""
 
 
 def hindsight(curves: Curves, target: float) -> Choice:
@@ -116,12 +213,8 @@ def hindsight(curves: Curves, target: float) -> Choice:
     return _cheapest(curves.scored, curves.lost, price)
 
 
-POLICIES: Mapping[str, Callable[[Curves, float], Policy]] = {
-    "uniform": fit_uniform,
-    "threshold": fit_threshold,
-    "learned": fit_learned,
-}
-"""The ways to choose k, by `config.funnel.policies`."""
+FILE = "policies.json"
+"""The fitted policies of the members that are measured on test, next to their results."""
 
 # The curves of which the values at the chosen k are summed.
 _CHOSEN = ("scored", "value_captured", "true_value_captured", "covered_user_value")
@@ -132,35 +225,91 @@ def named(policies: Sequence[str]) -> tuple[str, ...]:
     return (*(name for name in POLICIES if name in policies), HINDSIGHT) if policies else ()
 
 
+def fit(
+    curves: Sums, ks: Sequence[int], policies: Sequence[str], target: float
+) -> dict[str, Policy]:
+    """Fit policies to the validation requests of one ranker.
+
+    Args:
+      curves: [R, K], as `evaluate.Each` has them.
+      ks: their values of k.
+      policies: names of `POLICIES`.
+      target: the share of the value to keep.
+
+    Returns:
+      The policies by name; none for a ranker with NaN in its curves, or without value to keep.
+    """
+    known = _curves(curves, ks)
+    return {name: POLICIES[name].fit(known, target) for name in policies if _have_value(known)}
+
+
 def sums(
-    fitted: Sums, tested: Sums, ks: Sequence[int], policies: Sequence[str], target: float
+    fitted: Mapping[str, Policy],
+    tested: Sums,
+    ks: Sequence[int],
+    policies: Sequence[str],
+    target: float,
 ) -> Sums:
     """The value that the policies of one ranker keep on each test request.
 
     Args:
-      fitted: its curves on validation requests, [R, K], as `evaluate.Each` has them.
-      tested: the same on test requests.
-      ks: the k of both.
+      fitted: the result of `fit`.
+      tested: its curves on test requests, [R, K], as `evaluate.Each` has them.
+      ks: their values of k.
       policies: names of `POLICIES`.
-      target: the share of the value to keep on the validation requests.
+      target: the share of the value that the bound keeps.
 
     Returns:
       `policy_<curve>/<policy>` -> that curve at the chosen k, [R], for the policies of `named`. All
-      are NaN for a ranker with NaN in its curves, and if there is no value to keep.
+      are NaN for a ranker without fitted policies or with NaN in its curves, and if there is no
+      value to keep.
     """
-    validation, test = (_curves(of, ks) for of in (fitted, tested))
+    test = _curves(tested, ks)
     requests = np.arange(len(test.candidates))
-    known = all(np.isfinite(of).all() for curves in (validation, test) for of in curves)
-    if not (known and validation.captured[:, -1].sum() > 0 and test.captured[:, -1].sum() > 0):
+    if not (fitted and _have_value(test)):
         nothing = np.full(len(requests), np.nan)
         return {f"policy_{of}/{name}": nothing for of in _CHOSEN for name in named(policies)}
-    choices = {name: POLICIES[name](validation, target)(test.score) for name in policies}
+    choices = {name: fitted[name].choose(test.score) for name in policies}
     choices[HINDSIGHT] = hindsight(test, target)
     return {
         f"policy_{of}/{name}": np.asarray(tested[of])[requests, choices[name]]
         for of in _CHOSEN
         for name in named(policies)
     }
+
+
+def to_json(fitted: Mapping[Who, Mapping[str, Policy]]) -> str:
+    """Return the text of `FILE`, with the policies by member and serve name.
+
+    It is a list of objects, each with the name of a policy and its attributes.
+    """
+    listed = [
+        {"member": member, "serve": serve, "policy": name, **dataclasses.asdict(of)}
+        for (member, serve), policies in fitted.items()
+        for name, of in policies.items()
+    ]
+    return json.dumps(listed, default=lambda array: array.tolist())
+
+
+def from_json(text: str) -> dict[Who, dict[str, Policy]]:
+    """The inverse of `to_json`."""
+    fitted: dict[Who, dict[str, Policy]] = {}
+    for of in json.loads(text):
+        who, name = (of.pop("member"), of.pop("serve")), of.pop("policy")
+        fitted.setdefault(who, {})[name] = POLICIES[name](**_with_arrays(of))
+    return fitted
+
+
+def _with_arrays(value: Any) -> Any:
+    """Turn the lists of an object of JSON into arrays."""
+    if isinstance(value, dict):
+        return {name: _with_arrays(of) for name, of in value.items()}
+    return np.asarray(value) if isinstance(value, list) else value
+
+
+def _have_value(curves: Curves) -> bool:
+    """Test whether the curves are finite, and there is value to keep."""
+    return all(np.isfinite(of).all() for of in curves) and curves.captured[:, -1].sum() > 0
 
 
 def _curves(curves: Sums, ks: Sequence[int]) -> Curves:
@@ -200,31 +349,26 @@ def _cheapest(
     return (cost + price * lost).argmin(axis=1)
 
 
-class _Scale(NamedTuple):
-    """Rules by which scores become features: logarithms or not, means and deviations."""
-
-    logs: bool
-    mean: Float[np.ndarray, "F"]
-    deviation: Float[np.ndarray, "F"]
-
-
-def _features(
-    score: Float[np.ndarray, "R K"], scale: _Scale | None = None
-) -> tuple[Float[np.ndarray, "R F"], _Scale]:
-    """Features of sorted scores, standardized: the scores, gaps, entropy and mass."""
-    logs = scale.logs if scale else bool((score >= 0).all())
-    level = np.log(np.maximum(score, 1e-9)) if logs else score
+def _features(score: Score, logs: bool) -> Float[np.ndarray | Array, "R F"]:
+    """Features of sorted scores: the scores or their logarithms, gaps, entropy and mass."""
+    xp = score.__array_namespace__()
+    level = xp.log(xp.maximum(score, 1e-9)) if logs else score
     gaps = level - level[:, :1]
-    share = np.exp(gaps)
+    share = xp.exp(gaps)
     share /= share.sum(axis=1, keepdims=True)
-    entropy = -(share * np.log(np.maximum(share, 1e-30))).sum(axis=1, keepdims=True)
+    entropy = -(share * xp.log(xp.maximum(share, 1e-30))).sum(axis=1, keepdims=True)
     mass = share[:, : score.shape[1] // 4].sum(axis=1, keepdims=True)
-    found = np.concatenate([level, gaps, entropy, mass], axis=1)
-    if scale is None:
-        deviation = found.std(axis=0)
-        scale = _Scale(logs, found.mean(axis=0), np.where(deviation < 1e-6, 1.0, deviation))
-    standard = np.clip((found - scale.mean) / scale.deviation, -10, 10)
-    return standard.astype(np.float32), scale
+    return xp.concatenate([level, gaps, entropy, mass], axis=1)
+
+
+def _standard(
+    features: Float[np.ndarray | Array, "R F"],
+    mean: Float[np.ndarray, "F"],
+    deviation: Float[np.ndarray, "F"],
+) -> Float[np.ndarray | Array, "R F"]:
+    """Standardized features as float32, within ±10."""
+    standard = (features - mean) / deviation
+    return features.__array_namespace__().clip(standard, -10, 10).astype(np.float32)
 
 
 Network = dict[str, Float[Array, "..."]]

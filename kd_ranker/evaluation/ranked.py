@@ -129,6 +129,23 @@ class Ranked:
         )
 
     @functools.cached_property
+    def user_gains(self) -> tuple[Float[Array, "R m"], Float[Array, "R m"]]:
+        """The value of the user labels of the m labelled candidates that the ranker puts first.
+
+        The second array is the same in the best order. Equal values keep the order of the
+        candidates. Both are 0 where there are fewer than m, and the first is NaN if a value is.
+        """
+        gain = self._of_labelled(self.user_value)
+        known = self._of_labelled(self.label_weight) > 0
+        value = self._of_labelled(self.value)
+        order = jnp.argsort(jnp.where(known, -value, jnp.inf), axis=1, stable=True)
+        own = jnp.take_along_axis(gain, order, axis=1)
+        diverged = jnp.any(known & jnp.isnan(value), axis=1, keepdims=True)
+        best = -jnp.sort(-gain, axis=1)
+        shown = self.sizes.shown
+        return jnp.where(diverged, jnp.nan, own)[:, :shown], best[:, :shown]
+
+    @functools.cached_property
     def judged(self) -> tuple[Float[Array, "R L T"], Float[Array, "R L T"], Float[Array, "R L T"]]:
         """Ranker's and teacher's probability, and weight, of the candidates that have a label.
 

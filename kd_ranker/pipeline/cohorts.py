@@ -14,7 +14,7 @@ from kd_ranker.batch import FeatureSpec
 from kd_ranker.config import checks, schema
 from kd_ranker.config.keys import JOIN, PLAN
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import results
+from kd_ranker.evaluation import policy, results
 from kd_ranker.evaluation.evaluate import Each
 from kd_ranker.evaluation.results import Who
 from kd_ranker.manifest import is_made_of as is_measured
@@ -238,7 +238,7 @@ def _test_cohort(
     owner = {**job.made_of, "serves": json.dumps(serves), "references": str(with_references)}
     policies = job.config.funnel.policies
     if policies:
-        owner["policies"] = ",".join(policies)
+        owner[policy.FILE] = ",".join(policies)
     if is_measured(folder / TEST, owner):
         return
     groups = [group.only(serves) for group in _restored(job, folder)] if serves else []

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kd_ranker.batch import IN_BATCH, CandidateBatch, Items
+from kd_ranker.batch import CandidateBatch, Items
 from kd_ranker.batches.evaluation import evaluation_batches
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
@@ -19,7 +19,14 @@ from kd_ranker.models.model import COMPUTE_DTYPES, Parameters, score
 from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.pipeline.measure import Students, measure
 from kd_ranker.pipeline.trained import Finished
-from kd_ranker.serving.programs import Exported, Servable, call, falls_into_parts, make_programs
+from kd_ranker.serving.programs import (
+    Exported,
+    Servable,
+    call,
+    falls_into_parts,
+    fields_of,
+    make_programs,
+)
 from kd_ranker.training.state import stack_members
 
 _EXAMPLE_REQUESTS = 4
@@ -34,16 +41,19 @@ def servable(finished: Finished) -> Servable:
         items=finished.dataset.items,
         probability=finished.mode.serve[finished.serve],
         value_weights=tuple(finished.config.value_weights),
+        policy=finished.policy,
     )
 
 
 def check_choices(finished: Finished, items: str, formats: Collection[str]) -> None:
-    """Raise UserError if the ranker has no item embeddings, or a format lacks its dtype."""
+    """Raise UserError for item types and formats that the ranker cannot be exported with."""
     if items != "float32" and not falls_into_parts(servable(finished)):
         raise UserError(
             f"--items={items!r}: this {finished.role} is one program, which has no item "
             "embeddings; leave --items out"
         )
+    if "onnx" in formats and finished.policy:
+        raise UserError("--policy: k is exported for JAX only; use --formats=jax")
     computes = finished.config[finished.role].compute_dtype
     if "onnx" in formats and COMPUTE_DTYPES[computes].dtype != jnp.float32:
         raise UserError(
@@ -130,8 +140,7 @@ def _as_ranker(exported: Exported, serve: str) -> Ranker:
     @jax.jit
     def served(held: Mapping[str, Any], batch: CandidateBatch, items: Items) -> Served:
         del items
-        fields = {field.name: getattr(batch, field.name) for field in IN_BATCH}
-        answer = call(exported.programs, {**fields, **held})
+        answer = call(exported.programs, {**fields_of(batch), **held})
         return Served({serve: answer["probability"]}, {})
 
     return Ranker(served, stack_members([exported.tables]))

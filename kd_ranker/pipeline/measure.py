@@ -17,6 +17,7 @@ from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import metrics, policy, references, results, saving
 from kd_ranker.evaluation.evaluate import Each, Plan, Ranker, Summed, evaluate, make_serve
 from kd_ranker.evaluation.metrics import TARGET
+from kd_ranker.evaluation.policy import Policy
 from kd_ranker.evaluation.references import NO_PROBABILITIES, Statistics
 from kd_ranker.evaluation.results import Kept, Row, Who
 from kd_ranker.manifest import MadeOf
@@ -80,12 +81,14 @@ class Measured(NamedTuple):
       curves: rows of `curves.csv`.
       calibration: rows of `calibration.csv`.
       each: the contribution of each request, by member and serve name, where it is kept.
+      policies: the policies of each ranker by name, if there are any.
     """
 
     rows: list[Row]
     curves: list[Row]
     calibration: list[Row]
     each: dict[Who, Each]
+    policies: dict[Who, dict[str, Policy]]
 
 
 def _judge(job: Job) -> Judge:
@@ -146,7 +149,7 @@ def measure(
     keep = split == "test" if keep is None else keep
     of_teacher, of_groups = _summed(job, split, teacher.ranker, groups, keep, limit, costs)
     flops_of_teacher = teacher_flops(job) if costs else _NOT_COUNTED
-    measured = Measured([], [], [], {})
+    measured = Measured([], [], [], {}, {})
     add = functools.partial(_add, measured, job, teacher.signal, fitted or {})
 
     def named(role: str, member: str, serve: str = "user") -> Row:
@@ -219,7 +222,9 @@ def _add(
     """
     key = str(row["member"]), str(row["serve"])
     if key in fitted and row["role"] == "student":
-        summed = _with_policies(job, fitted[key], summed)
+        names = job.config.funnel.policies
+        measured.policies[key] = policy.fit(fitted[key].curves, job.kept_ks, names, TARGET)
+        summed = _with_policies(job, measured.policies[key], summed)
     tasks, sums, at = job.dataset.spec.tasks, summed.sums, job.report_at
     only_order = row["member"] in NO_PROBABILITIES
     teacher_sums = of_teacher.sums if of_teacher else None
@@ -242,10 +247,10 @@ def _add(
         measured.calibration.extend(who | of for of in metrics.calibration(sums, tasks))
 
 
-def _with_policies(job: Job, fitted: Each, summed: Summed) -> Summed:
+def _with_policies(job: Job, fitted: Mapping[str, Policy], summed: Summed) -> Summed:
     """The sums of a ranker with those of its policies, which are fitted to other requests."""
     chosen = policy.sums(
-        fitted.curves, summed.each.curves, job.kept_ks, job.config.funnel.policies, TARGET
+        fitted, summed.each.curves, job.kept_ks, job.config.funnel.policies, TARGET
     )
     totals = {name: of.sum(axis=0, dtype=np.float64) for name, of in chosen.items()}
     each = summed.each._replace(sums=summed.each.sums | chosen)
@@ -314,6 +319,8 @@ def write_measured(job: Job, workdir: Path, owner: MadeOf, *splits: Measured) ->
         files[results.CURVES_FILE] = results.to_csv(last.curves, curves)
         columns = results.CALIBRATION_COLUMNS
         files[results.CALIBRATION_FILE] = results.to_csv(last.calibration, columns)
+    if last.policies:
+        files[policy.FILE] = policy.to_json(last.policies)
     rows = [row for split in splits for row in split.rows]
     files[results.FILE] = results.to_csv(rows, results.columns(tasks, job.report_at))
     results.write_tables(workdir, files, owner)

@@ -5,6 +5,7 @@ They are a table that its owner joins to the dataset or log by two columns:
     request, item         ids, as they are in the log; numbers of the dataset if it has no log
     probability_<task>    float32, one column per task
     value                 float32, what the ranker sorts by
+    passed                whether a policy passes the candidate; only if one is named
     version               the ranker's exact weights
 
 It is a folder of Parquet files: one per file of the log, or per split of the dataset. A request
@@ -29,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
 from kd_ranker import manifest
@@ -38,6 +39,7 @@ from kd_ranker.batches import cutting
 from kd_ranker.config import checks
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import funnel
+from kd_ranker.evaluation.policy import Policy, to_json
 from kd_ranker.pipeline import cluster, trained
 from kd_ranker.pipeline.datasets import (
     SCORES_FOLDER,
@@ -240,6 +242,7 @@ def score_unseen(
     member: str = "",
     output: Path | None = None,
     trust: bool = False,
+    policy: str = "",
 ) -> tuple[Scored, list[str]]:
     """Write the scores of the ranker in a workdir for the log at `config.data.path`.
 
@@ -251,6 +254,7 @@ def score_unseen(
       member: of a sweep; "" takes the best one on validation.
       output: the folder to write to; None takes one below `config.data.dir`.
       trust: whether a file that the run's config names may be executed, see `trained.config_of`.
+      policy: one that the sweep has fitted, to add the column `passed`; "" takes none.
 
     Returns:
       The scores, and lines on the ranker and the candidates.
@@ -275,7 +279,7 @@ def score_unseen(
         layout, run_layout = (read_layout(of.data, of.tasks, of.funnel) for of in (config, run))
         log, layout = unseen.open_unseen(layout, run_layout)
         data_dir = str(config.data.dir)
-        ranker = trained.open_finished(folder, member, data_dir=data_dir, trust=trust)
+        ranker = trained.open_finished(folder, member, "", data_dir, trust, policy)
         ranker = ranker._replace(title=ranker.title.replace(str(folder), str(workdir)))
         dataset = ranker.dataset
         settled = unseen.settled_by(run_layout, dataset.spec, dataset.directory)
@@ -291,7 +295,7 @@ def score_unseen(
             raise UserError(
                 f"{output} is inside the log and would become a part of it; give another --out"
             )
-        reopen = functools.partial(trained.reopened, folder, member, data_dir, trust)
+        reopen = functools.partial(trained.reopened, folder, member, data_dir, trust, policy)
         read = functools.partial(_of_log, log, layout, settled, dataset)
         counts = score(config, ranker, reopen, read, output, inputs)
     scored = Scored(output, tuple(columns_of(ranker)))
@@ -387,6 +391,7 @@ def score(
                 "ranker": ranker.title,
                 "serve": ranker.serve,
                 "version": ranker.version,
+                "policy": ranker.policy.name if ranker.policy else "",
                 "columns": columns_of(ranker),
                 "counts": requests.counts,
             }
@@ -399,8 +404,9 @@ def score(
 
 def columns_of(ranker: Finished) -> list[str]:
     """Return the names of the columns of scores."""
-    tasks = ranker.dataset.spec.tasks
-    return ["request", "item", *(f"probability_{task}" for task in tasks), "value", "version"]
+    probabilities = [f"probability_{task}" for task in ranker.dataset.spec.tasks]
+    passed = ["passed"] if ranker.policy else []
+    return ["request", "item", *probabilities, "value", *passed, "version"]
 
 
 def made_of_scores(config: ConfigDict, ranker: Finished, inputs: Any) -> manifest.MadeOf:
@@ -409,6 +415,8 @@ def made_of_scores(config: ConfigDict, ranker: Finished, inputs: Any) -> manifes
     numbers = [list(config.value_weights), config.evaluation.requests]
     dataset = ranker.dataset.identity["dataset"]
     of_ranker = [ranker.version, ranker.role, ranker.serve, *numbers]
+    if ranker.policy:
+        of_ranker.append(to_json({("", ""): {ranker.policy.name: ranker.policy}}))
     return {
         "dataset": dataset,
         "ranker": ranker.version,
@@ -496,11 +504,24 @@ def _score_part(
     value = funnel.value(jnp.asarray(probability), jnp.asarray(weights))
     owner = np.repeat(np.arange(len(part.numbers)), part.scored)
     scores = [*probability.T, np.asarray(value)]
+    if ranker.policy:
+        scores.append(_passed(ranker.policy, np.asarray(value), is_scored))
     arrays = [part.request.take(pa.array(owner)), _items_of(part), *map(pa.array, scores)]
     columns = dict(zip(columns_of(ranker), [*arrays, pa.repeat(version, len(owner))], strict=True))
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     pq.write_table(pa.table({"file": pa.array(part.file[owner]), **columns}), temporary)
     temporary.replace(path)
+
+
+def _passed(
+    policy: Policy, value: Float[np.ndarray, "scored"], is_scored: Bool[np.ndarray, "R N"]
+) -> Bool[np.ndarray, "scored"]:
+    """Return True for the candidates that a policy passes; equal values keep their order."""
+    values = np.full(is_scored.shape, -np.inf, np.float32)
+    values[is_scored] = value
+    k = np.asarray(policy.passed(jnp.asarray(values), jnp.asarray(is_scored)))
+    places = np.argsort(np.argsort(-values, axis=1, kind="stable"), axis=1)
+    return (places < k[:, None])[is_scored]
 
 
 def _items_of(part: Part) -> pa.Array:

@@ -10,8 +10,9 @@ from kd_ranker import manifest
 from kd_ranker.config import checks, schema
 from kd_ranker.distillation.modes import MODES, Mode
 from kd_ranker.errors import UserError, check_choice
-from kd_ranker.evaluation import results
+from kd_ranker.evaluation import policy, results
 from kd_ranker.evaluation.evaluate import Ranker, make_serve
+from kd_ranker.evaluation.policy import POLICIES, Policy
 from kd_ranker.manifest import MadeOf
 from kd_ranker.models.model import Model, Parameters
 from kd_ranker.pipeline import runs, teachers
@@ -19,7 +20,7 @@ from kd_ranker.pipeline.cluster import register
 from kd_ranker.pipeline.job import Opened
 from kd_ranker.pipeline.remote import Place, fetched
 from kd_ranker.requests.records import Dataset
-from kd_ranker.sweep.sweep import Cohort, open_sweep
+from kd_ranker.sweep.sweep import TEST, Cohort, open_sweep
 from kd_ranker.training import recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.mapping import put
@@ -42,6 +43,7 @@ class Finished(NamedTuple):
       version: a name for its exact weights.
       dataset: the dataset that has its ids, means and deviations.
       made_of: the fingerprints that its checkpoint records.
+      policy: chooses how many candidates it passes per request; None if none is named.
     """
 
     title: str
@@ -54,6 +56,7 @@ class Finished(NamedTuple):
     version: str
     dataset: Dataset
     made_of: MadeOf
+    policy: Policy | None = None
 
     @property
     def parameters(self) -> Parameters:
@@ -105,13 +108,18 @@ def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
 
 
 @functools.lru_cache(maxsize=1)
-def reopened(workdir: Path, member: str, data_dir: str, trust: bool) -> Finished:
+def reopened(workdir: Path, member: str, data_dir: str, trust: bool, policy_name: str) -> Finished:
     """`open_finished`, called once per process that scores several parts."""
-    return open_finished(workdir, member, data_dir=data_dir, trust=trust)
+    return open_finished(workdir, member, "", data_dir, trust, policy_name)
 
 
 def open_finished(
-    workdir: Path, member: str = "", serve: str = "", data_dir: str = "", trust: bool = False
+    workdir: Path,
+    member: str = "",
+    serve: str = "",
+    data_dir: str = "",
+    trust: bool = False,
+    policy_name: str = "",
 ) -> Finished:
     """Open the ranker of a finished run; that of a student does not need its teacher.
 
@@ -121,11 +129,14 @@ def open_finished(
       serve: its serving choice; "" takes that of its config, of a sweep the best.
       data_dir: the folder of its dataset; "" takes that of its config.
       trust: see `config_of`.
+      policy_name: the policy of how many to pass, one of `POLICIES`; "" takes none.
 
     Raises:
       UserError: there is no run or it is not finished, its dataset is missing or has changed, or
-        there is no such member or serving choice.
+        there is no such member, serving choice or policy.
     """
+    if policy_name:
+        check_choice("--policy", policy_name, POLICIES)
     config = config_of(workdir, trust)
     config.data.dir = data_dir or config.data.dir
     command = workdirs.owner_of(workdir)
@@ -133,6 +144,11 @@ def open_finished(
         raise UserError(f"{workdir} is of experiments.{command}; name one of {', '.join(_RUNS)}")
     if member and command != "sweep":
         raise UserError(f"{workdir} holds one ranker, and no {member!r}; leave --member out")
+    if policy_name and command != "sweep":
+        raise UserError(
+            f"{workdir} is of experiments.{command}, and only a sweep fits policies; leave "
+            "--policy out"
+        )
     opened = Opened(config)
     workdirs.check_dataset(workdir, opened.dataset.identity)
     remedy = f"finish it with: python -m experiments.{command}, with the flags that started it"
@@ -144,7 +160,7 @@ def open_finished(
     elif command == "train":
         found = _student(f"the student at {workdir}", serve, "", {"": config}, opened, workdir)
     else:
-        found = _member(member, serve, config, opened, workdir)
+        found = _member(member, serve, policy_name, config, opened, workdir)
     return found
 
 
@@ -170,7 +186,9 @@ def finished_teacher(config: ConfigDict, dataset: Dataset) -> Finished:
     )
 
 
-def _member(member: str, serve: str, config: ConfigDict, opened: Opened, workdir: Path) -> Finished:
+def _member(
+    member: str, serve: str, policy_name: str, config: ConfigDict, opened: Opened, workdir: Path
+) -> Finished:
     sweep = open_sweep(config, workdir, opened.dataset.identity)
     if member and member not in sweep.members:
         raise UserError(
@@ -193,7 +211,25 @@ def _member(member: str, serve: str, config: ConfigDict, opened: Opened, workdir
     how = "--member" if member else f"the best of {len(sweep.members)} on validation"
     title = f"member {name} of the sweep at {workdir} ({how})"
     folder = sweep.folders[index]
-    return _student(title, serve or best_serve, name, sweep.cohorts[index], opened, folder)
+    found = _student(title, serve or best_serve, name, sweep.cohorts[index], opened, folder)
+    if policy_name:
+        found = found._replace(policy=_policy(folder / TEST, found, policy_name))
+    return found
+
+
+def _policy(folder: Path, student: Finished, name: str) -> Policy:
+    """Read a policy of a student of a sweep from the folder of its test tables."""
+    fitted = {}
+    if policy.FILE in manifest.read(folder, "start the sweep again")["files"]:
+        fitted = policy.from_json((folder / policy.FILE).read_text())
+    own = fitted.get((student.member, student.serve), {})
+    if name not in own:
+        raise UserError(
+            f"--policy={name!r}: {student.title} has {', '.join(own) or 'none'} by its "
+            f"probabilities {student.serve!r}; a sweep fits those of funnel.policies, for the "
+            "settings that validation chose"
+        )
+    return own[name]
 
 
 def _student(

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import altair as alt
+import numpy as np
 import pandas as pd
 import vl_convert
 
@@ -45,10 +46,13 @@ _DASHES = {"user": [1.0, 0.0], "teacher": [5, 2.5], "blend": [1.2, 2]}
 _UNDISTILLED = [4.0, 2.0]
 
 _DPI = 300
-# In points, of a file: a row of the legend, and an axis with its labels and title.
-_LEGEND_ROW, _AXIS = 11, 36
+# In points, of a file: a row of the legend with lines or marks, and an axis with its labels and
+# title. `templates/page.js` has the rows of the page.
+_LEGEND_ROW, _MARKED_ROW, _AXIS = 10, 9, 36
 # Rows of the legend that the height of a single panel includes.
 _LEGEND_ROWS = 3
+# Labels that are closer than this share of a logarithmic axis would overlap.
+_CLOSE = 0.08
 # Sizes of text and lines on the page, over those in a file.
 _PAGE_UNIT = 1.6
 # On the page, a click on a name in the legend fades the other lines. In a file, no line fades.
@@ -64,15 +68,17 @@ def files(figure: Figure) -> dict[str, bytes]:
     """
     form = _FORMS[figure.name]
     panels = [panel.properties(width=form.width, height=form.height) for panel in _panels(figure)]
-    names = list(figure.data["line"].unique())
+    # References are named at their lines.
+    names = list(figure.data.loc[figure.data["mode"] != REFERENCE, "line"].unique())
     columns = min(len(panels), form.columns)
     # A single panel includes its axis in its width.
     width = form.width - _AXIS if columns == len(panels) == 1 else (form.width + _AXIS) * columns
     legend_columns = max(1, int(width / (3.6 * max(map(len, names)) + 30)))
     if len(panels) == 1:
         rows = max(0, math.ceil(len(names) / legend_columns) - _LEGEND_ROWS)
+        more = rows * (_MARKED_ROW if form.marked else _LEGEND_ROW)
         fit = alt.AutoSizeParams(type="fit", contains="padding")
-        chart: Any = panels[0].properties(height=form.height + _LEGEND_ROW * rows, autosize=fit)
+        chart: Any = panels[0].properties(height=form.height + more, autosize=fit)
     else:
         chart = alt.concat(*panels, columns=columns)
     theme = _theme(1, form.marked) | {"background": "white"}
@@ -166,7 +172,8 @@ def _theme(unit: float, marked: bool) -> dict[str, Any]:
         "legend": {
             "orient": "top", "title": None, "offset": 4 * unit, "labelFontSize": 7 * unit,
             "labelLimit": 0, "symbolSize": (20 if marked else 120) * unit**2,
-            "symbolStrokeWidth": 1.2 * unit, "rowPadding": 3 * unit, "columnPadding": 10 * unit,
+            "symbolStrokeWidth": 1.2 * unit, "rowPadding": unit if marked else 0,
+            "columnPadding": 10 * unit,
         },
         "title": {"fontSize": 8 * unit, "fontWeight": "normal", "offset": 4 * unit},
         "concat": {"spacing": 14 * unit},
@@ -366,13 +373,15 @@ def _curves(
     """
     look, place = _look(figure, False), {"x": x.on(alt.X), "y": y.on(alt.Y)}
     of_references = data["mode"] == REFERENCE
-    students, layers = data[~of_references], []
+    students, layers, names = data[~of_references], [], []
     inside = x.holds(data[x.field]) & y.holds(data["mean"])
     if len(muted := data[of_references & inside]):
         gray = place | {"color": alt.value(_MUTED)}
         lines = alt.Chart(_values(muted)).mark_line(style="muted", clip=True)
-        names = alt.Chart(_values(muted.drop_duplicates("line"))).mark_text(style="named")
-        layers = [lines.encode(detail="line:N", **gray), names.encode(text="line:N", **gray)]
+        text = alt.Chart(_values(muted.drop_duplicates("line"))).mark_text(style="named")
+        layers.append(lines.encode(detail="line:N", **gray))
+        # In front of the lines of the students.
+        names.append(text.encode(text="line:N", **gray))
     band = _layer("area", "band", opacity=0.15, clip=True)
     layers += [
         band.encode(x=place["x"], y=y.on(alt.Y, "low"), y2="high"),
@@ -383,7 +392,7 @@ def _curves(
         layers.append(_reference({"mean": rule}, y=place["y"]))
     if crossing:
         at = students.drop_duplicates("line").sort_values(crossing)
-        values = _values(at.assign(mean=rule, place=range(len(at))))
+        values = _values(at.assign(mean=rule, place=_steps(at[crossing], x.domain)))
         place = {"x": x.on(alt.X, crossing), "y": place["y"]}
         # Labels of close crossings would overlap, so each is a step further down.
         down = alt.expr("(10 + 9 * datum.place) * points")
@@ -392,7 +401,19 @@ def _curves(
             _layer("point", "mark", filled=True).encode(**place).properties(data=values),
             _layer("text", "needed", dy=down).encode(text=text, **place).properties(data=values),
         ]
-    return _panel(students, look, layers)
+    return _panel(students, look, [*layers, *names])
+
+
+def _steps(at: pd.Series, domain: tuple[float, float] | None) -> pd.Series:
+    """Return how many labels are above each one: 0 if the place before it is not close.
+
+    Args:
+      at: increasing places on a logarithmic axis.
+      domain: the ends of the axis.
+    """
+    low, high = domain or (at.min(), at.max())
+    close = np.log(at).diff() < _CLOSE * math.log(high / low)
+    return close.groupby((~close).cumsum()).cumsum()
 
 
 def _window(
@@ -480,9 +501,9 @@ _FORMS = {
     "hit_rates": _Form(_of_measure("", whole=True), 104, 104, 300, 3, ("measure", "task")),
     "pareto": _Form(_pareto, 252, 209, 460, marked=True),
     "value_captured": _Form(
-        _of_measure("value_captured", rule=TARGET, crossing="passed_for_99"), 252, 180
+        _of_measure("value_captured", rule=TARGET, crossing="passed_for_99"), 252, 209
     ),
-    "true_value_captured": _Form(_of_measure("true_value_captured", rule=1.0), 252, 180),
-    "survival": _Form(_of_measure("survival", whole=True), 252, 180),
+    "true_value_captured": _Form(_of_measure("true_value_captured", rule=1.0), 252, 209),
+    "survival": _Form(_of_measure("survival", whole=True), 252, 209),
     "calibration": _Form(_calibration, 104, 104, panels=("task",), marked=True),
 }

@@ -86,13 +86,15 @@ def _open_jax(path: Path, described: Mapping[str, Any]) -> Callable[[Arrays], Ar
 def rank(programs: Programs, arrays: Arrays) -> Arrays:
     """Compute the probabilities and values of the candidates of requests.
 
+    If the export has a policy, `k` is how many of each request to pass.
+
     Args:
       programs: the programs.
       arrays: the tables, and the fields of the requests.
     """
     for name in ("rank",) if "rank" in programs else ("user", "score"):
         arrays = arrays | programs[name](arrays)
-    return {name: arrays[name] for name in ("probability", "value")}
+    return {name: arrays[name] for name in ("probability", "value", "k") if name in arrays}
 
 
 def largest_differences(folder: Path, runtime: str) -> dict[str, float]:

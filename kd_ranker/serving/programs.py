@@ -28,6 +28,7 @@ from kd_ranker.batch import IN_BATCH, CandidateBatch, FeatureSpec, Field, Items
 from kd_ranker.distillation.modes import ToProbability
 from kd_ranker.embedding.lookup import Rows, gather_rows, rows_of_ids
 from kd_ranker.evaluation.funnel import value
+from kd_ranker.evaluation.policy import Policy
 from kd_ranker.models.layers import linear_products, plus_category_means, weights_of
 from kd_ranker.models.model import Model, Parameters, apply_model, apply_part
 from kd_ranker.models.student import InParts
@@ -78,6 +79,7 @@ class Servable(NamedTuple):
       items: the features and categories of the items there.
       probability: maps its logits to the probabilities that it serves, see `Mode.serve`.
       value_weights: one weight per task.
+      policy: chooses how many candidates to pass per request; None omits that.
     """
 
     model: Model
@@ -86,6 +88,7 @@ class Servable(NamedTuple):
     items: Items
     probability: ToProbability
     value_weights: Sequence[float]
+    policy: Policy | None = None
 
     @property
     def seen(self) -> FeatureSpec:
@@ -125,6 +128,12 @@ def make_programs(trained: Servable, item_type: str) -> Exported:
         programs = [user, item, score]
     read = {name for program in programs for name in program.inputs}
     return Exported(programs, {name: table for name, table in held.items() if name in read})
+
+
+def fields_of(batch: CandidateBatch) -> dict[str, Any]:
+    """Return the fields of requests that programs may take, by name."""
+    fields = {field.name: getattr(batch, field.name) for field in IN_BATCH}
+    return fields | {"candidate_mask": batch.candidate_mask}
 
 
 def falls_into_parts(trained: Servable) -> bool:
@@ -184,14 +193,15 @@ def _fields(spec: FeatureSpec, *owners: str) -> Types:
         "event": ("requests", spec.history_length),
         "candidate": ("requests", "candidates"),
     }
-    return _there(
-        {
-            field.name: typed((*sizes[field.of], *field.shape(spec)), field.dtype)
-            for field in IN_BATCH
-            # How far a candidate came is for those who measure.
-            if field.of in owners and field.name != "stage"
-        }
-    )
+    fields = {
+        field.name: typed((*sizes[field.of], *field.shape(spec)), field.dtype)
+        for field in IN_BATCH
+        # How far a candidate came is for those who measure.
+        if field.of in owners and field.name != "stage"
+    }
+    if "candidate" in owners:
+        fields["candidate_mask"] = typed(sizes["candidate"], np.bool_)
+    return _there(fields)
 
 
 def _one_item(spec: FeatureSpec) -> Types:
@@ -268,10 +278,13 @@ def _rows_of(trained: Servable, table: str, ids: Int[Array, "..."], arrays: Arra
     return jnp.asarray(arrays[tables.name_of(table)]).at[row].get(mode="promise_in_bounds")
 
 
-def _answer(trained: Servable, logits: Float[Array, "R N heads"]) -> dict[str, Any]:
+def _answer(trained: Servable, logits: Float[Array, "R N heads"], arrays: Arrays) -> dict[str, Any]:
     probability = trained.probability(logits)
-    weights = jnp.asarray(trained.value_weights, jnp.float32)
-    return {"probability": probability, "value": value(probability, weights)}
+    sorted_by = value(probability, jnp.asarray(trained.value_weights, jnp.float32))
+    answer = {"probability": probability, "value": sorted_by}
+    if trained.policy:
+        answer["k"] = trained.policy.passed(sorted_by, arrays["candidate_mask"])
+    return answer
 
 
 def _rank(trained: Servable) -> Function:
@@ -279,7 +292,7 @@ def _rank(trained: Servable) -> Function:
         batch, items = _batch_and_items(trained.seen, arrays)
         rows = _rows(trained, arrays, batch, items)
         logits = apply_model(trained.model, trained.parameters.dense, rows, batch, items)
-        return _answer(trained, logits)
+        return _answer(trained, logits, arrays)
 
     return rank
 
@@ -368,6 +381,6 @@ def _score(trained: Servable, item_type: str, of_user: Sequence[str]) -> Functio
         shape = (*row.shape[:-1], spec.candidate_features)
         features = _or_zeros(arrays, "candidate_features", shape, jnp.float32)
         users = {name: arrays[name] for name in of_user}
-        return _answer(trained, _part(trained, logits, users, row, features))
+        return _answer(trained, _part(trained, logits, users, row, features), arrays)
 
     return score

@@ -16,7 +16,7 @@ from jax import export
 from safetensors.numpy import save_file
 
 from kd_ranker import manifest
-from kd_ranker.batch import IN_BATCH, CandidateBatch
+from kd_ranker.batch import CandidateBatch
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation.saving import flops
 from kd_ranker.requests.templates import templates_of
@@ -26,6 +26,7 @@ from kd_ranker.serving.programs import (
     Program,
     Servable,
     call,
+    fields_of,
     inputs_of_items,
 )
 from kd_ranker.sources.logs.encode import TRANSFORMS
@@ -160,11 +161,7 @@ def write_export(
 def _example(exported: Exported, trained: Servable, batch: CandidateBatch) -> dict[str, Any]:
     """Return inputs of requests and of items under `in.`, and their results under `out.`."""
     needed = {name for program in exported.programs for name in program.inputs}
-    inputs = {
-        field.name: np.asarray(getattr(batch, field.name))
-        for field in IN_BATCH
-        if field.name in needed
-    }
+    inputs = {name: np.asarray(of) for name, of in fields_of(batch).items() if name in needed}
     found = jax.jit(lambda arrays: call(exported.programs, arrays))(inputs | exported.tables)
     for program in exported.programs:
         if program.name == "item":
@@ -184,6 +181,7 @@ def _description(
         **about,
         "tasks": list(trained.spec.tasks),
         "value_weights": list(trained.value_weights),
+        "policy": trained.policy.name if trained.policy else "",
         "programs": {
             program.name: {
                 "inputs": _types(program.inputs),

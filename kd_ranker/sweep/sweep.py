@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from kd_ranker import manifest
 from kd_ranker.config.schema import fingerprint, sweepable, value_of
 from kd_ranker.errors import UserError
-from kd_ranker.evaluation import results
+from kd_ranker.evaluation import policy, results
 from kd_ranker.evaluation.results import is_whole, write_tables
 from kd_ranker.evaluation.saving import FLOPS, Costs, costs_of
 from kd_ranker.manifest import MadeOf
@@ -149,7 +149,7 @@ class Sweep:
         members = {name: self.members[name] for name in names}
         found = {"config": fingerprint(members, "student"), **self.dataset}
         if policies := next(iter(members.values())).funnel.policies:
-            found["policies"] = ",".join(policies)
+            found[policy.FILE] = ",".join(policies)
         return found if self.costs == FLOPS else {**found, "costs": str(tuple(self.costs))}
 
 

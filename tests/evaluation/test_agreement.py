@@ -136,7 +136,7 @@ def test_tau_of_one_candidate_or_equal_ones_does_not_count() -> None:
 def test_ndcg_is_that_of_scikit_learn(shown: int) -> None:
     student, teacher, mask = orders(20, 25, 0.7)
     curves = funnel.funnel_curves(student, teacher, mask, shown)
-    ndcg, counts = agreement.teacher_ndcg(curves.gain, curves.ideal_gain)
+    ndcg, counts = agreement.ndcg(curves.gain, curves.ideal_gain)
     for request in range(len(mask)):
         gain = np.where(np.isnan(teacher[request]), 0.0, teacher[request])[mask[request]]
         assert counts[request] == (gain.sum() > 0)

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy.special import kl_div
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import log_loss
+from sklearn.metrics import log_loss, ndcg_score
 
 from kd_ranker.batch import Stage
 from kd_ranker.evaluation import evaluate, metrics, results
@@ -78,6 +78,7 @@ def test_row_of_one_small_request_by_hand() -> None:
         "user_bce/like": 0.0,
         "user_auc/watch": 1.0,
         "user_auc/like": np.nan,
+        "user_ndcg": 1.0,
         "user_calibration/watch": (0.8 + 3 * 0.4) / 1,
         "user_calibration/like": np.nan,
         # The student's order is a, b, c; the teacher's best are d, b, c.
@@ -157,6 +158,29 @@ def test_captured_value_is_the_ratio_of_sums_and_survival_the_mean() -> None:
     row = metrics.summarise(case.sums(shown=1), case.teacher_sums(), TASKS, ReportAt([1]))
     np.testing.assert_allclose(row["survival@1"], 0.5)
     np.testing.assert_allclose(row["value_captured@1"], (0.1 + 0.09) / (0.9 + 0.09), rtol=1e-6)
+
+
+def test_user_ndcg_is_that_of_scikit_learn_on_labelled_candidates() -> None:
+    case = random_case()
+    case.label[0] = 0  # a request that does not count
+    case.label_weight[1, 5:] = 0
+    case.teacher_weight[:, ::3] = 0  # the teacher is judged only where it is known
+    known = case.teacher_weight.all(axis=-1)
+    for row, probability, there in (
+        (case.row([]), case.student, np.ones_like(known)),
+        (case.teacher_row([]), case.teacher, known),
+    ):
+        expected = []
+        for value, gain, labelled in zip(
+            probability @ VALUE_WEIGHTS,
+            case.label @ VALUE_WEIGHTS,
+            there & (case.label_weight > 0),
+            strict=True,
+        ):
+            if gain[labelled].any():
+                expected.append(ndcg_score([gain[labelled]], [value[labelled]], k=SHOWN))
+        assert 0 < len(expected) < 6
+        assert row["user_ndcg"] == pytest.approx(np.mean(expected), rel=1e-5)
 
 
 def test_regret_is_that_of_the_top_that_the_ranker_itself_would_show() -> None:
@@ -490,8 +514,8 @@ def test_the_columns_and_titles_of_the_main_table_and_of_the_terminal():
     }
     assert titles[False] == [
         "passed for 99%", "saving", "cost ratio", "survival@200", "value@200", "true value@200",
-        "hit rate@200 a", "end-to-end hit rate@200 a", "teacher KL", "alignment ratio", "AUC a",
-        "AUC b", "user BCE a", "user BCE b",
+        "hit rate@200 a", "end-to-end hit rate@200 a", "teacher KL", "alignment ratio",
+        "users' NDCG", "AUC a", "AUC b", "user BCE a", "user BCE b",
     ]  # fmt: skip
     assert titles[True] == [
         "AUC a", "AUC b", "calib. a", "KL a", "alignment", "survival@200", "value@200",

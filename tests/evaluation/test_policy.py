@@ -2,12 +2,15 @@
 
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 
 from kd_ranker.config import keys
-from kd_ranker.evaluation import policy
-from kd_ranker.evaluation.policy import POLICIES, Curves
+from kd_ranker.evaluation import funnel, policy
+from kd_ranker.evaluation.policy import POLICIES, Curves, Learned, Threshold, Uniform
 
 
 def curves_of(requests: int, seed: int, known: float, candidates: int = 200) -> Curves:
@@ -39,7 +42,7 @@ def test_uniform_is_the_smallest_k_that_keeps_the_target(target):
     curves = curves_of(50, 0, 1)
     share = curves.captured.sum(axis=0) / curves.captured[:, -1].sum()
     expected = min(k for k, kept in zip(curves.ks, share, strict=True) if kept >= target)
-    choice = policy.fit_uniform(curves, target)(curves.score)
+    choice = Uniform.fit(curves, target).choose(curves.score)
     assert set(curves.ks[choice]) == {expected}
     assert curves.kept(choice) >= target
 
@@ -51,7 +54,7 @@ def test_threshold_is_the_largest_that_keeps_the_target():
         passed = [max(int((row >= threshold).sum()), 1) - 1 for row in curves.score]
         return curves.captured[range(30), passed].sum() / curves.captured[:, -1].sum()
 
-    choice = policy.fit_threshold(curves, 0.95)(curves.score)
+    choice = Threshold.fit(curves, 0.95).choose(curves.score)
     best = max(of for of in np.unique(curves.score) if kept(of) >= 0.95)
     expected = [max(int((row >= best).sum()), 1) - 1 for row in curves.score]
     assert choice.tolist() == expected
@@ -71,8 +74,8 @@ def test_learned_saves_where_scores_tell_how_hard_a_request_is():
     fitted, tested = curves_of(1500, 3, 1), curves_of(1500, 4, 1)
     target = 0.99
     passed, kept = {}, {}
-    for name, fit in POLICIES.items():
-        choice = fit(fitted, target)(tested.score)
+    for name, of in POLICIES.items():
+        choice = of.fit(fitted, target).choose(tested.score)
         passed[name], kept[name] = passed_by(tested, choice).mean(), tested.kept(choice)
     assert kept["learned"] == pytest.approx(target, abs=0.003)
     assert passed["learned"] < 0.9 * passed["uniform"]
@@ -82,7 +85,7 @@ def test_learned_saves_where_scores_tell_how_hard_a_request_is():
 def test_learned_is_uniform_where_scores_tell_nothing():
     fitted, tested = curves_of(600, 5, 0), curves_of(600, 6, 0)
     uniform, learned = (
-        POLICIES[name](fitted, 0.99)(tested.score) for name in ("uniform", "learned")
+        POLICIES[name].fit(fitted, 0.99).choose(tested.score) for name in ("uniform", "learned")
     )
     assert len(set(learned)) == 1
     assert abs(learned[0] - uniform[0]) <= 1
@@ -96,7 +99,7 @@ def test_requests_with_fewer_candidates(name):
     last = (curves.ks <= few[:, None]).sum(axis=1) - 1
     score = np.maximum(curves.score, curves.score[range(40), last][:, None])
     some = curves._replace(score=score, candidates=few)
-    choice = POLICIES[name](some, 0.9)(score)
+    choice = POLICIES[name].fit(some, 0.9).choose(score)
     assert some.kept(choice) >= 0.85
     assert passed_by(some, policy.hindsight(some, 0.9))[::2].max() <= 9
 
@@ -104,13 +107,13 @@ def test_requests_with_fewer_candidates(name):
 @pytest.mark.parametrize("name", POLICIES)
 def test_one_request(name):
     curves = curves_of(1, 8, 1)
-    choice = POLICIES[name](curves, 0.9)(curves.score)
+    choice = POLICIES[name].fit(curves, 0.9).choose(curves.score)
     assert choice.shape == (1,)
 
 
 def test_same_requests_same_choice():
     curves = curves_of(100, 9, 1)
-    first, second = (policy.fit_learned(curves, 0.95)(curves.score) for _ in range(2))
+    first, second = (Learned.fit(curves, 0.95).choose(curves.score) for _ in range(2))
     assert first.tolist() == second.tolist()
 
 
@@ -124,11 +127,17 @@ def sums_of(curves):
     }
 
 
+def sums_by_policies(sums, ks, names):
+    """Those of policies that are fitted to the same requests."""
+    fitted = policy.fit(sums, ks, names, 0.9)
+    return policy.sums(fitted, sums, ks, names, 0.9)
+
+
 def test_sums_are_the_curves_at_the_chosen_k():
     curves = curves_of(20, 10, 1)
     sums = sums_of(curves)
-    found = policy.sums(sums, sums, curves.ks, ("uniform",), 0.9)
-    place = policy.fit_uniform(curves, 0.9)(curves.score)[0]
+    found = sums_by_policies(sums, curves.ks, ("uniform",))
+    place = Uniform.fit(curves, 0.9).place
     captured = curves.captured[:, place]
     np.testing.assert_allclose(found["policy_scored/uniform"], curves.ks[place])
     np.testing.assert_allclose(found["policy_value_captured/uniform"], captured)
@@ -140,8 +149,32 @@ def test_sums_are_the_curves_at_the_chosen_k():
 def test_nothing_is_known_of_a_diverged_ranker_or_without_value(factor):
     curves = curves_of(20, 10, 1)
     sums = sums_of(curves._replace(captured=factor * curves.captured))
-    found = policy.sums(sums, sums, curves.ks, ("learned",), 0.9)
+    found = sums_by_policies(sums, curves.ks, ("learned",))
     assert np.isnan(found["policy_scored/learned"]).all()
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_stored_and_exported_policy_chooses_the_measured_k(name):
+    curves = curves_of(300, 11, 1)
+    fitted = {("a", "user"): {name: POLICIES[name].fit(curves, 0.95)}}
+    stored = policy.from_json(policy.to_json(fitted))["a", "user"][name]
+    generator = np.random.default_rng(12)
+    value = generator.uniform(0, 1, (64, 200)).astype(np.float32) ** generator.uniform(
+        1, 9, (64, 1)
+    ).astype(np.float32)
+    mask = np.arange(200) < generator.integers(1, 201, (64, 1))
+    # As the evaluation reads the scores, which differ in the order of the candidates.
+    measured = funnel.funnel_curves(jnp.asarray(value), jnp.asarray(value), jnp.asarray(mask), 5)
+    score = np.asarray(measured.score, np.float64)[:, curves.ks - 1]
+    choice = fitted["a", "user"][name].choose(score)
+    expected = np.minimum(curves.ks[choice], mask.sum(axis=1))
+    sizes = export.symbolic_shape("requests, candidates")
+    types = (jax.ShapeDtypeStruct(sizes, of) for of in (np.float32, np.bool_))
+    program = export.export(jax.jit(stored.passed))(*types)
+    order = generator.permuted(np.tile(np.arange(200), (64, 1)), axis=1)
+    shuffled = (np.take_along_axis(of, order, axis=1) for of in (value, mask))
+    assert np.asarray(program.call(*shuffled)).tolist() == expected.tolist()
+    assert name == "uniform" or len(set(expected)) > 5
 
 
 def test_policies_are_measured_in_one_order():

@@ -1,17 +1,23 @@
 """How many to pass per request, in a sweep: fitted on validation, measured on test, reported."""
 
+import json
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 
-from kd_ranker import api
+from kd_ranker import api, manifest
+from kd_ranker.batches.evaluation import evaluation_batches
 from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
-from kd_ranker.evaluation.policy import named
+from kd_ranker.evaluation.policy import FILE, named
+from kd_ranker.pipeline.trained import open_finished
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import read_studies
 from kd_ranker.report.tables import policy_table
+from kd_ranker.serving import check
+from kd_ranker.serving.programs import fields_of
 from tests.small import SWEEP
 
 POLICIES = ("uniform", "threshold")
@@ -56,6 +62,42 @@ def test_reported_with_intervals(swept):
     assert table is not None
     assert len(table.cells) == study.tested["setting"].nunique() * len(named(POLICIES))
     assert table.cells["candidates scored"].str.contains("±").any()
+
+
+def test_an_export_answers_with_the_measured_k(swept, tmp_path):
+    out = tmp_path / "out"
+    api.export(swept, out, formats=("jax",), policy="threshold")
+    described = json.loads((out / "export.json").read_text())
+    assert described["policy"] == "threshold"
+    assert described["programs"]["score"]["outputs"]["k"]["dtype"] == "int32"
+    assert "`threshold` chooses it" in (out / "README.md").read_text()
+    assert set(check.largest_differences(out, "jax")) >= {"k", "value"}
+    dataset = open_finished(swept).dataset
+    (of,) = evaluation_batches(dataset, "test", requests=12, candidates=100)
+    fields = {name: np.asarray(array) for name, array in fields_of(of.batch).items()}
+    answer = check.rank(check.open_programs(out, "jax"), check.read_tables(out) | fields)
+    (kept,) = (results.read_requests(folder) for folder in swept.glob("cohorts/*/test"))
+    measured = kept.each[described["member"], described["serve"]].sums["policy_scored/threshold"]
+    assert answer["k"].tolist() == measured.tolist()
+    assert len({*measured}) > 1
+
+
+def test_a_policy_that_there_is_not_is_named_in_a_line(swept, world, tmp_path):
+    def fault(workdir, **options):
+        with pytest.raises(UserError) as caught:
+            api.export(workdir, tmp_path / "out", **{"formats": ("jax",)} | options)
+        return str(caught.value)
+
+    assert "choose one of: learned, threshold, uniform" in fault(swept, policy="best")
+    assert "only a sweep fits policies" in fault(world.student("aux"), policy="threshold")
+    assert "use --formats=jax" in fault(swept, policy="uniform", formats=("jax", "onnx"))
+    member = open_finished(swept).member
+    text = fault(swept, member=member, policy="learned")
+    assert "has uniform, threshold by its probabilities" in text
+    assert "funnel.policies" in text
+    (test,) = swept.glob("cohorts/*/test")
+    assert FILE in manifest.read(test, "")["files"]
+    assert "has none by its probabilities" in fault(world.sweep(), policy="uniform")
 
 
 def test_other_policies_are_measured_anew(swept, world, tmp_path):

@@ -79,6 +79,7 @@ def make_world(folder: Path) -> World:
     config.teacher.workdir = str(folder / "teacher")
     config.evaluation.requests = 8
     config.sweep.update(modes=("none",), seeds=(0, 1))
+    config.funnel.policies = ("threshold",)
     api.prepare(config)
     api.train_teacher(config, folder / "teacher")
     config.distill.mode, config.distill.serve = "aux", "blend"
@@ -425,6 +426,28 @@ def test_without_a_member_the_best_of_a_sweep_on_validation_scores(world, tmp_pa
     (own,) = (of for group in groups if (of := group.only(("none-seed1",))).names)
     expected = served(world, own.ranker.serve, select_member(own.ranker.parameters, 0), "user")
     assert_close(scores_in(named), expected)
+
+
+def test_a_policy_marks_the_candidates_to_pass(world, tmp_path):
+    workdir = world.folder / "sweep"
+    config = config_for(world, "sweep", write_raw(tmp_path / "log", world.tested))
+    plain, _ = scoring.score_unseen(config, workdir, output=tmp_path / "plain")
+    assert json.loads((plain.directory / scoring.FILE).read_text())["policy"] == ""
+    folder = api.score(workdir, config.data.path, tmp_path / "out", policy="threshold")
+    table = pa.concat_tables(map(pq.read_table, folder.glob("*.parquet"))).to_pandas()
+    assert table.drop(columns="passed").equals(
+        pa.concat_tables(map(pq.read_table, plain.directory.glob("*.parquet"))).to_pandas()
+    )
+    (stored,) = workdir.glob("cohorts/*/test/policies.json")
+    described = json.loads((folder / scoring.FILE).read_text())
+    title = described["ranker"]
+    (of,) = (of for of in json.loads(stored.read_text()) if f"member {of['member']} " in title)
+    # All k of so few candidates are in the grid. The best candidate always passes.
+    best = table.groupby("request")["value"].transform("max")
+    expected = (table["value"] >= of["threshold"]) | (table["value"] == best)
+    assert table["passed"].tolist() == expected.tolist()
+    assert 0 < table["passed"].mean() < 1
+    assert described["policy"] == "threshold"
 
 
 def test_a_student_scores_where_its_teacher_is_gone(world, tmp_path):

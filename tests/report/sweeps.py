@@ -249,7 +249,8 @@ def _each(row: dict, curve: pd.DataFrame) -> Each:
         "teacher_bce": of_tasks("teacher_bce"), "teacher_weight": per_task,
         "shown_user_bce": of_tasks("user_bce"), "shown_weight": per_task,
         "shown_teacher_bce": of_tasks("teacher_bce"), "shown_teacher_kl": of_tasks("teacher_kl"),
-        **{f"teacher_{name}{end}": weight for name in ("ndcg", "tau") for end in ("", "_requests")},
+        **{f"{name}{end}": weight for name in ("user_ndcg", "teacher_ndcg", "teacher_tau")
+           for end in ("", "_requests")},
         **{f"top_{name}": np.nan * weight for name in ("promised", "true", "best")},
         "unseen_users": 0 * weight, "requests": weight, "unseen_items": 0 * weight,
         "candidates": weight * RETRIEVED, "funnel_requests": weight,

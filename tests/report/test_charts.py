@@ -163,6 +163,31 @@ def test_references_are_named_and_in_no_legend(drawn, files):
     assert any(re.fullmatch(r"\d+%", text) for text in texts)
 
 
+def of_lines(figure, numbers):
+    """The figure with a line per number, as copies of its first student, and these crossings."""
+    data = figure.data
+    first = data[data["line"] == data.loc[data["mode"] != figures.REFERENCE, "line"].iloc[0]]
+    name = "a line of the legend to itself, by its length"
+    copies = [first.assign(line=f"{name} {n}", passed_for_99=n, plain=False) for n in numbers]
+    return figure._replace(data=pd.concat(copies, ignore_index=True))
+
+
+def test_only_labels_of_close_crossings_are_moved_down(drawn):
+    (panel,) = panels_of(of_lines(drawn["value_captured"], [2000, 104, 10, 100, 108]))
+    rows = (row for rows in panel["datasets"].values() for row in rows)
+    places = {row["passed_for_99"]: row["place"] for row in rows if "place" in row}
+    assert places == {10: 0, 100: 0, 104: 1, 108: 2, 2000: 0}
+
+
+@pytest.mark.parametrize("name", ["value_captured", "pareto"])
+def test_a_long_legend_leaves_the_plot_its_height(drawn, name):
+    def plot_height(numbers):
+        svg = charts.files(of_lines(drawn[name], numbers))["svg"].decode()
+        return max(float(of) for of in re.findall(r'd="M[\d.]+,[\d.]+h[\d.]+v([\d.]+)h', svg))
+
+    assert plot_height(range(100, 112)) == pytest.approx(plot_height(range(100, 103)), abs=6)
+
+
 def test_the_waterfall_has_one_bar_per_step_with_its_number(drawn, files):
     data, texts = drawn["waterfall"].data, texts_of(files, "waterfall")
     assert [text for text in texts if text in set(data["line"])] == list(data["line"])

@@ -6,18 +6,22 @@ const charts = [...document.querySelectorAll(".chart")].map((element) => {
   return { element, spec: JSON.parse(source.textContent), width: 0, drawn: Promise.resolve() };
 });
 
-// Legends do not wrap, so they get as many columns as their names leave room for.
-function columnsOf(spec, width) {
+// Legends do not wrap, so they get as many columns as their names leave room for. The height of a
+// chart includes three rows of its legend; each other row adds to it.
+function sizeOf(spec, width) {
   const names = spec.encoding?.color.scale.domain ?? [];
   const longest = Math.max(1, ...names.map((name) => name.length));
-  return Math.max(1, Math.floor(width / (6 * longest + 55)));
+  const columns = Math.max(1, Math.floor(width / (6 * longest + 55)));
+  const rows = Math.ceil(names.length / columns);
+  return { columns, height: spec.height + 16 * Math.max(0, rows - 3) };
 }
 
 function draw(chart) {
   const { element, spec } = chart;
   chart.width = element.clientWidth;
-  const legend = { ...spec.config.legend, columns: columnsOf(spec, chart.width) };
-  const sized = { ...spec, width: chart.width, config: { ...spec.config, legend } };
+  const { columns, height } = sizeOf(spec, chart.width);
+  const legend = { ...spec.config.legend, columns };
+  const sized = { ...spec, width: chart.width, height, config: { ...spec.config, legend } };
   chart.drawn = chart.drawn
     .then((view) => view?.finalize())
     .then(() => vegaEmbed(element, sized, { actions: false, renderer: "svg" }));
