@@ -7,17 +7,18 @@ from kd_ranker.config.features import feature
 
 # Variant -> features of a document, and the highest grade.
 _SETS = {"mq2008": (46, 2), "mslr": (136, 4), "istella": (220, 4)}
+_SCORED = "_scores"
 
 
 def get_config(variant: str = "") -> ConfigDict:
     """`:mq2008` (the default), `:mslr` or `:istella`; give `--config.data.path`.
 
-    A teacher is trained here. With `--config.data.scores='{split}.scores'` and
-    `--config.teacher.source=logged`, it is the ranker that wrote those files.
+    A teacher is trained here. With `:mq2008_scores` and the like, it is the ranker that wrote
+    `train.scores`, `vali.scores` and `test.scores`.
     """
-    defaults.check_variant(variant, *_SETS)
+    defaults.check_variant(variant, *_SETS, *(f"{name}{_SCORED}" for name in _SETS))
     config = defaults.get_config("letor")
-    number, highest = _SETS[variant or "mq2008"]
+    number, highest = _SETS[variant.removesuffix(_SCORED) or "mq2008"]
     config.data.num_features = number
     config.data.grades = tuple(range(1, highest + 1))
     config.tasks = tuple(f"grade_{least}" for least in config.data.grades)
@@ -35,6 +36,10 @@ def get_config(variant: str = "") -> ConfigDict:
     config.funnel.retrieved, config.funnel.passed, config.funnel.shown = 1500, 100, 10
     config.funnel.report_at = (10, 20, 50, 100)
     config.student.item_rows = config.teacher.item_rows = 1  # documents occur once
-    config.distill.loss = "softmax"  # scores of another ranker may be no probabilities
+    config.distill.loss = "softmax"  # takes an order
+    if variant.endswith(_SCORED):
+        config.data.scores = "{split}.scores"
+        config.data.teacher = ConfigDict(dict.fromkeys(config.tasks, "final_rank"))
+        config.data.teacher_signal, config.teacher.source = "rank", "logged"
     config.batch.requests, config.batch.candidates = 32, 64
     return config

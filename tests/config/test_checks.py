@@ -49,7 +49,7 @@ def fault_of(config):
         *(functools.partial(cascade_sweep, of) for of in ("", "paper", "live", "sizes", "small")),
         *(functools.partial(recflow, variant) for variant in ("", "small", "lcron")),
         *(functools.partial(kuairand, variant) for variant in ("", "1k", "27k")),
-        *(functools.partial(letor, variant) for variant in ("", "mslr", "istella")),
+        *(functools.partial(letor, variant) for variant in ("", "mslr", "istella_scores")),
         *(ebnerd, movielens, movielens_1m, movielens_32m, trec),
     ],
 )

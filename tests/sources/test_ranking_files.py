@@ -43,13 +43,10 @@ def fold(tmp_path):
     return folder
 
 
-def letor_config(folder, **changes):
-    config = letor()
+def letor_config(folder, variant="mq2008_scores", **changes):
+    config = letor(variant)
     config.data.path, config.data.dir = str(folder), str(folder.parent / "data")
     config.data.num_features, config.data.allow = WIDTH, ALLOWABLE
-    config.data.scores = "{split}.scores"
-    config.data.teacher = dict.fromkeys(config.tasks, "final_score")
-    config.data.teacher_signal, config.teacher.source = "score", "logged"
     config.data.update(changes)
     config.parallel.devices, config.batch.requests = 1, 8
     return config
@@ -95,25 +92,25 @@ def test_letor_rows_are_those_of_scikit_learn(fold, tmp_path):
 def test_a_document_without_a_name_is_numbered_and_zeros_may_be_omitted(tmp_path):
     for word in WORDS.values():
         (tmp_path / f"{word}.txt").write_text(f"2 qid:{word} 2:0.5\n\n0 qid:{word} 1:1 5:-2e-1 #\n")
-    config = letor_config(tmp_path, scores="", sparse=True)
+    config = letor_config(tmp_path, "", sparse=True)
     (first,) = rows_of(config, tmp_path / "log").loc[["vali"]].itertuples()
     assert first.item.tolist() == ["vali-0", "vali-1"]
     np.testing.assert_allclose(np.stack(first.features), [[0, 0.5, 0, 0, 0], [1, 0, 0, 0, -0.2]])
 
 
-@pytest.mark.parametrize("source", ["logged", "live"])
-def test_letor_files_become_a_dataset_and_a_student_trains(fold, tmp_path, source):
-    config = letor_config(fold)
-    config.teacher.source = source
-    if source == "live":
-        config.data.scores, config.data.teacher = "", {}
+@pytest.mark.parametrize("signal", ["rank", "score", ""])
+def test_letor_files_become_a_dataset_and_a_student_trains(fold, tmp_path, signal):
+    config = letor_config(fold, "mq2008_scores" if signal else "")
+    if signal:
+        config.data.teacher_signal = signal
+        config.data.teacher = dict.fromkeys(config.tasks, f"final_{signal}")
     config.train.steps = config.teacher.train.steps = 6
     config.distill.mode = "aux"
     checks.validate(config)
     kd.prepare(config)
     dataset = datasets.dataset_of(config)
     assert [len(dataset.columns[split]) for split in SPLITS] == [40, 12, 12]
-    if source == "logged":
+    if signal == "score":
         run = kd.train(config, tmp_path / "run")
         results = pd.read_csv(run.workdir / "results.csv")
         student = results[results["role"] == "student"]
