@@ -15,7 +15,16 @@ from kd_ranker import main
 from kd_ranker.batches.samplers import SAMPLERS
 from kd_ranker.config import checks, defaults
 from kd_ranker.config.keys import DATA_KEYS
-from kd_ranker.configs import cascade, kuairand, movielens, movielens_32m, parquet, recflow
+from kd_ranker.configs import (
+    cascade,
+    kuairand,
+    letor,
+    movielens,
+    movielens_32m,
+    parquet,
+    recflow,
+    trec,
+)
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import metrics
@@ -26,7 +35,7 @@ from kd_ranker.sources.registry import SOURCES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FILES = (cascade, kuairand, movielens, movielens_32m, parquet, recflow)
+FILES = (cascade, kuairand, letor, movielens, movielens_32m, parquet, recflow, trec)
 CONFIGS = [get_config() for get_config in (defaults.get_config, *FILES)]
 
 over_pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -439,6 +439,25 @@ _RECFLOW = _CONVERTED | _of_source(
         "0 takes all rows", NOT_NEGATIVE),
 )  # fmt: skip
 
+_RANKING_FILES = _CONVERTED | _of_source(
+    Key("splits", ConfigDict(dict(train="train", validation="vali", test="test")),
+        "the word that replaces {split} in the names of files, by split"),
+    Key("grades", (1,), "a label per number: is the grade at least this?", element=int),
+)  # fmt: skip
+
+_LETOR = _RANKING_FILES | _of_source(
+    Key("documents", "{split}.txt", "the files of LETOR lines, below data.path"),
+    Key("scores", "", "the files of the final ranker's scores, one per line; \"\": none"),
+    Key("num_features", 46, "features of a document", POSITIVE),
+    Key("sparse", False, "lines may omit features that are 0"),
+)  # fmt: skip
+
+_TREC = _RANKING_FILES | _of_source(
+    Key("qrels", "qrels.txt", "the file of grades, below data.path"),
+    Key("runs", ConfigDict(), "the run files by names of your own"),
+    Key("final", "", "the run of the final ranker; \"\": none"),
+)  # fmt: skip
+
 _GIVEN = _of_source(Key("labels", ConfigDict(), "the tasks of the requests, each by its name"))
 
 DATA_KEYS: dict[str, dict[str, Key]] = {
@@ -448,6 +467,8 @@ DATA_KEYS: dict[str, dict[str, Key]] = {
     "movielens_32m": _SAMPLED_RATINGS,
     **{f"kuairand_{variant}": _KUAIRAND for variant in kuairand.VARIANTS},
     "filmsearch": _CONVERTED,
+    "letor": _LETOR,
+    "trec": _TREC,
     "recflow": _RECFLOW,
     "parquet": _LOG,
     given.NAME: _GIVEN,

@@ -94,7 +94,8 @@ def _folder(converter: Converter, data: ConfigDict, files: Sequence[Path]) -> Pa
     """The folder of the log, named by all that decides its content."""
     logs = Path(data.dir) / "logs"
     contents = [[file.name, of] for file, of in zip(files, _digests(files, logs), strict=True)]
-    values = {key: data.get(key) for key in (*converter.keys, "seed")}
+    given = data.copy_and_resolve_references().to_dict()
+    values = {key: given.get(key) for key in (*converter.keys, "seed")}
     return logs / f"{data.name}-{digest([converter.version, values, contents])}"
 
 

@@ -12,7 +12,16 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from kd_ranker.requests.request import Source
-from kd_ranker.sources import cascade, converted, filmsearch, given, kuairand, movielens, recflow
+from kd_ranker.sources import (
+    cascade,
+    converted,
+    filmsearch,
+    given,
+    kuairand,
+    movielens,
+    ranking_files,
+    recflow,
+)
 from kd_ranker.sources.logs import source as parquet
 
 
@@ -45,6 +54,8 @@ _CONVERTERS = {
     **{f"kuairand_{variant}": kuairand.CONVERTER for variant in kuairand.VARIANTS},
     "recflow": recflow.CONVERTER,
     "filmsearch": filmsearch.CONVERTER,
+    "letor": ranking_files.LETOR,
+    "trec": ranking_files.TREC,
 }
 
 SOURCES: dict[str, SourceEntry] = {

@@ -8,11 +8,13 @@ from kd_ranker.configs import (
     cascade,
     ebnerd,
     kuairand,
+    letor,
     movielens,
     movielens_1m,
     movielens_32m,
     parquet,
     recflow,
+    trec,
 )
 from kd_ranker.configs.sweeps import cascade as cascade_sweep
 from kd_ranker.distillation.losses import LOSSES
@@ -47,7 +49,8 @@ def fault_of(config):
         *(functools.partial(cascade_sweep, of) for of in ("", "paper", "live", "sizes", "small")),
         *(functools.partial(recflow, variant) for variant in ("", "small", "lcron")),
         *(functools.partial(kuairand, variant) for variant in ("", "1k", "27k")),
-        *(ebnerd, movielens, movielens_1m, movielens_32m),
+        *(functools.partial(letor, variant) for variant in ("", "mslr", "istella_scores")),
+        *(ebnerd, movielens, movielens_1m, movielens_32m, trec),
     ],
 )
 def test_the_configs_are_valid(get_config):
