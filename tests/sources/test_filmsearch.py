@@ -188,6 +188,35 @@ def test_the_student_reads_nothing_of_the_final_ranker():
     assert not columns & {"final_score", "wanted", "minilm", "stage"}
 
 
+class Recorded:
+    """In place of a LambdaMART: keeps the features of both parts, and ties all films."""
+
+    def __init__(self, **options):
+        Recorded.made = self
+
+    def fit(self, inputs, wanted, group, eval_X, eval_y, eval_group, **options):
+        assert (len(wanted), len(eval_y)) == (sum(group), sum(eval_group[0]))
+        assert {*wanted, *eval_y} == {0, 1}
+        self.fitted, self.held = inputs, eval_X
+
+    def predict(self, features):
+        return np.zeros(len(features))
+
+
+def test_no_group_of_films_is_on_both_sides_of_early_stopping(monkeypatch):
+    monkeypatch.setattr("lightgbm.LGBMRanker", Recorded)
+    groups = np.random.default_rng(0).integers(0, 50, 400)
+    label = np.array([1, 0, 0, *[-1] * 40])
+    # The only feature of a film is the group of the query.
+    queries = [(np.full((43, 1), group, np.float32), label) for group in groups]
+    filmsearch.fit_ranker(queries, groups, 1)
+    fitted, held = Recorded.made.fitted, Recorded.made.held
+    assert {*fitted.ravel()} | {*held.ravel()} == {*groups}
+    assert not {*fitted.ravel()} & {*held.ravel()}
+    assert len(held) / (len(fitted) + len(held)) == pytest.approx(0.2, abs=0.05)
+    assert len(fitted) + len(held) == 400 * 33
+
+
 def test_quality_of_the_rankers_is_written(log):
     quality = json.loads((log / "rankers.json").read_text())
     assert quality["BM25"]["ndcg@10"] > 0.5
