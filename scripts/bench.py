@@ -32,8 +32,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import jax  # noqa: E402
-
 NAMES = (
     "train_step",
     "table_size",
@@ -69,6 +67,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if os.environ.setdefault("GLIBC_TUNABLES", HUGE_PAGES) == HUGE_PAGES and not started_with_it():
         os.execv(sys.executable, [sys.executable, *sys.argv])
+    import jax  # once, and not before the process starts again
+
     benchmark = importlib.import_module(f"scripts.benchmarks.{arguments.name}")
     profile = jax.profiler.trace(arguments.profile) if arguments.profile else None
     with profile or contextlib.nullcontext():
@@ -88,6 +88,8 @@ def started_with_it() -> bool:
 
 def device() -> str:
     """What the numbers were measured on."""
+    import jax
+
     kind = jax.devices()[0].device_kind
     machine = f"{os.cpu_count()} cores, {platform.machine()}"
     return machine if kind == "cpu" else f"{kind}, {machine}"

@@ -10,4 +10,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=${TF_CPP_MIN_LOG_LEVEL:-2}
 # Those of several processes have a script of their own.
-exec .venv/bin/python -m pytest -n 2 -m long --ignore=tests/training/test_processes.py "$@"
+exec .venv/bin/python -m pytest -n 2 --dist worksteal -m long --ignore=tests/training/test_processes.py "$@"

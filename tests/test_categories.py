@@ -1,88 +1,63 @@
-"""Categorical features from a source to results, where nothing else tells what a user likes."""
+"""Categorical features from requests to results, where nothing else tells what a user likes."""
 
 import json
-from unittest import mock
 
 import numpy as np
 import pytest
 
+import kd_ranker as kd
 from kd_ranker import api
-from kd_ranker.batch import Category, FeatureSpec
 from kd_ranker.config import defaults
 from kd_ranker.pipeline import datasets, teachers
 from kd_ranker.requests.records import read_requests
-from kd_ranker.requests.request import SPLITS, Request, Source
-from kd_ranker.sources.registry import SOURCES, SourceEntry
+from kd_ranker.requests.request import SPLITS
 from tests import small
 
 GROUPS, ITEMS, CANDIDATES = 3, 60, 12
 NUM_REQUESTS = {"train": 128, "validation": 16, "test": 32}
+SPEC = kd.FeatureSpec(
+    dataset="groups",
+    tasks=("watch",),
+    num_users=1,
+    num_items=ITEMS,
+    user_features=1,
+    context_features=1,
+    candidate_features=1,
+    item_features=1,
+    cheap_item_features=1,
+    history_length=2,
+    history_features=1,
+    teacher_version="",
+    categories=(
+        kd.Category("colours", of="candidate", size=4, length=2),
+        kd.Category("group", of="request", size=GROUPS),
+        kd.Category("kind", of="item", size=GROUPS),
+    ),
+)
+_, FIRST_GROUP, FIRST_KIND = SPEC.category_starts
 
 
-def open_source(data, tasks, funnel):
+def draw_request(split, index):
     """A user of a group likes the items of the same kind; those of training occur nowhere else.
 
     Colours, a bag of each candidate, tell nothing.
     """
-    spec = FeatureSpec(
-        dataset="groups",
-        tasks=tuple(tasks),
-        num_users=1,
-        num_items=ITEMS,
-        user_features=1,
-        context_features=1,
-        candidate_features=1,
-        item_features=1,
-        cheap_item_features=1,
-        history_length=data.history_length,
-        history_features=1,
-        teacher_version="",
-        categories=(
-            Category("colours", of="candidate", size=4, length=2),
-            Category("group", of="request", size=GROUPS),
-            Category("kind", of="item", size=GROUPS),
-        ),
+    generator = np.random.default_rng((SPLITS.index(split), index))
+    items = generator.permutation(ITEMS // 2)[:CANDIDATES] + (split != "train") * ITEMS // 2
+    group = generator.integers(GROUPS)
+    return dict(
+        user_id=0,
+        history_id=items[:1],
+        item_id=items,
+        user_label=(items % GROUPS == group)[:, None],
+        request_category=[FIRST_GROUP + group],
+        candidate_category=generator.integers(-1, 4, (CANDIDATES, 2)),
     )
-    _, first_group, first_kind = spec.category_starts
-    kinds = np.arange(ITEMS, dtype=np.int32)[:, None] % GROUPS + first_kind
-
-    def draw_request(index, split):
-        generator = np.random.default_rng((SPLITS.index(split), index))
-        items = generator.permutation(ITEMS // 2)[:CANDIDATES] + (split != "train") * ITEMS // 2
-        group = generator.integers(GROUPS)
-        return Request(
-            request_id=index,
-            time=index,
-            user_id=0,
-            user_features=np.zeros(1, np.float32),
-            context=np.zeros(1, np.float32),
-            history_id=items[:1].astype(np.int32),
-            history_features=np.zeros((1, 1), np.float32),
-            item_id=items.astype(np.int32),
-            candidate_features=np.zeros((CANDIDATES, 1), np.float32),
-            num_passed=CANDIDATES,
-            user_label=(items % GROUPS == group)[:, None].astype(np.uint8),
-            label_weight=np.ones(CANDIDATES, np.float32),
-            teacher_probability=np.zeros((0, 1), np.float32),
-            teacher_weight=np.zeros(0, np.float32),
-            teacher_version="",
-            true_probability=np.zeros((0, 1), np.float32),
-            request_category=np.array([first_group + group], np.int32),
-            candidate_category=generator.integers(-1, 4, (CANDIDATES, 2)).astype(np.int32),
-        )
-
-    def requests(split):
-        return (draw_request(index, split) for index in range(NUM_REQUESTS[split]))
-
-    features = np.zeros((ITEMS, 1), np.float32)
-    return Source(spec, features, requests, NUM_REQUESTS, item_category=kinds)
 
 
 @pytest.fixture
 def config(tmp_path):
-    config = defaults.get_config()
-    config.tasks, config.value_weights = ("watch",), (1.0,)
-    config.data.update({"name": "groups", "dir": str(tmp_path / "data"), "history_length": 2})
+    config = defaults.get_config("given")
     config.funnel.update({"retrieved": CANDIDATES, "passed": 6, "shown": 2, "report_at": (6,)})
     config.student.update({"width": 8, "hidden": (8,)})
     config.teacher.workdir = str(tmp_path / "teacher")
@@ -93,8 +68,12 @@ def config(tmp_path):
         section.batch.update({"requests": 16, "candidates": CANDIDATES})
         section.optimizer.update({"learning_rate": 0.02, "table_learning_rate": 0.1})
         section.train.update({"steps": 80, "eval_every": 0})
-    with mock.patch.dict(SOURCES, groups=SourceEntry(("watch",), open_source)):
-        yield config
+    requests = {
+        split: [draw_request(split, index) for index in range(number)]
+        for split, number in NUM_REQUESTS.items()
+    }
+    kinds = np.arange(ITEMS)[:, None] % GROUPS + FIRST_KIND
+    return kd.Dataset.from_requests(requests, SPEC, None, kinds, config, tmp_path).config
 
 
 @pytest.mark.slow

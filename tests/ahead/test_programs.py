@@ -68,9 +68,8 @@ def test_sharded_tables_take_a_share_of_the_memory(tmp_path):
 
 
 def test_what_does_not_exist_is_named_with_what_does():
-    finished = small.run(
-        "scripts/compile_for.py", "--config=configs/cascade.py", "--topology=v5e:3x3"
-    )
+    flags = ["--config=configs/cascade.py", "--topology=v5e:3x3"]
+    finished = small.run("-m", "scripts.compile_for", *flags)
     assert finished.returncode == 2
     (line,) = finished.stderr.splitlines()
     assert "v5e:3x3" in line

@@ -1,24 +1,11 @@
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from scipy.special import expit
 
 from kd_ranker.distillation.modes import MODES
 
 TASKS = 2
 LOGITS = np.random.default_rng(0).normal(size=(3, 4, 2 * TASKS)).astype(np.float32)
-
-
-@pytest.mark.parametrize("name", MODES)
-def test_a_mode_gives_every_label_one_logit_a_task(name):
-    mode = MODES[name]
-    logits = LOGITS[..., : mode.heads_per_task * TASKS]
-    transform = mode.init_transform(TASKS, True)
-    assert mode.user_logits(logits, transform).shape == (3, 4, TASKS)
-    if mode.teacher_logits is not None:
-        assert mode.teacher_logits(logits, transform).shape == (3, 4, TASKS)
-    for serve in mode.serve.values():
-        assert serve(logits).shape == (3, 4, TASKS)
 
 
 def test_aux_keeps_two_estimates_apart():

@@ -56,23 +56,20 @@ def test_dealt_rows_come_back_in_their_order(rows, devices, axis):
     assert (np.take(back, range(rows, back.shape[axis]), axis) == -1).all()
 
 
-@pytest.mark.parametrize("asked", ASKED)
-@pytest.mark.parametrize("devices", [1, 2, 3, 4, 8])
-def test_each_device_reads_the_rows_that_it_asks_for(devices, asked):
-    row = ASKED[asked].reshape(IDS // 2, 2)
-    rows = row[: len(row) // devices * devices]
-
+@pytest.mark.parametrize("devices", [1, 3, 8])
+def test_each_device_reads_the_rows_that_it_asks_for(devices):
     def function(deal, places, row):
         return read(deal, places, row, columns=slice(1, 3))
 
-    found = mapped(devices, function, True, True)(dealt(TABLE, 0, devices), jnp.asarray(rows))
-    np.testing.assert_array_equal(found, TABLE[rows][..., 1:])
+    each_reads = mapped(devices, function, True, True)
+    for asked, row in ASKED.items():
+        rows = row.reshape(IDS // 2, 2)[: IDS // 2 // devices * devices]
+        found = each_reads(dealt(TABLE, 0, devices), jnp.asarray(rows))
+        np.testing.assert_array_equal(found, TABLE[rows][..., 1:], err_msg=asked)
 
 
-@pytest.mark.parametrize("asked", ASKED)
-@pytest.mark.parametrize("devices", [1, 2, 3, 4, 8])
-def test_each_device_changes_its_own_rows_alone(devices, asked):
-    row = ASKED[asked]
+@pytest.mark.parametrize("devices", [1, 3, 8])
+def test_each_device_changes_its_own_rows_alone(devices):
     mask = np.arange(IDS) % 5 > 0
     values = np.random.default_rng(1).normal(size=(2, IDS, COLUMNS)).astype(np.float32)
     tables = np.stack([TABLE, -TABLE])
@@ -84,11 +81,13 @@ def test_each_device_changes_its_own_rows_alone(devices, asked):
         return with_own(deal, add, tables[0], row, mask, values)[None]
 
     shares = np.stack(np.split(dealt(tables, 1, devices), devices, 1))
-    changed = mapped(devices, function, True, False, False, False)(shares, row, mask, values)
-    changed = gathered(np.concatenate(list(changed), axis=1), 1, devices)[:, :ROWS]
-    expected = tables.copy()
-    np.add.at(expected, (slice(None), row[mask]), values[:, mask])
-    np.testing.assert_allclose(changed, expected, rtol=1e-6)
+    each_changes = mapped(devices, function, True, False, False, False)
+    for asked, row in ASKED.items():
+        changed = each_changes(shares, row, mask, values)
+        changed = gathered(np.concatenate(list(changed), axis=1), 1, devices)[:, :ROWS]
+        expected = tables.copy()
+        np.add.at(expected, (slice(None), row[mask]), values[:, mask])
+        np.testing.assert_allclose(changed, expected, rtol=1e-6, err_msg=asked)
 
 
 def test_as_few_ids_as_expected_are_gone_through(monkeypatch):

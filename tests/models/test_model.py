@@ -1,7 +1,10 @@
 import dataclasses
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from kd_ranker.models.layers import categories_of_items
 from kd_ranker.models.model import build_model
 from kd_ranker.models.student import MultiInterest
 from kd_ranker.models.teacher import FinalRanker
@@ -43,3 +46,9 @@ def test_a_model_that_reads_no_history_does_not_look_it_up():
         assert model.reads_history == reads
         assert ("history" in model.embedding.lookups) == reads
         assert ("history_category" in model.embedding.lookups) == reads
+
+
+def test_an_item_that_is_not_known_has_no_categories():
+    category = np.array([[4, 7], [5, -1]], np.int32)
+    found = categories_of_items(category, jnp.array([1, 0, -1, 2, 2**31 - 1]))
+    np.testing.assert_array_equal(found, [[5, -1], [4, 7], [-1, -1], [-1, -1], [-1, -1]])

@@ -5,10 +5,15 @@ from scipy.special import softmax
 from kd_ranker.distillation.modes import MODES
 from kd_ranker.evaluation import saving
 from kd_ranker.models.model import score
-from kd_ranker.models.student import HISTORIES, STUDENTS, MultiInterest, TwoTower
-from tests.random_batches import SPEC, SPECS, STUDENT, make_model, random_batch, random_items
-
-over_specs = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+from kd_ranker.models.student import STUDENTS, MultiInterest, TwoTower
+from tests.random_batches import (
+    CATEGORY_SPEC,
+    SPEC,
+    STUDENT,
+    make_model,
+    random_batch,
+    random_items,
+)
 
 
 def student(history):
@@ -109,10 +114,14 @@ def users_and_items(parameters, batch, items, spec):
     return users, item
 
 
-@over_specs
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    ("requests", "candidates", "history"), [(4, 5, "none"), (4, 5, "mean"), (1, 1, "none")]
+    ("mode", "requests", "candidates", "history", "spec"),
+    [
+        ("none", 4, 5, "none", SPEC),
+        ("aux", 4, 5, "mean", CATEGORY_SPEC),
+        ("shared", 1, 1, "none", CATEGORY_SPEC),
+    ],
+    ids=["none", "aux-history-categories", "shared-categories"],
 )
 def test_multi_interest_is_the_formula(mode, requests, candidates, history, spec):
     heads = MODES[mode].heads_per_task * len(SPEC.tasks)
@@ -136,8 +145,9 @@ def test_multi_interest_is_the_formula(mode, requests, candidates, history, spec
     np.testing.assert_allclose(logits, expected, atol=2e-5)
 
 
-@over_specs
-@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize(
+    ("history", "spec"), [("none", SPEC), ("mean", CATEGORY_SPEC)], ids=["none", "mean-categories"]
+)
 def test_two_tower_is_the_formula(history, spec):
     heads = len(SPEC.tasks)
     model, parameters = make_model(TwoTower, heads, student(history), spec=spec)
@@ -152,26 +162,6 @@ def test_two_tower_is_the_formula(history, spec):
     np.testing.assert_allclose(score(model, parameters, batch, items), expected, atol=2e-5)
 
 
-@over_specs
-@pytest.mark.parametrize("name", STUDENTS)
-def test_a_candidate_is_scored_alike_in_any_company(name, spec):
-    """No candidate's logits depend on the others: the order and the number do not matter."""
-    model, parameters = make_model(STUDENTS[name], 3, STUDENT, spec=spec)
-    batch, items = random_batch(0, spec=spec), random_items(spec=spec)
-    order = np.array([3, 0, 4])
-    fewer = batch.replace(
-        item_id=batch.item_id[:, order],
-        candidate_features=batch.candidate_features[:, order],
-        candidate_category=batch.candidate_category[:, order],
-        stage=batch.stage[:, order],
-    )
-    np.testing.assert_allclose(
-        score(model, parameters, fewer, items),
-        score(model, parameters, batch, items)[:, order],
-        atol=1e-6,
-    )
-
-
 @pytest.mark.parametrize("name", STUDENTS)
 def test_the_mean_of_the_history_is_paid_for_once_a_request(name):
     def flops(history, candidates):
@@ -182,17 +172,3 @@ def test_the_mean_of_the_history_is_paid_for_once_a_request(name):
     more = [flops("mean", candidates) - flops("none", candidates) for candidates in (5, 50)]
     assert more[0] == pytest.approx(more[1], rel=0.02)
     assert more[0] > 0
-
-
-@pytest.mark.parametrize("name", STUDENTS)
-def test_without_the_mean_nothing_of_the_history_is_read(name):
-    model, parameters = make_model(STUDENTS[name], 3, STUDENT)
-    batch, items = random_batch(0), random_items()
-    without = batch.replace(
-        history_id=batch.history_id[:, :0],
-        history_features=np.full_like(batch.history_features[:, :0], np.nan),
-        history_mask=batch.history_mask[:, :0],
-    )
-    np.testing.assert_array_equal(
-        score(model, parameters, batch, items), score(model, parameters, without, items)
-    )

@@ -30,6 +30,7 @@ from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
 from tests import small
+from tests.faults import fault_of
 from tests.one_machine import OneMachine
 from tests.small import SWEEP
 
@@ -543,8 +544,6 @@ def test_a_sweep_that_is_extended_trains_the_new_members_alone(world, swept, ext
     fewer = SWEEP | {"sweep__seeds": (0,), "sweep__extend": True}
     fault = fault_of(api.sweep, world.config(**fewer), workdir)
     assert "none-seed1, which config.sweep does not name" in fault
-    other = MORE | {"train__steps": 30}
-    assert "train.steps (20 there, 30 now)" in fault_of(api.sweep, world.config(**other), workdir)
 
 
 def test_a_better_setting_that_a_sweep_is_extended_by_is_the_one_read_on_the_test(swept, extended):
@@ -595,18 +594,6 @@ def test_students_whose_checkpoint_is_lost_before_the_test_are_made_again(world,
     assert small.sweep(world.config(**SWEEP), workdir)
     for name in TABLES:
         assert (workdir / name).read_bytes() == (swept / name).read_bytes()
-
-
-def test_a_population_that_does_not_fit_is_split_and_ends_the_same(world, swept, tmp_path):
-    api.sweep(world.config(**SWEEP, sweep__group_size=2), tmp_path)
-    assert [path.name for path in sorted((tmp_path / "cohorts").iterdir())] == ["0", "1"]
-    keys = ["split", "member", "serve"]
-    split, whole = (table(workdir).set_index(keys) for workdir in (tmp_path, swept))
-    assert len(split) == len(whole)
-    numbers = whole.select_dtypes("number").columns
-    np.testing.assert_allclose(
-        split.loc[whole.index, numbers], whole[numbers], rtol=2e-3, atol=1e-6, equal_nan=True
-    )
 
 
 PARTS = {
@@ -781,15 +768,14 @@ def test_a_workdir_belongs_to_one_command(world, swept, trained, tmp_path):
 
 
 def test_orders_of_data_are_cohorts_that_pair_with_their_own_baseline(world, tmp_path):
-    axes = {"sweep__modes": ("none", "shared"), "sweep__axes__batch__seed": (0, 5)}
+    axes = {"sweep__modes": ("none",), "sweep__axes__batch__seed": (0, 5)}
     api.sweep(world.config(**axes), tmp_path)
     for split in ("validation", "test"):
         students = rows_of(tmp_path, split)
-        assert students["data_seed"].tolist() == [0, 0, 5, 5]
-        none = students[students["mode"] == "none"]
-        assert (none["saving_over_none"] == 0).all()
+        assert students["data_seed"].tolist() == [0, 5]
+        assert (students["saving_over_none"] == 0).all()
         # Another order is another student.
-        assert none["user_bce/watch"].nunique() == 2
+        assert students["user_bce/watch"].nunique() == 2
     # One batch after another: a cohort an order, and each has its part of the test.
     assert len([*tmp_path.glob("cohorts/*/test")]) == 2
 
@@ -964,13 +950,6 @@ def test_a_run_with_a_damaged_checkpoint_ends_with_the_same_results(world, train
     student_parameters(workdir)  # of the last step
 
 
-def fault_of(command, *arguments, **options):
-    with pytest.raises(UserError) as caught:
-        command(*arguments, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize("command", ["train_teacher", "train", "sweep", "log_teacher"])
 def test_without_a_dataset_each_command_names_the_one_that_makes_it(world, tmp_path, command):
     workdir = tmp_path / "workdir"
@@ -1045,10 +1024,9 @@ def test_costs_are_those_of_the_teacher_that_was_trained(world):
     assert flops != measure.teacher_flops(job_of(config))
 
 
-@pytest.mark.parametrize("mapping", ["pmap", "shard_map"])
-def test_a_run_on_several_devices_evaluates_on_its_way(world, trained, tmp_path, mapping):
-    """The results are those of one device, up to rounding."""
-    config = world.config(parallel__devices=4, parallel__mapping=mapping, train__eval_every=5)
+def test_a_run_on_several_devices_evaluates_on_its_way(world, trained, tmp_path):
+    """The results are those of one device, up to rounding, as those of a sweep by `shard_map`."""
+    config = world.config(parallel__devices=4, parallel__mapping="pmap", train__eval_every=5)
     api.train(config, tmp_path)
     assert any("eval/passed_for_99" in line for line in metrics(tmp_path))
     single = table(trained("shared"))

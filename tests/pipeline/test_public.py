@@ -9,6 +9,7 @@ import pytest
 import kd_ranker as kd
 from kd_ranker.pipeline import cohorts
 from kd_ranker.sweep.members import sweep_members
+from tests.report import sweeps
 
 
 @pytest.fixture
@@ -62,7 +63,8 @@ def test_what_was_trained_has_a_table_and_shows_itself(students):
 
 
 def test_a_report_shows_its_page_within_a_notebook(students, tmp_path):
-    report = kd.report(students, output=tmp_path)
+    with sweeps.without_pictures(with_panels=True):
+        report = kd.report(students, output=tmp_path)
     assert report.page.parent == tmp_path
     shown = report._repr_html_()
     assert shown.startswith("<iframe srcdoc=")

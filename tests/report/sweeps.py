@@ -1,13 +1,16 @@
 """Workdirs of sweeps that never ran: the files of a real one, their numbers drawn from a seed."""
 
+import contextlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pandas as pd
+import vl_convert
 from ml_collections import ConfigDict
 
 from kd_ranker import manifest
@@ -15,6 +18,7 @@ from kd_ranker.configs import cascade
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.evaluate import Each
 from kd_ranker.evaluation.metrics import ReportAt
+from kd_ranker.report import charts
 from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.study import Study, read_studies
 
@@ -22,7 +26,6 @@ TASKS = ("watch", "like", "share")
 SERVES = {"none": ("user",), "aux": ("user", "teacher", "blend"), "shared": ("user",)}
 REPORT_AT = (10, 50, 100, 200, 400)
 SPLITS = ("validation", "test")
-WEIGHTS = (0.1, 0.3, 1.0, 3.0, 10.0)
 # What each reference needs to pass for 99%.
 REFERENCES = {"oracle": 9.0, "incumbent": 1500.0, "random": 1900.0, "show_rate": 900.0}
 RETRIEVED, REQUESTS, TEACHER_FLOPS = 2000, 20, 200.0
@@ -125,6 +128,18 @@ def change(workdir: Path, change_rows: Callable[[pd.DataFrame], pd.DataFrame]) -
     path = workdir / results.FILE
     change_rows(results.read_csv(path)).to_csv(path, index=False)
     return finish(workdir)
+
+
+@contextlib.contextmanager
+def without_pictures(*, with_panels: bool = False) -> Iterator[None]:
+    """Leave out a report's pictures, which take most of its time; `test_charts` draws them."""
+    replaced = [(charts, "files", dict.fromkeys(charts.FORMATS, b""))]
+    if not with_panels:
+        replaced += [(charts, "page_panels", []), (vl_convert, "javascript_bundle", "")]
+    with contextlib.ExitStack() as patches:
+        for module, name, value in replaced:
+            patches.enter_context(mock.patch.object(module, name, return_value=value))
+        yield
 
 
 def study_of(workdir: Path, rows: Iterable[dict]) -> Study:

@@ -7,6 +7,7 @@ from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.evaluation.saving import SAVINGS
 from kd_ranker.report.study import read_studies
+from tests.faults import fault_of
 from tests.report import sweeps
 
 
@@ -213,14 +214,6 @@ def test_joined_sweeps_under_different_teachers_pair_references_by_their_own_swe
         assert on_test.set_index("repeat")["source"].to_dict() == {"1/0": 0, "2/0": 0, "3/0": 1}
 
 
-def one_line(workdirs):
-    with pytest.raises(UserError) as caught:
-        read_studies(workdirs)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
@@ -232,7 +225,7 @@ def one_line(workdirs):
 def test_sweeps_under_different_configs_are_not_joined(tmp_path, key, value, message):
     a = sweeps.write_sweep(tmp_path / "a", seeds=(0,))
     b = sweeps.write_sweep(tmp_path / "b", seeds=(1,), changes={key: value})
-    assert message in one_line([a, b])
+    assert message in fault_of(read_studies, [a, b])
 
 
 def test_what_is_missing_names_the_command_that_makes_it(tmp_path):
@@ -240,7 +233,7 @@ def test_what_is_missing_names_the_command_that_makes_it(tmp_path):
     make = f"python -m experiments.sweep --config=configs/FILE.py --workdir={absent}"
 
     def message(start):
-        text = one_line([absent])
+        text = fault_of(read_studies, [absent])
         assert text.startswith(start)
         assert make in text
 
@@ -257,11 +250,11 @@ def test_what_is_missing_names_the_command_that_makes_it(tmp_path):
 def test_overlapping_members_are_named(tmp_path):
     a = sweeps.write_sweep(tmp_path / "a", seeds=(0, 1))
     b = sweeps.write_sweep(tmp_path / "b", seeds=(1, 2), modes=("none", "shared"))
-    message = one_line([a, b])
+    message = fault_of(read_studies, [a, b])
     assert "none-weight0.0-seed1, shared-weight0.3-seed1, shared-weight1.0-seed1" in message
     assert "aux" not in message
     assert "seed0" not in message
-    assert "more than once" in one_line([a, a])
+    assert "more than once" in fault_of(read_studies, [a, a])
 
 
 def test_sweeps_that_differ_in_what_a_sweep_may_vary_are_settings_of_their_own(tmp_path):

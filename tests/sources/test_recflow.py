@@ -414,29 +414,9 @@ def test_the_protocol_of_lcron_trains_on_stages_alone(graded):
     assert row["distill_loss"] == "ranknet:stage"
     losses = [json.loads(line) for line in (root / "student" / "metrics.jsonl").open()]
     assert losses[-1]["distill_loss"] < losses[0]["distill_loss"]
-
-
-# From the files to a student's results.
-
-
-def test_a_student_is_trained_and_measured_under_the_logged_positions(tmp_path):
-    write_random(tmp_path / "RecFlow", requests=16)
-    config = config_of(tmp_path, "small")
-    config.data.features.author.size = 50
-    config.update_from_flattened_dict(
-        {
-            "funnel.retrieved": 24, "funnel.passed": 10, "funnel.shown": 3,
-            "funnel.report_at": (5, 10), "batch.requests": 8, "batch.candidates": 8,
-            "student.width": 4, "student.hidden": (8,), "train.steps": 4, "train.log_every": 2,
-            "train.checkpoint_every": 4, "train.eval_every": 0, "parallel.devices": 1,
-            "evaluation.requests": 8, "distill.mode": "none",
-        }
-    )  # fmt: skip
-    api.prepare(config)
-    (row,) = rows_on_test(api.train(config, tmp_path / "none"))
+    # What the log has of the final ranker are positions, and no probabilities.
     for name in ("teacher_bce/effective_view", "teacher_kl/effective_view", "alignment_ratio"):
         assert np.isnan(row[name])
-    for name in ("survival@5", "value_captured@5", "shown_recall@5", "passed_for_99"):
+    for name in ("value_captured@30", "shown_recall@30", "passed_for_99"):
         assert row[name] > 0
     assert np.isfinite(row["user_bce/effective_view"])
-    assert row["shown_recall@5"] < row["shown_recall@10"] <= 1

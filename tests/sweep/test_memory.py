@@ -121,7 +121,7 @@ EDITED = [
 ]
 
 
-@settings(max_examples=int(os.environ.get("EXAMPLES", "30")), deadline=None)
+@settings(max_examples=int(os.environ.get("EXAMPLES", "20")), deadline=None)
 @given(st.data())
 def test_a_config_of_any_sizes_can_be_trained_or_is_one_line(data):
     config = cascade("small")

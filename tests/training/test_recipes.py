@@ -208,11 +208,10 @@ def test_members_of_any_shape_and_length_end_as_the_same_member_alone():
     members = {
         "first": config_of(),
         "longer": config_of(train__steps=12, seed=1),
-        "wider": config_of(student__width=12, student__history="mean", train__steps=10),
-        "deeper": config_of(student__hidden=(8, 4), student__interests=3, train__steps=15),
-        "another": config_of(student__name="two_tower", optimizer__name="adagrad",
-                             optimizer__table_name="sgd", optimizer__schedule="constant",
-                             distill__affine=False, train__unshown_weight=0.3),
+        "another": config_of(student__name="two_tower", student__width=12, student__hidden=(8, 4),
+                             student__history="mean", train__steps=15, train__unshown_weight=0.3,
+                             optimizer__name="adagrad", optimizer__table_name="sgd",
+                             optimizer__schedule="constant", distill__affine=False),
     }  # fmt: skip
     together = last_states(members, batches)
     for name, config in members.items():

@@ -9,6 +9,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from kd_ranker.errors import UserError
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.workdir import MetricsWriter
+from tests.faults import fault_of
 
 DATASET = {"dataset": "small/0123456789ab"}
 
@@ -22,12 +23,12 @@ def test_a_workdir_is_claimed_by_one_config(tmp_path):
     workdirs.claim(workdir, "train", config_with(), DATASET)
     workdirs.claim(workdir, "train", config_with(), DATASET)
     assert workdirs.read_config(workdir).train.steps == 3
-    with pytest.raises(UserError) as caught:
-        workdirs.claim(workdir, "train", config_with(train={"steps": 4}, extra=1), DATASET)
-    assert "another --workdir" in str(caught.value)
-    assert "train.steps (3 there, 4 now)" in str(caught.value)
-    assert "extra (None there, 1 now)" in str(caught.value)
-    assert "seed" not in str(caught.value)
+    other = config_with(train={"steps": 4}, extra=1)
+    fault = fault_of(workdirs.claim, workdir, "train", other, DATASET)
+    assert "another --workdir" in fault
+    assert "train.steps (3 there, 4 now)" in fault
+    assert "extra (None there, 1 now)" in fault
+    assert "seed" not in fault
     # As it was written, tuples and all: flags can only set what is one.
     assert workdirs.read_config(workdir) == config_with()
 
@@ -96,9 +97,7 @@ def test_a_workdir_of_another_dataset_is_refused(tmp_path):
     workdirs.claim(tmp_path, "train", config_with(), DATASET)
     other = {"dataset": "small/ba9876543210"}
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError) as caught:
-        workdirs.claim(tmp_path, "train", config_with(), other)
-    assert str(caught.value) == (
+    assert fault_of(workdirs.claim, tmp_path, "train", config_with(), other) == (
         f"{tmp_path} holds a run on the dataset small/0123456789ab, and data.dir holds "
         "small/ba9876543210, which has other content; name the data.dir of the first one, or "
         "use another --workdir"

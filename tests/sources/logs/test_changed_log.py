@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from kd_ranker import api
-from kd_ranker.errors import UserError
 from kd_ranker.evaluation import results
 from kd_ranker.pipeline import datasets, scoring
 from kd_ranker.training import workdir as workdirs
 from tests import small
+from tests.faults import fault_of
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import make_rows, write_log
 
@@ -29,7 +29,7 @@ def make_config(log, folder):
     config.teacher.train.update(steps=2, log_every=2, checkpoint_every=2, eval_every=0)
     config.evaluation.requests = 8
     config.distill.mode = "aux"
-    config.sweep.update(modes=("none", "aux"), weights=(1.0,), seeds=(0,))
+    config.sweep.update(modes=("none",), seeds=(0,))
     return config
 
 
@@ -43,12 +43,6 @@ def elsewhere(config, folder):
     moved = config.copy_and_resolve_references()
     moved.data.dir = str(folder)
     return moved
-
-
-def fault_of(function, *arguments):
-    with pytest.raises(UserError) as caught:
-        function(*arguments)
-    return str(caught.value)
 
 
 def files_of(folder):

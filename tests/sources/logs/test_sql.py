@@ -14,6 +14,7 @@ from kd_ranker.sources.logs import files
 from kd_ranker.sources.logs.database import open_duckdb
 from kd_ranker.sources.logs.layout import ALLOWABLE, read_layout
 from kd_ranker.sources.logs.query import PREFIX
+from tests.faults import fault_of
 from tests.sources import faulty_logs
 from tests.sources.faulty_logs import all_requests, make_rows, open_source, same, write_log
 
@@ -89,10 +90,8 @@ def test_text_files_are_logs(tmp_path, log, kind):
     ],
 )
 def test_a_select_that_makes_no_log_is_one_line(tmp_path, log, sql, message):
-    with pytest.raises(UserError) as caught:
-        open_source(config_of(tmp_path, sql.replace("{log}", str(log))))
-    assert message in str(caught.value)
-    assert "\n" not in str(caught.value)
+    config = config_of(tmp_path, sql.replace("{log}", str(log)))
+    assert message in fault_of(open_source, config)
 
 
 def test_a_log_is_named_once(tmp_path, log):
