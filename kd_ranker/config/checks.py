@@ -161,11 +161,7 @@ def validate(config: ConfigDict, devices: int | None = None) -> None:
       config: the config.
       devices: how many there are; None takes those of JAX.
     """
-    check_choice("data.name", config.data.name, SOURCES)
-    keys = keys_of(config.data.name)
-    for name in _leaves(config, keys):
-        if name not in keys:
-            raise UserError(f"config key {name!r} does not exist; {_hint(config, name)}")
+    keys = check_keys(config)
     _check_platforms()
     available = jax.device_count() if devices is None else devices
     _check_values(config, keys.values(), available)
@@ -175,6 +171,22 @@ def validate(config: ConfigDict, devices: int | None = None) -> None:
         except UserError as error:
             raise UserError(f"sweep.ways={text!r}: {error}") from error
     _check_replaced(config)
+
+
+def check_keys(config: ConfigDict) -> dict[str, Key]:
+    """Returns the keys of a config by name; raises UserError unless it has just these."""
+    check_choice("data.name", config.data.name, SOURCES)
+    keys = keys_of(config.data.name)
+    leaves = list(_leaves(config, keys))
+    for name in leaves:
+        if name not in keys:
+            raise UserError(f"config key {name!r} does not exist; {_hint(config, name)}")
+    if lacking := sorted(keys.keys() - leaves):
+        raise UserError(
+            f"the config lacks {', '.join(lacking)}; it is that of another version of kd_ranker, "
+            "which environment.json of a run names"
+        )
+    return keys
 
 
 def _check_values(config: ConfigDict, keys: Iterable[Key], devices: int) -> None:

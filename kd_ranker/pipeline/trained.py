@@ -104,6 +104,7 @@ def config_of(workdir: Place, trust: bool = False) -> ConfigDict:
         else:
             return config  # everything that it names is known without the file
     register(file)
+    checks.check_keys(config)
     return config
 
 

@@ -274,3 +274,10 @@ def test_a_key_that_exists_is_fine(key):
 def test_an_unknown_variant_names_those_that_exist(get_config, known):
     with pytest.raises(UserError, match=f"no variant :huge; the variants are: {known}"):
         get_config("huge")
+
+
+def test_a_config_of_another_version_is_refused_with_the_keys_that_it_lacks():
+    config = cascade_sweep.get_config()
+    del config.train["steps"]
+    with pytest.raises(UserError, match=r"lacks train\.steps; it is that of another version"):
+        check(config)
