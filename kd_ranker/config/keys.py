@@ -108,7 +108,13 @@ def _train(name: str, influences: Influence, sweep: Sweep) -> tuple[Key, ...]:
         sweep=sweep,
         tuned=True,
     )
-    return own + section(
+    start = section(
+        name,
+        Key("warm_start", "", "workdir of a finished run on this dataset, or on one that it "
+            "extends: the parameters to start with"),
+        influences=influences,
+    )  # fmt: skip
+    return own + start + section(
         name,
         Key("log_every", 50, "steps from one line of metrics to the next", POSITIVE),
         Key("checkpoint_every", 500, "steps from one checkpoint to the next", POSITIVE),

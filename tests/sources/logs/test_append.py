@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +12,9 @@ import pytest
 
 from kd_ranker import api
 from kd_ranker.errors import UserError
-from kd_ranker.pipeline import datasets
+from kd_ranker.pipeline import datasets, teachers, trained
+from kd_ranker.pipeline.job import Job, Opened
+from kd_ranker.pipeline.warm import warm_start
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import read_requests
 from kd_ranker.requests.request import SPLITS
@@ -310,3 +313,87 @@ def test_a_build_that_is_interrupted_leaves_no_dataset_and_that_of_before(
         UserError, match=rf"1 file new; --config.data.extends={day_one}/before adds"
     ):
         api.prepare(config_of(day_one / "log", day_one / "before"))
+
+
+def make_small(config):
+    config.parallel.devices = 1
+    config.batch.requests, config.batch.candidates = 8, 12
+    config.train.update(steps=2, log_every=2, checkpoint_every=2, eval_every=0)
+    config.teacher.train.update(steps=2, log_every=2, checkpoint_every=2, eval_every=0)
+    config.student.update(width=4, interests=2, hidden=(8,))
+    config.teacher.update(width=4, attention_hidden=4, experts=2, expert_hidden=4, cross_layers=1)
+    config.evaluation.requests = 8
+    config.distill.mode = "aux"
+    return config
+
+
+def parameters_of(workdir):
+    return jax.tree.map(np.asarray, trained.open_finished(workdir).parameters)
+
+
+def test_training_goes_on_from_a_run_on_the_dataset_before(second, day_one, tmp_path):
+    before = make_small(config_of(day_one / "log", day_one / "before"))
+    api.train(before, tmp_path / "monday")
+    old = parameters_of(tmp_path / "monday")
+    after = second(make_days()[1])
+    config = make_small(config_of(day_one / "log", tmp_path / "after"))
+    config.train.warm_start, config.seed = str(tmp_path / "monday"), 7
+    job = Opened(config).job({"": config})
+    fresh = tuple(group.init() for group in job.groups)
+    (begun,) = warm_start(job)(fresh)
+    leaves = (jax.tree.leaves(of) for of in (begun.parameters.dense, old.dense))
+    for one, other in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(one[0], other)
+    spec = trained.open_finished(tmp_path / "monday").dataset.spec
+    numbers = {
+        name: (getattr(spec, of), getattr(after.spec, of))
+        for name, of in (
+            ("user", "num_users"),
+            ("item", "num_items"),
+            ("category", "num_categories"),
+        )
+    }
+    for name, (known, all_) in numbers.items():
+        assert known < all_
+        table, first = begun.parameters.tables[name][0], fresh[0].parameters.tables[name][0]
+        np.testing.assert_array_equal(table[:known], old.tables[name][:known])
+        np.testing.assert_array_equal(table[known:all_], first[known:all_])
+        np.testing.assert_array_equal(table[all_], old.tables[name][known])
+    # Without a rate, the parameters after training are those before.
+    config.optimizer.update(learning_rate=0.0, table_learning_rate=0.0)
+    api.train(config, tmp_path / "tuesday")
+    new, width = parameters_of(tmp_path / "tuesday"), config.student.width
+    for one, other in zip(jax.tree.leaves(new.dense), jax.tree.leaves(old.dense), strict=True):
+        np.testing.assert_array_equal(one, other)
+    for name, (known, _) in numbers.items():
+        np.testing.assert_array_equal(
+            new.tables[name][:known, :width], old.tables[name][:known, :width]
+        )
+    config.student.width = 8
+    with pytest.raises(UserError, match=r"monday has a model of other sizes, or rows of another"):
+        api.train(config, tmp_path / "wide")
+    other = make_small(config_of(day_one / "log", tmp_path / "other"))
+    api.prepare(other)
+    other.train.warm_start = str(tmp_path / "monday")
+    with pytest.raises(UserError, match=r"monday was trained on parquet-.*, and its ids are not"):
+        api.train(other, tmp_path / "wednesday")
+
+
+def test_a_teacher_starts_with_the_slots_of_its_rows(second, day_one, tmp_path):
+    before = make_small(config_of(day_one / "log", day_one / "before"))
+    api.train_teacher(before, tmp_path / "monday")
+    dataset = datasets.dataset_of(before)
+    _, old, _ = teachers.restored(before, dataset, tmp_path / "monday")
+    second(make_days()[1])
+    config = make_small(config_of(day_one / "log", tmp_path / "after"))
+    config.teacher.train.warm_start, config.seed = str(tmp_path / "monday"), 7
+    job = Job(config, {}, Opened(config))
+    (begun,) = warm_start(job)(tuple(group.init() for group in job.groups))
+    known = dataset.spec.num_items
+    table = np.asarray(old.parameters.tables["item"])
+    np.testing.assert_array_equal(begun.parameters.tables["item"][:, :known], table[:, :known])
+    assert table[:, :known, config.teacher.width + 1 :].any()
+    config.teacher.train.warm_start, config.train.warm_start = "", str(tmp_path / "monday")
+    student = Opened(config).job({"": config})
+    with pytest.raises(UserError, match="monday is of a teacher, not of a student"):
+        warm_start(student)(())
