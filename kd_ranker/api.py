@@ -27,6 +27,7 @@ from kd_ranker.pipeline import cohorts, datasets, exporting, frames, runs, scori
 from kd_ranker.pipeline.job import Job, Opened
 from kd_ranker.pipeline.measure import measure, train_statistics, write_measured
 from kd_ranker.pipeline.remote import Place, below, fetched, local_folder, owned, place_of
+from kd_ranker.pipeline.warm import warm_start
 from kd_ranker.report import tables, write
 from kd_ranker.requests.request import SPLITS
 from kd_ranker.serving.programs import make_programs
@@ -285,7 +286,7 @@ def train_teacher(config: ConfigDict, workdir: Folder) -> Trained:
         checks.check_labels(job.dataset)
         free = schema.without_influence("teacher")
         workdirs.claim(folder, "train_teacher", config, job.dataset.identity, without=free)
-        judge = runs.fit_teacher(job, folder)
+        judge = runs.fit_teacher(job, folder, warm_start(job))
         # The references show how much a final ranker leaves to gain, next to the oracle if known.
         statistics = train_statistics(job)
         measured = [
@@ -339,7 +340,7 @@ def train(config: ConfigDict, workdir: Folder, teacher: Trained | Folder | None 
         workdirs.claim(folder, "train", config, job.dataset.identity, without=free)
         datasets.keep_data_report(job.opened.dataset, folder)
         with runs.progress_bar(folder.name, config.train.steps) as bar:
-            students = runs.fit_students(job, folder, bar)
+            students = runs.fit_students(job, folder, bar, warm_start(job))
         measured = [measure(job, split, students) for split in _MEASURED_SPLITS]
         write_measured(job, folder, job.made_of, *measured)
     return Trained(place)

@@ -7,7 +7,8 @@ only on the item are stored once on the device, in `Items`, and are looked up by
 
 Categorical features are stored as *category ids*. All features share one range of ids: the ids of a
 feature follow those of the features before it (`FeatureSpec.category_starts`), so one table of rows
-serves them all. -1 marks a missing value.
+serves them all. Values that a longer log adds have ids after those of all features. -1 marks a
+missing value.
 """
 
 import dataclasses
@@ -81,6 +82,8 @@ class FeatureSpec:
       teacher_signal: the form of the logged teacher values, one of `TEACHER_SIGNALS`:
         probabilities, positions or scores. For the last two, the probability columns hold
         `teacher_signal.probability_of_rank` and `probability_of_score`.
+      later_categories: the number of category ids after those of the features. A longer log adds
+        them for new values of any feature; its vocabularies map values to ids.
     """
 
     dataset: str
@@ -97,6 +100,7 @@ class FeatureSpec:
     teacher_version: str
     categories: tuple[Category, ...] = ()
     teacher_signal: str = "probability"
+    later_categories: int = 0
 
     @property
     def category_starts(self) -> tuple[int, ...]:
@@ -107,7 +111,7 @@ class FeatureSpec:
     @property
     def num_categories(self) -> int:
         """Category ids lie in [0, num_categories)."""
-        return sum(category.size for category in self.categories)
+        return sum(category.size for category in self.categories) + self.later_categories
 
     def category_lengths(self, of: str) -> tuple[int, ...]:
         """The number of category ids of each feature that a request, candidate or item carries.
@@ -122,8 +126,11 @@ class FeatureSpec:
         return sum(self.category_lengths(of))
 
     def to_json(self) -> str:
-        """The spec as JSON, one key per attribute."""
-        return json.dumps(dataclasses.asdict(self), indent=2, default=int)
+        """The spec as JSON, one key per attribute; without `later_categories` if that is 0."""
+        fields = dataclasses.asdict(self)
+        if not self.later_categories:  # so that datasets without any keep their fingerprints
+            del fields["later_categories"]
+        return json.dumps(fields, indent=2, default=int)
 
     @classmethod
     def from_json(cls, text: str) -> "FeatureSpec":

@@ -19,6 +19,7 @@ import os
 from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from kd_ranker.errors import UserError
@@ -52,6 +53,7 @@ def write(
     made_of: MadeOf,
     files: Iterable[str] | None = None,
     removable: Collection[str] = (),
+    known: Mapping[str, list[Any]] = MappingProxyType({}),
 ) -> None:
     """Write the manifest of a finished folder.
 
@@ -60,14 +62,17 @@ def write(
       made_of: fingerprints of its dependencies.
       files: names relative to the folder; None takes all files below it.
       removable: those of them that a user may delete.
+      known: the entries of files that another manifest lists, which are not read.
     """
     if files is None:
         paths = (path for path in folder.rglob("*") if path.is_file() and path.name != FILE)
         files = (path.relative_to(folder).as_posix() for path in paths)
     names = sorted(files)
+    unknown = [name for name in names if name not in known]
+    entries = {**known, **dict(zip(unknown, _entries(folder, unknown), strict=True))}
     content = {
         "made_of": dict(made_of),
-        "files": dict(zip(names, _entries(folder, names), strict=True)),
+        "files": {name: entries[name] for name in names},
         "removable": sorted(removable),
     }
     write_whole(folder / FILE, json.dumps(content, indent=2))

@@ -8,6 +8,7 @@
     from_disk    train steps with batches from files against batches from memory
     checkpoint   the time that a training waits for a checkpoint against that until it is whole
     log_build    a dataset of a log of `make_log.py` against plain DuckDB on the same threads
+    log_day      one of 30 files of such a log added to a dataset against a build of all files
     scoring      one request of 2,000 candidates, the student against the teacher
     serving      the same by exported programs (needs the extra `onnx`)
     sweep        16 members as one sweep against as many runs of `experiments.train`
@@ -39,6 +40,7 @@ NAMES = (
     "from_disk",
     "checkpoint",
     "log_build",
+    "log_day",
     "scoring",
     "serving",
     "sweep",
@@ -62,7 +64,9 @@ def main() -> None:
     parser.add_argument("--profile", help="a folder for a trace by jax.profiler")
     parser.add_argument("--members", type=int, default=16, help="sweep and layout: how many")
     parser.add_argument("--steps", type=int, help="sweep: instead of the config's train.steps")
-    parser.add_argument("--rows", type=int, default=4_000_000, help="log_build: of the log")
+    parser.add_argument(
+        "--rows", type=int, default=4_000_000, help="log_build, log_day: of the log"
+    )
     parser.add_argument("--benchmarks", nargs="+", choices=NAMES[:-1], help="device: these alone")
     arguments = parser.parse_args()
     if os.environ.setdefault("GLIBC_TUNABLES", HUGE_PAGES) == HUGE_PAGES and not started_with_it():

@@ -108,7 +108,13 @@ def _train(name: str, influences: Influence, sweep: Sweep) -> tuple[Key, ...]:
         sweep=sweep,
         tuned=True,
     )
-    return own + section(
+    start = section(
+        name,
+        Key("warm_start", "", "workdir of a finished run on this dataset, or on one that it "
+            "extends: the parameters to start with"),
+        influences=influences,
+    )  # fmt: skip
+    return own + start + section(
         name,
         Key("log_every", 50, "steps from one line of metrics to the next", POSITIVE),
         Key("checkpoint_every", 500, "steps from one checkpoint to the next", POSITIVE),
@@ -359,6 +365,8 @@ _CASCADE = _of_source(
 _LOG = _of_source(
     Key("sql", "", "in place of data.path: a SELECT that DuckDB runs; its rows are the log",
         may_differ=True),
+    Key("extends", "", "data.dir of the dataset that the new files of the log extend; \"\" "
+        "reads the whole log", influences="nothing"),
     Key("title", "", "name of the log in the report; \"\": parquet", influences="nothing"),
     Key("rows", "candidate", "one row per candidate, or one per request with lists", layout.ROWS),
     Key("columns", ConfigDict(), "column by role; request, time and item are required"),
@@ -393,7 +401,8 @@ _LOG = _of_source(
 )  # fmt: skip
 
 # A public dataset is converted to a log.
-_CONVERTED = {name: key for name, key in _LOG.items() if name != "data.infer"}
+_OWN = ("data.infer", "data.extends")
+_CONVERTED = {name: key for name, key in _LOG.items() if name not in _OWN}
 
 _RATINGS = _CONVERTED | _of_source(
     Key("ratings_per_request", 8, "the least ratings of a request", POSITIVE),

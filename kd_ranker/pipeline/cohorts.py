@@ -27,6 +27,7 @@ from kd_ranker.pipeline.measure import (
     write_measured,
 )
 from kd_ranker.pipeline.remote import Place, local_folder, owned
+from kd_ranker.pipeline.warm import warm_start
 from kd_ranker.requests.lock import hold
 from kd_ranker.sweep.members import common
 from kd_ranker.sweep.memory import check_memory, cohort_size
@@ -219,7 +220,7 @@ def _train_cohort(job: Job, folder: Path, bar: tqdm) -> None:
     if is_measured(folder, job.made_of):
         skip_steps(bar, job.config.train.steps)
         return
-    students = runs.fit_students(job, folder, bar)
+    students = runs.fit_students(job, folder, bar, warm_start(job))
     measured = measure(job, "validation", students)
     write_measured(job, folder, job.made_of, measured)
 
@@ -261,7 +262,7 @@ def _restored(job: Job, folder: Path) -> list[Students]:
     if step == job.config.train.steps:
         return trained
     with runs.progress_bar(folder.name, job.config.train.steps) as bar:
-        return runs.fit_students(job, folder, bar)
+        return runs.fit_students(job, folder, bar, warm_start(job))
 
 
 def _free_of_a_sweep(extends: bool) -> list[str]:

@@ -67,11 +67,13 @@ def build_dataset(config: ConfigDict, thorough: bool) -> Path:
     """
     name = dataset_name(config)
     directory = storage.directory_of(name, config.data.dir)
-    entry = SOURCES[config.data.name]
+    entry, before = SOURCES[config.data.name], config.data.get("extends", "")
     if not directory.exists():
         # Claim the folder before the raw files are read, which may take long.
         with storage.building(name, config.data.dir):
-            source = entry.open_source(config.data, config.tasks, config.funnel)
+            made_by = f"{PREPARE_DATA}, with data.dir={before} and without data.extends"
+            extended = [storage.open_dataset(name, before, made_by)] if before else []
+            source = entry.open_source(config.data, config.tasks, config.funnel, *extended)
             with contextlib.closing(source):
                 storage.write(source, directory)
     else:

@@ -18,6 +18,7 @@ from kd_ranker.pipeline.measure import Judge, Students, measure
 from kd_ranker.sweep.memory import check_memory, exhaustion_reported
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training.loop import (
+    Begin,
     Evaluate,
     Run,
     abstract_states,
@@ -71,8 +72,11 @@ def progress_bar(name: str, steps: int) -> tqdm:
     return tqdm(total=steps, desc=name, unit="step", disable=hidden, dynamic_ncols=True)
 
 
-def fit_teacher(job: Job, workdir: Path) -> Judge:
-    """Train the teacher of a job on user labels; return it as measurements take it."""
+def fit_teacher(job: Job, workdir: Path, begin: Begin | None = None) -> Judge:
+    """Train the teacher of a job on user labels; return it as measurements take it.
+
+    `begin` is as of `loop.fit`.
+    """
     (recipe,) = (group.recipe for group in job.groups)
     serve = make_serve(recipe.model, recipe.mode)
 
@@ -86,13 +90,13 @@ def fit_teacher(job: Job, workdir: Path) -> Judge:
         return _evaluation_scalars(measured.rows[0], "")
 
     with progress_bar(workdir.name, job.trainee.train.steps) as bar:
-        return judge(_fit(job, workdir, progress, bar))
+        return judge(_fit(job, workdir, progress, bar, begin))
 
 
-def fit_students(job: Job, workdir: Path, bar: tqdm) -> list[Students]:
+def fit_students(job: Job, workdir: Path, bar: tqdm, begin: Begin | None = None) -> list[Students]:
     """Train the students of a job in one program on the same batches.
 
-    `bar` counts the steps of the student that takes the most.
+    `bar` counts the steps of the student that takes the most; `begin` is as of `loop.fit`.
     """
     students = _students_of(job.groups)
 
@@ -106,7 +110,7 @@ def fit_students(job: Job, workdir: Path, bar: tqdm) -> list[Students]:
                 scalars |= _evaluation_scalars(row, str(row["member"]))
         return scalars
 
-    return students(_fit(job, workdir, progress, bar))
+    return students(_fit(job, workdir, progress, bar, begin))
 
 
 def _students_of(groups: Sequence[Group]) -> Callable[[States], list[Students]]:
@@ -154,13 +158,13 @@ def _evaluation_scalars(row: Row, member: str) -> dict[str, float]:
     }
 
 
-def _fit(job: Job, workdir: Path, progress: Evaluate, bar: tqdm) -> States:
+def _fit(job: Job, workdir: Path, progress: Evaluate, bar: tqdm, begin: Begin | None) -> States:
     """Train the groups of a job; memory that a device lacks becomes one line."""
     with exhaustion_reported():
         check_same("dataset", str(job.dataset.identity))
         check_memory(job.config, job.groups, job.trainee.batch, job.dataset.spec)
         run = prepare_run(job)
-        return fit(run, job.trainee.train, workdir, job.made_of, progress, bar)
+        return fit(run, job.trainee.train, workdir, job.made_of, progress, bar, begin)
 
 
 def prepare_run(

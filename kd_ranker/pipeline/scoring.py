@@ -61,9 +61,14 @@ from kd_ranker.sources.logs.encode import encode_requests
 from kd_ranker.sources.logs.files import SQL, Log
 from kd_ranker.sources.logs.layout import LogLayout, read_layout
 from kd_ranker.sources.logs.ordered import Piece
-from kd_ranker.sources.logs.source import MANIFEST
-from kd_ranker.sources.logs.unseen import Settled, Unseen
-from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary, requests_of_piece
+from kd_ranker.sources.logs.settled import Settled, settled_by
+from kd_ranker.sources.logs.unseen import Unseen
+from kd_ranker.sources.logs.vocabulary import (
+    MANIFEST,
+    read_requests_of,
+    read_vocabulary,
+    requests_of_piece,
+)
 from kd_ranker.training.recipes import TEACHER_STAGES
 from kd_ranker.training.workdir import read_json, write_atomically
 
@@ -282,7 +287,7 @@ def score_unseen(
         ranker = trained.open_finished(folder, member, "", data_dir, trust, policy)
         ranker = ranker._replace(title=ranker.title.replace(str(folder), str(workdir)))
         dataset = ranker.dataset
-        settled = unseen.settled_by(run_layout, dataset.spec, dataset.directory)
+        settled = settled_by(run_layout, dataset.spec, dataset.directory)
         inputs = [
             *(log.manifest, repr(layout.features), layout.columns),
             *(layout.by_request, layout.units_per_second, layout.retrieved),

@@ -22,7 +22,8 @@ from kd_ranker.requests.records import Dataset
 from kd_ranker.training import checkpoints, recipes
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.mapping import put
-from kd_ranker.training.state import select_member
+from kd_ranker.training.recipes import Group
+from kd_ranker.training.state import TrainState, select_member
 
 TRAIN_TEACHER = f"python -m experiments.train_teacher, {SAME_FLAGS}"
 
@@ -105,10 +106,7 @@ def _load_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> Teache
             f"on {own} for {', '.join(config.tasks)}; make one with: {TRAIN_TEACHER}"
         )
     workdirs.check_dataset(workdir, dataset.identity)
-    group = recipes.teacher_group(trained, dataset.spec)
-    with checkpoints.open_in(workdir) as saved:
-        abstract = (jax.eval_shape(group.init),)
-        (state,), step = checkpoints.restore(saved, abstract, None, made_of(trained, dataset))
+    group, state, step = restored(trained, dataset, workdir)
     if step < trained.teacher.train.steps:
         raise UserError(
             f"the teacher at {workdir} stopped at step {step} of {trained.teacher.train.steps}; "
@@ -128,6 +126,24 @@ def _load_teacher(config: ConfigDict, dataset: Dataset, workdir: Path) -> Teache
         seed=trained.seed,
         step=step,
     )
+
+
+def restored(config: ConfigDict, dataset: Dataset, workdir: Path) -> tuple[Group, TrainState, int]:
+    """Restore the newest checkpoint of a teacher in the folder of its run.
+
+    Args:
+      config: of the run.
+      dataset: of the run.
+      workdir: its folder.
+
+    Returns:
+      The teacher as a group of one, its state on the host, and its step.
+    """
+    group = recipes.teacher_group(config, dataset.spec)
+    with checkpoints.open_in(workdir) as saved:
+        abstract = (jax.eval_shape(group.init),)
+        (state,), step = checkpoints.restore(saved, abstract, None, made_of(config, dataset))
+    return group, state, step
 
 
 def served(model: Model, parameters: Parameters, platform: str) -> Parameters:

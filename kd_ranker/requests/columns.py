@@ -172,6 +172,17 @@ class Columns:
         """The number of requests."""
         return len(self.kept)
 
+    def of(self, requests: slice) -> "Columns":
+        """Return some of the requests."""
+        names = ("requests", "candidates", "labels", "known")
+        rows = {name: getattr(self, name) for name in names}
+        return dataclasses.replace(
+            self,
+            **{name: of._replace(first=of.first[requests]) for name, of in rows.items()},
+            counts=self.counts.of(requests),
+            kept=self.kept[requests],
+        )
+
     @property
     def parts(self) -> Parts[Rows]:
         """The parts that a model may see."""

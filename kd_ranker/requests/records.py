@@ -41,6 +41,8 @@ class Dataset:
       item_features: the features of each item.
       item_category: the category ids of each item.
       columns: split -> its requests, in files.
+      earlier: the identities of the datasets that it extends, the oldest first. Their ids are the
+        first ones of this dataset.
     """
 
     directory: Path
@@ -50,6 +52,7 @@ class Dataset:
     item_features: Float32[np.ndarray, "items F"]
     item_category: Int32[np.ndarray, "items I"]
     columns: Mapping[str, Columns] = dataclasses.field(repr=False)
+    earlier: tuple[str, ...] = ()
 
     @property
     def items(self) -> Items:

@@ -11,6 +11,7 @@ from jaxtyping import Float32, Int32
 from kd_ranker.batch import FeatureSpec, Request
 from kd_ranker.requests.block import Block
 from kd_ranker.requests.pool import Runner, run_here
+from kd_ranker.requests.records import Dataset
 
 SPLITS = ("train", "validation", "test")
 """The splits of a dataset, the earliest first if requests have times.
@@ -39,6 +40,8 @@ class Source:
       for_training: whether the requests of `train` are stored for training: candidates in sampling
         order, without facts for the evaluation. If not, they are stored like those of other splits.
       write_beside: writes additional files into the dataset's folder.
+      earlier: a dataset of requests that come before these; its ids are valid here.
+      moved: the splits of that dataset that become training requests.
       close: releases the files of the source; nothing can be read after it.
     """
 
@@ -51,6 +54,8 @@ class Source:
     run: Runner = run_here
     for_training: bool = True
     write_beside: Callable[[Path], None] | None = None
+    earlier: Dataset | None = None
+    moved: Sequence[str] = ()
     close: Callable[[], None] = lambda: None
 
 

@@ -5,12 +5,16 @@
                       candidates and their facts for the evaluation
     counts-SPLIT.npy  int64 [n, 12]: the place of each of the four in that file, and `Counts`
 
+A dataset that extends another has the files of that one, and its own requests in further parts,
+`rows-SPLIT-1.bin` and so on, each with its own counts.
+
 A request is stored in one piece, so reading it is one access to the disk. The parts that count in
 every training come first. The candidates of training requests are in sampling order, without facts
 for the evaluation; all others are in the order of their source.
 """
 
 import dataclasses
+import itertools
 import mmap
 import os
 import shutil
@@ -23,16 +27,14 @@ from jaxtyping import Int, Int32, Int64
 from numpy.lib.stride_tricks import sliding_window_view
 
 from kd_ranker.batch import FeatureSpec
-from kd_ranker.requests.block import Block
 from kd_ranker.requests.columns import (
     Columns,
     Counts,
     Rows,
     columns_of,
-    columns_of_block,
     in_sampling_order,
 )
-from kd_ranker.requests.ragged import runs
+from kd_ranker.requests.ragged import runs, starts_of
 
 # The largest gap in bytes between two ranges that are fetched as one.
 _GAP = 2**16
@@ -51,9 +53,27 @@ PLACES = len(_First._fields)
 """The number of columns of a counts file that are places in the rows."""
 
 
-def paths(folder: Path, split: str) -> tuple[Path, Path]:
-    """Return the files of a split: its rows, and their places."""
-    return folder / f"rows-{split}.bin", folder / f"counts-{split}.npy"
+def paths(folder: Path, split: str, part: int = 0) -> tuple[Path, Path]:
+    """Return the files of a part of a split: its rows, and their places."""
+    name = f"{split}-{part}" if part else split
+    return folder / f"rows-{name}.bin", folder / f"counts-{name}.npy"
+
+
+def all_paths(folder: Path, split: str) -> list[tuple[Path, Path]]:
+    """Return the files of all parts of a split."""
+    every = (paths(folder, split, part) for part in itertools.count())
+    return list(itertools.takewhile(lambda pair: pair[0].exists(), every))
+
+
+def link(folder: Path, to: Path, split: str) -> list[str]:
+    """Link the files of a split into another folder, or copy them; return their names."""
+    found = list(itertools.chain(*all_paths(folder, split)))
+    for path in found:
+        try:
+            os.link(path, to / path.name)
+        except OSError:  # another disk, or one without links
+            shutil.copyfile(path, to / path.name)
+    return [path.name for path in found]
 
 
 def parts_of(shard: Path) -> tuple[Path, Path]:
@@ -62,10 +82,9 @@ def parts_of(shard: Path) -> tuple[Path, Path]:
 
 
 def flat(
-    block: Block, spec: FeatureSpec, for_training: bool, before: int
+    columns: Columns, for_training: bool, before: int
 ) -> tuple[Int32[np.ndarray, "numbers"], Int64[np.ndarray, "n columns"]]:
     """Return the contents of both files for at least one request, after `before` numbers."""
-    columns = columns_of_block(block, spec)
     if for_training:
         known = np.zeros_like(columns.counts.known)
         columns = dataclasses.replace(
@@ -93,8 +112,8 @@ def _nothing(spec: FeatureSpec) -> list[Rows]:
 
 
 def join(shards: Sequence[Path], folder: Path, split: str, spec: FeatureSpec) -> int:
-    """Combine the files of shards into those of a split, and return the number of its requests."""
-    rows_path, counts_path = paths(folder, split)
+    """Combine the files of shards into a new part of a split, and return its number of requests."""
+    rows_path, counts_path = paths(folder, split, len(all_paths(folder, split)))
     nothing = np.concatenate([rows.values[0] for rows in _nothing(spec)])
     counts, before = [], len(nothing)
     with rows_path.open("wb") as file:
@@ -113,44 +132,100 @@ def join(shards: Sequence[Path], folder: Path, split: str, spec: FeatureSpec) ->
     return len(whole)
 
 
+def number_of_requests(folder: Path, split: str) -> int:
+    """Return the number of requests in all parts of a split."""
+    counted = (np.load(counts, mmap_mode="r") for _, counts in all_paths(folder, split))
+    return sum(map(len, counted))
+
+
 def open_columns(folder: Path, spec: FeatureSpec, split: str) -> Columns:
     """Return the requests of a split, backed by their files.
 
     Raises:
       ValueError: the files are incomplete.
     """
-    rows_path, counts_path = paths(folder, split)
-    numbers = np.asarray(np.load(counts_path, mmap_mode="r"))
-    first, counts = _First(*numbers.T[:PLACES]), Counts(*numbers.T[PLACES:])
-    file = rows_path.open("rb")
-    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    # A read far from the last one must not read ahead.
-    mapped.madvise(mmap.MADV_RANDOM)
-    values = np.frombuffer(mapped, np.int32)
     none = columns_of([], spec)
+    known_width = none.known.values.shape[1]
+    pairs = all_paths(folder, split)
+    opened = [_open_part(*pair, known_width) for pair in pairs]
+    files, values, counted = zip(*opened, strict=True)
+    starts = starts_of(np.array([len(of) for of in values]))[:-1]
+    numbers = counted[0]
+    if len(counted) > 1:
+        numbers = np.concatenate(counted)
+        numbers[:, :PLACES] += np.repeat(starts, list(map(len, counted)))[:, None]
+    first, counts = _First(*numbers.T[:PLACES]), Counts(*numbers.T[PLACES:])
     places = np.cumsum([0, *(rows.values.shape[1] for rows in _nothing(spec))]).tolist()
 
     def rows(like: Rows, first: Int[np.ndarray, "n"], nothing: int = 0) -> Rows:
         width = like.values.shape[1]
-        return Rows(sliding_window_view(values, width), like.spans, first, width, nothing)
+        windows = [sliding_window_view(of, width) for of in values]
+        every: Any = _Chain(windows, starts) if len(windows) > 1 else windows[0]
+        return Rows(every, like.spans, first, width, nothing)
 
-    columns = Columns(
+    return Columns(
         requests=rows(none.requests, first.requests),
         labels=rows(none.labels, first.labels, places[0]),
         candidates=rows(none.candidates, first.candidates, places[1]),
         known=rows(none.known, first.known, places[2]),
         counts=counts,
         kept=counts.retrieved,
-        expect=_fetching(file, first, none.candidates.values.shape[1]),
+        expect=_fetching(files, starts, first, none.candidates.values.shape[1]),
     )
-    end = int(first.known[-1] + counts.known[-1] * columns.known.stride)
+
+
+def _open_part(
+    rows_path: Path, counts_path: Path, known_width: int
+) -> tuple[Any, Int32[np.ndarray, "numbers"], Int64[np.ndarray, "n columns"]]:
+    """Return the file of rows of a part, the numbers in it, and the contents of its counts.
+
+    Raises:
+      ValueError: they do not belong together.
+    """
+    counted = np.asarray(np.load(counts_path, mmap_mode="r"))
+    file = rows_path.open("rb")
+    mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    # A read far from the last one must not read ahead.
+    mapped.madvise(mmap.MADV_RANDOM)
+    values = np.frombuffer(mapped, np.int32)
+    last = counted[-1]
+    end = int(_First(*last[:PLACES]).known + Counts(*last[PLACES:]).known * known_width)
     if end != len(values):
         raise ValueError(f"{rows_path.name} has {len(values)} numbers of {end}")
-    return columns
+    return file, values, counted
+
+
+class _Chain:
+    """The rows of several files, read like one array by row numbers.
+
+    The rows of a file are windows over its numbers, so a row number is a place among the numbers of
+    all files.
+    """
+
+    def __init__(
+        self,
+        windows: Sequence[Int32[np.ndarray, "_ W"]],
+        starts: Int64[np.ndarray, "files"],
+    ) -> None:
+        self.windows, self.starts = windows, starts
+        self.shape = (sum(map(len, windows)), windows[0].shape[1])
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return copies of rows, int32 [*index, W], or with slices a chain of fewer columns."""
+        if isinstance(index, tuple):
+            return _Chain([of[index] for of in self.windows], self.starts)
+        index = np.asarray(index)
+        rows = np.empty((*index.shape, self.shape[1]), np.int32)
+        of_file = np.searchsorted(self.starts, index, side="right") - 1
+        for file, windows in enumerate(self.windows):
+            chosen = of_file == file
+            if chosen.any():
+                rows[chosen] = windows[index[chosen] - self.starts[file]]
+        return rows
 
 
 def _fetching(
-    file: Any, first: _First, width: int
+    files: Sequence[Any], starts: Int64[np.ndarray, "files"], first: _First, width: int
 ) -> Callable[[Int[np.ndarray, "R"], Int[np.ndarray, "R"]], None]:
     """Build `Columns.expect`, by which the disk reads many pieces at once during other work."""
     if not hasattr(os, "posix_fadvise"):
@@ -162,7 +237,10 @@ def _fetching(
         gap = begin[1:] - end[:-1]
         apart = (gap < 0) | (gap > _GAP)
         begins, ends = begin[:1].tolist() + begin[1:][apart].tolist(), end[:-1][apart].tolist()
-        for start, stop in zip(begins, ends + end[-1:].tolist(), strict=True):
-            os.posix_fadvise(file.fileno(), start, stop - start, os.POSIX_FADV_WILLNEED)
+        of_file = np.searchsorted(4 * starts, begins, side="right") - 1
+        ranges = zip(of_file.tolist(), begins, ends + end[-1:].tolist(), strict=True)
+        for file, start, stop in ranges:
+            place = start - 4 * int(starts[file])
+            os.posix_fadvise(files[file].fileno(), place, stop - start, os.POSIX_FADV_WILLNEED)
 
     return expect

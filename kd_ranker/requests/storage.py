@@ -4,6 +4,7 @@ A built dataset is the folder `data.dir/requests/<name>/<version>`. Each request
 
     feature_spec.json   the sizes of its features (`FeatureSpec`)
     rows-SPLIT.bin      with counts-SPLIT.npy, the requests of a split: see `row_files`
+    earlier.json        in a dataset that extends others, their identities, the oldest first
     items.npy           float32 [num_items, F], the features of each item, stored once
     item_category.npy   int32 [num_items, I], the category ids of each item
     *.json, *record*    the index by which TFDS reads the requests, see `records`
@@ -17,9 +18,11 @@ killed. Equal requests give equal files, byte for byte.
 
 import contextlib
 import dataclasses
+import itertools
+import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,6 +34,7 @@ from kd_ranker.batch import STORED, FeatureSpec, Request
 from kd_ranker.errors import UserError
 from kd_ranker.requests import row_files
 from kd_ranker.requests.block import Block, blocks_of
+from kd_ranker.requests.columns import Columns, columns_of_block, slices
 from kd_ranker.requests.lock import hold
 from kd_ranker.requests.records import Dataset, damage, write_index
 from kd_ranker.requests.request import SPLITS, Shard, Source
@@ -39,6 +43,7 @@ FORMAT_VERSION = "2.0.0"
 SPEC_FILE = "feature_spec.json"
 _NAME = "requests"
 _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
+_EARLIER_FILE, _MOVED = "earlier.json", "moved"
 # The prefix of the name of a folder that is being written.
 _UNFINISHED = ".unfinished-"
 
@@ -90,7 +95,7 @@ def write(source: Source, directory: Path) -> None:
         unfinished.mkdir()
         try:
             _write_items(source, unfinished)
-            _write_requests(source, unfinished)
+            known = _write_requests(source, unfinished)
             needed = {*unfinished.rglob("*")}
             if source.write_beside:
                 source.write_beside(unfinished)
@@ -99,6 +104,7 @@ def write(source: Source, directory: Path) -> None:
                 unfinished,
                 {"dataset": directory.parent.name},
                 removable=[path.relative_to(unfinished).as_posix() for path in removable],
+                known=known,
             )
             # Flushing many files at once takes about as long as one.
             with ThreadPoolExecutor() as threads:
@@ -114,7 +120,8 @@ def _check(source: Source) -> None:
     """Raise UserError for a source that cannot be stored."""
     _check_widths(source.spec)
     for split in SPLITS:
-        if not source.num_requests.get(split):
+        has_earlier = source.earlier is not None and split not in source.moved
+        if not source.num_requests.get(split) and not has_earlier:
             raise UserError(f"{source.spec.dataset} yields no requests for its split {split!r}")
 
 
@@ -126,11 +133,15 @@ def _write_items(source: Source, folder: Path) -> None:
     np.save(folder / _CATEGORY_FILE, category)
 
 
-def _write_requests(source: Source, folder: Path) -> None:
+def _write_requests(source: Source, folder: Path) -> dict[str, list]:
     """Write the shards of each split, join them, and write the index.
 
-    A source without shards has one per split.
+    A source without shards has one per split. The requests of an earlier dataset come first.
+
+    Returns:
+      The entries of the earlier dataset's files in its manifest.
     """
+    linked = _link_earlier(source, folder)
     shards = {
         split: source.shards(split) if source.shards else [_whole_split(source, split)]
         for split in SPLITS
@@ -150,11 +161,38 @@ def _write_requests(source: Source, folder: Path) -> None:
     else:
         for _ in source.run(write_shard, calls, "writing"):
             pass
-    written = {split: row_files.join(paths[split], folder, split, source.spec) for split in SPLITS}
-    for split, expected in source.num_requests.items():
-        if written[split] != expected:
-            raise RuntimeError(f"{expected} requests in split {split!r}, {written[split]} written")
-    write_index(folder, source.spec, written, FORMAT_VERSION)
+    expected = dict(source.num_requests)
+    if source.earlier and source.moved:
+        paths["train"].insert(0, folder / _MOVED)
+        expected["train"] += sum(len(source.earlier.columns[of]) for of in source.moved)
+    for split, new in paths.items():
+        written = row_files.join(new, folder, split, source.spec) if new else 0
+        if written != expected[split]:
+            raise RuntimeError(f"{expected[split]} requests in split {split!r}, {written} written")
+    numbers = {split: row_files.number_of_requests(folder, split) for split in SPLITS}
+    write_index(folder, source.spec, numbers, FORMAT_VERSION)
+    return linked
+
+
+def _link_earlier(source: Source, folder: Path) -> dict[str, list]:
+    """Begin with the requests of an earlier dataset: link its rows, and write those that move.
+
+    Returns:
+      The entries of the linked files in the manifest of that dataset.
+    """
+    earlier = source.earlier
+    if earlier is None:
+        return {}
+    (folder / _EARLIER_FILE).write_text(json.dumps([*earlier.earlier, earlier.identity["dataset"]]))
+    kept = [split for split in SPLITS if split not in source.moved]
+    linked = [name for of in kept for name in row_files.link(earlier.directory, folder, of)]
+    if source.moved:
+        # The order of candidates in training is another one.
+        moved = (earlier.columns[split] for split in source.moved)
+        parts = (of.of(some) for of in moved for some in slices(of.counts.retrieved))
+        _write_columns(folder / _MOVED, parts, for_training=True)
+    entries = manifest.read(earlier.directory, _remedy(earlier.directory, earlier.made_by))["files"]
+    return {name: entries[name] for name in linked}
 
 
 def _whole_split(source: Source, split: str) -> Callable[[], Iterator[Request]]:
@@ -168,12 +206,21 @@ def _whole_split(source: Source, split: str) -> Callable[[], Iterator[Request]]:
 
 def write_shard(path: Path, requests: Shard, spec: FeatureSpec, for_training: bool) -> None:
     """Write the rows and the counts of requests to the two files of `row_files.parts_of`."""
+
+    def checked() -> Iterator[Columns]:
+        for block in blocks_of(requests(), spec):
+            _check_ids(block, spec)
+            yield columns_of_block(block, spec)
+
+    _write_columns(path, checked(), for_training)
+
+
+def _write_columns(path: Path, parts: Iterable[Columns], for_training: bool) -> None:
     rows_path, counts_path = row_files.parts_of(path)
     written = 0
     with rows_path.open("wb") as rows_file, counts_path.open("wb") as counts_file:
-        for block in blocks_of(requests(), spec):
-            _check_ids(block, spec)
-            numbers, counts = row_files.flat(block, spec, for_training, written)
+        for part in parts:
+            numbers, counts = row_files.flat(part, for_training, written)
             written += len(numbers)
             # `tofile` would not report why it fails.
             rows_file.write(np.ascontiguousarray(numbers).data)
@@ -274,13 +321,15 @@ def _remedy(directory: Path, made_by: str) -> str:
 
 def _fingerprint(directory: Path, made_by: str) -> str:
     """Return the fingerprint of a dataset's content."""
-    rows = [path.name for split in SPLITS for path in row_files.paths(directory, split)]
+    pairs = itertools.chain.from_iterable(row_files.all_paths(directory, of) for of in SPLITS)
+    rows = [path.name for path in itertools.chain.from_iterable(pairs)]
     files = [SPEC_FILE, _ITEMS_FILE, _CATEGORY_FILE, *rows]
     return manifest.fingerprint(directory, files, _remedy(directory, made_by))
 
 
 def _opened(directory: Path, made_by: str) -> Dataset:
     spec = FeatureSpec.from_json((directory / SPEC_FILE).read_text())
+    earlier = directory / _EARLIER_FILE
     return Dataset(
         directory=directory,
         identity={"dataset": f"{directory.parent.name}/{_fingerprint(directory, made_by)}"},
@@ -289,4 +338,5 @@ def _opened(directory: Path, made_by: str) -> Dataset:
         item_features=np.load(directory / _ITEMS_FILE),
         item_category=np.load(directory / _CATEGORY_FILE),
         columns={split: row_files.open_columns(directory, spec, split) for split in SPLITS},
+        earlier=tuple(json.loads(earlier.read_text())) if earlier.exists() else (),
     )

@@ -23,6 +23,7 @@ from kd_ranker.requests.request import Source
 from kd_ranker.sources.download import Archive, fetch
 from kd_ranker.sources.logs import source as parquet
 from kd_ranker.sources.logs.files import line_of
+from kd_ranker.sources.logs.vocabulary import MANIFEST
 
 # Requests that are held before they are written.
 _AT_A_TIME = 256
@@ -79,7 +80,7 @@ def check_unchanged(converter: Converter, data: ConfigDict, directory: Path) -> 
     Raises:
       UserError: a file has changed.
     """
-    manifest = directory / parquet.MANIFEST
+    manifest = directory / MANIFEST
     if not data.path or not Path(data.path).exists() or not manifest.exists():
         return
     name = _folder(converter, data, converter.find_files(data)).name

@@ -30,7 +30,8 @@ class SourceEntry(NamedTuple):
 
     Attributes:
       tasks: the tasks that it has labels for; None: those of `config.data.labels`.
-      open_source: (config.data, tasks, config.funnel) -> the source.
+      open_source: (config.data, tasks, config.funnel) -> the source. That of `parquet` also takes
+        the dataset that `data.extends` names.
       version: raised whenever the source's code yields other requests for the same config, so that
         datasets of the older code are not taken for its own.
       check_unchanged: (config.data, a dataset's folder) -> None, or UserError where the raw files
@@ -39,7 +40,7 @@ class SourceEntry(NamedTuple):
     """
 
     tasks: Sequence[str] | None
-    open_source: Callable[[ConfigDict, Sequence[str], ConfigDict], Source]
+    open_source: Callable[..., Source]
     version: int = 1
     check_unchanged: Callable[[ConfigDict, Path], None] = lambda data, directory: None
     simulated: bool = False

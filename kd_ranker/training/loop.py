@@ -40,6 +40,7 @@ from kd_ranker.training.step import Losses, Step, in_turn, make_step
 from kd_ranker.training.workdir import MetricsWriter
 
 Evaluate = Callable[[States], dict[str, float]]
+Begin = Callable[[States], States]
 
 # Seconds that the steps of one call may take: a signal is noticed between two calls.
 _LONGEST_CALL = 2.0
@@ -156,7 +157,13 @@ def on_host(run: Run, of_groups: Sequence[Any]) -> tuple[Any, ...]:
 
 
 def fit(
-    run: Run, train: ConfigDict, workdir: Path, made_of: MadeOf, evaluate: Evaluate, bar: tqdm
+    run: Run,
+    train: ConfigDict,
+    workdir: Path,
+    made_of: MadeOf,
+    evaluate: Evaluate,
+    bar: tqdm,
+    begin: Begin | None = None,
 ) -> States:
     """Train until the last member is done, from the newest checkpoint in `workdir` if any.
 
@@ -171,6 +178,7 @@ def fit(
       made_of: the fingerprints of the members, which the checkpoints record.
       evaluate: states -> scalars by name; called every `train.eval_every` steps.
       bar: shows the progress; `run.steps` are added to it.
+      begin: initial states on the host -> those to begin with, if there is no checkpoint yet.
 
     Returns:
       The state of each group after the last step, on the host.
@@ -180,7 +188,13 @@ def fit(
         other fingerprints, or one cannot be written.
     """
     with deferred() as stop:
-        return _fit(run, train, workdir, made_of, evaluate, bar, stop)
+        return _fit(run, train, workdir, made_of, evaluate, bar, begin, stop)
+
+
+def _beginning(run: Run, begin: Begin | None) -> States:
+    """Return the states before the first step on the devices."""
+    states = initial_states(run)
+    return run.devices.place(begin(states_on_host(run, states))) if begin else states
 
 
 class _Outputs(NamedTuple):
@@ -201,6 +215,7 @@ def _fit(
     made_of: MadeOf,
     evaluate: Evaluate,
     bar: tqdm,
+    begin: Begin | None,
     stop: Callable[[], bool],
 ) -> States:
     """Do the work of `fit`; ends with a checkpoint soon after `stop` returns True."""
@@ -211,7 +226,7 @@ def _fit(
         skip_steps(bar, start)
         if start >= run.steps:
             return states
-        states = run.devices.place(states) if start else initial_states(run)
+        states = run.devices.place(states) if start else _beginning(run, begin)
         diverged = _diverged_members(run, states)
         with contextlib.closing(MetricsWriter(workdir, start)) as writer:
             outputs = _Outputs(saved, made_of, batches, writer, evaluate, bar)

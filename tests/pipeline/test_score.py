@@ -24,6 +24,7 @@ from kd_ranker.requests.columns import columns_of
 from kd_ranker.requests.records import read_requests
 from kd_ranker.serving import check
 from kd_ranker.sources.logs import ordered, unseen
+from kd_ranker.sources.logs.settled import settled_by
 from kd_ranker.sweep.members import sweep_members
 from kd_ranker.training import workdir as workdirs
 from kd_ranker.training.state import select_member
@@ -278,7 +279,7 @@ def test_what_validation_and_test_have_alone_counts_as_unknown(tmp_path):
     directory = api.prepare(config).directory
     layout = faulty_logs.layout(config)
     spec = datasets.dataset_of(config).spec
-    settled = unseen.settled_by(layout, spec, directory)
+    settled = settled_by(layout, spec, directory)
     log, own = unseen.open_unseen(layout, layout)
     (tmp_path / "read").mkdir()
     items = datasets.dataset_of(config).items

@@ -110,11 +110,12 @@ def make_data_report(
       some_numbers: returns some numbers of a column; none for a column without numbers.
     """
     rejected = sum(counts.rejected.values())
+    read = log.files or [file for file in log.manifest if file != SQL]
     report: Report = {
         "log": {
             "path": layout.path,
-            "files": len(log.manifest.keys() - {SQL}),
-            "bytes": sum(size for file, (size, _) in log.manifest.items() if file != SQL),
+            "files": len(read),
+            "bytes": sum(log.manifest[file][0] for file in read),
             "rows": counts.rows,
             "row_is_a": "request" if layout.by_request else "candidate",
         },

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from kd_ranker.sources.logs.ordered import Piece, read_piece
 
 # The version that the probabilities get where every one counts.
 ANY_VERSION = "any"
-ITEM = "item"
+USER, ITEM = "user", "item"
 # Beside a dataset: how raw columns become its fields, see `transforms`.
 TRANSFORMS = "transforms.json"
 
@@ -32,46 +32,53 @@ class Encoding(NamedTuple):
     Attributes:
       spec: the sizes that follow.
       values: categorical feature that is not hashed, or `item` -> its values in the order of ids.
+      ids: the same names -> the id of each value; that of a feature is its category id.
       scales: dense feature -> the number subtracted, the divisor, and the value for a missing one.
     """
 
     spec: FeatureSpec
     values: dict[str, pd.Index]
+    ids: dict[str, Int32[np.ndarray, "values"]]
     scales: dict[str, tuple[float, float, float]]
 
 
-def make_encoding(
+def encoding_of(
     layout: LogLayout,
-    users: int,
-    values: dict[str, pa.Array],
+    spec: FeatureSpec,
+    vocabularies: Mapping[str, pa.Table],
     moments: Mapping[str, Mapping[str, float]],
 ) -> Encoding:
-    """Settles scales and sizes.
+    """Return the encoding by the vocabularies and the moments of a dataset.
 
     Args:
-      layout: of the log.
-      users: how many users there are.
-      values: see `Encoding`.
+      layout: of its log.
+      spec: its sizes.
+      vocabularies: see `vocabulary.read_vocabulary`.
       moments: dense feature -> its moments in training.
     """
-    scales, categories = {}, []
-    for feature in layout.features:
-        if feature.kind == "dense":
-            scales[feature.name] = scale_of(feature, moments[feature.name])
-        elif feature.kind in ("category", "bag"):
-            size = feature.size if feature.hashed else len(values[feature.name])
-            owner = "request" if feature.of_request else feature.of
-            categories.append(Category(feature.name, owner, size + 1, feature.length))
-    spec = _spec(layout, users, len(values[ITEM]), categories)
-    return Encoding(spec, {name: index_of(of) for name, of in values.items()}, scales)
+    tables = {of.name: vocabularies[f"feature:{of.name}"] for of in layout.vocabularies}
+    tables[ITEM] = vocabularies[ITEM]
+    return Encoding(
+        spec,
+        values={name: _index_of(of["value"]) for name, of in tables.items()},
+        ids={name: of["id"].to_numpy() for name, of in tables.items()},
+        scales={of.name: _scale_of(of, moments[of.name]) for of in layout.of_kind("dense")},
+    )
 
 
-def index_of(values: pa.Array) -> pd.Index:
+def _index_of(values: pa.ChunkedArray) -> pd.Index:
     """Values to look others up among."""
-    return pd.Index(values.to_numpy(zero_copy_only=False))
+    return pd.Index(values.combine_chunks().to_numpy(zero_copy_only=False))
 
 
-def _spec(layout: LogLayout, users: int, items: int, categories: Sequence[Category]) -> FeatureSpec:
+def spec_of(layout: LogLayout, sizes: Mapping[str, int]) -> FeatureSpec:
+    """Return the sizes of a dataset from those of the vocabularies of a log, by their names."""
+    categories = []
+    for feature in layout.of_kind("category", "bag"):
+        size = feature.size if feature.hashed else sizes[f"feature:{feature.name}"]
+        owner = "request" if feature.of_request else feature.of
+        categories.append(Category(feature.name, owner, size + 1, feature.length))
+
     def width(*owners: str) -> int:
         return max(1, len(layout.of(*owners, kind="dense")))
 
@@ -80,8 +87,8 @@ def _spec(layout: LogLayout, users: int, items: int, categories: Sequence[Catego
     return FeatureSpec(
         dataset="parquet",
         tasks=layout.tasks,
-        num_users=users,
-        num_items=items,
+        num_users=sizes[USER],
+        num_items=sizes[ITEM],
         user_features=width("user"),
         context_features=width("context"),
         candidate_features=width("candidate"),
@@ -95,7 +102,7 @@ def _spec(layout: LogLayout, users: int, items: int, categories: Sequence[Catego
     )
 
 
-def scale_of(feature: Feature, moments: Mapping[str, float]) -> tuple[float, float, float]:
+def _scale_of(feature: Feature, moments: Mapping[str, float]) -> tuple[float, float, float]:
     """The scale of a dense feature, see `Encoding`, from its moments in training, if any."""
     # In 32 bits, so that the order in which the moments were added up leaves no trace.
     mean, deviation = (float(np.float32(moments.get(of, 0.0))) for of in ("mean", "deviation"))
@@ -111,19 +118,22 @@ def save_encoding(encoding: Encoding, folder: Path) -> None:
     folder.mkdir()
     (folder / "spec.json").write_text(encoding.spec.to_json())
     (folder / "rest.json").write_text(json.dumps([encoding.scales, [*encoding.values]]))
-    for index, values in enumerate(encoding.values.values()):
-        pq.write_table(pa.table({"value": pa.array(values)}), folder / f"{index}.parquet")
+    for index, (name, values) in enumerate(encoding.values.items()):
+        table = pa.table({"value": pa.array(values), "id": encoding.ids[name]})
+        pq.write_table(table, folder / f"{index}.parquet")
 
 
 @functools.lru_cache(maxsize=1)
 def load_encoding(folder: Path) -> Encoding:
     """The inverse of `save_encoding`, once a process."""
     scales, names = json.loads((folder / "rest.json").read_text())
-    values = {
-        name: index_of(pq.read_table(folder / f"{index}.parquet")["value"].combine_chunks())
-        for index, name in enumerate(names)
-    }
-    return Encoding(FeatureSpec.from_json((folder / "spec.json").read_text()), values, scales)
+    tables = {name: pq.read_table(folder / f"{index}.parquet") for index, name in enumerate(names)}
+    return Encoding(
+        FeatureSpec.from_json((folder / "spec.json").read_text()),
+        values={name: _index_of(table["value"]) for name, table in tables.items()},
+        ids={name: table["id"].to_numpy() for name, table in tables.items()},
+        scales=scales,
+    )
 
 
 def transforms(layout: LogLayout, encoding: Encoding, hashed: Mapping[str, str]) -> dict[str, Any]:
@@ -220,8 +230,17 @@ def item_matrix(
     return features, _categories(layout, encoding, items, "item")
 
 
-def encode_requests(layout: LogLayout, folder: Path, piece: Piece) -> Iterator[Block]:
-    """The requests of a piece of the files in a folder, with the encoding in it."""
+def encode_requests(
+    layout: LogLayout, folder: Path, piece: Piece, before: int = 0
+) -> Iterator[Block]:
+    """The requests of a piece of the files in a folder, with the encoding in it.
+
+    Args:
+      layout: of the log.
+      folder: with the files.
+      piece: the piece.
+      before: the number of requests of the dataset before the first piece.
+    """
     encoding = load_encoding(folder / "encoding")
     requests, candidates = read_piece(folder, piece)
     spec, tasks = encoding.spec, layout.tasks
@@ -259,7 +278,7 @@ def encode_requests(layout: LogLayout, folder: Path, piece: Piece) -> Iterator[B
     first = starts_of(counts["candidates"])[:-1]
     shown, judged = (runs(first, numbers[of]) for of in ("shown", "scored"))
     values = {
-        "request_id": request_ids(requests),
+        "request_id": _request_ids(requests, before),
         "time": requests["time"].to_numpy(),
         "user_id": requests["user_id"].to_numpy().astype(np.int32),
         "user_features": _dense(encoding, layout.of("user", kind="dense"), requests),
@@ -282,13 +301,13 @@ def encode_requests(layout: LogLayout, folder: Path, piece: Piece) -> Iterator[B
     yield Block(values, numbers)
 
 
-def request_ids(requests: pa.Table) -> Int64[np.ndarray, "n"]:
+def _request_ids(requests: pa.Table, before: int) -> Int64[np.ndarray, "n"]:
     """The ids of requests as whole numbers: their own without the sign, or the places of texts."""
     ids = requests["request"]
     if pa.types.is_integer(ids.type):
         own = ids.combine_chunks().to_numpy(zero_copy_only=False)
         return (own.view(np.uint64) & np.uint64(2**63 - 1)).astype(np.int64)
-    return requests["number"].to_numpy()
+    return before + requests["number"].to_numpy()
 
 
 def _stage_counts(
@@ -394,10 +413,10 @@ def _categories(
             lengths = np.diff(start)
             row = np.repeat(np.arange(table.num_rows), lengths)
             place = np.arange(len(values)) - np.repeat(start[:-1], lengths)
-            ids[row, place] = starts[feature.name] + _numbers(encoding, feature, values)
+            ids[row, place] = _ids(encoding, feature, values, starts[feature.name])
         else:
             values = table[f"feature:{feature.name}"].combine_chunks()
-            ids = (starts[feature.name] + _numbers(encoding, feature, values))[:, None]
+            ids = _ids(encoding, feature, values, starts[feature.name])[:, None]
         columns.append(ids.astype(np.int32))
     return np.concatenate(columns, axis=1)
 
@@ -409,12 +428,15 @@ def _lists(table: pa.Table, feature: Feature) -> tuple[Int64[np.ndarray, "n+1"],
     return starts_of(lengths), column.flatten()
 
 
-def _numbers(encoding: Encoding, feature: Feature, values: pa.Array) -> Int64[np.ndarray, "n"]:
-    """The number of each value within its feature; 0 for a missing, rare or unheard-of one."""
+def _ids(
+    encoding: Encoding, feature: Feature, values: pa.Array, first: int
+) -> Int64[np.ndarray, "n"]:
+    """The category id of each value; `first` for a missing, rare or unknown one."""
     if not feature.hashed:
-        return 1 + _places(encoding.values[feature.name], values)
+        ids = np.append(encoding.ids[feature.name], first)
+        return ids[_places(encoding.values[feature.name], values)]
     bucket = 1 + (hashes_of(values) % np.uint64(feature.size)).astype(np.int64)
-    return np.where(values.is_null().to_numpy(zero_copy_only=False), 0, bucket)
+    return first + np.where(values.is_null().to_numpy(zero_copy_only=False), 0, bucket)
 
 
 def _places(known: pd.Index, values: pa.Array) -> Int64[np.ndarray, "n"]:

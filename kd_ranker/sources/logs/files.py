@@ -98,7 +98,7 @@ class Log:
 
     Attributes:
       url: `data.path`; "" for a SELECT.
-      files: their paths, sorted; () for a SELECT.
+      files: the paths to read, sorted; () for a SELECT.
       manifest: file -> its size in bytes, and a text that changes when it is rewritten. A SELECT
         has the files that it reads, and `SQL`.
       candidates: their approximate number; 0 if it is not known.
@@ -160,10 +160,14 @@ def wanted_columns(layout: LogLayout) -> list[Wanted]:
     return list(dict.fromkeys(wanted))
 
 
-def open_log(layout: LogLayout) -> Log:
+def open_log(layout: LogLayout, earlier: Collection[str] = ()) -> Log:
     """Find the files of a log and check that they have the columns that the config names.
 
     It reads footers only.
+
+    Args:
+      layout: of the log.
+      earlier: files to check with the others and to leave out, except in the manifest.
 
     Raises:
       UserError: there are no files, one is not a Parquet file, or a column is missing or has a type
@@ -182,22 +186,26 @@ def open_log(layout: LogLayout) -> Log:
     rows = candidates = 0
     files_with: collections.Counter[str] = collections.Counter()
     given = given_by_folders(files)
+    own = [index for index, file in enumerate(files) if file not in earlier]
     for index, (schema, metadata) in enumerate(read_footers(system, files)):
         _check_schema(files[index], _with_given(schema, given), wanted, families)
+        if files[index] in earlier:
+            continue
         rows += metadata.num_rows
         candidates += _candidates_in(metadata, layout)
         files_with.update(schema.names)
-    _check_features(layout, given, files_with, len(files))
+    given = given.take(own)
+    _check_features(layout, given, files_with, len(own))
     _check_history(layout, families)
     _check_known(wanted, families)
     if not rows:
-        raise UserError(f"data.path={layout.path}: {_count(len(files), 'file')} without any row")
+        raise UserError(f"data.path={layout.path}: {_count(len(own), 'file')} without any row")
     _check_given(given, wanted, files_with)
     # A column in a file takes precedence over its folder.
     given = given.drop_columns([name for name in given.column_names if name in files_with])
     manifest = _manifest(files, sizes, changed)
-    url = url_of(layout.path)
-    return Log(url, tuple(files), manifest, candidates, tuple(sorted(files_with)), given)
+    url, names = url_of(layout.path), tuple(sorted(files_with))
+    return Log(url, tuple(files[of] for of in own), manifest, candidates, names, given)
 
 
 def _select_of(layout: LogLayout) -> tuple[str, pa.Schema]:

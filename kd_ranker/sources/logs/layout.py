@@ -134,6 +134,10 @@ class LogLayout:
             if feature.of in owners and kind in ("", feature.kind)
         ]
 
+    def of_kind(self, *kinds: str) -> list[Feature]:
+        """The features of some kinds."""
+        return [feature for feature in self.features if feature.kind in kinds]
+
     def categories(self, *owners: str) -> list[Feature]:
         """The categorical features of some owners: single values and bags."""
         return [feature for feature in self.of(*owners) if feature.kind in ("category", "bag")]
@@ -146,7 +150,7 @@ class LogLayout:
     @property
     def history(self) -> Feature | None:
         """The history, if the log has one."""
-        return next((feature for feature in self.features if feature.kind == "history"), None)
+        return next(iter(self.of_kind("history")), None)
 
     def with_prefix(self, prefix: str) -> "LogLayout":
         """The layout of the log with a prefix before the names of all columns."""

@@ -150,7 +150,8 @@ class Query:
     Attributes:
       layout: of the log, with `PREFIX` before its columns.
       types: such a column -> its type.
-      known_size: of a log to score, `known_user` and `known_item` -> how many have ids.
+      known_size: where a dataset has ids already, `known_user`, `known_item` and, if values of
+        features get ids here, each `known_feature:<name>` -> how many have ids.
     """
 
     layout: LogLayout
@@ -179,7 +180,11 @@ class Query:
             merged=list(map(quoted, merged)),
             rows_of_a_file=_ROWS_OF_A_FILE,
             split_codes={split: place for place, split in enumerate(SPLITS, start=1)},
-            vocabularies=[] if self.known_size else self.layout.vocabularies,
+            vocabularies=[
+                of
+                for of in layout.vocabularies
+                if not self.known_size or f"known_feature:{of.name}" in self.known_size
+            ],
             largest=LARGEST,
             # A missing position comes last.
             funnel_order="stage DESC, position NULLS LAST, item",

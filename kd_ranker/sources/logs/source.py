@@ -20,8 +20,10 @@ from ml_collections import ConfigDict
 from kd_ranker.errors import UserError
 from kd_ranker.requests.block import Block
 from kd_ranker.requests.pool import Runner, open_threads
+from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.request import SPLITS, Source
-from kd_ranker.sources.logs import files, findings
+from kd_ranker.sources.logs import append, files, findings
+from kd_ranker.sources.logs.append import Earlier
 from kd_ranker.sources.logs.data_report import (
     PAGE,
     Counts,
@@ -31,13 +33,14 @@ from kd_ranker.sources.logs.data_report import (
 )
 from kd_ranker.sources.logs.database import Database, open_duckdb
 from kd_ranker.sources.logs.encode import (
-    ITEM,
     TRANSFORMS,
+    Encoding,
     encode_requests,
+    encoding_of,
     item_matrix,
     load_encoding,
-    make_encoding,
     save_encoding,
+    spec_of,
     transforms,
 )
 from kd_ranker.sources.logs.files import Log
@@ -46,15 +49,19 @@ from kd_ranker.sources.logs.layout import LogLayout, read_layout, sql_of
 from kd_ranker.sources.logs.leaks import find_leaks
 from kd_ranker.sources.logs.looks import time_hint
 from kd_ranker.sources.logs.ordered import Piece, write_ordered
-from kd_ranker.sources.logs.query import PREFIX, Query, kind_of, vocabulary_table
+from kd_ranker.sources.logs.query import PREFIX, Query, kind_of
 from kd_ranker.sources.logs.rejected import REJECTED_FOLDER, count_rejected, write_rejected
+from kd_ranker.sources.logs.settled import check_types, with_items
 from kd_ranker.sources.logs.vocabulary import (
+    MANIFEST,
     VOCABULARIES_FOLDER,
+    find_vocabularies,
+    requests_of_piece,
+    shifted,
     write_requests,
     write_vocabularies,
 )
 
-MANIFEST = "log.json"
 # Folder below `data.dir` for the report of a log of which no dataset was built.
 REFUSED = "refused_log"
 
@@ -69,6 +76,7 @@ class PreparedLog(NamedTuple):
       database: holds these.
       counts: what was counted.
       pieces: the pieces in which requests and candidates are in the database's folder.
+      earlier: the dataset that its files extend, if there is one.
     """
 
     log: Log
@@ -77,6 +85,7 @@ class PreparedLog(NamedTuple):
     database: Database
     counts: Counts
     pieces: list[Piece]
+    earlier: Earlier | None
 
     @property
     def types(self) -> dict[str, pa.DataType]:
@@ -93,28 +102,42 @@ class PreparedLog(NamedTuple):
         return sum(stop - start for start, stop in spans)
 
 
-def open_source(data: ConfigDict, tasks: Sequence[str], funnel: ConfigDict) -> Source:
+def open_source(
+    data: ConfigDict,
+    tasks: Sequence[str],
+    funnel: ConfigDict,
+    extended: Dataset | None = None,
+) -> Source:
     """Open a log as a source; `configs/parquet.py` explains `data`.
 
     DuckDB, or Spark, reads the log, with the memory that `data.memory` gives it, and brings its
     rows into order in a folder below `data.dir`, which `Source.close` removes.
+
+    Args:
+      data: `config.data`.
+      tasks: `config.tasks`.
+      funnel: `config.funnel`.
+      extended: a dataset of older files of the log, see `append`; None reads all files.
 
     Returns:
       The source; each split comes in the order of time, then of request ids.
 
     Raises:
       UserError: the config or the log's columns are at fault, nothing is left to train or to test
-        on, a finding is not in `data.allow`, or with `data.strict` any row is at fault.
+        on, a finding is not in `data.allow`, or with `data.strict` any row is at fault; or the log
+        cannot extend that dataset.
     """
     layout = read_layout(data, tasks, funnel)
-    log = files.open_log(layout)
+    earlier = append.open_earlier(layout, extended) if extended else None
+    log = files.open_log(layout, earlier.files if earlier else ())
     Path(layout.directory).mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         work = Path(tempfile.mkdtemp(prefix=".parquet-", dir=layout.directory))
         stack.callback(shutil.rmtree, work)
-        database, query = stack.enter_context(open_engine(log, layout, work))
+        known = append.sizes_of(earlier) if earlier else {}
+        database, query = stack.enter_context(open_engine(log, layout, work, known))
         run = stack.enter_context(open_threads(layout.processes))
-        source = _source(_read(log, layout, database, query), run)
+        source = _source(_read(log, layout, database, query, earlier), run)
         # From here on, the source closes all of it.
         return dataclasses.replace(source, close=stack.pop_all().close)
 
@@ -140,7 +163,10 @@ def check_unchanged(data: ConfigDict, directory: Path) -> None:
             "restore it, or remove that folder and make it again with: python -m "
             "experiments.prepare_data"
         )
-    if how := files.manifest_differences(json.loads((directory / MANIFEST).read_text()), now):
+    before = json.loads((directory / MANIFEST).read_text())
+    if how := files.manifest_differences(before, now):
+        if before.items() <= now.items():
+            how += f"; --config.data.extends={data.dir} adds new files"
         raise UserError(
             f"the log at {path} has changed since {directory} was made of it ({how}); give "
             "another data.dir to make a dataset of it as it is now, or restore its files"
@@ -182,9 +208,16 @@ def open_engine(
         yield database, Query(layout.with_prefix(PREFIX), types, known_size)
 
 
-def _read(log: Log, layout: LogLayout, database: Database, query: Query) -> PreparedLog:
+def _read(
+    log: Log, layout: LogLayout, database: Database, query: Query, earlier: Earlier | None
+) -> PreparedLog:
     """All passes except the last."""
+    if earlier:
+        check_types(query, earlier.settled)
+        append.put_known(earlier, database)
     database.run(query.statements("log.sql"))
+    if earlier:
+        append.check_requests(earlier, layout, database)
     _check_splits(layout, query, database)
     counted = query.statements("report.sql")
     database.run(counted)
@@ -203,7 +236,7 @@ def _read(log: Log, layout: LogLayout, database: Database, query: Query) -> Prep
     if counts.used:
         pieces = write_ordered(database)
         counts = counts._replace(leaks=find_leaks(database, layout))
-    return PreparedLog(log, layout, query, database, counts, pieces)
+    return PreparedLog(log, layout, query, database, counts, pieces, earlier)
 
 
 def _some_numbers(database: Database, query: Query, column: str) -> Float64[np.ndarray, "n"]:
@@ -234,7 +267,7 @@ def _check_splits(layout: LogLayout, query: Query, database: Database) -> None:
 
 
 def _source(read: PreparedLog, run: Runner) -> Source:
-    log, layout, database = read.log, read.layout, read.database
+    log, layout, database, earlier = read.log, read.layout, read.database, read.earlier
     some_numbers = functools.partial(_some_numbers, database, read.query)
     report = make_data_report(log, layout, read.counts, some_numbers)
     found = findings.find(report, lambda: time_hint(some_numbers(layout.columns["time"]), layout))
@@ -244,48 +277,65 @@ def _source(read: PreparedLog, run: Runner) -> Source:
         report["remarks"].append(f"{verdict}, {name}: {text}.")
     if why := _unusable(read, report, found):
         raise _refuse(read, report, why)
-    items = database.fetch("SELECT * FROM item_fields ORDER BY id")
-    values = {ITEM: items["value"].combine_chunks()}
-    for of in layout.vocabularies:
-        known = f"SELECT value FROM {vocabulary_table(of)} WHERE id > 0 ORDER BY id"
-        values[of.name] = database.fetch(known)["value"].combine_chunks()
-    users = database.number("SELECT count(*) FROM users")
-    moments = {
-        of.name: read.counts.moments(of.name) for of in layout.features if of.kind == "dense"
-    }
-    encoding = make_encoding(layout, users, values, moments)
+    encoding, vocabularies = _encoding(read)
+    if earlier:
+        append.extend_report(earlier, report, database)
     save_encoding(encoding, database.folder / "encoding")
     load_encoding(database.folder / "encoding")  # once, before threads need it
-    item_features, item_category = item_matrix(layout, encoding, items)
+    items = database.fetch("SELECT * FROM item_fields ORDER BY id")
+    if earlier:
+        matrices = with_items(layout, encoding, earlier.dataset.items, items)
+    else:
+        matrices = item_matrix(layout, encoding, items)
+    before = earlier.requests if earlier else 0
 
     def shards(split: str) -> list[Callable[[], Iterator[Block]]]:
         return [
-            functools.partial(encode_requests, layout, database.folder, piece)
+            functools.partial(encode_requests, layout, database.folder, piece, before)
             for piece in read.shards(split)
         ]
 
     def write_beside(directory: Path) -> None:
         _write_report(read, report, directory)
-        write_vocabularies(database, layout, encoding.spec, directory / VOCABULARIES_FOLDER)
+        write_vocabularies(vocabularies, directory / VOCABULARIES_FOLDER)
         hashed = {of.name: kind_of(read.types[of.column]) for of in layout.features if of.hashed}
         rules = transforms(layout, encoding, hashed)
         (directory / TRANSFORMS).write_text(json.dumps(rules, indent=2))
         for split in SPLITS:
-            write_requests(database.folder, read.shards(split), directory, split)
+            requests = [requests_of_piece(database.folder, of) for of in read.shards(split)]
+            if earlier:
+                requests = append.all_requests(earlier, split, requests, log.manifest)
+            write_requests(requests, directory, split)
         (directory / MANIFEST).write_text(json.dumps(log.manifest, indent=2))
 
     return Source(
         spec=encoding.spec,
-        item_features=item_features,
+        item_features=matrices[0],
         requests=lambda split: (
             request for shard in shards(split) for block in shard() for request in block.requests()
         ),
         num_requests={split: read.num_requests(split) for split in SPLITS},
-        item_category=item_category,
+        item_category=matrices[1],
         shards=shards,
         run=run,
         write_beside=write_beside,
+        earlier=earlier.dataset if earlier else None,
+        moved=earlier.moved if earlier else (),
     )
+
+
+def _encoding(read: PreparedLog) -> tuple[Encoding, dict[str, pa.Table]]:
+    """The encoding, and all vocabularies."""
+    layout = read.layout
+    if read.earlier:
+        return append.extend(read.earlier, layout, read.database)
+    found = find_vocabularies(read.database, layout)
+    spec = spec_of(layout, {name: len(table) for name, table in found.items()})
+    starts = zip((of.name for of in spec.categories), spec.category_starts, strict=True)
+    of_features = {f"feature:{name}": start for name, start in starts}
+    vocabularies = {name: shifted(of, of_features.get(name, 0)) for name, of in found.items()}
+    moments = {of.name: read.counts.moments(of.name) for of in layout.of_kind("dense")}
+    return encoding_of(layout, spec, vocabularies, moments), vocabularies
 
 
 def _unusable(read: PreparedLog, report: Report, found: Sequence[Finding]) -> str:
@@ -295,7 +345,8 @@ def _unusable(read: PreparedLog, report: Report, found: Sequence[Finding]) -> st
         times = "".join(f"; {finding.text}" for finding in found if finding.name == "times")
         return f"not one row of the log can be used{times}"
     for split in SPLITS:
-        if not read.num_requests(split):
+        has_earlier = read.earlier is not None and split not in read.earlier.moved
+        if not read.num_requests(split) and not has_earlier:
             shares = (
                 f"data.validation_share={layout.validation_share} and "
                 f"data.test_share={layout.test_share}"

@@ -4,7 +4,6 @@ Ids, vocabularies, means and deviations are those of the dataset. The log gives 
 candidates and the features of these; no column that is known only after a request is read.
 """
 
-import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,48 +13,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from kd_ranker.batch import FeatureSpec, Items
+from kd_ranker.batch import Items
 from kd_ranker.errors import UserError
 from kd_ranker.sources.logs import files
-from kd_ranker.sources.logs.data_report import JSON_FILE, read_data_report
 from kd_ranker.sources.logs.database import Database
-from kd_ranker.sources.logs.encode import (
-    ITEM,
-    TRANSFORMS,
-    Encoding,
-    index_of,
-    item_matrix,
-    save_encoding,
-    scale_of,
-)
+from kd_ranker.sources.logs.encode import ITEM, USER, save_encoding
 from kd_ranker.sources.logs.files import Log
 from kd_ranker.sources.logs.layout import LogLayout
 from kd_ranker.sources.logs.ordered import Piece, write_ordered
-from kd_ranker.sources.logs.query import PREFIX, Query, kind_of
 from kd_ranker.sources.logs.rejected import count_rejected
+from kd_ranker.sources.logs.settled import Settled, check_types, with_items
 from kd_ranker.sources.logs.source import open_engine
-from kd_ranker.sources.logs.vocabulary import read_vocabulary
 
-USER = "user"
 _ITEM_FEATURES, _ITEM_CATEGORY, _READ = "item_features.npy", "item_category.npy", "read.json"
 _ITEM_NAMES = "items.parquet"
-
-
-class Settled(NamedTuple):
-    """The terms of a dataset that was made of a log.
-
-    Attributes:
-      encoding: the rules by which values become ids and features.
-      vocabularies: the `value` and `id` of users, items and categories, see `read_vocabulary`.
-      kinds: key of the config that names a column of ids or categories -> `query.kind_of` its
-        values; "" where that is not known.
-      trained: how many of the first ids of `user` and of `item` training requests have.
-    """
-
-    encoding: Encoding
-    vocabularies: Mapping[str, pa.Table]
-    kinds: Mapping[str, str]
-    trained: Mapping[str, int]
 
 
 class Unseen(NamedTuple):
@@ -120,63 +91,6 @@ def _check_same(layout: LogLayout, trained: LogLayout) -> None:
         )
 
 
-def settled_by(layout: LogLayout, spec: FeatureSpec, directory: Path) -> Settled:
-    """The terms of the dataset in `directory`.
-
-    Args:
-      layout: of its log.
-      spec: its sizes.
-      directory: its folder.
-
-    Raises:
-      UserError: files next to the dataset are gone.
-    """
-    report = read_data_report(directory)
-    if report is None:
-        raise UserError(
-            f"{directory / JSON_FILE}, which holds the means and deviations of training, is gone; "
-            f"restore it, or remove {directory} and make it again with: python -m "
-            "experiments.prepare_data"
-        )
-    of = {feature["name"]: feature for feature in report["features"]}
-    scales = {
-        feature.name: scale_of(feature, of[feature.name])
-        for feature in layout.features
-        if feature.kind == "dense"
-    }
-    names = [
-        feature.name
-        for feature in layout.features
-        if feature.kind in ("category", "bag") and not feature.hashed
-    ]
-    file_of = {name: f"feature:{name}" for name in names} | {ITEM: ITEM}
-    vocabularies = {of: read_vocabulary(directory, of) for of in (USER, *file_of.values())}
-    values = {
-        name: index_of(vocabularies[of]["value"].combine_chunks()) for name, of in file_of.items()
-    }
-    ids = report["ids"]
-    trained = {name: ids[f"{name}s"] - ids[f"{name}s_not_in_train"] for name in (USER, ITEM)}
-    kinds = _kinds(layout, vocabularies, directory)
-    return Settled(Encoding(spec, values, scales), vocabularies, kinds, trained)
-
-
-def _kinds(
-    layout: LogLayout, vocabularies: Mapping[str, pa.Table], directory: Path
-) -> dict[str, str]:
-    """`Settled.kinds`; hashed features have no vocabulary."""
-    of_values = {name: kind_of(of["value"].type) for name, of in vocabularies.items()}
-    if (path := directory / TRANSFORMS).exists():
-        told = json.loads(path.read_text())["categories"].values()
-        of_values |= {
-            f"feature:{of['name']}": of["values"] for of in itertools.chain(*told) if "values" in of
-        }
-    kinds = {f"data.columns.{name}": of_values[name] for name in (USER, ITEM)}
-    for of in layout.features:
-        name = ITEM if of.kind == "history" else f"feature:{of.name}"
-        kinds[f"data.features.{of.key}"] = of_values.get(name, "")
-    return kinds
-
-
 def read_unseen(
     log: Log,
     layout: LogLayout,
@@ -200,7 +114,7 @@ def read_unseen(
     """
     sizes = {f"known_{of}": len(settled.vocabularies[of]) for of in (USER, ITEM)}
     with open_engine(log, layout, folder, sizes) as (database, query):
-        _check_types(query, settled)
+        check_types(query, settled)
         for of in (USER, ITEM):
             database.put(f"known_{of}", settled.vocabularies[of])
         database.run(query.statements("log.sql"))
@@ -211,7 +125,9 @@ def read_unseen(
         save_encoding(settled.encoding, folder / "encoding")
         logged = database.fetch("SELECT * FROM item_fields ORDER BY id")
         pq.write_table(logged.select(["value", "id"]), folder / _ITEM_NAMES)
-        _save_items(layout, settled, items, logged, folder)
+        whole = with_items(layout, settled.encoding, items, logged)
+        for file, matrix in zip((_ITEM_FEATURES, _ITEM_CATEGORY), whole, strict=True):
+            np.save(folder / file, matrix)
         sizes_of = "SELECT max(size) FROM (SELECT count(*) AS size FROM used GROUP BY number) AS of"
         found = Unseen(
             pieces,
@@ -221,21 +137,6 @@ def read_unseen(
             new=_new(database, settled.trained),
         )
     (folder / _READ).write_text(json.dumps(found))
-
-
-def _save_items(
-    layout: LogLayout, settled: Settled, items: Items, table: pa.Table, folder: Path
-) -> None:
-    """Save the items of the dataset, with those of the log in their places."""
-    matrices = item_matrix(layout, settled.encoding, table)
-    places = table["id"].to_numpy()
-    known_items = (np.asarray(items.features), np.asarray(items.category))
-    both = zip((_ITEM_FEATURES, _ITEM_CATEGORY), known_items, matrices, strict=True)
-    for file, known, logged in both:
-        whole = np.zeros((max(len(known), places.max() + 1), known.shape[1]), known.dtype)
-        whole[: len(known)] = known
-        whole[places] = logged
-        np.save(folder / file, whole)
 
 
 def load_unseen(folder: Path) -> Unseen:
@@ -252,18 +153,6 @@ def load_items(folder: Path) -> Items:
 def load_item_names(folder: Path) -> pa.Table:
     """The `value` and `id` of the items of the log that `read_unseen` has read, by id."""
     return pq.read_table(folder / _ITEM_NAMES)
-
-
-def _check_types(query: Query, settled: Settled) -> None:
-    """Refuse texts where training had whole numbers, and the reverse: none would match."""
-    for column in files.wanted_columns(query.layout):
-        here, there = kind_of(query.types[column.column]), settled.kinds.get(column.key, "")
-        if here and there and here != there:
-            name = column.column.removeprefix(PREFIX)
-            raise UserError(
-                f"column {name!r} ({column.key}) holds {here}, and in training it held "
-                f"{there}; give it the type that it had"
-            )
 
 
 def _new(database: Database, trained: Mapping[str, int]) -> dict[str, int]:

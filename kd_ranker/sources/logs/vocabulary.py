@@ -1,13 +1,14 @@
 """The ids of a dataset in the terms of its log: of users, items, values and requests."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from kd_ranker.batch import FeatureSpec
 from kd_ranker.errors import UserError
 from kd_ranker.requests.ragged import starts_of
 from kd_ranker.sources.logs.database import Database
@@ -16,31 +17,48 @@ from kd_ranker.sources.logs.ordered import Piece, read_piece
 from kd_ranker.sources.logs.query import vocabulary_table
 
 VOCABULARIES_FOLDER = "vocabularies"
+# Beside a dataset: the files of its log, see `files.Log`.
+MANIFEST = "log.json"
 
 
-def write_vocabularies(
-    database: Database, layout: LogLayout, spec: FeatureSpec, folder: Path
-) -> None:
+def find_vocabularies(
+    database: Database, layout: LogLayout, known: Mapping[str, int] = MappingProxyType({})
+) -> dict[str, pa.Table]:
+    """Return the `value` and `id` of `user`, `item` and each `feature:<name>`, by id.
+
+    Ids of features are numbers from 1 here. Hashed features have none, nor do the rare, unknown and
+    missing values that share a feature's first category id.
+
+    Args:
+      database: with the tables of `log.sql`.
+      layout: of the log.
+      known: `user` and `item` -> the first new id; smaller ones are left out.
+    """
+    tables = {"user": "users", "item": "items"}
+    tables |= {f"feature:{of.name}": vocabulary_table(of) for of in layout.vocabularies}
+    return {
+        name: database.fetch(
+            f"SELECT value, id::INT AS id FROM {table} WHERE id >= {known.get(name, 0)} ORDER BY id"
+        )
+        for name, table in tables.items()
+    }
+
+
+def shifted(vocabulary: pa.Table, by: int) -> pa.Table:
+    """Return a vocabulary with larger ids."""
+    ids = pc.add(vocabulary["id"], pa.scalar(by, pa.int32()))
+    return vocabulary.set_column(1, "id", ids)
+
+
+def write_vocabularies(vocabularies: Mapping[str, pa.Table], folder: Path) -> None:
     """Write `user.parquet`, `item.parquet` and `feature-<name>.parquet`.
 
     Each has the columns `value`, as in the log, and `id`: in [0, num_users) and [0, num_items);
-    that of a feature is its category id. Hashed features have no file, nor is there an entry for
-    the values that share a feature's first category id: rare, unknown and missing ones.
+    that of a feature is its category id.
     """
     folder.mkdir()
-    starts = category_starts(spec)
-    tables = {"user": ("users", 0), "item": ("items", 0)}
-    for of in layout.vocabularies:
-        tables[f"feature:{of.name}"] = (vocabulary_table(of), starts[of.name])
-    for name, (table, start) in tables.items():
-        query = f"SELECT value, (id + {start})::INT AS id FROM {table} WHERE id >= 0 ORDER BY id"
-        pq.write_table(database.fetch(query), _path(folder, name))
-
-
-def category_starts(spec: FeatureSpec) -> dict[str, int]:
-    """Categorical feature -> its first category id."""
-    names = (category.name for category in spec.categories)
-    return dict(zip(names, spec.category_starts, strict=True))
+    for name, table in vocabularies.items():
+        pq.write_table(table, _path(folder, name))
 
 
 def read_vocabulary(directory: Path, name: str) -> pa.Table:
@@ -76,10 +94,10 @@ def requests_of_piece(folder: Path, piece: Piece) -> pa.Table:
     return pa.table({"request": requests["request"], "file": pa.array(file, pa.int32())})
 
 
-def write_requests(folder: Path, pieces: Iterable[Piece], directory: Path, split: str) -> None:
-    """Write `requests_of_piece` of a split next to its dataset, in stored order."""
-    tables = [requests_of_piece(folder, piece) for piece in pieces]
-    pq.write_table(pa.concat_tables(tables), directory / _requests_file(split), compression="zstd")
+def write_requests(requests: Iterable[pa.Table], directory: Path, split: str) -> None:
+    """Write tables of `requests_of_piece` of a split next to its dataset, in stored order."""
+    table = pa.concat_tables(requests)
+    pq.write_table(table, directory / _requests_file(split), compression="zstd")
 
 
 def read_requests_of(directory: Path, split: str) -> pa.Table:

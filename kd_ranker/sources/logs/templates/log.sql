@@ -199,13 +199,13 @@ DROP TABLE typed;
 -- 5. Ids: the most frequent in training first, then what training lacks. Features are those of the
 -- first row of a request, and of the last row of an item.
 {% macro with_ids(known) %}
+{% set order = "train DESC, CASE WHEN train > 0 THEN 0 ELSE total END DESC, value" %}
 {% if known %}
     SELECT value, train, total, coalesce(known.id, {{ known_size[known] }} - 1
-            + row_number() OVER (PARTITION BY known.id IS NULL ORDER BY value)) AS id
+            + row_number() OVER (PARTITION BY known.id IS NULL ORDER BY {{ order }})) AS id
         FROM counted LEFT JOIN {{ known }} AS known USING (value)
 {%- else %}
-    SELECT value, train, total, row_number() OVER (ORDER BY train DESC,
-            CASE WHEN train > 0 THEN 0 ELSE total END DESC, value) - 1 AS id FROM counted
+    SELECT value, train, total, row_number() OVER (ORDER BY {{ order }}) - 1 AS id FROM counted
 {%- endif %}
 {% endmacro %}
 CREATE TABLE users AS
@@ -234,14 +234,17 @@ CREATE TABLE request_rows AS
 {% for feature in vocabularies %}
 CREATE TABLE {{ vocabulary(feature) }} AS
     {% set value = '"feature:' ~ feature.name ~ '"' %}
+    {% set known = "known_feature:" ~ feature.name %}
     WITH of_rows AS (SELECT {{ "unnest(" ~ value ~ ")" if feature.kind == "bag" else value }} AS value,
         {{ "train, total" if feature.of == "item" else "(split = 0)::BIGINT AS train, 1 AS total" }}
         FROM {{ {"item": "items", "candidate": "used"}.get(feature.of, "request_rows") }}),
     counted AS (SELECT value, sum(train)::BIGINT AS train, sum(total)::BIGINT AS total FROM of_rows
+        {% if known in known_size %}ANTI JOIN {{ name(known) }} USING (value){% endif %}
         WHERE value IS NOT NULL GROUP BY value),
     ranked AS (SELECT *, row_number() OVER (ORDER BY train DESC, value) AS turn FROM counted)
     SELECT value, train, total,
-        CASE WHEN turn <= {{ feature.size }} AND train > 0 THEN turn END AS id FROM ranked;
+        CASE WHEN turn <= {{ feature.size - known_size.get(known, 0) }} AND train > 0
+             THEN turn END AS id FROM ranked;
 {% endfor %}
 
 -- 6. The fields to encode; `ordered.py` sorts them.

@@ -1,0 +1,218 @@
+"""A log that has grown by files: its new requests follow those of a dataset of its older files.
+
+Only the new files are read, by the ids, vocabularies, means and deviations of that dataset. Users,
+items and values that are new get the ids after those. Requests of the dataset stay as they are.
+
+With `data.split="time"`, only the new requests are split: the last of them are the test, and all
+requests of the dataset are for training. By any other split, a request keeps its split.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from kd_ranker.errors import UserError
+from kd_ranker.requests.records import Dataset
+from kd_ranker.requests.request import SPLITS
+from kd_ranker.sources.logs import files
+from kd_ranker.sources.logs.data_report import Report, read_data_report
+from kd_ranker.sources.logs.database import Database
+from kd_ranker.sources.logs.encode import ITEM, USER, Encoding, encoding_of
+from kd_ranker.sources.logs.layout import LogLayout
+from kd_ranker.sources.logs.query import quoted
+from kd_ranker.sources.logs.settled import Settled, settled_by
+from kd_ranker.sources.logs.vocabulary import (
+    MANIFEST,
+    find_vocabularies,
+    read_requests_of,
+    shifted,
+)
+
+_REMEDY = "or make a dataset of the whole log: leave data.extends out"
+
+
+class Earlier(NamedTuple):
+    """A dataset that was made of the older files of a log.
+
+    Attributes:
+      dataset: the dataset.
+      settled: its ids, vocabularies and scales.
+      files: the manifest of its log.
+      report: its data report.
+      moved: its splits that become training requests.
+    """
+
+    dataset: Dataset
+    settled: Settled
+    files: dict[str, list]
+    report: Report
+    moved: Sequence[str]
+
+    @property
+    def requests(self) -> int:
+        """The number of its requests."""
+        return sum(map(len, self.dataset.columns.values()))
+
+    @property
+    def known(self) -> dict[str, int]:
+        """Name of a vocabulary -> the number of its entries."""
+        return {name: len(table) for name, table in self.settled.vocabularies.items()}
+
+
+def open_earlier(layout: LogLayout, dataset: Dataset) -> Earlier:
+    """Open the dataset that the new files of a log extend.
+
+    Args:
+      layout: of the log.
+      dataset: made of its older files, by the same config.
+
+    Raises:
+      UserError: the log is not in Parquet files that DuckDB reads, an older file has changed or is
+        gone, no file is new, or files next to the dataset are gone.
+    """
+    if layout.sql or layout.engine != "duckdb":
+        raise UserError(
+            "data.extends takes Parquet files at data.path, and data.engine='duckdb'; leave "
+            "data.extends out to make a dataset of the whole log"
+        )
+    settled = settled_by(layout, dataset.spec, dataset.directory)
+    path = dataset.directory / MANIFEST
+    if not path.exists():
+        raise UserError(f"{path}, the list of the files of that dataset, is gone; restore it")
+    before, now = json.loads(path.read_text()), files.manifest_of(layout.path)
+    old = {file: now[file] for file in now if file in before}
+    if how := files.manifest_differences(before, old):
+        raise UserError(
+            f"the log at {layout.path} has changed since {dataset.directory} was made of it "
+            f"({how}), and only new files can be added; restore those files, {_REMEDY}"
+        )
+    if len(now) == len(before):
+        raise UserError(f"the log at {layout.path} has no file that {dataset.directory} lacks")
+    report = read_data_report(dataset.directory)
+    assert report  # `settled_by` has read it
+    moved = ("validation", "test") if layout.split == "time" else ()
+    return Earlier(dataset, settled, before, report, moved)
+
+
+def sizes_of(earlier: Earlier) -> dict[str, int]:
+    """Return the names and sizes of the tables that `put_known` makes, for `Query.known_size`."""
+    return {f"known_{name}": number for name, number in earlier.known.items()}
+
+
+def put_known(earlier: Earlier, database: Database) -> None:
+    """Make a table `known_<name>` of each vocabulary."""
+    for name, table in earlier.settled.vocabularies.items():
+        database.put(f"known_{name}", table)
+
+
+def check_requests(earlier: Earlier, layout: LogLayout, database: Database) -> None:
+    """Check that new requests can follow those of the dataset.
+
+    Raises:
+      UserError: the dataset has one of them, or with `data.split="time"`, one is earlier than the
+        last of the dataset.
+    """
+    directory = earlier.dataset.directory
+    known = [read_requests_of(directory, split).select(["request"]) for split in SPLITS]
+    database.put("known_requests", pa.concat_tables(known))
+    again = "FROM requests SEMI JOIN known_requests USING (request)"
+    if number := database.number(f"SELECT count(*) {again}"):
+        (example,) = database.rows(f"SELECT min(request) AS request {again}")
+        raise UserError(
+            f"{number:,} requests of the new files, such as {example['request']!r}, are in "
+            f"{directory} already; write all rows of a request to one file, {_REMEDY}"
+        )
+    if layout.split == "time":
+        last = max(int(of.counts.time.max()) for of in earlier.dataset.columns.values())
+        if number := database.number(f"SELECT count(*) FROM requests WHERE time < {last}"):
+            raise UserError(
+                f"{number:,} requests of the new files are earlier than {np.datetime64(last, 's')},"
+                f" the last time in {directory}, and data.split='time'; add files in the order of "
+                f"time, {_REMEDY}"
+            )
+
+
+def extend(
+    earlier: Earlier, layout: LogLayout, database: Database
+) -> tuple[Encoding, dict[str, pa.Table]]:
+    """Return the encoding and the vocabularies of the longer dataset.
+
+    Args:
+      earlier: the dataset.
+      layout: of the log.
+      database: with the tables of the new files.
+    """
+    found = find_vocabularies(database, layout, {of: earlier.known[of] for of in (USER, ITEM)})
+    spec, vocabularies = earlier.dataset.spec, {}
+    last = spec.num_categories
+    for name, known in earlier.settled.vocabularies.items():
+        new = found[name]
+        if name not in (USER, ITEM):
+            new, last = shifted(new, last - 1), last + len(new)
+        vocabularies[name] = pa.concat_tables([known, new.cast(known.schema)])
+    longer = dataclasses.replace(
+        spec,
+        num_users=len(vocabularies[USER]),
+        num_items=len(vocabularies[ITEM]),
+        later_categories=spec.later_categories + last - spec.num_categories,
+    )
+    moments = {feature["name"]: feature for feature in earlier.report["features"]}
+    return encoding_of(layout, longer, vocabularies, moments), vocabularies
+
+
+def all_requests(
+    earlier: Earlier, split: str, new: Sequence[pa.Table], manifest: Mapping[str, Any]
+) -> list[pa.Table]:
+    """Return the tables of `vocabulary.write_requests` for a split, with files of the whole log.
+
+    Args:
+      earlier: the dataset.
+      split: one of `SPLITS`.
+      new: the tables of the new requests, by the numbers of the new files.
+      manifest: of the whole log.
+    """
+    place = {file: number for number, file in enumerate(manifest)}
+    old_files = np.array([place[file] for file in earlier.files], np.int32)
+    new_files = np.array([place[of] for of in manifest if of not in earlier.files], np.int32)
+    before = [] if split in earlier.moved else [split]
+    if split == "train":
+        before += earlier.moved
+    old = (read_requests_of(earlier.dataset.directory, of) for of in before)
+    numbered = [(table, old_files) for table in old] + [(table, new_files) for table in new]
+    return [
+        table.set_column(1, "file", pa.array(of[table["file"].to_numpy()]))
+        for table, of in numbered
+    ]
+
+
+def extend_report(earlier: Earlier, report: Report, database: Database) -> None:
+    """Complete a report on the new files by the numbers that hold for the longer dataset.
+
+    Those are the moments of features and the numbers of ids; all other counts are of the new files.
+    """
+    moments = {feature["name"]: feature for feature in earlier.report["features"]}
+    for feature in report["features"]:
+        for name in ("mean", "deviation", "low", "high"):
+            feature.pop(name, None)
+            if name in moments[feature["name"]]:
+                feature[name] = moments[feature["name"]][name]
+    for name in (USER, ITEM):
+        known, table = earlier.known[name], quoted(f"{name}s")
+        trained = known if earlier.moved else earlier.settled.trained[name]
+        count = f"SELECT count(*) FROM {table} WHERE id >= "
+        new = database.number(f"{count}{known}")
+        still = database.number(f"{count}{known} AND train = 0")
+        met = database.number(f"{count}{trained} AND id < {known} AND train > 0")
+        report["ids"][f"{name}s"] = known + new
+        report["ids"][f"{name}s_not_in_train"] = known - trained - met + still
+    directory = earlier.dataset.directory
+    report["remarks"].insert(
+        0,
+        f"The dataset extends {directory} (requests: {earlier.requests:,}, files: "
+        f"{len(earlier.files):,}); the counts here are of the new files, and the means and "
+        "deviations of features are those of that dataset.",
+    )

@@ -1,0 +1,399 @@
+"""A log that grows by files, and the dataset that grows with it."""
+
+import itertools
+import json
+import os
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from kd_ranker import api
+from kd_ranker.errors import UserError
+from kd_ranker.pipeline import datasets, teachers, trained
+from kd_ranker.pipeline.job import Job, Opened
+from kd_ranker.pipeline.warm import warm_start
+from kd_ranker.requests import storage
+from kd_ranker.requests.records import read_requests
+from kd_ranker.requests.request import SPLITS
+from kd_ranker.sources.logs.vocabulary import read_requests_of, read_vocabulary
+from tests.sources import faulty_logs
+from tests.sources.faulty_logs import make_rows, write_log
+
+DAYS = (0, 30, 45, 60)
+# Some names sort before those of the day before.
+FILES = ("day-b", "day-a", "day-c")
+
+
+def make_days(texts=False):
+    """Requests of three days; each has users, items and values that the one before lacks."""
+    rows = make_rows(5, requests=DAYS[-1], texts=texts)
+    days = [rows[start:stop] for start, stop in itertools.pairwise(DAYS)]
+    for day, of in enumerate(days):
+        for row in of[:8]:
+            row.of_request["user_id"] = f"u{day}" if texts else 9000 + day
+            row.of_request["country"] = f"country of day {day}"
+            row.candidates[1]["item_id"] = f"i{day}" if texts else 9000 + day
+            row.candidates[1]["author"] = 20 + day
+            row.candidates[2]["source"] = f"source of day {day}"
+    for row in days[1]:
+        row.of_request["recent"] += [days[0][0].candidates[1]["item_id"]]
+    return days
+
+
+def add_file(log, name, rows, **options):
+    written = write_log(log.with_name(f"{name}-written"), rows, **options)
+    log.mkdir(exist_ok=True)
+    (written / "part-0.parquet").rename(log / f"{name}.parquet")
+
+
+def config_of(log, folder, extends="", **changes):
+    config = faulty_logs.config(log, folder, **changes)
+    config.data.extends = str(extends)
+    config.data.features.author.size = 11
+    return config
+
+
+def decoded(dataset):
+    """Request id in the log -> its split, and all of it in the terms of the log."""
+    directory = dataset.directory
+    rules = json.loads((directory / "transforms.json").read_text())
+    users, items = (names(directory, of) for of in ("user", "item"))
+    values, spec = {}, dataset.spec
+    starts = {
+        of.name: start for of, start in zip(spec.categories, spec.category_starts, strict=True)
+    }
+    for of in ("country", "author", "source", "tags"):
+        values |= names(directory, f"feature:{of}")
+
+    def raw(field, numbers):
+        scales = [(of["mean"], of["scale"]) for of in rules["dense"][field]]
+        means, deviations = np.transpose(scales)
+        return (numbers * deviations + means).round(3).tolist()
+
+    found = {}
+    for split in SPLITS:
+        ids = read_requests_of(directory, split)["request"].to_pylist()
+        for id_, request in zip(ids, read_requests(dataset, split), strict=True):
+            shown = len(request.user_label)
+            fields = {
+                "time": request.time,
+                "user": users[request.user_id],
+                "passed": request.num_passed,
+                "user features": raw("user_features", request.user_features),
+                "context": raw("context", request.context),
+                "country": values.get(request.request_category[0]),
+                "spots": [of - starts["spots"] * (of >= 0) for of in request.request_category[1:]],
+                "history": [items[item] for item in request.history_id],
+            }
+            candidates = {}
+            for place, item in enumerate(request.item_id):
+                scored = place < len(request.teacher_probability)
+                candidates[items[item]] = {
+                    "labels": request.user_label[place].tolist() if place < shown else None,
+                    "weight": request.label_weight[place] if place < shown else None,
+                    "teacher": request.teacher_probability[place].tolist() if scored else None,
+                    "score": raw("candidate_features", request.candidate_features[place]),
+                    "source": values.get(request.candidate_category[place, 0]),
+                    "item": raw("item_features", dataset.item_features[item]),
+                    "author": values.get(dataset.item_category[item, 0]),
+                }
+            found[id_] = split, fields, candidates
+    return found
+
+
+def names(directory, of):
+    table = read_vocabulary(directory, of).to_pydict()
+    return dict(zip(table["id"], table["value"], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("split", "texts", "by_request"), [("time", False, False), ("user", True, True)]
+)
+def test_a_dataset_that_grew_holds_what_one_build_of_the_whole_log_holds(
+    tmp_path, split, texts, by_request
+):
+    log, days, grown = tmp_path / "log", make_days(texts), []
+    changes = {"split": split, "rows": "request" if by_request else "candidate"}
+    for day, (name, rows) in enumerate(zip(FILES, days, strict=True)):
+        add_file(log, name, rows, by_request=by_request)
+        extends = tmp_path / f"{day - 1}" if day else ""
+        config = config_of(log, tmp_path / f"{day}", extends, **changes)
+        api.prepare(config)
+        grown.append(datasets.dataset_of(config))
+    config = config_of(log, tmp_path / "whole", **changes)
+    api.prepare(config)
+    whole = decoded(datasets.dataset_of(config))
+    found = decoded(grown[-1])
+    vocabularies = [
+        {
+            of: set(names(dataset.directory, name).values())
+            for of, name in (
+                *(("item", "item"), ("country", "feature:country")),
+                *(("source", "feature:source"), ("author", "feature:author")),
+            )
+        }
+        for dataset in grown
+    ]
+    assert len(vocabularies[-1]["author"]) == 11
+    # An item has the author of its last row, by what was known on that day.
+    authors = {
+        of["item_id"]: known_in(known["author"], of["author"])
+        for known, rows in zip(vocabularies, days, strict=True)
+        for row in rows
+        for of in row.candidates
+    }
+    assert found.keys() == whole.keys()
+    for day, rows in enumerate(days):
+        known = vocabularies[day]
+        for row in rows:
+            own, fields, candidates = found[row.of_request["request_id"]]
+            other, expected, of_whole = whole[row.of_request["request_id"]]
+            assert own == other or split == "time"
+            # A request was read with what was known by its day.
+            expected["history"] = [of for of in expected["history"] if of in known["item"]]
+            expected["country"] = known_in(known["country"], row.of_request["country"])
+            for logged in row.candidates:
+                of_item = of_whole[logged["item_id"]]
+                of_item["source"] = known_in(known["source"], logged["source"])
+                of_item["author"] = authors[logged["item_id"]]
+            assert fields == expected
+            assert candidates == of_whole
+    if split == "time":
+        numbers = {of: len(grown[-1].columns[of]) for of in SPLITS}
+        assert numbers == {"train": 54, "validation": 2, "test": 4}
+        times = [grown[-1].columns[of].counts.time for of in SPLITS]
+        assert times[0].max() < times[1].min() <= times[1].max() < times[2].min()
+    files = {
+        request: file
+        for of in SPLITS
+        for request, file in read_requests_of(grown[-1].directory, of).to_pandas().to_numpy()
+    }
+    order = sorted(FILES)
+    for name, rows in zip(FILES, days, strict=True):
+        assert {order[files[row.of_request["request_id"]]] for row in rows} == {name}
+    assert [*json.loads((grown[-1].directory / "log.json").read_text())] == [
+        str(log / f"{name}.parquet") for name in order
+    ]
+
+
+def known_in(values, value):
+    return value if value in values else None
+
+
+@pytest.fixture(scope="module")
+def day_one(tmp_path_factory):
+    """The folder of a log of one day, and of its dataset."""
+    folder = tmp_path_factory.mktemp("grown")
+    add_file(folder / "log", "day-0", make_days()[0])
+    api.prepare(config_of(folder / "log", folder / "before"))
+    return folder
+
+
+@pytest.fixture
+def second(day_one, tmp_path):
+    """A function that adds a file, and extends the dataset; the log is as before after it."""
+    log = day_one / "log"
+
+    def extend(rows=(), change=lambda path: None, **changes):
+        if rows:
+            add_file(log, "day-1", rows)
+            change(log / "day-1.parquet")
+        extends = changes.pop("extends", day_one / "before")
+        config = config_of(changes.pop("path", log), tmp_path / "after", extends, **changes)
+        api.prepare(config)
+        return datasets.dataset_of(config)
+
+    yield extend
+    (log / "day-1.parquet").unlink(missing_ok=True)
+    (written := log.with_name("day-1-written")).exists() and written.rmdir()
+
+
+def test_ids_scales_and_files_of_before_stay(second, day_one):
+    before = datasets.dataset_of(config_of(day_one / "log", day_one / "before"))
+    content = {path: path.read_bytes() for path in before.directory.rglob("*") if path.is_file()}
+    after = second(make_days()[1])
+    assert content == {path: path.read_bytes() for path in content}
+    for name in ("user", "item", "feature:country", "feature:author"):
+        one, other = (names(of.directory, name) for of in (before, after))
+        assert one.items() <= other.items()
+        assert sorted(one.values()) != sorted(other.values())
+        assert min(other.keys() - one.keys()) > max(one)
+    rules = [json.loads((of.directory / "transforms.json").read_text()) for of in (before, after)]
+    assert rules[0] == rules[1]
+    assert os.path.samefile(*(of.directory / "rows-train.bin" for of in (before, after)))
+    assert after.earlier == (before.identity["dataset"],)
+    assert after.identity["dataset"] != before.identity["dataset"]
+    kept = len(before.columns["train"])
+    one, other = (list(read_requests(of, "train")) for of in (before, after))
+    assert faulty_logs.same(dict.fromkeys(SPLITS, one), dict.fromkeys(SPLITS, other[:kept]))
+    report = json.loads((after.directory / "data_report.json").read_text())
+    assert report["ids"]["items"] == after.spec.num_items
+    assert "(requests: 30, files: 1)" in report["remarks"][0]
+
+
+def rename(path):
+    table = pq.read_table(path)
+    names = ["years" if name == "age" else name for name in table.column_names]
+    pq.write_table(table.rename_columns(names), path)
+
+
+def write_texts(path):
+    table = pq.read_table(path)
+    place = table.column_names.index("user_id")
+    pq.write_table(table.set_column(place, "user_id", table["user_id"].cast(pa.string())), path)
+
+
+def early():
+    row = make_rows(0, requests=1)[0]
+    row.of_request |= {"request_id": 7, "time": 1_000_000 + 60}
+    return row
+
+
+REFUSED = {
+    "a column is gone": (dict(rows=make_days()[1], change=rename), "has no column 'age'"),
+    "ids of another type": (
+        dict(rows=make_days()[1], change=write_texts),
+        r"column 'user_id' .* holds integer ids in .* and text ids in .*day-1.parquet",
+    ),
+    "a request of before": (
+        dict(rows=[*make_days()[1], make_days()[0][-1]]),
+        "1 requests of the new files, such as 129, are in .* write all rows of a request to one",
+    ),
+    "not later": (
+        dict(rows=[*make_days()[1], early()]),
+        "1 requests of the new files are earlier than 1970-01-12T14:15:40, .* in the order of time",
+    ),
+    "no new file": (dict(), "has no file that .* lacks"),
+    "another config": (dict(rows=make_days()[1], split="user"), "no dataset at .*; make it with: "),
+    "Spark": (dict(engine="spark"), "takes Parquet files at data.path, and data.engine='duckdb'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_added_is_refused(second, case):
+    call, message = REFUSED[case]
+    with pytest.raises(UserError, match=message):
+        second(**call)
+
+
+@pytest.mark.parametrize("how", ["gone", "rewritten"])
+def test_an_older_file_that_has_changed_is_refused(tmp_path, how):
+    log, days = tmp_path / "log", make_days()
+    add_file(log, "day-0", days[0])
+    add_file(log, "day-1", days[1])
+    api.prepare(config_of(log, tmp_path / "before"))
+    add_file(log, "day-2", days[2])
+    if how == "gone":
+        (log / "day-0.parquet").unlink()
+    else:
+        os.utime(log / "day-0.parquet", ns=(0, 0))
+    with pytest.raises(UserError, match=f"1 file {how}.*only new files .* leave data.extends out"):
+        api.prepare(config_of(log, tmp_path / "after", tmp_path / "before"))
+
+
+def test_a_build_that_is_interrupted_leaves_no_dataset_and_that_of_before(
+    second, day_one, monkeypatch
+):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = datasets.dataset_of(config_of(day_one / "log", day_one / "before"))
+    content = {path: path.read_bytes() for path in before.directory.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "write_index", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            second(make_days()[1])
+    assert content == {path: path.read_bytes() for path in content}
+    storage.check_whole(before.directory, "", thorough=True)
+    assert len(second().columns["test"]) == 4
+    with pytest.raises(
+        UserError, match=rf"1 file new; --config.data.extends={day_one}/before adds"
+    ):
+        api.prepare(config_of(day_one / "log", day_one / "before"))
+
+
+def make_small(config):
+    config.parallel.devices = 1
+    config.batch.requests, config.batch.candidates = 8, 12
+    config.train.update(steps=2, log_every=2, checkpoint_every=2, eval_every=0)
+    config.teacher.train.update(steps=2, log_every=2, checkpoint_every=2, eval_every=0)
+    config.student.update(width=4, interests=2, hidden=(8,))
+    config.teacher.update(width=4, attention_hidden=4, experts=2, expert_hidden=4, cross_layers=1)
+    config.evaluation.requests = 8
+    config.distill.mode = "aux"
+    return config
+
+
+def parameters_of(workdir):
+    return jax.tree.map(np.asarray, trained.open_finished(workdir).parameters)
+
+
+def test_training_goes_on_from_a_run_on_the_dataset_before(second, day_one, tmp_path):
+    before = make_small(config_of(day_one / "log", day_one / "before"))
+    api.train(before, tmp_path / "monday")
+    old = parameters_of(tmp_path / "monday")
+    after = second(make_days()[1])
+    config = make_small(config_of(day_one / "log", tmp_path / "after"))
+    config.train.warm_start, config.seed = str(tmp_path / "monday"), 7
+    job = Opened(config).job({"": config})
+    fresh = tuple(group.init() for group in job.groups)
+    (begun,) = warm_start(job)(fresh)
+    leaves = (jax.tree.leaves(of) for of in (begun.parameters.dense, old.dense))
+    for one, other in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(one[0], other)
+    spec = trained.open_finished(tmp_path / "monday").dataset.spec
+    numbers = {
+        name: (getattr(spec, of), getattr(after.spec, of))
+        for name, of in (
+            ("user", "num_users"),
+            ("item", "num_items"),
+            ("category", "num_categories"),
+        )
+    }
+    for name, (known, all_) in numbers.items():
+        assert known < all_
+        table, first = begun.parameters.tables[name][0], fresh[0].parameters.tables[name][0]
+        np.testing.assert_array_equal(table[:known], old.tables[name][:known])
+        np.testing.assert_array_equal(table[known:all_], first[known:all_])
+        np.testing.assert_array_equal(table[all_], old.tables[name][known])
+    # Without a rate, the parameters after training are those before.
+    config.optimizer.update(learning_rate=0.0, table_learning_rate=0.0)
+    api.train(config, tmp_path / "tuesday")
+    new, width = parameters_of(tmp_path / "tuesday"), config.student.width
+    for one, other in zip(jax.tree.leaves(new.dense), jax.tree.leaves(old.dense), strict=True):
+        np.testing.assert_array_equal(one, other)
+    for name, (known, _) in numbers.items():
+        np.testing.assert_array_equal(
+            new.tables[name][:known, :width], old.tables[name][:known, :width]
+        )
+    config.student.width = 8
+    with pytest.raises(UserError, match=r"monday has a model of other sizes, or rows of another"):
+        api.train(config, tmp_path / "wide")
+    other = make_small(config_of(day_one / "log", tmp_path / "other"))
+    api.prepare(other)
+    other.train.warm_start = str(tmp_path / "monday")
+    with pytest.raises(UserError, match=r"monday was trained on parquet-.*, and its ids are not"):
+        api.train(other, tmp_path / "wednesday")
+
+
+def test_a_teacher_starts_with_the_slots_of_its_rows(second, day_one, tmp_path):
+    before = make_small(config_of(day_one / "log", day_one / "before"))
+    api.train_teacher(before, tmp_path / "monday")
+    dataset = datasets.dataset_of(before)
+    _, old, _ = teachers.restored(before, dataset, tmp_path / "monday")
+    second(make_days()[1])
+    config = make_small(config_of(day_one / "log", tmp_path / "after"))
+    config.teacher.train.warm_start, config.seed = str(tmp_path / "monday"), 7
+    job = Job(config, {}, Opened(config))
+    (begun,) = warm_start(job)(tuple(group.init() for group in job.groups))
+    known = dataset.spec.num_items
+    table = np.asarray(old.parameters.tables["item"])
+    np.testing.assert_array_equal(begun.parameters.tables["item"][:, :known], table[:, :known])
+    assert table[:, :known, config.teacher.width + 1 :].any()
+    config.teacher.train.warm_start, config.train.warm_start = "", str(tmp_path / "monday")
+    student = Opened(config).job({"": config})
+    with pytest.raises(UserError, match="monday is of a teacher, not of a student"):
+        warm_start(student)(())
