@@ -277,7 +277,7 @@ def test_an_unknown_variant_names_those_that_exist(get_config, known):
 
 
 def test_a_config_of_another_version_is_refused_with_the_keys_that_it_lacks():
-    config = cascade_sweep.get_config()
+    config = cascade_sweep()
     del config.train["steps"]
     with pytest.raises(UserError, match=r"lacks train\.steps; it is that of another version"):
         check(config)
