@@ -76,6 +76,11 @@ _RULES = (
         "one",
     ),
     Rule(
+        lambda c: c.data.get("extends") and c.data.split != "time",
+        "data.extends needs data.split='time', and it is {c.data.split!r}; leave data.extends out "
+        "to read the whole log",
+    ),
+    Rule(
         lambda c: c.sweep.whole_repeats and c.sweep.axes.batch.seed,
         "sweep.whole_repeats orders the data by sweep.seeds, so sweep.axes.batch.seed has nothing "
         "to vary; leave one out",

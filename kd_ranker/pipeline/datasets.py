@@ -9,6 +9,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from kd_ranker.config.schema import without_influence
+from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
 from kd_ranker.requests.records import Dataset
 from kd_ranker.requests.teacher_scores import with_column
@@ -71,8 +72,13 @@ def build_dataset(config: ConfigDict, thorough: bool) -> Path:
     if not directory.exists():
         # Claim the folder before the raw files are read, which may take long.
         with storage.building(name, config.data.dir):
-            made_by = f"{PREPARE_DATA}, with data.dir={before} and without data.extends"
-            extended = [storage.open_dataset(name, before, made_by)] if before else []
+            if before and not storage.directory_of(name, before).exists():
+                raise UserError(
+                    f"data.extends={before} holds no dataset of this config, with data.path as "
+                    "written; name the data.dir of the dataset before, or leave data.extends out "
+                    "to read the whole log"
+                )
+            extended = [storage.open_dataset(name, before, PREPARE_DATA)] if before else []
             source = entry.open_source(config.data, config.tasks, config.funnel, *extended)
             with contextlib.closing(source):
                 storage.write(source, directory)

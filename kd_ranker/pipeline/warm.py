@@ -50,7 +50,10 @@ def _begin(job: Job, states: States) -> States:
 def _open(job: Job) -> _Start:
     workdir = job.trainee.train.warm_start
     with fetched(place_of(workdir)) as folder:
-        ranker = trained.open_finished(folder)
+        try:
+            ranker = trained.open_finished(folder)
+        except UserError as error:
+            raise UserError(f"train.warm_start={workdir}: {error}") from error
         role = "student" if job.members else "teacher"
         if ranker.role != role:
             raise UserError(f"train.warm_start={workdir} is of a {ranker.role}, not of a {role}")

@@ -11,8 +11,8 @@ from kd_ranker.report.estimates import Estimates
 from kd_ranker.report.intervals import Interval, interval
 from kd_ranker.report.study import Study, named_values
 
-# Below this coverage, labels of a log do not show the change for users: the sign of the estimate
-# was wrong in about half of the pairs of ways with a known true difference (docs/report.md).
+# The least coverage at which labels of a log show the sign of the change for users. No two students
+# with less were compared with the truth (docs/report.md).
 COVERED = 0.35
 
 

@@ -40,8 +40,8 @@ class Source:
       for_training: whether the requests of `train` are stored for training: candidates in sampling
         order, without facts for the evaluation. If not, they are stored like those of other splits.
       write_beside: writes additional files into the dataset's folder.
-      earlier: a dataset of requests that come before these; its ids are valid here.
-      moved: the splits of that dataset that become training requests.
+      earlier: a dataset of requests that come before these and become training requests; its ids
+        are valid here.
       close: releases the files of the source; nothing can be read after it.
     """
 
@@ -55,7 +55,6 @@ class Source:
     for_training: bool = True
     write_beside: Callable[[Path], None] | None = None
     earlier: Dataset | None = None
-    moved: Sequence[str] = ()
     close: Callable[[], None] = lambda: None
 
 

@@ -44,6 +44,8 @@ SPEC_FILE = "feature_spec.json"
 _NAME = "requests"
 _ITEMS_FILE, _CATEGORY_FILE = "items.npy", "item_category.npy"
 _EARLIER_FILE, _MOVED = "earlier.json", "moved"
+# The splits that become training requests of a dataset that extends another.
+_HELD_OUT = ("validation", "test")
 # The prefix of the name of a folder that is being written.
 _UNFINISHED = ".unfinished-"
 
@@ -120,7 +122,7 @@ def _check(source: Source) -> None:
     """Raise UserError for a source that cannot be stored."""
     _check_widths(source.spec)
     for split in SPLITS:
-        has_earlier = source.earlier is not None and split not in source.moved
+        has_earlier = source.earlier is not None and split == "train"
         if not source.num_requests.get(split) and not has_earlier:
             raise UserError(f"{source.spec.dataset} yields no requests for its split {split!r}")
 
@@ -162,9 +164,9 @@ def _write_requests(source: Source, folder: Path) -> dict[str, list]:
         for _ in source.run(write_shard, calls, "writing"):
             pass
     expected = dict(source.num_requests)
-    if source.earlier and source.moved:
+    if source.earlier:
         paths["train"].insert(0, folder / _MOVED)
-        expected["train"] += sum(len(source.earlier.columns[of]) for of in source.moved)
+        expected["train"] += sum(len(source.earlier.columns[of]) for of in _HELD_OUT)
     for split, new in paths.items():
         written = row_files.join(new, folder, split, source.spec) if new else 0
         if written != expected[split]:
@@ -175,7 +177,7 @@ def _write_requests(source: Source, folder: Path) -> dict[str, list]:
 
 
 def _link_earlier(source: Source, folder: Path) -> dict[str, list]:
-    """Begin with the requests of an earlier dataset: link its rows, and write those that move.
+    """Begin the training requests with those of an earlier dataset: link its rows, or write them.
 
     Returns:
       The entries of the linked files in the manifest of that dataset.
@@ -184,13 +186,11 @@ def _link_earlier(source: Source, folder: Path) -> dict[str, list]:
     if earlier is None:
         return {}
     (folder / _EARLIER_FILE).write_text(json.dumps([*earlier.earlier, earlier.identity["dataset"]]))
-    kept = [split for split in SPLITS if split not in source.moved]
-    linked = [name for of in kept for name in row_files.link(earlier.directory, folder, of)]
-    if source.moved:
-        # The order of candidates in training is another one.
-        moved = (earlier.columns[split] for split in source.moved)
-        parts = (of.of(some) for of in moved for some in slices(of.counts.retrieved))
-        _write_columns(folder / _MOVED, parts, for_training=True)
+    linked = row_files.link(earlier.directory, folder, "train")
+    # The order of candidates in training is another one.
+    moved = (earlier.columns[split] for split in _HELD_OUT)
+    parts = (of.of(some) for of in moved for some in slices(of.counts.retrieved))
+    _write_columns(folder / _MOVED, parts, for_training=True)
     entries = manifest.read(earlier.directory, _remedy(earlier.directory, earlier.made_by))["files"]
     return {name: entries[name] for name in linked}
 

@@ -178,7 +178,7 @@ def retriever(
             [index.get_scores_from_ids(index.get_tokens_ids(words)) for index in indices]
         )
         total = _TITLE_WEIGHT * scores[0] + scores[1:].sum(axis=0)
-        film = np.lexsort((-popularity, -total))[:RETRIEVED]
+        film = np.lexsort((-popularity, -total))[:RETRIEVED].copy()  # not a view of all films
         title_share = scores[0] / max(scores[0].max(), 1e-6)
         columns = [of[film] for of in (*scores, total, title_share, *facts.T)]
         features = np.stack([*columns, cosine(query, film)], axis=1)

@@ -3,8 +3,8 @@
 Only the new files are read, by the ids, vocabularies, means and deviations of that dataset. Users,
 items and values that are new get the ids after those. Requests of the dataset stay as they are.
 
-With `data.split="time"`, only the new requests are split: the last of them are the test, and all
-requests of the dataset are for training. By any other split, a request keeps its split.
+Only the new requests are split: the last of them are the test. All requests of the dataset are for
+training.
 """
 
 import dataclasses
@@ -43,14 +43,12 @@ class Earlier(NamedTuple):
       settled: its ids, vocabularies and scales.
       files: the manifest of its log.
       report: its data report.
-      moved: its splits that become training requests.
     """
 
     dataset: Dataset
     settled: Settled
     files: dict[str, list]
     report: Report
-    moved: Sequence[str]
 
     @property
     def requests(self) -> int:
@@ -94,8 +92,7 @@ def open_earlier(layout: LogLayout, dataset: Dataset) -> Earlier:
         raise UserError(f"the log at {layout.path} has no file that {dataset.directory} lacks")
     report = read_data_report(dataset.directory)
     assert report  # `settled_by` has read it
-    moved = ("validation", "test") if layout.split == "time" else ()
-    return Earlier(dataset, settled, before, report, moved)
+    return Earlier(dataset, settled, before, report)
 
 
 def sizes_of(earlier: Earlier) -> dict[str, int]:
@@ -113,8 +110,7 @@ def check_requests(earlier: Earlier, layout: LogLayout, database: Database) -> N
     """Check that new requests can follow those of the dataset.
 
     Raises:
-      UserError: the dataset has one of them, or with `data.split="time"`, one is earlier than the
-        last of the dataset.
+      UserError: the dataset has one of them, or one is earlier than the last of the dataset.
     """
     directory = earlier.dataset.directory
     known = [read_requests_of(directory, split).select(["request"]) for split in SPLITS]
@@ -126,13 +122,32 @@ def check_requests(earlier: Earlier, layout: LogLayout, database: Database) -> N
             f"{number:,} requests of the new files, such as {example['request']!r}, are in "
             f"{directory} already; write all rows of a request to one file, {_REMEDY}"
         )
-    if layout.split == "time":
-        last = max(int(of.counts.time.max()) for of in earlier.dataset.columns.values())
-        if number := database.number(f"SELECT count(*) FROM requests WHERE time < {last}"):
+    last = max(int(of.counts.time.max()) for of in earlier.dataset.columns.values())
+    if number := database.number(f"SELECT count(*) FROM requests WHERE time < {last}"):
+        raise UserError(
+            f"{number:,} requests of the new files are earlier than {np.datetime64(last, 's')}, "
+            f"the last time in {directory}; add files in the order of time, {_REMEDY}"
+        )
+
+
+def check_scales(
+    earlier: Earlier, layout: LogLayout, moments: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Raise UserError for a feature to standardize that has values of one kind before only.
+
+    Args:
+      earlier: the dataset.
+      layout: of the log.
+      moments: feature -> mean and deviation in the new training requests, if it has values.
+    """
+    known = {feature["name"]: feature for feature in earlier.report["features"]}
+    for feature in layout.of_kind("dense"):
+        before, new = known[feature.name], moments[feature.name]
+        varies = new.get("deviation") or (new and new["mean"] != before.get("mean"))
+        if feature.standardise and not before.get("deviation") and varies:
             raise UserError(
-                f"{number:,} requests of the new files are earlier than {np.datetime64(last, 's')},"
-                f" the last time in {directory}, and data.split='time'; add files in the order of "
-                f"time, {_REMEDY}"
+                f"data.features.{feature.key} had at most one value in {earlier.dataset.directory},"
+                f" so there is no deviation to divide new values by; leave it out, {_REMEDY}"
             )
 
 
@@ -153,7 +168,9 @@ def extend(
         new = found[name]
         if name not in (USER, ITEM):
             new, last = shifted(new, last - 1), last + len(new)
-        vocabularies[name] = pa.concat_tables([known, new.cast(known.schema)])
+        # An empty vocabulary does not know the type of its values.
+        schema = known.schema if len(known) else new.schema
+        vocabularies[name] = pa.concat_tables([known.cast(schema), new.cast(schema)])
     longer = dataclasses.replace(
         spec,
         num_users=len(vocabularies[USER]),
@@ -178,9 +195,7 @@ def all_requests(
     place = {file: number for number, file in enumerate(manifest)}
     old_files = np.array([place[file] for file in earlier.files], np.int32)
     new_files = np.array([place[of] for of in manifest if of not in earlier.files], np.int32)
-    before = [] if split in earlier.moved else [split]
-    if split == "train":
-        before += earlier.moved
+    before = SPLITS if split == "train" else ()
     old = (read_requests_of(earlier.dataset.directory, of) for of in before)
     numbered = [(table, old_files) for table in old] + [(table, new_files) for table in new]
     return [
@@ -202,13 +217,9 @@ def extend_report(earlier: Earlier, report: Report, database: Database) -> None:
                 feature[name] = moments[feature["name"]][name]
     for name in (USER, ITEM):
         known, table = earlier.known[name], quoted(f"{name}s")
-        trained = known if earlier.moved else earlier.settled.trained[name]
-        count = f"SELECT count(*) FROM {table} WHERE id >= "
-        new = database.number(f"{count}{known}")
-        still = database.number(f"{count}{known} AND train = 0")
-        met = database.number(f"{count}{trained} AND id < {known} AND train > 0")
-        report["ids"][f"{name}s"] = known + new
-        report["ids"][f"{name}s_not_in_train"] = known - trained - met + still
+        count = f"SELECT count(*) FROM {table} WHERE id >= {known}"
+        report["ids"][f"{name}s"] = known + database.number(count)
+        report["ids"][f"{name}s_not_in_train"] = database.number(f"{count} AND train = 0")
     directory = earlier.dataset.directory
     report["remarks"].insert(
         0,

@@ -75,7 +75,9 @@ def _kinds(
     layout: LogLayout, vocabularies: Mapping[str, pa.Table], directory: Path
 ) -> dict[str, str]:
     """`Settled.kinds`; hashed features have no vocabulary."""
-    of_values = {name: kind_of(of["value"].type) for name, of in vocabularies.items()}
+    of_values = {
+        name: kind_of(of["value"].type) if len(of) else "" for name, of in vocabularies.items()
+    }
     if (path := directory / TRANSFORMS).exists():
         categories = json.loads(path.read_text())["categories"].values()
         of_values |= {

@@ -320,21 +320,21 @@ def _source(read: PreparedLog, run: Runner) -> Source:
         run=run,
         write_beside=write_beside,
         earlier=earlier.dataset if earlier else None,
-        moved=earlier.moved if earlier else (),
     )
 
 
 def _encoding(read: PreparedLog) -> tuple[Encoding, dict[str, pa.Table]]:
     """The encoding, and all vocabularies."""
     layout = read.layout
+    moments = {of.name: read.counts.moments(of.name) for of in layout.of_kind("dense")}
     if read.earlier:
+        append.check_scales(read.earlier, layout, moments)
         return append.extend(read.earlier, layout, read.database)
     found = find_vocabularies(read.database, layout)
     spec = spec_of(layout, {name: len(table) for name, table in found.items()})
     starts = zip((of.name for of in spec.categories), spec.category_starts, strict=True)
     of_features = {f"feature:{name}": start for name, start in starts}
     vocabularies = {name: shifted(of, of_features.get(name, 0)) for name, of in found.items()}
-    moments = {of.name: read.counts.moments(of.name) for of in layout.of_kind("dense")}
     return encoding_of(layout, spec, vocabularies, moments), vocabularies
 
 
@@ -345,7 +345,7 @@ def _unusable(read: PreparedLog, report: Report, found: Sequence[Finding]) -> st
         times = "".join(f"; {finding.text}" for finding in found if finding.name == "times")
         return f"not one row of the log can be used{times}"
     for split in SPLITS:
-        has_earlier = read.earlier is not None and split not in read.earlier.moved
+        has_earlier = read.earlier is not None and split == "train"
         if not read.num_requests(split) and not has_earlier:
             shares = (
                 f"data.validation_share={layout.validation_share} and "

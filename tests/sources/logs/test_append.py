@@ -109,14 +109,12 @@ def names(directory, of):
     return dict(zip(table["id"], table["value"], strict=True))
 
 
-@pytest.mark.parametrize(
-    ("split", "texts", "by_request"), [("time", False, False), ("user", True, True)]
-)
+@pytest.mark.parametrize(("texts", "by_request"), [(False, False), (True, True)])
 def test_a_dataset_that_grew_holds_what_one_build_of_the_whole_log_holds(
-    tmp_path, split, texts, by_request
+    tmp_path, texts, by_request
 ):
     log, days, grown = tmp_path / "log", make_days(texts), []
-    changes = {"split": split, "rows": "request" if by_request else "candidate"}
+    changes = {"rows": "request" if by_request else "candidate"}
     for day, (name, rows) in enumerate(zip(FILES, days, strict=True)):
         add_file(log, name, rows, by_request=by_request)
         extends = tmp_path / f"{day - 1}" if day else ""
@@ -149,9 +147,8 @@ def test_a_dataset_that_grew_holds_what_one_build_of_the_whole_log_holds(
     for day, rows in enumerate(days):
         known = vocabularies[day]
         for row in rows:
-            own, fields, candidates = found[row.of_request["request_id"]]
-            other, expected, of_whole = whole[row.of_request["request_id"]]
-            assert own == other or split == "time"
+            _, fields, candidates = found[row.of_request["request_id"]]
+            _, expected, of_whole = whole[row.of_request["request_id"]]
             # A request was read with what was known by its day.
             expected["history"] = [of for of in expected["history"] if of in known["item"]]
             expected["country"] = known_in(known["country"], row.of_request["country"])
@@ -161,11 +158,10 @@ def test_a_dataset_that_grew_holds_what_one_build_of_the_whole_log_holds(
                 of_item["author"] = authors[logged["item_id"]]
             assert fields == expected
             assert candidates == of_whole
-    if split == "time":
-        numbers = {of: len(grown[-1].columns[of]) for of in SPLITS}
-        assert numbers == {"train": 54, "validation": 2, "test": 4}
-        times = [grown[-1].columns[of].counts.time for of in SPLITS]
-        assert times[0].max() < times[1].min() <= times[1].max() < times[2].min()
+    numbers = {of: len(grown[-1].columns[of]) for of in SPLITS}
+    assert numbers == {"train": 54, "validation": 2, "test": 4}
+    times = [grown[-1].columns[of].counts.time for of in SPLITS]
+    assert times[0].max() < times[1].min() <= times[1].max() < times[2].min()
     files = {
         request: file
         for of in SPLITS
@@ -231,6 +227,10 @@ def test_ids_scales_and_files_of_before_stay(second, day_one):
     assert faulty_logs.same(dict.fromkeys(SPLITS, one), dict.fromkeys(SPLITS, other[:kept]))
     report = json.loads((after.directory / "data_report.json").read_text())
     assert report["ids"]["items"] == after.spec.num_items
+    items = {*names(after.directory, "item").values()}
+    events = [[of for of in row.of_request["recent"] if of is not None] for row in make_days()[1]]
+    unknown = sum(of not in items for kept in events for of in kept[-4:])  # the history's length
+    assert report["ids"]["history_events_of_unknown_items"] == unknown
     assert "(requests: 30, files: 1)" in report["remarks"][0]
 
 
@@ -267,7 +267,8 @@ REFUSED = {
         "1 requests of the new files are earlier than 1970-01-12T14:15:40, .* in the order of time",
     ),
     "no new file": (dict(), "has no file that .* lacks"),
-    "another config": (dict(rows=make_days()[1], split="user"), "no dataset at .*; make it with: "),
+    "another config": (dict(test_share=0.17), "holds no dataset of this config, with data.path as"),
+    "another split": (dict(split="user"), "data.extends needs data.split='time', and it is 'user'"),
     "Spark": (dict(engine="spark"), "takes Parquet files at data.path, and data.engine='duckdb'"),
 }
 
@@ -277,6 +278,17 @@ def test_what_cannot_be_added_is_refused(second, case):
     call, message = REFUSED[case]
     with pytest.raises(UserError, match=message):
         second(**call)
+
+
+def test_a_feature_that_varies_for_the_first_time_has_no_scale(tmp_path):
+    log, days = tmp_path / "log", make_days()
+    for row in days[0]:
+        row.of_request["age"] = 30
+    add_file(log, "day-0", days[0])
+    api.prepare(config_of(log, tmp_path / "before"))
+    add_file(log, "day-1", days[1])
+    with pytest.raises(UserError, match=r"data.features.age had at most one value in .* leave it"):
+        api.prepare(config_of(log, tmp_path / "after", tmp_path / "before"))
 
 
 @pytest.mark.parametrize("how", ["gone", "rewritten"])

@@ -196,7 +196,8 @@ CREATE TABLE events AS
     WITH events AS (SELECT unnest("feature:{{ layout.history.name }}") AS event FROM request_rows)
     SELECT count(*) AS history_events,
         count(*) FILTER (WHERE value IS NULL) AS history_events_of_unknown_items
-        FROM events LEFT JOIN items ON event = value;
+        FROM events LEFT JOIN (SELECT value FROM items
+            {% if known_size %} UNION SELECT value FROM known_item {% endif %}) ON event = value;
 {% endif %}
 {% if columns.propensity %}
 CREATE TABLE propensities AS
