@@ -18,7 +18,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.rows = "request"
     config.data.columns = ConfigDict(
         dict(request="request", time="time", item="item", stage="stage", incumbent="first_rank",
-             split="")
+             split="split")
     )  # fmt: skip
     config.data.incumbent_signal = "rank"
     config.data.stages = ConfigDict(dict(retrieved="1", passed="2", shown="3"))

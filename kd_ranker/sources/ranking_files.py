@@ -37,6 +37,9 @@ Value = TypeVar("Value")
 _RUN = "query Q0 document rank score tag"
 _QRELS = "query 0 document grade"
 _DOCUMENT = re.compile(r"docid\s*=\s*(\S+)")
+_NO_PAIR = re.compile(r"_|:\S*:")
+_NO_TEXT = {b"\x1f\x8b": "gzip", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_LARGEST = float(np.finfo(np.float32).max)
 _TIME = 1_600_000_000  # seconds; queries have no time, and a log needs one
 _RETRIEVED, _PASSED, _SHOWN = 1, 2, 3
 _RESAMPLES = 2000
@@ -72,8 +75,11 @@ def agreement(first: Path | str, second: Path | str, k: int = 10, within: int = 
       within: the number of documents to search, at least k; 0 takes k.
 
     Raises:
-      UserError: a file is malformed, or the runs share no query.
+      UserError: a file is missing or malformed, the runs share no query, or k or `within` is out
+        of its range.
     """
+    if k < 1 or 0 != within < k:
+        raise UserError(f"k={k}, within={within}: k must be at least 1, and within 0 or at least k")
     one, other = read_run(Path(first)), read_run(Path(second))
     shares = []
     for query in sorted(one.keys() & other.keys()):
@@ -160,12 +166,13 @@ def read_letor(path: Path, num_features: int, sparse: bool = False) -> Iterator[
     for where, line in _lines(path):
         body, _, comment = line.partition("#")
         grade, query, pairs = (*body.split(maxsplit=2), "", "", "")[:3]
-        if not query.startswith("qid:"):
+        prefix, _, query = query.partition(":")
+        if prefix != "qid" or not query:
             raise UserError(f"{where}: expected: grade qid:query 1:number 2:number ...")
         name = _DOCUMENT.search(comment)
         yield Document(
             where,
-            query.removeprefix("qid:"),
+            query,
             name[1] if name else "",
             _grade(where, grade),
             _features(where, pairs, num_features, sparse),
@@ -178,7 +185,8 @@ def _features(where: str, pairs: str, number: int, sparse: bool) -> Float32[np.n
         index, value = np.array(pairs.replace(":", " ").split(), float).reshape(-1, 2).T
     except ValueError as error:
         raise UserError(f"{where}: a feature is not index:number ({error})") from error
-    if pairs.count(":") != len(index) or len(pairs.split()) != len(index):
+    counts = {pairs.count(":"), len(pairs.split())}
+    if counts != {len(index)} or _NO_PAIR.search(pairs):
         raise UserError(f"{where}: a feature is not index:number")
     known = np.arange(1, number + 1)
     if sparse:
@@ -200,24 +208,38 @@ def _features(where: str, pairs: str, number: int, sparse: bool) -> Float32[np.n
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """The lines of a file that are not blank, each after its place."""
+    """The lines of a file that are not blank, each after its place.
+
+    Raises:
+      UserError: the file is missing, empty, or not text in UTF-8.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    with path.open("rb") as raw:
+        if kind := _NO_TEXT.get(raw.read(2)):
+            raise UserError(f"{path} is a {kind} file; convert it to plain text in UTF-8")
     empty = True
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         for number, line in enumerate(file, start=1):
+            where = f"{path}, line {number}"
+            try:
+                line.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(f"{where}: not UTF-8; convert the file to UTF-8") from error
             if line.strip():
                 empty = False
-                yield f"{path}, line {number}", line
+                yield where, line
     if empty:
         raise UserError(f"{path} is empty")
 
 
 def _number(where: str, text: str) -> float:
     try:
-        number = float(text)
+        number = np.nan if "_" in text else float(text)
     except ValueError:
         number = np.nan
-    if not np.isfinite(number):
-        raise UserError(f"{where}: {text!r} is not a finite number")
+    if not abs(number) <= _LARGEST:
+        raise UserError(f"{where}: {text!r} is not a finite number of 32 bits")
     return number
 
 
@@ -241,13 +263,15 @@ def _existing(data: ConfigDict, *names: str) -> list[Path]:
     """The files with these names, of all splits.
 
     Raises:
-      UserError: one of them does not exist, or a key is missing.
+      UserError: one of them does not exist, or a key is missing or contradicts the names.
     """
     if not data.path:
         raise UserError("data.path is empty; set it to the folder of the ranking files")
     if {*data.splits} != {*SPLITS}:
         raise UserError(f"data.splits names {', '.join(data.splits)}; it needs {', '.join(SPLITS)}")
     splits = _splits_of(data, *names)
+    if splits != [""] and data.split != "column":
+        raise UserError(f"data.split={data.split!r}, but a name has {SPLIT}; set data.split=column")
     paths = dict.fromkeys(_path(data, name, split) for name in names for split in splits)
     for path in paths:
         if not path.is_file():
@@ -255,20 +279,35 @@ def _existing(data: ConfigDict, *names: str) -> list[Path]:
     return [*paths]
 
 
+def _check_alike(*names: str) -> None:
+    """Raise UserError if some of the names have `SPLIT` and others do not."""
+    if len({SPLIT in name for name in names}) > 1:
+        raise UserError(f"{', '.join(names)}: put {SPLIT} in all of these names, or in none")
+
+
+def _place(where: str | Path, query: str) -> str:
+    """A place itself, or that of a query's first line in a TREC file."""
+    if isinstance(where, str):
+        return where
+    return next(place for place, line in _lines(where) if line.split()[0] == query)
+
+
 class _Queries:
     """The queries of the log so far; a query belongs to one split, and to one place of a file."""
 
     def __init__(self) -> None:
-        self._seen: dict[str, str] = {}
+        self.seen: dict[str, str | Path] = {}
 
     def columns(
-        self, where: str, split: str, query: str, documents: Sequence[str]
+        self, where: str | Path, split: str, query: str, documents: Sequence[str]
     ) -> dict[str, Any]:
         """The columns that all logs share; raises UserError for a query that was there before."""
-        if query in self._seen:
-            raise UserError(f"{where}: query {query} was there before, at {self._seen[query]}")
-        self._seen[query] = where
-        time = _TIME + len(self._seen)
+        if query in self.seen:
+            second, first = (_place(of, query) for of in (where, self.seen[query]))
+            of_split = f" of split {split}" if split else ""
+            raise UserError(f"{second}: query {query}{of_split} was there before, at {first}")
+        self.seen[query] = where
+        time = _TIME + len(self.seen)
         items = pa.array(documents, pa.string())
         return {"request": query, "time": time, "split": split, "item": items}
 
@@ -280,6 +319,17 @@ def _labels(data: ConfigDict, grade: Float[np.ndarray, "n"]) -> dict[str, np.nda
     return {name: column.astype(np.float32) for name, column in columns.items()}
 
 
+def _names(query: str, documents: Sequence[Document]) -> list[str]:
+    """The names of a query's documents; raises UserError for one that occurs twice."""
+    names: dict[str, None] = {}
+    for place, document in enumerate(documents):
+        name = document.name or f"{query}-{place}"
+        if name in names:
+            raise UserError(f"{document.where}: query {query} has document {name} already")
+        names[name] = None
+    return [*names]
+
+
 def _letor_rows(data: ConfigDict) -> Iterator[dict[str, Any]]:
     """A row per query of LETOR files; all of its documents count as shown."""
     queries = _Queries()
@@ -287,14 +337,14 @@ def _letor_rows(data: ConfigDict) -> Iterator[dict[str, Any]]:
         scored = _scored(data, split)
         for query, group in itertools.groupby(scored, lambda pair: pair[0].query):
             documents, scores = zip(*group, strict=True)
-            names = [of.name or f"{query}-{place}" for place, of in enumerate(documents)]
+            names = _names(query, documents)
             row = queries.columns(documents[0].where, split, query, names)
             row["stage"] = np.full(len(documents), _SHOWN, np.int8)
             row |= _labels(data, np.array([of.grade for of in documents], float))
             row["features"] = np.stack([of.features for of in documents])
             if data.scores:
                 row["final_score"] = np.array(scores, np.float32)
-                row["final_rank"] = rankdata(-row["final_score"], "ordinal")
+                row["final_rank"] = rankdata(-np.array(scores, float), "ordinal")
             yield row
 
 
@@ -315,28 +365,32 @@ def _scored(data: ConfigDict, split: str) -> Iterator[tuple[Document, float]]:
 
 
 def _trec_rows(data: ConfigDict) -> Iterator[dict[str, Any]]:
-    """A row per query of the qrels that a run has, with the documents of all runs."""
+    """A row per query that has a graded document in a run, with the documents of all runs."""
     queries = _Queries()
+    in_runs: set[str] = set()
     for split in _splits_of(data, data.qrels, *data.runs.values()):
         path = _path(data, data.qrels, split)
         qrels = read_qrels(path)
+        files = {name: _path(data, file, split) for name, file in data.runs.items()}
         runs = {}
-        for name, file in data.runs.items():
-            of_run = _path(data, file, split)
-            run = runs[name] = read_run(of_run)
+        for name, file in files.items():
+            run = runs[name] = read_run(file)
             if not run.keys() & qrels.keys():
                 raise UserError(
-                    f"{of_run}, line 1: query {next(iter(run))} is not in {path}, and neither is "
+                    f"{file}, line 1: query {next(iter(run))} is not in {path}, and neither is "
                     "any other query of this run"
                 )
-            if unjudged := len(run.keys() - qrels.keys()):
-                logging.warning("%s: left out %d queries without grades", of_run, unjudged)
+            in_runs |= run.keys()
         for query, grades in qrels.items():
             lists = {name: run.get(query, {}) for name, run in runs.items()}
             names = [*dict.fromkeys(itertools.chain.from_iterable(lists.values()))]
-            if names:
-                row = queries.columns(str(path), split, query, names)
+            if grades.keys() & names:
+                first = next(files[name] for name, of in lists.items() if of)
+                where = path if SPLIT in data.qrels else first
+                row = queries.columns(where, split, query, names)
                 yield row | _of_lists(data, lists, names, grades)
+    if left_out := len(in_runs - queries.seen.keys()):
+        logging.warning("left out %d queries of the runs without graded documents", left_out)
 
 
 def _of_lists(
@@ -358,7 +412,9 @@ def _of_lists(
 
 
 def _find_letor(data: ConfigDict) -> list[Path]:
-    return _existing(data, data.documents, *([data.scores] if data.scores else []))
+    names = [data.documents, *([data.scores] if data.scores else [])]
+    _check_alike(*names)
+    return _existing(data, *names)
 
 
 def _find_trec(data: ConfigDict) -> list[Path]:
@@ -366,6 +422,8 @@ def _find_trec(data: ConfigDict) -> list[Path]:
         raise UserError(
             f"data.final={data.final!r} is not one of data.runs: {', '.join(data.runs)}"
         )
+    if SPLIT not in data.qrels:
+        _check_alike(*data.runs.values())
     return _existing(data, data.qrels, *data.runs.values())
 
 
@@ -378,6 +436,9 @@ def _write_trec(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
 
 
 LETOR = Converter(
-    ("documents", "scores", "splits", "grades", "num_features", "sparse"), _find_letor, _write_letor
+    ("documents", "scores", "splits", "grades", "num_features", "sparse"),
+    _find_letor,
+    _write_letor,
+    version=2,
 )
-TREC = Converter(("qrels", "runs", "final", "splits", "grades"), _find_trec, _write_trec)
+TREC = Converter(("qrels", "runs", "final", "splits", "grades"), _find_trec, _write_trec, version=2)

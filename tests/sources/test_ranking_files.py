@@ -91,10 +91,12 @@ def test_letor_rows_are_those_of_scikit_learn(fold, tmp_path):
 
 def test_a_document_without_a_name_is_numbered_and_zeros_may_be_omitted(tmp_path):
     for word in WORDS.values():
+        (tmp_path / f"{word}.scores").write_text("0.1\n0.1000000000001\n")
         (tmp_path / f"{word}.txt").write_text(f"2 qid:{word} 2:0.5\n\n0 qid:{word} 1:1 5:-2e-1 #\n")
-    config = letor_config(tmp_path, "", sparse=True)
+    config = letor_config(tmp_path, sparse=True)
     (first,) = rows_of(config, tmp_path / "log").loc[["vali"]].itertuples()
     assert first.item.tolist() == ["vali-0", "vali-1"]
+    assert first.final_rank.tolist() == [2, 1]  # of scores that are equal in 32 bits
     np.testing.assert_allclose(np.stack(first.features), [[0, 0.5, 0, 0, 0], [1, 0, 0, 0, -0.2]])
 
 
@@ -118,8 +120,9 @@ def test_letor_files_become_a_dataset_and_a_student_trains(fold, tmp_path, signa
 
 
 RUNS = {
-    # Two first stages and a final ranker; query 9 has no grades, and 8 is in no run.
-    "bm25.run": "7 Q0 a 1 9.5 x\n7 Q0 b 2 7.25 x\n7\tQ0\tc  3 1 x\n9 Q0 a 1 1 x\n5 Q0 z 1 3 x\n",
+    # Two first stages and a final ranker; query 9 has no grades, and 8 none in a run.
+    "bm25.run": "7 Q0 a 1 9.5 x\n7 Q0 b 2 7.25 x\n7\tQ0\tc  3 1 x\n9 Q0 a 1 1 x\n8 Q0 z 1 1 x\n"
+    "5 Q0 z 1 3 x\n",
     "dense.run": "5 Q0 y 1 0.5 d\n7 Q0 d 4 0.9 d\n7 Q0 a 1 0.8 d\n",
     # Equal scores are ordered by rank.
     "gpt.run": "7 Q0 a 3 1.0 g\n7 Q0 d 2 1.0 g\n7 Q0 b 1 4.0 g\n",
@@ -136,11 +139,11 @@ def lists(tmp_path):
     return folder
 
 
-def trec_config(folder, **changes):
+def trec_config(folder, runs=None, **changes):
     config = trec()
     config.data.path, config.data.dir = str(folder), str(folder.parent / "data")
     with config.unlocked():
-        config.data.runs = dict(bm25="bm25.run", dense="dense.run", gpt="gpt.run")
+        config.data.runs = runs or dict(bm25="bm25.run", dense="dense.run", gpt="gpt.run")
     config.data.final = "gpt"
     config.data.update(changes)
     return config
@@ -197,14 +200,24 @@ def test_trec_files_of_splits_become_a_dataset(tmp_path):
         ]
     (tmp_path / "qrels.txt").write_text("\n".join(qrels))
     runs = dict(first="{split}/first.run", final="{split}/final.run")
-    config = trec_config(tmp_path, final="final", split="column", allow=ALLOWABLE)
-    with config.unlocked():
-        config.data.runs = runs
-    config.data.columns.split = "split"
+    config = trec_config(tmp_path, runs, final="final", split="column", allow=ALLOWABLE)
     checks.validate(config)
     kd.prepare(config)
     dataset = datasets.dataset_of(config)
     assert [len(dataset.columns[split]) for split in SPLITS] == [30, 10, 10]
+
+
+def test_a_query_is_in_the_run_of_one_split(lists, tmp_path, caplog):
+    for word, place in zip(WORDS.values(), ("7 Q0 a", "5 Q0 z", "8 Q0 a"), strict=True):
+        (lists / f"{word}.run").write_text(f"9 Q0 a 1 1 x\n{place} 1 1 x\n")
+    config = trec_config(lists, dict(first="{split}.run"), final="", split="column")
+    rows = rows_of(config, tmp_path / "log")
+    assert rows["split"].to_dict() == {"7": "train", "5": "validation", "8": "test"}
+    assert caplog.text.count("left out 1 queries") == caplog.text.count("left out") == 1
+    (lists / "vali.run").write_text("\n7 Q0 a 1 1 x\n")
+    message = r"vali.run, line 2: query 7 of split validation was there .*train.run, line 2"
+    with pytest.raises(UserError, match=message):
+        rows_of(config, tmp_path / "log")
 
 
 def test_agreement_is_the_share_of_the_top(tmp_path):
@@ -224,6 +237,11 @@ def test_agreement_is_the_share_of_the_top(tmp_path):
     (tmp_path / "c").write_text("7 Q0 a 1 1 x")
     with pytest.raises(UserError, match="share no query"):
         agreement(tmp_path / "a", tmp_path / "c")
+    with pytest.raises(UserError, match="d does not exist"):
+        agreement(tmp_path / "a", tmp_path / "d")
+    for k, within in ((0, 0), (3, 2)):
+        with pytest.raises(UserError, match=f"k={k}, within={within}: k must be at least 1"):
+            agreement(tmp_path / "a", tmp_path / "b", k, within)
 
 
 def assert_nothing_written(folder):
@@ -241,7 +259,11 @@ LETOR_FAULTS = {
     "1 qid:900 1:1 2:1e99 3:1 4:1 5:1": "feature 2 is not a finite number",
     "1 900 1:1 2:1 3:1 4:1 5:1": "expected: grade qid:query",
     "1.5 qid:900 1:1 2:1 3:1 4:1 5:1": "grade 1.5 is not a whole number",
-    "1 qid:11 1:1 2:1 3:1 4:1 5:1": "query 11 was there before, at .*train.txt, line 1",
+    "1 qid:900 1:1 2:1_0 3:1 4:1 5:1": "a feature is not index:number",
+    "1 qid:900 1:1:2 1 3:1 4:1 5:1": "a feature is not index:number",
+    "1 qid: 1:1 2:1 3:1 4:1 5:1": "expected: grade qid:query",
+    "1 qid:50 1:1 2:1 3:1 4:1 5:1 # docid = GX050-00-1234": "query 50 has document GX050-00-1234",
+    "1 qid:11 1:1 2:1 3:1 4:1 5:1": "query 11 of split train was there .*train.txt, line 1",
 }
 
 
@@ -268,6 +290,33 @@ def test_scores_of_another_length_are_named(fold):
     path.write_text("".join(text.splitlines(keepends=True)[:-1]))
     with pytest.raises(UserError, match=f"vali.txt, line {number}: no score"):
         kd.prepare(letor_config(fold))
+
+
+def test_a_number_is_not_the_name_of_another_document(tmp_path):
+    (tmp_path / "train.txt").write_text("1 qid:9 1:1 # docid = 9-1\n1 qid:9 1:1\n")
+    with pytest.raises(UserError, match=r"train\.txt, line 2: query 9 has document 9-1 already"):
+        rows_of(letor_config(tmp_path, "", documents="train.txt", num_features=1), tmp_path / "log")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x1f\x8b\x08\x00", "a.run is a gzip file"),
+        ("7 Q0 a 1 1 x".encode("utf-16"), "a.run is a UTF-16 file"),
+        (b"7 Q0 a 1 1 x\n7 Q0 \xff 2 0 x\n", "a.run, line 2: not UTF-8"),
+        (b"7 Q0 a 1_0 1 x", "a.run, line 1: '1_0' is not a finite number"),
+        (b"7 Q0 a 1 1e39 x", "a.run, line 1: '1e39' is not a finite number of 32 bits"),
+    ],
+)
+def test_bytes_at_fault_are_named(tmp_path, content, message):
+    (tmp_path / "a.run").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_run(tmp_path / "a.run")
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    (tmp_path / "a.run").write_bytes(b"\xef\xbb\xbf7 Q0 \xc3\xa4 1 1 x")
+    assert read_run(tmp_path / "a.run") == {"7": {"ä": 1.0}}
 
 
 @pytest.mark.parametrize(
@@ -301,6 +350,12 @@ def test_keys_at_fault_are_named(lists, fold):
         kd.prepare(trec_config(lists, path=""))
     with pytest.raises(UserError, match=r"test2\.txt does not exist"):
         kd.prepare(letor_config(fold, splits=dict(test="test2")))
+    with pytest.raises(UserError, match=r"a name has {split}; set data\.split=column"):
+        kd.prepare(trec_config(lists, dict(gpt="{split}.run")))
+    mixed = trec_config(lists, dict(gpt="{split}.run", bm25="bm25.run"), split="column")
+    for config in (mixed, letor_config(fold, scores="train.scores")):
+        with pytest.raises(UserError, match=r"put {split} in all of these names, or in none"):
+            kd.prepare(config)
 
 
 def test_scores_decide_the_order_of_a_run(lists):
