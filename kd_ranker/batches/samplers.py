@@ -259,8 +259,8 @@ def draw(
             scores = scores_of(int(request[at]))
         else:
             scores = np.full(own.retrieved, np.nan, np.float32)
-        places, factors = sampler.function(own, scores, sizes, start[at])
-        _check(name, np.asarray(places), np.asarray(factors), own, sizes)
+        result = sampler.function(own, scores, sizes, start[at])
+        places, factors = _checked(name, result, own, sizes)
         place[at][: len(places)], factor[at][: len(places)] = places, factors
 
     place, factor = _in_order(place, factor, counts_of, stage, slots)
@@ -287,24 +287,37 @@ def _in_order(
     return place, factor[..., : slots.labelled]
 
 
-def _check(name: str, places: Places, factors: Factors, counts: Counts, sizes: Sizes) -> None:
-    """Raise UserError unless a sampler's result keeps its contract."""
-    retrieved = int(counts.retrieved)
+def _checked(name: str, result: Any, counts: Counts, sizes: Sizes) -> tuple[Places, Factors]:
+    """Return the arrays of a sampler's result; raise UserError if it breaks its contract."""
+    try:
+        places, factors = map(np.asarray, result)
+    except (TypeError, ValueError):
+        problem = "a result that is not a pair of arrays"
+    else:
+        problem = _problem(places, factors, int(counts.retrieved), sizes.candidates)
+        if not problem:
+            return places, factors
+    raise UserError(
+        f"sampler {name}: request {int(counts.request_id)} has {problem}; see "
+        "`kd_ranker.batches.samplers`"
+    )
+
+
+def _problem(places: np.ndarray, factors: np.ndarray, retrieved: int, candidates: int) -> str:
+    """Describe how arrays of a sampler break its contract; "" if they keep it."""
     problem = ""
     if places.shape != factors.shape or places.ndim != 1:
         problem = f"places of shape {places.shape} with factors of shape {factors.shape}"
-    elif len(places) > sizes.candidates:
-        problem = f"{len(places)} places for batch.candidates={sizes.candidates}"
+    elif len(places) > candidates:
+        problem = f"{len(places)} places for batch.candidates={candidates}"
     elif len(places) and not (places.dtype.kind in "iu" and places.min() >= 0):
         problem = "places that are not integers from 0 on"
     elif len(places) and places.max() >= retrieved:
         problem = f"place {places.max()} of {retrieved} candidates, counted from 0"
     elif len(np.unique(places)) < len(places):
         problem = "a place twice"
-    elif not (np.isfinite(factors) & (factors >= 0)).all():
-        problem = "a factor that is negative or not finite"
-    if problem:
-        raise UserError(
-            f"sampler {name}: request {int(counts.request_id)} has {problem}; see "
-            "`kd_ranker.batches.samplers`"
-        )
+    elif factors.dtype.kind not in "fiub":
+        problem = "factors that are not real numbers"
+    elif not ((factors >= 0) & (factors <= np.finfo(np.float32).max)).all():
+        problem = "a factor that is negative or not finite as float32"
+    return problem

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool
 from ml_collections import ConfigDict
 
-from kd_ranker.batches.samplers import SAMPLERS
+from kd_ranker.batches.samplers import SAMPLERS, Sampler
 from kd_ranker.config.key import FINITE, Bound, Key, TermNames
 from kd_ranker.config.keys import JOIN, KEYS, PLAN
 from kd_ranker.config.schema import axis_of, keys_of, sweepable, value_of, ways
@@ -445,7 +445,16 @@ def check_teacher_signals(dataset: Dataset, members: Collection[ConfigDict]) -> 
 
 
 def check_sampler(key: str, name: str, dataset: Dataset) -> None:
-    """Raise UserError if a dataset lacks the scores that a sampler, the value of `key`, needs."""
+    """Raise UserError if a dataset lacks the scores that a sampler, the value of `key`, needs.
+
+    An entry of `SAMPLERS` that is not a `Sampler` is an error too.
+    """
+    for entry, of in SAMPLERS.items():
+        if not isinstance(of, Sampler):
+            raise UserError(
+                f"SAMPLERS[{entry!r}] is a {type(of).__name__}; make it a `Sampler` with the "
+                "function, see `kd_ranker.batches.samplers`"
+            )
     if SAMPLERS[name].needs_scores and not _is_logged(dataset.columns["train"]).any():
         others = sorted(name for name, of in SAMPLERS.items() if not of.needs_scores)
         raise UserError(

@@ -86,15 +86,15 @@ class Policy:
         raise NotImplementedError
 
     def passed(self, value: Float[Array, "R N"], mask: Bool[Array, "R N"]) -> Int[Array, "R"]:
-        """The number of candidates to pass of each request: at least 1, at most all.
+        """The number of candidates to pass of each request: from 1 to all, or 0 of none.
 
         Args:
           value: the student's value of each candidate, in any order.
           mask: False on padding.
         """
-        candidates = jnp.maximum(mask.sum(axis=1), 1)
+        candidates = mask.sum(axis=1)
         ordered = -jnp.sort(jnp.where(mask, -value, jnp.inf), axis=1)
-        at = jnp.minimum(self.ks, candidates[:, None]) - 1
+        at = jnp.minimum(self.ks, jnp.maximum(candidates, 1)[:, None]) - 1
         score = jnp.take_along_axis(ordered, at, axis=1, mode="clip")
         return jnp.minimum(jnp.asarray(self.ks)[self.choose(score)], candidates)
 

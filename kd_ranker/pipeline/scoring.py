@@ -266,7 +266,8 @@ def score_unseen(
 
     Raises:
       UserError: the workdir holds no finished ranker that was trained on a log, its dataset is
-        gone, or the log lacks a column that training had.
+        gone, the log lacks a column that training had, or a policy is named and the value
+        weights are others than the run's.
     """
     if config.launcher == "ray":
         workdir = local_folder("--workdir", workdir, "is read by all machines of launcher='ray'")
@@ -285,6 +286,12 @@ def score_unseen(
         log, layout = unseen.open_unseen(layout, run_layout)
         data_dir = str(config.data.dir)
         ranker = trained.open_finished(folder, member, "", data_dir, trust, policy)
+        fitted, given = (tuple(of.value_weights) for of in (ranker.config, config))
+        if policy and fitted != given:
+            raise UserError(
+                f"--policy: fitted with value_weights={fitted}, and the config has {given}; leave "
+                "--config out, or set the former"
+            )
         ranker = ranker._replace(title=ranker.title.replace(str(folder), str(workdir)))
         dataset = ranker.dataset
         settled = settled_by(run_layout, dataset.spec, dataset.directory)

@@ -18,6 +18,7 @@ from kd_ranker.batches.training import (
     Share,
     training_batches,
 )
+from kd_ranker.config.checks import check_sampler
 from kd_ranker.errors import UserError
 from kd_ranker.requests import storage
 from kd_ranker.requests.columns import columns_of
@@ -228,6 +229,13 @@ def test_scores_are_the_mean_over_the_tasks_that_have_one():
         ((np.array([3, 3]), np.ones(2)), "a place twice"),
         ((np.array([3, 4]), np.ones(1)), r"shape \(2,\) with factors of shape \(1,\)"),
         ((np.array([3]), np.array([np.nan])), "negative or not finite"),
+        ((np.array([3]), np.array([1e39])), "negative or not finite"),
+        ((np.array([3]), np.array([1 + 2j])), "factors that are not real numbers"),
+        ((np.array([3]), np.array(["1"])), "factors that are not real numbers"),
+        ((np.array([3]), np.array([None])), "factors that are not real numbers"),
+        (([3, 4], [[1.0], [1.0, 1.0]]), "not a pair of arrays"),
+        ((np.array([3]), np.ones(1), np.ones(1)), "not a pair of arrays"),
+        (None, "not a pair of arrays"),
     ],
 )
 def test_a_sampler_that_breaks_its_contract_is_an_error(tmp_path, monkeypatch, result, problem):
@@ -236,3 +244,9 @@ def test_a_sampler_that_breaks_its_contract_is_an_error(tmp_path, monkeypatch, r
     monkeypatch.setitem(SAMPLERS, "mine", Sampler(lambda *_: result))
     with pytest.raises(UserError, match=f"sampler mine: request [0-9]+ has .*{problem}"):
         take(opened, "mine", 1)
+
+
+def test_an_entry_that_is_a_bare_function_is_an_error(dataset, monkeypatch):
+    monkeypatch.setitem(SAMPLERS, "mine", funnel)
+    with pytest.raises(UserError, match=r"SAMPLERS\['mine'\] is a function; make it a `Sampler`"):
+        check_sampler("batch.sampler", "mine", dataset)

@@ -75,11 +75,15 @@ def test_an_export_answers_with_the_measured_k(swept, tmp_path):
     dataset = open_finished(swept).dataset
     (of,) = evaluation_batches(dataset, "test", requests=12, candidates=100)
     fields = {name: np.asarray(array) for name, array in fields_of(of.batch).items()}
-    answer = check.rank(check.open_programs(out, "jax"), check.read_tables(out) | fields)
+    programs = check.open_programs(out, "jax")
+    answer = check.rank(programs, check.read_tables(out) | fields)
     (kept,) = (results.read_requests(folder) for folder in swept.glob("cohorts/*/test"))
     measured = kept.each[described["member"], described["serve"]].sums["policy_scored/threshold"]
     assert answer["k"].tolist() == measured.tolist()
     assert len({*measured}) > 1
+    fields["candidate_mask"] = fields["candidate_mask"] & (np.arange(len(measured)) > 0)[:, None]
+    padding = check.rank(programs, check.read_tables(out) | fields)
+    assert padding["k"].tolist() == [0, *measured[1:]]
 
 
 def test_a_policy_that_there_is_not_is_named_in_a_line(swept, world, tmp_path):

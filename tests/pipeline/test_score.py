@@ -449,6 +449,9 @@ def test_a_policy_marks_the_candidates_to_pass(world, tmp_path):
     assert table["passed"].tolist() == expected.tolist()
     assert 0 < table["passed"].mean() < 1
     assert described["policy"] == "threshold"
+    config.value_weights = (4.0, *config.value_weights[1:])
+    with pytest.raises(UserError, match="--policy: fitted with value_weights="):
+        scoring.score_unseen(config, workdir, output=tmp_path / "other", policy="threshold")
 
 
 def test_a_student_scores_where_its_teacher_is_gone(world, tmp_path):
