@@ -108,9 +108,7 @@ def test_without_checkpoints_a_run_starts_at_its_start(tmp_path):
         (rename, "it was saved at step 2"),
     ],
 )
-def test_a_damaged_checkpoint_is_reported_passed_over_and_replaced(
-    workdir, damage, reason, caplog, capfd
-):
+def test_a_damaged_checkpoint_is_reported_passed_over_and_replaced(workdir, damage, reason, caplog):
     damage(workdir, 6)
     iterator = numbers()
     with caplog.at_level(logging.WARNING):
@@ -121,7 +119,6 @@ def test_a_damaged_checkpoint_is_reported_passed_over_and_replaced(
     (warning,) = caplog.records
     assert f"{folder(workdir, 6)} cannot be restored: {reason}" in warning.getMessage()
     assert "\n" not in warning.getMessage()
-    assert "Traceback" not in capfd.readouterr().err
     with checkpoints.open_in(workdir, to_write=True) as saved:
         checkpoints.save(saved, 6, state_of(6), None, OURS)
     assert restore(workdir)[1] == 6
@@ -256,7 +253,7 @@ def test_a_run_continues_while_its_checkpoint_is_written(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("steps", [(8,), (8, 10)], ids=["end", "next"])
 def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_one_before_stays(
-    workdir, capfd, steps
+    workdir, caplog, steps
 ):
     line = r"^a checkpoint could not be written to .*/checkpoints \(.*File too large.*the previous"
 
@@ -267,7 +264,7 @@ def test_a_checkpoint_that_cannot_be_written_is_one_line_and_the_one_before_stay
 
     with pytest.raises(UserError, match=line):
         save(steps)
-    assert "Traceback" not in capfd.readouterr().err
+    assert [record.pathname for record in caplog.records if record.name == "absl"] == []
     assert restore(workdir)[1] == 6
 
 
