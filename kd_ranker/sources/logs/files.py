@@ -34,6 +34,8 @@ _FOOTERS_AT_A_TIME = 16
 _OTHERS = "give a pattern for files of other kinds, such as logs/*.csv, or a SELECT by data.sql"
 # The names under which different stores keep a mark that differs once a file is rewritten.
 _CHANGED = ("mtime", "LastModified", "last_modified", "updated", "ETag", "etag")
+# The head of a page in Thrift's compact protocol: its type, its two sizes, and then the checksum.
+_WITH_CHECKSUM = re.compile(rb"(?:\x15[\x80-\xff]*[\x00-\x7f]){3}\x15", re.DOTALL)
 
 # A missing value in the name of a folder.
 _NONE = "__HIVE_DEFAULT_PARTITION__"
@@ -614,7 +616,8 @@ def is_list(type_: pa.DataType) -> bool:
 def check_pages(log: Log, columns: Collection[str], threads: int) -> None:
     """Compare the pages of some columns with their checksums, if the writer has stored any.
 
-    DuckDB ignores them and reads a damaged page as other numbers.
+    DuckDB ignores them and reads a damaged page as other numbers. Files without checksums are not
+    read.
 
     Raises:
       UserError: a page is damaged.
@@ -623,6 +626,8 @@ def check_pages(log: Log, columns: Collection[str], threads: int) -> None:
 
     def check(file: str) -> None:
         with _opened(system, file, page_checksum_verification=True) as parquet:
+            if not _has_checksums(system, file, parquet.metadata):
+                return
             names = [name for name in parquet.schema_arrow.names if name in columns]
             for _ in parquet.iter_batches(columns=names, use_threads=False):
                 pass
@@ -630,6 +635,14 @@ def check_pages(log: Log, columns: Collection[str], threads: int) -> None:
     with ThreadPoolExecutor(threads) as pool:
         for _ in pool.map(check, log.files):
             pass
+
+
+def _has_checksums(system: Any, file: str, metadata: pq.FileMetaData) -> bool:
+    """Return whether the first page of a file has a checksum; a writer stores all or none."""
+    if not metadata.num_row_groups:
+        return False
+    start = metadata.row_group(0).column(0).data_page_offset
+    return _WITH_CHECKSUM.match(system.cat_file(file, start, start + 20)) is not None
 
 
 def manifest_differences(before: dict[str, list], now: dict[str, list]) -> str:

@@ -4,6 +4,7 @@ import zipfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from ml_collections import ConfigDict
 
 from kd_ranker.config.features import feature
@@ -161,6 +162,24 @@ def test_a_nested_column_says_how_to_name_what_it_holds(tmp_path, log):
     config.data.features.age.column = "person"
     message = fault_of(config)
     assert "is struct<years: int64>; it takes numbers; flatten it: make each of its" in message
+
+
+@pytest.mark.parametrize("checksums", [True, False])
+@pytest.mark.parametrize("version", ["1.0", "2.0"])
+def test_files_with_checksums_are_known_by_their_first_page(tmp_path, checksums, version):
+    path = str(tmp_path / "a.parquet")
+    rows = {"a": range(1000), "b": ["x"] * 1000}
+    for columns in (["a", "b"], ["b", "a"]):
+        table = pa.table(rows).select(columns)
+        pq.write_table(
+            table,
+            path,
+            write_page_checksum=checksums,
+            data_page_version=version,
+            compression="zstd",
+        )
+        found = files._has_checksums(LocalFileSystem(), path, pq.read_metadata(path))
+        assert found == checksums
 
 
 def test_a_page_that_does_not_match_its_checksum_is_refused(tmp_path, log):
