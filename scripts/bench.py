@@ -13,6 +13,7 @@
     serving      the same by exported programs (needs the extra `onnx`)
     sweep        16 members as one sweep against as many runs of `experiments.train`
     layout       ways of updating the tables of a population within one program
+    film_search  the rankers of film search, in microseconds per candidate
     compilers    the project's programs, compiled for TPUs and H100s that are not here
     device       those that measure, and more: the first command on a device never measured
 
@@ -46,6 +47,7 @@ NAMES = (
     "sweep",
     "layout",
     "compilers",
+    "film_search",
     "device",
 )
 # As scripts/run.sh sets it: memory in pages of 2 MiB. With small ones, a step over a large table
@@ -67,6 +69,8 @@ def main() -> None:
     parser.add_argument(
         "--rows", type=int, default=4_000_000, help="log_build, log_day: of the log"
     )
+    parser.add_argument("--data", help="film_search: the folder of the raw files")
+    parser.add_argument("--data-dir", help="film_search: with a dataset made of them")
     parser.add_argument("--benchmarks", nargs="+", choices=NAMES[:-1], help="device: these alone")
     arguments = parser.parse_args()
     if os.environ.setdefault("GLIBC_TUNABLES", HUGE_PAGES) == HUGE_PAGES and not started_with_it():

@@ -38,6 +38,9 @@ def get_config(variant: str = "") -> ConfigDict:
     config.funnel.report_at = (10, 20, 50, 100, 200)
     config.teacher.source = "logged"
     config.teacher.stage = "passed"
+    # Microseconds on one machine, by `scripts/bench.py film_search`: docs/filmsearch.md has more.
+    config.costs.teacher.candidate, config.costs.teacher.request = 2.2, 1850.0
+    config.costs.student.candidate = 0.12
     config.student.name = "two_tower"
     config.batch.requests, config.batch.candidates = 32, 100
     config.optimizer.learning_rate = config.optimizer.table_learning_rate = 1e-2

@@ -187,6 +187,14 @@ def retriever(
     return retrieve
 
 
+def labels_of(
+    collection: Collection, candidates: Sequence[Candidates]
+) -> list[Int[np.ndarray, "n"]]:
+    """The labels of the candidates of the first queries, -1 where nobody labelled a film."""
+    pairs = zip(candidates, collection.labels, strict=False)
+    return [np.array([of.get(film, -1) for film in found.film.tolist()]) for found, of in pairs]
+
+
 def groups_of(collection: Collection, best: Mapping[int, int]) -> Int[np.ndarray, "queries"]:
     """Number the groups of queries that must not be separated.
 
@@ -311,14 +319,11 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
         if importlib.util.find_spec(package) is None:
             raise UserError("film search needs: pip install 'kd_ranker[filmsearch]'")
     collection = read(files[0].parent)
-    films, queries = _vectors(collection, Path(data.dir) / "logs")
+    films, queries = vectors_of(collection, Path(data.dir) / "logs")
     retrieve = retriever(collection, lambda query, film: films[film] @ queries[query])
     numbers = tqdm(range(len(collection.queries)), desc="retrieve", disable=None, leave=False)
     candidates = [retrieve(query) for query in numbers]
-    labels = [
-        np.array([of.get(film, -1) for film in found.film.tolist()])
-        for found, of in zip(candidates, collection.labels, strict=True)
-    ]
+    labels = labels_of(collection, candidates)
     best = {
         query: int(found.film[label.argmax()])
         for query, (found, label) in enumerate(zip(candidates, labels, strict=True))
@@ -334,27 +339,31 @@ def write(data: ConfigDict, files: Sequence[Path], folder: Path) -> None:
     write_rows(folder / "log.parquet", _rows(collection, candidates, labels, splits, ranker))
 
 
-def _vectors(
+def vectors_of(
     collection: Collection, folder: Path
 ) -> tuple[Float32[np.ndarray, "films 384"], Float32[np.ndarray, "queries 384"]]:
     """The sentence vectors of films and queries, kept in `folder`: they take most of the time."""
     path = folder / f"filmsearch-vectors-{sentences.VERSION}.npz"
     if not path.exists():
-        rows: Iterable[Any] = collection.films.itertuples()
-        texts = [
-            f"{film.title} ({film.year}). {film.overview} {', '.join(film.genres)}. "
-            f"{', '.join(film.actors[:4])}"
-            for film in rows
-        ]
         part = path.with_suffix(".part.npz")
         np.savez(
             part,
-            films=sentences.embed(texts, "embed films"),
+            films=sentences.embed(texts_of(collection.films), "embed films"),
             queries=sentences.embed(collection.queries, "embed queries"),
         )
         part.rename(path)
     stored = np.load(path)
     return stored["films"], stored["queries"]
+
+
+def texts_of(films: pd.DataFrame) -> list[str]:
+    """The text of each film that is embedded."""
+    rows: Iterable[Any] = films.itertuples()
+    return [
+        f"{film.title} ({film.year}). {film.overview} {', '.join(film.genres)}. "
+        f"{', '.join(film.actors[:4])}"
+        for film in rows
+    ]
 
 
 def _quality(ranker: Ranker, queries: Sequence[Judged]) -> dict[str, dict[str, float]]:

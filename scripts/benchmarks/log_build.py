@@ -25,7 +25,7 @@ from kd_ranker.configs import parquet
 from kd_ranker.pipeline import datasets
 from kd_ranker.requests.request import SPLITS
 
-BAR, MEMORY = 1.5, 2.0  # times plain DuckDB; GiB
+BAR, MEMORY = 1.2, 2.0  # times plain DuckDB; GiB
 MAKE_LOG = Path(__file__).resolve().parent.parent / "make_log.py"
 
 PLAIN = """

@@ -1,7 +1,7 @@
 """One request of 2,000 candidates, as servers would have the default student score it.
 
 From ids and features to the probabilities that rank: by the project's own compiled scoring, by the
-exported programs as JAX and as ONNX, and by plain NumPy with BLAS; and the teacher, by the first.
+exported programs as JAX and as ONNX; and the teacher, by the first.
 Then an export of a million items is opened, as by a server that starts.
 """
 
@@ -67,7 +67,6 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "own": own_scoring(*student, batch, items),
         "jax": in_turn(exported, as_jax, jax.device_put(arrays)),
         "onnx": in_turn(exported, as_onnx, arrays),
-        "numpy": numpy_scoring(student[1], spec, arrays),
         "teacher": own_scoring(*teacher, batch, items),
     }
     expected = np.asarray(ways["own"]())
@@ -202,35 +201,5 @@ def in_turn(exported: Exported, opened: Callable, arrays: dict[str, Any]) -> Cal
         known = arrays | of_user
         answer = run_score({name: known[name] for name in score.inputs})
         return jax.block_until_ready(answer["probability"])
-
-    return call
-
-
-def numpy_scoring(parameters: Parameters, spec: FeatureSpec, arrays: dict) -> Callable[[], Any]:
-    """The plain formulas of `MultiInterest` for one request."""
-
-    def layer(of: Any) -> tuple[np.ndarray, np.ndarray]:
-        return np.asarray(of["kernel"][...]), np.asarray(of["bias"][...])
-
-    dense = parameters.dense
-    layers = [layer(dense["user"]["layers"][index]) for index in range(2)]
-    own = layer(dense["item"]["features"])[0][spec.cheap_item_features :]
-    heads, offset = layer(dense["heads"])
-    width = own.shape[1]
-
-    def call() -> np.ndarray:
-        row = arrays["user_table"][arrays["user_id"][0]]
-        inputs = np.concatenate([row, arrays["user_features"][0], arrays["context"][0]])
-        (first, bias), (last, last_bias) = layers
-        hidden = np.maximum(inputs @ first + bias, 0)
-        users = (hidden @ last + last_bias).reshape(-1, width)
-        item = arrays["item_embedding"][arrays["item_id"][0]]
-        item = item + arrays["candidate_features"][0] @ own
-        match = item @ users.T
-        share = np.exp(match - match.max(axis=1, keepdims=True))
-        combined = (share / share.sum(axis=1, keepdims=True)) @ users
-        logits = combined @ heads[:width] + item @ heads[width : 2 * width]
-        logits += match @ heads[2 * width :] + offset
-        return 1 / (1 + np.exp(-logits))[None]
 
     return call
