@@ -17,5 +17,5 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "paper":
         config.sweep.axes.train.steps = (1500, 3000)
         config.sweep.whole_repeats = True
-        return with_ways(config, rates=(3e-3, 1e-2), weights=(0.3, 1.0), unshown=(0.1, 0.3))
+        return with_ways(config, rates=(3e-3, 1e-2), weights=(0.3, 1.0), unshown=(0.3,))
     return with_ways(config, rates=(1e-2,), weights=(1.0,), unshown=(0.3,))
