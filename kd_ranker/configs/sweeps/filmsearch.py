@@ -9,13 +9,12 @@ from kd_ranker.configs.sweeps.ways import with_ways
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """`configs/filmsearch.py`, with policies of how many to pass; `:paper` tunes more."""
+    """`configs/filmsearch.py`, with policies of how many to pass; `:paper` tunes their rates."""
     defaults.check_variant(variant, "paper")
     config = filmsearch()
     config.funnel.policies = POLICIES
     config.train.steps = 1500
     if variant == "paper":
-        config.sweep.axes.train.steps = (1500, 3000)
         config.sweep.whole_repeats = True
-        return with_ways(config, rates=(3e-3, 1e-2), weights=(0.3, 1.0), unshown=(0.3,))
-    return with_ways(config, rates=(1e-2,), weights=(1.0,), unshown=(0.3,))
+    rates = (3e-3, 1e-2, 3e-2) if variant == "paper" else (1e-2,)
+    return with_ways(config, rates=rates, unshown=(0.3,))
