@@ -1,13 +1,15 @@
 """Random batches and small sizes that several tests share."""
 
 import dataclasses
+import functools
+from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from kd_ranker.batch import CandidateBatch, Category, FeatureSpec, Items, empty_batch
-from kd_ranker.models.model import Model, ModuleClass, Parameters, build_model
+from kd_ranker.models.model import Model, ModuleClass, Parameters, build_model, score
 
 SPEC = FeatureSpec(
     dataset="test",
@@ -67,6 +69,11 @@ def make_model(
     return model, parameters.replace(
         tables={name: table.at[:, width].set(1.0) for name, table in parameters.tables.items()}
     )
+
+
+def logits_of(model: Model, *arguments: Any) -> np.ndarray:
+    """The model's `score` of parameters, a batch and items, in one program."""
+    return np.asarray(jax.jit(functools.partial(score, model))(*arguments))
 
 
 def random_items(seed: int = 0, spec: FeatureSpec = SPEC) -> Items:

@@ -6,10 +6,8 @@ from kd_ranker.batch import Stage
 from kd_ranker.configs import cascade
 from kd_ranker.distillation.losses import LOSSES
 from kd_ranker.training import recipes
-from kd_ranker.training.mapping import MAPPINGS
-from kd_ranker.training.state import Frozen, LiveTeacher, select_member
-from kd_ranker.training.step import make_step
-from tests.random_batches import SPEC, random_batch, random_items
+from kd_ranker.training.state import LiveTeacher
+from tests.random_batches import SPEC
 
 
 def config_of(**changes):
@@ -22,61 +20,36 @@ def config_of(**changes):
     return config
 
 
+NONE, AUX, SHARED = ({"distill__mode": mode} for mode in ("none", "aux", "shared"))
+STAGES = AUX | {"distill__loss": "softmax", "teacher__signal": "stage"}
+UNSHOWN = NONE | {"train__unshown_weight": 0.1}
+POOLS = NONE | {"student__history": "mean"}
+
+
 @pytest.mark.parametrize(
-    ("modes", "teacher", "expected"),
+    ("members", "teacher", "expected"),
     [
-        (["none"], None, (Stage.SHOWN, None, False)),
-        (["shared"], None, (Stage.SHOWN, Stage.PASSED, False)),
-        (["none", "aux"], None, (Stage.SHOWN, Stage.PASSED, False)),
-        (["none", "aux"], Stage.SHOWN, (Stage.SHOWN, None, True)),
-        (["none", "aux"], Stage.PASSED, (Stage.PASSED, None, True)),
-        (["shared"], Stage.RETRIEVED, (Stage.RETRIEVED, None, True)),
+        ([NONE], None, (Stage.SHOWN, None, False)),
+        ([SHARED], None, (Stage.SHOWN, Stage.PASSED, False)),
+        ([NONE, AUX], None, (Stage.SHOWN, Stage.PASSED, False)),
+        ([NONE, AUX], Stage.SHOWN, (Stage.SHOWN, None, True)),
+        ([NONE, AUX], Stage.PASSED, (Stage.PASSED, None, True)),
+        ([SHARED], Stage.RETRIEVED, (Stage.RETRIEVED, None, True)),
+        # Stages and unshown negatives are of all candidates, and need no teacher.
+        ([STAGES], None, (Stage.RETRIEVED, None, False)),
+        ([STAGES, AUX], None, (Stage.RETRIEVED, Stage.PASSED, False)),
+        ([STAGES, AUX], Stage.SHOWN, (Stage.RETRIEVED, None, True)),
+        ([NONE, UNSHOWN], None, (Stage.RETRIEVED, None, False)),
+        ([SHARED, UNSHOWN], Stage.PASSED, (Stage.RETRIEVED, None, True)),
+        ([NONE, POOLS], None, (Stage.SHOWN, None, True)),
     ],
 )
-def test_a_batch_needs_what_some_member_has_a_use_for(modes, teacher, expected):
-    members = {}
-    for mode in modes:
-        members[mode] = cascade("small")
-        members[mode].distill.mode = mode
+def test_a_batch_needs_what_some_member_has_a_use_for(members, teacher, expected):
+    members = {str(index): config_of(**changes) for index, changes in enumerate(members)}
     groups = recipes.student_groups(members, SPEC)
-    model, _ = recipes.teacher_model(next(iter(members.values())), SPEC)
+    model, _ = recipes.teacher_model(members["0"], SPEC)
     live = LiveTeacher(model, teacher) if teacher else None
     assert recipes.needs(groups, live, Stage.PASSED) == expected
-
-
-@pytest.mark.parametrize("live", [None, Stage.SHOWN])
-def test_stages_need_candidates_of_every_stage_and_no_teacher(live):
-    config = config_of(distill__mode="shared", distill__loss="softmax", teacher__signal="stage")
-    groups = recipes.student_groups({"": config}, SPEC)
-    assert recipes.signals_of(groups) == {"stage"}
-    assert recipes.needs(groups, None) == (Stage.RETRIEVED, None, False)
-    # Beside one that hears a teacher.
-    beside = config_of(distill__mode="aux")
-    groups = recipes.student_groups({"a": config, "b": beside}, SPEC)
-    assert recipes.signals_of(groups) == {"logged", "stage"}
-    model, _ = recipes.teacher_model(config, SPEC)
-    teacher = LiveTeacher(model, live) if live else None
-    logged = None if live else Stage.PASSED
-    expected = (Stage.RETRIEVED, logged, live is not None)
-    assert recipes.needs(groups, teacher, Stage.PASSED) == expected
-
-
-@pytest.mark.parametrize("stage", [None, Stage.PASSED])
-def test_who_learns_from_unshown_negatives_needs_all_candidates(stage):
-    members = {"plain": config_of(), "negatives": config_of(train__unshown_weight=0.1)}
-    model, _ = recipes.teacher_model(members["plain"], SPEC)
-    live = LiveTeacher(model, stage) if stage else None
-    assert recipes.needs(recipes.student_groups(members, SPEC), live).stage == Stage.RETRIEVED
-    del members["negatives"]
-    found = recipes.needs(recipes.student_groups(members, SPEC), live).stage
-    assert found == (stage or Stage.SHOWN)
-
-
-def test_a_student_that_pools_the_history_needs_it():
-    members = {history: config_of(student__history=history) for history in ("none", "mean")}
-    assert recipes.needs(recipes.student_groups(members, SPEC), None).history
-    del members["mean"]
-    assert not recipes.needs(recipes.student_groups(members, SPEC), None).history
 
 
 def test_a_teacher_in_training_needs_labels_and_histories_alone():
@@ -184,40 +157,3 @@ def test_a_student_without_a_teacher_learns_from_users_whatever_the_weight_of_th
 )
 def test_members_that_differ_in_anything_else_are_groups_of_their_own(change):
     assert names_of_groups(a={}, b=change, c={"seed": 1}) == [("a", "c"), ("b",)]
-
-
-def last_states(members, batches):
-    """By name, what is left of each member after training on the batches in one program."""
-    groups = recipes.student_groups(members, SPEC)
-    devices = MAPPINGS["shard_map"](jax.devices()[:1])
-    step = devices.map_step(make_step([group.recipe for group in groups]))
-    states = devices.create(lambda deal: tuple(group.init() for group in groups))
-    frozen = devices.place(Frozen(random_items(), None))
-    for batch in batches:
-        numbers = tuple(group.numbers for group in groups)
-        states, _ = step(states, devices.shard(batch), numbers, frozen)
-    return {
-        name: select_member((state.parameters, state.transform), member)
-        for group, state in zip(groups, states, strict=True)
-        for member, name in enumerate(group.names)
-    }
-
-
-def test_members_of_any_shape_and_length_end_as_the_same_member_alone():
-    batches = [random_batch(seed) for seed in range(20)]
-    members = {
-        "first": config_of(),
-        "longer": config_of(train__steps=12, seed=1),
-        "another": config_of(student__name="two_tower", student__width=12, student__hidden=(8, 4),
-                             student__history="mean", train__steps=15, train__unshown_weight=0.3,
-                             optimizer__name="adagrad", optimizer__table_name="sgd",
-                             optimizer__schedule="constant", distill__affine=False),
-    }  # fmt: skip
-    together = last_states(members, batches)
-    for name, config in members.items():
-        by_itself = last_states({name: config}, batches[: config.train.steps])
-        jax.tree.map(
-            lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5, rtol=0),
-            together[name],
-            by_itself[name],
-        )

@@ -1,0 +1,146 @@
+"""Recipes, groups of members, and the steps that they take on random batches."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kd_ranker.batch import Stage
+from kd_ranker.distillation.losses import LossNumbers
+from kd_ranker.distillation.modes import MODES
+from kd_ranker.embedding.row_optimizers import ROW_OPTIMIZERS
+from kd_ranker.models.model import build_model
+from kd_ranker.models.student import MultiInterest
+from kd_ranker.models.teacher import FinalRanker
+from kd_ranker.training.mapping import MAPPINGS
+from kd_ranker.training.recipes import OPTIMIZERS
+from kd_ranker.training.state import (
+    Frozen,
+    Hyperparameters,
+    LiveTeacher,
+    OptimizerNumbers,
+    Recipe,
+    Term,
+    init_state,
+    select_member,
+    stack_members,
+)
+from kd_ranker.training.step import make_step
+from tests.random_batches import SPEC, STUDENT, TEACHER, make_model, random_items
+
+
+@functools.cache
+def world_of(spec):
+    """A live teacher, and what a step reads along with it."""
+    model, parameters = make_model(FinalRanker, len(spec.tasks), TEACHER, seed=1, spec=spec)
+    return LiveTeacher(model, Stage.RETRIEVED), Frozen(random_items(spec=spec), parameters)
+
+
+@functools.cache
+def recipe_of(mode, optimizer, spec, student=MultiInterest):
+    heads = MODES[mode].heads_per_task * len(spec.tasks)
+    model, _ = build_model(student, spec, heads, STUDENT)
+    return Recipe(
+        model=model,
+        mode=MODES[mode],
+        terms=(Term("bce", "logged"),) if MODES[mode].teacher_logits else (),
+        optimizer=OPTIMIZERS[optimizer](),
+        row_optimizer=ROW_OPTIMIZERS[optimizer],
+        schedule=lambda step, steps: jnp.ones_like(steps),
+    )
+
+
+PROGRAMS = {}
+
+
+def program_of(recipes, teacher, mapping, devices):
+    """One mapped step for all tests that want it: it compiles once for each number of members."""
+    key = (*map(id, recipes), id(teacher), mapping, devices)
+    if key not in PROGRAMS:
+        spread = MAPPINGS[mapping](jax.devices()[:devices])
+        PROGRAMS[key] = spread, spread.map_step(make_step(recipes, teacher))
+    return PROGRAMS[key]
+
+
+def make_recipe(mode="shared", optimizer="adam", seeds=(0,), spec=SPEC, student=MultiInterest):
+    """A recipe, and the state of a group with a member a seed."""
+    how = mode, optimizer, spec, student
+    return recipe_of(*how), state_of(*how, tuple(seeds))
+
+
+@functools.cache
+def state_of(mode, optimizer, spec, student, seeds):
+    recipe = recipe_of(mode, optimizer, spec, student)
+    slots = recipe.row_optimizer.slots(STUDENT.width)
+    draw = program_of_init(student, spec, MODES[mode].heads_per_task * len(spec.tasks), slots)
+    members = jax.tree.map(lambda *of: np.stack(of), *(draw(jax.random.key(of)) for of in seeds))
+    # In one program, not one an array.
+    return jax.jit(lambda parameters: init_state(recipe, parameters, len(spec.tasks), True))(
+        members
+    )
+
+
+@functools.cache
+def program_of_init(student, spec, heads, slots):
+    """Parameters by a key: what is drawn takes as long to compile as a step does."""
+    _, init = build_model(student, spec, heads, STUDENT)
+    return jax.jit(lambda key: init(key, slots))
+
+
+def hyperparameters(**changes):
+    numbers = {
+        "user_weight": 1.0,
+        "distill_weight": 0.7,
+        "term_weights": (1.0,),
+        "temperature": 1.0,
+        "top_k": 2.0,
+        "learning_rate": 0.01,
+        "table_learning_rate": 0.02,
+        "weight_decay": 0.1,
+        "table_weight_decay": 0.1,
+        "steps": 1000,
+        "unshown_weight": 0.0,
+    }
+    numbers = jax.tree.map(jnp.float32, numbers | changes)
+    return Hyperparameters(
+        loss=LossNumbers(numbers.pop("temperature"), numbers.pop("top_k")),
+        optimizer=OptimizerNumbers(*(numbers.pop(name) for name in OptimizerNumbers._fields)),
+        **numbers,
+    )
+
+
+def run_groups(
+    recipes,
+    states,
+    batches,
+    numbers,
+    mapping="pmap",
+    devices=1,
+    live=True,
+    spec=SPEC,
+):
+    """The states after a step on each batch, and the losses of the last, a group each."""
+    teacher, frozen = world_of(spec) if live else (None, Frozen(random_items(spec=spec), None))
+    spread, step = program_of(tuple(recipes), teacher, mapping, devices)
+    states, frozen = spread.place(tuple(states)), spread.place(frozen)
+    for batch in batches:
+        states, losses = step(states, spread.shard(batch), tuple(numbers), frozen)
+    return jax.tree.map(np.asarray, spread.unreplicate((states, losses)))
+
+
+def run(recipe, state, batches, numbers=None, **how):
+    """The same of one group of one member, without the axis of members."""
+    numbers = stack_members([numbers or hyperparameters()])
+    (state,), (losses,) = run_groups([recipe], [state], batches, [numbers], **how)
+    return alone(state), select_member(losses, 0)
+
+
+def alone(state, member=0):
+    """A member's state without the axis of members, and without what means nothing."""
+    own = select_member(state.replace(step=None, unknown_ids=None, owners=None), member)
+    return own.replace(step=state.step, unknown_ids=state.unknown_ids)
+
+
+def assert_close(one, other, atol):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol, rtol=0), one, other)
