@@ -29,20 +29,27 @@ _SETTINGS = (
 )
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    """Runs `python` with `arguments`, -m MODULE or -c PROGRAM first, at the repository's root."""
-    settings = {name: getattr(jax.config, name) for name in _SETTINGS}
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        paths = [str(path) for path in outputs]
-        process = _SERVER.Process(target=_run, args=(arguments, dict(os.environ), settings, paths))
-        process.start()
-        process.join(_SECONDS)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-        texts = [path.read_text() if path.exists() else "" for path in outputs]
-    return subprocess.CompletedProcess(arguments, process.exitcode, *texts)
+class Program:
+    """`python` with `arguments`, -m MODULE or -c PROGRAM first, at the repository's root."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        settings = {name: getattr(jax.config, name) for name in _SETTINGS}
+        self._arguments, self._folder = arguments, tempfile.TemporaryDirectory()
+        self._outputs = [Path(self._folder.name, name) for name in ("stdout", "stderr")]
+        paths = [str(path) for path in self._outputs]
+        environment = {**os.environ, **environment}
+        self._process = _SERVER.Process(target=_run, args=(arguments, environment, settings, paths))
+        self._process.start()
+
+    def ended(self) -> subprocess.CompletedProcess:
+        """Waits for its end, which comes by a signal where it takes too long."""
+        self._process.join(_SECONDS)
+        if self._process.exitcode is None:
+            self._process.kill()
+            self._process.join()
+        texts = [path.read_text() if path.exists() else "" for path in self._outputs]
+        self._folder.cleanup()
+        return subprocess.CompletedProcess(self._arguments, self._process.exitcode, *texts)
 
 
 def _run(

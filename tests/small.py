@@ -123,15 +123,8 @@ def _share_compiled_programs(folder: Path) -> None:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    """Runs `python` with `arguments` at the root of the repository.
-
-    A module or a program starts with the package imported already, see `forked`.
-    """
-    if arguments[0] in ("-m", "-c"):
-        return forked.run(*arguments)
-    return subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    """Runs a module (-m) or a program (-c) at the root of the repository, see `forked`."""
+    return forked.Program(*arguments).ended()
 
 
 # A real signal at an exact moment: when a run logs a step, has begun to save one, or has written so

@@ -138,11 +138,15 @@ def test_bad_input_is_one_line_and_exit_code_2(world, tmp_path):
         assert finished.stdout == ""
 
 
+def trained_whole(world):
+    """The workdir of a run that nothing has stopped."""
+    return world.made("often_saved", lambda folder: api.train(world.config(**OFTEN), folder))
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_as_if_it_had_never_been_killed(world, tmp_path, caplog):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    whole, killed = trained_whole(world), tmp_path / "killed"
     config, flags = world.config(**OFTEN), world.flags(killed, **OFTEN)
-    api.train(config, whole)
     for moment, step in (("logging", 5), ("saving", 12)):
         small.run_and_kill("experiments.train", moment, "killed", step, flags)
         assert not (killed / results.FILE).exists()
@@ -158,9 +162,8 @@ def test_a_killed_run_ends_as_if_it_had_never_been_killed(world, tmp_path, caplo
 
 @pytest.mark.slow
 def test_a_run_that_is_asked_to_end_saves_its_last_step_and_goes_on_from_it(world, tmp_path):
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    rarely = {"train__log_every": 1, "train__checkpoint_every": 100, "train__eval_every": 5}
-    api.train(world.config(**rarely), whole)
+    whole, stopped = trained_whole(world), tmp_path / "stopped"
+    rarely = OFTEN | {"train__checkpoint_every": 100}
     for number, code, step in ((signal.SIGTERM, 143, 4), (signal.SIGHUP, 129, 13)):
         finished = small.run_and_signal(
             *(number, "experiments.train", "logging", "stopped", step),

@@ -35,15 +35,21 @@ def restore(workdir, iterator=None, identity=OURS):
         return checkpoints.restore(saved, blank, iterator, identity)
 
 
-@pytest.fixture
-def workdir(tmp_path):
-    iterator = numbers()
-    with checkpoints.open_in(tmp_path) as saved:
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir, iterator = tmp_path_factory.mktemp("run"), numbers()
+    with checkpoints.open_in(workdir) as saved:
         for step in range(1, STEPS[-1] + 1):
             next(iterator)
             if step in STEPS:
                 checkpoints.save(saved, step, state_of(step), iterator, OURS)
-    return tmp_path
+    return workdir
+
+
+@pytest.fixture
+def workdir(finished, tmp_path):
+    """A copy, to be damaged."""
+    return shutil.copytree(finished, tmp_path / "run")
 
 
 def folder(workdir, step):
