@@ -70,7 +70,7 @@ def write(folder, name, content="content"):
 
 
 def eventually(condition):
-    for _ in range(200):
+    for _ in range(20_000):
         if condition():
             return True
         time.sleep(0.02)
